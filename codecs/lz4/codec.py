@@ -1,0 +1,31 @@
+"""LZ4 on the numbers as they lie: fast, and all but useless on floating-point numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvzip.codec import Codec, Context
+from kvzip.coders import get_coder
+from kvzip.dtypes import Bits, DType
+
+
+class Lz4Codec(Codec):
+    """One LZ4 block a block. `level`: 1 (fast) to 12 (high compression)."""
+
+    codec_id = "lz4"
+
+    def __init__(self, level: int = 1):
+        self.level = level
+        self._coder = get_coder("lz4", level)
+
+    def encode(self, block: Bits, context: Context) -> bytes:
+        return self._coder.encode(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+
+    def decode(self, data: memoryview, out: Bits, context: Context) -> None:
+        out[...] = self._coder.decode(data, out.nbytes).view(out.dtype).reshape(out.shape)
+
+    def max_encoded_size(self, raw_bytes: int) -> int:
+        return self._coder.bound(raw_bytes)
+
+    def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
+        return encoded_bytes * self._coder.max_expansion

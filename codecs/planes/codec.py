@@ -1,0 +1,92 @@
+"""Byte planes or bit planes, each coded by itself: what is alike in a number comes together."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from kvzip.codec import Codec, Context
+from kvzip.codecs import _native
+from kvzip.coders import Bytes, get_coder
+from kvzip.dtypes import Bits, DType
+from kvzip.errors import CorruptError, UnsupportedError
+
+_PLANE = struct.Struct("<BI")
+_STORED, _CODED = 0, 1
+
+
+class PlanesCodec(Codec):
+    """Planes of a block, each through a general coder, or stored where that does not help.
+
+    `mode`: "byte" or "bit". `order`: "channel" puts a channel's tokens side by side,
+    "token" leaves the numbers as they lie. `coder`: "zstd" or "lz4", with its `level`.
+    """
+
+    codec_id = "planes"
+
+    def __init__(
+        self, mode: str = "byte", order: str = "channel", coder: str = "zstd", level: int = 1
+    ):
+        if mode not in ("byte", "bit"):
+            raise UnsupportedError(f"planes: mode is byte or bit, not {mode!r}")
+        if order not in ("channel", "token"):
+            raise UnsupportedError(f"planes: order is channel or token, not {order!r}")
+        self.mode, self.order, self.coder, self.level = mode, order, coder, level
+        self._coder = get_coder(coder, level)
+
+    def encode(self, block: Bits, context: Context) -> bytes:
+        ordered = block.transpose(0, 1, 3, 2) if self.order == "channel" else block
+        flat = np.ascontiguousarray(ordered).reshape(-1)
+        head, body = [], []
+        for plane in self._split(flat):
+            coded: bytes | memoryview = self._coder.encode(plane)
+            kind = _CODED if len(coded) < plane.nbytes else _STORED
+            if kind == _STORED:
+                coded = plane.data
+            head.append(_PLANE.pack(kind, len(coded)))
+            body.append(coded)
+        return b"".join([*head, *body])
+
+    def decode(self, data: memoryview, out: Bits, context: Context) -> None:
+        width = out.dtype.itemsize
+        count, size = (width, out.size) if self.mode == "byte" else (8 * width, -(-out.size // 8))
+        at = count * _PLANE.size
+        if len(data) < at:
+            raise CorruptError("planes are cut short")
+        planes = []
+        for i in range(count):
+            kind, length = _PLANE.unpack_from(data, i * _PLANE.size)
+            piece, at = data[at : at + length], at + length
+            if kind == _CODED:
+                planes.append(self._coder.decode(piece, size))
+            elif kind == _STORED and len(piece) == size:
+                planes.append(np.frombuffer(piece, np.uint8))
+            else:
+                raise CorruptError(f"plane {i} is neither stored whole nor coded")
+        if at != len(data):
+            raise CorruptError("planes do not fill their block")
+        flat = self._join(np.stack(planes), out.size, out.dtype)
+        target = out.transpose(0, 1, 3, 2) if self.order == "channel" else out
+        target[...] = flat.reshape(target.shape)
+
+    def _split(self, flat: Bits) -> Bytes:
+        """Planes of the numbers, most significant first, each an array of bytes."""
+        if self.mode == "bit":
+            planes: Bytes = _native.split_bits(flat)
+        else:
+            planes = np.ascontiguousarray(flat.view(np.uint8).reshape(flat.size, -1).T[::-1])
+        return planes
+
+    def _join(self, planes: Bytes, size: int, dtype: np.dtype[np.generic]) -> Bits:
+        if self.mode == "bit":
+            joined: Bits = _native.join_bits(planes, size)
+            return joined
+        return np.ascontiguousarray(planes[::-1].T).reshape(-1).view(dtype)
+
+    def max_encoded_size(self, raw_bytes: int) -> int:
+        # 32 planes at most, of which bit planes each round up to a byte
+        return raw_bytes + 32 * (_PLANE.size + 1)
+
+    def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
+        return encoded_bytes * self._coder.max_expansion

@@ -1,0 +1,47 @@
+"""kvzip: lossless compression of language models' KV caches."""
+
+from importlib.metadata import version as _version
+
+from kvzip.codec import Codec, Context, codec_names, get_codec, register_codec
+from kvzip.container import (
+    Info,
+    Reader,
+    decode,
+    encode,
+    info,
+    max_encoded_size,
+    open,
+    verify,
+    write,
+)
+from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UnsupportedError
+from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
+
+__version__ = _version("kvzip")
+
+__all__ = [
+    "Codec",
+    "Context",
+    "CorruptError",
+    "FormatError",
+    "Info",
+    "KVZipError",
+    "Layer",
+    "LayerLayout",
+    "Layout",
+    "Origin",
+    "ProfileError",
+    "Reader",
+    "Snapshot",
+    "UnsupportedError",
+    "codec_names",
+    "decode",
+    "encode",
+    "get_codec",
+    "info",
+    "max_encoded_size",
+    "open",
+    "register_codec",
+    "verify",
+    "write",
+]

@@ -1,0 +1,195 @@
+"""What a codec is, and how codecs are found by name.
+
+A codec turns one block into bytes and back. A block is one layer's keys or values for a range of
+tokens: an integer array of raw bits, shape [batch, heads, tokens, dim]. The shape of this
+interface follows numcodecs (`codec_id`, `get_config`, `from_config`, `encode`, `decode`), with a
+context beside the data, because keys and values have layers and tokens and can be predicted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+from numpy.typing import NDArray
+
+from kvzip.dtypes import Bits, DType
+from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.snapshot import Origin, Part
+
+GROUP = "kvzip.codecs"
+"""Entry-point group under which a distribution offers codecs: name = "module:CodecClass"."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What writer and reader both know of a block besides its bytes."""
+
+    dtype: DType
+    layer: int
+    part: Part
+    start: int
+    """Position in the sequence of the block's first token."""
+    origin: Origin
+    token_ids: NDArray[Any] | None = None
+    """Ids of the block's tokens, uint32 [batch, tokens], or None when the file has none."""
+    profile: Any = None
+    tables: Any = None
+    """What :meth:`Codec.load_tables` made of this layer and part's tables, or None."""
+    earlier: Mapping[tuple[int, Part], Bits] = field(default_factory=dict)
+    """The same tokens of the blocks that :meth:`Codec.needs` names, as [batch, heads, tokens, dim]."""
+
+
+class Codec(ABC):
+    """Base of all codecs. A codec holds its settings and no state: one object serves all threads.
+
+    Settings are the keyword arguments of ``__init__``, kept as attributes of the same names.
+    """
+
+    codec_id: ClassVar[str]
+
+    # --- settings --------------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """The settings as JSON values, with the codec's name under "id"."""
+        names = list(inspect.signature(type(self)).parameters)
+        return {"id": self.codec_id} | {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Codec:
+        """A codec with these settings. Raises UnsupportedError for a setting it does not have."""
+        settings = {k: v for k, v in config.items() if k != "id"}
+        known = inspect.signature(cls).parameters
+        if unknown := sorted(set(settings) - set(known)):
+            raise UnsupportedError(
+                f"codec {cls.codec_id!r} has no setting {unknown[0]!r}; it has: "
+                + (", ".join(known) or "none")
+            )
+        return cls(**settings)
+
+    def __repr__(self) -> str:
+        settings = (f"{k}={v!r}" for k, v in self.get_config().items() if k != "id")
+        return f"{type(self).__name__}({', '.join(settings)})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.get_config() == other.get_config()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    # --- blocks ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, block: Bits, context: Context) -> bytes:
+        """The bytes of one block, [batch, heads, tokens, dim] with any strides."""
+
+    @abstractmethod
+    def decode(self, data: memoryview, out: Bits, context: Context) -> None:
+        """Fill `out`, [batch, heads, tokens, dim] with any strides, from what `encode` gave.
+
+        Raises CorruptError, whatever the bytes are; never reads or writes out of bounds.
+        """
+
+    @abstractmethod
+    def max_encoded_size(self, raw_bytes: int) -> int:
+        """An upper bound of the bytes that `encode` gives for a block of so many raw bytes."""
+
+    @abstractmethod
+    def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
+        """An upper bound of the raw bytes that so many encoded bytes can stand for.
+
+        A reader allocates for a block only after this has told that the block can be true.
+        """
+
+    # --- tables of a layer's keys or values, shared by its blocks; optional ----------------------
+
+    def make_tables(self, part: Bits, context: Context) -> bytes:
+        """What all blocks of one layer's keys or values share; stored once. Default: nothing."""
+        return b""
+
+    def load_tables(self, data: memoryview, shape: tuple[int, ...], context: Context) -> Any:
+        """The object that blocks find as ``context.tables``; `shape` is that of a whole part.
+
+        Raises CorruptError.
+        """
+        return None
+
+    def max_tables_size(self, shape: tuple[int, ...], dtype: DType) -> int:
+        """An upper bound of the bytes that `make_tables` gives."""
+        return 0
+
+    # --- dependence; optional --------------------------------------------------------------
+
+    def needs(self, layer: int, part: Part) -> tuple[tuple[int, Part], ...]:
+        """The earlier layers' parts whose same tokens must be decoded first. Default: none."""
+        return ()
+
+    needs_profile: ClassVar[bool] = False
+
+
+_registered: dict[str, type[Codec]] = {}
+
+
+@cache
+def _installed() -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def codec_names() -> list[str]:
+    """Names of all codecs that are registered or installed, in order."""
+    return sorted({*_installed(), *_registered})
+
+
+def register_codec(cls: type[Codec], codec_id: str | None = None) -> type[Codec]:
+    """Make a codec known under `codec_id` (default: its own); usable as a decorator."""
+    if not (isinstance(cls, type) and issubclass(cls, Codec)):
+        raise UnsupportedError(f"{cls!r} is not a kvzip.Codec")
+    _registered[codec_id or cls.codec_id] = cls
+    return cls
+
+
+def get_codec(spec: str | Codec | Mapping[str, Any], **settings: Any) -> Codec:
+    """A codec by name ("planes"), by name and settings ("planes:mode=bit,coder=lz4"), by a
+    config as :meth:`Codec.get_config` gives it, or as it is.
+
+    Raises UnsupportedError when there is no such codec or setting.
+    """
+    if isinstance(spec, Codec):
+        return spec
+    if isinstance(spec, str):
+        name, _, given = spec.partition(":")
+        settings = _parse_settings(given) | settings
+    else:
+        name, settings = str(spec.get("id")), {**spec, **settings}
+    found = _registered.get(name)
+    if found is None:
+        point = _installed().get(name)
+        if point is None:
+            raise UnsupportedError(f"no codec {name!r}; there are: {', '.join(codec_names())}")
+        try:
+            found = point.load()
+        except Exception as error:
+            raise UnsupportedError(f"codec {name!r} cannot be imported: {error}") from error
+        register_codec(found, name)
+    try:
+        return found.from_config(settings)
+    except KVZipError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UnsupportedError(f"codec {name!r}: {error}") from error
+
+
+def _parse_settings(text: str) -> dict[str, Any]:
+    """ "level=9,coder=lz4" as a dict; numbers become int."""
+    settings: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UnsupportedError(f"codec setting {item!r}: write name=value")
+        settings[key] = int(value) if value.lstrip("-").isdecimal() else value
+    return settings

@@ -1,0 +1,792 @@
+"""The .kvz file: a header, an index of blocks, blocks, and checksums of everything.
+
+docs/format.md is the format, byte by byte. This module cuts a snapshot into blocks, hands them
+to a codec, and reads back just the blocks that are asked for. It knows no codec by name.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol, TypeVar, runtime_checkable
+
+import msgspec
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kvzip import dtypes
+from kvzip.codec import Codec, Context, get_codec
+from kvzip.dtypes import Bits
+from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError
+from kvzip.snapshot import (
+    PARTS,
+    Layer,
+    LayerLayout,
+    Layout,
+    Origin,
+    Part,
+    Snapshot,
+    replacing_file,
+)
+
+MAGIC = b"\x89KVZ\r\n\x1a\n"
+VERSION = 1
+MAX_HEADER = 1 << 26
+BLOCK_TOKENS = 1024
+WRITER = "kvzip 0.1.0"
+
+_PREAMBLE = struct.Struct("<8sHHIIIQQ")
+_INDEX = np.dtype(
+    [
+        ("layer", "<u4"),
+        ("part", "u1"),
+        ("kind", "u1"),
+        ("reserved", "<u2"),
+        ("start", "<u4"),
+        ("tokens", "<u4"),
+        ("offset", "<u8"),
+        ("length", "<u8"),
+        ("stored_checksum", "<u8"),
+        ("raw_checksum", "<u8"),
+    ]
+)
+_BLOCK, _TABLES = 0, 1
+_FIRST_READ = 1 << 16
+
+T = TypeVar("T")
+
+
+class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a file says of itself before its index; JSON, with docs/header.schema.json as schema."""
+
+    layout: Layout
+    origin: Origin
+    codec: dict[str, Any]
+    """The codec's name under "id", and its settings."""
+    block_tokens: int
+    """Tokens in a block; the last block of a layer may hold fewer."""
+    writer: str
+    profile: str | None = None
+    """SHA-256 of the profile that the reader needs."""
+    token_ids: tuple[int, ...] | None = None
+    """Ids of all tokens, row after row of the batch."""
+    token_ids_sha256: str | None = None
+    """SHA-256 of the ids as little-endian uint32, when the ids themselves are withheld."""
+
+
+def header_schema() -> dict[str, Any]:
+    """The JSON schema of the header."""
+    return msgspec.json.schema(Header)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Place of one block, or of one part's tables, in the order of the file."""
+
+    layer: int
+    part: Part
+    tables: bool
+    start: int
+    """First token, counted from the first that the layer holds."""
+    tokens: int
+
+    def record(self, offset: int, length: int, stored: int, raw: int) -> tuple[int, ...]:
+        kind = _TABLES if self.tables else _BLOCK
+        part = PARTS.index(self.part)
+        return (self.layer, part, kind, 0, self.start, self.tokens, offset, length, stored, raw)
+
+
+def _entries(layout: Layout, block_tokens: int) -> Iterator[_Entry]:
+    """Every entry of a file of that layout, layer by layer, K before V, tables before blocks."""
+    for i, layer in enumerate(layout.layers):
+        for part in PARTS:
+            yield _Entry(i, part, True, 0, 0)
+            for start in range(0, layer.stored, block_tokens):
+                yield _Entry(i, part, False, start, min(block_tokens, layer.stored - start))
+
+
+def _count(layout: Layout, block_tokens: int) -> int:
+    return sum(2 * (1 + -(-layer.stored // block_tokens)) for layer in layout.layers)
+
+
+def _batched(array: Bits) -> Bits:
+    return array if array.ndim == 4 else array[np.newaxis]
+
+
+def _checksum(array: Bits) -> int:
+    """XXH3-64 of an array's bytes in C order, [batch, heads, tokens, dim]."""
+    if array.size == 0:
+        return int(xxhash.xxh3_64_intdigest(b""))
+    if array.flags.c_contiguous:
+        return int(xxhash.xxh3_64_intdigest(array.view(np.uint8)))
+    if not array[0, 0].flags.c_contiguous:
+        return _checksum(np.ascontiguousarray(array))
+    state = xxhash.xxh3_64()
+    for row in array:
+        for head in row:
+            state.update(head.view(np.uint8))
+    return int(state.intdigest())
+
+
+def thread_count(threads: int) -> int:
+    """`threads`, or the number of cores this process may use when it is 0."""
+    if threads < 0:
+        raise ValueError("threads: 0 for all cores, or a number above 0")
+    return threads or len(os.sched_getaffinity(0))
+
+
+def _in_order(pool: ThreadPoolExecutor | None, jobs: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
+    """Results of `jobs` in their order, at most `ahead` of them running or waiting."""
+    if pool is None:
+        for job in jobs:
+            yield job()
+        return
+    pending: deque[Future[T]] = deque()
+    try:
+        for job in jobs:
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+            pending.append(pool.submit(job))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+# --- writing -------------------------------------------------------------------------------
+
+
+class _Encoder:
+    """One snapshot on its way into one file."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        codec: Codec,
+        profile: Any,
+        block_tokens: int,
+        store_token_ids: bool,
+    ):
+        if block_tokens < 1:
+            raise ValueError("block_tokens must be at least 1")
+        if codec.needs_profile and profile is None:
+            raise ProfileError(f"codec {codec.codec_id!r} needs a profile: pass profile=")
+        self.snapshot, self.codec, self.profile = snapshot, codec, profile
+        self.form = dtypes.get(snapshot.dtype)
+        ids = snapshot.token_ids
+        digest = None
+        if ids is not None and not store_token_ids:
+            import hashlib
+
+            digest = hashlib.sha256(ids.astype("<u4").tobytes()).hexdigest()
+        self.ids = ids if store_token_ids else None
+        self.header = Header(
+            layout=snapshot.layout,
+            origin=snapshot.origin,
+            codec=codec.get_config(),
+            block_tokens=block_tokens,
+            writer=WRITER,
+            profile=None if profile is None else profile.id,
+            token_ids=None if self.ids is None else tuple(self.ids.reshape(-1).tolist()),
+            token_ids_sha256=digest,
+        )
+        self.entries = list(_entries(snapshot.layout, block_tokens))
+
+    def context(self, entry: _Entry, **more: Any) -> Context:
+        layer = self.snapshot.layout.layers[entry.layer]
+        begin = layer.first + entry.start
+        return Context(
+            dtype=self.form,
+            layer=entry.layer,
+            part=entry.part,
+            start=begin,
+            origin=self.snapshot.origin,
+            token_ids=_ids_of(self.ids, begin, begin + entry.tokens),
+            profile=self.profile,
+            **more,
+        )
+
+    def encode_part(self, entries: Sequence[_Entry]) -> list[tuple[bytes, int]]:
+        """Stored bytes and raw checksum of one layer's K or V: its tables, then its blocks."""
+        head = entries[0]
+        whole = _batched(self.snapshot.layers[head.layer].part(head.part))
+        made = self.codec.make_tables(whole, self.context(head))
+        tables = self.codec.load_tables(memoryview(made), whole.shape, self.context(head))
+        results = [(made, int(xxhash.xxh3_64_intdigest(made)))]
+        for entry in entries[1:]:
+            tokens = slice(entry.start, entry.start + entry.tokens)
+            earlier = {
+                (layer, part): _batched(self.snapshot.layers[layer].part(part))[:, :, tokens]
+                for layer, part in self.codec.needs(entry.layer, entry.part)
+            }
+            block = whole[:, :, tokens]
+            context = self.context(entry, tables=tables, earlier=earlier)
+            results.append((self.codec.encode(block, context), _checksum(block)))
+        return results
+
+    def write(self, sink: IO[bytes], threads: int, progress: Callable[[int], None] | None) -> int:
+        """Write the whole file to a seekable sink; return its length."""
+        header = msgspec.json.encode(self.header)
+        if len(header) > MAX_HEADER:
+            raise KVZipError(f"the header would have {len(header):,} bytes, above {MAX_HEADER:,}")
+        index = np.zeros(len(self.entries), _INDEX)
+        offset = _PREAMBLE.size + len(header) + index.nbytes
+        base = sink.tell()
+        sink.seek(base + offset)
+        groups: list[list[_Entry]] = []
+        for entry in self.entries:
+            if entry.tables:
+                groups.append([])
+            groups[-1].append(entry)
+        workers = thread_count(threads)
+        pool = ThreadPoolExecutor(workers) if workers > 1 else None
+        row = 0
+        try:
+            jobs = ((lambda g=group: self.encode_part(g)) for group in groups)
+            for group, results in zip(groups, _in_order(pool, jobs, 2 * workers), strict=True):
+                for entry, (data, raw) in zip(group, results, strict=True):
+                    stored = int(xxhash.xxh3_64_intdigest(data))
+                    index[row] = entry.record(offset, len(data), stored, raw)
+                    sink.write(data)
+                    offset += len(data)
+                    row += 1
+                if progress is not None:
+                    layer = self.snapshot.layers[group[0].layer]
+                    progress(layer.part(group[0].part).nbytes)
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+        start = _PREAMBLE.pack(MAGIC, VERSION, 0, len(header), len(index), 0, offset, 0)[:-8]
+        digest = xxhash.xxh3_64_intdigest(start + header + index.tobytes())
+        sink.seek(base)
+        sink.write(start + struct.pack("<Q", digest) + header + index.tobytes())
+        sink.seek(base + offset)
+        return offset
+
+
+def _ids_of(ids: NDArray[Any] | None, start: int, stop: int) -> NDArray[Any] | None:
+    return None if ids is None else np.atleast_2d(ids)[:, start:stop]
+
+
+def encode(
+    snapshot: Snapshot,
+    codec: str | Codec | Mapping[str, Any] = "channel",
+    profile: Any = None,
+    threads: int = 0,
+    *,
+    block_tokens: int = BLOCK_TOKENS,
+    store_token_ids: bool = True,
+) -> bytes:
+    """A snapshot as the bytes of a .kvz file.
+
+    `codec`: a name, a name with settings ("zstd:level=9"), a config, or a Codec. `profile`: what
+    a codec has learned of the model; the reader needs the same. `threads`: 0 for all cores.
+    `block_tokens`: tokens in a block, the smallest unit a reader decodes. `store_token_ids=False`
+    stores a hash of the token ids instead of the ids.
+    """
+    sink = io.BytesIO()
+    encoder = _Encoder(snapshot, get_codec(codec), profile, block_tokens, store_token_ids)
+    encoder.write(sink, threads, None)
+    return sink.getvalue()
+
+
+def write(
+    path: str | os.PathLike[str],
+    snapshot: Snapshot,
+    codec: str | Codec | Mapping[str, Any] = "channel",
+    profile: Any = None,
+    threads: int = 0,
+    *,
+    block_tokens: int = BLOCK_TOKENS,
+    store_token_ids: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """As :func:`encode`, into a file that appears whole or not at all; its length in bytes.
+
+    Memory is bounded by a few layers. `progress` is called with raw bytes as they are done.
+    """
+    encoder = _Encoder(snapshot, get_codec(codec), profile, block_tokens, store_token_ids)
+    with replacing_file(path) as file:
+        return encoder.write(file, threads, progress)
+
+
+def max_encoded_size(
+    layout: Layout | Snapshot,
+    codec: str | Codec | Mapping[str, Any] = "channel",
+    *,
+    block_tokens: int = BLOCK_TOKENS,
+) -> int:
+    """An upper bound of the file's length in bytes, for callers that allocate first.
+
+    `layout`: a snapshot, or a Layout with the dtype and the shapes of all layers. From a bare
+    Layout the bound holds for an origin of up to 4 KiB as JSON.
+    """
+    codec = get_codec(codec)
+    snapshot = layout if isinstance(layout, Snapshot) else None
+    shapes: Layout = layout.layout if isinstance(layout, Snapshot) else layout
+    shapes.check()
+    form = dtypes.get(shapes.dtype)
+    size = _PREAMBLE.size + _count(shapes, block_tokens) * _INDEX.itemsize
+    header = Header(
+        shapes,
+        snapshot.origin if snapshot else Origin(),
+        codec.get_config(),
+        block_tokens,
+        WRITER,
+        profile="0" * 64,
+        token_ids_sha256="0" * 64,
+    )
+    batch = max((s.k[0] if len(s.k) == 4 else 1 for s in shapes.layers), default=1)
+    ids = snapshot.token_ids.size if snapshot and snapshot.token_ids is not None else batch * shapes.tokens
+    size += len(msgspec.json.encode(header)) + 11 * ids + (0 if snapshot else 4096)
+    for entry in _entries(shapes, block_tokens):
+        shape = shapes.layers[entry.layer].shape(entry.part)
+        if entry.tables:
+            size += codec.max_tables_size(shape if len(shape) == 4 else (1, *shape), form)
+        else:
+            numbers = entry.tokens * int(np.prod((*shape[:-2], shape[-1]), dtype=np.int64))
+            size += codec.max_encoded_size(numbers * form.itemsize)
+    return size
+
+
+# --- reading -------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Bytes that can be read in ranges: a file, a buffer, an object in a store."""
+
+    size: int
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Exactly `length` bytes from `offset` on. Both are in bounds."""
+        ...
+
+
+class _Memory:
+    def __init__(self, data: Any):
+        self._data = memoryview(data).cast("B")
+        self.size = len(self._data)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        return self._data[offset : offset + length]
+
+
+class _File:
+    def __init__(self, file: IO[bytes], owned: bool):
+        self._fd, self._file, self._owned = file.fileno(), file, owned
+        self.size = os.fstat(self._fd).st_size
+
+    def read(self, offset: int, length: int) -> memoryview:
+        data = os.pread(self._fd, length, offset)
+        while len(data) < length:  # a read may stop early at 2 GiB
+            more = os.pread(self._fd, length - len(data), offset + len(data))
+            if not more:
+                raise CorruptError(f"the file ended at byte {offset + len(data)} while being read")
+            data += more
+        return memoryview(data)
+
+    def close(self) -> None:
+        if self._owned:
+            self._file.close()
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a file before a block is decoded."""
+
+    header: Header
+    encoded_bytes: int
+    raw_bytes: int
+    numbers: int
+
+    @property
+    def ratio(self) -> float:
+        """Raw bytes over the bytes of the whole file."""
+        return self.raw_bytes / self.encoded_bytes
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of the whole file over how many numbers it holds."""
+        return 8 * self.encoded_bytes / max(self.numbers, 1)
+
+
+class Reader:
+    """An open .kvz file; reads and decodes what is asked for, and nothing else."""
+
+    def __init__(self, source: Source, profile: Any = None, threads: int = 0):
+        self._source, self._profile, self._threads = source, profile, thread_count(threads)
+        self._read_index()
+
+    def _read_index(self) -> None:
+        size = self._source.size
+        first = self._source.read(0, min(size, _FIRST_READ))
+        if bytes(first[: len(MAGIC)]) != MAGIC[: len(first)] or not len(first):
+            raise FormatError("this is not a .kvz file")
+        if len(first) < _PREAMBLE.size:
+            raise CorruptError("the file is cut short in its first bytes")
+        _, version, flags, header_length, count, zero, length, digest = _PREAMBLE.unpack_from(first)
+        if version != VERSION:
+            raise FormatError(
+                f"the file has format version {version}; this is a reader of version {VERSION}"
+            )
+        if flags or zero or header_length > MAX_HEADER:
+            raise FormatError("the file's header is out of bounds")
+        if length != size:
+            problem = "cut short" if size < length else "longer than it says"
+            raise CorruptError(f"the file is {problem}: {size:,} bytes of {length:,}")
+        end = _PREAMBLE.size + header_length + count * _INDEX.itemsize
+        if end > size:
+            raise FormatError("the file's index is out of bounds")
+        start = first[:end] if end <= len(first) else self._source.read(0, end)
+        hashed = xxhash.xxh3_64(start[: _PREAMBLE.size - 8])
+        hashed.update(start[_PREAMBLE.size :])
+        if hashed.intdigest() != digest:
+            raise CorruptError("the header or the index is damaged: its checksum does not match")
+        try:
+            header_bytes = start[_PREAMBLE.size : _PREAMBLE.size + header_length]
+            self.header = msgspec.json.decode(header_bytes, type=Header)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise FormatError(f"the header makes no sense: {error}") from None
+        self.layout = self.header.layout
+        self.layout.check()
+        if self.header.block_tokens < 1:
+            raise FormatError("the header makes no sense: block_tokens is below 1")
+        self._form = dtypes.get(self.layout.dtype)
+        self._codec = get_codec(self.header.codec)
+        self._index = np.frombuffer(start, _INDEX, count, _PREAMBLE.size + header_length)
+        self._check_index(end)
+        self.token_ids = self._token_ids()
+
+    def _check_index(self, end: int) -> None:
+        """Every entry is the one that the layout asks for, and bytes follow without a gap."""
+        index = self._index
+        if len(index) != _count(self.layout, self.header.block_tokens):
+            raise FormatError("the index does not fit the shapes in the header")
+        lengths = index["length"]
+        if len(index) and int(lengths.max()) > self._source.size:
+            raise FormatError("a block is longer than the file")
+        offsets = end + np.concatenate([[0], np.cumsum(lengths, dtype=np.uint64)]).astype(np.uint64)
+        if not np.array_equal(offsets[:-1], index["offset"]) or int(offsets[-1]) != self._source.size:
+            raise FormatError("the blocks do not follow each other without gap or overlap")
+        fields = ["layer", "part", "kind", "reserved", "start", "tokens"]
+        self._rows: dict[tuple[int, Part], range] = {}
+        row = 0
+        for entry in _entries(self.layout, self.header.block_tokens):
+            found = index[row]
+            if tuple(found[fields].tolist()) != entry.record(0, 0, 0, 0)[:6]:
+                raise FormatError(f"entry {row} of the index is not the block that belongs there")
+            shape = self.layout.layers[entry.layer].shape(entry.part)
+            raw = int(np.prod((*shape[:-2], entry.tokens, shape[-1]), dtype=object))
+            raw *= self._form.itemsize
+            room = self._codec.max_decoded_size(int(found["length"]), self._form)
+            if not entry.tables and raw > room:
+                raise FormatError(f"entry {row} of the index claims more than its bytes can hold")
+            if entry.tables:
+                self._rows[entry.layer, entry.part] = range(row, row + 1)
+            else:
+                rows = self._rows[entry.layer, entry.part]
+                self._rows[entry.layer, entry.part] = range(rows.start, row + 1)
+            row += 1
+
+    def _token_ids(self) -> NDArray[Any] | None:
+        ids = self.header.token_ids
+        if ids is None:
+            return None
+        shape = self.layout.layers[0].k if self.layout.layers else (1,)
+        rows = (shape[0],) if len(shape) == 4 else ()
+        try:
+            return np.array(ids, np.uint32).reshape(*rows, self.layout.tokens)
+        except (OverflowError, ValueError):
+            raise FormatError("the token ids do not fit the number of tokens") from None
+
+    # --- what it is ------------------------------------------------------------------------
+
+    @cached_property
+    def info(self) -> Info:
+        return Info(self.header, self._source.size, self.layout.raw_bytes, self.layout.numbers)
+
+    @property
+    def codec(self) -> Codec:
+        return self._codec
+
+    def __len__(self) -> int:
+        """How many layers there are."""
+        return len(self.layout.layers)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file that `open` opened."""
+        if isinstance(self._source, _File):
+            self._source.close()
+
+    # --- decoding --------------------------------------------------------------------------
+
+    def layer(self, i: int) -> Layer:
+        """Keys and values of layer i, every token it holds."""
+        return self.decode(layers=[i]).layers[0]
+
+    def tokens(self, start: int, stop: int) -> Snapshot:
+        """All layers, with what they hold of positions start to stop."""
+        return self.decode(tokens=(start, stop))
+
+    def decode(
+        self,
+        out: Sequence[tuple[Any, Any]] | None = None,
+        layers: Sequence[int] | None = None,
+        tokens: tuple[int, int] | None = None,
+        threads: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Snapshot:
+        """Layers (default: all) and positions (default: all) of the file, bit-exact.
+
+        `out`: one (K, V) pair of writable arrays or CPU tensors for each layer asked for, of the
+        layers' shapes (with `tokens`, of the cut shapes), any strides; filled and used instead of
+        new memory. Layers of the result are in the order asked for. `progress` is called with
+        raw bytes as they are done.
+
+        Raises CorruptError when any block read is damaged, ProfileError when the file needs a
+        profile and has not got it.
+        """
+        self._check_profile()
+        wanted = list(range(len(self))) if layers is None else [self._layer_number(i) for i in layers]
+        begin, end = (0, self.layout.tokens) if tokens is None else tokens
+        if not 0 <= begin <= end <= self.layout.tokens:
+            raise ValueError(f"tokens {begin}:{end} are not within 0:{self.layout.tokens}")
+        cuts = {i: self.layout.layers[i].cut(begin, end) for i in wanted}
+        targets = self._targets(wanted, cuts, out)
+        plan = self._plan(wanted, cuts)
+        tables = self._tables(plan)
+        jobs = (
+            (lambda r=rows: self._decode_chain(r, cuts, targets, tables)) for rows in plan
+        )
+        workers = thread_count(threads) if threads is not None else self._threads
+        pool = ThreadPoolExecutor(workers) if workers > 1 and len(plan) > 1 else None
+        try:
+            for done in _in_order(pool, jobs, 2 * workers):
+                if progress is not None:
+                    progress(done)
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+        result = [
+            Layer(*(targets[i, part].reshape(cuts[i].shape(part)) for part in PARTS), cuts[i])
+            for i in wanted
+        ]
+        ids = self.token_ids
+        # A cut keeps the ids of all positions up to its end, since layers hold positions, too.
+        ids = None if ids is None else ids[..., : max((c.cumulative_length for c in cuts.values()), default=0)]
+        return Snapshot(result, self.layout.dtype, ids, self.header.origin)
+
+    def _layer_number(self, i: int) -> int:
+        if not -len(self) <= i < len(self):
+            raise ValueError(f"there is no layer {i}: the file has {len(self)}")
+        return i % len(self)
+
+    def _check_profile(self) -> None:
+        need, have = self.header.profile, getattr(self._profile, "id", None)
+        if need is not None and need != have:
+            found = "none was given" if have is None else f"the one given is {have}"
+            raise ProfileError(f"the file was written with profile {need}; {found}")
+
+    def _targets(
+        self,
+        wanted: Sequence[int],
+        cuts: Mapping[int, LayerLayout],
+        out: Sequence[tuple[Any, Any]] | None,
+    ) -> dict[tuple[int, Part], Bits]:
+        targets: dict[tuple[int, Part], Bits] = {}
+        if out is not None and len(out) != len(wanted):
+            raise ValueError(f"out has {len(out)} layers, not {len(wanted)}")
+        for n, i in enumerate(wanted):
+            for j, part in enumerate(PARTS):
+                shape = cuts[i].shape(part)
+                if out is None:
+                    try:
+                        array = np.empty(shape, self._form.uint)
+                    except MemoryError:
+                        raise KVZipError(f"not enough memory for layer {i}: {shape}") from None
+                else:
+                    array, _ = dtypes.as_bits(out[n][j], self.layout.dtype)
+                    if array.shape != shape or not array.flags.writeable:
+                        raise ValueError(f"out for layer {i}: want a writable array of {shape}")
+                targets[i, part] = _batched(array)
+        return targets
+
+    def _plan(self, wanted: Sequence[int], cuts: Mapping[int, LayerLayout]) -> list[list[int]]:
+        """Rows of the index to decode, as chains: rows of one chain in order, chains in any."""
+        needed: dict[tuple[int, Part], None] = {}
+        dependent = False
+
+        def require(layer: int, part: Part) -> None:
+            nonlocal dependent
+            if (layer, part) in needed:
+                return
+            for key in self._codec.needs(layer, part):
+                dependent = True
+                require(*key)
+            needed[layer, part] = None
+
+        for i in wanted:
+            for part in PARTS:
+                require(i, part)
+        chains: dict[Any, list[int]] = {}
+        begin = min((c.first for c in cuts.values()), default=0)
+        end = max((c.cumulative_length for c in cuts.values()), default=0)
+        for layer, part in needed:
+            first = self.layout.layers[layer].first
+            for row in self._rows[layer, part][1:]:
+                at, tokens = int(self._index["start"][row]), int(self._index["tokens"][row])
+                if first + at < end and first + at + tokens > begin:
+                    chains.setdefault(at if dependent else row, []).append(row)
+        return list(chains.values())
+
+    def _tables(self, plan: Iterable[Iterable[int]]) -> dict[tuple[int, Part], Any]:
+        tables: dict[tuple[int, Part], Any] = {}
+        for rows in plan:
+            for row in rows:
+                layer, part = int(self._index["layer"][row]), PARTS[self._index["part"][row]]
+                if (layer, part) not in tables:
+                    data = self._stored(self._rows[layer, part].start)
+                    shape = self.layout.layers[layer].shape(part)
+                    shape = shape if len(shape) == 4 else (1, *shape)
+                    context = self._context(layer, part, 0, 0)
+                    tables[layer, part] = self._codec.load_tables(data, shape, context)
+        return tables
+
+    def _context(self, layer: int, part: Part, start: int, tokens: int, **more: Any) -> Context:
+        begin = self.layout.layers[layer].first + start
+        ids = _ids_of(self.token_ids, begin, begin + tokens)
+        return Context(
+            self._form, layer, part, begin, self.header.origin, ids, self._profile, **more
+        )
+
+    def _stored(self, row: int) -> memoryview:
+        """The stored bytes of an entry, with their checksum verified."""
+        entry = self._index[row]
+        data = self._source.read(int(entry["offset"]), int(entry["length"]))
+        if xxhash.xxh3_64_intdigest(data) != int(entry["stored_checksum"]):
+            raise CorruptError(f"{self._name(row)} is damaged: its checksum does not match")
+        return data
+
+    def _name(self, row: int) -> str:
+        entry = self._index[row]
+        part, first = PARTS[entry["part"]], self.layout.layers[entry["layer"]].first
+        start = first + int(entry["start"])
+        what = "the tables of " if entry["kind"] == _TABLES else ""
+        return f"{what}layer {entry['layer']} {part}, tokens {start}:{start + int(entry['tokens'])}"
+
+    def _decode_chain(
+        self,
+        rows: Sequence[int],
+        cuts: Mapping[int, LayerLayout],
+        targets: Mapping[tuple[int, Part], Bits],
+        tables: Mapping[tuple[int, Part], Any],
+    ) -> int:
+        """Decode blocks one after the other; return how many raw bytes of the targets are filled."""
+        done: dict[tuple[int, Part], Bits] = {}
+        filled = 0
+        for row in rows:
+            entry = self._index[row]
+            layer, part = int(entry["layer"]), PARTS[entry["part"]]
+            start, tokens = int(entry["start"]), int(entry["tokens"])
+            whole = self.layout.layers[layer]
+            inside: Bits | None = None
+            if layer in cuts:
+                offset = whole.first + start - cuts[layer].first
+                lo, hi = max(0, -offset), min(tokens, cuts[layer].stored - offset)
+                if lo < hi:
+                    inside = targets[layer, part][:, :, offset + lo : offset + hi]
+            if inside is not None and inside.shape[2] == tokens:
+                block = inside
+            else:
+                shape = whole.shape(part)
+                shape = shape if len(shape) == 4 else (1, *shape)
+                block = np.empty((*shape[:2], tokens, shape[3]), self._form.uint)
+            need = {key: done[key] for key in self._codec.needs(layer, part)}
+            context = self._context(layer, part, start, tokens, tables=tables[layer, part], earlier=need)
+            try:
+                self._codec.decode(self._stored(row), block, context)
+            except CorruptError as error:
+                raise CorruptError(f"{self._name(row)}: {error}") from None
+            if _checksum(block) != int(entry["raw_checksum"]):
+                raise CorruptError(f"{self._name(row)} decodes to other numbers than were encoded")
+            done[layer, part] = block
+            if inside is not None:
+                if block is not inside:
+                    inside[...] = block[:, :, lo:hi]
+                filled += inside.nbytes
+        return filled
+
+
+def open(file: Any, profile: Any = None, threads: int = 0) -> Reader:
+    """Open a .kvz file: a path, bytes or another buffer, a binary file object, or a `Source`.
+
+    Reads the header and the index. Raises FormatError, CorruptError, or the OSError of the path.
+    """
+    if isinstance(file, (str, os.PathLike)):
+        handle = Path(file).open("rb")  # noqa: SIM115 - the Reader closes it
+        try:
+            return Reader(_File(handle, owned=True), profile, threads)
+        except BaseException:
+            handle.close()
+            raise
+    if isinstance(file, Source):
+        return Reader(file, profile, threads)
+    if hasattr(file, "fileno"):
+        return Reader(_File(file, owned=False), profile, threads)
+    return Reader(_Memory(file), profile, threads)
+
+
+def decode(
+    file: Any,
+    profile: Any = None,
+    threads: int = 0,
+    *,
+    out: Sequence[tuple[Any, Any]] | None = None,
+    layers: Sequence[int] | None = None,
+    tokens: tuple[int, int] | None = None,
+) -> Snapshot:
+    """The snapshot in a .kvz file, bit-exact; `file` as for :func:`open`, the rest as for
+    :meth:`Reader.decode`."""
+    with open(file, profile, threads) as reader:
+        return reader.decode(out, layers, tokens)
+
+
+def info(file: Any) -> Info:
+    """What a .kvz file says of itself, without decoding a block."""
+    with open(file) as reader:
+        return reader.info
+
+
+def verify(
+    file: Any,
+    profile: Any = None,
+    threads: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Info:
+    """Check every checksum and decode everything, one layer in memory at a time.
+
+    Returns what :func:`info` does; raises CorruptError, FormatError or ProfileError.
+    """
+    with open(file, profile, threads) as reader:
+        for i in range(len(reader)):
+            reader.decode(layers=[i], progress=progress)
+        return reader.info

@@ -1,0 +1,138 @@
+"""Floating-point formats as bits: names, integer views, and the fields of a number.
+
+A codec never casts. It sees the unsigned integer that holds a number's bits, so NaN payloads,
+infinities, negative zeros and subnormals come back as they went in.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.errors import UnsupportedError
+
+Bits = NDArray[Any]
+"""An array of uint8, uint16 or uint32 that holds the raw bits of floating-point numbers."""
+
+
+@dataclass(frozen=True)
+class DType:
+    """A floating-point format: 1 sign bit, then exponent, then mantissa, from the top bit down."""
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    safetensors: str
+    torch: str
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return self.bits // 8
+
+    @property
+    def uint(self) -> np.dtype[Any]:
+        """The numpy dtype of the integer view."""
+        return np.dtype(f"<u{self.itemsize}")
+
+    @property
+    def symbols(self) -> int:
+        """How many values sign and exponent together can take."""
+        return 1 << (1 + self.exponent_bits)
+
+
+_ALL = (
+    DType("bf16", 8, 7, "BF16", "bfloat16"),
+    DType("fp16", 5, 10, "F16", "float16"),
+    DType("fp32", 8, 23, "F32", "float32"),
+    DType("fp8_e4m3fn", 4, 3, "F8_E4M3", "float8_e4m3fn"),
+    DType("fp8_e5m2", 5, 2, "F8_E5M2", "float8_e5m2"),
+)
+NAMES: tuple[str, ...] = tuple(d.name for d in _ALL)
+_BY_NAME = {alias: d for d in _ALL for alias in (d.name, d.safetensors, d.torch)}
+
+
+def get(name: str) -> DType:
+    """The format called `name`: ours ("bf16"), torch's ("torch.bfloat16") or safetensors' ("BF16").
+
+    Raises UnsupportedError for any other.
+    """
+    try:
+        return _BY_NAME[name.removeprefix("torch.")]
+    except (KeyError, AttributeError):
+        raise UnsupportedError(f"dtype {name!r}: use one of {', '.join(NAMES)}") from None
+
+
+def as_bits(array: Any, dtype: str | None = None) -> tuple[Bits, str]:
+    """The bits of `array` as an unsigned integer view, without a copy, and the format's name.
+
+    `array` is a numpy array, a CPU torch tensor, or anything with DLPack. An integer array needs
+    `dtype`, the name of the format that its bits are in. Shape and strides are kept.
+    Raises UnsupportedError when the format is not one of ours.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        found = get(str(array.dtype)) if array.dtype.is_floating_point else None
+        signed = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(array.element_size())
+        if signed is None:
+            raise UnsupportedError(f"a tensor of {array.dtype} holds no numbers of ours")
+        values = array.detach().cpu().view(signed).numpy()
+    else:
+        values = array if isinstance(array, np.ndarray) else np.from_dlpack(array)
+        # ml_dtypes' bfloat16 and float8 types are numpy dtypes of kind "V", known by name.
+        found = get(values.dtype.name) if values.dtype.kind not in "iu" else None
+    if found is None:
+        if dtype is None:
+            raise UnsupportedError(
+                f"an array of {values.dtype} could be any format: say dtype=, one of "
+                + ", ".join(NAMES)
+            )
+        found = get(dtype)
+    elif dtype is not None and get(dtype) is not found:
+        raise UnsupportedError(f"the array is {found.name}, not {dtype}")
+    if values.dtype.itemsize != found.itemsize or values.dtype.byteorder == ">":
+        raise UnsupportedError(f"an array of {values.dtype} cannot hold {found.name}")
+    return values.view(found.uint), found.name
+
+
+def as_tensor(bits: Bits, dtype: str) -> Any:
+    """A torch tensor on the same memory as `bits` (which must be writable)."""
+    import torch
+
+    signed: NDArray[Any] = bits.view(np.dtype(f"<i{bits.dtype.itemsize}"))
+    return torch.from_numpy(signed).view(getattr(torch, get(dtype).torch))
+
+
+def to_ordered(bits: Bits) -> Bits:
+    """Map bits to unsigned integers in the numbers' own order (-NaN lowest, +NaN highest).
+
+    Two numbers that are neighbours on the real line become neighbouring integers.
+    """
+    width = bits.dtype.itemsize * 8
+    top = bits.dtype.type(1 << (width - 1))
+    return np.where(bits & top, ~bits, bits | top).astype(bits.dtype)
+
+
+def from_ordered(ordered: Bits) -> Bits:
+    """The inverse of :func:`to_ordered`."""
+    width = ordered.dtype.itemsize * 8
+    top = ordered.dtype.type(1 << (width - 1))
+    return np.where(ordered & top, ordered ^ top, ~ordered).astype(ordered.dtype)
+
+
+def sign_exponent(bits: Bits, dtype: str) -> Bits:
+    """Sign and exponent of each number as one integer below ``get(dtype).symbols``."""
+    return bits >> bits.dtype.type(get(dtype).mantissa_bits)
+
+
+def mantissa(bits: Bits, dtype: str) -> Bits:
+    """The mantissa field of each number."""
+    return bits & bits.dtype.type((1 << get(dtype).mantissa_bits) - 1)

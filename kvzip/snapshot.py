@@ -1,0 +1,381 @@
+"""A snapshot: keys and values of every layer of one KV cache, as raw bits, and where they come from.
+
+On disk it is a safetensors file: tensors ``layers.<i>.k`` and ``layers.<i>.v`` as they lie in the
+cache, ``token_ids``, and under the metadata key ``kvzip`` the :class:`Description` as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip import dtypes
+from kvzip.dtypes import Bits
+from kvzip.errors import CorruptError, FormatError, UnsupportedError
+
+Part = Literal["k", "v"]
+PARTS: tuple[Part, Part] = ("k", "v")
+
+
+class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Shape and kind of one layer. Shapes are [heads, tokens, dim] or [batch, heads, tokens, dim].
+
+    A `sliding` layer keeps only the last tokens of `cumulative_length`; `window` is how many
+    positions a query of it sees, its own included. The stored tokens are the last ones.
+    """
+
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    cumulative_length: int
+    kind: Literal["full", "sliding"] = "full"
+    window: int | None = None
+    rope: int | None = None
+    """Index into the description's list of RoPE parameters; None: no rotation is known."""
+
+    @property
+    def stored(self) -> int:
+        """Tokens that are held."""
+        return self.k[-2]
+
+    @property
+    def first(self) -> int:
+        """Position of the first token that is held."""
+        return self.cumulative_length - self.stored
+
+    def shape(self, part: Part) -> tuple[int, ...]:
+        return self.k if part == "k" else self.v
+
+    def cut(self, start: int, stop: int) -> LayerLayout:
+        """The layer with only the tokens that it holds of positions start to stop."""
+        begin, end = (min(max(p, self.first), self.cumulative_length) for p in (start, stop))
+        count = max(end - begin, 0)
+        return msgspec.structs.replace(
+            self,
+            k=(*self.k[:-2], count, self.k[-1]),
+            v=(*self.v[:-2], count, self.v[-1]),
+            cumulative_length=min(stop, self.cumulative_length),
+        )
+
+    def check(self) -> None:
+        """Raise FormatError unless the fields fit each other."""
+        ok = (
+            len(self.k) == len(self.v)
+            and len(self.k) in (3, 4)
+            and all(0 <= n < 2**31 for n in (*self.k, *self.v))
+            and self.k[:-3] == self.v[:-3]
+            and self.k[-2] == self.v[-2]
+            and self.stored <= self.cumulative_length < 2**31
+            and (self.kind == "full") == (self.window is None)
+            and (self.window is None or self.window > 0)
+            and (self.rope is None or self.rope >= 0)
+        )
+        if not ok:
+            raise FormatError(f"a layer's shape or kind makes no sense: {self}")
+
+
+class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Format, shapes and kinds of all layers: what a buffer for a cache must hold."""
+
+    dtype: str
+    layers: tuple[LayerLayout, ...]
+
+    @property
+    def raw_bytes(self) -> int:
+        return self.numbers * dtypes.get(self.dtype).itemsize
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers all keys and values are."""
+        return sum(_product(s.shape(part)) for s in self.layers for part in PARTS)
+
+    @property
+    def tokens(self) -> int:
+        """True length of the sequence, cropped tokens included."""
+        return max((s.cumulative_length for s in self.layers), default=0)
+
+    def check(self) -> None:
+        """Raise FormatError or UnsupportedError unless every field makes sense."""
+        dtypes.get(self.dtype)
+        for layer in self.layers:
+            layer.check()
+
+
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a cache comes from."""
+
+    model: str = ""
+    """Model id: a hub id, a folder, or a file, as the person who captured it gave it."""
+    revision: str = ""
+    """What pins the weights: a commit or a hash of the weights' file."""
+    architecture: str = ""
+    rope: tuple[dict[str, Any], ...] = ()
+    """The distinct RoPE parameters (theta, kind, scaling) that layers point to."""
+    text: str = ""
+    """Name of the text and the range of its tokens."""
+    software: dict[str, str] = {}
+    """Versions of what computed the cache, and the device it ran on."""
+
+
+class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The metadata of a snapshot file."""
+
+    layout: Layout
+    origin: Origin = Origin()
+    version: int = 1
+
+
+def _product(shape: Sequence[int]) -> int:
+    result = 1
+    for n in shape:
+        result *= n
+    return result
+
+
+class Layer:
+    """Keys and values of one layer as raw bits, and their layout."""
+
+    __slots__ = ("k", "layout", "v")
+
+    def __init__(self, k: Bits, v: Bits, layout: LayerLayout):
+        self.k, self.v, self.layout = k, v, layout
+
+    def __iter__(self) -> Iterator[Bits]:
+        return iter((self.k, self.v))
+
+    def part(self, part: Part) -> Bits:
+        return self.k if part == "k" else self.v
+
+
+class Snapshot:
+    """Keys and values of every layer, raw bits, with the ids of their tokens.
+
+    ``layers[i].k`` and ``.v`` are numpy arrays of uint8, uint16 or uint32, shape [heads, tokens,
+    dim] or [batch, heads, tokens, dim]; ``dtype`` names the format of the bits ("bf16", "fp16",
+    "fp32", "fp8_e4m3fn", "fp8_e5m2"). ``token_ids``: uint32, [tokens] or [batch, tokens], or None.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        dtype: str,
+        token_ids: NDArray[Any] | None = None,
+        origin: Origin = Origin(),  # noqa: B008 - frozen
+    ):
+        self.layers, self.origin = list(layers), origin
+        self.layout = Layout(dtypes.get(dtype).name, tuple(layer.layout for layer in layers))
+        self.layout.check()
+        for i, layer in enumerate(self.layers):
+            for part in PARTS:
+                found = layer.part(part)
+                if found.shape != layer.layout.shape(part):
+                    raise FormatError(f"layer {i}: {part} has shape {found.shape}")
+                if found.dtype != dtypes.get(dtype).uint:
+                    raise FormatError(f"layer {i}: {part} is {found.dtype}, not bits of {dtype}")
+        self.token_ids = None if token_ids is None else np.ascontiguousarray(token_ids, np.uint32)
+
+    @property
+    def dtype(self) -> str:
+        return self.layout.dtype
+
+    @property
+    def tokens(self) -> int:
+        """True length of the sequence, tokens that sliding windows dropped included."""
+        return self.layout.tokens
+
+    @property
+    def raw_bytes(self) -> int:
+        return self.layout.raw_bytes
+
+    def __repr__(self) -> str:
+        return (
+            f"<Snapshot {self.origin.model or 'of an unnamed model'}: {len(self.layers)} layers, "
+            f"{self.tokens} tokens, {self.dtype}, {self.raw_bytes:,} bytes>"
+        )
+
+    # --- from memory -----------------------------------------------------------------------
+
+    @classmethod
+    def from_arrays(
+        cls,
+        layers: Sequence[tuple[Any, Any]],
+        dtype: str | None = None,
+        token_ids: Any = None,
+        origin: Origin = Origin(),  # noqa: B008 - frozen
+    ) -> Snapshot:
+        """From one (K, V) pair a layer: numpy, CPU torch, or anything with DLPack; no copy.
+
+        `dtype` is needed when the arrays are integers that hold bits. All layers count as full.
+        """
+        built = []
+        for k, v in layers:
+            kb, dtype = dtypes.as_bits(k, dtype)
+            vb, dtype = dtypes.as_bits(v, dtype)
+            if kb.ndim < 3:
+                raise UnsupportedError(f"shape {kb.shape}: want [heads, tokens, dim] or a batch")
+            built.append(Layer(kb, vb, LayerLayout(kb.shape, vb.shape, kb.shape[-2])))
+        if dtype is None:
+            raise UnsupportedError("a snapshot needs at least one layer")
+        return cls(built, dtype, None if token_ids is None else np.asarray(token_ids), origin)
+
+    @classmethod
+    def from_cache(cls, cache: Any, token_ids: Any = None, model: Any = None) -> Snapshot:
+        """From a transformers `Cache` that a forward pass has filled.
+
+        `model` is the model (its id, RoPE parameters and layer kinds are noted) or its id.
+        A batch of one comes without the batch axis. Quantised layers and layers of linear
+        attention raise UnsupportedError.
+        """
+        from kvzip.load.hf import snapshot_of_cache
+
+        found: Snapshot = snapshot_of_cache(cache, token_ids, model)
+        return found
+
+    # --- on disk ---------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        from safetensors import serialize_file
+
+        names = {
+            f"layers.{i}.{part}": layer.part(part)
+            for i, layer in enumerate(self.layers)
+            for part in PARTS
+        }
+        kind = _SERIALIZE[self.dtype]
+        tensors = {
+            name: {"dtype": kind, "shape": list(a.shape), "data": _bytes(a)}
+            for name, a in names.items()
+        }
+        if self.token_ids is not None:
+            ids = self.token_ids.astype("<i8")
+            tensors["token_ids"] = {
+                "dtype": "int64",
+                "shape": list(ids.shape),
+                "data": ids.tobytes(),
+            }
+        note = msgspec.json.encode(Description(self.layout, self.origin)).decode()
+        with replacing(path) as temporary:
+            serialize_file(tensors, temporary, metadata={"kvzip": note})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Snapshot:
+        """Open a safetensors snapshot; the numbers are mapped, not read, until they are used.
+
+        Raises FormatError when it is not a snapshot, CorruptError when it is cut short.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        try:
+            # The library checks the header against the file: sizes, gaps and overlaps.
+            with safe_open(path, framework="numpy") as checked:
+                note = (checked.metadata() or {}).get("kvzip")
+        except SafetensorError as error:
+            kind = CorruptError if "Incomplete" in str(error) else FormatError
+            raise kind(f"{path} is not a whole safetensors file: {error}") from None
+        if note is None:
+            raise FormatError(f"{path} is a safetensors file, but not a snapshot of a KV cache")
+        try:
+            description = msgspec.json.decode(note, type=Description)
+        except msgspec.MsgspecError as error:
+            raise FormatError(f"{path}: bad description: {error}") from None
+        layout = description.layout
+        layout.check()
+        with path.open("rb") as file:
+            start = 8 + (length := int.from_bytes(file.read(8), "little"))
+            header = json.loads(file.read(length))
+        memory = np.memmap(path, mode="r", dtype=np.uint8)
+
+        def view(name: str, dtype: np.dtype[Any], kind: str, shape: Sequence[int]) -> Any:
+            entry = header.get(name)
+            if entry is None or entry["dtype"] != kind or list(shape) != entry["shape"]:
+                raise FormatError(f"{path}: tensor {name} is missing or not as described")
+            begin, end = entry["data_offsets"]
+            return memory[start + begin : start + end].view(dtype).reshape(shape)
+
+        form = dtypes.get(layout.dtype)
+        layers = [
+            Layer(
+                *(
+                    view(f"layers.{i}.{part}", form.uint, form.safetensors, layer.shape(part))
+                    for part in PARTS
+                ),
+                layer,
+            )
+            for i, layer in enumerate(layout.layers)
+        ]
+        ids = None
+        if entry := header.get("token_ids"):
+            ids = view("token_ids", np.dtype("<i8"), "I64", entry["shape"])
+        return cls(layers, layout.dtype, ids, description.origin)
+
+    # --- to a framework --------------------------------------------------------------------
+
+    def tensors(self) -> list[tuple[Any, Any]]:
+        """One (K, V) pair of torch tensors a layer, in the snapshot's shapes (copies)."""
+        return [
+            (
+                dtypes.as_tensor(np.array(layer.k), self.dtype),
+                dtypes.as_tensor(np.array(layer.v), self.dtype),
+            )
+            for layer in self.layers
+        ]
+
+    def to_cache(self, config: Any) -> Any:
+        """A transformers `DynamicCache` for a model of that config, holding every token.
+
+        A cache as long as the prompt makes `generate` give wrong tokens without an error: the
+        prompt must go on beyond it. `kvzip.load.hf.load_cache` checks that; this does not.
+        """
+        from kvzip.load.hf import cache_of_snapshot
+
+        return cache_of_snapshot(self, config)
+
+
+_SERIALIZE = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp8_e4m3fn": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
+
+
+def _bytes(array: Bits) -> Any:
+    contiguous = np.ascontiguousarray(array)
+    return memoryview(contiguous.reshape(-1).view(np.uint8)) if contiguous.size else b""
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A temporary name beside `path` that takes its place when the block ends without an error."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} is not a folder")
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(temporary).chmod(0o666 & ~mask)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """As :func:`replacing`, with the temporary file open for writing and reading."""
+    with replacing(path) as temporary, Path(temporary).open("w+b") as file:
+        yield file
