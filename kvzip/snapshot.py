@@ -243,28 +243,32 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
-        from safetensors import serialize_file
+        from safetensors import SafetensorError, TensorSpec, serialize_file
 
-        names = {
-            f"layers.{i}.{part}": layer.part(part)
+        form = dtypes.get(self.dtype)
+        # Held until the end: the serializer is given their addresses.
+        arrays = {
+            f"layers.{i}.{part}": np.ascontiguousarray(layer.part(part))
             for i, layer in enumerate(self.layers)
             for part in PARTS
         }
-        kind = _SERIALIZE[self.dtype]
-        tensors = {
-            name: {"dtype": kind, "shape": list(a.shape), "data": _bytes(a)}
-            for name, a in names.items()
-        }
         if self.token_ids is not None:
-            ids = self.token_ids.astype("<i8")
-            tensors["token_ids"] = {
-                "dtype": "int64",
-                "shape": list(ids.shape),
-                "data": ids.tobytes(),
-            }
+            arrays["token_ids"] = self.token_ids.astype("<i8")
+        tensors = {
+            name: TensorSpec(
+                dtype="int64" if name == "token_ids" else _SERIALIZE.get(form.name, form.torch),
+                shape=array.shape,
+                data_ptr=array.ctypes.data,
+                data_len=array.nbytes,
+            )
+            for name, array in arrays.items()
+        }
         note = msgspec.json.encode(Description(self.layout, self.origin)).decode()
         with replacing(path) as temporary:
-            serialize_file(tensors, temporary, metadata={"kvzip": note})
+            try:
+                serialize_file(tensors, temporary, metadata={"kvzip": note})
+            except SafetensorError as error:
+                raise OSError(f"cannot write {path}: {error}") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Snapshot:
@@ -341,18 +345,8 @@ class Snapshot:
         return cache_of_snapshot(self, config)
 
 
-_SERIALIZE = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp32": "float32",
-    "fp8_e4m3fn": "float8_e4m3fn",
-    "fp8_e5m2": "float8_e5m2",
-}
-
-
-def _bytes(array: Bits) -> Any:
-    contiguous = np.ascontiguousarray(array)
-    return memoryview(contiguous.reshape(-1).view(np.uint8)) if contiguous.size else b""
+# What safetensors' Python interface calls them, where that is not torch's name.
+_SERIALIZE: dict[str, str] = {}
 
 
 @contextmanager

