@@ -62,7 +62,9 @@ def cut_documents(
     ids = tokenizer(read_text(texts), add_special_tokens=False, verbose=False).input_ids
     body = tokens - len(front)
     if body < 1:
-        raise KVZipError(f"a document of {tokens} tokens has no room beside {len(front)} special ones")
+        raise KVZipError(
+            f"a document of {tokens} tokens has no room beside {len(front)} special ones"
+        )
     found = [
         Document(
             n,

@@ -58,7 +58,9 @@ class Zstd(Coder):
         except zstandard.ZstdError as error:
             raise CorruptError(f"bad Zstandard frame: {error}") from None
         if filled < size or more:
-            raise CorruptError(f"a Zstandard frame holds {filled}{'+' * bool(more)} bytes, not {size}")
+            raise CorruptError(
+                f"a Zstandard frame holds {filled}{'+' * bool(more)} bytes, not {size}"
+            )
         return out
 
     @staticmethod

@@ -85,7 +85,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def header_schema() -> dict[str, Any]:
     """The JSON schema of the header."""
-    return msgspec.json.schema(Header)
+    schema: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(msgspec.json.schema(Header)))
+    return schema
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,9 @@ def thread_count(threads: int) -> int:
     return threads or len(os.sched_getaffinity(0))
 
 
-def _in_order(pool: ThreadPoolExecutor | None, jobs: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
+def _in_order(
+    pool: ThreadPoolExecutor | None, jobs: Iterable[Callable[[], T]], ahead: int
+) -> Iterator[T]:
     """Results of `jobs` in their order, at most `ahead` of them running or waiting."""
     if pool is None:
         for job in jobs:
@@ -347,7 +350,11 @@ def max_encoded_size(
         token_ids_sha256="0" * 64,
     )
     batch = max((s.k[0] if len(s.k) == 4 else 1 for s in shapes.layers), default=1)
-    ids = snapshot.token_ids.size if snapshot and snapshot.token_ids is not None else batch * shapes.tokens
+    ids = (
+        snapshot.token_ids.size
+        if snapshot and snapshot.token_ids is not None
+        else batch * shapes.tokens
+    )
     size += len(msgspec.json.encode(header)) + 11 * ids + (0 if snapshot else 4096)
     for entry in _entries(shapes, block_tokens):
         shape = shapes.layers[entry.layer].shape(entry.part)
@@ -477,7 +484,10 @@ class Reader:
         if len(index) and int(lengths.max()) > self._source.size:
             raise FormatError("a block is longer than the file")
         offsets = end + np.concatenate([[0], np.cumsum(lengths, dtype=np.uint64)]).astype(np.uint64)
-        if not np.array_equal(offsets[:-1], index["offset"]) or int(offsets[-1]) != self._source.size:
+        if (
+            not np.array_equal(offsets[:-1], index["offset"])
+            or int(offsets[-1]) != self._source.size
+        ):
             raise FormatError("the blocks do not follow each other without gap or overlap")
         fields = ["layer", "part", "kind", "reserved", "start", "tokens"]
         self._rows: dict[tuple[int, Part], range] = {}
@@ -528,7 +538,10 @@ class Reader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -566,7 +579,9 @@ class Reader:
         profile and has not got it.
         """
         self._check_profile()
-        wanted = list(range(len(self))) if layers is None else [self._layer_number(i) for i in layers]
+        wanted = (
+            list(range(len(self))) if layers is None else [self._layer_number(i) for i in layers]
+        )
         begin, end = (0, self.layout.tokens) if tokens is None else tokens
         if not 0 <= begin <= end <= self.layout.tokens:
             raise ValueError(f"tokens {begin}:{end} are not within 0:{self.layout.tokens}")
@@ -574,9 +589,7 @@ class Reader:
         targets = self._targets(wanted, cuts, out)
         plan = self._plan(wanted, cuts)
         tables = self._tables(plan)
-        jobs = (
-            (lambda r=rows: self._decode_chain(r, cuts, targets, tables)) for rows in plan
-        )
+        jobs = ((lambda r=rows: self._decode_chain(r, cuts, targets, tables)) for rows in plan)
         workers = thread_count(threads) if threads is not None else self._threads
         pool = ThreadPoolExecutor(workers) if workers > 1 and len(plan) > 1 else None
         try:
@@ -592,7 +605,11 @@ class Reader:
         ]
         ids = self.token_ids
         # A cut keeps the ids of all positions up to its end, since layers hold positions, too.
-        ids = None if ids is None else ids[..., : max((c.cumulative_length for c in cuts.values()), default=0)]
+        ids = (
+            None
+            if ids is None
+            else ids[..., : max((c.cumulative_length for c in cuts.values()), default=0)]
+        )
         return Snapshot(result, self.layout.dtype, ids, self.header.origin)
 
     def _layer_number(self, i: int) -> int:
@@ -721,7 +738,9 @@ class Reader:
                 shape = shape if len(shape) == 4 else (1, *shape)
                 block = np.empty((*shape[:2], tokens, shape[3]), self._form.uint)
             need = {key: done[key] for key in self._codec.needs(layer, part)}
-            context = self._context(layer, part, start, tokens, tables=tables[layer, part], earlier=need)
+            context = self._context(
+                layer, part, start, tokens, tables=tables[layer, part], earlier=need
+            )
             try:
                 self._codec.decode(self._stored(row), block, context)
             except CorruptError as error:

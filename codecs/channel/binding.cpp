@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -182,7 +183,18 @@ class PartTables {
   Tables tables_;
 };
 
-// The tables that fit one layer's keys or values best, as bytes.
+// Bits saved by an ideal coder that knows these counts, against storing each value as it is.
+double expected_gain(const std::uint32_t* counts, int value_bits) {
+  double total = 0, sum = 0;
+  for (std::size_t v = 0; v < std::size_t(1) << value_bits; ++v)
+    if (counts[v]) {
+      total += counts[v];
+      sum += counts[v] * std::log2(double(counts[v]));
+    }
+  return total * value_bits - (total * std::log2(total) - sum);
+}
+
+// The tables that fit one layer's keys or values best, as bytes; none when they would not pay.
 template <typename T>
 nb::bytes make_tables(const Numbers<const T>& array, int exponent_bits, int mantissa_bits) {
   const Form form{exponent_bits, mantissa_bits};
@@ -205,17 +217,20 @@ nb::bytes make_tables(const Numbers<const T>& array, int exponent_bits, int mant
     count<T>(in, heads, dim, mantissa_bits, form.value_bits(), counts.data(), first.data(),
              same.data());
     std::uint8_t found[2 * 256];
+    double gain = 0;  // bits that the tables will save
     std::uint16_t step = 0;  // from the last coded channel's shape to this one's
     for (std::size_t c = 0; c < n; ++c) {
       if (same[c]) {
         kinds.push_back(PartTables::kConstant);
         put(channels, first[c]);
+        gain += double(in.batch * in.tokens) * 8 * sizeof(T);
         continue;
       }
       std::uint32_t base;
       std::size_t width;
       std::uint8_t escape;
       choose_levels(&counts[c << form.value_bits()], exponent_bits, found, &base, &width, &escape);
+      gain += expected_gain(&counts[c << form.value_bits()], form.value_bits());
       widths.push_back(std::uint8_t(width - 1));
       escapes.push_back(escape);
       levels.insert(levels.end(), found, found + 2 * width);
@@ -227,6 +242,8 @@ nb::bytes make_tables(const Numbers<const T>& array, int exponent_bits, int mant
     put(out, std::uint16_t(widths.size()));
     for (const auto* piece : {&widths, &escapes, &levels, &kinds, &channels})
       out.insert(out.end(), piece->begin(), piece->end());
+    // Tables come down to about half their size when the caller compresses them.
+    if (gain < 4.0 * double(out.size())) out.clear();
   }
   return nb::bytes(out.data(), out.size());
 }

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import zstandard
+from kvzip.codecs import _native
 
 from kvzip.codec import Codec, Context
-from kvzip.codecs import _native
 from kvzip.coders import get_coder
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError
@@ -32,14 +32,20 @@ class ChannelCodec(Codec):
 
     def make_tables(self, part: Bits, context: Context) -> bytes:
         form = context.dtype
+        if not part.size:
+            return b""
         plain = _native.channel_tables(_rows(part), form.exponent_bits, form.mantissa_bits)
+        if not plain:
+            return b""
         return get_coder("zstd", 19).encode(np.frombuffer(plain, np.uint8))
 
     def load_tables(
         self, data: memoryview, shape: tuple[int, ...], context: Context
-    ) -> _native.ChannelTables:
+    ) -> _native.ChannelTables | None:
         _, heads, _, dim = shape
         form = context.dtype
+        if not len(data):
+            return None
         try:
             size = zstandard.frame_content_size(data)
         except zstandard.ZstdError as error:
@@ -53,7 +59,7 @@ class ChannelCodec(Codec):
             raise CorruptError(f"bad tables: {error}") from None
 
     def encode(self, block: Bits, context: Context) -> bytes:
-        coded = context.tables.encode(_rows(block))
+        coded = context.tables.encode(_rows(block)) if context.tables else None
         if coded is None:
             return _RAW + block.tobytes()
         return (_CODED + coded).ljust(block.nbytes // _MAX_EXPANSION, b"\0")
@@ -62,7 +68,7 @@ class ChannelCodec(Codec):
         mode, body = bytes(data[:1]), data[1:]
         if mode == _RAW and len(body) == out.nbytes:
             out[...] = np.frombuffer(body, out.dtype).reshape(out.shape)
-        elif mode == _CODED:
+        elif mode == _CODED and context.tables:
             target = _rows(out, writing=True)
             try:
                 context.tables.decode(np.frombuffer(body, np.uint8), target)

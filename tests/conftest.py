@@ -1,0 +1,72 @@
+"""Snapshots that tests share: random bits, hostile bits, and numbers like a real cache's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import kvzip
+from kvzip import dtypes
+
+settings.register_profile(
+    "kvzip", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("kvzip")
+
+CODECS = [
+    "raw",
+    "zstd",
+    "lz4",
+    "planes",
+    "planes:mode=bit,order=token,coder=lz4",
+    "planes:mode=bit",
+    "channel",
+]
+
+
+def random_bits(rng, dtype, shape):
+    """Every bit pattern alike: NaN payloads, infinities, subnormals, negative zeros."""
+    uint = dtypes.get(dtype).uint
+    return rng.integers(0, 2 ** (8 * uint.itemsize), shape, dtype=np.uint64).astype(uint)
+
+
+def cache_like(rng, dtype, shape):
+    """Numbers with a scale and a mean for each channel, as keys and values have them."""
+    import torch
+
+    scale = 2.0 ** rng.uniform(-6, 3, (shape[-3], 1, shape[-1]))
+    mean = rng.normal(0, 1, scale.shape) * (rng.random(scale.shape) < 0.3)
+    numbers = (rng.normal(size=shape) + mean) * scale
+    if dtype == "fp8_e4m3fn":
+        numbers = numbers.clip(-448, 448)
+    return dtypes.as_bits(torch.from_numpy(numbers).to(getattr(torch, dtypes.get(dtype).torch)))[0]
+
+
+def make_snapshot(maker, seed, dtype, layers=2, heads=2, tokens=50, dim=16, batch=None, ids=True):
+    rng = np.random.default_rng(seed)
+    front = () if batch is None else (batch,)
+    shape = (*front, heads, tokens, dim)
+    return kvzip.Snapshot.from_arrays(
+        [(maker(rng, dtype, shape), maker(rng, dtype, shape)) for _ in range(layers)],
+        dtype,
+        rng.integers(0, 50000, (*front, tokens)) if ids else None,
+        kvzip.Origin(model="test/model", revision="r1", rope=({"rope_theta": 1e4},)),
+    )
+
+
+def assert_same(a, b):
+    assert a.layout == b.layout
+    for i, (x, y) in enumerate(zip(a.layers, b.layers, strict=True)):
+        assert np.array_equal(x.k, y.k), f"layer {i}: keys differ"
+        assert np.array_equal(x.v, y.v), f"layer {i}: values differ"
+
+
+@pytest.fixture(params=dtypes.NAMES)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=CODECS)
+def codec(request):
+    return request.param

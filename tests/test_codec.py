@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import kvzip
+from kvzip.errors import UnsupportedError
+
+
+def test_names_settings_and_configs_are_the_same_codec():
+    a = kvzip.get_codec("planes:mode=bit,level=3")
+    assert a == kvzip.get_codec("planes", mode="bit", level=3)
+    assert a == kvzip.get_codec(a.get_config())
+    assert a == kvzip.get_codec(a)
+    assert a != kvzip.get_codec("planes")
+    assert repr(a) == "PlanesCodec(mode='bit', order='channel', coder='zstd', level=3)"
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("nothing", "there are: channel, lz4"),
+        ("zstd:levle=3", "no setting 'levle'; it has: level"),
+        ("zstd:level=99", "level is 1 to 22"),
+        ("zstd:level", "write name=value"),
+        ("planes:mode=nibble", "byte or bit"),
+        ({"level": 3}, "no codec"),
+    ],
+)
+def test_a_wrong_name_or_setting_says_what_there_is(spec, says):
+    with pytest.raises(UnsupportedError, match=says):
+        kvzip.get_codec(spec)
+
+
+def test_only_codecs_register():
+    with pytest.raises(UnsupportedError, match=r"not a kvzip\.Codec"):
+        kvzip.register_codec(dict)
+
+
+PLUGIN = '''
+from kvzip.codec import Codec
+
+class Inverted(Codec):
+    """A stranger's codec: every bit turned over."""
+    codec_id = "inverted"
+    def encode(self, block, context):
+        return (~block).tobytes()
+    def decode(self, data, out, context):
+        import numpy as np
+        out[...] = ~np.frombuffer(data, out.dtype).reshape(out.shape)
+    def max_encoded_size(self, raw_bytes):
+        return raw_bytes
+    def max_decoded_size(self, encoded_bytes, dtype):
+        return encoded_bytes
+'''
+USE = """
+import numpy as np, kvzip
+snapshot = kvzip.Snapshot.from_arrays([(np.arange(24, dtype=np.float16).reshape(2, 3, 4),) * 2])
+blob = kvzip.encode(snapshot, codec="inverted")
+assert b"inverted" in blob and "inverted" in kvzip.codec_names()
+assert (kvzip.decode(blob).layers[0].k == snapshot.layers[0].k).all()
+print("ok")
+"""
+
+
+def test_a_plugin_of_another_distribution_is_found(tmp_path):
+    (tmp_path / "stranger.py").write_text(PLUGIN)
+    info = tmp_path / "stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvzip.codecs]\ninverted = stranger:Inverted\n")
+    run = [sys.executable, "-c", USE]
+    done = subprocess.run(run, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.stdout == "ok\n", done.stderr
+
+
+def test_a_plugin_that_does_not_import_is_named(tmp_path):
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvzip.codecs]\nbroken = no_such_module:Codec\n")
+    code = "import kvzip; kvzip.get_codec('broken')"
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert "UnsupportedError: codec 'broken' cannot be imported" in done.stderr
+
+
+def test_import_is_light():
+    code = (
+        "import sys, time; t = time.perf_counter(); import kvzip; "
+        "print(time.perf_counter() - t, *{'torch', 'transformers', 'vllm'} & set(sys.modules))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    seconds, *frameworks = min((r.stdout.split() for r in runs), key=lambda f: float(f[0]))
+    assert frameworks == []
+    assert float(seconds) < 0.3

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same, cache_like, make_snapshot, random_bits
+
+import kvzip
+from kvzip.errors import CorruptError, FormatError, UnsupportedError
+from kvzip.snapshot import replacing
+
+
+def test_disk_round_trip(tmp_path, dtype):
+    snapshot = make_snapshot(random_bits, 1, dtype)
+    snapshot.save(tmp_path / "a.safetensors")
+    loaded = kvzip.Snapshot.load(tmp_path / "a.safetensors")
+    assert_same(snapshot, loaded)
+    assert np.array_equal(snapshot.token_ids, loaded.token_ids)
+    assert loaded.origin == snapshot.origin
+    assert loaded.dtype == dtype
+
+
+def test_file_is_plain_safetensors(tmp_path):
+    from safetensors.torch import load_file
+
+    snapshot = make_snapshot(cache_like, 2, "bf16")
+    snapshot.save(tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert tensors["layers.1.v"].dtype == torch.bfloat16
+    assert torch.equal(tensors["layers.1.v"], snapshot.tensors()[1][1])
+
+
+def test_every_truncation_is_an_error(tmp_path):
+    make_snapshot(random_bits, 3, "bf16", layers=1, heads=1, tokens=3, dim=2).save(tmp_path / "a")
+    whole = (tmp_path / "a").read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / "b").write_bytes(whole[:length])
+        with pytest.raises((CorruptError, FormatError)):
+            kvzip.Snapshot.load(tmp_path / "b")
+
+
+def test_foreign_files_are_named(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.zeros(3, np.float32)}, tmp_path / "a.safetensors")
+    with pytest.raises(FormatError, match="not a snapshot"):
+        kvzip.Snapshot.load(tmp_path / "a.safetensors")
+    (tmp_path / "b").write_bytes(b"hello, world, this is text")
+    with pytest.raises(FormatError):
+        kvzip.Snapshot.load(tmp_path / "b")
+
+
+def test_a_lying_description_is_an_error(tmp_path):
+    from safetensors.numpy import save_file
+
+    note = '{"layout":{"dtype":"fp16","layers":[{"k":[1,2,4],"v":[1,2,4],"cumulative_length":2}]}}'
+    save_file({"layers.0.k": np.zeros((1, 2, 4), np.float16)}, tmp_path / "a", {"kvzip": note})
+    with pytest.raises(FormatError, match="missing"):
+        kvzip.Snapshot.load(tmp_path / "a")
+
+
+def test_an_error_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RuntimeError), replacing(tmp_path / "a"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(RuntimeError), replacing(tmp_path / "a"):
+        raise RuntimeError
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(FormatError):
+        kvzip.Snapshot.from_arrays(
+            [(np.zeros((1, 2, 4), np.float16), np.zeros((1, 3, 4), np.float16))]
+        )
+    with pytest.raises(UnsupportedError, match="heads, tokens, dim"):
+        kvzip.Snapshot.from_arrays([(np.zeros((2, 4), np.float16),) * 2])
+    with pytest.raises(UnsupportedError, match="at least one layer"):
+        kvzip.Snapshot.from_arrays([])
