@@ -1,0 +1,278 @@
+"""Charts as SVG text, to be put inside an HTML page that styles them.
+
+Colours come from the page's CSS variables (classes `s0`, `s1`, ... and `ideal`), so one drawing
+serves light, dark and print. A line also has its dash pattern and its name beside it: colour is
+never the only sign. Lengths are in pixels at the width that is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+COLOURS = 7
+"""Distinct series classes; further series begin again."""
+_LINE = 15.0
+"""Least distance of two labels, baseline to baseline."""
+_CHAR = 6.7
+"""Mean width of a character of a label."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: a title, its range and its ticks (value, text); logarithmic or linear."""
+
+    title: str
+    low: float
+    high: float
+    ticks: Sequence[tuple[float, str]]
+    log: bool = True
+
+    def place(self, value: float) -> float:
+        """Where `value` lies, 0 at the low end and 1 at the high end; may lie outside."""
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve by a function of x; None where it has no value: beyond the top of the chart."""
+
+    key: str
+    label: str
+    style: str
+    y: Callable[[float], float | None]
+
+
+@dataclass(frozen=True)
+class Point:
+    key: str
+    label: str
+    style: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A thin line across the chart at one value of an axis, with a name."""
+
+    label: str
+    value: float
+    vertical: bool = False
+
+
+def log_axis(title: str, low: float, high: float, text: Callable[[float], str]) -> Axis:
+    """A logarithmic axis with ticks at 1, 2, 5 x 10^n, or at powers of ten over a long range."""
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [m * 10.0**n for n in decades for m in steps]
+    return Axis(title, low, high, [(v, text(v)) for v in values if low <= v <= high])
+
+
+class _Frame:
+    """The plot's rectangle, its axes, and the mapping from values to pixels."""
+
+    def __init__(self, x: Axis, y: Axis, size: tuple[int, int], right: float) -> None:
+        self.x, self.y = x, y
+        self.width, self.height = size
+        self.left = 16 + _CHAR * max(len(text) for _, text in y.ticks)
+        self.top, self.bottom = 40.0, self.height - 46.0
+        self.right = self.width - right
+
+    def px(self, value: float) -> float:
+        return self.left + self.x.place(value) * (self.right - self.left)
+
+    def py(self, value: float | None) -> float:
+        """Pixels from the top; None lies above the plot, and far values stay near it."""
+        if value is None:
+            return self.top - 50
+        place = self.y.place(value) if value > 0 or not self.y.log else -1.0
+        return self.bottom - min(max(place, -1), 2) * (self.bottom - self.top)
+
+    def axes(self) -> str:
+        parts = []
+        last = -math.inf
+        for value, text in self.x.ticks:
+            at = self.px(value)
+            parts.append(f'<path class="grid" d="M{at:.1f} {self.top}V{self.bottom}"/>')
+            if at - last > len(text) * _CHAR + 6:  # a narrow chart names fewer ticks
+                last = at
+                parts.append(_text(at, self.bottom + 17, text, "tick", "middle"))
+        for value, text in self.y.ticks:
+            at = self.py(value)
+            parts.append(f'<path class="grid" d="M{self.left} {at:.1f}H{self.right}"/>')
+            parts.append(_text(self.left - 7, at + 4, text, "tick", "end"))
+        middle = (self.left + self.right) / 2
+        parts.append(_text(middle, self.height - 8, self.x.title, "axis", "middle"))
+        parts.append(_text(4, 13, self.y.title, "axis", "start"))
+        return "".join(parts)
+
+
+def _text(x: float, y: float, text: str, style: str, anchor: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{style}" {place}>{escape(text)}</text>'
+
+
+def _spread(wanted: Sequence[float], low: float, high: float) -> list[float]:
+    """`wanted` moved apart by a label's height, in order, inside [low, high] if they fit."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    at = [min(max(wanted[i], low), high) for i in order]
+    for _ in range(50):
+        moved = False
+        for i, (a, b) in enumerate(pairwise(at)):
+            if b - a < _LINE - 0.1:
+                middle = (a + b) / 2
+                at[i], at[i + 1] = middle - _LINE / 2, middle + _LINE / 2
+                moved = True
+        shift = max(low - at[0], 0) if at else 0
+        shift = min(high - at[-1], 0) if at and at[-1] > high else shift
+        at = [a + shift for a in at]
+        if not moved:
+            break
+    placed = [0.0] * len(wanted)
+    for i, a in zip(order, at, strict=True):
+        placed[i] = a
+    return placed
+
+
+def _svg(name: str, size: tuple[int, int], title: str, description: str, body: str) -> str:
+    width, height = size
+    return (
+        f'<svg class="chart" role="img" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" aria-labelledby="{name}-t {name}-d" data-chart="{name}">'
+        f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}'
+        f"</desc>{body}</svg>"
+    )
+
+
+def region_map(
+    name: str,
+    title: str,
+    description: str,
+    x: Axis,
+    y: Axis,
+    lines: Sequence[Line],
+    *,
+    size: tuple[int, int],
+    regions: tuple[str, str],
+    wins_above: bool,
+    points: Sequence[Point] = (),
+    guides: Sequence[Guide] = (),
+    measured: tuple[float, float] | None = None,
+) -> str:
+    """A plane cut by lines into three regions: where loading wins with raw bytes already (beyond
+    the first line), where it takes a codec (from there to the last line that is not `ideal`), and
+    where it loses. `wins_above` says on which side of the lines it wins; `regions` are the words
+    for the top and for the bottom. `measured` marks a range of x on its axis.
+    """
+    # A narrow chart has room for the names only.
+    labels = [line.label if size[0] > 500 else line.key for line in lines]
+    frame = _Frame(x, y, size, right=max(map(len, labels)) * _CHAR + 24)
+    xs = [x.low * (x.high / x.low) ** (i / 96) for i in range(97)]
+    curves = [[(frame.px(v), frame.py(line.y(v))) for v in xs] for line in lines]
+    real = [c for c, line in zip(curves, lines, strict=True) if line.style != "ideal"]
+    first = real[0]
+    furthest = max if wins_above else min  # pixels grow downwards
+    last = [(column[0][0], furthest(p[1] for p in column)) for column in zip(*real, strict=True)]
+    edge = frame.top - 60 if wins_above else frame.bottom + 60
+
+    clip = f"{name}-clip"
+    body = [
+        f'<clipPath id="{clip}"><rect x="{frame.left}" y="{frame.top}" '
+        f'width="{frame.right - frame.left}" height="{frame.bottom - frame.top}"/></clipPath>',
+        f'<g clip-path="url(#{clip})">',
+        f'<path class="wins" d="{_path(first)}L{frame.right} {edge}L{frame.left} {edge}Z"/>',
+        f'<path class="turns" d="{_path(first)}L{_path(last[::-1])[1:]}Z"/>',
+        "</g>",
+        frame.axes(),
+    ]
+    body.append(_text(frame.left + 9, frame.top + 18, regions[0], "region", "start"))
+    body.append(_text(frame.right - 9, frame.bottom - 26, regions[1], "region", "end"))
+    if measured is not None:
+        start, end = (frame.px(min(max(v, x.low), x.high)) for v in measured)
+        body.append(f'<path class="measured" d="M{start:.1f} {frame.bottom}H{end:.1f}"/>')
+        body.append(_text((start + end) / 2, frame.bottom - 7, "measured", "note", "middle"))
+    named = math.inf
+    for guide in guides:
+        if guide.vertical:
+            at = frame.px(guide.value)
+            body.append(f'<path class="guide" d="M{at:.1f} {frame.top}V{frame.bottom}"/>')
+            body.append(_text(at, frame.top - 6, guide.label, "note", "middle"))
+        else:
+            at = frame.py(guide.value)
+            body.append(f'<path class="guide" d="M{frame.left} {at:.1f}H{frame.right}"/>')
+            if abs(at - named) > _LINE:
+                body.append(_text(frame.left + 9, at - 4, guide.label, "note", "start"))
+            named = at
+    body.append(f'<g clip-path="url(#{clip})">')
+    for line, curve in reversed(list(zip(lines, curves, strict=True))):
+        body.append(
+            f'<path class="line {line.style}" data-line="{escape(line.key)}" d="{_path(curve)}"/>'
+        )
+    body.append("</g>")
+    ends = [min(max(c[-1][1], frame.top), frame.bottom) for c in curves]
+    places = _spread(ends, frame.top + 4, frame.bottom - 4)
+    for line, label, end, at in zip(lines, labels, ends, places, strict=True):
+        body.append(
+            f'<path class="leader {line.style}" d="M{frame.right} {end:.1f}'
+            f'L{frame.right + 14} {at:.1f}"/>'
+        )
+        body.append(_text(frame.right + 18, at + 4, label, "label", "start"))
+    taken: list[tuple[float, float]] = []
+    for point in points:
+        body.append(_mark(frame, point))
+        half = len(point.label) * _CHAR / 2
+        at = min(max(frame.px(point.x), frame.left + half + 6), frame.right - half - 6)
+        below = frame.py(point.y) + 20
+        while any(abs(at - a) < 2 * half and abs(below - b) < _LINE for a, b in taken):
+            below += _LINE
+        taken.append((at, below))
+        body.append(_text(at, below, point.label, "label strong", "middle"))
+    return _svg(name, size, title, description, "".join(body))
+
+
+def scatter(
+    name: str,
+    title: str,
+    description: str,
+    x: Axis,
+    y: Axis,
+    points: Sequence[Point],
+    *,
+    size: tuple[int, int],
+) -> str:
+    """Points with their names beside them."""
+    frame = _Frame(x, y, size, right=16)
+    body = [frame.axes()]
+    # A name stands on the side of its point with more room; names on one side keep their distance.
+    for left in (True, False):
+        side = [p for p in points if (frame.x.place(p.x) > 0.55) == left]
+        wanted = [frame.py(p.y) for p in side]
+        for point, at in zip(side, _spread(wanted, frame.top + 8, frame.bottom - 8), strict=True):
+            px, py = frame.px(point.x), frame.py(point.y)
+            end = px + (-16 if left else 16)
+            body.append(
+                f'<path class="leader {point.style}" d="M{px:.1f} {py:.1f}L{end:.1f} {at:.1f}"/>'
+            )
+            body.append(
+                _text(end + (-4 if left else 4), at + 4, point.label, "label",
+                      "end" if left else "start")
+            )  # fmt: skip
+            body.append(_mark(frame, point))
+    return _svg(name, size, title, description, "".join(body))
+
+
+def _path(curve: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in curve)
+
+
+def _mark(frame: _Frame, point: Point) -> str:
+    return (
+        f'<circle class="mark {point.style}" data-point="{escape(point.key)}" '
+        f'cx="{frame.px(point.x):.1f}" cy="{frame.py(point.y):.1f}" r="5"/>'
+    )

@@ -1,0 +1,387 @@
+"""The report: one HTML file that needs nothing else, neither network nor scripts nor fonts.
+
+This module turns a :class:`~kvzip.eval.result.DemoResult` into sentences and charts; the page
+itself is `report.html.j2`. It measures nothing and decides no verdict: verdicts come from
+`economics.py`, and words here only say what their fields say.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from kvzip.eval import charts
+from kvzip.eval.economics import (
+    GB,
+    MTOK,
+    BreakEven,
+    PrefillModel,
+    break_even_bandwidth,
+    break_even_egress,
+    fit_prefill,
+)
+from kvzip.eval.paper import BYTES_PER_TOKEN, ratio_needed
+from kvzip.eval.prices import default_prices
+from kvzip.eval.result import CodecResult, DemoResult, as_result
+
+from kvzip.errors import KVZipError
+from kvzip.snapshot import replacing_file
+
+IDEAL = 2.0
+"""The ratio of the line that is drawn beside the codecs, with decoding free."""
+_WIDE, _NARROW = 760, 344
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """One verdict of the headline."""
+
+    question: str
+    word: str
+    sentence: str
+    small: str
+    good: bool | None
+
+
+class Chart(msgspec.Struct, frozen=True):
+    """One drawing at the width of a page and at the width of a phone."""
+
+    wide: str
+    narrow: str
+
+
+def write_report(result: DemoResult | Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Write the report of `result` to `path` and return it. No half-written file is ever seen.
+
+    Raises KVZipError when the result is not valid, jinja2 is not installed, or the file cannot be
+    written.
+    """
+    page = render(as_result(result))
+    try:
+        with replacing_file(path) as file:
+            file.write(page.encode())
+    except OSError as error:
+        raise KVZipError(f"report {path}: {error.strerror or error}") from error
+    return Path(path)
+
+
+def render(result: DemoResult) -> str:
+    """The report as HTML text."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise KVZipError("a report needs jinja2: pip install 'kvzip[eval]'") from error
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"usd": usd, "size": size, "seconds": seconds}
+    environment.filters |= {"rate": bit_rate, "num": number, "sci": scientific}
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    model = fit_prefill(result.prefill_points or [(result.tokens, result.prefill_seconds)])
+    data = msgspec.structs.replace(result, report=None)
+    return template.render(
+        r=result,
+        answers=answers(result),
+        bases=[(rows[0], rows) for rows in by_base(result.breakeven)],
+        times=by_base(result.breakeven)[0],
+        paper_bytes=BYTES_PER_TOKEN,
+        paper_ratio=ratio_needed(),
+        widest=max((p.width for p in result.planes), default=1),
+        ideal=IDEAL,
+        model=model,
+        speed_chart=speed_chart(result.codecs),
+        time_map=time_map(result, model),
+        dollar_map=dollar_map(result),
+        data=msgspec.json.encode(data).decode().replace("<", "\\u003c"),
+    )
+
+
+def by_base(rows: Sequence[BreakEven]) -> list[list[BreakEven]]:
+    """Rows in groups of one price base, in their order."""
+    return [list(group) for _, group in groupby(rows, key=lambda row: row.base)]
+
+
+# --- the headline --------------------------------------------------------------------------
+
+
+def answers(result: DemoResult) -> list[Answer]:
+    """The answer in dollars at each price base, then the one in time."""
+    found = [_dollar_answer(rows) for rows in by_base(result.breakeven)]
+    return [*found, _time_answer(by_base(result.breakeven)[0])]
+
+
+def _dollar_answer(rows: Sequence[BreakEven]) -> Answer:
+    best = min(rows, key=lambda row: row.dollars.load_usd)
+    d = best.dollars
+    sentence = (
+        f"The cheapest load ({best.codec}, {best.ratio:.2f}×) costs {usd(d.load_usd)}; "
+        f"the prefill costs {usd(d.prefill_usd)}. "
+    )
+    word, good = {"load": ("Yes", True), "prefill": ("No", False)}.get(
+        d.verdict, ("Not known", None)
+    )
+    if d.break_even_usd_per_gb is not None:
+        top = max(rows, key=lambda row: row.dollars.break_even_usd_per_gb or 0)
+        price = top.dollars.break_even_usd_per_gb or 0.0
+        sentence += (
+            f"Shipping pays while egress costs less than {usd(price)} per GB ({top.codec}); "
+            f"here it is {usd(d.egress_usd_per_gb)}."
+        )
+    else:
+        free = max(row.dollars.break_even_free_decode_usd_per_gb for row in rows)
+        sentence += (
+            f"Decoding alone costs {usd(d.decode_usd)}; even with free decoding, egress would "
+            f"have to be below {usd(free)} per GB, and it is {usd(d.egress_usd_per_gb)}."
+        )
+    return Answer(f"In dollars · {best.base_title}", word, sentence, d.basis, good)
+
+
+def _time_answer(rows: Sequence[BreakEven]) -> Answer:
+    able = [row for row in rows if row.time.break_even_mbps is not None]
+    time = rows[0].time
+    question = "In time to first token · this machine"
+    prefill = f"Prefill took {seconds(time.prefill_seconds)}. "
+    if not able:
+        return Answer(
+            question,
+            "No",
+            prefill + "Decoding alone takes as long with every codec, so no link helps.",
+            time.basis,
+            False,
+        )
+    best = min(able, key=lambda row: row.time.break_even_mbps or 0)
+    limit = bit_rate((best.time.break_even_mbps or 0) * 1e6)
+    sentence = f"{prefill}Loading with {best.codec} ({best.ratio:.2f}×) is faster over any link "
+    sentence += f"above {limit}"
+    raw = next((row for row in able if row.codec == "raw"), None)
+    if raw is not None and raw is not best:
+        sentence += f", and raw bytes above {bit_rate((raw.time.break_even_mbps or 0) * 1e6)}"
+    return Answer(question, f"Yes, above {limit}", sentence + ".", time.basis, True)
+
+
+# --- charts --------------------------------------------------------------------------------
+
+
+def _styles(codecs: Sequence[CodecResult]) -> dict[str, str]:
+    """The same colour for a codec in every chart."""
+    return {codec.name: f"s{i % charts.COLOURS}" for i, codec in enumerate(codecs)}
+
+
+def _both(draw: Callable[[str, tuple[int, int]], str], height: int) -> Chart:
+    return Chart(draw("wide", (_WIDE, height)), draw("narrow", (_NARROW, height)))
+
+
+def speed_chart(codecs: Sequence[CodecResult]) -> Chart:
+    """Ratio against decode speed, one point a codec."""
+    speeds = [codec.decode_gbps for codec in codecs]
+    ratios = [codec.ratio for codec in codecs]
+    x = charts.log_axis(
+        "decode speed, GB of raw numbers per second", min(speeds) / 1.6, max(speeds) * 1.6, _short
+    )
+    high = max(1.1, *ratios) + 0.08
+    step = 0.1 if high < 2 else 0.5
+    ticks = [
+        (i * step, f"{i * step:.1f}")
+        for i in range(math.floor(0.9 / step), math.ceil(high / step) + 1)
+        if 0.95 <= i * step <= high
+    ]
+    y = charts.Axis("ratio, raw bytes over encoded bytes", min(0.95, *ratios), high, ticks, False)
+    style = _styles(codecs)
+    points = [
+        charts.Point(c.name, f"{c.name} {c.ratio:.2f}×", style[c.name], c.decode_gbps, c.ratio)
+        for c in codecs
+    ]
+    spoken = "; ".join(f"{c.name}: {c.ratio:.2f}x at {c.decode_gbps:.2f} GB/s" for c in codecs)
+    return _both(
+        lambda kind, box: charts.scatter(
+            f"speed-{kind}", "Ratio against decode speed", spoken, x, y, points, size=box
+        ),
+        300,
+    )
+
+
+def _lines(
+    codecs: Sequence[CodecResult],
+    curve: Callable[[float, CodecResult | None], Callable[[float], float | None]],
+) -> list[charts.Line]:
+    """A line for raw bytes, each codec by increasing ratio, and the ideal. `curve` takes the ratio
+    and the codec, which is None for the two lines that no codec of the run stands for."""
+    style = _styles(codecs)
+    lines = [
+        charts.Line(c.name, f"{c.name} {c.ratio:.2f}×", style[c.name], curve(c.ratio, c))
+        for c in sorted(codecs, key=lambda c: c.ratio)
+    ]
+    if all(c.name != "raw" for c in codecs):
+        lines.insert(0, charts.Line("raw", "raw 1.00×", "plain", curve(1.0, None)))
+    else:
+        lines.sort(key=lambda line: line.key != "raw")
+    return [*lines, charts.Line("ideal", f"ideal {IDEAL:.0f}×", "ideal", curve(IDEAL, None))]
+
+
+def time_map(result: DemoResult, model: PrefillModel) -> Chart:
+    """Break-even bandwidth against context length, on this machine."""
+    bytes_per_token = result.raw_bytes / result.tokens
+
+    def curve(ratio: float, codec: CodecResult | None) -> Callable[[float], float | None]:
+        rate = codec.decode_gbps * GB if codec else math.inf
+
+        def y(tokens: float) -> float | None:
+            raw = bytes_per_token * tokens
+            return break_even_bandwidth(
+                model.seconds(tokens),
+                raw,
+                ratio,
+                decode_rate=rate,
+                fill=raw / rate / result.layers,
+            ).value
+
+        return y
+
+    lines = _lines(result.codecs, curve)
+    low = 2.0 ** math.floor(math.log2(result.tokens) - 4)
+    high = low * 2**8
+    ticks = [low * 2.0**i for i in range(9)]
+    x = charts.Axis("context length, tokens", low, high, [(n, f"{n:,.0f}") for n in ticks[::2]])
+    found = [v for line in lines for n in ticks if (v := line.y(n)) is not None] or [1e8]
+    y = charts.log_axis("bandwidth of the link", min(found) / 2, max(found) * 2, bit_rate)
+    here = {line.label: line.y(result.tokens) for line in lines}
+    lengths = [n for n, _ in result.prefill_points] or [result.tokens]
+    measured = (min(lengths), max(lengths))
+    spoken = f"At {result.tokens} tokens loading beats prefill above: " + "; ".join(
+        f"{label}: {bit_rate(v) if v else 'never'}" for label, v in here.items()
+    )
+    return _both(
+        lambda kind, box: charts.region_map(
+            f"time-{kind}",
+            "Where loading is faster than prefill",
+            spoken,
+            x,
+            y,
+            lines,
+            size=box,
+            regions=("loading is faster", "prefill is faster"),
+            wins_above=True,
+            guides=[charts.Guide("this document", result.tokens, vertical=True)],
+            measured=measured,
+        ),
+        400,
+    )
+
+
+def dollar_map(result: DemoResult) -> Chart:
+    """Break-even egress price against the price of a prefill, decoding free."""
+    raw_mtok = result.raw_bytes / result.tokens * MTOK
+
+    def curve(ratio: float, _: CodecResult | None) -> Callable[[float], float | None]:
+        return lambda price: break_even_egress(price, raw_mtok, ratio).value
+
+    lines = _lines(result.codecs, curve)
+    points = [
+        charts.Point(
+            row.base,
+            row.base_title + (" (model)" if row.dollars.prefill_basis == "model" else ""),
+            "base",
+            row.dollars.prefill_usd / result.tokens * MTOK,
+            row.dollars.egress_usd_per_gb,
+        )
+        for row, *_ in by_base(result.breakeven)
+        if row.dollars.prefill_usd > 0 and row.dollars.egress_usd_per_gb > 0
+    ]
+    points.sort(key=lambda point: point.x)
+    prices = [point.x for point in points] or [1.0]
+    x = charts.log_axis(
+        "price of a prefill, per million tokens", min(prices) / 8, max(prices) * 8, usd
+    )
+    levels = [v for line in lines for price in prices if (v := line.y(price)) is not None]
+    levels += [point.y for point in points]
+    y = charts.log_axis("egress, per GB", min(levels) / 4, max(levels) * 12, usd)
+    book = default_prices().egress
+    guides = [
+        charts.Guide(f"{label} {usd(book[name].value)}", book[name].value)
+        for name, label in (("aws", "AWS"), ("oci", "OCI"))
+        if y.low < book[name].value < y.high
+    ]
+    spoken = "Price bases: " + "; ".join(
+        f"{p.label}: prefill {usd(p.x)} per million tokens, egress {usd(p.y)} per GB"
+        for p in points
+    )
+    return _both(
+        lambda kind, box: charts.region_map(
+            f"dollar-{kind}",
+            "Where loading is cheaper than prefill",
+            spoken,
+            x,
+            y,
+            lines,
+            size=box,
+            regions=("prefill is cheaper", "loading is cheaper"),
+            wins_above=False,
+            points=points,
+            guides=guides,
+        ),
+        400,
+    )
+
+
+# --- figures as text -------------------------------------------------------------------------
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A plain number with so many decimals and commas between thousands."""
+    return f"{value:,.{digits}f}"
+
+
+def _short(value: float) -> str:
+    """Three significant digits without an exponent and without trailing zeros."""
+    if value == 0:
+        return "0"
+    text = f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def scientific(value: float, digits: int = 1) -> str:
+    """A number as a factor and a power of ten: 4.8 × 10⁻⁷."""
+    if value == 0:
+        return "0"
+    factor, power = f"{value:.{digits}e}".split("e")
+    return f"{factor} × 10" + str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def usd(value: float) -> str:
+    """Dollars: cents from a dollar on, three significant digits down to a tenth of a cent, two
+    below, and a power of ten where even they would hide behind zeros."""
+    if value == 0:
+        return "$0"
+    if value >= 1:
+        return f"${value:,.2f}".removesuffix(".00")
+    if value < 0.999e-6:
+        return "$" + scientific(value)
+    power = math.floor(math.log10(value))
+    text = f"{value:.{(2 if value >= 1e-3 else 1) - power}f}".rstrip("0")
+    return f"${text}0" if len(text) == 3 else f"${text}"
+
+
+def size(value: float) -> str:
+    """Bytes in the decimal unit that fits: 47.2 MB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{_short(value / factor)} {unit}"
+    return f"{value:,.0f} bytes"
+
+
+def seconds(value: float) -> str:
+    """Seconds, or milliseconds below one."""
+    return f"{_short(value)} s" if value >= 1 else f"{_short(value * 1e3)} ms"
+
+
+def bit_rate(value: float) -> str:
+    """Bits per second in the unit that fits: 63.1 Mb/s."""
+    for unit, factor in (("Tb/s", 1e12), ("Gb/s", 1e9), ("Mb/s", 1e6), ("kb/s", 1e3)):
+        if value >= factor * 0.9999:
+            return f"{_short(value / factor)} {unit}"
+    return f"{_short(value)} b/s"
