@@ -407,8 +407,8 @@ def _prefill_price(measured: Measured, base: PriceBase) -> tuple[float, Basis, s
             token_cost(measured.tokens, price.value),
             "list price",
             f"Prefill: {measured.tokens:,} tokens at ${price.value:g} per million "
-            f"({'derived from ' if price.derived else ''}{price.source}); an estimate for "
-            f"{measured.model}, which is not the model that the price is for.",
+            f"({'derived from ' if price.derived else ''}{price.source}); an estimate, "
+            f"since nobody sells {measured.model} at just that price.",
         )
     if base.device_name.lower() in measured.device.lower():
         return (
