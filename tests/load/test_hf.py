@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -419,8 +420,11 @@ def test_a_file_is_closed_when_it_is_no_longer_needed(tiny: Any, tmp_path: Path)
 
     cache = load_cache(path, case.config)
     assert is_open()
-    case.generate(case.ids, cache)
-    assert wait_for(lambda: not is_open())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        case.generate(case.ids, cache)
+        assert wait_for(lambda: not is_open())
+    assert not [w for w in caught if w.category is ResourceWarning]  # closed, not collected
     with pytest.raises(kvzip.KVZipError):
         load_cache(path, case.config, tokens=50)
     assert not is_open()
