@@ -130,8 +130,8 @@ def prefill(
     if name is None:
         raise KVZipError("the model has no layers")
     software = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
         "python": platform.python_version(),
         "device": device_name(model.device),
     }

@@ -234,7 +234,7 @@ def encode(
     *,
     output: Output,
     codec: str = "channel",
-    block_tokens: int = container.BLOCK_TOKENS,
+    block_tokens: int | None = None,
     token_ids: bool = True,
     threads: Threads = 0,
     as_json: Json = False,
@@ -248,7 +248,7 @@ def encode(
     codec
         raw, zstd, lz4, planes or channel; with settings: zstd:level=9.
     block_tokens
-        Tokens in a block, the smallest unit that a reader decodes.
+        Tokens in a block, the smallest unit that a reader decodes. Default: blocks of about 1 MiB.
     token_ids
         Store the token ids; without, only their hash.
     """

@@ -7,6 +7,7 @@ to a codec, and reads back just the blocks that are asked for. It knows no codec
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 from collections import deque
@@ -41,7 +42,6 @@ from kvzip.snapshot import (
 MAGIC = b"\x89KVZ\r\n\x1a\n"
 VERSION = 1
 MAX_HEADER = 1 << 26
-BLOCK_TOKENS = 1024
 WRITER = "kvzip 0.1.0"
 
 _PREAMBLE = struct.Struct("<8sHHIIIQQ")
@@ -119,6 +119,17 @@ def _count(layout: Layout, block_tokens: int) -> int:
     return sum(2 * (1 + -(-layer.stored // block_tokens)) for layer in layout.layers)
 
 
+def default_block_tokens(layout: Layout) -> int:
+    """The power of two of tokens, 256 to 4,096, whose blocks come nearest to 1 MiB.
+
+    Smaller ones let a reader cut finer, and cost more for what each block starts with.
+    """
+    form = dtypes.get(layout.dtype)
+    shapes = [layer.shape(part) for layer in layout.layers for part in PARTS]
+    token = max((math.prod((*s[:-2], s[-1])) * form.itemsize for s in shapes), default=0)
+    return 1 << min(max(round(math.log2((1 << 20) / max(token, 1))), 8), 12)
+
+
 def _batched(array: Bits) -> Bits:
     return array if array.ndim == 4 else array[np.newaxis]
 
@@ -177,9 +188,11 @@ class _Encoder:
         snapshot: Snapshot,
         codec: Codec,
         profile: Any,
-        block_tokens: int,
+        block_tokens: int | None,
         store_token_ids: bool,
     ):
+        if block_tokens is None:
+            block_tokens = default_block_tokens(snapshot.layout)
         if block_tokens < 1:
             raise ValueError("block_tokens must be at least 1")
         if codec.needs_profile and profile is None:
@@ -287,14 +300,15 @@ def encode(
     profile: Any = None,
     threads: int = 0,
     *,
-    block_tokens: int = BLOCK_TOKENS,
+    block_tokens: int | None = None,
     store_token_ids: bool = True,
 ) -> bytes:
     """A snapshot as the bytes of a .kvz file.
 
     `codec`: a name, a name with settings ("zstd:level=9"), a config, or a Codec. `profile`: what
     a codec has learned of the model; the reader needs the same. `threads`: 0 for all cores.
-    `block_tokens`: tokens in a block, the smallest unit a reader decodes. `store_token_ids=False`
+    `block_tokens`: tokens in a block, the smallest unit a reader decodes; by default what makes
+    blocks of about 1 MiB. `store_token_ids=False`
     stores a hash of the token ids instead of the ids.
     """
     sink = io.BytesIO()
@@ -310,7 +324,7 @@ def write(
     profile: Any = None,
     threads: int = 0,
     *,
-    block_tokens: int = BLOCK_TOKENS,
+    block_tokens: int | None = None,
     store_token_ids: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> int:
@@ -327,7 +341,7 @@ def max_encoded_size(
     layout: Layout | Snapshot,
     codec: str | Codec | Mapping[str, Any] = "channel",
     *,
-    block_tokens: int = BLOCK_TOKENS,
+    block_tokens: int | None = None,
 ) -> int:
     """An upper bound of the file's length in bytes, for callers that allocate first.
 
@@ -339,6 +353,8 @@ def max_encoded_size(
     shapes: Layout = layout.layout if isinstance(layout, Snapshot) else layout
     shapes.check()
     form = dtypes.get(shapes.dtype)
+    if block_tokens is None:
+        block_tokens = default_block_tokens(shapes)
     size = _PREAMBLE.size + _count(shapes, block_tokens) * _INDEX.itemsize
     header = Header(
         shapes,

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "channel/kernels.hpp"
+#include "channel/shapes.hpp"
 #include "native/bindings.hpp"
 
 namespace nb = nanobind;
@@ -94,10 +95,10 @@ class PartTables {
         std::memcpy(&channel.number, in.take(std::size_t(form_.itemsize())),
                     std::size_t(form_.itemsize()));
       } else {
-        shape += in.number<std::uint16_t>();
-        if (shape >= shapes) throw std::invalid_argument("a channel of no table");
-        channel.shape = std::uint16_t(shape);
-        channel.base = in.number<std::uint8_t>();
+        channel.shape = in.number<std::uint16_t>();
+        channel.base = in.number<std::uint16_t>();
+        if (channel.shape >= shapes || channel.base >> form_.value_bits())
+          throw std::invalid_argument("a channel of no table");
       }
     }
     if (in.left()) throw std::invalid_argument("longer than it should be");
@@ -205,7 +206,7 @@ nb::bytes make_tables(const Numbers<const T>& array, int exponent_bits, int mant
   if (n >= 1u << 16) throw std::length_error("more than 65,535 channels in a part");
   const Block<const T> in{array.data(),    array.shape(0),  array.shape(2),
                           array.stride(0), array.stride(1), array.stride(2)};
-  std::vector<std::uint8_t> widths, escapes, levels, kinds, channels, out;
+  std::vector<std::uint8_t> out;
   {
     nb::gil_scoped_release released;
     std::vector<std::uint32_t> counts(n << form.value_bits());
@@ -216,32 +217,32 @@ nb::bytes make_tables(const Numbers<const T>& array, int exponent_bits, int mant
         first[c] = in.data[std::ptrdiff_t(c / dim) * in.head_stride + std::ptrdiff_t(c % dim)];
     count<T>(in, heads, dim, mantissa_bits, form.value_bits(), counts.data(), first.data(),
              same.data());
-    std::uint8_t found[2 * 256];
     double gain = 0;  // bits that the tables will save
-    std::uint16_t step = 0;  // from the last coded channel's shape to this one's
+    std::size_t live = 0;
     for (std::size_t c = 0; c < n; ++c) {
+      const std::uint32_t* row = &counts[c << form.value_bits()];
       if (same[c]) {
-        kinds.push_back(PartTables::kConstant);
-        put(channels, first[c]);
         gain += double(in.batch * in.tokens) * 8 * sizeof(T);
         continue;
       }
-      std::uint32_t base;
-      std::size_t width;
-      std::uint8_t escape;
-      choose_levels(&counts[c << form.value_bits()], exponent_bits, found, &base, &width, &escape);
-      gain += expected_gain(&counts[c << form.value_bits()], form.value_bits());
-      widths.push_back(std::uint8_t(width - 1));
-      escapes.push_back(escape);
-      levels.insert(levels.end(), found, found + 2 * width);
-      kinds.push_back(PartTables::kCoded);
-      put(channels, step);
-      put(channels, std::uint8_t(base));
-      step = 1;
+      gain += expected_gain(row, form.value_bits());
+      std::copy(row, row + (std::size_t(1) << form.value_bits()),
+                &counts[live++ << form.value_bits()]);
     }
-    put(out, std::uint16_t(widths.size()));
-    for (const auto* piece : {&widths, &escapes, &levels, &kinds, &channels})
+    const Shapes shapes = choose_shapes(counts.data(), live, exponent_bits);
+    put(out, std::uint16_t(shapes.widths.size()));
+    for (const auto* piece : {&shapes.widths, &shapes.escapes, &shapes.levels})
       out.insert(out.end(), piece->begin(), piece->end());
+    for (std::uint8_t constant : same) out.push_back(constant ? PartTables::kConstant : PartTables::kCoded);
+    live = 0;
+    for (std::size_t c = 0; c < n; ++c) {
+      if (same[c]) {
+        put(out, first[c]);
+      } else {
+        put(out, shapes.shape[live]);
+        put(out, shapes.base[live++]);
+      }
+    }
     // Tables come down to about half their size when the caller compresses them.
     if (gain < 4.0 * double(out.size())) out.clear();
   }

@@ -304,19 +304,19 @@ void count(const Block<const T>& block, std::size_t heads, std::size_t dim, int 
       }
 }
 
-bool choose_levels(const std::uint32_t* counts, int exponent_bits, std::uint8_t* levels,
-                   std::uint32_t* base, std::size_t* width, std::uint8_t* escape_level) {
-  const std::uint32_t exponents = 1u << exponent_bits;
-  std::uint64_t total = 0, seen = 0;
+bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::uint64_t outside,
+                   std::uint8_t* levels, std::uint32_t* lowest, std::size_t* width,
+                   std::uint8_t* escape_level) {
+  std::uint64_t total = outside, seen = 0;
   for (std::uint32_t v = 0; v < 2 * exponents; ++v) {
     total += counts[v];
     seen += counts[v] != 0;
   }
-  if (!total) return false;
+  if (!seen) return false;
   // A table holds 32 symbols. Where more occur, the rarest share an escape.
   std::uint32_t least = 1;
   std::uint64_t kept = seen;
-  for (std::uint32_t limit = 2; kept > kBuckets || (least > 1 && kept > kBuckets - 1); ++limit) {
+  for (std::uint32_t limit = 2; kept > kBuckets - std::uint64_t(outside || least > 1); ++limit) {
     least = limit;
     kept = 0;
     for (std::uint32_t v = 0; v < 2 * exponents; ++v) kept += counts[v] >= least;
@@ -334,9 +334,9 @@ bool choose_levels(const std::uint32_t* counts, int exponent_bits, std::uint8_t*
     if (next - low > 3 && counts[low] + counts[exponents + low] <= 2) low = next;
     else break;
   }
-  *base = low;
+  *lowest = low;
   *width = high - low + 1;
-  std::uint64_t outside = total;
+  outside = total;
   const auto level = [&](std::uint64_t n) {
     const double root = std::sqrt(double(n) / double(total)) * 32.0;
     return std::uint8_t(std::max(1.0, std::floor(root + 0.5)));

@@ -76,10 +76,13 @@ template <typename T>
 void count(const Block<const T>& block, std::size_t heads, std::size_t dim, int mantissa_bits,
            int value_bits, std::uint32_t* counts, const T* first, std::uint8_t* same);
 
-// Chooses a channel's levels from its counts. `levels` has room for 2*256. Sets base (lowest
-// exponent), width and the escape's level; returns false when nothing was counted.
-bool choose_levels(const std::uint32_t* counts, int exponent_bits, std::uint8_t* levels,
-                   std::uint32_t* base, std::size_t* width, std::uint8_t* escape_level);
+// Chooses the levels of a table from counts of `2*exponents` values, those of the positive first,
+// and of numbers that are `outside` of them all.
+// `levels` has room for 2*exponents. Sets the lowest exponent it holds, how many, and the escape's
+// level; returns false when nothing was counted.
+bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::uint64_t outside,
+                   std::uint8_t* levels, std::uint32_t* low, std::size_t* width,
+                   std::uint8_t* escape_level);
 
 // Bytes of the mantissa section; the same for every block of these tables and tokens.
 std::size_t mantissa_bytes(const Tables& tables, std::size_t batch, std::size_t tokens);
