@@ -21,6 +21,15 @@ bench: $(READY)
 # The checkers look at the package as it is installed: codecs/ and eval/ lie within kvzip there.
 # (import-linter reads folders, and sees only those with an __init__.py.)
 TREE := build/tree
+define LINT_IMPORTS
+import sys
+# An editable install finds the package before any path does.
+sys.meta_path = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
+sys.path.insert(0, "")
+from importlinter.cli import lint_imports_command
+lint_imports_command()
+endef
+export LINT_IMPORTS
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,7 +37,7 @@ lint: $(READY)
 	find $(TREE)/kvzip -type d ! -name __pycache__ -exec sh -c 'for d; do [ -e "$$d/__init__.py" ] || : > "$$d/__init__.py"; done' _ {} +
 	cp pyproject.toml $(TREE)/
 	cd $(TREE) && $(abspath $(BIN))/mypy -p kvzip
-	cd $(TREE) && PYTHONPATH=. $(abspath $(BIN))/lint-imports
+	cd $(TREE) && $(abspath $(BIN))/python -c "$$LINT_IMPORTS"
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -16,9 +16,9 @@ from typing import Literal
 
 import msgspec
 import numpy as np
-from kvzip.eval.prices import PriceBase
 
 from kvzip.errors import KVZipError
+from kvzip.eval.prices import PriceBase
 
 GB = 1e9
 MTOK = 1e6

@@ -90,7 +90,7 @@ class _Run(NamedTuple):
         return Agreement(equal, float((a - b).abs().masked_fill(same, 0).max()))
 
 
-class _Clock(StoppingCriteria):  # type: ignore[misc]
+class _Clock(StoppingCriteria):
     """Notes when the first token is there; never stops."""
 
     def __init__(self) -> None:

@@ -8,6 +8,8 @@ Qwen3-4B, fp16, Apple M1 Pro: none of this was measured by this library.
 from __future__ import annotations
 
 import msgspec
+
+from kvzip.errors import KVZipError
 from kvzip.eval.economics import (
     GB,
     HOUR,
@@ -19,8 +21,6 @@ from kvzip.eval.economics import (
     token_cost,
 )
 from kvzip.eval.prices import PriceBook, default_prices
-
-from kvzip.errors import KVZipError
 
 SHORT, LONG = 255, 3774
 """Tokens of the paper's shortest and longest prompt."""

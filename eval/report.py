@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from kvzip.errors import KVZipError
 from kvzip.eval import charts
 from kvzip.eval.economics import (
     GB,
@@ -28,8 +30,6 @@ from kvzip.eval.economics import (
 from kvzip.eval.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.prices import default_prices
 from kvzip.eval.result import CodecResult, DemoResult, as_result
-
-from kvzip.errors import KVZipError
 from kvzip.snapshot import replacing_file
 
 IDEAL = 2.0

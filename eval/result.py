@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from kvzip.eval.economics import BreakEven
-from kvzip.eval.paper import PaperRow
 
 from kvzip.errors import KVZipError
+from kvzip.eval.economics import BreakEven
+from kvzip.eval.paper import PaperRow
 
 
 class Machine(msgspec.Struct, frozen=True):

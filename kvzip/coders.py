@@ -1,4 +1,4 @@
-"""General-purpose byte coders that codecs build on: Zstandard and LZ4, with hostile input in mind."""
+"""General byte coders that codecs build on: Zstandard and LZ4, with hostile input in mind."""
 
 from __future__ import annotations
 

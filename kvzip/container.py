@@ -139,13 +139,13 @@ def _checksum(array: Bits) -> int:
     if array.size == 0:
         return int(xxhash.xxh3_64_intdigest(b""))
     if array.flags.c_contiguous:
-        return int(xxhash.xxh3_64_intdigest(array.view(np.uint8)))
+        return int(xxhash.xxh3_64_intdigest(array.data))
     if not array[0, 0].flags.c_contiguous:
         return _checksum(np.ascontiguousarray(array))
     state = xxhash.xxh3_64()
     for row in array:
         for head in row:
-            state.update(head.view(np.uint8))
+            state.update(head.data)
     return int(state.intdigest())
 
 
@@ -507,8 +507,7 @@ class Reader:
             raise FormatError("the blocks do not follow each other without gap or overlap")
         fields = ["layer", "part", "kind", "reserved", "start", "tokens"]
         self._rows: dict[tuple[int, Part], range] = {}
-        row = 0
-        for entry in _entries(self.layout, self.header.block_tokens):
+        for row, entry in enumerate(_entries(self.layout, self.header.block_tokens)):
             found = index[row]
             if tuple(found[fields].tolist()) != entry.record(0, 0, 0, 0)[:6]:
                 raise FormatError(f"entry {row} of the index is not the block that belongs there")
@@ -523,7 +522,6 @@ class Reader:
             else:
                 rows = self._rows[entry.layer, entry.part]
                 self._rows[entry.layer, entry.part] = range(rows.start, row + 1)
-            row += 1
 
     def _token_ids(self) -> NDArray[Any] | None:
         ids = self.header.token_ids
@@ -616,7 +614,7 @@ class Reader:
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
         result = [
-            Layer(*(targets[i, part].reshape(cuts[i].shape(part)) for part in PARTS), cuts[i])
+            Layer(targets[i, "k"].reshape(cuts[i].k), targets[i, "v"].reshape(cuts[i].v), cuts[i])
             for i in wanted
         ]
         ids = self.token_ids
@@ -733,7 +731,7 @@ class Reader:
         targets: Mapping[tuple[int, Part], Bits],
         tables: Mapping[tuple[int, Part], Any],
     ) -> int:
-        """Decode blocks one after the other; return how many raw bytes of the targets are filled."""
+        """Decode blocks one after the other; return how many raw bytes of targets were filled."""
         done: dict[tuple[int, Part], Bits] = {}
         filled = 0
         for row in rows:

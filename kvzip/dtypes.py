@@ -118,21 +118,23 @@ def to_ordered(bits: Bits) -> Bits:
     """
     width = bits.dtype.itemsize * 8
     top = bits.dtype.type(1 << (width - 1))
-    return np.where(bits & top, ~bits, bits | top).astype(bits.dtype)
+    return np.where(bits & top, ~bits, bits | top)
 
 
 def from_ordered(ordered: Bits) -> Bits:
     """The inverse of :func:`to_ordered`."""
     width = ordered.dtype.itemsize * 8
     top = ordered.dtype.type(1 << (width - 1))
-    return np.where(ordered & top, ordered ^ top, ~ordered).astype(ordered.dtype)
+    return np.where(ordered & top, ordered ^ top, ~ordered)
 
 
 def sign_exponent(bits: Bits, dtype: str) -> Bits:
     """Sign and exponent of each number as one integer below ``get(dtype).symbols``."""
-    return bits >> bits.dtype.type(get(dtype).mantissa_bits)
+    fields: Bits = bits >> bits.dtype.type(get(dtype).mantissa_bits)
+    return fields
 
 
 def mantissa(bits: Bits, dtype: str) -> Bits:
     """The mantissa field of each number."""
-    return bits & bits.dtype.type((1 << get(dtype).mantissa_bits) - 1)
+    fields: Bits = bits & bits.dtype.type((1 << get(dtype).mantissa_bits) - 1)
+    return fields

@@ -47,7 +47,7 @@ def _log2(x: NDArray[Any]) -> NDArray[Any]:
 def channel_counts(part: Bits, dtype: str) -> NDArray[Any]:
     """How often each sign and exponent occurs in each channel of one layer's keys or values.
 
-    `part`: [heads, tokens, dim] or [batch, heads, tokens, dim]. Returns int64 [heads, dim, symbols].
+    `part`: [heads, tokens, dim] or a batch of it. Returns int64 [heads, dim, symbols].
     """
     block = part if part.ndim == 4 else part[np.newaxis]
     _, heads, _, dim = block.shape

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import subprocess
 import sys
 import tempfile
@@ -42,7 +44,7 @@ PACKAGED = {
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
-"""Known packaged models; a reference "pkg:NAME" names one, or any installed package with a .gguf."""
+"""Known packaged models, for "pkg:NAME"; any other installed package with a .gguf works, too."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def load_model(ref: str, dtype: str = "bf16", device: str = "cpu") -> LoadedMode
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     settings: dict[str, Any] = {"dtype": getattr(torch, form.torch)}
+    files: dict[str, str] = {}
     path = _packaged_file(ref.removeprefix("pkg:")) if ref.startswith("pkg:") else Path(ref)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -87,16 +90,18 @@ def load_model(ref: str, dtype: str = "bf16", device: str = "cpu") -> LoadedMode
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise KVZipError(f"the folder {path} holds no model: it has no config.json")
-        where, files = str(path), {}
+        where = str(path)
         weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
         revision = "sha256:" + _sha256(weights) if weights else ""
     elif ref.startswith((".", "/", "~")) or ref.count("/") > 1 or not ref:
         raise KVZipError(f"there is no model at {ref!r}")
     else:
-        where, files, revision = ref, {}, ""
+        where, revision = ref, ""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **files)
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, **files, **settings)
+        # transformers draws bars of its own there; what goes wrong comes as an exception.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **files)
+            model = transformers.AutoModelForCausalLM.from_pretrained(where, **files, **settings)
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().split("\n")[0]
         raise KVZipError(f"model {ref!r} cannot be loaded: {first}") from None
@@ -110,8 +115,8 @@ def _packaged_file(name: str) -> Path:
     known = PACKAGED.get(name)
     if known is None or len(known.wheels) == 1:
         spec = importlib.util.find_spec(name)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            if files := sorted(Path(folder).rglob("*.gguf")):
+        for place in (spec.submodule_search_locations or []) if spec else []:
+            if files := sorted(Path(place).rglob("*.gguf")):
                 return files[0]
     if known is None:
         raise KVZipError(
@@ -120,7 +125,7 @@ def _packaged_file(name: str) -> Path:
         )
     import platformdirs
 
-    folder = platformdirs.user_cache_path("kvzip") / "models"
+    folder = Path(platformdirs.user_cache_dir("kvzip"), "models")
     target = folder / f"{name}-{known.sha256[:12]}.gguf"
     if not target.is_file():
         folder.mkdir(parents=True, exist_ok=True)

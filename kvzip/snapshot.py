@@ -1,4 +1,4 @@
-"""A snapshot: keys and values of every layer of one KV cache, as raw bits, and where they come from.
+"""A snapshot: keys and values of all layers of one KV cache, as raw bits, and their origin.
 
 On disk it is a safetensors file: tensors ``layers.<i>.k`` and ``layers.<i>.v`` as they lie in the
 cache, ``token_ids``, and under the metadata key ``kvzip`` the :class:`Description` as JSON.
@@ -6,6 +6,7 @@ cache, ``token_ids``, and under the metadata key ``kvzip`` the :class:`Descripti
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -307,16 +308,13 @@ class Snapshot:
             return memory[start + begin : start + end].view(dtype).reshape(shape)
 
         form = dtypes.get(layout.dtype)
-        layers = [
-            Layer(
-                *(
-                    view(f"layers.{i}.{part}", form.uint, form.safetensors, layer.shape(part))
-                    for part in PARTS
-                ),
-                layer,
-            )
-            for i, layer in enumerate(layout.layers)
-        ]
+
+        def part(i: int, name: Part) -> Bits:
+            shape = layout.layers[i].shape(name)
+            found: Bits = view(f"layers.{i}.{name}", form.uint, form.safetensors, shape)
+            return found
+
+        layers = [Layer(part(i, "k"), part(i, "v"), layer) for i, layer in enumerate(layout.layers)]
         ids = None
         if entry := header.get("token_ids"):
             ids = view("token_ids", np.dtype("<i8"), "I64", entry["shape"])
@@ -343,6 +341,15 @@ class Snapshot:
         from kvzip.load.hf import cache_of_snapshot
 
         return cache_of_snapshot(self, config)
+
+
+def sha256_raw(snapshot: Snapshot) -> str:
+    """SHA-256 of all numbers' bytes: layer by layer, keys before values, in C order."""
+    digest = hashlib.sha256()
+    for layer in snapshot.layers:
+        for array in layer:
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 # What safetensors' Python interface calls them, where that is not torch's name.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import zstandard
-from kvzip.codecs import _native
 
 from kvzip.codec import Codec, Context
+from kvzip.codecs import _native
 from kvzip.coders import get_coder
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError
@@ -62,7 +62,8 @@ class ChannelCodec(Codec):
         coded = context.tables.encode(_rows(block)) if context.tables else None
         if coded is None:
             return _RAW + block.tobytes()
-        return (_CODED + coded).ljust(block.nbytes // _MAX_EXPANSION, b"\0")
+        padded: bytes = (_CODED + coded).ljust(block.nbytes // _MAX_EXPANSION, b"\0")
+        return padded
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         mode, body = bytes(data[:1]), data[1:]

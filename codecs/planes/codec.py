@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-from kvzip.codecs import _native
 
 from kvzip.codec import Codec, Context
+from kvzip.codecs import _native
 from kvzip.coders import Bytes, get_coder
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, UnsupportedError

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from kvzip.eval import economics as e
-from kvzip.eval.prices import PriceBook, default_prices, load_prices
 
 from kvzip.errors import KVZipError
+from kvzip.eval import economics as e
+from kvzip.eval.prices import PriceBook, default_prices, load_prices
 
 # The paper's document (economics.md): 3,774 tokens of Qwen3-4B in fp16.
 TOKENS, RAW, PREFILL, REUSE = 3774, 147456 * 3774, 14.71, 0.296

@@ -13,9 +13,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import msgspec  # noqa: E402
-from kvzip.eval.exactness import Exactness, Reference, check, layer_hashes  # noqa: E402
 
 import kvzip  # noqa: E402
+from kvzip.eval.exactness import Exactness, Reference, check, layer_hashes  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+
 from kvzip.eval.paper import PaperRow, paper_table, ratio_needed
 
 TABLE = {row.name: row for row in paper_table()}

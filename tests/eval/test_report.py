@@ -12,13 +12,13 @@ from typing import Any
 
 import msgspec
 import pytest
+
+from kvzip.errors import KVZipError
 from kvzip.eval.economics import Measured, MeasuredCodec, breakeven, prefill_flops
 from kvzip.eval.paper import paper_table
 from kvzip.eval.prices import default_prices
 from kvzip.eval.report import bit_rate, seconds, size, usd, write_report
 from kvzip.eval.result import DemoResult, as_result
-
-from kvzip.errors import KVZipError
 
 pytest.importorskip("jinja2", reason="the report needs the extra `eval`")
 

