@@ -34,6 +34,7 @@ app = App(
     name="kvzip",
     help="Lossless compression of language models' KV caches, and when it pays.",
     version=kvzip.__version__,
+    suppress_keyboard_interrupt=False,
 )
 evaluate = App(name="eval", help="The evaluation: prices, the paper, what compression is worth.")
 app.command(evaluate)
@@ -76,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         code = 2 if wrong_use else 1
         message = _os_error(error)
+    except ModuleNotFoundError as error:
+        code = 2
+        message = f"this command needs more packages: pip install 'kvzip[all]' ({error})"
     except MemoryError:
         code, message = 1, "not enough memory"
     if message:

