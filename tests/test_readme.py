@@ -1,0 +1,77 @@
+"""What the README and the docs tell a person to type works as written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvzip
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def model():
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def test_the_python_examples(tmp_path, monkeypatch, model):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    ids = torch.arange(3, 203)[None]
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+    snapshot = kvzip.Snapshot.from_cache(cache, ids, model)
+    snapshot.save("doc.safetensors")
+    Path("doc.kvz").write_bytes(kvzip.encode(snapshot))
+    found = blocks("python")
+    assert len(found) == 2
+    names = {"model": model, "ids": ids}
+    for code in found:
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["prefix"].layers[0].k.shape[1] == 128
+
+
+@pytest.mark.model
+def test_the_commands(tmp_path):
+    commands = [line.partition("#")[0] for block in blocks("sh") for line in block.splitlines()]
+    ours = [shlex.split(line) for line in commands if line.startswith("kvzip")]
+    assert len(ours) == 6
+    for command in ours:
+        command[0] = str(Path(sys.executable).parent / "kvzip")
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+
+
+def test_the_make_targets_and_links_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for line in blocks("sh")[0].splitlines():
+        target = line.split()[1]
+        assert f"\n{target}:" in makefile
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("codecs/**/*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
