@@ -15,7 +15,7 @@ from kvzip.coders import get_coder
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError
 
-_RAW, _CODED = b"\0", b"\1"
+_RAW, _CODED = 0, 1
 # A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
 _MAX_EXPANSION = 1024
 # Two bytes of levels for each of 256 exponents, and what stands beside them.
@@ -59,20 +59,17 @@ class ChannelCodec(Codec):
             raise CorruptError(f"bad tables: {error}") from None
 
     def encode(self, block: Bits, context: Context) -> bytes:
-        coded = context.tables.encode(_rows(block)) if context.tables else None
-        if coded is None:
-            return _RAW + block.tobytes()
-        padded: bytes = (_CODED + coded).ljust(block.nbytes // _MAX_EXPANSION, b"\0")
-        return padded
+        coded: bytes | None = context.tables.encode(_rows(block)) if context.tables else None
+        return bytes([_RAW]) + block.tobytes() if coded is None else coded
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
-        mode, body = bytes(data[:1]), data[1:]
-        if mode == _RAW and len(body) == out.nbytes:
-            out[...] = np.frombuffer(body, out.dtype).reshape(out.shape)
+        mode = data[0] if len(data) else None
+        if mode == _RAW and len(data) == 1 + out.nbytes:
+            out[...] = np.frombuffer(data[1:], out.dtype).reshape(out.shape)
         elif mode == _CODED and context.tables:
             target = _rows(out, writing=True)
             try:
-                context.tables.decode(np.frombuffer(body, np.uint8), target)
+                context.tables.decode(np.frombuffer(data, np.uint8), target)
             except ValueError as error:
                 raise CorruptError(str(error)) from None
             if target is not out:

@@ -15,30 +15,41 @@ constexpr int kProbBits = 10;      // probabilities are multiples of 1/1024
 constexpr std::uint32_t kTotal = 1u << kProbBits;
 constexpr std::uint32_t kLow = 1u << 16;  // states stay in [2^16, 2^32)
 constexpr int kMaxSymbols = 512;   // values of sign and exponent
+constexpr std::uint8_t kNone = 255;
 
-// One probability table as an alias table. A slot of 0..1023 lies in bucket slot/32 at place
-// slot%32; below `divide[bucket]` the entry is own[bucket], else other[bucket].
-// Entry: frequency (11 bits), what to add to the place to get the rank (11), value (9), escape (1).
-struct alignas(64) Decoder {
+// A shape's frequencies and alias table, as spec.md has them.
+struct Alias {
+  std::uint32_t symbols;
+  std::uint32_t escape;           // the symbol that stands for all other values, or kNone
+  std::uint32_t freq[kBuckets];   // 0 where there is no symbol, as everything below
+  std::uint32_t value[kBuckets];
   std::uint32_t divide[kBuckets];
-  std::uint32_t own[kBuckets];
   std::uint32_t other[kBuckets];
 };
 
-constexpr std::uint32_t entry(std::uint32_t freq, std::uint32_t add, std::uint32_t value,
-                              std::uint32_t escape) {
-  return freq | (add & 0x7FF) << 11 | value << 22 | escape << 31;
-}
-
-// The same table from the other side: a symbol and a rank give the slot.
-struct Encoder {
-  std::uint8_t symbol[kMaxSymbols];  // of a value relative to the channel's base; kEscape: none
-  std::uint16_t start[kBuckets];     // of a symbol's ranks in `slot`
-  std::uint16_t freq[kBuckets];
-  std::uint16_t slot[kTotal];
-  std::uint8_t escape;               // symbol that stands for all other values, or kNone
+// What a slot says, for decoding. A slot x lies in bucket x/32 at place x%32. Entries:
+//   own:   divide (5 bits) 0  (6) escape (1) value (9) frequency (11)
+//   other: what to add to the place to get the rank (11, signed) escape value frequency
+// A bucket that is all one symbol's has it in `other`, and divide 0, so 5 bits are enough and
+// comparing whole words tells whether place < divide (see own_first).
+struct Decoder {
+  alignas(64) std::uint32_t own[kBuckets];
+  alignas(64) std::uint32_t other[kBuckets];
 };
-constexpr std::uint8_t kNone = 255;
+constexpr int kValueAt = 11;
+constexpr std::uint32_t kFreqMask = (1u << kValueAt) - 1, kValueMask = 0x1FF;
+constexpr std::uint32_t kEscapeBit = 1u << 20;
+
+// The same table from the other side. `cell`, of a value relative to the channel's base: frequency
+// (11), where its ranks begin in `slot` (10), symbol (5), and what is special about it.
+struct Encoder {
+  std::uint32_t cell[kMaxSymbols];
+  std::uint64_t reciprocal[kBuckets];  // of a symbol: ceil(2^42 / frequency)
+  std::uint16_t slot[kTotal + 1];      // the last is no slot: vectors read four bytes at a time
+};
+constexpr int kStartAt = 11, kSymbolAt = 21;
+constexpr std::uint32_t kNoCell = 1u << 30;      // cannot be coded
+constexpr std::uint32_t kEscapeCell = 1u << 31;  // coded as the escape
 
 // How a channel uses a shape: value = (shape's value + base) mod 2^bits.
 struct Channel {
@@ -65,10 +76,14 @@ struct Block {
   std::ptrdiff_t batch_stride, head_stride, token_stride;
 };
 
+// --- tables ----------------------------------------------------------------------------------
+
 // Turns levels into a table. `levels`: 2*width of them, value (sign, exponent) at 2*exponent+sign,
 // then the escape's. Returns false when they are no table: no symbol, or more than 32.
-bool make_shape(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
-                int exponent_bits, Decoder* decoder, Encoder* encoder);
+bool make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+                int exponent_bits, Alias* alias);
+void make_decoder(const Alias& alias, Decoder* decoder);
+void make_encoder(const Alias& alias, Encoder* encoder);
 
 // Adds the block's values to counts[heads*dim][1 << value_bits] and compares each number with the
 // first of its channel: `same` stays true where all are equal to first[channel].
@@ -84,28 +99,31 @@ bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::ui
                    std::uint8_t* levels, std::uint32_t* low, std::size_t* width,
                    std::uint8_t* escape_level);
 
+// --- blocks: each function has one result, whatever instructions it uses ------------------------
+
 // Bytes of the mantissa section; the same for every block of these tables and tokens.
 std::size_t mantissa_bytes(const Tables& tables, std::size_t batch, std::size_t tokens);
 
-struct Streams {
-  std::uint32_t states[kLanes];
-  std::size_t words, escapes;
+// Where the parts of a coded block are, and how long those of no fixed length are.
+struct Coded {
+  const std::uint8_t *states, *escapes, *mantissas, *words;
+  std::size_t escape_count, word_count;
 };
-
-// Encodes sign and exponent, last symbol first. `words` and `escapes` are filled from their ends
-// (`words_end`, `escapes_end`) downwards; there must be room for one of each for every number.
-// Returns false when a number has no symbol in its channel's table, which has no escape.
-template <typename T>
-bool encode_values(const Tables& tables, const Block<const T>& block, std::uint16_t* words_end,
-                   std::uint16_t* escapes_end, Streams* streams);
-
-template <typename T>
-void encode_mantissas(const Tables& tables, const Block<const T>& block, std::uint8_t* out);
 
 // Decodes a block into place. Returns false when the streams do not fit each other.
 template <typename T>
-bool decode(const Tables& tables, const Block<T>& block, const std::uint8_t* states,
-            const std::uint8_t* escapes, std::size_t escape_count, const std::uint8_t* mantissas,
-            const std::uint8_t* words, std::size_t word_count);
+bool decode(const Tables& tables, const Block<T>& block, const Coded& coded);
+
+// Encodes a block. `words` and `escapes` are filled from their ends downwards; there must be room
+// for one of each for every number.
+struct Sink {
+  std::uint32_t states[kLanes];
+  std::uint8_t* mantissas;
+  std::uint16_t *words, *escapes;  // the ends; then the beginnings of what was written
+};
+
+// Returns false when a number has no symbol in its channel's table, which has no escape.
+template <typename T>
+bool encode(const Tables& tables, const Block<const T>& block, Sink* sink);
 
 }  // namespace kvzip::channel

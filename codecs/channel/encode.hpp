@@ -1,0 +1,73 @@
+// Encoding a block, for any instruction set: the decoder's steps backwards. `Simd` has
+//   EncoderLanes              the states of a group's lanes, and `step` for one channel of a tile
+//   columns(rows, first, tile)  rows of 16 tokens as a tile's columns
+//   collect                   bytes of the channels that are not constant
+#pragma once
+
+#include "channel/strips.hpp"
+
+namespace kvzip::channel {
+namespace {
+
+// Mantissas of eight tokens, of which `rows` exist.
+template <class Simd, typename T, int M>
+inline void split(const T (*numbers)[kStrip], std::uint64_t live, std::size_t live_count,
+                  std::uint8_t* out) {
+  constexpr int R = M % 8, B = M / 8;
+  Row fields[8], packed[R];
+  const auto put = [&](int row, const Row& bytes) {
+    if (live_count == kStrip) std::memcpy(out + row * kStrip, &bytes, kStrip);
+    else Simd::collect(bytes, live, live_count, out + std::size_t(row) * live_count);
+  };
+  for (int i = 0; i < 8; ++i) {
+    std::uint8_t bytes[B + 1][kStrip];
+    for (int j = 0; j <= B; ++j)
+      for (int c = 0; c < kStrip; ++c) bytes[j][c] = std::uint8_t(numbers[i][c] >> 8 * j);
+    for (int j = 0; j < B; ++j) put(8 * j + i, row_at(bytes[j]));
+    fields[i] = row_at(bytes[B]) & std::uint8_t((1 << R) - 1);
+  }
+  pack<R>(fields, packed);
+  for (int j = 0; j < R; ++j) put(8 * B + j, packed[j]);
+}
+
+template <class Simd, typename T, int M>
+bool encode_block(const Tables& tables, const Block<const T>& block, Sink* sink) {
+  constexpr std::size_t kRows = rows_of_octet(M);
+  typename Simd::EncoderLanes lanes;
+  std::uint8_t* mantissas = sink->mantissas + mantissa_bytes(tables, block.batch, block.tokens);
+  Tile<T> tile;
+  alignas(64) T rows[16][kStrip];
+  const Strips strips(block.batch, tables.heads, block.tokens, tables.dim);
+  for (std::size_t s = strips.count(); s-- > 0;) {
+    const Strip strip = strips[s];
+    const Channel* channels = tables.channels + strip.head * tables.dim + strip.channel;
+    std::uint64_t live = 0;
+    for (std::size_t c = 0; c < strip.width; ++c) live |= std::uint64_t(!channels[c].constant) << c;
+    const auto live_count = std::size_t(__builtin_popcountll(live));
+    const std::size_t octets = (strip.lanes + 7) / 8;
+    mantissas -= octets * kRows * live_count;
+    const T* corner = strip.corner(block);
+    for (std::size_t o = 0; o < strip.lanes; o += 16) {
+      for (std::size_t i = 0; i < 16; ++i) {
+        const bool there = o + i < strip.lanes;
+        if (!there || strip.width < kStrip) std::memset(rows[i], 0, sizeof rows[i]);
+        if (there)
+          std::memcpy(rows[i], corner + std::ptrdiff_t(o + i) * block.token_stride,
+                      strip.width == kStrip ? sizeof rows[i] : strip.width * sizeof(T));
+      }
+      Simd::columns(rows, o, tile);
+      for (std::size_t k = o / 8; k < least(o / 8 + 2, octets); ++k)
+        split<Simd, T, M>(rows + 8 * (k - o / 8), live, live_count, mantissas + k * kRows * live_count);
+    }
+    for (std::size_t c = strip.width; c-- > 0;)
+      if (live >> c & 1)
+        if (!lanes.step(tables.encoders[channels[c].shape], channels[c].base, tables.value_bits,
+                        tile.column(c), Tile<T>::template shift<M>(c), strip.lanes, sink))
+          return false;
+  }
+  lanes.store(sink->states);
+  return true;
+}
+
+}  // namespace
+}  // namespace kvzip::channel

@@ -1,0 +1,176 @@
+// AVX-512 (F, BW, VL, DQ, VBMI, VBMI2): a channel's whole table in four registers, the states of
+// all lanes in eight.
+#include <immintrin.h>
+
+#include "channel/kernels_of.hpp"
+#include "channel/scalar.hpp"
+
+namespace kvzip::channel {
+namespace {
+
+// 16 x 16 words of 32 bits, rows to columns.
+inline void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
+      r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
+    }
+  // r[4q + k]: of rows 4q to 4q+3, column k of each quarter.
+  for (int k = 0; k < 4; ++k) {
+    t[k] = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x88);
+    t[4 + k] = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xDD);
+    t[8 + k] = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x88);
+    t[12 + k] = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xDD);
+  }
+  for (int k = 0; k < 4; ++k) {
+    r[k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0x88);
+    r[8 + k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0xDD);
+    r[4 + k] = _mm512_shuffle_i32x4(t[4 + k], t[12 + k], 0x88);
+    r[12 + k] = _mm512_shuffle_i32x4(t[4 + k], t[12 + k], 0xDD);
+  }
+}
+
+constexpr int kVectors = kLanes / 16;
+
+struct Avx512 {
+  class Lanes {
+   public:
+    explicit Lanes(const std::uint32_t* states) {
+      for (int v = 0; v < kVectors; ++v) x_[v] = _mm512_load_si512(states + 16 * v);
+    }
+
+    bool limit(std::size_t lanes) {
+      if (limited_) return true;
+      bool rest_is_done = true;
+      for (int v = 0; v < kVectors; ++v) {
+        const std::size_t first = 16 * std::size_t(v);
+        active_[v] = __mmask16(lanes <= first ? 0 : first_ones(least(16, lanes - first)));
+        rest_is_done &= !_mm512_mask_cmpneq_epi32_mask(__mmask16(~active_[v]), x_[v],
+                                                       _mm512_set1_epi32(int(kLow)));
+      }
+      limited_ = true;
+      return rest_is_done;
+    }
+
+    bool done() const {
+      for (int v = 0; v < kVectors; ++v)
+        if (_mm512_mask_cmpneq_epi32_mask(active_[v], x_[v], _mm512_set1_epi32(int(kLow))))
+          return false;
+      return true;
+    }
+
+    bool step(const Decoder& d, const std::uint8_t** words, std::uint32_t* out, int shift,
+              std::uint32_t value_mask, bool first, std::uint64_t* escaped) {
+      if (limited_) return step<true>(d, words, out, shift, value_mask, first, escaped);
+      return step<false>(d, words, out, shift, value_mask, first, escaped);
+    }
+
+   private:
+    template <bool limited>
+    __attribute__((always_inline)) bool step(const Decoder& d, const std::uint8_t** words,
+                                             std::uint32_t* out, int shift, std::uint32_t value_mask,
+                                             bool first, std::uint64_t* escaped) {
+      const __m512i own_low = _mm512_load_si512(d.own), own_high = _mm512_load_si512(d.own + 16);
+      const __m512i other_low = _mm512_load_si512(d.other), other_high = _mm512_load_si512(d.other + 16);
+      const __m512i ones = _mm512_set1_epi32(-1);
+      const __m512i low = _mm512_set1_epi32(int(kLow));
+      // A word of the stream into the upper half of each lane.
+      alignas(64) static constexpr std::uint16_t kSpread[32] = {
+          0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+          0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+      const __m512i spread = _mm512_load_si512(kSpread);
+      const __m512i turn = _mm512_set1_epi32(shift - kValueAt);
+      const __m512i keep = _mm512_set1_epi32(int(value_mask << shift));
+      const __m512i before = _mm512_set1_epi32(first ? 0 : -1);
+      const std::uint8_t* p = *words;
+      __m512i all = _mm512_setzero_si512();
+      __m512i e[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const __m512i x = x_[v];
+        const __m512i bucket = _mm512_srli_epi32(x, 5);  // the permutations look at 5 bits of it
+        const __m512i own = _mm512_permutex2var_epi32(own_low, bucket, own_high);
+        const __m512i other = _mm512_permutex2var_epi32(other_low, bucket, other_high);
+        const __m512i place = _mm512_and_si512(x, _mm512_set1_epi32(kBucketSlots - 1));
+        const __mmask16 second = _mm512_cmpge_epu32_mask(_mm512_shldi_epi32(x, ones, 27), own);
+        e[v] = _mm512_mask_blend_epi32(second, own, other);
+        const __m512i rank =
+            _mm512_mask_add_epi32(place, second, place, _mm512_srai_epi32(other, 21));
+        const __m512i freq = _mm512_and_si512(e[v], _mm512_set1_epi32(int(kFreqMask)));
+        __m512i y = _mm512_add_epi32(_mm512_mullo_epi32(freq, _mm512_srli_epi32(x, kProbBits)), rank);
+        const __mmask16 more = limited ? _mm512_mask_cmplt_epu32_mask(active_[v], y, low)
+                                       : _mm512_cmplt_epu32_mask(y, low);
+        __m512i w = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        w = _mm512_maskz_expand_epi32(more, _mm512_permutexvar_epi16(spread, w));
+        p += 2 * __builtin_popcount(more);
+        x_[v] = _mm512_mask_shldi_epi32(y, more, y, w, 16);
+        all = _mm512_or_si512(all, e[v]);
+        const __m512i value = _mm512_and_si512(_mm512_rolv_epi32(e[v], turn), keep);
+        std::uint32_t* const o = out + 16 * v;
+        // value | (what is there & before)
+        _mm512_store_si512(o, _mm512_ternarylogic_epi32(value, _mm512_load_si512(o), before, 0xF8));
+      }
+      *words = p;
+      const __m512i bit = _mm512_set1_epi32(int(kEscapeBit));
+      if (__builtin_expect(!_mm512_test_epi32_mask(all, bit), 1)) return false;
+      escaped[0] = escaped[1] = 0;
+      for (int v = 0; v < kVectors; ++v) {
+        const __mmask16 found = _mm512_mask_test_epi32_mask(active_[v], e[v], bit);
+        escaped[v / 4] |= std::uint64_t(found) << 16 * (v % 4);
+      }
+      return true;
+    }
+
+    __m512i x_[kVectors];
+    __mmask16 active_[kVectors] = {0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF};
+    bool limited_ = false;
+  };
+
+  template <typename T>
+  static void turn(const Tile<T>& tile, std::size_t token, T (*rows)[kStrip]) {
+    for (int part = 0; part < int(sizeof(T)); ++part) {
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile.word[16 * part + i] + token);
+      transpose(r);
+      for (int i = 0; i < 16; ++i)
+        _mm512_store_si512(reinterpret_cast<char*>(rows[i]) + 64 * part, r[i]);
+    }
+  }
+
+  // TMP
+  using EncoderLanes = Scalar::EncoderLanes;
+  template <typename T>
+  static void columns(const T (*rows)[kStrip], std::size_t token, Tile<T>& tile) {
+    for (int part = 0; part < int(sizeof(T)); ++part) {
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i)
+        r[i] = _mm512_load_si512(reinterpret_cast<const char*>(rows[i]) + 64 * part);
+      transpose(r);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(tile.word[16 * part + i] + token, r[i]);
+    }
+  }
+
+  static void collect(const Row& row, std::uint64_t live, std::size_t live_count, std::uint8_t* out) {
+    _mm512_mask_storeu_epi8(out, first_ones(live_count),
+                            _mm512_maskz_compress_epi8(live, __m512i(row)));
+  }
+
+  static void spread(const std::uint8_t* rows, std::size_t count, std::uint64_t live,
+                     std::size_t live_count, std::uint8_t* out) {
+    for (std::size_t i = 0; i < count; ++i, rows += live_count) {
+      const __m512i row = _mm512_maskz_loadu_epi8(first_ones(live_count), rows);
+      _mm512_store_si512(out + kStrip * i, _mm512_maskz_expand_epi8(live, row));
+    }
+  }
+};
+
+}  // namespace
+
+KVZIP_KERNELS(avx512, Avx512)
+
+}  // namespace kvzip::channel

@@ -1,0 +1,51 @@
+// The kernels of each instruction set, and how kernels_*.cpp defines its own.
+#pragma once
+
+#include "channel/kernels.hpp"
+
+#define KVZIP_DECLARE(level)                                                         \
+  namespace level {                                                                  \
+  template <typename T>                                                              \
+  bool decode(const Tables& tables, const Block<T>& block, const Coded& coded);      \
+  template <typename T>                                                              \
+  bool encode(const Tables& tables, const Block<const T>& block, Sink* sink);        \
+  }
+namespace kvzip::channel {
+KVZIP_DECLARE(scalar)
+KVZIP_DECLARE(avx2)
+KVZIP_DECLARE(avx512)
+}  // namespace kvzip::channel
+#undef KVZIP_DECLARE
+
+// A number of so many bytes has one of these mantissas (spec.md); which one, the tables say.
+#define KVZIP_KERNELS(level, Simd)                                                              \
+  namespace level {                                                                             \
+  template <typename T>                                                                         \
+  bool decode(const Tables& tables, const Block<T>& block, const Coded& coded) {                \
+    if constexpr (sizeof(T) == 1)                                                               \
+      return tables.mantissa_bits == 2 ? decode_block<Simd, T, 2>(tables, block, coded)         \
+                                       : decode_block<Simd, T, 3>(tables, block, coded);        \
+    else if constexpr (sizeof(T) == 2)                                                          \
+      return tables.mantissa_bits == 7 ? decode_block<Simd, T, 7>(tables, block, coded)         \
+                                       : decode_block<Simd, T, 10>(tables, block, coded);       \
+    else                                                                                        \
+      return decode_block<Simd, T, 23>(tables, block, coded);                                   \
+  }                                                                                             \
+  template <typename T>                                                                         \
+  bool encode(const Tables& tables, const Block<const T>& block, Sink* sink) {                  \
+    if constexpr (sizeof(T) == 1)                                                               \
+      return tables.mantissa_bits == 2 ? encode_block<Simd, T, 2>(tables, block, sink)          \
+                                       : encode_block<Simd, T, 3>(tables, block, sink);         \
+    else if constexpr (sizeof(T) == 2)                                                          \
+      return tables.mantissa_bits == 7 ? encode_block<Simd, T, 7>(tables, block, sink)          \
+                                       : encode_block<Simd, T, 10>(tables, block, sink);        \
+    else                                                                                        \
+      return encode_block<Simd, T, 23>(tables, block, sink);                                    \
+  }                                                                                             \
+  template bool decode(const Tables&, const Block<std::uint8_t>&, const Coded&);                \
+  template bool decode(const Tables&, const Block<std::uint16_t>&, const Coded&);               \
+  template bool decode(const Tables&, const Block<std::uint32_t>&, const Coded&);               \
+  template bool encode(const Tables&, const Block<const std::uint8_t>&, Sink*);                 \
+  template bool encode(const Tables&, const Block<const std::uint16_t>&, Sink*);                \
+  template bool encode(const Tables&, const Block<const std::uint32_t>&, Sink*);                \
+  }

@@ -1,0 +1,210 @@
+#include "channel/part.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "channel/shapes.hpp"
+
+namespace kvzip::channel {
+namespace {
+
+enum Kind : std::uint8_t { kCoded = 0, kConstant = 1 };
+// A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
+constexpr std::size_t kMaxExpansion = 1024;
+enum Mode : std::uint8_t { kRawBlock = 0, kCodedBlock = 1 };
+
+// Reads little-endian fields one after the other, never past the end.
+class Cursor {
+ public:
+  Cursor(const std::uint8_t* data, std::size_t size) : at_(data), end_(data + size) {}
+  const std::uint8_t* take(std::size_t n) {
+    if (n > left()) throw std::invalid_argument("cut short");
+    const std::uint8_t* p = at_;
+    at_ += n;
+    return p;
+  }
+  template <typename U>
+  U number() {
+    U v;
+    std::memcpy(&v, take(sizeof v), sizeof v);
+    return v;
+  }
+  std::size_t left() const { return std::size_t(end_ - at_); }
+
+ private:
+  const std::uint8_t *at_, *end_;
+};
+
+template <typename U>
+void put(std::vector<std::uint8_t>& out, U v) {
+  const auto* p = reinterpret_cast<const std::uint8_t*>(&v);
+  out.insert(out.end(), p, p + sizeof v);
+}
+
+// Bits saved by an ideal coder that knows these counts, against storing each value as it is.
+double expected_gain(const std::uint32_t* counts, int value_bits) {
+  double total = 0, sum = 0;
+  for (std::size_t v = 0; v < std::size_t(1) << value_bits; ++v)
+    if (counts[v]) {
+      total += counts[v];
+      sum += counts[v] * std::log2(double(counts[v]));
+    }
+  return total * value_bits - (total * std::log2(total) - sum);
+}
+
+}  // namespace
+
+template <typename T>
+std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t heads, std::size_t dim,
+                                      Form form) {
+  const std::size_t n = heads * dim;
+  std::vector<std::uint32_t> counts(n << form.value_bits());
+  std::vector<T> first(n);
+  std::vector<std::uint8_t> same(n, 1);
+  if (in.batch && in.tokens)
+    for (std::size_t c = 0; c < n; ++c)
+      first[c] = in.data[std::ptrdiff_t(c / dim) * in.head_stride + std::ptrdiff_t(c % dim)];
+  count<T>(in, heads, dim, form.mantissa_bits, form.value_bits(), counts.data(), first.data(),
+           same.data());
+  double gain = 0;  // bits that the tables will save
+  std::size_t live = 0;
+  for (std::size_t c = 0; c < n; ++c) {
+    const std::uint32_t* row = &counts[c << form.value_bits()];
+    if (same[c]) {
+      gain += double(in.batch * in.tokens) * 8 * sizeof(T);
+      continue;
+    }
+    gain += expected_gain(row, form.value_bits());
+    std::copy(row, row + (std::size_t(1) << form.value_bits()),
+              &counts[live++ << form.value_bits()]);
+  }
+  const Shapes shapes = choose_shapes(counts.data(), live, form.exponent_bits);
+  std::vector<std::uint8_t> out;
+  put(out, std::uint16_t(shapes.widths.size()));
+  for (const auto* piece : {&shapes.widths, &shapes.escapes, &shapes.levels})
+    out.insert(out.end(), piece->begin(), piece->end());
+  for (std::uint8_t constant : same) out.push_back(constant ? kConstant : kCoded);
+  live = 0;
+  for (std::size_t c = 0; c < n; ++c) {
+    if (same[c]) {
+      put(out, first[c]);
+    } else {
+      put(out, shapes.shape[live]);
+      put(out, shapes.base[live++]);
+    }
+  }
+  // Tables come down to less than half their size when the caller compresses them.
+  if (gain < 4.0 * double(out.size())) out.clear();
+  return out;
+}
+
+PartTables::PartTables(const std::uint8_t* data, std::size_t size, std::size_t heads,
+                       std::size_t dim, Form form)
+    : form_(form) {
+  const std::size_t n = heads * dim;
+  Cursor in(data, size);
+  const std::size_t shapes = in.number<std::uint16_t>();
+  if (n > in.left()) throw std::invalid_argument("cut short");
+  const std::uint8_t* widths = in.take(shapes);
+  const std::uint8_t* escapes = in.take(shapes);
+  shapes_.resize(shapes);
+  decoders_.resize(shapes);
+  for (std::size_t i = 0; i < shapes; ++i) {
+    const std::size_t width = std::size_t(widths[i]) + 1;
+    if (width > std::size_t(1) << form.exponent_bits ||
+        !make_alias(in.take(2 * width), width, escapes[i], form.exponent_bits, &shapes_[i]))
+      throw std::invalid_argument("a table makes no sense");
+    make_decoder(shapes_[i], &decoders_[i]);
+  }
+  channels_.resize(n);
+  const std::uint8_t* kinds = in.take(n);
+  for (std::size_t c = 0; c < n; ++c) {
+    Channel& channel = channels_[c];
+    channel = {};
+    channel.constant = kinds[c] == kConstant;
+    if (kinds[c] > kConstant) throw std::invalid_argument("a channel of unknown kind");
+    if (channel.constant) {
+      std::memcpy(&channel.number, in.take(form.itemsize()), form.itemsize());
+    } else {
+      channel.shape = in.number<std::uint16_t>();
+      channel.base = in.number<std::uint16_t>();
+      if (channel.shape >= shapes || channel.base >> form.value_bits())
+        throw std::invalid_argument("a channel of no table");
+    }
+  }
+  if (in.left()) throw std::invalid_argument("longer than it should be");
+  tables_ = {decoders_.data(),  nullptr, channels_.data(), heads, dim,
+             form.value_bits(), form.mantissa_bits};
+}
+
+template <typename T>
+Encoded PartTables::encode(const Block<const T>& block) const {
+  std::call_once(encoding_, [&] {
+    encoders_.resize(shapes_.size());
+    for (std::size_t i = 0; i < shapes_.size(); ++i) make_encoder(shapes_[i], &encoders_[i]);
+  });
+  Tables tables = tables_;
+  tables.encoders = encoders_.data();
+  const std::size_t n = block.batch * tables.heads * block.tokens * tables.dim;
+  const std::size_t lanes = std::min<std::size_t>(kLanes, block.tokens);
+  const std::size_t mantissas = mantissa_bytes(tables, block.batch, block.tokens);
+  // Room for every number to be an escape and to shift out a word; not set to zero.
+  const std::unique_ptr<std::uint16_t[]> room(new std::uint16_t[2 * n]);
+  const std::unique_ptr<std::uint8_t[]> packed(new std::uint8_t[mantissas]);
+  Sink sink;
+  sink.mantissas = packed.get();
+  sink.words = room.get() + n;
+  sink.escapes = room.get() + 2 * n;
+  if (!channel::encode<T>(tables, block, &sink)) return {};
+  const auto words = std::size_t(room.get() + n - sink.words);
+  const auto escapes = std::size_t(room.get() + 2 * n - sink.escapes);
+  const std::size_t size = 9 + 4 * lanes + 2 * escapes + mantissas + 2 * words;
+  if (size > n * sizeof(T)) return {};
+  Encoded out;
+  out.size = std::max(size, n * sizeof(T) / kMaxExpansion);
+  out.memory.reset(new std::uint8_t[out.size]);
+  std::uint8_t* p = out.memory.get();
+  const std::uint32_t counts[2] = {std::uint32_t(escapes), std::uint32_t(words)};
+  *p++ = kCodedBlock;
+  const auto append = [&](const void* data, std::size_t bytes) {
+    if (bytes) std::memcpy(p, data, bytes);
+    p += bytes;
+  };
+  append(counts, 8);
+  append(sink.states, 4 * lanes);
+  append(sink.escapes, 2 * escapes);
+  append(packed.get(), mantissas);
+  append(sink.words, 2 * words);
+  std::memset(p, 0, out.size - size);
+  return out;
+}
+
+template <typename T>
+void PartTables::decode(const std::uint8_t* data, std::size_t size, const Block<T>& block) const {
+  Cursor in(data, size);
+  if (in.number<std::uint8_t>() != kCodedBlock) throw std::invalid_argument("not a coded block");
+  Coded coded;
+  coded.escape_count = in.number<std::uint32_t>();
+  coded.word_count = in.number<std::uint32_t>();
+  coded.states = in.take(4 * std::min<std::size_t>(kLanes, block.tokens));
+  coded.escapes = in.take(2 * coded.escape_count);
+  coded.mantissas = in.take(mantissa_bytes(tables_, block.batch, block.tokens));
+  coded.words = in.take(2 * coded.word_count);
+  for (std::size_t left = in.left(); left; --left)
+    if (*in.take(1)) throw std::invalid_argument("its padding is not zeros");
+  if (!channel::decode<T>(tables_, block, coded))
+    throw std::invalid_argument("its streams do not fit each other");
+}
+
+#define KVZIP_INSTANTIATE(T)                                                                    \
+  template std::vector<std::uint8_t> make_tables(const Block<const T>&, std::size_t,           \
+                                                 std::size_t, Form);                            \
+  template Encoded PartTables::encode(const Block<const T>&) const;                             \
+  template void PartTables::decode(const std::uint8_t*, std::size_t, const Block<T>&) const;
+KVZIP_INSTANTIATE(std::uint8_t)
+KVZIP_INSTANTIATE(std::uint16_t)
+KVZIP_INSTANTIATE(std::uint32_t)
+#undef KVZIP_INSTANTIATE
+
+}  // namespace kvzip::channel

@@ -1,0 +1,64 @@
+// The bytes of tables and blocks (spec.md): sizes are checked and memory is allocated here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#include "channel/kernels.hpp"
+
+namespace kvzip::channel {
+
+struct Form {
+  int exponent_bits, mantissa_bits;
+  int value_bits() const { return exponent_bits + 1; }
+  std::size_t itemsize() const { return std::size_t(value_bits() + mantissa_bits) / 8; }
+  void check() const {
+    const int e = exponent_bits, m = mantissa_bits;
+    if (!((e == 8 && (m == 7 || m == 23)) || (e == 5 && (m == 10 || m == 2)) || (e == 4 && m == 3)))
+      throw std::invalid_argument("not a number format of ours");
+  }
+};
+
+// The tables that fit one layer's keys or values best, as bytes; none when they would not pay.
+template <typename T>
+std::vector<std::uint8_t> make_tables(const Block<const T>& numbers, std::size_t heads,
+                                      std::size_t dim, Form form);
+
+// A coded block, or nothing when it would not be shorter than the numbers themselves.
+struct Encoded {
+  std::unique_ptr<std::uint8_t[]> memory;
+  std::size_t size = 0;
+};
+
+// The tables of one layer's keys or values. Throws std::invalid_argument when bytes make no sense.
+class PartTables {
+ public:
+  PartTables(const std::uint8_t* data, std::size_t size, std::size_t heads, std::size_t dim,
+             Form form);
+
+  const Form& form() const { return form_; }
+  std::size_t heads() const { return tables_.heads; }
+  std::size_t dim() const { return tables_.dim; }
+
+  // `block` is of these heads and dim, and T of the form's size.
+  template <typename T>
+  Encoded encode(const Block<const T>& block) const;
+  template <typename T>
+  void decode(const std::uint8_t* data, std::size_t size, const Block<T>& block) const;
+
+ private:
+  Form form_;
+  std::vector<Alias> shapes_;
+  std::vector<Decoder> decoders_;
+  std::vector<Channel> channels_;
+  Tables tables_;
+  // Made when something is encoded: a reader has no use for them.
+  mutable std::once_flag encoding_;
+  mutable std::vector<Encoder> encoders_;
+};
+
+}  // namespace kvzip::channel

@@ -1,0 +1,130 @@
+// Steps in plain C++: the whole of the scalar kernels, and what other instruction sets do not
+// have a better way for.
+#pragma once
+
+#include "channel/decode.hpp"
+#include "channel/encode.hpp"
+
+namespace kvzip::channel {
+namespace {
+
+struct Scalar {
+  class Lanes {
+   public:
+    explicit Lanes(const std::uint32_t* states) { std::memcpy(x_, states, sizeof x_); }
+
+    bool limit(std::size_t lanes) {
+      for (std::size_t j = lanes; j < lanes_; ++j)
+        if (x_[j] != kLow) return false;
+      lanes_ = lanes;
+      return true;
+    }
+
+    bool done() const {
+      for (std::uint32_t x : x_)
+        if (x != kLow) return false;
+      return true;
+    }
+
+    bool step(const Decoder& d, const std::uint8_t** words, std::uint32_t* out, int shift,
+              std::uint32_t value_mask, bool first, std::uint64_t* escaped) {
+      const std::uint8_t* p = *words;
+      std::uint32_t all = 0, entries[kLanes];
+      for (std::size_t j = 0; j < lanes_; ++j) {
+        const std::uint32_t x = x_[j], bucket = x >> 5 & (kBuckets - 1);
+        const std::uint32_t own = d.own[bucket], other = d.other[bucket];
+        const bool second = (x << 27 | ((1u << 27) - 1)) >= own;
+        const std::uint32_t e = second ? other : own;
+        const auto add = std::uint32_t(std::int32_t(other) >> 21) & (second ? ~0u : 0u);
+        const std::uint32_t y =
+            (e & kFreqMask) * (x >> kProbBits) + (x & (kBucketSlots - 1)) + add;
+        std::uint16_t word;
+        std::memcpy(&word, p, 2);
+        const bool more = y < kLow;
+        x_[j] = more ? y << 16 | word : y;
+        p += more ? 2 : 0;
+        entries[j] = e;
+        all |= e;
+      }
+      *words = p;
+      const std::uint32_t before = first ? 0 : ~0u;
+      for (std::size_t j = 0; j < lanes_; ++j)
+        out[j] = (out[j] & before) | (entries[j] >> kValueAt & value_mask) << shift;
+      if (!(all & kEscapeBit)) return false;
+      escaped[0] = escaped[1] = 0;
+      for (std::size_t j = 0; j < lanes_; ++j)
+        escaped[j / 64] |= std::uint64_t((entries[j] & kEscapeBit) != 0) << j % 64;
+      return true;
+    }
+
+   private:
+    std::uint32_t x_[kLanes];
+    std::size_t lanes_ = kLanes;
+  };
+
+  class EncoderLanes {
+   public:
+    EncoderLanes() {
+      for (std::uint32_t& x : x_) x = kLow;
+    }
+    void store(std::uint32_t* states) const { std::memcpy(states, x_, sizeof x_); }
+
+    bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
+              int shift, std::size_t lanes, Sink* sink) {
+      const std::uint32_t mask = (1u << value_bits) - 1;
+      std::uint16_t* words = sink->words;
+      for (std::size_t j = lanes; j-- > 0;) {
+        const std::uint32_t value = column[j] >> shift & mask;
+        const std::uint32_t cell = e.cell[(value - base) & mask];
+        if (cell & (kEscapeCell | kNoCell)) {
+          if (cell & kNoCell) return false;
+          *--sink->escapes = std::uint16_t(value);
+        }
+        const std::uint32_t freq = cell & kFreqMask, start = cell >> kStartAt & (kTotal - 1);
+        std::uint32_t x = x_[j];
+        if (x >> 22 >= freq) {
+          *--words = std::uint16_t(x);
+          x >>= 16;
+        }
+        // x / freq, exactly: x < 2^22 freq, and reciprocal = ceil(2^42 / freq) with freq <= 2^10.
+        const auto q = std::uint32_t(x * e.reciprocal[cell >> kSymbolAt & (kBuckets - 1)] >> 42);
+        x_[j] = q << kProbBits | e.slot[start + (x - q * freq)];
+      }
+      sink->words = words;
+      return true;
+    }
+
+   private:
+    std::uint32_t x_[kLanes];
+  };
+
+  template <typename T>
+  static void turn(const Tile<T>& tile, std::size_t token, T (*rows)[kStrip]) {
+    for (int w = 0; w < Tile<T>::kWords; ++w)
+      for (int i = 0; i < 16; ++i)
+        std::memcpy(&rows[i][w * Tile<T>::kInWord], &tile.word[w][token + std::size_t(i)], 4);
+  }
+
+  template <typename T>
+  static void columns(const T (*rows)[kStrip], std::size_t token, Tile<T>& tile) {
+    for (int w = 0; w < Tile<T>::kWords; ++w)
+      for (int i = 0; i < 16; ++i)
+        std::memcpy(&tile.word[w][token + std::size_t(i)], &rows[i][w * Tile<T>::kInWord], 4);
+  }
+
+  static void spread(const std::uint8_t* rows, std::size_t count, std::uint64_t live,
+                     std::size_t live_count, std::uint8_t* out) {
+    for (std::size_t i = 0; i < count; ++i, out += kStrip, rows += live_count) {
+      std::memset(out, 0, kStrip);
+      std::size_t k = 0;
+      for (std::uint64_t left = live; left; left &= left - 1) out[__builtin_ctzll(left)] = rows[k++];
+    }
+  }
+
+  static void collect(const Row& row, std::uint64_t live, std::size_t, std::uint8_t* out) {
+    for (; live; live &= live - 1) *out++ = row[__builtin_ctzll(live)];
+  }
+};
+
+}  // namespace
+}  // namespace kvzip::channel

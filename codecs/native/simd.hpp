@@ -1,0 +1,19 @@
+// Which instructions the kernels use: chosen once, from what the processor has.
+#pragma once
+
+namespace kvzip::simd {
+
+// Each level has all the instructions of those before it. `avx512` means F, BW, VL, DQ, VBMI and
+// VBMI2 (Ice Lake, Zen 4 and later).
+enum class Level { scalar, avx2, avx512 };
+
+// The best this processor has, or the one that the environment variable KVZIP_SIMD names.
+Level level();
+
+// For tests and comparisons; returns false when the processor does not have it.
+bool set_level(Level level);
+
+Level from_name(const char* name);  // throws std::invalid_argument
+const char* name_of(Level level);
+
+}  // namespace kvzip::simd
