@@ -246,25 +246,61 @@ def scatter(
     *,
     size: tuple[int, int],
 ) -> str:
-    """Points with their names beside them."""
+    """Points with their names beside them, each as near as it has room."""
     frame = _Frame(x, y, size, right=16)
     body = [frame.axes()]
-    # A name stands on the side of its point with more room; names on one side keep their distance.
-    for left in (True, False):
-        side = [p for p in points if (frame.x.place(p.x) > 0.55) == left]
-        wanted = [frame.py(p.y) for p in side]
-        for point, at in zip(side, _spread(wanted, frame.top + 8, frame.bottom - 8), strict=True):
-            px, py = frame.px(point.x), frame.py(point.y)
-            end = px + (-16 if left else 16)
-            body.append(
-                f'<path class="leader {point.style}" d="M{px:.1f} {py:.1f}L{end:.1f} {at:.1f}"/>'
-            )
-            body.append(
-                _text(end + (-4 if left else 4), at + 4, point.label, "label",
-                      "end" if left else "start")
-            )  # fmt: skip
-            body.append(_mark(frame, point))
+    taken = [_Box(frame.px(p.x) - 6, frame.py(p.y) - 6, 12, 12) for p in points]
+    for point in points:
+        px, py = frame.px(point.x), frame.py(point.y)
+        left, box = _beside(px, py, len(point.label) * _CHAR, frame, taken)
+        taken.append(box)
+        edge, at = (box.x + box.width + 4 if left else box.x - 4), box.y + _LINE / 2
+        body.append(
+            f'<path class="leader {point.style}" d="M{px:.1f} {py:.1f}L{edge:.1f} {at:.1f}"/>'
+        )
+        start = box.x + box.width if left else box.x
+        body.append(_text(start, at + 4, point.label, "label", "end" if left else "start"))
+    body += [_mark(frame, point) for point in points]
     return _svg(name, size, title, description, "".join(body))
+
+
+@dataclass(frozen=True)
+class _Box:
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def meets(self, other: _Box) -> bool:
+        return (
+            self.x < other.x + other.width
+            and other.x < self.x + self.width
+            and self.y < other.y + other.height
+            and other.y < self.y + self.height
+        )
+
+
+def _beside(
+    px: float, py: float, width: float, frame: _Frame, taken: Sequence[_Box]
+) -> tuple[bool, _Box]:
+    """Whether the name of a point goes to its left, and the name's box: the nearest free one."""
+    roomier = px > (frame.left + frame.right) / 2
+    places = [
+        (left, _Box(px - 20 - width if left else px + 20, middle - _LINE / 2, width, _LINE))
+        for away in range(int(frame.height / _LINE))
+        for middle in (py + away * _LINE, py - away * _LINE)
+        for left in (roomier, not roomier)
+    ]
+    inside = [
+        (left, box)
+        for left, box in places
+        if frame.left < box.x
+        and box.x + width < frame.width
+        and frame.top < box.y
+        and box.y + _LINE < frame.bottom
+    ]
+    free = (p for p in inside if not any(p[1].meets(other) for other in taken))
+    return next(free, places[0])
 
 
 def _path(curve: Sequence[tuple[float, float]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +24,12 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 import kvzip
 from kvzip import container, entropy
 from kvzip.errors import CorruptError, FormatError, KVZipError
-from kvzip.snapshot import PARTS, Snapshot, sha256_raw
+from kvzip.snapshot import PARTS, Snapshot, replacing_file, sha256_raw
 
 app = App(
     name="kvzip",
@@ -464,51 +465,88 @@ def entropy_command(snapshots: list[Path], *, as_json: Json = False) -> None:
 
 @app.command
 def bench(
-    snapshots: list[Path],
+    snapshots: list[Path] | None = None,
     *,
     codecs: str = "raw,zstd,lz4,planes,channel",
+    peers: bool = False,
     threads: Threads = 1,
-    repeat: int = 3,
+    repeat: int = 5,
+    out: Annotated[Path | None, Parameter(name=["--out", "--output", "-o"])] = None,
+    draw: Path | None = None,
     as_json: Json = False,
 ) -> None:
-    """Ratio and speed of codecs on snapshots, side by side in one run.
+    """Ratio and speed of codecs on snapshots, side by side in one run; or draw such a run.
 
     Parameters
     ----------
     codecs
         Names, with commas between; settings after a colon, theirs with + between.
+    peers
+        Measure other compressors, too: those of the extra `bench` and any other that is installed.
     repeat
-        Times each is run; the fastest counts.
+        Times each is run; tables show the fastest.
+    out
+        File for the result as JSON; with --draw, for the page.
+    draw
+        A stored result: its tables and charts become an HTML page (default: beside it), and
+        nothing is run.
     """
-    from kvzip.eval.bench import measure
+    from kvzip.benchmarks import result as results
 
-    chosen = [kvzip.get_codec(spec) for spec in _specs(codecs)]
-    rows = []
-    with _bar("bench", len(snapshots) * len(chosen), in_bytes=False) as advance:
-        for path in snapshots:
-            snapshot = Snapshot.load(path)
-            for codec in chosen:
-                row, _ = measure(snapshot, codec, threads=threads, repeat=repeat)
-                rows.append({"file": str(path)} | msgspec.to_builtins(row))
-                advance(1)
+    if draw is not None:
+        from kvzip.benchmarks import draw as drawing
+
+        if snapshots:
+            raise KVZipError("--draw takes a stored result and no snapshots")
+        page = out or draw.with_suffix(".html")
+        drawing.write(results.load(draw), page)
+        _emit({"page": str(page)}, as_json, lambda: _out.print(str(page), highlight=False))
+        return
+    if not snapshots:
+        raise KVZipError("name the snapshots to measure on, or a stored result with --draw")
+    if out is not None and not out.parent.is_dir():
+        raise KVZipError(f"{out.parent} is not a folder")  # known before minutes of measuring
+    from kvzip.benchmarks.run import run
+
+    with _bar("bench", len(snapshots) * (repeat + 1), in_bytes=False) as advance:
+        result = run(
+            snapshots,
+            [kvzip.get_codec(spec) for spec in _specs(codecs)],
+            peers=peers,
+            threads=threads,
+            repeat=repeat,
+            command=shlex.join(["kvzip", *sys.argv[1:]]),
+            progress=advance,
+        )
+    if out is not None:
+        with replacing_file(out) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(result)))
 
     def show() -> None:
-        table = Table("file", "codec", "ratio", "bits", "encode GB/s", "decode GB/s", "exact")
-        for r in rows:
-            table.add_row(
-                Path(r["file"]).name,
-                r["spec"],
-                f"{r['ratio']:.3f}",
-                f"{r['bits_per_value']:.2f}",
-                f"{r['encode_gbps']:.2f}",
-                f"{r['decode_gbps']:.2f}",
-                "yes" if r["exact"] else "NO",
-            )
-        _out.print(table)
+        for snapshot in result.snapshots:
+            columns = ("ratio", "bits", "encode GB/s", "decode GB/s", "of memcpy", "exact")
+            title = f"{snapshot.file}: {snapshot.model}, {snapshot.dtype}"
+            table = Table(Column("codec", no_wrap=True), *columns, title=title)
+            for r in result.rows:
+                if r.file == snapshot.file:
+                    table.add_row(
+                        r.title,
+                        f"{r.ratio:.3f}",
+                        f"{r.bits_per_value:.2f}",
+                        f"{r.encode_gbps:.2f}",
+                        f"{r.decode_gbps:.2f}",
+                        f"{r.decode_of_memcpy:.2f}",
+                        "yes" if r.exact else "NO",
+                    )
+            _out.print(table)
+        for m in result.missing:
+            _out.print(f"missing: {m.name}: {m.reason}", highlight=False, markup=False)
 
-    _emit({"rows": rows, "threads": threads}, as_json, show)
-    if not all(r["exact"] for r in rows):
-        raise CorruptError("a codec did not give back what it was given")
+    _emit(msgspec.to_builtins(result), as_json, show)
+    if not result.exact:
+        # The result is printed already: an error would be a second JSON object.
+        _err.print("[bold red]kvzip:[/] a codec did not give back what it was given")
+        sys.exit(1)
 
 
 # --- the evaluation ----------------------------------------------------------------------------
