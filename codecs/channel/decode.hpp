@@ -1,9 +1,8 @@
 // Decoding a block, for any instruction set. What is done number by number is the instruction
 // set's: `Simd` (kernels_*.cpp) has
-//   Lanes                     the states of a group's lanes
-//   Lanes::step               decodes one channel of a tile
-//   turn(tile, first, rows)   a tile's columns of 16 tokens as rows
-//   spread                    bytes to the channels that are not constant
+//   Lanes    the states of a group's lanes, and `step` for one channel of a tile
+//   merge    up to 16 tokens of a tile, turned to rows, with the bases and mantissas, into place
+//   spread   bytes to the channels that are not constant
 #pragma once
 
 #include "channel/strips.hpp"
@@ -44,28 +43,6 @@ class Words {
 
 inline std::uint64_t first_ones(std::size_t n) { return n < 64 ? (std::uint64_t(1) << n) - 1 : ~std::uint64_t(0); }
 
-// Numbers of eight tokens: a turned tile's, plus the channels' bases, with their mantissas.
-template <typename T, int M>
-inline void merge(const T (*numbers)[kStrip], const T* base, const std::uint8_t* mantissas, T* corner,
-                  std::ptrdiff_t stride, std::size_t rows, std::size_t width) {
-  constexpr int R = M % 8, B = M / 8;
-  Row packed[R], fields[8];
-  for (int j = 0; j < R; ++j) packed[j] = row_at(mantissas + (8 * B + j) * kStrip);
-  unpack<R>(packed, fields);
-  for (std::size_t i = 0; i < rows; ++i, corner += stride) {
-    std::uint8_t field[kStrip];
-    std::memcpy(field, &fields[i], kStrip);
-    const std::uint8_t* low = mantissas + i * kStrip;
-    T row[kStrip];
-    for (int c = 0; c < kStrip; ++c) {
-      std::uint32_t m = std::uint32_t(field[c]) << 8 * B;
-      for (int j = 0; j < B; ++j) m |= std::uint32_t(low[8 * j * kStrip + c]) << 8 * j;
-      row[c] = T(T(numbers[i][c] + base[c]) | m);
-    }
-    std::memcpy(corner, row, width == kStrip ? sizeof row : width * sizeof(T));
-  }
-}
-
 template <class Simd, typename T, int M>
 bool decode_block(const Tables& tables, const Block<T>& block, const Coded& coded) {
   constexpr std::size_t kRows = rows_of_octet(M);
@@ -83,12 +60,10 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
   const std::uint8_t* const escapes_end = escapes + 2 * coded.escape_count;
   Tile<T> tile;
   alignas(64) T base[kStrip];
-  alignas(64) T turned[16][kStrip];
-  alignas(64) std::uint8_t spread[kRows * kStrip];
+  alignas(64) std::uint8_t spread[2 * kRows * kStrip];
 
   const Strips strips(block.batch, tables.heads, block.tokens, tables.dim);
-  const std::size_t count = strips.count();
-  for (std::size_t s = 0; s < count; ++s) {
+  for (std::size_t s = 0, n = strips.count(); s < n; ++s) {
     const Strip strip = strips[s];
     const Channel* channels = tables.channels + strip.head * tables.dim + strip.channel;
     // Lanes without a token in the last groups are done, and stay as they are.
@@ -99,9 +74,18 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
       base[c] = T(channels[c].constant ? channels[c].number : std::uint32_t(channels[c].base) << M);
     }
     if (live != first_ones(kStrip)) std::memset(&tile, 0, sizeof tile);
+    T* const corner = strip.corner(block);
+    const auto live_count = std::size_t(__builtin_popcountll(live));
+    const std::uint8_t* ahead = mantissas;
     for (std::size_t c = 0; c < strip.width; ++c) {
+      // What the merge will touch comes from memory while the values are decoded.
+      for (std::size_t j = 2 * c; j < least(2 * c + 2, strip.lanes); ++j)
+        for (std::size_t at = 0; at < kStrip; at += 64 / sizeof(T))
+          __builtin_prefetch(corner + std::ptrdiff_t(j) * block.token_stride + at, 1);
+      for (std::size_t k = 0; k < 2 * kRows; k += 8, ahead += 64) __builtin_prefetch(ahead);
       if (!(live >> c & 1)) continue;
       if (!words.ready()) return false;
+      __builtin_prefetch(words.at + 1024);
       std::uint64_t escaped[kLanes / 64];
       const bool first = c % Tile<T>::kInWord == 0;
       if (lanes.step(tables.decoders[channels[c].shape], &words.at, tile.column(c),
@@ -119,18 +103,17 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
                         sizeof number);
           }
     }
-    const auto live_count = std::size_t(__builtin_popcountll(live));
-    T* const corner = strip.corner(block);
-    for (std::size_t o = 0; o < strip.lanes; o += 8) {
-      if (o % 16 == 0) Simd::turn(tile, o, turned);
-      const std::uint8_t* rows = mantissas;
+    for (std::size_t o = 0; o < strip.lanes; o += 16) {
+      const std::size_t count = least(16, strip.lanes - o), rows = (count + 7) / 8 * kRows;
+      const std::uint8_t* at = mantissas;
       if (live_count < kStrip) {
-        Simd::spread(mantissas, kRows, live, live_count, spread);
-        rows = spread;
+        Simd::spread(mantissas, rows, live, live_count, spread);
+        at = spread;
       }
-      merge<T, M>(turned + o % 16, base, rows, corner + std::ptrdiff_t(o) * block.token_stride,
-                  block.token_stride, least(8, strip.lanes - o), strip.width);
-      mantissas += kRows * live_count;
+      Simd::template merge<T, M>(tile, o, count, base, at,
+                                 corner + std::ptrdiff_t(o) * block.token_stride,
+                                 block.token_stride, strip.width);
+      mantissas += rows * live_count;
     }
   }
   // The encoder began at the lowest state, so the decoder must end there.

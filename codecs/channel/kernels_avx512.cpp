@@ -107,7 +107,7 @@ struct Avx512 {
                                        : _mm512_cmplt_epu32_mask(y, low);
         __m512i w = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         w = _mm512_maskz_expand_epi32(more, _mm512_permutexvar_epi16(spread, w));
-        p += 2 * __builtin_popcount(more);
+        p += 2 * __builtin_popcountll(more);
         x_[v] = _mm512_mask_shldi_epi32(y, more, y, w, 16);
         all = _mm512_or_si512(all, e[v]);
         const __m512i value = _mm512_and_si512(_mm512_rolv_epi32(e[v], turn), keep);
@@ -131,14 +131,60 @@ struct Avx512 {
     bool limited_ = false;
   };
 
+  // The 16, 32 or 64 bytes of a row that belong to part `part` of a row of numbers, widened.
   template <typename T>
-  static void turn(const Tile<T>& tile, std::size_t token, T (*rows)[kStrip]) {
+  static __m512i widen(const std::uint8_t* row, int part) {
+    const std::uint8_t* p = row + part * int(kStrip / sizeof(T));
+    if constexpr (sizeof(T) == 1) return _mm512_loadu_si512(p);
+    else if constexpr (sizeof(T) == 2)
+      return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    else return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <typename T>
+  static __m512i add(__m512i a, __m512i b) {
+    if constexpr (sizeof(T) == 1) return _mm512_add_epi8(a, b);
+    else if constexpr (sizeof(T) == 2) return _mm512_add_epi16(a, b);
+    else return _mm512_add_epi32(a, b);
+  }
+
+  template <typename T, int M>
+  static void merge(const Tile<T>& tile, std::size_t token, std::size_t count, const T* base,
+                    const std::uint8_t* mantissas, T* corner, std::ptrdiff_t stride,
+                    std::size_t width) {
+    constexpr int R = M % 8, B = M / 8;
+    Row fields[16];
+    const std::uint8_t* const octets[2] = {mantissas, mantissas + rows_of_octet(M) * kStrip};
+    for (std::size_t o = 0; o < count; o += 8) {
+      Row packed[R];
+      for (int j = 0; j < R; ++j) packed[j] = row_at(octets[o / 8] + (8 * B + j) * kStrip);
+      unpack<R>(packed, fields + o);
+    }
     for (int part = 0; part < int(sizeof(T)); ++part) {
       __m512i r[16];
       for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile.word[16 * part + i] + token);
       transpose(r);
-      for (int i = 0; i < 16; ++i)
-        _mm512_store_si512(reinterpret_cast<char*>(rows[i]) + 64 * part, r[i]);
+      const __m512i bases = _mm512_load_si512(reinterpret_cast<const char*>(base) + 64 * part);
+      const __mmask64 there = first_ones(width * sizeof(T) > 64 * std::size_t(part)
+                                             ? least(64, width * sizeof(T) - 64 * std::size_t(part)) : 0);
+      const auto row = [&](int i) {
+        __m512i m = widen<T>(reinterpret_cast<const std::uint8_t*>(&fields[i]), part);
+        if constexpr (sizeof(T) == 2 && B) m = _mm512_slli_epi16(m, 8);
+        if constexpr (sizeof(T) == 4) m = _mm512_slli_epi32(m, 16);
+        for (int j = 0; j < B; ++j) {
+          const __m512i low = widen<T>(octets[i / 8] + (8 * j + i % 8) * kStrip, part);
+          m = _mm512_or_si512(m, j ? _mm512_slli_epi32(low, 8) : low);
+        }
+        return _mm512_or_si512(add<T>(r[i], bases), m);
+      };
+      char* out = reinterpret_cast<char*>(corner) + 64 * part;
+      if (count == 16 && there == first_ones(64)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          _mm512_storeu_si512(out + i * stride * std::ptrdiff_t(sizeof(T)), row(i));
+      } else {
+        for (int i = 0; i < int(count); ++i)
+          _mm512_mask_storeu_epi8(out + i * stride * std::ptrdiff_t(sizeof(T)), there, row(i));
+      }
     }
   }
 

@@ -98,11 +98,32 @@ struct Scalar {
     std::uint32_t x_[kLanes];
   };
 
-  template <typename T>
-  static void turn(const Tile<T>& tile, std::size_t token, T (*rows)[kStrip]) {
-    for (int w = 0; w < Tile<T>::kWords; ++w)
-      for (int i = 0; i < 16; ++i)
-        std::memcpy(&rows[i][w * Tile<T>::kInWord], &tile.word[w][token + std::size_t(i)], 4);
+  template <typename T, int M>
+  static void merge(const Tile<T>& tile, std::size_t token, std::size_t count, const T* base,
+                    const std::uint8_t* mantissas, T* corner, std::ptrdiff_t stride,
+                    std::size_t width) {
+    constexpr int R = M % 8, B = M / 8;
+    for (std::size_t o = 0; o < count; o += 8, mantissas += rows_of_octet(M) * kStrip) {
+      T numbers[8][kStrip];
+      for (int w = 0; w < Tile<T>::kWords; ++w)
+        for (int i = 0; i < 8; ++i)
+          std::memcpy(&numbers[i][w * Tile<T>::kInWord], &tile.word[w][token + o + std::size_t(i)], 4);
+      Row packed[R], fields[8];
+      for (int j = 0; j < R; ++j) packed[j] = row_at(mantissas + (8 * B + j) * kStrip);
+      unpack<R>(packed, fields);
+      for (std::size_t i = 0; i < least(8, count - o); ++i, corner += stride) {
+        std::uint8_t field[kStrip];
+        std::memcpy(field, &fields[i], kStrip);
+        const std::uint8_t* low = mantissas + i * kStrip;
+        T row[kStrip];
+        for (int c = 0; c < kStrip; ++c) {
+          std::uint32_t m = std::uint32_t(field[c]) << 8 * B;
+          for (int j = 0; j < B; ++j) m |= std::uint32_t(low[8 * j * kStrip + c]) << 8 * j;
+          row[c] = T(T(numbers[i][c] + base[c]) | m);
+        }
+        std::memcpy(corner, row, width == kStrip ? sizeof row : width * sizeof(T));
+      }
+    }
   }
 
   template <typename T>
