@@ -20,6 +20,7 @@ constexpr std::uint8_t kNone = 255;
 // A shape's frequencies and alias table, as spec.md has them.
 struct Alias {
   std::uint32_t symbols;
+  std::uint32_t width;            // exponents
   std::uint32_t escape;           // the symbol that stands for all other values, or kNone
   std::uint32_t freq[kBuckets];   // 0 where there is no symbol, as everything below
   std::uint32_t value[kBuckets];
@@ -27,14 +28,18 @@ struct Alias {
   std::uint32_t other[kBuckets];
 };
 
-// What a slot says, for decoding. A slot x lies in bucket x/32 at place x%32. Entries:
-//   own:   divide (5 bits) 0  (6) escape (1) value (9) frequency (11)
-//   other: what to add to the place to get the rank (11, signed) escape value frequency
-// A bucket that is all one symbol's has it in `other`, and divide 0, so 5 bits are enough and
-// comparing whole words tells whether place < divide (see own_first).
+// What a slot says, for decoding. Slot x lies in bucket x/32 at place x%32; entries are
+//   entry[bucket]:       divide (5 bits) 0 (6) escape (1) value (9) frequency (11)
+//   entry[32 + bucket]:  what to add to the place to get the rank (11, signed) escape value frequency
+// The first counts where place < divide. A bucket that is all one symbol's has it in the second,
+// and divide 0; so five bits are enough, and comparing (place, ones) with the whole entry tells.
 struct Decoder {
-  alignas(64) std::uint32_t own[kBuckets];
-  alignas(64) std::uint32_t other[kBuckets];
+  alignas(64) std::uint32_t entry[2 * kBuckets];
+  // The same in tables of bytes, for byte shuffles: of a bucket, where it divides, whose the rest
+  // is, and what that one adds; of a symbol, frequency and value. Low bytes, then high bytes; the
+  // escape's value has the top bit set.
+  alignas(64) std::uint8_t divide[kBuckets], other[kBuckets], add[2][kBuckets];
+  std::uint8_t freq[2][kBuckets], value[2][kBuckets];
 };
 constexpr int kValueAt = 11;
 constexpr std::uint32_t kFreqMask = (1u << kValueAt) - 1, kValueMask = 0x1FF;
@@ -44,6 +49,8 @@ constexpr std::uint32_t kEscapeBit = 1u << 20;
 // (11), where its ranks begin in `slot` (10), symbol (5), and what is special about it.
 struct Encoder {
   std::uint32_t cell[kMaxSymbols];
+  std::uint32_t outside;                 // the cell of what the shape does not hold
+  std::uint32_t width;                   // exponents that it holds
   std::uint64_t reciprocal[kBuckets];  // of a symbol: ceil(2^42 / frequency)
   std::uint16_t slot[kTotal + 1];      // the last is no slot: vectors read four bytes at a time
 };
@@ -85,11 +92,14 @@ bool make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esca
 void make_decoder(const Alias& alias, Decoder* decoder);
 void make_encoder(const Alias& alias, Encoder* encoder);
 
-// Adds the block's values to counts[heads*dim][1 << value_bits] and compares each number with the
-// first of its channel: `same` stays true where all are equal to first[channel].
+// Adds the block's values to the counts of [heads*dim] channels, which lie `stride` apart.
 template <typename T>
 void count(const Block<const T>& block, std::size_t heads, std::size_t dim, int mantissa_bits,
-           int value_bits, std::uint32_t* counts, const T* first, std::uint8_t* same);
+           std::uint32_t* counts, std::size_t stride);
+
+// Whether all numbers of a channel are the same one. There is at least one.
+template <typename T>
+bool constant(const Block<const T>& block, std::size_t head, std::size_t channel, T* number);
 
 // Chooses the levels of a table from counts of `2*exponents` values, those of the positive first,
 // and of numbers that are `outside` of them all.

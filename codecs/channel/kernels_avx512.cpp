@@ -75,8 +75,8 @@ struct Avx512 {
     __attribute__((always_inline)) bool step(const Decoder& d, const std::uint8_t** words,
                                              std::uint32_t* out, int shift, std::uint32_t value_mask,
                                              bool first, std::uint64_t* escaped) {
-      const __m512i own_low = _mm512_load_si512(d.own), own_high = _mm512_load_si512(d.own + 16);
-      const __m512i other_low = _mm512_load_si512(d.other), other_high = _mm512_load_si512(d.other + 16);
+      const __m512i own_low = _mm512_load_si512(d.entry), own_high = _mm512_load_si512(d.entry + 16);
+      const __m512i other_low = _mm512_load_si512(d.entry + 32), other_high = _mm512_load_si512(d.entry + 48);
       const __m512i ones = _mm512_set1_epi32(-1);
       const __m512i low = _mm512_set1_epi32(int(kLow));
       // A word of the stream into the upper half of each lane.
@@ -188,8 +188,90 @@ struct Avx512 {
     }
   }
 
-  // TMP
-  using EncoderLanes = Scalar::EncoderLanes;
+  class EncoderLanes {
+   public:
+    EncoderLanes() {
+      for (__m512i& x : x_) x = _mm512_set1_epi32(int(kLow));
+    }
+    void store(std::uint32_t* states) const {
+      for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(states + 16 * v, x_[v]);
+    }
+
+    bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
+              int shift, std::size_t lanes, Sink* sink) {
+      const std::uint32_t exponents = 1u << (value_bits - 1);
+      const __m512i mask = _mm512_set1_epi32(int(2 * exponents - 1));
+      const __m512i sign = _mm512_set1_epi32(int(exponents));
+      const __m512i exponent = _mm512_set1_epi32(int(exponents - 1));
+      const __m512i bases = _mm512_set1_epi32(int(base));
+      const __m128i right = _mm_cvtsi32_si128(shift);
+      const __m512i one = _mm512_set1_epi32(1);
+      const __m512i ranks = _mm512_set1_epi32(int(kTotal - 1));
+      // Cells of the first 32 exponents of either sign; all shapes that we make have no more.
+      const std::uint32_t* negative = e.cell + exponents;
+      const __m512i cells[4] = {_mm512_loadu_si512(e.cell), _mm512_loadu_si512(e.cell + 16),
+                                _mm512_loadu_si512(negative), _mm512_loadu_si512(negative + 16)};
+      const bool wide = e.width > 32;
+      std::uint16_t* words = sink->words;
+      __m512i all = _mm512_setzero_si512();
+      for (int v = kVectors; v-- > 0;) {
+        const std::size_t first = 16 * std::size_t(v);
+        if (lanes <= first) continue;
+        const auto active = __mmask16(first_ones(least(16, lanes - first)));
+        const __m512i value =
+            _mm512_and_si512(_mm512_srl_epi32(_mm512_load_si512(column + first), right), mask);
+        const __m512i relative = _mm512_and_si512(_mm512_sub_epi32(value, bases), mask);
+        const __m512i at = _mm512_and_si512(relative, exponent);
+        __m512i cell;
+        if (wide) {
+          cell = _mm512_i32gather_epi32(relative, e.cell, 4);
+        } else {
+          cell = _mm512_mask_blend_epi32(_mm512_test_epi32_mask(relative, sign),
+                                         _mm512_permutex2var_epi32(cells[0], at, cells[1]),
+                                         _mm512_permutex2var_epi32(cells[2], at, cells[3]));
+          cell = _mm512_mask_mov_epi32(cell, _mm512_cmpgt_epu32_mask(at, _mm512_set1_epi32(31)),
+                                       _mm512_set1_epi32(int(e.outside)));
+        }
+        all = _mm512_mask_or_epi32(all, active, all, cell);
+        const __mmask16 escaped =
+            _mm512_mask_test_epi32_mask(active, cell, _mm512_set1_epi32(int(kEscapeCell)));
+        if (__builtin_expect(escaped, 0)) {
+          alignas(64) std::uint32_t values[16];
+          _mm512_store_si512(values, value);
+          for (int j = 16; j-- > 0;)
+            if (escaped >> j & 1) *--sink->escapes = std::uint16_t(values[j]);
+        }
+        const __m512i freq = _mm512_and_si512(cell, _mm512_set1_epi32(int(kFreqMask)));
+        __m512i x = x_[v];
+        const __mmask16 full =
+            _mm512_mask_cmpge_epu32_mask(active, _mm512_srli_epi32(x, 22), freq);
+        const auto count = std::size_t(__builtin_popcountll(full));
+        words -= count;
+        _mm256_mask_storeu_epi16(words, __mmask16(first_ones(count)),
+                                 _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, x)));
+        x = _mm512_mask_srli_epi32(x, full, x, 16);
+        // x / freq is below 2^22. Rounded down twice in 24 bits it comes out right or 1 too small.
+        constexpr int kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+        __m512i q = _mm512_cvttps_epu32(_mm512_div_round_ps(
+            _mm512_cvt_roundepu32_ps(x, kDown), _mm512_cvt_roundepi32_ps(freq, kDown), kDown));
+        __m512i rank = _mm512_sub_epi32(x, _mm512_mullo_epi32(q, freq));
+        const __mmask16 more = _mm512_cmpge_epu32_mask(rank, freq);
+        q = _mm512_mask_add_epi32(q, more, q, one);
+        rank = _mm512_mask_sub_epi32(rank, more, rank, freq);
+        const __m512i start = _mm512_and_si512(_mm512_srli_epi32(cell, kStartAt), ranks);
+        const __m512i slot = _mm512_and_si512(
+            _mm512_i32gather_epi32(_mm512_and_si512(_mm512_add_epi32(start, rank), ranks), e.slot, 2),
+            ranks);
+        x_[v] = _mm512_mask_or_epi32(x_[v], active, _mm512_slli_epi32(q, kProbBits), slot);
+      }
+      sink->words = words;
+      return !_mm512_test_epi32_mask(all, _mm512_set1_epi32(int(kNoCell)));
+    }
+
+   private:
+    __m512i x_[kVectors];
+  };
+
   template <typename T>
   static void columns(const T (*rows)[kStrip], std::size_t token, Tile<T>& tile) {
     for (int part = 0; part < int(sizeof(T)); ++part) {

@@ -1,7 +1,6 @@
 #include "channel/part.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "channel/shapes.hpp"
@@ -42,60 +41,45 @@ void put(std::vector<std::uint8_t>& out, U v) {
   out.insert(out.end(), p, p + sizeof v);
 }
 
-// Bits saved by an ideal coder that knows these counts, against storing each value as it is.
-double expected_gain(const std::uint32_t* counts, int value_bits) {
-  double total = 0, sum = 0;
-  for (std::size_t v = 0; v < std::size_t(1) << value_bits; ++v)
-    if (counts[v]) {
-      total += counts[v];
-      sum += counts[v] * std::log2(double(counts[v]));
-    }
-  return total * value_bits - (total * std::log2(total) - sum);
-}
-
 }  // namespace
 
 template <typename T>
 std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t heads, std::size_t dim,
                                       Form form) {
-  const std::size_t n = heads * dim;
-  std::vector<std::uint32_t> counts(n << form.value_bits());
-  std::vector<T> first(n);
-  std::vector<std::uint8_t> same(n, 1);
-  if (in.batch && in.tokens)
-    for (std::size_t c = 0; c < n; ++c)
-      first[c] = in.data[std::ptrdiff_t(c / dim) * in.head_stride + std::ptrdiff_t(c % dim)];
-  count<T>(in, heads, dim, form.mantissa_bits, form.value_bits(), counts.data(), first.data(),
-           same.data());
-  double gain = 0;  // bits that the tables will save
+  const std::size_t n = heads * dim, numbers = in.batch * in.tokens;
+  if (!n || !numbers) return {};
+  // Counts of neighbouring channels must not fall on the same lines of a cache.
+  const std::size_t values = std::size_t(1) << form.value_bits(), stride = values + 16;
+  std::vector<std::uint32_t> counts(n * stride);
+  count<T>(in, heads, dim, form.mantissa_bits, counts.data(), stride);
+  std::vector<T> number(n);
+  std::vector<std::uint8_t> kinds(n);
   std::size_t live = 0;
   for (std::size_t c = 0; c < n; ++c) {
-    const std::uint32_t* row = &counts[c << form.value_bits()];
-    if (same[c]) {
-      gain += double(in.batch * in.tokens) * 8 * sizeof(T);
-      continue;
-    }
-    gain += expected_gain(row, form.value_bits());
-    std::copy(row, row + (std::size_t(1) << form.value_bits()),
-              &counts[live++ << form.value_bits()]);
+    const std::uint32_t* row = &counts[c * stride];
+    const bool one_value = *std::max_element(row, row + values) == numbers;
+    kinds[c] = one_value && constant<T>(in, c / dim, c % dim, &number[c]) ? kConstant : kCoded;
+    if (kinds[c] == kCoded) std::copy(row, row + values, &counts[live++ * stride]);
   }
-  const Shapes shapes = choose_shapes(counts.data(), live, form.exponent_bits);
+  const Shapes shapes = choose_shapes(counts.data(), stride, live, form.exponent_bits);
   std::vector<std::uint8_t> out;
   put(out, std::uint16_t(shapes.widths.size()));
-  for (const auto* piece : {&shapes.widths, &shapes.escapes, &shapes.levels})
+  for (const std::vector<std::uint8_t>* piece :
+       {&shapes.widths, &shapes.escapes, &shapes.levels, static_cast<const std::vector<std::uint8_t>*>(&kinds)})
     out.insert(out.end(), piece->begin(), piece->end());
-  for (std::uint8_t constant : same) out.push_back(constant ? kConstant : kCoded);
   live = 0;
   for (std::size_t c = 0; c < n; ++c) {
-    if (same[c]) {
-      put(out, first[c]);
+    if (kinds[c] == kConstant) {
+      put(out, number[c]);
     } else {
       put(out, shapes.shape[live]);
       put(out, shapes.base[live++]);
     }
   }
   // Tables come down to less than half their size when the caller compresses them.
-  if (gain < 4.0 * double(out.size())) out.clear();
+  const double saved = double(n - live) * double(numbers) * 8 * sizeof(T) +
+                       double(live) * double(numbers) * form.value_bits() - shapes.bits;
+  if (saved < 4.0 * double(out.size())) out.clear();
   return out;
 }
 

@@ -26,34 +26,43 @@ struct Scalar {
       return true;
     }
 
+    // In passes over all lanes, each with short chains of dependent instructions and no branch,
+    // since nothing here can be foreseen; compilers turn the second and the last into vectors.
     bool step(const Decoder& d, const std::uint8_t** words, std::uint32_t* out, int shift,
               std::uint32_t value_mask, bool first, std::uint64_t* escaped) {
+      std::uint32_t own[kLanes], other[kLanes], y[kLanes];
+      for (std::size_t j = 0; j < kLanes; ++j) {
+        const std::uint32_t* entry = d.entry + (x_[j] >> 5 & (kBuckets - 1));
+        own[j] = entry[0];
+        other[j] = entry[kBuckets];
+      }
+      for (std::size_t j = 0; j < kLanes; ++j) {
+        const std::uint32_t x = x_[j];
+        const bool second = (x << 27 | ((1u << 27) - 1)) >= own[j];
+        const auto add = std::uint32_t(second ? std::int32_t(other[j]) >> 21 : 0);
+        const std::uint32_t e = second ? other[j] : own[j];
+        y[j] = (e & kFreqMask) * (x >> kProbBits) + (x & (kBucketSlots - 1)) + add;
+        own[j] = e;
+      }
       const std::uint8_t* p = *words;
-      std::uint32_t all = 0, entries[kLanes];
       for (std::size_t j = 0; j < lanes_; ++j) {
-        const std::uint32_t x = x_[j], bucket = x >> 5 & (kBuckets - 1);
-        const std::uint32_t own = d.own[bucket], other = d.other[bucket];
-        const bool second = (x << 27 | ((1u << 27) - 1)) >= own;
-        const std::uint32_t e = second ? other : own;
-        const auto add = std::uint32_t(std::int32_t(other) >> 21) & (second ? ~0u : 0u);
-        const std::uint32_t y =
-            (e & kFreqMask) * (x >> kProbBits) + (x & (kBucketSlots - 1)) + add;
         std::uint16_t word;
         std::memcpy(&word, p, 2);
-        const bool more = y < kLow;
-        x_[j] = more ? y << 16 | word : y;
-        p += more ? 2 : 0;
-        entries[j] = e;
-        all |= e;
+        const std::uint32_t more = 0u - std::uint32_t(y[j] < kLow);  // all ones, or none
+        x_[j] = y[j] << (more & 16) | (word & more);
+        p += more & 2;
       }
       *words = p;
       const std::uint32_t before = first ? 0 : ~0u;
-      for (std::size_t j = 0; j < lanes_; ++j)
-        out[j] = (out[j] & before) | (entries[j] >> kValueAt & value_mask) << shift;
+      std::uint32_t all = 0;
+      for (std::size_t j = 0; j < kLanes; ++j) {
+        out[j] = (out[j] & before) | (own[j] >> kValueAt & value_mask) << shift;
+        all |= own[j];
+      }
       if (!(all & kEscapeBit)) return false;
       escaped[0] = escaped[1] = 0;
       for (std::size_t j = 0; j < lanes_; ++j)
-        escaped[j / 64] |= std::uint64_t((entries[j] & kEscapeBit) != 0) << j % 64;
+        escaped[j / 64] |= std::uint64_t((own[j] & kEscapeBit) != 0) << j % 64;
       return true;
     }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <utility>
 
 #include "channel/kernels.hpp"
 
@@ -12,13 +14,32 @@ namespace {
 // channel's mean is rare, far below less so, as a density that is flat near zero halves the
 // probability with each exponent.
 constexpr int kWindow = 32, kMean = 22, kCells = 2 * kWindow;
-// What a table of its own costs in bits, and a cell outside of one: an escape and its value.
-constexpr float kTableBits = 100, kEscapeBits = 17;
-constexpr int kCandidates = 12;
+// Costs are in 1/256 bit. A cell outside of a table costs an escape and its value; a table of its
+// own, what it takes in the file.
+constexpr int kBit = 256, kEscapeCost = 17 * kBit, kTableCost = 100 * kBit;
+constexpr int kMostShift = 2;  // of a channel against a group, in exponents
+constexpr int kCandidates = 6;
 
+// log2(n) in 1/256 bit, within one: exact for powers of two, linear between 256ths of an octave.
+class Log2 {
+ public:
+  Log2() {
+    for (int i = 0; i <= 256; ++i) fraction_[i] = std::int16_t(std::lround(kBit * std::log2(1 + i / 256.0)));
+  }
+  int operator()(std::uint32_t n) const {  // n > 0
+    const int top = 31 - __builtin_clz(n);
+    return top * kBit + fraction_[(std::uint64_t(n) << 8 >> top) - 256];
+  }
+
+ private:
+  std::int16_t fraction_[257];
+};
+const Log2 log2_of;
+
+// Counts of positive, then of negative numbers, and how many have no cell; scaled to 15 bits.
 struct Cells {
-  float n[kCells] = {};  // positive, then negative
-  float outside = 0, total = 0;
+  alignas(16) std::int16_t n[2][kWindow] = {};
+  std::int32_t outside = 0, total = 0;
 };
 
 struct Seen {
@@ -26,155 +47,175 @@ struct Seen {
   int start;    // exponent of cell 0
   float place;  // what is left of the mean exponent when it is rounded
   float spread, skew;
+  std::int64_t own_cost;  // under a table of its own
+  double scale;           // numbers that a count of one stands for
 };
 
 Seen look(const std::uint32_t* counts, int exponent_bits) {
   const int exponents = 1 << exponent_bits;
-  double total = 0, sum = 0, squares = 0, positive = 0;
+  std::uint64_t total = 0, sum = 0, squares = 0, positive = 0;
   for (int e = 0; e < exponents; ++e) {
-    const double n = double(counts[e]) + counts[exponents + e];
+    const std::uint64_t n = std::uint64_t(counts[e]) + counts[exponents + e];
     total += n;
-    sum += n * e;
-    squares += n * e * e;
+    sum += n * std::uint64_t(e);
+    squares += n * std::uint64_t(e) * std::uint64_t(e);
     positive += counts[e];
   }
-  const double mean = sum / total;
+  const double mean = double(sum) / double(total);
   Seen seen{};
   seen.start = int(std::lround(mean)) - kMean;
-  seen.place = float(mean - std::lround(mean));
-  seen.spread = float(std::sqrt(std::max(0.0, squares / total - mean * mean)));
-  seen.skew = float(std::abs(2 * positive / total - 1));
-  float inside = 0;
-  for (int i = 0; i < kWindow; ++i) {
-    const int e = seen.start + i;
-    if (e < 0 || e >= exponents) continue;
-    inside += seen.cells.n[i] = float(counts[e]);
-    inside += seen.cells.n[kWindow + i] = float(counts[exponents + e]);
-  }
-  seen.cells.total = float(total);
-  seen.cells.outside = float(total) - inside;
-  // The sign that is more frequent counts as positive.
+  seen.place = float(mean - double(std::lround(mean)));
+  seen.spread = float(std::sqrt(std::max(0.0, double(squares) / double(total) - mean * mean)));
+  seen.skew = float(2 * double(positive) / double(total) - 1);
+  const std::uint64_t divisor = total / 32767 + 1;
+  seen.scale = double(divisor);
+  Cells& cells = seen.cells;
+  cells.total = std::int32_t((total + divisor - 1) / divisor);
+  cells.outside = cells.total;
+  const int all = log2_of(std::uint32_t(cells.total));
+  for (int sign = 0; sign < 2; ++sign)
+    for (int i = 0; i < kWindow; ++i) {
+      const int e = seen.start + i;
+      if (e < 0 || e >= exponents) continue;
+      const std::uint64_t n = counts[sign * exponents + e];
+      if (!n) continue;
+      const auto scaled = std::int16_t(std::max<std::uint64_t>(1, n / divisor));
+      cells.n[sign][i] = scaled;
+      cells.outside -= scaled;
+      seen.own_cost += std::int64_t(scaled) * (all - log2_of(std::uint32_t(scaled)));
+    }
+  cells.outside = std::max(0, cells.outside);
+  seen.own_cost += std::int64_t(cells.outside) * kEscapeCost;
   return seen;
 }
 
-// A shape that channels join, with what each cell costs in bits under it.
+// A shape that channels join, with what each cell costs under it.
 struct Group {
-  Cells sum;
-  float cost[kCells];
+  std::uint32_t sum[2][kWindow] = {}, outside = 0, total = 0;
+  std::int16_t cost[2][kWindow + 2 * kMostShift];
   float place, spread, skew;
 
+  explicit Group(const Seen& seen) : place(seen.place), spread(seen.spread), skew(seen.skew) {
+    for (auto& row : cost) std::fill(std::begin(row), std::end(row), std::int16_t(kEscapeCost));
+  }
+  void clear() {
+    for (auto& row : sum) std::fill(std::begin(row), std::end(row), 0);
+    outside = total = 0;
+  }
   void add(const Cells& cells, int shift, bool flip) {
     for (int sign = 0; sign < 2; ++sign)
       for (int i = 0; i < kWindow; ++i) {
-        const float n = cells.n[(sign ^ int(flip)) * kWindow + i];
-        if (i + shift >= 0 && i + shift < kWindow) sum.n[sign * kWindow + i + shift] += n;
-        else sum.outside += n;
+        const auto n = std::uint32_t(cells.n[sign ^ int(flip)][i]);
+        if (i + shift >= 0 && i + shift < kWindow) sum[sign][i + shift] += n;
+        else outside += n;
       }
-    sum.outside += cells.outside;
-    sum.total += cells.total;
+    outside += std::uint32_t(cells.outside);
+    total += std::uint32_t(cells.total);
   }
   void price() {
-    const float all = std::log2(sum.total + 1);
-    for (int i = 0; i < kCells; ++i)
-      cost[i] = sum.n[i] > 0 ? std::min(all - std::log2(sum.n[i]), 10.0f) : kEscapeBits;
+    const int all = log2_of(total + 1);
+    for (int sign = 0; sign < 2; ++sign)
+      for (int i = 0; i < kWindow; ++i) {
+        const std::uint32_t n = sum[sign][i];
+        cost[sign][kMostShift + i] = std::int16_t(n ? std::min(all - log2_of(n), 10 * kBit) : kEscapeCost);
+      }
   }
-  float bits(const Cells& cells, int shift, bool flip) const {
-    float result = cells.outside * kEscapeBits;
-    const int from = std::max(0, -shift), to = std::min(kWindow, kWindow - shift);
+  // Cost of a channel's numbers, had it joined with that shift (at most kMostShift) and flip.
+  std::int64_t of(const Cells& cells, int shift, bool flip) const {
+    std::int32_t inside = 0;
     for (int sign = 0; sign < 2; ++sign) {
-      const float* n = cells.n + (sign ^ int(flip)) * kWindow;
-      const float* c = cost + sign * kWindow + shift;
-      for (int i = from; i < to; ++i) result += n[i] * c[i];
-      for (int i = 0; i < from; ++i) result += n[i] * kEscapeBits;
-      for (int i = to; i < kWindow; ++i) result += n[i] * kEscapeBits;
+      const std::int16_t* n = cells.n[sign ^ int(flip)];
+      const std::int16_t* c = cost[sign] + kMostShift + shift;
+      for (int i = 0; i < kWindow; ++i) inside += std::int32_t(n[i]) * c[i];
     }
-    return result;
+    return inside + std::int64_t(cells.outside) * kEscapeCost;
   }
 };
-
-float own_bits(const Cells& cells) {
-  float result = cells.outside * kEscapeBits;
-  const float all = std::log2(cells.total);
-  for (float n : cells.n)
-    if (n > 0) result += n * (all - std::log2(n));
-  return result;
-}
 
 struct Choice {
   std::size_t group = 0;
   int shift = 0;
   bool flip = false;
-  float bits = 0;
+  std::int64_t cost = INT64_MAX;
 };
 
-// The group that codes a channel in the fewest bits, of those that look like it.
-Choice best(const std::vector<Group>& groups, const Seen& seen) {
-  Choice choice{0, 0, false, INFINITY};
-  // Mean exponent, spread and skew tell most of a shape.
-  std::pair<float, std::size_t> near[kCandidates];
+// The groups that look like a channel: mean exponent, spread and skew tell most of a shape.
+struct Near {
+  std::uint16_t group[kCandidates];
   std::size_t count = 0;
+};
+
+Near look_around(const std::vector<Group>& groups, const Seen& seen) {
+  Near near;
+  float distances[kCandidates];
   for (std::size_t g = 0; g < groups.size(); ++g) {
     float place = std::abs(groups[g].place - seen.place);
     place = std::min(place, 1 - place);
     const float distance = place + std::abs(groups[g].spread - seen.spread) +
-                           2 * std::abs(groups[g].skew - seen.skew);
-    const std::pair<float, std::size_t> item{distance, g};
-    if (count < kCandidates) near[count++] = item;
-    else if (item < near[count - 1]) near[count - 1] = item;
-    else continue;
-    for (std::size_t i = count - 1; i > 0 && near[i] < near[i - 1]; --i)
-      std::swap(near[i], near[i - 1]);
+                           2 * std::abs(std::abs(groups[g].skew) - std::abs(seen.skew));
+    if (near.count == kCandidates && distance >= distances[kCandidates - 1]) continue;
+    std::size_t i = near.count < kCandidates ? near.count++ : kCandidates - 1;
+    for (; i > 0 && distance < distances[i - 1]; --i) {
+      distances[i] = distances[i - 1];
+      near.group[i] = near.group[i - 1];
+    }
+    distances[i] = distance;
+    near.group[i] = std::uint16_t(g);
   }
-  for (std::size_t k = 0; k < count; ++k) {
-    const Group& group = groups[near[k].second];
+  return near;
+}
+
+// The one of them that codes the channel in the fewest bits.
+Choice best(const std::vector<Group>& groups, const Near& near, const Seen& seen) {
+  Choice choice;
+  for (std::size_t k = 0; k < near.count; ++k) {
+    const Group& group = groups[near.group[k]];
+    const bool flip = group.skew * seen.skew < 0;
     const float lag = seen.place - group.place;
     const int nearest = int(std::lround(lag));
-    for (int shift = nearest - 1; shift <= nearest + 1; ++shift)
-      for (int flip = 0; flip < 2; ++flip) {
-        if (std::abs(float(shift) - lag) > 0.75f) continue;
-        const float bits = group.bits(seen.cells, shift, flip != 0);
-        if (bits < choice.bits) choice = {near[k].second, shift, flip != 0, bits};
-      }
+    for (int shift = nearest - 1; shift <= nearest + 1; ++shift) {
+      if (std::abs(float(shift) - lag) > 0.75f) continue;
+      const std::int64_t cost = group.of(seen.cells, shift, flip);
+      if (cost < choice.cost) choice = {near.group[k], shift, flip, cost};
+    }
   }
   return choice;
 }
 
 }  // namespace
 
-Shapes choose_shapes(const std::uint32_t* counts, std::size_t channels, int exponent_bits) {
-  const std::size_t values = std::size_t(2) << exponent_bits;
+Shapes choose_shapes(const std::uint32_t* counts, std::size_t stride, std::size_t channels,
+                     int exponent_bits) {
   std::vector<Seen> seen(channels);
   std::vector<Group> groups;
   std::vector<Choice> choices(channels);
   for (std::size_t c = 0; c < channels; ++c) {
-    seen[c] = look(counts + c * values, exponent_bits);
-    choices[c] = best(groups, seen[c]);
-    if (choices[c].bits > own_bits(seen[c].cells) + kTableBits) {
-      groups.push_back({{}, {}, seen[c].place, seen[c].spread, seen[c].skew});
+    seen[c] = look(counts + c * stride, exponent_bits);
+    choices[c] = best(groups, look_around(groups, seen[c]), seen[c]);
+    if (choices[c].cost > seen[c].own_cost + kTableCost) {
+      groups.emplace_back(seen[c]);
       choices[c] = {groups.size() - 1, 0, false, 0};
     }
+    Group& group = groups[choices[c].group];
+    group.add(seen[c].cells, choices[c].shift, choices[c].flip);
+    group.price();
+  }
+  // Again, now that all groups are known.
+  for (std::size_t c = 0; c < channels; ++c)
+    choices[c] = best(groups, look_around(groups, seen[c]), seen[c]);
+  for (Group& group : groups) group.clear();
+  for (std::size_t c = 0; c < channels; ++c)
     groups[choices[c].group].add(seen[c].cells, choices[c].shift, choices[c].flip);
-    groups[choices[c].group].price();
-  }
-  // Once more, now that all groups are known.
-  std::vector<Group> last(groups.size());
-  for (std::size_t g = 0; g < groups.size(); ++g) last[g] = {{}, {}, groups[g].place, 0, 0};
-  for (std::size_t c = 0; c < channels; ++c) {
-    choices[c] = best(groups, seen[c]);
-    last[choices[c].group].add(seen[c].cells, choices[c].shift, choices[c].flip);
-  }
   Shapes out;
   out.shape.resize(channels);
   out.base.resize(channels);
   std::vector<std::uint16_t> number(groups.size());
   std::vector<std::uint32_t> low(groups.size());
   for (std::size_t g = 0; g < groups.size(); ++g) {
-    std::uint32_t sums[kCells];
-    for (int i = 0; i < kCells; ++i) sums[i] = std::uint32_t(last[g].sum.n[i]);
     std::uint8_t levels[kCells], escape;
     std::size_t width;
-    const auto outside = std::uint64_t(last[g].sum.outside);
-    if (!choose_levels(sums, kWindow, outside, levels, &low[g], &width, &escape)) continue;
+    if (!choose_levels(groups[g].sum[0], kWindow, groups[g].outside, levels, &low[g], &width, &escape))
+      continue;
     number[g] = std::uint16_t(out.widths.size());
     out.widths.push_back(std::uint8_t(width - 1));
     out.escapes.push_back(escape);
@@ -182,9 +223,11 @@ Shapes choose_shapes(const std::uint32_t* counts, std::size_t channels, int expo
   }
   for (std::size_t c = 0; c < channels; ++c) {
     const Choice& choice = choices[c];
+    out.bits += double(choice.cost) / kBit * seen[c].scale;
     out.shape[c] = number[choice.group];
     const int base = seen[c].start - choice.shift + int(low[choice.group]);
-    out.base[c] = std::uint16_t((base + (choice.flip ? 1 << exponent_bits : 0)) & int(values - 1));
+    out.base[c] = std::uint16_t((base + (choice.flip ? 1 << exponent_bits : 0)) &
+                                ((2 << exponent_bits) - 1));
   }
   return out;
 }

@@ -12,9 +12,12 @@ namespace kvzip::channel {
 struct Shapes {
   std::vector<std::uint8_t> widths, escapes, levels;  // one, one and 2*width bytes a shape
   std::vector<std::uint16_t> shape, base;             // of each channel
+  double bits = 0;                                    // that all values will take, about
 };
 
-// `counts`: [channels][2 << exponent_bits], at least one number counted for each channel.
-Shapes choose_shapes(const std::uint32_t* counts, std::size_t channels, int exponent_bits);
+// `counts`: 2 << exponent_bits of each channel, channels `stride` apart; at least one number counted
+// for each channel.
+Shapes choose_shapes(const std::uint32_t* counts, std::size_t stride, std::size_t channels,
+                     int exponent_bits);
 
 }  // namespace kvzip::channel

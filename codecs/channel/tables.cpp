@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 
 #include "channel/kernels.hpp"
 
@@ -12,6 +13,7 @@ bool make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esca
   Alias& a = *alias;
   a = {};
   a.escape = kNone;
+  a.width = std::uint32_t(width);
   std::uint32_t weight[kBuckets], total = 0, n = 0;
   const auto add = [&](std::uint32_t level, std::uint32_t value) {
     if (n == kBuckets) return false;
@@ -31,7 +33,7 @@ bool make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esca
   // Frequencies: proportional, at least 1, what is missing or too much at the most frequent.
   std::uint32_t sum = 0;
   for (std::size_t i = 0; i < n; ++i) {
-    a.freq[i] = std::max<std::uint32_t>(1, weight[i] * kTotal / total);
+    a.freq[i] = std::max<std::uint32_t>(1, (2 * kTotal * weight[i] + total) / (2 * total));
     sum += a.freq[i];
   }
   for (; sum != kTotal; sum += sum < kTotal ? 1 : -1)
@@ -60,20 +62,31 @@ bool make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esca
 }
 
 void make_decoder(const Alias& a, Decoder* decoder) {
+  Decoder& d = *decoder;
   std::uint32_t rank[kBuckets], entry[kBuckets];
   for (std::uint32_t i = 0; i < kBuckets; ++i) {
+    const bool escape = i == a.escape;
     rank[i] = a.divide[i];
-    entry[i] = a.freq[i] | a.value[i] << kValueAt | (i == a.escape ? kEscapeBit : 0);
+    entry[i] = a.freq[i] | a.value[i] << kValueAt | (escape ? kEscapeBit : 0);
+    d.freq[0][i] = std::uint8_t(a.freq[i]);
+    d.freq[1][i] = std::uint8_t(a.freq[i] >> 8);
+    d.value[0][i] = std::uint8_t(a.value[i]);
+    d.value[1][i] = std::uint8_t(a.value[i] >> 8 | (escape ? 0x80 : 0));
   }
   for (std::uint32_t i = 0; i < kBuckets; ++i) {
-    const std::uint32_t o = a.other[i];
-    if (a.divide[i] == kBucketSlots) {
-      decoder->own[i] = 0;
-      decoder->other[i] = entry[i];
+    const std::uint32_t divide = a.divide[i], o = a.other[i];
+    const std::uint32_t add = divide < kBucketSlots ? rank[o] - divide : 0;
+    d.divide[i] = std::uint8_t(divide);
+    d.other[i] = std::uint8_t(o);
+    d.add[0][i] = std::uint8_t(add);
+    d.add[1][i] = std::uint8_t(add >> 8);
+    if (divide == kBucketSlots) {
+      d.entry[i] = 0;
+      d.entry[kBuckets + i] = entry[i];
     } else {
-      decoder->own[i] = entry[i] | a.divide[i] << 27;
-      decoder->other[i] = entry[o] | (rank[o] - a.divide[i]) << 21;
-      rank[o] += kBucketSlots - a.divide[i];
+      d.entry[i] = entry[i] | divide << 27;
+      d.entry[kBuckets + i] = entry[o] | add << 21;
+      rank[o] += kBucketSlots - divide;
     }
   }
 }
@@ -93,7 +106,9 @@ void make_encoder(const Alias& a, Encoder* encoder) {
     for (std::uint32_t p = a.divide[i]; p < kBucketSlots; ++p)
       encoder->slot[rank[a.other[i]]++] = std::uint16_t(i * kBucketSlots + p);
   encoder->slot[kTotal] = 0;
-  std::fill_n(encoder->cell, kMaxSymbols, none);
+  encoder->outside = none;
+  encoder->width = a.width;
+  std::fill(std::begin(encoder->cell), std::end(encoder->cell), none);
   start = 0;
   for (std::uint32_t s = 0; s < a.symbols; ++s) {
     if (s != a.escape) encoder->cell[a.value[s]] = a.freq[s] | start << kStartAt | s << kSymbolAt;
@@ -103,19 +118,28 @@ void make_encoder(const Alias& a, Encoder* encoder) {
 
 template <typename T>
 void count(const Block<const T>& block, std::size_t heads, std::size_t dim, int mantissa_bits,
-           int value_bits, std::uint32_t* counts, const T* first, std::uint8_t* same) {
+           std::uint32_t* counts, std::size_t stride) {
   for (std::size_t b = 0; b < block.batch; ++b)
     for (std::size_t h = 0; h < heads; ++h)
       for (std::size_t t = 0; t < block.tokens; ++t) {
         const T* row = block.data + std::ptrdiff_t(b) * block.batch_stride +
                        std::ptrdiff_t(h) * block.head_stride +
                        std::ptrdiff_t(t) * block.token_stride;
-        for (std::size_t c = 0; c < dim; ++c) {
-          const std::size_t channel = h * dim + c;
-          ++counts[(channel << value_bits) + (row[c] >> mantissa_bits)];
-          same[channel] &= row[c] == first[channel];
-        }
+        std::uint32_t* at = counts + h * dim * stride;
+        for (std::size_t c = 0; c < dim; ++c, at += stride) ++at[row[c] >> mantissa_bits];
       }
+}
+
+template <typename T>
+bool constant(const Block<const T>& block, std::size_t head, std::size_t channel, T* number) {
+  const T* first = block.data + std::ptrdiff_t(head) * block.head_stride + std::ptrdiff_t(channel);
+  *number = *first;
+  for (std::size_t b = 0; b < block.batch; ++b)
+    for (std::size_t t = 0; t < block.tokens; ++t)
+      if (first[std::ptrdiff_t(b) * block.batch_stride + std::ptrdiff_t(t) * block.token_stride] !=
+          *first)
+        return false;
+  return true;
 }
 
 bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::uint64_t outside,
@@ -165,11 +189,13 @@ bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::ui
   return true;
 }
 
-template void count(const Block<const std::uint8_t>&, std::size_t, std::size_t, int, int,
-                    std::uint32_t*, const std::uint8_t*, std::uint8_t*);
-template void count(const Block<const std::uint16_t>&, std::size_t, std::size_t, int, int,
-                    std::uint32_t*, const std::uint16_t*, std::uint8_t*);
-template void count(const Block<const std::uint32_t>&, std::size_t, std::size_t, int, int,
-                    std::uint32_t*, const std::uint32_t*, std::uint8_t*);
+#define KVZIP_INSTANTIATE(T)                                                             \
+  template void count(const Block<const T>&, std::size_t, std::size_t, int, std::uint32_t*, \
+                      std::size_t);                                                      \
+  template bool constant(const Block<const T>&, std::size_t, std::size_t, T*);
+KVZIP_INSTANTIATE(std::uint8_t)
+KVZIP_INSTANTIATE(std::uint16_t)
+KVZIP_INSTANTIATE(std::uint32_t)
+#undef KVZIP_INSTANTIATE
 
 }  // namespace kvzip::channel
