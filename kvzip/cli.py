@@ -488,8 +488,8 @@ def bench(
     out
         File for the result as JSON; with --draw, for the page.
     draw
-        A stored result: its tables and charts become an HTML page (default: beside it), and
-        nothing is run.
+        A stored result: its tables and charts become an HTML page (default: beside it; tables in
+        Markdown where --out ends in .md), and nothing is run.
     """
     from kvzip.benchmarks import result as results
 

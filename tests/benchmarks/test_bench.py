@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -196,6 +197,12 @@ def test_the_page_has_every_row_and_what_is_missing(tmp_path, paths, peers, caps
         assert identity.sha256_raw in page
     assert "failing on" in page and "out of luck" in page
     assert draw.page(found) == page
+
+
+def test_the_documented_run_is_the_stored_one():
+    docs = Path(__file__).parents[2] / "docs"
+    tables = draw.markdown(result.load(docs / "benchmarks.json"))
+    assert tables.strip() in (docs / "benchmarks.md").read_text()
 
 
 def test_names_in_the_page_are_text(paths):
