@@ -47,9 +47,8 @@ template <class Simd, typename T, int M>
 bool decode_block(const Tables& tables, const Block<T>& block, const Coded& coded) {
   constexpr std::size_t kRows = rows_of_octet(M);
   alignas(64) std::uint32_t states[kLanes];
-  const std::size_t all_lanes = least(kLanes, block.tokens);
   for (std::uint32_t& x : states) x = kLow;
-  std::memcpy(states, coded.states, 4 * all_lanes);
+  std::memcpy(states, coded.states, 4 * least(kLanes, block.tokens));
   for (std::uint32_t x : states)
     if (x < kLow) return false;
   typename Simd::Lanes lanes(states);
@@ -61,13 +60,14 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
   Tile<T> tile;
   alignas(64) T base[kStrip];
   alignas(64) std::uint8_t spread[2 * kRows * kStrip];
+  std::uint8_t last[kLanes / 8 * kRows * kStrip];
 
   const Strips strips(block.batch, tables.heads, block.tokens, tables.dim);
-  for (std::size_t s = 0, n = strips.count(); s < n; ++s) {
+  const std::size_t count = strips.count();
+  for (std::size_t s = 0; s < count; ++s) {
     const Strip strip = strips[s];
     const Channel* channels = tables.channels + strip.head * tables.dim + strip.channel;
-    // Lanes without a token in the last groups are done, and stay as they are.
-    if (strip.lanes < kLanes && !lanes.limit(strip.lanes)) return false;
+    if (strip.lanes < kLanes) lanes.limit(strip.lanes);
     std::uint64_t live = 0;
     for (std::size_t c = 0; c < strip.width; ++c) {
       live |= std::uint64_t(!channels[c].constant) << c;
@@ -103,21 +103,32 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
                         sizeof number);
           }
     }
+    if (s + 1 == count) {
+      // The end of the mantissas is what the states hold now.
+      lanes.store(states);
+      const std::size_t words = carried_words(tables, block.tokens);
+      const std::size_t stored = (strip.lanes + 7) / 8 * kRows * live_count - 2 * words;
+      std::memcpy(last, mantissas, stored);
+      for (std::size_t j = 0; j < kLanes; ++j) {
+        if (states[j] >> 16 != 1 || (j >= words && states[j] != kLow)) return false;
+        if (j < words) std::memcpy(last + stored + 2 * j, &states[j], 2);
+      }
+      mantissas = last;
+    }
     for (std::size_t o = 0; o < strip.lanes; o += 16) {
-      const std::size_t count = least(16, strip.lanes - o), rows = (count + 7) / 8 * kRows;
+      const std::size_t tokens = least(16, strip.lanes - o), rows = (tokens + 7) / 8 * kRows;
       const std::uint8_t* at = mantissas;
       if (live_count < kStrip) {
         Simd::spread(mantissas, rows, live, live_count, spread);
         at = spread;
       }
-      Simd::template merge<T, M>(tile, o, count, base, at,
+      Simd::template merge<T, M>(tile, o, tokens, base, at,
                                  corner + std::ptrdiff_t(o) * block.token_stride,
                                  block.token_stride, strip.width);
       mantissas += rows * live_count;
     }
   }
-  // The encoder began at the lowest state, so the decoder must end there.
-  return words.all_read() && escapes == escapes_end && lanes.done();
+  return words.all_read() && escapes == escapes_end;
 }
 
 }  // namespace

@@ -34,11 +34,13 @@ template <class Simd, typename T, int M>
 bool encode_block(const Tables& tables, const Block<const T>& block, Sink* sink) {
   constexpr std::size_t kRows = rows_of_octet(M);
   typename Simd::EncoderLanes lanes;
-  std::uint8_t* mantissas = sink->mantissas + mantissa_bytes(tables, block.batch, block.tokens);
+  std::uint8_t* mantissas = sink->mantissas + mantissa_bytes(tables, block.batch, block.tokens) +
+                            2 * carried_words(tables, block.tokens);
   Tile<T> tile;
   alignas(64) T rows[16][kStrip];
   const Strips strips(block.batch, tables.heads, block.tokens, tables.dim);
-  for (std::size_t s = strips.count(); s-- > 0;) {
+  const std::size_t count = strips.count();
+  for (std::size_t s = count; s-- > 0;) {
     const Strip strip = strips[s];
     const Channel* channels = tables.channels + strip.head * tables.dim + strip.channel;
     std::uint64_t live = 0;
@@ -58,6 +60,15 @@ bool encode_block(const Tables& tables, const Block<const T>& block, Sink* sink)
       Simd::columns(rows, o, tile);
       for (std::size_t k = o / 8; k < least(o / 8 + 2, octets); ++k)
         split<Simd, T, M>(rows + 8 * (k - o / 8), live, live_count, mantissas + k * kRows * live_count);
+    }
+    if (s + 1 == count) {
+      const std::size_t words = carried_words(tables, block.tokens);
+      const std::uint8_t* at = mantissas + octets * kRows * live_count - 2 * words;
+      for (std::size_t j = 0; j < kLanes; ++j) {
+        sink->states[j] = kLow;
+        if (j < words) std::memcpy(&sink->states[j], at + 2 * j, 2);
+      }
+      lanes.load(sink->states);
     }
     for (std::size_t c = strip.width; c-- > 0;)
       if (live >> c & 1)

@@ -10,7 +10,8 @@ namespace kvzip::channel {
 std::size_t mantissa_bytes(const Tables& tables, std::size_t batch, std::size_t tokens) {
   std::size_t live = 0;
   for (std::size_t c = 0; c < tables.heads * tables.dim; ++c) live += !tables.channels[c].constant;
-  return batch * ((tokens + 7) / 8) * std::size_t(rows_of_octet(tables.mantissa_bits)) * live;
+  return batch * ((tokens + 7) / 8) * std::size_t(rows_of_octet(tables.mantissa_bits)) * live -
+         2 * carried_words(tables, tokens) * (batch > 0);
 }
 
 template <typename T>

@@ -128,7 +128,7 @@ bool decode(const Tables& tables, const Block<T>& block, const Coded& coded);
 // for one of each for every number.
 struct Sink {
   std::uint32_t states[kLanes];
-  std::uint8_t* mantissas;
+  std::uint8_t* mantissas;         // room for all of them, mantissa_bytes and 2 * kLanes more
   std::uint16_t *words, *escapes;  // the ends; then the beginnings of what was written
 };
 

@@ -65,23 +65,17 @@ struct Avx2 : Scalar {
    public:
     explicit Lanes(const std::uint32_t* states) { std::memcpy(x_, states, sizeof x_); }
 
-    bool limit(std::size_t lanes) {
-      for (std::size_t j = lanes; j < lanes_; ++j)
-        if (x_[j] != kLow) return false;
-      lanes_ = lanes;
-      return true;
-    }
-
-    bool done() const {
-      for (std::size_t j = 0; j < lanes_; ++j)
-        if (x_[j] != kLow) return false;
-      return true;
-    }
+    void store(std::uint32_t* states) const { std::memcpy(states, x_, sizeof x_); }
+    void limit(std::size_t lanes) { lanes_ = lanes; }
 
     bool step(const Decoder& d, const std::uint8_t** words, std::uint32_t* out, int shift,
               std::uint32_t value_mask, bool first, std::uint64_t* escaped) {
-      return lanes_ == kLanes ? step<false>(d, words, out, shift, value_mask, first, escaped)
-                              : step<true>(d, words, out, shift, value_mask, first, escaped);
+      if (lanes_ == kLanes) return step<false>(d, words, out, shift, value_mask, first, escaped);
+      std::uint32_t before[kLanes];
+      store(before);
+      const bool any = step<true>(d, words, out, shift, value_mask, first, escaped);
+      std::memcpy(x_ + lanes_, before + lanes_, 4 * (kLanes - lanes_));
+      return any;
     }
 
    private:

@@ -44,24 +44,16 @@ struct Avx512 {
       for (int v = 0; v < kVectors; ++v) x_[v] = _mm512_load_si512(states + 16 * v);
     }
 
-    bool limit(std::size_t lanes) {
-      if (limited_) return true;
-      bool rest_is_done = true;
+    void store(std::uint32_t* states) const {
+      for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(states + 16 * v, x_[v]);
+    }
+
+    void limit(std::size_t lanes) {
       for (int v = 0; v < kVectors; ++v) {
         const std::size_t first = 16 * std::size_t(v);
         active_[v] = __mmask16(lanes <= first ? 0 : first_ones(least(16, lanes - first)));
-        rest_is_done &= !_mm512_mask_cmpneq_epi32_mask(__mmask16(~active_[v]), x_[v],
-                                                       _mm512_set1_epi32(int(kLow)));
       }
       limited_ = true;
-      return rest_is_done;
-    }
-
-    bool done() const {
-      for (int v = 0; v < kVectors; ++v)
-        if (_mm512_mask_cmpneq_epi32_mask(active_[v], x_[v], _mm512_set1_epi32(int(kLow))))
-          return false;
-      return true;
     }
 
     bool step(const Decoder& d, const std::uint8_t** words, std::uint32_t* out, int shift,
@@ -108,7 +100,8 @@ struct Avx512 {
         __m512i w = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         w = _mm512_maskz_expand_epi32(more, _mm512_permutexvar_epi16(spread, w));
         p += 2 * __builtin_popcountll(more);
-        x_[v] = _mm512_mask_shldi_epi32(y, more, y, w, 16);
+        y = _mm512_mask_shldi_epi32(y, more, y, w, 16);
+        x_[v] = limited ? _mm512_mask_mov_epi32(x, active_[v], y) : y;
         all = _mm512_or_si512(all, e[v]);
         const __m512i value = _mm512_and_si512(_mm512_rolv_epi32(e[v], turn), keep);
         std::uint32_t* const o = out + 16 * v;
@@ -190,8 +183,8 @@ struct Avx512 {
 
   class EncoderLanes {
    public:
-    EncoderLanes() {
-      for (__m512i& x : x_) x = _mm512_set1_epi32(int(kLow));
+    void load(const std::uint32_t* states) {
+      for (int v = 0; v < kVectors; ++v) x_[v] = _mm512_loadu_si512(states + 16 * v);
     }
     void store(std::uint32_t* states) const {
       for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(states + 16 * v, x_[v]);
@@ -269,7 +262,7 @@ struct Avx512 {
     }
 
    private:
-    __m512i x_[kVectors];
+    __m512i x_[kVectors] = {};
   };
 
   template <typename T>

@@ -135,7 +135,7 @@ Encoded PartTables::encode(const Block<const T>& block) const {
   const std::size_t mantissas = mantissa_bytes(tables, block.batch, block.tokens);
   // Room for every number to be an escape and to shift out a word; not set to zero.
   const std::unique_ptr<std::uint16_t[]> room(new std::uint16_t[2 * n]);
-  const std::unique_ptr<std::uint8_t[]> packed(new std::uint8_t[mantissas]);
+  const std::unique_ptr<std::uint8_t[]> packed(new std::uint8_t[mantissas + 2 * kLanes]);
   Sink sink;
   sink.mantissas = packed.get();
   sink.words = room.get() + n;

@@ -13,18 +13,10 @@ struct Scalar {
    public:
     explicit Lanes(const std::uint32_t* states) { std::memcpy(x_, states, sizeof x_); }
 
-    bool limit(std::size_t lanes) {
-      for (std::size_t j = lanes; j < lanes_; ++j)
-        if (x_[j] != kLow) return false;
-      lanes_ = lanes;
-      return true;
-    }
+    void store(std::uint32_t* states) const { std::memcpy(states, x_, sizeof x_); }
 
-    bool done() const {
-      for (std::uint32_t x : x_)
-        if (x != kLow) return false;
-      return true;
-    }
+    // From now on the lanes from `lanes` on have no tokens, and keep their states.
+    void limit(std::size_t lanes) { lanes_ = lanes; }
 
     // In passes over all lanes, each with short chains of dependent instructions and no branch,
     // since nothing here can be foreseen; compilers turn the second and the last into vectors.
@@ -73,9 +65,7 @@ struct Scalar {
 
   class EncoderLanes {
    public:
-    EncoderLanes() {
-      for (std::uint32_t& x : x_) x = kLow;
-    }
+    void load(const std::uint32_t* states) { std::memcpy(x_, states, sizeof x_); }
     void store(std::uint32_t* states) const { std::memcpy(states, x_, sizeof x_); }
 
     bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
@@ -104,7 +94,7 @@ struct Scalar {
     }
 
    private:
-    std::uint32_t x_[kLanes];
+    std::uint32_t x_[kLanes] = {};
   };
 
   template <typename T, int M>

@@ -73,6 +73,18 @@ constexpr int rows_of_octet(int mantissa_bits) {
   return 8 * (mantissa_bits / 8) + mantissa_bits % 8;
 }
 
+// How many words of 16 bits at the end of the mantissas the encoder's first states carry, one a
+// lane: those of the last strip, at most.
+inline std::size_t carried_words(const Tables& tables, std::size_t tokens) {
+  if (!tokens || !tables.heads || !tables.dim) return 0;
+  const Channel* end = tables.channels + tables.heads * tables.dim;
+  std::size_t live = 0;
+  for (const Channel* c = end - ((tables.dim - 1) % kStrip + 1); c < end; ++c) live += !c->constant;
+  const std::size_t octets = ((tokens - 1) % kLanes + 8) / 8;
+  return least(least(kLanes, tokens),
+               octets * std::size_t(rows_of_octet(tables.mantissa_bits)) * live / 2);
+}
+
 // Bytes of a strip's 64 channels, as the compiler's vectors: any instruction set's.
 typedef std::uint8_t Row __attribute__((vector_size(kStrip)));
 typedef std::uint16_t Row16 __attribute__((vector_size(kStrip)));
