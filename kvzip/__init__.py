@@ -15,6 +15,7 @@ from kvzip.container import (
     write,
 )
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UnsupportedError
+from kvzip.profile import Profile
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
 
 __version__ = _version("kvzip")
@@ -30,6 +31,7 @@ __all__ = [
     "LayerLayout",
     "Layout",
     "Origin",
+    "Profile",
     "ProfileError",
     "Reader",
     "Snapshot",

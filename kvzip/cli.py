@@ -29,6 +29,7 @@ from rich.table import Column, Table
 import kvzip
 from kvzip import container, entropy
 from kvzip.errors import CorruptError, FormatError, KVZipError
+from kvzip.profile import Profile
 from kvzip.snapshot import PARTS, Snapshot, replacing_file, sha256_raw
 
 app = App(
@@ -43,6 +44,9 @@ app.command(evaluate)
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON object on stdout.")]
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 Threads = Annotated[int, Parameter(help="0: all cores.")]
+ProfilePath = Annotated[
+    Path | None, Parameter(name="--profile", help="A .kvprofile, for codecs that need one.")
+]
 
 _out = Console()
 _err = Console(stderr=True)
@@ -117,6 +121,10 @@ def _bar(what: str, total: int, in_bytes: bool = True) -> Iterator[Callable[[int
     with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda n: progress.advance(task, n)
+
+
+def _profile(path: Path | None) -> Profile | None:
+    return None if path is None else Profile.load(path)
 
 
 def _sizes(info: container.Info) -> dict[str, Any]:
@@ -297,6 +305,7 @@ def encode(
     *,
     output: Output,
     codec: str = "channel",
+    profile: ProfilePath = None,
     block_tokens: int | None = None,
     token_ids: bool = True,
     threads: Threads = 0,
@@ -309,7 +318,7 @@ def encode(
     snapshot
         A snapshot that `kvzip capture` wrote.
     codec
-        raw, zstd, lz4, planes or channel; with settings: zstd:level=9.
+        raw, zstd, lz4, planes, channel or predictive; with settings: zstd:level=9.
     block_tokens
         Tokens in a block, the smallest unit that a reader decodes. Default: blocks of about 1 MiB.
     token_ids
@@ -323,6 +332,7 @@ def encode(
             output,
             loaded,
             chosen,
+            _profile(profile),
             threads=threads,
             block_tokens=block_tokens,
             store_token_ids=token_ids,
@@ -347,9 +357,16 @@ def _show_sizes(result: Mapping[str, Any], path: Path) -> None:
 
 
 @app.command
-def decode(file: Path, *, output: Output, threads: Threads = 0, as_json: Json = False) -> None:
+def decode(
+    file: Path,
+    *,
+    output: Output,
+    profile: ProfilePath = None,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
     """Decode a .kvz file to a snapshot."""
-    with container.open(file, threads=threads) as reader:
+    with container.open(file, _profile(profile), threads) as reader:
         began = time.perf_counter()
         with _bar("decode", reader.info.raw_bytes) as progress:
             snapshot = reader.decode(progress=progress)
@@ -365,7 +382,12 @@ def decode(file: Path, *, output: Output, threads: Threads = 0, as_json: Json = 
 
 @app.command
 def verify(
-    file: Path, *, against: Path | None = None, threads: Threads = 0, as_json: Json = False
+    file: Path,
+    *,
+    against: Path | None = None,
+    profile: ProfilePath = None,
+    threads: Threads = 0,
+    as_json: Json = False,
 ) -> None:
     """Check every checksum of a .kvz file and decode all of it.
 
@@ -376,12 +398,12 @@ def verify(
     """
     began = time.perf_counter()
     with _bar("verify", container.info(file).raw_bytes) as progress:
-        info = container.verify(file, threads=threads, progress=progress)
+        info = container.verify(file, _profile(profile), threads, progress)
     same = None
     if against is not None:
         other = Snapshot.load(against)
         same = other.layout == info.header.layout
-        with container.open(file, threads=threads) as reader:
+        with container.open(file, _profile(profile), threads) as reader:
             for i, layer in enumerate(other.layers if same else []):
                 found = reader.layer(i)
                 same = same and all((found.part(p) == layer.part(p)).all() for p in PARTS)
@@ -432,6 +454,101 @@ def info(file: Path, *, as_json: Json = False) -> None:
 def _kinds(layout: kvzip.Layout) -> str:
     kinds = [layer.kind for layer in layout.layers]
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+# --- profiles ----------------------------------------------------------------------------------
+
+
+@app.command
+def fit(
+    snapshots: list[Path],
+    *,
+    output: Output,
+    held_out: int | None = None,
+    token_table: bool = True,
+    as_json: Json = False,
+) -> None:
+    """Learn a profile of a model from snapshots of its caches.
+
+    Parameters
+    ----------
+    snapshots
+        Documents of one model, as `kvzip capture` writes them.
+    held_out
+        How many of them are not learned from but measured on. Default: a tenth, if there are more
+        than two.
+    token_table
+        Keep what the first layer makes of each token that is seen.
+    """
+    from kvzip.codecs.predictive.fit import multiplications
+
+    count = len(snapshots) // 10 + (len(snapshots) > 2) if held_out is None else held_out
+    if not 0 <= count < len(snapshots):
+        raise KVZipError(f"--held-out {count}: {len(snapshots)} snapshots are given")
+    apart = {int((i + 0.5) * len(snapshots) / count) for i in range(count)}
+    learned = [p for i, p in enumerate(snapshots) if i not in apart]
+    began = time.perf_counter()
+    with _steps() as tell:
+        profile = Profile.fit(learned, progress=tell, token_table=token_table)
+    seconds = time.perf_counter() - began
+    profile.save(output)
+    measured = []
+    with _bar("held-out documents", count, in_bytes=False) as advance:
+        for i in sorted(apart):
+            snapshot = Snapshot.load(snapshots[i])
+            blob = kvzip.encode(snapshot, "predictive", profile)
+            measured.append(
+                {"file": str(snapshots[i])}
+                | _sizes(container.info(blob))
+                | {"tokens": snapshot.tokens}
+            )
+            advance(1)
+    products = multiplications(profile)
+    bits = [m["bits_per_value"] for m in measured]
+    result = {
+        "profile": str(output),
+        "id": profile.id,
+        "bytes": profile.nbytes,
+        "documents": len(learned),
+        "tokens": profile.description["tokens"],
+        "seconds": seconds,
+        "multiplications_per_token": sum(products),
+        "multiplications_per_token_and_layer": products,
+        "held_out": measured,
+        "held_out_bits_per_value": sum(bits) / len(bits) if bits else None,
+    }
+
+    def show() -> None:
+        _out.print(
+            f"{output}: {profile.nbytes:,} bytes from {len(learned)} documents, {seconds:.0f} s; "
+            f"{sum(products):,} multiplications a token",
+            highlight=False,
+        )
+        for m in measured:
+            line = f"held out: {m['bits_per_value']:.2f} bits a number, ratio {m['ratio']:.3f}"
+            _out.print(f"{line}, {m['file']}", highlight=False)
+
+    _emit(result, as_json, show)
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for work of several steps; yields a function of (what, done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield tell
 
 
 # --- measures ----------------------------------------------------------------------------------

@@ -42,7 +42,10 @@ class Context:
     tables: Any = None
     """What :meth:`Codec.load_tables` made of this layer and part's tables, or None."""
     earlier: Mapping[tuple[int, Part], Bits] = field(default_factory=dict)
-    """The same tokens of the blocks that :meth:`Codec.needs` names, shaped as blocks are."""
+    """The same tokens of the blocks that :meth:`Codec.needs` names, as far as the file holds them,
+    shaped as blocks are."""
+    scratch: dict[str, Any] = field(default_factory=dict)
+    """What a codec keeps for itself from block to block of the same tokens, layer after layer."""
 
 
 class Codec(ABC):

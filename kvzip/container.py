@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol, TypeVar, runtime_checkable
+from typing import IO, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -28,6 +28,7 @@ from kvzip import dtypes
 from kvzip.codec import Codec, Context, get_codec
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError
+from kvzip.profile import Profile
 from kvzip.snapshot import (
     PARTS,
     Layer,
@@ -111,12 +112,29 @@ def _entries(layout: Layout, block_tokens: int) -> Iterator[_Entry]:
     for i, layer in enumerate(layout.layers):
         for part in PARTS:
             yield _Entry(i, part, True, 0, 0)
-            for start in range(0, layer.stored, block_tokens):
-                yield _Entry(i, part, False, start, min(block_tokens, layer.stored - start))
+            for start, stop in _cuts(layer, block_tokens):
+                yield _Entry(i, part, False, start - layer.first, stop - start)
+
+
+def _cuts(layer: LayerLayout, block_tokens: int) -> Iterator[tuple[int, int]]:
+    """First and last position of each block. Layers that begin at different positions are cut at
+    the same ones, multiples of `block_tokens`."""
+    start = layer.first
+    while start < layer.cumulative_length:
+        stop = min((start // block_tokens + 1) * block_tokens, layer.cumulative_length)
+        yield start, stop
+        start = stop
 
 
 def _count(layout: Layout, block_tokens: int) -> int:
-    return sum(2 * (1 + -(-layer.stored // block_tokens)) for layer in layout.layers)
+    """How many entries a file of that layout has."""
+    blocks = (
+        -(-layer.cumulative_length // block_tokens) - layer.first // block_tokens
+        if layer.stored
+        else 0
+        for layer in layout.layers
+    )
+    return sum(2 * (1 + n) for n in blocks)
 
 
 def default_block_tokens(layout: Layout) -> int:
@@ -177,6 +195,20 @@ def _in_order(
             future.cancel()
 
 
+class _Encoded(NamedTuple):
+    """What becomes of one entry of the index."""
+
+    row: int
+    data: bytes
+    raw: int
+    """Checksum of the raw bytes."""
+
+
+def _digest(data: Any) -> int:
+    """XXH3-64."""
+    return int(xxhash.xxh3_64_intdigest(data))
+
+
 # --- writing -------------------------------------------------------------------------------
 
 
@@ -187,7 +219,7 @@ class _Encoder:
         self,
         snapshot: Snapshot,
         codec: Codec,
-        profile: Any,
+        profile: Profile | None,
         block_tokens: int | None,
         store_token_ids: bool,
     ):
@@ -232,23 +264,74 @@ class _Encoder:
             **more,
         )
 
-    def encode_part(self, entries: Sequence[_Entry]) -> list[tuple[bytes, int]]:
-        """Stored bytes and raw checksum of one layer's K or V: its tables, then its blocks."""
-        head = entries[0]
-        whole = _batched(self.snapshot.layers[head.layer].part(head.part))
-        made = self.codec.make_tables(whole, self.context(head))
-        tables = self.codec.load_tables(memoryview(made), whole.shape, self.context(head))
-        results = [(made, int(xxhash.xxh3_64_intdigest(made)))]
-        for entry in entries[1:]:
-            tokens = slice(entry.start, entry.start + entry.tokens)
-            earlier = {
-                (layer, part): _batched(self.snapshot.layers[layer].part(part))[:, :, tokens]
-                for layer, part in self.codec.needs(entry.layer, entry.part)
-            }
-            block = whole[:, :, tokens]
-            context = self.context(entry, tables=tables, earlier=earlier)
-            results.append((self.codec.encode(block, context), _checksum(block)))
+    def part(self, entry: _Entry) -> Bits:
+        """All that the snapshot holds of the entry's layer and part."""
+        return _batched(self.snapshot.layers[entry.layer].part(entry.part))
+
+    def tables(self, entry: _Entry) -> tuple[bytes, Any]:
+        """The tables of one layer's K or V as stored, and as blocks use them."""
+        whole, context = self.part(entry), self.context(entry)
+        made = self.codec.make_tables(whole, context)
+        return made, self.codec.load_tables(memoryview(made), whole.shape, context)
+
+    def block(self, entry: _Entry, **more: Any) -> tuple[bytes, int]:
+        """Stored bytes and raw checksum of a block."""
+        block = self.part(entry)[:, :, entry.start : entry.start + entry.tokens]
+        return self.codec.encode(block, self.context(entry, **more)), _checksum(block)
+
+    def encode_part(self, rows: Sequence[int]) -> list[_Encoded]:
+        """One layer's K or V: its tables, then its blocks."""
+        made, tables = self.tables(self.entries[rows[0]])
+        return [
+            _Encoded(rows[0], made, _digest(made)),
+            *(_Encoded(row, *self.block(self.entries[row], tables=tables)) for row in rows[1:]),
+        ]
+
+    def encode_chain(
+        self, rows: Sequence[int], tables: Mapping[tuple[int, Part], Any]
+    ) -> list[_Encoded]:
+        """The same tokens of layer after layer."""
+        scratch: dict[str, Any] = {}
+        earlier: dict[tuple[int, Part], Bits] = {}
+        results = []
+        for row in rows:
+            entry = self.entries[row]
+            needs = self.codec.needs(entry.layer, entry.part)
+            need = {key: earlier[key] for key in needs if key in earlier}
+            table = tables[entry.layer, entry.part]
+            coded = self.block(entry, tables=table, earlier=need, scratch=scratch)
+            results.append(_Encoded(row, *coded))
+            block = self.part(entry)[:, :, entry.start : entry.start + entry.tokens]
+            earlier[entry.layer, entry.part] = block
         return results
+
+    def encoded(self, pool: ThreadPoolExecutor | None, ahead: int) -> Iterator[_Encoded]:
+        """All entries in the order of the file."""
+        if not any(self.codec.needs(e.layer, e.part) for e in self.entries):
+            groups: list[list[int]] = []
+            for row, entry in enumerate(self.entries):
+                if entry.tables:
+                    groups.append([])
+                groups[-1].append(row)
+            jobs = ((lambda g=group: self.encode_part(g)) for group in groups)
+            for results in _in_order(pool, jobs, ahead):
+                yield from results
+            return
+        made: dict[int, bytes] = {}
+        tables: dict[tuple[int, Part], Any] = {}
+        chains: dict[int, list[int]] = {}
+        for row, entry in enumerate(self.entries):
+            if entry.tables:
+                made[row], tables[entry.layer, entry.part] = self.tables(entry)
+            else:
+                stop = self.snapshot.layout.layers[entry.layer].first + entry.start + entry.tokens
+                chains.setdefault(stop, []).append(row)
+        done = {row: _Encoded(row, data, _digest(data)) for row, data in made.items()}
+        jobs = ((lambda c=chain: self.encode_chain(c, tables)) for chain in chains.values())
+        for results in _in_order(pool, jobs, ahead):
+            done |= {result.row: result for result in results}
+        for row in range(len(self.entries)):
+            yield done.pop(row)
 
     def write(self, sink: IO[bytes], threads: int, progress: Callable[[int], None] | None) -> int:
         """Write the whole file to a seekable sink; return its length."""
@@ -259,26 +342,17 @@ class _Encoder:
         offset = _PREAMBLE.size + len(header) + index.nbytes
         base = sink.tell()
         sink.seek(base + offset)
-        groups: list[list[_Entry]] = []
-        for entry in self.entries:
-            if entry.tables:
-                groups.append([])
-            groups[-1].append(entry)
         workers = thread_count(threads)
         pool = ThreadPoolExecutor(workers) if workers > 1 else None
-        row = 0
         try:
-            jobs = ((lambda g=group: self.encode_part(g)) for group in groups)
-            for group, results in zip(groups, _in_order(pool, jobs, 2 * workers), strict=True):
-                for entry, (data, raw) in zip(group, results, strict=True):
-                    stored = int(xxhash.xxh3_64_intdigest(data))
-                    index[row] = entry.record(offset, len(data), stored, raw)
-                    sink.write(data)
-                    offset += len(data)
-                    row += 1
-                if progress is not None:
-                    layer = self.snapshot.layers[group[0].layer]
-                    progress(layer.part(group[0].part).nbytes)
+            for row, data, raw in self.encoded(pool, 2 * workers):
+                entry = self.entries[row]
+                index[row] = entry.record(offset, len(data), _digest(data), raw)
+                sink.write(data)
+                offset += len(data)
+                if progress is not None and not entry.tables:
+                    part = self.part(entry)
+                    progress(part.nbytes * entry.tokens // part.shape[2])
         finally:
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
@@ -297,7 +371,7 @@ def _ids_of(ids: NDArray[Any] | None, start: int, stop: int) -> NDArray[Any] | N
 def encode(
     snapshot: Snapshot,
     codec: str | Codec | Mapping[str, Any] = "channel",
-    profile: Any = None,
+    profile: Profile | None = None,
     threads: int = 0,
     *,
     block_tokens: int | None = None,
@@ -321,7 +395,7 @@ def write(
     path: str | os.PathLike[str],
     snapshot: Snapshot,
     codec: str | Codec | Mapping[str, Any] = "channel",
-    profile: Any = None,
+    profile: Profile | None = None,
     threads: int = 0,
     *,
     block_tokens: int | None = None,
@@ -444,11 +518,20 @@ class Info:
         return 8 * self.encoded_bytes / max(self.numbers, 1)
 
 
+class _Chain(NamedTuple):
+    """How far the blocks of one token range are decoded, and what the next one may need."""
+
+    at: int
+    done: dict[tuple[int, Part], Bits]
+    scratch: dict[str, Any]
+
+
 class Reader:
     """An open .kvz file; reads and decodes what is asked for, and nothing else."""
 
-    def __init__(self, source: Source, profile: Any = None, threads: int = 0):
+    def __init__(self, source: Source, profile: Profile | None = None, threads: int = 0):
         self._source, self._profile, self._threads = source, profile, thread_count(threads)
+        self._chains: dict[int, _Chain] = {}
         self._read_index()
 
     def _read_index(self) -> None:
@@ -505,16 +588,14 @@ class Reader:
             or int(offsets[-1]) != self._source.size
         ):
             raise FormatError("the blocks do not follow each other without gap or overlap")
-        fields = ["layer", "part", "kind", "reserved", "start", "tokens"]
         self._rows: dict[tuple[int, Part], range] = {}
-        for row, entry in enumerate(_entries(self.layout, self.header.block_tokens)):
-            found = index[row]
-            if tuple(found[fields].tolist()) != entry.record(0, 0, 0, 0)[:6]:
+        entries = _entries(self.layout, self.header.block_tokens)
+        for row, (entry, found) in enumerate(zip(entries, index.tolist(), strict=True)):
+            if found[:6] != entry.record(0, 0, 0, 0)[:6]:
                 raise FormatError(f"entry {row} of the index is not the block that belongs there")
             shape = self.layout.layers[entry.layer].shape(entry.part)
-            raw = int(np.prod((*shape[:-2], entry.tokens, shape[-1]), dtype=object))
-            raw *= self._form.itemsize
-            room = self._codec.max_decoded_size(int(found["length"]), self._form)
+            raw = math.prod((*shape[:-2], entry.tokens, shape[-1])) * self._form.itemsize
+            room = self._codec.max_decoded_size(found[7], self._form)
             if not entry.tables and raw > room:
                 raise FormatError(f"entry {row} of the index claims more than its bytes can hold")
             if entry.tables:
@@ -646,14 +727,19 @@ class Reader:
         targets: dict[tuple[int, Part], Bits] = {}
         if out is not None and len(out) != len(wanted):
             raise ValueError(f"out has {len(out)} layers, not {len(wanted)}")
+        if out is None:
+            # One piece of memory for all: a large one gets large pages, and faults less often.
+            sizes = [math.prod(cuts[i].shape(part)) for i in wanted for part in PARTS]
+            try:
+                memory = np.empty(sum(sizes), self._form.uint)
+            except MemoryError:
+                raise KVZipError(f"not enough memory for {sum(sizes):,} numbers") from None
+            pieces = iter(np.split(memory, np.cumsum(sizes[:-1])))
         for n, i in enumerate(wanted):
             for j, part in enumerate(PARTS):
                 shape = cuts[i].shape(part)
                 if out is None:
-                    try:
-                        array = np.empty(shape, self._form.uint)
-                    except MemoryError:
-                        raise KVZipError(f"not enough memory for layer {i}: {shape}") from None
+                    array = next(pieces).reshape(shape)
                 else:
                     array, _ = dtypes.as_bits(out[n][j], self.layout.dtype)
                     if array.shape != shape or not array.flags.writeable:
@@ -681,12 +767,14 @@ class Reader:
         chains: dict[Any, list[int]] = {}
         begin = min((c.first for c in cuts.values()), default=0)
         end = max((c.cumulative_length for c in cuts.values()), default=0)
-        for layer, part in needed:
+        for layer, part in sorted(needed):
             first = self.layout.layers[layer].first
             for row in self._rows[layer, part][1:]:
-                at, tokens = int(self._index["start"][row]), int(self._index["tokens"][row])
-                if first + at < end and first + at + tokens > begin:
-                    chains.setdefault(at if dependent else row, []).append(row)
+                start = first + int(self._index["start"][row])
+                stop = start + int(self._index["tokens"][row])
+                if start < end and stop > begin:
+                    # Blocks of a chain end at the same token, wherever their layers begin.
+                    chains.setdefault(stop if dependent else row, []).append(row)
         return list(chains.values())
 
     def _tables(self, plan: Iterable[Iterable[int]]) -> dict[tuple[int, Part], Any]:
@@ -732,9 +820,9 @@ class Reader:
         tables: Mapping[tuple[int, Part], Any],
     ) -> int:
         """Decode blocks one after the other; return how many raw bytes of targets were filled."""
-        done: dict[tuple[int, Part], Bits] = {}
         filled = 0
-        for row in rows:
+        chain = self._resume(rows, cuts)
+        for row in rows[chain.at :]:
             entry = self._index[row]
             layer, part = int(entry["layer"]), PARTS[entry["part"]]
             start, tokens = int(entry["start"]), int(entry["tokens"])
@@ -751,9 +839,15 @@ class Reader:
                 shape = whole.shape(part)
                 shape = shape if len(shape) == 4 else (1, *shape)
                 block = np.empty((*shape[:2], tokens, shape[3]), self._form.uint)
-            need = {key: done[key] for key in self._codec.needs(layer, part)}
+            needs = self._codec.needs(layer, part)
             context = self._context(
-                layer, part, start, tokens, tables=tables[layer, part], earlier=need
+                layer,
+                part,
+                start,
+                tokens,
+                tables=tables[layer, part],
+                earlier={key: chain.done[key] for key in needs if key in chain.done},
+                scratch=chain.scratch,
             )
             try:
                 self._codec.decode(self._stored(row), block, context)
@@ -761,15 +855,37 @@ class Reader:
                 raise CorruptError(f"{self._name(row)}: {error}") from None
             if _checksum(block) != int(entry["raw_checksum"]):
                 raise CorruptError(f"{self._name(row)} decodes to other numbers than were encoded")
-            done[layer, part] = block
+            if len(rows) > 1:
+                chain.done[layer, part] = block
+                for key in [k for k in chain.done if self._last_use.get(k, 0) <= row]:
+                    del chain.done[key]
             if inside is not None:
                 if block is not inside:
                     inside[...] = block[:, :, lo:hi]
                 filled += inside.nbytes
+        if len(rows) > 1:
+            self._chains[rows[0]] = chain._replace(at=len(rows))
         return filled
 
+    @cached_property
+    def _last_use(self) -> dict[tuple[int, Part], int]:
+        """The last row whose block needs that part of a layer."""
+        last = {}
+        for row, entry in enumerate(_entries(self.layout, self.header.block_tokens)):
+            for key in self._codec.needs(entry.layer, entry.part):
+                last[key] = row
+        return last
 
-def open(file: Any, profile: Any = None, threads: int = 0) -> Reader:
+    def _resume(self, rows: Sequence[int], cuts: Mapping[int, LayerLayout]) -> _Chain:
+        """Where to begin with a chain: after what was decoded before, when only layers that come
+        after are wanted. So layer after layer costs no more than all at once."""
+        chain = self._chains.pop(rows[0], None)
+        if chain is None or any(int(self._index["layer"][r]) in cuts for r in rows[: chain.at]):
+            return _Chain(0, {}, {})
+        return chain
+
+
+def open(file: Any, profile: Profile | None = None, threads: int = 0) -> Reader:
     """Open a .kvz file: a path, bytes or another buffer, a binary file object, or a `Source`.
 
     Reads the header and the index. Raises FormatError, CorruptError, or the OSError of the path.
@@ -790,7 +906,7 @@ def open(file: Any, profile: Any = None, threads: int = 0) -> Reader:
 
 def decode(
     file: Any,
-    profile: Any = None,
+    profile: Profile | None = None,
     threads: int = 0,
     *,
     out: Sequence[tuple[Any, Any]] | None = None,
@@ -811,7 +927,7 @@ def info(file: Any) -> Info:
 
 def verify(
     file: Any,
-    profile: Any = None,
+    profile: Profile | None = None,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Info:

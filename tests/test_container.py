@@ -340,5 +340,8 @@ def test_there_is_a_golden_file_of_each_codec_and_dtype():
     from kvzip import dtypes
 
     assert {p.stem for p in GOLDEN if p.parent.name == f"v{container.VERSION}"} == {
-        f"{name}-{dtype}" for name in kvzip.codec_names() for dtype in dtypes.NAMES
+        f"{name}-{dtype}"
+        for name in kvzip.codec_names()
+        for dtype in dtypes.NAMES
+        if name != "predictive"  # its files need a profile: tests/codecs/test_predictive.py
     }

@@ -18,7 +18,7 @@ import numpy as np, kvzip
 assert not {"torch", "transformers"} & set(sys.modules)
 numbers = (np.random.default_rng(0).normal(size=(2, 300, 64))).astype(np.float16)
 snapshot = kvzip.Snapshot.from_arrays([(numbers, -numbers)])
-for name in kvzip.codec_names():
+for name in set(kvzip.codec_names()) - {"predictive"}:
     decoded = kvzip.decode(kvzip.encode(snapshot, name))
     assert np.array_equal(decoded.layers[0].v.view(np.float16), -numbers), name
 print(*kvzip.codec_names())
@@ -49,7 +49,9 @@ def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
     done = subprocess.run([python, "-c", USE], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.split() == ["channel", "lz4", "planes", "raw", "zstd"], done.stderr
+    assert done.stdout.split() == ["channel", "lz4", "planes", "predictive", "raw", "zstd"], (
+        done.stderr
+    )
     demo = [tmp_path / "env" / "bin" / "kvzip", "demo", "--out", tmp_path / "demo"]
     done = subprocess.run(demo, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
@@ -60,4 +62,6 @@ def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
 @pytest.mark.parametrize("where", [ROOT, Path("/")])
 def test_this_install_works_from_anywhere(where):
     done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, cwd=where)
-    assert done.stdout.split() == ["channel", "lz4", "planes", "raw", "zstd"], done.stderr
+    assert done.stdout.split() == ["channel", "lz4", "planes", "predictive", "raw", "zstd"], (
+        done.stderr
+    )

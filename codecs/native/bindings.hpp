@@ -9,3 +9,6 @@ void bind(nanobind::module_& m);
 namespace kvzip::channel {
 void bind(nanobind::module_& m);
 }
+namespace kvzip::predictive {
+void bind(nanobind::module_& m);
+}

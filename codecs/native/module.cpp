@@ -13,4 +13,5 @@ NB_MODULE(_native, m) {
       nb::arg("name"), "Use another; False when this processor does not have it.");
   kvzip::planes::bind(m);
   kvzip::channel::bind(m);
+  kvzip::predictive::bind(m);
 }

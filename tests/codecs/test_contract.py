@@ -92,4 +92,5 @@ def test_random_bits_grow_by_next_to_nothing(codec, dtype):
 
 
 def test_codecs_without_a_test_do_not_exist():
-    assert {spec.partition(":")[0] for spec in CODECS} == set(kvzip.codec_names())
+    alone = {n for n in kvzip.codec_names() if n != "predictive"}  # it has a suite of its own
+    assert {spec.partition(":")[0] for spec in CODECS} == alone

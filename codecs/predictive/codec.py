@@ -1,0 +1,223 @@
+"""Predicts every number from the layers and channels before it, and codes what is left.
+
+Integer arithmetic throughout, so that a file written on one machine decodes on every other.
+spec.md has the method; fit.py learns the profile.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.codec import Codec, Context, get_codec
+from kvzip.codecs import _native
+from kvzip.dtypes import Bits, DType
+from kvzip.errors import CorruptError, ProfileError
+from kvzip.profile import Profile
+from kvzip.snapshot import PARTS, Part
+
+_RAW, _CODED, _CHANNEL = b"\0", b"\1", b"\2"
+_LAYER_TENSORS = (
+    "order",
+    "step",
+    "unit",
+    "bias",
+    "weight",
+    "weight_scale",
+    "within",
+    "within_scale",
+    "mean",
+    "input_scale",
+    "density",
+    "scale",
+    "pair_scale",
+    "pair_slope",
+)
+# A block starts with 128 bytes of rANS states, and numbers cost little but never nothing.
+_MAX_EXPANSION = 1 << 16
+
+
+@dataclass
+class _Range:
+    """A token range whose layers are coded one after the other."""
+
+    chain: _native.PredictiveChain | None
+    """None when a part did not follow the one before it: no more can be predicted."""
+    tokens: tuple[int, int]
+    turn: int = 0
+    """The part that comes next, two a layer."""
+
+
+class PredictiveCodec(Codec):
+    """Cross-layer and within-layer prediction with a profile, and rANS over a density.
+
+    Layers decode in their order, tokens independently of each other. A block that `channel` codes
+    in fewer bytes, or that cannot be predicted since the file lacks its tokens in an earlier layer,
+    is coded by `channel`.
+    """
+
+    codec_id = "predictive"
+    needs_profile = True
+
+    def needs(self, layer: int, part: Part) -> tuple[tuple[int, Part], ...]:
+        if part == "v":
+            return ((layer, "k"),)
+        return ((layer - 1, "v"),) if layer else ()
+
+    def encode(self, block: Bits, context: Context) -> bytes:
+        choices = [_RAW + block.tobytes(), _CHANNEL + _channel_encode(block, context)]
+        chain = _take(context, block.shape)
+        if chain is not None:
+            high, low = _split(block)
+            try:
+                coded, _ = chain.encode(context.layer, PARTS.index(context.part), high)
+            except ValueError as error:
+                raise ProfileError(f"the profile is of another model: {error}") from None
+            choices.append(_CODED + low.tobytes() + coded)
+        earned = [c for c in choices if len(c) * _MAX_EXPANSION > block.nbytes]
+        return min(earned, key=len)
+
+    def decode(self, data: memoryview, out: Bits, context: Context) -> None:
+        chain = _take(context, out.shape)
+        part = PARTS.index(context.part)
+        mode, body = bytes(data[:1]), data[1:]
+        if mode == _CODED and chain is not None:
+            _decode_coded(chain, context.layer, part, body, out)
+            return
+        if mode == _RAW and len(body) == out.nbytes:
+            out[...] = np.frombuffer(body, out.dtype).reshape(out.shape)
+        elif mode == _CHANNEL:
+            _channel_decode(body, out, context)
+        else:
+            raise CorruptError("a block of unknown kind, or one that nothing predicts")
+        if chain is not None:
+            # What follows is predicted from these numbers, too.
+            chain.encode(context.layer, part, _split(out)[0])
+
+    def max_encoded_size(self, raw_bytes: int) -> int:
+        return raw_bytes + 1
+
+    def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
+        return encoded_bytes * _MAX_EXPANSION
+
+
+def _channel_encode(block: Bits, context: Context) -> bytes:
+    """The block as `channel` codes it, tables in front."""
+    channel = get_codec("channel")
+    made = channel.make_tables(block, context)
+    tables = channel.load_tables(memoryview(made), block.shape, context)
+    coded = channel.encode(block, replace(context, tables=tables))
+    return struct.pack("<I", len(made)) + made + coded
+
+
+def _channel_decode(data: memoryview, out: Bits, context: Context) -> None:
+    channel = get_codec("channel")
+    if len(data) < 4:
+        raise CorruptError("cut short")
+    end = 4 + int(struct.unpack_from("<I", data)[0])
+    tables = channel.load_tables(data[4:end], out.shape, context)
+    channel.decode(data[end:], out, replace(context, tables=tables))
+
+
+def _decode_coded(
+    chain: _native.PredictiveChain, layer: int, part: int, body: memoryview, out: Bits
+) -> None:
+    wide = out.dtype.itemsize == 4
+    target = np.empty(out.shape, np.uint16) if wide else out
+    size = 2 * out.size if wide else 0
+    if len(body) < size:
+        raise CorruptError("cut short")
+    try:
+        chain.decode(layer, part, np.frombuffer(body[size:], np.uint8), target)
+    except ValueError as error:
+        raise CorruptError(str(error)) from None
+    if wide:
+        low = np.frombuffer(body[:size], "<u2").reshape(out.shape)
+        out[...] = target.astype(np.uint32) << np.uint32(16) | low
+
+
+def _split(block: Bits) -> tuple[Bits, Bits]:
+    """The half of each number that is predicted, and the rest, which is noise: of 32 bits 16."""
+    if block.dtype.itemsize < 4:
+        return block, np.empty(0, np.uint8)
+    return (block >> np.uint32(16)).astype(np.uint16), block.astype(np.uint16)
+
+
+def _take(context: Context, shape: tuple[int, ...]) -> _native.PredictiveChain | None:
+    """The state of the token range, when this block is the next part of it."""
+    turn = 2 * context.layer + PARTS.index(context.part)
+    found = context.scratch.get("predictive")
+    if found is None:
+        chain = None
+        if turn == 0 and context.profile is not None:
+            profile = context.profile
+            chain = new_chain(
+                native_model(profile),
+                profile.tensors,
+                shape[0],
+                shape[2],
+                context.start,
+                context.dtype,
+                context.token_ids,
+            )
+        found = context.scratch["predictive"] = _Range(chain, (shape[0], shape[2]))
+    if found.turn != turn or found.tokens != (shape[0], shape[2]):
+        found.chain = None
+    found.turn = turn + 1
+    return found.chain
+
+
+def native_model(profile: Profile) -> _native.PredictiveModel:
+    """The compiled form of a profile, made once. Raises ProfileError."""
+    if profile.description.get("codec") != "predictive":
+        raise ProfileError("the profile is not one for the predictive codec")
+    if "predictive" not in profile.made:
+        profile.made["predictive"] = build(profile.tensors, profile.description)
+    return profile.made["predictive"]
+
+
+def new_chain(
+    model: _native.PredictiveModel,
+    tensors: Mapping[str, NDArray[Any]],
+    rows: int,
+    count: int,
+    start: int,
+    form: DType,
+    token_ids: NDArray[Any] | None,
+) -> _native.PredictiveChain:
+    """State for `rows` x `count` tokens from position `start` on, before the first layer."""
+    entries = np.full(rows * count, -1, np.int32)
+    known = tensors.get("token_ids")
+    if known is not None and token_ids is not None and token_ids.size == rows * count:
+        ids = token_ids.reshape(-1)
+        place = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        entries = np.where(known[place] == ids, place, -1).astype(np.int32)
+    # Of fp32 the upper half is coded, which is a bf16 number.
+    mantissa_bits = 7 if form.bits == 32 else form.mantissa_bits
+    return _native.PredictiveChain(
+        model, rows, count, start, form.exponent_bits, mantissa_bits, entries
+    )
+
+
+def build(
+    tensors: Mapping[str, NDArray[Any]], description: Mapping[str, Any]
+) -> _native.PredictiveModel:
+    """The native model of a profile. Raises ProfileError when the profile makes no sense."""
+    try:
+        model = _native.PredictiveModel(tensors["densities"], tensors["sine"])
+        for i, layer in enumerate(description["layers"]):
+            model.add_layer(
+                layer["inputs"],
+                layer["k"],
+                layer["v"],
+                **{name: tensors[f"{i}.{name}"] for name in _LAYER_TENSORS},
+                table=tensors.get(f"{i}.table"),
+            )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProfileError(f"the profile makes no sense: {error}") from None
+    return model

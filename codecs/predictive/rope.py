@@ -1,0 +1,94 @@
+"""The order in which a layer's channels are coded, and the rotation of its keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip import dtypes
+from kvzip.dtypes import Bits
+from kvzip.snapshot import Layer, LayerLayout, Origin
+
+
+def width(layer: LayerLayout) -> int:
+    """Channels of keys and values together."""
+    return layer.k[-3] * layer.k[-1] + layer.v[-3] * layer.v[-1]
+
+
+def frequencies(parameters: dict[str, Any] | None, dim: int) -> NDArray[np.float64]:
+    """Radians a position for each rotated pair of a head.
+
+    A capture notes what the model really used ("inv_freq"); without, the original formula
+    theta^(-2i/dim) of Su et al. 2021 (arXiv 2104.09864) stands in.
+    """
+    if not parameters:
+        return np.zeros(0)
+    if noted := parameters.get("inv_freq"):
+        found = np.array(noted, np.float64)
+    else:
+        turned = int(dim * float(parameters.get("partial_rotary_factor", 1.0)))
+        theta = float(parameters.get("rope_theta", 10000.0))
+        found = theta ** (-np.arange(0, turned - 1, 2) / turned)
+        if parameters.get("rope_type") == "linear":
+            found = found / float(parameters.get("factor", 1.0))
+    return found[: dim // 2]
+
+
+def floats(bits: Bits, dtype: str) -> NDArray[np.float32]:
+    """Numbers as float32, exactly (fp32, bf16, fp16, fp8 all fit)."""
+    form = dtypes.get(dtype)
+    wide = bits.astype(np.uint32)
+    if form.exponent_bits == 8:
+        return (wide << np.uint32(32 - form.bits)).view(np.float32)
+    sign = wide >> (form.bits - 1)
+    exponent = (wide >> form.mantissa_bits) & ((1 << form.exponent_bits) - 1)
+    fraction = wide & ((1 << form.mantissa_bits) - 1)
+    bias = (1 << (form.exponent_bits - 1)) - 1
+    whole = fraction + ((exponent > 0).astype(np.uint32) << form.mantissa_bits)
+    power = np.maximum(exponent, 1).astype(np.int32) - bias - form.mantissa_bits
+    values = np.ldexp(whole.astype(np.float32), power)
+    return np.where(sign.astype(bool), -values, values).astype(np.float32)
+
+
+class Order:
+    """Coding order of one layer: keys head by head, the two channels of a rotated pair side by
+    side, then what is not rotated; then values as they lie."""
+
+    def __init__(self, layer: LayerLayout, origin: Origin, dtype: str):
+        self.dtype = dtype
+        heads, dim = layer.k[-3], layer.k[-1]
+        known = layer.rope is not None and layer.rope < len(origin.rope)
+        parameters = origin.rope[layer.rope] if known and layer.rope is not None else None
+        self.frequency = frequencies(parameters, dim)
+        half = len(self.frequency)
+        head = [c for i in range(half) for c in (i, i + half)] + list(range(2 * half, dim))
+        keys = [h * dim + c for h in range(heads) for c in head]
+        values = np.arange(layer.v[-3] * layer.v[-1])
+        self.order = np.concatenate([np.array(keys, np.int64), values])
+        self.keys = heads * dim
+        self.pairs = [
+            (h * dim + 2 * i, h * dim + 2 * i + 1) for h in range(heads) for i in range(half)
+        ]
+        turns = self.frequency / (2 * np.pi)
+        self.step = np.array([round(float(t) * 2**64) % 2**64 for t in turns], np.uint64)
+
+    def unturned(self, layer: Layer) -> NDArray[np.float32]:
+        """Values of a layer in coding order with the keys' rotation undone, [tokens, width];
+        rows of a batch one after the other."""
+        k, v = (floats(part if part.ndim == 4 else part[np.newaxis], self.dtype) for part in layer)
+        rows, tokens = k.shape[0], k.shape[2]
+        flat = [a.transpose(0, 2, 1, 3).reshape(rows * tokens, -1) for a in (k, v)]
+        y = np.concatenate([flat[0][:, self.order[: self.keys]], flat[1]], axis=1)
+        if self.pairs:
+            first = [a for a, _ in self.pairs]
+            second = [b for _, b in self.pairs]
+            position = np.tile(np.arange(tokens) + layer.layout.first, rows)
+            angle = np.tile(
+                position[:, None] * self.frequency, (1, len(first) // len(self.frequency))
+            )
+            sin, cos = np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
+            a, b = y[:, first], y[:, second]
+            y[:, first], y[:, second] = a * cos + b * sin, b * cos - a * sin
+        return np.nan_to_num(y, nan=0.0, posinf=0.0, neginf=0.0)

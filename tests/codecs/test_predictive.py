@@ -1,0 +1,301 @@
+"""The predictive codec: everything the contract asks, with a profile, and what is its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same, make_snapshot, random_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvzip
+from kvzip.capture import prefill
+from kvzip.errors import KVZipError, ProfileError
+from kvzip.models import LoadedModel
+
+
+def tiny(kind="Llama", **more):
+    """A random model whose residual stream changes slowly, so that layers predict each other."""
+    import transformers
+
+    torch.manual_seed(1)
+    common = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    config = getattr(transformers, f"{kind}Config")(**common | more)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return LoadedModel(model, None, f"tiny-{kind}", "r")
+
+
+def documents(loaded, count, tokens=160, seed=0, **how):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 100, (count, tokens), np.uint32)
+    return [prefill(loaded, row, **how) for row in ids]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def profile(llama):
+    return kvzip.Profile.fit(documents(llama, 12))
+
+
+@pytest.fixture(scope="module")
+def unseen(llama):
+    return documents(llama, 1, tokens=300, seed=99)[0]
+
+
+def test_it_predicts(profile, unseen):
+    """Against the best codec that looks at one number at a time, with shared tables even."""
+    blob = kvzip.encode(unseen, "predictive", profile)
+    assert_same(kvzip.decode(blob, profile), unseen)
+    assert len(blob) < 0.85 * len(kvzip.encode(unseen, "channel"))
+
+
+def test_the_profile_on_disk_is_the_same(profile, unseen, tmp_path):
+    profile.save(tmp_path / "a.kvprofile")
+    loaded = kvzip.Profile.load(tmp_path / "a.kvprofile")
+    assert loaded.id == profile.id
+    blob = kvzip.encode(unseen, "predictive", profile)
+    assert kvzip.encode(unseen, "predictive", loaded) == blob
+    assert_same(kvzip.decode(blob, loaded), unseen)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2"])
+def test_other_formats(llama, dtype):
+    """The same method on the same grid of numbers, whatever the format."""
+    learned = kvzip.Profile.fit(documents(llama, 6, dtype=dtype))
+    snapshot = documents(llama, 1, seed=5, dtype=dtype)[0]
+    blob = kvzip.encode(snapshot, "predictive", learned)
+    assert_same(kvzip.decode(blob, learned), snapshot)
+    if dtype != "fp8_e5m2":
+        assert len(blob) < len(kvzip.encode(snapshot, "channel"))
+
+
+def test_a_profile_of_another_format_of_the_model(llama, profile):
+    snapshot = documents(llama, 1, seed=5, dtype="fp16")[0]
+    assert_same(kvzip.decode(kvzip.encode(snapshot, "predictive", profile), profile), snapshot)
+
+
+@given(
+    seed=st.integers(0, 2**32), tokens=st.integers(0, 200), block=st.sampled_from([1, 33, 64, 4096])
+)
+@settings(max_examples=15)
+def test_any_bits_and_no_worse_than_channel(profile, unseen, seed, tokens, block):
+    """Unlike anything in training: exact all the same, and never dearer than `channel` plus 1 %."""
+    rng = np.random.default_rng(seed)
+    layers = [
+        tuple(random_bits(rng, "bf16", (2, tokens, 16)) for _ in range(2)) for _ in unseen.layers
+    ]
+    snapshot = kvzip.Snapshot.from_arrays(layers, "bf16", np.arange(tokens), unseen.origin)
+    if tokens > 30 * block:
+        block = 64
+    blob = kvzip.encode(snapshot, "predictive", profile, block_tokens=block, threads=1)
+    assert_same(kvzip.decode(blob, profile, threads=1), snapshot)
+    plain = kvzip.encode(snapshot, "channel", block_tokens=block, threads=1)
+    assert len(blob) < 1.01 * len(plain) + 8 * 10 * max(1, tokens // block + 1) + 200
+    assert len(blob) <= kvzip.max_encoded_size(snapshot, "predictive", block_tokens=block)
+
+
+def test_parts_decode_alone(profile, unseen):
+    blob = kvzip.encode(unseen, "predictive", profile, block_tokens=64)
+    with kvzip.open(blob, profile) as reader:
+        for order in ([0, 1, 2, 3, 4], [4, 0, 2], [3, 3]):
+            for i in order:
+                assert np.array_equal(reader.layer(i).k, unseen.layers[i].k)
+                assert np.array_equal(reader.layer(i).v, unseen.layers[i].v)
+        cut = reader.tokens(70, 200)
+        assert np.array_equal(cut.layers[4].v, unseen.layers[4].v[:, 70:200])
+    assert kvzip.verify(blob, profile).ratio > 1
+
+
+def test_layer_after_layer_decodes_each_block_once(profile, unseen, monkeypatch):
+    codec = type(kvzip.get_codec("predictive"))
+    decode, calls = codec.decode, []
+    monkeypatch.setattr(codec, "decode", lambda self, *a: (calls.append(1), decode(self, *a))[1])
+    with kvzip.open(kvzip.encode(unseen, "predictive", profile), profile, threads=1) as reader:
+        for i in range(len(reader)):
+            reader.layer(i)
+    assert len(calls) == 2 * len(unseen.layers)
+
+
+def test_the_same_bytes_from_every_path_and_any_threads(profile, unseen):
+    from kvzip.codecs import _native
+
+    before = _native.simd()
+    blobs = set()
+    try:
+        for name in ("scalar", "avx2", "avx512"):
+            if _native.set_simd(name):
+                for threads in (1, 3):
+                    blob = kvzip.encode(unseen, "predictive", profile, threads, block_tokens=64)
+                    assert_same(kvzip.decode(blob, profile, threads), unseen)
+                    blobs.add(blob)
+    finally:
+        _native.set_simd(before)
+    assert len(blobs) == 1
+
+
+def test_batches_and_strides(llama, profile):
+    rng = np.random.default_rng(3)
+    snapshot = prefill(llama, rng.integers(0, 100, (2, 90), np.uint32))
+    blob = kvzip.encode(snapshot, "predictive", profile)
+    assert_same(kvzip.decode(blob, profile), snapshot)
+    lying = [
+        tuple(np.ascontiguousarray(p.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for p in layer)
+        for layer in snapshot.layers
+    ]
+    other = kvzip.Snapshot.from_arrays(lying, "bf16", snapshot.token_ids, snapshot.origin)
+    assert kvzip.decode(kvzip.encode(other, "predictive", profile), profile).layout == other.layout
+    out = [tuple(np.zeros_like(p) for p in layer) for layer in lying]
+    kvzip.decode(blob, profile, out=out)
+    assert np.array_equal(out[3][1], snapshot.layers[3].v)
+
+
+def test_sliding_windows_and_full_histories():
+    loaded = tiny(
+        "Gemma3Text",
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"] * 2,
+        num_hidden_layers=6,
+    )
+    learned = kvzip.Profile.fit(documents(loaded, 6, full_history=True))
+    for how in ({"full_history": True}, {}):
+        snapshot = documents(loaded, 1, seed=4, **how)[0]
+        for block in (32, 64, 1024):
+            blob = kvzip.encode(snapshot, "predictive", learned, block_tokens=block)
+            assert_same(kvzip.decode(blob, learned), snapshot)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"kind": "Qwen3"},
+        {
+            "kind": "Llama",
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        },
+        {"kind": "GPT2", "n_embd": 32, "n_head": 4, "n_layer": 3},
+        {
+            "kind": "Phi",
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ],
+    ids=lambda c: c["kind"] + ("-linear" if "factor" in str(c) and c["kind"] == "Llama" else ""),
+)
+def test_models_it_was_never_tried_on(config):
+    loaded = tiny(**config)
+    learned = kvzip.Profile.fit(documents(loaded, 4, tokens=80))
+    snapshot = documents(loaded, 1, tokens=80, seed=9)[0]
+    assert_same(kvzip.decode(kvzip.encode(snapshot, "predictive", learned), learned), snapshot)
+
+
+def test_wrong_profiles_are_named(profile, unseen, tmp_path, llama):
+    with pytest.raises(ProfileError, match="needs a profile"):
+        kvzip.encode(unseen, "predictive")
+    blob = kvzip.encode(unseen, "predictive", profile)
+    with pytest.raises(ProfileError, match="none was given"):
+        kvzip.decode(blob)
+    other = kvzip.Profile.fit(documents(llama, 2, seed=7))
+    with pytest.raises(ProfileError, match=f"{profile.id}; the one given is {other.id}"):
+        kvzip.decode(blob, other)
+    smaller = make_snapshot(random_bits, 1, "bf16", layers=2, heads=3, tokens=20, dim=8)
+    with pytest.raises(ProfileError, match="another model"):
+        kvzip.encode(smaller, "predictive", profile)
+    with pytest.raises(ProfileError, match="different models"):
+        kvzip.Profile.fit([unseen, smaller])
+    with pytest.raises(ProfileError, match="at least one"):
+        kvzip.Profile.fit([])
+    profile.save(tmp_path / "a")
+    whole = (tmp_path / "a").read_bytes()
+    (tmp_path / "b").write_bytes(whole[: len(whole) // 2])
+    unseen.save(tmp_path / "c")
+    (tmp_path / "d").write_text("no profile")
+    for name in "bcd":
+        with pytest.raises(ProfileError):
+            kvzip.Profile.load(tmp_path / name)
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_hostile_blocks_never_give_wrong_numbers(profile, llama, data):
+    from test_container import reseal
+
+    snapshot = documents(llama, 1, tokens=40, seed=8)[0]
+    blob = bytearray(kvzip.encode(snapshot, "predictive", profile, threads=1))
+    first = int.from_bytes(blob[12:16], "little") + 40 + 48 * int.from_bytes(blob[16:20], "little")
+    for _ in range(data.draw(st.integers(1, 3))):
+        blob[data.draw(st.integers(first, len(blob) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        decoded = kvzip.decode(reseal(blob), profile, threads=1)
+    except KVZipError:
+        return
+    assert_same(decoded, snapshot)
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_hostile_profiles_do_no_harm(profile, unseen, data):
+    """A profile's numbers decide the ratio, not whether memory is safe or the round trip exact."""
+    tensors = {name: array.copy() for name, array in profile.tensors.items()}
+    for _ in range(data.draw(st.integers(1, 4))):
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        flat = tensors[name].reshape(-1)
+        if flat.size:
+            info = np.iinfo(flat.dtype)
+            flat[data.draw(st.integers(0, flat.size - 1))] = data.draw(
+                st.integers(int(info.min), int(info.max))
+            )
+    hostile = kvzip.Profile(tensors, profile.description)
+    try:
+        blob = kvzip.encode(unseen, "predictive", hostile, threads=1)
+    except ProfileError:
+        return
+    assert_same(kvzip.decode(blob, hostile, threads=1), unseen)
+
+
+def test_the_file_is_as_small_as_its_model_says(profile, unseen):
+    """Whole file against the ideal code length of its own intervals."""
+    from kvzip import dtypes
+    from kvzip.codecs.predictive.codec import native_model, new_chain
+
+    ids = unseen.token_ids[np.newaxis]
+    form = dtypes.get("bf16")
+    model = native_model(profile)
+    chain = new_chain(model, profile.tensors, 1, unseen.tokens, 0, form, ids)
+    ideal = spent = 0.0
+    for i, layer in enumerate(unseen.layers):
+        for p, part in enumerate(layer):
+            coded, bits = chain.encode(i, p, np.array(part)[np.newaxis])
+            ideal += bits / 8
+            spent += len(coded) - 128
+    assert ideal <= spent < 1.002 * ideal + 16 * 8 * 2 * len(unseen.layers)
+
+
+def test_another_process_reads_it(profile, unseen, tmp_path):
+    """Nothing but the two files goes from writer to reader."""
+    profile.save(tmp_path / "p")
+    (tmp_path / "a.kvz").write_bytes(kvzip.encode(unseen, "predictive", profile))
+    unseen.save(tmp_path / "s")
+    kvzip_command = os.path.join(os.path.dirname(sys.executable), "kvzip")  # noqa: PTH118, PTH120
+    command = [kvzip_command, "verify", "a.kvz", "--against", "s", "--profile", "p"]
+    done = subprocess.run(command, cwd=tmp_path, env={"KVZIP_SIMD": "scalar"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
