@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvzip import container
 from kvzip.codec import Codec
 from kvzip.dtypes import Bits
+from kvzip.profile import Profile
 from kvzip.snapshot import Layer, Snapshot
 
 _CACHE_SIZES = "/sys/devices/system/cpu/cpu0/cache/index*/size"
@@ -43,9 +44,14 @@ class WholeFile:
     """A snapshot through a codec into a file in memory, and back into buffers that are there."""
 
     def __init__(
-        self, snapshot: Snapshot, codec: Codec, threads: int = 1, out: Buffers | None = None
+        self,
+        snapshot: Snapshot,
+        codec: Codec,
+        threads: int = 1,
+        out: Buffers | None = None,
+        profile: Profile | None = None,
     ) -> None:
-        self.snapshot, self.codec, self.threads = snapshot, codec, threads
+        self.snapshot, self.codec, self.threads, self.profile = snapshot, codec, threads, profile
         self.blob = b""
         self._out = buffers(snapshot) if out is None else out
 
@@ -55,11 +61,11 @@ class WholeFile:
 
     def encode(self) -> None:
         """Make the file anew."""
-        self.blob = container.encode(self.snapshot, self.codec, threads=self.threads)
+        self.blob = container.encode(self.snapshot, self.codec, self.profile, self.threads)
 
     def decode(self) -> None:
         """Decode all of the file, every checksum verified."""
-        container.decode(self.blob, threads=self.threads, out=self._out)
+        container.decode(self.blob, self.profile, self.threads, out=self._out)
 
     def exact(self) -> bool:
         """Whether all comes back, bit for bit, into buffers that were wiped before."""
@@ -84,10 +90,15 @@ def buffers(snapshot: Snapshot) -> Buffers:
 
 
 def measure(
-    snapshot: Snapshot, codec: Codec, *, threads: int = 1, repeat: int = 3
+    snapshot: Snapshot,
+    codec: Codec,
+    profile: Profile | None = None,
+    *,
+    threads: int = 1,
+    repeat: int = 3,
 ) -> tuple[CodecResult, bytes]:
     """Encode and decode `repeat` times, the fastest counts; also the encoded file's bytes."""
-    file = WholeFile(in_memory(snapshot), codec, threads)
+    file = WholeFile(in_memory(snapshot), codec, threads, profile=profile)
     times = [(seconds(file.encode), seconds(file.decode)) for _ in range(repeat)]
     encode_seconds, decode_seconds = (min(column) for column in zip(*times, strict=True))
     raw = snapshot.raw_bytes

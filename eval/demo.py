@@ -33,9 +33,10 @@ from kvzip.eval.result import (
     as_result,
 )
 from kvzip.models import LoadedModel, load_model
+from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot, replacing_file, sha256_raw
 
-CODECS = ("raw", "zstd", "lz4", "planes", "planes:mode=bit", "channel")
+CODECS = ("raw", "zstd", "lz4", "planes", "planes:mode=bit", "channel", "predictive")
 _PACKAGES = ("kvzip", "numpy", "torch", "transformers", "zstandard", "lz4", "xxhash")
 
 Step = Callable[[str], Any]
@@ -49,6 +50,7 @@ def run(
     tokens: int = 2048,
     document: int = 0,
     codecs: Sequence[str] = CODECS,
+    train: int = 16,
     new_tokens: int = 24,
     threads: int = 1,
     command: str = "kvzip demo",
@@ -56,7 +58,9 @@ def run(
 ) -> DemoResult:
     """Do it all, leave snapshot, encoded files, result.json and report.html in `out`.
 
-    `step` is called with a few words before each step. Speeds are of `threads` threads.
+    `train`: documents of the same text, after the one that is compressed, that a profile is learned
+    from for codecs that need one. `step` is called with a few words before each step. Speeds are of
+    `threads` threads.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,15 +77,19 @@ def run(
     planes = entropy.planes(snapshot)
     step(f"generating {new_tokens} tokens from the cache as it is, and from a new prefill")
     reference = Reference(loaded.model, snapshot, new_tokens=new_tokens)
+    chosen = {spec: get_codec(spec) for spec in codecs}
+    profile = None
+    if any(codec.needs_profile for codec in chosen.values()):
+        profile = _learn(loaded, text, tokens, document, train, folder, step)
     rows = []
-    for spec in codecs:
-        codec = get_codec(spec)
+    for spec, codec in chosen.items():
         step(f"codec {spec}")
-        row, blob = measure(snapshot, codec, threads=threads)
+        own = profile if codec.needs_profile else None
+        row, blob = measure(snapshot, codec, own, threads=threads)
         encoded = folder / f"{path.stem}.{spec.replace(':', '-').replace('=', '-')}.kvz"
         with replacing_file(encoded) as file:
             file.write(blob)
-        rows.append((row, reference.check(encoded)))
+        rows.append((row, reference.check(encoded, own)))
     step("writing the report")
     prefill = dict(points)[snapshot.tokens]
     config = loaded.model.config.get_text_config(decoder=True)
@@ -134,6 +142,28 @@ def run(
         file.write(msgspec.json.format(msgspec.json.encode(result)))
     write_report(result, folder / "report.html")
     return result
+
+
+def _learn(
+    loaded: LoadedModel,
+    text: Sequence[str],
+    tokens: int,
+    document: int,
+    count: int,
+    folder: Path,
+    step: Step,
+) -> Profile:
+    """A profile from `count` documents that are not the one compressed; kept as demo.kvprofile."""
+    others = slice(document + 1, document + 1 + count)
+    documents = capture.cut_documents(loaded.tokenizer, text, tokens, others)
+    paths = []
+    for n, cut in enumerate(documents):
+        step(f"capturing documents to learn from: {n + 1} of {len(documents)}")
+        paths += capture.capture(loaded, [cut], folder / "train")
+    step(f"learning a profile from {len(paths)} documents")
+    profile = Profile.fit(paths)
+    profile.save(folder / "demo.kvprofile")
+    return profile
 
 
 def prefill_seconds(

@@ -139,11 +139,29 @@ def prefill(
         loaded.id,
         loaded.revision,
         type(model).__name__,
-        tuple(rope_parameters(config)),
+        _with_frequencies(model, kinds, rope_parameters(config)),
         text,
         software,
     )
     return Snapshot(layers, name, token_ids, origin)
+
+
+def _with_frequencies(
+    model: Any, kinds: Sequence[Any], parameters: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], ...]:
+    """RoPE parameters with "inv_freq", the radians a position that the model really turns each pair
+    by, whatever the kind of RoPE makes of the parameters."""
+    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    buffers = {name.rpartition(".")[2]: buffer for name, buffer in model.named_buffers()}
+    noted = [dict(found) for found in parameters]
+    for i, kind in enumerate(kinds):
+        if kind.rope is None or "inv_freq" in noted[kind.rope]:
+            continue
+        own = buffers.get(f"{types[i]}_inv_freq") if types else None
+        used = buffers.get("inv_freq") if own is None else own
+        if used is not None:
+            noted[kind.rope]["inv_freq"] = [float(f) for f in used.float().cpu()]
+    return tuple(noted)
 
 
 def _cast(tensor: Any, dtype: str) -> Any:

@@ -147,6 +147,7 @@ def demo(
     text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     tokens: int = 2048,
     codecs: str | None = None,
+    train: int = 16,
     new_tokens: int = 24,
     threads: Threads = 1,
     as_json: Json = False,
@@ -162,6 +163,8 @@ def demo(
         Files of UTF-8 text, or pydoc (the default), the language reference that ships with Python.
     codecs
         Names, with commas between; settings after a colon, theirs with + between.
+    train
+        Other documents of the text that codecs which need a profile learn from.
     new_tokens
         Greedy tokens that are generated and compared.
     """
@@ -174,6 +177,7 @@ def demo(
             text=text or ["pydoc"],
             tokens=tokens,
             codecs=_specs(codecs) if codecs else demonstration.CODECS,
+            train=train,
             new_tokens=new_tokens,
             threads=threads,
             command=" ".join(["kvzip", *sys.argv[1:]]),

@@ -63,9 +63,11 @@ class Profile:
         try:
             with safe_open(path, framework="numpy") as file:
                 note = (file.metadata() or {}).get("kvprofile")
+                if note is None:
+                    raise ValueError("it has no description of one")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            description = json.loads(note or "null")
-        except (SafetensorError, ValueError) as error:
+            description = json.loads(note)
+        except (SafetensorError, TypeError, ValueError) as error:
             raise ProfileError(f"{path} is not a whole profile: {error}") from None
         if not isinstance(description, dict) or description.get("version") != VERSION:
             raise ProfileError(f"{path} is not a profile of version {VERSION}")

@@ -59,6 +59,7 @@ def test_a_capture_is_what_lies_in_the_cache(llama):
     assert snapshot.dtype == "bf16"
     assert snapshot.origin.model == "tiny-Llama"
     assert snapshot.origin.rope[0]["rope_theta"] > 0
+    assert snapshot.origin.rope[0]["inv_freq"] == pytest.approx([1, 0.1, 0.01, 0.001])
     assert_same(snapshot, kvzip.decode(kvzip.encode(snapshot)))
 
 
@@ -83,7 +84,7 @@ def test_sliding_layers_keep_a_window_or_all(gemma):
         # transformers itself keeps one token fewer than the window
         held = cache.layers[i].keys[0].view(torch.int16).numpy().view(np.uint16)
         assert np.array_equal(layer.k[:, -held.shape[1] :], held)
-    assert cropped.origin.rope[0] != cropped.origin.rope[1]
+    assert cropped.origin.rope[0]["inv_freq"] != cropped.origin.rope[1]["inv_freq"]
     assert {layer.layout.rope for layer in cropped.layers} == {0, 1}
 
 

@@ -15,22 +15,25 @@ import kvzip
 @pytest.mark.model
 def test_demo(tmp_path):
     kvzip_command = str(Path(sys.executable).parent / "kvzip")
-    command = [kvzip_command, "demo", "--out", str(tmp_path), "--tokens", "1024", "--json"]
+    command = [kvzip_command, "demo", "--out", str(tmp_path), "--tokens", "1024"]
+    command += ["--train", "6", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["exact"] is True
     assert result["tokens_equal"] == result["new_tokens"] == 24
     ratios = {}
+    profile = kvzip.Profile.load(tmp_path / "demo.kvprofile")
     for codec in result["codecs"]:
         assert {"name", "ratio", "bits_per_value", "encode_gbps", "decode_gbps"} <= set(codec)
         [path] = tmp_path.glob(f"*.{codec['name'].replace(':', '-').replace('=', '-')}.kvz")
         assert codec["ratio"] == pytest.approx(result["raw_bytes"] / path.stat().st_size)
-        assert kvzip.verify(path).ratio == pytest.approx(codec["ratio"])
+        own = profile if codec["name"] == "predictive" else None
+        assert kvzip.verify(path, own).ratio == pytest.approx(codec["ratio"])
         ratios[codec["name"]] = codec["ratio"]
-    # This document is not what the codec was made with; longer ones reach 1.54 (docs/research.md).
-    assert ratios["channel"] == max(ratios.values())
+    # Shorter than what docs/research.md measures, and learned from 6 documents only.
     assert ratios["channel"] > 1.525
+    assert ratios["predictive"] == max(ratios.values()) > 1.8
     bases = {row["base"] for row in result["breakeven"]}
     assert {"paper-m1pro", "h100-rented"} <= bases
     report = Path(result["report"])
