@@ -14,22 +14,25 @@ bool make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esca
   a = {};
   a.escape = kNone;
   a.width = std::uint32_t(width);
-  std::uint32_t weight[kBuckets], total = 0, n = 0;
-  const auto add = [&](std::uint32_t level, std::uint32_t value) {
-    if (n == kBuckets) return false;
-    weight[n] = level * level;
-    total += weight[n];
-    a.value[n++] = value;
-    return true;
-  };
-  for (std::size_t i = 0; i < 2 * width; ++i)
-    if (levels[i] && !add(levels[i], std::uint32_t((i & 1) << exponent_bits | i >> 1))) return false;
-  if (escape_level) {
-    if (!add(escape_level, 0)) return false;
-    a.escape = n - 1;
+  std::size_t n = escape_level != 0;
+  for (std::size_t i = 0; i < 2 * width; ++i) n += levels[i] != 0;
+  if (n == 0 || n > kBuckets) return false;
+  std::uint32_t weight[kBuckets + 1], value[kBuckets + 1], total = 0;
+  std::size_t at = 0;
+  for (std::size_t i = 0; i < 2 * width; ++i) {  // a level of 0 is overwritten by the next
+    weight[at] = std::uint32_t(levels[i]) * levels[i];
+    value[at] = std::uint32_t((i & 1) << exponent_bits | i >> 1);
+    total += weight[at];
+    at += levels[i] != 0;
   }
-  if (n == 0) return false;
-  a.symbols = n;
+  if (escape_level) {
+    weight[at] = std::uint32_t(escape_level) * escape_level;
+    value[at] = 0;
+    total += weight[at];
+    a.escape = std::uint32_t(at);
+  }
+  std::copy(value, value + n, a.value);
+  a.symbols = std::uint32_t(n);
   // Frequencies: proportional, at least 1, what is missing or too much at the most frequent.
   std::uint32_t sum = 0;
   for (std::size_t i = 0; i < n; ++i) {
@@ -38,57 +41,58 @@ bool make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esca
   }
   for (; sum != kTotal; sum += sum < kTotal ? 1 : -1)
     *std::max_element(a.freq, a.freq + n) += sum < kTotal ? 1 : -1;
-  // Vose's alias method in integers: each bucket of 32 slots gets one symbol and one more.
-  std::uint32_t left[kBuckets];
-  std::uint8_t small[2 * kBuckets], large[kBuckets];
-  std::size_t smalls = 0, larges = 0, next_small = 0, next_large = 0;
+  // The alias method in integers: each bucket of 32 slots gets one symbol and one more. Sets of
+  // buckets are bits of a word.
+  std::uint32_t left[kBuckets], small = 0;
   for (std::uint32_t i = 0; i < kBuckets; ++i) {
     left[i] = a.freq[i];
     a.divide[i] = kBucketSlots;
-    if (left[i] < kBucketSlots) small[smalls++] = std::uint8_t(i);
-    else large[larges++] = std::uint8_t(i);
+    small |= std::uint32_t(left[i] < kBucketSlots) << i;
   }
-  while (next_small < smalls) {
-    const std::size_t s = small[next_small++], l = large[next_large];
+  std::uint32_t large = ~small;
+  while (small) {
+    const int s = __builtin_ctz(small), l = __builtin_ctz(large);
+    small &= small - 1;
     a.divide[s] = left[s];
     a.other[s] = std::uint32_t(l);
     left[l] -= kBucketSlots - left[s];
-    if (left[l] < kBucketSlots) {
-      small[smalls++] = std::uint8_t(l);
-      ++next_large;
-    }
+    const std::uint32_t moved = std::uint32_t(left[l] < kBucketSlots) << l;
+    small |= moved;
+    large &= ~moved;
   }
   return true;
 }
 
 void make_decoder(const Alias& a, Decoder* decoder) {
   Decoder& d = *decoder;
-  std::uint32_t rank[kBuckets], entry[kBuckets];
+  std::uint32_t rank[kBuckets], entry[kBuckets], add[kBuckets];
   for (std::uint32_t i = 0; i < kBuckets; ++i) {
-    const bool escape = i == a.escape;
     rank[i] = a.divide[i];
-    entry[i] = a.freq[i] | a.value[i] << kValueAt | (escape ? kEscapeBit : 0);
+    entry[i] = a.freq[i] | a.value[i] << kValueAt;
+  }
+  if (a.escape != kNone) entry[a.escape] |= kEscapeBit;
+  for (std::uint32_t i = 0; i < kBuckets; ++i) {
+    add[i] = rank[a.other[i]] - a.divide[i];
+    rank[a.other[i]] += kBucketSlots - a.divide[i];
+  }
+  for (std::uint32_t i = 0; i < kBuckets; ++i) {
+    const bool whole = a.divide[i] == kBucketSlots;
+    const std::uint32_t second = entry[a.other[i]] | add[i] << 21;
+    d.entry[i] = whole ? 0 : entry[i] | a.divide[i] << 27;
+    d.entry[kBuckets + i] = whole ? entry[i] : second;
+  }
+  for (std::uint32_t i = 0; i < kBuckets; ++i) {
+    const std::uint32_t value = entry[i] >> kValueAt & kValueMask;
+    d.divide[i] = std::uint8_t(a.divide[i]);
+    d.other[i] = std::uint8_t(a.other[i]);
+    d.add[0][i] = std::uint8_t(add[i]);
+    d.add[1][i] = std::uint8_t(add[i] >> 8);
     d.freq[0][i] = std::uint8_t(a.freq[i]);
     d.freq[1][i] = std::uint8_t(a.freq[i] >> 8);
-    d.value[0][i] = std::uint8_t(a.value[i]);
-    d.value[1][i] = std::uint8_t(a.value[i] >> 8 | (escape ? 0x80 : 0));
+    d.value[0][i] = std::uint8_t(value);
+    d.value[1][i] = std::uint8_t(value >> 8);
   }
-  for (std::uint32_t i = 0; i < kBuckets; ++i) {
-    const std::uint32_t divide = a.divide[i], o = a.other[i];
-    const std::uint32_t add = divide < kBucketSlots ? rank[o] - divide : 0;
-    d.divide[i] = std::uint8_t(divide);
-    d.other[i] = std::uint8_t(o);
-    d.add[0][i] = std::uint8_t(add);
-    d.add[1][i] = std::uint8_t(add >> 8);
-    if (divide == kBucketSlots) {
-      d.entry[i] = 0;
-      d.entry[kBuckets + i] = entry[i];
-    } else {
-      d.entry[i] = entry[i] | divide << 27;
-      d.entry[kBuckets + i] = entry[o] | add << 21;
-      rank[o] += kBucketSlots - divide;
-    }
-  }
+  if (a.escape != kNone) d.value[1][a.escape] |= 0x80;
 }
 
 void make_encoder(const Alias& a, Encoder* encoder) {
