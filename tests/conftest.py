@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import HealthCheck, settings
 
 import kvzip
@@ -53,6 +56,21 @@ def make_snapshot(maker, seed, dtype, layers=2, heads=2, tokens=50, dim=16, batc
         rng.integers(0, 50000, (*front, tokens)) if ids else None,
         kvzip.Origin(model="test/model", revision="r1", rope=({"rope_theta": 1e4},)),
     )
+
+
+def reseal(blob: bytes) -> bytes:
+    """Make the file's checksums of stored bytes true again, as an attacker would."""
+    blob = bytearray(blob)
+    header_length, count = struct.unpack_from("<II", blob, 12)
+    at = 40 + header_length
+    for row in range(at, min(at + 48 * count, len(blob) - 47), 48):
+        offset, length = struct.unpack_from("<QQ", blob, row + 16)
+        stored = blob[offset : offset + length] if offset < len(blob) else b""
+        struct.pack_into("<Q", blob, row + 32, xxhash.xxh3_64_intdigest(bytes(stored)))
+    end = at + 48 * count
+    digest = xxhash.xxh3_64_intdigest(bytes(blob[:32]) + bytes(blob[40:end]))
+    struct.pack_into("<Q", blob, 32, digest)
+    return bytes(blob)
 
 
 def assert_same(a, b):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xxhash
-from conftest import assert_same, cache_like, make_snapshot, random_bits
+from conftest import assert_same, cache_like, make_snapshot, random_bits, reseal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,21 +23,6 @@ def small():
     """A file of a few kilobytes with every kind of section, and its snapshot."""
     snapshot = make_snapshot(cache_like, 11, "bf16", layers=1, heads=1, tokens=40, dim=4)
     return snapshot, kvzip.encode(snapshot, "channel", block_tokens=16)
-
-
-def reseal(blob: bytes) -> bytes:
-    """Make the file's checksums of stored bytes true again, as an attacker would."""
-    blob = bytearray(blob)
-    header_length, count = struct.unpack_from("<II", blob, 12)
-    at = 40 + header_length
-    for row in range(at, min(at + 48 * count, len(blob) - 47), 48):
-        offset, length = struct.unpack_from("<QQ", blob, row + 16)
-        stored = blob[offset : offset + length] if offset < len(blob) else b""
-        struct.pack_into("<Q", blob, row + 32, xxhash.xxh3_64_intdigest(bytes(stored)))
-    end = at + 48 * count
-    digest = xxhash.xxh3_64_intdigest(bytes(blob[:32]) + bytes(blob[40:end]))
-    struct.pack_into("<Q", blob, 32, digest)
-    return bytes(blob)
 
 
 def with_header(blob: bytes, change) -> bytes:

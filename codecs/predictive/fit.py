@@ -267,12 +267,11 @@ def fit(
         tell("layers", i + 1, len(width))
     chosen = [snapshots[i] for i in _spread(len(snapshots), calibration)]
     for turn in range(2):
-        _calibrate(
-            tensors,
-            description,
-            chosen,
-            lambda n, t=turn: tell("densities", n + t * len(chosen), 2 * len(chosen)),
-        )
+
+        def tell_turn(done: int, turn: int = turn) -> None:
+            tell("densities", done + turn * len(chosen), 2 * len(chosen))
+
+        _calibrate(tensors, description, chosen, tell_turn)
     return Profile(tensors, description)
 
 
@@ -355,9 +354,9 @@ def _layer(
     weight = np.zeros((n, -(-columns // 64) * 64), np.int8)
     weight[:, :columns] = rounded.T
     firsts = np.array([a for a, _ in pairs], np.int64)
-    a = variance[firsts] if len(pairs) else np.zeros(0)
-    one, two, slope = turned(a, second, covariance)
-    of_unit = unit[firsts][:, None] if len(pairs) else np.ones((0, 1))
+    first = variance[firsts]
+    one, two, slope = turned(first, second, covariance)
+    of_unit = unit[firsts][:, None]
     pair_scale = np.stack([one, two], axis=-1) / of_unit[..., None] * MEAN_DEVIATION * 16
     return {
         "order": order.order.astype(np.int32),
@@ -378,11 +377,11 @@ def _layer(
 
 
 def _int32(values: Any) -> NDArray[np.int32]:
-    return np.clip(np.round(values), -(2**31) + 1, 2**31 - 1).astype(np.int32)
+    return np.asarray(np.clip(np.round(values), -(2**31) + 1, 2**31 - 1), np.int32)
 
 
 def _scale(values: Any) -> NDArray[np.int32]:
-    return np.clip(np.round(values), 1, 1 << 26).astype(np.int32)
+    return np.asarray(np.clip(np.round(values), 1, 1 << 26), np.int32)
 
 
 class _TokenTable:
@@ -419,9 +418,8 @@ class _TokenTable:
         """What is to be added to the bias, in units, [tokens, width]."""
         rows = np.array([self.place[t] for t in self._sorted()])
         means = self.sums[rows] / self.counts[rows, None]
-        return np.clip(
-            np.round((means / 2.0**unit - bias) / (1 << TABLE_SHIFT)), -32768, 32767
-        ).astype(np.int16)
+        steps = np.round((means / 2.0**unit - bias) / (1 << TABLE_SHIFT))
+        return np.asarray(np.clip(steps, -32768, 32767), np.int16)
 
 
 def _calibrate(

@@ -49,7 +49,7 @@ def floats(bits: Bits, dtype: str) -> NDArray[np.float32]:
     whole = fraction + ((exponent > 0).astype(np.uint32) << form.mantissa_bits)
     power = np.maximum(exponent, 1).astype(np.int32) - bias - form.mantissa_bits
     values = np.ldexp(whole.astype(np.float32), power)
-    return np.where(sign.astype(bool), -values, values).astype(np.float32)
+    return np.asarray(np.where(sign.astype(bool), -values, values), np.float32)
 
 
 class Order:
@@ -91,4 +91,5 @@ class Order:
             sin, cos = np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
             a, b = y[:, first], y[:, second]
             y[:, first], y[:, second] = a * cos + b * sin, b * cos - a * sin
-        return np.nan_to_num(y, nan=0.0, posinf=0.0, neginf=0.0)
+        cleaned: NDArray[np.float32] = np.nan_to_num(y, nan=0.0, posinf=0.0, neginf=0.0)
+        return cleaned

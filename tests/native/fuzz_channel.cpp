@@ -1,0 +1,167 @@
+// Round trips and damage for the channel codec's C++, on every instruction set of this processor;
+// built with AddressSanitizer and UBSan by test_sanitizers.py. Every buffer is on the heap and of
+// the exact size, so that a byte too far is seen.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "channel/part.hpp"
+#include "native/simd.hpp"
+
+using namespace kvzip::channel;
+namespace simd = kvzip::simd;
+using Bytes = std::vector<std::uint8_t>;
+
+namespace {
+
+std::mt19937_64 random_bits;
+std::size_t below(std::size_t n) { return random_bits() % n; }
+
+void check(bool good, const char* what) {
+  if (good) return;
+  std::printf("%s\n", what);
+  std::exit(1);
+}
+
+std::vector<simd::Level> levels() {
+  std::vector<simd::Level> found;
+  for (simd::Level level : {simd::Level::scalar, simd::Level::avx2, simd::Level::avx512})
+    if (simd::set_level(level)) found.push_back(level);
+  return found;
+}
+const std::vector<simd::Level> kLevels = levels();
+
+// A vector's capacity may be more than its size; this is not.
+struct Exact {
+  explicit Exact(const Bytes& bytes) : data(new std::uint8_t[bytes.size()]), size(bytes.size()) {
+    std::copy(bytes.begin(), bytes.end(), data.get());
+  }
+  std::unique_ptr<std::uint8_t[]> data;
+  std::size_t size;
+};
+
+Bytes damaged(Bytes bytes) {
+  switch (below(4)) {
+    case 0: bytes.resize(below(bytes.size() + 1)); break;
+    case 1: bytes.insert(bytes.end(), 1 + below(300), std::uint8_t(below(2) * below(256))); break;
+    default:
+      for (std::size_t n = 1 + below(4); n && !bytes.empty(); --n)
+        // Often the counts, at the beginning.
+        bytes[below(below(2) ? bytes.size() : std::min<std::size_t>(bytes.size(), 40))] =
+            std::uint8_t(below(3) ? below(256) : below(2) * 255);
+  }
+  return bytes;
+}
+
+template <typename T>
+void once(Form form) {
+  const std::size_t sizes[] = {1, 2, 5, 33, 63, 64, 65, 130};
+  const std::size_t batch = 1 + below(2), heads = 1 + below(3), dim = sizes[below(8)];
+  const std::size_t tokens = 1 + below(below(2) ? 20 : 400);
+  // In any order of axes, and with something between the rows.
+  const std::size_t row = dim + below(2) * below(5);
+  const bool token_major = below(2);
+  Block<T> block{nullptr, batch, tokens, std::ptrdiff_t(heads * tokens * row),
+                 std::ptrdiff_t(token_major ? row : tokens * row),
+                 std::ptrdiff_t(token_major ? heads * row : row)};
+  const std::size_t span = (batch * heads * tokens - 1) * row + dim;
+  const std::unique_ptr<T[]> numbers(new T[span]);
+  const int spread = 1 + int(below(12));
+  std::vector<T> constants(dim);
+  for (T& c : constants) c = T(random_bits());
+  const bool some_constant = below(2), wild = below(8) == 0;
+  for (std::size_t i = 0; i < span; ++i) {
+    const std::size_t c = i % row % dim;
+    int exponent = (1 << form.exponent_bits) - 3 - int(c % 3);
+    for (int k = 0; k < spread && exponent > 1; ++k) exponent -= int(below(2));
+    const auto sign = std::uint64_t(below(2));
+    std::uint64_t x = (sign << form.exponent_bits | std::uint64_t(exponent)) << form.mantissa_bits;
+    x |= random_bits() & ((std::uint64_t(1) << form.mantissa_bits) - 1);
+    if (wild || below(500) == 0) x = random_bits();
+    if (some_constant && c % 4 == 1) x = constants[c];
+    numbers[i] = T(x);
+  }
+  block.data = numbers.get();
+  const Block<const T> in{block.data,        batch,
+                          tokens,            block.batch_stride,
+                          block.head_stride, block.token_stride};
+  const Bytes tables = make_tables<T>(in, heads, dim, form);
+  if (tables.empty()) return;
+  const Exact stored(tables);
+  const PartTables part(stored.data.get(), stored.size, heads, dim, form);
+  Bytes coded;
+  for (simd::Level level : kLevels) {
+    simd::set_level(level);
+    const Encoded encoded = part.encode<T>(in);
+    const Bytes found(encoded.memory.get(), encoded.memory.get() + encoded.size);
+    check(level == kLevels[0] || found == coded, "not the same bytes on all paths");
+    coded = found;
+  }
+  if (coded.empty()) return;
+
+  // Everything that can be wrong: the block, or the tables, or nothing.
+  for (int turn = 0; turn < 6; ++turn) {
+    const bool whole = turn == 0;
+    const Exact data(whole || turn == 5 ? coded : damaged(coded));
+    std::unique_ptr<PartTables> other;
+    if (turn == 5) {
+      const Exact wrong(damaged(tables));
+      try {
+        other = std::make_unique<PartTables>(wrong.data.get(), wrong.size, heads, dim, form);
+      } catch (const std::invalid_argument&) {
+        continue;
+      }
+    }
+    std::vector<std::vector<T>> results;
+    for (simd::Level level : kLevels) {
+      simd::set_level(level);
+      const std::unique_ptr<T[]> out(new T[span]);
+      std::copy_n(numbers.get(), span, out.get());
+      if (whole)  // the numbers must come back, what lies between them must stay
+        for (std::size_t b = 0; b < batch; ++b)
+          for (std::size_t h = 0; h < heads; ++h)
+            for (std::size_t t = 0; t < tokens; ++t)
+              std::fill_n(out.get() + std::ptrdiff_t(b) * in.batch_stride +
+                              std::ptrdiff_t(h) * in.head_stride +
+                              std::ptrdiff_t(t) * in.token_stride,
+                          dim, T(0));
+      Block<T> target = block;
+      target.data = out.get();
+      bool good = true;
+      try {
+        (other ? *other : part).decode<T>(data.data.get(), data.size, target);
+      } catch (const std::invalid_argument&) {
+        good = false;
+      }
+      results.emplace_back();
+      if (good) results.back().assign(out.get(), out.get() + span);
+      check(results.back() == results[0], "not the same numbers on all paths");
+    }
+    if (whole)
+      check(results[0] == std::vector<T>(numbers.get(), numbers.get() + span), "not the numbers");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const double seconds = argc > 1 ? std::atof(argv[1]) : 2;
+  random_bits.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  int rounds = 0;
+  while (std::chrono::steady_clock::now() < end) {
+    once<std::uint16_t>({8, 7});
+    once<std::uint16_t>({5, 10});
+    once<std::uint32_t>({8, 23});
+    once<std::uint8_t>({4, 3});
+    once<std::uint8_t>({5, 2});
+    ++rounds;
+  }
+  std::printf("%d rounds, paths:", rounds);
+  for (simd::Level level : kLevels) std::printf(" %s", simd::name_of(level));
+  std::printf("\n");
+}
