@@ -781,7 +781,7 @@ class Reader:
         return list(chains.values())
 
     def _tables(self, layer: int, part: Part, loaded: dict[tuple[int, Part], Any]) -> Any:
-        """A part's tables. Two threads that want them at once may both load them, to the same end."""
+        """A part's tables. Two threads that want them at once may both load them, to one end."""
         key = layer, part
         if key not in loaded:
             data = self._stored(self._rows[key].start)

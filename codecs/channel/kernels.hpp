@@ -102,11 +102,11 @@ template <typename T>
 bool constant(const Block<const T>& block, std::size_t head, std::size_t channel, T* number);
 
 // Chooses the levels of a table from counts of `2*exponents` values, those of the positive first,
-// and of numbers that are `outside` of them all.
+// and of numbers that are `outside` of them all. The table holds at most `most` exponents.
 // `levels` has room for 2*exponents. Sets the lowest exponent it holds, how many, and the escape's
 // level; returns false when nothing was counted.
-bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::uint64_t outside,
-                   std::uint8_t* levels, std::uint32_t* low, std::size_t* width,
+bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::uint32_t most,
+                   std::uint64_t outside, std::uint8_t* levels, std::uint32_t* low, std::size_t* width,
                    std::uint8_t* escape_level);
 
 // --- blocks: each function has one result, whatever instructions it uses ------------------------

@@ -214,8 +214,12 @@ Shapes choose_shapes(const std::uint32_t* counts, std::size_t stride, std::size_
   for (std::size_t g = 0; g < groups.size(); ++g) {
     std::uint8_t levels[kCells], escape;
     std::size_t width;
-    if (!choose_levels(groups[g].sum[0], kWindow, groups[g].outside, levels, &low[g], &width, &escape))
-      continue;
+    if (!choose_levels(groups[g].sum[0], kWindow, 1u << exponent_bits, groups[g].outside, levels,
+                       &low[g], &width, &escape)) {
+      // Numbers so far apart that none is near their mean: all are escapes.
+      levels[0] = levels[1] = 0;
+      width = escape = 1;
+    }
     number[g] = std::uint16_t(out.widths.size());
     out.widths.push_back(std::uint8_t(width - 1));
     out.escapes.push_back(escape);

@@ -146,8 +146,8 @@ bool constant(const Block<const T>& block, std::size_t head, std::size_t channel
   return true;
 }
 
-bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::uint64_t outside,
-                   std::uint8_t* levels, std::uint32_t* lowest, std::size_t* width,
+bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::uint32_t most,
+                   std::uint64_t outside, std::uint8_t* levels, std::uint32_t* lowest, std::size_t* width,
                    std::uint8_t* escape_level) {
   std::uint64_t total = outside, seen = 0;
   for (std::uint32_t v = 0; v < 2 * exponents; ++v) {
@@ -176,6 +176,10 @@ bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::ui
     if (next - low > 3 && counts[low] + counts[exponents + low] <= 2) low = next;
     else break;
   }
+  const auto rarer = [&](std::uint32_t a, std::uint32_t b) {
+    return counts[a] + counts[exponents + a] <= counts[b] + counts[exponents + b];
+  };
+  while (high - low >= most) rarer(low, high) ? ++low : --high;
   *lowest = low;
   *width = high - low + 1;
   outside = total;
