@@ -299,12 +299,17 @@ bool run(const Model& m, const Layer& layer, int which, Form form, const Tokens&
     std::size_t counted = 0;
     std::uint8_t* const residual = tokens.residual + t0 * layer.row;
 
-    const auto number = [&](std::size_t t, std::size_t place) {
+    T* numbers_of[kTile];  // of each token, as if of channel 0
+    std::uint64_t position[kTile];
+    for (std::size_t t = 0; t < n; ++t) {
       const std::size_t row = (t0 + t) / tokens.count, token = (t0 + t) % tokens.count;
+      numbers_of[t] = block.data + std::ptrdiff_t(row) * block.row_stride +
+                      std::ptrdiff_t(token) * block.token_stride;
+      position[t] = tokens.position + token;
+    }
+    const auto offset = [&](std::size_t place) {
       const auto c = std::size_t(part.order[place]);
-      return block.data + std::ptrdiff_t(row) * block.row_stride +
-             std::ptrdiff_t(c / part.dim) * block.head_stride +
-             std::ptrdiff_t(token) * block.token_stride +
+      return std::ptrdiff_t(c / part.dim) * block.head_stride +
              std::ptrdiff_t(c % part.dim) * block.dim_stride;
     };
     const auto density = [&](std::size_t t, std::size_t at, std::int64_t centre, std::int32_t scale) {
@@ -313,8 +318,9 @@ bool run(const Model& m, const Layer& layer, int which, Form form, const Tokens&
       return Density{m.densities + layer.density[at] * (kCells + 1), 2 * centre,
                      (std::int64_t(1) << (kZBits + 23)) / spread, spread, numbers};
     };
-    const auto code = [&](const Grid& grid, const Density& d, std::size_t t, std::size_t place) {
-      const std::int32_t v = grid.value(coder(grid, d, t0 + t, number(t, place)));
+    const auto code = [&](const Grid& grid, const Density& d, std::size_t t, std::size_t place,
+                          std::ptrdiff_t at) {
+      const std::int32_t v = grid.value(coder(grid, d, t0 + t, numbers_of[t] + at));
       bool negative;
       const std::uint32_t z = d.z_of(2 * std::int64_t(v) - d.centre2, &negative);
       coder.note(tokens.known[t0 + t] * channels + place, z);
@@ -337,22 +343,24 @@ bool run(const Model& m, const Layer& layer, int which, Form form, const Tokens&
       std::int32_t sums[2][kTile];
       dots(residual, layer.row, n, layer.within + at * layer.row, length, sums[0]);
       const Grid grid(form, layer.unit[at]);
+      const std::ptrdiff_t one = offset(place);
       if (place % part.dim < 2 * part.pairs) {
         dots(residual, layer.row, n, layer.within + (at + 1) * layer.row, length, sums[1]);
         const std::size_t pair = place % part.dim / 2, head = place / part.dim;
+        const std::ptrdiff_t two = offset(place + 1);
         for (std::size_t t = 0; t < n; ++t) {
-          const std::uint64_t position = tokens.position + (t0 + t) % tokens.count;
-          const std::uint64_t phase = part.step[pair] * position;
+          const std::uint64_t phase = part.step[pair] * position[t];
           const auto turn = std::size_t((phase + (std::uint64_t(1) << 51)) >> 52);
           const std::int64_t sin = m.sine[turn], cos = m.sine[(turn + 1024) & 4095];
           const std::size_t angle =
               ((tokens.known[t0 + t] * pairs + head * part.pairs + pair) * kAngles + turn / 128);
           const std::int64_t a = centre(t, at, sums[0][t]), b = centre(t, at + 1, sums[1][t]);
           const std::int64_t p = scaled(a * cos - b * sin, 14), q = scaled(b * cos + a * sin, 14);
-          const std::int32_t x = code(grid, density(t, at, p, part.pair_scale[2 * angle]), t, place);
+          const std::int32_t x = code(grid, density(t, at, p, part.pair_scale[2 * angle]), t, place, one);
           const std::int64_t q1 = q + scaled(std::int64_t(part.pair_slope[angle]) * (x - p), 12);
           const std::int32_t y = code(
-              grid, density(t, at + 1, clamp(q1, kClamp), part.pair_scale[2 * angle + 1]), t, place + 1);
+              grid, density(t, at + 1, clamp(q1, kClamp), part.pair_scale[2 * angle + 1]), t, place + 1,
+              two);
           know(t, at, clamp(scaled(x * cos + y * sin, 14), kClamp));
           know(t, at + 1, clamp(scaled(y * cos - x * sin, 14), kClamp));
         }
@@ -361,7 +369,7 @@ bool run(const Model& m, const Layer& layer, int which, Form form, const Tokens&
       } else {
         for (std::size_t t = 0; t < n; ++t) {
           const std::size_t scale = tokens.known[t0 + t] * channels + place;
-          know(t, at, code(grid, density(t, at, centre(t, at, sums[0][t]), part.scale[scale]), t, place));
+          know(t, at, code(grid, density(t, at, centre(t, at, sums[0][t]), part.scale[scale]), t, place, one));
         }
         place += 1;
         counted += 1;
