@@ -57,8 +57,14 @@ void bind_for(nb::module_& m, nb::class_<PartTables>& tables) {
           nb::gil_scoped_release released;
           coded = self.encode<T>(block);
         }
-        if (!coded.memory) return nb::none();
-        return nb::bytes(coded.memory.get(), coded.size);
+        if (!coded.size) return nb::none();
+        nb::object bytes = nb::steal(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(coded.size)));
+        if (!bytes.is_valid()) throw nb::python_error();
+        auto* out = reinterpret_cast<std::uint8_t*>(PyBytes_AS_STRING(bytes.ptr()));
+        // Nobody else knows of the bytes yet.
+        nb::gil_scoped_release released;
+        coded.write(out);
+        return bytes;
       },
       "numbers"_a, "A coded block's bytes, or None when they are not shorter than the numbers.");
   tables.def(

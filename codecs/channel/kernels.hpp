@@ -99,7 +99,7 @@ void count(const Block<const T>& block, std::size_t heads, std::size_t dim, int 
 
 // Whether all numbers of a channel are the same one. There is at least one.
 template <typename T>
-bool constant(const Block<const T>& block, std::size_t head, std::size_t channel, T* number);
+bool constant(const Block<const T>& block, std::size_t head, std::size_t channel);
 
 // Chooses the levels of a table from counts of `2*exponents` values, those of the positive first,
 // and of numbers that are `outside` of them all. The table holds at most `most` exponents.

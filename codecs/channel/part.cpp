@@ -49,25 +49,27 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
   const std::size_t n = heads * dim, numbers = in.batch * in.tokens;
   if (!n || !numbers) return {};
   // Counts of neighbouring channels must not fall on the same lines of a cache.
-  const std::size_t values = std::size_t(1) << form.value_bits(), stride = values + 16;
+  const std::size_t stride = (std::size_t(1) << form.value_bits()) + 16;
   std::vector<std::uint32_t> counts(n * stride);
   count<T>(in, heads, dim, form.mantissa_bits, counts.data(), stride);
   std::vector<T> number(n);
   std::vector<std::uint8_t> kinds(n);
-  std::size_t live = 0;
+  std::vector<const std::uint32_t*> coded;
   for (std::size_t c = 0; c < n; ++c) {
     const std::uint32_t* row = &counts[c * stride];
-    const bool one_value = *std::max_element(row, row + values) == numbers;
-    kinds[c] = one_value && constant<T>(in, c / dim, c % dim, &number[c]) ? kConstant : kCoded;
-    if (kinds[c] == kCoded) std::copy(row, row + values, &counts[live++ * stride]);
+    kinds[c] = kConstant;
+    number[c] = in.data[std::ptrdiff_t(c / dim) * in.head_stride + std::ptrdiff_t(c % dim)];
+    if (row[number[c] >> form.mantissa_bits] == numbers && constant<T>(in, c / dim, c % dim)) continue;
+    kinds[c] = kCoded;
+    coded.push_back(row);
   }
-  const Shapes shapes = choose_shapes(counts.data(), stride, live, form.exponent_bits);
+  const Shapes shapes = choose_shapes(coded, form.exponent_bits);
   std::vector<std::uint8_t> out;
   put(out, std::uint16_t(shapes.widths.size()));
   for (const std::vector<std::uint8_t>* piece :
        {&shapes.widths, &shapes.escapes, &shapes.levels, static_cast<const std::vector<std::uint8_t>*>(&kinds)})
     out.insert(out.end(), piece->begin(), piece->end());
-  live = 0;
+  std::size_t live = 0;
   for (std::size_t c = 0; c < n; ++c) {
     if (kinds[c] == kConstant) {
       put(out, number[c]);
@@ -131,37 +133,39 @@ Encoded PartTables::encode(const Block<const T>& block) const {
   Tables tables = tables_;
   tables.encoders = encoders_.data();
   const std::size_t n = block.batch * tables.heads * block.tokens * tables.dim;
-  const std::size_t lanes = std::min<std::size_t>(kLanes, block.tokens);
   const std::size_t mantissas = mantissa_bytes(tables, block.batch, block.tokens);
-  // Room for every number to be an escape and to shift out a word; not set to zero.
-  const std::unique_ptr<std::uint16_t[]> room(new std::uint16_t[2 * n]);
-  const std::unique_ptr<std::uint8_t[]> packed(new std::uint8_t[mantissas + 2 * kLanes]);
-  Sink sink;
-  sink.mantissas = packed.get();
-  sink.words = room.get() + n;
-  sink.escapes = room.get() + 2 * n;
-  if (!channel::encode<T>(tables, block, &sink)) return {};
-  const auto words = std::size_t(room.get() + n - sink.words);
-  const auto escapes = std::size_t(room.get() + 2 * n - sink.escapes);
-  const std::size_t size = 9 + 4 * lanes + 2 * escapes + mantissas + 2 * words;
-  if (size > n * sizeof(T)) return {};
   Encoded out;
-  out.size = std::max(size, n * sizeof(T) / kMaxExpansion);
-  out.memory.reset(new std::uint8_t[out.size]);
-  std::uint8_t* p = out.memory.get();
-  const std::uint32_t counts[2] = {std::uint32_t(escapes), std::uint32_t(words)};
+  // Room for every number to be an escape and to shift out a word; not set to zero.
+  out.room_.reset(new std::uint16_t[2 * n]);
+  out.mantissas_.reset(new std::uint8_t[mantissas + 2 * kLanes]);
+  Sink& sink = out.sink_;
+  sink.mantissas = out.mantissas_.get();
+  sink.words = out.room_.get() + n;
+  sink.escapes = out.room_.get() + 2 * n;
+  if (!channel::encode<T>(tables, block, &sink)) return {};
+  out.lanes_ = std::min<std::size_t>(kLanes, block.tokens);
+  out.mantissa_bytes_ = mantissas;
+  out.words_ = std::size_t(out.room_.get() + n - sink.words);
+  out.escapes_ = std::size_t(out.room_.get() + 2 * n - sink.escapes);
+  const std::size_t size = 9 + 4 * out.lanes_ + 2 * out.escapes_ + mantissas + 2 * out.words_;
+  if (size <= n * sizeof(T)) out.size = std::max(size, n * sizeof(T) / kMaxExpansion);
+  return out;
+}
+
+void Encoded::write(std::uint8_t* out) const {
+  std::uint8_t* p = out;
+  const std::uint32_t counts[2] = {std::uint32_t(escapes_), std::uint32_t(words_)};
   *p++ = kCodedBlock;
   const auto append = [&](const void* data, std::size_t bytes) {
     if (bytes) std::memcpy(p, data, bytes);
     p += bytes;
   };
   append(counts, 8);
-  append(sink.states, 4 * lanes);
-  append(sink.escapes, 2 * escapes);
-  append(packed.get(), mantissas);
-  append(sink.words, 2 * words);
-  std::memset(p, 0, out.size - size);
-  return out;
+  append(sink_.states, 4 * lanes_);
+  append(sink_.escapes, 2 * escapes_);
+  append(mantissas_.get(), mantissa_bytes_);
+  append(sink_.words, 2 * words_);
+  std::memset(p, 0, std::size_t(out + size - p));
 }
 
 template <typename T>

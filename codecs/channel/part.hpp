@@ -28,10 +28,19 @@ template <typename T>
 std::vector<std::uint8_t> make_tables(const Block<const T>& numbers, std::size_t heads,
                                       std::size_t dim, Form form);
 
-// A coded block, or nothing when it would not be shorter than the numbers themselves.
-struct Encoded {
-  std::unique_ptr<std::uint8_t[]> memory;
+// A coded block in pieces, to be put together where it is wanted; `size` 0 when it would not be
+// shorter than the numbers themselves.
+class Encoded {
+ public:
   std::size_t size = 0;
+  void write(std::uint8_t* out) const;
+
+ private:
+  friend class PartTables;
+  std::unique_ptr<std::uint8_t[]> mantissas_;
+  std::unique_ptr<std::uint16_t[]> room_;  // of words and escapes
+  Sink sink_;
+  std::size_t lanes_ = 0, mantissa_bytes_ = 0, words_ = 0, escapes_ = 0;
 };
 
 // The tables of one layer's keys or values. Throws std::invalid_argument when bytes make no sense.

@@ -56,6 +56,7 @@ Seen look(const std::uint32_t* counts, int exponent_bits) {
   std::uint64_t total = 0, sum = 0, squares = 0, positive = 0;
   for (int e = 0; e < exponents; ++e) {
     const std::uint64_t n = std::uint64_t(counts[e]) + counts[exponents + e];
+    if (!n) continue;
     total += n;
     sum += n * std::uint64_t(e);
     squares += n * std::uint64_t(e) * std::uint64_t(e);
@@ -103,12 +104,13 @@ struct Group {
     outside = total = 0;
   }
   void add(const Cells& cells, int shift, bool flip) {
-    for (int sign = 0; sign < 2; ++sign)
-      for (int i = 0; i < kWindow; ++i) {
-        const auto n = std::uint32_t(cells.n[sign ^ int(flip)][i]);
-        if (i + shift >= 0 && i + shift < kWindow) sum[sign][i + shift] += n;
-        else outside += n;
-      }
+    const int from = std::max(0, -shift), to = std::min(kWindow, kWindow - shift);
+    for (int sign = 0; sign < 2; ++sign) {
+      const std::int16_t* n = cells.n[sign ^ int(flip)];
+      for (int i = from; i < to; ++i) sum[sign][i + shift] += std::uint32_t(n[i]);
+      for (int i = 0; i < from; ++i) outside += std::uint32_t(n[i]);
+      for (int i = to; i < kWindow; ++i) outside += std::uint32_t(n[i]);
+    }
     outside += std::uint32_t(cells.outside);
     total += std::uint32_t(cells.total);
   }
@@ -139,31 +141,49 @@ struct Choice {
   std::int64_t cost = INT64_MAX;
 };
 
-// The groups that look like a channel: mean exponent, spread and skew tell most of a shape.
+// The groups that look like a channel.
 struct Near {
   std::uint16_t group[kCandidates];
   std::size_t count = 0;
 };
 
-Near look_around(const std::vector<Group>& groups, const Seen& seen) {
-  Near near;
-  float distances[kCandidates];
-  for (std::size_t g = 0; g < groups.size(); ++g) {
-    float place = std::abs(groups[g].place - seen.place);
-    place = std::min(place, 1 - place);
-    const float distance = place + std::abs(groups[g].spread - seen.spread) +
-                           2 * std::abs(std::abs(groups[g].skew) - std::abs(seen.skew));
-    if (near.count == kCandidates && distance >= distances[kCandidates - 1]) continue;
-    std::size_t i = near.count < kCandidates ? near.count++ : kCandidates - 1;
-    for (; i > 0 && distance < distances[i - 1]; --i) {
-      distances[i] = distances[i - 1];
-      near.group[i] = near.group[i - 1];
-    }
-    distances[i] = distance;
-    near.group[i] = std::uint16_t(g);
+// Mean exponent, spread and skew of the groups, which tell most of a shape.
+class Looks {
+ public:
+  void add(const Seen& seen) {
+    place_.push_back(seen.place);
+    spread_.push_back(seen.spread);
+    skew_.push_back(std::abs(seen.skew));
+    distance_.push_back(0);
   }
-  return near;
-}
+
+  Near near(const Seen& seen) {
+    const float skew = std::abs(seen.skew);
+    const std::size_t n = place_.size();
+    for (std::size_t g = 0; g < n; ++g) {
+      const float place = std::abs(place_[g] - seen.place);
+      distance_[g] = std::min(place, 1 - place) + std::abs(spread_[g] - seen.spread) +
+                     2 * std::abs(skew_[g] - skew);
+    }
+    Near near;
+    float best[kCandidates];
+    for (std::size_t g = 0; g < n; ++g) {
+      const float distance = distance_[g];
+      if (near.count == kCandidates && distance >= best[kCandidates - 1]) continue;
+      std::size_t i = near.count < kCandidates ? near.count++ : kCandidates - 1;
+      for (; i > 0 && distance < best[i - 1]; --i) {
+        best[i] = best[i - 1];
+        near.group[i] = near.group[i - 1];
+      }
+      best[i] = distance;
+      near.group[i] = std::uint16_t(g);
+    }
+    return near;
+  }
+
+ private:
+  std::vector<float> place_, spread_, skew_, distance_;
+};
 
 // The one of them that codes the channel in the fewest bits.
 Choice best(const std::vector<Group>& groups, const Near& near, const Seen& seen) {
@@ -184,16 +204,18 @@ Choice best(const std::vector<Group>& groups, const Near& near, const Seen& seen
 
 }  // namespace
 
-Shapes choose_shapes(const std::uint32_t* counts, std::size_t stride, std::size_t channels,
-                     int exponent_bits) {
+Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, int exponent_bits) {
+  const std::size_t channels = counts.size();
   std::vector<Seen> seen(channels);
   std::vector<Group> groups;
+  Looks looks;
   std::vector<Choice> choices(channels);
   for (std::size_t c = 0; c < channels; ++c) {
-    seen[c] = look(counts + c * stride, exponent_bits);
-    choices[c] = best(groups, look_around(groups, seen[c]), seen[c]);
+    seen[c] = look(counts[c], exponent_bits);
+    choices[c] = best(groups, looks.near(seen[c]), seen[c]);
     if (choices[c].cost > seen[c].own_cost + kTableCost) {
       groups.emplace_back(seen[c]);
+      looks.add(seen[c]);
       choices[c] = {groups.size() - 1, 0, false, 0};
     }
     Group& group = groups[choices[c].group];
@@ -202,7 +224,7 @@ Shapes choose_shapes(const std::uint32_t* counts, std::size_t stride, std::size_
   }
   // Again, now that all groups are known.
   for (std::size_t c = 0; c < channels; ++c)
-    choices[c] = best(groups, look_around(groups, seen[c]), seen[c]);
+    choices[c] = best(groups, looks.near(seen[c]), seen[c]);
   for (Group& group : groups) group.clear();
   for (std::size_t c = 0; c < channels; ++c)
     groups[choices[c].group].add(seen[c].cells, choices[c].shift, choices[c].flip);

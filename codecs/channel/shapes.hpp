@@ -15,9 +15,7 @@ struct Shapes {
   double bits = 0;                                    // that all values will take, about
 };
 
-// `counts`: 2 << exponent_bits of each channel, channels `stride` apart; at least one number counted
-// for each channel.
-Shapes choose_shapes(const std::uint32_t* counts, std::size_t stride, std::size_t channels,
-                     int exponent_bits);
+// `counts`: of each channel 2 << exponent_bits, of which one at least is not 0.
+Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, int exponent_bits);
 
 }  // namespace kvzip::channel

@@ -135,9 +135,8 @@ void count(const Block<const T>& block, std::size_t heads, std::size_t dim, int 
 }
 
 template <typename T>
-bool constant(const Block<const T>& block, std::size_t head, std::size_t channel, T* number) {
+bool constant(const Block<const T>& block, std::size_t head, std::size_t channel) {
   const T* first = block.data + std::ptrdiff_t(head) * block.head_stride + std::ptrdiff_t(channel);
-  *number = *first;
   for (std::size_t b = 0; b < block.batch; ++b)
     for (std::size_t t = 0; t < block.tokens; ++t)
       if (first[std::ptrdiff_t(b) * block.batch_stride + std::ptrdiff_t(t) * block.token_stride] !=
@@ -200,7 +199,7 @@ bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::ui
 #define KVZIP_INSTANTIATE(T)                                                             \
   template void count(const Block<const T>&, std::size_t, std::size_t, int, std::uint32_t*, \
                       std::size_t);                                                      \
-  template bool constant(const Block<const T>&, std::size_t, std::size_t, T*);
+  template bool constant(const Block<const T>&, std::size_t, std::size_t);
 KVZIP_INSTANTIATE(std::uint8_t)
 KVZIP_INSTANTIATE(std::uint16_t)
 KVZIP_INSTANTIATE(std::uint32_t)
