@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same
+from support import assert_same
 
 import kvzip
 from kvzip.capture import Document, capture, cut_documents, prefill, read_text

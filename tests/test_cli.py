@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import cache_like, make_snapshot
+from support import cache_like, make_snapshot
 
 import kvzip
 from kvzip.cli import main

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_same, cache_like, make_snapshot, random_bits, reseal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import assert_same, cache_like, make_snapshot, random_bits, reseal
 
 import kvzip
 from kvzip import container

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, cache_like, make_snapshot, random_bits
+from support import assert_same, cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip.errors import CorruptError, FormatError, UnsupportedError

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from conftest import cache_like, make_snapshot, random_bits
+from support import cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip import dtypes

@@ -10,9 +10,9 @@ from itertools import product
 import numpy as np
 import pytest
 import zstandard
-from conftest import cache_like, make_snapshot, random_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip import dtypes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import CODECS, assert_same, cache_like, make_snapshot, random_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import CODECS, assert_same, cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip import dtypes

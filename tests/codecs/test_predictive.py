@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, make_snapshot, random_bits, reseal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import assert_same, make_snapshot, random_bits, reseal
 
 import kvzip
 from kvzip.capture import prefill

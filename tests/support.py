@@ -1,0 +1,73 @@
+"""Snapshots that tests share: random bits, hostile bits, and numbers like a real cache's."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import xxhash
+
+import kvzip
+from kvzip import dtypes
+
+CODECS = [
+    "raw",
+    "zstd",
+    "lz4",
+    "planes",
+    "planes:mode=bit,order=token,coder=lz4",
+    "planes:mode=bit",
+    "channel",
+]
+
+
+def random_bits(rng, dtype, shape):
+    """Every bit pattern alike: NaN payloads, infinities, subnormals, negative zeros."""
+    uint = dtypes.get(dtype).uint
+    return rng.integers(0, 2 ** (8 * uint.itemsize), shape, dtype=np.uint64).astype(uint)
+
+
+def cache_like(rng, dtype, shape):
+    """Numbers with a scale and a mean for each channel, as keys and values have them."""
+    import torch
+
+    scale = 2.0 ** rng.uniform(-6, 3, (shape[-3], 1, shape[-1]))
+    mean = rng.normal(0, 1, scale.shape) * (rng.random(scale.shape) < 0.3)
+    numbers = (rng.normal(size=shape) + mean) * scale
+    if dtype == "fp8_e4m3fn":
+        numbers = numbers.clip(-448, 448)
+    return dtypes.as_bits(torch.from_numpy(numbers).to(getattr(torch, dtypes.get(dtype).torch)))[0]
+
+
+def make_snapshot(maker, seed, dtype, layers=2, heads=2, tokens=50, dim=16, batch=None, ids=True):
+    rng = np.random.default_rng(seed)
+    front = () if batch is None else (batch,)
+    shape = (*front, heads, tokens, dim)
+    return kvzip.Snapshot.from_arrays(
+        [(maker(rng, dtype, shape), maker(rng, dtype, shape)) for _ in range(layers)],
+        dtype,
+        rng.integers(0, 50000, (*front, tokens)) if ids else None,
+        kvzip.Origin(model="test/model", revision="r1", rope=({"rope_theta": 1e4},)),
+    )
+
+
+def reseal(blob: bytes) -> bytes:
+    """Make the file's checksums of stored bytes true again, as an attacker would."""
+    blob = bytearray(blob)
+    header_length, count = struct.unpack_from("<II", blob, 12)
+    at = 40 + header_length
+    for row in range(at, min(at + 48 * count, len(blob) - 47), 48):
+        offset, length = struct.unpack_from("<QQ", blob, row + 16)
+        stored = blob[offset : offset + length] if offset < len(blob) else b""
+        struct.pack_into("<Q", blob, row + 32, xxhash.xxh3_64_intdigest(bytes(stored)))
+    end = at + 48 * count
+    digest = xxhash.xxh3_64_intdigest(bytes(blob[:32]) + bytes(blob[40:end]))
+    struct.pack_into("<Q", blob, 32, digest)
+    return bytes(blob)
+
+
+def assert_same(a, b):
+    assert a.layout == b.layout
+    for i, (x, y) in enumerate(zip(a.layers, b.layers, strict=True)):
+        assert np.array_equal(x.k, y.k), f"layer {i}: keys differ"
+        assert np.array_equal(x.v, y.v), f"layer {i}: values differ"
