@@ -687,8 +687,14 @@ class Reader:
         targets = self._targets(wanted, cuts, out)
         plan = self._plan(wanted, cuts)
         tables: dict[tuple[int, Part], Any] = {}
-        jobs = ((lambda r=rows: self._decode_chain(r, cuts, targets, tables)) for rows in plan)
         workers = thread_count(threads) if threads is not None else self._threads
+        # A few chains to a job: handing over a job takes as long as a block of the fastest codec.
+        size = max(1, min(16, len(plan) // (2 * workers))) if workers > 1 else 1
+        batches = [plan[at : at + size] for at in range(0, len(plan), size)]
+        jobs = (
+            (lambda b=batch: sum(self._decode_chain(rows, cuts, targets, tables) for rows in b))
+            for batch in batches
+        )
         pool = ThreadPoolExecutor(workers) if workers > 1 and len(plan) > 1 else None
         try:
             for done in _in_order(pool, jobs, 2 * workers):

@@ -87,7 +87,6 @@ void bind(nb::module_& m) {
          int mantissa_bits) {
         const Form form{exponent_bits, mantissa_bits};
         form.check();
-        nb::gil_scoped_release released;
         new (self) PartTables(data.data(), data.size(), heads, dim, form);
       },
       "data"_a, "heads"_a, "dim"_a, "exponent_bits"_a, "mantissa_bits"_a);

@@ -85,10 +85,12 @@ struct Block {
 
 // --- tables ----------------------------------------------------------------------------------
 
-// Turns levels into a table. `levels`: 2*width of them, value (sign, exponent) at 2*exponent+sign,
-// then the escape's. Returns false when they are no table: no symbol, or more than 32.
-bool make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
-                int exponent_bits, Alias* alias);
+// Turns levels into symbols and frequencies. `levels`: 2*width of them, value (sign, exponent) at
+// 2*exponent+sign, then the escape's. Returns false when they are no table: no symbol, or more than
+// 32. Then `divide` and `other`, and from all that what kernels look up.
+bool make_symbols(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+                  int exponent_bits, Alias* alias);
+void make_alias(Alias* alias);
 void make_decoder(const Alias& alias, Decoder* decoder);
 void make_encoder(const Alias& alias, Encoder* encoder);
 

@@ -95,13 +95,11 @@ PartTables::PartTables(const std::uint8_t* data, std::size_t size, std::size_t h
   const std::uint8_t* widths = in.take(shapes);
   const std::uint8_t* escapes = in.take(shapes);
   shapes_.resize(shapes);
-  decoders_.resize(shapes);
   for (std::size_t i = 0; i < shapes; ++i) {
     const std::size_t width = std::size_t(widths[i]) + 1;
     if (width > std::size_t(1) << form.exponent_bits ||
-        !make_alias(in.take(2 * width), width, escapes[i], form.exponent_bits, &shapes_[i]))
+        !make_symbols(in.take(2 * width), width, escapes[i], form.exponent_bits, &shapes_[i]))
       throw std::invalid_argument("a table makes no sense");
-    make_decoder(shapes_[i], &decoders_[i]);
   }
   channels_.resize(n);
   const std::uint8_t* kinds = in.take(n);
@@ -120,18 +118,33 @@ PartTables::PartTables(const std::uint8_t* data, std::size_t size, std::size_t h
     }
   }
   if (in.left()) throw std::invalid_argument("longer than it should be");
-  tables_ = {decoders_.data(),  nullptr, channels_.data(), heads, dim,
-             form.value_bits(), form.mantissa_bits};
+  tables_ = {nullptr, nullptr, channels_.data(), heads, dim, form.value_bits(), form.mantissa_bits};
 }
 
-template <typename T>
-Encoded PartTables::encode(const Block<const T>& block) const {
+const Decoder* PartTables::decoders() const {
+  std::call_once(decoding_, [&] {
+    decoders_.resize(shapes_.size());
+    for (std::size_t i = 0; i < shapes_.size(); ++i) {
+      make_alias(&shapes_[i]);
+      make_decoder(shapes_[i], &decoders_[i]);
+    }
+  });
+  return decoders_.data();
+}
+
+const Encoder* PartTables::encoders() const {
+  decoders();
   std::call_once(encoding_, [&] {
     encoders_.resize(shapes_.size());
     for (std::size_t i = 0; i < shapes_.size(); ++i) make_encoder(shapes_[i], &encoders_[i]);
   });
+  return encoders_.data();
+}
+
+template <typename T>
+Encoded PartTables::encode(const Block<const T>& block) const {
   Tables tables = tables_;
-  tables.encoders = encoders_.data();
+  tables.encoders = encoders();
   const std::size_t n = block.batch * tables.heads * block.tokens * tables.dim;
   const std::size_t mantissas = mantissa_bytes(tables, block.batch, block.tokens);
   Encoded out;
@@ -181,7 +194,9 @@ void PartTables::decode(const std::uint8_t* data, std::size_t size, const Block<
   coded.words = in.take(2 * coded.word_count);
   for (std::size_t left = in.left(); left; --left)
     if (*in.take(1)) throw std::invalid_argument("its padding is not zeros");
-  if (!channel::decode<T>(tables_, block, coded))
+  Tables tables = tables_;
+  tables.decoders = decoders();
+  if (!channel::decode<T>(tables, block, coded))
     throw std::invalid_argument("its streams do not fit each other");
 }
 

@@ -61,12 +61,14 @@ class PartTables {
 
  private:
   Form form_;
-  std::vector<Alias> shapes_;
-  std::vector<Decoder> decoders_;
   std::vector<Channel> channels_;
   Tables tables_;
-  // Made when something is encoded: a reader has no use for them.
-  mutable std::once_flag encoding_;
+  // Made when they are needed, by whichever thread needs them first.
+  const Decoder* decoders() const;
+  const Encoder* encoders() const;
+  mutable std::once_flag decoding_, encoding_;
+  mutable std::vector<Alias> shapes_;
+  mutable std::vector<Decoder> decoders_;
   mutable std::vector<Encoder> encoders_;
 };
 

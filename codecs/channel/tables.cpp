@@ -8,7 +8,7 @@
 
 namespace kvzip::channel {
 
-bool make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+bool make_symbols(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                 int exponent_bits, Alias* alias) {
   Alias& a = *alias;
   a = {};
@@ -41,6 +41,11 @@ bool make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esca
   }
   for (; sum != kTotal; sum += sum < kTotal ? 1 : -1)
     *std::max_element(a.freq, a.freq + n) += sum < kTotal ? 1 : -1;
+  return true;
+}
+
+void make_alias(Alias* alias) {
+  Alias& a = *alias;
   // The alias method in integers: each bucket of 32 slots gets one symbol and one more. Sets of
   // buckets are bits of a word.
   std::uint32_t left[kBuckets], small = 0;
@@ -60,7 +65,6 @@ bool make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esca
     small |= moved;
     large &= ~moved;
   }
-  return true;
 }
 
 void make_decoder(const Alias& a, Decoder* decoder) {
