@@ -70,26 +70,35 @@ struct Scalar {
 
     bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
               int shift, std::size_t lanes, Sink* sink) {
+      // In passes, as in decoding.
       const std::uint32_t mask = (1u << value_bits) - 1;
+      std::uint32_t cells[kLanes], all = 0;
+      for (std::size_t j = 0; j < lanes; ++j) {
+        cells[j] = e.cell[((column[j] >> shift) - base) & mask];
+        all |= cells[j];
+      }
+      if (all & kNoCell) return false;
+      if (all & kEscapeCell)
+        for (std::size_t j = lanes; j-- > 0;)
+          if (cells[j] & kEscapeCell) *--sink->escapes = std::uint16_t(column[j] >> shift & mask);
       std::uint16_t* words = sink->words;
       for (std::size_t j = lanes; j-- > 0;) {
-        const std::uint32_t value = column[j] >> shift & mask;
-        const std::uint32_t cell = e.cell[(value - base) & mask];
-        if (cell & (kEscapeCell | kNoCell)) {
-          if (cell & kNoCell) return false;
-          *--sink->escapes = std::uint16_t(value);
-        }
-        const std::uint32_t freq = cell & kFreqMask, start = cell >> kStartAt & (kTotal - 1);
-        std::uint32_t x = x_[j];
-        if (x >> 22 >= freq) {
-          *--words = std::uint16_t(x);
-          x >>= 16;
-        }
-        // x / freq, exactly: x < 2^22 freq, and reciprocal = ceil(2^42 / freq) with freq <= 2^10.
-        const auto q = std::uint32_t(x * e.reciprocal[cell >> kSymbolAt & (kBuckets - 1)] >> 42);
-        x_[j] = q << kProbBits | e.slot[start + (x - q * freq)];
+        const std::uint32_t x = x_[j];
+        // All ones where the state must give off a word. Written at any rate: there is room, since
+        // this number's own is not taken yet.
+        const std::uint32_t full = 0u - std::uint32_t(x >> 22 >= (cells[j] & kFreqMask));
+        words[-1] = std::uint16_t(x);
+        words += std::int32_t(full);
+        x_[j] = x >> (full & 16);
       }
       sink->words = words;
+      for (std::size_t j = 0; j < lanes; ++j) {
+        const std::uint32_t x = x_[j], cell = cells[j], freq = cell & kFreqMask;
+        // x / freq, exactly: x < 2^22 freq, and reciprocal = ceil(2^42 / freq) with freq <= 2^10.
+        const auto q = std::uint32_t(x * e.reciprocal[cell >> kSymbolAt & (kBuckets - 1)] >> 42);
+        const std::uint32_t start = cell >> kStartAt & (kTotal - 1);
+        x_[j] = q << kProbBits | e.slot[start + (x - q * freq)];
+      }
       return true;
     }
 
