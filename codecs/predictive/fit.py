@@ -158,9 +158,7 @@ def within(
     """Each channel from the channels before it: coefficients [channels, channels], what variance
     is left, and of each pair (first, second), which do not see each other, the covariance left
     and the second's variance."""
-    diagonal = np.diag(covariance)
-    ridge = np.maximum(diagonal * 1e-4, max(diagonal.max(initial=0.0) * 1e-9, 1e-30))
-    lower = np.linalg.cholesky(covariance + np.diag(ridge))
+    lower = _cholesky(covariance)
     spread = np.diag(lower).copy()
     # L^-1 with a unit diagonal: a row is minus the coefficients on the channels before.
     inverse = np.linalg.inv(lower / spread)
@@ -174,6 +172,19 @@ def within(
         covariances[p] = m * variance[a]
         variance[b] += m * m * variance[a]
     return coefficients, variance, covariances, np.array([variance[b] for _, b in pairs])
+
+
+def _cholesky(covariance: Doubles) -> Doubles:
+    """Its lower factor; a covariance of too few tokens is made definite first."""
+    diagonal = np.diag(covariance)
+    floor = max(diagonal.max(initial=0.0) * 1e-9, 1e-30)
+    for share in 10.0 ** np.arange(-4, 1):
+        try:
+            found = np.linalg.cholesky(covariance + np.diag(np.maximum(diagonal * share, floor)))
+        except np.linalg.LinAlgError:
+            continue
+        return np.asarray(found)
+    return np.diag(np.sqrt(np.maximum(diagonal, floor)))
 
 
 def turned(a: Doubles, b: Doubles, c: Doubles) -> tuple[Doubles, Doubles, Doubles]:
@@ -326,7 +337,8 @@ def _layer(
     gram, cross, own, mean_x, mean_y = sums.of(i)
     n, columns = len(own), len(gram)
     if columns:
-        ridge = np.trace(gram) / columns * 1e-4
+        # Few tokens say little of many inputs: then the weights are held back.
+        ridge = np.trace(gram) / columns * max(1e-4, 0.02 * columns / sums.count)
         exact = np.linalg.solve(gram + ridge * np.eye(columns), cross)
         rounded, scale = round_weights(exact, gram)
         weights = rounded * scale

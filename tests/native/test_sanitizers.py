@@ -48,7 +48,9 @@ def test_no_stream_makes_the_kernels_read_or_write_out_of_bounds(tmp_path):
     program = str(tmp_path / "fuzz")
     harness = str(Path(__file__).with_name("fuzz_channel.cpp"))
     subprocess.run([compiler, *flags, harness, *objects, "-o", program], check=True)
-    run = subprocess.run([program, "5", str(random.randrange(1 << 30))], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [program, "5", str(random.randrange(1 << 30))], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, (run.args, run.stdout, run.stderr[-4000:])
     rounds, paths = re.fullmatch(r"(\d+) rounds, paths:(.*)\n", run.stdout).groups()
     assert int(rounds) >= 3
