@@ -19,7 +19,8 @@ template <typename T>
 Block<T> block_of(const Numbers<T>& array, const Form& form) {
   if (form.itemsize() != sizeof(T) || (array.stride(3) != 1 && array.shape(3) > 1))
     throw std::invalid_argument("numbers of another dtype, or not contiguous");
-  return {array.data(), array.shape(0), array.shape(2), array.stride(0), array.stride(1), array.stride(2)};
+  return {array.data(),    array.shape(0),  array.shape(2),
+          array.stride(0), array.stride(1), array.stride(2)};
 }
 
 template <typename T>

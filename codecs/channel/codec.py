@@ -73,8 +73,8 @@ class ChannelCodec(Codec):
         try:
             # One frame and nothing after it: the bounds of what may be allocated are checked above.
             plain = _zstd.decompressor.decompress(data, allow_extra_data=False)
-            plain = np.frombuffer(plain, np.uint8)
-            return _native.ChannelTables(plain, heads, dim, form.exponent_bits, form.mantissa_bits)
+            levels = np.frombuffer(plain, np.uint8)
+            return _native.ChannelTables(levels, heads, dim, form.exponent_bits, form.mantissa_bits)
         except (ValueError, zstandard.ZstdError) as error:
             raise CorruptError(f"bad tables: {error}") from None
 

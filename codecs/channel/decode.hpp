@@ -41,7 +41,9 @@ class Words {
   std::uint8_t copy_[2 * kReach];
 };
 
-inline std::uint64_t first_ones(std::size_t n) { return n < 64 ? (std::uint64_t(1) << n) - 1 : ~std::uint64_t(0); }
+inline std::uint64_t first_ones(std::size_t n) {
+  return n < 64 ? (std::uint64_t(1) << n) - 1 : ~std::uint64_t(0);
+}
 
 template <class Simd, typename T, int M>
 bool decode_block(const Tables& tables, const Block<T>& block, const Coded& coded) {

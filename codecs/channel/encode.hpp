@@ -59,7 +59,8 @@ bool encode_block(const Tables& tables, const Block<const T>& block, Sink* sink)
       }
       Simd::columns(rows, o, tile);
       for (std::size_t k = o / 8; k < least(o / 8 + 2, octets); ++k)
-        split<Simd, T, M>(rows + 8 * (k - o / 8), live, live_count, mantissas + k * kRows * live_count);
+        split<Simd, T, M>(rows + 8 * (k - o / 8), live, live_count,
+                          mantissas + k * kRows * live_count);
     }
     if (s + 1 == count) {
       const std::size_t words = carried_words(tables, block.tokens);

@@ -30,7 +30,7 @@ struct Alias {
 
 // What a slot says, for decoding. Slot x lies in bucket x/32 at place x%32; entries are
 //   entry[bucket]:       divide (5 bits) 0 (6) escape (1) value (9) frequency (11)
-//   entry[32 + bucket]:  what to add to the place to get the rank (11, signed) escape value frequency
+//   entry[32 + bucket]:  rank - place (11, signed) escape value frequency
 // The first counts where place < divide. A bucket that is all one symbol's has it in the second,
 // and divide 0; so five bits are enough, and comparing (place, ones) with the whole entry tells.
 struct Decoder {
@@ -108,8 +108,8 @@ bool constant(const Block<const T>& block, std::size_t head, std::size_t channel
 // `levels` has room for 2*exponents. Sets the lowest exponent it holds, how many, and the escape's
 // level; returns false when nothing was counted.
 bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::uint32_t most,
-                   std::uint64_t outside, std::uint8_t* levels, std::uint32_t* low, std::size_t* width,
-                   std::uint8_t* escape_level);
+                   std::uint64_t outside, std::uint8_t* levels, std::uint32_t* low,
+                   std::size_t* width, std::uint8_t* escape_level);
 
 // --- blocks: each function has one result, whatever instructions it uses ------------------------
 

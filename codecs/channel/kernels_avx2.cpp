@@ -34,7 +34,8 @@ class Index {
       return _mm256_broadcastsi128_si256(
           _mm_load_si128(reinterpret_cast<const __m128i*>(table + at)));
     };
-    return _mm256_or_si256(_mm256_shuffle_epi8(half(0), low_), _mm256_shuffle_epi8(half(16), high_));
+    return _mm256_or_si256(_mm256_shuffle_epi8(half(0), low_),
+                           _mm256_shuffle_epi8(half(16), high_));
   }
 
  private:

@@ -65,10 +65,13 @@ struct Avx512 {
    private:
     template <bool limited>
     __attribute__((always_inline)) bool step(const Decoder& d, const std::uint8_t** words,
-                                             std::uint32_t* out, int shift, std::uint32_t value_mask,
-                                             bool first, std::uint64_t* escaped) {
-      const __m512i own_low = _mm512_load_si512(d.entry), own_high = _mm512_load_si512(d.entry + 16);
-      const __m512i other_low = _mm512_load_si512(d.entry + 32), other_high = _mm512_load_si512(d.entry + 48);
+                                             std::uint32_t* out, int shift,
+                                             std::uint32_t value_mask, bool first,
+                                             std::uint64_t* escaped) {
+      const __m512i own_low = _mm512_load_si512(d.entry),
+                    own_high = _mm512_load_si512(d.entry + 16);
+      const __m512i other_low = _mm512_load_si512(d.entry + 32),
+                    other_high = _mm512_load_si512(d.entry + 48);
       const __m512i ones = _mm512_set1_epi32(-1);
       const __m512i low = _mm512_set1_epi32(int(kLow));
       // A word of the stream into the upper half of each lane.
@@ -94,7 +97,8 @@ struct Avx512 {
         const __m512i rank =
             _mm512_mask_add_epi32(place, second, place, _mm512_srai_epi32(other, 21));
         const __m512i freq = _mm512_and_si512(e[v], _mm512_set1_epi32(int(kFreqMask)));
-        __m512i y = _mm512_add_epi32(_mm512_mullo_epi32(freq, _mm512_srli_epi32(x, kProbBits)), rank);
+        __m512i y =
+            _mm512_add_epi32(_mm512_mullo_epi32(freq, _mm512_srli_epi32(x, kProbBits)), rank);
         const __mmask16 more = limited ? _mm512_mask_cmplt_epu32_mask(active_[v], y, low)
                                        : _mm512_cmplt_epu32_mask(y, low);
         __m512i w = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -158,7 +162,8 @@ struct Avx512 {
       transpose(r);
       const __m512i bases = _mm512_load_si512(reinterpret_cast<const char*>(base) + 64 * part);
       const __mmask64 there = first_ones(width * sizeof(T) > 64 * std::size_t(part)
-                                             ? least(64, width * sizeof(T) - 64 * std::size_t(part)) : 0);
+                                             ? least(64, width * sizeof(T) - 64 * std::size_t(part))
+                                             : 0);
       const auto row = [&](int i) {
         __m512i m = widen<T>(reinterpret_cast<const std::uint8_t*>(&fields[i]), part);
         if constexpr (sizeof(T) == 2 && B) m = _mm512_slli_epi16(m, 8);
@@ -252,9 +257,10 @@ struct Avx512 {
         q = _mm512_mask_add_epi32(q, more, q, one);
         rank = _mm512_mask_sub_epi32(rank, more, rank, freq);
         const __m512i start = _mm512_and_si512(_mm512_srli_epi32(cell, kStartAt), ranks);
-        const __m512i slot = _mm512_and_si512(
-            _mm512_i32gather_epi32(_mm512_and_si512(_mm512_add_epi32(start, rank), ranks), e.slot, 2),
-            ranks);
+        const __m512i slot =
+            _mm512_and_si512(_mm512_i32gather_epi32(
+                                 _mm512_and_si512(_mm512_add_epi32(start, rank), ranks), e.slot, 2),
+                             ranks);
         x_[v] = _mm512_mask_or_epi32(x_[v], active, _mm512_slli_epi32(q, kProbBits), slot);
       }
       sink->words = words;
@@ -276,7 +282,8 @@ struct Avx512 {
     }
   }
 
-  static void collect(const Row& row, std::uint64_t live, std::size_t live_count, std::uint8_t* out) {
+  static void collect(const Row& row, std::uint64_t live, std::size_t live_count,
+                      std::uint8_t* out) {
     _mm512_mask_storeu_epi8(out, first_ones(live_count),
                             _mm512_maskz_compress_epi8(live, __m512i(row)));
   }

@@ -59,7 +59,8 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
     const std::uint32_t* row = &counts[c * stride];
     kinds[c] = kConstant;
     number[c] = in.data[std::ptrdiff_t(c / dim) * in.head_stride + std::ptrdiff_t(c % dim)];
-    if (row[number[c] >> form.mantissa_bits] == numbers && constant<T>(in, c / dim, c % dim)) continue;
+    if (row[number[c] >> form.mantissa_bits] == numbers && constant<T>(in, c / dim, c % dim))
+      continue;
     kinds[c] = kCoded;
     coded.push_back(row);
   }
@@ -67,7 +68,8 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
   std::vector<std::uint8_t> out;
   put(out, std::uint16_t(shapes.widths.size()));
   for (const std::vector<std::uint8_t>* piece :
-       {&shapes.widths, &shapes.escapes, &shapes.levels, static_cast<const std::vector<std::uint8_t>*>(&kinds)})
+       {&shapes.widths, &shapes.escapes, &shapes.levels,
+        static_cast<const std::vector<std::uint8_t>*>(&kinds)})
     out.insert(out.end(), piece->begin(), piece->end());
   std::size_t live = 0;
   for (std::size_t c = 0; c < n; ++c) {

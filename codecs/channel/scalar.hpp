@@ -115,7 +115,8 @@ struct Scalar {
       T numbers[8][kStrip];
       for (int w = 0; w < Tile<T>::kWords; ++w)
         for (int i = 0; i < 8; ++i)
-          std::memcpy(&numbers[i][w * Tile<T>::kInWord], &tile.word[w][token + o + std::size_t(i)], 4);
+          std::memcpy(&numbers[i][w * Tile<T>::kInWord], &tile.word[w][token + o + std::size_t(i)],
+                      4);
       Row packed[R], fields[8];
       for (int j = 0; j < R; ++j) packed[j] = row_at(mantissas + (8 * B + j) * kStrip);
       unpack<R>(packed, fields);
@@ -146,7 +147,8 @@ struct Scalar {
     for (std::size_t i = 0; i < count; ++i, out += kStrip, rows += live_count) {
       std::memset(out, 0, kStrip);
       std::size_t k = 0;
-      for (std::uint64_t left = live; left; left &= left - 1) out[__builtin_ctzll(left)] = rows[k++];
+      for (std::uint64_t left = live; left; left &= left - 1)
+        out[__builtin_ctzll(left)] = rows[k++];
     }
   }
 

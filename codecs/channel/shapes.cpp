@@ -24,7 +24,8 @@ constexpr int kCandidates = 6;
 class Log2 {
  public:
   Log2() {
-    for (int i = 0; i <= 256; ++i) fraction_[i] = std::int16_t(std::lround(kBit * std::log2(1 + i / 256.0)));
+    for (int i = 0; i <= 256; ++i)
+      fraction_[i] = std::int16_t(std::lround(kBit * std::log2(1 + i / 256.0)));
   }
   int operator()(std::uint32_t n) const {  // n > 0
     const int top = 31 - __builtin_clz(n);
@@ -119,7 +120,8 @@ struct Group {
     for (int sign = 0; sign < 2; ++sign)
       for (int i = 0; i < kWindow; ++i) {
         const std::uint32_t n = sum[sign][i];
-        cost[sign][kMostShift + i] = std::int16_t(n ? std::min(all - log2_of(n), 10 * kBit) : kEscapeCost);
+        cost[sign][kMostShift + i] =
+            std::int16_t(n ? std::min(all - log2_of(n), 10 * kBit) : kEscapeCost);
       }
   }
   // Cost of a channel's numbers, had it joined with that shift (at most kMostShift) and flip.

@@ -29,7 +29,11 @@ struct Strip {
 class Strips {
  public:
   Strips(std::size_t batch, std::size_t heads, std::size_t tokens, std::size_t dim)
-      : batch_(batch), heads_(heads), tokens_(tokens), dim_(dim), row_((dim + kStrip - 1) / kStrip) {}
+      : batch_(batch),
+        heads_(heads),
+        tokens_(tokens),
+        dim_(dim),
+        row_((dim + kStrip - 1) / kStrip) {}
 
   std::size_t count() const { return (tokens_ + kLanes - 1) / kLanes * batch_ * heads_ * row_; }
 
@@ -95,8 +99,12 @@ inline Row row_at(const std::uint8_t* p) {
   return r;
 }
 // Shifts do not cross from byte to byte where the mask says so.
-inline Row up(Row r, int bits, int mask) { return Row(Row16(r) << bits) & (Row{} + std::uint8_t(mask)); }
-inline Row down(Row r, int bits, int mask) { return Row(Row16(r) >> bits) & (Row{} + std::uint8_t(mask)); }
+inline Row up(Row r, int bits, int mask) {
+  return Row(Row16(r) << bits) & (Row{} + std::uint8_t(mask));
+}
+inline Row down(Row r, int bits, int mask) {
+  return Row(Row16(r) >> bits) & (Row{} + std::uint8_t(mask));
+}
 
 // Fields of R bits of eight tokens into R rows, and back.
 template <int R>

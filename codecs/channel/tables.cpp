@@ -150,8 +150,8 @@ bool constant(const Block<const T>& block, std::size_t head, std::size_t channel
 }
 
 bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::uint32_t most,
-                   std::uint64_t outside, std::uint8_t* levels, std::uint32_t* lowest, std::size_t* width,
-                   std::uint8_t* escape_level) {
+                   std::uint64_t outside, std::uint8_t* levels, std::uint32_t* lowest,
+                   std::size_t* width, std::uint8_t* escape_level) {
   std::uint64_t total = outside, seen = 0;
   for (std::uint32_t v = 0; v < 2 * exponents; ++v) {
     total += counts[v];

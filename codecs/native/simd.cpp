@@ -30,7 +30,8 @@ Level choose() {
   const char* wanted = std::getenv("KVZIP_SIMD");
   if (wanted && *wanted) {
     const Level level = from_name(wanted);
-    if (!has(level)) throw std::invalid_argument("KVZIP_SIMD: this processor has no " + std::string(wanted));
+    if (!has(level))
+      throw std::invalid_argument("KVZIP_SIMD: this processor has no " + std::string(wanted));
     return level;
   }
   for (Level level : {Level::avx512, Level::avx2})
