@@ -17,7 +17,7 @@ import numpy as np
 
 from kvzip import capture, container, entropy
 from kvzip.codec import get_codec
-from kvzip.eval.bench import measure
+from kvzip.eval import bench
 from kvzip.eval.economics import Measured, MeasuredCodec, breakeven, prefill_flops
 from kvzip.eval.exactness import Exactness, Reference
 from kvzip.eval.paper import paper_table
@@ -85,7 +85,7 @@ def run(
     for spec, codec in chosen.items():
         step(f"codec {spec}")
         own = profile if codec.needs_profile else None
-        row, blob = measure(snapshot, codec, own, threads=threads)
+        row, blob = bench.measure(snapshot, codec, own, threads=threads)
         encoded = folder / f"{path.stem}.{spec.replace(':', '-').replace('=', '-')}.kvz"
         with replacing_file(encoded) as file:
             file.write(blob)
@@ -222,21 +222,14 @@ def _kinds(snapshot: Snapshot) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 
-def _codec_result(row: Any, check: Exactness) -> CodecResult:
-    return CodecResult(
-        name=row.spec,
-        spec=row.spec,
-        encoded_bytes=row.encoded_bytes,
-        ratio=row.ratio,
-        bits_per_value=row.bits_per_value,
-        encode_seconds=row.encode_seconds,
-        decode_seconds=row.decode_seconds,
-        encode_gbps=row.encode_gbps,
-        decode_gbps=row.decode_gbps,
-        exact=row.exact and check.bytes_equal,
-        tokens_equal=check.tokens_equal,
-        logits_max_diff=check.max_logit_difference,
-    )
+def _codec_result(row: bench.CodecResult, check: Exactness) -> CodecResult:
+    measured = msgspec.structs.asdict(row) | {
+        "name": row.spec,
+        "exact": row.exact and check.bytes_equal,
+        "tokens_equal": check.tokens_equal,
+        "logits_max_diff": check.max_logit_difference,
+    }
+    return CodecResult(**measured)
 
 
 def _fresh(check: Exactness) -> FreshPrefill:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from kvzip.errors import KVZipError
+from kvzip.eval import bench
 from kvzip.eval.economics import BreakEven
 from kvzip.eval.paper import PaperRow
 
@@ -42,20 +43,9 @@ class Plane(msgspec.Struct, frozen=True):
     """Entropy over the values, bits per number."""
 
 
-class CodecResult(msgspec.Struct, frozen=True):
-    name: str
-    spec: str
-    """What :func:`kvzip.get_codec` takes to make this codec."""
-    encoded_bytes: int
-    ratio: float
-    bits_per_value: float
-    encode_seconds: float
-    decode_seconds: float
-    encode_gbps: float
-    """GB of raw numbers per second."""
-    decode_gbps: float
-    exact: bool
-    """Every layer's bytes came back as they were."""
+class CodecResult(bench.CodecResult, frozen=True):
+    """One codec on the document; `name` is its spec, what :func:`kvzip.get_codec` takes."""
+
     tokens_equal: int
     """Greedy tokens equal to those from the same cache uncompressed, up to the first difference."""
     logits_max_diff: float
