@@ -152,6 +152,10 @@ def _batched(array: Bits) -> Bits:
     return array if array.ndim == 4 else array[np.newaxis]
 
 
+def _batched_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if len(shape) == 4 else (1, *shape)
+
+
 def _checksum(array: Bits) -> int:
     """XXH3-64 of an array's bytes in C order, [batch, heads, tokens, dim]."""
     if array.size == 0:
@@ -274,17 +278,22 @@ class _Encoder:
         made = self.codec.make_tables(whole, context)
         return made, self.codec.load_tables(memoryview(made), whole.shape, context)
 
-    def block(self, entry: _Entry, **more: Any) -> tuple[bytes, int]:
-        """Stored bytes and raw checksum of a block."""
-        block = self.part(entry)[:, :, entry.start : entry.start + entry.tokens]
-        return self.codec.encode(block, self.context(entry, **more)), _checksum(block)
+    def block(self, entry: _Entry) -> Bits:
+        """The entry's numbers."""
+        return self.part(entry)[:, :, entry.start : entry.start + entry.tokens]
+
+    def encode_block(self, row: int, **more: Any) -> _Encoded:
+        entry = self.entries[row]
+        block = self.block(entry)
+        data = self.codec.encode(block, self.context(entry, **more))
+        return _Encoded(row, data, _checksum(block))
 
     def encode_part(self, rows: Sequence[int]) -> list[_Encoded]:
         """One layer's K or V: its tables, then its blocks."""
         made, tables = self.tables(self.entries[rows[0]])
         return [
             _Encoded(rows[0], made, _digest(made)),
-            *(_Encoded(row, *self.block(self.entries[row], tables=tables)) for row in rows[1:]),
+            *(self.encode_block(row, tables=tables) for row in rows[1:]),
         ]
 
     def encode_chain(
@@ -299,10 +308,8 @@ class _Encoder:
             needs = self.codec.needs(entry.layer, entry.part)
             need = {key: earlier[key] for key in needs if key in earlier}
             table = tables[entry.layer, entry.part]
-            coded = self.block(entry, tables=table, earlier=need, scratch=scratch)
-            results.append(_Encoded(row, *coded))
-            block = self.part(entry)[:, :, entry.start : entry.start + entry.tokens]
-            earlier[entry.layer, entry.part] = block
+            results.append(self.encode_block(row, tables=table, earlier=need, scratch=scratch))
+            earlier[entry.layer, entry.part] = self.block(entry)
         return results
 
     def encoded(self, pool: ThreadPoolExecutor | None, ahead: int) -> Iterator[_Encoded]:
@@ -449,7 +456,7 @@ def max_encoded_size(
     for entry in _entries(shapes, block_tokens):
         shape = shapes.layers[entry.layer].shape(entry.part)
         if entry.tables:
-            size += codec.max_tables_size(shape if len(shape) == 4 else (1, *shape), form)
+            size += codec.max_tables_size(_batched_shape(shape), form)
         else:
             numbers = entry.tokens * int(np.prod((*shape[:-2], shape[-1]), dtype=np.int64))
             size += codec.max_encoded_size(numbers * form.itemsize)
@@ -791,8 +798,7 @@ class Reader:
         key = layer, part
         if key not in loaded:
             data = self._stored(self._rows[key].start)
-            shape = self.layout.layers[layer].shape(part)
-            shape = shape if len(shape) == 4 else (1, *shape)
+            shape = _batched_shape(self.layout.layers[layer].shape(part))
             loaded[key] = self._codec.load_tables(data, shape, self._context(layer, part, 0, 0))
         return loaded[key]
 
@@ -846,8 +852,7 @@ class Reader:
             if inside is not None and inside.shape[2] == tokens:
                 block = inside
             else:
-                shape = whole.shape(part)
-                shape = shape if len(shape) == 4 else (1, *shape)
+                shape = _batched_shape(whole.shape(part))
                 block = np.empty((*shape[:2], tokens, shape[3]), self._form.uint)
             needs = self._codec.needs(layer, part)
             context = self._context(

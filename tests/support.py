@@ -71,3 +71,25 @@ def assert_same(a, b):
     for i, (x, y) in enumerate(zip(a.layers, b.layers, strict=True)):
         assert np.array_equal(x.k, y.k), f"layer {i}: keys differ"
         assert np.array_equal(x.v, y.v), f"layer {i}: values differ"
+
+
+def tiny_model(kind, **more):
+    """A random model of a family of transformers, bf16, as `kvzip.models` loads them."""
+    import torch
+    import transformers
+
+    from kvzip.models import LoadedModel
+
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": 200,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    config = getattr(transformers, f"{kind}Config")(**common | more)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return LoadedModel(model, None, f"tiny-{kind}", "r")

@@ -5,42 +5,24 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import assert_same
+from support import assert_same, tiny_model
 
 import kvzip
 from kvzip.capture import Document, capture, cut_documents, prefill, read_text
 from kvzip.cli import main
 from kvzip.errors import KVZipError, UnsupportedError
-from kvzip.models import LoadedModel, load_model
-
-
-def tiny(kind, **more):
-    import transformers
-
-    torch.manual_seed(0)
-    common = {
-        "vocab_size": 200,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    config = getattr(transformers, f"{kind}Config")(**common | more)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    return LoadedModel(model, None, f"tiny-{kind}", "r")
+from kvzip.models import load_model
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return tiny("Llama")
+    return tiny_model("Llama")
 
 
 @pytest.fixture(scope="module")
 def gemma():
     types = ["sliding_attention", "full_attention"] * 2
-    return tiny("Gemma3Text", sliding_window=16, layer_types=types)
+    return tiny_model("Gemma3Text", sliding_window=16, layer_types=types)
 
 
 def cache_of(loaded, ids):
@@ -176,7 +158,7 @@ def test_documents_are_cuts_of_the_text(tmp_path):
 
 
 def test_layers_that_cannot_be_snapshots_are_named():
-    loaded = tiny("Qwen3Next", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    loaded = tiny_model("Qwen3Next", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
     with pytest.raises(UnsupportedError, match="layer 0"):
         prefill(loaded, np.arange(5, dtype=np.uint32))
 

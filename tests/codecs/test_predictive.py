@@ -8,34 +8,17 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_same, make_snapshot, random_bits, reseal
+from support import assert_same, make_snapshot, random_bits, reseal, tiny_model
 
 import kvzip
 from kvzip.capture import prefill
 from kvzip.errors import KVZipError, ProfileError
-from kvzip.models import LoadedModel
 
 
 def tiny(kind="Llama", **more):
-    """A random model whose residual stream changes slowly, so that layers predict each other."""
-    import transformers
-
-    torch.manual_seed(1)
-    common = {
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    }
-    config = getattr(transformers, f"{kind}Config")(**common | more)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    return LoadedModel(model, None, f"tiny-{kind}", "r")
+    return tiny_model(kind, **{"vocab_size": 100, "num_hidden_layers": 5, "head_dim": 16} | more)
 
 
 def documents(loaded, count, tokens=160, seed=0, **how):
