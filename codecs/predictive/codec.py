@@ -26,19 +26,19 @@ _LAYER_TENSORS = (
     "order",
     "step",
     "unit",
+    "mean",
+    "input_scale",
     "bias",
     "weight",
     "weight_scale",
     "within",
     "within_scale",
-    "mean",
-    "input_scale",
     "density",
-    "scale",
-    "pair_scale",
+    "inverse",
+    "pair_inverse",
     "pair_slope",
 )
-# A block starts with 128 bytes of rANS states, and numbers cost little but never nothing.
+# A block starts with 256 bytes of rANS states, and numbers cost little but never nothing.
 _MAX_EXPANSION = 1 << 16
 
 
@@ -75,7 +75,7 @@ class PredictiveCodec(Codec):
         if chain is not None:
             high, low = _split(block)
             try:
-                coded, _ = chain.encode(context.layer, PARTS.index(context.part), high)
+                coded = chain.encode(context.layer, PARTS.index(context.part), high)
             except ValueError as error:
                 raise ProfileError(f"the profile is of another model: {error}") from None
             choices.append(_CODED + low.tobytes() + coded)
@@ -97,7 +97,7 @@ class PredictiveCodec(Codec):
             raise CorruptError("a block of unknown kind, or one that nothing predicts")
         if chain is not None:
             # What follows is predicted from these numbers, too.
-            chain.encode(context.layer, part, _split(out)[0])
+            chain.skip(context.layer, part, _split(out)[0])
 
     def max_encoded_size(self, raw_bytes: int) -> int:
         return raw_bytes + 1
@@ -194,8 +194,8 @@ def new_chain(
     entries = np.full(rows * count, -1, np.int32)
     known = tensors.get("token_ids")
     if known is not None and token_ids is not None and token_ids.size == rows * count:
-        ids = token_ids.reshape(-1)
-        place = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        ids, order = token_ids.reshape(-1), np.argsort(known)
+        place = order[np.minimum(np.searchsorted(known, ids, sorter=order), len(known) - 1)]
         entries = np.where(known[place] == ids, place, -1).astype(np.int32)
     # Of fp32 the upper half is coded, which is a bf16 number.
     mantissa_bits = 7 if form.bits == 32 else form.mantissa_bits
@@ -211,12 +211,17 @@ def build(
     try:
         model = _native.PredictiveModel(tensors["densities"], tensors["sine"])
         for i, layer in enumerate(description["layers"]):
+            table = tensors.get(f"{i}.table")
+            wide = table is not None and table.dtype == np.int16
             model.add_layer(
                 layer["inputs"],
                 layer["k"],
                 layer["v"],
                 **{name: tensors[f"{i}.{name}"] for name in _LAYER_TENSORS},
-                table=tensors.get(f"{i}.table"),
+                centre=tensors.get(f"{i}.centre"),
+                centre_bias=tensors.get(f"{i}.centre_bias"),
+                table16=table if wide else None,
+                table8=None if wide else table,
             )
     except (KeyError, TypeError, ValueError) as error:
         raise ProfileError(f"the profile makes no sense: {error}") from None

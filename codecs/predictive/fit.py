@@ -29,7 +29,7 @@ RESIDUAL_SHIFT = 10
 TABLE_SHIFT = 3
 INPUT_SHIFT = 28
 ANGLES = 32
-CELLS = 208
+CELLS = 64
 SINK_TOKENS = 4  # first tokens, whose values are unlike all others
 MEAN_DEVIATION = 0.75  # of the standard deviation, to begin with
 
@@ -49,9 +49,7 @@ def sine_table() -> NDArray[np.int16]:
 
 def cell_edges() -> Doubles:
     """|z| at the edges of the cells of a density's table, 1 is the mean deviation."""
-    edges = [i / 16 for i in range(32)]
-    edges += [2.0 ** (e - 8) * (1 + i / 16) for e in range(9, 20) for i in range(16)]
-    return np.array([*edges, 4096.0])
+    return np.array([(8 + i % 8) / 16 * 2.0 ** (i // 8) - 0.5 for i in range(CELLS + 1)])
 
 
 def densities() -> tuple[NDArray[np.uint32], Doubles]:
@@ -266,7 +264,9 @@ def fit(
         made = _layer(sums, i, orders[i], mean[i], deviation[i])
         if i == 0 and table is not None and len(table):
             tensors["token_ids"] = table.ids()
-            made["table"] = table.values(made["bias"], made["unit"])
+            made["table"] = table.values(made["bias"][0], made["unit"])
+            for name in ("inverse", "pair_inverse", "pair_slope"):
+                made[name] = np.concatenate([made[name]] * 2)
         tensors |= {f"{i}.{name}": array for name, array in made.items()}
         description["layers"].append(
             {
@@ -358,41 +358,56 @@ def _layer(
     coefficients, variance, covariance, second = within(residual, pairs)
     # From an input residual in steps of 2^10 of its units to this channel's units.
     coefficients = coefficients * unit[None, :] * (1 << RESIDUAL_SHIFT) / unit[:, None]
-    row = -(-n // 64) * 64
     within_scale = np.maximum(np.abs(coefficients).max(axis=1), 1e-9) / 127
-    within_rounded = np.zeros((n, row), np.int8)
-    within_rounded[:, :n] = np.round(coefficients / within_scale[:, None])
-    deviations = np.sqrt(variance) / unit * MEAN_DEVIATION * 16
-    weight = np.zeros((n, -(-columns // 64) * 64), np.int8)
-    weight[:, :columns] = rounded.T
+    within_rounded = np.round(coefficients / within_scale[:, None]).astype(np.int8)
+    deviations = np.sqrt(variance) / unit * MEAN_DEVIATION
     firsts = np.array([a for a, _ in pairs], np.int64)
     first = variance[firsts]
     one, two, slope = turned(first, second, covariance)
     of_unit = unit[firsts][:, None]
-    pair_scale = np.stack([one, two], axis=-1) / of_unit[..., None] * MEAN_DEVIATION * 16
+    pair_deviations = np.stack([one, two], axis=1) / of_unit[..., None] * MEAN_DEVIATION
+    # Every layer's channels begin at a multiple of four inputs.
+    widths = [sums.widths[a] for a in inputs_of(i)]
+    pieces = np.split(rounded.T, np.cumsum(widths)[:-1], axis=1) if widths else [rounded.T]
+    weight = np.concatenate([_padded(piece, 1, 4) for piece in pieces], axis=1)
     return {
         "order": order.order.astype(np.int32),
         "step": order.step,
         "unit": exponent.astype(np.int8),
-        "bias": _int32(bias / unit),
-        "weight": weight,
-        "weight_scale": _int32(scale / unit * (1 << 20)),
-        "within": within_rounded,
-        "within_scale": _int32(within_scale * (1 << 20)),
+        "bias": _int32(bias / unit)[None],
+        "weight": packed(weight)[None],
+        "weight_scale": _int32(scale / unit * (1 << 20))[None],
+        "within": packed(within_rounded)[None],
+        "within_scale": _int32(within_scale * (1 << 20))[None],
         "mean": _int32(mean / unit),
         "input_scale": _int32(127 / CLIP / deviation * unit * (1 << INPUT_SHIFT)),
         "density": np.full(n, 5, np.uint8),
-        "scale": np.stack([_scale(deviations)] * 2),
-        "pair_scale": np.stack([_scale(pair_scale)] * 2),
-        "pair_slope": np.stack([_int32(np.clip(slope * (1 << 12), -(2**20), 2**20))] * 2),
+        "inverse": _inverse(deviations)[None],
+        "pair_inverse": _inverse(pair_deviations)[None],
+        "pair_slope": _int32(np.clip(slope * (1 << 12), -(2**20), 2**20))[None],
     }
+
+
+def _padded(matrix: NDArray[Any], axis: int, to: int) -> NDArray[Any]:
+    room = [(0, 0)] * matrix.ndim
+    room[axis] = (0, -matrix.shape[axis] % to)
+    return np.pad(matrix, room)
+
+
+def packed(matrix: NDArray[np.int8]) -> NDArray[np.int8]:
+    """[outputs, inputs] in blocks of four by four, [outputs/4, inputs/4, 4, 4]."""
+    whole = _padded(_padded(matrix, 0, 4), 1, 4)
+    rows, columns = whole.shape
+    return np.ascontiguousarray(whole.reshape(rows // 4, 4, columns // 4, 4).transpose(0, 2, 1, 3))
 
 
 def _int32(values: Any) -> NDArray[np.int32]:
     return np.asarray(np.clip(np.round(values), -(2**31) + 1, 2**31 - 1), np.int32)
 
 
-def _scale(values: Any) -> NDArray[np.int32]:
+def _inverse(deviations: Any) -> NDArray[np.int32]:
+    """2^28 / mean deviation in units."""
+    values = (1 << 28) / np.maximum(deviations, 1e-9)
     return np.asarray(np.clip(np.round(values), 1, 1 << 26), np.int32)
 
 
@@ -467,12 +482,15 @@ def _calibrate(
     _, shares = densities()
     edges = cell_edges()
     for i in range(len(layers)):
-        both = np.concatenate(counts[i], axis=1)  # [known, channels, cells]
+        both = np.concatenate(counts[i], axis=1)  # [classes, channels, cells]
         factor, shape = best_fit(both[0], edges, shares)
-        known_factor, _ = best_fit(both[1], edges, shares, shape)
-        factors = np.stack([factor, np.where(both[1].sum(axis=-1) > 0, known_factor, factor)])
+        all_factors = [factor]
+        for known in both[1:]:
+            own, _ = best_fit(known, edges, shares, shape)
+            all_factors.append(np.where(known.sum(axis=-1) > 0, own, factor))
+        factors = np.stack(all_factors)
         tensors[f"{i}.density"] = shape.astype(np.uint8)
-        tensors[f"{i}.scale"] = _scale(tensors[f"{i}.scale"] * factors)
+        tensors[f"{i}.inverse"] = _rescaled(tensors[f"{i}.inverse"], factors)
         heads = layers[i]["k"][0]
         pairs = len(tensors[f"{i}.step"])
         if pairs:
@@ -480,10 +498,12 @@ def _calibrate(
             turned_places = [
                 h * dim + 2 * j + s for h in range(heads) for j in range(pairs) for s in (0, 1)
             ]
-            of_pairs = factors[:, turned_places].reshape(2, heads * pairs, 1, 2)
-            tensors[f"{i}.pair_scale"] = _scale(
-                tensors[f"{i}.pair_scale"].reshape(2, heads * pairs, ANGLES, 2) * of_pairs
-            )
+            of_pairs = factors[:, turned_places].reshape(-1, heads * pairs, 2, 1)
+            tensors[f"{i}.pair_inverse"] = _rescaled(tensors[f"{i}.pair_inverse"], of_pairs)
+
+
+def _rescaled(inverse: NDArray[Any], factors: Doubles) -> NDArray[np.int32]:
+    return np.asarray(np.clip(np.round(inverse / factors), 1, 1 << 26), np.int32)
 
 
 def best_fit(

@@ -1,0 +1,119 @@
+// AVX-512 with VNNI: sixteen tokens side by side, a density's whole table in eight registers.
+#include <immintrin.h>
+
+#include "predictive/kernels_of.hpp"
+
+namespace kvzip::predictive {
+namespace {
+
+struct Avx512 {
+  static constexpr int W = 16;
+  typedef std::int32_t I __attribute__((vector_size(64)));
+  typedef std::uint32_t U __attribute__((vector_size(64)));
+  typedef float F __attribute__((vector_size(64)));
+
+  static bool any(I m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
+  static __m512i odd(I v) { return _mm512_srli_epi64((__m512i)v, 32); }
+  // 32 bits from bit S on of products of even and of odd lanes.
+  template <int S>
+  static I joined(__m512i even, __m512i odd) {
+    return (I)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, S), _mm512_slli_epi64(odd, 32 - S));
+  }
+  template <int S>
+  static I product(I a, I b) {
+    return joined<S>(_mm512_mul_epi32((__m512i)a, (__m512i)b), _mm512_mul_epi32(odd(a), odd(b)));
+  }
+  template <int S>
+  static I scaled(I a, I b) {
+    const __m512i half = _mm512_set1_epi64(1ll << (S - 1));
+    return joined<S>(_mm512_add_epi64(_mm512_mul_epi32((__m512i)a, (__m512i)b), half),
+                     _mm512_add_epi64(_mm512_mul_epi32(odd(a), odd(b)), half));
+  }
+  static I turned(I a, I c, I b, I s) {
+    const __m512i half = _mm512_set1_epi64(1 << 13);
+    const __m512i even = _mm512_add_epi64(_mm512_mul_epi32((__m512i)a, (__m512i)c),
+                                          _mm512_mul_epi32((__m512i)b, (__m512i)s));
+    const __m512i other = _mm512_add_epi64(_mm512_mul_epi32(odd(a), odd(c)), _mm512_mul_epi32(odd(b), odd(s)));
+    return joined<14>(_mm512_add_epi64(even, half), _mm512_add_epi64(other, half));
+  }
+  static I z(I a, I m, std::int32_t limit) {
+    const __m512i most = _mm512_set1_epi64(limit);
+    const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)a, (__m512i)m), 15);
+    const __m512i other = _mm512_srli_epi64(_mm512_mul_epu32(odd(a), odd(m)), 15);
+    return (I)_mm512_or_si512(_mm512_min_epu64(even, most),
+                              _mm512_slli_epi64(_mm512_min_epu64(other, most), 32));
+  }
+
+  struct Table {
+    __m512i from[4], rise[4];
+    Table(const std::int32_t* f, const std::int32_t* r) {
+      for (int i = 0; i < 4; ++i) {
+        from[i] = _mm512_loadu_si512(f + 16 * i);
+        rise[i] = _mm512_loadu_si512(r + 16 * i);
+      }
+    }
+    void at(I cell, I* f, I* r) const {
+      const __m512i c = (__m512i)cell;
+      const __mmask16 upper = _mm512_test_epi32_mask(c, _mm512_set1_epi32(32));
+      *f = (I)_mm512_mask_blend_epi32(upper, _mm512_permutex2var_epi32(from[0], c, from[1]),
+                                      _mm512_permutex2var_epi32(from[2], c, from[3]));
+      *r = (I)_mm512_mask_blend_epi32(upper, _mm512_permutex2var_epi32(rise[0], c, rise[1]),
+                                      _mm512_permutex2var_epi32(rise[2], c, rise[3]));
+    }
+  };
+  static __m512 at64(const float* a, __m512i at) {
+    return _mm512_mask_blend_ps(
+        _mm512_test_epi32_mask(at, _mm512_set1_epi32(32)),
+        _mm512_permutex2var_ps(_mm512_loadu_ps(a), at, _mm512_loadu_ps(a + 16)),
+        _mm512_permutex2var_ps(_mm512_loadu_ps(a + 32), at, _mm512_loadu_ps(a + 48)));
+  }
+  static void at64(const float* a, const float* b, I at, F* va, F* vb) {
+    *va = (F)at64(a, (__m512i)at);
+    *vb = (F)at64(b, (__m512i)at);
+  }
+  static I at32(const std::int32_t* a, I at) {
+    return (I)_mm512_permutex2var_epi32(_mm512_loadu_si512(a), (__m512i)at, _mm512_loadu_si512(a + 16));
+  }
+
+  // sums + w . x, x still with its 128: `start` has what it comes to.
+  static I dot(I sums, I x, const std::int8_t* w) {
+    std::int32_t four;
+    std::memcpy(&four, w, 4);
+    return (I)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)x, _mm512_set1_epi32(four));
+  }
+  template <int N>
+  static void products_of(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
+                          const std::int32_t* start, std::int32_t sums[4][kTile]) {
+    __m512i sum[4][N];
+    for (int o = 0; o < 4; ++o)
+      for (int v = 0; v < N; ++v) sum[o][v] = _mm512_set1_epi32(start[o]);
+    for (std::size_t g = 0; g < groups; ++g) {
+      __m512i word[N];
+      for (int v = 0; v < N; ++v) word[v] = _mm512_loadu_si512(x + g * kTile + v * W);
+      for (int o = 0; o < 4; ++o) {
+        std::int32_t four;
+        std::memcpy(&four, w + g * 16 + o * 4, 4);
+        const __m512i weight = _mm512_set1_epi32(four);
+        for (int v = 0; v < N; ++v) sum[o][v] = _mm512_dpbusd_epi32(sum[o][v], word[v], weight);
+      }
+    }
+    for (int o = 0; o < 4; ++o)
+      for (int v = 0; v < N; ++v) _mm512_storeu_si512(sums[o] + v * W, sum[o][v]);
+  }
+  static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
+                       const std::int32_t* start, std::size_t n, std::int32_t sums[4][kTile]) {
+    if (n > 3 * W) return products_of<4>(x, w, groups, start, sums);
+    if (n > 2 * W) return products_of<3>(x, w, groups, start, sums);
+    if (n > W) return products_of<2>(x, w, groups, start, sums);
+    products_of<1>(x, w, groups, start, sums);
+  }
+};
+
+}  // namespace
+
+const Kernels& avx512_kernels() {
+  static constexpr Kernels k = Of<Avx512>::kernels();
+  return k;
+}
+
+}  // namespace kvzip::predictive

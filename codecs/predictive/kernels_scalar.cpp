@@ -1,0 +1,90 @@
+// For any processor: vectors of four, of which the compiler makes what it can.
+#include "predictive/kernels_of.hpp"
+
+namespace kvzip::predictive {
+namespace {
+
+struct Scalar {
+  static constexpr int W = 4;
+  typedef std::int32_t I __attribute__((vector_size(16)));
+  typedef std::uint32_t U __attribute__((vector_size(16)));
+  typedef float F __attribute__((vector_size(16)));
+
+  static bool any(I m) { return m[0] | m[1] | m[2] | m[3]; }
+
+  template <int S>
+  static I product(I a, I b) {
+    I v;
+    for (int i = 0; i < W; ++i) v[i] = std::int32_t(std::int64_t(a[i]) * b[i] >> S);
+    return v;
+  }
+  template <int S>
+  static I scaled(I a, I b) {
+    I v;
+    for (int i = 0; i < W; ++i)
+      v[i] = std::int32_t((std::int64_t(a[i]) * b[i] + (std::int64_t(1) << (S - 1))) >> S);
+    return v;
+  }
+  // a*c + b*s, 2^14 being 1.
+  static I turned(I a, I c, I b, I s) {
+    I v;
+    for (int i = 0; i < W; ++i)
+      v[i] = std::int32_t((std::int64_t(a[i]) * c[i] + std::int64_t(b[i]) * s[i] + (1 << 13)) >> 14);
+    return v;
+  }
+  static I z(I a, I m, std::int32_t limit) {
+    I v;
+    for (int i = 0; i < W; ++i)
+      v[i] = std::int32_t(std::min<std::int64_t>(std::int64_t(a[i]) * m[i] >> 15, limit));
+    return v;
+  }
+
+  struct Table {
+    const std::int32_t *from, *rise;
+    Table(const std::int32_t* f, const std::int32_t* r) : from(f), rise(r) {}
+    void at(I cell, I* f, I* r) const {
+      for (int i = 0; i < W; ++i) {
+        (*f)[i] = from[cell[i]];
+        (*r)[i] = rise[cell[i]];
+      }
+    }
+  };
+  static void at64(const float* a, const float* b, I at, F* va, F* vb) {
+    for (int i = 0; i < W; ++i) {
+      (*va)[i] = a[at[i]];
+      (*vb)[i] = b[at[i]];
+    }
+  }
+  static I at32(const std::int32_t* a, I at) {
+    I v;
+    for (int i = 0; i < W; ++i) v[i] = a[at[i]];
+    return v;
+  }
+
+  // sums + w . x, x still with its 128: `start` has what it comes to.
+  static I dot(I sums, I x, const std::int8_t* w) {
+    return sums + (x & 255) * w[0] + (x >> 8 & 255) * w[1] + (x >> 16 & 255) * w[2] + (x >> 24 & 255) * w[3];
+  }
+  static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
+                       const std::int32_t* start, std::size_t n, std::int32_t sums[4][kTile]) {
+    for (std::size_t t = 0; t < n; t += W)
+      for (int o = 0; o < 4; ++o) {
+        I sum = I{} + start[o];
+        for (std::size_t g = 0; g < groups; ++g) {
+          I word;
+          std::memcpy(&word, x + g * kTile + t, sizeof word);
+          sum = dot(sum, word, w + g * 16 + o * 4);
+        }
+        std::memcpy(sums[o] + t, &sum, sizeof sum);
+      }
+  }
+};
+
+}  // namespace
+
+const Kernels& scalar_kernels() {
+  static constexpr Kernels k = Of<Scalar>::kernels();
+  return k;
+}
+
+}  // namespace kvzip::predictive
