@@ -58,6 +58,10 @@ struct Avx2 {
   }
   static I at32(const std::int32_t* a, I at) { return (I)_mm256_i32gather_epi32(a, (__m256i)at, 4); }
 
+  static const std::uint8_t* advance(std::uint64_t* x, U size, U rest, const std::uint8_t* word) {
+    return advance_each<W>(x, size, rest, word);
+  }
+
   // sums + w . (x - 128). The instruction multiplies unsigned by signed and saturates at 16 bits,
   // which |x - 128| times w cannot reach; so signs go over to w.
   static __m256i dots(__m256i sums, __m256i size, __m256i x, std::int32_t w) {

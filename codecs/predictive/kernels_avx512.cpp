@@ -75,6 +75,26 @@ struct Avx512 {
     return (I)_mm512_permutex2var_epi32(_mm512_loadu_si512(a), (__m512i)at, _mm512_loadu_si512(a + 16));
   }
 
+  static const std::uint8_t* advance(std::uint64_t* states, U size, U rest, const std::uint8_t* word) {
+    for (int h = 0; h < 2; ++h) {
+      const __m512i x = _mm512_srli_epi64(_mm512_loadu_si512(states + 8 * h), kCdfBits);
+      const __m512i s = _mm512_cvtepu32_epi64(_mm512_extracti32x8_epi32((__m512i)size, 0));
+      const __m512i r = _mm512_cvtepu32_epi64(_mm512_extracti32x8_epi32((__m512i)rest, 0));
+      // 24 bits times 39, in two products.
+      const __m512i y = _mm512_add_epi64(
+          _mm512_add_epi64(_mm512_mul_epu32(x, s), r),
+          _mm512_slli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(x, 32), s), 32));
+      const __mmask8 low = _mm512_cmplt_epu64_mask(y, _mm512_set1_epi64(kLow));
+      const __m512i next = _mm512_cvtepu32_epi64(_mm256_maskz_expandloadu_epi32(low, word));
+      _mm512_storeu_si512(states + 8 * h,
+                          _mm512_mask_or_epi64(y, low, _mm512_slli_epi64(y, 32), next));
+      word += 4 * _mm_popcnt_u32(low);
+      size = (U)_mm512_shuffle_i64x2((__m512i)size, (__m512i)size, 0x4E);
+      rest = (U)_mm512_shuffle_i64x2((__m512i)rest, (__m512i)rest, 0x4E);
+    }
+    return word;
+  }
+
   // sums + w . x, x still with its 128: `start` has what it comes to.
   static I dot(I sums, I x, const std::int8_t* w) {
     std::int32_t four;

@@ -10,6 +10,20 @@
 namespace kvzip::predictive {
 namespace {
 
+// What takes rANS states on once their numbers are known: one after the other, without a branch.
+template <int W, class U>
+const std::uint8_t* advance_each(std::uint64_t* x, U size, U rest, const std::uint8_t* word) {
+  for (int i = 0; i < W; ++i) {
+    const std::uint64_t y = std::uint64_t(size[i]) * (x[i] >> kCdfBits) + rest[i];
+    std::uint32_t next;
+    std::memcpy(&next, word, 4);
+    const std::uint64_t low = y < kLow;
+    x[i] = y << (32 * low) | (next & (0 - low));
+    word += 4 * low;
+  }
+  return word;
+}
+
 template <class Isa>
 struct Of {
   using I = typename Isa::I;
@@ -125,9 +139,10 @@ struct Of {
       return half + ((g ^ sign) - sign);
     }
 
-    // About the number below which lies `share`; how it comes to that has no bearing on the format.
-    I guess(I share, I centre2, I m) const {
-      const I c = most(least(share, all(2 * half)), all(0)) - half;
+    // About the number whose interval holds a target; how it comes to that has no bearing on the
+    // format. `k`: a number that may lie about there, for the share that the numbers below take.
+    I guess(I target, I k, I centre2, I m) const {
+      const I c = most(least(target - k, all(2 * half)), all(0)) - half;
       const I sign = c >> 31, g = (c ^ sign) - sign;
       const I tail = as_bits(to_float(half - g));
       const I step = most((tail >> 21) - ((127 + 7) << 2), all(0));
@@ -137,15 +152,17 @@ struct Of {
       I place = most(least(to_int(from + rise * rest), all(kCells - 1)), all(0));
       I start, size;
       table.at(place, &start, &size);
-      place = place + ((g < start) & 1 ? all(-1) : (g >= start + size) & 1 ? all(1) : all(0));
+      place = place + ((g < start) | ((g >= start + size) & 1));
       place = most(least(place, all(kCells - 1)), all(0));
       table.at(place, &start, &size);
-      const F within = (to_float(g - start) + 0.5f) / to_float(size | 1);
       const F begin = as_float((place + kFirst) << 20);
-      const F z = begin + within * (as_float((place + kFirst + 1) << 20) - begin) - float(1 << (kZBits - 1));
-      const F away = z * 32768.0f / to_float(m);
-      const F v = to_float(centre2) + as_float(as_bits(away) | (sign & std::int32_t(0x80000000)));
-      return grid.near(v * 0.5f);
+      // What a step of a share is in values.
+      const F scale = 16384.0f / to_float(m);
+      const F rate = (as_float((place + kFirst + 1) << 20) - begin) / to_float(size | 1) * scale;
+      const F away = (begin - float(1 << (kZBits - 1))) * scale + (to_float(g - start) + 0.5f) * rate;
+      const F v = to_float(centre2) * 0.5f + as_float(as_bits(away) ^ (sign & std::int32_t(0x80000000)));
+      // Where numbers lie close, their count moves the share: once more with a better k.
+      return grid.near(v - to_float(grid.near(v) - k) * rate);
     }
 
     // The interval of number k: its ends, its value and the |z| of its boundaries.
@@ -222,13 +239,12 @@ struct Of {
       I target;
       for (int i = 0; i < W; ++i) target[i] = std::int32_t(x[i] & (kCdf - 1));
       const I active = lanes() < std::int32_t(used);
-      I k = density.guess(target - density.grid.near(to_float(centre2) * 0.5f), centre2, m);
+      I k = density.guess(target, density.grid.near(to_float(centre2) * 0.5f), centre2, m);
       I low, high;
       density.of(k, centre2, m, &low, &high, value, z);
       I wrong = active & ((target < low) | (target >= high));
       if (any(wrong)) {
-        // Where numbers lie close, what is below depends on how many they are: guess again.
-        const I next = density.guess(target - k, centre2, m);
+        const I next = density.guess(target, k, centre2, m);
         const I beside = target < low ? k - 1 : k + 1;
         k = wrong ? (next == k ? beside : next) : k;
         k = most(least(k, all(density.numbers - 1)), all(0));
@@ -243,30 +259,21 @@ struct Of {
       const I size = high - low, rest = target - low;
       const I bits = k >= half ? k - half : 2 * half - 1 - k;
       for (std::size_t i = 0; i < used; ++i) number[t + i][offset] = T(bits[i]);
-      if (std::size_t(end - word) >= 4 * W) {
-        for (std::size_t i = 0; i < used; ++i) {
-          std::uint64_t y = std::uint64_t(std::uint32_t(size[i])) * (x[i] >> kCdfBits) + std::uint32_t(rest[i]);
-          std::uint32_t next;
+      if (std::size_t(end - word) >= 4 * W && used == W) {
+        word = Isa::advance(x, (typename Isa::U)size, (typename Isa::U)rest, word);
+        return k;
+      }
+      for (std::size_t i = 0; i < used; ++i) {
+        x[i] = std::uint64_t(std::uint32_t(size[i])) * (x[i] >> kCdfBits) + std::uint32_t(rest[i]);
+        if (x[i] >= kLow) continue;
+        std::uint32_t next = 0;
+        if (word == end) {
+          ran_out = true;
+        } else {
           std::memcpy(&next, word, 4);
-          const bool low_state = y < kLow;
-          word += low_state ? 4 : 0;
-          x[i] = low_state ? y << 32 | next : y;
+          word += 4;
         }
-      } else {
-        for (std::size_t i = 0; i < used; ++i) {
-          std::uint64_t y = std::uint64_t(std::uint32_t(size[i])) * (x[i] >> kCdfBits) + std::uint32_t(rest[i]);
-          if (y < kLow) {
-            std::uint32_t next = 0;
-            if (word == end) {
-              ran_out = true;
-            } else {
-              std::memcpy(&next, word, 4);
-              word += 4;
-            }
-            y = y << 32 | next;
-          }
-          x[i] = y;
-        }
+        x[i] = x[i] << 32 | next;
       }
       return k;
     }

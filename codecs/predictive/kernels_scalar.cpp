@@ -61,6 +61,10 @@ struct Scalar {
     return v;
   }
 
+  static const std::uint8_t* advance(std::uint64_t* x, U size, U rest, const std::uint8_t* word) {
+    return advance_each<W>(x, size, rest, word);
+  }
+
   // sums + w . x, x still with its 128: `start` has what it comes to.
   static I dot(I sums, I x, const std::int8_t* w) {
     return sums + (x & 255) * w[0] + (x >> 8 & 255) * w[1] + (x >> 16 & 255) * w[2] + (x >> 24 & 255) * w[3];
