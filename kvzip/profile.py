@@ -21,6 +21,11 @@ from kvzip.errors import ProfileError
 from kvzip.snapshot import Snapshot, replacing_file
 
 VERSION = 1
+_DTYPES = {
+    f"{'I' if kind == 'i' else 'U'}{8 * size}": np.dtype(f"<{kind}{size}")
+    for kind in "iu"
+    for size in (1, 2, 4, 8)
+}
 
 
 class Profile:
@@ -29,10 +34,26 @@ class Profile:
     def __init__(self, tensors: Mapping[str, NDArray[Any]], description: Mapping[str, Any]):
         from safetensors.numpy import save
 
-        self.tensors = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
-        self.description = dict(description) | {"version": VERSION}
-        note = json.dumps(self.description, sort_keys=True)
-        self._file: bytes = save(self.tensors, {"kvprofile": note})
+        whole = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+        note = json.dumps(dict(description) | {"version": VERSION}, sort_keys=True)
+        self._adopt(save(whole, {"kvprofile": note}))
+
+    def _adopt(self, file: bytes) -> None:
+        """Tensors are looked at where they lie in the file: a profile is in memory once."""
+        start = 8 + int.from_bytes(file[:8], "little")
+        header = json.loads(file[8:start])
+        self._file = file
+        self.description: dict[str, Any] = json.loads(header.pop("__metadata__")["kvprofile"])
+        self.tensors: dict[str, NDArray[Any]] = {
+            name: np.frombuffer(
+                file,
+                _DTYPES[found["dtype"]],
+                (found["data_offsets"][1] - found["data_offsets"][0])
+                // _DTYPES[found["dtype"]].itemsize,
+                start + found["data_offsets"][0],
+            ).reshape(found["shape"])
+            for name, found in sorted(header.items())
+        }
         self.made: dict[str, Any] = {}
         """What codecs have built from the tensors, by codec; a cache."""
 
@@ -60,20 +81,16 @@ class Profile:
         """Read a profile. Raises ProfileError when the file is none, or is damaged."""
         from safetensors import SafetensorError, safe_open
 
+        profile = cls.__new__(cls)
         try:
-            with safe_open(path, framework="numpy") as file:
-                note = (file.metadata() or {}).get("kvprofile")
-                if note is None:
-                    raise ValueError("it has no description of one")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            description = json.loads(note)
-        except (SafetensorError, TypeError, ValueError) as error:
+            with safe_open(path, framework="numpy"):
+                pass  # that it is one, and every tensor lies within it
+            profile._adopt(Path(path).read_bytes())
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"{path} is not a whole profile: {error}") from None
+        description = profile.description
         if not isinstance(description, dict) or description.get("version") != VERSION:
             raise ProfileError(f"{path} is not a profile of version {VERSION}")
-        profile = cls(tensors, description)
-        if profile._file != Path(path).read_bytes():
-            raise ProfileError(f"{path} is not a profile as this library writes it")
         return profile
 
     @classmethod
