@@ -34,7 +34,12 @@ std::vector<std::int32_t> starts(const std::int8_t* matrix, std::size_t blocks, 
   std::vector<std::int32_t> sums(4 * blocks);
   for (std::size_t b = 0; b < blocks; ++b)
     for (std::size_t g = 0; g < (triangular ? b + 1 : groups); ++g)
-      for (std::size_t i = 0; i < 16; ++i) sums[4 * b + i / 4] -= 128 * matrix[(b * groups + g) * 16 + i];
+      for (std::size_t i = 0; i < 16; ++i) {
+        const std::int8_t w = matrix[(b * groups + g) * 16 + i];
+        // AVX2 cannot change its sign.
+        if (w == -128) throw std::invalid_argument("a weight is out of bounds");
+        sums[4 * b + i / 4] -= 128 * w;
+      }
   return sums;
 }
 

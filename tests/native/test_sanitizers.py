@@ -1,4 +1,4 @@
-"""The channel codec's C++ under AddressSanitizer and UBSan, with random and damaged streams."""
+"""The codecs' C++ under AddressSanitizer and UBSan, with random and damaged streams."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["native/simd", *(f"channel/{name}" for name in ("kernels", "part", "shapes", "tables"))]
+SOURCES = {
+    "channel": ("kernels", "part", "shapes", "tables", "kernels_scalar"),
+    "predictive": ("kernels", "chain", "kernels_scalar"),
+}
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wno-psabi", "-fno-sanitize-recover=all"]
 FLAGS += ["-fsanitize=address,undefined", f"-I{ROOT / 'codecs'}"]
 
@@ -22,18 +25,27 @@ FLAGS += ["-fsanitize=address,undefined", f"-I{ROOT / 'codecs'}"]
 def options(source: str) -> list[str]:
     """What CMakeLists.txt compiles a file with besides."""
     text = (ROOT / "CMakeLists.txt").read_text()
-    found = re.search(rf"{source}\.cpp PROPERTIES\s+COMPILE_OPTIONS \"([^\"]*)\"", text)
-    return found[1].split(";") if found else []
+    flags = ["-fwrapv"] if source.startswith("predictive/kernels_") else []
+    for name in ("AVX2", "AVX512"):
+        if source.endswith(f"_{name.lower()}"):
+            found = re.search(rf"set\({name}_FLAGS ([^)]*)\)", text)
+            assert found is not None
+            flags += found[1].split()
+    if "${AVX2_FLAGS}" in flags:
+        flags.remove("${AVX2_FLAGS}")
+        flags += options(source.replace("_avx512", "_avx2"))
+    return flags
 
 
-def test_no_stream_makes_the_kernels_read_or_write_out_of_bounds(tmp_path):
+@pytest.mark.parametrize("codec", SOURCES)
+def test_no_stream_makes_the_kernels_read_or_write_out_of_bounds(tmp_path, codec):
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    sources = [*SOURCES, "channel/kernels_scalar"]
+    sources = ["native/simd", *(f"{codec}/{name}" for name in SOURCES[codec])]
     flags = list(FLAGS)
     if platform.machine() in ("x86_64", "AMD64"):
-        sources += ["channel/kernels_avx2", "channel/kernels_avx512"]
+        sources += [f"{codec}/kernels_avx2", f"{codec}/kernels_avx512"]
         flags.append("-DKVZIP_X86")
 
     def build(source: str) -> str:
@@ -46,7 +58,7 @@ def test_no_stream_makes_the_kernels_read_or_write_out_of_bounds(tmp_path):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(build, reversed(sources)))
     program = str(tmp_path / "fuzz")
-    harness = str(Path(__file__).with_name("fuzz_channel.cpp"))
+    harness = str(Path(__file__).with_name(f"fuzz_{codec}.cpp"))
     subprocess.run([compiler, *flags, harness, *objects, "-o", program], check=True)
     run = subprocess.run(
         [program, "5", str(random.randrange(1 << 30))], capture_output=True, text=True, check=False
