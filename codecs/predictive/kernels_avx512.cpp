@@ -104,20 +104,28 @@ struct Avx512 {
   template <int N>
   static void products_of(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
                           const std::int32_t* start, std::int32_t sums[4][kTile]) {
+    // Sums and words stay in registers: all loops but the one over groups are written out.
     __m512i sum[4][N];
+#pragma GCC unroll 4
     for (int o = 0; o < 4; ++o)
+#pragma GCC unroll 4
       for (int v = 0; v < N; ++v) sum[o][v] = _mm512_set1_epi32(start[o]);
     for (std::size_t g = 0; g < groups; ++g) {
       __m512i word[N];
+#pragma GCC unroll 4
       for (int v = 0; v < N; ++v) word[v] = _mm512_loadu_si512(x + g * kTile + v * W);
+#pragma GCC unroll 4
       for (int o = 0; o < 4; ++o) {
         std::int32_t four;
         std::memcpy(&four, w + g * 16 + o * 4, 4);
         const __m512i weight = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
         for (int v = 0; v < N; ++v) sum[o][v] = _mm512_dpbusd_epi32(sum[o][v], word[v], weight);
       }
     }
+#pragma GCC unroll 4
     for (int o = 0; o < 4; ++o)
+#pragma GCC unroll 4
       for (int v = 0; v < N; ++v) _mm512_storeu_si512(sums[o] + v * W, sum[o][v]);
   }
   static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
