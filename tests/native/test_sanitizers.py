@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import random
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from native_build import SOURCES, fuzzer
 
-ROOT = Path(__file__).parents[2]
-SOURCES = {
-    "channel": ("kernels", "part", "shapes", "tables", "kernels_scalar"),
-    "predictive": ("kernels", "chain", "kernels_scalar"),
-}
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wno-psabi", "-fno-sanitize-recover=all"]
-FLAGS += ["-fsanitize=address,undefined", f"-I{ROOT / 'codecs'}"]
-
-
-def options(source: str) -> list[str]:
-    """What CMakeLists.txt compiles a file with besides."""
-    text = (ROOT / "CMakeLists.txt").read_text()
-    flags = ["-fwrapv"] if source.startswith("predictive/kernels_") else []
-    for name in ("AVX2", "AVX512"):
-        if source.endswith(f"_{name.lower()}"):
-            found = re.search(rf"set\({name}_FLAGS ([^)]*)\)", text)
-            assert found is not None
-            flags += found[1].split()
-    if "${AVX2_FLAGS}" in flags:
-        flags.remove("${AVX2_FLAGS}")
-        flags += options(source.replace("_avx512", "_avx2"))
-    return flags
+FLAGS = ("-O1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined")
 
 
 @pytest.mark.parametrize("codec", SOURCES)
@@ -42,24 +19,8 @@ def test_no_stream_makes_the_kernels_read_or_write_out_of_bounds(tmp_path, codec
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    sources = ["native/simd", *(f"{codec}/{name}" for name in SOURCES[codec])]
-    flags = list(FLAGS)
-    if platform.machine() in ("x86_64", "AMD64"):
-        sources += [f"{codec}/kernels_avx2", f"{codec}/kernels_avx512"]
-        flags.append("-DKVZIP_X86")
-
-    def build(source: str) -> str:
-        path = ROOT / "codecs" / f"{source}.cpp"
-        target = str(tmp_path / f"{path.stem}.o")
-        command = [compiler, *flags, *options(source), "-c", str(path), "-o", target]
-        subprocess.run(command, check=True)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(build, reversed(sources)))
-    program = str(tmp_path / "fuzz")
-    harness = str(Path(__file__).with_name(f"fuzz_{codec}.cpp"))
-    subprocess.run([compiler, *flags, harness, *objects, "-o", program], check=True)
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    program = fuzzer(compiler, codec, tmp_path, FLAGS, x86)
     run = subprocess.run(
         [program, "5", str(random.randrange(1 << 30))], capture_output=True, text=True, check=False
     )
