@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cpp codecs/*/*.hpp)
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-long lint format bench clean
 
 demo: $(READY)
 	$(BIN)/kvzip demo --out demo
 
 test: $(READY)
 	$(BIN)/pytest
+
+# The store with writers killed at random, a thousand puts and gets, and what else takes long.
+test-long: $(READY)
+	$(BIN)/pytest -m long
 
 # Two peers stay out of the extras (docs/benchmarks.md); without them they are named as missing.
 BENCH := build/bench

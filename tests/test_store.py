@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -370,23 +372,48 @@ def test_what_dead_writers_leave_is_cleared_away(tmp_path, monkeypatch):
     assert find_tiny(where, range(24)) == (24, list(range(24)))
 
 
+# --- writers that are killed -----------------------------------------------------------------
+
+
+def crash(place, operations):
+    """See crash.py; what happened."""
+    url, more = place
+    script = Path(__file__).parent / "crash.py"
+    command = [script, url, operations, 0, json.dumps(more.get("options", {}))]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    found = json.loads(done.stdout)
+    assert min(found["puts"], found["gets"]) >= operations // 2
+    assert found["killed_within_a_put"] >= operations // 20
+    return found
+
+
+def test_killed_writers_lose_and_damage_nothing(place):
+    crash(place, 100)
+
+
+@pytest.mark.long
+def test_killed_writers_lose_and_damage_nothing_in_a_thousand(place):
+    assert crash(place, 1000)["acknowledged"] >= 200
+
+
 # --- size ------------------------------------------------------------------------------------
 
 
-def test_what_was_used_longest_ago_goes_first(place, monkeypatch):
+def test_what_was_used_longest_ago_goes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_TOUCH_SECONDS", 0.0)
-    url, more = place
-    probe = Store(url, block_tokens=BLOCK, **more)
+    probe = Store(tmp_path, block_tokens=BLOCK)
     size = put_tiny(probe, [0] * 16).encoded_bytes
     limit = int(4.5 * size)
-    where = Store(url, limit_bytes=limit, **more)
-    second = 1.01 if "s3" in str(url) else 0.01  # S3 tells times in whole seconds
+    where = Store(tmp_path, limit_bytes=limit)
     for i in range(1, 4):
-        time.sleep(second)
+        time.sleep(0.01)
         put_tiny(where, [i] * 16)
-    time.sleep(second)
+    time.sleep(0.01)
     assert find_tiny(where, [0] * 16)  # used: now the second is the oldest
-    time.sleep(second)
+    time.sleep(0.01)
     put_tiny(where, [4] * 16)
     assert [find_tiny(where, [i] * 16) is not None for i in range(5)] == [True, False, *[True] * 3]
     for i in range(5, 12):
@@ -394,7 +421,20 @@ def test_what_was_used_longest_ago_goes_first(place, monkeypatch):
         assert find_tiny(where, [i] * 16)
         assert sum(d.encoded_bytes for d in where.documents()) <= limit
     with pytest.raises(KVZipError, match="in a store of"):
-        Store(url, limit_bytes=size - 1, **more).put(tiny([3] * 99))
+        Store(tmp_path, limit_bytes=size - 1).put(tiny([3] * 99))
+
+
+def test_eviction_from_a_bucket(s3):
+    where = Store(f"{s3.url}/t{next(_prefixes)}", block_tokens=BLOCK, options=s3.options)
+    first = put_tiny(where, [*[7] * 8, *[1] * 8])
+    put_tiny(where, [*[7] * 8, *[2] * 8])
+    time.sleep(1.01)  # S3 tells times in whole seconds
+    where._touched.clear()
+    assert find_tiny(where, [*[7] * 8, *[1] * 8])[0] == 16  # used: now the second is the oldest
+    assert where.prune(int(1.5 * first.encoded_bytes)) != [first.key]
+    assert [d.key for d in where.documents()] == [first.key]
+    for last in (1, 2):
+        assert find_tiny(where, [*[7] * 8, *[last] * 8])[0] == 24 - 8 * last
 
 
 # --- ranges ----------------------------------------------------------------------------------
