@@ -924,6 +924,16 @@ class Reader:
         return chain
 
 
+def stated_length(data: Any) -> int:
+    """The length that a .kvz file states in its first bytes, for files that lie in a larger
+    buffer. Raises FormatError, CorruptError."""
+    if bytes(data[: len(MAGIC)]) != MAGIC:
+        raise FormatError("this is not a .kvz file")
+    if len(data) < _PREAMBLE.size:
+        raise CorruptError("the file is cut short in its first bytes")
+    return int(_PREAMBLE.unpack_from(data)[6])
+
+
 def open(file: Any, profile: Profile | None = None, threads: int = 0) -> Reader:
     """Open a .kvz file: a path, bytes or another buffer, a binary file object, or a `Source`.
 
