@@ -8,63 +8,20 @@ What is stored varies in length. LMCache's own adapter of type "fs" takes a file
 than the bound for one that is cut off, and never loads it; "kvzip_fs" is that adapter, told each
 file's length. Its "s3" adapter takes what the object holds.
 
-LMCache hands over chunks of a cache as tensors of a few layouts. One tensor becomes one .kvz file,
-several of a chunk lie one after the other. The interface is that of LMCache 0.5.6,
-``lmcache.v1.distributed.serde``; this module imports without it.
+One tensor of a chunk becomes one .kvz file, several lie one after the other. The interface is that
+of LMCache 0.5.6, ``lmcache.v1.distributed.serde``; this module imports without it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from kvzip import container, dtypes
+from kvzip import container
 from kvzip.codec import Codec, get_codec
-from kvzip.errors import CorruptError, KVZipError, UnsupportedError
-from kvzip.snapshot import Layout, Origin, Snapshot
-
-
-def _pairs(array: Any) -> list[tuple[Any, Any]]:
-    """A chunk's tensor as keys and values of layers, [1, tokens, channels] each: views.
-
-    [2, layers, tokens, channels] (KV_2LTD), [2, tokens, channels] (KV_2TD) and [tokens, 2,
-    channels] (KV_T2D) hold keys and values. Any other shape, like MLA's [1, layers, tokens,
-    channels], has no such halves: of each layer one half of the channels goes as keys, the other as
-    values. Which it is follows from the shape alone, which is all that a reader is told.
-    """
-    shape = tuple(array.shape)
-    if len(shape) == 4 and shape[0] == 2:
-        return [(array[0, i][None], array[1, i][None]) for i in range(shape[1])]
-    if len(shape) == 3 and shape[0] == 2:
-        return [(array[0][None], array[1][None])]
-    if len(shape) == 3 and shape[1] == 2:
-        return [(array[:, 0][None], array[:, 1][None])]
-    count = math.prod(shape)
-    if count < 2:
-        raise UnsupportedError(f"a tensor of shape {shape} has nothing to compress")
-    if len(shape) < 2 or shape[-1] < 2:
-        array = array.reshape(1, -1) if count % 2 else array.reshape(-1, 2)
-    half = array.shape[-1] // 2
-    layers = array.reshape(-1, *array.shape[-2:])
-    return [(layer[None, :, :half], layer[None, :, half:]) for layer in layers]
-
-
-def _snapshot(tensor: Any, model: str = "") -> Snapshot:
-    """A view of a tensor as a snapshot. Numbers of other formats than ours go as raw bits of one
-    that is as wide."""
-    bits, name = _bits(tensor)
-    return Snapshot.from_arrays(_pairs(bits), name, origin=Origin(model=model))
-
-
-def _bits(tensor: Any) -> tuple[Any, str]:
-    if not tensor.dtype.is_floating_point:
-        wide = {1: "fp8_e4m3fn", 2: "fp16", 4: "fp32"}.get(tensor.element_size())
-        if wide is None:
-            raise UnsupportedError(f"a tensor of {tensor.dtype} holds no numbers of ours")
-        return dtypes.as_bits(tensor, wide)
-    return dtypes.as_bits(tensor)
+from kvzip.errors import CorruptError, KVZipError
+from kvzip.load import chunks
 
 
 def _tensors(memory: Any) -> list[Any]:
@@ -85,22 +42,14 @@ class KvzipSerializer:
     """LMCache's `Serializer`: tensors of a chunk to bytes of variable length."""
 
     def __init__(self, codec: Codec, threads: int):
-        if codec.needs_profile:
-            raise UnsupportedError(
-                f"codec {codec.codec_id!r} needs whole layers and their positions, which LMCache's "
-                "chunks do not tell: use channel"
-            )
-        self.codec, self.threads = codec, threads
+        self.codec, self.threads = chunks.check_codec(codec), threads
 
     def serialize(self, src: Any, dst: Any, key: Any) -> int:
         """Encode the tensors of `src` into the bytes of `dst`; how many there are."""
         out, at = _bytes(dst), 0
         for tensor in _tensors(src):
-            blob = container.encode(
-                _snapshot(tensor, str(getattr(key, "model_name", ""))),
-                self.codec,
-                threads=self.threads,
-            )
+            model = str(getattr(key, "model_name", ""))
+            blob = chunks.encode(tensor, self.codec, self.threads, model)
             if at + len(blob) > len(out):
                 raise KVZipError(f"LMCache gave {len(out):,} bytes, too few for the chunk")
             out[at : at + len(blob)] = blob
@@ -109,17 +58,13 @@ class KvzipSerializer:
 
     def estimate_serialized_size(self, layout_desc: Any) -> int:
         """An upper bound of what :meth:`serialize` gives for tensors of those shapes."""
-        return sum(
-            container.max_encoded_size(layout, self.codec)
-            for layout in map(_layout, layout_desc.shapes, layout_desc.dtypes)
+        import torch
+
+        like = (
+            torch.empty(1, dtype=dtype).expand(tuple(shape))
+            for shape, dtype in zip(layout_desc.shapes, layout_desc.dtypes, strict=True)
         )
-
-
-def _layout(shape: Sequence[int], dtype: Any) -> Layout:
-    """Layout of the snapshot that :func:`_snapshot` makes of a tensor."""
-    import torch
-
-    return _snapshot(torch.empty(1, dtype=dtype).expand(tuple(shape))).layout
+        return sum(container.max_encoded_size(chunks.layout(t), self.codec) for t in like)
 
 
 class KvzipDeserializer:
@@ -137,16 +82,7 @@ class KvzipDeserializer:
             length = container.stated_length(data[at:])
             if at + length > len(data):
                 raise CorruptError(f"the chunk is cut short: {len(data):,} bytes")
-            bits, name = _bits(tensor)
-            with container.open(data[at : at + length], threads=self.threads) as reader:
-                stored, wanted = reader.layout, _snapshot(tensor).layout
-                if stored != wanted:
-                    raise UnsupportedError(
-                        f"the chunk holds {stored.dtype} {stored.layers[0].k} in "
-                        f"{len(stored.layers)} layers, the buffer {name} {wanted.layers[0].k} in "
-                        f"{len(wanted.layers)}"
-                    )
-                reader.decode(out=_pairs(bits))
+            chunks.decode(data[at : at + length], tensor, self.threads)
             at += length
 
 
