@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -174,7 +176,9 @@ def adapter(tmp_path: Any) -> Any:
 
     ours.register()
     ours.register()  # a second time does no harm
-    given = {"type": "kvzip_fs", "base_path": str(tmp_path), "serde": {"type": "kvzip"}}
+    page = (Path(__file__).parents[2] / "docs" / "lmcache.md").read_text()
+    [text] = re.findall(r"```json\n(.*?)```", page, re.DOTALL)  # what the guide says to write
+    given = json.loads(text) | {"base_path": str(tmp_path)}
     parsed = argparse.Namespace(l2_adapter=[json.dumps(given)])
     [config] = parse_args_to_l2_adapters_config(parsed).adapters
     memory = L1Manager(

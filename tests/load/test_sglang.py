@@ -10,6 +10,9 @@ only the methods that its controller calls are here.
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +28,8 @@ from kvzip.load.sglang import KvzipStorage, page_of  # noqa: E402
 
 PAGES, TOKENS, LAYERS, HEADS, DIM = 6, 16, 3, 2, 24
 LAYOUTS = ["layer_first", "page_first", "page_first_direct", "page_head"]
+PAGE = (Path(__file__).parents[2] / "docs" / "sglang.md").read_text()
+[GUIDE] = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)  # what the guide says to write
 HERE = importlib.util.find_spec("sglang") is not None
 
 
@@ -101,13 +106,7 @@ def config_of(url: Any, **more: Any) -> Any:
         "model_name": "org/model",
         "enable_storage_metrics": False,
         "is_page_first_layout": False,
-        "extra_config": {
-            "backend_name": "kvzip",
-            "module_path": "kvzip.load.sglang",
-            "class_name": "KvzipStorage",
-            "interface_v1": 1,
-            "url": str(url),
-        },
+        "extra_config": json.loads(GUIDE) | {"url": str(url)},
     }
     extra = fields["extra_config"] | more.pop("extra", {})
     fields |= more | {"extra_config": extra}
