@@ -309,6 +309,8 @@ def open_url(
 
     Raises StoreError when there is none or the store does not answer; the rest as `kvzip.open`.
     """
+    if "?" in url:
+        raise KVZipError(f"{url!r}: URLs with a query (signed ones, say) cannot be opened")
     folder, slash, name = url.rpartition("/")
     if not slash or not name or folder.endswith("/"):
         raise KVZipError(f"{url!r} names no file in a store")

@@ -180,6 +180,9 @@ def test_over_http_what_a_server_serves_is_read(s3):
         assert_same(file.decode(), snapshot)
     with pytest.raises(StoreError, match="there is no"):
         remote.open_url(f"{s3.http}/{prefix}/nothing.kvz")
+    for url, line in (("http://host/doc.kvz?signed", "query"), ("http://", "names no file")):
+        with pytest.raises(KVZipError, match=line):
+            remote.open_url(url)
 
 
 def test_documents_that_need_a_profile_are_for_those_who_have_it(tmp_path):
