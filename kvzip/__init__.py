@@ -14,7 +14,14 @@ from kvzip.container import (
     verify,
     write,
 )
-from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UnsupportedError
+from kvzip.errors import (
+    CorruptError,
+    FormatError,
+    KVZipError,
+    ProfileError,
+    StoreError,
+    UnsupportedError,
+)
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
 
@@ -35,6 +42,7 @@ __all__ = [
     "ProfileError",
     "Reader",
     "Snapshot",
+    "StoreError",
     "UnsupportedError",
     "codec_names",
     "decode",

@@ -655,6 +655,25 @@ class Reader:
         if isinstance(self._source, _File):
             self._source.close()
 
+    def check_stored(self) -> None:
+        """Read the whole file and compare the checksums of its bytes, without decoding."""
+        for row in range(len(self._index)):
+            self._stored(row)
+
+    def read_ahead(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Tell the source what decoding positions ``spans[i]`` of layer i, layer after layer,
+        will read, if it is one that can fetch ahead (`announce`)."""
+        announce = getattr(self._source, "announce", None)
+        if announce is None:
+            return
+        rows: set[int] = set()
+        for i, span in enumerate(spans):
+            for chain in self._plan([i], {i: self.layout.layers[i].cut(*span)}):
+                for row in chain:
+                    layer, part = int(self._index["layer"][row]), PARTS[self._index["part"][row]]
+                    rows |= {row, self._rows[layer, part].start}
+        announce([tuple(map(int, self._index[["offset", "length"]][row])) for row in sorted(rows)])
+
     # --- decoding --------------------------------------------------------------------------
 
     def layer(self, i: int) -> Layer:
@@ -903,6 +922,16 @@ class Reader:
         if chain is None or any(int(self._index["layer"][r]) in cuts for r in rows[: chain.at]):
             return _Chain(0, {}, {})
         return chain
+
+
+def stated_length(data: Any) -> int:
+    """The length that a .kvz file states in its first bytes, for files that lie in a larger
+    buffer. Raises FormatError, CorruptError."""
+    if bytes(data[: len(MAGIC)]) != MAGIC:
+        raise FormatError("this is not a .kvz file")
+    if len(data) < _PREAMBLE.size:
+        raise CorruptError("the file is cut short in its first bytes")
+    return int(_PREAMBLE.unpack_from(data)[6])
 
 
 def open(file: Any, profile: Profile | None = None, threads: int = 0) -> Reader:

@@ -19,3 +19,7 @@ class ProfileError(KVZipError):
 
 class UnsupportedError(KVZipError):
     """A dtype, a cache layer kind or an option that the library does not handle."""
+
+
+class StoreError(KVZipError):
+    """A store does not answer, not in time, or not as it should."""

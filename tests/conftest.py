@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, settings
+from servers import s3_server
 from support import CODECS
 
 from kvzip import dtypes
@@ -22,3 +23,9 @@ def dtype(request):
 @pytest.fixture(params=CODECS)
 def codec(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server

@@ -8,12 +8,11 @@ without an error. So a cache made here checks the first thing that it is fed, se
 
 from __future__ import annotations
 
+import logging
 import platform
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -31,7 +30,12 @@ from transformers.cache_utils import (
 from kvzip import container, dtypes
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.load.lazy import BatchLoader, FullLayer, Loader, Recovery, SlidingLayer, Taken
+from kvzip.remote import open_url
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
+from kvzip.store import Match, Store
+
+_log = logging.getLogger("kvzip.load")
 
 # --- what a config says of the layers --------------------------------------------------------
 
@@ -93,9 +97,9 @@ def _layers_of(config: Any) -> tuple[list[LayerKind], tuple[dict[str, Any], ...]
 
 
 def _kind_of(layer: Any, i: int) -> tuple[Literal["full", "sliding"], int | None]:
-    if type(layer) in (DynamicLayer, _FullLayer):
+    if type(layer) in (DynamicLayer, FullLayer):
         return "full", None
-    if type(layer) in (DynamicSlidingWindowLayer, _SlidingLayer):
+    if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer):
         return "sliding", int(layer.sliding_window)
     raise UnsupportedError(
         f"layer {i} of the cache is a {type(layer).__name__}; "
@@ -142,6 +146,16 @@ def snapshot_of_cache(cache: Any, token_ids: Any = None, model: Any = None) -> S
     return Snapshot(layers, dtype, ids, _origin(model, layers[0], cache))
 
 
+def _origin_of_model(model: Any) -> Origin:
+    config = model.config
+    return Origin(
+        model=str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "")),
+        revision=str(getattr(config, "_commit_hash", None) or ""),
+        architecture=type(model).__name__,
+        rope=rope_parameters(config),
+    )
+
+
 def _origin(model: Any, layer: Layer, cache: Any) -> Origin:
     device = cache.layers[0].keys.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -152,14 +166,7 @@ def _origin(model: Any, layer: Layer, cache: Any) -> Origin:
     }
     if model is None or isinstance(model, str):
         return Origin(model=model or "", software=software)
-    config = model.config
-    return Origin(
-        model=str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "")),
-        revision=str(getattr(config, "_commit_hash", None) or ""),
-        architecture=type(model).__name__,
-        rope=rope_parameters(config),
-        software=software,
-    )
+    return msgspec.structs.replace(_origin_of_model(model), software=software)
 
 
 def _ids(ids: Any, name: str) -> NDArray[Any]:
@@ -177,7 +184,7 @@ def _ids(ids: Any, name: str) -> NDArray[Any]:
 
 def cache_of_snapshot(snapshot: Snapshot, config: Any) -> Any:
     """A `DynamicCache` with every token of a snapshot; see :meth:`Snapshot.to_cache`."""
-    kinds = _check_config(snapshot.layout, snapshot.origin, config)
+    kinds = _check_config(snapshot, config)
     _check_held(kinds, snapshot.layout, snapshot.tokens)
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     for layer, layout, pair in zip(
@@ -201,7 +208,9 @@ def load_cache(
 ) -> Any:
     """A transformers `Cache` from a .kvz file, for ``generate(ids, past_key_values=...)``.
 
-    `source`: what :func:`kvzip.open` takes, a Reader, or a Snapshot. Its document has N tokens.
+    `source`: what :func:`kvzip.open` takes, a URL (``https://``, ``s3://``), a Reader, what
+    :meth:`kvzip.store.Store.find` found, or a Snapshot. Its document has N tokens. From a URL or a
+    store only the bytes that are needed are read, ahead of their use.
     `config`: the model's. A layer is decoded when it is first used, and then the next one in a
     thread beside; nothing is decoded here. `device`: where decoded tensors go (default: where the
     model computes). `threads`: for decoding one layer; 0 for all cores.
@@ -224,41 +233,235 @@ def load_cache(
     Raises KVZipError when file, config, prompt and model do not fit each other, FormatError or
     CorruptError for a bad file; while generating, KVZipError (CorruptError, ...) from `update`.
     """
-    opened = None
-    if not isinstance(source, (Reader, Snapshot)):
-        source = opened = container.open(source, profile, threads)
-    try:
-        layout = source.layout
-        origin = source.origin if isinstance(source, Snapshot) else source.header.origin
-        kinds = _check_config(layout, origin, config)
+    with _Opened([source], profile, threads) as opened:
+        [source] = opened.sources
+        kinds = _check_config(source, config)
         ids = None if prompt is None else _ids(prompt, "prompt")
         if ids is None:
-            count = _count_without_prompt(kinds, layout, tokens)
+            count = _count_without_prompt(kinds, source.layout, tokens)
             witnessed = True
         else:
-            count, witnessed = _count_with_prompt(kinds, layout, source.token_ids, ids, tokens)
-        spans = [(max(0, count - (kind.window or count + 1) + 1), count) for kind in kinds]
-        spans[0] = (spans[0][0], count + witnessed)
-        loader = _Loader(source, spans, device, threads)
-        if opened is not None:
-            weakref.finalize(loader, opened.close)
-    except BaseException:
-        if opened is not None:
-            opened.close()
-        raise
+            count, witnessed = _count_with_prompt(
+                kinds, source.layout, source.token_ids, ids, tokens
+            )
+        loader = Loader(source, _spans(kinds, count, witnessed), count, device, threads)
+        opened.close_after(loader)
+    return _cache(loader, config, kinds, count, None if ids is None else ids.shape[1])
+
+
+class _Opened:
+    """Documents as Readers or Snapshots. Files that are opened here are closed with who uses them,
+    or when it comes to nothing."""
+
+    def __init__(
+        self, sources: Sequence[Any], profile: Any, threads: int, mine: Sequence[Reader] = ()
+    ):
+        self._given, self._profile, self._threads = sources, profile, threads
+        self._mine = list(mine)
+        self.sources: list[Any] = []
+
+    def __enter__(self) -> _Opened:
+        try:
+            self.sources = [self._open(source) for source in self._given]
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def _open(self, source: Any) -> Any:
+        if isinstance(source, Match):
+            source = source.reader
+        if not (source is None or isinstance(source, (Reader, Snapshot))):
+            from_url = isinstance(source, str) and "://" in source
+            opening = open_url if from_url else container.open
+            source = opening(source, self._profile, self._threads)
+            self._mine.append(source)
+        if isinstance(source, Reader):
+            source.decode(layers=[])  # a profile that is missing is told now
+        return source
+
+    def close_after(self, user: Any) -> None:
+        """Close the files when `user` is gone."""
+        for reader in self._mine:
+            weakref.finalize(user, reader.close)
+        self._mine = []
+
+    def _close(self) -> None:
+        for reader in self._mine:
+            reader.close()
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+
+def _spans(kinds: Sequence[LayerKind], count: int, witnessed: bool) -> list[tuple[int, int]]:
+    """First and last position of what each layer needs for a cache of `count` tokens."""
+    spans = [(max(0, count - (kind.window or count + 1) + 1), count) for kind in kinds]
+    spans[0] = (spans[0][0], count + witnessed)
+    return spans
+
+
+def _cache(
+    loader: Any, config: Any, kinds: Sequence[LayerKind], count: int, prompt_length: int | None
+) -> Any:
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     cache.layers = [
-        _SlidingLayer(loader, i, count, sliding_window=kind.window)
+        SlidingLayer(loader, i, count, sliding_window=kind.window)
         if kind.kind == "sliding"
-        else _FullLayer(loader, i, count)
+        else FullLayer(loader, i, count)
         for i, kind in enumerate(kinds)
     ]
-    cache.layers[0]._prompt_length = None if ids is None else ids.shape[1]
+    cache.layers[0]._prompt_length = prompt_length
     return cache
 
 
-def _check_config(layout: Layout, origin: Origin, config: Any) -> list[LayerKind]:
-    """The config's layer kinds; raises KVZipError unless the layout is one of its caches."""
+def load_batch(
+    sources: Sequence[Any],
+    config: Any,
+    prompts: Sequence[Any],
+    *,
+    pad_token_id: int = 0,
+    profile: Any = None,
+    device: Any = None,
+    threads: int = 0,
+) -> dict[str, Any]:
+    """Several prompts with a document each as one batch: ``generate(**load_batch(...))``.
+
+    `sources`: for each prompt what :func:`load_cache` takes, or None where there is no document.
+    `prompts`: token ids, [n] each, of any lengths. Returns ``input_ids``, ``attention_mask`` (both
+    [batch, longest], padded at the left) and ``past_key_values``.
+
+    All rows of a cache end at one column, so the row with the most tokens after its document tells
+    how much the others compute again. Checks and errors are those of :func:`load_cache` with
+    `prompt`; what is fed must be what was returned.
+    """
+    if not len(sources) == len(prompts) > 0:
+        raise KVZipError(f"{len(sources)} documents for {len(prompts)} prompts")
+    rows = [_ids(prompt, "prompts")[0] for prompt in prompts]
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.from_numpy(row.astype(np.int64))
+        mask[i, longest - len(row) :] = 1
+    result = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    kinds = layer_kinds(config)
+    with _Opened(sources, profile, threads) as opened:
+        shared = []
+        for source, row in zip(opened.sources, rows, strict=True):
+            common = 0
+            if source is not None:
+                _check_config(source, config)
+                common = _common(source.layout, source.token_ids, row[None])
+            shared.append(common)
+        count = min(
+            min(common, len(row) - 1) + longest - len(row)
+            for common, row in zip(shared, rows, strict=True)
+        )
+        kept = [max(0, count - longest + len(row)) for row in rows]
+        if not any(kept):
+            cache = DynamicCache(config=config.get_text_config(decoder=True))
+            return result | {"past_key_values": cache}
+        loaders: list[Loader | None] = []
+        for source, n, common in zip(opened.sources, kept, shared, strict=True):
+            if n:
+                _check_held(kinds, source.layout, n)
+                spans = _spans(kinds, n, n < common)
+                loaders.append(Loader(source, spans, n, device, threads))
+            else:
+                loaders.append(None)
+        if len({loader.dtype for loader in loaders if loader is not None}) > 1:
+            raise KVZipError("the documents of a batch are not all of one dtype")
+        batch = BatchLoader(loaders, count, [kind.window for kind in kinds])
+        opened.close_after(batch)
+    return result | {"past_key_values": _cache(batch, config, kinds, count, longest)}
+
+
+def load_or_prefill(
+    source: Any,
+    model: Any,
+    prompt: Any,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    tokens: int | None = None,
+    profile: Any = None,
+    threads: int = 0,
+) -> Any:
+    """A `Cache` for ``model.generate(prompt, past_key_values=...)`` that is right whatever happens
+    to what is stored: it is loaded as by :func:`load_cache`, or computed by the model.
+
+    `source`: what :func:`load_cache` takes, or a :class:`kvzip.store.Store`, where the document
+    that shares the longest prefix with the prompt is looked for under the model's `name` and
+    `revision` (default: its own, as :meth:`Snapshot.from_cache` notes them). A store
+    without such a document gives an empty cache, which `generate` fills.
+
+    What cannot be opened or is of another model, dtype or profile gives an empty cache, too. What
+    shows only when the model runs (a damaged block, a store that dies or is too slow for its
+    `timeout`, other weights) makes the model compute the kept tokens then, once, and go on
+    from them. Either is logged as one warning ("kvzip.load"). What still raises is wrong use: other
+    ids than `prompt` that are fed.
+    """
+    ids = _ids(prompt, "prompt")
+    config = model.config
+    empty = DynamicCache(config=config.get_text_config(decoder=True))
+    mine = []
+    try:
+        if isinstance(source, Store):
+            known = _origin_of_model(model)
+            source = source.find(
+                ids[0],
+                model=known.model if name is None else name,
+                revision=known.revision if revision is None else revision,
+                dtype=str(model.dtype),
+                profile=profile,
+                threads=threads,
+            )
+            if source is None:
+                return empty
+            mine.append(source.reader)
+        with _Opened([source], profile, threads, mine) as opened:
+            [source] = opened.sources
+            kinds = _check_config(source, config)
+            common = _common(source.layout, source.token_ids, ids)
+            most = common if tokens is None else min(common, tokens)
+            if most == common > 1 and _lacking(kinds, source.layout, most - 1) is None:
+                most -= 1  # one token less, so that its key tells whether the weights are the same
+            cache = load_cache(source, config, prompt=ids, tokens=most, threads=threads)
+            loader = cache.layers[0]._source
+            if loader.dtype != model.dtype:
+                raise UnsupportedError(f"the file holds {loader.dtype}, the model {model.dtype}")
+            opened.close_after(loader)
+    except (KVZipError, OSError) as error:
+        _log.warning("the cache is computed anew, not loaded: %s", error)
+        return empty
+    rows = source.layout.layers[0].k
+    batch = rows[0] if len(rows) == 4 else 1
+    loader.recovery = Recovery(_prefill(model, ids[:batch], loader.held))
+    return cache
+
+
+def _prefill(model: Any, ids: NDArray[Any], count: int) -> Callable[[], list[Taken]]:
+    """What computes the caches of the first `count` tokens of `ids`, [batch, n], and layer 0's next
+    key."""
+
+    def prefill() -> list[Taken]:
+        fed = torch.from_numpy(ids.astype(np.int64)).to(model.device)
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        with torch.no_grad():
+            model(fed[:, :count], past_key_values=cache, use_cache=True)
+            layers = [Taken(layer.keys, layer.values) for layer in cache.layers]
+            # Appending makes new tensors, so those above stay as they are.
+            model(fed[:, count : count + 1], past_key_values=cache, use_cache=True)
+        return [layers[0]._replace(witness=cache.layers[0].keys[:, :, -1:]), *layers[1:]]
+
+    return prefill
+
+
+def _check_config(source: Reader | Snapshot, config: Any) -> list[LayerKind]:
+    """The config's layer kinds; raises KVZipError unless the document is one of its caches."""
+    layout = source.layout
+    origin = source.origin if isinstance(source, Snapshot) else source.header.origin
     kinds, ropes = _layers_of(config)
     if len(layout.layers) != len(kinds):
         raise KVZipError(f"the file has {len(layout.layers)} layers, the model {len(kinds)}")
@@ -333,6 +536,23 @@ def _count_without_prompt(kinds: Sequence[LayerKind], layout: Layout, tokens: in
     return count
 
 
+def _common(layout: Layout, document: NDArray[Any] | None, prompt: NDArray[Any]) -> int:
+    """How many first tokens a document and a prompt, [batch, n], have in common, more than 0."""
+    if document is None:
+        raise KVZipError("the file has no token ids to compare prompt= with: leave prompt out")
+    document = np.atleast_2d(document)
+    if document.shape[0] not in (1, prompt.shape[0]):
+        raise KVZipError(
+            f"prompt has a batch of {prompt.shape[0]}, the file one of {document.shape[0]}"
+        )
+    shared = min(prompt.shape[1], layout.tokens)
+    equal = (prompt[:, :shared] == document[:, :shared]).all(axis=0)
+    common = int(np.append(equal, False).argmin())
+    if not common:
+        raise KVZipError("the prompt and the cached document have no prefix in common")
+    return common
+
+
 def _count_with_prompt(
     kinds: Sequence[LayerKind],
     layout: Layout,
@@ -341,19 +561,7 @@ def _count_with_prompt(
     tokens: int | None,
 ) -> tuple[int, bool]:
     """How many tokens to keep, and whether the prompt's next one is still the document's."""
-    if document is None:
-        raise KVZipError("the file has no token ids to compare prompt= with: leave prompt out")
-    document = np.atleast_2d(document)
-    if document.shape[0] not in (1, prompt.shape[0]):
-        raise KVZipError(
-            f"prompt has a batch of {prompt.shape[0]}, the file one of {document.shape[0]}"
-        )
-    length = prompt.shape[1]
-    shared = min(length, layout.tokens)
-    equal = (prompt[:, :shared] == document[:, :shared]).all(axis=0)
-    common = int(np.append(equal, False).argmin())
-    if not common:
-        raise KVZipError("the prompt and the cached document have no prefix in common")
+    length, common = prompt.shape[1], _common(layout, document, prompt)
     count = min(common, length - 1, layout.tokens if tokens is None else tokens)
     if count < 1:
         raise KVZipError("nothing can be kept: tokens= is below 1, or the prompt is one token")
@@ -363,219 +571,3 @@ def _count_with_prompt(
         count -= 1
     _check_held(kinds, layout, count)
     return count, count < common and count < layout.tokens
-
-
-# --- layers that decode themselves -----------------------------------------------------------
-
-
-class _Loader:
-    """Decodes layers of one source, each when it is taken, and the next one ahead.
-
-    Copies of a cache share it: it keeps nothing but the layer that is being decoded ahead.
-    """
-
-    def __init__(
-        self, source: Reader | Snapshot, spans: list[tuple[int, int]], device: Any, threads: int
-    ):
-        self.source, self.spans, self.threads = source, spans, threads
-        self.dtype = getattr(torch, dtypes.get(source.layout.dtype).torch)
-        self.device = None if device is None else torch.device(device)
-        self._worker = ThreadPoolExecutor(1, "kvzip-ahead")
-        self._ahead: dict[int, Future[tuple[Any, Any]]] = {}
-        self._lock = Lock()
-
-    def __deepcopy__(self, memo: Any) -> _Loader:
-        return self
-
-    def take(self, i: int) -> tuple[Any, Any]:
-        """K and V of layer i, [batch, heads, tokens, dim]. Raises KVZipError."""
-        with self._lock:
-            ahead = self._ahead.pop(i, None)
-        try:
-            pair = self._decode(i) if ahead is None else ahead.result()
-        except KVZipError:
-            raise
-        except Exception as error:
-            raise KVZipError(f"layer {i} cannot be read: {error}") from error
-        with self._lock:
-            if i + 1 < len(self.spans) and i + 1 not in self._ahead:
-                self._ahead[i + 1] = self._worker.submit(self._decode, i + 1)
-        return pair
-
-    def _decode(self, i: int) -> tuple[Any, Any]:
-        start, stop = self.spans[i]
-        if isinstance(self.source, Snapshot):
-            found = self.source.layers[i]
-            cut = slice(start - found.layout.first, stop - found.layout.first)
-            arrays = [np.array(bits[..., cut, :]) for bits in found]
-        else:
-            arrays = list(
-                self.source.decode(layers=[i], tokens=(start, stop), threads=self.threads).layers[0]
-            )
-        k, v = (dtypes.as_tensor(a, self.source.layout.dtype).to(self.device) for a in arrays)
-        return (k, v) if k.ndim == 4 else (k[None], v[None])
-
-
-class _LazyLayer:
-    """Knows its length; decodes when its keys or values are first looked at.
-
-    Mixed into the layers of transformers, whose own methods then decode as they go. The state
-    before the first update is `_fresh`: until then what is fed can be wrong, and is checked.
-    """
-
-    _loader: _Loader | None = None
-    _fresh = False
-    _keys: Any = None
-    _values: Any = None
-    _witness: Any = None
-    """Layer 0: the document's key at the position after the last that is kept, or None."""
-    _prompt_length: int | None = None
-
-    def __init__(self, loader: _Loader, index: int, length: int, **kwargs: Any):
-        super().__init__(**kwargs)
-        self._loader, self._index, self._length, self._fresh = loader, index, length, True
-        self.dtype, self.device = loader.dtype, loader.device or torch.device("cpu")
-        self.is_initialized = True
-        if hasattr(self, "cumulative_length"):
-            self.cumulative_length = length
-
-    def _decoded(self) -> None:
-        if self._loader is not None:
-            keys, values = self._loader.take(self._index)
-            start, stop = self._loader.spans[self._index]
-            held = self._length - start
-            self._keys, self._values = keys[:, :, :held], values[:, :, :held]
-            self._witness = keys[:, :, held:] if stop > self._length else None
-            self._loader = None
-
-    @property
-    def keys(self) -> Any:
-        """[batch, heads, tokens, dim], or None after `reset`."""
-        self._decoded()
-        return self._keys
-
-    @keys.setter
-    def keys(self, keys: Any) -> None:
-        self._keys = keys
-
-    @property
-    def values(self) -> Any:
-        """[batch, heads, tokens, dim], or None after `reset`."""
-        self._decoded()
-        return self._values
-
-    @values.setter
-    def values(self, values: Any) -> None:
-        self._values = values
-
-    def get_seq_length(self) -> int:
-        return self._length if self._loader is not None else cast(Any, super()).get_seq_length()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self._fresh and not query_length:  # a prompt of less than half the cache's tokens
-            raise _not_continued(self.get_seq_length())
-        return cast(Any, super()).get_mask_sizes(query_length)
-
-    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._fresh:
-            self._admit(key_states, value_states)
-        return cast(Any, super()).update(key_states, value_states, *args, **kwargs)
-
-    def _admit(self, key_states: Any, value_states: Any) -> None:
-        """Check the first states that are fed, and get ready for them."""
-        if key_states.dtype != self.dtype:
-            raise UnsupportedError(
-                f"the file holds {self.dtype}, the model computes {key_states.dtype}: "
-                f"load the model with dtype={self.dtype}"
-            )
-        position, fed = self.get_seq_length(), key_states.shape[-2]
-        if self._prompt_length is not None and fed != self._prompt_length - position:
-            raise KVZipError(
-                f"the model was fed {fed} tokens after {position} cached ones, not the rest of "
-                f"the {self._prompt_length} of prompt=: give `generate` the same ids (or the "
-                "rest of them with an attention mask for all), and not in chunks"
-            )
-        if self._loader is not None and self._loader.device is None:
-            self._loader.device = key_states.device
-        pair = []
-        for mine, new in ((self.keys, key_states), (self.values, value_states)):
-            if mine.shape[1::2] != new.shape[1::2] or new.shape[0] % mine.shape[0]:
-                raise KVZipError(
-                    f"layer {self._index} holds [batch, heads, tokens, dim] = {list(mine.shape)}, "
-                    f"the model feeds {list(new.shape)}"
-                )
-            pair.append(_repeated(mine, new))
-        if self._witness is not None and not _same(
-            key_states[:, :, :1], _repeated(self._witness, key_states)
-        ):
-            raise _not_continued(position)
-        cast(Any, super()).lazy_initialization(key_states, value_states)  # devices and dtype
-        self._keys, self._values = pair
-        self._fresh, self._witness = False, None
-
-    def reset(self) -> None:
-        self._loader = self._witness = self._prompt_length = None
-        self._fresh = False
-        cast(Any, super()).reset()
-
-    # Before the first update, the witness goes the way of the keys.
-
-    def crop(self, tokens_to_remove: int) -> None:
-        before = self.keys
-        cast(Any, super()).crop(tokens_to_remove)
-        if self._witness is not None and tokens_to_remove:
-            self._witness = before[:, :, tokens_to_remove:][:, :, :1]
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        cast(Any, super()).reorder_cache(beam_idx)
-        if self._witness is not None:
-            self._witness = self._witness.index_select(0, beam_idx.to(self._witness.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        cast(Any, super()).batch_repeat_interleave(repeats)
-        if self._witness is not None:
-            self._witness = self._witness.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Any) -> None:
-        cast(Any, super()).batch_select_indices(indices)
-        if self._witness is not None:
-            self._witness = self._witness[indices, ...]
-
-
-class _FullLayer(_LazyLayer, DynamicLayer):
-    pass
-
-
-class _SlidingLayer(_LazyLayer, DynamicSlidingWindowLayer):
-    pass
-
-
-def _repeated(mine: Any, new: Any) -> Any:
-    """`mine` where `new` is, with every row repeated to its batch."""
-    times = new.shape[0] // mine.shape[0]
-    mine = mine.to(new.device)
-    return mine if times == 1 else mine.repeat_interleave(times, dim=0)
-
-
-def _not_continued(position: int) -> KVZipError:
-    return KVZipError(
-        f"the prompt does not continue the cached document at position {position}: it is shorter "
-        f"than the {position} tokens of the cache, or another text, or its suffix came without a "
-        "full-length attention mask; pass prompt= to load_cache to keep only what they share"
-    )
-
-
-def _same(new: Any, stored: Any) -> bool:
-    """Whether keys [batch, heads, 1, dim] are equal but for rounding.
-
-    A number counts as another when it is off by more than 1/16 of its size (its pair's in the
-    rotation, and the head's median), 16 roundings of bf16. A turn by one position moves at least
-    the fastest pairs by far more (10 % of SmolLM2's numbers are off then), and another token moves
-    most numbers (75 % or more). One number in a hundred may be off.
-    """
-    new, stored = new.float(), stored.float()
-    size = stored.abs()
-    pair = torch.maximum(size, size.roll(size.shape[-1] // 2, -1))
-    room = (pair + size.median(-1, keepdim=True).values) / 16
-    off = ((new - stored).abs() > room).float().mean(dim=(1, 2, 3))
-    return bool((off <= 0.01).all())

@@ -1,0 +1,94 @@
+"""An engine's chunk of a cache, one tensor, as a .kvz file and back, in place.
+
+Engines hand over chunks as tensors of a few layouts, and tell a reader no more than the shape.
+So how a tensor is cut into keys and values of layers follows from its shape alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kvzip import container, dtypes
+from kvzip.codec import Codec
+from kvzip.errors import UnsupportedError
+from kvzip.snapshot import Layout, Origin, Snapshot
+
+
+def check_codec(codec: Codec) -> Codec:
+    """The codec, if it can be used on chunks. Raises UnsupportedError."""
+    if codec.needs_profile:
+        raise UnsupportedError(
+            f"codec {codec.codec_id!r} needs whole layers and their positions, which an engine's "
+            "chunks do not tell: use channel"
+        )
+    return codec
+
+
+def pairs(array: Any) -> list[tuple[Any, Any]]:
+    """A tensor as keys and values of layers, [heads, tokens, dim] each, or [1, tokens, channels]:
+    views of it.
+
+    [2, layers, heads, tokens, dim], [2, layers, tokens, channels], [2, tokens, channels] and
+    [tokens, 2, channels] hold keys and values. Any other shape, like MLA's [1, layers, tokens,
+    channels], has no such halves: of each layer one half of the channels goes as keys, the other
+    as values.
+    """
+    shape = tuple(array.shape)
+    if len(shape) == 5 and shape[0] == 2:
+        return [(array[0, i], array[1, i]) for i in range(shape[1])]
+    if len(shape) == 4 and shape[0] == 2:
+        return [(array[0, i][None], array[1, i][None]) for i in range(shape[1])]
+    if len(shape) == 3 and shape[0] == 2:
+        return [(array[0][None], array[1][None])]
+    if len(shape) == 3 and shape[1] == 2:
+        return [(array[:, 0][None], array[:, 1][None])]
+    count = math.prod(shape)
+    if count < 2:
+        raise UnsupportedError(f"a tensor of shape {shape} has nothing to compress")
+    if len(shape) < 2 or shape[-1] < 2:
+        array = array.reshape(1, -1) if count % 2 else array.reshape(-1, 2)
+    half = array.shape[-1] // 2
+    layers = array.reshape(-1, *array.shape[-2:])
+    return [(layer[None, :, :half], layer[None, :, half:]) for layer in layers]
+
+
+def _bits(tensor: Any) -> tuple[Any, str]:
+    """A tensor's bits; integers pass for numbers of one of our formats that is as wide."""
+    if tensor.dtype.is_floating_point:
+        return dtypes.as_bits(tensor)
+    wide = {1: "fp8_e4m3fn", 2: "fp16", 4: "fp32"}.get(tensor.element_size())
+    if wide is None:
+        raise UnsupportedError(f"a tensor of {tensor.dtype} holds no numbers of ours")
+    return dtypes.as_bits(tensor, wide)
+
+
+def _snapshot(tensor: Any, model: str = "") -> Snapshot:
+    bits, name = _bits(tensor)
+    return Snapshot.from_arrays(pairs(bits), name, origin=Origin(model=model))
+
+
+def layout(tensor: Any) -> Layout:
+    """Layout of the file that a tensor becomes; its numbers are not looked at."""
+    return _snapshot(tensor).layout
+
+
+def encode(tensor: Any, codec: Codec, threads: int = 1, model: str = "") -> bytes:
+    """A CPU tensor of any strides as the bytes of a .kvz file."""
+    return container.encode(_snapshot(tensor, model), codec, threads=threads)
+
+
+def decode(data: Any, tensor: Any, threads: int = 1) -> None:
+    """Fill a CPU tensor of any strides from the bytes of a .kvz file.
+
+    Raises CorruptError, FormatError, and UnsupportedError when they are of another shape.
+    """
+    bits, name = _bits(tensor)
+    with container.open(data, threads=threads) as reader:
+        stored, wanted = reader.layout, layout(tensor)
+        if stored != wanted:
+            raise UnsupportedError(
+                f"the chunk holds {stored.dtype} {stored.layers[0].k} in {len(stored.layers)} "
+                f"layers, the buffer {name} {wanted.layers[0].k} in {len(wanted.layers)}"
+            )
+        reader.decode(out=pairs(bits))

@@ -1,0 +1,347 @@
+"""Layers of a transformers `Cache` that decode themselves when a model first looks at them.
+
+A loader gives the keys and values of one layer after the other, decoded ahead of their use. What
+the model is fed first is checked against the document, see `kvzip.load.hf.load_cache`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvzip import dtypes
+from kvzip.container import Reader
+from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.snapshot import Snapshot
+
+_log = logging.getLogger("kvzip.load")
+
+
+class Taken(NamedTuple):
+    """What one layer of a cache starts with, [batch, heads, tokens, dim]."""
+
+    keys: Any
+    values: Any
+    witness: Any = None
+    """Layer 0: each row's key at the next position, NaN in rows where none is known; or None."""
+
+
+class Recovery:
+    """Computes a cache's tokens anew when what is stored fails; says so once."""
+
+    def __init__(self, prefill: Callable[[], list[Taken]]):
+        self._prefill, self._lock = prefill, Lock()
+        self._layers: list[Taken] | None = None
+
+    def layers(self, error: Exception) -> list[Taken]:
+        """All layers, computed."""
+        with self._lock:
+            if self._layers is None:
+                _log.warning("the cache is computed anew, not loaded: %s", error)
+                self._layers = self._prefill()
+            return self._layers
+
+    def take(self, i: int, load: Callable[[int], Taken]) -> Taken:
+        """Layer i, loaded; or computed, if it fails or another one has."""
+        if self._layers is not None:
+            return self._layers[i]
+        try:
+            return load(i)
+        except KVZipError as error:
+            return self.layers(error)[i]
+
+
+class Loader:
+    """Decodes layers of one source, each when it is taken, and the next one ahead.
+
+    Copies of a cache share it: it keeps nothing but the layer that is being decoded ahead.
+    `spans`: first and last position of each layer. `held`: the position after the last that the
+    cache keeps; what layer 0 has beyond is its witness.
+    """
+
+    def __init__(
+        self,
+        source: Reader | Snapshot,
+        spans: Sequence[tuple[int, int]],
+        held: int,
+        device: Any,
+        threads: int,
+    ):
+        self.source, self.spans, self.held, self.threads = source, spans, held, threads
+        self.dtype = getattr(torch, dtypes.get(source.layout.dtype).torch)
+        self.device = None if device is None else torch.device(device)
+        self.recovery: Recovery | None = None
+        self._worker = ThreadPoolExecutor(1, "kvzip-ahead")
+        self._ahead: dict[int, Future[Taken]] = {}
+        self._lock = Lock()
+        if isinstance(source, Reader):
+            source.read_ahead(spans)
+
+    def __deepcopy__(self, memo: Any) -> Loader:
+        return self
+
+    def take(self, i: int) -> Taken:
+        """What layer i starts with. Raises KVZipError, if it cannot recover."""
+        return self.load(i) if self.recovery is None else self.recovery.take(i, self.load)
+
+    def load(self, i: int) -> Taken:
+        with self._lock:
+            ahead = self._ahead.pop(i, None)
+        try:
+            taken = self._decode(i) if ahead is None else ahead.result()
+        except KVZipError:
+            raise
+        except Exception as error:
+            raise KVZipError(f"layer {i} cannot be read: {error}") from error
+        with self._lock:
+            if i + 1 < len(self.spans) and i + 1 not in self._ahead:
+                self._ahead[i + 1] = self._worker.submit(self._decode, i + 1)
+        return taken
+
+    def _decode(self, i: int) -> Taken:
+        start, stop = self.spans[i]
+        if isinstance(self.source, Snapshot):
+            found = self.source.layers[i]
+            cut = slice(start - found.layout.first, stop - found.layout.first)
+            arrays = [np.array(bits[..., cut, :]) for bits in found]
+        else:
+            arrays = list(
+                self.source.decode(layers=[i], tokens=(start, stop), threads=self.threads).layers[0]
+            )
+        k, v = (dtypes.as_tensor(a, self.source.layout.dtype).to(self.device) for a in arrays)
+        k, v = (k, v) if k.ndim == 4 else (k[None], v[None])
+        kept = self.held - start
+        return Taken(k[:, :, :kept], v[:, :, :kept], k[:, :, kept:] if stop > self.held else None)
+
+
+class BatchLoader:
+    """Rows of a batch from loaders of their own (or None: a row of padding), the shorter ones
+    padded with zeros at the left."""
+
+    def __init__(self, rows: Sequence[Loader | None], count: int, windows: Sequence[int | None]):
+        self.rows, self.count, self.windows = rows, count, windows
+        first = next(row for row in rows if row is not None)
+        self.dtype, self._device = first.dtype, first.device
+        self.recovery: Recovery | None = None
+        """None: a batch does not recover."""
+
+    def __deepcopy__(self, memo: Any) -> BatchLoader:
+        return self
+
+    @property
+    def device(self) -> Any:
+        return self._device
+
+    @device.setter
+    def device(self, device: Any) -> None:
+        self._device = device
+        for row in self.rows:
+            if row is not None:
+                row.device = device
+
+    def take(self, i: int) -> Taken:
+        """As :meth:`Loader.take`."""
+        taken = [None if row is None else row.load(i) for row in self.rows]
+        like = next(t for t in taken if t is not None)
+        window = self.windows[i]
+        width = self.count if window is None else min(self.count, window - 1)
+        shapes = [(len(taken), t.shape[1], width, t.shape[3]) for t in like[:2]]
+        keys, values = (like.keys.new_zeros(shape) for shape in shapes)
+        witness = torch.full((len(taken), shapes[0][1], 1, shapes[0][3]), torch.nan)
+        known = False
+        for row, found in enumerate(taken):
+            if found is None:
+                continue
+            start = width - found.keys.shape[2]
+            keys[row, :, start:], values[row, :, start:] = found.keys[0], found.values[0]
+            if found.witness is not None:
+                witness[row], known = found.witness[0].float(), True
+        return Taken(keys, values, witness if known else None)
+
+
+# --- layers that decode themselves -----------------------------------------------------------
+
+
+class _LazyLayer:
+    """Knows its length; decodes when its keys or values are first looked at.
+
+    Mixed into the layers of transformers, whose own methods then decode as they go. The state
+    before the first update is `_fresh`: until then what is fed can be wrong, and is checked.
+    """
+
+    _loader: Any = None
+    """A Loader or BatchLoader; None once it has given what the layer starts with."""
+    _source: Any = None
+    """The same, until the first update is admitted."""
+    _fresh = False
+    _keys: Any = None
+    _values: Any = None
+    _witness: Any = None
+    """Layer 0: the document's key at the position after the last that is kept, or None."""
+    _prompt_length: int | None = None
+
+    def __init__(self, loader: Any, index: int, length: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._loader = self._source = loader
+        self._index, self._length, self._fresh = index, length, True
+        self.dtype, self.device = loader.dtype, loader.device or torch.device("cpu")
+        self.is_initialized = True
+        if hasattr(self, "cumulative_length"):
+            self.cumulative_length = length
+
+    def _decoded(self) -> None:
+        if self._loader is not None:
+            self._keys, self._values, self._witness = self._loader.take(self._index)
+            self._loader = None
+
+    @property
+    def keys(self) -> Any:
+        """[batch, heads, tokens, dim], or None after `reset`."""
+        self._decoded()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Any) -> None:
+        self._keys = keys
+
+    @property
+    def values(self) -> Any:
+        """[batch, heads, tokens, dim], or None after `reset`."""
+        self._decoded()
+        return self._values
+
+    @values.setter
+    def values(self, values: Any) -> None:
+        self._values = values
+
+    def get_seq_length(self) -> int:
+        return self._length if self._loader is not None else cast(Any, super()).get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self._fresh and not query_length:  # a prompt of less than half the cache's tokens
+            raise _not_continued(self.get_seq_length())
+        return cast(Any, super()).get_mask_sizes(query_length)
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._fresh:
+            self._admit(key_states, value_states)
+        return cast(Any, super()).update(key_states, value_states, *args, **kwargs)
+
+    def _admit(self, key_states: Any, value_states: Any) -> None:
+        """Check the first states that are fed, and get ready for them."""
+        position, fed = self.get_seq_length(), key_states.shape[-2]
+        if self._prompt_length is not None and fed != self._prompt_length - position:
+            raise KVZipError(
+                f"the model was fed {fed} tokens after {position} cached ones, not the rest of "
+                f"the {self._prompt_length} of prompt=: give `generate` the same ids (or the "
+                "rest of them with an attention mask for all), and not in chunks"
+            )
+        if self._source.device is None:
+            self._source.device = key_states.device
+        try:
+            pair = self._fitting(key_states, value_states)
+        except KVZipError as error:
+            if self._source.recovery is None or position != self._length:
+                raise
+            anew = self._source.recovery.layers(error)[self._index]
+            self._keys, self._values, self._witness = anew
+            self._loader, self.dtype = None, self._keys.dtype
+            pair = self._fitting(key_states, value_states)
+        cast(Any, super()).lazy_initialization(key_states, value_states)  # devices and dtype
+        self._keys, self._values = pair
+        self._fresh, self._witness, self._source = False, None, None
+
+    def _fitting(self, key_states: Any, value_states: Any) -> list[Any]:
+        """Keys and values for as many rows as are fed, if what is fed goes on from them."""
+        if key_states.dtype != self.dtype:
+            raise UnsupportedError(
+                f"the file holds {self.dtype}, the model computes {key_states.dtype}: "
+                f"load the model with dtype={self.dtype}"
+            )
+        pair = []
+        for mine, new in ((self.keys, key_states), (self.values, value_states)):
+            if mine.shape[1::2] != new.shape[1::2] or new.shape[0] % mine.shape[0]:
+                raise KVZipError(
+                    f"layer {self._index} holds [batch, heads, tokens, dim] = {list(mine.shape)}, "
+                    f"the model feeds {list(new.shape)}"
+                )
+            pair.append(_repeated(mine, new))
+        if self._witness is not None and not _same(
+            key_states[:, :, :1], _repeated(self._witness, key_states)
+        ):
+            raise _not_continued(self.get_seq_length())
+        return pair
+
+    def reset(self) -> None:
+        self._loader = self._source = self._witness = self._prompt_length = None
+        self._fresh = False
+        cast(Any, super()).reset()
+
+    # Before the first update, the witness goes the way of the keys.
+
+    def crop(self, tokens_to_remove: int) -> None:
+        before = self.keys
+        cast(Any, super()).crop(tokens_to_remove)
+        if self._witness is not None and tokens_to_remove:
+            self._witness = before[:, :, tokens_to_remove:][:, :, :1]
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        cast(Any, super()).reorder_cache(beam_idx)
+        if self._witness is not None:
+            self._witness = self._witness.index_select(0, beam_idx.to(self._witness.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        cast(Any, super()).batch_repeat_interleave(repeats)
+        if self._witness is not None:
+            self._witness = self._witness.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        cast(Any, super()).batch_select_indices(indices)
+        if self._witness is not None:
+            self._witness = self._witness[indices, ...]
+
+
+class FullLayer(_LazyLayer, DynamicLayer):
+    pass
+
+
+class SlidingLayer(_LazyLayer, DynamicSlidingWindowLayer):
+    pass
+
+
+def _repeated(mine: Any, new: Any) -> Any:
+    """`mine` where `new` is, with every row repeated to its batch."""
+    times = new.shape[0] // mine.shape[0]
+    mine = mine.to(new.device)
+    return mine if times == 1 else mine.repeat_interleave(times, dim=0)
+
+
+def _not_continued(position: int) -> KVZipError:
+    return KVZipError(
+        f"the prompt does not continue the cached document at position {position}: it is shorter "
+        f"than the {position} tokens of the cache, or another text, or its suffix came without a "
+        "full-length attention mask; pass prompt= to load_cache to keep only what they share"
+    )
+
+
+def _same(new: Any, stored: Any) -> bool:
+    """Whether keys [batch, heads, 1, dim] are equal but for rounding.
+
+    A number counts as another when it is off by more than 1/16 of its size (its pair's in the
+    rotation, and the head's median), 16 roundings of bf16. A turn by one position moves at least
+    the fastest pairs by far more (10 % of SmolLM2's numbers are off then), and another token moves
+    most numbers (75 % or more). One number in a hundred may be off.
+    """
+    new, stored = new.float(), stored.float()
+    size = stored.abs()
+    pair = torch.maximum(size, size.roll(size.shape[-1] // 2, -1))
+    room = (pair + size.median(-1, keepdim=True).values) / 16
+    off = ((new - stored).abs() > room).float().mean(dim=(1, 2, 3))
+    return bool((off <= 0.01).all())

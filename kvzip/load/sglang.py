@@ -1,0 +1,281 @@
+"""kvzip as a storage backend of SGLang's HiCache, through its backend of type "dynamic":
+
+.. code-block:: sh
+
+    --hicache-storage-backend dynamic --hicache-storage-backend-extra-config '{
+      "backend_name": "kvzip", "module_path": "kvzip.load.sglang", "class_name": "KvzipStorage",
+      "interface_v1": 1, "url": "s3://bucket/hicache"}'
+
+A page is one .kvz object under the URL (a folder or a bucket), written once, whole or not at all,
+under SGLang's own hash of its tokens. Keys and values are put in one order before, so hosts whose
+memory is laid out in different ways read each other's pages. What cannot be read, for whatever
+reason, is a miss, which SGLang computes; each kind of failure is logged once.
+
+The interface is that of SGLang 0.5.23, ``sglang.srt.mem_cache.hicache_storage``; this module
+imports without it. More settings: ``codec`` (default "channel"), ``workers`` (pages at once, 4),
+``timeout`` and ``retries`` of a request, ``options`` for obstore.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from kvzip.codec import get_codec
+from kvzip.errors import KVZipError
+from kvzip.load import chunks
+from kvzip.remote import Bucket
+
+if TYPE_CHECKING:
+    _Base = object
+else:
+    try:
+        from sglang.srt.mem_cache.hicache_storage import HiCacheStorage as _Base
+    except ImportError:
+        _Base = object
+
+_log = logging.getLogger("kvzip.sglang")
+
+# For each layout of SGLang's host memory, the axes of a page after those of keys and values:
+# layer, token (of the page), head. The last axis is the head's dimension.
+_AXES = {"layer_first": "lth", "page_first": "tlh", "page_first_direct": "lth", "page_head": "htl"}
+
+
+def page_of(tensor: Any, pool: Any) -> Any:
+    """A page of a host pool, flat or in the pool's layout, as a view [2, layers, heads, tokens,
+    dim]; of MLA's pools, which hold no values, [1, layers, tokens, dim]; of others as it is."""
+    layout, tokens = getattr(pool, "layout", None), getattr(pool, "page_size", 1)
+    axes = _AXES.get(str(layout))
+    layers = getattr(pool, "layer_num", 0)
+    heads, dim = getattr(pool, "head_num", 0), getattr(pool, "head_dim", 0)
+    count = {"l": layers, "t": tokens, "h": heads}
+    if axes and tensor.numel() == 2 * layers * tokens * heads * dim:
+        page = tensor if tensor.ndim == 1 else tensor.squeeze(1) if tensor.ndim == 6 else tensor
+        page = page.view(2, *(count[a] for a in axes), dim) if page.ndim == 1 else page
+        return page.permute(0, *(1 + axes.index(a) for a in "lht"), 4)
+    if axes and layers and tensor.numel() % (layers * tokens) == 0:
+        order = axes.replace("h", "")
+        width = tensor.numel() // (layers * tokens)
+        page = tensor if tensor.ndim == 1 else tensor.squeeze(-2)
+        page = page.squeeze(0) if page.ndim == 4 else page
+        page = page.view(*(count[a] for a in order), width) if page.ndim == 1 else page
+        return page.permute(*(order.index(a) for a in "lt"), 2)[None]
+    return tensor
+
+
+class KvzipStorage(_Base):
+    """SGLang's `HiCacheStorage` on a folder or bucket of .kvz objects."""
+
+    def __init__(self, storage_config: Any, kwargs: Any = None):
+        extra = dict(storage_config.extra_config or {})
+        if "url" not in extra:
+            raise KVZipError('say where pages go: "url" in --hicache-storage-backend-extra-config')
+        self.codec = chunks.check_codec(get_codec(extra.get("codec", "channel")))
+        self.bucket = Bucket(
+            extra["url"],
+            timeout=float(extra.get("timeout", 30.0)),
+            retries=int(extra.get("retries", 2)),
+            options=extra.get("options"),
+            make=True,
+        )
+        self.model = str(storage_config.model_name or "")
+        self.scope = _scope(storage_config)
+        # A hybrid model's recurrent state is cut over ranks even where MLA's pages are not.
+        self._state_suffix = f".tp{storage_config.tp_rank}of{storage_config.tp_size}"
+        self._pool = ThreadPoolExecutor(int(extra.get("workers", 4)), "kvzip-sglang")
+        self._told: set[str] = set()
+        self.mem_pool_host: Any = None
+        self.registered_pools: dict[Any, Any] = {}
+
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+        self.mem_pool_host = mem_pool_host
+
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+        self.registered_pools[host_pool_name] = host_pool
+
+    # --- one page --------------------------------------------------------------------------
+
+    def _path(self, key: str, pool: Any) -> str:
+        """The dtype is in the path: a page in another can be there beside it."""
+        dtype = str(getattr(pool, "dtype", "") or "any").removeprefix("torch.")
+        return f"{self.scope}/{dtype}/{quote(key, safe='.')}.kvz"
+
+    def _try(self, do: Callable[[], Any], failed: Any) -> Any:
+        """What `do` gives, or `failed` after a failure, which is told once for each kind."""
+        try:
+            return do()
+        except (KVZipError, OSError, RuntimeError, ValueError) as error:
+            kind = type(error).__name__
+            if kind not in self._told:
+                self._told.add(kind)
+                _log.warning("pages of %s are computed instead: %s", self.bucket.url, error)
+            return failed
+
+    def _load(self, key: str, tensor: Any, pool: Any) -> bool:
+        def load() -> bool:
+            data = self.bucket.get(self._path(key, pool))
+            if data is None:
+                return False
+            chunks.decode(data, page_of(tensor, pool))
+            return True
+
+        return bool(self._try(load, False))
+
+    def _store(self, key: str, tensor: Any, pool: Any) -> bool:
+        def store() -> bool:
+            path = self._path(key, pool)
+            if self.bucket.head(path) is None:
+                self.bucket.put(
+                    path, chunks.encode(page_of(tensor, pool), self.codec, 1, self.model)
+                )
+            return True
+
+        return bool(self._try(store, False))
+
+    def _each(self, do: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
+        return list(self._pool.map(do, *arguments))
+
+    # --- pages as flat tensors -------------------------------------------------------------
+
+    def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
+        """Fill `target_location`, a flat page; it, or None for a miss."""
+        if target_location is None:
+            return None
+        return target_location if self._load(key, target_location, self.mem_pool_host) else None
+
+    def batch_get(
+        self, keys: Sequence[str], target_locations: Any = None, target_sizes: Any = None
+    ) -> list[Any]:
+        return self._each(self.get, keys, target_locations or [None] * len(keys))
+
+    def set(
+        self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None
+    ) -> bool:
+        page = target_location if value is None else value
+        return page is not None and self._store(key, page, self.mem_pool_host)
+
+    def batch_set(
+        self,
+        keys: Sequence[str],
+        values: Any = None,
+        target_locations: Any = None,
+        target_sizes: Any = None,
+    ) -> bool:
+        return all(self._each(self.set, keys, target_locations if values is None else values))
+
+    def exists(self, key: str) -> bool:
+        return self._has(key, self.mem_pool_host)
+
+    def _has(self, key: str, pool: Any) -> bool:
+        return bool(self._try(lambda: self.bucket.head(self._path(key, pool)) is not None, False))
+
+    def batch_exists(self, keys: Sequence[str], extra_info: Any = None) -> int:
+        """How many of the first keys are there, without a gap."""
+        return _leading(self._each(self.exists, keys))
+
+    # --- pages in the host's memory --------------------------------------------------------
+
+    def _pages(self, do: Callable[..., bool], keys: Any, indices: Any, pool: Any) -> list[bool]:
+        size = getattr(pool, "page_size", 1) or 1
+        if indices is None or len(indices) != len(keys) * size:
+            return [False] * len(keys)
+        starts = indices[::size].tolist()
+
+        def page(key: str, start: int) -> bool:
+            return do(key, pool.get_data_page(start, flat=False), pool)
+
+        return self._each(page, keys, starts)
+
+    def batch_get_v1(
+        self, keys: Sequence[str], host_indices: Any, extra_info: Any = None
+    ) -> list[bool]:
+        return self._pages(self._load, keys, host_indices, self.mem_pool_host)
+
+    def batch_set_v1(
+        self, keys: Sequence[str], host_indices: Any, extra_info: Any = None
+    ) -> list[bool]:
+        return self._pages(self._store, keys, host_indices, self.mem_pool_host)
+
+    # --- pages of several pools ------------------------------------------------------------
+
+    def _component(self, key: str, name: Any) -> str:
+        name = str(getattr(name, "value", name))
+        if name == "kv":
+            return key
+        return f"{key}.{name}" + (self._state_suffix if name == "mamba" else "")
+
+    def _batch_v2(self, do: Callable[..., bool], transfers: Any) -> dict[Any, list[bool]]:
+        results = {}
+        for transfer in transfers:
+            keys = [self._component(key, transfer.name) for key in transfer.keys or []]
+            pool = self.registered_pools.get(transfer.name)
+            results[transfer.name] = (
+                [False] * len(keys)
+                if pool is None
+                else self._pages(do, keys, transfer.host_indices, pool)
+            )
+        return results
+
+    def batch_get_v2(self, transfers: Any, extra_info: Any = None) -> dict[Any, list[bool]]:
+        return self._batch_v2(self._load, transfers)
+
+    def batch_set_v2(self, transfers: Any, extra_info: Any = None) -> dict[Any, list[bool]]:
+        return self._batch_v2(self._store, transfers)
+
+    def batch_exists_v2(
+        self, keys: Sequence[str], pool_transfers: Any = None, extra_info: Any = None
+    ) -> Any:
+        """The lengths of prefix that all pools can restore; see SGLang's docstring."""
+        from sglang.srt.mem_cache.hicache_storage import PoolTransferResult
+
+        pages = self.batch_exists(keys)
+        hits = {"kv": pages} if pages else {}
+        lengths = list(range(1, pages + 1))
+        for transfer in pool_transfers or []:
+            if not lengths:
+                break
+            pool = self.registered_pools.get(transfer.name)
+            names = [self._component(key, transfer.name) for key in keys[:pages]]
+            here = self._each(lambda name, pool=pool: self._has(name, pool), names)
+            policy = str(getattr(transfer.hit_policy, "value", transfer.hit_policy))
+            if policy == "all_pages":
+                good = set(range(1, _leading(here) + 1))
+            elif policy == "trailing_pages":
+                last = max(1, len(transfer.keys or []))
+                good = {n for n in range(1, pages + 1) if all(here[max(0, n - last) : n])}
+            else:
+                raise ValueError(f"hit policy {policy!r} is not supported")
+            if good:
+                hits[transfer.name] = max(good)
+            lengths = [n for n in lengths if n in good]
+        return PoolTransferResult(lengths[-1] if lengths else 0, hits, lengths)
+
+    # --- all of them -----------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Delete all pages of this model and rank."""
+        self._each(self.bucket.delete, [meta.path for meta in list(self.bucket.under(self.scope))])
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def _leading(flags: Sequence[bool]) -> int:
+    """How many are true before the first that is not."""
+    return next((i for i, flag in enumerate(flags) if not flag), len(flags))
+
+
+def _scope(config: Any) -> str:
+    """Model and rank as a path. Ranks hold different heads, but of an MLA model the same numbers,
+    of which one rank writes."""
+    parts = [quote(str(config.model_name or "model"), safe="")]
+    if not config.is_mla_model:
+        parts.append(f"tp{config.tp_rank}of{config.tp_size}")
+    for name in ("pp", "attn_cp", "dcp"):
+        if getattr(config, f"{name}_size", 1) > 1:
+            rank, size = getattr(config, f"{name}_rank"), getattr(config, f"{name}_size")
+            parts.append(f"{name}{rank}of{size}")
+    return "/".join(parts)

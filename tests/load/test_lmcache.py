@@ -1,0 +1,238 @@
+"""LMCache's chunks come back bit for bit, or are a miss.
+
+The first part runs everywhere, on stand-ins for LMCache's memory objects. The second needs LMCache
+itself (0.5.6), which `make test-lmcache` installs into an environment of its own without what it
+needs on a GPU: the real registry, thread pool, memory and L2 adapter on files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+import kvzip  # noqa: E402
+from kvzip import container  # noqa: E402
+from kvzip.errors import CorruptError, FormatError, KVZipError, UnsupportedError  # noqa: E402
+from kvzip.load import lmcache as ours  # noqa: E402
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]
+SHAPES = {
+    "KV_2LTD": (2, 3, 40, 32),
+    "KV_2TD": (2, 40, 32),
+    "KV_T2D": (40, 2, 32),
+    "KV_MLA_FMT": (1, 3, 40, 33),
+    "EC_TD": (40, 32),
+    "odd": (7,),
+}
+
+
+def tensor_of(shape: Any, dtype: Any, seed: int = 0) -> Any:
+    """Numbers like a cache's where the dtype is one of numbers, any bytes elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    if not dtype.is_floating_point:
+        return torch.randint(0, 256, shape, dtype=dtype, generator=generator)
+    scale = 2.0 ** torch.linspace(-6, 3, shape[-1])
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+class Memory:
+    """What the serde uses of LMCache's MemoryObj."""
+
+    def __init__(self, *tensors: Any):
+        self.tensors = tensors
+        self.metadata = SimpleNamespace(shapes=[t.shape for t in tensors])
+        self.byte_array = memoryview(tensors[0].view(torch.uint8).numpy().reshape(-1))
+
+    def get_tensor(self, i: int) -> Any:
+        return self.tensors[i]
+
+
+def buffer(size: int) -> Memory:
+    return Memory(torch.full((size,), 0x5A, dtype=torch.uint8))
+
+
+def there_and_back(codec: Any, tensors: Any) -> tuple[int, int, list[Any]]:
+    """Bytes written, their bound, and what comes back."""
+    layout = SimpleNamespace(shapes=[t.shape for t in tensors], dtypes=[t.dtype for t in tensors])
+    serializer = ours.KvzipSerializer(kvzip.get_codec(codec), 1)
+    bound = serializer.estimate_serialized_size(layout)
+    stored = buffer(bound)
+    used = serializer.serialize(Memory(*tensors), stored, SimpleNamespace(model_name="m"))
+    back = [torch.zeros_like(t) for t in tensors]
+    ours.KvzipDeserializer(1).deserialize(stored, Memory(*back), None)
+    return used, bound, back
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", DTYPES, ids=str)
+def test_there_and_back(shape: Any, kind: Any) -> None:
+    tensor = tensor_of(shape, kind)
+    used, bound, [back] = there_and_back("channel", [tensor])
+    assert same(back, tensor) and used <= bound
+
+
+def test_every_codec(codec: str) -> None:
+    tensor = tensor_of(SHAPES["KV_2LTD"], torch.bfloat16)
+    assert same(there_and_back(codec, [tensor])[2][0], tensor)
+
+
+def test_several_tensors_and_any_bits() -> None:
+    tensors = [
+        torch.randint(0, 256, (2, 2, 16, 64), dtype=torch.uint8).view(torch.bfloat16),
+        tensor_of((2, 1, 16, 8), torch.float32),
+        tensor_of((16, 2, 8), torch.float8_e5m2),
+    ]
+    used, bound, back = there_and_back("channel", tensors)
+    assert all(map(same, back, tensors)) and used <= bound
+
+
+@given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=5), kind=st.sampled_from(DTYPES))
+@settings(max_examples=60, deadline=None)
+def test_any_shape(shape: list[int], kind: Any) -> None:
+    tensor = tensor_of(shape, kind, sum(shape))
+    if tensor.numel() < 2:
+        with pytest.raises(UnsupportedError):
+            there_and_back("channel", [tensor])
+        return
+    used, bound, [back] = there_and_back("channel", [tensor])
+    assert same(back, tensor) and used <= bound
+
+
+def test_what_is_stored_is_smaller_and_a_kvz_file() -> None:
+    tensor = tensor_of((2, 4, 256, 128), torch.bfloat16)
+    serializer = ours.KvzipSerializer(kvzip.get_codec("channel"), 1)
+    stored = buffer(2 * tensor.nbytes)
+    key = SimpleNamespace(model_name="org/model")
+    used = serializer.serialize(Memory(tensor), stored, key)
+    assert used < tensor.nbytes / 1.3
+    info = container.verify(bytes(stored.byte_array[:used]))
+    assert info.header.origin.model == "org/model" and info.raw_bytes == tensor.nbytes
+
+
+def test_damage_and_other_shapes_are_errors() -> None:
+    tensor = tensor_of((2, 3, 40, 32), torch.bfloat16)
+    serializer = ours.KvzipSerializer(kvzip.get_codec("channel"), 1)
+    stored = buffer(2 * tensor.nbytes + 4096)
+    used = serializer.serialize(Memory(tensor), stored, None)
+    good = bytes(stored.byte_array)
+    reader = ours.KvzipDeserializer(1)
+
+    def load(data: bytes, into: Any = tensor) -> None:
+        memory = buffer(len(data))
+        memory.byte_array[:] = data
+        reader.deserialize(memory, Memory(torch.empty_like(into)), None)
+
+    load(good)
+    rng = np.random.default_rng(0)
+    for at in rng.integers(0, used, 60):
+        with pytest.raises((CorruptError, FormatError)):
+            load(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+    for length in (0, 7, 39, used // 2, used - 1):
+        with pytest.raises((CorruptError, FormatError)):
+            load(good[:length])
+    for other in (tensor[:, :2], tensor[..., :16], tensor.half(), tensor.view(torch.uint8)):
+        with pytest.raises(UnsupportedError, match="the chunk holds"):
+            load(good, other.contiguous())
+    with pytest.raises(KVZipError, match="too few"):
+        serializer.serialize(Memory(tensor), buffer(100), None)
+    with pytest.raises(UnsupportedError, match="use channel"):
+        ours.KvzipSerializer(kvzip.get_codec("predictive"), 1)
+
+
+# --- the real one ----------------------------------------------------------------------------
+
+real = pytest.mark.skipif(
+    importlib.util.find_spec("lmcache") is None, reason="needs LMCache: make test-lmcache"
+)
+
+
+@pytest.fixture
+def adapter(tmp_path: Any) -> Any:
+    """LMCache's own L2 adapter on files with the serde, and its L1 memory."""
+    from lmcache.v1.distributed.config import L1ManagerConfig, L1MemoryManagerConfig
+    from lmcache.v1.distributed.l1_manager import L1Manager
+    from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
+    from lmcache.v1.distributed.l2_adapters.factory import create_l2_adapter_from_registry
+    from lmcache.v1.distributed.l2_adapters.serde_wrapper import SerdeL2AdapterWrapper
+    from lmcache.v1.distributed.serde import create_serde_processor
+
+    ours.register()
+    ours.register()  # a second time does no harm
+    page = (Path(__file__).parents[2] / "docs" / "lmcache.md").read_text()
+    [text] = re.findall(r"```json\n(.*?)```", page, re.DOTALL)  # what the guide says to write
+    given = json.loads(text) | {"base_path": str(tmp_path)}
+    parsed = argparse.Namespace(l2_adapter=[json.dumps(given)])
+    [config] = parse_args_to_l2_adapters_config(parsed).adapters
+    memory = L1Manager(
+        L1ManagerConfig(L1MemoryManagerConfig(size_in_bytes=64 << 20, use_lazy=False))
+    )
+    inner = create_l2_adapter_from_registry(config)
+    serde = create_serde_processor(config.serde_config)
+    wrapper = SerdeL2AdapterWrapper(inner, serde, memory)
+    yield wrapper, memory
+    wrapper.close()
+
+
+def wait(ask: Any) -> Any:
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if (found := ask()) not in (None, {}):
+            return found
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+@real
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_through_lmcache_itself(adapter: Any, tmp_path: Any, kind: Any) -> None:
+    from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
+
+    wrapper, memory = adapter
+    shape = torch.Size((2, 4, 256, 128))
+    keys = [ObjectKey(bytes([i] * 16), "org/model", 0) for i in range(3)]
+    layout = MemoryLayoutDesc([shape], [kind])
+
+    def reserve(tag: str) -> Any:
+        found = memory.reserve_write(keys, [False] * 3, layout, tag)
+        return [found[key][1] for key in keys]
+
+    sources = reserve("w")
+    tensors = [tensor_of(shape, kind, i) for i in range(3)]
+    for source, tensor in zip(sources, tensors, strict=True):
+        source.tensor.copy_(tensor)
+    task = wrapper.submit_store_task(keys, sources)
+    assert wait(wrapper.pop_completed_store_tasks)[task].is_successful()
+    files = sorted(tmp_path.rglob("*.data"))
+    assert len(files) == 3
+    for file in files:
+        assert container.verify(file).raw_bytes == tensors[0].nbytes
+        assert file.stat().st_size < tensors[0].nbytes
+    for source in sources:
+        source.tensor.zero_()
+    task = wrapper.submit_load_task(keys, sources)
+    loaded = wait(lambda: wrapper.query_load_result(task))
+    assert [loaded.test(i) for i in range(3)] == [True] * 3
+    assert all(same(s.tensor, t) for s, t in zip(sources, tensors, strict=True))
+    damaged = bytearray(files[0].read_bytes())
+    damaged[-1] ^= 1
+    files[0].write_bytes(damaged)
+    task = wrapper.submit_load_task(keys[:1], sources[:1])
+    assert not wait(lambda: wrapper.query_load_result(task)).test(0)  # a miss, not wrong numbers

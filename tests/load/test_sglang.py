@@ -1,0 +1,303 @@
+"""Pages of SGLang's HiCache come back bit for bit, or are a miss.
+
+The host pool here is a stand-in: its memory has the shapes of SGLang 0.5.23's pools for multi-head
+and latent attention in each of their layouts, and its pages are cut as theirs are. The real pools
+need an accelerator's buffers. With SGLang installed (`make test-sglang`, in an environment of its
+own) the backend is made by SGLang's own factory and is a subclass of its `HiCacheStorage`; without,
+only the methods that its controller calls are here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from servers import silent_server  # noqa: E402
+
+from kvzip import container  # noqa: E402
+from kvzip.errors import KVZipError, UnsupportedError  # noqa: E402
+from kvzip.load.sglang import KvzipStorage, page_of  # noqa: E402
+
+PAGES, TOKENS, LAYERS, HEADS, DIM = 6, 16, 3, 2, 24
+LAYOUTS = ["layer_first", "page_first", "page_first_direct", "page_head"]
+PAGE = (Path(__file__).parents[2] / "docs" / "sglang.md").read_text()
+[GUIDE] = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)  # what the guide says to write
+HERE = importlib.util.find_spec("sglang") is not None
+
+
+class Pool:
+    """Memory of a host for keys and values, as SGLang lays it out."""
+
+    def __init__(self, layout: str, dtype: Any, latent: bool = False):
+        self.layout, self.dtype, self.page_size = layout, dtype, TOKENS
+        self.layer_num, self.head_num, self.head_dim = LAYERS, 1 if latent else HEADS, DIM
+        self.latent, rows = latent, PAGES * TOKENS
+        shape = {
+            "layer_first": (LAYERS, rows, self.head_num, DIM),
+            "page_first": (rows, LAYERS, self.head_num, DIM),
+            "page_first_direct": (PAGES, LAYERS, TOKENS, self.head_num, DIM),
+            "page_head": (PAGES, self.head_num, TOKENS, LAYERS, DIM),
+        }[layout]
+        self.kv_buffer = torch.zeros(shape if latent else (2, *shape), dtype=dtype)
+
+    def get_data_page(self, index: int, flat: bool = True) -> Any:
+        rows, page = slice(index, index + TOKENS), index // TOKENS
+        ahead = () if self.latent else (slice(None),)
+        cut = {"layer_first": (slice(None), rows), "page_first": (rows,)}
+        data = self.kv_buffer[(*ahead, *cut.get(self.layout, (slice(page, page + 1),)))]
+        return data.flatten() if flat else data
+
+    def set_from_flat_data_page(self, index: int, page: Any) -> None:
+        here = self.get_data_page(index, flat=False)
+        here.copy_(page.reshape(here.shape))
+
+    def get_dummy_flat_data_page(self) -> Any:
+        return torch.zeros_like(self.get_data_page(0))
+
+    def token(self, row: int) -> Any:
+        """One token's numbers, in the same order whatever the layout: [(2,) layers, heads, dim]."""
+        page, at = divmod(row, TOKENS)
+        memory = self.kv_buffer[None] if self.latent else self.kv_buffer
+        found = {
+            "layer_first": lambda: memory[:, :, row],
+            "page_first": lambda: memory[:, row],
+            "page_first_direct": lambda: memory[:, page, :, at],
+            "page_head": lambda: memory[:, page, :, at].transpose(1, 2),
+        }[self.layout]()
+        return found.contiguous()
+
+    def fill(self, seed: int = 0) -> Pool:
+        generator = torch.Generator().manual_seed(seed)
+        for row in range(PAGES * TOKENS):
+            numbers = torch.randn(self.token(row).shape, generator=generator).to(self.dtype)
+            self.put_token(row, numbers)
+        return self
+
+    def put_token(self, row: int, numbers: Any) -> None:
+        page, at = divmod(row, TOKENS)
+        memory = self.kv_buffer[None] if self.latent else self.kv_buffer
+        if self.layout == "layer_first":
+            memory[:, :, row] = numbers
+        elif self.layout == "page_first":
+            memory[:, row] = numbers
+        elif self.layout == "page_first_direct":
+            memory[:, page, :, at] = numbers
+        else:
+            memory[:, page, :, at] = numbers.transpose(1, 2)
+
+
+def config_of(url: Any, **more: Any) -> Any:
+    fields = {
+        "tp_rank": 0,
+        "tp_size": 1,
+        "pp_rank": 0,
+        "pp_size": 1,
+        "attn_cp_rank": 0,
+        "attn_cp_size": 1,
+        "is_mla_model": False,
+        "model_name": "org/model",
+        "enable_storage_metrics": False,
+        "is_page_first_layout": False,
+        "extra_config": json.loads(GUIDE) | {"url": str(url)},
+    }
+    extra = fields["extra_config"] | more.pop("extra", {})
+    fields |= more | {"extra_config": extra}
+    if not HERE:
+        return SimpleNamespace(**fields)
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+
+    return HiCacheStorageConfig(**fields)
+
+
+def backend_of(url: Any, pool: Any, **more: Any) -> Any:
+    config = config_of(url, **more)
+    if HERE:
+        from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
+        from sglang.srt.mem_cache.storage import StorageBackendFactory
+
+        made = StorageBackendFactory.create_backend("dynamic", config, pool)
+        assert isinstance(made, HiCacheStorage)
+    else:
+        made = KvzipStorage(config, {})
+    made.register_mem_pool_host(pool)
+    return made
+
+
+KEYS = [f"{i:064x}" for i in range(PAGES)]
+INDICES = torch.arange(PAGES * TOKENS)
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def equal(a: Pool, b: Pool, pages: int = PAGES) -> bool:
+    return all(
+        torch.equal(a.token(r).view(torch.uint8), b.token(r).view(torch.uint8))
+        for r in range(pages * TOKENS)
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.uint8], ids=str)
+def test_in_place(tmp_path: Any, layout: str, kind: Any) -> None:
+    """What `_page_set_zero_copy` and `_page_get_zero_copy` of the controller call."""
+    pool = Pool(layout, kind).fill()
+    writer = backend_of(tmp_path, pool)
+    assert writer.batch_exists(KEYS) == 0
+    assert writer.batch_set_v1(KEYS[:4], INDICES[: 4 * TOKENS]) == [True] * 4
+    assert writer.batch_exists(KEYS) == 4 and writer.exists(KEYS[3]) and not writer.exists(KEYS[4])
+    other = Pool(layout, kind)
+    reader = backend_of(tmp_path, other)
+    assert reader.batch_get_v1(KEYS, INDICES) == [True] * 4 + [False] * 2
+    assert equal(pool, other, 4)
+
+
+def test_flat_pages(tmp_path: Any, layout: str) -> None:
+    """What `_generic_page_set` and `_generic_page_get` of the controller call."""
+    pool = Pool(layout, torch.bfloat16).fill()
+    backend = backend_of(tmp_path, pool)
+    pages = [pool.get_data_page(i * TOKENS) for i in range(PAGES)]
+    assert backend.batch_set(KEYS[:3], pages[:3]) and backend.set(KEYS[3], pages[3])
+    dummies = [pool.get_dummy_flat_data_page() for _ in KEYS]
+    found = backend.batch_get(KEYS, dummies)
+    assert [page is not None for page in found] == [True] * 4 + [False] * 2
+    assert all(torch.equal(a, b) for a, b in zip(found[:4], pages, strict=False))
+    assert torch.equal(backend.get(KEYS[0], dummies[5]), pages[0])
+
+
+@pytest.mark.parametrize("other", LAYOUTS)
+def test_hosts_of_different_layouts_share_pages(tmp_path: Any, layout: str, other: str) -> None:
+    pool, mine = Pool(layout, torch.bfloat16).fill(), Pool(other, torch.bfloat16)
+    backend_of(tmp_path, pool).batch_set_v1(KEYS, INDICES)
+    backend = backend_of(tmp_path, mine)
+    assert backend.batch_get_v1(KEYS, INDICES) == [True] * PAGES
+    assert equal(pool, mine)
+    mine.kv_buffer.zero_()
+    for i, page in enumerate(
+        backend.batch_get(KEYS, [mine.get_dummy_flat_data_page() for _ in KEYS])
+    ):
+        mine.set_from_flat_data_page(i * TOKENS, page)
+    assert equal(pool, mine)
+
+
+@pytest.mark.parametrize("latent_layout", LAYOUTS[:3])
+def test_latent_attention(tmp_path: Any, latent_layout: str) -> None:
+    pool = Pool(latent_layout, torch.bfloat16, latent=True).fill()
+    first = backend_of(tmp_path, pool, is_mla_model=True, tp_size=2)
+    assert first.batch_set_v1(KEYS, INDICES) == [True] * PAGES
+    mine = Pool("layer_first", torch.bfloat16, latent=True)
+    second = backend_of(tmp_path, mine, is_mla_model=True, tp_rank=1, tp_size=2)
+    assert second.batch_get_v1(KEYS, INDICES) == [True] * PAGES  # ranks share what is the same
+    assert equal(pool, mine)
+
+
+def test_pages_are_kvz_files_and_smaller(tmp_path: Any) -> None:
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    pool.page_size = TOKENS
+    assert tuple(page_of(pool.get_data_page(0), pool).shape) == (2, LAYERS, HEADS, TOKENS, DIM)
+    backend_of(tmp_path, pool).batch_set_v1(KEYS, INDICES)
+    files = list(tmp_path.rglob("*.kvz"))
+    assert len(files) == PAGES
+    for file in files:
+        info = container.verify(file)
+        assert info.header.origin.model == "org/model" and len(info.header.layout.layers) == LAYERS
+
+
+def test_ranks_models_and_dtypes_are_kept_apart(tmp_path: Any) -> None:
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    backend_of(tmp_path, pool).batch_set_v1(KEYS, INDICES)
+    for more in ({"tp_rank": 1, "tp_size": 2}, {"model_name": "org/other"}, {"pp_size": 2}):
+        assert backend_of(tmp_path, pool, **more).batch_exists(KEYS) == 0
+    half = Pool("layer_first", torch.float16).fill(1)
+    backend = backend_of(tmp_path, half)
+    assert backend.batch_exists(KEYS) == 0
+    assert backend.batch_set_v1(KEYS, INDICES) == [True] * PAGES
+    backend.clear()
+    assert backend.batch_exists(KEYS) == 0 and not list(tmp_path.rglob("*.kvz"))
+
+
+def test_a_bucket(s3: Any) -> None:
+    pool = Pool("page_first", torch.bfloat16).fill()
+    extra = {"options": s3.options}
+    backend = backend_of(f"{s3.url}/sglang", pool, extra=extra)
+    assert backend.batch_set_v1(KEYS, INDICES) == [True] * PAGES
+    mine = Pool("page_first", torch.bfloat16)
+    reader = backend_of(f"{s3.url}/sglang", mine, extra=extra)
+    assert reader.batch_exists(KEYS) == PAGES
+    assert reader.batch_get_v1(KEYS, INDICES) == [True] * PAGES
+    assert equal(pool, mine)
+
+
+def test_what_fails_is_a_miss_and_told_once(tmp_path: Any, caplog: Any) -> None:
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    backend = backend_of(tmp_path / "here", pool)
+    backend.batch_set_v1(KEYS, INDICES)
+    files = sorted((tmp_path / "here").rglob("*.kvz"))
+    for at, file in enumerate(files[:3]):
+        data = bytearray(file.read_bytes())
+        data[-1 - at] ^= 1
+        file.write_bytes(data)
+    assert backend.batch_get_v1(KEYS, INDICES) == [False] * 3 + [True] * 3
+    assert len([r for r in caplog.records if r.name == "kvzip.sglang"]) == 1
+    larger = Pool("layer_first", torch.bfloat16)
+    larger.kv_buffer = torch.zeros(2, LAYERS, PAGES * TOKENS, HEADS, 2 * DIM, dtype=torch.bfloat16)
+    larger.head_dim = 2 * DIM
+    other = backend_of(tmp_path / "here", larger)
+    assert other.batch_get_v1(KEYS, INDICES) == [False] * PAGES
+    assert not larger.kv_buffer.any()
+    with silent_server() as url:
+        caplog.clear()
+        slow = backend_of(url, pool, extra={"timeout": 0.2, "retries": 0, "workers": 8})
+        assert slow.batch_exists(KEYS) == 0
+        assert slow.batch_get_v1(KEYS, INDICES) == [False] * PAGES
+        assert slow.batch_set_v1(KEYS, INDICES) == [False] * PAGES
+        assert len([r for r in caplog.records if r.name == "kvzip.sglang"]) == 1
+
+
+def test_settings(tmp_path: Any) -> None:
+    pool = Pool("layer_first", torch.bfloat16)
+    with pytest.raises(KVZipError, match="say where pages go"):
+        KvzipStorage(SimpleNamespace(extra_config={}), {})
+    with pytest.raises(UnsupportedError, match="use channel"):
+        backend_of(tmp_path, pool, extra={"codec": "predictive"})
+
+
+@pytest.mark.skipif(not HERE, reason="needs SGLang: make test-sglang")
+def test_several_pools(tmp_path: Any) -> None:
+    """The v2 interface, against what SGLang's own backend on files answers."""
+    from sglang.srt.mem_cache.hicache_storage import HiCacheFile, PoolHitPolicy, PoolTransfer
+
+    pool, state = (Pool(name, torch.bfloat16).fill() for name in ("layer_first", "page_first"))
+    config = config_of(tmp_path / "ours")
+    ours, theirs = backend_of(tmp_path / "ours", pool), HiCacheFile(config, str(tmp_path / "file"))
+    for backend in (ours, theirs):
+        for name, registered in (("kv", pool), ("swa", state)):
+            backend.register_mem_host_pool_v2(registered, name)
+
+    def transfer(name: str, pages: Any, policy: Any = PoolHitPolicy.ALL_PAGES) -> Any:
+        rows = torch.cat([INDICES[p * TOKENS : (p + 1) * TOKENS] for p in pages])
+        return PoolTransfer(
+            name, host_indices=rows, keys=[KEYS[p] for p in pages], hit_policy=policy
+        )
+
+    for backend in (ours, theirs):
+        done = backend.batch_set_v2([transfer("kv", range(5)), transfer("swa", [0, 1, 3, 4])])
+        assert done == {"kv": [True] * 5, "swa": [True] * 4}
+    for policy in (PoolHitPolicy.ALL_PAGES, PoolHitPolicy.TRAILING_PAGES):
+        for window in ([4], [3, 4], [2, 3, 4]):
+            asked = [transfer("swa", window, policy)]
+            assert ours.batch_exists_v2(KEYS, asked) == theirs.batch_exists_v2(KEYS, asked)
+    before = state.kv_buffer.clone()
+    state.kv_buffer.zero_()
+    assert ours.batch_get_v2([transfer("swa", [0, 1, 2, 3])]) == {"swa": [True, True, False, True]}
+    rows = [r for p in (0, 1, 3) for r in range(p * TOKENS, (p + 1) * TOKENS)]
+    assert torch.equal(state.kv_buffer[:, rows], before[:, rows])

