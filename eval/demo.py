@@ -17,8 +17,9 @@ import numpy as np
 
 from kvzip import capture, container, entropy
 from kvzip.codec import get_codec
+from kvzip.cost import CodecFigures, prefill_flops
 from kvzip.eval import bench
-from kvzip.eval.economics import Measured, MeasuredCodec, breakeven, prefill_flops
+from kvzip.eval.economics import Measured, breakeven
 from kvzip.eval.exactness import Exactness, Reference
 from kvzip.eval.paper import paper_table
 from kvzip.eval.prices import default_prices
@@ -123,10 +124,10 @@ def run(
                 raw_bytes=snapshot.raw_bytes,
                 prefill_seconds=prefill,
                 codecs=tuple(
-                    MeasuredCodec(row.spec, row.ratio, 1e9 * row.decode_gbps) for row, _ in rows
+                    CodecFigures(row.spec, row.ratio, 1e9 * row.decode_gbps) for row, _ in rows
                 ),
                 prefill_flops=prefill_flops(
-                    _parameters(loaded),
+                    parameters(loaded.model),
                     snapshot.tokens,
                     len(snapshot.layers),
                     config.num_attention_heads * snapshot.layers[0].k.shape[-1],
@@ -207,14 +208,12 @@ def _version(package: str) -> str:
         return ""
 
 
-def _parameters(loaded: LoadedModel) -> int:
-    """Parameters that multiply in a prefill: an embedding that is only looked up does not."""
-    model = loaded.model
-    count = int(model.num_parameters())
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding is not None and head is not None and embedding.weight is not head.weight:
-        count -= embedding.weight.numel()
-    return count
+def parameters(model: Any) -> int:
+    """Parameters that multiply with every token of a prefill: the embedding is looked up, and the
+    output matrix is needed for the last token only."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {end.weight.data_ptr(): end.weight.numel() for end in ends if end is not None}
+    return int(model.num_parameters()) - sum(weights.values())
 
 
 def _kinds(snapshot: Snapshot) -> dict[str, int]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kvzip.errors import KVZipError
-from kvzip.eval.economics import (
+from kvzip.cost import (
     GB,
     HOUR,
     Threshold,
@@ -20,6 +19,7 @@ from kvzip.eval.economics import (
     load_cost,
     token_cost,
 )
+from kvzip.errors import KVZipError
 from kvzip.eval.prices import PriceBook, default_prices
 
 SHORT, LONG = 255, 3774

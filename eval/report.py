@@ -16,19 +16,19 @@ from typing import Any
 
 import msgspec
 
-from kvzip.errors import KVZipError
-from kvzip.eval import charts
-from kvzip.eval.economics import (
+from kvzip.cost import (
     GB,
     MTOK,
-    BreakEven,
     PrefillModel,
     break_even_bandwidth,
     break_even_egress,
     fit_prefill,
 )
+from kvzip.errors import KVZipError
+from kvzip.eval import charts
+from kvzip.eval.economics import BreakEven
 from kvzip.eval.paper import BYTES_PER_TOKEN, ratio_needed
-from kvzip.eval.prices import default_prices
+from kvzip.eval.prices import HEADLINE, default_prices
 from kvzip.eval.result import CodecResult, DemoResult, as_result
 from kvzip.snapshot import replacing_file
 
@@ -82,7 +82,7 @@ def render(result: DemoResult) -> str:
     environment.filters |= {"usd": usd, "size": size, "seconds": seconds}
     environment.filters |= {"rate": bit_rate, "num": number, "sci": scientific}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    model = fit_prefill(result.prefill_points or [(result.tokens, result.prefill_seconds)])
+    model = fit_prefill(result.prefill_points or [(result.tokens, result.prefill_seconds)]).model
     data = msgspec.structs.replace(result, report=None)
     return template.render(
         r=result,
@@ -110,9 +110,10 @@ def by_base(rows: Sequence[BreakEven]) -> list[list[BreakEven]]:
 
 
 def answers(result: DemoResult) -> list[Answer]:
-    """The answer in dollars at each price base, then the one in time."""
-    found = [_dollar_answer(rows) for rows in by_base(result.breakeven)]
-    return [*found, _time_answer(by_base(result.breakeven)[0])]
+    """The answer in dollars at each price base of the headline, then the one in time."""
+    groups = by_base(result.breakeven)
+    headline = [rows for rows in groups if rows[0].base in HEADLINE] or groups[:1]
+    return [*map(_dollar_answer, headline), _time_answer(groups[0])]
 
 
 def _dollar_answer(rows: Sequence[BreakEven]) -> Answer:

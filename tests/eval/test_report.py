@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvzip.cost import CodecFigures, prefill_flops
 from kvzip.errors import KVZipError
-from kvzip.eval.economics import Measured, MeasuredCodec, breakeven, prefill_flops
+from kvzip.eval.economics import Measured, breakeven
 from kvzip.eval.paper import paper_table
 from kvzip.eval.prices import default_prices
 from kvzip.eval.report import bit_rate, seconds, size, usd, write_report
@@ -58,7 +59,7 @@ def result(prefill: float = 6.2, **changes: Any) -> dict[str, Any]:
         layers=30,
         raw_bytes=RAW,
         prefill_seconds=prefill,
-        codecs=tuple(MeasuredCodec(name, r, d * 1e9) for name, (r, _, d) in SPEEDS.items()),
+        codecs=tuple(CodecFigures(name, r, d * 1e9) for name, (r, _, d) in SPEEDS.items()),
         prefill_flops=prefill_flops(134.5e6, TOKENS, 30, 576),
     )
     return {
