@@ -46,6 +46,9 @@ class Measured(msgspec.Struct, frozen=True):
     hand be modelled."""
     latency: float = 0.0
     """Seconds before the first byte and for the first step on the loaded cache."""
+    decoder: str = ""
+    """The machine that decoded, and what it decoded, where that is not `device` and this
+    document."""
 
 
 Basis = Literal["list price", "measured", "model", "upper bound"]
@@ -175,7 +178,12 @@ def _time(measured: Measured, codec: CodecFigures) -> Time:
             if mbps is not None
             else f"prefill is faster over any link: {found.reason}"
         ),
-        basis=f"Prefill and decoding: measured on {measured.device}. The link: a model.",
+        basis=(
+            f"Prefill and decoding: measured on {measured.device}. The link: a model."
+            if not measured.decoder
+            else f"Prefill: measured on {measured.device}. Decoding: on {measured.decoder}. The "
+            "link: a model."
+        ),
     )
 
 
@@ -207,8 +215,9 @@ def _dollars(measured: Measured, codec: CodecFigures, base: PriceBase, use: Use)
         break_even_reads=break_even_reads(prefill, unstored, prefill + kept).value,
         verdict="unknown" if kind == "upper bound" and verdict == "load" else verdict,
         prefill_basis=kind,
-        basis=f"{words} Decoding: its seconds on {measured.device}, as measured, at "
-        f"${base.device.value:.2f} an hour, as if the {base.device_name} waited for it. "
+        basis=f"{words} Decoding: its seconds on {measured.decoder or measured.device}, as "
+        f"measured, at ${base.device.value:.2f} an hour, as if the {base.device_name} waited for "
+        f"it. "
         f"Egress: ${egress:g}/GB ({base.egress.source}).",
     )
 

@@ -11,8 +11,11 @@ and :func:`bill` turns that into dollars, bytes and seconds. All of it is a mode
 from __future__ import annotations
 
 import math
+import os
+import tomllib
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -23,15 +26,17 @@ from kvzip.cost import (
     GB,
     HOUR,
     MONTH_HOURS,
+    TERA,
     CodecFigures,
     device_cost,
     load_cost,
     number,
+    prefill_at_peak,
     token_cost,
 )
 from kvzip.errors import KVZipError
 from kvzip.eval import paper as stated
-from kvzip.eval.prices import PriceBook, default_prices
+from kvzip.eval.prices import Price, PriceBook, Shape, default_prices
 
 EXACT_RANKS = 1 << 12
 """Documents of the highest ranks that the closed form looks at one by one; the others in bins."""
@@ -492,9 +497,22 @@ def presets(prices: PriceBook | None = None) -> dict[str, Fleet]:
     }
 
 
-def _modelled(shape: Any, tokens: int, compute: Any) -> float:
-    from kvzip.cost import TERA, prefill_at_peak
+def changed(fleet: Fleet, path: str | os.PathLike[str]) -> Fleet:
+    """The fleet with the fields of a TOML file. Raises KVZipError that names file and field."""
+    try:
+        fields = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        # TOML's inf is a float; whole numbers stand for floats.
+        return msgspec.convert({**msgspec.structs.asdict(fleet), **fields}, Fleet).check()
+    except OSError as error:
+        raise KVZipError(f"fleet {path}: {error.strerror or error}") from None
+    except (msgspec.ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        allowed = ", ".join(Fleet.__struct_fields__)
+        raise KVZipError(f"fleet {path}: {error}; its fields are: {allowed}") from None
+    except KVZipError as error:
+        raise KVZipError(f"fleet {path}: {error}") from None
 
+
+def _modelled(shape: Shape, tokens: int, compute: Price) -> float:
     speed = compute.value * TERA * compute.utilisation
     model = prefill_at_peak(shape.parameters, shape.layers, shape.width, speed)
     return model.seconds(tokens)

@@ -98,7 +98,9 @@ def measure(
     *,
     text: Sequence[str] = ("pydoc",),
     lengths: Sequence[int] = LENGTHS,
+    prefill_lengths: Sequence[int] = (),
     cache_dtypes: Sequence[str] = ("bf16",),
+    profile_dtypes: Sequence[str] | None = None,
     codecs: Sequence[str] = CODECS,
     train: int = 16,
     threads: int = 1,
@@ -106,11 +108,12 @@ def measure(
     command: str = "kvzip eval inputs",
     step: Step = lambda name: None,
 ) -> Inputs:
-    """Time the prefill at each of `lengths`, and each codec on the cache of each length and dtype.
+    """Time the prefill, at `lengths` or at `prefill_lengths` of its own, and each codec on the cache
+    of each of `lengths` and dtypes.
 
     Caches of fp16 and fp32 come from the model computing in that format, fp8 ones are cast from
     bf16. Codecs that need a profile learn it, for each dtype, from `train` other documents of the
-    text of the greatest length. A codec that fails, or does not give back what it was given, has
+    text of the greatest length; `profile_dtypes` keeps them to some dtypes. A codec that fails, or does not give back what it was given, has
     no figures and is named as missing. Raises KVZipError when none is left.
     """
     lengths = sorted(set(lengths))
@@ -118,6 +121,7 @@ def measure(
     chosen = {spec: get_codec(spec) for spec in codecs}
     if not (lengths and names and chosen):
         raise KVZipError("measured inputs need at least one length, one dtype and one codec")
+    longest = max(*lengths, *prefill_lengths, 1)
     loaded: LoadedModel | None = None
     computed, fit, first = "", None, ""
     rows: list[CodecRow] = []
@@ -128,18 +132,21 @@ def measure(
             step(f"loading {model} in {own}")
             loaded, computed = load_model(model, own), own
         assert loaded is not None
-        [cut] = capture.cut_documents(loaded.tokenizer, text, lengths[-1], slice(0, 1))
+        [cut] = capture.cut_documents(loaded.tokenizer, text, longest, slice(0, 1))
         if fit is None:
             step("timing the prefill")
             first = own
-            fit = fit_prefill(prefill_seconds(loaded, cut.token_ids, lengths))
+            fit = fit_prefill(prefill_seconds(loaded, cut.token_ids, prefill_lengths or lengths))
         profiles: dict[bool, Profile | None] = {False: None}
         failed: dict[str, str] = {}
-        if any(codec.needs_profile for codec in chosen.values()):
+        learning = [spec for spec, codec in chosen.items() if codec.needs_profile]
+        if learning and profile_dtypes is not None and dtype not in profile_dtypes:
+            failed |= dict.fromkeys(learning, "no profile was wanted for this dtype")
+        elif learning:
             try:
                 profiles[True] = learn(loaded, text, lengths[-1], dtype, train, step)
             except KVZipError as error:
-                failed |= {s: str(error) for s, codec in chosen.items() if codec.needs_profile}
+                failed |= dict.fromkeys(learning, str(error))
         for length in lengths:
             step(f"capturing {length} tokens, {dtype}")
             snapshot = capture.prefill(loaded, cut.token_ids[:length], dtype=dtype)
@@ -265,7 +272,7 @@ def parameters(model: Any) -> int:
     """Parameters that multiply with every token of a prefill: the embedding is looked up, and the
     output matrix is needed for the last token only."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    weights = {end.weight.data_ptr(): end.weight.numel() for end in ends if end is not None}
+    weights = {id(end.weight): end.weight.numel() for end in ends if end is not None}
     return int(model.num_parameters()) - sum(weights.values())
 
 
