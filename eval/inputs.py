@@ -108,13 +108,14 @@ def measure(
     command: str = "kvzip eval inputs",
     step: Step = lambda name: None,
 ) -> Inputs:
-    """Time the prefill, at `lengths` or at `prefill_lengths` of its own, and each codec on the cache
-    of each of `lengths` and dtypes.
+    """Time the prefill, at `lengths` or at `prefill_lengths` of its own, and each codec on the
+    cache of each of `lengths` and dtypes.
 
     Caches of fp16 and fp32 come from the model computing in that format, fp8 ones are cast from
     bf16. Codecs that need a profile learn it, for each dtype, from `train` other documents of the
-    text of the greatest length; `profile_dtypes` keeps them to some dtypes. A codec that fails, or does not give back what it was given, has
-    no figures and is named as missing. Raises KVZipError when none is left.
+    text of the greatest length; `profile_dtypes` keeps them to some dtypes. A codec that fails, or
+    does not give back what it was given, has no figures and is named as missing. Raises KVZipError
+    when none is left.
     """
     lengths = sorted(set(lengths))
     names = [dtypes.get(name).name for name in cache_dtypes]

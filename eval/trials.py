@@ -217,7 +217,8 @@ def quantised(snapshot: Snapshot, bits: int) -> tuple[Snapshot, int]:
     Each channel of each head, keys and values apart, has its own scale, the largest magnitude over
     its tokens; ``round(x / scale * m) / m * scale`` with m = 2^(bits - 1) - 1. Bytes: the integers
     and one fp16 scale a channel. The last token stays as it is: `load_cache` compares its keys with
-    what the model computes, and would take rounded ones for another text. Raises UnsupportedError for 8-bit floats.
+    what the model computes, and would take rounded ones for another text. Raises UnsupportedError
+    for 8-bit floats.
     """
     import torch
 

@@ -86,17 +86,38 @@ def report(
     sql: str | None = None,
     as_json: Json = False,
 ) -> None:
-    """Query a sweep.
+    """Draw a report from stored results, or query a sweep.
 
     Parameters
     ----------
+    results
+        Of kvzip demo (its folder or result.json) and, each if wanted: eval inputs, eval exactness,
+        eval frontier, entropy, bench, as JSON. With --sql: a sweep's folder, or a Parquet file.
+    output
+        The page. Default: report.html beside the demo's result.
     sql
         A query in DuckDB's SQL over the table `sweep`.
     """
     if sql is not None:
         _sql(results or [], sql, as_json)
         return
-    raise KVZipError("not yet")
+    from kvzip.eval.extras import read
+    from kvzip.eval.report import write_report
+
+    if not results:
+        raise KVZipError(
+            "name stored results, first the folder of kvzip demo; or --sql and a sweep"
+        )
+    result, extras = read(results)
+    first = results[0]
+    page = output or (first if first.is_dir() else first.parent) / "report.html"
+    write_report(result, page, extras)
+    shown = [f for f in extras.__struct_fields__ if getattr(extras, f) is not None]
+    _emit(
+        {"page": str(page), "sections": ["demo", *shown]},
+        as_json,
+        lambda: _out.print(str(page), highlight=False),
+    )
 
 
 def _sql(results: list[Path], sql: str, as_json: bool) -> None:
