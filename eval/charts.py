@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 
 COLOURS = 7
 """Distinct series classes; further series begin again."""
@@ -140,9 +139,9 @@ def _spread(wanted: Sequence[float], low: float, high: float) -> list[float]:
     at = [min(max(wanted[i], low), high) for i in order]
     for _ in range(50):
         moved = False
-        for i, (a, b) in enumerate(pairwise(at)):
-            if b - a < _LINE - 0.1:
-                middle = (a + b) / 2
+        for i in range(len(at) - 1):
+            if at[i + 1] - at[i] < _LINE - 0.1:
+                middle = (at[i] + at[i + 1]) / 2
                 at[i], at[i + 1] = middle - _LINE / 2, middle + _LINE / 2
                 moved = True
         shift = max(low - at[0], 0) if at else 0

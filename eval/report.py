@@ -33,6 +33,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval import charts
 from kvzip.eval.economics import BreakEven
 from kvzip.eval.extras import Extras, Frontier, FrontierRun, PeerRow, Peers, PeerSnapshot
+from kvzip.eval.inputs import CodecRow, Inputs
 from kvzip.eval.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.prices import HEADLINE, default_prices
 from kvzip.eval.result import CodecResult, DemoResult, as_result
@@ -109,6 +110,9 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         panel=_json(panel(result, model)),
+        link=_some_link(groups[0]),
+        input_lengths=sorted({row.tokens for row in extras.inputs.rows}) if extras.inputs else [],
+        input_rows=_by_codec(extras.inputs) if extras.inputs else [],
         peer_charts=peer_charts(extras.peers) if extras.peers else [],
         frontier_charts=frontier_charts(extras.frontier) if extras.frontier else [],
         paper_bytes=BYTES_PER_TOKEN,
@@ -128,6 +132,20 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
 def _json(value: Any) -> str:
     """JSON that can stand inside a script element."""
     return msgspec.json.encode(value).decode().replace("<", "\\u003c")
+
+
+def _some_link(rows: Sequence[BreakEven]) -> str:
+    """Mb/s to begin with, on the map: half as fast again as raw bytes need to be."""
+    able = [row.time.break_even_mbps for row in rows if row.time.break_even_mbps]
+    return f"{float(f'{1.5 * max(able):.2g}'):g}" if able else "1000"
+
+
+def _by_codec(inputs: Inputs) -> list[tuple[tuple[str, str], dict[int, CodecRow]]]:
+    """Rows of one dtype and codec by their length."""
+    found: dict[tuple[str, str], dict[int, CodecRow]] = {}
+    for row in inputs.rows:
+        found.setdefault((row.dtype, row.codec), {})[row.tokens] = row
+    return list(found.items())
 
 
 def panel(result: DemoResult, model: PrefillModel) -> dict[str, Any]:
