@@ -39,8 +39,6 @@ from kvzip.eval.prices import HEADLINE, default_prices
 from kvzip.eval.result import CodecResult, DemoResult, as_result
 from kvzip.snapshot import replacing_file
 
-IDEAL = 2.0
-"""The ratio of the line that is drawn beside the codecs, with decoding free."""
 _WIDE, _NARROW = 760, 344
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _SCRIPT = Path(__file__).with_name("report.js")
@@ -118,7 +116,7 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         paper_bytes=BYTES_PER_TOKEN,
         paper_ratio=ratio_needed(),
         widest=max((p.width for p in result.planes), default=1),
-        ideal=IDEAL,
+        ideal=ideal_ratio(result.codecs),
         model=model,
         fit=fit,
         ladder_width=dtypes.get(extras.ladder.dtype).bits if extras.ladder else 16,
@@ -157,7 +155,7 @@ def panel(result: DemoResult, model: PrefillModel) -> dict[str, Any]:
         "bytes": result.raw_bytes / result.tokens,
         "a": model.a,
         "b": model.b,
-        "ideal": IDEAL,
+        "ideal": ideal_ratio(result.codecs),
         "order": [line.key for line in lines],
         "codecs": [
             {"name": c.name, "ratio": c.ratio, "rate": c.decode_gbps * GB} for c in result.codecs
@@ -250,6 +248,12 @@ def _styles(codecs: Sequence[CodecResult]) -> dict[str, str]:
     return {codec.name: f"s{i % charts.COLOURS}" for i, codec in enumerate(codecs)}
 
 
+def ideal_ratio(codecs: Sequence[CodecResult]) -> float:
+    """The ratio of the line that is drawn beside the codecs, with decoding free: the next whole
+    number above them all, 2 at least."""
+    return max(2.0, math.floor(max(codec.ratio for codec in codecs)) + 1.0)
+
+
 def _both(draw: Callable[[str, tuple[int, int]], str], height: int) -> Chart:
     return Chart(draw("wide", (_WIDE, height)), draw("narrow", (_NARROW, height)))
 
@@ -307,7 +311,8 @@ def _lines(
         lines.insert(0, charts.Line("raw", "raw 1.00×", "plain", curve(1.0, None)))
     else:
         lines.sort(key=lambda line: line.key != "raw")
-    return [*lines, charts.Line("ideal", f"ideal {IDEAL:.0f}×", "ideal", curve(IDEAL, None))]
+    ideal = ideal_ratio(codecs)
+    return [*lines, charts.Line("ideal", f"ideal {ideal:.0f}×", "ideal", curve(ideal, None))]
 
 
 def time_map(result: DemoResult, model: PrefillModel) -> Chart:

@@ -357,6 +357,45 @@ def paper(
 
 
 @evaluate.command
+def figures(
+    results: list[Path],
+    *,
+    readme: Path | None = None,
+    picture: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """The README's figures from stored results.
+
+    Parameters
+    ----------
+    results
+        Of kvzip demo: its folder, or result.json.
+    readme
+        A Markdown file: its answer is put anew between its marks.
+    picture
+        PNG of the map of time; needs Chromium.
+    """
+    from kvzip.eval import figures as drawing
+    from kvzip.eval.extras import read
+
+    result, _ = read(results)
+    found = drawing.figures(result)
+    if readme is not None:
+        drawing.put_answer(result, readme)
+    if picture is not None:
+        drawing.put_picture(result, picture)
+
+    def show() -> None:
+        table = Table("figure", "value", "from")
+        for f in found:
+            table.add_row(f.name, f"{f.value:,.4g} {f.unit}", f.basis)
+        _out.print(table)
+        _out.print(drawing.answer(result), highlight=False, markup=False, soft_wrap=True)
+
+    _emit({"figures": msgspec.to_builtins(found), "answer": drawing.answer(result)}, as_json, show)
+
+
+@evaluate.command
 def exactness(
     snapshots: list[Path],
     *,
