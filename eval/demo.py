@@ -3,23 +3,21 @@ whether shipping the cache would have beaten the prefill."""
 
 from __future__ import annotations
 
-import datetime
 import os
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from kvzip import capture, container, entropy
+from kvzip import capture, entropy
 from kvzip.codec import get_codec
+from kvzip.cost import CodecFigures, prefill_flops
 from kvzip.eval import bench
-from kvzip.eval.economics import Measured, MeasuredCodec, breakeven, prefill_flops
+from kvzip.eval.economics import Measured, breakeven
 from kvzip.eval.exactness import Exactness, Reference
+from kvzip.eval.inputs import halves, parameters, prefill_seconds, width
+from kvzip.eval.machine import machine, now, versions
 from kvzip.eval.paper import paper_table
 from kvzip.eval.prices import default_prices
 from kvzip.eval.report import write_report
@@ -27,7 +25,6 @@ from kvzip.eval.result import (
     CodecResult,
     DemoResult,
     FreshPrefill,
-    Machine,
     Model,
     Plane,
     as_result,
@@ -37,7 +34,6 @@ from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot, replacing_file, sha256_raw
 
 CODECS = ("raw", "zstd", "lz4", "planes", "planes:mode=bit", "channel", "predictive")
-_PACKAGES = ("kvzip", "numpy", "torch", "transformers", "zstandard", "lz4", "xxhash")
 
 Step = Callable[[str], Any]
 
@@ -69,7 +65,7 @@ def run(
     numbers = slice(document, document + 1)
     [cut] = capture.cut_documents(loaded.tokenizer, text, tokens, numbers)
     step("timing the prefill")
-    points = prefill_seconds(loaded, cut.token_ids)
+    points = prefill_seconds(loaded, cut.token_ids, halves(tokens))
     step("capturing the cache")
     [path] = capture.capture(loaded, [cut], folder)
     snapshot = Snapshot.load(path)
@@ -92,12 +88,11 @@ def run(
         rows.append((row, reference.check(encoded, own)))
     step("writing the report")
     prefill = dict(points)[snapshot.tokens]
-    config = loaded.model.config.get_text_config(decoder=True)
     result = DemoResult(
         command=command,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=now(),
         machine=machine(),
-        versions={name: v for name in _PACKAGES if (v := _version(name))},
+        versions=versions(),
         model=Model(loaded.id, loaded.revision, type(loaded.model).__name__),
         dtype=snapshot.dtype,
         text=cut.name,
@@ -123,13 +118,13 @@ def run(
                 raw_bytes=snapshot.raw_bytes,
                 prefill_seconds=prefill,
                 codecs=tuple(
-                    MeasuredCodec(row.spec, row.ratio, 1e9 * row.decode_gbps) for row, _ in rows
+                    CodecFigures(row.spec, row.ratio, 1e9 * row.decode_gbps) for row, _ in rows
                 ),
                 prefill_flops=prefill_flops(
-                    _parameters(loaded),
+                    parameters(loaded.model),
                     snapshot.tokens,
                     len(snapshot.layers),
-                    config.num_attention_heads * snapshot.layers[0].k.shape[-1],
+                    width(loaded.model),
                 ),
             ),
             default_prices().bases(),
@@ -164,57 +159,6 @@ def _learn(
     profile = Profile.fit(paths)
     profile.save(folder / "demo.kvprofile")
     return profile
-
-
-def prefill_seconds(
-    loaded: LoadedModel, token_ids: Any, *, repeat: int = 3
-) -> list[tuple[int, float]]:
-    """(tokens, seconds) of the prefill of the document and of its halves down to 128 tokens.
-
-    The median of `repeat` runs, after one to warm up; no cache is copied out.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    ids = torch.from_numpy(np.atleast_2d(token_ids).astype(np.int64)).to(loaded.model.device)
-    lengths = [ids.shape[1]]
-    while len(lengths) < 4 and lengths[-1] >= 256:
-        lengths.append(lengths[-1] // 2)
-
-    def once(length: int) -> float:
-        began = time.perf_counter()
-        with torch.inference_mode():
-            out = loaded.model(
-                ids[:, :length], past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
-            )
-            out.logits.argmax().item()  # waits for the device
-        return time.perf_counter() - began
-
-    once(lengths[-1])
-    return [(n, statistics.median(once(n) for _ in range(repeat))) for n in reversed(lengths)]
-
-
-def machine() -> Machine:
-    """The machine that this runs on."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Machine(capture.processor_name(), container.thread_count(0), round(pages / 2**30, 1))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _parameters(loaded: LoadedModel) -> int:
-    """Parameters that multiply in a prefill: an embedding that is only looked up does not."""
-    model = loaded.model
-    count = int(model.num_parameters())
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding is not None and head is not None and embedding.weight is not head.weight:
-        count -= embedding.weight.numel()
-    return count
 
 
 def _kinds(snapshot: Snapshot) -> dict[str, int]:

@@ -37,6 +37,8 @@ class Agreement(msgspec.Struct, frozen=True):
 
     tokens_equal: int
     """Steps before the first that differs, in any row of the batch."""
+    tokens_matching: int
+    """Steps whose tokens are the same in all rows of the batch, wherever they are."""
     max_logit_difference: float
     """Largest over all steps that were fed the same tokens, the first that differs included."""
 
@@ -49,7 +51,9 @@ class Exactness(msgspec.Struct, frozen=True):
     bytes_equal: bool
     new_tokens: int
     tokens_equal: int
-    """Of `new_tokens`, against the same cache uncompressed."""
+    """Of `new_tokens`, against the same cache uncompressed, up to the first that differs."""
+    tokens_matching: int
+    """The same, wherever they are."""
     max_logit_difference: float
     layers: tuple[LayerCheck, ...]
     fresh: Agreement | None
@@ -87,7 +91,8 @@ class _Run(NamedTuple):
         equal = int(differ.int().argmax()) if bool(differ.any()) else len(differ)
         a, b = self.logits[: equal + 1], other.logits[: equal + 1]
         same = (a == b) | (a.isnan() & b.isnan())
-        return Agreement(equal, float((a - b).abs().masked_fill(same, 0).max()))
+        matching = len(differ) - int(differ.sum())
+        return Agreement(equal, matching, float((a - b).abs().masked_fill(same, 0).max()))
 
 
 class _Clock(StoppingCriteria):
@@ -108,19 +113,30 @@ class Reference:
     """What a model makes of a snapshot's cache as it is, and of a fresh prefill: run once, to
     check many encodings against.
 
-    The prompt is the snapshot's document, of which the cache gives all tokens but the last. When
-    its sliding layers hold too little for that, the prompt is the document and its last token
+    The prompt is the snapshot's document, of which the cache gives all tokens but the last, or the
+    document and the ids of `suffix`, [n], which the model computes on top of the cache. When its
+    sliding layers hold too little for that, the prompt is the document and its last token
     again. Batches must not be padded. Raises KVZipError when model and snapshot do not fit.
     """
 
-    def __init__(self, model: Any, snapshot: Snapshot, *, new_tokens: int = 24, fresh: bool = True):
+    def __init__(
+        self,
+        model: Any,
+        snapshot: Snapshot,
+        *,
+        new_tokens: int = 24,
+        fresh: bool = True,
+        suffix: Any = (),
+    ):
         if snapshot.token_ids is None:
             raise KVZipError("the snapshot has no token ids: there is nothing to prompt with")
         if new_tokens < 1:
             raise ValueError("new_tokens must be at least 1")
         self.model, self.new_tokens = model, new_tokens
         self.layers = layer_hashes(snapshot)
-        self.prompt = np.atleast_2d(snapshot.token_ids).astype(np.int64)
+        document = np.atleast_2d(snapshot.token_ids).astype(np.int64)
+        more = np.broadcast_to(np.asarray(suffix, np.int64), (len(document), len(suffix)))
+        self.prompt = np.concatenate([document, more], axis=1)
         try:
             load_cache(snapshot, model.config, prompt=self.prompt)
         except KVZipError:
@@ -182,10 +198,11 @@ class Reference:
         agreement = decoded.agreement(self.uncompressed)
         bytes_equal = all(layer.equal for layer in layers)
         return Exactness(
-            exact=bytes_equal and agreement == Agreement(self.new_tokens, 0.0),
+            exact=bytes_equal and agreement == Agreement(self.new_tokens, self.new_tokens, 0.0),
             bytes_equal=bytes_equal,
             new_tokens=self.new_tokens,
             tokens_equal=agreement.tokens_equal,
+            tokens_matching=agreement.tokens_matching,
             max_logit_difference=agreement.max_logit_difference,
             layers=layers,
             fresh=None if self.fresh is None else decoded.agreement(self.fresh),

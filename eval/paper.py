@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kvzip.errors import KVZipError
-from kvzip.eval.economics import (
+from kvzip.cost import (
     GB,
     HOUR,
     Threshold,
@@ -18,8 +17,12 @@ from kvzip.eval.economics import (
     break_even_egress,
     break_even_ratio,
     load_cost,
+    prefill_flops,
     token_cost,
 )
+from kvzip.errors import KVZipError
+from kvzip.eval.economics import Basis, Measured, Verdict, breakeven
+from kvzip.eval.inputs import Inputs
 from kvzip.eval.prices import PriceBook, default_prices
 
 SHORT, LONG = 255, 3774
@@ -256,6 +259,129 @@ def paper_table(prices: PriceBook | None = None) -> list[PaperRow]:
             note="Decoding taken to keep up with the link." if ratio > 1 else "",
         )
     return rows
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """The paper's open question, "KV is nearly incompressible": for one dtype and codec."""
+
+    dtype: str
+    codec: str
+    ratio: float
+    ratio_needed: float
+    """From which on shipping costs no more than the prefill, at the paper's prices, decoding
+    free."""
+    opens: bool
+    egress_usd_per_gb: float
+    """Below it shipping pays at that ratio, decoding free."""
+    bandwidth_mbps: float | None
+    """Above it loading is faster than the paper's prefill; None where decoding is too slow."""
+
+
+class PresetVerdict(msgspec.Struct, frozen=True):
+    """The paper's document at one preset, with one codec."""
+
+    preset: str
+    dtype: str
+    codec: str
+    verdict: Verdict
+    prefill_usd: float
+    prefill_basis: Basis
+    load_usd: float
+    decode_usd: float
+    break_even_usd_per_gb: float | None
+    break_even_ratio: float | None
+
+
+class Reproduction(msgspec.Struct, frozen=True):
+    """All that `kvzip eval paper --json` prints."""
+
+    figures: dict[str, float]
+    """The figures that the paper's case rests on, recomputed, under short names."""
+    rows: list[PaperRow]
+    answers: list[Answer]
+    verdicts: list[PresetVerdict]
+    basis: str
+    """Where the ratios and decode speeds of answers and verdicts come from."""
+
+
+_FIGURES = {
+    "prefill_over_reuse_255": "Reuse against prefill, 255 tokens",
+    "prefill_over_reuse_3774": "Reuse against prefill, 3,774 tokens",
+    "fleet_prefill_million_usd": "Fleet, everyone prefills",
+    "fleet_reuse_million_usd": "Fleet, compute of reuse",
+    "egress_over_prefill": "Egress over the prefill it saves",
+    "ratio_needed": "Ratio at which shipping beats prefill",
+}
+
+
+def reproduction(inputs: Inputs, prices: PriceBook | None = None) -> Reproduction:
+    """The paper's table, its open question answered with each codec's figures from `inputs`, and
+    the verdict on its document with each codec at each preset. fp16, the paper's own dtype, and
+    bf16, as far as they were measured."""
+    book = prices or default_prices()
+    rows = paper_table(book)
+    named = {row.name: row.ours for row in rows}
+    raw = BYTES_PER_TOKEN * LONG
+    shape = book.model["qwen3-4b"]
+    needed = ratio_needed(book)
+    egress, token_price = _prices(book)
+    prefill_usd = token_cost(LONG, token_price)
+    answers, verdicts = [], []
+    measured_dtypes = {row.dtype for row in inputs.rows}
+    for dtype in [d for d in ("fp16", "bf16") if d in measured_dtypes]:
+        document = Measured(
+            model="Qwen3-4B",
+            device="Apple M1 Pro (MPS)",
+            tokens=LONG,
+            layers=shape.layers,
+            raw_bytes=raw,
+            prefill_seconds=PREFILL[LONG],
+            codecs=tuple(inputs.figures(dtype, LONG)),
+            prefill_flops=prefill_flops(shape.parameters, LONG, shape.layers, shape.width),
+            latency=REUSE[LONG],
+            decoder=f"{inputs.machine.cpu}, {inputs.threads} thread, a cache of {inputs.model}",
+        )
+        found = breakeven(document, book.bases())
+        for row in found:
+            d = row.dollars
+            verdicts.append(
+                PresetVerdict(
+                    row.base,
+                    dtype,
+                    row.codec,
+                    d.verdict,
+                    d.prefill_usd,
+                    d.prefill_basis,
+                    d.load_usd,
+                    d.decode_usd,
+                    d.break_even_usd_per_gb,
+                    d.break_even_ratio,
+                )
+            )
+            if row.base == "paper-m1pro":
+                free = _value(break_even_egress(prefill_usd, raw, row.ratio))
+                answers.append(
+                    Answer(
+                        dtype,
+                        row.codec,
+                        row.ratio,
+                        needed,
+                        free > egress,
+                        free,
+                        row.time.break_even_mbps,
+                    )
+                )
+    if not verdicts:
+        raise KVZipError("the inputs have neither fp16 nor bf16, the dtypes the paper asks about")
+    return Reproduction(
+        {short: named[name] for short, name in _FIGURES.items()},
+        rows,
+        answers,
+        verdicts,
+        f"Ratios and decode speeds: {inputs.command}; {inputs.model}, {inputs.text}, on "
+        f"{inputs.machine.cpu}, {inputs.threads} thread, {inputs.date}. Qwen3-4B's own cache was "
+        "not measured: taking another model's ratio for it is an estimate.",
+    )
 
 
 def ratio_needed(prices: PriceBook | None = None) -> float:

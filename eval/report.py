@@ -1,4 +1,5 @@
-"""The report: one HTML file that needs nothing else, neither network nor scripts nor fonts.
+"""The report: one HTML file that needs nothing else, neither network nor fonts; its one script,
+`report.js`, moves the maps' lines to prices of one's own, and without it all else is there.
 
 This module turns a :class:`~kvzip.eval.result.DemoResult` into sentences and charts; the page
 itself is `report.html.j2`. It measures nothing and decides no verdict: verdicts come from
@@ -7,35 +8,40 @@ itself is `report.html.j2`. It measures nothing and decides no verdict: verdicts
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from kvzip.errors import KVZipError
-from kvzip.eval import charts
-from kvzip.eval.economics import (
+from kvzip import dtypes
+from kvzip.cost import (
     GB,
     MTOK,
-    BreakEven,
     PrefillModel,
     break_even_bandwidth,
     break_even_egress,
     fit_prefill,
 )
+from kvzip.errors import KVZipError
+from kvzip.eval import charts
+from kvzip.eval.economics import BreakEven
+from kvzip.eval.extras import Extras, Frontier, FrontierRun, PeerRow, Peers, PeerSnapshot
+from kvzip.eval.inputs import CodecRow, Inputs
 from kvzip.eval.paper import BYTES_PER_TOKEN, ratio_needed
-from kvzip.eval.prices import default_prices
+from kvzip.eval.prices import HEADLINE, default_prices
 from kvzip.eval.result import CodecResult, DemoResult, as_result
 from kvzip.snapshot import replacing_file
 
-IDEAL = 2.0
-"""The ratio of the line that is drawn beside the codecs, with decoding free."""
 _WIDE, _NARROW = 760, 344
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
+_SCRIPT = Path(__file__).with_name("report.js")
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -55,13 +61,18 @@ class Chart(msgspec.Struct, frozen=True):
     narrow: str
 
 
-def write_report(result: DemoResult | Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Write the report of `result` to `path` and return it. No half-written file is ever seen.
+def write_report(
+    result: DemoResult | Mapping[str, Any],
+    path: str | os.PathLike[str],
+    extras: Extras | None = None,
+) -> Path:
+    """Write the report of `result`, with the sections that `extras` allow, to `path` and return
+    it. No half-written file is ever seen.
 
     Raises KVZipError when the result is not valid, jinja2 is not installed, or the file cannot be
     written.
     """
-    page = render(as_result(result))
+    page = render(as_result(result), extras or Extras())
     try:
         with replacing_file(path) as file:
             file.write(page.encode())
@@ -70,7 +81,7 @@ def write_report(result: DemoResult | Mapping[str, Any], path: str | os.PathLike
     return Path(path)
 
 
-def render(result: DemoResult) -> str:
+def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 - frozen
     """The report as HTML text."""
     try:
         import jinja2
@@ -82,23 +93,83 @@ def render(result: DemoResult) -> str:
     environment.filters |= {"usd": usd, "size": size, "seconds": seconds}
     environment.filters |= {"rate": bit_rate, "num": number, "sci": scientific}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    model = fit_prefill(result.prefill_points or [(result.tokens, result.prefill_seconds)])
+    fit = fit_prefill(result.prefill_points or [(result.tokens, result.prefill_seconds)])
+    model = fit.model
     data = msgspec.structs.replace(result, report=None)
+    script = _SCRIPT.read_text(encoding="utf-8")
+    groups = by_base(result.breakeven)
     return template.render(
         r=result,
+        x=extras,
         answers=answers(result),
-        bases=[(rows[0], rows) for rows in by_base(result.breakeven)],
-        times=by_base(result.breakeven)[0],
+        bases=[(rows[0], rows) for rows in headline(groups)],
+        every_base=[(rows[0], rows) for rows in groups],
+        times=groups[0],
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        panel=_json(panel(result, model)),
+        link=_some_link(groups[0]),
+        input_lengths=sorted({row.tokens for row in extras.inputs.rows}) if extras.inputs else [],
+        input_rows=_by_codec(extras.inputs) if extras.inputs else [],
+        peer_charts=peer_charts(extras.peers) if extras.peers else [],
+        frontier_charts=frontier_charts(extras.frontier) if extras.frontier else [],
         paper_bytes=BYTES_PER_TOKEN,
         paper_ratio=ratio_needed(),
         widest=max((p.width for p in result.planes), default=1),
-        ideal=IDEAL,
+        ideal=ideal_ratio(result.codecs),
         model=model,
+        fit=fit,
+        ladder_width=dtypes.get(extras.ladder.dtype).bits if extras.ladder else 16,
         speed_chart=speed_chart(result.codecs),
         time_map=time_map(result, model),
         dollar_map=dollar_map(result),
-        data=msgspec.json.encode(data).decode().replace("<", "\\u003c"),
+        data=_json(data),
     )
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand inside a script element."""
+    return msgspec.json.encode(value).decode().replace("<", "\\u003c")
+
+
+def _some_link(rows: Sequence[BreakEven]) -> str:
+    """Mb/s to begin with, on the map: half as fast again as raw bytes need to be."""
+    able = [row.time.break_even_mbps for row in rows if row.time.break_even_mbps]
+    return f"{float(f'{1.5 * max(able):.2g}'):g}" if able else "1000"
+
+
+def _by_codec(inputs: Inputs) -> list[tuple[tuple[str, str], dict[int, CodecRow]]]:
+    """Rows of one dtype and codec by their length."""
+    found: dict[tuple[str, str], dict[int, CodecRow]] = {}
+    for row in inputs.rows:
+        found.setdefault((row.dtype, row.codec), {})[row.tokens] = row
+    return list(found.items())
+
+
+def panel(result: DemoResult, model: PrefillModel) -> dict[str, Any]:
+    """What `report.js` needs: the document, its prefill, the codecs, and presets to begin with."""
+    lines = _lines(result.codecs, lambda ratio, codec: lambda _: None)
+    return {
+        "tokens": result.tokens,
+        "layers": result.layers,
+        "bytes": result.raw_bytes / result.tokens,
+        "a": model.a,
+        "b": model.b,
+        "ideal": ideal_ratio(result.codecs),
+        "order": [line.key for line in lines],
+        "codecs": [
+            {"name": c.name, "ratio": c.ratio, "rate": c.decode_gbps * GB} for c in result.codecs
+        ],
+        "presets": [
+            {
+                "name": row.base,
+                "title": row.base_title,
+                "egress": row.dollars.egress_usd_per_gb,
+                "prefill": float(f"{row.dollars.prefill_usd / result.tokens * MTOK:.4g}"),
+            }
+            for row, *_ in by_base(result.breakeven)
+        ],
+    }
 
 
 def by_base(rows: Sequence[BreakEven]) -> list[list[BreakEven]]:
@@ -110,9 +181,14 @@ def by_base(rows: Sequence[BreakEven]) -> list[list[BreakEven]]:
 
 
 def answers(result: DemoResult) -> list[Answer]:
-    """The answer in dollars at each price base, then the one in time."""
-    found = [_dollar_answer(rows) for rows in by_base(result.breakeven)]
-    return [*found, _time_answer(by_base(result.breakeven)[0])]
+    """The answer in dollars at each price base of the headline, then the one in time."""
+    groups = by_base(result.breakeven)
+    return [*map(_dollar_answer, headline(groups)), _time_answer(groups[0])]
+
+
+def headline(groups: Sequence[list[BreakEven]]) -> list[list[BreakEven]]:
+    """Those of the price bases of the headline, or the first when there is none of them."""
+    return [rows for rows in groups if rows[0].base in HEADLINE] or list(groups[:1])
 
 
 def _dollar_answer(rows: Sequence[BreakEven]) -> Answer:
@@ -172,8 +248,27 @@ def _styles(codecs: Sequence[CodecResult]) -> dict[str, str]:
     return {codec.name: f"s{i % charts.COLOURS}" for i, codec in enumerate(codecs)}
 
 
+def ideal_ratio(codecs: Sequence[CodecResult]) -> float:
+    """The ratio of the line that is drawn beside the codecs, with decoding free: the next whole
+    number above them all, 2 at least."""
+    return max(2.0, math.floor(max(codec.ratio for codec in codecs)) + 1.0)
+
+
 def _both(draw: Callable[[str, tuple[int, int]], str], height: int) -> Chart:
     return Chart(draw("wide", (_WIDE, height)), draw("narrow", (_NARROW, height)))
+
+
+def _scatter(
+    name: str,
+    title: str,
+    spoken: str,
+    x: charts.Axis,
+    y: charts.Axis,
+    points: Sequence[charts.Point],
+    kind: str,
+    box: tuple[int, int],
+) -> str:
+    return charts.scatter(f"{name}-{kind}", title, spoken, x, y, points, size=box)
 
 
 def speed_chart(codecs: Sequence[CodecResult]) -> Chart:
@@ -197,12 +292,8 @@ def speed_chart(codecs: Sequence[CodecResult]) -> Chart:
         for c in codecs
     ]
     spoken = "; ".join(f"{c.name}: {c.ratio:.2f}x at {c.decode_gbps:.2f} GB/s" for c in codecs)
-    return _both(
-        lambda kind, box: charts.scatter(
-            f"speed-{kind}", "Ratio against decode speed", spoken, x, y, points, size=box
-        ),
-        300,
-    )
+    draw = partial(_scatter, "speed", "Ratio against decode speed", spoken, x, y, points)
+    return _both(draw, 300)
 
 
 def _lines(
@@ -220,7 +311,8 @@ def _lines(
         lines.insert(0, charts.Line("raw", "raw 1.00×", "plain", curve(1.0, None)))
     else:
         lines.sort(key=lambda line: line.key != "raw")
-    return [*lines, charts.Line("ideal", f"ideal {IDEAL:.0f}×", "ideal", curve(IDEAL, None))]
+    ideal = ideal_ratio(codecs)
+    return [*lines, charts.Line("ideal", f"ideal {ideal:.0f}×", "ideal", curve(ideal, None))]
 
 
 def time_map(result: DemoResult, model: PrefillModel) -> Chart:
@@ -268,6 +360,7 @@ def time_map(result: DemoResult, model: PrefillModel) -> Chart:
             wins_above=True,
             guides=[charts.Guide("this document", result.tokens, vertical=True)],
             measured=measured,
+            own="yours",
         ),
         400,
     )
@@ -289,7 +382,7 @@ def dollar_map(result: DemoResult) -> Chart:
             row.dollars.prefill_usd / result.tokens * MTOK,
             row.dollars.egress_usd_per_gb,
         )
-        for row, *_ in by_base(result.breakeven)
+        for row, *_ in headline(by_base(result.breakeven))
         if row.dollars.prefill_usd > 0 and row.dollars.egress_usd_per_gb > 0
     ]
     points.sort(key=lambda point: point.x)
@@ -323,9 +416,69 @@ def dollar_map(result: DemoResult) -> Chart:
             wins_above=False,
             points=points,
             guides=guides,
+            own="yours",
         ),
         400,
     )
+
+
+def peer_charts(peers: Peers) -> list[tuple[PeerSnapshot, list[PeerRow], Chart]]:
+    """For each snapshot: its rows by ratio, and ratio against decode speed as a chart."""
+    style = {"memcpy": "s0", "kvzip": "s1"}
+    found = []
+    for n, snapshot in enumerate(peers.snapshots):
+        rows = sorted((r for r in peers.rows if r.file == snapshot.file), key=lambda r: -r.ratio)
+        if not rows:
+            continue
+        points = [
+            charts.Point(r.title, r.title, style.get(r.kind, "s3"), r.decode_gbps, r.ratio)
+            for r in rows
+        ]
+        speeds = [p.x for p in points]
+        x = charts.log_axis(
+            "decode speed, GB of raw numbers per second", min(speeds) / 2, max(speeds) * 2, _short
+        )
+        high = max(p.y for p in points) + 0.06
+        ticks = [(i / 10, f"{i / 10:.1f}") for i in range(9, math.ceil(high * 10) + 1)]
+        y = charts.Axis("ratio", 0.94, high, [t for t in ticks if 0.94 <= t[0] <= high], False)
+        spoken = "; ".join(f"{r.title}: {r.ratio:.3f}x at {r.decode_gbps:.2f} GB/s" for r in rows)
+
+        draw = partial(_scatter, f"peers-{n}", "Ratio against decode speed", spoken, x, y, points)
+        found.append((snapshot, rows, _both(draw, 420)))
+    return found
+
+
+def frontier_charts(frontier: Frontier) -> list[tuple[FrontierRun, list[str], Chart]]:
+    """For each dtype: its points, the keys of the hull, and bits against multiplications. A point
+    that takes none stands at the left edge."""
+    found = []
+    for n, run in enumerate(frontier.runs):
+        hull = [p.key for p in run.hull()]
+        families = list(dict.fromkeys(p.family for p in run.points))
+        shares = [p.share for p in run.points if p.share > 0] or [1.0]
+        low = min(shares) / 3
+        points = [
+            charts.Point(
+                p.key,
+                p.title if p.key in hull else "",
+                f"s{families.index(p.family) % charts.COLOURS}",
+                p.share if p.share > 0 else low * 1.2,
+                p.bits,
+            )
+            for p in run.points
+        ]
+        x = charts.log_axis(
+            "multiplications, share of the prefill's", low, max(shares) * 3, lambda v: f"{v:.3g}"
+        )
+        bits = [p.bits for p in run.points]
+        bottom, top = math.floor(min(bits)) - 0.3, math.ceil(max(bits)) + 0.3
+        ticks = [(float(b), f"{b}") for b in range(math.ceil(bottom), math.floor(top) + 1)]
+        y = charts.Axis("bits per number", bottom, top, ticks, False)
+        spoken = "; ".join(f"{p.title}: {p.bits:.2f} bits at {p.share:.3g}" for p in run.points)
+
+        draw = partial(_scatter, f"frontier-{n}", "Bits against compute", spoken, x, y, points)
+        found.append((run, hull, _both(draw, 380)))
+    return found
 
 
 # --- figures as text -------------------------------------------------------------------------

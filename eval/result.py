@@ -15,13 +15,8 @@ import msgspec
 from kvzip.errors import KVZipError
 from kvzip.eval import bench
 from kvzip.eval.economics import BreakEven
+from kvzip.eval.machine import Machine
 from kvzip.eval.paper import PaperRow
-
-
-class Machine(msgspec.Struct, frozen=True):
-    cpu: str
-    cores: int
-    memory_gib: float
 
 
 class Model(msgspec.Struct, frozen=True):

@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 import kvzip
-from kvzip import container, entropy
+from kvzip import auto, container, entropy
 from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError
 from kvzip.profile import Profile
 from kvzip.snapshot import PARTS, Snapshot, replacing_file, sha256_raw
@@ -54,6 +54,8 @@ _err = Console(stderr=True)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    from kvzip import cli_eval  # noqa: F401 - adds its commands
+
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     code, message = 0, ""
     try:
@@ -322,14 +324,15 @@ def encode(
     snapshot
         A snapshot that `kvzip capture` wrote.
     codec
-        raw, zstd, lz4, planes, channel or predictive; with settings: zstd:level=9.
+        raw, zstd, lz4, planes, channel or predictive; with settings: zstd:level=9. auto picks what
+        loads soonest over a link: auto:gbps=10,threads=8.
     block_tokens
         Tokens in a block, the smallest unit that a reader decodes. Default: blocks of about 1 MiB.
     token_ids
         Store the token ids; without, only their hash.
     """
     loaded = Snapshot.load(snapshot)
-    chosen = kvzip.get_codec(codec)
+    chosen = auto.resolve(codec, loaded.layout, profile is not None)
     began = time.perf_counter()
     with _bar("encode", loaded.raw_bytes) as progress:
         container.write(
@@ -834,27 +837,6 @@ def bench(
         # The result is printed already: an error would be a second JSON object.
         _err.print("[bold red]kvzip:[/] a codec did not give back what it was given")
         sys.exit(1)
-
-
-# --- the evaluation ----------------------------------------------------------------------------
-
-
-@evaluate.command
-def paper(*, as_json: Json = False) -> None:
-    """Recompute the table of arXiv 2606.13361, "Can I Buy Your KV Cache?", from its inputs."""
-    from kvzip.eval.paper import paper_table
-
-    rows = paper_table()
-
-    def show() -> None:
-        table = Table("figure", "paper", "ours", "agrees", "formula")
-        for r in rows:
-            agrees = {True: "yes", False: "no", None: "derived"}[r.agrees]
-            stated = "" if r.paper is None else f"{r.paper:,.{r.digits}f} {r.unit}"
-            table.add_row(r.name, stated, f"{r.ours:,.{r.digits}f} {r.unit}", agrees, r.formula)
-        _out.print(table)
-
-    _emit({"rows": [msgspec.to_builtins(r) for r in rows]}, as_json, show)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kvzip import dtypes
+from kvzip import auto, dtypes
 from kvzip.codec import Codec, Context, get_codec
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError
@@ -386,14 +386,16 @@ def encode(
 ) -> bytes:
     """A snapshot as the bytes of a .kvz file.
 
-    `codec`: a name, a name with settings ("zstd:level=9"), a config, or a Codec. `profile`: what
+    `codec`: a name, a name with settings ("zstd:level=9"), a config, a Codec, or "auto": what loads
+    soonest over a link (:mod:`kvzip.auto`; "auto:gbps=10"). `profile`: what
     a codec has learned of the model; the reader needs the same. `threads`: 0 for all cores.
     `block_tokens`: tokens in a block, the smallest unit a reader decodes; by default what makes
     blocks of about 1 MiB. `store_token_ids=False`
     stores a hash of the token ids instead of the ids.
     """
     sink = io.BytesIO()
-    encoder = _Encoder(snapshot, get_codec(codec), profile, block_tokens, store_token_ids)
+    chosen = auto.resolve(codec, snapshot.layout, profile is not None)
+    encoder = _Encoder(snapshot, chosen, profile, block_tokens, store_token_ids)
     encoder.write(sink, threads, None)
     return sink.getvalue()
 
@@ -413,7 +415,8 @@ def write(
 
     Memory is bounded by a few layers. `progress` is called with raw bytes as they are done.
     """
-    encoder = _Encoder(snapshot, get_codec(codec), profile, block_tokens, store_token_ids)
+    chosen = auto.resolve(codec, snapshot.layout, profile is not None)
+    encoder = _Encoder(snapshot, chosen, profile, block_tokens, store_token_ids)
     with replacing_file(path) as file:
         return encoder.write(file, threads, progress)
 

@@ -59,7 +59,7 @@ def test_the_python_examples(tmp_path, monkeypatch, model):
 def test_the_commands(tmp_path):
     commands = [line.partition("#")[0] for block in blocks("sh") for line in block.splitlines()]
     ours = [shlex.split(line) for line in commands if line.startswith("kvzip")]
-    assert len(ours) == 8
+    assert len(ours) == 11
     for command in ours:
         command[0] = str(Path(sys.executable).parent / "kvzip")
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

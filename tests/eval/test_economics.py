@@ -1,230 +1,16 @@
-"""The formulas of kvzip.eval.economics, and the price book that feeds them."""
+"""Verdicts on a captured document, and the price book that feeds them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import msgspec
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
 
+from kvzip.cost import CodecFigures, storage_share
 from kvzip.errors import KVZipError
 from kvzip.eval import economics as e
-from kvzip.eval.prices import PriceBook, default_prices, load_prices
-
-# The paper's document (economics.md): 3,774 tokens of Qwen3-4B in fp16.
-TOKENS, RAW, PREFILL, REUSE = 3774, 147456 * 3774, 14.71, 0.296
-
-positive = st.floats(1e-3, 1e3)
-sizes = st.floats(1e3, 1e12)
-ratios = st.floats(0.5, 50)
-rates = st.floats(1e6, 1e12)
-nonsense = pytest.mark.parametrize("bad", [-1.0, math.nan])
-nothing = pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
-
-
-def search(gain: Callable[[float], float], low: float, high: float) -> float:
-    """Where `gain` changes from below zero to above, by bisection on a logarithmic scale."""
-    assert gain(low) < 0 < gain(high)
-    for _ in range(200):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if gain(middle) < 0 else (low, middle)
-    return low
-
-
-def value(threshold: e.Threshold) -> float:
-    assert threshold.value is not None
-    return threshold.value
-
-
-# --- figures worked out by hand ------------------------------------------------------------
-
-
-def test_dollar_figures_of_the_paper() -> None:
-    prefill = e.token_cost(TOKENS, 5.0)
-    assert prefill == pytest.approx(0.01887)
-    assert e.device_cost(3600, 3.0) == 3.0
-    assert e.load_cost(RAW, 0.09) == pytest.approx(0.0501, abs=1e-4)
-    assert value(e.break_even_ratio(prefill, RAW, 0.09)) == pytest.approx(2.65, abs=0.005)
-    assert value(e.break_even_ratio(prefill, RAW, 0.05)) == pytest.approx(1.47, abs=0.005)
-    assert value(e.break_even_egress(prefill, RAW, 1)) == pytest.approx(0.034, abs=5e-4)
-
-
-@pytest.mark.parametrize(("ratio", "mbps"), [(1.0, 309), (1.5, 206), (2.2, 140)])
-def test_bandwidths_of_the_paper(ratio: float, mbps: float) -> None:
-    found = e.break_even_bandwidth(PREFILL, RAW, ratio, latency=REUSE)
-    assert value(found) / 1e6 == pytest.approx(mbps, abs=0.5)
-
-
-def test_prefill_model_goes_through_two_points() -> None:
-    model = e.fit_prefill([(255, 0.67), (3774, 14.71)])
-    assert model.seconds(255) == pytest.approx(0.67)
-    assert model.seconds(3774) == pytest.approx(14.71)
-    assert model.a > 0 and model.b > 0
-
-
-def test_prefill_operations() -> None:
-    assert e.prefill_flops(100, 10) == 2000
-    assert e.prefill_flops(100, 10, layers=2, width=3) == 2000 + 2 * 2 * 3 * 100
-
-
-# --- properties ------------------------------------------------------------------------------
-
-
-@given(st.floats(1e-6, 1e-1), st.floats(1e-10, 1e-4))
-def test_prefill_model_recovers_its_coefficients(a: float, b: float) -> None:
-    truth = e.PrefillModel(a, b)
-    fitted = e.fit_prefill([(n, truth.seconds(n)) for n in (100, 500, 2000, 9000)])
-    assert fitted.seconds(4000) == pytest.approx(truth.seconds(4000), rel=1e-6)
-
-
-@given(st.lists(st.tuples(st.integers(1, 10**5), positive), min_size=1, max_size=8))
-def test_prefill_time_is_never_below_zero(points: list[tuple[int, float]]) -> None:
-    model = e.fit_prefill(points)
-    assert model.a >= 0 and model.b >= 0
-    assert model.seconds(10**6) > 0
-
-
-@given(positive, sizes, ratios, positive)
-def test_break_even_egress_is_where_costs_meet(
-    prefill: float, raw: float, ratio: float, decode: float
-) -> None:
-    found = e.break_even_egress(prefill, raw, ratio, decode)
-    if found.value is None:
-        assert decode >= prefill and found.reason
-        assert e.load_cost(raw / ratio, 0.0, decode) >= prefill
-        return
-    assume(prefill - decode > 1e-6 * prefill)
-    found_by_search = search(
-        lambda p: e.load_cost(raw / ratio, p, decode) - prefill,
-        found.value / 1e3,
-        found.value * 1e3,
-    )
-    assert found.value == pytest.approx(found_by_search, rel=1e-6)
-    # The same meeting point, seen from the ratio.
-    same = e.break_even_ratio(prefill, raw, found.value, decode)
-    assert value(same) == pytest.approx(ratio)
-
-
-@given(positive, sizes, ratios, rates, rates, st.floats(0, 10), st.floats(0, 10))
-def test_break_even_bandwidth_is_where_times_meet(
-    prefill: float,
-    raw: float,
-    ratio: float,
-    decode_rate: float,
-    upload_rate: float,
-    latency: float,
-    fill: float,
-) -> None:
-    def seconds(bandwidth: float) -> float:
-        return e.load_seconds(
-            raw,
-            ratio,
-            bandwidth,
-            decode_rate=decode_rate,
-            upload_rate=upload_rate,
-            latency=latency,
-            fill=fill,
-        )
-
-    found = e.break_even_bandwidth(
-        prefill,
-        raw,
-        ratio,
-        decode_rate=decode_rate,
-        upload_rate=upload_rate,
-        latency=latency,
-        fill=fill,
-    )
-    if found.value is None:
-        assert found.reason
-        assert seconds(math.inf) >= prefill * (1 - 1e-9)
-        return
-    assume(prefill - latency - fill > 1e-6 * prefill)
-    assume(seconds(found.value * 1e3) < prefill < seconds(found.value / 1e3))
-    by_search = search(
-        lambda bandwidth: prefill - seconds(bandwidth), found.value / 1e3, found.value * 1e3
-    )
-    assert found.value == pytest.approx(by_search, rel=1e-6)
-
-
-@given(positive, sizes, ratios, ratios)
-def test_a_better_ratio_never_hurts(prefill: float, raw: float, one: float, two: float) -> None:
-    low, high = sorted((one, two))
-    assert value(e.break_even_egress(prefill, raw, low)) <= value(
-        e.break_even_egress(prefill, raw, high)
-    )
-    assert value(e.break_even_bandwidth(prefill, raw, low)) >= value(
-        e.break_even_bandwidth(prefill, raw, high)
-    )
-
-
-@given(positive, sizes, positive, positive)
-def test_a_dearer_link_never_helps(prefill: float, raw: float, one: float, two: float) -> None:
-    low, high = sorted((one, two))
-    assert e.load_cost(raw, low) <= e.load_cost(raw, high)
-    assert value(e.break_even_ratio(prefill, raw, low)) <= value(
-        e.break_even_ratio(prefill, raw, high)
-    )
-
-
-def test_decoding_that_is_slower_than_prefill_has_a_reason() -> None:
-    found = e.break_even_bandwidth(1.0, 1e9, 2.0, decode_rate=5e8)
-    assert found.value is None and "decoding" in found.reason
-    found = e.break_even_bandwidth(1.0, 1e9, 2.0, upload_rate=5e8)
-    assert found.value is None and "uploading" in found.reason
-    found = e.break_even_bandwidth(1.0, 1e9, 2.0, latency=1.0)
-    assert found.value is None and "latency" in found.reason
-
-
-# --- nonsense is named -------------------------------------------------------------------------
-
-
-@nothing
-def test_nonsense_that_must_be_above_zero(bad: float) -> None:
-    calls: list[tuple[str, Callable[[], object]]] = [
-        ("ratio", lambda: e.break_even_egress(1, 1e9, bad)),
-        ("ratio", lambda: e.break_even_bandwidth(1, 1e9, bad)),
-        ("ratio", lambda: e.load_seconds(1e9, bad, 1e9)),
-        ("raw bytes", lambda: e.break_even_egress(1, bad, 2)),
-        ("raw bytes", lambda: e.break_even_ratio(1, bad, 0.1)),
-        ("bandwidth", lambda: e.load_seconds(1e9, 2, bad)),
-        ("decode rate", lambda: e.load_seconds(1e9, 2, 1e9, decode_rate=bad)),
-        ("upload rate", lambda: e.load_seconds(1e9, 2, 1e9, upload_rate=bad)),
-        ("prefill seconds", lambda: e.break_even_bandwidth(bad, 1e9, 2)),
-        ("tokens", lambda: e.fit_prefill([(bad, 1.0)])),
-        ("seconds", lambda: e.fit_prefill([(100, bad)])),
-        ("parameters", lambda: e.prefill_flops(bad, 100)),
-    ]
-    for name, call in calls:
-        with pytest.raises(KVZipError, match=name):
-            call()
-
-
-@nonsense
-def test_nonsense_that_may_be_zero(bad: float) -> None:
-    calls: list[tuple[str, Callable[[], object]]] = [
-        ("egress price", lambda: e.load_cost(1e9, bad)),
-        ("encoded bytes", lambda: e.load_cost(bad, 0.1)),
-        ("decode cost", lambda: e.load_cost(1e9, 0.1, bad)),
-        ("prefill cost", lambda: e.break_even_egress(bad, 1e9, 2)),
-        ("egress price", lambda: e.break_even_ratio(1, 1e9, bad)),
-        ("price of a million tokens", lambda: e.token_cost(100, bad)),
-        ("price of an hour", lambda: e.device_cost(100, bad)),
-        ("latency", lambda: e.load_seconds(1e9, 2, 1e9, latency=bad)),
-        ("fill", lambda: e.load_seconds(1e9, 2, 1e9, fill=bad)),
-    ]
-    for name, call in calls:
-        with pytest.raises(KVZipError, match=name):
-            call()
-
-
-def test_no_points_no_model() -> None:
-    with pytest.raises(KVZipError, match="at least one"):
-        e.fit_prefill([])
-
+from kvzip.eval.prices import HEADLINE, UNITS, PriceBook, default_prices, load_prices
 
 # --- one document ------------------------------------------------------------------------------
 
@@ -232,9 +18,9 @@ def test_no_points_no_model() -> None:
 def measured(**changes: object) -> e.Measured:
     """A small model on a CPU: 47 MB, 6.2 s of prefill, three codecs."""
     codecs = (
-        e.MeasuredCodec("raw", 1.0, 9e9),
-        e.MeasuredCodec("channel", 1.54, 1.3e9),
-        e.MeasuredCodec("snail", 2.0, 5e6),
+        CodecFigures("raw", 1.0, 9e9),
+        CodecFigures("channel", 1.54, 1.3e9),
+        CodecFigures("snail", 2.0, 5e6),
     )
     usual = e.Measured("small", "some CPU", 2048, 30, 47_185_920, 6.2, codecs, 6.96e11)
     return msgspec.structs.replace(usual, **changes)
@@ -246,7 +32,7 @@ def rows(document: e.Measured, base: str) -> dict[str, e.BreakEven]:
 
 
 def test_rows_cover_every_base_and_codec_and_go_to_json() -> None:
-    found = e.breakeven(measured(), default_prices().bases())
+    found = e.breakeven(measured(), default_prices().bases(HEADLINE))
     assert [(row.base, row.codec) for row in found] == [
         (base, codec)
         for base in ("paper-m1pro", "h100-rented")
@@ -311,13 +97,55 @@ def test_an_upper_bound_never_says_load() -> None:
         ({"layers": 0}, "layers"),
         ({"prefill_seconds": math.nan}, "prefill seconds"),
         ({"prefill_flops": -1.0}, "prefill operations"),
-        ({"codecs": (e.MeasuredCodec("odd", 0.0, 1e9),)}, "odd: ratio"),
-        ({"codecs": (e.MeasuredCodec("odd", 2.0, 0.0),)}, "odd: decode rate"),
+        ({"codecs": (CodecFigures("odd", 0.0, 1e9),)}, "odd: ratio"),
+        ({"codecs": (CodecFigures("odd", 2.0, 0.0),)}, "odd: decode rate"),
     ],
 )
 def test_a_document_that_cannot_be_gets_no_verdict(change: dict[str, object], name: str) -> None:
     with pytest.raises(KVZipError, match=name):
         e.breakeven(measured(**change), default_prices().bases())
+
+
+@pytest.mark.parametrize("hours", [0.0, 730.0])
+def test_storage_is_charged_by_the_read(hours: float) -> None:
+    [row] = e.breakeven(
+        measured(codecs=(CodecFigures("channel", 1.54, 1.3e9),)),
+        [default_prices().base("h100-rented")],
+        e.Use(reads=10, hours=hours),
+    )
+    encoded = 47_185_920 / 1.54 / 1e9
+    wanted = encoded * storage_share(0.023, hours, 10) if hours else 0.0
+    assert row.dollars.storage_usd == pytest.approx(wanted)
+    assert row.dollars.load_usd == pytest.approx(encoded * 0.09 + wanted + row.dollars.decode_usd)
+
+
+def test_reads_that_pay_back_the_storage() -> None:
+    [row] = e.breakeven(
+        measured(codecs=(CodecFigures("channel", 1.54, 1.3e9),)),
+        [default_prices().base("paper-m1pro")],
+        e.Use(reads=5, hours=730),
+    )
+    d = row.dollars
+    assert d.break_even_reads is not None
+    # As many reads, the storage of the month spread over them, cost what as many prefills do.
+    n = d.break_even_reads
+    kept = 5 * d.storage_usd
+    assert d.prefill_usd + kept + n * (d.load_usd - d.storage_usd) == pytest.approx(
+        n * d.prefill_usd
+    )
+
+
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        (e.Use(reads=0, hours=1), "reads"),
+        (e.Use(reads=1, hours=-1), "hours kept"),
+        (e.Use(reads=math.nan, hours=1), "reads"),
+    ],
+)
+def test_a_use_that_cannot_be_is_named(use: e.Use, name: str) -> None:
+    with pytest.raises(KVZipError, match=name):
+        e.breakeven(measured(), default_prices().bases(), use)
 
 
 # --- the price book ------------------------------------------------------------------------------
@@ -347,8 +175,57 @@ def load(tmp_path, text: str) -> PriceBook:  # type: ignore[no-untyped-def]
     return load_prices(path)
 
 
-def test_a_book_of_ones_own(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    assert load(tmp_path, BOOK).base("a").egress.value == 0.09
+def test_a_book_of_ones_own_goes_over_the_librarys(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    book = load(
+        tmp_path, BOOK + '[egress.r2]\nvalue = 0.5\nunit = "USD/GB"\ndate = "2027"\nsource = "x"'
+    )
+    assert book.base("a").egress.value == 0.09
+    assert book.egress["r2"].value == 0.5
+    assert default_prices().egress["r2"].value == 0.0
+    assert book.egress["aws"] == default_prices().egress["aws"]
+
+
+def test_a_preset_changes_only_in_what_is_said_of_it(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    base = load(tmp_path, '[preset.l4]\negress = "r2"').base("l4")
+    assert base.egress.value == 0.0
+    assert base.device == default_prices().device["l4"]
+
+
+def test_a_later_file_goes_over_an_earlier_one(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    one.write_text(BOOK)
+    two.write_text('[preset.a]\negress = "oci"')
+    assert load_prices(one, two).base("a").egress.value == 0.0085
+    assert load_prices() == default_prices()
+
+
+def test_a_new_value_needs_its_own_source(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(KVZipError, match=r"prices.toml: egress\.aws: .*missing.*`unit`"):
+        load(tmp_path, "[egress.aws]\nvalue = 0.02")
+
+
+def test_every_group_of_the_librarys_book_has_entries_and_every_preset_works() -> None:
+    book = default_prices()
+    for group in (*UNITS, "prefill", "model", "preset"):
+        assert getattr(book, group), group
+    rows = e.breakeven(measured(), book.bases(), e.Use(reads=100, hours=24))
+    assert {row.base for row in rows} == set(book.preset) >= {
+        "paper-m1pro", "h100-rented", "l4", "rtx4090", "api-qwen",
+    }  # fmt: skip
+
+
+def test_what_has_no_source_is_called_a_model() -> None:
+    book = default_prices()
+    assert book.storage["nvme"].basis == "model" and book.device["own"].basis == "model"
+    assert all(p.source for group in UNITS for p in getattr(book, group).values())
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "raw_bytes"),
+    [("qwen3-4b", 3774, 556_498_944), ("smollm2-135m", 2048, 47_185_920)],
+)
+def test_shapes_give_the_known_sizes(model: str, tokens: int, raw_bytes: int) -> None:
+    assert default_prices().model[model].numbers_per_token * 2 * tokens == raw_bytes
 
 
 @pytest.mark.parametrize(
@@ -357,12 +234,18 @@ def test_a_book_of_ones_own(tmp_path) -> None:  # type: ignore[no-untyped-def]
         ('"USD/GB"', '"EUR/GB"', r"egress\.a is in 'EUR/GB'"),
         ("0.09", "-0.09", r"egress\.a is -0\.09"),
         ("0.09", "nan", r"egress\.a is nan"),
-        ("0.09", '"cheap"', "Expected `float`"),
+        ("0.09", '"cheap"', r"egress\.a: Expected `float`"),
+        ("[egress.a]", "[egres.a]", r"no group 'egres'; the groups are: egress, storage"),
+        ("[egress.a]", "[egress]", r"write \[egress\.NAME\]"),
         ("2026-06", "last week", r"egress\.a: date"),
         ('source = "somebody"\n[device', 'source = ""\n[device', r"egress\.a has no source"),
         ('source = "somebody"\n[device', "[device", "missing required field `source`"),
         ('egress = "a"', 'egress = "b"', r"names egress\.b"),
-        ('title = "A"', 'title = "A"\ncolour = "red"', "unknown field `colour`"),
+        (
+            'title = "A"',
+            'title = "A"\ncolour = "red"',
+            r"preset\.a: .*unknown field `colour`; its fields are: title, egress",
+        ),
         ("[egress.a]", "[egress.a", "prices.toml"),
     ],
 )

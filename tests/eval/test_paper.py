@@ -5,7 +5,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from kvzip.eval.paper import PaperRow, paper_table, ratio_needed
+from kvzip.auto import MEASURED
+from kvzip.errors import KVZipError
+from kvzip.eval.inputs import load_inputs
+from kvzip.eval.paper import PaperRow, paper_table, ratio_needed, reproduction
+from kvzip.eval.prices import default_prices
 
 TABLE = {row.name: row for row in paper_table()}
 
@@ -72,3 +76,54 @@ def test_rows_are_json() -> None:
 
 def test_the_ratio_alone() -> None:
     assert ratio_needed() == TABLE["Ratio at which shipping beats prefill"].ours
+
+
+# --- its open question ---------------------------------------------------------------------------
+
+INPUTS = load_inputs(MEASURED)
+FOUND = reproduction(INPUTS)
+
+
+def test_the_figures_of_its_case_under_short_names() -> None:
+    assert {name: round(value, 2) for name, value in FOUND.figures.items()} == {
+        "prefill_over_reuse_255": 8.59,
+        "prefill_over_reuse_3774": 49.7,
+        "fleet_prefill_million_usd": 1.51,
+        "fleet_reuse_million_usd": 0.03,
+        "egress_over_prefill": 2.58,
+        "ratio_needed": 2.65,
+    }
+
+
+def test_every_codec_has_a_verdict_at_every_preset() -> None:
+    codecs = {row.codec for row in INPUTS.rows if row.dtype == "bf16"}
+    assert {(v.preset, v.codec) for v in FOUND.verdicts if v.dtype == "bf16"} == {
+        (preset, codec) for preset in default_prices().preset for codec in codecs
+    }
+    for v in FOUND.verdicts:
+        assert (v.verdict == "load") == (v.load_usd < v.prefill_usd) or v.verdict == "unknown"
+
+
+def test_the_trap_opens_where_the_ratio_is_reached() -> None:
+    assert {a.dtype for a in FOUND.answers} == {"fp16", "bf16"}
+    for answer in FOUND.answers:
+        assert answer.opens == (answer.ratio >= answer.ratio_needed)
+        assert answer.egress_usd_per_gb / 0.09 == pytest.approx(answer.ratio / answer.ratio_needed)
+    raw = next(a for a in FOUND.answers if a.codec == "raw")
+    assert raw.egress_usd_per_gb == pytest.approx(0.034, abs=5e-4)
+    assert raw.bandwidth_mbps == pytest.approx(309, rel=0.03)
+
+
+def test_a_better_codec_opens_it() -> None:
+    rows = [
+        msgspec.structs.replace(row, ratio=2.7) if row.codec == "channel" else row
+        for row in INPUTS.rows
+    ]
+    found = reproduction(msgspec.structs.replace(INPUTS, rows=rows))
+    assert {a.codec for a in found.answers if a.opens} == {"channel"}
+
+
+def test_inputs_of_other_dtypes_are_no_answer() -> None:
+    rows = [msgspec.structs.replace(row, dtype="fp32") for row in INPUTS.rows]
+    with pytest.raises(KVZipError, match="neither fp16 nor bf16"):
+        reproduction(msgspec.structs.replace(INPUTS, rows=rows))

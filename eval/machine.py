@@ -1,0 +1,45 @@
+"""What a measurement was made on and with: every stored result names it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import msgspec
+
+from kvzip import container
+from kvzip.capture import processor_name
+
+PACKAGES = ("kvzip", "numpy", "torch", "transformers", "zstandard", "lz4", "xxhash")
+
+
+class Machine(msgspec.Struct, frozen=True):
+    cpu: str
+    cores: int
+    """That this process may use."""
+    memory_gib: float
+
+
+def machine() -> Machine:
+    """The machine that this runs on."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Machine(processor_name(), container.thread_count(0), round(pages / 2**30, 1))
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of Python and of those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
