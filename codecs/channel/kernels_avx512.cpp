@@ -2,6 +2,8 @@
 // all lanes in eight.
 #include <immintrin.h>
 
+#include <utility>
+
 #include "channel/kernels_of.hpp"
 #include "channel/scalar.hpp"
 
@@ -37,6 +39,14 @@ inline void transpose(__m512i r[16]) {
 
 constexpr int kVectors = kLanes / 16;
 
+// A mask in a general register. GCC 12 stores 16 bits of one that it runs out of registers for and
+// reads back 32, if it knows what this is.
+inline std::uint32_t bits_of(__mmask16 mask) {
+  std::uint32_t bits;
+  asm("kmovw %1, %0" : "=r"(bits) : "k"(mask));
+  return bits;
+}
+
 struct Avx512 {
   class Lanes {
    public:
@@ -69,81 +79,94 @@ struct Avx512 {
 
     template <typename T, int M, bool limited>
     bool strip(Steps<T>& steps) {
-      constexpr int kInWord = Tile<T>::kInWord;
+      __m512i x[kVectors];
+      for (int v = 0; v < kVectors; ++v) x[v] = x_[v];
+      for (std::size_t c = 0; c < steps.width; c += Tile<T>::kInWord)
+        if (!word<T, M, limited>(steps, c, x, std::make_index_sequence<Tile<T>::kInWord>()))
+          return false;
+      for (int v = 0; v < kVectors; ++v) x_[v] = x[v];
+      return true;
+    }
+
+    // The channels that share a word of the tile.
+    template <typename T, int M, bool limited, std::size_t... in_word>
+    __attribute__((always_inline)) bool word(Steps<T>& steps, std::size_t c, __m512i (&x)[kVectors],
+                                             std::index_sequence<in_word...>) {
+      return (step<T, M, limited, in_word>(steps, c + in_word, x) && ...);
+    }
+
+    template <typename T, int M, bool limited, int in_word>
+    __attribute__((always_inline)) bool step(Steps<T>& steps, std::size_t c,
+                                             __m512i (&x)[kVectors]) {
+      if (in_word && c >= steps.width) return true;
+      steps.template fetch<M>(c);
+      if (!(steps.live >> c & 1)) return true;
+      if (!steps.words->ready()) return false;
+      constexpr int kShift = Tile<T>::template shift<M>(in_word);
+      const __m512i keep = _mm512_set1_epi32(int((std::uint32_t(T(-1)) >> M) << kShift));
       const __m512i ones = _mm512_set1_epi32(-1);
       const __m512i low = _mm512_set1_epi32(int(kLow));
-      const __m512i keep = _mm512_set1_epi32(int((std::uint32_t(T(-1)) >> M) << kValueAt));
       alignas(64) std::uint32_t found[kLanes];
-      __m512i x[kVectors], y[kVectors];
-      __mmask16 more[kVectors];
-      for (int v = 0; v < kVectors; ++v) x[v] = x_[v];
-      Words& words = *steps.words;
-      for (std::size_t c = 0; c < steps.width; ++c) {
-        steps.template fetch<M>(c);
-        if (!(steps.live >> c & 1)) continue;
-        if (!words.ready()) return false;
-        const Decoder& d = steps.decoders[steps.channels[c].shape];
-        const __m512i own_low = _mm512_load_si512(d.entry),
-                      own_high = _mm512_load_si512(d.entry + 16);
-        const __m512i other_low = _mm512_load_si512(d.entry + 32),
-                      other_high = _mm512_load_si512(d.entry + 48);
-        const __m512i turn = _mm512_set1_epi32(Tile<T>::template shift<M>(c) - kValueAt);
-        const __m512i before = _mm512_set1_epi32(c % kInWord ? -1 : 0);
-        const __m512i kept = _mm512_rolv_epi32(keep, turn);
-        std::uint32_t* const out = steps.tile->column(c);
-        const std::uint8_t* p = words.at;
-        __m512i all = _mm512_setzero_si512();
+      std::uint32_t more[kVectors];
+      const Decoder& d = steps.decoders[steps.channels[c].shape];
+      const __m512i own_low = _mm512_load_si512(d.entry),
+                    own_high = _mm512_load_si512(d.entry + 16);
+      const __m512i other_low = _mm512_load_si512(d.entry + 32),
+                    other_high = _mm512_load_si512(d.entry + 48);
+      std::uint32_t* const out = steps.tile->column(c);
+      const std::uint8_t* p = steps.words->at;
+      __m512i all = _mm512_setzero_si512();
 #pragma GCC unroll 16
-        for (int t = 0; t < kVectors + kLag; ++t) {
-          if (t >= kLag) {
-            const int v = t - kLag;
-            const __m512i w = _mm512_castsi256_si512(
-                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-            const std::uint32_t set = _cvtmask16_u32(more[v]);
-            p += 2 * __builtin_popcount(set);
-            const __m512i shifted = _mm512_mask_slli_epi32(y[v], more[v], y[v], 16);
-            const __m512i next = _mm512_mask_expand_epi16(
-                shifted, _cvtu32_mask32(_pdep_u32(set, 0x55555555)), w);
-            x[v] = limited ? _mm512_mask_mov_epi32(x[v], active_[v], next) : next;
-          }
-          if (t < kVectors) {
-            const int v = t;
-            const __m512i bucket = _mm512_srli_epi32(x[v], 5);  // permutations look at 5 bits
-            const __m512i own = _mm512_permutex2var_epi32(own_low, bucket, own_high);
-            const __m512i other = _mm512_permutex2var_epi32(other_low, bucket, other_high);
-            const __m512i place = _mm512_and_si512(x[v], _mm512_set1_epi32(kBucketSlots - 1));
-            const __mmask16 second =
-                _mm512_cmpge_epu32_mask(_mm512_shldi_epi32(x[v], ones, 27), own);
-            const __m512i e = _mm512_mask_blend_epi32(second, own, other);
-            const __m512i rank =
-                _mm512_mask_add_epi32(place, second, place, _mm512_srai_epi32(other, 21));
-            const __m512i freq = _mm512_and_si512(e, _mm512_set1_epi32(int(kFreqMask)));
-            y[v] = _mm512_add_epi32(_mm512_mullo_epi32(freq, _mm512_srli_epi32(x[v], kProbBits)),
-                                    rank);
-            more[v] = limited ? _mm512_mask_cmplt_epu32_mask(active_[v], y[v], low)
-                              : _mm512_cmplt_epu32_mask(y[v], low);
-            all = _mm512_or_si512(all, e);
-            _mm512_store_si512(found + 16 * v, e);
-            const __m512i value = _mm512_and_si512(_mm512_rolv_epi32(e, turn), kept);
-            std::uint32_t* const o = out + 16 * v;
-            // value | (what is there & before)
-            _mm512_store_si512(
-                o, _mm512_ternarylogic_epi32(value, _mm512_load_si512(o), before, 0xF8));
-          }
+      for (int t = 0; t < kVectors + kLag; ++t) {
+        if (t >= kLag) {
+          const int v = t - kLag;
+          const __m512i w = _mm512_castsi256_si512(
+              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+          p += 2 * std::size_t(__builtin_popcount(more[v]));
+          x[v] = _mm512_mask_expand_epi16(x[v], _cvtu32_mask32(_pdep_u32(more[v], 0x55555555)), w);
         }
-        words.at = p;
-        const __m512i bit = _mm512_set1_epi32(int(kEscapeBit));
-        if (__builtin_expect(_mm512_test_epi32_mask(all, bit), 0)) {
-          typename Steps<T>::Escaped& escaped = steps.escaped[steps.escaped_count++];
-          escaped = {c, {}};
-          for (int v = 0; v < kVectors; ++v) {
-            const __mmask16 set = _mm512_mask_test_epi32_mask(
-                active_[v], _mm512_load_si512(found + 16 * v), bit);
-            escaped.lanes[v / 4] |= std::uint64_t(set) << 16 * (v % 4);
-          }
+        if (t < kVectors) {
+          const int v = t;
+          const __m512i bucket = _mm512_srli_epi32(x[v], 5);  // permutations look at 5 bits of it
+          const __m512i own = _mm512_permutex2var_epi32(own_low, bucket, own_high);
+          const __m512i other = _mm512_permutex2var_epi32(other_low, bucket, other_high);
+          const __m512i place = _mm512_and_si512(x[v], _mm512_set1_epi32(kBucketSlots - 1));
+          const __mmask16 second =
+              _mm512_cmpge_epu32_mask(_mm512_shldi_epi32(x[v], ones, 27), own);
+          const __m512i e = _mm512_mask_blend_epi32(second, own, other);
+          const __m512i rank =
+              _mm512_mask_add_epi32(place, second, place, _mm512_srai_epi32(other, 21));
+          const __m512i freq = _mm512_and_si512(e, _mm512_set1_epi32(int(kFreqMask)));
+          const __m512i y = _mm512_add_epi32(
+              _mm512_mullo_epi32(freq, _mm512_srli_epi32(x[v], kProbBits)), rank);
+          const __mmask16 takes = limited ? _mm512_mask_cmplt_epu32_mask(active_[v], y, low)
+                                          : _mm512_cmplt_epu32_mask(y, low);
+          more[v] = bits_of(takes);
+          x[v] = limited ? _mm512_mask_mov_epi32(x[v], active_[v], y) : y;
+          x[v] = _mm512_mask_slli_epi32(x[v], takes, y, 16);
+          all = _mm512_or_si512(all, e);
+          _mm512_store_si512(found + 16 * v, e);
+          const __m512i turned = kShift < kValueAt ? _mm512_srli_epi32(e, kValueAt - kShift)
+                                                   : _mm512_slli_epi32(e, kShift - kValueAt);
+          std::uint32_t* const o = out + 16 * v;
+          // (turned & keep) | what is there
+          _mm512_store_si512(o, in_word ? _mm512_ternarylogic_epi32(turned, keep,
+                                                                    _mm512_load_si512(o), 0xEA)
+                                        : _mm512_and_si512(turned, keep));
         }
       }
-      for (int v = 0; v < kVectors; ++v) x_[v] = x[v];
+      steps.words->at = p;
+      const __m512i bit = _mm512_set1_epi32(int(kEscapeBit));
+      if (__builtin_expect(_mm512_test_epi32_mask(all, bit), 0)) {
+        asm("" : "+m"(found));  // read back from memory, so that no registers are kept for this
+        typename Steps<T>::Escaped& escaped = steps.escaped[steps.escaped_count++];
+        escaped = {c, {}};
+        for (int v = 0; v < kVectors; ++v) {
+          const __mmask16 set =
+              _mm512_mask_test_epi32_mask(active_[v], _mm512_load_si512(found + 16 * v), bit);
+          escaped.lanes[v / 4] |= std::uint64_t(set) << 16 * (v % 4);
+        }
+      }
       return true;
     }
 
