@@ -134,7 +134,8 @@ void once(Form form) {
       target.data = out.get();
       bool good = true;
       try {
-        (other ? *other : part).decode<T>(data.data.get(), data.size, target);
+        Workspace workspace;
+        (other ? *other : part).decode<T>(data.data.get(), data.size, target, &workspace);
       } catch (const std::invalid_argument&) {
         good = false;
       }

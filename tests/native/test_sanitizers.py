@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["native/simd", *(f"channel/{name}" for name in ("kernels", "part", "shapes", "tables"))]
+SOURCES = ["native/simd", "native/xxh3", *(f"channel/{name}" for name in ("kernels", "part", "shapes", "tables"))]
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wno-psabi", "-fno-sanitize-recover=all"]
 FLAGS += ["-fsanitize=address,undefined", f"-I{ROOT / 'codecs'}"]
 
