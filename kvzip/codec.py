@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from numpy.typing import NDArray
 
+from kvzip import checksum
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.snapshot import Origin, Part
@@ -26,9 +27,9 @@ GROUP = "kvzip.codecs"
 """Entry-point group under which a distribution offers codecs: name = "module:CodecClass"."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen, it would take as long to make as a small block to decode
 class Context:
-    """What writer and reader both know of a block besides its bytes."""
+    """What writer and reader both know of a block besides its bytes. Not to be changed."""
 
     dtype: DType
     layer: int
@@ -46,6 +47,15 @@ class Context:
     shaped as blocks are."""
     scratch: dict[str, Any] = field(default_factory=dict)
     """What a codec keeps for itself from block to block of the same tokens, layer after layer."""
+
+
+class Coded(NamedTuple):
+    """A block as it is stored, and where its numbers go: [batch, heads, tokens, dim], any
+    strides."""
+
+    data: memoryview
+    out: Bits
+    context: Context
 
 
 class Codec(ABC):
@@ -97,6 +107,19 @@ class Codec(ABC):
 
         Raises CorruptError, whatever the bytes are; never reads or writes out of bounds.
         """
+
+    def decode_many(self, blocks: Sequence[Coded]) -> list[int]:
+        """Decode blocks that do not need each other; the XXH3-64 of the raw bytes of each.
+
+        By default one after the other. A codec whose code is compiled can do them in one call,
+        without Python's lock, and take checksums while numbers are in the caches. Raises
+        CorruptError if any block is damaged; the caller then finds out which.
+        """
+        checksums = []
+        for block in blocks:
+            self.decode(*block)
+            checksums.append(checksum.of_numbers(block.out))
+        return checksums
 
     @abstractmethod
     def max_encoded_size(self, raw_bytes: int) -> int:

@@ -24,8 +24,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kvzip import auto, dtypes
-from kvzip.codec import Codec, Context, get_codec
+from kvzip import auto, checksum, dtypes
+from kvzip.codec import Codec, Coded, Context, get_codec
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError
 from kvzip.profile import Profile
@@ -78,8 +78,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     writer: str
     profile: str | None = None
     """SHA-256 of the profile that the reader needs."""
-    token_ids: tuple[int, ...] | None = None
-    """Ids of all tokens, row after row of the batch."""
+    token_ids: bool = False
+    """Whether the ids of all tokens follow the header."""
     token_ids_sha256: str | None = None
     """SHA-256 of the ids as little-endian uint32, when the ids themselves are withheld."""
 
@@ -90,8 +90,7 @@ def header_schema() -> dict[str, Any]:
     return schema
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """Place of one block, or of one part's tables, in the order of the file."""
 
     layer: int
@@ -110,18 +109,20 @@ class _Entry:
 def _entries(layout: Layout, block_tokens: int) -> Iterator[_Entry]:
     """Every entry of a file of that layout, layer by layer, K before V, tables before blocks."""
     for i, layer in enumerate(layout.layers):
+        first = layer.first
+        cuts = [(start - first, stop - start) for start, stop in _cuts(layer, block_tokens)]
         for part in PARTS:
             yield _Entry(i, part, True, 0, 0)
-            for start, stop in _cuts(layer, block_tokens):
-                yield _Entry(i, part, False, start - layer.first, stop - start)
+            for start, tokens in cuts:
+                yield _Entry(i, part, False, start, tokens)
 
 
 def _cuts(layer: LayerLayout, block_tokens: int) -> Iterator[tuple[int, int]]:
     """First and last position of each block. Layers that begin at different positions are cut at
     the same ones, multiples of `block_tokens`."""
-    start = layer.first
-    while start < layer.cumulative_length:
-        stop = min((start // block_tokens + 1) * block_tokens, layer.cumulative_length)
+    start, end = layer.first, layer.cumulative_length
+    while start < end:
+        stop = min((start // block_tokens + 1) * block_tokens, end)
         yield start, stop
         start = stop
 
@@ -154,21 +155,6 @@ def _batched(array: Bits) -> Bits:
 
 def _batched_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if len(shape) == 4 else (1, *shape)
-
-
-def _checksum(array: Bits) -> int:
-    """XXH3-64 of an array's bytes in C order, [batch, heads, tokens, dim]."""
-    if array.size == 0:
-        return int(xxhash.xxh3_64_intdigest(b""))
-    if array.flags.c_contiguous:
-        return int(xxhash.xxh3_64_intdigest(array.data))
-    if not array[0, 0].flags.c_contiguous:
-        return _checksum(np.ascontiguousarray(array))
-    state = xxhash.xxh3_64()
-    for row in array:
-        for head in row:
-            state.update(head.data)
-    return int(state.intdigest())
 
 
 def thread_count(threads: int) -> int:
@@ -208,11 +194,6 @@ class _Encoded(NamedTuple):
     """Checksum of the raw bytes."""
 
 
-def _digest(data: Any) -> int:
-    """XXH3-64."""
-    return int(xxhash.xxh3_64_intdigest(data))
-
-
 # --- writing -------------------------------------------------------------------------------
 
 
@@ -241,7 +222,7 @@ class _Encoder:
             import hashlib
 
             digest = hashlib.sha256(ids.astype("<u4").tobytes()).hexdigest()
-        self.ids = ids if store_token_ids else None
+        self.ids = np.atleast_2d(ids) if ids is not None and store_token_ids else None
         self.header = Header(
             layout=snapshot.layout,
             origin=snapshot.origin,
@@ -249,7 +230,7 @@ class _Encoder:
             block_tokens=block_tokens,
             writer=WRITER,
             profile=None if profile is None else profile.id,
-            token_ids=None if self.ids is None else tuple(self.ids.reshape(-1).tolist()),
+            token_ids=self.ids is not None,
             token_ids_sha256=digest,
         )
         self.entries = list(_entries(snapshot.layout, block_tokens))
@@ -286,13 +267,13 @@ class _Encoder:
         entry = self.entries[row]
         block = self.block(entry)
         data = self.codec.encode(block, self.context(entry, **more))
-        return _Encoded(row, data, _checksum(block))
+        return _Encoded(row, data, checksum.of_numbers(block))
 
     def encode_part(self, rows: Sequence[int]) -> list[_Encoded]:
         """One layer's K or V: its tables, then its blocks."""
         made, tables = self.tables(self.entries[rows[0]])
         return [
-            _Encoded(rows[0], made, _digest(made)),
+            _Encoded(rows[0], made, checksum.of_bytes(made)),
             *(self.encode_block(row, tables=tables) for row in rows[1:]),
         ]
 
@@ -333,7 +314,7 @@ class _Encoder:
             else:
                 stop = self.snapshot.layout.layers[entry.layer].first + entry.start + entry.tokens
                 chains.setdefault(stop, []).append(row)
-        done = {row: _Encoded(row, data, _digest(data)) for row, data in made.items()}
+        done = {row: _Encoded(row, data, checksum.of_bytes(data)) for row, data in made.items()}
         jobs = ((lambda c=chain: self.encode_chain(c, tables)) for chain in chains.values())
         for results in _in_order(pool, jobs, ahead):
             done |= {result.row: result for result in results}
@@ -345,8 +326,9 @@ class _Encoder:
         header = msgspec.json.encode(self.header)
         if len(header) > MAX_HEADER:
             raise KVZipError(f"the header would have {len(header):,} bytes, above {MAX_HEADER:,}")
+        ids = b"" if self.ids is None else _packed(self.ids)
         index = np.zeros(len(self.entries), _INDEX)
-        offset = _PREAMBLE.size + len(header) + index.nbytes
+        offset = _PREAMBLE.size + len(header) + len(ids) + index.nbytes
         base = sink.tell()
         sink.seek(base + offset)
         workers = thread_count(threads)
@@ -354,7 +336,7 @@ class _Encoder:
         try:
             for row, data, raw in self.encoded(pool, 2 * workers):
                 entry = self.entries[row]
-                index[row] = entry.record(offset, len(data), _digest(data), raw)
+                index[row] = entry.record(offset, len(data), checksum.of_bytes(data), raw)
                 sink.write(data)
                 offset += len(data)
                 if progress is not None and not entry.tables:
@@ -363,16 +345,33 @@ class _Encoder:
         finally:
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
-        start = _PREAMBLE.pack(MAGIC, VERSION, 0, len(header), len(index), 0, offset, 0)[:-8]
-        digest = xxhash.xxh3_64_intdigest(start + header + index.tobytes())
+        start = _PREAMBLE.pack(MAGIC, VERSION, 0, len(header), len(index), len(ids), offset, 0)[:-8]
+        rest = header + ids + index.tobytes()
         sink.seek(base)
-        sink.write(start + struct.pack("<Q", digest) + header + index.tobytes())
+        sink.write(start + struct.pack("<Q", checksum.of_bytes(start + rest)) + rest)
         sink.seek(base + offset)
         return offset
 
 
 def _ids_of(ids: NDArray[Any] | None, start: int, stop: int) -> NDArray[Any] | None:
-    return None if ids is None else np.atleast_2d(ids)[:, start:stop]
+    return None if ids is None else ids[:, start:stop]
+
+
+def _packed(ids: NDArray[Any]) -> bytes:
+    """Token ids in as few bytes each, 1 to 4, as the greatest needs."""
+    width = max(1, -(-int(ids.max(initial=0)).bit_length() // 8))
+    return ids.astype("<u4").reshape(-1, 1).view(np.uint8)[:, :width].tobytes()
+
+
+def _unpacked(data: memoryview, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The token ids of `shape`, uint32."""
+    count = math.prod(shape)
+    width, rest = divmod(len(data), max(count, 1))
+    if rest or not (1 <= width <= 4 if count else width == 0):
+        raise FormatError("the token ids do not fit the number of tokens")
+    ids = np.zeros((count, 4), np.uint8)
+    ids[:, :width] = np.frombuffer(data, np.uint8).reshape(count, width)
+    return ids.view("<u4").astype(np.uint32, copy=False).reshape(shape)
 
 
 def encode(
@@ -455,7 +454,7 @@ def max_encoded_size(
         if snapshot and snapshot.token_ids is not None
         else batch * shapes.tokens
     )
-    size += len(msgspec.json.encode(header)) + 11 * ids + (0 if snapshot else 4096)
+    size += len(msgspec.json.encode(header)) + 4 * ids + (0 if snapshot else 4096)
     for entry in _entries(shapes, block_tokens):
         shape = shapes.layers[entry.layer].shape(entry.part)
         if entry.tables:
@@ -528,6 +527,27 @@ class Info:
         return 8 * self.encoded_bytes / max(self.numbers, 1)
 
 
+class _Found(NamedTuple):
+    """An entry of a file's index."""
+
+    entry: _Entry
+    offset: int
+    length: int
+    stored_checksum: int
+    raw_checksum: int
+
+
+class _Target(NamedTuple):
+    """A block on its way out of a file."""
+
+    row: int
+    coded: Coded
+    wanted: Bits | None
+    """Where the numbers belong that were asked for: in `coded.out` itself, or beside it."""
+    cut: slice
+    """Which of the block's tokens those are."""
+
+
 class _Chain(NamedTuple):
     """How far the blocks of one token range are decoded, and what the next one may need."""
 
@@ -554,17 +574,21 @@ class Reader:
             raise FormatError("this is not a .kvz file")
         if len(first) < _PREAMBLE.size:
             raise CorruptError("the file is cut short in its first bytes")
-        _, version, flags, header_length, count, zero, length, digest = _PREAMBLE.unpack_from(first)
+        _, version, flags, header_length, count, ids_length, length, digest = (
+            _PREAMBLE.unpack_from(first)
+        )
         if version != VERSION:
             raise FormatError(
                 f"the file has format version {version}; this is a reader of version {VERSION}"
             )
-        if flags or zero or header_length > MAX_HEADER:
+        if flags or header_length > MAX_HEADER:
             raise FormatError("the file's header is out of bounds")
         if length != size:
             problem = "cut short" if size < length else "longer than it says"
             raise CorruptError(f"the file is {problem}: {size:,} bytes of {length:,}")
-        end = _PREAMBLE.size + header_length + count * _INDEX.itemsize
+        ids_at = _PREAMBLE.size + header_length
+        index_at = ids_at + ids_length
+        end = index_at + count * _INDEX.itemsize
         if end > size:
             raise FormatError("the file's index is out of bounds")
         start = first[:end] if end <= len(first) else self._source.read(0, end)
@@ -573,8 +597,7 @@ class Reader:
         if hashed.intdigest() != digest:
             raise CorruptError("the header or the index is damaged: its checksum does not match")
         try:
-            header_bytes = start[_PREAMBLE.size : _PREAMBLE.size + header_length]
-            self.header = msgspec.json.decode(header_bytes, type=Header)
+            self.header = msgspec.json.decode(start[_PREAMBLE.size : ids_at], type=Header)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"the header makes no sense: {error}") from None
         self.layout = self.header.layout
@@ -583,13 +606,11 @@ class Reader:
             raise FormatError("the header makes no sense: block_tokens is below 1")
         self._form = dtypes.get(self.layout.dtype)
         self._codec = get_codec(self.header.codec)
-        self._index = np.frombuffer(start, _INDEX, count, _PREAMBLE.size + header_length)
-        self._check_index(end)
-        self.token_ids = self._token_ids()
+        self._check_index(np.frombuffer(start, _INDEX, count, index_at), end)
+        self.token_ids = self._token_ids(start[ids_at:index_at])
 
-    def _check_index(self, end: int) -> None:
+    def _check_index(self, index: NDArray[Any], end: int) -> None:
         """Every entry is the one that the layout asks for, and bytes follow without a gap."""
-        index = self._index
         if len(index) != _count(self.layout, self.header.block_tokens):
             raise FormatError("the index does not fit the shapes in the header")
         lengths = index["length"]
@@ -601,32 +622,32 @@ class Reader:
             or int(offsets[-1]) != self._source.size
         ):
             raise FormatError("the blocks do not follow each other without gap or overlap")
+        self._index: list[_Found] = []
         self._rows: dict[tuple[int, Part], range] = {}
+        form, room = self._form, self._codec.max_decoded_size
         entries = _entries(self.layout, self.header.block_tokens)
         for row, (entry, found) in enumerate(zip(entries, index.tolist(), strict=True)):
-            if found[:6] != entry.record(0, 0, 0, 0)[:6]:
+            layer, part, tables, start, tokens = entry
+            kind = _TABLES if tables else _BLOCK
+            if found[:6] != (layer, PARTS.index(part), kind, 0, start, tokens):
                 raise FormatError(f"entry {row} of the index is not the block that belongs there")
-            shape = self.layout.layers[entry.layer].shape(entry.part)
-            raw = math.prod((*shape[:-2], entry.tokens, shape[-1])) * self._form.itemsize
-            room = self._codec.max_decoded_size(found[7], self._form)
-            if not entry.tables and raw > room:
+            if tables:
+                shape = self.layout.layers[layer].shape(part)
+                token = math.prod((*shape[:-2], shape[-1])) * form.itemsize
+                first = row
+            elif token * tokens > room(found[7], form):
                 raise FormatError(f"entry {row} of the index claims more than its bytes can hold")
-            if entry.tables:
-                self._rows[entry.layer, entry.part] = range(row, row + 1)
-            else:
-                rows = self._rows[entry.layer, entry.part]
-                self._rows[entry.layer, entry.part] = range(rows.start, row + 1)
+            self._rows[layer, part] = range(first, row + 1)
+            self._index.append(_Found(entry, *found[6:]))
 
-    def _token_ids(self) -> NDArray[Any] | None:
-        ids = self.header.token_ids
-        if ids is None:
+    def _token_ids(self, data: memoryview) -> NDArray[Any] | None:
+        if not self.header.token_ids:
+            if len(data):
+                raise FormatError("there are token ids that the header does not tell of")
             return None
         shape = self.layout.layers[0].k if self.layout.layers else (1,)
         rows = (shape[0],) if len(shape) == 4 else ()
-        try:
-            return np.array(ids, np.uint32).reshape(*rows, self.layout.tokens)
-        except (OverflowError, ValueError):
-            raise FormatError("the token ids do not fit the number of tokens") from None
+        return _unpacked(data, (*rows, self.layout.tokens))
 
     # --- what it is ------------------------------------------------------------------------
 
@@ -718,12 +739,9 @@ class Reader:
         tables: dict[tuple[int, Part], Any] = {}
         workers = thread_count(threads) if threads is not None else self._threads
         # A few chains to a job: handing over a job takes as long as a block of the fastest codec.
-        size = max(1, min(16, len(plan) // (2 * workers))) if workers > 1 else 1
+        size = max(1, min(16, len(plan) // (4 * workers)))
         batches = [plan[at : at + size] for at in range(0, len(plan), size)]
-        jobs = (
-            (lambda b=batch: sum(self._decode_chain(rows, cuts, targets, tables) for rows in b))
-            for batch in batches
-        )
+        jobs = ((lambda b=batch: self._decode_batch(b, cuts, targets, tables)) for batch in batches)
         pool = ThreadPoolExecutor(workers) if workers > 1 and len(plan) > 1 else None
         try:
             for done in _in_order(pool, jobs, 2 * workers):
@@ -790,27 +808,27 @@ class Reader:
         needed: dict[tuple[int, Part], None] = {}
         dependent = False
 
-        def require(layer: int, part: Part) -> None:
+        def require(key: tuple[int, Part]) -> None:
             nonlocal dependent
-            if (layer, part) in needed:
+            if key in needed:
                 return
-            for key in self._codec.needs(layer, part):
+            for other in self._codec.needs(*key):
                 dependent = True
-                require(*key)
-            needed[layer, part] = None
+                require(other)
+            needed[key] = None
 
         for i in wanted:
             for part in PARTS:
-                require(i, part)
-        chains: dict[Any, list[int]] = {}
+                require((i, part))
+        chains: dict[int, list[int]] = {}
         begin = min((c.first for c in cuts.values()), default=0)
         end = max((c.cumulative_length for c in cuts.values()), default=0)
-        for layer, part in sorted(needed):
-            first = self.layout.layers[layer].first
-            for row in self._rows[layer, part][1:]:
-                start = first + int(self._index["start"][row])
-                stop = start + int(self._index["tokens"][row])
-                if start < end and stop > begin:
+        for key in sorted(needed):
+            first = self.layout.layers[key[0]].first
+            for row in self._rows[key][1:]:
+                _, _, _, start, tokens = self._index[row].entry
+                stop = first + start + tokens
+                if first + start < end and stop > begin:
                     # Blocks of a chain end at the same token, wherever their layers begin.
                     chains.setdefault(stop if dependent else row, []).append(row)
         return list(chains.values())
@@ -826,29 +844,98 @@ class Reader:
 
     def _context(self, layer: int, part: Part, start: int, tokens: int, **more: Any) -> Context:
         begin = self.layout.layers[layer].first + start
-        ids = _ids_of(self.token_ids, begin, begin + tokens)
+        ids = _ids_of(self._ids_by_row, begin, begin + tokens)
         return Context(
             self._form, layer, part, begin, self.header.origin, ids, self._profile, **more
         )
 
+    @cached_property
+    def _ids_by_row(self) -> NDArray[Any] | None:
+        return None if self.token_ids is None else np.atleast_2d(self.token_ids)
+
     def _stored(self, row: int, check: bool = True) -> memoryview:
         """The stored bytes of an entry, with their checksum verified if asked for."""
-        entry = self._index[row]
-        data = self._source.read(int(entry["offset"]), int(entry["length"]))
+        found = self._index[row]
+        data = self._source.read(found.offset, found.length)
         if check:
             self._check_stored(row, data)
         return data
 
     def _check_stored(self, row: int, data: memoryview) -> None:
-        if _digest(data) != int(self._index["stored_checksum"][row]):
+        if checksum.of_bytes(data) != self._index[row].stored_checksum:
             raise CorruptError(f"{self._name(row)} is damaged: its checksum does not match")
 
     def _name(self, row: int) -> str:
-        entry = self._index[row]
-        part, first = PARTS[entry["part"]], self.layout.layers[entry["layer"]].first
-        start = first + int(entry["start"])
-        what = "the tables of " if entry["kind"] == _TABLES else ""
-        return f"{what}layer {entry['layer']} {part}, tokens {start}:{start + int(entry['tokens'])}"
+        entry = self._index[row].entry
+        start = self.layout.layers[entry.layer].first + entry.start
+        what = "the tables of " if entry.tables else ""
+        return f"{what}layer {entry.layer} {entry.part}, tokens {start}:{start + entry.tokens}"
+
+    def _target(
+        self,
+        row: int,
+        cuts: Mapping[int, LayerLayout],
+        targets: Mapping[tuple[int, Part], Bits],
+        tables: dict[tuple[int, Part], Any],
+        **more: Any,
+    ) -> _Target:
+        """Everything to decode a block, straight into place where all of it was asked for."""
+        layer, part, _, start, tokens = self._index[row].entry
+        whole = self.layout.layers[layer]
+        wanted, cut = None, slice(0, 0)
+        if layer in cuts:
+            offset = whole.first + start - cuts[layer].first
+            cut = slice(max(0, -offset), min(tokens, cuts[layer].stored - offset))
+            if cut.start < cut.stop:
+                wanted = targets[layer, part][:, :, offset + cut.start : offset + cut.stop]
+        if wanted is not None and wanted.shape[2] == tokens:
+            out = wanted
+        else:
+            shape = _batched_shape(whole.shape(part))
+            out = np.empty((*shape[:2], tokens, shape[3]), self._form.uint)
+        used = self._tables(layer, part, tables)
+        context = self._context(layer, part, start, tokens, tables=used, **more)
+        # The numbers' checksum tells all; that of the stored bytes, what is to blame. Taking both
+        # always would cost an eighth of the fastest codec's time.
+        data = self._stored(row, check=self._thorough)
+        return _Target(row, Coded(data, out, context), wanted, cut)
+
+    def _fill(self, work: Sequence[_Target]) -> int:
+        """Decode blocks and check them; return how many raw bytes were asked for."""
+        try:
+            found = self._codec.decode_many([target.coded for target in work])
+        except CorruptError as error:
+            if len(work) > 1:
+                return sum(self._fill([target]) for target in work)  # one of them tells more
+            self._check_stored(work[0].row, work[0].coded.data)
+            raise CorruptError(f"{self._name(work[0].row)}: {error}") from None
+        filled = 0
+        for target, digest in zip(work, found, strict=True):
+            if digest != self._index[target.row].raw_checksum:
+                self._check_stored(target.row, target.coded.data)
+                raise CorruptError(
+                    f"{self._name(target.row)} decodes to other numbers than were encoded"
+                )
+            if target.wanted is not None:
+                if target.wanted is not target.coded.out:
+                    target.wanted[...] = target.coded.out[:, :, target.cut]
+                filled += target.wanted.nbytes
+        return filled
+
+    def _decode_batch(
+        self,
+        chains: Sequence[Sequence[int]],
+        cuts: Mapping[int, LayerLayout],
+        targets: Mapping[tuple[int, Part], Bits],
+        tables: dict[tuple[int, Part], Any],
+    ) -> int:
+        """Decode chains; return how many raw bytes were asked for."""
+        alone = [rows[0] for rows in chains if len(rows) == 1]
+        filled = self._fill([self._target(row, cuts, targets, tables) for row in alone])
+        for rows in chains:
+            if len(rows) > 1:
+                filled += self._decode_chain(rows, cuts, targets, tables)
+        return filled
 
     def _decode_chain(
         self,
@@ -857,56 +944,20 @@ class Reader:
         targets: Mapping[tuple[int, Part], Bits],
         tables: dict[tuple[int, Part], Any],
     ) -> int:
-        """Decode blocks one after the other; return how many raw bytes were asked for."""
+        """Decode blocks of which each may need those before it."""
         filled = 0
         chain = self._resume(rows, cuts)
         for row in rows[chain.at :]:
-            entry = self._index[row]
-            layer, part = int(entry["layer"]), PARTS[entry["part"]]
-            start, tokens = int(entry["start"]), int(entry["tokens"])
-            whole = self.layout.layers[layer]
-            inside: Bits | None = None
-            if layer in cuts:
-                offset = whole.first + start - cuts[layer].first
-                lo, hi = max(0, -offset), min(tokens, cuts[layer].stored - offset)
-                if lo < hi:
-                    inside = targets[layer, part][:, :, offset + lo : offset + hi]
-            if inside is not None and inside.shape[2] == tokens:
-                block = inside
-            else:
-                shape = _batched_shape(whole.shape(part))
-                block = np.empty((*shape[:2], tokens, shape[3]), self._form.uint)
-            needs = self._codec.needs(layer, part)
-            context = self._context(
-                layer,
-                part,
-                start,
-                tokens,
-                tables=self._tables(layer, part, tables),
-                earlier={key: chain.done[key] for key in needs if key in chain.done},
-                scratch=chain.scratch,
+            key = self._index[row].entry[:2]
+            earlier = {k: chain.done[k] for k in self._codec.needs(*key) if k in chain.done}
+            target = self._target(
+                row, cuts, targets, tables, earlier=earlier, scratch=chain.scratch
             )
-            # The numbers' checksum tells all; that of the stored bytes, what is to blame. Taking
-            # both always would cost an eighth of the fastest codec's time.
-            data = self._stored(row, check=self._thorough)
-            try:
-                self._codec.decode(data, block, context)
-            except CorruptError as error:
-                self._check_stored(row, data)
-                raise CorruptError(f"{self._name(row)}: {error}") from None
-            if _checksum(block) != int(entry["raw_checksum"]):
-                self._check_stored(row, data)
-                raise CorruptError(f"{self._name(row)} decodes to other numbers than were encoded")
-            if len(rows) > 1:
-                chain.done[layer, part] = block
-                for key in [k for k in chain.done if self._last_use.get(k, 0) <= row]:
-                    del chain.done[key]
-            if inside is not None:
-                if block is not inside:
-                    inside[...] = block[:, :, lo:hi]
-                filled += inside.nbytes
-        if len(rows) > 1:
-            self._chains[rows[0]] = chain._replace(at=len(rows))
+            filled += self._fill([target])
+            chain.done[key] = target.coded.out
+            for old in [k for k in chain.done if self._last_use.get(k, 0) <= row]:
+                del chain.done[old]
+        self._chains[rows[0]] = chain._replace(at=len(rows))
         return filled
 
     @cached_property
@@ -922,7 +973,7 @@ class Reader:
         """Where to begin with a chain: after what was decoded before, when only layers that come
         after are wanted. So layer after layer costs no more than all at once."""
         chain = self._chains.pop(rows[0], None)
-        if chain is None or any(int(self._index["layer"][r]) in cuts for r in rows[: chain.at]):
+        if chain is None or any(self._index[r].entry.layer in cuts for r in rows[: chain.at]):
             return _Chain(0, {}, {})
         return chain
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,16 +30,16 @@ class DType:
     safetensors: str
     torch: str
 
-    @property
+    @cached_property
     def bits(self) -> int:
         return 1 + self.exponent_bits + self.mantissa_bits
 
-    @property
+    @cached_property
     def itemsize(self) -> int:
         """Bytes of one number."""
         return self.bits // 8
 
-    @property
+    @cached_property
     def uint(self) -> np.dtype[Any]:
         """The numpy dtype of the integer view."""
         return np.dtype(f"<u{self.itemsize}")
@@ -78,6 +79,8 @@ def as_bits(array: Any, dtype: str | None = None) -> tuple[Bits, str]:
     `dtype`, the name of the format that its bits are in. Shape and strides are kept.
     Raises UnsupportedError when the format is not one of ours.
     """
+    if dtype is not None and type(array) is np.ndarray and array.dtype == get(dtype).uint:
+        return array, get(dtype).name
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         found = get(str(array.dtype)) if array.dtype.is_floating_point else None

@@ -57,6 +57,8 @@ class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def cut(self, start: int, stop: int) -> LayerLayout:
         """The layer with only the tokens that it holds of positions start to stop."""
+        if start <= self.first and stop >= self.cumulative_length:
+            return self
         begin, end = (min(max(p, self.first), self.cumulative_length) for p in (start, stop))
         count = max(end - begin, 0)
         return msgspec.structs.replace(
@@ -172,14 +174,16 @@ class Snapshot:
         origin: Origin = Origin(),  # noqa: B008 - frozen
     ):
         self.layers, self.origin = list(layers), origin
-        self.layout = Layout(dtypes.get(dtype).name, tuple(layer.layout for layer in layers))
+        form = dtypes.get(dtype)
+        uint = form.uint
+        self.layout = Layout(form.name, tuple(layer.layout for layer in layers))
         self.layout.check()
         for i, layer in enumerate(self.layers):
             for part in PARTS:
                 found = layer.part(part)
                 if found.shape != layer.layout.shape(part):
                     raise FormatError(f"layer {i}: {part} has shape {found.shape}")
-                if found.dtype != dtypes.get(dtype).uint:
+                if found.dtype != uint:
                     raise FormatError(f"layer {i}: {part} is {found.dtype}, not bits of {dtype}")
         self.token_ids = None if token_ids is None else np.ascontiguousarray(token_ids, np.uint32)
 

@@ -54,8 +54,8 @@ def make_snapshot(maker, seed, dtype, layers=2, heads=2, tokens=50, dim=16, batc
 def reseal(blob: bytes) -> bytes:
     """Make the file's checksums of stored bytes true again, as an attacker would."""
     blob = bytearray(blob)
-    header_length, count = struct.unpack_from("<II", blob, 12)
-    at = 40 + header_length
+    header_length, count, ids_length = struct.unpack_from("<III", blob, 12)
+    at = 40 + header_length + ids_length
     for row in range(at, min(at + 48 * count, len(blob) - 47), 48):
         offset, length = struct.unpack_from("<QQ", blob, row + 16)
         stored = blob[offset : offset + length] if offset < len(blob) else b""

@@ -1,6 +1,8 @@
 // What Python sees of the channel codec.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
 
 #include "channel/part.hpp"
 #include "native/bindings.hpp"
@@ -11,7 +13,6 @@ using namespace nb::literals;
 namespace kvzip::channel {
 namespace {
 
-using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 using Numbers = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
 
@@ -68,14 +69,85 @@ void bind_for(nb::module_& m, nb::class_<PartTables>& tables) {
         return bytes;
       },
       "numbers"_a, "A coded block's bytes, or None when they are not shorter than the numbers.");
-  tables.def(
-      "decode",
-      [](const PartTables& self, const Bytes& data, const Numbers<T>& out) {
-        const Block<T> block = block_of<T>(out, self);
-        nb::gil_scoped_release released;
-        self.decode<T>(data.data(), data.size(), block);
-      },
-      "data"_a, "out"_a, "Fill `out` from a coded block's bytes; raises ValueError.");
+}
+
+// Python buffers that are held as long as this is.
+class Views {
+ public:
+  explicit Views(std::size_t n) { views_.reserve(n); }
+  Views(const Views&) = delete;
+  ~Views() {
+    for (Py_buffer& view : views_) PyBuffer_Release(&view);
+  }
+  const Py_buffer& add(nb::handle object, int flags) {
+    Py_buffer view;
+    if (PyObject_GetBuffer(object.ptr(), &view, flags)) throw nb::python_error();
+    views_.push_back(view);
+    return views_.back();
+  }
+
+ private:
+  std::vector<Py_buffer> views_;
+};
+
+// A block to be decoded.
+struct Job {
+  const PartTables* tables;  // or none
+  const Py_buffer *data, *out;
+  std::uint64_t checksum;
+};
+
+template <typename T>
+void decode_one(Job& job, Workspace* workspace) {
+  const Py_buffer& out = *job.out;
+  const auto shape = [&](int i) { return std::size_t(out.shape[i]); };
+  const auto stride = [&](int i) { return out.strides[i] / std::ptrdiff_t(sizeof(T)); };
+  const Block<T> block{static_cast<T*>(out.buf), shape(0), shape(2),
+                       stride(0),                stride(1), stride(2)};
+  const auto* data = static_cast<const std::uint8_t*>(job.data->buf);
+  const auto size = std::size_t(job.data->len);
+  if (size && data[0] == kRawBlock) copy_raw<T>(data, size, shape(1), shape(3), block);
+  else if (job.tables) job.tables->decode<T>(data, size, block, workspace);
+  else throw std::invalid_argument("neither raw nor coded");
+  job.checksum = checksum<T>(block, shape(1), shape(3));
+}
+
+void check(const Job& job) {
+  const Py_buffer& out = *job.out;
+  const Py_ssize_t size = out.itemsize;
+  bool good = out.ndim == 4 && (size == 1 || size == 2 || size == 4) &&
+              (out.strides[3] == size || out.shape[3] <= 1);
+  for (int i = 0; good && i < 4; ++i) good = out.strides[i] % size == 0;
+  if (!good) throw std::invalid_argument("numbers of another dtype, or not contiguous");
+  if (const PartTables* tables = job.tables)
+    if (std::size_t(out.shape[1]) != tables->heads() || std::size_t(out.shape[3]) != tables->dim() ||
+        std::size_t(size) != tables->form().itemsize())
+      throw std::invalid_argument("a block of another shape than its tables");
+}
+
+std::vector<std::uint64_t> decode_all(const std::vector<std::optional<const PartTables*>>& tables,
+                                      const nb::list& data, const nb::list& outs) {
+  const std::size_t n = tables.size();
+  if (data.size() != n || outs.size() != n) throw std::invalid_argument("lists of unequal length");
+  Views views(2 * n);
+  std::vector<Job> jobs(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    jobs[i] = {tables[i].value_or(nullptr), &views.add(data[i], PyBUF_SIMPLE),
+               &views.add(outs[i], PyBUF_STRIDES | PyBUF_WRITABLE), 0};
+    check(jobs[i]);
+  }
+  std::vector<std::uint64_t> checksums(n);
+  nb::gil_scoped_release released;
+  Workspace workspace;
+  for (std::size_t i = 0; i < n; ++i) {
+    switch (jobs[i].out->itemsize) {
+      case 1: decode_one<std::uint8_t>(jobs[i], &workspace); break;
+      case 2: decode_one<std::uint16_t>(jobs[i], &workspace); break;
+      default: decode_one<std::uint32_t>(jobs[i], &workspace);
+    }
+    checksums[i] = jobs[i].checksum;
+  }
+  return checksums;
 }
 
 }  // namespace
@@ -84,16 +156,20 @@ void bind(nb::module_& m) {
   nb::class_<PartTables> tables(m, "ChannelTables");
   tables.def(
       "__init__",
-      [](PartTables* self, const Bytes& data, std::size_t heads, std::size_t dim, int exponent_bits,
-         int mantissa_bits) {
+      [](PartTables* self, const nb::bytes& data, std::size_t heads, std::size_t dim,
+         int exponent_bits, int mantissa_bits) {
         const Form form{exponent_bits, mantissa_bits};
         form.check();
-        new (self) PartTables(data.data(), data.size(), heads, dim, form);
+        new (self) PartTables(reinterpret_cast<const std::uint8_t*>(data.c_str()), data.size(),
+                              heads, dim, form);
       },
       "data"_a, "heads"_a, "dim"_a, "exponent_bits"_a, "mantissa_bits"_a);
   bind_for<std::uint8_t>(m, tables);
   bind_for<std::uint16_t>(m, tables);
   bind_for<std::uint32_t>(m, tables);
+  m.def("channel_decode", decode_all, "tables"_a, "data"_a, "outs"_a,
+        "Fill each of `outs`, [batch, heads, tokens, dim], from a block's bytes and its tables (or "
+        "None); the XXH3-64 of the numbers of each. Raises ValueError.");
 }
 
 }  // namespace kvzip::channel

@@ -7,17 +7,18 @@ distributed differs from channel to channel. spec.md has the format and the reas
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import zstandard
 
-from kvzip.codec import Codec, Context
+from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
 from kvzip.coders import Zstd
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError
 
-_RAW, _CODED = 0, 1
+_RAW = 0
 # A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
 _MAX_EXPANSION = 1024
 # Two bytes of levels for each of 256 exponents, and what stands beside them.
@@ -73,8 +74,7 @@ class ChannelCodec(Codec):
         try:
             # One frame and nothing after it: the bounds of what may be allocated are checked above.
             plain = _zstd.decompressor.decompress(data, allow_extra_data=False)
-            levels = np.frombuffer(plain, np.uint8)
-            return _native.ChannelTables(levels, heads, dim, form.exponent_bits, form.mantissa_bits)
+            return _native.ChannelTables(plain, heads, dim, form.exponent_bits, form.mantissa_bits)
         except (ValueError, zstandard.ZstdError) as error:
             raise CorruptError(f"bad tables: {error}") from None
 
@@ -83,19 +83,22 @@ class ChannelCodec(Codec):
         return bytes([_RAW]) + block.tobytes() if coded is None else coded
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
-        mode = data[0] if len(data) else None
-        if mode == _RAW and len(data) == 1 + out.nbytes:
-            out[...] = np.frombuffer(data[1:], out.dtype).reshape(out.shape)
-        elif mode == _CODED and context.tables:
-            target = _rows(out, writing=True)
-            try:
-                context.tables.decode(np.frombuffer(data, np.uint8), target)
-            except ValueError as error:
-                raise CorruptError(str(error)) from None
-            if target is not out:
-                out[...] = target
-        else:
-            raise CorruptError("neither raw nor coded")
+        self.decode_many([Coded(data, out, context)])
+
+    def decode_many(self, blocks: Sequence[Coded]) -> list[int]:
+        targets = [_rows(block.out, writing=True) for block in blocks]
+        try:
+            checksums: list[int] = _native.channel_decode(
+                [block.context.tables for block in blocks],
+                [block.data for block in blocks],
+                targets,
+            )
+        except ValueError as error:
+            raise CorruptError(str(error)) from None
+        for block, target in zip(blocks, targets, strict=True):
+            if target is not block.out:
+                block.out[...] = target
+        return checksums
 
     def max_encoded_size(self, raw_bytes: int) -> int:
         return raw_bytes + 1

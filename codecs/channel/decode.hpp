@@ -1,6 +1,6 @@
 // Decoding a block, for any instruction set. What is done number by number is the instruction
 // set's: `Simd` (kernels_*.cpp) has
-//   Lanes    the states of a group's lanes, and `step` for one channel of a tile
+//   Lanes    the states of a group's lanes, and `strip` for the channels of a tile
 //   merge    up to 16 tokens of a tile, turned to rows, with the bases and mantissas, into place
 //   spread   bytes to the channels that are not constant
 #pragma once
@@ -45,6 +45,57 @@ inline std::uint64_t first_ones(std::size_t n) {
   return n < 64 ? (std::uint64_t(1) << n) - 1 : ~std::uint64_t(0);
 }
 
+// What the steps of one strip work on, and which lanes of which channels were escapes.
+template <typename T>
+struct Steps {
+  const Decoder* decoders;
+  const Channel* channels;
+  std::uint64_t live;
+  std::size_t width;
+  Words* words;
+  Tile<T>* tile;
+  // What the merge will touch comes from memory while the values are decoded.
+  T* corner;
+  std::ptrdiff_t token_stride;
+  std::size_t tokens;
+  const std::uint8_t* mantissas;
+
+  struct Escaped {
+    std::size_t channel;
+    std::uint64_t lanes[kLanes / 64];
+  };
+  Escaped escaped[kStrip];
+  std::size_t escaped_count = 0;
+
+  template <int M>
+  __attribute__((always_inline)) void fetch(std::size_t c) {
+    constexpr std::size_t kRows = rows_of_octet(M);
+    for (std::size_t j = 2 * c; j < least(2 * c + 2, tokens); ++j)
+      for (std::size_t at = 0; at < kStrip; at += 64 / sizeof(T))
+        __builtin_prefetch(corner + std::ptrdiff_t(j) * token_stride + at, 1);
+    for (std::size_t k = 0; k < 2 * kRows; k += 8)
+      __builtin_prefetch(mantissas + (c * (2 * kRows / 8 + (2 * kRows % 8 != 0)) + k / 8) * 64);
+    __builtin_prefetch(words->at + 1024);
+  }
+};
+
+// Channel by channel, for instruction sets whose lanes have a `step` for one.
+template <typename T, int M, class Lanes>
+bool each_channel(Lanes& lanes, Steps<T>& steps) {
+  for (std::size_t c = 0; c < steps.width; ++c) {
+    steps.template fetch<M>(c);
+    if (!(steps.live >> c & 1)) continue;
+    if (!steps.words->ready()) return false;
+    typename Steps<T>::Escaped& escaped = steps.escaped[steps.escaped_count];
+    escaped.channel = c;
+    steps.escaped_count += lanes.step(
+        steps.decoders[steps.channels[c].shape], &steps.words->at, steps.tile->column(c),
+        Tile<T>::template shift<M>(c), std::uint32_t(T(-1)) >> M, c % Tile<T>::kInWord == 0,
+        escaped.lanes);
+  }
+  return true;
+}
+
 template <class Simd, typename T, int M>
 bool decode_block(const Tables& tables, const Block<T>& block, const Coded& coded) {
   constexpr std::size_t kRows = rows_of_octet(M);
@@ -78,32 +129,27 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
     if (live != first_ones(kStrip)) std::memset(&tile, 0, sizeof tile);
     T* const corner = strip.corner(block);
     const auto live_count = std::size_t(__builtin_popcountll(live));
-    const std::uint8_t* ahead = mantissas;
-    for (std::size_t c = 0; c < strip.width; ++c) {
-      // What the merge will touch comes from memory while the values are decoded.
-      for (std::size_t j = 2 * c; j < least(2 * c + 2, strip.lanes); ++j)
-        for (std::size_t at = 0; at < kStrip; at += 64 / sizeof(T))
-          __builtin_prefetch(corner + std::ptrdiff_t(j) * block.token_stride + at, 1);
-      for (std::size_t k = 0; k < 2 * kRows; k += 8, ahead += 64) __builtin_prefetch(ahead);
-      if (!(live >> c & 1)) continue;
-      if (!words.ready()) return false;
-      __builtin_prefetch(words.at + 1024);
-      std::uint64_t escaped[kLanes / 64];
-      const bool first = c % Tile<T>::kInWord == 0;
-      if (lanes.step(tables.decoders[channels[c].shape], &words.at, tile.column(c),
-                     Tile<T>::template shift<M>(c), std::uint32_t(T(-1)) >> M, first, escaped))
-        for (int h = 0; h < kLanes / 64; ++h)
-          for (std::uint64_t left = escaped[h]; left; left &= left - 1) {
-            const int j = 64 * h + __builtin_ctzll(left);
-            if (escapes == escapes_end) return false;
-            std::uint16_t value;
-            std::memcpy(&value, escapes, 2);
-            escapes += 2;
-            // The base is added to all of them later.
-            const T number = T(T(std::uint32_t(value) << M) - base[c]);
-            std::memcpy(reinterpret_cast<T*>(tile.column(c) + j) + c % Tile<T>::kInWord, &number,
-                        sizeof number);
-          }
+    Steps<T> steps{tables.decoders, channels, live, strip.width, &words, &tile};
+    steps.corner = corner;
+    steps.token_stride = block.token_stride;
+    steps.tokens = strip.lanes;
+    steps.mantissas = mantissas;
+    if (!lanes.template strip<T, M>(steps)) return false;
+    for (std::size_t k = 0; k < steps.escaped_count; ++k) {
+      const typename Steps<T>::Escaped& e = steps.escaped[k];
+      for (int h = 0; h < kLanes / 64; ++h)
+        for (std::uint64_t left = e.lanes[h]; left; left &= left - 1) {
+          const int j = 64 * h + __builtin_ctzll(left);
+          if (escapes == escapes_end) return false;
+          std::uint16_t value;
+          std::memcpy(&value, escapes, 2);
+          escapes += 2;
+          // The base is added to all of them later.
+          const T number = T(T(std::uint32_t(value) << M) - base[e.channel]);
+          std::memcpy(reinterpret_cast<T*>(tile.column(e.channel) + j) +
+                          e.channel % Tile<T>::kInWord,
+                      &number, sizeof number);
+        }
     }
     if (s + 1 == count) {
       // The end of the mantissas is what the states hold now.

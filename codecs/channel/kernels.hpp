@@ -85,12 +85,14 @@ struct Block {
 
 // --- tables ----------------------------------------------------------------------------------
 
-// Turns levels into symbols and frequencies. `levels`: 2*width of them, value (sign, exponent) at
-// 2*exponent+sign, then the escape's. Returns false when they are no table: no symbol, or more than
-// 32. Then `divide` and `other`, and from all that what kernels look up.
-bool make_symbols(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
-                  int exponent_bits, Alias* alias);
-void make_alias(Alias* alias);
+// Whether levels are a table: 1 to 32 symbols. `levels`: 2*width of them, value (sign, exponent) at
+// 2*exponent+sign; the escape's apart.
+bool are_levels(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level);
+
+// From levels that are a table to symbols, frequencies and buckets; from these to what kernels look
+// up.
+Alias make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+                 int exponent_bits);
 void make_decoder(const Alias& alias, Decoder* decoder);
 void make_encoder(const Alias& alias, Encoder* encoder);
 

@@ -69,6 +69,11 @@ struct Avx2 : Scalar {
     void store(std::uint32_t* states) const { std::memcpy(states, x_, sizeof x_); }
     void limit(std::size_t lanes) { lanes_ = lanes; }
 
+    template <typename T, int M>
+    bool strip(Steps<T>& steps) {
+      return each_channel<T, M>(*this, steps);
+    }
+
     bool step(const Decoder& d, const std::uint8_t** words, std::uint32_t* out, int shift,
               std::uint32_t value_mask, bool first, std::uint64_t* escaped) {
       if (lanes_ == kLanes) return step<false>(d, words, out, shift, value_mask, first, escaped);

@@ -2,6 +2,8 @@
 // all lanes in eight.
 #include <immintrin.h>
 
+#include <utility>
+
 #include "channel/kernels_of.hpp"
 #include "channel/scalar.hpp"
 
@@ -37,6 +39,14 @@ inline void transpose(__m512i r[16]) {
 
 constexpr int kVectors = kLanes / 16;
 
+// A mask in a general register. GCC 12 stores 16 bits of one that it runs out of registers for and
+// reads back 32, if it knows what this is.
+inline std::uint32_t bits_of(__mmask16 mask) {
+  std::uint32_t bits;
+  asm("kmovw %1, %0" : "=r"(bits) : "k"(mask));
+  return bits;
+}
+
 struct Avx512 {
   class Lanes {
    public:
@@ -56,69 +66,106 @@ struct Avx512 {
       limited_ = true;
     }
 
-    bool step(const Decoder& d, const std::uint8_t** words, std::uint32_t* out, int shift,
-              std::uint32_t value_mask, bool first, std::uint64_t* escaped) {
-      if (limited_) return step<true>(d, words, out, shift, value_mask, first, escaped);
-      return step<false>(d, words, out, shift, value_mask, first, escaped);
+    template <typename T, int M>
+    bool strip(Steps<T>& steps) {
+      return limited_ ? strip<T, M, true>(steps) : strip<T, M, false>(steps);
     }
 
    private:
-    template <bool limited>
-    __attribute__((always_inline)) bool step(const Decoder& d, const std::uint8_t** words,
-                                             std::uint32_t* out, int shift,
-                                             std::uint32_t value_mask, bool first,
-                                             std::uint64_t* escaped) {
+    // Instructions are in the order in which their operands become ready, not vector by vector:
+    // the words of a vector come kLag vectors after its table has been looked up. A scheduler holds
+    // no more than a few vectors' instructions that wait.
+    static constexpr int kLag = 4;
+
+    template <typename T, int M, bool limited>
+    bool strip(Steps<T>& steps) {
+      __m512i x[kVectors];
+      for (int v = 0; v < kVectors; ++v) x[v] = x_[v];
+      for (std::size_t c = 0; c < steps.width; c += Tile<T>::kInWord)
+        if (!word<T, M, limited>(steps, c, x, std::make_index_sequence<Tile<T>::kInWord>()))
+          return false;
+      for (int v = 0; v < kVectors; ++v) x_[v] = x[v];
+      return true;
+    }
+
+    // The channels that share a word of the tile.
+    template <typename T, int M, bool limited, std::size_t... in_word>
+    __attribute__((always_inline)) bool word(Steps<T>& steps, std::size_t c, __m512i (&x)[kVectors],
+                                             std::index_sequence<in_word...>) {
+      return (step<T, M, limited, in_word>(steps, c + in_word, x) && ...);
+    }
+
+    template <typename T, int M, bool limited, int in_word>
+    __attribute__((always_inline)) bool step(Steps<T>& steps, std::size_t c,
+                                             __m512i (&x)[kVectors]) {
+      if (in_word && c >= steps.width) return true;
+      steps.template fetch<M>(c);
+      if (!(steps.live >> c & 1)) return true;
+      if (!steps.words->ready()) return false;
+      constexpr int kShift = Tile<T>::template shift<M>(in_word);
+      const __m512i keep = _mm512_set1_epi32(int((std::uint32_t(T(-1)) >> M) << kShift));
+      const __m512i ones = _mm512_set1_epi32(-1);
+      const __m512i low = _mm512_set1_epi32(int(kLow));
+      alignas(64) std::uint32_t found[kLanes];
+      std::uint32_t more[kVectors];
+      const Decoder& d = steps.decoders[steps.channels[c].shape];
       const __m512i own_low = _mm512_load_si512(d.entry),
                     own_high = _mm512_load_si512(d.entry + 16);
       const __m512i other_low = _mm512_load_si512(d.entry + 32),
                     other_high = _mm512_load_si512(d.entry + 48);
-      const __m512i ones = _mm512_set1_epi32(-1);
-      const __m512i low = _mm512_set1_epi32(int(kLow));
-      // A word of the stream into the upper half of each lane.
-      alignas(64) static constexpr std::uint16_t kSpread[32] = {
-          0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
-          0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
-      const __m512i spread = _mm512_load_si512(kSpread);
-      const __m512i turn = _mm512_set1_epi32(shift - kValueAt);
-      const __m512i keep = _mm512_set1_epi32(int(value_mask << shift));
-      const __m512i before = _mm512_set1_epi32(first ? 0 : -1);
-      const std::uint8_t* p = *words;
+      std::uint32_t* const out = steps.tile->column(c);
+      const std::uint8_t* p = steps.words->at;
       __m512i all = _mm512_setzero_si512();
-      __m512i e[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        const __m512i x = x_[v];
-        const __m512i bucket = _mm512_srli_epi32(x, 5);  // the permutations look at 5 bits of it
-        const __m512i own = _mm512_permutex2var_epi32(own_low, bucket, own_high);
-        const __m512i other = _mm512_permutex2var_epi32(other_low, bucket, other_high);
-        const __m512i place = _mm512_and_si512(x, _mm512_set1_epi32(kBucketSlots - 1));
-        const __mmask16 second = _mm512_cmpge_epu32_mask(_mm512_shldi_epi32(x, ones, 27), own);
-        e[v] = _mm512_mask_blend_epi32(second, own, other);
-        const __m512i rank =
-            _mm512_mask_add_epi32(place, second, place, _mm512_srai_epi32(other, 21));
-        const __m512i freq = _mm512_and_si512(e[v], _mm512_set1_epi32(int(kFreqMask)));
-        __m512i y =
-            _mm512_add_epi32(_mm512_mullo_epi32(freq, _mm512_srli_epi32(x, kProbBits)), rank);
-        const __mmask16 more = limited ? _mm512_mask_cmplt_epu32_mask(active_[v], y, low)
-                                       : _mm512_cmplt_epu32_mask(y, low);
-        __m512i w = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-        w = _mm512_maskz_expand_epi32(more, _mm512_permutexvar_epi16(spread, w));
-        p += 2 * __builtin_popcountll(more);
-        y = _mm512_mask_shldi_epi32(y, more, y, w, 16);
-        x_[v] = limited ? _mm512_mask_mov_epi32(x, active_[v], y) : y;
-        all = _mm512_or_si512(all, e[v]);
-        const __m512i value = _mm512_and_si512(_mm512_rolv_epi32(e[v], turn), keep);
-        std::uint32_t* const o = out + 16 * v;
-        // value | (what is there & before)
-        _mm512_store_si512(o, _mm512_ternarylogic_epi32(value, _mm512_load_si512(o), before, 0xF8));
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors + kLag; ++t) {
+        if (t >= kLag) {
+          const int v = t - kLag;
+          const __m512i w = _mm512_castsi256_si512(
+              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+          p += 2 * std::size_t(__builtin_popcount(more[v]));
+          x[v] = _mm512_mask_expand_epi16(x[v], _cvtu32_mask32(_pdep_u32(more[v], 0x55555555)), w);
+        }
+        if (t < kVectors) {
+          const int v = t;
+          const __m512i bucket = _mm512_srli_epi32(x[v], 5);  // permutations look at 5 bits of it
+          const __m512i own = _mm512_permutex2var_epi32(own_low, bucket, own_high);
+          const __m512i other = _mm512_permutex2var_epi32(other_low, bucket, other_high);
+          const __m512i place = _mm512_and_si512(x[v], _mm512_set1_epi32(kBucketSlots - 1));
+          const __mmask16 second =
+              _mm512_cmpge_epu32_mask(_mm512_shldi_epi32(x[v], ones, 27), own);
+          const __m512i e = _mm512_mask_blend_epi32(second, own, other);
+          const __m512i rank =
+              _mm512_mask_add_epi32(place, second, place, _mm512_srai_epi32(other, 21));
+          const __m512i freq = _mm512_and_si512(e, _mm512_set1_epi32(int(kFreqMask)));
+          const __m512i y = _mm512_add_epi32(
+              _mm512_mullo_epi32(freq, _mm512_srli_epi32(x[v], kProbBits)), rank);
+          const __mmask16 takes = limited ? _mm512_mask_cmplt_epu32_mask(active_[v], y, low)
+                                          : _mm512_cmplt_epu32_mask(y, low);
+          more[v] = bits_of(takes);
+          x[v] = limited ? _mm512_mask_mov_epi32(x[v], active_[v], y) : y;
+          x[v] = _mm512_mask_slli_epi32(x[v], takes, y, 16);
+          all = _mm512_or_si512(all, e);
+          _mm512_store_si512(found + 16 * v, e);
+          const __m512i turned = kShift < kValueAt ? _mm512_srli_epi32(e, kValueAt - kShift)
+                                                   : _mm512_slli_epi32(e, kShift - kValueAt);
+          std::uint32_t* const o = out + 16 * v;
+          // (turned & keep) | what is there
+          _mm512_store_si512(o, in_word ? _mm512_ternarylogic_epi32(turned, keep,
+                                                                    _mm512_load_si512(o), 0xEA)
+                                        : _mm512_and_si512(turned, keep));
+        }
       }
-      *words = p;
+      steps.words->at = p;
       const __m512i bit = _mm512_set1_epi32(int(kEscapeBit));
-      if (__builtin_expect(!_mm512_test_epi32_mask(all, bit), 1)) return false;
-      escaped[0] = escaped[1] = 0;
-      for (int v = 0; v < kVectors; ++v) {
-        const __mmask16 found = _mm512_mask_test_epi32_mask(active_[v], e[v], bit);
-        escaped[v / 4] |= std::uint64_t(found) << 16 * (v % 4);
+      if (__builtin_expect(_mm512_test_epi32_mask(all, bit), 0)) {
+        asm("" : "+m"(found));  // read back from memory, so that no registers are kept for this
+        typename Steps<T>::Escaped& escaped = steps.escaped[steps.escaped_count++];
+        escaped = {c, {}};
+        for (int v = 0; v < kVectors; ++v) {
+          const __mmask16 set =
+              _mm512_mask_test_epi32_mask(active_[v], _mm512_load_si512(found + 16 * v), bit);
+          escaped.lanes[v / 4] |= std::uint64_t(set) << 16 * (v % 4);
+        }
       }
       return true;
     }

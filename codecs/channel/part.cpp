@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "channel/shapes.hpp"
+#include "native/xxh3.hpp"
 
 namespace kvzip::channel {
 namespace {
@@ -11,7 +12,6 @@ namespace {
 enum Kind : std::uint8_t { kCoded = 0, kConstant = 1 };
 // A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
 constexpr std::size_t kMaxExpansion = 1024;
-enum Mode : std::uint8_t { kRawBlock = 0, kCodedBlock = 1 };
 
 // Reads little-endian fields one after the other, never past the end.
 class Cursor {
@@ -34,6 +34,25 @@ class Cursor {
  private:
   const std::uint8_t *at_, *end_;
 };
+
+// Numbers that lie side by side, in the order of [batch, heads, tokens, dim].
+template <typename T, typename Use>
+void each_run(const Block<T>& block, std::size_t heads, std::size_t dim, const Use& use) {
+  const bool rows = block.token_stride == std::ptrdiff_t(dim) || block.tokens == 1;
+  const std::size_t head = block.tokens * dim;
+  const bool all = rows && (block.head_stride == std::ptrdiff_t(head) || heads == 1) &&
+                   (block.batch_stride == std::ptrdiff_t(heads * head) || block.batch == 1);
+  if (!block.batch || !heads || !head) return;
+  if (all) return use(block.data, block.batch * heads * head);
+  for (std::size_t b = 0; b < block.batch; ++b)
+    for (std::size_t h = 0; h < heads; ++h) {
+      T* at = block.data + std::ptrdiff_t(b) * block.batch_stride +
+              std::ptrdiff_t(h) * block.head_stride;
+      if (rows) use(at, head);
+      else
+        for (std::size_t t = 0; t < block.tokens; ++t, at += block.token_stride) use(at, dim);
+    }
+}
 
 template <typename U>
 void put(std::vector<std::uint8_t>& out, U v) {
@@ -92,19 +111,19 @@ PartTables::PartTables(const std::uint8_t* data, std::size_t size, std::size_t h
     : form_(form) {
   const std::size_t n = heads * dim;
   Cursor in(data, size);
-  const std::size_t shapes = in.number<std::uint16_t>();
+  shape_count_ = in.number<std::uint16_t>();
   if (n > in.left()) throw std::invalid_argument("cut short");
-  const std::uint8_t* widths = in.take(shapes);
-  const std::uint8_t* escapes = in.take(shapes);
-  shapes_.resize(shapes);
-  for (std::size_t i = 0; i < shapes; ++i) {
+  const std::uint8_t* first = in.take(2 * shape_count_);
+  const std::uint8_t *widths = first, *escapes = first + shape_count_;
+  for (std::size_t i = 0; i < shape_count_; ++i) {
     const std::size_t width = std::size_t(widths[i]) + 1;
     if (width > std::size_t(1) << form.exponent_bits ||
-        !make_symbols(in.take(2 * width), width, escapes[i], form.exponent_bits, &shapes_[i]))
+        !are_levels(in.take(2 * width), width, escapes[i]))
       throw std::invalid_argument("a table makes no sense");
   }
-  channels_.resize(n);
   const std::uint8_t* kinds = in.take(n);
+  shapes_.assign(first, kinds);
+  channels_.resize(n);
   for (std::size_t c = 0; c < n; ++c) {
     Channel& channel = channels_[c];
     channel = {};
@@ -115,7 +134,7 @@ PartTables::PartTables(const std::uint8_t* data, std::size_t size, std::size_t h
     } else {
       channel.shape = in.number<std::uint16_t>();
       channel.base = in.number<std::uint16_t>();
-      if (channel.shape >= shapes || channel.base >> form.value_bits())
+      if (channel.shape >= shape_count_ || channel.base >> form.value_bits())
         throw std::invalid_argument("a channel of no table");
     }
   }
@@ -123,22 +142,21 @@ PartTables::PartTables(const std::uint8_t* data, std::size_t size, std::size_t h
   tables_ = {nullptr, nullptr, channels_.data(), heads, dim, form.value_bits(), form.mantissa_bits};
 }
 
-const Decoder* PartTables::decoders() const {
-  std::call_once(decoding_, [&] {
-    decoders_.resize(shapes_.size());
-    for (std::size_t i = 0; i < shapes_.size(); ++i) {
-      make_alias(&shapes_[i]);
-      make_decoder(shapes_[i], &decoders_[i]);
-    }
-  });
-  return decoders_.data();
+template <typename Use>
+void PartTables::each_shape(const Use& use) const {
+  const std::uint8_t *widths = shapes_.data(), *escapes = widths + shape_count_;
+  const std::uint8_t* levels = escapes + shape_count_;
+  for (std::size_t i = 0; i < shape_count_; ++i) {
+    const std::size_t width = std::size_t(widths[i]) + 1;
+    use(i, make_alias(levels, width, escapes[i], form_.exponent_bits));
+    levels += 2 * width;
+  }
 }
 
 const Encoder* PartTables::encoders() const {
-  decoders();
   std::call_once(encoding_, [&] {
-    encoders_.resize(shapes_.size());
-    for (std::size_t i = 0; i < shapes_.size(); ++i) make_encoder(shapes_[i], &encoders_[i]);
+    encoders_.resize(shape_count_);
+    each_shape([&](std::size_t i, const Alias& alias) { make_encoder(alias, &encoders_[i]); });
   });
   return encoders_.data();
 }
@@ -184,7 +202,8 @@ void Encoded::write(std::uint8_t* out) const {
 }
 
 template <typename T>
-void PartTables::decode(const std::uint8_t* data, std::size_t size, const Block<T>& block) const {
+void PartTables::decode(const std::uint8_t* data, std::size_t size, const Block<T>& block,
+                        Workspace* workspace) const {
   Cursor in(data, size);
   if (in.number<std::uint8_t>() != kCodedBlock) throw std::invalid_argument("not a coded block");
   Coded coded;
@@ -197,16 +216,46 @@ void PartTables::decode(const std::uint8_t* data, std::size_t size, const Block<
   for (std::size_t left = in.left(); left; --left)
     if (*in.take(1)) throw std::invalid_argument("its padding is not zeros");
   Tables tables = tables_;
-  tables.decoders = decoders();
+  std::vector<Decoder>& decoders = workspace->decoders_;
+  if (workspace->of_ != this) {
+    workspace->of_ = nullptr;
+    if (decoders.size() < shape_count_) decoders.resize(shape_count_);
+    each_shape([&](std::size_t i, const Alias& alias) { make_decoder(alias, &decoders[i]); });
+    workspace->of_ = this;
+  }
+  tables.decoders = decoders.data();
   if (!channel::decode<T>(tables, block, coded))
     throw std::invalid_argument("its streams do not fit each other");
+}
+
+template <typename T>
+void copy_raw(const std::uint8_t* data, std::size_t size, std::size_t heads, std::size_t dim,
+              const Block<T>& block) {
+  if (size != 1 + block.batch * heads * block.tokens * dim * sizeof(T))
+    throw std::invalid_argument("numbers of another size");
+  ++data;
+  each_run(block, heads, dim, [&](T* run, std::size_t n) {
+    std::memcpy(run, data, n * sizeof(T));
+    data += n * sizeof(T);
+  });
+}
+
+template <typename T>
+std::uint64_t checksum(const Block<T>& block, std::size_t heads, std::size_t dim) {
+  Xxh3 hash;
+  each_run(block, heads, dim, [&](const T* run, std::size_t n) { hash.update(run, n * sizeof(T)); });
+  return hash.digest();
 }
 
 #define KVZIP_INSTANTIATE(T)                                                                    \
   template std::vector<std::uint8_t> make_tables(const Block<const T>&, std::size_t,           \
                                                  std::size_t, Form);                            \
   template Encoded PartTables::encode(const Block<const T>&) const;                             \
-  template void PartTables::decode(const std::uint8_t*, std::size_t, const Block<T>&) const;
+  template void PartTables::decode(const std::uint8_t*, std::size_t, const Block<T>&,           \
+                                   Workspace*) const;                                           \
+  template void copy_raw(const std::uint8_t*, std::size_t, std::size_t, std::size_t,            \
+                         const Block<T>&);                                                      \
+  template std::uint64_t checksum(const Block<T>&, std::size_t, std::size_t);
 KVZIP_INSTANTIATE(std::uint8_t)
 KVZIP_INSTANTIATE(std::uint16_t)
 KVZIP_INSTANTIATE(std::uint32_t)

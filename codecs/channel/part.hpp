@@ -43,6 +43,17 @@ class Encoded {
   std::size_t lanes_ = 0, mantissa_bytes_ = 0, words_ = 0, escapes_ = 0;
 };
 
+class PartTables;
+
+// What is decoded with one after the other: the tables used last stay ready. It must not outlive
+// them.
+class Workspace {
+ private:
+  friend class PartTables;
+  const PartTables* of_ = nullptr;
+  std::vector<Decoder> decoders_;
+};
+
 // The tables of one layer's keys or values. Throws std::invalid_argument when bytes make no sense.
 class PartTables {
  public:
@@ -57,19 +68,34 @@ class PartTables {
   template <typename T>
   Encoded encode(const Block<const T>& block) const;
   template <typename T>
-  void decode(const std::uint8_t* data, std::size_t size, const Block<T>& block) const;
+  void decode(const std::uint8_t* data, std::size_t size, const Block<T>& block,
+              Workspace* workspace) const;
 
  private:
+  // Calls with each shape's symbols.
+  template <typename Use>
+  void each_shape(const Use& use) const;
+
   Form form_;
+  std::vector<std::uint8_t> shapes_;  // as stored: widths, escapes, levels
+  std::size_t shape_count_;
   std::vector<Channel> channels_;
   Tables tables_;
   // Made when they are needed, by whichever thread needs them first.
-  const Decoder* decoders() const;
   const Encoder* encoders() const;
-  mutable std::once_flag decoding_, encoding_;
-  mutable std::vector<Alias> shapes_;
-  mutable std::vector<Decoder> decoders_;
+  mutable std::once_flag encoding_;
   mutable std::vector<Encoder> encoders_;
 };
+
+// Numbers stored as they are: copies them into place. Throws std::invalid_argument.
+template <typename T>
+void copy_raw(const std::uint8_t* data, std::size_t size, std::size_t heads, std::size_t dim,
+              const Block<T>& block);
+
+// XXH3-64 of the numbers in the order of [batch, heads, tokens, dim].
+template <typename T>
+std::uint64_t checksum(const Block<T>& block, std::size_t heads, std::size_t dim);
+
+enum Mode : std::uint8_t { kRawBlock = 0, kCodedBlock = 1 };
 
 }  // namespace kvzip::channel

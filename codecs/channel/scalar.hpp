@@ -20,6 +20,11 @@ struct Scalar {
 
     // In passes over all lanes, each with short chains of dependent instructions and no branch,
     // since nothing here can be foreseen; compilers turn the second and the last into vectors.
+    template <typename T, int M>
+    bool strip(Steps<T>& steps) {
+      return each_channel<T, M>(*this, steps);
+    }
+
     bool step(const Decoder& d, const std::uint8_t** words, std::uint32_t* out, int shift,
               std::uint32_t value_mask, bool first, std::uint64_t* escaped) {
       std::uint32_t own[kLanes], other[kLanes], y[kLanes];

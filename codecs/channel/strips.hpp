@@ -65,7 +65,7 @@ struct Tile {
   std::uint32_t* column(std::size_t channel) { return word[channel / kInWord]; }
   // Where a channel's value lies in a word, above its mantissa of M bits.
   template <int M>
-  static int shift(std::size_t channel) {
+  static constexpr int shift(std::size_t channel) {
     return int(channel % kInWord * 8 * sizeof(T)) + M;
   }
 };

@@ -8,50 +8,64 @@
 
 namespace kvzip::channel {
 
-bool make_symbols(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
-                int exponent_bits, Alias* alias) {
-  Alias& a = *alias;
-  a = {};
-  a.escape = kNone;
-  a.width = std::uint32_t(width);
+bool are_levels(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level) {
   std::size_t n = escape_level != 0;
   for (std::size_t i = 0; i < 2 * width; ++i) n += levels[i] != 0;
-  if (n == 0 || n > kBuckets) return false;
+  return n > 0 && n <= kBuckets;
+}
+
+namespace {
+
+void make_symbols(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+                  int exponent_bits, Alias* alias) {
+  Alias& a = *alias;
+  a.escape = kNone;
+  a.width = std::uint32_t(width);
   std::uint32_t weight[kBuckets + 1], value[kBuckets + 1], total = 0;
-  std::size_t at = 0;
+  std::size_t n = 0;
   for (std::size_t i = 0; i < 2 * width; ++i) {  // a level of 0 is overwritten by the next
-    weight[at] = std::uint32_t(levels[i]) * levels[i];
-    value[at] = std::uint32_t((i & 1) << exponent_bits | i >> 1);
-    total += weight[at];
-    at += levels[i] != 0;
+    weight[n] = std::uint32_t(levels[i]) * levels[i];
+    value[n] = std::uint32_t((i & 1) << exponent_bits | i >> 1);
+    total += weight[n];
+    n += levels[i] != 0;
   }
   if (escape_level) {
-    weight[at] = std::uint32_t(escape_level) * escape_level;
-    value[at] = 0;
-    total += weight[at];
-    a.escape = std::uint32_t(at);
+    weight[n] = std::uint32_t(escape_level) * escape_level;
+    value[n] = 0;
+    total += weight[n];
+    a.escape = std::uint32_t(n++);
   }
-  std::copy(value, value + n, a.value);
   a.symbols = std::uint32_t(n);
-  // Frequencies: proportional, at least 1, what is missing or too much at the most frequent.
+  for (std::size_t i = 0; i < kBuckets; ++i) {
+    a.value[i] = i < n ? value[i] : 0;
+    a.freq[i] = 0;
+  }
+  // Frequencies: proportional, at least 1, what is missing or too much at the most frequent. The
+  // division is exact: numerator times denominator is below 2^52.
+  const std::uint64_t reciprocal = (std::uint64_t(1) << 52) / (2 * total) + 1;
   std::uint32_t sum = 0;
   for (std::size_t i = 0; i < n; ++i) {
-    a.freq[i] = std::max<std::uint32_t>(1, (2 * kTotal * weight[i] + total) / (2 * total));
+    const auto scaled = std::uint32_t((2 * kTotal * weight[i] + total) * reciprocal >> 52);
+    a.freq[i] = std::max<std::uint32_t>(1, scaled);
     sum += a.freq[i];
   }
   for (; sum != kTotal; sum += sum < kTotal ? 1 : -1)
     *std::max_element(a.freq, a.freq + n) += sum < kTotal ? 1 : -1;
-  return true;
 }
 
-void make_alias(Alias* alias) {
-  Alias& a = *alias;
+}  // namespace
+
+Alias make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+                 int exponent_bits) {
+  Alias a;
+  make_symbols(levels, width, escape_level, exponent_bits, &a);
   // The alias method in integers: each bucket of 32 slots gets one symbol and one more. Sets of
   // buckets are bits of a word.
   std::uint32_t left[kBuckets], small = 0;
   for (std::uint32_t i = 0; i < kBuckets; ++i) {
     left[i] = a.freq[i];
     a.divide[i] = kBucketSlots;
+    a.other[i] = 0;
     small |= std::uint32_t(left[i] < kBucketSlots) << i;
   }
   std::uint32_t large = ~small;
@@ -65,6 +79,7 @@ void make_alias(Alias* alias) {
     small |= moved;
     large &= ~moved;
   }
+  return a;
 }
 
 void make_decoder(const Alias& a, Decoder* decoder) {

@@ -345,7 +345,7 @@ def handmade(levels, escape, base=40):
     """Tables of one shape for bf16 with one head of two channels."""
     plain = np.array([1], "<u2").tobytes() + bytes([len(levels) // 2 - 1, escape, *levels, 0, 0])
     plain += np.array([0, base, 0, base + 256], "<u2").tobytes()
-    return plain, lambda: _native.ChannelTables(np.frombuffer(plain, np.uint8), 1, 2, 8, 7)
+    return plain, lambda: _native.ChannelTables(plain, 1, 2, 8, 7)
 
 
 @pytest.mark.parametrize("gap", [1, 3])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import CODECS, assert_same, cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip import dtypes
+from kvzip.codec import Coded, Context
 
 
 @given(data=st.data())
@@ -34,6 +36,30 @@ def test_round_trip_of_any_bits(codec, dtype, data):
     assert_same(snapshot, kvzip.decode(blob, threads=1))
     assert len(blob) <= kvzip.max_encoded_size(snapshot, codec, block_tokens=block_tokens)
     assert len(blob) <= kvzip.max_encoded_size(snapshot.layout, codec, block_tokens=block_tokens)
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2)])
+def test_many_blocks_at_once_are_each_alone(codec, dtype, axes):
+    """Blocks of several parts, in any layout; checksums are those of numbers in C order."""
+    form, made = dtypes.get(dtype), kvzip.get_codec(codec)
+    rng = np.random.default_rng(9)
+    blocks, numbers = [], []
+    for layer, shape in enumerate([(2, 3, 150, 16), (1, 1, 7, 80), (2, 3, 150, 16)]):
+        context = Context(form, layer, "k", 0, kvzip.Origin())
+        whole = cache_like(rng, dtype, shape)
+        tables = made.make_tables(whole, context)
+        context.tables = made.load_tables(memoryview(tables), shape, context)
+        for maker in (cache_like, random_bits):
+            block = whole if maker is cache_like else random_bits(rng, dtype, shape)
+            lying = [shape[a] for a in axes]
+            out = np.zeros(lying, form.uint).transpose(np.argsort(axes))
+            blocks.append(Coded(memoryview(made.encode(block, context)), out, context))
+            numbers.append(block)
+    found = made.decode_many(blocks)
+    assert found == [xxhash.xxh3_64_intdigest(block.tobytes()) for block in numbers]
+    for block, expected in zip(blocks, numbers, strict=True):
+        assert np.array_equal(block.out, expected)
+    assert made.decode_many([]) == []
 
 
 def test_unequal_parts_and_layers(codec):

@@ -1,16 +1,20 @@
 // Round trips and damage for the channel codec's C++, on every instruction set of this processor;
-// built with AddressSanitizer and UBSan by test_sanitizers.py. Every buffer is on the heap and of
-// the exact size, so that a byte too far is seen.
+// built with AddressSanitizer and UBSan by test_sanitizers.py, for another processor by
+// test_cross.py. Every buffer is on the heap and of the exact size, so that a byte too far is seen.
+//   fuzz SECONDS SEED        rounds until the time is over
+//   fuzz --rounds N SEED     so many, and a digest of all that was encoded
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "channel/part.hpp"
 #include "native/simd.hpp"
+#include "native/xxh3.hpp"
 
 using namespace kvzip::channel;
 namespace simd = kvzip::simd;
@@ -19,6 +23,7 @@ using Bytes = std::vector<std::uint8_t>;
 namespace {
 
 std::mt19937_64 random_bits;
+kvzip::Xxh3 encoded_bytes;
 std::size_t below(std::size_t n) { return random_bits() % n; }
 
 void check(bool good, const char* what) {
@@ -47,12 +52,19 @@ struct Exact {
 Bytes damaged(Bytes bytes) {
   switch (below(4)) {
     case 0: bytes.resize(below(bytes.size() + 1)); break;
-    case 1: bytes.insert(bytes.end(), 1 + below(300), std::uint8_t(below(2) * below(256))); break;
+    case 1: {
+      const std::size_t more = 1 + below(300);
+      bytes.insert(bytes.end(), more, std::uint8_t(below(2) ? below(256) : 0));
+      break;
+    }
     default:
       for (std::size_t n = 1 + below(4); n && !bytes.empty(); --n)
         // Often the counts, at the beginning.
-        bytes[below(below(2) ? bytes.size() : std::min<std::size_t>(bytes.size(), 40))] =
-            std::uint8_t(below(3) ? below(256) : below(2) * 255);
+      {
+        const std::size_t reach = below(2) ? bytes.size() : std::min<std::size_t>(bytes.size(), 40);
+        const std::size_t at = below(reach);
+        bytes[at] = std::uint8_t(below(3) ? below(256) : below(2) * 255);
+      }
   }
   return bytes;
 }
@@ -102,6 +114,8 @@ void once(Form form) {
     check(level == kLevels[0] || found == coded, "not the same bytes on all paths");
     coded = found;
   }
+  encoded_bytes.update(tables.data(), tables.size());
+  encoded_bytes.update(coded.data(), coded.size());
   if (coded.empty()) return;
 
   // Everything that can be wrong: the block, or the tables, or nothing.
@@ -134,7 +148,8 @@ void once(Form form) {
       target.data = out.get();
       bool good = true;
       try {
-        (other ? *other : part).decode<T>(data.data.get(), data.size, target);
+        Workspace workspace;
+        (other ? *other : part).decode<T>(data.data.get(), data.size, target, &workspace);
       } catch (const std::invalid_argument&) {
         good = false;
       }
@@ -150,11 +165,15 @@ void once(Form form) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const double seconds = argc > 1 ? std::atof(argv[1]) : 2;
-  random_bits.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
-  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  const bool counted = argc > 2 && !std::strcmp(argv[1], "--rounds");
+  const double limit = argc > 1 + counted ? std::atof(argv[1 + counted]) : 2;
+  random_bits.seed(argc > 2 + counted ? std::strtoull(argv[2 + counted], nullptr, 10) : 1);
+  const auto began = std::chrono::steady_clock::now();
+  const auto passed = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  };
   int rounds = 0;
-  while (std::chrono::steady_clock::now() < end) {
+  while ((counted ? double(rounds) : passed()) < limit) {
     once<std::uint16_t>({8, 7});
     once<std::uint16_t>({5, 10});
     once<std::uint32_t>({8, 23});
@@ -165,4 +184,5 @@ int main(int argc, char** argv) {
   std::printf("%d rounds, paths:", rounds);
   for (simd::Level level : kLevels) std::printf(" %s", simd::name_of(level));
   std::printf("\n");
+  if (counted) std::printf("%016llx\n", static_cast<unsigned long long>(encoded_bytes.digest()));
 }

@@ -4,7 +4,9 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <random>
 #include <vector>
@@ -195,25 +197,24 @@ void once(Form form, std::uint64_t seed) {
 
 }  // namespace
 
-// fuzz SECONDS SEED, or fuzz 0 SEED ROUNDS
+// fuzz_predictive SECONDS SEED, or fuzz_predictive --rounds N SEED, which also prints the digest.
 int main(int argc, char** argv) {
-  const double seconds = argc > 1 ? std::atof(argv[1]) : 5;
-  std::uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
-  const long wanted = argc > 3 ? std::atol(argv[3]) : 0;
-  const auto start = std::chrono::steady_clock::now();
-  long rounds = 0;
-  const auto more = [&] {
-    if (wanted) return rounds < wanted;
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds;
+  const bool counted = argc > 2 && !std::strcmp(argv[1], "--rounds");
+  const double limit = argc > 1 + counted ? std::atof(argv[1 + counted]) : 2;
+  std::uint64_t seed = argc > 2 + counted ? std::strtoull(argv[2 + counted], nullptr, 10) : 1;
+  const auto began = std::chrono::steady_clock::now();
+  const auto passed = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   };
-  for (; more(); ++rounds) {
+  int rounds = 0;
+  for (; (counted ? double(rounds) : passed()) < limit; ++rounds) {
     once<std::uint16_t>({8, 7}, seed++);
     once<std::uint16_t>({5, 10}, seed++);
     once<std::uint8_t>({4, 3}, seed++);
     once<std::uint8_t>({5, 2}, seed++);
   }
-  std::printf("%ld rounds, paths:", rounds);
+  std::printf("%d rounds, paths:", rounds);
   for (simd::Level level : kLevels) std::printf(" %s", simd::name_of(level));
   std::printf("\n");
-  if (wanted) std::printf("%016llx\n", static_cast<unsigned long long>(digest));
+  if (counted) std::printf("%016llx\n", static_cast<unsigned long long>(digest));
 }

@@ -9,9 +9,9 @@ import shutil
 import subprocess
 
 import pytest
-from native_build import SOURCES, fuzzer
+from native.building import SOURCES, fuzzer
 
-FLAGS = ("-O1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined")
+FLAGS = ["-O1", "-g", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
 
 
 @pytest.mark.parametrize("codec", SOURCES)

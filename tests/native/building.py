@@ -1,4 +1,4 @@
-"""Builds the codecs' C++ without Python, for the tests of it."""
+"""Codecs' C++ built alone, without Python, with the program of tests/native that runs it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {
-    "channel": ("kernels", "part", "shapes", "tables", "kernels_scalar"),
-    "predictive": ("kernels", "chain", "kernels_scalar"),
+    "channel": ["native/xxh3"]
+    + [f"channel/{name}" for name in ("kernels", "part", "shapes", "tables", "kernels_scalar")],
+    "predictive": [f"predictive/{name}" for name in ("kernels", "chain", "kernels_scalar")],
 }
-FLAGS = ("-std=c++17", "-g", "-Wno-psabi", f"-I{ROOT / 'codecs'}")
+FLAGS = ("-std=c++17", "-Wno-psabi", "-ffp-contract=off", f"-I{ROOT / 'codecs'}")
 
 
 def options(source: str) -> list[str]:
@@ -34,24 +35,23 @@ def options(source: str) -> list[str]:
 
 def fuzzer(compiler: str, codec: str, folder: Path, flags: Sequence[str], x86: bool) -> Path:
     """The program fuzz_CODEC, made in `folder`; `x86`: with AVX2 and AVX-512."""
-    sources = ["native/simd", *(f"{codec}/{name}" for name in SOURCES[codec])]
+    sources = ["native/simd", *SOURCES[codec]]
     if x86:
-        # Longest first.
-        sources = [f"{codec}/kernels_avx512", f"{codec}/kernels_avx2", *reversed(sources)]
+        sources += [f"{codec}/kernels_avx2", f"{codec}/kernels_avx512"]
         flags = [*flags, "-DKVZIP_X86"]
+    program = f"fuzz_{codec}"
+    files = {source: ROOT / "codecs" / f"{source}.cpp" for source in sources}
+    files[program] = Path(__file__).with_name(f"{program}.cpp")
 
-    def build(source: str) -> str:
-        path = ROOT / "codecs" / f"{source}.cpp"
-        target = str(folder / f"{path.stem}.o")
-        command = [compiler, *FLAGS, *flags, *options(source), "-c", str(path), "-o", target]
-        subprocess.run(command, check=True)
+    def compiled(source: str) -> str:
+        target = str(folder / f"{files[source].stem}.o")
+        command = [compiler, *FLAGS, *flags, *options(source), "-c", str(files[source])]
+        subprocess.run([*command, "-o", target], check=True)
         return target
 
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(build, sources))
-    program = folder / "fuzz"
-    harness = str(Path(__file__).with_name(f"fuzz_{codec}.cpp"))
-    command = [compiler, *FLAGS, *flags, harness, *objects, "-o", str(program)]
-    subprocess.run(command, check=True)
-    return program
+        objects = list(pool.map(compiled, reversed(files)))
+    linked = folder / program
+    subprocess.run([compiler, *flags, *objects, "-o", str(linked)], check=True)
+    return linked
