@@ -65,6 +65,9 @@ class Codec(ABC):
     """
 
     codec_id: ClassVar[str]
+    block_bytes: ClassVar[int] = 1 << 20
+    """Raw bytes of a block that suit the codec: enough to spread what a block starts with, and few
+    enough that a document has work for several threads."""
 
     # --- settings --------------------------------------------------------------------------
 

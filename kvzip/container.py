@@ -138,15 +138,15 @@ def _count(layout: Layout, block_tokens: int) -> int:
     return sum(2 * (1 + n) for n in blocks)
 
 
-def default_block_tokens(layout: Layout) -> int:
-    """The power of two of tokens, 256 to 4,096, whose blocks come nearest to 1 MiB.
+def default_block_tokens(layout: Layout, codec: Codec) -> int:
+    """The power of two of tokens, 256 to 4,096, whose blocks come nearest to what suits the codec.
 
     Smaller ones let a reader cut finer, and cost more for what each block starts with.
     """
     form = dtypes.get(layout.dtype)
     shapes = [layer.shape(part) for layer in layout.layers for part in PARTS]
     token = max((math.prod((*s[:-2], s[-1])) * form.itemsize for s in shapes), default=0)
-    return 1 << min(max(round(math.log2((1 << 20) / max(token, 1))), 8), 12)
+    return 1 << min(max(round(math.log2(codec.block_bytes / max(token, 1))), 8), 12)
 
 
 def _batched(array: Bits) -> Bits:
@@ -209,7 +209,7 @@ class _Encoder:
         store_token_ids: bool,
     ):
         if block_tokens is None:
-            block_tokens = default_block_tokens(snapshot.layout)
+            block_tokens = default_block_tokens(snapshot.layout, codec)
         if block_tokens < 1:
             raise ValueError("block_tokens must be at least 1")
         if codec.needs_profile and profile is None:
@@ -389,7 +389,7 @@ def encode(
     soonest over a link (:mod:`kvzip.auto`; "auto:gbps=10"). `profile`: what
     a codec has learned of the model; the reader needs the same. `threads`: 0 for all cores.
     `block_tokens`: tokens in a block, the smallest unit a reader decodes; by default what makes
-    blocks of about 1 MiB. `store_token_ids=False`
+    blocks of a size that suits the codec. `store_token_ids=False`
     stores a hash of the token ids instead of the ids.
     """
     sink = io.BytesIO()
@@ -437,7 +437,7 @@ def max_encoded_size(
     shapes.check()
     form = dtypes.get(shapes.dtype)
     if block_tokens is None:
-        block_tokens = default_block_tokens(shapes)
+        block_tokens = default_block_tokens(shapes, codec)
     size = _PREAMBLE.size + _count(shapes, block_tokens) * _INDEX.itemsize
     header = Header(
         shapes,
@@ -574,8 +574,8 @@ class Reader:
             raise FormatError("this is not a .kvz file")
         if len(first) < _PREAMBLE.size:
             raise CorruptError("the file is cut short in its first bytes")
-        _, version, flags, header_length, count, ids_length, length, digest = (
-            _PREAMBLE.unpack_from(first)
+        _, version, flags, header_length, count, ids_length, length, digest = _PREAMBLE.unpack_from(
+            first
         )
         if version != VERSION:
             raise FormatError(
@@ -694,9 +694,9 @@ class Reader:
         for i, span in enumerate(spans):
             for chain in self._plan([i], {i: self.layout.layers[i].cut(*span)}):
                 for row in chain:
-                    layer, part = int(self._index["layer"][row]), PARTS[self._index["part"][row]]
-                    rows |= {row, self._rows[layer, part].start}
-        announce([tuple(map(int, self._index[["offset", "length"]][row])) for row in sorted(rows)])
+                    entry = self._index[row].entry
+                    rows |= {row, self._rows[entry.layer, entry.part].start}
+        announce([(self._index[row].offset, self._index[row].length) for row in sorted(rows)])
 
     # --- decoding --------------------------------------------------------------------------
 

@@ -63,6 +63,8 @@ class PredictiveCodec(Codec):
 
     codec_id = "predictive"
     needs_profile = True
+    # Half of what is usual: only other tokens are other work, since layers need each other.
+    block_bytes = 1 << 19
 
     def needs(self, layer: int, part: Part) -> tuple[tuple[int, Part], ...]:
         if part == "v":

@@ -10,7 +10,10 @@ import xxhash
 from kvzip.codecs import _native
 
 # Where the algorithm changes, and around its blocks of 1,024 bytes.
-LENGTHS = [*range(300), *(1024 * k + d for k in (1, 2, 9) for d in (-64, -63, -1, 0, 1, 63, 64, 65))]
+LENGTHS = [
+    *range(300),
+    *(1024 * k + d for k in (1, 2, 9) for d in (-64, -63, -1, 0, 1, 63, 64, 65)),
+]
 
 
 @pytest.mark.parametrize("level", ["scalar", "avx2", "avx512"])
