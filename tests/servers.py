@@ -68,6 +68,8 @@ def s3_server(folder: Path) -> Iterator[S3]:
         "filer.port": filer,
         "s3.port": s3,
         "s3.config": folder / "s3.json",
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
     }
     command = [weed, "server", "-filer", "-s3", *(f"-{k}={v}" for k, v in arguments.items())]
     with (folder / "log").open("w") as log:
