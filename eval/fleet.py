@@ -281,12 +281,12 @@ def simulate(fleet: Fleet, ratio: float = 1.0, seed: int = 0) -> Counts:
 
     def readers() -> Iterator[Any]:
         for time, region, which in zip(read_times, regions, read_of, strict=True):
-            yield environment.timeout(time - environment.now)
+            yield environment.timeout(float(time) - environment.now)
             environment.process(read(nodes[region][which % fleet.nodes_per_region], int(which)))
 
     def writers() -> Iterator[Any]:
         for time, which in zip(change_times, change_of, strict=True):
-            yield environment.timeout(time - environment.now)
+            yield environment.timeout(float(time) - environment.now)
             for region in nodes:
                 region[which % fleet.nodes_per_region].forget(int(which))
 
