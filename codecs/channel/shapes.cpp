@@ -96,6 +96,7 @@ struct Group {
   std::uint32_t sum[2][kWindow] = {}, outside = 0, total = 0;
   std::int16_t cost[2][kWindow + 2 * kMostShift];
   float place, spread, skew;
+  unsigned joined = 0;
 
   explicit Group(const Seen& seen) : place(seen.place), spread(seen.spread), skew(seen.skew) {
     for (auto& row : cost) std::fill(std::begin(row), std::end(row), std::int16_t(kEscapeCost));
@@ -222,9 +223,12 @@ Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, int expone
     }
     Group& group = groups[choices[c].group];
     group.add(seen[c].cells, choices[c].shift, choices[c].flip);
-    group.price();
+    // Prices change less and less; again at 1, 2, 3, 4, 6, 8, 12, 16, ... channels.
+    const unsigned joined = ++group.joined, step = joined < 4 ? 1 : 1u << (30 - __builtin_clz(joined));
+    if (joined % step == 0) group.price();
   }
   // Again, now that all groups are known.
+  for (Group& group : groups) group.price();
   for (std::size_t c = 0; c < channels; ++c)
     choices[c] = best(groups, looks.near(seen[c]), seen[c]);
   for (Group& group : groups) group.clear();

@@ -125,9 +125,13 @@ void make_encoder(const Alias& a, Encoder* encoder) {
     if (s == a.escape) none = a.freq[s] | start << kStartAt | s << kSymbolAt | kEscapeCell;
     start += a.freq[s];
   }
-  for (std::uint32_t i = 0; i < kBuckets; ++i)
-    for (std::uint32_t p = a.divide[i]; p < kBucketSlots; ++p)
-      encoder->slot[rank[a.other[i]]++] = std::uint16_t(i * kBucketSlots + p);
+  for (std::uint32_t i = 0; i < kBuckets; ++i) {
+    const std::uint32_t rest = kBucketSlots - a.divide[i];
+    std::uint16_t* const slot = encoder->slot + rank[a.other[i]];
+    for (std::uint32_t p = 0; p < rest; ++p)
+      slot[p] = std::uint16_t(i * kBucketSlots + a.divide[i] + p);
+    rank[a.other[i]] += rest;
+  }
   encoder->slot[kTotal] = 0;
   encoder->outside = none;
   encoder->width = a.width;
