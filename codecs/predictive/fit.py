@@ -7,57 +7,47 @@ left, measured by the codec itself.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip import dtypes
 from kvzip.codecs.predictive import rope
-from kvzip.codecs.predictive.density import START, Chooser, densities, sine_table
+from kvzip.codecs.predictive.calibrate import calibrate
+from kvzip.codecs.predictive.density import START, densities, sine_table
+from kvzip.codecs.predictive.documents import Documents, Floats, Item, Progress, Vocabulary
 from kvzip.codecs.predictive.regions import Scores, find
 from kvzip.codecs.predictive.regression import (
     SHRINK_TOKENS,
     Doubles,
-    Floats,
     Predictor,
     Sums,
     int32,
     inverse,
     normalised,
     packed,
-    rescaled,
     turned,
     within,
 )
+from kvzip.codecs.predictive.store import Store
 from kvzip.errors import ProfileError
 from kvzip.profile import Profile
-from kvzip.snapshot import LayerLayout, Snapshot, replacing_file
 
 CLIP = 6.0  # standard deviations that 127 stands for in an input
 UNIT_BITS = 14  # a residual's standard deviation is about 2^14 units
 RESIDUAL_SHIFT = 10
 INPUT_SHIFT = 28
-TABLE_SHIFTS = {np.dtype(np.int16): 3, np.dtype(np.int8): 10}
-SINK_TOKENS = 4  # first tokens, whose values are unlike all others
 MEAN_DEVIATION = 0.75  # of the standard deviation, to begin with
 MOMENT_DOCUMENTS, MOMENT_TOKENS = 16, 16_384
 SCOUT_TOKENS = 98_304  # regions are looked for among so many
 MOST_REGIONS = 64
 DEFAULT_BYTES = 134_000_000
-TURNS = 3  # of calibration
-SHRINK_COUNTS = 500  # of all classes that count in the scale of each
 TABLE_ROWS = {1: 8192}  # most frequent tokens with a mean of their own, by layer
+UNSEEN = 0.25  # share of new tokens up to which the first layer is made for the others
 TABLE_SHRINK = 2.0  # unseen occurrences without a deviation that count in a token's mean
-
-Progress = Callable[[str, int, int], None]
-Item = Snapshot | str | os.PathLike[str]
 
 
 def inputs_of(layer: int) -> list[int]:
@@ -101,7 +91,7 @@ def fit(
     if not 0 <= count < len(snapshots):
         raise ProfileError(f"{count} of {len(snapshots)} documents cannot be kept apart")
     apart = {int((i + 0.5) * len(snapshots) / count) for i in range(count)}
-    learned = _Documents([s for i, s in enumerate(snapshots) if i not in apart])
+    learned = Documents([s for i, s in enumerate(snapshots) if i not in apart])
     widths = learned.widths
     settings = {
         "regions": regions if isinstance(regions, int | str) else list(regions),
@@ -110,11 +100,11 @@ def fit(
         "calibration": count,
     }
     _check_regions(regions, len(widths))
-    store = None if resume is None else _Store(Path(resume), settings, snapshots)
+    store = None if resume is None else Store(Path(resume), settings, snapshots)
     tensors: dict[str, NDArray[Any]] = {"sine": sine_table(), "densities": densities()[0]}
     moments: list[tuple[Floats, Floats]] = []
     counts, saved = [1], []
-    vocabulary = _Vocabulary(learned, tell) if token_table else None
+    vocabulary = Vocabulary(learned, tell) if token_table else None
     for i in range(len(widths)):
         if i == 1:
             counts = _allot(learned, regions, max_bytes, vocabulary)
@@ -144,9 +134,9 @@ def fit(
         ],
     }
     chosen = [snapshots[i] for i in sorted(apart)]
-    bits = _calibrate(tensors, description, chosen or list(snapshots), tell)
+    spent = calibrate(tensors, description, chosen or list(snapshots), tell)
     if chosen:
-        description["held_out_bits"] = bits
+        description["held_out_bits"] = spent.bits_per_number
     return Profile(tensors, description)
 
 
@@ -165,112 +155,6 @@ def _check_regions(regions: int | Sequence[int] | str, layers: int) -> None:
         raise ProfileError(f"regions for {len(given)} layers are given, the model has {layers}")
 
 
-# --- documents -----------------------------------------------------------------------------------
-
-
-class _Documents:
-    """Snapshots of one model, of which one layer at a time is looked at."""
-
-    def __init__(self, items: Sequence[Item]):
-        self.items = items
-        self.first = load(items[0])
-        layers = self.first.layout.layers
-        self.shapes = [_shape(s) for s in layers]
-        self.widths = [rope.width(s) for s in layers]
-        self.orders = [rope.Order(s, self.first.origin, self.first.dtype) for s in layers]
-        self.tokens = 0
-        for item in items:
-            snapshot = self._open(item)
-            held = min(s.stored for s in snapshot.layout.layers)
-            rows = snapshot.layers[0].k.shape[0] if snapshot.layers[0].k.ndim == 4 else 1
-            self.tokens += rows * (held - _sinks(snapshot, held))
-        if not self.tokens:
-            raise ProfileError("the snapshots hold no tokens to learn from")
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def _open(self, item: Item) -> Snapshot:
-        snapshot = load(item)
-        layers = snapshot.layout.layers
-        wanted, found = self.first.origin.model, snapshot.origin.model
-        if [_shape(s) for s in layers] != self.shapes or found != wanted:
-            raise ProfileError(
-                f"the snapshots are of different models: {wanted or 'unnamed'} and "
-                f"{found or 'unnamed'}"
-            )
-        return snapshot
-
-    def read(
-        self, layers: Sequence[int], which: Sequence[int], sinks: bool = False
-    ) -> Iterator[tuple[int, list[Floats], NDArray[np.uint32] | None]]:
-        """Of each document: its number, the values of some layers [tokens, width] for the tokens
-        that all layers hold, and their ids. The first tokens are left out, or not (`sinks`)."""
-
-        def one(i: int) -> tuple[int, list[Floats], NDArray[np.uint32] | None]:
-            snapshot = self._open(self.items[i])
-            held = min(s.stored for s in snapshot.layout.layers)
-            keep = held if sinks else held - _sinks(snapshot, held)
-            values = [
-                self.orders[a].unturned(snapshot.layers[a], snapshot.layout.layers[a].stored - keep)
-                for a in layers
-            ]
-            ids = snapshot.token_ids
-            if ids is not None:
-                ids = (
-                    ids[..., ids.shape[-1] - keep :].reshape(-1) if ids.shape[-1] >= keep else None
-                )
-            return i, values, ids
-
-        # The next document is read while one is worked on.
-        with ThreadPoolExecutor(1) as ahead:
-            coming = None
-            for i in which:
-                now, coming = coming, ahead.submit(one, i)
-                if now is not None:
-                    yield now.result()
-            if coming is not None:
-                yield coming.result()
-
-    def spread(self, wanted: int) -> list[int]:
-        """Numbers of at most so many documents, evenly."""
-        return sorted({int(i) for i in np.linspace(0, len(self) - 1, min(len(self), wanted))})
-
-
-def load(item: Item) -> Snapshot:
-    return item if isinstance(item, Snapshot) else Snapshot.load(item)
-
-
-def _shape(layer: LayerLayout) -> tuple[int, ...]:
-    return (layer.k[-3], layer.k[-1], layer.v[-3], layer.v[-1])
-
-
-def _sinks(snapshot: Snapshot, held: int) -> int:
-    """How many of the tokens that all layers hold are the first of the sequence."""
-    return SINK_TOKENS if held > 4 * SINK_TOKENS and held == snapshot.tokens else 0
-
-
-class _Vocabulary:
-    """The tokens seen, the most frequent first."""
-
-    def __init__(self, documents: _Documents, tell: Progress):
-        seen = [
-            ids
-            for _, _, ids in documents.read([], range(len(documents)), sinks=True)
-            if ids is not None
-        ]
-        ids, counts = np.unique(
-            np.concatenate(seen) if seen else np.zeros(0, np.uint32), return_counts=True
-        )
-        self.ids = ids[np.argsort(-counts, kind="stable")].astype(np.uint32)
-        self._sorted = np.sort(self.ids)
-        self._place = np.argsort(self.ids)
-
-    def rows(self, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
-        """Places of tokens that were seen."""
-        return self._place[np.searchsorted(self._sorted, ids)]
-
-
 def _quantised(values: Floats, mean: Floats, deviation: Floats) -> NDArray[np.int8]:
     """What the codec makes of a layer's values for the layers after it."""
     with np.errstate(over="ignore"):
@@ -282,7 +166,7 @@ def _quantised(values: Floats, mean: Floats, deviation: Floats) -> NDArray[np.in
 # --- one layer -----------------------------------------------------------------------------------
 
 
-def _moments(documents: _Documents, layer: int) -> tuple[Floats, Floats]:
+def _moments(documents: Documents, layer: int) -> tuple[Floats, Floats]:
     """Mean and standard deviation of each channel, from a few documents; rare numbers far from
     all others do not count in full."""
     found = [y for _, (y,), _ in documents.read([layer], documents.spread(MOMENT_DOCUMENTS))]
@@ -298,7 +182,7 @@ def _moments(documents: _Documents, layer: int) -> tuple[Floats, Floats]:
 class _Reader:
     """A layer's inputs as integers, and its targets."""
 
-    def __init__(self, documents: _Documents, layer: int, moments: Sequence[tuple[Floats, Floats]]):
+    def __init__(self, documents: Documents, layer: int, moments: Sequence[tuple[Floats, Floats]]):
         self.documents, self.layer, self.moments = documents, layer, moments
         self.inputs = inputs_of(layer)
         self.columns = sum(w + -w % 4 for w in (documents.widths[a] for a in self.inputs))
@@ -369,11 +253,11 @@ def _scout(reader: _Reader, mean: Floats, deviation: Floats, regions: int) -> Sc
 
 
 def _layer(
-    documents: _Documents,
+    documents: Documents,
     layer: int,
     regions: int,
     moments: Sequence[tuple[Floats, Floats]],
-    vocabulary: _Vocabulary | None,
+    vocabulary: Vocabulary | None,
     tell: Progress,
 ) -> dict[str, NDArray[Any]]:
     """The integer tensors of one layer, and what the layers to come need to know."""
@@ -391,15 +275,16 @@ def _layer(
         predictors, _ = sums.predictors()
     del sums
     order = documents.orders[layer]
-    table = None
+    table = known = None
     if vocabulary is not None and len(vocabulary.ids):
         if layer == 0:
-            table = _first_table(documents, vocabulary, mean, deviation, predictors[0])
+            first = _first_table(documents, vocabulary, mean, deviation, predictors[0])
+            table, known = first
         elif layer in TABLE_ROWS:
             table = _table(
                 reader, vocabulary, mean, deviation, predictors, scores, TABLE_ROWS[layer]
             )
-    made = _integers(order, mean, deviation, predictors, table, np.int16 if layer == 0 else np.int8)
+    made = _integers(order, mean, deviation, predictors, table, known)
     made |= {"order": order.order.astype(np.int32), "step": order.step}
     made |= {"fit.mean": mean, "fit.deviation": deviation, "fit.saved": np.array([saved])}
     if scores is not None:
@@ -408,26 +293,35 @@ def _layer(
 
 
 def _first_table(
-    documents: _Documents,
-    vocabulary: _Vocabulary,
+    documents: Documents,
+    vocabulary: Vocabulary,
     mean: Floats,
     deviation: Floats,
     predictor: Predictor,
-) -> Doubles:
-    """What the first layer makes of each token, [tokens, width] in deviations from the mean. The
-    predictor becomes that of a token that was never seen: each token of the table counts once."""
+) -> tuple[Doubles, Doubles]:
+    """What the first layer makes of each token, [tokens, width] in deviations from the mean, and
+    the variance that is left of it. The predictor becomes that of a token that was never seen:
+    each token of the table counts once."""
     total = np.zeros((len(vocabulary.ids), len(mean)))
-    counts = np.zeros(len(total))
+    squares, counts = np.zeros(len(mean)), np.zeros(len(total))
     for _, (values,), ids in documents.read([0], range(len(documents)), sinks=True):
         if ids is None or len(ids) != len(values):
             continue
-        _add_rows(total, counts, vocabulary.rows(ids), normalised(values, mean, deviation))
+        left = normalised(values, mean, deviation)
+        _add_rows(total, counts, vocabulary.rows(ids), left)
+        squares += (left.astype(np.float64) ** 2).sum(axis=0)
     means: Doubles = total / np.maximum(counts, 1)[:, None]
+    seen = max(counts.sum(), 1)
+    variance = np.maximum(squares - (total * means).sum(axis=0), 0) / seen
     if len(means) > 4 * means.shape[1]:
         predictor.bias = means.mean(axis=0)
         apart = means - predictor.bias
         predictor.covariance = apart.T @ apart / len(means)
-    return means - predictor.bias
+    if (counts == 1).sum() < UNSEEN * seen:
+        # By the share of tokens seen once, so many are new (Good 1953); of the others only
+        # rounding is left, from which nothing follows for the channels to come.
+        predictor.covariance = np.diag(np.diag(predictor.covariance))
+    return means - predictor.bias, variance
 
 
 def _add_rows(total: Doubles, counts: Doubles, rows: NDArray[Any], values: Floats) -> None:
@@ -441,7 +335,7 @@ def _add_rows(total: Doubles, counts: Doubles, rows: NDArray[Any], values: Float
 
 def _table(
     reader: _Reader,
-    vocabulary: _Vocabulary,
+    vocabulary: Vocabulary,
     mean: Floats,
     deviation: Floats,
     predictors: list[Predictor],
@@ -501,9 +395,10 @@ def _integers(
     deviation: Floats,
     predictors: Sequence[Predictor],
     table: Doubles | None,
-    table_dtype: Any,
+    known: Doubles | None,
 ) -> dict[str, NDArray[Any]]:
-    """The tensors that predictors come to."""
+    """The tensors that predictors come to. `known`: variance of what is left of tokens in the
+    table, which is then a fine one."""
     n, pairs = len(mean), order.pairs
     wide = deviation.astype(np.float64)
     shared = np.mean([np.diag(p.covariance) for p in predictors], axis=0)
@@ -536,12 +431,19 @@ def _integers(
             made.setdefault(name, []).append(array)
     tensors = {name: np.stack(arrays) for name, arrays in made.items()}
     if table is not None:
-        bounds = np.iinfo(table_dtype)
-        step = 1 << TABLE_SHIFTS[np.dtype(table_dtype)]
-        steps = np.round(table * (wide / unit / step))
-        tensors["table"] = np.clip(steps, bounds.min + 1, bounds.max).astype(table_dtype)
-        for name in ("inverse", "pair_inverse", "pair_slope"):
-            tensors[name] = np.concatenate([tensors[name]] * 2)
+        most, step = (127, 1 << 10) if known is None else (32767, 1 << 3)
+        steps = np.clip(np.round(table * (wide / unit / step)), -most, most)
+        tensors["table"] = steps.astype(np.int8 if known is None else np.int16)
+        own = {name: tensors[name] for name in ("inverse", "pair_inverse", "pair_slope")}
+        if known is not None:
+            variance = np.maximum(known * (wide / unit) ** 2, 1)
+            seconds = firsts + 1
+            one, two, slope = turned(variance[firsts], variance[seconds], 0 * variance[firsts])
+            own["inverse"] = inverse(np.sqrt(variance) * MEAN_DEVIATION)[None]
+            own["pair_inverse"] = inverse(np.stack([one, two], axis=1) * MEAN_DEVIATION)[None]
+            own["pair_slope"] = int32(np.clip(slope * (1 << 12), -(2**20), 2**20))[None]
+        for name, array in own.items():
+            tensors[name] = np.concatenate([tensors[name], array])
     return tensors | {
         "unit": exponent.astype(np.int8),
         "mean": int32(mean / unit),
@@ -559,10 +461,10 @@ def _region_bytes(widths: Sequence[int], layer: int) -> int:
 
 
 def _allot(
-    documents: _Documents,
+    documents: Documents,
     regions: int | Sequence[int] | str,
     max_bytes: int,
-    vocabulary: _Vocabulary | None,
+    vocabulary: Vocabulary | None,
 ) -> list[int]:
     """Regions of each layer: what is given, or what bytes and tokens allow."""
     widths = documents.widths
@@ -602,148 +504,3 @@ def _worth(layer: int, layers: int) -> float:
     """What twice the regions gain, against the last layer: about three times as much in the first
     ones, as measured on SmolLM2 (docs/research.md)."""
     return 1 + 2 * (1 - layer / max(layers - 1, 1)) ** 2
-
-
-# --- calibration ---------------------------------------------------------------------------------
-
-
-def _calibrate(
-    tensors: dict[str, NDArray[Any]],
-    description: Mapping[str, Any],
-    items: Sequence[Item],
-    tell: Progress,
-) -> list[float]:
-    """Set each channel's density and scales to what codes the documents in the fewest bits;
-    the bits a number that each layer took the last time."""
-    layers = description["layers"]
-    choose = Chooser()
-    bits: list[float] = []
-    for turn in range(TURNS + 1):
-        counts, bits = _measure(tensors, description, items, tell, turn)
-        if turn == TURNS:
-            break
-        for i, (heads, dim) in enumerate(layer["k"] for layer in layers):
-            regions = len(tensors[f"{i}.bias"])
-            factors, shape = _factors(counts[i], regions, choose)
-            tensors[f"{i}.density"] = shape.astype(np.uint8)
-            tensors[f"{i}.inverse"] = rescaled(tensors[f"{i}.inverse"], factors)
-            pairs = len(tensors[f"{i}.step"])
-            of_pairs = factors[:, : heads * dim].reshape(-1, heads, dim)[:, :, : 2 * pairs]
-            of_pairs = of_pairs.reshape(len(factors), heads * pairs, 2, 1)
-            tensors[f"{i}.pair_inverse"] = rescaled(tensors[f"{i}.pair_inverse"], of_pairs)
-    return bits
-
-
-def _factors(
-    counts: NDArray[np.int64], regions: int, choose: Chooser
-) -> tuple[Doubles, NDArray[np.int64]]:
-    """Of counts [classes, channels, cells]: factors [classes, channels], shapes [channels]."""
-    alone, shape = choose(counts.sum(axis=0))
-    factors = np.empty(counts.shape[:2])
-    for first in range(0, len(counts), regions):  # known tokens are another kind
-        kind = counts[first : first + regions]
-        total = kind.sum(axis=0)
-        usual = SHRINK_COUNTS * total / np.maximum(total.sum(axis=1, keepdims=True), 1)
-        for r in range(regions):
-            own, _ = choose(kind[r] + usual, shape)
-            factors[first + r] = np.where(total.any(axis=1), own, alone)
-    return factors, shape
-
-
-def _measure(
-    tensors: Mapping[str, NDArray[Any]],
-    description: Mapping[str, Any],
-    items: Sequence[Item],
-    tell: Progress,
-    turn: int,
-) -> tuple[list[NDArray[np.int64]], list[float]]:
-    """Counts of each layer [classes, channels, cells], and bits a number."""
-    from kvzip.codecs.predictive.codec import build, new_chain
-
-    model = build(tensors, description)
-    layers = description["layers"]
-    counts: list[list[Any]] = [[0, 0] for _ in layers]
-    bits, numbers = np.zeros(len(layers)), np.zeros(len(layers))
-    for done, item in enumerate(items):
-        snapshot = load(item)
-        form = dtypes.get(snapshot.dtype)
-        held = min(layer.layout.stored for layer in snapshot.layers)
-        ids = None if snapshot.token_ids is None else np.atleast_2d(snapshot.token_ids)[:, -held:]
-        rows = snapshot.layers[0].k.shape[0] if snapshot.layers[0].k.ndim == 4 else 1
-        chain = new_chain(model, tensors, rows, held, snapshot.tokens - held, form, ids)
-        for i, layer in enumerate(snapshot.layers):
-            for p, part in enumerate(layer):
-                block = (part if part.ndim == 4 else part[np.newaxis])[
-                    :, :, part.shape[-2] - held :
-                ]
-                if form.bits == 32:
-                    block = (block >> np.uint32(16)).astype(np.uint16)
-                found, spent = chain.measure(i, p, np.ascontiguousarray(block))
-                counts[i][p] = counts[i][p] + found.astype(np.int64)
-                bits[i] += spent
-                numbers[i] += block.size
-        tell("densities", turn * len(items) + done + 1, (TURNS + 1) * len(items))
-    both = [np.concatenate(parts, axis=1) for parts in counts]
-    return both, (bits / np.maximum(numbers, 1)).tolist()
-
-
-# --- going on where an earlier call ended --------------------------------------------------------
-
-
-class _Store:
-    """A folder with the finished layers of one fit."""
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], items: Iterable[Item]):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        wanted = dict(settings) | {"documents": [_fingerprint(load(item)) for item in items]}
-        note = folder / "fit.json"
-        if note.exists():
-            try:
-                found = json.loads(note.read_text())
-            except ValueError:
-                raise ProfileError(f"{note} is damaged: give another folder") from None
-            for name in sorted(set(found) | set(wanted)):
-                if found.get(name) != wanted.get(name):
-                    what = (
-                        "other documents"
-                        if name == "documents"
-                        else f"{name}={found.get(name)!r}, not {wanted.get(name)!r}"
-                    )
-                    raise ProfileError(
-                        f"{folder} holds a fit with {what}: give the same or another folder"
-                    )
-        else:
-            with replacing_file(note) as file:
-                file.write(json.dumps(wanted).encode())
-
-    def _path(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer:03}.safetensors"
-
-    def layer(self, layer: int) -> dict[str, NDArray[Any]] | None:
-        """A finished layer, or None."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        if not self._path(layer).exists():
-            return None
-        try:
-            return load_file(self._path(layer))
-        except (SafetensorError, OSError):
-            return None  # it is made again
-
-    def keep(self, layer: int, tensors: Mapping[str, NDArray[Any]]) -> None:
-        from safetensors.numpy import save
-
-        with replacing_file(self._path(layer)) as file:
-            file.write(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
-
-
-def _fingerprint(snapshot: Snapshot) -> str:
-    """What tells documents apart: layout, token ids, the first layer's values."""
-    digest = hashlib.sha256(repr(snapshot.layout).encode())
-    if snapshot.token_ids is not None:
-        digest.update(np.ascontiguousarray(snapshot.token_ids).data)
-    if snapshot.layers:
-        digest.update(np.ascontiguousarray(snapshot.layers[0].v).data)
-    return digest.hexdigest()[:16]

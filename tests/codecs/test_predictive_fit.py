@@ -13,6 +13,7 @@ from kvzip.capture import prefill
 from kvzip.codecs.predictive import fit as fitting
 from kvzip.codecs.predictive.codec import native_model, new_chain
 from kvzip.codecs.predictive.density import Chooser, cell_edges, densities
+from kvzip.codecs.predictive.documents import Documents
 from kvzip.codecs.predictive.regions import Scores, find
 from kvzip.codecs.predictive.regression import Sums, round_weights, within
 from kvzip.errors import ProfileError
@@ -215,7 +216,7 @@ def test_one_document_of_few_tokens(llama):
 
 def test_bytes_are_kept_to(learned, monkeypatch):
     monkeypatch.setattr(fitting, "MOST_REGIONS", 6)
-    read = fitting._Documents(learned)
+    read = Documents(learned)
     read.tokens = 10**6
     least = sum(fitting._region_bytes(read.widths, i) for i in range(4))
     for budget in (0, least + 30_000, 10**9):
@@ -230,7 +231,7 @@ def test_bytes_are_kept_to(learned, monkeypatch):
 
 def test_the_budget_is_the_files(learned):
     profile = kvzip.Profile.fit(learned, regions=4)
-    read = fitting._Documents(learned)
+    read = Documents(learned)
     counts = [len(profile.tensors[f"{i}.bias"]) for i in range(4)]
     bound = sum(c * fitting._region_bytes(read.widths, i) for i, c in enumerate(counts))
     tables = sum(a.nbytes for n, a in profile.tensors.items() if n.endswith("table"))
