@@ -21,6 +21,7 @@ from kvzip.codecs.predictive.density import START, densities, sine_table
 from kvzip.codecs.predictive.documents import Documents, Floats, Item, Progress, Vocabulary
 from kvzip.codecs.predictive.regions import Scores, find
 from kvzip.codecs.predictive.regression import (
+    ANGLES,
     SHRINK_TOKENS,
     Doubles,
     Predictor,
@@ -455,9 +456,12 @@ def _integers(
 # --- how many regions ----------------------------------------------------------------------------
 
 
-def _region_bytes(widths: Sequence[int], layer: int) -> int:
-    up = [w + -w % 4 for w in widths]
-    return up[layer] * (sum(up[a] for a in inputs_of(layer)) + up[layer]) + up[layer] * 4 * 80
+def _region_bytes(documents: Documents, layer: int, table: bool) -> int:
+    """What one more region of a layer takes in the profile."""
+    up = [w + -w % 4 for w in documents.widths]
+    n, pairs = documents.widths[layer], len(documents.orders[layer].pairs)
+    matrices = up[layer] * (sum(up[a] for a in inputs_of(layer)) + up[layer])
+    return matrices + 12 * n + (1 + table) * 4 * (n + 3 * ANGLES * pairs)
 
 
 def _allot(
@@ -472,8 +476,11 @@ def _allot(
         return [1] + [regions] * (len(widths) - 1)
     if not isinstance(regions, str):
         return list(regions)
-    counts, each = [1] * len(widths), [_region_bytes(widths, i) for i in range(len(widths))]
-    left = max_bytes - sum(each)
+    layers = range(len(widths))
+    tables = {0, *TABLE_ROWS} if vocabulary is not None and len(vocabulary.ids) else set()
+    counts, each = [1] * len(widths), [_region_bytes(documents, i, i in tables) for i in layers]
+    # What is not of a region, names and all.
+    left = max_bytes - sum(each) - sum(4096 + 24 * w for w in widths)
     if vocabulary is not None:
         left -= len(vocabulary.ids) * (2 * widths[0] + 4)
         left -= sum(

@@ -218,10 +218,10 @@ def test_bytes_are_kept_to(learned, monkeypatch):
     monkeypatch.setattr(fitting, "MOST_REGIONS", 6)
     read = Documents(learned)
     read.tokens = 10**6
-    least = sum(fitting._region_bytes(read.widths, i) for i in range(4))
+    least = sum(fitting._region_bytes(read, i, True) for i in range(4))
     for budget in (0, least + 30_000, 10**9):
         counts = fitting._allot(read, "auto", budget, None)
-        spent = sum(c * fitting._region_bytes(read.widths, i) for i, c in enumerate(counts))
+        spent = sum(c * fitting._region_bytes(read, i, True) for i, c in enumerate(counts))
         assert spent <= max(budget, least)
         assert (max(counts) > 1) == (budget > least)
     assert counts == [1, 6, 6, 6]
@@ -233,7 +233,7 @@ def test_the_budget_is_the_files(learned):
     profile = kvzip.Profile.fit(learned, regions=4)
     read = Documents(learned)
     counts = [len(profile.tensors[f"{i}.bias"]) for i in range(4)]
-    bound = sum(c * fitting._region_bytes(read.widths, i) for i, c in enumerate(counts))
+    bound = sum(c * fitting._region_bytes(read, i, True) for i, c in enumerate(counts))
     tables = sum(a.nbytes for n, a in profile.tensors.items() if n.endswith("table"))
     assert profile.nbytes < bound + tables + 30_000
 
