@@ -639,6 +639,9 @@ def fit(
     output: Output,
     held_out: int | None = None,
     token_table: bool = True,
+    regions: int | None = None,
+    max_bytes: int = 134_000_000,
+    resume: Path | None = None,
     as_json: Json = False,
 ) -> None:
     """Learn a profile of a model from snapshots of its caches.
@@ -651,7 +654,14 @@ def fit(
         How many of them are not learned from but measured on. Default: a tenth, if there are more
         than two.
     token_table
-        Keep what the first layer makes of each token that is seen.
+        Keep what the first layers make of each token that is seen.
+    regions
+        Predictors of each layer, of which a token takes one. Default: as many as the documents
+        and `max_bytes` allow, more in the first layers.
+    max_bytes
+        How big the profile may get; one predictor a layer it always has.
+    resume
+        A folder for finished layers: the same command goes on where it was ended.
     """
     from kvzip.codecs.predictive.fit import multiplications
 
@@ -662,7 +672,14 @@ def fit(
     learned = [p for i, p in enumerate(snapshots) if i not in apart]
     began = time.perf_counter()
     with _steps() as tell:
-        profile = Profile.fit(learned, progress=tell, token_table=token_table)
+        profile = Profile.fit(
+            learned,
+            progress=tell,
+            token_table=token_table,
+            regions="auto" if regions is None else regions,
+            max_bytes=max_bytes,
+            resume=resume,
+        )
     seconds = time.perf_counter() - began
     profile.save(output)
     measured = []
@@ -687,6 +704,7 @@ def fit(
         "seconds": seconds,
         "multiplications_per_token": sum(products),
         "multiplications_per_token_and_layer": products,
+        "regions": [len(profile.tensors[f"{i}.bias"]) for i in range(len(products))],
         "held_out": measured,
         "held_out_bits_per_value": sum(bits) / len(bits) if bits else None,
     }
@@ -694,7 +712,7 @@ def fit(
     def show() -> None:
         _out.print(
             f"{output}: {profile.nbytes:,} bytes from {len(learned)} documents, {seconds:.0f} s; "
-            f"{sum(products):,} multiplications a token",
+            f"{sum(products):,} multiplications a token, {max(products):,} at most a layer",
             highlight=False,
         )
         for m in measured:

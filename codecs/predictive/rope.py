@@ -74,22 +74,25 @@ class Order:
         turns = self.frequency / (2 * np.pi)
         self.step = np.array([round(float(t) * 2**64) % 2**64 for t in turns], np.uint64)
 
-    def unturned(self, layer: Layer) -> NDArray[np.float32]:
+    def unturned(self, layer: Layer, skip: int = 0) -> NDArray[np.float32]:
         """Values of a layer in coding order with the keys' rotation undone, [tokens, width];
-        rows of a batch one after the other."""
-        k, v = (floats(part if part.ndim == 4 else part[np.newaxis], self.dtype) for part in layer)
-        rows, tokens = k.shape[0], k.shape[2]
-        flat = [a.transpose(0, 2, 1, 3).reshape(rows * tokens, -1) for a in (k, v)]
-        y = np.concatenate([flat[0][:, self.order[: self.keys]], flat[1]], axis=1)
-        if self.pairs:
-            first = [a for a, _ in self.pairs]
-            second = [b for _, b in self.pairs]
-            position = np.tile(np.arange(tokens) + layer.layout.first, rows)
-            angle = np.tile(
-                position[:, None] * self.frequency, (1, len(first) // len(self.frequency))
-            )
+        rows of a batch one after the other, each without its first `skip` tokens."""
+        parts = [part if part.ndim == 4 else part[np.newaxis] for part in layer]
+        k, v = (floats(part[:, :, skip:], self.dtype).transpose(0, 2, 1, 3) for part in parts)
+        rows, tokens = k.shape[:2]
+        y = np.empty((rows, tokens, len(self.order)), np.float32)
+        y[..., self.keys :] = v.reshape(rows, tokens, -1)
+        keys = np.empty(k.shape, np.float32)
+        half = len(self.frequency)
+        keys[..., 2 * half :] = k[..., 2 * half :]
+        if half:
+            position = np.arange(tokens) + layer.layout.first + skip
+            angle = (position[:, np.newaxis] * self.frequency)[:, np.newaxis]
             sin, cos = np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
-            a, b = y[:, first], y[:, second]
-            y[:, first], y[:, second] = a * cos + b * sin, b * cos - a * sin
-        cleaned: NDArray[np.float32] = np.nan_to_num(y, nan=0.0, posinf=0.0, neginf=0.0)
-        return cleaned
+            a, b = k[..., :half], k[..., half : 2 * half]
+            with np.errstate(invalid="ignore", over="ignore"):  # infinities, cleaned below
+                keys[..., 0 : 2 * half : 2] = a * cos + b * sin
+                keys[..., 1 : 2 * half : 2] = b * cos - a * sin
+        y[..., : self.keys] = keys.reshape(rows, tokens, -1)
+        cleaned: NDArray[np.float32] = np.nan_to_num(y, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        return cleaned.reshape(rows * tokens, -1)

@@ -1,0 +1,124 @@
+"""Training documents: snapshots of one model, of which a few layers at a time are looked at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.codecs.predictive import rope
+from kvzip.errors import ProfileError
+from kvzip.snapshot import LayerLayout, Snapshot
+
+Item = Snapshot | str | os.PathLike[str]
+Floats = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done and how much there is."""
+
+SINK_TOKENS = 4  # first tokens, whose values are unlike all others
+
+
+class Documents:
+    """Snapshots of one model, of which one layer at a time is looked at."""
+
+    def __init__(self, items: Sequence[Item]):
+        self.items = items
+        self.first = load(items[0])
+        layers = self.first.layout.layers
+        self.shapes = [_shape(s) for s in layers]
+        self.widths = [rope.width(s) for s in layers]
+        self.orders = [rope.Order(s, self.first.origin, self.first.dtype) for s in layers]
+        self.tokens = 0
+        for item in items:
+            snapshot = self._open(item)
+            held = min(s.stored for s in snapshot.layout.layers)
+            rows = snapshot.layers[0].k.shape[0] if snapshot.layers[0].k.ndim == 4 else 1
+            self.tokens += rows * (held - _sinks(snapshot, held))
+        if not self.tokens:
+            raise ProfileError("the snapshots hold no tokens to learn from")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def _open(self, item: Item) -> Snapshot:
+        snapshot = load(item)
+        layers = snapshot.layout.layers
+        wanted, found = self.first.origin.model, snapshot.origin.model
+        if [_shape(s) for s in layers] != self.shapes or found != wanted:
+            raise ProfileError(
+                f"the snapshots are of different models: {wanted or 'unnamed'} and "
+                f"{found or 'unnamed'}"
+            )
+        return snapshot
+
+    def read(
+        self, layers: Sequence[int], which: Sequence[int], sinks: bool = False
+    ) -> Iterator[tuple[int, list[Floats], NDArray[np.uint32] | None]]:
+        """Of each document: its number, the values of some layers [tokens, width] for the tokens
+        that all layers hold, and their ids. The first tokens are left out, or not (`sinks`)."""
+
+        def one(i: int) -> tuple[int, list[Floats], NDArray[np.uint32] | None]:
+            snapshot = self._open(self.items[i])
+            held = min(s.stored for s in snapshot.layout.layers)
+            keep = held if sinks else held - _sinks(snapshot, held)
+            values = [
+                self.orders[a].unturned(snapshot.layers[a], snapshot.layout.layers[a].stored - keep)
+                for a in layers
+            ]
+            ids = snapshot.token_ids
+            if ids is not None:
+                ids = (
+                    ids[..., ids.shape[-1] - keep :].reshape(-1) if ids.shape[-1] >= keep else None
+                )
+            return i, values, ids
+
+        # The next document is read while one is worked on.
+        with ThreadPoolExecutor(1) as ahead:
+            coming = None
+            for i in which:
+                now, coming = coming, ahead.submit(one, i)
+                if now is not None:
+                    yield now.result()
+            if coming is not None:
+                yield coming.result()
+
+    def spread(self, wanted: int) -> list[int]:
+        """Numbers of at most so many documents, evenly."""
+        return sorted({int(i) for i in np.linspace(0, len(self) - 1, min(len(self), wanted))})
+
+
+def load(item: Item) -> Snapshot:
+    return item if isinstance(item, Snapshot) else Snapshot.load(item)
+
+
+def _shape(layer: LayerLayout) -> tuple[int, ...]:
+    return (layer.k[-3], layer.k[-1], layer.v[-3], layer.v[-1])
+
+
+def _sinks(snapshot: Snapshot, held: int) -> int:
+    """How many of the tokens that all layers hold are the first of the sequence."""
+    return SINK_TOKENS if held > 4 * SINK_TOKENS and held == snapshot.tokens else 0
+
+
+class Vocabulary:
+    """The tokens seen, the most frequent first."""
+
+    def __init__(self, documents: Documents, tell: Progress):
+        seen = [
+            ids
+            for _, _, ids in documents.read([], range(len(documents)), sinks=True)
+            if ids is not None
+        ]
+        ids, counts = np.unique(
+            np.concatenate(seen) if seen else np.zeros(0, np.uint32), return_counts=True
+        )
+        self.ids = ids[np.argsort(-counts, kind="stable")].astype(np.uint32)
+        self._sorted = np.sort(self.ids)
+        self._place = np.argsort(self.ids)
+
+    def rows(self, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Places of tokens that were seen."""
+        return self._place[np.searchsorted(self._sorted, ids)]

@@ -1,0 +1,63 @@
+"""Regions: which tokens share a predictor, as the greatest of linear scores of small integers."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.codecs.predictive.regression import Doubles, Floats
+
+DIRECTIONS = 32
+_STEPS = 25
+
+
+class Scores:
+    """`centre` int8 [regions, inputs] and `bias` int32 [regions]."""
+
+    def __init__(self, weights: Doubles, bias: Doubles):
+        """From scores `weights.T @ input + bias`, [inputs, regions] and [regions]."""
+        weights = weights - weights.mean(axis=1, keepdims=True)  # what is common decides nothing
+        step = max(np.abs(weights).max(initial=0.0), 1e-30) / 127
+        self.centre = np.rint(weights.T / step).astype(np.int8)
+        self.bias = np.clip(np.rint((bias - bias.max()) / step), -(2**30), 2**30).astype(np.int32)
+
+    def regions(self, inputs: NDArray[np.int8]) -> NDArray[np.intp]:
+        """The region of each token, inputs [tokens, inputs]."""
+        scores = inputs.astype(np.float32) @ self.centre.T.astype(np.float32)
+        return (scores + self.bias.astype(np.float32)).argmax(axis=1)
+
+
+def find(inputs: NDArray[np.int8], weights: Doubles, left: Doubles, regions: int) -> Scores:
+    """Regions of tokens that are predicted alike: k-means over the principal directions of the
+    prediction, whitened by the covariance `left` [outputs, outputs] of what it leaves.
+
+    `inputs` [tokens, inputs] is a sample, `weights` [inputs, outputs] the predictor of all.
+    """
+    values = inputs.astype(np.float32)
+    values -= (mean := values.mean(axis=0))
+    floor = 1e-6 * np.trace(left) / len(left) + 1e-30
+    whitened = np.linalg.solve(np.linalg.cholesky(left + floor * np.eye(len(left))), weights.T).T
+    spread = whitened.T @ (values.T @ values / len(values)).astype(np.float64) @ whitened
+    _, directions = np.linalg.eigh(spread)
+    onto = whitened @ directions[:, -DIRECTIONS:]
+    centres = _k_means(values @ onto.astype(np.float32), regions)
+    return Scores(onto @ centres.T, -(centres**2).sum(axis=1) / 2 - mean @ onto @ centres.T)
+
+
+def _k_means(points: Floats, count: int) -> Doubles:
+    """Centres [count, dimensions], begun far from each other (k-means++)."""
+    rng = np.random.default_rng(0)
+    few = points[rng.permutation(len(points))[:8192]].astype(np.float64)
+    centres = few[:1]
+    nearest = ((few - centres[0]) ** 2).sum(axis=1)
+    for _ in range(count - 1):
+        total = nearest.sum()
+        chosen = rng.choice(len(few), p=nearest / total) if total > 0 else 0
+        centres = np.concatenate([centres, few[chosen : chosen + 1]])
+        nearest = np.minimum(nearest, ((few - centres[-1]) ** 2).sum(axis=1))
+    for _ in range(_STEPS):
+        owner = (points @ centres.T - (centres**2).sum(axis=1) / 2).argmax(axis=1)
+        for r in range(count):
+            if (mine := owner == r).any():
+                centres[r] = points[mine].mean(axis=0)
+    return centres

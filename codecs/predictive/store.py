@@ -1,0 +1,75 @@
+"""A folder that keeps the finished layers of a fit, to go on where it was ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.codecs.predictive.documents import Item, load
+from kvzip.errors import ProfileError
+from kvzip.snapshot import Snapshot, replacing_file
+
+
+class Store:
+    """A folder with the finished layers of one fit."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], items: Iterable[Item]):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = dict(settings) | {"documents": [_fingerprint(load(item)) for item in items]}
+        note = folder / "fit.json"
+        if note.exists():
+            try:
+                found = json.loads(note.read_text())
+            except ValueError:
+                raise ProfileError(f"{note} is damaged: give another folder") from None
+            for name in sorted(set(found) | set(wanted)):
+                if found.get(name) != wanted.get(name):
+                    what = (
+                        "other documents"
+                        if name == "documents"
+                        else f"{name}={found.get(name)!r}, not {wanted.get(name)!r}"
+                    )
+                    raise ProfileError(
+                        f"{folder} holds a fit with {what}: give the same or another folder"
+                    )
+        else:
+            with replacing_file(note) as file:
+                file.write(json.dumps(wanted).encode())
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:03}.safetensors"
+
+    def layer(self, layer: int) -> dict[str, NDArray[Any]] | None:
+        """A finished layer, or None."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        if not self._path(layer).exists():
+            return None
+        try:
+            return load_file(self._path(layer))
+        except (SafetensorError, OSError):
+            return None  # it is made again
+
+    def keep(self, layer: int, tensors: Mapping[str, NDArray[Any]]) -> None:
+        from safetensors.numpy import save
+
+        with replacing_file(self._path(layer)) as file:
+            file.write(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
+
+
+def _fingerprint(snapshot: Snapshot) -> str:
+    """What tells documents apart: layout, token ids, the first layer's values."""
+    digest = hashlib.sha256(repr(snapshot.layout).encode())
+    if snapshot.token_ids is not None:
+        digest.update(np.ascontiguousarray(snapshot.token_ids).data)
+    if snapshot.layers:
+        digest.update(np.ascontiguousarray(snapshot.layers[0].v).data)
+    return digest.hexdigest()[:16]

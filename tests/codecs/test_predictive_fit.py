@@ -1,0 +1,336 @@
+"""Learning a profile, and the codec's arithmetic against a second account of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from predictive_reference import Chain
+from support import assert_same, tiny_model
+
+import kvzip
+from kvzip import dtypes
+from kvzip.capture import prefill
+from kvzip.codecs.predictive import fit as fitting
+from kvzip.codecs.predictive.codec import native_model, new_chain
+from kvzip.codecs.predictive.density import Chooser, cell_edges, densities
+from kvzip.codecs.predictive.documents import Documents
+from kvzip.codecs.predictive.regions import Scores, find
+from kvzip.codecs.predictive.regression import Sums, round_weights, within
+from kvzip.errors import ProfileError
+from kvzip.snapshot import Layer, Snapshot
+
+
+def tiny(kind="Llama", **more):
+    return tiny_model(kind, **{"vocab_size": 100, "num_hidden_layers": 4, "head_dim": 16} | more)
+
+
+def documents(loaded, count, tokens=160, seed=0, **how):
+    rng = np.random.default_rng(seed)
+    return [prefill(loaded, row, **how) for row in rng.integers(0, 100, (count, tokens), np.uint32)]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def learned(llama):
+    return documents(llama, 12)
+
+
+@pytest.fixture(scope="module")
+def regions(learned):
+    return kvzip.Profile.fit(learned, regions=3)
+
+
+# --- the arithmetic ----------------------------------------------------------------------------
+
+
+def chains(profile, snapshot, start=0):
+    form = dtypes.get(snapshot.dtype)
+    ids = None if snapshot.token_ids is None else np.atleast_2d(snapshot.token_ids)
+    rows = snapshot.layers[0].k.shape[0] if snapshot.layers[0].k.ndim == 4 else 1
+    tokens = snapshot.layers[0].layout.stored
+    native = new_chain(native_model(profile), profile.tensors, rows, tokens, start, form, ids)
+    return native, [
+        Chain(profile.tensors, profile.description, rows, tokens, start, form, ids)
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "settings"),
+    [
+        ("Llama", "bf16", {}),
+        ("Gemma3Text", "bf16", {"regions": 3}),
+        ("Phi", "fp16", {"regions": [1, 2, 5, 1]}),
+        ("Llama", "fp8_e4m3fn", {"regions": 2, "token_table": False}),
+        ("GPT2", "fp8_e5m2", {}),
+    ],
+)
+def test_native_code_is_what_the_page_says(kind, dtype, settings):
+    """The same bytes, the same code length, and one reads what the other wrote."""
+    more = {"n_embd": 32, "n_head": 4, "n_layer": 4} if kind == "GPT2" else {}
+    loaded = tiny(kind, **more)
+    profile = kvzip.Profile.fit(documents(loaded, 6, 120, dtype=dtype), **settings)
+    snapshot = documents(loaded, 1, tokens=90, seed=9, dtype=dtype)[0]
+    native, (writer, reader) = chains(profile, snapshot)
+    measured = chains(profile, snapshot)[0]
+    for i, layer in enumerate(snapshot.layers):
+        for p, part in enumerate(layer):
+            block = np.ascontiguousarray(part[np.newaxis])
+            coded = native.encode(i, p, block)
+            expected, bits = writer.encode(i, p, block)
+            assert coded == expected
+            counts, spent = measured.measure(i, p, block)
+            assert spent == pytest.approx(bits) and counts.sum() == block.size
+            assert np.array_equal(reader.decode(i, p, coded), block)
+
+
+def test_a_batch_from_a_later_position(regions, llama):
+    rng = np.random.default_rng(1)
+    snapshot = prefill(llama, rng.integers(0, 100, (2, 70), np.uint32))
+    native, (writer, _) = chains(regions, snapshot, start=1 << 20)
+    for i, layer in enumerate(snapshot.layers):
+        for p, part in enumerate(layer):
+            assert native.encode(i, p, np.ascontiguousarray(part)) == writer.encode(i, p, part)[0]
+
+
+# --- the pieces --------------------------------------------------------------------------------
+
+
+def test_rounding_with_feedback_loses_less():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 150)) @ rng.normal(size=(150, 150))
+    weights = rng.normal(size=(150, 20))
+    rounded, scale = round_weights(weights, x.T @ x)
+    plain = np.rint(weights / scale) * scale
+    error = [((x @ (w - weights)) ** 2).sum() for w in (rounded * scale, plain)]
+    assert error[0] < 0.5 * error[1]
+
+
+def test_within_leaves_what_nothing_before_explains():
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(12, 12))
+    covariance = root @ root.T + 9 * np.eye(12)
+    coefficients, variance, shared, second = within(covariance, [(0, 1), (4, 5)])
+    left = (np.eye(12) - coefficients) @ covariance @ (np.eye(12) - coefficients).T
+    assert np.allclose(np.triu(coefficients), 0)
+    assert coefficients[1, 0] == coefficients[5, 4] == 0
+    assert np.allclose(np.diag(left), variance, rtol=1e-3)
+    assert np.allclose([left[0, 1], left[4, 5]], shared, atol=1e-2)
+    assert np.allclose(second, variance[[1, 5]])
+    # A pair's second is told by the first what is still shared; nothing else is.
+    for a, b in ((0, 1), (4, 5)):
+        left[b] -= left[a, b] / left[a, a] * left[a]
+    assert np.allclose(np.tril(left, -1), 0, atol=1e-2)
+
+
+def test_regions_that_are_there_are_found():
+    """Tokens of two kinds with predictors of their own: two regions predict both."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 2, 8000)
+    x = rng.normal(0, 15, (8000, 12))
+    x[:, 0] += np.where(kind, 60, -60)
+    x = np.clip(np.rint(x), -127, 127).astype(np.int8)
+    maps = rng.normal(size=(2, 12, 8))
+    y = np.einsum("ti,tio->to", x.astype(float), maps[kind]) + rng.normal(size=(8000, 8))
+    mean, deviation = y.mean(0).astype(np.float32), y.std(0).astype(np.float32)
+
+    def learn(scores, regions):
+        sums = Sums(12, mean, deviation, regions, 2)
+        owner = scores.regions(x) if scores else np.zeros(8000, int)
+        for r in range(regions):
+            for f in range(2):
+                mine = (owner == r) & (np.arange(8000) % 2 == f)
+                sums.add(r, f, x[mine], y[mine].astype(np.float32))
+        return sums
+
+    one = learn(None, 1)
+    total = one.total.sum(axis=(0, 1)).astype(float)
+    weights = one.solve(total)
+    scores = find(x, weights[:12] / 16, one.left(weights, total) / 8000, 2)
+    assert scores.centre.dtype == np.int8 and scores.bias.dtype == np.int32
+    owner = scores.regions(x)
+    assert max((owner == kind).mean(), (owner != kind).mean()) > 0.9
+    made, saved = learn(scores, 2).predictors()
+    assert saved > 0.5
+    off = np.concatenate(
+        [
+            (x[owner == r] @ (p.rounded * p.scale) + p.bias) * deviation + mean - y[owner == r]
+            for r, p in enumerate(made)
+        ]
+    )
+    assert off.std() < 0.5 * (x @ (weights[:12] / 16) * deviation - y).std()
+
+
+def test_noise_has_no_regions():
+    rng = np.random.default_rng(0)
+    x = rng.integers(-60, 60, (600, 40)).astype(np.int8)
+    y = rng.normal(size=(600, 6)).astype(np.float32)
+    sums = Sums(40, y.mean(0), y.std(0), 4, 2)
+    owner = Scores(rng.normal(size=(40, 4)), np.zeros(4)).regions(x)
+    for r in range(4):
+        for f in range(2):
+            mine = (owner == r) & (np.arange(600) % 2 == f)
+            sums.add(r, f, x[mine], y[mine])
+    assert sums.predictors()[1] < 0.02
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.0, 3.0])
+def test_scale_and_shape_are_recovered(factor):
+    edges, choose = cell_edges(), Chooser()
+    _, shares = densities()
+    z = np.abs(np.random.default_rng(0).standard_t(4, 200_000)) * factor
+    z /= np.abs(np.random.default_rng(0).standard_t(4, 200_000)).mean()
+    counts = np.histogram(z, edges)[0][np.newaxis]
+    found, shape = choose(counts)
+    assert found[0] == pytest.approx(factor, rel=0.08)
+    assert fitting_shape(shape[0]) in (3.0, 4.0, 5.0)
+    # Entropy of the cells under what was chosen, against their own.
+    assert shares.shape[1] == len(edges) - 1
+
+
+def fitting_shape(i):
+    from kvzip.codecs.predictive.density import SHAPES
+
+    return SHAPES[i]
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+def test_few_documents_get_one_region(learned):
+    profile = kvzip.Profile.fit(learned)
+    counts = [len(profile.tensors[f"{i}.bias"]) for i in range(4)]
+    assert counts == [1, 1, 1, 1]
+    assert all(0 < b < 16 for b in profile.description["held_out_bits"])
+
+
+def test_one_document_of_few_tokens(llama):
+    snapshot = documents(llama, 1, tokens=6)[0]
+    profile = kvzip.Profile.fit([snapshot])
+    assert_same(kvzip.decode(kvzip.encode(snapshot, "predictive", profile), profile), snapshot)
+
+
+def test_bytes_are_kept_to(learned, monkeypatch):
+    monkeypatch.setattr(fitting, "MOST_REGIONS", 6)
+    read = Documents(learned)
+    read.tokens = 10**6
+    least = sum(fitting._region_bytes(read, i, True) for i in range(4))
+    for budget in (0, least + 30_000, 10**9):
+        counts = fitting._allot(read, "auto", budget, None)
+        spent = sum(c * fitting._region_bytes(read, i, True) for i, c in enumerate(counts))
+        assert spent <= max(budget, least)
+        assert (max(counts) > 1) == (budget > least)
+    assert counts == [1, 6, 6, 6]
+    read.tokens = 2000
+    assert fitting._allot(read, "auto", 10**9, None) == [1, 1, 1, 1]
+
+
+def test_the_budget_is_the_files(learned):
+    profile = kvzip.Profile.fit(learned, regions=4)
+    read = Documents(learned)
+    counts = [len(profile.tensors[f"{i}.bias"]) for i in range(4)]
+    bound = sum(c * fitting._region_bytes(read, i, True) for i, c in enumerate(counts))
+    tables = sum(a.nbytes for n, a in profile.tensors.items() if n.endswith("table"))
+    assert profile.nbytes < bound + tables + 30_000
+
+
+def test_it_goes_on_where_it_was_ended(learned, tmp_path):
+    whole = kvzip.Profile.fit(learned, regions=2)
+    folder = tmp_path / "kept"
+
+    class Ended(Exception):
+        pass
+
+    def stop(what, done, total):
+        if what == "layers" and done == 2:
+            raise Ended
+
+    with pytest.raises(Ended):
+        kvzip.Profile.fit(learned, progress=stop, regions=2, resume=folder)
+    seen = []
+    profile = kvzip.Profile.fit(
+        learned, progress=lambda *a: seen.append(a[:2]), regions=2, resume=folder
+    )
+    done = [d for what, d in seen if what == "regressions"]
+    assert min(done) == 2 * 11 + 1 and max(done) == 4 * 11
+    assert profile.id == whole.id
+    (folder / "layer-003.safetensors").write_bytes(b"cut")
+    assert kvzip.Profile.fit(learned, regions=2, resume=folder).id == whole.id
+    with pytest.raises(ProfileError, match="regions=2, not 3"):
+        kvzip.Profile.fit(learned, regions=3, resume=folder)
+    with pytest.raises(ProfileError, match="other documents"):
+        kvzip.Profile.fit([*learned[1:], learned[0]], regions=2, resume=folder)
+    (folder / "fit.json").write_text("{")
+    with pytest.raises(ProfileError, match="damaged"):
+        kvzip.Profile.fit(learned, regions=2, resume=folder)
+
+
+@pytest.mark.parametrize("regions", [0, 257, "many", [1, 2], [1, 2, 0, 1]])
+def test_regions_that_make_no_sense(learned, regions):
+    with pytest.raises(ProfileError, match="regions"):
+        kvzip.Profile.fit(learned, regions=regions)
+
+
+def test_calibration_leaves_something_to_learn_from(learned):
+    with pytest.raises(ProfileError, match="kept apart"):
+        kvzip.Profile.fit(learned[:2], calibration=2)
+
+
+def spoiled(snapshot, change):
+    layers = []
+    for layer in snapshot.layers:
+        k, v = layer.k.copy(), layer.v.copy()
+        change(k, v)
+        layers.append(Layer(k, v, layer.layout))
+    return Snapshot(layers, snapshot.dtype, snapshot.token_ids, snapshot.origin)
+
+
+def test_strange_training_documents_do_little_harm(learned, llama):
+    """Infinities, NaNs, huge numbers and dead channels in some of the documents."""
+    rng = np.random.default_rng(0)
+
+    def strange(k, v):
+        for a in (k, v):
+            flat = a.reshape(-1)
+            flat[rng.integers(0, flat.size, 4)] = [0x7F80, 0xFF80, 0x7FC0, 0x7F00]
+            a[..., 3] = 0x3F80
+
+    documents_ = [spoiled(d, strange) if i % 4 == 1 else d for i, d in enumerate(learned)]
+    profile = kvzip.Profile.fit(documents_)
+    snapshot = documents(llama, 1, seed=5)[0]
+    for s in (snapshot, spoiled(snapshot, strange)):
+        blob = kvzip.encode(s, "predictive", profile)
+        assert_same(kvzip.decode(blob, profile), s)
+    clean = kvzip.Profile.fit(learned)
+    size = [len(kvzip.encode(snapshot, "predictive", p)) for p in (profile, clean)]
+    assert size[0] < 1.6 * size[1]
+
+
+def test_unequal_layers_and_no_token_ids(learned):
+    """Heads of other shapes layer by layer, and channels that never change."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(6, 200, 40))
+
+    def one(x, constant):
+        layers = []
+        for heads, dim, vdim in ((2, 8, 8), (1, 6, 10), (3, 4, 2)):
+            mix = np.random.default_rng(heads).normal(size=(2, 40, heads * 16))
+            k = (x @ mix[0])[:, : heads * dim].reshape(-1, heads, dim).transpose(1, 0, 2)
+            v = (x @ mix[1])[:, : heads * vdim].reshape(-1, heads, vdim).transpose(1, 0, 2)
+            k, v = (np.ascontiguousarray(a, np.float32) for a in (k, v))
+            k[..., 1], v[..., 0] = constant, 0
+            layers.append(tuple((a.view(np.uint32) >> 16).astype(np.uint16) for a in (k, v)))
+        return kvzip.Snapshot.from_arrays(layers, "bf16")
+
+    profile = kvzip.Profile.fit([one(x, 2.5) for x in hidden[:5]])
+    for constant in (2.5, -1.0):
+        snapshot = one(hidden[5], constant)
+        blob = kvzip.encode(snapshot, "predictive", profile)
+        assert_same(kvzip.decode(blob, profile), snapshot)
+    assert len(kvzip.encode(one(hidden[5], 2.5), "predictive", profile)) < 0.95 * len(
+        kvzip.encode(one(hidden[5], 2.5), "channel")
+    )
