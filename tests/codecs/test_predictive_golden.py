@@ -1,4 +1,4 @@
-"""Files of the predictive codec and the profile that they need, as versions before have written them.
+"""Files of the predictive codec, as earlier versions wrote them, with the profile that they need.
 
 `write_golden` makes a set anew, for a format that changed before its release.
 """
