@@ -118,7 +118,7 @@ steps = st.one_of(
 
 
 @given(steps=st.lists(steps, max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_longest_prefix_of_all_documents(steps, tmp_path_factory):
     where = Store(tmp_path_factory.mktemp("store"), block_tokens=2)
     held: dict[str, list[int]] = {}
@@ -149,17 +149,17 @@ def common(a, b):
 
 def test_long_prompts_take_few_rounds(tmp_path):
     where = Store(tmp_path, block_tokens=1)
-    ids = np.arange(2000) % 1000
+    ids = np.arange(600) % 300
     put_tiny(where, ids)
     asked = []
     get = where.bucket.get
     where.bucket.get = lambda path: asked.append(path) or get(path)
-    for shared in (1, 500, 1234, 2000):
+    for shared in (1, 100, 345, 600):
         asked.clear()
-        prompt = np.append(ids[:shared], np.full(3000, 5000))
+        prompt = np.append(ids[:shared], np.full(3400, 5000))
         with where.find(prompt, model="m", revision="", dtype="bf16") as found:
             assert found.tokens == shared
-        assert len(asked) <= 16 * 4
+        assert len(asked) <= 16 * 3 + 1
 
 
 def test_over_http_what_a_server_serves_is_read(s3):
@@ -394,7 +394,7 @@ def crash(place, operations):
 
 
 def test_killed_writers_lose_and_damage_nothing(place):
-    crash(place, 100)
+    crash(place, 60)
 
 
 @pytest.mark.long
