@@ -25,6 +25,7 @@ import hashlib
 import itertools
 import json
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -599,6 +600,9 @@ class _Worker:
         self._writer = ThreadPoolExecutor(1, "kvzip-save")
         self._pending, self._lock = 0, Lock()
         self._voice = _Voice()
+        # A script may end without a shutdown. Like this `close` runs before Python ends all thread
+        # pools (which do the same), and what is still to be stored needs some.
+        threading._register_atexit(self.close)  # type: ignore[attr-defined]
 
     def register(self, caches: Mapping[str, Any], context: Mapping[str, Any]) -> None:
         """Take vLLM's cache tensors, by layer; `context` holds the layers themselves."""
