@@ -91,8 +91,7 @@ def load_model(ref: str, dtype: str = "bf16", device: str = "cpu") -> LoadedMode
         if not (path / "config.json").is_file():
             raise KVZipError(f"the folder {path} holds no model: it has no config.json")
         where = str(path)
-        weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
-        revision = "sha256:" + _sha256(weights) if weights else ""
+        revision = folder_revision(path)
     elif ref.startswith((".", "/", "~")) or ref.count("/") > 1 or not ref:
         raise KVZipError(f"there is no model at {ref!r}")
     else:
@@ -108,6 +107,12 @@ def load_model(ref: str, dtype: str = "bf16", device: str = "cpu") -> LoadedMode
     model = model.to(device).eval()
     revision = revision or str(getattr(model.config, "_commit_hash", None) or "")
     return LoadedModel(model, tokenizer, ref, revision)
+
+
+def folder_revision(path: Path) -> str:
+    """What pins the weights in a folder: "sha256:..." of their files; "" if there are none."""
+    weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    return "sha256:" + _sha256(weights) if weights else ""
 
 
 def _packaged_file(name: str) -> Path:

@@ -1,0 +1,77 @@
+"""Run vLLM's own engine in a process of its own; `test_vllm_engine.py` starts it.
+
+``python engine.py JOB.json``: the job names a folder with a model, the dtype, what to pass to LLM
+besides, and rounds of prompts (token ids), each generated from at once. Into the job's folder go
+``result.json`` (tokens and log-probabilities of every prompt) and ``round-prompt.npy``, the raw
+bytes of vLLM's own blocks that hold the prompt: [layers, blocks, heads, tokens, channels].
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(path: Path) -> None:
+    job = json.loads(path.read_text())
+
+    import numpy as np
+    import torch
+    from vllm import LLM, SamplingParams
+    from vllm.config import KVTransferConfig
+
+    options = dict(job.get("options", {}))
+    if "transfer" in job:
+        options["kv_transfer_config"] = KVTransferConfig(**job["transfer"])
+        options["disable_hybrid_kv_cache_manager"] = True
+    llm = LLM(
+        model=job["model"],
+        dtype=job.get("dtype", "bfloat16"),
+        skip_tokenizer_init=True,
+        max_model_len=1024,
+        block_size=32,
+        enforce_eager=True,
+        disable_log_stats=False,
+        **options,
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    manager = core.scheduler.kv_cache_manager
+    caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
+    blocks: dict[str, list[int]] = {}
+    free = manager.free
+
+    def noting(request: Any, *args: Any, **kwargs: Any) -> Any:
+        blocks[request.request_id.split("-")[0]] = manager.get_block_ids(request.request_id)[0]
+        return free(request, *args, **kwargs)
+
+    manager.free = noting
+    sampling = SamplingParams(
+        temperature=0, max_tokens=8, logprobs=1, detokenize=False, ignore_eos=True
+    )
+    rounds = []
+    for number, prompts in enumerate(job["rounds"]):
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+        found = []
+        for i, (ids, output) in enumerate(zip(prompts, outputs, strict=True)):
+            picked = torch.tensor(blocks[output.request_id])[: -(-len(ids) // 32)]
+            raw = np.stack([cache[picked].view(torch.uint8).numpy() for cache in caches])
+            np.save(path.parent / f"{number}-{i}.npy", raw)
+            one = output.outputs[0]
+            found.append(
+                {
+                    "tokens": list(one.token_ids),
+                    "logprobs": [
+                        p[t].logprob for p, t in zip(one.logprobs, one.token_ids, strict=True)
+                    ],
+                    "cached": output.num_cached_tokens,
+                }
+            )
+        rounds.append(found)
+    (path.parent / "result.json").write_text(json.dumps(rounds))
+    llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,258 @@
+"""What the connector uses of vLLM, for tests where vLLM is not installed.
+
+`modules()` stands in for ``vllm.distributed.kv_transfer.kv_connector.v1.base`` of vLLM 0.32.0, with
+the same constructor and the same handling of metadata. `Engine` does what vLLM's scheduler and
+model runner do with a connector, step by step: prompts in chunks, blocks from a pool, loads before
+a step's forward pass, layers in order, and requests set back to the first block that was not
+loaded. Its model is a formula: keys and values follow from a token and its position.
+`test_vllm_engine.py` runs the same connector in vLLM itself.
+"""
+
+from __future__ import annotations
+
+import enum
+import pickle
+import time
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+BLOCK, LAYERS, HEADS, DIM, WORDS = 16, 3, 2, 32, 97
+
+
+class Role(enum.Enum):
+    SCHEDULER = 0
+    WORKER = 1
+
+
+class Base:
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
+        self._connector_metadata = None
+        self._vllm_config = vllm_config
+        if vllm_config.kv_transfer_config is None:
+            raise ValueError("kv_transfer_config must be set for KVConnectorBase_V1")
+        self._kv_transfer_config = vllm_config.kv_transfer_config
+        self._kv_cache_config, self._role = kv_cache_config, role
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        self._connector_metadata = connector_metadata
+
+    def clear_connector_metadata(self) -> None:
+        self._connector_metadata = None
+
+    def _get_connector_metadata(self) -> Any:
+        assert self._connector_metadata is not None
+        return self._connector_metadata
+
+
+class Metadata:
+    pass
+
+
+def modules() -> dict[str, ModuleType]:
+    """For sys.modules while kvzip.load.vllm is imported."""
+    path = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+    parts = path.split(".")
+    found = {".".join(parts[: i + 1]): ModuleType(parts[i]) for i in range(len(parts))}
+    found["vllm"].__version__ = "stand-in"  # type: ignore[attr-defined]
+    base: Any = found[path]
+    base.KVConnectorBase_V1, base.KVConnectorMetadata, base.KVConnectorRole = Base, Metadata, Role
+    return found
+
+
+def config(url: Any, /, **changes: Any) -> SimpleNamespace:
+    """A VllmConfig: settings of kvzip, and under their own names `role`, `policy`, `model`,
+    `dtype`, `parallel`, `spec`, `groups`, `backend`, `isa`."""
+    import transformers
+
+    get = changes.pop
+    role, dtype = get("role", "kv_both"), get("dtype", torch.bfloat16)
+    spec_name, groups = get("spec", "FullAttentionSpec"), get("groups", 1)
+    backend, isa = get("backend", "CPU_ATTN"), get("isa", "vec")
+    transfer = SimpleNamespace(
+        is_kv_producer=role != "kv_consumer",
+        is_kv_consumer=role != "kv_producer",
+        kv_load_failure_policy=get("policy", "recompute"),
+    )
+    hf_config = transformers.LlamaConfig(
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        hidden_size=HEADS * DIM,
+        head_dim=DIM,
+        vocab_size=WORDS,
+    )
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
+    spec = type(spec_name, (SimpleNamespace,), {})(
+        block_size=BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=dtype
+    )
+    attention = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), isa=isa)
+    found = SimpleNamespace(
+        kv_transfer_config=transfer,
+        parallel_config=SimpleNamespace(**get("parallel", {"tensor_parallel_size": 1})),
+        model_config=SimpleNamespace(model=get("model", "org/model"), hf_config=hf_config),
+        compilation_config=SimpleNamespace(static_forward_context=dict.fromkeys(names, attention)),
+        cache=SimpleNamespace(
+            kv_cache_groups=[SimpleNamespace(layer_names=names, kv_cache_spec=spec)] * groups
+        ),
+    )
+    transfer.kv_connector_extra_config = {
+        "url": str(url),
+        "revision": "r1",
+        "block_tokens": BLOCK,
+        "min_tokens": BLOCK,
+        "threads": 1,
+        **changes,
+    }
+    return found
+
+
+def formula(ids: list[int], layer: int, part: int, dtype: Any) -> Any:
+    """Keys (part 0) or values of a layer, [heads, tokens, dim]."""
+    generator = torch.Generator().manual_seed(2 * layer + part)
+    table = torch.randn(WORDS, HEADS, DIM, generator=generator)
+    turn = torch.linspace(0.5, 2, DIM) * torch.arange(1, len(ids) + 1)[:, None, None] ** 0.5
+    return (table[ids] * turn).transpose(0, 1).to(dtype)
+
+
+@dataclass
+class Request:
+    request_id: str
+    prompt_token_ids: list[int]
+    lora_request: Any = None
+    mm_features: list[Any] = field(default_factory=list)
+    prompt_embeds: Any = None
+    cache_salt: str | None = None
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    loaded: int = 0
+    new: bool = True
+
+    @property
+    def all_token_ids(self) -> list[int]:
+        return self.prompt_token_ids
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    num_prompt_tokens = num_tokens
+
+
+class Engine:
+    """One worker's engine with room for `blocks` blocks; `chunk` tokens of a request in a step."""
+
+    def __init__(self, connector: Any, settings: Any, blocks: int = 64, chunk: int = 10**6):
+        dtype = settings.cache.kv_cache_groups[0].kv_cache_spec.dtype
+        role = connector.KVConnectorRole
+        make = connector.KvzipConnector
+        self.scheduler = make(settings, role.SCHEDULER, settings.cache)
+        self.worker = make(settings, role.WORKER, settings.cache)
+        shape = (blocks, HEADS, BLOCK, 2 * DIM)
+        self.caches = {
+            name: torch.full(shape, 7.0, dtype=dtype)
+            for name in settings.cache.kv_cache_groups[0].layer_names
+        }
+        self.worker.register_kv_caches(self.caches)
+        self.dtype, self.chunk, self.free = dtype, chunk, list(range(1, blocks))
+        self.count = self.steps = self.waited = 0
+
+    def pages(self, i: int) -> Any:
+        return self.worker._worker._pages[i]
+
+    def run(self, *prompts: list[int], local: int = 0, **more: Any) -> list[Request]:
+        """Compute prompts in one batch; the first `local` tokens are in vLLM's own prefix cache.
+
+        Raises AssertionError unless the cache then holds what the model computes.
+        """
+        requests = [Request(f"{self.count + i}", list(p), **more) for i, p in enumerate(prompts)]
+        self.count += len(requests)
+        for request in requests:
+            self._admit(request, local)
+        while any(r.computed < r.num_tokens for r in requests):
+            self._step(requests)
+        for request in requests:
+            self.scheduler.request_finished(request, request.blocks)
+            self._check(request)
+            self.free += request.blocks
+        return requests
+
+    def _admit(self, request: Request, local: int) -> None:
+        while True:
+            found, later = self.scheduler.get_num_new_matched_tokens(request, local)
+            assert later is False
+            if found is not None:
+                break
+            self.waited += 1
+            time.sleep(0.01)
+        need = -(-request.num_tokens // BLOCK)
+        request.blocks, self.free = self.free[:need], self.free[need:]
+        request.loaded, request.computed = found, local + found
+        self._compute(request, 0, local)
+        taken = SimpleNamespace(get_block_ids=lambda: (request.blocks,))
+        self.scheduler.update_state_after_alloc(request, taken, found)
+
+    def _compute(self, request: Request, start: int, stop: int, layer: int | None = None) -> None:
+        """Write keys and values of positions start to stop into the request's blocks."""
+        size = -(-request.num_tokens // BLOCK) * BLOCK
+        for i in range(LAYERS) if layer is None else [layer]:
+            blocks = torch.tensor(request.blocks)
+            pair = self.pages(i).take(blocks, size)
+            for part, held in enumerate(pair):
+                new = formula(request.prompt_token_ids, i, part, self.dtype)
+                held[:, start:stop] = new[:, start:stop]
+            self.pages(i).put(blocks, *pair)
+
+    def _step(self, requests: list[Request]) -> None:
+        self.steps += 1
+        work = {r.request_id: min(self.chunk, r.num_tokens - r.computed) for r in requests}
+        work = {name: count or 1 for name, count in work.items()}  # done ones generate
+        new, old = [r for r in requests if r.new], [r for r in requests if not r.new]
+        output = SimpleNamespace(
+            scheduled_new_reqs=[
+                SimpleNamespace(
+                    req_id=r.request_id, block_ids=(r.blocks,), num_computed_tokens=r.computed
+                )
+                for r in new
+            ],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[r.request_id for r in old],
+                resumed_req_ids=set(),
+                new_block_ids=[None for _ in old],
+                num_computed_tokens=[r.computed for r in old],
+            ),
+            num_scheduled_tokens=work,
+        )
+        metadata = pickle.loads(pickle.dumps(self.scheduler.build_connector_meta(output)))
+        worker = self.worker
+        worker.bind_connector_metadata(metadata)
+        worker.start_load_kv(None)
+        for i, (name, cache) in enumerate(self.caches.items()):
+            worker.wait_for_layer_load(name)
+            for r in requests:
+                self._compute(r, r.computed, min(r.computed + work[r.request_id], r.num_tokens), i)
+            worker.save_kv_layer(name, cache, None)
+        worker.wait_for_save()
+        invalid = worker.get_block_ids_with_load_errors()
+        worker.clear_connector_metadata()
+        for r in requests:
+            r.new = False
+            bad = [i for i, b in enumerate(r.blocks[: -(-r.computed // BLOCK)]) if b in invalid]
+            done = min(r.computed + work[r.request_id], r.num_tokens)
+            r.computed = bad[0] * BLOCK if bad else done
+        self.scheduler.update_connector_output(SimpleNamespace(invalid_block_ids=invalid))
+
+    def _check(self, request: Request) -> None:
+        for i in range(LAYERS):
+            found = self.pages(i).take(torch.tensor(request.blocks), request.num_tokens)
+            for part, held in enumerate(found):
+                want = formula(request.prompt_token_ids, i, part, self.dtype)
+                same = torch.equal(held.view(torch.uint8), want.contiguous().view(torch.uint8))
+                assert same, f"layer {i}, part {part}: other numbers than the model's"
+
+    def settle(self) -> None:
+        """Return when all that was copied out is stored."""
+        self.worker.shutdown()
+        self.scheduler.shutdown()

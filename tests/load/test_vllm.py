@@ -1,0 +1,400 @@
+"""vLLM's connector: keys and values come back to the bit, or are computed.
+
+Where vLLM is not installed, a stand-in for its base classes is used, and always one for its engine:
+`standin.py` says what they do. `test_vllm_engine.py` is about vLLM itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import random
+import sys
+import time
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("obstore")
+
+import standin  # noqa: E402
+from standin import BLOCK, HEADS, LAYERS, WORDS, config  # noqa: E402
+
+import kvzip  # noqa: E402
+from kvzip.errors import KVZipError, StoreError, UnsupportedError  # noqa: E402
+from kvzip.load import pages  # noqa: E402
+from kvzip.store import Store  # noqa: E402
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(scope="module")
+def ours() -> Any:
+    if importlib.util.find_spec("vllm"):
+        return importlib.import_module("kvzip.load.vllm")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in standin.modules().items():
+            patch.setitem(sys.modules, name, module)
+        return importlib.import_module("kvzip.load.vllm")
+
+
+@pytest.fixture
+def engine(ours: Any, tmp_path: Any) -> Any:
+    """`engine(chunk=..., **settings)`: one more engine on the same store."""
+
+    def make(chunk: int = 10**6, **changes: Any) -> standin.Engine:
+        return standin.Engine(ours, config(tmp_path, **changes), chunk=chunk)
+
+    return make
+
+
+def prompt(tokens: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(WORDS), k=tokens)
+
+
+def warnings(caplog: Any) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def documents(tmp_path: Any) -> list[Any]:
+    return sorted(tmp_path.rglob("*.kvz"))
+
+
+def fill(engine: Any, *prompts: list[int], **changes: Any) -> None:
+    first = engine(**changes)
+    for ids in prompts:
+        first.run(ids)
+    first.settle()
+
+
+# --- vLLM's blocks ---------------------------------------------------------------------------
+
+
+def place(arrangement: str, part: int, t: int, d: int, tokens: int, dim: int) -> int:
+    """Where number d of token t lies within a block's and head's 2 * tokens * dim numbers, as the
+    kernels of vLLM 0.32.0 compute it."""
+    if arrangement == "halves":
+        return t * 2 * dim + part * dim + d
+    start = part * tokens * dim
+    if arrangement == "columns":
+        return start + (t * dim + d if part else d * tokens + t)
+    if part:
+        return start + d // 16 * 16 * tokens + t // 2 * 32 + d % 16 * 2 + t % 2
+    return start + t // 16 * 16 * dim + d // 2 * 32 + t % 16 * 2 + d % 2
+
+
+@pytest.mark.parametrize("arrangement", pages.ARRANGEMENTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_are_read_and_written_as_the_kernels_order_them(
+    arrangement: str, dtype: Any
+) -> None:
+    tokens, dim, heads = 32, 48, 2
+    words = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    bits = torch.randint(-(2**15), 2**15, (5, heads, tokens, 2 * dim), dtype=words)
+    cache = bits.view(dtype)
+    paged = pages.Pages(cache, arrangement, dim)
+    order = torch.tensor(
+        [
+            [[place(arrangement, p, t, d, tokens, dim) for d in range(dim)] for t in range(tokens)]
+            for p in range(2)
+        ]
+    )
+    picked, count = torch.tensor([3, 1]), tokens + 7
+    want = bits.view(5, heads, -1)[picked][:, :, order].permute(2, 1, 0, 3, 4)
+    pair = paged.take(picked, count)
+    for part, held in enumerate(pair):
+        assert torch.equal(held.view(words), want[part].reshape(heads, -1, dim)[:, :count])
+    whole = paged.take(picked, 2 * tokens)
+    before = bits.clone()
+    bits[picked] = 0
+    paged.put(picked, *whole)
+    assert torch.equal(bits, before)
+
+
+def test_other_backends_are_refused() -> None:
+    assert pages.arrangement_of("FLASH_ATTN", None, 2) == "halves"
+    assert pages.arrangement_of("CPU_ATTN", "amx", 2) == "tiles"
+    for backend, isa in (("FLASHINFER", None), ("CPU_ATTN", "neon"), ("CPU_ATTN", None)):
+        with pytest.raises(UnsupportedError, match="use one of"):
+            pages.arrangement_of(backend, isa, 2)
+    with pytest.raises(UnsupportedError, match="want"):
+        pages.Pages(torch.zeros(4, 2, 16, 33), "halves", 16)
+
+
+# --- there and back --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ["vec", "amx"])
+@pytest.mark.parametrize("tokens", [BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 3])
+def test_another_engine_loads_what_one_saved(
+    engine: Any, tmp_path: Any, dtype: Any, isa: str, tokens: int
+) -> None:
+    if isa == "amx" and dtype is torch.float32:
+        pytest.skip("vLLM has no such kernels")
+    ids = prompt(tokens)
+    fill(engine, ids, dtype=dtype, isa=isa)
+    [file] = documents(tmp_path)
+    assert kvzip.verify(file).header.layout.tokens == tokens
+    # A document does not depend on who wrote it.
+    [request] = engine(dtype=dtype, isa="vec").run(ids)
+    assert request.loaded == (tokens - 1) // BLOCK * BLOCK
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd", "channel", "predictive"])
+def test_any_codec(engine: Any, tmp_path: Any, codec: str) -> None:
+    settings: dict[str, Any] = {"codec": codec}
+    if codec == "predictive":
+        fill(engine, prompt(80, 1))
+        [file] = documents(tmp_path)
+        kvzip.Profile.fit([kvzip.decode(file)]).save(tmp_path / "m.kvprofile")
+        settings["profile"] = str(tmp_path / "m.kvprofile")
+    ids = prompt(80)
+    fill(engine, ids, **settings)
+    assert any(kvzip.info(f).header.codec["id"] == codec for f in documents(tmp_path))
+    assert engine(**settings).run(ids)[0].loaded == 64
+
+
+@pytest.mark.parametrize("shared", [0, 1, 15, 16, 17, 40, 64, 79])
+@pytest.mark.parametrize("local", [0, 32])
+def test_a_shared_prefix_is_used_in_whole_blocks(engine: Any, shared: int, local: int) -> None:
+    ids = prompt(80)
+    fill(engine, ids)
+    other = ids[:shared] + [(i + 1) % WORDS for i in ids[shared:]] + prompt(9)
+    [request] = engine().run(other, local=local)
+    assert request.loaded == max(0, shared // BLOCK * BLOCK - local)
+
+
+def test_prompts_in_chunks_and_batches(engine: Any, tmp_path: Any) -> None:
+    prompts = [prompt(n, n) for n in (100, 70, 33, 16)]
+    first = engine(chunk=24)
+    assert [r.loaded for r in first.run(*prompts)] == [0] * 4
+    first.settle()
+    assert len(documents(tmp_path)) == 4
+    assert [r.loaded for r in engine(chunk=24).run(*prompts)] == [96, 64, 32, 0]
+
+
+def test_a_document_of_transformers_is_found(engine: Any, ours: Any, tmp_path: Any) -> None:
+    """`kvzip put` and vLLM meet in model, revision and dtype."""
+    ids = prompt(70)
+    layers = [
+        tuple(standin.formula(ids, i, part, torch.bfloat16) for part in (0, 1))
+        for i in range(LAYERS)
+    ]
+    origin = kvzip.Origin(model="org/model", revision="r1")
+    snapshot = kvzip.Snapshot.from_arrays(layers, token_ids=ids, origin=origin)
+    Store(tmp_path, block_tokens=32).put(snapshot)
+    assert engine().run(ids)[0].loaded == 64
+
+
+def test_only_what_is_asked_for(engine: Any, tmp_path: Any) -> None:
+    ids = prompt(80)
+    fill(engine, ids, role="kv_consumer")
+    assert not documents(tmp_path)
+    fill(engine, ids, role="kv_producer")
+    assert len(documents(tmp_path)) == 1
+    assert engine(role="kv_producer").run(ids)[0].loaded == 0
+    assert engine(role="kv_consumer").run(ids)[0].loaded == 64
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"lora_request": object()}, {"mm_features": [1]}, {"cache_salt": "s"}, {"prompt_embeds": 1}],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_is_more_than_tokens_is_left_alone(engine: Any, tmp_path: Any, more: Any) -> None:
+    ids = prompt(80)
+    first = engine()
+    first.run(ids, **more)
+    first.settle()
+    assert not documents(tmp_path)
+    fill(engine, ids)
+    assert engine().run(ids, **more)[0].loaded == 0
+
+
+def test_a_conversation_is_stored_when_it_has_grown_by_a_third(engine: Any, tmp_path: Any) -> None:
+    ids = prompt(400)
+    for turn in range(100, 401, 20):
+        fill(engine, ids[:turn])
+    sizes = sorted(kvzip.info(f).header.layout.tokens for f in documents(tmp_path))
+    assert sizes == [100, 140, 200, 280, 380]
+    fill(engine, prompt(BLOCK, 3), min_tokens=BLOCK + 1)
+    assert len(documents(tmp_path)) == len(sizes)
+
+
+# --- what goes wrong -------------------------------------------------------------------------
+
+
+def damage(file: Any) -> None:
+    """Other numbers in the middle of the blocks; header and index stay whole."""
+    data = bytearray(file.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("local", [0, 32])
+def test_a_damaged_document_is_computed_and_written_anew(
+    engine: Any, tmp_path: Any, caplog: Any, local: int
+) -> None:
+    ids = prompt(80)
+    fill(engine, ids)
+    [file] = documents(tmp_path)
+    good = file.read_bytes()
+    damage(file)
+    second = engine()
+    [request] = second.run(ids, local=local)  # which checks all keys and values
+    assert request.loaded == 64 - local and second.steps == 2
+    [told] = warnings(caplog)
+    assert file.stem in told and "damaged" in told and f"{64 - local} tokens are computed" in told
+    assert second.run(ids)[0].loaded == 0 and len(warnings(caplog)) == 1  # passed over
+    second.settle()
+    assert file.read_bytes() == good
+    assert engine().run(ids)[0].loaded == 64
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "other"])
+def test_a_document_that_changes_after_the_lookup(
+    engine: Any, tmp_path: Any, caplog: Any, monkeypatch: Any, how: str
+) -> None:
+    ids = prompt(80)
+    fill(engine, ids, prompt(80, 1))
+    second = engine()
+    start = second.worker.start_load_kv
+
+    def late(context: Any) -> None:
+        for file in documents(tmp_path):
+            if how == "gone":
+                file.unlink()
+            elif how == "cut":
+                file.write_bytes(file.read_bytes()[:-100])
+            else:
+                short = [(torch.zeros(HEADS, 80, 8), torch.zeros(HEADS, 80, 8))] * LAYERS
+                kvzip.write(file, kvzip.Snapshot.from_arrays(short))
+        start(context)
+
+    monkeypatch.setattr(second.worker, "start_load_kv", late)
+    assert second.run(ids)[0].loaded == 64
+    [told] = warnings(caplog)
+    assert {"gone": "no document", "cut": "cut short", "other": "the engine has"}[how] in told
+
+
+def test_a_failed_load_spoils_nothing_else(engine: Any, tmp_path: Any) -> None:
+    """What a step computed from blocks that were not loaded is never stored."""
+    bad, good, new = prompt(80, 1), prompt(80, 2), prompt(80, 3)
+    fill(engine, bad)
+    [file] = documents(tmp_path)
+    damage(file)
+    fill(engine, good)
+    second = engine()
+    requests = second.run(bad + prompt(40, 4), good, new)
+    assert [r.loaded for r in requests] == [80, 64, 0]
+    second.settle()
+    third = engine()
+    for ids, loaded in ((bad + prompt(40, 4), 112), (good, 64), (new, 64)):
+        assert third.run(ids)[0].loaded == loaded  # and is right, which `run` checks
+
+
+def test_other_weights_models_and_dtypes_are_no_hit(engine: Any) -> None:
+    ids = prompt(80)
+    fill(engine, ids)
+    assert engine().run(ids)[0].loaded == 64
+    for changes in ({"revision": "r2"}, {"model": "org/other"}, {"dtype": torch.float16}):
+        assert engine(**changes).run(ids)[0].loaded == 0
+
+
+def test_a_store_that_does_not_answer(engine: Any, caplog: Any, monkeypatch: Any) -> None:
+    def find(*args: Any, **kwargs: Any) -> Any:
+        raise StoreError("cannot read: timed out")
+
+    second = engine()
+    monkeypatch.setattr(second.scheduler._scheduler._store, "find", find)
+    assert [second.run(prompt(80, i))[0].loaded for i in range(3)] == [0, 0, 0]
+    assert warnings(caplog) == ["prompts are computed: cannot read: timed out"]
+
+
+def test_a_slow_lookup_holds_up_nothing(engine: Any, caplog: Any, monkeypatch: Any) -> None:
+    ids = prompt(80)
+    fill(engine, ids)
+    second = engine(timeout=5.0)
+    store = second.scheduler._scheduler._store
+    find = store.find
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        return find(*args, **kwargs)
+
+    monkeypatch.setattr(store, "find", slowly)
+    assert second.run(ids)[0].loaded == 64 and second.waited > 2
+    third = engine(timeout=0.05)
+    monkeypatch.setattr(third.scheduler._scheduler._store, "find", slowly)
+    assert third.run(ids)[0].loaded == 0
+    assert len(warnings(caplog)) == 1 and "slow" in warnings(caplog)[0]
+
+
+def test_layers_that_come_too_late_are_computed(engine: Any, caplog: Any, monkeypatch: Any) -> None:
+    ids = prompt(80)
+    fill(engine, ids)
+    second = engine(timeout=0.2)
+    store = second.worker._worker._store
+    monkeypatch.setattr(store, "open", lambda *a, **k: time.sleep(1.0))
+    begun = time.monotonic()
+    assert second.run(ids)[0].loaded == 64
+    assert time.monotonic() - begun < 0.9 and "within 0.2 s" in warnings(caplog)[0]
+
+
+def test_a_store_that_takes_nothing(engine: Any, caplog: Any, monkeypatch: Any) -> None:
+    def put(*args: Any, **kwargs: Any) -> Any:
+        raise StoreError("cannot write: full")
+
+    first = engine()
+    monkeypatch.setattr(first.worker._worker._store, "put", put)
+    for i in range(3):
+        first.run(prompt(80, i))
+    first.settle()
+    assert warnings(caplog) == ["prompts are not stored: cannot write: full"]
+    assert first.worker._worker._pending == 0
+
+
+def test_memory_for_what_waits_is_bounded(engine: Any, tmp_path: Any, caplog: Any) -> None:
+    token = 2 * HEADS * standin.DIM * 2 * LAYERS
+    first = engine(pending_bytes=100 * token)
+    first.run(prompt(90, 1), prompt(90, 2))
+    first.settle()
+    assert len(documents(tmp_path)) == 1 and "not all are stored" in warnings(caplog)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": {"tensor_parallel_size": 2}}, "tensor_parallel_size"),
+        ({"groups": 2}, "disable_hybrid_kv_cache_manager=True"),
+        ({"spec": "MLAAttentionSpec"}, "MLAAttentionSpec"),
+        ({"dtype": torch.uint8}, "kv_cache_dtype='auto'"),
+        ({"codecs": "raw"}, "codecs"),
+        ({"revision": None}, "set revision"),
+        ({"backend": "FLASHINFER"}, "FLASHINFER"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_work_is_said_at_the_start(engine: Any, changes: Any, message: str) -> None:
+    with pytest.raises(KVZipError, match=message):
+        engine(**changes)
+
+
+def test_vllms_default_for_failed_loads_is_warned_of(engine: Any, caplog: Any) -> None:
+    engine(policy="fail")
+    assert 'kv_load_failure_policy="recompute"' in warnings(caplog)[0]
+
+
+def test_weights_in_a_folder_are_known_by_their_hash(engine: Any, tmp_path: Any) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    ids = prompt(80)
+    fill(engine, ids, model=str(folder), revision=None)
+    assert engine(model=str(folder), revision=None).run(ids)[0].loaded == 64
+    (folder / "model.safetensors").write_bytes(b"Weights")
+    assert engine(model=str(folder), revision=None).run(ids)[0].loaded == 0
