@@ -159,11 +159,13 @@ def _calibrate_known(
         tensors.update(start)
         tensors["0.density"] = np.full(channels, shape, np.uint8)
         _widen(tensors, description, 0, factors)
-        return measure(tensors, description, items, layers=1).bits[0]
+        bits: Doubles = measure(tensors, description, items, layers=1).bits[0]
+        return bits
 
     def best(options: Sequence[Doubles], shape: int) -> Doubles:
         costs = np.array([spent(o, shape) for o in options])
-        return np.array(options)[costs.argmin(axis=0), [0, 1]]
+        found: Doubles = np.array(options)[costs.argmin(axis=0), [0, 1]]
+        return found
 
     octaves = best([np.full(2, o) for o in np.arange(-4.0, 5)], START)
     shape = int(np.argmin([spent(octaves, k).sum() for k in range(len(SHAPES))]))

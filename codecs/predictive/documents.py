@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,14 +70,13 @@ class Documents:
             ]
             ids = snapshot.token_ids
             if ids is not None:
-                ids = (
-                    ids[..., ids.shape[-1] - keep :].reshape(-1) if ids.shape[-1] >= keep else None
-                )
+                enough = ids.shape[-1] >= keep
+                ids = ids[..., ids.shape[-1] - keep :].reshape(-1) if enough else None
             return i, values, ids
 
         # The next document is read while one is worked on.
         with ThreadPoolExecutor(1) as ahead:
-            coming = None
+            coming: Future[tuple[int, list[Floats], NDArray[np.uint32] | None]] | None = None
             for i in which:
                 now, coming = coming, ahead.submit(one, i)
                 if now is not None:

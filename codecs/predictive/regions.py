@@ -24,7 +24,8 @@ class Scores:
     def regions(self, inputs: NDArray[np.int8]) -> NDArray[np.intp]:
         """The region of each token, inputs [tokens, inputs]."""
         scores = inputs.astype(np.float32) @ self.centre.T.astype(np.float32)
-        return (scores + self.bias.astype(np.float32)).argmax(axis=1)
+        found: NDArray[np.intp] = (scores + self.bias.astype(np.float32)).argmax(axis=1)
+        return found
 
 
 def find(inputs: NDArray[np.int8], weights: Doubles, left: Doubles, regions: int) -> Scores:

@@ -26,7 +26,8 @@ SHRINK_TOKENS = 2000  # of all regions that count in each one's regression and c
 def normalised(targets: Floats, mean: Floats, deviation: Floats) -> Floats:
     """In deviations; numbers far outside of what is usual must not drown the others."""
     with np.errstate(over="ignore"):
-        return np.clip((targets - mean) / deviation, -FARTHEST, FARTHEST)
+        steps: Floats = np.clip((targets - mean) / deviation, -FARTHEST, FARTHEST)
+    return steps
 
 
 @dataclass
@@ -64,11 +65,13 @@ class Sums:
         back."""
         i = self.inputs
         if not i:
-            return total[:1, 1:] / max(total[0, 0], 1)
+            means: Doubles = total[:1, 1:] / max(total[0, 0], 1)
+            return means
         ridge = np.trace(total[:i, :i]) / i * max(1e-4, 0.02 * i / max(self.count.sum(), 1)) + 1e-9
         damping = np.full(i + 1, ridge)
         damping[i] = 1e-9 * total[i, i] + 1e-9
-        return np.linalg.solve(total[: i + 1, : i + 1] + np.diag(damping), total[: i + 1, i + 1 :])
+        inputs, targets = total[: i + 1, : i + 1], total[: i + 1, i + 1 :]
+        return np.asarray(np.linalg.solve(inputs + np.diag(damping), targets), np.float64)
 
     def left(self, weights: Doubles, total: Doubles) -> Doubles:
         """Products of what the weights leave."""

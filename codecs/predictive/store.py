@@ -54,7 +54,8 @@ class Store:
         if not self._path(layer).exists():
             return None
         try:
-            return load_file(self._path(layer))
+            found: dict[str, NDArray[Any]] = load_file(self._path(layer))
+            return found
         except (SafetensorError, OSError):
             return None  # it is made again
 
