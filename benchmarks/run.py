@@ -38,6 +38,7 @@ from kvzip.container import thread_count
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import KVZipError
 from kvzip.eval.bench import WholeFile, buffers, cache_bytes, in_memory, seconds, spec_of
+from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot, sha256_raw
 
 PEER_NAMES = (
@@ -234,6 +235,7 @@ def run(
     codecs: Sequence[Codec],
     *,
     peers: bool = False,
+    profile: Profile | None = None,
     threads: int = 1,
     repeat: int = 5,
     command: str = "",
@@ -241,7 +243,7 @@ def run(
 ) -> BenchResult:
     """Measure `codecs`, and with `peers` all that can be imported, on each snapshot.
 
-    `threads`: 0 for all cores. `progress` is called once for each turn of a snapshot; there are
+    `profile` is for the codecs that need one; the others run without. `threads`: 0 for all cores. `progress` is called once for each turn of a snapshot; there are
     `repeat` + 1. Raises ValueError for a setting that makes no sense, and what
     :meth:`Snapshot.load` raises.
     """
@@ -254,7 +256,7 @@ def run(
     for path in paths:
         snapshot = in_memory(Snapshot.load(path))
         identity = _identity(path, snapshot)
-        entries, failed = _enter(snapshot, codecs, found, workers)
+        entries, failed = _enter(snapshot, codecs, found, profile, workers)
         for turn in range(repeat + 1):
             # What comes right after the biggest of all can be hit by its clean-up: turns rotate.
             for entry in entries[turn % len(entries) :] + entries[: turn % len(entries)]:
@@ -300,14 +302,19 @@ def _catching(name: str, failed: dict[str, str] | None) -> Iterator[None]:
 
 
 def _enter(
-    snapshot: Snapshot, codecs: Sequence[Codec], peers: Sequence[type[Peer]], workers: _Workers
+    snapshot: Snapshot,
+    codecs: Sequence[Codec],
+    peers: Sequence[type[Peer]],
+    profile: Profile | None,
+    workers: _Workers,
 ) -> tuple[list[_Entry], dict[str, str]]:
     """All competitors on a snapshot, memcpy first, and the peers that will not have it."""
     units, out, form = _Units(snapshot), buffers(snapshot), dtypes.get(snapshot.dtype)
     memcpy = _Memcpy(units["token"], workers)
     entries = [_Entry("memcpy", "memcpy", "memory to memory", "token", memcpy)]
     for codec in codecs:
-        file = WholeFile(snapshot, codec, workers.count, out)
+        needed = profile if codec.needs_profile else None
+        file = WholeFile(snapshot, codec, workers.count, out, needed)
         spec = spec_of(codec)
         entries.append(_Entry("kvzip", spec, spec, "token", file))
     failed: dict[str, str] = {}

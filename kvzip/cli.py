@@ -775,7 +775,8 @@ def entropy_command(snapshots: list[Path], *, as_json: Json = False) -> None:
 def bench(
     snapshots: list[Path] | None = None,
     *,
-    codecs: str = "raw,zstd,lz4,planes,channel",
+    codecs: str | None = None,
+    profile: ProfilePath = None,
     peers: bool = False,
     threads: Threads = 1,
     repeat: int = 5,
@@ -788,7 +789,8 @@ def bench(
     Parameters
     ----------
     codecs
-        Names, with commas between; settings after a colon, theirs with + between.
+        Names, with commas between; settings after a colon, theirs with + between. Default: raw,
+        zstd, lz4, planes, channel, and with --profile predictive.
     peers
         Measure other compressors, too: those of the extra `bench` and any other that is installed.
     repeat
@@ -816,11 +818,15 @@ def bench(
         raise KVZipError(f"{out.parent} is not a folder")  # known before minutes of measuring
     from kvzip.benchmarks.run import run
 
+    learned = _profile(profile)
+    if codecs is None:
+        codecs = "raw,zstd,lz4,planes,channel" + ",predictive" * (learned is not None)
     with _bar("bench", len(snapshots) * (repeat + 1), in_bytes=False) as advance:
         result = run(
             snapshots,
             [kvzip.get_codec(spec) for spec in _specs(codecs)],
             peers=peers,
+            profile=learned,
             threads=threads,
             repeat=repeat,
             command=shlex.join(["kvzip", *sys.argv[1:]]),
