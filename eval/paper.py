@@ -7,6 +7,8 @@ Qwen3-4B, fp16, Apple M1 Pro: none of this was measured by this library.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from kvzip.cost import (
@@ -24,6 +26,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval.economics import Basis, Measured, Verdict, breakeven
 from kvzip.eval.inputs import Inputs
 from kvzip.eval.prices import PriceBook, default_prices
+from kvzip.eval.trials import Trial, Trials
 
 SHORT, LONG = 255, 3774
 """Tokens of the paper's shortest and longest prompt."""
@@ -292,6 +295,16 @@ class PresetVerdict(msgspec.Struct, frozen=True):
     break_even_ratio: float | None
 
 
+class Beside(msgspec.Struct, frozen=True):
+    """A figure of the paper that its inputs do not give, and what this library measured."""
+
+    name: str
+    paper: str
+    ours: str
+    why: str
+    """What differs between the two."""
+
+
 class Reproduction(msgspec.Struct, frozen=True):
     """All that `kvzip eval paper --json` prints."""
 
@@ -302,6 +315,7 @@ class Reproduction(msgspec.Struct, frozen=True):
     verdicts: list[PresetVerdict]
     basis: str
     """Where the ratios and decode speeds of answers and verdicts come from."""
+    beside: list[Beside] = []
 
 
 _FIGURES = {
@@ -314,10 +328,37 @@ _FIGURES = {
 }
 
 
-def reproduction(inputs: Inputs, prices: PriceBook | None = None) -> Reproduction:
+def beside(trials: Trials) -> list[Beside]:
+    """The paper's measurements of exactness, and ours on another model and machine."""
+    what = f"{trials.model}, {trials.dtype}, on {trials.machine.cpu}, {len(trials.documents)} "
+    what += f"documents of {max(trials.document_tokens):,} tokens at most"
+
+    def tokens(rows: Sequence[Trial]) -> str:
+        return f"{sum(r.tokens_matching for r in rows)} of {sum(r.tokens for r in rows)}"
+
+    exact = [row for row in trials.rows if not row.lossy]
+    found = []
+    if exact:
+        names = ", ".join(row.name for row in exact)
+        found.append(
+            Beside("Greedy tokens, lossless", "24 of 24", tokens(exact), f"{names}; {what}")
+        )
+    fresh = f"{trials.fresh.max_logit_difference:.3g}"
+    found.append(Beside("Logits, cache against prefill", "0.02", fresh, what))
+    found += [
+        Beside("Greedy tokens, int8", "16 of 32", tokens([row]), f"one scale a channel; {what}")
+        for row in trials.rows
+        if row.name == "int8"
+    ]
+    return found
+
+
+def reproduction(
+    inputs: Inputs, prices: PriceBook | None = None, trials: Trials | None = None
+) -> Reproduction:
     """The paper's table, its open question answered with each codec's figures from `inputs`, and
     the verdict on its document with each codec at each preset. fp16, the paper's own dtype, and
-    bf16, as far as they were measured."""
+    bf16, as far as they were measured. `trials` put measured exactness beside the paper's."""
     book = prices or default_prices()
     rows = paper_table(book)
     named = {row.name: row.ours for row in rows}
@@ -381,6 +422,7 @@ def reproduction(inputs: Inputs, prices: PriceBook | None = None) -> Reproductio
         f"Ratios and decode speeds: {inputs.command}; {inputs.model}, {inputs.text}, on "
         f"{inputs.machine.cpu}, {inputs.threads} thread, {inputs.date}. Qwen3-4B's own cache was "
         "not measured: taking another model's ratio for it is an estimate.",
+        [] if trials is None else beside(trials),
     )
 
 

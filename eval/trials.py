@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
@@ -15,7 +15,6 @@ from kvzip import container, dtypes
 from kvzip.codec import get_codec
 from kvzip.dtypes import Bits
 from kvzip.errors import KVZipError, UnsupportedError
-from kvzip.eval.exactness import Agreement, Exactness, Reference
 from kvzip.eval.machine import Machine, machine, now, versions
 from kvzip.models import load_model
 from kvzip.profile import Profile
@@ -25,6 +24,9 @@ LOSSY = {"int8": 8, "int4": 4}
 """Bits of the references that are not exact."""
 SUFFIX = 16
 """Tokens that a continuation puts after the document."""
+
+if TYPE_CHECKING:
+    from kvzip.eval.exactness import Agreement, Exactness
 
 Step = Callable[[str], Any]
 
@@ -98,6 +100,9 @@ def run(
     after it. `model`: what the snapshots say by default; `loaded`, a LoadedModel, spares loading
     it. Raises KVZipError when the snapshots are not of one model and dtype.
     """
+    # Brings torch, which reading a stored result does not need.
+    from kvzip.eval.exactness import Reference
+
     if not snapshots:
         raise KVZipError("exactness needs at least one snapshot")
     if continuations < 1 or new_tokens < 1:
@@ -179,6 +184,8 @@ class _Sum:
         self.encoded += encoded
 
     def add(self, found: Exactness, last: bool) -> None:
+        from kvzip.eval.exactness import Agreement
+
         self.exact += found.exact
         self.documents += found.bytes_equal and last
         self.agreement(

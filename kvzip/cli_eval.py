@@ -312,7 +312,11 @@ def _finite(chosen: object) -> dict[str, object]:
 
 @evaluate.command
 def paper(
-    *, inputs: Path | None = None, price_file: PriceFiles = None, as_json: Json = False
+    *,
+    inputs: Path | None = None,
+    exactness: Path | None = None,
+    price_file: PriceFiles = None,
+    as_json: Json = False,
 ) -> None:
     """Recompute the table of arXiv 2606.13361, "Can I Buy Your KV Cache?", from its inputs; answer
     its open question, whether compression opens the trap, with every measured codec.
@@ -321,13 +325,20 @@ def paper(
     ----------
     inputs
         Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
+    exactness
+        A result of kvzip eval exactness, to stand beside the paper's tokens and logits.
     """
     from kvzip.auto import MEASURED
     from kvzip.eval.inputs import load_inputs
     from kvzip.eval.paper import reproduction
     from kvzip.eval.prices import load_prices
+    from kvzip.eval.trials import load_trials
 
-    found = reproduction(load_inputs(inputs or MEASURED), load_prices(*(price_file or [])))
+    found = reproduction(
+        load_inputs(inputs or MEASURED),
+        load_prices(*(price_file or [])),
+        None if exactness is None else load_trials(exactness),
+    )
 
     def show() -> None:
         table = Table("figure", "paper", "ours", "agrees", "formula")
@@ -351,6 +362,8 @@ def paper(
             }
             table.add_row(preset, *(cells.get(codec, "") for codec in codecs))
         _out.print(table)
+        for b in found.beside:
+            _out.print(f"{b.name}: paper {b.paper}, ours {b.ours} ({b.why})", highlight=False)
         _out.print(found.basis, highlight=False)
 
     _emit(msgspec.to_builtins(found), as_json, show)

@@ -10,6 +10,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval.inputs import load_inputs
 from kvzip.eval.paper import PaperRow, paper_table, ratio_needed, reproduction
 from kvzip.eval.prices import default_prices
+from kvzip.eval.trials import Trial, Trials
 
 TABLE = {row.name: row for row in paper_table()}
 
@@ -127,3 +128,29 @@ def test_inputs_of_other_dtypes_are_no_answer() -> None:
     rows = [msgspec.structs.replace(row, dtype="fp32") for row in INPUTS.rows]
     with pytest.raises(KVZipError, match="neither fp16 nor bf16"):
         reproduction(msgspec.structs.replace(INPUTS, rows=rows))
+
+
+def test_measured_exactness_stands_beside_the_papers() -> None:
+    row = Trial("channel", False, 1.5, 4, 4, 2, 96, 96, 96, 24, 0.0)
+    made = Trials(
+        command="",
+        date="",
+        machine=INPUTS.machine,
+        versions={},
+        model="m",
+        revision="r",
+        dtype="bf16",
+        documents=["a", "b"],
+        document_tokens=[512, 300],
+        continuations=2,
+        new_tokens=24,
+        rows=[row, msgspec.structs.replace(row, name="int8", lossy=True, tokens_matching=50)],
+        fresh=msgspec.structs.replace(row, max_logit_difference=0.25),
+    )
+    found = reproduction(INPUTS, trials=made).beside
+    assert [(b.paper, b.ours) for b in found] == [
+        ("24 of 24", "96 of 96"),
+        ("0.02", "0.25"),
+        ("16 of 32", "50 of 96"),
+    ]
+    assert FOUND.beside == []
