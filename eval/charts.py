@@ -57,6 +57,7 @@ class Point:
     style: str
     x: float
     y: float
+    radius: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -272,12 +273,25 @@ def scatter(
     points: Sequence[Point],
     *,
     size: tuple[int, int],
+    chain: Sequence[tuple[float, float]] = (),
+    guides: Sequence[Guide] = (),
 ) -> str:
     """Points with their names beside them, each as near as it has room; one whose label is empty
-    is a mark only."""
+    is a mark only. `chain` joins places by a line; `guides` go across."""
     frame = _Frame(x, y, size, right=16)
     body = [frame.axes()]
-    taken = [_Box(frame.px(p.x) - 6, frame.py(p.y) - 6, 12, 12) for p in points]
+    for guide in guides:
+        at = frame.py(guide.value)
+        body.append(f'<path class="guide" d="M{frame.left} {at:.1f}H{frame.right}"/>')
+        body.append(_text(frame.left + 9, at - 4, guide.label, "note", "start"))
+    if chain:
+        places = [(frame.px(a), frame.py(b)) for a, b in chain]
+        body.append(f'<path class="line ideal" d="{_path(places)}"/>')
+    taken = [
+        _Box(frame.px(p.x) - r, frame.py(p.y) - r, 2 * r, 2 * r)
+        for p in points
+        for r in [p.radius + 1]
+    ]
     for point in points:
         if not point.label:
             continue
@@ -340,5 +354,142 @@ def _path(curve: Sequence[tuple[float, float]]) -> str:
 def _mark(frame: _Frame, point: Point) -> str:
     return (
         f'<circle class="mark {point.style}" data-point="{escape(point.key)}" '
-        f'cx="{frame.px(point.x):.1f}" cy="{frame.py(point.y):.1f}" r="5"/>'
+        f'cx="{frame.px(point.x):.1f}" cy="{frame.py(point.y):.1f}" r="{point.radius:g}"/>'
     )
+
+
+def bars(
+    name: str,
+    title: str,
+    description: str,
+    x: Axis,
+    rows: Sequence[tuple[str, str, float]],
+    *,
+    size: tuple[int, int],
+) -> str:
+    """A bar for each row, (label, style, value), from the axis' low end, with its value behind."""
+    ticks = [(0.0, label) for label, _, _ in rows]
+    frame = _Frame(x, Axis("", 0, len(rows), ticks, False), size, right=44)
+    step = (frame.bottom - frame.top) / max(len(rows), 1)
+    parts = []
+    for value, text in x.ticks:
+        at = frame.px(value)
+        parts.append(f'<path class="grid" d="M{at:.1f} {frame.top}V{frame.bottom}"/>')
+        parts.append(_text(at, frame.bottom + 17, text, "tick", "middle"))
+    for i, (label, style, value) in enumerate(rows):
+        top, end = frame.top + i * step, frame.px(value)
+        parts.append(
+            f'<rect class="bar {style}" data-bar="{escape(label)}" x="{frame.left:.1f}" '
+            f'y="{top + 0.15 * step:.1f}" width="{max(end - frame.left, 0):.1f}" '
+            f'height="{0.7 * step:.1f}"/>'
+        )
+        parts.append(_text(frame.left - 7, top + step / 2 + 4, label, "tick", "end"))
+        parts.append(_text(end + 6, top + step / 2 + 4, f"{value:.2f}", "label", "start"))
+    middle = (frame.left + frame.right) / 2
+    parts.append(_text(middle, frame.height - 8, x.title, "axis", "middle"))
+    return _svg(name, size, title, description, "".join(parts))
+
+
+def heat_map(
+    name: str,
+    title: str,
+    description: str,
+    columns: tuple[str, Sequence[str]],
+    rows: tuple[str, Sequence[str]],
+    values: Sequence[Sequence[float]],
+    *,
+    size: tuple[int, int],
+) -> str:
+    """A cell for each value of `values` [rows][columns], the darker the higher, and a key to the
+    shades. Each axis is a title and its labels. A cell's title is its value."""
+    low, high = (f(f(row) for row in values) for f in (min, max))
+    x = Axis(
+        columns[0], 0, len(columns[1]), [(i + 0.5, t) for i, t in enumerate(columns[1])], False
+    )
+    y = Axis(rows[0], 0, len(rows[1]), [(i + 0.5, t) for i, t in enumerate(rows[1])], False)
+    frame = _Frame(x, y, size, right=64)
+    wide = (frame.right - frame.left) / max(len(columns[1]), 1)
+    tall = (frame.bottom - frame.top) / max(len(rows[1]), 1)
+
+    def cell(at: float, top: float, box: tuple[float, float], value: float, says: str) -> str:
+        shade = 0.06 + 0.94 * (value - low) / (high - low) if high > low else 0.5
+        return (
+            f'<rect class="cell" x="{at:.1f}" y="{top:.1f}" width="{box[0]:.1f}" '
+            f'height="{box[1]:.1f}" fill-opacity="{shade:.3f}"><title>{escape(says)}</title></rect>'
+        )
+
+    parts = []
+    for i, (row, label) in enumerate(zip(values, rows[1], strict=True)):
+        top = frame.top + i * tall
+        parts.append(_text(frame.left - 7, top + tall / 2 + 4, label, "tick", "end"))
+        for j, value in enumerate(row):
+            says = f"{rows[0]} {label}, {columns[0]} {columns[1][j]}: {value:.2f}"
+            at = frame.left + j * wide
+            parts.append(cell(at, top, (max(wide - 1, 0.5), max(tall - 1, 0.5)), value, says))
+    last = -math.inf
+    for value, text in x.ticks:
+        at = frame.px(value)
+        if at - last > len(text) * _CHAR + 6:
+            last = at
+            parts.append(_text(at, frame.bottom + 17, text, "tick", "middle"))
+    steps = 6
+    for i in range(steps if high > low else 1):
+        value = high - (high - low) * i / (steps - 1)
+        top = frame.top + i * 18
+        parts.append(cell(frame.right + 12, top, (14, 14), value, f"{value:.2f}"))
+        parts.append(_text(frame.right + 30, top + 11, f"{value:.1f}", "tick", "start"))
+    middle = (frame.left + frame.right) / 2
+    parts.append(_text(middle, frame.height - 8, x.title, "axis", "middle"))
+    parts.append(_text(4, 13, y.title, "axis", "start"))
+    return _svg(name, size, title, description, "".join(parts))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Places joined by a line, and a band around it, both [(x, y)] or (x, low, high)."""
+
+    key: str
+    label: str
+    style: str
+    places: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float, float]] = ()
+
+
+def curves(
+    name: str,
+    title: str,
+    description: str,
+    x: Axis,
+    y: Axis,
+    lines: Sequence[Curve],
+    *,
+    size: tuple[int, int],
+) -> str:
+    """Curves with their names at their right ends."""
+    frame = _Frame(x, y, size, right=max(len(c.label) for c in lines) * _CHAR + 24)
+    clip = f"{name}-clip"
+    body = [
+        f'<clipPath id="{clip}"><rect x="{frame.left}" y="{frame.top}" '
+        f'width="{frame.right - frame.left}" height="{frame.bottom - frame.top}"/></clipPath>',
+        frame.axes(),
+        f'<g clip-path="url(#{clip})">',
+    ]
+    for c in lines:
+        if c.band:
+            edge = [(frame.px(a), frame.py(b)) for a, b, _ in c.band]
+            edge += [(frame.px(a), frame.py(b)) for a, _, b in reversed(c.band)]
+            body.append(f'<path class="band {c.style}" d="{_path(edge)}Z"/>')
+        places = [(frame.px(a), frame.py(b)) for a, b in c.places]
+        body.append(
+            f'<path class="line {c.style}" data-line="{escape(c.key)}" d="{_path(places)}"/>'
+        )
+    body.append("</g>")
+    ends = [min(max(frame.py(c.places[-1][1]), frame.top), frame.bottom) for c in lines]
+    for c, end, at in zip(lines, ends, _spread(ends, frame.top, frame.bottom), strict=True):
+        start = frame.px(c.places[-1][0])
+        body.append(
+            f'<path class="leader {c.style}" d="M{start:.1f} {end:.1f}'
+            f'L{frame.right + 14} {at:.1f}"/>'
+        )
+        body.append(_text(frame.right + 18, at + 4, c.label, "label", "start"))
+    return _svg(name, size, title, description, "".join(body))

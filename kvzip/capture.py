@@ -164,6 +164,19 @@ def _with_frequencies(
     return tuple(noted)
 
 
+def cast(snapshot: Snapshot, dtype: str) -> Snapshot:
+    """The same cache in another format, as `prefill` with `dtype` makes it from the model's own."""
+    layers = [cast_layer(layer, snapshot.dtype, dtype) for layer in snapshot.layers]
+    return Snapshot(layers, dtypes.get(dtype).name, snapshot.token_ids, snapshot.origin)
+
+
+def cast_layer(layer: Layer, dtype: str, to: str) -> Layer:
+    """One layer whose bits are of `dtype` in the format `to`."""
+    tensors = [dtypes.as_tensor(np.array(part), dtype) for part in layer]
+    k, v = (dtypes.as_bits(_cast(tensor, to))[0] for tensor in tensors)
+    return Layer(k, v, layer.layout)
+
+
 def _cast(tensor: Any, dtype: str) -> Any:
     import torch
 

@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 import kvzip
-from kvzip import auto, container, entropy
+from kvzip import auto, container, dtypes, entropy
 from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError
 from kvzip.profile import Profile
 from kvzip.snapshot import PARTS, Snapshot, replacing_file, sha256_raw
@@ -250,7 +250,6 @@ def capture(
         Keep all that a sliding-window layer computed, not only its window.
     """
     from kvzip import capture as capturing
-    from kvzip import dtypes
     from kvzip.models import load_model
 
     picked = _range(docs)
@@ -746,10 +745,33 @@ def _steps() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @app.command(name="entropy")
-def entropy_command(snapshots: list[Path], *, as_json: Json = False) -> None:
-    """Bits per number of snapshots, by field of the numbers."""
+def entropy_command(
+    snapshots: list[Path],
+    *,
+    train: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
+    profile: ProfilePath = None,
+    out: Annotated[Path | None, Parameter(name=["--out", "--output", "-o"])] = None,
+    as_json: Json = False,
+) -> None:
+    """Bits per number of snapshots, by field of the numbers, layer, head and channel, under models
+    from tables of frequencies to prediction from layer to layer.
+
+    Figures are ideal code lengths. Those of other documents' models are in floating point.
+
+    Parameters
+    ----------
+    snapshots
+        Documents of one model to measure; the ladder is the mean over them.
+    train
+        Other documents of the model, to learn from: without, tables know the frequencies of the
+        documents that they are measured on, and nothing is predicted.
+    profile
+        Its own integer model's bits, too.
+    out
+        Folder for entropy.json and the figures (ladder, layers and heads, spectrum) as SVG.
+    """
     files = []
-    with _bar("entropy", len(snapshots), in_bytes=False) as advance:
+    with _bar("fields", len(snapshots), in_bytes=False) as advance:
         for path in snapshots:
             snapshot = Snapshot.load(path)
             files.append(
@@ -760,6 +782,20 @@ def entropy_command(snapshots: list[Path], *, as_json: Json = False) -> None:
                 }
             )
             advance(1)
+    with _steps() as tell:
+        fitted = entropy.fit(train, tell) if train else None
+        ladder = entropy.measure(snapshots, fitted, _profile(profile), tell)
+    result = {"files": files, "ladder": msgspec.to_builtins(ladder)}
+    if out is not None:
+        from kvzip.eval import graphs
+
+        out.mkdir(parents=True, exist_ok=True)
+        drawn = graphs.ladder_files(ladder)
+        data = msgspec.json.format(msgspec.json.encode(result))
+        for name, content in {"entropy.json": data, **drawn}.items():
+            with replacing_file(out / name) as file:
+                file.write(content)
+        result["figures"] = [str(out / name) for name in drawn]
 
     def show() -> None:
         for found in files:
@@ -767,8 +803,15 @@ def entropy_command(snapshots: list[Path], *, as_json: Json = False) -> None:
             for m in found["planes"]:
                 table.add_row(m["plane"], str(m["width"]), f"{m['k']:.3f}", f"{m['v']:.3f}")
             _out.print(table)
+        table = Table("model", "learned from", "bits", "K", "V", "ratio", title="ideal code length")
+        width = dtypes.get(ladder.dtype).bits
+        for rung in ladder.rungs:
+            ratio = f"{width / rung.bits:.3f}" if rung.bits else ""
+            bits = [f"{b:.3f}" for b in (rung.bits, rung.k, rung.v)]
+            table.add_row(rung.name, rung.learned, *bits, ratio)
+        _out.print(table)
 
-    _emit({"files": files}, as_json, show)
+    _emit(result, as_json, show)
 
 
 @app.command

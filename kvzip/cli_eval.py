@@ -12,7 +12,8 @@ from cyclopts import Parameter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from kvzip.cli import Json, _emit, _err, _escape, _out, _specs, app, evaluate
+from kvzip import dtypes
+from kvzip.cli import Json, _emit, _err, _escape, _out, _specs, _steps, app, evaluate
 from kvzip.errors import KVZipError
 from kvzip.snapshot import replacing_file
 
@@ -555,6 +556,109 @@ def inputs(
             _out.print(f"missing: {m.codec}, {m.dtype}: {m.reason}", markup=False)
 
     _emit(msgspec.to_builtins(found), as_json, show)
+
+
+# --- the frontier ------------------------------------------------------------------------------
+
+Snapshots = Annotated[list[Path] | None, Parameter(consume_multiple=True)]
+
+
+@evaluate.command
+def frontier(
+    *,
+    test: Snapshots = None,
+    train: Snapshots = None,
+    calibrate: Snapshots = None,
+    model: str | None = None,
+    layers: str | None = None,
+    cast: str | None = None,
+    copies: str | None = None,
+    out: Annotated[Path, Parameter(name=["--out", "--output", "-o"])] = Path("frontier"),
+    draw: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Bits per number against the multiplications that a predictor takes, from none to a whole
+    second prefill; or draw such a result.
+
+    What is found is kept in the folder: an interrupted run goes on where it stopped. Figures are
+    ideal code lengths in floating point.
+
+    Parameters
+    ----------
+    test
+        Snapshots to measure; there is a run for each dtype that they have.
+    train
+        Snapshots of other documents, for the regressions.
+    calibrate
+        And of others again, for covariances and densities, in the dtypes of those to measure.
+    model
+        The model that made them, as for `kvzip capture`: copies of it with rounded weights predict.
+    layers
+        Which layers, with commas between. Default: six over the model.
+    cast
+        Dtypes that the first dtype's snapshots are cast to, with commas between, a run for each.
+    copies
+        Which copies, of int4,fp8,int8,fp32,pieces,stream; "none" for none. Default: all.
+    out
+        Folder for frontier.json, frontier.svg and what is kept.
+    draw
+        A stored result: frontier.svg is drawn into --out, and nothing is run.
+    """
+    from kvzip.eval import frontier as curve
+    from kvzip.eval import graphs
+    from kvzip.eval.copies import COPIES
+
+    if draw is not None:
+        result = curve.load(draw)
+    elif not (test and train and calibrate and model):
+        raise KVZipError("name --test, --train, --calibrate and --model, or a result with --draw")
+    else:
+        kinds = tuple(COPIES) if copies is None else _names(copies.removesuffix("none"))
+        try:
+            picked = None if layers is None else [int(i) for i in layers.split(",")]
+        except ValueError:
+            raise KVZipError(f"--layers {layers!r}: write numbers with commas between") from None
+        with _steps() as tell:
+            result = curve.run(
+                train,
+                calibrate,
+                test,
+                model=model,
+                out=out,
+                layers=picked,
+                casts=[dtypes.get(name).name for name in _names(cast or "")],
+                kinds=kinds,
+                command=shlex.join(["kvzip", *sys.argv[1:]]),
+                progress=tell,
+            )
+        curve.save(result, out / "frontier.json")
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing_file(out / "frontier.svg") as file:
+        file.write(graphs.frontier_file(result).encode())
+
+    def show() -> None:
+        for run in result.runs:
+            title = f"{result.model}, {run.dtype}: layers {', '.join(map(str, result.layers))}"
+            columns = ("bits", "share of prefill", "products a token", "MB to know")
+            table = Table(Column("predictor", no_wrap=True), *columns, title=title)
+            best = {p.key for p in curve.hull(run.points)}
+            for p in run.points:
+                name = f"[bold]{p.title}[/]" if p.key in best else p.title
+                share = f"{100 * p.share:.2f} %"
+                size = f"{p.profile_bytes / 1e6:.1f}"
+                table.add_row(name, f"{p.bits:.3f}", share, f"{p.products / 1e6:.2f} M", size)
+            _out.print(table)
+            for s in run.steps:
+                if s.worth_below_mbps is not None:
+                    line = f"from {s.cheaper} to {s.dearer}: {s.bits_saved:.2f} bits, worth it "
+                    line += f"below {s.worth_below_mbps:,.1f} Mb/s"
+                    _out.print(line, highlight=False)
+
+    _emit(msgspec.to_builtins(result), as_json, show)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def _integers(option: str, text: str) -> list[int]:

@@ -1,0 +1,156 @@
+"""Copies of a model whose prefill predicts the model's own cache: the far end of the frontier.
+
+A copy's weights are rounded, then it computes in float32, so that nothing but the rounding of the
+weights is added; that is how "speculative KV coding" (Finn 2026) predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.capture import prefill
+from kvzip.models import LoadedModel, load_model
+from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
+
+COPIES = {
+    "int4": ("copy", "second prefill, int4 weights"),
+    "fp8": ("copy", "second prefill, fp8 weights"),
+    "int8": ("copy", "second prefill, int8 weights"),
+    "fp32": ("recomputation", "recomputed in fp32"),
+    "pieces": ("recomputation", "recomputed in pieces of 512 tokens"),
+    "stream": ("floor", "given the residual stream of this layer"),
+}
+"""Family and title of each. int4: groups of 32 along the inputs, one fp16 scale each; fp8 (e4m3)
+and int8: one scale an output channel; fp32: the same weights, computed in fp32; pieces: in the
+model's dtype, but in pieces; stream: the exact input of the layer, computed on in fp32, which
+leaves the rounding noise of the layer's own keys and values."""
+GROUP = 32
+PIECE = 512
+
+
+def weights_of(model: Any) -> list[Any]:
+    """The linear layers of a decoder, without the head that makes logits."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+
+
+def products_of(model: Any) -> int:
+    """Multiplications of a weight that a prefill makes for a token: attention's own products and
+    logits left out."""
+    return sum(m.weight.numel() for m in weights_of(model))
+
+
+def bytes_of(kind: str, model: Any) -> float:
+    """Bytes of a copy's weights."""
+    count = products_of(model)
+    outputs = sum(m.weight.shape[0] for m in weights_of(model))
+    sizes = {"int4": count * (0.5 + 2 / GROUP), "fp8": count + 4.0 * outputs}
+    sizes |= {"int8": count + 4.0 * outputs, "fp32": 2.0 * count, "pieces": 2.0 * count}
+    return sizes.get(kind, 0.0)
+
+
+def rounded(weight: Any, kind: str) -> Any:
+    """A weight matrix [outputs, inputs], float32, rounded as `COPIES` says."""
+    import torch
+
+    if kind == "int4":
+        outputs, columns = weight.shape
+        padded = torch.nn.functional.pad(weight, (0, -columns % GROUP))
+        groups = padded.view(outputs, -1, GROUP)
+        scale = (groups.abs().amax(-1, keepdim=True) / 7).half().float().clamp(min=1e-12)
+        return ((groups / scale).round().clamp(-8, 7) * scale).view(outputs, -1)[:, :columns]
+    top = {"fp8": 448.0, "int8": 127.0}[kind]
+    scale = (weight.abs().amax(1, keepdim=True) / top).clamp(min=1e-30)
+    whole = weight / scale
+    if kind == "fp8":
+        return whole.to(torch.float8_e4m3fn).float() * scale
+    return whole.round() * scale
+
+
+def make(kind: str, ref: str, dtype: str) -> Callable[[NDArray[Any]], Snapshot]:
+    """A function from token ids [tokens] to what the copy predicts. `dtype`: what the model's own
+    cache was computed in."""
+    import torch
+
+    if kind == "stream":
+        return _Stream(load_model(ref, dtype), load_model(ref, "fp32"))
+    loaded = load_model(ref, dtype if kind == "pieces" else "fp32")
+    if kind == "pieces":
+        return lambda ids: _in_pieces(loaded, ids)
+    if kind != "fp32":
+        with torch.no_grad():
+            for module in weights_of(loaded.model):
+                module.weight.copy_(rounded(module.weight, kind))
+    return lambda ids: prefill(loaded, ids, full_history=True)
+
+
+def _snapshot(cache: Any, origin: Origin) -> Snapshot:
+    from kvzip import dtypes
+
+    layers = []
+    for held in cache:
+        parts = [dtypes.as_bits(t.float().contiguous())[0][0] for t in held]
+        layers.append(
+            Layer(
+                parts[0], parts[1], LayerLayout(parts[0].shape, parts[1].shape, parts[0].shape[1])
+            )
+        )
+    return Snapshot(layers, "fp32", None, origin)
+
+
+def _in_pieces(loaded: LoadedModel, ids: NDArray[Any]) -> Snapshot:
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    with torch.inference_mode():
+        for piece in torch.from_numpy(ids.astype(np.int64))[None].split(PIECE, dim=1):
+            loaded.model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return _snapshot([(c.keys, c.values) for c in cache.layers], Origin(loaded.id))
+
+
+class _Stream:
+    """Each layer in float32 from the input that the model's own layer had."""
+
+    def __init__(self, own: LoadedModel, fine: LoadedModel):
+        self.own, self.id = own.model, own.id
+        self.layers = fine.model.get_decoder().layers
+        self.found: list[Any] = []
+        for layer, twin in zip(own.model.get_decoder().layers, self.layers, strict=True):
+            layer.register_forward_pre_hook(
+                lambda _, given, named, twin=twin: self._compute(twin, given, named),
+                with_kwargs=True,
+            )
+
+    def _compute(self, twin: Any, given: Any, named: dict[str, Any]) -> None:
+        import torch
+        from transformers import DynamicCache
+
+        def fine(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(fine(v) for v in value)
+            is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.float() if is_float else value
+
+        cache = DynamicCache()
+        twin(*fine(given), **{k: fine(v) for k, v in named.items()} | {"past_key_values": cache})
+        held = cache.layers[-1]
+        self.found.append((held.keys, held.values))
+
+    def __call__(self, ids: NDArray[Any]) -> Snapshot:
+        import torch
+
+        self.found.clear()
+        with torch.inference_mode():
+            self.own(
+                input_ids=torch.from_numpy(ids.astype(np.int64))[None],
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return _snapshot(self.found, Origin(self.id))

@@ -1,0 +1,326 @@
+"""Predictors of one layer from layers before it, and the ideal code length that each leaves.
+
+Every predictor gives a base for each token. What it leaves goes the same way for all: channels
+before, density on the dtype's grid, token energy (`kvzip.entropy.residual`). Floating point, ideal
+code lengths; documents to learn from, to calibrate on and to measure are three sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.entropy import linear
+from kvzip.entropy.ladder import SAMPLE
+from kvzip.entropy.linear import Doubles, Floats, Linear, Moments, Vectors
+from kvzip.entropy.residual import Density, View, Within
+from kvzip.entropy.tables import Frequencies
+from kvzip.snapshot import Layer
+
+DIRECTIONS = 32
+"""Principal directions of the layer before that regions are told by."""
+COPY = -1
+"""Name of the vectors that a copy of the model predicts."""
+RANKS = (32, 64, 128, 256)
+REGIONS = (4, 16, 64)
+_CHANNEL_BYTES = 24  # of a channel's mean, scale, density and quantisation
+_SHRINK = 2000.0  # tokens that stand for the common map behind a region's own
+_SHRINK_COVARIANCE = 1000.0
+
+
+class LayerPoint(msgspec.Struct, frozen=True):
+    """One predictor on one layer."""
+
+    layer: int
+    bits: float
+    """Ideal bits per number."""
+    k: float
+    v: float
+    products: float
+    """Multiplications of a weight for a token."""
+    bytes: float
+    """Of what the predictor must know, a byte a weight."""
+
+
+@dataclass
+class Document:
+    """One layer of a document, and the vectors it is predicted from, by layer or `COPY`."""
+
+    view: View
+    vectors: dict[int, Floats]
+
+
+@dataclass
+class LayerData:
+    """What predictors of one layer learn from and are measured on."""
+
+    layer: int
+    learning: list[dict[int, Floats]]
+    """Vectors of the layer and of those before it."""
+    calibration: list[Document]
+    test: list[Document]
+    seen: Frequencies
+    """Of the calibration documents."""
+    new: Frequencies
+    """Of the test documents."""
+    moments: Moments = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = sorted({name for vectors in self.learning for name in vectors})
+        self.moments = Moments((a, b) for a in names for b in names)
+        for vectors in self.learning:
+            self.moments.add(vectors)
+
+    @property
+    def width(self) -> int:
+        return self.test[0].view.y.shape[1]
+
+
+Base = Callable[[Vectors], tuple[Floats, NDArray[np.int64]]]
+"""From vectors to the expected vector of each token [tokens, channels], and its region [tokens]."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """`base` comes with `regions` covariances of its own; `within`: channels before are used."""
+
+    base: Base
+    products: float
+    bytes: float
+    regions: int = 1
+    within: bool = True
+    energy: bool = True
+
+
+def measure(predictor: Predictor, data: LayerData) -> LayerPoint:
+    """What the predictor leaves of the test documents."""
+    pairs, width = data.test[0].view.order.pairs, data.width
+    # Covariances and densities see different documents: what fits too well would show.
+    shapes = data.calibration[::3] if len(data.calibration) > 2 else data.calibration
+    apart = {id(d) for d in shapes} if len(data.calibration) > 2 else set()
+    covariances = _covariances(predictor, [d for d in data.calibration if id(d) not in apart])
+    withins = [Within(c, pairs, alone=not predictor.within) for c in covariances]
+    parts = len(shapes) * predictor.regions
+    density = Density(predictor.energy, max(64, SAMPLE // parts))
+    for document in shapes:
+        for view, p, s in _expected(predictor, withins, document):
+            density.learn(view, p, s)
+    total, tokens = np.zeros(width), 0
+    for document in data.test:
+        for view, p, s in _expected(predictor, withins, document):
+            total += density.code_length(view, p, s).sum(axis=0, dtype=np.float64)
+            tokens += len(p)
+    mean, keys = total / tokens, data.test[0].view.order.keys
+    triangle = width * (width - 1) / 2 if predictor.within else 0.0
+    return LayerPoint(
+        data.layer,
+        float(mean.mean()),
+        float(mean[:keys].mean()),
+        float(mean[keys:].mean()),
+        predictor.products + triangle,
+        predictor.bytes + predictor.regions * (triangle + _CHANNEL_BYTES * width),
+    )
+
+
+def tables(data: LayerData) -> LayerPoint:
+    """A table of signs and exponents for each channel, as `channel` has, from the calibration
+    documents; a byte for each entry that occurs."""
+    found = data.new.code_lengths(data.seen)["by channel"]
+    k, v = (float(found[0, part].mean()) for part in ("k", "v"))
+    sizes = [found[0, part].size for part in ("k", "v")]
+    entries = sum(int((counts > 0).sum()) for counts in data.seen.values.values())
+    bits = (k * sizes[0] + v * sizes[1]) / sum(sizes)
+    return LayerPoint(data.layer, bits, k, v, 0.0, float(entries))
+
+
+def _expected(
+    predictor: Predictor, withins: Sequence[Within], document: Document
+) -> Iterator[tuple[View, Floats, Floats]]:
+    """Views of the tokens of each region, where their numbers are expected, and their spreads."""
+    base, region = predictor.base(document.vectors)
+    for r, within in enumerate(withins):
+        rows = np.flatnonzero(region == r) if len(withins) > 1 else slice(None)
+        view = document.view.take(rows)
+        if len(view.y):
+            yield view, *within.expect(view, base[rows])
+
+
+def _covariances(predictor: Predictor, documents: Sequence[Document]) -> list[Doubles]:
+    """Of what is left in each region; a region of few tokens leans on all together."""
+    width = documents[0].view.y.shape[1]
+    sums, counts = np.zeros((predictor.regions, width, width)), np.zeros(predictor.regions)
+    for document in documents:
+        base, region = predictor.base(document.vectors)
+        left = document.view.y - base
+        for r in range(predictor.regions):
+            own = left[region == r] if predictor.regions > 1 else left
+            sums[r] += own.T @ own
+            counts[r] += len(own)
+    common = sums.sum(axis=0) / counts.sum()
+    if predictor.regions == 1:
+        return [common]
+    lean = _SHRINK_COVARIANCE
+    return [(s + lean * common) / (n + lean) for s, n in zip(sums, counts, strict=True)]
+
+
+# --- the predictors ------------------------------------------------------------------------------
+
+
+def inputs(layer: int, back: int, first: bool) -> tuple[int, ...]:
+    """The `back` layers before `layer`, and the first one."""
+    names = set(range(max(layer - back, 0), layer))
+    return tuple(sorted(names | {0} if first and layer else names))
+
+
+def needed(layer: int) -> tuple[int, ...]:
+    """All layers that a predictor of `layer` looks at, and itself."""
+    return (*inputs(layer, 4, True), layer)
+
+
+CATALOGUE: dict[str, tuple[str, str]] = {
+    "channel": ("tables", "tables for each channel (`channel`)"),
+    "density": ("tables", "a density for each channel"),
+    "within": ("linear", "channels before only"),
+    **{f"rank-{rank}": ("linear", f"three layers, rank {rank}") for rank in RANKS},
+    "one": ("linear", "the layer before"),
+    "two": ("linear", "the two before"),
+    "full": ("linear", "the first and the two before"),
+    "wide": ("linear", "the first and the four before"),
+    **{f"regions-{n}": ("piecewise", f"three layers, {n} regions") for n in REGIONS},
+}
+"""Family and title of the predictors that look at no copy of the model."""
+MAIN = ("channel", "density", "within", "one", "full", "regions-16")
+"""Of these, what formats after the first are measured with."""
+
+
+def measure_key(key: str, data: LayerData) -> LayerPoint:
+    """Measure a predictor of the catalogue."""
+    if key == "channel":
+        return tables(data)
+    name, _, size = key.partition("-")
+    if name == "regions":
+        return measure(piecewise(data, int(size)), data)
+    if name in ("density", "within"):
+        found = linear.constant(data.moments, data.layer)
+        alone = name == "density"
+        return measure(_linear(data, found, within=not alone, energy=not alone), data)
+    back, first = {"one": (1, False), "two": (2, False), "wide": (4, True)}.get(name, (2, True))
+    found = linear.regress(data.moments, inputs(data.layer, back, first), data.layer)
+    return measure(_linear(data, found, int(size) if name == "rank" else None), data)
+
+
+def _linear(data: LayerData, found: Linear, rank: int | None = None, **how: bool) -> Predictor:
+    """With a rank, as two thin matrices."""
+    columns = len(found.weights)
+    products = columns * data.width
+    if rank is not None and columns:
+        found = linear.low_rank(data.moments, found, data.layer, rank)
+        products = rank * (columns + data.width)
+
+    def base(vectors: Vectors) -> tuple[Floats, NDArray[np.int64]]:
+        y = found(vectors)
+        return y, np.zeros(len(y), np.int64)
+
+    return Predictor(base, float(products), float(products), **how)
+
+
+def copied(data: LayerData, within: bool) -> Predictor:
+    """What a copy of the model says, with channels before or without."""
+
+    def base(vectors: Vectors) -> tuple[Floats, NDArray[np.int64]]:
+        y = vectors[COPY]
+        return y, np.zeros(len(y), np.int64)
+
+    return Predictor(base, 0.0, 0.0, within=within)
+
+
+class _Regions:
+    """Tokens by the nearest of k-means' centres, on the principal directions of a vector."""
+
+    def __init__(self, data: LayerData, name: int, count: int):
+        moments = data.moments
+        self.name, self.count, self.mean = name, count, moments.mean(name).astype(np.float32)
+        covariance = moments.covariance(name, name)
+        unit = 1 / np.sqrt(np.maximum(np.diag(covariance), 1e-30))
+        _, vectors = np.linalg.eigh(covariance * np.outer(unit, unit))
+        self.directions = (unit[:, None] * vectors[:, ::-1][:, :DIRECTIONS]).astype(np.float32)
+        every = np.concatenate([self.project(v) for v in data.learning])
+        some = every[:: max(1, len(every) // 40_000)]
+        rng = np.random.default_rng(0)
+        self.centres = some[rng.choice(len(some), count, replace=len(some) < count)]
+        for _ in range(20):
+            region = self._nearest(some)
+            for r in range(count):
+                if len(own := some[region == r]):
+                    self.centres[r] = own.mean(axis=0)
+        self.products = self.directions.size + self.centres.size
+
+    def project(self, vectors: Vectors) -> Floats:
+        return np.asarray((vectors[self.name] - self.mean) @ self.directions)
+
+    def _nearest(self, projected: Floats) -> NDArray[np.int64]:
+        far = (self.centres**2).sum(axis=1) - 2 * projected @ self.centres.T
+        return np.asarray(far.argmin(axis=1), np.int64)
+
+    def __call__(self, vectors: Vectors) -> NDArray[np.int64]:
+        return self._nearest(self.project(vectors))
+
+
+def piecewise(data: LayerData, count: int) -> Predictor:
+    """Each region corrects the common map by a regression of what it leaves, held back as if
+    2,000 tokens had needed no correction."""
+    layer, moments = data.layer, data.moments
+    names = inputs(layer, 2, True)
+    common = linear.regress(moments, names, layer)
+    if not names:
+        return _linear(data, common)
+    regions = _Regions(data, layer - 1, count)
+    mean = np.concatenate([moments.mean(n) for n in names]).astype(np.float32)
+    columns = len(mean) + 1
+
+    def given(vectors: Vectors) -> Floats:
+        x = np.concatenate([vectors[n] for n in names], axis=1) - mean
+        return np.concatenate([x, np.ones((len(x), 1), np.float32)], axis=1)
+
+    gram = np.zeros((count, columns, columns))
+    cross = np.zeros((count, columns, data.width))
+    for vectors in data.learning:
+        x, region = given(vectors), regions(vectors)
+        left = vectors[layer] - common(vectors)
+        for r in range(count):
+            own = x[region == r]
+            gram[r] += own.T @ own
+            cross[r] += own.T @ left[region == r]
+    behind = np.eye(columns)
+    behind[:-1, :-1] = moments.covariances(names, names)
+    unit = np.sqrt(np.maximum(np.diag(behind), 1e-30))
+    behind += 1e-4 * np.diag(unit**2)
+    corrections = [
+        np.linalg.solve(g + _SHRINK * behind, c).astype(np.float32)
+        for g, c in zip(gram, cross, strict=True)
+    ]
+
+    def base(vectors: Vectors) -> tuple[Floats, NDArray[np.int64]]:
+        x, region = given(vectors), regions(vectors)
+        y = common(vectors)
+        for r, correction in enumerate(corrections):
+            rows = region == r
+            y[rows] += x[rows] @ correction
+        return y, region
+
+    products = common.weights.size + regions.products
+    return Predictor(
+        base, float(products), float(common.weights.size * count + regions.products), count
+    )
+
+
+def frequencies(layers: Sequence[Layer], dtype: str) -> Frequencies:
+    """Of one layer in several documents."""
+    found = Frequencies(dtype)
+    for layer in layers:
+        found.add([layer])
+    return found

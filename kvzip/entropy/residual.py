@@ -1,0 +1,220 @@
+"""What a prediction from other layers leaves of a layer, and how the rest is expected.
+
+A channel is expected where the channels before it, whose residuals are known by then, say. Keys are
+predicted with RoPE undone; the two channels that it turns together are turned forward, and the
+second is expected given the first. A token's energy, a running mean of the sizes of its residuals,
+scales all spreads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip import dtypes
+from kvzip.codecs.predictive import rope
+from kvzip.entropy import density
+from kvzip.entropy.linear import Doubles, Floats, cholesky
+from kvzip.snapshot import PARTS, Layer, Origin, Snapshot
+
+MEAN_DEVIATION = 0.75
+"""Of the standard deviation, for what is nearly normal."""
+_LIMIT = np.float32(1e9)  # no cache holds more, and squares still add up in float32
+_GROUP = 16  # channels between two updates of a token's energy
+_PRIOR = 12.0  # channels of size 1 that an energy begins with
+_CAP = 12.0  # one channel counts no more than this for the energy
+
+
+class View:
+    """A layer's numbers in coding order, rows of a batch one after the other."""
+
+    def __init__(self, layer: Layer, order: rope.Order, dtype: str):
+        parts = [p if p.ndim == 4 else p[np.newaxis] for p in layer]
+        flat = [p.transpose(0, 2, 1, 3).reshape(p.shape[0] * p.shape[2], -1) for p in parts]
+        self.dtype, self.order = dtype, order
+        self.bits = np.concatenate([flat[0][:, order.order[: order.keys]], flat[1]], axis=1)
+        self.y: Floats = np.clip(order.unturned(layer), -_LIMIT, _LIMIT)
+        """Numbers with RoPE undone, [tokens, channels]."""
+        rows, _, tokens, _ = parts[0].shape
+        position = np.tile(np.arange(tokens) + layer.layout.first, rows)
+        angle = position[:, None] * order.frequency
+        heads = len(order.pairs) // max(len(order.frequency), 1)
+        self.cos = np.tile(np.cos(angle).astype(np.float32), (1, heads))
+        self.sin = np.tile(np.sin(angle).astype(np.float32), (1, heads))
+
+    def take(self, rows: NDArray[Any] | slice) -> View:
+        """Some of its tokens."""
+        found = View.__new__(View)
+        found.dtype, found.order = self.dtype, self.order
+        found.bits, found.y = self.bits[rows], self.y[rows]
+        found.cos, found.sin = self.cos[rows], self.sin[rows]
+        return found
+
+    @cached_property
+    def x(self) -> Floats:
+        """Numbers as they are stored; 0 for what is not finite."""
+        found = rope.floats(self.bits, self.dtype)
+        real = density.finite(self.bits, self.dtype)
+        return np.where(real, np.clip(found, -_LIMIT, _LIMIT), np.float32(0))
+
+    @cached_property
+    def edges(self) -> tuple[Doubles, Doubles]:
+        return density.edges(self.bits, self.dtype)
+
+
+def orders(snapshot: Snapshot) -> list[rope.Order]:
+    """The coding order of each layer."""
+    origin: Origin = snapshot.origin
+    return [rope.Order(layer, origin, snapshot.dtype) for layer in snapshot.layout.layers]
+
+
+def held_layers(snapshot: Snapshot) -> list[Layer]:
+    """The layers cut to the last tokens of the sequence, those that every layer holds."""
+    first = max(layer.layout.first for layer in snapshot.layers)
+    found = []
+    for layer in snapshot.layers:
+        skip = first - layer.layout.first
+        layout = layer.layout.cut(first, layer.layout.cumulative_length)
+        found.append(Layer(layer.k[..., skip:, :], layer.v[..., skip:, :], layout))
+    return found
+
+
+class Within:
+    """Expects each channel from the residuals of those before it, or each alone."""
+
+    def __init__(self, covariance: Doubles, pairs: Sequence[tuple[int, int]], alone: bool = False):
+        """`covariance`: of the residuals, [channels, channels], in coding order; `alone`: only
+        its diagonal is used."""
+        self.first = np.array([a for a, _ in pairs], np.int64)
+        self.second = np.array([b for _, b in pairs], np.int64)
+        self.coefficients: Floats | None = None
+        variance = np.maximum(np.diag(covariance), 1e-30).astype(np.float64)
+        both = np.zeros(len(pairs))
+        if not alone:
+            lower = cholesky(covariance)
+            spread = np.diag(lower)
+            # L^-1 with a unit diagonal: a row is minus the coefficients on the channels before.
+            coefficients = -np.tril(np.linalg.inv(lower / spread), -1)
+            variance = spread**2
+            if pairs:
+                # The two of a pair are expected from what is before both.
+                slope = coefficients[self.second, self.first]
+                coefficients[self.second] += slope[:, None] * coefficients[self.first]
+                coefficients[self.second, self.first] = 0
+                both = slope * variance[self.first]
+                variance[self.second] += slope * both
+            self.coefficients = coefficients.astype(np.float32)
+        self.variance, self.both = variance.astype(np.float32), both.astype(np.float32)
+
+    def expect(self, view: View, base: Floats) -> tuple[Floats, Floats]:
+        """Where each number is expected and its spread (mean deviation), [tokens, channels], as
+        numbers are stored: keys turned."""
+        p = np.array(base, np.float32)
+        if self.coefficients is not None:
+            p += (view.y - base) @ self.coefficients.T
+        # A dead channel's prediction is right to the last digit that float32 has.
+        size = np.sqrt((view.y**2).mean(axis=0)) * np.float32(1e-6)
+        floor = np.maximum(size, np.float32(1e-30))
+        s = np.tile(np.maximum(np.sqrt(self.variance), floor), (len(p), 1))
+        if len(self.first):
+            one, two = self.first, self.second
+            a, b, c = self.variance[one], self.variance[two], self.both
+            sin, cos = view.sin, view.cos
+            first = a * cos**2 - 2 * c * sin * cos + b * sin**2
+            slope = ((a - b) * sin * cos + c * (cos**2 - sin**2)) / first
+            rest = np.maximum(a * b - c * c, 1e-6 * a * b) / first
+            ahead, beside = p[:, one], p[:, two]
+            p[:, one] = ahead * cos - beside * sin
+            turned = beside * cos + ahead * sin
+            p[:, two] = turned + slope * (view.x[:, one] - p[:, one])
+            s[:, one] = np.maximum(np.sqrt(first), floor[one])
+            s[:, two] = np.maximum(np.sqrt(rest), floor[two])
+        return p, s * np.float32(MEAN_DEVIATION)
+
+
+def energies(z: Floats) -> Floats:
+    """The energy that each number of residuals z [tokens, channels], in units of their spreads,
+    is coded with: what its token's channels before it say, to the last multiple of 16."""
+    tokens, channels = z.shape
+    groups = -(-channels // _GROUP)
+    size = np.zeros((tokens, groups * _GROUP), np.float32)
+    size[:, :channels] = np.minimum(np.abs(z), _CAP)
+    sums = size.reshape(tokens, groups, _GROUP).sum(axis=2)
+    before = np.cumsum(sums, axis=1) - sums
+    energy = (_PRIOR + before) / (_PRIOR + _GROUP * np.arange(groups))
+    return np.repeat(energy.astype(np.float32), _GROUP, axis=1)[:, :channels]
+
+
+class Density:
+    """The channels' mixtures, learned from residuals of calibration documents."""
+
+    def __init__(self, energy: bool, sample: int):
+        """`sample`: tokens that are looked at in a document, evenly spread."""
+        self.energy, self.sample = energy, sample
+        self._seen: list[tuple[Floats, Floats]] = []
+
+    def learn(self, view: View, p: Floats, s: Floats) -> None:
+        rows = np.unique(np.linspace(0, len(p) - 1, min(self.sample, len(p))).astype(np.int64))
+        some, p, s = view.take(rows), p[rows], s[rows]
+        low, high = some.edges
+        s = s * energies((some.x - p) / s) if self.energy else s
+        ends = [((end - p) / s).astype(np.float32) for end in (low, high)]
+        self._seen.append((ends[0], ends[1]))
+
+    @cached_property
+    def weights(self) -> Doubles:
+        """[channels, scales]; what was learned from is forgotten."""
+        low, high = (np.concatenate(ends) for ends in zip(*self._seen, strict=True))
+        self._seen.clear()
+        return density.mixture(low, high)
+
+    def code_length(self, view: View, p: Floats, s: Floats) -> Floats:
+        """Ideal bits of each number, [tokens, channels]."""
+        if self.energy:
+            s = s * energies((view.x - p) / s)
+        low, high = view.edges
+        bits = dtypes.get(view.dtype).bits
+        return density.code_length(low, high, p, s, self.weights, bits)
+
+
+class PartBits(msgspec.Struct, frozen=True):
+    """Bits per number of one layer's keys or values."""
+
+    bits: float
+    heads: list[float]
+    channels: list[list[float]]
+    """[heads][dim]; empty where a model tells them only together."""
+
+
+class LayerBits(msgspec.Struct, frozen=True):
+    k: PartBits
+    v: PartBits
+
+
+def by_channel(
+    mean: NDArray[np.floating], order: rope.Order, shapes: Sequence[tuple[int, int]]
+) -> LayerBits:
+    """Mean bits of channels in coding order, [channels], as heads x dim of keys and of values."""
+    keys = np.empty(order.keys)
+    keys[order.order[: order.keys]] = mean[: order.keys]
+    parts = [
+        part_bits(m.reshape(s)) for m, s in zip((keys, mean[order.keys :]), shapes, strict=True)
+    ]
+    return LayerBits(*parts)
+
+
+def part_bits(mean: NDArray[np.floating]) -> PartBits:
+    """`mean`: [heads, dim]."""
+    rounded = np.round(mean.astype(np.float64), 4)
+    heads = [float(h) for h in mean.mean(axis=1)] if mean.size else []
+    return PartBits(float(mean.mean()) if mean.size else 0.0, heads, rounded.tolist())
+
+
+def head_shapes(layer: Layer) -> list[tuple[int, int]]:
+    """(heads, dim) of keys and of values."""
+    return [(layer.layout.shape(part)[-3], layer.layout.shape(part)[-1]) for part in PARTS]

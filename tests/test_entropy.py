@@ -1,0 +1,306 @@
+"""The ladder of models: its code lengths are those of real distributions, and fall rung by rung."""
+
+from __future__ import annotations
+
+import copy
+import json
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support import cache_like, make_snapshot, random_bits, tiny_model
+from test_cli import run, run_json
+
+import kvzip
+from kvzip import dtypes, entropy
+from kvzip.capture import cast, prefill
+from kvzip.entropy import density, linear, residual
+from kvzip.entropy.ladder import LEVELS, PREDICTED, PROFILE, orders, split
+from kvzip.errors import KVZipError, ProfileError
+
+HEADS, DIM = 2, 16
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("Llama", vocab_size=100, num_hidden_layers=4, head_dim=DIM)
+
+
+def documents(loaded, count, tokens=160, seed=0, **how):
+    rng = np.random.default_rng(seed)
+    return [prefill(loaded, row, **how) for row in rng.integers(0, 100, (count, tokens), np.uint32)]
+
+
+@pytest.fixture(scope="module")
+def learned(llama):
+    return documents(llama, 7)
+
+
+@pytest.fixture(scope="module")
+def fitted(learned):
+    return entropy.fit(learned)
+
+
+@pytest.fixture(scope="module")
+def unseen(llama):
+    return documents(llama, 2, seed=9)
+
+
+# --- the density -------------------------------------------------------------------------------
+
+
+def every_number(dtype):
+    form = dtypes.get(dtype)
+    return np.arange(1 << form.bits, dtype=np.uint32).astype(form.uint)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2"])
+@pytest.mark.parametrize(("p", "s"), [(0.0, 1.0), (3.7, 0.01), (-1e3, 40.0), (1e-6, 1e-9)])
+def test_probabilities_of_all_bit_patterns_add_up_to_one(dtype, p, s):
+    numbers = every_number(dtype)
+    low, high = (e[:, np.newaxis] for e in density.edges(numbers, dtype))
+    weights = np.random.default_rng(1).dirichlet(np.ones(len(density.COMPONENTS)))[np.newaxis]
+    where = np.full((len(numbers), 1), p), np.full((len(numbers), 1), s)
+    bits = density.code_length(low, high, *where, weights, dtypes.get(dtype).bits)
+    total = np.exp2(-bits.astype(np.float64)).sum()
+    # Patterns that are no numbers have only their even share, so it is 1 to the last digits.
+    assert total == pytest.approx(1, abs=2e-4)
+    assert np.isfinite(bits).all()
+
+
+def test_neighbours_share_an_edge(dtype):
+    """On the grid of any format, subnormals and both zeros included."""
+    form = dtypes.get(dtype)
+    rng = np.random.default_rng(0)
+    some = np.concatenate([rng.integers(0, 1 << form.bits, 500), [0, 1, 1 << (form.bits - 1)]])
+    ordered = np.sort(dtypes.to_ordered(some.astype(form.uint)))
+    real = density.finite(dtypes.from_ordered(ordered), dtype)
+    above = dtypes.from_ordered(ordered + form.uint.type(1))
+    both = real & density.finite(above, dtype)
+    low, high = density.edges(dtypes.from_ordered(ordered), dtype)
+    assert np.array_equal(high[both], density.edges(above, dtype)[0][both])
+    assert (low[real] < high[real]).sum() >= real.sum() - 2  # half of a smallest step may vanish
+    assert not low[~real].any()
+    assert not high[~real].any()
+
+
+def test_a_mixture_costs_what_the_distribution_does():
+    """Against the differential entropy of a normal distribution on a grid much finer than it."""
+    rng = np.random.default_rng(3)
+    step, count = 2.0**-8, 4000
+    at = np.round(rng.normal(size=(count, 4)) / step) * step
+    low, high = at - step / 2, at + step / 2
+    weights = density.mixture(low, high)
+    assert weights.sum(axis=1) == pytest.approx(np.ones(4))
+    fresh = np.round(rng.normal(size=(count, 4)) / step) * step
+    ones = np.zeros_like(fresh), np.ones_like(fresh)
+    bits = density.code_length(fresh - step / 2, fresh + step / 2, *ones, weights, 16).mean()
+    true = 0.5 * np.log2(2 * np.pi * np.e) - np.log2(step)
+    assert true - 0.03 < bits < true + 0.03
+
+
+# --- regressions ---------------------------------------------------------------------------------
+
+
+def test_a_regression_finds_the_map():
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(4000, 12)) * 3 + 200).astype(np.float32)
+    w = rng.normal(size=(12, 5)).astype(np.float32)
+    y = x @ w + rng.normal(size=(4000, 5)).astype(np.float32)
+    moments = linear.Moments([(0, 0), (0, 1), (1, 1)])
+    for i in range(0, 4000, 1000):
+        moments.add({0: x[i : i + 1000], 1: y[i : i + 1000]})
+    found = linear.regress(moments, [0], 1)
+    assert np.abs(found.weights - w).max() < 0.05
+    left = y - found({0: x})
+    assert np.cov(left.T, bias=True) == pytest.approx(linear.residual(moments, found, 1), abs=0.01)
+    whole = linear.low_rank(moments, found, 1, 5)
+    assert whole.weights == pytest.approx(found.weights, abs=1e-3)
+    traces = [
+        np.trace(linear.residual(moments, linear.low_rank(moments, found, 1, r), 1))
+        for r in range(1, 6)
+    ]
+    assert traces == sorted(traces, reverse=True)
+
+
+def test_channels_before_leave_what_the_determinant_says(fitted, unseen):
+    """Pairs that RoPE turns included: variance left adds up to the covariance's determinant."""
+    view = residual.View(unseen[0].layers[1], orders(unseen[0])[1], "bf16")
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(view.y.shape[1],) * 2)
+    covariance = mixing @ mixing.T
+    within = residual.Within(covariance, view.order.pairs)
+    a, b = within.variance[within.first], within.variance[within.second]
+    alone = np.delete(within.variance, np.concatenate([within.first, within.second]))
+    logs = np.log(a * b - within.both**2).sum() + np.log(alone).sum()
+    assert logs == pytest.approx(np.linalg.slogdet(covariance)[1], rel=0.01)
+    _, s = within.expect(view, view.y * 0)
+    turned = np.log(s / residual.MEAN_DEVIATION).sum(axis=1) * 2
+    assert turned == pytest.approx(np.full(len(s), logs), rel=0.01)
+
+
+# --- the ladder ----------------------------------------------------------------------------------
+
+
+def test_the_rungs_fall(fitted, unseen):
+    ladder = entropy.measure(unseen, fitted)
+    bits = {rung.name: rung.bits for rung in ladder.rungs}
+    assert list(bits) == [*LEVELS, *PREDICTED]
+    assert bits["and channels before"] < bits["from layers before"] - 0.3
+    assert bits["from layers before"] < bits["density by channel"] - 0.3
+    assert bits["density by channel"] < bits["all numbers alike"] + 0.1
+    # Energy has nothing to tell in a random model's cache; it costs little.
+    assert bits["and token energy"] < bits["and channels before"] + 0.05
+    for rung in ladder.rungs:
+        assert rung.bits == pytest.approx((rung.k + rung.v) / 2)
+        for layer in rung.layers:
+            for part in (layer.k, layer.v):
+                assert np.shape(part.channels) == (HEADS, DIM)
+                assert np.mean(part.channels) == pytest.approx(part.bits, abs=1e-3)
+                assert np.mean(part.channels, axis=1) == pytest.approx(part.heads, abs=1e-3)
+    assert ladder.numbers == sum(s.layout.numbers for s in unseen)
+    for spectrum in ladder.spectra:
+        assert spectrum.before == sorted(spectrum.before, reverse=True)
+        assert sum(spectrum.before) == pytest.approx(2 * HEADS * DIM, rel=0.01)
+    assert sum(ladder.spectra[2].residual) < 0.7 * sum(ladder.spectra[2].before)
+
+
+def test_energy_pays_where_tokens_differ():
+    """Tokens of two sizes, in equal shares."""
+    rng = np.random.default_rng(0)
+
+    def made():
+        size = 2.0 ** rng.integers(0, 5, (1, 400, 1))
+        parts = [rng.normal(size=(2, 400, 16)) * size for _ in range(2)]
+        bits = [(p.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) for p in parts]
+        return kvzip.Snapshot.from_arrays([tuple(bits)], "bf16")
+
+    ladder = entropy.measure([made()], entropy.fit([made() for _ in range(3)]))
+    bits = {rung.name: rung.bits for rung in ladder.rungs}
+    assert bits["and token energy"] < bits["and channels before"] - 0.2
+
+
+def test_tables_never_cost_less_than_the_entropy(dtype):
+    """Known frequencies cost the least; those of other documents cost more, on every level."""
+    snapshots = [make_snapshot(cache_like, i, dtype, tokens=200) for i in range(3)]
+    own = entropy.measure(snapshots[:1])
+    levels = [rung.bits for rung in own.rungs]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[-1] <= dtypes.get(dtype).bits
+    others = entropy.measure(snapshots[:1], entropy.fit(snapshots[1:]))
+    for known, learned in zip(own.rungs, others.rungs, strict=False):
+        assert learned.name == known.name
+        assert learned.bits > known.bits
+    if dtype != "fp32":
+        symbols = (dtypes.get(dtype).symbols - 1) if dtypes.get(dtype).bits > 8 else 255
+        assert levels[0] <= np.log2(symbols + 1) + dtypes.get(dtype).mantissa_bits
+
+
+def test_every_bit_pattern_has_a_price(dtype):
+    """Noise: infinities, NaNs, subnormals. No model gains, and none is lost."""
+    snapshots = [make_snapshot(random_bits, i, dtype, tokens=150, dim=8) for i in range(3)]
+    ladder = entropy.measure(snapshots[:1], entropy.fit(snapshots[1:]))
+    for rung in ladder.rungs:
+        width = dtypes.get(dtype).bits
+        assert width * 0.9 < rung.bits < width + 13
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2"])
+def test_other_formats_are_predicted(llama, dtype):
+    exact = replace(llama, model=copy.deepcopy(llama.model).float())
+    made = documents(exact, 6, dtype=dtype)
+    ladder = entropy.measure(made[:1], entropy.fit(made[1:]))
+    bits = {rung.name: rung.bits for rung in ladder.rungs}
+    assert bits["and channels before"] < bits["by channel"] - 0.5
+
+
+def test_a_profile_is_a_rung(llama, learned, unseen):
+    profile = kvzip.Profile.fit(learned)
+    for dtype in ("bf16", "fp32"):
+        ladder = entropy.measure([cast(s, dtype) for s in unseen], profile=profile)
+        rung = ladder.rungs[-1]
+        assert (rung.name, rung.learned, ladder.profile) == (PROFILE, "profile", profile.id)
+    ladder = entropy.measure(unseen, profile=profile)
+    files = [kvzip.encode(s, "predictive", profile) for s in unseen]
+    spent = 8 * sum(map(len, files))
+    overhead = 8 * sum(4000 + 300 * 2 * len(s.layers) for s in unseen)
+    # A part that `channel` codes in less takes less.
+    assert 0.9 * ladder.rungs[-1].bits * ladder.numbers < spent
+    assert spent < ladder.rungs[-1].bits * ladder.numbers + overhead
+    wrong = make_snapshot(cache_like, 1, "bf16", heads=3, dim=8)
+    with pytest.raises(ProfileError, match="another model"):
+        entropy.measure([wrong], profile=profile)
+
+
+def test_sliding_windows_and_batches():
+    loaded = tiny_model(
+        "Gemma3Text",
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    )
+    found = entropy.measure(documents(loaded, 1, seed=5), entropy.fit(documents(loaded, 4)))
+    assert found.tokens == 32
+    rng = np.random.default_rng(0)
+    batch = prefill(loaded, rng.integers(0, 100, (2, 40), np.uint32), full_history=True)
+    alone = documents(loaded, 3, tokens=40, full_history=True)
+    assert entropy.measure([batch], entropy.fit(alone)).tokens == 80
+
+
+def test_wrong_documents_are_named(fitted, learned, unseen):
+    with pytest.raises(KVZipError, match="among those to learn from"):
+        entropy.measure([unseen[0], learned[3]], fitted)
+    other = make_snapshot(cache_like, 1, "bf16", heads=3, dim=8)
+    with pytest.raises(KVZipError, match="different models"):
+        entropy.measure([other], fitted)
+    with pytest.raises(KVZipError, match="differ in dtype"):
+        entropy.fit([learned[0], cast(learned[1], "fp16")])
+    for nothing in (lambda: entropy.fit([]), lambda: entropy.measure([])):
+        with pytest.raises(KVZipError, match="no document"):
+            nothing()
+
+
+def test_training_documents_are_shared_out():
+    for count in range(1, 120):
+        learning, calibrating = split(count)
+        assert {*learning, *calibrating} == set(range(count))
+        assert 1 <= len(calibrating) <= 16
+        assert count == 1 or not {*learning} & {*calibrating}
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_the_command_and_its_figures(tmp_path, capsys, learned, unseen):
+    for i, snapshot in enumerate([*learned[:4], *unseen]):
+        snapshot.save(tmp_path / f"{i}.safetensors")
+    paths = [tmp_path / f"{i}.safetensors" for i in range(6)]
+    options = ["--train", *paths[:4], "--out", tmp_path / "out"]
+    code, found = run_json(capsys, "entropy", *paths[4:], *options)
+    assert code == 0
+    assert [f["file"] for f in found["files"]] == [str(p) for p in paths[4:]]
+    assert [r["name"] for r in found["ladder"]["rungs"]] == [*LEVELS, *PREDICTED]
+    stored = json.loads((tmp_path / "out" / "entropy.json").read_text())
+    assert stored["ladder"] == found["ladder"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "entropy.json",
+        "ladder.svg",
+        "heat.svg",
+        "spectrum.svg",
+    }
+    for figure in found["figures"]:
+        root = ElementTree.parse(figure).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    heat = ElementTree.parse(tmp_path / "out" / "heat.svg")
+    cells = [e for e in heat.iter() if e.get("class") == "cell"]
+    assert len(cells) >= 4 * 2 * HEADS
+    bars = ElementTree.parse(tmp_path / "out" / "ladder.svg")
+    wide = [float(e.get("width")) for e in bars.iter() if (e.get("class") or "").startswith("bar")]
+    bits = [r["bits"] for r in found["ladder"]["rungs"]]
+    assert np.array(wide) / wide[0] == pytest.approx(np.array(bits) / bits[0], abs=0.01)
+    code, out, _ = run(capsys, "entropy", paths[4])
+    assert "by channel" in out
+    assert "ideal code length" in out
+    code, _, err = run(capsys, "entropy", paths[4], "--train", paths[4])
+    assert code == 2
+    assert "among those to learn from" in err
