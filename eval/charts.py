@@ -87,9 +87,9 @@ class _Frame:
         self.top, self.bottom = 40.0, self.height - 46.0
         self.right = self.width - right
 
-    def geometry(self) -> str:
-        """Where the plot lies, and what its edges stand for, as JSON."""
-        return json.dumps(
+    def attribute(self) -> str:
+        """Where the plot lies, and what its edges stand for, as an attribute of the drawing."""
+        geometry = json.dumps(
             {
                 "left": round(self.left, 2),
                 "right": round(self.right, 2),
@@ -99,6 +99,7 @@ class _Frame:
                 "y": [self.y.low, self.y.high],
             }
         )
+        return f" data-geometry='{geometry}'"
 
     def px(self, value: float) -> float:
         return self.left + self.x.place(value) * (self.right - self.left)
@@ -157,13 +158,17 @@ def _spread(wanted: Sequence[float], low: float, high: float) -> list[float]:
 
 
 def _svg(
-    name: str, frame: _Frame, title: str, description: str, body: str, attributes: str = ""
+    name: str,
+    size: tuple[int, int],
+    title: str,
+    description: str,
+    body: str,
+    attributes: str = "",
 ) -> str:
-    width, height = frame.width, frame.height
+    width, height = size
     return (
         f'<svg class="chart" role="img" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" aria-labelledby="{name}-t {name}-d" data-chart="{name}"'
-        f" data-geometry='{frame.geometry()}'{attributes}>"
+        f'height="{height}" aria-labelledby="{name}-t {name}-d" data-chart="{name}"{attributes}>'
         f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}'
         f"</desc>{body}</svg>"
     )
@@ -261,7 +266,7 @@ def region_map(
             f"{_text(0, -10, own, 'label strong', 'middle')}</g>"
         )
     above = f' data-above="{"yes" if wins_above else "no"}"'
-    return _svg(name, frame, title, description, "".join(body), above)
+    return _svg(name, size, title, description, "".join(body), frame.attribute() + above)
 
 
 def scatter(
@@ -305,7 +310,7 @@ def scatter(
         start = box.x + box.width if left else box.x
         body.append(_text(start, at + 4, point.label, "label", "end" if left else "start"))
     body += [_mark(frame, point) for point in points]
-    return _svg(name, frame, title, description, "".join(body))
+    return _svg(name, size, title, description, "".join(body), frame.attribute())
 
 
 @dataclass(frozen=True)
