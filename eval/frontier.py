@@ -105,7 +105,8 @@ class Frontier(msgspec.Struct, frozen=True, kw_only=True):
     document_tokens: int
     numbers_per_token: int
     prefill_products: float
-    """Multiplications of a weight for a token of the model's prefill."""
+    """Multiplications of a weight for a token of the model's prefill: as many bytes, half of what
+    those weights take in bf16, are the room that a predictor on the hull has."""
     attention_products: float
     """The products of attention itself beside them, the mean over a document's tokens."""
     prefill_seconds: float | None
@@ -130,10 +131,17 @@ def save(result: Frontier, path: Path) -> None:
         file.write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
 
 
-def hull(points: Sequence[Point]) -> list[Point]:
+def hull(points: Sequence[Point], room: float) -> list[Point]:
     """The lower convex hull of the predictors by share: no mixture of others is below these.
-    Recomputation, which is the prefill itself, stays out."""
-    able = [p for p in points if p.family not in ("recomputation", "floor")]
+
+    Recomputation, which is the prefill itself, stays out, and so does what must know more than
+    `room` bytes beside the model, which a copy is made from."""
+    able = [
+        p
+        for p in points
+        if p.family == "copy"
+        or (p.family not in ("recomputation", "floor") and p.profile_bytes <= room)
+    ]
     found: list[Point] = []
     for p in sorted(able, key=lambda p: (p.share, p.bits)):
         if found and p.bits >= min(q.bits for q in found):
@@ -150,10 +158,10 @@ def _turns_up(a: Point, b: Point, c: Point) -> bool:
 
 
 def steps(
-    points: Sequence[Point], numbers: int, prefill_seconds_per_token: float | None
+    points: Sequence[Point], room: float, numbers: int, prefill_seconds_per_token: float | None
 ) -> list[Step]:
     """`numbers`: of a token. The bits that a step saves take numbers * bits / rate to send."""
-    chain = hull(points)
+    chain = hull(points, room)
     found = []
     for a, b in pairwise(chain):
         saved, more = a.bits - b.bits, b.share - a.share
@@ -265,7 +273,7 @@ def run(
                 dtype=documents.dtype,
                 cast_from=documents.cast_from,
                 points=points,
-                steps=steps(points, numbers, rate),
+                steps=steps(points, about["products"], numbers, rate),
                 missing=missing,
             )
         )

@@ -184,13 +184,14 @@ def frontier_svg(
     result: Frontier, run: Run, name: str = "frontier", size: tuple[int, int] = (WIDE, 440)
 ) -> str:
     """Bits per number against share of the prefill's multiplications; a point's area is the bytes
-    that its predictor must know; the line is the lower convex hull."""
+    that its predictor must know; the line is the lower convex hull of those that need little room.
+    """
     points = [p for p in run.points if p.family != "floor" and not p.key.endswith("-within")]
     points.sort(key=lambda p: -p.profile_bytes)  # small ones in front
     least = min(p.share for p in points if p.share > 0)
     nothing = least / 3
     largest = max(p.profile_bytes for p in points)
-    best = {p.key for p in hull(run.points)}
+    best = {p.key for p in hull(run.points, result.prefill_products)}
     narrow = size[0] < 500
 
     def place(p: Point) -> float:
@@ -227,7 +228,7 @@ def frontier_svg(
     floors = [p for p in run.points if p.family == "floor" and not p.key.endswith("-within")]
     guides = [charts.Guide(f"rounding noise {p.bits:.2f}", p.bits) for p in floors]
     spoken = "; ".join(f"{p.title}: {p.bits:.2f} bits at {_percent(p.share)}" for p in points)
-    chain = [(place(p), p.bits) for p in hull(points)]
+    chain = [(place(p), p.bits) for p in hull(points, result.prefill_products)]
     title = f"Bits per number against compute, {run.dtype}"
     return charts.scatter(name, title, spoken, x, y, marks, size=size, chain=chain, guides=guides)
 

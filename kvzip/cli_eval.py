@@ -641,7 +641,7 @@ def frontier(
             title = f"{result.model}, {run.dtype}: layers {', '.join(map(str, result.layers))}"
             columns = ("bits", "share of prefill", "products a token", "MB to know")
             table = Table(Column("predictor", no_wrap=True), *columns, title=title)
-            best = {p.key for p in curve.hull(run.points)}
+            best = {p.key for p in curve.hull(run.points, result.prefill_products)}
             for p in run.points:
                 name = f"[bold]{p.title}[/]" if p.key in best else p.title
                 share = f"{100 * p.share:.2f} %"

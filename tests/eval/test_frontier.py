@@ -195,7 +195,7 @@ def made(pairs):
 @given(POINTS)
 def test_no_point_lies_below_the_hull(pairs):
     every = made(pairs)
-    chain = frontier.hull(every)
+    chain = frontier.hull(every, room=0)
     shares, bits = [p.share for p in chain], [p.bits for p in chain]
     assert shares == sorted(set(shares))
     assert bits == sorted(set(bits), reverse=True)
@@ -207,9 +207,17 @@ def test_no_point_lies_below_the_hull(pairs):
         assert p.share < shares[0] or p.bits > below - 1e-9
 
 
+def test_what_needs_too_much_room_is_not_on_the_hull():
+    small, large = made([(0, 100), (10, 10)])
+    large = msgspec.structs.replace(large, profile_bytes=2.0)
+    assert frontier.hull([small, large], room=2) == [small, large]
+    assert frontier.hull([small, large], room=1) == [small]
+    assert frontier.hull([small, msgspec.structs.replace(large, family="copy")], room=1)[1:]
+
+
 @given(POINTS)
 def test_a_step_is_worth_it_where_both_take_as_long(pairs):
-    for step in frontier.steps(made(pairs), numbers=1000, prefill_seconds_per_token=1e-3):
+    for step in frontier.steps(made(pairs), room=0, numbers=1000, prefill_seconds_per_token=1e-3):
         sending = 1000 * step.bits_saved / (step.worth_below_mbps * 1e6)
         assert sending == pytest.approx(step.share_more * 1e-3)
 
@@ -263,13 +271,16 @@ def test_the_file_stands_alone(result):
 def test_the_stored_result():
     """What the docs show is drawn from what the docs hold."""
     stored = frontier.load(DOCS / "frontier.json")
-    assert {run.dtype for run in stored.runs} == {"bf16", "fp16", "fp8_e4m3fn"}
     assert not set(stored.train) & set(stored.test)
+    assert not set(stored.calibrate) & set(stored.test)
     assert stored.command.startswith("kvzip eval frontier")
     assert (DOCS / "frontier.svg").read_text() == graphs.frontier_file(stored)
+    second = stored.prefill_seconds / stored.document_tokens
     for run in stored.runs:
-        numbers, time = stored.numbers_per_token, stored.prefill_seconds
-        assert run.steps == frontier.steps(run.points, numbers, time / stored.document_tokens)
+        found = frontier.steps(
+            run.points, stored.prefill_products, stored.numbers_per_token, second
+        )
+        assert run.steps == found
 
 
 def test_the_command(paths, kept, result, tmp_path, capsys):
