@@ -243,8 +243,8 @@ def run(
 ) -> BenchResult:
     """Measure `codecs`, and with `peers` all that can be imported, on each snapshot.
 
-    `profile` is for the codecs that need one; the others run without. `threads`: 0 for all
-    cores. `progress` is called once for each turn of a snapshot; there are `repeat` + 1. Raises
+    `profile` is for the codecs that need one; the others run without. `threads`: 0 for all cores.
+    `progress` is called once for each turn of a snapshot; there are `repeat` + 1. Raises
     ValueError for a setting that makes no sense, and what :meth:`Snapshot.load` raises.
     """
     if repeat < 1:

@@ -68,16 +68,24 @@ Alias make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esc
     a.other[i] = 0;
     small |= std::uint32_t(left[i] < kBucketSlots) << i;
   }
+  // The first large one's rest stays in a register: through memory it would be what all waits for.
+  // While there is a small one there is a large one, since all together fill the buckets.
   std::uint32_t large = ~small;
-  while (small) {
-    const int s = __builtin_ctz(small), l = __builtin_ctz(large);
+  for (std::uint32_t l = 0, rest = 0; small;) {
+    if (rest < kBucketSlots) {
+      l = std::uint32_t(__builtin_ctz(large));
+      rest = left[l];
+    }
+    const int s = __builtin_ctz(small);
     small &= small - 1;
     a.divide[s] = left[s];
-    a.other[s] = std::uint32_t(l);
-    left[l] -= kBucketSlots - left[s];
-    const std::uint32_t moved = std::uint32_t(left[l] < kBucketSlots) << l;
-    small |= moved;
-    large &= ~moved;
+    a.other[s] = l;
+    rest -= kBucketSlots - left[s];
+    if (rest < kBucketSlots) {
+      left[l] = rest;
+      small |= 1u << l;
+      large &= ~(1u << l);
+    }
   }
   return a;
 }

@@ -112,6 +112,44 @@ def test_figures_follow_from_each_other_and_survive_storage(tmp_path, paths, cap
         assert max(rows["memcpy"].encode_of_memcpy, rows["memcpy"].decode_of_memcpy) == 1
 
 
+class Profiled(kvzip.Codec):
+    """Needs a profile and says so."""
+
+    codec_id = "profiled"
+    needs_profile = True
+
+    def encode(self, block, context):
+        assert context.profile.description["kind"] == "of the bench"
+        return block.tobytes()
+
+    def decode(self, data, out, context):
+        assert context.profile.description["kind"] == "of the bench"
+        out[...] = np.frombuffer(data, out.dtype).reshape(out.shape)
+
+    def max_encoded_size(self, raw_bytes):
+        return raw_bytes
+
+    def max_decoded_size(self, encoded_bytes, dtype):
+        return encoded_bytes
+
+
+def test_a_profile_goes_to_the_codecs_that_need_one(tmp_path, paths, capsys, monkeypatch):
+    monkeypatch.setitem(kvzip.codec._registered, "profiled", Profiled)
+    profile = tmp_path / "a.kvprofile"
+    kvzip.Profile({"some": np.zeros(3, np.uint8)}, {"kind": "of the bench"}).save(profile)
+    arguments = [paths[0], "--codecs", "raw,profiled", "--repeat", 1, "--json"]
+    code, out, _ = call(capsys, *arguments, "--profile", profile)
+    assert code == 0
+    found = msgspec.json.decode(out, type=result.BenchResult)
+    assert [row.name for row in found.rows] == ["memcpy", "raw", "profiled"]
+    assert found.exact
+    # What needs no profile is measured without: its file would name one.
+    sizes = {row.name: row.encoded_bytes for row in found.rows}
+    assert sizes["raw"] == len(kvzip.encode(kvzip.Snapshot.load(paths[0]), "raw"))
+    code, _, err = call(capsys, *arguments)
+    assert code == 2 and "profile" in err
+
+
 @pytest.mark.parametrize("module", run.PEER_NAMES)
 def test_peers_are_exact_and_leave_their_input_alone(module, dtype, monkeypatch):
     monkeypatch.setattr(run, "PEER_NAMES", (module,))
