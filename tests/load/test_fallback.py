@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import time
 from typing import Any
 
@@ -83,12 +82,10 @@ def test_a_damaged_block(name: str, tiny: Any, layer: int, part: str, caplog: An
 
 def damaged(blob: bytes, layer: int, part: str) -> bytes:
     """The file with a bit of that layer's last block changed."""
-    length, count = struct.unpack_from("<II", blob, 12)
-    index = np.frombuffer(blob, np.dtype("V48"), count, 40 + length)
-    rows = [struct.unpack("<IBBHIIQQQQ", row.tobytes()) for row in index]
-    *_, offset, size, _, _ = [r for r in rows if r[:3] == (layer, "kv".index(part), 0)][-1]
+    with kvzip.open(blob) as reader:
+        entry = reader._index[reader._rows[layer, part][-1]]
     out = bytearray(blob)
-    out[offset + size - 1] ^= 1
+    out[entry.offset + entry.length - 1] ^= 1
     return bytes(out)
 
 
