@@ -1,8 +1,8 @@
 """Results that a report shows beside a demo's, each from its own file: measured inputs, exactness
 at scale, peers, the frontier, the ladder of entropy models. Recognised by what is in them.
 
-The benchmark's and the frontier's files belong to those who write them; here is only what a report
-needs of them, so fields may be added there.
+The benchmark's file belongs to kvzip.benchmarks, which stands above; here is only what a report
+needs of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 
 import msgspec
 
+from kvzip.entropy import Ladder
 from kvzip.errors import KVZipError
+from kvzip.eval.frontier import Frontier
 from kvzip.eval.inputs import Inputs, load_inputs
 from kvzip.eval.result import DemoResult, as_result
 from kvzip.eval.trials import Trials, load_trials
@@ -60,65 +62,6 @@ class Peers(msgspec.Struct, frozen=True):
     threads: int
     snapshots: list[PeerSnapshot]
     rows: list[PeerRow]
-
-
-class FrontierPoint(msgspec.Struct, frozen=True):
-    key: str
-    title: str
-    family: str
-    bits: float
-    share: float
-    """Multiplications over those of the model's own prefill."""
-    profile_bytes: float = 0.0
-
-
-class FrontierRun(msgspec.Struct, frozen=True):
-    dtype: str
-    points: list[FrontierPoint]
-
-    def hull(self) -> list[FrontierPoint]:
-        """The points that no cheaper one, or mixture of others, is below."""
-        found: list[FrontierPoint] = []
-        for p in sorted(self.points, key=lambda p: (p.share, p.bits)):
-            if p.family == "floor" or (found and p.bits >= found[-1].bits):
-                continue
-            while len(found) > 1 and _above(found[-2], found[-1], p):
-                found.pop()
-            found.append(p)
-        return found
-
-
-def _above(a: FrontierPoint, b: FrontierPoint, c: FrontierPoint) -> bool:
-    """Whether b lies on or above the line from a to c."""
-    return (b.bits - a.bits) * (c.share - a.share) >= (c.bits - a.bits) * (b.share - a.share)
-
-
-class Frontier(msgspec.Struct, frozen=True):
-    """A result of `kvzip eval frontier`."""
-
-    model: str
-    runs: list[FrontierRun]
-    command: str = ""
-    date: str = ""
-
-
-class Rung(msgspec.Struct, frozen=True):
-    name: str
-    learned: str
-    """What the model of this rung has learned, and from what."""
-    bits: float
-    k: float
-    v: float
-
-
-class Ladder(msgspec.Struct, frozen=True):
-    """A result of `kvzip entropy`: entropy models, each knowing more than the one before."""
-
-    model: str
-    dtype: str
-    rungs: list[Rung]
-    documents: int = 0
-    tokens: int = 0
 
 
 class Extras(msgspec.Struct, frozen=True):

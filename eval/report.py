@@ -32,7 +32,8 @@ from kvzip.cost import (
 from kvzip.errors import KVZipError
 from kvzip.eval import charts
 from kvzip.eval.economics import BreakEven
-from kvzip.eval.extras import Extras, Frontier, FrontierRun, PeerRow, Peers, PeerSnapshot
+from kvzip.eval.extras import Extras, PeerRow, Peers, PeerSnapshot
+from kvzip.eval.frontier import Frontier, Run, hull
 from kvzip.eval.inputs import CodecRow, Inputs
 from kvzip.eval.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.prices import HEADLINE, default_prices
@@ -448,19 +449,19 @@ def peer_charts(peers: Peers) -> list[tuple[PeerSnapshot, list[PeerRow], Chart]]
     return found
 
 
-def frontier_charts(frontier: Frontier) -> list[tuple[FrontierRun, list[str], Chart]]:
+def frontier_charts(frontier: Frontier) -> list[tuple[Run, list[str], Chart]]:
     """For each dtype: its points, the keys of the hull, and bits against multiplications. A point
     that takes none stands at the left edge."""
     found = []
     for n, run in enumerate(frontier.runs):
-        hull = [p.key for p in run.hull()]
+        named = [p.key for p in hull(run.points)]
         families = list(dict.fromkeys(p.family for p in run.points))
         shares = [p.share for p in run.points if p.share > 0] or [1.0]
         low = min(shares) / 3
         points = [
             charts.Point(
                 p.key,
-                p.title if p.key in hull else "",
+                p.title if p.key in named else "",
                 f"s{families.index(p.family) % charts.COLOURS}",
                 p.share if p.share > 0 else low * 1.2,
                 p.bits,
@@ -477,7 +478,7 @@ def frontier_charts(frontier: Frontier) -> list[tuple[FrontierRun, list[str], Ch
         spoken = "; ".join(f"{p.title}: {p.bits:.2f} bits at {p.share:.3g}" for p in run.points)
 
         draw = partial(_scatter, f"frontier-{n}", "Bits against compute", spoken, x, y, points)
-        found.append((run, hull, _both(draw, 380)))
+        found.append((run, named, _both(draw, 380)))
     return found
 
 

