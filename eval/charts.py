@@ -392,7 +392,7 @@ def bars(
         parts.append(_text(end + 6, top + step / 2 + 4, f"{value:.2f}", "label", "start"))
     middle = (frame.left + frame.right) / 2
     parts.append(_text(middle, frame.height - 8, x.title, "axis", "middle"))
-    return _svg(name, frame, title, description, "".join(parts))
+    return _svg(name, size, title, description, "".join(parts))
 
 
 def heat_map(
@@ -446,7 +446,7 @@ def heat_map(
     middle = (frame.left + frame.right) / 2
     parts.append(_text(middle, frame.height - 8, x.title, "axis", "middle"))
     parts.append(_text(4, 13, y.title, "axis", "start"))
-    return _svg(name, frame, title, description, "".join(parts))
+    return _svg(name, size, title, description, "".join(parts))
 
 
 @dataclass(frozen=True)
@@ -497,4 +497,4 @@ def curves(
             f'L{frame.right + 14} {at:.1f}"/>'
         )
         body.append(_text(frame.right + 18, at + 4, c.label, "label", "start"))
-    return _svg(name, frame, title, description, "".join(body))
+    return _svg(name, size, title, description, "".join(body))

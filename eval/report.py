@@ -454,7 +454,7 @@ def frontier_charts(frontier: Frontier) -> list[tuple[Run, list[str], Chart]]:
     that takes none stands at the left edge."""
     found = []
     for n, run in enumerate(frontier.runs):
-        named = [p.key for p in hull(run.points)]
+        named = [p.key for p in hull(run.points, frontier.prefill_products)]
         families = list(dict.fromkeys(p.family for p in run.points))
         shares = [p.share for p in run.points if p.share > 0] or [1.0]
         low = min(shares) / 3
