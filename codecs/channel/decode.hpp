@@ -75,7 +75,7 @@ struct Steps {
         __builtin_prefetch(corner + std::ptrdiff_t(j) * token_stride + at, 1);
     for (std::size_t k = 0; k < 2 * kRows; k += 8)
       __builtin_prefetch(mantissas + (c * (2 * kRows / 8 + (2 * kRows % 8 != 0)) + k / 8) * 64);
-    __builtin_prefetch(words->at + 1024);
+    __builtin_prefetch(words->at + 2048);
   }
 };
 
