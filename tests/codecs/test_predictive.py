@@ -227,7 +227,8 @@ def short(llama, profile):
 @settings(max_examples=60)
 def test_hostile_blocks_never_give_wrong_numbers(profile, short, data):
     snapshot, blob = short[0], bytearray(short[1])
-    first = int.from_bytes(blob[12:16], "little") + 40 + 48 * int.from_bytes(blob[16:20], "little")
+    header, entries, ids = (int.from_bytes(blob[i : i + 4], "little") for i in (12, 16, 20))
+    first = 40 + header + ids + 48 * entries
     for _ in range(data.draw(st.integers(1, 3))):
         blob[data.draw(st.integers(first, len(blob) - 1))] = data.draw(st.integers(0, 255))
     try:
