@@ -124,11 +124,11 @@ def test_what_was_found_is_kept(paths, kept, result, monkeypatch):
 
 
 def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch, result):
-    real, calls = predictors.measure, []
+    real, calls, stop = predictors.measure, [], [4]
 
     def counted(*given):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) in stop:
             raise RuntimeError("stopped")
         return real(*given)
 
@@ -136,6 +136,7 @@ def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch, result):
     options = {"kinds": ["int8"], "casts": []}
     with pytest.raises(RuntimeError, match="stopped"):
         measured(paths, tmp_path, **options)
+    stop.clear()
     done = measured(paths, tmp_path, **options)
     # Two layers of six measured predictors and of two copies, one of them begun twice.
     assert len(calls) == 2 * (6 + 2) + 1
