@@ -84,6 +84,7 @@ figures: $(READY)
 	$(MAKE) redraw
 
 redraw: $(READY)
+	mkdir -p $(EVAL)
 	$(BIN)/kvzip report $(wildcard $(RESULTS)/*.json) kvzip/measured.json docs/benchmarks.json -o $(EVAL)/report.html
 	$(BIN)/kvzip eval figures $(RESULTS)/demo.json --readme README.md --picture docs/answer.png
 
