@@ -194,15 +194,18 @@ class Engine:
         taken = SimpleNamespace(get_block_ids=lambda: (request.blocks,))
         self.scheduler.update_state_after_alloc(request, taken, found)
 
-    def _compute(self, request: Request, start: int, stop: int, layer: int | None = None) -> None:
-        """Write keys and values of positions start to stop into the request's blocks."""
+    def _compute(
+        self, request: Request, start: int, stop: int, layer: int | None = None, off: bool = False
+    ) -> None:
+        """Write keys and values of positions start to stop into the request's blocks; other ones
+        (`off`) when they rest on tokens before that are not in the cache."""
         size = -(-request.num_tokens // BLOCK) * BLOCK
         for i in range(LAYERS) if layer is None else [layer]:
             blocks = torch.tensor(request.blocks)
             pair = self.pages(i).take(blocks, size)
             for part, held in enumerate(pair):
                 new = formula(request.prompt_token_ids, i, part, self.dtype)
-                held[:, start:stop] = new[:, start:stop]
+                held[:, start:stop] = new[:, start:stop] + int(off)
             self.pages(i).put(blocks, *pair)
 
     def _step(self, requests: list[Request]) -> None:
@@ -232,7 +235,8 @@ class Engine:
         for i, (name, cache) in enumerate(self.caches.items()):
             worker.wait_for_layer_load(name)
             for r in requests:
-                self._compute(r, r.computed, min(r.computed + work[r.request_id], r.num_tokens), i)
+                stop = min(r.computed + work[r.request_id], r.num_tokens)
+                self._compute(r, r.computed, stop, i, off=not self._holds(r, i, r.computed))
             worker.save_kv_layer(name, cache, None)
         worker.wait_for_save()
         invalid = worker.get_block_ids_with_load_errors()
@@ -244,13 +248,17 @@ class Engine:
             r.computed = bad[0] * BLOCK if bad else done
         self.scheduler.update_connector_output(SimpleNamespace(invalid_block_ids=invalid))
 
+    def _holds(self, request: Request, i: int, count: int) -> bool:
+        """Whether layer i of the cache holds what the model computes for the first tokens."""
+        found = self.pages(i).take(torch.tensor(request.blocks), count)
+        return all(
+            torch.equal(held, formula(request.prompt_token_ids[:count], i, part, self.dtype))
+            for part, held in enumerate(found)
+        )
+
     def _check(self, request: Request) -> None:
         for i in range(LAYERS):
-            found = self.pages(i).take(torch.tensor(request.blocks), request.num_tokens)
-            for part, held in enumerate(found):
-                want = formula(request.prompt_token_ids, i, part, self.dtype)
-                same = torch.equal(held.view(torch.uint8), want.contiguous().view(torch.uint8))
-                assert same, f"layer {i}, part {part}: other numbers than the model's"
+            assert self._holds(request, i, request.num_tokens), f"layer {i}: other numbers"
 
     def settle(self) -> None:
         """Return when all that was copied out is stored."""

@@ -280,7 +280,7 @@ def test_a_document_that_changes_after_the_lookup(
     assert {"gone": "no document", "cut": "cut short", "other": "the engine has"}[how] in told
 
 
-def test_a_failed_load_spoils_nothing_else(engine: Any, tmp_path: Any) -> None:
+def test_a_failed_load_spoils_nothing_else(engine: Any, tmp_path: Any, monkeypatch: Any) -> None:
     """What a step computed from blocks that were not loaded is never stored."""
     bad, good, new = prompt(80, 1), prompt(80, 2), prompt(80, 3)
     fill(engine, bad)
@@ -288,9 +288,18 @@ def test_a_failed_load_spoils_nothing_else(engine: Any, tmp_path: Any) -> None:
     damage(file)
     fill(engine, good)
     second = engine()
+    store, stored = second.worker._worker._store, []
+    put = store.put
+    monkeypatch.setattr(store, "put", lambda s, **more: [stored.append(s), put(s, **more)])
     requests = second.run(bad + prompt(40, 4), good, new)
     assert [r.loaded for r in requests] == [80, 64, 0]
     second.settle()
+    assert sorted(s.tokens for s in stored) == [80, 120]
+    for snapshot in stored:
+        for i, pair in enumerate(snapshot.tensors()):
+            for part, held in enumerate(pair):
+                ids = snapshot.token_ids.tolist()
+                assert torch.equal(held, standin.formula(ids, i, part, torch.bfloat16))
     third = engine()
     for ids, loaded in ((bad + prompt(40, 4), 112), (good, 64), (new, 64)):
         assert third.run(ids)[0].loaded == loaded  # and is right, which `run` checks
