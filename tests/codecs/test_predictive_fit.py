@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from predictive_reference import Chain
@@ -334,3 +336,28 @@ def test_unequal_layers_and_no_token_ids(learned):
     assert len(kvzip.encode(one(hidden[5], 2.5), "predictive", profile)) < 0.95 * len(
         kvzip.encode(one(hidden[5], 2.5), "channel")
     )
+
+
+def test_the_command(learned, tmp_path, capsys):
+    from kvzip.cli import main
+
+    for i, document in enumerate(learned[:9]):
+        document.save(tmp_path / f"{i}.safetensors")
+    files = [str(tmp_path / f"{i}.safetensors") for i in range(9)]
+    output, folder = tmp_path / "a.kvprofile", tmp_path / "kept"
+    command = ["fit", *files, "-o", str(output), "--regions", "2", "--resume", str(folder)]
+    results = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as exit_:
+            main([*command, "--json"])
+        assert exit_.value.code == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0]["id"] == results[1]["id"] == kvzip.Profile.load(output).id
+    assert results[0]["bytes"] == output.stat().st_size
+    assert results[0]["regions"] == [1, 2, 2, 2]
+    assert results[0]["held_out_bits_per_value"] < 9
+    assert len(results[0]["multiplications_per_token_and_layer"]) == 4
+    with pytest.raises(SystemExit) as exit_:
+        main([*command[:-4], "--regions", "3", "--resume", str(folder)])
+    assert exit_.value.code != 0
+    assert "regions=2, not 3" in " ".join(capsys.readouterr().err.split())
