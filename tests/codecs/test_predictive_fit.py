@@ -220,10 +220,10 @@ def test_bytes_are_kept_to(learned, monkeypatch):
     monkeypatch.setattr(fitting, "MOST_REGIONS", 6)
     read = Documents(learned)
     read.tokens = 10**6
-    least = sum(fitting._region_bytes(read, i, True) for i in range(4))
-    for budget in (0, least + 30_000, 10**9):
+    least = sum(fitting._region_bytes(read, i, False) for i in range(4))
+    for budget in (0, least + 60_000, 10**9):
         counts = fitting._allot(read, "auto", budget, None)
-        spent = sum(c * fitting._region_bytes(read, i, True) for i, c in enumerate(counts))
+        spent = sum(c * fitting._region_bytes(read, i, False) for i, c in enumerate(counts))
         assert spent <= max(budget, least)
         assert (max(counts) > 1) == (budget > least)
     assert counts == [1, 6, 6, 6]
