@@ -146,7 +146,8 @@ class _Request:
     """Of the prompt."""
     known: int
     """How many of them the store has."""
-    replace: bool
+    replace: str
+    """The document that could not be loaded, if any."""
     saved: bool
     blocks: list[int] = field(default_factory=list)
 
@@ -485,7 +486,7 @@ class _Scheduler:
             return _Found()
         match.reader.close()
         if time.monotonic() - self._passed_over.get(match.key, -_PASS_OVER) < _PASS_OVER:
-            return _Found(failed=True)
+            return _Found(match.key, failed=True)
         return _Found(match.key, match.tokens)
 
     def allocated(self, request: Any, blocks: Any, external: int) -> None:
@@ -499,7 +500,10 @@ class _Scheduler:
         known = self._requests.get(name)
         if known is None:  # else it was preempted, and goes on
             self._requests[name] = known = _Request(
-                list(request.prompt_token_ids), found.tokens, found.failed, not self._may_save
+                list(request.prompt_token_ids),
+                found.tokens,
+                found.document if found.failed else "",
+                not self._may_save,
             )
         if external:
             assert stop - start == external, "vLLM loads other tokens than it was told of"
@@ -530,8 +534,9 @@ class _Scheduler:
             known.saved = True
             if self._worth_saving(known):
                 step.saves.append(
-                    Save(name, known.token_ids, known.blocks, self._origin, known.replace)
+                    Save(name, known.token_ids, known.blocks, self._origin, bool(known.replace))
                 )
+                self._passed_over.pop(known.replace, None)  # what is found next is written anew
         if step.loads or step.saves:
             self._steps.append(step)
         return step
@@ -553,7 +558,7 @@ class _Scheduler:
                 self._passed_over[load.document] = time.monotonic()
                 if load.request in self._requests:
                     self._requests[load.request].known = 0
-                    self._requests[load.request].replace = True
+                    self._requests[load.request].replace = load.document
                     self._requests[load.request].saved = not self._may_save
             if bad:
                 for save in step.saves:

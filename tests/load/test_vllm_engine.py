@@ -40,9 +40,10 @@ ENVIRONMENT = os.environ | {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TORCHDYNAMO_DISABLE": "1",  # compiling the sampler takes longer than all the rest
     "OMP_NUM_THREADS": "1",
 }
+PLAIN = ENVIRONMENT | {"TORCHDYNAMO_DISABLE": "1"}
+"""Compiling takes longer than all the rest; the page's example shows that it may be done."""
 
 
 def words(seed: int, count: int) -> list[int]:
@@ -106,7 +107,7 @@ class Run:
         (folder / "job.json").write_text(json.dumps(job))
         self._process = subprocess.Popen(
             [sys.executable, HERE / "engine.py", folder / "job.json"],
-            env=ENVIRONMENT,
+            env=PLAIN,
             stdout=(folder / "log").open("w"),
             stderr=subprocess.STDOUT,
         )
@@ -165,7 +166,7 @@ def test_saving_changes_nothing(runs: dict[str, Run], model: Path) -> None:
     assert runs["save"][0] == runs["plain"][0]
     assert np.array_equal(runs["save"].blocks(0), runs["plain"].blocks(0))
     info = kvzip.verify(document(runs))
-    assert info.header.token_ids == tuple(DOCUMENT) and info.ratio > 1.1
+    assert kvzip.decode(document(runs)).token_ids.tolist() == DOCUMENT and info.ratio > 1.1
     assert info.header.origin.revision == folder_revision(model)
 
 
