@@ -142,9 +142,21 @@ class PredictiveChain {
   Chain chain_;
 };
 
+template <typename T>
+double least_bits(const Numbers<const T>& a, int exponent_bits, int mantissa_bits) {
+  if (1 + exponent_bits + mantissa_bits != 8 * int(sizeof(T)) || exponent_bits < 1 || exponent_bits > 8)
+    throw std::invalid_argument("not a format of these numbers");
+  nb::gil_scoped_release released;
+  return bits_by_channel(Block<const T>{a.data(), a.stride(0), a.stride(1), a.stride(2), a.stride(3)}, a.shape(0),
+                         a.shape(1), a.shape(2), a.shape(3), {exponent_bits, mantissa_bits});
+}
+
 }  // namespace
 
 void bind(nb::module_& m) {
+  m.def("bits_by_channel", &least_bits<std::uint8_t>, "numbers"_a, "exponent_bits"_a, "mantissa_bits"_a);
+  m.def("bits_by_channel", &least_bits<std::uint16_t>, "numbers"_a, "exponent_bits"_a, "mantissa_bits"_a);
+  m.def("bits_by_channel", &least_bits<std::uint32_t>, "numbers"_a, "exponent_bits"_a, "mantissa_bits"_a);
   nb::class_<PredictiveModel>(m, "PredictiveModel")
       .def(nb::init<const Array<std::uint32_t>&, const Array<std::int16_t>&>(), "densities"_a, "sine"_a)
       .def("add_layer", &PredictiveModel::add_layer, "inputs"_a, "k_shape"_a, "v_shape"_a, "order"_a,

@@ -381,6 +381,33 @@ void Chain::end() {
     it = model_.last_use(it->first) <= i ? inputs_.erase(it) : std::next(it);
 }
 
+template <typename T>
+double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::size_t heads, std::size_t tokens,
+                       std::size_t dim, Form form) {
+  // The low bits of the exponent are enough for a bound, and their counts stay in the first-level cache.
+  constexpr std::size_t symbols = 32;
+  std::vector<std::uint32_t> counts(dim * symbols);
+  const double each = double(rows * tokens);
+  double bits = each * double(heads * dim) * form.mantissa_bits;
+  for (std::size_t h = 0; h < heads; ++h) {
+    std::fill(counts.begin(), counts.end(), 0);
+    for (std::size_t r = 0; r < rows; ++r)
+      for (std::size_t t = 0; t < tokens; ++t) {
+        const T* at = numbers.data + std::ptrdiff_t(r) * numbers.row_stride +
+                      std::ptrdiff_t(h) * numbers.head_stride + std::ptrdiff_t(t) * numbers.token_stride;
+        for (std::size_t d = 0; d < dim; ++d)
+          ++counts[d * symbols +
+                   (std::size_t(at[std::ptrdiff_t(d) * numbers.dim_stride]) >> form.mantissa_bits) % symbols];
+      }
+    for (std::uint32_t n : counts)
+      if (n) bits += n * std::log2(each / n);
+  }
+  return bits;
+}
+template double bits_by_channel(const Block<const std::uint8_t>&, std::size_t, std::size_t, std::size_t, std::size_t, Form);
+template double bits_by_channel(const Block<const std::uint16_t>&, std::size_t, std::size_t, std::size_t, std::size_t, Form);
+template double bits_by_channel(const Block<const std::uint32_t>&, std::size_t, std::size_t, std::size_t, std::size_t, Form);
+
 #define KVZIP_INSTANTIATE(T)                                                 \
   template Intervals Chain::measure(const Block<const T>&, std::uint32_t*); \
   template std::vector<std::uint8_t> Chain::encode(const Block<const T>&);  \

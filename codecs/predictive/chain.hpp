@@ -109,4 +109,10 @@ class Chain {
   std::map<std::size_t, std::vector<std::uint32_t>> inputs_;  // [tokens][blocks] of layers still needed
 };
 
+// Bits that no table for each channel's signs and exponents can go below, mantissas as they are: what
+// `channel` takes at least for these numbers, [rows][heads][tokens][dim].
+template <typename T>
+double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::size_t heads, std::size_t tokens,
+                       std::size_t dim, Form form);
+
 }  // namespace kvzip::predictive

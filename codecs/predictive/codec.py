@@ -72,7 +72,8 @@ class PredictiveCodec(Codec):
         return ((layer - 1, "v"),) if layer else ()
 
     def encode(self, block: Bits, context: Context) -> bytes:
-        choices = [_RAW + block.tobytes(), _CHANNEL + _channel_encode(block, context)]
+        form = context.dtype
+        choices = []
         chain = _take(context, block.shape)
         if chain is not None:
             high, low = _split(block)
@@ -81,8 +82,12 @@ class PredictiveCodec(Codec):
             except ValueError as error:
                 raise ProfileError(f"the profile is of another model: {error}") from None
             choices.append(_CODED + low.tobytes() + coded)
-        earned = [c for c in choices if len(c) * _MAX_EXPANSION > block.nbytes]
-        return min(earned, key=len)
+            # Mostly it is plain, from the counts alone, that `channel` cannot do as well.
+            least = _native.bits_by_channel(block, form.exponent_bits, form.mantissa_bits)
+            if 8 * len(choices[0]) <= min(least, 8.0 * block.nbytes) and _earned(choices[0], block):
+                return choices[0]
+        choices += [_RAW + block.tobytes(), _CHANNEL + _channel_encode(block, context)]
+        return min((c for c in choices if _earned(c, block)), key=len)
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         chain = _take(context, out.shape)
@@ -106,6 +111,11 @@ class PredictiveCodec(Codec):
 
     def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
         return encoded_bytes * _MAX_EXPANSION
+
+
+def _earned(data: bytes, block: Bits) -> bool:
+    """Whether a reader would believe that so few bytes stand for the block."""
+    return len(data) * _MAX_EXPANSION > block.nbytes
 
 
 def _channel_encode(block: Bits, context: Context) -> bytes:

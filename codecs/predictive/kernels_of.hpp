@@ -467,9 +467,10 @@ struct Of {
       if (counted >= kGroup) {
         for (std::size_t t = 0; t < n; ++t) {
           const std::int32_t off = deviation[t] / std::int32_t(counted) - 256;
+          deviation[t] = 0;
+          if (known[t] && layer.table16) continue;  // rounding is all that is left of it
           energy[t] = std::min(std::max(energy[t] + (energy[t] * off >> 11), 256), 1 << 16);
           calm[t] = (1 << 24) / energy[t];
-          deviation[t] = 0;
         }
         counted = 0;
       }

@@ -145,10 +145,12 @@ class Chain:
             product = wrapped(x[mine] @ weight.T) * scale[r].astype(np.int64)
             self.base[mine] = clamp(wrapped(bias[r] + scaled(product, 20)), LIMIT)
         table, self.known = self.get(layer, "table"), np.zeros(t, np.int64)
+        self.settled = np.zeros(t, bool)
         if table is not None:
             self.known = ((self.entry >= 0) & (self.entry < len(table))).astype(np.int64)
             rows = table[np.where(self.known, self.entry, 0)].astype(np.int64)
             shift = 3 if table.dtype == np.int16 else 10
+            self.settled = (self.known > 0) & (table.dtype == np.int16)
             self.base = wrapped(self.base + np.where(self.known[:, None], rows << shift, 0))
         self.kind = self.region + self.regions * self.known
         self.residual = np.zeros((t, n), np.int64)
@@ -231,7 +233,8 @@ class Chain:
                 place, counted = place + 1, counted + 1
             if counted >= 16:
                 m = deviations // counted
-                energy = np.clip(energy + (energy * (m - 256) >> 11), 1 << 8, 1 << 16)
+                moved = np.clip(energy + (energy * (m - 256) >> 11), 1 << 8, 1 << 16)
+                energy = np.where(self.settled[t], energy, moved)
                 deviations, counted = np.zeros(len(t), np.int64), 0
         self.energy[t] = energy
 
