@@ -73,12 +73,12 @@ class PredictiveCodec(Codec):
 
     def encode(self, block: Bits, context: Context) -> bytes:
         form = context.dtype
-        choices = []
+        choices: list[bytes] = []
         chain = _take(context, block.shape)
         if chain is not None:
             high, low = _split(block)
             try:
-                coded = chain.encode(context.layer, PARTS.index(context.part), high)
+                coded: bytes = chain.encode(context.layer, PARTS.index(context.part), high)
             except ValueError as error:
                 raise ProfileError(f"the profile is of another model: {error}") from None
             choices.append(_CODED + low.tobytes() + coded)

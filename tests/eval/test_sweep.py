@@ -124,11 +124,11 @@ def test_a_row_holds_the_point_the_figures_and_the_machine(tmp_path: Path) -> No
     assert [sweep.Row(**found) for found in store.read()] == [row]
 
 
-def test_what_fails_has_no_figures(tmp_path: Path) -> None:
+def test_what_fails_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is not there, and a codec that gives back something else."""
     import numpy as np
 
-    import kvzip
+    from kvzip import codec
     from kvzip.codecs.raw.codec import RawCodec
 
     class Wrong(RawCodec):
@@ -138,7 +138,8 @@ def test_what_fails_has_no_figures(tmp_path: Path) -> None:
             super().decode(data, out, context)
             np.bitwise_xor(out, 1, out=out)
 
-    kvzip.register_codec(Wrong)
+    # Gone after the test: other tests look at all codecs.
+    monkeypatch.setitem(codec._registered, "wrong", Wrong)
     for point, reason in (
         (Point(codec="wrong", model=TINY, tokens=16), "other numbers"),
         (Point(codec="raw", model="./no/model", tokens=16), "no model at"),
