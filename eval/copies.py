@@ -139,7 +139,9 @@ class _Stream:
             return value.float() if is_float else value
 
         cache = DynamicCache()
-        twin(*fine(given), **{k: fine(v) for k, v in named.items()} | {"past_key_values": cache})
+        # Its name changed in transformers 5.24.
+        name = "cache" if "cache" in named else "past_key_values"
+        twin(*fine(given), **{k: fine(v) for k, v in named.items()} | {name: cache})
         held = cache.layers[-1]
         self.found.append((held.keys, held.values))
 
