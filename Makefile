@@ -85,7 +85,7 @@ figures: $(READY)
 
 redraw: $(READY)
 	mkdir -p $(EVAL)
-	$(BIN)/kvzip report $(wildcard $(RESULTS)/*.json) kvzip/measured.json docs/benchmarks.json -o $(EVAL)/report.html
+	$(BIN)/kvzip report $(wildcard $(RESULTS)/*.json) kvzip/measured.json docs/benchmarks.json docs/frontier.json -o $(EVAL)/report.html
 	$(BIN)/kvzip eval figures $(RESULTS)/demo.json --readme README.md --picture docs/answer.png
 
 # What codec="auto" and `kvzip advise` know of the codecs; on a machine that does nothing else.
