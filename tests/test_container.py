@@ -331,5 +331,5 @@ def test_there_is_a_golden_file_of_each_codec_and_dtype():
         f"{name}-{dtype}"
         for name in kvzip.codec_names()
         for dtype in dtypes.NAMES
-        if name != "predictive"  # its files need a profile: tests/codecs/test_predictive.py
+        if name != "predictive"  # its files need a profile: tests/codecs/test_predictive_golden.py
     }
