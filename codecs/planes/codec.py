@@ -75,7 +75,9 @@ class PlanesCodec(Codec):
         if self.mode == "bit":
             planes: Bytes = _native.split_bits(flat)
         else:
-            planes = np.ascontiguousarray(flat.view(np.uint8).reshape(flat.size, -1).T[::-1])
+            planes = np.ascontiguousarray(
+                flat.view(np.uint8).reshape(flat.size, flat.itemsize).T[::-1]
+            )
         return planes
 
     def _join(self, planes: Bytes, size: int, dtype: np.dtype[np.generic]) -> Bits:

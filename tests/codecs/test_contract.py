@@ -62,6 +62,14 @@ def test_many_blocks_at_once_are_each_alone(codec, dtype, axes):
     assert made.decode_many([]) == []
 
 
+def test_a_part_without_channels(codec, dtype):
+    """Some engines keep one of the two alone."""
+    rng = np.random.default_rng(1)
+    parts = [random_bits(rng, dtype, (2, 9, dim)) for dim in (8, 0)]
+    snapshot = kvzip.Snapshot.from_arrays([tuple(parts), tuple(parts[::-1])], dtype)
+    assert_same(snapshot, kvzip.decode(kvzip.encode(snapshot, codec)))
+
+
 def test_unequal_parts_and_layers(codec):
     rng = np.random.default_rng(5)
     shapes = [((2, 9, 8), (2, 9, 24)), ((1, 9, 64), (1, 9, 64)), ((3, 200, 16), (3, 200, 1))]
