@@ -315,8 +315,8 @@ def break_even_tokens(
         if a <= 0:
             return Threshold(None, "a token loads no faster than it is computed")
         return Threshold(fixed / a)
-    # Of the two forms of the root, the one that does not cancel.
-    root = math.sqrt(a * a + 4 * b * fixed)
+    # Of the two forms of the root, the one that does not cancel; nor may 4 b fixed underflow.
+    root = math.hypot(a, 2 * math.sqrt(b) * math.sqrt(fixed))
     return Threshold(2 * fixed / (a + root) if a > 0 else (root - a) / (2 * b))
 
 
