@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from kvzip import capture
 from kvzip.codecs.predictive import rope
-from kvzip.entropy.ladder import SINK_TOKENS, check_same_model, fingerprint
+from kvzip.codecs.predictive.documents import SINK_TOKENS, Progress
+from kvzip.entropy.ladder import check_same_model, fingerprint
 from kvzip.entropy.linear import Floats
 from kvzip.entropy.residual import View, held_layers
 from kvzip.errors import KVZipError
@@ -41,8 +42,6 @@ VERSION = 1
 """Of what is measured: points of another version are measured anew."""
 COPY_DOCUMENTS = 6
 """Calibration documents that copies of the model are run on, at most."""
-
-Progress = Callable[[str, int, int], None]
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,11 +123,6 @@ def load(path: str | os.PathLike[str]) -> Frontier:
         return msgspec.json.decode(Path(path).read_bytes(), type=Frontier)
     except msgspec.MsgspecError as error:
         raise KVZipError(f"{path} is not a result of `kvzip eval frontier`: {error}") from None
-
-
-def save(result: Frontier, path: Path) -> None:
-    with replacing_file(path) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
 
 
 def hull(points: Sequence[Point], room: float) -> list[Point]:

@@ -8,7 +8,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -18,7 +17,7 @@ from kvzip import capture, dtypes
 from kvzip.codec import get_codec
 from kvzip.cost import CodecFigures, PrefillFit, fit_prefill
 from kvzip.errors import KVZipError
-from kvzip.eval import bench
+from kvzip.eval import bench, stored
 from kvzip.eval.machine import Machine, machine, now, versions
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
@@ -204,12 +203,7 @@ def measure(
 
 def load_inputs(path: str | os.PathLike[str]) -> Inputs:
     """A stored result. Raises KVZipError when it is none, or a figure in it cannot be."""
-    try:
-        found = msgspec.json.decode(Path(path).read_bytes(), type=Inputs)
-    except OSError as error:
-        raise KVZipError(f"{path}: {error.strerror or error}") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise KVZipError(f"{path} is not a result of kvzip eval inputs: {error}") from None
+    found = stored.load(path, Inputs, "kvzip eval inputs")
     if not found.rows:
         raise KVZipError(f"{path} has no codec in it")
     for row in found.rows:

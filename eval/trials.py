@@ -15,6 +15,7 @@ from kvzip import container, dtypes
 from kvzip.codec import get_codec
 from kvzip.dtypes import Bits
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.eval import stored
 from kvzip.eval.machine import Machine, machine, now, versions
 from kvzip.models import load_model
 from kvzip.profile import Profile
@@ -253,12 +254,7 @@ def quantised(snapshot: Snapshot, bits: int) -> tuple[Snapshot, int]:
 
 def load_trials(path: str | os.PathLike[str]) -> Trials:
     """A stored result. Raises KVZipError when it is none, or holds no run."""
-    try:
-        found = msgspec.json.decode(Path(path).read_bytes(), type=Trials)
-    except OSError as error:
-        raise KVZipError(f"{path}: {error.strerror or error}") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise KVZipError(f"{path} is not a result of kvzip eval exactness: {error}") from None
+    found = stored.load(path, Trials, "kvzip eval exactness")
     if not found.rows or any(row.runs < 1 or row.tokens < 1 for row in found.rows):
         raise KVZipError(f"{path} has no run in it")
     return found

@@ -440,7 +440,7 @@ def exactness(
     continuations
         Of each document: as it is, then with tokens of other documents after it.
     """
-    from kvzip.eval import trials
+    from kvzip.eval import stored, trials
 
     with _err.status("starting") as status:
         found = trials.run(
@@ -455,8 +455,7 @@ def exactness(
             step=lambda name: status.update(name),
         )
     if output is not None:
-        with replacing_file(output) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+        stored.save(found, output)
 
     def show() -> None:
         table = Table("", "ratio", "runs exact", "tokens equal", "worst run", "logits differ by")
@@ -516,6 +515,7 @@ def inputs(
         Other documents that codecs which need a profile learn from.
     """
     from kvzip.eval import inputs as measuring
+    from kvzip.eval import stored
 
     with _err.status("starting") as status:
         found = measuring.measure(
@@ -535,8 +535,7 @@ def inputs(
             step=lambda name: status.update(name),
         )
     if output is not None:
-        with replacing_file(output) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+        stored.save(found, output)
 
     def show() -> None:
         fit = found.prefill
@@ -605,7 +604,7 @@ def frontier(
         A stored result: frontier.svg is drawn into --out, and nothing is run.
     """
     from kvzip.eval import frontier as curve
-    from kvzip.eval import graphs
+    from kvzip.eval import graphs, stored
     from kvzip.eval.copies import COPIES
 
     if draw is not None:
@@ -631,7 +630,7 @@ def frontier(
                 command=shlex.join(["kvzip", *sys.argv[1:]]),
                 progress=tell,
             )
-        curve.save(result, out / "frontier.json")
+        stored.save(result, out / "frontier.json")
     out.mkdir(parents=True, exist_ok=True)
     with replacing_file(out / "frontier.svg") as file:
         file.write(graphs.frontier_file(result).encode())

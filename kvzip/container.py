@@ -37,6 +37,7 @@ from kvzip.snapshot import (
     Origin,
     Part,
     Snapshot,
+    batched,
     replacing_file,
 )
 
@@ -149,10 +150,6 @@ def default_block_tokens(layout: Layout, codec: Codec) -> int:
     return 1 << min(max(round(math.log2(codec.block_bytes / max(token, 1))), 8), 12)
 
 
-def _batched(array: Bits) -> Bits:
-    return array if array.ndim == 4 else array[np.newaxis]
-
-
 def _batched_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if len(shape) == 4 else (1, *shape)
 
@@ -203,11 +200,12 @@ class _Encoder:
     def __init__(
         self,
         snapshot: Snapshot,
-        codec: Codec,
+        spec: str | Codec | Mapping[str, Any],
         profile: Profile | None,
         block_tokens: int | None,
         store_token_ids: bool,
     ):
+        codec = auto.resolve(spec, snapshot.layout, profile is not None)
         if block_tokens is None:
             block_tokens = default_block_tokens(snapshot.layout, codec)
         if block_tokens < 1:
@@ -251,7 +249,7 @@ class _Encoder:
 
     def part(self, entry: _Entry) -> Bits:
         """All that the snapshot holds of the entry's layer and part."""
-        return _batched(self.snapshot.layers[entry.layer].part(entry.part))
+        return batched(self.snapshot.layers[entry.layer].part(entry.part))
 
     def tables(self, entry: _Entry) -> tuple[bytes, Any]:
         """The tables of one layer's K or V as stored, and as blocks use them."""
@@ -393,8 +391,7 @@ def encode(
     stores a hash of the token ids instead of the ids.
     """
     sink = io.BytesIO()
-    chosen = auto.resolve(codec, snapshot.layout, profile is not None)
-    encoder = _Encoder(snapshot, chosen, profile, block_tokens, store_token_ids)
+    encoder = _Encoder(snapshot, codec, profile, block_tokens, store_token_ids)
     encoder.write(sink, threads, None)
     return sink.getvalue()
 
@@ -414,8 +411,7 @@ def write(
 
     Memory is bounded by a few layers. `progress` is called with raw bytes as they are done.
     """
-    chosen = auto.resolve(codec, snapshot.layout, profile is not None)
-    encoder = _Encoder(snapshot, chosen, profile, block_tokens, store_token_ids)
+    encoder = _Encoder(snapshot, codec, profile, block_tokens, store_token_ids)
     with replacing_file(path) as file:
         return encoder.write(file, threads, progress)
 
@@ -800,7 +796,7 @@ class Reader:
                     array, _ = dtypes.as_bits(out[n][j], self.layout.dtype)
                     if array.shape != shape or not array.flags.writeable:
                         raise ValueError(f"out for layer {i}: want a writable array of {shape}")
-                targets[i, part] = _batched(array)
+                targets[i, part] = batched(array)
         return targets
 
     def _plan(self, wanted: Sequence[int], cuts: Mapping[int, LayerLayout]) -> list[list[int]]:

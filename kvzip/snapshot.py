@@ -105,6 +105,15 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """True length of the sequence, cropped tokens included."""
         return max((s.cumulative_length for s in self.layers), default=0)
 
+    def lacking(self, count: int) -> int | None:
+        """The first layer that lacks some of what a cache of the first `count` tokens, less the
+        one that is left to compute, needs: a sliding layer the `window - 1` before it. None: no
+        layer does."""
+        for i, layer in enumerate(self.layers):
+            if layer.first > (0 if layer.window is None else max(0, count - layer.window + 1)):
+                return i
+        return None
+
     def check(self) -> None:
         """Raise FormatError or UnsupportedError unless every field makes sense."""
         dtypes.get(self.dtype)
@@ -134,6 +143,11 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layout: Layout
     origin: Origin = Origin()
     version: int = 1
+
+
+def batched(part: Bits) -> Bits:
+    """Keys or values as [batch, heads, tokens, dim], a batch of one where they have none."""
+    return part if part.ndim == 4 else part[np.newaxis]
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -48,7 +48,7 @@ from kvzip.container import MAGIC, Reader
 from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError, UnsupportedError
 from kvzip.profile import Profile
 from kvzip.remote import Bucket
-from kvzip.snapshot import Layout, Snapshot, replacing
+from kvzip.snapshot import Snapshot, replacing
 
 _log = logging.getLogger("kvzip.store")
 
@@ -350,7 +350,7 @@ class Store:
             _log.warning("%s is passed over: %s", key, error)
             return None
         count = _shared(reader, ids, sure)
-        if count >= sure and _holds(reader.layout, count):
+        if count >= sure and reader.layout.lacking(count) is None:
             return Match(key, count, reader)
         reader.close()
         return None
@@ -546,15 +546,6 @@ def _shared(reader: Reader, ids: NDArray[Any], sure: int) -> int:
     shared = min(len(ids), len(known.reshape(-1)))
     equal = known.reshape(-1)[:shared] == ids[:shared]
     return int(np.append(equal, False).argmin())
-
-
-def _holds(layout: Layout, count: int) -> bool:
-    """Whether the layers hold what a cache of the first `count` tokens, less the one that is left
-    to compute, needs: a sliding layer the `window - 1` before it."""
-    return all(
-        layer.first <= (0 if layer.window is None else max(0, count - layer.window + 1))
-        for layer in layout.layers
-    )
 
 
 @contextmanager

@@ -73,6 +73,20 @@ def assert_same(a, b):
         assert np.array_equal(x.v, y.v), f"layer {i}: values differ"
 
 
+def tiny_documents(loaded, count, tokens=160, seed=0, **how):
+    """What a model of 100 words makes of random documents."""
+    from kvzip.capture import prefill
+
+    rng = np.random.default_rng(seed)
+    return [prefill(loaded, row, **how) for row in rng.integers(0, 100, (count, tokens), np.uint32)]
+
+
+def readme_model(**more):
+    """A model that the examples of README and guides run on."""
+    sizes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    return tiny_model("Llama", **sizes | more).model
+
+
 def tiny_model(kind, **more):
     """A random model of a family of transformers, bf16, as `kvzip.models` loads them."""
     import torch

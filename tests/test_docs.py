@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import readme_model
 
 import kvzip
 from kvzip.load.sglang import KvzipStorage
@@ -24,20 +25,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model():
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=500,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    made = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    made = readme_model(pad_token_id=0)
     made.name_or_path = "tiny/llama"
     return made
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import readme_model
 
 import kvzip
 
@@ -22,19 +23,7 @@ def blocks(language):
 
 @pytest.fixture(scope="module")
 def model():
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=500,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return readme_model()
 
 
 def test_the_python_examples(tmp_path, monkeypatch, model):

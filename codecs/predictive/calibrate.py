@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip import dtypes
+from kvzip.codecs.predictive import codec
 from kvzip.codecs.predictive.density import SHAPES, START, Chooser
 from kvzip.codecs.predictive.documents import Item, Progress, load
 from kvzip.codecs.predictive.regression import Doubles, rescaled
@@ -45,31 +45,15 @@ def measure(
     layers: int | None = None,
 ) -> Spent:
     """Code documents with a profile's tensors; only the first `layers`, if it is given."""
-    from kvzip.codecs.predictive.codec import build, new_chain
-
-    model = build(tensors, description)
+    model = codec.build(tensors, description)
     depth = len(description["layers"]) if layers is None else layers
     counts: list[list[Any]] = [[0, 0] for _ in range(depth)]
     bits, numbers = np.zeros((depth, 2)), np.zeros((depth, 2))
     for done, item in enumerate(items):
-        snapshot = load(item)
-        form = dtypes.get(snapshot.dtype)
-        held = min(layer.layout.stored for layer in snapshot.layers)
-        ids = snapshot.token_ids
-        if ids is not None:
-            ids = np.atleast_2d(ids)[:, ids.shape[-1] - held :]
-        rows = snapshot.layers[0].k.shape[0] if snapshot.layers[0].k.ndim == 4 else 1
-        chain = new_chain(model, tensors, rows, held, snapshot.tokens - held, form, ids)
-        for i, layer in enumerate(snapshot.layers[:depth]):
-            for p, part in enumerate(layer):
-                block = part if part.ndim == 4 else part[np.newaxis]
-                block = block[:, :, part.shape[-2] - held :]
-                if form.bits == 32:
-                    block = (block >> np.uint32(16)).astype(np.uint16)
-                found, spent = chain.measure(i, p, np.ascontiguousarray(block))
-                counts[i][p] = counts[i][p] + found.astype(np.int64)
-                bits[i, p] += spent
-                numbers[i, p] += block.size
+        for i, p, found, spent, count in codec.measure(model, tensors, load(item), depth):
+            counts[i][p] = counts[i][p] + found.astype(np.int64)
+            bits[i, p] += spent
+            numbers[i, p] += count
         tell("densities", done + 1, len(items))
     return Spent([np.concatenate(parts, axis=1) for parts in counts], bits, numbers)
 

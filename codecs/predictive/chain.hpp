@@ -47,7 +47,6 @@ class ProfileModel {
 
   void add_layer(const LayerArrays& arrays);
 
-  std::size_t layers() const { return layers_.size(); }
   const Layer& layer(std::size_t i) const;
   const std::vector<std::size_t>& inputs(std::size_t i) const;
   const std::int32_t* centre_start(std::size_t i) const;

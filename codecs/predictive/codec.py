@@ -7,19 +7,20 @@ spec.md has the method; fit.py learns the profile.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip import dtypes
 from kvzip.codec import Codec, Context, get_codec
 from kvzip.codecs import _native
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, ProfileError
 from kvzip.profile import Profile
-from kvzip.snapshot import PARTS, Part
+from kvzip.snapshot import PARTS, Part, Snapshot, batched
 
 _RAW, _CODED, _CHANNEL = b"\0", b"\1", b"\2"
 _LAYER_TENSORS = (
@@ -214,6 +215,35 @@ def new_chain(
     return _native.PredictiveChain(
         model, rows, count, start, form.exponent_bits, mantissa_bits, entries
     )
+
+
+def measure(
+    model: _native.PredictiveModel,
+    tensors: Mapping[str, NDArray[Any]],
+    snapshot: Snapshot,
+    depth: int | None = None,
+) -> Iterator[tuple[int, int, NDArray[np.uint32], float, int]]:
+    """What a model spends on a snapshot's keys (part 0) and values (1), for the tokens that every
+    layer holds; of the first `depth` layers or of all.
+
+    Gives layer, part, how often each cell of |z| occurs [classes, channels, cells], bits, and how
+    many numbers there are. Of fp32, the half that is stored as it is does not count.
+    """
+    form = dtypes.get(snapshot.dtype)
+    held = min((layer.layout.stored for layer in snapshot.layers), default=0)
+    chain: _native.PredictiveChain | None = None
+    for i, layer in enumerate(snapshot.layers[:depth]):
+        for p, part in enumerate(layer):
+            block = batched(part)
+            block = np.ascontiguousarray(_split(block[:, :, block.shape[2] - held :])[0])
+            if chain is None:
+                ids = snapshot.token_ids
+                if ids is not None:
+                    ids = np.atleast_2d(ids)[:, ids.shape[-1] - held :]
+                start = snapshot.tokens - held
+                chain = new_chain(model, tensors, len(block), held, start, form, ids)
+            counts, bits = chain.measure(i, p, block)
+            yield i, p, counts, bits, block.size
 
 
 def build(

@@ -21,6 +21,11 @@ Progress = Callable[[str, int, int], None]
 SINK_TOKENS = 4  # first tokens, whose values are unlike all others
 
 
+def inputs_of(layer: int) -> list[int]:
+    """The layers that predict `layer`: the first and the two before it."""
+    return sorted({0, layer - 1, layer - 2} & set(range(layer)))
+
+
 class Documents:
     """Snapshots of one model, of which one layer at a time is looked at."""
 
@@ -105,7 +110,7 @@ def _sinks(snapshot: Snapshot, held: int) -> int:
 class Vocabulary:
     """The tokens seen, the most frequent first."""
 
-    def __init__(self, documents: Documents, tell: Progress):
+    def __init__(self, documents: Documents):
         seen = [
             ids
             for _, _, ids in documents.read([], range(len(documents)), sinks=True)

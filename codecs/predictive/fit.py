@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from kvzip.codecs.predictive import rope
 from kvzip.codecs.predictive.calibrate import calibrate
 from kvzip.codecs.predictive.density import START, densities, sine_table
-from kvzip.codecs.predictive.documents import Documents, Floats, Item, Progress, Vocabulary
+from kvzip.codecs.predictive.documents import (
+    Documents,
+    Floats,
+    Item,
+    Progress,
+    Vocabulary,
+    inputs_of,
+)
 from kvzip.codecs.predictive.regions import Scores, find
 from kvzip.codecs.predictive.regression import (
     ANGLES,
@@ -26,6 +33,7 @@ from kvzip.codecs.predictive.regression import (
     Doubles,
     Predictor,
     Sums,
+    cholesky,
     int32,
     inverse,
     normalised,
@@ -49,11 +57,6 @@ DEFAULT_BYTES = 134_000_000
 TABLE_ROWS = {1: 8192}  # most frequent tokens with a mean of their own, by layer
 UNSEEN = 0.25  # share of new tokens up to which the first layer is made for the others
 TABLE_SHRINK = 2.0  # unseen occurrences without a deviation that count in a token's mean
-
-
-def inputs_of(layer: int) -> list[int]:
-    """The layers that predict `layer`: the first and the two before it."""
-    return sorted({0, layer - 1, layer - 2} & set(range(layer)))
 
 
 def multiplications(profile: Profile) -> list[int]:
@@ -105,7 +108,7 @@ def fit(
     tensors: dict[str, NDArray[Any]] = {"sine": sine_table(), "densities": densities()[0]}
     moments: list[tuple[Floats, Floats]] = []
     counts, saved = [1], []
-    vocabulary = Vocabulary(learned, tell) if token_table else None
+    vocabulary = Vocabulary(learned) if token_table else None
     for i in range(len(widths)):
         if i == 1:
             counts = _allot(learned, regions, max_bytes, vocabulary)
@@ -415,7 +418,7 @@ def _integers(
     for p in predictors:
         # In units from here on; input residuals in steps of 2^10 of theirs.
         covariance = p.covariance * np.outer(wide / unit, wide / unit)
-        coefficients, variance, shared_part, second = within(covariance, pairs)
+        coefficients, variance, shared_part, second = within(cholesky(covariance), pairs)
         coefficients = coefficients * (1 << RESIDUAL_SHIFT)
         within_scale = np.maximum(np.abs(coefficients).max(axis=1), 1e-9) / 127
         one, two, slope = turned(variance[firsts], second, shared_part)

@@ -205,7 +205,7 @@ struct Of {
     std::uint32_t* counts;
     std::int32_t half;
 
-    I operator()(const Density& density, T* const* number, std::ptrdiff_t offset, std::size_t t,
+    void operator()(const Density& density, T* const* number, std::ptrdiff_t offset, std::size_t t,
                  std::size_t, I centre2, I m, I* value, I* z) {
       I bits;
       for (int i = 0; i < W; ++i) bits[i] = number[t + std::size_t(i)][offset];
@@ -214,7 +214,6 @@ struct Of {
       density.of(k, centre2, m, &low, &high, value, z);
       store(at.start + t, low);
       store(at.size + t, high - low);
-      return k;
     }
     void next(std::size_t n) {
       at.start += n;
@@ -232,7 +231,7 @@ struct Of {
     static constexpr std::uint32_t* counts = nullptr;
     bool ran_out = false;
 
-    I operator()(const Density& density, T* const* number, std::ptrdiff_t offset, std::size_t t,
+    void operator()(const Density& density, T* const* number, std::ptrdiff_t offset, std::size_t t,
                  std::size_t n, I centre2, I m, I* value, I* z) {
       std::uint64_t* const x = state + t % kLanes;
       const std::size_t used = std::min<std::size_t>(W, n - t);
@@ -261,7 +260,7 @@ struct Of {
       for (std::size_t i = 0; i < used; ++i) number[t + i][offset] = T(bits[i]);
       if (std::size_t(end - word) >= 4 * W && used == W) {
         word = Isa::advance(x, (typename Isa::U)size, (typename Isa::U)rest, word);
-        return k;
+        return;
       }
       for (std::size_t i = 0; i < used; ++i) {
         x[i] = std::uint64_t(std::uint32_t(size[i])) * (x[i] >> kCdfBits) + std::uint32_t(rest[i]);
@@ -275,7 +274,6 @@ struct Of {
         }
         x[i] = x[i] << 32 | next;
       }
-      return k;
     }
     void next(std::size_t) {}
     bool good() const { return !ran_out; }
@@ -384,8 +382,6 @@ struct Of {
       store(rs, (load(rs) & ~(255 << shift)) | ((clamp(r, 127) + 128) << shift));
       store(qs, (load(qs) & ~(255 << shift)) | ((clamp(q, 127) + 128) << shift));
     };
-    const std::int32_t* const inverse[2] = {layer.inverse + tile.region * width,
-                                            layer.inverse + (layer.regions * table + tile.region) * width};
     const auto of_class = [&](const std::int32_t* array, std::size_t size, bool is_known) {
       return array + (layer.regions * std::size_t(is_known) + tile.region) * size;
     };
@@ -451,8 +447,8 @@ struct Of {
         const std::ptrdiff_t from = offset(place);
         for (std::size_t t = 0; t < n; t += W) {
           const I centre2 = 2 * expected(one, c, t);
-          I inv = all(inverse[0][c]);
-          if (table) inv = load(known + t) != 0 ? all(inverse[1][c]) : inv;
+          I inv = all(of_class(layer.inverse, width, false)[c]);
+          if (table) inv = load(known + t) != 0 ? all(of_class(layer.inverse, width, true)[c]) : inv;
           const I m = narrow(t, inv);
           I v, z;
           coder(first, at, from, t, n, centre2, m, &v, &z);

@@ -123,7 +123,7 @@ class Sums:
 
 
 def _log_volume(covariance: Doubles) -> float:
-    return float(np.log2(np.diag(_cholesky(covariance))).sum())
+    return float(np.log2(np.diag(cholesky(covariance))).sum())
 
 
 def round_weights(weights: Doubles, gram: Doubles) -> tuple[NDArray[np.int8], Doubles]:
@@ -153,12 +153,11 @@ def round_weights(weights: Doubles, gram: Doubles) -> tuple[NDArray[np.int8], Do
 
 
 def within(
-    covariance: Doubles, pairs: Sequence[tuple[int, int]]
+    lower: Doubles, pairs: Sequence[tuple[int, int]]
 ) -> tuple[Doubles, Doubles, Doubles, Doubles]:
-    """Each channel from the channels before it: coefficients [channels, channels], what variance
-    is left, and of each pair (first, second), which do not see each other, the covariance left
-    and the second's variance."""
-    lower = _cholesky(covariance)
+    """Each channel from the channels before it, by the Cholesky factor of their covariance:
+    coefficients [channels, channels], what variance is left, and of each pair (first, second),
+    which do not see each other, the covariance left and the second's variance."""
     spread = np.diag(lower).copy()
     # L^-1 with a unit diagonal: a row is minus the coefficients on the channels before.
     inverse = np.linalg.inv(lower / spread)
@@ -174,7 +173,7 @@ def within(
     return coefficients, variance, covariances, np.array([variance[b] for _, b in pairs])
 
 
-def _cholesky(covariance: Doubles) -> Doubles:
+def cholesky(covariance: Doubles) -> Doubles:
     """Its lower factor; a covariance of too few tokens is made definite first."""
     covariance = (covariance + covariance.T) / 2
     diagonal = np.diag(covariance)

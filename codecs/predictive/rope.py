@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.dtypes import Bits
-from kvzip.snapshot import Layer, LayerLayout, Origin
+from kvzip.snapshot import Layer, LayerLayout, Origin, batched
 
 
 def width(layer: LayerLayout) -> int:
@@ -77,7 +77,7 @@ class Order:
     def unturned(self, layer: Layer, skip: int = 0) -> NDArray[np.float32]:
         """Values of a layer in coding order with the keys' rotation undone, [tokens, width];
         rows of a batch one after the other, each without its first `skip` tokens."""
-        parts = [part if part.ndim == 4 else part[np.newaxis] for part in layer]
+        parts = [batched(part) for part in layer]
         k, v = (floats(part[:, :, skip:], self.dtype).transpose(0, 2, 1, 3) for part in parts)
         rows, tokens = k.shape[:2]
         y = np.empty((rows, tokens, len(self.order)), np.float32)

@@ -7,15 +7,20 @@ holds, all.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codecs.predictive import rope
+from kvzip.codecs.predictive.documents import (
+    SINK_TOKENS,
+    Item,
+    Progress,
+    inputs_of,
+    load,
+)
 from kvzip.entropy import linear, profiled
 from kvzip.entropy.linear import Doubles, Floats, Linear, Moments
 from kvzip.entropy.residual import (
@@ -35,10 +40,6 @@ from kvzip.errors import KVZipError, ProfileError
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
-Document = Snapshot | str | os.PathLike[str]
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is, and how much there is."""
-
 PREDICTED = (
     "density by channel",
     "from layers before",
@@ -49,8 +50,6 @@ PREDICTED = (
 layer and the two before; besides, from the residuals of the channels before; spreads that follow
 the token's residuals so far."""
 PROFILE = "the profile's integers"
-SINK_TOKENS = 4
-"""First tokens, whose values are unlike all others: nothing is learned from them."""
 _CALIBRATION = 16  # documents at most
 SAMPLE = 1536
 """Tokens that a density is learned from, about."""
@@ -124,10 +123,6 @@ class Fitted:
         self.spectra: list[Spectrum] = []
 
 
-def load(document: Document) -> Snapshot:
-    return document if isinstance(document, Snapshot) else Snapshot.load(Path(document))
-
-
 def check_same_model(snapshot: Snapshot, first: Snapshot) -> None:
     """Raise KVZipError unless both are caches of one model, in one dtype."""
     shapes = [[head_shapes(layer) for layer in s.layers] for s in (snapshot, first)]
@@ -167,7 +162,7 @@ def split(count: int) -> tuple[list[int], list[int]]:
     return [i for i in range(count) if i not in apart], sorted(apart)
 
 
-def fit(documents: Sequence[Document], progress: Progress | None = None) -> Fitted:
+def fit(documents: Sequence[Item], progress: Progress | None = None) -> Fitted:
     """Learn all rungs from documents of one model. One document is in memory at a time."""
     if not documents:
         raise KVZipError("there is no document to learn from")
@@ -192,7 +187,7 @@ def fit(documents: Sequence[Document], progress: Progress | None = None) -> Fitt
             found = views(snapshot, how, SINK_TOKENS)
             moments.add({n: view.y for n, view in enumerate(found)})
         tell("regressions", done + 1, len(documents))
-    bases = [linear.regress(moments, linear.inputs_of(n), n) for n in range(count)]
+    bases = [linear.regress(moments, inputs_of(n), n) for n in range(count)]
     means = [linear.constant(moments, n) for n in range(count)]
     left = Moments((n, n) for n in range(count))
     for done, i in enumerate(calibrating):
@@ -230,7 +225,7 @@ def _spectrum(own: Doubles, rest: Doubles) -> Spectrum:
 
 
 def measure(
-    documents: Sequence[Document],
+    documents: Sequence[Item],
     fitted: Fitted | None = None,
     profile: Profile | None = None,
     progress: Progress | None = None,

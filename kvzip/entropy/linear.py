@@ -12,15 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip.codecs.predictive.documents import inputs_of
+
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Vectors = Mapping[int, Floats]
 """[tokens, width] by name."""
-
-
-def inputs_of(layer: int) -> tuple[int, ...]:
-    """The layers that predict `layer`: the first and the two before it."""
-    return tuple(sorted({0, layer - 1, layer - 2} & set(range(layer))))
 
 
 class Moments:

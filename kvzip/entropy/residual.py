@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
-from kvzip.codecs.predictive import rope
+from kvzip.codecs.predictive import regression, rope
 from kvzip.entropy import density
 from kvzip.entropy.linear import Doubles, Floats, cholesky
-from kvzip.snapshot import PARTS, Layer, Origin, Snapshot
+from kvzip.snapshot import PARTS, Layer, Origin, Snapshot, batched
 
 MEAN_DEVIATION = 0.75
 """Of the standard deviation, for what is nearly normal."""
@@ -34,7 +34,7 @@ class View:
     """A layer's numbers in coding order, rows of a batch one after the other."""
 
     def __init__(self, layer: Layer, order: rope.Order, dtype: str):
-        parts = [p if p.ndim == 4 else p[np.newaxis] for p in layer]
+        parts = [batched(p) for p in layer]
         flat = [p.transpose(0, 2, 1, 3).reshape(p.shape[0] * p.shape[2], -1) for p in parts]
         self.dtype, self.order = dtype, order
         self.bits = np.concatenate([flat[0][:, order.order[: order.keys]], flat[1]], axis=1)
@@ -96,18 +96,7 @@ class Within:
         variance = np.maximum(np.diag(covariance), 1e-30).astype(np.float64)
         both = np.zeros(len(pairs))
         if not alone:
-            lower = cholesky(covariance)
-            spread = np.diag(lower)
-            # L^-1 with a unit diagonal: a row is minus the coefficients on the channels before.
-            coefficients = -np.tril(np.linalg.inv(lower / spread), -1)
-            variance = spread**2
-            if pairs:
-                # The two of a pair are expected from what is before both.
-                slope = coefficients[self.second, self.first]
-                coefficients[self.second] += slope[:, None] * coefficients[self.first]
-                coefficients[self.second, self.first] = 0
-                both = slope * variance[self.first]
-                variance[self.second] += slope * both
+            coefficients, variance, both, _ = regression.within(cholesky(covariance), pairs)
             self.coefficients = coefficients.astype(np.float32)
         self.variance, self.both = variance.astype(np.float32), both.astype(np.float32)
 

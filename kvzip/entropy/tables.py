@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.dtypes import Bits
-from kvzip.snapshot import PARTS, Layer, Part, Snapshot
+from kvzip.snapshot import PARTS, Layer, Part, Snapshot, batched
 
 
 class Measure(msgspec.Struct, frozen=True):
@@ -55,7 +55,7 @@ def channel_counts(part: Bits, dtype: str) -> NDArray[Any]:
 
 def _by_channel(values: Bits, symbols: int) -> NDArray[Any]:
     """How often each value occurs in each channel, int64 [heads, dim, symbols]."""
-    block = values if values.ndim == 4 else values[np.newaxis]
+    block = batched(values)
     _, heads, _, dim = block.shape
     channel = np.arange(heads)[:, None, None] * dim + np.arange(dim)
     flat = (block.astype(np.int64) + channel * symbols).reshape(-1)

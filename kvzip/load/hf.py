@@ -184,8 +184,8 @@ def _ids(ids: Any, name: str) -> NDArray[Any]:
 
 def cache_of_snapshot(snapshot: Snapshot, config: Any) -> Any:
     """A `DynamicCache` with every token of a snapshot; see :meth:`Snapshot.to_cache`."""
-    kinds = _check_config(snapshot, config)
-    _check_held(kinds, snapshot.layout, snapshot.tokens)
+    _check_config(snapshot, config)
+    _check_held(snapshot.layout, snapshot.tokens)
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     for layer, layout, pair in zip(
         cache.layers, snapshot.layout.layers, snapshot.tensors(), strict=True
@@ -241,9 +241,7 @@ def load_cache(
             count = _count_without_prompt(kinds, source.layout, tokens)
             witnessed = True
         else:
-            count, witnessed = _count_with_prompt(
-                kinds, source.layout, source.token_ids, ids, tokens
-            )
+            count, witnessed = _count_with_prompt(source.layout, source.token_ids, ids, tokens)
         loader = Loader(source, _spans(kinds, count, witnessed), count, device, threads)
         opened.close_after(loader)
     return _cache(loader, config, kinds, count, None if ids is None else ids.shape[1])
@@ -365,7 +363,7 @@ def load_batch(
         loaders: list[Loader | None] = []
         for source, n, common in zip(opened.sources, kept, shared, strict=True):
             if n:
-                _check_held(kinds, source.layout, n)
+                _check_held(source.layout, n)
                 spans = _spans(kinds, n, n < common)
                 loaders.append(Loader(source, spans, n, device, threads))
             else:
@@ -422,10 +420,10 @@ def load_or_prefill(
             mine.append(source.reader)
         with _Opened([source], profile, threads, mine) as opened:
             [source] = opened.sources
-            kinds = _check_config(source, config)
+            _check_config(source, config)
             common = _common(source.layout, source.token_ids, ids)
             most = common if tokens is None else min(common, tokens)
-            if most == common > 1 and _lacking(kinds, source.layout, most - 1) is None:
+            if most == common > 1 and source.layout.lacking(most - 1) is None:
                 most -= 1  # one token less, so that its key tells whether the weights are the same
             cache = load_cache(source, config, prompt=ids, tokens=most, threads=threads)
             loader = cache.layers[0]._source
@@ -500,16 +498,8 @@ def _check_config(source: Reader | Snapshot, config: Any) -> list[LayerKind]:
     return kinds
 
 
-def _lacking(kinds: Sequence[LayerKind], layout: Layout, count: int) -> int | None:
-    """The first layer that lacks some of what a cache of `count` tokens needs, or None."""
-    for i, (kind, layer) in enumerate(zip(kinds, layout.layers, strict=True)):
-        if layer.first > (0 if kind.window is None else max(0, count - kind.window + 1)):
-            return i
-    return None
-
-
-def _check_held(kinds: Sequence[LayerKind], layout: Layout, count: int) -> None:
-    i = _lacking(kinds, layout, count)
+def _check_held(layout: Layout, count: int) -> None:
+    i = layout.lacking(count)
     if i is not None:
         raise KVZipError(
             f"layer {i} slides and holds only the last {layout.layers[i].stored} of "
@@ -532,7 +522,7 @@ def _count_without_prompt(kinds: Sequence[LayerKind], layout: Layout, tokens: in
             "the first layer of this model does not rotate its keys, so the cache could not tell "
             "a prompt that is too short: pass prompt="
         )
-    _check_held(kinds, layout, count)
+    _check_held(layout, count)
     return count
 
 
@@ -554,7 +544,6 @@ def _common(layout: Layout, document: NDArray[Any] | None, prompt: NDArray[Any])
 
 
 def _count_with_prompt(
-    kinds: Sequence[LayerKind],
     layout: Layout,
     document: NDArray[Any] | None,
     prompt: NDArray[Any],
@@ -565,9 +554,9 @@ def _count_with_prompt(
     count = min(common, length - 1, layout.tokens if tokens is None else tokens)
     if count < 1:
         raise KVZipError("nothing can be kept: tokens= is below 1, or the prompt is one token")
-    if length == 2 * count and count > 1 and _lacking(kinds, layout, count - 1) is None:
+    if length == 2 * count and count > 1 and layout.lacking(count - 1) is None:
         # Ids of the suffix alone, given without a full-length mask, go in at position 0. That
         # shows in how many are fed, unless suffix and cache are of one length.
         count -= 1
-    _check_held(kinds, layout, count)
+    _check_held(layout, count)
     return count, count < common and count < layout.tokens

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import assert_same, make_snapshot, random_bits, reseal, tiny_model
+from support import tiny_documents as documents
 
 import kvzip
 from kvzip.capture import prefill
@@ -19,12 +20,6 @@ from kvzip.errors import KVZipError, ProfileError
 
 def tiny(kind="Llama", **more):
     return tiny_model(kind, **{"vocab_size": 100, "num_hidden_layers": 5, "head_dim": 16} | more)
-
-
-def documents(loaded, count, tokens=160, seed=0, **how):
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, 100, (count, tokens), np.uint32)
-    return [prefill(loaded, row, **how) for row in ids]
 
 
 @pytest.fixture(scope="module")

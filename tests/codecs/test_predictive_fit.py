@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from predictive_reference import Chain
 from support import assert_same, tiny_model
+from support import tiny_documents as documents
 
 import kvzip
 from kvzip import dtypes
@@ -17,18 +18,13 @@ from kvzip.codecs.predictive.codec import native_model, new_chain
 from kvzip.codecs.predictive.density import Chooser, cell_edges, densities
 from kvzip.codecs.predictive.documents import Documents
 from kvzip.codecs.predictive.regions import Scores, find
-from kvzip.codecs.predictive.regression import Sums, round_weights, within
+from kvzip.codecs.predictive.regression import Sums, cholesky, round_weights, within
 from kvzip.errors import ProfileError
 from kvzip.snapshot import Layer, Snapshot
 
 
 def tiny(kind="Llama", **more):
     return tiny_model(kind, **{"vocab_size": 100, "num_hidden_layers": 4, "head_dim": 16} | more)
-
-
-def documents(loaded, count, tokens=160, seed=0, **how):
-    rng = np.random.default_rng(seed)
-    return [prefill(loaded, row, **how) for row in rng.integers(0, 100, (count, tokens), np.uint32)]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +112,7 @@ def test_within_leaves_what_nothing_before_explains():
     rng = np.random.default_rng(0)
     root = rng.normal(size=(12, 12))
     covariance = root @ root.T + 9 * np.eye(12)
-    coefficients, variance, shared, second = within(covariance, [(0, 1), (4, 5)])
+    coefficients, variance, shared, second = within(cholesky(covariance), [(0, 1), (4, 5)])
     left = (np.eye(12) - coefficients) @ covariance @ (np.eye(12) - coefficients).T
     assert np.allclose(np.triu(coefficients), 0)
     assert coefficients[1, 0] == coefficients[5, 4] == 0

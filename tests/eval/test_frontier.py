@@ -18,7 +18,7 @@ from test_cli import run_json
 
 from kvzip.capture import prefill
 from kvzip.errors import KVZipError
-from kvzip.eval import copies, frontier, graphs, predictors
+from kvzip.eval import copies, frontier, graphs, predictors, stored
 from kvzip.models import LoadedModel
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -150,7 +150,7 @@ def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch, result):
 
 
 def test_the_result_goes_to_json_and_back(result, tmp_path):
-    frontier.save(result, tmp_path / "a.json")
+    stored.save(result, tmp_path / "a.json")
     assert frontier.load(tmp_path / "a.json") == result
     (tmp_path / "b.json").write_text('{"version": 1}')
     with pytest.raises(KVZipError, match="not a result of `kvzip eval frontier`"):

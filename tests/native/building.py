@@ -11,8 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {
-    "channel": ["native/xxh3"]
-    + [f"channel/{name}" for name in ("kernels", "part", "shapes", "tables", "kernels_scalar")],
+    "channel": [
+        f"channel/{name}" for name in ("kernels", "part", "shapes", "tables", "kernels_scalar")
+    ],
     "predictive": [f"predictive/{name}" for name in ("kernels", "chain", "kernels_scalar")],
 }
 FLAGS = ("-std=c++17", "-Wno-psabi", "-ffp-contract=off", f"-I{ROOT / 'codecs'}")
@@ -35,7 +36,7 @@ def options(source: str) -> list[str]:
 
 def fuzzer(compiler: str, codec: str, folder: Path, flags: Sequence[str], x86: bool) -> Path:
     """The program fuzz_CODEC, made in `folder`; `x86`: with AVX2 and AVX-512."""
-    sources = ["native/simd", *SOURCES[codec]]
+    sources = ["native/simd", "native/xxh3", *SOURCES[codec]]
     if x86:
         sources += [f"{codec}/kernels_avx2", f"{codec}/kernels_avx512"]
         flags = [*flags, "-DKVZIP_X86"]

@@ -1,53 +1,13 @@
-// Round trips and damage for the channel codec's C++, on every instruction set of this processor;
-// built with AddressSanitizer and UBSan by test_sanitizers.py, for another processor by
-// test_cross.py. Every buffer is on the heap and of the exact size, so that a byte too far is seen.
-//   fuzz SECONDS SEED        rounds until the time is over
-//   fuzz --rounds N SEED     so many, and a digest of all that was encoded
-#include <algorithm>
-#include <chrono>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <vector>
+// Round trips and damage for the channel codec's C++, on every instruction set of this processor.
+#include "fuzz.hpp"
 
 #include "channel/part.hpp"
-#include "native/simd.hpp"
-#include "native/xxh3.hpp"
 
 using namespace kvzip::channel;
+using namespace kvzip::fuzz;
 namespace simd = kvzip::simd;
-using Bytes = std::vector<std::uint8_t>;
 
 namespace {
-
-std::mt19937_64 random_bits;
-kvzip::Xxh3 encoded_bytes;
-std::size_t below(std::size_t n) { return random_bits() % n; }
-
-void check(bool good, const char* what) {
-  if (good) return;
-  std::printf("%s\n", what);
-  std::exit(1);
-}
-
-std::vector<simd::Level> levels() {
-  std::vector<simd::Level> found;
-  for (simd::Level level : {simd::Level::scalar, simd::Level::avx2, simd::Level::avx512})
-    if (simd::set_level(level)) found.push_back(level);
-  return found;
-}
-const std::vector<simd::Level> kLevels = levels();
-
-// A vector's capacity may be more than its size; this is not.
-struct Exact {
-  explicit Exact(const Bytes& bytes) : data(new std::uint8_t[bytes.size()]), size(bytes.size()) {
-    std::copy(bytes.begin(), bytes.end(), data.get());
-  }
-  std::unique_ptr<std::uint8_t[]> data;
-  std::size_t size;
-};
 
 Bytes damaged(Bytes bytes) {
   switch (below(4)) {
@@ -165,24 +125,11 @@ void once(Form form) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool counted = argc > 2 && !std::strcmp(argv[1], "--rounds");
-  const double limit = argc > 1 + counted ? std::atof(argv[1 + counted]) : 2;
-  random_bits.seed(argc > 2 + counted ? std::strtoull(argv[2 + counted], nullptr, 10) : 1);
-  const auto began = std::chrono::steady_clock::now();
-  const auto passed = [&] {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
-  };
-  int rounds = 0;
-  while ((counted ? double(rounds) : passed()) < limit) {
+  return run(argc, argv, [] {
     once<std::uint16_t>({8, 7});
     once<std::uint16_t>({5, 10});
     once<std::uint32_t>({8, 23});
     once<std::uint8_t>({4, 3});
     once<std::uint8_t>({5, 2});
-    ++rounds;
-  }
-  std::printf("%d rounds, paths:", rounds);
-  for (simd::Level level : kLevels) std::printf(" %s", simd::name_of(level));
-  std::printf("\n");
-  if (counted) std::printf("%016llx\n", static_cast<unsigned long long>(encoded_bytes.digest()));
+  });
 }

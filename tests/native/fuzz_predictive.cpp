@@ -1,42 +1,21 @@
 // Round trips and damage for the predictive codec's C++, with models of random numbers, on every
-// instruction set of this processor; built with AddressSanitizer and UBSan by test_sanitizers.py.
-#include <algorithm>
-#include <chrono>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+// instruction set of this processor.
+#include "fuzz.hpp"
+
 #include <deque>
 #include <limits>
-#include <memory>
-#include <random>
-#include <vector>
 
-#include "native/simd.hpp"
 #include "predictive/chain.hpp"
 
 using namespace kvzip::predictive;
+using namespace kvzip::fuzz;
 namespace simd = kvzip::simd;
-using Bytes = std::vector<std::uint8_t>;
 
 namespace {
 
-std::mt19937_64 random_bits;
-std::size_t below(std::size_t n) { return random_bits() % n; }
-std::int64_t between(std::int64_t low, std::int64_t high) { return low + std::int64_t(below(std::size_t(high - low + 1))); }
-
-void check(bool good, const char* what) {
-  if (good) return;
-  std::printf("%s\n", what);
-  std::exit(1);
+std::int64_t between(std::int64_t low, std::int64_t high) {
+  return low + std::int64_t(below(std::size_t(high - low + 1)));
 }
-
-std::vector<simd::Level> levels() {
-  std::vector<simd::Level> found;
-  for (simd::Level level : {simd::Level::scalar, simd::Level::avx2, simd::Level::avx512})
-    if (simd::set_level(level)) found.push_back(level);
-  return found;
-}
-const std::vector<simd::Level> kLevels = levels();
 
 // Arrays on the heap and of the exact size, so that a byte too far is seen.
 struct Arrays {
@@ -51,19 +30,15 @@ struct Arrays {
 };
 
 template <typename T>
-std::int64_t least() { return std::numeric_limits<T>::min(); }
-template <typename T>
 std::int64_t most() { return std::numeric_limits<T>::max(); }
 
 Span<std::uint32_t> densities(Arrays& arrays, std::size_t shapes) {
   auto d = arrays.of<std::uint32_t>(shapes * (kCells + 1), 0, 0);
   auto* at = const_cast<std::uint32_t*>(d.data);
+  // Cells below 2^20, the last edge at a half.
+  constexpr std::uint32_t kStep = kCdf / 2 / kCells;
   for (std::size_t s = 0; s < shapes; ++s, at += kCells + 1) {
-    for (int i = 1; i < kCells; ++i) at[i] = std::uint32_t(below(1 << 20)) * 16 / 4;
-    std::sort(at, at + kCells);
-    // Cells below 2^20, the last edge at a half.
-    for (int i = 0; i <= kCells; ++i) at[i] = std::uint32_t(i) * ((kCdf / 2) / kCells) + at[i] % ((kCdf / 2) / kCells);
-    at[0] = 0;
+    for (std::uint32_t i = 1; i < kCells; ++i) at[i] = i * kStep + std::uint32_t(below(kStep));
     at[kCells] = kCdf / 2;
   }
   return d;
@@ -125,12 +100,10 @@ Bytes damaged(Bytes bytes) {
   return bytes;
 }
 
-// Of all bytes written so far (FNV-1a), to be compared between processors.
-std::uint64_t digest = 14695981039346656037ull;
-
 template <typename T>
-void once(Form form, std::uint64_t seed) {
-  random_bits.seed(seed);
+void once(Form form) {
+  // Damage takes as many numbers as there are paths: the next round begins with its own.
+  const std::uint64_t next = random_bits();
   Arrays arrays;
   const std::size_t shapes = 1 + below(3);
   const bool sane = below(2);
@@ -171,50 +144,35 @@ void once(Form form, std::uint64_t seed) {
       const Bytes bytes = writer.encode(Block<const T>{b.data, b.row_stride, b.head_stride, b.token_stride, b.dim_stride});
       if (level == kLevels[0]) {
         coded.push_back(bytes);
-        for (std::uint8_t byte : bytes) digest = (digest ^ byte) * 1099511628211ull;
+        encoded_bytes.update(bytes.data(), bytes.size());
       }
       check(bytes == coded[i], "another path gives other bytes");
       std::unique_ptr<T[]> out(new T[sizes[i]]());
-      std::unique_ptr<std::uint8_t[]> exact(new std::uint8_t[bytes.size()]);
-      std::copy(bytes.begin(), bytes.end(), exact.get());
-      check(reader.decode(Span<std::uint8_t>{exact.get(), bytes.size()},
+      const Exact stored(bytes);
+      check(reader.decode(Span<std::uint8_t>{stored.data.get(), stored.size},
                           Block<T>{out.get(), b.row_stride, b.head_stride, b.token_stride, 1}),
             "a true stream is refused");
       check(std::equal(out.get(), out.get() + sizes[i], b.data), "other numbers come back");
     }
     for (int again = 0; again < 3; ++again) {
       Chain hurt(model, rows, count, position, form, entries);
-      const Bytes bytes = damaged(coded[0]);
+      const Exact stored(damaged(coded[0]));
       std::unique_ptr<T[]> out(new T[sizes[0]]());
-      std::unique_ptr<std::uint8_t[]> exact(new std::uint8_t[bytes.size()]);
-      std::copy(bytes.begin(), bytes.end(), exact.get());
       const Block<T>& b = blocks[0];
-      hurt.decode(Span<std::uint8_t>{exact.get(), bytes.size()},
+      hurt.decode(Span<std::uint8_t>{stored.data.get(), stored.size},
                   Block<T>{out.get(), b.row_stride, b.head_stride, b.token_stride, 1});
     }
   }
+  random_bits.seed(next);
 }
 
 }  // namespace
 
-// fuzz_predictive SECONDS SEED, or fuzz_predictive --rounds N SEED, which also prints the digest.
 int main(int argc, char** argv) {
-  const bool counted = argc > 2 && !std::strcmp(argv[1], "--rounds");
-  const double limit = argc > 1 + counted ? std::atof(argv[1 + counted]) : 2;
-  std::uint64_t seed = argc > 2 + counted ? std::strtoull(argv[2 + counted], nullptr, 10) : 1;
-  const auto began = std::chrono::steady_clock::now();
-  const auto passed = [&] {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
-  };
-  int rounds = 0;
-  for (; (counted ? double(rounds) : passed()) < limit; ++rounds) {
-    once<std::uint16_t>({8, 7}, seed++);
-    once<std::uint16_t>({5, 10}, seed++);
-    once<std::uint8_t>({4, 3}, seed++);
-    once<std::uint8_t>({5, 2}, seed++);
-  }
-  std::printf("%d rounds, paths:", rounds);
-  for (simd::Level level : kLevels) std::printf(" %s", simd::name_of(level));
-  std::printf("\n");
-  if (counted) std::printf("%016llx\n", static_cast<unsigned long long>(digest));
+  return run(argc, argv, [] {
+    once<std::uint16_t>({8, 7});
+    once<std::uint16_t>({5, 10});
+    once<std::uint8_t>({4, 3});
+    once<std::uint8_t>({5, 2});
+  });
 }

@@ -1,0 +1,71 @@
+// What the fuzzers of this folder share: random numbers, the instruction sets of this processor, a
+// digest of what was encoded, and the rounds. Built with AddressSanitizer and UBSan by
+// test_sanitizers.py, for another processor by test_cross.py.
+//   fuzz SECONDS SEED        rounds until the time is over
+//   fuzz --rounds N SEED     so many, and the digest
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "native/simd.hpp"
+#include "native/xxh3.hpp"
+
+namespace kvzip::fuzz {
+
+using Bytes = std::vector<std::uint8_t>;
+
+inline std::mt19937_64 random_bits;
+inline std::size_t below(std::size_t n) { return random_bits() % n; }
+
+inline Xxh3 encoded_bytes;
+
+inline void check(bool good, const char* what) {
+  if (good) return;
+  std::printf("%s\n", what);
+  std::exit(1);
+}
+
+inline std::vector<simd::Level> levels() {
+  std::vector<simd::Level> found;
+  for (simd::Level level : {simd::Level::scalar, simd::Level::avx2, simd::Level::avx512})
+    if (simd::set_level(level)) found.push_back(level);
+  return found;
+}
+inline const std::vector<simd::Level> kLevels = levels();
+
+// Memory on the heap and of the exact size, so that a byte too far is seen; a vector's capacity may
+// be more than its size.
+struct Exact {
+  explicit Exact(const Bytes& bytes) : data(new std::uint8_t[bytes.size()]), size(bytes.size()) {
+    std::copy(bytes.begin(), bytes.end(), data.get());
+  }
+  std::unique_ptr<std::uint8_t[]> data;
+  std::size_t size;
+};
+
+template <typename Round>
+int run(int argc, char** argv, Round round) {
+  const bool counted = argc > 2 && !std::strcmp(argv[1], "--rounds");
+  const double limit = argc > 1 + counted ? std::atof(argv[1 + counted]) : 2;
+  random_bits.seed(argc > 2 + counted ? std::strtoull(argv[2 + counted], nullptr, 10) : 1);
+  const auto began = std::chrono::steady_clock::now();
+  const auto passed = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  };
+  int rounds = 0;
+  for (; (counted ? double(rounds) : passed()) < limit; ++rounds) round();
+  std::printf("%d rounds, paths:", rounds);
+  for (simd::Level level : kLevels) std::printf(" %s", simd::name_of(level));
+  std::printf("\n");
+  if (counted) std::printf("%016llx\n", static_cast<unsigned long long>(encoded_bytes.digest()));
+  return 0;
+}
+
+}  // namespace kvzip::fuzz
