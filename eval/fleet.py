@@ -163,11 +163,10 @@ def popularity(documents: int, zipf: float) -> tuple[NDArray[Any], NDArray[Any]]
     if documents > EXACT_RANKS:
         edges = np.unique(np.round(np.geomspace(EXACT_RANKS, documents, _BINS + 1)))
         low, high = edges[:-1] + 0.5, edges[1:] + 0.5
-        total = (
-            np.log(high / low)
-            if zipf == 1
-            else (high ** (1 - zipf) - low ** (1 - zipf)) / (1 - zipf)
-        )
+        # The integral of x^-zipf, in a form that does not cancel where zipf is nearly 1.
+        width = np.log(high / low)
+        bent = np.expm1((1 - zipf) * width) / (1 - zipf) if zipf != 1 else width
+        total = low ** (1 - zipf) * bent
         weight = np.concatenate([weight, total / (high - low)])
         alike = np.concatenate([alike, high - low])
     return weight / (weight * alike).sum(), alike

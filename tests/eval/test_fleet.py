@@ -7,7 +7,7 @@ import math
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvzip.cost import CodecFigures
@@ -105,6 +105,7 @@ def test_bins_stand_for_their_documents(zipf: float, monkeypatch: pytest.MonkeyP
     st.floats(1, 1e4),
     st.floats(1e8, 1e13),
 )
+@example(1.0, 4097, 1.0000000000000002, 1.0, 1e8)  # nearly harmonic
 def test_hits_are_what_they_can_be(
     readers: float, documents: int, zipf: float, per_write: float, room: float
 ) -> None:
