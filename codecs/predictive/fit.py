@@ -107,7 +107,7 @@ def fit(
     store = None if resume is None else Store(Path(resume), settings, snapshots)
     tensors: dict[str, NDArray[Any]] = {"sine": sine_table(), "densities": densities()[0]}
     moments: list[tuple[Floats, Floats]] = []
-    counts, saved = [1], []
+    counts = [1]
     vocabulary = Vocabulary(learned) if token_table else None
     for i in range(len(widths)):
         if i == 1:
@@ -118,7 +118,6 @@ def fit(
             if store is not None:
                 store.keep(i, made)
         moments.append((made.pop("fit.mean"), made.pop("fit.deviation")))
-        saved.append(float(made.pop("fit.saved")[0]))
         tensors |= {f"{i}.{name}": array for name, array in made.items()}
         tell("layers", i + 1, len(widths))
     if vocabulary is not None and len(vocabulary.ids):
@@ -290,7 +289,7 @@ def _layer(
             )
     made = _integers(order, mean, deviation, predictors, table, known)
     made |= {"order": order.order.astype(np.int32), "step": order.step}
-    made |= {"fit.mean": mean, "fit.deviation": deviation, "fit.saved": np.array([saved])}
+    made |= {"fit.mean": mean, "fit.deviation": deviation}
     if scores is not None:
         made |= {"centre": packed(scores.centre), "centre_bias": scores.bias}
     return made
