@@ -18,23 +18,26 @@ class Words {
 
   const std::uint8_t* at;
 
-  // To be called before each step; false when a step has read more than there was.
-  bool ready() {
-    if (end_ - at >= kReach) return true;
-    if (end_ < at) return false;
-    if (!copied_) {
-      const auto rest = std::size_t(end_ - at);
-      std::memset(copy_, 0, sizeof copy_);
-      std::memcpy(copy_, at, rest);
-      at = copy_;
-      end_ = copy_ + rest;
-      copied_ = true;
-    }
-    return true;
+  // To be called before each step with where words are read now; where to read on, or none when a
+  // step has read more than there was.
+  const std::uint8_t* ready(const std::uint8_t* from) {
+    return __builtin_expect(end_ - from >= kReach, 1) ? from : copied(from);
   }
   bool all_read() const { return at == end_; }
 
  private:
+  __attribute__((noinline)) const std::uint8_t* copied(const std::uint8_t* from) {
+    if (end_ < from) return nullptr;
+    if (!copied_) {
+      const auto rest = std::size_t(end_ - from);
+      std::memset(copy_, 0, sizeof copy_);
+      std::memcpy(copy_, from, rest);
+      from = copy_;
+      end_ = copy_ + rest;
+      copied_ = true;
+    }
+    return from;
+  }
   static constexpr std::ptrdiff_t kReach = 2 * kLanes + 64;
   const std::uint8_t* end_;
   bool copied_ = false;
@@ -68,14 +71,14 @@ struct Steps {
   std::size_t escaped_count = 0;
 
   template <int M>
-  __attribute__((always_inline)) void fetch(std::size_t c) {
+  __attribute__((always_inline)) void fetch(std::size_t c, const std::uint8_t* at) {
     constexpr std::size_t kRows = rows_of_octet(M);
     for (std::size_t j = 2 * c; j < least(2 * c + 2, tokens); ++j)
       for (std::size_t at = 0; at < kStrip; at += 64 / sizeof(T))
         __builtin_prefetch(corner + std::ptrdiff_t(j) * token_stride + at, 1);
     for (std::size_t k = 0; k < 2 * kRows; k += 8)
       __builtin_prefetch(mantissas + (c * (2 * kRows / 8 + (2 * kRows % 8 != 0)) + k / 8) * 64);
-    __builtin_prefetch(words->at + 2048);
+    __builtin_prefetch(at + 2048);
   }
 };
 
@@ -83,9 +86,10 @@ struct Steps {
 template <typename T, int M, class Lanes>
 bool each_channel(Lanes& lanes, Steps<T>& steps) {
   for (std::size_t c = 0; c < steps.width; ++c) {
-    steps.template fetch<M>(c);
+    steps.template fetch<M>(c, steps.words->at);
     if (!(steps.live >> c & 1)) continue;
-    if (!steps.words->ready()) return false;
+    steps.words->at = steps.words->ready(steps.words->at);
+    if (!steps.words->at) return false;
     typename Steps<T>::Escaped& escaped = steps.escaped[steps.escaped_count];
     escaped.channel = c;
     steps.escaped_count += lanes.step(

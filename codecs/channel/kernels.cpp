@@ -14,6 +14,15 @@ std::size_t mantissa_bytes(const Tables& tables, std::size_t batch, std::size_t 
          2 * carried_words(tables, tokens) * (batch > 0);
 }
 
+void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+                  int exponent_bits, Decoder* decoder) {
+#ifdef KVZIP_X86
+  if (simd::level() == simd::Level::avx512 && width <= 32)
+    return avx512::make_decoder(levels, width, escape_level, exponent_bits, decoder);
+#endif
+  make_decoder(make_alias(levels, width, escape_level, exponent_bits), decoder);
+}
+
 template <typename T>
 bool decode(const Tables& tables, const Block<T>& block, const Coded& coded) {
   switch (simd::level()) {

@@ -26,11 +26,12 @@ struct Alias {
   std::uint32_t value[kBuckets];
   std::uint32_t divide[kBuckets];
   std::uint32_t other[kBuckets];
+  std::uint32_t add[kBuckets];  // rank - place of the other's slots
 };
 
 // What a slot says, for decoding. Slot x lies in bucket x/32 at place x%32; entries are
-//   entry[bucket]:       divide (5 bits) 0 (6) escape (1) value (9) frequency (11)
-//   entry[32 + bucket]:  rank - place (11, signed) escape value frequency
+//   entry[bucket]:       divide (5 bits) 0 (6) value (9) escape (1) frequency (11)
+//   entry[32 + bucket]:  rank - place (11) value escape frequency
 // The first counts where place < divide. A bucket that is all one symbol's has it in the second,
 // and divide 0; so five bits are enough, and comparing (place, ones) with the whole entry tells.
 struct Decoder {
@@ -41,9 +42,9 @@ struct Decoder {
   alignas(64) std::uint8_t divide[kBuckets], other[kBuckets], add[2][kBuckets];
   std::uint8_t freq[2][kBuckets], value[2][kBuckets];
 };
-constexpr int kValueAt = 11;
-constexpr std::uint32_t kFreqMask = (1u << kValueAt) - 1, kValueMask = 0x1FF;
-constexpr std::uint32_t kEscapeBit = 1u << 20;
+constexpr int kValueAt = 12, kAddAt = 21, kDivideAt = 27;
+constexpr std::uint32_t kEscapeBit = 1u << (kValueAt - 1);
+constexpr std::uint32_t kFreqMask = kEscapeBit - 1, kValueMask = 0x1FF;
 
 // The same table from the other side. `cell`, of a value relative to the channel's base: frequency
 // (11), where its ranks begin in `slot` (10), symbol (5), and what is special about it.
@@ -95,6 +96,10 @@ Alias make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esc
                  int exponent_bits);
 void make_decoder(const Alias& alias, Decoder* decoder);
 void make_encoder(const Alias& alias, Encoder* encoder);
+
+// From levels to what the kernels that run here look up.
+void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+                  int exponent_bits, Decoder* decoder);
 
 // Adds the block's values to the counts of [heads*dim] channels, which lie `stride` apart.
 template <typename T>

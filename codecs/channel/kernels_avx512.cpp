@@ -39,6 +39,16 @@ inline void transpose(__m512i r[16]) {
 
 constexpr int kVectors = kLanes / 16;
 
+// 0, 1, 2, ...
+struct Bytes {
+  constexpr Bytes() {
+    for (int i = 0; i < 64; ++i) of[i] = std::uint8_t(i);
+  }
+  alignas(64) std::uint8_t of[64] = {};
+};
+constexpr Bytes kBytesOf;
+constexpr const std::uint8_t* kBytes = kBytesOf.of;
+
 // A mask in a general register. GCC 12 stores 16 bits of one that it runs out of registers for and
 // reads back 32, if it knows what this is.
 inline std::uint32_t bits_of(__mmask16 mask) {
@@ -81,32 +91,54 @@ struct Avx512 {
     bool strip(Steps<T>& steps) {
       __m512i x[kVectors];
       for (int v = 0; v < kVectors; ++v) x[v] = x_[v];
+      const std::uint8_t* at = steps.words->at;
+      std::uint64_t escaped = 0;
       for (std::size_t c = 0; c < steps.width; c += Tile<T>::kInWord)
-        if (!word<T, M, limited>(steps, c, x, std::make_index_sequence<Tile<T>::kInWord>()))
+        if (!word<T, M, limited>(steps, c, x, at, escaped,
+                                 std::make_index_sequence<Tile<T>::kInWord>()))
           return false;
+      steps.words->at = at;
       for (int v = 0; v < kVectors; ++v) x_[v] = x[v];
+      for (; escaped; escaped &= escaped - 1)
+        find<T, M>(std::size_t(__builtin_ctzll(escaped)), steps);
       return true;
+    }
+
+    // The lanes in which a channel's values are escapes: their bit is in the tile, below the value.
+    template <typename T, int M>
+    void find(std::size_t c, Steps<T>& steps) {
+      typename Steps<T>::Escaped& escaped = steps.escaped[steps.escaped_count++];
+      escaped = {c, {}};
+      const __m512i bit = _mm512_set1_epi32(1 << (Tile<T>::template shift<M>(c) - 1));
+      for (int v = 0; v < kVectors; ++v) {
+        const __m512i found = _mm512_load_si512(steps.tile->column(c) + 16 * v);
+        escaped.lanes[v / 4] |= std::uint64_t(_mm512_mask_test_epi32_mask(active_[v], found, bit))
+                                << 16 * (v % 4);
+      }
     }
 
     // The channels that share a word of the tile.
     template <typename T, int M, bool limited, std::size_t... in_word>
-    __attribute__((always_inline)) bool word(Steps<T>& steps, std::size_t c, __m512i (&x)[kVectors],
+    __attribute__((always_inline)) bool word(Steps<T>& steps, std::size_t c,
+                                             __m512i (&x)[kVectors], const std::uint8_t*& at,
+                                             std::uint64_t& escaped,
                                              std::index_sequence<in_word...>) {
-      return (step<T, M, limited, in_word>(steps, c + in_word, x) && ...);
+      return (step<T, M, limited, in_word>(steps, c + in_word, x, at, escaped) && ...);
     }
 
     template <typename T, int M, bool limited, int in_word>
     __attribute__((always_inline)) bool step(Steps<T>& steps, std::size_t c,
-                                             __m512i (&x)[kVectors]) {
+                                             __m512i (&x)[kVectors], const std::uint8_t*& at,
+                                             std::uint64_t& escaped) {
       if (in_word && c >= steps.width) return true;
-      steps.template fetch<M>(c);
+      steps.template fetch<M>(c, at);
       if (!(steps.live >> c & 1)) return true;
-      if (!steps.words->ready()) return false;
+      const std::uint8_t* p = steps.words->ready(at);
+      if (!p) return false;
       constexpr int kShift = Tile<T>::template shift<M>(in_word);
-      const __m512i keep = _mm512_set1_epi32(int((std::uint32_t(T(-1)) >> M) << kShift));
+      const __m512i keep = _mm512_set1_epi32(int((2 * (std::uint32_t(T(-1)) >> M) + 1) << (kShift - 1)));
       const __m512i ones = _mm512_set1_epi32(-1);
       const __m512i low = _mm512_set1_epi32(int(kLow));
-      alignas(64) std::uint32_t found[kLanes];
       std::uint32_t more[kVectors];
       const Decoder& d = steps.decoders[steps.channels[c].shape];
       const __m512i own_low = _mm512_load_si512(d.entry),
@@ -114,7 +146,6 @@ struct Avx512 {
       const __m512i other_low = _mm512_load_si512(d.entry + 32),
                     other_high = _mm512_load_si512(d.entry + 48);
       std::uint32_t* const out = steps.tile->column(c);
-      const std::uint8_t* p = steps.words->at;
       __m512i all = _mm512_setzero_si512();
 #pragma GCC unroll 16
       for (int t = 0; t < kVectors + kLag; ++t) {
@@ -135,7 +166,7 @@ struct Avx512 {
               _mm512_cmpge_epu32_mask(_mm512_shldi_epi32(x[v], ones, 27), own);
           const __m512i e = _mm512_mask_blend_epi32(second, own, other);
           const __m512i rank =
-              _mm512_mask_add_epi32(place, second, place, _mm512_srai_epi32(other, 21));
+              _mm512_mask_add_epi32(place, second, place, _mm512_srli_epi32(other, kAddAt));
           const __m512i freq = _mm512_and_si512(e, _mm512_set1_epi32(int(kFreqMask)));
           const __m512i y = _mm512_add_epi32(
               _mm512_mullo_epi32(freq, _mm512_srli_epi32(x[v], kProbBits)), rank);
@@ -145,7 +176,6 @@ struct Avx512 {
           x[v] = limited ? _mm512_mask_mov_epi32(x[v], active_[v], y) : y;
           x[v] = _mm512_mask_slli_epi32(x[v], takes, y, 16);
           all = _mm512_or_si512(all, e);
-          _mm512_store_si512(found + 16 * v, e);
           const __m512i turned = kShift < kValueAt ? _mm512_srli_epi32(e, kValueAt - kShift)
                                                    : _mm512_slli_epi32(e, kShift - kValueAt);
           std::uint32_t* const o = out + 16 * v;
@@ -155,18 +185,9 @@ struct Avx512 {
                                         : _mm512_and_si512(turned, keep));
         }
       }
-      steps.words->at = p;
-      const __m512i bit = _mm512_set1_epi32(int(kEscapeBit));
-      if (__builtin_expect(_mm512_test_epi32_mask(all, bit), 0)) {
-        asm("" : "+m"(found));  // read back from memory, so that no registers are kept for this
-        typename Steps<T>::Escaped& escaped = steps.escaped[steps.escaped_count++];
-        escaped = {c, {}};
-        for (int v = 0; v < kVectors; ++v) {
-          const __mmask16 set =
-              _mm512_mask_test_epi32_mask(active_[v], _mm512_load_si512(found + 16 * v), bit);
-          escaped.lanes[v / 4] |= std::uint64_t(set) << 16 * (v % 4);
-        }
-      }
+      at = p;
+      const bool any = _mm512_test_epi32_mask(all, _mm512_set1_epi32(int(kEscapeBit))) != 0;
+      escaped |= std::uint64_t(any) << c;
       return true;
     }
 
@@ -347,5 +368,145 @@ struct Avx512 {
 }  // namespace
 
 KVZIP_KERNELS(avx512, Avx512)
+
+// --- a shape's table; 32 symbols are the words of one register -----------------------------------
+
+namespace avx512 {
+namespace {
+
+inline __m512i widened(__m512i words, int half) {
+  return _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(words, 1)
+                                    : _mm512_castsi512_si256(words));
+}
+inline __m512i joined(__m256i low, __m256i high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// Sums of all words up to and with each one.
+inline __m512i running_sum(__m512i x, __m512i places) {
+#pragma GCC unroll 5
+  for (int by = 1; by < kBuckets; by *= 2) {
+    const __m512i before = _mm512_sub_epi16(places, _mm512_set1_epi16(short(by)));
+    x = _mm512_add_epi16(x, _mm512_maskz_permutexvar_epi16(~__mmask32(0) << by, before, x));
+  }
+  return x;
+}
+
+struct Symbols {
+  __m512i freq, value;  // words; 0 where there is none
+  __mmask32 escape;
+};
+
+Symbols symbols_of(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+                   int exponent_bits, __m512i places) {
+  const __m512i one = _mm512_set1_epi16(1);
+  const __m512i bytes = _mm512_loadu_si512(kBytes);
+  const __m512i all = _mm512_maskz_loadu_epi8(first_ones(2 * width), levels);
+  const __mmask64 there = _mm512_test_epi8_mask(all, all);
+  const std::uint64_t count = std::uint64_t(__builtin_popcountll(there));
+  Symbols s;
+  s.escape = __mmask32(std::uint64_t(escape_level != 0) << count);
+  const auto words = [&](__m512i of) {
+    return _mm512_cvtepu8_epi16(_mm512_castsi512_si256(_mm512_maskz_compress_epi8(there, of)));
+  };
+  const __m512i level =
+      _mm512_mask_mov_epi16(words(all), s.escape, _mm512_set1_epi16(escape_level));
+  const __m512i at = words(bytes);  // 2 * exponent + sign
+  s.value = _mm512_or_si512(
+      _mm512_srli_epi16(at, 1),
+      _mm512_sll_epi16(_mm512_and_si512(at, one), _mm_cvtsi32_si128(exponent_bits)));
+  // A quotient that is no whole number is at least 1 / 2^23 away from one, so the division of
+  // doubles never gives another whole part.
+  const __m512i weight = _mm512_mullo_epi16(level, level);
+  const __m512d total =
+      _mm512_set1_pd(_mm512_reduce_add_epi32(_mm512_madd_epi16(level, level)));
+  const auto scaled = [&](__m256i weights) {
+    const __m512d w = _mm512_cvtepu32_pd(weights);
+    return _mm512_cvttpd_epu32(
+        _mm512_div_pd(_mm512_add_pd(_mm512_mul_pd(w, _mm512_set1_pd(2 * kTotal)), total),
+                      _mm512_add_pd(total, total)));
+  };
+  __m256i halves[2];
+  for (int h = 0; h < 2; ++h) {
+    const __m512i w = widened(weight, h);
+    halves[h] = _mm512_cvtepi32_epi16(
+        joined(scaled(_mm512_castsi512_si256(w)), scaled(_mm512_extracti64x4_epi64(w, 1))));
+  }
+  s.freq = _mm512_maskz_max_epu16(_mm512_test_epi16_mask(level, level),
+                                  joined(halves[0], halves[1]), one);
+  const int sum = _mm512_reduce_add_epi32(_mm512_madd_epi16(s.freq, one));
+  // The first of the greatest: the least of all ones less (frequency, 31 - place).
+  const __m512i order =
+      _mm512_sub_epi16(places, _mm512_slli_epi16(_mm512_add_epi16(s.freq, one), 5));
+  const __m256i least_of = _mm256_min_epu16(_mm512_castsi512_si256(order),
+                                            _mm512_extracti64x4_epi64(order, 1));
+  const __m128i least = _mm_minpos_epu16(_mm_min_epu16(_mm256_castsi256_si128(least_of),
+                                                       _mm256_extracti128_si256(least_of, 1)));
+  const __mmask32 greatest = __mmask32(1) << (_mm_cvtsi128_si32(least) & (kBuckets - 1));
+  s.freq = _mm512_mask_add_epi16(s.freq, greatest, s.freq,
+                                 _mm512_set1_epi16(short(int(kTotal) - sum)));
+  return s;
+}
+
+}  // namespace
+
+// As make_alias, in closed form. The sweep takes slots from the large ones as smalls need them: with
+// sums of what is missing (of small ones) and over (of large ones), up to and with each, a small one
+// takes from the first large one up to which as much is over as is missing before it; a large one
+// becomes small itself where more is missing than is over up to it, and takes from the next.
+void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+                  int exponent_bits, Decoder* decoder) {
+  const __m512i one = _mm512_set1_epi16(1), slots = _mm512_set1_epi16(kBucketSlots);
+  const __m512i places =
+      _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kBytes)));
+  const Symbols symbols = symbols_of(levels, width, escape_level, exponent_bits, places);
+  const __m512i freq = symbols.freq;
+  const __mmask32 small = _mm512_cmplt_epu16_mask(freq, slots), large = ~small;
+  const __m512i lack = _mm512_maskz_sub_epi16(small, slots, freq);
+  const __m512i missing = running_sum(lack, places);
+  const __m512i missing_before = _mm512_sub_epi16(missing, lack);
+  const __m512i over = running_sum(_mm512_maskz_sub_epi16(large, freq, slots), places);
+  const __m512i large_over = _mm512_maskz_compress_epi16(large, over);
+  __m512i from = _mm512_setzero_si512(), missing_then = from;
+  __mmask32 used_up = 0, left = large;
+  for (short i = 0; left & (left - 1); ++i, left &= left - 1) {  // the last is never used up
+    const __m512i here = _mm512_permutexvar_epi16(_mm512_set1_epi16(i), large_over);
+    from = _mm512_mask_add_epi16(from, _mm512_cmpgt_epu16_mask(missing_before, here), from, one);
+    const __mmask32 beyond = _mm512_cmpgt_epu16_mask(missing, here);
+    const __mmask32 this_one = beyond ? left & -left : 0;
+    used_up |= this_one;
+    missing_then = _mm512_mask_permutexvar_epi16(
+        missing_then, this_one, _mm512_set1_epi16(short(_tzcnt_u32(beyond))), missing);
+  }
+  from = _mm512_mask_expand_epi16(from, large, _mm512_add_epi16(places, one));
+  const __mmask32 divided = small | used_up;
+  const __m512i add =
+      _mm512_maskz_sub_epi16(divided, _mm512_permutexvar_epi16(from, large_over),
+                             _mm512_mask_mov_epi16(missing_before, large, over));
+  const __m512i other =
+      _mm512_permutexvar_epi16(from, _mm512_maskz_compress_epi16(large, places));
+  const __m512i divide =
+      _mm512_mask_sub_epi16(freq, large, _mm512_add_epi16(slots, over), missing_then);
+  __m512i entry[2];
+  for (int h = 0; h < 2; ++h) {
+    entry[h] = _mm512_or_si512(widened(freq, h),
+                               _mm512_slli_epi32(widened(symbols.value, h), kValueAt));
+    entry[h] = _mm512_mask_or_epi32(entry[h], __mmask16(symbols.escape >> 16 * h), entry[h],
+                                    _mm512_set1_epi32(int(kEscapeBit)));
+  }
+  for (int h = 0; h < 2; ++h) {
+    const auto here = __mmask16(divided >> 16 * h);
+    const __m512i second = _mm512_permutex2var_epi32(entry[0], widened(other, h), entry[1]);
+    _mm512_store_si512(
+        decoder->entry + 16 * h,
+        _mm512_maskz_or_epi32(here, entry[h], _mm512_slli_epi32(widened(divide, h), kDivideAt)));
+    _mm512_store_si512(
+        decoder->entry + kBuckets + 16 * h,
+        _mm512_mask_or_epi32(entry[h], here, second,
+                             _mm512_slli_epi32(widened(add, h), kAddAt)));
+  }
+}
+
+}  // namespace avx512
 
 }  // namespace kvzip::channel

@@ -148,7 +148,7 @@ void PartTables::each_shape(const Use& use) const {
   const std::uint8_t* levels = escapes + shape_count_;
   for (std::size_t i = 0; i < shape_count_; ++i) {
     const std::size_t width = std::size_t(widths[i]) + 1;
-    use(i, make_alias(levels, width, escapes[i], form_.exponent_bits));
+    use(i, levels, width, escapes[i]);
     levels += 2 * width;
   }
 }
@@ -156,7 +156,10 @@ void PartTables::each_shape(const Use& use) const {
 const Encoder* PartTables::encoders() const {
   std::call_once(encoding_, [&] {
     encoders_.resize(shape_count_);
-    each_shape([&](std::size_t i, const Alias& alias) { make_encoder(alias, &encoders_[i]); });
+    each_shape([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
+                   std::uint8_t escape) {
+      make_encoder(make_alias(levels, width, escape, form_.exponent_bits), &encoders_[i]);
+    });
   });
   return encoders_.data();
 }
@@ -220,7 +223,10 @@ void PartTables::decode(const std::uint8_t* data, std::size_t size, const Block<
   if (workspace->of_ != this) {
     workspace->of_ = nullptr;
     if (decoders.size() < shape_count_) decoders.resize(shape_count_);
-    each_shape([&](std::size_t i, const Alias& alias) { make_decoder(alias, &decoders[i]); });
+    each_shape([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
+                   std::uint8_t escape) {
+      make_decoder(levels, width, escape, form_.exponent_bits, &decoders[i]);
+    });
     workspace->of_ = this;
   }
   tables.decoders = decoders.data();

@@ -72,7 +72,7 @@ class PartTables {
               Workspace* workspace) const;
 
  private:
-  // Calls with each shape's symbols.
+  // Calls with each shape's number, levels, width and escape level.
   template <typename Use>
   void each_shape(const Use& use) const;
 

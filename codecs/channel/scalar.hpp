@@ -36,7 +36,7 @@ struct Scalar {
       for (std::size_t j = 0; j < kLanes; ++j) {
         const std::uint32_t x = x_[j];
         const bool second = (x << 27 | ((1u << 27) - 1)) >= own[j];
-        const auto add = std::uint32_t(second ? std::int32_t(other[j]) >> 21 : 0);
+        const std::uint32_t add = second ? other[j] >> kAddAt : 0;
         const std::uint32_t e = second ? other[j] : own[j];
         y[j] = (e & kFreqMask) * (x >> kProbBits) + (x & (kBucketSlots - 1)) + add;
         own[j] = e;

@@ -40,17 +40,18 @@ void make_symbols(const std::uint8_t* levels, std::size_t width, std::uint8_t es
     a.value[i] = i < n ? value[i] : 0;
     a.freq[i] = 0;
   }
-  // Frequencies: proportional, at least 1, what is missing or too much at the most frequent. The
-  // division is exact: numerator times denominator is below 2^52.
+  // Frequencies: proportional, at least 1. The division is exact: numerator times denominator is
+  // below 2^52.
   const std::uint64_t reciprocal = (std::uint64_t(1) << 52) / (2 * total) + 1;
-  std::uint32_t sum = 0;
+  std::uint32_t sum = 0, greatest = 0;
   for (std::size_t i = 0; i < n; ++i) {
     const auto scaled = std::uint32_t((2 * kTotal * weight[i] + total) * reciprocal >> 52);
     a.freq[i] = std::max<std::uint32_t>(1, scaled);
     sum += a.freq[i];
+    // The first of equals wins; which one it is need not be foreseen.
+    greatest = std::max(greatest, a.freq[i] * kBuckets + (kBuckets - 1 - std::uint32_t(i)));
   }
-  for (; sum != kTotal; sum += sum < kTotal ? 1 : -1)
-    *std::max_element(a.freq, a.freq + n) += sum < kTotal ? 1 : -1;
+  a.freq[kBuckets - 1 - greatest % kBuckets] += kTotal - sum;
 }
 
 }  // namespace
@@ -59,32 +60,32 @@ Alias make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esc
                  int exponent_bits) {
   Alias a;
   make_symbols(levels, width, escape_level, exponent_bits, &a);
-  // The alias method in integers: each bucket of 32 slots gets one symbol and one more. Sets of
-  // buckets are bits of a word.
-  std::uint32_t left[kBuckets], small = 0;
   for (std::uint32_t i = 0; i < kBuckets; ++i) {
-    left[i] = a.freq[i];
     a.divide[i] = kBucketSlots;
     a.other[i] = 0;
-    small |= std::uint32_t(left[i] < kBucketSlots) << i;
+    a.add[i] = 0;
   }
-  // The first large one's rest stays in a register: through memory it would be what all waits for.
-  // While there is a small one there is a large one, since all together fill the buckets.
-  std::uint32_t large = ~small;
-  for (std::uint32_t l = 0, rest = 0; small;) {
-    if (rest < kBucketSlots) {
-      l = std::uint32_t(__builtin_ctz(large));
-      rest = left[l];
-    }
-    const int s = __builtin_ctz(small);
-    small &= small - 1;
-    a.divide[s] = left[s];
-    a.other[s] = l;
-    rest -= kBucketSlots - left[s];
-    if (rest < kBucketSlots) {
-      left[l] = rest;
-      small |= 1u << l;
-      large &= ~(1u << l);
+  // A sweep over the small and the large ones, each in order. All together fill the buckets: there is
+  // a large one as long as there is a small one.
+  const auto next_large = [&](std::uint32_t i) {
+    while (i < kBuckets && a.freq[i] < kBucketSlots) ++i;
+    return i;
+  };
+  std::uint32_t l = next_large(0), left = a.freq[l];
+  for (std::uint32_t s = 0; s < kBuckets; ++s) {
+    if (a.freq[s] >= kBucketSlots) continue;
+    std::uint32_t bucket = s, own = a.freq[s], from = l;
+    for (;;) {
+      left -= kBucketSlots - own;
+      a.divide[bucket] = own;
+      a.other[bucket] = from;
+      a.add[bucket] = left - own;
+      if (left >= kBucketSlots) break;
+      // `l` has become small itself, unless it was the last.
+      const std::uint32_t next = next_large(l + 1);
+      if (next == kBuckets) break;
+      bucket = l, own = left, from = next;
+      l = next, left = a.freq[l];
     }
   }
   return a;
@@ -92,28 +93,21 @@ Alias make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esc
 
 void make_decoder(const Alias& a, Decoder* decoder) {
   Decoder& d = *decoder;
-  std::uint32_t rank[kBuckets], entry[kBuckets], add[kBuckets];
-  for (std::uint32_t i = 0; i < kBuckets; ++i) {
-    rank[i] = a.divide[i];
-    entry[i] = a.freq[i] | a.value[i] << kValueAt;
-  }
+  std::uint32_t entry[kBuckets];
+  for (std::uint32_t i = 0; i < kBuckets; ++i) entry[i] = a.freq[i] | a.value[i] << kValueAt;
   if (a.escape != kNone) entry[a.escape] |= kEscapeBit;
   for (std::uint32_t i = 0; i < kBuckets; ++i) {
-    add[i] = rank[a.other[i]] - a.divide[i];
-    rank[a.other[i]] += kBucketSlots - a.divide[i];
-  }
-  for (std::uint32_t i = 0; i < kBuckets; ++i) {
     const bool whole = a.divide[i] == kBucketSlots;
-    const std::uint32_t second = entry[a.other[i]] | add[i] << 21;
-    d.entry[i] = whole ? 0 : entry[i] | a.divide[i] << 27;
+    const std::uint32_t second = entry[a.other[i]] | a.add[i] << kAddAt;
+    d.entry[i] = whole ? 0 : entry[i] | a.divide[i] << kDivideAt;
     d.entry[kBuckets + i] = whole ? entry[i] : second;
   }
   for (std::uint32_t i = 0; i < kBuckets; ++i) {
     const std::uint32_t value = entry[i] >> kValueAt & kValueMask;
     d.divide[i] = std::uint8_t(a.divide[i]);
     d.other[i] = std::uint8_t(a.other[i]);
-    d.add[0][i] = std::uint8_t(add[i]);
-    d.add[1][i] = std::uint8_t(add[i] >> 8);
+    d.add[0][i] = std::uint8_t(a.add[i]);
+    d.add[1][i] = std::uint8_t(a.add[i] >> 8);
     d.freq[0][i] = std::uint8_t(a.freq[i]);
     d.freq[1][i] = std::uint8_t(a.freq[i] >> 8);
     d.value[0][i] = std::uint8_t(value);
@@ -123,22 +117,20 @@ void make_decoder(const Alias& a, Decoder* decoder) {
 }
 
 void make_encoder(const Alias& a, Encoder* encoder) {
-  std::uint32_t start = 0, rank[kBuckets];
+  std::uint32_t start = 0, starts[kBuckets];
   std::uint32_t none = kNoCell | 1;
   for (std::uint32_t s = 0; s < a.symbols; ++s) {
     encoder->reciprocal[s] = ((std::uint64_t(1) << 42) + a.freq[s] - 1) / a.freq[s];
-    rank[s] = start + a.divide[s];
+    starts[s] = start;
     for (std::uint32_t r = 0; r < a.divide[s]; ++r)
       encoder->slot[start + r] = std::uint16_t(s * kBucketSlots + r);
     if (s == a.escape) none = a.freq[s] | start << kStartAt | s << kSymbolAt | kEscapeCell;
     start += a.freq[s];
   }
   for (std::uint32_t i = 0; i < kBuckets; ++i) {
-    const std::uint32_t rest = kBucketSlots - a.divide[i];
-    std::uint16_t* const slot = encoder->slot + rank[a.other[i]];
-    for (std::uint32_t p = 0; p < rest; ++p)
-      slot[p] = std::uint16_t(i * kBucketSlots + a.divide[i] + p);
-    rank[a.other[i]] += rest;
+    std::uint16_t* const slot = encoder->slot + starts[a.other[i]] + a.add[i];
+    for (std::uint32_t p = a.divide[i]; p < kBucketSlots; ++p)
+      slot[p] = std::uint16_t(i * kBucketSlots + p);
   }
   encoder->slot[kTotal] = 0;
   encoder->outside = none;

@@ -85,29 +85,29 @@ class Shape:
         self.values = [value for _, value in symbols]
         w = [level**2 for level, _ in symbols]
         f = [max(1, (2048 * x + sum(w)) // (2 * sum(w))) for x in w]
-        while sum(f) != 1024:
-            f[f.index(max(f))] += 1 if sum(f) < 1024 else -1
+        f[f.index(max(f))] += 1024 - sum(f)
         self.frequencies = f
-        left = f + [0] * (32 - len(f))
-        divide, other = [32] * 32, [0] * 32
-        small = {i for i in range(32) if left[i] < 32}
-        large = set(range(32)) - small
-        while small:
-            s, big = min(small), min(large)
-            small.remove(s)
-            divide[s], other[s] = left[s], big
-            left[big] -= 32 - left[s]
-            if left[big] < 32:
-                large.remove(big)
-                small.add(big)
-        ranks = list(divide)
-        self.slots = []
-        for bucket, place in product(range(32), range(32)):
-            if place < divide[bucket]:
-                self.slots.append((bucket, place))
-            else:
-                self.slots.append((other[bucket], ranks[other[bucket]]))
-                ranks[other[bucket]] += 1
+        f = f + [0] * (32 - len(f))
+        divide, other, add = [32] * 32, [0] * 32, [0] * 32
+        left = list(f)
+        large = [i for i in range(32) if f[i] >= 32]
+
+        def fill(bucket, by):
+            divide[bucket], other[bucket] = left[bucket], by
+            left[by] -= 32 - left[bucket]
+            add[bucket] = left[by] - divide[bucket]
+
+        for s in range(32):
+            if f[s] < 32:
+                fill(s, large[0])
+                while left[large[0]] < 32 and len(large) > 1:
+                    fill(large.pop(0), large[0])
+        self.slots = [
+            (bucket, place)
+            if place < divide[bucket]
+            else (other[bucket], place + add[bucket])
+            for bucket, place in product(range(32), range(32))
+        ]
 
 
 def read_tables(plain, heads, dim, form):
@@ -382,6 +382,41 @@ def test_shapes_of_any_number_of_symbols(symbols, escape, gap):
         assert len(data) == 9 + 128 * 4 - 112 * 2 + numbers.size * 7 // 8
         numbers[0, 0, 5, 1] ^= 1 << 14
         assert tables.encode(numbers) is None
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 2**32))
+def test_any_levels_make_the_same_table_everywhere(seed):
+    """Flat ones and steep ones, with symbols that hold many buckets and many that hold a slot."""
+    rng = np.random.default_rng(seed)
+    dim, tokens = 100, 150
+    widths, escapes, levels, numbers = [], [], [], np.zeros((1, 1, tokens, dim), np.uint16)
+    for c in range(dim):
+        width, escape = int(rng.integers(1, 33)), int(rng.integers(0, 2) * rng.integers(1, 256))
+        count = int(rng.integers(1, min(2 * width, 32 - bool(escape)) + 1))
+        high = int(rng.choice([2, 5, 32, 256]))
+        places = rng.permutation(2 * width)[:count]
+        row = np.zeros(2 * width, np.uint8)
+        row[places] = rng.integers(1, high, count)
+        if rng.random() < 0.3:
+            row[places[0]] = 255
+        widths.append(width - 1)
+        escapes.append(escape)
+        levels.append(row.tobytes())
+        drawn = rng.choice(places, tokens)
+        numbers[0, 0, :, c] = (drawn % 2 * 256 + drawn // 2) << 7
+    plain = np.array([dim], "<u2").tobytes() + bytes(widths) + bytes(escapes) + b"".join(levels)
+    plain += bytes(dim) + np.stack([np.arange(dim), np.zeros(dim)], 1).astype("<u2").tobytes()
+    blocks = set()
+    for level in available():
+        _native.set_simd(level)
+        tables = _native.ChannelTables(plain, 1, dim, 8, 7)
+        data = tables.encode(numbers)
+        blocks.add(data)
+        assert np.array_equal(decode(data, numbers.shape, "bf16", tables), numbers)
+    assert len(blocks) == 1
+    channels = read_tables(plain, 1, dim, dtypes.get("bf16"))
+    assert np.array_equal(spec_decode(data, channels, numbers.shape, dtypes.get("bf16")), numbers)
 
 
 def test_numbers_that_tables_do_not_hold_are_escaped_or_stored_raw():
