@@ -80,6 +80,8 @@ class Codec(ABC):
     def from_config(cls, config: Mapping[str, Any]) -> Codec:
         """A codec with these settings. Raises UnsupportedError for a setting it does not have."""
         settings = {k: v for k, v in config.items() if k != "id"}
+        if not settings:
+            return cls()
         known = inspect.signature(cls).parameters
         if unknown := sorted(set(settings) - set(known)):
             raise UnsupportedError(
