@@ -103,9 +103,7 @@ class Shape:
                 while left[large[0]] < 32 and len(large) > 1:
                     fill(large.pop(0), large[0])
         self.slots = [
-            (bucket, place)
-            if place < divide[bucket]
-            else (other[bucket], place + add[bucket])
+            (bucket, place) if place < divide[bucket] else (other[bucket], place + add[bucket])
             for bucket, place in product(range(32), range(32))
         ]
 
