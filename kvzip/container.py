@@ -6,7 +6,6 @@ to a codec, and reads back just the blocks that are asked for. It knows no codec
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import struct
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from kvzip import auto, checksum, dtypes
 from kvzip.codec import Codec, Coded, Context, get_codec
+from kvzip.codecs._native import Output
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError
 from kvzip.profile import Profile
@@ -216,6 +216,14 @@ class _Encoded(NamedTuple):
 # --- writing -------------------------------------------------------------------------------
 
 
+class Sink(Protocol):
+    """What a file is written to."""
+
+    def write(self, data: bytes, /) -> int: ...
+    def seek(self, position: int, /) -> int: ...
+    def tell(self) -> int: ...
+
+
 class _Encoder:
     """One snapshot on its way into one file."""
 
@@ -341,7 +349,7 @@ class _Encoder:
         for row in range(len(self.entries)):
             yield done.pop(row)
 
-    def write(self, sink: IO[bytes], threads: int, progress: Callable[[int], None] | None) -> int:
+    def write(self, sink: Sink, threads: int, progress: Callable[[int], None] | None) -> int:
         """Write the whole file to a seekable sink; return its length."""
         header = msgspec.json.encode(self.header)
         if len(header) > MAX_HEADER:
@@ -412,10 +420,12 @@ def encode(
     blocks of a size that suits the codec. `store_token_ids=False`
     stores a hash of the token ids instead of the ids.
     """
-    sink = io.BytesIO()
     encoder = _Encoder(snapshot, codec, profile, block_tokens, store_token_ids)
+    room = max_encoded_size(snapshot, encoder.codec, block_tokens=encoder.header.block_tokens)
+    sink = Output(room)
     encoder.write(sink, threads, None)
-    return sink.getvalue()
+    blob: bytes = sink.take()
+    return blob
 
 
 def write(

@@ -54,10 +54,10 @@ void bind_for(nb::module_& m, nb::class_<PartTables>& tables) {
       "encode",
       [](const PartTables& self, const Numbers<const T>& numbers) -> nb::object {
         const Block<const T> block = block_of<const T>(numbers, self);
-        Encoded coded;
+        static thread_local Encoded coded;
         {
           nb::gil_scoped_release released;
-          coded = self.encode<T>(block);
+          self.encode<T>(block, &coded);
         }
         if (!coded.size) return nb::none();
         nb::object bytes = nb::steal(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(coded.size)));
@@ -66,6 +66,7 @@ void bind_for(nb::module_& m, nb::class_<PartTables>& tables) {
         // Nobody else knows of the bytes yet.
         nb::gil_scoped_release released;
         coded.write(out);
+        coded.keep_little();
         return bytes;
       },
       "numbers"_a, "A coded block's bytes, or None when they are not shorter than the numbers.");

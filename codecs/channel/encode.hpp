@@ -50,13 +50,18 @@ bool encode_block(const Tables& tables, const Block<const T>& block, Sink* sink)
     mantissas -= octets * kRows * live_count;
     const T* corner = strip.corner(block);
     for (std::size_t o = 0; o < strip.lanes; o += 16) {
-      for (std::size_t i = 0; i < 16; ++i) {
-        const bool there = o + i < strip.lanes;
-        if (!there || strip.width < kStrip) std::memset(rows[i], 0, sizeof rows[i]);
-        if (there)
+      const std::size_t there = least(16, strip.lanes - o);
+      // Of fixed size where it can be: compilers make slow work of a few dozen bytes otherwise.
+      if (strip.width == kStrip) {
+        for (std::size_t i = 0; i < there; ++i)
+          std::memcpy(rows[i], corner + std::ptrdiff_t(o + i) * block.token_stride, sizeof rows[i]);
+      } else {
+        std::memset(rows, 0, sizeof rows);
+        for (std::size_t i = 0; i < there; ++i)
           std::memcpy(rows[i], corner + std::ptrdiff_t(o + i) * block.token_stride,
-                      strip.width == kStrip ? sizeof rows[i] : strip.width * sizeof(T));
+                      strip.width * sizeof(T));
       }
+      for (std::size_t i = there; i < 16; ++i) std::memset(rows[i], 0, sizeof rows[i]);
       Simd::columns(rows, o, tile);
       for (std::size_t k = o / 8; k < least(o / 8 + 2, octets); ++k)
         split<Simd, T, M>(rows + 8 * (k - o / 8), live, live_count,
@@ -71,11 +76,18 @@ bool encode_block(const Tables& tables, const Block<const T>& block, Sink* sink)
       }
       lanes.load(sink->states);
     }
-    for (std::size_t c = strip.width; c-- > 0;)
+    // The next strip's numbers come from memory while this one's values are encoded.
+    const Strip next = strips[s ? s - 1 : 0];
+    const T* const next_corner = next.corner(block);
+    for (std::size_t c = strip.width; c-- > 0;) {
+      for (std::size_t j = 2 * c; j < least(2 * c + 2, next.lanes); ++j)
+        for (std::size_t at = 0; at < kStrip; at += 64 / sizeof(T))
+          __builtin_prefetch(next_corner + std::ptrdiff_t(j) * block.token_stride + at);
       if (live >> c & 1)
         if (!lanes.step(tables.encoders[channels[c].shape], channels[c].base, tables.value_bits,
                         tile.column(c), Tile<T>::template shift<M>(c), strip.lanes, sink))
           return false;
+    }
   }
   lanes.store(sink->states);
   return true;

@@ -23,6 +23,12 @@ void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
   make_decoder(make_alias(levels, width, escape_level, exponent_bits), decoder);
 }
 
+void make_encoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+                  int exponent_bits, Encoder* encoder) {
+  make_encoder(make_alias(levels, width, escape_level, exponent_bits),
+               simd::level() == simd::Level::avx512, encoder);
+}
+
 template <typename T>
 bool decode(const Tables& tables, const Block<T>& block, const Coded& coded) {
   switch (simd::level()) {

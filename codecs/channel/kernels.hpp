@@ -47,13 +47,18 @@ constexpr std::uint32_t kEscapeBit = 1u << (kValueAt - 1);
 constexpr std::uint32_t kFreqMask = kEscapeBit - 1, kValueMask = 0x1FF;
 
 // The same table from the other side. `cell`, of a value relative to the channel's base: frequency
-// (11), where its ranks begin in `slot` (10), symbol (5), and what is special about it.
+// (11), where its ranks begin among all (10), symbol (5), and what is special about it.
 struct Encoder {
   std::uint32_t cell[kMaxSymbols];
-  std::uint32_t outside;                 // the cell of what the shape does not hold
-  std::uint32_t width;                   // exponents that it holds
+  std::uint32_t outside;               // the cell of what the shape does not hold
+  std::uint32_t width;                 // exponents that it holds
   std::uint64_t reciprocal[kBuckets];  // of a symbol: ceil(2^42 / frequency)
-  std::uint16_t slot[kTotal + 1];      // the last is no slot: vectors read four bytes at a time
+  std::uint16_t slot[kTotal];          // of each rank, symbol after symbol
+  // The same in pieces of slots that follow each other, at most two a bucket, which fit in six
+  // registers: where they begin, a bit for each rank; how many begin before each 32 of these, less
+  // 1; and slot - rank, mod 2^16, of each piece.
+  std::uint32_t begins[kBuckets], before[kBuckets];
+  std::uint16_t shift[2 * kBuckets];
 };
 constexpr int kStartAt = 11, kSymbolAt = 21;
 constexpr std::uint32_t kNoCell = 1u << 30;      // cannot be coded
@@ -95,11 +100,13 @@ bool are_levels(const std::uint8_t* levels, std::size_t width, std::uint8_t esca
 Alias make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                  int exponent_bits);
 void make_decoder(const Alias& alias, Decoder* decoder);
-void make_encoder(const Alias& alias, Encoder* encoder);
+void make_encoder(const Alias& alias, bool in_pieces, Encoder* encoder);
 
 // From levels to what the kernels that run here look up.
 void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                   int exponent_bits, Decoder* decoder);
+void make_encoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
+                  int exponent_bits, Encoder* encoder);
 
 // Adds the block's values to the counts of [heads*dim] channels, which lie `stride` apart.
 template <typename T>

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL, DQ, VBMI, VBMI2): a channel's whole table in four registers, the states of
+// AVX-512 (F, BW, VL, DQ, VBMI, VBMI2, VPOPCNTDQ): a channel's whole table in four registers, the states of
 // all lanes in eight.
 #include <immintrin.h>
 
@@ -277,6 +277,9 @@ struct Avx512 {
       const std::uint32_t* negative = e.cell + exponents;
       const __m512i cells[4] = {_mm512_loadu_si512(e.cell), _mm512_loadu_si512(e.cell + 16),
                                 _mm512_loadu_si512(negative), _mm512_loadu_si512(negative + 16)};
+      const __m512i begins[2] = {_mm512_loadu_si512(e.begins), _mm512_loadu_si512(e.begins + 16)};
+      const __m512i before[2] = {_mm512_loadu_si512(e.before), _mm512_loadu_si512(e.before + 16)};
+      const __m512i shifts[2] = {_mm512_loadu_si512(e.shift), _mm512_loadu_si512(e.shift + 32)};
       const bool wide = e.width > 32;
       std::uint16_t* words = sink->words;
       __m512i all = _mm512_setzero_si512();
@@ -325,10 +328,16 @@ struct Avx512 {
         q = _mm512_mask_add_epi32(q, more, q, one);
         rank = _mm512_mask_sub_epi32(rank, more, rank, freq);
         const __m512i start = _mm512_and_si512(_mm512_srli_epi32(cell, kStartAt), ranks);
-        const __m512i slot =
-            _mm512_and_si512(_mm512_i32gather_epi32(
-                                 _mm512_and_si512(_mm512_add_epi32(start, rank), ranks), e.slot, 2),
-                             ranks);
+        const __m512i place = _mm512_add_epi32(start, rank), group = _mm512_srli_epi32(place, 5);
+        const __m512i begun = _mm512_sllv_epi32(
+            _mm512_permutex2var_epi32(begins[0], group, begins[1]),
+            _mm512_andnot_si512(place, _mm512_set1_epi32(31)));
+        const __m512i piece =
+            _mm512_add_epi32(_mm512_permutex2var_epi32(before[0], group, before[1]),
+                             _mm512_popcnt_epi32(begun));
+        const __m512i slot = _mm512_and_si512(
+            _mm512_add_epi32(place, _mm512_permutex2var_epi16(shifts[0], piece, shifts[1])),
+            ranks);
         x_[v] = _mm512_mask_or_epi32(x_[v], active, _mm512_slli_epi32(q, kProbBits), slot);
       }
       sink->words = words;

@@ -69,8 +69,10 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
   if (!n || !numbers) return {};
   // Counts of neighbouring channels must not fall on the same lines of a cache.
   const std::size_t stride = (std::size_t(1) << form.value_bits()) + 16;
-  std::vector<std::uint32_t> counts(n * stride);
-  count<T>(in, heads, dim, form.mantissa_bits, counts.data(), stride);
+  static thread_local Room<std::uint32_t> room;
+  std::uint32_t* const counts = room.of(n * stride);
+  std::memset(counts, 0, n * stride * sizeof *counts);
+  count<T>(in, heads, dim, form.mantissa_bits, counts, stride);
   std::vector<T> number(n);
   std::vector<std::uint8_t> kinds(n);
   std::vector<const std::uint32_t*> coded;
@@ -84,6 +86,7 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
     coded.push_back(row);
   }
   const Shapes shapes = choose_shapes(coded, form.exponent_bits);
+  room.keep_little();
   std::vector<std::uint8_t> out;
   put(out, std::uint16_t(shapes.widths.size()));
   for (const std::vector<std::uint8_t>* piece :
@@ -154,38 +157,38 @@ void PartTables::each_shape(const Use& use) const {
 }
 
 const Encoder* PartTables::encoders() const {
-  std::call_once(encoding_, [&] {
-    encoders_.resize(shape_count_);
+  const int level = int(simd::level());
+  std::vector<Encoder>& encoders = encoders_[level];
+  std::call_once(encoding_[level], [&] {
+    encoders.resize(shape_count_);
     each_shape([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
                    std::uint8_t escape) {
-      make_encoder(make_alias(levels, width, escape, form_.exponent_bits), &encoders_[i]);
+      make_encoder(levels, width, escape, form_.exponent_bits, &encoders[i]);
     });
   });
-  return encoders_.data();
+  return encoders.data();
 }
 
 template <typename T>
-Encoded PartTables::encode(const Block<const T>& block) const {
+void PartTables::encode(const Block<const T>& block, Encoded* out) const {
   Tables tables = tables_;
   tables.encoders = encoders();
   const std::size_t n = block.batch * tables.heads * block.tokens * tables.dim;
   const std::size_t mantissas = mantissa_bytes(tables, block.batch, block.tokens);
-  Encoded out;
-  // Room for every number to be an escape and to shift out a word; not set to zero.
-  out.room_.reset(new std::uint16_t[2 * n]);
-  out.mantissas_.reset(new std::uint8_t[mantissas + 2 * kLanes]);
-  Sink& sink = out.sink_;
-  sink.mantissas = out.mantissas_.get();
-  sink.words = out.room_.get() + n;
-  sink.escapes = out.room_.get() + 2 * n;
-  if (!channel::encode<T>(tables, block, &sink)) return {};
-  out.lanes_ = std::min<std::size_t>(kLanes, block.tokens);
-  out.mantissa_bytes_ = mantissas;
-  out.words_ = std::size_t(out.room_.get() + n - sink.words);
-  out.escapes_ = std::size_t(out.room_.get() + 2 * n - sink.escapes);
-  const std::size_t size = 9 + 4 * out.lanes_ + 2 * out.escapes_ + mantissas + 2 * out.words_;
-  if (size <= n * sizeof(T)) out.size = std::max(size, n * sizeof(T) / kMaxExpansion);
-  return out;
+  // Every number may be an escape and shift out a word.
+  std::uint16_t* const room = out->room_.of(2 * n);
+  Sink& sink = out->sink_;
+  sink.mantissas = out->mantissas_.of(mantissas + 2 * kLanes);
+  sink.words = room + n;
+  sink.escapes = room + 2 * n;
+  out->size = 0;
+  if (!channel::encode<T>(tables, block, &sink)) return;
+  out->lanes_ = std::min<std::size_t>(kLanes, block.tokens);
+  out->mantissa_bytes_ = mantissas;
+  out->words_ = std::size_t(room + n - sink.words);
+  out->escapes_ = std::size_t(room + 2 * n - sink.escapes);
+  const std::size_t size = 9 + 4 * out->lanes_ + 2 * out->escapes_ + mantissas + 2 * out->words_;
+  if (size <= n * sizeof(T)) out->size = std::max(size, n * sizeof(T) / kMaxExpansion);
 }
 
 void Encoded::write(std::uint8_t* out) const {
@@ -199,7 +202,7 @@ void Encoded::write(std::uint8_t* out) const {
   append(counts, 8);
   append(sink_.states, 4 * lanes_);
   append(sink_.escapes, 2 * escapes_);
-  append(mantissas_.get(), mantissa_bytes_);
+  append(sink_.mantissas, mantissa_bytes_);
   append(sink_.words, 2 * words_);
   std::memset(p, 0, std::size_t(out + size - p));
 }
@@ -256,7 +259,7 @@ std::uint64_t checksum(const Block<T>& block, std::size_t heads, std::size_t dim
 #define KVZIP_INSTANTIATE(T)                                                                    \
   template std::vector<std::uint8_t> make_tables(const Block<const T>&, std::size_t,           \
                                                  std::size_t, Form);                            \
-  template Encoded PartTables::encode(const Block<const T>&) const;                             \
+  template void PartTables::encode(const Block<const T>&, Encoded*) const;                      \
   template void PartTables::decode(const std::uint8_t*, std::size_t, const Block<T>&,           \
                                    Workspace*) const;                                           \
   template void copy_raw(const std::uint8_t*, std::size_t, std::size_t, std::size_t,            \

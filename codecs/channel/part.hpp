@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "channel/kernels.hpp"
+#include "native/simd.hpp"
 
 namespace kvzip::channel {
 
@@ -28,17 +29,46 @@ template <typename T>
 std::vector<std::uint8_t> make_tables(const Block<const T>& numbers, std::size_t heads,
                                       std::size_t dim, Form form);
 
+// Memory for one block after the other: fresh pages cost more than much that is done with them.
+template <typename U>
+class Room {
+ public:
+  // Not set to anything.
+  U* of(std::size_t n) {
+    if (n > size_) {
+      room_.reset(new U[n]);
+      size_ = n;
+    }
+    return room_.get();
+  }
+  // Not to be called while in use.
+  void keep_little() {
+    if (size_ * sizeof(U) > std::size_t(8) << 20) {
+      room_.reset();
+      size_ = 0;
+    }
+  }
+
+ private:
+  std::unique_ptr<U[]> room_;
+  std::size_t size_ = 0;
+};
+
 // A coded block in pieces, to be put together where it is wanted; `size` 0 when it would not be
 // shorter than the numbers themselves.
 class Encoded {
  public:
   std::size_t size = 0;
   void write(std::uint8_t* out) const;
+  void keep_little() {
+    mantissas_.keep_little();
+    room_.keep_little();
+  }
 
  private:
   friend class PartTables;
-  std::unique_ptr<std::uint8_t[]> mantissas_;
-  std::unique_ptr<std::uint16_t[]> room_;  // of words and escapes
+  Room<std::uint8_t> mantissas_;
+  Room<std::uint16_t> room_;  // of words and escapes
   Sink sink_;
   std::size_t lanes_ = 0, mantissa_bytes_ = 0, words_ = 0, escapes_ = 0;
 };
@@ -66,7 +96,7 @@ class PartTables {
 
   // `block` is of these heads and dim, and T of the form's size.
   template <typename T>
-  Encoded encode(const Block<const T>& block) const;
+  void encode(const Block<const T>& block, Encoded* out) const;
   template <typename T>
   void decode(const std::uint8_t* data, std::size_t size, const Block<T>& block,
               Workspace* workspace) const;
@@ -81,10 +111,10 @@ class PartTables {
   std::size_t shape_count_;
   std::vector<Channel> channels_;
   Tables tables_;
-  // Made when they are needed, by whichever thread needs them first.
+  // Made when they are needed, by whichever thread needs them first; of each instruction set.
   const Encoder* encoders() const;
-  mutable std::once_flag encoding_;
-  mutable std::vector<Encoder> encoders_;
+  mutable std::once_flag encoding_[simd::kLevels];
+  mutable std::vector<Encoder> encoders_[simd::kLevels];
 };
 
 // Numbers stored as they are: copies them into place. Throws std::invalid_argument.

@@ -116,31 +116,60 @@ void make_decoder(const Alias& a, Decoder* decoder) {
   if (a.escape != kNone) d.value[1][a.escape] |= 0x80;
 }
 
-void make_encoder(const Alias& a, Encoder* encoder) {
-  std::uint32_t start = 0, starts[kBuckets];
-  std::uint32_t none = kNoCell | 1;
-  for (std::uint32_t s = 0; s < a.symbols; ++s) {
-    encoder->reciprocal[s] = ((std::uint64_t(1) << 42) + a.freq[s] - 1) / a.freq[s];
-    starts[s] = start;
-    for (std::uint32_t r = 0; r < a.divide[s]; ++r)
-      encoder->slot[start + r] = std::uint16_t(s * kBucketSlots + r);
-    if (s == a.escape) none = a.freq[s] | start << kStartAt | s << kSymbolAt | kEscapeCell;
-    start += a.freq[s];
-  }
+namespace {
+
+// Calls with each piece of slots that follow each other as their ranks do: first rank, first slot,
+// and the slot behind the last.
+template <typename Use>
+void each_piece(const Alias& a, const std::uint32_t* starts, const Use& use) {
   for (std::uint32_t i = 0; i < kBuckets; ++i) {
-    std::uint16_t* const slot = encoder->slot + starts[a.other[i]] + a.add[i];
-    for (std::uint32_t p = a.divide[i]; p < kBucketSlots; ++p)
-      slot[p] = std::uint16_t(i * kBucketSlots + p);
+    const std::uint32_t first = i * kBucketSlots, middle = first + a.divide[i];
+    if (a.divide[i]) use(starts[i], first, middle);
+    if (a.divide[i] < kBucketSlots)
+      use(starts[a.other[i]] + a.divide[i] + a.add[i], middle, first + kBucketSlots);
   }
-  encoder->slot[kTotal] = 0;
+}
+
+}  // namespace
+
+void make_encoder(const Alias& a, bool in_pieces, Encoder* encoder) {
+  std::uint32_t starts[kBuckets], none = kNoCell | 1;
+  for (std::uint32_t s = 0, start = 0; s < kBuckets; start += a.freq[s++]) {
+    starts[s] = start;
+    if (s == a.escape) none = a.freq[s] | start << kStartAt | s << kSymbolAt | kEscapeCell;
+  }
+  if (in_pieces) {
+    std::fill(std::begin(encoder->begins), std::end(encoder->begins), 0);
+    each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t, std::uint32_t) {
+      encoder->begins[rank / 32] |= 1u << rank % 32;
+    });
+    const auto ones = [](std::uint32_t bits) {  // not all processors have an instruction for it
+      bits -= bits >> 1 & 0x55555555;
+      bits = (bits & 0x33333333) + (bits >> 2 & 0x33333333);
+      return ((bits + (bits >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24;
+    };
+    std::uint32_t before = ~0u;
+    for (std::uint32_t i = 0; i < kBuckets; ++i) {
+      encoder->before[i] = before;
+      before += ones(encoder->begins[i]);
+    }
+    each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t slot, std::uint32_t) {
+      const std::uint32_t begun = encoder->begins[rank / 32] << (31 - rank % 32);
+      encoder->shift[encoder->before[rank / 32] + ones(begun)] = std::uint16_t(slot - rank);
+    });
+  } else {
+    for (std::uint32_t s = 0; s < a.symbols; ++s)
+      encoder->reciprocal[s] = ((std::uint64_t(1) << 42) + a.freq[s] - 1) / a.freq[s];
+    each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t slot, std::uint32_t end) {
+      while (slot < end) encoder->slot[rank++] = std::uint16_t(slot++);
+    });
+  }
   encoder->outside = none;
   encoder->width = a.width;
   std::fill(std::begin(encoder->cell), std::end(encoder->cell), none);
-  start = 0;
-  for (std::uint32_t s = 0; s < a.symbols; ++s) {
-    if (s != a.escape) encoder->cell[a.value[s]] = a.freq[s] | start << kStartAt | s << kSymbolAt;
-    start += a.freq[s];
-  }
+  for (std::uint32_t s = 0; s < a.symbols; ++s)
+    if (s != a.escape)
+      encoder->cell[a.value[s]] = a.freq[s] | starts[s] << kStartAt | s << kSymbolAt;
 }
 
 template <typename T>

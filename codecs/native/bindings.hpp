@@ -3,6 +3,9 @@
 
 #include <nanobind/nanobind.h>
 
+namespace kvzip {
+void bind_output(nanobind::module_& m);
+}
 namespace kvzip::planes {
 void bind(nanobind::module_& m);
 }

@@ -22,6 +22,7 @@ NB_MODULE(_native, m) {
         return hash.digest();
       },
       nb::arg("pieces"), "XXH3-64 of pieces one after the other, as kernels take it; for tests.");
+  kvzip::bind_output(m);
   kvzip::planes::bind(m);
   kvzip::channel::bind(m);
   kvzip::predictive::bind(m);

@@ -4,8 +4,9 @@
 namespace kvzip::simd {
 
 // Each level has all the instructions of those before it. `avx512` means F, BW, VL, DQ, VBMI,
-// VBMI2 and VNNI (Ice Lake, Zen 4 and later).
+// VBMI2, VNNI and VPOPCNTDQ (Ice Lake, Zen 4 and later).
 enum class Level { scalar, avx2, avx512 };
+constexpr int kLevels = 3;
 
 // The best this processor has, or the one that the environment variable KVZIP_SIMD names.
 Level level();

@@ -1,0 +1,97 @@
+// A file that grows in memory and becomes a bytes object without a copy.
+#include <cstring>
+#include <stdexcept>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "native/bindings.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvzip {
+namespace {
+
+// The object is nobody else's until it is taken out, so it may be written to and resized.
+class Output {
+ public:
+  explicit Output(std::size_t capacity) {
+    bytes_ = PyBytes_FromStringAndSize(nullptr, Py_ssize_t(capacity));
+    if (!bytes_) throw nb::python_error();
+    advise();
+  }
+  Output(const Output&) = delete;
+  ~Output() { Py_XDECREF(bytes_); }
+
+  std::size_t write(nb::handle object) {
+    Py_buffer view;
+    if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_SIMPLE)) throw nb::python_error();
+    const auto n = std::size_t(view.len);
+    try {
+      reserve(at_ + n);
+    } catch (...) {
+      PyBuffer_Release(&view);
+      throw;
+    }
+    {
+      nb::gil_scoped_release released;
+      if (at_ > size_) std::memset(begin() + size_, 0, at_ - size_);
+      std::memcpy(begin() + at_, view.buf, n);
+    }
+    PyBuffer_Release(&view);
+    at_ += n;
+    if (at_ > size_) size_ = at_;
+    return n;
+  }
+  std::size_t seek(std::size_t at) { return at_ = at; }
+  std::size_t tell() const { return at_; }
+
+  nb::object take() {
+    if (!bytes_) throw std::invalid_argument("taken already");
+    resize(size_);
+    PyObject* const taken = bytes_;
+    bytes_ = nullptr;
+    return nb::steal(taken);
+  }
+
+ private:
+  char* begin() const { return PyBytes_AS_STRING(bytes_); }
+  std::size_t capacity() const { return std::size_t(PyBytes_GET_SIZE(bytes_)); }
+
+  void resize(std::size_t size) {
+    if (_PyBytes_Resize(&bytes_, Py_ssize_t(size))) throw nb::python_error();
+  }
+  void reserve(std::size_t size) {
+    if (!bytes_) throw std::invalid_argument("taken already");
+    if (size <= capacity()) return;
+    resize(size + size / 4);
+    advise();
+  }
+  // Fresh memory costs a fault a page; large pages are 512 times fewer.
+  void advise() const {
+#ifdef __linux__
+    constexpr std::size_t kPage = std::size_t(1) << 21;
+    const auto from = (reinterpret_cast<std::uintptr_t>(begin()) + kPage - 1) & ~(kPage - 1);
+    const auto to = (reinterpret_cast<std::uintptr_t>(begin()) + capacity()) & ~(kPage - 1);
+    if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+  }
+
+  PyObject* bytes_;
+  std::size_t at_ = 0, size_ = 0;
+};
+
+}  // namespace
+
+void bind_output(nb::module_& m) {
+  nb::class_<Output>(m, "Output", "A binary file in memory, to be written; not for two threads.")
+      .def(nb::init<std::size_t>(), "capacity"_a,
+           "Room for so many bytes, which are not touched before they are written.")
+      .def("write", &Output::write, "data"_a)
+      .def("seek", &Output::seek, "position"_a)
+      .def("tell", &Output::tell)
+      .def("take", &Output::take, "All that was written, as bytes, once.");
+}
+
+}  // namespace kvzip
