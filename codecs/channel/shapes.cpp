@@ -54,8 +54,17 @@ struct Seen {
 
 Seen look(const std::uint32_t* counts, int exponent_bits) {
   const int exponents = 1 << exponent_bits;
+  // Few exponents occur. The first and the last 16 of them are found faster than all are read.
+  const auto none = [&](int e) {
+    std::uint32_t any = 0;
+    for (int i = e; i < e + 16; ++i) any |= counts[i] | counts[exponents + i];
+    return !any;
+  };
+  int first = 0, end = exponents;
+  while (first + 16 < end && none(first)) first += 16;
+  while (first + 16 < end && none(end - 16)) end -= 16;
   std::uint64_t total = 0, sum = 0, squares = 0, positive = 0;
-  for (int e = 0; e < exponents; ++e) {
+  for (int e = first; e < end; ++e) {
     const std::uint64_t n = std::uint64_t(counts[e]) + counts[exponents + e];
     if (!n) continue;
     total += n;
@@ -144,10 +153,11 @@ struct Choice {
   std::int64_t cost = INT64_MAX;
 };
 
-// The groups that look like a channel.
+// The groups that look like a channel, of the first `seen`.
 struct Near {
   std::uint16_t group[kCandidates];
-  std::size_t count = 0;
+  float distance[kCandidates];
+  std::size_t count = 0, seen = 0;
 };
 
 // Mean exponent, spread and skew of the groups, which tell most of a shape.
@@ -160,28 +170,26 @@ class Looks {
     distance_.push_back(0);
   }
 
-  Near near(const Seen& seen) {
+  // Looks at the groups that have come since.
+  void find(const Seen& seen, Near* near) {
     const float skew = std::abs(seen.skew);
-    const std::size_t n = place_.size();
-    for (std::size_t g = 0; g < n; ++g) {
+    const std::size_t first = near->seen, n = near->seen = place_.size();
+    for (std::size_t g = first; g < n; ++g) {
       const float place = std::abs(place_[g] - seen.place);
       distance_[g] = std::min(place, 1 - place) + std::abs(spread_[g] - seen.spread) +
                      2 * std::abs(skew_[g] - skew);
     }
-    Near near;
-    float best[kCandidates];
-    for (std::size_t g = 0; g < n; ++g) {
+    for (std::size_t g = first; g < n; ++g) {
       const float distance = distance_[g];
-      if (near.count == kCandidates && distance >= best[kCandidates - 1]) continue;
-      std::size_t i = near.count < kCandidates ? near.count++ : kCandidates - 1;
-      for (; i > 0 && distance < best[i - 1]; --i) {
-        best[i] = best[i - 1];
-        near.group[i] = near.group[i - 1];
+      if (near->count == kCandidates && distance >= near->distance[kCandidates - 1]) continue;
+      std::size_t i = near->count < kCandidates ? near->count++ : kCandidates - 1;
+      for (; i > 0 && distance < near->distance[i - 1]; --i) {
+        near->distance[i] = near->distance[i - 1];
+        near->group[i] = near->group[i - 1];
       }
-      best[i] = distance;
-      near.group[i] = std::uint16_t(g);
+      near->distance[i] = distance;
+      near->group[i] = std::uint16_t(g);
     }
-    return near;
   }
 
  private:
@@ -212,10 +220,12 @@ Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, int expone
   std::vector<Seen> seen(channels);
   std::vector<Group> groups;
   Looks looks;
+  std::vector<Near> near(channels);
   std::vector<Choice> choices(channels);
   for (std::size_t c = 0; c < channels; ++c) {
     seen[c] = look(counts[c], exponent_bits);
-    choices[c] = best(groups, looks.near(seen[c]), seen[c]);
+    looks.find(seen[c], &near[c]);
+    choices[c] = best(groups, near[c], seen[c]);
     if (choices[c].cost > seen[c].own_cost + kTableCost) {
       groups.emplace_back(seen[c]);
       looks.add(seen[c]);
@@ -229,8 +239,10 @@ Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, int expone
   }
   // Again, now that all groups are known.
   for (Group& group : groups) group.price();
-  for (std::size_t c = 0; c < channels; ++c)
-    choices[c] = best(groups, looks.near(seen[c]), seen[c]);
+  for (std::size_t c = 0; c < channels; ++c) {
+    looks.find(seen[c], &near[c]);
+    choices[c] = best(groups, near[c], seen[c]);
+  }
   for (Group& group : groups) group.clear();
   for (std::size_t c = 0; c < channels; ++c)
     groups[choices[c].group].add(seen[c].cells, choices[c].shift, choices[c].flip);
