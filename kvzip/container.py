@@ -920,11 +920,12 @@ class Reader:
     ) -> _Target:
         """Everything to decode a block, straight into place where all of it was asked for."""
         layer, part, _, start, tokens, *_ = self._index[row]
-        whole = self.layout.layers[layer]
-        wanted, cut = None, slice(0, 0)
+        whole, wanted, cut = self.layout.layers[layer], None, slice(0, 0)
         if layer in cuts:
-            offset = whole.first + start - cuts[layer].first
-            cut = slice(max(0, -offset), min(tokens, cuts[layer].stored - offset))
+            # `cut` gives the layer itself where all of it is asked for, as it mostly is.
+            have = cuts[layer]
+            offset = start if have is whole else whole.first + start - have.first
+            cut = slice(max(0, -offset), min(tokens, have.stored - offset))
             if cut.start < cut.stop:
                 wanted = targets[layer, part][:, :, offset + cut.start : offset + cut.stop]
         if wanted is not None and wanted.shape[2] == tokens:

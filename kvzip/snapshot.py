@@ -117,8 +117,11 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def check(self) -> None:
         """Raise FormatError or UnsupportedError unless every field makes sense."""
         dtypes.get(self.dtype)
-        for layer in self.layers:
-            layer.check()
+        checked = None
+        for layer in self.layers:  # most are alike, and comparing is faster
+            if layer != checked:
+                layer.check()
+                checked = layer
 
 
 class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
