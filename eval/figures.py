@@ -1,4 +1,4 @@
-"""The README's figures, from stored results: its answer in words, and its picture.
+"""The README's figures, from stored results: its answer in words, its table, and its picture.
 
 `make figures` measures all of it anew; `make redraw` only draws what is stored in docs/results.
 """
@@ -23,7 +23,6 @@ from kvzip.eval.report import bit_rate, by_base, write_report
 from kvzip.eval.result import DemoResult
 from kvzip.snapshot import replacing_file
 
-BEGIN, END = "<!-- answer -->", "<!-- /answer -->"
 _PICTURE = '[data-chart="time-wide"]'
 
 
@@ -108,17 +107,40 @@ def _dollars(rows: list[BreakEven]) -> str:
     return "not known: the prefill's price is only an upper bound."
 
 
-def put_answer(result: DemoResult, readme: str | os.PathLike[str]) -> bool:
-    """Put the answer between its marks in a Markdown file; whether that changed anything.
+_WAYS = {
+    "`zstd`, `lz4`": "looking for repeats, of which there are none",
+    "`planes`": "putting like bytes together first",
+    "`channel`": "a probability table per channel for sign and exponent",
+    "`predictive`": "predicting each layer from the layers before it, in integers, with a profile",
+}
+
+
+def table(result: DemoResult) -> str:
+    """The README's table of codecs: their ratios in the demo, and how they work."""
+    ratios = {codec.name: codec.ratio for codec in result.codecs}
+    lines = [f"| codec | {result.dtype} ratio | codes a number by |", "|---|---|---|"]
+    for names, way in _WAYS.items():
+        found = [f"{ratios[name]:.2f}" for name in names.replace("`", "").split(", ")]
+        lines.append(f"| {names} | {', '.join(found)} | {way} |")
+    return "\n".join(lines)
+
+
+_BLOCKS = {"answer": answer, "codecs": table}
+
+
+def put_figures(result: DemoResult, readme: str | os.PathLike[str]) -> bool:
+    """Put answer and table between their marks in a Markdown file; whether that changed anything.
 
     Raises KVZipError when the marks are not there, once each, in order.
     """
-    text = Path(readme).read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise KVZipError(f"{readme} has no {BEGIN} and {END} to put the answer between")
-    new = f"{before}{BEGIN}\n{answer(result)}\n{END}{after}"
+    text = new = Path(readme).read_text(encoding="utf-8")
+    for name, block in _BLOCKS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, found, rest = new.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not (found and ended):
+            raise KVZipError(f"{readme} has no {begin} and {end} to put the {name} between")
+        new = f"{before}{begin}\n{block(result)}\n{end}{after}"
     if new == text:
         return False
     with replacing_file(readme) as file:

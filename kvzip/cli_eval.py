@@ -395,7 +395,7 @@ def figures(
     result, _ = read(results)
     found = drawing.figures(result)
     if readme is not None:
-        drawing.put_answer(result, readme)
+        drawing.put_figures(result, readme)
     if picture is not None:
         drawing.put_picture(result, picture)
 

@@ -20,21 +20,22 @@ DEMO, _ = read([ROOT / "docs" / "results" / "demo.json"])
 def test_the_readme_is_what_the_stored_results_give(tmp_path: Path) -> None:
     copy = tmp_path / "README.md"
     copy.write_text((ROOT / "README.md").read_text())
-    assert f.put_answer(DEMO, copy) is False
+    assert f.put_figures(DEMO, copy) is False
 
 
 def test_other_results_give_another_answer(tmp_path: Path) -> None:
     other = msgspec.structs.replace(DEMO, tokens=4096)
     copy = tmp_path / "README.md"
-    copy.write_text(f"before\n{f.BEGIN}\nold\n{f.END}\nafter\n")
-    assert f.put_answer(other, copy) is True
+    marks = [f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("answer", "codecs")]
+    copy.write_text("before\n" + "between\n".join(marks) + "after\n")
+    assert f.put_figures(other, copy) is True
     text = copy.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "4,096 tokens" in text
+    assert "4,096 tokens" in text and "between" in text and "| `channel` | 1.54 |" in text
     assert max(map(len, text.splitlines())) <= 120
     copy.write_text("no marks")
     with pytest.raises(KVZipError, match="has no <!-- answer -->"):
-        f.put_answer(DEMO, copy)
+        f.put_figures(DEMO, copy)
 
 
 def test_every_figure_of_the_answer_is_listed() -> None:
