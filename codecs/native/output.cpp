@@ -29,19 +29,19 @@ class Output {
     if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_SIMPLE)) throw nb::python_error();
     const auto n = std::size_t(view.len);
     try {
-      reserve(at_ + n);
+      reserve(n ? at_ + n : 0);
     } catch (...) {
       PyBuffer_Release(&view);
       throw;
     }
-    {
+    if (n) {
       nb::gil_scoped_release released;
       if (at_ > size_) std::memset(begin() + size_, 0, at_ - size_);
       std::memcpy(begin() + at_, view.buf, n);
     }
     PyBuffer_Release(&view);
     at_ += n;
-    if (at_ > size_) size_ = at_;
+    if (n && at_ > size_) size_ = at_;
     return n;
   }
   std::size_t seek(std::size_t at) { return at_ = at; }
