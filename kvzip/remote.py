@@ -6,8 +6,9 @@ announces are fetched ahead of it. Errors of the network become :class:`StoreErr
 
 from __future__ import annotations
 
+import math
 import os
-from bisect import bisect_right
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,8 +24,10 @@ from kvzip.profile import Profile
 
 _FIRST = 1 << 16
 """Bytes fetched with the opening of an object: what a Reader asks for first."""
-_REQUEST = 4 << 20
-"""Ranges that touch are fetched together up to so many bytes."""
+_LEAST, _MOST = 256 << 10, 4 << 20
+"""Bytes of a request: ranges that touch are fetched together."""
+_PATIENCE = 4
+"""How many times as long as the wait for its first byte a request is to take."""
 _WINDOW = 64 << 20
 """Bytes that may lie fetched and unread."""
 _CONNECTIONS = 4
@@ -201,6 +204,8 @@ class Remote:
     def __init__(self, bucket: Bucket, path: str):
         self._bucket, self._path = bucket, path
         self._version: str | None = None
+        self.wait = math.inf
+        """Seconds from a request to its first byte, the least so far."""
         meta, self._first = self._get(0, _FIRST)
         self.size, self._version = meta.size, meta.version
         self._ahead: _Ahead | None = None
@@ -212,10 +217,12 @@ class Remote:
         if self._version is not None:
             options["if_match"] = self._version
         with _told(f"cannot read {self._path} in {self._bucket.url}"):
+            began = time.perf_counter()
             found = obstore.get(self._bucket.store, self._path, options=options)
+            self.wait = min(self.wait, time.perf_counter() - began)
             return _meta(found.meta), memoryview(found.bytes()).cast("B")
 
-    def _fetch(self, offset: int, length: int) -> memoryview:
+    def fetch(self, offset: int, length: int) -> memoryview:
         data = self._get(offset, length)[1]
         if len(data) != length:
             raise StoreError(f"{self._path} in {self._bucket.url} ended while it was read")
@@ -225,75 +232,94 @@ class Remote:
         if not length or offset + length <= len(self._first):
             return self._first[offset : offset + length]
         found = None if self._ahead is None else self._ahead.take(offset, length)
-        return self._fetch(offset, length) if found is None else found
+        return self.fetch(offset, length) if found is None else found
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Begin to fetch (offset, length) ranges, in ascending order, that will be read once."""
         begin = len(self._first)
-        self._ahead = _Ahead(self._fetch, [r for r in ranges if r[1] and sum(r) > begin])
+        self._ahead = _Ahead(self, [r for r in ranges if r[1] and sum(r) > begin])
 
 
-class _Segment:
-    """One request: bytes from `start` to `stop`, which hold `reads` announced ranges."""
+class _Request:
+    """Bytes from `start` on, which hold `reads` announced ranges."""
 
-    def __init__(self, start: int, stop: int):
-        self.start, self.stop, self.reads = start, stop, 1
-        self.future: Future[memoryview] | None = None
+    def __init__(self, start: int, size: int, reads: int):
+        self.start, self.size, self.reads = start, size, reads
+        self.future: Future[memoryview] = Future()
 
 
 class _Ahead:
-    """Fetches ranges in their order, a few requests at a time, a window ahead of who reads."""
+    """Fetches ranges in their order, a few requests at a time, a window ahead of who reads.
 
-    def __init__(self, fetch: Callable[[int, int], memoryview], ranges: Sequence[tuple[int, int]]):
-        self._fetch, self._lock = fetch, Lock()
-        self._segments: list[_Segment] = []
-        for offset, length in ranges:
-            last = self._segments[-1] if self._segments else None
-            if last and offset == last.stop and offset + length - last.start <= _REQUEST:
-                last.stop, last.reads = offset + length, last.reads + 1
-            else:
-                self._segments.append(_Segment(offset, offset + length))
-        self._starts = [s.start for s in self._segments]
-        self._next = self._bytes = 0
+    Requests under way share the link, so the first bytes of one come as late as the last of those
+    beside it. They are small to begin with, for the first layer to be there soon, and towards the
+    end, for little to be left to decode when the last byte has come (guided self-scheduling,
+    Polychronopoulos and Kuck 1987), but not so small that the link waits for round trips.
+    """
+
+    def __init__(self, remote: Remote, ranges: Sequence[tuple[int, int]]):
+        self._remote, self._lock = remote, Lock()
+        self._left = dict(ranges)
+        self._asked: dict[int, _Request] = {}
+        self._done, self._remaining = 0, sum(self._left.values())
+        self._least = _LEAST
+        self._busy = self._bytes = 0
         self._pool = ThreadPoolExecutor(_CONNECTIONS, "kvzip-fetch")
         with self._lock:
             self._submit()
 
     def _submit(self) -> None:
-        """Ask for segments while the window has room; the lock is held."""
-        while self._next < len(self._segments) and self._bytes < _WINDOW:
-            segment = self._segments[self._next]
-            if segment.future is None and segment.reads:
-                self._ask(segment)
-            self._next += 1
+        """Ask for what comes next while there are connections and room; the lock is held."""
+        while self._left and self._busy < _CONNECTIONS and self._bytes < _WINDOW:
+            share = min(self._done, self._remaining // 4) // _CONNECTIONS
+            limit = min(max(share, self._least), _MOST)
+            start, size = next(iter(self._left.items()))
+            reads = 1
+            while (more := self._left.get(start + size)) and size + more <= limit:
+                size, reads = size + more, reads + 1
+            self._ask(start, size, reads)
 
-    def _ask(self, segment: _Segment) -> Future[memoryview]:
-        size = segment.stop - segment.start
-        segment.future = self._pool.submit(self._fetch, segment.start, size)
-        self._bytes += size
-        return segment.future
+    def _ask(self, start: int, size: int, reads: int = 1) -> _Request:
+        request = _Request(start, size, reads)
+        at = start
+        while at < start + size:
+            self._asked[at] = request
+            at += self._left.pop(at)
+        self._done, self._remaining = self._done + size, self._remaining - size
+        self._busy, self._bytes = self._busy + 1, self._bytes + size
+        request.future = self._pool.submit(self._get, start, size)
+        return request
+
+    def _get(self, start: int, size: int) -> memoryview:
+        began = time.perf_counter()
+        try:
+            return self._remote.fetch(start, size)
+        finally:
+            took = time.perf_counter() - began
+            with self._lock:
+                self._busy -= 1
+                worthwhile = size * _PATIENCE * self._remote.wait / took
+                self._least = int(min(max(worthwhile, _LEAST), _MOST))
+                self._submit()
 
     def take(self, offset: int, length: int) -> memoryview | None:
         """An announced range's bytes, once it is here; None when it is not announced, or was
         taken before."""
-        at = bisect_right(self._starts, offset) - 1
-        if at < 0 or offset + length > self._segments[at].stop:
-            return None
-        segment = self._segments[at]
         with self._lock:
-            if not segment.reads:
-                return None
-            future = segment.future or self._ask(segment)
+            if self._left.get(offset) == length:  # before its turn
+                self._ask(offset, length)
+            request = self._asked.pop(offset, None)
+        if request is None:
+            return None
         try:
-            data = future.result()
+            data = request.future.result()
         finally:
             with self._lock:
-                segment.reads -= 1
-                if not segment.reads:
-                    segment.future = None
-                    self._bytes -= segment.stop - segment.start
+                request.reads -= 1
+                if not request.reads:
+                    self._bytes -= request.size
                 self._submit()
-        return data[offset - segment.start : offset - segment.start + length]
+        return data[offset - request.start : offset - request.start + length]
 
 
 def open_url(

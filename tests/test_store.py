@@ -486,12 +486,13 @@ def test_announced_ranges_come_ahead_in_few_requests(s3, counted):
         reader.read_ahead([(0, 2048)] * 4)
         for i in range(4):
             assert np.array_equal(reader.layer(i).k, snapshot.layers[i].k)
-        assert len(counted) <= 2  # of 64 blocks
+        assert len(counted) <= 16  # of 64 blocks
         assert np.array_equal(reader.layer(0).k, snapshot.layers[0].k)  # once more, unannounced
 
 
 def test_a_window_bounds_what_waits(s3, counted, monkeypatch):
-    monkeypatch.setattr(remote, "_REQUEST", 100_000)
+    for bound in ("_LEAST", "_MOST"):
+        monkeypatch.setattr(remote, bound, 100_000)
     monkeypatch.setattr(remote, "_WINDOW", 200_000)
     where = Store(f"{s3.url}/t{next(_prefixes)}", options=s3.options)
     snapshot = big()
@@ -503,6 +504,48 @@ def test_a_window_bounds_what_waits(s3, counted, monkeypatch):
         assert 0 < sum(length for _, length in counted) <= 400_000
         for i in (3, 0, 2, 1):  # in any order, too
             assert np.array_equal(reader.layer(i).k, snapshot.layers[i].k)
+
+
+class SlowObject:
+    """Bytes that take `wait` seconds to begin with, then come at `rate` bytes a second, which the
+    requests under way share."""
+
+    def __init__(self, data, wait, rate):
+        self.data, self.wait, self.rate = data, wait, rate
+        self.asked, self.link = [], threading.Lock()
+
+    def fetch(self, offset, length):
+        self.asked.append((offset, length))
+        time.sleep(self.wait)
+        with self.link:
+            time.sleep(length / self.rate)
+        return memoryview(self.data)[offset : offset + length]
+
+
+def in_turn(wait, rate, total=16 << 20, block=64 << 10):
+    """Sizes of the requests for a file that is read from its beginning to its end."""
+    slow = SlowObject(np.random.default_rng(0).bytes(total), wait, rate)
+    ranges = [(at, block) for at in range(0, total, block)]
+    ahead = remote._Ahead(slow, ranges)
+    for at, length in ranges:
+        assert ahead.take(at, length) == slow.data[at : at + length]
+    assert ahead.take(0, block) is None  # taken before
+    assert sum(length for _, length in slow.asked) == total
+    return [length for _, length in sorted(slow.asked)]
+
+
+def test_requests_are_small_at_both_ends_and_larger_between():
+    sizes = in_turn(wait=1e-4, rate=200e6)
+    assert max(sizes[:4]) <= remote._LEAST
+    assert max(sizes[-2:]) <= remote._LEAST
+    assert max(sizes) > remote._LEAST
+
+
+def test_requests_grow_where_the_wait_is_long():
+    """A request is to take several times as long as the wait for its first byte."""
+    near, far = in_turn(wait=1e-4, rate=200e6), in_turn(wait=20e-3, rate=200e6)
+    assert len(far) < len(near)
+    assert max(far) > 2 * max(near)
 
 
 def test_an_object_that_changes_is_an_error(s3):
