@@ -269,6 +269,47 @@ def pipeline_fill(raw_bytes: float, layers: int, decode_rate: float) -> float:
     return raw / number("layers", layers, zero=False) / rate
 
 
+def goodput(bandwidth: float, mtu: int = 1500) -> float:
+    """Bits per second of content that TCP carries over Ethernet of so many nominal bits per second:
+    ``bandwidth * (mtu - 52) / (mtu + 14)``.
+
+    Of a packet 20 bytes are IP's header, 32 TCP's with timestamps (RFC 7323), and 14 of Ethernet
+    come before it. Preamble and gap (20 bytes), which a real wire has too, are not counted.
+    """
+    bandwidth = number("bandwidth", bandwidth, zero=False, infinite=True)
+    return bandwidth * (number("mtu", mtu) - 52) / (mtu + 14)
+
+
+def first_bytes_seconds(
+    round_trip: float, bandwidth: float, *, round_trips: float = 3.0, connections: int = 4
+) -> float:
+    """Seconds that a link's length costs a load: ``round_trip * (round_trips + log2(w + 1) - 1)``
+    with ``w = bandwidth * round_trip / 8 / (connections * 14600)``, or no less than the first part.
+
+    `round_trips` pass before the first byte of the first layer: to connect, to read the header and
+    the index, and to ask for the layer. Then TCP's slow start: it sends 10 segments of 1,460 bytes
+    on each connection (RFC 6928) and twice as many in each round trip, until the link is full;
+    what it sends until then would have taken one round trip (Cardwell, Savage and Anderson,
+    "Modeling TCP Latency", 2000, section 4, without loss). `round_trip` in seconds, `bandwidth` in
+    bits per second.
+    """
+    trip = number("round trip", round_trip)
+    rate = number("bandwidth", bandwidth, zero=False)
+    lanes = number("connections", connections, zero=False)
+    full = math.log2(rate * trip / 8 / (lanes * 14600) + 1)
+    return trip * (number("round trips", round_trips) + max(0.0, full - 1))
+
+
+def shared_rate(*rates: float) -> float:
+    """Raw bytes per second through stages that take turns on one processor: ``1 / sum(1 / rate)``.
+
+    Where a model computes on the processor that decodes, the two do not overlap: each byte costs
+    the sum of both.
+    """
+    slow = sum(1 / number("rate", r, zero=False, infinite=True) for r in rates)
+    return 1 / slow if slow else math.inf
+
+
 def break_even_bandwidth(
     prefill_seconds: float,
     raw_bytes: float,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Lock
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +22,11 @@ from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.snapshot import Snapshot
 
 _log = logging.getLogger("kvzip.load")
+
+
+_TOGETHER = 4
+"""Layers that a model gets at once. When it is done with what it has, its OpenMP threads go on
+spinning for milliseconds, on cores that the decoder needs; so it is to wait seldom."""
 
 
 class Taken(NamedTuple):
@@ -59,9 +64,9 @@ class Recovery:
 
 
 class Loader:
-    """Decodes layers of one source, each when it is taken, and the next one ahead.
+    """Decodes layers of one source, a few when the first of them is taken, and the next few ahead.
 
-    Copies of a cache share it: it keeps nothing but the layer that is being decoded ahead.
+    Copies of a cache share it: it keeps nothing but the layers that are decoded ahead.
     `spans`: first and last position of each layer. `held`: the position after the last that the
     cache keeps; what layer 0 has beyond is its witness.
     """
@@ -92,18 +97,22 @@ class Loader:
         return self.load(i) if self.recovery is None else self.recovery.take(i, self.load)
 
     def load(self, i: int) -> Taken:
+        """As `take`; never recovers."""
+        group = i - i % _TOGETHER
         with self._lock:
-            ahead = self._ahead.pop(i, None)
+            for j in range(i, min(group + 2 * _TOGETHER, len(self.spans))):
+                if j not in self._ahead:
+                    self._ahead[j] = self._worker.submit(self._decode, j)
+            mine = self._ahead.pop(i)
+            beside = [self._ahead[j] for j in range(i + 1, group + _TOGETHER) if j in self._ahead]
+        if i == group:
+            wait(beside)
         try:
-            taken = self._decode(i) if ahead is None else ahead.result()
+            return mine.result()
         except KVZipError:
             raise
         except Exception as error:
             raise KVZipError(f"layer {i} cannot be read: {error}") from error
-        with self._lock:
-            if i + 1 < len(self.spans) and i + 1 not in self._ahead:
-                self._ahead[i + 1] = self._worker.submit(self._decode, i + 1)
-        return taken
 
     def _decode(self, i: int) -> Taken:
         start, stop = self.spans[i]

@@ -21,6 +21,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip.codecs.raw.codec import RawCodec  # noqa: E402
+from kvzip.load import lazy  # noqa: E402
 from kvzip.load.hf import layer_kinds, load_cache, rope_parameters  # noqa: E402
 
 LINE = "does not continue the cached document"
@@ -351,7 +352,11 @@ def test_weights_that_the_file_is_not_of(tiny: Any) -> None:
         )
 
 
-def test_layers_are_decoded_when_needed_and_the_next_one_ahead(tiny: Any, counting: Any) -> None:
+def test_layers_are_decoded_when_needed_and_the_next_ones_ahead(
+    tiny: Any, counting: Any, monkeypatch: Any
+) -> None:
+    """As many again as the model gets at once."""
+    monkeypatch.setattr(lazy, "_TOGETHER", 1)
     case = tiny("llama")
     cache = load_cache(counting(case), case.config)
     assert cache.get_seq_length() == 49 and cache.get_mask_sizes(1, 0) == (50, 0)
@@ -365,6 +370,16 @@ def test_layers_are_decoded_when_needed_and_the_next_one_ahead(tiny: Any, counti
     assert wait_for(lambda: Counting.layers() == {0, 1, 2})
     case.generate(case.ids, load_cache(counting(case), case.config))
     assert len(Counting.seen) == len(set(Counting.seen)) + 3 * 2 * 7  # none twice in one cache
+
+
+def test_a_model_gets_several_layers_at_once(tiny: Any, counting: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(lazy, "_TOGETHER", 3)
+    case = tiny("llama")
+    cache = load_cache(counting(case), case.config)
+    state = case.history.layers[0].keys[:, :, 49:]
+    cache.update(state, state, 0)
+    assert Counting.layers() >= {0, 1, 2}
+    assert case.same(case.ids, load_cache(counting(case), case.config), case.kept(49))
 
 
 def test_a_cache_that_is_reset_decodes_nothing(tiny: Any, counting: Any) -> None:
