@@ -218,10 +218,16 @@ def load_inputs(path: str | os.PathLike[str]) -> Inputs:
 
 
 def learn(
-    loaded: LoadedModel, text: Sequence[str], tokens: int, dtype: str, count: int, step: Step
+    loaded: LoadedModel,
+    text: Sequence[str],
+    tokens: int,
+    dtype: str,
+    count: int,
+    step: Step,
+    first: int = 1,
 ) -> Profile:
-    """A profile from `count` documents of the text, all but its first."""
-    documents = capture.cut_documents(loaded.tokenizer, text, tokens, slice(1, 1 + count))
+    """A profile from `count` documents of the text, from number `first` on."""
+    documents = capture.cut_documents(loaded.tokenizer, text, tokens, slice(first, first + count))
     snapshots = []
     for n, document in enumerate(documents):
         step(f"capturing documents to learn from: {n + 1} of {len(documents)}, {dtype}")

