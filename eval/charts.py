@@ -469,8 +469,9 @@ def curves(
     lines: Sequence[Curve],
     *,
     size: tuple[int, int],
+    points: Sequence[Point] = (),
 ) -> str:
-    """Curves with their names at their right ends."""
+    """Curves with their names at their right ends, and marks (without names) over them."""
     frame = _Frame(x, y, size, right=max(len(c.label) for c in lines) * _CHAR + 24)
     clip = f"{name}-clip"
     body = [
@@ -488,6 +489,7 @@ def curves(
         body.append(
             f'<path class="line {c.style}" data-line="{escape(c.key)}" d="{_path(places)}"/>'
         )
+    body += [_mark(frame, point) for point in points]
     body.append("</g>")
     ends = [min(max(frame.py(c.places[-1][1]), frame.top), frame.bottom) for c in lines]
     for c, end, at in zip(lines, ends, _spread(ends, frame.top, frame.bottom), strict=True):

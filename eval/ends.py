@@ -1,8 +1,9 @@
 """The two ends of a link that is measured, each a process in its own network namespace.
 
-``python -m kvzip.eval.ends serve FOLDER ADDRESS`` serves the folder's files through HTTP, ranges and
-ETags included. ``python -m kvzip.eval.ends read MODEL DTYPE SNAPSHOT [PROFILE]`` loads a model and
-does what it is asked, a line of JSON at a time: who has the model times it, as a user would have it.
+``python -m kvzip.eval.ends serve FOLDER ADDRESS`` serves the folder's files through HTTP, ranges
+and ETags included. ``python -m kvzip.eval.ends read MODEL DTYPE SNAPSHOT [PROFILE]`` loads a model
+and does what it is asked, a line of JSON at a time: who has the model times it, as a user would
+have it.
 """
 
 from __future__ import annotations

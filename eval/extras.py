@@ -1,5 +1,5 @@
 """Results that a report shows beside a demo's, each from its own file: measured inputs, exactness
-at scale, peers, the frontier, the ladder of entropy models. Recognised by what is in them.
+at scale, peers, the frontier, the ladder of entropy models, links. Recognised by what is in them.
 
 The benchmark's file belongs to kvzip.benchmarks, which stands above; here is only what a report
 needs of it.
@@ -19,6 +19,7 @@ from kvzip.entropy import Ladder
 from kvzip.errors import KVZipError
 from kvzip.eval.frontier import Frontier
 from kvzip.eval.inputs import Inputs, load_inputs
+from kvzip.eval.links import Links, load_links
 from kvzip.eval.result import DemoResult, as_result
 from kvzip.eval.trials import Trials, load_trials
 
@@ -70,6 +71,7 @@ class Extras(msgspec.Struct, frozen=True):
     peers: Peers | None = None
     frontier: Frontier | None = None
     ladder: Ladder | None = None
+    links: Links | None = None
 
 
 def read(paths: Sequence[str | os.PathLike[str]]) -> tuple[DemoResult, Extras]:
@@ -100,6 +102,7 @@ _WRITTEN_BY = {
     "peers": "kvzip bench",
     "frontier": "kvzip eval frontier",
     "ladder": "kvzip entropy",
+    "links": "kvzip eval links",
 }
 
 
@@ -118,6 +121,8 @@ def _recognise(path: Path) -> tuple[str, Any]:
         return "inputs", load_inputs(path)
     if plain.get("kind") == "exactness":
         return "exactness", load_trials(path)
+    if plain.get("kind") == "links":
+        return "links", load_links(path)
     if "breakeven" in plain:
         return "demo", as_result(plain)
     for kind, key, form in (

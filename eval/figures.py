@@ -130,20 +130,27 @@ _BLOCKS = {"answer": answer, "codecs": table}
 
 def put_figures(result: DemoResult, readme: str | os.PathLike[str]) -> bool:
     """Put answer and table between their marks in a Markdown file; whether that changed anything.
+    Raises as `put_between`."""
+    return put_between(readme, {name: block(result) for name, block in _BLOCKS.items()})
+
+
+def put_between(path: str | os.PathLike[str], blocks: Mapping[str, str]) -> bool:
+    """Put each block between ``<!-- name -->`` and ``<!-- /name -->`` in a Markdown file; whether
+    that changed anything.
 
     Raises KVZipError when the marks are not there, once each, in order.
     """
-    text = new = Path(readme).read_text(encoding="utf-8")
-    for name, block in _BLOCKS.items():
+    text = new = Path(path).read_text(encoding="utf-8")
+    for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, found, rest = new.partition(begin)
         _, ended, after = rest.partition(end)
         if not (found and ended):
-            raise KVZipError(f"{readme} has no {begin} and {end} to put the {name} between")
-        new = f"{before}{begin}\n{block(result)}\n{end}{after}"
+            raise KVZipError(f"{path} has no {begin} and {end} to put the {name} between")
+        new = f"{before}{begin}\n{block}\n{end}{after}"
     if new == text:
         return False
-    with replacing_file(readme) as file:
+    with replacing_file(path) as file:
         file.write(new.encode())
     return True
 

@@ -1,4 +1,4 @@
-"""Graphs of the entropy ladder and of the frontier, as SVG text.
+"""Graphs of the entropy ladder, of the frontier and of measured links, as SVG text.
 
 Each function gives a chart that a page styles (classes as in `charts.py`); :func:`standalone` makes
 a file of its own of one or several.
@@ -16,6 +16,7 @@ from kvzip.entropy.ladder import PREDICTED, PROFILE
 from kvzip.entropy.tables import LEVELS
 from kvzip.eval import charts
 from kvzip.eval.frontier import Frontier, Point, Run, hull
+from kvzip.eval.links import PREFILL, Links, predict
 
 WIDE = 760
 _STYLES = {
@@ -243,6 +244,61 @@ def frontier_file(result: Frontier) -> str:
         for run in result.runs
     ]
     return standalone(svgs, headings)
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+_WAYS = {PREFILL: "s0", "raw": "s3", "channel": "s2", "predictive": "s1"}
+
+
+def links_svg(
+    links: Links, delay: float, name: str = "links", size: tuple[int, int] = (WIDE, 400)
+) -> str:
+    """Seconds to the first token against bandwidth, at one delay: lines as predicted, a point for
+    each measurement, its median large."""
+    here = [p for p in links.points if p.delay == delay]
+    rates = sorted({p.mbps for p in here})
+    low, high = rates[0] / 1.25, rates[-1] * 1.25
+    ways = list(dict.fromkeys(p.way for p in here))
+    style = {w: _WAYS.get(w, f"s{i % charts.COLOURS}") for i, w in enumerate(ways)}
+    grid = [low * (high / low) ** (i / 200) for i in range(201)]
+    lines = [
+        charts.Curve(w, w, style[w], [(m, predict(links.apart, w, m, delay)) for m in grid])
+        for w in ways
+    ]
+    points = [
+        charts.Point(f"{p.way}-{p.mbps:g}", "", style[p.way], p.mbps, seconds, radius)
+        for p in here
+        for seconds, radius in [*((t, 2.0) for t in p.times), (p.seconds, 4.5)]
+    ]
+    every = [p.y for p in points] + [y for line in lines for _, y in line.places]
+    x = charts.log_axis("nominal bandwidth of the link", low, high, _mbps)
+    y = charts.log_axis(
+        "time to first token", min(every) / 1.2, max(every) * 1.2, lambda s: f"{s:g} s"
+    )
+    title = "Time to first token against bandwidth: lines predicted, points measured"
+    spoken = "; ".join(
+        f"{p.way} at {_mbps(p.mbps)}: {p.seconds:.3g} s, predicted {p.predicted:.3g}" for p in here
+    )
+    return charts.curves(name, title, spoken, x, y, lines, size=size, points=points)
+
+
+def links_file(links: Links) -> str:
+    """The charts of every delay as one SVG file."""
+    delays = list(dict.fromkeys(point.delay for point in links.points))
+    svgs = [links_svg(links, delay, f"links-{i}") for i, delay in enumerate(delays)]
+    about = (
+        f"{links.model}, {links.dtype}, {links.tokens:,} tokens: lines predicted, points measured"
+    )
+    return standalone(svgs, [f"{about}{_far(delay)}" for delay in delays])
+
+
+def _far(delay: float) -> str:
+    return f", {1e3 * delay:g} ms each way" if delay else ""
+
+
+def _mbps(rate: float) -> str:
+    return f"{rate / 1e3:g} Gb/s" if rate >= 1000 else f"{rate:g} Mb/s"
 
 
 def _percent(share: float) -> str:

@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ PREFILL = "prefill"
 _CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
 Progress = Callable[[str, int, int], None]
+Times = defaultdict[tuple[str, str, tuple[float, float] | None], list[float]]
+"""Seconds by way, what was timed, and the link: (delay, Mb/s), or None for apart from it."""
 
 
 class Alone(msgspec.Struct, frozen=True):
@@ -122,8 +125,6 @@ class Links(msgspec.Struct, frozen=True, kw_only=True):
     repeat: int
     load_average: tuple[float, float]
     """What the machine was at, of the last minute, before and after; the run itself included."""
-    prefill_agrees: bool
-    """A prefill gives the same first token as the cache."""
     apart: Apart
     points: list[Point]
     turns: list[Turn]
@@ -296,34 +297,30 @@ def measure(
     """
     mbps = sorted(cost.number("rate", m, zero=False) for m in mbps)
     snapshot = Snapshot.load(sources.snapshot)
-    apart: Apart | None = None
-    agrees = False
-    points: list[Point] = []
-    found: list[Turn] = []
+    times: Times = defaultdict(list)
+    moving: dict[str, float] = {}
     before = os.getloadavg()[0]
-    total = len(delays) * len(mbps) * repeat
-    done = 0
+    total, done = len(delays) * len(mbps) * repeat, 0
     for delay in delays:
         with Link(delay) as link, _ends(link, sources) as (server, reader):
-            if apart is None:
-                progress("apart from the link", 0, 1)
-                apart, agrees = _apart(sources, snapshot, server, reader, repeat)
-                progress("apart from the link", 1, 1)
-            here: dict[tuple[str, float], Point] = {}
+            for codec, path in sources.files.items():
+                if codec not in moving:
+                    moving[codec] = _moving(server, reader, path, max(repeat, 5))
             for rate in mbps:
                 link.shape(rate * 1e6)
-                times: dict[tuple[str, str], list[float]] = {}
                 for _ in range(repeat):
                     progress("over links", done, total)
-                    for key, seconds in _once(sources, reader):
-                        times.setdefault(key, []).append(seconds)
+                    _once(sources, reader, times, (delay, rate))
                     done += 1
-                for way in (PREFILL, *sources.files):
-                    here[way, rate] = _point(apart, way, rate, delay, times)
             progress("over links", done, total)
-        points += here.values()
-        found += turns(apart, mbps, delay, lambda way, rate, here=here: here[way, rate].seconds)
-    assert apart is not None
+    apart = _apart(sources, snapshot, times, moving)
+    points = [
+        _point(apart, way, rate, delay, times)
+        for delay in delays
+        for rate in mbps
+        for way in (PREFILL, *sources.files)
+    ]
+    here = {(p.delay, p.way, p.mbps): p.seconds for p in points}
     return Links(
         command=command,
         date=now(),
@@ -339,10 +336,13 @@ def measure(
         congestion_control=_CONTROL.read_text().strip(),
         repeat=repeat,
         load_average=(before, os.getloadavg()[0]),
-        prefill_agrees=agrees,
         apart=apart,
         points=points,
-        turns=found,
+        turns=[
+            turn
+            for delay in delays
+            for turn in turns(apart, mbps, delay, lambda w, m, d=delay: here[d, w, m])
+        ],
         exact=True,
     )
 
@@ -351,40 +351,28 @@ def _url(path: Path) -> str:
     return f"http://{ADDRESSES['server']}:{ends.PORT}/{path.name}"
 
 
-def _apart(
-    sources: Sources, snapshot: Snapshot, server: ends.End, reader: ends.End, repeat: int
-) -> tuple[Apart, bool]:
-    """What there is to measure without a shaped link; and whether prefill and cache agree."""
-    repeat = max(repeat, 5)
-    steps, prefills, agrees = [], [], True
-    seconds: dict[str, tuple[list[float], list[float]]] = {}
+def _moving(server: ends.End, reader: ends.End, path: Path, repeat: int) -> float:
+    """Processor seconds of both ends to bring a file over an unshaped link, over all cores."""
+    used = -server.processor_seconds() - reader.processor_seconds()
     for _ in range(repeat):
-        step, prefill = reader.ask(do="step"), reader.ask(do="prefill")
-        steps.append(step["seconds"])
-        prefills.append(prefill["seconds"])
-        agrees &= step["token"] == prefill["token"]
-        for codec, path in sources.files.items():
-            opening, decoding = seconds.setdefault(codec, ([], []))
-            opening.append(_loaded(reader, codec, str(path.absolute()))["opening"])
-            decoding.append(reader.ask(do="layers", source=str(path.absolute()))["seconds"])
-    alone = []
+        reader.ask(do="transfer", source=_url(path))
+    used += server.processor_seconds() + reader.processor_seconds()
+    return used / repeat / machine().cores
+
+
+def _once(sources: Sources, reader: ends.End, times: Times, link: tuple[float, float]) -> None:
+    """Everything once, over the link and apart from it: what else the machine does then falls on
+    both alike."""
+    times[PREFILL, "load", link].append(reader.ask(do="prefill")["seconds"])
+    times[PREFILL, "step", None].append(reader.ask(do="step")["seconds"])
     for codec, path in sources.files.items():
-        used = -server.processor_seconds() - reader.processor_seconds()
-        for _ in range(repeat):
-            reader.ask(do="transfer", source=_url(path))
-        used += server.processor_seconds() + reader.processor_seconds()
-        size = path.stat().st_size
-        alone.append(
-            Alone(
-                codec,
-                size,
-                snapshot.raw_bytes / size,
-                *(statistics.median(taken) for taken in seconds[codec]),
-                used / repeat / machine().cores,
-            )
-        )
-    middle, first = statistics.median(prefills), statistics.median(steps)
-    return Apart(snapshot.raw_bytes, len(snapshot.layers), middle, first, alone), agrees
+        here = str(path.absolute())
+        times[codec, "load", link].append(_loaded(reader, codec, _url(path))["seconds"])
+        times[codec, "opening", None].append(_loaded(reader, codec, here)["opening"])
+        times[codec, "decoding", None].append(reader.ask(do="layers", source=here)["seconds"])
+        for what in ("transfer", "layers"):
+            found = reader.ask(do=what, source=_url(path))
+            times[codec, what, link].append(found["seconds"])
 
 
 def _loaded(reader: ends.End, codec: str, source: str) -> dict[str, Any]:
@@ -394,34 +382,48 @@ def _loaded(reader: ends.End, codec: str, source: str) -> dict[str, Any]:
     return found
 
 
-def _once(sources: Sources, reader: ends.End) -> Iterator[tuple[tuple[str, str], float]]:
-    """Everything over the link once: ((way, what), seconds)."""
-    yield (PREFILL, "load"), reader.ask(do="prefill")["seconds"]
-    for codec, path in sources.files.items():
-        yield (codec, "load"), _loaded(reader, codec, _url(path))["seconds"]
-        for what in ("transfer", "layers"):
-            yield (codec, what), reader.ask(do=what, source=_url(path))["seconds"]
+def _apart(sources: Sources, snapshot: Snapshot, times: Times, moving: dict[str, float]) -> Apart:
+    prefills = [
+        taken for (way, _, link), all_ in times.items() if way == PREFILL and link for taken in all_
+    ]
+    alone = [
+        Alone(
+            codec,
+            size,
+            snapshot.raw_bytes / size,
+            statistics.median(times[codec, "opening", None]),
+            statistics.median(times[codec, "decoding", None]),
+            moving[codec],
+        )
+        for codec, path in sources.files.items()
+        for size in [path.stat().st_size]
+    ]
+    return Apart(
+        snapshot.raw_bytes,
+        len(snapshot.layers),
+        statistics.median(prefills),
+        statistics.median(times[PREFILL, "step", None]),
+        alone,
+    )
 
 
-def _point(
-    apart: Apart, way: str, mbps: float, delay: float, times: dict[tuple[str, str], list[float]]
-) -> Point:
-    median = {what: statistics.median(taken) for (w, what), taken in times.items() if w == way}
-    measured = tuple(times[way, "load"])
-    predicted = predict(apart, way, mbps, delay)
-    if way == PREFILL:
-        return Point(way, mbps, delay, median["load"], measured, predicted)
-    decoding = next(codec.decoding for codec in apart.codecs if codec.codec == way)
-    return Point(
+def _point(apart: Apart, way: str, mbps: float, delay: float, times: Times) -> Point:
+    link = delay, mbps
+    measured = tuple(times[way, "load", link])
+    found = Point(
         way,
         mbps,
         delay,
-        median["load"],
+        statistics.median(measured),
         measured,
-        predicted,
-        median["transfer"],
-        median["layers"],
-        median["layers"] / max(median["transfer"], decoding),
+        predict(apart, way, mbps, delay),
+    )
+    if way == PREFILL:
+        return found
+    transfer, layers = (statistics.median(times[way, w, link]) for w in ("transfer", "layers"))
+    decoding = next(codec.decoding for codec in apart.codecs if codec.codec == way)
+    return msgspec.structs.replace(
+        found, transfer=transfer, layers=layers, overlap=layers / max(transfer, decoding)
     )
 
 
@@ -485,3 +487,19 @@ def tables(links: Links) -> Iterator[tuple[str, list[str], list[list[str]]]]:
         for t in links.turns
     ]
     yield "Where the order turns", ["delay", "below", "above", "predicted", "measured"], rows
+
+
+def page(links: Links) -> str:
+    """The same in Markdown, with what it was measured on."""
+    lines = [
+        f"{links.tokens:,} tokens ({links.text}) of {links.model.removeprefix('pkg:')}, "
+        f"{links.dtype}; {links.machine.cores} {links.machine.cpu} cores do everything: server, "
+        f"network, decoder and model; {links.date[:10]}, `{links.command}`.",
+        "",
+        *(f"- {line}" for line in summary(links)),
+    ]
+    for title, columns, rows in tables(links):
+        lines += ["", f"**{title}**", ""]
+        for row in (columns, ["---"] * len(columns), *rows):
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)

@@ -30,11 +30,12 @@ from kvzip.cost import (
     fit_prefill,
 )
 from kvzip.errors import KVZipError
-from kvzip.eval import charts
+from kvzip.eval import charts, graphs
 from kvzip.eval.economics import BreakEven
 from kvzip.eval.extras import Extras, PeerRow, Peers, PeerSnapshot
 from kvzip.eval.frontier import Frontier, Run, hull
 from kvzip.eval.inputs import CodecRow, Inputs
+from kvzip.eval.links import Links, Point
 from kvzip.eval.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.prices import HEADLINE, default_prices
 from kvzip.eval.result import CodecResult, DemoResult, as_result
@@ -114,6 +115,7 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         input_rows=_by_codec(extras.inputs) if extras.inputs else [],
         peer_charts=peer_charts(extras.peers) if extras.peers else [],
         frontier_charts=frontier_charts(extras.frontier) if extras.frontier else [],
+        link_charts=link_charts(extras.links) if extras.links else [],
         paper_bytes=BYTES_PER_TOKEN,
         paper_ratio=ratio_needed(),
         widest=max((p.width for p in result.planes), default=1),
@@ -479,6 +481,19 @@ def frontier_charts(frontier: Frontier) -> list[tuple[Run, list[str], Chart]]:
 
         draw = partial(_scatter, f"frontier-{n}", "Bits against compute", spoken, x, y, points)
         found.append((run, named, _both(draw, 380)))
+    return found
+
+
+def link_charts(links: Links) -> list[tuple[float, list[Point], Chart]]:
+    """For each delay: what was measured, and time to first token against bandwidth."""
+    found = []
+    for n, delay in enumerate(dict.fromkeys(point.delay for point in links.points)):
+        here = [point for point in links.points if point.delay == delay]
+
+        def draw(kind: str, box: tuple[int, int], n: int = n, delay: float = delay) -> str:
+            return graphs.links_svg(links, delay, f"links-{n}-{kind}", box)
+
+        found.append((delay, here, _both(draw, 400)))
     return found
 
 

@@ -97,11 +97,8 @@ class Link:
         # The second one within the user namespace of the first, or no cable could join them.
         client = self._hold("client", [*self._enter["server"], "unshare", "--net"], options)
         if self.delay:
-            told = self._start(
-                [*self._enter["server"], *_DIE_TOO, sys.executable, __file__]
-                + [f"/proc/{client}/ns/net", str(self.delay)],
-                stdout=subprocess.PIPE,
-            )
+            wire = [sys.executable, __file__, f"/proc/{client}/ns/net", str(self.delay)]
+            told = self._start(self.command("server", wire), stdout=subprocess.PIPE)
             assert told.stdout is not None
             if told.stdout.readline() != b"up\n":
                 raise NoLinkError("the wire that delays packets did not come up (/dev/net/tun?)")

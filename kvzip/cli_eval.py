@@ -572,6 +572,9 @@ def links(
     rates: str = "50,100,200,500,1000,2000,5000,10000",
     delays: str = "0",
     repeat: int = 3,
+    draw: Path | None = None,
+    picture: Path | None = None,
+    page: Path | None = None,
     as_json: Json = False,
 ) -> None:
     """Time to first token over links whose rate the kernel limits, beside what the formulas predict
@@ -598,17 +601,27 @@ def links(
         0 is what the kernel takes.
     repeat
         Times that everything is measured; the median counts.
+    draw
+        A stored result: nothing is measured.
+    picture
+        SVG file for the chart.
+    page
+        A Markdown file: its tables are put anew between its marks.
     """
     import contextlib
     import tempfile
 
+    from kvzip.eval import figures as drawing
+    from kvzip.eval import graphs, stored
     from kvzip.eval import links as linking
-    from kvzip.eval import stored
 
     with contextlib.ExitStack() as stack:
-        folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvzip-")))
-        linking.check()
-        with _err.status("starting") as status:
+        if draw is not None:
+            found = linking.load_links(draw)
+        else:
+            linking.check()
+            folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvzip-")))
+            status = stack.enter_context(_err.status("starting"))
             sources = linking.prepare(
                 folder,
                 model=model,
@@ -620,17 +633,22 @@ def links(
                 train=train,
                 step=lambda name: status.update(name),
             )
-        with _steps() as tell:
+            status.stop()
             found = linking.measure(
                 sources,
                 mbps=_integers("--rates", rates),
                 delays=[ms / 1e3 for ms in _numbers("--delays", delays)],
                 repeat=repeat,
                 command=shlex.join(["kvzip", *sys.argv[1:]]),
-                progress=tell,
+                progress=stack.enter_context(_steps()),
             )
     if output is not None:
         stored.save(found, output)
+    if picture is not None:
+        with replacing_file(picture) as file:
+            file.write(graphs.links_file(found).encode())
+    if page is not None:
+        drawing.put_between(page, "links", linking.page(found))
 
     def show() -> None:
         for line in linking.summary(found):
