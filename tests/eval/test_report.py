@@ -586,6 +586,7 @@ TRIALS = trials.Trials(
     fresh=msgspec.structs.replace(TRIAL, name="fresh prefill"),
 )
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.json"
+LINKS = Path(__file__).parents[2] / "docs" / "results" / "links.json"
 
 
 @pytest.fixture
@@ -599,7 +600,7 @@ def stored(tmp_path: Path) -> list[Path]:
     }
     for name, plain in files.items():
         (tmp_path / name).write_text(json.dumps(plain))
-    return [*(tmp_path / name for name in files), MEASURED, BENCHMARKS]
+    return [*(tmp_path / name for name in files), MEASURED, BENCHMARKS, LINKS]
 
 
 def test_stored_results_become_sections(browser: Any, stored: list[Path], tmp_path: Path) -> None:
@@ -612,6 +613,7 @@ def test_stored_results_become_sections(browser: Any, stored: list[Path], tmp_pa
         "Beside other compressors",
         "Exactness at scale",
         "Measured inputs, by length",
+        "Over real links",
     ):
         assert wanted in headings
     text = opened.page.locator("main").inner_text()
@@ -636,7 +638,7 @@ def test_the_command_draws_from_stored_results(
         main(["report", *map(str, stored), "-o", str(tmp_path / "page.html"), "--json"])
     assert ended.value.code == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["sections"] == ["demo", "inputs", "exactness", "peers", "frontier", "ladder"]
+    assert said["sections"] == ["demo", "inputs", "exactness", "peers", "frontier", "ladder", "links"]
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
 
