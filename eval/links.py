@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from kvzip.snapshot import Snapshot, replacing_file
 
 CODECS = ("raw", "channel", "predictive")
 PREFILL = "prefill"
+_LONG = 30.0
 _CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
 Progress = Callable[[str, int, int], None]
@@ -288,7 +290,8 @@ def measure(
     progress: Progress = lambda what, done, total: None,
 ) -> Links:
     """Time every way over links of each delay (seconds, one way) and each of its rates (Mb/s),
-    `repeat` times, the ways taking turns.
+    `repeat` times, the ways taking turns; fewer times where that takes more than half a minute, on
+    slow links, whose times hardly vary.
 
     Raises NoLinkError where the system has no such links, and KVZipError where something that was
     loaded differs from what was encoded.
@@ -311,10 +314,13 @@ def measure(
                     moving[codec] = _moving(server, reader, path, max(repeat, 5))
             for rate in mbps:
                 link.shape(rate * 1e6)
-                for _ in range(repeat):
-                    progress("over links", done, total)
+                began = time.monotonic()
+                for again in range(repeat):
+                    progress("over links", done + again, total)
                     _once(sources, reader, times, (delay, rate))
-                    done += 1
+                    if time.monotonic() - began > _LONG:
+                        break
+                done += repeat
             progress("over links", done, total)
     apart = _apart(sources, snapshot, times, moving)
     points = [
@@ -324,6 +330,10 @@ def measure(
         for way in (PREFILL, *sources.files)
     ]
     here = {(p.delay, p.way, p.mbps): p.seconds for p in points}
+
+    def clock(delay: float) -> Callable[[str, float], float]:
+        return lambda way, rate: here[delay, way, rate]
+
     return Links(
         command=command,
         date=now(),
@@ -344,7 +354,7 @@ def measure(
         turns=[
             turn
             for delay, mbps in sweeps.items()
-            for turn in turns(apart, mbps, delay, lambda w, m, d=delay: here[d, w, m])
+            for turn in turns(apart, mbps, delay, clock(delay))
         ],
         exact=True,
     )

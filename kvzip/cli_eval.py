@@ -93,7 +93,8 @@ def report(
     ----------
     results
         Of kvzip demo (its folder or result.json) and, each if wanted: eval inputs, eval exactness,
-        eval frontier, eval links, entropy, bench, as JSON. With --sql: a sweep's folder, or a Parquet file.
+        eval frontier, eval links, entropy, bench, as JSON. With --sql: a sweep's folder, or a
+        Parquet file.
     output
         The page. Default: report.html beside the demo's result.
     sql

@@ -261,7 +261,7 @@ class _Ahead:
         self._remote, self._lock = remote, Lock()
         self._left = dict(ranges)
         self._asked: dict[int, _Request] = {}
-        self._done, self._remaining = 0, sum(self._left.values())
+        self._begun, self._remaining = 0, sum(self._left.values())
         self._least = _LEAST
         self._busy = self._bytes = 0
         self._pool = ThreadPoolExecutor(_CONNECTIONS, "kvzip-fetch")
@@ -271,7 +271,7 @@ class _Ahead:
     def _submit(self) -> None:
         """Ask for what comes next while there are connections and room; the lock is held."""
         while self._left and self._busy < _CONNECTIONS and self._bytes < _WINDOW:
-            share = min(self._done, self._remaining // 4) // _CONNECTIONS
+            share = min(self._begun, self._remaining // 4) // _CONNECTIONS
             limit = min(max(share, self._least), _MOST)
             start, size = next(iter(self._left.items()))
             reads = 1
@@ -285,7 +285,7 @@ class _Ahead:
         while at < start + size:
             self._asked[at] = request
             at += self._left.pop(at)
-        self._done, self._remaining = self._done + size, self._remaining - size
+        self._begun, self._remaining = self._begun + size, self._remaining - size
         self._busy, self._bytes = self._busy + 1, self._bytes + size
         request.future = self._pool.submit(self._get, start, size)
         return request

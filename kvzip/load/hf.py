@@ -212,8 +212,8 @@ def load_cache(
     :meth:`kvzip.store.Store.find` found, or a Snapshot. Its document has N tokens. From a URL or a
     store only the bytes that are needed are read, ahead of their use.
     `config`: the model's. A few layers are decoded when the first of them is used, and then the
-    next few in a thread beside; nothing is decoded here. `device`: where decoded tensors go (default: where the
-    model computes). `threads`: for decoding one layer; 0 for all cores.
+    next few in a thread beside; nothing is decoded here. `device`: where decoded tensors go
+    (default: where the model computes). `threads`: for decoding one layer; 0 for all cores.
 
     At least one token must be left for the model to compute, so not all are kept:
 

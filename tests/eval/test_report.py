@@ -638,7 +638,15 @@ def test_the_command_draws_from_stored_results(
         main(["report", *map(str, stored), "-o", str(tmp_path / "page.html"), "--json"])
     assert ended.value.code == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["sections"] == ["demo", "inputs", "exactness", "peers", "frontier", "ladder", "links"]
+    assert said["sections"] == [
+        "demo",
+        "inputs",
+        "exactness",
+        "peers",
+        "frontier",
+        "ladder",
+        "links",
+    ]
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
 
