@@ -507,7 +507,9 @@ def page(links: Links) -> str:
     lines = [
         f"{links.tokens:,} tokens ({links.text}) of {links.model.removeprefix('pkg:')}, "
         f"{links.dtype}; {links.machine.cores} {links.machine.cpu} cores do everything: server, "
-        f"network, decoder and model; {links.date[:10]}, `{links.command}`.",
+        f"network, decoder and model; {links.date[:10]}, `{links.command}`; load average "
+        f"{links.load_average[0]:.1f} before, {links.load_average[1]:.1f} after (alone, the run "
+        "makes about 1).",
         "",
         *(f"- {line}" for line in summary(links)),
     ]
