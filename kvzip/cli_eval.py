@@ -653,7 +653,7 @@ def links(
         with replacing_file(picture) as file:
             file.write(graphs.links_file(found).encode())
     if page is not None:
-        drawing.put_between(page, "links", linking.page(found))
+        drawing.put_between(page, {"links": linking.page(found)})
 
     def show() -> None:
         for line in linking.summary(found):

@@ -152,12 +152,12 @@ def test_the_summary_says_the_worst() -> None:
 def test_the_page_has_every_point(tmp_path: Any) -> None:
     page = tmp_path / "links.md"
     page.write_text("before\n<!-- links -->\nold\n<!-- /links -->\nafter\n")
-    assert put_between(page, "links", links.page(result()))
+    assert put_between(page, {"links": links.page(result())})
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     for mbps in RATES:
         assert text.count(f"| {mbps:,g} Mb/s |") == 4  # times and overlap, at two delays
-    assert not put_between(page, "links", links.page(result()))
+    assert not put_between(page, {"links": links.page(result())})
 
 
 def test_the_chart_has_a_line_a_way_and_every_measurement() -> None:
