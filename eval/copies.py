@@ -108,10 +108,12 @@ def _in_pieces(loaded: LoadedModel, ids: NDArray[Any]) -> Snapshot:
     import torch
     from transformers import DynamicCache
 
+    from kvzip.load.hf import cache_argument
+
     cache = DynamicCache()
     with torch.inference_mode():
         for piece in torch.from_numpy(ids.astype(np.int64))[None].split(PIECE, dim=1):
-            loaded.model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            loaded.model(input_ids=piece, use_cache=True, logits_to_keep=1, **cache_argument(cache))
     return _snapshot([(c.keys, c.values) for c in cache.layers], Origin(loaded.id))
 
 
@@ -132,6 +134,8 @@ class _Stream:
         import torch
         from transformers import DynamicCache
 
+        from kvzip.load.hf import cache_argument
+
         def fine(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(fine(v) for v in value)
@@ -139,9 +143,7 @@ class _Stream:
             return value.float() if is_float else value
 
         cache = DynamicCache()
-        # Its name changed in transformers 5.24.
-        name = "cache" if "cache" in named else "past_key_values"
-        twin(*fine(given), **{k: fine(v) for k, v in named.items()} | {name: cache})
+        twin(*fine(given), **{k: fine(v) for k, v in named.items()} | cache_argument(cache))
         held = cache.layers[-1]
         self.found.append((held.keys, held.values))
 

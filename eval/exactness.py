@@ -17,7 +17,7 @@ from transformers import StoppingCriteria
 from kvzip import container
 from kvzip.container import Reader
 from kvzip.errors import KVZipError
-from kvzip.load.hf import load_cache
+from kvzip.load.hf import cache_argument, load_cache
 from kvzip.snapshot import PARTS, Layer, Snapshot
 
 
@@ -153,7 +153,6 @@ class Reference:
         out = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
             do_sample=False,
             num_beams=1,
             max_new_tokens=self.new_tokens,
@@ -163,6 +162,7 @@ class Reference:
             output_logits=True,
             return_dict_in_generate=True,
             stopping_criteria=[clock],
+            **cache_argument(cache),
         )
         return _Run(
             out.sequences[:, ids.shape[1] :].T.cpu(),

@@ -246,14 +246,15 @@ def prefill_seconds(
     import torch
     from transformers import DynamicCache
 
+    from kvzip.load.hf import cache_argument
+
     ids = torch.from_numpy(np.atleast_2d(token_ids).astype(np.int64)).to(loaded.model.device)
 
     def once(length: int) -> float:
         began = time.perf_counter()
         with torch.inference_mode():
-            out = loaded.model(
-                ids[:, :length], past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
-            )
+            cache = cache_argument(DynamicCache())
+            out = loaded.model(ids[:, :length], use_cache=True, logits_to_keep=1, **cache)
             out.logits.argmax().item()  # waits for the device
         return time.perf_counter() - began
 

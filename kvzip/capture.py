@@ -100,7 +100,7 @@ def prefill(
     import transformers
     from transformers import DynamicCache
 
-    from kvzip.load.hf import layer_kinds, rope_parameters
+    from kvzip.load.hf import cache_argument, layer_kinds, rope_parameters
 
     model = loaded.model
     config = model.config
@@ -109,7 +109,7 @@ def prefill(
     # Without a config all layers of the cache are full ones; the masks come from the model.
     cache = DynamicCache()
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(cache))
     if len(cache.layers) != len(kinds):
         raise KVZipError(f"the model filled {len(cache.layers)} cache layers, not {len(kinds)}")
     layers = []

@@ -87,6 +87,27 @@ def readme_model(**more):
     return tiny_model("Llama", **sizes | more).model
 
 
+def readme_document(model, ids):
+    """What a model holds of ids, [1, tokens]."""
+    import torch
+    from transformers import DynamicCache
+
+    from kvzip.load.hf import cache_argument
+
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(ids, **cache_argument(cache))
+    return kvzip.Snapshot.from_cache(cache, ids, model)
+
+
+def as_installed(code):
+    """An example, which is written for the newest transformers, for the one that is here."""
+    from kvzip.load.hf import cache_argument
+
+    [name] = cache_argument(None)
+    return code.replace("cache=cache,", f"{name}=cache,")
+
+
 def tiny_model(kind, **more):
     """A random model of a family of transformers, bf16, as `kvzip.models` loads them."""
     import torch

@@ -11,6 +11,7 @@ import kvzip
 from kvzip.capture import Document, capture, cut_documents, prefill, read_text
 from kvzip.cli import main
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.load.hf import cache_argument
 from kvzip.models import load_model
 
 
@@ -30,7 +31,7 @@ def cache_of(loaded, ids):
 
     cache = DynamicCache(config=loaded.model.config)
     with torch.inference_mode():
-        loaded.model(torch.from_numpy(ids.astype(np.int64))[None], past_key_values=cache)
+        loaded.model(torch.from_numpy(ids.astype(np.int64))[None], **cache_argument(cache))
     return cache
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import readme_model
+from support import as_installed, readme_document, readme_model
 
 import kvzip
 from kvzip.load.sglang import KvzipStorage
@@ -37,9 +37,7 @@ def names(model, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     ids, more = torch.arange(3, 203)[None], torch.arange(210, 230)[None]
-    with torch.inference_mode():
-        cache = model(ids, use_cache=True).past_key_values
-    snapshot = kvzip.Snapshot.from_cache(cache, ids, model)
+    snapshot = readme_document(model, ids)
     snapshot.save("doc.safetensors")
     prompt = [*range(3, 103), 7, 8, 9]
     return {
@@ -55,7 +53,7 @@ def names(model, tmp_path, monkeypatch):
 def run(page, names):
     found = blocks(page, "python")
     for code in found:
-        exec(compile(code, page, "exec"), names)
+        exec(compile(as_installed(code), page, "exec"), names)
     return len(found)
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import readme_model
+from support import as_installed, readme_document, readme_model
 
 import kvzip
 
@@ -31,16 +31,14 @@ def test_the_python_examples(tmp_path, monkeypatch, model):
 
     monkeypatch.chdir(tmp_path)
     ids = torch.arange(3, 203)[None]
-    with torch.inference_mode():
-        cache = model(ids, use_cache=True).past_key_values
-    snapshot = kvzip.Snapshot.from_cache(cache, ids, model)
+    snapshot = readme_document(model, ids)
     snapshot.save("doc.safetensors")
     Path("doc.kvz").write_bytes(kvzip.encode(snapshot))
     found = blocks("python")
     assert len(found) == 2
     names = {"model": model, "ids": ids}
     for code in found:
-        exec(compile(code, "README.md", "exec"), names)
+        exec(compile(as_installed(code), "README.md", "exec"), names)
     assert names["prefix"].layers[0].k.shape[1] == 128
 
 

@@ -181,6 +181,18 @@ def _ids(ids: Any, name: str) -> NDArray[Any]:
 
 # --- to a cache ------------------------------------------------------------------------------
 
+_RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+_CACHE = "cache" if _RELEASE >= (5, 24) else "past_key_values"
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """What hands a model a cache, in any transformers: ``generate(ids, **cache_argument(cache))``.
+
+    The argument of `forward` and `generate` is ``cache`` from transformers 5.24 on, and was
+    ``past_key_values``, of which 5.24 warns.
+    """
+    return {_CACHE: cache}
+
 
 def cache_of_snapshot(snapshot: Snapshot, config: Any) -> Any:
     """A `DynamicCache` with every token of a snapshot; see :meth:`Snapshot.to_cache`."""
@@ -206,7 +218,8 @@ def load_cache(
     device: Any = None,
     threads: int = 0,
 ) -> Any:
-    """A transformers `Cache` from a .kvz file, for ``generate(ids, past_key_values=...)``.
+    """A transformers `Cache` from a .kvz file, for ``generate(ids, cache=...)``
+    (``past_key_values=`` before transformers 5.24).
 
     `source`: what :func:`kvzip.open` takes, a URL (``https://``, ``s3://``), a Reader, what
     :meth:`kvzip.store.Store.find` found, or a Snapshot. Its document has N tokens. From a URL or a
@@ -327,7 +340,7 @@ def load_batch(
 
     `sources`: for each prompt what :func:`load_cache` takes, or None where there is no document.
     `prompts`: token ids, [n] each, of any lengths. Returns ``input_ids``, ``attention_mask`` (both
-    [batch, longest], padded at the left) and ``past_key_values``.
+    [batch, longest], padded at the left) and the cache, as :func:`cache_argument` names it.
 
     All rows of a cache end at one column, so the row with the most tokens after its document tells
     how much the others compute again. Checks and errors are those of :func:`load_cache` with
@@ -359,7 +372,7 @@ def load_batch(
         kept = [max(0, count - longest + len(row)) for row in rows]
         if not any(kept):
             cache = DynamicCache(config=config.get_text_config(decoder=True))
-            return result | {"past_key_values": cache}
+            return result | cache_argument(cache)
         loaders: list[Loader | None] = []
         for source, n, common in zip(opened.sources, kept, shared, strict=True):
             if n:
@@ -372,7 +385,7 @@ def load_batch(
             raise KVZipError("the documents of a batch are not all of one dtype")
         batch = BatchLoader(loaders, count, [kind.window for kind in kinds])
         opened.close_after(batch)
-    return result | {"past_key_values": _cache(batch, config, kinds, count, longest)}
+    return result | cache_argument(_cache(batch, config, kinds, count, longest))
 
 
 def load_or_prefill(
@@ -386,8 +399,8 @@ def load_or_prefill(
     profile: Any = None,
     threads: int = 0,
 ) -> Any:
-    """A `Cache` for ``model.generate(prompt, past_key_values=...)`` that is right whatever happens
-    to what is stored: it is loaded as by :func:`load_cache`, or computed by the model.
+    """A `Cache` for ``model.generate(prompt, cache=...)`` that is right whatever happens to what is
+    stored: it is loaded as by :func:`load_cache`, or computed by the model.
 
     `source`: what :func:`load_cache` takes, or a :class:`kvzip.store.Store`, where the document
     that shares the longest prefix with the prompt is looked for under the model's `name` and
@@ -447,10 +460,10 @@ def _prefill(model: Any, ids: NDArray[Any], count: int) -> Callable[[], list[Tak
         fed = torch.from_numpy(ids.astype(np.int64)).to(model.device)
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         with torch.no_grad():
-            model(fed[:, :count], past_key_values=cache, use_cache=True)
+            model(fed[:, :count], use_cache=True, **cache_argument(cache))
             layers = [Taken(layer.keys, layer.values) for layer in cache.layers]
             # Appending makes new tensors, so those above stay as they are.
-            model(fed[:, count : count + 1], past_key_values=cache, use_cache=True)
+            model(fed[:, count : count + 1], use_cache=True, **cache_argument(cache))
         return [layers[0]._replace(witness=cache.layers[0].keys[:, :, -1:]), *layers[1:]]
 
     return prefill

@@ -16,6 +16,7 @@ import msgspec  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip.eval.exactness import Exactness, Reference, check, layer_hashes  # noqa: E402
+from kvzip.load.hf import cache_argument  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -36,8 +37,9 @@ def make(dtype: str, **changes: Any) -> tuple[Any, kvzip.Snapshot]:
     )
     model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).eval()
     ids = torch.randint(3, 64, (1, 40))
+    cache = transformers.DynamicCache(config=config)
     with torch.no_grad():
-        cache = model(ids, past_key_values=transformers.DynamicCache(config=config)).past_key_values
+        model(ids, **cache_argument(cache))
     return model, kvzip.Snapshot.from_cache(cache, ids, model)
 
 

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import kvzip  # noqa: E402
+from kvzip.load.hf import cache_argument  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -92,10 +93,10 @@ class Case:
         options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
         out = self.model.generate(
             ids,
-            past_key_values=past,
             pad_token_id=0,
             output_logits=True,
             return_dict_in_generate=True,
+            **cache_argument(past),
             **options,
         )
         return out.sequences[:, ids.shape[1] :], torch.stack(out.logits)
@@ -120,7 +121,7 @@ def make_case(name: str, dtype: str = "float32", batch: int = 1) -> Case:
         if record:
             cache.activate_past_recording()
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(cache))
         caches.append(cache)
     held = copy.deepcopy(caches[1])
     for layer in held.layers:

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import kvzip  # noqa: E402
 from kvzip import container, remote  # noqa: E402
-from kvzip.load.hf import load_batch, load_cache, load_or_prefill  # noqa: E402
+from kvzip.load.hf import cache_argument, load_batch, load_cache, load_or_prefill  # noqa: E402
 from kvzip.store import Store  # noqa: E402
 
 
@@ -22,16 +22,21 @@ def document(case: Any, ids: Any) -> bytes:
     cache = transformers.DynamicCache(config=case.config)
     cache.activate_past_recording()
     with torch.no_grad():
-        case.model(ids[None], past_key_values=cache)
+        case.model(ids[None], **cache_argument(cache))
     return kvzip.encode(
         kvzip.Snapshot.from_cache(cache, ids, case.model), "planes", block_tokens=8, threads=1
     )
 
 
 def new_tokens(case: Any, batch: dict[str, Any], **options: Any) -> Any:
-    past = batch.pop("past_key_values")
-    ids = batch.pop("input_ids")
-    return case.generate(ids, past, **batch, **options)[0]
+    asked = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return case.generate(asked.pop("input_ids"), cache_in(batch), **asked, **options)[0]
+
+
+def cache_in(batch: dict[str, Any]) -> Any:
+    """The cache of what `load_batch` returns."""
+    [name] = cache_argument(None)
+    return batch[name]
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def padded(prompts: Any) -> dict[str, Any]:
     mask = torch.stack(
         [torch.nn.functional.pad(torch.ones_like(p), (longest - len(p), 0)) for p in prompts]
     )
-    return {"input_ids": ids, "attention_mask": mask, "past_key_values": None}
+    return {"input_ids": ids, "attention_mask": mask, **cache_argument(None)}
 
 
 ASKED = [(9, 9, 9), (1, 20, 3), (0, 40, 7), (12, 1, 60)]
@@ -65,7 +70,7 @@ def test_documents_of_different_lengths(name: str, tiny: Any, asked: Any) -> Non
         for i, (t, n) in enumerate(zip(texts, asked))  # noqa: B905
     ]
     batch = load_batch([document(case, t) for t in texts], case.config, prompts)
-    past = batch["past_key_values"]
+    past = cache_in(batch)
     kept = past.get_seq_length()
     assert kept == min(
         min(len(t), len(p) - 1) + max(map(len, prompts)) - len(p)
@@ -82,7 +87,7 @@ def test_what_is_kept_is_what_was_stored(case: Any, texts: Any) -> None:
     """Bit for bit, each row behind its padding; sliding layers their window."""
     prompts = [torch.cat([t, t[:5]]) for t in texts]
     batch = load_batch([document(case, t) for t in texts], case.config, prompts)
-    cache, longest = batch["past_key_values"], max(map(len, prompts))
+    cache, longest = cache_in(batch), max(map(len, prompts))
     for row, text in enumerate(texts):
         alone = load_cache(document(case, text), case.config, prompt=prompts[row])
         assert alone.get_seq_length() == len(text)
@@ -107,7 +112,7 @@ def test_rows_without_a_document(name: str, tiny: Any) -> None:
     ):
         asked = [prompts[i] for i in order]
         batch = load_batch(sources, case.config, asked)
-        assert batch["past_key_values"].get_seq_length() == kept
+        assert cache_in(batch).get_seq_length() == kept
         assert torch.equal(new_tokens(case, batch), new_tokens(case, padded(asked)))
 
 
@@ -127,7 +132,7 @@ def test_a_batch_checks_what_is_fed(tiny: Any) -> None:
     batch = load_batch([case.blob, case.blob], case.config, prompts)
     other = batch["input_ids"].clone()
     other[1, 50] = (other[1, 50] - 2) % 61 + 3
-    kept = batch["past_key_values"].get_seq_length()
+    kept = cache_in(batch).get_seq_length()
     with pytest.raises(kvzip.KVZipError, match="does not continue"):
         wrong = batch["input_ids"].clone()
         wrong[1, kept] = (wrong[1, kept] - 2) % 61 + 3

@@ -17,7 +17,7 @@ from servers import silent_server  # noqa: E402
 import kvzip  # noqa: E402
 from kvzip import remote  # noqa: E402
 from kvzip.errors import StoreError  # noqa: E402
-from kvzip.load.hf import load_cache, load_or_prefill  # noqa: E402
+from kvzip.load.hf import cache_argument, load_cache, load_or_prefill  # noqa: E402
 from kvzip.store import Store  # noqa: E402
 
 
@@ -128,7 +128,7 @@ def test_other_weights(name: str, tiny: Any, caplog: Any) -> None:
         options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         right = model.generate(ids, **options)
         cache = load_or_prefill(case.blob, model, ids)
-        assert torch.equal(model.generate(ids, past_key_values=cache, **options), right)
+        assert torch.equal(model.generate(ids, **cache_argument(cache), **options), right)
         [told] = warnings_of(caplog)
         assert "does not continue" in told
 

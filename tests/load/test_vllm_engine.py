@@ -29,6 +29,7 @@ import transformers
 
 import kvzip
 from kvzip.load import vllm as ours
+from kvzip.load.hf import cache_argument
 from kvzip.models import folder_revision
 from kvzip.store import Store
 
@@ -188,7 +189,8 @@ def test_the_document_is_what_vllm_computed(runs: dict[str, Run]) -> None:
 def test_keys_and_values_are_those_of_transformers(runs: dict[str, Run], model: Path) -> None:
     """But for the rounding of bf16: heads, tokens, channels and RoPE lie where they do there."""
     reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    cache = reference(torch.tensor([DOCUMENT]), use_cache=True).past_key_values
+    cache = transformers.DynamicCache(config=reference.config)
+    reference(torch.tensor([DOCUMENT]), **cache_argument(cache))
     for (k, v), layer in zip(kvzip.decode(document(runs)).tensors(), cache.layers, strict=True):
         for ours_, theirs in ((k, layer.keys[0]), (v, layer.values[0])):
             error = (ours_.float() - theirs).norm() / theirs.norm()
