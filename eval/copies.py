@@ -108,7 +108,7 @@ def _in_pieces(loaded: LoadedModel, ids: NDArray[Any]) -> Snapshot:
     import torch
     from transformers import DynamicCache
 
-    from kvzip.load.hf import cache_argument
+    from kvzip.load.config import cache_argument
 
     cache = DynamicCache()
     with torch.inference_mode():
@@ -134,7 +134,7 @@ class _Stream:
         import torch
         from transformers import DynamicCache
 
-        from kvzip.load.hf import cache_argument
+        from kvzip.load.config import cache_argument
 
         def fine(value: Any) -> Any:
             if isinstance(value, tuple):

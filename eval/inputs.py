@@ -246,7 +246,7 @@ def prefill_seconds(
     import torch
     from transformers import DynamicCache
 
-    from kvzip.load.hf import cache_argument
+    from kvzip.load.config import cache_argument
 
     ids = torch.from_numpy(np.atleast_2d(token_ids).astype(np.int64)).to(loaded.model.device)
 

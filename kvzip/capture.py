@@ -100,7 +100,7 @@ def prefill(
     import transformers
     from transformers import DynamicCache
 
-    from kvzip.load.hf import cache_argument, layer_kinds, rope_parameters
+    from kvzip.load.config import cache_argument, layer_kinds, rope_parameters
 
     model = loaded.model
     config = model.config

@@ -66,6 +66,22 @@ def reseal(blob: bytes) -> bytes:
     return bytes(blob)
 
 
+def damaged(blob, layer, part):
+    """A .kvz file with a bit of that layer's last block changed."""
+    with kvzip.open(blob) as reader:
+        entry = reader._index[reader._rows[layer, part][-1]]
+    out = bytearray(blob)
+    out[entry.offset + entry.length - 1] ^= 1
+    return bytes(out)
+
+
+def warnings_of(caplog):
+    """What was said on the way into a model since the last call."""
+    found = [r.getMessage() for r in caplog.records if r.name == "kvzip.load"]
+    caplog.clear()
+    return found
+
+
 def assert_same(a, b):
     assert a.layout == b.layout
     for i, (x, y) in enumerate(zip(a.layers, b.layers, strict=True)):

@@ -7,8 +7,10 @@ the model is fed first is checked against the document, see `kvzip.load.hf.load_
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple, cast
 
@@ -45,22 +47,42 @@ class Recovery:
         self._prefill, self._lock = prefill, Lock()
         self._layers: list[Taken] | None = None
 
-    def layers(self, error: Exception) -> list[Taken]:
-        """All layers, computed."""
+    @property
+    def done(self) -> bool:
+        """Whether the tokens have been computed."""
+        return self._layers is not None
+
+    def layers(self, error: Exception | None = None) -> list[Taken]:
+        """All layers, computed; `error`: why, unless that was told already."""
         with self._lock:
             if self._layers is None:
-                _log.warning("the cache is computed anew, not loaded: %s", error)
+                if error is not None:
+                    tell(error)
                 self._layers = self._prefill()
             return self._layers
 
     def take(self, i: int, load: Callable[[int], Taken]) -> Taken:
         """Layer i, loaded; or computed, if it fails or another one has."""
-        if self._layers is not None:
-            return self._layers[i]
+        if self.done:
+            return self.layers()[i]
         try:
             return load(i)
         except KVZipError as error:
             return self.layers(error)[i]
+
+
+def tell(error: Exception) -> None:
+    """Warn that what is stored is not used."""
+    _log.warning("the cache is computed anew, not loaded: %s", error)
+
+
+@contextmanager
+def naming(row: int) -> Iterator[None]:
+    """Errors say which document of a batch they are about."""
+    try:
+        yield
+    except KVZipError as error:
+        raise type(error)(f"the document of prompts[{row}]: {error}") from error
 
 
 class Loader:
@@ -96,6 +118,15 @@ class Loader:
         """What layer i starts with. Raises KVZipError, if it cannot recover."""
         return self.load(i) if self.recovery is None else self.recovery.take(i, self.load)
 
+    @property
+    def recovers(self) -> bool:
+        return self.recovery is not None
+
+    def recover(self, i: int, error: KVZipError) -> Taken:
+        """What layer i starts with, computed, because of that error."""
+        assert self.recovery is not None, "asked of what does not recover"
+        return self.recovery.layers(error)[i]
+
     def load(self, i: int) -> Taken:
         """As `take`; never recovers."""
         group = i - i % _TOGETHER
@@ -130,16 +161,26 @@ class Loader:
         return Taken(k[:, :, :kept], v[:, :, :kept], k[:, :, kept:] if stop > self.held else None)
 
 
+class Computed:
+    """A row of a batch that has no document: the model computes what it starts with."""
+
+    def __init__(self, recovery: Recovery, dtype: Any, device: Any):
+        self.recovery, self.dtype, self.device = recovery, dtype, device
+
+    def load(self, i: int) -> Taken:
+        return self.recovery.layers()[i]
+
+
 class BatchLoader:
     """Rows of a batch from loaders of their own (or None: a row of padding), the shorter ones
     padded with zeros at the left."""
 
-    def __init__(self, rows: Sequence[Loader | None], count: int, windows: Sequence[int | None]):
+    def __init__(
+        self, rows: Sequence[Loader | Computed | None], count: int, windows: Sequence[int | None]
+    ):
         self.rows, self.count, self.windows = rows, count, windows
         first = next(row for row in rows if row is not None)
         self.dtype, self._device = first.dtype, first.device
-        self.recovery: Recovery | None = None
-        """None: a batch does not recover."""
 
     def __deepcopy__(self, memo: Any) -> BatchLoader:
         return self
@@ -157,7 +198,35 @@ class BatchLoader:
 
     def take(self, i: int) -> Taken:
         """As :meth:`Loader.take`."""
-        taken = [None if row is None else row.load(i) for row in self.rows]
+        taken: list[Taken | None] = []
+        for n, row in enumerate(self.rows):
+            if row is None:
+                taken.append(None)
+            elif row.recovery is None:
+                taken.append(self._load(n, i))
+            else:
+                taken.append(row.recovery.take(i, partial(self._load, n)))
+        return self._joined(i, taken)
+
+    def _load(self, n: int, i: int) -> Taken:
+        row = self.rows[n]
+        assert row is not None
+        with naming(n):
+            return row.load(i)
+
+    @property
+    def recovers(self) -> bool:
+        return all(row is None or row.recovery is not None for row in self.rows)
+
+    def recover(self, i: int, error: KVZipError) -> Taken:
+        """As :meth:`Loader.recover`, for all rows: the error does not say which one's it is."""
+        recoveries = [None if row is None else row.recovery for row in self.rows]
+        if not all(recovery is None or recovery.done for recovery in recoveries):
+            tell(error)
+        return self._joined(i, [None if r is None else r.layers()[i] for r in recoveries])
+
+    def _joined(self, i: int, taken: Sequence[Taken | None]) -> Taken:
+        """Layer i of the batch from those of its rows."""
         like = next(t for t in taken if t is not None)
         window = self.windows[i]
         width = self.count if window is None else min(self.count, window - 1)
@@ -257,9 +326,9 @@ class _LazyLayer:
         try:
             pair = self._fitting(key_states, value_states)
         except KVZipError as error:
-            if self._source.recovery is None or position != self._length:
+            if not self._source.recovers or position != self._length:
                 raise
-            anew = self._source.recovery.layers(error)[self._index]
+            anew = self._source.recover(self._index, error)
             self._keys, self._values, self._witness = anew
             self._loader, self.dtype = None, self._keys.dtype
             pair = self._fitting(key_states, value_states)

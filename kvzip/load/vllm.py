@@ -49,7 +49,7 @@ from kvzip import dtypes
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load import pages
-from kvzip.load.hf import LayerKind, layer_kinds, rope_parameters
+from kvzip.load.config import LayerKind, layer_kinds, rope_parameters
 from kvzip.models import folder_revision
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot

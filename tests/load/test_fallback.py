@@ -13,18 +13,13 @@ transformers = pytest.importorskip("transformers")
 
 import numpy as np  # noqa: E402
 from servers import silent_server  # noqa: E402
+from support import damaged, warnings_of  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip import remote  # noqa: E402
 from kvzip.errors import StoreError  # noqa: E402
 from kvzip.load.hf import cache_argument, load_cache, load_or_prefill  # noqa: E402
 from kvzip.store import Store  # noqa: E402
-
-
-def warnings_of(caplog: Any) -> list[str]:
-    found = [r.getMessage() for r in caplog.records if r.name == "kvzip.load"]
-    caplog.clear()
-    return found
 
 
 def tokens_of(case: Any, ids: Any, past: Any, **options: Any) -> Any:
@@ -78,15 +73,6 @@ def test_a_damaged_block(name: str, tiny: Any, layer: int, part: str, caplog: An
     assert torch.equal(tokens_of(case, case.longer(), cache), right)
     [told] = warnings_of(caplog)
     assert f"layer {layer} {part}" in told
-
-
-def damaged(blob: bytes, layer: int, part: str) -> bytes:
-    """The file with a bit of that layer's last block changed."""
-    with kvzip.open(blob) as reader:
-        entry = reader._index[reader._rows[layer, part][-1]]
-    out = bytearray(blob)
-    out[entry.offset + entry.length - 1] ^= 1
-    return bytes(out)
 
 
 def test_what_cannot_be_opened(tiny: Any, tmp_path: Any, caplog: Any) -> None:
