@@ -1,4 +1,4 @@
-"""Servers that tests start: a real S3 server, one that never answers."""
+"""Servers that tests start: a real S3 server, one that never answers, one that stops to."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Lock, Thread
+from urllib.parse import unquote
 
 import pytest
 
@@ -108,3 +112,86 @@ def silent_server() -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@dataclass
+class Failing:
+    """A web server whose files fail after so many answers each: by a closed connection, or by
+    silence."""
+
+    url: str = ""
+    _left: dict[str, int] = field(default_factory=dict)
+    _silent: set[str] = field(default_factory=set)
+    _lock: Lock = field(default_factory=Lock)
+    over: Event = field(default_factory=Event)
+
+    def fail(self, name: str, answers: int, silent: bool = False) -> None:
+        """Answer that often for files whose path has `name` in it, then no more."""
+        self._left[name] = answers
+        if silent:
+            self._silent.add(name)
+
+    def answers(self, path: str) -> bool:
+        with self._lock:
+            name = next((name for name in self._left if name in path), None)
+            if name is None:
+                return True
+            self._left[name] -= 1
+            if self._left[name] >= 0:
+                return True
+        if name in self._silent:
+            self.over.wait()
+        return False
+
+
+@contextmanager
+def failing_server(folder: Path) -> Iterator[Failing]:
+    """The files of a folder through HTTP, in ranges."""
+    failing = Failing()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = folder / unquote(self.path).lstrip("/")
+            if not failing.answers(self.path):
+                self.close_connection = True
+            elif not path.is_file():
+                self.send_response(404)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+            else:
+                self._send(path.read_bytes(), path.stat())
+
+        do_HEAD = do_GET
+
+        def _send(self, data: bytes, about: os.stat_result) -> None:
+            start, stop = 0, len(data)
+            asked = self.headers.get("Range", "").removeprefix("bytes=")
+            if asked:
+                first, _, last = asked.partition("-")
+                start, stop = int(first), min(stop, int(last or stop) + 1)
+            self.send_response(206 if asked else 200)
+            self.send_header("Content-Length", str(stop - start))
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+            self.send_header("ETag", f'"{about.st_mtime_ns}-{len(data)}"')
+            self.send_header("Last-Modified", formatdate(about.st_mtime, usegmt=True))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data[start:stop])
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    failing.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield failing
+    finally:
+        failing.over.set()
+        server.shutdown()
+        thread.join()
+        server.socket.close()

@@ -457,12 +457,9 @@ class _Scheduler:
         except TimeoutError:
             if now - begun < self._settings.timeout:
                 return None
-            self._voice.tell("slow", "%s is slow to answer: prompts are computed", self._store_url)
+            url = self._store.bucket.url
+            self._voice.tell("lookup", "prompts are computed: %s is slow to answer", url)
             return _Found()
-
-    @property
-    def _store_url(self) -> str:
-        return self._store.bucket.url
 
     def _find(self, ids: Any) -> _Found:
         """What the store has of a prompt; never raises."""
@@ -481,7 +478,6 @@ class _Scheduler:
             self._voice.tell("lookup", "prompts are computed: %s", error)
             return _Found()
         self._voice.over("lookup")
-        self._voice.over("slow")
         if match is None:
             return _Found()
         match.reader.close()
@@ -671,18 +667,13 @@ class _Worker:
             if self._pending + need <= self._settings.pending_bytes:
                 self._pending += need
                 return need
-        self._voice.tell(
-            "full", "prompts come faster than %s takes them: not all are stored", self._store_url
-        )
+        url = self._store.bucket.url
+        self._voice.tell("full", "prompts come faster than %s takes them: not all are stored", url)
         return 0
 
     def _release(self, count: int) -> None:
         with self._lock:
             self._pending -= count
-
-    @property
-    def _store_url(self) -> str:
-        return self._store.bucket.url
 
     def end_step(self) -> None:
         """Hand over what was copied, unless something that it may rest on was not loaded."""

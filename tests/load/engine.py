@@ -1,27 +1,50 @@
-"""Run vLLM's own engine in a process of its own; `test_vllm_engine.py` starts it.
+"""Run vLLM's own engine, each time in a process of its own; `test_vllm_engine.py` starts this.
 
-``python engine.py JOB.json``: the job names a folder with a model, the dtype, what to pass to LLM
-besides, and rounds of prompts (token ids), each generated from at once. Into the job's folder go
+It imports vLLM, which takes longer than what is to be tested, then reads paths of jobs and forks a
+process for each. A job names a folder with a model, the dtype, what to pass to LLM besides, and
+rounds of prompts (token ids), each generated from at once. Into the job's folder go
 ``result.json`` (tokens and log-probabilities of every prompt) and ``round-prompt.npy``, the raw
-bytes of vLLM's own blocks that hold the prompt: [layers, blocks, heads, tokens, channels].
+bytes of vLLM's own blocks that hold the prompt: [layers, blocks, heads, tokens, channels]; also
+``log``, what the process says, ``told``, what kvzip warns of, and at the end ``code``, the
+process's exit status.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from vllm import LLM, SamplingParams
+from vllm.config import KVTransferConfig
+
+
+def forked(folder: Path) -> bool:
+    """Whether this is a new process, for the job in `folder`; another one notes how it ends."""
+    if os.fork():
+        return False
+    watched = os.fork()
+    if watched:
+        code = os.waitstatus_to_exitcode(os.waitpid(watched, 0)[1])
+        (folder / "ended").write_text(str(code))
+        (folder / "ended").rename(folder / "code")
+        os._exit(0)
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    return True
+
 
 def main(path: Path) -> None:
     job = json.loads(path.read_text())
-
-    import numpy as np
-    import torch
-    from vllm import LLM, SamplingParams
-    from vllm.config import KVTransferConfig
-
+    told = logging.FileHandler(path.parent / "told")
+    told.setLevel(logging.WARNING)
+    logging.getLogger("kvzip").addHandler(told)
     options = dict(job.get("options", {}))
     if "transfer" in job:
         options["kv_transfer_config"] = KVTransferConfig(**job["transfer"])
@@ -74,4 +97,8 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for line in sys.stdin:
+        job = Path(line.rstrip())
+        if forked(job.parent):
+            main(job)
+            break

@@ -324,6 +324,37 @@ def test_other_weights_models_and_dtypes_are_no_hit(engine: Any) -> None:
         assert engine(**changes).run(ids)[0].loaded == 0
 
 
+def test_another_profile_is_no_hit(engine: Any, tmp_path: Any) -> None:
+    ids = prompt(80)
+    fill(engine, prompt(80, 1), prompt(64, 2))
+    for name, file in zip("ab", documents(tmp_path), strict=True):
+        kvzip.Profile.fit([kvzip.decode(file)]).save(tmp_path / f"{name}.kvprofile")
+    mine, other = ({"profile": str(tmp_path / f"{name}.kvprofile")} for name in "ab")
+    fill(engine, ids, codec="predictive", **mine)
+    assert engine(**mine).run(ids)[0].loaded == 64
+    assert engine(**other).run(ids)[0].loaded == 0
+    assert engine().run(ids)[0].loaded == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "dtype", "line"), [(2, "bf16", "2 layers of bf16"), (3, "fp16", "3 layers of fp16")]
+)
+def test_a_missing_layer_or_another_dtype_inside(
+    engine: Any, tmp_path: Any, caplog: Any, layers: int, dtype: str, line: str
+) -> None:
+    ids = prompt(80)
+    fill(engine, ids)
+    [file] = documents(tmp_path)
+    good = kvzip.decode(file)
+    kvzip.write(file, kvzip.Snapshot(good.layers[:layers], dtype, good.token_ids, good.origin))
+    second = engine()
+    assert second.run(ids)[0].loaded == 64  # and then computed, which `run` checks
+    [told] = warnings(caplog)
+    assert line in told and "64 tokens are computed" in told
+    second.settle()
+    assert engine().run(ids)[0].loaded == 64 and len(warnings(caplog)) == 1  # written anew
+
+
 def test_a_store_that_does_not_answer(engine: Any, caplog: Any, monkeypatch: Any) -> None:
     def find(*args: Any, **kwargs: Any) -> Any:
         raise StoreError("cannot read: timed out")
@@ -351,6 +382,21 @@ def test_a_slow_lookup_holds_up_nothing(engine: Any, caplog: Any, monkeypatch: A
     monkeypatch.setattr(third.scheduler._scheduler._store, "find", slowly)
     assert third.run(ids)[0].loaded == 0
     assert len(warnings(caplog)) == 1 and "slow" in warnings(caplog)[0]
+
+
+def test_a_store_that_is_slow_and_then_fails(engine: Any, caplog: Any, monkeypatch: Any) -> None:
+    """One trouble, one warning."""
+
+    def find(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        raise StoreError("cannot read: timed out")
+
+    second = engine(timeout=0.05)
+    monkeypatch.setattr(second.scheduler._scheduler._store, "find", find)
+    for i in range(3):
+        assert second.run(prompt(80, i))[0].loaded == 0
+        time.sleep(0.1)
+    assert len(warnings(caplog)) == 1
 
 
 def test_layers_that_come_too_late_are_computed(engine: Any, caplog: Any, monkeypatch: Any) -> None:

@@ -15,6 +15,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,13 @@ if importlib.util.find_spec("vllm") is None:
 
 import torch
 import transformers
+from servers import failing_server
 
 import kvzip
 from kvzip.load import vllm as ours
 from kvzip.load.hf import cache_argument
 from kvzip.models import folder_revision
-from kvzip.store import Store
+from kvzip.store import Store, _chain
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parent.parent / "docs" / "vllm.md").read_text()
@@ -54,6 +58,14 @@ def words(seed: int, count: int) -> list[int]:
 DOCUMENT = words(0, 300)
 SHARED = 200
 OTHER = DOCUMENT[:SHARED] + words(1, 90)
+UNSEEN = [words(2, 300), words(3, 300)]
+
+
+def flip(file: Path) -> None:
+    """Change a bit of a document's blocks."""
+    data = bytearray(file.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    file.write_bytes(data)
 
 
 def make_model(folder: Path, seed: int) -> Path:
@@ -86,13 +98,49 @@ def model(tmp_path_factory: Any) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), 0)
 
 
-class Run:
-    """An engine's process: started at once, waited for when it is asked for something."""
+class Engines:
+    """Jobs for `engine.py`, two at a time, each in a process of its own."""
 
-    def __init__(self, folder: Path, model: Path, rounds: Any, store: Path | None, **more: Any):
-        self.folder = folder
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, HERE / "engine.py"], env=PLAIN, stdin=subprocess.PIPE, text=True
+        )
+        self._pool = ThreadPoolExecutor(2)
+
+    def submit(self, folder: Path) -> Future[int]:
+        return self._pool.submit(self._run, folder)
+
+    def _run(self, folder: Path) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{folder / 'job.json'}\n")
+        self._process.stdin.flush()
+        end = time.monotonic() + 600
+        while not (folder / "code").exists():
+            assert self._process.poll() is None and time.monotonic() < end, folder
+            time.sleep(0.05)
+        return int((folder / "code").read_text())
+
+    def close(self) -> None:
+        self._process.communicate()
+        self._pool.shutdown()
+
+
+class Run:
+    """An engine: begun at once, waited for when it is asked for something."""
+
+    def __init__(
+        self,
+        engines: Engines,
+        folder: Path,
+        model: Path,
+        prompts: Any,
+        store: Any = None,
+        dtype: str = "bfloat16",
+        **settings: Any,
+    ):
+        self.folder, self.prompts = folder, prompts
         folder.mkdir()
-        job = {"model": str(model), "rounds": rounds, **more}
+        job = {"model": str(model), "rounds": [[ids] for ids in prompts], "dtype": dtype}
         if store is not None:
             job["transfer"] = {
                 "kv_connector": "KvzipConnector",
@@ -103,63 +151,104 @@ class Run:
                     "url": str(store),
                     "block_tokens": SIZE,
                     "min_tokens": SIZE,
+                    **settings,
                 },
             }
         (folder / "job.json").write_text(json.dumps(job))
-        self._process = subprocess.Popen(
-            [sys.executable, HERE / "engine.py", folder / "job.json"],
-            env=PLAIN,
-            stdout=(folder / "log").open("w"),
-            stderr=subprocess.STDOUT,
-        )
+        self._code = engines.submit(folder)
 
     @property
     def log(self) -> str:
-        assert self._process.wait(900) == 0, (self.folder / "log").read_text()[-5000:]
-        return (self.folder / "log").read_text()
+        found = (self.folder / "log").read_text() if self._code.result() == 0 else None
+        assert found is not None, (self.folder / "log").read_text()[-5000:]
+        return found
+
+    @property
+    def told(self) -> list[str]:
+        """What kvzip warned of, a line each."""
+        assert self.log
+        return (self.folder / "told").read_text().splitlines()
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """What a round's only prompt gave."""
+        """What a prompt gave."""
         assert self.log
         found: dict[str, Any] = json.loads((self.folder / "result.json").read_text())[number][0]
         return found
 
     def blocks(self, number: int) -> Any:
-        """Bytes of the blocks that are full of a round's prompt: [layers, blocks, ...]."""
+        """Bytes of the blocks that are full of a prompt: [layers, blocks, ...]."""
         raw = np.load(self.folder / f"{number}-0.npy")
-        count = len(json.loads((self.folder / "job.json").read_text())["rounds"][number][0])
-        return raw[:, : count // SIZE]
+        return raw[:, : len(self.prompts[number]) // SIZE]
+
+    def computed_as(self, other: Run, number: int, theirs: int) -> bool:
+        """Whether a prompt gave the tokens, log-probabilities and blocks that `other` has."""
+        names = ("tokens", "logprobs")
+        return all(self[number][name] == other[theirs][name] for name in names) and np.array_equal(
+            self.blocks(number), other.blocks(theirs)
+        )
 
 
 @pytest.fixture(scope="module")
-def runs(model: Path, tmp_path_factory: Any) -> dict[str, Run]:
+def runs(model: Path, tmp_path_factory: Any) -> Iterator[dict[str, Run]]:
     """Engines without kvzip, one that saves, and then others, each on a copy of the store."""
     root = tmp_path_factory.mktemp("runs")
-    store = root / "store"
+    engines, store = Engines(), root / "store"
+
+    def run(name: str, prompts: Any, url: Any = None, model: Path = model, **more: Any) -> Run:
+        return Run(engines, root / name, model, prompts, url, **more)
+
     # vLLM's own prefix cache is what the second and the third prompt are compared with.
-    plain = Run(root / "plain", model, [[DOCUMENT], [DOCUMENT], [OTHER]], None)
-    save = Run(root / "save", model, [[DOCUMENT]], store)
-    other_model = make_model(root / "other-model", 1)
-    assert save.log
-    stores = {name: root / f"store-{name}" for name in ("load", "damaged", "dtype", "model")}
-    for copy in stores.values():
-        shutil.copytree(store, copy)
-    [file] = stores["damaged"].rglob("*.kvz")
-    data = bytearray(file.read_bytes())
-    data[len(data) * 3 // 4] ^= 1
-    file.write_bytes(data)
-    return {
-        "plain": plain,
-        "save": save,
-        "load": Run(root / "load", model, [[OTHER], [DOCUMENT]], stores["load"]),
-        "damaged": Run(root / "damaged", model, [[DOCUMENT]], stores["damaged"]),
-        "dtype": Run(root / "dtype", model, [[DOCUMENT]], stores["dtype"], dtype="float16"),
-        "model": Run(root / "model", other_model, [[DOCUMENT]], stores["model"]),
-    }
+    found = {"save": run("save", [DOCUMENT], store)}
+    found["plain"] = run("plain", [DOCUMENT, DOCUMENT, OTHER, *UNSEEN])
+    assert found["save"].log
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(store, root / f"store-{name}"))
+
+    found["load"] = run("load", [OTHER, DOCUMENT], copy("load"))
+    found["dtype"] = run("dtype", [DOCUMENT], copy("dtype"), dtype="float16")
+    found["model"] = run("model", [DOCUMENT], copy("model"), make_model(root / "other-model", 1))
+    [file] = store.rglob("*.kvz")
+    saved = kvzip.decode(file)
+
+    def made(ids: list[int], layers: int = 4, dtype: str = "bf16") -> kvzip.Snapshot:
+        """The document's numbers as if they were of other tokens."""
+        return kvzip.Snapshot(saved.layers[:layers], dtype, np.array(ids), saved.origin)
+
+    def put(folder: Path, made: kvzip.Snapshot, **more: Any) -> Path:
+        space, name = Store(folder).put(made, **more).key.split("/")
+        return folder / space / "docs" / f"{name}.kvz"
+
+    damaged = copy("damaged")
+    flip(damaged / file.relative_to(store))
+    put(damaged, made(UNSEEN[0], layers=3))
+    kvzip.write(put(damaged, made(UNSEEN[1])), made(UNSEEN[1], dtype="fp16"))
+    found["damaged"] = run("damaged", [DOCUMENT, *UNSEEN], damaged)
+
+    profiles = [kvzip.Profile.fit([kvzip.decode(file, tokens=(0, n))]) for n in (200, 300)]
+    profiles[1].save(root / "m.kvprofile")
+    profile = root / "store-profile"
+    Store(profile, block_tokens=SIZE)
+    put(profile, made(DOCUMENT), codec="predictive", profile=profiles[0])
+    told = {"codec": "predictive", "profile": str(root / "m.kvprofile")}
+    found["profile"] = run("profile", [DOCUMENT], profile, **told)
+
+    network = copy("network")
+    slow = put(network, made(UNSEEN[0]))
+    with failing_server(network) as server:
+        # The lookup's request and that of the opening are answered, the blocks are not.
+        server.fail(f"docs/{file.name}", 2)
+        server.fail(f"docs/{slow.name}", 2, silent=True)
+        for mark in _chain(np.array(UNSEEN[1], np.uint32), SIZE):
+            server.fail(mark, 0, silent=True)
+        asked = [DOCUMENT, *UNSEEN]
+        found["network"] = run("network", asked, server.url, timeout=2, retries=0)
+        yield found
+        engines.close()
 
 
-def document(runs: dict[str, Run], name: str = "store") -> Path:
-    [file] = (runs["plain"].folder.parent / name).rglob("*.kvz")
+def document(runs: dict[str, Run]) -> Path:
+    [file] = (runs["plain"].folder.parent / "store").rglob("*.kvz")
     return file
 
 
@@ -212,21 +301,48 @@ def test_what_is_in_vllms_own_cache_is_not_loaded_again(runs: dict[str, Run]) ->
     assert load[1]["tokens"] == plain[0]["tokens"]
 
 
+# --- what goes wrong -------------------------------------------------------------------------
+
+
 def test_a_damaged_document_is_computed(runs: dict[str, Run]) -> None:
-    plain, damaged = runs["plain"], runs["damaged"]
-    assert damaged[0]["tokens"] == plain[0]["tokens"]
-    assert damaged[0]["logprobs"] == plain[0]["logprobs"]
-    assert np.array_equal(damaged.blocks(0), plain.blocks(0))
-    assert len(re.findall("is not used, 288 tokens are computed: .*damaged", damaged.log)) == 1
+    damaged = runs["damaged"]
+    assert damaged.computed_as(runs["plain"], 0, 0)
+    assert re.search("is not used, 288 tokens are computed: .*damaged", damaged.told[0])
     assert "Recovered from KV load failure" in damaged.log  # vLLM's own word
-    assert document(runs, "store-damaged").read_bytes() == document(runs).read_bytes()  # anew
+    name = document(runs).relative_to(document(runs).parents[2])
+    again = runs["damaged"].folder.parent / "store-damaged" / name
+    assert again.read_bytes() == document(runs).read_bytes()  # anew
 
 
-@pytest.mark.parametrize("name", ["dtype", "model"])
-def test_another_dtype_or_model_is_no_hit(runs: dict[str, Run], name: str) -> None:
-    assert runs[name][0]["cached"] == 0 and "is not used" not in runs[name].log
+def test_a_missing_layer_or_another_dtype_inside(runs: dict[str, Run]) -> None:
+    damaged = runs["damaged"]
+    assert damaged.computed_as(runs["plain"], 1, 3) and damaged.computed_as(runs["plain"], 2, 4)
+    _, layers, dtype = damaged.told
+    assert "288 tokens are computed: it holds 3 layers of bf16" in layers
+    assert "288 tokens are computed: it holds 4 layers of fp16" in dtype
+
+
+def test_a_store_that_dies_or_stalls(runs: dict[str, Run]) -> None:
+    """On the way (closed connections, then silence), and before it has answered a lookup."""
+    network, plain = runs["network"], runs["plain"]
+    for number, theirs in ((0, 0), (1, 3), (2, 4)):
+        assert network.computed_as(plain, number, theirs)
+    dying, stalling, silent = network.told
+    assert "288 tokens are computed: cannot read" in dying
+    assert "288 tokens are computed: " in stalling
+    assert "prompts are computed" in silent
+
+
+@pytest.mark.parametrize("name", ["dtype", "model", "profile"])
+def test_another_dtype_model_or_profile_is_no_hit(runs: dict[str, Run], name: str) -> None:
+    assert runs[name][0]["cached"] == 0 and runs[name].told == []
     folder = runs[name].folder.parent / f"store-{name}"
     assert len(list(folder.rglob("*.kvz"))) == 2  # its own beside the first
+    if name == "profile":
+        assert runs[name].computed_as(runs["plain"], 0, 0)
+
+
+# --- the page --------------------------------------------------------------------------------
 
 
 def test_the_pages_example(model: Path, tmp_path: Path) -> None:
