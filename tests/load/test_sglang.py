@@ -1,10 +1,10 @@
 """Pages of SGLang's HiCache come back bit for bit, or are a miss.
 
 The host pool here is a stand-in: its memory has the shapes of SGLang 0.5.23's pools for multi-head
-and latent attention in each of their layouts, and its pages are cut as theirs are. The real pools
-need an accelerator's buffers. With SGLang installed (`make test-sglang`, in an environment of its
-own) the backend is made by SGLang's own factory and is a subclass of its `HiCacheStorage`; without,
-only the methods that its controller calls are here.
+and latent attention in each of their layouts, and its pages are cut as theirs are;
+`test_sglang_controller.py` has the real ones. With SGLang installed (`make test-sglang`, in an
+environment of its own) the backend is made by SGLang's own factory and is a subclass of its
+`HiCacheStorage`; without, only the methods that its controller calls are here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from servers import silent_server  # noqa: E402
+from servers import failing_server, silent_server  # noqa: E402
 
 from kvzip import container  # noqa: E402
 from kvzip.errors import KVZipError, UnsupportedError  # noqa: E402
@@ -36,15 +36,15 @@ HERE = importlib.util.find_spec("sglang") is not None
 class Pool:
     """Memory of a host for keys and values, as SGLang lays it out."""
 
-    def __init__(self, layout: str, dtype: Any, latent: bool = False):
+    def __init__(self, layout: str, dtype: Any, latent: bool = False, layers: int = LAYERS):
         self.layout, self.dtype, self.page_size = layout, dtype, TOKENS
-        self.layer_num, self.head_num, self.head_dim = LAYERS, 1 if latent else HEADS, DIM
+        self.layer_num, self.head_num, self.head_dim = layers, 1 if latent else HEADS, DIM
         self.latent, rows = latent, PAGES * TOKENS
         shape = {
-            "layer_first": (LAYERS, rows, self.head_num, DIM),
-            "page_first": (rows, LAYERS, self.head_num, DIM),
-            "page_first_direct": (PAGES, LAYERS, TOKENS, self.head_num, DIM),
-            "page_head": (PAGES, self.head_num, TOKENS, LAYERS, DIM),
+            "layer_first": (layers, rows, self.head_num, DIM),
+            "page_first": (rows, layers, self.head_num, DIM),
+            "page_first_direct": (PAGES, layers, TOKENS, self.head_num, DIM),
+            "page_head": (PAGES, self.head_num, TOKENS, layers, DIM),
         }[layout]
         self.kv_buffer = torch.zeros(shape if latent else (2, *shape), dtype=dtype)
 
@@ -254,6 +254,12 @@ def test_what_fails_is_a_miss_and_told_once(tmp_path: Any, caplog: Any) -> None:
     other = backend_of(tmp_path / "here", larger)
     assert other.batch_get_v1(KEYS, INDICES) == [False] * PAGES
     assert not larger.kv_buffer.any()
+    fewer = Pool("layer_first", torch.bfloat16, layers=LAYERS - 1)
+    caplog.clear()
+    other = backend_of(tmp_path / "here", fewer)
+    assert other.batch_get_v1(KEYS, INDICES) == [False] * PAGES and not fewer.kv_buffer.any()
+    [told] = [r.getMessage() for r in caplog.records if r.name == "kvzip.sglang"]
+    assert f"in {LAYERS} layers, the buffer" in told
     with silent_server() as url:
         caplog.clear()
         slow = backend_of(url, pool, extra={"timeout": 0.2, "retries": 0, "workers": 8})
@@ -261,6 +267,23 @@ def test_what_fails_is_a_miss_and_told_once(tmp_path: Any, caplog: Any) -> None:
         assert slow.batch_get_v1(KEYS, INDICES) == [False] * PAGES
         assert slow.batch_set_v1(KEYS, INDICES) == [False] * PAGES
         assert len([r for r in caplog.records if r.name == "kvzip.sglang"]) == 1
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["dies", "stalls"])
+def test_a_store_that_fails_on_the_way(tmp_path: Any, caplog: Any, silent: bool) -> None:
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    backend_of(tmp_path, pool).batch_set_v1(KEYS, INDICES)
+    mine = Pool("layer_first", torch.bfloat16)
+    with failing_server(tmp_path) as server:
+        for key in KEYS[3:]:
+            server.fail(key, 1, silent)
+        extra = {"timeout": 0.5, "retries": 0, "workers": 8}
+        reader = backend_of(server.url, mine, extra=extra)
+        assert reader.batch_exists(KEYS) == PAGES
+        assert reader.batch_get_v1(KEYS, INDICES) == [True] * 3 + [False] * 3
+    assert equal(pool, mine, 3) and not mine.kv_buffer[:, :, 3 * TOKENS :].any()
+    [told] = [r.getMessage() for r in caplog.records if r.name == "kvzip.sglang"]
+    assert "cannot read" in told
 
 
 def test_settings(tmp_path: Any) -> None:
