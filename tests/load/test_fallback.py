@@ -12,11 +12,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import numpy as np  # noqa: E402
-from servers import silent_server  # noqa: E402
+from servers import failing_server, silent_server  # noqa: E402
 from support import damaged, warnings_of  # noqa: E402
 
 import kvzip  # noqa: E402
-from kvzip import remote  # noqa: E402
+from kvzip import container, remote  # noqa: E402
 from kvzip.errors import StoreError  # noqa: E402
 from kvzip.load.hf import cache_argument, load_cache, load_or_prefill  # noqa: E402
 from kvzip.store import Store  # noqa: E402
@@ -213,6 +213,28 @@ def test_a_store_that_is_too_slow(tiny: Any, caplog: Any) -> None:
         store = Store(url, timeout=0.3, retries=0)
         began = time.monotonic()
         cache = load_or_prefill(store, case.model, case.longer(), name="tiny", revision="")
+        assert torch.equal(tokens_of(case, case.longer(), cache), right)
+        assert time.monotonic() - began < 5
+    [told] = warnings_of(caplog)
+    assert "cannot read" in told
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["dies", "stalls"])
+def test_a_server_that_fails_on_the_way(
+    tiny: Any, tmp_path: Any, caplog: Any, monkeypatch: Any, silent: bool
+) -> None:
+    """Once the document is open, by closed connections or by silence."""
+    case = tiny("llama")
+    right = tokens_of(case, case.longer(), None)
+    _, entry = stored(case, str(tmp_path))
+    for module, name in ((remote, "_FIRST"), (container, "_FIRST_READ")):
+        monkeypatch.setattr(module, name, 8192)
+    with failing_server(tmp_path) as server:
+        server.fail(entry.key.split("/")[1] + ".kvz", 1, silent)
+        store = Store(server.url, timeout=0.4, retries=0)
+        cache = load_or_prefill(store, case.model, case.longer(), name="tiny", revision="")
+        assert cache.get_seq_length() == 49
+        began = time.monotonic()
         assert torch.equal(tokens_of(case, case.longer(), cache), right)
         assert time.monotonic() - began < 5
     [told] = warnings_of(caplog)

@@ -200,39 +200,81 @@ def wait(ask: Any) -> Any:
     raise TimeoutError
 
 
+SHAPE = (2, 4, 256, 128)
+
+
+def reserve(adapter: Any, tag: str, shape: Any = SHAPE, kind: Any = None, model: str = "") -> Any:
+    """Keys of three chunks, and room for them in LMCache's memory."""
+    from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
+
+    keys = [ObjectKey(bytes([i] * 16), model or "org/model", 0) for i in range(3)]
+    layout = MemoryLayoutDesc([torch.Size(shape)], [kind or torch.bfloat16])
+    found = adapter[1].reserve_write(keys, [False] * 3, layout, tag)
+    return keys, [found[key][1] for key in keys]
+
+
+def store(adapter: Any, kind: Any = torch.bfloat16) -> tuple[Any, Any, list[Any]]:
+    """Keys and memory of three chunks that were stored, and what they held."""
+    keys, memory = reserve(adapter, "w", kind=kind)
+    tensors = [tensor_of(SHAPE, kind, i) for i in range(3)]
+    for one, tensor in zip(memory, tensors, strict=True):
+        one.tensor.copy_(tensor)
+    task = adapter[0].submit_store_task(keys, memory)
+    assert wait(adapter[0].pop_completed_store_tasks)[task].is_successful()
+    for one in memory:
+        one.tensor.zero_()
+    return keys, memory, tensors
+
+
+def load(adapter: Any, keys: Any, memory: Any) -> list[bool]:
+    task = adapter[0].submit_load_task(keys, memory)
+    loaded = wait(lambda: adapter[0].query_load_result(task))
+    return [loaded.test(i) for i in range(len(keys))]
+
+
 @real
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
 def test_through_lmcache_itself(adapter: Any, tmp_path: Any, kind: Any) -> None:
-    from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
-
-    wrapper, memory = adapter
-    shape = torch.Size((2, 4, 256, 128))
-    keys = [ObjectKey(bytes([i] * 16), "org/model", 0) for i in range(3)]
-    layout = MemoryLayoutDesc([shape], [kind])
-
-    def reserve(tag: str) -> Any:
-        found = memory.reserve_write(keys, [False] * 3, layout, tag)
-        return [found[key][1] for key in keys]
-
-    sources = reserve("w")
-    tensors = [tensor_of(shape, kind, i) for i in range(3)]
-    for source, tensor in zip(sources, tensors, strict=True):
-        source.tensor.copy_(tensor)
-    task = wrapper.submit_store_task(keys, sources)
-    assert wait(wrapper.pop_completed_store_tasks)[task].is_successful()
+    keys, memory, tensors = store(adapter, kind)
     files = sorted(tmp_path.rglob("*.data"))
     assert len(files) == 3
     for file in files:
         assert container.verify(file).raw_bytes == tensors[0].nbytes
         assert file.stat().st_size < tensors[0].nbytes
-    for source in sources:
-        source.tensor.zero_()
-    task = wrapper.submit_load_task(keys, sources)
-    loaded = wait(lambda: wrapper.query_load_result(task))
-    assert [loaded.test(i) for i in range(3)] == [True] * 3
-    assert all(same(s.tensor, t) for s, t in zip(sources, tensors, strict=True))
-    damaged = bytearray(files[0].read_bytes())
-    damaged[-1] ^= 1
-    files[0].write_bytes(damaged)
-    task = wrapper.submit_load_task(keys[:1], sources[:1])
-    assert not wait(lambda: wrapper.query_load_result(task)).test(0)  # a miss, not wrong numbers
+    assert load(adapter, keys, memory) == [True] * 3
+    assert all(same(one.tensor, t) for one, t in zip(memory, tensors, strict=True))
+
+
+@real
+@pytest.mark.parametrize("how", ["damaged", "cut", "gone"])
+def test_a_chunk_that_fails_is_a_miss_for_lmcache(adapter: Any, tmp_path: Any, how: str) -> None:
+    """LMCache gives up a whole task for one of its chunks; asked for alone, the others come."""
+    keys, memory, tensors = store(adapter)
+    file = sorted(tmp_path.rglob("*.data"))[1]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data if how == "damaged" else data[:-100])
+    assert not load(adapter, keys, memory)[1]
+    for i, right in enumerate((True, False, True)):
+        assert load(adapter, keys[i : i + 1], memory[i : i + 1]) == [right]
+        assert not right or same(memory[i].tensor, tensors[i])
+
+
+@real
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"shape": (2, 3, 256, 128)},
+        {"shape": (2, 4, 256, 64)},
+        {"kind": torch.float16},
+        {"model": "org/other"},
+    ],
+    ids=["a layer fewer", "smaller heads", "dtype", "model"],
+)
+def test_chunks_of_something_else_are_a_miss_for_lmcache(adapter: Any, other: Any) -> None:
+    store(adapter)
+    assert load(adapter, *reserve(adapter, "r", **other)) == [False] * 3
+    assert load(adapter, *reserve(adapter, "same")) == [True] * 3
