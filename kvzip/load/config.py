@@ -66,6 +66,8 @@ def layers_of(config: Any) -> tuple[list[LayerKind], tuple[dict[str, Any], ...]]
         if (
             getattr(text, "alibi", False)
             or getattr(text, "position_embedding_type", None) not in (None, "rope", "rotary")
+            # Latents in place of keys; what is rotated of a key lies in place of its value.
+            or getattr(own, "kv_lora_rank", None) is not None
             or (rotated and not rotated[i])
             or (kind == "full" and mixed and text.model_type.startswith(_FULL_LAYERS_UNROTATED))
         ):

@@ -101,7 +101,7 @@ def check_config(source: Reader | Snapshot, config: Any) -> list[LayerKind]:
             ("kind of attention", layer.kind, kind.kind),
             ("sliding window", layer.window, kind.window),
         ]
-        if getattr(own, "kv_lora_rank", None) is None:  # there, keys are wider than head_dim
+        if getattr(own, "kv_lora_rank", None) is None:  # there, latents lie in place of keys
             heads = getattr(own, "num_key_value_heads", None)
             dim = getattr(own, "head_dim", None)
             if dim is None and heads is not None:

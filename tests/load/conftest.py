@@ -39,6 +39,38 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": WINDOW, "layer_types": [_SLIDE, _SLIDE, _FULL, _SLIDE]},
     ),
     "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
+    # Full layers with other heads and another head dimension than the sliding ones.
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": [_SLIDE, _SLIDE, _FULL, _FULL],
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    ),
+    # Latents of 16 numbers, which are not rotated, in place of keys; a rotated key of 8 as value.
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 4,
+            "moe_intermediate_size": 16,
+        },
+    ),
     "gpt2": ("GPT2Config", {"n_layer": 4, "n_embd": 48, "n_head": 4, "n_positions": 256}),
     "bloom": ("BloomConfig", {"n_layer": 4, "hidden_size": 48, "n_head": 4}),
 }
