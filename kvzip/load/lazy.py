@@ -83,6 +83,9 @@ def naming(row: int) -> Iterator[None]:
         yield
     except KVZipError as error:
         raise type(error)(f"the document of prompts[{row}]: {error}") from error
+    except OSError as error:
+        error.strerror = f"the document of prompts[{row}]: {error.strerror or error}"
+        raise
 
 
 class Loader:
