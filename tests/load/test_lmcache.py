@@ -11,6 +11,8 @@ import argparse
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,7 @@ from kvzip import container  # noqa: E402
 from kvzip.errors import CorruptError, FormatError, KVZipError, UnsupportedError  # noqa: E402
 from kvzip.load import lmcache as ours  # noqa: E402
 
+GUIDE = (Path(__file__).parents[2] / "docs" / "lmcache.md").read_text()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]
 SHAPES = {
     "KV_2LTD": (2, 3, 40, 32),
@@ -176,8 +179,7 @@ def adapter(tmp_path: Any) -> Any:
 
     ours.register()
     ours.register()  # a second time does no harm
-    page = (Path(__file__).parents[2] / "docs" / "lmcache.md").read_text()
-    [text] = re.findall(r"```json\n(.*?)```", page, re.DOTALL)  # what the guide says to write
+    [text] = re.findall(r"```json\n(.*?)```", GUIDE, re.DOTALL)  # what the guide says to write
     given = json.loads(text) | {"base_path": str(tmp_path)}
     parsed = argparse.Namespace(l2_adapter=[json.dumps(given)])
     [config] = parse_args_to_l2_adapters_config(parsed).adapters
@@ -198,6 +200,17 @@ def wait(ask: Any) -> Any:
             return found
         time.sleep(0.01)
     raise TimeoutError
+
+
+@real
+def test_the_pages_command() -> None:
+    """LMCache's own command line, with kvzip registered, knows it."""
+    [shell] = re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)
+    command = [sys.executable, "-m", "kvzip.load.lmcache", "server", "--help"]
+    assert shell.split()[1:4] == command[1:4]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    wanted = set(re.findall(r"--[\w-]+", shell))
+    assert wanted <= set(re.findall(r"--[\w-]+", done.stdout)) and len(wanted) == 3
 
 
 SHAPE = (2, 4, 256, 128)

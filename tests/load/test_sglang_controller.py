@@ -8,9 +8,11 @@ lookup's hits room in the pool) is done here; the copies between host and accele
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import re
+import shlex
 import sys
 import threading
 from collections.abc import Iterator
@@ -44,6 +46,7 @@ from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost  # noqa: E40
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost  # noqa: E402
 from sglang.srt.mem_cache.utils import get_storage_hash_str  # noqa: E402
 from sglang.srt.runtime_context import get_parallel  # noqa: E402
+from sglang.srt.server_args import ServerArgs  # noqa: E402
 
 PAGE, PAGES, HEADS, DIM, LAYERS = 16, 6, 2, 24, 3
 TOKENS = list(range(100, 100 + PAGE * PAGES))
@@ -202,6 +205,18 @@ def test_pages_in_place_or_flat(host: Any, tmp_path: Path) -> None:
     for in_place in (0, 1):
         pages = host(tmp_path / str(in_place), interface_v1=in_place).store()
         assert same(host(tmp_path / str(in_place)).fetch()[1], pages)
+
+
+def test_the_pages_command() -> None:
+    """SGLang's own parser takes it."""
+    [shell] = re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)
+    shell = shell.replace("$(cat hicache.json)", "FILE").replace("\\\n", " ")
+    words = shlex.split(shell.partition("launch_server")[2])
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    found = parser.parse_args(words)
+    assert found.enable_hierarchical_cache and found.hicache_storage_backend == "dynamic"
+    assert found.hicache_storage_backend_extra_config == "FILE" and found.page_size == 64
 
 
 # --- what goes wrong -------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -371,10 +372,16 @@ def test_the_pages_example(model: Path, tmp_path: Path) -> None:
 
 def test_the_pages_settings_for_a_server() -> None:
     from vllm.config import KVTransferConfig
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     [text] = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     config = KVTransferConfig(**json.loads(text))
     settings = ours.msgspec.convert(config.kv_connector_extra_config, ours.Settings)
+    [shell] = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    words = shlex.split(shell.replace("$(cat kvzip.json)", text).partition("vllm serve")[2])
+    found = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    assert found.kv_transfer_config == config and found.disable_hybrid_kv_cache_manager
     assert settings.url == "s3://bucket/caches"
     known = set(re.findall(r"^\| `(\w+)`", PAGE, re.MULTILINE))
     assert {f.name for f in ours.msgspec.structs.fields(ours.Settings)} == known
