@@ -379,9 +379,12 @@ def test_the_pages_settings_for_a_server() -> None:
     config = KVTransferConfig(**json.loads(text))
     settings = ours.msgspec.convert(config.kv_connector_extra_config, ours.Settings)
     [shell] = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-    words = shlex.split(shell.replace("$(cat kvzip.json)", text).partition("vllm serve")[2])
+    words = shlex.split(shell.replace("$(cat kvzip.json)", "FILE").partition("vllm serve")[2])
+    words[words.index("FILE")] = text
     found = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
-    assert found.kv_transfer_config == config and found.disable_hybrid_kv_cache_manager
+    told = found.kv_transfer_config
+    assert told.kv_connector_extra_config == config.kv_connector_extra_config
+    assert told.kv_load_failure_policy == "recompute" and found.disable_hybrid_kv_cache_manager
     assert settings.url == "s3://bucket/caches"
     known = set(re.findall(r"^\| `(\w+)`", PAGE, re.MULTILINE))
     assert {f.name for f in ours.msgspec.structs.fields(ours.Settings)} == known
