@@ -183,6 +183,8 @@ class _Answers:
     def _timed(self, make: Callable[[], Any]) -> dict[str, Any]:
         import torch
 
+        from kvzip.load.config import cache_argument
+
         gc.collect()
         with torch.inference_mode():
             began = time.perf_counter()
@@ -190,9 +192,9 @@ class _Answers:
             opened = time.perf_counter()
             out = self.model(
                 self.prompt[:, cache.get_seq_length() :],
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **cache_argument(cache),
             )
             token = int(out.logits[0, -1].argmax())
             seconds = time.perf_counter() - began

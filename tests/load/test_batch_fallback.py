@@ -219,7 +219,8 @@ def test_a_store_that_dies_on_the_way(
     batch = Batch(tiny(name))
     store = stored(batch, f"{s3.url}/batch-{name}", range(3), options=s3.options)
     monkeypatch.setattr(remote, "_FIRST", 4096)
-    monkeypatch.setattr(remote, "_REQUEST", 1)  # a request for each block
+    for bound in ("_LEAST", "_MOST"):
+        monkeypatch.setattr(remote, bound, 1)  # a request for each block
     get, left = remote.Remote._get, 0
 
     def fails_later(self: Any, offset: int, length: int) -> Any:
