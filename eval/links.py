@@ -366,10 +366,10 @@ def _url(path: Path) -> str:
 
 def _moving(server: ends.End, reader: ends.End, path: Path, repeat: int) -> float:
     """Processor seconds of both ends to bring a file over an unshaped link, over all cores."""
-    used = -server.processor_seconds() - reader.processor_seconds()
+    used = -server.processor_seconds()
     for _ in range(repeat):
-        reader.ask(do="transfer", source=_url(path))
-    used += server.processor_seconds() + reader.processor_seconds()
+        used += reader.ask(do="transfer", source=_url(path))["processor"]
+    used += server.processor_seconds()
     return used / repeat / machine().cores
 
 

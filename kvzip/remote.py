@@ -31,6 +31,9 @@ _PATIENCE = 4
 _WINDOW = 64 << 20
 """Bytes that may lie fetched and unread."""
 _CONNECTIONS = 4
+_REACH = 2 * _CONNECTIONS
+"""Requests from the oldest that is under way on. TCP does not share a link fairly for so short a
+time; while one request starves, those after it are not what a reader waits for."""
 _ONE_REQUEST = 256 << 20
 """Objects up to this many bytes are written by one request, which can be create-only."""
 
@@ -263,14 +266,20 @@ class _Ahead:
         self._asked: dict[int, _Request] = {}
         self._begun, self._remaining = 0, sum(self._left.values())
         self._least = _LEAST
-        self._busy = self._bytes = 0
+        self._under_way: set[int] = set()
+        self._count = self._bytes = 0
         self._pool = ThreadPoolExecutor(_CONNECTIONS, "kvzip-fetch")
         with self._lock:
             self._submit()
 
     def _submit(self) -> None:
         """Ask for what comes next while there are connections and room; the lock is held."""
-        while self._left and self._busy < _CONNECTIONS and self._bytes < _WINDOW:
+        while (
+            self._left
+            and len(self._under_way) < _CONNECTIONS
+            and self._count - min(self._under_way, default=self._count) < _REACH
+            and self._bytes < _WINDOW
+        ):
             share = min(self._begun, self._remaining // 4) // _CONNECTIONS
             limit = min(max(share, self._least), _MOST)
             start, size = next(iter(self._left.items()))
@@ -286,18 +295,20 @@ class _Ahead:
             self._asked[at] = request
             at += self._left.pop(at)
         self._begun, self._remaining = self._begun + size, self._remaining - size
-        self._busy, self._bytes = self._busy + 1, self._bytes + size
-        request.future = self._pool.submit(self._get, start, size)
+        self._bytes += size
+        self._under_way.add(self._count)
+        request.future = self._pool.submit(self._get, self._count, start, size)
+        self._count += 1
         return request
 
-    def _get(self, start: int, size: int) -> memoryview:
+    def _get(self, which: int, start: int, size: int) -> memoryview:
         began = time.perf_counter()
         try:
             return self._remote.fetch(start, size)
         finally:
             took = time.perf_counter() - began
             with self._lock:
-                self._busy -= 1
+                self._under_way.remove(which)
                 worthwhile = size * _PATIENCE * self._remote.wait / took
                 self._least = int(min(max(worthwhile, _LEAST), _MOST))
                 self._submit()
