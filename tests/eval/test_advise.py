@@ -116,7 +116,7 @@ def test_another_model_is_advised_by_its_shape_and_less_surely() -> None:
 
 
 def test_three_lines_say_it() -> None:
-    lines = advise(bandwidth=4e8).lines()
+    lines = advise(bandwidth=2e9).lines()
     assert len(lines) == 3
     assert lines[0].startswith("Time: load with channel") and "sure" in lines[0]
     assert lines[1].startswith("Dollars: prefill") and "A rented H100" in lines[1]
