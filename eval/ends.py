@@ -170,8 +170,8 @@ class _Answers:
         return {"seconds": time.perf_counter() - began}
 
     def transfer(self, source: str) -> dict[str, Any]:
-        """Seconds to have every byte of it, read as a load reads it, but not decoded; and seconds of
-        the processor, of all threads here."""
+        """Seconds to have every byte of it, read as a load reads it, but not decoded; and how much
+        of the processor all threads here took for it."""
         from kvzip.remote import open_url
 
         gc.collect()
