@@ -203,12 +203,13 @@ def wait(ask: Any) -> Any:
 
 
 @real
-def test_the_pages_command() -> None:
+def test_the_pages_command(tmp_path: Path) -> None:
     """LMCache's own command line, with kvzip registered, knows it."""
     [shell] = re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)
     command = [sys.executable, "-m", "kvzip.load.lmcache", "server", "--help"]
     assert shell.split()[1:4] == command[1:4]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    # Not from here, where `-m` would find the sources before what is installed.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     wanted = set(re.findall(r"--[\w-]+", shell))
     assert wanted <= set(re.findall(r"--[\w-]+", done.stdout)) and len(wanted) == 3
 
