@@ -246,9 +246,8 @@ class Remote:
 class _Request:
     """Bytes from `start` on, which hold `reads` announced ranges."""
 
-    def __init__(self, start: int, size: int, reads: int):
-        self.start, self.size, self.reads = start, size, reads
-        self.future: Future[memoryview] = Future()
+    def __init__(self, start: int, size: int, reads: int, future: Future[memoryview]):
+        self.start, self.size, self.reads, self.future = start, size, reads, future
 
 
 class _Ahead:
@@ -288,18 +287,15 @@ class _Ahead:
                 size, reads = size + more, reads + 1
             self._ask(start, size, reads)
 
-    def _ask(self, start: int, size: int, reads: int = 1) -> _Request:
-        request = _Request(start, size, reads)
-        at = start
+    def _ask(self, start: int, size: int, reads: int = 1) -> None:
+        self._under_way.add(self._count)
+        future = self._pool.submit(self._get, self._count, start, size)
+        request, at = _Request(start, size, reads, future), start
         while at < start + size:
             self._asked[at] = request
             at += self._left.pop(at)
         self._begun, self._remaining = self._begun + size, self._remaining - size
-        self._bytes += size
-        self._under_way.add(self._count)
-        request.future = self._pool.submit(self._get, self._count, start, size)
-        self._count += 1
-        return request
+        self._bytes, self._count = self._bytes + size, self._count + 1
 
     def _get(self, which: int, start: int, size: int) -> memoryview:
         began = time.perf_counter()

@@ -71,14 +71,14 @@ struct Steps {
   std::size_t escaped_count = 0;
 
   template <int M>
-  __attribute__((always_inline)) void fetch(std::size_t c, const std::uint8_t* at) {
+  __attribute__((always_inline)) void fetch(std::size_t c, const std::uint8_t* next_word) {
     constexpr std::size_t kRows = rows_of_octet(M);
     for (std::size_t j = 2 * c; j < least(2 * c + 2, tokens); ++j)
       for (std::size_t at = 0; at < kStrip; at += 64 / sizeof(T))
         __builtin_prefetch(corner + std::ptrdiff_t(j) * token_stride + at, 1);
     for (std::size_t k = 0; k < 2 * kRows; k += 8)
       __builtin_prefetch(mantissas + (c * (2 * kRows / 8 + (2 * kRows % 8 != 0)) + k / 8) * 64);
-    __builtin_prefetch(at + 2048);
+    __builtin_prefetch(next_word + 2048);
   }
 };
 

@@ -51,17 +51,17 @@ bool encode_block(const Tables& tables, const Block<const T>& block, Sink* sink)
     const T* corner = strip.corner(block);
     for (std::size_t o = 0; o < strip.lanes; o += 16) {
       const std::size_t there = least(16, strip.lanes - o);
+      if (there < 16 || strip.width < kStrip) std::memset(rows, 0, sizeof rows);
+      const T* const from = corner + std::ptrdiff_t(o) * block.token_stride;
       // Of fixed size where it can be: compilers make slow work of a few dozen bytes otherwise.
       if (strip.width == kStrip) {
         for (std::size_t i = 0; i < there; ++i)
-          std::memcpy(rows[i], corner + std::ptrdiff_t(o + i) * block.token_stride, sizeof rows[i]);
+          std::memcpy(rows[i], from + std::ptrdiff_t(i) * block.token_stride, sizeof rows[i]);
       } else {
-        std::memset(rows, 0, sizeof rows);
         for (std::size_t i = 0; i < there; ++i)
-          std::memcpy(rows[i], corner + std::ptrdiff_t(o + i) * block.token_stride,
+          std::memcpy(rows[i], from + std::ptrdiff_t(i) * block.token_stride,
                       strip.width * sizeof(T));
       }
-      for (std::size_t i = there; i < 16; ++i) std::memset(rows[i], 0, sizeof rows[i]);
       Simd::columns(rows, o, tile);
       for (std::size_t k = o / 8; k < least(o / 8 + 2, octets); ++k)
         split<Simd, T, M>(rows + 8 * (k - o / 8), live, live_count,

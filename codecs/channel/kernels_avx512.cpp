@@ -1,5 +1,5 @@
-// AVX-512 (F, BW, VL, DQ, VBMI, VBMI2, VPOPCNTDQ): a channel's whole table in four registers, the states of
-// all lanes in eight.
+// AVX-512 (F, BW, VL, DQ, VBMI, VBMI2, VPOPCNTDQ): a channel's whole table in four registers, the
+// states of all lanes in eight.
 #include <immintrin.h>
 
 #include <utility>
@@ -46,8 +46,7 @@ struct Bytes {
   }
   alignas(64) std::uint8_t of[64] = {};
 };
-constexpr Bytes kBytesOf;
-constexpr const std::uint8_t* kBytes = kBytesOf.of;
+constexpr Bytes kBytes;
 
 // A mask in a general register. GCC 12 stores 16 bits of one that it runs out of registers for and
 // reads back 32, if it knows what this is.
@@ -409,7 +408,7 @@ struct Symbols {
 Symbols symbols_of(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                    int exponent_bits, __m512i places) {
   const __m512i one = _mm512_set1_epi16(1);
-  const __m512i bytes = _mm512_loadu_si512(kBytes);
+  const __m512i bytes = _mm512_load_si512(kBytes.of);
   const __m512i all = _mm512_maskz_loadu_epi8(first_ones(2 * width), levels);
   const __mmask64 there = _mm512_test_epi8_mask(all, all);
   const std::uint64_t count = std::uint64_t(__builtin_popcountll(there));
@@ -467,7 +466,7 @@ void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
                   int exponent_bits, Decoder* decoder) {
   const __m512i one = _mm512_set1_epi16(1), slots = _mm512_set1_epi16(kBucketSlots);
   const __m512i places =
-      _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kBytes)));
+      _mm512_cvtepu8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(kBytes.of)));
   const Symbols symbols = symbols_of(levels, width, escape_level, exponent_bits, places);
   const __m512i freq = symbols.freq;
   const __mmask32 small = _mm512_cmplt_epu16_mask(freq, slots), large = ~small;
