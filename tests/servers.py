@@ -20,8 +20,9 @@ from urllib.parse import unquote
 
 import pytest
 
+from kvzip import remote
 from kvzip.errors import StoreError
-from kvzip.remote import Bucket
+from kvzip.remote import Bucket, Remote
 
 
 @dataclass
@@ -195,3 +196,22 @@ def failing_server(folder: Path) -> Iterator[Failing]:
         server.shutdown()
         thread.join()
         server.socket.close()
+
+
+class DyingStore:
+    """Every store, each block asked for alone, that is gone after `left` more requests."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = 0
+        get = Remote._get
+
+        def fails_later(its: Remote, offset: int, length: int) -> object:
+            self.left -= 1
+            if self.left < 0:
+                raise StoreError("the store is gone")
+            return get(its, offset, length)
+
+        monkeypatch.setattr(remote, "_FIRST", 4096)
+        for bound in ("_LEAST", "_MOST"):
+            monkeypatch.setattr(remote, bound, 1)
+        monkeypatch.setattr(Remote, "_get", fails_later)

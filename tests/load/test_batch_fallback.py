@@ -12,12 +12,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import numpy as np  # noqa: E402
-from servers import silent_server  # noqa: E402
+from servers import DyingStore, silent_server  # noqa: E402
 from support import damaged, warnings_of  # noqa: E402
 
 import kvzip  # noqa: E402
-from kvzip import remote  # noqa: E402
-from kvzip.errors import StoreError  # noqa: E402
 from kvzip.load.hf import cache_argument, load_batch, load_batch_or_prefill  # noqa: E402
 from kvzip.store import Store  # noqa: E402
 
@@ -218,22 +216,10 @@ def test_a_store_that_dies_on_the_way(
     """After the n-th request for bytes, for every n until none fails."""
     batch = Batch(tiny(name))
     store = stored(batch, f"{s3.url}/batch-{name}", range(3), options=s3.options)
-    monkeypatch.setattr(remote, "_FIRST", 4096)
-    for bound in ("_LEAST", "_MOST"):
-        monkeypatch.setattr(remote, bound, 1)  # a request for each block
-    get, left = remote.Remote._get, 0
-
-    def fails_later(self: Any, offset: int, length: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise StoreError("the store is gone")
-        return get(self, offset, length)
-
-    monkeypatch.setattr(remote.Remote, "_get", fails_later)
+    dying = DyingStore(monkeypatch)
     failures = []
     for n in (0, 2, 9, 20, 60, 600):
-        left = n
+        dying.left = n
         found = batch.load(store, name="tiny", revision="")
         assert torch.equal(batch.generate(found), batch.right)
         told = warnings_of(caplog)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import numpy as np  # noqa: E402
-from servers import failing_server, silent_server  # noqa: E402
+from servers import DyingStore, failing_server, silent_server  # noqa: E402
 from support import damaged, warnings_of  # noqa: E402
 
 import kvzip  # noqa: E402
@@ -182,22 +182,10 @@ def test_a_store_that_dies_on_the_way(
     case = tiny(name)
     right = tokens_of(case, case.longer(), None)
     store, _ = stored(case, f"{s3.url}/dies-{name}", options=s3.options)
-    monkeypatch.setattr(remote, "_FIRST", 4096)
-    for bound in ("_LEAST", "_MOST"):
-        monkeypatch.setattr(remote, bound, 1)  # a request for each block
-    get, left = remote.Remote._get, 0
-
-    def fails_later(self: Any, offset: int, length: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise StoreError("the store is gone")
-        return get(self, offset, length)
-
-    monkeypatch.setattr(remote.Remote, "_get", fails_later)
+    dying = DyingStore(monkeypatch)
     failures = 0
     for n in (0, 1, 2, 5, 12, 30, 200):
-        left = n
+        dying.left = n
         cache = load_or_prefill(store, case.model, case.longer(), name="tiny", revision="")
         assert torch.equal(tokens_of(case, case.longer(), cache), right)
         told = warnings_of(caplog)
