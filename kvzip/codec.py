@@ -11,11 +11,11 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, NamedTuple
 
+import msgspec
 from numpy.typing import NDArray
 
 from kvzip import checksum
@@ -27,8 +27,7 @@ GROUP = "kvzip.codecs"
 """Entry-point group under which a distribution offers codecs: name = "module:CodecClass"."""
 
 
-@dataclass(slots=True)  # frozen, it would take as long to make as a small block to decode
-class Context:
+class Context(msgspec.Struct):  # a dataclass would take as long to make as a small block to decode
     """What writer and reader both know of a block besides its bytes. Not to be changed."""
 
     dtype: DType
@@ -42,10 +41,10 @@ class Context:
     profile: Any = None
     tables: Any = None
     """What :meth:`Codec.load_tables` made of this layer and part's tables, or None."""
-    earlier: Mapping[tuple[int, Part], Bits] = field(default_factory=dict)
+    earlier: Mapping[tuple[int, Part], Bits] = {}
     """The same tokens of the blocks that :meth:`Codec.needs` names, as far as the file holds them,
     shaped as blocks are."""
-    scratch: dict[str, Any] = field(default_factory=dict)
+    scratch: dict[str, Any] = {}
     """What a codec keeps for itself from block to block of the same tokens, layer after layer."""
 
 
@@ -113,7 +112,11 @@ class Codec(ABC):
         Raises CorruptError, whatever the bytes are; never reads or writes out of bounds.
         """
 
-    def decode_many(self, blocks: Sequence[Coded]) -> list[int]:
+    threaded: ClassVar[bool] = False
+    """Whether `decode_many` uses the threads that it is given. If not, the caller makes some that
+    call it."""
+
+    def decode_many(self, blocks: Sequence[Coded], threads: int = 1) -> list[int]:
         """Decode blocks that do not need each other; the XXH3-64 of the raw bytes of each.
 
         By default one after the other. A codec whose code is compiled can do them in one call,

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -29,6 +28,7 @@ from kvzip.codec import Codec, Coded, Context, get_codec
 from kvzip.codecs._native import Output
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError
+from kvzip.index import RECORD, Entry, Index, entries, entry_count
 from kvzip.profile import Profile
 from kvzip.snapshot import (
     PARTS,
@@ -48,21 +48,6 @@ MAX_HEADER = 1 << 26
 WRITER = "kvzip 0.1.0"
 
 _PREAMBLE = struct.Struct("<8sHHIIIQQ")
-_INDEX = np.dtype(
-    [
-        ("layer", "<u4"),
-        ("part", "u1"),
-        ("kind", "u1"),
-        ("reserved", "<u2"),
-        ("start", "<u4"),
-        ("tokens", "<u4"),
-        ("offset", "<u8"),
-        ("length", "<u8"),
-        ("stored_checksum", "<u8"),
-        ("raw_checksum", "<u8"),
-    ]
-)
-_BLOCK, _TABLES = 0, 1
 _FIRST_READ = 1 << 16
 
 T = TypeVar("T")
@@ -90,75 +75,6 @@ def header_schema() -> dict[str, Any]:
     """The JSON schema of the header."""
     schema: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(msgspec.json.schema(Header)))
     return schema
-
-
-class _Entry(NamedTuple):
-    """Place of one block, or of one part's tables, in the order of the file."""
-
-    layer: int
-    part: Part
-    tables: bool
-    start: int
-    """First token, counted from the first that the layer holds."""
-    tokens: int
-
-    def record(self, offset: int, length: int, stored: int, raw: int) -> tuple[int, ...]:
-        kind = _TABLES if self.tables else _BLOCK
-        part = PARTS.index(self.part)
-        return (self.layer, part, kind, 0, self.start, self.tokens, offset, length, stored, raw)
-
-
-def _entries(layout: Layout, block_tokens: int) -> Iterator[_Entry]:
-    """Every entry of a file of that layout, layer by layer, K before V, tables before blocks."""
-    for i, layer in enumerate(layout.layers):
-        first = layer.first
-        cuts = [(start - first, stop - start) for start, stop in _cuts(layer, block_tokens)]
-        for part in PARTS:
-            yield _Entry(i, part, True, 0, 0)
-            for start, tokens in cuts:
-                yield _Entry(i, part, False, start, tokens)
-
-
-def _cuts(layer: LayerLayout, block_tokens: int) -> Iterator[tuple[int, int]]:
-    """First and last position of each block. Layers that begin at different positions are cut at
-    the same ones, multiples of `block_tokens`."""
-    start, end = layer.first, layer.cumulative_length
-    while start < end:
-        stop = min((start // block_tokens + 1) * block_tokens, end)
-        yield start, stop
-        start = stop
-
-
-def _places(layout: Layout, block_tokens: int) -> NDArray[Any]:
-    """The first 16 bytes of each entry of the index, which say which block it is, as four numbers:
-    what `_entries` gives, for thousands of them at once."""
-    alike: dict[tuple[int, int], NDArray[Any]] = {}
-    pieces = []
-    for layer in layout.layers:
-        key = first, _ = layer.first, layer.cumulative_length
-        if key not in alike:
-            cuts = np.array(list(_cuts(layer, block_tokens)), np.int64).reshape(-1, 2)
-            piece = np.zeros((2, 1 + len(cuts), 4), "<u4")
-            piece[:, :, 1] = np.arange(2)[:, None] | _BLOCK << 8
-            piece[:, 0, 1] += (_TABLES - _BLOCK) << 8
-            piece[:, 1:, 2] = cuts[:, 0] - first
-            piece[:, 1:, 3] = cuts[:, 1] - cuts[:, 0]
-            alike[key] = piece.reshape(-1, 4)
-        pieces.append(alike[key])
-    places = np.concatenate(pieces) if pieces else np.zeros((0, 4), "<u4")
-    places[:, 0] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
-    return places
-
-
-def _count(layout: Layout, block_tokens: int) -> int:
-    """How many entries a file of that layout has."""
-    blocks = (
-        -(-layer.cumulative_length // block_tokens) - layer.first // block_tokens
-        if layer.stored
-        else 0
-        for layer in layout.layers
-    )
-    return sum(2 * (1 + n) for n in blocks)
 
 
 def default_block_tokens(layout: Layout, codec: Codec) -> int:
@@ -261,9 +177,9 @@ class _Encoder:
             token_ids=self.ids is not None,
             token_ids_sha256=digest,
         )
-        self.entries = list(_entries(snapshot.layout, block_tokens))
+        self.entries = list(entries(snapshot.layout, block_tokens))
 
-    def context(self, entry: _Entry, **more: Any) -> Context:
+    def context(self, entry: Entry, **more: Any) -> Context:
         layer = self.snapshot.layout.layers[entry.layer]
         begin = layer.first + entry.start
         return Context(
@@ -277,17 +193,17 @@ class _Encoder:
             **more,
         )
 
-    def part(self, entry: _Entry) -> Bits:
+    def part(self, entry: Entry) -> Bits:
         """All that the snapshot holds of the entry's layer and part."""
         return batched(self.snapshot.layers[entry.layer].part(entry.part))
 
-    def tables(self, entry: _Entry) -> tuple[bytes, Any]:
+    def tables(self, entry: Entry) -> tuple[bytes, Any]:
         """The tables of one layer's K or V as stored, and as blocks use them."""
         whole, context = self.part(entry), self.context(entry)
         made = self.codec.make_tables(whole, context)
         return made, self.codec.load_tables(memoryview(made), whole.shape, context)
 
-    def block(self, entry: _Entry) -> Bits:
+    def block(self, entry: Entry) -> Bits:
         """The entry's numbers."""
         return self.part(entry)[:, :, entry.start : entry.start + entry.tokens]
 
@@ -355,7 +271,7 @@ class _Encoder:
         if len(header) > MAX_HEADER:
             raise KVZipError(f"the header would have {len(header):,} bytes, above {MAX_HEADER:,}")
         ids = b"" if self.ids is None else _packed(self.ids)
-        index = np.zeros(len(self.entries), _INDEX)
+        index = np.zeros(len(self.entries), RECORD)
         offset = _PREAMBLE.size + len(header) + len(ids) + index.nbytes
         base = sink.tell()
         sink.seek(base + offset)
@@ -466,7 +382,7 @@ def max_encoded_size(
     form = dtypes.get(shapes.dtype)
     if block_tokens is None:
         block_tokens = default_block_tokens(shapes, codec)
-    size = _PREAMBLE.size + _count(shapes, block_tokens) * _INDEX.itemsize
+    size = _PREAMBLE.size + entry_count(shapes, block_tokens) * RECORD.itemsize
     header = Header(
         shapes,
         snapshot.origin if snapshot else Origin(),
@@ -483,7 +399,7 @@ def max_encoded_size(
         else batch * shapes.tokens
     )
     size += len(msgspec.json.encode(header)) + 4 * ids + (0 if snapshot else 4096)
-    for entry in _entries(shapes, block_tokens):
+    for entry in entries(shapes, block_tokens):
         shape = shapes.layers[entry.layer].shape(entry.part)
         if entry.tables:
             size += codec.max_tables_size(_batched_shape(shape), form)
@@ -555,18 +471,7 @@ class Info:
         return 8 * self.encoded_bytes / max(self.numbers, 1)
 
 
-class _Found(NamedTuple):
-    """An entry of a file's index; the first fields are those of `_Entry`."""
-
-    layer: int
-    part: Part
-    tables: bool
-    start: int
-    tokens: int
-    offset: int
-    length: int
-    stored_checksum: int
-    raw_checksum: int
+_ALL = slice(None)
 
 
 class _Target(NamedTuple):
@@ -620,7 +525,7 @@ class Reader:
             raise CorruptError(f"the file is {problem}: {size:,} bytes of {length:,}")
         ids_at = _PREAMBLE.size + header_length
         index_at = ids_at + ids_length
-        end = index_at + count * _INDEX.itemsize
+        end = index_at + count * RECORD.itemsize
         if end > size:
             raise FormatError("the file's index is out of bounds")
         start = first[:end] if end <= len(first) else self._source.read(0, end)
@@ -638,46 +543,10 @@ class Reader:
             raise FormatError("the header makes no sense: block_tokens is below 1")
         self._form = dtypes.get(self.layout.dtype)
         self._codec = get_codec(self.header.codec)
-        self._check_index(np.frombuffer(start, _INDEX, count, index_at), end)
+        records = np.frombuffer(start, RECORD, count, index_at)
+        self._index = Index(records, end, size, self.layout, self.header.block_tokens)
+        self._index.check_sizes(self.layout, self._codec)
         self.token_ids = self._token_ids(start[ids_at:index_at])
-
-    def _check_index(self, index: NDArray[Any], end: int) -> None:
-        """Every entry is the one that the layout asks for, and bytes follow without a gap."""
-        if len(index) != _count(self.layout, self.header.block_tokens):
-            raise FormatError("the index does not fit the shapes in the header")
-        lengths = index["length"]
-        if len(index) and int(lengths.max()) > self._source.size:
-            raise FormatError("a block is longer than the file")
-        offsets = end + np.concatenate([[0], np.cumsum(lengths, dtype=np.uint64)]).astype(np.uint64)
-        if (
-            not np.array_equal(offsets[:-1], index["offset"])
-            or int(offsets[-1]) != self._source.size
-        ):
-            raise FormatError("the blocks do not follow each other without gap or overlap")
-        places = _places(self.layout, self.header.block_tokens)
-        differ = (index.view("<u4").reshape(len(index), -1)[:, :4] != places).any(axis=1)
-        if differ.any():
-            row = int(differ.argmax())
-            raise FormatError(f"entry {row} of the index is not the block that belongs there")
-        tables = index["kind"] == _TABLES
-        columns = [index[name].tolist() for name in _INDEX.names or () if name != "reserved"]
-        columns[1] = [PARTS[part] for part in columns[1]]
-        columns[2] = tables.tolist()
-        self._index: list[_Found] = list(map(_Found._make, zip(*columns, strict=True)))
-        firsts = np.flatnonzero(tables).tolist()
-        self._rows: dict[tuple[int, Part], range] = {
-            (row // 2, PARTS[row % 2]): range(first, after)
-            for row, (first, after) in enumerate(pairwise([*firsts, len(index)]))
-        }
-        form, room = self._form, self._codec.max_decoded_size
-        for (i, part), rows in self._rows.items():
-            shape = self.layout.layers[i].shape(part)
-            token = math.prod((*shape[:-2], shape[-1])) * form.itemsize
-            for row in rows[1:]:
-                if token * self._index[row].tokens > room(self._index[row].length, form):
-                    raise FormatError(
-                        f"entry {row} of the index claims more than its bytes can hold"
-                    )
 
     def _token_ids(self, data: memoryview) -> NDArray[Any] | None:
         if not self.header.token_ids:
@@ -733,9 +602,8 @@ class Reader:
         for i, span in enumerate(spans):
             for chain in self._plan([i], {i: self.layout.layers[i].cut(*span)}):
                 for row in chain:
-                    entry = self._index[row]
-                    rows |= {row, self._rows[entry.layer, entry.part].start}
-        announce([(self._index[row].offset, self._index[row].length) for row in sorted(rows)])
+                    rows |= {row, self._index.rows[self._index.key[row]].start}
+        announce([(self._index.offset[row], self._index.length[row]) for row in sorted(rows)])
 
     # --- decoding --------------------------------------------------------------------------
 
@@ -773,15 +641,21 @@ class Reader:
         if not 0 <= begin <= end <= self.layout.tokens:
             raise ValueError(f"tokens {begin}:{end} are not within 0:{self.layout.tokens}")
         cuts = {i: self.layout.layers[i].cut(begin, end) for i in wanted}
-        targets = self._targets(wanted, cuts, out)
+        arrays = self._arrays(wanted, cuts, out)
+        targets = {key: batched(array) for key, array in arrays.items()}
         plan = self._plan(wanted, cuts)
         tables: dict[tuple[int, Part], Any] = {}
         workers = thread_count(threads) if threads is not None else self._threads
         # A few chains to a job: handing over a job takes as long as a block of the fastest codec.
-        size = max(1, min(16, len(plan) // (4 * workers)))
+        size, inside = max(1, min(16, len(plan) // (4 * workers))), 1
+        if self._codec.threaded and isinstance(self._source, _Memory):
+            size, inside = 64, workers  # nothing to wait for: one job after the other
         batches = [plan[at : at + size] for at in range(0, len(plan), size)]
-        jobs = ((lambda b=batch: self._decode_batch(b, cuts, targets, tables)) for batch in batches)
-        pool = ThreadPoolExecutor(workers) if workers > 1 and len(plan) > 1 else None
+        jobs = (
+            (lambda b=batch: self._decode_batch(b, cuts, targets, tables, inside))
+            for batch in batches
+        )
+        pool = ThreadPoolExecutor(workers) if workers > inside and len(plan) > 1 else None
         try:
             for done in _in_order(pool, jobs, 2 * workers):
                 if progress is not None:
@@ -789,10 +663,7 @@ class Reader:
         finally:
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
-        result = [
-            Layer(targets[i, "k"].reshape(cuts[i].k), targets[i, "v"].reshape(cuts[i].v), cuts[i])
-            for i in wanted
-        ]
+        result = [Layer(arrays[i, "k"], arrays[i, "v"], cuts[i]) for i in wanted]
         ids = self.token_ids
         # A cut keeps the ids of all positions up to its end, since layers hold positions, too.
         ids = (
@@ -813,13 +684,14 @@ class Reader:
             found = "none was given" if have is None else f"the one given is {have}"
             raise ProfileError(f"the file was written with profile {need}; {found}")
 
-    def _targets(
+    def _arrays(
         self,
         wanted: Sequence[int],
         cuts: Mapping[int, LayerLayout],
         out: Sequence[tuple[Any, Any]] | None,
     ) -> dict[tuple[int, Part], Bits]:
-        targets: dict[tuple[int, Part], Bits] = {}
+        """Where the numbers of each part go, in the shape that the result has."""
+        arrays: dict[tuple[int, Part], Bits] = {}
         if out is not None and len(out) != len(wanted):
             raise ValueError(f"out has {len(out)} layers, not {len(wanted)}")
         if out is None:
@@ -839,54 +711,50 @@ class Reader:
                     array, _ = dtypes.as_bits(out[n][j], self.layout.dtype)
                     if array.shape != shape or not array.flags.writeable:
                         raise ValueError(f"out for layer {i}: want a writable array of {shape}")
-                targets[i, part] = batched(array)
-        return targets
+                arrays[i, part] = array
+        return arrays
+
+    @cached_property
+    def _independent(self) -> bool:
+        """Whether every block decodes alone."""
+        return not any(self._codec.needs(*key) for key in self._index.rows)
 
     def _plan(self, wanted: Sequence[int], cuts: Mapping[int, LayerLayout]) -> list[list[int]]:
         """Rows of the index to decode, as chains: rows of one chain in order, chains in any."""
-        needed: dict[tuple[int, Part], None] = {}
-        dependent = False
+        if self._independent:
+            keys = [(i, part) for i in wanted for part in PARTS]
+        else:
+            needed: dict[tuple[int, Part], None] = {}
 
-        def require(key: tuple[int, Part]) -> None:
-            nonlocal dependent
-            if key in needed:
-                return
-            for other in self._codec.needs(*key):
-                dependent = True
-                require(other)
-            needed[key] = None
+            def require(key: tuple[int, Part]) -> None:
+                if key not in needed:
+                    for other in self._codec.needs(*key):
+                        require(other)
+                    needed[key] = None
 
-        for i in wanted:
-            for part in PARTS:
-                require((i, part))
+            for i in wanted:
+                for part in PARTS:
+                    require((i, part))
+            keys = sorted(needed)
         chains: dict[int, list[int]] = {}
         begin = min((c.first for c in cuts.values()), default=0)
         end = max((c.cumulative_length for c in cuts.values()), default=0)
-        for key in sorted(needed):
+        for key in keys:
             first = self.layout.layers[key[0]].first
-            for row in self._rows[key][1:]:
-                start, tokens = self._index[row].start, self._index[row].tokens
-                stop = first + start + tokens
-                if first + start < end and stop > begin:
+            for row in self._index.rows[key][1:]:
+                start = first + self._index.start[row]
+                stop = start + self._index.tokens[row]
+                if start < end and stop > begin:
                     # Blocks of a chain end at the same token, wherever their layers begin.
-                    chains.setdefault(stop if dependent else row, []).append(row)
+                    chains.setdefault(row if self._independent else stop, []).append(row)
         return list(chains.values())
 
-    def _tables(self, layer: int, part: Part, loaded: dict[tuple[int, Part], Any]) -> Any:
-        """A part's tables. Two threads that want them at once may both load them, to one end."""
-        key = layer, part
-        if key not in loaded:
-            data = self._stored(self._rows[key].start)
-            shape = _batched_shape(self.layout.layers[layer].shape(part))
-            loaded[key] = self._codec.load_tables(data, shape, self._context(layer, part, 0, 0))
-        return loaded[key]
-
-    def _context(self, layer: int, part: Part, start: int, tokens: int, **more: Any) -> Context:
-        begin = self.layout.layers[layer].first + start
-        ids = _ids_of(self._ids_by_row, begin, begin + tokens)
-        return Context(
-            self._form, layer, part, begin, self.header.origin, ids, self._profile, **more
-        )
+    def _tables(self, key: tuple[int, Part]) -> Any:
+        """A part's tables."""
+        layer = self.layout.layers[key[0]]
+        context = Context(self._form, *key, layer.first, self.header.origin, profile=self._profile)
+        data = self._stored(self._index.rows[key].start)
+        return self._codec.load_tables(data, _batched_shape(layer.shape(key[1])), context)
 
     @cached_property
     def _ids_by_row(self) -> NDArray[Any] | None:
@@ -894,21 +762,21 @@ class Reader:
 
     def _stored(self, row: int, check: bool = True) -> memoryview:
         """The stored bytes of an entry, with their checksum verified if asked for."""
-        found = self._index[row]
-        data = self._source.read(found.offset, found.length)
+        data = self._source.read(self._index.offset[row], self._index.length[row])
         if check:
             self._check_stored(row, data)
         return data
 
     def _check_stored(self, row: int, data: memoryview) -> None:
-        if checksum.of_bytes(data) != self._index[row].stored_checksum:
+        if checksum.of_bytes(data) != self._index.stored_checksum[row]:
             raise CorruptError(f"{self._name(row)} is damaged: its checksum does not match")
 
     def _name(self, row: int) -> str:
-        entry = self._index[row]
-        start = self.layout.layers[entry.layer].first + entry.start
-        what = "the tables of " if entry.tables else ""
-        return f"{what}layer {entry.layer} {entry.part}, tokens {start}:{start + entry.tokens}"
+        index = self._index
+        layer, part = index.key[row]
+        start = self.layout.layers[layer].first + index.start[row]
+        what = "the tables of " if row == index.rows[layer, part].start else ""
+        return f"{what}layer {layer} {part}, tokens {start}:{start + index.tokens[row]}"
 
     def _target(
         self,
@@ -916,34 +784,41 @@ class Reader:
         cuts: Mapping[int, LayerLayout],
         targets: Mapping[tuple[int, Part], Bits],
         tables: dict[tuple[int, Part], Any],
-        **more: Any,
     ) -> _Target:
         """Everything to decode a block, straight into place where all of it was asked for."""
-        layer, part, _, start, tokens, *_ = self._index[row]
-        whole, wanted, cut = self.layout.layers[layer], None, slice(0, 0)
+        key, start, tokens = self._index.key[row], self._index.start[row], self._index.tokens[row]
+        layer, part = key
+        whole = self.layout.layers[layer]
+        wanted, cut = None, _ALL
         if layer in cuts:
+            wanted, have = targets[key], cuts[layer]
             # `cut` gives the layer itself where all of it is asked for, as it mostly is.
-            have = cuts[layer]
-            offset = start if have is whole else whole.first + start - have.first
-            cut = slice(max(0, -offset), min(tokens, have.stored - offset))
-            if cut.start < cut.stop:
-                wanted = targets[layer, part][:, :, offset + cut.start : offset + cut.stop]
+            if have is not whole or wanted.shape[2] != tokens:
+                offset = whole.first + start - have.first
+                cut = slice(max(0, -offset), min(tokens, have.stored - offset))
+                within = cut.start < cut.stop
+                wanted = wanted[:, :, offset + cut.start : offset + cut.stop] if within else None
         if wanted is not None and wanted.shape[2] == tokens:
             out = wanted
         else:
             shape = _batched_shape(whole.shape(part))
             out = np.empty((*shape[:2], tokens, shape[3]), self._form.uint)
-        used = self._tables(layer, part, tables)
-        context = self._context(layer, part, start, tokens, tables=used, **more)
+        if key not in tables:
+            tables[key] = self._tables(key)
+        begin = whole.first + start
+        ids = _ids_of(self._ids_by_row, begin, begin + tokens)
+        context = Context(
+            self._form, layer, part, begin, self.header.origin, ids, self._profile, tables[key]
+        )
         # The numbers' checksum tells all; that of the stored bytes, what is to blame. Taking both
         # always would cost an eighth of the fastest codec's time.
         data = self._stored(row, check=self._thorough)
         return _Target(row, Coded(data, out, context), wanted, cut)
 
-    def _fill(self, work: Sequence[_Target]) -> int:
+    def _fill(self, work: Sequence[_Target], threads: int = 1) -> int:
         """Decode blocks and check them; return how many raw bytes were asked for."""
         try:
-            found = self._codec.decode_many([target.coded for target in work])
+            found = self._codec.decode_many([target.coded for target in work], threads)
         except CorruptError as error:
             if len(work) > 1:
                 return sum(self._fill([target]) for target in work)  # one of them tells more
@@ -951,7 +826,7 @@ class Reader:
             raise CorruptError(f"{self._name(work[0].row)}: {error}") from None
         filled = 0
         for target, digest in zip(work, found, strict=True):
-            if digest != self._index[target.row].raw_checksum:
+            if digest != self._index.raw_checksum[target.row]:
                 self._check_stored(target.row, target.coded.data)
                 raise CorruptError(
                     f"{self._name(target.row)} decodes to other numbers than were encoded"
@@ -968,10 +843,12 @@ class Reader:
         cuts: Mapping[int, LayerLayout],
         targets: Mapping[tuple[int, Part], Bits],
         tables: dict[tuple[int, Part], Any],
+        threads: int,
     ) -> int:
         """Decode chains; return how many raw bytes were asked for."""
         alone = [rows[0] for rows in chains if len(rows) == 1]
-        filled = self._fill([self._target(row, cuts, targets, tables) for row in alone])
+        work = [self._target(row, cuts, targets, tables) for row in alone]
+        filled = self._fill(work, threads)
         for rows in chains:
             if len(rows) > 1:
                 filled += self._decode_chain(rows, cuts, targets, tables)
@@ -988,11 +865,10 @@ class Reader:
         filled = 0
         chain = self._resume(rows, cuts)
         for row in rows[chain.at :]:
-            key = self._index[row][:2]
+            key = self._index.key[row]
             earlier = {k: chain.done[k] for k in self._codec.needs(*key) if k in chain.done}
-            target = self._target(
-                row, cuts, targets, tables, earlier=earlier, scratch=chain.scratch
-            )
+            target = self._target(row, cuts, targets, tables)
+            target.coded.context.earlier, target.coded.context.scratch = earlier, chain.scratch
             filled += self._fill([target])
             chain.done[key] = target.coded.out
             for old in [k for k in chain.done if self._last_use.get(k, 0) <= row]:
@@ -1004,8 +880,8 @@ class Reader:
     def _last_use(self) -> dict[tuple[int, Part], int]:
         """The last row whose block needs that part of a layer."""
         last = {}
-        for row, entry in enumerate(self._index):
-            for key in self._codec.needs(entry.layer, entry.part):
+        for row, (layer, part) in enumerate(self._index.key):
+            for key in self._codec.needs(layer, part):
                 last[key] = row
         return last
 
@@ -1013,7 +889,7 @@ class Reader:
         """Where to begin with a chain: after what was decoded before, when only layers that come
         after are wanted. So layer after layer costs no more than all at once."""
         chain = self._chains.pop(rows[0], None)
-        if chain is None or any(self._index[r].layer in cuts for r in rows[: chain.at]):
+        if chain is None or any(self._index.key[r][0] in cuts for r in rows[: chain.at]):
             return _Chain(0, {}, {})
         return chain
 

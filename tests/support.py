@@ -69,9 +69,10 @@ def reseal(blob: bytes) -> bytes:
 def damaged(blob, layer, part):
     """A .kvz file with a bit of that layer's last block changed."""
     with kvzip.open(blob) as reader:
-        entry = reader._index[reader._rows[layer, part][-1]]
+        row = reader._index.rows[layer, part][-1]
+        end = reader._index.offset[row] + reader._index.length[row]
     out = bytearray(blob)
-    out[entry.offset + entry.length - 1] ^= 1
+    out[end - 1] ^= 1
     return bytes(out)
 
 

@@ -1,11 +1,14 @@
 // What Python sees of the channel codec.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <atomic>
 
 #include "channel/part.hpp"
 #include "native/bindings.hpp"
+#include "native/threads.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -95,11 +98,11 @@ class Views {
 struct Job {
   const PartTables* tables;  // or none
   const Py_buffer *data, *out;
-  std::uint64_t checksum;
 };
 
+// The numbers' checksum.
 template <typename T>
-void decode_one(Job& job, Workspace* workspace) {
+std::uint64_t decode_one(const Job& job, Workspace* workspace) {
   const Py_buffer& out = *job.out;
   const auto shape = [&](int i) { return std::size_t(out.shape[i]); };
   const auto stride = [&](int i) { return out.strides[i] / std::ptrdiff_t(sizeof(T)); };
@@ -110,7 +113,7 @@ void decode_one(Job& job, Workspace* workspace) {
   if (size && data[0] == kRawBlock) copy_raw<T>(data, size, shape(1), shape(3), block);
   else if (job.tables) job.tables->decode<T>(data, size, block, workspace);
   else throw std::invalid_argument("neither raw nor coded");
-  job.checksum = checksum<T>(block, shape(1), shape(3));
+  return checksum<T>(block, shape(1), shape(3));
 }
 
 void check(const Job& job) {
@@ -126,28 +129,29 @@ void check(const Job& job) {
       throw std::invalid_argument("a block of another shape than its tables");
 }
 
-std::vector<std::uint64_t> decode_all(const std::vector<std::optional<const PartTables*>>& tables,
-                                      const nb::list& data, const nb::list& outs) {
+std::vector<std::uint64_t> decode_all(const nb::list& tables, const nb::list& data,
+                                      const nb::list& outs, std::size_t threads) {
   const std::size_t n = tables.size();
   if (data.size() != n || outs.size() != n) throw std::invalid_argument("lists of unequal length");
   Views views(2 * n);
   std::vector<Job> jobs(n);
   for (std::size_t i = 0; i < n; ++i) {
-    jobs[i] = {tables[i].value_or(nullptr), &views.add(data[i], PyBUF_SIMPLE),
-               &views.add(outs[i], PyBUF_STRIDES | PyBUF_WRITABLE), 0};
+    jobs[i] = {tables[i].is_none() ? nullptr : nb::cast<const PartTables*>(tables[i]),
+               &views.add(data[i], PyBUF_SIMPLE),
+               &views.add(outs[i], PyBUF_STRIDES | PyBUF_WRITABLE)};
     check(jobs[i]);
   }
   std::vector<std::uint64_t> checksums(n);
   nb::gil_scoped_release released;
-  Workspace workspace;
-  for (std::size_t i = 0; i < n; ++i) {
-    switch (jobs[i].out->itemsize) {
-      case 1: decode_one<std::uint8_t>(jobs[i], &workspace); break;
-      case 2: decode_one<std::uint16_t>(jobs[i], &workspace); break;
-      default: decode_one<std::uint32_t>(jobs[i], &workspace);
-    }
-    checksums[i] = jobs[i].checksum;
-  }
+  std::atomic<std::size_t> next{0};
+  on_threads(std::min(threads, n), [&] {
+    Workspace workspace;
+    for (std::size_t i; (i = next++) < n;) switch (jobs[i].out->itemsize) {
+        case 1: checksums[i] = decode_one<std::uint8_t>(jobs[i], &workspace); break;
+        case 2: checksums[i] = decode_one<std::uint16_t>(jobs[i], &workspace); break;
+        default: checksums[i] = decode_one<std::uint32_t>(jobs[i], &workspace);
+      }
+  });
   return checksums;
 }
 
@@ -168,7 +172,7 @@ void bind(nb::module_& m) {
   bind_for<std::uint8_t>(m, tables);
   bind_for<std::uint16_t>(m, tables);
   bind_for<std::uint32_t>(m, tables);
-  m.def("channel_decode", decode_all, "tables"_a, "data"_a, "outs"_a,
+  m.def("channel_decode", decode_all, "tables"_a, "data"_a, "outs"_a, "threads"_a = 1,
         "Fill each of `outs`, [batch, heads, tokens, dim], from a block's bytes and its tables (or "
         "None); the XXH3-64 of the numbers of each. Raises ValueError.");
 }

@@ -85,13 +85,16 @@ class ChannelCodec(Codec):
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         self.decode_many([Coded(data, out, context)])
 
-    def decode_many(self, blocks: Sequence[Coded]) -> list[int]:
+    threaded = True
+
+    def decode_many(self, blocks: Sequence[Coded], threads: int = 1) -> list[int]:
         targets = [_rows(block.out, writing=True) for block in blocks]
         try:
             checksums: list[int] = _native.channel_decode(
                 [block.context.tables for block in blocks],
                 [block.data for block in blocks],
                 targets,
+                threads,
             )
         except ValueError as error:
             raise CorruptError(str(error)) from None

@@ -48,14 +48,6 @@ struct Bytes {
 };
 constexpr Bytes kBytes;
 
-// A mask in a general register. GCC 12 stores 16 bits of one that it runs out of registers for and
-// reads back 32, if it knows what this is.
-inline std::uint32_t bits_of(__mmask16 mask) {
-  std::uint32_t bits;
-  asm("kmovw %1, %0" : "=r"(bits) : "k"(mask));
-  return bits;
-}
-
 struct Avx512 {
   class Lanes {
    public:
@@ -71,6 +63,7 @@ struct Avx512 {
       for (int v = 0; v < kVectors; ++v) {
         const std::size_t first = 16 * std::size_t(v);
         active_[v] = __mmask16(lanes <= first ? 0 : first_ones(least(16, lanes - first)));
+        upper_[v] = _cvtu32_mask32(_pdep_u32(active_[v], kUpper));
       }
       limited_ = true;
     }
@@ -81,11 +74,6 @@ struct Avx512 {
     }
 
    private:
-    // Instructions are in the order in which their operands become ready, not vector by vector:
-    // the words of a vector come kLag vectors after its table has been looked up. A scheduler holds
-    // no more than a few vectors' instructions that wait.
-    static constexpr int kLag = 4;
-
     template <typename T, int M, bool limited>
     bool strip(Steps<T>& steps) {
       __m512i x[kVectors];
@@ -138,7 +126,6 @@ struct Avx512 {
       const __m512i keep = _mm512_set1_epi32(int((2 * (std::uint32_t(T(-1)) >> M) + 1) << (kShift - 1)));
       const __m512i ones = _mm512_set1_epi32(-1);
       const __m512i low = _mm512_set1_epi32(int(kLow));
-      std::uint32_t more[kVectors];
       const Decoder& d = steps.decoders[steps.channels[c].shape];
       const __m512i own_low = _mm512_load_si512(d.entry),
                     own_high = _mm512_load_si512(d.entry + 16);
@@ -147,42 +134,38 @@ struct Avx512 {
       std::uint32_t* const out = steps.tile->column(c);
       __m512i all = _mm512_setzero_si512();
 #pragma GCC unroll 16
-      for (int t = 0; t < kVectors + kLag; ++t) {
-        if (t >= kLag) {
-          const int v = t - kLag;
-          const __m512i w = _mm512_castsi256_si512(
-              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-          p += 2 * std::size_t(__builtin_popcount(more[v]));
-          x[v] = _mm512_mask_expand_epi16(x[v], _cvtu32_mask32(_pdep_u32(more[v], 0x55555555)), w);
-        }
-        if (t < kVectors) {
-          const int v = t;
-          const __m512i bucket = _mm512_srli_epi32(x[v], 5);  // permutations look at 5 bits of it
-          const __m512i own = _mm512_permutex2var_epi32(own_low, bucket, own_high);
-          const __m512i other = _mm512_permutex2var_epi32(other_low, bucket, other_high);
-          const __m512i place = _mm512_and_si512(x[v], _mm512_set1_epi32(kBucketSlots - 1));
-          const __mmask16 second =
-              _mm512_cmpge_epu32_mask(_mm512_shldi_epi32(x[v], ones, 27), own);
-          const __m512i e = _mm512_mask_blend_epi32(second, own, other);
-          const __m512i rank =
-              _mm512_mask_add_epi32(place, second, place, _mm512_srli_epi32(other, kAddAt));
-          const __m512i freq = _mm512_and_si512(e, _mm512_set1_epi32(int(kFreqMask)));
-          const __m512i y = _mm512_add_epi32(
-              _mm512_mullo_epi32(freq, _mm512_srli_epi32(x[v], kProbBits)), rank);
-          const __mmask16 takes = limited ? _mm512_mask_cmplt_epu32_mask(active_[v], y, low)
-                                          : _mm512_cmplt_epu32_mask(y, low);
-          more[v] = bits_of(takes);
-          x[v] = limited ? _mm512_mask_mov_epi32(x[v], active_[v], y) : y;
-          x[v] = _mm512_mask_slli_epi32(x[v], takes, y, 16);
-          all = _mm512_or_si512(all, e);
-          const __m512i turned = kShift < kValueAt ? _mm512_srli_epi32(e, kValueAt - kShift)
-                                                   : _mm512_slli_epi32(e, kShift - kValueAt);
-          std::uint32_t* const o = out + 16 * v;
-          // (turned & keep) | what is there
-          _mm512_store_si512(o, in_word ? _mm512_ternarylogic_epi32(turned, keep,
-                                                                    _mm512_load_si512(o), 0xEA)
-                                        : _mm512_and_si512(turned, keep));
-        }
+      for (int v = 0; v < kVectors; ++v) {
+        const __m512i bucket = _mm512_srli_epi32(x[v], 5);  // permutations look at 5 bits of it
+        const __m512i own = _mm512_permutex2var_epi32(own_low, bucket, own_high);
+        const __m512i other = _mm512_permutex2var_epi32(other_low, bucket, other_high);
+        const __m512i place = _mm512_and_si512(x[v], _mm512_set1_epi32(kBucketSlots - 1));
+        const __mmask16 second = _mm512_cmpge_epu32_mask(_mm512_shldi_epi32(x[v], ones, 27), own);
+        const __m512i e = _mm512_mask_blend_epi32(second, own, other);
+        const __m512i rank =
+            _mm512_mask_add_epi32(place, second, place, _mm512_srli_epi32(other, kAddAt));
+        const __m512i freq = _mm512_and_si512(e, _mm512_set1_epi32(int(kFreqMask)));
+        const __m512i y = _mm512_add_epi32(
+            _mm512_mullo_epi32(freq, _mm512_srli_epi32(x[v], kProbBits)), rank);
+        // A lane takes a word where the upper half is zero. The word is put there, and the halves
+        // change places.
+        const __mmask16 takes = limited ? _mm512_mask_cmplt_epu32_mask(active_[v], y, low)
+                                        : _mm512_cmplt_epu32_mask(y, low);
+        const __mmask32 upper = _mm512_mask_testn_epi16_mask(
+            limited ? upper_[v] : _cvtu32_mask32(kUpper), y, y);
+        const __m512i words = _mm512_castsi256_si512(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        p += 2 * std::size_t(__builtin_popcount(_cvtmask32_u32(upper)));
+        const __m512i next = limited ? _mm512_mask_mov_epi32(x[v], active_[v], y) : y;
+        const __m512i filled = _mm512_mask_expand_epi16(next, upper, words);
+        x[v] = _mm512_mask_rol_epi32(filled, takes, filled, 16);
+        all = _mm512_or_si512(all, e);
+        const __m512i turned = kShift < kValueAt ? _mm512_srli_epi32(e, kValueAt - kShift)
+                                                 : _mm512_slli_epi32(e, kShift - kValueAt);
+        std::uint32_t* const o = out + 16 * v;
+        // (turned & keep) | what is there
+        _mm512_store_si512(o, in_word ? _mm512_ternarylogic_epi32(turned, keep,
+                                                                  _mm512_load_si512(o), 0xEA)
+                                      : _mm512_and_si512(turned, keep));
       }
       at = p;
       const bool any = _mm512_test_epi32_mask(all, _mm512_set1_epi32(int(kEscapeBit))) != 0;
@@ -191,6 +174,8 @@ struct Avx512 {
     }
 
     __m512i x_[kVectors];
+    static constexpr std::uint32_t kUpper = 0xAAAAAAAA;  // the upper half of each lane
+    __mmask32 upper_[kVectors];
     __mmask16 active_[kVectors] = {0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF};
     bool limited_ = false;
   };

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from kvzip import dtypes
@@ -124,7 +125,7 @@ def _channel_encode(block: Bits, context: Context) -> bytes:
     channel = get_codec("channel")
     made = channel.make_tables(block, context)
     tables = channel.load_tables(memoryview(made), block.shape, context)
-    coded = channel.encode(block, replace(context, tables=tables))
+    coded = channel.encode(block, structs.replace(context, tables=tables))
     return struct.pack("<I", len(made)) + made + coded
 
 
@@ -134,7 +135,7 @@ def _channel_decode(data: memoryview, out: Bits, context: Context) -> None:
         raise CorruptError("cut short")
     end = 4 + int(struct.unpack_from("<I", data)[0])
     tables = channel.load_tables(data[4:end], out.shape, context)
-    channel.decode(data[end:], out, replace(context, tables=tables))
+    channel.decode(data[end:], out, structs.replace(context, tables=tables))
 
 
 def _decode_coded(
