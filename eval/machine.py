@@ -13,7 +13,7 @@ import msgspec
 from kvzip import container
 from kvzip.capture import processor_name
 
-PACKAGES = ("kvzip", "numpy", "torch", "transformers", "zstandard", "lz4", "xxhash")
+PACKAGES = ("kvzip", "numpy", "torch", "transformers", "zstandard", "lz4")
 
 
 class Machine(msgspec.Struct, frozen=True):

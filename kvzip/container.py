@@ -20,7 +20,6 @@ from typing import IO, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from kvzip import auto, checksum, dtypes
@@ -121,12 +120,18 @@ def _in_order(
 
 
 class _Encoded(NamedTuple):
-    """What becomes of one entry of the index."""
+    """What becomes of one entry of the index, with the checksums of its bytes and of the raw
+    ones."""
 
     row: int
     data: bytes
+    stored: int
     raw: int
-    """Checksum of the raw bytes."""
+
+    @classmethod
+    def of_tables(cls, row: int, data: bytes) -> _Encoded:
+        digest = checksum.of_bytes(data)
+        return cls(row, data, digest, digest)
 
 
 # --- writing -------------------------------------------------------------------------------
@@ -211,13 +216,13 @@ class _Encoder:
         entry = self.entries[row]
         block = self.block(entry)
         data = self.codec.encode(block, self.context(entry, **more))
-        return _Encoded(row, data, checksum.of_numbers(block))
+        return _Encoded(row, data, checksum.of_bytes(data), checksum.of_numbers(block))
 
     def encode_part(self, rows: Sequence[int]) -> list[_Encoded]:
         """One layer's K or V: its tables, then its blocks."""
         made, tables = self.tables(self.entries[rows[0]])
         return [
-            _Encoded(rows[0], made, checksum.of_bytes(made)),
+            _Encoded.of_tables(rows[0], made),
             *(self.encode_block(row, tables=tables) for row in rows[1:]),
         ]
 
@@ -258,7 +263,7 @@ class _Encoder:
             else:
                 stop = self.snapshot.layout.layers[entry.layer].first + entry.start + entry.tokens
                 chains.setdefault(stop, []).append(row)
-        done = {row: _Encoded(row, data, checksum.of_bytes(data)) for row, data in made.items()}
+        done = {row: _Encoded.of_tables(row, data) for row, data in made.items()}
         jobs = ((lambda c=chain: self.encode_chain(c, tables)) for chain in chains.values())
         for results in _in_order(pool, jobs, ahead):
             done |= {result.row: result for result in results}
@@ -278,9 +283,9 @@ class _Encoder:
         workers = thread_count(threads)
         pool = ThreadPoolExecutor(workers) if workers > 1 else None
         try:
-            for row, data, raw in self.encoded(pool, 2 * workers):
+            for row, data, stored, raw in self.encoded(pool, 2 * workers):
                 entry = self.entries[row]
-                index[row] = entry.record(offset, len(data), checksum.of_bytes(data), raw)
+                index[row] = entry.record(offset, len(data), stored, raw)
                 sink.write(data)
                 offset += len(data)
                 if progress is not None and not entry.tables:
@@ -529,9 +534,7 @@ class Reader:
         if end > size:
             raise FormatError("the file's index is out of bounds")
         start = first[:end] if end <= len(first) else self._source.read(0, end)
-        hashed = xxhash.xxh3_64(start[: _PREAMBLE.size - 8])
-        hashed.update(start[_PREAMBLE.size :])
-        if hashed.intdigest() != digest:
+        if checksum.of_bytes(start[: _PREAMBLE.size - 8], start[_PREAMBLE.size :]) != digest:
             raise CorruptError("the header or the index is damaged: its checksum does not match")
         try:
             self.header = msgspec.json.decode(start[_PREAMBLE.size : ids_at], type=Header)

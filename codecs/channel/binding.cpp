@@ -75,25 +75,6 @@ void bind_for(nb::module_& m, nb::class_<PartTables>& tables) {
       "numbers"_a, "A coded block's bytes, or None when they are not shorter than the numbers.");
 }
 
-// Python buffers that are held as long as this is.
-class Views {
- public:
-  explicit Views(std::size_t n) { views_.reserve(n); }
-  Views(const Views&) = delete;
-  ~Views() {
-    for (Py_buffer& view : views_) PyBuffer_Release(&view);
-  }
-  const Py_buffer& add(nb::handle object, int flags) {
-    Py_buffer view;
-    if (PyObject_GetBuffer(object.ptr(), &view, flags)) throw nb::python_error();
-    views_.push_back(view);
-    return views_.back();
-  }
-
- private:
-  std::vector<Py_buffer> views_;
-};
-
 // A block to be decoded.
 struct Job {
   const PartTables* tables;  // or none

@@ -1,9 +1,30 @@
 // The nanobind module kvzip.codecs._native.
-#include <nanobind/stl/vector.h>
-
 #include "native/bindings.hpp"
 #include "native/simd.hpp"
 #include "native/xxh3.hpp"
+
+namespace kvzip {
+namespace {
+
+std::uint64_t hash_of(const nanobind::args& pieces) {
+  Views views(pieces.size());
+  std::size_t size = 0;
+  for (nanobind::handle piece : pieces) size += std::size_t(views.add(piece, PyBUF_SIMPLE).len);
+  Xxh3 hash;
+  const auto update = [&] {
+    for (const Py_buffer& view : views) hash.update(view.buf, std::size_t(view.len));
+  };
+  if (size < 1u << 16) {  // to give up the lock would take as long
+    update();
+  } else {
+    nanobind::gil_scoped_release released;
+    update();
+  }
+  return hash.digest();
+}
+
+}  // namespace
+}  // namespace kvzip
 
 NB_MODULE(_native, m) {
   namespace nb = nanobind;
@@ -14,14 +35,8 @@ NB_MODULE(_native, m) {
   m.def(
       "set_simd", [](const char* name) { return simd::set_level(simd::from_name(name)); },
       nb::arg("name"), "Use another; False when this processor does not have it.");
-  m.def(
-      "xxh3_64",
-      [](const std::vector<nb::bytes>& pieces) {
-        kvzip::Xxh3 hash;
-        for (const nb::bytes& piece : pieces) hash.update(piece.c_str(), piece.size());
-        return hash.digest();
-      },
-      nb::arg("pieces"), "XXH3-64 of pieces one after the other, as kernels take it; for tests.");
+  m.def("xxh3_64", kvzip::hash_of,
+        "XXH3-64 of contiguous buffers, one after the other.");
   kvzip::bind_output(m);
   kvzip::planes::bind(m);
   kvzip::channel::bind(m);

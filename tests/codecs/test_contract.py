@@ -38,8 +38,9 @@ def test_round_trip_of_any_bits(codec, dtype, data):
     assert len(blob) <= kvzip.max_encoded_size(snapshot.layout, codec, block_tokens=block_tokens)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2)])
-def test_many_blocks_at_once_are_each_alone(codec, dtype, axes):
+def test_many_blocks_at_once_are_each_alone(codec, dtype, axes, threads):
     """Blocks of several parts, in any layout; checksums are those of numbers in C order."""
     form, made = dtypes.get(dtype), kvzip.get_codec(codec)
     rng = np.random.default_rng(9)
@@ -55,11 +56,14 @@ def test_many_blocks_at_once_are_each_alone(codec, dtype, axes):
             out = np.zeros(lying, form.uint).transpose(np.argsort(axes))
             blocks.append(Coded(memoryview(made.encode(block, context)), out, context))
             numbers.append(block)
-    found = made.decode_many(blocks)
+    found = made.decode_many(blocks, threads)
     assert found == [xxhash.xxh3_64_intdigest(block.tobytes()) for block in numbers]
     for block, expected in zip(blocks, numbers, strict=True):
         assert np.array_equal(block.out, expected)
-    assert made.decode_many([]) == []
+    assert made.decode_many([], threads) == []
+    blocks[3] = blocks[3]._replace(data=blocks[3].data[:-1])
+    with pytest.raises(kvzip.CorruptError):
+        made.decode_many(blocks, threads)
 
 
 def test_a_part_without_channels(codec, dtype):

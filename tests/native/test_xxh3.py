@@ -27,6 +27,6 @@ def test_it_is_what_xxhash_says(level):
             data = rng.randbytes(length)
             cuts = sorted(rng.randrange(length + 1) for _ in range(rng.randrange(4)))
             pieces = [data[i:j] for i, j in zip([0, *cuts], [*cuts, length], strict=True)]
-            assert _native.xxh3_64(pieces) == xxhash.xxh3_64_intdigest(data), length
+            assert _native.xxh3_64(*pieces) == xxhash.xxh3_64_intdigest(data), length
     finally:
         _native.set_simd(before)
