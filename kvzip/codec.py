@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, NamedTuple
@@ -116,12 +116,12 @@ class Codec(ABC):
     """Whether `decode_many` uses the threads that it is given. If not, the caller makes some that
     call it."""
 
-    def decode_many(self, blocks: Sequence[Coded], threads: int = 1) -> list[int]:
+    def decode_many(self, blocks: Iterable[Coded], threads: int = 1) -> list[int]:
         """Decode blocks that do not need each other; the XXH3-64 of the raw bytes of each.
 
-        By default one after the other. A codec whose code is compiled can do them in one call,
-        without Python's lock, and take checksums while numbers are in the caches. Raises
-        CorruptError if any block is damaged; the caller then finds out which.
+        By default one after the other. A codec whose code is compiled can do them without Python's
+        lock, begin while `blocks` still come, and take checksums while numbers are in the caches.
+        Raises CorruptError if any block is damaged; the caller then finds out which.
         """
         checksums = []
         for block in blocks:

@@ -651,8 +651,8 @@ class Reader:
         workers = thread_count(threads) if threads is not None else self._threads
         # A few chains to a job: handing over a job takes as long as a block of the fastest codec.
         size, inside = max(1, min(16, len(plan) // (4 * workers))), 1
-        if self._codec.threaded and isinstance(self._source, _Memory):
-            size, inside = 64, workers  # nothing to wait for: one job after the other
+        if self._codec.threaded and (isinstance(self._source, _Memory) or len(plan) <= 2 * workers):
+            size, inside = 64, workers  # little to wait for: one job after the other
         batches = [plan[at : at + size] for at in range(0, len(plan), size)]
         jobs = (
             (lambda b=batch: self._decode_batch(b, cuts, targets, tables, inside))
@@ -818,13 +818,27 @@ class Reader:
         data = self._stored(row, check=self._thorough)
         return _Target(row, Coded(data, out, context), wanted, cut)
 
-    def _fill(self, work: Sequence[_Target], threads: int = 1) -> int:
+    def _fill(self, targets: Iterable[_Target], threads: int = 1) -> int:
         """Decode blocks and check them; return how many raw bytes were asked for."""
+        work: list[_Target] = []
+        unprepared: list[CorruptError] = []
+
+        def blocks() -> Iterator[Coded]:
+            try:
+                for target in targets:
+                    work.append(target)
+                    yield target.coded
+            except CorruptError as error:
+                unprepared.append(error)
+                raise
+
         try:
-            found = self._codec.decode_many([target.coded for target in work], threads)
+            found = self._codec.decode_many(blocks(), threads)
         except CorruptError as error:
+            if unprepared:
+                raise
             if len(work) > 1:
-                return sum(self._fill([target]) for target in work)  # one of them tells more
+                return sum(self._fill([target]) for target in [*work, *targets])  # one tells more
             self._check_stored(work[0].row, work[0].coded.data)
             raise CorruptError(f"{self._name(work[0].row)}: {error}") from None
         filled = 0
@@ -850,8 +864,7 @@ class Reader:
     ) -> int:
         """Decode chains; return how many raw bytes were asked for."""
         alone = [rows[0] for rows in chains if len(rows) == 1]
-        work = [self._target(row, cuts, targets, tables) for row in alone]
-        filled = self._fill(work, threads)
+        filled = self._fill((self._target(row, cuts, targets, tables) for row in alone), threads)
         for rows in chains:
             if len(rows) > 1:
                 filled += self._decode_chain(rows, cuts, targets, tables)

@@ -124,13 +124,13 @@ class Index:
         offsets[0] = start
         np.cumsum(lengths, out=offsets[1:])
         offsets[1:] += np.uint64(start)
-        if not np.array_equal(offsets[:-1], records["offset"]) or int(offsets[-1]) != size:
+        if (offsets[:-1] != records["offset"]).any() or int(offsets[-1]) != size:
             raise FormatError("the blocks do not follow each other without gap or overlap")
         places = np.concatenate(pieces) if pieces else np.zeros((0, 4), "<u4")
         places[:, 0] = np.arange(len(pieces)).repeat(sizes)
-        differ = (records.view("<u4").reshape(len(records), -1)[:, :4] != places).any(axis=1)
+        differ = records.view("<u4").reshape(len(records), -1)[:, :4] != places
         if differ.any():
-            row = int(differ.argmax())
+            row = int(differ.any(axis=1).argmax())
             raise FormatError(f"entry {row} of the index is not the block that belongs there")
         self.start: list[int] = records["start"].tolist()
         self.tokens: list[int] = records["tokens"].tolist()

@@ -3,12 +3,14 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <thread>
 
 #include "channel/part.hpp"
 #include "native/bindings.hpp"
-#include "native/threads.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -79,9 +81,10 @@ void bind_for(nb::module_& m, nb::class_<PartTables>& tables) {
 struct Job {
   const PartTables* tables;  // or none
   const Py_buffer *data, *out;
+  std::uint64_t checksum = 0;
 };
 
-// The numbers' checksum.
+// Gives the numbers' checksum.
 template <typename T>
 std::uint64_t decode_one(const Job& job, Workspace* workspace) {
   const Py_buffer& out = *job.out;
@@ -97,6 +100,14 @@ std::uint64_t decode_one(const Job& job, Workspace* workspace) {
   return checksum<T>(block, shape(1), shape(3));
 }
 
+std::uint64_t decode_any(const Job& job, Workspace* workspace) {
+  switch (job.out->itemsize) {
+    case 1: return decode_one<std::uint8_t>(job, workspace);
+    case 2: return decode_one<std::uint16_t>(job, workspace);
+    default: return decode_one<std::uint32_t>(job, workspace);
+  }
+}
+
 void check(const Job& job) {
   const Py_buffer& out = *job.out;
   const Py_ssize_t size = out.itemsize;
@@ -110,31 +121,84 @@ void check(const Job& job) {
       throw std::invalid_argument("a block of another shape than its tables");
 }
 
-std::vector<std::uint64_t> decode_all(const nb::list& tables, const nb::list& data,
-                                      const nb::list& outs, std::size_t threads) {
-  const std::size_t n = tables.size();
-  if (data.size() != n || outs.size() != n) throw std::invalid_argument("lists of unequal length");
-  Views views(2 * n);
-  std::vector<Job> jobs(n);
-  for (std::size_t i = 0; i < n; ++i) {
-    jobs[i] = {tables[i].is_none() ? nullptr : nb::cast<const PartTables*>(tables[i]),
-               &views.add(data[i], PyBUF_SIMPLE),
-               &views.add(outs[i], PyBUF_STRIDES | PyBUF_WRITABLE)};
-    check(jobs[i]);
+// Blocks that are decoded while more of them come. With one thread, all are decoded at the end.
+class Decoding {
+ public:
+  explicit Decoding(std::size_t threads) {
+    try {
+      for (std::size_t i = 1; i < threads; ++i) others_.emplace_back([this] { work(true); });
+    } catch (const std::exception&) {  // the system has no more threads: fewer do it
+    }
   }
-  std::vector<std::uint64_t> checksums(n);
-  nb::gil_scoped_release released;
-  std::atomic<std::size_t> next{0};
-  on_threads(std::min(threads, n), [&] {
+  Decoding(const Decoding&) = delete;
+  // What is not begun yet is left.
+  ~Decoding() { end(true); }
+
+  void add(nb::object tables, nb::handle data, nb::handle out) {
+    const Job job{tables.is_none() ? nullptr : nb::cast<const PartTables*>(tables),
+                  &views_.add(data, PyBUF_SIMPLE),
+                  &views_.add(out, PyBUF_STRIDES | PyBUF_WRITABLE)};
+    check(job);
+    held_.push_back(std::move(tables));
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (ended_) throw std::invalid_argument("finished already");
+      jobs_.push_back(job);
+    }
+    more_.notify_one();
+  }
+
+  std::vector<std::uint64_t> finish() {
+    nb::gil_scoped_release released;
+    work(false);
+    end(false);
+    if (error_) std::rethrow_exception(error_);
+    std::vector<std::uint64_t> checksums;
+    for (const Job& job : jobs_) checksums.push_back(job.checksum);
+    return checksums;
+  }
+
+ private:
+  // Decodes until there is nothing left, or, if `waiting`, until nothing more will come.
+  void work(bool waiting) {
     Workspace workspace;
-    for (std::size_t i; (i = next++) < n;) switch (jobs[i].out->itemsize) {
-        case 1: checksums[i] = decode_one<std::uint8_t>(jobs[i], &workspace); break;
-        case 2: checksums[i] = decode_one<std::uint16_t>(jobs[i], &workspace); break;
-        default: checksums[i] = decode_one<std::uint32_t>(jobs[i], &workspace);
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      if (waiting) more_.wait(lock, [&] { return next_ < jobs_.size() || ended_; });
+      if (next_ >= jobs_.size()) return;
+      Job& job = jobs_[next_++];
+      lock.unlock();
+      std::exception_ptr error;
+      try {
+        job.checksum = decode_any(job, &workspace);
+      } catch (...) {
+        error = std::current_exception();
       }
-  });
-  return checksums;
-}
+      lock.lock();
+      if (error && !error_) error_ = error;
+    }
+  }
+  void end(bool at_once) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      ended_ = true;
+      if (at_once) next_ = jobs_.size();
+    }
+    more_.notify_all();
+    for (std::thread& other : others_) other.join();
+    others_.clear();
+  }
+
+  Views views_;
+  std::vector<nb::object> held_;
+  std::mutex mutex_;
+  std::condition_variable more_;
+  std::deque<Job> jobs_;  // where they are, they stay
+  std::size_t next_ = 0;
+  bool ended_ = false;
+  std::exception_ptr error_;
+  std::vector<std::thread> others_;
+};
 
 }  // namespace
 
@@ -153,9 +217,13 @@ void bind(nb::module_& m) {
   bind_for<std::uint8_t>(m, tables);
   bind_for<std::uint16_t>(m, tables);
   bind_for<std::uint32_t>(m, tables);
-  m.def("channel_decode", decode_all, "tables"_a, "data"_a, "outs"_a, "threads"_a = 1,
-        "Fill each of `outs`, [batch, heads, tokens, dim], from a block's bytes and its tables (or "
-        "None); the XXH3-64 of the numbers of each. Raises ValueError.");
+  nb::class_<Decoding>(m, "ChannelDecoding", "Decodes blocks on threads of its own, while more come.")
+      .def(nb::init<std::size_t>(), "threads"_a)
+      .def("add", &Decoding::add, "tables"_a.none(), "data"_a, "out"_a,
+           "Fill `out`, [batch, heads, tokens, dim], from a block's bytes and its tables, or None, "
+           "by the end. Raises ValueError.")
+      .def("finish", &Decoding::finish,
+           "Wait for all of them; the XXH3-64 of the numbers of each. Raises ValueError.");
 }
 
 }  // namespace kvzip::channel

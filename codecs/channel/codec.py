@@ -7,7 +7,7 @@ distributed differs from channel to channel. spec.md has the format and the reas
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import zstandard
@@ -87,20 +87,20 @@ class ChannelCodec(Codec):
 
     threaded = True
 
-    def decode_many(self, blocks: Sequence[Coded], threads: int = 1) -> list[int]:
-        targets = [_rows(block.out, writing=True) for block in blocks]
+    def decode_many(self, blocks: Iterable[Coded], threads: int = 1) -> list[int]:
+        copied = []
+        decoding = _native.ChannelDecoding(threads)
         try:
-            checksums: list[int] = _native.channel_decode(
-                [block.context.tables for block in blocks],
-                [block.data for block in blocks],
-                targets,
-                threads,
-            )
+            for data, out, context in blocks:
+                target = _rows(out, writing=True)
+                decoding.add(context.tables, data, target)
+                if target is not out:
+                    copied.append((out, target))
+            checksums: list[int] = decoding.finish()
         except ValueError as error:
             raise CorruptError(str(error)) from None
-        for block, target in zip(blocks, targets, strict=True):
-            if target is not block.out:
-                block.out[...] = target
+        for out, target in copied:
+            out[...] = target
         return checksums
 
     def max_encoded_size(self, raw_bytes: int) -> int:

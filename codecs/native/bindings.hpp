@@ -3,30 +3,32 @@
 
 #include <nanobind/nanobind.h>
 
-#include <cstddef>
-#include <vector>
+#include <deque>
 
 namespace kvzip {
 
 // Python buffers that are held as long as this is.
 class Views {
  public:
-  explicit Views(std::size_t n) { views_.reserve(n); }
+  Views() = default;
   Views(const Views&) = delete;
   ~Views() {
     for (Py_buffer& view : views_) PyBuffer_Release(&view);
   }
+  // It stays where it is.
   const Py_buffer& add(nanobind::handle object, int flags) {
-    Py_buffer view;
-    if (PyObject_GetBuffer(object.ptr(), &view, flags)) throw nanobind::python_error();
-    views_.push_back(view);
-    return views_.back();
+    Py_buffer& view = views_.emplace_back();
+    if (PyObject_GetBuffer(object.ptr(), &view, flags)) {
+      views_.pop_back();
+      throw nanobind::python_error();
+    }
+    return view;
   }
   auto begin() const { return views_.begin(); }
   auto end() const { return views_.end(); }
 
  private:
-  std::vector<Py_buffer> views_;
+  std::deque<Py_buffer> views_;
 };
 
 void bind_output(nanobind::module_& m);

@@ -7,7 +7,7 @@ namespace kvzip {
 namespace {
 
 std::uint64_t hash_of(const nanobind::args& pieces) {
-  Views views(pieces.size());
+  Views views;
   std::size_t size = 0;
   for (nanobind::handle piece : pieces) size += std::size_t(views.add(piece, PyBUF_SIMPLE).len);
   Xxh3 hash;
