@@ -98,6 +98,15 @@ def thread_count(threads: int) -> int:
     return threads or len(os.sched_getaffinity(0))
 
 
+def _cut(place: _Place, cut: LayerLayout, part: Part) -> Bits:
+    """Of the numbers of a part those of a cut, in its shape."""
+    begin = cut.first - place.first
+    array = place.array
+    if array.shape[2] != cut.stored:
+        array = array[:, :, begin : begin + cut.stored]
+    return array if len(cut.shape(part)) == 4 else array[0]
+
+
 def _in_order(
     pool: ThreadPoolExecutor | None, jobs: Iterable[Callable[[], T]], ahead: int
 ) -> Iterator[T]:
@@ -476,7 +485,11 @@ class Info:
         return 8 * self.encoded_bytes / max(self.numbers, 1)
 
 
-_ALL = slice(None)
+class _Place(NamedTuple):
+    """Where a part's numbers go: [batch, heads, tokens, dim], from one position on."""
+
+    array: Bits
+    first: int
 
 
 class _Target(NamedTuple):
@@ -484,8 +497,8 @@ class _Target(NamedTuple):
 
     row: int
     coded: Coded
-    wanted: Bits | None
-    """Where the numbers belong that were asked for: in `coded.out` itself, or beside it."""
+    beside: Bits | None
+    """Where those of its numbers belong that were asked for, if not in `coded.out` itself."""
     cut: slice
     """Which of the block's tokens those are."""
 
@@ -644,8 +657,7 @@ class Reader:
         if not 0 <= begin <= end <= self.layout.tokens:
             raise ValueError(f"tokens {begin}:{end} are not within 0:{self.layout.tokens}")
         cuts = {i: self.layout.layers[i].cut(begin, end) for i in wanted}
-        arrays = self._arrays(wanted, cuts, out)
-        targets = {key: batched(array) for key, array in arrays.items()}
+        places = self._places(wanted, cuts, out)
         plan = self._plan(wanted, cuts)
         tables: dict[tuple[int, Part], Any] = {}
         workers = thread_count(threads) if threads is not None else self._threads
@@ -655,18 +667,21 @@ class Reader:
             size, inside = 64, workers  # little to wait for: one job after the other
         batches = [plan[at : at + size] for at in range(0, len(plan), size)]
         jobs = (
-            (lambda b=batch: self._decode_batch(b, cuts, targets, tables, inside))
+            (lambda b=batch: self._decode_batch(b, cuts, places, tables, inside))
             for batch in batches
         )
         pool = ThreadPoolExecutor(workers) if workers > inside and len(plan) > 1 else None
         try:
             for done in _in_order(pool, jobs, 2 * workers):
                 if progress is not None:
-                    progress(done)
+                    progress(sum(self._asked(row, cuts) for rows in done for row in rows))
         finally:
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
-        result = [Layer(arrays[i, "k"], arrays[i, "v"], cuts[i]) for i in wanted]
+        result = []
+        for i in wanted:
+            k, v = (_cut(places[i, part], cuts[i], part) for part in PARTS)
+            result.append(Layer(k, v, cuts[i]))
         ids = self.token_ids
         # A cut keeps the ids of all positions up to its end, since layers hold positions, too.
         ids = (
@@ -687,35 +702,51 @@ class Reader:
             found = "none was given" if have is None else f"the one given is {have}"
             raise ProfileError(f"the file was written with profile {need}; {found}")
 
-    def _arrays(
+    def _places(
         self,
         wanted: Sequence[int],
         cuts: Mapping[int, LayerLayout],
         out: Sequence[tuple[Any, Any]] | None,
-    ) -> dict[tuple[int, Part], Bits]:
-        """Where the numbers of each part go, in the shape that the result has."""
-        arrays: dict[tuple[int, Part], Bits] = {}
-        if out is not None and len(out) != len(wanted):
-            raise ValueError(f"out has {len(out)} layers, not {len(wanted)}")
-        if out is None:
-            # One piece of memory for all: a large one gets large pages, and faults less often.
-            sizes = [math.prod(cuts[i].shape(part)) for i in wanted for part in PARTS]
-            try:
-                memory = np.empty(sum(sizes), self._form.uint)
-            except MemoryError:
-                raise KVZipError(f"not enough memory for {sum(sizes):,} numbers") from None
-            pieces = iter(np.split(memory, np.cumsum(sizes[:-1])))
-        for n, i in enumerate(wanted):
-            for j, part in enumerate(PARTS):
-                shape = cuts[i].shape(part)
-                if out is None:
-                    array = next(pieces).reshape(shape)
-                else:
-                    array, _ = dtypes.as_bits(out[n][j], self.layout.dtype)
+    ) -> dict[tuple[int, Part], _Place]:
+        """Where the numbers of each part go: into `out`, or into memory for the whole blocks that
+        hold them, of which the result is a view, unless it is the smaller part of them."""
+        places: dict[tuple[int, Part], _Place] = {}
+        if out is not None:
+            if len(out) != len(wanted):
+                raise ValueError(f"out has {len(out)} layers, not {len(wanted)}")
+            for i, pair in zip(wanted, out, strict=True):
+                for part, given in zip(PARTS, pair, strict=True):
+                    shape = cuts[i].shape(part)
+                    array, _ = dtypes.as_bits(given, self.layout.dtype)
                     if array.shape != shape or not array.flags.writeable:
                         raise ValueError(f"out for layer {i}: want a writable array of {shape}")
-                arrays[i, part] = array
-        return arrays
+                    places[i, part] = _Place(batched(array), cuts[i].first)
+            return places
+        # One piece of memory for all: a large one gets large pages, and faults less often.
+        shapes, firsts = [], []
+        for i in wanted:
+            layer, cut, size = self.layout.layers[i], cuts[i], self.header.block_tokens
+            first, end = cut.first, cut.cumulative_length
+            if cut is not layer:
+                whole = max(layer.first, first // size * size)
+                after = min(layer.cumulative_length, -(-end // size) * size)
+                if 2 * cut.stored >= after - whole:  # less is not worth keeping all for
+                    first, end = whole, after
+            firsts.append(first)
+            for part in PARTS:
+                *outer, _, dim = _batched_shape(layer.shape(part))
+                shapes.append((*outer, end - first, dim))
+        sizes = list(map(math.prod, shapes))
+        try:
+            memory = np.empty(sum(sizes), self._form.uint)
+        except MemoryError:
+            raise KVZipError(f"not enough memory for {sum(sizes):,} numbers") from None
+        at = 0
+        for n, (shape, numbers) in enumerate(zip(shapes, sizes, strict=True)):
+            array = memory[at : at + numbers].reshape(shape)
+            places[wanted[n // 2], PARTS[n % 2]] = _Place(array, firsts[n // 2])
+            at += numbers
+        return places
 
     @cached_property
     def _independent(self) -> bool:
@@ -785,30 +816,31 @@ class Reader:
         self,
         row: int,
         cuts: Mapping[int, LayerLayout],
-        targets: Mapping[tuple[int, Part], Bits],
+        places: Mapping[tuple[int, Part], _Place],
         tables: dict[tuple[int, Part], Any],
     ) -> _Target:
-        """Everything to decode a block, straight into place where all of it was asked for."""
-        key, start, tokens = self._index.key[row], self._index.start[row], self._index.tokens[row]
+        """Everything to decode a block, straight into place if there is place for all of it."""
+        key, tokens = self._index.key[row], self._index.tokens[row]
         layer, part = key
         whole = self.layout.layers[layer]
-        wanted, cut = None, _ALL
+        begin = whole.first + self._index.start[row]
+        out = beside = None
+        cut = slice(0)
         if layer in cuts:
-            wanted, have = targets[key], cuts[layer]
-            # `cut` gives the layer itself where all of it is asked for, as it mostly is.
-            if have is not whole or wanted.shape[2] != tokens:
-                offset = whole.first + start - have.first
-                cut = slice(max(0, -offset), min(tokens, have.stored - offset))
-                within = cut.start < cut.stop
-                wanted = wanted[:, :, offset + cut.start : offset + cut.stop] if within else None
-        if wanted is not None and wanted.shape[2] == tokens:
-            out = wanted
-        else:
+            array, first = places[key]
+            offset, room = begin - first, array.shape[2]
+            if room == tokens and not offset:
+                out = array
+            elif offset >= 0 and offset + tokens <= room:
+                out = array[:, :, offset : offset + tokens]
+            elif offset + tokens > 0 and offset < room:
+                cut = slice(max(0, -offset), min(tokens, room - offset))
+                beside = array[:, :, offset + cut.start : offset + cut.stop]
+        if out is None:
             shape = _batched_shape(whole.shape(part))
             out = np.empty((*shape[:2], tokens, shape[3]), self._form.uint)
         if key not in tables:
             tables[key] = self._tables(key)
-        begin = whole.first + start
         ids = _ids_of(self._ids_by_row, begin, begin + tokens)
         context = Context(
             self._form, layer, part, begin, self.header.origin, ids, self._profile, tables[key]
@@ -816,10 +848,20 @@ class Reader:
         # The numbers' checksum tells all; that of the stored bytes, what is to blame. Taking both
         # always would cost an eighth of the fastest codec's time.
         data = self._stored(row, check=self._thorough)
-        return _Target(row, Coded(data, out, context), wanted, cut)
+        return _Target(row, Coded(data, out, context), beside, cut)
 
-    def _fill(self, targets: Iterable[_Target], threads: int = 1) -> int:
-        """Decode blocks and check them; return how many raw bytes were asked for."""
+    def _asked(self, row: int, cuts: Mapping[int, LayerLayout]) -> int:
+        """How many raw bytes of a block were asked for."""
+        layer, part = self._index.key[row]
+        if layer not in cuts:
+            return 0
+        cut, begin = cuts[layer], self.layout.layers[layer].first + self._index.start[row]
+        end = min(begin + self._index.tokens[row], cut.cumulative_length)
+        *outer, _, dim = cut.shape(part)
+        return max(0, end - max(begin, cut.first)) * math.prod(outer) * dim * self._form.itemsize
+
+    def _fill(self, targets: Iterable[_Target], threads: int = 1) -> None:
+        """Decode blocks and check them."""
         work: list[_Target] = []
         unprepared: list[CorruptError] = []
 
@@ -838,59 +880,55 @@ class Reader:
             if unprepared:
                 raise
             if len(work) > 1:
-                return sum(self._fill([target]) for target in [*work, *targets])  # one tells more
+                for target in [*work, *targets]:
+                    self._fill([target])  # one of them tells more
+                return
             self._check_stored(work[0].row, work[0].coded.data)
             raise CorruptError(f"{self._name(work[0].row)}: {error}") from None
-        filled = 0
         for target, digest in zip(work, found, strict=True):
             if digest != self._index.raw_checksum[target.row]:
                 self._check_stored(target.row, target.coded.data)
                 raise CorruptError(
                     f"{self._name(target.row)} decodes to other numbers than were encoded"
                 )
-            if target.wanted is not None:
-                if target.wanted is not target.coded.out:
-                    target.wanted[...] = target.coded.out[:, :, target.cut]
-                filled += target.wanted.nbytes
-        return filled
+            if target.beside is not None:
+                target.beside[...] = target.coded.out[:, :, target.cut]
 
     def _decode_batch(
         self,
         chains: Sequence[Sequence[int]],
         cuts: Mapping[int, LayerLayout],
-        targets: Mapping[tuple[int, Part], Bits],
+        places: Mapping[tuple[int, Part], _Place],
         tables: dict[tuple[int, Part], Any],
         threads: int,
-    ) -> int:
-        """Decode chains; return how many raw bytes were asked for."""
+    ) -> Sequence[Sequence[int]]:
+        """Decode chains; return them."""
         alone = [rows[0] for rows in chains if len(rows) == 1]
-        filled = self._fill((self._target(row, cuts, targets, tables) for row in alone), threads)
+        self._fill((self._target(row, cuts, places, tables) for row in alone), threads)
         for rows in chains:
             if len(rows) > 1:
-                filled += self._decode_chain(rows, cuts, targets, tables)
-        return filled
+                self._decode_chain(rows, cuts, places, tables)
+        return chains
 
     def _decode_chain(
         self,
         rows: Sequence[int],
         cuts: Mapping[int, LayerLayout],
-        targets: Mapping[tuple[int, Part], Bits],
+        places: Mapping[tuple[int, Part], _Place],
         tables: dict[tuple[int, Part], Any],
-    ) -> int:
+    ) -> None:
         """Decode blocks of which each may need those before it."""
-        filled = 0
         chain = self._resume(rows, cuts)
         for row in rows[chain.at :]:
             key = self._index.key[row]
             earlier = {k: chain.done[k] for k in self._codec.needs(*key) if k in chain.done}
-            target = self._target(row, cuts, targets, tables)
+            target = self._target(row, cuts, places, tables)
             target.coded.context.earlier, target.coded.context.scratch = earlier, chain.scratch
-            filled += self._fill([target])
+            self._fill([target])
             chain.done[key] = target.coded.out
             for old in [k for k in chain.done if self._last_use.get(k, 0) <= row]:
                 del chain.done[old]
         self._chains[rows[0]] = chain._replace(at=len(rows))
-        return filled
 
     @cached_property
     def _last_use(self) -> dict[tuple[int, Part], int]:
