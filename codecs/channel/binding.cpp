@@ -206,11 +206,13 @@ void bind(nb::module_& m) {
   nb::class_<PartTables> tables(m, "ChannelTables");
   tables.def(
       "__init__",
-      [](PartTables* self, const nb::bytes& data, std::size_t heads, std::size_t dim,
-         int exponent_bits, int mantissa_bits) {
+      [](PartTables* self, nb::handle data, std::size_t heads, std::size_t dim, int exponent_bits,
+         int mantissa_bits) {
         const Form form{exponent_bits, mantissa_bits};
         form.check();
-        new (self) PartTables(reinterpret_cast<const std::uint8_t*>(data.c_str()), data.size(),
+        Views views;
+        const Py_buffer& bytes = views.add(data, PyBUF_SIMPLE);
+        new (self) PartTables(static_cast<const std::uint8_t*>(bytes.buf), std::size_t(bytes.len),
                               heads, dim, form);
       },
       "data"_a, "heads"_a, "dim"_a, "exponent_bits"_a, "mantissa_bits"_a);

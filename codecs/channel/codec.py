@@ -6,39 +6,21 @@ distributed differs from channel to channel. spec.md has the format and the reas
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 
 import numpy as np
-import zstandard
 
 from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
-from kvzip.coders import Zstd
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError
 
 _RAW = 0
 # A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
 _MAX_EXPANSION = 1024
-# Two bytes of levels for each of 256 exponents, and what stands beside them.
-_MAX_CHANNEL = 2 * 256 + 8
-
-
-# Above level 5, Zstandard takes longer over the tables than all else takes over the numbers, for
-# 0.01 % of a file.
-_ZSTD_LEVEL = 5
-
-
-class _Zstd(threading.local):
-    """Contexts are dear to make, and for one thread at a time."""
-
-    def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
-        self.decompressor = zstandard.ZstdDecompressor()
-
-
-_zstd = _Zstd()
+# Bits of a channel with a shape of its own: two levels of at most 16 bits for each of 256
+# exponents, and what stands beside them.
+_MAX_CHANNEL = 2 * 256 * 16 + 100
 
 
 class ChannelCodec(Codec):
@@ -53,10 +35,8 @@ class ChannelCodec(Codec):
         form = context.dtype
         if not part.size:
             return b""
-        plain = _native.channel_tables(_rows(part), form.exponent_bits, form.mantissa_bits)
-        if not plain:
-            return b""
-        return bytes(_zstd.compressor.compress(plain))
+        made: bytes = _native.channel_tables(_rows(part), form.exponent_bits, form.mantissa_bits)
+        return made
 
     def load_tables(
         self, data: memoryview, shape: tuple[int, ...], context: Context
@@ -65,18 +45,10 @@ class ChannelCodec(Codec):
         form = context.dtype
         if not len(data):
             return None
-        try:
-            size = zstandard.frame_content_size(data)
-        except zstandard.ZstdError as error:
-            raise CorruptError(f"bad tables: {error}") from None
-        if not 0 <= size <= 2 + heads * dim * _MAX_CHANNEL:
+        if len(data) > self.max_tables_size(shape, form):
             raise CorruptError("tables of an impossible size")
-        try:
-            # One frame and nothing after it: the bounds of what may be allocated are checked above.
-            plain = _zstd.decompressor.decompress(data, allow_extra_data=False)
-            return _native.ChannelTables(plain, heads, dim, form.exponent_bits, form.mantissa_bits)
-        except (ValueError, zstandard.ZstdError) as error:
-            raise CorruptError(f"bad tables: {error}") from None
+        # They are read when a block needs them, without Python's lock.
+        return _native.ChannelTables(data, heads, dim, form.exponent_bits, form.mantissa_bits)
 
     def encode(self, block: Bits, context: Context) -> bytes:
         coded: bytes | None = context.tables.encode(_rows(block)) if context.tables else None
@@ -110,7 +82,7 @@ class ChannelCodec(Codec):
         return (encoded_bytes + 1) * _MAX_EXPANSION
 
     def max_tables_size(self, shape: tuple[int, ...], dtype: DType) -> int:
-        return Zstd.bound(2 + shape[1] * shape[3] * _MAX_CHANNEL)
+        return 1 + shape[1] * shape[3] * _MAX_CHANNEL // 8
 
 
 def _rows(block: Bits, writing: bool = False) -> Bits:

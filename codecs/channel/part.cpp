@@ -9,7 +9,6 @@
 namespace kvzip::channel {
 namespace {
 
-enum Kind : std::uint8_t { kCoded = 0, kConstant = 1 };
 // A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
 constexpr std::size_t kMaxExpansion = 1024;
 
@@ -54,12 +53,6 @@ void each_run(const Block<T>& block, std::size_t heads, std::size_t dim, const U
     }
 }
 
-template <typename U>
-void put(std::vector<std::uint8_t>& out, U v) {
-  const auto* p = reinterpret_cast<const std::uint8_t*>(&v);
-  out.insert(out.end(), p, p + sizeof v);
-}
-
 }  // namespace
 
 template <typename T>
@@ -73,96 +66,55 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
   std::uint32_t* const counts = room.of(n * stride);
   std::memset(counts, 0, n * stride * sizeof *counts);
   count<T>(in, heads, dim, form.mantissa_bits, counts, stride);
-  std::vector<T> number(n);
-  std::vector<std::uint8_t> kinds(n);
+  StoredTables tables;
+  tables.channels.resize(n);
   std::vector<const std::uint32_t*> coded;
   for (std::size_t c = 0; c < n; ++c) {
     const std::uint32_t* row = &counts[c * stride];
-    kinds[c] = kConstant;
-    number[c] = in.data[std::ptrdiff_t(c / dim) * in.head_stride + std::ptrdiff_t(c % dim)];
-    if (row[number[c] >> form.mantissa_bits] == numbers && constant<T>(in, c / dim, c % dim))
-      continue;
-    kinds[c] = kCoded;
-    coded.push_back(row);
+    Channel& channel = tables.channels[c];
+    channel = {};
+    channel.number = in.data[std::ptrdiff_t(c / dim) * in.head_stride + std::ptrdiff_t(c % dim)];
+    channel.constant = row[channel.number >> form.mantissa_bits] == numbers &&
+                       constant<T>(in, c / dim, c % dim);
+    if (!channel.constant) coded.push_back(row);
   }
-  const Shapes shapes = choose_shapes(coded, form.exponent_bits);
+  Shapes shapes = choose_shapes(coded, form.exponent_bits);
   room.keep_little();
-  std::vector<std::uint8_t> out;
-  put(out, std::uint16_t(shapes.widths.size()));
-  for (const std::vector<std::uint8_t>* piece :
-       {&shapes.widths, &shapes.escapes, &shapes.levels,
-        static_cast<const std::vector<std::uint8_t>*>(&kinds)})
-    out.insert(out.end(), piece->begin(), piece->end());
+  tables.shapes = std::move(shapes.levels);
   std::size_t live = 0;
-  for (std::size_t c = 0; c < n; ++c) {
-    if (kinds[c] == kConstant) {
-      put(out, number[c]);
-    } else {
-      put(out, shapes.shape[live]);
-      put(out, shapes.base[live++]);
-    }
+  for (Channel& channel : tables.channels) {
+    if (channel.constant) continue;
+    channel.shape = shapes.shape[live];
+    channel.base = shapes.base[live++];
   }
-  // Tables come down to less than half their size when the caller compresses them.
-  const double saved = double(n - live) * double(numbers) * 8 * sizeof(T) +
+  std::vector<std::uint8_t> out = write_tables(tables, {n, dim, form.value_bits(), form.bits()});
+  const double saved = double(n - live) * double(numbers) * form.bits() +
                        double(live) * double(numbers) * form.value_bits() - shapes.bits;
-  if (saved < 4.0 * double(out.size())) out.clear();
+  if (saved < 8.0 * double(out.size())) out.clear();
   return out;
 }
 
-PartTables::PartTables(const std::uint8_t* data, std::size_t size, std::size_t heads,
-                       std::size_t dim, Form form)
-    : form_(form) {
-  const std::size_t n = heads * dim;
-  Cursor in(data, size);
-  shape_count_ = in.number<std::uint16_t>();
-  if (n > in.left()) throw std::invalid_argument("cut short");
-  const std::uint8_t* first = in.take(2 * shape_count_);
-  const std::uint8_t *widths = first, *escapes = first + shape_count_;
-  for (std::size_t i = 0; i < shape_count_; ++i) {
-    const std::size_t width = std::size_t(widths[i]) + 1;
-    if (width > std::size_t(1) << form.exponent_bits ||
-        !are_levels(in.take(2 * width), width, escapes[i]))
-      throw std::invalid_argument("a table makes no sense");
-  }
-  const std::uint8_t* kinds = in.take(n);
-  shapes_.assign(first, kinds);
-  channels_.resize(n);
-  for (std::size_t c = 0; c < n; ++c) {
-    Channel& channel = channels_[c];
-    channel = {};
-    channel.constant = kinds[c] == kConstant;
-    if (kinds[c] > kConstant) throw std::invalid_argument("a channel of unknown kind");
-    if (channel.constant) {
-      std::memcpy(&channel.number, in.take(form.itemsize()), form.itemsize());
-    } else {
-      channel.shape = in.number<std::uint16_t>();
-      channel.base = in.number<std::uint16_t>();
-      if (channel.shape >= shape_count_ || channel.base >> form.value_bits())
-        throw std::invalid_argument("a channel of no table");
+const StoredTables& PartTables::stored() const {
+  std::call_once(reading_, [&] {
+    try {
+      stored_ = read_tables(bytes_.data(), bytes_.size(),
+                            {heads_ * dim_, dim_, form_.value_bits(), form_.bits()});
+    } catch (const std::invalid_argument& error) {
+      error_ = error.what();
     }
-  }
-  if (in.left()) throw std::invalid_argument("longer than it should be");
-  tables_ = {nullptr, nullptr, channels_.data(), heads, dim, form.value_bits(), form.mantissa_bits};
+    std::vector<std::uint8_t>().swap(bytes_);
+  });
+  if (!error_.empty()) throw std::invalid_argument(error_);
+  return stored_;
 }
 
-template <typename Use>
-void PartTables::each_shape(const Use& use) const {
-  const std::uint8_t *widths = shapes_.data(), *escapes = widths + shape_count_;
-  const std::uint8_t* levels = escapes + shape_count_;
-  for (std::size_t i = 0; i < shape_count_; ++i) {
-    const std::size_t width = std::size_t(widths[i]) + 1;
-    use(i, levels, width, escapes[i]);
-    levels += 2 * width;
-  }
-}
-
-const Encoder* PartTables::encoders() const {
+const Encoder* PartTables::encoders(const StoredTables& stored) const {
   const int level = int(simd::level());
   std::vector<Encoder>& encoders = encoders_[level];
   std::call_once(encoding_[level], [&] {
-    encoders.resize(shape_count_);
-    each_shape([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
-                   std::uint8_t escape) {
+    encoders.resize(stored.shapes.count());
+    stored.shapes.each([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
+                           std::uint8_t escape) {
       make_encoder(levels, width, escape, form_.exponent_bits, &encoders[i]);
     });
   });
@@ -171,8 +123,9 @@ const Encoder* PartTables::encoders() const {
 
 template <typename T>
 void PartTables::encode(const Block<const T>& block, Encoded* out) const {
-  Tables tables = tables_;
-  tables.encoders = encoders();
+  const StoredTables& stored = this->stored();
+  Tables tables = this->tables(stored);
+  tables.encoders = encoders(stored);
   const std::size_t n = block.batch * tables.heads * block.tokens * tables.dim;
   const std::size_t mantissas = mantissa_bytes(tables, block.batch, block.tokens);
   // Every number may be an escape and shift out a word.
@@ -210,6 +163,8 @@ void Encoded::write(std::uint8_t* out) const {
 template <typename T>
 void PartTables::decode(const std::uint8_t* data, std::size_t size, const Block<T>& block,
                         Workspace* workspace) const {
+  const StoredTables& stored = this->stored();
+  Tables tables = this->tables(stored);
   Cursor in(data, size);
   if (in.number<std::uint8_t>() != kCodedBlock) throw std::invalid_argument("not a coded block");
   Coded coded;
@@ -217,17 +172,16 @@ void PartTables::decode(const std::uint8_t* data, std::size_t size, const Block<
   coded.word_count = in.number<std::uint32_t>();
   coded.states = in.take(4 * std::min<std::size_t>(kLanes, block.tokens));
   coded.escapes = in.take(2 * coded.escape_count);
-  coded.mantissas = in.take(mantissa_bytes(tables_, block.batch, block.tokens));
+  coded.mantissas = in.take(mantissa_bytes(tables, block.batch, block.tokens));
   coded.words = in.take(2 * coded.word_count);
   for (std::size_t left = in.left(); left; --left)
     if (*in.take(1)) throw std::invalid_argument("its padding is not zeros");
-  Tables tables = tables_;
   std::vector<Decoder>& decoders = workspace->decoders_;
   if (workspace->of_ != this) {
     workspace->of_ = nullptr;
-    if (decoders.size() < shape_count_) decoders.resize(shape_count_);
-    each_shape([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
-                   std::uint8_t escape) {
+    if (decoders.size() < stored.shapes.count()) decoders.resize(stored.shapes.count());
+    stored.shapes.each([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
+                           std::uint8_t escape) {
       make_decoder(levels, width, escape, form_.exponent_bits, &decoders[i]);
     });
     workspace->of_ = this;

@@ -6,9 +6,11 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "channel/kernels.hpp"
+#include "channel/table_coder.hpp"
 #include "native/simd.hpp"
 
 namespace kvzip::channel {
@@ -16,7 +18,8 @@ namespace kvzip::channel {
 struct Form {
   int exponent_bits, mantissa_bits;
   int value_bits() const { return exponent_bits + 1; }
-  std::size_t itemsize() const { return std::size_t(value_bits() + mantissa_bits) / 8; }
+  int bits() const { return value_bits() + mantissa_bits; }
+  std::size_t itemsize() const { return std::size_t(bits()) / 8; }
   void check() const {
     const int e = exponent_bits, m = mantissa_bits;
     if (!((e == 8 && (m == 7 || m == 23)) || (e == 5 && (m == 10 || m == 2)) || (e == 4 && m == 3)))
@@ -84,15 +87,18 @@ class Workspace {
   std::vector<Decoder> decoders_;
 };
 
-// The tables of one layer's keys or values. Throws std::invalid_argument when bytes make no sense.
+// The tables of one layer's keys or values. They are read when they are needed first, by whichever
+// thread it is; that and each later use throw std::invalid_argument when the bytes make no sense.
 class PartTables {
  public:
+  // Copies the bytes.
   PartTables(const std::uint8_t* data, std::size_t size, std::size_t heads, std::size_t dim,
-             Form form);
+             Form form)
+      : form_(form), heads_(heads), dim_(dim), bytes_(data, data + size) {}
 
   const Form& form() const { return form_; }
-  std::size_t heads() const { return tables_.heads; }
-  std::size_t dim() const { return tables_.dim; }
+  std::size_t heads() const { return heads_; }
+  std::size_t dim() const { return dim_; }
 
   // `block` is of these heads and dim, and T of the form's size.
   template <typename T>
@@ -102,17 +108,21 @@ class PartTables {
               Workspace* workspace) const;
 
  private:
-  // Calls with each shape's number, levels, width and escape level.
-  template <typename Use>
-  void each_shape(const Use& use) const;
+  const StoredTables& stored() const;
+  // What kernels need, but for what they look up.
+  Tables tables(const StoredTables& stored) const {
+    return {nullptr, nullptr,           stored.channels.data(), heads_,
+            dim_,    form_.value_bits(), form_.mantissa_bits};
+  }
+  // Made when they are needed; of each instruction set.
+  const Encoder* encoders(const StoredTables& stored) const;
 
   Form form_;
-  std::vector<std::uint8_t> shapes_;  // as stored: widths, escapes, levels
-  std::size_t shape_count_;
-  std::vector<Channel> channels_;
-  Tables tables_;
-  // Made when they are needed, by whichever thread needs them first; of each instruction set.
-  const Encoder* encoders() const;
+  std::size_t heads_, dim_;
+  mutable std::vector<std::uint8_t> bytes_;
+  mutable std::once_flag reading_;
+  mutable StoredTables stored_;
+  mutable std::string error_;
   mutable std::once_flag encoding_[simd::kLevels];
   mutable std::vector<Encoder> encoders_[simd::kLevels];
 };

@@ -260,10 +260,10 @@ Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, int expone
       levels[0] = levels[1] = 0;
       width = escape = 1;
     }
-    number[g] = std::uint16_t(out.widths.size());
-    out.widths.push_back(std::uint8_t(width - 1));
-    out.escapes.push_back(escape);
-    out.levels.insert(out.levels.end(), levels, levels + 2 * width);
+    number[g] = std::uint16_t(out.levels.widths.size());
+    out.levels.widths.push_back(std::uint8_t(width - 1));
+    out.levels.escapes.push_back(escape);
+    out.levels.levels.insert(out.levels.levels.end(), levels, levels + 2 * width);
   }
   for (std::size_t c = 0; c < channels; ++c) {
     const Choice& choice = choices[c];

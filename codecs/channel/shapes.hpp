@@ -7,12 +7,29 @@
 
 namespace kvzip::channel {
 
-// Tables of one layer's keys or values. A shape is a distribution over sign and exponent up to
-// where its exponents begin and which sign is which; a channel is a shape and its `base`.
+// Shapes one after the other. A shape is a distribution over sign and exponent up to where its
+// exponents begin and which sign is which.
+struct ShapeLevels {
+  std::vector<std::uint8_t> widths, escapes, levels;  // width - 1, one and 2*width bytes a shape
+
+  std::size_t count() const { return widths.size(); }
+  // Calls with each shape's number, levels, width and escape level.
+  template <typename Use>
+  void each(const Use& use) const {
+    const std::uint8_t* at = levels.data();
+    for (std::size_t i = 0; i < count(); ++i) {
+      const std::size_t width = std::size_t(widths[i]) + 1;
+      use(i, at, width, escapes[i]);
+      at += 2 * width;
+    }
+  }
+};
+
+// Tables of one layer's keys or values: a channel is a shape and its `base`.
 struct Shapes {
-  std::vector<std::uint8_t> widths, escapes, levels;  // one, one and 2*width bytes a shape
-  std::vector<std::uint16_t> shape, base;             // of each channel
-  double bits = 0;                                    // that all values will take, about
+  ShapeLevels levels;
+  std::vector<std::uint16_t> shape, base;  // of each channel
+  double bits = 0;                         // that all values will take, about
 };
 
 // `counts`: of each channel 2 << exponent_bits, of which one at least is not 0.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
+import channel_reference
 import numpy as np
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import cache_like, make_snapshot, random_bits
@@ -108,23 +109,10 @@ class Shape:
         ]
 
 
-def read_tables(plain, heads, dim, form):
-    fields = Fields(plain)
-    (count,) = fields.take(1, "u2")
-    widths, escapes = fields.take(count), fields.take(count)
-    shapes = [
-        Shape(fields.take(2 * (w + 1)), e, form.exponent_bits)
-        for w, e in zip(widths, escapes, strict=True)
-    ]
-    channels = []
-    for kind in fields.take(heads * dim):
-        if kind:
-            channels.append(fields.take(1, form.uint.str[1:])[0])
-        else:
-            number, base = fields.take(2, "u2")
-            channels.append((shapes[number], base))
-    assert fields.at == len(plain)
-    return channels
+def read_tables(data, heads, dim, form):
+    shapes, channels = channel_reference.read(data, heads * dim, dim, form)
+    shapes = [Shape(levels, escape, form.exponent_bits) for levels, escape in shapes]
+    return [(shapes[c[0]], c[1]) if isinstance(c, tuple) else c for c in channels]
 
 
 def unpack(rows, bits):
@@ -234,7 +222,7 @@ def test_a_decoder_written_from_the_spec_reads_real_blocks(dtype):
         # Tables from a longer text, so that short blocks are coded, too.
         part = np.concatenate([numbers] * 12, axis=2)
         made, tables = tables_of(part, dtype)
-        channels = made and read_tables(zstandard.decompress(made), heads, dim, form)
+        channels = made and read_tables(made, heads, dim, form)
         data = encode(numbers, dtype, tables)
         coded += data[0]
         assert np.array_equal(spec_decode(data, channels, numbers.shape, form), numbers)
@@ -317,7 +305,7 @@ def test_the_coded_size_is_that_of_a_trusted_coder_and_of_theory(dtype):
     form = dtypes.get(dtype)
     numbers = cache_like(np.random.default_rng(3), dtype, (1, 2, 1024, 16))
     made, tables = tables_of(numbers, dtype)
-    channels = read_tables(zstandard.decompress(made), 2, 16, form)
+    channels = read_tables(made, 2, 16, form)
     coder = constriction.stream.stack.AnsCoder()
     ideal = best = 0.0
     for table, symbols in shape_counts(numbers, form, channels):
@@ -341,9 +329,9 @@ def test_the_coded_size_is_that_of_a_trusted_coder_and_of_theory(dtype):
 
 def handmade(levels, escape, base=40):
     """Tables of one shape for bf16 with one head of two channels."""
-    plain = np.array([1], "<u2").tobytes() + bytes([len(levels) // 2 - 1, escape, *levels, 0, 0])
-    plain += np.array([0, base, 0, base + 256], "<u2").tobytes()
-    return plain, lambda: _native.ChannelTables(plain, 1, 2, 8, 7)
+    form = dtypes.get("bf16")
+    made = channel_reference.write([(levels, escape)], [(0, base), (0, base + 256)], 2, form)
+    return made, _native.ChannelTables(made, 1, 2, 8, 7)
 
 
 @pytest.mark.parametrize("gap", [1, 3])
@@ -355,10 +343,11 @@ def test_shapes_of_any_number_of_symbols(symbols, escape, gap):
     levels = np.zeros(2 * gap * symbols, int)
     places = gap * np.arange(symbols)
     levels[places] = rng.integers(1, 40, symbols)
-    plain, load = handmade(levels.tolist(), escape)
+    made, tables = handmade(levels.tolist(), escape)
     if symbols + bool(escape) > 32:
-        with pytest.raises(ValueError, match="makes no sense"):
-            load()
+        for _ in range(2):
+            with pytest.raises(ValueError, match="makes no sense"):
+                tables.encode(np.zeros((1, 1, 1, 2), np.uint16))
         return
     chosen = rng.choice(places, (1, 1, 1280, 2))
     values = (chosen % 2 * 256 + chosen // 2 + [40, 296]) % 512
@@ -368,12 +357,11 @@ def test_shapes_of_any_number_of_symbols(symbols, escape, gap):
     blocks = set()
     for level in available():
         _native.set_simd(level)
-        tables = load()
         data = tables.encode(numbers)
         blocks.add(data)
         assert np.array_equal(decode(data, numbers.shape, "bf16", tables), numbers)
     assert len(blocks) == 1
-    channels = read_tables(plain, 1, 2, dtypes.get("bf16"))
+    channels = read_tables(made, 1, 2, dtypes.get("bf16"))
     assert np.array_equal(spec_decode(data, channels, numbers.shape, dtypes.get("bf16")), numbers)
     if symbols == 1 and not escape:
         # Nothing but mantissas, of which the last strip's, 112 words, end in the states.
@@ -388,7 +376,7 @@ def test_any_levels_make_the_same_table_everywhere(seed):
     """Flat ones and steep ones, with symbols that hold many buckets and many that hold a slot."""
     rng = np.random.default_rng(seed)
     dim, tokens = 100, 150
-    widths, escapes, levels, numbers = [], [], [], np.zeros((1, 1, tokens, dim), np.uint16)
+    shapes, numbers = [], np.zeros((1, 1, tokens, dim), np.uint16)
     for c in range(dim):
         width, escape = int(rng.integers(1, 33)), int(rng.integers(0, 2) * rng.integers(1, 256))
         count = int(rng.integers(1, min(2 * width, 32 - bool(escape)) + 1))
@@ -398,23 +386,171 @@ def test_any_levels_make_the_same_table_everywhere(seed):
         row[places] = rng.integers(1, high, count)
         if rng.random() < 0.3:
             row[places[0]] = 255
-        widths.append(width - 1)
-        escapes.append(escape)
-        levels.append(row.tobytes())
+        shapes.append((row.tolist(), escape))
         drawn = rng.choice(places, tokens)
         numbers[0, 0, :, c] = (drawn % 2 * 256 + drawn // 2) << 7
-    plain = np.array([dim], "<u2").tobytes() + bytes(widths) + bytes(escapes) + b"".join(levels)
-    plain += bytes(dim) + np.stack([np.arange(dim), np.zeros(dim)], 1).astype("<u2").tobytes()
+    made = channel_reference.write(shapes, [(c, 0) for c in range(dim)], dim, dtypes.get("bf16"))
     blocks = set()
     for level in available():
         _native.set_simd(level)
-        tables = _native.ChannelTables(plain, 1, dim, 8, 7)
+        tables = _native.ChannelTables(made, 1, dim, 8, 7)
         data = tables.encode(numbers)
         blocks.add(data)
         assert np.array_equal(decode(data, numbers.shape, "bf16", tables), numbers)
     assert len(blocks) == 1
-    channels = read_tables(plain, 1, dim, dtypes.get("bf16"))
+    channels = read_tables(made, 1, dim, dtypes.get("bf16"))
     assert np.array_equal(spec_decode(data, channels, numbers.shape, dtypes.get("bf16")), numbers)
+
+
+@st.composite
+def any_tables(draw, form):
+    """Shapes in the order of their first use, and channels of every kind."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    dim, heads = draw(st.integers(1, 12)), draw(st.integers(1, 4))
+    shapes, channels = [], []
+    for _ in range(heads * dim):
+        if rng.random() < draw(st.sampled_from([0, 0.2])):
+            channels.append(int(rng.integers(0, 2**form.bits, dtype=np.uint64)))
+        elif not shapes or rng.random() < 0.4:
+            most = min(draw(st.sampled_from([2, 20, 256])), 2**form.exponent_bits)
+            width = int(rng.integers(1, most + 1))
+            escape = int(rng.choice([0, 1, 2, 33, 34, 255]))
+            levels = np.zeros(2 * width, int)
+            used = int(rng.integers(1, min(2 * width, 31) + 1))
+            high = int(rng.choice([2, 20, 256]))
+            levels[rng.permutation(2 * width)[:used]] = rng.integers(1, high, used)
+            channels.append((len(shapes), int(rng.integers(0, 2**form.exponent_bits))))
+            shapes.append((levels.tolist(), escape))
+        else:
+            base = int(rng.integers(0, 2 << form.exponent_bits))
+            channels.append((int(rng.integers(0, len(shapes))), base))
+    far, k = draw(st.integers(0, 1)), draw(st.integers(0, 7))
+    return heads, dim, shapes, channels, far, k
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_tables_are_read(dtype, data):
+    form = dtypes.get(dtype)
+    heads, dim, shapes, channels, far, k = data.draw(any_tables(form))
+    made = channel_reference.write(shapes, channels, dim, form, far, k)
+    assert channel_reference.read(made, heads * dim, dim, form) == (shapes, channels)
+    assert len(made) <= CODEC.max_tables_size((1, heads, 9, dim), form)
+    # Numbers that they hold: where all channels are constant, there is nothing to code.
+    rng = np.random.default_rng(1)
+    numbers = random_bits(rng, dtype, (1, heads, 9, dim))
+    for c, channel in enumerate(channels):
+        if isinstance(channel, tuple):
+            levels, base = np.array(shapes[channel[0]][0]), channel[1]
+            place = rng.choice(np.flatnonzero(levels), 9)
+            value = (place % 2 * 2**form.exponent_bits + place // 2 + base) % (
+                2 << form.exponent_bits
+            )
+            mantissas = numbers[0, c // dim, :, c % dim] & ((1 << form.mantissa_bits) - 1)
+            channel = (value << form.mantissa_bits).astype(form.uint) | mantissas
+        numbers[0, c // dim, :, c % dim] = channel
+    tables = load(made, numbers.shape, dtype)
+    coded = tables.encode(numbers)
+    if coded is not None:
+        read = read_tables(made, heads, dim, form)
+        assert np.array_equal(spec_decode(coded, read, numbers.shape, form), numbers)
+        assert np.array_equal(decode(coded, numbers.shape, dtype, tables), numbers)
+
+
+def load(made, shape, dtype):
+    return CODEC.load_tables(memoryview(made), shape, context(dtype))
+
+
+def needed(made, numbers, dtype):
+    """Decodes a block with tables that are not its own: what fails is that they cannot be read."""
+    tables = load(made, numbers.shape, dtype)
+    for _ in range(2):  # as often as they are asked for
+        with pytest.raises(kvzip.CorruptError, match="bad tables"):
+            decode(b"\x01" + bytes(2000), numbers.shape, dtype, tables)
+    return True
+
+
+def test_tables_that_are_cut_lengthened_or_padded_are_refused(dtype):
+    numbers = cache_like(np.random.default_rng(8), dtype, (1, 2, 900, 7))
+    numbers[..., 3] = 5
+    made, _ = tables_of(numbers, dtype)
+    assert all(needed(made[:n], numbers, dtype) for n in range(1, len(made)))
+    assert needed(made + b"\0", numbers, dtype)
+    form, unused = dtypes.get(dtype), 0
+    for width in range(1, 9):
+        made = channel_reference.write([([1] * 2 * width, 0)], [(0, 0)], 1, form)
+        padded = made[:-1] + bytes([made[-1] | 128])
+        try:
+            channel_reference.read(padded, 1, 1, form)
+        except AssertionError:
+            unused += needed(padded, np.zeros((1, 1, 1, 1), form.uint), dtype)
+    assert unused >= 3
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_tables_with_other_bits_are_refused_or_are_other_tables(dtype, data):
+    numbers = cache_like(np.random.default_rng(9), dtype, (1, 1, 300, 9))
+    made, _ = tables_of(numbers, dtype)
+    damaged = bytearray(made)
+    at = data.draw(st.integers(0, 8 * len(made) - 1))
+    damaged[at // 8] ^= 1 << at % 8
+    form = dtypes.get(dtype)
+    try:
+        shapes, _ = channel_reference.read(damaged, 9, 9, form)
+        good = all(1 <= np.count_nonzero([*levels, e]) <= 32 for levels, e in shapes)
+    except (AssertionError, IndexError, KeyError):
+        good = False
+    tables = load(damaged, numbers.shape, dtype)
+    try:
+        tables.encode(numbers)
+    except ValueError as error:
+        assert "bad tables" in str(error)
+    else:
+        assert good
+
+
+def test_tables_larger_than_any_are_refused_unread():
+    most = CODEC.max_tables_size((1, 1, 1, 4), dtypes.get("bf16"))
+    assert load(bytes(most), (1, 1, 1, 4), "bf16") is not None
+    with pytest.raises(kvzip.CorruptError, match="impossible size"):
+        load(bytes(most + 1), (1, 1, 1, 4), "bf16")
+
+
+def test_few_bytes_cannot_claim_many_channels():
+    """Of memory, what they earn: a bit for each at the least."""
+    tables = _native.ChannelTables(b"\0" * 1000, 1000, 1000, 8, 7)
+    with pytest.raises(ValueError, match="cut short"):
+        tables.encode(np.zeros((1, 1000, 1, 1000), np.uint16))
+
+
+def test_tables_of_as_many_channels_as_there_may_be():
+    form = dtypes.get("fp8_e5m2")
+    channels = [(c, c % 32) if c < 300 else (c % 300, c % 64) for c in range(65535)]
+    shapes = [([1 + c % 40, c // 40], c % 3) for c in range(300)]
+    made = channel_reference.write(shapes, channels, 65535, form)
+    values = np.array([base for _, base in channels])
+    numbers = (values << 2).astype(np.uint8).reshape(1, 1, 1, -1).repeat(3, axis=2)
+    tables = load(made, numbers.shape, form.name)
+    coded = tables.encode(numbers)
+    assert np.array_equal(decode(coded, numbers.shape, form.name, tables), numbers)
+
+
+def test_threads_that_need_the_same_tables_at_once():
+    rng = np.random.default_rng(10)
+    numbers = cache_like(rng, "bf16", (1, 4, 500, 64))
+    made, tables = tables_of(numbers, "bf16")
+    coded = encode(numbers, "bf16", tables)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            fresh, bad = (load(m, numbers.shape, "bf16") for m in (made, made[:-1]))
+
+            def one(_, fresh=fresh, bad=bad):
+                with pytest.raises(kvzip.CorruptError, match="bad tables"):
+                    decode(coded, numbers.shape, "bf16", bad)
+                return decode(coded, numbers.shape, "bf16", fresh)
+
+            assert all(np.array_equal(x, numbers) for x in pool.map(one, range(8)))
 
 
 def test_numbers_that_tables_do_not_hold_are_escaped_or_stored_raw():

@@ -329,7 +329,7 @@ def test_unequal_layers_and_no_token_ids(learned):
         snapshot = one(hidden[5], constant)
         blob = kvzip.encode(snapshot, "predictive", profile)
         assert_same(kvzip.decode(blob, profile), snapshot)
-    assert len(kvzip.encode(one(hidden[5], 2.5), "predictive", profile)) < 0.95 * len(
+    assert len(kvzip.encode(one(hidden[5], 2.5), "predictive", profile)) < 0.96 * len(
         kvzip.encode(one(hidden[5], 2.5), "channel")
     )
 

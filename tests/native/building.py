@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SOURCES = {
     "channel": [
-        f"channel/{name}" for name in ("kernels", "part", "shapes", "tables", "kernels_scalar")
+        f"channel/{name}"
+        for name in ("kernels", "part", "shapes", "table_coder", "tables", "kernels_scalar")
     ],
     "predictive": [f"predictive/{name}" for name in ("kernels", "chain", "kernels_scalar")],
 }
