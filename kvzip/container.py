@@ -107,25 +107,45 @@ def _cut(place: _Place, cut: LayerLayout, part: Part) -> Bits:
     return array if len(cut.shape(part)) == 4 else array[0]
 
 
-def _in_order(
-    pool: ThreadPoolExecutor | None, jobs: Iterable[Callable[[], T]], ahead: int
-) -> Iterator[T]:
-    """Results of `jobs` in their order, at most `ahead` of them running or waiting."""
-    if pool is None:
+def _in_order(jobs: Iterable[Callable[[], T]], workers: int, ahead: int) -> Iterator[T]:
+    """Results of `jobs` in their order, at most `ahead` of them running or waiting. One of the
+    workers is the thread that asks: it would wait otherwise, and systems are slow to move one of
+    the others to its core."""
+    if workers == 1:
         for job in jobs:
             yield job()
         return
-    pending: deque[Future[T]] = deque()
+    pending: deque[tuple[Future[T], Callable[[], T]]] = deque()
+
+    def oldest() -> T:
+        for at in range(len(pending)):
+            future, job = pending[at]
+            if pending[0][0].done():
+                break
+            if future.cancel():
+                pending[at] = _finished(job), job
+        return pending.popleft()[0].result()
+
+    pool = ThreadPoolExecutor(workers - 1)
     try:
         for job in jobs:
             if len(pending) >= ahead:
-                yield pending.popleft().result()
-            pending.append(pool.submit(job))
+                yield oldest()
+            pending.append((pool.submit(job), job))
         while pending:
-            yield pending.popleft().result()
+            yield oldest()
     finally:
-        for future in pending:
-            future.cancel()
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(job: Callable[[], T]) -> Future[T]:
+    """A job's result, done here and now."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(job())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 class _Encoded(NamedTuple):
@@ -251,7 +271,7 @@ class _Encoder:
             earlier[entry.layer, entry.part] = self.block(entry)
         return results
 
-    def encoded(self, pool: ThreadPoolExecutor | None, ahead: int) -> Iterator[_Encoded]:
+    def encoded(self, workers: int) -> Iterator[_Encoded]:
         """All entries in the order of the file."""
         if not any(self.codec.needs(e.layer, e.part) for e in self.entries):
             groups: list[list[int]] = []
@@ -260,7 +280,7 @@ class _Encoder:
                     groups.append([])
                 groups[-1].append(row)
             jobs = ((lambda g=group: self.encode_part(g)) for group in groups)
-            for results in _in_order(pool, jobs, ahead):
+            for results in _in_order(jobs, workers, 2 * workers):
                 yield from results
             return
         made: dict[int, bytes] = {}
@@ -274,7 +294,7 @@ class _Encoder:
                 chains.setdefault(stop, []).append(row)
         done = {row: _Encoded.of_tables(row, data) for row, data in made.items()}
         jobs = ((lambda c=chain: self.encode_chain(c, tables)) for chain in chains.values())
-        for results in _in_order(pool, jobs, ahead):
+        for results in _in_order(jobs, workers, 2 * workers):
             done |= {result.row: result for result in results}
         for row in range(len(self.entries)):
             yield done.pop(row)
@@ -289,20 +309,14 @@ class _Encoder:
         offset = _PREAMBLE.size + len(header) + len(ids) + index.nbytes
         base = sink.tell()
         sink.seek(base + offset)
-        workers = thread_count(threads)
-        pool = ThreadPoolExecutor(workers) if workers > 1 else None
-        try:
-            for row, data, stored, raw in self.encoded(pool, 2 * workers):
-                entry = self.entries[row]
-                index[row] = entry.record(offset, len(data), stored, raw)
-                sink.write(data)
-                offset += len(data)
-                if progress is not None and not entry.tables:
-                    part = self.part(entry)
-                    progress(part.nbytes * entry.tokens // part.shape[2])
-        finally:
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+        for row, data, stored, raw in self.encoded(thread_count(threads)):
+            entry = self.entries[row]
+            index[row] = entry.record(offset, len(data), stored, raw)
+            sink.write(data)
+            offset += len(data)
+            if progress is not None and not entry.tables:
+                part = self.part(entry)
+                progress(part.nbytes * entry.tokens // part.shape[2])
         start = _PREAMBLE.pack(MAGIC, VERSION, 0, len(header), len(index), len(ids), offset, 0)[:-8]
         rest = header + ids + index.tobytes()
         sink.seek(base)
@@ -656,7 +670,8 @@ class Reader:
         begin, end = (0, self.layout.tokens) if tokens is None else tokens
         if not 0 <= begin <= end <= self.layout.tokens:
             raise ValueError(f"tokens {begin}:{end} are not within 0:{self.layout.tokens}")
-        cuts = {i: self.layout.layers[i].cut(begin, end) for i in wanted}
+        layers_ = self.layout.layers
+        cuts = {i: layers_[i] if tokens is None else layers_[i].cut(begin, end) for i in wanted}
         places = self._places(wanted, cuts, out)
         plan = self._plan(wanted, cuts)
         tables: dict[tuple[int, Part], Any] = {}
@@ -670,14 +685,9 @@ class Reader:
             (lambda b=batch: self._decode_batch(b, cuts, places, tables, inside))
             for batch in batches
         )
-        pool = ThreadPoolExecutor(workers) if workers > inside and len(plan) > 1 else None
-        try:
-            for done in _in_order(pool, jobs, 2 * workers):
-                if progress is not None:
-                    progress(sum(self._asked(row, cuts) for rows in done for row in rows))
-        finally:
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+        for done in _in_order(jobs, min(workers // inside, len(batches) or 1), 2 * workers):
+            if progress is not None:
+                progress(sum(self._asked(row, cuts) for rows in done for row in rows))
         result = []
         for i in wanted:
             k, v = (_cut(places[i, part], cuts[i], part) for part in PARTS)
@@ -715,12 +725,15 @@ class Reader:
             if len(out) != len(wanted):
                 raise ValueError(f"out has {len(out)} layers, not {len(wanted)}")
             for i, pair in zip(wanted, out, strict=True):
+                cut = cuts[i]
+                first = cut.first
                 for part, given in zip(PARTS, pair, strict=True):
-                    shape = cuts[i].shape(part)
                     array, _ = dtypes.as_bits(given, self.layout.dtype)
-                    if array.shape != shape or not array.flags.writeable:
-                        raise ValueError(f"out for layer {i}: want a writable array of {shape}")
-                    places[i, part] = _Place(batched(array), cuts[i].first)
+                    if array.shape != cut.shape(part) or not array.flags.writeable:
+                        raise ValueError(
+                            f"out for layer {i}: want a writable array of {cut.shape(part)}"
+                        )
+                    places[i, part] = _Place(batched(array), first)
             return places
         # One piece of memory for all: a large one gets large pages, and faults less often.
         shapes, firsts = [], []
@@ -756,32 +769,43 @@ class Reader:
     def _plan(self, wanted: Sequence[int], cuts: Mapping[int, LayerLayout]) -> list[list[int]]:
         """Rows of the index to decode, as chains: rows of one chain in order, chains in any."""
         if self._independent:
-            keys = [(i, part) for i in wanted for part in PARTS]
-        else:
-            needed: dict[tuple[int, Part], None] = {}
+            return [
+                [row]
+                for i in wanted
+                for part in PARTS
+                for row in self._overlapping((i, part), cuts[i].first, cuts[i].cumulative_length)
+            ]
+        needed: dict[tuple[int, Part], None] = {}
 
-            def require(key: tuple[int, Part]) -> None:
-                if key not in needed:
-                    for other in self._codec.needs(*key):
-                        require(other)
-                    needed[key] = None
+        def require(key: tuple[int, Part]) -> None:
+            if key not in needed:
+                for other in self._codec.needs(*key):
+                    require(other)
+                needed[key] = None
 
-            for i in wanted:
-                for part in PARTS:
-                    require((i, part))
-            keys = sorted(needed)
+        for i in wanted:
+            for part in PARTS:
+                require((i, part))
         chains: dict[int, list[int]] = {}
         begin = min((c.first for c in cuts.values()), default=0)
         end = max((c.cumulative_length for c in cuts.values()), default=0)
-        for key in keys:
+        for key in sorted(needed):
             first = self.layout.layers[key[0]].first
-            for row in self._index.rows[key][1:]:
-                start = first + self._index.start[row]
-                stop = start + self._index.tokens[row]
-                if start < end and stop > begin:
-                    # Blocks of a chain end at the same token, wherever their layers begin.
-                    chains.setdefault(row if self._independent else stop, []).append(row)
+            for row in self._overlapping(key, begin, end):
+                # Blocks of a chain end at the same token, wherever their layers begin.
+                stop = first + self._index.start[row] + self._index.tokens[row]
+                chains.setdefault(stop, []).append(row)
         return list(chains.values())
+
+    def _overlapping(self, key: tuple[int, Part], begin: int, end: int) -> Sequence[int]:
+        """Rows of a part's blocks that hold any of these positions."""
+        rows = self._index.rows[key][1:]
+        layer = self.layout.layers[key[0]]
+        first = layer.first
+        if begin <= first and end >= layer.cumulative_length:
+            return rows
+        start, tokens = self._index.start, self._index.tokens
+        return [r for r in rows if first + start[r] < end and first + start[r] + tokens[r] > begin]
 
     def _tables(self, key: tuple[int, Part]) -> Any:
         """A part's tables."""
@@ -885,12 +909,14 @@ class Reader:
                 return
             self._check_stored(work[0].row, work[0].coded.data)
             raise CorruptError(f"{self._name(work[0].row)}: {error}") from None
-        for target, digest in zip(work, found, strict=True):
-            if digest != self._index.raw_checksum[target.row]:
-                self._check_stored(target.row, target.coded.data)
-                raise CorruptError(
-                    f"{self._name(target.row)} decodes to other numbers than were encoded"
-                )
+        expected = [self._index.raw_checksum[target.row] for target in work]
+        if found != expected:
+            wrong = next(t for t, a, b in zip(work, found, expected, strict=True) if a != b)
+            self._check_stored(wrong.row, wrong.coded.data)
+            raise CorruptError(
+                f"{self._name(wrong.row)} decodes to other numbers than were encoded"
+            )
+        for target in work:
             if target.beside is not None:
                 target.beside[...] = target.coded.out[:, :, target.cut]
 
@@ -963,6 +989,8 @@ def open(file: Any, profile: Profile | None = None, threads: int = 0) -> Reader:
 
     Reads the header and the index. Raises FormatError, CorruptError, or the OSError of the path.
     """
+    if isinstance(file, (bytes, memoryview)):  # first, as they are sooner told than a Source
+        return Reader(_Memory(file), profile, threads)
     if isinstance(file, (str, os.PathLike)):
         handle = Path(file).open("rb")  # noqa: SIM115 - the Reader closes it
         try:

@@ -67,8 +67,8 @@ def get(name: str) -> DType:
     Raises UnsupportedError for any other.
     """
     try:
-        return _BY_NAME[name.removeprefix("torch.")]
-    except (KeyError, AttributeError):
+        return _BY_NAME.get(name) or _BY_NAME[name.removeprefix("torch.")]
+    except (KeyError, AttributeError, TypeError):
         raise UnsupportedError(f"dtype {name!r}: use one of {', '.join(NAMES)}") from None
 
 
@@ -79,8 +79,8 @@ def as_bits(array: Any, dtype: str | None = None) -> tuple[Bits, str]:
     `dtype`, the name of the format that its bits are in. Shape and strides are kept.
     Raises UnsupportedError when the format is not one of ours.
     """
-    if dtype is not None and type(array) is np.ndarray and array.dtype == get(dtype).uint:
-        return array, get(dtype).name
+    if dtype is not None and type(array) is np.ndarray and array.dtype is (form := get(dtype)).uint:
+        return array, form.name
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         found = get(str(array.dtype)) if array.dtype.is_floating_point else None

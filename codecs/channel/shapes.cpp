@@ -16,7 +16,7 @@ namespace {
 constexpr int kWindow = 32, kMean = 22, kCells = 2 * kWindow;
 // Costs are in 1/256 bit. A cell outside of a table costs an escape and its value; a table of its
 // own, what it takes in the file.
-constexpr int kBit = 256, kEscapeCost = 17 * kBit, kTableCost = 100 * kBit;
+constexpr int kBit = 256, kEscapeCost = 17 * kBit, kTableCost = 150 * kBit;
 constexpr int kMostShift = 2;  // of a channel against a group, in exponents
 constexpr int kCandidates = 6;
 
