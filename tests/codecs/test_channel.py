@@ -470,11 +470,32 @@ def needed(made, numbers, dtype):
     return True
 
 
+def legal(made, channels, dim, dtype):
+    """Whether the spec has such tables."""
+    try:
+        shapes, _ = channel_reference.read(made, channels, dim, dtypes.get(dtype))
+    except (AssertionError, IndexError, KeyError):
+        return False
+    return all(1 <= np.count_nonzero([*levels, e]) <= 32 for levels, e in shapes)
+
+
+def readable(made, numbers, dtype):
+    try:
+        load(made, numbers.shape, dtype).encode(numbers)
+    except ValueError as error:
+        assert "bad tables" in str(error)
+        return False
+    return True
+
+
 def test_tables_that_are_cut_lengthened_or_padded_are_refused(dtype):
+    """What is left of them can be tables, too, once in hundreds of times."""
     numbers = cache_like(np.random.default_rng(8), dtype, (1, 2, 900, 7))
     numbers[..., 3] = 5
     made, _ = tables_of(numbers, dtype)
-    assert all(needed(made[:n], numbers, dtype) for n in range(1, len(made)))
+    left = [n for n in range(1, len(made)) if readable(made[:n], numbers, dtype)]
+    assert len(left) < len(made) / 20
+    assert all(legal(made[:n], 14, 7, dtype) for n in left)
     assert needed(made + b"\0", numbers, dtype)
     form, unused = dtypes.get(dtype), 0
     for width in range(1, 9):
@@ -495,19 +516,7 @@ def test_tables_with_other_bits_are_refused_or_are_other_tables(dtype, data):
     damaged = bytearray(made)
     at = data.draw(st.integers(0, 8 * len(made) - 1))
     damaged[at // 8] ^= 1 << at % 8
-    form = dtypes.get(dtype)
-    try:
-        shapes, _ = channel_reference.read(damaged, 9, 9, form)
-        good = all(1 <= np.count_nonzero([*levels, e]) <= 32 for levels, e in shapes)
-    except (AssertionError, IndexError, KeyError):
-        good = False
-    tables = load(damaged, numbers.shape, dtype)
-    try:
-        tables.encode(numbers)
-    except ValueError as error:
-        assert "bad tables" in str(error)
-    else:
-        assert good
+    assert not readable(damaged, numbers, dtype) or legal(damaged, 9, 9, dtype)
 
 
 def test_tables_larger_than_any_are_refused_unread():
