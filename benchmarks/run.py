@@ -37,7 +37,7 @@ from kvzip.codec import Codec
 from kvzip.container import thread_count
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import KVZipError
-from kvzip.eval.bench import WholeFile, buffers, cache_bytes, in_memory, seconds, spec_of
+from kvzip.eval.bench import WholeFile, buffers, cache_bytes, in_memory, room, seconds, spec_of
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot, sha256_raw
 
@@ -114,7 +114,7 @@ class _Memcpy:
 
     def __init__(self, units: list[Bits], workers: _Workers) -> None:
         self._from, self._workers = units, workers
-        self._to = [np.zeros_like(unit) for unit in units]
+        self._to = [room(unit) for unit in units]
         self.encoded_bytes = sum(unit.nbytes for unit in units)
 
     def encode(self) -> None:

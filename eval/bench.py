@@ -83,10 +83,17 @@ class WholeFile:
         self.blob = b""
 
 
+def room(like: Bits) -> Bits:
+    """Zeros of that shape, aligned to 64 bytes, as an engine's tensors are."""
+    memory = np.zeros(like.nbytes + 64, np.uint8)
+    at = -memory.ctypes.data % 64
+    return memory[at : at + like.nbytes].view(like.dtype).reshape(like.shape)
+
+
 def buffers(snapshot: Snapshot) -> Buffers:
     """Room for what a snapshot holds, written once: pages that the system only hands out while a
     codec decodes into them would be charged to it."""
-    return [(np.zeros_like(layer.k), np.zeros_like(layer.v)) for layer in snapshot.layers]
+    return [(room(layer.k), room(layer.v)) for layer in snapshot.layers]
 
 
 def measure(

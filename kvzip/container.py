@@ -511,6 +511,8 @@ class _Target(NamedTuple):
 
     row: int
     coded: Coded
+    tables: memoryview
+    """As they are stored."""
     beside: Bits | None
     """Where those of its numbers belong that were asked for, if not in `coded.out` itself."""
     cut: slice
@@ -620,7 +622,7 @@ class Reader:
     def check_stored(self) -> None:
         """Read the whole file and compare the checksums of its bytes, without decoding."""
         for row in range(len(self._index)):
-            self._stored(row)
+            self._check_stored(row, self._stored(row))
 
     def read_ahead(self, spans: Sequence[tuple[int, int]]) -> None:
         """Tell the source what decoding positions ``spans[i]`` of layer i, layer after layer,
@@ -674,7 +676,7 @@ class Reader:
         cuts = {i: layers_[i] if tokens is None else layers_[i].cut(begin, end) for i in wanted}
         places = self._places(wanted, cuts, out)
         plan = self._plan(wanted, cuts)
-        tables: dict[tuple[int, Part], Any] = {}
+        tables: dict[tuple[int, Part], tuple[memoryview, Any]] = {}
         workers = thread_count(threads) if threads is not None else self._threads
         # A few chains to a job: handing over a job takes as long as a block of the fastest codec.
         size, inside = max(1, min(16, len(plan) // (4 * workers))), 1
@@ -807,27 +809,39 @@ class Reader:
         start, tokens = self._index.start, self._index.tokens
         return [r for r in rows if first + start[r] < end and first + start[r] + tokens[r] > begin]
 
-    def _tables(self, key: tuple[int, Part]) -> Any:
-        """A part's tables."""
-        layer = self.layout.layers[key[0]]
+    def _tables(self, key: tuple[int, Part]) -> tuple[memoryview, Any]:
+        """A part's tables as they are stored and as blocks use them."""
+        layer, row = self.layout.layers[key[0]], self._index.rows[key].start
         context = Context(self._form, *key, layer.first, self.header.origin, profile=self._profile)
-        data = self._stored(self._index.rows[key].start)
-        return self._codec.load_tables(data, _batched_shape(layer.shape(key[1])), context)
+        data = self._stored(row)
+        try:
+            shape = _batched_shape(layer.shape(key[1]))
+            return data, self._codec.load_tables(data, shape, context)
+        except CorruptError as error:
+            self._check_stored(row, data)
+            raise CorruptError(f"{self._name(row)}: {error}") from None
 
     @cached_property
     def _ids_by_row(self) -> NDArray[Any] | None:
         return None if self.token_ids is None else np.atleast_2d(self.token_ids)
 
-    def _stored(self, row: int, check: bool = True) -> memoryview:
-        """The stored bytes of an entry, with their checksum verified if asked for."""
+    def _stored(self, row: int) -> memoryview:
+        """The stored bytes of an entry. The numbers' checksum tells whether they are good, that of
+        the stored bytes, what is to blame. Taking both always would cost an eighth of the fastest
+        codec's time."""
         data = self._source.read(self._index.offset[row], self._index.length[row])
-        if check:
+        if self._thorough:
             self._check_stored(row, data)
         return data
 
     def _check_stored(self, row: int, data: memoryview) -> None:
         if checksum.of_bytes(data) != self._index.stored_checksum[row]:
             raise CorruptError(f"{self._name(row)} is damaged: its checksum does not match")
+
+    def _blame(self, target: _Target) -> None:
+        """Raise CorruptError if it is stored bytes that are wrong."""
+        self._check_stored(self._index.rows[self._index.key[target.row]].start, target.tables)
+        self._check_stored(target.row, target.coded.data)
 
     def _name(self, row: int) -> str:
         index = self._index
@@ -841,7 +855,7 @@ class Reader:
         row: int,
         cuts: Mapping[int, LayerLayout],
         places: Mapping[tuple[int, Part], _Place],
-        tables: dict[tuple[int, Part], Any],
+        tables: dict[tuple[int, Part], tuple[memoryview, Any]],
     ) -> _Target:
         """Everything to decode a block, straight into place if there is place for all of it."""
         key, tokens = self._index.key[row], self._index.tokens[row]
@@ -865,14 +879,12 @@ class Reader:
             out = np.empty((*shape[:2], tokens, shape[3]), self._form.uint)
         if key not in tables:
             tables[key] = self._tables(key)
+        stored_tables, used = tables[key]
         ids = _ids_of(self._ids_by_row, begin, begin + tokens)
         context = Context(
-            self._form, layer, part, begin, self.header.origin, ids, self._profile, tables[key]
+            self._form, layer, part, begin, self.header.origin, ids, self._profile, used
         )
-        # The numbers' checksum tells all; that of the stored bytes, what is to blame. Taking both
-        # always would cost an eighth of the fastest codec's time.
-        data = self._stored(row, check=self._thorough)
-        return _Target(row, Coded(data, out, context), beside, cut)
+        return _Target(row, Coded(self._stored(row), out, context), stored_tables, beside, cut)
 
     def _asked(self, row: int, cuts: Mapping[int, LayerLayout]) -> int:
         """How many raw bytes of a block were asked for."""
@@ -907,12 +919,12 @@ class Reader:
                 for target in [*work, *targets]:
                     self._fill([target])  # one of them tells more
                 return
-            self._check_stored(work[0].row, work[0].coded.data)
+            self._blame(work[0])
             raise CorruptError(f"{self._name(work[0].row)}: {error}") from None
         expected = [self._index.raw_checksum[target.row] for target in work]
         if found != expected:
             wrong = next(t for t, a, b in zip(work, found, expected, strict=True) if a != b)
-            self._check_stored(wrong.row, wrong.coded.data)
+            self._blame(wrong)
             raise CorruptError(
                 f"{self._name(wrong.row)} decodes to other numbers than were encoded"
             )
@@ -925,7 +937,7 @@ class Reader:
         chains: Sequence[Sequence[int]],
         cuts: Mapping[int, LayerLayout],
         places: Mapping[tuple[int, Part], _Place],
-        tables: dict[tuple[int, Part], Any],
+        tables: dict[tuple[int, Part], tuple[memoryview, Any]],
         threads: int,
     ) -> Sequence[Sequence[int]]:
         """Decode chains; return them."""
@@ -941,7 +953,7 @@ class Reader:
         rows: Sequence[int],
         cuts: Mapping[int, LayerLayout],
         places: Mapping[tuple[int, Part], _Place],
-        tables: dict[tuple[int, Part], Any],
+        tables: dict[tuple[int, Part], tuple[memoryview, Any]],
     ) -> None:
         """Decode blocks of which each may need those before it."""
         chain = self._resume(rows, cuts)
