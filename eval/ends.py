@@ -26,6 +26,9 @@ import numpy as np
 from kvzip.errors import KVZipError
 
 PORT = 8083
+# A model on a CPU that waits for its next layer leaves the cores to the decoder. Left alone, its
+# threads spin.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 
 
 class End:
@@ -38,7 +41,11 @@ class End:
     def __enter__(self) -> End:
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
+            self._command,
+            env={**_ENVIRONMENT, **os.environ},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
         )
         return self
 

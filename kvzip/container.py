@@ -680,8 +680,11 @@ class Reader:
         workers = thread_count(threads) if threads is not None else self._threads
         # A few chains to a job: handing over a job takes as long as a block of the fastest codec.
         size, inside = max(1, min(16, len(plan) // (4 * workers))), 1
-        if self._codec.threaded and (isinstance(self._source, _Memory) or len(plan) <= 2 * workers):
-            size, inside = 64, workers  # little to wait for: one job after the other
+        if self._codec.threaded:
+            size, inside = (
+                64,
+                workers,
+            )  # one job after the other; they decode what comes as it comes
         batches = [plan[at : at + size] for at in range(0, len(plan), size)]
         jobs = (
             (lambda b=batch: self._decode_batch(b, cuts, places, tables, inside))

@@ -7,10 +7,11 @@ the model is fed first is checked against the document, see `kvzip.load.hf.load_
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from threading import Lock
 from typing import Any, NamedTuple, cast
 
@@ -27,7 +28,8 @@ _log = logging.getLogger("kvzip.load")
 
 
 _TOGETHER = 4
-"""Layers that a model gets at once. When it is done with what it has, its OpenMP threads go on
+"""Layers that are decoded in one call, and that a model gets at once. Threads that decode wait for
+each other at the end of a call. And when a model is done with what it has, its OpenMP threads go on
 spinning for milliseconds, on cores that the decoder needs; so it is to wait seldom."""
 
 
@@ -109,7 +111,8 @@ class Loader:
         self.device = None if device is None else torch.device(device)
         self.recovery: Recovery | None = None
         self._worker = ThreadPoolExecutor(1, "kvzip-ahead")
-        self._ahead: dict[int, Future[Taken]] = {}
+        self._ahead: dict[int, Future[dict[int, Taken]]] = {}
+        """By the first of the layers that are decoded together: those that were not taken yet."""
         self._lock = Lock()
         if isinstance(source, Reader):
             source.read_ahead(spans)
@@ -132,33 +135,51 @@ class Loader:
 
     def load(self, i: int) -> Taken:
         """As `take`; never recovers."""
-        group = i - i % _TOGETHER
+        first = i - i % _TOGETHER
         with self._lock:
-            for j in range(i, min(group + 2 * _TOGETHER, len(self.spans))):
-                if j not in self._ahead:
-                    self._ahead[j] = self._worker.submit(self._decode, j)
-            mine = self._ahead.pop(i)
-            beside = [self._ahead[j] for j in range(i + 1, group + _TOGETHER) if j in self._ahead]
-        if i == group:
-            wait(beside)
+            for start in range(first, min(first + 2 * _TOGETHER, len(self.spans)), _TOGETHER):
+                if start not in self._ahead:
+                    group = range(start, min(start + _TOGETHER, len(self.spans)))
+                    self._ahead[start] = self._worker.submit(self._decode, group)
+            mine = self._ahead[first]
         try:
-            return mine.result()
+            decoded = mine.result()
+            with self._lock:
+                taken = decoded.pop(i, None)
+                if not decoded and self._ahead.get(first) is mine:
+                    del self._ahead[first]
+            # A copy of the cache has had it.
+            return self._decode([i])[i] if taken is None else taken
         except KVZipError:
             raise
         except Exception as error:
-            raise KVZipError(f"layer {i} cannot be read: {error}") from error
+            last = min(first + _TOGETHER, len(self.spans)) - 1
+            raise KVZipError(f"layers {first} to {last} cannot be read: {error}") from error
 
-    def _decode(self, i: int) -> Taken:
+    def _decode(self, layers: Iterable[int]) -> dict[int, Taken]:
+        found = {}
+        # Most begin where the others do, and end there, too, or a token later.
+        for start, alike in groupby(layers, key=lambda i: self.spans[i][0]):
+            run = list(alike)
+            stop = max(self.spans[i][1] for i in run)
+            if isinstance(self.source, Snapshot):
+                whole = [self.source.layers[i] for i in run]
+                pairs = [
+                    [np.array(bits[..., start - first : stop - first, :]) for bits in layer]
+                    for layer in whole
+                    for first in [layer.layout.first]
+                ]
+            else:
+                decoded = self.source.decode(None, run, (start, stop), self.threads)
+                pairs = list(map(list, decoded.layers))
+            for i, pair in zip(run, pairs, strict=True):
+                held = self.spans[i][1] - start
+                found[i] = self._taken(i, [bits[..., :held, :] for bits in pair])
+        return found
+
+    def _taken(self, i: int, pair: Sequence[Any]) -> Taken:
         start, stop = self.spans[i]
-        if isinstance(self.source, Snapshot):
-            found = self.source.layers[i]
-            cut = slice(start - found.layout.first, stop - found.layout.first)
-            arrays = [np.array(bits[..., cut, :]) for bits in found]
-        else:
-            arrays = list(
-                self.source.decode(layers=[i], tokens=(start, stop), threads=self.threads).layers[0]
-            )
-        k, v = (dtypes.as_tensor(a, self.source.layout.dtype).to(self.device) for a in arrays)
+        k, v = (dtypes.as_tensor(a, self.source.layout.dtype).to(self.device) for a in pair)
         k, v = (k, v) if k.ndim == 4 else (k[None], v[None])
         kept = self.held - start
         return Taken(k[:, :, :kept], v[:, :, :kept], k[:, :, kept:] if stop > self.held else None)
