@@ -54,6 +54,8 @@ class Alone(msgspec.Struct, frozen=True):
     """All layers out of a local file, as a model gets them."""
     moving: float
     """What bringing the bytes over takes of the processors, both ends together, over all cores."""
+    decoding_work: float
+    """What `decoding` takes of the processors, over all cores."""
 
 
 class Apart(msgspec.Struct, frozen=True):
@@ -65,6 +67,10 @@ class Apart(msgspec.Struct, frozen=True):
     """Seconds, median."""
     step: float
     """Seconds to the first token from the cache in memory, not encoded; median."""
+    step_work: float
+    """What that takes of the processors, over all cores."""
+    together: int
+    """Layers that a model gets at once (:mod:`kvzip.load.lazy`)."""
     codecs: list[Alone]
 
 
@@ -147,25 +153,24 @@ class Links(msgspec.Struct, frozen=True, kw_only=True):
 def predict(apart: Apart, way: str, mbps: float, delay: float) -> float:
     """Seconds to the first token over a link, from :mod:`kvzip.cost`.
 
-    Decoding, the model's first step and the moving of bytes share the processors, so they make one
-    stage beside the link (:func:`kvzip.cost.shared_rate`); of that stage, what the last layer asks
-    for cannot be hidden.
+    Decoding, the model's first step and the moving of bytes share the processors: what they take of
+    them together makes one stage beside the link, no faster than decoding or the step alone. Of
+    it, what the last layers ask for, those that a model gets at once, cannot be hidden.
     """
     if way == PREFILL:
         return apart.prefill
     alone = next(codec for codec in apart.codecs if codec.codec == way)
     raw = apart.raw_bytes
-    processor = cost.shared_rate(
-        *(raw / seconds for seconds in (alone.decoding, apart.step, alone.moving) if seconds)
-    )
+    work = alone.decoding_work + apart.step_work + alone.moving
+    rate = raw / max(work, alone.decoding, apart.step)
     bandwidth = cost.goodput(mbps * 1e6)
     return cost.load_seconds(
         raw,
         alone.ratio,
         bandwidth,
-        decode_rate=processor,
+        decode_rate=rate,
         latency=alone.opening + cost.first_bytes_seconds(2 * delay, bandwidth),
-        fill=cost.pipeline_fill(raw, apart.layers, processor),
+        fill=cost.pipeline_fill(raw, math.ceil(apart.layers / apart.together), rate),
     )
 
 
@@ -377,15 +382,21 @@ def _once(sources: Sources, reader: ends.End, times: Times, link: tuple[float, f
     """Everything once, over the link and apart from it: what else the machine does then falls on
     both alike."""
     times[PREFILL, "load", link].append(reader.ask(do="prefill")["seconds"])
-    times[PREFILL, "step", None].append(reader.ask(do="step")["seconds"])
+    _note(times, PREFILL, "step", reader.ask(do="step"))
     for codec, path in sources.files.items():
         here = str(path.absolute())
         times[codec, "load", link].append(_loaded(reader, codec, _url(path))["seconds"])
         times[codec, "opening", None].append(_loaded(reader, codec, here)["opening"])
-        times[codec, "decoding", None].append(reader.ask(do="layers", source=here)["seconds"])
+        _note(times, codec, "decoding", reader.ask(do="layers", source=here))
         for what in ("transfer", "layers"):
             found = reader.ask(do=what, source=_url(path))
             times[codec, what, link].append(found["seconds"])
+
+
+def _note(times: Times, way: str, what: str, found: Mapping[str, Any]) -> None:
+    """Something apart from the link, with what it took of the processors, over all cores."""
+    times[way, what, None].append(found["seconds"])
+    times[way, f"{what} work", None].append(found["processor"] / machine().cores)
 
 
 def _loaded(reader: ends.End, codec: str, source: str) -> dict[str, Any]:
@@ -396,6 +407,8 @@ def _loaded(reader: ends.End, codec: str, source: str) -> dict[str, Any]:
 
 
 def _apart(sources: Sources, snapshot: Snapshot, times: Times, moving: dict[str, float]) -> Apart:
+    from kvzip.load.lazy import TOGETHER
+
     prefills = [
         taken for (way, _, link), all_ in times.items() if way == PREFILL and link for taken in all_
     ]
@@ -407,6 +420,7 @@ def _apart(sources: Sources, snapshot: Snapshot, times: Times, moving: dict[str,
             statistics.median(times[codec, "opening", None]),
             statistics.median(times[codec, "decoding", None]),
             moving[codec],
+            statistics.median(times[codec, "decoding work", None]),
         )
         for codec, path in sources.files.items()
         for size in [path.stat().st_size]
@@ -416,6 +430,8 @@ def _apart(sources: Sources, snapshot: Snapshot, times: Times, moving: dict[str,
         len(snapshot.layers),
         statistics.median(prefills),
         statistics.median(times[PREFILL, "step", None]),
+        statistics.median(times[PREFILL, "step work", None]),
+        TOGETHER,
         alone,
     )
 

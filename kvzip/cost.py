@@ -300,16 +300,6 @@ def first_bytes_seconds(
     return trip * (number("round trips", round_trips) + max(0.0, full - 1))
 
 
-def shared_rate(*rates: float) -> float:
-    """Raw bytes per second through stages that take turns on one processor: ``1 / sum(1 / rate)``.
-
-    Where a model computes on the processor that decodes, the two do not overlap: each byte costs
-    the sum of both.
-    """
-    slow = sum(1 / number("rate", r, zero=False, infinite=True) for r in rates)
-    return 1 / slow if slow else math.inf
-
-
 def break_even_bandwidth(
     prefill_seconds: float,
     raw_bytes: float,

@@ -370,14 +370,6 @@ def test_slow_start_is_what_doubling_takes(bandwidth: float, trip: float, connec
     assert found == pytest.approx(lost, abs=1.0001 * trip)
 
 
-@given(rates, rates)
-def test_stages_on_one_processor_take_the_sum(one: float, other: float) -> None:
-    raw = 1e9
-    assert raw / e.shared_rate(one, other) == pytest.approx(raw / one + raw / other)
-    assert e.shared_rate(one, math.inf) == pytest.approx(one)
-    assert e.shared_rate(math.inf) == math.inf
-
-
 # --- nonsense is named -------------------------------------------------------------------------
 
 
@@ -401,7 +393,6 @@ def test_nonsense_that_must_be_above_zero(bad: float) -> None:
         ("layers", lambda: e.pipeline_fill(1e9, bad, 1e9)),  # type: ignore[arg-type]
         ("bandwidth", lambda: e.first_bytes_seconds(0.01, bad)),
         ("bandwidth", lambda: e.goodput(bad)),
-        ("rate", lambda: e.shared_rate(1e9, bad)),
         ("seconds per token", lambda: e.break_even_tokens(e.PrefillModel(1, 1), bad)),
     ]
     for name, call in calls:

@@ -27,7 +27,7 @@ from kvzip.snapshot import Snapshot
 _log = logging.getLogger("kvzip.load")
 
 
-_TOGETHER = 4
+TOGETHER = 4
 """Layers that are decoded in one call, and that a model gets at once. Threads that decode wait for
 each other at the end of a call. And when a model is done with what it has, its OpenMP threads go on
 spinning for milliseconds, on cores that the decoder needs; so it is to wait seldom."""
@@ -135,11 +135,11 @@ class Loader:
 
     def load(self, i: int) -> Taken:
         """As `take`; never recovers."""
-        first = i - i % _TOGETHER
+        first = i - i % TOGETHER
         with self._lock:
-            for start in range(first, min(first + 2 * _TOGETHER, len(self.spans)), _TOGETHER):
+            for start in range(first, min(first + 2 * TOGETHER, len(self.spans)), TOGETHER):
                 if start not in self._ahead:
-                    group = range(start, min(start + _TOGETHER, len(self.spans)))
+                    group = range(start, min(start + TOGETHER, len(self.spans)))
                     self._ahead[start] = self._worker.submit(self._decode, group)
             mine = self._ahead[first]
         try:
@@ -153,7 +153,7 @@ class Loader:
         except KVZipError:
             raise
         except Exception as error:
-            last = min(first + _TOGETHER, len(self.spans)) - 1
+            last = min(first + TOGETHER, len(self.spans)) - 1
             raise KVZipError(f"layers {first} to {last} cannot be read: {error}") from error
 
     def _decode(self, layers: Iterable[int]) -> dict[int, Taken]:

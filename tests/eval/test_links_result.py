@@ -21,10 +21,12 @@ APART = Apart(
     30,
     1.7,
     0.055,
+    0.05,
+    4,
     [
-        Alone("raw", RAW, 1.0, 0.003, 0.02, 0.03),
-        Alone("channel", round(RAW / 1.54), 1.54, 0.003, 0.03, 0.02),
-        Alone("predictive", round(RAW / 2.2), 2.2, 0.003, 0.25, 0.015),
+        Alone("raw", RAW, 1.0, 0.003, 0.02, 0.03, 0.015),
+        Alone("channel", round(RAW / 1.54), 1.54, 0.003, 0.03, 0.02, 0.025),
+        Alone("predictive", round(RAW / 2.2), 2.2, 0.003, 0.25, 0.015, 0.24),
     ],
 )
 RATES = [50.0, 100, 200, 500, 1000, 2000, 5000, 10000]
@@ -73,11 +75,12 @@ def test_a_slow_link_takes_the_time_of_its_bytes() -> None:
 
 
 def test_a_fast_link_takes_the_time_of_the_processor() -> None:
-    """Everything that is done on it, once; what the last layer asks for, and opening, besides."""
+    """Everything that is done on it, once; what the last layers ask for, and opening, besides."""
     for codec in APART.codecs:
-        work = codec.decoding + APART.step + codec.moving
+        work = codec.decoding_work + APART.step_work + codec.moving
+        taken = max(work, codec.decoding, APART.step)
         found = predict(APART, codec.codec, 1e6, 0.0)
-        assert found == pytest.approx(work * (1 + 1 / 30) + codec.opening)
+        assert found == pytest.approx(taken * (1 + 1 / 8) + codec.opening)
 
 
 def test_a_delay_costs_its_round_trips() -> None:
@@ -93,14 +96,15 @@ def test_a_delay_costs_its_round_trips() -> None:
 def test_where_prefill_is_overtaken_is_the_break_even_bandwidth() -> None:
     found = {(t.below, t.above): t for t in result().turns}
     for codec in APART.codecs[:2]:
-        processor = cost.shared_rate(RAW / codec.decoding, RAW / APART.step, RAW / codec.moving)
+        work = codec.decoding_work + APART.step_work + codec.moving
+        rate = RAW / max(work, codec.decoding, APART.step)
         same = cost.break_even_bandwidth(
             APART.prefill,
             RAW,
             codec.ratio,
-            decode_rate=processor,
+            decode_rate=rate,
             latency=codec.opening,
-            fill=cost.pipeline_fill(RAW, 30, processor),
+            fill=cost.pipeline_fill(RAW, 8, rate),
         ).value
         assert same is not None
         turn = found[PREFILL, codec.codec]
@@ -156,7 +160,7 @@ def test_the_page_has_every_point(tmp_path: Any) -> None:
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     for mbps in RATES:
-        assert text.count(f"| {mbps:,g} Mb/s |") == 4  # times and overlap, at two delays
+        assert text.count(f"\n| {mbps:,g} Mb/s |") == 4  # times and overlap, at two delays
     assert not put_between(page, {"links": links.page(result())})
 
 

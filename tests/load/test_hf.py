@@ -355,7 +355,7 @@ def test_layers_are_decoded_when_needed_and_the_next_ones_ahead(
     tiny: Any, counting: Any, monkeypatch: Any
 ) -> None:
     """As many again as the model gets at once."""
-    monkeypatch.setattr(lazy, "_TOGETHER", 1)
+    monkeypatch.setattr(lazy, "TOGETHER", 1)
     case = tiny("llama")
     cache = load_cache(counting(case), case.config)
     assert cache.get_seq_length() == 49 and cache.get_mask_sizes(1, 0) == (50, 0)
@@ -372,7 +372,7 @@ def test_layers_are_decoded_when_needed_and_the_next_ones_ahead(
 
 
 def test_a_model_gets_several_layers_at_once(tiny: Any, counting: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(lazy, "_TOGETHER", 3)
+    monkeypatch.setattr(lazy, "TOGETHER", 3)
     case = tiny("llama")
     cache = load_cache(counting(case), case.config)
     state = case.history.layers[0].keys[:, :, 49:]
