@@ -131,7 +131,6 @@ class Decoding {
     }
   }
   Decoding(const Decoding&) = delete;
-  // What is not begun yet is left.
   ~Decoding() { end(true); }
 
   void add(nb::object tables, nb::handle data, nb::handle out) {
@@ -146,6 +145,12 @@ class Decoding {
       jobs_.push_back(job);
     }
     more_.notify_one();
+  }
+
+  // What is not begun yet is left.
+  void stop() {
+    nb::gil_scoped_release released;
+    end(true);
   }
 
   std::vector<std::uint64_t> finish() {
@@ -225,7 +230,8 @@ void bind(nb::module_& m) {
            "Fill `out`, [batch, heads, tokens, dim], from a block's bytes and its tables, or None, "
            "by the end. Raises ValueError.")
       .def("finish", &Decoding::finish,
-           "Wait for all of them; the XXH3-64 of the numbers of each. Raises ValueError.");
+           "Wait for all of them; the XXH3-64 of the numbers of each. Raises ValueError.")
+      .def("stop", &Decoding::stop, "Begin no other block, and wait for those that are begun.");
 }
 
 }  // namespace kvzip::channel

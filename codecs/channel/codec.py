@@ -71,6 +71,8 @@ class ChannelCodec(Codec):
             checksums: list[int] = decoding.finish()
         except ValueError as error:
             raise CorruptError(str(error)) from None
+        finally:
+            decoding.stop()  # nothing is written to `out` after this
         for out, target in copied:
             out[...] = target
         return checksums
