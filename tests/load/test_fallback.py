@@ -219,7 +219,7 @@ def test_a_server_that_fails_on_the_way(
         monkeypatch.setattr(module, name, 8192)
     with failing_server(tmp_path) as server:
         server.fail(entry.key.split("/")[1] + ".kvz", 1, silent)
-        store = Store(server.url, timeout=0.4, retries=0)
+        store = Store(server.url, timeout=1.5, retries=0)
         cache = load_or_prefill(store, case.model, case.longer(), name="tiny", revision="")
         assert cache.get_seq_length() == 49
         began = time.monotonic()
