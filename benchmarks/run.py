@@ -55,7 +55,7 @@ PEER_NAMES = (
 
 # By the first letters of their names in /proc/cpuinfo: x86's vectors and bit fields, ARM's vectors.
 _SIMD = ("ssse3", "sse4", "avx", "bmi", "gfni", "asimd", "sve")
-_PACKAGES = ("kvzip", "numpy", "zstandard", "lz4", "xxhash")
+_PACKAGES = ("kvzip", "numpy", "zstandard", "lz4")
 
 # --- competitors -----------------------------------------------------------------------------
 
