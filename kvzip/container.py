@@ -672,8 +672,8 @@ class Reader:
         begin, end = (0, self.layout.tokens) if tokens is None else tokens
         if not 0 <= begin <= end <= self.layout.tokens:
             raise ValueError(f"tokens {begin}:{end} are not within 0:{self.layout.tokens}")
-        layers_ = self.layout.layers
-        cuts = {i: layers_[i] if tokens is None else layers_[i].cut(begin, end) for i in wanted}
+        whole = {i: self.layout.layers[i] for i in wanted}
+        cuts = whole if tokens is None else {i: w.cut(begin, end) for i, w in whole.items()}
         places = self._places(wanted, cuts, out)
         plan = self._plan(wanted, cuts)
         tables: dict[tuple[int, Part], tuple[memoryview, Any]] = {}
@@ -681,10 +681,8 @@ class Reader:
         # A few chains to a job: handing over a job takes as long as a block of the fastest codec.
         size, inside = max(1, min(16, len(plan) // (4 * workers))), 1
         if self._codec.threaded:
-            size, inside = (
-                64,
-                workers,
-            )  # one job after the other; they decode what comes as it comes
+            # One job after the other: they decode what comes as it comes.
+            size, inside = 64, workers
         batches = [plan[at : at + size] for at in range(0, len(plan), size)]
         jobs = (
             (lambda b=batch: self._decode_batch(b, cuts, places, tables, inside))
@@ -945,7 +943,8 @@ class Reader:
     ) -> Sequence[Sequence[int]]:
         """Decode chains; return them."""
         alone = [rows[0] for rows in chains if len(rows) == 1]
-        self._fill((self._target(row, cuts, places, tables) for row in alone), threads)
+        work = (self._target(row, cuts, places, tables) for row in alone)
+        self._fill(work, min(threads, len(alone)))
         for rows in chains:
             if len(rows) > 1:
                 self._decode_chain(rows, cuts, places, tables)

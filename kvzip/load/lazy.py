@@ -148,11 +148,14 @@ class Loader:
                 taken = decoded.pop(i, None)
                 if not decoded and self._ahead.get(first) is mine:
                     del self._ahead[first]
-            # A copy of the cache has had it.
-            return self._decode([i])[i] if taken is None else taken
-        except KVZipError:
-            raise
+            # None: a copy of the cache has had it.
+            return self._worker.submit(self._decode, [i]).result()[i] if taken is None else taken
         except Exception as error:
+            with self._lock:  # who asks again has it read again
+                if self._ahead.get(first) is mine:
+                    del self._ahead[first]
+            if isinstance(error, KVZipError):
+                raise
             last = min(first + TOGETHER, len(self.spans)) - 1
             raise KVZipError(f"layers {first} to {last} cannot be read: {error}") from error
 
