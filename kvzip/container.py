@@ -47,7 +47,7 @@ MAX_HEADER = 1 << 26
 WRITER = "kvzip 0.1.0"
 
 _PREAMBLE = struct.Struct("<8sHHIIIQQ")
-_FIRST_READ = 1 << 16
+_FIRST_READ = 48 << 10
 
 T = TypeVar("T")
 

@@ -22,10 +22,15 @@ from kvzip.container import Reader
 from kvzip.errors import KVZipError, StoreError
 from kvzip.profile import Profile
 
-_FIRST = 1 << 16
+_FIRST = 48 << 10
 """Bytes fetched with the opening of an object: what a Reader asks for first."""
+_FIRST_PIECE = 12 << 10
+"""Of which one request asks for so many: no more than what TCP sends in the first round trip of a
+connection, ten segments (RFC 6928). And what is read after that finds all connections made."""
 _LEAST, _MOST = 256 << 10, 4 << 20
 """Bytes of a request: ranges that touch are fetched together."""
+_LITTLE = 16 << 10
+"""Bytes for which no request is made, where they touch others."""
 _PATIENCE = 4
 """How many times as long as the wait for its first byte a request is to take."""
 _WINDOW = 64 << 20
@@ -209,9 +214,27 @@ class Remote:
         self._version: str | None = None
         self.wait = math.inf
         """Seconds from a request to its first byte, the least so far."""
-        meta, self._first = self._get(0, _FIRST)
-        self.size, self._version = meta.size, meta.version
+        self.pool = ThreadPoolExecutor(_CONNECTIONS, "kvzip-fetch")
+        self.size, self._first = self._open()
         self._ahead: _Ahead | None = None
+
+    def _open(self) -> tuple[int, memoryview]:
+        """The object's size and its first bytes."""
+        later = [
+            self.pool.submit(self._get, start, min(_FIRST_PIECE, _FIRST - start))
+            for start in range(_FIRST_PIECE, _FIRST, _FIRST_PIECE)
+        ]
+        meta, first = self._get(0, min(_FIRST_PIECE, _FIRST))
+        self._version = meta.version
+        if meta.size <= _FIRST_PIECE:  # the others ask for what there is not
+            return meta.size, first
+        pieces = [first]
+        for piece in later[: -(-meta.size // _FIRST_PIECE) - 1]:
+            found, data = piece.result()
+            if (found.size, found.version) != (meta.size, meta.version):
+                raise StoreError(f"{self._path} in {self._bucket.url} changed while it was read")
+            pieces.append(data)
+        return meta.size, memoryview(b"".join(pieces))
 
     def _get(self, offset: int, length: int) -> tuple[Meta, memoryview]:
         import obstore
@@ -267,7 +290,6 @@ class _Ahead:
         self._least = _LEAST
         self._under_way: set[int] = set()
         self._count = self._bytes = 0
-        self._pool = ThreadPoolExecutor(_CONNECTIONS, "kvzip-fetch")
         with self._lock:
             self._submit()
 
@@ -281,15 +303,19 @@ class _Ahead:
         ):
             share = min(self._begun, self._remaining // 4) // _CONNECTIONS
             limit = min(max(share, self._least), _MOST)
+            limit = min(limit, max(self._remaining // _CONNECTIONS, self._least // 2, _LEAST))
             start, size = next(iter(self._left.items()))
             reads = 1
-            while (more := self._left.get(start + size)) and size + more <= limit:
+            # Tables never go alone: little of a request is worse than a block too much.
+            while (more := self._left.get(start + size)) and (
+                size + more <= limit or min(size, more) <= _LITTLE
+            ):
                 size, reads = size + more, reads + 1
             self._ask(start, size, reads)
 
     def _ask(self, start: int, size: int, reads: int = 1) -> None:
         self._under_way.add(self._count)
-        future = self._pool.submit(self._get, self._count, start, size)
+        future = self._remote.pool.submit(self._get, self._count, start, size)
         request, at = _Request(start, size, reads, future), start
         while at < start + size:
             self._asked[at] = request
@@ -305,7 +331,8 @@ class _Ahead:
             took = time.perf_counter() - began
             with self._lock:
                 self._under_way.remove(which)
-                worthwhile = size * _PATIENCE * self._remote.wait / took
+                waited = self._remote.wait
+                worthwhile = size * _PATIENCE * waited / max(took - waited, waited / 4)
                 self._least = int(min(max(worthwhile, _LEAST), _MOST))
                 self._submit()
 

@@ -212,6 +212,6 @@ class DyingStore:
             return get(its, offset, length)
 
         monkeypatch.setattr(remote, "_FIRST", 4096)
-        for bound in ("_LEAST", "_MOST"):
+        for bound in ("_LEAST", "_MOST", "_LITTLE"):
             monkeypatch.setattr(remote, bound, 1)
         monkeypatch.setattr(Remote, "_get", fails_later)

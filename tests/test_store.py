@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -477,6 +478,51 @@ def test_a_part_costs_its_own_bytes(s3, counted, codec):
         assert sum(length for _, length in counted) <= entry.encoded_bytes / 8 * 1.3
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 10, 20, 2048])
+def test_the_first_bytes_come_in_one_round_trip(s3, counted, tokens):
+    """By requests beside each other, also where there is less to be had than they ask for."""
+    bucket = remote.Bucket(f"{s3.url}/t{next(_prefixes)}", options=s3.options)
+    snapshot = big(tokens)
+    bucket.put("doc.kvz", kvzip.encode(snapshot, "raw"))
+    counted.clear()
+    with bucket.open("doc.kvz") as reader:
+        assert sorted(counted) == [(at, 12 << 10) for at in range(0, 48 << 10, 12 << 10)]
+        assert np.array_equal(reader.layer(3).k, snapshot.layers[3].k)
+
+
+def test_an_object_that_changes_while_it_is_opened_is_an_error(s3, monkeypatch):
+    """The first bytes are never of two versions."""
+    where = Store(f"{s3.url}/t{next(_prefixes)}", options=s3.options)
+    entry = where.put(kvzip.encode(big(), "raw"))
+    other = make_snapshot(cache_like, 4, "bf16", layers=4, heads=2, tokens=2048, dim=64)
+    get, changed = remote.Remote._get, threading.Event()
+
+    def second_changes(self, offset, length):
+        found = get(self, offset, length)
+        if not offset:  # all others wait for this one
+            where.bucket.put(store._path(entry.key), kvzip.encode(other, "raw"), create=False)
+            changed.set()
+        return found
+
+    def waits(self, offset, length):
+        if offset:
+            changed.wait(10)
+        return second_changes(self, offset, length)
+
+    monkeypatch.setattr(remote.Remote, "_get", waits)
+    with pytest.raises(StoreError, match=r"changed while it was read|cannot read"):
+        where.open(entry.key)
+
+
+def test_tables_never_go_alone():
+    ranges = [(0, 2_000), (2_000, 500_000), (502_000, 1_000), (503_000, 500_000), (1 << 20, 9)]
+    slow = SlowObject(bytes(2 << 20), 0.0, 1e9)
+    ahead = remote._Ahead(slow, ranges)
+    for at, length in ranges:
+        assert len(ahead.take(at, length)) == length
+    assert sorted(slow.asked) == [(0, 503_000), (503_000, 500_000), (1 << 20, 9)]
+
+
 def test_announced_ranges_come_ahead_in_few_requests(s3, counted):
     where = Store(f"{s3.url}/t{next(_prefixes)}", options=s3.options)
     snapshot = big()
@@ -513,6 +559,7 @@ class SlowObject:
     def __init__(self, data, wait, rate):
         self.data, self.wait, self.rate = data, wait, rate
         self.asked, self.link = [], threading.Lock()
+        self.pool = ThreadPoolExecutor(remote._CONNECTIONS)
 
     def fetch(self, offset, length):
         self.asked.append((offset, length))
