@@ -1,5 +1,6 @@
 // Decoding a block, for any instruction set. What is done number by number is the instruction
 // set's: `Simd` (kernels_*.cpp) has
+//   Decoded  the values of a tile
 //   Lanes    the states of a group's lanes, and `strip` for the channels of a tile
 //   merge    up to 16 tokens of a tile, turned to rows, with the bases and mantissas, into place
 //   spread   bytes to the channels that are not constant
@@ -49,14 +50,14 @@ inline std::uint64_t first_ones(std::size_t n) {
 }
 
 // What the steps of one strip work on, and which lanes of which channels were escapes.
-template <typename T>
+template <typename T, class Decoded = Tile<T>>
 struct Steps {
   const Decoder* decoders;
   const Channel* channels;
   std::uint64_t live;
   std::size_t width;
   Words* words;
-  Tile<T>* tile;
+  Decoded* tile;
   // What the merge will touch comes from memory while the values are decoded.
   T* corner;
   std::ptrdiff_t token_stride;
@@ -114,7 +115,8 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
   const std::uint8_t* mantissas = coded.mantissas;
   const std::uint8_t* escapes = coded.escapes;
   const std::uint8_t* const escapes_end = escapes + 2 * coded.escape_count;
-  Tile<T> tile;
+  using Decoded = typename Simd::template Decoded<T>;
+  Decoded tile;
   alignas(64) T base[kStrip];
   alignas(64) std::uint8_t spread[2 * kRows * kStrip];
   std::uint8_t last[kLanes / 8 * kRows * kStrip];
@@ -133,28 +135,12 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
     if (live != first_ones(kStrip)) std::memset(&tile, 0, sizeof tile);
     T* const corner = strip.corner(block);
     const auto live_count = std::size_t(__builtin_popcountll(live));
-    Steps<T> steps{tables.decoders, channels, live, strip.width, &words, &tile};
+    Steps<T, Decoded> steps{tables.decoders, channels, live, strip.width, &words, &tile};
     steps.corner = corner;
     steps.token_stride = block.token_stride;
     steps.tokens = strip.lanes;
     steps.mantissas = mantissas;
     if (!lanes.template strip<T, M>(steps)) return false;
-    for (std::size_t k = 0; k < steps.escaped_count; ++k) {
-      const typename Steps<T>::Escaped& e = steps.escaped[k];
-      for (int h = 0; h < kLanes / 64; ++h)
-        for (std::uint64_t left = e.lanes[h]; left; left &= left - 1) {
-          const int j = 64 * h + __builtin_ctzll(left);
-          if (escapes == escapes_end) return false;
-          std::uint16_t value;
-          std::memcpy(&value, escapes, 2);
-          escapes += 2;
-          // The base is added to all of them later.
-          const T number = T(T(std::uint32_t(value) << M) - base[e.channel]);
-          std::memcpy(reinterpret_cast<T*>(tile.column(e.channel) + j) +
-                          e.channel % Tile<T>::kInWord,
-                      &number, sizeof number);
-        }
-    }
     if (s + 1 == count) {
       // The end of the mantissas is what the states hold now.
       lanes.store(states);
@@ -178,6 +164,20 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
                                  corner + std::ptrdiff_t(o) * block.token_stride,
                                  block.token_stride, strip.width);
       mantissas += rows * live_count;
+    }
+    for (std::size_t k = 0; k < steps.escaped_count; ++k) {
+      const auto& e = steps.escaped[k];
+      for (int h = 0; h < kLanes / 64; ++h)
+        for (std::uint64_t left = e.lanes[h]; left; left &= left - 1) {
+          const int j = 64 * h + __builtin_ctzll(left);
+          if (escapes == escapes_end) return false;
+          std::uint16_t value;
+          std::memcpy(&value, escapes, 2);
+          escapes += 2;
+          // Its mantissa is there already.
+          T& number = corner[std::ptrdiff_t(j) * block.token_stride + std::ptrdiff_t(e.channel)];
+          number = T(std::uint32_t(value) << M | (number & ((std::uint32_t(1) << M) - 1)));
+        }
     }
   }
   return words.all_read() && escapes == escapes_end;

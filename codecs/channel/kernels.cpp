@@ -29,12 +29,24 @@ void make_encoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
                simd::level() == simd::Level::avx512, encoder);
 }
 
+// Whether sign and exponent of every value fit a byte, as AVX2's kernels have them.
+static bool narrow(const Tables& tables) {
+  bool wide = false;
+  for (std::size_t c = 0; c < tables.heads * tables.dim; ++c) {
+    const Channel& channel = tables.channels[c];
+    wide |= !channel.constant && tables.decoders[channel.shape].wide;
+  }
+  return !wide;
+}
+
 template <typename T>
 bool decode(const Tables& tables, const Block<T>& block, const Coded& coded) {
   switch (simd::level()) {
 #ifdef KVZIP_X86
     case simd::Level::avx512: return avx512::decode<T>(tables, block, coded);
-    case simd::Level::avx2: return avx2::decode<T>(tables, block, coded);
+    case simd::Level::avx2:
+      return narrow(tables) ? avx2::decode<T>(tables, block, coded)
+                            : scalar::decode<T>(tables, block, coded);
 #endif
     default: return scalar::decode<T>(tables, block, coded);
   }

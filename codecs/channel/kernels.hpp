@@ -19,6 +19,7 @@ constexpr std::uint8_t kNone = 255;
 
 // A shape's frequencies and alias table, as spec.md has them.
 struct Alias {
+  int exponent_bits;
   std::uint32_t symbols;
   std::uint32_t width;            // exponents
   std::uint32_t escape;           // the symbol that stands for all other values, or kNone
@@ -37,14 +38,16 @@ struct Alias {
 struct Decoder {
   alignas(64) std::uint32_t entry[2 * kBuckets];
   // The same in tables of bytes, for byte shuffles: of a bucket, where it divides, whose the rest
-  // is, and what that one adds; of a symbol, frequency and value. Low bytes, then high bytes; the
-  // escape's value has the top bit set.
+  // is, and what that one adds, low and high bytes; of a symbol, its frequency likewise, and its
+  // value, the sign in the top bit.
   alignas(64) std::uint8_t divide[kBuckets], other[kBuckets], add[2][kBuckets];
-  std::uint8_t freq[2][kBuckets], value[2][kBuckets];
+  std::uint8_t freq[2][kBuckets], value[kBuckets];
+  std::uint8_t escape;  // the symbol, or kNone
+  bool wide;            // whether a value's exponent takes more than seven bits
 };
 constexpr int kValueAt = 12, kAddAt = 21, kDivideAt = 27;
 constexpr std::uint32_t kEscapeBit = 1u << (kValueAt - 1);
-constexpr std::uint32_t kFreqMask = kEscapeBit - 1, kValueMask = 0x1FF;
+constexpr std::uint32_t kFreqMask = kEscapeBit - 1;
 
 // The same table from the other side. `cell`, of a value relative to the channel's base: frequency
 // (11), where its ranks begin among all (10), symbol (5), and what is special about it.

@@ -49,6 +49,9 @@ struct Bytes {
 constexpr Bytes kBytes;
 
 struct Avx512 {
+  template <typename T>
+  using Decoded = Tile<T>;
+
   class Lanes {
    public:
     explicit Lanes(const std::uint32_t* states) {

@@ -9,6 +9,9 @@ namespace kvzip::channel {
 namespace {
 
 struct Scalar {
+  template <typename T>
+  using Decoded = Tile<T>;
+
   class Lanes {
    public:
     explicit Lanes(const std::uint32_t* states) { std::memcpy(x_, states, sizeof x_); }

@@ -19,6 +19,7 @@ namespace {
 void make_symbols(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                   int exponent_bits, Alias* alias) {
   Alias& a = *alias;
+  a.exponent_bits = exponent_bits;
   a.escape = kNone;
   a.width = std::uint32_t(width);
   std::uint32_t weight[kBuckets + 1], value[kBuckets + 1], total = 0;
@@ -103,17 +104,17 @@ void make_decoder(const Alias& a, Decoder* decoder) {
     d.entry[kBuckets + i] = whole ? entry[i] : second;
   }
   for (std::uint32_t i = 0; i < kBuckets; ++i) {
-    const std::uint32_t value = entry[i] >> kValueAt & kValueMask;
     d.divide[i] = std::uint8_t(a.divide[i]);
     d.other[i] = std::uint8_t(a.other[i]);
     d.add[0][i] = std::uint8_t(a.add[i]);
     d.add[1][i] = std::uint8_t(a.add[i] >> 8);
     d.freq[0][i] = std::uint8_t(a.freq[i]);
     d.freq[1][i] = std::uint8_t(a.freq[i] >> 8);
-    d.value[0][i] = std::uint8_t(value);
-    d.value[1][i] = std::uint8_t(value >> 8);
+    const std::uint32_t sign = a.value[i] >> a.exponent_bits;
+    d.value[i] = std::uint8_t(sign << 7 | (a.value[i] & 0x7F));
   }
-  if (a.escape != kNone) d.value[1][a.escape] |= 0x80;
+  d.escape = std::uint8_t(a.escape);
+  d.wide = a.width > 128;
 }
 
 namespace {

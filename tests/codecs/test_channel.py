@@ -334,11 +334,11 @@ def handmade(levels, escape, base=40):
     return made, _native.ChannelTables(made, 1, 2, 8, 7)
 
 
-@pytest.mark.parametrize("gap", [1, 3])
+@pytest.mark.parametrize("gap", [1, 3, 5])
 @pytest.mark.parametrize("escape", [0, 3])
 @pytest.mark.parametrize("symbols", [1, 2, 31, 32])
 def test_shapes_of_any_number_of_symbols(symbols, escape, gap):
-    """Also wider than 32 exponents, which our encoder does not make but a file may hold."""
+    """Also wider than 32 exponents, or 128, which our encoder does not make but a file may hold."""
     rng = np.random.default_rng(symbols)
     levels = np.zeros(2 * gap * symbols, int)
     places = gap * np.arange(symbols)
