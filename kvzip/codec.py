@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import msgspec
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class Context(msgspec.Struct):  # a dataclass would take as long to make as a sm
     """What a codec keeps for itself from block to block of the same tokens, layer after layer."""
 
 
-class Coded(NamedTuple):
+class Coded(msgspec.Struct):
     """A block as it is stored, and where its numbers go: [batch, heads, tokens, dim], any
     strides."""
 
@@ -125,7 +125,7 @@ class Codec(ABC):
         """
         checksums = []
         for block in blocks:
-            self.decode(*block)
+            self.decode(block.data, block.out, block.context)
             checksums.append(checksum.of_numbers(block.out))
         return checksums
 
@@ -135,7 +135,8 @@ class Codec(ABC):
 
     @abstractmethod
     def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
-        """An upper bound of the raw bytes that so many encoded bytes can stand for.
+        """An upper bound of the raw bytes that so many encoded bytes can stand for; more of them
+        never for less.
 
         A reader allocates for a block only after this has told that the block can be true.
         """
@@ -162,6 +163,11 @@ class Codec(ABC):
     def needs(self, layer: int, part: Part) -> tuple[tuple[int, Part], ...]:
         """The earlier layers' parts whose same tokens must be decoded first. Default: none."""
         return ()
+
+    @property
+    def independent(self) -> bool:
+        """Whether no block ever needs another."""
+        return type(self).needs is Codec.needs
 
     needs_profile: ClassVar[bool] = False
 

@@ -48,6 +48,7 @@ WRITER = "kvzip 0.1.0"
 
 _PREAMBLE = struct.Struct("<8sHHIIIQQ")
 _FIRST_READ = 48 << 10
+_NOTHING = slice(0)
 
 T = TypeVar("T")
 
@@ -100,6 +101,8 @@ def thread_count(threads: int) -> int:
 
 def _cut(place: _Place, cut: LayerLayout, part: Part) -> Bits:
     """Of the numbers of a part those of a cut, in its shape."""
+    if place.given is not None:
+        return place.given
     begin = cut.first - place.first
     array = place.array
     if array.shape[2] != cut.stored:
@@ -273,7 +276,7 @@ class _Encoder:
 
     def encoded(self, workers: int) -> Iterator[_Encoded]:
         """All entries in the order of the file."""
-        if not any(self.codec.needs(e.layer, e.part) for e in self.entries):
+        if self.codec.independent:
             groups: list[list[int]] = []
             for row, entry in enumerate(self.entries):
                 if entry.tables:
@@ -341,6 +344,8 @@ def _unpacked(data: memoryview, shape: tuple[int, ...]) -> NDArray[Any]:
     width, rest = divmod(len(data), max(count, 1))
     if rest or not (1 <= width <= 4 if count else width == 0):
         raise FormatError("the token ids do not fit the number of tokens")
+    if width != 3:
+        return np.frombuffer(data, f"<u{max(width, 1)}").astype(np.uint32).reshape(shape)
     ids = np.zeros((count, 4), np.uint8)
     ids[:, :width] = np.frombuffer(data, np.uint8).reshape(count, width)
     return ids.view("<u4").astype(np.uint32, copy=False).reshape(shape)
@@ -499,14 +504,16 @@ class Info:
         return 8 * self.encoded_bytes / max(self.numbers, 1)
 
 
-class _Place(NamedTuple):
+class _Place(msgspec.Struct):
     """Where a part's numbers go: [batch, heads, tokens, dim], from one position on."""
 
     array: Bits
     first: int
+    given: Bits | None = None
+    """The array in the layer's own shape, where it is what was asked for and nothing else."""
 
 
-class _Target(NamedTuple):
+class _Target(msgspec.Struct):
     """A block on its way out of a file."""
 
     row: int
@@ -575,8 +582,7 @@ class Reader:
             raise FormatError("the header makes no sense: block_tokens is below 1")
         self._form = dtypes.get(self.layout.dtype)
         self._codec = get_codec(self.header.codec)
-        records = np.frombuffer(start, RECORD, count, index_at)
-        self._index = Index(records, end, size, self.layout, self.header.block_tokens)
+        self._index = Index(start[index_at:end], end, size, self.layout, self.header.block_tokens)
         self._index.check_sizes(self.layout, self._codec)
         self.token_ids = self._token_ids(start[ids_at:index_at])
 
@@ -693,8 +699,9 @@ class Reader:
                 progress(sum(self._asked(row, cuts) for rows in done for row in rows))
         result = []
         for i in wanted:
-            k, v = (_cut(places[i, part], cuts[i], part) for part in PARTS)
-            result.append(Layer(k, v, cuts[i]))
+            cut = cuts[i]
+            k, v = _cut(places[i, "k"], cut, "k"), _cut(places[i, "v"], cut, "v")
+            result.append(Layer(k, v, cut))
         ids = self.token_ids
         # A cut keeps the ids of all positions up to its end, since layers hold positions, too.
         ids = (
@@ -727,16 +734,15 @@ class Reader:
         if out is not None:
             if len(out) != len(wanted):
                 raise ValueError(f"out has {len(out)} layers, not {len(wanted)}")
-            for i, pair in zip(wanted, out, strict=True):
+            dtype = self.layout.dtype
+            for i, (k, v) in zip(wanted, out, strict=True):
                 cut = cuts[i]
                 first = cut.first
-                for part, given in zip(PARTS, pair, strict=True):
-                    array, _ = dtypes.as_bits(given, self.layout.dtype)
-                    if array.shape != cut.shape(part) or not array.flags.writeable:
-                        raise ValueError(
-                            f"out for layer {i}: want a writable array of {cut.shape(part)}"
-                        )
-                    places[i, part] = _Place(batched(array), first)
+                for part, given, shape in zip(PARTS, (k, v), (cut.k, cut.v), strict=True):
+                    array, _ = dtypes.as_bits(given, dtype)
+                    if array.shape != shape or not array.flags.writeable:
+                        raise ValueError(f"out for layer {i}: want a writable array of {shape}")
+                    places[i, part] = _Place(batched(array), first, array)
             return places
         # One piece of memory for all: a large one gets large pages, and faults less often.
         shapes, firsts = [], []
@@ -764,20 +770,16 @@ class Reader:
             at += numbers
         return places
 
-    @cached_property
-    def _independent(self) -> bool:
-        """Whether every block decodes alone."""
-        return not any(self._codec.needs(*key) for key in self._index.rows)
-
     def _plan(self, wanted: Sequence[int], cuts: Mapping[int, LayerLayout]) -> list[list[int]]:
         """Rows of the index to decode, as chains: rows of one chain in order, chains in any."""
-        if self._independent:
-            return [
-                [row]
-                for i in wanted
-                for part in PARTS
-                for row in self._overlapping((i, part), cuts[i].first, cuts[i].cumulative_length)
-            ]
+        if self._codec.independent:
+            plan: list[list[int]] = []
+            for i in wanted:
+                cut = cuts[i]
+                first, end = cut.first, cut.cumulative_length
+                for part in PARTS:
+                    plan += [[row] for row in self._overlapping((i, part), first, end)]
+            return plan
         needed: dict[tuple[int, Part], None] = {}
 
         def require(key: tuple[int, Part]) -> None:
@@ -812,12 +814,12 @@ class Reader:
 
     def _tables(self, key: tuple[int, Part]) -> tuple[memoryview, Any]:
         """A part's tables as they are stored and as blocks use them."""
-        layer, row = self.layout.layers[key[0]], self._index.rows[key].start
-        context = Context(self._form, *key, layer.first, self.header.origin, profile=self._profile)
+        i, part = key
+        layer, row = self.layout.layers[i], self._index.rows[key].start
+        context = Context(self._form, i, part, layer.first, self.header.origin, None, self._profile)
         data = self._stored(row)
         try:
-            shape = _batched_shape(layer.shape(key[1]))
-            return data, self._codec.load_tables(data, shape, context)
+            return data, self._codec.load_tables(data, _batched_shape(layer.shape(part)), context)
         except CorruptError as error:
             self._check_stored(row, data)
             raise CorruptError(f"{self._name(row)}: {error}") from None
@@ -859,15 +861,17 @@ class Reader:
         tables: dict[tuple[int, Part], tuple[memoryview, Any]],
     ) -> _Target:
         """Everything to decode a block, straight into place if there is place for all of it."""
-        key, tokens = self._index.key[row], self._index.tokens[row]
+        index = self._index
+        key, tokens = index.key[row], index.tokens[row]
         layer, part = key
         whole = self.layout.layers[layer]
-        begin = whole.first + self._index.start[row]
+        begin = whole.first + index.start[row]
         out = beside = None
-        cut = slice(0)
-        if layer in cuts:
-            array, first = places[key]
-            offset, room = begin - first, array.shape[2]
+        cut = _NOTHING
+        place = places.get(key)
+        if place is not None:
+            array = place.array
+            offset, room = begin - place.first, array.shape[2]
             if room == tokens and not offset:
                 out = array
             elif offset >= 0 and offset + tokens <= room:
@@ -878,14 +882,16 @@ class Reader:
         if out is None:
             shape = _batched_shape(whole.shape(part))
             out = np.empty((*shape[:2], tokens, shape[3]), self._form.uint)
-        if key not in tables:
-            tables[key] = self._tables(key)
-        stored_tables, used = tables[key]
-        ids = _ids_of(self._ids_by_row, begin, begin + tokens)
+        found = tables.get(key)
+        if found is None:
+            found = tables[key] = self._tables(key)
+        ids = self._ids_by_row
+        if ids is not None and (begin or tokens != ids.shape[1]):
+            ids = ids[:, begin : begin + tokens]
         context = Context(
-            self._form, layer, part, begin, self.header.origin, ids, self._profile, used
+            self._form, layer, part, begin, self.header.origin, ids, self._profile, found[1]
         )
-        return _Target(row, Coded(self._stored(row), out, context), stored_tables, beside, cut)
+        return _Target(row, Coded(self._stored(row), out, context), found[0], beside, cut)
 
     def _asked(self, row: int, cuts: Mapping[int, LayerLayout]) -> int:
         """How many raw bytes of a block were asked for."""

@@ -63,11 +63,11 @@ class ChannelCodec(Codec):
         copied = []
         decoding = _native.ChannelDecoding(threads)
         try:
-            for data, out, context in blocks:
-                target = _rows(out, writing=True)
-                decoding.add(context.tables, data, target)
-                if target is not out:
-                    copied.append((out, target))
+            for block in blocks:
+                target = _rows(block.out, writing=True)
+                decoding.add(block.context.tables, block.data, target)
+                if target is not block.out:
+                    copied.append((block.out, target))
             checksums: list[int] = decoding.finish()
         except ValueError as error:
             raise CorruptError(str(error)) from None

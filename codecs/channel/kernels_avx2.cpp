@@ -1,4 +1,4 @@
-// AVX2: tables of 32 bytes are looked up with byte shuffles, for 32 lanes at a time.
+// AVX2: tables of 32 bytes are looked up with byte shuffles, for 64 lanes at a time.
 #include <immintrin.h>
 
 #include "channel/kernels_of.hpp"

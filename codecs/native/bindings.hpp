@@ -31,6 +31,7 @@ class Views {
   std::deque<Py_buffer> views_;
 };
 
+void bind_index(nanobind::module_& m);
 void bind_output(nanobind::module_& m);
 }
 namespace kvzip::planes {

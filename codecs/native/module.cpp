@@ -37,6 +37,7 @@ NB_MODULE(_native, m) {
       nb::arg("name"), "Use another; False when this processor does not have it.");
   m.def("xxh3_64", kvzip::hash_of,
         "XXH3-64 of contiguous buffers, one after the other.");
+  kvzip::bind_index(m);
   kvzip::bind_output(m);
   kvzip::planes::bind(m);
   kvzip::channel::bind(m);

@@ -1,0 +1,122 @@
+// The index of a .kvz file (docs/format.md), as columns.
+#include <nanobind/stl/pair.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "native/bindings.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvzip {
+namespace {
+
+struct Record {
+  std::uint32_t layer;
+  std::uint8_t part, kind;
+  std::uint16_t reserved;
+  std::uint32_t start, tokens;
+  std::uint64_t offset, length, stored_checksum, raw_checksum;
+};
+static_assert(sizeof(Record) == 48 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+enum Kind : std::uint8_t { kBlock = 0, kTables = 1 };
+
+// Items of Python lists, one after the other.
+class Column {
+ public:
+  explicit Column(std::size_t size) : list_(nb::steal<nb::list>(PyList_New(Py_ssize_t(size)))) {
+    if (!list_.is_valid()) throw nb::python_error();
+  }
+  void add(std::uint64_t value) {
+    PyObject* const number = PyLong_FromUnsignedLongLong(value);
+    if (!number) throw nb::python_error();
+    PyList_SET_ITEM(list_.ptr(), at_++, number);
+  }
+  const nb::list& list() const { return list_; }
+
+ private:
+  nb::list list_;
+  Py_ssize_t at_ = 0;
+};
+
+// Reads records, each of which must be the one that belongs there.
+class Records {
+ public:
+  Records(const Py_buffer& bytes, std::uint64_t begin, std::uint64_t end)
+      : data_(static_cast<const char*>(bytes.buf)),
+        count_(std::size_t(bytes.len) / sizeof(Record)),
+        begin_(begin),
+        end_(end),
+        columns_{Column(count_), Column(count_), Column(count_),
+                 Column(count_), Column(count_), Column(count_)} {}
+
+  void next(std::uint32_t layer, std::uint8_t part, Kind kind, std::uint32_t start,
+            std::uint32_t tokens) {
+    if (at_ == count_) throw std::invalid_argument("the index does not fit the shapes in the header");
+    Record r;
+    std::memcpy(&r, data_ + at_ * sizeof r, sizeof r);
+    if (r.layer != layer || r.part != part || r.kind != kind || r.reserved || r.start != start ||
+        r.tokens != tokens)
+      throw std::invalid_argument("entry " + std::to_string(at_) +
+                                  " of the index is not the block that belongs there");
+    if (r.offset != begin_ || r.length > end_ - begin_)
+      throw std::invalid_argument("the blocks do not follow each other without gap or overlap");
+    begin_ += r.length;
+    const std::uint64_t fields[] = {r.start,  r.tokens,          r.offset,
+                                    r.length, r.stored_checksum, r.raw_checksum};
+    for (int i = 0; i < 6; ++i) columns_[i].add(fields[i]);
+    ++at_;
+  }
+
+  nb::tuple finish() const {
+    if (at_ != count_) throw std::invalid_argument("the index does not fit the shapes in the header");
+    if (begin_ != end_)
+      throw std::invalid_argument("the blocks do not follow each other without gap or overlap");
+    return nb::make_tuple(columns_[0].list(), columns_[1].list(), columns_[2].list(),
+                          columns_[3].list(), columns_[4].list(), columns_[5].list());
+  }
+
+ private:
+  const char* data_;
+  std::size_t count_, at_ = 0;
+  std::uint64_t begin_, end_;
+  Column columns_[6];
+};
+
+nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end, const nb::list& layers,
+                     std::uint32_t block_tokens) {
+  Views views;
+  const Py_buffer& bytes = views.add(data, PyBUF_SIMPLE);
+  if (bytes.len % Py_ssize_t(sizeof(Record)) || begin > end || !block_tokens)
+    throw std::invalid_argument("no index");
+  Records records(bytes, begin, end);
+  std::uint32_t layer = 0;
+  for (nb::handle item : layers) {
+    const auto [first, stop] = nb::cast<std::pair<std::uint32_t, std::uint32_t>>(item);
+    for (std::uint8_t part = 0; part < 2; ++part) {
+      records.next(layer, part, kTables, 0, 0);
+      for (std::uint32_t at = first, to; at < stop; at = to) {
+        // Layers that begin at different positions are cut at the same ones.
+        to = std::uint32_t(
+            std::min<std::uint64_t>((std::uint64_t(at) / block_tokens + 1) * block_tokens, stop));
+        records.next(layer, part, kBlock, at - first, to - at);
+      }
+    }
+    ++layer;
+  }
+  return records.finish();
+}
+
+}  // namespace
+
+void bind_index(nb::module_& m) {
+  m.def("read_index", &read_index, "records"_a, "begin"_a, "end"_a, "layers"_a, "block_tokens"_a,
+        "Of records of a file whose entries fill bytes `begin` to `end` the columns start, tokens, "
+        "offset, length, stored and raw checksum. `layers`: first and last position of each. "
+        "Raises ValueError unless every record is the one that belongs there.");
+}
+
+}  // namespace kvzip
