@@ -59,7 +59,15 @@ struct Encoder {
   // 1; and slot - rank, mod 2^16, of each piece.
   std::uint32_t begins[kBuckets], before[kBuckets];
   std::uint16_t shift[2 * kBuckets];
+  // The same in tables of bytes, for byte shuffles. Of values of the first 32 exponents, of either
+  // sign: kHeld and their symbol, or 0. Of a symbol: frequency, and where its ranks begin. Of eight
+  // ranks, the n-th of 32 in table n: where pieces begin, and how many do before. Of a piece: its
+  // shift. Low bytes, then high bytes.
+  alignas(64) std::uint8_t held[2][kBuckets], freq[2][kBuckets], start[2][kBuckets];
+  std::uint8_t octet_begins[4][kBuckets], octet_before[4][kBuckets];
+  std::uint8_t shift_bytes[2][2 * kBuckets];
 };
+constexpr std::uint8_t kHeld = 128;
 constexpr int kStartAt = 11, kSymbolAt = 21;
 constexpr std::uint32_t kNoCell = 1u << 30;      // cannot be coded
 constexpr std::uint32_t kEscapeCell = 1u << 31;  // coded as the escape
@@ -100,7 +108,7 @@ bool are_levels(const std::uint8_t* levels, std::size_t width, std::uint8_t esca
 Alias make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                  int exponent_bits);
 void make_decoder(const Alias& alias, Decoder* decoder);
-void make_encoder(const Alias& alias, bool in_pieces, Encoder* encoder);
+void make_encoder(const Alias& alias, bool in_pieces, int E, Encoder* encoder);
 
 // From levels to what the kernels that run here look up.
 void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,

@@ -22,24 +22,52 @@ struct Takes {
 };
 constexpr Takes kTakes;
 
-// Indexes below 32 into tables of 32 bytes. A shuffle gives 0 where bit 7 of its index is set.
+// For each set of lanes, of eight, that give off a word: shuffles their words to the end.
+struct Gives {
+  alignas(16) std::uint8_t shuffle[256][16];
+  constexpr Gives() : shuffle() {
+    for (int set = 0; set < 256; ++set)
+      for (int lane = 7, word = 7; lane >= 0; --lane)
+        if (set >> lane & 1) {
+          shuffle[set][2 * word] = std::uint8_t(2 * lane);
+          shuffle[set][2 * word + 1] = std::uint8_t(2 * lane + 1);
+          --word;
+        }
+  }
+};
+constexpr Gives kGives;
+
+// 16 bytes in both halves.
+inline __m256i twice(const std::uint8_t* bytes) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+
+// Indexes from `first` up to 31 more into tables of 32 bytes. A shuffle gives 0 where bit 7 of its
+// index is set.
 class Index {
  public:
-  explicit Index(__m256i i)
-      : low_(_mm256_add_epi8(i, _mm256_set1_epi8(0x70))),
-        high_(_mm256_sub_epi8(i, _mm256_set1_epi8(16))) {}
+  explicit Index(__m256i i, int first = 0)
+      : low_(_mm256_sub_epi8(i, _mm256_set1_epi8(char(first - 0x70)))),
+        high_(_mm256_sub_epi8(i, _mm256_set1_epi8(char(first + 16)))) {}
 
   __m256i operator()(const std::uint8_t* table) const {
-    const auto half = [&](int at) {
-      return _mm256_broadcastsi128_si256(
-          _mm_load_si128(reinterpret_cast<const __m128i*>(table + at)));
-    };
-    return _mm256_or_si256(_mm256_shuffle_epi8(half(0), low_),
-                           _mm256_shuffle_epi8(half(16), high_));
+    return _mm256_or_si256(_mm256_shuffle_epi8(twice(table), low_),
+                           _mm256_shuffle_epi8(twice(table + 16), high_));
   }
 
  private:
   __m256i low_, high_;
+};
+
+// Floating point to the nearest, as what is proved below needs it, whatever the program has set.
+class ToNearest {
+ public:
+  ToNearest() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~unsigned(_MM_ROUND_MASK)); }
+  ToNearest(const ToNearest&) = delete;
+  ~ToNearest() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
 };
 
 // 8 x 8 words of 32 bits, rows to columns.
@@ -168,6 +196,231 @@ struct Avx2 : Scalar {
     std::size_t lanes_ = kLanes;
   };
 
+  // 32 lanes at a time, as bytes and words where these suffice. Of 16 lanes, those from 4 to 7 change
+  // places with those from 8 to 11, in the tile, too: packed to words of 16 bits they are in order.
+  class EncoderLanes {
+   public:
+    void load(const std::uint32_t* states) {
+      for (int p = 0; p < kLanes; ++p) x_[p] = states[lane_at(p)];
+    }
+    void store(std::uint32_t* states) const {
+      for (int p = 0; p < kLanes; ++p) states[lane_at(p)] = x_[p];
+    }
+
+    bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
+              int shift, std::size_t lanes, Sink* sink) {
+      return lanes == kLanes ? step<false>(e, base, value_bits, column, shift, lanes, sink)
+                             : step<true>(e, base, value_bits, column, shift, lanes, sink);
+    }
+
+   private:
+    static int lane_at(int place) { return (place & ~12) | (place & 4) << 1 | (place & 8) >> 1; }
+
+    // All ones in those of eight lanes, as they lie, that are there.
+    static __m256i active(std::size_t first, std::size_t lanes) {
+      return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(lanes) - int(first)),
+                                _mm256_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11));
+    }
+    // The low halves of 16 words.
+    static __m256i low_halves(const __m256i* pair) {
+      const __m256i zero = _mm256_setzero_si256();
+      return _mm256_packus_epi32(_mm256_blend_epi16(pair[0], zero, 0xAA),
+                                 _mm256_blend_epi16(pair[1], zero, 0xAA));
+    }
+    // A bit for each byte's lane, lane by lane. Packing has put lane 16 b + 8 a + c into byte
+    // 16 a + 8 b + c.
+    static std::uint32_t in_order(__m256i bytes) {
+      return std::uint32_t(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8)));
+    }
+
+    // What tables of bytes say of 32 values: symbols, with kHeld where there is one.
+    static __m256i symbols(const Encoder& e, const __m256i* values, __m256i bases, int value_bits) {
+      const int exponent_bits = value_bits - 1;
+      const __m256i exponents = _mm256_set1_epi16(short((1 << exponent_bits) - 1));
+      const __m128i to_top = _mm_cvtsi32_si128(15 - exponent_bits);
+      __m256i exponent[2], sign[2];
+      for (int k = 0; k < 2; ++k) {
+        const __m256i relative = _mm256_sub_epi16(values[k], bases);
+        exponent[k] = _mm256_and_si256(relative, exponents);
+        sign[k] = _mm256_sll_epi16(relative, to_top);
+      }
+      const __m256i at = _mm256_packus_epi16(exponent[0], exponent[1]);
+      const __m256i negative = _mm256_packs_epi16(sign[0], sign[1]);
+      // As Index, but 0 for indexes above 31, too.
+      const __m256i top = _mm256_set1_epi8(0x70);
+      const __m256i low = _mm256_adds_epu8(at, top);
+      const __m256i high = _mm256_adds_epu8(_mm256_sub_epi8(at, _mm256_set1_epi8(16)), top);
+      const auto of = [&](const std::uint8_t* table) {
+        return _mm256_or_si256(_mm256_shuffle_epi8(twice(table), low),
+                               _mm256_shuffle_epi8(twice(table + 16), high));
+      };
+      return _mm256_blendv_epi8(of(e.held[0]), of(e.held[1]), negative);
+    }
+    // The same of shapes that are too wide for these tables.
+    static __m256i symbols_of_wide(const Encoder& e, const __m256i* values, __m256i bases,
+                                   int value_bits) {
+      const __m256i mask = _mm256_set1_epi16(short((1 << value_bits) - 1));
+      alignas(32) std::uint16_t relative[32];
+      alignas(32) std::uint8_t symbol[32];
+      for (int k = 0; k < 2; ++k)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(relative) + k,
+                           _mm256_and_si256(_mm256_sub_epi16(values[k], bases), mask));
+      for (int j = 0; j < 32; ++j) {
+        const std::uint32_t cell = e.cell[relative[(j & ~24) | (j & 8) << 1 | (j & 16) >> 1]];
+        const bool held = !(cell & (kNoCell | kEscapeCell));
+        symbol[j] = std::uint8_t(held ? kHeld | (cell >> kSymbolAt & (kBuckets - 1)) : 0);
+      }
+      return _mm256_load_si256(reinterpret_cast<const __m256i*>(symbol));
+    }
+
+    // The slots of places among all ranks.
+    static void slots(const Encoder& e, const __m256i* place, __m256i* slot) {
+      const __m256i within = _mm256_set1_epi16(31), nibble = _mm256_set1_epi8(15);
+      const __m256i fine = _mm256_packus_epi16(_mm256_and_si256(place[0], within),
+                                               _mm256_and_si256(place[1], within));
+      const Index of_group(
+          _mm256_packus_epi16(_mm256_srli_epi16(place[0], 5), _mm256_srli_epi16(place[1], 5)));
+      // Bits 3 and 4 choose one of four tables. A blend looks at bit 7.
+      const __m256i odd = _mm256_slli_epi16(fine, 4), upper = _mm256_slli_epi16(fine, 3);
+      const auto octet = [&](const std::uint8_t (*tables)[kBuckets]) {
+        return _mm256_blendv_epi8(
+            _mm256_blendv_epi8(of_group(tables[0]), of_group(tables[1]), odd),
+            _mm256_blendv_epi8(of_group(tables[2]), of_group(tables[3]), odd), upper);
+      };
+      const __m256i up_to = _mm256_set1_epi64x(std::int64_t(0xFF7F3F1F0F070301));
+      const __m256i ones = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                            0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+      const __m256i begun =
+          _mm256_and_si256(octet(e.octet_begins), _mm256_shuffle_epi8(up_to, fine));
+      const __m256i count = _mm256_add_epi8(
+          _mm256_shuffle_epi8(ones, _mm256_and_si256(begun, nibble)),
+          _mm256_shuffle_epi8(ones, _mm256_and_si256(_mm256_srli_epi16(begun, 4), nibble)));
+      const __m256i piece = _mm256_add_epi8(octet(e.octet_before), count);
+      const __m256i odd_piece = _mm256_slli_epi16(piece, 3), upper_piece = _mm256_slli_epi16(piece, 2);
+      const auto of_piece = [&](const std::uint8_t* table) {
+        const auto part = [&](int k) { return _mm256_shuffle_epi8(twice(table + 16 * k), piece); };
+        return _mm256_blendv_epi8(_mm256_blendv_epi8(part(0), part(1), odd_piece),
+                                  _mm256_blendv_epi8(part(2), part(3), odd_piece), upper_piece);
+      };
+      const __m256i low = of_piece(e.shift_bytes[0]), high = of_piece(e.shift_bytes[1]);
+      const __m256i all = _mm256_set1_epi16(kTotal - 1);
+      slot[0] = _mm256_and_si256(_mm256_add_epi16(place[0], _mm256_unpacklo_epi8(low, high)), all);
+      slot[1] = _mm256_and_si256(_mm256_add_epi16(place[1], _mm256_unpackhi_epi8(low, high)), all);
+    }
+
+    template <bool limited>
+    bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
+              int shift, std::size_t lanes, Sink* sink) {
+      const __m256i zero = _mm256_setzero_si256();
+      const __m256i keep = _mm256_set1_epi32((1 << value_bits) - 1);
+      const __m256i bases = _mm256_set1_epi16(short(base));
+      const __m128i right = _mm_cvtsi32_si128(shift);
+      std::uint16_t* words = sink->words;
+      for (std::size_t v = kLanes / 32; v-- > 0;) {
+        const std::size_t first = 32 * v;
+        if (limited && lanes <= first) continue;
+        __m256i there[4];
+        std::uint32_t there_bits = ~0u;
+        if (limited) {
+          for (std::size_t k = 0; k < 4; ++k)
+            there[k] = active(first + 16 * (k / 2) + 4 * (k % 2), lanes);
+          there_bits = lanes - first < 32 ? (1u << (lanes - first)) - 1 : ~0u;
+        }
+        const auto* const in = reinterpret_cast<const __m256i*>(column + first);
+        const auto value_of = [&](int k) {
+          return _mm256_and_si256(_mm256_srl_epi32(_mm256_load_si256(in + k), right), keep);
+        };
+        const __m256i values[2] = {_mm256_packus_epi32(value_of(0), value_of(1)),
+                                   _mm256_packus_epi32(value_of(2), value_of(3))};
+        __m256i symbol = e.width > kBuckets ? symbols_of_wide(e, values, bases, value_bits)
+                                            : symbols(e, values, bases, value_bits);
+        if (__builtin_expect(~_mm256_movemask_epi8(symbol), 0)) {
+          if (std::uint32_t left = ~in_order(symbol) & there_bits) {
+            if (e.outside & kNoCell) return false;
+            alignas(32) std::uint16_t escapes[32];
+            for (int k = 0; k < 2; ++k)
+              _mm256_store_si256(reinterpret_cast<__m256i*>(escapes) + k, values[k]);
+            for (; left; left &= ~(1u << (31 - __builtin_clz(left))))
+              *--sink->escapes = escapes[31 - __builtin_clz(left)];
+          }
+          // Lanes that are not there have any symbol.
+          const auto escape = char(kHeld | (e.outside >> kSymbolAt & (kBuckets - 1)));
+          symbol = _mm256_blendv_epi8(_mm256_set1_epi8(escape), symbol, symbol);
+        }
+        const Index of_symbol(symbol, kHeld);
+        const __m256i freq_low = of_symbol(e.freq[0]), freq_high = of_symbol(e.freq[1]);
+        const __m256i start_low = of_symbol(e.start[0]), start_high = of_symbol(e.start[1]);
+        const __m256i freq[2] = {_mm256_unpacklo_epi8(freq_low, freq_high),
+                                 _mm256_unpackhi_epi8(freq_low, freq_high)};
+        const __m256i start[2] = {_mm256_unpacklo_epi8(start_low, start_high),
+                                  _mm256_unpackhi_epi8(start_low, start_high)};
+
+        auto* const at = reinterpret_cast<__m256i*>(x_ + first);
+        __m256i x[4], freqs[4], upper[4], fits[4];
+        for (int k = 0; k < 4; ++k) {
+          x[k] = _mm256_load_si256(at + k);
+          freqs[k] = k % 2 ? _mm256_unpackhi_epi16(freq[k / 2], zero)
+                           : _mm256_unpacklo_epi16(freq[k / 2], zero);
+          fits[k] = _mm256_cmpgt_epi32(freqs[k], _mm256_srli_epi32(x[k], 22));
+          if (limited) fits[k] = _mm256_or_si256(fits[k], _mm256_xor_si256(there[k], all_ones()));
+          upper[k] = _mm256_srli_epi32(x[k], 16);
+        }
+        const __m256i fit[2] = {_mm256_packs_epi32(fits[0], fits[1]),
+                                _mm256_packs_epi32(fits[2], fits[3])};
+        const __m256i low[2] = {low_halves(x), low_halves(x + 2)};
+        const std::uint32_t full = ~in_order(_mm256_packs_epi16(fit[0], fit[1]));
+#pragma GCC unroll 4
+        for (int g = 3; g >= 0; --g) {
+          const __m128i of = g % 2 ? _mm256_extracti128_si256(low[g / 2], 1)
+                                   : _mm256_castsi256_si128(low[g / 2]);
+          const std::uint32_t set = full >> 8 * g & 255;
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(words - 8),
+                           _mm_shuffle_epi8(of, _mm_load_si128(reinterpret_cast<const __m128i*>(
+                                                    kGives.shuffle[set]))));
+          words -= __builtin_popcountll(set);
+        }
+
+        __m256i q[4];
+        for (int k = 0; k < 4; ++k) {
+          const __m256i y = _mm256_blendv_epi8(upper[k], x[k], fits[k]);
+          const __m256 number = _mm256_cvtepi32_ps(y);  // less 2^32, where that was the top bit
+          q[k] = _mm256_cvtps_epi32(_mm256_div_ps(
+              _mm256_blendv_ps(number, _mm256_add_ps(number, _mm256_set1_ps(4294967296.0f)),
+                               _mm256_castsi256_ps(y)),
+              _mm256_cvtepi32_ps(freqs[k])));
+        }
+        __m256i place[2], one_less[2], slot[2];
+        for (int k = 0; k < 2; ++k) {
+          const __m256i y = _mm256_blendv_epi8(_mm256_packus_epi32(upper[2 * k], upper[2 * k + 1]),
+                                               low[k], fit[k]);
+          const __m256i rank =
+              _mm256_sub_epi16(y, _mm256_mullo_epi16(low_halves(q + 2 * k), freq[k]));
+          one_less[k] = _mm256_srai_epi16(rank, 15);
+          place[k] = _mm256_add_epi16(
+              start[k], _mm256_min_epu16(rank, _mm256_add_epi16(rank, freq[k])));
+        }
+        slots(e, place, slot);
+        for (int k = 0; k < 4; ++k) {
+          const __m256i less = one_less[k / 2];
+          const __m256i lowest = _mm256_or_si256(
+              slot[k / 2], _mm256_and_si256(less, _mm256_set1_epi16(short(-int(kTotal)))));
+          __m256i y = _mm256_add_epi32(_mm256_slli_epi32(q[k], kProbBits),
+                                       k % 2 ? _mm256_unpackhi_epi16(lowest, less)
+                                             : _mm256_unpacklo_epi16(lowest, less));
+          if (limited) y = _mm256_blendv_epi8(x[k], y, there[k]);
+          _mm256_store_si256(at + k, y);
+        }
+      }
+      sink->words = words;
+      return true;
+    }
+
+    static __m256i all_ones() { return _mm256_set1_epi32(-1); }
+
+    ToNearest rounding_;
+    alignas(32) std::uint32_t x_[kLanes] = {};
+  };
+
   // 32 bytes of a row of numbers, from the bytes that belong to them.
   template <typename T>
   static __m256i widen(const std::uint8_t* row, int part) {
@@ -228,14 +481,16 @@ struct Avx2 : Scalar {
   template <typename T>
   static void columns(const T (*rows)[kStrip], std::size_t token, Tile<T>& tile) {
     for (int part = 0; part < int(2 * sizeof(T)); ++part)
-      for (int o = 0; o < 16; o += 8) {
+      for (int half = 0; half < 2; ++half) {
+        // Four rows and the four that are eight further, as EncoderLanes has them.
         __m256i r[8];
         for (int i = 0; i < 8; ++i)
-          r[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(rows[o + i]) + part);
+          r[i] = _mm256_load_si256(
+              reinterpret_cast<const __m256i*>(rows[4 * half + i + (i & 4)]) + part);
         transpose(r);
         for (int i = 0; i < 8; ++i)
           _mm256_store_si256(
-              reinterpret_cast<__m256i*>(tile.word[8 * part + i] + token + std::size_t(o)), r[i]);
+              reinterpret_cast<__m256i*>(tile.word[8 * part + i] + token) + half, r[i]);
       }
   }
 };

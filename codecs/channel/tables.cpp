@@ -132,7 +132,7 @@ void each_piece(const Alias& a, const std::uint32_t* starts, const Use& use) {
 
 }  // namespace
 
-void make_encoder(const Alias& a, bool in_pieces, Encoder* encoder) {
+void make_encoder(const Alias& a, bool in_pieces, int E, Encoder* encoder) {
   std::uint32_t starts[kBuckets], none = kNoCell | 1;
   for (std::uint32_t s = 0, start = 0; s < kBuckets; start += a.freq[s++]) {
     starts[s] = start;
@@ -157,6 +157,24 @@ void make_encoder(const Alias& a, bool in_pieces, Encoder* encoder) {
       const std::uint32_t begun = encoder->begins[rank / 32] << (31 - rank % 32);
       encoder->shift[encoder->before[rank / 32] + ones(begun)] = std::uint16_t(slot - rank);
     });
+    for (std::uint32_t s = 0; s < kBuckets; ++s)
+      for (int i = 0; i < 2; ++i) {
+        encoder->freq[i][s] = std::uint8_t(a.freq[s] >> 8 * i);
+        encoder->start[i][s] = std::uint8_t(starts[s] >> 8 * i);
+        encoder->held[i][s] = 0;
+      }
+    for (std::uint32_t s = 0; s < a.symbols; ++s) {
+      const std::uint32_t v=a.value[s], sign = v >> E, ex = v & ((1u<<E)-1);
+      if (s != a.escape && ex < kBuckets) encoder->held[sign][ex] = std::uint8_t(kHeld | s);
+    }
+    for (std::uint32_t i = 0; i < kBuckets; ++i)
+      for (std::uint32_t k = 0; k < 4; ++k) {
+        encoder->octet_begins[k][i] = std::uint8_t(encoder->begins[i] >> 8 * k);
+        encoder->octet_before[k][i] = std::uint8_t(encoder->before[i] + ones(encoder->begins[i] & ((1u << 8 * k) - 1)));
+      }
+    for (std::uint32_t i = 0; i < 2 * kBuckets; ++i)
+      for (int k = 0; k < 2; ++k)
+        encoder->shift_bytes[k][i] = std::uint8_t(encoder->shift[i] >> 8 * k);
   } else {
     for (std::uint32_t s = 0; s < a.symbols; ++s)
       encoder->reciprocal[s] = ((std::uint64_t(1) << 42) + a.freq[s] - 1) / a.freq[s];
