@@ -308,25 +308,30 @@ struct Avx2 : Scalar {
       slot[1] = _mm256_and_si256(_mm256_add_epi16(place[1], _mm256_unpackhi_epi8(low, high)), all);
     }
 
+    // In passes over all lanes, each with short chains of instructions and few constants.
     template <bool limited>
     bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
               int shift, std::size_t lanes, Sink* sink) {
-      const __m256i zero = _mm256_setzero_si256();
+      const std::size_t count = limited ? (lanes + 31) / 32 : kLanes / 32;  // of passes' turns
+      __m256i freq[kLanes / 16], start[kLanes / 16];
+      if (!look_up<limited>(e, base, value_bits, column, shift, lanes, count, freq, start, sink))
+        return false;
+      __m256i place[kLanes / 16], less[kLanes / 16];
+      divide<limited>(lanes, count, freq, start, place, less, sink);
+      combine<limited>(e, lanes, count, place, less);
+      return true;
+    }
+
+    // Frequencies of the lanes' symbols, and where their ranks begin. Escapes are written.
+    template <bool limited>
+    static bool look_up(const Encoder& e, std::uint32_t base, int value_bits,
+                        const std::uint32_t* column, int shift, std::size_t lanes,
+                        std::size_t count, __m256i* freq, __m256i* start, Sink* sink) {
       const __m256i keep = _mm256_set1_epi32((1 << value_bits) - 1);
       const __m256i bases = _mm256_set1_epi16(short(base));
       const __m128i right = _mm_cvtsi32_si128(shift);
-      std::uint16_t* words = sink->words;
-      for (std::size_t v = kLanes / 32; v-- > 0;) {
-        const std::size_t first = 32 * v;
-        if (limited && lanes <= first) continue;
-        __m256i there[4];
-        std::uint32_t there_bits = ~0u;
-        if (limited) {
-          for (std::size_t k = 0; k < 4; ++k)
-            there[k] = active(first + 16 * (k / 2) + 4 * (k % 2), lanes);
-          there_bits = lanes - first < 32 ? (1u << (lanes - first)) - 1 : ~0u;
-        }
-        const auto* const in = reinterpret_cast<const __m256i*>(column + first);
+      for (std::size_t v = count; v-- > 0;) {
+        const auto* const in = reinterpret_cast<const __m256i*>(column + 32 * v);
         const auto value_of = [&](int k) {
           return _mm256_and_si256(_mm256_srl_epi32(_mm256_load_si256(in + k), right), keep);
         };
@@ -335,7 +340,9 @@ struct Avx2 : Scalar {
         __m256i symbol = e.width > kBuckets ? symbols_of_wide(e, values, bases, value_bits)
                                             : symbols(e, values, bases, value_bits);
         if (__builtin_expect(~_mm256_movemask_epi8(symbol), 0)) {
-          if (std::uint32_t left = ~in_order(symbol) & there_bits) {
+          std::uint32_t left = ~in_order(symbol);
+          if (limited && lanes - 32 * v < 32) left &= (1u << (lanes - 32 * v)) - 1;
+          if (left) {
             if (e.outside & kNoCell) return false;
             alignas(32) std::uint16_t escapes[32];
             for (int k = 0; k < 2; ++k)
@@ -350,72 +357,85 @@ struct Avx2 : Scalar {
         const Index of_symbol(symbol, kHeld);
         const __m256i freq_low = of_symbol(e.freq[0]), freq_high = of_symbol(e.freq[1]);
         const __m256i start_low = of_symbol(e.start[0]), start_high = of_symbol(e.start[1]);
-        const __m256i freq[2] = {_mm256_unpacklo_epi8(freq_low, freq_high),
-                                 _mm256_unpackhi_epi8(freq_low, freq_high)};
-        const __m256i start[2] = {_mm256_unpacklo_epi8(start_low, start_high),
-                                  _mm256_unpackhi_epi8(start_low, start_high)};
+        freq[2 * v] = _mm256_unpacklo_epi8(freq_low, freq_high);
+        freq[2 * v + 1] = _mm256_unpackhi_epi8(freq_low, freq_high);
+        start[2 * v] = _mm256_unpacklo_epi8(start_low, start_high);
+        start[2 * v + 1] = _mm256_unpackhi_epi8(start_low, start_high);
+      }
+      return true;
+    }
 
-        auto* const at = reinterpret_cast<__m256i*>(x_ + first);
-        __m256i x[4], freqs[4], upper[4], fits[4];
-        for (int k = 0; k < 4; ++k) {
+    // Words are given off, and states divided by their frequencies.
+    template <bool limited>
+    void divide(std::size_t lanes, std::size_t count, const __m256i* freq, const __m256i* start,
+                __m256i* place, __m256i* less, Sink* sink) {
+      const __m256i zero = _mm256_setzero_si256();
+      std::uint16_t* words = sink->words;
+      for (std::size_t v = 2 * count; v-- > 0;) {
+        auto* const at = reinterpret_cast<__m256i*>(x_) + 2 * v;
+        const __m256i freqs[2] = {_mm256_unpacklo_epi16(freq[v], zero),
+                                  _mm256_unpackhi_epi16(freq[v], zero)};
+        __m256i x[2], upper[2], fits[2], q[2];
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
           x[k] = _mm256_load_si256(at + k);
-          freqs[k] = k % 2 ? _mm256_unpackhi_epi16(freq[k / 2], zero)
-                           : _mm256_unpacklo_epi16(freq[k / 2], zero);
           fits[k] = _mm256_cmpgt_epi32(freqs[k], _mm256_srli_epi32(x[k], 22));
-          if (limited) fits[k] = _mm256_or_si256(fits[k], _mm256_xor_si256(there[k], all_ones()));
+          if (limited)
+            fits[k] = _mm256_or_si256(
+                fits[k], _mm256_cmpeq_epi32(active(16 * v + 4 * std::size_t(k), lanes), zero));
           upper[k] = _mm256_srli_epi32(x[k], 16);
-        }
-        const __m256i fit[2] = {_mm256_packs_epi32(fits[0], fits[1]),
-                                _mm256_packs_epi32(fits[2], fits[3])};
-        const __m256i low[2] = {low_halves(x), low_halves(x + 2)};
-        const std::uint32_t full = ~in_order(_mm256_packs_epi16(fit[0], fit[1]));
-#pragma GCC unroll 4
-        for (int g = 3; g >= 0; --g) {
-          const __m128i of = g % 2 ? _mm256_extracti128_si256(low[g / 2], 1)
-                                   : _mm256_castsi256_si128(low[g / 2]);
-          const std::uint32_t set = full >> 8 * g & 255;
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(words - 8),
-                           _mm_shuffle_epi8(of, _mm_load_si128(reinterpret_cast<const __m128i*>(
-                                                    kGives.shuffle[set]))));
-          words -= __builtin_popcountll(set);
-        }
-
-        __m256i q[4];
-        for (int k = 0; k < 4; ++k) {
           const __m256i y = _mm256_blendv_epi8(upper[k], x[k], fits[k]);
           const __m256 number = _mm256_cvtepi32_ps(y);  // less 2^32, where that was the top bit
           q[k] = _mm256_cvtps_epi32(_mm256_div_ps(
               _mm256_blendv_ps(number, _mm256_add_ps(number, _mm256_set1_ps(4294967296.0f)),
                                _mm256_castsi256_ps(y)),
               _mm256_cvtepi32_ps(freqs[k])));
+          _mm256_store_si256(at + k, limited ? _mm256_blendv_epi8(x[k], _mm256_slli_epi32(q[k], kProbBits), active(16 * v + 4 * std::size_t(k), lanes)) : _mm256_slli_epi32(q[k], kProbBits));
         }
-        __m256i place[2], one_less[2], slot[2];
-        for (int k = 0; k < 2; ++k) {
-          const __m256i y = _mm256_blendv_epi8(_mm256_packus_epi32(upper[2 * k], upper[2 * k + 1]),
-                                               low[k], fit[k]);
-          const __m256i rank =
-              _mm256_sub_epi16(y, _mm256_mullo_epi16(low_halves(q + 2 * k), freq[k]));
-          one_less[k] = _mm256_srai_epi16(rank, 15);
-          place[k] = _mm256_add_epi16(
-              start[k], _mm256_min_epu16(rank, _mm256_add_epi16(rank, freq[k])));
-        }
-        slots(e, place, slot);
-        for (int k = 0; k < 4; ++k) {
-          const __m256i less = one_less[k / 2];
-          const __m256i lowest = _mm256_or_si256(
-              slot[k / 2], _mm256_and_si256(less, _mm256_set1_epi16(short(-int(kTotal)))));
-          __m256i y = _mm256_add_epi32(_mm256_slli_epi32(q[k], kProbBits),
-                                       k % 2 ? _mm256_unpackhi_epi16(lowest, less)
-                                             : _mm256_unpacklo_epi16(lowest, less));
-          if (limited) y = _mm256_blendv_epi8(x[k], y, there[k]);
-          _mm256_store_si256(at + k, y);
-        }
+        const __m256i fit = _mm256_packs_epi32(fits[0], fits[1]);
+        const __m256i low = low_halves(x);
+        const unsigned full =
+            ~unsigned(_mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(fit),
+                                                        _mm256_extracti128_si256(fit, 1))));
+        const auto give = [&](__m128i of, unsigned set) {
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(words - 8),
+                           _mm_shuffle_epi8(of, _mm_load_si128(reinterpret_cast<const __m128i*>(
+                                                    kGives.shuffle[set]))));
+          words -= __builtin_popcountll(set);
+        };
+        give(_mm256_extracti128_si256(low, 1), full >> 8 & 255);
+        give(_mm256_castsi256_si128(low), full & 255);
+        const __m256i y = _mm256_blendv_epi8(_mm256_packus_epi32(upper[0], upper[1]), low, fit);
+        const __m256i rank = _mm256_sub_epi16(y, _mm256_mullo_epi16(low_halves(q), freq[v]));
+        less[v] = _mm256_srai_epi16(rank, 15);
+        place[v] = _mm256_add_epi16(start[v],
+                                    _mm256_min_epu16(rank, _mm256_add_epi16(rank, freq[v])));
       }
       sink->words = words;
-      return true;
     }
 
-    static __m256i all_ones() { return _mm256_set1_epi32(-1); }
+    // States from quotients and places.
+    template <bool limited>
+    void combine(const Encoder& e, std::size_t lanes, std::size_t count, const __m256i* place,
+                 const __m256i* less) {
+      for (std::size_t v = 0; v < count; ++v) {
+        __m256i slot[2];
+        slots(e, place + 2 * v, slot);
+        auto* const at = reinterpret_cast<__m256i*>(x_ + 32 * v);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+          const __m256i one_less = less[2 * v + std::size_t(k) / 2];
+          const __m256i lowest = _mm256_or_si256(
+              slot[k / 2], _mm256_and_si256(one_less, _mm256_set1_epi16(short(-int(kTotal)))));
+          const __m256i x = _mm256_load_si256(at + k);
+          const __m256i y = _mm256_add_epi32(x, k % 2 ? _mm256_unpackhi_epi16(lowest, one_less)
+                                                      : _mm256_unpacklo_epi16(lowest, one_less));
+          const std::size_t first = 32 * v + 16 * (std::size_t(k) / 2) + 4 * (std::size_t(k) % 2);
+          _mm256_store_si256(at + k,
+                             limited ? _mm256_blendv_epi8(x, y, active(first, lanes)) : y);
+        }
+      }
+    }
 
     ToNearest rounding_;
     alignas(32) std::uint32_t x_[kLanes] = {};
