@@ -260,17 +260,16 @@ struct Avx2 : Scalar {
     static __m256i symbols_of_wide(const Encoder& e, const __m256i* values, __m256i bases,
                                    int value_bits) {
       const __m256i mask = _mm256_set1_epi16(short((1 << value_bits) - 1));
-      alignas(32) std::uint16_t relative[32];
-      alignas(32) std::uint8_t symbol[32];
-      for (int k = 0; k < 2; ++k)
-        _mm256_store_si256(reinterpret_cast<__m256i*>(relative) + k,
-                           _mm256_and_si256(_mm256_sub_epi16(values[k], bases), mask));
-      for (int j = 0; j < 32; ++j) {
-        const std::uint32_t cell = e.cell[relative[(j & ~24) | (j & 8) << 1 | (j & 16) >> 1]];
-        const bool held = !(cell & (kNoCell | kEscapeCell));
-        symbol[j] = std::uint8_t(held ? kHeld | (cell >> kSymbolAt & (kBuckets - 1)) : 0);
+      __m256i symbol[2];
+      for (int k = 0; k < 2; ++k) {
+        const __m256i relative = _mm256_and_si256(_mm256_sub_epi16(values[k], bases), mask);
+        symbol[k] = _mm256_setzero_si256();
+        for (int s = 0; s < kBuckets; ++s)
+          symbol[k] = _mm256_blendv_epi8(
+              symbol[k], _mm256_set1_epi16(short(kHeld | s)),
+              _mm256_cmpeq_epi16(relative, _mm256_set1_epi16(short(e.value[s]))));
       }
-      return _mm256_load_si256(reinterpret_cast<const __m256i*>(symbol));
+      return _mm256_packus_epi16(symbol[0], symbol[1]);
     }
 
     // The slots of places among all ranks.
@@ -463,9 +462,8 @@ struct Avx2 : Scalar {
                     std::size_t width) {
     constexpr int R = M % 8, B = M / 8;
     for (std::size_t o = 0; o < count; o += 8, mantissas += rows_of_octet(M) * kStrip) {
-      Row packed[R], fields[8];
-      for (int j = 0; j < R; ++j) packed[j] = row_at(mantissas + (8 * B + j) * kStrip);
-      unpack<R>(packed, fields);
+      alignas(32) std::uint8_t fields[8][kStrip];
+      unpack<R>(mantissas + 8 * B * kStrip, fields);
       T rows[8][kStrip];
       const bool whole = width == kStrip && count - o >= 8;
       T* const out = whole ? corner + std::ptrdiff_t(o) * stride : rows[0];
@@ -480,7 +478,7 @@ struct Avx2 : Scalar {
             _mm256_load_si256(reinterpret_cast<const __m256i*>(base) + part);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-          __m256i m = widen<T>(reinterpret_cast<const std::uint8_t*>(&fields[i]), part);
+          __m256i m = widen<T>(fields[i], part);
           if constexpr (sizeof(T) == 2 && B) m = _mm256_slli_epi16(m, 8);
           if constexpr (sizeof(T) == 4) m = _mm256_slli_epi32(m, 16);
           for (int j = 0; j < B; ++j) {

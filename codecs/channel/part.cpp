@@ -110,15 +110,15 @@ const StoredTables& PartTables::stored() const {
 
 const Encoder* PartTables::encoders(const StoredTables& stored) const {
   const int level = int(simd::level());
-  std::vector<Encoder>& encoders = encoders_[level];
+  std::unique_ptr<Encoder[]>& encoders = encoders_[level];
   std::call_once(encoding_[level], [&] {
-    encoders.resize(stored.shapes.count());
+    encoders.reset(new Encoder[stored.shapes.count()]);  // not set to anything
     stored.shapes.each([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
                            std::uint8_t escape) {
       make_encoder(levels, width, escape, form_.exponent_bits, &encoders[i]);
     });
   });
-  return encoders.data();
+  return encoders.get();
 }
 
 template <typename T>

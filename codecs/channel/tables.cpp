@@ -130,64 +130,77 @@ void each_piece(const Alias& a, const std::uint32_t* starts, const Use& use) {
   }
 }
 
+// How many bits of each byte are set; not all processors have an instruction for it.
+std::uint32_t ones_of_bytes(std::uint32_t bits) {
+  bits -= bits >> 1 & 0x55555555;
+  bits = (bits & 0x33333333) + (bits >> 2 & 0x33333333);
+  return (bits + (bits >> 4)) & 0x0F0F0F0F;
+}
+std::uint32_t ones(std::uint32_t bits) { return ones_of_bytes(bits) * 0x01010101 >> 24; }
+
+void make_pieces(const Alias& a, const std::uint32_t* starts, Encoder* e) {
+  std::fill(std::begin(e->begins), std::end(e->begins), 0);
+  std::fill(std::begin(e->shift), std::end(e->shift), std::uint16_t(0));
+  each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t, std::uint32_t) {
+    e->begins[rank / 32] |= 1u << rank % 32;
+  });
+  std::uint32_t before = ~0u;
+  for (std::uint32_t i = 0; i < kBuckets; ++i) {
+    e->before[i] = before;
+    before += ones(e->begins[i]);
+  }
+  each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t slot, std::uint32_t) {
+    const std::uint32_t begun = e->begins[rank / 32] << (31 - rank % 32);
+    e->shift[e->before[rank / 32] + ones(begun)] = std::uint16_t(slot - rank);
+  });
+}
+
+void make_bytes(const Alias& a, const std::uint32_t* starts, int exponent_bits, Encoder* e) {
+  std::memset(e->held, 0, sizeof e->held);
+  for (std::uint32_t s = 0; s < kBuckets; ++s) {
+    for (int i = 0; i < 2; ++i) {
+      e->freq[i][s] = std::uint8_t(a.freq[s] >> 8 * i);
+      e->start[i][s] = std::uint8_t(starts[s] >> 8 * i);
+    }
+    const bool holds = s < a.symbols && s != a.escape;
+    const std::uint32_t value = a.value[s], exponent = value & ((1u << exponent_bits) - 1);
+    e->value[s] = holds ? std::uint16_t(value) : kNoValue;
+    if (holds && exponent < kBuckets)
+      e->held[value >> exponent_bits][exponent] = std::uint8_t(kHeld | s);
+  }
+  for (std::uint32_t i = 0; i < kBuckets; ++i) {
+    const std::uint32_t before = e->before[i], in_bytes = ones_of_bytes(e->begins[i]) * 0x01010100;
+    for (int k = 0; k < 4; ++k) {
+      e->octet_begins[k][i] = std::uint8_t(e->begins[i] >> 8 * k);
+      e->octet_before[k][i] = std::uint8_t(before + (in_bytes >> 8 * k));
+    }
+  }
+  for (std::uint32_t i = 0; i < 2 * kBuckets; ++i)
+    for (int k = 0; k < 2; ++k) e->shift_bytes[k][i] = std::uint8_t(e->shift[i] >> 8 * k);
+}
+
 }  // namespace
 
-void make_encoder(const Alias& a, bool in_pieces, int E, Encoder* encoder) {
+void make_encoder(const Alias& a, int exponent_bits, simd::Level level, Encoder* encoder) {
   std::uint32_t starts[kBuckets], none = kNoCell | 1;
   for (std::uint32_t s = 0, start = 0; s < kBuckets; start += a.freq[s++]) {
     starts[s] = start;
     if (s == a.escape) none = a.freq[s] | start << kStartAt | s << kSymbolAt | kEscapeCell;
   }
-  if (in_pieces) {
-    std::fill(std::begin(encoder->begins), std::end(encoder->begins), 0);
-    each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t, std::uint32_t) {
-      encoder->begins[rank / 32] |= 1u << rank % 32;
-    });
-    const auto ones = [](std::uint32_t bits) {  // not all processors have an instruction for it
-      bits -= bits >> 1 & 0x55555555;
-      bits = (bits & 0x33333333) + (bits >> 2 & 0x33333333);
-      return ((bits + (bits >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24;
-    };
-    std::uint32_t before = ~0u;
-    for (std::uint32_t i = 0; i < kBuckets; ++i) {
-      encoder->before[i] = before;
-      before += ones(encoder->begins[i]);
-    }
-    each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t slot, std::uint32_t) {
-      const std::uint32_t begun = encoder->begins[rank / 32] << (31 - rank % 32);
-      encoder->shift[encoder->before[rank / 32] + ones(begun)] = std::uint16_t(slot - rank);
-    });
-    for (std::uint32_t s = 0; s < kBuckets; ++s)
-      for (int i = 0; i < 2; ++i) {
-        encoder->freq[i][s] = std::uint8_t(a.freq[s] >> 8 * i);
-        encoder->start[i][s] = std::uint8_t(starts[s] >> 8 * i);
-        encoder->held[i][s] = 0;
-      }
-    for (std::uint32_t s = 0; s < a.symbols; ++s) {
-      const std::uint32_t v=a.value[s], sign = v >> E, ex = v & ((1u<<E)-1);
-      if (s != a.escape && ex < kBuckets) encoder->held[sign][ex] = std::uint8_t(kHeld | s);
-    }
-    for (std::uint32_t i = 0; i < kBuckets; ++i)
-      for (std::uint32_t k = 0; k < 4; ++k) {
-        encoder->octet_begins[k][i] = std::uint8_t(encoder->begins[i] >> 8 * k);
-        encoder->octet_before[k][i] = std::uint8_t(encoder->before[i] + ones(encoder->begins[i] & ((1u << 8 * k) - 1)));
-      }
-    for (std::uint32_t i = 0; i < 2 * kBuckets; ++i)
-      for (int k = 0; k < 2; ++k)
-        encoder->shift_bytes[k][i] = std::uint8_t(encoder->shift[i] >> 8 * k);
-  } else {
-    for (std::uint32_t s = 0; s < a.symbols; ++s)
-      encoder->reciprocal[s] = ((std::uint64_t(1) << 42) + a.freq[s] - 1) / a.freq[s];
-    each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t slot, std::uint32_t end) {
-      while (slot < end) encoder->slot[rank++] = std::uint16_t(slot++);
-    });
-  }
   encoder->outside = none;
   encoder->width = a.width;
+  if (level != simd::Level::scalar) make_pieces(a, starts, encoder);
+  if (level == simd::Level::avx2) return make_bytes(a, starts, exponent_bits, encoder);
   std::fill(std::begin(encoder->cell), std::end(encoder->cell), none);
   for (std::uint32_t s = 0; s < a.symbols; ++s)
     if (s != a.escape)
       encoder->cell[a.value[s]] = a.freq[s] | starts[s] << kStartAt | s << kSymbolAt;
+  if (level == simd::Level::avx512) return;
+  for (std::uint32_t s = 0; s < a.symbols; ++s)
+    encoder->reciprocal[s] = ((std::uint64_t(1) << 42) + a.freq[s] - 1) / a.freq[s];
+  each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t slot, std::uint32_t end) {
+    while (slot < end) encoder->slot[rank++] = std::uint16_t(slot++);
+  });
 }
 
 namespace {
