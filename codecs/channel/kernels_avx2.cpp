@@ -417,7 +417,7 @@ struct Avx2 : Scalar {
     template <bool limited>
     void combine(const Encoder& e, std::size_t lanes, std::size_t count, const __m256i* place,
                  const __m256i* less) {
-      for (std::size_t v = 0; v < count; ++v) {
+      for (std::size_t v = count; v-- > 0;) {
         __m256i slot[2];
         slots(e, place + 2 * v, slot);
         auto* const at = reinterpret_cast<__m256i*>(x_ + 32 * v);
