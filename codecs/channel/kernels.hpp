@@ -123,10 +123,14 @@ void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
 void make_encoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                   int exponent_bits, Encoder* encoder);
 
-// Adds the block's values to the counts of [heads*dim] channels, which lie `stride` apart.
+// How far apart the counts of channels lie: those of neighbours must not fall on the same lines of a
+// cache.
+constexpr std::size_t count_stride(int value_bits) { return (std::size_t(1) << value_bits) + 16; }
+
+// Adds the block's values to the counts of [heads*dim] channels.
 template <typename T>
 void count(const Block<const T>& block, std::size_t heads, std::size_t dim, int mantissa_bits,
-           std::uint32_t* counts, std::size_t stride);
+           std::uint32_t* counts);
 
 // Whether all numbers of a channel are the same one. There is at least one.
 template <typename T>

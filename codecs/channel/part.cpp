@@ -60,12 +60,11 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
                                       Form form) {
   const std::size_t n = heads * dim, numbers = in.batch * in.tokens;
   if (!n || !numbers) return {};
-  // Counts of neighbouring channels must not fall on the same lines of a cache.
-  const std::size_t stride = (std::size_t(1) << form.value_bits()) + 16;
+  const std::size_t stride = count_stride(form.value_bits());
   static thread_local Room<std::uint32_t> room;
   std::uint32_t* const counts = room.of(n * stride);
   std::memset(counts, 0, n * stride * sizeof *counts);
-  count<T>(in, heads, dim, form.mantissa_bits, counts, stride);
+  count<T>(in, heads, dim, form.mantissa_bits, counts);
   StoredTables tables;
   tables.channels.resize(n);
   std::vector<const std::uint32_t*> coded;

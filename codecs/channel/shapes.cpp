@@ -90,7 +90,8 @@ Seen look(const std::uint32_t* counts, int exponent_bits) {
       if (e < 0 || e >= exponents) continue;
       const std::uint64_t n = counts[sign * exponents + e];
       if (!n) continue;
-      const auto scaled = std::int16_t(std::max<std::uint64_t>(1, n / divisor));
+      const auto scaled =
+          std::int16_t(divisor == 1 ? n : std::max<std::uint64_t>(1, n / divisor));
       cells.n[sign][i] = scaled;
       cells.outside -= scaled;
       seen.own_cost += std::int64_t(scaled) * (all - log2_of(std::uint32_t(scaled)));
@@ -203,7 +204,7 @@ Choice best(const std::vector<Group>& groups, const Near& near, const Seen& seen
     const Group& group = groups[near.group[k]];
     const bool flip = group.skew * seen.skew < 0;
     const float lag = seen.place - group.place;
-    const int nearest = int(std::lround(lag));
+    const int nearest = int(lag >= 0.5f) - int(lag <= -0.5f);  // places are at most 1/2 from 0
     for (int shift = nearest - 1; shift <= nearest + 1; ++shift) {
       if (std::abs(float(shift) - lag) > 0.75f) continue;
       const std::int64_t cost = group.of(seen.cells, shift, flip);
