@@ -210,6 +210,7 @@ void count_fields(const Block<const T>& block, std::size_t heads, std::size_t di
                   std::uint32_t* counts) {
   constexpr int kBits = 8 * sizeof(T);
   constexpr std::size_t kStride = count_stride(kBits - M), kInWord = 8 / sizeof(T);
+  constexpr std::uint64_t kMask = (std::uint64_t(1) << (kBits - M)) - 1;
   for (std::size_t b = 0; b < block.batch; ++b)
     for (std::size_t h = 0; h < heads; ++h)
       for (std::size_t t = 0; t < block.tokens; ++t) {
@@ -218,13 +219,13 @@ void count_fields(const Block<const T>& block, std::size_t heads, std::size_t di
                        std::ptrdiff_t(t) * block.token_stride;
         std::uint32_t* at = counts + h * dim * kStride;
         std::size_t c = 0;
-        // Numbers are loaded 64 bits at a time: counters keep the processor's loads busy.
-        for (; c + kInWord <= dim; c += kInWord, at += kInWord * kStride) {
-          std::uint64_t word;
-          std::memcpy(&word, row + c, 8);
-#pragma GCC unroll 8
-          for (std::size_t k = 0; k < kInWord; ++k)
-            ++at[k * kStride + (word >> (kBits * k + M) & ((std::size_t(1) << (kBits - M)) - 1))];
+        // Two words of numbers at a time: counting keeps the processor busy with loads as it is.
+        for (; c + 2 * kInWord <= dim; c += 2 * kInWord, at += 2 * kInWord * kStride) {
+          std::uint64_t words[2];
+          std::memcpy(words, row + c, 16);
+#pragma GCC unroll 16
+          for (std::size_t k = 0; k < 2 * kInWord; ++k)
+            ++at[k * kStride + (words[k / kInWord] >> (kBits * (k % kInWord) + M) & kMask)];
         }
         for (; c < dim; ++c, at += kStride) ++at[std::size_t(row[c]) >> M];
       }
