@@ -72,6 +72,7 @@ struct Encoder {
   std::uint8_t octet_begins[4][kBuckets], octet_before[4][kBuckets];
   std::uint8_t shift_bytes[2][2 * kBuckets];
   std::uint16_t value[kBuckets];
+  bool above_half;  // whether a frequency is
 };
 constexpr std::uint16_t kNoValue = 0xFFFF;
 constexpr std::uint8_t kHeld = 128;

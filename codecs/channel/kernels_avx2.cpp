@@ -316,7 +316,11 @@ struct Avx2 : Scalar {
       if (!look_up<limited>(e, base, value_bits, column, shift, lanes, count, freq, start, sink))
         return false;
       __m256i place[kLanes / 16], less[kLanes / 16];
-      divide<limited>(lanes, count, freq, start, place, less, sink);
+      // A state that is divided is less than 2^22 times its frequency.
+      if (limited || e.above_half)
+        divide<limited, true>(lanes, count, freq, start, place, less, sink);
+      else
+        divide<limited, false>(lanes, count, freq, start, place, less, sink);
       combine<limited>(e, lanes, count, place, less);
       return true;
     }
@@ -364,8 +368,14 @@ struct Avx2 : Scalar {
       return true;
     }
 
-    // Words are given off, and states divided by their frequencies.
-    template <bool limited>
+    // Words are given off, and states divided by their frequencies. `top_bit`: whether states may
+    // have it then.
+    //
+    // A quotient of floating point, rounded to the nearest whole number, is the right one or one
+    // more: a state is below 2^22 times its frequency, so rounding it to 24 bits, in one step or in
+    // two, changes the quotient by less than 3/8, and rounding the quotient by 1/8 at most. (For all
+    // frequencies and quotients, the least and the greatest state of each, this was tried, too.)
+    template <bool limited, bool top_bit>
     void divide(std::size_t lanes, std::size_t count, const __m256i* freq, const __m256i* start,
                 __m256i* place, __m256i* less, Sink* sink) {
       const __m256i zero = _mm256_setzero_si256();
@@ -374,22 +384,25 @@ struct Avx2 : Scalar {
         auto* const at = reinterpret_cast<__m256i*>(x_) + 2 * v;
         const __m256i freqs[2] = {_mm256_unpacklo_epi16(freq[v], zero),
                                   _mm256_unpackhi_epi16(freq[v], zero)};
-        __m256i x[2], upper[2], fits[2], q[2];
+        __m256i there[2], x[2], upper[2], fits[2], q[2];
 #pragma GCC unroll 2
         for (int k = 0; k < 2; ++k) {
           x[k] = _mm256_load_si256(at + k);
           fits[k] = _mm256_cmpgt_epi32(freqs[k], _mm256_srli_epi32(x[k], 22));
-          if (limited)
-            fits[k] = _mm256_or_si256(
-                fits[k], _mm256_cmpeq_epi32(active(16 * v + 4 * std::size_t(k), lanes), zero));
+          if (limited) {
+            there[k] = active(16 * v + 4 * std::size_t(k), lanes);
+            fits[k] = _mm256_or_si256(fits[k], _mm256_cmpeq_epi32(there[k], zero));
+          }
           upper[k] = _mm256_srli_epi32(x[k], 16);
           const __m256i y = _mm256_blendv_epi8(upper[k], x[k], fits[k]);
-          const __m256 number = _mm256_cvtepi32_ps(y);  // less 2^32, where that was the top bit
-          q[k] = _mm256_cvtps_epi32(_mm256_div_ps(
-              _mm256_blendv_ps(number, _mm256_add_ps(number, _mm256_set1_ps(4294967296.0f)),
-                               _mm256_castsi256_ps(y)),
-              _mm256_cvtepi32_ps(freqs[k])));
-          _mm256_store_si256(at + k, limited ? _mm256_blendv_epi8(x[k], _mm256_slli_epi32(q[k], kProbBits), active(16 * v + 4 * std::size_t(k), lanes)) : _mm256_slli_epi32(q[k], kProbBits));
+          __m256 number = _mm256_cvtepi32_ps(y);
+          if (top_bit)  // it has counted as a sign
+            number = _mm256_blendv_ps(number,
+                                      _mm256_add_ps(number, _mm256_set1_ps(4294967296.0f)),
+                                      _mm256_castsi256_ps(y));
+          q[k] = _mm256_cvtps_epi32(_mm256_div_ps(number, _mm256_cvtepi32_ps(freqs[k])));
+          const __m256i high = _mm256_slli_epi32(q[k], kProbBits);
+          _mm256_store_si256(at + k, limited ? _mm256_blendv_epi8(x[k], high, there[k]) : high);
         }
         const __m256i fit = _mm256_packs_epi32(fits[0], fits[1]);
         const __m256i low = low_halves(x);

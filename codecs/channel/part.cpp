@@ -77,7 +77,7 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
                        constant<T>(in, c / dim, c % dim);
     if (!channel.constant) coded.push_back(row);
   }
-  Shapes shapes = choose_shapes(coded, form.exponent_bits);
+  Shapes shapes = choose_shapes(coded, numbers, form.exponent_bits);
   room.keep_little();
   tables.shapes = std::move(shapes.levels);
   std::size_t live = 0;

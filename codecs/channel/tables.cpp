@@ -157,6 +157,7 @@ void make_pieces(const Alias& a, const std::uint32_t* starts, Encoder* e) {
 
 void make_bytes(const Alias& a, const std::uint32_t* starts, int exponent_bits, Encoder* e) {
   std::memset(e->held, 0, sizeof e->held);
+  e->above_half = *std::max_element(std::begin(a.freq), std::end(a.freq)) > kTotal / 2;
   for (std::uint32_t s = 0; s < kBuckets; ++s) {
     for (int i = 0; i < 2; ++i) {
       e->freq[i][s] = std::uint8_t(a.freq[s] >> 8 * i);
