@@ -1,6 +1,6 @@
 // Encoding a block, for any instruction set: the decoder's steps backwards. `Simd` has
 //   EncoderLanes              the states of a group's lanes, and `step` for one channel of a tile
-//   columns(rows, first, tile)  rows of 16 tokens as a tile's columns
+//   columns(rows, first, tile)  rows of 16 tokens as a tile's columns, in the order of EncoderLanes
 //   collect                   bytes of the channels that are not constant
 #pragma once
 

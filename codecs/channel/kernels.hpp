@@ -161,7 +161,8 @@ template <typename T>
 bool decode(const Tables& tables, const Block<T>& block, const Coded& coded);
 
 // Encodes a block. `words` and `escapes` are filled from their ends downwards; there must be room
-// for one of each for every number.
+// for one of each for every number, and for kSpareWords below the words, which may be written over.
+constexpr int kSpareWords = 8;
 struct Sink {
   std::uint32_t states[kLanes];
   std::uint8_t* mantissas;         // room for all of them, mantissa_bytes and 2 * kLanes more

@@ -295,7 +295,9 @@ struct Avx2 : Scalar {
           _mm256_shuffle_epi8(ones, _mm256_and_si256(begun, nibble)),
           _mm256_shuffle_epi8(ones, _mm256_and_si256(_mm256_srli_epi16(begun, 4), nibble)));
       const __m256i piece = _mm256_add_epi8(octet(e.octet_before), count);
-      const __m256i odd_piece = _mm256_slli_epi16(piece, 3), upper_piece = _mm256_slli_epi16(piece, 2);
+      // The same with its bits 4 and 5; a shuffle looks at those below, and at bit 7, which is 0.
+      const __m256i odd_piece = _mm256_slli_epi16(piece, 3);
+      const __m256i upper_piece = _mm256_slli_epi16(piece, 2);
       const auto of_piece = [&](const std::uint8_t* table) {
         const auto part = [&](int k) { return _mm256_shuffle_epi8(twice(table + 16 * k), piece); };
         return _mm256_blendv_epi8(_mm256_blendv_epi8(part(0), part(1), odd_piece),
@@ -307,11 +309,12 @@ struct Avx2 : Scalar {
       slot[1] = _mm256_and_si256(_mm256_add_epi16(place[1], _mm256_unpackhi_epi8(low, high)), all);
     }
 
-    // In passes over all lanes, each with short chains of instructions and few constants.
+    // In passes over all lanes, each with short chains of instructions and few constants. All go
+    // from the last lanes to the first, so that one begins while the one before still runs.
     template <bool limited>
     bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
               int shift, std::size_t lanes, Sink* sink) {
-      const std::size_t count = limited ? (lanes + 31) / 32 : kLanes / 32;  // of passes' turns
+      const std::size_t count = limited ? (lanes + 31) / 32 : kLanes / 32;  // turns of a pass
       __m256i freq[kLanes / 16], start[kLanes / 16];
       if (!look_up<limited>(e, base, value_bits, column, shift, lanes, count, freq, start, sink))
         return false;
@@ -410,7 +413,7 @@ struct Avx2 : Scalar {
             ~unsigned(_mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(fit),
                                                         _mm256_extracti128_si256(fit, 1))));
         const auto give = [&](__m128i of, unsigned set) {
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(words - 8),
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(words - kSpareWords),
                            _mm_shuffle_epi8(of, _mm_load_si128(reinterpret_cast<const __m128i*>(
                                                     kGives.shuffle[set]))));
           words -= __builtin_popcountll(set);

@@ -128,7 +128,7 @@ void PartTables::encode(const Block<const T>& block, Encoded* out) const {
   const std::size_t n = block.batch * tables.heads * block.tokens * tables.dim;
   const std::size_t mantissas = mantissa_bytes(tables, block.batch, block.tokens);
   // Every number may be an escape and shift out a word.
-  std::uint16_t* const room = out->room_.of(2 * n + 8) + 8;
+  std::uint16_t* const room = out->room_.of(kSpareWords + 2 * n) + kSpareWords;
   Sink& sink = out->sink_;
   sink.mantissas = out->mantissas_.of(mantissas + 2 * kLanes);
   sink.words = room + n;

@@ -101,7 +101,8 @@ void strange(Form form) {
       channel.constant = true;
       channel.number = std::uint32_t(random_bits() & ((std::uint64_t(1) << form.bits()) - 1));
     } else if (shapes.empty() || (shapes.size() < 20 && below(3) == 0)) {
-      const std::size_t width = 1 + below(below(3) ? std::min<std::size_t>(exponents, 20) : exponents);
+      const std::size_t usual = std::min<std::size_t>(exponents, 20);
+      const std::size_t width = 1 + below(below(3) ? usual : exponents);
       std::vector<std::uint8_t> levels(2 * width);
       const std::size_t high = below(3) ? 20 : 255, most = below(4) ? 31 : 3;
       for (std::size_t k = 1 + below(most); k; --k)
