@@ -1,6 +1,6 @@
 // Encoding a block, for any instruction set: the decoder's steps backwards. `Simd` has
 //   EncoderLanes              the states of a group's lanes, and `step` for one channel of a tile
-//   columns(rows, first, tile)  rows of 16 tokens as a tile's columns
+//   columns(rows, first, tile)  rows of 16 tokens as a tile's columns, in the order of EncoderLanes
 //   collect                   bytes of the channels that are not constant
 #pragma once
 
@@ -9,25 +9,46 @@
 namespace kvzip::channel {
 namespace {
 
-// Mantissas of eight tokens, of which `rows` exist.
+// Mantissas of eight tokens.
 template <class Simd, typename T, int M>
 inline void split(const T (*numbers)[kStrip], std::uint64_t live, std::size_t live_count,
                   std::uint8_t* out) {
   constexpr int R = M % 8, B = M / 8;
-  Row fields[8], packed[R];
-  const auto put = [&](int row, const Row& bytes) {
-    if (live_count == kStrip) std::memcpy(out + row * kStrip, &bytes, kStrip);
-    else Simd::collect(bytes, live, live_count, out + std::size_t(row) * live_count);
-  };
-  for (int i = 0; i < 8; ++i) {
-    std::uint8_t bytes[B + 1][kStrip];
-    for (int j = 0; j <= B; ++j)
-      for (int c = 0; c < kStrip; ++c) bytes[j][c] = std::uint8_t(numbers[i][c] >> 8 * j);
-    for (int j = 0; j < B; ++j) put(8 * j + i, row_at(bytes[j]));
-    fields[i] = row_at(bytes[B]) & std::uint8_t((1 << R) - 1);
+  std::uint8_t all[rows_of_octet(M) * kStrip];
+  std::uint8_t* const rows = live_count == kStrip ? out : all;
+  for (int first = 0; first < kStrip; first += kVector) {
+    // Byte `at` of a token's numbers.
+    const auto byte = [&](int token, int at) {
+      std::uint8_t bytes[kVector];
+      for (int c = 0; c < kVector; ++c) bytes[c] = std::uint8_t(numbers[token][first + c] >> 8 * at);
+      return vector_at(bytes);
+    };
+    const auto put = [&](int row, const Vector& bytes) {
+      std::memcpy(rows + row * kStrip + first, &bytes, kVector);
+    };
+    Vector fields[8], packed[R];
+    for (int i = 0; i < 8; ++i) {
+      for (int j = 0; j < B; ++j) put(8 * j + i, byte(i, j));
+      fields[i] = byte(i, B) & std::uint8_t((1 << R) - 1);
+    }
+    pack<R>(fields, packed);
+#pragma GCC unroll 7
+    for (int j = 0; j < R; ++j) put(8 * B + j, packed[j]);
   }
-  pack<R>(fields, packed);
-  for (int j = 0; j < R; ++j) put(8 * B + j, packed[j]);
+  if (rows != out)
+    for (int row = 0; row < rows_of_octet(M); ++row)
+      Simd::collect(all + row * kStrip, live, live_count, out + std::size_t(row) * live_count);
+}
+
+// Compilers would copy 16 bytes at a time.
+template <typename T>
+inline void copy(const T* from, T (&row)[kStrip]) {
+  constexpr int kNumbers = kVector / sizeof(T);
+  for (int c = 0; c < kStrip; c += kNumbers) {
+    Vector part;
+    std::memcpy(&part, from + c, kVector);
+    std::memcpy(row + c, &part, kVector);
+  }
 }
 
 template <class Simd, typename T, int M>
@@ -56,7 +77,7 @@ bool encode_block(const Tables& tables, const Block<const T>& block, Sink* sink)
       // Of fixed size where it can be: compilers make slow work of a few dozen bytes otherwise.
       if (strip.width == kStrip) {
         for (std::size_t i = 0; i < there; ++i)
-          std::memcpy(rows[i], from + std::ptrdiff_t(i) * block.token_stride, sizeof rows[i]);
+          copy(from + std::ptrdiff_t(i) * block.token_stride, rows[i]);
       } else {
         for (std::size_t i = 0; i < there; ++i)
           std::memcpy(rows[i], from + std::ptrdiff_t(i) * block.token_stride,

@@ -25,8 +25,8 @@ void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
 
 void make_encoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                   int exponent_bits, Encoder* encoder) {
-  make_encoder(make_alias(levels, width, escape_level, exponent_bits),
-               simd::level() == simd::Level::avx512, encoder);
+  make_encoder(make_alias(levels, width, escape_level, exponent_bits), exponent_bits, simd::level(),
+               encoder);
 }
 
 // Whether sign and exponent of every value fit a byte, as AVX2's kernels have them.

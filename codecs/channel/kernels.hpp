@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "native/simd.hpp"
+
 namespace kvzip::channel {
 
 constexpr int kLanes = 128;        // rANS states of a block, one token each
@@ -49,20 +51,34 @@ constexpr int kValueAt = 12, kAddAt = 21, kDivideAt = 27;
 constexpr std::uint32_t kEscapeBit = 1u << (kValueAt - 1);
 constexpr std::uint32_t kFreqMask = kEscapeBit - 1;
 
-// The same table from the other side. `cell`, of a value relative to the channel's base: frequency
-// (11), where its ranks begin among all (10), symbol (5), and what is special about it.
+// The same table from the other side: what each instruction set's kernels look up, and only theirs
+// is set. `outside`: the cell of what the shape does not hold; a cell is frequency (11), where its
+// ranks begin among all (10), symbol (5), and what is special about it.
 struct Encoder {
+  std::uint32_t outside;
+  std::uint32_t width;  // exponents that it holds
+  // Plain C++ and AVX-512. Of a value relative to the channel's base: its cell.
   std::uint32_t cell[kMaxSymbols];
-  std::uint32_t outside;               // the cell of what the shape does not hold
-  std::uint32_t width;                 // exponents that it holds
+  // Plain C++.
   std::uint64_t reciprocal[kBuckets];  // of a symbol: ceil(2^42 / frequency)
   std::uint16_t slot[kTotal];          // of each rank, symbol after symbol
-  // The same in pieces of slots that follow each other, at most two a bucket, which fit in six
-  // registers: where they begin, a bit for each rank; how many begin before each 32 of these, less
-  // 1; and slot - rank, mod 2^16, of each piece.
+  // AVX-512. The same in pieces of slots that follow each other, at most two a bucket, which fit in
+  // six registers: where they begin, a bit for each rank; how many begin before each 32 of these,
+  // less 1; and slot - rank, mod 2^16, of each piece.
   std::uint32_t begins[kBuckets], before[kBuckets];
   std::uint16_t shift[2 * kBuckets];
+  // AVX2. All of it in tables of bytes, for byte shuffles. Of values of the first 32 exponents, of
+  // either sign: kHeld and their symbol, or 0. Of a symbol: frequency, and where its ranks begin. Of
+  // eight ranks, the n-th of 32 in table n: where pieces begin, and how many do before, less 1. Of a
+  // piece: its shift. Low bytes, then high bytes. And of a symbol its value, or kNoValue.
+  alignas(64) std::uint8_t held[2][kBuckets], freq[2][kBuckets], start[2][kBuckets];
+  std::uint8_t octet_begins[4][kBuckets], octet_before[4][kBuckets];
+  std::uint8_t shift_bytes[2][2 * kBuckets];
+  std::uint16_t value[kBuckets];
+  bool above_half;  // whether a frequency is
 };
+constexpr std::uint16_t kNoValue = 0xFFFF;
+constexpr std::uint8_t kHeld = 128;
 constexpr int kStartAt = 11, kSymbolAt = 21;
 constexpr std::uint32_t kNoCell = 1u << 30;      // cannot be coded
 constexpr std::uint32_t kEscapeCell = 1u << 31;  // coded as the escape
@@ -103,7 +119,7 @@ bool are_levels(const std::uint8_t* levels, std::size_t width, std::uint8_t esca
 Alias make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                  int exponent_bits);
 void make_decoder(const Alias& alias, Decoder* decoder);
-void make_encoder(const Alias& alias, bool in_pieces, Encoder* encoder);
+void make_encoder(const Alias& alias, int exponent_bits, simd::Level level, Encoder* encoder);
 
 // From levels to what the kernels that run here look up.
 void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
@@ -111,10 +127,14 @@ void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
 void make_encoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                   int exponent_bits, Encoder* encoder);
 
-// Adds the block's values to the counts of [heads*dim] channels, which lie `stride` apart.
+// How far apart the counts of channels lie: those of neighbours must not fall on the same lines of a
+// cache.
+constexpr std::size_t count_stride(int value_bits) { return (std::size_t(1) << value_bits) + 16; }
+
+// Adds the block's values to the counts of [heads*dim] channels.
 template <typename T>
 void count(const Block<const T>& block, std::size_t heads, std::size_t dim, int mantissa_bits,
-           std::uint32_t* counts, std::size_t stride);
+           std::uint32_t* counts);
 
 // Whether all numbers of a channel are the same one. There is at least one.
 template <typename T>
@@ -144,7 +164,8 @@ template <typename T>
 bool decode(const Tables& tables, const Block<T>& block, const Coded& coded);
 
 // Encodes a block. `words` and `escapes` are filled from their ends downwards; there must be room
-// for one of each for every number.
+// for one of each for every number, and for kSpareWords below the words, which may be written over.
+constexpr int kSpareWords = 8;
 struct Sink {
   std::uint32_t states[kLanes];
   std::uint8_t* mantissas;         // room for all of them, mantissa_bytes and 2 * kLanes more

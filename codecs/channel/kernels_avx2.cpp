@@ -24,11 +24,47 @@ struct Takes {
 };
 constexpr Takes kTakes;
 
-// Indexes below 32 of 64 lanes, into tables of 32 bytes. A shuffle gives 0 where bit 7 of its index
-// is set.
+// For each set of lanes, of eight, that give off a word: shuffles their words to the end.
+struct Gives {
+  alignas(16) std::uint8_t shuffle[256][16];
+  constexpr Gives() : shuffle() {
+    for (int set = 0; set < 256; ++set)
+      for (int lane = 7, word = 7; lane >= 0; --lane)
+        if (set >> lane & 1) {
+          shuffle[set][2 * word] = std::uint8_t(2 * lane);
+          shuffle[set][2 * word + 1] = std::uint8_t(2 * lane + 1);
+          --word;
+        }
+  }
+};
+constexpr Gives kGives;
+
+// 16 bytes in both halves.
+inline __m256i twice(const std::uint8_t* bytes) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+
+// Indexes from `first` up to 31 more into tables of 32 bytes. A shuffle gives 0 where bit 7 of its
+// index is set.
 class Index {
  public:
-  explicit Index(const __m256i i[2]) {
+  explicit Index(__m256i i, int first = 0)
+      : low_(_mm256_sub_epi8(i, _mm256_set1_epi8(char(first - 0x70)))),
+        high_(_mm256_sub_epi8(i, _mm256_set1_epi8(char(first + 16)))) {}
+
+  __m256i operator()(const std::uint8_t* table) const {
+    return _mm256_or_si256(_mm256_shuffle_epi8(twice(table), low_),
+                           _mm256_shuffle_epi8(twice(table + 16), high_));
+  }
+
+ private:
+  __m256i low_, high_;
+};
+
+// The same of 64 lanes, for tables from 0 on: loaded once for all.
+class Indexes {
+ public:
+  explicit Indexes(const __m256i i[2]) {
     for (int k = 0; k < 2; ++k) {
       low_[k] = _mm256_add_epi8(i[k], _mm256_set1_epi8(0x70));
       high_[k] = _mm256_sub_epi8(i[k], _mm256_set1_epi8(16));
@@ -36,11 +72,7 @@ class Index {
   }
 
   void find(const std::uint8_t* table, __m256i found[2]) const {
-    const auto half = [&](int at) {
-      return _mm256_broadcastsi128_si256(
-          _mm_load_si128(reinterpret_cast<const __m128i*>(table + at)));
-    };
-    const __m256i first = half(0), second = half(16);
+    const __m256i first = twice(table), second = twice(table + 16);
     for (int k = 0; k < 2; ++k)
       found[k] = _mm256_or_si256(_mm256_shuffle_epi8(first, low_[k]),
                                  _mm256_shuffle_epi8(second, high_[k]));
@@ -79,37 +111,16 @@ inline void turn(const std::uint8_t (*values)[kLanes], std::size_t token, __m256
   }
 }
 
-// Fields of R bits of 32 channels of eight tokens from R rows (strips.hpp has this for any
-// instruction set; compilers make a detour of vectors of 64 bytes).
-template <int R>
-inline void unpack(const std::uint8_t* rows, __m256i f[8]) {
-  const auto row = [&](int j) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + j * kStrip));
-  };
-  const auto bits = [](__m256i r, int from, int mask) {
-    return _mm256_and_si256(_mm256_srli_epi16(r, from), _mm256_set1_epi8(char(mask)));
-  };
-  if constexpr (R == 7) {
-    f[7] = _mm256_setzero_si256();
-    for (int j = 0; j < 7; ++j) {
-      f[j] = bits(row(j), 0, 0x7F);
-      f[7] = _mm256_or_si256(f[7], bits(row(j), 7 - j, 1 << j));
-    }
-  } else if constexpr (R == 3) {
-    __m256i rest = _mm256_setzero_si256();
-    for (int j = 0; j < 3; ++j) {
-      f[2 * j] = bits(row(j), 0, 7);
-      f[2 * j + 1] = bits(row(j), 3, 7);
-      rest = _mm256_or_si256(rest, _mm256_slli_epi16(bits(row(j), 6, 3), 2 * j));
-    }
-    f[6] = bits(rest, 0, 7);
-    f[7] = bits(rest, 3, 7);
-  } else {
-    static_assert(R == 2, "a field width of one of the formats");
-    for (int j = 0; j < 2; ++j)
-      for (int i = 0; i < 4; ++i) f[4 * j + i] = bits(row(j), 2 * i, 3);
-  }
-}
+// Floating point to the nearest, as what is proved below needs it, whatever the program has set.
+class ToNearest {
+ public:
+  ToNearest() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~unsigned(_MM_ROUND_MASK)); }
+  ToNearest(const ToNearest&) = delete;
+  ~ToNearest() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+};
 
 // 8 x 8 words of 32 bits, rows to columns.
 inline void transpose(__m256i r[8]) {
@@ -197,7 +208,7 @@ struct Avx2 : Scalar {
               _mm256_packus_epi16(_mm256_srli_epi16(slot[0], 5), _mm256_srli_epi16(slot[1], 5));
         }
         {
-          const Index of_bucket(bucket);
+          const Indexes of_bucket(bucket);
           __m256i divide[2], other[2], add[2][2];
           of_bucket.find(d.divide, divide);
           of_bucket.find(d.other, other);
@@ -214,7 +225,7 @@ struct Avx2 : Scalar {
           }
         }
         {
-          const Index of_symbol(symbol);
+          const Indexes of_symbol(symbol);
           __m256i low[2], high[2], value[2];
           of_symbol.find(d.value, value);
           of_symbol.find(d.freq[0], low);
@@ -272,6 +283,266 @@ struct Avx2 : Scalar {
 
     alignas(32) std::uint32_t x_[kLanes];
     std::size_t lanes_ = kLanes;
+  };
+
+  // 32 lanes at a time, as bytes and words where these suffice. Of 16 lanes, those from 4 to 7 change
+  // places with those from 8 to 11, in the tile, too: packed to words of 16 bits they are in order.
+  class EncoderLanes {
+   public:
+    void load(const std::uint32_t* states) {
+      for (int p = 0; p < kLanes; ++p) x_[p] = states[lane_at(p)];
+    }
+    void store(std::uint32_t* states) const {
+      for (int p = 0; p < kLanes; ++p) states[lane_at(p)] = x_[p];
+    }
+
+    bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
+              int shift, std::size_t lanes, Sink* sink) {
+      return lanes == kLanes ? step<false>(e, base, value_bits, column, shift, lanes, sink)
+                             : step<true>(e, base, value_bits, column, shift, lanes, sink);
+    }
+
+   private:
+    static int lane_at(int place) { return (place & ~12) | (place & 4) << 1 | (place & 8) >> 1; }
+
+    // All ones in those of eight lanes, as they lie, that are there.
+    static __m256i active(std::size_t first, std::size_t lanes) {
+      return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(lanes) - int(first)),
+                                _mm256_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11));
+    }
+    // The low halves of 16 words.
+    static __m256i low_halves(const __m256i* pair) {
+      const __m256i zero = _mm256_setzero_si256();
+      return _mm256_packus_epi32(_mm256_blend_epi16(pair[0], zero, 0xAA),
+                                 _mm256_blend_epi16(pair[1], zero, 0xAA));
+    }
+    // A bit for each byte's lane, lane by lane. Packing has put lane 16 b + 8 a + c into byte
+    // 16 a + 8 b + c.
+    static std::uint32_t in_order(__m256i bytes) {
+      return std::uint32_t(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8)));
+    }
+
+    // What tables of bytes say of 32 values: symbols, with kHeld where there is one.
+    static __m256i symbols(const Encoder& e, const __m256i* values, __m256i bases, int value_bits) {
+      const int exponent_bits = value_bits - 1;
+      const __m256i exponents = _mm256_set1_epi16(short((1 << exponent_bits) - 1));
+      const __m128i to_top = _mm_cvtsi32_si128(15 - exponent_bits);
+      __m256i exponent[2], sign[2];
+      for (int k = 0; k < 2; ++k) {
+        const __m256i relative = _mm256_sub_epi16(values[k], bases);
+        exponent[k] = _mm256_and_si256(relative, exponents);
+        sign[k] = _mm256_sll_epi16(relative, to_top);
+      }
+      const __m256i at = _mm256_packus_epi16(exponent[0], exponent[1]);
+      const __m256i negative = _mm256_packs_epi16(sign[0], sign[1]);
+      // As Index, but 0 for indexes above 31, too.
+      const __m256i top = _mm256_set1_epi8(0x70);
+      const __m256i low = _mm256_adds_epu8(at, top);
+      const __m256i high = _mm256_adds_epu8(_mm256_sub_epi8(at, _mm256_set1_epi8(16)), top);
+      const auto of = [&](const std::uint8_t* table) {
+        return _mm256_or_si256(_mm256_shuffle_epi8(twice(table), low),
+                               _mm256_shuffle_epi8(twice(table + 16), high));
+      };
+      return _mm256_blendv_epi8(of(e.held[0]), of(e.held[1]), negative);
+    }
+    // The same of shapes that are too wide for these tables.
+    static __m256i symbols_of_wide(const Encoder& e, const __m256i* values, __m256i bases,
+                                   int value_bits) {
+      const __m256i mask = _mm256_set1_epi16(short((1 << value_bits) - 1));
+      __m256i symbol[2];
+      for (int k = 0; k < 2; ++k) {
+        const __m256i relative = _mm256_and_si256(_mm256_sub_epi16(values[k], bases), mask);
+        symbol[k] = _mm256_setzero_si256();
+        for (int s = 0; s < kBuckets; ++s)
+          symbol[k] = _mm256_blendv_epi8(
+              symbol[k], _mm256_set1_epi16(short(kHeld | s)),
+              _mm256_cmpeq_epi16(relative, _mm256_set1_epi16(short(e.value[s]))));
+      }
+      return _mm256_packus_epi16(symbol[0], symbol[1]);
+    }
+
+    // The slots of places among all ranks.
+    static void slots(const Encoder& e, const __m256i* place, __m256i* slot) {
+      const __m256i within = _mm256_set1_epi16(31), nibble = _mm256_set1_epi8(15);
+      const __m256i fine = _mm256_packus_epi16(_mm256_and_si256(place[0], within),
+                                               _mm256_and_si256(place[1], within));
+      const Index of_group(
+          _mm256_packus_epi16(_mm256_srli_epi16(place[0], 5), _mm256_srli_epi16(place[1], 5)));
+      // Bits 3 and 4 choose one of four tables. A blend looks at bit 7.
+      const __m256i odd = _mm256_slli_epi16(fine, 4), upper = _mm256_slli_epi16(fine, 3);
+      const auto octet = [&](const std::uint8_t (*tables)[kBuckets]) {
+        return _mm256_blendv_epi8(
+            _mm256_blendv_epi8(of_group(tables[0]), of_group(tables[1]), odd),
+            _mm256_blendv_epi8(of_group(tables[2]), of_group(tables[3]), odd), upper);
+      };
+      const __m256i up_to = _mm256_set1_epi64x(std::int64_t(0xFF7F3F1F0F070301));
+      const __m256i ones = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                            0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+      const __m256i begun =
+          _mm256_and_si256(octet(e.octet_begins), _mm256_shuffle_epi8(up_to, fine));
+      const __m256i count = _mm256_add_epi8(
+          _mm256_shuffle_epi8(ones, _mm256_and_si256(begun, nibble)),
+          _mm256_shuffle_epi8(ones, _mm256_and_si256(_mm256_srli_epi16(begun, 4), nibble)));
+      const __m256i piece = _mm256_add_epi8(octet(e.octet_before), count);
+      // The same with its bits 4 and 5; a shuffle looks at those below, and at bit 7, which is 0.
+      const __m256i odd_piece = _mm256_slli_epi16(piece, 3);
+      const __m256i upper_piece = _mm256_slli_epi16(piece, 2);
+      const auto of_piece = [&](const std::uint8_t* table) {
+        const auto part = [&](int k) { return _mm256_shuffle_epi8(twice(table + 16 * k), piece); };
+        return _mm256_blendv_epi8(_mm256_blendv_epi8(part(0), part(1), odd_piece),
+                                  _mm256_blendv_epi8(part(2), part(3), odd_piece), upper_piece);
+      };
+      const __m256i low = of_piece(e.shift_bytes[0]), high = of_piece(e.shift_bytes[1]);
+      const __m256i all = _mm256_set1_epi16(kTotal - 1);
+      slot[0] = _mm256_and_si256(_mm256_add_epi16(place[0], _mm256_unpacklo_epi8(low, high)), all);
+      slot[1] = _mm256_and_si256(_mm256_add_epi16(place[1], _mm256_unpackhi_epi8(low, high)), all);
+    }
+
+    // In passes over all lanes, each with short chains of instructions and few constants. All go
+    // from the last lanes to the first, so that one begins while the one before still runs.
+    template <bool limited>
+    bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
+              int shift, std::size_t lanes, Sink* sink) {
+      const std::size_t count = limited ? (lanes + 31) / 32 : kLanes / 32;  // turns of a pass
+      __m256i freq[kLanes / 16], start[kLanes / 16];
+      if (!look_up<limited>(e, base, value_bits, column, shift, lanes, count, freq, start, sink))
+        return false;
+      __m256i place[kLanes / 16], less[kLanes / 16];
+      // A state that is divided is less than 2^22 times its frequency.
+      if (limited || e.above_half)
+        divide<limited, true>(lanes, count, freq, start, place, less, sink);
+      else
+        divide<limited, false>(lanes, count, freq, start, place, less, sink);
+      combine<limited>(e, lanes, count, place, less);
+      return true;
+    }
+
+    // Frequencies of the lanes' symbols, and where their ranks begin. Escapes are written.
+    template <bool limited>
+    static bool look_up(const Encoder& e, std::uint32_t base, int value_bits,
+                        const std::uint32_t* column, int shift, std::size_t lanes,
+                        std::size_t count, __m256i* freq, __m256i* start, Sink* sink) {
+      const __m256i keep = _mm256_set1_epi32((1 << value_bits) - 1);
+      const __m256i bases = _mm256_set1_epi16(short(base));
+      const __m128i right = _mm_cvtsi32_si128(shift);
+      for (std::size_t v = count; v-- > 0;) {
+        const auto* const in = reinterpret_cast<const __m256i*>(column + 32 * v);
+        const auto value_of = [&](int k) {
+          return _mm256_and_si256(_mm256_srl_epi32(_mm256_load_si256(in + k), right), keep);
+        };
+        const __m256i values[2] = {_mm256_packus_epi32(value_of(0), value_of(1)),
+                                   _mm256_packus_epi32(value_of(2), value_of(3))};
+        __m256i symbol = e.width > kBuckets ? symbols_of_wide(e, values, bases, value_bits)
+                                            : symbols(e, values, bases, value_bits);
+        if (__builtin_expect(~_mm256_movemask_epi8(symbol), 0)) {
+          std::uint32_t left = ~in_order(symbol);
+          if (limited && lanes - 32 * v < 32) left &= (1u << (lanes - 32 * v)) - 1;
+          if (left) {
+            if (e.outside & kNoCell) return false;
+            alignas(32) std::uint16_t escapes[32];
+            for (int k = 0; k < 2; ++k)
+              _mm256_store_si256(reinterpret_cast<__m256i*>(escapes) + k, values[k]);
+            for (; left; left &= ~(1u << (31 - __builtin_clz(left))))
+              *--sink->escapes = escapes[31 - __builtin_clz(left)];
+          }
+          // Lanes that are not there have any symbol.
+          const auto escape = char(kHeld | (e.outside >> kSymbolAt & (kBuckets - 1)));
+          symbol = _mm256_blendv_epi8(_mm256_set1_epi8(escape), symbol, symbol);
+        }
+        const Index of_symbol(symbol, kHeld);
+        const __m256i freq_low = of_symbol(e.freq[0]), freq_high = of_symbol(e.freq[1]);
+        const __m256i start_low = of_symbol(e.start[0]), start_high = of_symbol(e.start[1]);
+        freq[2 * v] = _mm256_unpacklo_epi8(freq_low, freq_high);
+        freq[2 * v + 1] = _mm256_unpackhi_epi8(freq_low, freq_high);
+        start[2 * v] = _mm256_unpacklo_epi8(start_low, start_high);
+        start[2 * v + 1] = _mm256_unpackhi_epi8(start_low, start_high);
+      }
+      return true;
+    }
+
+    // Words are given off, and states divided by their frequencies. `top_bit`: whether states may
+    // have it then.
+    //
+    // A quotient of floating point, rounded to the nearest whole number, is the right one or one
+    // more: a state is below 2^22 times its frequency, so rounding it to 24 bits, in one step or in
+    // two, changes the quotient by less than 3/8, and rounding the quotient by 1/8 at most. (For all
+    // frequencies and quotients, the least and the greatest state of each, this was tried, too.)
+    template <bool limited, bool top_bit>
+    void divide(std::size_t lanes, std::size_t count, const __m256i* freq, const __m256i* start,
+                __m256i* place, __m256i* less, Sink* sink) {
+      const __m256i zero = _mm256_setzero_si256();
+      std::uint16_t* words = sink->words;
+      for (std::size_t v = 2 * count; v-- > 0;) {
+        auto* const at = reinterpret_cast<__m256i*>(x_) + 2 * v;
+        const __m256i freqs[2] = {_mm256_unpacklo_epi16(freq[v], zero),
+                                  _mm256_unpackhi_epi16(freq[v], zero)};
+        __m256i there[2], x[2], upper[2], fits[2], q[2];
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+          x[k] = _mm256_load_si256(at + k);
+          fits[k] = _mm256_cmpgt_epi32(freqs[k], _mm256_srli_epi32(x[k], 22));
+          if (limited) {
+            there[k] = active(16 * v + 4 * std::size_t(k), lanes);
+            fits[k] = _mm256_or_si256(fits[k], _mm256_cmpeq_epi32(there[k], zero));
+          }
+          upper[k] = _mm256_srli_epi32(x[k], 16);
+          const __m256i y = _mm256_blendv_epi8(upper[k], x[k], fits[k]);
+          __m256 number = _mm256_cvtepi32_ps(y);
+          if (top_bit)  // it has counted as a sign
+            number = _mm256_blendv_ps(number,
+                                      _mm256_add_ps(number, _mm256_set1_ps(4294967296.0f)),
+                                      _mm256_castsi256_ps(y));
+          q[k] = _mm256_cvtps_epi32(_mm256_div_ps(number, _mm256_cvtepi32_ps(freqs[k])));
+          const __m256i high = _mm256_slli_epi32(q[k], kProbBits);
+          _mm256_store_si256(at + k, limited ? _mm256_blendv_epi8(x[k], high, there[k]) : high);
+        }
+        const __m256i fit = _mm256_packs_epi32(fits[0], fits[1]);
+        const __m256i low = low_halves(x);
+        const unsigned full =
+            ~unsigned(_mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(fit),
+                                                        _mm256_extracti128_si256(fit, 1))));
+        const auto give = [&](__m128i of, unsigned set) {
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(words - kSpareWords),
+                           _mm_shuffle_epi8(of, _mm_load_si128(reinterpret_cast<const __m128i*>(
+                                                    kGives.shuffle[set]))));
+          words -= __builtin_popcountll(set);
+        };
+        give(_mm256_extracti128_si256(low, 1), full >> 8 & 255);
+        give(_mm256_castsi256_si128(low), full & 255);
+        const __m256i y = _mm256_blendv_epi8(_mm256_packus_epi32(upper[0], upper[1]), low, fit);
+        const __m256i rank = _mm256_sub_epi16(y, _mm256_mullo_epi16(low_halves(q), freq[v]));
+        less[v] = _mm256_srai_epi16(rank, 15);
+        place[v] = _mm256_add_epi16(start[v],
+                                    _mm256_min_epu16(rank, _mm256_add_epi16(rank, freq[v])));
+      }
+      sink->words = words;
+    }
+
+    // States from quotients and places.
+    template <bool limited>
+    void combine(const Encoder& e, std::size_t lanes, std::size_t count, const __m256i* place,
+                 const __m256i* less) {
+      for (std::size_t v = count; v-- > 0;) {
+        __m256i slot[2];
+        slots(e, place + 2 * v, slot);
+        auto* const at = reinterpret_cast<__m256i*>(x_ + 32 * v);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+          const __m256i one_less = less[2 * v + std::size_t(k) / 2];
+          const __m256i lowest = _mm256_or_si256(
+              slot[k / 2], _mm256_and_si256(one_less, _mm256_set1_epi16(short(-int(kTotal)))));
+          const __m256i x = _mm256_load_si256(at + k);
+          const __m256i y = _mm256_add_epi32(x, k % 2 ? _mm256_unpackhi_epi16(lowest, one_less)
+                                                      : _mm256_unpacklo_epi16(lowest, one_less));
+          const std::size_t first = 32 * v + 16 * (std::size_t(k) / 2) + 4 * (std::size_t(k) % 2);
+          _mm256_store_si256(at + k,
+                             limited ? _mm256_blendv_epi8(x, y, active(first, lanes)) : y);
+        }
+      }
+    }
+
+    ToNearest rounding_;
+    alignas(32) std::uint32_t x_[kLanes] = {};
   };
 
   template <typename T>
@@ -342,7 +613,7 @@ struct Avx2 : Scalar {
   static void merge(const ValueBytes& tile, std::size_t token, std::size_t count, const T* base,
                     const std::uint8_t* mantissas, T* corner, std::ptrdiff_t stride,
                     std::size_t width) {
-    constexpr int B = M / 8;
+    constexpr int R = M % 8, B = M / 8;
     alignas(32) T rows[16][kStrip];
     const bool whole = width == kStrip && count == 16;
     T* const out = whole ? corner : rows[0];
@@ -352,11 +623,12 @@ struct Avx2 : Scalar {
       turn(tile.of + h, token, values);
       const std::uint8_t* at = mantissas + h;
       for (std::size_t o = 0; o < count; o += 8, at += rows_of_octet(M) * kStrip) {
-        __m256i fields[8];
-        unpack<M % 8>(at + 8 * B * kStrip, fields);
+        Vector packed[R], fields[8];
+        for (int j = 0; j < R; ++j) packed[j] = vector_at(at + (8 * B + j) * kStrip);
+        unpack<R>(packed, fields);
 #pragma GCC unroll 8
         for (std::size_t i = 0; i < 8; ++i)
-          put<T, M>(values[o + i], fields[i], at + i * kStrip, base + h,
+          put<T, M>(values[o + i], __m256i(fields[i]), at + i * kStrip, base + h,
                     out + std::ptrdiff_t(o + i) * step + h);
       }
     }
@@ -368,14 +640,16 @@ struct Avx2 : Scalar {
   template <typename T>
   static void columns(const T (*rows)[kStrip], std::size_t token, Tile<T>& tile) {
     for (int part = 0; part < int(2 * sizeof(T)); ++part)
-      for (int o = 0; o < 16; o += 8) {
+      for (int half = 0; half < 2; ++half) {
+        // Four rows and the four that are eight further, as EncoderLanes has them.
         __m256i r[8];
         for (int i = 0; i < 8; ++i)
-          r[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(rows[o + i]) + part);
+          r[i] = _mm256_load_si256(
+              reinterpret_cast<const __m256i*>(rows[4 * half + i + (i & 4)]) + part);
         transpose(r);
         for (int i = 0; i < 8; ++i)
           _mm256_store_si256(
-              reinterpret_cast<__m256i*>(tile.word[8 * part + i] + token + std::size_t(o)), r[i]);
+              reinterpret_cast<__m256i*>(tile.word[8 * part + i] + token) + half, r[i]);
       }
   }
 };

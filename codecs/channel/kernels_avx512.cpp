@@ -204,13 +204,10 @@ struct Avx512 {
                     const std::uint8_t* mantissas, T* corner, std::ptrdiff_t stride,
                     std::size_t width) {
     constexpr int R = M % 8, B = M / 8;
-    Row fields[16];
+    alignas(64) std::uint8_t fields[16][kStrip];
     const std::uint8_t* const octets[2] = {mantissas, mantissas + rows_of_octet(M) * kStrip};
-    for (std::size_t o = 0; o < count; o += 8) {
-      Row packed[R];
-      for (int j = 0; j < R; ++j) packed[j] = row_at(octets[o / 8] + (8 * B + j) * kStrip);
-      unpack<R>(packed, fields + o);
-    }
+    for (std::size_t o = 0; o < count; o += 8)
+      unpack<R>(octets[o / 8] + 8 * B * kStrip, fields + o);
     for (int part = 0; part < int(sizeof(T)); ++part) {
       __m512i r[16];
       for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile.word[16 * part + i] + token);
@@ -220,7 +217,7 @@ struct Avx512 {
                                              ? least(64, width * sizeof(T) - 64 * std::size_t(part))
                                              : 0);
       const auto row = [&](int i) {
-        __m512i m = widen<T>(reinterpret_cast<const std::uint8_t*>(&fields[i]), part);
+        __m512i m = widen<T>(fields[i], part);
         if constexpr (sizeof(T) == 2 && B) m = _mm512_slli_epi16(m, 8);
         if constexpr (sizeof(T) == 4) m = _mm512_slli_epi32(m, 16);
         for (int j = 0; j < B; ++j) {
@@ -346,10 +343,10 @@ struct Avx512 {
     }
   }
 
-  static void collect(const Row& row, std::uint64_t live, std::size_t live_count,
+  static void collect(const std::uint8_t* row, std::uint64_t live, std::size_t live_count,
                       std::uint8_t* out) {
     _mm512_mask_storeu_epi8(out, first_ones(live_count),
-                            _mm512_maskz_compress_epi8(live, __m512i(row)));
+                            _mm512_maskz_compress_epi8(live, _mm512_loadu_si512(row)));
   }
 
   static void spread(const std::uint8_t* rows, std::size_t count, std::uint64_t live,

@@ -60,12 +60,11 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
                                       Form form) {
   const std::size_t n = heads * dim, numbers = in.batch * in.tokens;
   if (!n || !numbers) return {};
-  // Counts of neighbouring channels must not fall on the same lines of a cache.
-  const std::size_t stride = (std::size_t(1) << form.value_bits()) + 16;
+  const std::size_t stride = count_stride(form.value_bits());
   static thread_local Room<std::uint32_t> room;
   std::uint32_t* const counts = room.of(n * stride);
   std::memset(counts, 0, n * stride * sizeof *counts);
-  count<T>(in, heads, dim, form.mantissa_bits, counts, stride);
+  count<T>(in, heads, dim, form.mantissa_bits, counts);
   StoredTables tables;
   tables.channels.resize(n);
   std::vector<const std::uint32_t*> coded;
@@ -78,7 +77,7 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
                        constant<T>(in, c / dim, c % dim);
     if (!channel.constant) coded.push_back(row);
   }
-  Shapes shapes = choose_shapes(coded, form.exponent_bits);
+  Shapes shapes = choose_shapes(coded, numbers, form.exponent_bits);
   room.keep_little();
   tables.shapes = std::move(shapes.levels);
   std::size_t live = 0;
@@ -110,15 +109,15 @@ const StoredTables& PartTables::stored() const {
 
 const Encoder* PartTables::encoders(const StoredTables& stored) const {
   const int level = int(simd::level());
-  std::vector<Encoder>& encoders = encoders_[level];
+  std::unique_ptr<Encoder[]>& encoders = encoders_[level];
   std::call_once(encoding_[level], [&] {
-    encoders.resize(stored.shapes.count());
+    encoders.reset(new Encoder[stored.shapes.count()]);  // not set to anything
     stored.shapes.each([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
                            std::uint8_t escape) {
       make_encoder(levels, width, escape, form_.exponent_bits, &encoders[i]);
     });
   });
-  return encoders.data();
+  return encoders.get();
 }
 
 template <typename T>
@@ -129,7 +128,7 @@ void PartTables::encode(const Block<const T>& block, Encoded* out) const {
   const std::size_t n = block.batch * tables.heads * block.tokens * tables.dim;
   const std::size_t mantissas = mantissa_bytes(tables, block.batch, block.tokens);
   // Every number may be an escape and shift out a word.
-  std::uint16_t* const room = out->room_.of(2 * n);
+  std::uint16_t* const room = out->room_.of(kSpareWords + 2 * n) + kSpareWords;
   Sink& sink = out->sink_;
   sink.mantissas = out->mantissas_.of(mantissas + 2 * kLanes);
   sink.words = room + n;

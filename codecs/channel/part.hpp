@@ -11,7 +11,6 @@
 
 #include "channel/kernels.hpp"
 #include "channel/table_coder.hpp"
-#include "native/simd.hpp"
 
 namespace kvzip::channel {
 
@@ -124,7 +123,7 @@ class PartTables {
   mutable StoredTables stored_;
   mutable std::string error_;
   mutable std::once_flag encoding_[simd::kLevels];
-  mutable std::vector<Encoder> encoders_[simd::kLevels];
+  mutable std::unique_ptr<Encoder[]> encoders_[simd::kLevels];
 };
 
 // Numbers stored as they are: copies them into place. Throws std::invalid_argument.

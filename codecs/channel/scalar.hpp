@@ -125,16 +125,13 @@ struct Scalar {
         for (int i = 0; i < 8; ++i)
           std::memcpy(&numbers[i][w * Tile<T>::kInWord], &tile.word[w][token + o + std::size_t(i)],
                       4);
-      Row packed[R], fields[8];
-      for (int j = 0; j < R; ++j) packed[j] = row_at(mantissas + (8 * B + j) * kStrip);
-      unpack<R>(packed, fields);
+      std::uint8_t fields[8][kStrip];
+      unpack<R>(mantissas + 8 * B * kStrip, fields);
       for (std::size_t i = 0; i < least(8, count - o); ++i, corner += stride) {
-        std::uint8_t field[kStrip];
-        std::memcpy(field, &fields[i], kStrip);
         const std::uint8_t* low = mantissas + i * kStrip;
         T row[kStrip];
         for (int c = 0; c < kStrip; ++c) {
-          std::uint32_t m = std::uint32_t(field[c]) << 8 * B;
+          std::uint32_t m = std::uint32_t(fields[i][c]) << 8 * B;
           for (int j = 0; j < B; ++j) m |= std::uint32_t(low[8 * j * kStrip + c]) << 8 * j;
           row[c] = T(T(numbers[i][c] + base[c]) | m);
         }
@@ -160,7 +157,8 @@ struct Scalar {
     }
   }
 
-  static void collect(const Row& row, std::uint64_t live, std::size_t, std::uint8_t* out) {
+  static void collect(const std::uint8_t* row, std::uint64_t live, std::size_t,
+                      std::uint8_t* out) {
     for (; live; live &= live - 1) *out++ = row[__builtin_ctzll(live)];
   }
 };

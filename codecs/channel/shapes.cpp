@@ -52,26 +52,33 @@ struct Seen {
   double scale;           // numbers that a count of one stands for
 };
 
-Seen look(const std::uint32_t* counts, int exponent_bits) {
+// Exponents from `first` on, less than `end`.
+struct Range {
+  int first, end;
+};
+
+// `likely`: where a channel's exponents lie, probably; then where they do. That all of its `numbers`
+// were found tells that there are no others, without reading where they could be.
+Seen look(const std::uint32_t* counts, int exponent_bits, std::uint64_t numbers, Range* likely) {
   const int exponents = 1 << exponent_bits;
-  // Few exponents occur. The first and the last 16 of them are found faster than all are read.
-  const auto none = [&](int e) {
-    std::uint32_t any = 0;
-    for (int i = e; i < e + 16; ++i) any |= counts[i] | counts[exponents + i];
-    return !any;
-  };
-  int first = 0, end = exponents;
-  while (first + 16 < end && none(first)) first += 16;
-  while (first + 16 < end && none(end - 16)) end -= 16;
   std::uint64_t total = 0, sum = 0, squares = 0, positive = 0;
-  for (int e = first; e < end; ++e) {
+  Range found{exponents, 0}, read = *likely;
+  const auto take = [&](int e) {
     const std::uint64_t n = std::uint64_t(counts[e]) + counts[exponents + e];
-    if (!n) continue;
+    if (!n) return;
     total += n;
     sum += n * std::uint64_t(e);
     squares += n * std::uint64_t(e) * std::uint64_t(e);
     positive += counts[e];
+    found.first = std::min(found.first, e);
+    found.end = std::max(found.end, e + 1);
+  };
+  for (int e = read.first; e < read.end; ++e) take(e);
+  while (total < numbers && (read.first > 0 || read.end < exponents)) {
+    if (read.first > 0) take(--read.first);
+    if (read.end < exponents) take(read.end++);
   }
+  *likely = found;
   const double mean = double(sum) / double(total);
   Seen seen{};
   seen.start = int(std::lround(mean)) - kMean;
@@ -85,12 +92,12 @@ Seen look(const std::uint32_t* counts, int exponent_bits) {
   cells.outside = cells.total;
   const int all = log2_of(std::uint32_t(cells.total));
   for (int sign = 0; sign < 2; ++sign)
-    for (int i = 0; i < kWindow; ++i) {
-      const int e = seen.start + i;
-      if (e < 0 || e >= exponents) continue;
-      const std::uint64_t n = counts[sign * exponents + e];
+    for (int i = std::max(0, found.first - seen.start);
+         i < std::min(kWindow, found.end - seen.start); ++i) {
+      const std::uint64_t n = counts[sign * exponents + seen.start + i];
       if (!n) continue;
-      const auto scaled = std::int16_t(std::max<std::uint64_t>(1, n / divisor));
+      const auto scaled =
+          std::int16_t(divisor == 1 ? n : std::max<std::uint64_t>(1, n / divisor));
       cells.n[sign][i] = scaled;
       cells.outside -= scaled;
       seen.own_cost += std::int64_t(scaled) * (all - log2_of(std::uint32_t(scaled)));
@@ -203,7 +210,7 @@ Choice best(const std::vector<Group>& groups, const Near& near, const Seen& seen
     const Group& group = groups[near.group[k]];
     const bool flip = group.skew * seen.skew < 0;
     const float lag = seen.place - group.place;
-    const int nearest = int(std::lround(lag));
+    const int nearest = int(lag >= 0.5f) - int(lag <= -0.5f);  // places are at most 1/2 from 0
     for (int shift = nearest - 1; shift <= nearest + 1; ++shift) {
       if (std::abs(float(shift) - lag) > 0.75f) continue;
       const std::int64_t cost = group.of(seen.cells, shift, flip);
@@ -215,15 +222,17 @@ Choice best(const std::vector<Group>& groups, const Near& near, const Seen& seen
 
 }  // namespace
 
-Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, int exponent_bits) {
+Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, std::uint64_t numbers,
+                     int exponent_bits) {
   const std::size_t channels = counts.size();
   std::vector<Seen> seen(channels);
   std::vector<Group> groups;
   Looks looks;
   std::vector<Near> near(channels);
   std::vector<Choice> choices(channels);
+  Range likely{1 << exponent_bits >> 1, 1 << exponent_bits >> 1};
   for (std::size_t c = 0; c < channels; ++c) {
-    seen[c] = look(counts[c], exponent_bits);
+    seen[c] = look(counts[c], exponent_bits, numbers, &likely);
     looks.find(seen[c], &near[c]);
     choices[c] = best(groups, near[c], seen[c]);
     if (choices[c].cost > seen[c].own_cost + kTableCost) {

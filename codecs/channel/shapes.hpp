@@ -32,7 +32,8 @@ struct Shapes {
   double bits = 0;                         // that all values will take, about
 };
 
-// `counts`: of each channel 2 << exponent_bits, of which one at least is not 0.
-Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, int exponent_bits);
+// `counts`: of each channel 2 << exponent_bits; of its `numbers`, at least one, all are counted.
+Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, std::uint64_t numbers,
+                     int exponent_bits);
 
 }  // namespace kvzip::channel

@@ -89,31 +89,38 @@ inline std::size_t carried_words(const Tables& tables, std::size_t tokens) {
                octets * std::size_t(rows_of_octet(tables.mantissa_bits)) * live / 2);
 }
 
-// Bytes of a strip's 64 channels, as the compiler's vectors: any instruction set's.
-typedef std::uint8_t Row __attribute__((vector_size(kStrip)));
-typedef std::uint16_t Row16 __attribute__((vector_size(kStrip)));
+// Bytes of channels, as many as the instruction set's vectors hold: wider ones go through memory.
+#if defined(__AVX512BW__)
+constexpr int kVector = 64;
+#elif defined(__AVX2__)
+constexpr int kVector = 32;
+#else
+constexpr int kVector = 16;
+#endif
+typedef std::uint8_t Vector __attribute__((vector_size(kVector)));
+typedef std::uint16_t Vector16 __attribute__((vector_size(kVector)));
 
-inline Row row_at(const std::uint8_t* p) {
-  Row r;
-  std::memcpy(&r, p, kStrip);
-  return r;
+inline Vector vector_at(const std::uint8_t* p) {
+  Vector v;
+  std::memcpy(&v, p, kVector);
+  return v;
 }
 // Shifts do not cross from byte to byte where the mask says so.
-inline Row up(Row r, int bits, int mask) {
-  return Row(Row16(r) << bits) & (Row{} + std::uint8_t(mask));
+inline Vector up(Vector r, int bits, int mask) {
+  return Vector(Vector16(r) << bits) & (Vector{} + std::uint8_t(mask));
 }
-inline Row down(Row r, int bits, int mask) {
-  return Row(Row16(r) >> bits) & (Row{} + std::uint8_t(mask));
+inline Vector down(Vector r, int bits, int mask) {
+  return Vector(Vector16(r) >> bits) & (Vector{} + std::uint8_t(mask));
 }
 
 // Fields of R bits of eight tokens into R rows, and back.
 template <int R>
-inline void pack(const Row f[8], Row row[R]) {
+inline void pack(const Vector f[8], Vector row[R]) {
   static_assert(R == 2 || R == 3 || R == 7, "a field width of one of the formats");
   if constexpr (R == 7) {
     for (int j = 0; j < 7; ++j) row[j] = f[j] | up(f[7], 7 - j, 0x80);
   } else if constexpr (R == 3) {
-    const Row rest = f[6] | up(f[7], 3, 0x38);
+    const Vector rest = f[6] | up(f[7], 3, 0x38);
     for (int j = 0; j < 3; ++j)
       row[j] = f[2 * j] | up(f[2 * j + 1], 3, 0x38) | up(down(rest, 2 * j, 3), 6, 0xC0);
   } else {
@@ -124,15 +131,15 @@ inline void pack(const Row f[8], Row row[R]) {
 }
 
 template <int R>
-inline void unpack(const Row row[R], Row f[8]) {
+inline void unpack(const Vector row[R], Vector f[8]) {
   if constexpr (R == 7) {
-    f[7] = Row{};
+    f[7] = Vector{};
     for (int j = 0; j < 7; ++j) {
       f[j] = row[j] & 0x7F;
       f[7] |= down(row[j], 7 - j, 1 << j);
     }
   } else if constexpr (R == 3) {
-    Row rest{};
+    Vector rest{};
     for (int j = 0; j < 3; ++j) {
       f[2 * j] = row[j] & 7;
       f[2 * j + 1] = down(row[j], 3, 7);
@@ -143,6 +150,17 @@ inline void unpack(const Row row[R], Row f[8]) {
   } else {
     for (int j = 0; j < 2; ++j)
       for (int i = 0; i < 4; ++i) f[4 * j + i] = down(row[j], 2 * i, 3);
+  }
+}
+
+// The same of a strip's rows.
+template <int R>
+inline void unpack(const std::uint8_t* rows, std::uint8_t (*fields)[kStrip]) {
+  for (int c = 0; c < kStrip; c += kVector) {
+    Vector row[R], f[8];
+    for (int j = 0; j < R; ++j) row[j] = vector_at(rows + j * kStrip + c);
+    unpack<R>(row, f);
+    for (int i = 0; i < 8; ++i) std::memcpy(fields[i] + c, &f[i], kVector);
   }
 }
 

@@ -131,62 +131,105 @@ void each_piece(const Alias& a, const std::uint32_t* starts, const Use& use) {
   }
 }
 
+// How many bits of each byte are set; not all processors have an instruction for it.
+std::uint32_t ones_of_bytes(std::uint32_t bits) {
+  bits -= bits >> 1 & 0x55555555;
+  bits = (bits & 0x33333333) + (bits >> 2 & 0x33333333);
+  return (bits + (bits >> 4)) & 0x0F0F0F0F;
+}
+std::uint32_t ones(std::uint32_t bits) { return ones_of_bytes(bits) * 0x01010101 >> 24; }
+
+void make_pieces(const Alias& a, const std::uint32_t* starts, Encoder* e) {
+  std::fill(std::begin(e->begins), std::end(e->begins), 0);
+  std::fill(std::begin(e->shift), std::end(e->shift), std::uint16_t(0));
+  each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t, std::uint32_t) {
+    e->begins[rank / 32] |= 1u << rank % 32;
+  });
+  std::uint32_t before = ~0u;
+  for (std::uint32_t i = 0; i < kBuckets; ++i) {
+    e->before[i] = before;
+    before += ones(e->begins[i]);
+  }
+  each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t slot, std::uint32_t) {
+    const std::uint32_t begun = e->begins[rank / 32] << (31 - rank % 32);
+    e->shift[e->before[rank / 32] + ones(begun)] = std::uint16_t(slot - rank);
+  });
+}
+
+void make_bytes(const Alias& a, const std::uint32_t* starts, int exponent_bits, Encoder* e) {
+  std::memset(e->held, 0, sizeof e->held);
+  e->above_half = *std::max_element(std::begin(a.freq), std::end(a.freq)) > kTotal / 2;
+  for (std::uint32_t s = 0; s < kBuckets; ++s) {
+    for (int i = 0; i < 2; ++i) {
+      e->freq[i][s] = std::uint8_t(a.freq[s] >> 8 * i);
+      e->start[i][s] = std::uint8_t(starts[s] >> 8 * i);
+    }
+    const bool holds = s < a.symbols && s != a.escape;
+    const std::uint32_t value = a.value[s], exponent = value & ((1u << exponent_bits) - 1);
+    e->value[s] = holds ? std::uint16_t(value) : kNoValue;
+    if (holds && exponent < kBuckets)
+      e->held[value >> exponent_bits][exponent] = std::uint8_t(kHeld | s);
+  }
+  for (std::uint32_t i = 0; i < kBuckets; ++i) {
+    const std::uint32_t before = e->before[i], in_bytes = ones_of_bytes(e->begins[i]) * 0x01010100;
+    for (int k = 0; k < 4; ++k) {
+      e->octet_begins[k][i] = std::uint8_t(e->begins[i] >> 8 * k);
+      e->octet_before[k][i] = std::uint8_t(before + (in_bytes >> 8 * k));
+    }
+  }
+  for (std::uint32_t i = 0; i < 2 * kBuckets; ++i)
+    for (int k = 0; k < 2; ++k) e->shift_bytes[k][i] = std::uint8_t(e->shift[i] >> 8 * k);
+}
+
 }  // namespace
 
-void make_encoder(const Alias& a, bool in_pieces, Encoder* encoder) {
+void make_encoder(const Alias& a, int exponent_bits, simd::Level level, Encoder* encoder) {
   std::uint32_t starts[kBuckets], none = kNoCell | 1;
   for (std::uint32_t s = 0, start = 0; s < kBuckets; start += a.freq[s++]) {
     starts[s] = start;
     if (s == a.escape) none = a.freq[s] | start << kStartAt | s << kSymbolAt | kEscapeCell;
   }
-  if (in_pieces) {
-    std::fill(std::begin(encoder->begins), std::end(encoder->begins), 0);
-    each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t, std::uint32_t) {
-      encoder->begins[rank / 32] |= 1u << rank % 32;
-    });
-    const auto ones = [](std::uint32_t bits) {  // not all processors have an instruction for it
-      bits -= bits >> 1 & 0x55555555;
-      bits = (bits & 0x33333333) + (bits >> 2 & 0x33333333);
-      return ((bits + (bits >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24;
-    };
-    std::uint32_t before = ~0u;
-    for (std::uint32_t i = 0; i < kBuckets; ++i) {
-      encoder->before[i] = before;
-      before += ones(encoder->begins[i]);
-    }
-    each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t slot, std::uint32_t) {
-      const std::uint32_t begun = encoder->begins[rank / 32] << (31 - rank % 32);
-      encoder->shift[encoder->before[rank / 32] + ones(begun)] = std::uint16_t(slot - rank);
-    });
-  } else {
-    for (std::uint32_t s = 0; s < a.symbols; ++s)
-      encoder->reciprocal[s] = ((std::uint64_t(1) << 42) + a.freq[s] - 1) / a.freq[s];
-    each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t slot, std::uint32_t end) {
-      while (slot < end) encoder->slot[rank++] = std::uint16_t(slot++);
-    });
-  }
   encoder->outside = none;
   encoder->width = a.width;
+  if (level != simd::Level::scalar) make_pieces(a, starts, encoder);
+  if (level == simd::Level::avx2) return make_bytes(a, starts, exponent_bits, encoder);
   std::fill(std::begin(encoder->cell), std::end(encoder->cell), none);
   for (std::uint32_t s = 0; s < a.symbols; ++s)
     if (s != a.escape)
       encoder->cell[a.value[s]] = a.freq[s] | starts[s] << kStartAt | s << kSymbolAt;
+  if (level == simd::Level::avx512) return;
+  for (std::uint32_t s = 0; s < a.symbols; ++s)
+    encoder->reciprocal[s] = ((std::uint64_t(1) << 42) + a.freq[s] - 1) / a.freq[s];
+  each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t slot, std::uint32_t end) {
+    while (slot < end) encoder->slot[rank++] = std::uint16_t(slot++);
+  });
 }
 
 namespace {
 
 template <int M, typename T>
 void count_fields(const Block<const T>& block, std::size_t heads, std::size_t dim,
-                  std::uint32_t* counts, std::size_t stride) {
+                  std::uint32_t* counts) {
+  constexpr int kBits = 8 * sizeof(T);
+  constexpr std::size_t kStride = count_stride(kBits - M), kInWord = 8 / sizeof(T);
+  constexpr std::uint64_t kMask = (std::uint64_t(1) << (kBits - M)) - 1;
   for (std::size_t b = 0; b < block.batch; ++b)
     for (std::size_t h = 0; h < heads; ++h)
       for (std::size_t t = 0; t < block.tokens; ++t) {
         const T* row = block.data + std::ptrdiff_t(b) * block.batch_stride +
                        std::ptrdiff_t(h) * block.head_stride +
                        std::ptrdiff_t(t) * block.token_stride;
-        std::uint32_t* at = counts + h * dim * stride;
-#pragma GCC unroll 8
-        for (std::size_t c = 0; c < dim; ++c, at += stride) ++at[std::size_t(row[c]) >> M];
+        std::uint32_t* at = counts + h * dim * kStride;
+        std::size_t c = 0;
+        // Two words of numbers at a time: counting keeps the processor busy with loads as it is.
+        for (; c + 2 * kInWord <= dim; c += 2 * kInWord, at += 2 * kInWord * kStride) {
+          std::uint64_t words[2];
+          std::memcpy(words, row + c, 16);
+#pragma GCC unroll 16
+          for (std::size_t k = 0; k < 2 * kInWord; ++k)
+            ++at[k * kStride + (words[k / kInWord] >> (kBits * (k % kInWord) + M) & kMask)];
+        }
+        for (; c < dim; ++c, at += kStride) ++at[std::size_t(row[c]) >> M];
       }
 }
 
@@ -194,13 +237,13 @@ void count_fields(const Block<const T>& block, std::size_t heads, std::size_t di
 
 template <typename T>
 void count(const Block<const T>& block, std::size_t heads, std::size_t dim, int mantissa_bits,
-           std::uint32_t* counts, std::size_t stride) {
+           std::uint32_t* counts) {
   switch (mantissa_bits) {  // that the shift is known saves a third
-    case 7: return count_fields<7>(block, heads, dim, counts, stride);
-    case 10: return count_fields<10 % (8 * sizeof(T))>(block, heads, dim, counts, stride);
-    case 23: return count_fields<23 % (8 * sizeof(T))>(block, heads, dim, counts, stride);
-    case 3: return count_fields<3>(block, heads, dim, counts, stride);
-    default: return count_fields<2>(block, heads, dim, counts, stride);
+    case 7: return count_fields<7>(block, heads, dim, counts);
+    case 10: return count_fields<10 % (8 * sizeof(T))>(block, heads, dim, counts);
+    case 23: return count_fields<23 % (8 * sizeof(T))>(block, heads, dim, counts);
+    case 3: return count_fields<3>(block, heads, dim, counts);
+    default: return count_fields<2>(block, heads, dim, counts);
   }
 }
 
@@ -266,9 +309,8 @@ bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::ui
   return true;
 }
 
-#define KVZIP_INSTANTIATE(T)                                                             \
-  template void count(const Block<const T>&, std::size_t, std::size_t, int, std::uint32_t*, \
-                      std::size_t);                                                      \
+#define KVZIP_INSTANTIATE(T)                                                                   \
+  template void count(const Block<const T>&, std::size_t, std::size_t, int, std::uint32_t*);   \
   template bool constant(const Block<const T>&, std::size_t, std::size_t);
 KVZIP_INSTANTIATE(std::uint8_t)
 KVZIP_INSTANTIATE(std::uint16_t)

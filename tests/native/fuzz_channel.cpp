@@ -87,9 +87,89 @@ void stored(Form form) {
   }
 }
 
+// Tables that the encoder would not choose, of any width, with numbers that follow them.
+template <typename T>
+void strange(Form form) {
+  const std::size_t exponents = std::size_t(1) << form.exponent_bits, values = 2 * exponents;
+  const std::size_t heads = 1 + below(2), dim = 1 + below(130), tokens = 1 + below(400);
+  const std::size_t n = heads * dim;
+  StoredTables tables;
+  std::vector<Alias> shapes;
+  for (std::size_t c = 0; c < n; ++c) {
+    Channel channel{};
+    if (c && below(20) == 0) {
+      channel.constant = true;
+      channel.number = std::uint32_t(random_bits() & ((std::uint64_t(1) << form.bits()) - 1));
+    } else if (shapes.empty() || (shapes.size() < 20 && below(3) == 0)) {
+      const std::size_t usual = std::min<std::size_t>(exponents, 20);
+      const std::size_t width = 1 + below(below(3) ? usual : exponents);
+      std::vector<std::uint8_t> levels(2 * width);
+      const std::size_t high = below(3) ? 20 : 255, most = below(4) ? 31 : 3;
+      for (std::size_t k = 1 + below(most); k; --k)
+        levels[below(2 * width)] = std::uint8_t(1 + below(high));
+      const auto escape = std::uint8_t(below(2) * (1 + below(4)));
+      channel.shape = std::uint16_t(shapes.size());
+      channel.base = std::uint16_t(below(exponents));
+      tables.shapes.widths.push_back(std::uint8_t(width - 1));
+      tables.shapes.escapes.push_back(escape);
+      tables.shapes.levels.insert(tables.shapes.levels.end(), levels.begin(), levels.end());
+      shapes.push_back(make_alias(levels.data(), width, escape, form.exponent_bits));
+    } else {
+      channel.shape = std::uint16_t(below(shapes.size()));
+      channel.base = std::uint16_t(below(values));
+    }
+    tables.channels.push_back(channel);
+  }
+  const bool misfit = below(8) == 0;
+  std::vector<T> numbers(n * tokens);
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    const Channel& channel = tables.channels[i / (tokens * dim) * dim + i % dim];
+    if (channel.constant) {
+      numbers[i] = T(channel.number);
+      continue;
+    }
+    const Alias& shape = shapes[channel.shape];
+    std::size_t slot = below(kTotal);
+    std::uint32_t symbol = 0;
+    while (slot >= shape.freq[symbol]) slot -= shape.freq[symbol++];
+    const std::uint64_t value = symbol == shape.escape || (misfit && below(5000) == 0)
+                                    ? below(values)
+                                    : (shape.value[symbol] + channel.base) % values;
+    numbers[i] = T(value << form.mantissa_bits |
+                   (random_bits() & ((std::uint64_t(1) << form.mantissa_bits) - 1)));
+  }
+  const Block<const T> in{numbers.data(),           1,
+                          tokens,                   std::ptrdiff_t(numbers.size()),
+                          std::ptrdiff_t(tokens * dim), std::ptrdiff_t(dim)};
+  const Bytes bytes = write_tables(tables, {n, dim, form.value_bits(), form.bits()});
+  const PartTables part(bytes.data(), bytes.size(), heads, dim, form);
+  Bytes coded;
+  for (simd::Level level : kLevels) {
+    simd::set_level(level);
+    Encoded encoded;
+    part.encode<T>(in, &encoded);
+    Bytes found(encoded.size);
+    if (encoded.size) encoded.write(found.data());
+    check(level == kLevels[0] || found == coded, "not the same bytes of strange tables");
+    coded = found;
+  }
+  encoded_bytes.update(coded.data(), coded.size());
+  if (coded.empty()) return;
+  for (simd::Level level : kLevels) {
+    simd::set_level(level);
+    std::vector<T> out(numbers.size());
+    Workspace workspace;
+    part.decode<T>(coded.data(), coded.size(),
+                   {out.data(), 1, tokens, in.batch_stride, in.head_stride, in.token_stride},
+                   &workspace);
+    check(out == numbers, "not the numbers of strange tables");
+  }
+}
+
 template <typename T>
 void once(Form form) {
   stored(form);
+  strange<T>(form);
   const std::size_t sizes[] = {1, 2, 5, 33, 63, 64, 65, 130};
   const std::size_t batch = 1 + below(2), heads = 1 + below(3), dim = sizes[below(8)];
   const std::size_t tokens = 1 + below(below(2) ? 20 : 400);
