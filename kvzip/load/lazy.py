@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from threading import Lock
 from typing import Any, NamedTuple, cast
 
@@ -28,23 +28,9 @@ _log = logging.getLogger("kvzip.load")
 
 
 TOGETHER = 4
-"""Layers, at most, that are decoded in one call and that a model gets at once. Threads that decode
-wait for each other at the end of a call. And when a model is done with what it has, its OpenMP
-threads go on spinning for milliseconds, on cores that the decoder needs; so it is to wait seldom.
-"""
-
-
-def groups(layers: int) -> list[range]:
-    """The layers that are decoded together: one to begin with, when no more may have come, then
-    twice as many each time up to `TOGETHER`, and fewer again at the end, when decoding is what a
-    model waits for."""
-    sizes: list[int] = []
-    left = layers
-    while left:
-        grown = 2 * sizes[-1] if sizes else 1
-        sizes.append(min(grown, TOGETHER, -(-left // 2)))
-        left -= sizes[-1]
-    return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+"""Layers that are decoded in one call, and that a model gets at once. Threads that decode wait for
+each other at the end of a call. And when a model is done with what it has, its OpenMP threads go on
+spinning for milliseconds, on cores that the decoder needs; so it is to wait seldom."""
 
 
 class Taken(NamedTuple):
@@ -125,10 +111,8 @@ class Loader:
         self.device = None if device is None else torch.device(device)
         self.recovery: Recovery | None = None
         self._worker = ThreadPoolExecutor(1, "kvzip-ahead")
-        self._groups = groups(len(spans))
-        self._group_of = [n for n, group in enumerate(self._groups) for _ in group]
         self._ahead: dict[int, Future[dict[int, Taken]]] = {}
-        """Of each group the layers that were not taken yet."""
+        """By the first of the layers that are decoded together: those that were not taken yet."""
         self._lock = Lock()
         if isinstance(source, Reader):
             source.read_ahead(spans)
@@ -151,32 +135,29 @@ class Loader:
 
     def load(self, i: int) -> Taken:
         """As `take`; never recovers."""
-        at = self._group_of[i]
+        first = i - i % TOGETHER
         with self._lock:
-            for n, group in enumerate(self._groups[at:], at):
-                if group.start > i + TOGETHER:
-                    break
-                if n not in self._ahead:
-                    self._ahead[n] = self._worker.submit(self._decode, group)
-            mine = self._ahead[at]
+            for start in range(first, min(first + 2 * TOGETHER, len(self.spans)), TOGETHER):
+                if start not in self._ahead:
+                    group = range(start, min(start + TOGETHER, len(self.spans)))
+                    self._ahead[start] = self._worker.submit(self._decode, group)
+            mine = self._ahead[first]
         try:
             decoded = mine.result()
             with self._lock:
                 taken = decoded.pop(i, None)
-                if not decoded and self._ahead.get(at) is mine:
-                    del self._ahead[at]
+                if not decoded and self._ahead.get(first) is mine:
+                    del self._ahead[first]
             # None: a copy of the cache has had it.
             return self._worker.submit(self._decode, [i]).result()[i] if taken is None else taken
         except Exception as error:
             with self._lock:  # who asks again has it read again
-                if self._ahead.get(at) is mine:
-                    del self._ahead[at]
+                if self._ahead.get(first) is mine:
+                    del self._ahead[first]
             if isinstance(error, KVZipError):
                 raise
-            group = self._groups[at]
-            many = len(group) > 1
-            which = f"layers {group[0]} to {group[-1]}" if many else f"layer {group[0]}"
-            raise KVZipError(f"{which} cannot be read: {error}") from error
+            last = min(first + TOGETHER, len(self.spans)) - 1
+            raise KVZipError(f"layers {first} to {last} cannot be read: {error}") from error
 
     def _decode(self, layers: Iterable[int]) -> dict[int, Taken]:
         found = {}
