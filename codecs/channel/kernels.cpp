@@ -29,8 +29,8 @@ void make_encoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
                encoder);
 }
 
-// Whether sign and exponent of every value fit a byte, as AVX2's kernels have them.
-static bool narrow(const Tables& tables) {
+// Whether sign and exponent of every value fit a byte, as byte shuffles have them.
+[[maybe_unused]] static bool narrow(const Tables& tables) {
   bool wide = false;
   for (std::size_t c = 0; c < tables.heads * tables.dim; ++c) {
     const Channel& channel = tables.channels[c];
@@ -48,6 +48,11 @@ bool decode(const Tables& tables, const Block<T>& block, const Coded& coded) {
       return narrow(tables) ? avx2::decode<T>(tables, block, coded)
                             : scalar::decode<T>(tables, block, coded);
 #endif
+#ifdef KVZIP_NEON
+    case simd::Level::neon:
+      return narrow(tables) ? neon::decode<T>(tables, block, coded)
+                            : scalar::decode<T>(tables, block, coded);
+#endif
     default: return scalar::decode<T>(tables, block, coded);
   }
 }
@@ -58,6 +63,9 @@ bool encode(const Tables& tables, const Block<const T>& block, Sink* sink) {
 #ifdef KVZIP_X86
     case simd::Level::avx512: return avx512::encode<T>(tables, block, sink);
     case simd::Level::avx2: return avx2::encode<T>(tables, block, sink);
+#endif
+#ifdef KVZIP_NEON
+    case simd::Level::neon: return neon::encode<T>(tables, block, sink);
 #endif
     default: return scalar::encode<T>(tables, block, sink);
   }

@@ -14,6 +14,7 @@ namespace kvzip::channel {
 KVZIP_DECLARE(scalar)
 KVZIP_DECLARE(avx2)
 KVZIP_DECLARE(avx512)
+KVZIP_DECLARE(neon)
 namespace avx512 {
 // What this instruction set's kernels look up; `width` is at most 32.
 void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,

@@ -191,13 +191,14 @@ void make_encoder(const Alias& a, int exponent_bits, simd::Level level, Encoder*
   }
   encoder->outside = none;
   encoder->width = a.width;
-  if (level != simd::Level::scalar) make_pieces(a, starts, encoder);
-  if (level == simd::Level::avx2) return make_bytes(a, starts, exponent_bits, encoder);
+  const bool avx2 = level == simd::Level::avx2, avx512 = level == simd::Level::avx512;
+  if (avx2 || avx512) make_pieces(a, starts, encoder);
+  if (avx2) return make_bytes(a, starts, exponent_bits, encoder);
   std::fill(std::begin(encoder->cell), std::end(encoder->cell), none);
   for (std::uint32_t s = 0; s < a.symbols; ++s)
     if (s != a.escape)
       encoder->cell[a.value[s]] = a.freq[s] | starts[s] << kStartAt | s << kSymbolAt;
-  if (level == simd::Level::avx512) return;
+  if (avx512) return;
   for (std::uint32_t s = 0; s < a.symbols; ++s)
     encoder->reciprocal[s] = ((std::uint64_t(1) << 42) + a.freq[s] - 1) / a.freq[s];
   each_piece(a, starts, [&](std::uint32_t rank, std::uint32_t slot, std::uint32_t end) {

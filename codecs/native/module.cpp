@@ -31,7 +31,7 @@ NB_MODULE(_native, m) {
   namespace simd = kvzip::simd;
   m.doc() = "Compiled kernels of the built-in codecs.";
   m.def("simd", [] { return simd::name_of(simd::level()); },
-        "The instruction set in use: \"scalar\", \"avx2\" or \"avx512\".");
+        "The instruction set in use: \"scalar\", \"avx2\", \"avx512\" or \"neon\".");
   m.def(
       "set_simd", [](const char* name) { return simd::set_level(simd::from_name(name)); },
       nb::arg("name"), "Use another; False when this processor does not have it.");

@@ -9,7 +9,7 @@
 namespace kvzip::simd {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "neon"};
 
 bool has(Level level) {
 #ifdef KVZIP_X86
@@ -23,7 +23,11 @@ bool has(Level level) {
              __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
              __builtin_cpu_supports("avx512vnni") &&
              __builtin_cpu_supports("avx512vpopcntdq");
+    case Level::neon: return false;
   }
+#endif
+#ifdef KVZIP_NEON
+  if (level == Level::neon) return true;
 #endif
   return level == Level::scalar;
 }
@@ -36,7 +40,7 @@ Level choose() {
       throw std::invalid_argument("KVZIP_SIMD: this processor has no " + std::string(wanted));
     return level;
   }
-  for (Level level : {Level::avx512, Level::avx2})
+  for (Level level : {Level::avx512, Level::avx2, Level::neon})
     if (has(level)) return level;
   return Level::scalar;
 }
@@ -57,9 +61,9 @@ bool set_level(Level level) {
 }
 
 Level from_name(const char* name) {
-  for (int i = 0; i < 3; ++i)
+  for (int i = 0; i < kLevels; ++i)
     if (!std::strcmp(name, kNames[i])) return Level(i);
-  throw std::invalid_argument("simd: one of scalar, avx2, avx512, not " + std::string(name));
+  throw std::invalid_argument("simd: one of scalar, avx2, avx512, neon, not " + std::string(name));
 }
 
 const char* name_of(Level level) { return kNames[int(level)]; }

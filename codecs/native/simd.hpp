@@ -3,10 +3,10 @@
 
 namespace kvzip::simd {
 
-// Each level has all the instructions of those before it. `avx512` means F, BW, VL, DQ, VBMI,
-// VBMI2, VNNI and VPOPCNTDQ (Ice Lake, Zen 4 and later).
-enum class Level { scalar, avx2, avx512 };
-constexpr int kLevels = 3;
+// `avx512` means F, BW, VL, DQ, VBMI, VBMI2, VNNI and VPOPCNTDQ (Ice Lake, Zen 4 and later), and
+// all that `avx2` has; `neon` is what every 64-bit ARM processor has.
+enum class Level { scalar, avx2, avx512, neon };
+constexpr int kLevels = 4;
 
 // The best this processor has, or the one that the environment variable KVZIP_SIMD names.
 Level level();

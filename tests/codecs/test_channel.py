@@ -21,7 +21,7 @@ from kvzip.codec import Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.codec import ChannelCodec
 
-LEVELS = ["scalar", "avx2", "avx512"]
+LEVELS = ["scalar", "avx2", "avx512", "neon"]
 CODEC = ChannelCodec()
 
 

@@ -17,6 +17,10 @@ SOURCES = {
     ],
     "predictive": [f"predictive/{name}" for name in ("kernels", "chain", "kernels_scalar")],
 }
+PROCESSORS = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}
+KERNELS = {
+    ("x86", codec): [f"{codec}/kernels_avx2", f"{codec}/kernels_avx512"] for codec in SOURCES
+} | {("arm", "channel"): ["channel/kernels_neon"], ("arm", "predictive"): []}
 FLAGS = ("-std=c++17", "-Wno-psabi", "-ffp-contract=off", f"-I{ROOT / 'codecs'}")
 
 
@@ -35,12 +39,15 @@ def options(source: str) -> list[str]:
     return flags
 
 
-def fuzzer(compiler: str, codec: str, folder: Path, flags: Sequence[str], x86: bool) -> Path:
-    """The program fuzz_CODEC, made in `folder`; `x86`: with AVX2 and AVX-512."""
+def fuzzer(
+    compiler: str, codec: str, folder: Path, flags: Sequence[str], processor: str | None
+) -> Path:
+    """The program fuzz_CODEC, made in `folder`, with the kernels of a "x86" or "arm" processor, or
+    with none but plain C++."""
     sources = ["native/simd", "native/xxh3", *SOURCES[codec]]
-    if x86:
-        sources += [f"{codec}/kernels_avx2", f"{codec}/kernels_avx512"]
-        flags = [*flags, "-DKVZIP_X86"]
+    if processor is not None:
+        sources += KERNELS[processor, codec]
+        flags = [*flags, f"-DKVZIP_{'X86' if processor == 'x86' else 'NEON'}"]
     program = f"fuzz_{codec}"
     files = {source: ROOT / "codecs" / f"{source}.cpp" for source in sources}
     files[program] = Path(__file__).with_name(f"{program}.cpp")

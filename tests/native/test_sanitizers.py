@@ -9,7 +9,7 @@ import shutil
 import subprocess
 
 import pytest
-from native.building import SOURCES, fuzzer
+from native.building import PROCESSORS, SOURCES, fuzzer
 
 FLAGS = ["-O1", "-g", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
 
@@ -19,8 +19,7 @@ def test_no_stream_makes_the_kernels_read_or_write_out_of_bounds(tmp_path, codec
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    program = fuzzer(compiler, codec, tmp_path, FLAGS, x86)
+    program = fuzzer(compiler, codec, tmp_path, FLAGS, PROCESSORS.get(platform.machine()))
     run = subprocess.run(
         [program, "5", str(random.randrange(1 << 30))], capture_output=True, text=True, check=False
     )
