@@ -1,7 +1,7 @@
 """Kernels compiled for ARM's 64-bit processors and run in an emulator: the same bytes as here.
 
-`channel` decodes with NEON there; vectors of the rest are the compiler's. The compiler and the emulator are Debian's g++-aarch64-linux-gnu and
-qemu-user.
+`channel` decodes with NEON there; vectors of the rest are the compiler's. The compiler and the
+emulator are Debian's g++-aarch64-linux-gnu and qemu-user.
 """
 
 from __future__ import annotations
