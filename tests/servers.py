@@ -172,6 +172,11 @@ def failing_server(folder: Path) -> Iterator[Failing]:
             if asked:
                 first, _, last = asked.partition("-")
                 start, stop = int(first), min(stop, int(last or stop) + 1)
+                if start >= len(data):
+                    self.send_response(416)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
             self.send_response(206 if asked else 200)
             self.send_header("Content-Length", str(stop - start))
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")

@@ -33,6 +33,7 @@ import transformers
 from servers import failing_server
 
 import kvzip
+from kvzip import remote
 from kvzip.load import vllm as ours
 from kvzip.load.hf import cache_argument
 from kvzip.models import folder_revision
@@ -237,9 +238,10 @@ def runs(model: Path, tmp_path_factory: Any) -> Iterator[dict[str, Run]]:
     network = copy("network")
     slow = put(network, made(UNSEEN[0]))
     with failing_server(network) as server:
-        # The lookup's request and that of the opening are answered, the blocks are not.
-        server.fail(f"docs/{file.name}", 2)
-        server.fail(f"docs/{slow.name}", 2, silent=True)
+        # The lookup's requests and those of the opening are answered, the blocks are not.
+        opening = remote._FIRST // remote._FIRST_PIECE
+        server.fail(f"docs/{file.name}", 2 * opening)
+        server.fail(f"docs/{slow.name}", 2 * opening, silent=True)
         for mark in _chain(np.array(UNSEEN[1], np.uint32), SIZE):
             server.fail(mark, 0, silent=True)
         asked = [DOCUMENT, *UNSEEN]
