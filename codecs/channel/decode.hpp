@@ -1,6 +1,6 @@
 // Decoding a block, for any instruction set. What is done number by number is the instruction
 // set's: `Simd` (kernels_*.cpp) has
-//   Decoded  the values of a tile
+//   Decoded  the values of a tile; `kWhole`: whether escapes can be put there, or only into place
 //   Lanes    the states of a group's lanes, and `strip` for the channels of a tile
 //   merge    up to 16 tokens of a tile, turned to rows, with the bases and mantissas, into place
 //   spread   bytes to the channels that are not constant
@@ -141,6 +141,25 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
     steps.tokens = strip.lanes;
     steps.mantissas = mantissas;
     if (!lanes.template strip<T, M>(steps)) return false;
+    // In the order in which they were written; false when there are too few.
+    const auto each_escape = [&](const auto& use) {
+      for (std::size_t k = 0; k < steps.escaped_count; ++k)
+        for (int h = 0; h < kLanes / 64; ++h)
+          for (std::uint64_t left = steps.escaped[k].lanes[h]; left; left &= left - 1) {
+            if (escapes == escapes_end) return false;
+            std::uint16_t value;
+            std::memcpy(&value, escapes, 2);
+            escapes += 2;
+            use(steps.escaped[k].channel, std::size_t(64 * h + __builtin_ctzll(left)), value);
+          }
+      return true;
+    };
+    if constexpr (Decoded::kWhole)
+      if (!each_escape([&](std::size_t channel, std::size_t lane, std::uint32_t value) {
+            // The base is added to all of them later.
+            tile.put(channel, lane, T(T(value << M) - base[channel]));
+          }))
+        return false;
     if (s + 1 == count) {
       // The end of the mantissas is what the states hold now.
       lanes.store(states);
@@ -165,20 +184,14 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
                                  block.token_stride, strip.width);
       mantissas += rows * live_count;
     }
-    for (std::size_t k = 0; k < steps.escaped_count; ++k) {
-      const auto& e = steps.escaped[k];
-      for (int h = 0; h < kLanes / 64; ++h)
-        for (std::uint64_t left = e.lanes[h]; left; left &= left - 1) {
-          const int j = 64 * h + __builtin_ctzll(left);
-          if (escapes == escapes_end) return false;
-          std::uint16_t value;
-          std::memcpy(&value, escapes, 2);
-          escapes += 2;
-          // Its mantissa is there already.
-          T& number = corner[std::ptrdiff_t(j) * block.token_stride + std::ptrdiff_t(e.channel)];
-          number = T(std::uint32_t(value) << M | (number & ((std::uint32_t(1) << M) - 1)));
-        }
-    }
+    if constexpr (!Decoded::kWhole)
+      if (!each_escape([&](std::size_t channel, std::size_t lane, std::uint32_t value) {
+            // Its mantissa is there already.
+            T& number =
+                corner[std::ptrdiff_t(lane) * block.token_stride + std::ptrdiff_t(channel)];
+            number = T(value << M | (number & ((std::uint32_t(1) << M) - 1)));
+          }))
+        return false;
   }
   return words.all_read() && escapes == escapes_end;
 }

@@ -84,6 +84,7 @@ class Indexes {
 
 // Values of a strip: sign and seven bits of exponent, a byte each.
 struct ValueBytes {
+  static constexpr bool kWhole = false;
   alignas(64) std::uint8_t of[kStrip][kLanes];
 };
 

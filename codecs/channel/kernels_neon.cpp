@@ -40,6 +40,7 @@ inline unsigned bits_of(uint16x8_t lanes) {
 
 // Values of a strip: sign and seven bits of exponent, a byte each.
 struct ValueBytes {
+  static constexpr bool kWhole = false;
   alignas(64) std::uint8_t of[kStrip][kLanes];
 };
 

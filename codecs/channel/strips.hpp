@@ -62,7 +62,13 @@ struct Tile {
   static constexpr int kWords = kStrip / kInWord;
   alignas(64) std::uint32_t word[kWords][kLanes];
 
+  static constexpr bool kWhole = true;
+
   std::uint32_t* column(std::size_t channel) { return word[channel / kInWord]; }
+  void put(std::size_t channel, std::size_t lane, T number) {
+    std::memcpy(reinterpret_cast<T*>(column(channel) + lane) + channel % kInWord, &number,
+                sizeof number);
+  }
   // Where a channel's value lies in a word, above its mantissa of M bits.
   template <int M>
   static constexpr int shift(std::size_t channel) {
