@@ -1,8 +1,8 @@
 // AVX2: tables of 32 bytes are looked up with byte shuffles, for 64 lanes at a time.
 #include <immintrin.h>
 
+#include "channel/byte_values.hpp"
 #include "channel/kernels_of.hpp"
-#include "channel/scalar.hpp"
 
 namespace kvzip::channel {
 namespace {
@@ -82,36 +82,6 @@ class Indexes {
   __m256i low_[2], high_[2];
 };
 
-// Values of a strip: sign and seven bits of exponent, a byte each.
-struct ValueBytes {
-  static constexpr bool kWhole = false;
-  alignas(64) std::uint8_t of[kStrip][kLanes];
-};
-
-// 32 channels of 16 tokens, from `values` on, as rows: row t has channels 0 to 7 and 16 to 23 of
-// token t in its lower half, and 8 to 15 and 24 to 31 in its upper one. Unpacking a row, which
-// takes of each half, gives channels as they follow each other.
-inline void turn(const std::uint8_t (*values)[kLanes], std::size_t token, __m256i rows[16]) {
-  const auto of = [&](int c) {
-    return _mm_load_si128(reinterpret_cast<const __m128i*>(values[c] + token));
-  };
-  __m256i t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
-    rows[i] = _mm256_set_m128i(of(i + i / 8 * 8 + 8), of(i + i / 8 * 8));
-  // Four perfect shuffles of 16 are a transposition.
-#pragma GCC unroll 4
-  for (int stage = 0; stage < 4; ++stage) {
-    const __m256i* const from = stage % 2 ? t : rows;
-    __m256i* const to = stage % 2 ? rows : t;
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      to[2 * i] = _mm256_unpacklo_epi8(from[i], from[i + 8]);
-      to[2 * i + 1] = _mm256_unpackhi_epi8(from[i], from[i + 8]);
-    }
-  }
-}
-
 // Floating point to the nearest, as what is proved below needs it, whatever the program has set.
 class ToNearest {
  public:
@@ -142,41 +112,12 @@ inline void transpose(__m256i r[8]) {
   for (int k = 0; k < 8; ++k) r[k] = t[k];
 }
 
-struct Avx2 : Scalar {
-  class Lanes {
+struct Avx2 : ByteValues<Avx2> {
+  using Register = __m256i;
+
+  class Lanes : public ByteLanes<Lanes> {
    public:
-    explicit Lanes(const std::uint32_t* states) { std::memcpy(x_, states, sizeof x_); }
-
-    void store(std::uint32_t* states) const { std::memcpy(states, x_, sizeof x_); }
-    void limit(std::size_t lanes) { lanes_ = lanes; }
-
-    template <typename T, int M>
-    bool strip(Steps<T, ValueBytes>& steps) {
-      if (lanes_ == kLanes) return strip<T, M, false>(steps);
-      std::uint32_t before[kLanes];
-      store(before);
-      const bool good = strip<T, M, true>(steps);
-      std::memcpy(x_ + lanes_, before + lanes_, 4 * (kLanes - lanes_));
-      return good;
-    }
-
-   private:
-    template <typename T, int M, bool limited>
-    bool strip(Steps<T, ValueBytes>& steps) {
-      const std::uint8_t* at = steps.words->at;
-      for (std::size_t c = 0; c < steps.width; ++c) {
-        steps.template fetch<M>(c, at);
-        if (!(steps.live >> c & 1)) continue;
-        at = steps.words->ready(at);
-        if (!at) return false;
-        std::uint64_t escaped[kLanes / 64];
-        if (__builtin_expect(step<limited>(steps.decoders[steps.channels[c].shape], &at,
-                                           steps.tile->of[c], escaped), 0))
-          steps.escaped[steps.escaped_count++] = {c, {escaped[0], escaped[1]}};
-      }
-      steps.words->at = at;
-      return true;
-    }
+    using ByteLanes::ByteLanes;
 
     // One channel of all lanes. Whether there were escapes, and where.
     template <bool limited>
@@ -281,9 +222,6 @@ struct Avx2 : Scalar {
       }
       return true;
     }
-
-    alignas(32) std::uint32_t x_[kLanes];
-    std::size_t lanes_ = kLanes;
   };
 
   // 32 lanes at a time, as bytes and words where these suffice. Of 16 lanes, those from 4 to 7 change
@@ -546,8 +484,29 @@ struct Avx2 : Scalar {
     alignas(32) std::uint32_t x_[kLanes] = {};
   };
 
-  template <typename T>
-  using Decoded = ValueBytes;
+  // 32 channels of 16 tokens, from `values` on, as rows: row t has channels 0 to 7 and 16 to 23 of
+  // token t in its lower half, and 8 to 15 and 24 to 31 in its upper one. Unpacking a row, which
+  // takes of each half, gives channels as they follow each other.
+  static void turn(const std::uint8_t (*values)[kLanes], std::size_t token, __m256i rows[16]) {
+    const auto of = [&](int c) {
+      return _mm_load_si128(reinterpret_cast<const __m128i*>(values[c] + token));
+    };
+    __m256i t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      rows[i] = _mm256_set_m128i(of(i + i / 8 * 8 + 8), of(i + i / 8 * 8));
+    // Four perfect shuffles of 16 are a transposition.
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; ++stage) {
+      const __m256i* const from = stage % 2 ? t : rows;
+      __m256i* const to = stage % 2 ? rows : t;
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        to[2 * i] = _mm256_unpacklo_epi8(from[i], from[i + 8]);
+        to[2 * i + 1] = _mm256_unpackhi_epi8(from[i], from[i + 8]);
+      }
+    }
+  }
 
   // 32 channels of a row: values as `turn` gives them; of the mantissas `fields`, the bits above
   // whole bytes, and these, a row each.
@@ -608,34 +567,6 @@ struct Avx2 : Scalar {
         }
       }
     }
-  }
-
-  template <typename T, int M>
-  static void merge(const ValueBytes& tile, std::size_t token, std::size_t count, const T* base,
-                    const std::uint8_t* mantissas, T* corner, std::ptrdiff_t stride,
-                    std::size_t width) {
-    constexpr int R = M % 8, B = M / 8;
-    alignas(32) T rows[16][kStrip];
-    const bool whole = width == kStrip && count == 16;
-    T* const out = whole ? corner : rows[0];
-    const std::ptrdiff_t step = whole ? stride : kStrip;
-    for (std::size_t h = 0; h < kStrip; h += 32) {
-      __m256i values[16];
-      turn(tile.of + h, token, values);
-      const std::uint8_t* at = mantissas + h;
-      for (std::size_t o = 0; o < count; o += 8, at += rows_of_octet(M) * kStrip) {
-        Vector packed[R], fields[8];
-        for (int j = 0; j < R; ++j) packed[j] = vector_at(at + (8 * B + j) * kStrip);
-        unpack<R>(packed, fields);
-#pragma GCC unroll 8
-        for (std::size_t i = 0; i < 8; ++i)
-          put<T, M>(values[o + i], __m256i(fields[i]), at + i * kStrip, base + h,
-                    out + std::ptrdiff_t(o + i) * step + h);
-      }
-    }
-    if (!whole)
-      for (std::size_t i = 0; i < count; ++i)
-        std::memcpy(corner + std::ptrdiff_t(i) * stride, rows[i], width * sizeof(T));
   }
 
   template <typename T>

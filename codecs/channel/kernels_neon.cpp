@@ -2,8 +2,8 @@
 // lanes at a time. Encoding is plain C++.
 #include <arm_neon.h>
 
+#include "channel/byte_values.hpp"
 #include "channel/kernels_of.hpp"
-#include "channel/scalar.hpp"
 
 namespace kvzip::channel {
 namespace {
@@ -38,64 +38,12 @@ inline unsigned bits_of(uint16x8_t lanes) {
   return vaddvq_u16(vandq_u16(lanes, bit));
 }
 
-// Values of a strip: sign and seven bits of exponent, a byte each.
-struct ValueBytes {
-  static constexpr bool kWhole = false;
-  alignas(64) std::uint8_t of[kStrip][kLanes];
-};
+struct Neon : ByteValues<Neon> {
+  using Register = uint8x16_t;
 
-// 16 channels of 16 tokens, from `values` on, as rows.
-inline void turn(const std::uint8_t (*values)[kLanes], std::size_t token, uint8x16_t rows[16]) {
-  uint8x16_t t[16];
-  for (int i = 0; i < 16; ++i) rows[i] = vld1q_u8(values[i] + token);
-  // Four perfect shuffles of 16 are a transposition.
-#pragma GCC unroll 4
-  for (int stage = 0; stage < 4; ++stage) {
-    const uint8x16_t* const from = stage % 2 ? t : rows;
-    uint8x16_t* const to = stage % 2 ? rows : t;
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      to[2 * i] = vzip1q_u8(from[i], from[i + 8]);
-      to[2 * i + 1] = vzip2q_u8(from[i], from[i + 8]);
-    }
-  }
-}
-
-struct Neon : Scalar {
-  class Lanes {
+  class Lanes : public ByteLanes<Lanes> {
    public:
-    explicit Lanes(const std::uint32_t* states) { std::memcpy(x_, states, sizeof x_); }
-
-    void store(std::uint32_t* states) const { std::memcpy(states, x_, sizeof x_); }
-    void limit(std::size_t lanes) { lanes_ = lanes; }
-
-    template <typename T, int M>
-    bool strip(Steps<T, ValueBytes>& steps) {
-      if (lanes_ == kLanes) return strip<T, M, false>(steps);
-      std::uint32_t before[kLanes];
-      store(before);
-      const bool good = strip<T, M, true>(steps);
-      std::memcpy(x_ + lanes_, before + lanes_, 4 * (kLanes - lanes_));
-      return good;
-    }
-
-   private:
-    template <typename T, int M, bool limited>
-    bool strip(Steps<T, ValueBytes>& steps) {
-      const std::uint8_t* at = steps.words->at;
-      for (std::size_t c = 0; c < steps.width; ++c) {
-        steps.template fetch<M>(c, at);
-        if (!(steps.live >> c & 1)) continue;
-        at = steps.words->ready(at);
-        if (!at) return false;
-        std::uint64_t escaped[kLanes / 64];
-        if (__builtin_expect(step<limited>(steps.decoders[steps.channels[c].shape], &at,
-                                           steps.tile->of[c], escaped), 0))
-          steps.escaped[steps.escaped_count++] = {c, {escaped[0], escaped[1]}};
-      }
-      steps.words->at = at;
-      return true;
-    }
+    using ByteLanes::ByteLanes;
 
     // One channel of all lanes. Whether there were escapes, and where.
     template <bool limited>
@@ -180,13 +128,24 @@ struct Neon : Scalar {
       }
       return true;
     }
-
-    alignas(16) std::uint32_t x_[kLanes];
-    std::size_t lanes_ = kLanes;
   };
 
-  template <typename T>
-  using Decoded = ValueBytes;
+  // 16 channels of 16 tokens, from `values` on, as rows.
+  static void turn(const std::uint8_t (*values)[kLanes], std::size_t token, uint8x16_t rows[16]) {
+    uint8x16_t t[16];
+    for (int i = 0; i < 16; ++i) rows[i] = vld1q_u8(values[i] + token);
+    // Four perfect shuffles of 16 are a transposition.
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; ++stage) {
+      const uint8x16_t* const from = stage % 2 ? t : rows;
+      uint8x16_t* const to = stage % 2 ? rows : t;
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        to[2 * i] = vzip1q_u8(from[i], from[i + 8]);
+        to[2 * i + 1] = vzip2q_u8(from[i], from[i + 8]);
+      }
+    }
+  }
 
   // 16 channels of a row: their values; of the mantissas `field`, the bits above whole bytes, and
   // these, a row each.
@@ -229,34 +188,6 @@ struct Neon : Scalar {
         }
       }
     }
-  }
-
-  template <typename T, int M>
-  static void merge(const ValueBytes& tile, std::size_t token, std::size_t count, const T* base,
-                    const std::uint8_t* mantissas, T* corner, std::ptrdiff_t stride,
-                    std::size_t width) {
-    constexpr int R = M % 8, B = M / 8;
-    T rows[16][kStrip];
-    const bool whole = width == kStrip && count == 16;
-    T* const out = whole ? corner : rows[0];
-    const std::ptrdiff_t step = whole ? stride : kStrip;
-    for (std::size_t c = 0; c < kStrip; c += 16) {
-      uint8x16_t values[16];
-      turn(tile.of + c, token, values);
-      const std::uint8_t* at = mantissas + c;
-      for (std::size_t o = 0; o < count; o += 8, at += rows_of_octet(M) * kStrip) {
-        Vector packed[R], fields[8];
-        for (int j = 0; j < R; ++j) packed[j] = vector_at(at + (8 * B + j) * kStrip);
-        unpack<R>(packed, fields);
-#pragma GCC unroll 8
-        for (std::size_t i = 0; i < 8; ++i)
-          put<T, M>(values[o + i], uint8x16_t(fields[i]), at + i * kStrip, base + c,
-                    out + std::ptrdiff_t(o + i) * step + c);
-      }
-    }
-    if (!whole)
-      for (std::size_t i = 0; i < count; ++i)
-        std::memcpy(corner + std::ptrdiff_t(i) * stride, rows[i], width * sizeof(T));
   }
 };
 
