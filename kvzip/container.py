@@ -329,7 +329,9 @@ class _Encoder:
 
 
 def _ids_of(ids: NDArray[Any] | None, start: int, stop: int) -> NDArray[Any] | None:
-    return None if ids is None else ids[:, start:stop]
+    if ids is None or (start == 0 and stop == ids.shape[1]):
+        return ids
+    return ids[:, start:stop]
 
 
 def _packed(ids: NDArray[Any]) -> bytes:
@@ -885,9 +887,7 @@ class Reader:
         found = tables.get(key)
         if found is None:
             found = tables[key] = self._tables(key)
-        ids = self._ids_by_row
-        if ids is not None and (begin or tokens != ids.shape[1]):
-            ids = ids[:, begin : begin + tokens]
+        ids = _ids_of(self._ids_by_row, begin, begin + tokens)
         context = Context(
             self._form, layer, part, begin, self.header.origin, ids, self._profile, found[1]
         )
