@@ -87,6 +87,22 @@ void stored(Form form) {
   }
 }
 
+// A block's bytes, which every path must give.
+template <typename T>
+Bytes encoded_alike(const PartTables& part, const Block<const T>& in, const char* otherwise) {
+  Bytes coded;
+  for (simd::Level level : kLevels) {
+    simd::set_level(level);
+    Encoded encoded;
+    part.encode<T>(in, &encoded);
+    Bytes found(encoded.size);
+    if (encoded.size) encoded.write(found.data());
+    check(level == kLevels[0] || found == coded, otherwise);
+    coded = found;
+  }
+  return coded;
+}
+
 // Tables that the encoder would not choose, of any width, with numbers that follow them.
 template <typename T>
 void strange(Form form) {
@@ -143,16 +159,7 @@ void strange(Form form) {
                           std::ptrdiff_t(tokens * dim), std::ptrdiff_t(dim)};
   const Bytes bytes = write_tables(tables, {n, dim, form.value_bits(), form.bits()});
   const PartTables part(bytes.data(), bytes.size(), heads, dim, form);
-  Bytes coded;
-  for (simd::Level level : kLevels) {
-    simd::set_level(level);
-    Encoded encoded;
-    part.encode<T>(in, &encoded);
-    Bytes found(encoded.size);
-    if (encoded.size) encoded.write(found.data());
-    check(level == kLevels[0] || found == coded, "not the same bytes of strange tables");
-    coded = found;
-  }
+  const Bytes coded = encoded_alike(part, in, "not the same bytes of strange tables");
   encoded_bytes.update(coded.data(), coded.size());
   if (coded.empty()) return;
   for (simd::Level level : kLevels) {
@@ -204,16 +211,7 @@ void once(Form form) {
   if (tables.empty()) return;
   const Exact stored(tables);
   const PartTables part(stored.data.get(), stored.size, heads, dim, form);
-  Bytes coded;
-  for (simd::Level level : kLevels) {
-    simd::set_level(level);
-    Encoded encoded;
-    part.encode<T>(in, &encoded);
-    Bytes found(encoded.size);
-    if (encoded.size) encoded.write(found.data());
-    check(level == kLevels[0] || found == coded, "not the same bytes on all paths");
-    coded = found;
-  }
+  const Bytes coded = encoded_alike(part, in, "not the same bytes on all paths");
   encoded_bytes.update(tables.data(), tables.size());
   encoded_bytes.update(coded.data(), coded.size());
   if (coded.empty()) return;
