@@ -29,7 +29,7 @@ def options(source: str) -> list[str]:
     text = (ROOT / "CMakeLists.txt").read_text()
     flags = ["-fwrapv"] if source.startswith("predictive/kernels_") else []
     for name in ("AVX2", "AVX512"):
-        if source.endswith(f"_{name.lower()}"):
+        if source.endswith(name.lower()):
             found = re.search(rf"set\({name}_FLAGS ([^)]*)\)", text)
             assert found is not None
             flags += found[1].split()
@@ -39,11 +39,28 @@ def options(source: str) -> list[str]:
     return flags
 
 
+def emulation(compiler: str) -> list[str] | None:
+    """Flags with which AVX-512's intrinsics are plain C++, for processors without; none where SIMDe
+    is missing, whose header they need (Debian's libsimde-dev)."""
+    command = [compiler, "-E", "-x", "c++", "-include", "simde/x86/avx512.h", os.devnull]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        return None
+    # The program is told that the processor has all, and functions' own targets are left out.
+    header = Path(__file__).with_name("emulated")
+    pretend = ["-D__builtin_cpu_supports(feature)=1", "-Dtarget(features)=unused"]
+    return [f"-I{header}", *pretend, *options("avx2")]
+
+
 def fuzzer(
-    compiler: str, codec: str, folder: Path, flags: Sequence[str], processor: str | None
+    compiler: str,
+    codec: str,
+    folder: Path,
+    flags: Sequence[str],
+    processor: str | None,
+    emulated: Sequence[str] = (),
 ) -> Path:
     """The program fuzz_CODEC, made in `folder`, with the kernels of a "x86" or "arm" processor, or
-    with none but plain C++."""
+    with none but plain C++; with the flags of `emulation`, AVX-512 is emulated."""
     sources = ["native/simd", "native/xxh3", *SOURCES[codec]]
     if processor is not None:
         sources += KERNELS[processor, codec]
@@ -54,7 +71,10 @@ def fuzzer(
 
     def compiled(source: str) -> str:
         target = str(folder / f"{files[source].stem}.o")
-        command = [compiler, *FLAGS, *flags, *options(source), "-c", str(files[source])]
+        own = options(source)
+        if emulated and (source.startswith("native/") or source.endswith("_avx512")):
+            own = [*options(source.replace("_avx512", "_avx2")), *emulated]
+        command = [compiler, *FLAGS, *flags, *own, "-c", str(files[source])]
         subprocess.run([*command, "-o", target], check=True)
         return target
 

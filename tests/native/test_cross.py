@@ -1,7 +1,9 @@
-"""Kernels compiled for ARM's 64-bit processors and run in an emulator: the same bytes as here.
+"""Kernels of other processors, run here: the same bytes as this one's.
 
-`channel` decodes with NEON there; vectors of the rest are the compiler's. The compiler and the
-emulator are Debian's g++-aarch64-linux-gnu and qemu-user.
+Those for ARM's 64-bit processors run in an emulator (Debian's g++-aarch64-linux-gnu and qemu-user);
+`channel` decodes with NEON there, and vectors of the rest are the compiler's. Those with AVX-512
+run with its intrinsics as plain C++ (`emulated/immintrin.h`; Debian's libsimde-dev), wherever they
+are AVX2's neighbours.
 """
 
 from __future__ import annotations
@@ -9,12 +11,23 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
-from native.building import PROCESSORS, SOURCES, fuzzer
+from native.building import PROCESSORS, SOURCES, emulation, fuzzer
+
+from kvzip.codecs import _native
 
 ROUNDS = {"channel": 3, "predictive": 25}
-PATHS = {"channel": " scalar neon", "predictive": " scalar neon"}
+
+
+def output(codec: str, program: Path, *emulator: str) -> list[str]:
+    """The paths that a fuzzer took, and the digest of what they wrote."""
+    command = [*emulator, str(program), "--rounds", str(ROUNDS[codec]), "7"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, (command, run.stdout, run.stderr[-4000:])
+    paths, digest = run.stdout.splitlines()
+    return [paths.partition("paths:")[2], digest]
 
 
 @pytest.mark.parametrize("codec", SOURCES)
@@ -23,16 +36,19 @@ def test_another_processor_writes_and_reads_the_same_bytes(codec, tmp_path):
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if not (cross and here and emulator):
         pytest.skip("no g++-aarch64-linux-gnu or no qemu-user")
-    outputs = []
-    for compiler, flags, processor, runner in (
-        (here, ["-O2"], PROCESSORS.get(platform.machine()), []),
-        (cross, ["-O2", "-static"], "arm", [emulator]),
-    ):
-        built = fuzzer(compiler, codec, tmp_path / f"build{len(outputs)}", flags, processor)
-        command = [*runner, str(built), "--rounds", str(ROUNDS[codec]), "7"]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, (command, run.stdout, run.stderr[-4000:])
-        outputs.append(run.stdout.splitlines())
-    (_, digest_here), (paths_there, digest_there) = outputs
-    assert digest_here == digest_there
-    assert paths_there == f"{ROUNDS[codec]} rounds, paths:{PATHS[codec]}"
+    own = fuzzer(here, codec, tmp_path / "own", ["-O2"], PROCESSORS.get(platform.machine()))
+    other = fuzzer(cross, codec, tmp_path / "other", ["-O2", "-static"], "arm")
+    assert output(codec, other, emulator) == [" scalar neon", output(codec, own)[1]]
+
+
+@pytest.mark.parametrize("codec", SOURCES)
+def test_avx512_writes_and_reads_the_same_bytes_where_it_is_not(codec, tmp_path):
+    if _native.simd() not in ("avx2", "avx512"):
+        pytest.skip("no processor with AVX2")
+    compiler = shutil.which("g++")
+    flags = compiler and emulation(compiler)
+    if not flags:
+        pytest.skip("no g++ or no libsimde-dev")
+    plain = fuzzer(compiler, codec, tmp_path / "plain", ["-O1"], None)
+    emulated = fuzzer(compiler, codec, tmp_path / "emulated", ["-O1"], "x86", flags)
+    assert output(codec, emulated) == [" scalar avx2 avx512", output(codec, plain)[1]]
