@@ -69,12 +69,8 @@ class End:
         return self.answer()
 
     def processor_seconds(self) -> float:
-        """What it has used of the processor up to now, in user and in system mode, all threads
-        (clock_getcpuclockid(3))."""
-        clock = ctypes.c_int()
-        if ctypes.CDLL(None).clock_getcpuclockid(self._process.pid, ctypes.byref(clock)):
-            raise KVZipError("an end of the link is gone")
-        return time.clock_gettime(clock.value)
+        """What it has used of the processor up to now."""
+        return processor_seconds(self._process.pid)
 
     def __exit__(
         self,
@@ -85,6 +81,15 @@ class End:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+
+
+def processor_seconds(process: int) -> float:
+    """What a process has used of the processor, in user and in system mode, all threads
+    (clock_getcpuclockid(3)). Raises KVZipError where there is no such process."""
+    clock = ctypes.c_int()
+    if ctypes.CDLL(None).clock_getcpuclockid(process, ctypes.byref(clock)):
+        raise KVZipError("an end of the link, or the wire between them, is gone")
+    return time.clock_gettime(clock.value)
 
 
 def serving(folder: str | os.PathLike[str], address: str) -> list[str]:

@@ -35,7 +35,6 @@ from kvzip.snapshot import Snapshot, replacing_file
 CODECS = ("raw", "channel", "predictive")
 PREFILL = "prefill"
 _LONG = 30.0
-_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
 Progress = Callable[[str, int, int], None]
 Times = defaultdict[tuple[str, str, tuple[float, float] | None], list[float]]
@@ -56,6 +55,8 @@ class Alone(msgspec.Struct, frozen=True):
     """What bringing the bytes over takes of the processors, both ends together, over all cores."""
     decoding_work: float
     """What `decoding` takes of the processors, over all cores."""
+    carrying: float = 0.0
+    """What the process that delays packets takes of them for the file, where there is a delay."""
 
 
 class Apart(msgspec.Struct, frozen=True):
@@ -161,7 +162,7 @@ def predict(apart: Apart, way: str, mbps: float, delay: float) -> float:
         return apart.prefill
     alone = next(codec for codec in apart.codecs if codec.codec == way)
     raw = apart.raw_bytes
-    work = alone.decoding_work + apart.step_work + alone.moving
+    work = alone.decoding_work + apart.step_work + alone.moving + (alone.carrying if delay else 0)
     rate = raw / max(work, alone.decoding, apart.step)
     bandwidth = cost.goodput(mbps * 1e6)
     return cost.load_seconds(
@@ -310,13 +311,17 @@ def measure(
     snapshot = Snapshot.load(sources.snapshot)
     times: Times = defaultdict(list)
     moving: dict[str, float] = {}
+    carrying: dict[str, float] = {}
     before = os.getloadavg()[0]
     total, done = repeat * sum(map(len, sweeps.values())), 0
     for delay, mbps in sweeps.items():
         with Link(delay) as link, _ends(link, sources) as (server, reader):
             for codec, path in sources.files.items():
-                if codec not in moving:
-                    moving[codec] = _moving(server, reader, path, max(repeat, 5))
+                took, carried = _moving(link, server, reader, path, max(repeat, 5))
+                moving.setdefault(codec, took)
+                if delay:
+                    carrying.setdefault(codec, carried)
+            control = link.congestion_control
             for rate in mbps:
                 link.shape(rate * 1e6)
                 began = time.monotonic()
@@ -327,7 +332,7 @@ def measure(
                         break
                 done += repeat
             progress("over links", done, total)
-    apart = _apart(sources, snapshot, times, moving)
+    apart = _apart(sources, snapshot, times, moving, carrying)
     points = [
         _point(apart, way, rate, delay, times)
         for delay, mbps in sweeps.items()
@@ -351,7 +356,7 @@ def measure(
         tokens=snapshot.tokens,
         profile="" if sources.profile is None else Profile.load(sources.profile).id,
         server="aiohttp, static files over HTTP/1.1",
-        congestion_control=_CONTROL.read_text().strip(),
+        congestion_control=control,
         repeat=repeat,
         load_average=(before, os.getloadavg()[0]),
         apart=apart,
@@ -369,13 +374,20 @@ def _url(path: Path) -> str:
     return f"http://{ADDRESSES['server']}:{ends.PORT}/{path.name}"
 
 
-def _moving(server: ends.End, reader: ends.End, path: Path, repeat: int) -> float:
-    """Processor seconds of both ends to bring a file over an unshaped link, over all cores."""
-    used = -server.processor_seconds()
+def _moving(
+    link: Link, server: ends.End, reader: ends.End, path: Path, repeat: int
+) -> tuple[float, float]:
+    """Processor seconds to bring a file over an unshaped link, over all cores: of both ends
+    together, and of the wire between them."""
+
+    def carried() -> float:
+        return 0.0 if link.wire is None else ends.processor_seconds(link.wire)
+
+    used, wire = -server.processor_seconds(), -carried()
     for _ in range(repeat):
         used += reader.ask(do="transfer", source=_url(path))["processor"]
-    used += server.processor_seconds()
-    return used / repeat / machine().cores
+    used, wire = used + server.processor_seconds(), wire + carried()
+    return used / repeat / machine().cores, wire / repeat / machine().cores
 
 
 def _once(sources: Sources, reader: ends.End, times: Times, link: tuple[float, float]) -> None:
@@ -406,7 +418,13 @@ def _loaded(reader: ends.End, codec: str, source: str) -> dict[str, Any]:
     return found
 
 
-def _apart(sources: Sources, snapshot: Snapshot, times: Times, moving: dict[str, float]) -> Apart:
+def _apart(
+    sources: Sources,
+    snapshot: Snapshot,
+    times: Times,
+    moving: dict[str, float],
+    carrying: dict[str, float],
+) -> Apart:
     from kvzip.load.lazy import TOGETHER
 
     prefills = [
@@ -421,6 +439,7 @@ def _apart(sources: Sources, snapshot: Snapshot, times: Times, moving: dict[str,
             statistics.median(times[codec, "decoding", None]),
             moving[codec],
             statistics.median(times[codec, "decoding work", None]),
+            carrying.get(codec, 0.0),
         )
         for codec, path in sources.files.items()
         for size in [path.stat().st_size]
@@ -525,7 +544,7 @@ def page(links: Links) -> str:
         f"{links.dtype}; {links.machine.cores} {links.machine.cpu} cores do everything: server, "
         f"network, decoder and model; {links.date[:10]}, `{links.command}`; load average "
         f"{links.load_average[0]:.1f} before, {links.load_average[1]:.1f} after (alone, the run "
-        "makes about 1).",
+        f"makes about 1); TCP with {links.congestion_control}.",
         "",
         *(f"- {line}" for line in summary(links)),
     ]

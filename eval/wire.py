@@ -33,6 +33,8 @@ _DEVICE = "link0"
 _TOOLS = ("ip", "tc", "unshare", "nsenter", "setpriv")
 _BURST, _BURST_SECONDS = 80 << 10, 1e-3
 _QUEUE_SECONDS = 0.05
+_CONTROLS = ("cubic", "reno")
+_CONTROL = "/proc/sys/net/ipv4/tcp_congestion_control"
 _DIE_TOO = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
@@ -67,11 +69,15 @@ class Link:
     `delay`: seconds that a packet takes, either way. With none the link is a veth pair. With one
     it is two TUN interfaces between which a process carries packets: the `netem` of `tc` would do
     it, but not every kernel has that. Packets of up to 64 KiB are carried whole, and it keeps up
-    with 1 Gb/s or so; without a delay the kernel does it all. Raises NoLinkError.
+    with 1 Gb/s or so; without a delay the kernel does it all. TCP is as most servers have it,
+    cubic, or else reno where the kernel has that: `congestion_control`. Raises NoLinkError.
     """
 
     def __init__(self, delay: float = 0.0):
         self.delay = delay
+        self.wire: int | None = None
+        """The process that carries packets, where one does."""
+        self.congestion_control = ""
         self._processes: list[subprocess.Popen[bytes]] = []
         self._enter: dict[Side, list[str]] = {}
 
@@ -99,6 +105,7 @@ class Link:
         if self.delay:
             wire = [sys.executable, __file__, f"/proc/{client}/ns/net", str(self.delay)]
             told = self._start(self.command("server", wire), stdout=subprocess.PIPE)
+            self.wire = told.pid
             assert told.stdout is not None
             if told.stdout.readline() != b"up\n":
                 raise NoLinkError("the wire that delays packets did not come up (/dev/net/tun?)")
@@ -110,6 +117,14 @@ class Link:
             self._on(side, "ip", "link", "set", "lo", "up")
             self._on(side, "ip", "addr", "add", address, "peer", other, "dev", _DEVICE)
             self._on(side, "ip", "link", "set", _DEVICE, "txqueuelen", "10000", "up")
+            self.congestion_control = self._control(side)
+
+    def _control(self, side: Side) -> str:
+        """Set the congestion control of a namespace; what it is then."""
+        every = f"for name in {' '.join(_CONTROLS)}; do echo $name >{_CONTROL} && break; done"
+        script = f"{{ {every}; }} 2>/dev/null; cat {_CONTROL}"
+        command = self.command(side, ["sh", "-c", script])
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     def _hold(self, side: Side, make: Sequence[str], options: Sequence[str]) -> int:
         """A process that keeps a new namespace alive; its id."""
