@@ -31,7 +31,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -157,6 +157,8 @@ class Store:
         self._total: int | None = None
         self._written = 0
         self._pool = ThreadPoolExecutor(_PROBES, "kvzip-store")
+        self._searches = ThreadPoolExecutor(_PROBES, "kvzip-find")
+        self._touches: set[Future[None]] = set()
 
     # --- writing ---------------------------------------------------------------------------
 
@@ -283,20 +285,26 @@ class Store:
         if settings is None:
             return None
         chain = _chain(ids, settings.block_tokens)
-        best: Match | None = None
-        for known in dict.fromkeys((profile, None)):
-            identity = Identity(
-                model, revision, dtypes.get(dtype).name, "" if known is None else known.id
-            )
-            found = self._search(
+        form = dtypes.get(dtype).name
+
+        def search(known: Profile | None) -> Match | None:
+            identity = Identity(model, revision, form, "" if known is None else known.id)
+            return self._search(
                 identity.namespace, ids, chain, settings.block_tokens, known, threads
             )
-            if found is not None and (best is None or found.tokens > best.tokens):
-                if best is not None:
-                    best.reader.close()
-                best = found
-            elif found is not None:
-                found.reader.close()
+
+        # Beside each other: a search is a few round trips, one after the other.
+        searches = [
+            self._searches.submit(search, known) for known in dict.fromkeys((profile, None))
+        ]
+        errors = [error for each in searches if (error := each.exception()) is not None]
+        matches = [match for each in searches if not each.exception() and (match := each.result())]
+        best = max(matches, key=lambda match: match.tokens, default=None) if not errors else None
+        for match in matches:
+            if match is not best:
+                match.reader.close()
+        if errors:
+            raise errors[0]
         if best is not None:
             self._touch(best.key)
         return best
@@ -364,11 +372,17 @@ class Store:
                     yield other
 
     def _touch(self, key: str) -> None:
-        """Note that a document was used; not more often than eviction needs it."""
+        """Note that a document was used, not more often than eviction needs it. Who found it does
+        not wait for that."""
         now = time.monotonic()
         if not self.bucket.writable or now - self._touched.get(key, -1e9) < _TOUCH_SECONDS:
             return
         self._touched[key] = now
+        touch = self._pool.submit(self._note_use, key)
+        self._touches.add(touch)
+        touch.add_done_callback(self._touches.discard)
+
+    def _note_use(self, key: str) -> None:
         space, name = key.split("/")
         try:
             self.bucket.put(f"{space}/used/{name}", b"", create=False)
@@ -430,6 +444,7 @@ class Store:
 
     def documents(self) -> list[Stored]:
         """All documents, the one that was used longest ago first."""
+        wait(self._touches.copy())
         found = []
         for space in self._spaces():
             used = {

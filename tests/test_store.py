@@ -163,6 +163,53 @@ def test_long_prompts_take_few_rounds(tmp_path):
         assert len(asked) <= 16 * 3 + 1
 
 
+def test_with_a_profile_both_searches_go_at_once(tmp_path):
+    where = Store(tmp_path, block_tokens=BLOCK)
+    profile = kvzip.Profile({"t": np.arange(3, dtype=np.int32)}, {"model": "test/model"})
+    where.put(snapshot_of(range(50)), codec="raw")
+    best = where.put(snapshot_of(range(50)), codec="raw", profile=profile)
+    both = threading.Barrier(2, timeout=20)
+    search, openings, closed = where._search, [], []
+
+    def meeting(space, ids, chain, block_tokens, known, threads):
+        both.wait()
+        match = search(space, ids, chain, block_tokens, known, threads)
+        close = match.reader.close
+        match.reader.close = lambda: closed.append(known) or close()
+        openings.append(known)
+        if known in broken:
+            raise StoreError("the store is gone")
+        return match
+
+    where._search, broken = meeting, ()
+    with where.find(range(50), **OF, profile=profile) as found:
+        assert found.key == best.key  # of equals, the one with the profile
+        assert closed == [None]
+    for broken in ((profile,), (None,)):
+        closed.clear()
+        with pytest.raises(StoreError, match="is gone"):
+            where.find(range(50), **OF, profile=profile)
+        assert closed == [known for known in (profile, None) if known not in broken]
+    assert len(openings) == 6
+
+
+def test_who_finds_a_document_does_not_wait_until_its_use_is_noted(opened):
+    put_tiny(opened, range(16))
+    put, noted = opened.bucket.put, threading.Event()
+
+    def waiting(path, *rest, **more):
+        assert noted.wait(20)
+        return put(path, *rest, **more)
+
+    opened.bucket.put = waiting
+    opened._touched.clear()  # a document that was just put needs no note
+    assert find_tiny(opened, range(16))[0] == 16
+    threading.Timer(0.2, noted.set).start()
+    [stored] = opened.documents()  # waits for what is under way
+    assert noted.is_set() and not opened._touches
+    assert [m.path for m in opened.bucket.under(f"{stored.key.partition('/')[0]}/used")]
+
+
 def test_over_http_what_a_server_serves_is_read(s3):
     prefix = f"t{next(_prefixes)}"
     writer = Store(f"{s3.url}/{prefix}", block_tokens=BLOCK, options=s3.options)
