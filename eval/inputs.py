@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -21,6 +22,7 @@ from kvzip.eval import bench, stored
 from kvzip.eval.machine import Machine, machine, now, versions
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
+from kvzip.snapshot import Snapshot
 
 CODECS = ("raw", "zstd", "lz4", "planes", "channel")
 LENGTHS = (256, 512, 1024, 2048)
@@ -225,15 +227,20 @@ def learn(
     count: int,
     step: Step,
     first: int = 1,
+    keep: Path | None = None,
 ) -> Profile:
-    """A profile from `count` documents of the text, from number `first` on."""
+    """A profile from `count` documents of the text, from number `first` on. `keep`: a folder for
+    documents and finished layers, so that the same call goes on where an earlier one ended."""
     documents = capture.cut_documents(loaded.tokenizer, text, tokens, slice(first, first + count))
-    snapshots = []
+    learned: list[Snapshot | Path] = []
     for n, document in enumerate(documents):
         step(f"capturing documents to learn from: {n + 1} of {len(documents)}, {dtype}")
-        snapshots.append(capture.prefill(loaded, document.token_ids, dtype=dtype))
-    step(f"learning a profile from {len(snapshots)} documents, {dtype}")
-    return Profile.fit(snapshots)
+        if keep is None:
+            learned.append(capture.prefill(loaded, document.token_ids, dtype=dtype))
+        else:
+            learned += capture.capture(loaded, [document], keep / "documents", dtype=dtype)
+    step(f"learning a profile from {len(learned)} documents, {dtype}")
+    return Profile.fit(learned, resume=None if keep is None else keep / "fit")
 
 
 def prefill_seconds(

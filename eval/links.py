@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from kvzip import capture, container, cost
+from kvzip import capture, checksum, container, cost
 from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.eval import ends, stored
@@ -237,7 +237,8 @@ def prepare(
     step: Callable[[str], Any] = lambda name: None,
     loaded: LoadedModel | None = None,
 ) -> Sources:
-    """Capture a document and encode it with each codec, into `folder`.
+    """Capture a document and encode it with each codec, into `folder`; where an earlier call was
+    ended, the same one goes on with what it left there.
 
     A codec that needs a profile takes the given one, or one that is learned here from `train` other
     documents of the text.
@@ -257,7 +258,9 @@ def prepare(
             kept = Path(profile).absolute()
         else:
             kept = folder / "links.kvprofile"
-            learn(loaded, text, tokens, snapshot.dtype, train, step, document + 1).save(kept)
+            learn(
+                loaded, text, tokens, snapshot.dtype, train, step, document + 1, folder / "learned"
+            ).save(kept)
     learned = None if kept is None else Profile.load(kept)
     files = {}
     served = folder / "served"
@@ -294,10 +297,12 @@ def measure(
     repeat: int = 3,
     command: str = "kvzip eval links",
     progress: Progress = lambda what, done, total: None,
+    keep: Path | None = None,
 ) -> Links:
     """Time every way over links of each delay (seconds, one way) and each of its rates (Mb/s),
     `repeat` times, the ways taking turns; fewer times where that takes more than half a minute, on
-    slow links, whose times hardly vary.
+    slow links, whose times hardly vary. `keep`: a folder for what is measured until all is, so that
+    the same call goes on where an earlier one was ended.
 
     Raises NoLinkError where the system has no such links, and KVZipError where something that was
     loaded differs from what was encoded.
@@ -309,30 +314,27 @@ def measure(
     if repeat < 1 or not any(sweeps.values()):
         raise KVZipError("links need at least one rate, and to be measured once")
     snapshot = Snapshot.load(sources.snapshot)
-    times: Times = defaultdict(list)
-    moving: dict[str, float] = {}
-    carrying: dict[str, float] = {}
     before = os.getloadavg()[0]
+    so_far = _SoFar.load(keep, sources, snapshot)
     total, done = repeat * sum(map(len, sweeps.values())), 0
     for delay, mbps in sweeps.items():
         with Link(delay) as link, _ends(link, sources) as (server, reader):
-            for codec, path in sources.files.items():
-                took, carried = _moving(link, server, reader, path, max(repeat, 5))
-                moving.setdefault(codec, took)
-                if delay:
-                    carrying.setdefault(codec, carried)
             control = link.congestion_control
+            so_far.begin(link, server, reader, sources, max(repeat, 5))
             for rate in mbps:
                 link.shape(rate * 1e6)
                 began = time.monotonic()
-                for again in range(repeat):
+                for again in range(so_far.repeats(delay, rate), repeat):
                     progress("over links", done + again, total)
-                    _once(sources, reader, times, (delay, rate))
+                    times = _once(sources, reader, (delay, rate))
+                    so_far.add(delay, rate, times)
                     if time.monotonic() - began > _LONG:
                         break
                 done += repeat
             progress("over links", done, total)
-    apart = _apart(sources, snapshot, times, moving, carrying)
+    times = so_far.all_times()
+    apart = _apart(sources, snapshot, times, so_far.moving, so_far.carrying)
+    so_far.forget()
     points = [
         _point(apart, way, rate, delay, times)
         for delay, mbps in sweeps.items()
@@ -390,9 +392,79 @@ def _moving(
     return used / repeat / machine().cores, wire / repeat / machine().cores
 
 
-def _once(sources: Sources, reader: ends.End, times: Times, link: tuple[float, float]) -> None:
+class _SoFar(msgspec.Struct):
+    """What a run has measured up to now, kept in a file until it is over."""
+
+    of: dict[str, Any]
+    """What must be the same for it to go on."""
+    times: list[tuple[str, str, tuple[float, float] | None, list[float]]] = []
+    """As `Times`: once for each time that everything was measured."""
+    repeated: dict[str, int] = {}
+    """How many times that was, for each link."""
+    moving: dict[str, float] = {}
+    carrying: dict[str, float] = {}
+    path: str = ""
+    """Of that file; empty: none."""
+
+    @staticmethod
+    def load(folder: Path | None, sources: Sources, snapshot: Snapshot) -> _SoFar:
+        """What an earlier call left in a folder. Raises KVZipError when that is of something
+        else."""
+        files = {c: checksum.of_bytes(path.read_bytes()) for c, path in sources.files.items()}
+        here = machine()
+        wanted = {
+            "model": f"{sources.model} {snapshot.origin.revision}",
+            "machine": f"{here.cpu}, {here.cores} cores",
+            "versions": versions(),
+            "files": files,
+        }
+        path = "" if folder is None else str(folder / "so-far.json")
+        if not path or not Path(path).exists():
+            return _SoFar(wanted, path=path)
+        found = stored.load(path, _SoFar, "kvzip eval links")
+        for name, value in wanted.items():
+            if found.of.get(name) != value:
+                raise KVZipError(
+                    f"{path} is what a run with another {name} measured before it was ended: "
+                    "remove it, or give another folder"
+                )
+        return found
+
+    def begin(
+        self, link: Link, server: ends.End, reader: ends.End, sources: Sources, repeat: int
+    ) -> None:
+        for codec, path in sources.files.items():
+            if codec in (self.carrying if link.delay else self.moving):
+                continue
+            moving, carrying = _moving(link, server, reader, path, repeat)
+            self.moving.setdefault(codec, moving)
+            if link.delay:
+                self.carrying[codec] = carrying
+
+    def repeats(self, delay: float, rate: float) -> int:
+        return self.repeated.get(f"{delay} {rate}", 0)
+
+    def add(self, delay: float, rate: float, times: Times) -> None:
+        self.times += [(*key, taken) for key, taken in times.items()]
+        self.repeated[f"{delay} {rate}"] = self.repeats(delay, rate) + 1
+        if self.path:
+            stored.save(self, self.path)
+
+    def all_times(self) -> Times:
+        times: Times = defaultdict(list)
+        for way, what, link, taken in self.times:
+            times[way, what, link] += taken
+        return times
+
+    def forget(self) -> None:
+        if self.path:
+            Path(self.path).unlink(missing_ok=True)
+
+
+def _once(sources: Sources, reader: ends.End, link: tuple[float, float]) -> Times:
     """Everything once, over the link and apart from it: what else the machine does then falls on
     both alike."""
+    times: Times = defaultdict(list)
     times[PREFILL, "load", link].append(reader.ask(do="prefill")["seconds"])
     _note(times, PREFILL, "step", reader.ask(do="step"))
     for codec, path in sources.files.items():
@@ -403,6 +475,7 @@ def _once(sources: Sources, reader: ends.End, times: Times, link: tuple[float, f
         for what in ("transfer", "layers"):
             found = reader.ask(do=what, source=_url(path))
             times[codec, what, link].append(found["seconds"])
+    return times
 
 
 def _note(times: Times, way: str, what: str, found: Mapping[str, Any]) -> None:

@@ -588,8 +588,8 @@ def links(
     output
         File for the result as JSON; `kvzip report` takes it.
     work
-        Folder for the captured document, the profile and the encoded files. Default: a temporary
-        one.
+        Folder for captured documents, the profile, the encoded files, and what is measured until
+        all is: the same command goes on where an earlier one was ended. Default: a temporary one.
     text
         Files of UTF-8 text, or pydoc (the default).
     document
@@ -646,6 +646,7 @@ def links(
                 repeat=repeat,
                 command=shlex.join(["kvzip", *sys.argv[1:]]),
                 progress=stack.enter_context(_steps()),
+                keep=work,
             )
     if output is not None:
         stored.save(found, output)

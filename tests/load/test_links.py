@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -112,6 +113,31 @@ def test_it_goes_through_a_file_whole(measured: links.Links, tmp_path: Path) -> 
 
     stored.save(measured, tmp_path / "links.json")
     assert links.load_links(tmp_path / "links.json") == measured
+
+
+def test_a_run_that_was_ended_goes_on(
+    sources: links.Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once, asked = links._once, []
+
+    def counted(sources: Any, reader: Any, link: tuple[float, float]) -> Any:
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        asked.append(link)
+        return once(sources, reader, link)
+
+    monkeypatch.setattr(links, "_once", counted)
+    rates, stop = [400, 600], 3
+    with pytest.raises(KeyboardInterrupt):
+        links.measure(sources, {0.0: rates}, repeat=2, keep=tmp_path)
+    other = msgspec.structs.replace(sources, model="another")
+    with pytest.raises(KVZipError, match="another model"):
+        links.measure(other, {0.0: rates}, repeat=2, keep=tmp_path)
+    stop = 9
+    found = links.measure(sources, {0.0: rates}, repeat=2, keep=tmp_path)
+    assert asked == [(0.0, rate) for rate in rates for _ in range(2)]
+    assert all(len(point.times) == 2 for point in found.points)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_cache_is_told(sources: links.Sources, tmp_path: Path) -> None:
