@@ -89,7 +89,8 @@ def as_bits(array: Any, dtype: str | None = None) -> tuple[Bits, str]:
             raise UnsupportedError(f"a tensor of {array.dtype} holds no numbers of ours")
         values = array.detach().cpu().view(signed).numpy()
     else:
-        values = array if isinstance(array, np.ndarray) else np.from_dlpack(array)
+        # A subclass (np.memmap) makes slow work of every slice.
+        values = np.asarray(array) if isinstance(array, np.ndarray) else np.from_dlpack(array)
         # ml_dtypes' bfloat16 and float8 types are numpy dtypes of kind "V", known by name.
         found = get(values.dtype.name) if values.dtype.kind not in "iu" else None
     if found is None:

@@ -319,7 +319,7 @@ class Snapshot:
         with path.open("rb") as file:
             start = 8 + (length := int.from_bytes(file.read(8), "little"))
             header = json.loads(file.read(length))
-        memory = np.memmap(path, mode="r", dtype=np.uint8)
+        memory = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
 
         def view(name: str, dtype: np.dtype[Any], kind: str, shape: Sequence[int]) -> Any:
             entry = header.get(name)
