@@ -17,7 +17,7 @@ from kvzip.eval import bench
 from kvzip.eval.economics import Measured, breakeven
 from kvzip.eval.exactness import Exactness, Reference
 from kvzip.eval.inputs import halves, parameters, prefill_seconds, width
-from kvzip.eval.machine import machine, now, versions
+from kvzip.eval.machine import made_by
 from kvzip.eval.paper import paper_table
 from kvzip.eval.prices import default_prices
 from kvzip.eval.report import write_report
@@ -89,10 +89,7 @@ def run(
     step("writing the report")
     prefill = dict(points)[snapshot.tokens]
     result = DemoResult(
-        command=command,
-        date=now(),
-        machine=machine(),
-        versions=versions(),
+        **made_by(command),
         model=Model(loaded.id, loaded.revision, type(loaded.model).__name__),
         dtype=snapshot.dtype,
         text=cut.name,

@@ -19,7 +19,7 @@ from kvzip.codec import get_codec
 from kvzip.cost import CodecFigures, PrefillFit, fit_prefill
 from kvzip.errors import KVZipError
 from kvzip.eval import bench, stored
-from kvzip.eval.machine import Machine, machine, now, versions
+from kvzip.eval.machine import Made, made_by
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
@@ -55,14 +55,10 @@ class Missing(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Inputs(msgspec.Struct, frozen=True, kw_only=True):
+class Inputs(Made, frozen=True, kw_only=True):
     """What one run measured; the file that `kvzip eval inputs -o` writes."""
 
     kind: Literal["inputs"] = "inputs"
-    command: str
-    date: str
-    machine: Machine
-    versions: dict[str, str]
     model: str
     revision: str
     text: str
@@ -184,10 +180,7 @@ def measure(
         raise KVZipError(f"no codec gave figures: {reasons}")
     assert loaded is not None and fit is not None
     return Inputs(
-        command=command,
-        date=now(),
-        machine=machine(),
-        versions=versions(),
+        **made_by(command),
         model=loaded.id,
         revision=loaded.revision,
         text=cut.name,

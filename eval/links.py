@@ -26,7 +26,7 @@ from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.eval import ends, stored
 from kvzip.eval.inputs import learn
-from kvzip.eval.machine import PACKAGES, Machine, machine, now, versions
+from kvzip.eval.machine import PACKAGES, Made, machine, made_by, versions
 from kvzip.eval.wire import ADDRESSES, Link
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
@@ -113,14 +113,10 @@ class Turn(msgspec.Struct, frozen=True):
     measured: float | None
 
 
-class Links(msgspec.Struct, frozen=True, kw_only=True):
+class Links(Made, frozen=True, kw_only=True):
     """What one run measured; the file that `kvzip eval links -o` writes."""
 
     kind: Literal["links"] = "links"
-    command: str
-    date: str
-    machine: Machine
-    versions: dict[str, str]
     model: str
     revision: str
     dtype: str
@@ -347,10 +343,7 @@ def measure(
         return lambda way, rate: here[delay, way, rate]
 
     return Links(
-        command=command,
-        date=now(),
-        machine=machine(),
-        versions=versions((*PACKAGES, "obstore", "aiohttp")),
+        **made_by(command, (*PACKAGES, "obstore", "aiohttp")),
         model=sources.model,
         revision=snapshot.origin.revision,
         dtype=snapshot.dtype,

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import msgspec
 
@@ -21,6 +22,15 @@ class Machine(msgspec.Struct, frozen=True):
     cores: int
     """That this process may use."""
     memory_gib: float
+
+
+class Made(msgspec.Struct, frozen=True, kw_only=True):
+    """How a stored result came to be."""
+
+    command: str
+    date: str
+    machine: Machine
+    versions: dict[str, str]
 
 
 def machine() -> Machine:
@@ -43,3 +53,13 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def made_by(command: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """The fields of `Made`, for a result that this process makes now."""
+    return {
+        "command": command,
+        "date": now(),
+        "machine": machine(),
+        "versions": versions(packages),
+    }

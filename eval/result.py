@@ -15,7 +15,7 @@ import msgspec
 from kvzip.errors import KVZipError
 from kvzip.eval import bench
 from kvzip.eval.economics import BreakEven
-from kvzip.eval.machine import Machine
+from kvzip.eval.machine import Made
 from kvzip.eval.paper import PaperRow
 
 
@@ -53,11 +53,7 @@ class FreshPrefill(msgspec.Struct, frozen=True):
     logits_max_diff: float
 
 
-class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
-    command: str
-    date: str
-    machine: Machine
-    versions: dict[str, str]
+class DemoResult(Made, frozen=True, kw_only=True):
     model: Model
     dtype: str
     text: str

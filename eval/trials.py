@@ -16,7 +16,7 @@ from kvzip.codec import get_codec
 from kvzip.dtypes import Bits
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.eval import stored
-from kvzip.eval.machine import Machine, machine, now, versions
+from kvzip.eval.machine import Made, made_by
 from kvzip.models import load_model
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, Snapshot
@@ -55,14 +55,10 @@ class Trial(msgspec.Struct, frozen=True):
     max_logit_difference: float
 
 
-class Trials(msgspec.Struct, frozen=True, kw_only=True):
+class Trials(Made, frozen=True, kw_only=True):
     """The file that `kvzip eval exactness -o` writes."""
 
     kind: Literal["exactness"] = "exactness"
-    command: str
-    date: str
-    machine: Machine
-    versions: dict[str, str]
     model: str
     revision: str
     dtype: str
@@ -154,10 +150,7 @@ def run(
                 found = reference.check(blob, learned if needs else None)
                 sums[name].add(found, last=c == continuations - 1)
     return Trials(
-        command=command,
-        date=now(),
-        machine=machine(),
-        versions=versions(),
+        **made_by(command),
         model=loaded.id,
         revision=loaded.revision,
         dtype=first.dtype,
