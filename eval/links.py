@@ -421,6 +421,7 @@ class _SoFar(msgspec.Struct):
                     f"{path} is what a run with another {name} measured before it was ended: "
                     "remove it, or give another folder"
                 )
+        found.path = path
         return found
 
     def begin(
