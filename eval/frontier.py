@@ -33,7 +33,7 @@ from kvzip.entropy.linear import Floats
 from kvzip.entropy.residual import View, held_layers
 from kvzip.errors import KVZipError
 from kvzip.eval import copies, predictors
-from kvzip.eval.machine import Machine, machine, now, versions
+from kvzip.eval.machine import Made, made_by
 from kvzip.eval.predictors import COPY, Document, LayerData, LayerPoint
 from kvzip.models import LoadedModel, load_model
 from kvzip.snapshot import Layer, Snapshot, replacing_file
@@ -87,7 +87,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Predictors that were not measured, and why."""
 
 
-class Frontier(msgspec.Struct, frozen=True, kw_only=True):
+class Frontier(Made, frozen=True, kw_only=True):
     version: int
     model: str
     revision: str
@@ -110,10 +110,6 @@ class Frontier(msgspec.Struct, frozen=True, kw_only=True):
     """The products of attention itself beside them, the mean over a document's tokens."""
     prefill_seconds: float | None
     """Of one document of the first dtype on `machine`; copies and predictors are not timed."""
-    machine: Machine
-    versions: dict[str, str]
-    command: str
-    date: str
     runs: list[Run]
 
 
@@ -289,10 +285,7 @@ def run(
         prefill_products=about["products"],
         attention_products=about["attention"],
         prefill_seconds=about["prefill_seconds"],
-        machine=machine(),
-        versions=versions(),
-        command=command or shlex.join(["kvzip", *sys.argv[1:]]),
-        date=now(),
+        **made_by(command or shlex.join(["kvzip", *sys.argv[1:]])),
         runs=runs,
     )
 

@@ -311,7 +311,8 @@ def measure(
         raise KVZipError("links need at least one rate, and to be measured once")
     snapshot = Snapshot.load(sources.snapshot)
     before = os.getloadavg()[0]
-    so_far = _SoFar.load(keep, sources, snapshot)
+    file = None if keep is None else keep / "so-far.json"
+    so_far = _SoFar() if file is None else _SoFar.load(file, sources, snapshot)
     total, done = repeat * sum(map(len, sweeps.values())), 0
     for delay, mbps in sweeps.items():
         with Link(delay) as link, _ends(link, sources) as (server, reader):
@@ -320,17 +321,20 @@ def measure(
             for rate in mbps:
                 link.shape(rate * 1e6)
                 began = time.monotonic()
-                for again in range(so_far.repeats(delay, rate), repeat):
+                repeated = len(so_far.all_times()[PREFILL, "load", (delay, rate)])
+                for again in range(repeated, repeat):
                     progress("over links", done + again, total)
-                    times = _once(sources, reader, (delay, rate))
-                    so_far.add(delay, rate, times)
+                    so_far.add(_once(sources, reader, (delay, rate)))
+                    if file is not None:
+                        stored.save(so_far, file)
                     if time.monotonic() - began > _LONG:
                         break
                 done += repeat
             progress("over links", done, total)
     times = so_far.all_times()
     apart = _apart(sources, snapshot, times, so_far.moving, so_far.carrying)
-    so_far.forget()
+    if file is not None:
+        file.unlink(missing_ok=True)
     points = [
         _point(apart, way, rate, delay, times)
         for delay, mbps in sweeps.items()
@@ -386,34 +390,28 @@ def _moving(
 
 
 class _SoFar(msgspec.Struct):
-    """What a run has measured up to now, kept in a file until it is over."""
+    """What a run has measured up to now, as it is kept in a file until all is."""
 
-    of: dict[str, Any]
+    of: dict[str, Any] = {}
     """What must be the same for it to go on."""
     times: list[tuple[str, str, tuple[float, float] | None, list[float]]] = []
     """As `Times`: once for each time that everything was measured."""
-    repeated: dict[str, int] = {}
-    """How many times that was, for each link."""
     moving: dict[str, float] = {}
     carrying: dict[str, float] = {}
-    path: str = ""
-    """Of that file; empty: none."""
 
     @staticmethod
-    def load(folder: Path | None, sources: Sources, snapshot: Snapshot) -> _SoFar:
-        """What an earlier call left in a folder. Raises KVZipError when that is of something
-        else."""
-        files = {c: checksum.of_bytes(path.read_bytes()) for c, path in sources.files.items()}
+    def load(path: Path, sources: Sources, snapshot: Snapshot) -> _SoFar:
+        """What an earlier call left in a file, if it did. Raises KVZipError when that is of
+        something else."""
         here = machine()
         wanted = {
             "model": f"{sources.model} {snapshot.origin.revision}",
             "machine": f"{here.cpu}, {here.cores} cores",
             "versions": versions(),
-            "files": files,
+            "files": {c: checksum.of_bytes(p.read_bytes()) for c, p in sources.files.items()},
         }
-        path = "" if folder is None else str(folder / "so-far.json")
-        if not path or not Path(path).exists():
-            return _SoFar(wanted, path=path)
+        if not path.exists():
+            return _SoFar(wanted)
         found = stored.load(path, _SoFar, "kvzip eval links")
         for name, value in wanted.items():
             if found.of.get(name) != value:
@@ -421,7 +419,6 @@ class _SoFar(msgspec.Struct):
                     f"{path} is what a run with another {name} measured before it was ended: "
                     "remove it, or give another folder"
                 )
-        found.path = path
         return found
 
     def begin(
@@ -435,24 +432,14 @@ class _SoFar(msgspec.Struct):
             if link.delay:
                 self.carrying[codec] = carrying
 
-    def repeats(self, delay: float, rate: float) -> int:
-        return self.repeated.get(f"{delay} {rate}", 0)
-
-    def add(self, delay: float, rate: float, times: Times) -> None:
+    def add(self, times: Times) -> None:
         self.times += [(*key, taken) for key, taken in times.items()]
-        self.repeated[f"{delay} {rate}"] = self.repeats(delay, rate) + 1
-        if self.path:
-            stored.save(self, self.path)
 
     def all_times(self) -> Times:
         times: Times = defaultdict(list)
         for way, what, link, taken in self.times:
             times[way, what, link] += taken
         return times
-
-    def forget(self) -> None:
-        if self.path:
-            Path(self.path).unlink(missing_ok=True)
 
 
 def _once(sources: Sources, reader: ends.End, link: tuple[float, float]) -> Times:
