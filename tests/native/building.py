@@ -29,7 +29,7 @@ def options(source: str) -> list[str]:
     text = (ROOT / "CMakeLists.txt").read_text()
     flags = ["-fwrapv"] if source.startswith("predictive/kernels_") else []
     for name in ("AVX2", "AVX512"):
-        if source.endswith(name.lower()):
+        if source.endswith(f"_{name.lower()}"):
             found = re.search(rf"set\({name}_FLAGS ([^)]*)\)", text)
             assert found is not None
             flags += found[1].split()
@@ -48,7 +48,7 @@ def emulation(compiler: str) -> list[str] | None:
     # The program is told that the processor has all, and functions' own targets are left out.
     header = Path(__file__).with_name("emulated")
     pretend = ["-D__builtin_cpu_supports(feature)=1", "-Dtarget(features)=unused"]
-    return [f"-I{header}", *pretend, *options("avx2")]
+    return [f"-I{header}", *pretend, *options("kernels_avx2")]
 
 
 def fuzzer(

@@ -111,14 +111,11 @@ inline I gather(Lanes<U32> at, const void* base, int scale) {
   return at;
 }
 
-inline I shift_in(Lanes<U32> a, Lanes<U32> b, int by) {
-  for (int i = 0; i < a.kCount; ++i) a[i] = a[i] << by | b[i] >> (32 - by);
-  return a;
+inline I shift_in(I a, I b, int by) {
+  return each<U32>(a, ~U64(0), a, b, [by](U32 x, U32 y) { return x << by | y >> (32 - by); });
 }
-inline I shift_right(Lanes<U32> from, U64 mask, Lanes<U32> a, unsigned by) {
-  for (int i = 0; i < a.kCount; ++i)
-    if (has(mask, i)) from[i] = a[i] >> by;
-  return from;
+inline I shift_right(I from, U64 mask, I a, unsigned by) {
+  return each<U32>(from, mask, a, a, [by](U32 x, U32) { return x >> by; });
 }
 inline I shuffle_quarters(Lanes<U64> a, Lanes<U64> b, int order) {
   Lanes<U64> to;
