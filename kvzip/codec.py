@@ -48,7 +48,7 @@ class Context(msgspec.Struct):  # a dataclass would take as long to make as a sm
     """What a codec keeps for itself from block to block of the same tokens, layer after layer."""
 
 
-class Coded(msgspec.Struct):
+class Coded(msgspec.Struct, gc=False):
     """A block as it is stored, and where its numbers go: [batch, heads, tokens, dim], any
     strides."""
 

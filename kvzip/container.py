@@ -6,6 +6,7 @@ to a codec, and reads back just the blocks that are asked for. It knows no codec
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import struct
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -506,7 +507,10 @@ class Info:
         return 8 * self.encoded_bytes / max(self.numbers, 1)
 
 
-class _Place(msgspec.Struct):
+# None of what follows can be part of a cycle, and the collector need not look at it.
+
+
+class _Place(msgspec.Struct, gc=False):
     """Where a part's numbers go: [batch, heads, tokens, dim], from one position on."""
 
     array: Bits
@@ -515,17 +519,20 @@ class _Place(msgspec.Struct):
     """The array in the layer's own shape, where it is what was asked for and nothing else."""
 
 
-class _Target(msgspec.Struct):
+class _Target(Coded, gc=False):
     """A block on its way out of a file."""
 
     row: int
-    coded: Coded
     tables: memoryview
     """As they are stored."""
-    beside: Bits | None
-    """Where those of its numbers belong that were asked for, if not in `coded.out` itself."""
-    cut: slice
+    beside: Bits | None = None
+    """Where those of its numbers belong that were asked for, if not in `out` itself."""
+    cut: slice = _NOTHING
     """Which of the block's tokens those are."""
+
+
+_Tables = dict[tuple[int, Part], tuple[memoryview, Any]]
+"""By layer and part the tables, as they are stored and as blocks use them."""
 
 
 class _Chain(NamedTuple):
@@ -640,9 +647,10 @@ class Reader:
             return
         rows: set[int] = set()
         for i, span in enumerate(spans):
-            for chain in self._plan([i], {i: self.layout.layers[i].cut(*span)}):
-                for row in chain:
-                    rows |= {row, self._index.rows[self._index.key[row]].start}
+            cuts = {i: self.layout.layers[i].cut(*span)}
+            chains = [self._rows([i], cuts)] if self._codec.independent else self._plan([i], cuts)
+            for row in itertools.chain(*chains):
+                rows |= {row, self._index.rows[self._index.key[row]].start}
         announce([(self._index.offset[row], self._index.length[row]) for row in sorted(rows)])
 
     # --- decoding --------------------------------------------------------------------------
@@ -683,22 +691,25 @@ class Reader:
         whole = {i: self.layout.layers[i] for i in wanted}
         cuts = whole if tokens is None else {i: w.cut(begin, end) for i, w in whole.items()}
         places = self._places(wanted, cuts, out)
-        plan = self._plan(wanted, cuts)
-        tables: dict[tuple[int, Part], tuple[memoryview, Any]] = {}
+        tables: _Tables = {}
         workers = thread_count(threads) if threads is not None else self._threads
-        # A few chains to a job: handing over a job takes as long as a block of the fastest codec.
-        size, inside = max(1, min(16, len(plan) // (4 * workers))), 1
-        if self._codec.threaded:
-            # One job after the other: they decode what comes as it comes.
-            size, inside = 64, workers
-        batches = [plan[at : at + size] for at in range(0, len(plan), size)]
-        jobs = (
-            (lambda b=batch: self._decode_batch(b, cuts, places, tables, inside))
-            for batch in batches
-        )
-        for done in _in_order(jobs, min(workers // inside, len(batches) or 1), 2 * workers):
+        jobs: list[Callable[[], Sequence[int]]]
+        inside = 1
+        if self._codec.independent:
+            rows = self._rows(wanted, cuts)
+            # A few to a job: handing over a job takes as long as a block of the fastest codec.
+            size = max(1, min(16, len(rows) // (4 * workers)))
+            if self._codec.threaded:
+                # One job after the other: they decode what comes as it comes.
+                size, inside = 64, workers
+            groups = [rows[at : at + size] for at in range(0, len(rows), size)]
+            jobs = [partial(self._decode_rows, group, places, tables, inside) for group in groups]
+        else:
+            chains = self._plan(wanted, cuts)
+            jobs = [partial(self._decode_chain, chain, cuts, places, tables) for chain in chains]
+        for done in _in_order(jobs, min(workers // inside, len(jobs) or 1), 2 * workers):
             if progress is not None:
-                progress(sum(self._asked(row, cuts) for rows in done for row in rows))
+                progress(sum(self._asked(row, cuts) for row in done))
         result = []
         for i in wanted:
             cut = cuts[i]
@@ -772,16 +783,20 @@ class Reader:
             at += numbers
         return places
 
+    def _rows(self, wanted: Sequence[int], cuts: Mapping[int, LayerLayout]) -> list[int]:
+        """Rows of the blocks to decode, where none needs another."""
+        rows: list[int] = []
+        for i in wanted:
+            cut = cuts[i]
+            whole = cut is self.layout.layers[i]
+            for part in PARTS:
+                blocks = self._index.rows[i, part][1:]
+                rows += blocks if whole else self._within(blocks, cut.first, cut.cumulative_length)
+        return rows
+
     def _plan(self, wanted: Sequence[int], cuts: Mapping[int, LayerLayout]) -> list[list[int]]:
-        """Rows of the index to decode, as chains: rows of one chain in order, chains in any."""
-        if self._codec.independent:
-            plan: list[list[int]] = []
-            for i in wanted:
-                cut = cuts[i]
-                first, end = cut.first, cut.cumulative_length
-                for part in PARTS:
-                    plan += [[row] for row in self._overlapping((i, part), first, end)]
-            return plan
+        """Rows of the blocks to decode where blocks need others, as chains: rows of one chain in
+        order, chains in any."""
         needed: dict[tuple[int, Part], None] = {}
 
         def require(key: tuple[int, Part]) -> None:
@@ -797,31 +812,26 @@ class Reader:
         begin = min((c.first for c in cuts.values()), default=0)
         end = max((c.cumulative_length for c in cuts.values()), default=0)
         for key in sorted(needed):
-            first = self.layout.layers[key[0]].first
-            for row in self._overlapping(key, begin, end):
+            for row in self._within(self._index.rows[key][1:], begin, end):
                 # Blocks of a chain end at the same token, wherever their layers begin.
-                stop = first + self._index.start[row] + self._index.tokens[row]
+                stop = self._index.position[row] + self._index.tokens[row]
                 chains.setdefault(stop, []).append(row)
         return list(chains.values())
 
-    def _overlapping(self, key: tuple[int, Part], begin: int, end: int) -> Sequence[int]:
-        """Rows of a part's blocks that hold any of these positions."""
-        rows = self._index.rows[key][1:]
-        layer = self.layout.layers[key[0]]
-        first = layer.first
-        if begin <= first and end >= layer.cumulative_length:
-            return rows
-        start, tokens = self._index.start, self._index.tokens
-        return [r for r in rows if first + start[r] < end and first + start[r] + tokens[r] > begin]
+    def _within(self, rows: Iterable[int], begin: int, end: int) -> list[int]:
+        """Those of the blocks that hold any of these positions."""
+        position, tokens = self._index.position, self._index.tokens
+        return [r for r in rows if position[r] < end and position[r] + tokens[r] > begin]
 
     def _tables(self, key: tuple[int, Part]) -> tuple[memoryview, Any]:
         """A part's tables as they are stored and as blocks use them."""
         i, part = key
-        layer, row = self.layout.layers[i], self._index.rows[key].start
-        context = Context(self._form, i, part, layer.first, self.header.origin, None, self._profile)
+        row = self._index.rows[key].start
+        begin, shape = self._index.position[row], self.layout.layers[i].shape(part)
+        context = Context(self._form, i, part, begin, self.header.origin, None, self._profile)
         data = self._stored(row)
         try:
-            return data, self._codec.load_tables(data, _batched_shape(layer.shape(part)), context)
+            return data, self._codec.load_tables(data, _batched_shape(shape), context)
         except CorruptError as error:
             self._check_stored(row, data)
             raise CorruptError(f"{self._name(row)}: {error}") from None
@@ -846,28 +856,22 @@ class Reader:
     def _blame(self, target: _Target) -> None:
         """Raise CorruptError if it is stored bytes that are wrong."""
         self._check_stored(self._index.rows[self._index.key[target.row]].start, target.tables)
-        self._check_stored(target.row, target.coded.data)
+        self._check_stored(target.row, target.data)
 
     def _name(self, row: int) -> str:
         index = self._index
         layer, part = index.key[row]
-        start = self.layout.layers[layer].first + index.start[row]
+        start = index.position[row]
         what = "the tables of " if row == index.rows[layer, part].start else ""
         return f"{what}layer {layer} {part}, tokens {start}:{start + index.tokens[row]}"
 
     def _target(
-        self,
-        row: int,
-        cuts: Mapping[int, LayerLayout],
-        places: Mapping[tuple[int, Part], _Place],
-        tables: dict[tuple[int, Part], tuple[memoryview, Any]],
+        self, row: int, places: Mapping[tuple[int, Part], _Place], tables: _Tables
     ) -> _Target:
         """Everything to decode a block, straight into place if there is place for all of it."""
         index = self._index
-        key, tokens = index.key[row], index.tokens[row]
+        key, begin, tokens = index.key[row], index.position[row], index.tokens[row]
         layer, part = key
-        whole = self.layout.layers[layer]
-        begin = whole.first + index.start[row]
         out = beside = None
         cut = _NOTHING
         place = places.get(key)
@@ -882,23 +886,23 @@ class Reader:
                 cut = slice(max(0, -offset), min(tokens, room - offset))
                 beside = array[:, :, offset + cut.start : offset + cut.stop]
         if out is None:
-            shape = _batched_shape(whole.shape(part))
+            shape = _batched_shape(self.layout.layers[layer].shape(part))
             out = np.empty((*shape[:2], tokens, shape[3]), self._form.uint)
         found = tables.get(key)
         if found is None:
             found = tables[key] = self._tables(key)
+        stored, loaded = found
         ids = _ids_of(self._ids_by_row, begin, begin + tokens)
-        context = Context(
-            self._form, layer, part, begin, self.header.origin, ids, self._profile, found[1]
-        )
-        return _Target(row, Coded(self._stored(row), out, context), found[0], beside, cut)
+        origin, profile = self.header.origin, self._profile
+        context = Context(self._form, layer, part, begin, origin, ids, profile, loaded)
+        return _Target(self._stored(row), out, context, row, stored, beside, cut)
 
     def _asked(self, row: int, cuts: Mapping[int, LayerLayout]) -> int:
         """How many raw bytes of a block were asked for."""
         layer, part = self._index.key[row]
         if layer not in cuts:
             return 0
-        cut, begin = cuts[layer], self.layout.layers[layer].first + self._index.start[row]
+        cut, begin = cuts[layer], self._index.position[row]
         end = min(begin + self._index.tokens[row], cut.cumulative_length)
         *outer, _, dim = cut.shape(part)
         return max(0, end - max(begin, cut.first)) * math.prod(outer) * dim * self._form.itemsize
@@ -912,7 +916,7 @@ class Reader:
             try:
                 for target in targets:
                     work.append(target)
-                    yield target.coded
+                    yield target
             except CorruptError as error:
                 unprepared.append(error)
                 raise
@@ -937,44 +941,39 @@ class Reader:
             )
         for target in work:
             if target.beside is not None:
-                target.beside[...] = target.coded.out[:, :, target.cut]
+                target.beside[...] = target.out[:, :, target.cut]
 
-    def _decode_batch(
+    def _decode_rows(
         self,
-        chains: Sequence[Sequence[int]],
-        cuts: Mapping[int, LayerLayout],
+        rows: Sequence[int],
         places: Mapping[tuple[int, Part], _Place],
-        tables: dict[tuple[int, Part], tuple[memoryview, Any]],
+        tables: _Tables,
         threads: int,
-    ) -> Sequence[Sequence[int]]:
-        """Decode chains; return them."""
-        alone = [rows[0] for rows in chains if len(rows) == 1]
-        work = (self._target(row, cuts, places, tables) for row in alone)
-        self._fill(work, min(threads, len(alone)))
-        for rows in chains:
-            if len(rows) > 1:
-                self._decode_chain(rows, cuts, places, tables)
-        return chains
+    ) -> Sequence[int]:
+        """Decode blocks that need no other; return them."""
+        self._fill((self._target(row, places, tables) for row in rows), min(threads, len(rows)))
+        return rows
 
     def _decode_chain(
         self,
         rows: Sequence[int],
         cuts: Mapping[int, LayerLayout],
         places: Mapping[tuple[int, Part], _Place],
-        tables: dict[tuple[int, Part], tuple[memoryview, Any]],
-    ) -> None:
-        """Decode blocks of which each may need those before it."""
+        tables: _Tables,
+    ) -> Sequence[int]:
+        """Decode blocks of which each may need those before it; return them."""
         chain = self._resume(rows, cuts)
         for row in rows[chain.at :]:
             key = self._index.key[row]
             earlier = {k: chain.done[k] for k in self._codec.needs(*key) if k in chain.done}
-            target = self._target(row, cuts, places, tables)
-            target.coded.context.earlier, target.coded.context.scratch = earlier, chain.scratch
+            target = self._target(row, places, tables)
+            target.context.earlier, target.context.scratch = earlier, chain.scratch
             self._fill([target])
-            chain.done[key] = target.coded.out
+            chain.done[key] = target.out
             for old in [k for k in chain.done if self._last_use.get(k, 0) <= row]:
                 del chain.done[old]
         self._chains[rows[0]] = chain._replace(at=len(rows))
+        return rows
 
     @cached_property
     def _last_use(self) -> dict[tuple[int, Part], int]:

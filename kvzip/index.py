@@ -96,13 +96,14 @@ class Index:
             columns = _native.read_index(records, start, size, spans, min(block_tokens, 2**31))
         except ValueError as error:
             raise FormatError(str(error)) from None
-        self.start: list[int]
+        self.position: list[int]
+        """Of the first token."""
         self.tokens: list[int]
         self.offset: list[int]
         self.length: list[int]
         self.stored_checksum: list[int]
         self.raw_checksum: list[int]
-        self.start, self.tokens, self.offset, self.length = columns[:4]
+        self.position, self.tokens, self.offset, self.length = columns[:4]
         self.stored_checksum, self.raw_checksum = columns[4:]
         self.key: list[tuple[int, Part]] = []
         """Layer and part."""

@@ -53,8 +53,9 @@ class Records {
         columns_{Column(count_), Column(count_), Column(count_),
                  Column(count_), Column(count_), Column(count_)} {}
 
-  void next(std::uint32_t layer, std::uint8_t part, Kind kind, std::uint32_t start,
-            std::uint32_t tokens) {
+  // `position`: the one of the entry's first token, `start` of those that the layer holds.
+  void next(std::uint32_t layer, std::uint8_t part, Kind kind, std::uint32_t position,
+            std::uint32_t start, std::uint32_t tokens) {
     if (at_ == count_) throw std::invalid_argument("the index does not fit the shapes in the header");
     Record r;
     std::memcpy(&r, data_ + at_ * sizeof r, sizeof r);
@@ -65,7 +66,7 @@ class Records {
     if (r.offset != begin_ || r.length > end_ - begin_)
       throw std::invalid_argument("the blocks do not follow each other without gap or overlap");
     begin_ += r.length;
-    const std::uint64_t fields[] = {r.start,  r.tokens,          r.offset,
+    const std::uint64_t fields[] = {position, r.tokens,          r.offset,
                                     r.length, r.stored_checksum, r.raw_checksum};
     for (int i = 0; i < 6; ++i) columns_[i].add(fields[i]);
     ++at_;
@@ -97,12 +98,12 @@ nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end, co
   for (nb::handle item : layers) {
     const auto [first, stop] = nb::cast<std::pair<std::uint32_t, std::uint32_t>>(item);
     for (std::uint8_t part = 0; part < 2; ++part) {
-      records.next(layer, part, kTables, 0, 0);
+      records.next(layer, part, kTables, first, 0, 0);
       for (std::uint32_t at = first, to; at < stop; at = to) {
         // Layers that begin at different positions are cut at the same ones.
         to = std::uint32_t(
             std::min<std::uint64_t>((std::uint64_t(at) / block_tokens + 1) * block_tokens, stop));
-        records.next(layer, part, kBlock, at - first, to - at);
+        records.next(layer, part, kBlock, at, at - first, to - at);
       }
     }
     ++layer;
@@ -114,7 +115,7 @@ nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end, co
 
 void bind_index(nb::module_& m) {
   m.def("read_index", &read_index, "records"_a, "begin"_a, "end"_a, "layers"_a, "block_tokens"_a,
-        "Of records of a file whose entries fill bytes `begin` to `end` the columns start, tokens, "
+        "Of records of a file whose entries fill bytes `begin` to `end` the columns position, tokens, "
         "offset, length, stored and raw checksum. `layers`: first and last position of each. "
         "Raises ValueError unless every record is the one that belongs there.");
 }
