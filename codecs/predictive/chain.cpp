@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <mutex>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -36,20 +37,75 @@ std::vector<std::int32_t> starts(const std::int8_t* matrix, std::size_t blocks, 
     for (std::size_t g = 0; g < (triangular ? b + 1 : groups); ++g)
       for (std::size_t i = 0; i < 16; ++i) {
         const std::int8_t w = matrix[(b * groups + g) * 16 + i];
-        // AVX2 cannot change its sign.
         if (w == -128) throw std::invalid_argument("a weight is out of bounds");
         sums[4 * b + i / 4] -= 128 * w;
       }
   return sums;
 }
 
+// In which order kernels take the groups of a blocked matrix (`Order`), block by block; of a triangular
+// one, of those before the block itself.
+class Orders {
+ public:
+  Orders(const std::int8_t* matrix, std::size_t blocks, std::size_t groups, bool triangular)
+      : group_(triangular ? blocks * (blocks - 1) / 2 : blocks * groups), of_(blocks) {
+    std::uint16_t* to = group_.data();
+    std::vector<std::uint8_t> reach(groups);
+    std::vector<std::uint16_t> by_reach(groups);
+    for (std::size_t b = 0; b < blocks; ++b) {
+      const std::size_t n = triangular ? b : groups;
+      of_[b] = {to, arrange(matrix + b * groups * 16, n, reach.data(), by_reach.data(), to)};
+      to += n;
+    }
+  }
+  const Order* of() const { return of_.data(); }
+
+ private:
+  // 255 times that fits 16 bits.
+  static constexpr int kMost = 128;
+
+  // The largest sum of weights of one sign that a group adds to one of 16 bits.
+  static std::uint8_t reach_of(const std::int8_t* w) {
+    int most = 0;
+    for (int i = 0; i < 16; i += 2) {
+      const int a = w[i], b = w[i + 1], up = std::max(a, 0) + std::max(b, 0);
+      most = std::max({most, up, up - a - b});
+    }
+    return std::uint8_t(most);
+  }
+
+  // Those that reach furthest go with those that reach least. Returns how many pairs there are.
+  static std::uint32_t arrange(const std::int8_t* w, std::size_t n, std::uint8_t* reach,
+                               std::uint16_t* by_reach, std::uint16_t* to) {
+    std::size_t count[257] = {};
+    for (std::size_t g = 0; g < n; ++g) ++count[1 + (reach[g] = reach_of(w + g * 16))];
+    for (int r = 0; r < 256; ++r) count[r + 1] += count[r];
+    for (std::size_t g = 0; g < n; ++g) by_reach[count[reach[g]]++] = std::uint16_t(g);
+    std::uint16_t* const begin = to;
+    std::uint16_t* alone = to + n;
+    for (std::size_t low = 0, high = n; low < high;) {
+      const std::uint16_t most = by_reach[--high];
+      if (low < high && reach[by_reach[low]] + reach[most] <= kMost) {
+        *to++ = by_reach[low++];
+        *to++ = most;
+      } else {
+        *--alone = most;
+      }
+    }
+    return std::uint32_t(to - begin) / 2;
+  }
+
+  std::vector<std::uint16_t> group_;
+  std::vector<Order> of_;
+};
+
 }  // namespace
 
 // Densities for a format of so many numbers, see kernels.hpp.
 struct ProfileModel::Tables {
   Densities of{};
-  std::vector<std::int32_t> from, rise;
-  std::vector<float> cell, slope;
+  std::vector<std::int32_t> from, rise, from_rise;
+  std::vector<float> cell, slope, cell_slope;
 
   Tables(const std::uint32_t* shares, std::size_t shapes, std::uint32_t numbers) {
     of.half = std::int32_t((kCdf - numbers) / 2);
@@ -76,6 +132,15 @@ struct ProfileModel::Tables {
     of.rise = rise.data();
     of.cell = cell.data();
     of.slope = slope.data();
+    of.from_rise = beside(from, rise, &from_rise);
+    of.cell_slope = beside(cell, slope, &cell_slope);
+  }
+
+ private:
+  template <typename T>
+  static const T* beside(const std::vector<T>& a, const std::vector<T>& b, std::vector<T>* both) {
+    for (std::size_t i = 0; i < a.size(); ++i) both->insert(both->end(), {a[i], b[i]});
+    return both->data();
   }
 };
 
@@ -86,6 +151,8 @@ struct ProfileModel::Data {
   std::vector<std::int32_t> order[2], inverse, pair_inverse, pair_slope, mean, input_scale, centre_bias,
       centre_start;
   std::vector<std::vector<std::int32_t>> start;
+  std::once_flag ordering;
+  std::vector<Orders> orders;
   std::vector<std::uint64_t> step;
   std::vector<std::int8_t> unit;
   std::vector<std::uint8_t> density;
@@ -211,6 +278,21 @@ const Layer& ProfileModel::layer(std::size_t i) const {
   if (i >= layers_.size()) throw std::invalid_argument("the profile has no such layer");
   return layers_[i]->layer;
 }
+void ProfileModel::put_in_order(std::size_t i) const {
+  Data& data = *layers_[i];
+  std::call_once(data.ordering, [&] {
+    Layer& layer = data.layer;
+    data.orders.reserve(2 * layer.regions + 1);
+    for (Region& region : data.regions) {
+      region.weight_order =
+          data.orders.emplace_back(region.weight, layer.blocks, layer.inputs / 4, false).of();
+      region.within_order = data.orders.emplace_back(region.within, layer.blocks, layer.blocks, true).of();
+    }
+    if (layer.regions > 1)
+      layer.centre_order =
+          data.orders.emplace_back(layer.centre, up4(layer.regions) / 4, layer.inputs / 4, false).of();
+  });
+}
 const std::vector<std::size_t>& ProfileModel::inputs(std::size_t i) const { return layers_[i]->inputs; }
 const std::int32_t* ProfileModel::centre_start(std::size_t i) const { return layers_[i]->centre_start.data(); }
 std::size_t ProfileModel::known(std::size_t i) const { return layers_[i]->known; }
@@ -249,14 +331,15 @@ template <typename T>
 Intervals Chain::measure(const Block<const T>& numbers, std::uint32_t* counts) {
   const Layer& layer = model_.layer(this->layer());
   const Part& p = layer.part[part()];
-  begin();
+  const Kernels& kernels = predictive::kernels();
+  begin(kernels);
   const std::size_t room = total_ * p.heads * p.dim + kTile;
   intervals_.resize(2 * room);
   const Intervals intervals{intervals_.data(), intervals_.data() + room};
   if constexpr (sizeof(T) == 1)
-    kernels().model8(model_.model(form_), layer, part(), form_, tokens_, numbers, intervals, counts);
+    kernels.model8(model_.model(form_), layer, part(), form_, tokens_, numbers, intervals, counts);
   else
-    kernels().model16(model_.model(form_), layer, part(), form_, tokens_, numbers, intervals, counts);
+    kernels.model16(model_.model(form_), layer, part(), form_, tokens_, numbers, intervals, counts);
   end();
   return intervals;
 }
@@ -283,12 +366,13 @@ bool Chain::decode(Span<std::uint8_t> bytes, const Block<T>& numbers) {
   std::memcpy(states, bytes.data, sizeof states);
   const std::uint8_t *words = bytes.data + sizeof states, *end_of_words = bytes.data + bytes.size;
   const Layer& layer = model_.layer(this->layer());
-  begin();
+  const Kernels& kernels = predictive::kernels();
+  begin(kernels);
   bool good;
   if constexpr (sizeof(T) == 1)
-    good = kernels().decode8(model_.model(form_), layer, part(), form_, tokens_, numbers, states, words, end_of_words);
+    good = kernels.decode8(model_.model(form_), layer, part(), form_, tokens_, numbers, states, words, end_of_words);
   else
-    good = kernels().decode16(model_.model(form_), layer, part(), form_, tokens_, numbers, states, words, end_of_words);
+    good = kernels.decode16(model_.model(form_), layer, part(), form_, tokens_, numbers, states, words, end_of_words);
   end();
   return good;
 }
@@ -307,7 +391,7 @@ void Chain::pack(const Tile& tile, std::uint32_t* to) const {
 }
 
 // Tokens in tiles of one region.
-void Chain::arrange(const Layer& layer) {
+void Chain::arrange(const Layer& layer, const Kernels& kernels) {
   const auto cut = [&](std::size_t start, std::size_t count, std::uint32_t region) {
     for (std::size_t i = 0; i < count; i += kTile)
       tiles_.push_back({std::uint32_t(start + i), std::uint32_t(std::min<std::size_t>(kTile, count - i)), region});
@@ -325,7 +409,8 @@ void Chain::arrange(const Layer& layer) {
     std::uint8_t* const found = region.data() + tile.start;
     for (std::size_t r = 0; r < layer.regions; ++r) {
       if (r % 4 == 0)
-        kernels().products(packed.data(), layer.centre + r * layer.inputs, layer.inputs / 4,
+        kernels.products(packed.data(), layer.centre + r * layer.inputs, layer.inputs / 4,
+                           kernels.in_order ? layer.centre_order + r / 4 : nullptr,
                            model_.centre_start(this->layer()) + r, tile.count, sums);
       for (std::size_t t = 0; t < tile.count; ++t) {
         const std::int32_t score = sums[r % 4][t] + layer.centre_bias[r];
@@ -344,10 +429,11 @@ void Chain::arrange(const Layer& layer) {
   }
 }
 
-void Chain::begin() {
-  if (part() == 1) return;
+void Chain::begin(const Kernels& kernels) {
   const Layer& layer = model_.layer(this->layer());
-  arrange(layer);
+  if (kernels.in_order) model_.put_in_order(this->layer());
+  if (part() == 1) return;
+  arrange(layer, kernels);
   const std::size_t size = layer.inputs / 4 * kTile, own = layer.blocks * kTile;
   packed_.resize(tiles_.size() * size);
   for (std::size_t i = 0; i < tiles_.size(); ++i) pack(tiles_[i], packed_.data() + i * size);

@@ -53,6 +53,8 @@ class ProfileModel {
   std::size_t known(std::size_t i) const;     // rows of the layer's token table
   std::size_t last_use(std::size_t i) const;  // the last layer that looks at layer i
   std::size_t classes(std::size_t i) const;
+  // To be called before kernels that want an order look at a layer.
+  void put_in_order(std::size_t i) const;
   Model model(Form form) const;
 
  private:
@@ -92,9 +94,9 @@ class Chain {
  private:
   std::size_t layer() const { return next_ / 2; }
   int part() const { return int(next_ % 2); }
-  void begin();
+  void begin(const Kernels& kernels);
   void end();
-  void arrange(const Layer& layer);
+  void arrange(const Layer& layer, const Kernels& kernels);
   void pack(const Tile& tile, std::uint32_t* to) const;
 
   const ProfileModel& model_;

@@ -38,6 +38,9 @@ struct Densities {
   // four steps an octave of that share. Not part of the format.
   const float* cell;             // [shapes][64]
   const float* slope;            // [shapes][64]
+  // Both pairs of arrays with two of a kind side by side, for who fetches them one after the other.
+  const std::int32_t* from_rise; // [shapes][kCells][2]
+  const float* cell_slope;       // [shapes][64][2]
 };
 
 // How one part's channels are coded. Arrays are in coding order: for keys, the two channels that
@@ -50,6 +53,14 @@ struct Part {
   const std::uint64_t* step;         // [pairs] phase of one position, a turn is 2^64
 };
 
+// In which order to take the groups of inputs of one block of outputs. Instruction sets without a
+// product of four bytes with 32 bits of room begin with pairs: 255 times the weights of one sign that
+// come together in them fits 16 bits.
+struct Order {
+  const std::uint16_t* group;
+  std::uint32_t pairs;
+};
+
 // What a region has of its own: the predictors. Matrices are in blocks of 4 outputs and 4 inputs.
 struct Region {
   const std::int32_t* bias;            // [width]
@@ -59,6 +70,8 @@ struct Region {
   const std::int32_t* within_scale;    // [width], 2^-20
   // [4*blocks] -128 times the sum of what each output reads: what the 128 added to bytes comes to.
   const std::int32_t *weight_start, *within_start;
+  // [blocks] Where kernels ask for it (`Kernels::in_order`).
+  const Order *weight_order = nullptr, *within_order = nullptr;
 };
 
 struct Layer {
@@ -70,6 +83,7 @@ struct Layer {
   const Region* region;          // [regions]
   const std::int8_t* centre;     // [blocks of 4 regions][inputs/4][4][4], null for one region
   const std::int32_t* centre_bias;
+  const Order* centre_order;     // [blocks of 4 regions] as a region's
   const std::int8_t* unit;       // [width] a number is its fixed-point value times 2^unit
   const std::int32_t* mean;      // [width] for the next layers' inputs
   const std::int32_t* input_scale;     // [width], 2^-28
@@ -123,9 +137,10 @@ struct Intervals {
 
 // Kernels for one instruction set.
 struct Kernels {
+  bool in_order;  // whether `products` needs an order
   // sums[o][t] = w[o] . (x[t] - 128); x: [groups][kTile] of 4 bytes, w: [groups][4][4], start[o]: -128
   // times the sum of w[o]. `tokens` of kTile are of interest.
-  void (*products)(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
+  void (*products)(const std::uint32_t* x, const std::int8_t* w, std::size_t groups, const Order* order,
                    const std::int32_t* start, std::size_t tokens, std::int32_t sums[4][kTile]);
   // Intervals of known numbers. `counts`, unless null: [classes][channels][kCells] to count cells
   // of a number's own |z| in.

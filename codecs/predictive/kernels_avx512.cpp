@@ -46,10 +46,10 @@ struct Avx512 {
 
   struct Table {
     __m512i from[4], rise[4];
-    Table(const std::int32_t* f, const std::int32_t* r) {
-      for (int i = 0; i < 4; ++i) {
-        from[i] = _mm512_loadu_si512(f + 16 * i);
-        rise[i] = _mm512_loadu_si512(r + 16 * i);
+    Table(const Densities& d, std::size_t shape) {
+      for (std::size_t i = 0; i < 4; ++i) {
+        from[i] = _mm512_loadu_si512(d.from + kCells * shape + 16 * i);
+        rise[i] = _mm512_loadu_si512(d.rise + kCells * shape + 16 * i);
       }
     }
     void at(I cell, I* f, I* r) const {
@@ -61,16 +61,20 @@ struct Avx512 {
                                       _mm512_permutex2var_epi32(rise[2], c, rise[3]));
     }
   };
-  static __m512 at64(const float* a, __m512i at) {
-    return _mm512_mask_blend_ps(
-        _mm512_test_epi32_mask(at, _mm512_set1_epi32(32)),
-        _mm512_permutex2var_ps(_mm512_loadu_ps(a), at, _mm512_loadu_ps(a + 16)),
-        _mm512_permutex2var_ps(_mm512_loadu_ps(a + 32), at, _mm512_loadu_ps(a + 48)));
-  }
-  static void at64(const float* a, const float* b, I at, F* va, F* vb) {
-    *va = (F)at64(a, (__m512i)at);
-    *vb = (F)at64(b, (__m512i)at);
-  }
+  struct Search {
+    const float *cell, *slope;
+    Search(const Densities& d, std::size_t shape) : cell(d.cell + 64 * shape), slope(d.slope + 64 * shape) {}
+    void at(I i, F* c, F* s) const {
+      *c = (F)at64(cell, (__m512i)i);
+      *s = (F)at64(slope, (__m512i)i);
+    }
+    static __m512 at64(const float* a, __m512i at) {
+      return _mm512_mask_blend_ps(
+          _mm512_test_epi32_mask(at, _mm512_set1_epi32(32)),
+          _mm512_permutex2var_ps(_mm512_loadu_ps(a), at, _mm512_loadu_ps(a + 16)),
+          _mm512_permutex2var_ps(_mm512_loadu_ps(a + 32), at, _mm512_loadu_ps(a + 48)));
+    }
+  };
   static I at32(const std::int32_t* a, I at) {
     return (I)_mm512_permutex2var_epi32(_mm512_loadu_si512(a), (__m512i)at, _mm512_loadu_si512(a + 16));
   }
@@ -128,7 +132,8 @@ struct Avx512 {
 #pragma GCC unroll 4
       for (int v = 0; v < N; ++v) _mm512_storeu_si512(sums[o] + v * W, sum[o][v]);
   }
-  static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
+  static constexpr bool kInOrder = false;
+  static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups, const Order*,
                        const std::int32_t* start, std::size_t n, std::int32_t sums[4][kTile]) {
     if (n > 3 * W) return products_of<4>(x, w, groups, start, sums);
     if (n > 2 * W) return products_of<3>(x, w, groups, start, sums);

@@ -106,15 +106,14 @@ struct Of {
   struct Density {
     Grid grid;
     typename Isa::Table table;
-    const float *cell, *slope;
+    typename Isa::Search search_from;
     std::int32_t half;      // Densities::half
     std::int32_t numbers;
 
     Density(const Densities& d, std::size_t shape, Form form, int unit)
         : grid(form, unit),
-          table(d.from + shape * kCells, d.rise + shape * kCells),
-          cell(d.cell + shape * 64),
-          slope(d.slope + shape * 64),
+          table(d, shape),
+          search_from(d, shape),
           half(d.half),
           numbers(1 << form.bits()) {}
 
@@ -147,7 +146,7 @@ struct Of {
       const I tail = as_bits(to_float(half - g));
       const I step = most((tail >> 21) - ((127 + 7) << 2), all(0));
       F from, rise;
-      Isa::at64(cell, slope, step, &from, &rise);
+      search_from.at(step, &from, &rise);
       const F rest = to_float(tail & 0x1fffff) * (1.0f / (1 << 21));
       I place = most(least(to_int(from + rise * rest), all(kCells - 1)), all(0));
       I start, size;
@@ -196,7 +195,9 @@ struct Of {
     }
   };
 
-  // --- coders: what becomes of a number and its interval ---------------------------------------
+  // --- coders: what becomes of a channel's numbers and their intervals -------------------------
+  // Called with what is expected of `n` tokens, twice the centres and how narrow they lie; fills in
+  // their values and the |z| of their boundaries.
 
   // The numbers are known; their intervals are noted.
   template <typename T>
@@ -205,17 +206,19 @@ struct Of {
     std::uint32_t* counts;
     std::int32_t half;
 
-    void operator()(const Density& density, T* const* number, std::ptrdiff_t offset, std::size_t t,
-                 std::size_t, I centre2, I m, I* value, I* z) {
-      I bits;
-      for (int i = 0; i < W; ++i) bits[i] = number[t + std::size_t(i)][offset];
-      const I k = (bits & half) != 0 ? 2 * half - 1 - bits : bits + half;
-      I low, high;
-      density.of(k, centre2, m, &low, &high, value, z);
-      store(at.start + t, low);
-      store(at.size + t, high - low);
-    }
-    void next(std::size_t n) {
+    void operator()(const Density& density, T* const* number, std::ptrdiff_t offset, std::size_t n,
+                    const std::int32_t* centre2, const std::int32_t* m, std::int32_t* value, std::int32_t* z) {
+      for (std::size_t t = 0; t < n; t += W) {
+        I bits;
+        for (int i = 0; i < W; ++i) bits[i] = number[t + std::size_t(i)][offset];
+        const I k = (bits & half) != 0 ? 2 * half - 1 - bits : bits + half;
+        I low, high, v, away;
+        density.of(k, load(centre2 + t), load(m + t), &low, &high, &v, &away);
+        store(at.start + t, low);
+        store(at.size + t, high - low);
+        store(value + t, v);
+        store(z + t, away);
+      }
       at.start += n;
       at.size += n;
     }
@@ -231,52 +234,77 @@ struct Of {
     static constexpr std::uint32_t* counts = nullptr;
     bool ran_out = false;
 
-    void operator()(const Density& density, T* const* number, std::ptrdiff_t offset, std::size_t t,
-                 std::size_t n, I centre2, I m, I* value, I* z) {
-      std::uint64_t* const x = state + t % kLanes;
-      const std::size_t used = std::min<std::size_t>(W, n - t);
-      I target;
-      for (int i = 0; i < W; ++i) target[i] = std::int32_t(x[i] & (kCdf - 1));
-      const I active = lanes() < std::int32_t(used);
-      I k = density.guess(target, density.grid.near(to_float(centre2) * 0.5f), centre2, m);
-      I low, high;
-      density.of(k, centre2, m, &low, &high, value, z);
-      I wrong = active & ((target < low) | (target >= high));
-      if (any(wrong)) {
-        const I next = density.guess(target, k, centre2, m);
-        const I beside = target < low ? k - 1 : k + 1;
-        k = wrong ? (next == k ? beside : next) : k;
-        k = most(least(k, all(density.numbers - 1)), all(0));
-        density.of(k, centre2, m, &low, &high, value, z);
-        wrong = active & ((target < low) | (target >= high));
-        if (any(wrong)) {
-          for (std::size_t i = 0; i < used; ++i)
-            if (wrong[i]) k[i] = density.search(target[i], centre2[i], m[i]);
-          density.of(k, centre2, m, &low, &high, value, z);
-        }
+    void operator()(const Density& density, T* const* number, std::ptrdiff_t offset, std::size_t n,
+                    const std::int32_t* centre2, const std::int32_t* m, std::int32_t* value, std::int32_t* z) {
+      for (std::size_t t = 0; t < n; t += kLanes)
+        read(density, number + t, offset, std::min<std::size_t>(kLanes, n - t), centre2 + t, m + t, value + t,
+             z + t);
+    }
+    bool good() const { return !ran_out; }
+
+   private:
+    // One number of each state. What a vector goes through is a long chain, so one vector begins before
+    // the other is done: no loop needs what it has done for the vector before, but for the last.
+    void read(const Density& density, T* const* number, std::ptrdiff_t offset, std::size_t n,
+              const std::int32_t* centre2, const std::int32_t* m, std::int32_t* value, std::int32_t* z) {
+      alignas(64) std::int32_t targets[kLanes], guesses[kLanes], sizes[kLanes], rests[kLanes];
+      for (std::size_t t = 0; t < n; t += W) {
+        I target;
+        for (int i = 0; i < W; ++i) target[i] = std::int32_t(state[t + std::size_t(i)] & (kCdf - 1));
+        const I centre = load(centre2 + t);
+        store(targets + t, target);
+        store(guesses + t, density.guess(target, density.grid.near(to_float(centre) * 0.5f), centre, load(m + t)));
       }
-      const I size = high - low, rest = target - low;
-      const I bits = k >= half ? k - half : 2 * half - 1 - k;
-      for (std::size_t i = 0; i < used; ++i) number[t + i][offset] = T(bits[i]);
-      if (std::size_t(end - word) >= 4 * W && used == W) {
-        word = Isa::advance(x, (typename Isa::U)size, (typename Isa::U)rest, word);
-        return;
+      for (std::size_t t = 0; t < n; t += W) {
+        const std::size_t used = std::min<std::size_t>(W, n - t);
+        const I target = load(targets + t);
+        I k = load(guesses + t), low, high, v, away;
+        density.of(k, load(centre2 + t), load(m + t), &low, &high, &v, &away);
+        const I wrong = (lanes() < std::int32_t(used)) & ((target < low) | (target >= high));
+        if (__builtin_expect(any(wrong), 0))
+          find(density, target, wrong, load(centre2 + t), load(m + t), &k, &low, &high, &v, &away);
+        store(sizes + t, high - low);
+        store(rests + t, target - low);
+        store(value + t, v);
+        store(z + t, away);
+        const I bits = k >= half ? k - half : 2 * half - 1 - k;
+        for (std::size_t i = 0; i < used; ++i) number[t + i][offset] = T(bits[i]);
       }
-      for (std::size_t i = 0; i < used; ++i) {
-        x[i] = std::uint64_t(std::uint32_t(size[i])) * (x[i] >> kCdfBits) + std::uint32_t(rest[i]);
-        if (x[i] >= kLow) continue;
-        std::uint32_t next = 0;
-        if (word == end) {
-          ran_out = true;
-        } else {
-          std::memcpy(&next, word, 4);
-          word += 4;
+      for (std::size_t t = 0; t < n; t += W) {
+        std::uint64_t* const x = state + t;
+        if (std::size_t(end - word) >= 4 * W && n - t >= W) {
+          word = Isa::advance(x, (typename Isa::U)load(sizes + t), (typename Isa::U)load(rests + t), word);
+          continue;
         }
-        x[i] = x[i] << 32 | next;
+        for (std::size_t i = 0; i < std::min<std::size_t>(W, n - t); ++i) {
+          x[i] = std::uint64_t(std::uint32_t(sizes[t + i])) * (x[i] >> kCdfBits) + std::uint32_t(rests[t + i]);
+          if (x[i] >= kLow) continue;
+          std::uint32_t next = 0;
+          if (word == end) {
+            ran_out = true;
+          } else {
+            std::memcpy(&next, word, 4);
+            word += 4;
+          }
+          x[i] = x[i] << 32 | next;
+        }
       }
     }
-    void next(std::size_t) {}
-    bool good() const { return !ran_out; }
+
+    // The numbers and their intervals, where those in `k` are `wrong` ones.
+    __attribute__((noinline)) static void find(const Density& density, I target, I wrong, I centre2, I m, I* k,
+                                               I* low, I* high, I* value, I* z) {
+      const I next = density.guess(target, *k, centre2, m);
+      const I beside = target < *low ? *k - 1 : *k + 1;
+      *k = wrong ? (next == *k ? beside : next) : *k;
+      *k = most(least(*k, all(density.numbers - 1)), all(0));
+      density.of(*k, centre2, m, low, high, value, z);
+      wrong = wrong & ((target < *low) | (target >= *high));
+      if (!any(wrong)) return;
+      for (int i = 0; i < W; ++i)
+        if (wrong[i]) (*k)[i] = density.search(target[i], centre2[i], m[i]);
+      density.of(*k, centre2, m, low, high, value, z);
+    }
   };
 
   // --- one part of a layer --------------------------------------------------------------------
@@ -348,9 +376,11 @@ struct Of {
       Four& f = fours[b % 2];
       if (f.block == b) return f;
       f.block = b;
-      Isa::products(input, region.weight + b * layer.inputs * 4, layer.inputs / 4, region.weight_start + 4 * b,
-                    n, f.base);
-      Isa::products(residual, region.within + b * layer.blocks * 16, b, region.within_start + 4 * b, n, f.sums);
+      const auto order = [&](const Order* of) { return Isa::kInOrder ? of + b : nullptr; };
+      Isa::products(input, region.weight + b * layer.inputs * 4, layer.inputs / 4, order(region.weight_order),
+                    region.weight_start + 4 * b, n, f.base);
+      Isa::products(residual, region.within + b * layer.blocks * 16, b, order(region.within_order),
+                    region.within_start + 4 * b, n, f.sums);
       for (std::size_t o = 0; o < std::min<std::size_t>(4, width - 4 * b); ++o) {
         const std::size_t c = 4 * b + o;
         const I bias = all(region.bias[c]), scale = all(region.weight_scale[c]);
@@ -387,12 +417,18 @@ struct Of {
     };
     // 2^15 z for each unit of twice the deviation.
     const auto narrow = [&](std::size_t t, I inv) { return Isa::template product<12>(inv, load(calm + t)); };
-    const auto tally = [&](std::size_t place, std::size_t t, I v, I centre2, I m) {
+    alignas(64) std::int32_t centre2[kTile], narrows[kTile], xs[kTile], ys[kTile], zs[kTile];
+    // What a channel's numbers tell of how far numbers lie from where they are expected.
+    const auto tally = [&](std::size_t place, const std::int32_t* values) {
+      for (std::size_t t = 0; t < n; t += W)
+        store(deviation + t, load(deviation + t) + least(load(zs + t) >> (kZBits - 8), all(2048)));
       if (!coder.counts) return;
-      const I cell = Density::cell_of(Density::z_of(2 * v - centre2, m));
-      for (std::size_t i = 0; i < std::min<std::size_t>(W, n - t); ++i)
-        ++coder.counts[((layer.regions * (known[t + i] != 0) + tile.region) * channels + place) * kCells +
-                       std::size_t(cell[i])];
+      for (std::size_t t = 0; t < n; t += W) {
+        const I cell = Density::cell_of(Density::z_of(2 * load(values + t) - load(centre2 + t), load(narrows + t)));
+        for (std::size_t i = 0; i < std::min<std::size_t>(W, n - t); ++i)
+          ++coder.counts[((layer.regions * (known[t + i] != 0) + tile.region) * channels + place) * kCells +
+                         std::size_t(cell[i])];
+      }
     };
 
     std::size_t counted = 0;
@@ -404,7 +440,7 @@ struct Of {
         const Four& two = four(c + 1);
         const std::size_t p = place % part.dim / 2, pair = place / part.dim * part.pairs + p;
         const std::ptrdiff_t from = offset(place), other = offset(place + 1);
-        alignas(64) std::int32_t xs[kTile], ps[kTile], qs[kTile];
+        alignas(64) std::int32_t ps[kTile], qs[kTile];
         const auto by_angle = [&](const std::int32_t* array, std::size_t size, std::size_t row, std::size_t t) {
           const I turn = wide(angle + p * kTile + t);
           const I plain = Isa::at32(of_class(array, size, false) + row * kAngles, turn);
@@ -415,48 +451,41 @@ struct Of {
         for (std::size_t t = 0; t < n; t += W) {
           const I sin = wide(sine + p * kTile + t), cos = wide(cosine + p * kTile + t);
           const I a = expected(one, c, t), b = expected(two, c + 1, t);
-          const I x0 = Isa::turned(a, cos, b, -sin), y0 = Isa::turned(b, cos, a, sin);
-          const I m = narrow(t, by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair, t));
-          I v, z;
-          coder(first, at, from, t, n, 2 * x0, m, &v, &z);
-          tally(place, t, v, 2 * x0, m);
-          store(xs + t, v);
+          const I x0 = Isa::turned(a, cos, b, -sin);
           store(ps + t, x0);
-          store(qs + t, y0);
-          store(deviation + t, load(deviation + t) + least(z >> (kZBits - 8), all(2048)));
+          store(qs + t, Isa::turned(b, cos, a, sin));
+          store(centre2 + t, 2 * x0);
+          store(narrows + t, narrow(t, by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair, t)));
         }
-        coder.next(n);
+        coder(first, at, from, n, centre2, narrows, xs, zs);
+        tally(place, xs);
         const Density second(model.densities, layer.density[c + 1], form, layer.unit[c + 1]);
         for (std::size_t t = 0; t < n; t += W) {
-          const I x = load(xs + t);
           const I slope = by_angle(layer.pair_slope, all_pairs, pair, t);
-          const I centre = clamp(load(qs + t) + Isa::template scaled<12>(x - load(ps + t), slope), kClamp);
-          const I m = narrow(t, by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair + 1, t));
-          I y, z;
-          coder(second, at, other, t, n, 2 * centre, m, &y, &z);
-          tally(place + 1, t, y, 2 * centre, m);
-          store(deviation + t, load(deviation + t) + least(z >> (kZBits - 8), all(2048)));
+          const I off = Isa::template scaled<12>(load(xs + t) - load(ps + t), slope);
+          store(centre2 + t, 2 * clamp(load(qs + t) + off, kClamp));
+          store(narrows + t, narrow(t, by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair + 1, t)));
+        }
+        coder(second, at, other, n, centre2, narrows, ys, zs);
+        tally(place + 1, ys);
+        for (std::size_t t = 0; t < n; t += W) {
+          const I x = load(xs + t), y = load(ys + t);
           const I sin = wide(sine + p * kTile + t), cos = wide(cosine + p * kTile + t);
           know(one, c, t, clamp(Isa::turned(x, cos, y, sin), kClamp));
           know(two, c + 1, t, clamp(Isa::turned(y, cos, x, -sin), kClamp));
         }
-        coder.next(n);
         place += 2;
         counted += 2;
       } else {
-        const std::ptrdiff_t from = offset(place);
         for (std::size_t t = 0; t < n; t += W) {
-          const I centre2 = 2 * expected(one, c, t);
           I inv = all(of_class(layer.inverse, width, false)[c]);
           if (table) inv = load(known + t) != 0 ? all(of_class(layer.inverse, width, true)[c]) : inv;
-          const I m = narrow(t, inv);
-          I v, z;
-          coder(first, at, from, t, n, centre2, m, &v, &z);
-          tally(place, t, v, centre2, m);
-          store(deviation + t, load(deviation + t) + least(z >> (kZBits - 8), all(2048)));
-          know(one, c, t, v);
+          store(centre2 + t, 2 * expected(one, c, t));
+          store(narrows + t, narrow(t, inv));
         }
-        coder.next(n);
+        coder(first, at, offset(place), n, centre2, narrows, xs, zs);
+        tally(place, xs);
+        for (std::size_t t = 0; t < n; t += W) know(one, c, t, load(xs + t));
         place += 1;
         counted += 1;
       }
@@ -495,7 +524,7 @@ struct Of {
   }
 
   static constexpr Kernels kernels() {
-    return {Isa::products, model<std::uint8_t>, model<std::uint16_t>, decode<std::uint8_t>,
+    return {Isa::kInOrder, Isa::products, model<std::uint8_t>, model<std::uint16_t>, decode<std::uint8_t>,
             decode<std::uint16_t>};
   }
 };

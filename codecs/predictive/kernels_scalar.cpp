@@ -39,22 +39,22 @@ struct Scalar {
     return v;
   }
 
-  struct Table {
-    const std::int32_t *from, *rise;
-    Table(const std::int32_t* f, const std::int32_t* r) : from(f), rise(r) {}
-    void at(I cell, I* f, I* r) const {
-      for (int i = 0; i < W; ++i) {
-        (*f)[i] = from[cell[i]];
-        (*r)[i] = rise[cell[i]];
+  template <class V, typename T>
+  struct Pairs {
+    const T* pair;
+    void at(I i, V* a, V* b) const {
+      for (int k = 0; k < W; ++k) {
+        (*a)[k] = pair[2 * i[k]];
+        (*b)[k] = pair[2 * i[k] + 1];
       }
     }
   };
-  static void at64(const float* a, const float* b, I at, F* va, F* vb) {
-    for (int i = 0; i < W; ++i) {
-      (*va)[i] = a[at[i]];
-      (*vb)[i] = b[at[i]];
-    }
-  }
+  struct Table : Pairs<I, std::int32_t> {
+    Table(const Densities& d, std::size_t shape) : Pairs{d.from_rise + 2 * kCells * shape} {}
+  };
+  struct Search : Pairs<F, float> {
+    Search(const Densities& d, std::size_t shape) : Pairs{d.cell_slope + 2 * 64 * shape} {}
+  };
   static I at32(const std::int32_t* a, I at) {
     I v;
     for (int i = 0; i < W; ++i) v[i] = a[at[i]];
@@ -69,7 +69,8 @@ struct Scalar {
   static I dot(I sums, I x, const std::int8_t* w) {
     return sums + (x & 255) * w[0] + (x >> 8 & 255) * w[1] + (x >> 16 & 255) * w[2] + (x >> 24 & 255) * w[3];
   }
-  static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
+  static constexpr bool kInOrder = false;
+  static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups, const Order*,
                        const std::int32_t* start, std::size_t n, std::int32_t sums[4][kTile]) {
     for (std::size_t t = 0; t < n; t += W)
       for (int o = 0; o < 4; ++o) {

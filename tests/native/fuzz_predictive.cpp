@@ -44,6 +44,17 @@ Span<std::uint32_t> densities(Arrays& arrays, std::size_t shapes) {
   return d;
 }
 
+// Small ones or all that there are; sometimes as far from 0 as they go, where sums come next to what
+// 16 bits hold.
+Span<std::int8_t> weights(Arrays& arrays, std::size_t n) {
+  const std::int64_t limit = std::min<std::int64_t>(1 << below(8), 127);
+  const Span<std::int8_t> w = arrays.of<std::int8_t>(n, -limit, limit);
+  if (below(2))
+    for (std::size_t i = 0; i < n; ++i)
+      const_cast<std::int8_t*>(w.data)[i] = std::int8_t(w.data[i] < 0 ? -limit : limit);
+  return w;
+}
+
 LayerArrays layer(Arrays& arrays, const std::vector<std::size_t>& widths, std::size_t shapes, bool sane) {
   LayerArrays a{};
   a.k_heads = 1 + below(3);
@@ -70,13 +81,13 @@ LayerArrays layer(Arrays& arrays, const std::vector<std::size_t>& widths, std::s
   a.mean = arrays.of<std::int32_t>(n, -wide, wide);
   a.input_scale = arrays.of<std::int32_t>(n, -wide, wide);
   a.bias = arrays.of<std::int32_t>(all, -wide, wide);
-  a.weight = arrays.of<std::int8_t>(a.regions * blocks * inputs * 4, -127, 127);
+  a.weight = weights(arrays, a.regions * blocks * inputs * 4);
   a.weight_scale = arrays.of<std::int32_t>(all, -wide, wide);
-  a.within = arrays.of<std::int8_t>(a.regions * blocks * blocks * 16, -127, 127);
+  a.within = weights(arrays, a.regions * blocks * blocks * 16);
   a.within_scale = arrays.of<std::int32_t>(all, -wide, wide);
   a.density = arrays.of<std::uint8_t>(n, 0, std::int64_t(shapes) - 1);
   if (a.regions > 1) {
-    a.centre = arrays.of<std::int8_t>(up4(a.regions) / 4 * inputs * 4, -127, 127);
+    a.centre = weights(arrays, up4(a.regions) / 4 * inputs * 4);
     a.centre_bias = arrays.of<std::int32_t>(a.regions, -(1 << 30), 1 << 30);
   }
   a.has_table = below(2);
