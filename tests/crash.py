@@ -102,8 +102,13 @@ def start(work, url, options, log, seed) -> int:
 
 
 def main(url: str, operations: int, seed: int = 0, options: str = "{}") -> int:
-    rng, given = random.Random(seed), json.loads(options)
-    log = Log(Path(tempfile.mkdtemp(prefix="kvzip-crash-")) / "log")
+    with tempfile.TemporaryDirectory(prefix="kvzip-crash-") as folder:
+        tempfile.tempdir = folder  # a writer that is killed leaves its file behind
+        return run(Log(Path(folder) / "log"), url, operations, seed, json.loads(options))
+
+
+def run(log: Log, url: str, operations: int, seed: int, given: dict[str, str]) -> int:
+    rng = random.Random(seed)
     seeds = iter(range(seed * 1_000_000, sys.maxsize))
     began, kills = time.monotonic(), 0
     writers = [start(write, url, given, log, next(seeds)) for _ in range(WRITERS)]
