@@ -32,7 +32,7 @@ from kvzip.entropy.ladder import check_same_model, fingerprint
 from kvzip.entropy.linear import Floats
 from kvzip.entropy.residual import View, held_layers
 from kvzip.errors import KVZipError
-from kvzip.eval import copies, predictors
+from kvzip.eval import copies, predictors, stored
 from kvzip.eval.machine import Made, made_by
 from kvzip.eval.predictors import COPY, Document, LayerData, LayerPoint
 from kvzip.models import LoadedModel, load_model
@@ -115,10 +115,7 @@ class Frontier(Made, frozen=True, kw_only=True):
 
 def load(path: str | os.PathLike[str]) -> Frontier:
     """A stored result. Raises KVZipError when it is none."""
-    try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=Frontier)
-    except msgspec.MsgspecError as error:
-        raise KVZipError(f"{path} is not a result of `kvzip eval frontier`: {error}") from None
+    return stored.load(path, Frontier, "`kvzip eval frontier`")
 
 
 def hull(points: Sequence[Point], room: float) -> list[Point]:
