@@ -11,8 +11,9 @@ import math
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -149,6 +150,31 @@ def _finished(job: Callable[[], T]) -> Future[T]:
         future.set_result(job())
     except Exception as error:
         future.set_exception(error)
+    return future
+
+
+def _after(before: Future[Any] | None, job: Callable[[], T], pool: ThreadPoolExecutor) -> Future[T]:
+    """A job's result; begun when `before` is done, and failed if that is."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            future.set_exception(error)
+
+    def begin(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is not None:
+            future.set_exception(error)
+            return
+        with suppress(RuntimeError):  # nobody wants it any more
+            pool.submit(work)
+
+    if before is None:
+        pool.submit(work)
+    else:
+        before.add_done_callback(begin)
     return future
 
 
@@ -531,6 +557,16 @@ class _Target(Coded, gc=False):
     """Which of the block's tokens those are."""
 
 
+class _Request(NamedTuple):
+    """Layers to decode, what is wanted of each, and where it goes."""
+
+    wanted: Sequence[int]
+    cuts: Mapping[int, LayerLayout]
+    places: Mapping[tuple[int, Part], _Place]
+
+
+_Job = Callable[[], Sequence[int]]
+"""Decodes rows of the index and returns them."""
 _Tables = dict[tuple[int, Part], tuple[memoryview, Any]]
 """By layer and part the tables, as they are stored and as blocks use them."""
 
@@ -681,6 +717,60 @@ class Reader:
         Raises CorruptError when any block read is damaged, ProfileError when the file needs a
         profile and has not got it.
         """
+        request = self._request(layers, tokens, out)
+        workers = thread_count(threads) if threads is not None else self._threads
+        jobs, at_once = self._jobs(request, workers)
+        for done in _in_order((job for _, job in jobs), at_once, 2 * workers):
+            if progress is not None:
+                progress(sum(self._asked(row, request.cuts) for row in done))
+        return self._snapshot(request)
+
+    def in_turn(
+        self,
+        requests: Iterable[tuple[Sequence[int], tuple[int, int]]],
+        threads: int | None = None,
+    ) -> Generator[Snapshot, None, None]:
+        """For each (layers, positions) in turn what :meth:`decode` gives. The next one's is begun
+        while one is waited for or used, so that threads do not wait for each other in between:
+        tokens whose layers are done go on to the next layers."""
+        workers = thread_count(threads) if threads is not None else self._threads
+        pool: ThreadPoolExecutor | None = None
+        last: dict[int | None, Future[Any]] = {}
+        begun: deque[tuple[_Request, list[Future[Any]]]] = deque()
+
+        def finished() -> Snapshot:
+            request, futures = begun.popleft()
+            for future in futures:
+                future.result()
+            return self._snapshot(request)
+
+        try:
+            for layers, tokens in requests:
+                request = self._request(layers, tokens)
+                jobs, at_once = self._jobs(request, workers)
+                if pool is None:
+                    pool = ThreadPoolExecutor(workers if at_once > 1 else 1)
+                futures = []
+                for chain, job in jobs:
+                    future = _after(last.get(chain), job, pool)
+                    if chain is not None:
+                        last[chain] = future
+                    futures.append(future)
+                begun.append((request, futures))
+                if len(begun) > 1:
+                    yield finished()
+            while begun:
+                yield finished()
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+
+    def _request(
+        self,
+        layers: Sequence[int] | None,
+        tokens: tuple[int, int] | None,
+        out: Sequence[tuple[Any, Any]] | None = None,
+    ) -> _Request:
         self._check_profile()
         wanted = (
             list(range(len(self))) if layers is None else [self._layer_number(i) for i in layers]
@@ -690,26 +780,33 @@ class Reader:
             raise ValueError(f"tokens {begin}:{end} are not within 0:{self.layout.tokens}")
         whole = {i: self.layout.layers[i] for i in wanted}
         cuts = whole if tokens is None else {i: w.cut(begin, end) for i, w in whole.items()}
-        places = self._places(wanted, cuts, out)
+        return _Request(wanted, cuts, self._places(wanted, cuts, out))
+
+    def _jobs(self, request: _Request, workers: int) -> tuple[list[tuple[int | None, _Job]], int]:
+        """What decodes a request, and how much of it at once. A job's number, if it has one: those
+        of the same number in other requests go on from each other."""
+        wanted, cuts, places = request
         tables: _Tables = {}
-        workers = thread_count(threads) if threads is not None else self._threads
-        jobs: list[Callable[[], Sequence[int]]]
-        inside = 1
-        if self._codec.independent:
-            rows = self._rows(wanted, cuts)
-            # A few to a job: handing over a job takes as long as a block of the fastest codec.
-            size = max(1, min(16, len(rows) // (4 * workers)))
-            if self._codec.threaded:
-                # One job after the other: they decode what comes as it comes.
-                size, inside = 64, workers
-            groups = [rows[at : at + size] for at in range(0, len(rows), size)]
-            jobs = [partial(self._decode_rows, group, places, tables, inside) for group in groups]
-        else:
+        if not self._codec.independent:
             chains = self._plan(wanted, cuts)
-            jobs = [partial(self._decode_chain, chain, cuts, places, tables) for chain in chains]
-        for done in _in_order(jobs, min(workers // inside, len(jobs) or 1), 2 * workers):
-            if progress is not None:
-                progress(sum(self._asked(row, cuts) for row in done))
+            return [
+                (chain[0], partial(self._decode_chain, chain, cuts, places, tables))
+                for chain in chains
+            ], min(workers, len(chains) or 1)
+        rows = self._rows(wanted, cuts)
+        # A few to a job: handing over a job takes as long as a block of the fastest codec.
+        size, inside = max(1, min(16, len(rows) // (4 * workers))), 1
+        if self._codec.threaded:
+            # One job after the other: they decode what comes as it comes.
+            size, inside = 64, workers
+        groups = [rows[at : at + size] for at in range(0, len(rows), size)]
+        return [
+            (None, partial(self._decode_rows, group, places, tables, inside)) for group in groups
+        ], min(workers // inside, len(groups) or 1)
+
+    def _snapshot(self, request: _Request) -> Snapshot:
+        """What was asked for, once it is decoded."""
+        wanted, cuts, places = request
         result = []
         for i in wanted:
             cut = cuts[i]

@@ -7,6 +7,7 @@ the model is fed first is checked against the document, see `kvzip.load.hf.load_
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,9 +29,9 @@ _log = logging.getLogger("kvzip.load")
 
 
 TOGETHER = 4
-"""Layers that are decoded in one call, and that a model gets at once. Threads that decode wait for
-each other at the end of a call. And when a model is done with what it has, its OpenMP threads go on
-spinning for milliseconds, on cores that the decoder needs; so it is to wait seldom."""
+"""Layers that are decoded in one call, and that a model gets at once. When a model is done with
+what it has, its OpenMP threads go on spinning for milliseconds, on cores that the decoder needs; so
+it is to wait seldom."""
 
 
 class Taken(NamedTuple):
@@ -90,6 +91,10 @@ def naming(row: int) -> Iterator[None]:
         raise
 
 
+_Run = tuple[list[int], tuple[int, int]]
+"""Layers, and first and last position of them."""
+
+
 class Loader:
     """Decodes layers of one source, a few when the first of them is taken, and the next few ahead.
 
@@ -114,8 +119,15 @@ class Loader:
         self._ahead: dict[int, Future[dict[int, Taken]]] = {}
         """By the first of the layers that are decoded together: those that were not taken yet."""
         self._lock = Lock()
+        self._due: deque[_Run] = deque()
+        """What the reader is to give next in turn, where blocks need those of other layers; nothing
+        once that has failed. Else calls for a few layers each do as well."""
         if isinstance(source, Reader):
             source.read_ahead(spans)
+            if not source.codec.independent:
+                groups = range(0, len(spans), TOGETHER)
+                self._due.extend(run for first in groups for run in self._runs(self._group(first)))
+                self._turns = source.in_turn(list(self._due), threads)
 
     def __deepcopy__(self, memo: Any) -> Loader:
         return self
@@ -139,8 +151,7 @@ class Loader:
         with self._lock:
             for start in range(first, min(first + 2 * TOGETHER, len(self.spans)), TOGETHER):
                 if start not in self._ahead:
-                    group = range(start, min(start + TOGETHER, len(self.spans)))
-                    self._ahead[start] = self._worker.submit(self._decode, group)
+                    self._ahead[start] = self._worker.submit(self._decode, self._group(start))
             mine = self._ahead[first]
         try:
             decoded = mine.result()
@@ -159,12 +170,19 @@ class Loader:
             last = min(first + TOGETHER, len(self.spans)) - 1
             raise KVZipError(f"layers {first} to {last} cannot be read: {error}") from error
 
-    def _decode(self, layers: Iterable[int]) -> dict[int, Taken]:
-        found = {}
+    def _group(self, first: int) -> range:
+        """The layers that are decoded together with this first one."""
+        return range(first, min(first + TOGETHER, len(self.spans)))
+
+    def _runs(self, layers: Iterable[int]) -> Iterator[_Run]:
         # Most begin where the others do, and end there, too, or a token later.
         for start, alike in groupby(layers, key=lambda i: self.spans[i][0]):
             run = list(alike)
-            stop = max(self.spans[i][1] for i in run)
+            yield run, (start, max(self.spans[i][1] for i in run))
+
+    def _decode(self, layers: Iterable[int]) -> dict[int, Taken]:
+        found = {}
+        for run, (start, stop) in self._runs(layers):
             if isinstance(self.source, Snapshot):
                 whole = [self.source.layers[i] for i in run]
                 pairs = [
@@ -173,11 +191,23 @@ class Loader:
                     for first in [layer.layout.first]
                 ]
             else:
-                decoded = self.source.decode(None, run, (start, stop), self.threads)
-                pairs = list(map(list, decoded.layers))
+                pairs = list(map(list, self._from_reader(self.source, run, (start, stop)).layers))
             for i, pair in zip(run, pairs, strict=True):
                 held = self.spans[i][1] - start
                 found[i] = self._taken(i, [bits[..., :held, :] for bits in pair])
+        return found
+
+    def _from_reader(self, reader: Reader, layers: list[int], span: tuple[int, int]) -> Snapshot:
+        if not self._due or self._due[0] != (layers, span):
+            return reader.decode(None, layers, span, self.threads)
+        try:
+            found = next(self._turns)
+        except BaseException:
+            self._due.clear()
+            raise
+        self._due.popleft()
+        if not self._due:
+            self._turns.close()
         return found
 
     def _taken(self, i: int, pair: Sequence[Any]) -> Taken:

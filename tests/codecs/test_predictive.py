@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from support import tiny_documents as documents
 
 import kvzip
 from kvzip.capture import prefill
-from kvzip.errors import KVZipError, ProfileError
+from kvzip.errors import CorruptError, KVZipError, ProfileError
 
 
 def tiny(kind="Llama", **more):
@@ -101,14 +103,90 @@ def test_parts_decode_alone(profile, unseen):
     assert kvzip.verify(blob, profile).ratio > 1
 
 
-def test_layer_after_layer_decodes_each_block_once(profile, unseen, monkeypatch):
+def counted(monkeypatch):
+    """A list that grows by one with each block that is decoded from now on."""
     codec = type(kvzip.get_codec("predictive"))
     decode, calls = codec.decode, []
     monkeypatch.setattr(codec, "decode", lambda self, *a: (calls.append(1), decode(self, *a))[1])
+    return calls
+
+
+def test_layer_after_layer_decodes_each_block_once(profile, unseen, monkeypatch):
+    calls = counted(monkeypatch)
     with kvzip.open(kvzip.encode(unseen, "predictive", profile), profile, threads=1) as reader:
         for i in range(len(reader)):
             reader.layer(i)
     assert len(calls) == 2 * len(unseen.layers)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_layers_in_turn_are_what_decode_gives_and_each_block_is_decoded_once(
+    profile, unseen, monkeypatch, threads
+):
+    blob = kvzip.encode(unseen, "predictive", profile, block_tokens=64)
+    requests = [([0, 1], (0, unseen.tokens)), ([2], (30, 130)), ([3, 4], (30, 130))]
+    with kvzip.open(blob, profile) as reader:
+        want = [reader.decode(layers=layers, tokens=span) for layers, span in requests]
+        reader = kvzip.open(blob, profile, threads)
+        calls = counted(monkeypatch)
+        for found, wanted in zip(reader.in_turn(requests), want, strict=True):
+            assert_same(found, wanted)
+    blocks = -(-unseen.tokens // 64), 3  # of the first layers, and of positions 30 to 130
+    assert len(calls) == 2 * (2 * blocks[0] + 3 * blocks[1])
+
+
+def test_tokens_that_are_done_go_on_to_the_next_layers(profile, unseen, monkeypatch):
+    """One block of the first layer does not come back before another is two layers further."""
+    codec = type(kvzip.get_codec("predictive"))
+    decode, further = codec.decode, threading.Event()
+    waited = []
+
+    def slow(self, data, out, context):
+        if context.layer == 2 and context.start:
+            further.set()
+        if context.layer == 0 and not context.start and not waited:
+            waited.append(further.wait(20))
+        decode(self, data, out, context)
+
+    blob = kvzip.encode(unseen, "predictive", profile, block_tokens=unseen.tokens // 2 + 1)
+    monkeypatch.setattr(codec, "decode", slow)
+    span = (0, unseen.tokens)
+    with kvzip.open(blob, profile, threads=2) as reader:
+        turns = reader.in_turn([([0, 1], span), ([2, 3], span)])
+        assert_same_layers(next(turns), unseen, [0, 1])
+        assert waited == [True]
+        assert_same_layers(next(turns), unseen, [2, 3])
+        assert next(turns, None) is None
+
+
+def test_what_fails_in_turn_is_named_and_what_is_left_is_not_decoded(profile, unseen, monkeypatch):
+    blob = bytearray(kvzip.encode(unseen, "predictive", profile, block_tokens=64))
+    with kvzip.open(bytes(blob), profile) as reader:
+        row = reader._index.rows[2, "v"][2]
+        blob[reader._index.offset[row] + reader._index.length[row] // 2] ^= 1
+    span = (0, unseen.tokens)
+    requests = [([i], span) for i in range(len(unseen.layers))]
+    with kvzip.open(bytes(blob), profile, threads=2) as reader:
+        turns = reader.in_turn(requests)
+        for i in range(2):
+            assert_same_layers(next(turns), unseen, [i])
+        with pytest.raises(CorruptError, match="layer 2 v, tokens 64:128"):
+            next(turns)
+    calls = counted(monkeypatch)
+    with kvzip.open(bytes(blob), profile, threads=2) as reader:
+        turns = reader.in_turn(requests)
+        next(turns)
+        turns.close()
+        done = len(calls)
+        assert done <= 2 * 2 * -(-unseen.tokens // 64)  # the first layer's and the next one's
+        time.sleep(0.05)
+        assert len(calls) == done
+
+
+def assert_same_layers(found, whole, layers):
+    for i, layer in zip(layers, found.layers, strict=True):
+        for mine, want in zip(layer, whole.layers[i], strict=True):
+            assert np.array_equal(mine, want)
 
 
 def test_the_same_bytes_from_every_path_and_any_threads(profile, unseen):
