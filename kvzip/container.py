@@ -533,7 +533,7 @@ class Info:
         return 8 * self.encoded_bytes / max(self.numbers, 1)
 
 
-# None of what follows can be part of a cycle, and the collector need not look at it.
+# A file has many of these two. They are part of no cycle: the collector need not look at them.
 
 
 class _Place(msgspec.Struct, gc=False):
@@ -732,9 +732,10 @@ class Reader:
     ) -> Generator[Snapshot, None, None]:
         """For each (layers, positions) in turn what :meth:`decode` gives. The next one's is begun
         while one is waited for or used, so that threads do not wait for each other in between:
-        tokens whose layers are done go on to the next layers."""
+        tokens whose layers are done go on to the next layers. What is closed before its end leaves
+        the rest, and does not wait for what is begun."""
         workers = thread_count(threads) if threads is not None else self._threads
-        pool: ThreadPoolExecutor | None = None
+        pool, wait = ThreadPoolExecutor(1 if self._codec.threaded else workers), True
         last: dict[int | None, Future[Any]] = {}
         begun: deque[tuple[_Request, list[Future[Any]]]] = deque()
 
@@ -747,9 +748,7 @@ class Reader:
         try:
             for layers, tokens in requests:
                 request = self._request(layers, tokens)
-                jobs, at_once = self._jobs(request, workers)
-                if pool is None:
-                    pool = ThreadPoolExecutor(workers if at_once > 1 else 1)
+                jobs, _ = self._jobs(request, workers)
                 futures = []
                 for chain, job in jobs:
                     future = _after(last.get(chain), job, pool)
@@ -761,9 +760,11 @@ class Reader:
                     yield finished()
             while begun:
                 yield finished()
+        except GeneratorExit:
+            wait = False
+            raise
         finally:
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait, cancel_futures=True)
 
     def _request(
         self,

@@ -87,8 +87,8 @@ struct Avx2 {
     std::memcpy(&four, w, 4);
     return _mm256_castps_si256(_mm256_set1_ps(four));
   }
-  // sums + w . x, x still with its 128: `start` has what it comes to. Bytes become words, as no
-  // product of two bytes and a third fits 16 bits.
+  // sums + w . x, x still with its 128: `start` has what it comes to. Bytes become words, as the sum of
+  // two products of bytes may not fit 16 bits.
   static __m256i even_bytes(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi16(255)); }
   static __m256i odd_bytes(__m256i x) { return _mm256_srli_epi16(x, 8); }
   static __m256i dots(__m256i sums, __m256i even, __m256i odd, __m256i w) {
@@ -102,8 +102,10 @@ struct Avx2 {
   }
   static constexpr bool kInOrder = true;
   // By itself there are enough registers for it.
-  __attribute__((noinline)) static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups, const Order* order,
-                       const std::int32_t* start, std::size_t n, std::int32_t sums[4][kTile]) {
+  __attribute__((noinline)) static void products(const std::uint32_t* x, const std::int8_t* w,
+                                                 std::size_t groups, const Order* order,
+                                                 const std::int32_t* start, std::size_t n,
+                                                 std::int32_t sums[4][kTile]) {
     const __m256i ones = _mm256_set1_epi16(1);
     for (std::size_t t = 0; t < n; t += 2 * W) {
       const auto tokens = [&](std::size_t group, int v) {

@@ -177,10 +177,8 @@ def test_what_fails_in_turn_is_named_and_what_is_left_is_not_decoded(profile, un
         turns = reader.in_turn(requests)
         next(turns)
         turns.close()
-        done = len(calls)
-        assert done <= 2 * 2 * -(-unseen.tokens // 64)  # the first layer's and the next one's
-        time.sleep(0.05)
-        assert len(calls) == done
+        time.sleep(0.2)
+        assert len(calls) <= 2 * 2 * -(-unseen.tokens // 64)  # the first layer's and the next one's
 
 
 def assert_same_layers(found, whole, layers):
