@@ -719,7 +719,8 @@ class Reader:
         """
         request = self._request(layers, tokens, out)
         workers = thread_count(threads) if threads is not None else self._threads
-        jobs, at_once = self._jobs(request, workers)
+        jobs = self._jobs(request, workers)
+        at_once = min(self._at_once(workers), len(jobs) or 1)
         for done in _in_order((job for _, job in jobs), at_once, 2 * workers):
             if progress is not None:
                 progress(sum(self._asked(row, request.cuts) for row in done))
@@ -735,7 +736,7 @@ class Reader:
         tokens whose layers are done go on to the next layers. What is closed before its end leaves
         the rest, and does not wait for what is begun."""
         workers = thread_count(threads) if threads is not None else self._threads
-        pool, wait = ThreadPoolExecutor(1 if self._codec.threaded else workers), True
+        pool, wait = ThreadPoolExecutor(self._at_once(workers)), True
         last: dict[int | None, Future[Any]] = {}
         begun: deque[tuple[_Request, list[Future[Any]]]] = deque()
 
@@ -748,9 +749,8 @@ class Reader:
         try:
             for layers, tokens in requests:
                 request = self._request(layers, tokens)
-                jobs, _ = self._jobs(request, workers)
                 futures = []
-                for chain, job in jobs:
+                for chain, job in self._jobs(request, workers):
                     future = _after(last.get(chain), job, pool)
                     if chain is not None:
                         last[chain] = future
@@ -783,17 +783,20 @@ class Reader:
         cuts = whole if tokens is None else {i: w.cut(begin, end) for i, w in whole.items()}
         return _Request(wanted, cuts, self._places(wanted, cuts, out))
 
-    def _jobs(self, request: _Request, workers: int) -> tuple[list[tuple[int | None, _Job]], int]:
-        """What decodes a request, and how much of it at once. A job's number, if it has one: those
-        of the same number in other requests go on from each other."""
+    def _at_once(self, workers: int) -> int:
+        """How many jobs there may be at a time: one of a codec that has threads of its own."""
+        return 1 if self._codec.independent and self._codec.threaded else workers
+
+    def _jobs(self, request: _Request, workers: int) -> list[tuple[int | None, _Job]]:
+        """What decodes a request. A job's number, if it has one: those of the same number in other
+        requests go on from each other."""
         wanted, cuts, places = request
         tables: _Tables = {}
         if not self._codec.independent:
-            chains = self._plan(wanted, cuts)
             return [
                 (chain[0], partial(self._decode_chain, chain, cuts, places, tables))
-                for chain in chains
-            ], min(workers, len(chains) or 1)
+                for chain in self._plan(wanted, cuts)
+            ]
         rows = self._rows(wanted, cuts)
         # A few to a job: handing over a job takes as long as a block of the fastest codec.
         size, inside = max(1, min(16, len(rows) // (4 * workers))), 1
@@ -803,7 +806,7 @@ class Reader:
         groups = [rows[at : at + size] for at in range(0, len(rows), size)]
         return [
             (None, partial(self._decode_rows, group, places, tables, inside)) for group in groups
-        ], min(workers // inside, len(groups) or 1)
+        ]
 
     def _snapshot(self, request: _Request) -> Snapshot:
         """What was asked for, once it is decoded."""
