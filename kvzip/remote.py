@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any, NamedTuple
@@ -41,6 +43,8 @@ _REACH = 2 * _CONNECTIONS
 time; while one request starves, those after it are not what a reader waits for."""
 _ONE_REQUEST = 256 << 20
 """Objects up to this many bytes are written by one request, which can be create-only."""
+_MATTERS = re.compile("^AWS_|_PROXY$", re.IGNORECASE)
+"""Variables of the environment that a client reads when it is made."""
 
 
 class Meta(NamedTuple):
@@ -374,8 +378,22 @@ def open_url(
     folder, slash, name = url.rpartition("/")
     if not slash or not name or folder.endswith("/"):
         raise KVZipError(f"{url!r} names no file in a store")
-    bucket = Bucket(folder, timeout=timeout, retries=retries, options=options)
+    environment = frozenset(item for item in os.environ.items() if _MATTERS.search(item[0]))
+    bucket = _bucket(folder, timeout, retries, frozenset((options or {}).items()), environment)
     try:
         return bucket.open(name, profile, threads)
     except FileNotFoundError:
         raise StoreError(f"there is no {url}") from None
+
+
+@lru_cache(maxsize=16)
+def _bucket(
+    url: str,
+    timeout: float,
+    retries: int,
+    options: frozenset[tuple[str, Any]],
+    environment: frozenset[tuple[str, str]],
+) -> Bucket:
+    """One for all that is opened under a URL: making a client takes milliseconds (it reads the
+    system's certificates), and its connections are there for the next object."""
+    return Bucket(url, timeout=timeout, retries=retries, options=dict(options))

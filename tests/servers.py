@@ -121,6 +121,8 @@ class Failing:
     silence."""
 
     url: str = ""
+    connections: int = 0
+    """How many were made."""
     _left: dict[str, int] = field(default_factory=dict)
     _silent: set[str] = field(default_factory=set)
     _lock: Lock = field(default_factory=Lock)
@@ -152,6 +154,10 @@ def failing_server(folder: Path) -> Iterator[Failing]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            failing.connections += 1
+            super().setup()
 
         def do_GET(self) -> None:
             path = folder / unquote(self.path).lstrip("/")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import silent_server
+from servers import failing_server, silent_server
 from support import assert_same, cache_like, make_snapshot
 from test_cli import run, run_json
 
@@ -231,6 +231,25 @@ def test_over_http_what_a_server_serves_is_read(s3):
     for url, line in (("http://host/doc.kvz?signed", "query"), ("http://", "names no file")):
         with pytest.raises(KVZipError, match=line):
             remote.open_url(url)
+
+
+def test_what_is_opened_under_one_url_shares_connections(tmp_path, monkeypatch):
+    snapshot = snapshot_of(range(50))
+    kvzip.write(tmp_path / "doc.kvz", snapshot)
+    with failing_server(tmp_path) as server:
+
+        def connected_for(opened: int, **options: object) -> int:
+            before = server.connections
+            for _ in range(opened):
+                with remote.open_url(f"{server.url}/doc.kvz", **options) as file:
+                    assert_same(file.decode(), snapshot)
+            return server.connections - before
+
+        assert 1 <= connected_for(6) <= remote._CONNECTIONS
+        # Another client where anything else is asked of it, or would be found in the environment.
+        assert connected_for(1, timeout=9.0) > 0
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert connected_for(1) > 0
 
 
 def test_documents_that_need_a_profile_are_for_those_who_have_it(tmp_path):

@@ -118,7 +118,8 @@ def load_batch_or_prefill(
                 with naming(n):
                     one = stack.enter_context(Opened(one_source, profile, threads, find))
                     if one.source is not None:
-                        shared[n] = one.source, *agreed(one.source, model, row[None])
+                        _, most, common = agreed(one.source, model, row[None])
+                        shared[n] = one.source, most, common
                         opened.append(one)
             except (KVZipError, OSError) as error:
                 tell(error)
@@ -201,4 +202,4 @@ def _cache(
     batch = BatchLoader(rows, column, [kind.window for kind in kinds])
     for one in opened:
         one.close_after(batch)
-    return cache_argument(lazy_cache(batch, config, kinds, column, longest))
+    return cache_argument(lazy_cache(batch, kinds, column, longest))

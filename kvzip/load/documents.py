@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from kvzip import container, dtypes
 from kvzip.container import Reader
@@ -156,12 +156,22 @@ def in_common(layout: Layout, document: NDArray[Any] | None, prompt: NDArray[Any
     return common
 
 
+class Agreed(NamedTuple):
+    """What a document and a prompt for a model agree in."""
+
+    kinds: list[LayerKind]
+    tokens: int
+    """How many to keep."""
+    common: int
+    """How many they have in common."""
+
+
 def agreed(
     document: Reader | Snapshot, model: Any, ids: NDArray[Any], tokens: int | None = None
-) -> tuple[int, int]:
-    """How many tokens of a document to keep for a prompt, [batch, n], and how many they have in
-    common; raises KVZipError unless it is of the model and its dtype."""
-    check_config(document, model.config)
+) -> Agreed:
+    """Of a document and a prompt, [batch, n]; raises KVZipError unless the document is of the model
+    and its dtype."""
+    kinds = check_config(document, model.config)
     stored = getattr(torch, dtypes.get(document.layout.dtype).torch)
     if stored != model.dtype:
         raise UnsupportedError(f"the file holds {stored}, the model {model.dtype}")
@@ -169,7 +179,7 @@ def agreed(
     most = common if tokens is None else min(common, tokens)
     if most == common > 1 and document.layout.lacking(most - 1) is None:
         most -= 1  # one token less, so that its key tells whether the weights are the same
-    return most, common
+    return Agreed(kinds, most, common)
 
 
 # --- into a cache ------------------------------------------------------------------------------
@@ -213,17 +223,19 @@ def spans_of(kinds: Sequence[LayerKind], count: int, witnessed: bool) -> list[tu
 
 
 def lazy_cache(
-    loader: Any, config: Any, kinds: Sequence[LayerKind], count: int, prompt_length: int | None
+    loader: Any, kinds: Sequence[LayerKind], count: int, prompt_length: int | None
 ) -> Any:
     """A `Cache` of `count` tokens, [layers], that takes them from a Loader or BatchLoader."""
-    cache = DynamicCache(config=config.get_text_config(decoder=True))
-    cache.layers = [
+    layers = [
         SlidingLayer(loader, i, count, sliding_window=kind.window)
         if kind.kind == "sliding"
         else FullLayer(loader, i, count)
         for i, kind in enumerate(kinds)
     ]
-    cache.layers[0]._prompt_length = prompt_length
+    layers[0]._prompt_length = prompt_length
+    cache = DynamicCache()
+    # Its own constructor would make layers from the config, once more: a millisecond.
+    Cache.__init__(cache, layers=layers)
     return cache
 
 

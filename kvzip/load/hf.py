@@ -158,17 +158,10 @@ def load_cache(
     CorruptError for a bad file; while generating, KVZipError (CorruptError, ...) from `update`.
     """
     with Opened(source, profile, threads) as opened:
-        source = opened.source
-        kinds = check_config(source, config)
+        document: Any = opened.source
+        kinds = check_config(document, config)
         ids = None if prompt is None else ids_of(prompt, "prompt")
-        if ids is None:
-            count = _count_without_prompt(kinds, source.layout, tokens)
-            witnessed = True
-        else:
-            count, witnessed = _count_with_prompt(source.layout, source.token_ids, ids, tokens)
-        loader = Loader(source, spans_of(kinds, count, witnessed), count, device, threads)
-        opened.close_after(loader)
-    return lazy_cache(loader, config, kinds, count, None if ids is None else ids.shape[1])
+        return _lazy(opened, kinds, ids, tokens, device, threads)
 
 
 def load_or_prefill(
@@ -197,25 +190,41 @@ def load_or_prefill(
     ids than `prompt` that are fed.
     """
     ids = ids_of(prompt, "prompt")
-    config = model.config
-    empty = DynamicCache(config=config.get_text_config(decoder=True))
     find = finder(model, ids[0], name, revision, profile, threads)
     try:
         with Opened(source, profile, threads, find) as opened:
             document = opened.source
-            if document is None:
-                return empty
-            most, _ = agreed(document, model, ids, tokens)
-            cache = load_cache(document, config, prompt=ids, tokens=most, threads=threads)
-            loader = cache.layers[0]._source
-            opened.close_after(loader)
+            if document is not None:
+                kinds, most, _ = agreed(document, model, ids, tokens)
+                cache = _lazy(opened, kinds, ids, most, None, threads)
+                rows = document.layout.layers[0].k
+                batch = rows[0] if len(rows) == 4 else 1
+                loader = cache.layers[0]._source
+                loader.recovery = Recovery(prefill_of(model, ids[:batch], loader.held))
+                return cache
     except (KVZipError, OSError) as error:
         tell(error)
-        return empty
-    rows = document.layout.layers[0].k
-    batch = rows[0] if len(rows) == 4 else 1
-    loader.recovery = Recovery(prefill_of(model, ids[:batch], loader.held))
-    return cache
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def _lazy(
+    opened: Opened,
+    kinds: Sequence[LayerKind],
+    ids: NDArray[Any] | None,
+    tokens: int | None,
+    device: Any,
+    threads: int,
+) -> Any:
+    """A `Cache` of an opened document whose layers are of these kinds; as :func:`load_cache`."""
+    document = opened.source
+    assert document is not None
+    if ids is None:
+        count, witnessed = _count_without_prompt(kinds, document.layout, tokens), True
+    else:
+        count, witnessed = _count_with_prompt(document.layout, document.token_ids, ids, tokens)
+    loader = Loader(document, spans_of(kinds, count, witnessed), count, device, threads)
+    opened.close_after(loader)
+    return lazy_cache(loader, kinds, count, None if ids is None else ids.shape[1])
 
 
 def _count_without_prompt(kinds: Sequence[LayerKind], layout: Layout, tokens: int | None) -> int:
