@@ -30,7 +30,7 @@ struct Scalar {
 
     bool step(const Decoder& d, const std::uint8_t** words, std::uint32_t* out, int shift,
               std::uint32_t value_mask, bool first, std::uint64_t* escaped) {
-      std::uint32_t own[kLanes], other[kLanes], y[kLanes];
+      std::uint32_t own[kLanes], other[kLanes], next[kLanes], takes[kLanes];
       for (std::size_t j = 0; j < kLanes; ++j) {
         const std::uint32_t* entry = d.entry + (x_[j] >> 5 & (kBuckets - 1));
         own[j] = entry[0];
@@ -41,16 +41,18 @@ struct Scalar {
         const bool second = (x << 27 | ((1u << 27) - 1)) >= own[j];
         const std::uint32_t add = second ? other[j] >> kAddAt : 0;
         const std::uint32_t e = second ? other[j] : own[j];
-        y[j] = (e & kFreqMask) * (x >> kProbBits) + (x & (kBucketSlots - 1)) + add;
+        const std::uint32_t y = (e & kFreqMask) * (x >> kProbBits) + (x & (kBucketSlots - 1)) + add;
         own[j] = e;
+        // All ones where a lane takes a word, or none; and the state with room for it.
+        takes[j] = 0u - std::uint32_t(y < kLow);
+        next[j] = (y & ~takes[j]) | (y << 16 & takes[j]);
       }
       const std::uint8_t* p = *words;
       for (std::size_t j = 0; j < lanes_; ++j) {
         std::uint16_t word;
         std::memcpy(&word, p, 2);
-        const std::uint32_t more = 0u - std::uint32_t(y[j] < kLow);  // all ones, or none
-        x_[j] = y[j] << (more & 16) | (word & more);
-        p += more & 2;
+        x_[j] = next[j] | (word & takes[j]);
+        p += takes[j] & 2;
       }
       *words = p;
       const std::uint32_t before = first ? 0 : ~0u;
