@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from kvzip.errors import KVZipError
+from kvzip.remote import forget_clients, open_url
 
 PORT = 8083
 # A model on a CPU that waits for its next layer leaves the cores to the decoder. Left alone, its
@@ -122,7 +123,8 @@ def _serve(folder: str, address: str, say: Callable[[dict[str, Any]], None]) -> 
 
 
 class _Answers:
-    """What can be asked of the end with the model."""
+    """What can be asked of the end with the model. What comes from a URL comes over connections of
+    its own, as the first time that a process loads something."""
 
     def __init__(self, model: str, dtype: str, snapshot: str, profile: str | None = None):
         import torch
@@ -160,6 +162,7 @@ class _Answers:
         from kvzip.load.hf import load_or_prefill
 
         self.warnings.told.clear()
+        forget_clients()
         found = self._timed(
             lambda: load_or_prefill(source, self.model, self.prompt, profile=self.profile)
         )
@@ -174,6 +177,7 @@ class _Answers:
         much of the processor all threads took for it; the model does not run."""
         from kvzip.load.hf import load_cache
 
+        forget_clients()
         gc.collect()
         used, began = time.process_time(), time.perf_counter()
         cache = load_cache(source, self.model.config, prompt=self.prompt, profile=self.profile)
@@ -185,8 +189,7 @@ class _Answers:
     def transfer(self, source: str) -> dict[str, Any]:
         """Seconds to have every byte of it, read as a load reads it, but not decoded; and how much
         of the processor all threads here took for it."""
-        from kvzip.remote import open_url
-
+        forget_clients()
         gc.collect()
         used, began = time.process_time(), time.perf_counter()
         reader = open_url(source, self.profile)

@@ -1,7 +1,7 @@
 """Time to first token over a real link of limited rate, beside what `kvzip.cost` predicts for it.
 
 Two namespaces, a web server in one, the model in the other (`wire.py`, `ends.py`). What the
-prediction is made of is measured in the same run, apart from the link: the prefill, the model's
+prediction is made of is measured in the same run, apart from any load: the prefill, the model's
 first step, each codec's decoding, and what moving the bytes costs the processor. The link itself
 goes into it by its nominal rate and delay.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from kvzip import capture, checksum, container, cost
 from kvzip.codec import get_codec
@@ -41,8 +42,18 @@ Times = defaultdict[tuple[str, str, tuple[float, float] | None], list[float]]
 """Seconds by way, what was timed, and the link: (delay, Mb/s), or None for apart from it."""
 
 
+class Moving(msgspec.Struct, frozen=True):
+    """Bringing a file over one link, without decoding it."""
+
+    mbps: float
+    delay: float
+    seconds: float
+    """What it takes of the processors, of both ends and of the wire together, over all cores;
+    median. The slower the link, the fewer bytes come each time that somebody is woken for them."""
+
+
 class Alone(msgspec.Struct, frozen=True):
-    """One codec apart from any link: medians, seconds."""
+    """One codec by itself: medians, seconds."""
 
     codec: str
     encoded_bytes: int
@@ -51,16 +62,21 @@ class Alone(msgspec.Struct, frozen=True):
     """From the call to a cache of which nothing is decoded yet, from a local file."""
     decoding: float
     """All layers out of a local file, as a model gets them."""
-    moving: float
-    """What bringing the bytes over takes of the processors, both ends together, over all cores."""
     decoding_work: float
     """What `decoding` takes of the processors, over all cores."""
-    carrying: float = 0.0
-    """What the process that delays packets takes of them for the file, where there is a delay."""
+    moving: list[Moving]
+
+    def moving_work(self, mbps: float, delay: float) -> float:
+        """What moving its bytes takes of the processors: between the rates that were measured, on
+        straight lines over the logarithm of the rate."""
+        here = sorted((math.log(m.mbps), m.seconds) for m in self.moving if m.delay == delay)
+        rates, seconds = zip(*here, strict=True)
+        return float(np.interp(math.log(mbps), rates, seconds))
 
 
 class Apart(msgspec.Struct, frozen=True):
-    """What a prediction is made of: all of it measured without a shaped link."""
+    """What a prediction is made of, with the link's nominal rate and delay. Nothing of it is of a
+    load."""
 
     raw_bytes: int
     layers: int
@@ -158,7 +174,7 @@ def predict(apart: Apart, way: str, mbps: float, delay: float) -> float:
         return apart.prefill
     alone = next(codec for codec in apart.codecs if codec.codec == way)
     raw = apart.raw_bytes
-    work = alone.decoding_work + apart.step_work + alone.moving + (alone.carrying if delay else 0)
+    work = alone.decoding_work + apart.step_work + alone.moving_work(mbps, delay)
     rate = raw / max(work, alone.decoding, apart.step)
     bandwidth = cost.goodput(mbps * 1e6)
     return cost.load_seconds(
@@ -317,14 +333,18 @@ def measure(
     for delay, mbps in sweeps.items():
         with Link(delay) as link, _ends(link, sources) as (server, reader):
             control = link.congestion_control
-            so_far.begin(link, server, reader, sources, max(repeat, 5))
+
+            def elsewhere(wire: int | None = link.wire, server: ends.End = server) -> float:
+                carried = 0.0 if wire is None else ends.processor_seconds(wire)
+                return server.processor_seconds() + carried
+
             for rate in mbps:
                 link.shape(rate * 1e6)
                 began = time.monotonic()
                 repeated = len(so_far.all_times()[PREFILL, "load", (delay, rate)])
                 for again in range(repeated, repeat):
                     progress("over links", done + again, total)
-                    so_far.add(_once(sources, reader, (delay, rate)))
+                    so_far.add(_once(sources, reader, (delay, rate), elsewhere))
                     if file is not None:
                         stored.save(so_far, file)
                     if time.monotonic() - began > _LONG:
@@ -332,7 +352,7 @@ def measure(
                 done += repeat
             progress("over links", done, total)
     times = so_far.all_times()
-    apart = _apart(sources, snapshot, times, so_far.moving, so_far.carrying)
+    apart = _apart(sources, snapshot, times)
     if file is not None:
         file.unlink(missing_ok=True)
     points = [
@@ -373,22 +393,6 @@ def _url(path: Path) -> str:
     return f"http://{ADDRESSES['server']}:{ends.PORT}/{path.name}"
 
 
-def _moving(
-    link: Link, server: ends.End, reader: ends.End, path: Path, repeat: int
-) -> tuple[float, float]:
-    """Processor seconds to bring a file over an unshaped link, over all cores: of both ends
-    together, and of the wire between them."""
-
-    def carried() -> float:
-        return 0.0 if link.wire is None else ends.processor_seconds(link.wire)
-
-    used, wire = -server.processor_seconds(), -carried()
-    for _ in range(repeat):
-        used += reader.ask(do="transfer", source=_url(path))["processor"]
-    used, wire = used + server.processor_seconds(), wire + carried()
-    return used / repeat / machine().cores, wire / repeat / machine().cores
-
-
 class _SoFar(msgspec.Struct):
     """What a run has measured up to now, as it is kept in a file until all is."""
 
@@ -396,8 +400,6 @@ class _SoFar(msgspec.Struct):
     """What must be the same for it to go on."""
     times: list[tuple[str, str, tuple[float, float] | None, list[float]]] = []
     """As `Times`: once for each time that everything was measured."""
-    moving: dict[str, float] = {}
-    carrying: dict[str, float] = {}
 
     @staticmethod
     def load(path: Path, sources: Sources, snapshot: Snapshot) -> _SoFar:
@@ -421,17 +423,6 @@ class _SoFar(msgspec.Struct):
                 )
         return found
 
-    def begin(
-        self, link: Link, server: ends.End, reader: ends.End, sources: Sources, repeat: int
-    ) -> None:
-        for codec, path in sources.files.items():
-            if codec in (self.carrying if link.delay else self.moving):
-                continue
-            moving, carrying = _moving(link, server, reader, path, repeat)
-            self.moving.setdefault(codec, moving)
-            if link.delay:
-                self.carrying[codec] = carrying
-
     def add(self, times: Times) -> None:
         self.times += [(*key, taken) for key, taken in times.items()]
 
@@ -442,9 +433,14 @@ class _SoFar(msgspec.Struct):
         return times
 
 
-def _once(sources: Sources, reader: ends.End, link: tuple[float, float]) -> Times:
+def _once(
+    sources: Sources,
+    reader: ends.End,
+    link: tuple[float, float],
+    elsewhere: Callable[[], float],
+) -> Times:
     """Everything once, over the link and apart from it: what else the machine does then falls on
-    both alike."""
+    both alike. `elsewhere`: processor seconds that all but the reader have used."""
     times: Times = defaultdict(list)
     times[PREFILL, "load", link].append(reader.ask(do="prefill")["seconds"])
     _note(times, PREFILL, "step", reader.ask(do="step"))
@@ -453,9 +449,13 @@ def _once(sources: Sources, reader: ends.End, link: tuple[float, float]) -> Time
         times[codec, "load", link].append(_loaded(reader, codec, _url(path))["seconds"])
         times[codec, "opening", None].append(_loaded(reader, codec, here)["opening"])
         _note(times, codec, "decoding", reader.ask(do="layers", source=here))
-        for what in ("transfer", "layers"):
-            found = reader.ask(do=what, source=_url(path))
-            times[codec, what, link].append(found["seconds"])
+        before = elsewhere()
+        found = reader.ask(do="transfer", source=_url(path))
+        times[codec, "transfer", link].append(found["seconds"])
+        moved = found["processor"] + elsewhere() - before
+        times[codec, "moving", link].append(moved / machine().cores)
+        found = reader.ask(do="layers", source=_url(path))
+        times[codec, "layers", link].append(found["seconds"])
     return times
 
 
@@ -472,13 +472,7 @@ def _loaded(reader: ends.End, codec: str, source: str) -> dict[str, Any]:
     return found
 
 
-def _apart(
-    sources: Sources,
-    snapshot: Snapshot,
-    times: Times,
-    moving: dict[str, float],
-    carrying: dict[str, float],
-) -> Apart:
+def _apart(sources: Sources, snapshot: Snapshot, times: Times) -> Apart:
     from kvzip.load.lazy import TOGETHER
 
     prefills = [
@@ -491,9 +485,12 @@ def _apart(
             snapshot.raw_bytes / size,
             statistics.median(times[codec, "opening", None]),
             statistics.median(times[codec, "decoding", None]),
-            moving[codec],
             statistics.median(times[codec, "decoding work", None]),
-            carrying.get(codec, 0.0),
+            [
+                Moving(link[1], link[0], statistics.median(taken))
+                for (way, what, link), taken in times.items()
+                if link is not None and (way, what) == (codec, "moving")
+            ],
         )
         for codec, path in sources.files.items()
         for size in [path.stat().st_size]

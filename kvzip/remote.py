@@ -397,3 +397,8 @@ def _bucket(
     """One for all that is opened under a URL: making a client takes milliseconds (it reads the
     system's certificates), and its connections are there for the next object."""
     return Bucket(url, timeout=timeout, retries=retries, options=dict(options))
+
+
+def forget_clients() -> None:
+    """What :func:`open_url` opens next connects anew, as the first time."""
+    _bucket.cache_clear()

@@ -250,6 +250,8 @@ def test_what_is_opened_under_one_url_shares_connections(tmp_path, monkeypatch):
         assert connected_for(1, timeout=9.0) > 0
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert connected_for(1) > 0
+        remote.forget_clients()
+        assert connected_for(1) > 0
 
 
 def test_documents_that_need_a_profile_are_for_those_who_have_it(tmp_path):

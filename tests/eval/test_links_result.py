@@ -12,10 +12,18 @@ from kvzip import cost
 from kvzip.errors import KVZipError
 from kvzip.eval import graphs, links, stored
 from kvzip.eval.figures import put_between
-from kvzip.eval.links import PREFILL, Alone, Apart, Point, predict, turns
+from kvzip.eval.links import PREFILL, Alone, Apart, Moving, Point, predict, turns
 from kvzip.eval.machine import Machine
 
 RAW = 47_185_920
+DELAYS = (0.0, 0.01)
+
+
+def moving(seconds: float) -> list[Moving]:
+    """The same at every rate."""
+    return [Moving(mbps, delay, seconds) for delay in DELAYS for mbps in (50.0, 10000)]
+
+
 APART = Apart(
     RAW,
     30,
@@ -24,9 +32,9 @@ APART = Apart(
     0.05,
     4,
     [
-        Alone("raw", RAW, 1.0, 0.003, 0.02, 0.03, 0.015),
-        Alone("channel", round(RAW / 1.54), 1.54, 0.003, 0.03, 0.02, 0.025),
-        Alone("predictive", round(RAW / 2.2), 2.2, 0.003, 0.25, 0.015, 0.24),
+        Alone("raw", RAW, 1.0, 0.003, 0.02, 0.015, moving(0.03)),
+        Alone("channel", round(RAW / 1.54), 1.54, 0.003, 0.03, 0.025, moving(0.02)),
+        Alone("predictive", round(RAW / 2.2), 2.2, 0.003, 0.25, 0.24, moving(0.015)),
     ],
 )
 RATES = [50.0, 100, 200, 500, 1000, 2000, 5000, 10000]
@@ -35,7 +43,7 @@ RATES = [50.0, 100, 200, 500, 1000, 2000, 5000, 10000]
 def result(**changes: Any) -> links.Links:
     """One whose clock agrees with the formula but for 3 %."""
     points = []
-    for delay in (0.0, 0.01):
+    for delay in DELAYS:
         for mbps in RATES:
             for way in (PREFILL, "raw", "channel", "predictive"):
                 exact = predict(APART, way, mbps, delay)
@@ -77,10 +85,19 @@ def test_a_slow_link_takes_the_time_of_its_bytes() -> None:
 def test_a_fast_link_takes_the_time_of_the_processor() -> None:
     """Everything that is done on it, once; what the last layers ask for, and opening, besides."""
     for codec in APART.codecs:
-        work = codec.decoding_work + APART.step_work + codec.moving
+        work = codec.decoding_work + APART.step_work + codec.moving[0].seconds
         taken = max(work, codec.decoding, APART.step)
         found = predict(APART, codec.codec, 1e6, 0.0)
         assert found == pytest.approx(taken * (1 + 1 / 8) + codec.opening)
+
+
+def test_what_moving_takes_lies_between_what_it_takes_at_the_rates_around() -> None:
+    """On a line over the logarithm, each delay by itself, and the same beyond the ends."""
+    measured = [Moving(100, 0.0, 4.0), Moving(100, 0.01, 9.0), Moving(1600, 0.0, 2.0)]
+    codec = msgspec.structs.replace(APART.codecs[0], moving=measured)
+    for mbps, seconds in ((10, 4.0), (100, 4.0), (200, 3.5), (400, 3.0), (1600, 2.0), (1e5, 2.0)):
+        assert codec.moving_work(mbps, 0.0) == pytest.approx(seconds)
+    assert codec.moving_work(400, 0.01) == 9.0
 
 
 def test_a_delay_costs_its_round_trips() -> None:
@@ -96,7 +113,7 @@ def test_a_delay_costs_its_round_trips() -> None:
 def test_where_prefill_is_overtaken_is_the_break_even_bandwidth() -> None:
     found = {(t.below, t.above): t for t in result().turns}
     for codec in APART.codecs[:2]:
-        work = codec.decoding_work + APART.step_work + codec.moving
+        work = codec.decoding_work + APART.step_work + codec.moving[0].seconds
         rate = RAW / max(work, codec.decoding, APART.step)
         same = cost.break_even_bandwidth(
             APART.prefill,

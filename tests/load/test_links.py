@@ -120,11 +120,11 @@ def test_a_run_that_was_ended_goes_on(
 ) -> None:
     once, asked = links._once, []
 
-    def counted(sources: Any, reader: Any, link: tuple[float, float]) -> Any:
+    def counted(sources: Any, reader: Any, link: tuple[float, float], elsewhere: Any) -> Any:
         if len(asked) == stop:
             raise KeyboardInterrupt
         asked.append(link)
-        return once(sources, reader, link)
+        return once(sources, reader, link, elsewhere)
 
     monkeypatch.setattr(links, "_once", counted)
     rates, stop = [400, 600], 3
