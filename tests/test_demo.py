@@ -15,7 +15,7 @@ import kvzip
 @pytest.mark.model
 def test_demo(tmp_path):
     kvzip_command = str(Path(sys.executable).parent / "kvzip")
-    command = [kvzip_command, "demo", "--out", str(tmp_path), "--tokens", "1024"]
+    command = [kvzip_command, "demo", "--out", str(tmp_path), "--tokens", "512"]
     command += ["--train", "6", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
