@@ -123,8 +123,7 @@ def _serve(folder: str, address: str, say: Callable[[dict[str, Any]], None]) -> 
 
 
 class _Answers:
-    """What can be asked of the end with the model. What comes from a URL comes over connections of
-    its own, as the first time that a process loads something."""
+    """What can be asked of the end with the model."""
 
     def __init__(self, model: str, dtype: str, snapshot: str, profile: str | None = None):
         import torch
@@ -162,7 +161,6 @@ class _Answers:
         from kvzip.load.hf import load_or_prefill
 
         self.warnings.told.clear()
-        forget_clients()
         found = self._timed(
             lambda: load_or_prefill(source, self.model, self.prompt, profile=self.profile)
         )
@@ -177,7 +175,6 @@ class _Answers:
         much of the processor all threads took for it; the model does not run."""
         from kvzip.load.hf import load_cache
 
-        forget_clients()
         gc.collect()
         used, began = time.process_time(), time.perf_counter()
         cache = load_cache(source, self.model.config, prompt=self.prompt, profile=self.profile)
@@ -189,7 +186,6 @@ class _Answers:
     def transfer(self, source: str) -> dict[str, Any]:
         """Seconds to have every byte of it, read as a load reads it, but not decoded; and how much
         of the processor all threads here took for it."""
-        forget_clients()
         gc.collect()
         used, began = time.process_time(), time.perf_counter()
         reader = open_url(source, self.profile)
@@ -263,6 +259,7 @@ def main(what: str, *rest: str) -> None:
     say({"threads": len(os.sched_getaffinity(0))})
     for line in sys.stdin:
         question = json.loads(line)
+        forget_clients()  # connections are those of a process's first load
         found = getattr(end, question.pop("do"))(**question)
         found.pop("cache", None)
         say(found)

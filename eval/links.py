@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -333,11 +334,7 @@ def measure(
     for delay, mbps in sweeps.items():
         with Link(delay) as link, _ends(link, sources) as (server, reader):
             control = link.congestion_control
-
-            def elsewhere(wire: int | None = link.wire, server: ends.End = server) -> float:
-                carried = 0.0 if wire is None else ends.processor_seconds(wire)
-                return server.processor_seconds() + carried
-
+            elsewhere = partial(_used_elsewhere, link, server)
             for rate in mbps:
                 link.shape(rate * 1e6)
                 began = time.monotonic()
@@ -433,6 +430,13 @@ class _SoFar(msgspec.Struct):
         return times
 
 
+def _used_elsewhere(link: Link, server: ends.End) -> float:
+    """Processor seconds that all but the reader have used: the server, and the wire if there is
+    one."""
+    carried = 0.0 if link.wire is None else ends.processor_seconds(link.wire)
+    return server.processor_seconds() + carried
+
+
 def _once(
     sources: Sources,
     reader: ends.End,
@@ -440,7 +444,7 @@ def _once(
     elsewhere: Callable[[], float],
 ) -> Times:
     """Everything once, over the link and apart from it: what else the machine does then falls on
-    both alike. `elsewhere`: processor seconds that all but the reader have used."""
+    both alike. `elsewhere`: :func:`_used_elsewhere`."""
     times: Times = defaultdict(list)
     times[PREFILL, "load", link].append(reader.ask(do="prefill")["seconds"])
     _note(times, PREFILL, "step", reader.ask(do="step"))
@@ -451,18 +455,23 @@ def _once(
         _note(times, codec, "decoding", reader.ask(do="layers", source=here))
         before = elsewhere()
         found = reader.ask(do="transfer", source=_url(path))
-        times[codec, "transfer", link].append(found["seconds"])
-        moved = found["processor"] + elsewhere() - before
-        times[codec, "moving", link].append(moved / machine().cores)
+        found["processor"] += elsewhere() - before
+        _note(times, codec, "transfer", found, link)
         found = reader.ask(do="layers", source=_url(path))
         times[codec, "layers", link].append(found["seconds"])
     return times
 
 
-def _note(times: Times, way: str, what: str, found: Mapping[str, Any]) -> None:
-    """Something apart from the link, with what it took of the processors, over all cores."""
-    times[way, what, None].append(found["seconds"])
-    times[way, f"{what} work", None].append(found["processor"] / machine().cores)
+def _note(
+    times: Times,
+    way: str,
+    what: str,
+    found: Mapping[str, Any],
+    link: tuple[float, float] | None = None,
+) -> None:
+    """Something with what it took of the processors, over all cores."""
+    times[way, what, link].append(found["seconds"])
+    times[way, f"{what} work", link].append(found["processor"] / machine().cores)
 
 
 def _loaded(reader: ends.End, codec: str, source: str) -> dict[str, Any]:
@@ -489,7 +498,7 @@ def _apart(sources: Sources, snapshot: Snapshot, times: Times) -> Apart:
             [
                 Moving(link[1], link[0], statistics.median(taken))
                 for (way, what, link), taken in times.items()
-                if link is not None and (way, what) == (codec, "moving")
+                if link is not None and (way, what) == (codec, "transfer work")
             ],
         )
         for codec, path in sources.files.items()

@@ -379,7 +379,10 @@ def open_url(
     if not slash or not name or folder.endswith("/"):
         raise KVZipError(f"{url!r} names no file in a store")
     environment = frozenset(item for item in os.environ.items() if _MATTERS.search(item[0]))
-    bucket = _bucket(folder, timeout, retries, frozenset((options or {}).items()), environment)
+    try:
+        bucket = _bucket(folder, timeout, retries, frozenset((options or {}).items()), environment)
+    except TypeError as error:  # a value that cannot be compared is none that a client takes
+        raise KVZipError(f"cannot use {folder} as a store: {error}") from None
     try:
         return bucket.open(name, profile, threads)
     except FileNotFoundError:

@@ -231,6 +231,8 @@ def test_over_http_what_a_server_serves_is_read(s3):
     for url, line in (("http://host/doc.kvz?signed", "query"), ("http://", "names no file")):
         with pytest.raises(KVZipError, match=line):
             remote.open_url(url)
+    with pytest.raises(KVZipError, match="cannot use"):
+        remote.open_url(f"{s3.http}/doc.kvz", options={"allow_http": ["true"]})
 
 
 def test_what_is_opened_under_one_url_shares_connections(tmp_path, monkeypatch):

@@ -185,13 +185,20 @@ def agreed(
 # --- into a cache ------------------------------------------------------------------------------
 
 
-def origin_of_model(model: Any) -> Origin:
+def name_of_model(model: Any) -> tuple[str, str]:
+    """What a model calls itself, and its revision; "" where it says nothing."""
     config = model.config
+    name = getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "")
+    return str(name), str(getattr(config, "_commit_hash", None) or "")
+
+
+def origin_of_model(model: Any) -> Origin:
+    name, revision = name_of_model(model)
     return Origin(
-        model=str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "")),
-        revision=str(getattr(config, "_commit_hash", None) or ""),
+        model=name,
+        revision=revision,
         architecture=type(model).__name__,
-        rope=rope_parameters(config),
+        rope=rope_parameters(model.config),
     )
 
 
@@ -204,11 +211,11 @@ def finder(
     threads: int,
 ) -> Callable[[Store], Match | None]:
     """What looks for a model's prompt, [n], in a store."""
-    known = origin_of_model(model)
+    own_name, own_revision = name_of_model(model)
     return lambda store: store.find(
         ids,
-        model=known.model if name is None else name,
-        revision=known.revision if revision is None else revision,
+        model=own_name if name is None else name,
+        revision=own_revision if revision is None else revision,
         dtype=str(model.dtype),
         profile=profile,
         threads=threads,
