@@ -38,6 +38,7 @@ from kvzip.container import thread_count
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import KVZipError
 from kvzip.eval.bench import WholeFile, buffers, cache_bytes, in_memory, room, seconds, spec_of
+from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot, sha256_raw
 
@@ -245,10 +246,9 @@ def run(
 
     `profile` is for the codecs that need one; the others run without. `threads`: 0 for all cores.
     `progress` is called once for each turn of a snapshot; there are `repeat` + 1. Raises
-    ValueError for a setting that makes no sense, and what :meth:`Snapshot.load` raises.
+    UsageError for a setting that makes no sense, and what :meth:`Snapshot.load` raises.
     """
-    if repeat < 1:
-        raise ValueError("repeat must be at least 1")
+    repeat = integer("repeat", repeat, 1)
     threads = thread_count(threads)
     found, missing = _import_peers() if peers else ([], [])
     workers = _Workers(threads)

@@ -18,6 +18,7 @@ from kvzip import container
 from kvzip.container import Reader
 from kvzip.errors import KVZipError
 from kvzip.load.hf import cache_argument, load_cache
+from kvzip.options import integer
 from kvzip.snapshot import PARTS, Layer, Snapshot
 
 
@@ -130,8 +131,7 @@ class Reference:
     ):
         if snapshot.token_ids is None:
             raise KVZipError("the snapshot has no token ids: there is nothing to prompt with")
-        if new_tokens < 1:
-            raise ValueError("new_tokens must be at least 1")
+        new_tokens = integer("new_tokens", new_tokens, 1)
         self.model, self.new_tokens = model, new_tokens
         self.layers = layer_hashes(snapshot)
         document = np.atleast_2d(snapshot.token_ids).astype(np.int64)

@@ -21,6 +21,7 @@ from kvzip.errors import (
     ProfileError,
     StoreError,
     UnsupportedError,
+    UsageError,
 )
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
@@ -44,6 +45,7 @@ __all__ = [
     "Snapshot",
     "StoreError",
     "UnsupportedError",
+    "UsageError",
     "codec_names",
     "decode",
     "encode",

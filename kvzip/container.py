@@ -28,8 +28,9 @@ from kvzip import auto, checksum, dtypes
 from kvzip.codec import Codec, Coded, Context, get_codec
 from kvzip.codecs._native import Output
 from kvzip.dtypes import Bits
-from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError
+from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UsageError
 from kvzip.index import RECORD, Entry, Index, entries, entry_count
+from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import (
     PARTS,
@@ -96,9 +97,16 @@ def _batched_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def thread_count(threads: int) -> int:
     """`threads`, or the number of cores this process may use when it is 0."""
-    if threads < 0:
-        raise ValueError("threads: 0 for all cores, or a number above 0")
-    return threads or len(os.sched_getaffinity(0))
+    return integer("threads (0: all cores)", threads, 0, 1 << 16) or len(os.sched_getaffinity(0))
+
+
+def _two(tokens: Any) -> tuple[int, int]:
+    """A range of tokens, as a caller gives it."""
+    try:
+        begin, end = tokens
+    except (TypeError, ValueError):
+        raise UsageError(f"tokens is {tokens!r}: it must be (first, last + 1)") from None
+    return integer("the first of tokens", begin), integer("the end of tokens", end)
 
 
 def _cut(place: _Place, cut: LayerLayout, part: Part) -> Bits:
@@ -218,8 +226,7 @@ class _Encoder:
         codec = auto.resolve(spec, snapshot.layout, profile is not None)
         if block_tokens is None:
             block_tokens = default_block_tokens(snapshot.layout, codec)
-        if block_tokens < 1:
-            raise ValueError("block_tokens must be at least 1")
+        block_tokens = integer("block_tokens", block_tokens, 1, 2**31 - 1)
         if codec.needs_profile and profile is None:
             raise ProfileError(f"codec {codec.codec_id!r} needs a profile: pass profile=")
         self.snapshot, self.codec, self.profile = snapshot, codec, profile
@@ -776,9 +783,9 @@ class Reader:
         wanted = (
             list(range(len(self))) if layers is None else [self._layer_number(i) for i in layers]
         )
-        begin, end = (0, self.layout.tokens) if tokens is None else tokens
+        begin, end = (0, self.layout.tokens) if tokens is None else _two(tokens)
         if not 0 <= begin <= end <= self.layout.tokens:
-            raise ValueError(f"tokens {begin}:{end} are not within 0:{self.layout.tokens}")
+            raise UsageError(f"tokens {begin}:{end} are not within 0:{self.layout.tokens}")
         whole = {i: self.layout.layers[i] for i in wanted}
         cuts = whole if tokens is None else {i: w.cut(begin, end) for i, w in whole.items()}
         return _Request(wanted, cuts, self._places(wanted, cuts, out))
@@ -826,8 +833,9 @@ class Reader:
         return Snapshot(result, self.layout.dtype, ids, self.header.origin)
 
     def _layer_number(self, i: int) -> int:
+        i = integer("a layer's number", i)
         if not -len(self) <= i < len(self):
-            raise ValueError(f"there is no layer {i}: the file has {len(self)}")
+            raise UsageError(f"there is no layer {i}: the file has {len(self)}")
         return i % len(self)
 
     def _check_profile(self) -> None:
@@ -847,7 +855,7 @@ class Reader:
         places: dict[tuple[int, Part], _Place] = {}
         if out is not None:
             if len(out) != len(wanted):
-                raise ValueError(f"out has {len(out)} layers, not {len(wanted)}")
+                raise UsageError(f"out has {len(out)} layers, not {len(wanted)}")
             dtype = self.layout.dtype
             for i, (k, v) in zip(wanted, out, strict=True):
                 cut = cuts[i]
@@ -855,7 +863,7 @@ class Reader:
                 for part, given, shape in zip(PARTS, (k, v), (cut.k, cut.v), strict=True):
                     array, _ = dtypes.as_bits(given, dtype)
                     if array.shape != shape or not array.flags.writeable:
-                        raise ValueError(f"out for layer {i}: want a writable array of {shape}")
+                        raise UsageError(f"out for layer {i}: want a writable array of {shape}")
                     places[i, part] = _Place(batched(array), first, array)
             return places
         # One piece of memory for all: a large one gets large pages, and faults less often.

@@ -21,5 +21,9 @@ class UnsupportedError(KVZipError):
     """A dtype, a cache layer kind or an option that the library does not handle."""
 
 
+class UsageError(KVZipError, ValueError):
+    """An argument that makes no sense: of the wrong kind, out of range, or beside another one."""
+
+
 class StoreError(KVZipError):
     """A store does not answer, not in time, or not as it should."""

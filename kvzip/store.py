@@ -45,7 +45,14 @@ from numpy.typing import NDArray
 from kvzip import container, dtypes
 from kvzip.codec import Codec
 from kvzip.container import MAGIC, Reader
-from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError, UnsupportedError
+from kvzip.errors import (
+    CorruptError,
+    FormatError,
+    KVZipError,
+    StoreError,
+    UnsupportedError,
+    UsageError,
+)
 from kvzip.profile import Profile
 from kvzip.remote import Bucket
 from kvzip.snapshot import Snapshot, replacing
@@ -148,7 +155,7 @@ class Store:
         make: bool = True,
     ):
         if block_tokens < 1:
-            raise ValueError("block_tokens must be at least 1")
+            raise UsageError("block_tokens must be at least 1")
         self.bucket = Bucket(url, timeout=timeout, retries=retries, options=options, make=make)
         self.limit_bytes = limit_bytes
         self._wanted = _Settings(block_tokens=block_tokens)
