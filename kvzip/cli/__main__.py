@@ -1,0 +1,3 @@
+from kvzip.cli import main
+
+main()

@@ -1,0 +1,16 @@
+"""The command line's tree of commands, to which the modules beside add theirs."""
+
+from __future__ import annotations
+
+from cyclopts import App
+
+import kvzip
+
+app = App(
+    name="kvzip",
+    help="Lossless compression of language models' KV caches, and when it pays.",
+    version=kvzip.__version__,
+    suppress_keyboard_interrupt=False,
+)
+evaluate = App(name="eval", help="The evaluation: prices, the paper, what compression is worth.")
+app.command(evaluate)

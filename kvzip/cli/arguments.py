@@ -1,0 +1,66 @@
+"""Kinds of arguments that several commands take, and how they are read."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from kvzip.errors import UsageError
+from kvzip.profile import Profile
+
+Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON object on stdout.")]
+Output = Annotated[Path, Parameter(name=["--output", "-o"])]
+ResultFile = Annotated[Path | None, Parameter(name=["--output", "-o", "--out"])]
+Threads = Annotated[int, Parameter(help="0: all cores.")]
+ProfilePath = Annotated[
+    Path | None, Parameter(name="--profile", help="A .kvprofile, for codecs that need one.")
+]
+PriceFiles = Annotated[
+    list[Path] | None,
+    Parameter(name="--price-file", help="TOML over the library's price book; may be repeated."),
+]
+
+
+def command_line() -> str:
+    """What was typed, for results that say how they were made."""
+    return shlex.join(["kvzip", *sys.argv[1:]])
+
+
+def read_profile(path: Path | None) -> Profile | None:
+    return None if path is None else Profile.load(path)
+
+
+def codec_specs(text: str) -> list[str]:
+    """Codec specs with commas between; within a spec, + stands for the comma."""
+    return [spec.replace("+", ",") for spec in text.split(",")]
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between."""
+    return tuple(name for name in text.split(",") if name)
+
+
+def integers(option: str, text: str, least: int = 1) -> list[int]:
+    """Numbers with commas between."""
+    try:
+        found = [int(item) for item in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: write numbers with commas between") from None
+    if min(found) < least:
+        raise UsageError(f"{option} {text!r}: all must be at least {least}")
+    return found
+
+
+def document_range(text: str) -> slice:
+    """A:B, A:, :B, or one number."""
+    start, colon, stop = text.partition(":")
+    try:
+        if not colon:
+            return slice(int(start), int(start) + 1)
+        return slice(int(start) if start else None, int(stop) if stop else None)
+    except ValueError:
+        raise UsageError(f"--docs {text!r}: write A:B, A:, :B or a number") from None

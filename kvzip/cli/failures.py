@@ -1,0 +1,89 @@
+"""From an exception to what the command line says of it: one line, an exit code, one word.
+
+Only what a user can cause has a line of its own. All else is a bug, and shows as one.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import NamedTuple
+
+from cyclopts import CycloptsError
+
+from kvzip.cli.terminal import CheckFailed, shown
+from kvzip.errors import (
+    CorruptError,
+    FormatError,
+    KVZipError,
+    ProfileError,
+    StoreError,
+    UnsupportedError,
+)
+
+BUG = 70
+"""Exit code of a bug: EX_SOFTWARE of sysexits.h."""
+
+
+class Failure(NamedTuple):
+    """What went wrong."""
+
+    kind: str
+    """usage, unsupported, profile, format, corrupt, store, check, system, memory, interrupted,
+    package or bug."""
+    exit: int
+    message: str
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What an exception that ended a command means to the person who typed it."""
+    kind, code, message = _told(error)
+    lines = (line.strip() for line in shown_lines(message))
+    return Failure(kind, code, " ".join(filter(None, lines)))
+
+
+def shown_lines(message: str) -> list[str]:
+    return [shown(line) for line in message.splitlines()]
+
+
+def _told(error: BaseException) -> tuple[str, int, str]:
+    # cyclopts says what is wrong; that it is wrong use is exit code 2.
+    if isinstance(error, CycloptsError):
+        return "usage", 2, " ".join(str(error).split())
+    if isinstance(error, CheckFailed):
+        return "check", 1, str(error)
+    for kind, code, name in (
+        (CorruptError, 1, "corrupt"),
+        (FormatError, 1, "format"),
+        (StoreError, 1, "store"),
+        (ProfileError, 2, "profile"),
+        (UnsupportedError, 2, "unsupported"),
+        (KVZipError, 2, "usage"),
+    ):
+        if isinstance(error, kind):
+            return name, code, str(error)
+    if isinstance(error, OSError):
+        return _of_system(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130, "interrupted; what was finished is kept"
+    if isinstance(error, MemoryError):
+        return "memory", 1, "not enough memory"
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("kvzip"):
+        words = f"this command needs more packages: pip install 'kvzip[all]' ({error})"
+        return "package", 2, words
+    words = f"this is a bug in kvzip ({type(error).__name__}: {error}). Please report it: "
+    return "bug", BUG, words + "the command, the lines above, and what `kvzip --version` says"
+
+
+def _of_system(error: OSError) -> tuple[str, int, str]:
+    wrong_use = isinstance(
+        error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
+    )
+    name = error.filename
+    if isinstance(name, bytes):
+        name = name.decode(errors="surrogateescape")
+    if error.errno == errno.ENOSPC or "No space left" in str(error):
+        where = "the disk" if name is None else str(name) + ": the disk it is on"
+        return "system", 1, f"{where} is full"
+    if name is not None:
+        return "system", 2 if wrong_use else 1, f"{name}: {error.strerror or error}"
+    return "system", 2 if wrong_use else 1, str(error) or type(error).__name__

@@ -1,0 +1,187 @@
+"""kvzip entropy and bench: how far a cache can be compressed, and how fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from cyclopts import Parameter
+from rich.table import Column, Table
+
+import kvzip
+from kvzip import dtypes, entropy
+from kvzip.cli.app import app
+from kvzip.cli.arguments import (
+    Json,
+    ProfilePath,
+    ResultFile,
+    Threads,
+    codec_specs,
+    command_line,
+    read_profile,
+)
+from kvzip.cli.terminal import CheckFailed, bar, emit, say, show_table, steps
+from kvzip.errors import UsageError
+from kvzip.snapshot import Snapshot, replacing_file
+
+
+@app.command(name="entropy")
+def entropy_command(
+    snapshots: list[Path],
+    *,
+    train: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
+    profile: ProfilePath = None,
+    out: ResultFile = None,
+    as_json: Json = False,
+) -> None:
+    """Bits per number of snapshots, by field of the numbers, layer, head and channel, under models
+    from tables of frequencies to prediction from layer to layer.
+
+    Figures are ideal code lengths. Those of other documents' models are in floating point.
+
+    Parameters
+    ----------
+    snapshots
+        Documents of one model to measure; the ladder is the mean over them.
+    train
+        Other documents of the model, to learn from: without, tables know the frequencies of the
+        documents that they are measured on, and nothing is predicted.
+    profile
+        Its own integer model's bits, too.
+    out
+        Folder for entropy.json and the figures (ladder, layers and heads, spectrum) as SVG.
+    """
+    files = []
+    with bar("fields", len(snapshots), in_bytes=False) as advance:
+        for path in snapshots:
+            snapshot = Snapshot.load(path)
+            files.append(
+                {
+                    "file": str(path),
+                    "dtype": snapshot.dtype,
+                    "planes": [msgspec.to_builtins(m) for m in entropy.planes(snapshot)],
+                }
+            )
+            advance(1)
+    with steps() as tell:
+        fitted = entropy.fit(train, tell) if train else None
+        ladder = entropy.measure(snapshots, fitted, read_profile(profile), tell)
+    result = {"files": files, "ladder": msgspec.to_builtins(ladder)}
+    if out is not None:
+        from kvzip.eval import graphs
+
+        out.mkdir(parents=True, exist_ok=True)
+        drawn = graphs.ladder_files(ladder)
+        data = msgspec.json.format(msgspec.json.encode(result))
+        for name, content in {"entropy.json": data, **drawn}.items():
+            with replacing_file(out / name) as file:
+                file.write(content)
+        result["figures"] = [str(out / name) for name in drawn]
+
+    def show() -> None:
+        for found in files:
+            say(f"{found['file']} ({found['dtype']})")
+            table = Table("field", "bits", "K", "V")
+            for m in found["planes"]:
+                table.add_row(m["plane"], str(m["width"]), f"{m['k']:.3f}", f"{m['v']:.3f}")
+            show_table(table)
+        table = Table("model", "learned from", "bits", "K", "V", "ratio", title="ideal code length")
+        width = dtypes.get(ladder.dtype).bits
+        for rung in ladder.rungs:
+            ratio = f"{width / rung.bits:.3f}" if rung.bits else ""
+            bits = [f"{b:.3f}" for b in (rung.bits, rung.k, rung.v)]
+            table.add_row(rung.name, rung.learned, *bits, ratio)
+        show_table(table)
+
+    emit(result, as_json, show)
+
+
+@app.command
+def bench(
+    snapshots: list[Path] | None = None,
+    *,
+    codecs: str | None = None,
+    profile: ProfilePath = None,
+    peers: bool = False,
+    threads: Threads = 1,
+    repeat: int = 5,
+    out: ResultFile = None,
+    draw: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Ratio and speed of codecs on snapshots, side by side in one run; or draw such a run.
+
+    Parameters
+    ----------
+    codecs
+        Names, with commas between; settings after a colon, theirs with + between. Default: raw,
+        zstd, lz4, planes, channel, and with --profile predictive.
+    peers
+        Measure other compressors, too: those of the extra `bench` and any other that is installed.
+    repeat
+        Times each is run; tables show the fastest.
+    out
+        File for the result as JSON; with --draw, for the page.
+    draw
+        A stored result: its tables and charts become an HTML page (default: beside it; tables in
+        Markdown where --out ends in .md), and nothing is run.
+    """
+    from kvzip.benchmarks import result as results
+
+    if draw is not None:
+        from kvzip.benchmarks import draw as drawing
+
+        if snapshots:
+            raise UsageError("--draw takes a stored result and no snapshots")
+        page = out or draw.with_suffix(".html")
+        drawing.write(results.load(draw), page)
+        emit({"page": str(page)}, as_json, lambda: say(str(page)))
+        return
+    if not snapshots:
+        raise UsageError("name the snapshots to measure on, or a stored result with --draw")
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"{out.parent} is not a folder")  # known before minutes of measuring
+    from kvzip.benchmarks.run import run
+
+    learned = read_profile(profile)
+    if codecs is None:
+        codecs = "raw,zstd,lz4,planes,channel" + ",predictive" * (learned is not None)
+    with bar("bench", len(snapshots) * (repeat + 1), in_bytes=False) as advance:
+        result = run(
+            snapshots,
+            [kvzip.get_codec(spec) for spec in codec_specs(codecs)],
+            peers=peers,
+            profile=learned,
+            threads=threads,
+            repeat=repeat,
+            command=command_line(),
+            progress=advance,
+        )
+    if out is not None:
+        with replacing_file(out) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(result)))
+
+    def show() -> None:
+        for snapshot in result.snapshots:
+            columns = ("ratio", "bits", "encode GB/s", "decode GB/s", "of memcpy", "exact")
+            say(f"{snapshot.file}: {snapshot.model}, {snapshot.dtype}")
+            table = Table(Column("codec", no_wrap=True), *columns)
+            for r in result.rows:
+                if r.file == snapshot.file:
+                    table.add_row(
+                        r.title,
+                        f"{r.ratio:.3f}",
+                        f"{r.bits_per_value:.2f}",
+                        f"{r.encode_gbps:.2f}",
+                        f"{r.decode_gbps:.2f}",
+                        f"{r.decode_of_memcpy:.2f}",
+                        "yes" if r.exact else "NO",
+                    )
+            show_table(table)
+        for m in result.missing:
+            say(f"missing: {m.name}: {m.reason}")
+
+    emit(msgspec.to_builtins(result), as_json, show)
+    if not result.exact:
+        raise CheckFailed("a codec did not give back what it was given")

@@ -1,0 +1,111 @@
+"""kvzip report and eval figures: pages and pictures from stored results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from rich.table import Table
+
+from kvzip.cli.app import app, evaluate
+from kvzip.cli.arguments import Json, ResultFile
+from kvzip.cli.terminal import emit, say, show_table
+from kvzip.errors import UsageError
+
+
+@app.command
+def report(
+    results: list[Path] | None = None,
+    *,
+    output: ResultFile = None,
+    sql: str | None = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a report from stored results, or query a sweep.
+
+    Parameters
+    ----------
+    results
+        Of kvzip demo (its folder or result.json) and, each if wanted: eval inputs, eval exactness,
+        eval frontier, eval links, entropy, bench, as JSON. With --sql: a sweep's folder, or a
+        Parquet file.
+    output
+        The page. Default: report.html beside the demo's result.
+    sql
+        A query in DuckDB's SQL over the table `sweep`.
+    """
+    if sql is not None:
+        _sql(results or [], sql, as_json)
+        return
+    from kvzip.eval.extras import read
+    from kvzip.eval.report import write_report
+
+    if not results:
+        raise UsageError(
+            "name stored results, first the folder of kvzip demo; or --sql and a sweep"
+        )
+    result, extras = read(results)
+    first = results[0]
+    page = output or (first if first.is_dir() else first.parent) / "report.html"
+    write_report(result, page, extras)
+    shown = [f for f in extras.__struct_fields__ if getattr(extras, f) is not None]
+    emit(
+        {"page": str(page), "sections": ["demo", *shown]},
+        as_json,
+        lambda: say(str(page)),
+    )
+
+
+def _sql(results: list[Path], sql: str, as_json: bool) -> None:
+    from kvzip.eval.sweep import query
+
+    if len(results) != 1:
+        raise UsageError("--sql takes one folder of a sweep, or one Parquet file")
+    rows = query(results[0], sql)
+
+    def show() -> None:
+        table = Table(*(rows[0] if rows else ["no rows"]))
+        for row in rows:
+            table.add_row(*(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()))
+        show_table(table)
+
+    emit({"rows": rows}, as_json, show)
+
+
+@evaluate.command
+def figures(
+    results: list[Path],
+    *,
+    readme: Path | None = None,
+    picture: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """The README's figures from stored results.
+
+    Parameters
+    ----------
+    results
+        Of kvzip demo: its folder, or result.json.
+    readme
+        A Markdown file: its answer is put anew between its marks.
+    picture
+        PNG of the map of time; needs Chromium.
+    """
+    from kvzip.eval import figures as drawing
+    from kvzip.eval.extras import read
+
+    result, _ = read(results)
+    found = drawing.figures(result)
+    if readme is not None:
+        drawing.put_figures(result, readme)
+    if picture is not None:
+        drawing.put_picture(result, picture)
+
+    def show() -> None:
+        table = Table("figure", "value", "from")
+        for f in found:
+            table.add_row(f.name, f"{f.value:,.4g} {f.unit}", f.basis)
+        show_table(table)
+        say(drawing.answer(result))
+
+    emit({"figures": msgspec.to_builtins(found), "answer": drawing.answer(result)}, as_json, show)

@@ -1,0 +1,68 @@
+"""Running a command, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from kvzip.cli import (  # noqa: F401 - each adds its commands
+    demo,
+    documents,
+    experiments,
+    measures,
+    profiles,
+    reports,
+    stores,
+    verdicts,
+)
+from kvzip.cli.app import app
+from kvzip.cli.failures import BUG, failure_of
+from kvzip.cli.terminal import CheckFailed, as_one_line, complain
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = 0
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except SystemExit:
+        raise
+    except BrokenPipeError:
+        _forget_stdout()
+        code = 1
+    except BaseException as error:
+        code = _tell(error, "--json" in arguments)
+    sys.exit(code)
+
+
+def _tell(error: BaseException, as_json: bool) -> int:
+    """Say what went wrong, on stderr and, if asked for, as JSON; the exit code."""
+    kind, code, message = failure_of(error)
+    found = {"error": message, "kind": kind, "exit": code}
+    if code == BUG:
+        found["traceback"] = "".join(traceback.format_exception(error))
+        sys.stderr.write(found["traceback"])
+    complain(message)
+    # A check that failed has shown its whole result: an error would be a second JSON object.
+    if as_json and not isinstance(error, CheckFailed):
+        try:
+            print(as_one_line(found), flush=True)
+        except OSError:
+            _forget_stdout()
+    elif isinstance(error, OSError) and error.filename == "standard output":
+        _forget_stdout()
+    return code
+
+
+def _forget_stdout() -> None:
+    """Let nothing more go to a stdout that takes nothing: Python would try again at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

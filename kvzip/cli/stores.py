@@ -1,0 +1,178 @@
+"""kvzip put, get, ls, rm, prune: documents in a store."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+
+import kvzip
+from kvzip import container
+from kvzip.cli.app import app
+from kvzip.cli.arguments import Json, ProfilePath, Threads, read_profile
+from kvzip.cli.documents import sizes
+from kvzip.cli.terminal import bar, emit, say
+from kvzip.errors import StoreError, UsageError
+from kvzip.snapshot import Snapshot
+
+StoreUrl = Annotated[
+    str,
+    Parameter(name="--store", help="A folder, s3://bucket/prefix, or http(s)://... to read from."),
+]
+
+
+@app.command
+def put(
+    documents: list[Path],
+    *,
+    store: StoreUrl,
+    codec: str = "channel",
+    profile: ProfilePath = None,
+    limit_bytes: int | None = None,
+    block_tokens: int | None = None,
+    replace: bool = False,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Put documents' caches into a store, where they are found by model and first tokens.
+
+    Parameters
+    ----------
+    documents
+        Snapshots, which are encoded, and .kvz files, which are stored as they are.
+    limit_bytes
+        Evict the documents used longest ago when all together take more.
+    block_tokens
+        For a new store: prefixes are found at multiples of so many tokens. Default: 256.
+    replace
+        Write anew what the store has already, because it is damaged.
+    """
+    from kvzip.store import BLOCK_TOKENS, Store
+
+    target = Store(store, limit_bytes=limit_bytes, block_tokens=block_tokens or BLOCK_TOKENS)
+    known, began, entries = read_profile(profile), time.perf_counter(), []
+    with bar("put", len(documents), in_bytes=False) as advance:
+        for path in documents:
+            entries.append(
+                target.put(path, codec=codec, profile=known, threads=threads, replace=replace)
+            )
+            advance(1)
+    result = {
+        "documents": [
+            {"file": str(path)} | msgspec.to_builtins(entry)
+            for path, entry in zip(documents, entries, strict=True)
+        ],
+        "seconds": time.perf_counter() - began,
+    }
+
+    def show() -> None:
+        for path, entry in zip(documents, entries, strict=True):
+            state = "stored" if entry.new else "was there already"
+            say(
+                f"{path}: {state}, {entry.tokens} tokens, {entry.encoded_bytes:,} bytes, "
+                f"key {entry.key}",
+            )
+
+    emit(result, as_json, show)
+
+
+@app.command
+def get(
+    *,
+    store: StoreUrl,
+    like: Path | None = None,
+    ids: Path | None = None,
+    model: str | None = None,
+    revision: str = "",
+    dtype: str = "bf16",
+    key: str | None = None,
+    profile: ProfilePath = None,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Find the document of a store that shares the longest prefix with a prompt; exit code 1 if
+    there is none.
+
+    Parameters
+    ----------
+    like
+        A snapshot or .kvz file: its model, revision, dtype and token ids are looked for.
+    ids
+        A file with the prompt's token ids, as a JSON list; with --model, --revision, --dtype.
+    key
+        A document by its key, instead of by its tokens.
+    output
+        FILE.kvz: the document as it is stored. FILE.safetensors: what is shared, decoded.
+    """
+    from kvzip.store import Match, Store
+
+    if sum(given is not None for given in (like, ids, key)) != 1:
+        raise UsageError("give one of --like, --ids and --key")
+    if output is not None and output.suffix not in (".kvz", ".safetensors"):
+        raise UsageError(f"-o {output}: end it in .kvz or .safetensors")
+    source, known, began = Store(store, make=False), read_profile(profile), time.perf_counter()
+    if key is not None:
+        reader = source.open(key, known, threads)
+        match: Match | None = Match(key, reader.layout.tokens, reader)
+    else:
+        tokens: Any
+        if like is not None:
+            wanted, tokens, dtype = _prompt_of(like)
+            model, revision = wanted.model, wanted.revision
+        elif ids is not None and model is not None:
+            tokens = _read_ids(ids)
+        else:
+            raise UsageError("--ids needs --model, and --revision and --dtype as they were stored")
+        match = source.find(
+            tokens, model=model, revision=revision, dtype=dtype, profile=known, threads=threads
+        )
+    if match is None:
+        raise StoreError("no document in the store begins as the prompt does")
+    with match:
+        if output is not None and output.suffix == ".kvz":
+            with bar("get", match.reader.info.encoded_bytes) as progress:
+                source.fetch(match.key, output, progress)
+        elif output is not None:
+            match.snapshot().save(output)
+        result = sizes(match.reader.info) | {
+            "key": match.key,
+            "tokens": match.tokens,
+            "document_tokens": match.reader.layout.tokens,
+            "codec": match.reader.header.codec,
+            "output": None if output is None else str(output),
+            "seconds": time.perf_counter() - began,
+        }
+    emit(
+        result,
+        as_json,
+        lambda: say(
+            f"{result['key']}: {result['tokens']} of {result['document_tokens']} tokens are shared"
+            + (f", in {output}" if output else ""),
+        ),
+    )
+
+
+def _prompt_of(path: Path) -> tuple[kvzip.Origin, Any, str]:
+    """Origin, token ids and dtype of a snapshot or a .kvz file."""
+    with path.open("rb") as file:
+        is_kvz = file.read(len(container.MAGIC)) == container.MAGIC
+    if is_kvz:
+        with container.open(path) as reader:
+            found = reader.header.origin, reader.token_ids, reader.layout.dtype
+    else:
+        snapshot = Snapshot.load(path)
+        found = snapshot.origin, snapshot.token_ids, snapshot.dtype
+    if found[1] is None:
+        raise UsageError(f"{path} has no token ids to look for")
+    return found
+
+
+def _read_ids(path: Path) -> list[int]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[int])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a JSON list of token ids: {error}") from None

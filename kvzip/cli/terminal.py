@@ -1,0 +1,144 @@
+"""What a command shows: its result on stdout, as JSON or in words, and progress on stderr.
+
+A path or a name is text and nothing else: never read as markup, never wrapped, and characters that
+would steer the terminal are shown as escapes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+_WIDE = 1000
+"""Columns of a table where stdout is no terminal: whoever reads it there wants whole cells."""
+
+_out = Console(markup=False, highlight=False, emoji=False)
+_err = Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+class CheckFailed(Exception):
+    """A check found something wrong, and the command has shown its whole result already: what is
+    left is a line on stderr and exit code 1."""
+
+
+# --- results, on stdout ------------------------------------------------------------------------
+
+
+def emit(result: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """A command's result: one JSON object, or what `show` says in words.
+
+    Raises OSError that names standard output when it does not take what is written.
+    """
+    try:
+        if as_json:
+            print(as_one_line(result))
+        else:
+            show()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def as_one_line(result: Any) -> str:
+    """A result as JSON in one line, in the characters that stdout can take. Infinities and NaN are
+    null, and a name that is no Unicode text has its bytes as lone surrogates."""
+    try:
+        text = msgspec.json.encode(result).decode()
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        return text
+    except UnicodeEncodeError:
+        return json.dumps(_finite(msgspec.to_builtins(result)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say(text: str) -> None:
+    """Print lines on stdout as they are, however long."""
+    for line in text.split("\n"):
+        _out.print(shown(line), soft_wrap=True)
+
+
+def show_table(table: Table) -> None:
+    _out.print(table, width=None if _out.is_terminal else _WIDE)
+
+
+def shown(text: object) -> str:
+    """Text in which characters that do not print (control characters, what turns the direction of
+    writing, bytes of a name that are no text) stand as escapes."""
+    found = str(text)
+    if found.isprintable():
+        return found
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in found)
+
+
+# --- progress and errors, on stderr -----------------------------------------------------------
+
+
+def complain(message: str) -> None:
+    """Say in one line what went wrong."""
+    _err.print("kvzip:", style="bold red", end=" ")
+    _err.print(message, soft_wrap=True)
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """A sign on a terminal that something is being done; yields a function that says what."""
+    with _err.status(Text(what)) as status:
+        yield lambda step: status.update(Text(shown(step)))
+
+
+@contextmanager
+def bar(what: str, total: int, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
+    """A progress bar with the time left; yields a function that moves it on."""
+    amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        amount,
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for work of several steps; yields a function of (what, done, total)."""
+    about = TextColumn("{task.description}", markup=False)
+    columns = (about, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield tell

@@ -1,0 +1,241 @@
+"""kvzip advise, eval prices, fleet, paper: when compression pays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from rich.table import Column, Table
+
+from kvzip.cli.app import app, evaluate
+from kvzip.cli.arguments import Json, PriceFiles, codec_specs
+from kvzip.cli.terminal import emit, say, show_table
+
+
+@app.command
+def advise(
+    *,
+    tokens: int,
+    link: str,
+    model: str = "smollm2-135m",
+    dtype: str = "bf16",
+    prices: str = "h100-rented",
+    price_file: PriceFiles = None,
+    device: str | None = None,
+    latency: float = 0.0,
+    codecs: str | None = None,
+    threads: int = 1,
+    reads: float = 1.0,
+    hours: float = 0.0,
+    inputs: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Prefill, load raw bytes, or load with which codec; by how much, and how sure.
+
+    Parameters
+    ----------
+    tokens
+        Length of the document.
+    link
+        10Gb/s, 400Mb/s, 7GB/s, or a link of the price book: s3-connection, nvme-gen4, ...
+    model
+        One of the price book (qwen3-4b, ...), a hub id, or a folder.
+    prices
+        A preset of the price book: paper-m1pro, h100-rented, l4, rtx4090, api-qwen, ...
+    device
+        Prefill on this device of the price book (h100, a100, l4, rtx4090, ...), by its peak.
+        Default: as measured, where --inputs are of the model; else the device of --prices.
+    latency
+        Seconds before the first byte and for the first step.
+    codecs
+        Those to look at, with commas between. Default: all that were measured.
+    threads
+        Cores of the reader; decoding is taken to be that many times as fast.
+    reads, hours
+        How often a stored cache is read, and in how many hours: storage is charged by the read.
+    inputs
+        Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
+    """
+    from kvzip.auto import MEASURED
+    from kvzip.eval import advise as advising
+    from kvzip.eval.economics import Use
+    from kvzip.eval.inputs import load_inputs
+    from kvzip.eval.prices import load_prices, pick
+
+    book = load_prices(*(price_file or []))
+    advice = advising.advise(
+        shape=advising.shape_of(model, book),
+        model=model,
+        tokens=tokens,
+        dtype=dtype,
+        bandwidth=advising.bandwidth(link, book),
+        base=book.base(prices),
+        inputs=load_inputs(inputs or MEASURED),
+        latency=latency,
+        compute=None if device is None else pick("device", book.compute, device),
+        codecs=None if codecs is None else codec_specs(codecs),
+        use=Use(reads, hours),
+        threads=threads,
+    )
+
+    def show() -> None:
+        for line in advice.lines():
+            say(line)
+
+    emit(msgspec.to_builtins(advice), as_json, show)
+
+
+@evaluate.command
+def prices(
+    *, price_file: PriceFiles = None, group: str | None = None, as_json: Json = False
+) -> None:
+    """The price book: every value with its unit, date and source.
+
+    Parameters
+    ----------
+    group
+        Only this group: egress, storage, device, api_input, link, compute, model, preset, ...
+    """
+    from kvzip.eval.prices import load_prices, pick
+
+    book = msgspec.to_builtins(load_prices(*(price_file or [])))
+    shown = book if group is None else {group: pick("group of prices", book, group)}
+
+    def show() -> None:
+        for name, entries in shown.items():
+            table = Table("name", "value", "date", "source", title=name)
+            for entry, fields in entries.items():
+                value = f"{fields['value']:g} {fields['unit']}" if "value" in fields else ""
+                basis = fields.get("basis", "stated")
+                source = fields.get("source", fields.get("title", ""))
+                mark = "" if basis == "stated" else f" [{basis}]"
+                table.add_row(entry, value, fields.get("date", ""), source + mark)
+            show_table(table)
+
+    emit(shown, as_json, show)
+
+
+@evaluate.command
+def fleet(
+    *,
+    preset: str = "paper-80m",
+    config: Path | None = None,
+    codecs: str = "raw,channel",
+    dtype: str = "bf16",
+    inputs: Path | None = None,
+    price_file: PriceFiles = None,
+    as_json: Json = False,
+) -> None:
+    """Dollars, bytes and seconds of a fleet of readers, in every way of having the caches.
+
+    Parameters
+    ----------
+    preset
+        paper-80m (80 million agents on one document), one-reader, team, company, world.
+    config
+        TOML with fields of the fleet that differ from the preset: readers = 1e6, zipf = 0.8, ...
+    codecs
+        Names of measured codecs, with commas between.
+    inputs
+        Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
+    """
+    from kvzip.auto import MEASURED
+    from kvzip.eval import fleet as fleets
+    from kvzip.eval.inputs import load_inputs
+    from kvzip.eval.prices import load_prices, pick
+
+    chosen = pick("fleet", fleets.presets(load_prices(*(price_file or []))), preset)
+    if config is not None:
+        chosen = fleets.changed(chosen, config)
+    names = codec_specs(codecs)
+    known = {f.name: f for f in load_inputs(inputs or MEASURED).figures(dtype, 1e9)}
+    found = fleets.bills(chosen, [pick("measured codec", known, name) for name in names])
+
+    def show() -> None:
+        counts = found[0][0]
+        say(
+            f"{preset}: {counts.reads:,.0f} reads, {counts.writes:,.0f} writes in "
+            f"{chosen.hours:g} h, {counts.method}",
+        )
+        table = Table(
+            Column("way", no_wrap=True),
+            Column("codec", no_wrap=True),
+            *("dollars", "network", "hits", "GB from store", "device h"),
+        )
+        for c, b in found:
+            table.add_row(
+                *(b.way, b.codec, f"${b.dollars:,.4g}", f"${b.network_usd:,.4g}"),
+                *(f"{c.hit_rate:.1%}", f"{b.store_bytes / 1e9:,.4g}"),
+                f"{(b.device_seconds + b.decode_seconds) / 3600:,.4g}",
+            )
+        show_table(table)
+        for way, words in fleets.WAYS.items():
+            say(f"{way}: {words}")
+
+    rows = [{"counts": msgspec.to_builtins(c), "bill": msgspec.to_builtins(b)} for c, b in found]
+    emit({"fleet": _finite(chosen), "rows": rows}, as_json, show)
+
+
+def _finite(chosen: object) -> dict[str, object]:
+    """Fields as JSON has them: an infinite one is null."""
+    plain = msgspec.to_builtins(chosen)
+    return {k: None if v == float("inf") else v for k, v in plain.items()}
+
+
+@evaluate.command
+def paper(
+    *,
+    inputs: Path | None = None,
+    exactness: Path | None = None,
+    price_file: PriceFiles = None,
+    as_json: Json = False,
+) -> None:
+    """Recompute the table of arXiv 2606.13361, "Can I Buy Your KV Cache?", from its inputs; answer
+    its open question, whether compression opens the trap, with every measured codec.
+
+    Parameters
+    ----------
+    inputs
+        Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
+    exactness
+        A result of kvzip eval exactness, to stand beside the paper's tokens and logits.
+    """
+    from kvzip.auto import MEASURED
+    from kvzip.eval.inputs import load_inputs
+    from kvzip.eval.paper import reproduction
+    from kvzip.eval.prices import load_prices
+    from kvzip.eval.trials import load_trials
+
+    found = reproduction(
+        load_inputs(inputs or MEASURED),
+        load_prices(*(price_file or [])),
+        None if exactness is None else load_trials(exactness),
+    )
+
+    def show() -> None:
+        table = Table("figure", "paper", "ours", "agrees", "formula")
+        for r in found.rows:
+            agrees = {True: "yes", False: "no", None: "derived"}[r.agrees]
+            stated = "" if r.paper is None else f"{r.paper:,.{r.digits}f} {r.unit}"
+            table.add_row(r.name, stated, f"{r.ours:,.{r.digits}f} {r.unit}", agrees, r.formula)
+        show_table(table)
+        table = Table("codec", "dtype", "ratio", "pays below", "faster above", title="Its question")
+        for a in found.answers:
+            faster = "never" if a.bandwidth_mbps is None else f"{a.bandwidth_mbps:,.0f} Mb/s"
+            pays = f"${a.egress_usd_per_gb:.3f}/GB"
+            table.add_row(a.codec, a.dtype, f"{a.ratio:.2f} of {a.ratio_needed:.2f}", pays, faster)
+        show_table(table)
+        dtype = found.verdicts[0].dtype
+        codecs = list(dict.fromkeys(v.codec for v in found.verdicts))
+        table = Table("preset", *codecs, title=f"Cheaper, the paper's document, {dtype}")
+        for preset in dict.fromkeys(v.preset for v in found.verdicts):
+            cells = {
+                v.codec: v.verdict for v in found.verdicts if (v.preset, v.dtype) == (preset, dtype)
+            }
+            table.add_row(preset, *(cells.get(codec, "") for codec in codecs))
+        show_table(table)
+        for b in found.beside:
+            say(f"{b.name}: paper {b.paper}, ours {b.ours} ({b.why})")
+        say(found.basis)
+
+    emit(msgspec.to_builtins(found), as_json, show)
