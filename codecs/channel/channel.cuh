@@ -1,0 +1,545 @@
+// Decoding `channel` on a GPU (spec.md): a warp decodes a stream. Its thread t holds the states of the
+// lanes t, t + 32, t + 64 and t + 96; the alias table of a channel lies in two registers of the warp's
+// threads and is looked up by shuffles; a vote tells which states take a word.
+#pragma once
+
+#include "channel/jobs.hpp"
+#include "native/cuda/device.cuh"
+
+namespace kvzip::channel {
+
+using cuda::kWarp;
+
+constexpr unsigned kGroupTokens = 128, kStripWidth = 64;
+constexpr unsigned kHalf = 32;  // channels that are decoded before they are written
+constexpr unsigned kWarpsOfBlock = 4;
+constexpr unsigned kMinState = 1u << 16;
+
+// The tile of a half strip: of each token the upper 16 bits of 32 numbers. Rows and octets of tokens
+// are apart so that threads fall on different banks of shared memory when they store (a token each)
+// and when they load (two octets at a time).
+constexpr unsigned kRowBytes = 80, kOctetBytes = 8 * kRowBytes + 64;
+constexpr unsigned kTileBytes = kGroupTokens / 8 * kOctetBytes;
+KVZIP_DEVICE unsigned tile_at(unsigned token) { return token * kRowBytes + (token >> 3) * 64; }
+
+// Words on their way from memory: a ring of four pieces, the first words twice so that a step's
+// words lie side by side.
+constexpr unsigned kPieceWords = 256, kPieces = 4, kRingWords = kPieces * kPieceWords;
+constexpr unsigned kRingBytes = 2 * (kRingWords + kGroupTokens);
+constexpr unsigned kWarpBytes = kTileBytes + kRingBytes;
+constexpr unsigned kDecodeSharedBytes = kWarpsOfBlock * kWarpBytes;
+static_assert(kTileBytes % 128 == 0 && kWarpBytes % 128 == 0, "copies are of 16 bytes");
+
+constexpr unsigned rows_per_octet(int mantissa_bits) {
+  return unsigned(8 * (mantissa_bits / 8) + mantissa_bits % 8);
+}
+KVZIP_DEVICE unsigned smaller(unsigned a, unsigned b) { return a < b ? a : b; }
+
+class WordRing {
+ public:
+  KVZIP_DEVICE WordRing(unsigned char* room, const unsigned char* words, unsigned count)
+      : room_(room), words_(words), bytes_(2 * count) {
+    for (unsigned i = 0; i < kPieces; ++i) fetch();
+    cuda::wait_copies<2>();
+    cuda::sync_warp();
+  }
+  // Where the next 128 words lie.
+  KVZIP_DEVICE const unsigned char* next() const {
+    return room_ + 2 * (position & (kRingWords - 1));
+  }
+  // To be called after each step, which takes at most 128 words.
+  KVZIP_DEVICE void refill() {
+    if (position / kPieceWords + kPieces == issued_) return;
+    cuda::sync_warp();  // all have read the words that are overwritten
+    fetch();
+    cuda::wait_copies<2>();
+    cuda::sync_warp();
+  }
+
+  unsigned position = 0;
+
+ private:
+  KVZIP_DEVICE void fetch() {
+    const unsigned lane = cuda::thread() % kWarp;
+    const unsigned from = issued_ * 2 * kPieceWords + 16 * lane;
+    const unsigned there = from < bytes_ ? smaller(16, bytes_ - from) : 0;
+    const unsigned char* source = there ? words_ + from : words_;
+    const unsigned to = from & (2 * kRingWords - 1);
+    cuda::copy16(room_ + to, source, there);
+    if (to < 2 * kGroupTokens) cuda::copy16(room_ + 2 * kRingWords + to, source, there);
+    cuda::commit_copies();
+    ++issued_;
+  }
+  unsigned char* room_;
+  const unsigned char* words_;
+  unsigned bytes_, issued_ = 0;
+};
+
+// A group's tokens of one head's strip of channels, as strips.hpp has them.
+struct DeviceStrip {
+  unsigned batch, head, token, channel;  // the first; the token counted in the block
+  unsigned lanes, width;
+
+  KVZIP_DEVICE DeviceStrip(const DevicePart& part, unsigned tokens, unsigned i) {
+    const unsigned row = (part.dim + kStripWidth - 1) / kStripWidth;
+    channel = i % row * kStripWidth;
+    i /= row;
+    head = i % part.heads;
+    i /= part.heads;
+    batch = i % part.batch;
+    token = i / part.batch * kGroupTokens;
+    lanes = smaller(kGroupTokens, tokens - token);
+    width = smaller(kStripWidth, part.dim - channel);
+  }
+};
+
+// Where a token's numbers lie, as DevicePart says; in numbers.
+KVZIP_DEVICE int64_t place_of(const DevicePart& part, unsigned token) {
+  if (!part.pages) return int64_t(token) * part.token_stride;
+  const int32_t* pages = reinterpret_cast<const int32_t*>(part.pages);
+  return int64_t(cuda::constant(pages + token / part.page_tokens)) * part.page_stride +
+         int64_t(token % part.page_tokens) * part.token_stride;
+}
+
+// What a warp needs of a strip while it decodes it.
+struct StripView {
+  const DevicePart* part;
+  DeviceStrip strip;
+  unsigned first_token;             // of the strip, counted in the part
+  const unsigned char* mantissas;   // of the strip
+  unsigned live_low, live_high;     // channels that are not constant, a bit each
+  int64_t corner;                   // of the strip's first channel, without the token's place
+
+  KVZIP_DEVICE unsigned live_count() const { return cuda::ones(live_low) + cuda::ones(live_high); }
+  // How many channels before this one are not constant.
+  KVZIP_DEVICE unsigned rank(unsigned channel) const {
+    const unsigned below = (1u << (channel & 31)) - 1;
+    return channel < 32 ? cuda::ones(live_low & below)
+                        : cuda::ones(live_low) + cuda::ones(live_high & below);
+  }
+  KVZIP_DEVICE bool is_live(unsigned channel) const {
+    return ((channel < 32 ? live_low : live_high) >> (channel & 31)) & 1;
+  }
+};
+
+// The mantissas of one channel's eight tokens, from `rows` of bytes that lie `stride` apart.
+template <int M>
+KVZIP_DEVICE void unpack_column(const unsigned char* at, unsigned stride, unsigned (&out)[8]) {
+  constexpr int R = M % 8, B = M / 8;
+  unsigned packed[R];
+  for (int j = 0; j < R; ++j) packed[j] = at[(8 * B + j) * stride];
+  for (int i = 0; i < 8; ++i) out[i] = 0;
+  if (R == 7) {
+    for (int j = 0; j < R; ++j) {
+      out[j] = packed[j] & 0x7F;
+      out[7] |= packed[j] >> 7 << j;
+    }
+  } else if (R == 3) {
+    for (int j = 0; j < R; ++j) {
+      out[2 * j] = packed[j] & 7;
+      out[2 * j + 1] = packed[j] >> 3 & 7;
+      out[6] |= packed[j] >> 6 << 2 * j;
+    }
+    out[7] = out[6] >> 3;
+    out[6] &= 7;
+  } else {
+    for (int j = 0; j < R; ++j)
+      for (int i = 0; i < 4; ++i) out[4 * j + i] = packed[j] >> 2 * i & 3;
+  }
+  for (int b = B - 1; b >= 0; --b)
+    for (int i = 0; i < 8; ++i) out[i] = out[i] << 8 | at[(8 * b + i) * stride];
+}
+
+// The same of four channels side by side at a time: fields of R bits of the eight tokens, a byte a
+// channel.
+template <int R>
+KVZIP_DEVICE void unpack_fields(const unsigned (&row)[R], unsigned (&field)[8]) {
+  if constexpr (R == 7) {
+    field[7] = 0;
+#pragma unroll
+    for (int j = 0; j < 7; ++j) {
+      field[j] = row[j] & 0x7F7F7F7Fu;
+      field[7] |= row[j] >> (7 - j) & 0x01010101u << j;
+    }
+  } else if constexpr (R == 3) {
+    unsigned rest = 0;
+#pragma unroll
+    for (int j = 0; j < 3; ++j) {
+      field[2 * j] = row[j] & 0x07070707u;
+      field[2 * j + 1] = row[j] >> 3 & 0x07070707u;
+      rest |= (row[j] >> 6 & 0x03030303u) << 2 * j;
+    }
+    field[6] = rest & 0x07070707u;
+    field[7] = rest >> 3 & 0x07070707u;
+  } else {
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) field[4 * j + i] = row[j] >> 2 * i & 0x03030303u;
+  }
+}
+
+template <int E, int M, typename T>
+struct Decoding {
+  static constexpr int kTop = 16;                 // bits of a number that the tile holds
+  static constexpr int kShift = E - 3;            // from an entry's value to the tile's upper bits
+  static constexpr unsigned kMarker = 1u << (14 - E);  // below a value: it is an escape
+  static constexpr unsigned kValueMask = 0xFFFFu & ~(2 * kMarker - 1);
+  static constexpr unsigned kFieldMask = ((2u << E) - 1) << 12;  // of a value in an entry
+  static constexpr unsigned kRows = rows_per_octet(M);
+  static constexpr int kBits = 8 * int(sizeof(T));
+
+  // A number of its tile's upper bits and its mantissa.
+  KVZIP_DEVICE static T number(unsigned upper, unsigned mantissa) {
+    if constexpr (kBits < kTop) return T(upper >> (kTop - kBits) | mantissa);
+    else return T(upper << (kBits - kTop) | mantissa);
+  }
+
+  // Numbers of a half strip into place, from the tile and the mantissas, eight channels of eight
+  // tokens a thread. Whole: 32 channels that are not constant and 128 tokens, all of it aligned.
+  KVZIP_DEVICE static void merge_whole(const StripView& view, unsigned half,
+                                       const unsigned char* tile) {
+    const unsigned lane = cuda::thread() % kWarp, group = lane & 3;
+    const DevicePart& part = *view.part;
+    T* const numbers = reinterpret_cast<T*>(part.numbers);
+#pragma unroll 1
+    for (unsigned pass = 0; pass < 2; ++pass) {
+      const unsigned octet = 8 * pass + (lane >> 2);
+      const unsigned char* at =
+          view.mantissas + octet * kRows * kStripWidth + half * kHalf + 8 * group;
+      unsigned row[kRows][2];
+#pragma unroll
+      for (unsigned j = 0; j < kRows; ++j) {
+        const cuda::Two two =
+            cuda::constant(reinterpret_cast<const cuda::Two*>(at + j * kStripWidth));
+        row[j][0] = two.v[0];
+        row[j][1] = two.v[1];
+      }
+      constexpr int R = M % 8, B = M / 8;
+      unsigned field[2][8];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        unsigned packed[R];
+#pragma unroll
+        for (int j = 0; j < R; ++j) packed[j] = row[8 * B + j][h];
+        unpack_fields<R>(packed, field[h]);
+      }
+      const unsigned token = view.first_token + 8 * octet;
+      const int64_t start = view.corner + int64_t(half * kHalf + 8 * group);
+      const bool together = !part.pages || (token % part.page_tokens) + 8 <= part.page_tokens;
+      T* out = numbers + start + place_of(part, token);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (i && !together) out = numbers + start + place_of(part, token + unsigned(i));
+        const cuda::Four upper = *reinterpret_cast<const cuda::Four*>(
+            tile + tile_at(8 * octet + unsigned(i)) + 16 * group);
+        if constexpr (kBits == 8) {
+          cuda::Two v;
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            v.v[h] = cuda::bytes_of(upper.v[2 * h], upper.v[2 * h + 1], 0x7531) | field[h][i];
+          cuda::stream(reinterpret_cast<cuda::Two*>(out), v);
+        } else if constexpr (kBits == 16) {
+          cuda::Four v;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            unsigned low = field[h][i], high = 0;
+            if constexpr (B == 1) {  // the field lies above a whole byte
+              high = low;
+              low = row[i][h];
+            }
+            // Bytes 0 and 1, then 2 and 3, each with its high byte beside it.
+            v.v[2 * h] = upper.v[2 * h] | cuda::bytes_of(low, high, 0x5140);
+            v.v[2 * h + 1] = upper.v[2 * h + 1] | cuda::bytes_of(low, high, 0x7362);
+          }
+          cuda::stream(reinterpret_cast<cuda::Four*>(out), v);
+        } else {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            cuda::Four v;
+            const unsigned low0 = cuda::bytes_of(row[i][h], row[8 + i][h], 0x5140);
+            const unsigned low1 = cuda::bytes_of(row[i][h], row[8 + i][h], 0x7362);
+            const unsigned high0 = upper.v[2 * h] | cuda::bytes_of(field[h][i], 0, 0x4140);
+            const unsigned high1 = upper.v[2 * h + 1] | cuda::bytes_of(field[h][i], 0, 0x4342);
+            v.v[0] = cuda::bytes_of(low0, high0, 0x5410);
+            v.v[1] = cuda::bytes_of(low0, high0, 0x7632);
+            v.v[2] = cuda::bytes_of(low1, high1, 0x5410);
+            v.v[3] = cuda::bytes_of(low1, high1, 0x7632);
+            cuda::stream(reinterpret_cast<cuda::Four*>(out + 4 * h), v);
+          }
+        }
+        out += part.token_stride;
+      }
+    }
+  }
+
+  // The same of any half strip, a channel of eight tokens at a time.
+  KVZIP_DEVICE static void merge_any(const StripView& view, unsigned half,
+                                     const unsigned char* tile) {
+    const unsigned lane = cuda::thread() % kWarp, channel = half * kHalf + lane;
+    if (channel >= view.strip.width) return;
+    const DevicePart& part = *view.part;
+    T* const numbers = reinterpret_cast<T*>(part.numbers) + view.corner + channel;
+    const unsigned live = view.live_count(), rank = view.rank(channel);
+    const bool coded = view.is_live(channel);
+    T fixed = 0;
+    if (!coded) {
+      const DeviceChannel* channels = reinterpret_cast<const DeviceChannel*>(part.channels);
+      fixed = T(channels[view.strip.head * part.dim + view.strip.channel + channel].number);
+    }
+    for (unsigned first = 0; first < view.strip.lanes; first += 8) {
+      unsigned mantissa[8];
+      if (coded)
+        unpack_column<M>(view.mantissas + first / 8 * kRows * live + rank, live, mantissa);
+      for (unsigned i = 0; i < 8 && first + i < view.strip.lanes; ++i) {
+        const unsigned upper =
+            *reinterpret_cast<const uint16_t*>(tile + tile_at(first + i) + 2 * lane);
+        numbers[place_of(part, view.first_token + first + i)] =
+            coded ? number(upper, mantissa[i]) : fixed;
+      }
+    }
+  }
+
+  // The end of a strip's mantissas, which the states held: into the numbers that stand in their place
+  // already. `carried`: words of 16 bits.
+  KVZIP_DEVICE static void mend(const StripView& view, const uint16_t* carried, unsigned words) {
+    const unsigned live = view.live_count(), octets = (view.strip.lanes + 7) / 8;
+    const unsigned bytes = octets * kRows * live, stored = bytes - 2 * words;
+    const DevicePart& part = *view.part;
+    const unsigned columns = octets * view.strip.width, first = stored / (kRows * (live ? live : 1));
+    for (unsigned i = first * view.strip.width + cuda::thread() % kWarp; i < columns; i += kWarp) {
+      const unsigned octet = i / view.strip.width, channel = i % view.strip.width;
+      if (!view.is_live(channel)) continue;
+      unsigned char rows[kRows];
+      for (unsigned j = 0; j < kRows; ++j) {
+        const unsigned at = (octet * kRows + j) * live + view.rank(channel);
+        rows[j] = at < stored ? view.mantissas[at]
+                              : (unsigned char)(carried[(at - stored) / 2] >> (at - stored) % 2 * 8);
+      }
+      unsigned mantissa[8];
+      unpack_column<M>(rows, 1, mantissa);
+      T* const numbers = reinterpret_cast<T*>(part.numbers) + view.corner + channel;
+      for (unsigned k = 0; k < 8 && 8 * octet + k < view.strip.lanes; ++k) {
+        T& number = numbers[place_of(part, view.first_token + 8 * octet + k)];
+        number = T(T(number >> M << M) | mantissa[k]);
+      }
+    }
+  }
+
+  // Escapes still to come.
+  struct Escapes {
+    const uint16_t* values;
+    unsigned count, position;
+    bool short_of;
+  };
+
+  // Values of a half strip into the tile. `mine`: what the thread's number says of that channel of
+  // the half.
+  template <int K, bool kFull>
+  KVZIP_DEVICE static void decode_half(const DevicePart& part, DeviceChannel mine, unsigned live,
+                                       unsigned lanes, unsigned (&x)[K], WordRing& words,
+                                       Escapes& escapes, unsigned char* tile) {
+    const unsigned lane = cuda::thread() % kWarp, below = (1u << lane) - 1;
+    const uint32_t* const tables = reinterpret_cast<const uint32_t*>(part.tables) + lane;
+    unsigned next0 = 0, next1 = 0;
+    const auto fetch = [&](unsigned channel) {
+      const unsigned shape = cuda::shuffle(mine.shape, channel);
+      if (shape == kConstantShape) return;
+      const uint32_t* entry = tables + uint64_t(shape) * 64;
+      next0 = cuda::constant(entry);
+      next1 = cuda::constant(entry + 32);
+    };
+    fetch(0);
+#pragma unroll 1
+    for (unsigned group = 0; group < kHalf / 8; ++group) {
+      unsigned upper[K][4];
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) upper[k][j] = 0;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const unsigned channel = 8 * group + unsigned(c);
+        const unsigned base = cuda::shuffle(mine.number, channel) << 12;
+        unsigned own = next0, other = next1;
+        fetch((channel + 1) & 31);
+        if (!(live >> channel & 1)) continue;
+        own = ((own + base) & kFieldMask) | (own & ~kFieldMask);
+        other = ((other + base) & kFieldMask) | (other & ~kFieldMask);
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          const unsigned bucket = x[k] >> 5;
+          const unsigned a = cuda::shuffle(own, bucket), b = cuda::shuffle(other, bucket);
+          const bool second = x[k] * (1u << 27) + ((1u << 27) - 1) >= a;
+          const unsigned entry = second ? b : a;
+          const unsigned rank = (second ? b >> 21 : 0u) + (x[k] & 31);
+          const unsigned y = (entry & 2047) * (x[k] >> 10) + rank;
+          const bool there = kFull || lane + kWarp * unsigned(k) < lanes;
+          const bool takes = there && y < kMinState;
+          const unsigned votes = cuda::ballot(takes);
+          const unsigned char* at = words.next() + 2 * cuda::ones(votes & below);
+          const unsigned word = *reinterpret_cast<const uint16_t*>(at);
+          const unsigned z = takes ? y << 16 | word : y;
+          if (kFull) x[k] = z;
+          else x[k] = there ? z : x[k];
+          words.position += cuda::ones(votes);
+          if (c % 2 == 0) upper[k][c / 2] = entry >> kShift & (kValueMask | kMarker);
+          else upper[k][c / 2] |= entry << (16 - kShift) & (kValueMask | kMarker) << 16;
+        }
+        words.refill();
+      }
+      unsigned marked = 0;
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) marked |= upper[k][j];
+      if (cuda::any(marked & (kMarker << 16 | kMarker))) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c)
+#pragma unroll
+          for (int k = 0; k < K; ++k) {
+            const unsigned marker = kMarker << 16 * (c % 2);
+            const bool there = kFull || lane + kWarp * unsigned(k) < lanes;
+            const bool escaped = there && (upper[k][c / 2] & marker);
+            const unsigned votes = cuda::ballot(escaped);
+            if (!votes) continue;
+            const unsigned at = escapes.position + cuda::ones(votes & below);
+            escapes.position += cuda::ones(votes);
+            if (escapes.position > escapes.count) escapes.short_of = true;
+            if (!escaped) continue;
+            const unsigned value = at < escapes.count ? cuda::constant(escapes.values + at) : 0;
+            const unsigned keep = c % 2 ? 0x0000FFFFu : 0xFFFF0000u;
+            upper[k][c / 2] = (upper[k][c / 2] & keep) |
+                              ((value << (15 - E)) & 0xFFFFu) << 16 * (c % 2);
+          }
+        if (escapes.short_of) escapes.position = escapes.count;  // it may not run over
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const unsigned token = lane + kWarp * unsigned(k);
+        cuda::Four four;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) four.v[j] = upper[k][j];
+        *reinterpret_cast<cuda::Four*>(tile + tile_at(token) + 16 * group) = four;
+      }
+    }
+  }
+
+  template <int K>
+  KVZIP_DEVICE static bool decode(const StreamJob& job, const DevicePart& part,
+                                  unsigned char* room) {
+    const unsigned lane = cuda::thread() % kWarp;
+    unsigned char* const tile = room;
+    const unsigned char* const stream = reinterpret_cast<const unsigned char*>(job.stream);
+    const unsigned states_bytes = (4 * job.lanes + 15) & ~15u;
+    const unsigned char* mantissas = stream + states_bytes;
+    const unsigned char* const coded = mantissas + ((job.mantissas + 15) & ~15u);
+    WordRing words(room + kTileBytes, coded, job.words);
+    Escapes escapes{reinterpret_cast<const uint16_t*>(coded) + job.words, job.escapes, 0, false};
+    bool damaged = false;
+    unsigned x[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const unsigned j = lane + kWarp * unsigned(k);
+      x[k] = j < job.lanes ? cuda::constant(reinterpret_cast<const uint32_t*>(stream) + j)
+                           : kMinState;
+      damaged |= x[k] < kMinState;
+    }
+    const DeviceChannel* const channels = reinterpret_cast<const DeviceChannel*>(part.channels);
+    for (unsigned s = 0; s < job.strips; ++s) {
+      const DeviceStrip strip(part, job.tokens, job.first_strip + s);
+      StripView view{&part,
+                     strip,
+                     job.first_token + strip.token,
+                     mantissas,
+                     0,
+                     0,
+                     int64_t(strip.batch) * part.batch_stride +
+                         int64_t(strip.head) * part.head_stride + int64_t(strip.channel)};
+      DeviceChannel mine[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        mine[h] = {kConstantShape, 0};
+        const unsigned channel = kHalf * unsigned(h) + lane;
+        if (channel < strip.width) {
+          const cuda::Two two = cuda::constant(reinterpret_cast<const cuda::Two*>(
+              channels + strip.head * part.dim + strip.channel + channel));
+          mine[h] = {two.v[0], two.v[1]};
+        }
+      }
+      view.live_low = cuda::ballot(mine[0].shape != kConstantShape);
+      view.live_high = cuda::ballot(mine[1].shape != kConstantShape);
+      const bool full = strip.lanes == kWarp * unsigned(K);
+      const uint64_t alignment = part.numbers | uint64_t(view.corner * int64_t(sizeof(T))) |
+                                 uint64_t(part.token_stride * int64_t(sizeof(T))) |
+                                 (part.pages ? uint64_t(part.page_stride * int64_t(sizeof(T))) : 0);
+      const bool whole = strip.lanes == kGroupTokens && (view.live_low & view.live_high) == ~0u &&
+                         reinterpret_cast<uint64_t>(mantissas) % 8 == 0 &&
+                         alignment % (sizeof(T) == 1 ? 8 : 16) == 0;
+#pragma unroll 1
+      for (unsigned half = 0; half < 2 && half * kHalf < strip.width; ++half) {
+        const unsigned live = half ? view.live_high : view.live_low;
+        const DeviceChannel own = half ? mine[1] : mine[0];
+        if (full) decode_half<K, true>(part, own, live, strip.lanes, x, words, escapes, tile);
+        else decode_half<K, false>(part, own, live, strip.lanes, x, words, escapes, tile);
+        cuda::sync_warp();
+        if (whole) merge_whole(view, half, tile);
+        else merge_any(view, half, tile);
+        cuda::sync_warp();
+      }
+      const unsigned octets = (strip.lanes + 7) / 8, live = view.live_count();
+      if (s + 1 == job.strips) {
+        // The states end as the last words of these mantissas.
+        const unsigned carried = smaller(job.lanes, octets * kRows * live / 2);
+        uint16_t* const tail = reinterpret_cast<uint16_t*>(tile);
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          const unsigned j = lane + kWarp * unsigned(k);
+          if (j >= job.lanes) continue;
+          damaged |= x[k] >> 16 != 1 || (j >= carried && x[k] != kMinState);
+          tail[j] = uint16_t(x[k]);
+        }
+        cuda::sync_warp();
+        mend(view, tail, carried);
+      }
+      mantissas += octets * kRows * live;
+    }
+    cuda::wait_copies<0>();
+    cuda::sync_warp();
+    return cuda::any(damaged) || words.position != job.words || escapes.short_of ||
+           escapes.position != job.escapes;
+  }
+
+  // Reads up to 512 bytes behind a stream's end, which must be there, whatever they are.
+  KVZIP_DEVICE static void run(const StreamJob* jobs, uint32_t count, const DevicePart* parts,
+                               uint32_t* flags) {
+    const unsigned warp = cuda::thread() / kWarp;
+    const uint64_t index = uint64_t(cuda::block()) * (cuda::threads_of_block() / kWarp) + warp;
+    if (index >= count) return;
+    const StreamJob job = jobs[index];
+    const DevicePart part = parts[job.part];
+    unsigned char* const room = cuda::shared_memory() + warp * kWarpBytes;
+    const bool damaged = job.lanes <= 32   ? decode<1>(job, part, room)
+                         : job.lanes <= 64 ? decode<2>(job, part, room)
+                                           : decode<4>(job, part, room);
+    if (damaged && cuda::thread() % kWarp == 0) cuda::set_flag(flags + job.row);
+  }
+};
+
+#ifndef KVZIP_BLOCKS_OF_SM
+#define KVZIP_BLOCKS_OF_SM 3
+#endif
+#define KVZIP_CHANNEL_DECODE(name, E, M, T)                                                       \
+  KVZIP_KERNEL(kWarpsOfBlock * 32, KVZIP_BLOCKS_OF_SM)                                            \
+  channel_decode_##name(const StreamJob* jobs, uint32_t count, const DevicePart* parts,           \
+                        uint32_t* flags) {                                                        \
+    Decoding<E, M, T>::run(jobs, count, parts, flags);                                            \
+  }
+KVZIP_CHANNEL_DECODE(bf16, 8, 7, uint16_t)
+KVZIP_CHANNEL_DECODE(fp16, 5, 10, uint16_t)
+KVZIP_CHANNEL_DECODE(fp32, 8, 23, uint32_t)
+KVZIP_CHANNEL_DECODE(fp8_e4m3fn, 4, 3, uint8_t)
+KVZIP_CHANNEL_DECODE(fp8_e5m2, 5, 2, uint8_t)
+#undef KVZIP_CHANNEL_DECODE
+
+}  // namespace kvzip::channel

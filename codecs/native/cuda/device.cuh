@@ -1,0 +1,153 @@
+// What kernels use of a GPU, in one place: by CUDA's own means when nvcc or NVRTC compiles them, by
+// the shim's on a CPU. All threads of a warp take part in every meeting.
+#pragma once
+
+#ifdef __CUDACC__
+#define KVZIP_DEVICE __device__ __forceinline__
+#define KVZIP_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#else
+#include "native/cuda/shim.hpp"
+#define KVZIP_DEVICE inline
+#define KVZIP_KERNEL(threads, blocks) inline void
+#endif
+
+namespace kvzip::cuda {
+
+constexpr unsigned kWarp = 32;
+
+#ifdef __CUDACC__
+constexpr unsigned kAll = 0xFFFFFFFFu;
+KVZIP_DEVICE unsigned thread() { return threadIdx.x; }
+KVZIP_DEVICE unsigned block() { return blockIdx.x; }
+KVZIP_DEVICE unsigned threads_of_block() { return blockDim.x; }
+KVZIP_DEVICE unsigned shuffle(unsigned v, unsigned lane) { return __shfl_sync(kAll, v, int(lane)); }
+KVZIP_DEVICE unsigned shuffle_xor(unsigned v, unsigned lane) {
+  return __shfl_xor_sync(kAll, v, int(lane));
+}
+KVZIP_DEVICE unsigned ballot(bool v) { return __ballot_sync(kAll, v); }
+KVZIP_DEVICE bool any(bool v) { return __any_sync(kAll, v); }
+KVZIP_DEVICE void sync_warp() { __syncwarp(); }
+KVZIP_DEVICE void sync_block() { __syncthreads(); }
+KVZIP_DEVICE unsigned ones(unsigned v) { return unsigned(__popc(v)); }
+KVZIP_DEVICE unsigned high_product(unsigned a, unsigned b) { return __umulhi(a, b); }
+KVZIP_DEVICE unsigned bytes_of(unsigned a, unsigned b, unsigned which) {
+  return __byte_perm(a, b, which);
+}
+KVZIP_DEVICE void set_flag(uint32_t* flag) { atomicOr(flag, 1u); }
+// The dynamic shared memory of the block.
+KVZIP_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char room[];
+  return room;
+}
+// What no kernel writes while this one runs.
+template <typename V>
+KVZIP_DEVICE V constant(const V* p) {
+  return __ldg(p);
+}
+// Stores that are read by nobody here.
+template <typename V>
+KVZIP_DEVICE void stream(V* p, V v) {
+  __stcs(p, v);
+}
+// 16 bytes to shared memory, of which the first `there` (0 to 16) come from `from` and the rest are
+// zeros; they land at the wait for their group.
+KVZIP_DEVICE void copy16(void* to, const void* from, unsigned there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   unsigned(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(there)
+               : "memory");
+}
+KVZIP_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most `N` groups of this thread's are under way.
+template <int N>
+KVZIP_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+#else
+inline unsigned thread() { return shim::state().current->thread.x; }
+inline unsigned block() { return shim::state().block_index.x; }
+inline unsigned threads_of_block() { return shim::state().block_dim.x; }
+inline unsigned shuffle(unsigned v, unsigned lane) {
+  return unsigned(shim::meet("shuffle", v)[lane % kWarp]);
+}
+inline unsigned shuffle_xor(unsigned v, unsigned lane) {
+  const unsigned own = thread() % kWarp;
+  return unsigned(shim::meet("shuffle_xor", v)[(own ^ lane) % kWarp]);
+}
+inline unsigned ballot(bool v) {
+  const auto* all = shim::meet("ballot", v);
+  unsigned votes = 0;
+  for (unsigned i = 0; i < kWarp; ++i) votes |= unsigned(all[i] != 0) << i;
+  return votes;
+}
+inline bool any(bool v) { return ballot(v) != 0; }
+inline void sync_warp() { shim::meet("sync", 0); }
+inline void sync_block() { shim::meet_block(); }
+inline unsigned ones(unsigned v) { return unsigned(__builtin_popcount(v)); }
+inline unsigned high_product(unsigned a, unsigned b) {
+  return unsigned(std::uint64_t(a) * b >> 32);
+}
+inline unsigned bytes_of(unsigned a, unsigned b, unsigned which) {
+  const std::uint64_t all = std::uint64_t(b) << 32 | a;
+  unsigned v = 0;
+  for (int i = 0; i < 4; ++i)
+    v |= unsigned(all >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
+  return v;
+}
+inline void set_flag(uint32_t* flag) { *flag |= 1; }
+inline unsigned char* shared_memory() { return shim::state().shared; }
+template <typename V>
+inline V constant(const V* p) {
+  if (reinterpret_cast<std::uintptr_t>(p) % sizeof(V)) shim::fail("a load that is not aligned");
+  return *p;
+}
+template <typename V>
+inline void stream(V* p, V v) {
+  if (reinterpret_cast<std::uintptr_t>(p) % sizeof(V)) shim::fail("a store that is not aligned");
+  *p = v;
+}
+inline void copy16(void* to, const void* from, unsigned there) {
+  if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % 16)
+    shim::fail("a copy that is not aligned");
+  shim::PendingCopy copy{static_cast<unsigned char*>(to), {}};
+  std::memcpy(copy.bytes, from, there);
+  std::memset(to, 0xA5, 16);
+  shim::state().current->groups.back().push_back(copy);
+}
+inline void commit_copies() { shim::state().current->groups.emplace_back(); }
+template <int N>
+inline void wait_copies() {
+  auto& groups = shim::state().current->groups;  // the last is not committed yet
+  while (groups.size() > N + 1) {
+    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.bytes, 16);
+    groups.erase(groups.begin());
+  }
+}
+#endif
+
+// Vectors that are loaded and stored at once.
+struct alignas(8) Two {
+  unsigned v[2];
+};
+struct alignas(16) Four {
+  unsigned v[4];
+};
+
+#ifdef __CUDACC__
+KVZIP_DEVICE Two constant(const Two* p) {
+  const uint2 a = __ldg(reinterpret_cast<const uint2*>(p));
+  return {{a.x, a.y}};
+}
+KVZIP_DEVICE Four constant(const Four* p) {
+  const uint4 a = __ldg(reinterpret_cast<const uint4*>(p));
+  return {{a.x, a.y, a.z, a.w}};
+}
+KVZIP_DEVICE void stream(Two* p, Two v) {
+  __stcs(reinterpret_cast<uint2*>(p), make_uint2(v.v[0], v.v[1]));
+}
+KVZIP_DEVICE void stream(Four* p, Four v) {
+  __stcs(reinterpret_cast<uint4*>(p), make_uint4(v.v[0], v.v[1], v.v[2], v.v[3]));
+}
+#endif
+
+}  // namespace kvzip::cuda
