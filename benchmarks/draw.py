@@ -10,7 +10,7 @@ from html import escape
 
 from kvzip.benchmarks.result import BenchResult, Row, SnapshotIdentity
 from kvzip.eval import charts
-from kvzip.snapshot import replacing_file
+from kvzip.files import replacing
 
 _STYLE = {"memcpy": "s0", "kvzip": "s1", "peer": "s3"}
 _SIZE = (860, 520)
@@ -65,7 +65,7 @@ thead th {{ color: var(--soft); font-weight: 500; vertical-align: bottom; white-
 def write(result: BenchResult, path: str | os.PathLike[str]) -> None:
     """Write the page, or the tables where `path` ends in .md; whole or not at all."""
     text = markdown(result) if os.fspath(path).endswith(".md") else page(result)
-    with replacing_file(path) as file:
+    with replacing(path) as file:
         file.write(text.encode())
 
 

@@ -29,9 +29,10 @@ from kvzip.eval.result import (
     Plane,
     as_result,
 )
+from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
-from kvzip.snapshot import Snapshot, replacing_file, sha256_raw
+from kvzip.snapshot import Snapshot, sha256_raw
 
 CODECS = ("raw", "zstd", "lz4", "planes", "planes:mode=bit", "channel", "predictive")
 
@@ -83,7 +84,7 @@ def run(
         own = profile if codec.needs_profile else None
         row, blob = bench.measure(snapshot, codec, own, threads=threads)
         encoded = folder / f"{path.stem}.{spec.replace(':', '-').replace('=', '-')}.kvz"
-        with replacing_file(encoded) as file:
+        with replacing(encoded) as file:
             file.write(blob)
         rows.append((row, reference.check(encoded, own)))
     step("writing the report")
@@ -130,7 +131,7 @@ def run(
         report=str(folder / "report.html"),
     )
     as_result(result)
-    with replacing_file(folder / "result.json") as file:
+    with replacing(folder / "result.json") as file:
         file.write(msgspec.json.format(msgspec.json.encode(result)))
     write_report(result, folder / "report.html")
     return result

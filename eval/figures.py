@@ -21,7 +21,7 @@ from kvzip.eval.economics import BreakEven
 from kvzip.eval.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.report import bit_rate, by_base, write_report
 from kvzip.eval.result import DemoResult
-from kvzip.snapshot import replacing_file
+from kvzip.files import replacing
 
 _PICTURE = '[data-chart="time-wide"]'
 
@@ -150,7 +150,7 @@ def put_between(path: str | os.PathLike[str], blocks: Mapping[str, str]) -> bool
         new = f"{before}{begin}\n{block}\n{end}{after}"
     if new == text:
         return False
-    with replacing_file(path) as file:
+    with replacing(path) as file:
         file.write(new.encode())
     return True
 
@@ -176,5 +176,5 @@ def put_picture(result: DemoResult, picture: str | os.PathLike[str]) -> None:
         page.goto(page_file.as_uri())
         shot = page.locator(_PICTURE).screenshot()
         browser.close()
-    with replacing_file(picture) as file:
+    with replacing(picture) as file:
         file.write(shot)

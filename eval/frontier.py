@@ -35,8 +35,9 @@ from kvzip.errors import KVZipError
 from kvzip.eval import copies, predictors, stored
 from kvzip.eval.machine import Made, made_by
 from kvzip.eval.predictors import COPY, Document, LayerData, LayerPoint
+from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
-from kvzip.snapshot import Layer, Snapshot, replacing_file
+from kvzip.snapshot import Layer, Snapshot
 
 VERSION = 1
 """Of what is measured: points of another version are measured anew."""
@@ -357,7 +358,8 @@ def _about(ref: str, first: Snapshot, out: Path, tell: Progress) -> dict[str, An
             capture.prefill(loaded, ids)
             times.append(time.perf_counter() - began)
         found["prefill_seconds"] = statistics.median(times[1:])
-    place.write_bytes(msgspec.json.encode(found))
+    with replacing(place) as file:
+        file.write(msgspec.json.encode(found))
     return found
 
 
@@ -419,7 +421,7 @@ def _layer(
         if place.is_file():
             return msgspec.json.decode(place.read_bytes(), type=LayerPoint)
         point = compute()
-        with replacing_file(place) as file:
+        with replacing(place) as file:
             file.write(msgspec.json.encode(point))
         return point
 
@@ -533,7 +535,7 @@ def _predictions(
             vectors: dict[str, Any] = {
                 str(n): _unturned(said[n], layers[n], snapshot) for n in chosen
             }
-            with replacing_file(place) as file:
+            with replacing(place) as file:
                 np.savez(file, **vectors)
         found.append(place)
         tell(f"{kind} copy", done + 1, len(paths))

@@ -30,9 +30,10 @@ from kvzip.eval import ends, stored
 from kvzip.eval.inputs import learn
 from kvzip.eval.machine import PACKAGES, Made, machine, made_by, versions
 from kvzip.eval.wire import ADDRESSES, Link
+from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
-from kvzip.snapshot import Snapshot, replacing_file
+from kvzip.snapshot import Snapshot
 
 CODECS = ("raw", "channel", "predictive")
 PREFILL = "prefill"
@@ -282,7 +283,7 @@ def prepare(
         step(f"encoding with {spec}")
         own = learned if codec.needs_profile else None
         files[spec] = served / f"{spec.replace(':', '-').replace('=', '-')}.kvz"
-        with replacing_file(files[spec]) as file:
+        with replacing(files[spec]) as file:
             file.write(container.encode(snapshot, codec, own))
     return Sources(model, path, files, kept)
 

@@ -39,7 +39,7 @@ from kvzip.eval.links import Links, Point
 from kvzip.eval.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.prices import HEADLINE, default_prices
 from kvzip.eval.result import CodecResult, DemoResult, as_result
-from kvzip.snapshot import replacing_file
+from kvzip.files import replacing
 
 _WIDE, _NARROW = 760, 344
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -76,7 +76,7 @@ def write_report(
     """
     page = render(as_result(result), extras or Extras())
     try:
-        with replacing_file(path) as file:
+        with replacing(path) as file:
             file.write(page.encode())
     except OSError as error:
         raise KVZipError(f"report {path}: {error.strerror or error}") from error

@@ -9,14 +9,14 @@ from typing import TypeVar
 import msgspec
 
 from kvzip.errors import KVZipError
-from kvzip.snapshot import replacing_file
+from kvzip.files import replacing
 
 T = TypeVar("T")
 
 
 def save(result: msgspec.Struct, path: str | os.PathLike[str]) -> None:
     """Write a result, whole or not at all."""
-    with replacing_file(path) as file:
+    with replacing(path) as file:
         file.write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
 
 

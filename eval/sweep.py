@@ -32,8 +32,9 @@ from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.eval import bench
 from kvzip.eval.machine import machine, now, versions
+from kvzip.files import replacing, sweep
 from kvzip.profile import Profile
-from kvzip.snapshot import Snapshot, replacing
+from kvzip.snapshot import Snapshot
 
 SYNTHETIC = "synthetic"
 """The model of numbers that only look like a cache's; for trying things out."""
@@ -302,8 +303,7 @@ class Store:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise KVZipError(f"{self.folder}: another sweep is writing there") from None
-            for unfinished in self.rows.glob(".*.tmp"):  # of one that was killed
-                unfinished.unlink()
+            sweep(self.rows)
             yield
 
     def add(self, row: Row) -> None:
@@ -346,8 +346,10 @@ class Store:
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        with replacing(path) as unfinished:
-            parquet.write_table(pa.Table.from_pylist(list(rows), _schema()), unfinished)
+        packed = pa.BufferOutputStream()
+        parquet.write_table(pa.Table.from_pylist(list(rows), _schema()), packed)
+        with replacing(path) as file:
+            file.write(packed.getvalue())
 
 
 def _schema() -> Any:

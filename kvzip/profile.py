@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.errors import ProfileError
-from kvzip.snapshot import Snapshot, replacing_file
+from kvzip.files import replacing
+from kvzip.snapshot import Snapshot
 
 VERSION = 1
 _DTYPES = {
@@ -73,7 +74,7 @@ class Profile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all."""
-        with replacing_file(path) as file:
+        with replacing(path) as file:
             file.write(self._file)
 
     @classmethod

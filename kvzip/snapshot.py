@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from kvzip import dtypes
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, FormatError, UnsupportedError
+from kvzip.files import replacing
 
 Part = Literal["k", "v"]
 PARTS: tuple[Part, Part] = ("k", "v")
@@ -264,33 +263,36 @@ class Snapshot:
     # --- on disk ---------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all."""
-        from safetensors import SafetensorError, TensorSpec, serialize_file
-
+        """Write a safetensors file, whole or not at all, one layer in memory at a time."""
         form = dtypes.get(self.dtype)
-        # Held until the end: the serializer is given their addresses.
-        arrays = {
-            f"layers.{i}.{part}": np.ascontiguousarray(layer.part(part))
+        parts = [
+            (f"layers.{i}.{part}", layer, part)
             for i, layer in enumerate(self.layers)
             for part in PARTS
-        }
-        if self.token_ids is not None:
-            arrays["token_ids"] = self.token_ids.astype("<i8")
-        tensors = {
-            name: TensorSpec(
-                dtype="int64" if name == "token_ids" else _SERIALIZE.get(form.name, form.torch),
-                shape=array.shape,
-                data_ptr=array.ctypes.data,
-                data_len=array.nbytes,
-            )
-            for name, array in arrays.items()
-        }
+        ]
         note = msgspec.json.encode(Description(self.layout, self.origin)).decode()
-        with replacing(path) as temporary:
-            try:
-                serialize_file(tensors, temporary, metadata={"kvzip": note})
-            except SafetensorError as error:
-                raise OSError(f"cannot write {path}: {error}") from None
+        header: dict[str, Any] = {"__metadata__": {"kvzip": note}}
+        at = 0
+
+        def place(name: str, kind: str, shape: tuple[int, ...], itemsize: int) -> None:
+            nonlocal at
+            end = at + _product(shape) * itemsize
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": (at, end)}
+            at = end
+
+        # The widest numbers first, so that all lie at multiples of their size.
+        if self.token_ids is not None:
+            place("token_ids", "I64", self.token_ids.shape, 8)
+        for name, layer, part in parts:
+            place(name, form.safetensors, layer.layout.shape(part), form.itemsize)
+        packed = msgspec.json.encode(header)
+        packed += b" " * (-len(packed) % 8)
+        with replacing(path) as file:
+            file.write(len(packed).to_bytes(8, "little") + packed)
+            if self.token_ids is not None:
+                file.write(self.token_ids.astype("<i8").data)
+            for _, layer, part in parts:
+                file.write(np.ascontiguousarray(layer.part(part)).data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Snapshot:
@@ -371,35 +373,3 @@ def sha256_raw(snapshot: Snapshot) -> str:
         for array in layer:
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-# What safetensors' Python interface calls them, where that is not torch's name.
-_SERIALIZE: dict[str, str] = {}
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A temporary name beside `path` that takes its place when the block ends without an error."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent} is not a folder")
-    handle, temporary = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
-    )
-    os.close(handle)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def replacing_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """As :func:`replacing`, with the temporary file open for writing and reading."""
-    with replacing(path) as temporary, Path(temporary).open("w+b") as file:
-        yield file

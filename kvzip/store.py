@@ -53,9 +53,10 @@ from kvzip.errors import (
     UnsupportedError,
     UsageError,
 )
+from kvzip.files import replacing
 from kvzip.profile import Profile
 from kvzip.remote import Bucket
-from kvzip.snapshot import Snapshot, replacing
+from kvzip.snapshot import Snapshot
 
 _log = logging.getLogger("kvzip.store")
 
@@ -413,15 +414,16 @@ class Store:
 
         Raises CorruptError, StoreError.
         """
-        with replacing(path) as temporary:
-            with Path(temporary).open("wb") as file:
-                try:
-                    self.bucket.copy(_path(key), file, progress)
-                except FileNotFoundError:
-                    raise StoreError(f"there is no document {key} in {self.bucket.url}") from None
-            with container.open(temporary) as reader:
+        with replacing(path) as file:
+            try:
+                self.bucket.copy(_path(key), file, progress)
+            except FileNotFoundError:
+                raise StoreError(f"there is no document {key} in {self.bucket.url}") from None
+            size = file.tell()
+            file.flush()
+            with container.open(file) as reader:
                 reader.check_stored()
-            return Path(temporary).stat().st_size
+            return size
 
     def remove(self, key: str) -> None:
         """Take a document out of the store."""

@@ -7,7 +7,6 @@ from support import assert_same, cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip.errors import CorruptError, FormatError, UnsupportedError
-from kvzip.snapshot import replacing
 
 
 def test_disk_round_trip(tmp_path, dtype):
@@ -57,16 +56,6 @@ def test_a_lying_description_is_an_error(tmp_path):
     save_file({"layers.0.k": np.zeros((1, 2, 4), np.float16)}, tmp_path / "a", {"kvzip": note})
     with pytest.raises(FormatError, match="missing"):
         kvzip.Snapshot.load(tmp_path / "a")
-
-
-def test_an_error_leaves_nothing_behind(tmp_path):
-    with pytest.raises(RuntimeError), replacing(tmp_path / "a"):
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(RuntimeError), replacing(tmp_path / "a"):
-        raise RuntimeError
-    assert (tmp_path / "a").read_bytes() == b"old"
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from kvzip.codecs.predictive.documents import Item, load
 from kvzip.errors import ProfileError
-from kvzip.snapshot import Snapshot, replacing_file
+from kvzip.files import replacing
+from kvzip.snapshot import Snapshot
 
 
 class Store:
@@ -40,7 +41,7 @@ class Store:
                         f"{folder} holds a fit with {what}: give the same or another folder"
                     )
         else:
-            with replacing_file(note) as file:
+            with replacing(note) as file:
                 file.write(json.dumps(wanted).encode())
 
     def _path(self, layer: int) -> Path:
@@ -62,7 +63,7 @@ class Store:
     def keep(self, layer: int, tensors: Mapping[str, NDArray[Any]]) -> None:
         from safetensors.numpy import save
 
-        with replacing_file(self._path(layer)) as file:
+        with replacing(self._path(layer)) as file:
             file.write(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
 
 

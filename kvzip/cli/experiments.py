@@ -17,7 +17,7 @@ from kvzip.cli.app import app, evaluate
 from kvzip.cli.arguments import Json, ResultFile, codec_specs, command_line, integers, names
 from kvzip.cli.terminal import CheckFailed, emit, say, show_table, steps, working
 from kvzip.errors import UsageError
-from kvzip.snapshot import replacing_file
+from kvzip.files import replacing
 
 
 @app.command
@@ -302,7 +302,7 @@ def links(
     if output is not None:
         stored.save(found, output)
     if picture is not None:
-        with replacing_file(picture) as file:
+        with replacing(picture) as file:
             file.write(graphs.links_file(found).encode())
     if page is not None:
         drawing.put_between(page, {"links": linking.page(found)})
@@ -391,7 +391,7 @@ def frontier(
             )
         stored.save(result, out / "frontier.json")
     out.mkdir(parents=True, exist_ok=True)
-    with replacing_file(out / "frontier.svg") as file:
+    with replacing(out / "frontier.svg") as file:
         file.write(graphs.frontier_file(result).encode())
 
     def show() -> None:

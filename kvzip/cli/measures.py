@@ -23,7 +23,8 @@ from kvzip.cli.arguments import (
 )
 from kvzip.cli.terminal import CheckFailed, bar, emit, say, show_table, steps
 from kvzip.errors import UsageError
-from kvzip.snapshot import Snapshot, replacing_file
+from kvzip.files import replacing
+from kvzip.snapshot import Snapshot
 
 
 @app.command(name="entropy")
@@ -75,7 +76,7 @@ def entropy_command(
         drawn = graphs.ladder_files(ladder)
         data = msgspec.json.format(msgspec.json.encode(result))
         for name, content in {"entropy.json": data, **drawn}.items():
-            with replacing_file(out / name) as file:
+            with replacing(out / name) as file:
                 file.write(content)
         result["figures"] = [str(out / name) for name in drawn]
 
@@ -159,7 +160,7 @@ def bench(
             progress=advance,
         )
     if out is not None:
-        with replacing_file(out) as file:
+        with replacing(out) as file:
             file.write(msgspec.json.format(msgspec.json.encode(result)))
 
     def show() -> None:

@@ -21,10 +21,12 @@ from kvzip.cli import (  # noqa: F401 - each adds its commands
 from kvzip.cli.app import app
 from kvzip.cli.failures import BUG, failure_of
 from kvzip.cli.terminal import CheckFailed, as_one_line, complain
+from kvzip.files import leave_nothing_behind
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    leave_nothing_behind()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")

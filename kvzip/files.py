@@ -1,0 +1,450 @@
+"""Files that appear whole or not at all, and files that can be read anywhere.
+
+Every file of this library is written by :func:`replacing`. What is unfinished has no name where the
+system allows that (Linux's O_TMPFILE), and elsewhere a hidden one, which an error removes. What a
+killed process leaves under a hidden name is removed by the next one that writes into that folder:
+whoever still writes holds the file's lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from kvzip.errors import KVZipError
+
+IN_MEMORY = 256 << 20
+"""Bytes on their way from or to a pipe or a device that are kept in memory; more are on disk."""
+STDIN, STDOUT = Path("/dev/stdin"), Path("/dev/stdout")
+_NAMELESS: int = getattr(os, "O_TMPFILE", 0)
+_FOLDER: int = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)
+_HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
+_HIDDEN = re.compile(r"\.kvzip-([0-9a-f]{8})-[0-9a-f]{16}\.tmp")
+_FOREIGN_SECONDS = 86400.0
+"""A hidden file of another machine, whose locks may not be seen here, is left alone for so long."""
+_STREAM = re.compile(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/self)/fd/(\d+)")
+_STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
+_swept: set[tuple[int, int]] = set()
+
+AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+
+# --- writing -------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(
+    path: AnyPath,
+    *,
+    mode: int | None = None,
+    create: bool = False,
+    durable: bool = False,
+    scratch: Path | None = None,
+) -> Iterator[IO[bytes]]:
+    """A file open for writing and reading that becomes `path` when the block ends without error.
+
+    Links are followed. A file that is there keeps its mode and, where the system allows it, its
+    owner; a new one can be read by its owner alone, since prompts are in these files. A device, a
+    pipe and ``/dev/stdout`` get the bytes once all are there.
+
+    `mode`: the permissions instead. `create`: raise FileExistsError if there is a file already.
+    `durable`: return when a power cut cannot undo it. `scratch`: a folder of the same file system
+    for what is unfinished. Raises OSError, which names the path.
+    """
+    name = os.fsdecode(path)
+    with _naming(name):
+        found = _status(name)
+        if (found is not None and not stat.S_ISREG(found.st_mode)) or _stream(name) is not None:
+            if found is not None and stat.S_ISDIR(found.st_mode):
+                raise _error(errno.EISDIR, name)
+            with _spooled(name) as spool:
+                yield spool
+            return
+        if create and found is not None:
+            raise _error(errno.EEXIST, name)
+        target = Path(os.path.realpath(name))
+        with _Unfinished(target.parent, scratch or target.parent) as unfinished:
+            yield unfinished.file
+            unfinished.become(target.name, mode, create, durable)
+
+
+def check_output(path: AnyPath, inputs: Iterable[AnyPath]) -> None:
+    """Raise KVZipError if writing to `path` would replace one of the inputs."""
+    found = _status(os.fsdecode(path))
+    if found is None or not stat.S_ISREG(found.st_mode):
+        return
+    for given in inputs:
+        with suppress(OSError):
+            if os.path.samestat(found, os.stat(given)):  # noqa: PTH116 - of any kind of path
+                name = os.fsdecode(path)
+                raise KVZipError(f"{name} is an input: writing the output there would replace it")
+
+
+def standard(path: Path, stream: Path) -> Path:
+    """The path that a command line means: ``-`` is a standard stream, STDIN or STDOUT."""
+    return stream if str(path) == "-" else path
+
+
+def _status(name: str) -> os.stat_result | None:
+    """What is there under a name, links followed; None if nothing is. A name that no file can be
+    written under is an OSError."""
+    if not name:
+        raise _error(errno.ENOENT, name)
+    try:
+        return os.stat(name)  # noqa: PTH116
+    except FileNotFoundError:
+        if name.endswith("/"):
+            raise _error(errno.EISDIR, name) from None
+        parent = os.path.dirname(os.path.realpath(name))  # noqa: PTH120
+        if not os.path.isdir(parent):  # noqa: PTH112
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder", parent) from None
+        return None
+
+
+def _stream(name: str) -> int | None:
+    """The number of the open file that a name stands for, if it does."""
+    found = _STREAM.fullmatch(name)
+    if found is None:
+        return None
+    return _STREAMS[found[1]] if found[1] else int(found[2])
+
+
+@contextmanager
+def _spooled(name: str) -> Iterator[IO[bytes]]:
+    """A temporary file whose bytes are written to a pipe or a device when the block ends."""
+    with tempfile.SpooledTemporaryFile(IN_MEMORY) as spool:
+        with _naming(tempfile.gettempdir()):
+            yield spool
+        spool.seek(0)
+        number = _stream(name)
+        flags = os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC
+        handle = os.open(name, flags) if number is None else os.dup(number)
+        with os.fdopen(handle, "wb") as out:
+            shutil.copyfileobj(spool, out, 1 << 20)
+
+
+class _Unfinished:
+    """A file on its way: without a name, or with a hidden one in `scratch`."""
+
+    def __init__(self, folder: Path, scratch: Path):
+        self._folder_path, self._scratch_path = folder, scratch
+        self._name: str | None = None
+
+    def __enter__(self) -> _Unfinished:
+        self._folder = os.open(self._folder_path, _FOLDER | os.O_CLOEXEC)
+        try:
+            self._scratch = os.open(self._scratch_path, _FOLDER | os.O_CLOEXEC)
+            try:
+                _sweep_once(self._scratch_path)
+                self.file: IO[bytes] = self._begin()
+            except BaseException:
+                os.close(self._scratch)
+                raise
+        except BaseException:
+            os.close(self._folder)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._name is not None:
+                with suppress(FileNotFoundError):
+                    os.unlink(self._name, dir_fd=self._scratch)
+            self.file.close()
+        finally:
+            os.close(self._scratch)
+            os.close(self._folder)
+
+    def _begin(self) -> IO[bytes]:
+        if _NAMELESS:
+            with suppress(OSError):
+                flags = _NAMELESS | os.O_RDWR | os.O_CLOEXEC
+                handle = os.open(self._scratch_path, flags, 0o600)
+                with suppress(OSError):
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return os.fdopen(handle, "w+b")
+        return self._named()
+
+    def _named(self) -> IO[bytes]:
+        """A new file with a hidden name, its lock held."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        while True:
+            self._name = _hidden_name()
+            try:
+                handle = os.open(self._name, flags, 0o600, dir_fd=self._scratch)
+            except OSError as error:
+                self._name = None
+                raise _error(error.errno or errno.EIO, str(self._scratch_path)) from None
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # taken for a dead one's
+                os.close(handle)
+                continue
+            except OSError:
+                return os.fdopen(handle, "w+b")  # a file system without locks: nothing is swept
+            if os.fstat(handle).st_nlink:
+                return os.fdopen(handle, "w+b")
+            os.close(handle)
+
+    def become(self, name: str, mode: int | None, create: bool, durable: bool) -> None:
+        """Give the file its name and permissions, in place of what has that name."""
+        try:
+            self._complete(name, mode, durable)
+            if self._name is None and not self._link_nameless(name, create):
+                nameless, self.file = self.file, self._named()
+                with nameless:
+                    nameless.seek(0)
+                    shutil.copyfileobj(nameless, self.file, 1 << 20)
+                self._complete(name, mode, durable)
+            if self._name is not None:
+                self._rename_new(name) if create else self._rename(name)
+            if durable:
+                _sync_folder(self._folder_path)
+        except OSError as error:
+            raise _error(error.errno or errno.EIO, str(self._folder_path / name)) from None
+
+    def _complete(self, name: str, mode: int | None, durable: bool) -> None:
+        """Nothing but its name is missing after this."""
+        self.file.flush()
+        self._permit(name, mode)
+        if durable:
+            os.fsync(self.file.fileno())
+
+    def _permit(self, name: str, mode: int | None) -> None:
+        handle = self.file.fileno()
+        if mode is None:
+            try:
+                old = os.stat(name, dir_fd=self._folder)
+            except FileNotFoundError:
+                return  # it was made for its owner alone
+            mode, own = stat.S_IMODE(old.st_mode) & 0o777, os.fstat(handle)
+            if (old.st_uid, old.st_gid) != (own.st_uid, own.st_gid):
+                try:
+                    os.fchown(handle, old.st_uid, old.st_gid)
+                except OSError:  # another group must not get what the old one had
+                    mode &= 0o707
+        with suppress(OSError):  # some file systems know no permissions
+            os.fchmod(handle, mode)
+
+    def _link_nameless(self, name: str, create: bool) -> bool:
+        """Give a file without a name its name, or a hidden one if the name is taken; False where
+        that cannot be done."""
+        # With a folder's number Python asks the system to follow the link, without it does not.
+        source = f"/proc/self/fd/{self.file.fileno()}"
+        try:
+            os.link(source, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            return True
+        except OSError as error:
+            if _only_links_are_missing(error):
+                return False
+            if create or error.errno != errno.EEXIST:
+                raise
+        self._name = _hidden_name()
+        try:
+            os.link(source, self._name, src_dir_fd=self._folder, dst_dir_fd=self._scratch)
+            return True
+        except OSError as error:
+            self._name = None
+            if _only_links_are_missing(error):
+                return False
+            raise
+
+    def _rename(self, name: str) -> None:
+        assert self._name is not None
+        os.rename(self._name, name, src_dir_fd=self._scratch, dst_dir_fd=self._folder)
+        self._name = None
+
+    def _rename_new(self, name: str) -> None:
+        """Give a hidden file its name; FileExistsError if that is taken."""
+        assert self._name is not None
+        try:
+            os.link(self._name, name, src_dir_fd=self._scratch, dst_dir_fd=self._folder)
+            return
+        except OSError as error:
+            if not _only_links_are_missing(error):
+                raise
+        # No hard links. Others that find none wait here for their turn.
+        with _locked(self._folder_path):
+            try:
+                os.stat(name, dir_fd=self._folder, follow_symlinks=False)
+            except FileNotFoundError:
+                self._rename(name)
+                return
+            raise _error(errno.EEXIST, name)
+
+
+def _only_links_are_missing(error: OSError) -> bool:
+    """Whether a link failed for its own sake; where there are none, systems give many reasons."""
+    others = (errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
+    return error.errno not in others
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, where there are locks."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _hidden_name() -> str:
+    return f".kvzip-{_HOST}-{secrets.token_hex(8)}.tmp"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file of that name is an unfinished one."""
+    return _HIDDEN.fullmatch(name) is not None
+
+
+def sweep(folder: AnyPath) -> None:
+    """Remove the unfinished files of processes that were killed while they wrote into a folder."""
+    with suppress(OSError), os.scandir(os.fsdecode(folder)) as entries:
+        for entry in entries:
+            found = _HIDDEN.fullmatch(entry.name)
+            if found is not None:
+                with suppress(OSError):
+                    _remove_if_dead(entry.path, found[1] == _HOST)
+
+
+def _sweep_once(folder: Path) -> None:
+    """Sweep a folder, if this process has not done so."""
+    found = folder.stat()
+    key = (found.st_dev, found.st_ino)
+    if key not in _swept:
+        _swept.add(key)
+        sweep(folder)
+
+
+def _remove_if_dead(path: str, here: bool) -> None:
+    """Remove a hidden file if nobody holds its lock; another machine's only if it is old."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(path, flags)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            return
+        if not here and time.time() - found.st_mtime < _FOREIGN_SECONDS:
+            return
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.lstat(path), found):
+            os.unlink(path)  # noqa: PTH108
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every file system can
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# --- reading -------------------------------------------------------------------------------
+
+
+def reading(path: AnyPath) -> IO[bytes]:
+    """A file open for reading, anywhere in it and through its number.
+
+    What can be read only once, from its beginning (a pipe, a terminal, ``/dev/stdin``), is copied
+    first, in memory up to 256 MiB and on disk above. Raises OSError, which names the path.
+    """
+    name = os.fsdecode(path)
+    with _naming(name):
+        number = _stream(name)
+        handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC) if number is None else os.dup(number)
+        file: IO[bytes] = os.fdopen(handle, "rb")
+        try:
+            kind = os.fstat(handle).st_mode
+            if stat.S_ISREG(kind):
+                return file
+            if stat.S_ISDIR(kind):
+                raise _error(errno.EISDIR, name)
+            copy = _copied(file)
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+        return copy
+
+
+def _copied(file: IO[bytes]) -> IO[bytes]:
+    """All that is left in a file, in memory or in a temporary file."""
+    copy: IO[bytes] = os.fdopen(os.memfd_create("kvzip"), "w+b")
+    held = 0
+    try:
+        while chunk := file.read(1 << 20):
+            held += len(chunk)
+            if held > IN_MEMORY >= held - len(chunk):
+                disk = tempfile.TemporaryFile()  # noqa: SIM115 - whoever reads closes it
+                with copy as memory:
+                    memory.seek(0)
+                    copy = disk
+                    shutil.copyfileobj(memory, disk, 1 << 20)
+            copy.write(chunk)
+        copy.seek(0)
+    except BaseException:
+        copy.close()
+        raise
+    return copy
+
+
+# --- errors --------------------------------------------------------------------------------
+
+
+def _error(number: int, name: str) -> OSError:
+    return OSError(number, os.strerror(number), name)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """A full disk is told with the name of what was written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = name
+        raise
+
+
+# --- being ended ---------------------------------------------------------------------------
+
+
+def leave_nothing_behind() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: what is unfinished is removed.
+
+    This is for command lines: a library does not own its process's signals. A second signal ends
+    the process at once, and one that is ignored (nohup) stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    process = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != process:  # a fork has its own ways to clean up
+            os.kill(os.getpid(), number)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
