@@ -45,7 +45,7 @@ from kvzip.snapshot import (
 )
 
 MAGIC = b"\x89KVZ\r\n\x1a\n"
-VERSION = 1
+VERSION = 0
 MAX_HEADER = 1 << 26
 WRITER = "kvzip 0.1.0"
 

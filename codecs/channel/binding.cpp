@@ -9,6 +9,7 @@
 #include <mutex>
 #include <thread>
 
+#include "channel/jobs.hpp"
 #include "channel/part.hpp"
 #include "native/bindings.hpp"
 
@@ -75,6 +76,56 @@ void bind_for(nb::module_& m, nb::class_<PartTables>& tables) {
         return bytes;
       },
       "numbers"_a, "A coded block's bytes, or None when they are not shorter than the numbers.");
+}
+
+// Arrays of Python's own.
+template <typename U>
+using Table = nb::ndarray<nb::numpy, U, nb::ndim<2>>;
+template <typename U>
+Table<U> table_of(std::vector<U>&& numbers, std::size_t columns) {
+  auto* const kept = new std::vector<U>(std::move(numbers));
+  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<U>*>(p); });
+  return Table<U>(kept->data(), {kept->size() / columns, columns}, owner);
+}
+
+Table<std::uint32_t> entries(const PartTables& tables) {
+  std::vector<std::uint32_t> found;
+  {
+    nb::gil_scoped_release released;
+    for (const Decoder& decoder : tables.decoders())
+      found.insert(found.end(), std::begin(decoder.entry), std::end(decoder.entry));
+  }
+  return table_of(std::move(found), 2 * kBuckets);
+}
+
+Table<std::uint32_t> channels(const PartTables& tables) {
+  std::vector<std::uint32_t> found;
+  for (const Channel& channel : tables.channels()) {
+    found.push_back(channel.constant ? kConstantShape : channel.shape);
+    found.push_back(channel.constant ? channel.number : channel.base);
+  }
+  return table_of(std::move(found), 2);
+}
+
+Table<std::int64_t> streams(const PartTables& tables, nb::handle data, std::size_t batch,
+                            std::size_t tokens) {
+  Views views;
+  const Py_buffer& view = views.add(data, PyBUF_SIMPLE);
+  const auto* const bytes = static_cast<const std::uint8_t*>(view.buf);
+  std::vector<Coded> streams;
+  {
+    nb::gil_scoped_release released;
+    tables.find(bytes, std::size_t(view.len), batch, tokens, &streams);
+  }
+  std::vector<std::int64_t> found;
+  for (const Coded& coded : streams) {
+    const Stream& stream = coded.stream;
+    found.push_back(coded.states - bytes);
+    for (const std::size_t n : {stream.first_strip, stream.strips, stream.lanes,
+                                stream.stored_mantissas(), coded.word_count, coded.escape_count})
+      found.push_back(std::int64_t(n));
+  }
+  return table_of(std::move(found), 7);
 }
 
 // A block to be decoded.
@@ -221,6 +272,17 @@ void bind(nb::module_& m) {
                               heads, dim, form);
       },
       "data"_a, "heads"_a, "dim"_a, "exponent_bits"_a, "mantissa_bits"_a);
+  tables
+      .def("entries", &entries,
+           "What each shape's slots say, uint32 [shapes, 64]: `Decoder::entry` (kernels.hpp).")
+      .def("channels", &channels,
+           "Of each channel its shape and its base, or 0xFFFFFFFF and the number that it always is: "
+           "uint32 [heads * dim, 2], `DeviceChannel` (jobs.hpp).")
+      .def("streams", &streams, "data"_a, "batch"_a, "tokens"_a,
+           "The streams of a coded block of [batch, heads, tokens, dim], int64 [streams, 7]: where "
+           "each begins in the block, its first strip, strips, lanes, bytes of mantissas as stored, "
+           "words, escapes (StreamJob in jobs.hpp). Raises ValueError where a decoder would before "
+           "it looks into the streams.");
   bind_for<std::uint8_t>(m, tables);
   bind_for<std::uint16_t>(m, tables);
   bind_for<std::uint32_t>(m, tables);

@@ -15,7 +15,7 @@ from kvzip.codecs import _native
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError
 
-_RAW = 0
+_RAW = bytes(16)
 # A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
 _MAX_EXPANSION = 1024
 # Bits of a channel with a shape of its own: two levels of at most 16 bits for each of 256
@@ -52,7 +52,7 @@ class ChannelCodec(Codec):
 
     def encode(self, block: Bits, context: Context) -> bytes:
         coded: bytes | None = context.tables.encode(_rows(block)) if context.tables else None
-        return bytes([_RAW]) + block.tobytes() if coded is None else coded
+        return _RAW + block.tobytes() if coded is None else coded
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         self.decode_many([Coded(data, out, context)])
@@ -78,7 +78,7 @@ class ChannelCodec(Codec):
         return checksums
 
     def max_encoded_size(self, raw_bytes: int) -> int:
-        return raw_bytes + 1
+        return len(_RAW) + raw_bytes
 
     def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
         return (encoded_bytes + 1) * _MAX_EXPANSION

@@ -1,4 +1,4 @@
-// Decoding a block, for any instruction set. What is done number by number is the instruction
+// Decoding a stream, for any instruction set. What is done number by number is the instruction
 // set's: `Simd` (kernels_*.cpp) has
 //   Decoded  the values of a tile; `kWhole`: whether escapes can be put there, or only into place
 //   Lanes    the states of a group's lanes, and `strip` for the channels of a tile
@@ -102,11 +102,11 @@ bool each_channel(Lanes& lanes, Steps<T>& steps) {
 }
 
 template <class Simd, typename T, int M>
-bool decode_block(const Tables& tables, const Block<T>& block, const Coded& coded) {
+bool decode_stream(const Tables& tables, const Block<T>& block, const Coded& coded) {
   constexpr std::size_t kRows = rows_of_octet(M);
   alignas(64) std::uint32_t states[kLanes];
   for (std::uint32_t& x : states) x = kLow;
-  std::memcpy(states, coded.states, 4 * least(kLanes, block.tokens));
+  std::memcpy(states, coded.states, 4 * coded.stream.lanes);
   for (std::uint32_t x : states)
     if (x < kLow) return false;
   typename Simd::Lanes lanes(states);
@@ -122,16 +122,14 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
   std::uint8_t last[kLanes / 8 * kRows * kStrip];
 
   const Strips strips(block.batch, tables.heads, block.tokens, tables.dim);
-  const std::size_t count = strips.count();
-  for (std::size_t s = 0; s < count; ++s) {
+  const std::size_t end = coded.stream.first_strip + coded.stream.strips;
+  for (std::size_t s = coded.stream.first_strip; s < end; ++s) {
     const Strip strip = strips[s];
     const Channel* channels = tables.channels + strip.head * tables.dim + strip.channel;
     if (strip.lanes < kLanes) lanes.limit(strip.lanes);
-    std::uint64_t live = 0;
-    for (std::size_t c = 0; c < strip.width; ++c) {
-      live |= std::uint64_t(!channels[c].constant) << c;
+    const std::uint64_t live = strips.live(tables, strip);
+    for (std::size_t c = 0; c < strip.width; ++c)
       base[c] = T(channels[c].constant ? channels[c].number : std::uint32_t(channels[c].base) << M);
-    }
     if (live != first_ones(kStrip)) std::memset(&tile, 0, sizeof tile);
     T* const corner = strip.corner(block);
     const auto live_count = std::size_t(__builtin_popcountll(live));
@@ -160,10 +158,10 @@ bool decode_block(const Tables& tables, const Block<T>& block, const Coded& code
             tile.put(channel, lane, T(T(value << M) - base[channel]));
           }))
         return false;
-    if (s + 1 == count) {
+    if (s + 1 == end) {
       // The end of the mantissas is what the states hold now.
       lanes.store(states);
-      const std::size_t words = carried_words(tables, block.tokens);
+      const std::size_t words = coded.stream.carried;
       const std::size_t stored = (strip.lanes + 7) / 8 * kRows * live_count - 2 * words;
       std::memcpy(last, mantissas, stored);
       for (std::size_t j = 0; j < kLanes; ++j) {

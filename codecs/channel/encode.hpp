@@ -1,4 +1,4 @@
-// Encoding a block, for any instruction set: the decoder's steps backwards. `Simd` has
+// Encoding a stream, for any instruction set: the decoder's steps backwards. `Simd` has
 //   EncoderLanes              the states of a group's lanes, and `step` for one channel of a tile
 //   columns(rows, first, tile)  rows of 16 tokens as a tile's columns, in the order of EncoderLanes
 //   collect                   bytes of the channels that are not constant
@@ -52,20 +52,19 @@ inline void copy(const T* from, T (&row)[kStrip]) {
 }
 
 template <class Simd, typename T, int M>
-bool encode_block(const Tables& tables, const Block<const T>& block, Sink* sink) {
+bool encode_stream(const Tables& tables, const Block<const T>& block, const Stream& stream,
+                   Sink* sink) {
   constexpr std::size_t kRows = rows_of_octet(M);
   typename Simd::EncoderLanes lanes;
-  std::uint8_t* mantissas = sink->mantissas + mantissa_bytes(tables, block.batch, block.tokens) +
-                            2 * carried_words(tables, block.tokens);
+  std::uint8_t* mantissas = sink->mantissas;
   Tile<T> tile;
   alignas(64) T rows[16][kStrip];
   const Strips strips(block.batch, tables.heads, block.tokens, tables.dim);
-  const std::size_t count = strips.count();
-  for (std::size_t s = count; s-- > 0;) {
+  const std::size_t end = stream.first_strip + stream.strips;
+  for (std::size_t s = end; s-- > stream.first_strip;) {
     const Strip strip = strips[s];
     const Channel* channels = tables.channels + strip.head * tables.dim + strip.channel;
-    std::uint64_t live = 0;
-    for (std::size_t c = 0; c < strip.width; ++c) live |= std::uint64_t(!channels[c].constant) << c;
+    const std::uint64_t live = strips.live(tables, strip);
     const auto live_count = std::size_t(__builtin_popcountll(live));
     const std::size_t octets = (strip.lanes + 7) / 8;
     mantissas -= octets * kRows * live_count;
@@ -88,8 +87,8 @@ bool encode_block(const Tables& tables, const Block<const T>& block, Sink* sink)
         split<Simd, T, M>(rows + 8 * (k - o / 8), live, live_count,
                           mantissas + k * kRows * live_count);
     }
-    if (s + 1 == count) {
-      const std::size_t words = carried_words(tables, block.tokens);
+    if (s + 1 == end) {
+      const std::size_t words = stream.carried;
       const std::uint8_t* at = mantissas + octets * kRows * live_count - 2 * words;
       for (std::size_t j = 0; j < kLanes; ++j) {
         sink->states[j] = kLow;
@@ -111,6 +110,7 @@ bool encode_block(const Tables& tables, const Block<const T>& block, Sink* sink)
     }
   }
   lanes.store(sink->states);
+  sink->mantissas = mantissas;
   return true;
 }
 

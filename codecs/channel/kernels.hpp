@@ -9,7 +9,7 @@
 
 namespace kvzip::channel {
 
-constexpr int kLanes = 128;        // rANS states of a block, one token each
+constexpr int kLanes = 128;        // rANS states of a stream, one token each
 constexpr int kStrip = 64;         // channels that are decoded into one tile
 constexpr int kBuckets = 32;       // of an alias table
 constexpr int kBucketSlots = 32;
@@ -45,7 +45,6 @@ struct Decoder {
   alignas(64) std::uint8_t divide[kBuckets], other[kBuckets], add[2][kBuckets];
   std::uint8_t freq[2][kBuckets], value[kBuckets];
   std::uint8_t escape;  // the symbol, or kNone
-  bool wide;            // whether a value's exponent takes more than seven bits
 };
 constexpr int kValueAt = 12, kAddAt = 21, kDivideAt = 27;
 constexpr std::uint32_t kEscapeBit = 1u << (kValueAt - 1);
@@ -91,13 +90,22 @@ struct Channel {
   std::uint32_t number;
 };
 
+// A strip of a head's channels: a bit for each that is not constant, and how many there are in the
+// strips before it, of this head and of those before.
+struct Live {
+  std::uint64_t channels;
+  std::size_t before;
+};
+
 // A whole part's tables. `value_bits`: of sign and exponent; `mantissa_bits`: of the rest.
 struct Tables {
   const Decoder* decoders;
   const Encoder* encoders;
   const Channel* channels;  // [heads][dim]
+  const Live* live;         // [heads][strips of a head], and one more: before it are all
   std::size_t heads, dim;
   int value_bits, mantissa_bits;
+  bool wide;  // whether a value's exponent may take more than seven bits
 };
 
 // A block in memory: [batch, heads, tokens, dim], dim contiguous; strides in numbers.
@@ -150,30 +158,55 @@ bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::ui
 
 // --- blocks: each function has one result, whatever instructions it uses ------------------------
 
-// Bytes of the mantissa section; the same for every block of these tables and tokens.
-std::size_t mantissa_bytes(const Tables& tables, std::size_t batch, std::size_t tokens);
-
-// Where the parts of a coded block are, and how long those of no fixed length are.
-struct Coded {
-  const std::uint8_t *states, *escapes, *mantissas, *words;
-  std::size_t escape_count, word_count;
+// A run of a block's strips that is coded by itself, with states, words and escapes of its own.
+struct Stream {
+  std::size_t first_strip, strips;
+  std::size_t lanes;      // states: as many as the first strip has tokens
+  std::size_t mantissas;  // bytes of them, all
+  std::size_t carried;    // words of 16 bits at their end that the first states carry
+  std::size_t stored_mantissas() const { return mantissas - 2 * carried; }
 };
 
-// Decodes a block into place. Returns false when the streams do not fit each other.
-template <typename T>
-bool decode(const Tables& tables, const Block<T>& block, const Coded& coded);
+// How a block is cut into streams; the same for every block of these tables and tokens.
+class Streams {
+ public:
+  Streams(const Tables& tables, std::size_t batch, std::size_t tokens);
+  std::size_t count() const { return count_; }
+  std::size_t mantissas() const { return mantissas_before(strips_); }
+  Stream operator[](std::size_t i) const;
 
-// Encodes a block. `words` and `escapes` are filled from their ends downwards; there must be room
-// for one of each for every number, and for kSpareWords below the words, which may be written over.
+ private:
+  std::size_t lanes_at(std::size_t strip) const;
+  std::size_t mantissas_before(std::size_t strip) const;
+
+  const Tables& tables_;
+  std::size_t tokens_, in_head_, in_row_, in_group_, strips_, count_;
+};
+
+// Where the parts of a coded stream are, and how long those of no fixed length are.
+struct Coded {
+  Stream stream;
+  const std::uint8_t *states, *mantissas, *words, *escapes;
+  std::size_t word_count, escape_count;
+};
+
+// Decodes a block's streams into place. Returns false when one's parts do not fit each other.
+template <typename T>
+bool decode(const Tables& tables, const Block<T>& block, const Coded* streams, std::size_t count);
+
+// What a stream is encoded to: states, as many as there are lanes at most, and for all else the ends
+// of where it goes, then the beginnings of what was written. There must be room for all mantissas,
+// and for one word and one escape for every number; kSpareWords below the words may be written over.
 constexpr int kSpareWords = 8;
 struct Sink {
   std::uint32_t states[kLanes];
-  std::uint8_t* mantissas;         // room for all of them, mantissa_bytes and 2 * kLanes more
-  std::uint16_t *words, *escapes;  // the ends; then the beginnings of what was written
+  std::uint8_t* mantissas;
+  std::uint16_t *words, *escapes;
 };
 
-// Returns false when a number has no symbol in its channel's table, which has no escape.
+// Encodes one stream of a block. Returns false when a number has no symbol in its channel's table,
+// which has no escape.
 template <typename T>
-bool encode(const Tables& tables, const Block<const T>& block, Sink* sink);
+bool encode(const Tables& tables, const Block<const T>& block, const Stream& stream, Sink* sink);
 
 }  // namespace kvzip::channel

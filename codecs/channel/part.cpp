@@ -22,17 +22,31 @@ class Cursor {
     at_ += n;
     return p;
   }
-  template <typename U>
-  U number() {
-    U v;
-    std::memcpy(&v, take(sizeof v), sizeof v);
-    return v;
+  void zeros(std::size_t n) {
+    const std::uint8_t* const p = take(n);
+    if (std::any_of(p, p + n, [](std::uint8_t byte) { return byte; }))
+      throw std::invalid_argument("its padding is not zeros");
   }
   std::size_t left() const { return std::size_t(end_ - at_); }
 
  private:
   const std::uint8_t *at_, *end_;
 };
+
+constexpr std::size_t padding(std::size_t size) { return (kAligned - size % kAligned) % kAligned; }
+constexpr std::size_t padded(std::size_t size) { return size + padding(size); }
+
+// Bytes before the first stream: the mode, and of each stream how many words and escapes it has.
+constexpr std::size_t kModeBytes = 8, kCountsBytes = 8;
+std::size_t header_size(std::size_t streams) { return padded(kModeBytes + kCountsBytes * streams); }
+
+std::size_t stream_size(const Coded& coded) {
+  const Stream& stream = coded.stream;
+  return padded(4 * stream.lanes) + padded(stream.stored_mantissas()) +
+         padded(2 * (coded.word_count + coded.escape_count));
+}
+
+std::size_t least_size(std::size_t raw_bytes) { return padded(raw_bytes / kMaxExpansion); }
 
 // Numbers that lie side by side, in the order of [batch, heads, tokens, dim].
 template <typename T, typename Use>
@@ -102,12 +116,38 @@ const StoredTables& PartTables::stored() const {
       error_ = error.what();
     }
     std::vector<std::uint8_t>().swap(bytes_);
+    if (!error_.empty()) return;
+    for (const std::uint8_t width : stored_.shapes.widths) wide_ |= width >= 128;
+    std::size_t before = 0;
+    for (std::size_t h = 0; h < heads_; ++h)
+      for (std::size_t first = 0; first < dim_; first += kStrip) {
+        Live live{0, before};
+        for (std::size_t c = first; c < std::min(first + kStrip, dim_); ++c)
+          live.channels |= std::uint64_t(!stored_.channels[h * dim_ + c].constant) << (c - first);
+        live_.push_back(live);
+        before += std::size_t(__builtin_popcountll(live.channels));
+      }
+    live_.push_back({0, before});
   });
   if (!error_.empty()) throw std::invalid_argument(error_);
   return stored_;
 }
 
-const Encoder* PartTables::encoders(const StoredTables& stored) const {
+void PartTables::make_decoders(Decoder* decoders) const {
+  stored().shapes.each([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
+                           std::uint8_t escape) {
+    make_decoder(levels, width, escape, form_.exponent_bits, &decoders[i]);
+  });
+}
+
+std::vector<Decoder> PartTables::decoders() const {
+  std::vector<Decoder> found(stored().shapes.count());
+  make_decoders(found.data());
+  return found;
+}
+
+const Encoder* PartTables::encoders() const {
+  const StoredTables& stored = this->stored();
   const int level = int(simd::level());
   std::unique_ptr<Encoder[]>& encoders = encoders_[level];
   std::call_once(encoding_[level], [&] {
@@ -122,80 +162,128 @@ const Encoder* PartTables::encoders(const StoredTables& stored) const {
 
 template <typename T>
 void PartTables::encode(const Block<const T>& block, Encoded* out) const {
-  const StoredTables& stored = this->stored();
-  Tables tables = this->tables(stored);
-  tables.encoders = encoders(stored);
-  const std::size_t n = block.batch * tables.heads * block.tokens * tables.dim;
-  const std::size_t mantissas = mantissa_bytes(tables, block.batch, block.tokens);
+  Tables tables = this->tables();
+  tables.encoders = encoders();
+  const std::size_t n = block.batch * heads_ * block.tokens * dim_;
+  const Streams streams(tables, block.batch, block.tokens);
   // Every number may be an escape and shift out a word.
   std::uint16_t* const room = out->room_.of(kSpareWords + 2 * n) + kSpareWords;
-  Sink& sink = out->sink_;
-  sink.mantissas = out->mantissas_.of(mantissas + 2 * kLanes);
+  Sink sink;
+  sink.mantissas = out->mantissas_.of(streams.mantissas()) + streams.mantissas();
   sink.words = room + n;
   sink.escapes = room + 2 * n;
   out->size = 0;
-  if (!channel::encode<T>(tables, block, &sink)) return;
-  out->lanes_ = std::min<std::size_t>(kLanes, block.tokens);
-  out->mantissa_bytes_ = mantissas;
-  out->words_ = std::size_t(room + n - sink.words);
-  out->escapes_ = std::size_t(room + 2 * n - sink.escapes);
-  const std::size_t size = 9 + 4 * out->lanes_ + 2 * out->escapes_ + mantissas + 2 * out->words_;
-  if (size <= n * sizeof(T)) out->size = std::max(size, n * sizeof(T) / kMaxExpansion);
+  out->streams_.resize(streams.count());
+  std::size_t size = header_size(streams.count());
+  for (std::size_t i = streams.count(); i-- > 0;) {
+    const std::uint16_t *const words = sink.words, *const escapes = sink.escapes;
+    Coded& at = out->streams_[i].at;
+    at.stream = streams[i];
+    if (!channel::encode<T>(tables, block, at.stream, &sink)) return;
+    std::memcpy(out->streams_[i].states, sink.states, sizeof sink.states);
+    at.mantissas = sink.mantissas;
+    at.words = reinterpret_cast<const std::uint8_t*>(sink.words);
+    at.escapes = reinterpret_cast<const std::uint8_t*>(sink.escapes);
+    at.word_count = std::size_t(words - sink.words);
+    at.escape_count = std::size_t(escapes - sink.escapes);
+    size += stream_size(at);
+  }
+  size = std::max(size, least_size(n * sizeof(T)));
+  if (size < kAligned + n * sizeof(T)) out->size = size;
 }
 
 void Encoded::write(std::uint8_t* out) const {
   std::uint8_t* p = out;
-  const std::uint32_t counts[2] = {std::uint32_t(escapes_), std::uint32_t(words_)};
-  *p++ = kCodedBlock;
   const auto append = [&](const void* data, std::size_t bytes) {
     if (bytes) std::memcpy(p, data, bytes);
     p += bytes;
   };
-  append(counts, 8);
-  append(sink_.states, 4 * lanes_);
-  append(sink_.escapes, 2 * escapes_);
-  append(sink_.mantissas, mantissa_bytes_);
-  append(sink_.words, 2 * words_);
-  std::memset(p, 0, std::size_t(out + size - p));
+  const auto pad = [&](std::size_t bytes) {
+    std::memset(p, 0, bytes);
+    p += bytes;
+  };
+  const std::uint8_t mode = kCodedBlock;
+  append(&mode, 1);
+  pad(kModeBytes - 1);
+  for (const Piece& piece : streams_) {
+    const std::uint32_t counts[2] = {std::uint32_t(piece.at.word_count),
+                                     std::uint32_t(piece.at.escape_count)};
+    append(counts, sizeof counts);
+  }
+  pad(padding(std::size_t(p - out)));
+  for (const Piece& piece : streams_) {
+    const Coded& at = piece.at;
+    append(piece.states, 4 * at.stream.lanes);
+    pad(padding(std::size_t(p - out)));
+    append(at.mantissas, at.stream.stored_mantissas());
+    pad(padding(std::size_t(p - out)));
+    append(at.words, 2 * at.word_count);
+    append(at.escapes, 2 * at.escape_count);
+    pad(padding(std::size_t(p - out)));
+  }
+  pad(std::size_t(out + size - p));
+}
+
+void PartTables::find(const std::uint8_t* data, std::size_t size, std::size_t batch,
+                      std::size_t tokens, std::vector<Coded>* out) const {
+  const Tables tables = this->tables();
+  std::size_t raw_bytes = form_.itemsize();
+  for (const std::size_t n : {batch, heads_, tokens, dim_})
+    if (__builtin_mul_overflow(raw_bytes, n, &raw_bytes)) throw std::invalid_argument("cut short");
+  Cursor in(data, size);
+  if (*in.take(1) != kCodedBlock) throw std::invalid_argument("not a coded block");
+  if (least_size(raw_bytes) > size) throw std::invalid_argument("cut short");
+  in.zeros(kModeBytes - 1);
+  const Streams streams(tables, batch, tokens);
+  const std::uint8_t* counts = in.take(kCountsBytes * streams.count());
+  const auto to_alignment = [&] { in.zeros(padding(size - in.left())); };
+  to_alignment();
+  out->clear();
+  for (std::size_t i = 0; i < streams.count(); ++i, counts += kCountsBytes) {
+    Coded coded;
+    coded.stream = streams[i];
+    std::uint32_t found[2];
+    std::memcpy(found, counts, sizeof found);
+    coded.word_count = found[0];
+    coded.escape_count = found[1];
+    coded.states = in.take(4 * coded.stream.lanes);
+    to_alignment();
+    coded.mantissas = in.take(coded.stream.stored_mantissas());
+    to_alignment();
+    coded.words = in.take(2 * coded.word_count);
+    coded.escapes = in.take(2 * coded.escape_count);
+    to_alignment();
+    out->push_back(coded);
+  }
+  if (in.left() && size != least_size(raw_bytes)) throw std::invalid_argument("too long");
+  in.zeros(in.left());
 }
 
 template <typename T>
 void PartTables::decode(const std::uint8_t* data, std::size_t size, const Block<T>& block,
                         Workspace* workspace) const {
-  const StoredTables& stored = this->stored();
-  Tables tables = this->tables(stored);
-  Cursor in(data, size);
-  if (in.number<std::uint8_t>() != kCodedBlock) throw std::invalid_argument("not a coded block");
-  Coded coded;
-  coded.escape_count = in.number<std::uint32_t>();
-  coded.word_count = in.number<std::uint32_t>();
-  coded.states = in.take(4 * std::min<std::size_t>(kLanes, block.tokens));
-  coded.escapes = in.take(2 * coded.escape_count);
-  coded.mantissas = in.take(mantissa_bytes(tables, block.batch, block.tokens));
-  coded.words = in.take(2 * coded.word_count);
-  for (std::size_t left = in.left(); left; --left)
-    if (*in.take(1)) throw std::invalid_argument("its padding is not zeros");
+  Tables tables = this->tables();
+  std::vector<Coded>& streams = workspace->streams_;
+  find(data, size, block.batch, block.tokens, &streams);
   std::vector<Decoder>& decoders = workspace->decoders_;
   if (workspace->of_ != this) {
     workspace->of_ = nullptr;
-    if (decoders.size() < stored.shapes.count()) decoders.resize(stored.shapes.count());
-    stored.shapes.each([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
-                           std::uint8_t escape) {
-      make_decoder(levels, width, escape, form_.exponent_bits, &decoders[i]);
-    });
+    if (decoders.size() < stored().shapes.count()) decoders.resize(stored().shapes.count());
+    make_decoders(decoders.data());
     workspace->of_ = this;
   }
   tables.decoders = decoders.data();
-  if (!channel::decode<T>(tables, block, coded))
+  if (!channel::decode<T>(tables, block, streams.data(), streams.size()))
     throw std::invalid_argument("its streams do not fit each other");
 }
 
 template <typename T>
 void copy_raw(const std::uint8_t* data, std::size_t size, std::size_t heads, std::size_t dim,
               const Block<T>& block) {
-  if (size != 1 + block.batch * heads * block.tokens * dim * sizeof(T))
+  if (size != kAligned + block.batch * heads * block.tokens * dim * sizeof(T))
     throw std::invalid_argument("numbers of another size");
-  ++data;
+  Cursor(data, size).zeros(kAligned);  // the mode is 0, too
+  data += kAligned;
   each_run(block, heads, dim, [&](T* run, std::size_t n) {
     std::memcpy(run, data, n * sizeof(T));
     data += n * sizeof(T);

@@ -69,10 +69,13 @@ class Encoded {
 
  private:
   friend class PartTables;
+  struct Piece {
+    std::uint32_t states[kLanes];
+    Coded at;
+  };
   Room<std::uint8_t> mantissas_;
   Room<std::uint16_t> room_;  // of words and escapes
-  Sink sink_;
-  std::size_t lanes_ = 0, mantissa_bytes_ = 0, words_ = 0, escapes_ = 0;
+  std::vector<Piece> streams_;
 };
 
 class PartTables;
@@ -84,6 +87,7 @@ class Workspace {
   friend class PartTables;
   const PartTables* of_ = nullptr;
   std::vector<Decoder> decoders_;
+  std::vector<Coded> streams_;
 };
 
 // The tables of one layer's keys or values. They are read when they are needed first, by whichever
@@ -106,21 +110,34 @@ class PartTables {
   void decode(const std::uint8_t* data, std::size_t size, const Block<T>& block,
               Workspace* workspace) const;
 
+  // The streams of a coded block of so many numbers: where they are, all that can be seen of them
+  // without decoding checked.
+  void find(const std::uint8_t* data, std::size_t size, std::size_t batch, std::size_t tokens,
+            std::vector<Coded>* streams) const;
+
+  // What kernels look up when they decode, of each shape; what it makes of each channel is read.
+  std::vector<Decoder> decoders() const;
+  const std::vector<Channel>& channels() const { return stored().channels; }
+
  private:
   const StoredTables& stored() const;
   // What kernels need, but for what they look up.
-  Tables tables(const StoredTables& stored) const {
-    return {nullptr, nullptr,           stored.channels.data(), heads_,
-            dim_,    form_.value_bits(), form_.mantissa_bits};
+  Tables tables() const {
+    const StoredTables& stored = this->stored();
+    return {nullptr, nullptr, stored.channels.data(), live_.data(),         heads_,
+            dim_,    form_.value_bits(),              form_.mantissa_bits, wide_};
   }
+  void make_decoders(Decoder* decoders) const;
   // Made when they are needed; of each instruction set.
-  const Encoder* encoders(const StoredTables& stored) const;
+  const Encoder* encoders() const;
 
   Form form_;
   std::size_t heads_, dim_;
   mutable std::vector<std::uint8_t> bytes_;
   mutable std::once_flag reading_;
   mutable StoredTables stored_;
+  mutable std::vector<Live> live_;
+  mutable bool wide_ = false;
   mutable std::string error_;
   mutable std::once_flag encoding_[simd::kLevels];
   mutable std::unique_ptr<Encoder[]> encoders_[simd::kLevels];
@@ -136,5 +153,8 @@ template <typename T>
 std::uint64_t checksum(const Block<T>& block, std::size_t heads, std::size_t dim);
 
 enum Mode : std::uint8_t { kRawBlock = 0, kCodedBlock = 1 };
+
+// What a block begins with, and all in it, is at multiples of so many bytes.
+constexpr std::size_t kAligned = 16;
 
 }  // namespace kvzip::channel

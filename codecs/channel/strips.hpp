@@ -50,6 +50,11 @@ class Strips {
     return s;
   }
 
+  // A bit for each of its channels that is not constant.
+  std::uint64_t live(const Tables& tables, const Strip& strip) const {
+    return tables.live[strip.head * row_ + strip.channel / kStrip].channels;
+  }
+
  private:
   std::size_t batch_, heads_, tokens_, dim_, row_;
 };
@@ -81,18 +86,6 @@ struct Tile {
 
 constexpr int rows_of_octet(int mantissa_bits) {
   return 8 * (mantissa_bits / 8) + mantissa_bits % 8;
-}
-
-// How many words of 16 bits at the end of the mantissas the encoder's first states carry, one a
-// lane: those of the last strip, at most.
-inline std::size_t carried_words(const Tables& tables, std::size_t tokens) {
-  if (!tokens || !tables.heads || !tables.dim) return 0;
-  const Channel* end = tables.channels + tables.heads * tables.dim;
-  std::size_t live = 0;
-  for (const Channel* c = end - ((tables.dim - 1) % kStrip + 1); c < end; ++c) live += !c->constant;
-  const std::size_t octets = ((tokens - 1) % kLanes + 8) / 8;
-  return least(least(kLanes, tokens),
-               octets * std::size_t(rows_of_octet(tables.mantissa_bits)) * live / 2);
 }
 
 // Bytes of channels, as many as the instruction set's vectors hold: wider ones go through memory.

@@ -114,7 +114,6 @@ void make_decoder(const Alias& a, Decoder* decoder) {
     d.value[i] = std::uint8_t(sign << 7 | (a.value[i] & 0x7F));
   }
   d.escape = std::uint8_t(a.escape);
-  d.wide = a.width > 128;
 }
 
 namespace {

@@ -1,14 +1,17 @@
-"""Stored tables of the channel codec in plain Python, from codecs/channel/spec.md and its codes.
+"""The channel codec in plain Python, from codecs/channel/spec.md: tables both ways, blocks decoded.
 
-Tables are a list of shapes, (levels, escape level), and one of channels: (shape, base), or the
-number of a constant one.
+Stored tables are a list of shapes, (levels, escape level), and one of channels: (shape, base), or
+the number of a constant one.
 """
 
 from __future__ import annotations
 
 import re
 from functools import cache
+from itertools import product
 from pathlib import Path
+
+import numpy as np
 
 SPEC = Path(__file__).parents[2] / "codecs" / "channel" / "spec.md"
 WIDTH, ESCAPE, TOP = 21, 22, 23
@@ -191,3 +194,176 @@ def in_bytes(pieces):
     bits = "".join(pieces)
     bits += "0" * (-len(bits) % 8)
     return bytes(int(bits[i : i + 8][::-1], 2) for i in range(0, len(bits), 8))
+
+
+# --- blocks -----------------------------------------------------------------------------------
+
+
+class Shape:
+    """A shape's slots: which symbol, and which of its ranks."""
+
+    def __init__(self, levels, escape_level, exponent_bits):
+        symbols = [
+            (level, (i % 2 << exponent_bits) | i // 2) for i, level in enumerate(levels) if level
+        ]
+        if escape_level:
+            symbols.append((escape_level, None))
+        assert 1 <= len(symbols) <= 32
+        self.values = [value for _, value in symbols]
+        w = [level**2 for level, _ in symbols]
+        f = [max(1, (2048 * x + sum(w)) // (2 * sum(w))) for x in w]
+        f[f.index(max(f))] += 1024 - sum(f)
+        self.frequencies = f
+        f = f + [0] * (32 - len(f))
+        divide, other, add = [32] * 32, [0] * 32, [0] * 32
+        left = list(f)
+        large = [i for i in range(32) if f[i] >= 32]
+
+        def fill(bucket, by):
+            divide[bucket], other[bucket] = left[bucket], by
+            left[by] -= 32 - left[bucket]
+            add[bucket] = left[by] - divide[bucket]
+
+        for s in range(32):
+            if f[s] < 32:
+                fill(s, large[0])
+                while left[large[0]] < 32 and len(large) > 1:
+                    fill(large.pop(0), large[0])
+        self.slots = [
+            (bucket, place) if place < divide[bucket] else (other[bucket], place + add[bucket])
+            for bucket, place in product(range(32), range(32))
+        ]
+
+
+def tables(data, heads, dim, form):
+    shapes, channels = read(data, heads * dim, dim, form)
+    shapes = [Shape(levels, escape, form.exponent_bits) for levels, escape in shapes]
+    return [(shapes[c[0]], c[1]) if isinstance(c, tuple) else c for c in channels]
+
+
+def unpack(rows, bits):
+    """Fields of eight tokens from one channel's packed rows."""
+    if bits == 7:
+        last = sum((row >> 7) << j for j, row in enumerate(rows))
+        return [row & 127 for row in rows] + [last]
+    if bits == 3:
+        rest = sum((row >> 6) << (2 * j) for j, row in enumerate(rows))
+        return [row >> shift & 7 for row in rows for shift in (0, 3)] + [rest & 7, rest >> 3]
+    return [row >> shift & 3 for row in rows for shift in (0, 2, 4, 6)]
+
+
+class Fields:
+    """Numbers one after the other, each section of them up to a multiple of 16 bytes."""
+
+    def __init__(self, data):
+        self.data, self.at = data, 0
+
+    def take(self, count, dtype="u1"):
+        size = count * np.dtype(dtype).itemsize
+        assert self.at + size <= len(self.data)
+        found = np.frombuffer(self.data[self.at : self.at + size], f"<{dtype}")
+        self.at += size
+        return [int(x) for x in found]
+
+    def align(self):
+        assert not any(self.take(-self.at % 16))
+
+
+class Strip:
+    """Up to 128 tokens of up to 64 channels of one head."""
+
+    def __init__(self, start, row, head, first, shape, channels, form):
+        _, _, tokens, dim = shape
+        self.start, self.row, self.head = start, row, head
+        self.tokens = min(128, tokens - start)
+        self.channels = range(first, min(first + 64, dim))
+        self.of = {c: channels[head * dim + c] for c in self.channels}
+        self.live = [c for c in self.channels if isinstance(self.of[c], tuple)]
+        whole, rest = divmod(form.mantissa_bits, 8)
+        self.octet_rows = 8 * whole + rest
+        self.mantissa_bytes = -(-self.tokens // 8) * self.octet_rows * len(self.live)
+
+    def values(self, states, words, escapes, form):
+        """Sign and exponent of every number, [channel, lane]."""
+        found = {}
+        for c in self.live:
+            table, base = self.of[c]
+            for j in range(self.tokens):
+                symbol, rank = table.slots[states[j] % 1024]
+                x = table.frequencies[symbol] * (states[j] // 1024) + rank
+                states[j] = x if x >= 1 << 16 else (x << 16) + next(words)
+                value = table.values[symbol]
+                found[c, j] = (
+                    next(escapes) if value is None else (value + base) % (2 << form.exponent_bits)
+                )
+        return found
+
+    def put(self, values, mantissas, form, out):
+        """Put its numbers into `out`, [batch, heads, tokens, dim]."""
+        m, n = form.mantissa_bits, len(self.live)
+        for c in self.channels:
+            if c not in self.live:
+                out[self.row, self.head, self.start : self.start + self.tokens, c] = self.of[c]
+        for o in range(0, self.tokens, 8):
+            at = o // 8 * self.octet_rows * n
+            rows = [mantissas[at + k * n : at + (k + 1) * n] for k in range(self.octet_rows)]
+            for k, c in enumerate(self.live):
+                top = unpack([row[k] for row in rows[8 * (m // 8) :]], m % 8)
+                for j in range(min(8, self.tokens - o)):
+                    low = sum(rows[8 * q + j][k] << (8 * q) for q in range(m // 8))
+                    number = values[c, o + j] << m | top[j] << (8 * (m // 8)) | low
+                    out[self.row, self.head, self.start + o + j, c] = number
+
+
+def streams(shape, channels, form):
+    """Lists of the strips that are coded together."""
+    batch, heads, tokens, dim = shape
+    strips = [
+        Strip(t, b, h, c, shape, channels, form)
+        for t in range(0, tokens, 128)
+        for b in range(batch)
+        for h in range(heads)
+        for c in range(0, dim, 64)
+    ]
+    per = 2048 // min(128, tokens)
+    n, count = len(strips), -(-len(strips) // per)
+    return [strips[s * n // count : (s + 1) * n // count] for s in range(count)]
+
+
+def decode(data, channels, shape, form):
+    """A block's numbers. `channels` are those of :func:`tables`."""
+    fields, out = Fields(data), np.zeros(shape, form.uint)
+    (mode,) = fields.take(1)
+    assert mode in (0, 1)
+    if mode == 0:
+        fields.align()
+        assert len(data) == 16 + out.nbytes
+        return np.frombuffer(data[16:], form.uint).reshape(shape)
+    assert not any(fields.take(7))
+    found = streams(shape, channels, form)
+    counts = [fields.take(2, "u4") for _ in found]
+    fields.align()
+    for strips, (word_count, escape_count) in zip(found, counts, strict=True):
+        lanes = strips[0].tokens
+        states = fields.take(lanes, "u4")
+        fields.align()
+        carried = min(lanes, strips[-1].mantissa_bytes // 2)
+        mantissas = fields.take(sum(s.mantissa_bytes for s in strips) - 2 * carried)
+        fields.align()
+        words = iter(fields.take(word_count, "u2"))
+        escapes = iter(fields.take(escape_count, "u2"))
+        fields.align()
+        values = [strip.values(states, words, escapes, form) for strip in strips]
+        assert next(words, None) is None
+        assert next(escapes, None) is None
+        assert all(x >> 16 == 1 for x in states)
+        assert not any(x & 0xFFFF for x in states[carried:])
+        mantissas += [byte for x in states[:carried] for byte in (x & 255, x >> 8 & 255)]
+        for strip, numbers in zip(strips, values, strict=True):
+            strip.put(numbers, mantissas, form, out)
+            mantissas = mantissas[strip.mantissa_bytes :]
+        assert not mantissas
+    least = out.nbytes // 1024
+    assert fields.at == len(data) or len(data) == least + -least % 16
+    assert not any(fields.take(len(data) - fields.at))
+    return out

@@ -62,146 +62,13 @@ def decode(data, shape, dtype, tables):
 # --- a decoder from spec.md alone --------------------------------------------------------------
 
 
-class Fields:
-    def __init__(self, data):
-        self.data, self.at = data, 0
-
-    def take(self, count, dtype="u1"):
-        size = count * np.dtype(dtype).itemsize
-        found = np.frombuffer(self.data[self.at : self.at + size], f"<{dtype}")
-        self.at += size
-        return [int(x) for x in found]
-
-
-class Shape:
-    """A shape's slots: which symbol, and which of its ranks."""
-
-    def __init__(self, levels, escape_level, exponent_bits):
-        symbols = [
-            (level, (i % 2 << exponent_bits) | i // 2) for i, level in enumerate(levels) if level
-        ]
-        if escape_level:
-            symbols.append((escape_level, None))
-        assert 1 <= len(symbols) <= 32
-        self.values = [value for _, value in symbols]
-        w = [level**2 for level, _ in symbols]
-        f = [max(1, (2048 * x + sum(w)) // (2 * sum(w))) for x in w]
-        f[f.index(max(f))] += 1024 - sum(f)
-        self.frequencies = f
-        f = f + [0] * (32 - len(f))
-        divide, other, add = [32] * 32, [0] * 32, [0] * 32
-        left = list(f)
-        large = [i for i in range(32) if f[i] >= 32]
-
-        def fill(bucket, by):
-            divide[bucket], other[bucket] = left[bucket], by
-            left[by] -= 32 - left[bucket]
-            add[bucket] = left[by] - divide[bucket]
-
-        for s in range(32):
-            if f[s] < 32:
-                fill(s, large[0])
-                while left[large[0]] < 32 and len(large) > 1:
-                    fill(large.pop(0), large[0])
-        self.slots = [
-            (bucket, place) if place < divide[bucket] else (other[bucket], place + add[bucket])
-            for bucket, place in product(range(32), range(32))
-        ]
-
-
-def read_tables(data, heads, dim, form):
-    shapes, channels = channel_reference.read(data, heads * dim, dim, form)
-    shapes = [Shape(levels, escape, form.exponent_bits) for levels, escape in shapes]
-    return [(shapes[c[0]], c[1]) if isinstance(c, tuple) else c for c in channels]
-
-
-def unpack(rows, bits):
-    """Fields of eight tokens from one channel's packed rows."""
-    if bits == 7:
-        last = sum((row >> 7) << j for j, row in enumerate(rows))
-        return [row & 127 for row in rows] + [last]
-    if bits == 3:
-        rest = sum((row >> 6) << (2 * j) for j, row in enumerate(rows))
-        return [row >> shift & 7 for row in rows for shift in (0, 3)] + [rest & 7, rest >> 3]
-    return [row >> shift & 3 for row in rows for shift in (0, 2, 4, 6)]
-
-
-def spec_decode(data, channels, shape, form):
-    batch, heads, tokens, dim = shape
-    if data[0] == 0:
-        return np.frombuffer(data[1:], form.uint).reshape(shape)
-    assert data[0] == 1
-    value_bits, m = form.exponent_bits + 1, form.mantissa_bits
-    lanes = min(128, tokens)
-    fields = Fields(data[1:])
-    escape_count, word_count = fields.take(2, "u4")
-    states = fields.take(lanes, "u4")
-    escapes = iter(fields.take(escape_count, "u2"))
-    octet_rows = 8 * (m // 8) + m % 8
-    strips = [
-        (t, b, h, c)
-        for t in range(0, tokens, 128)
-        for b in range(batch)
-        for h in range(heads)
-        for c in range(0, dim, 64)
-    ]
-
-    def live(h, c):
-        row = range(c, min(c + 64, dim))
-        return [i for i in row if isinstance(channels[h * dim + i], tuple)]
-
-    def mantissa_size(t, b, h, c):
-        return -(-min(128, tokens - t) // 8) * octet_rows * len(live(h, c))
-
-    carried = min(lanes, mantissa_size(*strips[-1]) // 2)
-    mantissas = fields.take(sum(mantissa_size(*s) for s in strips) - 2 * carried)
-    words = iter(fields.take(word_count, "u2"))
-    values = {}
-    for t, b, h, c in strips:
-        for i in live(h, c):
-            table, base = channels[h * dim + i]
-            for j in range(min(128, tokens - t)):
-                symbol, rank = table.slots[states[j] % 1024]
-                x = table.frequencies[symbol] * (states[j] // 1024) + rank
-                states[j] = x if x >= 1 << 16 else (x << 16) + next(words)
-                value = table.values[symbol]
-                values[b, h, t + j, i] = (
-                    next(escapes) if value is None else (value + base) % (1 << value_bits)
-                )
-    assert next(words, None) is None
-    assert next(escapes, None) is None
-    assert all(x >> 16 == 1 for x in states)
-    assert not any(x & 0xFFFF for x in states[carried:])
-    mantissas += [byte for x in states[:carried] for byte in (x & 255, x >> 8 & 255)]
-
-    out = np.zeros(shape, form.uint)
-    at = 0
-    for t, b, h, c in strips:
-        found = live(h, c)
-        for i in set(range(c, min(c + 64, dim))) - set(found):
-            out[b, h, :, i] = channels[h * dim + i]
-        for o in range(t, min(t + 128, tokens), 8):
-            rows = [
-                mantissas[at + k * len(found) : at + (k + 1) * len(found)]
-                for k in range(octet_rows)
-            ]
-            at += octet_rows * len(found)
-            for k, i in enumerate(found):
-                top = unpack([row[k] for row in rows[8 * (m // 8) :]], m % 8)
-                for j in range(min(8, tokens - o)):
-                    low = sum(rows[8 * q + j][k] << (8 * q) for q in range(m // 8))
-                    number = values[b, h, o + j, i] << m | top[j] << (8 * (m // 8)) | low
-                    out[b, h, o + j, i] = number
-    assert at == len(mantissas)
-    padding = data[1 + fields.at :]
-    assert not any(padding)
-    return out
-
-
 def samples(dtype):
-    """Blocks that take every path: partial groups and strips, constants, escapes, raw."""
+    """Blocks that take every path: partial groups and strips, constants, escapes, raw; one stream
+    and several, which begin with a whole group or a shorter one."""
     rng = np.random.default_rng(1)
     for shape in [(1, 2, 150, 5), (2, 1, 8, 70), (1, 1, 1, 64), (1, 1, 260, 3), (1, 1, 130, 65)]:
+        yield cache_like(rng, dtype, shape)
+    for shape in [(1, 17, 140, 2), (2, 5, 300, 3), (1, 16, 131, 1), (2, 27, 20, 65)]:
         yield cache_like(rng, dtype, shape)
     mixed = cache_like(rng, dtype, (1, 2, 137, 66))
     mixed[..., [0, 3, 65]] = 7
@@ -222,10 +89,12 @@ def test_a_decoder_written_from_the_spec_reads_real_blocks(dtype):
         # Tables from a longer text, so that short blocks are coded, too.
         part = np.concatenate([numbers] * 12, axis=2)
         made, tables = tables_of(part, dtype)
-        channels = made and read_tables(made, heads, dim, form)
+        channels = made and channel_reference.tables(made, heads, dim, form)
         data = encode(numbers, dtype, tables)
         coded += data[0]
-        assert np.array_equal(spec_decode(data, channels, numbers.shape, form), numbers)
+        assert np.array_equal(
+            channel_reference.decode(data, channels, numbers.shape, form), numbers
+        )
     assert coded >= 6
 
 
@@ -305,7 +174,7 @@ def test_the_coded_size_is_that_of_a_trusted_coder_and_of_theory(dtype):
     form = dtypes.get(dtype)
     numbers = cache_like(np.random.default_rng(3), dtype, (1, 2, 1024, 16))
     made, tables = tables_of(numbers, dtype)
-    channels = read_tables(made, 2, 16, form)
+    channels = channel_reference.tables(made, 2, 16, form)
     coder = constriction.stream.stack.AnsCoder()
     ideal = best = 0.0
     for table, symbols in shape_counts(numbers, form, channels):
@@ -318,7 +187,7 @@ def test_the_coded_size_is_that_of_a_trusted_coder_and_of_theory(dtype):
         if len(p) > 1:
             coder.encode_reverse(symbols[::-1].copy(), model)
     data = encode(numbers, dtype, tables)
-    escapes, words = Fields(data[1:]).take(2, "u4")
+    ((*_, words, escapes),) = tables.streams(data, 1, 1024)
     # States carry 16 bits each of mantissas; the other 16 are the stream's.
     bits = 16 * words + 16 * 128
     assert ideal < bits < ideal * 1.002 + 16 * 128
@@ -361,11 +230,13 @@ def test_shapes_of_any_number_of_symbols(symbols, escape, gap):
         blocks.add(data)
         assert np.array_equal(decode(data, numbers.shape, "bf16", tables), numbers)
     assert len(blocks) == 1
-    channels = read_tables(made, 1, 2, dtypes.get("bf16"))
-    assert np.array_equal(spec_decode(data, channels, numbers.shape, dtypes.get("bf16")), numbers)
+    channels = channel_reference.tables(made, 1, 2, dtypes.get("bf16"))
+    assert np.array_equal(
+        channel_reference.decode(data, channels, numbers.shape, dtypes.get("bf16")), numbers
+    )
     if symbols == 1 and not escape:
         # Nothing but mantissas, of which the last strip's, 112 words, end in the states.
-        assert len(data) == 9 + 128 * 4 - 112 * 2 + numbers.size * 7 // 8
+        assert len(data) == 16 + 128 * 4 - 112 * 2 + numbers.size * 7 // 8
         numbers[0, 0, 5, 1] ^= 1 << 14
         assert tables.encode(numbers) is None
 
@@ -398,8 +269,10 @@ def test_any_levels_make_the_same_table_everywhere(seed):
         blocks.add(data)
         assert np.array_equal(decode(data, numbers.shape, "bf16", tables), numbers)
     assert len(blocks) == 1
-    channels = read_tables(made, 1, dim, dtypes.get("bf16"))
-    assert np.array_equal(spec_decode(data, channels, numbers.shape, dtypes.get("bf16")), numbers)
+    channels = channel_reference.tables(made, 1, dim, dtypes.get("bf16"))
+    assert np.array_equal(
+        channel_reference.decode(data, channels, numbers.shape, dtypes.get("bf16")), numbers
+    )
 
 
 @st.composite
@@ -452,8 +325,8 @@ def test_any_tables_are_read(dtype, data):
     tables = load(made, numbers.shape, dtype)
     coded = tables.encode(numbers)
     if coded is not None:
-        read = read_tables(made, heads, dim, form)
-        assert np.array_equal(spec_decode(coded, read, numbers.shape, form), numbers)
+        read = channel_reference.tables(made, heads, dim, form)
+        assert np.array_equal(channel_reference.decode(coded, read, numbers.shape, form), numbers)
         assert np.array_equal(decode(coded, numbers.shape, dtype, tables), numbers)
 
 
@@ -589,3 +462,122 @@ def test_a_snapshot_in_any_form_is_the_same_whatever_the_instructions(dtype):
         _native.set_simd(level)
         files.add(kvzip.encode(snapshot, "channel", block_tokens=128))
     assert len(files) == 1
+
+
+# --- what a GPU's kernels are told ----------------------------------------------------------------
+
+
+def slots_of(entry):
+    """Of each slot what an entry of 64 numbers says: value (None: an escape), frequency, rank."""
+    for bucket, place in product(range(32), range(32)):
+        own = (place << 27 | 0x7FFFFFF) < entry[bucket]
+        e = int(entry[bucket] if own else entry[32 + bucket])
+        rank = place if own else place + (e >> 21)
+        yield (None if e >> 11 & 1 else e >> 12 & 511), e & 2047, rank
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_entries_and_channels_say_what_the_tables_do(dtype, data):
+    form = dtypes.get(dtype)
+    heads, dim, shapes, channels, far, k = data.draw(any_tables(form))
+    made = channel_reference.write(shapes, channels, dim, form, far, k)
+    tables = load(made, (1, heads, 1, dim), dtype)
+    found = set()
+    for level in available():
+        _native.set_simd(level)
+        entries = tables.entries()
+        assert (entries.shape, entries.dtype) == ((len(shapes), 64), np.uint32)
+        found.add(entries.tobytes())
+    assert len(found) == 1
+    for entry, (levels, escape) in zip(entries, shapes, strict=True):
+        shape = channel_reference.Shape(levels, escape, form.exponent_bits)
+        expected = [(shape.values[s], shape.frequencies[s], rank) for s, rank in shape.slots]
+        assert list(slots_of(entry)) == expected
+    rows = [c if isinstance(c, tuple) else (0xFFFFFFFF, c) for c in channels]
+    assert tables.channels().dtype == np.uint32
+    assert tables.channels().tolist() == [list(row) for row in rows]
+
+
+def test_streams_are_where_the_spec_has_them(dtype):
+    form = dtypes.get(dtype)
+    several = 0
+    for numbers in samples(dtype):
+        batch, heads, tokens, dim = numbers.shape
+        made, tables = tables_of(np.concatenate([numbers] * 12, axis=2), dtype)
+        if not made:
+            continue
+        data = encode(numbers, dtype, tables)
+        if data[0] == 0:
+            with pytest.raises(ValueError, match="not a coded block"):
+                tables.streams(data, batch, tokens)
+            continue
+        channels = channel_reference.tables(made, heads, dim, form)
+        strips = channel_reference.streams(numbers.shape, channels, form)
+        found = tables.streams(data, batch, tokens)
+        assert (found.shape, found.dtype) == ((len(strips), 7), np.int64)
+        several += len(found) > 1
+        first, at = 0, 8 + 8 * len(strips)
+        at += -at % 16
+        for i, (row, expected) in enumerate(zip(found.tolist(), strips, strict=True)):
+            offset, first_strip, count, lanes, mantissas, words, escapes = row
+            assert (offset, first_strip, count) == (at, first, len(expected))
+            assert lanes == expected[0].tokens
+            whole = sum(strip.mantissa_bytes for strip in expected)
+            carried = min(lanes, expected[-1].mantissa_bytes // 2)
+            assert mantissas == whole - 2 * carried
+            assert data[8 + 8 * i : 16 + 8 * i] == np.array([words, escapes], "<u4").tobytes()
+            first += count
+            for section in (4 * lanes, mantissas, 2 * (words + escapes)):
+                at += section + -section % 16
+        assert at <= len(data)
+    assert several
+
+
+@given(data=st.data())
+def test_streams_refuses_what_decoding_does_before_it_looks_into_them(dtype, data):
+    """Sections that do not fit, and padding that is not zeros: with the same words."""
+    numbers = cache_like(np.random.default_rng(2), dtype, (1, 17, 140, 2))
+    _, tables = tables_of(np.concatenate([numbers] * 12, axis=2), dtype)
+    whole = encode(numbers, dtype, tables)
+    damaged = bytearray(whole)
+    kind = data.draw(st.sampled_from(["cut", "longer", "header", "anywhere"]))
+    if kind == "cut":
+        del damaged[data.draw(st.integers(0, len(whole) - 1)) :]
+    elif kind == "longer":
+        damaged += data.draw(st.binary(min_size=1, max_size=40))
+    else:
+        at = data.draw(st.integers(1, 31 if kind == "header" else len(whole) - 1))
+        damaged[at] ^= data.draw(st.integers(1, 255))
+
+    def refusal(use):
+        try:
+            use()
+        except (ValueError, kvzip.CorruptError) as error:
+            return str(error)
+        return None
+
+    seen = refusal(lambda: tables.streams(damaged, 1, 140))
+    decoded = refusal(lambda: decode(damaged, numbers.shape, dtype, tables))
+    if seen is not None:
+        assert decoded == seen
+    else:
+        assert decoded in (None, "its streams do not fit each other")
+    if kind in ("cut", "longer"):
+        assert seen is not None
+    # What is in no section is padding.
+    sections = np.zeros(len(damaged), bool)
+    sections[:1] = sections[8 : 8 + 8 * 3] = True
+    for offset, *_, lanes, mantissas, words, escapes in tables.streams(whole, 1, 140).tolist():
+        for section in (4 * lanes, mantissas, 2 * (words + escapes)):
+            sections[offset : offset + section] = True
+            offset += section + -section % 16
+    if kind == "anywhere" and not sections[at]:
+        assert seen == "its padding is not zeros"
+
+
+@pytest.mark.parametrize("size", [(1, 2**40), (2**40, 2**40), (2**63, 2**63), (0, 5), (5, 0)])
+def test_streams_of_blocks_that_nothing_stands_for(size):
+    tables = handmade([5, 5], 0)[1]
+    with pytest.raises(ValueError, match=r"cut short|too long"):
+        tables.streams(b"\x01" + bytes(31 if 0 in size else 1000), *size)

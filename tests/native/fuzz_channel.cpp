@@ -178,8 +178,9 @@ void once(Form form) {
   stored(form);
   strange<T>(form);
   const std::size_t sizes[] = {1, 2, 5, 33, 63, 64, 65, 130};
-  const std::size_t batch = 1 + below(2), heads = 1 + below(3), dim = sizes[below(8)];
-  const std::size_t tokens = 1 + below(below(2) ? 20 : 400);
+  const bool many = below(4) == 0;  // heads: more than one stream
+  const std::size_t batch = 1 + below(2), heads = 1 + below(many ? 40 : 3);
+  const std::size_t dim = sizes[below(many ? 3 : 8)], tokens = 1 + below(below(2) ? 20 : 400);
   // In any order of axes, and with something between the rows.
   const std::size_t row = dim + below(2) * below(5);
   const bool token_major = below(2);
