@@ -9,6 +9,7 @@ context beside the data, because keys and values have layers and tokens and can 
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from kvzip import checksum
 from kvzip.dtypes import Bits, DType
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import UnsupportedError, UsageError
 from kvzip.snapshot import Origin, Part
 
 GROUP = "kvzip.codecs"
@@ -204,8 +205,10 @@ def get_codec(spec: str | Codec | Mapping[str, Any], **settings: Any) -> Codec:
     if isinstance(spec, str):
         name, _, given = spec.partition(":")
         settings = _parse_settings(given) | settings
+    elif isinstance(spec, Mapping):
+        name, settings = str(spec.get("id")), {str(k): v for k, v in {**spec, **settings}.items()}
     else:
-        name, settings = str(spec.get("id")), {**spec, **settings}
+        raise UsageError(f"a codec is named by a str, a mapping or a Codec, not {spec!r}")
     found = _registered.get(name)
     if found is None:
         point = _installed().get(name)
@@ -218,9 +221,7 @@ def get_codec(spec: str | Codec | Mapping[str, Any], **settings: Any) -> Codec:
         register_codec(found, name)
     try:
         return found.from_config(settings)
-    except KVZipError:
-        raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:  # a UsageError, too: a file may name the setting
         raise UnsupportedError(f"codec {name!r}: {error}") from error
 
 
@@ -231,5 +232,5 @@ def _parse_settings(text: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise UnsupportedError(f"codec setting {item!r}: write name=value")
-        settings[key] = int(value) if value.lstrip("-").isdecimal() else value
+        settings[key] = int(value) if re.fullmatch("-?[0-9]{1,18}", value) else value
     return settings

@@ -10,6 +10,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from kvzip.errors import CorruptError, UnsupportedError
+from kvzip.options import integer
 
 Bytes = NDArray[Any]
 
@@ -75,8 +76,15 @@ class Lz4(Coder):
     name = "lz4"
     # A byte of match length stands for 255 bytes (LZ4 block format).
     max_expansion = 256
+    # LZ4_MAX_INPUT_SIZE in lz4.h
+    _most = 0x7E000000
 
     def encode(self, data: Bytes) -> bytes:
+        if data.nbytes > self._most:
+            raise UnsupportedError(
+                f"lz4 takes blocks of at most {self._most:,} bytes, not {data.nbytes:,}: "
+                "give a smaller block_tokens"
+            )
         if self.level == 1:
             return bytes(lz4.block.compress(data.data, store_size=False))
         return bytes(
@@ -86,6 +94,8 @@ class Lz4(Coder):
         )
 
     def decode(self, data: memoryview, size: int) -> Bytes:
+        if size > self._most:
+            raise CorruptError(f"an LZ4 block cannot hold {size:,} bytes")
         try:
             raw = lz4.block.decompress(data, uncompressed_size=size)
         except (lz4.block.LZ4BlockError, ValueError) as error:
@@ -102,10 +112,7 @@ class Lz4(Coder):
 
 def get_coder(name: str, level: int) -> Coder:
     """A coder by name: "zstd" (level 1 to 22) or "lz4" (level 1 to 12)."""
-    found = {"zstd": (Zstd, 22), "lz4": (Lz4, 12)}.get(name)
-    if found is None:
-        raise UnsupportedError(f"no coder {name!r}: use zstd or lz4")
-    coder, top = found
-    if not 1 <= level <= top:
-        raise UnsupportedError(f"{name}: level is 1 to {top}, not {level}")
-    return coder(level)
+    for coder, top in ((Zstd, 22), (Lz4, 12)):
+        if name == coder.name:
+            return coder(integer(f"{name}: level", level, 1, top))
+    raise UnsupportedError(f"no coder {name!r}: use zstd or lz4")

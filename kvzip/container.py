@@ -16,9 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -43,6 +42,7 @@ from kvzip.snapshot import (
     Snapshot,
     batched,
 )
+from kvzip.sources import OpenFile, Source, Stream, is_url, open_source
 
 MAGIC = b"\x89KVZ\r\n\x1a\n"
 VERSION = 0
@@ -93,6 +93,12 @@ def default_block_tokens(layout: Layout, codec: Codec) -> int:
 
 def _batched_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if len(shape) == 4 else (1, *shape)
+
+
+def _check_profile_kind(profile: Any) -> None:
+    if profile is not None and not isinstance(profile, Profile):
+        kind = type(profile).__name__
+        raise ProfileError(f"a {kind} is no Profile: Profile.load reads one from a file")
 
 
 def thread_count(threads: int) -> int:
@@ -223,6 +229,10 @@ class _Encoder:
         block_tokens: int | None,
         store_token_ids: bool,
     ):
+        if not isinstance(snapshot, Snapshot):
+            kind = type(snapshot).__name__
+            raise UsageError(f"a {kind} is no Snapshot: Snapshot.load reads one from a file")
+        _check_profile_kind(profile)
         codec = auto.resolve(spec, snapshot.layout, profile is not None)
         if block_tokens is None:
             block_tokens = default_block_tokens(snapshot.layout, codec)
@@ -481,45 +491,6 @@ def max_encoded_size(
 # --- reading -------------------------------------------------------------------------------
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Bytes that can be read in ranges: a file, a buffer, an object in a store."""
-
-    size: int
-
-    def read(self, offset: int, length: int) -> memoryview:
-        """Exactly `length` bytes from `offset` on. Both are in bounds."""
-        ...
-
-
-class _Memory:
-    def __init__(self, data: Any):
-        self._data = memoryview(data).cast("B")
-        self.size = len(self._data)
-
-    def read(self, offset: int, length: int) -> memoryview:
-        return self._data[offset : offset + length]
-
-
-class _File:
-    def __init__(self, file: IO[bytes], owned: bool):
-        self._fd, self._file, self._owned = file.fileno(), file, owned
-        self.size = os.fstat(self._fd).st_size
-
-    def read(self, offset: int, length: int) -> memoryview:
-        data = os.pread(self._fd, length, offset)
-        while len(data) < length:  # a read may stop early at 2 GiB
-            more = os.pread(self._fd, length - len(data), offset + len(data))
-            if not more:
-                raise CorruptError(f"the file ended at byte {offset + len(data)} while being read")
-            data += more
-        return memoryview(data)
-
-    def close(self) -> None:
-        if self._owned:
-            self._file.close()
-
-
 @dataclass(frozen=True)
 class Info:
     """What is known of a file before a block is decoded."""
@@ -593,6 +564,7 @@ class Reader:
     """Whether stored bytes are checked even where the numbers decoded from them are."""
 
     def __init__(self, source: Source, profile: Profile | None = None, threads: int = 0):
+        _check_profile_kind(profile)
         self._source, self._profile, self._threads = source, profile, thread_count(threads)
         self._chains: dict[int, _Chain] = {}
         self._read_index()
@@ -674,8 +646,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the file that `open` opened."""
-        if isinstance(self._source, _File):
-            self._source.close()
+        _close(self._source)
 
     def check_stored(self) -> None:
         """Read the whole file and compare the checksums of its bytes, without decoding."""
@@ -1113,24 +1084,29 @@ def stated_length(data: Any) -> int:
 
 
 def open(file: Any, profile: Profile | None = None, threads: int = 0) -> Reader:
-    """Open a .kvz file: a path, bytes or another buffer, a binary file object, or a `Source`.
+    """Open a .kvz file: a path, a URL (``https://``, signed ones too, ``s3://``, ``file://``),
+    bytes or another buffer, any binary file object (a member of an archive, a compressed file), a
+    tensor of uint8, or a `Source`.
 
-    Reads the header and the index. Raises FormatError, CorruptError, or the OSError of the path.
+    Reads the header and the index. Raises FormatError, CorruptError, or the OSError of the path;
+    UsageError for what cannot be read; StoreError for a URL that does not answer.
     """
-    if isinstance(file, (bytes, memoryview)):  # first, as they are sooner told than a Source
-        return Reader(_Memory(file), profile, threads)
-    if isinstance(file, (str, os.PathLike)):
-        handle = Path(file).open("rb")  # noqa: SIM115 - the Reader closes it
-        try:
-            return Reader(_File(handle, owned=True), profile, threads)
-        except BaseException:
-            handle.close()
-            raise
-    if isinstance(file, Source):
-        return Reader(file, profile, threads)
-    if hasattr(file, "fileno"):
-        return Reader(_File(file, owned=False), profile, threads)
-    return Reader(_Memory(file), profile, threads)
+    if isinstance(file, str) and is_url(file):
+        from kvzip.remote import open_url
+
+        return open_url(file, profile, threads)
+    source = open_source(file)
+    try:
+        return Reader(source, profile, threads)
+    except BaseException:
+        _close(source)
+        raise
+
+
+def _close(source: Source) -> None:
+    """Close what was opened to be read, and nothing that a caller opened."""
+    if isinstance(source, (OpenFile, Stream)):
+        source.close()
 
 
 def decode(

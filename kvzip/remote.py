@@ -15,14 +15,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from kvzip import container
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, StoreError
+from kvzip.errors import KVZipError, StoreError, UsageError
+from kvzip.options import integer, seconds
 from kvzip.profile import Profile
+from kvzip.sources import is_url
 
 _FIRST = 48 << 10
 """Bytes fetched with the opening of an object: what a Reader asks for first."""
@@ -43,6 +47,8 @@ _REACH = 2 * _CONNECTIONS
 time; while one request starves, those after it are not what a reader waits for."""
 _ONE_REQUEST = 256 << 20
 """Objects up to this many bytes are written by one request, which can be create-only."""
+_PLAIN = re.compile(r"[A-Za-z0-9._~-]+")
+"""Names that stand in a URL as they are."""
 _MATTERS = re.compile("^AWS_|_PROXY$", re.IGNORECASE)
 """Variables of the environment that a client reads when it is made."""
 
@@ -55,9 +61,13 @@ class Meta(NamedTuple):
     modified: datetime
 
 
+_URL_PARTS = re.compile(r"([A-Za-z0-9+.-]+://)(?:[^/@\s]+@)?([^?\s\"']*)(\?[^\s\"']*)?")
+
+
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Errors of obstore as StoreError, in a line; FileNotFoundError stays what it is."""
+    """Errors of obstore as StoreError, in a line without what gives access; FileNotFoundError
+    stays what it is."""
     from obstore.exceptions import BaseError
 
     try:
@@ -65,8 +75,90 @@ def _told(what: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (BaseError, OSError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise StoreError(f"{what}: {lines[0]}") from error
+        secret = without_secrets(str(error)) != str(error)
+        raise StoreError(f"{what}: {_first_line(error)}") from (None if secret else error)
+    except (ValueError, TypeError, OverflowError) as error:
+        if isinstance(error, KVZipError):
+            raise
+        raise UsageError(f"{what}: {_first_line(error)}") from None
+    except BaseException as error:
+        # A panic of the client's, on settings that it did not check: no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise StoreError(f"{what}: the client gave up ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return without_secrets(lines[0])
+
+
+def without_secrets(url: str) -> str:
+    """A URL, or a text with URLs, for messages: without what gives access in it, a password or a
+    signature in its query."""
+    return _URL_PARTS.sub(lambda u: u[1] + u[2] + ("?..." if u[3] else ""), url)
+
+
+# --- what a URL names ------------------------------------------------------------------------
+
+_OBJECT_STORES = ("s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss")
+_WEB = ("http", "https")
+
+
+def _scheme(url: str) -> str:
+    """The scheme of a URL in small letters; "" for a path. Raises UsageError for any that is not
+    one of ours, and for what looks like one."""
+    scheme = url.partition("://")[0].lower() if is_url(url) else ""
+    if scheme and scheme not in (*_OBJECT_STORES, *_WEB, "file"):
+        raise UsageError(
+            f"{without_secrets(url)!r}: there is no store of the kind {scheme}://; name a folder, "
+            "file://, s3://bucket/prefix, or http(s):// to read from"
+        )
+    begun = re.match(r"(file|https?|s3a?|gs|az):(?!//)", url, re.IGNORECASE)
+    if not scheme and (begun or "://" in url):
+        raise UsageError(f"{without_secrets(url)!r} is neither a path nor a URL (s3://..., ...)")
+    return scheme
+
+
+def _folder(url: str) -> Path | None:
+    """The folder that a path or a file:// URL names; None for other URLs."""
+    scheme = _scheme(url)
+    if scheme not in ("", "file"):
+        return None
+    if not scheme:
+        found = url
+    else:
+        host, slash, rest = url.partition("://")[2].partition("/")
+        if host or not slash:
+            raise UsageError(f"{url!r}: write file:///folder, the whole path after file://")
+        found = "/" + unquote(rest)
+    if not found or "\0" in found:
+        raise UsageError(f"{url!r} names no folder")
+    return Path(found)
+
+
+def _check_settings(options: Mapping[str, Any]) -> None:
+    """Raise UsageError for what the client, which does not look, would panic on."""
+    named = {str(key): value for key, value in options.items()}
+    named |= {f"variable {k}": v for k, v in os.environ.items() if k.startswith("AWS_")}
+    for name, value in named.items():
+        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f]", value):
+            raise UsageError(f"the store's setting {name} has a line break or the like in it")
+        if "endpoint" in name.lower() and not _is_address(value):
+            raise UsageError(f"the endpoint of the store ({name}) is {value!r}: write http://HOST")
+
+
+def _is_address(value: Any) -> bool:
+    try:
+        found = urlsplit(value)
+        return (
+            found.scheme in _WEB
+            and bool(found.hostname)
+            and found.port != 0
+            and re.search(r"[^\x21-\x7e]", value) is None
+        )
+    except (ValueError, TypeError, AttributeError):
+        return False
 
 
 class Bucket:
@@ -74,7 +166,7 @@ class Bucket:
 
     `timeout`: seconds for one request; `retries`: how often one is tried again. `options`: the
     configuration that obstore takes for the kind of store; S3 also reads the usual AWS_ variables.
-    `make`: make the folder of a path that does not exist yet.
+    `make`: a folder that is not there is made when something is written; without, it is an error.
     """
 
     def __init__(
@@ -86,47 +178,78 @@ class Bucket:
         options: Mapping[str, Any] | None = None,
         make: bool = False,
     ):
-        try:
-            from obstore import store as stores
-        except ModuleNotFoundError as error:
-            raise KVZipError(f"stores need more: pip install 'kvzip[store]' ({error})") from None
-        self.url = os.fspath(url)
-        scheme, mark, rest = self.url.partition("://")
-        self.folder = Path(rest) if mark and scheme == "file" else None if mark else Path(self.url)
+        if find_spec("obstore") is None:
+            raise KVZipError("stores need more: pip install 'kvzip[store]'")
+        if not isinstance(url, (str, os.PathLike)):
+            raise UsageError(f"a store is named by a path or a URL, not by a {type(url).__name__}")
+        self.url = without_secrets(os.fsdecode(url))
+        folder = _folder(os.fsdecode(url))
+        self.folder = None if folder is None else folder.absolute()
         """Where the objects are files, or None."""
-        self.writable = self.listable = scheme not in ("http", "https")
+        self.writable = self.listable = _scheme(os.fsdecode(url)) not in _WEB
+        timeout, retries = seconds("timeout", timeout), integer("retries", retries, 0, 1000)
+        self._lock, self._client = Lock(), None
+        if self.folder is not None:
+            if not make and not self.folder.is_dir():
+                raise UsageError(f"{self.folder} is not a folder")
+            return  # made when something is first written
+        if not isinstance(options or {}, Mapping):
+            raise UsageError("options must be a mapping of the client's settings")
         options = dict(options or {})
-        with _told(f"cannot use {self.url}"):
-            try:
-                if self.folder is not None:
-                    if not make and not self.folder.is_dir():
-                        raise KVZipError(f"{self.folder} is not a folder")
-                    self.store: Any = stores.LocalStore(self.folder.absolute(), mkdir=make)
-                    return
-                endpoint = options.get("endpoint") or os.environ.get(
-                    "AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", "")
-                )
-                self.store = stores.from_url(
-                    self.url,
-                    **({"config": options} if options else {}),
-                    client_options={
-                        "timeout": timedelta(seconds=timeout),
-                        "connect_timeout": timedelta(seconds=timeout),
-                        "allow_http": scheme == "http" or str(endpoint).startswith("http:"),
-                    },
-                    retry_config={
-                        "max_retries": retries,
-                        "retry_timeout": timedelta(seconds=timeout * (1 + retries)),
-                    },
-                )
-            except (ValueError, TypeError) as error:
-                raise KVZipError(f"cannot use {self.url} as a store: {error}") from None
+        if self.writable:
+            _check_settings(options)
+        with _told(f"cannot use {self.url} as a store"):
+            self._client = self._connected(os.fsdecode(url), options, timeout, retries)
+
+    def _connected(self, url: str, options: Mapping[str, Any], timeout: float, retries: int) -> Any:
+        """obstore's client for a URL that names no folder."""
+        from obstore import store as stores
+
+        endpoint = options.get("endpoint") or os.environ.get(
+            "AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", "")
+        )
+        client = {
+            "timeout": timedelta(seconds=timeout),
+            "connect_timeout": timedelta(seconds=timeout),
+            "allow_http": url.startswith("http:") or str(endpoint).startswith("http:"),
+        }
+        retry = {
+            "max_retries": retries,
+            "retry_timeout": timedelta(seconds=timeout * (1 + retries)),
+        }
+        if not self.writable and re.search("[?%]", url):
+            # As it stands: a signed URL's path and query are part of what is signed.
+            return stores.HTTPStore(url, client_options=client, retry_config=retry)
+        more = {"config": dict(options)} if options else {}
+        return stores.from_url(url, **more, client_options=client, retry_config=retry)
+
+    @property
+    def store(self) -> Any:
+        """obstore's client. Raises FileNotFoundError for a folder that is not there."""
+        if self._client is None:
+            assert self.folder is not None
+            if not self.folder.is_dir():
+                raise FileNotFoundError(f"{self.folder} is not a folder")
+            self._make()
+        return self._client
+
+    def _make(self) -> None:
+        """Connect to a folder; it is made, if it is not there."""
+        from obstore import store as stores
+
+        with self._lock:
+            if self._client is None:
+                assert self.folder is not None
+                self._client = stores.LocalStore(self.folder.absolute(), mkdir=True)
+
+    def _named(self, path: str) -> str:
+        return f"{path} in {self.url}" if path else self.url
 
     def get(self, path: str) -> bytes | None:
         """An object's bytes, or None when there is none."""
         import obstore
 
-        with _told(f"cannot read {path} in {self.url}"):
+        with _told(f"cannot read {self._named(path)}"):
             try:
                 return bytes(obstore.get(self.store, path).bytes())
             except FileNotFoundError:
@@ -136,16 +259,21 @@ class Bucket:
         """Write an object's bytes to a file. Raises FileNotFoundError when there is none."""
         import obstore
 
-        with _told(f"cannot read {path} in {self.url}"):
-            for chunk in obstore.get(self.store, path).stream(min_chunk_size=1 << 20):
-                sink.write(chunk)
-                if progress is not None:
-                    progress(len(chunk))
+        with _told(f"cannot read {self._named(path)}"):
+            chunks = iter(obstore.get(self.store, path).stream(min_chunk_size=1 << 20))
+        while True:
+            with _told(f"cannot read {self._named(path)}"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            sink.write(chunk)  # whose errors are not the store's
+            if progress is not None:
+                progress(len(chunk))
 
     def head(self, path: str) -> Meta | None:
         import obstore
 
-        with _told(f"cannot read {path} in {self.url}"):
+        with _told(f"cannot read {self._named(path)}"):
             try:
                 return _meta(obstore.head(self.store, path))
             except FileNotFoundError:
@@ -160,10 +288,12 @@ class Bucket:
         from obstore.exceptions import AlreadyExistsError
 
         if not self.writable:
-            raise KVZipError(f"{self.url} is read only: write to what the server serves")
+            raise UsageError(f"{self.url} is read only: write to what the server serves")
         size = data.stat().st_size if isinstance(data, Path) else len(data)
-        with _told(f"cannot write {path} in {self.url}"):
+        with _told(f"cannot write {self._named(path)}"):
             try:
+                if self._client is None:
+                    self._make()
                 if size > _ONE_REQUEST:
                     if create and self.head(path) is not None:
                         return False
@@ -179,7 +309,7 @@ class Bucket:
         """Objects under a prefix; a part of a name is no prefix."""
         import obstore
 
-        with _told(f"cannot list {prefix} in {self.url}"):
+        with _told(f"cannot list {prefix} in {self.url}"), suppress(FileNotFoundError):
             for found in obstore.list(self.store, prefix, chunk_size=1000):
                 yield from map(_meta, found)
 
@@ -188,19 +318,22 @@ class Bucket:
         import obstore
 
         with _told(f"cannot list {self.url}"):
-            return list(obstore.list_with_delimiter(self.store)["common_prefixes"])
+            try:
+                return list(obstore.list_with_delimiter(self.store)["common_prefixes"])
+            except FileNotFoundError:
+                return []
 
     def delete(self, path: str) -> None:
         """Delete an object, if there is one."""
         import obstore
 
-        with _told(f"cannot delete {path} in {self.url}"), suppress(FileNotFoundError):
+        with _told(f"cannot delete {self._named(path)}"), suppress(FileNotFoundError):
             obstore.delete(self.store, path)
 
     def open(self, path: str, profile: Profile | None = None, threads: int = 0) -> Reader:
         """A .kvz object, to be read in ranges. Raises FileNotFoundError when there is none."""
         if self.folder is not None:
-            with _told(f"cannot read {path} in {self.url}"):
+            with _told(f"cannot read {self._named(path)}"):
                 return container.open(self.folder / path, profile, threads)
         return Reader(Remote(self, path), profile, threads)
 
@@ -236,7 +369,7 @@ class Remote:
         for piece in later[: -(-meta.size // _FIRST_PIECE) - 1]:
             found, data = piece.result()
             if (found.size, found.version) != (meta.size, meta.version):
-                raise StoreError(f"{self._path} in {self._bucket.url} changed while it was read")
+                raise StoreError(f"{self._bucket._named(self._path)} changed while it was read")
             pieces.append(data)
         return meta.size, memoryview(b"".join(pieces))
 
@@ -246,7 +379,7 @@ class Remote:
         options: dict[str, Any] = {"range": (offset, offset + length)}
         if self._version is not None:
             options["if_match"] = self._version
-        with _told(f"cannot read {self._path} in {self._bucket.url}"):
+        with _told(f"cannot read {self._bucket._named(self._path)}"):
             began = time.perf_counter()
             found = obstore.get(self._bucket.store, self._path, options=options)
             self.wait = min(self.wait, time.perf_counter() - began)
@@ -255,7 +388,7 @@ class Remote:
     def fetch(self, offset: int, length: int) -> memoryview:
         data = self._get(offset, length)[1]
         if len(data) != length:
-            raise StoreError(f"{self._path} in {self._bucket.url} ended while it was read")
+            raise StoreError(f"{self._bucket._named(self._path)} ended while it was read")
         return data
 
     def read(self, offset: int, length: int) -> memoryview:
@@ -373,20 +506,26 @@ def open_url(
 
     Raises StoreError when there is none or the store does not answer; the rest as `kvzip.open`.
     """
-    if "?" in url:
-        raise KVZipError(f"{url!r}: URLs with a query (signed ones, say) cannot be opened")
+    scheme = _scheme(url)
+    if not scheme:
+        raise UsageError(f"{url!r} is no URL")
+    shown = without_secrets(url)
     folder, slash, name = url.rpartition("/")
-    if not slash or not name or folder.endswith("/"):
-        raise KVZipError(f"{url!r} names no file in a store")
+    if scheme in _WEB and not _PLAIN.fullmatch(name):
+        folder, name = url.partition("#")[0], ""  # as it stands: it is signed, or has escapes
+    elif not slash or not name or folder.endswith("/"):
+        raise UsageError(f"{shown!r} names no file in a store")
+    elif scheme == "file":
+        name = unquote(name)
     environment = frozenset(item for item in os.environ.items() if _MATTERS.search(item[0]))
     try:
         bucket = _bucket(folder, timeout, retries, frozenset((options or {}).items()), environment)
     except TypeError as error:  # a value that cannot be compared is none that a client takes
-        raise KVZipError(f"cannot use {folder} as a store: {error}") from None
+        raise UsageError(f"cannot use {shown} as a store: {error}") from None
     try:
         return bucket.open(name, profile, threads)
     except FileNotFoundError:
-        raise StoreError(f"there is no {url}") from None
+        raise StoreError(f"there is no {shown}") from None
 
 
 @lru_cache(maxsize=16)

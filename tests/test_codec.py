@@ -23,7 +23,7 @@ def test_names_settings_and_configs_are_the_same_codec():
     [
         ("nothing", "there are: channel, lz4"),
         ("zstd:levle=3", "no setting 'levle'; it has: level"),
-        ("zstd:level=99", "level is 1 to 22"),
+        ("zstd:level=99", "from 1 to 22"),
         ("zstd:level", "write name=value"),
         ("planes:mode=nibble", "byte or bit"),
         ({"level": 3}, "no codec"),

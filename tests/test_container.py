@@ -275,16 +275,18 @@ def test_token_ids_can_be_withheld(small):
 
 
 def test_another_profile_is_named(small):
-    class Some:
-        id = "ab" * 32
-
-    blob = kvzip.encode(small[0], "raw", profile=Some())
-    assert_same(kvzip.decode(blob, profile=Some()), small[0])
+    one, other = (kvzip.Profile({"a": np.arange(n)}, {}) for n in (2, 3))
+    blob = kvzip.encode(small[0], "raw", profile=one)
+    assert_same(kvzip.decode(blob, profile=one), small[0])
     with pytest.raises(ProfileError, match="none was given"):
         kvzip.decode(blob)
-    Some.id, old = "cd" * 32, Some.id
-    with pytest.raises(ProfileError, match=f"{old}; the one given is cdcd"):
-        kvzip.decode(blob, profile=Some())
+    with pytest.raises(ProfileError, match=f"{one.id}; the one given is {other.id}"):
+        kvzip.decode(blob, profile=other)
+    for wrong in ("m.kvprofile", {}, 5):
+        with pytest.raises(ProfileError, match=r"no Profile: Profile\.load"):
+            kvzip.encode(small[0], "raw", profile=wrong)
+        with pytest.raises(ProfileError, match=r"no Profile: Profile\.load"):
+            kvzip.decode(blob, profile=wrong)
 
 
 def test_the_schema_in_the_docs_is_the_header():

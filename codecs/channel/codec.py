@@ -13,7 +13,7 @@ import numpy as np
 from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
 from kvzip.dtypes import Bits, DType
-from kvzip.errors import CorruptError
+from kvzip.errors import CorruptError, KVZipError
 
 _RAW = bytes(16)
 # A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
@@ -69,6 +69,8 @@ class ChannelCodec(Codec):
                 if target is not block.out:
                     copied.append((block.out, target))
             checksums: list[int] = decoding.finish()
+        except KVZipError:  # of what gives the blocks
+            raise
         except ValueError as error:
             raise CorruptError(str(error)) from None
         finally:

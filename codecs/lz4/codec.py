@@ -15,8 +15,8 @@ class Lz4Codec(Codec):
     codec_id = "lz4"
 
     def __init__(self, level: int = 1):
-        self.level = level
         self._coder = get_coder("lz4", level)
+        self.level = self._coder.level
 
     def encode(self, block: Bits, context: Context) -> bytes:
         return self._coder.encode(np.ascontiguousarray(block).reshape(-1).view(np.uint8))

@@ -32,8 +32,9 @@ class PlanesCodec(Codec):
             raise UnsupportedError(f"planes: mode is byte or bit, not {mode!r}")
         if order not in ("channel", "token"):
             raise UnsupportedError(f"planes: order is channel or token, not {order!r}")
-        self.mode, self.order, self.coder, self.level = mode, order, coder, level
+        self.mode, self.order, self.coder = mode, order, coder
         self._coder = get_coder(coder, level)
+        self.level = self._coder.level
 
     def encode(self, block: Bits, context: Context) -> bytes:
         ordered = block.transpose(0, 1, 3, 2) if self.order == "channel" else block
@@ -44,6 +45,8 @@ class PlanesCodec(Codec):
             kind = _CODED if len(coded) < plane.nbytes else _STORED
             if kind == _STORED:
                 coded = plane.data
+            if len(coded) >= 1 << 32:
+                raise UnsupportedError("a plane has 4 GiB or more: give a smaller block_tokens")
             head.append(_PLANE.pack(kind, len(coded)))
             body.append(coded)
         return b"".join([*head, *body])

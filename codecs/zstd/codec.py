@@ -15,8 +15,8 @@ class ZstdCodec(Codec):
     codec_id = "zstd"
 
     def __init__(self, level: int = 3):
-        self.level = level
         self._coder = get_coder("zstd", level)
+        self.level = self._coder.level
 
     def encode(self, block: Bits, context: Context) -> bytes:
         return self._coder.encode(np.ascontiguousarray(block).reshape(-1).view(np.uint8))

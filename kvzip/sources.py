@@ -1,0 +1,194 @@
+"""Bytes that can be read in ranges, whatever holds them: a file, memory, any open file object."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import stat
+import tempfile
+from threading import Lock
+from typing import IO, Any, Protocol, runtime_checkable
+
+from kvzip.errors import CorruptError, UsageError
+
+_IN_MEMORY = 256 << 20
+"""Bytes of what can be read only once that are kept in memory; more go to disk."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL and not a path."""
+    return _URL.match(text) is not None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Bytes that can be read in ranges: a file, a buffer, an object in a store."""
+
+    size: int
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Exactly `length` bytes from `offset` on. Both are in bounds."""
+        ...
+
+
+class Memory:
+    """A buffer of bytes."""
+
+    def __init__(self, data: Any):
+        try:
+            self._data = memoryview(data).cast("B")
+        except (TypeError, ValueError, BufferError) as error:
+            raise UsageError(f"a buffer must be bytes side by side: {error}") from None
+        self.size = len(self._data)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        return self._data[offset : offset + length]
+
+
+class OpenFile:
+    """A file of the operating system's; threads may read it at once."""
+
+    def __init__(self, file: IO[bytes], owned: bool):
+        self._file, self._owned = file, owned
+        self.size = os.fstat(file.fileno()).st_size
+
+    def read(self, offset: int, length: int) -> memoryview:
+        data = self._some(offset, length)
+        while len(data) < length:  # a read may stop early at 2 GiB
+            more = self._some(offset + len(data), length - len(data))
+            if not more:
+                raise CorruptError(f"the file ended at byte {offset + len(data)} while being read")
+            data += more
+        return memoryview(data)
+
+    def _some(self, offset: int, length: int) -> bytes:
+        try:
+            number = self._file.fileno()  # by now it may be another file's, if this one is closed
+        except ValueError:
+            raise UsageError("the file is closed, so nothing more can be read from it") from None
+        return os.pread(number, length, offset)
+
+    def close(self) -> None:
+        if self._owned:
+            self._file.close()
+
+
+class Stream:
+    """A file object that can seek, of any kind: a member of an archive, a compressed file."""
+
+    def __init__(self, file: Any, owned: bool):
+        self._file, self._owned, self._lock = file, owned, Lock()
+        self.size = self._file.seek(0, os.SEEK_END)
+        if not isinstance(self.size, int):  # some return nothing
+            self.size = self._file.tell()
+
+    def read(self, offset: int, length: int) -> memoryview:
+        pieces, left = [], length
+        with self._lock:
+            try:
+                self._file.seek(offset)
+                while left:
+                    piece = self._file.read(left)
+                    if not piece:
+                        at = offset + length - left
+                        raise CorruptError(f"the file ended at byte {at} while being read")
+                    pieces.append(piece)
+                    left -= len(piece)
+            except ValueError:
+                raise UsageError(
+                    "the file is closed, so nothing more can be read from it"
+                ) from None
+        return memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+
+    def close(self) -> None:
+        if self._owned:
+            self._file.close()
+
+
+def open_source(given: Any) -> Source:
+    """The bytes that a caller names: by a path, as a buffer, a file object, a tensor of uint8, or a
+    `Source`, which comes back as it is.
+
+    A file object is read from its beginning. What cannot seek (a pipe, a response) is copied first,
+    in memory up to 256 MiB and on disk above. Raises UsageError for anything else, and OSError.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        return _of_path(given)
+    if hasattr(given, "seek") and hasattr(given, "read") and not _is_buffer(given):
+        return _of_file(given, owned=False)
+    if _is_buffer(given):
+        return Memory(given)
+    if isinstance(given, Source):
+        return given
+    if hasattr(given, "read"):
+        return _of_file(given, owned=False)
+    if hasattr(given, "__dlpack__"):
+        return Memory(_bytes_of_tensor(given))
+    if hasattr(given, "open"):  # a file in an archive or a package, as zipfile.Path
+        return _of_file(given.open("rb"), owned=True)
+    raise UsageError(
+        f"a {type(given).__name__} cannot be read: give a path, a URL, bytes, or a binary file"
+    )
+
+
+def _of_path(path: str | os.PathLike[str]) -> Source:
+    try:
+        file = open(os.fspath(path), "rb")  # noqa: SIM115, PTH123 - a Path would take "" for "."
+    except ValueError as error:
+        raise UsageError(f"{os.fspath(path)!r} is no path: {error}") from None
+    return _of_file(file, owned=True)
+
+
+def _of_file(file: Any, owned: bool) -> Source:
+    try:
+        if isinstance(file, io.TextIOBase):
+            raise UsageError("the file is open as text: open it in binary mode, 'rb'")
+        plain = getattr(file, "file", file)  # what a temporary file wraps
+        raw = getattr(plain, "raw", plain)
+        if isinstance(raw, io.FileIO) and stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+            if not raw.readable():
+                raise UsageError("the file is open for writing only")
+            return OpenFile(file, owned)
+        seekable = getattr(file, "seekable", None)
+        if hasattr(file, "seek") and (seekable is None or seekable()):
+            return Stream(file, owned)
+        copy = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - closed with its Reader
+        shutil.copyfileobj(file, copy, 1 << 20)
+    except ValueError as error:
+        if owned:
+            file.close()
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"the file cannot be read: {error}") from None
+    except BaseException:
+        if owned:
+            file.close()
+        raise
+    if owned:
+        file.close()
+    return Stream(copy, owned=True)
+
+
+def _is_buffer(given: Any) -> bool:
+    try:
+        memoryview(given).release()
+    except TypeError:
+        return False
+    except (BufferError, ValueError):
+        return True
+    return True
+
+
+def _bytes_of_tensor(tensor: Any) -> Any:
+    import numpy as np
+
+    try:
+        found = np.from_dlpack(tensor)
+    except Exception as error:
+        raise UsageError(f"a tensor must be uint8 in the processor's memory: {error}") from None
+    if found.dtype.itemsize != 1 or not found.flags.c_contiguous:
+        raise UsageError(f"a tensor must be uint8, without gaps, not {found.dtype}")
+    return found
