@@ -379,7 +379,7 @@ def reading(path: AnyPath) -> IO[bytes]:
                 return file
             if stat.S_ISDIR(kind):
                 raise _error(errno.EISDIR, name)
-            copy = _copied(file)
+            copy = copied(file)
         except BaseException:
             file.close()
             raise
@@ -387,7 +387,7 @@ def reading(path: AnyPath) -> IO[bytes]:
         return copy
 
 
-def _copied(file: IO[bytes]) -> IO[bytes]:
+def copied(file: IO[bytes]) -> IO[bytes]:
     """All that is left in a file, in memory or in a temporary file."""
     copy: IO[bytes] = os.fdopen(os.memfd_create("kvzip"), "w+b")
     held = 0

@@ -5,16 +5,13 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 import stat
-import tempfile
 from threading import Lock
 from typing import IO, Any, Protocol, runtime_checkable
 
 from kvzip.errors import CorruptError, UsageError
+from kvzip.files import copied, reading
 
-_IN_MEMORY = 256 << 20
-"""Bytes of what can be read only once that are kept in memory; more go to disk."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -136,7 +133,7 @@ def open_source(given: Any) -> Source:
 
 def _of_path(path: str | os.PathLike[str]) -> Source:
     try:
-        file = open(os.fspath(path), "rb")  # noqa: SIM115, PTH123 - a Path would take "" for "."
+        file = reading(path)
     except ValueError as error:
         raise UsageError(f"{os.fspath(path)!r} is no path: {error}") from None
     return _of_file(file, owned=True)
@@ -155,8 +152,7 @@ def _of_file(file: Any, owned: bool) -> Source:
         seekable = getattr(file, "seekable", None)
         if hasattr(file, "seek") and (seekable is None or seekable()):
             return Stream(file, owned)
-        copy = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - closed with its Reader
-        shutil.copyfileobj(file, copy, 1 << 20)
+        copy = copied(file)
     except ValueError as error:
         if owned:
             file.close()
@@ -169,7 +165,7 @@ def _of_file(file: Any, owned: bool) -> Source:
         raise
     if owned:
         file.close()
-    return Stream(copy, owned=True)
+    return OpenFile(copy, owned=True)
 
 
 def _is_buffer(given: Any) -> bool:

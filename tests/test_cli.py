@@ -84,7 +84,7 @@ def test_the_paper(capsys):
     [
         (["encode", "nowhere.safetensors", "-o", "x.kvz"], 2, "nowhere.safetensors"),
         (["encode", "doc.safetensors", "-o", "x.kvz", "--codec", "gzip"], 2, "no codec 'gzip'"),
-        (["encode", "doc.safetensors", "-o", "no/folder/x.kvz"], 2, "not a folder"),
+        (["encode", "doc.safetensors", "-o", "no/folder/x.kvz"], 2, "no such folder"),
         (["encode", "doc.safetensors"], 2, "output"),
         (["encode", "text.txt", "-o", "x.kvz"], 1, "not a whole safetensors"),
         (["verify", "text.txt"], 1, "not a .kvz file"),
