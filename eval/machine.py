@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -56,10 +57,12 @@ def now() -> str:
 
 
 def made_by(command: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """The fields of `Made`, for a result that this process makes now."""
+    """The fields of `Made`, for a result that this process makes now. Beside versions it names how
+    bf16 matrices were multiplied, where torch did not do it (:mod:`kvzip.products`)."""
+    products = sys.modules.get("kvzip.products")  # imported with the first model
     return {
         "command": command,
         "date": now(),
         "machine": machine(),
-        "versions": versions(packages),
+        "versions": versions(packages) | (products.of_process() if products else {}),
     }

@@ -100,6 +100,7 @@ def prefill(
     import transformers
     from transformers import DynamicCache
 
+    from kvzip import products
     from kvzip.load.config import cache_argument, layer_kinds, rope_parameters
 
     model = loaded.model
@@ -134,6 +135,7 @@ def prefill(
         "transformers": str(transformers.__version__),
         "python": platform.python_version(),
         "device": device_name(model.device),
+        **products.of(model),
     }
     origin = Origin(
         loaded.id,

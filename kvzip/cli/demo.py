@@ -10,7 +10,14 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from kvzip.cli.app import app
-from kvzip.cli.arguments import Json, Threads, codec_specs, command_line
+from kvzip.cli.arguments import (
+    Json,
+    NativeBf16,
+    Threads,
+    choose_products,
+    codec_specs,
+    command_line,
+)
 from kvzip.cli.terminal import CheckFailed, emit, say, show_table, working
 
 
@@ -25,6 +32,7 @@ def demo(
     train: int = 16,
     new_tokens: int = 24,
     threads: Threads = 1,
+    native_bf16: NativeBf16 = False,
     as_json: Json = False,
 ) -> None:
     """The main job on a real model: capture, encode with every codec, load back, generate, compare,
@@ -43,6 +51,7 @@ def demo(
     new_tokens
         Greedy tokens that are generated and compared.
     """
+    choose_products(native_bf16)
     from kvzip.eval import demo as demonstration
 
     with working("starting") as step:

@@ -14,7 +14,16 @@ from rich.table import Table
 import kvzip
 from kvzip import auto, container, dtypes
 from kvzip.cli.app import app
-from kvzip.cli.arguments import Json, Output, ProfilePath, Threads, document_range, read_profile
+from kvzip.cli.arguments import (
+    Json,
+    NativeBf16,
+    Output,
+    ProfilePath,
+    Threads,
+    choose_products,
+    document_range,
+    read_profile,
+)
 from kvzip.cli.terminal import bar, emit, say, show_table, working
 from kvzip.errors import CorruptError
 from kvzip.snapshot import PARTS, Snapshot, sha256_raw
@@ -31,6 +40,7 @@ def capture(
     dtype: str | None = None,
     device: str = "cpu",
     full_history: bool = False,
+    native_bf16: NativeBf16 = False,
     as_json: Json = False,
 ) -> None:
     """Run a model's prefill over text and write snapshots of its KV cache.
@@ -54,6 +64,7 @@ def capture(
     full_history
         Keep all that a sliding-window layer computed, not only its window.
     """
+    choose_products(native_bf16)
     from kvzip import capture as capturing
     from kvzip.models import load_model
 

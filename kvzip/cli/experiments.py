@@ -14,7 +14,16 @@ from rich.text import Text
 
 from kvzip import dtypes
 from kvzip.cli.app import app, evaluate
-from kvzip.cli.arguments import Json, ResultFile, codec_specs, command_line, integers, names
+from kvzip.cli.arguments import (
+    Json,
+    NativeBf16,
+    ResultFile,
+    choose_products,
+    codec_specs,
+    command_line,
+    integers,
+    names,
+)
 from kvzip.cli.terminal import CheckFailed, emit, say, show_table, steps, working
 from kvzip.errors import UsageError
 from kvzip.files import replacing
@@ -28,6 +37,7 @@ def sweep(
     workers: int = 1,
     ray: str | None = None,
     retry: bool = False,
+    native_bf16: NativeBf16 = False,
     as_json: Json = False,
 ) -> None:
     """Measure every point of a grid; go on where an earlier run of it stopped.
@@ -46,6 +56,7 @@ def sweep(
     retry
         Measure points again that failed.
     """
+    choose_products(native_bf16)
     from kvzip.eval.sweep import Row, read_config, run
 
     points = read_config(config)
@@ -78,6 +89,7 @@ def exactness(
     lossy: str = "int8,int4",
     continuations: int = 2,
     new_tokens: int = 32,
+    native_bf16: NativeBf16 = False,
     as_json: Json = False,
 ) -> None:
     """Bytes, tokens and logits over many documents and continuations: what each codec changes, and
@@ -98,6 +110,7 @@ def exactness(
     continuations
         Of each document: as it is, then with tokens of other documents after it.
     """
+    choose_products(native_bf16)
     from kvzip.eval import stored, trials
 
     with working("starting") as step:
@@ -147,6 +160,7 @@ def inputs(
     train: int = 16,
     threads: int = 1,
     repeat: int = 3,
+    native_bf16: NativeBf16 = False,
     as_json: Json = False,
 ) -> None:
     """Measure what a verdict needs, all in one run: prefill time against length, and each codec's
@@ -171,6 +185,7 @@ def inputs(
     train
         Other documents that codecs which need a profile learn from.
     """
+    choose_products(native_bf16)
     from kvzip.eval import inputs as measuring
     from kvzip.eval import stored
 
@@ -232,6 +247,7 @@ def links(
     draw: Path | None = None,
     picture: Path | None = None,
     page: Path | None = None,
+    native_bf16: NativeBf16 = False,
     as_json: Json = False,
 ) -> None:
     """Time to first token over links whose rate the kernel limits, beside what the formulas predict
@@ -266,6 +282,7 @@ def links(
     page
         A Markdown file: its tables are put anew between its marks.
     """
+    choose_products(native_bf16)
     from kvzip.eval import figures as drawing
     from kvzip.eval import graphs, stored
     from kvzip.eval import links as linking
@@ -336,6 +353,7 @@ def frontier(
     copies: str | None = None,
     out: Annotated[Path, Parameter(name=["--out", "--output", "-o"])] = Path("frontier"),
     draw: Path | None = None,
+    native_bf16: NativeBf16 = False,
     as_json: Json = False,
 ) -> None:
     """Bits per number against the multiplications that a predictor takes, from none to a whole
@@ -365,6 +383,7 @@ def frontier(
     draw
         A stored result: frontier.svg is drawn into --out, and nothing is run.
     """
+    choose_products(native_bf16)
     from kvzip.eval import frontier as curve
     from kvzip.eval import graphs, stored
     from kvzip.eval.copies import COPIES

@@ -18,7 +18,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from kvzip import dtypes
+from kvzip import dtypes, products
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.batch import load_batch, load_batch_or_prefill
 from kvzip.load.config import LayerKind, cache_argument, kind_of, layer_kinds, rope_parameters
@@ -99,6 +99,8 @@ def _origin(model: Any, layer: Layer, cache: Any) -> Origin:
     }
     if model is None or isinstance(model, str):
         return Origin(model=model or "", software=software)
+    if isinstance(model, torch.nn.Module):
+        software |= products.of(model)
     return msgspec.structs.replace(origin_of_model(model), software=software)
 
 
