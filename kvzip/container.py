@@ -29,7 +29,7 @@ from kvzip.codecs._native import Output
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UsageError
 from kvzip.files import replacing
-from kvzip.index import RECORD, Entry, Index, entries, entry_count
+from kvzip.index import ALIGNMENT, RECORD, Entry, Index, aligned, entries, entry_count
 from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import (
@@ -52,6 +52,7 @@ WRITER = "kvzip 0.1.0"
 _PREAMBLE = struct.Struct("<8sHHIIIQQ")
 _FIRST_READ = 48 << 10
 _NOTHING = slice(0)
+_ZEROS = bytes(ALIGNMENT)
 
 T = TypeVar("T")
 
@@ -353,19 +354,21 @@ class _Encoder:
             raise KVZipError(f"the header would have {len(header):,} bytes, above {MAX_HEADER:,}")
         ids = b"" if self.ids is None else _packed(self.ids)
         index = np.zeros(len(self.entries), RECORD)
-        offset = _PREAMBLE.size + len(header) + len(ids) + index.nbytes
+        end = _PREAMBLE.size + len(header) + len(ids) + index.nbytes
+        offset = aligned(end)
         base = sink.tell()
         sink.seek(base + offset)
         for row, data, stored, raw in self.encoded(thread_count(threads)):
             entry = self.entries[row]
             index[row] = entry.record(offset, len(data), stored, raw)
             sink.write(data)
-            offset += len(data)
+            sink.write(bytes(aligned(len(data)) - len(data)))
+            offset += aligned(len(data))
             if progress is not None and not entry.tables:
                 part = self.part(entry)
                 progress(part.nbytes * entry.tokens // part.shape[2])
         start = _PREAMBLE.pack(MAGIC, VERSION, 0, len(header), len(index), len(ids), offset, 0)[:-8]
-        rest = header + ids + index.tobytes()
+        rest = header + ids + index.tobytes() + bytes(aligned(end) - end)
         sink.seek(base)
         sink.write(start + struct.pack("<Q", checksum.of_bytes(start + rest)) + rest)
         sink.seek(base + offset)
@@ -477,14 +480,14 @@ def max_encoded_size(
         if snapshot and snapshot.token_ids is not None
         else batch * shapes.tokens
     )
-    size += len(msgspec.json.encode(header)) + 4 * ids + (0 if snapshot else 4096)
+    size = aligned(size + len(msgspec.json.encode(header)) + 4 * ids + (0 if snapshot else 4096))
     for entry in entries(shapes, block_tokens):
         shape = shapes.layers[entry.layer].shape(entry.part)
         if entry.tables:
-            size += codec.max_tables_size(_batched_shape(shape), form)
+            size += aligned(codec.max_tables_size(_batched_shape(shape), form))
         else:
             numbers = entry.tokens * int(np.prod((*shape[:-2], shape[-1]), dtype=np.int64))
-            size += codec.max_encoded_size(numbers * form.itemsize)
+            size += aligned(codec.max_encoded_size(numbers * form.itemsize))
     return size
 
 
@@ -590,12 +593,15 @@ class Reader:
             raise CorruptError(f"the file is {problem}: {size:,} bytes of {length:,}")
         ids_at = _PREAMBLE.size + header_length
         index_at = ids_at + ids_length
-        end = index_at + count * RECORD.itemsize
+        index_end = index_at + count * RECORD.itemsize
+        end = aligned(index_end)
         if end > size:
             raise FormatError("the file's index is out of bounds")
         start = first[:end] if end <= len(first) else self._source.read(0, end)
         if checksum.of_bytes(start[: _PREAMBLE.size - 8], start[_PREAMBLE.size :]) != digest:
             raise CorruptError("the header or the index is damaged: its checksum does not match")
+        if any(start[index_end:end]):
+            raise FormatError("the bytes behind the index are not zeros")
         try:
             self.header = msgspec.json.decode(start[_PREAMBLE.size : ids_at], type=Header)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -606,7 +612,8 @@ class Reader:
             raise FormatError("the header makes no sense: block_tokens is below 1")
         self._form = dtypes.get(self.layout.dtype)
         self._codec = get_codec(self.header.codec)
-        self._index = Index(start[index_at:end], end, size, self.layout, self.header.block_tokens)
+        records = start[index_at:index_end]
+        self._index = Index(records, end, size, self.layout, self.header.block_tokens)
         self._index.check_sizes(self.layout, self._codec)
         self.token_ids = self._token_ids(start[ids_at:index_at])
 
@@ -665,7 +672,7 @@ class Reader:
             chains = [self._rows([i], cuts)] if self._codec.independent else self._plan([i], cuts)
             for row in itertools.chain(*chains):
                 rows |= {row, self._index.rows[self._index.key[row]].start}
-        announce([(self._index.offset[row], self._index.length[row]) for row in sorted(rows)])
+        announce([self._index.span(row) for row in sorted(rows)])
 
     # --- decoding --------------------------------------------------------------------------
 
@@ -923,8 +930,12 @@ class Reader:
     def _stored(self, row: int) -> memoryview:
         """The stored bytes of an entry. The numbers' checksum tells whether they are good, that of
         the stored bytes, what is to blame. Taking both always would cost an eighth of the fastest
-        codec's time."""
-        data = self._source.read(self._index.offset[row], self._index.length[row])
+        codec's time. Neither is of the zeros behind them, which are looked at here."""
+        length = self._index.length[row]
+        taken = self._source.read(*self._index.span(row))
+        data = taken[:length]
+        if bytes(taken[length:]) != _ZEROS[: len(taken) - length]:
+            raise CorruptError(f"{self._name(row)}: the bytes behind it are not zeros")
         if self._thorough:
             self._check_stored(row, data)
         return data

@@ -32,6 +32,13 @@ RECORD = np.dtype(
     ]
 )
 _BLOCK, _TABLES = 0, 1
+ALIGNMENT = 64
+"""Entries begin at multiples of so many bytes: what a GPU, or a copy to one, reads at once."""
+
+
+def aligned(length: int) -> int:
+    """The next multiple of `ALIGNMENT`: what an entry of so many bytes takes up in the file."""
+    return -(-length // ALIGNMENT) * ALIGNMENT
 
 
 class Entry(NamedTuple):
@@ -89,11 +96,13 @@ class Index:
 
     def __init__(self, records: Any, start: int, size: int, layout: Layout, block_tokens: int):
         """Of a file of `size` bytes, in which the entries begin at `start`; `records`: a buffer.
-        Raises FormatError unless every record is the one that the layout asks for, and bytes
-        follow without a gap."""
+        Raises FormatError unless every record is the one that the layout asks for, and entries
+        follow each other, each at the next multiple of `ALIGNMENT`."""
         spans = [(layer.first, layer.cumulative_length) for layer in layout.layers]
         try:
-            columns = _native.read_index(records, start, size, spans, min(block_tokens, 2**31))
+            columns = _native.read_index(
+                records, start, size, ALIGNMENT, spans, min(block_tokens, 2**31)
+            )
         except ValueError as error:
             raise FormatError(str(error)) from None
         self.position: list[int]
@@ -101,6 +110,7 @@ class Index:
         self.tokens: list[int]
         self.offset: list[int]
         self.length: list[int]
+        """What the codec made, without the zeros behind it."""
         self.stored_checksum: list[int]
         self.raw_checksum: list[int]
         self.position, self.tokens, self.offset, self.length = columns[:4]
@@ -120,6 +130,10 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.length)
+
+    def span(self, row: int) -> tuple[int, int]:
+        """Where an entry lies, and how many bytes it takes up, with the zeros behind it."""
+        return self.offset[row], aligned(self.length[row])
 
     def check_sizes(self, layout: Layout, codec: Codec) -> None:
         """Raise FormatError if a block claims more numbers than its bytes can stand for."""

@@ -61,6 +61,7 @@ def reseal(blob: bytes) -> bytes:
         stored = blob[offset : offset + length] if offset < len(blob) else b""
         struct.pack_into("<Q", blob, row + 32, xxhash.xxh3_64_intdigest(bytes(stored)))
     end = at + 48 * count
+    end += -end % 64
     digest = xxhash.xxh3_64_intdigest(bytes(blob[:32]) + bytes(blob[40:end]))
     struct.pack_into("<Q", blob, 32, digest)
     return bytes(blob)

@@ -22,6 +22,7 @@ struct Record {
   std::uint64_t offset, length, stored_checksum, raw_checksum;
 };
 static_assert(sizeof(Record) == 48 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+constexpr char kNotInOrder[] = "the blocks do not follow each other without gap or overlap";
 enum Kind : std::uint8_t { kBlock = 0, kTables = 1 };
 
 // Items of Python lists, one after the other.
@@ -45,11 +46,12 @@ class Column {
 // Reads records, each of which must be the one that belongs there.
 class Records {
  public:
-  Records(const Py_buffer& bytes, std::uint64_t begin, std::uint64_t end)
+  Records(const Py_buffer& bytes, std::uint64_t begin, std::uint64_t end, std::uint64_t alignment)
       : data_(static_cast<const char*>(bytes.buf)),
         count_(std::size_t(bytes.len) / sizeof(Record)),
         begin_(begin),
         end_(end),
+        alignment_(alignment),
         columns_{Column(count_), Column(count_), Column(count_),
                  Column(count_), Column(count_), Column(count_)} {}
 
@@ -63,9 +65,11 @@ class Records {
         r.tokens != tokens)
       throw std::invalid_argument("entry " + std::to_string(at_) +
                                   " of the index is not the block that belongs there");
-    if (r.offset != begin_ || r.length > end_ - begin_)
-      throw std::invalid_argument("the blocks do not follow each other without gap or overlap");
-    begin_ += r.length;
+    // What they take up; not more than there is, or sums would overflow.
+    const std::uint64_t room = end_ - begin_, taken = std::min(r.length, room) + alignment_ - 1;
+    if (r.offset != begin_ || r.length > room || taken - taken % alignment_ > room)
+      throw std::invalid_argument(kNotInOrder);
+    begin_ += taken - taken % alignment_;
     const std::uint64_t fields[] = {position, r.tokens,          r.offset,
                                     r.length, r.stored_checksum, r.raw_checksum};
     for (int i = 0; i < 6; ++i) columns_[i].add(fields[i]);
@@ -74,8 +78,7 @@ class Records {
 
   nb::tuple finish() const {
     if (at_ != count_) throw std::invalid_argument("the index does not fit the shapes in the header");
-    if (begin_ != end_)
-      throw std::invalid_argument("the blocks do not follow each other without gap or overlap");
+    if (begin_ != end_) throw std::invalid_argument(kNotInOrder);
     return nb::make_tuple(columns_[0].list(), columns_[1].list(), columns_[2].list(),
                           columns_[3].list(), columns_[4].list(), columns_[5].list());
   }
@@ -83,17 +86,17 @@ class Records {
  private:
   const char* data_;
   std::size_t count_, at_ = 0;
-  std::uint64_t begin_, end_;
+  std::uint64_t begin_, end_, alignment_;
   Column columns_[6];
 };
 
-nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end, const nb::list& layers,
-                     std::uint32_t block_tokens) {
+nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end,
+                     std::uint64_t alignment, const nb::list& layers, std::uint32_t block_tokens) {
   Views views;
   const Py_buffer& bytes = views.add(data, PyBUF_SIMPLE);
-  if (bytes.len % Py_ssize_t(sizeof(Record)) || begin > end || !block_tokens)
+  if (bytes.len % Py_ssize_t(sizeof(Record)) || begin > end || !alignment || !block_tokens)
     throw std::invalid_argument("no index");
-  Records records(bytes, begin, end);
+  Records records(bytes, begin, end, alignment);
   std::uint32_t layer = 0;
   for (nb::handle item : layers) {
     const auto [first, stop] = nb::cast<std::pair<std::uint32_t, std::uint32_t>>(item);
@@ -114,9 +117,11 @@ nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end, co
 }  // namespace
 
 void bind_index(nb::module_& m) {
-  m.def("read_index", &read_index, "records"_a, "begin"_a, "end"_a, "layers"_a, "block_tokens"_a,
-        "Of records of a file whose entries fill bytes `begin` to `end` the columns position, tokens, "
-        "offset, length, stored and raw checksum. `layers`: first and last position of each. "
+  m.def("read_index", &read_index, "records"_a, "begin"_a, "end"_a, "alignment"_a, "layers"_a,
+        "block_tokens"_a,
+        "Of records of a file whose entries fill bytes `begin` to `end`, each rounded up to a multiple "
+        "of `alignment`, the columns position, tokens, offset, length, stored and raw checksum. "
+        "`layers`: first and last position of each. "
         "Raises ValueError unless every record is the one that belongs there.");
 }
 
