@@ -5,30 +5,34 @@
 
 #include "channel/jobs.hpp"
 #include "native/cuda/device.cuh"
+#include "native/cuda/place.cuh"
 
 namespace kvzip::channel {
 
 using cuda::kWarp;
+using cuda::place_of;
 
 constexpr unsigned kGroupTokens = 128, kStripWidth = 64;
+constexpr unsigned kTableBytes = 256;
 constexpr unsigned kHalf = 32;  // channels that are decoded before they are written
-constexpr unsigned kWarpsOfBlock = 4;
+constexpr unsigned kWarpsOfBlock = 1;  // so that compilers see that a warp's threads go the same way
 constexpr unsigned kMinState = 1u << 16;
 
 // The tile of a half strip: of each token the upper 16 bits of 32 numbers. Rows and octets of tokens
-// are apart so that threads fall on different banks of shared memory when they store (a token each)
-// and when they load (two octets at a time).
-constexpr unsigned kRowBytes = 80, kOctetBytes = 8 * kRowBytes + 64;
+// are apart so that threads fall on different banks of shared memory when they store (a token each,
+// four channels) and when they load (two octets, eight channels).
+constexpr unsigned kRowBytes = 72, kOctetBytes = 8 * kRowBytes;
 constexpr unsigned kTileBytes = kGroupTokens / 8 * kOctetBytes;
-KVZIP_DEVICE unsigned tile_at(unsigned token) { return token * kRowBytes + (token >> 3) * 64; }
+KVZIP_DEVICE unsigned tile_at(unsigned token) { return token * kRowBytes; }
 
 // Words on their way from memory: a ring of four pieces, the first words twice so that a step's
-// words lie side by side.
-constexpr unsigned kPieceWords = 256, kPieces = 4, kRingWords = kPieces * kPieceWords;
+// words lie side by side. Between refills four steps take at most one piece.
+constexpr unsigned kUnrolled = 4;
+constexpr unsigned kPieceWords = kUnrolled * kGroupTokens, kPieces = 4;
+constexpr unsigned kRingWords = kPieces * kPieceWords;
 constexpr unsigned kRingBytes = 2 * (kRingWords + kGroupTokens);
-constexpr unsigned kWarpBytes = kTileBytes + kRingBytes;
-constexpr unsigned kDecodeSharedBytes = kWarpsOfBlock * kWarpBytes;
-static_assert(kTileBytes % 128 == 0 && kWarpBytes % 128 == 0, "copies are of 16 bytes");
+constexpr unsigned kDecodeSharedBytes = kTileBytes + kRingBytes;
+static_assert(kTileBytes % 128 == 0, "copies are of 16 bytes");
 
 constexpr unsigned rows_per_octet(int mantissa_bits) {
   return unsigned(8 * (mantissa_bits / 8) + mantissa_bits % 8);
@@ -47,7 +51,7 @@ class WordRing {
   KVZIP_DEVICE const unsigned char* next() const {
     return room_ + 2 * (position & (kRingWords - 1));
   }
-  // To be called after each step, which takes at most 128 words.
+  // To be called after every fourth step.
   KVZIP_DEVICE void refill() {
     if (position / kPieceWords + kPieces == issued_) return;
     cuda::sync_warp();  // all have read the words that are overwritten
@@ -61,12 +65,15 @@ class WordRing {
  private:
   KVZIP_DEVICE void fetch() {
     const unsigned lane = cuda::thread() % kWarp;
-    const unsigned from = issued_ * 2 * kPieceWords + 16 * lane;
-    const unsigned there = from < bytes_ ? smaller(16, bytes_ - from) : 0;
-    const unsigned char* source = there ? words_ + from : words_;
-    const unsigned to = from & (2 * kRingWords - 1);
-    cuda::copy16(room_ + to, source, there);
-    if (to < 2 * kGroupTokens) cuda::copy16(room_ + 2 * kRingWords + to, source, there);
+#pragma unroll
+    for (unsigned i = 0; i < 2 * kPieceWords; i += 16 * kWarp) {
+      const unsigned from = issued_ * 2 * kPieceWords + i + 16 * lane;
+      const unsigned there = from < bytes_ ? smaller(16, bytes_ - from) : 0;
+      const unsigned char* source = there ? words_ + from : words_;
+      const unsigned to = from & (2 * kRingWords - 1);
+      cuda::copy16(room_ + to, source, there);
+      if (to < 2 * kGroupTokens) cuda::copy16(room_ + 2 * kRingWords + to, source, there);
+    }
     cuda::commit_copies();
     ++issued_;
   }
@@ -92,14 +99,6 @@ struct DeviceStrip {
     width = smaller(kStripWidth, part.dim - channel);
   }
 };
-
-// Where a token's numbers lie, as DevicePart says; in numbers.
-KVZIP_DEVICE int64_t place_of(const DevicePart& part, unsigned token) {
-  if (!part.pages) return int64_t(token) * part.token_stride;
-  const int32_t* pages = reinterpret_cast<const int32_t*>(part.pages);
-  return int64_t(cuda::constant(pages + token / part.page_tokens)) * part.page_stride +
-         int64_t(token % part.page_tokens) * part.token_stride;
-}
 
 // What a warp needs of a strip while it decodes it.
 struct StripView {
@@ -231,8 +230,14 @@ struct Decoding {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         if (i && !together) out = numbers + start + place_of(part, token + unsigned(i));
-        const cuda::Four upper = *reinterpret_cast<const cuda::Four*>(
-            tile + tile_at(8 * octet + unsigned(i)) + 16 * group);
+        cuda::Four upper;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const cuda::Two two = *reinterpret_cast<const cuda::Two*>(
+              tile + tile_at(8 * octet + unsigned(i)) + 16 * group + 8 * unsigned(h));
+          upper.v[2 * h] = two.v[0];
+          upper.v[2 * h + 1] = two.v[1];
+        }
         if constexpr (kBits == 8) {
           cuda::Two v;
 #pragma unroll
@@ -330,99 +335,111 @@ struct Decoding {
   struct Escapes {
     const uint16_t* values;
     unsigned count, position;
-    bool short_of;
   };
 
+  // Puts a half strip's escapes into the tile, in the order in which they were written; returns
+  // where the next ones stand. Those that are not there count as 0.
+  KVZIP_DEVICE_CALL static unsigned put_escapes(Escapes escapes, unsigned live, unsigned lanes,
+                                                unsigned char* tile) {
+    const unsigned lane = cuda::thread() % kWarp, below = (1u << lane) - 1;
+    cuda::sync_warp();
+    for (unsigned channel = 0; channel < kHalf; ++channel) {
+      if (!(live >> channel & 1)) continue;
+      for (unsigned token = lane; token < kGroupTokens; token += kWarp) {
+        uint16_t* const upper = reinterpret_cast<uint16_t*>(tile + tile_at(token)) + channel;
+        const bool escaped = token < lanes && (*upper & kMarker);
+        const unsigned votes = cuda::ballot(escaped);
+        const unsigned at = escapes.position + cuda::ones(votes & below);
+        if (escaped)
+          *upper = uint16_t(at < escapes.count ? escapes.values[at] << (15 - E) : 0);
+        // One more than there are tells that some were missing.
+        escapes.position = smaller(escapes.position + cuda::ones(votes), escapes.count + 1);
+      }
+    }
+    return escapes.position;
+  }
+
   // Values of a half strip into the tile. `mine`: what the thread's number says of that channel of
-  // the half.
-  template <int K, bool kFull>
+  // the half. Whole: every channel is coded and every lane has a token.
+  template <int K, bool kWhole>
   KVZIP_DEVICE static void decode_half(const DevicePart& part, DeviceChannel mine, unsigned live,
                                        unsigned lanes, unsigned (&x)[K], WordRing& words,
                                        Escapes& escapes, unsigned char* tile) {
     const unsigned lane = cuda::thread() % kWarp, below = (1u << lane) - 1;
-    const uint32_t* const tables = reinterpret_cast<const uint32_t*>(part.tables) + lane;
-    unsigned next0 = 0, next1 = 0;
+    const unsigned char* const tables =
+        reinterpret_cast<const unsigned char*>(part.tables) + 8 * lane;
+    // Tables come from memory four channels ahead; that of a constant channel is not used.
+    const unsigned table_of_mine = mine.shape == kConstantShape ? 0 : mine.shape * kTableBytes;
+    cuda::Two next[kUnrolled];
     const auto fetch = [&](unsigned channel) {
-      const unsigned shape = cuda::shuffle(mine.shape, channel);
-      if (shape == kConstantShape) return;
-      const uint32_t* entry = tables + uint64_t(shape) * 64;
-      next0 = cuda::constant(entry);
-      next1 = cuda::constant(entry + 32);
+      return cuda::constant(
+          reinterpret_cast<const cuda::Two*>(tables + cuda::shuffle(table_of_mine, channel)));
     };
-    fetch(0);
+#pragma unroll
+    for (unsigned c = 0; c < kUnrolled; ++c) next[c] = fetch(c);
+    unsigned marked = 0;
 #pragma unroll 1
-    for (unsigned group = 0; group < kHalf / 8; ++group) {
-      unsigned upper[K][4];
+    for (unsigned group = 0; group < kHalf; group += kUnrolled) {
+      unsigned upper[K][kUnrolled / 2];
+      if (!kWhole) {
 #pragma unroll
-      for (int k = 0; k < K; ++k)
+        for (int k = 0; k < K; ++k)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) upper[k][j] = 0;
+          for (unsigned j = 0; j < kUnrolled / 2; ++j) upper[k][j] = 0;
+      }
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const unsigned channel = 8 * group + unsigned(c);
+      for (unsigned c = 0; c < kUnrolled; ++c) {
+        const unsigned channel = group + c;
         const unsigned base = cuda::shuffle(mine.number, channel) << 12;
-        unsigned own = next0, other = next1;
-        fetch((channel + 1) & 31);
-        if (!(live >> channel & 1)) continue;
+        unsigned own = next[c].v[0], other = next[c].v[1];
+        next[c] = fetch((channel + kUnrolled) & 31);
+        if (!kWhole && !(live >> channel & 1)) continue;
         own = ((own + base) & kFieldMask) | (own & ~kFieldMask);
         other = ((other + base) & kFieldMask) | (other & ~kFieldMask);
+        // All states side by side, since each waits long for its own.
+        unsigned entry[K], y[K], votes[K], word[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           const unsigned bucket = x[k] >> 5;
           const unsigned a = cuda::shuffle(own, bucket), b = cuda::shuffle(other, bucket);
           const bool second = x[k] * (1u << 27) + ((1u << 27) - 1) >= a;
-          const unsigned entry = second ? b : a;
-          const unsigned rank = (second ? b >> 21 : 0u) + (x[k] & 31);
-          const unsigned y = (entry & 2047) * (x[k] >> 10) + rank;
-          const bool there = kFull || lane + kWarp * unsigned(k) < lanes;
-          const bool takes = there && y < kMinState;
-          const unsigned votes = cuda::ballot(takes);
-          const unsigned char* at = words.next() + 2 * cuda::ones(votes & below);
-          const unsigned word = *reinterpret_cast<const uint16_t*>(at);
-          const unsigned z = takes ? y << 16 | word : y;
-          if (kFull) x[k] = z;
-          else x[k] = there ? z : x[k];
-          words.position += cuda::ones(votes);
-          if (c % 2 == 0) upper[k][c / 2] = entry >> kShift & (kValueMask | kMarker);
-          else upper[k][c / 2] |= entry << (16 - kShift) & (kValueMask | kMarker) << 16;
+          entry[k] = second ? b : a;
+          unsigned rank = x[k] & 31;
+          if (second) rank = (b >> 21) + rank;
+          y[k] = (entry[k] & 2047) * (x[k] >> 10) + rank;
         }
-        words.refill();
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          const bool there = kWhole || lane + kWarp * unsigned(k) < lanes;
+          votes[k] = cuda::ballot(there && y[k] < kMinState);
+        }
+        const unsigned char* at = words.next();
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          word[k] = *reinterpret_cast<const uint16_t*>(at + 2 * cuda::ones(votes[k] & below));
+          const unsigned taken = cuda::ones(votes[k]);
+          at += 2 * taken;
+          words.position += taken;
+        }
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          const unsigned z = y[k] < kMinState ? y[k] << 16 | word[k] : y[k];
+          if (kWhole) x[k] = z;
+          else x[k] = lane + kWarp * unsigned(k) < lanes ? z : x[k];
+          if (c % 2 == 0) upper[k][c / 2] = entry[k] >> kShift & (kValueMask | kMarker);
+          else upper[k][c / 2] |= entry[k] << (16 - kShift) & (kValueMask | kMarker) << 16;
+        }
       }
-      unsigned marked = 0;
-#pragma unroll
-      for (int k = 0; k < K; ++k)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) marked |= upper[k][j];
-      if (cuda::any(marked & (kMarker << 16 | kMarker))) {
-#pragma unroll
-        for (int c = 0; c < 8; ++c)
-#pragma unroll
-          for (int k = 0; k < K; ++k) {
-            const unsigned marker = kMarker << 16 * (c % 2);
-            const bool there = kFull || lane + kWarp * unsigned(k) < lanes;
-            const bool escaped = there && (upper[k][c / 2] & marker);
-            const unsigned votes = cuda::ballot(escaped);
-            if (!votes) continue;
-            const unsigned at = escapes.position + cuda::ones(votes & below);
-            escapes.position += cuda::ones(votes);
-            if (escapes.position > escapes.count) escapes.short_of = true;
-            if (!escaped) continue;
-            const unsigned value = at < escapes.count ? cuda::constant(escapes.values + at) : 0;
-            const unsigned keep = c % 2 ? 0x0000FFFFu : 0xFFFF0000u;
-            upper[k][c / 2] = (upper[k][c / 2] & keep) |
-                              ((value << (15 - E)) & 0xFFFFu) << 16 * (c % 2);
-          }
-        if (escapes.short_of) escapes.position = escapes.count;  // it may not run over
-      }
+      words.refill();
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        const unsigned token = lane + kWarp * unsigned(k);
-        cuda::Four four;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) four.v[j] = upper[k][j];
-        *reinterpret_cast<cuda::Four*>(tile + tile_at(token) + 16 * group) = four;
+        *reinterpret_cast<cuda::Two*>(tile + tile_at(lane + kWarp * unsigned(k)) + 2 * group) = {
+            {upper[k][0], upper[k][1]}};
+        marked |= upper[k][0] | upper[k][1];
       }
     }
+    if (cuda::any(marked & (kMarker << 16 | kMarker)))
+      escapes.position = put_escapes(escapes, live, lanes, tile);
   }
 
   template <int K>
@@ -435,7 +452,7 @@ struct Decoding {
     const unsigned char* mantissas = stream + states_bytes;
     const unsigned char* const coded = mantissas + ((job.mantissas + 15) & ~15u);
     WordRing words(room + kTileBytes, coded, job.words);
-    Escapes escapes{reinterpret_cast<const uint16_t*>(coded) + job.words, job.escapes, 0, false};
+    Escapes escapes{reinterpret_cast<const uint16_t*>(coded) + job.words, job.escapes, 0};
     bool damaged = false;
     unsigned x[K];
 #pragma unroll
@@ -469,18 +486,22 @@ struct Decoding {
       }
       view.live_low = cuda::ballot(mine[0].shape != kConstantShape);
       view.live_high = cuda::ballot(mine[1].shape != kConstantShape);
-      const bool full = strip.lanes == kWarp * unsigned(K);
       const uint64_t alignment = part.numbers | uint64_t(view.corner * int64_t(sizeof(T))) |
                                  uint64_t(part.token_stride * int64_t(sizeof(T))) |
                                  (part.pages ? uint64_t(part.page_stride * int64_t(sizeof(T))) : 0);
       const bool whole = strip.lanes == kGroupTokens && (view.live_low & view.live_high) == ~0u &&
                          reinterpret_cast<uint64_t>(mantissas) % 8 == 0 &&
                          alignment % (sizeof(T) == 1 ? 8 : 16) == 0;
+      // They come nearer while values are decoded.
+      for (unsigned at = 128 * lane; at < (strip.lanes + 7) / 8 * kRows * view.live_count();
+           at += 128 * kWarp)
+        cuda::prefetch(mantissas + at);
 #pragma unroll 1
       for (unsigned half = 0; half < 2 && half * kHalf < strip.width; ++half) {
         const unsigned live = half ? view.live_high : view.live_low;
         const DeviceChannel own = half ? mine[1] : mine[0];
-        if (full) decode_half<K, true>(part, own, live, strip.lanes, x, words, escapes, tile);
+        if (live == ~0u && strip.lanes == kWarp * unsigned(K))
+          decode_half<K, true>(part, own, live, strip.lanes, x, words, escapes, tile);
         else decode_half<K, false>(part, own, live, strip.lanes, x, words, escapes, tile);
         cuda::sync_warp();
         if (whole) merge_whole(view, half, tile);
@@ -506,19 +527,17 @@ struct Decoding {
     }
     cuda::wait_copies<0>();
     cuda::sync_warp();
-    return cuda::any(damaged) || words.position != job.words || escapes.short_of ||
+    return cuda::any(damaged) || words.position != job.words ||
            escapes.position != job.escapes;
   }
 
   // Reads up to 512 bytes behind a stream's end, which must be there, whatever they are.
   KVZIP_DEVICE static void run(const StreamJob* jobs, uint32_t count, const DevicePart* parts,
                                uint32_t* flags) {
-    const unsigned warp = cuda::thread() / kWarp;
-    const uint64_t index = uint64_t(cuda::block()) * (cuda::threads_of_block() / kWarp) + warp;
-    if (index >= count) return;
-    const StreamJob job = jobs[index];
+    if (cuda::block() >= count) return;
+    const StreamJob job = jobs[cuda::block()];
     const DevicePart part = parts[job.part];
-    unsigned char* const room = cuda::shared_memory() + warp * kWarpBytes;
+    unsigned char* const room = cuda::shared_memory();
     const bool damaged = job.lanes <= 32   ? decode<1>(job, part, room)
                          : job.lanes <= 64 ? decode<2>(job, part, room)
                                            : decode<4>(job, part, room);
@@ -527,7 +546,7 @@ struct Decoding {
 };
 
 #ifndef KVZIP_BLOCKS_OF_SM
-#define KVZIP_BLOCKS_OF_SM 3
+#define KVZIP_BLOCKS_OF_SM 12
 #endif
 #define KVZIP_CHANNEL_DECODE(name, E, M, T)                                                       \
   KVZIP_KERNEL(kWarpsOfBlock * 32, KVZIP_BLOCKS_OF_SM)                                            \

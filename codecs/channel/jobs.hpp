@@ -3,16 +3,7 @@
 // trust it, and trust nothing that stands in a stream.
 #pragma once
 
-#ifndef __CUDACC_RTC__
-#include <cstdint>
-#else
-typedef unsigned char uint8_t;
-typedef unsigned short uint16_t;
-typedef unsigned int uint32_t;
-typedef int int32_t;
-typedef unsigned long long uint64_t;
-typedef long long int64_t;
-#endif
+#include "native/cuda/part.hpp"
 
 namespace kvzip::channel {
 
@@ -24,21 +15,9 @@ struct DeviceChannel {
   uint32_t number;
 };
 
-// One layer's keys or values, and where they lie or go: number [b, h, t, c] at
-//   numbers + itemsize * (b * batch_stride + h * head_stride + c + place(t))
-//   place(t) = t * token_stride                                                   without `pages`
-//            = pages[t / page_tokens] * page_stride + t % page_tokens * token_stride     with them
-// where t counts from the first token of the part (not of the block).
-struct DevicePart {
-  uint64_t numbers;    // address of [0, 0, 0, 0]
-  uint64_t channels;   // address of DeviceChannel [heads][dim]
-  uint64_t tables;     // decoding: address of uint32 [shapes][64], `entry` of kernels.hpp;
-                       // encoding: address of DeviceEncoder [shapes]
-  uint64_t pages;      // address of int32 [pages], or 0
-  int64_t batch_stride, head_stride, token_stride, page_stride;  // in numbers
-  uint32_t page_tokens;
-  uint32_t batch, heads, dim;
-};
+using cuda::DevicePart;
+// Its `tables`: decoding, address of uint32 [shapes][32][2], `entry` of kernels.hpp, a bucket's own
+// beside its other; at least one shape, whatever it is.
 
 // One stream of a coded block (spec.md), all of which one warp does.
 struct StreamJob {

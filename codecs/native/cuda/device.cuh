@@ -4,10 +4,12 @@
 
 #ifdef __CUDACC__
 #define KVZIP_DEVICE __device__ __forceinline__
+#define KVZIP_DEVICE_CALL __device__ __noinline__
 #define KVZIP_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #else
 #include "native/cuda/shim.hpp"
 #define KVZIP_DEVICE inline
+#define KVZIP_DEVICE_CALL inline
 #define KVZIP_KERNEL(threads, blocks) inline void
 #endif
 
@@ -49,6 +51,8 @@ template <typename V>
 KVZIP_DEVICE void stream(V* p, V v) {
   __stcs(p, v);
 }
+// Into the second-level cache.
+KVZIP_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // 16 bytes to shared memory, of which the first `there` (0 to 16) come from `from` and the rest are
 // zeros; they land at the wait for their group.
 KVZIP_DEVICE void copy16(void* to, const void* from, unsigned there) {
@@ -106,6 +110,7 @@ inline void stream(V* p, V v) {
   if (reinterpret_cast<std::uintptr_t>(p) % sizeof(V)) shim::fail("a store that is not aligned");
   *p = v;
 }
+inline void prefetch(const void*) {}
 inline void copy16(void* to, const void* from, unsigned there) {
   if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % 16)
     shim::fail("a copy that is not aligned");
