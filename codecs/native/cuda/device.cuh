@@ -2,6 +2,8 @@
 // the shim's on a CPU. All threads of a warp take part in every meeting.
 #pragma once
 
+#include "native/cuda/part.hpp"
+
 #ifdef __CUDACC__
 #define KVZIP_DEVICE __device__ __forceinline__
 #define KVZIP_DEVICE_CALL __device__ __noinline__
