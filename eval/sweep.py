@@ -29,7 +29,7 @@ import msgspec
 
 from kvzip import dtypes
 from kvzip.codec import get_codec
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, UsageError
 from kvzip.eval import bench
 from kvzip.eval.machine import machine, now, versions
 from kvzip.files import replacing, sweep
@@ -546,7 +546,16 @@ def query(path: str | os.PathLike[str], sql: str) -> list[dict[str, Any]]:
         connection.register("sweep", sweep)
         try:
             found = connection.execute(sql)
+            if found is None:
+                raise UsageError("the query is empty")
             names = [column[0] for column in found.description or []]
-            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+            return [dict(zip(names, map(_plain, row), strict=True)) for row in found.fetchall()]
         except duckdb.Error as error:
-            raise KVZipError(f"SQL: {error}; the table sweep has: {sweep.column_names}") from None
+            raise UsageError(f"SQL: {error}; the table sweep has: {sweep.column_names}") from None
+
+
+def _plain(value: Any) -> Any:
+    """A value of SQL as JSON can have it."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return float(value)
+    return value if isinstance(value, (bool, int, float, list, dict, type(None))) else str(value)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.dtypes import Bits
-from kvzip.errors import FormatError, KVZipError
+from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError, first_line
 from kvzip.models import LoadedModel
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
 
@@ -106,11 +107,16 @@ def prefill(
     model = loaded.model
     config = model.config
     kinds = layer_kinds(config)
+    _check_ids(token_ids, config)
     ids = torch.from_numpy(np.atleast_2d(token_ids).astype(np.int64)).to(model.device)
     # Without a config all layers of the cache are full ones; the masks come from the model.
     cache = DynamicCache()
-    with torch.inference_mode():
+    with torch.inference_mode(), _computing(config, ids.shape[1]):
         model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(cache))
+    if not cache.layers:
+        raise UnsupportedError(
+            f"{type(model).__name__} has put nothing into a cache: it is no decoder, and has none"
+        )
     if len(cache.layers) != len(kinds):
         raise KVZipError(f"the model filled {len(cache.layers)} cache layers, not {len(kinds)}")
     layers = []
@@ -146,6 +152,31 @@ def prefill(
         software,
     )
     return Snapshot(layers, name, token_ids, origin)
+
+
+def _check_ids(token_ids: NDArray[Any], config: Any) -> None:
+    """Raise UsageError for ids that are none of the model's."""
+    known = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if np.ndim(token_ids) not in (1, 2) or not np.size(token_ids):
+        raise UsageError(f"token ids are [tokens] or [batch, tokens], not {np.shape(token_ids)}")
+    least, most = int(np.min(token_ids)), int(np.max(token_ids))
+    if least < 0 or (known is not None and most >= known):
+        raise UsageError(f"token ids from {least} to {most}: the model has {known} tokens")
+
+
+@contextmanager
+def _computing(config: Any, tokens: int) -> Iterator[None]:
+    """What a model fails with is told: more often than not the document is too long for it."""
+    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        words = f"the model cannot compute {tokens} tokens"
+        if most is not None and tokens > most:
+            words += f", which are more than its {most} positions"
+        elif "out of memory" in str(error) or "allocate" in str(error):
+            words += ": there is not enough memory"
+        raise KVZipError(f"{words}: {first_line(error)}") from error
 
 
 def _with_frequencies(

@@ -1,5 +1,10 @@
 """What can go wrong, by kind. Every error a caller can meet is a :class:`KVZipError`."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KVZipError(Exception):
     """Base of all errors of this library; its message says what to do."""
@@ -27,3 +32,31 @@ class UsageError(KVZipError, ValueError):
 
 class StoreError(KVZipError):
     """A store does not answer, not in time, or not as it should."""
+
+
+@contextmanager
+def told_as(kind: type[KVZipError], what: str) -> Iterator[None]:
+    """Errors of other people's code become `kind`, in one line that begins with `what`; also a
+    panic of compiled code, which is no Exception. KVZipError and MemoryError stay what they are.
+    """
+    try:
+        yield
+    except (KVZipError, MemoryError):
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {first_line(error)}") from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise kind(f"{what}: {first_line(error)}") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic of a library in Rust: a BaseException that cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, or its name."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip import dtypes
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import KVZipError, UnsupportedError, UsageError, told_as
 from kvzip.files import replacing
 
 
@@ -77,10 +77,9 @@ def load_model(
     form = dtypes.get(dtype)
     if form.itemsize == 1:
         raise UnsupportedError(f"no model computes in {form.name}: use bf16, fp16 or fp32")
-    if device != "cpu" and not torch.cuda.is_available() and device.startswith("cuda"):
-        raise KVZipError(f"device {device!r}: this machine's torch sees no CUDA device")
     from kvzip import products
 
+    place = _device(device)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     settings: dict[str, Any] = {"dtype": getattr(torch, form.torch)}
@@ -102,20 +101,33 @@ def load_model(
         raise KVZipError(f"there is no model at {ref!r}")
     else:
         where, revision = ref, ""
-    try:
-        # transformers draws bars of its own there; what goes wrong comes as an exception.
-        with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **files)
-            model = transformers.AutoModelForCausalLM.from_pretrained(where, **files, **settings)
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise KVZipError(f"model {ref!r} cannot be loaded: {first}") from None
-    model = model.to(device).eval()
+    # transformers draws bars of its own there; what goes wrong comes as an exception.
+    with (
+        told_as(KVZipError, f"model {ref!r} cannot be loaded"),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **files)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, **files, **settings)
+    model = model.to(place).eval()
     widened = products.needed() if native_bf16 is None else not native_bf16
     if widened and form.name == "bf16" and model.device.type == "cpu":
         products.widen(model)
     revision = revision or str(getattr(model.config, "_commit_hash", None) or "")
     return LoadedModel(model, tokenizer, ref, revision)
+
+
+def _device(name: str) -> Any:
+    """torch's device of that name. Raises UsageError unless this machine can compute on it."""
+    import torch
+
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {name!r}: this machine's torch sees no CUDA device")
+    with told_as(UsageError, f"device {name!r} cannot be used"):
+        found = torch.device(name)
+        if found.type == "meta":
+            raise UsageError("device 'meta' computes nothing")
+        torch.empty(1, device=found)
+    return found
 
 
 def folder_revision(path: Path) -> str:
@@ -127,6 +139,8 @@ def folder_revision(path: Path) -> str:
 def _packaged_file(name: str) -> Path:
     """The .gguf file of a packaged model: out of the installed package, or its wheels."""
     known = PACKAGED.get(name)
+    if not name.isidentifier():
+        raise UsageError(f"{name!r} is no name of a package")
     if known is None or len(known.wheels) == 1:
         spec = importlib.util.find_spec(name)
         for place in (spec.submodule_search_locations or []) if spec else []:

@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 from kvzip import container
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, StoreError, UsageError
+from kvzip.errors import KVZipError, StoreError, UsageError, first_line, is_panic
 from kvzip.options import integer, seconds
 from kvzip.profile import Profile
 from kvzip.sources import is_url
@@ -75,22 +75,18 @@ def _told(what: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (BaseError, OSError) as error:
-        secret = without_secrets(str(error)) != str(error)
-        raise StoreError(f"{what}: {_first_line(error)}") from (None if secret else error)
+        cause = error if without_secrets(str(error)) == str(error) else None
+        raise StoreError(f"{what}: {without_secrets(first_line(error))}") from cause
     except (ValueError, TypeError, OverflowError) as error:
         if isinstance(error, KVZipError):
             raise
-        raise UsageError(f"{what}: {_first_line(error)}") from None
+        raise UsageError(f"{what}: {without_secrets(first_line(error))}") from None
     except BaseException as error:
         # A panic of the client's, on settings that it did not check: no Exception.
-        if type(error).__name__ != "PanicException":
+        if not is_panic(error):
             raise
-        raise StoreError(f"{what}: the client gave up ({_first_line(error)})") from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return without_secrets(lines[0])
+        why = without_secrets(first_line(error))
+        raise StoreError(f"{what}: the client gave up ({why})") from None
 
 
 def without_secrets(url: str) -> str:
