@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +54,7 @@ from kvzip.errors import (
     UsageError,
 )
 from kvzip.files import replacing
+from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.remote import Bucket
 from kvzip.snapshot import Snapshot
@@ -137,8 +138,9 @@ class Store:
 
     `limit_bytes`: documents used longest ago are evicted when all together take more. A writer
     looks after every sixteenth of the limit that it writes, so W of them may exceed it by W/16 for
-    a while. `block_tokens`: for a store that is new; the prefixes that can be found end at
-    multiples of it (a found one is then extended to the very token). `timeout`, `retries`,
+    a while. `block_tokens`: of a store that is new (default: 256), or just what a store has, which
+    is a UsageError otherwise; the prefixes that can be found end at multiples of it (a found one is
+    then extended to the very token). `timeout`, `retries`,
     `options`: see :class:`kvzip.remote.Bucket`. `make`: make a local folder that is not there.
 
     Objects may be used by any number of threads and processes at once.
@@ -149,17 +151,19 @@ class Store:
         url: str | os.PathLike[str],
         *,
         limit_bytes: int | None = None,
-        block_tokens: int = BLOCK_TOKENS,
+        block_tokens: int | None = None,
         timeout: float = 30.0,
         retries: int = 2,
         options: Mapping[str, Any] | None = None,
         make: bool = True,
     ):
-        if block_tokens < 1:
-            raise UsageError("block_tokens must be at least 1")
+        if block_tokens is not None:
+            block_tokens = integer("block_tokens", block_tokens, 1, 2**31 - 1)
+        if limit_bytes is not None:
+            limit_bytes = integer("limit_bytes", limit_bytes, 1)
         self.bucket = Bucket(url, timeout=timeout, retries=retries, options=options, make=make)
         self.limit_bytes = limit_bytes
-        self._wanted = _Settings(block_tokens=block_tokens)
+        self._asked = block_tokens
         self._settings: _Settings | None = None
         self._touched: dict[str, float] = {}
         self._total: int | None = None
@@ -252,7 +256,10 @@ class Store:
         """The store's settings; those of a new store are written."""
         found = self._read_settings()
         if found is None:
-            self.bucket.put("store.json", msgspec.json.encode(self._wanted))
+            self.bucket.put(
+                "store.json",
+                msgspec.json.encode(_Settings(block_tokens=self._asked or BLOCK_TOKENS)),
+            )
             found = self._read_settings()
             if found is None:
                 raise StoreError(f"{self.bucket.url} does not keep what is written to it")
@@ -266,6 +273,11 @@ class Store:
                 raise FormatError(f"{self.bucket.url} is no store of ours: {error}") from None
             if found.version != 1 or found.block_tokens < 1:
                 raise FormatError(f"{self.bucket.url} is a store of another version")
+            if self._asked not in (None, found.block_tokens):
+                raise UsageError(
+                    f"{self.bucket.url} is a store of blocks of {found.block_tokens} tokens, not "
+                    f"{self._asked}: leave block_tokens out, or take another store"
+                )
             self._settings = found
         return self._settings
 
@@ -288,7 +300,7 @@ class Store:
         are looked at. A document whose sliding layers lack what a cache of the shared tokens needs
         is passed over, and so is one whose header is damaged. Raises StoreError.
         """
-        ids = np.asarray(token_ids).reshape(-1)
+        ids = _ids(token_ids)
         settings = self._read_settings()
         if settings is None:
             return None
@@ -425,9 +437,10 @@ class Store:
                 reader.check_stored()
             return size
 
-    def remove(self, key: str) -> None:
-        """Take a document out of the store."""
+    def remove(self, key: str) -> bool:
+        """Take a document out of the store; whether it was there."""
         doc = _path(key)
+        there = self.bucket.head(doc) is not None
         space, name = key.split("/")
         chain = (self.bucket.get(f"{space}/chain/{name}") or b"").decode().split()
         self._each(lambda h: self.bucket.delete(f"{space}/with/{h}/{name}"), chain)
@@ -435,6 +448,7 @@ class Store:
         self.bucket.delete(doc)
         self.bucket.delete(f"{space}/used/{name}")
         self.bucket.delete(f"{space}/chain/{name}")
+        return there
 
     def _repoint(self, space: str, mark: str, name: str) -> None:
         """Let ``last/mark`` name another document than `name`, or be gone if there is none."""
@@ -451,8 +465,18 @@ class Store:
 
     # --- size ------------------------------------------------------------------------------
 
+    def identities(self) -> dict[str, Identity]:
+        """What the documents of each namespace, the first part of their keys, are of."""
+        found = {}
+        for space in self._spaces():
+            with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                data = self.bucket.get(f"{space}/about.json") or b""
+                found[space] = msgspec.json.decode(data, type=Identity)
+        return found
+
     def documents(self) -> list[Stored]:
-        """All documents, the one that was used longest ago first."""
+        """All documents, the one that was used longest ago first. Raises UsageError for a store
+        that cannot be listed (behind HTTP)."""
         wait(self._touches.copy())
         found = []
         for space in self._spaces():
@@ -466,6 +490,8 @@ class Store:
         return sorted(found, key=lambda d: (d.used, d.key))
 
     def _spaces(self) -> list[str]:
+        if not self.bucket.listable:
+            raise UsageError(f"{self.bucket.url} cannot be listed: name what the server serves")
         return [name for name in self.bucket.folders() if len(name) == 32]
 
     def prune(self, limit_bytes: int | None = None, keep: str | None = None) -> list[str]:
@@ -536,6 +562,16 @@ def _identity(reader: Reader) -> Identity:
     )
 
 
+def _ids(given: Any) -> NDArray[Any]:
+    """Token ids in any form as [tokens]."""
+    ids = np.asarray(given).reshape(-1)
+    if ids.dtype.kind not in "iu" and ids.size:
+        raise UsageError(f"token ids must be integers, not {ids.dtype}")
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 2**32:
+        raise UsageError("token ids must be from 0 to 4,294,967,295")
+    return ids.astype(np.uint32)
+
+
 def _ids_of(reader: Reader, given: Any) -> NDArray[Any]:
     """Ids of the document's tokens, from the file or as given, checked."""
     if any(len(layer.k) == 4 and layer.k[0] != 1 for layer in reader.layout.layers):
@@ -544,7 +580,7 @@ def _ids_of(reader: Reader, given: Any) -> NDArray[Any]:
     if ids is None:
         if given is None:
             raise KVZipError("the document has no token ids, by which it would be found: give them")
-        ids = np.asarray(given)
+        ids = _ids(given)
         digest = hashlib.sha256(np.ascontiguousarray(ids, "<u4").tobytes()).hexdigest()
         if reader.header.token_ids_sha256 not in (None, digest):
             raise KVZipError("the token ids given are not those of the document")
@@ -593,7 +629,13 @@ def _as_file(
         if isinstance(document, Snapshot):
             container.write(path, document, codec, profile, threads, progress=progress)
         else:
-            path.write_bytes(document)
+            try:
+                path.write_bytes(document)
+            except TypeError:
+                kind = type(document).__name__
+                raise UsageError(
+                    f"a {kind} is no document: give a Snapshot, a path or bytes"
+                ) from None
         yield path
 
 

@@ -14,7 +14,7 @@ from kvzip import container
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, ProfilePath, Threads, read_profile
 from kvzip.cli.documents import sizes
-from kvzip.cli.terminal import bar, emit, say
+from kvzip.cli.terminal import CheckFailed, bar, emit, say
 from kvzip.errors import StoreError, UsageError
 from kvzip.snapshot import Snapshot
 
@@ -46,13 +46,14 @@ def put(
     limit_bytes
         Evict the documents used longest ago when all together take more.
     block_tokens
-        For a new store: prefixes are found at multiples of so many tokens. Default: 256.
+        For a new store: prefixes are found at multiples of so many tokens. Default: 256. A store
+        that has others is an error.
     replace
         Write anew what the store has already, because it is damaged.
     """
-    from kvzip.store import BLOCK_TOKENS, Store
+    from kvzip.store import Store
 
-    target = Store(store, limit_bytes=limit_bytes, block_tokens=block_tokens or BLOCK_TOKENS)
+    target = Store(store, limit_bytes=limit_bytes, block_tokens=block_tokens)
     known, began, entries = read_profile(profile), time.perf_counter(), []
     with bar("put", len(documents), in_bytes=False) as advance:
         for path in documents:
@@ -176,3 +177,79 @@ def _read_ids(path: Path) -> list[int]:
         return msgspec.json.decode(path.read_bytes(), type=list[int])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not a JSON list of token ids: {error}") from None
+
+
+@app.command
+def ls(*, store: StoreUrl, model: str | None = None, as_json: Json = False) -> None:
+    """List the documents of a store, the one that was used longest ago first.
+
+    Parameters
+    ----------
+    model
+        Only documents of this model.
+    """
+    from kvzip.store import Store
+
+    source = Store(store, make=False)
+    about = source.identities()
+    documents = []
+    for found in source.documents():
+        of = about.get(found.key.partition("/")[0])
+        if model is None or (of is not None and of.model == model):
+            named = {} if of is None else msgspec.to_builtins(of)
+            documents.append({"key": found.key, **msgspec.to_builtins(found), **named})
+    total = sum(d["encoded_bytes"] for d in documents)
+
+    def show() -> None:
+        for d in documents:
+            of = ", ".join(filter(None, (d.get("model"), d.get("revision"), d.get("dtype"))))
+            say(f"{d['key']}  {d['encoded_bytes']:,} bytes, used {d['used'][:19]}Z, {of}")
+        say(f"{len(documents)} documents, {total:,} bytes")
+
+    emit({"documents": documents, "encoded_bytes": total}, as_json, show)
+
+
+@app.command
+def rm(keys: list[str], *, store: StoreUrl, as_json: Json = False) -> None:
+    """Remove documents from a store, by their keys; exit code 1 if one is not there.
+
+    Parameters
+    ----------
+    keys
+        As `kvzip ls` and `kvzip put` show them.
+    """
+    from kvzip.store import Store
+
+    target = Store(store, make=False)
+    there = {key: target.remove(key) for key in keys}
+    removed = [key for key, was in there.items() if was]
+    missing = [key for key, was in there.items() if not was]
+    emit(
+        {"removed": removed, "missing": missing},
+        as_json,
+        lambda: say(f"{len(removed)} documents removed"),
+    )
+    if missing:
+        raise CheckFailed(f"the store has no document {', '.join(missing)}")
+
+
+@app.command
+def prune(*, store: StoreUrl, limit_bytes: int | None = None, as_json: Json = False) -> None:
+    """Clear away what ended writers left in a store, and evict documents until it is small enough.
+
+    Parameters
+    ----------
+    limit_bytes
+        Evict the documents used longest ago when all together take more. Default: evict none.
+    """
+    from kvzip.store import Store
+
+    target = Store(store, limit_bytes=limit_bytes, make=False)
+    evicted = target.prune(target.limit_bytes)
+    left = target.documents()
+    total = sum(d.encoded_bytes for d in left)
+    emit(
+        {"evicted": evicted, "documents": len(left), "encoded_bytes": total},
+        as_json,
+        lambda: say(f"{len(evicted)} documents evicted; {len(left)} left, {total:,} bytes"),
+    )

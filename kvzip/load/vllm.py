@@ -92,7 +92,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds after which a lookup is a miss, and a layer that has not come an error."""
     retries: int = 1
     limit_bytes: int | None = None
-    block_tokens: int = BLOCK_TOKENS
+    block_tokens: int | None = None
     options: dict[str, Any] | None = None
     """The last three and `retries`: see `kvzip.store.Store`."""
 

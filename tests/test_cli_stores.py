@@ -1,0 +1,138 @@
+"""A store's commands: what is put is listed, found, removed and evicted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support import cache_like, make_snapshot
+from test_cli import run, run_json
+
+import kvzip
+from kvzip.store import Store
+
+
+@pytest.fixture
+def documents(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in range(3):
+        made = make_snapshot(cache_like, seed, "bf16", layers=1, tokens=100, dim=16)
+        made.save(tmp_path / f"{seed}.safetensors")
+    return [f"{seed}.safetensors" for seed in range(3)]
+
+
+def test_put_list_remove_prune(documents, capsys):
+    code, put = run_json(capsys, "put", *documents, "--store", "s", "--block-tokens", 32)
+    assert code == 0
+    keys = [d["key"] for d in put["documents"]]
+    code, listed = run_json(capsys, "ls", "--store", "s")
+    assert code == 0
+    assert {d["key"] for d in listed["documents"]} == set(keys)
+    assert listed["encoded_bytes"] == sum(d["encoded_bytes"] for d in put["documents"])
+    assert {d["model"] for d in listed["documents"]} == {"test/model"}
+    assert run_json(capsys, "ls", "--store", "s", "--model", "other")[1]["documents"] == []
+    words = run(capsys, "ls", "--store", "s")[1]
+    assert all(key in words for key in keys) and "3 documents" in words
+
+    assert run_json(capsys, "rm", keys[0], "--store", "s") == (
+        0,
+        {"removed": [keys[0]], "missing": []},
+    )
+    code, found = run_json(capsys, "rm", keys[0], keys[1], "--store", "s")
+    assert (code, found) == (1, {"removed": [keys[1]], "missing": [keys[0]]})
+    code, _, err = run(capsys, "get", "--store", "s", "--like", documents[0])
+    assert code == 1 and "no document" in err
+
+    assert run_json(capsys, "prune", "--store", "s")[1]["documents"] == 1
+    code, pruned = run_json(capsys, "prune", "--store", "s", "--limit-bytes", 1)
+    assert (code, pruned["evicted"], pruned["documents"]) == (0, [keys[2]], 0)
+    assert run_json(capsys, "ls", "--store", "s")[1] == {"documents": [], "encoded_bytes": 0}
+
+
+def test_other_block_tokens_are_an_error(documents, capsys):
+    assert run(capsys, "put", documents[0], "--store", "s", "--block-tokens", 32)[0] == 0
+    code, found = run_json(capsys, "put", documents[1], "--store", "s", "--block-tokens", 64)
+    assert (code, found["kind"]) == (2, "usage")
+    assert "32" in found["error"] and "64" in found["error"]
+    for same in ([], ["--block-tokens", 32]):
+        assert run(capsys, "put", documents[1], "--store", "s", *same)[0] == 0
+    with pytest.raises(kvzip.UsageError, match="blocks of 32 tokens, not 64"):
+        Store("s", block_tokens=64).find([1] * 50, model="m", revision="", dtype="bf16")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["memory://x", "file://localhost/x", "file://x", "s3:/b/x", "s3:b", "", "nfs://h/x", "s3://",
+     "http://127.0.0.1:1/x", "http://", "http://[", "x://"],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["put", "get", "ls", "rm", "prune"])
+def test_a_url_that_names_no_store_is_an_error(documents, capsys, tmp_path, url, command):
+    more = {"put": documents, "get": ["--like", documents[0]], "rm": [f"{'a' * 32}/b"]}
+    before = set(tmp_path.rglob("*"))
+    code, found = run_json(capsys, command, *more.get(command, []), "--store", url)
+    assert code in (1, 2) and found["kind"] in ("usage", "store")
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_store_is_made_when_something_is_stored(documents, capsys, tmp_path):
+    for wrong in ("none.safetensors", "text"):
+        (tmp_path / "text").write_text("no snapshot")
+        assert run(capsys, "put", wrong, "--store", "new")[0] in (1, 2)
+        assert not (tmp_path / "new").exists()
+    empty = Store(tmp_path / "new")
+    assert empty.find([1] * 500, model="m", revision="", dtype="bf16") is None
+    assert empty.documents() == [] and empty.prune() == []
+    with pytest.raises(kvzip.StoreError, match="no document"):
+        empty.open(f"{'a' * 32}/b")
+    assert not (tmp_path / "new").exists()
+    assert run(capsys, "put", documents[0], "--store", "new", "--block-tokens", 32)[0] == 0
+
+
+@pytest.mark.parametrize("wrong", [["a"], [0.5], [-1], [2**32], [None], "words"])
+def test_ids_that_are_none(documents, tmp_path, wrong):
+    store = Store(tmp_path / "s", block_tokens=1)
+    store.put(documents[0])
+    with pytest.raises(kvzip.KVZipError):
+        store.find(wrong, model="m", revision="", dtype="bf16")
+    blob = kvzip.encode(kvzip.Snapshot.load(documents[1]), store_token_ids=False)
+    with pytest.raises(kvzip.KVZipError):
+        store.put(blob, token_ids=wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, np.zeros(3), object(), "no file", b"no document"])
+def test_documents_that_are_none(tmp_path, wrong):
+    with pytest.raises((kvzip.KVZipError, FileNotFoundError)):
+        Store(tmp_path / "s").put(wrong)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"timeout": 0}, {"timeout": "x"}, {"timeout": float("nan")}, {"retries": -1}, {"retries": 1.5},
+     {"retries": 2**70}, {"block_tokens": 0}, {"block_tokens": "many"}, {"block_tokens": 0.5},
+     {"limit_bytes": 0}, {"limit_bytes": True}],
+)  # fmt: skip
+def test_settings_that_make_no_sense(tmp_path, settings):
+    with pytest.raises(kvzip.UsageError, match=next(iter(settings))):
+        Store(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"endpoint": "localhost:9000"}, {"endpoint": "http://"}, {"endpoint": "ftp://x"},
+     {"endpoint": "http://a b"}, {"endpoint": "http://h:99999"}, {"endpoint": 5},
+     {"region": "a\nb"}, {"access_key_id": "a\r"}, {"timeout": "x"}, {"no_such": "x"}, {5: "x"},
+     {"conditional_put": "x"}, "text", 5],
+)  # fmt: skip
+def test_options_that_the_client_does_not_take(options, monkeypatch):
+    with pytest.raises(kvzip.KVZipError) as caught:
+        Store("s3://bucket/x", options=options, timeout=1, retries=0).bucket.get("x")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3"])
+def test_an_endpoint_without_its_scheme(documents, capsys, monkeypatch, name):
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "x")
+    monkeypatch.setenv(name, "localhost:9000")
+    code, found = run_json(capsys, "put", documents[0], "--store", "s3://b/x")
+    assert (code, found["kind"]) == (2, "usage")
+    assert name in found["error"] and "http://" in found["error"]
