@@ -201,19 +201,24 @@ struct Decoding {
     const unsigned lane = cuda::thread() % kWarp, group = lane & 3;
     const DevicePart& part = *view.part;
     T* const numbers = reinterpret_cast<T*>(part.numbers);
-#pragma unroll 1
+    constexpr unsigned kAhead = kRows <= 10 ? 2 : 1;  // passes whose mantissas are waited for together
+    unsigned rows[kAhead][kRows][2];
+#pragma unroll
     for (unsigned pass = 0; pass < 2; ++pass) {
       const unsigned octet = 8 * pass + (lane >> 2);
-      const unsigned char* at =
-          view.mantissas + octet * kRows * kStripWidth + half * kHalf + 8 * group;
-      unsigned row[kRows][2];
 #pragma unroll
-      for (unsigned j = 0; j < kRows; ++j) {
-        const cuda::Two two =
-            cuda::constant(reinterpret_cast<const cuda::Two*>(at + j * kStripWidth));
-        row[j][0] = two.v[0];
-        row[j][1] = two.v[1];
+      for (unsigned p = pass; p < (pass % kAhead ? pass : pass + kAhead); ++p) {
+        const unsigned char* at = view.mantissas + (8 * p + (lane >> 2)) * kRows * kStripWidth +
+                                  half * kHalf + 8 * group;
+#pragma unroll
+        for (unsigned j = 0; j < kRows; ++j) {
+          const cuda::Two two =
+              cuda::constant(reinterpret_cast<const cuda::Two*>(at + j * kStripWidth));
+          rows[p % kAhead][j][0] = two.v[0];
+          rows[p % kAhead][j][1] = two.v[1];
+        }
       }
+      const auto& row = rows[pass % kAhead];
       constexpr int R = M % 8, B = M / 8;
       unsigned field[2][8];
 #pragma unroll
@@ -337,24 +342,24 @@ struct Decoding {
     unsigned count, position;
   };
 
-  // Puts a half strip's escapes into the tile, in the order in which they were written; returns
-  // where the next ones stand. Those that are not there count as 0.
-  KVZIP_DEVICE_CALL static unsigned put_escapes(Escapes escapes, unsigned live, unsigned lanes,
+  // Puts the escapes of kUnrolled channels from `first` on into the tile, in the order in which they
+  // were written; returns where the next ones stand. Those that are not there count as 0.
+  KVZIP_DEVICE_CALL static unsigned put_escapes(Escapes escapes, unsigned first, unsigned lanes,
                                                 unsigned char* tile) {
     const unsigned lane = cuda::thread() % kWarp, below = (1u << lane) - 1;
     cuda::sync_warp();
-    for (unsigned channel = 0; channel < kHalf; ++channel) {
-      if (!(live >> channel & 1)) continue;
-      for (unsigned token = lane; token < kGroupTokens; token += kWarp) {
-        uint16_t* const upper = reinterpret_cast<uint16_t*>(tile + tile_at(token)) + channel;
-        const bool escaped = token < lanes && (*upper & kMarker);
-        const unsigned votes = cuda::ballot(escaped);
-        const unsigned at = escapes.position + cuda::ones(votes & below);
-        if (escaped)
-          *upper = uint16_t(at < escapes.count ? escapes.values[at] << (15 - E) : 0);
-        // One more than there are tells that some were missing.
-        escapes.position = smaller(escapes.position + cuda::ones(votes), escapes.count + 1);
-      }
+#pragma unroll 1
+    for (unsigned i = 0; i < kUnrolled * kGroupTokens / kWarp; ++i) {
+      const unsigned channel = first + i / (kGroupTokens / kWarp);
+      const unsigned token = i % (kGroupTokens / kWarp) * kWarp + lane;
+      uint16_t* const upper = reinterpret_cast<uint16_t*>(tile + tile_at(token)) + channel;
+      const bool escaped = token < lanes && (*upper & kMarker);
+      const unsigned votes = cuda::ballot(escaped);
+      if (!votes) continue;
+      const unsigned at = escapes.position + cuda::ones(votes & below);
+      if (escaped) *upper = uint16_t(at < escapes.count ? escapes.values[at] << (15 - E) : 0);
+      // One more than there are tells that some were missing.
+      escapes.position = smaller(escapes.position + cuda::ones(votes), escapes.count + 1);
     }
     return escapes.position;
   }
@@ -377,7 +382,6 @@ struct Decoding {
     };
 #pragma unroll
     for (unsigned c = 0; c < kUnrolled; ++c) next[c] = fetch(c);
-    unsigned marked = 0;
 #pragma unroll 1
     for (unsigned group = 0; group < kHalf; group += kUnrolled) {
       unsigned upper[K][kUnrolled / 2];
@@ -431,15 +435,16 @@ struct Decoding {
         }
       }
       words.refill();
+      unsigned marked = 0;
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         *reinterpret_cast<cuda::Two*>(tile + tile_at(lane + kWarp * unsigned(k)) + 2 * group) = {
             {upper[k][0], upper[k][1]}};
         marked |= upper[k][0] | upper[k][1];
       }
+      if (cuda::any(marked & (kMarker << 16 | kMarker)))
+        escapes.position = put_escapes(escapes, group, lanes, tile);
     }
-    if (cuda::any(marked & (kMarker << 16 | kMarker)))
-      escapes.position = put_escapes(escapes, live, lanes, tile);
   }
 
   template <int K>
@@ -546,7 +551,7 @@ struct Decoding {
 };
 
 #ifndef KVZIP_BLOCKS_OF_SM
-#define KVZIP_BLOCKS_OF_SM 12
+#define KVZIP_BLOCKS_OF_SM 14
 #endif
 #define KVZIP_CHANNEL_DECODE(name, E, M, T)                                                       \
   KVZIP_KERNEL(kWarpsOfBlock * 32, KVZIP_BLOCKS_OF_SM)                                            \

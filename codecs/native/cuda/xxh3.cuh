@@ -49,6 +49,10 @@ KVZIP_DEVICE uint64_t shuffle_xor64(uint64_t v, unsigned lane) {
   return uint64_t(shuffle_xor(unsigned(v >> 32), lane)) << 32 | shuffle_xor(unsigned(v), lane);
 }
 
+KVZIP_DEVICE uint64_t shuffle64(uint64_t v, unsigned lane) {
+  return uint64_t(shuffle(unsigned(v >> 32), lane)) << 32 | shuffle(unsigned(v), lane);
+}
+
 KVZIP_DEVICE uint64_t high_product64(uint64_t a, uint64_t b) {
   const uint64_t al = uint32_t(a), ah = a >> 32, bl = uint32_t(b), bh = b >> 32;
   const uint64_t cross = (al * bl >> 32) + uint32_t(ah * bl) + al * bh;
@@ -71,6 +75,8 @@ class BlockBytes {
                          (part.pages ? uint64_t(part.page_stride * itemsize) : 0);
     aligned_ = all % 8 == 0;
   }
+  // Whether 256 bytes from a multiple of 256 on lie side by side.
+  KVZIP_DEVICE bool in_lines() const { return aligned_ && row_ % 256 == 0; }
   // Eight of them, from any on.
   KVZIP_DEVICE uint64_t word(uint64_t at) const {
     if (aligned_ && at % 8 == 0) return *reinterpret_cast<const uint64_t*>(address(at));
@@ -80,7 +86,6 @@ class BlockBytes {
     return v;
   }
 
- private:
   KVZIP_DEVICE uint64_t address(uint64_t at) const {
     // Blocks are below 4 GiB in all but the largest, and short division is much faster.
     unsigned row, byte;
@@ -97,6 +102,8 @@ class BlockBytes {
                            place_of(part_, first_ + token);
     return part_.numbers + uint64_t(number * int64_t(itemsize_)) + byte;
   }
+
+ private:
   const DevicePart& part_;
   unsigned first_, tokens_, itemsize_, row_;
   bool aligned_;
@@ -113,6 +120,7 @@ xxh3_sums(const DigestJob* jobs, uint32_t count, uint32_t blocks_of_job, const D
   const DigestJob job = jobs[index];
   const DevicePart part = parts[job.part];
   const xxh3::BlockBytes bytes(part, job, itemsize);
+  const bool lines = bytes.in_lines();
   const unsigned warps = threads_of_block() / kWarp, lane = thread() % kWarp;
   const uint64_t pieces = (job.bytes + kPieceBytes - 1) / kPieceBytes;
   const uint64_t whole = (job.bytes - 1) / kPieceBytes;
@@ -124,12 +132,19 @@ xxh3_sums(const DigestJob* jobs, uint32_t count, uint32_t blocks_of_job, const D
     const unsigned stripes = piece < whole
                                  ? kPieceBytes / kStripeBytes
                                  : unsigned((job.bytes - 1) % kPieceBytes / kStripeBytes);
-    uint64_t product = 0, plain = 0;
+    uint64_t product = 0, plain = 0, line = 0;
+    if (lines) {  // a lane finds each of the four
+      const uint64_t at = piece * kPieceBytes + lane % 4 * 256;
+      if (at < job.bytes) line = bytes.address(at);
+    }
 #pragma unroll
     for (unsigned i = 0; i < 4; ++i) {
       const unsigned stripe = 4 * i + lane / 8;
+      const uint64_t found = lines ? xxh3::shuffle64(line, i) : 0;
       if (stripe >= stripes) continue;
-      const uint64_t value = bytes.word(piece * kPieceBytes + stripe * kStripeBytes + 8 * w);
+      const uint64_t value =
+          lines ? *reinterpret_cast<const uint64_t*>(found + 8 * lane)
+                : bytes.word(piece * kPieceBytes + stripe * kStripeBytes + 8 * w);
       const uint64_t key = value ^ xxh3::secret_words[stripe + w];
       product += uint64_t(uint32_t(key)) * (key >> 32);
       plain += value;
