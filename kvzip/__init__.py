@@ -23,7 +23,6 @@ from kvzip.errors import (
     UnsupportedError,
     UsageError,
 )
-from kvzip.identity import fingerprint
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
 
@@ -50,7 +49,6 @@ __all__ = [
     "codec_names",
     "decode",
     "encode",
-    "fingerprint",
     "get_codec",
     "info",
     "max_encoded_size",

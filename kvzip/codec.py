@@ -130,6 +130,22 @@ class Codec(ABC):
             checksums.append(checksum.of_numbers(block.out))
         return checksums
 
+    on_device: bool = False
+    """Whether there is a `decode_on_device`. If not, blocks are decoded on the CPU and copied."""
+
+    def decode_on_device(
+        self, work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]
+    ) -> None:
+        """Have a GPU decode blocks that do not need each other: put jobs into `work`, a
+        `kvzip.codecs.native.cuda.work.Work`, for kernels that fill parts and set the flags of
+        damaged blocks, whatever the bytes are.
+
+        `blocks`: records of the dtype BLOCK there, with the blocks' bytes on the host at `host`,
+        not to be kept. `contexts`: of each part, its blocks' but for `start` and `token_ids`.
+        Raises CorruptError when a block shows already that it is damaged.
+        """
+        raise UnsupportedError(f"codec {self.codec_id!r} has no kernels for a GPU")
+
     @abstractmethod
     def max_encoded_size(self, raw_bytes: int) -> int:
         """An upper bound of the bytes that `encode` gives for a block of so many raw bytes."""

@@ -23,13 +23,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip import auto, checksum, dtypes
+from kvzip import auto, checksum, dtypes, on_device
 from kvzip.codec import Codec, Coded, Context, get_codec
 from kvzip.codecs._native import Output
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UsageError
 from kvzip.files import replacing
 from kvzip.index import ALIGNMENT, RECORD, Entry, Index, aligned, entries, entry_count
+from kvzip.on_device import DeviceSnapshot
 from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import (
@@ -691,17 +692,34 @@ class Reader:
         tokens: tuple[int, int] | None = None,
         threads: int | None = None,
         progress: Callable[[int], None] | None = None,
-    ) -> Snapshot:
-        """Layers (default: all) and positions (default: all) of the file, bit-exact.
+        *,
+        device: Any = None,
+        stream: Any = None,
+        pages: Any = None,
+    ) -> Any:
+        """Layers (default: all) and positions (default: all) of the file, bit-exact; a Snapshot.
 
         `out`: one (K, V) pair of writable arrays or CPU tensors for each layer asked for, of the
         layers' shapes (with `tokens`, of the cut shapes), any strides; filled and used instead of
         new memory. Layers of the result are in the order asked for. `progress` is called with
         raw bytes as they are done.
 
+        `device`: "cuda", "cuda:1" or a torch device, to decode there, into new tensors or into
+        `out`, tensors of that device; the result is a DeviceSnapshot (docs/gpu.md). It is there
+        when this returns. `stream`: the stream whose earlier work comes first (default: torch's
+        current one). `pages`: of a paged cache, which page has each run of positions, [pages] or
+        [batch, pages]; `out` is then K and V of each layer, [pages, tokens of a page, heads, dim],
+        in any strides but that the numbers of a head lie side by side.
+
         Raises CorruptError when any block read is damaged, ProfileError when the file needs a
-        profile and has not got it.
+        profile and has not got it, UnsupportedError without such a device.
         """
+        if device is not None and str(device) != "cpu":
+            return self._decode_on_device(
+                device, out, layers, tokens, threads, progress, stream, pages
+            )
+        if pages is not None:
+            raise UsageError("pages: only with device=")
         request = self._request(layers, tokens, out)
         workers = thread_count(threads) if threads is not None else self._threads
         jobs = self._jobs(request, workers)
@@ -710,6 +728,37 @@ class Reader:
             if progress is not None:
                 progress(sum(self._asked(row, request.cuts) for row in done))
         return self._snapshot(request)
+
+    def _decode_on_device(
+        self,
+        device: Any,
+        out: Sequence[tuple[Any, Any]] | None,
+        layers: Sequence[int] | None,
+        tokens: tuple[int, int] | None,
+        threads: int | None,
+        progress: Callable[[int], None] | None,
+        stream: Any,
+        pages: Any,
+    ) -> DeviceSnapshot:
+        """As `decode`, on a device."""
+        if pages is not None and out is None:
+            raise UsageError("pages: only with out=, the cache that they are pages of")
+        wanted, cuts = self._cuts(layers, tokens)
+        document = on_device.Document(
+            layout=self.layout,
+            form=self._form,
+            codec=self._codec,
+            index=self._index,
+            source=self._source,
+            tables=self._loaded,
+            context=self._context,
+            blame=lambda row: self._fill([self._target(row, {}, {})]),
+            decode=lambda layers, out: self.decode(out, layers, tokens, threads),
+            extents=self._extents,
+        )
+        found = on_device.decode(document, device, wanted, cuts, out, pages, stream, progress)
+        ids, origin = self._ids_up_to(cuts), self.header.origin
+        return DeviceSnapshot(found, self.layout.dtype, ids, origin)
 
     def in_turn(
         self,
@@ -757,6 +806,13 @@ class Reader:
         tokens: tuple[int, int] | None,
         out: Sequence[tuple[Any, Any]] | None = None,
     ) -> _Request:
+        wanted, cuts = self._cuts(layers, tokens)
+        return _Request(wanted, cuts, self._places(wanted, cuts, out))
+
+    def _cuts(
+        self, layers: Sequence[int] | None, tokens: tuple[int, int] | None
+    ) -> tuple[list[int], dict[int, LayerLayout]]:
+        """The layers that are asked for, and what of each."""
         self._check_profile()
         wanted = (
             list(range(len(self))) if layers is None else [self._layer_number(i) for i in layers]
@@ -766,7 +822,7 @@ class Reader:
             raise UsageError(f"tokens {begin}:{end} are not within 0:{self.layout.tokens}")
         whole = {i: self.layout.layers[i] for i in wanted}
         cuts = whole if tokens is None else {i: w.cut(begin, end) for i, w in whole.items()}
-        return _Request(wanted, cuts, self._places(wanted, cuts, out))
+        return wanted, cuts
 
     def _at_once(self, workers: int) -> int:
         """How many jobs there may be at a time: one of a codec that has threads of its own."""
@@ -801,14 +857,14 @@ class Reader:
             cut = cuts[i]
             k, v = _cut(places[i, "k"], cut, "k"), _cut(places[i, "v"], cut, "v")
             result.append(Layer(k, v, cut))
-        ids = self.token_ids
-        # A cut keeps the ids of all positions up to its end, since layers hold positions, too.
-        ids = (
-            None
-            if ids is None
-            else ids[..., : max((c.cumulative_length for c in cuts.values()), default=0)]
-        )
-        return Snapshot(result, self.layout.dtype, ids, self.header.origin)
+        return Snapshot(result, self.layout.dtype, self._ids_up_to(cuts), self.header.origin)
+
+    def _ids_up_to(self, cuts: Mapping[int, LayerLayout]) -> NDArray[Any] | None:
+        """The ids of all positions up to the end of cuts, since layers hold positions, too."""
+        if self.token_ids is None:
+            return None
+        end = max((cut.cumulative_length for cut in cuts.values()), default=0)
+        return self.token_ids[..., :end]
 
     def _layer_number(self, i: int) -> int:
         i = integer("a layer's number", i)
@@ -845,6 +901,24 @@ class Reader:
                     places[i, part] = _Place(batched(array), first, array)
             return places
         # One piece of memory for all: a large one gets large pages, and faults less often.
+        shapes, firsts = self._extents(wanted, cuts)
+        sizes = list(map(math.prod, shapes))
+        try:
+            memory = np.empty(sum(sizes), self._form.uint)
+        except MemoryError:
+            raise KVZipError(f"not enough memory for {sum(sizes):,} numbers") from None
+        at = 0
+        for n, (shape, numbers) in enumerate(zip(shapes, sizes, strict=True)):
+            array = memory[at : at + numbers].reshape(shape)
+            places[wanted[n // 2], PARTS[n % 2]] = _Place(array, firsts[n // 2])
+            at += numbers
+        return places
+
+    def _extents(
+        self, wanted: Sequence[int], cuts: Mapping[int, LayerLayout]
+    ) -> tuple[list[tuple[int, ...]], list[int]]:
+        """Of memory for the layers, K then V of each: shapes, [batch, heads, tokens, dim]; and the
+        first position that each layer is to have there."""
         shapes, firsts = [], []
         for i in wanted:
             layer, cut, size = self.layout.layers[i], cuts[i], self.header.block_tokens
@@ -858,17 +932,7 @@ class Reader:
             for part in PARTS:
                 *outer, _, dim = _batched_shape(layer.shape(part))
                 shapes.append((*outer, end - first, dim))
-        sizes = list(map(math.prod, shapes))
-        try:
-            memory = np.empty(sum(sizes), self._form.uint)
-        except MemoryError:
-            raise KVZipError(f"not enough memory for {sum(sizes):,} numbers") from None
-        at = 0
-        for n, (shape, numbers) in enumerate(zip(shapes, sizes, strict=True)):
-            array = memory[at : at + numbers].reshape(shape)
-            places[wanted[n // 2], PARTS[n % 2]] = _Place(array, firsts[n // 2])
-            at += numbers
-        return places
+        return shapes, firsts
 
     def _rows(self, wanted: Sequence[int], cuts: Mapping[int, LayerLayout]) -> list[int]:
         """Rows of the blocks to decode, where none needs another."""
@@ -912,16 +976,28 @@ class Reader:
 
     def _tables(self, key: tuple[int, Part]) -> tuple[memoryview, Any]:
         """A part's tables as they are stored and as blocks use them."""
-        i, part = key
         row = self._index.rows[key].start
-        begin, shape = self._index.position[row], self.layout.layers[i].shape(part)
-        context = Context(self._form, i, part, begin, self.header.origin, None, self._profile)
         data = self._stored(row)
         try:
-            return data, self._codec.load_tables(data, _batched_shape(shape), context)
+            return data, self._loaded(key, data)
         except CorruptError as error:
             self._check_stored(row, data)
             raise CorruptError(f"{self._name(row)}: {error}") from None
+
+    def _loaded(self, key: tuple[int, Part], data: memoryview) -> Any:
+        """A part's tables as blocks use them."""
+        i, part = key
+        begin = self._index.position[self._index.rows[key].start]
+        context = Context(self._form, i, part, begin, self.header.origin, None, self._profile)
+        shape = _batched_shape(self.layout.layers[i].shape(part))
+        return self._codec.load_tables(data, shape, context)
+
+    def _context(self, row: int, tables: Any) -> Context:
+        """The context of a block."""
+        (layer, part), begin = self._index.key[row], self._index.position[row]
+        ids = _ids_of(self._ids_by_row, begin, begin + self._index.tokens[row])
+        origin, profile = self.header.origin, self._profile
+        return Context(self._form, layer, part, begin, origin, ids, profile, tables)
 
     @cached_property
     def _ids_by_row(self) -> NDArray[Any] | None:
@@ -983,9 +1059,7 @@ class Reader:
         if found is None:
             found = tables[key] = self._tables(key)
         stored, loaded = found
-        ids = _ids_of(self._ids_by_row, begin, begin + tokens)
-        origin, profile = self.header.origin, self._profile
-        context = Context(self._form, layer, part, begin, origin, ids, profile, loaded)
+        context = self._context(row, loaded)
         return _Target(self._stored(row), out, context, row, stored, beside, cut)
 
     def _asked(self, row: int, cuts: Mapping[int, LayerLayout]) -> int:
@@ -1128,11 +1202,14 @@ def decode(
     out: Sequence[tuple[Any, Any]] | None = None,
     layers: Sequence[int] | None = None,
     tokens: tuple[int, int] | None = None,
-) -> Snapshot:
-    """The snapshot in a .kvz file, bit-exact; `file` as for :func:`open`, the rest as for
-    :meth:`Reader.decode`."""
+    device: Any = None,
+    stream: Any = None,
+    pages: Any = None,
+) -> Any:
+    """The snapshot in a .kvz file, bit-exact; `file` as for :func:`open`, the rest, and the result,
+    as for :meth:`Reader.decode`."""
     with open(file, profile, threads) as reader:
-        return reader.decode(out, layers, tokens)
+        return reader.decode(out, layers, tokens, device=device, stream=stream, pages=pages)
 
 
 def info(file: Any) -> Info:

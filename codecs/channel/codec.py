@@ -6,9 +6,11 @@ distributed differs from channel to channel. spec.md has the format and the reas
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
@@ -78,6 +80,15 @@ class ChannelCodec(Codec):
         for out, target in copied:
             out[...] = target
         return checksums
+
+    on_device = True
+
+    def decode_on_device(
+        self, work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]
+    ) -> None:
+        from kvzip.codecs.channel import gpu
+
+        gpu.decode(work, blocks, contexts)
 
     def max_encoded_size(self, raw_bytes: int) -> int:
         return len(_RAW) + raw_bytes

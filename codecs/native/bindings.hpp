@@ -39,6 +39,7 @@ void bind(nanobind::module_& m);
 }
 namespace kvzip::channel {
 void bind(nanobind::module_& m);
+void bind_gpu(nanobind::module_& m);
 }
 namespace kvzip::predictive {
 void bind(nanobind::module_& m);

@@ -41,5 +41,6 @@ NB_MODULE(_native, m) {
   kvzip::bind_output(m);
   kvzip::planes::bind(m);
   kvzip::channel::bind(m);
+  kvzip::channel::bind_gpu(m);
   kvzip::predictive::bind(m);
 }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
@@ -52,26 +56,72 @@ class PlanesCodec(Codec):
         return b"".join([*head, *body])
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
-        width = out.dtype.itemsize
-        count, size = (width, out.size) if self.mode == "byte" else (8 * width, -(-out.size // 8))
+        planes = [
+            np.frombuffer(piece, np.uint8) if size is None else self._coder.decode(piece, size)
+            for piece, size in self._pieces(data, out.size, out.dtype.itemsize)
+        ]
+        flat = self._join(np.stack(planes), out.size, out.dtype)
+        target = out.transpose(0, 1, 3, 2) if self.order == "channel" else out
+        target[...] = flat.reshape(target.shape)
+
+    on_device = True
+
+    def decode_on_device(
+        self, work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]
+    ) -> None:
+        from kvzip.codecs.native.cuda.work import bytes_at
+        from kvzip.codecs.planes.gpu import merge
+
+        with ThreadPoolExecutor() as pool:
+            decoded: list[tuple[Any, list[int | Future[Bytes]]]] = []
+            for block in blocks.tolist():
+                host, address, length, part, _, tokens, _ = block
+                batch, heads, dim = work.shape(part)
+                width, begin = contexts[part].dtype.itemsize, address + length
+                pieces = self._pieces(bytes_at(host, length), batch * heads * tokens * dim, width)
+                planes: list[int | Future[Bytes]] = []
+                for piece, size in reversed(pieces):
+                    begin -= len(piece)
+                    coded = size is not None
+                    planes.append(pool.submit(self._coder.decode, piece, size) if coded else begin)
+                decoded.append((block, planes[::-1]))
+            for (_, _, _, part, first, tokens, _), planes in decoded:
+                merge(
+                    work,
+                    [
+                        plane if isinstance(plane, int) else work.put(plane.result())
+                        for plane in planes
+                    ],
+                    bits=self.mode == "bit",
+                    by_channel=self.order == "channel",
+                    itemsize=contexts[part].dtype.itemsize,
+                    part=part,
+                    first=first,
+                    tokens=tokens,
+                )
+
+    def _pieces(
+        self, data: memoryview, numbers: int, width: int
+    ) -> list[tuple[memoryview, int | None]]:
+        """The planes of so many numbers, as they are stored; and of those that are coded the bytes
+        that they are. Raises CorruptError."""
+        count, size = (width, numbers) if self.mode == "byte" else (8 * width, -(-numbers // 8))
         at = count * _PLANE.size
         if len(data) < at:
             raise CorruptError("planes are cut short")
-        planes = []
+        pieces: list[tuple[memoryview, int | None]] = []
         for i in range(count):
             kind, length = _PLANE.unpack_from(data, i * _PLANE.size)
             piece, at = data[at : at + length], at + length
             if kind == _CODED:
-                planes.append(self._coder.decode(piece, size))
+                pieces.append((piece, size))
             elif kind == _STORED and len(piece) == size:
-                planes.append(np.frombuffer(piece, np.uint8))
+                pieces.append((piece, None))
             else:
                 raise CorruptError(f"plane {i} is neither stored whole nor coded")
         if at != len(data):
             raise CorruptError("planes do not fill their block")
-        flat = self._join(np.stack(planes), out.size, out.dtype)
-        target = out.transpose(0, 1, 3, 2) if self.order == "channel" else out
-        target[...] = flat.reshape(target.shape)
+        return pieces
 
     def _split(self, flat: Bits) -> Bytes:
         """Planes of the numbers, most significant first, each an array of bytes."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from kvzip.codec import Codec, Context
 from kvzip.dtypes import Bits, DType
@@ -21,6 +25,18 @@ class RawCodec(Codec):
         if len(data) != out.nbytes:
             raise CorruptError(f"{len(data)} bytes for a block of {out.nbytes}")
         out[...] = np.frombuffer(data, out.dtype).reshape(out.shape)
+
+    on_device = True
+
+    def decode_on_device(
+        self, work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]
+    ) -> None:
+        for _, address, length, part, first, tokens, _ in blocks.tolist():
+            batch, heads, dim = work.shape(part)
+            form, token = contexts[part].dtype, (heads * tokens * dim, tokens * dim, dim)
+            if length != batch * heads * tokens * dim * form.itemsize:
+                raise CorruptError("a block of another size than its numbers")
+            work.copy(form.itemsize, address, token, part, first, tokens)
 
     def max_encoded_size(self, raw_bytes: int) -> int:
         return raw_bytes

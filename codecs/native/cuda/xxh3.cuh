@@ -1,5 +1,5 @@
 // XXH3-64 (github.com/Cyan4973/xxHash, specification in doc/xxhash_spec.md) of blocks of numbers where
-// they lie, in the order of [batch, heads, tokens, dim], for more than 240 bytes. The algorithm adds up
+// they lie, in the order of [batch, heads, tokens, dim]. Above 240 bytes the algorithm adds up
 // pieces of 1,024 bytes and scrambles the sums after each. Sums of pieces do not need each other, so a
 // first kernel makes them side by side; a second puts those of a block together.
 #pragma once
@@ -24,7 +24,8 @@ namespace xxh3 {
 constexpr uint64_t kPrime32_1 = 0x9E3779B1u, kPrime32_2 = 0x85EBCA77u, kPrime32_3 = 0xC2B2AE3Du,
                    kPrime64_1 = 0x9E3779B185EBCA87u, kPrime64_2 = 0xC2B2AE3D27D4EB4Fu,
                    kPrime64_3 = 0x165667B19E3779F9u, kPrime64_4 = 0x85EBCA77C2B2AE63u,
-                   kPrime64_5 = 0x27D4EB2F165667C5u, kPrimeMx1 = 0x165667919E3779F9u;
+                   kPrime64_5 = 0x27D4EB2F165667C5u, kPrimeMx1 = 0x165667919E3779F9u,
+                   kPrimeMx2 = 0x9FB21C651E98DF25u;
 
 // The default secret, as words at multiples of 8 bytes.
 #ifdef __CUDACC__
@@ -81,26 +82,28 @@ class BlockBytes {
   KVZIP_DEVICE uint64_t word(uint64_t at) const {
     if (aligned_ && at % 8 == 0) return *reinterpret_cast<const uint64_t*>(address(at));
     uint64_t v = 0;
-    for (unsigned i = 0; i < 8; ++i)
-      v |= uint64_t(*reinterpret_cast<const uint8_t*>(address(at + i))) << 8 * i;
+    for (unsigned i = 0; i < 8; ++i) v |= uint64_t(byte(at + i)) << 8 * i;
     return v;
+  }
+  KVZIP_DEVICE uint8_t byte(uint64_t at) const {
+    return *reinterpret_cast<const uint8_t*>(address(at));
   }
 
   KVZIP_DEVICE uint64_t address(uint64_t at) const {
     // Blocks are below 4 GiB in all but the largest, and short division is much faster.
-    unsigned row, byte;
+    unsigned row, column;
     if (at >> 32) {
       row = unsigned(at / row_);
-      byte = unsigned(at % row_);
+      column = unsigned(at % row_);
     } else {
       row = unsigned(at) / row_;
-      byte = unsigned(at) % row_;
+      column = unsigned(at) % row_;
     }
     const unsigned token = row % tokens_, rest = row / tokens_;
     const unsigned head = rest % part_.heads, batch = rest / part_.heads;
     const int64_t number = int64_t(batch) * part_.batch_stride + int64_t(head) * part_.head_stride +
                            place_of(part_, first_ + token);
-    return part_.numbers + uint64_t(number * int64_t(itemsize_)) + byte;
+    return part_.numbers + uint64_t(number * int64_t(itemsize_)) + column;
   }
 
  private:
@@ -109,7 +112,82 @@ class BlockBytes {
   bool aligned_;
 };
 
+// Little-endian, at any address.
+template <typename U>
+KVZIP_DEVICE U load(const unsigned char* p) {
+  U v = 0;
+  for (unsigned i = 0; i < sizeof(U); ++i) v |= U(p[i]) << 8 * i;
+  return v;
+}
+KVZIP_DEVICE uint64_t rotated(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
+KVZIP_DEVICE uint64_t avalanche(uint64_t h) {
+  h = (h ^ h >> 37) * kPrimeMx1;
+  return h ^ h >> 32;
+}
+KVZIP_DEVICE uint64_t avalanche_xxh64(uint64_t h) {
+  h = (h ^ h >> 33) * kPrime64_2;
+  h = (h ^ h >> 29) * kPrime64_3;
+  return h ^ h >> 32;
+}
+KVZIP_DEVICE uint64_t swapped(uint64_t x) {
+  uint64_t v = 0;
+  for (int i = 0; i < 8; ++i) v = v << 8 | (x >> 8 * i & 0xFF);
+  return v;
+}
+
+// Of up to 240 bytes, which lie at `p` side by side.
+KVZIP_DEVICE uint64_t digest_short(const unsigned char* p, unsigned n) {
+  const auto of = [&](unsigned at) { return secret_at(at); };
+  const auto of32 = [&](unsigned at) { return uint64_t(uint32_t(secret_at(at))); };
+  const auto mixed = [&](const unsigned char* q, unsigned at) {
+    return folded(load<uint64_t>(q) ^ of(at), load<uint64_t>(q + 8) ^ of(at + 8));
+  };
+  if (n == 0) return avalanche_xxh64(of(56) ^ of(64));
+  if (n <= 3) {
+    const uint32_t combined = uint32_t(p[0]) << 16 | uint32_t(p[n >> 1]) << 24 | p[n - 1] | n << 8;
+    return avalanche_xxh64(combined ^ (of32(0) ^ of32(4)));
+  }
+  if (n <= 8) {
+    uint64_t h = load<uint32_t>(p + n - 4) + (uint64_t(load<uint32_t>(p)) << 32);
+    h ^= of(8) ^ of(16);
+    h ^= rotated(h, 49) ^ rotated(h, 24);
+    h *= kPrimeMx2;
+    h ^= (h >> 35) + n;
+    h *= kPrimeMx2;
+    return h ^ h >> 28;
+  }
+  if (n <= 16) {
+    const uint64_t low = load<uint64_t>(p) ^ (of(24) ^ of(32));
+    const uint64_t high = load<uint64_t>(p + n - 8) ^ (of(40) ^ of(48));
+    return avalanche(n + swapped(low) + high + folded(low, high));
+  }
+  uint64_t h = n * kPrime64_1;
+  if (n <= 128) {
+    for (unsigned i = (n - 1) / 32 + 1; i-- > 0;)
+      h += mixed(p + 16 * i, 32 * i) + mixed(p + n - 16 * (i + 1), 32 * i + 16);
+    return avalanche(h);
+  }
+  for (unsigned i = 0; i < 8; ++i) h += mixed(p + 16 * i, 16 * i);
+  h = avalanche(h);
+  for (unsigned i = 8; i < n / 16; ++i) h += mixed(p + 16 * i, 16 * (i - 8) + 3);
+  return avalanche(h + mixed(p + n - 16, 136 - 17));
+}
+
 }  // namespace xxh3
+
+// Digests of blocks of up to 240 bytes, a block of threads each: uint64 [rows].
+KVZIP_KERNEL(kDigestThreads, 1)
+xxh3_short(const DigestJob* jobs, uint32_t count, const DevicePart* parts, uint32_t itemsize,
+           uint64_t* digests) {
+  if (block() >= count || thread()) return;
+  const DigestJob job = jobs[block()];
+  const DevicePart part = parts[job.part];
+  const xxh3::BlockBytes bytes(part, job, itemsize);
+  unsigned char all[240];
+  const unsigned size = job.bytes < sizeof all ? unsigned(job.bytes) : unsigned(sizeof all);
+  for (unsigned i = 0; i < size; ++i) all[i] = bytes.byte(i);
+  digests[job.row] = xxh3::digest_short(all, size);
+}
 
 // Sums of pieces; `blocks_of_job` blocks of kSumsThreads share the pieces of one job.
 KVZIP_KERNEL(kSumsThreads, 8)

@@ -1,0 +1,262 @@
+"""A GPU of NVIDIA's, through the driver; kernels are compiled where they run, by NVRTC.
+
+Needs the extra ``kvzip[gpu]`` and a driver, and no toolkit. Everything is done in the device's
+primary context, which torch and others use too. Compiled kernels are kept in the user's cache
+folder, by the hash of their sources and the architecture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from kvzip.codecs.native.cuda.device import (
+    SOURCES,
+    Device,
+    Event,
+    Kernel,
+    Memory,
+    Pinned,
+    Stream,
+    cache_folder,
+    keep,
+    source_hash,
+)
+from kvzip.errors import KVZipError, UnsupportedError
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+"""What the kernels are compiled for in the tests; others from sm_80 on, as they are met."""
+
+_HOST_MEMORY = 1
+_STATIC_SHARED = 48 << 10
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise UnsupportedError(
+            f"decoding on a GPU needs CUDA for Python: pip install 'kvzip[gpu]' ({error})"
+        ) from None
+    return driver
+
+
+def _called(result: Any) -> Any:
+    """What a call to the driver gave. Raises KVZipError when it failed."""
+    status, *values = result
+    if int(status):
+        raise KVZipError(f"the GPU's driver says {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+@cache
+def _initialized() -> Any:
+    driver = _driver()
+    try:
+        (status,) = driver.cuInit(0)
+    except Exception as error:  # the package has no class for a driver that is not there
+        raise UnsupportedError(f"there is no NVIDIA driver here: {error}") from None
+    if int(status):
+        raise UnsupportedError(f"there is no NVIDIA GPU here: the driver says {status.name}")
+    return driver
+
+
+def cuda_device(ordinal: int | None = None) -> CudaDevice:
+    """The GPU of that number; by default the one that torch or CUDA uses now. One object each."""
+    if ordinal is None:
+        torch = sys.modules.get("torch")
+        ordinal = (
+            torch.cuda.current_device() if torch is not None and torch.cuda.is_available() else 0
+        )
+    return _device(ordinal)
+
+
+@cache
+def _device(ordinal: int) -> CudaDevice:
+    driver = _initialized()
+    if ordinal >= _called(driver.cuDeviceGetCount()):
+        raise UnsupportedError(f"there is no GPU number {ordinal} here")
+    return CudaDevice(driver, ordinal)
+
+
+def compiled(kernel_source: str, architecture: str) -> bytes:
+    """The machine code of a source for an architecture ("sm_90"), from the cache folder or NVRTC.
+
+    Needs no GPU. Raises UnsupportedError when there is no NVRTC.
+    """
+    name = (
+        f"{kernel_source.replace('/', '-')}-{source_hash(kernel_source)[:32]}-{architecture}.cubin"
+    )
+    path = cache_folder() / "cubins" / name
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    try:
+        try:
+            from cuda.core import Program, ProgramOptions
+        except ImportError:  # before cuda.core 0.5
+            from cuda.core.experimental import Program, ProgramOptions
+    except ImportError as error:
+        raise UnsupportedError(
+            f"compiling for a GPU needs CUDA for Python: pip install 'kvzip[gpu]' ({error})"
+        ) from None
+    options = ProgramOptions(
+        std="c++17", arch=architecture, include_path=[str(SOURCES)], name=kernel_source
+    )
+    program = Program((SOURCES / kernel_source).read_text(), "c++", options)
+    code = bytes(program.compile("cubin").code)
+    keep(path, code)
+    return code
+
+
+class CudaDevice(Device):
+    """A GPU in its primary context."""
+
+    kind = "cuda"
+
+    def __init__(self, driver: Any, ordinal: int):
+        super().__init__()
+        self._driver, self.ordinal = driver, ordinal
+        device = _called(driver.cuDeviceGet(ordinal))
+        attribute = driver.CUdevice_attribute
+        major, minor = (
+            _called(driver.cuDeviceGetAttribute(a, device))
+            for a in (
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
+        self.architecture = f"sm_{major}{minor}"
+        if major < 8:
+            raise UnsupportedError(
+                f"GPU {ordinal} is {self.architecture}; sm_80 or later is needed"
+            )
+        self._context = _called(driver.cuDevicePrimaryCtxRetain(device))
+        self._modules: dict[str, Any] = {}
+        self._functions: dict[Kernel, Any] = {}
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        with self.lock:
+            _called(self._driver.cuCtxPushCurrent(self._context))
+            try:
+                yield
+            finally:
+                self._driver.cuCtxPopCurrent()
+
+    # --- memory ----------------------------------------------------------------------------
+
+    def allocate(self, size: int) -> Memory:
+        address = int(_called(self._driver.cuMemAlloc(max(size, 1))))
+        return Memory(address, size, _Freed(self, "cuMemFree", address))
+
+    def pinned(self, size: int) -> Pinned:
+        address = int(_called(self._driver.cuMemHostAlloc(max(size, 1), 0)))
+        array = np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(address))
+        return Pinned(array[:size], _Freed(self, "cuMemFreeHost", address))
+
+    def is_pinned(self, address: int) -> bool:
+        attribute = self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+        status, kind = self._driver.cuPointerGetAttribute(attribute, address)
+        return not int(status) and int(kind) == _HOST_MEMORY
+
+    def upload(self, stream: Stream, address: int, source: int, size: int) -> None:
+        _called(self._driver.cuMemcpyHtoDAsync(address, source, size, stream))
+
+    def download(self, stream: Stream, target: int, address: int, size: int) -> None:
+        _called(self._driver.cuMemcpyDtoHAsync(target, address, size, stream))
+
+    def clear(self, stream: Stream, address: int, size: int) -> None:
+        _called(self._driver.cuMemsetD8Async(address, 0, size, stream))
+
+    # --- order -----------------------------------------------------------------------------
+
+    def stream(self) -> Stream:
+        return _called(self._driver.cuStreamCreate(1))  # CU_STREAM_NON_BLOCKING
+
+    def stream_of(self, given: Any) -> Stream:
+        if given is None:
+            torch = sys.modules.get("torch")
+            handle = (
+                torch.cuda.current_stream(self.ordinal).cuda_stream
+                if torch is not None and torch.cuda.is_initialized()
+                else 0
+            )
+        elif hasattr(given, "cuda_stream"):
+            handle = given.cuda_stream
+        elif hasattr(given, "__cuda_stream__"):
+            handle = given.__cuda_stream__()[1]
+        else:
+            handle = given
+        return self._driver.CUstream(int(handle))
+
+    def record(self, stream: Stream) -> Event:
+        event = _called(self._driver.cuEventCreate(2))  # CU_EVENT_DISABLE_TIMING
+        _called(self._driver.cuEventRecord(event, stream))
+        return _CudaEvent(self._driver, event)
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        _called(self._driver.cuStreamWaitEvent(stream, event.handle, 0))
+
+    def synchronize(self, event: Event) -> None:
+        _called(self._driver.cuEventSynchronize(event.handle))
+
+    # --- kernels ---------------------------------------------------------------------------
+
+    def _function(self, kernel: Kernel) -> Any:
+        found = self._functions.get(kernel)
+        if found is not None:
+            return found
+        module = self._modules.get(kernel.source)
+        if module is None:
+            code = compiled(kernel.source, self.architecture)
+            module = self._modules[kernel.source] = _called(self._driver.cuModuleLoadData(code))
+        found = _called(self._driver.cuModuleGetFunction(module, kernel.name.encode()))
+        if kernel.shared > _STATIC_SHARED:
+            attribute = self._driver.CUfunction_attribute
+            key = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _called(self._driver.cuFuncSetAttribute(found, key, kernel.shared))
+        self._functions[kernel] = found
+        return found
+
+    def launch(self, stream: Stream, kernel: Kernel, count: int, given: Mapping[str, int]) -> None:
+        values = kernel.values(given)
+        kinds = tuple(ctypes.c_uint64 if address else ctypes.c_uint32 for _, address in values)
+        _called(
+            self._driver.cuLaunchKernel(
+                self._function(kernel),
+                *(kernel.grid(count), 1, 1),
+                *(kernel.threads, 1, 1),
+                kernel.shared,
+                stream,
+                (tuple(value for value, _ in values), kinds),
+                0,
+            )
+        )
+
+
+class _Freed:
+    """Gives memory back when nobody holds it any more."""
+
+    def __init__(self, device: CudaDevice, call: str, address: int):
+        self._device, self._call, self._address = device, call, address
+
+    def __del__(self) -> None:
+        with suppress(Exception), self._device.current():  # the driver is gone already
+            getattr(self._device._driver, self._call)(self._address)
+
+
+class _CudaEvent:
+    def __init__(self, driver: Any, handle: Any):
+        self._driver, self.handle = driver, handle
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # the driver is gone already
+            self._driver.cuEventDestroy(self.handle)

@@ -1,0 +1,75 @@
+"""Kernels of their own: checksums of numbers wherever they lie, and what shim.hpp promises."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+
+from kvzip.codecs.native.cuda.work import BLOCK, Full, Slot, Target, Work
+
+
+def hashes(device, itemsize, targets, blocks):
+    """The checksum of each (part, first token, tokens)."""
+    results = device.allocate(8 * len(blocks))
+    back = device.pinned(8 * len(blocks))
+    slot = Slot(device)
+    with device.current():
+        slot.grow(1 << 16)
+        records = np.zeros(len(blocks), BLOCK)
+        records["row"] = np.arange(len(blocks))
+        for n, name in enumerate(("part", "first", "tokens")):
+            records[name] = [block[n] for block in blocks]
+        for _ in range(2):  # the first may find too little scratch memory
+            work = Work(slot, results.address, 0)
+            for target in targets:
+                work.part(target)
+            with suppress(Full):
+                work.checksums(itemsize, records)
+                work.finish()
+                break
+        stream = device.stream()
+        work.start(stream, stream)
+        device.download(stream, back.address, results.address, 8 * len(blocks))
+        device.synchronize(device.record(stream))
+    return back.array.view("<u8").tolist()
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+@pytest.mark.parametrize("dim", [1, 3, 8, 64])
+def test_checksums_of_any_length(device, shuffled, room, itemsize, dim):
+    """Every branch of XXH3, in one row of tokens, by heads, and in pages."""
+    tokens = 700
+    flat, whole = room.tensor((2, tokens, dim), itemsize)
+    host = whole.cpu().numpy()
+    size = 7
+    _, paged = room.tensor((110, 2, size, dim), itemsize)
+    pages = np.random.default_rng(0).permutation(110)[:100].astype(np.int32)
+    for t in range(tokens):
+        paged[int(pages[t // size]), :, t % size] = whole[:, t]
+    targets = [
+        Target(whole.data_ptr(), (0, tokens * dim, dim), (1, 2, tokens, dim), 0, owner=flat),
+        Target(
+            paged.data_ptr(),
+            (0, size * dim, dim),
+            (1, 2, tokens, dim),
+            0,
+            pages,
+            size,
+            2 * size * dim,
+            paged,
+        ),
+        Target(whole.data_ptr(), (0, 0, dim), (1, 1, tokens, dim), 0),
+    ]
+    counts = [0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 60, 64, 65, 120, 121, 200, 511, 512, 513, 640]
+    blocks = [(part, first, n) for part in range(3) for first in (0, 5) for n in counts]
+    expected = []
+    for part, first, n in blocks:
+        heads = host[: 1 if part == 2 else 2, first : first + n]
+        expected.append(xxhash.xxh3_64_intdigest(np.ascontiguousarray(heads).tobytes()))
+    torch.cuda.synchronize() if room.where == "cuda" else None
+    for where in (device, shuffled):
+        assert hashes(where, itemsize, targets, blocks) == expected
