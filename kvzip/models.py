@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError, UsageError, told_as
 from kvzip.files import replacing
+from kvzip.unpacked import unpacked
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ def load_model(
 
     `ref`: a hub id ("Qwen/Qwen3-4B"), a folder, a .gguf file, or "pkg:NAME". `dtype`: the format
     that the weights are brought to and computed in ("bf16", "fp16", "fp32"); GGUF weights are
-    unpacked to it. On processors without bf16 products a bf16 model on the CPU multiplies as
-    :mod:`kvzip.products` says, five times as fast; `native_bf16` leaves that to torch (by default
-    the environment's KVZIP_NATIVE_BF16=1 does). Raises KVZipError when there is no such model.
+    unpacked to it, and those of packages are kept so (:mod:`kvzip.unpacked`). On processors without
+    bf16 products a bf16 model on the CPU multiplies as :mod:`kvzip.products` says, five times as
+    fast; `native_bf16` leaves that to torch (by default the environment's KVZIP_NATIVE_BF16=1
+    does). Raises KVZipError when there is no such model.
     """
     try:
         import torch
@@ -88,10 +91,13 @@ def load_model(
     if path.suffix == ".gguf":
         if not path.is_file():
             raise KVZipError(f"there is no model file {path}")
-        # Unpacked: packed weights would compute in float32, which no engine's cache comes from.
-        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        where, files = str(path.parent), {"gguf_file": path.name}
         revision = "sha256:" + _sha256([path])
+        kept = _unpacked_package(path, revision, form) if ref.startswith("pkg:") else None
+        if kept is not None:
+            where = str(kept)
+        else:
+            where, files = str(path.parent), {"gguf_file": path.name}
+            settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise KVZipError(f"the folder {path} holds no model: it has no config.json")
@@ -105,6 +111,7 @@ def load_model(
     with (
         told_as(KVZipError, f"model {ref!r} cannot be loaded"),
         contextlib.redirect_stderr(io.StringIO()),
+        _read_once() if files else contextlib.nullcontext(),
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **files)
         model = transformers.AutoModelForCausalLM.from_pretrained(where, **files, **settings)
@@ -134,6 +141,57 @@ def folder_revision(path: Path) -> str:
     """What pins the weights in a folder: "sha256:..." of their files; "" if there are none."""
     weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
     return "sha256:" + _sha256(weights) if weights else ""
+
+
+class _NotKept(KVZipError):
+    """A model was unpacked, but could not be written, as when the disk is full."""
+
+
+def _unpacked_package(path: Path, revision: str, form: dtypes.DType) -> Path | None:
+    """The folder in the user's cache with a GGUF file's model, made if need be; None where no such
+    folder can be written."""
+    import platformdirs
+    import torch
+    import transformers
+
+    def make(folder: Path) -> None:
+        files = {"gguf_file": path.name}
+        with told_as(KVZipError, f"the model in {path} cannot be loaded"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **files)
+            # Unpacked: packed weights would compute in float32, which no engine's cache comes from.
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                **files,
+                dtype=getattr(torch, form.torch),
+                quantization_config=transformers.GgufConfig(dequantize=True),
+            )
+        with told_as(_NotKept, "the model cannot be kept"):
+            tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder)
+
+    try:
+        cache = Path(platformdirs.user_cache_dir("kvzip"), "unpacked")
+        with contextlib.redirect_stderr(io.StringIO()), _read_once():
+            return unpacked(revision, form.name, make, cache)
+    except (OSError, _NotKept):
+        return None
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """While this lasts, a GGUF file is parsed once, and the map of its tensors' names is made once:
+    transformers asks for the one three times, and for the other with every module."""
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    before = {name: getattr(gguf, name) for name in names}
+    try:
+        for name in names:
+            setattr(gguf, name, functools.cache(before[name]))
+        yield
+    finally:
+        for name in names:
+            setattr(gguf, name, before[name])
 
 
 def _packaged_file(name: str) -> Path:
