@@ -27,11 +27,18 @@ from kvzip import auto, checksum, dtypes, on_device
 from kvzip.codec import Codec, Coded, Context, get_codec
 from kvzip.codecs._native import Output
 from kvzip.dtypes import Bits
-from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UsageError
+from kvzip.errors import (
+    CorruptError,
+    FormatError,
+    KVZipError,
+    ProfileError,
+    UnsupportedError,
+    UsageError,
+)
 from kvzip.files import replacing
 from kvzip.index import ALIGNMENT, RECORD, Entry, Index, aligned, entries, entry_count
 from kvzip.on_device import DeviceSnapshot
-from kvzip.options import integer
+from kvzip.options import integer, json_value
 from kvzip.profile import Profile
 from kvzip.snapshot import (
     PARTS,
@@ -48,6 +55,7 @@ from kvzip.sources import OpenFile, Source, Stream, is_url, open_source
 MAGIC = b"\x89KVZ\r\n\x1a\n"
 VERSION = 0
 MAX_HEADER = 1 << 26
+MAX_ENTRIES = 1 << 26
 WRITER = "kvzip 0.1.0"
 
 _PREAMBLE = struct.Struct("<8sHHIIIQQ")
@@ -235,6 +243,7 @@ class _Encoder:
             kind = type(snapshot).__name__
             raise UsageError(f"a {kind} is no Snapshot: Snapshot.load reads one from a file")
         _check_profile_kind(profile)
+        snapshot.check()
         codec = auto.resolve(spec, snapshot.layout, profile is not None)
         if block_tokens is None:
             block_tokens = default_block_tokens(snapshot.layout, codec)
@@ -253,13 +262,20 @@ class _Encoder:
         self.header = Header(
             layout=snapshot.layout,
             origin=snapshot.origin,
-            codec=codec.get_config(),
+            codec=json_value("the codec's settings", codec.get_config()),
             block_tokens=block_tokens,
             writer=WRITER,
             profile=None if profile is None else profile.id,
             token_ids=self.ids is not None,
             token_ids_sha256=digest,
         )
+        self.packed_header = _checked_header(self.header, codec)
+        self.packed_ids = b"" if self.ids is None else _packed(self.ids)
+        if len(self.packed_ids) >= 2**32:
+            raise UsageError(f"{len(self.packed_ids):,} bytes of token ids do not go into a file")
+        count = entry_count(snapshot.layout, block_tokens)
+        if count > MAX_ENTRIES:
+            raise UsageError(f"{count:,} blocks do not go into a file: give a larger block_tokens")
         self.entries = list(entries(snapshot.layout, block_tokens))
 
     def context(self, entry: Entry, **more: Any) -> Context:
@@ -280,28 +296,26 @@ class _Encoder:
         """All that the snapshot holds of the entry's layer and part."""
         return batched(self.snapshot.layers[entry.layer].part(entry.part))
 
-    def tables(self, entry: Entry) -> tuple[bytes, Any]:
+    def tables(self, entry: Entry, whole: Bits) -> tuple[bytes, Any]:
         """The tables of one layer's K or V as stored, and as blocks use them."""
-        whole, context = self.part(entry), self.context(entry)
+        context = self.context(entry)
         made = self.codec.make_tables(whole, context)
         return made, self.codec.load_tables(memoryview(made), whole.shape, context)
 
-    def block(self, entry: Entry) -> Bits:
-        """The entry's numbers."""
-        return self.part(entry)[:, :, entry.start : entry.start + entry.tokens]
-
-    def encode_block(self, row: int, **more: Any) -> _Encoded:
+    def encode_block(self, row: int, whole: Bits, **more: Any) -> _Encoded:
         entry = self.entries[row]
-        block = self.block(entry)
+        block = _block(entry, whole)
         data = self.codec.encode(block, self.context(entry, **more))
         return _Encoded(row, data, checksum.of_bytes(data), checksum.of_numbers(block))
 
     def encode_part(self, rows: Sequence[int]) -> list[_Encoded]:
         """One layer's K or V: its tables, then its blocks."""
-        made, tables = self.tables(self.entries[rows[0]])
+        entry = self.entries[rows[0]]
+        whole = batched(self.snapshot.layers[entry.layer].once(entry.part))
+        made, tables = self.tables(entry, whole)
         return [
             _Encoded.of_tables(rows[0], made),
-            *(self.encode_block(row, tables=tables) for row in rows[1:]),
+            *(self.encode_block(row, whole, tables=tables) for row in rows[1:]),
         ]
 
     def encode_chain(
@@ -315,9 +329,10 @@ class _Encoder:
             entry = self.entries[row]
             needs = self.codec.needs(entry.layer, entry.part)
             need = {key: earlier[key] for key in needs if key in earlier}
-            table = tables[entry.layer, entry.part]
-            results.append(self.encode_block(row, tables=table, earlier=need, scratch=scratch))
-            earlier[entry.layer, entry.part] = self.block(entry)
+            more = {"tables": tables[entry.layer, entry.part], "scratch": scratch}
+            whole = self.part(entry)
+            results.append(self.encode_block(row, whole, earlier=need, **more))
+            earlier[entry.layer, entry.part] = _block(entry, whole)
         return results
 
     def encoded(self, workers: int) -> Iterator[_Encoded]:
@@ -337,7 +352,8 @@ class _Encoder:
         chains: dict[int, list[int]] = {}
         for row, entry in enumerate(self.entries):
             if entry.tables:
-                made[row], tables[entry.layer, entry.part] = self.tables(entry)
+                key = entry.layer, entry.part
+                made[row], tables[key] = self.tables(entry, self.part(entry))
             else:
                 stop = self.snapshot.layout.layers[entry.layer].first + entry.start + entry.tokens
                 chains.setdefault(stop, []).append(row)
@@ -350,10 +366,7 @@ class _Encoder:
 
     def write(self, sink: Sink, threads: int, progress: Callable[[int], None] | None) -> int:
         """Write the whole file to a seekable sink; return its length."""
-        header = msgspec.json.encode(self.header)
-        if len(header) > MAX_HEADER:
-            raise KVZipError(f"the header would have {len(header):,} bytes, above {MAX_HEADER:,}")
-        ids = b"" if self.ids is None else _packed(self.ids)
+        header, ids = self.packed_header, self.packed_ids
         index = np.zeros(len(self.entries), RECORD)
         end = _PREAMBLE.size + len(header) + len(ids) + index.nbytes
         offset = aligned(end)
@@ -366,14 +379,37 @@ class _Encoder:
             sink.write(bytes(aligned(len(data)) - len(data)))
             offset += aligned(len(data))
             if progress is not None and not entry.tables:
-                part = self.part(entry)
-                progress(part.nbytes * entry.tokens // part.shape[2])
+                layer = self.snapshot.layout.layers[entry.layer]
+                *outer, _, dim = layer.shape(entry.part)
+                progress(math.prod(outer) * entry.tokens * dim * self.form.itemsize)
         start = _PREAMBLE.pack(MAGIC, VERSION, 0, len(header), len(index), len(ids), offset, 0)[:-8]
         rest = header + ids + index.tobytes() + bytes(aligned(end) - end)
         sink.seek(base)
         sink.write(start + struct.pack("<Q", checksum.of_bytes(start + rest)) + rest)
         sink.seek(base + offset)
         return offset
+
+
+def _block(entry: Entry, whole: Bits) -> Bits:
+    """An entry's numbers, of all of its layer's and part's."""
+    return whole[:, :, entry.start : entry.start + entry.tokens]
+
+
+def _checked_header(header: Header, codec: Codec) -> bytes:
+    """The header as it is stored. Raises UsageError unless a reader will get the same from it,
+    and UnsupportedError if it will not find the codec."""
+    data = msgspec.json.encode(header)
+    if len(data) > MAX_HEADER:
+        raise UsageError(f"the header would have {len(data):,} bytes, above {MAX_HEADER:,}")
+    try:
+        found = msgspec.json.decode(data, type=Header)
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"the header could not be read again: {error}") from None
+    if found != header:
+        raise UsageError("the header would be read as another one")
+    if (known := get_codec(found.codec)).get_config() != codec.get_config():
+        raise UnsupportedError(f"{codec!r} would be read as {known!r}")
+    return data
 
 
 def _ids_of(ids: NDArray[Any] | None, start: int, stop: int) -> NDArray[Any] | None:
@@ -461,15 +497,15 @@ def max_encoded_size(
     codec = get_codec(codec)
     snapshot = layout if isinstance(layout, Snapshot) else None
     shapes: Layout = layout.layout if isinstance(layout, Snapshot) else layout
-    shapes.check()
     form = dtypes.get(shapes.dtype)
     if block_tokens is None:
         block_tokens = default_block_tokens(shapes, codec)
+    block_tokens = integer("block_tokens", block_tokens, 1, 2**31 - 1)
     size = _PREAMBLE.size + entry_count(shapes, block_tokens) * RECORD.itemsize
     header = Header(
         shapes,
         snapshot.origin if snapshot else Origin(),
-        codec.get_config(),
+        json_value("the codec's settings", codec.get_config()),
         block_tokens,
         WRITER,
         profile="0" * 64,
@@ -608,11 +644,13 @@ class Reader:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"the header makes no sense: {error}") from None
         self.layout = self.header.layout
-        self.layout.check()
         if self.header.block_tokens < 1:
             raise FormatError("the header makes no sense: block_tokens is below 1")
         self._form = dtypes.get(self.layout.dtype)
-        self._codec = get_codec(self.header.codec)
+        try:
+            self._codec = get_codec(self.header.codec)
+        except UsageError as error:
+            raise FormatError(f"the header makes no sense: {error}") from None
         records = start[index_at:index_end]
         self._index = Index(records, end, size, self.layout, self.header.block_tokens)
         self._index.check_sizes(self.layout, self._codec)
@@ -864,7 +902,8 @@ class Reader:
         if self.token_ids is None:
             return None
         end = max((cut.cumulative_length for cut in cuts.values()), default=0)
-        return self.token_ids[..., :end]
+        # Without layers there is no batch.
+        return self.token_ids[..., :end] if cuts else self.token_ids.reshape(-1)[:0]
 
     def _layer_number(self, i: int) -> int:
         i = integer("a layer's number", i)

@@ -29,6 +29,8 @@ from kvzip.errors import KVZipError
 
 IN_MEMORY = 256 << 20
 """Bytes on their way from or to a pipe or a device that are kept in memory; more are on disk."""
+READER_SECONDS = 60.0
+"""How long a writer waits for somebody to open the other end of a pipe."""
 STDIN, STDOUT = Path("/dev/stdin"), Path("/dev/stdout")
 _NAMELESS: int = getattr(os, "O_TMPFILE", 0)
 _FOLDER: int = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)
@@ -38,8 +40,6 @@ _FOREIGN_SECONDS = 86400.0
 """A hidden file of another machine, whose locks may not be seen here, is left alone for so long."""
 _STREAM = re.compile(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/self)/fd/(\d+)")
 _STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
-_standard_input: int | None = None
-"""The number of a copy of what came through standard input, once it was read."""
 _swept: set[tuple[int, int]] = set()
 
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -96,6 +96,11 @@ def check_output(path: AnyPath, inputs: Iterable[AnyPath]) -> None:
                 raise KVZipError(f"{name} is an input: writing the output there would replace it")
 
 
+def standard(path: Path, stream: Path) -> Path:
+    """The path that a command line means: ``-`` is a standard stream, STDIN or STDOUT."""
+    return stream if str(path) == "-" else path
+
+
 def _status(name: str) -> os.stat_result | None:
     """What is there under a name, links followed; None if nothing is. A name that no file can be
     written under is an OSError."""
@@ -128,10 +133,28 @@ def _spooled(name: str) -> Iterator[IO[bytes]]:
             yield spool
         spool.seek(0)
         number = _stream(name)
-        flags = os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC
-        handle = os.open(name, flags) if number is None else os.dup(number)
+        handle = _open_to_write(name) if number is None else os.dup(number)
         with os.fdopen(handle, "wb") as out:
             shutil.copyfileobj(spool, out, 1 << 20)
+
+
+def _open_to_write(name: str) -> int:
+    """The number of a device or a pipe, which waits for somebody to read from it."""
+    flags = os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK
+    end = time.monotonic() + READER_SECONDS
+    while True:
+        try:
+            handle = os.open(name, flags)
+        except OSError as error:
+            if error.errno != errno.ENXIO or not stat.S_ISFIFO(os.stat(name).st_mode):  # noqa: PTH116
+                raise
+            if time.monotonic() > end:
+                words = f"nobody reads from this pipe, for {READER_SECONDS:g} seconds"
+                raise OSError(errno.ENXIO, words, name) from None
+            time.sleep(0.02)
+        else:
+            os.set_blocking(handle, True)
+            return handle
 
 
 class _Unfinished:
@@ -362,23 +385,13 @@ def _sync_folder(folder: Path) -> None:
 def reading(path: AnyPath) -> IO[bytes]:
     """A file open for reading, anywhere in it and through its number.
 
-    What can be read only once, from its beginning (a pipe, a terminal), is copied first, in memory
-    up to 256 MiB and on disk above; of ``/dev/stdin`` the copy is kept, for who reads it again.
-    Raises OSError, which names the path.
+    What can be read only once, from its beginning (a pipe, a terminal, ``/dev/stdin``), is copied
+    first, in memory up to 256 MiB and on disk above. Raises OSError, which names the path.
     """
-    global _standard_input
     name = os.fsdecode(path)
     with _naming(name):
         number = _stream(name)
-        if number == 0 and _standard_input is not None:
-            name = f"/proc/self/fd/{_standard_input}"
-            return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC), "rb")
         handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC) if number is None else os.dup(number)
-        if number is not None and stat.S_ISREG(os.fstat(handle).st_mode):
-            with suppress(OSError):  # opened anew it is read from its beginning
-                again = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
-                os.close(handle)
-                handle = again
         file: IO[bytes] = os.fdopen(handle, "rb")
         try:
             kind = os.fstat(handle).st_mode
@@ -391,8 +404,6 @@ def reading(path: AnyPath) -> IO[bytes]:
             file.close()
             raise
         file.close()
-        if number == 0:
-            _standard_input = os.dup(copy.fileno())
         return copy
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from kvzip.errors import UsageError
 
@@ -38,3 +41,50 @@ def _within(least: int | None, most: int | None) -> str:
     if least is None:
         return f"at most {most}"
     return f"at least {least}" if most is None else f"from {least} to {most}"
+
+
+def text(name: str, value: Any) -> str:
+    """`value` as a str that UTF-8 can hold. Raises UsageError, which names it."""
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is {value!r}: it must be a str")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{name} is {value!r}, which is no valid text") from None
+    return str(value)
+
+
+_DEPTH = 64
+
+
+def json_value(name: str, value: Any, depth: int = 0) -> Any:
+    """`value` as JSON gives it back: None, bool, int of 64 bits, finite float, str, list, dict.
+
+    Tuples become lists and numpy's numbers Python's. Raises UsageError, which names it, for all
+    that JSON would change or cannot hold.
+    """
+    kind = type(value)
+    if kind is float or kind is int:
+        if not (math.isfinite(value) if kind is float else -(2**63) <= value < 2**64):
+            raise UsageError(f"{name} holds {value!r}, which JSON files do not keep")
+        return value
+    if value is None or kind is bool:
+        return value
+    if isinstance(value, str):
+        return text(name, value)
+    if depth == _DEPTH:
+        raise UsageError(f"{name} nests more than {_DEPTH} levels deep")
+    if isinstance(value, (list, tuple)):
+        return [json_value(name, item, depth + 1) for item in value]
+    if isinstance(value, Mapping):
+        return {
+            text(f"a key of {name}", key): json_value(f"{name}[{key!r}]", item, depth + 1)
+            for key, item in value.items()
+        }
+    # numpy's scalars, and what else is a number by its methods.
+    plain = value.item() if isinstance(value, np.generic) else value
+    for number in (bool, int, float):
+        if isinstance(plain, number):
+            return json_value(name, number(plain), depth)
+    raise UsageError(f"{name} holds a {kind.__name__}, which JSON files do not keep")

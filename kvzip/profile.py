@@ -11,15 +11,16 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.errors import ProfileError
+from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError
 from kvzip.files import replacing
+from kvzip.options import json_value, text
 from kvzip.snapshot import Snapshot
+from kvzip.tensors import TensorFile
 
 VERSION = 1
 _DTYPES = {
@@ -29,14 +30,30 @@ _DTYPES = {
 }
 
 
+def _checked(name: str, given: Any) -> NDArray[Any]:
+    """A tensor as it is stored: little-endian and without gaps."""
+    found = np.asarray(given)
+    if found.dtype.kind not in "iu" or name == "__metadata__":
+        raise UsageError(f"tensor {name!r} holds {found.dtype}, and a profile's are integers")
+    return found.astype(found.dtype.newbyteorder("<"), order="C", copy=False)
+
+
 class Profile:
-    """Integer tensors by name, and a description as JSON values; never changed once made."""
+    """Integer tensors by name, and a description as JSON values; never changed once made.
+
+    Raises UsageError for what a file cannot hold.
+    """
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]], description: Mapping[str, Any]):
         from safetensors.numpy import save
 
-        whole = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
-        note = json.dumps(dict(description) | {"version": VERSION}, sort_keys=True)
+        for name in tensors:
+            text("a tensor's name", name)
+        whole = {name: _checked(name, tensors[name]) for name in sorted(tensors)}
+        about = json_value("the profile's description", description)
+        if not isinstance(about, dict):
+            raise UsageError(f"the profile's description is {description!r}: it must be a dict")
+        note = json.dumps(about | {"version": VERSION}, sort_keys=True)
         self._adopt(save(whole, {"kvprofile": note}))
 
     def _adopt(self, file: bytes) -> None:
@@ -79,15 +96,16 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
-        """Read a profile. Raises ProfileError when the file is none, or is damaged."""
-        from safetensors import SafetensorError, safe_open
-
+        """Read a profile. Raises ProfileError when the file is none, is damaged, or is of another
+        version, and the OSError of the path."""
         profile = cls.__new__(cls)
         try:
-            with safe_open(path, framework="numpy"):
-                pass  # that it is one, and every tensor lies within it
-            profile._adopt(Path(path).read_bytes())
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            file = TensorFile(path)  # that it is one, and every tensor lies within it
+            for name, entry in file.entries.items():
+                if not file.has(name, entry.dtype, entry.shape, _DTYPES[entry.dtype].itemsize):
+                    raise ProfileError(f"{path} is not a whole profile: {name} has another size")
+            profile._adopt(file.whole())
+        except (CorruptError, FormatError, KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"{path} is not a whole profile: {error}") from None
         description = profile.description
         if not isinstance(description, dict) or description.get("version") != VERSION:

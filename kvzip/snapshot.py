@@ -7,11 +7,11 @@ cache, ``token_ids``, and under the metadata key ``kvzip`` the :class:`Descripti
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,124 +19,26 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.dtypes import Bits
-from kvzip.errors import CorruptError, FormatError, UnsupportedError
+from kvzip.errors import FormatError, UsageError
 from kvzip.files import replacing
+from kvzip.layout import PARTS, LayerLayout, Layout, Origin, Part
+from kvzip.tensors import TensorFile
 
-Part = Literal["k", "v"]
-PARTS: tuple[Part, Part] = ("k", "v")
+__all__ = [
+    "PARTS",
+    "Description",
+    "Layer",
+    "LayerLayout",
+    "Layout",
+    "Origin",
+    "Part",
+    "Snapshot",
+    "batched",
+    "sha256_raw",
+]
 
-
-class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Shape and kind of one layer. Shapes are [heads, tokens, dim] or [batch, heads, tokens, dim].
-
-    A `sliding` layer keeps only the last tokens of `cumulative_length`; `window` is how many
-    positions a query of it sees, its own included. The stored tokens are the last ones.
-    """
-
-    k: tuple[int, ...]
-    v: tuple[int, ...]
-    cumulative_length: int
-    kind: Literal["full", "sliding"] = "full"
-    window: int | None = None
-    rope: int | None = None
-    """Index into the description's list of RoPE parameters; None: no rotation is known."""
-
-    @property
-    def stored(self) -> int:
-        """Tokens that are held."""
-        return self.k[-2]
-
-    @property
-    def first(self) -> int:
-        """Position of the first token that is held."""
-        return self.cumulative_length - self.stored
-
-    def shape(self, part: Part) -> tuple[int, ...]:
-        return self.k if part == "k" else self.v
-
-    def cut(self, start: int, stop: int) -> LayerLayout:
-        """The layer with only the tokens that it holds of positions start to stop."""
-        if start <= self.first and stop >= self.cumulative_length:
-            return self
-        begin, end = (min(max(p, self.first), self.cumulative_length) for p in (start, stop))
-        count = max(end - begin, 0)
-        return msgspec.structs.replace(
-            self,
-            k=(*self.k[:-2], count, self.k[-1]),
-            v=(*self.v[:-2], count, self.v[-1]),
-            cumulative_length=min(stop, self.cumulative_length),
-        )
-
-    def check(self) -> None:
-        """Raise FormatError unless the fields fit each other."""
-        ok = (
-            len(self.k) == len(self.v)
-            and len(self.k) in (3, 4)
-            and all(0 <= n < 2**31 for n in (*self.k, *self.v))
-            and self.k[:-3] == self.v[:-3]
-            and self.k[-2] == self.v[-2]
-            and self.stored <= self.cumulative_length < 2**31
-            and (self.kind == "full") == (self.window is None)
-            and (self.window is None or self.window > 0)
-            and (self.rope is None or self.rope >= 0)
-        )
-        if not ok:
-            raise FormatError(f"a layer's shape or kind makes no sense: {self}")
-
-
-class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Format, shapes and kinds of all layers: what a buffer for a cache must hold."""
-
-    dtype: str
-    layers: tuple[LayerLayout, ...]
-
-    @property
-    def raw_bytes(self) -> int:
-        return self.numbers * dtypes.get(self.dtype).itemsize
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers all keys and values are."""
-        return sum(_product(s.shape(part)) for s in self.layers for part in PARTS)
-
-    @property
-    def tokens(self) -> int:
-        """True length of the sequence, cropped tokens included."""
-        return max((s.cumulative_length for s in self.layers), default=0)
-
-    def lacking(self, count: int) -> int | None:
-        """The first layer that lacks some of what a cache of the first `count` tokens, less the
-        one that is left to compute, needs: a sliding layer the `window - 1` before it. None: no
-        layer does."""
-        for i, layer in enumerate(self.layers):
-            if layer.first > (0 if layer.window is None else max(0, count - layer.window + 1)):
-                return i
-        return None
-
-    def check(self) -> None:
-        """Raise FormatError or UnsupportedError unless every field makes sense."""
-        dtypes.get(self.dtype)
-        checked = None
-        for layer in self.layers:  # most are alike, and comparing is faster
-            if layer != checked:
-                layer.check()
-                checked = layer
-
-
-class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a cache comes from."""
-
-    model: str = ""
-    """Model id: a hub id, a folder, or a file, as the person who captured it gave it."""
-    revision: str = ""
-    """What pins the weights: a commit or a hash of the weights' file."""
-    architecture: str = ""
-    rope: tuple[dict[str, Any], ...] = ()
-    """The distinct RoPE parameters (theta, kind, scaling) that layers point to."""
-    text: str = ""
-    """Name of the text and the range of its tokens."""
-    software: dict[str, str] = {}
-    """Versions of what computed the cache, and the device it ran on."""
+VERSION = 1
+"""Of snapshot files."""
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,7 +46,13 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     layout: Layout
     origin: Origin = Origin()
-    version: int = 1
+    version: int = VERSION
+
+
+class _Version(msgspec.Struct):
+    """What is looked at first in a description, which may be one that is not known here."""
+
+    version: int = VERSION
 
 
 def batched(part: Bits) -> Bits:
@@ -152,26 +60,61 @@ def batched(part: Bits) -> Bits:
     return part if part.ndim == 4 else part[np.newaxis]
 
 
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for n in shape:
-        result *= n
-    return result
-
-
 class Layer:
-    """Keys and values of one layer as raw bits, and their layout."""
+    """Keys and values of one layer as raw bits, and their layout.
 
-    __slots__ = ("k", "layout", "v")
+    Those of a snapshot that was loaded from a file are read when they are first used.
+    """
+
+    __slots__ = ("_read", "k", "layout", "v")
+
+    k: Bits
+    v: Bits
 
     def __init__(self, k: Bits, v: Bits, layout: LayerLayout):
         self.k, self.v, self.layout = k, v, layout
+        self._read: Callable[[Part], Bits] | None = None
+
+    @classmethod
+    def unread(cls, layout: LayerLayout, read: Callable[[Part], Bits]) -> Layer:
+        """A layer whose parts `read` gives, of the layout's shapes."""
+        layer = cls.__new__(cls)
+        layer.layout, layer._read = layout, read
+        return layer
+
+    def __getattr__(self, name: str) -> Any:
+        """Only asked for what has no value yet."""
+        if name not in PARTS or self._read is None:
+            raise AttributeError(name)
+        found = self._read(name)
+        setattr(self, name, found)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layer, (self.k, self.v, self.layout)
 
     def __iter__(self) -> Iterator[Bits]:
         return iter((self.k, self.v))
 
     def part(self, part: Part) -> Bits:
         return self.k if part == "k" else self.v
+
+    def once(self, part: Part) -> Bits:
+        """As :meth:`part`; what is read from a file for this is not kept."""
+        if self._read is not None and part not in self._held():
+            return self._read(part)
+        return self.part(part)
+
+    def _held(self) -> tuple[Part, ...]:
+        """The parts that are in memory."""
+        if self._read is None:
+            return PARTS
+        held: list[Part] = []
+        for part in PARTS:
+            with suppress(AttributeError):
+                object.__getattribute__(self, part)
+                held.append(part)
+        return tuple(held)
 
 
 class Snapshot:
@@ -180,6 +123,10 @@ class Snapshot:
     ``layers[i].k`` and ``.v`` are numpy arrays of uint8, uint16 or uint32, shape [heads, tokens,
     dim] or [batch, heads, tokens, dim]; ``dtype`` names the format of the bits ("bf16", "fp16",
     "fp32", "fp8_e4m3fn", "fp8_e5m2"). ``token_ids``: uint32, [tokens] or [batch, tokens], or None.
+    A batch of one may be given without its axis. Snapshots are equal when their bits, layouts and
+    token ids are, wherever they come from.
+
+    Raises UsageError when shapes, bits or token ids do not fit each other.
     """
 
     def __init__(
@@ -190,18 +137,47 @@ class Snapshot:
         origin: Origin = Origin(),  # noqa: B008 - frozen
     ):
         self.layers, self.origin = list(layers), origin
-        form = dtypes.get(dtype)
-        uint = form.uint
-        self.layout = Layout(form.name, tuple(layer.layout for layer in layers))
-        self.layout.check()
         for i, layer in enumerate(self.layers):
-            for part in PARTS:
-                found = layer.part(part)
-                if found.shape != layer.layout.shape(part):
-                    raise FormatError(f"layer {i}: {part} has shape {found.shape}")
+            if not isinstance(layer, Layer):
+                raise UsageError(f"layer {i} is a {type(layer).__name__}: it must be a Layer")
+        self.layout = Layout(dtype, tuple(layer.layout for layer in self.layers))
+        self.token_ids: NDArray[np.uint32] | None = token_ids
+        self.check()
+
+    def check(self) -> None:
+        """Raise UsageError unless the snapshot can be written and read: what it holds may have
+        been replaced since it was made."""
+        uint = dtypes.get(self.dtype).uint
+        if self.layout.layers != tuple(layer.layout for layer in self.layers):
+            raise UsageError("the snapshot's layers are not those of its layout")
+        for i, layer in enumerate(self.layers):
+            for part in layer._held():  # what is not read yet is as the file's header says
+                found, shape = layer.part(part), layer.layout.shape(part)
+                if not isinstance(found, np.ndarray):
+                    raise UsageError(f"layer {i}: {part} is a {type(found).__name__}, no array")
+                if found.shape != shape:
+                    raise UsageError(f"layer {i}: {part} has shape {found.shape}, not {shape}")
                 if found.dtype != uint:
-                    raise FormatError(f"layer {i}: {part} is {found.dtype}, not bits of {dtype}")
-        self.token_ids = None if token_ids is None else np.ascontiguousarray(token_ids, np.uint32)
+                    raise UsageError(f"layer {i}: {part} is {found.dtype}, no bits of {self.dtype}")
+        if not isinstance(self.origin, Origin):
+            raise UsageError(f"origin is {self.origin!r}: it must be a kvzip.Origin")
+        if self.token_ids is not None:
+            self.token_ids = _checked_ids(self.token_ids, self.layout)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Snapshot):
+            return NotImplemented
+        if self.layout != other.layout or (self.token_ids is None) != (other.token_ids is None):
+            return False
+        if not np.array_equal(self.token_ids, other.token_ids):  # type: ignore[arg-type]
+            return False
+        return all(
+            np.array_equal(a.once(part), b.once(part))
+            for a, b in zip(self.layers, other.layers, strict=True)
+            for part in PARTS
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def dtype(self) -> str:
@@ -240,12 +216,12 @@ class Snapshot:
         for k, v in layers:
             kb, dtype = dtypes.as_bits(k, dtype)
             vb, dtype = dtypes.as_bits(v, dtype)
-            if kb.ndim < 3:
-                raise UnsupportedError(f"shape {kb.shape}: want [heads, tokens, dim] or a batch")
+            if kb.ndim not in (3, 4):
+                raise UsageError(f"shape {kb.shape}: want [heads, tokens, dim] or a batch")
             built.append(Layer(kb, vb, LayerLayout(kb.shape, vb.shape, kb.shape[-2])))
         if dtype is None:
-            raise UnsupportedError("a snapshot needs at least one layer")
-        return cls(built, dtype, None if token_ids is None else np.asarray(token_ids), origin)
+            raise UsageError("a snapshot needs at least one layer")
+        return cls(built, dtype, token_ids, origin)
 
     @classmethod
     def from_cache(cls, cache: Any, token_ids: Any = None, model: Any = None) -> Snapshot:
@@ -263,7 +239,11 @@ class Snapshot:
     # --- on disk ---------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all, one layer in memory at a time."""
+        """Write a safetensors file, whole or not at all, one layer in memory at a time.
+
+        Raises UsageError for what could not be read again, and OSError.
+        """
+        self.check()
         form = dtypes.get(self.dtype)
         parts = [
             (f"layers.{i}.{part}", layer, part)
@@ -276,7 +256,7 @@ class Snapshot:
 
         def place(name: str, kind: str, shape: tuple[int, ...], itemsize: int) -> None:
             nonlocal at
-            end = at + _product(shape) * itemsize
+            end = at + math.prod(shape) * itemsize
             header[name] = {"dtype": kind, "shape": shape, "data_offsets": (at, end)}
             at = end
 
@@ -292,56 +272,60 @@ class Snapshot:
             if self.token_ids is not None:
                 file.write(self.token_ids.astype("<i8").data)
             for _, layer, part in parts:
-                file.write(np.ascontiguousarray(layer.part(part)).data)
+                file.write(np.ascontiguousarray(layer.once(part)).data)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Snapshot:
-        """Open a safetensors snapshot; the numbers are mapped, not read, until they are used.
+    def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> Snapshot:
+        """Open a safetensors snapshot; each part of a layer is read when it is first used.
 
-        Raises FormatError when it is not a snapshot, CorruptError when it is cut short.
+        A part that is read later, after the file was changed or cut short, is a CorruptError, and
+        one that cannot be read any more a StoreError. With `mmap` nothing is copied: parts are
+        looked at where they lie in the file, which takes no memory of its own. But a file that is
+        cut short while it is mapped ends the process (SIGBUS), and one that is changed changes the
+        numbers: map only what nobody writes to.
+
+        Raises FormatError when it is not a snapshot, or one of another version, CorruptError when
+        it is cut short, and the OSError of the path.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        try:
-            # The library checks the header against the file: sizes, gaps and overlaps.
-            with safe_open(path, framework="numpy") as checked:
-                note = (checked.metadata() or {}).get("kvzip")
-        except SafetensorError as error:
-            kind = CorruptError if "Incomplete" in str(error) else FormatError
-            raise kind(f"{path} is not a whole safetensors file: {error}") from None
+        file = TensorFile(path, mapped=mmap)
+        note = file.metadata.get("kvzip")
         if note is None:
-            raise FormatError(f"{path} is a safetensors file, but not a snapshot of a KV cache")
+            raise FormatError(
+                f"{file.name} is a safetensors file, but not a snapshot of a KV cache"
+            )
         try:
+            version = msgspec.json.decode(note, type=_Version).version
+            if version != VERSION:
+                raise FormatError(
+                    f"{file.name} is a snapshot of version {version}; this reads {VERSION}"
+                )
             description = msgspec.json.decode(note, type=Description)
-        except msgspec.MsgspecError as error:
-            raise FormatError(f"{path}: bad description: {error}") from None
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            raise FormatError(f"{file.name}: its description makes no sense: {error}") from None
         layout = description.layout
-        layout.check()
-        with path.open("rb") as file:
-            start = 8 + (length := int.from_bytes(file.read(8), "little"))
-            header = json.loads(file.read(length))
-        memory = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
-
-        def view(name: str, dtype: np.dtype[Any], kind: str, shape: Sequence[int]) -> Any:
-            entry = header.get(name)
-            if entry is None or entry["dtype"] != kind or list(shape) != entry["shape"]:
-                raise FormatError(f"{path}: tensor {name} is missing or not as described")
-            begin, end = entry["data_offsets"]
-            return memory[start + begin : start + end].view(dtype).reshape(shape)
-
         form = dtypes.get(layout.dtype)
 
-        def part(i: int, name: Part) -> Bits:
-            shape = layout.layers[i].shape(name)
-            found: Bits = view(f"layers.{i}.{name}", form.uint, form.safetensors, shape)
-            return found
+        def layer(i: int) -> Layer:
+            for part in PARTS:
+                shape = layout.layers[i].shape(part)
+                if not file.has(f"layers.{i}.{part}", form.safetensors, shape, form.itemsize):
+                    raise FormatError(
+                        f"{file.name}: tensor layers.{i}.{part} is missing or not as described"
+                    )
+            return Layer.unread(
+                layout.layers[i], lambda part: file.read(f"layers.{i}.{part}", form.uint)
+            )
 
-        layers = [Layer(part(i, "k"), part(i, "v"), layer) for i, layer in enumerate(layout.layers)]
+        layers = [layer(i) for i in range(len(layout.layers))]
         ids = None
-        if entry := header.get("token_ids"):
-            ids = view("token_ids", np.dtype("<i8"), "I64", entry["shape"])
-        return cls(layers, layout.dtype, ids, description.origin)
+        if "token_ids" in file.entries:
+            if not file.has("token_ids", "I64", file.entries["token_ids"].shape, 8):
+                raise FormatError(f"{file.name}: its token ids are not as described")
+            ids = file.read("token_ids", np.dtype("<i8"))
+        try:
+            return cls(layers, layout.dtype, ids, description.origin)
+        except UsageError as error:
+            raise FormatError(f"{file.name}: {error}") from None
 
     # --- to a framework --------------------------------------------------------------------
 
@@ -366,10 +350,34 @@ class Snapshot:
         return cache_of_snapshot(self, config)
 
 
+def _checked_ids(given: Any, layout: Layout) -> NDArray[Any]:
+    """Token ids as uint32 in the layout's shape. Raises UsageError when it is not these."""
+    try:
+        ids = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"token_ids is no array of integers: {error}") from None
+    if ids.size and ids.dtype.kind not in "iu":
+        raise UsageError(f"token_ids holds {ids.dtype}, and ids are integers")
+    shape = layout.ids_shape
+    if ids.shape != shape:
+        alone = ((layout.tokens,), (1, layout.tokens))
+        if shape not in alone or ids.shape not in alone:
+            raise UsageError(
+                f"token_ids has shape {list(ids.shape)}, and the tokens {list(shape)}: "
+                "give an id for each token, those that sliding windows dropped included"
+            )
+        ids = ids.reshape(shape)
+    if ids.size and ids.dtype != np.uint32 and not 0 <= int(ids.min()) <= int(ids.max()) < 2**32:
+        raise UsageError(
+            f"token_ids goes from {ids.min()} to {ids.max()}: ids are from 0 to {2**32 - 1}"
+        )
+    return np.ascontiguousarray(ids, np.uint32)
+
+
 def sha256_raw(snapshot: Snapshot) -> str:
     """SHA-256 of all numbers' bytes: layer by layer, keys before values, in C order."""
     digest = hashlib.sha256()
     for layer in snapshot.layers:
-        for array in layer:
-            digest.update(np.ascontiguousarray(array).data)
+        for part in PARTS:
+            digest.update(np.ascontiguousarray(layer.once(part)).data)
     return digest.hexdigest()

@@ -53,7 +53,7 @@ from kvzip.errors import (
     UnsupportedError,
     UsageError,
 )
-from kvzip.files import reading, replacing
+from kvzip.files import replacing
 from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.remote import Bucket
@@ -619,16 +619,11 @@ def _as_file(
     """The document as a .kvz file on disk."""
     if isinstance(document, (str, os.PathLike)):
         path = Path(document)
-        with reading(path) as file:
-            encoded = file.read(len(MAGIC)) == MAGIC
-            if encoded and path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
                 yield path
                 return
-            if encoded:  # a pipe
-                file.seek(0)
-                document = file.read()
-        if not encoded:
-            document = Snapshot.load(path)
+        document = Snapshot.load(path)
     with tempfile.TemporaryDirectory(prefix="kvzip-") as folder:
         path = Path(folder) / "doc.kvz"
         if isinstance(document, Snapshot):

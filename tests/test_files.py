@@ -165,6 +165,9 @@ def test_pipes_get_everything_once_it_is_there(tmp_path, monkeypatch):
         reader.join(10)
         assert got == [bytes(size)]
         assert stat.S_ISFIFO(pipe.stat().st_mode)
+    monkeypatch.setattr(files, "READER_SECONDS", 0.1)
+    with pytest.raises(OSError, match="nobody reads"):
+        put(pipe, b"x")
     # Nobody is written to when it fails: opening the pipe would wait for a reader.
     with pytest.raises(RuntimeError), files.replacing(pipe) as file:
         file.write(b"half")

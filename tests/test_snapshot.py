@@ -6,7 +6,7 @@ import torch
 from support import assert_same, cache_like, make_snapshot, random_bits
 
 import kvzip
-from kvzip.errors import CorruptError, FormatError, UnsupportedError
+from kvzip.errors import CorruptError, FormatError, UsageError
 
 
 def test_disk_round_trip(tmp_path, dtype):
@@ -59,11 +59,11 @@ def test_a_lying_description_is_an_error(tmp_path):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(FormatError):
+    with pytest.raises(UsageError):
         kvzip.Snapshot.from_arrays(
             [(np.zeros((1, 2, 4), np.float16), np.zeros((1, 3, 4), np.float16))]
         )
-    with pytest.raises(UnsupportedError, match="heads, tokens, dim"):
+    with pytest.raises(UsageError, match="heads, tokens, dim"):
         kvzip.Snapshot.from_arrays([(np.zeros((2, 4), np.float16),) * 2])
-    with pytest.raises(UnsupportedError, match="at least one layer"):
+    with pytest.raises(UsageError, match="at least one layer"):
         kvzip.Snapshot.from_arrays([])

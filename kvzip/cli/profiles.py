@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import kvzip
+from kvzip import container
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, Output
 from kvzip.cli.documents import sizes
@@ -72,7 +73,7 @@ def fit(
             blob = kvzip.encode(snapshot, "predictive", profile)
             measured.append(
                 {"file": str(snapshots[i])}
-                | sizes(snapshot.layout, len(blob))
+                | sizes(container.info(blob))
                 | {"tokens": snapshot.tokens}
             )
             advance(1)
