@@ -40,6 +40,8 @@ _FOREIGN_SECONDS = 86400.0
 """A hidden file of another machine, whose locks may not be seen here, is left alone for so long."""
 _STREAM = re.compile(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/self)/fd/(\d+)")
 _STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
+_standard_input: int | None = None
+"""The number of a copy of what came through standard input, once it was read."""
 _swept: set[tuple[int, int]] = set()
 
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -94,11 +96,6 @@ def check_output(path: AnyPath, inputs: Iterable[AnyPath]) -> None:
             if os.path.samestat(found, os.stat(given)):  # noqa: PTH116 - of any kind of path
                 name = os.fsdecode(path)
                 raise KVZipError(f"{name} is an input: writing the output there would replace it")
-
-
-def standard(path: Path, stream: Path) -> Path:
-    """The path that a command line means: ``-`` is a standard stream, STDIN or STDOUT."""
-    return stream if str(path) == "-" else path
 
 
 def _status(name: str) -> os.stat_result | None:
@@ -385,13 +382,23 @@ def _sync_folder(folder: Path) -> None:
 def reading(path: AnyPath) -> IO[bytes]:
     """A file open for reading, anywhere in it and through its number.
 
-    What can be read only once, from its beginning (a pipe, a terminal, ``/dev/stdin``), is copied
-    first, in memory up to 256 MiB and on disk above. Raises OSError, which names the path.
+    What can be read only once, from its beginning (a pipe, a terminal), is copied first, in memory
+    up to 256 MiB and on disk above; of ``/dev/stdin`` the copy is kept, for who reads it again.
+    Raises OSError, which names the path.
     """
+    global _standard_input
     name = os.fsdecode(path)
     with _naming(name):
         number = _stream(name)
+        if number == 0 and _standard_input is not None:
+            name = f"/proc/self/fd/{_standard_input}"
+            return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC), "rb")
         handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC) if number is None else os.dup(number)
+        if number is not None and stat.S_ISREG(os.fstat(handle).st_mode):
+            with suppress(OSError):  # opened anew it is read from its beginning
+                again = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
+                os.close(handle)
+                handle = again
         file: IO[bytes] = os.fdopen(handle, "rb")
         try:
             kind = os.fstat(handle).st_mode
@@ -404,6 +411,8 @@ def reading(path: AnyPath) -> IO[bytes]:
             file.close()
             raise
         file.close()
+        if number == 0:
+            _standard_input = os.dup(copy.fileno())
         return copy
 
 

@@ -158,7 +158,9 @@ def _wide(weight: Any) -> Any:
         return weight.float()  # which autograd may keep
     scratch = getattr(_held, "scratch", None)
     if scratch is None or scratch.numel() < weight.numel():
-        scratch = _held.scratch = torch.empty(weight.numel(), dtype=torch.float32)
+        # Memory of inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            scratch = _held.scratch = torch.empty(weight.numel(), dtype=torch.float32)
     return scratch[: weight.numel()].view(weight.shape).copy_(weight)
 
 

@@ -53,7 +53,7 @@ from kvzip.errors import (
     UnsupportedError,
     UsageError,
 )
-from kvzip.files import replacing
+from kvzip.files import reading, replacing
 from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.remote import Bucket
@@ -619,11 +619,16 @@ def _as_file(
     """The document as a .kvz file on disk."""
     if isinstance(document, (str, os.PathLike)):
         path = Path(document)
-        with path.open("rb") as file:
-            if file.read(len(MAGIC)) == MAGIC:
+        with reading(path) as file:
+            encoded = file.read(len(MAGIC)) == MAGIC
+            if encoded and path.is_file():
                 yield path
                 return
-        document = Snapshot.load(path)
+            if encoded:  # a pipe
+                file.seek(0)
+                document = file.read()
+        if not encoded:
+            document = Snapshot.load(path)
     with tempfile.TemporaryDirectory(prefix="kvzip-") as folder:
         path = Path(folder) / "doc.kvz"
         if isinstance(document, Snapshot):

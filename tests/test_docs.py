@@ -66,7 +66,7 @@ def test_the_store(names, capsys):
 def test_the_stores_commands(names):
     commands = [line.partition("#")[0] for b in blocks("store.md", "sh") for line in b.splitlines()]
     ours = [shlex.split(line) for line in commands if line.startswith("kvzip")]
-    assert len(ours) == 4
+    assert len(ours) == 6
     for command in ours:
         command[0] = str(Path(sys.executable).parent / "kvzip")
         done = subprocess.run(command, capture_output=True, text=True)

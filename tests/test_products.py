@@ -4,7 +4,9 @@ depends on its neighbours, and whoever leaves them to torch gets torch's."""
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -133,6 +135,23 @@ def test_gradients_flow():
     functional.linear(x, w).square().sum().backward()
     for a, b in zip(mine, (x.grad, w.grad), strict=True):
         assert torch.allclose(a.float(), b.float(), rtol=0.02, atol=0.5)
+
+
+def test_whatever_mode_comes_first():
+    """Inference mode, no gradients, gradients: in any order, in a thread that is new to them."""
+    x, w = bf16(6, 40), bf16(70, 40, seed=1)
+    want = functional.linear(x.float(), w.float()).bfloat16()
+    for order in itertools.permutations((torch.inference_mode, torch.no_grad, torch.enable_grad)):
+
+        def run(order=order):
+            found = []
+            for mode in order:
+                with mode(), products.Fp32Products():
+                    found.append(functional.linear(x, w).clone())
+            return found
+
+        with ThreadPoolExecutor(1) as pool:
+            assert all(torch.equal(one, want) for one in pool.submit(run).result())
 
 
 class Bf16Products(TorchDispatchMode):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from kvzip.errors import UsageError
+from kvzip.files import STDIN, STDOUT
 from kvzip.profile import Profile
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON object on stdout.")]
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
+KvzFile = Annotated[str, Parameter(help="A .kvz file: a path, a URL, or - for stdin.")]
 ResultFile = Annotated[Path | None, Parameter(name=["--output", "-o", "--out"])]
 Threads = Annotated[int, Parameter(help="0: all cores.")]
 NativeBf16 = Annotated[
@@ -33,6 +36,34 @@ PriceFiles = Annotated[
     list[Path] | None,
     Parameter(name="--price-file", help="TOML over the library's price book; may be repeated."),
 ]
+
+
+OUTPUTS = ("-o", "--output", "--out", "--picture", "--page")
+"""Options that name a file to write."""
+
+
+def with_streams(arguments: Sequence[str]) -> list[str]:
+    """What was typed, with the standard streams in place of every ``-`` that names a file."""
+    found: list[str] = []
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if argument == "-":
+            writes = i > 0 and arguments[i - 1] in OUTPUTS
+            found.append(str(STDOUT if writes else STDIN))
+        elif equals and value == "-" and option.startswith("--"):
+            found.append(f"{option}={STDOUT if option in OUTPUTS else STDIN}")
+        else:
+            found.append(argument)
+    return found
+
+
+def writes_stdout(arguments: Sequence[str]) -> bool:
+    """Whether a file that a command writes is standard output."""
+    taken = [*OUTPUTS, *(f"{option}={STDOUT}" for option in OUTPUTS)]
+    return any(
+        argument in taken and (argument.endswith(str(STDOUT)) or after == str(STDOUT))
+        for argument, after in zip(arguments, [*arguments[1:], ""], strict=True)
+    )
 
 
 def command_line() -> str:

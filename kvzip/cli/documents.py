@@ -16,6 +16,7 @@ from kvzip import auto, container, dtypes
 from kvzip.cli.app import app
 from kvzip.cli.arguments import (
     Json,
+    KvzFile,
     NativeBf16,
     Output,
     ProfilePath,
@@ -138,7 +139,7 @@ def encode(
     chosen = auto.resolve(codec, loaded.layout, profile is not None)
     began = time.perf_counter()
     with bar("encode", loaded.raw_bytes) as progress:
-        container.write(
+        length = container.write(
             output,
             loaded,
             chosen,
@@ -149,16 +150,15 @@ def encode(
             progress=progress,
         )
     seconds = time.perf_counter() - began
-    info = container.info(output)
-    result = sizes(info) | {
+    result = sizes(loaded.layout, length) | {
         "seconds": seconds,
         "codec": chosen.get_config(),
         "sha256_raw": sha256_raw(loaded),
     }
-    emit(result, as_json, lambda: _showsizes(result, output))
+    emit(result, as_json, lambda: _show_sizes(result, output))
 
 
-def _showsizes(result: Mapping[str, Any], path: Path) -> None:
+def _show_sizes(result: Mapping[str, Any], path: Path) -> None:
     say(
         f"{path}: {result['raw_bytes']:,} bytes as {result['encoded_bytes']:,}, ratio "
         f"{result['ratio']:.3f}, {result['bits_per_value']:.2f} bits a number, "
@@ -168,7 +168,7 @@ def _showsizes(result: Mapping[str, Any], path: Path) -> None:
 
 @app.command
 def decode(
-    file: Path,
+    file: KvzFile,
     *,
     output: Output,
     profile: ProfilePath = None,
@@ -182,17 +182,17 @@ def decode(
             snapshot = reader.decode(progress=progress)
         seconds = time.perf_counter() - began
         snapshot.save(output)
-        result = sizes(reader.info) | {
+        result = sizes(reader.layout, reader.info.encoded_bytes) | {
             "seconds": seconds,
             "codec": reader.codec.get_config(),
             "sha256_raw": sha256_raw(snapshot),
         }
-    emit(result, as_json, lambda: _showsizes(result, output))
+    emit(result, as_json, lambda: _show_sizes(result, output))
 
 
 @app.command
 def verify(
-    file: Path,
+    file: KvzFile,
     *,
     against: Path | None = None,
     profile: ProfilePath = None,
@@ -217,7 +217,8 @@ def verify(
             for i, layer in enumerate(other.layers if same else []):
                 found = reader.layer(i)
                 same = same and all((found.part(p) == layer.part(p)).all() for p in PARTS)
-    result = sizes(info) | {"seconds": time.perf_counter() - began, "ok": same is not False}
+    result = sizes(info.header.layout, info.encoded_bytes)
+    result |= {"seconds": time.perf_counter() - began, "ok": same is not False}
     if same is not None:
         result["same"] = same
     if same is False:
@@ -226,12 +227,12 @@ def verify(
 
 
 @app.command
-def info(file: Path, *, as_json: Json = False) -> None:
+def info(file: KvzFile, *, as_json: Json = False) -> None:
     """Tell what a .kvz file holds, from its header."""
     found = container.info(file)
     header = found.header
     layout = header.layout
-    result = sizes(found) | {
+    result = sizes(layout, found.encoded_bytes) | {
         "model": header.origin.model,
         "revision": header.origin.revision,
         "dtype": layout.dtype,
@@ -264,10 +265,11 @@ def _kinds(layout: kvzip.Layout) -> str:
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
 
 
-def sizes(info: container.Info) -> dict[str, Any]:
+def sizes(layout: kvzip.Layout, encoded_bytes: int) -> dict[str, Any]:
+    """What commands say of a file's size."""
     return {
-        "raw_bytes": info.raw_bytes,
-        "encoded_bytes": info.encoded_bytes,
-        "ratio": info.ratio,
-        "bits_per_value": info.bits_per_value,
+        "raw_bytes": layout.raw_bytes,
+        "encoded_bytes": encoded_bytes,
+        "ratio": layout.raw_bytes / encoded_bytes,
+        "bits_per_value": 8 * encoded_bytes / max(layout.numbers, 1),
     }

@@ -85,5 +85,5 @@ def _of_system(error: OSError) -> tuple[str, int, str]:
         where = "the disk" if name is None else str(name) + ": the disk it is on"
         return "system", 1, f"{where} is full"
     if name is not None:
-        return "system", 2 if wrong_use else 1, f"{name}: {error.strerror or error}"
+        return "system", 2 if wrong_use else 1, f"{name or repr(name)}: {error.strerror or error}"
     return "system", 2 if wrong_use else 1, str(error) or type(error).__name__

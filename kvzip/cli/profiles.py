@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import kvzip
-from kvzip import container
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, Output
 from kvzip.cli.documents import sizes
@@ -73,7 +72,7 @@ def fit(
             blob = kvzip.encode(snapshot, "predictive", profile)
             measured.append(
                 {"file": str(snapshots[i])}
-                | sizes(container.info(blob))
+                | sizes(snapshot.layout, len(blob))
                 | {"tokens": snapshot.tokens}
             )
             advance(1)

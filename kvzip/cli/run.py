@@ -19,15 +19,17 @@ from kvzip.cli import (  # noqa: F401 - each adds its commands
     verdicts,
 )
 from kvzip.cli.app import app
+from kvzip.cli.arguments import with_streams, writes_stdout
 from kvzip.cli.failures import BUG, failure_of
-from kvzip.cli.terminal import CheckFailed, as_one_line, complain
+from kvzip.cli.terminal import CheckFailed, as_one_line, complain, results_aside
 from kvzip.files import leave_nothing_behind
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     leave_nothing_behind()
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = with_streams(sys.argv[1:] if arguments is None else arguments)
+    results_aside(writes_stdout(arguments))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     code = 0
@@ -41,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _forget_stdout()
         code = 1
     except BaseException as error:
-        code = _tell(error, "--json" in arguments)
+        code = _tell(error, "--json" in arguments, writes_stdout(arguments))
     sys.exit(code)
 
 
-def _tell(error: BaseException, as_json: bool) -> int:
-    """Say what went wrong, on stderr and, if asked for, as JSON; the exit code."""
+def _tell(error: BaseException, as_json: bool, aside: bool) -> int:
+    """Say what went wrong, on stderr and, if asked for, as JSON; the exit code. `aside`: stdout is
+    the file that is written, and the JSON goes to stderr, too."""
     kind, code, message = failure_of(error)
     found = {"error": message, "kind": kind, "exit": code}
     if code == BUG:
@@ -56,7 +59,7 @@ def _tell(error: BaseException, as_json: bool) -> int:
     # A check that failed has shown its whole result: an error would be a second JSON object.
     if as_json and not isinstance(error, CheckFailed):
         try:
-            print(as_one_line(found), flush=True)
+            print(as_one_line(found), flush=True, file=sys.stderr if aside else sys.stdout)
         except OSError:
             _forget_stdout()
     elif isinstance(error, OSError) and error.filename == "standard output":

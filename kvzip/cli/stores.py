@@ -16,6 +16,7 @@ from kvzip.cli.arguments import Json, ProfilePath, Threads, read_profile
 from kvzip.cli.documents import sizes
 from kvzip.cli.terminal import CheckFailed, bar, emit, say
 from kvzip.errors import StoreError, UsageError
+from kvzip.files import STDOUT, reading
 from kvzip.snapshot import Snapshot
 
 StoreUrl = Annotated[
@@ -107,13 +108,14 @@ def get(
     key
         A document by its key, instead of by its tokens.
     output
-        FILE.kvz: the document as it is stored. FILE.safetensors: what is shared, decoded.
+        FILE.kvz, or -: the document as it is stored. FILE.safetensors: what is shared, decoded.
     """
     from kvzip.store import Match, Store
 
     if sum(given is not None for given in (like, ids, key)) != 1:
         raise UsageError("give one of --like, --ids and --key")
-    if output is not None and output.suffix not in (".kvz", ".safetensors"):
+    as_stored = output is not None and (output == STDOUT or output.suffix == ".kvz")
+    if output is not None and not as_stored and output.suffix != ".safetensors":
         raise UsageError(f"-o {output}: end it in .kvz or .safetensors")
     source, known, began = Store(store, make=False), read_profile(profile), time.perf_counter()
     if key is not None:
@@ -134,12 +136,12 @@ def get(
     if match is None:
         raise StoreError("no document in the store begins as the prompt does")
     with match:
-        if output is not None and output.suffix == ".kvz":
+        if output is not None and as_stored:
             with bar("get", match.reader.info.encoded_bytes) as progress:
                 source.fetch(match.key, output, progress)
         elif output is not None:
             match.snapshot().save(output)
-        result = sizes(match.reader.info) | {
+        result = sizes(match.reader.layout, match.reader.info.encoded_bytes) | {
             "key": match.key,
             "tokens": match.tokens,
             "document_tokens": match.reader.layout.tokens,
@@ -159,7 +161,7 @@ def get(
 
 def _prompt_of(path: Path) -> tuple[kvzip.Origin, Any, str]:
     """Origin, token ids and dtype of a snapshot or a .kvz file."""
-    with path.open("rb") as file:
+    with reading(path) as file:
         is_kvz = file.read(len(container.MAGIC)) == container.MAGIC
     if is_kvz:
         with container.open(path) as reader:

@@ -33,6 +33,15 @@ _out = Console(markup=False, highlight=False, emoji=False)
 _err = Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
+_aside = False
+
+
+def results_aside(aside: bool) -> None:
+    """Whether results go to stderr, because stdout is the file that is written."""
+    global _aside
+    _aside = aside
+
+
 class CheckFailed(Exception):
     """A check found something wrong, and the command has shown its whole result already: what is
     left is a line on stderr and exit code 1."""
@@ -42,17 +51,19 @@ class CheckFailed(Exception):
 
 
 def emit(result: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """A command's result: one JSON object, or what `show` says in words.
+    """A command's result: one JSON object, or what `show` says in words; on stdout, or on stderr
+    where stdout is the file that the command writes.
 
     Raises OSError that names standard output when it does not take what is written.
     """
+    stream = sys.stderr if _aside else sys.stdout
     try:
         if as_json:
-            print(as_one_line(result))
+            print(as_one_line(result), file=stream)
         else:
             show()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        if stream is not None:
+            stream.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -79,13 +90,14 @@ def _finite(value: Any) -> Any:
 
 
 def say(text: str) -> None:
-    """Print lines on stdout as they are, however long."""
+    """Print lines of a result as they are, however long."""
     for line in text.split("\n"):
-        _out.print(shown(line), soft_wrap=True)
+        (_err if _aside else _out).print(shown(line), soft_wrap=True)
 
 
 def show_table(table: Table) -> None:
-    _out.print(table, width=None if _out.is_terminal else _WIDE)
+    console = _err if _aside else _out
+    console.print(table, width=None if console.is_terminal else _WIDE)
 
 
 def shown(text: object) -> str:

@@ -1,0 +1,124 @@
+"""``-`` is stdin or stdout wherever a file is named, and stdout may fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import cache_like, make_snapshot
+
+import kvzip
+from kvzip.cli.arguments import with_streams, writes_stdout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_snapshot(cache_like, 1, "bf16", layers=2, tokens=300, dim=32).save(tmp_path / "s")
+    kvzip.write(tmp_path / "x.kvz", kvzip.Snapshot.load(tmp_path / "s"))
+    return tmp_path
+
+
+def piped(folder, line):
+    """Exit code, stdout and stderr of a line for a shell in which `kvzip` is the command."""
+    command = f'kvzip() {{ {sys.executable} -m kvzip.cli "$@"; }}; set -o pipefail; {line}'
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True)
+    assert b"Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+@pytest.mark.parametrize("redirected", ["cat x.kvz | kvzip {}", "kvzip {} < x.kvz"])
+def test_a_file_from_stdin(folder, redirected):
+    code, out, _ = piped(folder, redirected.format("info - --json"))
+    assert code == 0 and json.loads(out)["tokens"] == 300
+    code, out, _ = piped(folder, redirected.format("verify - --against s --json"))
+    assert code == 0 and json.loads(out)["same"]
+    code, out, _ = piped(folder, redirected.format("decode - -o back --json"))
+    assert code == 0
+    assert kvzip.encode(kvzip.Snapshot.load(folder / "back")) == (folder / "x.kvz").read_bytes()
+    code, out, _ = piped(folder, redirected.format("put - --store t --block-tokens 64 --json"))
+    assert code == 0 and json.loads(out)["documents"][0]["new"]
+    code, out, _ = piped(folder, redirected.format("get --like - --store t -o - --json"))
+    assert code == 0 and out == (folder / "x.kvz").read_bytes()
+
+
+def test_a_file_to_stdout_and_the_result_to_stderr(folder):
+    for more in ("-o -", "--output -", "--output=-", "-o /dev/stdout"):
+        code, out, err = piped(folder, f"kvzip encode s {more} --json")
+        assert (code, out) == (0, (folder / "x.kvz").read_bytes())
+        assert json.loads(err)["encoded_bytes"] == len(out)
+    code, out, err = piped(folder, "kvzip encode s -o - | kvzip decode - -o - | sha256sum")
+    assert code == 0 and "ratio" in err
+    code, out, err = piped(folder, "kvzip encode none -o - --json")
+    assert (code, out) == (2, b"")
+    assert json.loads(err.splitlines()[-1])["kind"] == "system"
+
+
+@pytest.mark.parametrize(
+    "command", ["info x.kvz", "info x.kvz --json", "entropy s", "encode s -o -"]
+)
+def test_a_stdout_that_takes_nothing(folder, command):
+    code, _, err = piped(folder, f"kvzip {command} > /dev/full")
+    assert code == 1
+    assert "is full" in err and err.startswith("kvzip: ")
+    code, _, err = piped(folder, f"set +o pipefail; kvzip {command} | true")
+    assert code == 0
+    assert "Exception" not in err
+    code, _, err = piped(folder, f"kvzip {command} >&-")
+    assert code in (0, 1)
+
+
+def test_which_dash_is_what():
+    assert with_streams(["decode", "-", "-o", "-"]) == ["decode", "/dev/stdin", "-o", "/dev/stdout"]
+    assert with_streams(["x", "--out=-", "--like=-"]) == [
+        "x", "--out=/dev/stdout", "--like=/dev/stdin",
+    ]  # fmt: skip
+    assert with_streams(["--docs", "-1", "a-b", "--a=b"]) == ["--docs", "-1", "a-b", "--a=b"]
+    assert writes_stdout(["-o", "/dev/stdout"]) and writes_stdout(["--out=/dev/stdout"])
+    assert not writes_stdout(["-o", "x"]) and not writes_stdout(["/dev/stdout"])
+
+
+def test_names_are_text(folder):
+    for name in (
+        "[bold]x",
+        "[/a]",
+        "[link=x]y",
+        ":smile:",
+        "a" * 200,
+        "\x1b[31mred",
+        "line\nbreak",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((folder / "x.kvz").read_bytes())
+        done = subprocess.run(
+            [sys.executable, "-m", "kvzip.cli", "verify", name],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+        shown = name.replace("\x1b", "\\x1b")
+        assert (done.returncode, done.stdout) == (0, f"{shown}: good\n")
+        (folder / name).write_bytes(b"none")
+        bad = subprocess.run(
+            [sys.executable, "-m", "kvzip.cli", "decode", "x.kvz", "-o", f"none/{name}"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+        assert bad.returncode == 2 and bad.stderr.count("\n") == 1
+    not_text = bytes(folder) + b"/\xff.kvz"
+    Path(not_text.decode(errors="surrogateescape")).write_bytes((folder / "x.kvz").read_bytes())
+    for more in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "kvzip.cli", "put", not_text, "--store", "t",
+             "--block-tokens", "64", *more],
+            cwd=folder, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0
+        if more:
+            assert (
+                json.loads(done.stdout)["documents"][0]["file"].encode(errors="surrogateescape")
+                == not_text
+            )
