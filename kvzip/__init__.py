@@ -23,6 +23,7 @@ from kvzip.errors import (
     UnsupportedError,
     UsageError,
 )
+from kvzip.pages import decode_page, encode_page, max_page_size
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
 
@@ -48,10 +49,13 @@ __all__ = [
     "UsageError",
     "codec_names",
     "decode",
+    "decode_page",
     "encode",
+    "encode_page",
     "get_codec",
     "info",
     "max_encoded_size",
+    "max_page_size",
     "open",
     "register_codec",
     "verify",

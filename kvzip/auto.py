@@ -52,12 +52,13 @@ def measured_figures(dtype: str) -> tuple[CodecFigures, ...]:
 
 
 def resolve(
-    codec: str | Codec | Mapping[str, Any], layout: Layout, has_profile: bool = False
+    codec: str | Codec | Mapping[str, Any], layout: Layout, profile: str | None = None
 ) -> Codec:
     """The codec that `codec` names; "auto" names the one that is best for a cache of that layout.
 
     "auto:gbps=10,threads=4" tells the link, in Gb/s, and the threads of the reader, which are taken
-    to decode that many times as fast. Codecs that need a profile take part where there is one.
+    to decode that many times as fast. `profile`: the codec that the profile is for, if there is
+    one; others that need one take no part.
     Raises UnsupportedError for settings that auto does not have.
     """
     if not (isinstance(codec, str) and codec.partition(":")[0] == "auto"):
@@ -66,7 +67,7 @@ def resolve(
     figures = [
         CodecFigures(f.name, f.ratio, f.decode_rate * settings["threads"])
         for f in measured_figures(layout.dtype)
-        if has_profile or not get_codec(f.name).needs_profile
+        if f.name == profile or not get_codec(f.name).needs_profile
     ]
     if not figures or not layout.raw_bytes:
         return get_codec(FALLBACK)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
@@ -186,7 +186,20 @@ class Codec(ABC):
         """Whether no block ever needs another."""
         return type(self).needs is Codec.needs
 
+    # --- profiles; optional -----------------------------------------------------------------
+
     needs_profile: ClassVar[bool] = False
+    """Whether the codec can do nothing without one."""
+
+    @classmethod
+    def fit(
+        cls,
+        snapshots: Sequence[Any],
+        progress: Callable[[str, int, int], None] | None = None,
+        **settings: Any,
+    ) -> Any:
+        """What :meth:`kvzip.Profile.fit` gives for this codec. Default: UnsupportedError."""
+        raise UnsupportedError(f"codec {cls.codec_id!r} learns nothing: it has no profiles")
 
 
 _registered: dict[str, type[Codec]] = {}

@@ -244,7 +244,7 @@ class _Encoder:
             raise UsageError(f"a {kind} is no Snapshot: Snapshot.load reads one from a file")
         _check_profile_kind(profile)
         snapshot.check()
-        codec = auto.resolve(spec, snapshot.layout, profile is not None)
+        codec = auto.resolve(spec, snapshot.layout, None if profile is None else profile.codec)
         if block_tokens is None:
             block_tokens = default_block_tokens(snapshot.layout, codec)
         block_tokens = integer("block_tokens", block_tokens, 1, 2**31 - 1)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip.codec import get_codec
 from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError
 from kvzip.files import replacing
 from kvzip.options import json_value, text
@@ -112,20 +113,27 @@ class Profile:
             raise ProfileError(f"{path} is not a profile of version {VERSION}")
         return profile
 
+    @property
+    def codec(self) -> str:
+        """Name of the codec that it was learned for."""
+        return str(self.description.get("codec"))
+
     @classmethod
     def fit(
         cls,
         snapshots: Iterable[Snapshot | str | os.PathLike[str]],
         progress: Callable[[str, int, int], None] | None = None,
+        codec: str = "predictive",
         **settings: Any,
     ) -> Profile:
         """Learn a profile of one model from snapshots of its caches, or from their paths.
 
         One document is in memory at a time. `progress` is called with what is being done, how
-        many documents are done and how many there are. `settings`: see
-        :func:`kvzip.codecs.predictive.fit.fit`. Raises ProfileError when the snapshots are not of
-        one model.
+        many documents are done and how many there are. `codec`: what it is for, "predictive" or
+        "channel", which takes tables from it instead of making them for each document.
+        `settings`: see :func:`kvzip.codecs.predictive.fit.fit`; "channel" has none. Raises
+        ProfileError when the snapshots are not of one model, UnsupportedError for a codec that
+        learns nothing.
         """
-        from kvzip.codecs.predictive.fit import fit
-
-        return fit(list(snapshots), progress=progress, **settings)
+        found: Profile = get_codec(codec).fit(list(snapshots), progress, **settings)
+        return found

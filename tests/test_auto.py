@@ -24,24 +24,24 @@ def test_it_is_a_codec_like_any_other(snapshot, dtype):
 
 
 @pytest.mark.parametrize("gbps", [0.001, 0.1, 1, 5, 25, 100, 1000, 1e5])
-@pytest.mark.parametrize("has_profile", [False, True])
-def test_the_choice_is_the_cost_models(snapshot, gbps, has_profile):
-    layout = snapshot.layout
-    figures = [f for f in auto.measured_figures("bf16") if has_profile or f.name != "predictive"]
-    assert len(figures) == 5 + has_profile
+@pytest.mark.parametrize("profile", [None, "channel", "predictive"])
+def test_the_choice_is_the_cost_models(snapshot, gbps, profile):
+    layout, able = snapshot.layout, profile == "predictive"
+    figures = [f for f in auto.measured_figures("bf16") if able or f.name != "predictive"]
+    assert len(figures) == 5 + able
     situation = Situation(raw_bytes=layout.raw_bytes, layers=3, bandwidth=gbps * 1e9)
     wanted = best(options(situation, figures), "seconds").name
-    found = auto.resolve(f"auto:gbps={gbps:g}", layout, has_profile)
+    found = auto.resolve(f"auto:gbps={gbps:g}", layout, profile)
     assert found == kvzip.get_codec(wanted)
 
 
 def test_slow_links_want_ratio_and_fast_ones_want_speed(snapshot):
-    def chosen(spec, has_profile=False):
-        return auto.resolve(spec, snapshot.layout, has_profile).codec_id
+    def chosen(spec, profile=None):
+        return auto.resolve(spec, snapshot.layout, profile).codec_id
 
     assert chosen("auto") == chosen("auto:gbps=5") == "channel"
     assert chosen("auto:gbps=100000") == "raw"
-    assert chosen("auto:gbps=0.01", True) == "predictive"
+    assert chosen("auto:gbps=0.01", "predictive") == "predictive"
     assert chosen("auto:gbps=0.01") == "channel"
     # More cores decode faster, so that a codec pays on a faster link.
     assert chosen("auto:gbps=100,threads=64") == "channel"

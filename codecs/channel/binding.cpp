@@ -30,22 +30,26 @@ Block<T> block_of(const Numbers<T>& array, const Form& form) {
           array.stride(0), array.stride(1), array.stride(2)};
 }
 
-template <typename T>
-Block<T> block_of(const Numbers<T>& array, const PartTables& tables) {
-  if (array.shape(1) != tables.heads() || array.shape(3) != tables.dim())
+// `part`: what it belongs to.
+template <typename T, typename Part>
+Block<T> block_of(const Numbers<T>& array, const Part& part) {
+  if (array.shape(1) != part.heads() || array.shape(3) != part.dim())
     throw std::invalid_argument("a block of another shape than its tables");
-  return block_of<T>(array, tables.form());
+  return block_of<T>(array, part.form());
+}
+
+void check_channels(std::size_t heads, std::size_t dim) {
+  if (heads * dim >= 1u << 16) throw std::length_error("more than 65,535 channels in a part");
 }
 
 template <typename T>
-void bind_for(nb::module_& m, nb::class_<PartTables>& tables) {
+void bind_for(nb::module_& m, nb::class_<Counts>& counts, nb::class_<PartTables>& tables) {
   m.def(
       "channel_tables",
       [](const Numbers<const T>& numbers, int exponent_bits, int mantissa_bits) {
         const Form form{exponent_bits, mantissa_bits};
         form.check();
-        if (numbers.shape(1) * numbers.shape(3) >= 1u << 16)
-          throw std::length_error("more than 65,535 channels in a part");
+        check_channels(numbers.shape(1), numbers.shape(3));
         const Block<const T> block = block_of<const T>(numbers, form);
         std::vector<std::uint8_t> bytes;
         {
@@ -56,6 +60,14 @@ void bind_for(nb::module_& m, nb::class_<PartTables>& tables) {
       },
       "numbers"_a, "exponent_bits"_a, "mantissa_bits"_a,
       "The tables that fit one layer's keys or values best, as bytes (codecs/channel/spec.md).");
+  counts.def(
+      "add",
+      [](Counts& self, const Numbers<const T>& numbers) {
+        const Block<const T> block = block_of<const T>(numbers, self);
+        nb::gil_scoped_release released;
+        self.add<T>(block);
+      },
+      "numbers"_a, "Count the values of [batch, heads, tokens, dim] numbers.");
   tables.def(
       "encode",
       [](const PartTables& self, const Numbers<const T>& numbers) -> nb::object {
@@ -259,19 +271,42 @@ class Decoding {
 }  // namespace
 
 void bind(nb::module_& m) {
+  nb::class_<Counts> counts(m, "ChannelCounts",
+                            "Values of one layer's keys or values, added up over documents.");
+  counts
+      .def(
+          "__init__",
+          [](Counts* self, std::size_t heads, std::size_t dim, int exponent_bits,
+             int mantissa_bits) {
+            const Form form{exponent_bits, mantissa_bits};
+            form.check();
+            check_channels(heads, dim);
+            new (self) Counts(heads, dim, form);
+          },
+          "heads"_a, "dim"_a, "exponent_bits"_a, "mantissa_bits"_a)
+      .def("bits", &Counts::bits,
+           "What others like them would take, about, under the tables that they are drawn from.")
+      .def(
+          "tables",
+          [](const Counts& self) {
+            const std::vector<std::uint8_t> bytes = self.tables();
+            return nb::bytes(bytes.data(), bytes.size());
+          },
+          "Tables that can code any numbers, and those that were counted best, as bytes. Raises "
+          "ValueError when nothing was counted.");
   nb::class_<PartTables> tables(m, "ChannelTables");
   tables.def(
       "__init__",
       [](PartTables* self, nb::handle data, std::size_t heads, std::size_t dim, int exponent_bits,
-         int mantissa_bits) {
+         int mantissa_bits, bool lasting) {
         const Form form{exponent_bits, mantissa_bits};
         form.check();
         Views views;
         const Py_buffer& bytes = views.add(data, PyBUF_SIMPLE);
         new (self) PartTables(static_cast<const std::uint8_t*>(bytes.buf), std::size_t(bytes.len),
-                              heads, dim, form);
+                              heads, dim, form, lasting);
       },
-      "data"_a, "heads"_a, "dim"_a, "exponent_bits"_a, "mantissa_bits"_a);
+      "data"_a, "heads"_a, "dim"_a, "exponent_bits"_a, "mantissa_bits"_a, "lasting"_a = false);
   tables
       .def("entries", &entries,
            "What each shape's slots say, uint32 [shapes, 64]: `Decoder::entry` (kernels.hpp).")
@@ -283,9 +318,9 @@ void bind(nb::module_& m) {
            "each begins in the block, its first strip, strips, lanes, bytes of mantissas as stored, "
            "words, escapes (StreamJob in jobs.hpp). Raises ValueError where a decoder would before "
            "it looks into the streams.");
-  bind_for<std::uint8_t>(m, tables);
-  bind_for<std::uint16_t>(m, tables);
-  bind_for<std::uint32_t>(m, tables);
+  bind_for<std::uint8_t>(m, counts, tables);
+  bind_for<std::uint16_t>(m, counts, tables);
+  bind_for<std::uint32_t>(m, counts, tables);
   nb::class_<Decoding>(m, "ChannelDecoding", "Decodes blocks on threads of its own, while more come.")
       .def(nb::init<std::size_t>(), "threads"_a)
       .def("add", &Decoding::add, "tables"_a.none(), "data"_a, "out"_a,

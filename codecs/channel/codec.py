@@ -6,16 +6,16 @@ distributed differs from channel to channel. spec.md has the format and the reas
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
+from kvzip.codecs.channel.profile import fit, rows, tables_of
 from kvzip.dtypes import Bits, DType
-from kvzip.errors import CorruptError, KVZipError
+from kvzip.errors import CorruptError, KVZipError, UsageError
 
 _RAW = bytes(16)
 # A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
@@ -23,21 +23,41 @@ _MAX_EXPANSION = 1024
 # Bits of a channel with a shape of its own: two levels of at most 16 bits for each of 256
 # exponents, and what stands beside them.
 _MAX_CHANNEL = 2 * 256 * 16 + 100
+# Tokens on which a profile's tables are tried, and what they may take more there than the part's
+# own tables are thought to: 3 % is seen where they fit, since few tokens tell too little of a
+# channel. And what a stream takes besides its numbers, in bits.
+_SAMPLE, _MORE, _STREAM = 128, 0.05, 1200
 
 
 class ChannelCodec(Codec):
     """Entropy-codes sign and exponent per layer, keys or values, head and channel.
 
-    The tables are made from the part itself and travel in the file, shared by its blocks.
+    The tables are made from the part itself and travel in the file, shared by its blocks; or they
+    are the profile's, where it has any, and the file has none. A profile's tables fit a document
+    less well than its own, and take neither room in a file nor time to make.
     """
 
     codec_id = "channel"
+
+    @classmethod
+    def fit(
+        cls,
+        snapshots: Sequence[Any],
+        progress: Callable[[str, int, int], None] | None = None,
+        **settings: Any,
+    ) -> Any:
+        for name in settings:
+            raise UsageError(f"channel learns its tables without settings; {name!r} is given")
+        return fit(snapshots, progress)
 
     def make_tables(self, part: Bits, context: Context) -> bytes:
         form = context.dtype
         if not part.size:
             return b""
-        made: bytes = _native.channel_tables(_rows(part), form.exponent_bits, form.mantissa_bits)
+        known = tables_of(context, part.shape[1], part.shape[3])
+        if known is not None and _fits(known, part[:, :, :_SAMPLE], form):
+            return b""
+        made: bytes = _native.channel_tables(rows(part), form.exponent_bits, form.mantissa_bits)
         return made
 
     def load_tables(
@@ -46,14 +66,14 @@ class ChannelCodec(Codec):
         _, heads, _, dim = shape
         form = context.dtype
         if not len(data):
-            return None
+            return tables_of(context, heads, dim)
         if len(data) > self.max_tables_size(shape, form):
             raise CorruptError("tables of an impossible size")
         # They are read when a block needs them, without Python's lock.
         return _native.ChannelTables(data, heads, dim, form.exponent_bits, form.mantissa_bits)
 
     def encode(self, block: Bits, context: Context) -> bytes:
-        coded: bytes | None = context.tables.encode(_rows(block)) if context.tables else None
+        coded: bytes | None = context.tables.encode(rows(block)) if context.tables else None
         return _RAW + block.tobytes() if coded is None else coded
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
@@ -66,7 +86,7 @@ class ChannelCodec(Codec):
         decoding = _native.ChannelDecoding(threads)
         try:
             for block in blocks:
-                target = _rows(block.out, writing=True)
+                target = rows(block.out, writing=True)
                 decoding.add(block.context.tables, block.data, target)
                 if target is not block.out:
                     copied.append((block.out, target))
@@ -100,8 +120,14 @@ class ChannelCodec(Codec):
         return 1 + shape[1] * shape[3] * _MAX_CHANNEL // 8
 
 
-def _rows(block: Bits, writing: bool = False) -> Bits:
-    """The block itself where each token's numbers lie side by side, else a copy that does."""
-    if block.strides[3] == block.itemsize or block.shape[3] == 1:
-        return block
-    return np.empty(block.shape, block.dtype) if writing else np.ascontiguousarray(block)
+def _fits(tables: _native.ChannelTables, sample: Bits, form: DType) -> bool:
+    """Whether these tables code the numbers about as well as tables of their own would."""
+    coded: bytes | None = tables.encode(rows(sample))
+    if coded is None:
+        return False
+    batch, heads, tokens, dim = sample.shape
+    counts = _native.ChannelCounts(heads, dim, form.exponent_bits, form.mantissa_bits)
+    counts.add(rows(sample))
+    streams = len(tables.streams(coded, batch, tokens))
+    fits: bool = 8 * len(coded) - _STREAM * streams <= (1 + _MORE) * counts.bits()
+    return fits

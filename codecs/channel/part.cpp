@@ -1,6 +1,7 @@
 #include "channel/part.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "channel/shapes.hpp"
@@ -107,6 +108,47 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
   return out;
 }
 
+Counts::Counts(std::size_t heads, std::size_t dim, Form form)
+    : form_(form),
+      heads_(heads),
+      dim_(dim),
+      counts_(heads * dim * count_stride(form.value_bits())) {}
+
+template <typename T>
+void Counts::add(const Block<const T>& block) {
+  const std::uint64_t numbers = numbers_ + std::uint64_t(block.batch) * block.tokens;
+  if (numbers >> 32) throw std::length_error("more numbers of a channel than can be counted");
+  count<T>(block, heads_, dim_, form_.mantissa_bits, counts_.data());
+  numbers_ = numbers;
+}
+
+double Counts::bits() const {
+  const std::size_t n = heads_ * dim_, stride = count_stride(form_.value_bits());
+  // Tables of the values themselves take that much less for each value that occurs (Miller, Madow).
+  const double each = 0.5 / std::log(2.0);
+  double bits = double(n) * double(numbers_) * (form_.mantissa_bits + std::log2(double(numbers_)));
+  for (std::size_t c = 0; c < n; ++c)
+    for (int v = 0; v < 1 << form_.value_bits(); ++v)
+      if (const double k = counts_[c * stride + std::size_t(v)]; k > 0)
+        bits += each - k * std::log2(k);
+  return numbers_ ? bits : 0;
+}
+
+std::vector<std::uint8_t> Counts::tables() const {
+  const std::size_t n = heads_ * dim_;
+  if (!numbers_) throw std::invalid_argument("nothing was counted");
+  std::vector<const std::uint32_t*> rows;
+  for (std::size_t c = 0; c < n; ++c)
+    rows.push_back(&counts_[c * count_stride(form_.value_bits())]);
+  Shapes shapes = choose_shapes(rows, numbers_, form_.exponent_bits, true);
+  StoredTables tables;
+  tables.shapes = std::move(shapes.levels);
+  tables.channels.resize(n);
+  for (std::size_t c = 0; c < n; ++c)
+    tables.channels[c] = {shapes.shape[c], shapes.base[c], false, 0};
+  return write_tables(tables, {n, dim_, form_.value_bits(), form_.bits()});
+}
+
 const StoredTables& PartTables::stored() const {
   std::call_once(reading_, [&] {
     try {
@@ -146,6 +188,36 @@ std::vector<Decoder> PartTables::decoders() const {
   return found;
 }
 
+const Decoder* PartTables::decoders(Workspace* workspace) const {
+  if (lasting_) {
+    const int level = int(simd::level());
+    std::call_once(decoding_[level], [&] { decoders_[level] = decoders(); });
+    return decoders_[level].data();
+  }
+  std::vector<Decoder>& decoders = workspace->decoders_;
+  if (workspace->of_ != this) {
+    workspace->of_ = nullptr;
+    if (decoders.size() < stored().shapes.count()) decoders.resize(stored().shapes.count());
+    make_decoders(decoders.data());
+    workspace->of_ = this;
+  }
+  return decoders.data();
+}
+
+template <typename T>
+bool PartTables::constant(const Block<const T>& block) const {
+  if (!block.batch || !block.tokens) return true;
+  for (std::size_t c = 0; c < stored_.channels.size(); ++c) {
+    const Channel& channel = stored_.channels[c];
+    if (!channel.constant) continue;
+    const std::size_t head = c / dim_, at = c % dim_;
+    if (block.data[std::ptrdiff_t(head) * block.head_stride + std::ptrdiff_t(at)] != channel.number ||
+        !channel::constant<T>(block, head, at))
+      return false;
+  }
+  return true;
+}
+
 const Encoder* PartTables::encoders() const {
   const StoredTables& stored = this->stored();
   const int level = int(simd::level());
@@ -173,6 +245,7 @@ void PartTables::encode(const Block<const T>& block, Encoded* out) const {
   sink.words = room + n;
   sink.escapes = room + 2 * n;
   out->size = 0;
+  if (!constant(block)) return;
   out->streams_.resize(streams.count());
   std::size_t size = header_size(streams.count());
   for (std::size_t i = streams.count(); i-- > 0;) {
@@ -265,14 +338,7 @@ void PartTables::decode(const std::uint8_t* data, std::size_t size, const Block<
   Tables tables = this->tables();
   std::vector<Coded>& streams = workspace->streams_;
   find(data, size, block.batch, block.tokens, &streams);
-  std::vector<Decoder>& decoders = workspace->decoders_;
-  if (workspace->of_ != this) {
-    workspace->of_ = nullptr;
-    if (decoders.size() < stored().shapes.count()) decoders.resize(stored().shapes.count());
-    make_decoders(decoders.data());
-    workspace->of_ = this;
-  }
-  tables.decoders = decoders.data();
+  tables.decoders = decoders(workspace);
   if (!channel::decode<T>(tables, block, streams.data(), streams.size()))
     throw std::invalid_argument("its streams do not fit each other");
 }
@@ -300,6 +366,7 @@ std::uint64_t checksum(const Block<T>& block, std::size_t heads, std::size_t dim
 #define KVZIP_INSTANTIATE(T)                                                                    \
   template std::vector<std::uint8_t> make_tables(const Block<const T>&, std::size_t,           \
                                                  std::size_t, Form);                            \
+  template void Counts::add(const Block<const T>&);                                             \
   template void PartTables::encode(const Block<const T>&, Encoded*) const;                      \
   template void PartTables::decode(const std::uint8_t*, std::size_t, const Block<T>&,           \
                                    Workspace*) const;                                           \

@@ -31,6 +31,34 @@ template <typename T>
 std::vector<std::uint8_t> make_tables(const Block<const T>& numbers, std::size_t heads,
                                       std::size_t dim, Form form);
 
+// Values of the channels of one layer's keys or values, added up over documents, for tables that are
+// kept apart from what is coded with them.
+class Counts {
+ public:
+  Counts(std::size_t heads, std::size_t dim, Form form);
+
+  const Form& form() const { return form_; }
+  std::size_t heads() const { return heads_; }
+  std::size_t dim() const { return dim_; }
+
+  // `block` is of these heads and dim, and T of the form's size.
+  template <typename T>
+  void add(const Block<const T>& block);
+
+  // What others like them would take, about, if each channel's values were coded with exactly the
+  // table that they are drawn from; it is told from those that were seen.
+  double bits() const;
+
+  // Tables that can code any numbers, and those best that were counted. At least one is.
+  std::vector<std::uint8_t> tables() const;
+
+ private:
+  Form form_;
+  std::size_t heads_, dim_;
+  std::uint64_t numbers_ = 0;  // of each channel
+  std::vector<std::uint32_t> counts_;
+};
+
 // Memory for one block after the other: fresh pages cost more than much that is done with them.
 template <typename U>
 class Room {
@@ -94,10 +122,11 @@ class Workspace {
 // thread it is; that and each later use throw std::invalid_argument when the bytes make no sense.
 class PartTables {
  public:
-  // Copies the bytes.
+  // Copies the bytes. `lasting`: what is looked up in decoding is made once and stays, for blocks
+  // that come now and then; not only with what decoded the block before.
   PartTables(const std::uint8_t* data, std::size_t size, std::size_t heads, std::size_t dim,
-             Form form)
-      : form_(form), heads_(heads), dim_(dim), bytes_(data, data + size) {}
+             Form form, bool lasting = false)
+      : form_(form), heads_(heads), dim_(dim), lasting_(lasting), bytes_(data, data + size) {}
 
   const Form& form() const { return form_; }
   std::size_t heads() const { return heads_; }
@@ -128,17 +157,24 @@ class PartTables {
             dim_,    form_.value_bits(),              form_.mantissa_bits, wide_};
   }
   void make_decoders(Decoder* decoders) const;
+  const Decoder* decoders(Workspace* workspace) const;
+  // Whether the channels that are constant in the tables are so in the block.
+  template <typename T>
+  bool constant(const Block<const T>& block) const;
   // Made when they are needed; of each instruction set.
   const Encoder* encoders() const;
 
   Form form_;
   std::size_t heads_, dim_;
+  bool lasting_;
   mutable std::vector<std::uint8_t> bytes_;
   mutable std::once_flag reading_;
   mutable StoredTables stored_;
   mutable std::vector<Live> live_;
   mutable bool wide_ = false;
   mutable std::string error_;
+  mutable std::once_flag decoding_[simd::kLevels];
+  mutable std::vector<Decoder> decoders_[simd::kLevels];
   mutable std::once_flag encoding_[simd::kLevels];
   mutable std::unique_ptr<Encoder[]> encoders_[simd::kLevels];
 };

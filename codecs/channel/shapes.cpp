@@ -223,7 +223,7 @@ Choice best(const std::vector<Group>& groups, const Near& near, const Seen& seen
 }  // namespace
 
 Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, std::uint64_t numbers,
-                     int exponent_bits) {
+                     int exponent_bits, bool any_value) {
   const std::size_t channels = counts.size();
   std::vector<Seen> seen(channels);
   std::vector<Group> groups;
@@ -263,8 +263,9 @@ Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, std::uint6
   for (std::size_t g = 0; g < groups.size(); ++g) {
     std::uint8_t levels[kCells], escape;
     std::size_t width;
-    if (!choose_levels(groups[g].sum[0], kWindow, 1u << exponent_bits, groups[g].outside, levels,
-                       &low[g], &width, &escape)) {
+    const std::uint32_t outside = groups[g].outside + any_value;
+    if (!choose_levels(groups[g].sum[0], kWindow, 1u << exponent_bits, outside, levels, &low[g],
+                       &width, &escape)) {
       // Numbers so far apart that none is near their mean: all are escapes.
       levels[0] = levels[1] = 0;
       width = escape = 1;

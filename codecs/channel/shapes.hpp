@@ -33,7 +33,8 @@ struct Shapes {
 };
 
 // `counts`: of each channel 2 << exponent_bits; of its `numbers`, at least one, all are counted.
+// `any_value`: whether every shape has an escape, for numbers that are not among these.
 Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, std::uint64_t numbers,
-                     int exponent_bits);
+                     int exponent_bits, bool any_value = false);
 
 }  // namespace kvzip::channel

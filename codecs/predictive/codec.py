@@ -7,7 +7,7 @@ spec.md has the method; fit.py learns the profile.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,17 @@ class PredictiveCodec(Codec):
     needs_profile = True
     # Half of what is usual: only other tokens are other work, since layers need each other.
     block_bytes = 1 << 19
+
+    @classmethod
+    def fit(
+        cls,
+        snapshots: Sequence[Any],
+        progress: Callable[[str, int, int], None] | None = None,
+        **settings: Any,
+    ) -> Profile:
+        from kvzip.codecs.predictive.fit import fit  # which needs what encoding does not
+
+        return fit(snapshots, progress, **settings)
 
     def needs(self, layer: int, part: Part) -> tuple[tuple[int, Part], ...]:
         if part == "v":

@@ -136,14 +136,15 @@ def encode(
         Store the token ids; without, only their hash.
     """
     loaded = Snapshot.load(snapshot)
-    chosen = auto.resolve(codec, loaded.layout, profile is not None)
+    learned = read_profile(profile)
+    chosen = auto.resolve(codec, loaded.layout, None if learned is None else learned.codec)
     began = time.perf_counter()
     with bar("encode", loaded.raw_bytes) as progress:
         length = container.write(
             output,
             loaded,
             chosen,
-            read_profile(profile),
+            learned,
             threads=threads,
             block_tokens=block_tokens,
             store_token_ids=token_ids,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any, Literal
 
 import kvzip
 from kvzip.cli.app import app
@@ -20,10 +21,11 @@ def fit(
     snapshots: list[Path],
     *,
     output: Output,
+    codec: Literal["predictive", "channel"] = "predictive",
     held_out: int | None = None,
-    token_table: bool = True,
+    token_table: bool | None = None,
     regions: int | None = None,
-    max_bytes: int = 134_000_000,
+    max_bytes: int | None = None,
     resume: Path | None = None,
     as_json: Json = False,
 ) -> None:
@@ -33,72 +35,79 @@ def fit(
     ----------
     snapshots
         Documents of one model, as `kvzip capture` writes them.
+    codec
+        What the profile is for: predictive, or channel, which takes its tables from there; they
+        are then neither made for each document nor stored with it. The options below
+        `--held-out` are for predictive.
     held_out
         How many of them are not learned from but measured on. Default: a tenth, if there are more
         than two.
     token_table
-        Keep what the first layers make of each token that is seen.
+        Keep what the first layers make of each token that is seen. Default: yes.
     regions
         Predictors of each layer, of which a token takes one. Default: as many as the documents
         and `max_bytes` allow, more in the first layers.
     max_bytes
-        How big the profile may get; one predictor a layer it always has.
+        How big the profile may get; one predictor a layer it always has. Default: 134 MB.
     resume
         A folder for finished layers: the same command goes on where it was ended.
     """
-    from kvzip.codecs.predictive.fit import multiplications
-
     count = len(snapshots) // 10 + (len(snapshots) > 2) if held_out is None else held_out
     if not 0 <= count < len(snapshots):
         raise UsageError(f"--held-out {count}: {len(snapshots)} snapshots are given")
+    given = {"token_table": token_table, "regions": regions, "max_bytes": max_bytes}
+    settings = {name: v for name, v in (given | {"resume": resume}).items() if v is not None}
+    if codec != "predictive" and settings:
+        option = next(iter(settings)).replace("_", "-")
+        raise UsageError(f"--{option} is for predictive, not for {codec}")
     apart = {int((i + 0.5) * len(snapshots) / count) for i in range(count)}
     learned = [p for i, p in enumerate(snapshots) if i not in apart]
     began = time.perf_counter()
     with steps() as tell:
-        profile = Profile.fit(
-            learned,
-            progress=tell,
-            token_table=token_table,
-            regions="auto" if regions is None else regions,
-            max_bytes=max_bytes,
-            resume=resume,
-        )
+        profile = Profile.fit(learned, tell, codec, **settings)
     seconds = time.perf_counter() - began
     profile.save(output)
-    measured = []
-    with bar("held-out documents", count, in_bytes=False) as advance:
-        for i in sorted(apart):
-            snapshot = Snapshot.load(snapshots[i])
-            blob = kvzip.encode(snapshot, "predictive", profile)
-            measured.append(
-                {"file": str(snapshots[i])}
-                | sizes(snapshot.layout, len(blob))
-                | {"tokens": snapshot.tokens}
-            )
-            advance(1)
-    products = multiplications(profile)
+    measured = _measured([snapshots[i] for i in sorted(apart)], profile)
     bits = [m["bits_per_value"] for m in measured]
     result = {
         "profile": str(output),
+        "codec": codec,
         "id": profile.id,
         "bytes": profile.nbytes,
         "documents": len(learned),
         "tokens": profile.description["tokens"],
         "seconds": seconds,
-        "multiplications_per_token": sum(products),
-        "multiplications_per_token_and_layer": products,
-        "regions": [len(profile.tensors[f"{i}.bias"]) for i in range(len(products))],
         "held_out": measured,
         "held_out_bits_per_value": sum(bits) / len(bits) if bits else None,
     }
+    taken = f"{len(learned)} documents, {seconds:.0f} s"
+    if codec == "predictive":
+        from kvzip.codecs.predictive.fit import multiplications
+
+        products = multiplications(profile)
+        result |= {
+            "multiplications_per_token": sum(products),
+            "multiplications_per_token_and_layer": products,
+            "regions": [len(profile.tensors[f"{i}.bias"]) for i in range(len(products))],
+        }
+        taken += f"; {sum(products):,} multiplications a token, {max(products):,} at most a layer"
 
     def show() -> None:
-        say(
-            f"{output}: {profile.nbytes:,} bytes from {len(learned)} documents, {seconds:.0f} s; "
-            f"{sum(products):,} multiplications a token, {max(products):,} at most a layer",
-        )
+        say(f"{output}: {profile.nbytes:,} bytes from {taken}")
         for m in measured:
             line = f"held out: {m['bits_per_value']:.2f} bits a number, ratio {m['ratio']:.3f}"
             say(f"{line}, {m['file']}")
 
     emit(result, as_json, show)
+
+
+def _measured(held_out: list[Path], profile: Profile) -> list[dict[str, Any]]:
+    """How small documents become with the profile."""
+    measured = []
+    with bar("held-out documents", len(held_out), in_bytes=False) as advance:
+        for path in held_out:
+            snapshot = Snapshot.load(path)
+            found = sizes(snapshot.layout, len(kvzip.encode(snapshot, profile.codec, profile)))
+            measured.append({"file": str(path)} | found | {"tokens": snapshot.tokens})
+            advance(1)
+    return measured

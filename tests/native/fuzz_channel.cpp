@@ -173,6 +173,34 @@ void strange(Form form) {
   }
 }
 
+// Tables of one block code any others, with what is looked up made anew or kept.
+template <typename T>
+void others(const Block<const T>& in, std::size_t heads, std::size_t dim, Form form) {
+  Counts counts(heads, dim, form);
+  counts.add<T>(in);
+  const Bytes tables = counts.tables();
+  encoded_bytes.update(tables.data(), tables.size());
+  const PartTables part(tables.data(), tables.size(), heads, dim, form, below(2));
+  const std::size_t tokens = 1 + below(300), row = heads * dim;
+  std::vector<T> numbers(tokens * row);
+  for (T& x : numbers)
+    x = below(3) ? in.data[below(dim)] : T(random_bits());
+  const Block<const T> other{numbers.data(),        1,
+                             tokens,                std::ptrdiff_t(numbers.size()),
+                             std::ptrdiff_t(dim),   std::ptrdiff_t(row)};
+  const Bytes coded = encoded_alike(part, other, "not the same bytes of others");
+  if (coded.empty()) return;
+  for (simd::Level level : kLevels) {
+    simd::set_level(level);
+    std::vector<T> out(numbers.size());
+    Workspace workspace;
+    part.decode<T>(coded.data(), coded.size(),
+                   {out.data(), 1, tokens, other.batch_stride, other.head_stride, other.token_stride},
+                   &workspace);
+    check(out == numbers, "not the numbers of others");
+  }
+}
+
 template <typename T>
 void once(Form form) {
   stored(form);
@@ -208,6 +236,7 @@ void once(Form form) {
   const Block<const T> in{block.data,        batch,
                           tokens,            block.batch_stride,
                           block.head_stride, block.token_stride};
+  others<T>(in, heads, dim, form);
   const Bytes tables = make_tables<T>(in, heads, dim, form);
   if (tables.empty()) return;
   const Exact stored(tables);

@@ -1,0 +1,159 @@
+"""Tables of `channel` in a profile: learned from documents, and found again by layer and part.
+
+spec.md, "In a profile", says how they lie there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kvzip import dtypes
+from kvzip.codec import Context
+from kvzip.codecs import _native
+from kvzip.dtypes import Bits, DType
+from kvzip.errors import ProfileError, UnsupportedError
+from kvzip.profile import Profile
+from kvzip.snapshot import PARTS, Part, Snapshot, batched
+
+
+def fit(
+    snapshots: Sequence[Any], progress: Callable[[str, int, int], None] | None = None
+) -> Profile:
+    """Tables for every layer's keys and values, which code those of the documents best that there
+    are, and can code any others. See :meth:`kvzip.Profile.fit`."""
+    if not snapshots:
+        raise ProfileError("a profile needs at least one snapshot to learn from")
+    first = _open(snapshots[0])
+    form, shapes = dtypes.get(first.dtype), _shapes(first)
+    counts = {
+        key: _native.ChannelCounts(*shape, form.exponent_bits, form.mantissa_bits)
+        for key, shape in shapes.items()
+        if math.prod(shape)
+    }
+    tokens = 0
+    for done, item in enumerate(snapshots):
+        snapshot = _open(item)
+        if _shapes(snapshot) != shapes or snapshot.dtype != first.dtype:
+            raise ProfileError("the snapshots are of different models or dtypes")
+        for (i, part), counted in counts.items():
+            array = batched(snapshot.layers[i].part(part))
+            if array.size:
+                counted.add(rows(array))
+        tokens += snapshot.tokens
+        if progress is not None:
+            progress("documents", done + 1, len(snapshots))
+    tensors = {}
+    for (i, part), counted in counts.items():
+        try:
+            tensors[_name(i, part)] = np.frombuffer(counted.tables(), np.uint8)
+        except ValueError:
+            raise ProfileError(f"the snapshots hold no tokens of layer {i}") from None
+    origin = first.origin
+    return Profile(
+        tensors,
+        {
+            "codec": "channel",
+            "model": origin.model,
+            "revision": origin.revision,
+            "architecture": origin.architecture,
+            "tokens": tokens,
+            "documents": len(snapshots),
+            "channel": {
+                "dtype": form.name,
+                "layers": [
+                    {part: shapes[i, part] for part in PARTS} for i in range(len(first.layers))
+                ],
+            },
+        },
+    )
+
+
+class Stated(msgspec.Struct, frozen=True):
+    """What a profile says of the numbers that its tables are for."""
+
+    dtype: str
+    layers: tuple[dict[Part, tuple[int, int]], ...]
+    """Heads and dim of each layer's keys and values."""
+
+
+def stated(profile: Profile | None) -> Stated | None:
+    """None where there is no profile, or one without tables. Raises ProfileError."""
+    if profile is None or "channel" not in profile.description:
+        return None
+    found: Stated | None = profile.made.get("channel.stated")
+    if found is None:
+        try:
+            found = msgspec.convert(profile.description["channel"], Stated)
+            dtypes.get(found.dtype)
+        except (msgspec.ValidationError, UnsupportedError) as error:
+            raise ProfileError(
+                f"what the profile says of its tables makes no sense: {error}"
+            ) from None
+        profile.made["channel.stated"] = found
+    return found
+
+
+def tables_of(context: Context, heads: int, dim: int) -> _native.ChannelTables | None:
+    """The profile's tables for the context's layer and part; None where there is no profile, or
+    one without tables. Raises ProfileError when they are another model's, or make no sense."""
+    profile = context.profile
+    found = stated(profile)
+    if found is None:
+        return None
+    layer, part, form = context.layer, context.part, context.dtype
+    made = profile.made.setdefault("channel", {})
+    key = layer, part, heads, dim, form.name
+    if key not in made:
+        if found.dtype != form.name:
+            raise ProfileError(f"the profile's tables are for {found.dtype}, not {form.name}")
+        if layer >= len(found.layers) or found.layers[layer].get(part) != (heads, dim):
+            raise ProfileError(
+                f"the profile is of another model: it has no layer {layer} whose {part} has "
+                f"{heads} heads of {dim}"
+            )
+        made[key] = _read(profile, layer, part, heads, dim, form)
+    return made[key]
+
+
+def rows(block: Bits, writing: bool = False) -> Bits:
+    """The block itself where each token's numbers lie side by side, else a copy that does."""
+    if block.strides[3] == block.itemsize or block.shape[3] == 1:
+        return block
+    return np.empty(block.shape, block.dtype) if writing else np.ascontiguousarray(block)
+
+
+def _read(
+    profile: Profile, layer: int, part: Part, heads: int, dim: int, form: DType
+) -> _native.ChannelTables:
+    # Blocks come to them now and then: what is made of them stays.
+    how = (heads, dim, form.exponent_bits, form.mantissa_bits, True)
+    try:
+        tables = _native.ChannelTables(profile.tensors[_name(layer, part)].tobytes(), *how)
+        tables.channels()  # they are read now
+    except (KeyError, ValueError) as error:
+        raise ProfileError(
+            f"the profile's tables of layer {layer} {part} make no sense: {error}"
+        ) from None
+    return tables
+
+
+def _name(layer: int, part: Part) -> str:
+    return f"channel.{layer}.{part}"
+
+
+def _open(item: Any) -> Snapshot:
+    return item if isinstance(item, Snapshot) else Snapshot.load(item)
+
+
+def _shapes(snapshot: Snapshot) -> dict[tuple[int, Part], tuple[int, int]]:
+    """Heads and dim of every layer's keys and values."""
+    return {
+        (i, part): (layer.shape(part)[-3], layer.shape(part)[-1])
+        for i, layer in enumerate(snapshot.layout.layers)
+        for part in PARTS
+    }

@@ -1,0 +1,229 @@
+"""Pages: a few tokens of one layer, of some or of all, as engines move them between memories.
+
+A page is coded by `channel` with a profile's tables, which it does not hold: all that it takes to
+decode it is the page and the profile. Nothing is kept from one page to the next. docs/format.md
+has the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvzip import checksum, dtypes
+from kvzip.codec import Coded, Context, get_codec
+from kvzip.codecs.channel.profile import stated
+from kvzip.dtypes import Bits, DType
+from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError
+from kvzip.options import integer
+from kvzip.profile import Profile
+from kvzip.snapshot import PARTS, Origin, Part
+
+MAGIC = b"KVZP"
+VERSION = 0
+MOST_TOKENS = 1 << 13
+"""Of a page. A block of them is below 4 GiB, whatever its model."""
+
+# Magic, version, zeros, first layer, layers, tokens, zeros, profile; then the checksum.
+_HEADER = struct.Struct("<4sHHIIII8s")
+_CHECKSUM = struct.Struct("<Q")
+_LENGTHS_AT = _HEADER.size + _CHECKSUM.size
+_ALIGNMENT = 16
+_NOWHERE = Origin()
+_NO_TABLES = memoryview(b"")
+
+
+def encode_page(layers: Sequence[tuple[Any, Any]], profile: Profile, *, first: int = 0) -> bytes:
+    """The same tokens of one or more layers that follow each other, as bytes.
+
+    `layers`: a (K, V) pair each, arrays or CPU tensors [heads, tokens, dim] of any strides; arrays
+    of integers hold bits of the profile's dtype. `profile`: one with tables of `channel`
+    (``Profile.fit(snapshots, codec="channel")``). `first`: the number of the first of the layers.
+
+    Raises ProfileError when the profile is another model's or has no tables, UsageError when the
+    arrays do not fit each other, UnsupportedError when they are of another dtype.
+    """
+    coder = _Coder(profile)
+    given = [dtypes.as_bits(array, coder.form.name)[0] for pair in layers for array in _two(pair)]
+    tokens = given[0].shape[1] if given and given[0].ndim == 3 else 0
+    blocks, digests = [], []
+    parts = coder.parts(first, len(given) // 2, tokens)
+    for (i, part, shape), array in zip(parts, given, strict=True):
+        if array.shape != shape:
+            raise UsageError(
+                f"layer {i}: {part} has shape {array.shape}; the profile's has {shape}"
+            )
+        block = array[np.newaxis]
+        blocks.append(coder.codec.encode(block, coder.context(i, part, block)))
+        digests.append(checksum.of_numbers(block))
+    identity = bytes.fromhex(profile.id)[:8]
+    start = _HEADER.pack(MAGIC, VERSION, 0, first, len(blocks) // 2, tokens, 0, identity)
+    lengths = np.array([len(block) for block in blocks], "<u4").tobytes()
+    head = start + _CHECKSUM.pack(_digest(start, lengths, digests)) + lengths
+    return b"".join([_padded(head), *map(_padded, blocks)])
+
+
+def decode_page(
+    data: Any,
+    profile: Profile,
+    out: Sequence[tuple[Any, Any]] | None = None,
+    threads: int = 1,
+) -> list[tuple[Bits, Bits]]:
+    """(K, V) of each layer of a page, bit-exact: arrays of unsigned integers that hold the bits,
+    [heads, tokens, dim].
+
+    `data`: the page, any buffer. `out`: writable arrays or CPU tensors of these shapes and any
+    strides, which are filled and given back as such arrays. Raises CorruptError or FormatError for
+    what is no whole page, ProfileError when it was made with another profile.
+    """
+    coder = _Coder(profile)
+    page = memoryview(data).cast("B")
+    found = _read(page, profile)
+    parts = list(coder.parts(found.first, found.layers, found.tokens))
+    for length, (_, _, shape) in zip(found.lengths, parts, strict=True):
+        most = coder.codec.max_decoded_size(length, coder.form)
+        if math.prod(shape) * coder.form.itemsize > most:
+            raise CorruptError("the page claims more than its bytes can hold")
+    arrays = _places(out, [shape for _, _, shape in parts], coder.form)
+    blocks, at = [], found.begin
+    for (i, part, _), length, array in zip(parts, found.lengths, arrays, strict=True):
+        block = array[np.newaxis]
+        blocks.append(Coded(page[at : at + length], block, coder.context(i, part, block)))
+        at += _aligned(length)
+    digests = coder.codec.decode_many(blocks, integer("threads", threads, 1))
+    if _digest(page[: _HEADER.size], page[_LENGTHS_AT : found.end], digests) != found.checksum:
+        raise CorruptError("the page is damaged: its checksum does not match")
+    return list(zip(arrays[::2], arrays[1::2], strict=True))
+
+
+def max_page_size(
+    profile: Profile, tokens: int, *, first: int = 0, layers: int | None = None
+) -> int:
+    """The most bytes that a page of so many tokens takes, whatever the numbers are.
+
+    `first`, `layers`: the number of the first layer that it holds, and how many; by default all of
+    the profile's. Raises as :func:`encode_page`.
+    """
+    coder = _Coder(profile)
+    count = len(coder.layers) - first if layers is None else layers
+    size = _aligned(_LENGTHS_AT + 8 * count)
+    for _, _, shape in coder.parts(first, count, tokens):
+        size += _aligned(coder.codec.max_encoded_size(math.prod(shape) * coder.form.itemsize))
+    return size
+
+
+class _Coder:
+    """The codec with a profile's tables, and the numbers that they are for."""
+
+    def __init__(self, profile: Any):
+        if not isinstance(profile, Profile):
+            kind = type(profile).__name__
+            raise ProfileError(f"a {kind} is no Profile: Profile.load reads one from a file")
+        found = stated(profile)
+        if found is None:
+            raise ProfileError(
+                'the profile has no tables of channel: Profile.fit(..., codec="channel") makes one'
+            )
+        self.profile, self.codec = profile, get_codec("channel")
+        self.form, self.layers = dtypes.get(found.dtype), found.layers
+
+    def parts(
+        self, first: int, count: int, tokens: int
+    ) -> Iterator[tuple[int, Part, tuple[int, int, int]]]:
+        """Layer, part and shape of each block of a page, in its order."""
+        first, count = integer("first", first, 0), integer("layers", count, 1)
+        tokens = integer("the tokens of a page", tokens, 1, MOST_TOKENS)
+        if first + count > len(self.layers):
+            raise ProfileError(
+                f"the profile has {len(self.layers)} layers, not {first + count}: it is of another "
+                "model"
+            )
+        for i in range(first, first + count):
+            for part in PARTS:
+                heads, dim = self.layers[i][part]
+                yield i, part, (heads, tokens, dim)
+
+    def context(self, layer: int, part: Part, block: Bits) -> Context:
+        context = Context(self.form, layer, part, 0, _NOWHERE, None, self.profile)
+        context.tables = self.codec.load_tables(_NO_TABLES, block.shape, context)
+        return context
+
+
+class _Page(NamedTuple):
+    """A page's header, checked."""
+
+    first: int
+    layers: int
+    tokens: int
+    checksum: int
+    lengths: list[int]
+    """Bytes of each block."""
+    end: int
+    """Of the lengths."""
+    begin: int
+    """Of the first block."""
+
+
+def _read(page: memoryview, profile: Profile) -> _Page:
+    if bytes(page[: len(MAGIC)]) != MAGIC[: len(page)] or not len(page):
+        raise FormatError("this is not a page")
+    if len(page) < _LENGTHS_AT:
+        raise CorruptError("the page is cut short")
+    _, version, zeros, first, layers, tokens, more_zeros, made_with = _HEADER.unpack_from(page)
+    if version != VERSION:
+        raise FormatError(f"the page has version {version}; this is a reader of version {VERSION}")
+    if made_with != bytes.fromhex(profile.id)[:8]:
+        raise ProfileError(
+            f"the page was made with profile {made_with.hex()}..., not with {profile.id}"
+        )
+    end = _LENGTHS_AT + 8 * layers
+    begin = _aligned(end)
+    if zeros or more_zeros or not 1 <= tokens <= MOST_TOKENS or not layers or begin > len(page):
+        raise CorruptError("the page's header makes no sense")
+    lengths = np.frombuffer(page[_LENGTHS_AT:end], "<u4").tolist()
+    if begin + sum(map(_aligned, lengths)) != len(page):
+        raise CorruptError("the page is cut short, or longer than it says")
+    gaps, start = [page[end:begin]], begin
+    for length in lengths:
+        gaps.append(page[start + length : start + _aligned(length)])
+        start += _aligned(length)
+    if any(map(any, gaps)):
+        raise CorruptError("what lies between the page's blocks is not zeros")
+    (digest,) = _CHECKSUM.unpack_from(page, _HEADER.size)
+    return _Page(first, layers, tokens, digest, lengths, end, begin)
+
+
+def _places(
+    out: Sequence[tuple[Any, Any]] | None, shapes: Sequence[tuple[int, int, int]], form: DType
+) -> list[Bits]:
+    if out is None:
+        return [np.empty(shape, form.uint) for shape in shapes]
+    given = [dtypes.as_bits(array, form.name)[0] for pair in out for array in _two(pair)]
+    if [a.shape for a in given] != list(shapes) or not all(a.flags.writeable for a in given):
+        raise UsageError(f"out must be writable arrays of the shapes {list(shapes)}, in pairs")
+    return given
+
+
+def _two(pair: Any) -> tuple[Any, Any]:
+    try:
+        k, v = pair
+    except (TypeError, ValueError):
+        raise UsageError("each layer is a pair of keys and values") from None
+    return k, v
+
+
+def _digest(start: Any, lengths: Any, digests: Sequence[int]) -> int:
+    """Of everything in a page, of its numbers by their own."""
+    return checksum.of_bytes(start, lengths, np.array(digests, "<u8"))
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(_aligned(len(data)) - len(data))

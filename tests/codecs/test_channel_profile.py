@@ -1,0 +1,179 @@
+"""Tables of the channel codec in a profile."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import assert_same, cache_like, make_snapshot, random_bits
+
+import kvzip
+from kvzip import dtypes
+from kvzip.codecs import _native
+from kvzip.errors import ProfileError, UnsupportedError, UsageError
+
+
+def document(seed, dtype="bf16", maker=cache_like, **more):
+    """One of a model's: documents are of tokens that follow each other."""
+    sizes = {"layers": 2, "heads": 3, "tokens": 300, "dim": 24} | more
+    tokens = sizes.pop("tokens")
+    whole = make_snapshot(maker, 1, dtype, tokens=10 * tokens + 10, **sizes)
+    begin = seed * tokens
+    layers = [tuple(np.array(x[..., begin : begin + tokens, :]) for x in y) for y in whole.layers]
+    return kvzip.Snapshot.from_arrays(layers, dtype, origin=whole.origin)
+
+
+def fitted(*documents):
+    return kvzip.Profile.fit(documents, codec="channel")
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Documents, and the profile of all but the last."""
+    documents = [document(seed) for seed in range(4)]
+    return documents, fitted(*documents[:-1])
+
+
+def tables_in(blob, profile=None):
+    index = kvzip.open(blob, profile)._index
+    return [index.length[rows.start] for rows in index.rows.values()]
+
+
+def test_files_hold_no_tables_where_the_profile_has_them(known):
+    documents, profile = known
+    alone, blob = kvzip.encode(documents[-1]), kvzip.encode(documents[-1], "channel", profile)
+    assert all(tables_in(alone)) and not any(tables_in(blob))
+    assert len(blob) < len(alone)
+    assert_same(kvzip.decode(blob, profile), documents[-1])
+    with pytest.raises(ProfileError):
+        kvzip.decode(blob)
+    assert kvzip.verify(blob, profile).header.profile == profile.id
+
+
+def test_a_profile_is_the_same_on_disk(known, tmp_path):
+    documents, profile = known
+    profile.save(tmp_path / "m.kvprofile")
+    again = kvzip.Profile.load(tmp_path / "m.kvprofile")
+    assert again.id == profile.id == fitted(*documents[:-1]).id
+    assert again.codec == "channel"
+    blob = kvzip.encode(documents[-1], "channel", profile)
+    assert kvzip.encode(documents[-1], "channel", again) == blob
+    assert_same(kvzip.decode(blob, again), documents[-1])
+
+
+def test_any_numbers_come_back(dtype):
+    """Whatever a profile was learned from: all of its channels constant, or few tokens."""
+    rng = np.random.default_rng(0)
+    form = dtypes.get(dtype)
+    shape = (3, 300, 24)
+    constant = np.broadcast_to(rng.integers(0, 9, (3, 1, 24)).astype(form.uint), shape)
+    learned = [
+        document(1, dtype),
+        document(2, dtype, tokens=1),
+        kvzip.Snapshot.from_arrays([(constant, constant)] * 2, dtype),
+        document(3, dtype, random_bits),
+    ]
+    for profile in map(fitted, learned):
+        for other in [document(4, dtype), document(5, dtype, random_bits, batch=2), *learned]:
+            blob = kvzip.encode(other, "channel", profile, block_tokens=64)
+            assert_same(kvzip.decode(blob, profile), other)
+            assert len(blob) <= kvzip.max_encoded_size(other, "channel", block_tokens=64)
+
+
+def test_where_a_profile_does_not_fit_a_file_has_its_own_tables(known):
+    """Keys 2^40 times as large are escapes, all of them."""
+    _, profile = known
+    for layer in (large := document(9)).layers:
+        layer.k[...] += np.uint16(40 << 7)
+    blob = kvzip.encode(large, "channel", profile)
+    lengths = tables_in(blob, profile)
+    assert all(lengths[::2]) and not any(lengths[1::2])
+    assert_same(kvzip.decode(blob, profile), large)
+    assert len(blob) <= len(kvzip.encode(large))
+
+
+def test_profiles_of_other_models_are_refused(known):
+    documents, profile = known
+    others = [
+        document(1, "fp16"),
+        document(1, heads=4),
+        document(1, dim=23),
+        document(1, layers=3),
+    ]
+    for other in others:
+        with pytest.raises(ProfileError):
+            kvzip.encode(other, "channel", profile)
+        with pytest.raises(ProfileError):
+            fitted(documents[0], other)
+        # Codecs that take nothing from it do not care.
+        assert_same(kvzip.decode(kvzip.encode(other, "planes", profile), profile), other)
+
+
+def test_what_cannot_be_learned_is_an_error(known):
+    with pytest.raises(ProfileError, match="at least one"):
+        fitted()
+    with pytest.raises(ProfileError, match="no tokens"):
+        fitted(document(1, tokens=0))
+    with pytest.raises(UnsupportedError, match="learns nothing"):
+        kvzip.Profile.fit(known[0], codec="zstd")
+    with pytest.raises(UsageError, match="regions"):
+        kvzip.Profile.fit(known[0], codec="channel", regions=3)
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_hostile_profiles_do_no_harm(known, data):
+    """Damaged tables are refused, or are others, with which numbers come back."""
+    documents, profile = known
+    tensors = {name: array.copy() for name, array in profile.tensors.items()}
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    match data.draw(st.sampled_from(["bits", "cut", "gone", "wide", "stated"])):
+        case "bits":
+            for _ in range(data.draw(st.integers(1, 3))):
+                at = data.draw(st.integers(0, len(tensors[name]) - 1))
+                tensors[name][at] ^= 1 << data.draw(st.integers(0, 7))
+        case "cut":
+            tensors[name] = tensors[name][: data.draw(st.integers(0, len(tensors[name]) - 1))]
+        case "gone":
+            del tensors[name]
+        case "wide":
+            tensors[name] = tensors[name].astype(np.int64)
+        case "stated":
+            wrong = data.draw(
+                st.sampled_from(
+                    [
+                        None,
+                        {},
+                        {"dtype": "int3", "layers": []},
+                        {"dtype": "bf16", "layers": 5},
+                        {"dtype": "bf16", "layers": [{"k": [3, 24]}]},
+                        {"dtype": "bf16", "layers": [{"k": [3], "v": [3, 24]}]},
+                    ]
+                )
+            )
+            hostile = kvzip.Profile(tensors, profile.description | {"channel": wrong})
+            with pytest.raises(ProfileError):
+                kvzip.encode(documents[-1], "channel", hostile)
+            return
+    hostile = kvzip.Profile(tensors, profile.description)
+    try:
+        blob = kvzip.encode(documents[-1], "channel", hostile)
+    except ProfileError:
+        return
+    assert_same(kvzip.decode(blob, hostile), documents[-1])
+
+
+def test_tables_of_one_part_do_not_code_constants_of_another(dtype):
+    """Constant channels stand in tables: a block that has others there is not theirs."""
+    form = dtypes.get(dtype)
+    numbers = cache_like(np.random.default_rng(1), dtype, (1, 2, 200, 5))
+    numbers[:, 1, :, 3] = 7
+    made = _native.channel_tables(numbers, form.exponent_bits, form.mantissa_bits)
+    tables = _native.ChannelTables(made, 2, 5, form.exponent_bits, form.mantissa_bits)
+    assert (0xFFFFFFFF, 7) in map(tuple, tables.channels().tolist())
+    assert tables.encode(numbers) is not None
+    numbers[0, 1, 150, 3] = 8
+    assert tables.encode(numbers) is None
+    numbers[0, 1, :, 3] = 8
+    assert tables.encode(numbers) is None
