@@ -75,6 +75,13 @@ def test_the_stores_commands(names):
     assert kvzip.Snapshot.load("prefix.safetensors").tokens == 200
 
 
+def test_pages(names):
+    layer = names["snapshot"].layers[1]
+    names |= {"kvzip": kvzip, "k": layer.k[:, 16:32], "v": layer.v[:, 16:32]}
+    assert run("format.md", names) == 1
+    assert (names["keys"] == names["k"]).all() and (names["values"] == names["v"]).all()
+
+
 def test_transformers(names, caplog):
     assert run("transformers.md", names) == 3
     assert names["cache"].get_seq_length() == 100

@@ -1,4 +1,4 @@
-"""kvzip fit: what a codec can learn of a model."""
+"""kvzip fit, eval pages: what a codec can learn of a model, and pages coded with it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+from rich.table import Table
+
 import kvzip
-from kvzip.cli.app import app
-from kvzip.cli.arguments import Json, Output
+from kvzip.cli.app import app, evaluate
+from kvzip.cli.arguments import Json, Output, integers
 from kvzip.cli.documents import sizes
-from kvzip.cli.terminal import bar, emit, say, steps
+from kvzip.cli.terminal import bar, emit, say, show_table, steps
 from kvzip.errors import UsageError
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
@@ -111,3 +114,39 @@ def _measured(held_out: list[Path], profile: Profile) -> list[dict[str, Any]]:
             measured.append({"file": str(path)} | found | {"tokens": snapshot.tokens})
             advance(1)
     return measured
+
+
+@evaluate.command
+def pages(
+    snapshots: list[Path], *, profile: Path, tokens: str = "16,32,64,128,256", as_json: Json = False
+) -> None:
+    """How small documents become as pages, blocks of a few tokens that engines move; each page is
+    decoded again and compared.
+
+    Parameters
+    ----------
+    snapshots
+        Documents, as `kvzip capture` writes them.
+    profile
+        One with tables of channel: kvzip fit --codec channel.
+    tokens
+        Of a page, with commas between.
+    """
+    from kvzip.eval.pages import measure
+
+    with steps() as tell:
+        found = measure(snapshots, Profile.load(profile), integers("--tokens", tokens), tell)
+    rows = [
+        msgspec.to_builtins(f) | {"ratio": f.ratio, "bits_per_value": f.bits_per_value}
+        for f in found
+    ]
+
+    def show() -> None:
+        table = Table("tokens", "layers", "pages", "bytes a page", "bits a number", "ratio")
+        for f in found:
+            sizes = (f"{f.encoded_bytes / f.pages:,.0f}", f"{f.bits_per_value:.2f}")
+            counts = (f"{f.tokens}", f"{f.layers}", f"{f.pages:,}")
+            table.add_row(*counts, *sizes, f"{f.ratio:.3f}")
+        show_table(table)
+
+    emit({"pages": rows}, as_json, show)

@@ -177,3 +177,36 @@ def test_tables_of_one_part_do_not_code_constants_of_another(dtype):
     assert tables.encode(numbers) is None
     numbers[0, 1, :, 3] = 8
     assert tables.encode(numbers) is None
+
+
+def test_the_command_line(known, tmp_path, capsys):
+    import json
+
+    from kvzip import cli
+
+    def main(arguments):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        return end.value.code or 0
+
+    files = [str(tmp_path / f"doc-{i}.safetensors") for i in range(4)]
+    for document_, path in zip(known[0], files, strict=True):
+        document_.save(path)
+    profile = str(tmp_path / "m.kvprofile")
+    assert main(["fit", *files, "-o", profile, "--codec", "channel", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["codec"], made["documents"], len(made["held_out"])) == ("channel", 3, 1)
+    assert made["id"] == kvzip.Profile.load(profile).id
+    blob = str(tmp_path / "d.kvz")
+    assert main(["encode", files[0], "-o", blob, "--profile", profile]) == 0
+    assert main(["verify", blob, "--profile", profile, "--against", files[0]]) == 0
+    capsys.readouterr()
+    assert (
+        main(["eval", "pages", *files, "--profile", profile, "--tokens", "16,301", "--json"]) == 0
+    )
+    one, all_ = json.loads(capsys.readouterr().out)["pages"]
+    assert (one["tokens"], one["layers"], one["pages"]) == (16, 1, 4 * 2 * 18)
+    assert (all_["tokens"], all_["layers"], all_["pages"]) == (16, 2, 4 * 18)
+    assert one["raw_bytes"] == all_["raw_bytes"] == 4 * 18 * 2 * 2 * 3 * 24 * 16 * 2
+    assert main(["fit", *files, "-o", profile, "--codec", "channel", "--regions", "2"]) != 0
+    assert "--regions is for predictive" in capsys.readouterr().err
