@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvzip import container, dtypes
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.identity import fingerprint
 from kvzip.load.config import LayerKind, cache_argument, layers_of, rope_parameters
 from kvzip.load.lazy import FullLayer, SlidingLayer, Taken
 from kvzip.remote import open_url
@@ -185,18 +186,18 @@ def agreed(
 # --- into a cache ------------------------------------------------------------------------------
 
 
-def name_of_model(model: Any) -> tuple[str, str]:
-    """What a model calls itself, and its revision; "" where it says nothing."""
-    config = model.config
-    name = getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "")
-    return str(name), str(getattr(config, "_commit_hash", None) or "")
+def name_of_model(model: Any) -> str:
+    """What a model calls itself; "" where it says nothing."""
+    return str(
+        getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "") or ""
+    )
 
 
 def origin_of_model(model: Any) -> Origin:
-    name, revision = name_of_model(model)
+    """Where caches of a transformers model come from: `revision` is its fingerprint."""
     return Origin(
-        model=name,
-        revision=revision,
+        model=name_of_model(model),
+        revision=fingerprint(model),
         architecture=type(model).__name__,
         rope=rope_parameters(model.config),
     )
@@ -210,12 +211,12 @@ def finder(
     profile: Any,
     threads: int,
 ) -> Callable[[Store], Match | None]:
-    """What looks for a model's prompt, [n], in a store."""
-    own_name, own_revision = name_of_model(model)
+    """What looks for a model's prompt, [n], in a store: by its fingerprint, unless a revision is
+    given."""
     return lambda store: store.find(
         ids,
-        model=own_name if name is None else name,
-        revision=own_revision if revision is None else revision,
+        model=name_of_model(model) if name is None else name,
+        revision=fingerprint(model) if revision is None else revision,
         dtype=str(model.dtype),
         profile=profile,
         threads=threads,

@@ -106,7 +106,7 @@ def config_of(url: Any, **more: Any) -> Any:
         "model_name": "org/model",
         "enable_storage_metrics": False,
         "is_page_first_layout": False,
-        "extra_config": json.loads(GUIDE) | {"url": str(url)},
+        "extra_config": json.loads(GUIDE) | {"url": str(url), "revision": "r1"},
     }
     extra = fields["extra_config"] | more.pop("extra", {})
     fields |= more | {"extra_config": extra}
