@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, told_as
 from kvzip.files import replacing
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -86,15 +86,15 @@ def keep(kept: Kept) -> None:
 def sha256_of_files(paths: Sequence[Path]) -> list[str]:
     """Hexadecimal SHA-256 of each file, several read at once. Raises KVZipError for a file that
     cannot be read, or that changes meanwhile."""
-    with ThreadPoolExecutor(THREADS, "kvzip-hash") as pool:
-        return list(pool.map(_sha256, paths))
+    with told_as(KVZipError, "cannot read the weights"):
+        known = [_seen.get(Stamp.of(path)) for path in paths]
+    with ThreadPoolExecutor(THREADS, "kvzip-hash") as pool:  # which begins no thread for nothing
+        unknown = pool.map(_sha256, (p for p, k in zip(paths, known, strict=True) if k is None))
+        return [next(unknown) if each is None else each for each in known]
 
 
 def _sha256(path: Path) -> str:
     try:
-        stamp = Stamp.of(path)
-        if (known := _seen.get(stamp)) is not None:
-            return known
         kept = load(path)
         if not kept.whole:
             digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))

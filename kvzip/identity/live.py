@@ -31,6 +31,7 @@ _IDLE = frozenset({"training", "name_or_path", "gradient_checkpointing", "dump_p
 # Of the attributes that are marked as private, those by which adapters are turned on and off.
 _TELLING = frozenset({"_disable_adapters", "_active_adapter"})
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 # Settings of a config that say where it comes from, how numbers are rounded (the dtype is every
 # tensor's own), or what is done with the outputs.
 _NOISE = frozenset(
@@ -160,15 +161,17 @@ def tensors_of(model: Any) -> Iterator[Held]:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         computed = module._non_persistent_buffers_set
-        for kind, found in (("stored", module._parameters), ("stored", module._buffers)):
+        for found in (module._parameters, module._buffers):
             for name, tensor in found.items():
                 if tensor is not None:
-                    own = "computed" if name in computed else kind
-                    yield from _parts(prefix + name, own, tensor)
+                    kind = "computed" if name in computed else "stored"
+                    yield from _parts(prefix + name, kind, tensor)
+        packed = not module._parameters and ".quantized" in type(module).__module__
         for name, value in vars(module).items():
-            if name not in _OF_TORCH:
+            if name not in _OF_TORCH and type(value) not in _PLAIN:
                 yield from _parts_of_value(prefix + name, value, 2)
-        if _packed(module):  # no tensors to be seen, but a state
+                packed = packed or isinstance(value, torch.ScriptObject)
+        if packed:  # no tensors to be seen, but a state
             yield from _parts_of_value(prefix + "state", dict(module.state_dict()), 4)
 
 
@@ -182,7 +185,8 @@ def _parts(name: str, kind: str, tensor: Any) -> Iterator[Held]:
         raise KVZipError(f"the model's {name} is not in memory, so nothing tells its weights")
     yield Held(name, kind, tensor)
     for attribute, value in vars(tensor).items():  # such as the scales of what is quantised
-        yield from _parts_of_value(f"{name}.{attribute}", value, 4)
+        if type(value) not in _PLAIN:
+            yield from _parts_of_value(f"{name}.{attribute}", value, 4)
 
 
 def _parts_of_value(name: str, value: Any, depth: int) -> Iterator[Held]:
@@ -199,12 +203,6 @@ def _parts_of_value(name: str, value: Any, depth: int) -> Iterator[Held]:
             yield from _parts_of_value(f"{name}.{i}", inner, depth - 1)
     elif depth > 2 and hasattr(value, "__dict__"):
         yield from _parts_of_value(name, vars(value), depth - 1)
-
-
-def _packed(module: Any) -> bool:
-    return any(isinstance(value, torch.ScriptObject) for value in vars(module).values()) or (
-        not module._parameters and ".quantized" in type(module).__module__
-    )
 
 
 def _key(tensor: Any) -> tuple[Any, int | None]:
@@ -263,15 +261,15 @@ def structure_of(model: Any) -> list[str]:
     lines = []
     for path, module in model.named_modules():
         own = vars(module)
-        plain = {
-            name: said
+        plain = [
+            (name, said)
             for name, value in own.items()
             if name not in _OF_TORCH
             and name not in _IDLE
             and (name[0] != "_" or name in _TELLING)
             and (said := _plain(value, 3)) is not None
-        }
-        lines.append(f"{path} {_name(type(module))} {json.dumps(plain, sort_keys=True)}")
+        ]
+        lines.append(f"{path} {_name(type(module))} {sorted(plain)!r}")
         if "forward" in own and "_hf_hook" not in own and not getattr(own["forward"], "idle", 0):
             lines.append(f"{path} forward {_name(own['forward'])}")
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -280,7 +278,14 @@ def structure_of(model: Any) -> list[str]:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """A value as JSON has it, or None if it is no setting."""
+    """What a value says, or None if it is no setting."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is dict and not value:
+        return ()
+    if isinstance(value, (torch.nn.Module, torch.Tensor)):
+        return None
     if isinstance(value, enum.Enum):
         return str(value)
     if isinstance(value, (bool, int, float, str)):
@@ -292,7 +297,7 @@ def _plain(value: Any, depth: int) -> Any:
     if depth and isinstance(value, (set, frozenset)):
         return sorted(str(inner) for inner in value)
     if depth and isinstance(value, Mapping):
-        return {str(key): _plain(inner, depth - 1) for key, inner in value.items()}
+        return sorted((str(key), repr(_plain(inner, depth - 1))) for key, inner in value.items())
     return None
 
 

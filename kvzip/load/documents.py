@@ -224,10 +224,10 @@ def finder(
 
 
 def spans_of(kinds: Sequence[LayerKind], count: int, witnessed: bool) -> list[tuple[int, int]]:
-    """First and last position of what each layer needs for a cache of `count` tokens."""
-    spans = [(max(0, count - (kind.window or count + 1) + 1), count) for kind in kinds]
-    spans[0] = (spans[0][0], count + witnessed)
-    return spans
+    """First and last position of what each layer needs for a cache of `count` tokens, and for the
+    next token if it is to be a witness."""
+    stop = count + witnessed
+    return [(max(0, count - (kind.window or count + 1) + 1), stop) for kind in kinds]
 
 
 def lazy_cache(
@@ -241,6 +241,10 @@ def lazy_cache(
         for i, kind in enumerate(kinds)
     ]
     layers[0]._prompt_length = prompt_length
+    layers[-1]._last = True
+    distances: dict[int, Any] = {}
+    for layer in layers:
+        layer._distances = distances
     cache = DynamicCache()
     # Its own constructor would make layers from the config, once more: a millisecond.
     Cache.__init__(cache, layers=layers)
@@ -249,7 +253,7 @@ def lazy_cache(
 
 def prefill_of(model: Any, ids: NDArray[Any], count: int) -> Callable[[], list[Taken]]:
     """What computes the caches of the first `count` tokens of `ids`, [batch, n], and layer 0's next
-    key."""
+    key and value."""
 
     def prefill() -> list[Taken]:
         fed = torch.from_numpy(ids.astype(np.int64)).to(model.device)
@@ -259,6 +263,9 @@ def prefill_of(model: Any, ids: NDArray[Any], count: int) -> Callable[[], list[T
             layers = [Taken(layer.keys, layer.values) for layer in cache.layers]
             # Appending makes new tensors, so those above stay as they are.
             model(fed[:, count : count + 1], use_cache=True, **cache_argument(cache))
-        return [layers[0]._replace(witness=cache.layers[0].keys[:, :, -1:]), *layers[1:]]
+        next_token = tuple(
+            each[:, :, -1:] for each in (cache.layers[0].keys, cache.layers[0].values)
+        )
+        return [layers[0]._replace(witness=next_token), *layers[1:]]
 
     return prefill
