@@ -186,7 +186,7 @@ def test_a_document_of_transformers_is_found(engine: Any, ours: Any, tmp_path: A
     ]
     origin = kvzip.Origin(model="org/model", revision="r1")
     snapshot = kvzip.Snapshot.from_arrays(layers, token_ids=ids, origin=origin)
-    Store(tmp_path, block_tokens=32).put(snapshot)
+    Store(tmp_path, block_tokens=BLOCK).put(snapshot)
     assert engine().run(ids)[0].loaded == 64
 
 
