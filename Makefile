@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cpp codecs/*/*.hpp)
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long test-lmcache test-sglang test-vllm lint format bench figures links redraw measured clean
+.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint format bench figures links redraw measured clean
 
 demo: $(READY)
 	$(BIN)/kvzip demo --out demo
@@ -17,6 +17,19 @@ test: $(READY)
 # The store with writers killed at random, a thousand puts and gets, and what else takes long.
 test-long: $(READY)
 	$(BIN)/pytest -m long
+
+# The same tests of decoding on a GPU, on a real one; and the memory and race checks of compute-sanitizer
+# (of CUDA's toolkit) on a few, where it is installed.
+test-gpu: $(READY)
+	KVZIP_TEST_DEVICE=cuda $(BIN)/pytest tests/gpu
+	@command -v compute-sanitizer >/dev/null || echo "compute-sanitizer is not installed: no check of memory and races"
+	! command -v compute-sanitizer >/dev/null || for tool in memcheck racecheck; do KVZIP_TEST_DEVICE=cuda \
+	  compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python tests/gpu/sanitized.py || exit 1; done
+
+# How fast a GPU decodes; the result is stored by the GPU's name.
+bench-gpu: $(READY)
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m kvzip.benchmarks.gpu -o $(RESULTS)/gpu.json
 
 # LMCache itself, in an environment of its own: without what it needs on a GPU only (which is much),
 # and with a newer numpy than it asks for.

@@ -717,11 +717,13 @@ class Reader:
 
     def layer(self, i: int) -> Layer:
         """Keys and values of layer i, every token it holds."""
-        return self.decode(layers=[i]).layers[0]
+        found: Snapshot = self.decode(layers=[i])
+        return found.layers[0]
 
     def tokens(self, start: int, stop: int) -> Snapshot:
         """All layers, with what they hold of positions start to stop."""
-        return self.decode(tokens=(start, stop))
+        found: Snapshot = self.decode(tokens=(start, stop))
+        return found
 
     def decode(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,13 @@ def _check_pairs(out: Sequence[tuple[Any, Any]], cuts: Mapping[int, LayerLayout]
         raise UsageError(f"out has {len(out)} layers, not {len(cuts)}")
 
 
+def _check_apart(targets: Mapping[_Key, Sequence[Target]]) -> None:
+    """Raise UsageError if parts that hold anything begin in the same place."""
+    begins = [t[0].address for t in targets.values() if math.prod(t[0].shape)]
+    if len(set(begins)) != len(begins):
+        raise UsageError("out has the same memory twice")
+
+
 # --- decoding ----------------------------------------------------------------------------------
 
 
@@ -245,12 +253,9 @@ class Decoding:
         for n, (rows, size) in enumerate(self._pieces()):
             slot = slots(device)[n % 2]
             numbers = np.arange(at, at + len(rows), dtype=np.uint32)
-            self._filled(
-                slot,
-                size,
-                results.address,
-                lambda work, rows=rows, numbers=numbers: self._plan(work, rows, numbers),
-            ).start(upload, runs[n % len(runs)])
+            plan = partial(self._plan, rows=rows, numbers=numbers)
+            work = self._filled(slot, size, results.address, plan)
+            work.start(upload, runs[n % len(runs)])
             at += len(rows)
             if progress is not None:
                 progress(sum(self._raw_bytes(row) for row in rows))
@@ -396,7 +401,7 @@ class Decoding:
                 end += index.span(needed[stop])[1]
                 stop += 1
             host, address = self._span(work, begin, end - begin)
-            data = memoryview(host)
+            data = host.data
             for row in needed[at:stop]:
                 place = index.offset[row] - begin
                 after = place + index.length[row]
@@ -429,7 +434,7 @@ class Decoding:
         if read_into is None:
             host[:] = np.frombuffer(source.read(offset, length), np.uint8)
         else:
-            read_into(offset, memoryview(host))
+            read_into(offset, host.data)
         return host, address
 
     def _check(self, checksums: NDArray[np.uint64], flags: NDArray[np.uint32]) -> None:
@@ -474,9 +479,7 @@ class Decoding:
         for n, group in enumerate(groups):
             size = sum(sizes[i] for i in group)
             slot = slots(device)[n % 2]
-            work = self._filled(
-                slot, size, 0, lambda work, group=group: self._decode_on_host(work, group)
-            )
+            work = self._filled(slot, size, 0, partial(self._decode_on_host, layers=group))
             work.start(upload, runs[0])
             last = slot.done
             if progress is not None:
@@ -539,6 +542,7 @@ def decode(
             targets = given_targets(device, form, cuts, out)
         else:
             targets = paged_targets(device, form, cuts, out, pages)
+        _check_apart(targets)
         rows = {}
         for i, layer in cuts.items():
             begin, end = layer.first, layer.cumulative_length

@@ -34,6 +34,9 @@ class Source(Protocol):
 class Memory:
     """A buffer of bytes."""
 
+    in_memory = True
+    """What is read is where it was, and not a copy."""
+
     def __init__(self, data: Any):
         try:
             self._data = memoryview(data).cast("B")
@@ -61,12 +64,23 @@ class OpenFile:
             data += more
         return memoryview(data)
 
+    def read_into(self, offset: int, room: memoryview) -> None:
+        """Fill `room` with the bytes from `offset` on."""
+        done = 0
+        while done < len(room):
+            more = os.preadv(self._number(), [room[done:]], offset + done)
+            if not more:
+                raise CorruptError(f"the file ended at byte {offset + done} while being read")
+            done += more
+
     def _some(self, offset: int, length: int) -> bytes:
+        return os.pread(self._number(), length, offset)
+
+    def _number(self) -> int:
         try:
-            number = self._file.fileno()  # by now it may be another file's, if this one is closed
+            return self._file.fileno()  # by now it may be another file's, if this one is closed
         except ValueError:
             raise UsageError("the file is closed, so nothing more can be read from it") from None
-        return os.pread(number, length, offset)
 
     def close(self) -> None:
         if self._owned:

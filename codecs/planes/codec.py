@@ -82,8 +82,9 @@ class PlanesCodec(Codec):
                 planes: list[int | Future[Bytes]] = []
                 for piece, size in reversed(pieces):
                     begin -= len(piece)
-                    coded = size is not None
-                    planes.append(pool.submit(self._coder.decode, piece, size) if coded else begin)
+                    planes.append(
+                        begin if size is None else pool.submit(self._coder.decode, piece, size)
+                    )
                 decoded.append((block, planes[::-1]))
             for (_, _, _, part, first, tokens, _), planes in decoded:
                 merge(

@@ -26,7 +26,6 @@ from kvzip.load.documents import (
     spans_of,
 )
 from kvzip.load.lazy import BatchLoader, Computed, Loader, Recovery, naming, tell
-from kvzip.load.witness import watch
 from kvzip.snapshot import Snapshot
 from kvzip.store import Store
 
@@ -144,10 +143,9 @@ def load_batch_or_prefill(
                 except KVZipError as error:
                     tell(error)
             rows.append(loaded)
-        made = _cache(rows, model.config, kinds, column, padded.longest, opened)
-        if any(rows):
-            watch(model, *made.values())
-        return padded.inputs(pad_token_id, model.device) | made
+        return padded.inputs(pad_token_id, model.device) | _cache(
+            rows, model.config, kinds, column, padded.longest, opened
+        )
 
 
 class _Prompts:

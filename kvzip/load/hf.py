@@ -36,7 +36,6 @@ from kvzip.load.documents import (
     spans_of,
 )
 from kvzip.load.lazy import Loader, Recovery, tell
-from kvzip.load.witness import watch
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
 
 __all__ = [
@@ -140,7 +139,8 @@ def load_cache(
     store only the bytes that are needed are read, ahead of their use.
     `config`: the model's. A few layers are decoded when the first of them is used, and then the
     next few in a thread beside; nothing is decoded here. `device`: where decoded tensors go
-    (default: where the model computes). `threads`: for decoding one layer; 0 for all cores.
+    (default: where the model computes); a GPU decodes itself what it can (docs/gpu.md). `threads`:
+    for decoding one layer; 0 for all cores.
 
     At least one token must be left for the model to compute, so not all are kept:
 
@@ -204,7 +204,6 @@ def load_or_prefill(
                 batch = rows[0] if len(rows) == 4 else 1
                 loader = cache.layers[0]._source
                 loader.recovery = Recovery(prefill_of(model, ids[:batch], loader.held))
-                watch(model, cache)
                 return cache
     except (KVZipError, OSError) as error:
         tell(error)

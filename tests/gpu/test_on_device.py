@@ -218,6 +218,8 @@ def test_wrong_use_is_told(device, room):
         kvzip.decode(blob, pages=[0, 1, 2])
     with pytest.raises(UsageError, match="has shape"):
         decode(out=[(k, v)])
+    with pytest.raises(UsageError, match="same memory"):
+        decode(out=[(k, k)], pages=[0, 1, 2])
     with pytest.raises(UsageError, match="2 layers"):
         decode(out=[(k, v), (k, v)])
     with pytest.raises(UsageError, match="has shape"):

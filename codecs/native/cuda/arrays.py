@@ -89,7 +89,8 @@ def empty(device: Device, shape: tuple[int, ...], form: DType) -> tuple[Any, Vie
     strides = tuple(int(n) // form.itemsize for n in np.empty(shape, form.uint).strides)
     if device.kind != "cuda":
         array = np.empty(shape, form.uint)
-        return array, View(array.ctypes.data, shape, strides)
+        made = dtypes.as_tensor(array, form.name) if getattr(device, "tensors", False) else array
+        return made, View(array.ctypes.data, shape, strides)
     torch = torch_of(device)
     if torch is not None:
         dtype = getattr(torch, form.torch)

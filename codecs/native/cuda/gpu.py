@@ -8,6 +8,7 @@ folder, by the hash of their sources and the architecture.
 from __future__ import annotations
 
 import ctypes
+import io
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -97,7 +98,13 @@ def compiled(kernel_source: str, architecture: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError:
-        pass
+        code = compiled_anew(kernel_source, architecture)[0]
+    keep(path, code)
+    return code
+
+
+def compiled_anew(kernel_source: str, architecture: str) -> tuple[bytes, str]:
+    """The same by NVRTC at any rate, and what its assembler tells of registers and spills."""
     try:
         try:
             from cuda.core import Program, ProgramOptions
@@ -108,12 +115,16 @@ def compiled(kernel_source: str, architecture: str) -> bytes:
             f"compiling for a GPU needs CUDA for Python: pip install 'kvzip[gpu]' ({error})"
         ) from None
     options = ProgramOptions(
-        std="c++17", arch=architecture, include_path=[str(SOURCES)], name=kernel_source
+        std="c++17",
+        arch=architecture,
+        include_path=[str(SOURCES)],
+        name=kernel_source,
+        ptxas_options=["-v"],
+        # Functions that C++ evaluates when it compiles are the device's.
+        device_as_default_execution_space=True,
     )
-    program = Program((SOURCES / kernel_source).read_text(), "c++", options)
-    code = bytes(program.compile("cubin").code)
-    keep(path, code)
-    return code
+    program, logs = Program((SOURCES / kernel_source).read_text(), "c++", options), io.StringIO()
+    return bytes(program.compile("cubin", logs=logs).code), logs.getvalue()
 
 
 class CudaDevice(Device):

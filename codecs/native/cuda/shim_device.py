@@ -48,6 +48,11 @@ void run(void (*kernel)(A...), unsigned blocks, unsigned threads, unsigned long 
          unsigned long long seed, void** arguments) {{
   run(kernel, std::index_sequence_for<A...>(), blocks, threads, shared, seed, arguments);
 }}
+template <typename... A>
+constexpr unsigned arguments_of(void (*)(A...)) {{
+  return sizeof...(A);
+}}
+extern "C" const unsigned kvzip_arguments = arguments_of(&{space}::{name});
 extern "C" void kvzip_run(unsigned blocks, unsigned threads, unsigned long shared,
                           unsigned long long seed, void** arguments) {{
   run(&{space}::{name}, blocks, threads, shared, seed, arguments);
@@ -57,14 +62,15 @@ _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror=
 
 
 class ShimDevice(Device):
-    """A CPU that takes itself for a GPU. `seed`: 0 runs threads in order, else in random order."""
+    """A CPU that takes itself for a GPU. `seed`: 0 runs threads in order, else in random order.
+    `tensors`: what is decoded becomes torch tensors of the numbers' dtype, not arrays of bits."""
 
     kind = "shim"
     architecture = "shim"
 
-    def __init__(self, seed: int = 0, flags: tuple[str, ...] = ()):
+    def __init__(self, seed: int = 0, flags: tuple[str, ...] = (), tensors: bool = False):
         super().__init__()
-        self.seed, self._flags = seed, flags
+        self.seed, self._flags, self.tensors = seed, flags, tensors
         self._functions: dict[Kernel, Any] = {}
         self.launched: list[str] = []
         """Names of the kernels that ran, in order."""

@@ -294,10 +294,14 @@ class Work:
             at = address - base + size
         slot.uploaded = device.record(upload)
         device.wait(run, slot.uploaded)
+        self.launch(run)
+        slot.done = device.record(run)
+
+    def launch(self, run: Stream) -> None:
+        """Have the kernels run on what `start` brought."""
         given = {"parts": self._parts_at, "flags": self._flags, "results": self._results}
         for kernel, jobs, count in self._launches:
-            device.launch(run, kernel, count, given | {"jobs": jobs, "count": count})
-        slot.done = device.record(run)
+            self.device.launch(run, kernel, count, given | {"jobs": jobs, "count": count})
 
 
 def bytes_at(host: int, length: int) -> memoryview:

@@ -1,0 +1,289 @@
+"""How fast a GPU decodes: `python -m kvzip.benchmarks.gpu`, or `make bench-gpu`.
+
+A cache of Qwen3-4B's shape with synthetic numbers: normal ones, each channel with a scale of its
+own, whose values take about as many bits as those of real caches. GB = 10^9 bytes of raw numbers,
+but for the link's own row, which counts the bytes that cross.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+import kvzip
+from kvzip import dtypes
+from kvzip.codecs.native.cuda.arrays import empty
+from kvzip.codecs.native.cuda.device import Device, get_device
+from kvzip.errors import UnsupportedError
+
+LAYERS, HEADS, DIM = 36, 8, 128
+"""Qwen3-4B's."""
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was measured."""
+
+    name: str
+    tokens: int
+    seconds: float
+    """Median of the runs."""
+    least_seconds: float
+    gbps: float
+    """10^9 raw bytes a second, from the median."""
+    runs: int
+
+
+class GpuResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of this benchmark."""
+
+    kind: str = "gpu"
+    version: int = 1
+    gpu: str
+    software: dict[str, str]
+    command: str
+    dtype: str
+    shape: dict[str, int]
+    """Layers, heads, dim."""
+    ratio: dict[str, float]
+    """Of `channel`, by tokens."""
+    rows: list[Row]
+
+
+def timed(work: Callable[[], object], runs: int) -> list[float]:
+    """Seconds that each run takes after one that is not counted."""
+    work()
+    found = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begin)
+    return found
+
+
+def snapshot(torch: Any, tokens: int, dtype: str) -> kvzip.Snapshot:
+    """Synthetic keys and values of the shape."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    kind = getattr(torch, dtypes.get(dtype).torch)
+    layers = []
+    for _ in range(LAYERS):
+        pair = []
+        for _ in range(2):
+            options = {"device": "cuda", "generator": generator}
+            scale = torch.exp2(4 * torch.randn(HEADS, 1, DIM, **options) / 3)
+            numbers = torch.randn(HEADS, tokens, DIM, **options) * scale
+            pair.append(numbers.to(kind).cpu())
+        layers.append((pair[0], pair[1]))
+    return kvzip.Snapshot.from_arrays(layers, dtype)
+
+
+def kernels_only(device: Device, reader: Any) -> Callable[[], None]:
+    """Launches everything that decodes a file whose bytes and jobs are on the device already."""
+    from kvzip import on_device
+    from kvzip.codecs.native.cuda.work import Work
+
+    started: list[Any] = []
+
+    class Kept(Work):
+        def start(self, upload: Any, run: Any) -> None:
+            super().start(upload, run)
+            started.append((self, run))
+
+    piece, changed = on_device.PIECE, vars(on_device)
+    on_device.PIECE, changed["Work"] = 1 << 62, Kept
+    try:
+        out = [
+            tuple(empty(device, layer.shape(p), dtypes.get(reader.layout.dtype))[0] for p in "kv")
+            for layer in reader.layout.layers
+        ]
+        reader.decode(out=out, device=device)
+    finally:
+        on_device.PIECE, changed["Work"] = piece, Work
+    ((work, stream),) = started
+
+    def run() -> None:
+        with device.current():
+            work.launch(stream)
+            device.synchronize(device.record(stream))
+
+    run.out = out  # type: ignore[attr-defined]
+    return run
+
+
+def measured(device: Device, tokens: int, dtype: str, runs: int) -> Iterator[tuple[Any, ...]]:
+    """Name, bytes and seconds of each thing; first the ratio."""
+    import torch
+
+    snap = snapshot(torch, tokens, dtype)
+    raw, form = snap.raw_bytes, dtypes.get(dtype)
+    blob = kvzip.encode(snap, "channel")
+    yield "ratio", raw / len(blob), None
+    pinned = torch.empty(len(blob), dtype=torch.uint8, pin_memory=True)
+    pinned.numpy()[:] = np.frombuffer(blob, np.uint8)
+
+    def synchronized(work: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            work()
+            torch.cuda.synchronize()
+
+        return run
+
+    yield "device copy", raw, timed(synchronized(_copy(torch, raw)), runs)
+    there = torch.empty(len(blob), dtype=torch.uint8, device="cuda")
+    upload = synchronized(lambda: there.copy_(pinned, non_blocking=True))
+    yield "link: the file's bytes from pinned memory", len(blob), timed(upload, runs)
+    out = [tuple(torch.empty_like(t, device="cuda") for t in pair) for pair in snap.tensors()]
+    expected = [tuple(torch.from_numpy(a.view(np.int16)) for a in layer) for layer in snap.layers]
+
+    def check() -> None:
+        for pair, layer in zip(out, expected, strict=True):
+            for mine, want in zip(pair, layer, strict=True):
+                if not torch.equal(mine.view(torch.int16).cpu(), want):
+                    raise AssertionError("other numbers than were encoded")
+
+    def whole(data: Any, **options: Any) -> Callable[[], object]:
+        return lambda: kvzip.decode(data, device=device, out=out, **options)
+
+    yield (
+        "raw bytes by torch from pinned memory",
+        raw,
+        timed(synchronized(_uploads(torch, snap, out)), runs),
+    )
+    with kvzip.open(blob) as reader:
+        launch = kernels_only(device, reader)
+        yield "channel: kernels and checksums alone", raw, timed(launch, runs)
+        del launch
+    yield "channel: file in pinned memory", raw, timed(whole(memoryview(pinned.numpy())), runs)
+    check()
+    yield "channel: file in pageable memory", raw, timed(whole(blob), runs)
+    path = Path("kvzip-bench-gpu.kvz")
+    path.write_bytes(blob)
+    try:
+        yield "channel: file on disk, in the page cache", raw, timed(whole(path), runs)
+    finally:
+        path.unlink()
+    page = 16
+    pages = torch.randperm(-(-tokens // page) + 64)[: -(-tokens // page)].tolist()
+    shape = (-(-tokens // page) + 64, 2, page, HEADS, DIM)
+    caches = [torch.empty(shape, dtype=out[0][0].dtype, device="cuda") for _ in range(LAYERS)]
+    views = [(cache[:, 0], cache[:, 1]) for cache in caches]
+    paged = memoryview(pinned.numpy())
+    yield (
+        "channel: pinned, into pages of 16 tokens, K and V side by side", raw,
+        timed(lambda: kvzip.decode(paged, device=device, out=views, pages=pages), runs),
+    )  # fmt: skip
+    on_cpu = [(np.empty(a.k.shape, form.uint), np.empty(a.v.shape, form.uint)) for a in snap.layers]
+    yield (
+        "channel: by the CPU into host memory",
+        raw,
+        timed(lambda: kvzip.decode(blob, out=on_cpu), 3),
+    )
+    yield "channel: encode by the CPU from host memory", raw, timed(lambda: kvzip.encode(snap), 3)
+
+
+def _copy(torch: Any, size: int) -> Callable[[], object]:
+    """A copy within the device's memory."""
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _uploads(torch: Any, snap: kvzip.Snapshot, out: Any) -> Callable[[], None]:
+    """Copies of all layers from pinned memory."""
+    pinned = [tuple(t.pin_memory() for t in pair) for pair in snap.tensors()]
+
+    def run() -> None:
+        for pair, source in zip(out, pinned, strict=True):
+            for mine, theirs in zip(pair, source, strict=True):
+                mine.copy_(theirs, non_blocking=True)
+
+    return run
+
+
+def nvcomp_rows(tokens: int, dtype: str, runs: int) -> Iterator[tuple[Any, ...]]:
+    """nvCOMP's ANS on the same numbers in chunks, where it is installed; on the device alone."""
+    try:
+        from nvidia import nvcomp
+    except ImportError:
+        return
+    import torch
+
+    snap = snapshot(torch, tokens, dtype)
+    data = np.concatenate(
+        [np.asarray(a).reshape(-1).view(np.uint8) for la in snap.layers for a in la]
+    )
+    codec = nvcomp.Codec(algorithm="ANS")
+    coded = codec.encode(nvcomp.as_array(torch.from_numpy(data).cuda()))
+
+    def run() -> None:
+        codec.decode(coded)
+        torch.cuda.synchronize()
+
+    ratio = data.nbytes / coded.buffer_size
+    name = f"nvCOMP {nvcomp.__version__} ANS, bytes as they lie: ratio {ratio:.3f}"
+    yield name, data.nbytes, timed(run, runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How fast a GPU decodes.")
+    parser.add_argument("--tokens", default="1024,4096")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("-o", "--out", type=Path)
+    given = parser.parse_args()
+    try:
+        device = get_device(given.device)
+        import torch
+    except (UnsupportedError, ImportError) as error:
+        sys.exit(f"bench-gpu: {error}")
+    rows: list[Row] = []
+    ratio: dict[str, float] = {}
+    for tokens in map(int, given.tokens.split(",")):
+        for kind in (
+            measured(device, tokens, given.dtype, given.runs),
+            nvcomp_rows(tokens, given.dtype, given.runs),
+        ):
+            for name, size, seconds in kind:
+                if seconds is None:
+                    ratio[str(tokens)] = size
+                    print(f"{tokens} tokens: ratio {size:.4f}", flush=True)
+                    continue
+                median = statistics.median(seconds)
+                row = Row(
+                    name=name,
+                    tokens=tokens,
+                    seconds=median,
+                    least_seconds=min(seconds),
+                    gbps=size / median / 1e9,
+                    runs=len(seconds),
+                )
+                rows.append(row)
+                print(f"{row.gbps:9.1f} GB/s  {1e3 * median:8.3f} ms  {name}", flush=True)
+    result = GpuResult(
+        gpu=torch.cuda.get_device_name(),
+        software={
+            "kvzip": kvzip.__version__,
+            "torch": str(torch.__version__),
+            "cuda": str(torch.version.cuda),
+            "python": sys.version.split()[0],
+        },
+        command="python -m kvzip.benchmarks.gpu " + " ".join(sys.argv[1:]),
+        dtype=given.dtype,
+        shape={"layers": LAYERS, "heads": HEADS, "dim": DIM},
+        ratio=ratio,
+        rows=rows,
+    )
+    if given.out is not None:
+        given.out.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+// A CUDA driver that is none: what decoding on a GPU calls of it, with the host's memory as the GPU's
+// and the shim for kernels. Like the real one, and unlike the shim alone, it does nothing before it must:
+// work waits in its stream, and when somebody waits for an event, streams go on in random order until
+// that has come to pass. So a copy or a kernel that should have waited for another one shows.
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace {
+
+struct Event {
+  bool recorded = false, done = true;
+};
+struct Op {
+  std::function<void()> run;
+  Event* waits = nullptr;
+  Event* records = nullptr;
+};
+using Stream = std::deque<Op>;
+using Run = void (*)(unsigned, unsigned, unsigned long, unsigned long long, void**);
+struct Function {
+  Run run;
+  unsigned arguments;
+};
+
+std::recursive_mutex mutex;
+Stream legacy;
+std::set<Stream*> streams{&legacy};
+std::map<char*, std::size_t> device_memory, host_memory;
+std::mt19937 draw(std::getenv("KVZIP_FAKE_SEED") ? std::atoi(std::getenv("KVZIP_FAKE_SEED")) : 0);
+int contexts = 0;
+
+Stream& of(void* handle) {
+  // The legacy stream and the two names that it and the thread's own have.
+  return reinterpret_cast<std::uintptr_t>(handle) <= 2 ? legacy : *static_cast<Stream*>(handle);
+}
+
+// One op of a stream that can go on; false when none can.
+bool step() {
+  std::deque<Stream*> ready;
+  for (Stream* stream : streams)
+    if (!stream->empty() && (!stream->front().waits || stream->front().waits->done))
+      ready.push_back(stream);
+  if (ready.empty()) return false;
+  Stream& stream = *ready[draw() % ready.size()];
+  const Op op = stream.front();
+  stream.pop_front();
+  if (op.run) op.run();
+  if (op.records) op.records->done = true;
+  return true;
+}
+void drain() {
+  while (step()) {
+  }
+}
+void put(void* stream, std::function<void()> run) { of(stream).push_back({std::move(run)}); }
+
+bool within(const std::map<char*, std::size_t>& memory, const void* p, std::size_t size) {
+  auto found = memory.upper_bound(static_cast<char*>(const_cast<void*>(p)));
+  if (found == memory.begin()) return false;
+  --found;
+  return static_cast<const char*>(p) + size <= found->first + found->second;
+}
+void expect(bool good, const char* what) {
+  if (good) return;
+  std::fprintf(stderr, "fake driver: %s\n", what);
+  std::abort();
+}
+
+int allocate(std::map<char*, std::size_t>& memory, void** out, std::size_t size) {
+  auto* p = static_cast<char*>(std::aligned_alloc(256, (size + 255) / 256 * 256 + 256));
+  std::memset(p, 0xA5, size);
+  memory[p] = size;
+  *out = p;
+  return 0;
+}
+int release(std::map<char*, std::size_t>& memory, void* p) {
+  drain();
+  auto found = memory.find(static_cast<char*>(p));
+  expect(found != memory.end(), "memory is freed that was not allocated");
+  std::memset(p, 0xDD, found->second);
+  memory.erase(found);
+  std::free(p);
+  return 0;
+}
+
+}  // namespace
+
+#define API extern "C" __attribute__((visibility("default"))) int
+#define LOCK const std::lock_guard<std::recursive_mutex> lock(mutex)
+#define IN_CONTEXT                                               \
+  LOCK;                                                          \
+  expect(contexts > 0, "a call outside of the device's context")
+
+API cuInit(unsigned) { return 0; }
+API cuDriverGetVersion(int* v) { return *v = 13000, 0; }
+API cuDeviceGetCount(int* n) { return *n = 1, 0; }
+API cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal ? 101 : 0; }
+API cuDeviceGetAttribute(int* value, int attribute, int) {
+  return *value = attribute == 75 ? 9 : 0, 0;
+}
+API cuDevicePrimaryCtxRetain(void** context, int) { return *context = &contexts, 0; }
+API cuCtxPushCurrent(void* context) {
+  LOCK;
+  expect(context == &contexts, "another context");
+  return ++contexts, 0;
+}
+API cuCtxPopCurrent(void** context) {
+  LOCK;
+  *context = &contexts;
+  return --contexts, 0;
+}
+API cuMemAlloc(void** out, std::size_t size) {
+  IN_CONTEXT;
+  return size ? allocate(device_memory, out, size) : 1;
+}
+API cuMemFree(void* p) {
+  IN_CONTEXT;
+  return release(device_memory, p);
+}
+API cuMemHostAlloc(void** out, std::size_t size, unsigned) {
+  IN_CONTEXT;
+  return size ? allocate(host_memory, out, size) : 1;
+}
+API cuMemFreeHost(void* p) {
+  IN_CONTEXT;
+  return release(host_memory, p);
+}
+API cuPointerGetAttribute(void* value, int attribute, void* p) {
+  IN_CONTEXT;
+  if (attribute != 2) return 1;
+  if (!within(host_memory, p, 1)) return 1;
+  *static_cast<unsigned*>(value) = 1;
+  return 0;
+}
+API cuMemcpyHtoDAsync(void* to, const void* from, std::size_t size, void* stream) {
+  IN_CONTEXT;
+  expect(within(device_memory, to, size), "a copy to memory that is not the device's");
+  expect(within(host_memory, from, size), "a copy from memory that is not pinned");
+  put(stream, [=] { std::memcpy(to, from, size); });
+  return 0;
+}
+API cuMemcpyDtoHAsync(void* to, const void* from, std::size_t size, void* stream) {
+  IN_CONTEXT;
+  expect(within(device_memory, from, size), "a copy from memory that is not the device's");
+  expect(within(host_memory, to, size), "a copy to memory that is not pinned");
+  put(stream, [=] { std::memcpy(to, from, size); });
+  return 0;
+}
+API cuMemsetD8Async(void* to, unsigned char value, std::size_t size, void* stream) {
+  IN_CONTEXT;
+  expect(within(device_memory, to, size), "memory is cleared that is not the device's");
+  put(stream, [=] { std::memset(to, value, size); });
+  return 0;
+}
+API cuStreamCreate(void** stream, unsigned) {
+  IN_CONTEXT;
+  auto* made = new Stream();
+  streams.insert(made);
+  *stream = made;
+  return 0;
+}
+API cuEventCreate(void** event, unsigned) {
+  IN_CONTEXT;
+  *event = new Event();
+  return 0;
+}
+API cuEventDestroy(void*) { return 0; }  // work may still name it
+API cuEventRecord(void* handle, void* stream) {
+  IN_CONTEXT;
+  auto* event = static_cast<Event*>(handle);
+  event->recorded = true;
+  event->done = false;
+  of(stream).push_back({nullptr, nullptr, event});
+  return 0;
+}
+API cuStreamWaitEvent(void* stream, void* event, unsigned) {
+  IN_CONTEXT;
+  of(stream).push_back({nullptr, static_cast<Event*>(event)});
+  return 0;
+}
+API cuEventSynchronize(void* handle) {
+  IN_CONTEXT;
+  const auto* event = static_cast<Event*>(handle);
+  while (!event->done) expect(step(), "an event is waited for that nothing brings about");
+  return 0;
+}
+API cuModuleLoadData(void** module, const void* image) {
+  IN_CONTEXT;
+  // The image is the name of a folder.
+  *module = new std::string(static_cast<const char*>(image));
+  return 0;
+}
+API cuModuleGetFunction(void** function, void* module, const char* name) {
+  IN_CONTEXT;
+  const std::string path = *static_cast<std::string*>(module) + "/" + name + ".so";
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) return 500;
+  const auto* arguments = static_cast<const unsigned*>(dlsym(library, "kvzip_arguments"));
+  *function = new Function{reinterpret_cast<Run>(dlsym(library, "kvzip_run")), *arguments};
+  return 0;
+}
+API cuFuncSetAttribute(void*, int, int) { return 0; }
+API cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, unsigned block, unsigned, unsigned,
+                   unsigned shared, void* stream, void** parameters, void**) {
+  IN_CONTEXT;
+  if (!grid || !block) return 1;
+  // Parameters are copied at once, as the driver does: eight bytes of each, though some have four.
+  const Function called = *static_cast<Function*>(function);
+  std::vector<std::uint64_t> values;
+  for (unsigned i = 0; i < called.arguments; ++i)
+    values.push_back(*static_cast<std::uint64_t*>(parameters[i]));
+  put(stream, [=]() mutable {
+    std::vector<void*> at;
+    for (std::uint64_t& value : values) at.push_back(&value);
+    called.run(grid, block, shared, 0, at.data());
+  });
+  return 0;
+}
+API cuGetErrorName(int, const char** name) { return *name = "AN_ERROR", 0; }
+API cuGetErrorString(int, const char** name) { return *name = "an error", 0; }
+
+API cuGetProcAddress_v2(const char* symbol, void** function, int, std::uint64_t, int* status) {
+  static void* const self = dlopen(std::getenv("KVZIP_FAKE_DRIVER"), RTLD_NOW);
+  *function = dlsym(self, symbol);
+  if (status) *status = *function ? 0 : 1;
+  return 0;
+}
+API cuGetProcAddress(const char* symbol, void** function, int version, std::uint64_t flags) {
+  return cuGetProcAddress_v2(symbol, function, version, flags, nullptr);
+}

@@ -1,0 +1,40 @@
+"""The way through CUDA's own interface, with a driver that puts work off as long as it may."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    pytest.importorskip(
+        "cuda.bindings.driver", reason="cuda-bindings (kvzip[gpu]) is not installed"
+    )
+    if os.environ.get("KVZIP_TEST_DEVICE") or not shutil.which("g++"):
+        pytest.skip("there is a driver, or no compiler")
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", str(HERE / "fake_driver.cpp")]
+    subprocess.run([*command, "-o", str(library), "-ldl"], check=True)
+    return library
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_must_wait_waits(driver, tmp_path, compiled_once, seed):
+    """Copies and kernels of several streams, in any order that the driver is free to take."""
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(driver.parent),
+        "KVZIP_FAKE_DRIVER": str(driver),
+        "KVZIP_FAKE_SEED": str(seed),
+        "PYTHONPATH": str(HERE.parent),
+    }
+    script = [sys.executable, str(HERE / "through_driver.py"), str(tmp_path), str(seed)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "well", done.stderr[-3000:]

@@ -1,0 +1,108 @@
+"""Run by test_driver.py, with a fake driver: decodes as on a GPU, many pieces at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+from support import cache_like, make_snapshot
+
+import kvzip
+from kvzip import on_device
+from kvzip.codecs.native.cuda import gpu
+from kvzip.codecs.native.cuda.arrays import DeviceArray, empty
+from kvzip.codecs.native.cuda.shim_device import ShimDevice
+from kvzip.dtypes import get
+
+
+def kernels_by_shim(folder: Path) -> None:
+    """What the device loads is a folder of the shim's libraries in place of machine code."""
+    shim, load = ShimDevice(), gpu.CudaDevice._function
+
+    def function(device, kernel):
+        library = folder / f"{kernel.name}.so"
+        if not library.exists():
+            library.symlink_to(shim._library(kernel))
+        return load(device, kernel)
+
+    gpu.compiled = lambda source, architecture: f"{folder}\0".encode()
+    gpu.CudaDevice._function = function
+
+
+def bits(array: DeviceArray) -> np.ndarray:
+    """The numbers, which lie in the host's memory here."""
+    kind = array.__cuda_array_interface__
+    span = 1 + sum((n - 1) * s for n, s in zip(kind["shape"], kind["strides"], strict=True) if n)
+    if not all(kind["shape"]):
+        return np.empty(kind["shape"], kind["typestr"])
+    memory = (ctypes.c_uint8 * (span + array.itemsize - 1)).from_address(kind["data"][0])
+    flat = np.frombuffer(memory, np.uint8)
+    strided = np.lib.stride_tricks.as_strided
+    return (
+        strided(flat.view(), (*kind["shape"], array.itemsize), (*kind["strides"], 1))
+        .copy()
+        .view(kind["typestr"])[..., 0]
+    )
+
+
+def same(found, snapshot, begin=0, end=None) -> None:
+    for mine, layer in zip(found.layers, snapshot.layers, strict=True):
+        for array, expected in zip(mine, layer, strict=True):
+            assert np.array_equal(bits(array), expected[..., begin:end, :])
+
+
+def main(folder: str, seed: str) -> None:
+    kernels_by_shim(Path(folder))
+    draw = random.Random(seed)
+    device = gpu.cuda_device()
+    for n in range(6):
+        on_device.PIECE = draw.choice([1, 3000, 20000, 1 << 24])
+        codec = ["channel", "planes", "raw", "channel", "zstd", "channel"][n]
+        snapshot = make_snapshot(cache_like, n, "bf16", layers=4, heads=2, tokens=180, dim=64)
+        blob = kvzip.encode(snapshot, codec, block_tokens=32)
+        same(kvzip.decode(blob, device="cuda"), snapshot)
+        same(kvzip.decode(blob, device="cuda:0", tokens=(20, 170)), snapshot, 20, 170)
+        with device.current():
+            pinned = device.pinned(len(blob))
+        pinned.array[:] = np.frombuffer(blob, np.uint8)
+        same(kvzip.decode(memoryview(pinned.array), device="cuda"), snapshot)
+        with device.current():
+            caches = [empty(device, (2, 14, 16, 2, 64), get("bf16"))[0] for _ in range(4)]
+        out = []
+        for cache in caches:
+            k, v = (
+                DeviceArray(cache, cache.address + i * 14 * 16 * 128 * 2, *_page_shape(), 2)
+                for i in range(2)
+            )
+            out.append((k, v))
+        pages = draw.sample(range(14), 12)
+        kvzip.decode(blob, device="cuda", out=out, pages=pages)
+        for pair, layer in zip(out, snapshot.layers, strict=True):
+            for cache, expected in zip(pair, layer, strict=True):
+                rows = np.concatenate([bits(cache)[page] for page in pages])[:180]
+                assert np.array_equal(rows.swapaxes(0, 1), expected)
+        if codec == "channel":
+            bad = bytearray(blob)
+            bad[-100] ^= 4
+            try:
+                kvzip.decode(bytes(bad), device="cuda")
+            except kvzip.CorruptError as error:
+                assert "layer 3 v" in str(error)
+            else:
+                raise AssertionError("damage was not seen")
+    try:
+        kvzip.decode(blob, device="cuda:1")
+    except kvzip.UnsupportedError as error:
+        assert "no GPU number 1" in str(error)
+    print("well")
+
+
+def _page_shape():
+    return (14, 16, 2, 64), (16 * 128, 128, 64, 1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,73 @@
+"""A transformers cache whose layers a device decodes: the shim here, as if the model were on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import kvzip  # noqa: E402
+from kvzip.codecs.native.cuda.shim_device import ShimDevice  # noqa: E402
+from kvzip.errors import UnsupportedError  # noqa: E402
+from kvzip.load import lazy  # noqa: E402
+from kvzip.load.hf import load_cache  # noqa: E402
+
+
+@pytest.fixture
+def shim(tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if not shutil.which("g++"):
+        pytest.skip("the shim needs a C++ compiler")
+    if not os.environ.get("KVZIP_CACHE"):
+        folder = tmp_path_factory.getbasetemp().parent / "kvzip-cache"
+        monkeypatch.setenv("KVZIP_CACHE", str(folder))
+    found = ShimDevice(tensors=True)
+    monkeypatch.setattr(
+        lazy.Loader,
+        "_decoder",
+        lambda self, reader: found if reader.codec.on_device and found.on else None,
+    )
+    found.on = True
+    return found
+
+
+@pytest.mark.parametrize("codec", ["channel", "raw", "zstd"])
+def test_the_same_as_by_the_cpu(shim: Any, tiny: Any, name: str, codec: str) -> None:
+    """Sliding layers too."""
+    case = tiny(name, "bfloat16")
+    blob = kvzip.encode(case.snapshot, codec, block_tokens=16, threads=1)
+    longer, found = case.longer(), []
+    for shim.on in (True, False):
+        for options in ({"prompt": longer}, {}):
+            cache = load_cache(blob, case.config, **options)
+            found.append(case.generate(longer, cache))
+        assert bool(shim.launched) == (codec != "zstd")
+    for (t1, l1), (t2, l2) in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(t1, t2) and torch.equal(l1, l2)
+
+
+def test_damage_is_told_when_it_is_met(shim: Any, tiny: Any) -> None:
+    case = tiny("llama", "bfloat16")
+    bad = bytearray(kvzip.encode(case.snapshot, "channel", threads=1))
+    bad[-70] ^= 1
+    with pytest.raises(kvzip.CorruptError, match="layer 3 v"):
+        case.generate(case.longer(), load_cache(bytes(bad), case.config, prompt=case.longer()))
+
+
+def test_a_gpu_that_cannot_decode_leaves_it_to_the_cpu(monkeypatch: Any) -> None:
+    """Without kvzip[gpu], or with a codec that has no kernels."""
+
+    def none(spec: Any) -> Any:
+        raise UnsupportedError("no CUDA for Python")
+
+    monkeypatch.setattr(lazy, "get_device", none)
+    loader = lazy.Loader.__new__(lazy.Loader)
+    loader.decoder, loader.device = None, torch.device("cuda")
+    for codec in ("channel", "zstd"):
+        snapshot = kvzip.Snapshot.from_arrays([(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8))])
+        with kvzip.open(kvzip.encode(snapshot, codec)) as reader:
+            assert loader._decoder(reader) is None
