@@ -23,6 +23,7 @@ from kvzip.errors import (
     UnsupportedError,
     UsageError,
 )
+from kvzip.identity import fingerprint
 from kvzip.pages import decode_page, encode_page, max_page_size
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
@@ -52,6 +53,7 @@ __all__ = [
     "decode_page",
     "encode",
     "encode_page",
+    "fingerprint",
     "get_codec",
     "info",
     "max_encoded_size",

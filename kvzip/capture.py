@@ -143,9 +143,12 @@ def prefill(
         "device": device_name(model.device),
         **products.of(model),
     }
+    revision = loaded.fingerprint
+    if loaded.revision not in ("", revision):
+        software["checkpoint"] = loaded.revision
     origin = Origin(
         loaded.id,
-        loaded.revision,
+        revision,
         type(model).__name__,
         _with_frequencies(model, kinds, rope_parameters(config)),
         text,
@@ -286,7 +289,7 @@ def _check_same(
         raise KVZipError(f"{path} is in the way: {error}") from None
     same = (
         old.origin.model == loaded.id
-        and old.origin.revision == loaded.revision
+        and old.origin.revision == loaded.fingerprint
         and (dtype is None or old.dtype == dtypes.get(dtype).name)
         and old.token_ids is not None
         and np.array_equal(old.token_ids, document.token_ids)

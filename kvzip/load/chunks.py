@@ -63,9 +63,9 @@ def _bits(tensor: Any) -> tuple[Any, str]:
     return dtypes.as_bits(tensor, wide)
 
 
-def _snapshot(tensor: Any, model: str = "") -> Snapshot:
+def _snapshot(tensor: Any, origin: Origin | None = None) -> Snapshot:
     bits, name = _bits(tensor)
-    return Snapshot.from_arrays(pairs(bits), name, origin=Origin(model=model))
+    return Snapshot.from_arrays(pairs(bits), name, origin=origin or Origin())
 
 
 def layout(tensor: Any) -> Layout:
@@ -73,18 +73,25 @@ def layout(tensor: Any) -> Layout:
     return _snapshot(tensor).layout
 
 
-def encode(tensor: Any, codec: Codec, threads: int = 1, model: str = "") -> bytes:
+def encode(tensor: Any, codec: Codec, threads: int = 1, origin: Origin | None = None) -> bytes:
     """A CPU tensor of any strides as the bytes of a .kvz file."""
-    return container.encode(_snapshot(tensor, model), codec, threads=threads)
+    return container.encode(_snapshot(tensor, origin), codec, threads=threads)
 
 
-def decode(data: Any, tensor: Any, threads: int = 1) -> None:
+def decode(data: Any, tensor: Any, threads: int = 1, origin: Origin | None = None) -> None:
     """Fill a CPU tensor of any strides from the bytes of a .kvz file.
 
-    Raises CorruptError, FormatError, and UnsupportedError when they are of another shape.
+    `origin`: where it must come from, by its revision. Raises CorruptError, FormatError, and
+    UnsupportedError when the numbers are of another shape or of other weights.
     """
     bits, name = _bits(tensor)
     with container.open(data, threads=threads) as reader:
+        found = reader.header.origin
+        if origin is not None and found.revision != origin.revision:
+            raise UnsupportedError(
+                f"the chunk is of other weights: {found.model} {found.revision or '(not pinned)'}, "
+                f"not {origin.model} {origin.revision or '(not pinned)'}"
+            )
         stored, wanted = reader.layout, layout(tensor)
         if stored != wanted:
             raise UnsupportedError(

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvzip import container, dtypes
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.identity import fingerprint
 from kvzip.load.config import LayerKind, cache_argument, layers_of, rope_parameters
 from kvzip.load.lazy import FullLayer, SlidingLayer, Taken
 from kvzip.remote import open_url
@@ -185,18 +186,18 @@ def agreed(
 # --- into a cache ------------------------------------------------------------------------------
 
 
-def name_of_model(model: Any) -> tuple[str, str]:
-    """What a model calls itself, and its revision; "" where it says nothing."""
-    config = model.config
-    name = getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "")
-    return str(name), str(getattr(config, "_commit_hash", None) or "")
+def name_of_model(model: Any) -> str:
+    """What a model calls itself; "" where it says nothing."""
+    return str(
+        getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "") or ""
+    )
 
 
 def origin_of_model(model: Any) -> Origin:
-    name, revision = name_of_model(model)
+    """Where caches of a transformers model come from: `revision` is its fingerprint."""
     return Origin(
-        model=name,
-        revision=revision,
+        model=name_of_model(model),
+        revision=fingerprint(model),
         architecture=type(model).__name__,
         rope=rope_parameters(model.config),
     )
@@ -210,12 +211,12 @@ def finder(
     profile: Any,
     threads: int,
 ) -> Callable[[Store], Match | None]:
-    """What looks for a model's prompt, [n], in a store."""
-    own_name, own_revision = name_of_model(model)
+    """What looks for a model's prompt, [n], in a store: by its fingerprint, unless a revision is
+    given."""
     return lambda store: store.find(
         ids,
-        model=own_name if name is None else name,
-        revision=own_revision if revision is None else revision,
+        model=name_of_model(model) if name is None else name,
+        revision=fingerprint(model) if revision is None else revision,
         dtype=str(model.dtype),
         profile=profile,
         threads=threads,
@@ -223,10 +224,10 @@ def finder(
 
 
 def spans_of(kinds: Sequence[LayerKind], count: int, witnessed: bool) -> list[tuple[int, int]]:
-    """First and last position of what each layer needs for a cache of `count` tokens."""
-    spans = [(max(0, count - (kind.window or count + 1) + 1), count) for kind in kinds]
-    spans[0] = (spans[0][0], count + witnessed)
-    return spans
+    """First and last position of what each layer needs for a cache of `count` tokens, and for the
+    next token if it is to be a witness."""
+    stop = count + witnessed
+    return [(max(0, count - (kind.window or count + 1) + 1), stop) for kind in kinds]
 
 
 def lazy_cache(
@@ -240,6 +241,10 @@ def lazy_cache(
         for i, kind in enumerate(kinds)
     ]
     layers[0]._prompt_length = prompt_length
+    layers[-1]._last = True
+    distances: dict[int, Any] = {}
+    for layer in layers:
+        layer._distances = distances
     cache = DynamicCache()
     # Its own constructor would make layers from the config, once more: a millisecond.
     Cache.__init__(cache, layers=layers)
@@ -248,7 +253,7 @@ def lazy_cache(
 
 def prefill_of(model: Any, ids: NDArray[Any], count: int) -> Callable[[], list[Taken]]:
     """What computes the caches of the first `count` tokens of `ids`, [batch, n], and layer 0's next
-    key."""
+    key and value."""
 
     def prefill() -> list[Taken]:
         fed = torch.from_numpy(ids.astype(np.int64)).to(model.device)
@@ -258,6 +263,9 @@ def prefill_of(model: Any, ids: NDArray[Any], count: int) -> Callable[[], list[T
             layers = [Taken(layer.keys, layer.values) for layer in cache.layers]
             # Appending makes new tensors, so those above stay as they are.
             model(fed[:, count : count + 1], use_cache=True, **cache_argument(cache))
-        return [layers[0]._replace(witness=cache.layers[0].keys[:, :, -1:]), *layers[1:]]
+        next_token = tuple(
+            each[:, :, -1:] for each in (cache.layers[0].keys, cache.layers[0].values)
+        )
+        return [layers[0]._replace(witness=next_token), *layers[1:]]
 
     return prefill

@@ -36,6 +36,7 @@ from kvzip.load.documents import (
     spans_of,
 )
 from kvzip.load.lazy import Loader, Recovery, tell
+from kvzip.load.witness import watch
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
 
 __all__ = [
@@ -204,6 +205,7 @@ def load_or_prefill(
                 batch = rows[0] if len(rows) == 4 else 1
                 loader = cache.layers[0]._source
                 loader.recovery = Recovery(prefill_of(model, ids[:batch], loader.held))
+                watch(model, cache)
                 return cache
     except (KVZipError, OSError) as error:
         tell(error)

@@ -24,6 +24,7 @@ from kvzip import dtypes
 from kvzip.codecs.native.cuda.device import get_device
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.load.witness import OtherWeights, distance, judge, not_continued, same_key
 from kvzip.snapshot import Snapshot
 
 _log = logging.getLogger("kvzip.load")
@@ -41,7 +42,7 @@ class Taken(NamedTuple):
     keys: Any
     values: Any
     witness: Any = None
-    """Layer 0: each row's key at the next position, NaN in rows where none is known; or None."""
+    """Each row's key and value at the next position, NaN in rows where none are known; or None."""
 
 
 class Recovery:
@@ -101,7 +102,7 @@ class Loader:
 
     Copies of a cache share it: it keeps nothing but the layers that are decoded ahead.
     `spans`: first and last position of each layer. `held`: the position after the last that the
-    cache keeps; what layer 0 has beyond is its witness.
+    cache keeps; what a layer has beyond is its witness.
     """
 
     def __init__(
@@ -178,10 +179,8 @@ class Loader:
         return range(first, min(first + TOGETHER, len(self.spans)))
 
     def _runs(self, layers: Iterable[int]) -> Iterator[_Run]:
-        # Most begin where the others do, and end there, too, or a token later.
-        for start, alike in groupby(layers, key=lambda i: self.spans[i][0]):
-            run = list(alike)
-            yield run, (start, max(self.spans[i][1] for i in run))
+        for span, alike in groupby(layers, key=self.spans.__getitem__):  # most are alike
+            yield list(alike), span
 
     def _decode(self, layers: Iterable[int]) -> dict[int, Taken]:
         found = {}
@@ -233,7 +232,8 @@ class Loader:
         )
         k, v = (k, v) if k.ndim == 4 else (k[None], v[None])
         kept = self.held - start
-        return Taken(k[:, :, :kept], v[:, :, :kept], k[:, :, kept:] if stop > self.held else None)
+        witness = (k[:, :, kept:], v[:, :, kept:]) if stop > self.held else None
+        return Taken(k[:, :, :kept], v[:, :, :kept], witness)
 
 
 class Computed:
@@ -307,7 +307,7 @@ class BatchLoader:
         width = self.count if window is None else min(self.count, window - 1)
         shapes = [(len(taken), t.shape[1], width, t.shape[3]) for t in like[:2]]
         keys, values = (like.keys.new_zeros(shape) for shape in shapes)
-        witness = torch.full((len(taken), shapes[0][1], 1, shapes[0][3]), torch.nan)
+        witness = tuple(torch.full((n, heads, 1, dim), torch.nan) for n, heads, _, dim in shapes)
         known = False
         for row, found in enumerate(taken):
             if found is None:
@@ -315,7 +315,9 @@ class BatchLoader:
             start = width - found.keys.shape[2]
             keys[row, :, start:], values[row, :, start:] = found.keys[0], found.values[0]
             if found.witness is not None:
-                witness[row], known = found.witness[0].float(), True
+                known = True
+                for whole, mine in zip(witness, found.witness, strict=True):
+                    whole[row] = mine[0].float()
         return Taken(keys, values, witness if known else None)
 
 
@@ -337,8 +339,13 @@ class _LazyLayer:
     _keys: Any = None
     _values: Any = None
     _witness: Any = None
-    """Layer 0: the document's key at the position after the last that is kept, or None."""
+    """The document's key and value at the position after the last that is kept, or None."""
+    _rearranged = False
+    """Whether the rows are no longer the document's, each as often as any other."""
     _prompt_length: int | None = None
+    _distances: dict[int, Any] = {}  # noqa: RUF012 - each cache has one of its own
+    """How far from their witnesses the layers of a cache were found, by layer: shared by them."""
+    _last = False
 
     def __init__(self, loader: Any, index: int, length: int, **kwargs: Any):
         super().__init__(**kwargs)
@@ -379,7 +386,7 @@ class _LazyLayer:
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self._fresh and not query_length:  # a prompt of less than half the cache's tokens
-            raise _not_continued(self.get_seq_length())
+            raise not_continued(self.get_seq_length())
         return cast(Any, super()).get_mask_sizes(query_length)
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
@@ -401,12 +408,18 @@ class _LazyLayer:
         try:
             pair = self._fitting(key_states, value_states)
         except KVZipError as error:
-            if not self._source.recovers or position != self._length:
+            if not self.restartable or not self._source.recovers or position != self._length:
                 raise
             anew = self._source.recover(self._index, error)
             self._keys, self._values, self._witness = anew
             self._loader, self.dtype = None, self._keys.dtype
             pair = self._fitting(key_states, value_states)
+        if self._last:
+            try:
+                judge(self._distances, position, key_states.dtype)
+            except OtherWeights as error:
+                error.layer, error.source = self, self._source  # for `watch`
+                raise
         cast(Any, super()).lazy_initialization(key_states, value_states)  # devices and dtype
         self._keys, self._values = pair
         self._fresh, self._witness, self._source = False, None, None
@@ -426,11 +439,27 @@ class _LazyLayer:
                     f"the model feeds {list(new.shape)}"
                 )
             pair.append(_repeated(mine, new))
-        if self._witness is not None and not _same(
-            key_states[:, :, :1], _repeated(self._witness, key_states)
-        ):
-            raise _not_continued(self.get_seq_length())
+        if self._witness is not None:
+            states = key_states, value_states
+            witness = [_repeated(*each) for each in zip(self._witness, states, strict=True)]
+            if self._index == 0 and not same_key(key_states[:, :, :1], witness[0]):
+                raise not_continued(self.get_seq_length())
+            self._distances[self._index] = distance(states, witness)
         return pair
+
+    @property
+    def restartable(self) -> bool:
+        """Whether the rows are the document's, or each of them as often as any other."""
+        return not self._rearranged
+
+    def restart(self, source: Any, taken: Taken) -> None:
+        """Be as new, with other keys and values than were loaded."""
+        self._loader, self._source, self._fresh = None, source, True
+        self._distances.clear()
+        self._keys, self._values, self._witness = taken
+        self.dtype = taken.keys.dtype
+        if hasattr(self, "cumulative_length"):
+            self.cumulative_length = self._length
 
     def reset(self) -> None:
         self._loader = self._source = self._witness = self._prompt_length = None
@@ -440,25 +469,27 @@ class _LazyLayer:
     # Before the first update, the witness goes the way of the keys.
 
     def crop(self, tokens_to_remove: int) -> None:
-        before = self.keys
+        before = self.keys, self.values
         cast(Any, super()).crop(tokens_to_remove)
         if self._witness is not None and tokens_to_remove:
-            self._witness = before[:, :, tokens_to_remove:][:, :, :1]
+            self._witness = tuple(each[:, :, tokens_to_remove:][:, :, :1] for each in before)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         cast(Any, super()).reorder_cache(beam_idx)
+        self._rearranged = self._fresh
         if self._witness is not None:
-            self._witness = self._witness.index_select(0, beam_idx.to(self._witness.device))
+            self._witness = tuple(w.index_select(0, beam_idx.to(w.device)) for w in self._witness)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         cast(Any, super()).batch_repeat_interleave(repeats)
         if self._witness is not None:
-            self._witness = self._witness.repeat_interleave(repeats, dim=0)
+            self._witness = tuple(w.repeat_interleave(repeats, dim=0) for w in self._witness)
 
     def batch_select_indices(self, indices: Any) -> None:
         cast(Any, super()).batch_select_indices(indices)
+        self._rearranged = self._fresh
         if self._witness is not None:
-            self._witness = self._witness[indices, ...]
+            self._witness = tuple(w[indices, ...] for w in self._witness)
 
 
 class FullLayer(_LazyLayer, DynamicLayer):
@@ -474,27 +505,3 @@ def _repeated(mine: Any, new: Any) -> Any:
     times = new.shape[0] // mine.shape[0]
     mine = mine.to(new.device)
     return mine if times == 1 else mine.repeat_interleave(times, dim=0)
-
-
-def _not_continued(position: int) -> KVZipError:
-    return KVZipError(
-        f"the prompt does not continue the cached document at position {position}: it is shorter "
-        f"than the {position} tokens of the cache, or another text, or its suffix came without a "
-        "full-length attention mask; pass prompt= to load_cache to keep only what they share"
-    )
-
-
-def _same(new: Any, stored: Any) -> bool:
-    """Whether keys [batch, heads, 1, dim] are equal but for rounding.
-
-    A number counts as another when it is off by more than 1/16 of its size (its pair's in the
-    rotation, and the head's median), 16 roundings of bf16. A turn by one position moves at least
-    the fastest pairs by far more (10 % of SmolLM2's numbers are off then), and another token moves
-    most numbers (75 % or more). One number in a hundred may be off.
-    """
-    new, stored = new.float(), stored.float()
-    size = stored.abs()
-    pair = torch.maximum(size, size.roll(size.shape[-1] // 2, -1))
-    room = (pair + size.median(-1, keepdim=True).values) / 16
-    off = ((new - stored).abs() > room).float().mean(dim=(1, 2, 3))
-    return bool((off <= 0.01).all())

@@ -14,14 +14,20 @@ of LMCache 0.5.6, ``lmcache.v1.distributed.serde``; this module imports without 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from kvzip import container
 from kvzip.codec import Codec, get_codec
 from kvzip.errors import CorruptError, KVZipError
+from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import chunks
+from kvzip.snapshot import Origin
+
+_log = logging.getLogger("kvzip.lmcache")
 
 
 def _tensors(memory: Any) -> list[Any]:
@@ -38,18 +44,68 @@ def _bytes(memory: Any) -> memoryview:
     return memoryview(memory.byte_array).cast("B")
 
 
+class Weights:
+    """Which weights an engine's chunks come from. LMCache says no more than the model's name.
+
+    `model`: where the weights lie, if the name does not say it. `revision`: what pins them, in
+    place of the checkpoint's fingerprint. `told`: what the engine was told to change about them.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        revision: str | None = None,
+        told: Mapping[str, Any] | None = None,
+    ):
+        self._model, self._revision, self._told = model, revision, dict(told or {})
+        self._unknown: set[str] = set()
+
+    def origin(self, key: Any) -> Origin:
+        """Where a chunk comes from, by LMCache's key."""
+        name = str(getattr(key, "model_name", ""))
+        return Origin(model=name, revision=self._pinned(self._model or name))
+
+    def _pinned(self, model: str) -> str:
+        revision = self._revision
+        if revision is None:
+            try:
+                # Asked anew for each chunk: an engine may have started again with other weights.
+                revision = checkpoint_fingerprint(model)
+            except KVZipError as error:
+                if model not in self._unknown:
+                    self._unknown.add(model)
+                    _log.warning(
+                        'chunks are told apart by the name %r alone (%s): set "model" to where its '
+                        'weights lie, or "revision", in the serde, and change that with them',
+                        model,
+                        error,
+                    )
+                revision = ""
+        return changed(revision, self._told)
+
+
+_failed: set[tuple[str, ...]] = set()
+"""Names of chunks that could not be loaded: the adapter's next store replaces them."""
+
+
+def _name_of(key: Any) -> tuple[str, ...]:
+    """What tells one chunk from another in LMCache's keys."""
+    fields = ("model_name", "kv_rank", "object_group_id", "chunk_hash", "cache_salt")
+    return tuple(str(getattr(key, name, "")) for name in fields)
+
+
 class KvzipSerializer:
     """LMCache's `Serializer`: tensors of a chunk to bytes of variable length."""
 
-    def __init__(self, codec: Codec, threads: int):
+    def __init__(self, codec: Codec, threads: int, weights: Weights | None = None):
         self.codec, self.threads = chunks.check_codec(codec), threads
+        self.weights = weights or Weights()
 
     def serialize(self, src: Any, dst: Any, key: Any) -> int:
         """Encode the tensors of `src` into the bytes of `dst`; how many there are."""
-        out, at = _bytes(dst), 0
+        out, at, origin = _bytes(dst), 0, self.weights.origin(key)
         for tensor in _tensors(src):
-            model = str(getattr(key, "model_name", ""))
-            blob = chunks.encode(tensor, self.codec, self.threads, model)
+            blob = chunks.encode(tensor, self.codec, self.threads, origin)
             if at + len(blob) > len(out):
                 raise KVZipError(f"LMCache gave {len(out):,} bytes, too few for the chunk")
             out[at : at + len(blob)] = blob
@@ -70,19 +126,28 @@ class KvzipSerializer:
 class KvzipDeserializer:
     """LMCache's `Deserializer`: those bytes back into tensors, decoded in place."""
 
-    def __init__(self, threads: int):
-        self.threads = threads
+    def __init__(self, threads: int, weights: Weights | None = None):
+        self.threads, self.weights = threads, weights or Weights()
 
     def deserialize(self, src: Any, dst: Any, key: Any) -> None:
         """Decode `src` into the tensors of `dst`. Raises CorruptError, FormatError, or
-        UnsupportedError when they are of another shape; LMCache then counts the chunk as a miss."""
+        UnsupportedError when they are of another shape or of other weights; LMCache then counts the
+        chunk as a miss."""
+        try:
+            self._deserialize(src, dst, None if key is None else self.weights.origin(key))
+        except Exception:
+            if key is not None:
+                _failed.add(_name_of(key))
+            raise
+
+    def _deserialize(self, src: Any, dst: Any, origin: Origin | None) -> None:
         data, at = _bytes(src), 0
         for tensor in _tensors(dst):
             # The buffer may be longer than what was stored.
             length = container.stated_length(data[at:])
             if at + length > len(data):
                 raise CorruptError(f"the chunk is cut short: {len(data):,} bytes")
-            chunks.decode(data[at : at + length], tensor, self.threads)
+            chunks.decode(data[at : at + length], tensor, self.threads, origin)
             at += length
 
 
@@ -90,17 +155,22 @@ def create(kwargs: Mapping[str, Any]) -> Any:
     """LMCache's factory: a SerdeProcessor from the serde's configuration without its "type".
 
     ``codec``: a codec that needs no profile, with settings (default "channel"). ``threads``: for
-    one chunk (default 1). ``max_workers``: chunks at once (default 1).
+    one chunk (default 1). ``max_workers``: chunks at once (default 1). ``model``, ``revision``,
+    ``quantization``, ``adapter``: which weights the chunks come from, where the model's name does
+    not say it, see :class:`Weights`.
     """
     from lmcache.v1.distributed.serde.async_processor import AsyncSerdeProcessor
 
-    unknown = sorted(set(kwargs) - {"codec", "threads", "max_workers"})
+    of_weights = {"model", "revision", "quantization", "adapter"}
+    unknown = sorted(set(kwargs) - {"codec", "threads", "max_workers"} - of_weights)
     if unknown:
         raise KVZipError(f"serde kvzip: no setting {unknown[0]!r}")
     threads = int(kwargs.get("threads", 1))
+    told = {name: kwargs.get(name) for name in ("quantization", "adapter")}
+    weights = Weights(kwargs.get("model"), kwargs.get("revision"), told)
     return AsyncSerdeProcessor(
-        KvzipSerializer(get_codec(kwargs.get("codec", "channel")), threads),
-        KvzipDeserializer(threads),
+        KvzipSerializer(get_codec(kwargs.get("codec", "channel")), threads, weights),
+        KvzipDeserializer(threads, weights),
         max_workers=int(kwargs.get("max_workers", 1)),
     )
 
@@ -135,8 +205,33 @@ def _register_adapter(name: str) -> None:
                     memory.set_used_size(min(size, memory.get_size()))
             return super().submit_load_task(keys, objects)
 
+        def submit_store_task(self, keys: list[Any], objects: list[Any]) -> Any:
+            for key in keys:  # LMCache's adapter leaves alone what is there
+                path = self._key_to_path(key)
+                name = _name_of(key)
+                if name in _failed or not _whole(path):
+                    path.unlink(missing_ok=True)
+                    _failed.discard(name)
+            return super().submit_store_task(keys, objects)
+
     register_l2_adapter_type(name, Config)
     register_l2_adapter_factory(name, lambda config, memory=None: Adapter(config))
+
+
+def _whole(path: Path) -> bool:
+    """Whether a chunk's file is as long as its parts say; True if there is none."""
+    at = 0
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            while at < size:
+                file.seek(at)
+                at += container.stated_length(file.read(64))
+    except FileNotFoundError:
+        return True
+    except KVZipError:  # after the last part there may be anything
+        return 0 < at <= size
+    return 0 < at <= size
 
 
 def main() -> None:

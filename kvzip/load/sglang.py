@@ -13,7 +13,8 @@ reason, is a miss, which SGLang computes; each kind of failure is logged once.
 
 The interface is that of SGLang 0.5.23, ``sglang.srt.mem_cache.hicache_storage``; this module
 imports without it. More settings: ``codec`` (default "channel"), ``workers`` (pages at once, 4),
-``timeout`` and ``retries`` of a request, ``options`` for obstore.
+``timeout`` and ``retries`` of a request, ``options`` for obstore; ``model`` (where the weights lie)
+and ``revision`` (what pins them), where the server's arguments do not say it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
+from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import chunks
 from kvzip.remote import Bucket
+from kvzip.snapshot import Origin
 
 if TYPE_CHECKING:
     _Base = object
@@ -82,11 +86,14 @@ class KvzipStorage(_Base):
             make=True,
         )
         self.model = str(storage_config.model_name or "")
-        self.scope = _scope(storage_config)
+        self._ranks = _ranks(storage_config)
+        self._weights = _Weights(extra.get("model"), extra.get("revision"), self.model)
         # A hybrid model's recurrent state is cut over ranks even where MLA's pages are not.
         self._state_suffix = f".tp{storage_config.tp_rank}of{storage_config.tp_size}"
         self._pool = ThreadPoolExecutor(int(extra.get("workers", 4)), "kvzip-sglang")
         self._told: set[str] = set()
+        self._failed: set[str] = set()
+        """Paths of pages that are there and could not be loaded."""
         self.mem_pool_host: Any = None
         self.registered_pools: dict[Any, Any] = {}
 
@@ -97,6 +104,13 @@ class KvzipStorage(_Base):
         self.registered_pools[host_pool_name] = host_pool
 
     # --- one page --------------------------------------------------------------------------
+
+    @property
+    def scope(self) -> str:
+        """Where the pages of these weights and of this rank lie."""
+        pinned = self._weights.pinned()
+        parts = [quote(self.model or "model", safe=""), quote(pinned, safe="+"), *self._ranks]
+        return "/".join(filter(None, parts))
 
     def _path(self, key: str, pool: Any) -> str:
         """The dtype is in the path: a page in another can be there beside it."""
@@ -116,21 +130,27 @@ class KvzipStorage(_Base):
 
     def _load(self, key: str, tensor: Any, pool: Any) -> bool:
         def load() -> bool:
-            data = self.bucket.get(self._path(key, pool))
+            path = self._path(key, pool)
+            data = self.bucket.get(path)
             if data is None:
                 return False
-            chunks.decode(data, page_of(tensor, pool))
+            try:
+                chunks.decode(data, page_of(tensor, pool))
+            except Exception:
+                self._failed.add(path)
+                raise
             return True
 
         return bool(self._try(load, False))
 
     def _store(self, key: str, tensor: Any, pool: Any) -> bool:
         def store() -> bool:
-            path = self._path(key, pool)
-            if self.bucket.head(path) is None:
-                self.bucket.put(
-                    path, chunks.encode(page_of(tensor, pool), self.codec, 1, self.model)
-                )
+            path, page = self._path(key, pool), page_of(tensor, pool)
+            if not self._there(path):
+                origin = Origin(model=self.model, revision=self._weights.pinned())
+                data = chunks.encode(page, self.codec, 1, origin)
+                self.bucket.put(path, data, create=False)
+                self._failed.discard(path)
             return True
 
         return bool(self._try(store, False))
@@ -170,7 +190,15 @@ class KvzipStorage(_Base):
         return self._has(key, self.mem_pool_host)
 
     def _has(self, key: str, pool: Any) -> bool:
-        return bool(self._try(lambda: self.bucket.head(self._path(key, pool)) is not None, False))
+        return bool(self._try(lambda: self._there(self._path(key, pool)), False))
+
+    def _there(self, path: str) -> bool:
+        """Whether a page is there that is worth loading: not empty (a power cut can leave a file
+        so), and none that failed."""
+        if path in self._failed:
+            return False
+        found = self.bucket.head(path)
+        return found is not None and found.size > 0
 
     def batch_exists(self, keys: Sequence[str], extra_info: Any = None) -> int:
         """How many of the first keys are there, without a gap."""
@@ -268,14 +296,77 @@ def _leading(flags: Sequence[bool]) -> int:
     return next((i for i, flag in enumerate(flags) if not flag), len(flags))
 
 
-def _scope(config: Any) -> str:
-    """Model and rank as a path. Ranks hold different heads, but of an MLA model the same numbers,
-    of which one rank writes."""
-    parts = [quote(str(config.model_name or "model"), safe="")]
+class _Weights:
+    """Which weights the server computes with: those of its checkpoint, and what it was told to
+    change. SGLang does not show them, but says what it loaded, and loads others while it runs.
+
+    `model`: where they lie, and `revision`: what pins them, from the backend's settings; `name`:
+    what SGLang calls the model.
+    """
+
+    def __init__(self, model: str | None, revision: str | None, name: str):
+        self._model, self._revision, self._name = model, revision, name
+        self._known: tuple[tuple[str, ...], str] | None = None
+        self._first = ""
+        self._lock = Lock()
+
+    def pinned(self) -> str:
+        """The checkpoint's fingerprint with the changes; "" if nothing pins them."""
+        server = _server_args()
+        told = {
+            name: getattr(server, name, None)
+            for name in ("quantization", "lora_paths", "json_model_override_args", "weight_version")
+        }
+        told = {name: str(value) for name, value in told.items() if value}
+        if told.get("weight_version") == "default":
+            del told["weight_version"]
+        if told.get("json_model_override_args") == "{}":
+            del told["json_model_override_args"]
+        loaded = str(getattr(server, "model_path", None) or "")
+        state = (loaded, *(f"{name}={value}" for name, value in sorted(told.items())))
+        with self._lock:
+            self._first = self._first or loaded
+            if loaded != self._first:  # the server took other weights while it ran
+                told["model_path"] = loaded
+            model = loaded if "model_path" in told else self._model or loaded or self._name
+            if self._known is None or self._known[0] != state:
+                commit = getattr(server, "revision", None)
+                self._known = state, changed(self._fingerprint(model, commit), told)
+            return self._known[1]
+
+    def _fingerprint(self, model: str, commit: str | None) -> str:
+        if self._revision is not None:
+            return self._revision
+        try:
+            return checkpoint_fingerprint(model, commit)
+        except KVZipError as error:
+            _log.warning(
+                'pages are told apart by the name %r alone (%s): set "model" to where its weights '
+                'lie, or "revision", in the extra config, and change that with them',
+                self._name,
+                error,
+            )
+            return ""
+
+
+def _server_args() -> Any:
+    """What the server in this process was started with, or None."""
+    try:
+        from sglang.srt.server_args import get_global_server_args
+
+        return get_global_server_args()
+    except (ImportError, ValueError, AttributeError, RuntimeError):
+        return None
+
+
+def _ranks(config: Any) -> list[str]:
+    """The rank as parts of a path. Ranks hold different heads, but of an MLA model the same
+    numbers, of which one rank writes."""
+    parts = []
     if not config.is_mla_model:
         parts.append(f"tp{config.tp_rank}of{config.tp_size}")
     for name in ("pp", "attn_cp", "dcp"):
         if getattr(config, f"{name}_size", 1) > 1:
             rank, size = getattr(config, f"{name}_rank"), getattr(config, f"{name}_size")
             parts.append(f"{name}{rank}of{size}")
-    return "/".join(parts)
+    return parts

@@ -21,17 +21,15 @@ document holds whole layers, so the model must lie on one worker. docs/vllm.md h
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock, Semaphore, Thread
 from typing import Any
 
@@ -48,9 +46,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvzip import dtypes
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import pages
 from kvzip.load.config import LayerKind, layer_kinds, rope_parameters
-from kvzip.models import folder_revision
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
 from kvzip.store import BLOCK_TOKENS, Store
@@ -78,7 +76,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str | None = None
     """What documents call the model; default: what vLLM was given."""
     revision: str | None = None
-    """What pins the weights; default: the hub's commit, or the hash of the weights in a folder."""
+    """What pins the weights; default: the checkpoint's fingerprint, or the hub's commit where its
+    files are not on this machine."""
     min_tokens: int = BLOCK_TOKENS
     """Prompts below are not stored."""
     min_new: float = 0.25
@@ -191,7 +190,7 @@ class KvzipConnector(KVConnectorBase_V1):
         self._scheduler: _Scheduler | None = None
         self._worker: _Worker | None = None
         if role == KVConnectorRole.SCHEDULER:
-            origin = _origin(vllm_config.model_config, settings, engine)
+            origin = _origin(vllm_config, settings, engine)
             if transfer.kv_load_failure_policy != "recompute":
                 _log.warning(
                     "a request whose document cannot be loaded will fail: "
@@ -243,6 +242,13 @@ class KvzipConnector(KVConnectorBase_V1):
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, None]:
         self._planner.finished(request.request_id)
         return False, None
+
+    def reset_cache(self) -> bool | None:
+        """vLLM calls this when its weights are no longer those of the checkpoint."""
+        if self._scheduler is None:
+            return None
+        self._scheduler.forget_weights()
+        return True
 
     # --- for the worker --------------------------------------------------------------------
 
@@ -358,41 +364,36 @@ def _check_parallel(config: Any) -> None:
             )
 
 
-def _origin(config: Any, settings: Settings, engine: _Engine) -> Origin:
-    """What documents are found by. Raises KVZipError when nothing pins the weights."""
+def _origin(vllm_config: Any, settings: Settings, engine: _Engine) -> Origin:
+    """What documents are found by: the checkpoint, and what vLLM was told to change about it.
+    Raises KVZipError when nothing pins the weights."""
+    config = vllm_config.model_config
+    load_format = str(getattr(getattr(vllm_config, "load_config", None), "load_format", "auto"))
+    usual = load_format.rpartition(".")[2].lower() in ("auto", "safetensors", "hf")
     revision = settings.revision
     if revision is None:
-        folder = Path(config.model)
-        revision = (
-            folder_revision(folder)
-            if folder.is_dir()
-            else getattr(config.hf_config, "_commit_hash", None)
-        )
+        commit = getattr(config.hf_config, "_commit_hash", None)
+        try:
+            revision = checkpoint_fingerprint(config.model, commit, every=not usual)
+        except KVZipError:
+            revision = commit  # an engine may stream weights that never lie on this machine
         if not revision:
             raise KVZipError(
                 f"nothing says which weights of {config.model} these are: set revision in "
                 "kv_connector_extra_config, and change it whenever they change"
             )
-        revision += _changes(config)
+    told = {
+        "quantization": getattr(config, "quantization", None),
+        "hf_overrides": getattr(config, "hf_overrides", None),
+        "load_format": not usual and load_format,
+    }
     return Origin(
         model=settings.model or config.model,
-        revision=revision,
+        revision=changed(revision, told),
         architecture=next(iter(getattr(config.hf_config, "architectures", None) or []), ""),
         rope=engine.ropes,
         software={"vllm": str(vllm.__version__), "torch": str(torch.__version__)},
     )
-
-
-def _changes(config: Any) -> str:
-    """What vLLM was told to change about a model, since that changes its cache."""
-    told = {}
-    if getattr(config, "quantization", None):
-        told["quantization"] = str(config.quantization)
-    if getattr(config, "hf_overrides", None):
-        told["hf_overrides"] = repr(config.hf_overrides)
-    if not told:
-        return ""
-    return "+" + hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # --- the scheduler's half ----------------------------------------------------------------------
@@ -567,6 +568,17 @@ class _Scheduler:
         _, future = self._lookups.pop(name, (0.0, None))
         if future is not None:
             future.cancel()
+
+    def forget_weights(self) -> None:
+        """From now on nothing is found that was stored, and what is stored is found by this engine
+        alone: vLLM does not show its weights."""
+        revision = changed(self._origin.revision, {"weights since": uuid.uuid4().hex})
+        self._origin = msgspec.structs.replace(self._origin, revision=revision)
+        for known in self._requests.values():
+            known.saved = True  # what is under way may rest on the weights before
+        for _, future in self._lookups.values():
+            future.cancel()
+        self._lookups.clear()
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -64,7 +64,8 @@ def modules() -> dict[str, ModuleType]:
 
 def config(url: Any, /, **changes: Any) -> SimpleNamespace:
     """A VllmConfig: settings of kvzip, and under their own names `role`, `policy`, `model`,
-    `dtype`, `parallel`, `spec`, `groups`, `backend`, `isa`."""
+    `dtype`, `parallel`, `spec`, `groups`, `backend`, `isa`, `quantization`, `hf_overrides`,
+    `load_format`."""
     import transformers
 
     get = changes.pop
@@ -89,10 +90,12 @@ def config(url: Any, /, **changes: Any) -> SimpleNamespace:
         block_size=BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=dtype
     )
     attention = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), isa=isa)
+    told = {name: get(name) for name in ("quantization", "hf_overrides") if name in changes}
     found = SimpleNamespace(
+        load_config=SimpleNamespace(load_format=get("load_format", "auto")),
         kv_transfer_config=transfer,
         parallel_config=SimpleNamespace(**get("parallel", {"tensor_parallel_size": 1})),
-        model_config=SimpleNamespace(model=get("model", "org/model"), hf_config=hf_config),
+        model_config=SimpleNamespace(model=get("model", "org/model"), hf_config=hf_config, **told),
         compilation_config=SimpleNamespace(static_forward_context=dict.fromkeys(names, attention)),
         cache=SimpleNamespace(
             kv_cache_groups=[SimpleNamespace(layer_names=names, kv_cache_spec=spec)] * groups

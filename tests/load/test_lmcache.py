@@ -160,6 +160,91 @@ def test_damage_and_other_shapes_are_errors() -> None:
         ours.KvzipSerializer(kvzip.get_codec("predictive"), 1)
 
 
+def test_other_weights_are_a_miss(tmp_path: Path) -> None:
+    """By the bytes in the folder that the model's name says, or by what the serde is told."""
+    for name, data in (("a", b"weights"), ("b", b"Weights"), ("copy", b"weights")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(data)
+    tensor = tensor_of((2, 3, 40, 32), torch.bfloat16)
+
+    def load(weights: Any, name: str) -> bool:
+        key = SimpleNamespace(model_name=str(tmp_path / "a"))
+        stored = buffer(2 * tensor.nbytes + 4096)
+        codec = kvzip.get_codec("channel")
+        ours.KvzipSerializer(codec, 1).serialize(Memory(tensor), stored, key)
+        back = torch.zeros_like(tensor)
+        reading = SimpleNamespace(model_name=str(tmp_path / name))
+        ours.KvzipDeserializer(1, weights).deserialize(stored, Memory(back), reading)
+        return same(back, tensor)
+
+    assert load(None, "a") and load(None, "copy") and load(ours.Weights(str(tmp_path / "a")), "b")
+    for weights, name in (
+        (None, "b"),
+        (ours.Weights(revision="r1"), "a"),
+        (ours.Weights(told={"quantization": "fp8"}), "a"),
+        (ours.Weights(told={"adapter": "x"}), "a"),
+    ):
+        with pytest.raises(UnsupportedError, match="of other weights"):
+            load(weights, name)
+
+
+def test_a_chunk_that_failed_is_replaced(tmp_path: Path, monkeypatch: Any) -> None:
+    """LMCache's adapter on files never writes what is there; a stand-in for it does the same."""
+    made: dict[str, Any] = {}
+
+    class Plain:
+        def __init__(self, config: Any):
+            pass
+
+        def _key_to_path(self, key: Any) -> Path:
+            return tmp_path / key.chunk_hash
+
+        def submit_store_task(self, keys: list[Any], objects: list[Any]) -> None:
+            for key, memory in zip(keys, objects, strict=True):
+                if not self._key_to_path(key).exists():
+                    self._key_to_path(key).write_bytes(memory.byte_array)
+
+    base = "lmcache.v1.distributed.l2_adapters"
+    for name, members in (
+        ("config", {"register_l2_adapter_type": lambda name, kind: None}),
+        ("factory", {"register_l2_adapter_factory": lambda name, make: made.update(make=make)}),
+        ("fs_l2_adapter", {"FSL2Adapter": Plain, "FSL2AdapterConfig": object}),
+    ):
+        monkeypatch.setitem(sys.modules, f"{base}.{name}", SimpleNamespace(**members))
+    ours._register_adapter("kvzip_fs")
+    adapter = made["make"](None)
+    tensor = tensor_of((2, 3, 40, 32), torch.bfloat16)
+    key = SimpleNamespace(model_name="m", chunk_hash="c", kv_rank=0)
+    serializer = ours.KvzipSerializer(kvzip.get_codec("channel"), 1)
+    stored = buffer(2 * tensor.nbytes)
+    used = serializer.serialize(Memory(tensor), stored, key)
+    chunk = Memory(stored.tensors[0][:used].clone())
+    file = tmp_path / "c"
+
+    def read() -> None:
+        back = torch.zeros_like(tensor)
+        data = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+        ours.KvzipDeserializer(1).deserialize(Memory(data), Memory(back), key)
+        assert same(back, tensor)
+
+    adapter.submit_store_task([key], [chunk])
+    read()
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    adapter.submit_store_task([key], [chunk])  # nobody has seen the damage yet
+    with pytest.raises(CorruptError):
+        read()
+    adapter.submit_store_task([key], [chunk])
+    read()
+    for harm in (b"", good[:-1], b"something else"):
+        file.write_bytes(harm)
+        adapter.submit_store_task([key], [chunk])
+        read()
+    changed = file.stat().st_mtime_ns
+    adapter.submit_store_task([key], [chunk])
+    assert file.stat().st_mtime_ns == changed  # what is whole is left alone
+
+
 # --- the real one ----------------------------------------------------------------------------
 
 real = pytest.mark.skipif(

@@ -106,7 +106,7 @@ def config_of(url: Any, **more: Any) -> Any:
         "model_name": "org/model",
         "enable_storage_metrics": False,
         "is_page_first_layout": False,
-        "extra_config": json.loads(GUIDE) | {"url": str(url)},
+        "extra_config": json.loads(GUIDE) | {"url": str(url), "revision": "r1"},
     }
     extra = fields["extra_config"] | more.pop("extra", {})
     fields |= more | {"extra_config": extra}
@@ -235,6 +235,62 @@ def test_a_bucket(s3: Any) -> None:
     assert reader.batch_exists(KEYS) == PAGES
     assert reader.batch_get_v1(KEYS, INDICES) == [True] * PAGES
     assert equal(pool, mine)
+
+
+@pytest.mark.parametrize("harm", ["damaged", "empty", "cut"])
+def test_a_page_that_failed_is_written_anew(tmp_path: Any, harm: str) -> None:
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    backend = backend_of(tmp_path, pool)
+    backend.batch_set_v1(KEYS, INDICES)
+    for file in tmp_path.rglob("*.kvz"):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes({"damaged": data, "empty": b"", "cut": data[:-9]}[harm])
+    for backend in (backend_of(tmp_path, pool), backend):  # noqa: B020 - of another process, or not
+        if harm == "empty":
+            assert backend.batch_exists(KEYS) == 0
+        assert backend.batch_get_v1(KEYS, INDICES) == [False] * PAGES
+        assert backend.batch_exists(KEYS) == 0  # until they are stored again
+    assert backend.batch_set_v1(KEYS, INDICES) == [True] * PAGES
+    other = Pool("layer_first", torch.bfloat16)
+    reader = backend_of(tmp_path, other)
+    assert reader.batch_exists(KEYS) == PAGES
+    assert reader.batch_get_v1(KEYS, INDICES) == [True] * PAGES and equal(pool, other)
+
+
+def test_other_weights_are_no_hit(tmp_path: Any, monkeypatch: Any, caplog: Any) -> None:
+    """Other checkpoints, adapters, quantisations, weights that are loaded while the server runs."""
+    folders = []
+    for name, data in (("a", b"weights"), ("b", b"Weights"), ("copy", b"weights")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(data)
+        folders.append(str(folder))
+    server = SimpleNamespace(model_path=folders[0], weight_version="default")
+    monkeypatch.setattr("kvzip.load.sglang._server_args", lambda: server)
+    pool, store = Pool("layer_first", torch.bfloat16).fill(), tmp_path / "store"
+    unpinned = {"extra": {"revision": None}}
+    backend = backend_of(store, pool, **unpinned)
+    states: list[dict[str, Any]] = [
+        {},
+        {"model_path": folders[1]},
+        {"quantization": "fp8"},
+        {"lora_paths": ["x"]},
+        {"weight_version": "7"},
+    ]
+    for state in states:
+        server.__dict__.update({"model_path": folders[0], "weight_version": "default"} | state)
+        assert backend.batch_exists(KEYS) == 0, state
+        backend.batch_set_v1(KEYS, INDICES)
+        assert backend.batch_exists(KEYS) == PAGES
+        for name in ("quantization", "lora_paths"):
+            server.__dict__.pop(name, None)
+    server.__dict__.update(model_path=folders[2], weight_version="default")
+    assert backend_of(store, pool, **unpinned).batch_exists(KEYS) == PAGES  # a copy is the same
+    assert not caplog.records
+    server.__dict__.update(model_path="org/elsewhere")
+    backend_of(store, pool, **unpinned).exists(KEYS[0])
+    assert 'set "model"' in caplog.records[0].getMessage()
 
 
 def test_what_fails_is_a_miss_and_told_once(tmp_path: Any, caplog: Any) -> None:

@@ -186,7 +186,7 @@ def test_a_document_of_transformers_is_found(engine: Any, ours: Any, tmp_path: A
     ]
     origin = kvzip.Origin(model="org/model", revision="r1")
     snapshot = kvzip.Snapshot.from_arrays(layers, token_ids=ids, origin=origin)
-    Store(tmp_path, block_tokens=32).put(snapshot)
+    Store(tmp_path, block_tokens=BLOCK).put(snapshot)
     assert engine().run(ids)[0].loaded == 64
 
 
@@ -463,3 +463,48 @@ def test_weights_in_a_folder_are_known_by_their_hash(engine: Any, tmp_path: Any)
     assert engine(model=str(folder), revision=None).run(ids)[0].loaded == 64
     (folder / "model.safetensors").write_bytes(b"Weights")
     assert engine(model=str(folder), revision=None).run(ids)[0].loaded == 0
+
+
+def test_what_vllm_is_told_to_change_is_no_hit(engine: Any) -> None:
+    """Quantised in loading, other settings, weights of another kind in the same folder."""
+    ids = prompt(80)
+    told: list[dict[str, Any]] = [
+        {},
+        {"quantization": "fp8"},
+        {"quantization": "awq"},
+        {"hf_overrides": {"rope_theta": 7.0}},
+        {"load_format": "pt"},
+    ]
+    for changes in told:
+        assert engine(**changes).run(ids)[0].loaded == 0
+        fill(engine, ids, **changes)
+        assert engine(**changes).run(ids)[0].loaded == 64
+
+
+def test_weights_that_are_set_while_it_runs(engine: Any) -> None:
+    """vLLM tells the connector to reset; nothing from before is found, nor found elsewhere."""
+    ids, new = prompt(80), prompt(80, 1)
+    fill(engine, ids)
+    running = engine()
+    assert running.scheduler.reset_cache() is True and running.worker.reset_cache() is None
+    assert running.run(ids)[0].loaded == 0
+    running.run(new)
+    running.worker._mover._writer.submit(int).result()  # all is written
+    assert running.run(ids)[0].loaded == 64 and running.run(new)[0].loaded == 64
+    assert engine().run(ids)[0].loaded == 64 and engine().run(new)[0].loaded == 0
+
+
+def test_a_checkpoint_has_one_name_in_every_engine(engine: Any, tmp_path: Any, ours: Any) -> None:
+    """A document that transformers' side stored under the fingerprint is found by path or copy."""
+    ids = prompt(80)
+    found = []
+    for name in ("model", "copy"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "config.json").write_bytes(b"{}")
+        fill(engine, ids, model=str(folder), revision=None)
+        found.append(kvzip.fingerprint(folder))
+    assert len(set(found)) == 1 and len(documents(tmp_path)) == 1
+    [document] = documents(tmp_path)
+    assert kvzip.info(document).header.origin.revision == found[0]

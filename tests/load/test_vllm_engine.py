@@ -36,7 +36,6 @@ import kvzip
 from kvzip import remote
 from kvzip.load import vllm as ours
 from kvzip.load.hf import cache_argument
-from kvzip.models import folder_revision
 from kvzip.store import Store, _chain
 
 HERE = Path(__file__).parent
@@ -260,7 +259,7 @@ def test_saving_changes_nothing(runs: dict[str, Run], model: Path) -> None:
     assert np.array_equal(runs["save"].blocks(0), runs["plain"].blocks(0))
     info = kvzip.verify(document(runs))
     assert kvzip.decode(document(runs)).token_ids.tolist() == DOCUMENT and info.ratio > 1.1
-    assert info.header.origin.revision == folder_revision(model)
+    assert info.header.origin.revision == kvzip.fingerprint(model)
 
 
 def test_the_document_is_what_vllm_computed(runs: dict[str, Run]) -> None:

@@ -1,0 +1,335 @@
+"""The fingerprint of a model as it lies in memory: of every tensor, module and setting of it.
+
+A tensor's SHA-256 is kept while it is the same memory with the same version counter. What writes
+past the counter (``p.data.add_()``, as adapters are merged) is looked for in 64 numbers of each
+tensor, which is no proof: ``live_fingerprint(model, anew=True)`` reads everything again.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from kvzip.errors import KVZipError
+from kvzip.identity.digests import THREADS
+
+_PROBED = 64
+"""Numbers of a tensor that tell whether it was written to past its version counter."""
+
+# Attributes of modules that change nothing of what they compute, or only how it is rounded.
+_IDLE = frozenset({"training", "name_or_path", "gradient_checkpointing", "dump_patches"})
+# Of the attributes that are marked as private, those by which adapters are turned on and off.
+_TELLING = frozenset({"_disable_adapters", "_active_adapter"})
+_OF_TORCH = frozenset(vars(torch.nn.Module()))
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+# Settings of a config that say where it comes from, how numbers are rounded (the dtype is every
+# tensor's own), or what is done with the outputs.
+_NOISE = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "dtype",
+        "experts_implementation",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+class Held(NamedTuple):
+    """A tensor that a model holds."""
+
+    name: str
+    kind: str
+    """"stored": a checkpoint has it; "computed": the model makes it from its configuration."""
+    tensor: Any
+
+
+@dataclass
+class Reading:
+    """What was read of a model: its structure, and every tensor with its digest."""
+
+    structure: list[str]
+    tensors: list[tuple[Held, str]]
+    settings: str
+    """Its configuration, as JSON."""
+
+    @property
+    def digest(self) -> str:
+        lines = [f"{h.name} {h.tensor.dtype} {list(h.tensor.shape)} {d}" for h, d in self.tensors]
+        text = json.dumps([self.settings, self.structure, lines])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+_Key = tuple[Any, int | None, bytes]
+"""Where a tensor lies, its version, and some of its numbers."""
+
+
+@dataclass
+class _Known:
+    """Digests of one model's tensors, and what its readings came to."""
+
+    digests: dict[_Key, tuple[StorageWeakRef, str]] = field(default_factory=dict)
+    checkpoints: dict[tuple[str, str], bool] = field(default_factory=dict)
+    """By the digest of a reading and a checkpoint: whether the one is the other."""
+
+
+_known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+_lock = Lock()
+
+
+def live_fingerprint(model: Any, *, anew: bool = False) -> str:
+    """The checkpoint's ``sha256:...`` for a model that is what its checkpoint says, bit for bit
+    (:mod:`kvzip.identity.unchanged`); ``live:...``, the hash of all that it is, for any other.
+
+    `anew`: read every tensor, whatever is known of it. Raises KVZipError for a model whose tensors
+    are not in memory.
+    """
+    from kvzip.identity import unchanged
+
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if not isinstance(model, torch.nn.Module):
+        raise KVZipError(f"a {type(model).__name__} is no model: give a torch module, or a path")
+    with _lock:
+        known = _known.setdefault(model, _Known())
+        if anew:
+            known.digests.clear()
+        reading = _read(model, known)
+        digest, folder = reading.digest, unchanged.folder_of(model)
+        if folder is not None:
+            checkpoint = unchanged.fingerprint_of(folder)
+            same = known.checkpoints.get((digest, checkpoint))
+            if same is None and checkpoint:
+                same = unchanged.is_checkpoint(model, reading, folder)
+                known.checkpoints = {(digest, checkpoint): same}
+            if same:
+                return checkpoint
+        return f"live:{digest}"
+
+
+def _read(model: Any, known: _Known) -> Reading:
+    held = list(tensors_of(model))
+    probes = _probes([h.tensor for h in held])
+    keys = [(*_key(h.tensor), probe) for h, probe in zip(held, probes, strict=True)]
+    fresh: dict[_Key, tuple[StorageWeakRef, str]] = {}
+    unread: dict[_Key, Any] = {}
+    for h, key in zip(held, keys, strict=True):
+        found = known.digests.get(key)
+        if found is not None and not found[0].expired():
+            fresh[key] = found
+        else:
+            unread.setdefault(key, h.tensor)
+    if unread:
+        with ThreadPoolExecutor(THREADS, "kvzip-hash") as pool:
+            digests = list(pool.map(digest_of, unread.values()))
+        for (key, tensor), digest in zip(unread.items(), digests, strict=True):
+            fresh[key] = StorageWeakRef(tensor.untyped_storage()), digest
+    # What has no version is read each time.
+    known.digests = {key: value for key, value in fresh.items() if key[1] is not None}
+    tensors = [(h, fresh[key][1]) for h, key in zip(held, keys, strict=True)]
+    return Reading(structure_of(model), tensors, settings_of(model))
+
+
+# --- tensors -----------------------------------------------------------------------------------
+
+
+def tensors_of(model: Any) -> Iterator[Held]:
+    """Every tensor of a model, those of modules' plain attributes, too; a packed one (of a
+    quantised layer) as the tensors that it is made of."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        computed = module._non_persistent_buffers_set
+        for found in (module._parameters, module._buffers):
+            for name, tensor in found.items():
+                if tensor is not None:
+                    kind = "computed" if name in computed else "stored"
+                    yield from _parts(prefix + name, kind, tensor)
+        packed = not module._parameters and ".quantized" in type(module).__module__
+        for name, value in vars(module).items():
+            if name not in _OF_TORCH and type(value) not in _PLAIN:
+                yield from _parts_of_value(prefix + name, value, 2)
+                packed = packed or isinstance(value, torch.ScriptObject)
+        if packed:  # no tensors to be seen, but a state
+            yield from _parts_of_value(prefix + "state", dict(module.state_dict()), 4)
+
+
+def _parts(name: str, kind: str, tensor: Any) -> Iterator[Held]:
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner, _ = tensor.__tensor_flatten__()
+        for part in inner:
+            yield from _parts(f"{name}.{part}", "packed", getattr(tensor, part))
+        return
+    if tensor.device.type == "meta" or tensor.layout is not torch.strided:
+        raise KVZipError(f"the model's {name} is not in memory, so nothing tells its weights")
+    yield Held(name, kind, tensor)
+    for attribute, value in vars(tensor).items():  # such as the scales of what is quantised
+        if type(value) not in _PLAIN:
+            yield from _parts_of_value(f"{name}.{attribute}", value, 4)
+
+
+def _parts_of_value(name: str, value: Any, depth: int) -> Iterator[Held]:
+    """The tensors in an attribute that no module registered."""
+    if isinstance(value, torch.Tensor):
+        yield from _parts(name, "computed", value)
+    elif not depth or isinstance(value, (torch.nn.Module, str, int, float, type)):
+        return
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _parts_of_value(f"{name}.{key}", inner, depth - 1)
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from _parts_of_value(f"{name}.{i}", inner, depth - 1)
+    elif depth > 2 and hasattr(value, "__dict__"):
+        yield from _parts_of_value(name, vars(value), depth - 1)
+
+
+def _key(tensor: Any) -> tuple[Any, int | None]:
+    """Where a tensor lies, and its version; None if it has none."""
+    try:
+        version = tensor._version
+    except RuntimeError:  # an inference tensor
+        version = None
+    storage = StorageWeakRef(tensor.untyped_storage()).cdata
+    place = storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return place, version
+
+
+def _probes(tensors: Sequence[Any]) -> list[bytes]:
+    """The bytes of evenly spaced numbers of each tensor."""
+    found: list[bytes] = [b""] * len(tensors)
+    groups: dict[tuple[Any, Any], list[tuple[int, Any]]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.is_contiguous() and not tensor.is_quantized and tensor.numel():
+            count = min(_PROBED, tensor.numel())
+            step = tensor.numel() // count
+            picked = tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
+            groups.setdefault((tensor.dtype, tensor.device), []).append((i, picked))
+    for group in groups.values():
+        data = _bytes(torch.cat([picked for _, picked in group]))
+        width, at = group[0][1].element_size(), 0
+        for i, picked in group:
+            size = picked.numel() * width
+            found[i] = bytes(data[at : at + size])
+            at += size
+    return found
+
+
+def digest_of(tensor: Any) -> str:
+    """SHA-256 of a tensor's numbers in their order."""
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _bytes(tensor: Any) -> Any:
+    if tensor.is_quantized:
+        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            scales = [tensor.q_scale(), tensor.q_zero_point()]
+        else:
+            scales = [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
+            scales = [each.tolist() for each in scales]
+        return repr(scales).encode() + bytes(_bytes(tensor.int_repr()))
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+# --- structure and settings --------------------------------------------------------------------
+
+
+def structure_of(model: Any) -> list[str]:
+    """A line for each module: its class, its plain settings, and what was hung on it."""
+    lines = []
+    for path, module in model.named_modules():
+        own = vars(module)
+        plain = [
+            (name, said)
+            for name, value in own.items()
+            if name not in _OF_TORCH
+            and name not in _IDLE
+            and (name[0] != "_" or name in _TELLING)
+            and (said := _plain(value, 3)) is not None
+        ]
+        lines.append(f"{path} {_name(type(module))} {sorted(plain)!r}")
+        if "forward" in own and "_hf_hook" not in own and not getattr(own["forward"], "idle", 0):
+            lines.append(f"{path} forward {_name(own['forward'])}")
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            lines += [f"{path} hook {_name(h)}" for h in hooks.values() if not _of_libraries(h)]
+    return lines
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """What a value says, or None if it is no setting."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is dict and not value:
+        return ()
+    if isinstance(value, (torch.nn.Module, torch.Tensor)):
+        return None
+    if isinstance(value, enum.Enum):
+        return str(value)
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (torch.dtype, torch.Size)):
+        return str(value)
+    if depth and isinstance(value, (list, tuple)):
+        return [_plain(inner, depth - 1) for inner in value]
+    if depth and isinstance(value, (set, frozenset)):
+        return sorted(str(inner) for inner in value)
+    if depth and isinstance(value, Mapping):
+        return sorted((str(key), repr(_plain(inner, depth - 1))) for key, inner in value.items())
+    return None
+
+
+def _name(thing: Any) -> str:
+    thing = getattr(thing, "func", thing)  # of a partial
+    own = getattr(thing, "__qualname__", None) or type(thing).__qualname__
+    return f"{getattr(thing, '__module__', None) or type(thing).__module__}.{own}"
+
+
+def _of_libraries(hook: Any) -> bool:
+    return _name(hook).startswith(("torch.", "transformers.", "accelerate.", "kvzip."))
+
+
+def settings_of(model: Any) -> str:
+    """A model's configuration as JSON, without what changes nothing; "" if it has none."""
+    config = getattr(model, "config", None)
+    return "" if config is None else settings_of_config(config)
+
+
+def settings_of_config(config: Any) -> str:
+    found = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return json.dumps(_telling(found), sort_keys=True, default=repr)
+
+
+def _telling(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _telling(v) for k, v in value.items() if str(k) not in _NOISE}
+    if isinstance(value, (list, tuple)):
+        return [_telling(inner) for inner in value]
+    return value
+
+
+def named(tensors: Iterable[tuple[Held, str]]) -> dict[str, tuple[Held, str]]:
+    """The same by name."""
+    return {held.name: (held, digest) for held, digest in tensors}

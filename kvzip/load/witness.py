@@ -1,0 +1,164 @@
+"""Whether a loaded cache is of the model that goes on from it: witnesses, and a second try.
+
+A document's next token, which the model computes itself, has keys and values in the file, too: in
+every layer both are compared. A layer's depend on all the weights before, so weights that changed
+show there, if they change a number by more than rounding does: other kernels, batches and ways to
+cut a prompt change them, too.
+
+What is found is looked at in the last layer, so that a GPU need not be waited for in each; the call
+of the model that found it has to be made again then: :func:`watch` does that.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kvzip.errors import KVZipError
+
+ROOM = {torch.bfloat16: 2**-3, torch.float16: 2**-5, torch.float32: 2**-7}
+"""How far a token's keys (or values) of a layer may be from the file's, by their Euclidean norm.
+Rounding was seen to move them by up to 2**-5 in bf16 (SmolLM2, 30 layers: chunks, batches, eager
+against fused attention); fp32 has room for products in TF32."""
+
+
+class OtherWeights(KVZipError):
+    """A layer's keys and values are not those that the model computes for the same token."""
+
+    layer: Any = None
+    """The cache's layer that saw it."""
+    source: Any = None
+    """Its loader."""
+
+
+def distance(states: Sequence[Any], witness: Sequence[Any]) -> Any:
+    """How far the keys and values are that the model computed for a token, the first of `states`,
+    from those of the file, `witness`: [2, batch], relative to the norm of the file's. All are
+    [batch, heads, tokens, dim]; rows of NaN have no witness, and are no distance away."""
+    found = []
+    for new, stored in zip(states, witness, strict=True):
+        wanted = stored.float().flatten(1)
+        difference = new[:, :, :1].float().flatten(1) - wanted
+        found.append(difference.norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30))
+    return torch.stack(found).nan_to_num(0.0)
+
+
+def judge(distances: Mapping[int, Any], position: int, dtype: Any) -> None:
+    """Raise OtherWeights if one of the layers is farther away than rounding explains."""
+    if not distances:
+        return
+    worst = torch.stack([found.max().cpu() for found in distances.values()])
+    if float(worst.max()) > ROOM.get(dtype, ROOM[torch.bfloat16]):
+        at = int(worst.argmax())
+        raise OtherWeights(
+            f"the cache is of other weights than the model: for the token at position {position} "
+            f"layer {list(distances)[at]} holds keys or values that differ from the model's own by "
+            f"{float(worst[at]):.1%}"
+        )
+
+
+def same_key(new: Any, stored: Any) -> bool:
+    """Whether keys [batch, heads, 1, dim] of the first layer are equal but for rounding.
+
+    A number counts as another when it is off by more than 1/16 of its size (its pair's in the
+    rotation, and the head's median), 16 roundings of bf16. A turn by one position moves at least
+    the fastest pairs by far more (10 % of SmolLM2's numbers are off then), and another token moves
+    most numbers (75 % or more). One number in a hundred may be off.
+    """
+    new, stored = new.float(), stored.float()
+    size = stored.abs()
+    pair = torch.maximum(size, size.roll(size.shape[-1] // 2, -1))
+    room = (pair + size.median(-1, keepdim=True).values) / 16
+    off = ((new - stored).abs() > room).float().mean(dim=(1, 2, 3))
+    return bool((off <= 0.01).all())
+
+
+def not_continued(position: int) -> KVZipError:
+    return KVZipError(
+        f"the prompt does not continue the cached document at position {position}: it is shorter "
+        f"than the {position} tokens of the cache, or another text, or its suffix came without a "
+        "full-length attention mask; pass prompt= to load_cache to keep only what they share"
+    )
+
+
+# --- a second try ------------------------------------------------------------------------------
+
+
+def watch(model: Any, cache: Any) -> None:
+    """Until `cache` has been used, a call of the model that finds it to be of other weights gets
+    the cache that the model computes itself, and is made again, once."""
+    if not isinstance(model, torch.nn.Module):
+        return
+    watched = vars(model).get("forward")
+    if not isinstance(watched, _Watched):
+        watched = _Watched(model)
+        model.forward = watched
+    watched.pending.append(weakref.ref(cache))
+
+
+class _Watched:
+    """Stands in for a model's `forward` for as long as there are caches that were not used."""
+
+    idle = True  # it changes nothing of what the model computes: see kvzip.identity.live
+
+    def __init__(self, model: Any):
+        self.model, self.before = model, vars(model).get("forward")
+        self.pending: list[weakref.ref[Any]] = []
+
+    @property
+    def own(self) -> Any:
+        """The model's `forward` without this."""
+        return self.before or type(self.model).forward.__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # transformers looks at it
+        return inspect.signature(self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.own(*args, **kwargs)
+        except OtherWeights as error:
+            cache = _cache_with(error.layer, (*args, *kwargs.values()))
+            if cache is None or not error.source.recovers or not all(map(_loaded, cache.layers)):
+                raise
+            for i, layer in enumerate(cache.layers):
+                layer.restart(error.source, error.source.recover(i, error))
+        finally:
+            self._settle()
+        return self.own(*args, **kwargs)
+
+    def _settle(self) -> None:
+        """Go, when all caches have been used or are gone."""
+        caches = [ref() for ref in self.pending]
+        self.pending = [
+            ref
+            for ref, cache in zip(self.pending, caches, strict=True)
+            if cache is not None and getattr(cache.layers[-1], "_fresh", False)
+        ]
+        if not self.pending and vars(self.model).get("forward") is self:
+            if self.before is None:
+                del self.model.forward
+            else:
+                self.model.forward = self.before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _Watched(memo.get(id(self.model), self.model))
+
+    def __reduce__(self) -> Any:
+        return _Watched, (self.model,)
+
+
+def _cache_with(layer: Any, values: Iterable[Any]) -> Any:
+    """The cache among a call's arguments that has that layer."""
+    for value in values:
+        if any(each is layer for each in getattr(value, "layers", None) or ()):
+            return value
+    return None
+
+
+def _loaded(layer: Any) -> bool:
+    return getattr(layer, "restartable", False)
