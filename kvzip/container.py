@@ -1052,7 +1052,9 @@ class Reader:
         taken = self._source.read(*self._index.span(row))
         data = taken[:length]
         if bytes(taken[length:]) != _ZEROS[: len(taken) - length]:
-            raise CorruptError(f"{self._name(row)}: the bytes behind it are not zeros")
+            raise CorruptError(
+                f"{self._name(row)}: it is damaged: the bytes behind it are not zeros"
+            )
         if self._thorough:
             self._check_stored(row, data)
         return data

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from kvzip.errors import KVZipError
+from kvzip.errors import UsageError
 
 IN_MEMORY = 256 << 20
 """Bytes on their way from or to a pipe or a device that are kept in memory; more are on disk."""
@@ -87,15 +87,18 @@ def replacing(
 
 
 def check_output(path: AnyPath, inputs: Iterable[AnyPath]) -> None:
-    """Raise KVZipError if writing to `path` would replace one of the inputs."""
+    """Raise UsageError if writing to `path` would replace one of the inputs."""
     found = _status(os.fsdecode(path))
     if found is None or not stat.S_ISREG(found.st_mode):
         return
     for given in inputs:
-        with suppress(OSError):
-            if os.path.samestat(found, os.stat(given)):  # noqa: PTH116 - of any kind of path
-                name = os.fsdecode(path)
-                raise KVZipError(f"{name} is an input: writing the output there would replace it")
+        try:
+            same = os.path.samestat(found, os.stat(given))  # noqa: PTH116 - of any kind of path
+        except (OSError, ValueError):
+            continue
+        if same:
+            name = os.fsdecode(path)
+            raise UsageError(f"{name} is an input: writing the output there would replace it")
 
 
 def _status(name: str) -> os.stat_result | None:

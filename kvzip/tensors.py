@@ -46,19 +46,19 @@ class TensorFile:
         self._state = self._stat()
         start = 8 + (length := int.from_bytes(self._raw(0, 8), "little"))
         if length > _MAX_HEADER:
-            raise FormatError(f"{self.name} is not a safetensors file: its header has no end")
+            raise FormatError(f"{self.name} is not a whole safetensors file: its header has no end")
         try:
             found = msgspec.json.decode(self._raw(8, length), type=dict[str, msgspec.Raw])
             about = found.pop("__metadata__", msgspec.Raw(b"{}"))
             self.metadata = msgspec.json.decode(about, type=dict[str, str])
             self.entries = {n: msgspec.json.decode(e, type=_Entry) for n, e in found.items()}
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise FormatError(f"{self.name} is not a safetensors file: {error}") from None
+            raise FormatError(f"{self.name} is not a whole safetensors file: {error}") from None
         self._start, at = start, 0
         for entry in sorted(self.entries.values(), key=lambda entry: entry.data_offsets):
             begin, end = entry.data_offsets
             if begin != at or end < begin:
-                raise FormatError(f"{self.name} is not a safetensors file: it has gaps")
+                raise FormatError(f"{self.name} is not a whole safetensors file: it has gaps")
             at = end
         size = self._state[0]
         if start + at != size:

@@ -159,3 +159,62 @@ def test_the_console_script_is_there():
         check=True,
     )
     assert done.stdout.strip() == kvzip.__version__
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "encode a -o a",
+        "encode a --output=link",
+        "decode b -o b",
+        "fit -o a b c",  # a glob after -o
+        "fit c a -o a",
+        "bench a --out a --codecs raw",
+        "report r -o r",
+        "eval exactness --model m a c -o a",
+    ],
+)
+def test_an_output_that_is_an_input_is_refused(tmp_path, monkeypatch, capsys, snapshot, command):
+    monkeypatch.chdir(tmp_path)
+    for name in "abcr":
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "link").symlink_to("a")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as end:
+        main(command.replace("fit -o a b c", "fit -o a b a c").split())
+    assert end.value.code == 2
+    assert "input" in capsys.readouterr().err or "eval" in command
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_took_long_to_make_is_no_place_for_results(tmp_path, monkeypatch, capsys, snapshot):
+    """`fit -o *.safetensors`: the first of them would be the profile."""
+    monkeypatch.chdir(tmp_path)
+    made = make_snapshot(cache_like, 1, "bf16")
+    made.save("s")
+    kvzip.write("k", made)
+    kvzip.Profile({"a": np.arange(3)}, {}).save("p")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for command, kinds in {
+        "fit other -o": "sk",
+        "encode other -o": "sp",
+        "decode other -o": "kp",
+        "bench other --codecs raw -o": "skp",
+    }.items():
+        for name in kinds:
+            with pytest.raises(SystemExit) as end:
+                main([*command.split(), name])
+            assert end.value.code == 2
+            assert "remove it first" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for command in ("encode s -o k", "decode k -o new", "encode new -o k"):
+        with pytest.raises(SystemExit) as end:
+            main(command.split())
+        assert end.value.code == 0
+
+
+def test_without_a_command_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 0
+    assert "Usage" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import sys
@@ -11,9 +12,11 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from kvzip.errors import UsageError
-from kvzip.files import STDIN, STDOUT
+from kvzip.container import MAGIC
+from kvzip.errors import KVZipError, UsageError
+from kvzip.files import STDIN, STDOUT, check_output
 from kvzip.profile import Profile
+from kvzip.tensors import TensorFile
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON object on stdout.")]
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
@@ -57,12 +60,49 @@ def with_streams(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+WRITES = {"encode": ["a .kvz file"], "decode": ["a snapshot"], "fit": ["a profile"]}
+WRITES["get"] = WRITES["encode"] + WRITES["decode"]
+"""What commands write of what took long to make; all others write results."""
+
+
+def refuse_overwriting(command: str, bound: inspect.BoundArguments) -> None:
+    """Raise UsageError if a file that a command is to write is one that it reads, or of a kind that
+    it does not write: `-o *.safetensors` gives the first of many to the option."""
+    outputs, inputs = [], []
+    for name, value in bound.arguments.items():
+        parameter = bound.signature.parameters[name]
+        for given in value if isinstance(value, (list, tuple)) else [value]:
+            if name in ("output", "out", "picture", "page"):
+                outputs += [given] if isinstance(given, Path) else []
+            elif isinstance(given, Path) or parameter.kind is not parameter.KEYWORD_ONLY:
+                inputs += [given] if isinstance(given, (Path, str)) else []
+    for output in outputs:
+        check_output(output, inputs)
+        kind = _kind(output)
+        if kind is not None and kind not in WRITES.get(command, []):
+            raise UsageError(f"{output} is {kind}: remove it first, if {command} is to replace it")
+
+
+def _kind(path: Path) -> str | None:
+    """What a file is that took long to make; None for any other, or if there is none."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return "a .kvz file"
+        found = TensorFile(path).metadata
+    except (KVZipError, OSError):
+        return None
+    return "a snapshot" if "kvzip" in found else "a profile" if "kvprofile" in found else None
+
+
 def writes_stdout(arguments: Sequence[str]) -> bool:
     """Whether a file that a command writes is standard output."""
     taken = [*OUTPUTS, *(f"{option}={STDOUT}" for option in OUTPUTS)]
     return any(
         argument in taken and (argument.endswith(str(STDOUT)) or after == str(STDOUT))
-        for argument, after in zip(arguments, [*arguments[1:], ""], strict=True)
+        for argument, after in zip(arguments, [*arguments, ""][1:], strict=True)
     )
 
 

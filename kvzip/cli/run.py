@@ -19,7 +19,7 @@ from kvzip.cli import (  # noqa: F401 - each adds its commands
     verdicts,
 )
 from kvzip.cli.app import app
-from kvzip.cli.arguments import with_streams, writes_stdout
+from kvzip.cli.arguments import refuse_overwriting, with_streams, writes_stdout
 from kvzip.cli.failures import BUG, failure_of
 from kvzip.cli.terminal import CheckFailed, as_one_line, complain, results_aside
 from kvzip.files import leave_nothing_behind
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     code = 0
     try:
+        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+        refuse_overwriting(command.__name__, bound)
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         if sys.stdout is not None:
             sys.stdout.flush()
