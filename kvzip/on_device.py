@@ -23,12 +23,14 @@ from kvzip.codecs.native.cuda.device import Device, Memory, Pinned, Stream, get_
 from kvzip.codecs.native.cuda.work import BLOCK, Full, Slot, Target, Work, pages_of, slots
 from kvzip.dtypes import DType
 from kvzip.errors import CorruptError, KVZipError, UsageError
-from kvzip.index import ALIGNMENT, Index
+from kvzip.index import ALIGNMENT, Index, aligned
 from kvzip.snapshot import PARTS, LayerLayout, Layout, Origin, Part
 
 PIECE = 16 << 20
 """Stored bytes that go together: enough for a link to be at full speed and for a GPU to be busy,
 and few enough that decoding begins early."""
+
+_ZEROS = bytes(ALIGNMENT)
 
 _Key = tuple[int, Part]
 
@@ -394,21 +396,24 @@ class Decoding:
         addresses: dict[int, int] = {}
         at = 0
         while at < len(needed):
-            stop = at + 1
-            begin, size = index.span(needed[at])
-            end = begin + size
-            while stop < len(needed) and index.offset[needed[stop]] == end:
-                end += index.span(needed[stop])[1]
-                stop += 1
+            begin = end = index.offset[needed[at]]
+            ends = []
+            for row in needed[at:]:
+                if index.offset[row] != end:
+                    break
+                end += aligned(index.length[row])
+                ends.append(end)
+            stop = at + len(ends)
             host, address = self._span(work, begin, end - begin)
-            data = host.data
-            for row in needed[at:stop]:
+            data, base = host.data, host.ctypes.data
+            for row, row_end in zip(needed[at:stop], ends, strict=True):
                 place = index.offset[row] - begin
                 after = place + index.length[row]
-                hosts[row], addresses[row] = host.ctypes.data + place, address + place
+                hosts[row], addresses[row] = base + place, address + place
+                behind = bytes(data[after : row_end - begin])
                 key = index.key[row]
                 first = row == index.rows[key].start
-                if any(data[after : place + index.span(row)[1]]):  # zeros, as the CPU demands
+                if behind != _ZEROS[: len(behind)]:  # as the CPU demands
                     document.blame(self.rows[key][0] if first else row)
                 if first:
                     self._load_tables(key, data[place:after])
