@@ -402,13 +402,14 @@ def reading(path: AnyPath) -> IO[bytes]:
                 again = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
                 os.close(handle)
                 handle = again
+        kind = os.fstat(handle).st_mode
+        if stat.S_ISDIR(kind):
+            os.close(handle)
+            raise _error(errno.EISDIR, name)
         file: IO[bytes] = os.fdopen(handle, "rb")
+        if stat.S_ISREG(kind):
+            return file
         try:
-            kind = os.fstat(handle).st_mode
-            if stat.S_ISREG(kind):
-                return file
-            if stat.S_ISDIR(kind):
-                raise _error(errno.EISDIR, name)
             copy = copied(file)
         except BaseException:
             file.close()

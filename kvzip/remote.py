@@ -13,17 +13,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
-from kvzip import container
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, StoreError, UsageError, first_line, is_panic
+from kvzip.folder import Folder, Meta
 from kvzip.options import integer, seconds
 from kvzip.profile import Profile
 from kvzip.sources import is_url
@@ -49,16 +49,10 @@ _ONE_REQUEST = 256 << 20
 """Objects up to this many bytes are written by one request, which can be create-only."""
 _PLAIN = re.compile(r"[A-Za-z0-9._~-]+")
 """Names that stand in a URL as they are."""
+_process: int | None = None
+"""The process that first used a client: the client's threads are there and nowhere else."""
 _MATTERS = re.compile("^AWS_|_PROXY$", re.IGNORECASE)
 """Variables of the environment that a client reads when it is made."""
-
-
-class Meta(NamedTuple):
-    path: str
-    size: int
-    version: str | None
-    """What changes when the object does (ETag)."""
-    modified: datetime
 
 
 _URL_PARTS = re.compile(r"([A-Za-z0-9+.-]+://)(?:[^/@\s]+@)?([^?\s\"']*)(\?[^\s\"']*)?")
@@ -158,44 +152,35 @@ def _is_address(value: Any) -> bool:
 
 
 class Bucket:
-    """Objects under a URL: a path, ``file://``, ``s3://bucket/prefix``, ``http(s)://``.
+    """Objects under a URL: ``s3://bucket/prefix``, ``http(s)://``.
 
     `timeout`: seconds for one request; `retries`: how often one is tried again. `options`: the
     configuration that obstore takes for the kind of store; S3 also reads the usual AWS_ variables.
-    `make`: a folder that is not there is made when something is written; without, it is an error.
     """
+
+    folder = None
+    """Objects are no files here."""
 
     def __init__(
         self,
-        url: str | os.PathLike[str],
+        url: str,
         *,
         timeout: float = 30.0,
         retries: int = 2,
         options: Mapping[str, Any] | None = None,
-        make: bool = False,
     ):
         if find_spec("obstore") is None:
-            raise KVZipError("stores need more: pip install 'kvzip[store]'")
-        if not isinstance(url, (str, os.PathLike)):
-            raise UsageError(f"a store is named by a path or a URL, not by a {type(url).__name__}")
-        self.url = without_secrets(os.fsdecode(url))
-        folder = _folder(os.fsdecode(url))
-        self.folder = None if folder is None else folder.absolute()
-        """Where the objects are files, or None."""
-        self.writable = self.listable = _scheme(os.fsdecode(url)) not in _WEB
+            raise KVZipError("buckets need more: pip install 'kvzip[store]'")
+        self.url = without_secrets(url)
+        self.writable = self.listable = _scheme(url) not in _WEB
         timeout, retries = seconds("timeout", timeout), integer("retries", retries, 0, 1000)
-        self._lock, self._client = Lock(), None
-        if self.folder is not None:
-            if not make and not self.folder.is_dir():
-                raise UsageError(f"{self.folder} is not a folder")
-            return  # made when something is first written
         if not isinstance(options or {}, Mapping):
             raise UsageError("options must be a mapping of the client's settings")
         options = dict(options or {})
         if self.writable:
             _check_settings(options)
         with _told(f"cannot use {self.url} as a store"):
-            self._client = self._connected(os.fsdecode(url), options, timeout, retries)
+            self._client = self._connected(url, options, timeout, retries)
 
     def _connected(self, url: str, options: Mapping[str, Any], timeout: float, retries: int) -> Any:
         """obstore's client for a URL that names no folder."""
@@ -221,22 +206,17 @@ class Bucket:
 
     @property
     def store(self) -> Any:
-        """obstore's client. Raises FileNotFoundError for a folder that is not there."""
-        if self._client is None:
-            assert self.folder is not None
-            if not self.folder.is_dir():
-                raise FileNotFoundError(f"{self.folder} is not a folder")
-            self._make()
+        """obstore's client. Raises StoreError in a process that was forked from one that has used
+        it: it has threads, which a fork does not take along, and what asks them waits for ever."""
+        global _process
+        if _process is None:
+            _process = os.getpid()
+        elif _process != os.getpid():
+            raise StoreError(
+                f"{self.url} cannot be used in a process that was forked from one that uses such "
+                "stores: start it by spawn or forkserver, as multiprocessing calls them"
+            )
         return self._client
-
-    def _make(self) -> None:
-        """Connect to a folder; it is made, if it is not there."""
-        from obstore import store as stores
-
-        with self._lock:
-            if self._client is None:
-                assert self.folder is not None
-                self._client = stores.LocalStore(self.folder.absolute(), mkdir=True)
 
     def _named(self, path: str) -> str:
         return f"{path} in {self.url}" if path else self.url
@@ -275,8 +255,9 @@ class Bucket:
             except FileNotFoundError:
                 return None
 
-    def put(self, path: str, data: bytes | Path, create: bool = True) -> bool:
-        """Write an object, whole or not at all; False when `create` and there is one already.
+    def put(self, path: str, data: bytes | Path, create: bool = True, durable: bool = True) -> bool:
+        """Write an object, whole or not at all; False when `create` and there is one already. What
+        a bucket has taken is always durable.
 
         An object of more than 256 MiB is written in parts: of two writers at once, the last wins.
         """
@@ -288,8 +269,6 @@ class Bucket:
         size = data.stat().st_size if isinstance(data, Path) else len(data)
         with _told(f"cannot write {self._named(path)}"):
             try:
-                if self._client is None:
-                    self._make()
                 if size > _ONE_REQUEST:
                     if create and self.head(path) is not None:
                         return False
@@ -328,10 +307,33 @@ class Bucket:
 
     def open(self, path: str, profile: Profile | None = None, threads: int = 0) -> Reader:
         """A .kvz object, to be read in ranges. Raises FileNotFoundError when there is none."""
-        if self.folder is not None:
-            with _told(f"cannot read {self._named(path)}"):
-                return container.open(self.folder / path, profile, threads)
         return Reader(Remote(self, path), profile, threads)
+
+    def sweep(self) -> None:
+        """Nothing unfinished is seen in a bucket."""
+
+
+def open_bucket(
+    url: str | os.PathLike[str],
+    *,
+    timeout: float = 30.0,
+    retries: int = 2,
+    options: Mapping[str, Any] | None = None,
+    make: bool = False,
+    mode: int | None = None,
+) -> Bucket | Folder:
+    """The objects under a URL: those of :class:`kvzip.folder.Folder` under a path or ``file://``,
+    which takes `make` and `mode`, and those of :class:`Bucket` under any other."""
+    if not isinstance(url, (str, os.PathLike)):
+        raise UsageError(f"a store is named by a path or a URL, not by a {type(url).__name__}")
+    timeout, retries = seconds("timeout", timeout), integer("retries", retries, 0, 1000)
+    name = os.fsdecode(url)
+    folder = _folder(name)
+    if folder is not None:
+        return Folder(folder, name, make=make, mode=mode)
+    if mode is not None:
+        raise UsageError(f"mode is for folders, and {without_secrets(name)} is none")
+    return Bucket(name, timeout=timeout, retries=retries, options=options)
 
 
 def _meta(found: Mapping[str, Any]) -> Meta:
@@ -382,7 +384,11 @@ class Remote:
             return _meta(found.meta), memoryview(found.bytes()).cast("B")
 
     def fetch(self, offset: int, length: int) -> memoryview:
-        data = self._get(offset, length)[1]
+        try:
+            data = self._get(offset, length)[1]
+        except FileNotFoundError:
+            where = self._bucket._named(self._path)
+            raise StoreError(f"{where} went away while it was read") from None
         if len(data) != length:
             raise StoreError(f"{self._bucket._named(self._path)} ended while it was read")
         return data
@@ -390,12 +396,14 @@ class Remote:
     def read(self, offset: int, length: int) -> memoryview:
         if not length or offset + length <= len(self._first):
             return self._first[offset : offset + length]
+        _ = self._bucket.store  # before waiting for threads that a forked process has not
         found = None if self._ahead is None else self._ahead.take(offset, length)
         return self.fetch(offset, length) if found is None else found
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Begin to fetch (offset, length) ranges, in ascending order, that will be read once."""
         begin = len(self._first)
+        _ = self._bucket.store
         self._ahead = _Ahead(self, [r for r in ranges if r[1] and sum(r) > begin])
 
 
@@ -531,10 +539,10 @@ def _bucket(
     retries: int,
     options: frozenset[tuple[str, Any]],
     environment: frozenset[tuple[str, str]],
-) -> Bucket:
+) -> Bucket | Folder:
     """One for all that is opened under a URL: making a client takes milliseconds (it reads the
     system's certificates), and its connections are there for the next object."""
-    return Bucket(url, timeout=timeout, retries=retries, options=dict(options))
+    return open_bucket(url, timeout=timeout, retries=retries, options=dict(options))
 
 
 def forget_clients() -> None:

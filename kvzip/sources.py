@@ -6,10 +6,12 @@ import io
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import IO, Any, Protocol, runtime_checkable
 
-from kvzip.errors import CorruptError, UsageError
+from kvzip.errors import CorruptError, StoreError, UsageError
 from kvzip.files import copied, reading
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -48,6 +50,16 @@ class Memory:
         return self._data[offset : offset + length]
 
 
+@contextmanager
+def _still_there() -> Iterator[None]:
+    """What was opened and cannot be read any more (its disk or server is gone) is a StoreError."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise StoreError(f"the file cannot be read any more: {why}") from error
+
+
 class OpenFile:
     """A file of the operating system's; threads may read it at once."""
 
@@ -68,13 +80,15 @@ class OpenFile:
         """Fill `room` with the bytes from `offset` on."""
         done = 0
         while done < len(room):
-            more = os.preadv(self._number(), [room[done:]], offset + done)
+            with _still_there():
+                more = os.preadv(self._number(), [room[done:]], offset + done)
             if not more:
                 raise CorruptError(f"the file ended at byte {offset + done} while being read")
             done += more
 
     def _some(self, offset: int, length: int) -> bytes:
-        return os.pread(self._number(), length, offset)
+        with _still_there():
+            return os.pread(self._number(), length, offset)
 
     def _number(self) -> int:
         try:

@@ -6,7 +6,7 @@ Below the URL, for each namespace NS (a hash of model, revision, dtype and profi
 ``store.json``            how the store is cut: tokens in a block
 ``NS/about.json``         what the namespace is a hash of
 ``NS/docs/DOC.kvz``       a document's cache, written once and never changed
-``NS/chain/DOC``          its hash chain: H1, H2, ... after 1, 2, ... blocks of its tokens
+``NS/chain/DOC``          its hash chain: H1, H2, ... after 1, 2, ... blocks of its tokens; "end"
 ``NS/with/H/DOC``         empty: this document begins with the tokens that hash to H
 ``NS/last/H``             the name of one such document, so that a reader need not list
 ``NS/used/DOC``           empty: when it was last found, for eviction
@@ -31,7 +31,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -54,11 +54,13 @@ from kvzip.errors import (
     UsageError,
 )
 from kvzip.files import reading, replacing
+from kvzip.healing import block_tokens_of, chain_file, chain_of, name_in
 from kvzip.identity import is_fingerprint
 from kvzip.options import integer
 from kvzip.profile import Profile
-from kvzip.remote import Bucket
+from kvzip.remote import open_bucket
 from kvzip.snapshot import Snapshot
+from kvzip.workers import Workers
 
 _log = logging.getLogger("kvzip.store")
 
@@ -155,6 +157,10 @@ class Store:
     is a UsageError otherwise; the prefixes that can be found end at multiples of it (a found one is
     then extended to the very token). `timeout`, `retries`,
     `options`: see :class:`kvzip.remote.Bucket`. `make`: make a local folder that is not there.
+    `mode`: the permissions of a folder's objects; by default their owner's, and the group's as far
+    as the folder is.
+
+    A process that is forked may go on with a folder; of other stores it gets a StoreError at once.
 
     Objects may be used by any number of threads and processes at once.
     """
@@ -169,21 +175,27 @@ class Store:
         retries: int = 2,
         options: Mapping[str, Any] | None = None,
         make: bool = True,
+        mode: int | None = None,
     ):
         if block_tokens is not None:
             block_tokens = integer("block_tokens", block_tokens, 1, 2**31 - 1)
         if limit_bytes is not None:
             limit_bytes = integer("limit_bytes", limit_bytes, 1)
-        self.bucket = Bucket(url, timeout=timeout, retries=retries, options=options, make=make)
+        self.bucket = open_bucket(
+            url, timeout=timeout, retries=retries, options=options, make=make, mode=mode
+        )
         self.limit_bytes = limit_bytes
         self._asked = block_tokens
         self._settings: _Settings | None = None
         self._touched: dict[str, float] = {}
         self._total: int | None = None
         self._written = 0
-        self._pool = ThreadPoolExecutor(_PROBES, "kvzip-store")
-        self._searches = ThreadPoolExecutor(_PROBES, "kvzip-find")
-        self._touches: set[Future[None]] = set()
+        self._pool = Workers(_PROBES, "kvzip-store")
+        self._searches = Workers(_PROBES, "kvzip-find")
+        self._touches: dict[Future[None], int] = {}
+        """Notes under way, and the process that makes each."""
+        self._described: set[str] = set()
+        """Namespaces that are known to say what they are of."""
         self._told: set[tuple[str, str]] = set()
         self._look_again = 0.0
 
@@ -235,10 +247,10 @@ class Store:
         self, identity: Identity, name: str, chain: Sequence[str], path: Path, replace: bool
     ) -> bool:
         space, doc = identity.namespace, f"{identity.namespace}/docs/{name}.kvz"
-        self.bucket.put(f"{space}/about.json", msgspec.json.encode(identity))
+        self._describe(space, identity)
         new = False
         for _ in range(8):
-            self.bucket.put(f"{space}/chain/{name}", "\n".join(chain).encode(), create=False)
+            self.bucket.put(f"{space}/chain/{name}", chain_file(chain), create=False)
             made = self.bucket.put(doc, path, create=not replace)
             if not made and not self._has_header(doc):
                 made = self.bucket.put(doc, path, create=False)
@@ -252,6 +264,14 @@ class Store:
                 self._touched[f"{space}/{name}"] = time.monotonic()
                 return new
         raise StoreError(f"{doc} is evicted as often as it is written: raise the store's limit")
+
+    def _describe(self, space: str, identity: Identity) -> None:
+        """Write what a namespace is of, if it does not say so."""
+        about, data = f"{space}/about.json", msgspec.json.encode(identity)
+        if space not in self._described:
+            if not self.bucket.put(about, data) and self.bucket.get(about) != data:
+                self.bucket.put(about, data, create=False)
+            self._described.add(space)
 
     def _has_header(self, doc: str) -> bool:
         """Whether a document is whole as far as its length and first bytes tell. (A power cut can
@@ -271,10 +291,7 @@ class Store:
         """The store's settings; those of a new store are written."""
         found = self._read_settings()
         if found is None:
-            self.bucket.put(
-                "store.json",
-                msgspec.json.encode(_Settings(block_tokens=self._asked or BLOCK_TOKENS)),
-            )
+            self._write_settings(_Settings(block_tokens=self._asked or BLOCK_TOKENS), create=True)
             found = self._read_settings()
             if found is None:
                 raise StoreError(f"{self.bucket.url} does not keep what is written to it")
@@ -284,8 +301,10 @@ class Store:
         if self._settings is None and (data := self.bucket.get("store.json")) is not None:
             try:
                 found = msgspec.json.decode(data, type=_Settings)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except msgspec.ValidationError as error:
                 raise FormatError(f"{self.bucket.url} is no store of ours: {error}") from None
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                found = self._settings_again()
             if found.version != 1 or found.block_tokens < 1:
                 raise FormatError(f"{self.bucket.url} is a store of another version")
             if self._asked not in (None, found.block_tokens):
@@ -295,6 +314,36 @@ class Store:
                 )
             self._settings = found
         return self._settings
+
+    def _write_settings(self, settings: _Settings, create: bool) -> None:
+        self.bucket.put("store.json", msgspec.json.encode(settings), create=create, durable=True)
+
+    def _settings_again(self) -> _Settings:
+        """The settings that a power cut has taken: as asked for if the store has no documents, else
+        those that a document's marks were made with."""
+        documents = self.documents() if self.bucket.listable else []
+        found = None if documents else self._asked or BLOCK_TOKENS
+        for document in documents:
+            space, name = document.key.split("/")
+            with suppress(KVZipError, OSError), self.bucket.open(_path(document.key)) as reader:
+                ids, marks = _ids_of(reader, None), chain_of(self.bucket, space, name)
+                found = block_tokens_of(ids, marks)
+            if found is not None:
+                break
+        if found is None:
+            raise FormatError(
+                f"store.json in {self.bucket.url} is damaged, and no document tells what it held: "
+                'write {"version":1,"block_tokens":N} into it, with the N that the store was '
+                f"made with ({BLOCK_TOKENS} unless another was given)"
+            )
+        _log.warning("store.json in %s was damaged and is written anew", self.bucket.url)
+        settings = _Settings(block_tokens=found)
+        if self.bucket.writable:
+            try:
+                self._write_settings(settings, create=False)
+            except StoreError as error:  # a reader may have no right to write
+                _log.info("it is not written: %s", error)
+        return settings
 
     # --- finding ---------------------------------------------------------------------------
 
@@ -355,7 +404,8 @@ class Store:
             return
         self._look_again = now + (0 if self.bucket.folder is not None else _OTHERS_SECONDS)
         try:
-            spaces = [s for s in self._spaces() if (wanted.namespace, s) not in self._told]
+            own = wanted.namespace
+            spaces = [s for s in self._spaces() if s != own and (own, s) not in self._told]
             marks = self._each(lambda s: self.bucket.get(f"{s}/last/{mark}"), spaces[:_OTHERS])
             alike = [s for s, data in zip(spaces, marks, strict=False) if data]
             for space in alike:
@@ -387,16 +437,16 @@ class Store:
             while low < high:
                 at = sorted({low + -(-(high - low) * i // _PROBES) for i in range(1, _PROBES + 1)})
                 found = self._each(lambda i: self.bucket.get(f"{space}/last/{chain[i - 1]}"), at)
-                marked = [i for i, data in zip(at, found, strict=True) if data]
+                marked = [i for i, data in zip(at, found, strict=True) if data is not None]
                 if marked:
                     low = marked[-1]
-                    name = (found[at.index(low)] or b"").decode()
+                    name = name_in(found[at.index(low)])
                 high = min((i - 1 for i in at if i > low), default=high)
             if not low:
                 return None
             sure = low * block_tokens
             for candidate in itertools.chain([name], self._others(space, chain[low - 1], name)):
-                if candidate in rejected:
+                if not candidate or candidate in rejected:
                     continue
                 match = self._usable(f"{space}/{candidate}", ids, sure, profile, threads)
                 if match is not None:
@@ -441,8 +491,8 @@ class Store:
             return
         self._touched[key] = now
         touch = self._pool.submit(self._note_use, key)
-        self._touches.add(touch)
-        touch.add_done_callback(self._touches.discard)
+        self._touches[touch] = os.getpid()
+        touch.add_done_callback(lambda done: self._touches.pop(done, None))
 
     def _note_use(self, key: str) -> None:
         space, name = key.split("/")
@@ -484,7 +534,7 @@ class Store:
         doc = _path(key)
         there = self.bucket.head(doc) is not None
         space, name = key.split("/")
-        chain = (self.bucket.get(f"{space}/chain/{name}") or b"").decode().split()
+        chain = chain_of(self.bucket, space, name)
         self._each(lambda h: self.bucket.delete(f"{space}/with/{h}/{name}"), chain)
         self._each(lambda h: self._repoint(space, h, name), chain)
         self.bucket.delete(doc)
@@ -495,7 +545,7 @@ class Store:
     def _repoint(self, space: str, mark: str, name: str) -> None:
         """Let ``last/mark`` name another document than `name`, or be gone if there is none."""
         path = f"{space}/last/{mark}"
-        if self.bucket.get(path) != name.encode():
+        if (found := self.bucket.get(path)) is None or name_in(found) not in (name, ""):
             return
         other = next(self._others(space, mark, name), None)
         if other is None:
@@ -519,7 +569,7 @@ class Store:
     def documents(self) -> list[Stored]:
         """All documents, the one that was used longest ago first. Raises UsageError for a store
         that cannot be listed (behind HTTP)."""
-        wait(self._touches.copy())
+        wait([touch for touch, by in self._touches.copy().items() if by == os.getpid()])
         found = []
         for space in self._spaces():
             used = {
@@ -564,13 +614,7 @@ class Store:
                 key = f"{space}/{meta.path.rpartition('/')[2]}"
                 if key not in keys and meta.modified < old:
                     self.remove(key)
-        if self.bucket.folder is not None:
-            for part in self.bucket.folder.rglob("*#*"):  # obstore's name for a file being written
-                try:
-                    if datetime.fromtimestamp(part.stat().st_mtime, UTC) < old:
-                        part.unlink()
-                except FileNotFoundError:
-                    pass
+        self.bucket.sweep()
 
     def _keep_limit(self, entry: Entry, limit: int) -> None:
         self._written += entry.encoded_bytes if entry.new else 0

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -30,8 +29,9 @@ from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import chunks
-from kvzip.remote import Bucket
+from kvzip.remote import open_bucket
 from kvzip.snapshot import Origin
+from kvzip.workers import Workers
 
 if TYPE_CHECKING:
     _Base = object
@@ -78,7 +78,7 @@ class KvzipStorage(_Base):
         if "url" not in extra:
             raise KVZipError('say where pages go: "url" in --hicache-storage-backend-extra-config')
         self.codec = chunks.check_codec(get_codec(extra.get("codec", "channel")))
-        self.bucket = Bucket(
+        self.bucket = open_bucket(
             extra["url"],
             timeout=float(extra.get("timeout", 30.0)),
             retries=int(extra.get("retries", 2)),
@@ -90,7 +90,7 @@ class KvzipStorage(_Base):
         self._weights = _Weights(extra.get("model"), extra.get("revision"), self.model)
         # A hybrid model's recurrent state is cut over ranks even where MLA's pages are not.
         self._state_suffix = f".tp{storage_config.tp_rank}of{storage_config.tp_size}"
-        self._pool = ThreadPoolExecutor(int(extra.get("workers", 4)), "kvzip-sglang")
+        self._pool = Workers(int(extra.get("workers", 4)), "kvzip-sglang")
         self._told: set[str] = set()
         self._failed: set[str] = set()
         """Paths of pages that are there and could not be loaded."""

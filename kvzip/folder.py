@@ -1,0 +1,188 @@
+"""Objects as files in a folder: what a store on a disk is made of.
+
+Objects appear whole or not at all (:mod:`kvzip.files`), need no hard links, and nothing here has
+threads or connections that a fork would break.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from kvzip import container, files
+from kvzip.container import Reader
+from kvzip.errors import StoreError, UsageError
+from kvzip.options import integer
+from kvzip.profile import Profile
+
+
+class Meta(NamedTuple):
+    path: str
+    size: int
+    version: str | None
+    """What changes when the object does (ETag)."""
+    modified: datetime
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors of the system as StoreError; FileNotFoundError stays what it is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "the disk is full" if full else error.strerror or str(error)
+        raise StoreError(f"{what}: {why}") from error
+
+
+class Folder:
+    """Objects below a folder, which is made when the first is written.
+
+    `mode`: the permissions of objects; by default they are for their owner, and for the group as
+    far as the folder itself is. Folders below have the folder's own. `make`: without, a folder that
+    is not there is a UsageError.
+    """
+
+    writable = listable = True
+
+    def __init__(self, folder: Path, url: str, *, make: bool = False, mode: int | None = None):
+        self.folder, self.url = folder.absolute(), url
+        self._mode = None if mode is None else integer("mode", mode, 0, 0o777)
+        if not make and not self.folder.is_dir():
+            raise UsageError(f"{self.folder} is not a folder")
+
+    def get(self, path: str) -> bytes | None:
+        """An object's bytes, or None when there is none."""
+        with _told(f"cannot read {path} in {self.url}"):
+            try:
+                return (self.folder / path).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def copy(self, path: str, sink: IO[bytes], progress: Callable[[int], None] | None) -> None:
+        """Write an object's bytes to a file. Raises FileNotFoundError when there is none."""
+        with _told(f"cannot read {path} in {self.url}"):
+            file = (self.folder / path).open("rb")
+        with file:
+            while True:
+                with _told(f"cannot read {path} in {self.url}"):
+                    chunk = file.read(1 << 20)
+                if not chunk:
+                    return
+                sink.write(chunk)  # whose errors are not the store's
+                if progress is not None:
+                    progress(len(chunk))
+
+    def head(self, path: str) -> Meta | None:
+        with _told(f"cannot read {path} in {self.url}"):
+            try:
+                return _meta(path, (self.folder / path).stat())
+            except FileNotFoundError:
+                return None
+
+    def put(
+        self, path: str, data: bytes | Path, create: bool = True, durable: bool = False
+    ) -> bool:
+        """Write an object, whole or not at all; False when `create` and there is one already.
+        `durable`: it outlives a power cut that comes after."""
+        target = self.folder / path
+        with _told(f"cannot write {path} in {self.url}"):
+            for _ in range(100):
+                self._make(target.parent)
+                try:
+                    self._write(target, data, create, durable)
+                    return True
+                except FileExistsError:
+                    return False
+                except FileNotFoundError:  # its folder was empty, and was deleted meanwhile
+                    if isinstance(data, Path) and not data.exists():
+                        raise
+        raise StoreError(f"cannot write {path} in {self.url}: its folder is deleted as it is made")
+
+    def _write(self, target: Path, data: bytes | Path, create: bool, durable: bool) -> None:
+        with files.replacing(
+            target, mode=self._object_mode(), create=create, durable=durable, scratch=self.folder
+        ) as file:
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
+            else:
+                file.write(data)
+
+    def _object_mode(self) -> int:
+        if self._mode is not None:
+            return self._mode
+        return 0o600 | (stat.S_IMODE(self.folder.stat().st_mode) & 0o060)
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder and those above it, with the store's own permissions."""
+        if folder.is_dir():
+            return
+        if folder == self.folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        self._make(folder.parent)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return
+        with suppress(OSError):
+            folder.chmod(stat.S_IMODE(self.folder.stat().st_mode) & 0o2777)
+
+    def under(self, prefix: str) -> Iterator[Meta]:
+        """Objects under a prefix; a part of a name is no prefix."""
+        with _told(f"cannot list {prefix} in {self.url}"):
+            yield from self._walk(prefix)
+
+    def _walk(self, prefix: str) -> Iterator[Meta]:
+        try:
+            entries = sorted(os.scandir(self.folder / prefix), key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for entry in entries:
+            path = f"{prefix}/{entry.name}" if prefix else entry.name
+            if entry.is_dir():
+                yield from self._walk(path)
+            elif entry.is_file() and not files.is_hidden(entry.name):
+                with suppress(FileNotFoundError):
+                    yield _meta(path, entry.stat())
+
+    def folders(self) -> list[str]:
+        """First parts of all objects' paths."""
+        with _told(f"cannot list {self.url}"):
+            try:
+                return sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
+            except FileNotFoundError:
+                return []
+
+    def delete(self, path: str) -> None:
+        """Delete an object, if there is one, and the folder that held it alone."""
+        target = self.folder / path
+        with _told(f"cannot delete {path} in {self.url}"), suppress(FileNotFoundError):
+            target.unlink()
+        if target.parent != self.folder:
+            with suppress(OSError):
+                target.parent.rmdir()
+
+    def open(self, path: str, profile: Profile | None = None, threads: int = 0) -> Reader:
+        """A .kvz object, to be read in ranges. Raises FileNotFoundError when there is none."""
+        with _told(f"cannot read {path} in {self.url}"):
+            return container.open(self.folder / path, profile, threads)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left unfinished."""
+        files.sweep(self.folder)
+
+
+def _meta(path: str, found: os.stat_result) -> Meta:
+    version = f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+    return Meta(path, found.st_size, version, datetime.fromtimestamp(found.st_mtime, UTC))
