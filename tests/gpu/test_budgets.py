@@ -1,0 +1,160 @@
+"""What compilers make of the kernels, without a GPU: that they compile for every architecture, and
+registers, spills and instructions a step held to the budgets of budgets.json, so that a kernel that
+has become slower shows. `python tests/gpu/test_budgets.py` writes down what they take now."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kvzip.codecs.native.cuda.device import SOURCES
+from kvzip.codecs.native.cuda.gpu import ARCHITECTURES, compiled_anew
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+KERNELS = sorted(
+    str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*.cuh") if "KVZIP_KERNEL(" in
+    path.read_text().replace("#define KVZIP_KERNEL(", "")
+)  # fmt: skip
+STEP_ARCHITECTURE = "sm_90"
+
+
+def usage(log: str) -> dict[str, dict[str, int]]:
+    """Of each kernel, from the assembler's log: registers, and bytes spilled."""
+    found: dict[str, dict[str, int]] = {}
+    for part in log.split("Compiling entry function '")[1:]:
+        registers = re.search(r"Used (\d+) registers", part)
+        spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        assert registers is not None and spilled is not None
+        name = part.split("'")[0]
+        found[name] = {
+            "registers": int(registers[1]),
+            "spilled": int(spilled[1]) + int(spilled[2]),
+        }
+    return found
+
+
+def disassembler() -> str | None:
+    """nvdisasm: on the path, or NVIDIA's package (nvidia-cuda-nvdisasm)."""
+    beside = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "nvdisasm")
+    return shutil.which("nvdisasm") or (str(beside) if os.access(beside, os.X_OK) else None)
+
+
+def step_instructions(listing: str) -> dict[str, float]:
+    """Of each kernel that decodes `channel`: instructions for 32 numbers, in its loop over whole
+    strips: of those without a loop inside, that with most shuffles. Each step in it
+    votes once, and all vote once more whether there are escapes."""
+    found = {}
+    for text in re.split(r"^\.text\.", listing, flags=re.MULTILINE)[1:]:
+        name = text.split(":")[0]
+        if not name.startswith("channel_decode"):
+            continue
+        lines: list[tuple[int, str]] = []
+        labels: dict[str, int] = {}
+        for line in text.splitlines():
+            label = re.match(r"(\.L_\S+):", line)
+            if label:
+                labels[label[1]] = len(lines)
+            code = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?(.*?);", line)
+            if code:
+                lines.append((len(lines), code[1]))
+        spans = []
+        for at, code in lines:
+            target = re.search(r"^BRA.*?`\((\.L_\S+?)\)", code)
+            if target and labels.get(target[1], at + 1) <= at:
+                spans.append((labels[target[1]], at))
+        loops = []
+        for begin, end in spans:
+            if any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans):
+                continue  # there is another loop in it
+            body = [code.split()[0] for _, code in lines[begin : end + 1]]
+            shuffles = sum(code.startswith("SHFL") for code in body)
+            votes = sum(code.startswith("VOTE") for code in body)
+            loops.append((shuffles, -len(body), votes))
+        _, size, votes = max(loops)
+        found[name] = -size / (votes - 1)
+    return found
+
+
+def measured() -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, float] | None]:
+    """By architecture, of each kernel; and the instructions of `channel`'s step."""
+    import cuda.core  # noqa: F401 - once, before threads do at the same time
+
+    jobs = [(source, architecture) for source in KERNELS for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = dict(zip(jobs, pool.map(lambda job: compiled_anew(*job), jobs), strict=True))
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for (_, architecture), (_, log) in made.items():
+        found.setdefault(architecture, {}).update(usage(log))
+    program = disassembler()
+    if program is None:
+        return found, None
+    code = made["channel/channel.cuh", STEP_ARCHITECTURE][0]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(code)
+        file.flush()
+        command = [program, "-c", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return found, step_instructions(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def taken():
+    pytest.importorskip("cuda.core", reason="NVRTC (kvzip[gpu]) is not installed")
+    return measured()
+
+
+def test_every_kernel_compiles_for_every_architecture(taken):
+    budgets = json.loads(BUDGETS.read_text())
+    assert set(taken[0]) == set(ARCHITECTURES)
+    for kernels in taken[0].values():
+        assert set(kernels) == set(budgets["kernels"])
+
+
+def test_registers_and_spills_are_within_their_budgets(taken):
+    budgets = json.loads(BUDGETS.read_text())["kernels"]
+    over = [
+        f"{architecture} {name}: {what} {count}, budget {budgets[name][what]}"
+        for architecture, kernels in taken[0].items()
+        for name, use in kernels.items()
+        for what, count in use.items()
+        if count > budgets[name][what]
+    ]
+    assert not over
+
+
+def test_instructions_of_a_step_are_within_their_budget(taken):
+    if taken[1] is None:
+        pytest.skip("nvdisasm (nvidia-cuda-nvdisasm) is not installed")
+    budgets = json.loads(BUDGETS.read_text())["step"]
+    assert set(taken[1]) == set(budgets)
+    assert {name: n for name, n in taken[1].items() if n > budgets[name]} == {}
+
+
+def main() -> None:
+    found, steps = measured()
+    kernels: dict[str, dict[str, int]] = {}
+    for use in found.values():
+        for name, counts in use.items():
+            mine = kernels.setdefault(name, {})
+            for what, count in counts.items():
+                mine[what] = max(mine.get(what, 0), count)
+    written = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    written["kernels"] = dict(sorted(kernels.items()))
+    if steps is not None:
+        written["step"] = {name: round(n + 0.05, 1) for name, n in sorted(steps.items())}
+    BUDGETS.write_text(json.dumps(written, indent=1) + "\n")
+    json.dump({"step": steps}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
