@@ -248,7 +248,7 @@ def run(
     `progress` is called once for each turn of a snapshot; there are `repeat` + 1. Raises
     UsageError for a setting that makes no sense, and what :meth:`Snapshot.load` raises.
     """
-    repeat = integer("repeat", repeat, 1)
+    repeat = integer("repeat", repeat, 1, 10_000)
     threads = thread_count(threads)
     found, missing = _import_peers() if peers else ([], [])
     workers = _Workers(threads)

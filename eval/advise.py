@@ -41,6 +41,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval.economics import Use
 from kvzip.eval.inputs import Inputs
 from kvzip.eval.prices import Price, PriceBase, PriceBook, Shape
+from kvzip.eval.quantities import confidence, dollars, duration, rate, significant
 
 DRAWS = 1000
 SPREAD = {
@@ -69,7 +70,8 @@ class Choice(msgspec.Struct, frozen=True):
     times_prefill: float
     """prefill / value; 1 where prefill is best."""
     sure: float
-    """Share of draws of the inputs in which the same option is best."""
+    """Share of draws of the inputs in which the same option is best, by Laplace's rule of
+    succession: what was so in all of them is not certain."""
     turns: str
     """Where the verdict between loading and prefill turns."""
 
@@ -277,7 +279,7 @@ def _choice(
         prefill,
         raw,
         prefill / value if value > 0 else 1.0,
-        same / len(draws),
+        (same + 1) / (len(draws) + 2),
         _turns(by, chosen.name, s, figures),
     )
 
@@ -308,46 +310,43 @@ def _turns(by: By, chosen: str, s: Situation, figures: Sequence[CodecFigures]) -
     loads = "loading wins" if chosen == "prefill" else "prefill wins"
     if by == "seconds":
         side = "above" if chosen == "prefill" else "below"
-        return f"{loads} {side} {limits[name] / 1e6:,.4g} Mb/s ({name})"
+        return f"{loads} {side} {rate(limits[name])} ({name})"
     side = "below" if chosen == "prefill" else "above"
-    return f"{loads} {side} ${limits[name]:.3g}/GB of egress ({name})"
+    return f"{loads} {side} {dollars(limits[name])}/GB of egress ({name})"
 
 
 def _time_line(a: Advice) -> str:
     c = a.seconds
     if c.best == "prefill":
-        text = f"Time: prefill, {_seconds(c.value)} to the first token"
+        text = f"Time: prefill, {duration(c.value)} to the first token"
     else:
         text = (
-            f"Time: load {_named(c.best)}, {_seconds(c.value)} to the first token against "
-            f"{_seconds(c.prefill)} of prefill ({c.times_prefill:.2g}x)"
+            f"Time: load {_named(c.best)}, {duration(c.value)} to the first token against "
+            f"{duration(c.prefill)} of prefill ({significant(c.times_prefill, 2)}x)"
         )
     if c.raw is not None and c.best != "raw":
-        text += f", {_seconds(c.raw)} raw"
+        text += f", {duration(c.raw)} raw"
     if a.split.layers_computed > 0 and a.split.seconds < 0.95 * c.value:
-        text += f"; {_seconds(a.split.seconds)} with the first {a.split.layers_computed} layers "
+        text += f"; {duration(a.split.seconds)} with the first {a.split.layers_computed} layers "
         text += "computed meanwhile"
-    return f"{text}. {c.sure:.0%} sure; {c.turns}."
+    return f"{text}. Sure by {confidence(c.sure)}; {c.turns}."
 
 
 def _money_line(a: Advice) -> str:
     c = a.dollars
     cheapest = min((o for o in a.options[1:]), key=lambda o: o.dollars or 0.0)
     if c.best == "prefill":
-        text = f"Dollars: prefill, ${c.value:.3g} against ${cheapest.dollars:.3g} for the cheapest "
-        text += f"load ({cheapest.name})"
+        least = dollars(cheapest.dollars or 0.0)
+        text = f"Dollars: prefill, {dollars(c.value)} against {least} for the cheapest load "
+        text += f"({cheapest.name})"
     else:
-        text = f"Dollars: load {_named(c.best)}, ${c.value:.3g} against ${c.prefill:.3g} of prefill"
-        text += f" ({c.times_prefill:.2g}x)"
-    return f"{text}, at {a.price_base}. {c.sure:.0%} sure; {c.turns}."
+        text = f"Dollars: load {_named(c.best)}, {dollars(c.value)} against {dollars(c.prefill)} "
+        text += f"of prefill ({significant(c.times_prefill, 2)}x)"
+    return f"{text}, at {a.price_base}. Sure by {confidence(c.sure)}; {c.turns}."
 
 
 def _named(codec: str) -> str:
     return "raw bytes" if codec == "raw" else f"with {codec}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
 # --- what a person types -------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from kvzip.cost import (
 )
 from kvzip.errors import KVZipError
 from kvzip.eval.prices import PriceBase
+from kvzip.eval.quantities import rate as in_words
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -174,8 +175,8 @@ def _time(measured: Measured, codec: CodecFigures) -> Time:
         decode_bound=decode + fill >= measured.prefill_seconds - measured.latency,
         beats_raw_below_mbps=rate * 8 / 1e6 if codec.ratio > 1 else None,
         verdict=(
-            f"loading is faster over any link above {mbps:.3g} Mb/s"
-            if mbps is not None
+            f"loading is faster over any link above {in_words(found.value)}"
+            if found.value is not None
             else f"prefill is faster over any link: {found.reason}"
         ),
         basis=(

@@ -316,7 +316,7 @@ class Store:
 
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.rows.glob("*.parquet")):
-            for row in parquet.read_table(path, schema=_schema()).to_pylist():
+            for row in parquet.read_table(path.absolute(), schema=_schema()).to_pylist():
                 found[row["id"]] = row
         return sorted(found.values(), key=lambda row: (row["date"], row["id"]))
 
@@ -535,7 +535,7 @@ def query(path: str | os.PathLike[str], sql: str) -> list[dict[str, Any]]:
         sweep = pa.Table.from_pylist(Store(given).read(), _schema())
     elif given.is_file():
         try:
-            sweep = parquet.read_table(given)
+            sweep = parquet.read_table(given.absolute())
         except pa.ArrowInvalid as error:
             raise KVZipError(f"{path} is not a Parquet file: {error}") from None
     else:

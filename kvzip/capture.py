@@ -287,20 +287,33 @@ def _check_same(
         old = Snapshot.load(path)
     except FormatError as error:
         raise KVZipError(f"{path} is in the way: {error}") from None
-    same = (
-        old.origin.model == loaded.id
-        and old.origin.revision == loaded.fingerprint
-        and (dtype is None or old.dtype == dtypes.get(dtype).name)
-        and old.token_ids is not None
-        and np.array_equal(old.token_ids, document.token_ids)
-        and all(
-            layer.stored == (n if full_history else min(n, layer.window or n))
-            for layer in old.layout.layers
-            for n in [layer.cumulative_length]
-        )
+    revision = loaded.fingerprint
+    form = old.dtype if dtype is None else dtypes.get(dtype).name
+    kept = all(
+        layer.stored == (n if full_history else min(n, layer.window or n))
+        for layer in old.layout.layers
+        for n in [layer.cumulative_length]
     )
-    if not same:
-        raise KVZipError(
-            f"{path} holds another document, model, dtype or history: "
+    ids = "none" if old.token_ids is None else f"others, {old.tokens}"
+    history = ("all of it", "only the window's")
+    differing = [
+        f"{what} ({was}, not {wanted})"
+        for what, was, wanted, same in (
+            ("model", old.origin.model, loaded.id, old.origin.model == loaded.id),
+            ("revision", old.origin.revision, revision, old.origin.revision == revision),
+            ("dtype", old.dtype, form, old.dtype == form),
+            (
+                "document, by its tokens",
+                ids,
+                f"the {len(document.token_ids)} of {document.name}",
+                old.token_ids is not None and np.array_equal(old.token_ids, document.token_ids),
+            ),
+            ("history of sliding layers", history[full_history], history[not full_history], kept),
+        )
+        if not same
+    ]
+    if differing:
+        raise UsageError(
+            f"{path} is there already and differs in {' and '.join(differing)}: "
             "choose another folder, or remove it"
         )

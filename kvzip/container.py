@@ -113,7 +113,7 @@ def _check_profile_kind(profile: Any) -> None:
 
 def thread_count(threads: int) -> int:
     """`threads`, or the number of cores this process may use when it is 0."""
-    return integer("threads (0: all cores)", threads, 0, 1 << 16) or len(os.sched_getaffinity(0))
+    return integer("threads (0: all cores)", threads, 0, 1024) or len(os.sched_getaffinity(0))
 
 
 def _two(tokens: Any) -> tuple[int, int]:

@@ -61,11 +61,14 @@ NAMES: tuple[str, ...] = tuple(d.name for d in _ALL)
 _BY_NAME = {alias: d for d in _ALL for alias in (d.name, d.safetensors, d.torch)}
 
 
-def get(name: str) -> DType:
-    """The format called `name`: ours ("bf16"), torch's ("torch.bfloat16") or safetensors' ("BF16").
+def get(name: Any) -> DType:
+    """The format called `name`: ours ("bf16"), torch's (torch.bfloat16, or its name), numpy's
+    (numpy.float16, or a dtype of ml_dtypes) or safetensors' ("BF16").
 
     Raises UnsupportedError for any other.
     """
+    if not isinstance(name, str):
+        name = name.__name__ if isinstance(name, type) else getattr(name, "name", str(name))
     try:
         return _BY_NAME.get(name) or _BY_NAME[name.removeprefix("torch.")]
     except (KeyError, AttributeError, TypeError):

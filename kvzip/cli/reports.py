@@ -93,6 +93,7 @@ def figures(
     """
     from kvzip.eval import figures as drawing
     from kvzip.eval.extras import read
+    from kvzip.eval.quantities import significant
 
     result, _ = read(results)
     found = drawing.figures(result)
@@ -104,7 +105,7 @@ def figures(
     def show() -> None:
         table = Table("figure", "value", "from")
         for f in found:
-            table.add_row(f.name, f"{f.value:,.4g} {f.unit}", f.basis)
+            table.add_row(f.name, f"{significant(f.value, 4)} {f.unit}", f.basis)
         show_table(table)
         say(drawing.answer(result))
 

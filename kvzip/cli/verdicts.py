@@ -143,6 +143,7 @@ def fleet(
     from kvzip.eval import fleet as fleets
     from kvzip.eval.inputs import load_inputs
     from kvzip.eval.prices import load_prices, pick
+    from kvzip.eval.quantities import dollars, significant
 
     chosen = pick("fleet", fleets.presets(load_prices(*(price_file or []))), preset)
     if config is not None:
@@ -164,9 +165,9 @@ def fleet(
         )
         for c, b in found:
             table.add_row(
-                *(b.way, b.codec, f"${b.dollars:,.4g}", f"${b.network_usd:,.4g}"),
-                *(f"{c.hit_rate:.1%}", f"{b.store_bytes / 1e9:,.4g}"),
-                f"{(b.device_seconds + b.decode_seconds) / 3600:,.4g}",
+                *(b.way, b.codec, dollars(b.dollars), dollars(b.network_usd)),
+                *(f"{c.hit_rate:.1%}", significant(b.store_bytes / 1e9)),
+                significant((b.device_seconds + b.decode_seconds) / 3600),
             )
         show_table(table)
         for way, words in fleets.WAYS.items():

@@ -1,0 +1,63 @@
+"""Quantities in words for people: a unit that fits, a few significant digits, no exponents."""
+
+from __future__ import annotations
+
+import math
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number rounded to so many significant digits, with commas between thousands."""
+    if not math.isfinite(value):
+        return "unlimited" if value > 0 else "unknown"
+    if value == 0:
+        return "0"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    rounded = round(value, places)
+    text = f"{rounded:,.{max(places, 0)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def rate(bits_per_second: float) -> str:
+    """A link's rate, in the largest unit of which it has at least one."""
+    return _in_units(
+        bits_per_second,
+        ((1e12, "Tb/s"), (1e9, "Gb/s"), (1e6, "Mb/s"), (1e3, "kb/s"), (1.0, "b/s")),
+        4,
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time, from microseconds to days."""
+    return _in_units(
+        seconds,
+        ((86400, "days"), (7200, "h"), (120, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "µs")),
+        3,
+        {"h": 3600, "min": 60},
+    )
+
+
+def dollars(usd: float) -> str:
+    """A sum of money."""
+    return f"-${significant(-usd)}" if usd < 0 else f"${significant(usd)}"
+
+
+def confidence(share: float) -> str:
+    """How sure a verdict is that rests on models of what is uncertain: never wholly."""
+    if share > 0.99:
+        return "more than 99 %"
+    return "less than 1 %" if share < 0.01 else f"{share:.0%}".replace("%", " %")
+
+
+def _in_units(
+    value: float,
+    units: tuple[tuple[float, str], ...],
+    digits: int,
+    sizes: dict[str, float] | None = None,
+) -> str:
+    """`value` in the first unit whose threshold it reaches. `sizes`: of units that are used from
+    more than one of them on."""
+    for threshold, name in units:
+        if abs(value) >= threshold * (1 - 1e-9):
+            return f"{significant(value / (sizes or {}).get(name, threshold), digits)} {name}"
+    threshold, name = units[-1]
+    return f"{significant(value / threshold, digits)} {name}"
