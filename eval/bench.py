@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvzip import container
 from kvzip.codec import Codec
 from kvzip.dtypes import Bits
+from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, Snapshot
 
@@ -105,6 +106,7 @@ def measure(
     repeat: int = 3,
 ) -> tuple[CodecResult, bytes]:
     """Encode and decode `repeat` times, the fastest counts; also the encoded file's bytes."""
+    repeat = integer("repeat", repeat, 1, 10_000)
     file = WholeFile(in_memory(snapshot), codec, threads, profile=profile)
     times = [(seconds(file.encode), seconds(file.decode)) for _ in range(repeat)]
     encode_seconds, decode_seconds = (min(column) for column in zip(*times, strict=True))

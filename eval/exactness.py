@@ -15,6 +15,7 @@ import torch
 from transformers import StoppingCriteria
 
 from kvzip import container
+from kvzip.capture import check_ids
 from kvzip.container import Reader
 from kvzip.errors import KVZipError
 from kvzip.load.hf import cache_argument, load_cache
@@ -131,7 +132,8 @@ class Reference:
     ):
         if snapshot.token_ids is None:
             raise KVZipError("the snapshot has no token ids: there is nothing to prompt with")
-        new_tokens = integer("new_tokens", new_tokens, 1)
+        new_tokens = integer("new_tokens", new_tokens, 1, 100_000)
+        check_ids(snapshot.token_ids, model.config)
         self.model, self.new_tokens = model, new_tokens
         self.layers = layer_hashes(snapshot)
         document = np.atleast_2d(snapshot.token_ids).astype(np.int64)

@@ -21,6 +21,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval import bench, stored
 from kvzip.eval.machine import Made, made_by
 from kvzip.models import LoadedModel, load_model
+from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
@@ -114,6 +115,7 @@ def measure(
     does not give back what it was given, has no figures and is named as missing. Raises KVZipError
     when none is left.
     """
+    repeat, train = integer("repeat", repeat, 1, 10_000), integer("train", train, 0)
     lengths = sorted(set(lengths))
     names = [dtypes.get(name).name for name in cache_dtypes]
     chosen = {spec: get_codec(spec) for spec in codecs}

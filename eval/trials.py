@@ -18,6 +18,7 @@ from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.eval import stored
 from kvzip.eval.machine import Made, made_by
 from kvzip.models import load_model
+from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, Snapshot
 
@@ -102,8 +103,8 @@ def run(
 
     if not snapshots:
         raise KVZipError("exactness needs at least one snapshot")
-    if continuations < 1 or new_tokens < 1:
-        raise KVZipError("continuations and new tokens must be 1 or more")
+    continuations = integer("continuations", continuations, 1, 1000)
+    new_tokens = integer("new_tokens", new_tokens, 1, 100_000)
     if unknown := set(lossy) - set(LOSSY):
         raise KVZipError(f"no lossy reference {unknown.pop()!r}; there are: {', '.join(LOSSY)}")
     chosen = {spec: get_codec(spec) for spec in codecs}

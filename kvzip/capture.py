@@ -107,7 +107,7 @@ def prefill(
     model = loaded.model
     config = model.config
     kinds = layer_kinds(config)
-    _check_ids(token_ids, config)
+    check_ids(token_ids, config)
     ids = torch.from_numpy(np.atleast_2d(token_ids).astype(np.int64)).to(model.device)
     # Without a config all layers of the cache are full ones; the masks come from the model.
     cache = DynamicCache()
@@ -157,7 +157,7 @@ def prefill(
     return Snapshot(layers, name, token_ids, origin)
 
 
-def _check_ids(token_ids: NDArray[Any], config: Any) -> None:
+def check_ids(token_ids: NDArray[Any], config: Any) -> None:
     """Raise UsageError for ids that are none of the model's."""
     known = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     if np.ndim(token_ids) not in (1, 2) or not np.size(token_ids):

@@ -58,3 +58,21 @@ def test_what_cannot_be_told_is_refused():
         dtypes.as_bits(np.zeros(3, np.uint8), "bf16")
     with pytest.raises(UnsupportedError):
         dtypes.as_bits(np.zeros(3, np.float64))
+
+
+def test_a_dtype_is_named_in_any_way(dtype):
+    form = dtypes.get(dtype)
+    own = getattr(torch, form.torch)
+    for name in (form.name, form.torch, form.safetensors, own, str(own), form):
+        assert dtypes.get(name) is form
+    numpys = {"fp16": np.float16, "fp32": np.float32}
+    if form.name in numpys:
+        assert dtypes.get(numpys[form.name]) is dtypes.get(np.dtype(numpys[form.name])) is form
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.int8, torch.float64, np.float64, float, None, 5, "", "torch."]
+)
+def test_other_dtypes_say_what_there_is(wrong):
+    with pytest.raises(UnsupportedError, match="use one of bf16"):
+        dtypes.get(wrong)

@@ -63,6 +63,9 @@ def _told(error: BaseException) -> tuple[str, int, str]:
             return name, code, str(error)
     if isinstance(error, OSError):
         return _of_system(error)
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        words = f"{error.object!r} is no Unicode text, and stands in a result that must be"
+        return "usage", 2, words
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130, "interrupted; what was finished is kept"
     if isinstance(error, MemoryError):

@@ -1,0 +1,46 @@
+"""Quantities for people: no exponents, a unit that fits, and a value that is the number's."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvzip.eval.quantities import confidence, dollars, duration, rate, significant
+
+UNITS = {
+    "Tb/s": 1e12, "Gb/s": 1e9, "Mb/s": 1e6, "kb/s": 1e3, "b/s": 1,
+    "days": 86400, "h": 3600, "min": 60, "s": 1, "ms": 1e-3, "µs": 1e-6,
+}  # fmt: skip
+
+
+@given(st.floats(1e-9, 1e15), st.integers(1, 6))
+def test_significant_digits(value, digits):
+    text = significant(value, digits)
+    assert re.fullmatch(r"[0-9,]+(\.[0-9]+)?", text)
+    assert math.isclose(float(text.replace(",", "")), value, rel_tol=0.51 * 10 ** (1 - digits))
+    assert significant(-value, digits) == "-" + text
+
+
+@given(st.floats(1e-3, 1e15))
+def test_units_fit(value):
+    for words in (rate(value), duration(value)):
+        number, unit = words.split(" ")
+        assert "e" not in number
+        assert math.isclose(float(number.replace(",", "")) * UNITS[unit], value, rel_tol=0.006)
+    assert not float(rate(value).split()[0].replace(",", "")) >= 1000.5 or rate(value)[-4] == "T"
+
+
+def test_what_people_read():
+    assert rate(6.172e10) == "61.72 Gb/s"
+    assert rate(1e9) == "1 Gb/s" and rate(999) == "999 b/s"
+    assert duration(0.0005) == "500 µs" and duration(90) == "90 s" and duration(7200) == "2 h"
+    assert dollars(1.2e-5) == "$0.000012" and dollars(1234567) == "$1,230,000"
+    assert significant(math.inf) == "unlimited" and significant(0.0) == "0"
+
+
+@given(st.floats(0, 1))
+def test_never_wholly_sure(share):
+    assert confidence(share) not in ("100 %", "0 %")
