@@ -329,7 +329,7 @@ def _time_line(a: Advice) -> str:
     if a.split.layers_computed > 0 and a.split.seconds < 0.95 * c.value:
         text += f"; {duration(a.split.seconds)} with the first {a.split.layers_computed} layers "
         text += "computed meanwhile"
-    return f"{text}. Sure by {confidence(c.sure)}; {c.turns}."
+    return f"{text}. The verdict is {confidence(c.sure)} sure; {c.turns}."
 
 
 def _money_line(a: Advice) -> str:
@@ -342,7 +342,7 @@ def _money_line(a: Advice) -> str:
     else:
         text = f"Dollars: load {_named(c.best)}, {dollars(c.value)} against {dollars(c.prefill)} "
         text += f"of prefill ({significant(c.times_prefill, 2)}x)"
-    return f"{text}, at {a.price_base}. Sure by {confidence(c.sure)}; {c.turns}."
+    return f"{text}, at {a.price_base}. The verdict is {confidence(c.sure)} sure; {c.turns}."
 
 
 def _named(codec: str) -> str:
@@ -351,7 +351,16 @@ def _named(codec: str) -> str:
 
 # --- what a person types -------------------------------------------------------------------------
 
-_UNITS = {"b/s": 1.0, "kb/s": 1e3, "Mb/s": 1e6, "Gb/s": 1e9, "MB/s": 8e6, "GB/s": 8e9, "": 1e9}
+_UNITS = {
+    "b/s": 1.0,
+    "kb/s": 1e3,
+    "Mb/s": 1e6,
+    "Gb/s": 1e9,
+    "Tb/s": 1e12,
+    "MB/s": 8e6,
+    "GB/s": 8e9,
+    "": 1e9,
+}
 
 
 def bandwidth(text: str, book: PriceBook) -> float:

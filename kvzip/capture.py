@@ -106,6 +106,12 @@ def prefill(
 
     model = loaded.model
     config = model.config
+    if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{type(model).__name__} is an encoder: its tokens look at those after them, so what "
+            "it computes of a prompt cannot be kept for a longer one (is_decoder=True makes it a "
+            "decoder)"
+        )
     kinds = layer_kinds(config)
     check_ids(token_ids, config)
     ids = torch.from_numpy(np.atleast_2d(token_ids).astype(np.int64)).to(model.device)

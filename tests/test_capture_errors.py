@@ -45,7 +45,7 @@ def test_a_model_that_is_no_decoder(kind):
         intermediate_size=32, embedding_size=32, pad_token_id=0,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(kvzip.KVZipError):
+    with pytest.raises(kvzip.UnsupportedError, match="is an encoder"):
         prefill(LoadedModel(model, None, "b", ""), np.arange(2, 10))
 
 

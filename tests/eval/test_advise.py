@@ -54,6 +54,11 @@ def test_the_best_is_the_least_of_all() -> None:
     assert found.seconds.times_prefill == pytest.approx(found.seconds.prefill / found.seconds.value)
 
 
+def rate_in(turns: str) -> float:
+    """The bits per second at which the words say that the verdict turns."""
+    return a.bandwidth(" ".join(turns.replace(",", "").split()[3:5]), BOOK)
+
+
 @pytest.mark.parametrize("bandwidth", [1e6, 1e8, 1e10, 1e12])
 @pytest.mark.parametrize("base", ["paper-m1pro", "h100-rented", "h100-same-region", "own-machine"])
 def test_turns_are_where_the_verdict_turns(bandwidth: float, base: str) -> None:
@@ -62,15 +67,15 @@ def test_turns_are_where_the_verdict_turns(bandwidth: float, base: str) -> None:
     if seconds.turns.startswith("never"):
         assert seconds.best == "prefill"
         return
-    limit = float(seconds.turns.split()[3].replace(",", "")) * 1e6
+    limit = rate_in(seconds.turns)
     for factor, loads in ((0.99, False), (1.01, True)):
         there = advise(bandwidth=limit * factor, base=BOOK.base(base))
         assert (there.seconds.best != "prefill") is loads
 
 
 def test_near_the_turn_it_is_not_sure() -> None:
-    limit = float(advise().seconds.turns.split()[3].replace(",", "")) * 1e6
-    assert advise(bandwidth=limit / 100).seconds.sure == 1
+    limit = rate_in(advise().seconds.turns)
+    assert advise(bandwidth=limit / 100).seconds.sure > 0.98
     assert 0.3 < advise(bandwidth=limit).seconds.sure < 0.7
     assert advise(bandwidth=limit * 4).seconds.best != "prefill"
 
