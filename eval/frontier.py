@@ -9,11 +9,13 @@ as they are found, so an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shlex
 import statistics
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +40,8 @@ from kvzip.eval.predictors import COPY, Document, LayerData, LayerPoint
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.snapshot import Layer, Snapshot
+
+_log = logging.getLogger("kvzip.eval")
 
 VERSION = 1
 """Of what is measured: points of another version are measured anew."""
@@ -340,9 +344,12 @@ def _about(ref: str, first: Snapshot, out: Path, tell: Progress) -> dict[str, An
     place = out / "model.json"
     wanted = {"model": ref, "revision": first.origin.revision, "tokens": first.tokens}
     if place.is_file():
-        known = msgspec.json.decode(place.read_bytes())
-        if {k: known[k] for k in wanted} == wanted:
-            return dict(known)
+        try:
+            known = msgspec.json.decode(place.read_bytes(), type=dict[str, Any])
+            if {k: known.get(k) for k in wanted} == wanted:
+                return known
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            _log.warning("%s is damaged and measured anew: %s", place, error)
     tell("timing the prefill", 0, 1)
     loaded = load_model(ref, first.dtype if first.dtype in ("bf16", "fp16", "fp32") else "bf16")
     found = wanted | {
@@ -419,7 +426,10 @@ def _layer(
     def remembered(key: str, compute: Callable[[], LayerPoint]) -> LayerPoint:
         place = folder / f"{key}-{layer}.json"
         if place.is_file():
-            return msgspec.json.decode(place.read_bytes(), type=LayerPoint)
+            try:
+                return msgspec.json.decode(place.read_bytes(), type=LayerPoint)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                _log.warning("%s is damaged and measured anew: %s", place, error)
         point = compute()
         with replacing(place) as file:
             file.write(msgspec.json.encode(point))
@@ -529,7 +539,7 @@ def _predictions(
             raise KVZipError(f"{path}: a copy of the model needs token ids of a single document")
         name = hashlib.sha256(snapshot.token_ids.tobytes()).hexdigest()[:24]
         place = folder / f"{name}.npz"
-        if not place.is_file() or not {str(n) for n in chosen} <= set(np.load(place).files):
+        if not {str(n) for n in chosen} <= _kept(place):
             copy = copy or copies.make(kind, ref, native)
             layers, said = held_layers(snapshot), copy(np.array(snapshot.token_ids)).layers
             vectors: dict[str, Any] = {
@@ -540,6 +550,15 @@ def _predictions(
         found.append(place)
         tell(f"{kind} copy", done + 1, len(paths))
     return found
+
+
+def _kept(place: Path) -> set[str]:
+    """The names of the arrays in a file; none if it is not there, or damaged."""
+    try:
+        with zipfile.ZipFile(place) as found:
+            return set() if found.testzip() else {Path(n).stem for n in found.namelist()}
+    except (OSError, zipfile.BadZipFile, ValueError):
+        return set()
 
 
 def _unturned(said: Layer, own: Layer, snapshot: Snapshot) -> Floats:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import threading
@@ -35,6 +36,8 @@ from kvzip.eval.machine import machine, now, versions
 from kvzip.files import replacing, sweep
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
+
+_log = logging.getLogger("kvzip.eval")
 
 SYNTHETIC = "synthetic"
 """The model of numbers that only look like a cache's; for trying things out."""
@@ -311,14 +314,28 @@ class Store:
         self._write([msgspec.to_builtins(row)], self.rows / f"{row.id}.parquet")
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows, each id once, by date."""
-        import pyarrow.parquet as parquet
-
+        """All rows, each id once, by date. A file that is damaged is named in a warning and passed
+        over."""
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.rows.glob("*.parquet")):
-            for row in parquet.read_table(path.absolute(), schema=_schema()).to_pylist():
-                found[row["id"]] = row
+            try:
+                rows = _rows_of(path)
+            except _Damaged as error:
+                _log.warning("%s is damaged and passed over: %s", path, error)
+                continue
+            found |= {row["id"]: row for row in rows}
         return sorted(found.values(), key=lambda row: (row["date"], row["id"]))
+
+    def set_aside(self) -> list[str]:
+        """Rename the files that are damaged, so that their points are measured anew; their new
+        paths."""
+        moved = []
+        for path in sorted(self.rows.glob("*.parquet")):
+            try:
+                _rows_of(path)
+            except _Damaged:
+                moved.append(str(path.rename(path.with_suffix(".damaged"))))
+        return moved
 
     def drop(self, ids: Iterable[str]) -> None:
         """Forget rows, so that their points are measured again."""
@@ -350,6 +367,28 @@ class Store:
         parquet.write_table(pa.Table.from_pylist(list(rows), _schema()), packed)
         with replacing(path) as file:
             file.write(packed.getvalue())
+
+
+class _Damaged(Exception):
+    """A file holds no rows that make sense."""
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file. Raises _Damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(
+            path.absolute(), schema=_schema()
+        ).to_pylist()
+        for row in rows:
+            msgspec.convert(row, Row)
+    except FileNotFoundError:
+        return []  # put together with others meanwhile
+    except (pa.ArrowException, msgspec.ValidationError, OSError, ValueError) as error:
+        raise _Damaged(str(error).partition("\n")[0]) from error
+    return rows
 
 
 def _schema() -> Any:
@@ -388,6 +427,8 @@ class Summary(msgspec.Struct, frozen=True):
     failed: list[dict[str, str]]
     """Points without figures: codec, model, reason."""
     seconds: float
+    damaged: list[str] = []
+    """Files of rows that could not be read. They are renamed, and their points measured anew."""
 
 
 def run(
@@ -404,11 +445,13 @@ def run(
     `workers`: processes of this machine; more than one disturb each other's timings. `ray`: the
     address of a Ray cluster that runs the tasks instead, as many at once as it has cores; nodes
     that do not share `folder`'s path capture their own caches. `retry`: measure failed points
-    again. Raises KVZipError when a worker dies; what was finished is kept.
+    again. Rows that are damaged are set aside, and their points measured anew. Raises KVZipError
+    when a worker dies; what was finished is kept.
     """
     began = time.perf_counter()
     store = Store(folder)
     with store.alone():
+        damaged = store.set_aside()
         if retry:
             store.drop(row["id"] for row in store.read() if row["status"] == "failed")
         there = {row["id"] for row in store.read()}
@@ -433,6 +476,7 @@ def run(
         len(points) - len(left),
         failed,
         time.perf_counter() - began,
+        damaged,
     )
 
 

@@ -72,6 +72,8 @@ def sweep(
             f"{out}: {summary.points} points, {summary.measured} measured now, "
             f"{summary.kept} from before, {len(summary.failed)} failed",
         )
+        for path in summary.damaged:
+            say(f"damaged, so its points were measured anew: {path}")
         for f in summary.failed:
             say(f"failed: {f['codec']} on {f['model']}: {f['reason']}")
 

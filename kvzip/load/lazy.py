@@ -7,9 +7,10 @@ the model is fed first is checked against the document, see `kvzip.load.hf.load_
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -26,6 +27,7 @@ from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.witness import OtherWeights, distance, judge, not_continued, same_key
 from kvzip.snapshot import Snapshot
+from kvzip.workers import Workers
 
 _log = logging.getLogger("kvzip.load")
 
@@ -119,7 +121,7 @@ class Loader:
         self.decoder: Any = None
         """The `kvzip.codecs.native.cuda.device.Device` that decodes, where one can."""
         self.recovery: Recovery | None = None
-        self._worker = ThreadPoolExecutor(1, "kvzip-ahead")
+        self._process, self._worker = os.getpid(), Workers(1, "kvzip-ahead")
         self._ahead: dict[int, Future[dict[int, Taken]]] = {}
         """By the first of the layers that are decoded together: those that were not taken yet."""
         self._lock = Lock()
@@ -152,6 +154,9 @@ class Loader:
     def load(self, i: int) -> Taken:
         """As `take`; never recovers."""
         first = i - i % TOGETHER
+        if self._process != os.getpid():  # a fork takes along neither threads nor what they do
+            self._process, self._lock, self._ahead = os.getpid(), Lock(), {}
+            self._due.clear()
         with self._lock:
             for start in range(first, min(first + 2 * TOGETHER, len(self.spans)), TOGETHER):
                 if start not in self._ahead:

@@ -170,6 +170,38 @@ def test_failed_points_are_told_and_measured_again_when_asked(tmp_path: Path) ->
     assert not text.exists()
 
 
+def test_a_damaged_row_is_named_and_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    points = read_config(cheap(tmp_path, repeats=1))
+    run(points, tmp_path / "out")
+    rows = tmp_path / "out" / "rows"
+    whole = Store(tmp_path / "out").read()
+    paths = sorted(rows.glob("*.parquet"))
+    assert len(paths) > 4
+    good = paths[0].read_bytes()
+    paths[0].write_bytes(b"")
+    paths[1].write_bytes(bytes(len(good)))
+    paths[2].write_bytes(good[: len(good) // 2])
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.table({"other": [1]}), paths[3])
+    assert len(Store(tmp_path / "out").read()) == len(whole) - 4  # who only reads goes on, too
+    assert all(str(path) in caplog.text for path in paths[:4])
+    again = run(points, tmp_path / "out")
+    assert (again.measured, again.kept) == (4, len(whole) - 4)
+    assert sorted(again.damaged) == [str(p.with_suffix(".damaged")) for p in paths[:4]]
+    found = Store(tmp_path / "out").read()
+    assert {row["id"] for row in found} == {row["id"] for row in whole}
+    assert run(points, tmp_path / "out").measured == 0
+    # All of them in one file, and that is damaged.
+    monkeypatch.setattr(sweep, "_MERGE_ABOVE", 3)
+    run(points, tmp_path / "out")
+    (rows / "merged.parquet").write_bytes(b"x")
+    assert run(points, tmp_path / "out").measured == len(whole)
+
+
 def test_many_rows_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "_MERGE_ABOVE", 3)
     points = read_config(cheap(tmp_path, repeats=1))
