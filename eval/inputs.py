@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from kvzip.codec import get_codec
 from kvzip.cost import CodecFigures, PrefillFit, fit_prefill
 from kvzip.errors import KVZipError
 from kvzip.eval import bench, stored
+from kvzip.eval.budget import Step
 from kvzip.eval.machine import Made, made_by
 from kvzip.models import LoadedModel, load_model
 from kvzip.options import integer
@@ -27,8 +28,6 @@ from kvzip.snapshot import Snapshot
 
 CODECS = ("raw", "zstd", "lz4", "planes", "channel")
 LENGTHS = (256, 512, 1024, 2048)
-
-Step = Callable[[str], Any]
 
 
 class CodecRow(msgspec.Struct, frozen=True):
@@ -104,7 +103,7 @@ def measure(
     threads: int = 1,
     repeat: int = 3,
     command: str = "kvzip eval inputs",
-    step: Step = lambda name: None,
+    step: Step = lambda name, share=None: None,
 ) -> Inputs:
     """Time the prefill, at `lengths` or at `prefill_lengths` of its own, and each codec on the
     cache of each of `lengths` and dtypes.
@@ -126,7 +125,7 @@ def measure(
     computed, fit, first = "", None, ""
     rows: list[CodecRow] = []
     missing: list[Missing] = []
-    for dtype in names:
+    for turn, dtype in enumerate(names):
         own = "bf16" if dtypes.get(dtype).bits == 8 else dtype
         if own != computed:
             step(f"loading {model} in {own}")
@@ -148,10 +147,12 @@ def measure(
             except KVZipError as error:
                 failed |= dict.fromkeys(learning, str(error))
         for length in lengths:
-            step(f"capturing {length} tokens, {dtype}")
+            # Learning and measuring are taken for one half of a dtype's work each.
+            share = (turn + (1 + lengths.index(length) / len(lengths)) / 2) / len(names)
+            step(f"capturing {length} tokens, {dtype}", share)
             snapshot = capture.prefill(loaded, cut.token_ids[:length], dtype=dtype)
             for spec in [spec for spec in chosen if spec not in failed]:
-                step(f"{spec} on {length} tokens, {dtype}")
+                step(f"{spec} on {length} tokens, {dtype}", share)
                 codec = chosen[spec]
                 profile = profiles[codec.needs_profile]
                 try:

@@ -27,6 +27,7 @@ from kvzip import capture, checksum, container, cost
 from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.eval import ends, stored
+from kvzip.eval.budget import Step
 from kvzip.eval.inputs import learn
 from kvzip.eval.machine import PACKAGES, Made, machine, made_by, versions
 from kvzip.eval.wire import ADDRESSES, Link
@@ -248,7 +249,7 @@ def prepare(
     codecs: Sequence[str] = CODECS,
     profile: str | os.PathLike[str] | None = None,
     train: int = 16,
-    step: Callable[[str], Any] = lambda name: None,
+    step: Step = lambda name, share=None: None,
     loaded: LoadedModel | None = None,
 ) -> Sources:
     """Capture a document and encode it with each codec, into `folder`; where an earlier call was

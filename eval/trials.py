@@ -4,7 +4,7 @@ what quantising the cache does to the same tokens."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from kvzip.codec import get_codec
 from kvzip.dtypes import Bits
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.eval import stored
+from kvzip.eval.budget import Step
 from kvzip.eval.machine import Made, made_by
 from kvzip.models import load_model
 from kvzip.options import integer
@@ -29,8 +30,6 @@ SUFFIX = 16
 
 if TYPE_CHECKING:
     from kvzip.eval.exactness import Agreement, Exactness
-
-Step = Callable[[str], Any]
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -88,7 +87,7 @@ def run(
     continuations: int = 2,
     new_tokens: int = 32,
     command: str = "kvzip eval exactness",
-    step: Step = lambda name: None,
+    step: Step = lambda name, share=None: None,
     loaded: Any = None,
 ) -> Trials:
     """Generate `new_tokens` from every snapshot and continuation with the cache as it is, through
@@ -126,7 +125,10 @@ def run(
         following = Snapshot.load(snapshots[(n + 1) % len(snapshots)]).token_ids
         blobs: dict[str, bytes] = {}
         for spec, codec in chosen.items():
-            step(f"document {n + 1} of {len(snapshots)}: encoding with {spec}")
+            step(
+                f"document {n + 1} of {len(snapshots)}: encoding with {spec}",
+                n / len(snapshots),
+            )
             own = learned if codec.needs_profile else None
             blobs[spec] = container.encode(snapshot, codec, own)
             sums[spec].sizes(snapshot.raw_bytes, len(blobs[spec]))
@@ -135,7 +137,10 @@ def run(
             blobs[name] = container.encode(rounded, "raw")
             sums[name].sizes(snapshot.raw_bytes, size)
         for c in range(continuations):
-            step(f"document {n + 1} of {len(snapshots)}, continuation {c + 1} of {continuations}")
+            step(
+                f"document {n + 1} of {len(snapshots)}, continuation {c + 1} of {continuations}",
+                (n + c / continuations) / len(snapshots),
+            )
             suffix = (
                 ()
                 if c == 0 or following is None

