@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cpp codecs/*/*.hpp)
-# What is installed, and no more: each of these takes the extra of its name.
+# What is installed, and no more: each of these takes the extra of its name, and what is within it.
 DEMO := $(VENV)/.demo
 TEST := $(VENV)/.test
 READY := $(VENV)/.dev
+WITHIN_demo := demo
+WITHIN_test := demo test
+WITHIN_dev := demo test dev
 
 .PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint format bench figures links redraw measured clean
 
@@ -149,4 +152,4 @@ $(DEMO) $(TEST) $(READY): $(VENV)/.%: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing kvzip[$*] into $(VENV) and compiling the codecs: some minutes the first time"
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
-	touch $@
+	touch $(addprefix $(VENV)/.,$(WITHIN_$*))

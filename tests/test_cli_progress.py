@@ -1,0 +1,101 @@
+"""Progress where there is no terminal: lines that say what is done and how much is left."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from kvzip.cli import terminal
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def written(monkeypatch):
+    sink = io.StringIO()
+    monkeypatch.setattr(terminal, "_err", Console(file=sink, markup=False, highlight=False))
+    return lambda: sink.getvalue().splitlines()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def test_a_step_is_a_line_with_the_time_left(written, clock):
+    lines = terminal.Lines(clock)
+    lines.step("loading")
+    clock.now += 10
+    lines.step("first", 0.0)
+    clock.now += 30
+    lines.step("second", 0.25)
+    clock.now += 60
+    lines.step("third", 0.75)
+    lines.step("last", 1.0)
+    assert written() == [
+        "[0:00] loading",
+        "[0:10] first",
+        "[0:40] second, about 1:30 left",
+        "[1:40] third, about 0:30 left",
+        "[1:40] last",
+    ]
+
+
+def test_counts_are_lines_every_few_seconds(written, clock):
+    lines = terminal.Lines(clock)
+    for done in range(1, 101):
+        clock.now += 0.5
+        lines.tell("sweep", done, 100)
+    found = written()
+    assert len(found) == 10  # 50 seconds
+    assert found[0] == "[0:05] sweep: 10 of 100, about 0:45 left"
+    assert found[-1] == "[0:50] sweep: 100 of 100"
+
+
+def test_what_is_done_at_once_says_nothing(written, clock):
+    lines = terminal.Lines(clock)
+    for done in range(1, 4):
+        lines.tell("encode", done, 3, in_bytes=True)
+    assert written() == []
+
+
+def test_bars_steps_and_signs_are_lines_without_a_terminal(written, monkeypatch):
+    monkeypatch.setattr(terminal.Lines, "EVERY", 0.0)
+    with terminal.bar("prefill", 3, in_bytes=False) as advance:
+        advance(1)
+        advance(2)
+    with terminal.bar("encode", 4_000_000) as advance:
+        advance(1_000_000)
+    with terminal.steps() as tell:
+        tell("layers", 1, 2)
+        tell("layers", 2, 2)
+    with terminal.working("starting") as step:
+        step("a path\nof two lines", 0.5)
+    found = [re.sub(r"^\[\d+:\d\d\] |, about .* left$", "", line) for line in written()]
+    assert found == [
+        "prefill: 1 of 3",
+        "prefill: 3 of 3",
+        "encode: 1.0 of 4.0 MB",
+        "layers: 1 of 2",
+        "layers: 2 of 2",
+        r"a path\nof two lines",
+    ]
+
+
+def test_a_terminal_has_no_lines(monkeypatch):
+    sink = io.StringIO()
+    console = Console(file=sink, force_terminal=True, width=80)
+    monkeypatch.setattr(terminal, "_err", console)
+    with terminal.bar("prefill", 3, in_bytes=False) as advance:
+        advance(3)
+    with terminal.working("starting") as step:
+        step("more", 0.5)
+    assert "[0:00]" not in sink.getvalue()
