@@ -177,6 +177,14 @@ class Codec(ABC):
 
     # --- dependence; optional --------------------------------------------------------------
 
+    def encode_chain(self, blocks: Sequence[tuple[Bits, Context]]) -> list[bytes]:
+        """The bytes of blocks of the same tokens, layer after layer, as they are decoded.
+
+        By default one after the other. A codec whose first bytes depend on its last numbers needs
+        them all at once.
+        """
+        return [self.encode(block, context) for block, context in blocks]
+
     def needs(self, layer: int, part: Part) -> tuple[tuple[int, Part], ...]:
         """The earlier layers' parts whose same tokens must be decoded first. Default: none."""
         return ()

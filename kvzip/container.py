@@ -324,16 +324,18 @@ class _Encoder:
         """The same tokens of layer after layer."""
         scratch: dict[str, Any] = {}
         earlier: dict[tuple[int, Part], Bits] = {}
-        results = []
+        blocks = []
         for row in rows:
             entry = self.entries[row]
-            needs = self.codec.needs(entry.layer, entry.part)
-            need = {key: earlier[key] for key in needs if key in earlier}
-            more = {"tables": tables[entry.layer, entry.part], "scratch": scratch}
-            whole = self.part(entry)
-            results.append(self.encode_block(row, whole, earlier=need, **more))
-            earlier[entry.layer, entry.part] = _block(entry, whole)
-        return results
+            key, block = (entry.layer, entry.part), _block(entry, self.part(entry))
+            need = {k: earlier[k] for k in self.codec.needs(*key) if k in earlier}
+            more = {"tables": tables[key], "earlier": need, "scratch": scratch}
+            blocks.append((block, self.context(entry, **more)))
+            earlier[key] = block
+        return [
+            _Encoded(row, data, checksum.of_bytes(data), checksum.of_numbers(block))
+            for row, data, (block, _) in zip(rows, self.codec.encode_chain(blocks), blocks, strict=True)
+        ]
 
     def encoded(self, workers: int) -> Iterator[_Encoded]:
         """All entries in the order of the file."""

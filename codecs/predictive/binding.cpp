@@ -5,6 +5,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <stdexcept>
@@ -42,7 +43,7 @@ class PredictiveModel {
       : model(span(densities), span(sine)) {}
 
   void add_layer(const std::vector<std::size_t>& inputs, const std::vector<std::size_t>& k_shape,
-                 const std::vector<std::size_t>& v_shape, const Array<std::int32_t>& order,
+                 const std::vector<std::size_t>& v_shape, std::size_t group, std::size_t lanes, const Array<std::int32_t>& order,
                  const Array<std::uint64_t>& step, const Array<std::int8_t>& unit,
                  const Array<std::int32_t>& mean, const Array<std::int32_t>& input_scale,
                  const Array<std::int32_t>& bias, const Array<std::int8_t>& weight,
@@ -58,8 +59,8 @@ class PredictiveModel {
     for (const Optional<std::int8_t>& a : {centre, table8})
       if (a) kept8_.push_back(*a);
     if (table16) kept16_.push_back(*table16);
-    model.add_layer({inputs, k_shape[0], k_shape[1], v_shape[0], v_shape[1], bias.shape(0), span(order),
-                     span(step), span(unit), span(mean), span(input_scale), span(bias), span(weight),
+    model.add_layer({inputs, k_shape[0], k_shape[1], v_shape[0], v_shape[1], bias.shape(0), group, lanes,
+                     span(order), span(step), span(unit), span(mean), span(input_scale), span(bias), span(weight),
                      span(weight_scale), span(within), span(within_scale), span(density), span(inverse),
                      span(pair_inverse), span(pair_slope), span(centre), span(centre_bias), span(table16),
                      span(table8), table16 || table8});
@@ -80,16 +81,26 @@ class PredictiveChain {
       : model_(model.model),
         chain_(model.model, rows, count, position, {exponent_bits, mantissa_bits}, span(entries)) {}
 
-  // The bytes of the next part.
+  // The ideal code length of the next part in bits; what follows is to be predicted from its numbers.
   template <typename T>
-  nb::bytes encode(std::size_t i, int part, const Numbers<const T>& array) {
+  double model(std::size_t i, int part, const Numbers<const T>& array) {
     const Block<const T> in = block(i, part, array);
-    std::vector<std::uint8_t> out;
+    nb::gil_scoped_release released;
+    return bits(chain_.measure(in, nullptr), array.size());
+  }
+
+  void keep() { chain_.keep(); }
+
+  // The bytes of each part that was kept.
+  std::vector<nb::bytes> encode() {
+    std::vector<std::vector<std::uint8_t>> parts;
     {
       nb::gil_scoped_release released;
-      out = chain_.encode(in);
+      parts = chain_.encode();
     }
-    return nb::bytes(out.data(), out.size());
+    std::vector<nb::bytes> found;
+    for (const std::vector<std::uint8_t>& part : parts) found.emplace_back(part.data(), part.size());
+    return found;
   }
 
   // How often each cell of |z| occurs, [classes][channels][kCells] in coding order, and the ideal
@@ -100,22 +111,13 @@ class PredictiveChain {
     const std::size_t classes = model_.classes(i), channels = array.shape(1) * array.shape(3);
     auto* counts = new std::uint32_t[classes * channels * kCells]();
     nb::capsule owner(counts, [](void* p) noexcept { delete[] static_cast<std::uint32_t*>(p); });
-    double bits = 0;
+    double spent = 0;
     {
       nb::gil_scoped_release released;
-      const Intervals intervals = chain_.measure(in, counts);
-      for (std::size_t j = 0; j < array.size(); ++j) bits += kCdfBits - std::log2(double(intervals.size[j]));
+      spent = bits(chain_.measure(in, counts), array.size());
     }
     return nb::make_tuple(
-        nb::ndarray<nb::numpy, std::uint32_t>(counts, {classes, channels, std::size_t(kCells)}, owner), bits);
-  }
-
-  // The numbers are known already; what follows is to be predicted from them.
-  template <typename T>
-  void skip(std::size_t i, int part, const Numbers<const T>& array) {
-    const Block<const T> in = block(i, part, array);
-    nb::gil_scoped_release released;
-    chain_.measure(in, nullptr);
+        nb::ndarray<nb::numpy, std::uint32_t>(counts, {classes, channels, std::size_t(kCells)}, owner), spent);
   }
 
   template <typename T>
@@ -130,6 +132,19 @@ class PredictiveChain {
   }
 
  private:
+  double bits(const Intervals& intervals, std::size_t n) const {
+    double sum = 0;
+    const double escape = std::ldexp(double(kEscape), -kCdfBits - chain_.form().bits());
+    for (std::size_t i = 0; i < n;) {
+      // A product of so many shares of 24 bits fits a double.
+      double product = 1;
+      for (const std::size_t end = std::min<std::size_t>(n, i + 32); i < end; ++i)
+        product *= intervals.size[i] ? double(intervals.size[i]) / kCdf : escape;
+      sum -= std::log2(product);
+    }
+    return sum;
+  }
+
   template <typename T>
   Block<T> block(std::size_t i, int part, const Numbers<T>& array) const {
     if (array.shape(0) != chain_.rows() || array.shape(2) != chain_.count() ||
@@ -159,7 +174,7 @@ void bind(nb::module_& m) {
   m.def("bits_by_channel", &least_bits<std::uint32_t>, "numbers"_a, "exponent_bits"_a, "mantissa_bits"_a);
   nb::class_<PredictiveModel>(m, "PredictiveModel")
       .def(nb::init<const Array<std::uint32_t>&, const Array<std::int16_t>&>(), "densities"_a, "sine"_a)
-      .def("add_layer", &PredictiveModel::add_layer, "inputs"_a, "k_shape"_a, "v_shape"_a, "order"_a,
+      .def("add_layer", &PredictiveModel::add_layer, "inputs"_a, "k_shape"_a, "v_shape"_a, "group"_a, "lanes"_a, "order"_a,
            "step"_a, "unit"_a, "mean"_a, "input_scale"_a, "bias"_a, "weight"_a, "weight_scale"_a,
            "within"_a, "within_scale"_a, "density"_a, "inverse"_a, "pair_inverse"_a, "pair_slope"_a,
            "centre"_a.none(), "centre_bias"_a.none(), "table16"_a.none(), "table8"_a.none());
@@ -168,12 +183,12 @@ void bind(nb::module_& m) {
                     const Array<std::int32_t>&>(),
            "model"_a, "rows"_a, "count"_a, "position"_a, "exponent_bits"_a, "mantissa_bits"_a,
            "entries"_a, nb::keep_alive<1, 2>())
-      .def("encode", &PredictiveChain::encode<std::uint8_t>, "layer"_a, "part"_a, "numbers"_a)
-      .def("encode", &PredictiveChain::encode<std::uint16_t>, "layer"_a, "part"_a, "numbers"_a)
+      .def("model", &PredictiveChain::model<std::uint8_t>, "layer"_a, "part"_a, "numbers"_a)
+      .def("model", &PredictiveChain::model<std::uint16_t>, "layer"_a, "part"_a, "numbers"_a)
+      .def("keep", &PredictiveChain::keep)
+      .def("encode", &PredictiveChain::encode)
       .def("measure", &PredictiveChain::measure<std::uint8_t>, "layer"_a, "part"_a, "numbers"_a)
       .def("measure", &PredictiveChain::measure<std::uint16_t>, "layer"_a, "part"_a, "numbers"_a)
-      .def("skip", &PredictiveChain::skip<std::uint8_t>, "layer"_a, "part"_a, "numbers"_a)
-      .def("skip", &PredictiveChain::skip<std::uint16_t>, "layer"_a, "part"_a, "numbers"_a)
       .def("decode", &PredictiveChain::decode<std::uint8_t>, "layer"_a, "part"_a, "data"_a, "out"_a)
       .def("decode", &PredictiveChain::decode<std::uint16_t>, "layer"_a, "part"_a, "data"_a, "out"_a);
 }

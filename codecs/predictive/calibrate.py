@@ -97,10 +97,9 @@ def _widen(
 ) -> None:
     """Make a layer's deviations greater by factors [classes, channels]."""
     tensors[f"{layer}.inverse"] = rescaled(tensors[f"{layer}.inverse"], factors)
-    heads, dim = description["layers"][layer]["k"]
+    heads = description["layers"][layer]["k"][0]
     pairs = len(tensors[f"{layer}.step"])
-    turned = factors[:, : heads * dim].reshape(-1, heads, dim)[:, :, : 2 * pairs]
-    turned = turned.reshape(len(factors), heads * pairs, 2, 1)
+    turned = factors[:, : 2 * heads * pairs].reshape(len(factors), heads * pairs, 2, 1)
     tensors[f"{layer}.pair_inverse"] = rescaled(tensors[f"{layer}.pair_inverse"], turned)
 
 

@@ -11,6 +11,8 @@
 namespace kvzip::predictive {
 namespace {
 
+std::size_t round16(std::size_t n) { return (n + 15) / 16 * 16; }
+
 template <typename T>
 const T* look(Span<T> array, std::size_t size, const char* what) {
   if (array.size != size) throw std::invalid_argument(std::string(what) + " has another size");
@@ -28,13 +30,13 @@ void check_bounds(const std::vector<std::int32_t>& v, std::int32_t low, std::int
     if (x < low || x > high) throw std::invalid_argument(std::string(what) + " is out of bounds");
 }
 
-// -128 times the sum of what each output of a blocked matrix [blocks][groups][4][4] reads; of the
-// triangular one up to and with the block itself.
+// -128 times the sum of what each output of a blocked matrix [blocks][groups][4][4] reads: all groups, or
+// in each block the first `reads` of them.
 std::vector<std::int32_t> starts(const std::int8_t* matrix, std::size_t blocks, std::size_t groups,
-                                 bool triangular) {
+                                 const std::uint16_t* reads = nullptr) {
   std::vector<std::int32_t> sums(4 * blocks);
   for (std::size_t b = 0; b < blocks; ++b)
-    for (std::size_t g = 0; g < (triangular ? b + 1 : groups); ++g)
+    for (std::size_t g = 0; g < (reads ? reads[b] : groups); ++g)
       for (std::size_t i = 0; i < 16; ++i) {
         const std::int8_t w = matrix[(b * groups + g) * 16 + i];
         if (w == -128) throw std::invalid_argument("a weight is out of bounds");
@@ -43,17 +45,17 @@ std::vector<std::int32_t> starts(const std::int8_t* matrix, std::size_t blocks, 
   return sums;
 }
 
-// In which order kernels take the groups of a blocked matrix (`Order`), block by block; of a triangular
-// one, of those before the block itself.
+// In which order kernels take the groups of a blocked matrix (`Order`), block by block: of all, or in each
+// block of the first `reads`.
 class Orders {
  public:
-  Orders(const std::int8_t* matrix, std::size_t blocks, std::size_t groups, bool triangular)
-      : group_(triangular ? blocks * (blocks - 1) / 2 : blocks * groups), of_(blocks) {
+  Orders(const std::int8_t* matrix, std::size_t blocks, std::size_t groups, const std::uint16_t* reads = nullptr)
+      : group_(reads ? std::accumulate(reads, reads + blocks, std::size_t(0)) : blocks * groups), of_(blocks) {
     std::uint16_t* to = group_.data();
     std::vector<std::uint8_t> reach(groups);
     std::vector<std::uint16_t> by_reach(groups);
     for (std::size_t b = 0; b < blocks; ++b) {
-      const std::size_t n = triangular ? b : groups;
+      const std::size_t n = reads ? reads[b] : groups;
       of_[b] = {to, arrange(matrix + b * groups * 16, n, reach.data(), by_reach.data(), to)};
       to += n;
     }
@@ -99,27 +101,48 @@ class Orders {
   std::vector<Order> of_;
 };
 
+// The first channel of a channel's group, in a layer with so many channels of keys.
+std::size_t group_start(const Layer& layer, std::size_t keys, std::size_t channel) {
+  const std::size_t first = channel < keys ? 0 : keys;
+  return first + (channel - first) / layer.group * layer.group;
+}
+
+// How many blocks of four channels each block of `within` reads.
+std::vector<std::uint16_t> reads_of(const Layer& layer, std::size_t keys) {
+  std::vector<std::uint16_t> reads(layer.blocks);
+  for (std::size_t b = 0; b < layer.blocks; ++b)
+    reads[b] = std::uint16_t(up4(group_start(layer, keys, std::min(4 * b + 3, layer.width - 1))) / 4);
+  return reads;
+}
+
+// What is read of `within` is zero where a channel would look at one of its own group or after it.
+void check_groups(const std::int8_t* within, const Layer& layer, std::size_t keys) {
+  for (std::size_t c = 0; c < layer.width; ++c)
+    for (std::size_t i = group_start(layer, keys, c); i < 4u * layer.reads[c / 4]; ++i)
+      if (within[(c / 4 * layer.blocks + i / 4) * 16 + c % 4 * 4 + i % 4])
+        throw std::invalid_argument("a channel is predicted from its own group");
+}
+
 }  // namespace
 
-// Densities for a format of so many numbers, see kernels.hpp.
+// Densities, see kernels.hpp.
 struct ProfileModel::Tables {
   Densities of{};
   std::vector<std::int32_t> from, rise, from_rise;
   std::vector<float> cell, slope, cell_slope;
 
-  Tables(const std::uint32_t* shares, std::size_t shapes, std::uint32_t numbers) {
-    of.half = std::int32_t((kCdf - numbers) / 2);
+  Tables(const std::uint32_t* shares, std::size_t shapes) {
     for (std::size_t s = 0; s < shapes; ++s, shares += kCells + 1) {
       std::int32_t edge[kCells + 1];
       for (int i = 0; i <= kCells; ++i)
-        edge[i] = std::int32_t(std::uint64_t(shares[i]) * std::uint64_t(of.half) >> 23);
+        edge[i] = std::int32_t(std::uint64_t(shares[i]) * std::uint64_t(kHalf) >> 23);
       for (int i = 0; i < kCells; ++i) {
         from.push_back(edge[i]);
         rise.push_back(edge[i + 1] - edge[i]);
       }
       double at[65];
       for (int i = 0; i <= 64; ++i) {
-        const double tail = std::ldexp(1 + (i & 3) / 4.0, 7 + i / 4), share = of.half - tail;
+        const double tail = std::ldexp(1 + (i & 3) / 4.0, 7 + i / 4), share = kHalf - tail;
         const int c = int(std::upper_bound(edge, edge + kCells, share) - edge) - 1;
         at[i] = c < 0 ? 0 : c + std::min(1.0, (share - edge[c]) / std::max(1, edge[c + 1] - edge[c]));
       }
@@ -151,6 +174,7 @@ struct ProfileModel::Data {
   std::vector<std::int32_t> order[2], inverse, pair_inverse, pair_slope, mean, input_scale, centre_bias,
       centre_start;
   std::vector<std::vector<std::int32_t>> start;
+  std::vector<std::uint16_t> reads;
   std::once_flag ordering;
   std::vector<Orders> orders;
   std::vector<std::uint64_t> step;
@@ -171,8 +195,7 @@ ProfileModel::ProfileModel(Span<std::uint32_t> densities, Span<std::int16_t> sin
     for (int i = 0; i < kCells; ++i) good = good && d[i] <= d[i + 1] && d[i + 1] - d[i] < 1u << 20;
     if (!good) throw std::invalid_argument("a density does not rise evenly from 0 to a half");
   }
-  for (std::uint32_t numbers : {256u, 65536u})
-    tables_.push_back(std::make_unique<Tables>(densities.data, shapes_, numbers));
+  tables_ = std::make_unique<Tables>(densities.data, shapes_);
   sine_ = take(sine, 4096, "sine");
   for (std::int16_t s : sine_)
     if (s < -(1 << 14) || s > 1 << 14) throw std::invalid_argument("a sine is out of bounds");
@@ -187,6 +210,17 @@ void ProfileModel::add_layer(const LayerArrays& a) {
   layer.width = n[0] + n[1];
   if (layer.width > 1u << 16) throw std::invalid_argument("more than 65,536 channels in a layer");
   layer.blocks = up4(layer.width) / 4;
+  layer.group = a.group;
+  layer.lanes = a.lanes;
+  if (a.group < 2 || a.group > kMostGroup || a.group % 2) throw std::invalid_argument("a group is of 2, 4 ... 64 channels");
+  if (a.lanes < 1 || a.lanes > a.group / 2) throw std::invalid_argument("1 lane, or at most as many as a group has pairs");
+  if (!layers_.empty() && (a.group != layers_[0]->layer.group || a.lanes != layers_[0]->layer.lanes))
+    throw std::invalid_argument("groups and lanes are those of all layers");
+  // The words of a stream are counted in 16 bits; a number takes one at most.
+  const std::size_t a_lane = 2 * ((a.group / 2 + a.lanes - 1) / a.lanes);
+  for (std::size_t channels : n)
+    if (kStream * a_lane * ((channels + a.group - 1) / a.group) > 65535)
+      throw std::invalid_argument("too few lanes for so many channels");
   const std::size_t pairs = a.step.size;
   if (2 * pairs > a.k_dim) throw std::invalid_argument("more pairs than dimensions");
   data->inputs = a.inputs;
@@ -204,9 +238,12 @@ void ProfileModel::add_layer(const LayerArrays& a) {
   const std::size_t size = layer.blocks * layer.inputs * 4, triangle = layer.blocks * layer.blocks * 16;
   const std::int8_t *weight = look(a.weight, layer.regions * size, "weight"),
                     *within = look(a.within, layer.regions * triangle, "within");
+  data->reads = reads_of(layer, n[0]);
+  layer.reads = data->reads.data();
   for (std::size_t r = 0; r < layer.regions; ++r) {
-    data->start.push_back(starts(weight + r * size, layer.blocks, layer.inputs / 4, false));
-    data->start.push_back(starts(within + r * triangle, layer.blocks, layer.blocks, true));
+    check_groups(within + r * triangle, layer, n[0]);
+    data->start.push_back(starts(weight + r * size, layer.blocks, layer.inputs / 4));
+    data->start.push_back(starts(within + r * triangle, layer.blocks, layer.blocks, layer.reads));
     data->regions.push_back({bias + r * layer.width, weight + r * size, scale + r * layer.width,
                              within + r * triangle, within_scale + r * layer.width,
                              data->start[2 * r].data(), data->start[2 * r + 1].data()});
@@ -217,7 +254,7 @@ void ProfileModel::add_layer(const LayerArrays& a) {
     layer.centre = look(a.centre, blocks * layer.inputs * 4, "centre");
     data->centre_bias = take(a.centre_bias, layer.regions, "centre_bias");
     check_bounds(data->centre_bias, -(1 << 30), 1 << 30, "centre_bias");
-    data->centre_start = starts(layer.centre, blocks, layer.inputs / 4, false);
+    data->centre_start = starts(layer.centre, blocks, layer.inputs / 4);
     layer.centre_bias = data->centre_bias.data();
   }
   const std::vector<std::int32_t> order = take(a.order, layer.width, "order");
@@ -231,8 +268,15 @@ void ProfileModel::add_layer(const LayerArrays& a) {
       seen[std::size_t(c)] = true;
     }
   }
+  // The two of a pair stand side by side, before what is not turned.
+  for (std::size_t i = 0; i < 2 * a.k_heads * pairs; i += 2) {
+    const auto c = std::size_t(data->order[0][i]), d = std::size_t(data->order[0][i + 1]);
+    if (c % a.k_dim >= pairs || d != c + pairs) throw std::invalid_argument("order tears a pair apart");
+  }
   data->step = take(a.step, pairs, "step");
   data->unit = take(a.unit, layer.width, "unit");
+  for (std::int8_t u : data->unit)
+    if (u < -120 || u > 60) throw std::invalid_argument("a unit is out of bounds");
   data->mean = take(a.mean, layer.width, "mean");
   data->input_scale = take(a.input_scale, layer.width, "input_scale");
   data->density = take(a.density, layer.width, "density");
@@ -285,12 +329,12 @@ void ProfileModel::put_in_order(std::size_t i) const {
     data.orders.reserve(2 * layer.regions + 1);
     for (Region& region : data.regions) {
       region.weight_order =
-          data.orders.emplace_back(region.weight, layer.blocks, layer.inputs / 4, false).of();
-      region.within_order = data.orders.emplace_back(region.within, layer.blocks, layer.blocks, true).of();
+          data.orders.emplace_back(region.weight, layer.blocks, layer.inputs / 4).of();
+      region.within_order = data.orders.emplace_back(region.within, layer.blocks, layer.blocks, layer.reads).of();
     }
     if (layer.regions > 1)
       layer.centre_order =
-          data.orders.emplace_back(layer.centre, up4(layer.regions) / 4, layer.inputs / 4, false).of();
+          data.orders.emplace_back(layer.centre, up4(layer.regions) / 4, layer.inputs / 4).of();
   });
 }
 const std::vector<std::size_t>& ProfileModel::inputs(std::size_t i) const { return layers_[i]->inputs; }
@@ -301,7 +345,7 @@ std::size_t ProfileModel::classes(std::size_t i) const {
   const Layer& l = layer(i);
   return l.regions * (l.table16 || l.table8 ? 2 : 1);
 }
-Model ProfileModel::model(Form form) const { return {tables_[form.bits() == 16]->of, sine_.data()}; }
+Model ProfileModel::model() const { return {tables_->of, sine_.data()}; }
 
 // --- a token range -------------------------------------------------------------------------------
 
@@ -333,48 +377,100 @@ Intervals Chain::measure(const Block<const T>& numbers, std::uint32_t* counts) {
   const Part& p = layer.part[part()];
   const Kernels& kernels = predictive::kernels();
   begin(kernels);
-  const std::size_t room = total_ * p.heads * p.dim + kTile;
+  const std::size_t room = total_ * p.channels() + kTile;
   intervals_.resize(2 * room);
   const Intervals intervals{intervals_.data(), intervals_.data() + room};
   if constexpr (sizeof(T) == 1)
-    kernels.model8(model_.model(form_), layer, part(), form_, tokens_, numbers, intervals, counts);
+    kernels.model8(model_.model(), layer, part(), form_, tokens_, numbers, intervals, counts);
   else
-    kernels.model16(model_.model(form_), layer, part(), form_, tokens_, numbers, intervals, counts);
+    kernels.model16(model_.model(), layer, part(), form_, tokens_, numbers, intervals, counts);
   end();
   return intervals;
 }
 
-template <typename T>
-std::vector<std::uint8_t> Chain::encode(const Block<const T>& numbers) {
-  const Part& p = model_.layer(layer()).part[part()];
-  const std::size_t channels = p.heads * p.dim, size = total_ * channels;
-  const Intervals intervals = measure(numbers, nullptr);
-  // At most a word for each number, and one that is written before it is known whether it counts.
-  std::vector<std::uint32_t> words(size + 1);
-  std::uint64_t states[kLanes];
-  const std::size_t n = kvzip::predictive::encode(tokens_, channels, intervals, words.data() + words.size(), states);
-  std::vector<std::uint8_t> out(sizeof states + 4 * n);
-  std::memcpy(out.data(), states, sizeof states);
-  std::memcpy(out.data() + sizeof states, words.data() + words.size() - n, 4 * n);
-  return out;
+void Chain::keep() {
+  kept_.push_back({(next_ - 1) / 2, int((next_ - 1) % 2), std::move(intervals_), at_, tiles_});
+  intervals_ = {};
+}
+
+std::vector<std::vector<std::uint8_t>> Chain::encode() {
+  std::vector<std::vector<std::uint8_t>> parts(kept_.size());
+  if (kept_.empty()) return parts;
+  const std::size_t lanes = model_.layer(0).lanes;
+  std::vector<std::uint64_t> states(total_ * lanes, kLow);
+  std::vector<std::uint32_t> words;
+  for (std::size_t i = kept_.size(); i-- > 0;) {
+    Kept& kept = kept_[i];
+    const Layer& layer = model_.layer(kept.layer);
+    const Part& part = layer.part[kept.part];
+    const std::size_t room = kept.intervals.size() / 2, first = i ? 0 : round16(8 * states.size());
+    const std::size_t streams = kept.tiles.empty() ? 0 : kept.tiles.back().stream + kept.tiles.back().streams();
+    std::vector<std::uint16_t> counts(round16(2 * streams * lanes) / 2);
+    // At most a word for each number, and one that is written before it is known whether it counts.
+    words.resize(total_ * part.channels() + 1);
+    const std::size_t n = kvzip::predictive::encode(
+        part, form_, layer.group, lanes, kept.at.data(), kept.tiles.data(), kept.tiles.size(),
+        {kept.intervals.data(), kept.intervals.data() + room}, states.data(), counts.data(), words.data() + words.size());
+    std::vector<std::uint8_t>& out = parts[i];
+    out.resize(first + 2 * counts.size() + 4 * n);
+    if (first) std::memcpy(out.data(), states.data(), 8 * states.size());
+    std::copy_n(reinterpret_cast<const std::uint8_t*>(counts.data()), 2 * counts.size(), out.data() + first);
+    std::copy_n(reinterpret_cast<const std::uint8_t*>(words.data() + words.size() - n), 4 * n,
+                out.data() + first + 2 * counts.size());
+    kept = {};
+  }
+  kept_.clear();
+  return parts;
+}
+
+// The states that a token range's first coded part begins with.
+bool Chain::take_states(Span<std::uint8_t>* bytes, std::size_t lanes) {
+  const std::size_t size = 8 * total_ * lanes, all = round16(size);
+  if (bytes->size < all || !std::all_of(bytes->data + size, bytes->data + all, [](std::uint8_t b) { return b == 0; }))
+    return false;
+  states_.resize(total_ * lanes);
+  if (size) std::memcpy(states_.data(), bytes->data, size);
+  bytes->data += all;
+  bytes->size -= all;
+  return std::all_of(states_.begin(), states_.end(), [](std::uint64_t x) { return x >= kLow && !(x >> 63); });
 }
 
 template <typename T>
 bool Chain::decode(Span<std::uint8_t> bytes, const Block<T>& numbers) {
-  std::uint64_t states[kLanes];
-  if (bytes.size < sizeof states || bytes.size % 4) return false;
-  std::memcpy(states, bytes.data, sizeof states);
-  const std::uint8_t *words = bytes.data + sizeof states, *end_of_words = bytes.data + bytes.size;
   const Layer& layer = model_.layer(this->layer());
+  const std::size_t lanes = layer.lanes;
+  if (states_.empty() && !take_states(&bytes, lanes)) return false;
   const Kernels& kernels = predictive::kernels();
   begin(kernels);
+  const std::size_t streams = this->streams() * lanes, counts = round16(2 * streams);
+  if (bytes.size < counts) return false;
+  std::vector<const std::uint8_t*> word(streams), last(streams);
+  const std::uint8_t *next = bytes.data + counts, *const stop = bytes.data + bytes.size;
+  for (std::size_t s = 0; s < streams; ++s) {
+    std::uint16_t n;
+    std::memcpy(&n, bytes.data + 2 * s, 2);
+    if (std::size_t(stop - next) < 4u * n) return false;
+    word[s] = next;
+    last[s] = next += 4 * n;
+  }
+  for (std::size_t i = 2 * streams; i < counts; ++i)
+    if (bytes.data[i]) return false;
+  if (next != stop) return false;
+  const Coded coded{states_.data(), word.data(), last.data()};
   bool good;
   if constexpr (sizeof(T) == 1)
-    good = kernels.decode8(model_.model(form_), layer, part(), form_, tokens_, numbers, states, words, end_of_words);
+    good = kernels.decode8(model_.model(), layer, part(), form_, tokens_, numbers, coded);
   else
-    good = kernels.decode16(model_.model(form_), layer, part(), form_, tokens_, numbers, states, words, end_of_words);
+    good = kernels.decode16(model_.model(), layer, part(), form_, tokens_, numbers, coded);
   end();
+  // A writer's states end where a reader's begin.
+  if (next_ == 2 * model_.layers())
+    good = good && std::all_of(states_.begin(), states_.end(), [](std::uint64_t x) { return x == kLow; });
   return good;
+}
+
+std::size_t Chain::streams() const {
+  return tiles_.empty() ? 0 : tiles_.back().stream + tiles_.back().streams();
 }
 
 // The input of a tile: a word of 4 bytes for each group of inputs and token.
@@ -391,11 +487,14 @@ void Chain::pack(const Tile& tile, std::uint32_t* to) const {
 }
 
 // Tokens in tiles of one region.
+void Chain::cut(std::size_t start, std::size_t count, std::uint32_t region) {
+  for (std::size_t i = 0; i < count; i += kTile) {
+    const auto stream = std::uint32_t(streams());
+    tiles_.push_back({std::uint32_t(start + i), std::uint32_t(std::min<std::size_t>(kTile, count - i)), region, stream});
+  }
+}
+
 void Chain::arrange(const Layer& layer, const Kernels& kernels) {
-  const auto cut = [&](std::size_t start, std::size_t count, std::uint32_t region) {
-    for (std::size_t i = 0; i < count; i += kTile)
-      tiles_.push_back({std::uint32_t(start + i), std::uint32_t(std::min<std::size_t>(kTile, count - i)), region});
-  };
   tiles_.clear();
   std::iota(at_.begin(), at_.end(), 0);
   cut(0, total_, 0);
@@ -496,7 +595,6 @@ template double bits_by_channel(const Block<const std::uint32_t>&, std::size_t, 
 
 #define KVZIP_INSTANTIATE(T)                                                 \
   template Intervals Chain::measure(const Block<const T>&, std::uint32_t*); \
-  template std::vector<std::uint8_t> Chain::encode(const Block<const T>&);  \
   template bool Chain::decode(Span<std::uint8_t>, const Block<T>&);
 KVZIP_INSTANTIATE(std::uint8_t)
 KVZIP_INSTANTIATE(std::uint16_t)

@@ -21,6 +21,7 @@ struct Span {
 struct LayerArrays {
   std::vector<std::size_t> inputs;
   std::size_t k_heads, k_dim, v_heads, v_dim, regions;
+  std::size_t group, lanes;
   Span<std::int32_t> order;
   Span<std::uint64_t> step;
   Span<std::int8_t> unit;
@@ -53,20 +54,22 @@ class ProfileModel {
   std::size_t known(std::size_t i) const;     // rows of the layer's token table
   std::size_t last_use(std::size_t i) const;  // the last layer that looks at layer i
   std::size_t classes(std::size_t i) const;
+  std::size_t layers() const { return layers_.size(); }
   // To be called before kernels that want an order look at a layer.
   void put_in_order(std::size_t i) const;
-  Model model(Form form) const;
+  Model model() const;
 
  private:
   struct Data;
   struct Tables;
   std::size_t shapes_ = 0;
-  std::vector<std::unique_ptr<Tables>> tables_;  // for formats of 8 bits, of 16 bits
+  std::unique_ptr<Tables> tables_;
   std::vector<std::int16_t> sine_;
   std::vector<std::unique_ptr<Data>> layers_;
 };
 
-// Codes the parts of a token range in their order: keys, values, then the next layer.
+// Codes the parts of a token range in their order: keys, values, then the next layer. States of rANS go
+// through all parts that are coded, so a writer models every part before it has the bytes of any.
 class Chain {
  public:
   // `entries`: [rows*count] place of each token in the model's token ids, or -1.
@@ -84,18 +87,30 @@ class Chain {
   // kernels.hpp.
   template <typename T>
   Intervals measure(const Block<const T>& numbers, std::uint32_t* counts);
-  // Its bytes.
-  template <typename T>
-  std::vector<std::uint8_t> encode(const Block<const T>& numbers);
-  // Its numbers; false when the bytes do not fit.
+  // The part that was measured last is one that will be coded.
+  void keep();
+  // Bytes of each part that was kept, in their order. None can be kept any more.
+  std::vector<std::vector<std::uint8_t>> encode();
+  // The next part's numbers; false when the bytes do not fit.
   template <typename T>
   bool decode(Span<std::uint8_t> bytes, const Block<T>& numbers);
 
  private:
+  // What the coder needs of a part that was kept.
+  struct Kept {
+    std::size_t layer;
+    int part;
+    std::vector<std::uint32_t> intervals, at;
+    std::vector<Tile> tiles;
+  };
+
   std::size_t layer() const { return next_ / 2; }
   int part() const { return int(next_ % 2); }
+  std::size_t streams() const;
+  bool take_states(Span<std::uint8_t>* bytes, std::size_t lanes);
   void begin(const Kernels& kernels);
   void end();
+  void cut(std::size_t start, std::size_t count, std::uint32_t region);
   void arrange(const Layer& layer, const Kernels& kernels);
   void pack(const Tile& tile, std::uint32_t* to) const;
 
@@ -108,6 +123,8 @@ class Chain {
   std::vector<std::int16_t> turn_;
   std::vector<Tile> tiles_;
   std::map<std::size_t, std::vector<std::uint32_t>> inputs_;  // [tokens][blocks] of layers still needed
+  std::vector<std::uint64_t> states_;                         // [tokens][lanes], of a reader
+  std::vector<Kept> kept_;
 };
 
 // Bits that no table for each channel's signs and exponents can go below, mantissas as they are: what

@@ -23,7 +23,8 @@ from kvzip.errors import CorruptError, ProfileError
 from kvzip.profile import Profile
 from kvzip.snapshot import PARTS, Part, Snapshot, batched
 
-_RAW, _CODED, _CHANNEL = b"\0", b"\1", b"\2"
+_RAW, _CODED, _CHANNEL = (bytes([mode]) + bytes(15) for mode in range(3))
+_TABLES = struct.Struct("<16sI12x")
 _LAYER_TENSORS = (
     "order",
     "step",
@@ -40,7 +41,7 @@ _LAYER_TENSORS = (
     "pair_inverse",
     "pair_slope",
 )
-# A block starts with 256 bytes of rANS states, and numbers cost little but never nothing.
+# A block counts the words of its streams, and numbers cost little but never nothing.
 _MAX_EXPANSION = 1 << 16
 
 
@@ -85,27 +86,45 @@ class PredictiveCodec(Codec):
         return ((layer - 1, "v"),) if layer else ()
 
     def encode(self, block: Bits, context: Context) -> bytes:
-        form = context.dtype
-        choices: list[bytes] = []
-        chain = _take(context, block.shape)
-        if chain is not None:
+        return self.encode_chain([(block, context)])[0]
+
+    def encode_chain(self, blocks: Sequence[tuple[Bits, Context]]) -> list[bytes]:
+        """Which way a block is coded is settled from the first to the last, by what a code would
+        take at least; words then come from the last to the first."""
+        found: list[bytes | None] = []
+        chain = None
+        for block, context in blocks:
+            turn = _take(context, block.shape)
+            if turn is None:
+                found.append(_plain(block, context))
+                continue
+            chain = turn
             high, low = _split(block)
+            part = PARTS.index(context.part)
             try:
-                coded: bytes = chain.encode(context.layer, PARTS.index(context.part), high)
+                bits = chain.model(context.layer, part, high)
             except ValueError as error:
                 raise ProfileError(f"the profile is of another model: {error}") from None
-            choices.append(_CODED + low.tobytes() + coded)
+            size = bits / 8 + low.nbytes + len(_CODED)
             # Mostly it is plain, from the counts alone, that `channel` cannot do as well.
-            least = _native.bits_by_channel(block, form.exponent_bits, form.mantissa_bits)
-            if 8 * len(choices[0]) <= min(least, 8.0 * block.nbytes) and _earned(choices[0], block):
-                return choices[0]
-        choices += [_RAW + block.tobytes(), _CHANNEL + _channel_encode(block, context)]
-        return min((c for c in choices if _earned(c, block)), key=len)
+            form = context.dtype
+            least = _native.bits_by_channel(block, form.exponent_bits, form.mantissa_bits) / 8
+            other = None if size <= min(least, block.nbytes) else _plain(block, context)
+            if size * _MAX_EXPANSION < block.nbytes or (other is not None and len(other) <= size):
+                found.append(_plain(block, context) if other is None else other)
+            else:
+                chain.keep()
+                found.append(None)
+        coded = iter([] if chain is None else chain.encode())
+        return [
+            _CODED + _padded(_split(block)[1].tobytes()) + next(coded) if data is None else data
+            for data, (block, _) in zip(found, blocks, strict=True)
+        ]
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         chain = _take(context, out.shape)
         part = PARTS.index(context.part)
-        mode, body = bytes(data[:1]), data[1:]
+        mode, body = bytes(data[:16]), data[16:]
         if mode == _CODED and chain is not None:
             _decode_coded(chain, context.layer, part, body, out)
             return
@@ -117,36 +136,42 @@ class PredictiveCodec(Codec):
             raise CorruptError("a block of unknown kind, or one that nothing predicts")
         if chain is not None:
             # What follows is predicted from these numbers, too.
-            chain.skip(context.layer, part, _split(out)[0])
+            chain.model(context.layer, part, _split(out)[0])
 
     def max_encoded_size(self, raw_bytes: int) -> int:
-        return raw_bytes + 1
+        return raw_bytes + 16
 
     def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
         return encoded_bytes * _MAX_EXPANSION
 
 
-def _earned(data: bytes, block: Bits) -> bool:
-    """Whether a reader would believe that so few bytes stand for the block."""
-    return len(data) * _MAX_EXPANSION > block.nbytes
+def _padded(data: bytes) -> bytes:
+    """With zeros up to a multiple of 16 bytes."""
+    return data + bytes(-len(data) % 16)
 
 
-def _channel_encode(block: Bits, context: Context) -> bytes:
-    """The block as `channel` codes it, tables in front."""
+def _plain(block: Bits, context: Context) -> bytes:
+    """The block as `channel` codes it, tables in front, or as it is."""
     channel = get_codec("channel")
     made = channel.make_tables(block, context)
     tables = channel.load_tables(memoryview(made), block.shape, context)
     coded = channel.encode(block, structs.replace(context, tables=tables))
-    return struct.pack("<I", len(made)) + made + coded
+    data = _TABLES.pack(_CHANNEL, len(made)) + _padded(made) + coded
+    if len(data) < len(_RAW) + block.nbytes and len(data) * _MAX_EXPANSION > block.nbytes:
+        return data
+    return _RAW + block.tobytes()
 
 
 def _channel_decode(data: memoryview, out: Bits, context: Context) -> None:
     channel = get_codec("channel")
-    if len(data) < 4:
+    if len(data) < 16:
         raise CorruptError("cut short")
-    end = 4 + int(struct.unpack_from("<I", data)[0])
-    tables = channel.load_tables(data[4:end], out.shape, context)
-    channel.decode(data[end:], out, structs.replace(context, tables=tables))
+    end = 16 + int(struct.unpack_from("<I", data)[0])
+    after = end + -end % 16
+    if any(data[4:16]) or any(data[end:after]) or after > len(data):
+        raise CorruptError("tables that end nowhere")
+    tables = channel.load_tables(data[16:end], out.shape, context)
+    channel.decode(data[after:], out, structs.replace(context, tables=tables))
 
 
 def _decode_coded(
@@ -155,10 +180,11 @@ def _decode_coded(
     wide = out.dtype.itemsize == 4
     target = np.empty(out.shape, np.uint16) if wide else out
     size = 2 * out.size if wide else 0
-    if len(body) < size:
+    after = size + -size % 16
+    if len(body) < after or any(body[size:after]):
         raise CorruptError("cut short")
     try:
-        chain.decode(layer, part, np.frombuffer(body[size:], np.uint8), target)
+        chain.decode(layer, part, np.frombuffer(body[after:], np.uint8), target)
     except ValueError as error:
         raise CorruptError(str(error)) from None
     if wide:
@@ -271,6 +297,8 @@ def build(
                 layer["inputs"],
                 layer["k"],
                 layer["v"],
+                description["group"],
+                description["lanes"],
                 **{name: tensors[f"{i}.{name}"] for name in _LAYER_TENSORS},
                 centre=tensors.get(f"{i}.centre"),
                 centre_bias=tensors.get(f"{i}.centre_bias"),

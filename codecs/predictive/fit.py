@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from kvzip.codecs.predictive.documents import (
     Vocabulary,
     inputs_of,
 )
+from kvzip.codecs.predictive.groups import MOST, arrange, default_group, default_lanes, starts
 from kvzip.codecs.predictive.regions import Scores, find
 from kvzip.codecs.predictive.regression import (
     ANGLES,
@@ -76,6 +77,7 @@ def fit(
     regions: int | Sequence[int] | Literal["auto"] = "auto",
     max_bytes: int = DEFAULT_BYTES,
     token_table: bool = True,
+    group: int | None = None,
     calibration: int | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> Profile:
@@ -83,7 +85,9 @@ def fit(
 
     `regions`: how many predictors a layer has, of which each token takes one: for all layers, for
     each, or as many as the documents and `max_bytes`, the size of the profile's file, allow.
-    `token_table`: keep what the first layers make of each token seen. `calibration`: documents
+    `token_table`: keep what the first layers make of each token seen. `group`: how many channels
+    do not look at each other, so that they can be decoded at the same time; by default 8, of wide
+    models 16. `calibration`: documents
     that are not learned from, over which scales and densities are set; default: one in sixteen,
     at most 24. `resume`: a folder in which finished layers are kept, so that the same call goes on
     where an earlier one ended.
@@ -101,12 +105,16 @@ def fit(
         "regions": regions if isinstance(regions, int | str) else list(regions),
         "max_bytes": max_bytes,
         "token_table": token_table,
+        "group": default_group(max(widths)) if group is None else group,
         "calibration": count,
     }
+    group = settings["group"]
+    if not (2 <= group <= MOST and group % 2 == 0):
+        raise ProfileError(f"group={group}: want an even number of channels, 2 to {MOST}")
     _check_regions(regions, len(widths))
     store = None if resume is None else Store(Path(resume), settings, snapshots)
     tensors: dict[str, NDArray[Any]] = {"sine": sine_table(), "densities": densities()[0]}
-    moments: list[tuple[Floats, Floats]] = []
+    known: list[_Known] = []
     counts = [1]
     vocabulary = Vocabulary(learned) if token_table else None
     for i in range(len(widths)):
@@ -114,10 +122,10 @@ def fit(
             counts = _allot(learned, regions, max_bytes, vocabulary)
         made = None if store is None else store.layer(i)
         if made is None:
-            made = _layer(learned, i, counts[i], moments, vocabulary, tell)
+            made = _layer(learned, i, counts[i], known, vocabulary, group, tell)
             if store is not None:
                 store.keep(i, made)
-        moments.append((made.pop("fit.mean"), made.pop("fit.deviation")))
+        known.append(_Known(*(made.pop(f"fit.{name}") for name in _Known._fields)))
         tensors |= {f"{i}.{name}": array for name, array in made.items()}
         tell("layers", i + 1, len(widths))
     if vocabulary is not None and len(vocabulary.ids):
@@ -131,6 +139,8 @@ def fit(
         "dtype": first.dtype,
         "tokens": learned.tokens,
         "documents": len(learned),
+        "group": group,
+        "lanes": default_lanes(widths, group),
         "layers": [
             {"inputs": inputs_of(i), "k": [s.k[-3], s.k[-1]], "v": [s.v[-3], s.v[-1]]}
             for i, s in enumerate(first.layout.layers)
@@ -182,13 +192,32 @@ def _moments(documents: Documents, layer: int) -> tuple[Floats, Floats]:
     return mean.astype(np.float32), deviation.astype(np.float32)
 
 
+class _Known(NamedTuple):
+    """What the layers after a layer need to know of it, channels in the order of documents."""
+
+    mean: Floats
+    deviation: Floats
+    places: NDArray[np.int64]
+    """Which channel stands at each place of the codec's order."""
+
+
 class _Reader:
     """A layer's inputs as integers, and its targets."""
 
-    def __init__(self, documents: Documents, layer: int, moments: Sequence[tuple[Floats, Floats]]):
-        self.documents, self.layer, self.moments = documents, layer, moments
+    def __init__(self, documents: Documents, layer: int, known: Sequence[_Known]):
+        self.documents, self.layer, self.known = documents, layer, known
         self.inputs = inputs_of(layer)
-        self.columns = sum(w + -w % 4 for w in (documents.widths[a] for a in self.inputs))
+        widths = [documents.widths[a] + -documents.widths[a] % 4 for a in self.inputs]
+        self.columns = sum(widths)
+        first = 0
+        places = []
+        for a, width in zip(self.inputs, widths, strict=True):
+            at = np.arange(first, first + width)
+            at[: documents.widths[a]] = first + known[a].places
+            places.append(at)
+            first += width
+        self.places = np.concatenate([np.zeros(0, np.int64), *places])
+        """Which input stands at each place of the codec's order."""
 
     def read(
         self, which: Sequence[int]
@@ -196,7 +225,7 @@ class _Reader:
         """Of each document: its number, inputs, targets, token ids."""
         for i, values, ids in self.documents.read([*self.inputs, self.layer], which):
             parts = [
-                _quantised(y, *self.moments[a])
+                _quantised(y, self.known[a].mean, self.known[a].deviation)
                 for a, y in zip(self.inputs, values[:-1], strict=True)
             ]
             inputs = (
@@ -259,13 +288,14 @@ def _layer(
     documents: Documents,
     layer: int,
     regions: int,
-    moments: Sequence[tuple[Floats, Floats]],
+    earlier: Sequence[_Known],
     vocabulary: Vocabulary | None,
+    group: int,
     tell: Progress,
 ) -> dict[str, NDArray[Any]]:
     """The integer tensors of one layer, and what the layers to come need to know."""
     mean, deviation = _moments(documents, layer)
-    reader = _Reader(documents, layer, moments)
+    reader = _Reader(documents, layer, earlier)
     scores = _scout(reader, mean, deviation, regions) if regions > 1 else None
     folds = 2 if regions > 1 else 4
     sums = Sums(reader.columns, mean, deviation, regions, folds)
@@ -287,12 +317,26 @@ def _layer(
             table = _table(
                 reader, vocabulary, mean, deviation, predictors, scores, TABLE_ROWS[layer]
             )
-    made = _integers(order, mean, deviation, predictors, table, known)
-    made |= {"order": order.order.astype(np.int32), "step": order.step}
-    made |= {"fit.mean": mean, "fit.deviation": deviation}
+    shared = np.mean([p.covariance for p in predictors], axis=0)
+    places = arrange(shared, order.pairs, order.keys, group)
+    at = _Arrangement(places, reader.places, len(order.pairs), order.keys, group)
+    made = _integers(at, mean, deviation, predictors, table, known)
+    made |= {"order": order.order[places].astype(np.int32), "step": order.step}
+    made |= {"fit.mean": mean, "fit.deviation": deviation, "fit.places": places.astype(np.int64)}
     if scores is not None:
-        made |= {"centre": packed(scores.centre), "centre_bias": scores.bias}
+        made |= {"centre": packed(scores.centre[:, reader.places]), "centre_bias": scores.bias}
     return made
+
+
+class _Arrangement(NamedTuple):
+    """A layer's channels as the codec takes them."""
+
+    places: NDArray[np.intp]
+    inputs: NDArray[np.int64]
+    """Which channel, which input stands at each place."""
+    pairs: int
+    keys: int
+    group: int
 
 
 def _first_table(
@@ -394,7 +438,7 @@ def _table(
 
 
 def _integers(
-    order: rope.Order,
+    at: _Arrangement,
     mean: Floats,
     deviation: Floats,
     predictors: Sequence[Predictor],
@@ -403,7 +447,22 @@ def _integers(
 ) -> dict[str, NDArray[Any]]:
     """The tensors that predictors come to. `known`: variance of what is left of tokens in the
     table, which is then a fine one."""
-    n, pairs = len(mean), order.pairs
+    order = at.places
+    mean, deviation = mean[order], deviation[order]
+    table = None if table is None else table[:, order]
+    known = None if known is None else known[order]
+    predictors = [
+        Predictor(
+            p.rounded[at.inputs][:, order],
+            p.scale[order],
+            p.bias[order],
+            p.covariance[np.ix_(order, order)],
+        )
+        for p in predictors
+    ]
+    n = len(mean)
+    pairs = [(2 * i, 2 * i + 1) for i in range(at.pairs)]
+    ends = starts((at.keys, n - at.keys), at.group)
     wide = deviation.astype(np.float64)
     shared = np.mean([np.diag(p.covariance) for p in predictors], axis=0)
     # Usual numbers stay far within the bounds of fixed point, where a channel hardly changes, too.
@@ -417,7 +476,9 @@ def _integers(
     for p in predictors:
         # In units from here on; input residuals in steps of 2^10 of theirs.
         covariance = p.covariance * np.outer(wide / unit, wide / unit)
-        coefficients, variance, shared_part, second = within(cholesky(covariance), pairs)
+        coefficients, variance, shared_part, second = within(
+            cholesky(covariance), pairs, ends
+        )
         coefficients = coefficients * (1 << RESIDUAL_SHIFT)
         within_scale = np.maximum(np.abs(coefficients).max(axis=1), 1e-9) / 127
         one, two, slope = turned(variance[firsts], second, shared_part)

@@ -14,23 +14,51 @@ const Kernels& kernels() {
   return scalar_kernels();
 }
 
-std::size_t encode(const Tokens& tokens, std::size_t channels, Intervals intervals,
-                   std::uint32_t* words_end, std::uint64_t* states) {
+std::size_t encode(const Part& part, Form form, std::size_t group, std::size_t lanes, const std::uint32_t* at,
+                   const Tile* tile, std::size_t tiles, Intervals intervals, std::uint64_t* state,
+                   std::uint16_t* counts, std::uint32_t* words_end) {
+  const std::size_t channels = part.channels();
   std::uint32_t* word = words_end;
-  std::fill(states, states + kLanes, kLow);
-  std::size_t at = tokens.rows * tokens.count * channels;
-  for (std::size_t i = tokens.tiles; i-- > 0;) {
-    const std::size_t n = tokens.tile[i].count;
-    for (std::size_t c = 0; c < channels; ++c) {
-      at -= n;
-      for (std::size_t t = n; t-- > 0;) {
-        const std::uint64_t size = intervals.size[at + t];
-        std::uint64_t x = states[t % kLanes];
-        const bool full = x >= size << 39;
-        word[-1] = std::uint32_t(x);
-        word -= full;
-        x = full ? x >> 32 : x;
-        states[t % kLanes] = (x / size << kCdfBits) + x % size + intervals.start[at + t];
+  for (std::size_t i = tiles; i-- > 0;) {
+    const Tile& t = tile[i];
+    const std::uint32_t *const start = intervals.start + t.start * channels,
+                        *const size = intervals.size + t.start * channels;
+    for (std::size_t half = t.streams(); half-- > 0;) {
+      const std::size_t first = half * kStream, tokens = std::min<std::size_t>(kStream, t.count - first);
+      for (std::size_t lane = lanes; lane-- > 0;) {
+        const std::uint32_t* const begin = word;
+        std::uint64_t x[kStream];
+        for (std::size_t k = 0; k < tokens; ++k) x[k] = state[at[t.start + first + k] * lanes + lane];
+        const auto put = [&](std::uint64_t& state_of, std::uint64_t from, std::uint64_t share) {
+          std::uint64_t y = state_of;
+          const bool full = y >= share << 39;
+          word[-1] = std::uint32_t(y);
+          word -= full;
+          y = full ? y >> 32 : y;
+          state_of = (y / share << kCdfBits) + y % share + from;
+        };
+        const int spare = kCdfBits - form.bits();
+        const auto channel = [&](std::size_t place) {
+          const std::size_t n = place * t.count + first;
+          bool escapes = false;
+          for (std::size_t k = 0; k < tokens; ++k) escapes |= size[n + k] == 0;
+          if (escapes)
+            for (std::size_t k = tokens; k-- > 0;)
+              if (!size[n + k]) put(x[k], std::uint64_t(start[n + k]) << spare, std::uint64_t(1) << spare);
+          for (std::size_t k = tokens; k-- > 0;)
+            size[n + k] ? put(x[k], start[n + k], size[n + k]) : put(x[k], kCdf - kEscape, kEscape);
+        };
+        for (std::size_t g = (channels + group - 1) / group; g-- > 0;) {
+          const std::size_t from = g * group, pairs = (std::min(group, channels - from) + 1) / 2;
+          if (pairs <= lane) continue;
+          for (std::size_t p = lane + (pairs - 1 - lane) / lanes * lanes;; p -= lanes) {
+            if (from + 2 * p + 1 < channels) channel(from + 2 * p + 1);
+            channel(from + 2 * p);
+            if (p == lane) break;
+          }
+        }
+        for (std::size_t k = 0; k < tokens; ++k) state[at[t.start + first + k] * lanes + lane] = x[k];
+        counts[(t.stream + half) * lanes + lane] = std::uint16_t(begin - word);
       }
     }
   }

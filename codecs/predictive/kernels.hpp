@@ -10,11 +10,15 @@ namespace kvzip::predictive {
 
 constexpr int kCdfBits = 24;
 constexpr std::uint32_t kCdf = 1u << kCdfBits;
+// The top of all shares says that a number follows as it is; the others lie about the middle of the rest.
+constexpr std::uint32_t kEscape = 1u << 10;
+constexpr std::int32_t kHalf = (kCdf - kEscape) / 2;
 constexpr int kCells = 64;       // of a density's table
 constexpr int kAngles = 32;      // of a pair's tables
 constexpr int kTile = 64;        // tokens that are predicted side by side
-constexpr int kLanes = 32;       // rANS states; token i of a tile uses state i mod 32
-constexpr int kGroup = 16;       // channels between two updates of a token's energy
+constexpr int kStream = 32;      // tokens whose words come from one stream, half of a tile
+constexpr int kMostGroup = 64;   // channels of a group
+constexpr int kMostLanes = kMostGroup / 2;
 constexpr int kResidualShift = 10;
 constexpr int kZBits = 14;       // 2^14 is a z of 1
 constexpr std::int32_t kClamp = 1 << 28;  // fixed-point values end there
@@ -29,9 +33,8 @@ struct Form {
   int bits() const { return 1 + exponent_bits + mantissa_bits; }
 };
 
-// Densities for a format of so many numbers: of each, cells in units of 2^-24, half of all of them.
+// Densities: of each, cells in units of 2^-24, those of one side.
 struct Densities {
-  std::int32_t half;             // what is above and below the centre, 2^23 less half the numbers
   const std::int32_t* from;      // [shapes][kCells] share below a cell
   const std::int32_t* rise;      // [shapes][kCells] share of a cell
   // Where to begin a search: about which cell (and how far in) has a given share above it, for
@@ -43,14 +46,16 @@ struct Densities {
   const float* cell_slope;       // [shapes][64][2]
 };
 
-// How one part's channels are coded. Arrays are in coding order: for keys, the two channels that
-// RoPE turns together stand side by side, those of a head together.
+// How one part's channels are coded. Arrays are in coding order: for keys, first the pairs of channels
+// that RoPE turns together, the two side by side.
 struct Part {
   std::size_t heads, dim;
   std::size_t pairs;                 // per head; 0 for values
   std::size_t first;                 // place of the part's first channel within the layer
   const std::int32_t* order;         // [heads*dim] channel h*dim+d that stands at this place
   const std::uint64_t* step;         // [pairs] phase of one position, a turn is 2^64
+  std::size_t channels() const { return heads * dim; }
+  std::size_t turned() const { return 2 * heads * pairs; }  // channels of pairs
 };
 
 // In which order to take the groups of inputs of one block of outputs. Instruction sets without a
@@ -76,11 +81,15 @@ struct Region {
 
 struct Layer {
   Part part[2];
+  // Channels that are predicted from those before all of them; a part's last group may be smaller.
+  std::size_t group;
+  std::size_t lanes;             // rANS states of a token; pair i of a group uses state i mod lanes
   std::size_t width;             // channels of both parts
   std::size_t blocks;            // of 4 channels
   std::size_t inputs;            // a multiple of 4
   std::size_t regions;
   const Region* region;          // [regions]
+  const std::uint16_t* reads;    // [blocks] how many blocks of residuals a block of `within` reads
   const std::int8_t* centre;     // [blocks of 4 regions][inputs/4][4][4], null for one region
   const std::int32_t* centre_bias;
   const Order* centre_order;     // [blocks of 4 regions] as a region's
@@ -107,6 +116,8 @@ struct Block {
 struct Tile {
   std::uint32_t start, count;    // places in `Tokens::at`
   std::uint32_t region;
+  std::uint32_t stream;          // of its first kStream tokens; of the others the next
+  std::size_t streams() const { return (count + kStream - 1) / kStream; }
 };
 
 // What is kept of a token range while its layers are coded one after the other. Bytes of tiles lie
@@ -130,9 +141,17 @@ struct Model {
   const std::int16_t* sine;      // [4096] of a full turn, 2^14 is 1
 };
 
-// Shares of [0, 2^24), in coding order; room for kTile more than there are numbers.
+// Shares of [0, 2^24), by tile, then channel in coding order, then token; room for kTile more than there
+// are numbers. A number that has no share, and follows an escape, has a size of 0 and starts at its place.
 struct Intervals {
   std::uint32_t *start, *size;
+};
+
+// What a part is decoded from.
+struct Coded {
+  std::uint64_t* state;                // [rows*count][lanes]
+  const std::uint8_t** word;           // [streams][lanes] the next of each stream's words, 4 bytes each
+  const std::uint8_t* const* end;      // [streams][lanes]
 };
 
 // Kernels for one instruction set.
@@ -148,20 +167,21 @@ struct Kernels {
                  Intervals, std::uint32_t* counts);
   void (*model16)(const Model&, const Layer&, int part, Form, const Tokens&, const Block<const std::uint16_t>&,
                   Intervals, std::uint32_t* counts);
-  // Numbers from states [kLanes] and words of 4 bytes; false when the words do not fit.
-  bool (*decode8)(const Model&, const Layer&, int part, Form, const Tokens&, const Block<std::uint8_t>&,
-                  std::uint64_t* states, const std::uint8_t* words, const std::uint8_t* end);
+  // Numbers from states and words; false when the words do not fit.
+  bool (*decode8)(const Model&, const Layer&, int part, Form, const Tokens&, const Block<std::uint8_t>&, const Coded&);
   bool (*decode16)(const Model&, const Layer&, int part, Form, const Tokens&, const Block<std::uint16_t>&,
-                   std::uint64_t* states, const std::uint8_t* words, const std::uint8_t* end);
+                   const Coded&);
 };
 const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& kernels();  // the best there is
 
-// rANS over a part's intervals, last first. Words are written downwards from `words_end`; returns
-// how many. states: [kLanes].
-std::size_t encode(const Tokens& tokens, std::size_t channels, Intervals intervals,
-                   std::uint32_t* words_end, std::uint64_t* states);
+// rANS over a part's intervals, last first. `state` [rows*count][lanes] is taken from what it is after the
+// part to what it is before it; words are written downwards from `words_end`, the last stream's first, and
+// counted in `counts` [streams][lanes]. Returns how many there are.
+std::size_t encode(const Part& part, Form form, std::size_t group, std::size_t lanes, const std::uint32_t* at,
+                   const Tile* tile, std::size_t tiles, Intervals intervals, std::uint64_t* state,
+                   std::uint16_t* counts, std::uint32_t* words_end);
 
 }  // namespace kvzip::predictive

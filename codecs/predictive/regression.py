@@ -153,24 +153,31 @@ def round_weights(weights: Doubles, gram: Doubles) -> tuple[NDArray[np.int8], Do
 
 
 def within(
-    lower: Doubles, pairs: Sequence[tuple[int, int]]
+    lower: Doubles, pairs: Sequence[tuple[int, int]], starts: Sequence[int] | None = None
 ) -> tuple[Doubles, Doubles, Doubles, Doubles]:
-    """Each channel from the channels before it, by the Cholesky factor of their covariance:
-    coefficients [channels, channels], what variance is left, and of each pair (first, second),
-    which do not see each other, the covariance left and the second's variance."""
+    """Each channel from the channels of the groups before its own, by the Cholesky factor of their
+    covariance: coefficients [channels, channels], what variance is left, and of each pair (first,
+    second) the covariance left and the second's variance.
+
+    `starts`: where groups begin, and the end. Without, only the two of a pair are a group.
+    """
+    if starts is None:
+        seconds = {b for _, b in pairs}
+        starts = [c for c in range(len(lower) + 1) if c not in seconds]
     spread = np.diag(lower).copy()
     # L^-1 with a unit diagonal: a row is minus the coefficients on the channels before.
-    inverse = np.linalg.inv(lower / spread)
-    coefficients = -np.tril(inverse, -1)
+    coefficients: Doubles = -np.tril(np.linalg.inv(lower / spread), -1)
     variance = spread**2
-    covariances = np.zeros(len(pairs))
-    for p, (a, b) in enumerate(pairs):
-        m = coefficients[b, a]
-        coefficients[b] += m * coefficients[a]
-        coefficients[b, a] = 0.0
-        covariances[p] = m * variance[a]
-        variance[b] += m * m * variance[a]
-    return coefficients, variance, covariances, np.array([variance[b] for _, b in pairs])
+    covariance = np.zeros(lower.shape)
+    for a, b in zip(starts, starts[1:], strict=False):
+        # The channels of a group see what comes before it, and not each other.
+        own = np.linalg.inv(np.eye(b - a) - coefficients[a:b, a:b])
+        coefficients[a:b, :a] = own @ coefficients[a:b, :a]
+        coefficients[a:b, a:b] = 0.0
+        covariance[a:b, a:b] = (own * variance[a:b]) @ own.T
+    variance = np.diag(covariance).copy()
+    firsts, others = (np.array([pair[i] for pair in pairs], np.intp) for i in (0, 1))
+    return coefficients, variance, covariance[firsts, others], variance[others]
 
 
 def cholesky(covariance: Doubles) -> Doubles:
