@@ -47,8 +47,8 @@ from kvzip.errors import ProfileError
 from kvzip.profile import Profile
 
 CLIP = 6.0  # standard deviations that 127 stands for in an input
-UNIT_BITS = 14  # a residual's standard deviation is about 2^14 units
-RESIDUAL_SHIFT = 10
+UNIT_BITS = 16  # a residual's standard deviation is about 2^16 units
+RESIDUAL_SHIFT = 12
 INPUT_SHIFT = 28
 MEAN_DEVIATION = 0.75  # of the standard deviation, to begin with
 MOMENT_DOCUMENTS, MOMENT_TOKENS = 16, 16_384
@@ -466,7 +466,7 @@ def _integers(
     wide = deviation.astype(np.float64)
     shared = np.mean([np.diag(p.covariance) for p in predictors], axis=0)
     # Usual numbers stay far within the bounds of fixed point, where a channel hardly changes, too.
-    size = np.maximum(wide * np.sqrt(np.maximum(shared, 0)), (np.abs(mean) + 16 * wide) / 2**13)
+    size = np.maximum(wide * np.sqrt(np.maximum(shared, 0)), (np.abs(mean) + 16 * wide) / 2**11)
     for a, b in pairs:
         size[a] = size[b] = max(size[a], size[b])
     exponent = np.clip(np.round(np.log2(np.maximum(size, 1e-30))) - UNIT_BITS, -120, 60)
@@ -474,7 +474,7 @@ def _integers(
     firsts = np.array([a for a, _ in pairs], np.int64)
     made: dict[str, list[NDArray[Any]]] = {}
     for p in predictors:
-        # In units from here on; input residuals in steps of 2^10 of theirs.
+        # In units from here on; input residuals in steps of 2^12 of theirs.
         covariance = p.covariance * np.outer(wide / unit, wide / unit)
         coefficients, variance, shared_part, second = within(
             cholesky(covariance), pairs, ends
@@ -496,7 +496,7 @@ def _integers(
             made.setdefault(name, []).append(array)
     tensors = {name: np.stack(arrays) for name, arrays in made.items()}
     if table is not None:
-        most, step = (127, 1 << 10) if known is None else (32767, 1 << 3)
+        most, step = (127, 1 << 12) if known is None else (32767, 1 << 5)
         steps = np.clip(np.round(table * (wide / unit / step)), -most, most)
         tensors["table"] = steps.astype(np.int8 if known is None else np.int16)
         own = {name: tensors[name] for name in ("inverse", "pair_inverse", "pair_slope")}

@@ -19,8 +19,8 @@ constexpr int kTile = 64;        // tokens that are predicted side by side
 constexpr int kStream = 32;      // tokens whose words come from one stream, half of a tile
 constexpr int kMostGroup = 64;   // channels of a group
 constexpr int kMostLanes = kMostGroup / 2;
-constexpr int kResidualShift = 10;
-constexpr int kZBits = 14;       // 2^14 is a z of 1
+constexpr int kResidualShift = 12;
+constexpr int kZBits = 16;       // 2^16 is a z of 1
 constexpr std::int32_t kClamp = 1 << 28;  // fixed-point values end there
 constexpr std::int32_t kOne = 1 << 12;    // an energy of 1
 constexpr std::uint64_t kLow = 1ull << 31;
@@ -101,8 +101,8 @@ struct Layer {
   const std::int32_t* inverse;       // [width] 2^28 / mean deviation
   const std::int32_t* pair_inverse;  // [heads*pairs][2][kAngles]
   const std::int32_t* pair_slope;    // [heads*pairs][kAngles] of the second on the first, 2^-12
-  const std::int16_t* table16;   // [tokens][width] of 8 units, or
-  const std::int8_t* table8;     // of 2^10 units, or both null
+  const std::int16_t* table16;   // [tokens][width] of 2^5 units, or
+  const std::int8_t* table8;     // of 2^12 units, or both null
 };
 
 // Numbers of a block in memory: [rows][heads][tokens][dim], with strides in numbers.

@@ -39,7 +39,7 @@ struct Avx2 {
   static I z(I a, I m, std::int32_t limit) {
     // Where the product is far beyond the limit its bits would wrap; a rough product tells.
     const F rough = __builtin_convertvector(a, F) * __builtin_convertvector(m, F);
-    const I v = product<15>(a, m);
+    const I v = product<13>(a, m);
     const I most = I{} + limit;
     return rough > 68719476736.0f /* 2^36 */ ? most : v < most ? v : most;
   }

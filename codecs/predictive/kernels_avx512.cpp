@@ -38,8 +38,8 @@ struct Avx512 {
   }
   static I z(I a, I m, std::int32_t limit) {
     const __m512i most = _mm512_set1_epi64(limit);
-    const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)a, (__m512i)m), 15);
-    const __m512i other = _mm512_srli_epi64(_mm512_mul_epu32(odd(a), odd(m)), 15);
+    const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)a, (__m512i)m), 13);
+    const __m512i other = _mm512_srli_epi64(_mm512_mul_epu32(odd(a), odd(m)), 13);
     return (I)_mm512_or_si512(_mm512_min_epu64(even, most),
                               _mm512_slli_epi64(_mm512_min_epu64(other, most), 32));
   }

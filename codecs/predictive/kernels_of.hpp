@@ -167,9 +167,9 @@ struct Of {
       table.at(place, &start, &size);
       const F begin = as_float((place + kFirst) << 20);
       // What a step of a share is in values.
-      const F scale = 16384.0f / to_float(m);
+      const F scale = float(1 << (28 - kZBits)) / to_float(m);
       const F rate = (as_float((place + kFirst + 1) << 20) - begin) / to_float(size | 1) * scale;
-      const F away = (begin - float(1 << (kZBits - 1))) * scale + (to_float(g - start) + 0.5f) * rate;
+      const F away = (begin - float(1 << (kZBits - 1))) * scale + (to_float(g - start) + 0.5f) * rate + 0.5f * scale;
       const F v = to_float(centre) + as_float(as_bits(away) ^ (sign & std::int32_t(0x80000000)));
       // Boundaries were moved away from 0, by half a unit on average.
       return grid.near(v - as_float(as_bits(F{} + 0.5f) | (as_bits(v) & std::int32_t(0x80000000))));
@@ -483,8 +483,8 @@ struct Of {
           if (table)
             for (std::size_t t = 0; t < n; ++t)
               if (known[t])
-                bases[o][t] += layer.table16 ? layer.table16[std::size_t(entry[t]) * layer.width + c] * 8
-                                             : layer.table8[std::size_t(entry[t]) * layer.width + c] * 1024;
+                bases[o][t] += layer.table16 ? layer.table16[std::size_t(entry[t]) * layer.width + c] * 32
+                                             : layer.table8[std::size_t(entry[t]) * layer.width + c] * 4096;
           const I within = all(region.within_scale[c]);
           for (std::size_t t = 0; t < n; t += W)
             store(sums[o] + t,
@@ -506,7 +506,7 @@ struct Of {
     const std::int32_t* of_class(const std::int32_t* array, std::size_t size, bool is_known) const {
       return array + (layer.regions * std::size_t(is_known) + tile.region) * size;
     }
-    // 2^15 z for each unit of twice the deviation.
+    // 2^13 z for each unit of twice the deviation.
     I narrow(std::size_t t, I inv) const { return Isa::template product<12>(inv, load(calm + t)); }
 
     // What a channel's numbers tell of how far numbers lie from where they are expected.

@@ -35,7 +35,7 @@ struct Scalar {
   static I z(I a, I m, std::int32_t limit) {
     I v;
     for (int i = 0; i < W; ++i)
-      v[i] = std::int32_t(std::min<std::int64_t>(std::int64_t(a[i]) * m[i] >> 15, limit));
+      v[i] = std::int32_t(std::min<std::int64_t>(std::int64_t(a[i]) * m[i] >> 13, limit));
     return v;
   }
 
