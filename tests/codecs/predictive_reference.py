@@ -6,13 +6,13 @@ the native code gives, byte for byte.
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 
 LIMIT = 1 << 28
 CDF = 1 << 24
-TILE, LANES = 64, 32
+TILE = 32
+ESCAPE = 1 << 10
+HALF = (CDF - ESCAPE) // 2
 
 
 def wrapped(values):
@@ -49,18 +49,31 @@ class Grid:
         half = self.count // 2
         return np.where(places >= half, places - half, self.count - 1 - places)
 
+    def magnitudes(self, doubled, unit):
+        """Fixed-point values of magnitudes, given twice the place from 0 up: an odd one is the
+        middle between two numbers."""
+        exponent = doubled >> (self.mantissa_bits + 1)
+        fraction = doubled & ((2 << self.mantissa_bits) - 1)
+        fraction = np.where(exponent > 0, fraction + (2 << self.mantissa_bits), fraction)
+        bias = (1 << (self.exponent_bits - 1)) - 1
+        power = np.maximum(exponent, 1) - bias - self.mantissa_bits - unit - 1
+        exact = np.ldexp(fraction.astype(np.float64), power)
+        return np.minimum(np.floor(exact), LIMIT).astype(np.int64)
+
     def values(self, places, unit):
         """Fixed-point values."""
         half = self.count // 2
         magnitude = np.where(places >= half, places - half, half - 1 - places)
-        exponent = magnitude >> self.mantissa_bits
-        fraction = magnitude & ((1 << self.mantissa_bits) - 1)
-        fraction = np.where(exponent > 0, fraction + (1 << self.mantissa_bits), fraction)
-        bias = (1 << (self.exponent_bits - 1)) - 1
-        power = np.maximum(exponent, 1) - bias - self.mantissa_bits - unit
-        exact = np.ldexp(fraction.astype(np.float64), power)
-        rounded = np.minimum(np.floor(exact + 0.5), LIMIT).astype(np.int64)
-        return np.where(places >= half, rounded, -rounded)
+        found = self.magnitudes(2 * magnitude, unit)
+        return np.where(places >= half, found, -found)
+
+    def boundaries(self, places, unit):
+        """Fixed-point values of the boundaries below numbers; there is one past the last."""
+        half = self.count // 2
+        inner = np.where(places >= half, places - half, half - places) - 1
+        found = self.magnitudes(2 * np.maximum(inner, 0) + 1, unit) + 1
+        found = np.where(inner < 0, 0, found)
+        return np.where(places >= half, found, -found)
 
 
 class Density:
@@ -68,30 +81,26 @@ class Density:
 
     def __init__(self, grid, unit, shares, centre, m):
         self.grid, self.unit, self.centre, self.m = grid, unit, centre, m
-        self.half = (1 << 23) - grid.count // 2
-        self.edges = shares.astype(np.int64) * self.half >> 23
+        self.edges = shares.astype(np.int64) * HALF >> 23
 
     def z(self, d):
-        return np.minimum(np.minimum(np.abs(d), 1 << 27) * self.m >> 15, (1 << 21) - (1 << 13) - 1)
+        return np.minimum(np.minimum(np.abs(d), 1 << 27) * self.m >> 13, (1 << 23) - (1 << 15) - 1)
 
     def boundary(self, k):
-        """Twice the boundary under number k, less twice the centre; there is one past the last."""
-        last = self.grid.count - 1
-        under = self.grid.values(np.clip(k - 1, 0, last), self.unit)
-        over = self.grid.values(np.clip(k, 0, last), self.unit)
-        return wrapped(under + over - 2 * self.centre)
+        """Twice the boundary under number k, less twice the centre."""
+        return wrapped(2 * (self.grid.boundaries(k, self.unit) - self.centre))
 
     def below(self, k):
         d = self.boundary(k)
-        at = self.z(d) + (1 << 13)
+        at = self.z(d) + (1 << 15)
         octave = np.zeros_like(at)
         for i in range(1, 8):
-            octave += at >= 1 << (13 + i)
-        cell = 8 * octave + ((at >> (10 + octave)) - 8)
-        fine = ((at << 12) >> (10 + octave)) & 0xFFF
+            octave += at >= 1 << (15 + i)
+        cell = 8 * octave + ((at >> (12 + octave)) - 8)
+        fine = ((at << 12) >> (12 + octave)) & 0xFFF
         g = self.edges[cell] + ((self.edges[cell + 1] - self.edges[cell]) * fine >> 12)
-        found = self.half + np.where(d < 0, -g, g) + k
-        return np.where(k <= 0, 0, np.where(k >= self.grid.count, CDF, found))
+        found = HALF + np.where(d < 0, -g, g)
+        return np.where(k <= 0, 0, np.where(k >= self.grid.count, 2 * HALF, found))
 
     def deviation(self, k):
         return (self.z(self.boundary(k)) + self.z(self.boundary(k + 1))) >> 1
@@ -111,6 +120,7 @@ class Chain:
 
     def __init__(self, tensors, description, rows, count, start, form, token_ids=None):
         self.tensors, self.layers = tensors, description["layers"]
+        self.group, self.lanes = description["group"], description["lanes"]
         self.rows, self.count, self.total = rows, count, rows * count
         mantissa = 7 if form.bits == 32 else form.mantissa_bits
         self.grid = Grid(form.exponent_bits, mantissa)
@@ -122,6 +132,7 @@ class Chain:
             self.entry = np.full(self.total, -1)
         self.energy = np.full(self.total, 1 << 12, np.int64)
         self.inputs = {}
+        self.states = None
 
     def get(self, layer, name):
         return self.tensors.get(f"{layer}.{name}")
@@ -149,50 +160,48 @@ class Chain:
         if table is not None:
             self.known = ((self.entry >= 0) & (self.entry < len(table))).astype(np.int64)
             rows = table[np.where(self.known, self.entry, 0)].astype(np.int64)
-            shift = 3 if table.dtype == np.int16 else 10
+            shift = 5 if table.dtype == np.int16 else 12
             self.settled = (self.known > 0) & (table.dtype == np.int16)
             self.base = wrapped(self.base + np.where(self.known[:, None], rows << shift, 0))
         self.kind = self.region + self.regions * self.known
         self.residual = np.zeros((t, n), np.int64)
         self.output = np.zeros((t, n + -n % 4), np.int64)
         self.within = np.array([unpacked(w) for w in self.get(layer, "within")])
-        self.order = np.argsort(self.region, kind="stable")
+        self.tokens = np.argsort(self.region, kind="stable")
         self.tiles = [
             some[i : i + TILE]
             for r in range(self.regions)
-            for some in [self.order[self.region[self.order] == r]]
+            for some in [self.tokens[self.region[self.tokens] == r]]
             for i in range(0, len(some), TILE)
         ]
 
-    def _run(self, layer, part, groups, code):
-        """Steps through the part's channels for each group of tokens. `code(tokens, channel,
-        density)` is asked for the places of their numbers in each channel."""
-        for t in groups:
-            if len(t):
-                self._step(layer, part, t, code)
+    def _run(self, layer, part, code):
+        """Steps through the part's channels for each tile. `code(tile, lane, channel, density)` is
+        asked for the places of its tokens' numbers in each channel."""
+        for tile, t in enumerate(self.tiles):
+            self._step(layer, part, tile, t, code)
         if part == 1:
             self.inputs[layer] = self.output
 
-    def _step(self, layer, part, t, code):
+    def _step(self, layer, part, tile, t, code):
         heads, dim = self.layers[layer]["k" if part == 0 else "v"]
         before = 0 if part == 0 else int(np.prod(self.layers[layer]["k"]))
         step = self.get(layer, "step")
         pairs = len(step) if part == 0 else 0
-        order = self.get(layer, "order")[before : before + heads * dim]
+        channels, turned = heads * dim, 2 * heads * pairs
+        order = self.get(layer, "order")[before : before + channels]
         sine = self.tensors["sine"].astype(np.int64)
         region, kind, energy = self.region[t], self.kind[t], self.energy[t]
-        deviations, counted = np.zeros(len(t), np.int64), 0
 
         def expected(c):
-            r = self.residual[t]
-            dots = self.within[region, c, : r.shape[1]]
+            dots = self.within[region, c, : residual.shape[1]]
             scale = self.get(layer, "within_scale")[region, c].astype(np.int64)
-            dot = wrapped((dots * r).sum(axis=1))
+            dot = wrapped((dots * residual).sum(axis=1))
             return clamp(wrapped(self.base[t, c] + scaled(dot * scale, 20)), LIMIT)
 
         def learn(c, v):
             r = wrapped(v - self.base[t, c])
-            self.residual[t, c] = clamp(scaled(r, 10), 127)
+            self.residual[t, c] = clamp(scaled(r, 12), 127)
             off = wrapped(v - int(self.get(layer, "mean")[c]))
             by = int(self.get(layer, "input_scale")[c])
             self.output[t, c] = clamp(scaled(off * by, 28), 127)
@@ -202,110 +211,144 @@ class Chain:
             unit = int(self.get(layer, "unit")[c])
             shares = self.tensors["densities"][self.get(layer, "density")[c]]
             density = Density(self.grid, unit, shares, centre, m)
-            k = code(t, order[place], density)
-            return self.grid.values(k, unit), np.minimum(density.deviation(k) >> 6, 2048)
+            lane = place % self.group // 2 % self.lanes
+            k = code(tile, lane, order[place], density)
+            return self.grid.values(k, unit), np.minimum(density.deviation(k) >> 8, 2048)
 
-        place = 0
-        while place < heads * dim:
-            c = before + place
-            if place % dim < 2 * pairs:
-                p = place % dim // 2
-                pair = place // dim * pairs + p
-                phase = step[p] * self.position[t]
-                turn = ((phase + np.uint64(1 << 51)) >> np.uint64(52)).astype(np.int64) & 4095
-                sin, cos = sine[turn], sine[(turn + 1024) & 4095]
-                cell = turn >> 7
-                a, b = expected(c), expected(c + 1)
-                px, py = scaled(a * cos - b * sin, 14), scaled(b * cos + a * sin, 14)
-                inv = self.get(layer, "pair_inverse")
-                x, dev = coded(c, place, px, inv[kind, pair, 0, cell])
-                slope = self.get(layer, "pair_slope")[kind, pair, cell].astype(np.int64)
-                centre = clamp(wrapped(py + scaled(wrapped(x - px) * slope, 12)), LIMIT)
-                y, other = coded(c + 1, place + 1, centre, inv[kind, pair, 1, cell])
-                learn(c, clamp(scaled(x * cos + y * sin, 14), LIMIT))
-                learn(c + 1, clamp(scaled(y * cos - x * sin, 14), LIMIT))
-                deviations += dev + other
-                place, counted = place + 2, counted + 2
-            else:
-                v, dev = coded(c, place, expected(c), self.get(layer, "inverse")[kind, c])
-                learn(c, v)
-                deviations += dev
-                place, counted = place + 1, counted + 1
-            if counted >= 16:
-                m = deviations // counted
-                moved = np.clip(energy + (energy * (m - 256) >> 11), 1 << 8, 1 << 16)
-                energy = np.where(self.settled[t], energy, moved)
-                deviations, counted = np.zeros(len(t), np.int64), 0
+        for begin in range(0, channels, self.group):
+            end = min(begin + self.group, channels)
+            # What a group knows is what was known before it.
+            residual, deviations = self.residual[t].copy(), np.zeros(len(t), np.int64)
+            place = begin
+            while place < end:
+                c = before + place
+                if place < turned:
+                    head, p = divmod(int(order[place]), dim)
+                    assert p < pairs and order[place + 1] == order[place] + pairs
+                    phase = step[p] * self.position[t]
+                    turn = ((phase + np.uint64(1 << 51)) >> np.uint64(52)).astype(np.int64) & 4095
+                    sin, cos = sine[turn], sine[(turn + 1024) & 4095]
+                    cell, pair = turn >> 7, place // 2
+                    a, b = expected(c), expected(c + 1)
+                    px, py = scaled(a * cos - b * sin, 14), scaled(b * cos + a * sin, 14)
+                    inv = self.get(layer, "pair_inverse")
+                    x, dev = coded(c, place, px, inv[kind, pair, 0, cell])
+                    slope = self.get(layer, "pair_slope")[kind, pair, cell].astype(np.int64)
+                    centre = clamp(wrapped(py + scaled(wrapped(x - px) * slope, 12)), LIMIT)
+                    y, other = coded(c + 1, place + 1, centre, inv[kind, pair, 1, cell])
+                    learn(c, clamp(scaled(x * cos + y * sin, 14), LIMIT))
+                    learn(c + 1, clamp(scaled(y * cos - x * sin, 14), LIMIT))
+                    deviations += dev + other
+                    place += 2
+                else:
+                    v, dev = coded(c, place, expected(c), self.get(layer, "inverse")[kind, c])
+                    learn(c, v)
+                    deviations += dev
+                    place += 1
+            m = deviations // (end - begin)
+            moved = np.clip(energy + (energy * (m - 256) >> 11), 1 << 8, 1 << 16)
+            energy = np.where(self.settled[t], energy, moved)
         self.energy[t] = energy
 
     def _flat(self, block):
         """[rows, heads, tokens, dim] to [tokens, channels]."""
         return block.transpose(0, 2, 1, 3).reshape(self.total, -1)
 
-    def intervals(self, layer, part, block):
-        """Start and size of each number's interval, [tokens, channels] as they lie."""
+    def model(self, layer, part, block):
+        """What the coder is told: of each stream its steps (token, start, size) in their order. And
+        the ideal code length."""
         if part == 0:
             self._begin(layer)
         places = self.grid.places(self._flat(block))
-        start, size = np.zeros_like(places), np.zeros_like(places)
+        spare = 24 - self.grid.count.bit_length() + 1
+        streams = [[] for _ in range(len(self.tiles) * self.lanes)]
 
-        def code(t, channel, density):
+        def code(tile, lane, channel, density):
+            t = self.tiles[tile]
             k = places[t, channel]
-            start[t, channel] = density.below(k)
-            size[t, channel] = density.below(k + 1) - start[t, channel]
+            start, size = density.below(k), density.below(k + 1) - density.below(k)
+            stream = streams[tile * self.lanes + lane]
+            for token, s, n in zip(t, start, size, strict=True):
+                stream.append((token, int(s), int(n)) if n > 0 else (token, 2 * HALF, ESCAPE))
+            for token, n, number in zip(t, size, k, strict=True):
+                if n <= 0:
+                    stream.append((token, int(number) << spare, 1 << spare))
             return k
 
-        self._run(layer, part, [self.order], code)
-        return start, size
+        self._run(layer, part, code)
+        bits = sum(24 - np.log2(size) for stream in streams for _, _, size in stream)
+        return streams, float(bits)
 
-    def encode(self, layer, part, block):
-        """The part's bytes and its ideal code length in bits."""
-        start, size = self.intervals(layer, part, block)
-        at = 0 if part == 0 else int(np.prod(self.layers[layer]["k"]))
-        order = self.get(layer, "order")[at : at + start.shape[1]]
-        steps = [
-            (i % LANES, int(start[t, c]), int(size[t, c]))
-            for tile in self.tiles
-            for c in order
-            for i, t in enumerate(tile)
-        ]
-        states, words = [1 << 31] * LANES, []
-        for lane, begin, width in reversed(steps):
-            x = states[lane]
-            if x >= width << 39:
-                words.append(x & 0xFFFFFFFF)
-                x >>= 32
-            states[lane] = (x // width << 24) + x % width + begin
-        coded = struct.pack(f"<{LANES}Q", *states) + np.array(words[::-1], "<u4").tobytes()
-        return coded, float((24 - np.log2(size)).sum())
+    def encode(self, modelled):
+        """The bytes of parts that were modelled one after the other."""
+        states = [[1 << 31] * self.lanes for _ in range(self.total)]
+        found = []
+        for streams in reversed(modelled):
+            words = []
+            for number, stream in enumerate(streams):
+                own, lane = [], number % self.lanes
+                for token, start, size in reversed(stream):
+                    x = states[token][lane]
+                    if x >= size << 39:
+                        own.append(x & 0xFFFFFFFF)
+                        x >>= 32
+                    states[token][lane] = (x // size << 24) + x % size + start
+                words.append(own[::-1])
+            counts = padded(np.array([len(w) for w in words], "<u2").tobytes())
+            found.append(counts + np.array([w for own in words for w in own], "<u4").tobytes())
+        found.append(padded(np.array(states, "<u8").tobytes()) + found.pop())
+        return found[::-1]
 
     def decode(self, layer, part, data):
         """The part's numbers, [rows, heads, tokens, dim] of bits."""
         if part == 0:
             self._begin(layer)
         heads, dim = self.layers[layer]["k" if part == 0 else "v"]
-        states = list(struct.unpack_from(f"<{LANES}Q", data))
-        words = iter(np.frombuffer(data, "<u4", offset=8 * LANES).tolist())
+        if self.states is None:
+            size = 8 * self.total * self.lanes
+            numbers = np.frombuffer(data[:size], "<u8").reshape(self.total, self.lanes)
+            self.states = [[int(x) for x in row] for row in numbers]
+            data = data[size + -size % 16 :]
+        count = len(self.tiles) * self.lanes
+        counts = np.frombuffer(data, "<u2", count).astype(np.int64)
+        words = np.frombuffer(data[2 * count + -2 * count % 16 :], "<u4").tolist()
+        ends = np.cumsum([0, *counts]).tolist()
+        assert ends[-1] == len(words)
+        streams = [iter(words[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
         places = np.zeros((self.total, heads * dim), np.int64)
+        spare = 24 - self.grid.count.bit_length() + 1
 
-        def code(t, channel, density):
-            # Tokens 32 apart share a state: the second one's target is known after the first.
-            k = np.zeros(len(t), np.int64)
-            for begin in range(0, len(t), LANES):
-                some = slice(begin, min(begin + LANES, len(t)))
-                target = np.zeros(len(t), np.int64)
-                target[some] = [x % CDF for x in states[: some.stop - begin]]
-                found = density.number(target)
-                low, high = density.below(found), density.below(found + 1)
-                k[some] = found[some]
-                for lane, i in enumerate(range(some.start, some.stop)):
-                    x = states[lane]
-                    x = int(high[i] - low[i]) * (x >> 24) + int(target[i] - low[i])
-                    states[lane] = x << 32 | next(words) if x < 1 << 31 else x
+        def code(tile, lane, channel, density):
+            t, stream = self.tiles[tile], streams[tile * self.lanes + lane]
+            target = np.array([self.states[token][lane] % CDF for token in t])
+            escaped = target >= 2 * HALF
+            k = density.number(np.where(escaped, 0, target))
+            low, high = density.below(k), density.below(k + 1)
+            low, high = np.where(escaped, 2 * HALF, low), np.where(escaped, CDF, high)
+            for i, token in enumerate(t):
+                self._take(token, lane, int(low[i]), int(high[i]), stream)
+            for i, token in enumerate(t):
+                if escaped[i]:
+                    k[i] = self.states[token][lane] % CDF >> spare
+                    begin = int(k[i]) << spare
+                    self._take(token, lane, begin, begin + (1 << spare), stream)
             places[t, channel] = k
             return k
 
-        self._run(layer, part, self.tiles, code)
-        assert all(x == 1 << 31 for x in states) and next(words, None) is None
+        self._run(layer, part, code)
+        assert all(next(stream, None) is None for stream in streams)
         bits = self.grid.bits(places).reshape(self.rows, self.count, heads, dim)
         return bits.transpose(0, 2, 1, 3)
+
+    def _take(self, token, lane, low, high, stream):
+        x = self.states[token][lane]
+        x = (high - low) * (x >> 24) + x % CDF - low
+        self.states[token][lane] = x << 32 | next(stream) if x < 1 << 31 else x
+
+    def at_the_end(self):
+        """Whether states are where a writer's begin."""
+        return all(x == 1 << 31 for row in self.states for x in row)
+
+
+def padded(data):
+    return data + bytes(-len(data) % 16)
