@@ -580,9 +580,8 @@ struct Of {
     // The energies of the tokens, after a group of channels.
     void learn(std::int32_t channels) {
       for (std::size_t t = 0; t < n; t += W) {
-        // Exact: sums are below 2^18, and what is left of a division is far more than a rounding.
-        const I mean = to_int(to_float(load(deviation + t)) / float(channels));
-        const I e = load(energy + t), now = e + (e * (mean - 256) >> 11);
+        const I e = load(energy + t), off = load(deviation + t) - 256 * channels;
+        const I now = e + ((e >> 3) * off >> 12);
         const I found = most(least(now, all(1 << 16)), all(1 << 8));
         store(deviation + t, all(0));
         // Of a known token rounding is all that is left.

@@ -245,8 +245,8 @@ class Chain:
                     learn(c, v)
                     deviations += dev
                     place += 1
-            m = deviations // (end - begin)
-            moved = np.clip(energy + (energy * (m - 256) >> 11), 1 << 8, 1 << 16)
+            off = deviations - 256 * (end - begin)
+            moved = np.clip(energy + ((energy >> 3) * off >> 12), 1 << 8, 1 << 16)
             energy = np.where(self.settled[t], energy, moved)
         self.energy[t] = energy
 
