@@ -332,9 +332,10 @@ class _Encoder:
             more = {"tables": tables[key], "earlier": need, "scratch": scratch}
             blocks.append((block, self.context(entry, **more)))
             earlier[key] = block
+        found = zip(rows, self.codec.encode_chain(blocks), blocks, strict=True)
         return [
             _Encoded(row, data, checksum.of_bytes(data), checksum.of_numbers(block))
-            for row, data, (block, _) in zip(rows, self.codec.encode_chain(blocks), blocks, strict=True)
+            for row, data, (block, _) in found
         ]
 
     def encoded(self, workers: int) -> Iterator[_Encoded]:

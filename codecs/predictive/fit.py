@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.codecs.predictive import rope
 from kvzip.codecs.predictive.calibrate import calibrate
 from kvzip.codecs.predictive.density import START, densities, sine_table
 from kvzip.codecs.predictive.documents import (
@@ -476,9 +475,7 @@ def _integers(
     for p in predictors:
         # In units from here on; input residuals in steps of 2^12 of theirs.
         covariance = p.covariance * np.outer(wide / unit, wide / unit)
-        coefficients, variance, shared_part, second = within(
-            cholesky(covariance), pairs, ends
-        )
+        coefficients, variance, shared_part, second = within(cholesky(covariance), pairs, ends)
         coefficients = coefficients * (1 << RESIDUAL_SHIFT)
         within_scale = np.maximum(np.abs(coefficients).max(axis=1), 1e-9) / 127
         one, two, slope = turned(variance[firsts], second, shared_part)

@@ -7,6 +7,7 @@ documents are read once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,7 +170,7 @@ def within(
     coefficients: Doubles = -np.tril(np.linalg.inv(lower / spread), -1)
     variance = spread**2
     covariance = np.zeros(lower.shape)
-    for a, b in zip(starts, starts[1:], strict=False):
+    for a, b in itertools.pairwise(starts):
         # The channels of a group see what comes before it, and not each other.
         own = np.linalg.inv(np.eye(b - a) - coefficients[a:b, a:b])
         coefficients[a:b, :a] = own @ coefficients[a:b, :a]

@@ -6,6 +6,8 @@ the native code gives, byte for byte.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 LIMIT = 1 << 28
@@ -223,7 +225,7 @@ class Chain:
             while place < end:
                 c = before + place
                 if place < turned:
-                    head, p = divmod(int(order[place]), dim)
+                    _head, p = divmod(int(order[place]), dim)
                     assert p < pairs and order[place + 1] == order[place] + pairs
                     phase = step[p] * self.position[t]
                     turn = ((phase + np.uint64(1 << 51)) >> np.uint64(52)).astype(np.int64) & 4095
@@ -314,7 +316,7 @@ class Chain:
         words = np.frombuffer(data[2 * count + -2 * count % 16 :], "<u4").tolist()
         ends = np.cumsum([0, *counts]).tolist()
         assert ends[-1] == len(words)
-        streams = [iter(words[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        streams = [iter(words[a:b]) for a, b in itertools.pairwise(ends)]
         places = np.zeros((self.total, heads * dim), np.int64)
         spare = 24 - self.grid.count.bit_length() + 1
 

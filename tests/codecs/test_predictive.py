@@ -345,8 +345,12 @@ def test_the_file_is_as_small_as_its_model_says(profile, unseen):
             chain.keep()
     spent = sum(map(len, chain.encode()))
     # A token has a state of 8 bytes, which holds some of its bits, and a part counts its words.
-    assert ideal <= spent < 1.001 * ideal + 8 * unseen.tokens + 2 * len(unseen.layers) * (
-        2 * (unseen.tokens // 32 + 2) + 16
+    assert (
+        ideal
+        <= spent
+        < 1.001 * ideal
+        + 8 * unseen.tokens
+        + 2 * len(unseen.layers) * (2 * (unseen.tokens // 32 + 2) + 16)
     )
 
 
