@@ -551,7 +551,7 @@ struct Decoding {
 };
 
 #ifndef KVZIP_BLOCKS_OF_SM
-#define KVZIP_BLOCKS_OF_SM 14
+#define KVZIP_BLOCKS_OF_SM 12
 #endif
 #define KVZIP_CHANNEL_DECODE(name, E, M, T)                                                       \
   KVZIP_KERNEL(kWarpsOfBlock * 32, KVZIP_BLOCKS_OF_SM)                                            \

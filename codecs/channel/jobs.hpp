@@ -16,7 +16,7 @@ struct DeviceChannel {
 };
 
 using cuda::DevicePart;
-// Its `tables`: decoding, address of uint32 [shapes][32][2], `entry` of kernels.hpp, a bucket's own
+// Its `tables`: encoding, address of DeviceEncoder [shapes]; decoding, address of uint32 [shapes][32][2], `entry` of kernels.hpp, a bucket's own
 // beside its other; at least one shape, whatever it is.
 
 // One stream of a coded block (spec.md), all of which one warp does.
@@ -30,6 +30,44 @@ struct StreamJob {
   uint32_t mantissas;  // bytes of them as they are stored
   uint32_t words, escapes;
   uint32_t row;        // whose flag is set when the stream is damaged
+};
+
+// What a step of the encoder looks up, 32 numbers a row. Lanes hold one of each.
+//   map     symbol of exponent i (counted from the shape's first) of positive numbers, 6 bits, of
+//           which the upper says that there is one; of negative ones, 6 bits from bit 8 on; how many
+//           pieces begin before rank 32 i, less 1, plus 1, 8 bits from bit 16 on; the escape's
+//           symbol, or 255, from bit 24 on
+//   symbol  frequency, 11 bits; where its ranks begin, 10 bits
+//   inverse floor(2^32 / frequency), at most 2^32 - 1
+//   begins  whether a piece of slots begins at rank 32 i + j, in bit j
+//   shift   slot less rank, mod 2^16, of pieces 2 i and 2 i + 1
+struct DeviceEncoder {
+  uint32_t map[32], symbol[32], inverse[32], begins[32], shift[32];
+};
+
+// One stream to encode. Its room: states; mantissas, as they are stored and 256 bytes
+// more; each up to a multiple of 16; then uint16 for `numbers` words and for numbers / 4 escapes, both
+// written from their ends downwards.
+struct EncodeJob {
+  uint64_t room;  // address: a multiple of 16
+  uint32_t part;
+  uint32_t first_token, tokens;
+  uint32_t first_strip, strips;
+  uint32_t lanes;
+  uint32_t mantissas;  // bytes of them as they are stored
+  uint32_t numbers;    // that the stream has
+  uint32_t row;        // of EncodedStream
+};
+// What became of it: how many words and escapes, or that the tables cannot code it.
+struct EncodedStream {
+  uint32_t words, escapes, failed, reserved;
+};
+
+// An encoded stream on its way from its room to its place in a block.
+struct PlaceJob {
+  uint64_t room;    // as EncodeJob
+  uint64_t stream;  // address: a multiple of 16
+  uint32_t lanes, mantissas, numbers, words, escapes, reserved;
 };
 
 }  // namespace kvzip::channel
