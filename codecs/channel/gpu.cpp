@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -87,6 +88,33 @@ nb::tuple jobs_of(nb::object tables, nb::handle blocks, std::size_t batch, std::
   return nb::make_tuple(Bytes(bytes, {jobs->size(), sizeof(StreamJob)}, owner), indices);
 }
 
+// Numbers of Python's own, a row each.
+template <typename U, typename Row>
+auto rows_of(std::vector<Row>&& rows) {
+  auto* const kept = new std::vector<Row>(std::move(rows));
+  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<Row>*>(p); });
+  return nb::ndarray<nb::numpy, U, nb::ndim<2>>(reinterpret_cast<U*>(kept->data()),
+                                                {kept->size(), sizeof(Row) / sizeof(U)}, owner);
+}
+
+nb::object encoders_of(const PartTables& tables) {
+  std::vector<DeviceEncoder> made;
+  bool all = true;
+  {
+    nb::gil_scoped_release released;
+    all = tables.make_device_encoders(&made);
+  }
+  return all ? nb::cast(rows_of<std::uint32_t>(std::move(made))) : nb::none();
+}
+
+auto plan_of(const PartTables& tables, std::size_t batch, std::size_t tokens) {
+  std::vector<std::array<std::int64_t, 4>> found;
+  for (const Stream& stream : tables.streams(batch, tokens))
+    found.push_back({std::int64_t(stream.first_strip), std::int64_t(stream.strips),
+                     std::int64_t(stream.lanes), std::int64_t(stream.stored_mantissas())});
+  return rows_of<std::int64_t>(std::move(found));
+}
+
 }  // namespace
 
 void bind_gpu(nb::module_& m) {
@@ -96,6 +124,12 @@ void bind_gpu(nb::module_& m) {
         "[streams, 48], `StreamJob` (jobs.hpp); and which blocks are stored as they are. Their bytes "
         "must lie where the records say. Raises ValueError where a decoder would before it looks into "
         "the streams.");
+  m.def("channel_encoders", &encoders_of, "tables"_a,
+        "What a GPU's encoder looks up, uint32 [shapes, 160], `DeviceEncoder` (jobs.hpp); None when a "
+        "shape has more than the 32 exponents that it takes.");
+  m.def("channel_plan", &plan_of, "tables"_a, "batch"_a, "tokens"_a,
+        "How a block of so many tokens is cut into streams, int64 [streams, 4]: the first strip, how many "
+        "there are, lanes, bytes of the mantissas as they are stored.");
 }
 
 }  // namespace kvzip::channel

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "channel/device_tables.hpp"
 #include "channel/shapes.hpp"
 #include "native/xxh3.hpp"
 
@@ -295,6 +296,26 @@ void Encoded::write(std::uint8_t* out) const {
     pad(padding(std::size_t(p - out)));
   }
   pad(std::size_t(out + size - p));
+}
+
+bool PartTables::make_device_encoders(std::vector<DeviceEncoder>* out) const {
+  const StoredTables& stored = this->stored();
+  out->resize(stored.shapes.count());
+  bool all = true;
+  stored.shapes.each([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
+                         std::uint8_t escape) {
+    const Alias alias = make_alias(levels, width, escape, form_.exponent_bits);
+    all = all && make_device_encoder(alias, &(*out)[i]);
+  });
+  return all;
+}
+
+std::vector<Stream> PartTables::streams(std::size_t batch, std::size_t tokens) const {
+  const Tables tables = this->tables();
+  const Streams streams(tables, batch, tokens);
+  std::vector<Stream> found;
+  for (std::size_t i = 0; i < streams.count(); ++i) found.push_back(streams[i]);
+  return found;
 }
 
 void PartTables::find(const std::uint8_t* data, std::size_t size, std::size_t batch,

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "channel/jobs.hpp"
 #include "channel/kernels.hpp"
 #include "channel/table_coder.hpp"
 
@@ -147,6 +148,10 @@ class PartTables {
   // What kernels look up when they decode, of each shape; what it makes of each channel is read.
   std::vector<Decoder> decoders() const;
   const std::vector<Channel>& channels() const { return stored().channels; }
+  // The same for a GPU's encoder; returns false when a shape has more exponents than it takes.
+  bool make_device_encoders(std::vector<DeviceEncoder>* out) const;
+  // How a block of so many numbers is cut into streams.
+  std::vector<Stream> streams(std::size_t batch, std::size_t tokens) const;
 
  private:
   const StoredTables& stored() const;
