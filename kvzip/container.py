@@ -239,8 +239,9 @@ class _Encoder:
         block_tokens: int | None,
         store_token_ids: bool,
     ):
-        if not isinstance(snapshot, Snapshot):
-            kind = type(snapshot).__name__
+        given: Any = snapshot
+        if not isinstance(given, Snapshot):
+            kind = type(given).__name__
             raise UsageError(f"a {kind} is no Snapshot: Snapshot.load reads one from a file")
         _check_profile_kind(profile)
         snapshot.check()

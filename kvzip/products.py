@@ -73,7 +73,7 @@ def of_process() -> dict[str, str]:
     return {"bf16_products": FP32} if _any_widened else {}
 
 
-class Fp32Products(TorchFunctionMode):
+class Fp32Products(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
     """While this context lasts, products of bf16 matrices on the CPU are those of fp32, rounded."""
 
     def __torch_function__(

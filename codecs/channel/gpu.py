@@ -95,8 +95,8 @@ def encode(
 ) -> list[bytes | None]:
     """Blocks of one layer's keys or values on a device, each (first token, tokens), as
     :meth:`ChannelCodec.encode` gives them, byte for byte; None for one that the caller must encode
-    there: it is not shorter coded than as it is, these tables cannot code it, or more than a quarter
-    of its numbers are escapes. The numbers that `target` names must have been written.
+    there: it is not shorter coded than as it is, these tables cannot code it, or more than a
+    quarter of its numbers are escapes. The numbers that `target` names must have been written.
     """
     batch, heads, _, dim = target.shape
     encoders = None if tables is None else _native.channel_encoders(tables)
@@ -160,19 +160,19 @@ def encode(
         keep = np.zeros(len(jobs), bool)
         total = at = 0
         for (_, tokens), plan in zip(blocks, plans, strict=True):
-            mine = slice(at, at + len(plan))
+            whose = slice(at, at + len(plan))
             at += len(plan)
             raw = batch * heads * tokens * dim * form.itemsize
             head = int(_aligned(np.array(8 + 8 * len(plan))))
             least = int(_aligned(np.array(raw // 1024)))
-            size = max(head + int(lengths[mine].sum()), least)
-            if coded["failed"][mine].any() or size >= _HEADER + raw or not len(plan):
+            size = max(head + int(lengths[whose].sum()), least)
+            if coded["failed"][whose].any() or size >= _HEADER + raw or not len(plan):
                 spans.append(None)
                 continue
-            before = np.cumsum(lengths[mine]) - lengths[mine]
-            places["stream"][mine] = total + head + before.astype(np.uint64)
-            keep[mine] = True
-            spans.append((mine.start, len(plan), total, size))
+            before = np.cumsum(lengths[whose]) - lengths[whose]
+            places["stream"][whose] = total + head + before.astype(np.uint64)
+            keep[whose] = True
+            spans.append((whose.start, len(plan), total, size))
             total += -(-size // 64) * 64
         out, host = device.allocate(total), device.pinned(total)
         for name in ("room", "lanes", "mantissas", "numbers"):

@@ -100,14 +100,15 @@ def fit(
     apart = {int((i + 0.5) * len(snapshots) / count) for i in range(count)}
     learned = Documents([s for i, s in enumerate(snapshots) if i not in apart])
     widths = learned.widths
+    if group is None:
+        group = default_group(max(widths))
     settings = {
         "regions": regions if isinstance(regions, int | str) else list(regions),
         "max_bytes": max_bytes,
         "token_table": token_table,
-        "group": default_group(max(widths)) if group is None else group,
+        "group": group,
         "calibration": count,
     }
-    group = settings["group"]
     if not (2 <= group <= MOST and group % 2 == 0):
         raise ProfileError(f"group={group}: want an even number of channels, 2 to {MOST}")
     _check_regions(regions, len(widths))

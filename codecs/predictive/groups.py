@@ -30,7 +30,8 @@ def default_lanes(widths: Sequence[int], group: int) -> int:
 
 def starts(parts: Sequence[int], group: int) -> list[int]:
     """Where groups begin, and the end; `parts`: channels of keys and of values."""
-    found, first = [], 0
+    found: list[int] = []
+    first = 0
     for channels in parts:
         found += range(first, first + channels, group)
         first += channels

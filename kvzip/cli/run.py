@@ -56,7 +56,7 @@ def _tell(error: BaseException, as_json: bool, aside: bool) -> int:
     found = {"error": message, "kind": kind, "exit": code}
     if code == BUG:
         found["traceback"] = "".join(traceback.format_exception(error))
-        sys.stderr.write(found["traceback"])
+        sys.stderr.write(str(found["traceback"]))
     complain(message)
     # A check that failed has shown its whole result: an error would be a second JSON object.
     if as_json and not isinstance(error, CheckFailed):
