@@ -102,6 +102,9 @@ def fit(
     widths = learned.widths
     if group is None:
         group = default_group(max(widths))
+    group = default_group(max(widths)) if group is None else group
+    if not (2 <= group <= MOST and group % 2 == 0):
+        raise ProfileError(f"group={group}: want an even number of channels, 2 to {MOST}")
     settings = {
         "regions": regions if isinstance(regions, int | str) else list(regions),
         "max_bytes": max_bytes,

@@ -16,7 +16,7 @@ MOST = 64
 def default_group(width: int) -> int:
     """Channels of a group for a layer so wide: the wider, the less one group's share of what a
     channel is predicted from."""
-    return 8 if width < 1024 else 16
+    return 8 if width < 1024 else 16 if width <= 8192 else MOST
 
 
 def default_lanes(widths: Sequence[int], group: int) -> int:
@@ -25,7 +25,8 @@ def default_lanes(widths: Sequence[int], group: int) -> int:
     wanted = min(group // 2, sum(widths) // 8192)
     # A stream of 32 tokens counts its words in 16 bits.
     needed = max(widths, default=0) // 1024
-    return 1 << max(wanted.bit_length() - 1, (max(needed, 1) - 1).bit_length(), 0)
+    lanes = 1 << max(wanted.bit_length() - 1, (max(needed, 1) - 1).bit_length(), 0)
+    return min(lanes, 1 << ((group // 2).bit_length() - 1))
 
 
 def starts(parts: Sequence[int], group: int) -> list[int]:
