@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# As the command line does it: torch's threads are not to spin while they wait, which takes most of
+# the processor's time where tests run beside other work. Torch reads it once, when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 from hypothesis import HealthCheck, settings
 from servers import s3_server

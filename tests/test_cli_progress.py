@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 
 import pytest
@@ -99,3 +100,15 @@ def test_a_terminal_has_no_lines(monkeypatch):
     with terminal.working("starting") as step:
         step("more", 0.5)
     assert "[0:00]" not in sink.getvalue()
+
+
+@pytest.mark.parametrize("given, found", [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_leave_the_processor_to_others(monkeypatch, given, found):
+    from kvzip.cli import main
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")  # and is set back after the test
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ["OMP_WAIT_POLICY"] == found
