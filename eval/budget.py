@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ _MARGIN = 1.2
 
 # Seconds that are not the model's, on two cores of a Zen 3; machines with AVX-512 take less.
 _FIXED = 5.0
-_LEARN, _LEARN_TOKEN = 25.0, 5e-3
+_LEARN, _LEARN_TOKEN = 25.0, 9e-3
 """For a profile of 30 layers, and for each token that it is learned from."""
 _ENCODE_TOKEN = 1.5e-3
 """Of a document, to encode and decode it several times with a codec."""
@@ -89,8 +91,11 @@ def choose(
 class Progress:
     """Tells `step` how much of a plan's work is done."""
 
+    EVERY = 5.0
+    """Seconds."""
+
     def __init__(self, step: Step):
-        self._step = step
+        self._step, self._told = step, -math.inf
         self._done = self._next = self._whole = self._most = 0.0
 
     def expect(self, done: float, seconds: float) -> None:
@@ -103,10 +108,13 @@ class Progress:
         self._tell(what, self._done)
 
     def within(self, what: str, done: int, total: int) -> None:
-        """So much of a part of the step is done."""
-        self._tell(f"{what}: {done} of {total}", self._done + self._next * done / max(total, 1))
+        """So much of a part of the step is done; told every few seconds at most."""
+        now = time.monotonic()
+        if now - self._told >= self.EVERY:
+            self._tell(f"{what}: {done} of {total}", self._done + self._next * done / max(total, 1))
 
     def _tell(self, what: str, done: float) -> None:
+        self._told = time.monotonic()
         if self._whole:
             self._most = max(self._most, min(done / self._whole, 1.0))
             self._step(what, self._most)

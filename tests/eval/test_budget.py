@@ -56,7 +56,30 @@ def test_what_is_named_is_done():
     assert choose(1, of_size, None, 0).train == 0
 
 
-def test_shares_grow_to_the_whole():
+@pytest.fixture
+def all_told(monkeypatch):
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+
+
+def test_parts_of_a_step_are_told_now_and_then(monkeypatch):
+    now, told = [0.0], []
+    monkeypatch.setattr("kvzip.eval.budget.time.monotonic", lambda: now[0])
+    progress = Progress(lambda what, share=None: told.append(what))
+    progress("a")
+    for done in range(1, 101):
+        now[0] += 0.25
+        progress.within("b", done, 100)
+    assert told == [
+        "a",
+        "b: 20 of 100",
+        "b: 40 of 100",
+        "b: 60 of 100",
+        "b: 80 of 100",
+        "b: 100 of 100",
+    ]
+
+
+def test_shares_grow_to_the_whole(all_told):
     told = []
     progress = Progress(lambda what, share=None: told.append((what, share)))
     progress("loading")
@@ -77,7 +100,7 @@ def test_shares_grow_to_the_whole():
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 5)), max_size=20))
-def test_shares_never_fall_or_pass_one(steps):
+def test_shares_never_fall_or_pass_one(all_told, steps):
     shares = []
     progress = Progress(lambda what, share=None: shares.append(share))
     progress.expect(1.0, 50.0)
