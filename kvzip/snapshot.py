@@ -342,8 +342,9 @@ class Snapshot:
     def to_cache(self, config: Any) -> Any:
         """A transformers `DynamicCache` for a model of that config, holding every token.
 
-        A cache as long as the prompt makes `generate` give wrong tokens without an error: the
-        prompt must go on beyond it. `kvzip.load.hf.load_cache` checks that; this does not.
+        The prompt must go on beyond it: with a cache as long as the prompt `generate` would give
+        wrong tokens, and the cache raises KVZipError (where the model rotates its keys).
+        `kvzip.load.hf.load_cache` compares the prompt's ids, too.
         """
         from kvzip.load.hf import cache_of_snapshot
 

@@ -231,16 +231,23 @@ def spans_of(kinds: Sequence[LayerKind], count: int, witnessed: bool) -> list[tu
 
 
 def lazy_cache(
-    loader: Any, kinds: Sequence[LayerKind], count: int, prompt_length: int | None
+    loader: Any,
+    kinds: Sequence[LayerKind],
+    count: int,
+    prompt_length: int | None,
+    chunk: int | None = None,
 ) -> Any:
-    """A `Cache` of `count` tokens, [layers], that takes them from a Loader or BatchLoader."""
+    """A `Cache` of `count` tokens, [layers], that takes them from a Loader or BatchLoader.
+    `prompt_length`: tokens of the prompt that will be fed, the cached ones included; `chunk`: so
+    many at a time."""
     layers = [
         SlidingLayer(loader, i, count, sliding_window=kind.window)
         if kind.kind == "sliding"
         else FullLayer(loader, i, count)
         for i, kind in enumerate(kinds)
     ]
-    layers[0]._prompt_length = prompt_length
+    layers[0]._prompt_length, layers[0]._chunk = prompt_length, chunk
+    layers[0]._rotated = kinds[0].rope is not None
     layers[-1]._last = True
     distances: dict[int, Any] = {}
     for layer in layers:

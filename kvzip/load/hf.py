@@ -37,6 +37,7 @@ from kvzip.load.documents import (
 )
 from kvzip.load.lazy import Loader, Recovery, tell
 from kvzip.load.witness import watch
+from kvzip.options import integer
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
 
 __all__ = [
@@ -110,16 +111,11 @@ def _origin(model: Any, layer: Layer, cache: Any) -> Origin:
 
 def cache_of_snapshot(snapshot: Snapshot, config: Any) -> Any:
     """A `DynamicCache` with every token of a snapshot; see :meth:`Snapshot.to_cache`."""
-    check_config(snapshot, config)
+    kinds = check_config(snapshot, config)
     check_held(snapshot.layout, snapshot.tokens)
-    cache = DynamicCache(config=config.get_text_config(decoder=True))
-    for layer, layout, pair in zip(
-        cache.layers, snapshot.layout.layers, snapshot.tensors(), strict=True
-    ):
-        layer.update(*(t if t.ndim == 4 else t[None] for t in pair))  # crops to the window
-        if layout.kind == "sliding":
-            layer.cumulative_length = layout.cumulative_length
-    return cache
+    count = snapshot.tokens
+    loader = Loader(snapshot, spans_of(kinds, count, False), count, None, 0)
+    return lazy_cache(loader, kinds, count, None)
 
 
 def load_cache(
@@ -131,6 +127,7 @@ def load_cache(
     profile: Any = None,
     device: Any = None,
     threads: int = 0,
+    prefill_chunk_size: int | None = None,
 ) -> Any:
     """A transformers `Cache` from a .kvz file, for ``generate(ids, cache=...)``
     (``past_key_values=`` before transformers 5.24).
@@ -154,9 +151,14 @@ def load_cache(
     of layer 0, which depends on a token and its position alone, must be the one that the document
     has there; so a prompt that is too short, ids of the suffix without a full-length attention
     mask, or another text raise. With it, as many tokens must be fed as the prompt has more than
-    the cache. What no cache can see is a prompt that differs *before* the kept tokens end and
-    agrees after; `prompt` is compared there, too. A batch of more rows than the file's (beams,
-    `num_return_sequences`) gets every row repeated.
+    the cache; or, if `generate` is to feed the prompt in chunks, as many as `prefill_chunk_size`
+    says, which is `generate`'s own argument. What no cache can see is a prompt that differs
+    *before* the kept tokens end and agrees after; `prompt` is compared there, too. A batch of more
+    rows than the file's (beams, `num_return_sequences`) gets every row repeated.
+
+    Later, too, feeding what is among the cached tokens raises: after `generate` a cache holds the
+    generated tokens, and the next prompt must go on from them. (Where layer 0 slides, this is seen
+    within its window. Other text in place of the cached tokens' is not seen.)
 
     Raises KVZipError when file, config, prompt and model do not fit each other, FormatError or
     CorruptError for a bad file; while generating, KVZipError (CorruptError, ...) from `update`.
@@ -165,7 +167,7 @@ def load_cache(
         document: Any = opened.source
         kinds = check_config(document, config)
         ids = None if prompt is None else ids_of(prompt, "prompt")
-        return _lazy(opened, kinds, ids, tokens, device, threads)
+        return _lazy(opened, kinds, ids, tokens, device, threads, prefill_chunk_size)
 
 
 def load_or_prefill(
@@ -178,6 +180,7 @@ def load_or_prefill(
     tokens: int | None = None,
     profile: Any = None,
     threads: int = 0,
+    prefill_chunk_size: int | None = None,
 ) -> Any:
     """A `Cache` for ``model.generate(prompt, cache=...)`` that is right whatever happens to what is
     stored: it is loaded as by :func:`load_cache`, or computed by the model.
@@ -200,7 +203,7 @@ def load_or_prefill(
             document = opened.source
             if document is not None:
                 kinds, most, _ = agreed(document, model, ids, tokens)
-                cache = _lazy(opened, kinds, ids, most, None, threads)
+                cache = _lazy(opened, kinds, ids, most, None, threads, prefill_chunk_size)
                 rows = document.layout.layers[0].k
                 batch = rows[0] if len(rows) == 4 else 1
                 loader = cache.layers[0]._source
@@ -219,8 +222,11 @@ def _lazy(
     tokens: int | None,
     device: Any,
     threads: int,
+    prefill_chunk_size: int | None,
 ) -> Any:
     """A `Cache` of an opened document whose layers are of these kinds; as :func:`load_cache`."""
+    if prefill_chunk_size is not None:
+        prefill_chunk_size = integer("prefill_chunk_size", prefill_chunk_size, 1)
     document = opened.source
     assert document is not None
     if ids is None:
@@ -229,7 +235,8 @@ def _lazy(
         count, witnessed = _count_with_prompt(document.layout, document.token_ids, ids, tokens)
     loader = Loader(document, spans_of(kinds, count, witnessed), count, device, threads)
     opened.close_after(loader)
-    return lazy_cache(loader, kinds, count, None if ids is None else ids.shape[1])
+    length = None if ids is None else ids.shape[1]
+    return lazy_cache(loader, kinds, count, length, prefill_chunk_size)
 
 
 def _count_without_prompt(kinds: Sequence[LayerKind], layout: Layout, tokens: int | None) -> int:

@@ -348,6 +348,13 @@ class _LazyLayer:
     _rearranged = False
     """Whether the rows are no longer the document's, each as often as any other."""
     _prompt_length: int | None = None
+    """Layer 0: tokens of the prompt, the cached ones included, fed in chunks of `_chunk` if that is
+    not None."""
+    _chunk: int | None = None
+    _unfed = 0
+    """Layer 0: tokens of the prompt that are still to come, where it is fed in chunks."""
+    _rotated = False
+    """Layer 0: whether its keys tell the positions of their tokens."""
     _distances: dict[int, Any] = {}  # noqa: RUF012 - each cache has one of its own
     """How far from their witnesses the layers of a cache were found, by layer: shared by them."""
     _last = False
@@ -390,24 +397,63 @@ class _LazyLayer:
         return self._length if self._loader is not None else cast(Any, super()).get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self._fresh and not query_length:  # a prompt of less than half the cache's tokens
+        if not query_length:  # a prompt of half the cache's tokens
             raise not_continued(self.get_seq_length())
         return cast(Any, super()).get_mask_sizes(query_length)
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         if self._fresh:
             self._admit(key_states, value_states)
+        if self._unfed:
+            self._check_fed(key_states.shape[-2], self._unfed)
+        if self._rotated:
+            self._check_goes_on(key_states)
+        if self._prompt_length is not None and self._chunk is not None:
+            left = self._prompt_length - self.get_seq_length() - key_states.shape[-2]
+            self._unfed = max(0, left)
         return cast(Any, super()).update(key_states, value_states, *args, **kwargs)
+
+    def _check_fed(self, fed: int, left: int) -> None:
+        """Raise unless so many tokens are fed as are left of the prompt, or a chunk of them."""
+        if fed != (left if self._chunk is None else min(left, self._chunk)):
+            chunked = "" if self._chunk is None else f", in chunks of {self._chunk}"
+            raise KVZipError(
+                f"the model was fed {fed} tokens after {self.get_seq_length()} cached ones, not "
+                f"the rest of the {self._prompt_length} of prompt={chunked}: give `generate` the "
+                "same ids (or the rest of them with an attention mask for all); if it is to feed "
+                "them in chunks, name the same prefill_chunk_size= here"
+            )
+
+    def _check_goes_on(self, key_states: Any) -> None:
+        """Raise if what is fed is in the cache already.
+
+        `generate` feeds ``ids[:, length - len(ids):]`` of ids that are no longer than a cache of
+        that length: f tokens, of which the first has position (length - f) / 2. Its key is the one
+        that lies there, and no other position's is.
+        """
+        length, fed = self.get_seq_length(), key_states.shape[-2]
+        held = self.keys
+        at = (length - fed) // 2 - (length - held.shape[-2])
+        if fed == 1 and key_states.is_cuda:
+            return  # each token would wait for the GPU
+        if fed > length or (length - fed) % 2 or not 0 <= at < held.shape[-2]:
+            return
+        there = held[:, :, at : at + 1]
+        if key_states.shape[0] % there.shape[0] == 0 and same_key(
+            key_states[:, :, :1], _repeated(there, key_states)
+        ):
+            raise KVZipError(
+                f"the cache holds {length} tokens, and the model is fed what is among them already "
+                f"(position {(length - fed) // 2}): the prompt must be longer than its cache. After "
+                "`generate` a cache holds the tokens that were generated, too: load it anew for "
+                "another prompt"
+            )
 
     def _admit(self, key_states: Any, value_states: Any) -> None:
         """Check the first states that are fed, and get ready for them."""
         position, fed = self.get_seq_length(), key_states.shape[-2]
-        if self._prompt_length is not None and fed != self._prompt_length - position:
-            raise KVZipError(
-                f"the model was fed {fed} tokens after {position} cached ones, not the rest of "
-                f"the {self._prompt_length} of prompt=: give `generate` the same ids (or the "
-                "rest of them with an attention mask for all), and not in chunks"
-            )
+        if self._prompt_length is not None:
+            self._check_fed(fed, self._prompt_length - position)
         if self._source.device is None:
             self._source.device = key_states.device
         try:
@@ -468,7 +514,8 @@ class _LazyLayer:
 
     def reset(self) -> None:
         self._loader = self._source = self._witness = self._prompt_length = None
-        self._fresh = False
+        self._fresh = self._rotated = False
+        self._unfed = 0
         cast(Any, super()).reset()
 
     # Before the first update, the witness goes the way of the keys.
