@@ -428,23 +428,24 @@ class _LazyLayer:
         """Raise if what is fed is in the cache already.
 
         `generate` feeds ``ids[:, length - len(ids):]`` of ids that are no longer than a cache of
-        that length: f tokens, of which the first has position (length - f) / 2. Its key is the one
-        that lies there, and no other position's is.
+        that length: f tokens, the first at position (length - f) / 2. Their keys are those that lie
+        there, and no other positions' are.
         """
         length, fed = self.get_seq_length(), key_states.shape[-2]
-        held = self.keys
-        at = (length - fed) // 2 - (length - held.shape[-2])
-        if fed == 1 and key_states.is_cuda:
-            return  # each token would wait for the GPU
-        if fed > length or (length - fed) % 2 or not 0 <= at < held.shape[-2]:
+        held, begin = self.keys, (length - fed) // 2
+        if (fed == 1 and key_states.is_cuda) or fed > length or (length - fed) % 2:
+            return  # (on a GPU each new token would wait for this)
+        # A layer that slides holds the last positions only.
+        first = length - held.shape[-2]
+        skipped = max(0, first - begin)
+        there = held[:, :, begin + skipped - first :][:, :, :1]
+        if skipped >= fed or not there.shape[-2] or key_states.shape[0] % there.shape[0]:
             return
-        there = held[:, :, at : at + 1]
-        if key_states.shape[0] % there.shape[0] == 0 and same_key(
-            key_states[:, :, :1], _repeated(there, key_states)
-        ):
+        here = key_states[:, :, skipped : skipped + 1]
+        if same_key(here, _repeated(there, key_states)):
             raise KVZipError(
-                f"the cache holds {length} tokens, and the model is fed what is among them already "
-                f"(position {(length - fed) // 2}): the prompt must be longer than its cache. After "
+                f"the cache holds {length} tokens, and the model is fed what is among them "
+                f"already, from position {begin}: the prompt must be longer than its cache. After "
                 "`generate` a cache holds the tokens that were generated, too: load it anew for "
                 "another prompt"
             )
