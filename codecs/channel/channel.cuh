@@ -100,15 +100,51 @@ struct DeviceStrip {
   }
 };
 
-// What a warp needs of a strip while it decodes it.
+// What a warp needs of a strip while it codes it.
 struct StripView {
   const DevicePart* part;
   DeviceStrip strip;
   unsigned first_token;             // of the strip, counted in the part
-  const unsigned char* mantissas;   // of the strip
+  const unsigned char* mantissas;   // of the strip; set by whoever reads them
   unsigned live_low, live_high;     // channels that are not constant, a bit each
   int64_t corner;                   // of the strip's first channel, without the token's place
+  DeviceChannel mine[2];            // of the lane's channel in each half
 
+  // Strip `i` of a block of so many tokens, whose first is `block_token` of the part.
+  KVZIP_DEVICE StripView(const DevicePart& of, unsigned block_token, unsigned tokens, unsigned i)
+      : part(&of),
+        strip(of, tokens, i),
+        first_token(block_token + strip.token),
+        mantissas(nullptr),
+        corner(int64_t(strip.batch) * of.batch_stride + int64_t(strip.head) * of.head_stride +
+               int64_t(strip.channel)) {
+    const DeviceChannel* const channels = reinterpret_cast<const DeviceChannel*>(of.channels) +
+                                          strip.head * of.dim + strip.channel;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      mine[h] = {kConstantShape, 0};
+      const unsigned channel = kHalf * unsigned(h) + cuda::thread() % kWarp;
+      if (channel < strip.width) {
+        const cuda::Two two =
+            cuda::constant(reinterpret_cast<const cuda::Two*>(channels + channel));
+        mine[h] = {two.v[0], two.v[1]};
+      }
+    }
+    live_low = cuda::ballot(mine[0].shape != kConstantShape);
+    live_high = cuda::ballot(mine[1].shape != kConstantShape);
+  }
+
+  // Whether every channel is coded and every token there, with rows and mantissas at multiples of
+  // what is read and written at once.
+  template <typename T>
+  KVZIP_DEVICE bool is_whole(const unsigned char* at) const {
+    constexpr int64_t kSize = int64_t(sizeof(T));
+    const uint64_t places = part->numbers | uint64_t(corner * kSize) |
+                            uint64_t(part->token_stride * kSize) |
+                            (part->pages ? uint64_t(part->page_stride * kSize) : 0);
+    return strip.lanes == kGroupTokens && (live_low & live_high) == ~0u &&
+           reinterpret_cast<uint64_t>(at) % 8 == 0 && places % (sizeof(T) == 1 ? 8 : 16) == 0;
+  }
   KVZIP_DEVICE unsigned live_count() const { return cuda::ones(live_low) + cuda::ones(live_high); }
   // How many channels before this one are not constant.
   KVZIP_DEVICE unsigned rank(unsigned channel) const {
@@ -467,36 +503,11 @@ struct Decoding {
                            : kMinState;
       damaged |= x[k] < kMinState;
     }
-    const DeviceChannel* const channels = reinterpret_cast<const DeviceChannel*>(part.channels);
     for (unsigned s = 0; s < job.strips; ++s) {
-      const DeviceStrip strip(part, job.tokens, job.first_strip + s);
-      StripView view{&part,
-                     strip,
-                     job.first_token + strip.token,
-                     mantissas,
-                     0,
-                     0,
-                     int64_t(strip.batch) * part.batch_stride +
-                         int64_t(strip.head) * part.head_stride + int64_t(strip.channel)};
-      DeviceChannel mine[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        mine[h] = {kConstantShape, 0};
-        const unsigned channel = kHalf * unsigned(h) + lane;
-        if (channel < strip.width) {
-          const cuda::Two two = cuda::constant(reinterpret_cast<const cuda::Two*>(
-              channels + strip.head * part.dim + strip.channel + channel));
-          mine[h] = {two.v[0], two.v[1]};
-        }
-      }
-      view.live_low = cuda::ballot(mine[0].shape != kConstantShape);
-      view.live_high = cuda::ballot(mine[1].shape != kConstantShape);
-      const uint64_t alignment = part.numbers | uint64_t(view.corner * int64_t(sizeof(T))) |
-                                 uint64_t(part.token_stride * int64_t(sizeof(T))) |
-                                 (part.pages ? uint64_t(part.page_stride * int64_t(sizeof(T))) : 0);
-      const bool whole = strip.lanes == kGroupTokens && (view.live_low & view.live_high) == ~0u &&
-                         reinterpret_cast<uint64_t>(mantissas) % 8 == 0 &&
-                         alignment % (sizeof(T) == 1 ? 8 : 16) == 0;
+      StripView view(part, job.first_token, job.tokens, job.first_strip + s);
+      view.mantissas = mantissas;
+      const DeviceStrip& strip = view.strip;
+      const bool whole = view.is_whole<T>(mantissas);
       // They come nearer while values are decoded.
       for (unsigned at = 128 * lane; at < (strip.lanes + 7) / 8 * kRows * view.live_count();
            at += 128 * kWarp)
@@ -504,7 +515,7 @@ struct Decoding {
 #pragma unroll 1
       for (unsigned half = 0; half < 2 && half * kHalf < strip.width; ++half) {
         const unsigned live = half ? view.live_high : view.live_low;
-        const DeviceChannel own = half ? mine[1] : mine[0];
+        const DeviceChannel own = half ? view.mine[1] : view.mine[0];
         if (live == ~0u && strip.lanes == kWarp * unsigned(K))
           decode_half<K, true>(part, own, live, strip.lanes, x, words, escapes, tile);
         else decode_half<K, false>(part, own, live, strip.lanes, x, words, escapes, tile);

@@ -190,12 +190,12 @@ struct Encoding {
   }
 
   template <int K, bool kWhole>
-  KVZIP_DEVICE static void encode_strip(const DevicePart& part, const DeviceChannel (&mine)[2],
-                                        const StripView& view, unsigned (&x)[K], Output& out,
+  KVZIP_DEVICE static void encode_strip(const StripView& view, unsigned (&x)[K], Output& out,
                                         const unsigned char* tile) {
+    const DeviceChannel(&mine)[2] = view.mine;
     const unsigned lane = cuda::thread() % kWarp, below = (1u << lane) - 1;
     const unsigned lanes = view.strip.lanes;
-    const uint32_t* const tables = reinterpret_cast<const uint32_t*>(part.tables) + lane;
+    const uint32_t* const tables = reinterpret_cast<const uint32_t*>(view.part->tables) + lane;
     struct Looked {
       unsigned map, symbol, inverse, begins, shift;
     };
@@ -285,44 +285,18 @@ struct Encoding {
     unsigned x[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) x[k] = kMinState;
-    const DeviceChannel* const channels = reinterpret_cast<const DeviceChannel*>(part.channels);
     unsigned char* mantissas = nullptr;
 #pragma unroll 1
     for (unsigned s = job.strips; s-- > 0;) {
-      const DeviceStrip strip(part, job.tokens, job.first_strip + s);
-      StripView view{&part,
-                     strip,
-                     job.first_token + strip.token,
-                     nullptr,
-                     0,
-                     0,
-                     int64_t(strip.batch) * part.batch_stride +
-                         int64_t(strip.head) * part.head_stride + int64_t(strip.channel)};
-      DeviceChannel mine[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        mine[h] = {kConstantShape, 0};
-        const unsigned channel = kHalf * unsigned(h) + lane;
-        if (channel < strip.width) {
-          const cuda::Two two = cuda::constant(reinterpret_cast<const cuda::Two*>(
-              channels + strip.head * part.dim + strip.channel + channel));
-          mine[h] = {two.v[0], two.v[1]};
-        }
-      }
-      view.live_low = cuda::ballot(mine[0].shape != kConstantShape);
-      view.live_high = cuda::ballot(mine[1].shape != kConstantShape);
+      const StripView view(part, job.first_token, job.tokens, job.first_strip + s);
+      const DeviceStrip& strip = view.strip;
       const unsigned bytes = (strip.lanes + 7) / 8 * kRows * view.live_count();
       const bool last = s + 1 == job.strips;
       const unsigned carried = last ? smaller(job.lanes, bytes / 2) : 0;
       // The last strip's end goes into the states.
       mantissas = (last ? begin + job.mantissas + 2 * carried : mantissas) - bytes;
       const bool complete = (view.live_low & view.live_high) == ~0u;
-      const uint64_t alignment = part.numbers | uint64_t(view.corner * int64_t(sizeof(T))) |
-                                 uint64_t(part.token_stride * int64_t(sizeof(T))) |
-                                 (part.pages ? uint64_t(part.page_stride * int64_t(sizeof(T))) : 0);
-      const bool whole = complete && strip.lanes == kGroupTokens &&
-                         reinterpret_cast<uint64_t>(mantissas) % 8 == 0 &&
-                         alignment % (sizeof(T) == 1 ? 8 : 16) == 0;
+      const bool whole = view.is_whole<T>(mantissas);
       if (whole) take_whole(view, mantissas, tile);
       else out.failed |= take_any(view, mantissas, tile);
       cuda::sync_warp();
@@ -335,9 +309,9 @@ struct Encoding {
         }
       }
       if (complete && strip.lanes == kWarp * unsigned(K))
-        encode_strip<K, true>(part, mine, view, x, out, tile);
+        encode_strip<K, true>(view, x, out, tile);
       else
-        encode_strip<K, false>(part, mine, view, x, out, tile);
+        encode_strip<K, false>(view, x, out, tile);
       cuda::sync_warp();
     }
 #pragma unroll
