@@ -59,6 +59,7 @@ BASES = {
                      "--repeat", "1"], ()),
     # As far as it goes without a network of its own.
     "eval links": ([*MODEL, "--text", "text", "--tokens", "8", "--draw", "none"], ()),
+    "eval pages": (["doc.safetensors", "--profile", "channel.kvprofile", "--tokens", "16"], ()),
     "eval frontier": (["--test", "doc.safetensors", "--train", "doc.safetensors", "--calibrate",
                        "doc.safetensors", "--model", "none", "--layers", "0"], ()),
 }  # fmt: skip
@@ -120,6 +121,8 @@ def folder(tmp_path_factory):
         make_snapshot(cache_like, seed, "bf16", layers=2, tokens=40, dim=16).save(
             made / f"{name}.safetensors"
         )
+    documents = [kvzip.Snapshot.load(made / f"{name}.safetensors") for name in ("doc", "doc2")]
+    kvzip.Profile.fit(documents, codec="channel").save(made / "channel.kvprofile")
     kvzip.write(made / "doc.kvz", kvzip.Snapshot.load(made / "doc.safetensors"))
     Store(made / "store", block_tokens=8).put(made / "doc.kvz")
     (made / "text").write_text(" ".join(f"w{i * 7 % 190 + 2}" for i in range(100)))
