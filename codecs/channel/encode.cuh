@@ -1,7 +1,7 @@
 // Encoding `channel` on a GPU (spec.md): a warp encodes a stream, from its last number to its first.
 #pragma once
 
-#include "channel/channel.cuh"
+#include "channel/strip.cuh"
 
 namespace kvzip::channel {
 
