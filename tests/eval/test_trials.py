@@ -85,7 +85,7 @@ def test_what_cannot_be_tried(made: Any, tmp_path: Path) -> None:
     for arguments, says in (
         ({"snapshots": []}, "at least one snapshot"),
         ({"snapshots": paths, "lossy": ("int2",)}, "no lossy reference 'int2'; there are: int8"),
-        ({"snapshots": paths, "continuations": 0}, "1 or more"),
+        ({"snapshots": paths, "continuations": 0}, "continuations is 0: it must be from 1"),
         ({"snapshots": paths, "codecs": ("predictive",)}, "needs a profile"),
     ):
         with pytest.raises(kvzip.KVZipError, match=says):
