@@ -17,13 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip import auto, checksum, dtypes, on_device
+from kvzip import auto, checksum, dtypes
 from kvzip.codec import Codec, Coded, Context, get_codec
 from kvzip.codecs._native import Output
 from kvzip.dtypes import Bits
@@ -37,7 +37,6 @@ from kvzip.errors import (
 )
 from kvzip.files import replacing
 from kvzip.index import ALIGNMENT, RECORD, Entry, Index, aligned, entries, entry_count
-from kvzip.on_device import DeviceSnapshot
 from kvzip.options import integer, json_value
 from kvzip.profile import Profile
 from kvzip.snapshot import (
@@ -51,6 +50,9 @@ from kvzip.snapshot import (
     batched,
 )
 from kvzip.sources import OpenFile, Source, Stream, is_url, open_source
+
+if TYPE_CHECKING:
+    from kvzip.on_device import DeviceSnapshot
 
 MAGIC = b"\x89KVZ\r\n\x1a\n"
 VERSION = 0
@@ -787,6 +789,8 @@ class Reader:
         """As `decode`, on a device."""
         if pages is not None and out is None:
             raise UsageError("pages: only with out=, the cache that they are pages of")
+        from kvzip import on_device  # here, since few need it and it takes a while to import
+
         wanted, cuts = self._cuts(layers, tokens)
         document = on_device.Document(
             layout=self.layout,
@@ -802,7 +806,7 @@ class Reader:
         )
         found = on_device.decode(document, device, wanted, cuts, out, pages, stream, progress)
         ids, origin = self._ids_up_to(cuts), self.header.origin
-        return DeviceSnapshot(found, self.layout.dtype, ids, origin)
+        return on_device.DeviceSnapshot(found, self.layout.dtype, ids, origin)
 
     def in_turn(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import typing
 from pathlib import Path
 
@@ -159,8 +160,11 @@ def outcome(capsys, arguments):
     assert code in (0, 1, 2)
     if "error" in found:
         assert code in (1, 2) and found["exit"] == code and found["kind"] != "bug"
-        assert "\n" not in found["error"] and err.startswith("kvzip: ")
-        assert err.rstrip("\n").splitlines()[-1].startswith("kvzip: ")
+        assert "\n" not in found["error"]
+        *steps, last = err.rstrip("\n").splitlines()
+        assert last.startswith("kvzip: ")
+        # Before it nothing but what was being done, "[m:ss] ...", and warnings.
+        assert all(re.match(r"\[\d+:\d\d\] |kvzip: ", step) for step in steps)
     return code, found
 
 

@@ -332,8 +332,11 @@ def test_what_looks_like_a_leftover_and_is_none_stays(tmp_path):
 
 
 ENDED = """
-import sys, time
+import signal, sys, time
 from kvzip import files
+# Whoever runs the tests may have them ignored (nohup, a shell's background), which is inherited.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 files.leave_nothing_behind()
 if sys.argv[2] == "hidden": files._NAMELESS = 0
 with files.replacing(sys.argv[1]) as file:

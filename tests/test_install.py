@@ -39,7 +39,15 @@ def test_the_wheel_holds_what_it_should(wheel):
     for name in ("kvzip/codecs/channel/codec.py", "kvzip/eval/prices.toml", "kvzip/py.typed"):
         assert name in names
     assert any(n.startswith("kvzip/codecs/_native.") and n.endswith(".so") for n in names)
-    assert not [n for n in names if n.endswith((".cpp", ".hpp")) or n.startswith("tests")]
+    # Kernels are compiled on the user's GPU, from these and the headers they share with C++.
+    headers = {
+        f"kvzip/codecs/{n}.hpp" for n in ("channel/jobs", "native/cuda/part", "native/cuda/shim")
+    }
+    assert headers | {"kvzip/codecs/channel/channel.cuh", "kvzip/codecs/channel/strip.cuh"} <= {
+        *names
+    }
+    assert not [n for n in names if n.endswith(".cpp") or n.startswith("tests")]
+    assert {n for n in names if n.endswith(".hpp")} == headers
     # At the root of a path these would shadow the standard library's codecs.
     assert not [n for n in names if n.startswith(("codecs/", "eval/"))]
 

@@ -13,7 +13,15 @@ ROOT = Path(__file__).parents[2]
 SOURCES = {
     "channel": [
         f"channel/{name}"
-        for name in ("kernels", "part", "shapes", "table_coder", "tables", "kernels_scalar")
+        for name in (
+            "kernels",
+            "part",
+            "shapes",
+            "table_coder",
+            "tables",
+            "device_tables",
+            "kernels_scalar",
+        )
     ],
     "predictive": [f"predictive/{name}" for name in ("kernels", "chain", "kernels_scalar")],
 }
