@@ -112,12 +112,12 @@ links: $(READY)
 redraw: $(READY)
 	mkdir -p $(EVAL)
 	$(BIN)/kvzip eval links --draw $(RESULTS)/links.json --picture docs/links.svg --page docs/links.md
-	$(BIN)/kvzip report $(wildcard $(RESULTS)/*.json) kvzip/measured.json docs/benchmarks.json docs/frontier.json -o $(EVAL)/report.html
+	$(BIN)/kvzip report $(wildcard $(RESULTS)/*.json) kvzip/choice/measured.json docs/benchmarks.json docs/frontier.json -o $(EVAL)/report.html
 	$(BIN)/kvzip eval figures $(RESULTS)/demo.json --readme README.md --picture docs/answer.png
 
 # What codec="auto" and `kvzip advise` know of the codecs; on a machine that does nothing else.
 measured: $(READY)
-	$(BIN)/kvzip eval inputs -o kvzip/measured.json --lengths 512,2048 --prefill-lengths 256,512,1024,2048 \
+	$(BIN)/kvzip eval inputs -o kvzip/choice/measured.json --lengths 512,2048 --prefill-lengths 256,512,1024,2048 \
 	  --dtypes bf16,fp16,fp8_e4m3fn,fp8_e5m2,fp32 --codecs raw,zstd,lz4,planes,channel,predictive --train 6
 
 # The checkers look at the package as it is installed: codecs/ and eval/ lie within kvzip there.

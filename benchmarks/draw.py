@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 
 from kvzip.benchmarks.result import BenchResult, Row, SnapshotIdentity
-from kvzip.eval import charts
+from kvzip.eval.report import svg
 from kvzip.files import replacing
 
 _STYLE = {"memcpy": "s0", "kvzip": "s1", "peer": "s3"}
@@ -141,7 +141,7 @@ def page(result: BenchResult) -> str:
 def chart(rows: Sequence[Row], name: str) -> str:
     """Ratio against decode speed, one point a row, as SVG."""
     speeds, ratios = [r.decode_gbps for r in rows], [r.ratio for r in rows]
-    x = charts.log_axis(
+    x = svg.log_axis(
         "decode speed, GB of raw numbers a second",
         min(speeds) / 1.6,
         max(speeds) * 1.6,
@@ -152,13 +152,13 @@ def chart(rows: Sequence[Row], name: str) -> str:
     ticks = [
         (i * step, f"{i * step:.1f}") for i in range(math.ceil(low / step), int(high / step) + 1)
     ]
-    y = charts.Axis("ratio, raw bytes over encoded bytes", low, high, ticks, log=False)
+    y = svg.Axis("ratio, raw bytes over encoded bytes", low, high, ticks, log=False)
     points = [
-        charts.Point(r.title, f"{r.title} {r.ratio:.3f}", _STYLE[r.kind], r.decode_gbps, r.ratio)
+        svg.Point(r.title, f"{r.title} {r.ratio:.3f}", _STYLE[r.kind], r.decode_gbps, r.ratio)
         for r in rows
     ]
     spoken = "; ".join(f"{r.title}: {r.ratio:.3f} at {r.decode_gbps:.2f} GB/s" for r in rows)
-    return charts.scatter(name, "Ratio against decode speed", spoken, x, y, points, size=_SIZE)
+    return svg.scatter(name, "Ratio against decode speed", spoken, x, y, points, size=_SIZE)
 
 
 def _source(snapshot: SnapshotIdentity) -> str:

@@ -86,8 +86,8 @@ def snapshot(torch: Any, tokens: int, dtype: str) -> kvzip.Snapshot:
 
 def kernels_only(device: Device, reader: Any) -> Callable[[], None]:
     """Launches everything that decodes a file whose bytes and jobs are on the device already."""
-    from kvzip import on_device
     from kvzip.codecs.native.cuda.work import Work
+    from kvzip.container import on_device
 
     started: list[Any] = []
 

@@ -37,7 +37,15 @@ from kvzip.codec import Codec
 from kvzip.container import thread_count
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import KVZipError
-from kvzip.eval.bench import WholeFile, buffers, cache_bytes, in_memory, room, seconds, spec_of
+from kvzip.eval.speed.bench import (
+    WholeFile,
+    buffers,
+    cache_bytes,
+    in_memory,
+    room,
+    seconds,
+    spec_of,
+)
 from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot, sha256_raw

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kvzip.cost import PrefillModel
+from kvzip.choice.cost import PrefillModel
 
 Step = Callable[..., Any]
 """Called with a few words before each step, and with the share of the whole work that is done by

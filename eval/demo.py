@@ -11,18 +11,15 @@ from pathlib import Path
 import msgspec
 
 from kvzip import capture, entropy
+from kvzip.choice.cost import CodecFigures, fit_prefill, prefill_flops
 from kvzip.codec import get_codec
-from kvzip.cost import CodecFigures, fit_prefill, prefill_flops
-from kvzip.eval import bench
 from kvzip.eval.budget import Plan, Progress, Speed, Step, choose, clock_text, plan
-from kvzip.eval.economics import Measured, breakeven
-from kvzip.eval.exactness import Exactness, Reference
-from kvzip.eval.inputs import halves, parameters, prefill_seconds, width
-from kvzip.eval.machine import made_by
-from kvzip.eval.paper import paper_table
-from kvzip.eval.prices import default_prices
-from kvzip.eval.report import write_report
-from kvzip.eval.result import (
+from kvzip.eval.exactness.check import Exactness, Reference
+from kvzip.eval.money.breakeven import Measured, breakeven
+from kvzip.eval.money.paper import paper_table
+from kvzip.eval.money.prices import default_prices
+from kvzip.eval.report.page import write_report
+from kvzip.eval.results.demo import (
     CodecResult,
     DemoResult,
     FreshPrefill,
@@ -30,6 +27,9 @@ from kvzip.eval.result import (
     Plane,
     as_result,
 )
+from kvzip.eval.results.provenance import made_by
+from kvzip.eval.speed import bench
+from kvzip.eval.speed.inputs import halves, parameters, prefill_seconds, width
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile

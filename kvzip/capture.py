@@ -101,8 +101,8 @@ def prefill(
     import transformers
     from transformers import DynamicCache
 
-    from kvzip import products
     from kvzip.load.config import cache_argument, layer_kinds, rope_parameters
+    from kvzip.models import products
 
     model = loaded.model
     config = model.config

@@ -20,9 +20,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from kvzip import remote
 from kvzip.errors import StoreError
-from kvzip.remote import Bucket, Remote
+from kvzip.store import remote
+from kvzip.store.remote import Bucket, Remote
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import struct
 
 import numpy as np
@@ -146,3 +147,23 @@ def tiny_model(kind, **more):
     config = getattr(transformers, f"{kind}Config")(**common | more)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     return LoadedModel(model, None, f"tiny-{kind}", "r")
+
+
+def in_a_fork(do):
+    """What `do` gives in a forked process, or the name of its error; fails when it hangs."""
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def child():
+        try:
+            answers.put(do())
+        except Exception as error:
+            answers.put(type(error).__name__)
+
+    process = context.Process(target=child)
+    process.start()
+    process.join(60)
+    hangs = process.is_alive()
+    process.kill()
+    assert not hangs
+    return answers.get()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
-from kvzip.coders import Bytes, get_coder
+from kvzip.codecs.common.coders import Bytes, get_coder
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, UnsupportedError
 

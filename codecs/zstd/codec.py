@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvzip.codec import Codec, Context
-from kvzip.coders import get_coder
+from kvzip.codecs.common.coders import get_coder
 from kvzip.dtypes import Bits, DType
 
 

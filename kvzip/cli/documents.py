@@ -12,7 +12,8 @@ from cyclopts import Parameter
 from rich.table import Table
 
 import kvzip
-from kvzip import auto, container, dtypes
+from kvzip import container, dtypes
+from kvzip.choice import auto
 from kvzip.cli.app import app
 from kvzip.cli.arguments import (
     Json,

@@ -57,7 +57,7 @@ def sweep(
         Measure points again that failed.
     """
     choose_products(native_bf16)
-    from kvzip.eval.sweep import Row, read_config, run
+    from kvzip.eval.sweep.run import Row, read_config, run
 
     points = read_config(config)
     with steps() as tell:
@@ -113,10 +113,11 @@ def exactness(
         Of each document: as it is, then with tokens of other documents after it.
     """
     choose_products(native_bf16)
-    from kvzip.eval import stored, trials
+    from kvzip.eval.exactness import corpus
+    from kvzip.eval.results import stored
 
     with working("starting") as step:
-        found = trials.run(
+        found = corpus.run(
             snapshots,
             model=model,
             codecs=codec_specs(codecs),
@@ -188,8 +189,8 @@ def inputs(
         Other documents that codecs which need a profile learn from.
     """
     choose_products(native_bf16)
-    from kvzip.eval import inputs as measuring
-    from kvzip.eval import stored
+    from kvzip.eval.results import stored
+    from kvzip.eval.speed import inputs as measuring
 
     with working("starting") as step:
         found = measuring.measure(
@@ -285,9 +286,10 @@ def links(
         A Markdown file: its tables are put anew between its marks.
     """
     choose_products(native_bf16)
-    from kvzip.eval import figures as drawing
-    from kvzip.eval import graphs, stored
-    from kvzip.eval import links as linking
+    from kvzip.eval.links import measure as linking
+    from kvzip.eval.report import charts
+    from kvzip.eval.report import readme as drawing
+    from kvzip.eval.results import stored
 
     sweeps: dict[float, list[int]] = {0.0: integers("--rates", rates)}
     if delay:
@@ -322,7 +324,7 @@ def links(
         stored.save(found, output)
     if picture is not None:
         with replacing(picture) as file:
-            file.write(graphs.links_file(found).encode())
+            file.write(charts.links_file(found).encode())
     if page is not None:
         drawing.put_between(page, {"links": linking.page(found)})
 
@@ -386,9 +388,10 @@ def frontier(
         A stored result: frontier.svg is drawn into --out, and nothing is run.
     """
     choose_products(native_bf16)
-    from kvzip.eval import frontier as curve
-    from kvzip.eval import graphs, stored
-    from kvzip.eval.copies import COPIES
+    from kvzip.eval.frontier import measure as curve
+    from kvzip.eval.frontier.copies import COPIES
+    from kvzip.eval.report import charts
+    from kvzip.eval.results import stored
 
     if draw is not None:
         result = curve.load(draw)
@@ -413,7 +416,7 @@ def frontier(
         stored.save(result, out / "frontier.json")
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "frontier.svg") as file:
-        file.write(graphs.frontier_file(result).encode())
+        file.write(charts.frontier_file(result).encode())
 
     def show() -> None:
         for run in result.runs:

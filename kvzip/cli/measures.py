@@ -70,10 +70,10 @@ def entropy_command(
         ladder = entropy.measure(snapshots, fitted, read_profile(profile), tell)
     result = {"files": files, "ladder": msgspec.to_builtins(ladder)}
     if out is not None:
-        from kvzip.eval import graphs
+        from kvzip.eval.report import charts
 
         out.mkdir(parents=True, exist_ok=True)
-        drawn = graphs.ladder_files(ladder)
+        drawn = charts.ladder_files(ladder)
         data = msgspec.json.format(msgspec.json.encode(result))
         for name, content in {"entropy.json": data, **drawn}.items():
             with replacing(out / name) as file:

@@ -132,7 +132,7 @@ def pages(
     tokens
         Of a page, with commas between.
     """
-    from kvzip.eval.pages import measure
+    from kvzip.eval.speed.pages import measure
 
     with steps() as tell:
         found = measure(snapshots, Profile.load(profile), integers("--tokens", tokens), tell)

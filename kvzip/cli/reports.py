@@ -37,8 +37,8 @@ def report(
     if sql is not None:
         _sql(results or [], sql, as_json)
         return
-    from kvzip.eval.extras import read
-    from kvzip.eval.report import write_report
+    from kvzip.eval.report.inputs import read
+    from kvzip.eval.report.page import write_report
 
     if not results:
         raise UsageError(
@@ -57,7 +57,7 @@ def report(
 
 
 def _sql(results: list[Path], sql: str, as_json: bool) -> None:
-    from kvzip.eval.sweep import query
+    from kvzip.eval.sweep.run import query
 
     if len(results) != 1:
         raise UsageError("--sql takes one folder of a sweep, or one Parquet file")
@@ -91,9 +91,9 @@ def figures(
     picture
         PNG of the map of time; needs Chromium.
     """
-    from kvzip.eval import figures as drawing
-    from kvzip.eval.extras import read
     from kvzip.eval.quantities import significant
+    from kvzip.eval.report import readme as drawing
+    from kvzip.eval.report.inputs import read
 
     result, _ = read(results)
     found = drawing.figures(result)

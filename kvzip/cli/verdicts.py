@@ -56,11 +56,11 @@ def advise(
     inputs
         Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
     """
-    from kvzip.auto import MEASURED
-    from kvzip.eval import advise as advising
-    from kvzip.eval.economics import Use
-    from kvzip.eval.inputs import load_inputs
-    from kvzip.eval.prices import load_prices, pick
+    from kvzip.choice.auto import MEASURED
+    from kvzip.eval.money import advise as advising
+    from kvzip.eval.money.breakeven import Use
+    from kvzip.eval.money.prices import load_prices, pick
+    from kvzip.eval.speed.inputs import load_inputs
 
     book = load_prices(*(price_file or []))
     advice = advising.advise(
@@ -96,7 +96,7 @@ def prices(
     group
         Only this group: egress, storage, device, api_input, link, compute, model, preset, ...
     """
-    from kvzip.eval.prices import load_prices, pick
+    from kvzip.eval.money.prices import load_prices, pick
 
     book = msgspec.to_builtins(load_prices(*(price_file or [])))
     shown = book if group is None else {group: pick("group of prices", book, group)}
@@ -139,11 +139,11 @@ def fleet(
     inputs
         Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
     """
-    from kvzip.auto import MEASURED
-    from kvzip.eval import fleet as fleets
-    from kvzip.eval.inputs import load_inputs
-    from kvzip.eval.prices import load_prices, pick
+    from kvzip.choice.auto import MEASURED
+    from kvzip.eval.money import fleet as fleets
+    from kvzip.eval.money.prices import load_prices, pick
     from kvzip.eval.quantities import dollars, significant
+    from kvzip.eval.speed.inputs import load_inputs
 
     chosen = pick("fleet", fleets.presets(load_prices(*(price_file or []))), preset)
     if config is not None:
@@ -201,11 +201,11 @@ def paper(
     exactness
         A result of kvzip eval exactness, to stand beside the paper's tokens and logits.
     """
-    from kvzip.auto import MEASURED
-    from kvzip.eval.inputs import load_inputs
-    from kvzip.eval.paper import reproduction
-    from kvzip.eval.prices import load_prices
-    from kvzip.eval.trials import load_trials
+    from kvzip.choice.auto import MEASURED
+    from kvzip.eval.exactness.corpus import load_trials
+    from kvzip.eval.money.paper import reproduction
+    from kvzip.eval.money.prices import load_prices
+    from kvzip.eval.speed.inputs import load_inputs
 
     found = reproduction(
         load_inputs(inputs or MEASURED),

@@ -18,9 +18,9 @@ from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.identity import fingerprint
 from kvzip.load.config import LayerKind, cache_argument, layers_of, rope_parameters
 from kvzip.load.lazy import FullLayer, SlidingLayer, Taken
-from kvzip.remote import open_url
 from kvzip.snapshot import Layout, Origin, Snapshot
 from kvzip.store import Match, Store
+from kvzip.store.remote import open_url
 
 
 class Opened:

@@ -18,7 +18,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from kvzip import dtypes, products
+from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.batch import load_batch, load_batch_or_prefill
 from kvzip.load.config import LayerKind, cache_argument, kind_of, layer_kinds, rope_parameters
@@ -37,6 +37,7 @@ from kvzip.load.documents import (
 )
 from kvzip.load.lazy import Loader, Recovery, tell
 from kvzip.load.witness import watch
+from kvzip.models import products
 from kvzip.options import integer
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
 

@@ -29,8 +29,8 @@ from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import chunks
-from kvzip.remote import open_bucket
 from kvzip.snapshot import Origin
+from kvzip.store.remote import open_bucket
 from kvzip.workers import Workers
 
 if TYPE_CHECKING:

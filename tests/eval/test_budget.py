@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvzip.cost import PrefillModel
+from kvzip.choice.cost import PrefillModel
 from kvzip.eval.budget import SIZES, Progress, Speed, choose, plan
-from kvzip.eval.inputs import halves
+from kvzip.eval.speed.inputs import halves
 
 
 def sizes_for(speed, codecs=7, new_tokens=24):

@@ -9,8 +9,8 @@ import torch
 from support import cache_like, make_snapshot
 
 import kvzip
-from kvzip import on_device
 from kvzip.codecs.native.cuda.shim_device import ShimDevice
+from kvzip.container import on_device
 
 GUIDE = Path(__file__).parents[2] / "docs" / "gpu.md"
 

@@ -11,10 +11,10 @@ import numpy as np
 from support import cache_like, make_snapshot
 
 import kvzip
-from kvzip import on_device
 from kvzip.codecs.native.cuda import gpu
 from kvzip.codecs.native.cuda.arrays import DeviceArray, empty
 from kvzip.codecs.native.cuda.shim_device import ShimDevice
+from kvzip.container import on_device
 from kvzip.dtypes import get
 
 

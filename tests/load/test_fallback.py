@@ -16,10 +16,10 @@ from servers import DyingStore, failing_server, silent_server  # noqa: E402
 from support import damaged, warnings_of  # noqa: E402
 
 import kvzip  # noqa: E402
-from kvzip import container, remote  # noqa: E402
+from kvzip import container  # noqa: E402
 from kvzip.errors import StoreError  # noqa: E402
 from kvzip.load.hf import cache_argument, load_cache, load_or_prefill  # noqa: E402
-from kvzip.store import Store  # noqa: E402
+from kvzip.store import Store, remote  # noqa: E402
 
 
 def tokens_of(case: Any, ids: Any, past: Any, **options: Any) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from support import make_snapshot, random_bits
-from test_store_files import in_a_fork
+from support import in_a_fork, make_snapshot, random_bits
 
 import kvzip
 from kvzip.load.lazy import Loader

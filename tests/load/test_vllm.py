@@ -25,7 +25,7 @@ from standin import BLOCK, HEADS, LAYERS, WORDS, config  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip.errors import KVZipError, StoreError, UnsupportedError  # noqa: E402
-from kvzip.load import pages  # noqa: E402
+from kvzip.load.vllm import pages  # noqa: E402
 from kvzip.store import Store  # noqa: E402
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -34,11 +34,11 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.fixture(scope="module")
 def ours() -> Any:
     if importlib.util.find_spec("vllm"):
-        return importlib.import_module("kvzip.load.vllm")
+        return importlib.import_module("kvzip.load.vllm.connector")
     with pytest.MonkeyPatch.context() as patch:
         for name, module in standin.modules().items():
             patch.setitem(sys.modules, name, module)
-        return importlib.import_module("kvzip.load.vllm")
+        return importlib.import_module("kvzip.load.vllm.connector")
 
 
 @pytest.fixture

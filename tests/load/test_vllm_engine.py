@@ -33,10 +33,9 @@ import transformers
 from servers import failing_server
 
 import kvzip
-from kvzip import remote
-from kvzip.load import vllm as ours
 from kvzip.load.hf import cache_argument
-from kvzip.store import Store, _chain
+from kvzip.load.vllm import connector as ours
+from kvzip.store import Store, _chain, remote
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parent.parent / "docs" / "vllm.md").read_text()

@@ -1,0 +1,1 @@
+"""The evaluation: does it pay? A wing for each question."""

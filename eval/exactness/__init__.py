@@ -1,0 +1,1 @@
+"""Is a compressed cache exact, bit for bit and token for token?"""

@@ -1,0 +1,1 @@
+"""How much smaller for how much computing: bits per number against multiplications."""

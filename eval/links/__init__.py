@@ -1,0 +1,1 @@
+"""How soon is the first token there, over a real link of limited rate?"""

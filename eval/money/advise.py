@@ -1,0 +1,414 @@
+"""`kvzip advise`: for one model, length, link and price base, whether to prefill or to load, raw or
+with which codec; by how much, and how sure.
+
+The choice is :func:`kvzip.choice.cost.best`, the one that ``codec="auto"`` makes. How sure: every
+figure that the choice rests on is off by a factor that depends on where it comes from (the spreads
+below: a model, named in the advice); the choice is made again for many draws of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kvzip import dtypes
+from kvzip.choice.cost import (
+    TERA,
+    By,
+    CodecFigures,
+    Option,
+    Situation,
+    Split,
+    best,
+    break_even_bandwidth,
+    break_even_egress,
+    device_cost,
+    fit_prefill,
+    number,
+    options,
+    pipeline_fill,
+    prefill_at_peak,
+    split_seconds,
+    storage_share,
+    token_cost,
+)
+from kvzip.errors import KVZipError
+from kvzip.eval.money.breakeven import Use
+from kvzip.eval.money.prices import Price, PriceBase, PriceBook, Shape
+from kvzip.eval.quantities import confidence, dollars, duration, rate, significant
+from kvzip.eval.speed.inputs import Inputs
+
+DRAWS = 1000
+SPREAD = {
+    "measured": 0.05,
+    "measured, another length": 0.15,
+    "modelled": 0.35,
+    "ratio, this model": 0.01,
+    "ratio, another model": 0.05,
+    "decoder, this machine": 0.1,
+    "decoder, another machine": 0.5,
+    "link": 0.15,
+}
+"""Standard deviation of the logarithm of a figure, by where it comes from. Assumptions."""
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """The best option by seconds or by dollars."""
+
+    by: By
+    best: str
+    """"prefill", or a codec's name; "raw" loads bytes as they are."""
+    value: float
+    prefill: float
+    raw: float | None
+    """By loading raw bytes; None where raw is not among the codecs."""
+    times_prefill: float
+    """prefill / value; 1 where prefill is best."""
+    sure: float
+    """Share of draws of the inputs in which the same option is best, by Laplace's rule of
+    succession: what was so in all of them is not certain."""
+    turns: str
+    """Where the verdict between loading and prefill turns."""
+
+
+class Advice(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    dtype: str
+    tokens: int
+    raw_bytes: float
+    bandwidth: float
+    price_base: str
+    seconds: Choice
+    dollars: Choice
+    split: Split
+    """Computing the first layers while loading the others with the fastest codec."""
+    options: list[Option]
+    basis: list[str]
+    """Where each figure comes from."""
+
+    def lines(self) -> list[str]:
+        """Three lines: time, money, and what they rest on."""
+        return [_time_line(self), _money_line(self), "Rests on: " + "; ".join(self.basis) + "."]
+
+
+def advise(
+    *,
+    shape: Shape,
+    model: str,
+    tokens: int,
+    dtype: str,
+    bandwidth: float,
+    base: PriceBase,
+    inputs: Inputs,
+    latency: float = 0.0,
+    compute: Price | None = None,
+    codecs: Sequence[str] | None = None,
+    use: Use | None = None,
+    threads: int = 1,
+) -> Advice:
+    """What to do with one document of that model.
+
+    The prefill's time is measured where `inputs` are of that model, else modelled on `compute`, a
+    device's peak (default: that of the price base). `codecs`: those to look at, all of `inputs` by
+    default. Raises KVZipError for figures that cannot be, or when the prefill's time is not known.
+    """
+    use = use or Use()
+    number("tokens", tokens, zero=False)
+    raw_bytes = float(shape.numbers_per_token * tokens * dtypes.get(dtype).itemsize)
+    own = _same_model(shape, inputs)
+    prefill, how, spread = _prefill(shape, tokens, inputs if own else None, compute, base)
+    figures = [
+        CodecFigures(f.name, f.ratio, f.decode_rate * number("threads", threads, zero=False))
+        for f in inputs.figures(dtype, tokens)
+        if codecs is None or f.name in codecs
+    ]
+    if not figures:
+        known = ", ".join(f.name for f in inputs.figures(dtype, tokens))
+        raise KVZipError(f"none of these codecs was measured on {dtype}; there are: {known}")
+    month = base.storage.value if base.storage else 0.0
+    prefill_usd, priced = _prefill_usd(shape, tokens, prefill, base)
+    situation = Situation(
+        raw_bytes=raw_bytes,
+        layers=shape.layers,
+        bandwidth=bandwidth,
+        latency=latency,
+        prefill_seconds=prefill,
+        prefill_usd=prefill_usd,
+        egress=base.egress.value,
+        storage=storage_share(month, use.hours, use.reads),
+        device_usd_per_hour=base.device.value,
+    )
+    found = options(situation, figures)
+    draws = _draws(situation, figures, base, spread, own)
+    quickest = min((o for o in found[1:]), key=lambda o: o.seconds or math.inf)
+    rate = next(f.decode_rate for f in figures if f.name == quickest.name)
+    fixed = latency + pipeline_fill(raw_bytes, shape.layers, rate)
+    return Advice(
+        model=model,
+        dtype=dtype,
+        tokens=tokens,
+        raw_bytes=raw_bytes,
+        bandwidth=bandwidth,
+        price_base=base.title,
+        seconds=_choice("seconds", situation, figures, found, draws),
+        dollars=_choice("dollars", situation, figures, found, draws),
+        split=split_seconds(
+            quickest.seconds or 0.0, prefill, shape.layers, fixed=min(fixed, quickest.seconds or 0)
+        ),
+        options=found,
+        basis=[
+            how,
+            f"ratios and decoders measured on {inputs.model}, {inputs.machine.cpu}, "
+            f"{inputs.threads} thread"
+            + ("" if threads == 1 else f", taken {threads} times as fast on {threads}")
+            + ("" if own else ": another model's"),
+            f"prices of {base.name}: egress ${base.egress.value:g}/GB, {priced}",
+        ],
+    )
+
+
+def _same_model(shape: Shape, inputs: Inputs) -> bool:
+    """Whether the inputs are of a model of this shape, whatever it is called."""
+    return (shape.layers, shape.numbers_per_token) == (inputs.layers, inputs.numbers_per_token)
+
+
+def _prefill(
+    shape: Shape, tokens: int, inputs: Inputs | None, compute: Price | None, base: PriceBase
+) -> tuple[float, str, float]:
+    """Seconds of the prefill, where they come from, and their spread."""
+    peak = compute or base.compute
+    if inputs is not None and compute is None:
+        fit = inputs.prefill
+        lengths = [n for n, _ in fit.points]
+        inside = min(lengths) <= tokens <= max(lengths)
+        kind = "measured" if inside else "measured, another length"
+        words = f"prefill fitted to {len(lengths)} lengths measured on {inputs.machine.cpu}"
+        if not inside:
+            words += f", {min(lengths):,.0f} to {max(lengths):,.0f} tokens: beyond, an estimate"
+        return fit.model.seconds(tokens), words, max(SPREAD[kind], fit.worst)
+    if peak is not None:
+        speed = peak.value * TERA * peak.utilisation
+        model = prefill_at_peak(shape.parameters, shape.layers, shape.width, speed)
+        words = f"prefill a model: {peak.utilisation:.0%} of {peak.value:g} TFLOP/s"
+        return model.seconds(tokens), words, SPREAD["modelled"]
+    if base.prefill is not None:
+        fitted = fit_prefill(base.prefill.points).model
+        words = f"prefill fitted to {base.prefill.model} on {base.prefill.device}"
+        return fitted.seconds(tokens), words, SPREAD["measured, another length"]
+    raise KVZipError(
+        f"the prefill's time is not known: preset {base.name} has no device to model it on; name "
+        "one (--device h100), or measured inputs of the model (kvzip eval inputs)"
+    )
+
+
+def _prefill_usd(shape: Shape, tokens: int, seconds: float, base: PriceBase) -> tuple[float, str]:
+    """Dollars of the prefill at the price base, and what they are: a list price by the token; or
+    the time of the base's own device, modelled where it is not the one whose time is known."""
+    if base.api_input is not None:
+        words = f"${base.api_input.value:g} per million tokens"
+        return token_cost(tokens, base.api_input.value), words
+    words = f"${base.device.value:g} an hour of {base.device_name}"
+    if base.compute is not None:
+        seconds, how, _ = _prefill(shape, tokens, None, base.compute, base)
+        words += f", its {how}"
+    return device_cost(seconds, base.device.value), words
+
+
+def _draws(
+    s: Situation, figures: Sequence[CodecFigures], base: PriceBase, prefill: float, own: bool
+) -> list[list[Option]]:
+    """The options again and again, every input off by its spread; the same draws each time."""
+    rng = np.random.default_rng(0)
+
+    def off(spread: float) -> Any:
+        return np.exp(spread * rng.standard_normal(DRAWS))
+
+    ratio_spread = SPREAD["ratio, this model" if own else "ratio, another model"]
+    decode_spread = SPREAD["decoder, this machine" if own else "decoder, another machine"]
+    seconds, link = off(prefill), off(SPREAD["link"])
+    # Codecs of one library on one machine are off together.
+    ratio, decode = off(ratio_spread), off(decode_spread)
+    egress, rent = off(_price_spread(base.egress)), off(_price_spread(base.device))
+    tokens_price = off(_price_spread(base.api_input)) if base.api_input else seconds * rent
+    found = []
+    for i in range(DRAWS):
+        drawn = msgspec.structs.replace(
+            s,
+            bandwidth=s.bandwidth * link[i],
+            prefill_seconds=(s.prefill_seconds or 0.0) * seconds[i],
+            prefill_usd=(s.prefill_usd or 0.0) * tokens_price[i],
+            egress=s.egress * egress[i],
+            device_usd_per_hour=s.device_usd_per_hour * rent[i],
+        )
+        # raw stays raw: only what a codec gains is uncertain.
+        codecs = [
+            CodecFigures(f.name, 1 + (f.ratio - 1) * ratio[i], f.decode_rate * decode[i])
+            for f in figures
+        ]
+        found.append(options(drawn, codecs))
+    return found
+
+
+def _price_spread(price: Price | None) -> float:
+    """A price's spread: its range is taken as two deviations to each side."""
+    if price is None or price.range is None or price.range[0] <= 0:
+        return 0.0
+    return math.log(price.range[1] / price.range[0]) / 4
+
+
+def _choice(
+    by: By,
+    s: Situation,
+    figures: Sequence[CodecFigures],
+    found: Sequence[Option],
+    draws: Sequence[Sequence[Option]],
+) -> Choice:
+    chosen = best(found, by)
+    value, prefill = (float(getattr(o, by)) for o in (chosen, found[0]))
+    raw = next((float(getattr(o, by)) for o in found if o.name == "raw"), None)
+    same = sum(best(drawn, by).name == chosen.name for drawn in draws)
+    return Choice(
+        by,
+        chosen.name,
+        value,
+        prefill,
+        raw,
+        prefill / value if value > 0 else 1.0,
+        (same + 1) / (len(draws) + 2),
+        _turns(by, chosen.name, s, figures),
+    )
+
+
+def _turns(by: By, chosen: str, s: Situation, figures: Sequence[CodecFigures]) -> str:
+    """Where the verdict between loading and prefill turns, with the codec for which it is first."""
+    limits: dict[str, float] = {}
+    for f in figures:
+        if by == "seconds":
+            fill = pipeline_fill(s.raw_bytes, s.layers, f.decode_rate)
+            found = break_even_bandwidth(
+                s.prefill_seconds or 0.0,
+                s.raw_bytes,
+                f.ratio,
+                decode_rate=f.decode_rate,
+                upload_rate=s.upload_rate,
+                latency=s.latency,
+                fill=fill,
+            )
+        else:
+            decode = device_cost(s.raw_bytes / f.decode_rate, s.device_usd_per_hour)
+            found = break_even_egress(s.prefill_usd or 0.0, s.raw_bytes, f.ratio, decode, s.storage)
+        if found.value is not None:
+            limits[f.name] = found.value
+    if not limits:
+        return "never: decoding alone takes as much as the prefill"
+    name = (min if by == "seconds" else max)(limits, key=lambda n: limits[n])
+    loads = "loading wins" if chosen == "prefill" else "prefill wins"
+    if by == "seconds":
+        side = "above" if chosen == "prefill" else "below"
+        return f"{loads} {side} {rate(limits[name])} ({name})"
+    side = "below" if chosen == "prefill" else "above"
+    return f"{loads} {side} {dollars(limits[name])}/GB of egress ({name})"
+
+
+def _time_line(a: Advice) -> str:
+    c = a.seconds
+    if c.best == "prefill":
+        text = f"Time: prefill, {duration(c.value)} to the first token"
+    else:
+        text = (
+            f"Time: load {_named(c.best)}, {duration(c.value)} to the first token against "
+            f"{duration(c.prefill)} of prefill ({significant(c.times_prefill, 2)}x)"
+        )
+    if c.raw is not None and c.best != "raw":
+        text += f", {duration(c.raw)} raw"
+    if a.split.layers_computed > 0 and a.split.seconds < 0.95 * c.value:
+        text += f"; {duration(a.split.seconds)} with the first {a.split.layers_computed} layers "
+        text += "computed meanwhile"
+    return f"{text}. The verdict is {confidence(c.sure)} sure; {c.turns}."
+
+
+def _money_line(a: Advice) -> str:
+    c = a.dollars
+    cheapest = min((o for o in a.options[1:]), key=lambda o: o.dollars or 0.0)
+    if c.best == "prefill":
+        least = dollars(cheapest.dollars or 0.0)
+        text = f"Dollars: prefill, {dollars(c.value)} against {least} for the cheapest load "
+        text += f"({cheapest.name})"
+    else:
+        text = f"Dollars: load {_named(c.best)}, {dollars(c.value)} against {dollars(c.prefill)} "
+        text += f"of prefill ({significant(c.times_prefill, 2)}x)"
+    return f"{text}, at {a.price_base}. The verdict is {confidence(c.sure)} sure; {c.turns}."
+
+
+def _named(codec: str) -> str:
+    return "raw bytes" if codec == "raw" else f"with {codec}"
+
+
+# --- what a person types -------------------------------------------------------------------------
+
+_UNITS = {
+    "b/s": 1.0,
+    "kb/s": 1e3,
+    "Mb/s": 1e6,
+    "Gb/s": 1e9,
+    "Tb/s": 1e12,
+    "MB/s": 8e6,
+    "GB/s": 8e9,
+    "": 1e9,
+}
+
+
+def bandwidth(text: str, book: PriceBook) -> float:
+    """Bits per second: "10Gb/s", "400 Mb/s", "7GB/s", a bare number of Gb/s, or a link of the
+    price book."""
+    if text in book.link:
+        return book.link[text].value * 1e9
+    found = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([A-Za-z/]*)\s*", text)
+    try:
+        if found is None or found[2] not in _UNITS:
+            raise ValueError
+        return number("link", float(found[1]) * _UNITS[found[2]], zero=False)
+    except ValueError:
+        raise KVZipError(
+            f"link {text!r}: write a number with one of {', '.join(filter(None, _UNITS))}, or one "
+            f"of the price book's: {', '.join(book.link)}"
+        ) from None
+
+
+def shape_of(model: str, book: PriceBook) -> Shape:
+    """The shape of a model of the price book, or of a hub id or folder by its config. Layers of
+    sliding windows count as full ones."""
+    if model in book.model:
+        return book.model[model]
+    import torch
+    import transformers
+
+    from kvzip.eval.speed import inputs
+
+    if "/" not in model:
+        raise KVZipError(
+            f"no model {model!r}; write a hub id, a folder, or one of: {', '.join(book.model)}"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            made = transformers.AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise KVZipError(f"model {model!r}: {first}") from None
+    text = config.get_text_config(decoder=True)
+    heads = int(text.num_attention_heads)
+    width = inputs.width(made)
+    return Shape(
+        layers=int(text.num_hidden_layers),
+        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_dim=width // heads,
+        query_heads=heads,
+        parameters=float(inputs.parameters(made)),
+        date="",
+        source=f"{model}, config.json",
+    )

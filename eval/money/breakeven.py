@@ -1,0 +1,260 @@
+"""When does loading a captured document's KV cache beat computing it again? :func:`breakeven` puts
+what a run measured and what the price book says into the formulas of :mod:`kvzip.choice.cost`.
+
+Dollars and time to first token are two questions with two answers; each verdict in dollars names
+its price base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from kvzip.choice.cost import (
+    TERA,
+    CodecFigures,
+    break_even_bandwidth,
+    break_even_egress,
+    break_even_ratio,
+    break_even_reads,
+    device_cost,
+    load_cost,
+    number,
+    pipeline_fill,
+    storage_share,
+    token_cost,
+)
+from kvzip.errors import KVZipError
+from kvzip.eval.money.prices import PriceBase
+from kvzip.eval.quantities import rate as in_words
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """What a run measured of one document: the input of :func:`breakeven`."""
+
+    model: str
+    device: str
+    """The machine that prefilled and decoded, e.g. its CPU's or GPU's name."""
+    tokens: int
+    layers: int
+    raw_bytes: int
+    prefill_seconds: float
+    codecs: tuple[CodecFigures, ...]
+    prefill_flops: float | None = None
+    """Operations of the prefill (:func:`kvzip.choice.cost.prefill_flops`); lets a device that is
+    not at hand be modelled."""
+    latency: float = 0.0
+    """Seconds before the first byte and for the first step on the loaded cache."""
+    decoder: str = ""
+    """The machine that decoded, and what it decoded, where that is not `device` and this
+    document."""
+
+
+Basis = Literal["list price", "measured", "model", "upper bound"]
+Verdict = Literal["load", "prefill", "unknown"]
+
+
+class Use(msgspec.Struct, frozen=True):
+    """How a stored cache is used; without storage and its price, loads only."""
+
+    reads: float = 1.0
+    """Loads of one stored cache in the time it is kept."""
+    hours: float = 0.0
+    """How long it is kept. 0: storage is left out."""
+
+
+class Dollars(msgspec.Struct, frozen=True):
+    """One load against one prefill, in dollars, at one price base."""
+
+    prefill_usd: float
+    decode_usd: float
+    storage_usd: float
+    """Storage that one read bears."""
+    load_usd: float
+    """Egress of the encoded bytes, the storage that a read bears, and the decoder's compute."""
+    egress_usd_per_gb: float
+    """The base's own egress price."""
+    break_even_usd_per_gb: float | None
+    """Egress price at which both cost the same; None where decoding alone costs as much."""
+    break_even_free_decode_usd_per_gb: float
+    """The same if decoding cost nothing: no codec of this ratio does better."""
+    break_even_ratio: float | None
+    """Ratio at which both cost the same at the base's egress price."""
+    break_even_reads: float | None
+    """Reads that pay back the first prefill and all storage; None where a load saves nothing."""
+    verdict: Verdict
+    """"load" where it is cheaper at the base's egress price, "prefill" where it is not, "unknown"
+    where the prefill's cost is an upper bound and the load is below it."""
+    prefill_basis: Basis
+    basis: str
+    """In words: what was measured, what is a price, what is a model."""
+
+
+class Time(msgspec.Struct, frozen=True):
+    """One load against one prefill, in seconds to the first token, as measured on one machine."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    fill_seconds: float
+    """The last layer's decoding, which the transfer cannot hide."""
+    break_even_mbps: float | None
+    """10^6 bits per second above which loading is faster; None where it never is."""
+    decode_bound: bool
+    """No link makes loading faster, because decoding alone takes as long as the prefill."""
+    beats_raw_below_mbps: float | None
+    """10^6 bits per second up to which the codec is faster than sending raw bytes: its decode
+    rate. None for a codec that saves nothing."""
+    verdict: str
+    basis: str
+
+
+class BreakEven(msgspec.Struct, frozen=True):
+    """Where loading beats prefill, for one codec and one price base.
+
+    Time needs no price: that part is the same under every base, and is repeated so that each row
+    can be read alone.
+    """
+
+    base: str
+    base_title: str
+    codec: str
+    ratio: float
+    dollars: Dollars
+    time: Time
+
+
+def breakeven(
+    measured: Measured, bases: Iterable[PriceBase], use: Use | None = None
+) -> list[BreakEven]:
+    """A row for each price base and codec, in that order.
+
+    Time is all measured here. Dollars are priced as each base says: by the token at a list price,
+    or by the second on the base's device. Seconds count as measured only if they were measured on
+    that device; otherwise they are modelled from `prefill_flops`, and without that the seconds of
+    this machine stand as an upper bound, below which the verdict is "unknown". `basis` says which.
+    Raises KVZipError for an impossible input or when there is no codec or base.
+    """
+    bases = tuple(bases)
+    if not measured.codecs or not bases:
+        raise KVZipError("break-even needs at least one codec and one price base")
+    times = [_time(measured, codec) for codec in measured.codecs]
+    return [
+        BreakEven(
+            base.name,
+            base.title,
+            codec.name,
+            codec.ratio,
+            _dollars(measured, codec, base, use or Use()),
+            time,
+        )
+        for base in bases
+        for codec, time in zip(measured.codecs, times, strict=True)
+    ]
+
+
+def _time(measured: Measured, codec: CodecFigures) -> Time:
+    rate = number(f"{codec.name}: decode rate", codec.decode_rate, zero=False)
+    decode = number("raw bytes", measured.raw_bytes, zero=False) / rate
+    fill = pipeline_fill(measured.raw_bytes, measured.layers, rate)
+    found = break_even_bandwidth(
+        measured.prefill_seconds,
+        measured.raw_bytes,
+        number(f"{codec.name}: ratio", codec.ratio, zero=False),
+        decode_rate=rate,
+        latency=measured.latency,
+        fill=fill,
+    )
+    mbps = None if found.value is None else found.value / 1e6
+    return Time(
+        prefill_seconds=measured.prefill_seconds,
+        decode_seconds=decode,
+        fill_seconds=fill,
+        break_even_mbps=mbps,
+        decode_bound=decode + fill >= measured.prefill_seconds - measured.latency,
+        beats_raw_below_mbps=rate * 8 / 1e6 if codec.ratio > 1 else None,
+        verdict=(
+            f"loading is faster over any link above {in_words(found.value)}"
+            if found.value is not None
+            else f"prefill is faster over any link: {found.reason}"
+        ),
+        basis=(
+            f"Prefill and decoding: measured on {measured.device}. The link: a model."
+            if not measured.decoder
+            else f"Prefill: measured on {measured.device}. Decoding: on {measured.decoder}. The "
+            "link: a model."
+        ),
+    )
+
+
+def _dollars(measured: Measured, codec: CodecFigures, base: PriceBase, use: Use) -> Dollars:
+    prefill, kind, words = prefill_price(measured, base)
+    raw, egress = measured.raw_bytes, base.egress.value
+    decode = device_cost(raw / codec.decode_rate, base.device.value)
+    month = 0.0
+    if number("hours kept", use.hours) > 0:
+        if base.storage is None:
+            raise KVZipError(f"preset.{base.name} names no storage price")
+        month = base.storage.value
+        words += f" Storage: ${month:g}/GB-month ({base.storage.source})."
+    storage = storage_share(month, use.hours, use.reads)
+    load = load_cost(raw / codec.ratio, egress, decode, storage)
+    unstored = load_cost(raw / codec.ratio, egress, decode)
+    kept = (load - unstored) * use.reads
+    free = break_even_egress(prefill, raw, codec.ratio, storage=storage).value
+    verdict: Verdict = "load" if load < prefill else "prefill"
+    return Dollars(
+        prefill_usd=prefill,
+        decode_usd=decode,
+        storage_usd=load - unstored,
+        load_usd=load,
+        egress_usd_per_gb=egress,
+        break_even_usd_per_gb=break_even_egress(prefill, raw, codec.ratio, decode, storage).value,
+        break_even_free_decode_usd_per_gb=free or 0.0,
+        break_even_ratio=break_even_ratio(prefill, raw, egress, decode, storage).value,
+        break_even_reads=break_even_reads(prefill, unstored, prefill + kept).value,
+        verdict="unknown" if kind == "upper bound" and verdict == "load" else verdict,
+        prefill_basis=kind,
+        basis=f"{words} Decoding: its seconds on {measured.decoder or measured.device}, as "
+        f"measured, at ${base.device.value:.2f} an hour, as if the {base.device_name} waited for "
+        f"it. "
+        f"Egress: ${egress:g}/GB ({base.egress.source}).",
+    )
+
+
+def prefill_price(measured: Measured, base: PriceBase) -> tuple[float, Basis, str]:
+    """Dollars of the document's prefill at `base`, what kind of figure that is, and in words."""
+    rent = base.device.value
+    if base.api_input is not None:
+        price = base.api_input
+        return (
+            token_cost(measured.tokens, price.value),
+            "list price",
+            f"Prefill: {measured.tokens:,} tokens at ${price.value:g} per million "
+            f"({'derived from ' if price.basis == 'derived' else ''}{price.source}); an estimate, "
+            f"since nobody sells {measured.model} at just that price.",
+        )
+    if base.device_name.lower() in measured.device.lower():
+        return (
+            device_cost(measured.prefill_seconds, rent),
+            "measured",
+            f"Prefill: {measured.prefill_seconds:.3g} s measured on {measured.device} at "
+            f"${rent:.2f} an hour.",
+        )
+    if base.compute is not None and measured.prefill_flops is not None:
+        speed = base.compute.value * TERA * base.compute.utilisation
+        seconds = number("prefill operations", measured.prefill_flops, zero=False) / speed
+        return (
+            device_cost(seconds, rent),
+            "model",
+            f"Prefill: a model, no {base.device_name} was measured: "
+            f"{measured.prefill_flops / TERA:.3g} TFLOP at {base.compute.utilisation:.0%} of "
+            f"{base.compute.value:g} TFLOP/s = {seconds * 1e3:.3g} ms at ${rent:.2f} an hour.",
+        )
+    return (
+        device_cost(measured.prefill_seconds, rent),
+        "upper bound",
+        f"Prefill: an upper bound, no {base.device_name} was measured: the "
+        f"{measured.prefill_seconds:.3g} s of {measured.device} at ${rent:.2f} an hour.",
+    )

@@ -1,0 +1,517 @@
+"""From one reader to a thousand million: what a fleet pays, moves and computes in each way of
+having documents' caches.
+
+Documents have a skewed popularity (Zipf), readers are spread evenly over regions, and a region's
+cache nodes share the documents among them, each keeping what was read last (LRU). Small fleets are
+simulated, event by event, with SimPy; large ones are a closed form; where both can be had they
+agree (tests/eval/money/test_fleet.py). What comes out of either is a count of reads, writes and
+misses, and :func:`bill` turns that into dollars, bytes and seconds. All of it is a model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tomllib
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.choice.cost import (
+    GB,
+    HOUR,
+    MONTH_HOURS,
+    TERA,
+    CodecFigures,
+    device_cost,
+    load_cost,
+    number,
+    prefill_at_peak,
+    token_cost,
+)
+from kvzip.errors import KVZipError
+from kvzip.eval.money import paper as stated
+from kvzip.eval.money.prices import Price, PriceBook, Shape, default_prices
+
+EXACT_RANKS = 1 << 12
+"""Documents of the highest ranks that the closed form looks at one by one; the others in bins."""
+_BINS = 512
+SIMULATE_UP_TO = 20_000
+"""Reads up to which :func:`count` simulates by itself."""
+_MOST_EVENTS = 5_000_000
+
+
+class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Readers, documents, caches and prices."""
+
+    readers: float
+    reads_per_reader: float = 1.0
+    hours: float = 24.0
+    """In which the reads come, evenly."""
+    documents: int = 1
+    zipf: float = 1.0
+    """The document of rank k is read in proportion to 1 / k^zipf; 0: all alike."""
+    reads_per_write: float = math.inf
+    """Reads of a document, all over the fleet, between two changes of it; a change makes its caches
+    worthless."""
+    regions: int = 1
+    nodes_per_region: int = 1
+    node_bytes: float = math.inf
+    """Of encoded caches that one node can keep."""
+    node_bandwidth: float = math.inf
+    """Bits per second of a node's link to the machines that compute."""
+
+    raw_bytes: float
+    """Of one document's cache."""
+    prefill_seconds: float
+    """Of one document, on the device."""
+    reuse_seconds: float = 0.0
+    """Of the device, to go on from a loaded cache."""
+    prefill_usd: float | None = None
+    """A provider's price of one prefill; None: its seconds at the device's price."""
+    cached_usd: float | None = None
+    """A provider's price of one read from its cache: what readers are asked for, not a cost."""
+    device_usd_per_hour: float
+    egress: float
+    """Dollars per GB from the publisher's store to another network."""
+    internal: float = 0.0
+    """Dollars per GB from the provider's store to its own regions."""
+    storage: float = 0.0
+    """Dollars per GB and month in the store."""
+
+    @property
+    def reads(self) -> float:
+        return self.readers * self.reads_per_reader
+
+    def check(self) -> Fleet:
+        """This fleet; KVZipError that names the first field that cannot be."""
+        for name in ("readers", "reads_per_reader", "hours", "raw_bytes", "prefill_seconds"):
+            number(name, getattr(self, name), zero=False)
+        for name in ("reads_per_write", "node_bytes", "node_bandwidth"):
+            number(name, getattr(self, name), zero=False, infinite=True)
+        for name in ("documents", "regions", "nodes_per_region"):
+            if getattr(self, name) < 1:
+                raise KVZipError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("zipf", "reuse_seconds", "egress", "internal", "storage"):
+            number(name, getattr(self, name))
+        number("device_usd_per_hour", self.device_usd_per_hour)
+        for name in ("prefill_usd", "cached_usd"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name))
+        return self
+
+    def node_documents(self, ratio: float) -> float:
+        """Caches that one node can keep."""
+        return (
+            math.floor(self.node_bytes * ratio / self.raw_bytes)
+            if (self.node_bytes < math.inf)
+            else math.inf
+        )
+
+
+# --- how often ---------------------------------------------------------------------------------
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What happens in the fleet's hours."""
+
+    method: Literal["simulation", "closed form"]
+    reads: float
+    writes: float
+    """Of documents, the first included: each is one prefill and one upload."""
+    hits: float
+    """Reads that the region's node had the cache for."""
+    link_use: float
+    """Share of the time that a node's link is busy, mean over nodes."""
+    wait_seconds: float | None
+    """Mean time that a read waits for its node's link; None where the link cannot keep up."""
+
+    @property
+    def misses(self) -> float:
+        return self.reads - self.hits
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.reads if self.reads else 0.0
+
+
+def count(
+    fleet: Fleet, ratio: float = 1.0, method: Literal["auto", "simulation", "closed form"] = "auto"
+) -> Counts:
+    """Reads, writes and hits of the fleet with caches of that ratio; "auto" simulates small
+    fleets."""
+    fleet.check()
+    number("ratio", ratio, zero=False)
+    if method == "auto":
+        method = "simulation" if fleet.reads <= SIMULATE_UP_TO else "closed form"
+    return simulate(fleet, ratio) if method == "simulation" else closed_form(fleet, ratio)
+
+
+def popularity(documents: int, zipf: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(share of all reads of one document, documents like it), by rank.
+
+    The first EXACT_RANKS one by one, the others in bins of even width on a logarithmic scale, whose
+    share is the integral of the law over the bin.
+    """
+    exact = np.arange(1, min(documents, EXACT_RANKS) + 1, dtype=float)
+    weight, alike = exact**-zipf, np.ones_like(exact)
+    if documents > EXACT_RANKS:
+        edges = np.unique(np.round(np.geomspace(EXACT_RANKS, documents, _BINS + 1)))
+        low, high = edges[:-1] + 0.5, edges[1:] + 0.5
+        # The integral of x^-zipf, in a form that does not cancel where zipf is nearly 1.
+        width = np.log(high / low)
+        bent = np.expm1((1 - zipf) * width) / (1 - zipf) if zipf != 1 else width
+        total = low ** (1 - zipf) * bent
+        weight = np.concatenate([weight, total / (high - low)])
+        alike = np.concatenate([alike, high - low])
+    return weight / (weight * alike).sum(), alike
+
+
+def closed_form(fleet: Fleet, ratio: float = 1.0) -> Counts:
+    """Counts by Che's approximation (Che, Tung, Wang 2002), with changes and a cold start.
+
+    In an LRU cache a document stays until as many others as fit have been read since: for the
+    characteristic time T, the same for all. With reads at rate l and changes at rate m, both
+    Poisson, and q = l + m, a read at time t hits if the document's last event was a read within
+    min(T, t): probability ``l / q * (1 - exp(-q min(T, t)))``. T is where the documents that are in
+    the cache, ``sum of l / q * (1 - exp(-q T))``, are as many as fit. Integrated over the hours H,
+    with c = min(T, H): ``hits = l^2 / q * (c - (1 - exp(-q c)) / q + (H - c) * (1 - exp(-q c)))``.
+
+    A link serves one read at a time, in the time that its bytes take: M/D/1, mean wait
+    ``use * service / (2 * (1 - use))`` (Pollaczek-Khinchine).
+    """
+    fleet.check()
+    share, alike = popularity(fleet.documents, fleet.zipf)
+    seconds = fleet.hours * HOUR
+    reads = fleet.reads * share / fleet.regions / seconds  # of one document in one region
+    changes = fleet.reads * share / fleet.reads_per_write / seconds
+    both = reads + changes
+    room = fleet.node_documents(ratio) * fleet.nodes_per_region
+    time = _characteristic_time(reads, both, alike, room)
+    c = min(time, seconds)
+    stays = -np.expm1(-both * c)
+    hits = reads**2 / both * (c - stays / both + (seconds - c) * stays)
+    use, service = _link(fleet, ratio)
+    wait = use * service / (2 * (1 - use)) if use < 1 else None
+    return Counts(
+        "closed form",
+        fleet.reads,
+        fleet.documents + fleet.reads / fleet.reads_per_write,
+        float((hits * alike).sum() * fleet.regions),
+        use,
+        wait,
+    )
+
+
+def _characteristic_time(
+    reads: NDArray[Any], both: NDArray[Any], alike: NDArray[Any], room: float
+) -> float:
+    """Seconds that a document stays without being read; infinite where all fit."""
+    if room >= (reads / both * alike).sum():
+        return math.inf
+    if room < 1:
+        return 0.0
+
+    def held(time: float) -> float:
+        return float((reads / both * -np.expm1(-both * time) * alike).sum())
+
+    low, high = 0.0, 1.0 / float((reads * alike).sum())
+    while held(high) < room:
+        low, high = high, 2 * high
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if held(middle) < room else (low, middle)
+    return high
+
+
+def _link(fleet: Fleet, ratio: float) -> tuple[float, float]:
+    """Share of the time that a node's link is busy, and seconds of one read on it."""
+    service = fleet.raw_bytes / ratio * 8 / fleet.node_bandwidth
+    rate = fleet.reads / (fleet.regions * fleet.nodes_per_region) / (fleet.hours * HOUR)
+    return rate * service, service
+
+
+def simulate(fleet: Fleet, ratio: float = 1.0, seed: int = 0) -> Counts:
+    """Counts of one run of the fleet, read by read. Raises KVZipError for more than five million
+    reads: their closed form is as good."""
+    try:
+        import simpy
+    except ImportError:
+        raise KVZipError("a simulation needs SimPy: pip install 'kvzip[eval]'") from None
+    fleet.check()
+    if fleet.reads * (1 + 1 / fleet.reads_per_write) > _MOST_EVENTS:
+        raise KVZipError(
+            f"{fleet.reads:,.0f} reads are too many to simulate (at most {_MOST_EVENTS:,}); use "
+            "the closed form"
+        )
+    rng = np.random.default_rng(seed)
+    weight = np.arange(1, fleet.documents + 1, dtype=float) ** -fleet.zipf
+    below = np.cumsum(weight / weight.sum())
+    seconds = fleet.hours * HOUR
+    # So many reads, evenly spread: a Poisson process that is known to have had them.
+    reads = max(round(fleet.reads), 1)
+    changes = rng.poisson(fleet.reads / fleet.reads_per_write)
+    read_times, change_times = (np.sort(rng.uniform(0, seconds, n)) for n in (reads, changes))
+    read_of, change_of = (np.searchsorted(below, rng.random(n)) for n in (reads, changes))
+    regions = rng.integers(fleet.regions, size=reads)
+    environment = simpy.Environment()
+    room = fleet.node_documents(ratio)
+    _, service = _link(fleet, ratio)
+    nodes = [
+        [_Node(simpy.Resource(environment), room) for _ in range(fleet.nodes_per_region)]
+        for _ in range(fleet.regions)
+    ]
+    hits, waited = 0, 0.0
+
+    def read(node: _Node, which: int) -> Iterator[Any]:
+        nonlocal hits, waited
+        hits += node.read(which)
+        if service > 0:
+            asked = environment.now
+            with node.link.request() as turn:
+                yield turn
+                waited += environment.now - asked
+                yield environment.timeout(service)
+
+    def readers() -> Iterator[Any]:
+        for time, region, which in zip(read_times, regions, read_of, strict=True):
+            yield environment.timeout(float(time) - environment.now)
+            environment.process(read(nodes[region][which % fleet.nodes_per_region], int(which)))
+
+    def writers() -> Iterator[Any]:
+        for time, which in zip(change_times, change_of, strict=True):
+            yield environment.timeout(float(time) - environment.now)
+            for region in nodes:
+                region[which % fleet.nodes_per_region].forget(int(which))
+
+    environment.process(readers())
+    environment.process(writers())
+    environment.run()
+    links = fleet.regions * fleet.nodes_per_region
+    return Counts(
+        "simulation",
+        reads,
+        fleet.documents + int(changes),
+        hits,
+        reads * service / links / seconds,
+        waited / reads,
+    )
+
+
+class _Node:
+    """One cache node: its link, and the documents it has, the last read at the end."""
+
+    def __init__(self, link: Any, room: float):
+        self.link, self.room = link, room
+        self.held: OrderedDict[int, None] = OrderedDict()
+
+    def read(self, which: int) -> bool:
+        """Whether it had the document; it has it afterwards."""
+        hit = which in self.held
+        self.held[which] = None
+        self.held.move_to_end(which)
+        if len(self.held) > self.room:
+            self.held.popitem(last=False)
+        return hit
+
+    def forget(self, which: int) -> None:
+        self.held.pop(which, None)
+
+
+# --- what it costs -----------------------------------------------------------------------------
+
+Way = Literal["prefill", "egress", "provider", "recompute"]
+WAYS: dict[Way, str] = {
+    "prefill": "every reader prefills",
+    "egress": "the publisher's store sends caches to the readers' regions, and pays egress for it",
+    "provider": "caches stay in the provider's network, beside its machines",
+    "recompute": "the provider's nodes keep what fits; what they lack is prefilled again",
+}
+
+
+class Bill(msgspec.Struct, frozen=True):
+    """One way of having the caches, with one codec, for all of the fleet's hours."""
+
+    way: Way
+    codec: str
+    """"" for "prefill", where nothing is encoded."""
+    dollars: float
+    """Compute, bytes and storage."""
+    compute_usd: float
+    network_usd: float
+    storage_usd: float
+    device_seconds: float
+    """Of the device: prefills and going on from caches."""
+    decode_seconds: float
+    """Of decoding, as measured; charged as the device's time, which waits for it."""
+    store_bytes: float
+    """From the store to regions: what misses."""
+    node_bytes: float
+    """From nodes to the machines that compute: every read."""
+    hit_rate: float
+    readers_pay_usd: float | None
+    """At the provider's price of reading from its cache; None where there is none."""
+
+
+def bill(fleet: Fleet, counts: Counts, way: Way, codec: CodecFigures | None = None) -> Bill:
+    """Dollars, bytes and seconds of one way.
+
+    A prefill costs its price, or its seconds on the device; every other second is the device's. A
+    write is one prefill, then the store keeps the newest version of each document for all hours.
+    Raises KVZipError for a way but "prefill" without a codec ("raw" is one).
+    """
+    once = (
+        device_cost(fleet.prefill_seconds, fleet.device_usd_per_hour)
+        if fleet.prefill_usd is None
+        else fleet.prefill_usd
+    )
+    if way == "prefill":
+        dollars = counts.reads * once
+        seconds = counts.reads * fleet.prefill_seconds
+        return Bill("prefill", "", dollars, dollars, 0.0, 0.0, seconds, 0.0, 0.0, 0.0, 0.0, None)
+    if codec is None:
+        raise KVZipError(f"way {way!r} needs a codec; raw is one")
+    encoded = fleet.raw_bytes / number(f"{codec.name}: ratio", codec.ratio, zero=False)
+    rate = number(f"{codec.name}: decode rate", codec.decode_rate, zero=False, infinite=True)
+    decode = counts.reads * fleet.raw_bytes / rate
+    reuse = counts.reads * fleet.reuse_seconds
+    prefills = counts.misses if way == "recompute" else counts.writes
+    compute = prefills * once + device_cost(reuse + decode, fleet.device_usd_per_hour)
+    from_store = 0.0 if way == "recompute" else counts.misses * encoded
+    network = load_cost(from_store, fleet.egress if way == "egress" else fleet.internal)
+    stored = 0.0 if way == "recompute" else fleet.documents * encoded
+    storage = load_cost(stored, fleet.storage * fleet.hours / MONTH_HOURS)
+    asked = None
+    if way != "egress" and fleet.cached_usd is not None:
+        asked = counts.reads * fleet.cached_usd
+    return Bill(
+        way,
+        codec.name,
+        compute + network + storage,
+        compute,
+        network,
+        storage,
+        prefills * fleet.prefill_seconds + reuse,
+        decode,
+        from_store,
+        counts.reads * encoded,
+        counts.hit_rate,
+        asked,
+    )
+
+
+def bills(fleet: Fleet, codecs: list[CodecFigures]) -> list[tuple[Counts, Bill]]:
+    """Every way with every codec, cheapest first; a better ratio lets more documents fit."""
+    if not codecs:
+        raise KVZipError("a fleet needs at least one codec; raw is one")
+    counts = {codec.name: count(fleet, codec.ratio) for codec in codecs}
+    any_counts = counts[codecs[0].name]
+    found = [(any_counts, bill(fleet, any_counts, "prefill"))]
+    found += [
+        (counts[codec.name], bill(fleet, counts[codec.name], way, codec))
+        for way in WAYS
+        if way != "prefill"
+        for codec in codecs
+    ]
+    return sorted(found, key=lambda pair: pair[1].dollars)
+
+
+# --- presets -----------------------------------------------------------------------------------
+
+
+def presets(prices: PriceBook | None = None) -> dict[str, Fleet]:
+    """Fleets by name. Those beside the paper's are made up, to span the scales."""
+    book = prices or default_prices()
+    base = book.base("paper-m1pro")
+    if base.api_input is None:
+        raise KVZipError("preset.paper-m1pro has no api_input price")
+    prefill = token_cost(stated.LONG, base.api_input.value)
+    the_paper = Fleet(
+        readers=stated.AGENTS,
+        raw_bytes=stated.BYTES_PER_TOKEN * stated.LONG,
+        prefill_seconds=stated.PREFILL[stated.LONG],
+        reuse_seconds=stated.REUSE[stated.LONG],
+        prefill_usd=prefill,
+        cached_usd=prefill * stated.CACHED_PRICE,
+        device_usd_per_hour=base.device.value,
+        egress=base.egress.value,
+        storage=0.0 if base.storage is None else base.storage.value,
+    )
+    h100 = book.base("h100-rented")
+    shape = book.model["qwen3-4b"]
+    if h100.compute is None or h100.storage is None:
+        raise KVZipError("preset.h100-rented has no compute or no storage")
+    rented = msgspec.structs.replace(
+        the_paper,
+        prefill_seconds=_modelled(shape, 8192, h100.compute),
+        raw_bytes=float(2 * shape.numbers_per_token * 8192),
+        reuse_seconds=0.01,
+        prefill_usd=None,
+        cached_usd=None,
+        device_usd_per_hour=h100.device.value,
+        egress=h100.egress.value,
+        storage=h100.storage.value,
+        node_bandwidth=100e9,
+        internal=book.egress["aws-zones"].value,
+    )
+    return {
+        "paper-80m": the_paper,
+        "one-reader": msgspec.structs.replace(rented, readers=1.0),
+        "team": msgspec.structs.replace(
+            rented,
+            readers=50.0,
+            reads_per_reader=100.0,
+            documents=200,
+            reads_per_write=50.0,
+            node_bytes=50 * GB,
+        ),
+        "company": msgspec.structs.replace(
+            rented,
+            readers=1e5,
+            reads_per_reader=20.0,
+            documents=100_000,
+            zipf=0.9,
+            reads_per_write=100.0,
+            regions=3,
+            nodes_per_region=4,
+            node_bytes=4e12,
+        ),
+        "world": msgspec.structs.replace(
+            rented,
+            readers=1e9,
+            reads_per_reader=10.0,
+            documents=100_000_000,
+            zipf=0.9,
+            reads_per_write=1000.0,
+            regions=20,
+            nodes_per_region=500,
+            node_bytes=30e12,
+            node_bandwidth=400e9,
+        ),
+    }
+
+
+def changed(fleet: Fleet, path: str | os.PathLike[str]) -> Fleet:
+    """The fleet with the fields of a TOML file. Raises KVZipError that names file and field."""
+    try:
+        fields = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        # TOML's inf is a float; whole numbers stand for floats.
+        return msgspec.convert({**msgspec.structs.asdict(fleet), **fields}, Fleet).check()
+    except OSError as error:
+        raise KVZipError(f"fleet {path}: {error.strerror or error}") from None
+    except (msgspec.ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        allowed = ", ".join(Fleet.__struct_fields__)
+        raise KVZipError(f"fleet {path}: {error}; its fields are: {allowed}") from None
+    except KVZipError as error:
+        raise KVZipError(f"fleet {path}: {error}") from None
+
+
+def _modelled(shape: Shape, tokens: int, compute: Price) -> float:
+    speed = compute.value * TERA * compute.utilisation
+    model = prefill_at_peak(shape.parameters, shape.layers, shape.width, speed)
+    return model.seconds(tokens)

@@ -1,0 +1,303 @@
+"""Graphs of the entropy ladder, of the frontier and of measured links, as SVG text.
+
+Each function gives a chart that a page styles (classes as in `svg.py`); :func:`standalone` makes
+a file of its own of one or several.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+
+from kvzip.entropy import Ladder
+from kvzip.entropy.ladder import PREDICTED, PROFILE
+from kvzip.entropy.tables import LEVELS
+from kvzip.eval.frontier.measure import Frontier, Point, Run, hull
+from kvzip.eval.links.measure import PREFILL, Links, predict
+from kvzip.eval.report import svg
+
+WIDE = 760
+_STYLES = {
+    "tables": "s0",
+    "linear": "s1",
+    "piecewise": "s2",
+    "copy": "s3",
+    "recomputation": "s4",
+}
+"""By family of predictors."""
+_NAMES = {
+    "channel": "channel",
+    "density": "density",
+    "within": "channels before",
+    "one": "one layer",
+    "two": "two layers",
+    "full": "three layers",
+    "wide": "five layers",
+    "int4": "int4 copy",
+    "fp8": "fp8 copy",
+    "int8": "int8 copy",
+    "fp32": "fp32 again",
+    "pieces": "in pieces",
+}
+_STYLE = """
+svg { --page: #faf9f6; --ink: #1c1e22; --soft: #585e68; --rule: #dfdcd4;
+  --s0: #6b7078; --s1: #b3471d; --s2: #9a6a00; --s3: #0072b2; --s4: #007a5a; }
+@media (prefers-color-scheme: dark) { svg { --page: #15171b; --ink: #e9e7e2; --soft: #a5abb5;
+  --rule: #353a42; --s0: #a2a8b2; --s1: #f08a5d; --s2: #e5b64a; --s3: #62b0e8; --s4: #4cc79a; } }
+.page { fill: var(--page); }
+text { fill: var(--ink); font: 12px system-ui, sans-serif; }
+.heading { font-size: 14px; font-weight: 650; }
+.tick, .axis, .note { fill: var(--soft); } .note { font-size: 11px; }
+.grid { stroke: var(--rule); fill: none; }
+.guide { stroke: var(--soft); stroke-dasharray: 2 3; fill: none; }
+.label, .note { paint-order: stroke; stroke: var(--page); stroke-width: 3px; }
+.line { fill: none; stroke-width: 2; } .line.ideal { stroke: var(--ink); stroke-width: 1; }
+.leader { fill: none; opacity: .75; } .mark { stroke: var(--page); fill-opacity: .8; }
+.cell { fill: var(--s3); } .band { stroke: none; fill-opacity: .18; }
+"""
+_STYLE += "".join(
+    f".s{i} {{ stroke: var(--s{i}); }} .band.s{i} {{ fill: var(--s{i}); stroke: none; }}\n"
+    f".mark.s{i}, .bar.s{i} {{ fill: var(--s{i}); stroke: var(--page); }}\n"
+    for i in range(5)
+)
+
+
+def standalone(svgs: Sequence[str], headings: Sequence[str] = ()) -> str:
+    """An SVG file with the charts one below the other, each under its heading if there is one."""
+    tall, parts, width = 8, [], 0
+    for i, drawn in enumerate(svgs):
+        box = re.search(r'viewBox="0 0 (\d+) (\d+)"', drawn)
+        if box is None:
+            raise ValueError("not a chart of svg.py")
+        width = max(width, int(box[1]))
+        if i < len(headings):
+            parts.append(f'<text class="heading" x="12" y="{tall + 16}">{headings[i]}</text>')
+            tall += 28
+        parts.append(drawn.replace("<svg ", f'<svg y="{tall}" ', 1))
+        tall += int(box[2]) + 8
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall}" width="{width}" '
+        f'height="{tall}"><style>{_STYLE}</style><rect class="page" width="100%" height="100%"/>'
+        f"{''.join(parts)}</svg>\n"
+    )
+
+
+# --- the ladder ----------------------------------------------------------------------------------
+
+
+def ladder_svg(ladder: Ladder, name: str = "ladder", size: tuple[int, int] | None = None) -> str:
+    """Bits per number, a bar for each rung."""
+    style = dict.fromkeys(LEVELS, "s0") | dict.fromkeys(PREDICTED, "s1") | {PROFILE: "s3"}
+    rows = [(rung.name, style[rung.name], rung.bits) for rung in ladder.rungs]
+    top = math.ceil(max(rung.bits for rung in ladder.rungs))
+    every = 2 if top > 8 else 1
+    axis = svg.Axis(
+        f"bits per number, ideal ({ladder.dtype})",
+        0,
+        top,
+        [(i, str(i)) for i in range(0, top + 1, every)],
+        False,
+    )
+    spoken = "; ".join(f"{label}: {bits:.2f}" for label, _, bits in rows)
+    size = size or (WIDE, 86 + 26 * len(rows))
+    return svg.bars(name, "Bits per number by model", spoken, axis, rows, size=size)
+
+
+def heat_svg(
+    ladder: Ladder,
+    rung: str | None = None,
+    name: str = "heat",
+    size: tuple[int, int] | None = None,
+) -> str:
+    """Bits per number by layer and head, keys above values, under one rung (default: the lowest
+    that tells heads apart)."""
+    able = [r for r in ladder.rungs if all(layer.k.heads and layer.v.heads for layer in r.layers)]
+    chosen = next(r for r in able if r.name == rung) if rung else min(able, key=lambda r: r.bits)
+    heads = [max(len(getattr(layer, p).heads) for layer in chosen.layers) for p in ("k", "v")]
+    labels = [f"{p.upper()} {h}" for p, n in zip("kv", heads, strict=True) for h in range(n)]
+    empty = min(min(layer.k.heads + layer.v.heads) for layer in chosen.layers)
+    values = [
+        [(getattr(layer, p).heads[h : h + 1] or [empty])[0] for layer in chosen.layers]
+        for p, n in zip("kv", heads, strict=True)
+        for h in range(n)
+    ]
+    numbers = [str(i) for i in range(len(chosen.layers))]
+    size = size or (WIDE, 96 + max(16, min(26, 400 // len(labels))) * len(labels))
+    title = f"Bits per number by layer and head: {chosen.name}"
+    spoken = f"{chosen.bits:.2f} on average, {chosen.k:.2f} of keys and {chosen.v:.2f} of values"
+    return svg.heat_map(
+        name, title, spoken, ("layer", numbers), ("head", labels), values, size=size
+    )
+
+
+def spectrum_svg(
+    ladder: Ladder, name: str = "spectrum", size: tuple[int, int] = (WIDE, 340)
+) -> str:
+    """Eigenvalues of what is left of a layer, beside those of the layer itself: the median over
+    layers, and from the lowest to the highest. The first layer, which has none before, stays out.
+    """
+    spectra = ladder.spectra[1:] or ladder.spectra
+    count = min(len(s.residual) for s in spectra)
+    lines = []
+    for key, label, style in (
+        ("before", "the numbers", "s0"),
+        ("residual", "what is left", "s1"),
+    ):
+        by_layer = [getattr(s, key)[:count] for s in spectra]
+        columns = [[max(v, 1e-6) for v in column] for column in zip(*by_layer, strict=True)]
+        places = [(i + 1.0, statistics.median(c)) for i, c in enumerate(columns)]
+        band = [(i + 1.0, min(c), max(c)) for i, c in enumerate(columns)]
+        lines.append(svg.Curve(key, label, style, places, band))
+    every = [v for line in lines for _, v in line.places]
+    ticks = [1, *range(count // 6, count + 1, max(count // 6, 1))]
+    x = svg.Axis("eigenvalue, largest first", 1, max(count, 2), [(t, str(t)) for t in ticks], False)
+    y = svg.log_axis(
+        "variance along it, 1 is a channel's own",
+        min(every) / 2,
+        max(every) * 2,
+        lambda v: f"{v:g}",
+    )
+    title = "Spectrum of a layer before and after prediction from the layers before"
+    spoken = "Medians over layers: " + "; ".join(
+        f"{line.label}: {line.places[0][1]:.3g} to {line.places[-1][1]:.3g}" for line in lines
+    )
+    return svg.curves(name, title, spoken, x, y, lines, size=size)
+
+
+def ladder_files(ladder: Ladder) -> dict[str, bytes]:
+    """All figures of a ladder as SVG files, by file name."""
+    found = {"ladder.svg": ladder_svg(ladder)}
+    if any(layer.k.heads or layer.v.heads for rung in ladder.rungs for layer in rung.layers):
+        found["heat.svg"] = heat_svg(ladder)
+    if ladder.spectra:
+        found["spectrum.svg"] = spectrum_svg(ladder)
+    return {name: standalone([svg]).encode() for name, svg in found.items()}
+
+
+# --- the frontier --------------------------------------------------------------------------------
+
+
+def frontier_svg(
+    result: Frontier, run: Run, name: str = "frontier", size: tuple[int, int] = (WIDE, 440)
+) -> str:
+    """Bits per number against share of the prefill's multiplications; a point's area is the bytes
+    that its predictor must know; the line is the lower convex hull of those that need little room.
+    """
+    points = [p for p in run.points if p.family != "floor" and not p.key.endswith("-within")]
+    points.sort(key=lambda p: -p.profile_bytes)  # small ones in front
+    least = min(p.share for p in points if p.share > 0)
+    nothing = least / 3
+    largest = max(p.profile_bytes for p in points)
+    best = {p.key for p in hull(run.points, result.prefill_products)}
+    narrow = size[0] < 500
+
+    def place(p: Point) -> float:
+        return max(p.share, nothing)
+
+    def label(p: Point) -> str:
+        if narrow and p.key not in best:
+            return ""
+        title = _NAMES.get(p.key, p.key.replace("rank-", "rank ").replace("regions-", "regions "))
+        return f"{title} {p.bits:.2f}"
+
+    marks = [
+        svg.Point(
+            p.key,
+            label(p),
+            _STYLES[p.family],
+            place(p),
+            p.bits,
+            round(3 + 17 * math.sqrt(p.profile_bytes / largest), 1),
+        )
+        for p in points
+    ]
+    high = max(p.share for p in points) * 1.6
+    axis = svg.log_axis(
+        "multiplications, as a share of the model's own prefill", nothing / 1.5, high, _percent
+    )
+    ticks = [(nothing, "0"), *(t for t in axis.ticks if t[0] >= least)]
+    x = svg.Axis(axis.title, axis.low, axis.high, ticks)
+    bits = [p.bits for p in run.points]
+    low, top = math.floor(min(bits)), math.ceil(max(bits) + 0.3)
+    y = svg.Axis(
+        "bits per number, ideal", low, top, [(i, str(i)) for i in range(low, top + 1)], False
+    )
+    floors = [p for p in run.points if p.family == "floor" and not p.key.endswith("-within")]
+    guides = [svg.Guide(f"rounding noise {p.bits:.2f}", p.bits) for p in floors]
+    spoken = "; ".join(f"{p.title}: {p.bits:.2f} bits at {_percent(p.share)}" for p in points)
+    chain = [(place(p), p.bits) for p in hull(points, result.prefill_products)]
+    title = f"Bits per number against compute, {run.dtype}"
+    return svg.scatter(name, title, spoken, x, y, marks, size=size, chain=chain, guides=guides)
+
+
+def frontier_file(result: Frontier) -> str:
+    """All runs' charts as one SVG file."""
+    svgs = [frontier_svg(result, run, f"frontier-{run.dtype}") for run in result.runs]
+    headings = [
+        f"{result.model}, {run.dtype}"
+        + (f" (cast from {run.cast_from})" if run.cast_from else "")
+        + ": bits against compute; areas are bytes to know"
+        for run in result.runs
+    ]
+    return standalone(svgs, headings)
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+_WAYS = {PREFILL: "s0", "raw": "s3", "channel": "s2", "predictive": "s1"}
+
+
+def links_svg(
+    links: Links, delay: float, name: str = "links", size: tuple[int, int] = (WIDE, 400)
+) -> str:
+    """Seconds to the first token against bandwidth, at one delay: lines as predicted, a point for
+    each measurement, its median large."""
+    here = [p for p in links.points if p.delay == delay]
+    rates = sorted({p.mbps for p in here})
+    low, high = rates[0] / 1.25, rates[-1] * 1.25
+    ways = list(dict.fromkeys(p.way for p in here))
+    style = {w: _WAYS.get(w, f"s{i % svg.COLOURS}") for i, w in enumerate(ways)}
+    grid = [low * (high / low) ** (i / 200) for i in range(201)]
+    lines = [
+        svg.Curve(w, w, style[w], [(m, predict(links.apart, w, m, delay)) for m in grid])
+        for w in ways
+    ]
+    points = [
+        svg.Point(f"{p.way}-{p.mbps:g}", "", style[p.way], p.mbps, seconds, radius)
+        for p in here
+        for seconds, radius in [*((t, 2.0) for t in p.times), (p.seconds, 4.5)]
+    ]
+    every = [p.y for p in points] + [y for line in lines for _, y in line.places]
+    x = svg.log_axis("nominal bandwidth of the link", low, high, _mbps)
+    y = svg.log_axis(
+        "time to first token", min(every) / 1.2, max(every) * 1.2, lambda s: f"{s:g} s"
+    )
+    title = "Time to first token against bandwidth: lines predicted, points measured"
+    spoken = "; ".join(
+        f"{p.way} at {_mbps(p.mbps)}: {p.seconds:.3g} s, predicted {p.predicted:.3g}" for p in here
+    )
+    return svg.curves(name, title, spoken, x, y, lines, size=size, points=points)
+
+
+def links_file(links: Links) -> str:
+    """The charts of every delay as one SVG file."""
+    delays = list(dict.fromkeys(point.delay for point in links.points))
+    svgs = [links_svg(links, delay, f"links-{i}") for i, delay in enumerate(delays)]
+    about = (
+        f"{links.model}, {links.dtype}, {links.tokens:,} tokens: lines predicted, points measured"
+    )
+    return standalone(svgs, [f"{about}{_far(delay)}" for delay in delays])
+
+
+def _far(delay: float) -> str:
+    return f", {1e3 * delay:g} ms each way" if delay else ""
+
+
+def _mbps(rate: float) -> str:
+    return f"{rate / 1e3:g} Gb/s" if rate >= 1000 else f"{rate:g} Mb/s"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

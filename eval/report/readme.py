@@ -1,0 +1,180 @@
+"""The README's figures, from stored results: its answer in words, its table, and its picture.
+
+`make figures` measures all of it anew; `make redraw` only draws what is stored in docs/results.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvzip.choice.cost import MTOK
+from kvzip.errors import KVZipError
+from kvzip.eval.money.breakeven import BreakEven
+from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
+from kvzip.eval.report.page import bit_rate, by_base, write_report
+from kvzip.eval.results.demo import DemoResult
+from kvzip.files import replacing
+
+_PICTURE = '[data-chart="time-wide"]'
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """One number that the README states."""
+
+    name: str
+    value: float
+    unit: str
+    basis: str
+    """measured, or what it was worked out from."""
+
+
+def figures(result: DemoResult) -> list[Figure]:
+    """Every number of the README's answer, unrounded."""
+    measured = f"measured, {result.date}"
+    found = [
+        Figure("tokens", result.tokens, "", measured),
+        Figure("prefill", result.prefill_seconds, "s", measured),
+    ]
+    found += [Figure(f"ratio, {c.name}", c.ratio, "x", measured) for c in result.codecs]
+    found += [Figure(f"decode, {c.name}", c.decode_gbps, "GB/s", measured) for c in result.codecs]
+    found += [
+        Figure(f"break-even link, {row.codec}", row.time.break_even_mbps, "Mb/s", row.time.basis)
+        for row in by_base(result.breakeven)[0]
+        if row.time.break_even_mbps is not None
+    ]
+    return [*found, Figure("ratio that opens the trap", ratio_needed(), "x", "the paper's inputs")]
+
+
+def answer(result: DemoResult) -> str:
+    """The README's answer: what was measured, then time, a list price, and a prefill at cost."""
+    groups = {rows[0].base: rows for rows in by_base(result.breakeven)}
+    try:
+        listed, rented = groups["paper-m1pro"], groups["h100-rented"]
+    except KeyError as error:
+        raise KVZipError(f"the demo's result has no price base {error}") from None
+    per_token = result.raw_bytes / result.tokens
+    price = listed[0].dollars.prefill_usd / result.tokens * MTOK
+    text = "Python's documentation" if result.text.startswith("pydoc") else result.text
+    lines = [
+        f"**The answer**, for {result.model.id.removeprefix('pkg:')}, {result.dtype}, "
+        f"{result.tokens:,} tokens of {text}, on {result.machine.cores} {result.machine.cpu} "
+        f"core{'s' if result.machine.cores != 1 else ''}:",
+        f"1. *In time*: {_time(listed)}",
+        f"2. *In dollars, at the paper's list price* (${price:g} per million tokens, "
+        f"${listed[0].dollars.egress_usd_per_gb:g} per GB): {_dollars(listed)} Qwen3-4B's cache, "
+        f"{BYTES_PER_TOKEN / per_token:.1f} times as many bytes a token, would need "
+        f"{ratio_needed():.2f}x.",
+        f"3. *In dollars, against a rented H100's own prefill* ({rented[0].dollars.prefill_basis}):"
+        f" {_dollars(rented)}",
+    ]
+    return "\n".join(
+        textwrap.fill(line, 120, subsequent_indent="" if n == 0 else "   ", break_on_hyphens=False)
+        for n, line in enumerate(lines)
+    )
+
+
+def _time(rows: list[BreakEven]) -> str:
+    able = {row.codec: row for row in rows if row.time.break_even_mbps is not None}
+    prefill = f"Prefill takes {rows[0].time.prefill_seconds:.1f} s"
+    if not able:
+        return f"no. {prefill}; decoding takes as long with every codec."
+    named = [able[name] for name in ("raw", "channel", "predictive") if name in able]
+    limits = ", ".join(
+        f"{bit_rate(1e6 * (row.time.break_even_mbps or 0))} "
+        + ("raw" if row.codec == "raw" else f"with `{row.codec}` ({row.ratio:.2f}x)")
+        for row in named or able.values()
+    )
+    text = f"yes. {prefill}; loading the cache beats it on any link above {limits}, to the bit."
+    slow = [row for row in rows if row.codec == "predictive" and row.codec not in able]
+    for row in slow:
+        text += f" `predictive` ({row.ratio:.2f}x) decodes slower than this small model prefills."
+    return text
+
+
+def _dollars(rows: list[BreakEven]) -> str:
+    if any(row.dollars.verdict == "load" for row in rows):
+        return "yes for this cache."
+    if all(row.dollars.verdict == "prefill" for row in rows):
+        return "no codec makes paid egress pay."
+    return "not known: the prefill's price is only an upper bound."
+
+
+_WAYS = {
+    "`zstd`, `lz4`": "looking for repeats, of which there are none",
+    "`planes`": "putting like bytes together first",
+    "`channel`": "a probability table per channel for sign and exponent",
+    "`predictive`": "predicting each layer from the layers before it, in integers, with a profile",
+}
+
+
+def table(result: DemoResult) -> str:
+    """The README's table of codecs: their ratios in the demo, and how they work."""
+    ratios = {codec.name: codec.ratio for codec in result.codecs}
+    lines = [f"| codec | {result.dtype} ratio | codes a number by |", "|---|---|---|"]
+    for names, way in _WAYS.items():
+        found = [f"{ratios[name]:.2f}" for name in names.replace("`", "").split(", ")]
+        lines.append(f"| {names} | {', '.join(found)} | {way} |")
+    return "\n".join(lines)
+
+
+_BLOCKS = {"answer": answer, "codecs": table}
+
+
+def put_figures(result: DemoResult, readme: str | os.PathLike[str]) -> bool:
+    """Put answer and table between their marks in a Markdown file; whether that changed anything.
+    Raises as `put_between`."""
+    return put_between(readme, {name: block(result) for name, block in _BLOCKS.items()})
+
+
+def put_between(path: str | os.PathLike[str], blocks: Mapping[str, str]) -> bool:
+    """Put each block between ``<!-- name -->`` and ``<!-- /name -->`` in a Markdown file; whether
+    that changed anything.
+
+    Raises KVZipError when the marks are not there, once each, in order.
+    """
+    text = new = Path(path).read_text(encoding="utf-8")
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, found, rest = new.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not (found and ended):
+            raise KVZipError(f"{path} has no {begin} and {end} to put the {name} between")
+        new = f"{before}{begin}\n{block}\n{end}{after}"
+    if new == text:
+        return False
+    with replacing(path) as file:
+        file.write(new.encode())
+    return True
+
+
+def put_picture(result: DemoResult, picture: str | os.PathLike[str]) -> None:
+    """The report's map of time as a PNG, by a headless Chromium. Raises KVZipError without one."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise KVZipError(
+            "a picture needs playwright and Chromium: pip install playwright"
+        ) from None
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    options: Mapping[str, Any] = {"executable_path": chromium} if chromium else {}
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
+        page_file = write_report(result, Path(folder) / "report.html")
+        browser = play.chromium.launch(args=["--no-sandbox"], **options)
+        page = browser.new_page(
+            viewport={"width": 1000, "height": 900},
+            device_scale_factor=1.5,
+            java_script_enabled=False,
+        )
+        page.goto(page_file.as_uri())
+        shot = page.locator(_PICTURE).screenshot()
+        browser.close()
+    with replacing(picture) as file:
+        file.write(shot)

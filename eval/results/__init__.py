@@ -1,0 +1,1 @@
+"""Every stored result: what it is, what it was made on and with, and how it is kept."""

@@ -1,0 +1,1 @@
+"""How small and how fast: ratios, speeds of codecs and of prefill."""

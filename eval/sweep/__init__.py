@@ -1,0 +1,1 @@
+"""The same measurement at every point of a grid."""

@@ -1,0 +1,93 @@
+"""``codec="auto"``: the codec with which a cache is there soonest, over a given link.
+
+The choice is that of :func:`kvzip.choice.cost.best`, on figures that were measured on a small model
+and come with the library (`measured.json`, a result of ``kvzip eval inputs``); `kvzip advise`
+chooses in the same way on figures and prices of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvzip.choice.cost import CodecFigures, Situation, best, number, options
+from kvzip.codec import Codec, get_codec
+from kvzip.errors import UnsupportedError
+from kvzip.snapshot import Layout
+
+MEASURED = Path(__file__).with_name("measured.json")
+LINK_GBPS = 5.0
+"""The link that is meant when none is given, Gb/s: one connection to an object store."""
+FALLBACK = "channel"
+"""For a dtype that nothing was measured on."""
+
+
+class _Row(msgspec.Struct, frozen=True):
+    codec: str
+    dtype: str
+    tokens: int
+    ratio: float
+    decode_gbps: float
+
+
+class _Measured(msgspec.Struct, frozen=True):
+    rows: list[_Row]
+
+
+@cache
+def measured_figures(dtype: str) -> tuple[CodecFigures, ...]:
+    """Every codec on the longest cache of that dtype in `measured.json`; one thread."""
+    found = msgspec.json.decode(MEASURED.read_bytes(), type=_Measured)
+    able = [row for row in found.rows if row.dtype == dtype]
+    longest = max((row.tokens for row in able), default=0)
+    return tuple(
+        CodecFigures(row.codec, row.ratio, 1e9 * row.decode_gbps)
+        for row in able
+        if row.tokens == longest
+    )
+
+
+def resolve(
+    codec: str | Codec | Mapping[str, Any], layout: Layout, profile: str | None = None
+) -> Codec:
+    """The codec that `codec` names; "auto" names the one that is best for a cache of that layout.
+
+    "auto:gbps=10,threads=4" tells the link, in Gb/s, and the threads of the reader, which are taken
+    to decode that many times as fast. `profile`: the codec that the profile is for, if there is
+    one; others that need one take no part.
+    Raises UnsupportedError for settings that auto does not have.
+    """
+    if not (isinstance(codec, str) and codec.partition(":")[0] == "auto"):
+        return get_codec(codec)
+    settings = _settings(codec.partition(":")[2])
+    figures = [
+        CodecFigures(f.name, f.ratio, f.decode_rate * settings["threads"])
+        for f in measured_figures(layout.dtype)
+        if f.name == profile or not get_codec(f.name).needs_profile
+    ]
+    if not figures or not layout.raw_bytes:
+        return get_codec(FALLBACK)
+    situation = Situation(
+        raw_bytes=layout.raw_bytes,
+        layers=len(layout.layers),
+        bandwidth=1e9 * settings["gbps"],
+    )
+    return get_codec(best(options(situation, figures), "seconds").name)
+
+
+def _settings(text: str) -> dict[str, float]:
+    settings = {"gbps": LINK_GBPS, "threads": 1.0}
+    for item in filter(None, text.split(",")):
+        name, _, value = item.partition("=")
+        if name not in settings:
+            raise UnsupportedError(
+                f"codec 'auto' has no setting {name!r}; it has: {', '.join(settings)}"
+            )
+        try:
+            settings[name] = number(f"auto: {name}", float(value), zero=False)
+        except ValueError:
+            raise UnsupportedError(f"codec 'auto': {name} is {value!r}; write a number") from None
+    return settings

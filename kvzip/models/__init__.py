@@ -1,0 +1,5 @@
+"""Language models by reference, loaded with transformers, and how their bf16 matrices multiply."""
+
+from kvzip.models.models import LoadedModel, load_model
+
+__all__ = ["LoadedModel", "load_model"]

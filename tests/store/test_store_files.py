@@ -1,0 +1,274 @@
+"""A store in a folder: its permissions, file systems without hard links, forks, power cuts."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import numpy as np
+import pytest
+from support import assert_same, in_a_fork, make_snapshot, random_bits
+
+import kvzip
+from kvzip import files
+from kvzip.errors import FormatError, StoreError, UsageError
+from kvzip.store import Store, healing
+from kvzip.store.remote import Bucket
+from kvzip.store.store import _path
+
+OF = {"model": "test/model", "revision": "r1", "dtype": "bf16"}
+
+
+def document(seed=1, tokens=50):
+    return make_snapshot(random_bits, seed, "bf16", tokens=tokens)
+
+
+def small_files(folder):
+    """All but the documents."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".kvz")
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# --- permissions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("of_folder", "given", "wanted"),
+    [
+        (0o700, None, 0o600),
+        (0o755, None, 0o640),
+        (0o770, None, 0o660),
+        (0o2775, None, 0o660),
+        (0o700, 0o644, 0o644),
+        (0o755, 0o600, 0o600),
+    ],
+)
+def test_objects_are_for_the_group_as_far_as_the_folder_is(tmp_path, of_folder, given, wanted):
+    tmp_path.chmod(of_folder)
+    store = Store(tmp_path, block_tokens=8, mode=given)
+    for _ in range(2):  # what is written anew, too
+        store.put(document(), replace=True)
+        found = [p for p in tmp_path.rglob("*") if p.is_file()]
+        assert len(found) > 10
+        assert {mode_of(p) for p in found} == {wanted}
+        assert {mode_of(p) for p in tmp_path.rglob("*") if p.is_dir()} == {of_folder}
+
+
+def test_modes_that_make_no_sense(tmp_path):
+    for mode in ("rw", -1, 0o1000, True):
+        with pytest.raises(UsageError, match="mode"):
+            Store(tmp_path, mode=mode)
+    with pytest.raises(UsageError, match="folder"):
+        Store("http://localhost:1/x", mode=0o600)
+
+
+# --- file systems ----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["nameless", "hidden"])
+def no_links(request, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    if request.param == "hidden":
+        monkeypatch.setattr(files, "_NAMELESS", 0)
+
+
+def test_a_store_needs_no_hard_links(tmp_path, no_links):
+    store = Store(tmp_path, block_tokens=8)
+    entry = store.put(document())
+    assert entry.new and not store.put(document()).new
+    with store.find(document().token_ids, **OF) as found:
+        assert_same(found.snapshot(), document())
+    assert not any(files.is_hidden(p.name) for p in tmp_path.rglob("*"))
+    assert store.remove(entry.key)
+    assert {p.name for p in small_files(tmp_path)} == {"store.json", "about.json"}
+
+
+def test_looking_makes_nothing(tmp_path):
+    store = Store(tmp_path / "new")
+    assert store.find([1] * 300, **OF) is None and store.documents() == []
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(FileNotFoundError):
+        store.put(tmp_path / "no-file")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_goes_away_while_it_is_read_is_an_error_of_the_store(tmp_path):
+    store = Store(tmp_path, block_tokens=8)
+    entry = store.put(document())
+    with store.open(entry.key) as reader:
+        shutil.rmtree(tmp_path)
+        assert_same(reader.decode(), document())  # an open file stays
+        number = reader._source._file.fileno()
+        broken = os.open("/proc/self/mem", os.O_RDONLY)  # reading at 0 fails as a lost server does
+        os.dup2(broken, number)
+        os.close(broken)
+        with pytest.raises(StoreError, match="cannot be read any more"):
+            reader._source.read(0, 8)
+    with pytest.raises(StoreError, match="there is no document"):
+        store.open(entry.key)
+    assert store.find(document().token_ids, **OF) is None
+
+
+# --- forks -----------------------------------------------------------------------------------
+
+
+def test_after_a_fork_a_folder_goes_on(tmp_path):
+    store = Store(tmp_path, block_tokens=8)
+    store.put(document())
+    store._touches[store._pool.submit(time.sleep, 5)] = os.getpid()  # a note under way
+    store.find(document().token_ids, **OF).reader.close()
+
+    def use():
+        with store.find(document().token_ids, **OF) as found:
+            shared = found.tokens
+            found.snapshot()
+        new = store.put(document(2)).new
+        return shared, new, len(store.documents()), len(store.prune())
+
+    assert in_a_fork(use) == (50, True, 2, 0)
+    with store.find(document(2).token_ids, **OF) as found:
+        assert found.snapshot() == document(2)
+
+
+@pytest.fixture
+def web():
+    """A server of one document."""
+    blob = kvzip.encode(document(tokens=3000), "raw")
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            first, last = 0, len(blob) - 1
+            if "Range" in self.headers:
+                first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+                last = min(last, len(blob) - 1)
+            self.send_response(206 if "Range" in self.headers else 200)
+            self.send_header("Content-Length", str(last + 1 - first))
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(blob)}")
+            self.send_header("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
+            self.send_header("ETag", '"a"')
+            self.end_headers()
+            self.wfile.write(blob[first : last + 1])
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_after_a_fork_a_client_is_an_error_at_once(web):
+    bucket = Bucket(web)
+    assert bucket.get("doc.kvz")
+    reader = bucket.open("doc.kvz")
+    reader.read_ahead([(0, 3000)] * 2)
+    began = time.monotonic()
+    assert in_a_fork(lambda: bucket.get("doc.kvz")) == "StoreError"
+    assert in_a_fork(reader.decode) == "StoreError"
+    assert in_a_fork(lambda: kvzip.decode(f"{web}/doc.kvz")) == "StoreError"
+    assert time.monotonic() - began < 30
+    assert reader.decode() == document(tokens=3000)
+
+
+# --- power cuts --------------------------------------------------------------------------------
+
+LOST = {
+    "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
+    "short": lambda data: data[: len(data) // 2],
+    "zeros at the end": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+    "noise": lambda data: b"\xff\xfe" * len(data),
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_any_small_file_may_be_lost(tmp_path, how):
+    """One after the other: everything is found as before, and is whole again after a put."""
+    store = Store(tmp_path / "a", block_tokens=8)
+    entries = [store.put(document(seed)) for seed in (1, 2)]
+    for path in small_files(tmp_path / "a"):
+        data, name = path.read_bytes(), path.relative_to(tmp_path / "a")
+        if not data:
+            continue
+        place = tmp_path / "b"
+        shutil.copytree(tmp_path / "a", place)
+        (place / name).write_bytes(LOST[how](data))
+        damaged = Store(place)
+        for seed in (1, 2):
+            with damaged.find(document(seed).token_ids, **OF) as found:
+                assert found.tokens == 50, name
+                assert found.snapshot() == document(seed)
+            for count in (8, 24, 33):
+                with damaged.find(document(seed).token_ids[:count], **OF) as found:
+                    assert found.tokens == count, name
+        for seed in (1, 2):
+            Store(place).put(document(seed))
+        assert (place / name).read_bytes() == data, name
+        (place / name).write_bytes(LOST[how](data))
+        other = Store(place)
+        assert other.remove(entries[0].key)  # and nothing of it stays
+        assert other.find(document(1).token_ids, **OF) is None
+        key = entries[0].key.partition("/")[2]
+        left = [
+            p for p in place.rglob("*") if key in p.name or (p.is_file() and p.suffix != ".kvz")
+        ]
+        assert not [p for p in left if key in p.name]
+        with other.find(document(2).token_ids, **OF) as found:
+            assert found.snapshot() == document(2)
+        for opened in (damaged, other):
+            opened.documents()
+        shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_settings_that_no_document_tells(tmp_path, how):
+    store = Store(tmp_path, block_tokens=8)
+    blob = kvzip.encode(document(), "raw", store_token_ids=False)
+    entry = store.put(blob, token_ids=document().token_ids)
+    path = tmp_path / "store.json"
+    whole = path.read_bytes()
+    path.write_bytes(LOST[how](whole))
+    with pytest.raises(FormatError, match=r'write \{"version":1,"block_tokens":N\}'):
+        Store(tmp_path).find(document().token_ids, **OF)
+    path.write_text('{"version":1,"block_tokens":8}')  # as it says
+    with Store(tmp_path).find(document().token_ids, **OF) as found:
+        assert found.key == entry.key
+    store.remove(entry.key)
+    path.write_bytes(LOST[how](whole))
+    assert Store(tmp_path, block_tokens=16).put(document()).new  # without documents it is new
+
+
+def test_settings_of_another_version_are_no_power_cut(tmp_path):
+    for text in ('{"version":2,"block_tokens":8}', '{"version":2,"more":1}', "[]", '"x"'):
+        (tmp_path / "store.json").write_text(text)
+        with pytest.raises(FormatError):
+            Store(tmp_path).find([1] * 300, **OF)
+        assert (tmp_path / "store.json").read_text() == text
+
+
+def test_the_tokens_of_a_block_are_found_from_a_mark():
+    from kvzip.store.store import _chain
+
+    ids = np.arange(100, dtype=np.uint32)
+    for count in (1, 7, 99, 100):
+        assert healing.block_tokens_of(ids, _chain(ids, count)[:1]) == count
+        assert healing.block_tokens_of(ids + np.uint32(1), _chain(ids, count)) is None
+
+
+def test_a_key_is_no_path():
+    with pytest.raises(kvzip.KVZipError):
+        _path("../x")
