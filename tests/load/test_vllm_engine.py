@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -34,8 +35,9 @@ from servers import failing_server
 
 import kvzip
 from kvzip.load.hf import cache_argument
-from kvzip.load.vllm import connector as ours
-from kvzip.store import Store, _chain, remote
+from kvzip.load.vllm.settings import Settings, settings_from
+from kvzip.store import Store, remote
+from kvzip.store.store import _chain
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parent.parent / "docs" / "vllm.md").read_text()
@@ -377,7 +379,7 @@ def test_the_pages_settings_for_a_server() -> None:
 
     [text] = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     config = KVTransferConfig(**json.loads(text))
-    settings = ours.msgspec.convert(config.kv_connector_extra_config, ours.Settings)
+    settings = settings_from(config.kv_connector_extra_config)
     [shell] = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
     words = shlex.split(shell.replace("$(cat kvzip.json)", "FILE").partition("vllm serve")[2])
     words[words.index("FILE")] = text
@@ -387,4 +389,4 @@ def test_the_pages_settings_for_a_server() -> None:
     assert told.kv_load_failure_policy == "recompute" and found.disable_hybrid_kv_cache_manager
     assert settings.url == "s3://bucket/caches"
     known = set(re.findall(r"^\| `(\w+)`", PAGE, re.MULTILINE))
-    assert {f.name for f in ours.msgspec.structs.fields(ours.Settings)} == known
+    assert {f.name for f in msgspec.structs.fields(Settings)} == known

@@ -8,9 +8,12 @@ wrote them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kvzip.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
 
 ARRANGEMENTS = {
     "halves": "a token's channels are its key, then its value",
@@ -46,7 +49,7 @@ def arrangement_of(backend: str, isa: str | None, itemsize: int) -> str:
 class Pages:
     """Keys and values of one layer: `cache`, [blocks, heads, tokens of a block, channels]."""
 
-    def __init__(self, cache: Any, arrangement: str, dim: int):
+    def __init__(self, cache: torch.Tensor, arrangement: str, dim: int):
         if cache.ndim != 4 or cache.shape[-1] != 2 * dim:
             raise UnsupportedError(
                 f"vLLM's cache has shape {list(cache.shape)}: "
@@ -67,18 +70,18 @@ class Pages:
         self._views = [k, v]
         """[blocks, heads, token, token, dim, dim]: tokens and dims are of two axes each."""
 
-    def take(self, blocks: Any, tokens: int) -> list[Any]:
+    def take(self, blocks: torch.Tensor, tokens: int) -> list[torch.Tensor]:
         """K and V of the first `tokens` tokens in `blocks` (ids, in the tokens' order): CPU copies,
         [heads, tokens, dim]."""
         heads, size, dim = self._shape
-        found = []
+        found: list[torch.Tensor] = []
         for view in self._views:
             picked = view.index_select(0, blocks.to(view.device)).transpose(0, 1)
             flat = picked.reshape(heads, len(blocks) * size, dim)
             found.append(flat[:, :tokens].cpu())
         return found
 
-    def put(self, blocks: Any, k: Any, v: Any) -> None:
+    def put(self, blocks: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Fill whole `blocks` with k and v, [heads, blocks * tokens of a block, dim]."""
         heads = self._shape[0]
         for view, new in zip(self._views, (k, v), strict=True):
