@@ -1,4 +1,4 @@
-"""The guides' examples run as written."""
+"""The guides' examples run as written, and pages name only what there is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ import kvzip
 from kvzip.load.sglang import KvzipStorage
 from kvzip.store import Store
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("codecs/**/*.md")]
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -111,3 +114,34 @@ def test_lmcaches_configuration():
     serde = json.loads(text)["serde"]
     assert set(serde) - {"type"} == {"codec", "threads", "max_workers"}
     assert lmcache.KvzipSerializer(kvzip.get_codec(serde["codec"]), serde["threads"])
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that a page's headings have, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@by_page
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+def paths_in(text: str) -> list[str]:
+    """The files and folders of this project that a page names: `folder/file`."""
+    folders = "kvzip|codecs|eval|benchmarks|tests|docs"
+    found = re.findall(rf"`((?:{folders})/[^`\s]*)`", text)
+    return [path for path in found if "<" not in path]
+
+
+@by_page
+def test_files_that_a_page_names_exist(page):
+    for path in paths_in(page.read_text()):
+        assert list(ROOT.glob(path.rstrip("/"))), path
