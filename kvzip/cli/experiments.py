@@ -57,7 +57,9 @@ def sweep(
         Measure points again that failed.
     """
     choose_products(native_bf16)
-    from kvzip.eval.sweep.run import Row, read_config, run
+    from kvzip.eval.results.sweep import Row
+    from kvzip.eval.sweep.grid import read_config
+    from kvzip.eval.sweep.run import run
 
     points = read_config(config)
     with steps() as tell:

@@ -57,7 +57,7 @@ def report(
 
 
 def _sql(results: list[Path], sql: str, as_json: bool) -> None:
-    from kvzip.eval.sweep.run import query
+    from kvzip.eval.sweep.query import query
 
     if len(results) != 1:
         raise UsageError("--sql takes one folder of a sweep, or one Parquet file")

@@ -16,8 +16,13 @@ from typing import Any
 import pytest
 
 from kvzip.errors import KVZipError
-from kvzip.eval.sweep import run as sweep
-from kvzip.eval.sweep.run import Point, Store, measure, query, read_config, run
+from kvzip.eval.results.sweep import Row
+from kvzip.eval.sweep import rows as stored_rows
+from kvzip.eval.sweep.grid import Point, read_config
+from kvzip.eval.sweep.measure import measure
+from kvzip.eval.sweep.query import query
+from kvzip.eval.sweep.rows import RowFolder
+from kvzip.eval.sweep.run import run
 
 pytest.importorskip("pyarrow", reason="sweeps need the extra `eval`")
 
@@ -47,7 +52,7 @@ def cheap(tmp_path: Path, repeats: int = 25) -> Path:
 
 
 def comparable(folder: Path) -> list[tuple[Any, ...]]:
-    return sorted(tuple(row[c] for c in MEASURED) for row in Store(folder).read())
+    return sorted(tuple(row[c] for c in MEASURED) for row in RowFolder(folder).read())
 
 
 # --- points ------------------------------------------------------------------------------------
@@ -119,9 +124,9 @@ def test_a_row_holds_the_point_the_figures_and_the_machine(tmp_path: Path) -> No
     assert row.raw_bytes == 2 * 64 * 8 * 2
     assert row.ratio == row.raw_bytes / row.encoded_bytes  # type: ignore[operator]
     assert row.cpu and row.cores >= 1 and '"kvzip"' in row.versions and row.process
-    store = Store(tmp_path)
-    store.add(row)
-    assert [sweep.Row(**found) for found in store.read()] == [row]
+    rows = RowFolder(tmp_path)
+    rows.add(row)
+    assert [Row(**found) for found in rows.read()] == [row]
 
 
 def test_what_fails_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +181,7 @@ def test_a_damaged_row_is_named_and_measured_anew(
     points = read_config(cheap(tmp_path, repeats=1))
     run(points, tmp_path / "out")
     rows = tmp_path / "out" / "rows"
-    whole = Store(tmp_path / "out").read()
+    whole = RowFolder(tmp_path / "out").read()
     paths = sorted(rows.glob("*.parquet"))
     assert len(paths) > 4
     good = paths[0].read_bytes()
@@ -187,37 +192,37 @@ def test_a_damaged_row_is_named_and_measured_anew(
     import pyarrow.parquet as parquet
 
     parquet.write_table(pa.table({"other": [1]}), paths[3])
-    assert len(Store(tmp_path / "out").read()) == len(whole) - 4  # who only reads goes on, too
+    assert len(RowFolder(tmp_path / "out").read()) == len(whole) - 4  # who only reads goes on, too
     assert all(str(path) in caplog.text for path in paths[:4])
     again = run(points, tmp_path / "out")
     assert (again.measured, again.kept) == (4, len(whole) - 4)
     assert sorted(again.damaged) == [str(p.with_suffix(".damaged")) for p in paths[:4]]
-    found = Store(tmp_path / "out").read()
+    found = RowFolder(tmp_path / "out").read()
     assert {row["id"] for row in found} == {row["id"] for row in whole}
     assert run(points, tmp_path / "out").measured == 0
     # All of them in one file, and that is damaged.
-    monkeypatch.setattr(sweep, "_MERGE_ABOVE", 3)
+    monkeypatch.setattr(stored_rows, "MERGE_ABOVE", 3)
     run(points, tmp_path / "out")
     (rows / "merged.parquet").write_bytes(b"x")
     assert run(points, tmp_path / "out").measured == len(whole)
 
 
 def test_many_rows_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "_MERGE_ABOVE", 3)
+    monkeypatch.setattr(stored_rows, "MERGE_ABOVE", 3)
     points = read_config(cheap(tmp_path, repeats=1))
     run(points, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out" / "rows").iterdir()] == ["merged.parquet"]
-    before = Store(tmp_path / "out").read()
+    before = RowFolder(tmp_path / "out").read()
     assert len(before) == 8
     # A kill between writing the merged file and removing the small ones.
-    Store(tmp_path / "out").add(sweep.Row(**before[0]))
-    assert Store(tmp_path / "out").read() == before
+    RowFolder(tmp_path / "out").add(Row(**before[0]))
+    assert RowFolder(tmp_path / "out").read() == before
     assert run(points, tmp_path / "out").measured == 0
 
 
 def test_one_sweep_at_a_time(tmp_path: Path) -> None:
     with (
-        Store(tmp_path).alone(),
+        RowFolder(tmp_path).alone(),
         pytest.raises(KVZipError, match="another sweep"),
     ):
         run([Point(codec="raw", model=TINY)], tmp_path)
@@ -226,12 +231,14 @@ def test_one_sweep_at_a_time(tmp_path: Path) -> None:
 def test_a_worker_that_dies_is_told(tmp_path: Path) -> None:
     """The file size limit of a process stands for a machine that kills it."""
     code = (
-        "import os, sys; from kvzip.eval import sweep; from pathlib import Path\n"
+        "import os, sys\n"
+        "from kvzip.eval.sweep.grid import Point\n"
+        "from kvzip.eval.sweep.run import run\n"
         "def die(): os._exit(9)\n"
-        "class Deadly(sweep.Point, frozen=True):\n"
+        "class Deadly(Point, frozen=True):\n"
         "    def __reduce__(self): return die, ()\n"
         "if __name__ == '__main__':\n"
-        "    try: sweep.run([Deadly(codec='raw', model='synthetic')], sys.argv[1])\n"
+        "    try: run([Deadly(codec='raw', model='synthetic')], sys.argv[1])\n"
         "    except Exception as e: print(type(e).__name__, e)\n"
     )
     script = tmp_path / "deadly.py"
@@ -267,14 +274,14 @@ def test_killed_at_random_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        found = {row["id"]: row["process"] + row["date"] for row in Store(out).read()}
+        found = {row["id"]: row["process"] + row["date"] for row in RowFolder(out).read()}
         # What was there is there, as it was.
         assert finished.items() <= found.items(), seed
         finished = found
     assert 0 < len(finished) <= 200, seed
     done = subprocess.run(command(config, out), capture_output=True, text=True)
     assert done.returncode == 0, (seed, done.stderr)
-    left = Store(out).read()
+    left = RowFolder(out).read()
     wanted = {point.id for point in read_config(config)}
     assert len(wanted) == 200
     assert Counter(row["id"] for row in left) == Counter(wanted), seed
@@ -288,7 +295,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     while not list((tmp_path / "out" / "rows").glob("*.parquet")):
         assert process.poll() is None
         time.sleep(0.01)
-    made = {row["process"].rpartition(":")[2] for row in Store(tmp_path / "out").read()}
+    made = {row["process"].rpartition(":")[2] for row in RowFolder(tmp_path / "out").read()}
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10
@@ -321,7 +328,7 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_rows(tmp_path: Path) -> None:
         cluster.shutdown()
     assert (done.measured, done.failed) == (24, [])
     assert comparable(tmp_path / "there") == comparable(tmp_path / "here")
-    assert len({row["process"] for row in Store(tmp_path / "there").read()}) >= 2
+    assert len({row["process"] for row in RowFolder(tmp_path / "there").read()}) >= 2
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
@@ -340,14 +347,14 @@ def test_queries(tmp_path: Path) -> None:
         query(out, "select 1")
     with pytest.raises(KVZipError, match="not the folder of a sweep"):
         query(tmp_path, "select 1")
-    Store(out)
+    RowFolder(out)
     with pytest.raises(KVZipError, match="no rows yet"):
         query(out, "select 1")
     for codec, tokens in itertools.product(("raw", "planes"), (16, 24)):
-        Store(out).add(measure(Point(codec=codec, model=TINY, tokens=tokens), str(out)))
+        RowFolder(out).add(measure(Point(codec=codec, model=TINY, tokens=tokens), str(out)))
     found = query(out, "select codec, count(*) n, max(ratio) r from sweep group by 1 order by 1")
     assert [(row["codec"], row["n"]) for row in found] == [("planes", 2), ("raw", 2)]
-    assert found[0]["r"] == max(r["ratio"] for r in Store(out).read() if r["codec"] == "planes")
+    assert found[0]["r"] == max(r["ratio"] for r in RowFolder(out).read() if r["codec"] == "planes")
     [path, *_] = (out / "rows").glob("*.parquet")
     assert query(path, "select count(*) n from sweep") == [{"n": 1}]
     with pytest.raises(KVZipError, match="ratios"):

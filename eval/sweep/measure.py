@@ -1,0 +1,99 @@
+"""One measurement of a sweep: a codec on a cache, which is captured when nobody has it yet."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvzip import dtypes
+from kvzip.codec import get_codec
+from kvzip.errors import KVZipError
+from kvzip.eval.results.provenance import machine, now, versions
+from kvzip.eval.results.sweep import Row
+from kvzip.eval.speed import bench
+from kvzip.eval.sweep import synthetic
+from kvzip.eval.sweep.grid import Point
+from kvzip.profile import Profile
+from kvzip.snapshot import Snapshot
+
+
+def measure(point: Point, folder: str) -> Row:
+    """Measure one point. Caches are kept in `folder`/snapshots, made by whoever comes first.
+
+    Whatever goes wrong with the codec or the cache becomes a row that says "failed" and why, and
+    has no figures.
+    """
+    began = time.perf_counter()
+    where = machine()
+    common: dict[str, Any] = {
+        **msgspec.to_builtins(point),
+        "id": point.id,
+        "cpu": where.cpu,
+        "cores": where.cores,
+        "memory_gib": where.memory_gib,
+        "process": f"{os.uname().nodename}:{os.getpid()}",
+        "versions": json.dumps(versions()),
+    }
+    figures: dict[str, Any]
+    try:
+        snapshot = _load(str(_snapshot(point, Path(folder) / "snapshots")))
+        codec = get_codec(point.codec)
+        profile = Profile.load(point.profile) if point.profile else None
+        result, _ = bench.measure(snapshot, codec, profile, threads=point.threads, repeat=1)
+        if not result.exact:
+            raise KVZipError("it did not give back what it was given")
+        figures = {"status": "ok", "raw_bytes": snapshot.raw_bytes}
+        for name in ("encoded_bytes", "ratio", "bits_per_value", "encode_seconds"):
+            figures[name] = getattr(result, name)
+        for name in ("decode_seconds", "encode_gbps", "decode_gbps"):
+            figures[name] = getattr(result, name)
+    except Exception as error:  # a codec is anybody's code
+        figures = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+    return Row(**common, **figures, date=now(), seconds=time.perf_counter() - began)
+
+
+@lru_cache(maxsize=1)
+def _load(path: str) -> Snapshot:
+    return bench.in_memory(Snapshot.load(path))
+
+
+def _snapshot(point: Point, folder: Path) -> Path:
+    """The file of the point's cache, captured now if nobody has."""
+    key = "|".join(
+        str(v) for v in (point.model, point.text, point.tokens, point.document, point.dtype)
+    )
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = folder / f"{digest}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{digest}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _capture(point).save(path)
+    return path
+
+
+def _capture(point: Point) -> Snapshot:
+    if synthetic.names(point.model):
+        return synthetic.make(point.model, point.dtype, point.tokens, point.document)
+    from kvzip import capture
+
+    computed = "bf16" if dtypes.get(point.dtype).bits == 8 else point.dtype
+    loaded = _model(point.model, computed)
+    numbers = slice(point.document, point.document + 1)
+    [cut] = capture.cut_documents(loaded.tokenizer, [point.text], point.tokens, numbers)
+    return capture.prefill(loaded, cut.token_ids, dtype=point.dtype, text=cut.name)
+
+
+@lru_cache(maxsize=1)
+def _model(ref: str, dtype: str) -> Any:
+    from kvzip.models import load_model
+
+    return load_model(ref, dtype)

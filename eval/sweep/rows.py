@@ -1,0 +1,145 @@
+"""The rows of a sweep on disk, as Parquet files.
+
+Each file is written whole under its own name, so that a sweep that was killed goes on where it
+stopped, and no row is lost or there twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvzip.errors import KVZipError
+from kvzip.eval.results.sweep import Row
+from kvzip.files import replacing, sweep
+
+_log = logging.getLogger("kvzip.eval")
+
+MERGE_ABOVE = 256
+"""Files of one row that a sweep leaves; more are put together when it ends."""
+
+
+class RowFolder:
+    """The folder of a sweep: rows as Parquet files under rows/, caches under snapshots/."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self.rows = self.folder / "rows"
+        self.rows.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder. Raises KVZipError when another process does."""
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise KVZipError(f"{self.folder}: another sweep is writing there") from None
+            sweep(self.rows)
+            yield
+
+    def add(self, row: Row) -> None:
+        """Write one row, whole or not at all, under its id."""
+        self._write([msgspec.to_builtins(row)], self.rows / f"{row.id}.parquet")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows, each id once, by date. A file that is damaged is named in a warning and passed
+        over."""
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.rows.glob("*.parquet")):
+            try:
+                rows = _rows_of(path)
+            except DamagedError as error:
+                _log.warning("%s is damaged and passed over: %s", path, error)
+                continue
+            found |= {row["id"]: row for row in rows}
+        return sorted(found.values(), key=lambda row: (row["date"], row["id"]))
+
+    def set_aside(self) -> list[str]:
+        """Rename the files that are damaged, so that their points are measured anew; their new
+        paths."""
+        moved = []
+        for path in sorted(self.rows.glob("*.parquet")):
+            try:
+                _rows_of(path)
+            except DamagedError:
+                moved.append(str(path.rename(path.with_suffix(".damaged"))))
+        return moved
+
+    def drop(self, ids: Iterable[str]) -> None:
+        """Forget rows, so that their points are measured again."""
+        away = set(ids)
+        kept = [row for row in self.read() if row["id"] not in away]
+        self._replace(kept)
+
+    def merge(self) -> None:
+        """Put many small files together. A kill in the midst leaves rows in two files, which
+        :meth:`read` counts once and the next merge removes."""
+        if sum(1 for _ in self.rows.glob("*.parquet")) > MERGE_ABOVE:
+            self._replace(self.read())
+
+    def _replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        old = list(self.rows.glob("*.parquet"))
+        merged = self.rows / "merged.parquet"
+        if rows:
+            self._write(rows, merged)
+        for path in old:
+            if path != merged or not rows:
+                path.unlink()
+
+    @staticmethod
+    def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+
+        packed = pa.BufferOutputStream()
+        parquet.write_table(pa.Table.from_pylist(list(rows), schema()), packed)
+        with replacing(path) as file:
+            file.write(packed.getvalue())
+
+
+class DamagedError(Exception):
+    """A file holds no rows that make sense."""
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file. Raises DamagedError."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(
+            path.absolute(), schema=schema()
+        ).to_pylist()
+        for row in rows:
+            msgspec.convert(row, Row)
+    except FileNotFoundError:
+        return []  # put together with others meanwhile
+    except (pa.ArrowException, msgspec.ValidationError, OSError, ValueError) as error:
+        raise DamagedError(str(error).partition("\n")[0]) from error
+    return rows
+
+
+def schema() -> Any:
+    """The columns of a row, as Arrow knows them."""
+    import pyarrow as pa
+
+    kinds = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    fields = []
+    for field in msgspec.inspect.type_info(Row).fields:  # type: ignore[attr-defined]
+        options = getattr(field.type, "types", (field.type,))
+        [kind] = {_python_type(t) for t in options} - {type(None)}
+        fields.append(pa.field(field.name, kinds[kind]))
+    return pa.schema(fields)
+
+
+def _python_type(found: Any) -> type:
+    known = {"IntType": int, "FloatType": float, "StrType": str, "LiteralType": str}
+    return known.get(type(found).__name__, type(None))
