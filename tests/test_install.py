@@ -41,9 +41,10 @@ def test_the_wheel_holds_what_it_should(wheel):
     assert any(n.startswith("kvzip/codecs/_native.") and n.endswith(".so") for n in names)
     # Kernels are compiled on the user's GPU, from these and the headers they share with C++.
     headers = {
-        f"kvzip/codecs/{n}.hpp" for n in ("channel/jobs", "native/cuda/part", "native/cuda/shim")
+        f"kvzip/codecs/{n}.hpp"
+        for n in ("channel/device_jobs", "native/cuda/device_part", "native/cuda/shim")
     }
-    assert headers | {"kvzip/codecs/channel/channel.cuh", "kvzip/codecs/channel/strip.cuh"} <= {
+    assert headers | {"kvzip/codecs/channel/decode.cuh", "kvzip/codecs/channel/strip.cuh"} <= {
         *names
     }
     assert not [n for n in names if n.endswith(".cpp") or n.startswith("tests")]

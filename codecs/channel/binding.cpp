@@ -9,8 +9,8 @@
 #include <mutex>
 #include <thread>
 
-#include "channel/jobs.hpp"
-#include "channel/part.hpp"
+#include "channel/device_jobs.hpp"
+#include "channel/block_coder.hpp"
 #include "native/bindings.hpp"
 
 namespace nb = nanobind;
@@ -312,11 +312,11 @@ void bind(nb::module_& m) {
            "What each shape's slots say, uint32 [shapes, 64]: `Decoder::entry` (kernels.hpp).")
       .def("channels", &channels,
            "Of each channel its shape and its base, or 0xFFFFFFFF and the number that it always is: "
-           "uint32 [heads * dim, 2], `DeviceChannel` (jobs.hpp).")
+           "uint32 [heads * dim, 2], `DeviceChannel` (device_jobs.hpp).")
       .def("streams", &streams, "data"_a, "batch"_a, "tokens"_a,
            "The streams of a coded block of [batch, heads, tokens, dim], int64 [streams, 7]: where "
            "each begins in the block, its first strip, strips, lanes, bytes of mantissas as stored, "
-           "words, escapes (StreamJob in jobs.hpp). Raises ValueError where a decoder would before "
+           "words, escapes (StreamJob in device_jobs.hpp). Raises ValueError where a decoder would before "
            "it looks into the streams.");
   bind_for<std::uint8_t>(m, counts, tables);
   bind_for<std::uint16_t>(m, counts, tables);

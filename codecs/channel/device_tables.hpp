@@ -1,7 +1,7 @@
 // What a GPU's encoder looks up.
 #pragma once
 
-#include "channel/jobs.hpp"
+#include "channel/device_jobs.hpp"
 #include "channel/kernels.hpp"
 
 namespace kvzip::channel {

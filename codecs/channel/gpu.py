@@ -1,4 +1,4 @@
-"""Blocks of `channel` as jobs for a GPU (channel.cuh): a warp decodes a stream."""
+"""Blocks of `channel` as jobs for a GPU (decode.cuh): a warp decodes a stream."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kvzip.codecs.native.cuda.work import Full, Slot, Target, Work
 from kvzip.dtypes import DType
 from kvzip.errors import CorruptError
 
-_SOURCE, _SPACE = "channel/channel.cuh", "kvzip::channel"
+_SOURCE, _SPACE = "channel/decode.cuh", "kvzip::channel"
 _HEADER = 16  # bytes before the numbers of a block that is stored as it is
 _SHARED = 128 * 72 + 2 * (4 * 4 * 128 + 128)
-"""`kDecodeSharedBytes` of channel.cuh."""
+"""`kDecodeSharedBytes` of decode.cuh."""
 _JOB = np.dtype(("V", 48))
 _ENCODE_SOURCE = "channel/encode.cuh"
 _ENCODE_SHARED = 128 * 136
@@ -52,7 +52,7 @@ _PLACE = np.dtype(
         ("reserved", "<u4"),
     ]
 )
-"""`EncodeJob`, `EncodedStream` and `PlaceJob` of jobs.hpp."""
+"""`EncodeJob`, `EncodedStream` and `PlaceJob` of device_jobs.hpp."""
 
 
 def decode(work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]) -> None:

@@ -1,7 +1,7 @@
 // Which instruction set's kernels run.
 #include "channel/kernels.hpp"
 
-#include "channel/kernels_of.hpp"
+#include "channel/isa_kernels.hpp"
 #include "channel/strips.hpp"
 #include "native/simd.hpp"
 

@@ -1,8 +1,8 @@
 // AVX2: tables of 32 bytes are looked up with byte shuffles, for 64 lanes at a time.
 #include <immintrin.h>
 
-#include "channel/byte_values.hpp"
-#include "channel/kernels_of.hpp"
+#include "channel/byte_steps.hpp"
+#include "channel/isa_kernels.hpp"
 
 namespace kvzip::channel {
 namespace {

@@ -4,8 +4,8 @@
 
 #include <utility>
 
-#include "channel/kernels_of.hpp"
-#include "channel/scalar.hpp"
+#include "channel/isa_kernels.hpp"
+#include "channel/scalar_steps.hpp"
 
 namespace kvzip::channel {
 namespace {

@@ -2,8 +2,8 @@
 // lanes at a time. Encoding is plain C++.
 #include <arm_neon.h>
 
-#include "channel/byte_values.hpp"
-#include "channel/kernels_of.hpp"
+#include "channel/byte_steps.hpp"
+#include "channel/isa_kernels.hpp"
 
 namespace kvzip::channel {
 namespace {

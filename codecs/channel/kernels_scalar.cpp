@@ -1,6 +1,6 @@
 // For any processor.
-#include "channel/kernels_of.hpp"
-#include "channel/scalar.hpp"
+#include "channel/isa_kernels.hpp"
+#include "channel/scalar_steps.hpp"
 
 namespace kvzip::channel {
 KVZIP_KERNELS(scalar, Scalar)

@@ -2,7 +2,7 @@
 // knows of the strip that it codes.
 #pragma once
 
-#include "channel/jobs.hpp"
+#include "channel/device_jobs.hpp"
 #include "native/cuda/device.cuh"
 #include "native/cuda/place.cuh"
 

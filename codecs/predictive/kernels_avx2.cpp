@@ -1,7 +1,7 @@
 // AVX2: eight tokens side by side.
 #include <immintrin.h>
 
-#include "predictive/kernels_of.hpp"
+#include "predictive/vector_kernels.hpp"
 
 namespace kvzip::predictive {
 namespace {

@@ -1,7 +1,7 @@
 // AVX-512 with VNNI: sixteen tokens side by side, a density's whole table in eight registers.
 #include <immintrin.h>
 
-#include "predictive/kernels_of.hpp"
+#include "predictive/vector_kernels.hpp"
 
 namespace kvzip::predictive {
 namespace {

@@ -1,5 +1,5 @@
 // For any processor: vectors of four, of which the compiler makes what it can.
-#include "predictive/kernels_of.hpp"
+#include "predictive/vector_kernels.hpp"
 
 namespace kvzip::predictive {
 namespace {

@@ -98,7 +98,7 @@ def measured() -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, float] |
     program = disassembler()
     if program is None:
         return found, None
-    code = made["channel/channel.cuh", STEP_ARCHITECTURE][0]
+    code = made["channel/decode.cuh", STEP_ARCHITECTURE][0]
     with tempfile.NamedTemporaryFile() as file:
         file.write(code)
         file.flush()

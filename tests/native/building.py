@@ -15,10 +15,10 @@ SOURCES = {
         f"channel/{name}"
         for name in (
             "kernels",
-            "part",
-            "shapes",
-            "table_coder",
-            "tables",
+            "block_coder",
+            "shape_clustering",
+            "stored_tables",
+            "alias_tables",
             "device_tables",
             "kernels_scalar",
         )

@@ -1,7 +1,7 @@
 // Round trips and damage for the channel codec's C++, on every instruction set of this processor.
 #include "fuzz.hpp"
 
-#include "channel/part.hpp"
+#include "channel/block_coder.hpp"
 
 using namespace kvzip::channel;
 using namespace kvzip::fuzz;

@@ -2,7 +2,7 @@
 // the shim's on a CPU. All threads of a warp take part in every meeting.
 #pragma once
 
-#include "native/cuda/part.hpp"
+#include "native/cuda/device_part.hpp"
 
 #ifdef __CUDACC__
 #define KVZIP_DEVICE __device__ __forceinline__

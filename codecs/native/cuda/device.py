@@ -42,8 +42,9 @@ class Kernel(NamedTuple):
     shared: int = 0
     """Bytes of dynamic shared memory of a block."""
     arguments: tuple[str | int, ...] = ("jobs", "count", "parts", "flags")
-    """Addresses of "jobs", "parts" (DevicePart of part.hpp), "flags" (of 4 bytes) and "results" (of
-    8 bytes), those two for each row; the "count" of jobs; other numbers of 32 bits as they are."""
+    """Addresses of "jobs", "parts" (DevicePart of device_part.hpp), "flags" (of 4 bytes) and
+    "results" (of 8 bytes), those two for each row; the "count" of jobs; other numbers of 32 bits as
+    they are."""
 
     def grid(self, count: int) -> int:
         """How many blocks do that many jobs."""

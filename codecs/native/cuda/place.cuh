@@ -2,7 +2,7 @@
 #pragma once
 
 #include "native/cuda/device.cuh"
-#include "native/cuda/part.hpp"
+#include "native/cuda/device_part.hpp"
 
 namespace kvzip::cuda {
 

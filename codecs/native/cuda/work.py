@@ -29,7 +29,7 @@ PART = np.dtype(
         ("dim", "<u4"),
     ]
 )
-"""`DevicePart` of part.hpp."""
+"""`DevicePart` of device_part.hpp."""
 
 BLOCK = np.dtype(
     [

@@ -3,7 +3,7 @@
 // trust it, and trust nothing that stands in a stream.
 #pragma once
 
-#include "native/cuda/part.hpp"
+#include "native/cuda/device_part.hpp"
 
 namespace kvzip::channel {
 

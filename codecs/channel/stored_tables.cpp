@@ -1,11 +1,11 @@
-#include "channel/table_coder.hpp"
+#include "channel/stored_tables.hpp"
 
 #include <algorithm>
 #include <cstring>
 #include <iterator>
 #include <stdexcept>
 
-#include "channel/table_codes.hpp"
+#include "channel/prefix_codes.hpp"
 
 namespace kvzip::channel {
 namespace {

@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "channel/jobs.hpp"
+#include "channel/device_jobs.hpp"
 #include "channel/kernels.hpp"
-#include "channel/table_coder.hpp"
+#include "channel/stored_tables.hpp"
 
 namespace kvzip::channel {
 

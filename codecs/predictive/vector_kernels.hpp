@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "predictive/distribution_of.hpp"
+#include "predictive/density.hpp"
 
 namespace kvzip::predictive {
 namespace {

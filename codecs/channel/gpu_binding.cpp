@@ -1,4 +1,4 @@
-// What Python tells a GPU's kernels of stored blocks (jobs.hpp).
+// What Python tells a GPU's kernels of stored blocks (device_jobs.hpp).
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
@@ -7,8 +7,8 @@
 #include <cstring>
 #include <vector>
 
-#include "channel/jobs.hpp"
-#include "channel/part.hpp"
+#include "channel/device_jobs.hpp"
+#include "channel/block_coder.hpp"
 #include "native/bindings.hpp"
 
 namespace nb = nanobind;
@@ -121,11 +121,11 @@ void bind_gpu(nb::module_& m) {
   m.def("channel_jobs", &jobs_of, "tables"_a.none(), "blocks"_a, "batch"_a, "heads"_a, "dim"_a,
         "itemsize"_a,
         "The streams of a part's blocks, which are records as native/cuda/work.py's BLOCK: uint8 "
-        "[streams, 48], `StreamJob` (jobs.hpp); and which blocks are stored as they are. Their bytes "
+        "[streams, 48], `StreamJob` (device_jobs.hpp); and which blocks are stored as they are. Their bytes "
         "must lie where the records say. Raises ValueError where a decoder would before it looks into "
         "the streams.");
   m.def("channel_encoders", &encoders_of, "tables"_a,
-        "What a GPU's encoder looks up, uint32 [shapes, 160], `DeviceEncoder` (jobs.hpp); None when a "
+        "What a GPU's encoder looks up, uint32 [shapes, 160], `DeviceEncoder` (device_jobs.hpp); None when a "
         "shape has more than the 32 exponents that it takes.");
   m.def("channel_plan", &plan_of, "tables"_a, "batch"_a, "tokens"_a,
         "How a block of so many tokens is cut into streams, int64 [streams, 4]: the first strip, how many "

@@ -1,4 +1,4 @@
-#include "channel/shapes.hpp"
+#include "channel/shape_clustering.hpp"
 
 #include <algorithm>
 #include <cmath>

@@ -1,11 +1,11 @@
-#include "channel/part.hpp"
+#include "channel/block_coder.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "channel/device_tables.hpp"
-#include "channel/shapes.hpp"
+#include "channel/shape_clustering.hpp"
 #include "native/xxh3.hpp"
 
 namespace kvzip::channel {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "channel/kernels.hpp"
-#include "channel/shapes.hpp"
+#include "channel/shape_clustering.hpp"
 
 namespace kvzip::channel {
 

@@ -6,7 +6,7 @@
 //   put       such a row's numbers, from values, mantissas and bases
 #pragma once
 
-#include "channel/scalar.hpp"
+#include "channel/scalar_steps.hpp"
 
 namespace kvzip::channel {
 namespace {

@@ -23,7 +23,7 @@ namespace kvzip::cuda {
 struct DevicePart {
   uint64_t numbers;   // address of [0, 0, 0, 0]
   uint64_t channels;  // `channel`: address of DeviceChannel [heads][dim]
-  uint64_t tables;    // `channel`: see channel/jobs.hpp
+  uint64_t tables;    // `channel`: see channel/device_jobs.hpp
   uint64_t pages;     // address of int32 [pages], or 0
   int64_t batch_stride, head_stride, token_stride, page_stride;  // in numbers
   uint32_t page_tokens;

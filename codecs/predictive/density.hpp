@@ -1,5 +1,5 @@
 // Vectors of W numbers of 32 bits, number formats as fixed point, and how numbers are distributed; `Isa` as
-// in kernels_of.hpp, which goes on from here.
+// in vector_kernels.hpp, which goes on from here.
 #pragma once
 
 #include <algorithm>
