@@ -66,8 +66,8 @@ Alias make_alias(const std::uint8_t* levels, std::size_t width, std::uint8_t esc
     a.other[i] = 0;
     a.add[i] = 0;
   }
-  // A sweep over the small and the large ones, each in order. All together fill the buckets: there is
-  // a large one as long as there is a small one.
+  // A sweep over the small and the large ones, each in order. All together fill the buckets: there
+  // is a large one as long as there is a small one.
   const auto next_large = [&](std::uint32_t i) {
     while (i < kBuckets && a.freq[i] < kBucketSlots) ++i;
     return i;
@@ -309,8 +309,8 @@ bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::ui
   return true;
 }
 
-#define KVZIP_INSTANTIATE(T)                                                                   \
-  template void count(const Block<const T>&, std::size_t, std::size_t, int, std::uint32_t*);   \
+#define KVZIP_INSTANTIATE(T)                                                                 \
+  template void count(const Block<const T>&, std::size_t, std::size_t, int, std::uint32_t*); \
   template bool constant(const Block<const T>&, std::size_t, std::size_t);
 KVZIP_INSTANTIATE(std::uint8_t)
 KVZIP_INSTANTIATE(std::uint16_t)

@@ -9,8 +9,8 @@
 #include <mutex>
 #include <thread>
 
-#include "channel/device_jobs.hpp"
 #include "channel/block_coder.hpp"
+#include "channel/device_jobs.hpp"
 #include "native/bindings.hpp"
 
 namespace nb = nanobind;
@@ -153,8 +153,8 @@ std::uint64_t decode_one(const Job& job, Workspace* workspace) {
   const Py_buffer& out = *job.out;
   const auto shape = [&](int i) { return std::size_t(out.shape[i]); };
   const auto stride = [&](int i) { return out.strides[i] / std::ptrdiff_t(sizeof(T)); };
-  const Block<T> block{static_cast<T*>(out.buf), shape(0), shape(2),
-                       stride(0),                stride(1), stride(2)};
+  const Block<T> block{
+      static_cast<T*>(out.buf), shape(0), shape(2), stride(0), stride(1), stride(2)};
   const auto* data = static_cast<const std::uint8_t*>(job.data->buf);
   const auto size = std::size_t(job.data->len);
   if (size && data[0] == kRawBlock) copy_raw<T>(data, size, shape(1), shape(3), block);
@@ -179,7 +179,8 @@ void check(const Job& job) {
   for (int i = 0; good && i < 4; ++i) good = out.strides[i] % size == 0;
   if (!good) throw std::invalid_argument("numbers of another dtype, or not contiguous");
   if (const PartTables* tables = job.tables)
-    if (std::size_t(out.shape[1]) != tables->heads() || std::size_t(out.shape[3]) != tables->dim() ||
+    if (std::size_t(out.shape[1]) != tables->heads() ||
+        std::size_t(out.shape[3]) != tables->dim() ||
         std::size_t(size) != tables->form().itemsize())
       throw std::invalid_argument("a block of another shape than its tables");
 }
@@ -310,18 +311,20 @@ void bind(nb::module_& m) {
   tables
       .def("entries", &entries,
            "What each shape's slots say, uint32 [shapes, 64]: `Decoder::entry` (kernels.hpp).")
-      .def("channels", &channels,
-           "Of each channel its shape and its base, or 0xFFFFFFFF and the number that it always is: "
-           "uint32 [heads * dim, 2], `DeviceChannel` (device_jobs.hpp).")
+      .def(
+          "channels", &channels,
+          "Of each channel its shape and its base, or 0xFFFFFFFF and the number that it always is: "
+          "uint32 [heads * dim, 2], `DeviceChannel` (device_jobs.hpp).")
       .def("streams", &streams, "data"_a, "batch"_a, "tokens"_a,
-           "The streams of a coded block of [batch, heads, tokens, dim], int64 [streams, 7]: where "
-           "each begins in the block, its first strip, strips, lanes, bytes of mantissas as stored, "
-           "words, escapes (StreamJob in device_jobs.hpp). Raises ValueError where a decoder would before "
-           "it looks into the streams.");
+           "The streams of a coded block of [batch, heads, tokens, dim], int64 [streams, 7]: "
+           "where each begins in the block, its first strip, strips, lanes, bytes of mantissas as "
+           "stored, words, escapes (StreamJob in device_jobs.hpp). Raises ValueError where a "
+           "decoder would before it looks into the streams.");
   bind_for<std::uint8_t>(m, counts, tables);
   bind_for<std::uint16_t>(m, counts, tables);
   bind_for<std::uint32_t>(m, counts, tables);
-  nb::class_<Decoding>(m, "ChannelDecoding", "Decodes blocks on threads of its own, while more come.")
+  nb::class_<Decoding>(m, "ChannelDecoding",
+                       "Decodes blocks on threads of its own, while more come.")
       .def(nb::init<std::size_t>(), "threads"_a)
       .def("add", &Decoding::add, "tables"_a.none(), "data"_a, "out"_a,
            "Fill `out`, [batch, heads, tokens, dim], from a block's bytes and its tables, or None, "

@@ -89,8 +89,8 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
     Channel& channel = tables.channels[c];
     channel = {};
     channel.number = in.data[std::ptrdiff_t(c / dim) * in.head_stride + std::ptrdiff_t(c % dim)];
-    channel.constant = row[channel.number >> form.mantissa_bits] == numbers &&
-                       constant<T>(in, c / dim, c % dim);
+    channel.constant =
+        row[channel.number >> form.mantissa_bits] == numbers && constant<T>(in, c / dim, c % dim);
     if (!channel.constant) coded.push_back(row);
   }
   Shapes shapes = choose_shapes(coded, numbers, form.exponent_bits);
@@ -177,10 +177,10 @@ const StoredTables& PartTables::stored() const {
 }
 
 void PartTables::make_decoders(Decoder* decoders) const {
-  stored().shapes.each([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
-                           std::uint8_t escape) {
-    make_decoder(levels, width, escape, form_.exponent_bits, &decoders[i]);
-  });
+  stored().shapes.each(
+      [&](std::size_t i, const std::uint8_t* levels, std::size_t width, std::uint8_t escape) {
+        make_decoder(levels, width, escape, form_.exponent_bits, &decoders[i]);
+      });
 }
 
 std::vector<Decoder> PartTables::decoders() const {
@@ -212,7 +212,8 @@ bool PartTables::constant(const Block<const T>& block) const {
     const Channel& channel = stored_.channels[c];
     if (!channel.constant) continue;
     const std::size_t head = c / dim_, at = c % dim_;
-    if (block.data[std::ptrdiff_t(head) * block.head_stride + std::ptrdiff_t(at)] != channel.number ||
+    if (block.data[std::ptrdiff_t(head) * block.head_stride + std::ptrdiff_t(at)] !=
+            channel.number ||
         !channel::constant<T>(block, head, at))
       return false;
   }
@@ -225,10 +226,10 @@ const Encoder* PartTables::encoders() const {
   std::unique_ptr<Encoder[]>& encoders = encoders_[level];
   std::call_once(encoding_[level], [&] {
     encoders.reset(new Encoder[stored.shapes.count()]);  // not set to anything
-    stored.shapes.each([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
-                           std::uint8_t escape) {
-      make_encoder(levels, width, escape, form_.exponent_bits, &encoders[i]);
-    });
+    stored.shapes.each(
+        [&](std::size_t i, const std::uint8_t* levels, std::size_t width, std::uint8_t escape) {
+          make_encoder(levels, width, escape, form_.exponent_bits, &encoders[i]);
+        });
   });
   return encoders.get();
 }
@@ -302,11 +303,11 @@ bool PartTables::make_device_encoders(std::vector<DeviceEncoder>* out) const {
   const StoredTables& stored = this->stored();
   out->resize(stored.shapes.count());
   bool all = true;
-  stored.shapes.each([&](std::size_t i, const std::uint8_t* levels, std::size_t width,
-                         std::uint8_t escape) {
-    const Alias alias = make_alias(levels, width, escape, form_.exponent_bits);
-    all = all && make_device_encoder(alias, &(*out)[i]);
-  });
+  stored.shapes.each(
+      [&](std::size_t i, const std::uint8_t* levels, std::size_t width, std::uint8_t escape) {
+        const Alias alias = make_alias(levels, width, escape, form_.exponent_bits);
+        all = all && make_device_encoder(alias, &(*out)[i]);
+      });
   return all;
 }
 
@@ -380,19 +381,20 @@ void copy_raw(const std::uint8_t* data, std::size_t size, std::size_t heads, std
 template <typename T>
 std::uint64_t checksum(const Block<T>& block, std::size_t heads, std::size_t dim) {
   Xxh3 hash;
-  each_run(block, heads, dim, [&](const T* run, std::size_t n) { hash.update(run, n * sizeof(T)); });
+  each_run(block, heads, dim,
+           [&](const T* run, std::size_t n) { hash.update(run, n * sizeof(T)); });
   return hash.digest();
 }
 
-#define KVZIP_INSTANTIATE(T)                                                                    \
-  template std::vector<std::uint8_t> make_tables(const Block<const T>&, std::size_t,           \
-                                                 std::size_t, Form);                            \
-  template void Counts::add(const Block<const T>&);                                             \
-  template void PartTables::encode(const Block<const T>&, Encoded*) const;                      \
-  template void PartTables::decode(const std::uint8_t*, std::size_t, const Block<T>&,           \
-                                   Workspace*) const;                                           \
-  template void copy_raw(const std::uint8_t*, std::size_t, std::size_t, std::size_t,            \
-                         const Block<T>&);                                                      \
+#define KVZIP_INSTANTIATE(T)                                                                      \
+  template std::vector<std::uint8_t> make_tables(const Block<const T>&, std::size_t, std::size_t, \
+                                                 Form);                                           \
+  template void Counts::add(const Block<const T>&);                                               \
+  template void PartTables::encode(const Block<const T>&, Encoded*) const;                        \
+  template void PartTables::decode(const std::uint8_t*, std::size_t, const Block<T>&, Workspace*) \
+      const;                                                                                      \
+  template void copy_raw(const std::uint8_t*, std::size_t, std::size_t, std::size_t,              \
+                         const Block<T>&);                                                        \
   template std::uint64_t checksum(const Block<T>&, std::size_t, std::size_t);
 KVZIP_INSTANTIATE(std::uint8_t)
 KVZIP_INSTANTIATE(std::uint16_t)

@@ -32,8 +32,8 @@ template <typename T>
 std::vector<std::uint8_t> make_tables(const Block<const T>& numbers, std::size_t heads,
                                       std::size_t dim, Form form);
 
-// Values of the channels of one layer's keys or values, added up over documents, for tables that are
-// kept apart from what is coded with them.
+// Values of the channels of one layer's keys or values, added up over documents, for tables that
+// are kept apart from what is coded with them.
 class Counts {
  public:
   Counts(std::size_t heads, std::size_t dim, Form form);
@@ -158,8 +158,9 @@ class PartTables {
   // What kernels need, but for what they look up.
   Tables tables() const {
     const StoredTables& stored = this->stored();
-    return {nullptr, nullptr, stored.channels.data(), live_.data(),         heads_,
-            dim_,    form_.value_bits(),              form_.mantissa_bits, wide_};
+    return {nullptr, nullptr, stored.channels.data(), live_.data(),
+            heads_,  dim_,    form_.value_bits(),     form_.mantissa_bits,
+            wide_};
   }
   void make_decoders(Decoder* decoders) const;
   const Decoder* decoders(Workspace* workspace) const;

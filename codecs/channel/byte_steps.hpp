@@ -50,9 +50,9 @@ class ByteLanes {
       at = steps.words->ready(at);
       if (!at) return false;
       std::uint64_t escaped[kLanes / 64];
-      if (__builtin_expect(
-              lanes.template step<limited>(steps.decoders[steps.channels[c].shape], &at,
-                                           steps.tile->of[c], escaped), 0))
+      if (__builtin_expect(lanes.template step<limited>(steps.decoders[steps.channels[c].shape],
+                                                        &at, steps.tile->of[c], escaped),
+                           0))
         steps.escaped[steps.escaped_count++] = {c, {escaped[0], escaped[1]}};
     }
     steps.words->at = at;

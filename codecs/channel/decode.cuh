@@ -1,6 +1,6 @@
-// Decoding `channel` on a GPU (spec.md): a warp decodes a stream. Its thread t holds the states of the
-// lanes t, t + 32, t + 64 and t + 96; the alias table of a channel lies in two registers of the warp's
-// threads and is looked up by shuffles; a vote tells which states take a word.
+// Decoding `channel` on a GPU (spec.md): a warp decodes a stream. Its thread t holds the states of
+// the lanes t, t + 32, t + 64 and t + 96; the alias table of a channel lies in two registers of the
+// warp's threads and is looked up by shuffles; a vote tells which states take a word.
 #pragma once
 
 #include "channel/strip.cuh"
@@ -9,9 +9,9 @@ namespace kvzip::channel {
 
 constexpr unsigned kTableBytes = 256;
 
-// The tile of a half strip: of each token the upper 16 bits of 32 numbers. Rows and octets of tokens
-// are apart so that threads fall on different banks of shared memory when they store (a token each,
-// four channels) and when they load (two octets, eight channels).
+// The tile of a half strip: of each token the upper 16 bits of 32 numbers. Rows and octets of
+// tokens are apart so that threads fall on different banks of shared memory when they store (a
+// token each, four channels) and when they load (two octets, eight channels).
 constexpr unsigned kRowBytes = 72, kOctetBytes = 8 * kRowBytes;
 constexpr unsigned kTileBytes = kGroupTokens / 8 * kOctetBytes;
 KVZIP_DEVICE unsigned tile_at(unsigned token) { return token * kRowBytes; }
@@ -126,8 +126,8 @@ KVZIP_DEVICE void unpack_fields(const unsigned (&row)[R], unsigned (&field)[8]) 
 
 template <int E, int M, typename T>
 struct Decoding {
-  static constexpr int kTop = 16;                 // bits of a number that the tile holds
-  static constexpr int kShift = E - 3;            // from an entry's value to the tile's upper bits
+  static constexpr int kTop = 16;       // bits of a number that the tile holds
+  static constexpr int kShift = E - 3;  // from an entry's value to the tile's upper bits
   static constexpr unsigned kMarker = 1u << (14 - E);  // below a value: it is an escape
   static constexpr unsigned kValueMask = 0xFFFFu & ~(2 * kMarker - 1);
   static constexpr unsigned kFieldMask = ((2u << E) - 1) << 12;  // of a value in an entry
@@ -147,15 +147,16 @@ struct Decoding {
     const unsigned lane = cuda::thread() % kWarp, group = lane & 3;
     const DevicePart& part = *view.part;
     T* const numbers = reinterpret_cast<T*>(part.numbers);
-    constexpr unsigned kAhead = kRows <= 10 ? 2 : 1;  // passes whose mantissas are waited for together
+    constexpr unsigned kAhead =
+        kRows <= 10 ? 2 : 1;  // passes whose mantissas are waited for together
     unsigned rows[kAhead][kRows][2];
 #pragma unroll
     for (unsigned pass = 0; pass < 2; ++pass) {
       const unsigned octet = 8 * pass + (lane >> 2);
 #pragma unroll
       for (unsigned p = pass; p < (pass % kAhead ? pass : pass + kAhead); ++p) {
-        const unsigned char* at = view.mantissas + (8 * p + (lane >> 2)) * kRows * kStripWidth +
-                                  half * kHalf + 8 * group;
+        const unsigned char* at =
+            view.mantissas + (8 * p + (lane >> 2)) * kRows * kStripWidth + half * kHalf + 8 * group;
 #pragma unroll
         for (unsigned j = 0; j < kRows; ++j) {
           const cuda::Two two =
@@ -245,8 +246,7 @@ struct Decoding {
     }
     for (unsigned first = 0; first < view.strip.lanes; first += 8) {
       unsigned mantissa[8];
-      if (coded)
-        unpack_column<M>(view.mantissas + first / 8 * kRows * live + rank, live, mantissa);
+      if (coded) unpack_column<M>(view.mantissas + first / 8 * kRows * live + rank, live, mantissa);
       for (unsigned i = 0; i < 8 && first + i < view.strip.lanes; ++i) {
         const unsigned upper =
             *reinterpret_cast<const uint16_t*>(tile + tile_at(first + i) + 2 * lane);
@@ -256,21 +256,23 @@ struct Decoding {
     }
   }
 
-  // The end of a strip's mantissas, which the states held: into the numbers that stand in their place
-  // already. `carried`: words of 16 bits.
+  // The end of a strip's mantissas, which the states held: into the numbers that stand in their
+  // place already. `carried`: words of 16 bits.
   KVZIP_DEVICE static void mend(const StripView& view, const uint16_t* carried, unsigned words) {
     const unsigned live = view.live_count(), octets = (view.strip.lanes + 7) / 8;
     const unsigned bytes = octets * kRows * live, stored = bytes - 2 * words;
     const DevicePart& part = *view.part;
-    const unsigned columns = octets * view.strip.width, first = stored / (kRows * (live ? live : 1));
+    const unsigned columns = octets * view.strip.width,
+                   first = stored / (kRows * (live ? live : 1));
     for (unsigned i = first * view.strip.width + cuda::thread() % kWarp; i < columns; i += kWarp) {
       const unsigned octet = i / view.strip.width, channel = i % view.strip.width;
       if (!view.is_live(channel)) continue;
       unsigned char rows[kRows];
       for (unsigned j = 0; j < kRows; ++j) {
         const unsigned at = (octet * kRows + j) * live + view.rank(channel);
-        rows[j] = at < stored ? view.mantissas[at]
-                              : (unsigned char)(carried[(at - stored) / 2] >> (at - stored) % 2 * 8);
+        rows[j] = at < stored
+                      ? view.mantissas[at]
+                      : (unsigned char)(carried[(at - stored) / 2] >> (at - stored) % 2 * 8);
       }
       unsigned mantissa[8];
       unpack_column<M>(rows, 1, mantissa);
@@ -288,8 +290,8 @@ struct Decoding {
     unsigned count, position;
   };
 
-  // Puts the escapes of kUnrolled channels from `first` on into the tile, in the order in which they
-  // were written; returns where the next ones stand. Those that are not there count as 0.
+  // Puts the escapes of kUnrolled channels from `first` on into the tile, in the order in which
+  // they were written; returns where the next ones stand. Those that are not there count as 0.
   KVZIP_DEVICE_CALL static unsigned put_escapes(Escapes escapes, unsigned first, unsigned lanes,
                                                 unsigned char* tile) {
     const unsigned lane = cuda::thread() % kWarp, below = (1u << lane) - 1;
@@ -384,8 +386,8 @@ struct Decoding {
       unsigned marked = 0;
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        *reinterpret_cast<cuda::Two*>(tile + tile_at(lane + kWarp * unsigned(k)) + 2 * group) = {
-            {upper[k][0], upper[k][1]}};
+        *reinterpret_cast<cuda::Two*>(tile + tile_at(lane + kWarp * unsigned(k)) +
+                                      2 * group) = {{upper[k][0], upper[k][1]}};
         marked |= upper[k][0] | upper[k][1];
       }
       if (cuda::any(marked & (kMarker << 16 | kMarker)))
@@ -409,8 +411,8 @@ struct Decoding {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const unsigned j = lane + kWarp * unsigned(k);
-      x[k] = j < job.lanes ? cuda::constant(reinterpret_cast<const uint32_t*>(stream) + j)
-                           : kMinState;
+      x[k] =
+          j < job.lanes ? cuda::constant(reinterpret_cast<const uint32_t*>(stream) + j) : kMinState;
       damaged |= x[k] < kMinState;
     }
     for (unsigned s = 0; s < job.strips; ++s) {
@@ -453,8 +455,7 @@ struct Decoding {
     }
     cuda::wait_copies<0>();
     cuda::sync_warp();
-    return cuda::any(damaged) || words.position != job.words ||
-           escapes.position != job.escapes;
+    return cuda::any(damaged) || words.position != job.words || escapes.position != job.escapes;
   }
 
   // Reads up to 512 bytes behind a stream's end, which must be there, whatever they are.
@@ -474,11 +475,11 @@ struct Decoding {
 #ifndef KVZIP_BLOCKS_OF_SM
 #define KVZIP_BLOCKS_OF_SM 12
 #endif
-#define KVZIP_CHANNEL_DECODE(name, E, M, T)                                                       \
-  KVZIP_KERNEL(kWarpsOfBlock * 32, KVZIP_BLOCKS_OF_SM)                                            \
-  channel_decode_##name(const StreamJob* jobs, uint32_t count, const DevicePart* parts,           \
-                        uint32_t* flags) {                                                        \
-    Decoding<E, M, T>::run(jobs, count, parts, flags);                                            \
+#define KVZIP_CHANNEL_DECODE(name, E, M, T)                                             \
+  KVZIP_KERNEL(kWarpsOfBlock * 32, KVZIP_BLOCKS_OF_SM)                                  \
+  channel_decode_##name(const StreamJob* jobs, uint32_t count, const DevicePart* parts, \
+                        uint32_t* flags) {                                              \
+    Decoding<E, M, T>::run(jobs, count, parts, flags);                                  \
   }
 KVZIP_CHANNEL_DECODE(bf16, 8, 7, uint16_t)
 KVZIP_CHANNEL_DECODE(fp16, 5, 10, uint16_t)

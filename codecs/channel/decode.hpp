@@ -93,10 +93,10 @@ bool each_channel(Lanes& lanes, Steps<T>& steps) {
     if (!steps.words->at) return false;
     typename Steps<T>::Escaped& escaped = steps.escaped[steps.escaped_count];
     escaped.channel = c;
-    steps.escaped_count += lanes.step(
-        steps.decoders[steps.channels[c].shape], &steps.words->at, steps.tile->column(c),
-        Tile<T>::template shift<M>(c), std::uint32_t(T(-1)) >> M, c % Tile<T>::kInWord == 0,
-        escaped.lanes);
+    steps.escaped_count +=
+        lanes.step(steps.decoders[steps.channels[c].shape], &steps.words->at, steps.tile->column(c),
+                   Tile<T>::template shift<M>(c), std::uint32_t(T(-1)) >> M,
+                   c % Tile<T>::kInWord == 0, escaped.lanes);
   }
   return true;
 }
@@ -185,8 +185,7 @@ bool decode_stream(const Tables& tables, const Block<T>& block, const Coded& cod
     if constexpr (!Decoded::kWhole)
       if (!each_escape([&](std::size_t channel, std::size_t lane, std::uint32_t value) {
             // Its mantissa is there already.
-            T& number =
-                corner[std::ptrdiff_t(lane) * block.token_stride + std::ptrdiff_t(channel)];
+            T& number = corner[std::ptrdiff_t(lane) * block.token_stride + std::ptrdiff_t(channel)];
             number = T(value << M | (number & ((std::uint32_t(1) << M) - 1)));
           }))
         return false;

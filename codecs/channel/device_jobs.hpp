@@ -16,26 +16,27 @@ struct DeviceChannel {
 };
 
 using cuda::DevicePart;
-// Its `tables`: encoding, address of DeviceEncoder [shapes]; decoding, address of uint32 [shapes][32][2], `entry` of kernels.hpp, a bucket's own
-// beside its other; at least one shape, whatever it is.
+// Its `tables`: encoding, address of DeviceEncoder [shapes]; decoding, address of uint32
+// [shapes][32][2], `entry` of kernels.hpp, a bucket's own beside its other; at least one shape,
+// whatever it is.
 
 // One stream of a coded block (spec.md), all of which one warp does.
 struct StreamJob {
-  uint64_t stream;     // address of its first byte: a multiple of 16
-  uint32_t part;       // index of its DevicePart
+  uint64_t stream;       // address of its first byte: a multiple of 16
+  uint32_t part;         // index of its DevicePart
   uint32_t first_token;  // of the block, counted in the part
   uint32_t tokens;       // of the block
   uint32_t first_strip, strips;
   uint32_t lanes;      // states: tokens of the group that the first strip belongs to
   uint32_t mantissas;  // bytes of them as they are stored
   uint32_t words, escapes;
-  uint32_t row;        // whose flag is set when the stream is damaged
+  uint32_t row;  // whose flag is set when the stream is damaged
 };
 
 // What a step of the encoder looks up, 32 numbers a row. Lanes hold one of each.
 //   map     symbol of exponent i (counted from the shape's first) of positive numbers, 6 bits, of
-//           which the upper says that there is one; of negative ones, 6 bits from bit 8 on; how many
-//           pieces begin before rank 32 i, less 1, plus 1, 8 bits from bit 16 on; the escape's
+//           which the upper says that there is one; of negative ones, 6 bits from bit 8 on; how
+//           many pieces begin before rank 32 i, less 1, plus 1, 8 bits from bit 16 on; the escape's
 //           symbol, or 255, from bit 24 on
 //   symbol  frequency, 11 bits; where its ranks begin, 10 bits
 //   inverse floor(2^32 / frequency), at most 2^32 - 1
@@ -46,8 +47,8 @@ struct DeviceEncoder {
 };
 
 // One stream to encode. Its room: states; mantissas, as they are stored and 256 bytes
-// more; each up to a multiple of 16; then uint16 for `numbers` words and for numbers / 4 escapes, both
-// written from their ends downwards.
+// more; each up to a multiple of 16; then uint16 for `numbers` words and for numbers / 4 escapes,
+// both written from their ends downwards.
 struct EncodeJob {
   uint64_t room;  // address: a multiple of 16
   uint32_t part;

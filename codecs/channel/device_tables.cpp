@@ -15,9 +15,8 @@ bool make_device_encoder(const Alias& alias, DeviceEncoder* out) {
     out->map[i] = symbol(0) | symbol(1) << 8 | (encoder.before[i] + 1) << 16 | alias.escape << 24;
     const std::uint32_t start = encoder.start[0][i] | std::uint32_t(encoder.start[1][i]) << 8;
     out->symbol[i] = alias.freq[i] | start << kStartAt;
-    out->inverse[i] = alias.freq[i] > 1
-                          ? std::uint32_t((std::uint64_t(1) << 32) / alias.freq[i])
-                          : ~std::uint32_t(0);
+    out->inverse[i] = alias.freq[i] > 1 ? std::uint32_t((std::uint64_t(1) << 32) / alias.freq[i])
+                                        : ~std::uint32_t(0);
     out->begins[i] = encoder.begins[i];
     out->shift[i] = encoder.shift[2 * i] | std::uint32_t(encoder.shift[2 * i + 1]) << 16;
   }

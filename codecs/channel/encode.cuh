@@ -1,4 +1,5 @@
-// Encoding `channel` on a GPU (spec.md): a warp encodes a stream, from its last number to its first.
+// Encoding `channel` on a GPU (spec.md): a warp encodes a stream, from its last number to its
+// first.
 #pragma once
 
 #include "channel/strip.cuh"
@@ -15,8 +16,7 @@ template <int R>
 KVZIP_DEVICE void pack_fields(const unsigned (&field)[8], unsigned (&row)[R]) {
   if constexpr (R == 7) {
 #pragma unroll
-    for (int j = 0; j < 7; ++j)
-      row[j] = field[j] | (field[7] & 0x01010101u << j) << (7 - j);
+    for (int j = 0; j < 7; ++j) row[j] = field[j] | (field[7] & 0x01010101u << j) << (7 - j);
   } else if constexpr (R == 3) {
     const unsigned rest = field[6] | field[7] << 3;
 #pragma unroll
@@ -33,8 +33,7 @@ template <int M>
 KVZIP_DEVICE void pack_column(const unsigned (&mantissa)[8], unsigned char* at, unsigned stride) {
   constexpr int R = M % 8, B = M / 8;
   for (int b = 0; b < B; ++b)
-    for (int i = 0; i < 8; ++i)
-      at[(8 * b + i) * stride] = (unsigned char)(mantissa[i] >> 8 * b);
+    for (int i = 0; i < 8; ++i) at[(8 * b + i) * stride] = (unsigned char)(mantissa[i] >> 8 * b);
   unsigned field[8], row[R];
   for (int i = 0; i < 8; ++i) field[i] = mantissa[i] >> 8 * B;
   pack_fields<R>(field, row);
@@ -51,8 +50,8 @@ struct Encoding {
     return kBits < 16 ? number << (16 - kBits) & 0xFFFFu : number >> (kBits < 16 ? 0 : kBits - 16);
   }
 
-  // A strip's numbers: their upper bits into the tile, their mantissas into the stream's room. Whether
-  // a channel that should be constant is not.
+  // A strip's numbers: their upper bits into the tile, their mantissas into the stream's room.
+  // Whether a channel that should be constant is not.
   KVZIP_DEVICE static bool take_any(const StripView& view, unsigned char* mantissas,
                                     unsigned char* tile) {
     const DevicePart& part = *view.part;
@@ -81,8 +80,8 @@ struct Encoding {
     return other;
   }
 
-  // The same where all 64 channels are coded, all 128 tokens are there, and all of it is aligned: eight
-  // channels of eight tokens a thread.
+  // The same where all 64 channels are coded, all 128 tokens are there, and all of it is aligned:
+  // eight channels of eight tokens a thread.
   KVZIP_DEVICE static void take_whole(const StripView& view, unsigned char* mantissas,
                                       unsigned char* tile) {
     constexpr int R = M % 8, B = M / 8;
@@ -126,7 +125,8 @@ struct Encoding {
             else if constexpr (sizeof(T) == 2)
               return cuda::bytes_of(raw[i][2 * h], raw[i][2 * h + 1], b ? 0x7531 : 0x6420);
             else {
-              const unsigned low = cuda::bytes_of(raw[i][4 * h], raw[i][4 * h + 1], b | (b + 4) << 4);
+              const unsigned low =
+                  cuda::bytes_of(raw[i][4 * h], raw[i][4 * h + 1], b | (b + 4) << 4);
               const unsigned high =
                   cuda::bytes_of(raw[i][4 * h + 2], raw[i][4 * h + 3], b | (b + 4) << 4);
               return cuda::bytes_of(low, high, 0x5410);
@@ -153,8 +153,7 @@ struct Encoding {
           for (int q = 0; q < 2; ++q) {
             if constexpr (sizeof(T) == 1)
               two.v[q] = cuda::bytes_of(raw[i][h], 0, q ? 0x3424 : 0x1404);
-            else if constexpr (sizeof(T) == 2)
-              two.v[q] = raw[i][2 * h + q];
+            else if constexpr (sizeof(T) == 2) two.v[q] = raw[i][2 * h + q];
             else
               two.v[q] = cuda::bytes_of(raw[i][4 * h + 2 * q], raw[i][4 * h + 2 * q + 1], 0x7632);
           }
@@ -200,8 +199,10 @@ struct Encoding {
       unsigned map, symbol, inverse, begins, shift;
     };
     const auto fetch = [&](unsigned channel) {
-      const unsigned shape = cuda::shuffle(channel < kHalf ? mine[0].shape : mine[1].shape, channel);
-      const uint32_t* const at = tables + (shape == kConstantShape ? 0 : shape) * (kEncoderBytes / 4);
+      const unsigned shape =
+          cuda::shuffle(channel < kHalf ? mine[0].shape : mine[1].shape, channel);
+      const uint32_t* const at =
+          tables + (shape == kConstantShape ? 0 : shape) * (kEncoderBytes / 4);
       return Looked{cuda::constant(at), cuda::constant(at + 32), cuda::constant(at + 64),
                     cuda::constant(at + 96), cuda::constant(at + 128)};
     };
@@ -308,10 +309,8 @@ struct Encoding {
           if (j < carried) x[k] |= unsigned(tail[2 * j]) | unsigned(tail[2 * j + 1]) << 8;
         }
       }
-      if (complete && strip.lanes == kWarp * unsigned(K))
-        encode_strip<K, true>(view, x, out, tile);
-      else
-        encode_strip<K, false>(view, x, out, tile);
+      if (complete && strip.lanes == kWarp * unsigned(K)) encode_strip<K, true>(view, x, out, tile);
+      else encode_strip<K, false>(view, x, out, tile);
       cuda::sync_warp();
     }
 #pragma unroll
@@ -337,11 +336,11 @@ struct Encoding {
   }
 };
 
-#define KVZIP_CHANNEL_ENCODE(name, E, M, T)                                                   \
-  KVZIP_KERNEL(kWarpsOfBlock * 32, 12)                                                        \
-  channel_encode_##name(const EncodeJob* jobs, uint32_t count, const DevicePart* parts,       \
-                        EncodedStream* encoded) {                                             \
-    Encoding<E, M, T>::run(jobs, count, parts, encoded);                                      \
+#define KVZIP_CHANNEL_ENCODE(name, E, M, T)                                             \
+  KVZIP_KERNEL(kWarpsOfBlock * 32, 12)                                                  \
+  channel_encode_##name(const EncodeJob* jobs, uint32_t count, const DevicePart* parts, \
+                        EncodedStream* encoded) {                                       \
+    Encoding<E, M, T>::run(jobs, count, parts, encoded);                                \
   }
 KVZIP_CHANNEL_ENCODE(bf16, 8, 7, uint16_t)
 KVZIP_CHANNEL_ENCODE(fp16, 5, 10, uint16_t)

@@ -20,7 +20,8 @@ inline void split(const T (*numbers)[kStrip], std::uint64_t live, std::size_t li
     // Byte `at` of a token's numbers.
     const auto byte = [&](int token, int at) {
       std::uint8_t bytes[kVector];
-      for (int c = 0; c < kVector; ++c) bytes[c] = std::uint8_t(numbers[token][first + c] >> 8 * at);
+      for (int c = 0; c < kVector; ++c)
+        bytes[c] = std::uint8_t(numbers[token][first + c] >> 8 * at);
       return vector_at(bytes);
     };
     const auto put = [&](int row, const Vector& bytes) {

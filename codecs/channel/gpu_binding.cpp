@@ -7,8 +7,8 @@
 #include <cstring>
 #include <vector>
 
-#include "channel/device_jobs.hpp"
 #include "channel/block_coder.hpp"
+#include "channel/device_jobs.hpp"
 #include "native/bindings.hpp"
 
 namespace nb = nanobind;
@@ -49,7 +49,8 @@ nb::tuple jobs_of(nb::object tables, nb::handle blocks, std::size_t batch, std::
   std::vector<StoredBlock> stored(count);
   if (count) std::memcpy(stored.data(), view.buf, count * sizeof(StoredBlock));
   auto* const jobs = new std::vector<StreamJob>();
-  const nb::capsule owner(jobs, [](void* p) noexcept { delete static_cast<std::vector<StreamJob>*>(p); });
+  const nb::capsule owner(jobs,
+                          [](void* p) noexcept { delete static_cast<std::vector<StreamJob>*>(p); });
   std::vector<std::size_t> raw;
   {
     nb::gil_scoped_release released;
@@ -121,15 +122,15 @@ void bind_gpu(nb::module_& m) {
   m.def("channel_jobs", &jobs_of, "tables"_a.none(), "blocks"_a, "batch"_a, "heads"_a, "dim"_a,
         "itemsize"_a,
         "The streams of a part's blocks, which are records as native/cuda/work.py's BLOCK: uint8 "
-        "[streams, 48], `StreamJob` (device_jobs.hpp); and which blocks are stored as they are. Their bytes "
-        "must lie where the records say. Raises ValueError where a decoder would before it looks into "
-        "the streams.");
+        "[streams, 48], `StreamJob` (device_jobs.hpp); and which blocks are stored as they are. "
+        "Their bytes must lie where the records say. Raises ValueError where a decoder would "
+        "before it looks into the streams.");
   m.def("channel_encoders", &encoders_of, "tables"_a,
-        "What a GPU's encoder looks up, uint32 [shapes, 160], `DeviceEncoder` (device_jobs.hpp); None when a "
-        "shape has more than the 32 exponents that it takes.");
+        "What a GPU's encoder looks up, uint32 [shapes, 160], `DeviceEncoder` (device_jobs.hpp); "
+        "None when a shape has more than the 32 exponents that it takes.");
   m.def("channel_plan", &plan_of, "tables"_a, "batch"_a, "tokens"_a,
-        "How a block of so many tokens is cut into streams, int64 [streams, 4]: the first strip, how many "
-        "there are, lanes, bytes of the mantissas as they are stored.");
+        "How a block of so many tokens is cut into streams, int64 [streams, 4]: the first strip, "
+        "how many there are, lanes, bytes of the mantissas as they are stored.");
 }
 
 }  // namespace kvzip::channel

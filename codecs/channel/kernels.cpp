@@ -43,7 +43,8 @@ std::size_t Streams::mantissas_before(std::size_t strip) const {
   };
   std::size_t rows = octets(groups) * (rest / in_row_ * row + tables_.live[rest % in_row_].before);
   // Only the last group may be shorter.
-  if (groups) rows += ((groups - 1) * (kLanes / 8) + octets(groups - 1)) * (in_group_ / in_row_) * row;
+  if (groups)
+    rows += ((groups - 1) * (kLanes / 8) + octets(groups - 1)) * (in_group_ / in_row_) * row;
   return rows * std::size_t(rows_of_octet(tables_.mantissa_bits));
 }
 
@@ -120,11 +121,8 @@ bool encode(const Tables& tables, const Block<const T>& block, const Stream& str
 template bool decode(const Tables&, const Block<std::uint8_t>&, const Coded*, std::size_t);
 template bool decode(const Tables&, const Block<std::uint16_t>&, const Coded*, std::size_t);
 template bool decode(const Tables&, const Block<std::uint32_t>&, const Coded*, std::size_t);
-template bool encode(const Tables&, const Block<const std::uint8_t>&, const Stream&,
-                     Sink*);
-template bool encode(const Tables&, const Block<const std::uint16_t>&, const Stream&,
-                     Sink*);
-template bool encode(const Tables&, const Block<const std::uint32_t>&, const Stream&,
-                     Sink*);
+template bool encode(const Tables&, const Block<const std::uint8_t>&, const Stream&, Sink*);
+template bool encode(const Tables&, const Block<const std::uint16_t>&, const Stream&, Sink*);
+template bool encode(const Tables&, const Block<const std::uint32_t>&, const Stream&, Sink*);
 
 }  // namespace kvzip::channel

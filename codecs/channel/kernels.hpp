@@ -9,23 +9,23 @@
 
 namespace kvzip::channel {
 
-constexpr int kLanes = 128;        // rANS states of a stream, one token each
-constexpr int kStrip = 64;         // channels that are decoded into one tile
-constexpr int kBuckets = 32;       // of an alias table
+constexpr int kLanes = 128;   // rANS states of a stream, one token each
+constexpr int kStrip = 64;    // channels that are decoded into one tile
+constexpr int kBuckets = 32;  // of an alias table
 constexpr int kBucketSlots = 32;
-constexpr int kProbBits = 10;      // probabilities are multiples of 1/1024
+constexpr int kProbBits = 10;  // probabilities are multiples of 1/1024
 constexpr std::uint32_t kTotal = 1u << kProbBits;
 constexpr std::uint32_t kLow = 1u << 16;  // states stay in [2^16, 2^32)
-constexpr int kMaxSymbols = 512;   // values of sign and exponent
+constexpr int kMaxSymbols = 512;          // values of sign and exponent
 constexpr std::uint8_t kNone = 255;
 
 // A shape's frequencies and alias table, as spec.md has them.
 struct Alias {
   int exponent_bits;
   std::uint32_t symbols;
-  std::uint32_t width;            // exponents
-  std::uint32_t escape;           // the symbol that stands for all other values, or kNone
-  std::uint32_t freq[kBuckets];   // 0 where there is no symbol, as everything below
+  std::uint32_t width;           // exponents
+  std::uint32_t escape;          // the symbol that stands for all other values, or kNone
+  std::uint32_t freq[kBuckets];  // 0 where there is no symbol, as everything below
   std::uint32_t value[kBuckets];
   std::uint32_t divide[kBuckets];
   std::uint32_t other[kBuckets];
@@ -67,9 +67,9 @@ struct Encoder {
   std::uint32_t begins[kBuckets], before[kBuckets];
   std::uint16_t shift[2 * kBuckets];
   // AVX2. All of it in tables of bytes, for byte shuffles. Of values of the first 32 exponents, of
-  // either sign: kHeld and their symbol, or 0. Of a symbol: frequency, and where its ranks begin. Of
-  // eight ranks, the n-th of 32 in table n: where pieces begin, and how many do before, less 1. Of a
-  // piece: its shift. Low bytes, then high bytes. And of a symbol its value, or kNoValue.
+  // either sign: kHeld and their symbol, or 0. Of a symbol: frequency, and where its ranks begin.
+  // Of eight ranks, the n-th of 32 in table n: where pieces begin, and how many do before, less 1.
+  // Of a piece: its shift. Low bytes, then high bytes. And of a symbol its value, or kNoValue.
   alignas(64) std::uint8_t held[2][kBuckets], freq[2][kBuckets], start[2][kBuckets];
   std::uint8_t octet_begins[4][kBuckets], octet_before[4][kBuckets];
   std::uint8_t shift_bytes[2][2 * kBuckets];
@@ -86,7 +86,7 @@ constexpr std::uint32_t kEscapeCell = 1u << 31;  // coded as the escape
 struct Channel {
   std::uint16_t shape;
   std::uint16_t base;
-  bool constant;              // every number of the channel is `number`
+  bool constant;  // every number of the channel is `number`
   std::uint32_t number;
 };
 
@@ -135,8 +135,8 @@ void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
 void make_encoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                   int exponent_bits, Encoder* encoder);
 
-// How far apart the counts of channels lie: those of neighbours must not fall on the same lines of a
-// cache.
+// How far apart the counts of channels lie: those of neighbours must not fall on the same lines of
+// a cache.
 constexpr std::size_t count_stride(int value_bits) { return (std::size_t(1) << value_bits) + 16; }
 
 // Adds the block's values to the counts of [heads*dim] channels.
@@ -194,9 +194,10 @@ struct Coded {
 template <typename T>
 bool decode(const Tables& tables, const Block<T>& block, const Coded* streams, std::size_t count);
 
-// What a stream is encoded to: states, as many as there are lanes at most, and for all else the ends
-// of where it goes, then the beginnings of what was written. There must be room for all mantissas,
-// and for one word and one escape for every number; kSpareWords below the words may be written over.
+// What a stream is encoded to: states, as many as there are lanes at most, and for all else the
+// ends of where it goes, then the beginnings of what was written. There must be room for all
+// mantissas, and for one word and one escape for every number; kSpareWords below the words may be
+// written over.
 constexpr int kSpareWords = 8;
 struct Sink {
   std::uint32_t states[kLanes];

@@ -142,8 +142,9 @@ struct Avx2 : ByteValues<Avx2> {
           const auto* const at = reinterpret_cast<const __m256i*>(x_ + 32 * (v + g));
           __m256i slot[2];
           for (int k = 0; k < 2; ++k) {
-            slot[k] = _mm256_packus_epi32(_mm256_and_si256(_mm256_load_si256(at + 2 * k), slots),
-                                          _mm256_and_si256(_mm256_load_si256(at + 2 * k + 1), slots));
+            slot[k] =
+                _mm256_packus_epi32(_mm256_and_si256(_mm256_load_si256(at + 2 * k), slots),
+                                    _mm256_and_si256(_mm256_load_si256(at + 2 * k + 1), slots));
             place[g][k] = _mm256_and_si256(slot[k], places);
           }
           bucket[g] =
@@ -176,8 +177,8 @@ struct Avx2 : ByteValues<Avx2> {
           for (int g = 0; g < 2; ++g) {
             freq[g][0] = _mm256_unpacklo_epi8(low[g], high[g]);
             freq[g][1] = _mm256_unpackhi_epi8(low[g], high[g]);
-            found[v + g] = std::uint32_t(
-                _mm256_movemask_epi8(_mm256_cmpeq_epi8(symbol[g], escape)));
+            found[v + g] =
+                std::uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(symbol[g], escape)));
             any |= found[v + g];
             _mm256_store_si256(reinterpret_cast<__m256i*>(out + 32 * (v + g)),
                                _mm256_permutevar8x32_epi32(value[g], in_order));
@@ -202,8 +203,7 @@ struct Avx2 : ByteValues<Avx2> {
           // Lanes without a token take no words.
           if (limited && lane + 8 > lanes_) set &= lane < lanes_ ? (1u << (lanes_ - lane)) - 1 : 0;
           const __m256i next = _mm256_shuffle_epi8(
-              _mm256_broadcastsi128_si256(
-                  _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+              _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
               _mm256_load_si256(reinterpret_cast<const __m256i*>(kTakes.shuffle[set])));
           p += 2 * __builtin_popcountll(set);
           const __m256i by = _mm256_and_si256(more, _mm256_set1_epi32(16));
@@ -224,8 +224,9 @@ struct Avx2 : ByteValues<Avx2> {
     }
   };
 
-  // 32 lanes at a time, as bytes and words where these suffice. Of 16 lanes, those from 4 to 7 change
-  // places with those from 8 to 11, in the tile, too: packed to words of 16 bits they are in order.
+  // 32 lanes at a time, as bytes and words where these suffice. Of 16 lanes, those from 4 to 7
+  // change places with those from 8 to 11, in the tile, too: packed to words of 16 bits they are in
+  // order.
   class EncoderLanes {
    public:
     void load(const std::uint32_t* states) {
@@ -310,9 +311,9 @@ struct Avx2 : ByteValues<Avx2> {
       // Bits 3 and 4 choose one of four tables. A blend looks at bit 7.
       const __m256i odd = _mm256_slli_epi16(fine, 4), upper = _mm256_slli_epi16(fine, 3);
       const auto octet = [&](const std::uint8_t (*tables)[kBuckets]) {
-        return _mm256_blendv_epi8(
-            _mm256_blendv_epi8(of_group(tables[0]), of_group(tables[1]), odd),
-            _mm256_blendv_epi8(of_group(tables[2]), of_group(tables[3]), odd), upper);
+        return _mm256_blendv_epi8(_mm256_blendv_epi8(of_group(tables[0]), of_group(tables[1]), odd),
+                                  _mm256_blendv_epi8(of_group(tables[2]), of_group(tables[3]), odd),
+                                  upper);
       };
       const __m256i up_to = _mm256_set1_epi64x(std::int64_t(0xFF7F3F1F0F070301));
       const __m256i ones = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
@@ -350,8 +351,7 @@ struct Avx2 : ByteValues<Avx2> {
       // A state that is divided is less than 2^22 times its frequency.
       if (limited || e.above_half)
         divide<limited, true>(lanes, count, freq, start, place, less, sink);
-      else
-        divide<limited, false>(lanes, count, freq, start, place, less, sink);
+      else divide<limited, false>(lanes, count, freq, start, place, less, sink);
       combine<limited>(e, lanes, count, place, less);
       return true;
     }
@@ -404,8 +404,9 @@ struct Avx2 : ByteValues<Avx2> {
     //
     // A quotient of floating point, rounded to the nearest whole number, is the right one or one
     // more: a state is below 2^22 times its frequency, so rounding it to 24 bits, in one step or in
-    // two, changes the quotient by less than 3/8, and rounding the quotient by 1/8 at most. (For all
-    // frequencies and quotients, the least and the greatest state of each, this was tried, too.)
+    // two, changes the quotient by less than 3/8, and rounding the quotient by 1/8 at most. (For
+    // all frequencies and quotients, the least and the greatest state of each, this was tried,
+    // too.)
     template <bool limited, bool top_bit>
     void divide(std::size_t lanes, std::size_t count, const __m256i* freq, const __m256i* start,
                 __m256i* place, __m256i* less, Sink* sink) {
@@ -428,8 +429,7 @@ struct Avx2 : ByteValues<Avx2> {
           const __m256i y = _mm256_blendv_epi8(upper[k], x[k], fits[k]);
           __m256 number = _mm256_cvtepi32_ps(y);
           if (top_bit)  // it has counted as a sign
-            number = _mm256_blendv_ps(number,
-                                      _mm256_add_ps(number, _mm256_set1_ps(4294967296.0f)),
+            number = _mm256_blendv_ps(number, _mm256_add_ps(number, _mm256_set1_ps(4294967296.0f)),
                                       _mm256_castsi256_ps(y));
           q[k] = _mm256_cvtps_epi32(_mm256_div_ps(number, _mm256_cvtepi32_ps(freqs[k])));
           const __m256i high = _mm256_slli_epi32(q[k], kProbBits);
@@ -437,13 +437,13 @@ struct Avx2 : ByteValues<Avx2> {
         }
         const __m256i fit = _mm256_packs_epi32(fits[0], fits[1]);
         const __m256i low = low_halves(x);
-        const unsigned full =
-            ~unsigned(_mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(fit),
-                                                        _mm256_extracti128_si256(fit, 1))));
+        const unsigned full = ~unsigned(_mm_movemask_epi8(
+            _mm_packs_epi16(_mm256_castsi256_si128(fit), _mm256_extracti128_si256(fit, 1))));
         const auto give = [&](__m128i of, unsigned set) {
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(words - kSpareWords),
-                           _mm_shuffle_epi8(of, _mm_load_si128(reinterpret_cast<const __m128i*>(
-                                                    kGives.shuffle[set]))));
+          _mm_storeu_si128(
+              reinterpret_cast<__m128i*>(words - kSpareWords),
+              _mm_shuffle_epi8(
+                  of, _mm_load_si128(reinterpret_cast<const __m128i*>(kGives.shuffle[set]))));
           words -= __builtin_popcountll(set);
         };
         give(_mm256_extracti128_si256(low, 1), full >> 8 & 255);
@@ -451,8 +451,8 @@ struct Avx2 : ByteValues<Avx2> {
         const __m256i y = _mm256_blendv_epi8(_mm256_packus_epi32(upper[0], upper[1]), low, fit);
         const __m256i rank = _mm256_sub_epi16(y, _mm256_mullo_epi16(low_halves(q), freq[v]));
         less[v] = _mm256_srai_epi16(rank, 15);
-        place[v] = _mm256_add_epi16(start[v],
-                                    _mm256_min_epu16(rank, _mm256_add_epi16(rank, freq[v])));
+        place[v] =
+            _mm256_add_epi16(start[v], _mm256_min_epu16(rank, _mm256_add_epi16(rank, freq[v])));
       }
       sink->words = words;
     }
@@ -474,8 +474,7 @@ struct Avx2 : ByteValues<Avx2> {
           const __m256i y = _mm256_add_epi32(x, k % 2 ? _mm256_unpackhi_epi16(lowest, one_less)
                                                       : _mm256_unpacklo_epi16(lowest, one_less));
           const std::size_t first = 32 * v + 16 * (std::size_t(k) / 2) + 4 * (std::size_t(k) % 2);
-          _mm256_store_si256(at + k,
-                             limited ? _mm256_blendv_epi8(x, y, active(first, lanes)) : y);
+          _mm256_store_si256(at + k, limited ? _mm256_blendv_epi8(x, y, active(first, lanes)) : y);
         }
       }
     }
@@ -528,10 +527,10 @@ struct Avx2 : ByteValues<Avx2> {
     const __m256i exponents = _mm256_set1_epi16(0x7F00), signs = _mm256_set1_epi16(short(0x8000));
     if constexpr (M < 7) {
       const __m256i mask = _mm256_set1_epi8(0x7F);
-      const __m256i numbers = _mm256_or_si256(
-          _mm256_or_si256(_mm256_andnot_si256(mask, value),
-                          _mm256_slli_epi16(_mm256_and_si256(value, mask), M)),
-          turned(fields));
+      const __m256i numbers =
+          _mm256_or_si256(_mm256_or_si256(_mm256_andnot_si256(mask, value),
+                                          _mm256_slli_epi16(_mm256_and_si256(value, mask), M)),
+                          turned(fields));
       store(0, turned(numbers));
     } else if constexpr (M == 10) {
       const __m256i lows = bytes(0), tops = turned(fields);
@@ -576,12 +575,12 @@ struct Avx2 : ByteValues<Avx2> {
         // Four rows and the four that are eight further, as EncoderLanes has them.
         __m256i r[8];
         for (int i = 0; i < 8; ++i)
-          r[i] = _mm256_load_si256(
-              reinterpret_cast<const __m256i*>(rows[4 * half + i + (i & 4)]) + part);
+          r[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(rows[4 * half + i + (i & 4)]) +
+                                   part);
         transpose(r);
         for (int i = 0; i < 8; ++i)
-          _mm256_store_si256(
-              reinterpret_cast<__m256i*>(tile.word[8 * part + i] + token) + half, r[i]);
+          _mm256_store_si256(reinterpret_cast<__m256i*>(tile.word[8 * part + i] + token) + half,
+                             r[i]);
       }
   }
 };

@@ -109,24 +109,23 @@ struct Avx512 {
 
     // The channels that share a word of the tile.
     template <typename T, int M, bool limited, std::size_t... in_word>
-    __attribute__((always_inline)) bool word(Steps<T>& steps, std::size_t c,
-                                             __m512i (&x)[kVectors], const std::uint8_t*& at,
-                                             std::uint64_t& escaped,
+    __attribute__((always_inline)) bool word(Steps<T>& steps, std::size_t c, __m512i (&x)[kVectors],
+                                             const std::uint8_t*& at, std::uint64_t& escaped,
                                              std::index_sequence<in_word...>) {
       return (step<T, M, limited, in_word>(steps, c + in_word, x, at, escaped) && ...);
     }
 
     template <typename T, int M, bool limited, int in_word>
-    __attribute__((always_inline)) bool step(Steps<T>& steps, std::size_t c,
-                                             __m512i (&x)[kVectors], const std::uint8_t*& at,
-                                             std::uint64_t& escaped) {
+    __attribute__((always_inline)) bool step(Steps<T>& steps, std::size_t c, __m512i (&x)[kVectors],
+                                             const std::uint8_t*& at, std::uint64_t& escaped) {
       if (in_word && c >= steps.width) return true;
       steps.template fetch<M>(c, at);
       if (!(steps.live >> c & 1)) return true;
       const std::uint8_t* p = steps.words->ready(at);
       if (!p) return false;
       constexpr int kShift = Tile<T>::template shift<M>(in_word);
-      const __m512i keep = _mm512_set1_epi32(int((2 * (std::uint32_t(T(-1)) >> M) + 1) << (kShift - 1)));
+      const __m512i keep =
+          _mm512_set1_epi32(int((2 * (std::uint32_t(T(-1)) >> M) + 1) << (kShift - 1)));
       const __m512i ones = _mm512_set1_epi32(-1);
       const __m512i low = _mm512_set1_epi32(int(kLow));
       const Decoder& d = steps.decoders[steps.channels[c].shape];
@@ -147,16 +146,16 @@ struct Avx512 {
         const __m512i rank =
             _mm512_mask_add_epi32(place, second, place, _mm512_srli_epi32(other, kAddAt));
         const __m512i freq = _mm512_and_si512(e, _mm512_set1_epi32(int(kFreqMask)));
-        const __m512i y = _mm512_add_epi32(
-            _mm512_mullo_epi32(freq, _mm512_srli_epi32(x[v], kProbBits)), rank);
+        const __m512i y =
+            _mm512_add_epi32(_mm512_mullo_epi32(freq, _mm512_srli_epi32(x[v], kProbBits)), rank);
         // A lane takes a word where the upper half is zero. The word is put there, and the halves
         // change places.
         const __mmask16 takes = limited ? _mm512_mask_cmplt_epu32_mask(active_[v], y, low)
                                         : _mm512_cmplt_epu32_mask(y, low);
-        const __mmask32 upper = _mm512_mask_testn_epi16_mask(
-            limited ? upper_[v] : _cvtu32_mask32(kUpper), y, y);
-        const __m512i words = _mm512_castsi256_si512(
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        const __mmask32 upper =
+            _mm512_mask_testn_epi16_mask(limited ? upper_[v] : _cvtu32_mask32(kUpper), y, y);
+        const __m512i words =
+            _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         p += 2 * std::size_t(__builtin_popcount(_cvtmask32_u32(upper)));
         const __m512i next = limited ? _mm512_mask_mov_epi32(x[v], active_[v], y) : y;
         const __m512i filled = _mm512_mask_expand_epi16(next, upper, words);
@@ -166,9 +165,9 @@ struct Avx512 {
                                                  : _mm512_slli_epi32(e, kShift - kValueAt);
         std::uint32_t* const o = out + 16 * v;
         // (turned & keep) | what is there
-        _mm512_store_si512(o, in_word ? _mm512_ternarylogic_epi32(turned, keep,
-                                                                  _mm512_load_si512(o), 0xEA)
-                                      : _mm512_and_si512(turned, keep));
+        _mm512_store_si512(
+            o, in_word ? _mm512_ternarylogic_epi32(turned, keep, _mm512_load_si512(o), 0xEA)
+                       : _mm512_and_si512(turned, keep));
       }
       at = p;
       const bool any = _mm512_test_epi32_mask(all, _mm512_set1_epi32(int(kEscapeBit))) != 0;
@@ -296,8 +295,7 @@ struct Avx512 {
         }
         const __m512i freq = _mm512_and_si512(cell, _mm512_set1_epi32(int(kFreqMask)));
         __m512i x = x_[v];
-        const __mmask16 full =
-            _mm512_mask_cmpge_epu32_mask(active, _mm512_srli_epi32(x, 22), freq);
+        const __mmask16 full = _mm512_mask_cmpge_epu32_mask(active, _mm512_srli_epi32(x, 22), freq);
         const auto count = std::size_t(__builtin_popcountll(full));
         words -= count;
         _mm256_mask_storeu_epi16(words, __mmask16(first_ones(count)),
@@ -313,15 +311,13 @@ struct Avx512 {
         rank = _mm512_mask_sub_epi32(rank, more, rank, freq);
         const __m512i start = _mm512_and_si512(_mm512_srli_epi32(cell, kStartAt), ranks);
         const __m512i place = _mm512_add_epi32(start, rank), group = _mm512_srli_epi32(place, 5);
-        const __m512i begun = _mm512_sllv_epi32(
-            _mm512_permutex2var_epi32(begins[0], group, begins[1]),
-            _mm512_andnot_si512(place, _mm512_set1_epi32(31)));
-        const __m512i piece =
-            _mm512_add_epi32(_mm512_permutex2var_epi32(before[0], group, before[1]),
-                             _mm512_popcnt_epi32(begun));
+        const __m512i begun =
+            _mm512_sllv_epi32(_mm512_permutex2var_epi32(begins[0], group, begins[1]),
+                              _mm512_andnot_si512(place, _mm512_set1_epi32(31)));
+        const __m512i piece = _mm512_add_epi32(
+            _mm512_permutex2var_epi32(before[0], group, before[1]), _mm512_popcnt_epi32(begun));
         const __m512i slot = _mm512_and_si512(
-            _mm512_add_epi32(place, _mm512_permutex2var_epi16(shifts[0], piece, shifts[1])),
-            ranks);
+            _mm512_add_epi32(place, _mm512_permutex2var_epi16(shifts[0], piece, shifts[1])), ranks);
         x_[v] = _mm512_mask_or_epi32(x_[v], active, _mm512_slli_epi32(q, kProbBits), slot);
       }
       sink->words = words;
@@ -411,8 +407,7 @@ Symbols symbols_of(const std::uint8_t* levels, std::size_t width, std::uint8_t e
   // A quotient that is no whole number is at least 1 / 2^23 away from one, so the division of
   // doubles never gives another whole part.
   const __m512i weight = _mm512_mullo_epi16(level, level);
-  const __m512d total =
-      _mm512_set1_pd(_mm512_reduce_add_epi32(_mm512_madd_epi16(level, level)));
+  const __m512d total = _mm512_set1_pd(_mm512_reduce_add_epi32(_mm512_madd_epi16(level, level)));
   const auto scaled = [&](__m256i weights) {
     const __m512d w = _mm512_cvtepu32_pd(weights);
     return _mm512_cvttpd_epu32(
@@ -431,22 +426,23 @@ Symbols symbols_of(const std::uint8_t* levels, std::size_t width, std::uint8_t e
   // The first of the greatest: the least of all ones less (frequency, 31 - place).
   const __m512i order =
       _mm512_sub_epi16(places, _mm512_slli_epi16(_mm512_add_epi16(s.freq, one), 5));
-  const __m256i least_of = _mm256_min_epu16(_mm512_castsi512_si256(order),
-                                            _mm512_extracti64x4_epi64(order, 1));
-  const __m128i least = _mm_minpos_epu16(_mm_min_epu16(_mm256_castsi256_si128(least_of),
-                                                       _mm256_extracti128_si256(least_of, 1)));
+  const __m256i least_of =
+      _mm256_min_epu16(_mm512_castsi512_si256(order), _mm512_extracti64x4_epi64(order, 1));
+  const __m128i least = _mm_minpos_epu16(
+      _mm_min_epu16(_mm256_castsi256_si128(least_of), _mm256_extracti128_si256(least_of, 1)));
   const __mmask32 greatest = __mmask32(1) << (_mm_cvtsi128_si32(least) & (kBuckets - 1));
-  s.freq = _mm512_mask_add_epi16(s.freq, greatest, s.freq,
-                                 _mm512_set1_epi16(short(int(kTotal) - sum)));
+  s.freq =
+      _mm512_mask_add_epi16(s.freq, greatest, s.freq, _mm512_set1_epi16(short(int(kTotal) - sum)));
   return s;
 }
 
 }  // namespace
 
-// As make_alias, in closed form. The sweep takes slots from the large ones as smalls need them: with
-// sums of what is missing (of small ones) and over (of large ones), up to and with each, a small one
-// takes from the first large one up to which as much is over as is missing before it; a large one
-// becomes small itself where more is missing than is over up to it, and takes from the next.
+// As make_alias, in closed form. The sweep takes slots from the large ones as smalls need them:
+// with sums of what is missing (of small ones) and over (of large ones), up to and with each, a
+// small one takes from the first large one up to which as much is over as is missing before it; a
+// large one becomes small itself where more is missing than is over up to it, and takes from the
+// next.
 void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                   int exponent_bits, Decoder* decoder) {
   const __m512i one = _mm512_set1_epi16(1), slots = _mm512_set1_epi16(kBucketSlots);
@@ -473,17 +469,15 @@ void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
   }
   from = _mm512_mask_expand_epi16(from, large, _mm512_add_epi16(places, one));
   const __mmask32 divided = small | used_up;
-  const __m512i add =
-      _mm512_maskz_sub_epi16(divided, _mm512_permutexvar_epi16(from, large_over),
-                             _mm512_mask_mov_epi16(missing_before, large, over));
-  const __m512i other =
-      _mm512_permutexvar_epi16(from, _mm512_maskz_compress_epi16(large, places));
+  const __m512i add = _mm512_maskz_sub_epi16(divided, _mm512_permutexvar_epi16(from, large_over),
+                                             _mm512_mask_mov_epi16(missing_before, large, over));
+  const __m512i other = _mm512_permutexvar_epi16(from, _mm512_maskz_compress_epi16(large, places));
   const __m512i divide =
       _mm512_mask_sub_epi16(freq, large, _mm512_add_epi16(slots, over), missing_then);
   __m512i entry[2];
   for (int h = 0; h < 2; ++h) {
-    entry[h] = _mm512_or_si512(widened(freq, h),
-                               _mm512_slli_epi32(widened(symbols.value, h), kValueAt));
+    entry[h] =
+        _mm512_or_si512(widened(freq, h), _mm512_slli_epi32(widened(symbols.value, h), kValueAt));
     entry[h] = _mm512_mask_or_epi32(entry[h], __mmask16(symbols.escape >> 16 * h), entry[h],
                                     _mm512_set1_epi32(int(kEscapeBit)));
   }
@@ -495,8 +489,7 @@ void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
         _mm512_maskz_or_epi32(here, entry[h], _mm512_slli_epi32(widened(divide, h), kDivideAt)));
     _mm512_store_si512(
         decoder->entry + kBuckets + 16 * h,
-        _mm512_mask_or_epi32(entry[h], here, second,
-                             _mm512_slli_epi32(widened(add, h), kAddAt)));
+        _mm512_mask_or_epi32(entry[h], here, second, _mm512_slli_epi32(widened(add, h), kAddAt)));
   }
 }
 

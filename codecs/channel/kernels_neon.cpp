@@ -62,17 +62,16 @@ struct Neon : ByteValues<Neon> {
         for (int k = 0; k < 4; ++k) x[k] = vld1q_u32(x_ + 16 * g + 4 * k);
         uint16x8_t slot[2], place[2];
         for (int h = 0; h < 2; ++h) {
-          slot[h] = vuzp1q_u16(vreinterpretq_u16_u32(x[2 * h]), vreinterpretq_u16_u32(x[2 * h + 1]));
+          slot[h] =
+              vuzp1q_u16(vreinterpretq_u16_u32(x[2 * h]), vreinterpretq_u16_u32(x[2 * h + 1]));
           place[h] = vandq_u16(slot[h], places);
         }
         const auto low_bytes = [](uint16x8_t a, uint16x8_t b) {
           return vuzp1q_u8(vreinterpretq_u8_u16(a), vreinterpretq_u8_u16(b));
         };
-        const uint8x16_t bucket =
-            vandq_u8(low_bytes(vshrq_n_u16(slot[0], 5), vshrq_n_u16(slot[1], 5)),
-                     vdupq_n_u8(kBuckets - 1));
-        const uint8x16_t own =
-            vcltq_u8(low_bytes(place[0], place[1]), vqtbl2q_u8(divide, bucket));
+        const uint8x16_t bucket = vandq_u8(
+            low_bytes(vshrq_n_u16(slot[0], 5), vshrq_n_u16(slot[1], 5)), vdupq_n_u8(kBuckets - 1));
+        const uint8x16_t own = vcltq_u8(low_bytes(place[0], place[1]), vqtbl2q_u8(divide, bucket));
         const uint8x16_t symbol = vbslq_u8(own, bucket, vqtbl2q_u8(other, bucket));
         const uint8x16_t add_low = vbicq_u8(vqtbl2q_u8(add[0], bucket), own);
         const uint8x16_t add_high = vbicq_u8(vqtbl2q_u8(add[1], bucket), own);
@@ -95,8 +94,8 @@ struct Neon : ByteValues<Neon> {
                         vshrq_n_u32(x[2 * h + 1], kProbBits))};
           const uint32x4_t more[2] = {vcltq_u32(y[0], vdupq_n_u32(kLow)),
                                       vcltq_u32(y[1], vdupq_n_u32(kLow))};
-          unsigned set = bits_of(
-              vuzp1q_u16(vreinterpretq_u16_u32(more[0]), vreinterpretq_u16_u32(more[1])));
+          unsigned set =
+              bits_of(vuzp1q_u16(vreinterpretq_u16_u32(more[0]), vreinterpretq_u16_u32(more[1])));
           // Lanes without a token take no words.
           const std::size_t lane = 16 * g + 8 * std::size_t(h);
           if (limited && lane + 8 > lanes_) set &= lane < lanes_ ? (1u << (lanes_ - lane)) - 1 : 0;
@@ -106,9 +105,9 @@ struct Neon : ByteValues<Neon> {
           const uint32x4_t by = vdupq_n_u32(16);
           const uint32x4_t word[2] = {vmovl_u16(vget_low_u16(next)), vmovl_high_u16(next)};
           for (int k = 0; k < 2; ++k)
-            vst1q_u32(x_ + lane + 4 * k,
-                      vorrq_u32(vshlq_u32(y[k], vreinterpretq_s32_u32(vandq_u32(more[k], by))),
-                                word[k]));
+            vst1q_u32(
+                x_ + lane + 4 * k,
+                vorrq_u32(vshlq_u32(y[k], vreinterpretq_s32_u32(vandq_u32(more[k], by))), word[k]));
         }
       }
       *words = p;
@@ -119,9 +118,8 @@ struct Neon : ByteValues<Neon> {
           const uint8x16_t lanes = found[4 * h + g];
           // Bytes of all ones, widened with their sign, are words of all ones.
           const int8x16_t wide = vreinterpretq_s8_u8(lanes);
-          const unsigned set =
-              bits_of(vreinterpretq_u16_s16(vmovl_s8(vget_low_s8(wide)))) |
-              bits_of(vreinterpretq_u16_s16(vmovl_high_s8(wide))) << 8;
+          const unsigned set = bits_of(vreinterpretq_u16_s16(vmovl_s8(vget_low_s8(wide)))) |
+                               bits_of(vreinterpretq_u16_s16(vmovl_high_s8(wide))) << 8;
           escaped[h] |= std::uint64_t(set) << 16 * g;
         }
         escaped[h] &= first_ones(lanes_ - least(lanes_, 64 * h));
@@ -166,9 +164,8 @@ struct Neon : ByteValues<Neon> {
         };
         if constexpr (M == 10) {
           const uint16x8_t word = words_of(vdupq_n_u8(0), value);
-          const uint16x8_t numbers =
-              vorrq_u16(vandq_u16(word, vdupq_n_u16(0x8000)),
-                        vshlq_n_u16(vandq_u16(word, exponents), 2));
+          const uint16x8_t numbers = vorrq_u16(vandq_u16(word, vdupq_n_u16(0x8000)),
+                                               vshlq_n_u16(vandq_u16(word, exponents), 2));
           vst1q_u16(out + 8 * h, vaddq_u16(vorrq_u16(numbers, words_of(bytes(0), field)),
                                            vld1q_u16(base + 8 * h)));
         } else {

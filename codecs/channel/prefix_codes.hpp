@@ -8,9 +8,9 @@ namespace kvzip::channel {
 
 constexpr int kCodes = 24, kMaxCode = 7;  // bits
 constexpr int kWidthCode = 21, kEscapeCode = 22, kTopCode = 23;
-constexpr int kDirect = 34;        // symbols that may have a code: 0 to 33
+constexpr int kDirect = 34;  // symbols that may have a code: 0 to 33
 constexpr int kOtherBit = 1 << 15;
-constexpr int kOther = kDirect;    // the code of all others; eight bits with the symbol follow
+constexpr int kOther = kDirect;  // the code of all others; eight bits with the symbol follow
 
 // Length of each symbol's code, '0' where it has none; the last is kOther's.
 constexpr const char* kLengths[kCodes] = {

@@ -159,8 +159,7 @@ struct Scalar {
     }
   }
 
-  static void collect(const std::uint8_t* row, std::uint64_t live, std::size_t,
-                      std::uint8_t* out) {
+  static void collect(const std::uint8_t* row, std::uint64_t live, std::size_t, std::uint8_t* out) {
     for (; live; live &= live - 1) *out++ = row[__builtin_ctzll(live)];
   }
 };

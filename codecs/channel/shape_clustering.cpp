@@ -57,8 +57,8 @@ struct Range {
   int first, end;
 };
 
-// `likely`: where a channel's exponents lie, probably; then where they do. That all of its `numbers`
-// were found tells that there are no others, without reading where they could be.
+// `likely`: where a channel's exponents lie, probably; then where they do. That all of its
+// `numbers` were found tells that there are no others, without reading where they could be.
 Seen look(const std::uint32_t* counts, int exponent_bits, std::uint64_t numbers, Range* likely) {
   const int exponents = 1 << exponent_bits;
   std::uint64_t total = 0, sum = 0, squares = 0, positive = 0;
@@ -96,8 +96,7 @@ Seen look(const std::uint32_t* counts, int exponent_bits, std::uint64_t numbers,
          i < std::min(kWindow, found.end - seen.start); ++i) {
       const std::uint64_t n = counts[sign * exponents + seen.start + i];
       if (!n) continue;
-      const auto scaled =
-          std::int16_t(divisor == 1 ? n : std::max<std::uint64_t>(1, n / divisor));
+      const auto scaled = std::int16_t(divisor == 1 ? n : std::max<std::uint64_t>(1, n / divisor));
       cells.n[sign][i] = scaled;
       cells.outside -= scaled;
       seen.own_cost += std::int64_t(scaled) * (all - log2_of(std::uint32_t(scaled)));
@@ -243,7 +242,8 @@ Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, std::uint6
     Group& group = groups[choices[c].group];
     group.add(seen[c].cells, choices[c].shift, choices[c].flip);
     // Prices change less and less; again at 1, 2, 3, 4, 6, 8, 12, 16, ... channels.
-    const unsigned joined = ++group.joined, step = joined < 4 ? 1 : 1u << (30 - __builtin_clz(joined));
+    const unsigned joined = ++group.joined,
+                   step = joined < 4 ? 1 : 1u << (30 - __builtin_clz(joined));
     if (joined % step == 0) group.price();
   }
   // Again, now that all groups are known.
@@ -280,8 +280,8 @@ Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, std::uint6
     out.bits += double(choice.cost) / kBit * seen[c].scale;
     out.shape[c] = number[choice.group];
     const int base = seen[c].start - choice.shift + int(low[choice.group]);
-    out.base[c] = std::uint16_t((base + (choice.flip ? 1 << exponent_bits : 0)) &
-                                ((2 << exponent_bits) - 1));
+    out.base[c] =
+        std::uint16_t((base + (choice.flip ? 1 << exponent_bits : 0)) & ((2 << exponent_bits) - 1));
   }
   return out;
 }

@@ -179,9 +179,8 @@ std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableFo
     out.symbol(kTopCode, folded(wrapped(tops[c] - seen, top_bits)));
   }
   std::vector<const std::uint8_t*> levels(shapes.count());
-  shapes.each([&](std::size_t i, const std::uint8_t* at, std::size_t, std::uint8_t) {
-    levels[i] = at;
-  });
+  shapes.each(
+      [&](std::size_t i, const std::uint8_t* at, std::size_t, std::uint8_t) { levels[i] = at; });
   BitWriter odd;
   for (std::size_t i = 0; i < order.size(); ++i) {
     const std::uint32_t s = order[i];

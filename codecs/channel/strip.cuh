@@ -1,5 +1,5 @@
-// What decoding and encoding `channel` on a GPU share: the order of a block (spec.md), and what a warp
-// knows of the strip that it codes.
+// What decoding and encoding `channel` on a GPU share: the order of a block (spec.md), and what a
+// warp knows of the strip that it codes.
 #pragma once
 
 #include "channel/device_jobs.hpp"
@@ -13,7 +13,8 @@ using cuda::place_of;
 
 constexpr unsigned kGroupTokens = 128, kStripWidth = 64;
 constexpr unsigned kHalf = 32;  // channels that are decoded before they are written
-constexpr unsigned kWarpsOfBlock = 1;  // so that compilers see that a warp's threads go the same way
+constexpr unsigned kWarpsOfBlock =
+    1;  // so that compilers see that a warp's threads go the same way
 constexpr unsigned kMinState = 1u << 16;
 constexpr unsigned kUnrolled = 4;  // channels whose steps follow each other without a branch
 
@@ -44,11 +45,11 @@ struct DeviceStrip {
 struct StripView {
   const DevicePart* part;
   DeviceStrip strip;
-  unsigned first_token;             // of the strip, counted in the part
-  const unsigned char* mantissas;   // of the strip; set by whoever reads them
-  unsigned live_low, live_high;     // channels that are not constant, a bit each
-  int64_t corner;                   // of the strip's first channel, without the token's place
-  DeviceChannel mine[2];            // of the lane's channel in each half
+  unsigned first_token;            // of the strip, counted in the part
+  const unsigned char* mantissas;  // of the strip; set by whoever reads them
+  unsigned live_low, live_high;    // channels that are not constant, a bit each
+  int64_t corner;                  // of the strip's first channel, without the token's place
+  DeviceChannel mine[2];           // of the lane's channel in each half
 
   // Strip `i` of a block of so many tokens, whose first is `block_token` of the part.
   KVZIP_DEVICE StripView(const DevicePart& of, unsigned block_token, unsigned tokens, unsigned i)
@@ -58,8 +59,8 @@ struct StripView {
         mantissas(nullptr),
         corner(int64_t(strip.batch) * of.batch_stride + int64_t(strip.head) * of.head_stride +
                int64_t(strip.channel)) {
-    const DeviceChannel* const channels = reinterpret_cast<const DeviceChannel*>(of.channels) +
-                                          strip.head * of.dim + strip.channel;
+    const DeviceChannel* const channels =
+        reinterpret_cast<const DeviceChannel*>(of.channels) + strip.head * of.dim + strip.channel;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       mine[h] = {kConstantShape, 0};

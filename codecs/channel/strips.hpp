@@ -20,8 +20,8 @@ struct Strip {
   template <typename T>
   T* corner(const Block<T>& block) const {
     return block.data + std::ptrdiff_t(batch) * block.batch_stride +
-           std::ptrdiff_t(head) * block.head_stride +
-           std::ptrdiff_t(token) * block.token_stride + std::ptrdiff_t(channel);
+           std::ptrdiff_t(head) * block.head_stride + std::ptrdiff_t(token) * block.token_stride +
+           std::ptrdiff_t(channel);
   }
 };
 

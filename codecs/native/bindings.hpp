@@ -33,14 +33,14 @@ class Views {
 
 void bind_index(nanobind::module_& m);
 void bind_output(nanobind::module_& m);
-}
+}  // namespace kvzip
 namespace kvzip::planes {
 void bind(nanobind::module_& m);
 }
 namespace kvzip::channel {
 void bind(nanobind::module_& m);
 void bind_gpu(nanobind::module_& m);
-}
+}  // namespace kvzip::channel
 namespace kvzip::predictive {
 void bind(nanobind::module_& m);
 }

@@ -58,7 +58,8 @@ class Records {
   // `position`: the one of the entry's first token, `start` of those that the layer holds.
   void next(std::uint32_t layer, std::uint8_t part, Kind kind, std::uint32_t position,
             std::uint32_t start, std::uint32_t tokens) {
-    if (at_ == count_) throw std::invalid_argument("the index does not fit the shapes in the header");
+    if (at_ == count_)
+      throw std::invalid_argument("the index does not fit the shapes in the header");
     Record r;
     std::memcpy(&r, data_ + at_ * sizeof r, sizeof r);
     if (r.layer != layer || r.part != part || r.kind != kind || r.reserved || r.start != start ||
@@ -77,7 +78,8 @@ class Records {
   }
 
   nb::tuple finish() const {
-    if (at_ != count_) throw std::invalid_argument("the index does not fit the shapes in the header");
+    if (at_ != count_)
+      throw std::invalid_argument("the index does not fit the shapes in the header");
     if (begin_ != end_) throw std::invalid_argument(kNotInOrder);
     return nb::make_tuple(columns_[0].list(), columns_[1].list(), columns_[2].list(),
                           columns_[3].list(), columns_[4].list(), columns_[5].list());
@@ -119,10 +121,10 @@ nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end,
 void bind_index(nb::module_& m) {
   m.def("read_index", &read_index, "records"_a, "begin"_a, "end"_a, "alignment"_a, "layers"_a,
         "block_tokens"_a,
-        "Of records of a file whose entries fill bytes `begin` to `end`, each rounded up to a multiple "
-        "of `alignment`, the columns position, tokens, offset, length, stored and raw checksum. "
-        "`layers`: first and last position of each. "
-        "Raises ValueError unless every record is the one that belongs there.");
+        "Of records of a file whose entries fill bytes `begin` to `end`, each rounded up to a "
+        "multiple of `alignment`, the columns position, tokens, offset, length, stored and raw "
+        "checksum. `layers`: first and last position of each. Raises ValueError unless every "
+        "record is the one that belongs there.");
 }
 
 }  // namespace kvzip

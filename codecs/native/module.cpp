@@ -30,13 +30,13 @@ NB_MODULE(_native, m) {
   namespace nb = nanobind;
   namespace simd = kvzip::simd;
   m.doc() = "Compiled kernels of the built-in codecs.";
-  m.def("simd", [] { return simd::name_of(simd::level()); },
-        "The instruction set in use: \"scalar\", \"avx2\", \"avx512\" or \"neon\".");
+  m.def(
+      "simd", [] { return simd::name_of(simd::level()); },
+      "The instruction set in use: \"scalar\", \"avx2\", \"avx512\" or \"neon\".");
   m.def(
       "set_simd", [](const char* name) { return simd::set_level(simd::from_name(name)); },
       nb::arg("name"), "Use another; False when this processor does not have it.");
-  m.def("xxh3_64", kvzip::hash_of,
-        "XXH3-64 of contiguous buffers, one after the other.");
+  m.def("xxh3_64", kvzip::hash_of, "XXH3-64 of contiguous buffers, one after the other.");
   kvzip::bind_index(m);
   kvzip::bind_output(m);
   kvzip::planes::bind(m);

@@ -11,10 +11,10 @@ namespace kvzip {
 namespace {
 
 constexpr std::size_t kStripe = 64, kStripes = 16;  // of a block
-constexpr std::uint64_t kPrime32_1 = 0x9E3779B1, kPrime32_2 = 0x85EBCA77,
-                        kPrime32_3 = 0xC2B2AE3D, kPrime64_1 = 0x9E3779B185EBCA87,
-                        kPrime64_2 = 0xC2B2AE3D27D4EB4F, kPrime64_3 = 0x165667B19E3779F9,
-                        kPrimeMx1 = 0x165667919E3779F9, kPrimeMx2 = 0x9FB21C651E98DF25;
+constexpr std::uint64_t kPrime32_1 = 0x9E3779B1, kPrime32_2 = 0x85EBCA77, kPrime32_3 = 0xC2B2AE3D,
+                        kPrime64_1 = 0x9E3779B185EBCA87, kPrime64_2 = 0xC2B2AE3D27D4EB4F,
+                        kPrime64_3 = 0x165667B19E3779F9, kPrimeMx1 = 0x165667919E3779F9,
+                        kPrimeMx2 = 0x9FB21C651E98DF25;
 
 alignas(64) constexpr std::uint8_t kSecret[192] = {
     0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,

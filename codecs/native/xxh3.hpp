@@ -18,9 +18,8 @@ class Xxh3 {
 
   std::uint64_t total_ = 0;
   std::size_t waiting_ = 0;
-  alignas(64) std::uint64_t sums_[8] = {0xC2B2AE3D,         0x9E3779B185EBCA87,
-                                        0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9,
-                                        0x85EBCA77C2B2AE63, 0x85EBCA77,
+  alignas(64) std::uint64_t sums_[8] = {0xC2B2AE3D,         0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F,
+                                        0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x85EBCA77,
                                         0x27D4EB2F165667C5, 0x9E3779B1};
   // The last stripe that was taken up, then up to a block that waits: the end is special.
   alignas(64) std::uint8_t room_[kStripe + kBlock];

@@ -7,10 +7,10 @@ namespace kvzip::planes {
 
 using namespace kvzip::cuda;
 
-// Channels first_channel ... first_channel + 31 and tokens from..to (of the block) of one batch row and
-// head; `number` is where [b, h, 0, 0] of the block stands among the numbers of a plane.
+// Channels first_channel ... first_channel + 31 and tokens from..to (of the block) of one batch row
+// and head; `number` is where [b, h, 0, 0] of the block stands among the numbers of a plane.
 struct MergeJob {
-  uint64_t planes;      // address of uint64 [planes], each the address of one, the highest first
+  uint64_t planes;  // address of uint64 [planes], each the address of one, the highest first
   uint64_t number;
   uint32_t part;
   uint32_t first_token;  // of the block, counted in the part
@@ -49,17 +49,18 @@ KVZIP_DEVICE void merge_job(const MergeJob* jobs, unsigned count, const DevicePa
   unsigned t = job.from + thread() / kWarp * each;
   const unsigned end = t + each < job.to ? t + each : job.to;
   for (; t < end; ++t) {
-    const uint64_t i = job.number + uint64_t(channel) * job.channel_step + uint64_t(t) * job.token_step;
+    const uint64_t i =
+        job.number + uint64_t(channel) * job.channel_step + uint64_t(t) * job.token_step;
     numbers[place_of(part, job.batch, job.head, job.first_token + t) + channel] =
         merged<T, kBits>(planes, i);
   }
 }
 
-#define KVZIP_MERGE(what, bits, itemsize, T)                                                   \
-  KVZIP_KERNEL(128, 8)                                                                         \
-  merge_##what##_##itemsize(const MergeJob* jobs, uint32_t count, const DevicePart* parts,     \
-                            uint32_t*) {                                                       \
-    merge_job<T, bits>(jobs, count, parts);                                                    \
+#define KVZIP_MERGE(what, bits, itemsize, T)                                               \
+  KVZIP_KERNEL(128, 8)                                                                     \
+  merge_##what##_##itemsize(const MergeJob* jobs, uint32_t count, const DevicePart* parts, \
+                            uint32_t*) {                                                   \
+    merge_job<T, bits>(jobs, count, parts);                                                \
   }
 KVZIP_MERGE(byte, false, 1, uint8_t)
 KVZIP_MERGE(byte, false, 2, uint16_t)

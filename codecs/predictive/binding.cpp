@@ -43,27 +43,50 @@ class PredictiveModel {
       : model(span(densities), span(sine)) {}
 
   void add_layer(const std::vector<std::size_t>& inputs, const std::vector<std::size_t>& k_shape,
-                 const std::vector<std::size_t>& v_shape, std::size_t group, std::size_t lanes, const Array<std::int32_t>& order,
-                 const Array<std::uint64_t>& step, const Array<std::int8_t>& unit,
-                 const Array<std::int32_t>& mean, const Array<std::int32_t>& input_scale,
-                 const Array<std::int32_t>& bias, const Array<std::int8_t>& weight,
-                 const Array<std::int32_t>& weight_scale, const Array<std::int8_t>& within,
-                 const Array<std::int32_t>& within_scale, const Array<std::uint8_t>& density,
-                 const Array<std::int32_t>& inverse, const Array<std::int32_t>& pair_inverse,
-                 const Array<std::int32_t>& pair_slope, const Optional<std::int8_t>& centre,
-                 const Optional<std::int32_t>& centre_bias, const Optional<std::int16_t>& table16,
-                 const Optional<std::int8_t>& table8) {
-    if (k_shape.size() != 2 || v_shape.size() != 2 || bias.ndim() != 2) throw std::invalid_argument("shapes");
+                 const std::vector<std::size_t>& v_shape, std::size_t group, std::size_t lanes,
+                 const Array<std::int32_t>& order, const Array<std::uint64_t>& step,
+                 const Array<std::int8_t>& unit, const Array<std::int32_t>& mean,
+                 const Array<std::int32_t>& input_scale, const Array<std::int32_t>& bias,
+                 const Array<std::int8_t>& weight, const Array<std::int32_t>& weight_scale,
+                 const Array<std::int8_t>& within, const Array<std::int32_t>& within_scale,
+                 const Array<std::uint8_t>& density, const Array<std::int32_t>& inverse,
+                 const Array<std::int32_t>& pair_inverse, const Array<std::int32_t>& pair_slope,
+                 const Optional<std::int8_t>& centre, const Optional<std::int32_t>& centre_bias,
+                 const Optional<std::int16_t>& table16, const Optional<std::int8_t>& table8) {
+    if (k_shape.size() != 2 || v_shape.size() != 2 || bias.ndim() != 2)
+      throw std::invalid_argument("shapes");
     for (const Array<std::int32_t>& a : {bias, weight_scale, within_scale}) kept32_.push_back(a);
     for (const Array<std::int8_t>& a : {weight, within}) kept8_.push_back(a);
     for (const Optional<std::int8_t>& a : {centre, table8})
       if (a) kept8_.push_back(*a);
     if (table16) kept16_.push_back(*table16);
-    model.add_layer({inputs, k_shape[0], k_shape[1], v_shape[0], v_shape[1], bias.shape(0), group, lanes,
-                     span(order), span(step), span(unit), span(mean), span(input_scale), span(bias), span(weight),
-                     span(weight_scale), span(within), span(within_scale), span(density), span(inverse),
-                     span(pair_inverse), span(pair_slope), span(centre), span(centre_bias), span(table16),
-                     span(table8), table16 || table8});
+    model.add_layer({inputs,
+                     k_shape[0],
+                     k_shape[1],
+                     v_shape[0],
+                     v_shape[1],
+                     bias.shape(0),
+                     group,
+                     lanes,
+                     span(order),
+                     span(step),
+                     span(unit),
+                     span(mean),
+                     span(input_scale),
+                     span(bias),
+                     span(weight),
+                     span(weight_scale),
+                     span(within),
+                     span(within_scale),
+                     span(density),
+                     span(inverse),
+                     span(pair_inverse),
+                     span(pair_slope),
+                     span(centre),
+                     span(centre_bias),
+                     span(table16),
+                     span(table8),
+                     table16 || table8});
   }
 
   ProfileModel model;
@@ -76,12 +99,14 @@ class PredictiveModel {
 
 class PredictiveChain {
  public:
-  PredictiveChain(const PredictiveModel& model, std::size_t rows, std::size_t count, std::uint64_t position,
-                  int exponent_bits, int mantissa_bits, const Array<std::int32_t>& entries)
+  PredictiveChain(const PredictiveModel& model, std::size_t rows, std::size_t count,
+                  std::uint64_t position, int exponent_bits, int mantissa_bits,
+                  const Array<std::int32_t>& entries)
       : model_(model.model),
         chain_(model.model, rows, count, position, {exponent_bits, mantissa_bits}, span(entries)) {}
 
-  // The ideal code length of the next part in bits; what follows is to be predicted from its numbers.
+  // The ideal code length of the next part in bits; what follows is to be predicted from its
+  // numbers.
   template <typename T>
   double model(std::size_t i, int part, const Numbers<const T>& array) {
     const Block<const T> in = block(i, part, array);
@@ -99,7 +124,8 @@ class PredictiveChain {
       parts = chain_.encode();
     }
     std::vector<nb::bytes> found;
-    for (const std::vector<std::uint8_t>& part : parts) found.emplace_back(part.data(), part.size());
+    for (const std::vector<std::uint8_t>& part : parts)
+      found.emplace_back(part.data(), part.size());
     return found;
   }
 
@@ -116,8 +142,9 @@ class PredictiveChain {
       nb::gil_scoped_release released;
       spent = bits(chain_.measure(in, counts), array.size());
     }
-    return nb::make_tuple(
-        nb::ndarray<nb::numpy, std::uint32_t>(counts, {classes, channels, std::size_t(kCells)}, owner), spent);
+    return nb::make_tuple(nb::ndarray<nb::numpy, std::uint32_t>(
+                              counts, {classes, channels, std::size_t(kCells)}, owner),
+                          spent);
   }
 
   template <typename T>
@@ -148,7 +175,8 @@ class PredictiveChain {
   template <typename T>
   Block<T> block(std::size_t i, int part, const Numbers<T>& array) const {
     if (array.shape(0) != chain_.rows() || array.shape(2) != chain_.count() ||
-        8 * int(sizeof(T)) != chain_.form().bits() || !chain_.follows(i, part, array.shape(1), array.shape(3)))
+        8 * int(sizeof(T)) != chain_.form().bits() ||
+        !chain_.follows(i, part, array.shape(1), array.shape(3)))
       throw std::invalid_argument("a block of another shape or dtype, or out of turn");
     return {array.data(), array.stride(0), array.stride(1), array.stride(2), array.stride(3)};
   }
@@ -159,25 +187,32 @@ class PredictiveChain {
 
 template <typename T>
 double least_bits(const Numbers<const T>& a, int exponent_bits, int mantissa_bits) {
-  if (1 + exponent_bits + mantissa_bits != 8 * int(sizeof(T)) || exponent_bits < 1 || exponent_bits > 8)
+  if (1 + exponent_bits + mantissa_bits != 8 * int(sizeof(T)) || exponent_bits < 1 ||
+      exponent_bits > 8)
     throw std::invalid_argument("not a format of these numbers");
   nb::gil_scoped_release released;
-  return bits_by_channel(Block<const T>{a.data(), a.stride(0), a.stride(1), a.stride(2), a.stride(3)}, a.shape(0),
-                         a.shape(1), a.shape(2), a.shape(3), {exponent_bits, mantissa_bits});
+  return bits_by_channel(
+      Block<const T>{a.data(), a.stride(0), a.stride(1), a.stride(2), a.stride(3)}, a.shape(0),
+      a.shape(1), a.shape(2), a.shape(3), {exponent_bits, mantissa_bits});
 }
 
 }  // namespace
 
 void bind(nb::module_& m) {
-  m.def("bits_by_channel", &least_bits<std::uint8_t>, "numbers"_a, "exponent_bits"_a, "mantissa_bits"_a);
-  m.def("bits_by_channel", &least_bits<std::uint16_t>, "numbers"_a, "exponent_bits"_a, "mantissa_bits"_a);
-  m.def("bits_by_channel", &least_bits<std::uint32_t>, "numbers"_a, "exponent_bits"_a, "mantissa_bits"_a);
+  m.def("bits_by_channel", &least_bits<std::uint8_t>, "numbers"_a, "exponent_bits"_a,
+        "mantissa_bits"_a);
+  m.def("bits_by_channel", &least_bits<std::uint16_t>, "numbers"_a, "exponent_bits"_a,
+        "mantissa_bits"_a);
+  m.def("bits_by_channel", &least_bits<std::uint32_t>, "numbers"_a, "exponent_bits"_a,
+        "mantissa_bits"_a);
   nb::class_<PredictiveModel>(m, "PredictiveModel")
-      .def(nb::init<const Array<std::uint32_t>&, const Array<std::int16_t>&>(), "densities"_a, "sine"_a)
-      .def("add_layer", &PredictiveModel::add_layer, "inputs"_a, "k_shape"_a, "v_shape"_a, "group"_a, "lanes"_a, "order"_a,
-           "step"_a, "unit"_a, "mean"_a, "input_scale"_a, "bias"_a, "weight"_a, "weight_scale"_a,
-           "within"_a, "within_scale"_a, "density"_a, "inverse"_a, "pair_inverse"_a, "pair_slope"_a,
-           "centre"_a.none(), "centre_bias"_a.none(), "table16"_a.none(), "table8"_a.none());
+      .def(nb::init<const Array<std::uint32_t>&, const Array<std::int16_t>&>(), "densities"_a,
+           "sine"_a)
+      .def("add_layer", &PredictiveModel::add_layer, "inputs"_a, "k_shape"_a, "v_shape"_a,
+           "group"_a, "lanes"_a, "order"_a, "step"_a, "unit"_a, "mean"_a, "input_scale"_a, "bias"_a,
+           "weight"_a, "weight_scale"_a, "within"_a, "within_scale"_a, "density"_a, "inverse"_a,
+           "pair_inverse"_a, "pair_slope"_a, "centre"_a.none(), "centre_bias"_a.none(),
+           "table16"_a.none(), "table8"_a.none());
   nb::class_<PredictiveChain>(m, "PredictiveChain")
       .def(nb::init<const PredictiveModel&, std::size_t, std::size_t, std::uint64_t, int, int,
                     const Array<std::int32_t>&>(),
@@ -190,7 +225,8 @@ void bind(nb::module_& m) {
       .def("measure", &PredictiveChain::measure<std::uint8_t>, "layer"_a, "part"_a, "numbers"_a)
       .def("measure", &PredictiveChain::measure<std::uint16_t>, "layer"_a, "part"_a, "numbers"_a)
       .def("decode", &PredictiveChain::decode<std::uint8_t>, "layer"_a, "part"_a, "data"_a, "out"_a)
-      .def("decode", &PredictiveChain::decode<std::uint16_t>, "layer"_a, "part"_a, "data"_a, "out"_a);
+      .def("decode", &PredictiveChain::decode<std::uint16_t>, "layer"_a, "part"_a, "data"_a,
+           "out"_a);
 }
 
 }  // namespace kvzip::predictive

@@ -25,13 +25,14 @@ std::vector<T> take(Span<T> array, std::size_t size, const char* what) {
   return std::vector<T>(from, from + size);
 }
 
-void check_bounds(const std::vector<std::int32_t>& v, std::int32_t low, std::int32_t high, const char* what) {
+void check_bounds(const std::vector<std::int32_t>& v, std::int32_t low, std::int32_t high,
+                  const char* what) {
   for (std::int32_t x : v)
     if (x < low || x > high) throw std::invalid_argument(std::string(what) + " is out of bounds");
 }
 
-// -128 times the sum of what each output of a blocked matrix [blocks][groups][4][4] reads: all groups, or
-// in each block the first `reads` of them.
+// -128 times the sum of what each output of a blocked matrix [blocks][groups][4][4] reads: all
+// groups, or in each block the first `reads` of them.
 std::vector<std::int32_t> starts(const std::int8_t* matrix, std::size_t blocks, std::size_t groups,
                                  const std::uint16_t* reads = nullptr) {
   std::vector<std::int32_t> sums(4 * blocks);
@@ -45,12 +46,14 @@ std::vector<std::int32_t> starts(const std::int8_t* matrix, std::size_t blocks, 
   return sums;
 }
 
-// In which order kernels take the groups of a blocked matrix (`Order`), block by block: of all, or in each
-// block of the first `reads`.
+// In which order kernels take the groups of a blocked matrix (`Order`), block by block: of all, or
+// in each block of the first `reads`.
 class Orders {
  public:
-  Orders(const std::int8_t* matrix, std::size_t blocks, std::size_t groups, const std::uint16_t* reads = nullptr)
-      : group_(reads ? std::accumulate(reads, reads + blocks, std::size_t(0)) : blocks * groups), of_(blocks) {
+  Orders(const std::int8_t* matrix, std::size_t blocks, std::size_t groups,
+         const std::uint16_t* reads = nullptr)
+      : group_(reads ? std::accumulate(reads, reads + blocks, std::size_t(0)) : blocks * groups),
+        of_(blocks) {
     std::uint16_t* to = group_.data();
     std::vector<std::uint8_t> reach(groups);
     std::vector<std::uint16_t> by_reach(groups);
@@ -111,7 +114,8 @@ std::size_t group_start(const Layer& layer, std::size_t keys, std::size_t channe
 std::vector<std::uint16_t> reads_of(const Layer& layer, std::size_t keys) {
   std::vector<std::uint16_t> reads(layer.blocks);
   for (std::size_t b = 0; b < layer.blocks; ++b)
-    reads[b] = std::uint16_t(up4(group_start(layer, keys, std::min(4 * b + 3, layer.width - 1))) / 4);
+    reads[b] =
+        std::uint16_t(up4(group_start(layer, keys, std::min(4 * b + 3, layer.width - 1))) / 4);
   return reads;
 }
 
@@ -144,7 +148,8 @@ struct ProfileModel::Tables {
       for (int i = 0; i <= 64; ++i) {
         const double tail = std::ldexp(1 + (i & 3) / 4.0, 7 + i / 4), share = kHalf - tail;
         const int c = int(std::upper_bound(edge, edge + kCells, share) - edge) - 1;
-        at[i] = c < 0 ? 0 : c + std::min(1.0, (share - edge[c]) / std::max(1, edge[c + 1] - edge[c]));
+        at[i] =
+            c < 0 ? 0 : c + std::min(1.0, (share - edge[c]) / std::max(1, edge[c + 1] - edge[c]));
       }
       for (int i = 0; i < 64; ++i) {
         cell.push_back(float(at[i]));
@@ -171,8 +176,8 @@ struct ProfileModel::Data {
   Layer layer{};
   std::vector<std::size_t> inputs;
   std::vector<Region> regions;
-  std::vector<std::int32_t> order[2], inverse, pair_inverse, pair_slope, mean, input_scale, centre_bias,
-      centre_start;
+  std::vector<std::int32_t> order[2], inverse, pair_inverse, pair_slope, mean, input_scale,
+      centre_bias, centre_start;
   std::vector<std::vector<std::int32_t>> start;
   std::vector<std::uint16_t> reads;
   std::once_flag ordering;
@@ -212,9 +217,12 @@ void ProfileModel::add_layer(const LayerArrays& a) {
   layer.blocks = up4(layer.width) / 4;
   layer.group = a.group;
   layer.lanes = a.lanes;
-  if (a.group < 2 || a.group > kMostGroup || a.group % 2) throw std::invalid_argument("a group is of 2, 4 ... 64 channels");
-  if (a.lanes < 1 || a.lanes > a.group / 2) throw std::invalid_argument("1 lane, or at most as many as a group has pairs");
-  if (!layers_.empty() && (a.group != layers_[0]->layer.group || a.lanes != layers_[0]->layer.lanes))
+  if (a.group < 2 || a.group > kMostGroup || a.group % 2)
+    throw std::invalid_argument("a group is of 2, 4 ... 64 channels");
+  if (a.lanes < 1 || a.lanes > a.group / 2)
+    throw std::invalid_argument("1 lane, or at most as many as a group has pairs");
+  if (!layers_.empty() &&
+      (a.group != layers_[0]->layer.group || a.lanes != layers_[0]->layer.lanes))
     throw std::invalid_argument("groups and lanes are those of all layers");
   // The words of a stream are counted in 16 bits; a number takes one at most.
   const std::size_t a_lane = 2 * ((a.group / 2 + a.lanes - 1) / a.lanes);
@@ -233,9 +241,11 @@ void ProfileModel::add_layer(const LayerArrays& a) {
   layer.regions = a.regions;
   if (layer.regions < 1 || layer.regions > 256) throw std::invalid_argument("1 to 256 regions");
   const std::size_t all = layer.regions * layer.width;
-  const std::int32_t *bias = look(a.bias, all, "bias"), *scale = look(a.weight_scale, all, "weight_scale"),
+  const std::int32_t *bias = look(a.bias, all, "bias"),
+                     *scale = look(a.weight_scale, all, "weight_scale"),
                      *within_scale = look(a.within_scale, all, "within_scale");
-  const std::size_t size = layer.blocks * layer.inputs * 4, triangle = layer.blocks * layer.blocks * 16;
+  const std::size_t size = layer.blocks * layer.inputs * 4,
+                    triangle = layer.blocks * layer.blocks * 16;
   const std::int8_t *weight = look(a.weight, layer.regions * size, "weight"),
                     *within = look(a.within, layer.regions * triangle, "within");
   data->reads = reads_of(layer, n[0]);
@@ -271,7 +281,8 @@ void ProfileModel::add_layer(const LayerArrays& a) {
   // The two of a pair stand side by side, before what is not turned.
   for (std::size_t i = 0; i < 2 * a.k_heads * pairs; i += 2) {
     const auto c = std::size_t(data->order[0][i]), d = std::size_t(data->order[0][i + 1]);
-    if (c % a.k_dim >= pairs || d != c + pairs) throw std::invalid_argument("order tears a pair apart");
+    if (c % a.k_dim >= pairs || d != c + pairs)
+      throw std::invalid_argument("order tears a pair apart");
   }
   data->step = take(a.step, pairs, "step");
   data->unit = take(a.unit, layer.width, "unit");
@@ -283,7 +294,8 @@ void ProfileModel::add_layer(const LayerArrays& a) {
   for (std::uint8_t d : data->density)
     if (d >= shapes_) throw std::invalid_argument("no such density");
   if (a.has_table) {
-    const std::size_t entries = a.table16.size + a.table8.size, width = std::max<std::size_t>(layer.width, 1);
+    const std::size_t entries = a.table16.size + a.table8.size,
+                      width = std::max<std::size_t>(layer.width, 1);
     if ((a.table16.size && a.table8.size) || entries % width)
       throw std::invalid_argument("a token table of another size");
     data->known = entries / width;
@@ -294,7 +306,8 @@ void ProfileModel::add_layer(const LayerArrays& a) {
   }
   const std::size_t classes = layer.regions * (a.has_table ? 2 : 1);
   data->inverse = take(a.inverse, classes * layer.width, "inverse");
-  data->pair_inverse = take(a.pair_inverse, classes * a.k_heads * pairs * 2 * kAngles, "pair_inverse");
+  data->pair_inverse =
+      take(a.pair_inverse, classes * a.k_heads * pairs * 2 * kAngles, "pair_inverse");
   data->pair_slope = take(a.pair_slope, classes * a.k_heads * pairs * kAngles, "pair_slope");
   check_bounds(data->inverse, 1, 1 << 26, "an inverse");
   check_bounds(data->pair_inverse, 1, 1 << 26, "an inverse");
@@ -330,15 +343,20 @@ void ProfileModel::put_in_order(std::size_t i) const {
     for (Region& region : data.regions) {
       region.weight_order =
           data.orders.emplace_back(region.weight, layer.blocks, layer.inputs / 4).of();
-      region.within_order = data.orders.emplace_back(region.within, layer.blocks, layer.blocks, layer.reads).of();
+      region.within_order =
+          data.orders.emplace_back(region.within, layer.blocks, layer.blocks, layer.reads).of();
     }
     if (layer.regions > 1)
       layer.centre_order =
           data.orders.emplace_back(layer.centre, up4(layer.regions) / 4, layer.inputs / 4).of();
   });
 }
-const std::vector<std::size_t>& ProfileModel::inputs(std::size_t i) const { return layers_[i]->inputs; }
-const std::int32_t* ProfileModel::centre_start(std::size_t i) const { return layers_[i]->centre_start.data(); }
+const std::vector<std::size_t>& ProfileModel::inputs(std::size_t i) const {
+  return layers_[i]->inputs;
+}
+const std::int32_t* ProfileModel::centre_start(std::size_t i) const {
+  return layers_[i]->centre_start.data();
+}
 std::size_t ProfileModel::known(std::size_t i) const { return layers_[i]->known; }
 std::size_t ProfileModel::last_use(std::size_t i) const { return layers_[i]->last_use; }
 std::size_t ProfileModel::classes(std::size_t i) const {
@@ -351,8 +369,13 @@ Model ProfileModel::model() const { return {tables_->of, sine_.data()}; }
 
 Chain::Chain(const ProfileModel& model, std::size_t rows, std::size_t count, std::uint64_t position,
              Form form, Span<std::int32_t> entries)
-    : model_(model), form_(form), total_(rows * count), entries_(take(entries, total_, "entries")),
-      energy_(total_, kOne), entry_(total_), at_(total_) {
+    : model_(model),
+      form_(form),
+      total_(rows * count),
+      entries_(take(entries, total_, "entries")),
+      energy_(total_, kOne),
+      entry_(total_),
+      at_(total_) {
   if (form.bits() != 8 && form.bits() != 16) throw std::invalid_argument("not 8 or 16 bits");
   if (total_ > 1u << 30) throw std::invalid_argument("too many tokens in a block");
   for (std::int32_t e : entries_)
@@ -382,8 +405,7 @@ Intervals Chain::measure(const Block<const T>& numbers, std::uint32_t* counts) {
   const Intervals intervals{intervals_.data(), intervals_.data() + room};
   if constexpr (sizeof(T) == 1)
     kernels.model8(model_.model(), layer, part(), form_, tokens_, numbers, intervals, counts);
-  else
-    kernels.model16(model_.model(), layer, part(), form_, tokens_, numbers, intervals, counts);
+  else kernels.model16(model_.model(), layer, part(), form_, tokens_, numbers, intervals, counts);
   end();
   return intervals;
 }
@@ -404,17 +426,20 @@ std::vector<std::vector<std::uint8_t>> Chain::encode() {
     const Layer& layer = model_.layer(kept.layer);
     const Part& part = layer.part[kept.part];
     const std::size_t room = kept.intervals.size() / 2, first = i ? 0 : round16(8 * states.size());
-    const std::size_t streams = kept.tiles.empty() ? 0 : kept.tiles.back().stream + kept.tiles.back().streams();
+    const std::size_t streams =
+        kept.tiles.empty() ? 0 : kept.tiles.back().stream + kept.tiles.back().streams();
     std::vector<std::uint16_t> counts(round16(2 * streams * lanes) / 2);
     // At most a word for each number, and one that is written before it is known whether it counts.
     words.resize(total_ * part.channels() + 1);
     const std::size_t n = kvzip::predictive::encode(
         part, form_, layer.group, lanes, kept.at.data(), kept.tiles.data(), kept.tiles.size(),
-        {kept.intervals.data(), kept.intervals.data() + room}, states.data(), counts.data(), words.data() + words.size());
+        {kept.intervals.data(), kept.intervals.data() + room}, states.data(), counts.data(),
+        words.data() + words.size());
     std::vector<std::uint8_t>& out = parts[i];
     out.resize(first + 2 * counts.size() + 4 * n);
     if (first) std::memcpy(out.data(), states.data(), 8 * states.size());
-    std::copy_n(reinterpret_cast<const std::uint8_t*>(counts.data()), 2 * counts.size(), out.data() + first);
+    std::copy_n(reinterpret_cast<const std::uint8_t*>(counts.data()), 2 * counts.size(),
+                out.data() + first);
     std::copy_n(reinterpret_cast<const std::uint8_t*>(words.data() + words.size() - n), 4 * n,
                 out.data() + first + 2 * counts.size());
     kept = {};
@@ -426,13 +451,15 @@ std::vector<std::vector<std::uint8_t>> Chain::encode() {
 // The states that a token range's first coded part begins with.
 bool Chain::take_states(Span<std::uint8_t>* bytes, std::size_t lanes) {
   const std::size_t size = 8 * total_ * lanes, all = round16(size);
-  if (bytes->size < all || !std::all_of(bytes->data + size, bytes->data + all, [](std::uint8_t b) { return b == 0; }))
+  if (bytes->size < all ||
+      !std::all_of(bytes->data + size, bytes->data + all, [](std::uint8_t b) { return b == 0; }))
     return false;
   states_.resize(total_ * lanes);
   if (size) std::memcpy(states_.data(), bytes->data, size);
   bytes->data += all;
   bytes->size -= all;
-  return std::all_of(states_.begin(), states_.end(), [](std::uint64_t x) { return x >= kLow && !(x >> 63); });
+  return std::all_of(states_.begin(), states_.end(),
+                     [](std::uint64_t x) { return x >= kLow && !(x >> 63); });
 }
 
 template <typename T>
@@ -460,12 +487,12 @@ bool Chain::decode(Span<std::uint8_t> bytes, const Block<T>& numbers) {
   bool good;
   if constexpr (sizeof(T) == 1)
     good = kernels.decode8(model_.model(), layer, part(), form_, tokens_, numbers, coded);
-  else
-    good = kernels.decode16(model_.model(), layer, part(), form_, tokens_, numbers, coded);
+  else good = kernels.decode16(model_.model(), layer, part(), form_, tokens_, numbers, coded);
   end();
   // A writer's states end where a reader's begin.
   if (next_ == 2 * model_.layers())
-    good = good && std::all_of(states_.begin(), states_.end(), [](std::uint64_t x) { return x == kLow; });
+    good = good &&
+           std::all_of(states_.begin(), states_.end(), [](std::uint64_t x) { return x == kLow; });
   return good;
 }
 
@@ -479,7 +506,8 @@ void Chain::pack(const Tile& tile, std::uint32_t* to) const {
     const std::size_t blocks = model_.layer(l).blocks;
     const std::uint32_t* from = inputs_.at(l).data();
     for (std::size_t t = 0; t < kTile; ++t) {
-      const std::uint32_t* row = from + at_[tile.start + std::min<std::size_t>(t, tile.count - 1)] * blocks;
+      const std::uint32_t* row =
+          from + at_[tile.start + std::min<std::size_t>(t, tile.count - 1)] * blocks;
       for (std::size_t b = 0; b < blocks; ++b) to[b * kTile + t] = row[b];
     }
     to += blocks * kTile;
@@ -490,7 +518,8 @@ void Chain::pack(const Tile& tile, std::uint32_t* to) const {
 void Chain::cut(std::size_t start, std::size_t count, std::uint32_t region) {
   for (std::size_t i = 0; i < count; i += kTile) {
     const auto stream = std::uint32_t(streams());
-    tiles_.push_back({std::uint32_t(start + i), std::uint32_t(std::min<std::size_t>(kTile, count - i)), region, stream});
+    tiles_.push_back({std::uint32_t(start + i),
+                      std::uint32_t(std::min<std::size_t>(kTile, count - i)), region, stream});
   }
 }
 
@@ -509,8 +538,8 @@ void Chain::arrange(const Layer& layer, const Kernels& kernels) {
     for (std::size_t r = 0; r < layer.regions; ++r) {
       if (r % 4 == 0)
         kernels.products(packed.data(), layer.centre + r * layer.inputs, layer.inputs / 4,
-                           kernels.in_order ? layer.centre_order + r / 4 : nullptr,
-                           model_.centre_start(this->layer()) + r, tile.count, sums);
+                         kernels.in_order ? layer.centre_order + r / 4 : nullptr,
+                         model_.centre_start(this->layer()) + r, tile.count, sums);
       for (std::size_t t = 0; t < tile.count; ++t) {
         const std::int32_t score = sums[r % 4][t] + layer.centre_bias[r];
         if (r && score <= best[t]) continue;
@@ -519,7 +548,8 @@ void Chain::arrange(const Layer& layer, const Kernels& kernels) {
       }
     }
   }
-  std::stable_sort(at_.begin(), at_.end(), [&](std::uint32_t a, std::uint32_t b) { return region[a] < region[b]; });
+  std::stable_sort(at_.begin(), at_.end(),
+                   [&](std::uint32_t a, std::uint32_t b) { return region[a] < region[b]; });
   tiles_.clear();
   for (std::size_t start = 0, end; start < total_; start = end) {
     const std::uint8_t r = region[at_[start]];
@@ -567,9 +597,10 @@ void Chain::end() {
 }
 
 template <typename T>
-double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::size_t heads, std::size_t tokens,
-                       std::size_t dim, Form form) {
-  // The low bits of the exponent are enough for a bound, and their counts stay in the first-level cache.
+double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::size_t heads,
+                       std::size_t tokens, std::size_t dim, Form form) {
+  // The low bits of the exponent are enough for a bound, and their counts stay in the first-level
+  // cache.
   constexpr std::size_t symbols = 32;
   std::vector<std::uint32_t> counts(dim * symbols);
   const double each = double(rows * tokens);
@@ -579,21 +610,26 @@ double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::siz
     for (std::size_t r = 0; r < rows; ++r)
       for (std::size_t t = 0; t < tokens; ++t) {
         const T* at = numbers.data + std::ptrdiff_t(r) * numbers.row_stride +
-                      std::ptrdiff_t(h) * numbers.head_stride + std::ptrdiff_t(t) * numbers.token_stride;
+                      std::ptrdiff_t(h) * numbers.head_stride +
+                      std::ptrdiff_t(t) * numbers.token_stride;
         for (std::size_t d = 0; d < dim; ++d)
           ++counts[d * symbols +
-                   (std::size_t(at[std::ptrdiff_t(d) * numbers.dim_stride]) >> form.mantissa_bits) % symbols];
+                   (std::size_t(at[std::ptrdiff_t(d) * numbers.dim_stride]) >> form.mantissa_bits) %
+                       symbols];
       }
     for (std::uint32_t n : counts)
       if (n) bits += n * std::log2(each / n);
   }
   return bits;
 }
-template double bits_by_channel(const Block<const std::uint8_t>&, std::size_t, std::size_t, std::size_t, std::size_t, Form);
-template double bits_by_channel(const Block<const std::uint16_t>&, std::size_t, std::size_t, std::size_t, std::size_t, Form);
-template double bits_by_channel(const Block<const std::uint32_t>&, std::size_t, std::size_t, std::size_t, std::size_t, Form);
+template double bits_by_channel(const Block<const std::uint8_t>&, std::size_t, std::size_t,
+                                std::size_t, std::size_t, Form);
+template double bits_by_channel(const Block<const std::uint16_t>&, std::size_t, std::size_t,
+                                std::size_t, std::size_t, Form);
+template double bits_by_channel(const Block<const std::uint32_t>&, std::size_t, std::size_t,
+                                std::size_t, std::size_t, Form);
 
-#define KVZIP_INSTANTIATE(T)                                                 \
+#define KVZIP_INSTANTIATE(T)                                                \
   template Intervals Chain::measure(const Block<const T>&, std::uint32_t*); \
   template bool Chain::decode(Span<std::uint8_t>, const Block<T>&);
 KVZIP_INSTANTIATE(std::uint8_t)

@@ -68,13 +68,14 @@ class ProfileModel {
   std::vector<std::unique_ptr<Data>> layers_;
 };
 
-// Codes the parts of a token range in their order: keys, values, then the next layer. States of rANS go
-// through all parts that are coded, so a writer models every part before it has the bytes of any.
+// Codes the parts of a token range in their order: keys, values, then the next layer. States of
+// rANS go through all parts that are coded, so a writer models every part before it has the bytes
+// of any.
 class Chain {
  public:
   // `entries`: [rows*count] place of each token in the model's token ids, or -1.
-  Chain(const ProfileModel& model, std::size_t rows, std::size_t count, std::uint64_t position, Form form,
-        Span<std::int32_t> entries);
+  Chain(const ProfileModel& model, std::size_t rows, std::size_t count, std::uint64_t position,
+        Form form, Span<std::int32_t> entries);
   Chain(const Chain&) = delete;
 
   // Whether this part comes next, and has this shape.
@@ -122,15 +123,16 @@ class Chain {
   std::vector<std::uint32_t> at_, packed_, residual_, output_, intervals_;
   std::vector<std::int16_t> turn_;
   std::vector<Tile> tiles_;
-  std::map<std::size_t, std::vector<std::uint32_t>> inputs_;  // [tokens][blocks] of layers still needed
-  std::vector<std::uint64_t> states_;                         // [tokens][lanes], of a reader
+  std::map<std::size_t, std::vector<std::uint32_t>>
+      inputs_;                         // [tokens][blocks] of layers still needed
+  std::vector<std::uint64_t> states_;  // [tokens][lanes], of a reader
   std::vector<Kept> kept_;
 };
 
-// Bits that no table for each channel's signs and exponents can go below, mantissas as they are: what
-// `channel` takes at least for these numbers, [rows][heads][tokens][dim].
+// Bits that no table for each channel's signs and exponents can go below, mantissas as they are:
+// what `channel` takes at least for these numbers, [rows][heads][tokens][dim].
 template <typename T>
-double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::size_t heads, std::size_t tokens,
-                       std::size_t dim, Form form);
+double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::size_t heads,
+                       std::size_t tokens, std::size_t dim, Form form);
 
 }  // namespace kvzip::predictive

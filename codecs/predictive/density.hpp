@@ -1,5 +1,5 @@
-// Vectors of W numbers of 32 bits, number formats as fixed point, and how numbers are distributed; `Isa` as
-// in vector_kernels.hpp, which goes on from here.
+// Vectors of W numbers of 32 bits, number formats as fixed point, and how numbers are distributed;
+// `Isa` as in vector_kernels.hpp, which goes on from here.
 #pragma once
 
 #include <algorithm>
@@ -39,12 +39,12 @@ struct Distribution {
     return v;
   }
 
-  // Numbers of a format in their order, as fixed-point values of one channel. Floats here are exact: they
-  // are bits put together, times a power of two, cut off at a whole number.
+  // Numbers of a format in their order, as fixed-point values of one channel. Floats here are
+  // exact: they are bits put together, times a power of two, cut off at a whole number.
   struct Grid {
-    std::int32_t half;       // numbers of each sign
+    std::int32_t half;  // numbers of each sign
     int mantissa_bits, exponent_bias;
-    float unit, units;       // 2^unit and how many of it make 1
+    float unit, units;  // 2^unit and how many of it make 1
 
     Grid(Form form, int unit_exponent)
         : half(1 << (form.bits() - 1)),
@@ -59,8 +59,8 @@ struct Distribution {
       std::memcpy(&f, &bits, 4);
       return f;
     }
-    // The fixed-point value of a number's bits without its sign, with zeros below them as a float32 has.
-    // Infinities and NaNs go on where the finite numbers end, and are cut off with them.
+    // The fixed-point value of a number's bits without its sign, with zeros below them as a float32
+    // has. Infinities and NaNs go on where the finite numbers end, and are cut off with them.
     I magnitude(I bits) const {
       F f;
       if (exponent_bias == 127) {
@@ -77,8 +77,9 @@ struct Distribution {
       const I s = k - half, sign = s >> 31, m = s ^ sign;
       return (magnitude(m << (23 - mantissa_bits)) ^ sign) - sign;
     }
-    // The boundary below number k: the middle between it and the one before it, which has one bit more,
-    // away from 0 to the next whole number. So there is room for 0, and none for what is next to it.
+    // The boundary below number k: the middle between it and the one before it, which has one bit
+    // more, away from 0 to the next whole number. So there is room for 0, and none for what is next
+    // to it.
     I boundary(I k) const {
       const I s = k - half, sign = s >> 31, inner = (s ^ sign) - 1 - sign;
       const int spare = 23 - mantissa_bits;
@@ -136,7 +137,8 @@ struct Distribution {
       return kHalf + ((g ^ sign) - sign);
     }
 
-    // About the number whose interval holds a target; how it comes to that has no bearing on the format.
+    // About the number whose interval holds a target; how it comes to that has no bearing on the
+    // format.
     I guess(I target, I centre, I m) const {
       const I c = least(target - kHalf, all(kHalf));
       const I sign = c >> 31, g = (c ^ sign) - sign;
@@ -155,7 +157,8 @@ struct Distribution {
       // What a step of a share is in values.
       const F scale = float(1 << (28 - kZBits)) / to_float(m);
       const F rate = (as_float((place + kFirst + 1) << 20) - begin) / to_float(size | 1) * scale;
-      const F away = (begin - float(1 << (kZBits - 1))) * scale + (to_float(g - start) + 0.5f) * rate + 0.5f * scale;
+      const F away = (begin - float(1 << (kZBits - 1))) * scale +
+                     (to_float(g - start) + 0.5f) * rate + 0.5f * scale;
       const F v = to_float(centre) + as_float(as_bits(away) ^ (sign & std::int32_t(0x80000000)));
       // Boundaries were moved away from 0, by half a unit on average.
       return grid.near(v - as_float(as_bits(F{} + 0.5f) | (as_bits(v) & std::int32_t(0x80000000))));

@@ -14,21 +14,25 @@ const Kernels& kernels() {
   return scalar_kernels();
 }
 
-std::size_t encode(const Part& part, Form form, std::size_t group, std::size_t lanes, const std::uint32_t* at,
-                   const Tile* tile, std::size_t tiles, Intervals intervals, std::uint64_t* state,
-                   std::uint16_t* counts, std::uint32_t* words_end) {
+std::size_t encode(const Part& part, Form form, std::size_t group, std::size_t lanes,
+                   const std::uint32_t* at, const Tile* tile, std::size_t tiles,
+                   Intervals intervals, std::uint64_t* state, std::uint16_t* counts,
+                   std::uint32_t* words_end) {
   const std::size_t channels = part.channels();
   std::uint32_t* word = words_end;
   for (std::size_t i = tiles; i-- > 0;) {
     const Tile& t = tile[i];
-    const std::uint32_t *const start = intervals.start + t.start * channels,
-                        *const size = intervals.size + t.start * channels;
+    const std::uint32_t *const start = intervals.start + t.start * channels, *const size =
+                                                                                 intervals.size +
+                                                                                 t.start * channels;
     for (std::size_t half = t.streams(); half-- > 0;) {
-      const std::size_t first = half * kStream, tokens = std::min<std::size_t>(kStream, t.count - first);
+      const std::size_t first = half * kStream,
+                        tokens = std::min<std::size_t>(kStream, t.count - first);
       for (std::size_t lane = lanes; lane-- > 0;) {
         const std::uint32_t* const begin = word;
         std::uint64_t x[kStream];
-        for (std::size_t k = 0; k < tokens; ++k) x[k] = state[at[t.start + first + k] * lanes + lane];
+        for (std::size_t k = 0; k < tokens; ++k)
+          x[k] = state[at[t.start + first + k] * lanes + lane];
         const auto put = [&](std::uint64_t& state_of, std::uint64_t from, std::uint64_t share) {
           std::uint64_t y = state_of;
           const bool full = y >= share << 39;
@@ -44,7 +48,8 @@ std::size_t encode(const Part& part, Form form, std::size_t group, std::size_t l
           for (std::size_t k = 0; k < tokens; ++k) escapes |= size[n + k] == 0;
           if (escapes)
             for (std::size_t k = tokens; k-- > 0;)
-              if (!size[n + k]) put(x[k], std::uint64_t(start[n + k]) << spare, std::uint64_t(1) << spare);
+              if (!size[n + k])
+                put(x[k], std::uint64_t(start[n + k]) << spare, std::uint64_t(1) << spare);
           for (std::size_t k = tokens; k-- > 0;)
             size[n + k] ? put(x[k], start[n + k], size[n + k]) : put(x[k], kCdf - kEscape, kEscape);
         };
@@ -57,7 +62,8 @@ std::size_t encode(const Part& part, Form form, std::size_t group, std::size_t l
             if (p == lane) break;
           }
         }
-        for (std::size_t k = 0; k < tokens; ++k) state[at[t.start + first + k] * lanes + lane] = x[k];
+        for (std::size_t k = 0; k < tokens; ++k)
+          state[at[t.start + first + k] * lanes + lane] = x[k];
         counts[(t.stream + half) * lanes + lane] = std::uint16_t(begin - word);
       }
     }

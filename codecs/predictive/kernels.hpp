@@ -10,17 +10,18 @@ namespace kvzip::predictive {
 
 constexpr int kCdfBits = 24;
 constexpr std::uint32_t kCdf = 1u << kCdfBits;
-// The top of all shares says that a number follows as it is; the others lie about the middle of the rest.
+// The top of all shares says that a number follows as it is; the others lie about the middle of the
+// rest.
 constexpr std::uint32_t kEscape = 1u << 10;
 constexpr std::int32_t kHalf = (kCdf - kEscape) / 2;
-constexpr int kCells = 64;       // of a density's table
-constexpr int kAngles = 32;      // of a pair's tables
-constexpr int kTile = 64;        // tokens that are predicted side by side
-constexpr int kStream = 32;      // tokens whose words come from one stream, half of a tile
-constexpr int kMostGroup = 64;   // channels of a group
+constexpr int kCells = 64;      // of a density's table
+constexpr int kAngles = 32;     // of a pair's tables
+constexpr int kTile = 64;       // tokens that are predicted side by side
+constexpr int kStream = 32;     // tokens whose words come from one stream, half of a tile
+constexpr int kMostGroup = 64;  // channels of a group
 constexpr int kMostLanes = kMostGroup / 2;
 constexpr int kResidualShift = 12;
-constexpr int kZBits = 16;       // 2^16 is a z of 1
+constexpr int kZBits = 16;                // 2^16 is a z of 1
 constexpr std::int32_t kClamp = 1 << 28;  // fixed-point values end there
 constexpr std::int32_t kOne = 1 << 12;    // an energy of 1
 constexpr std::uint64_t kLow = 1ull << 31;
@@ -35,32 +36,32 @@ struct Form {
 
 // Densities: of each, cells in units of 2^-24, those of one side.
 struct Densities {
-  const std::int32_t* from;      // [shapes][kCells] share below a cell
-  const std::int32_t* rise;      // [shapes][kCells] share of a cell
+  const std::int32_t* from;  // [shapes][kCells] share below a cell
+  const std::int32_t* rise;  // [shapes][kCells] share of a cell
   // Where to begin a search: about which cell (and how far in) has a given share above it, for
   // four steps an octave of that share. Not part of the format.
-  const float* cell;             // [shapes][64]
-  const float* slope;            // [shapes][64]
+  const float* cell;   // [shapes][64]
+  const float* slope;  // [shapes][64]
   // Both pairs of arrays with two of a kind side by side, for who fetches them one after the other.
-  const std::int32_t* from_rise; // [shapes][kCells][2]
-  const float* cell_slope;       // [shapes][64][2]
+  const std::int32_t* from_rise;  // [shapes][kCells][2]
+  const float* cell_slope;        // [shapes][64][2]
 };
 
-// How one part's channels are coded. Arrays are in coding order: for keys, first the pairs of channels
-// that RoPE turns together, the two side by side.
+// How one part's channels are coded. Arrays are in coding order: for keys, first the pairs of
+// channels that RoPE turns together, the two side by side.
 struct Part {
   std::size_t heads, dim;
-  std::size_t pairs;                 // per head; 0 for values
-  std::size_t first;                 // place of the part's first channel within the layer
-  const std::int32_t* order;         // [heads*dim] channel h*dim+d that stands at this place
-  const std::uint64_t* step;         // [pairs] phase of one position, a turn is 2^64
+  std::size_t pairs;          // per head; 0 for values
+  std::size_t first;          // place of the part's first channel within the layer
+  const std::int32_t* order;  // [heads*dim] channel h*dim+d that stands at this place
+  const std::uint64_t* step;  // [pairs] phase of one position, a turn is 2^64
   std::size_t channels() const { return heads * dim; }
   std::size_t turned() const { return 2 * heads * pairs; }  // channels of pairs
 };
 
 // In which order to take the groups of inputs of one block of outputs. Instruction sets without a
-// product of four bytes with 32 bits of room begin with pairs: 255 times the weights of one sign that
-// come together in them fits 16 bits.
+// product of four bytes with 32 bits of room begin with pairs: 255 times the weights of one sign
+// that come together in them fits 16 bits.
 struct Order {
   const std::uint16_t* group;
   std::uint32_t pairs;
@@ -68,11 +69,11 @@ struct Order {
 
 // What a region has of its own: the predictors. Matrices are in blocks of 4 outputs and 4 inputs.
 struct Region {
-  const std::int32_t* bias;            // [width]
-  const std::int8_t* weight;           // [blocks][inputs/4][4][4]
-  const std::int32_t* weight_scale;    // [width], 2^-20
-  const std::int8_t* within;           // [blocks][blocks][4][4] from residuals of channels before
-  const std::int32_t* within_scale;    // [width], 2^-20
+  const std::int32_t* bias;          // [width]
+  const std::int8_t* weight;         // [blocks][inputs/4][4][4]
+  const std::int32_t* weight_scale;  // [width], 2^-20
+  const std::int8_t* within;         // [blocks][blocks][4][4] from residuals of channels before
+  const std::int32_t* within_scale;  // [width], 2^-20
   // [4*blocks] -128 times the sum of what each output reads: what the 128 added to bytes comes to.
   const std::int32_t *weight_start, *within_start;
   // [blocks] Where kernels ask for it (`Kernels::in_order`).
@@ -83,26 +84,27 @@ struct Layer {
   Part part[2];
   // Channels that are predicted from those before all of them; a part's last group may be smaller.
   std::size_t group;
-  std::size_t lanes;             // rANS states of a token; pair i of a group uses state i mod lanes
-  std::size_t width;             // channels of both parts
-  std::size_t blocks;            // of 4 channels
-  std::size_t inputs;            // a multiple of 4
+  std::size_t lanes;   // rANS states of a token; pair i of a group uses state i mod lanes
+  std::size_t width;   // channels of both parts
+  std::size_t blocks;  // of 4 channels
+  std::size_t inputs;  // a multiple of 4
   std::size_t regions;
-  const Region* region;          // [regions]
-  const std::uint16_t* reads;    // [blocks] how many blocks of residuals a block of `within` reads
-  const std::int8_t* centre;     // [blocks of 4 regions][inputs/4][4][4], null for one region
+  const Region* region;        // [regions]
+  const std::uint16_t* reads;  // [blocks] how many blocks of residuals a block of `within` reads
+  const std::int8_t* centre;   // [blocks of 4 regions][inputs/4][4][4], null for one region
   const std::int32_t* centre_bias;
-  const Order* centre_order;     // [blocks of 4 regions] as a region's
-  const std::int8_t* unit;       // [width] a number is its fixed-point value times 2^unit
-  const std::int32_t* mean;      // [width] for the next layers' inputs
-  const std::int32_t* input_scale;     // [width], 2^-28
-  const std::uint8_t* density;   // [width] which table
-  // [classes][...], a class being a region, plus the number of regions where the table knows the token.
+  const Order* centre_order;        // [blocks of 4 regions] as a region's
+  const std::int8_t* unit;          // [width] a number is its fixed-point value times 2^unit
+  const std::int32_t* mean;         // [width] for the next layers' inputs
+  const std::int32_t* input_scale;  // [width], 2^-28
+  const std::uint8_t* density;      // [width] which table
+  // [classes][...], a class being a region, plus the number of regions where the table knows the
+  // token.
   const std::int32_t* inverse;       // [width] 2^28 / mean deviation
   const std::int32_t* pair_inverse;  // [heads*pairs][2][kAngles]
   const std::int32_t* pair_slope;    // [heads*pairs][kAngles] of the second on the first, 2^-12
-  const std::int16_t* table16;   // [tokens][width] of 2^5 units, or
-  const std::int8_t* table8;     // of 2^12 units, or both null
+  const std::int16_t* table16;       // [tokens][width] of 2^5 units, or
+  const std::int8_t* table8;         // of 2^12 units, or both null
 };
 
 // Numbers of a block in memory: [rows][heads][tokens][dim], with strides in numbers.
@@ -114,74 +116,78 @@ struct Block {
 
 // Tokens of one region.
 struct Tile {
-  std::uint32_t start, count;    // places in `Tokens::at`
+  std::uint32_t start, count;  // places in `Tokens::at`
   std::uint32_t region;
-  std::uint32_t stream;          // of its first kStream tokens; of the others the next
+  std::uint32_t stream;  // of its first kStream tokens; of the others the next
   std::size_t streams() const { return (count + kStream - 1) / kStream; }
 };
 
 // What is kept of a token range while its layers are coded one after the other. Bytes of tiles lie
 // as [tile][channels/4][kTile][4], 128 added to each.
 struct Tokens {
-  std::size_t rows, count;       // batch rows, tokens in each
-  std::uint64_t position;        // of the first token
-  std::int32_t* energy;          // [rows*count], 2^12 is 1
-  const std::int32_t* entry;     // [rows*count] in the layer's table, -1: not there
+  std::size_t rows, count;    // batch rows, tokens in each
+  std::uint64_t position;     // of the first token
+  std::int32_t* energy;       // [rows*count], 2^12 is 1
+  const std::int32_t* entry;  // [rows*count] in the layer's table, -1: not there
   std::size_t tiles;
   const Tile* tile;
-  const std::uint32_t* at;       // [rows*count] tokens in their coding order
-  const std::uint32_t* input;    // [tiles][inputs/4][kTile]
-  std::uint32_t* residual;       // [tiles][blocks][kTile]
-  std::uint32_t* output;         // [tiles][blocks][kTile] what later layers see
-  std::int16_t* turn;            // [3][pairs][kTile] scratch
+  const std::uint32_t* at;     // [rows*count] tokens in their coding order
+  const std::uint32_t* input;  // [tiles][inputs/4][kTile]
+  std::uint32_t* residual;     // [tiles][blocks][kTile]
+  std::uint32_t* output;       // [tiles][blocks][kTile] what later layers see
+  std::int16_t* turn;          // [3][pairs][kTile] scratch
 };
 
 struct Model {
   Densities densities;
-  const std::int16_t* sine;      // [4096] of a full turn, 2^14 is 1
+  const std::int16_t* sine;  // [4096] of a full turn, 2^14 is 1
 };
 
-// Shares of [0, 2^24), by tile, then channel in coding order, then token; room for kTile more than there
-// are numbers. A number that has no share, and follows an escape, has a size of 0 and starts at its place.
+// Shares of [0, 2^24), by tile, then channel in coding order, then token; room for kTile more than
+// there are numbers. A number that has no share, and follows an escape, has a size of 0 and starts
+// at its place.
 struct Intervals {
   std::uint32_t *start, *size;
 };
 
 // What a part is decoded from.
 struct Coded {
-  std::uint64_t* state;                // [rows*count][lanes]
-  const std::uint8_t** word;           // [streams][lanes] the next of each stream's words, 4 bytes each
-  const std::uint8_t* const* end;      // [streams][lanes]
+  std::uint64_t* state;            // [rows*count][lanes]
+  const std::uint8_t** word;       // [streams][lanes] the next of each stream's words, 4 bytes each
+  const std::uint8_t* const* end;  // [streams][lanes]
 };
 
 // Kernels for one instruction set.
 struct Kernels {
   bool in_order;  // whether `products` needs an order
-  // sums[o][t] = w[o] . (x[t] - 128); x: [groups][kTile] of 4 bytes, w: [groups][4][4], start[o]: -128
-  // times the sum of w[o]. `tokens` of kTile are of interest.
-  void (*products)(const std::uint32_t* x, const std::int8_t* w, std::size_t groups, const Order* order,
-                   const std::int32_t* start, std::size_t tokens, std::int32_t sums[4][kTile]);
+  // sums[o][t] = w[o] . (x[t] - 128); x: [groups][kTile] of 4 bytes, w: [groups][4][4], start[o]:
+  // -128 times the sum of w[o]. `tokens` of kTile are of interest.
+  void (*products)(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
+                   const Order* order, const std::int32_t* start, std::size_t tokens,
+                   std::int32_t sums[4][kTile]);
   // Intervals of known numbers. `counts`, unless null: [classes][channels][kCells] to count cells
   // of a number's own |z| in.
-  void (*model8)(const Model&, const Layer&, int part, Form, const Tokens&, const Block<const std::uint8_t>&,
-                 Intervals, std::uint32_t* counts);
-  void (*model16)(const Model&, const Layer&, int part, Form, const Tokens&, const Block<const std::uint16_t>&,
-                  Intervals, std::uint32_t* counts);
+  void (*model8)(const Model&, const Layer&, int part, Form, const Tokens&,
+                 const Block<const std::uint8_t>&, Intervals, std::uint32_t* counts);
+  void (*model16)(const Model&, const Layer&, int part, Form, const Tokens&,
+                  const Block<const std::uint16_t>&, Intervals, std::uint32_t* counts);
   // Numbers from states and words; false when the words do not fit.
-  bool (*decode8)(const Model&, const Layer&, int part, Form, const Tokens&, const Block<std::uint8_t>&, const Coded&);
-  bool (*decode16)(const Model&, const Layer&, int part, Form, const Tokens&, const Block<std::uint16_t>&,
-                   const Coded&);
+  bool (*decode8)(const Model&, const Layer&, int part, Form, const Tokens&,
+                  const Block<std::uint8_t>&, const Coded&);
+  bool (*decode16)(const Model&, const Layer&, int part, Form, const Tokens&,
+                   const Block<std::uint16_t>&, const Coded&);
 };
 const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& kernels();  // the best there is
 
-// rANS over a part's intervals, last first. `state` [rows*count][lanes] is taken from what it is after the
-// part to what it is before it; words are written downwards from `words_end`, the last stream's first, and
-// counted in `counts` [streams][lanes]. Returns how many there are.
-std::size_t encode(const Part& part, Form form, std::size_t group, std::size_t lanes, const std::uint32_t* at,
-                   const Tile* tile, std::size_t tiles, Intervals intervals, std::uint64_t* state,
-                   std::uint16_t* counts, std::uint32_t* words_end);
+// rANS over a part's intervals, last first. `state` [rows*count][lanes] is taken from what it is
+// after the part to what it is before it; words are written downwards from `words_end`, the last
+// stream's first, and counted in `counts` [streams][lanes]. Returns how many there are.
+std::size_t encode(const Part& part, Form form, std::size_t group, std::size_t lanes,
+                   const std::uint32_t* at, const Tile* tile, std::size_t tiles,
+                   Intervals intervals, std::uint64_t* state, std::uint16_t* counts,
+                   std::uint32_t* words_end);
 
 }  // namespace kvzip::predictive

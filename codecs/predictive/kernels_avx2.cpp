@@ -33,7 +33,8 @@ struct Avx2 {
     const __m256i half = _mm256_set1_epi64x(1 << 13);
     const __m256i even = _mm256_add_epi64(_mm256_mul_epi32((__m256i)a, (__m256i)c),
                                           _mm256_mul_epi32((__m256i)b, (__m256i)s));
-    const __m256i other = _mm256_add_epi64(_mm256_mul_epi32(odd(a), odd(c)), _mm256_mul_epi32(odd(b), odd(s)));
+    const __m256i other =
+        _mm256_add_epi64(_mm256_mul_epi32(odd(a), odd(c)), _mm256_mul_epi32(odd(b), odd(s)));
     return joined<14>(_mm256_add_epi64(even, half), _mm256_add_epi64(other, half));
   }
   static I z(I a, I m, std::int32_t limit) {
@@ -87,12 +88,13 @@ struct Avx2 {
     std::memcpy(&four, w, 4);
     return _mm256_castps_si256(_mm256_set1_ps(four));
   }
-  // sums + w . x, x still with its 128: `start` has what it comes to. Bytes become words, as the sum of
-  // two products of bytes may not fit 16 bits.
+  // sums + w . x, x still with its 128: `start` has what it comes to. Bytes become words, as the
+  // sum of two products of bytes may not fit 16 bits.
   static __m256i even_bytes(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi16(255)); }
   static __m256i odd_bytes(__m256i x) { return _mm256_srli_epi16(x, 8); }
   static __m256i dots(__m256i sums, __m256i even, __m256i odd, __m256i w) {
-    const __m256i even_w = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), odd_w = _mm256_srai_epi16(w, 8);
+    const __m256i even_w = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8),
+                  odd_w = _mm256_srai_epi16(w, 8);
     return _mm256_add_epi32(
         sums, _mm256_add_epi32(_mm256_madd_epi16(even, even_w), _mm256_madd_epi16(odd, odd_w)));
   }
@@ -115,14 +117,16 @@ struct Avx2 {
       __m256i sum[4][2];
 #pragma GCC unroll 4
       for (int o = 0; o < 4; ++o) sum[o][0] = sum[o][1] = _mm256_set1_epi32(start[o]);
-      const std::uint16_t *g = order->group, *const alone = g + 2 * order->pairs, *const end = g + groups;
+      const std::uint16_t *g = order->group, *const alone = g + 2 * order->pairs,
+                          *const end = g + groups;
       for (; g < alone; g += 2) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
           const __m256i a = tokens(g[0], v), b = tokens(g[1], v);
 #pragma GCC unroll 4
           for (int o = 0; o < 4; ++o) {
-            const __m256i of_a = four_at(w + g[0] * 16 + o * 4), of_b = four_at(w + g[1] * 16 + o * 4);
+            const __m256i of_a = four_at(w + g[0] * 16 + o * 4),
+                          of_b = four_at(w + g[1] * 16 + o * 4);
             const __m256i both =
                 _mm256_add_epi16(_mm256_maddubs_epi16(a, of_a), _mm256_maddubs_epi16(b, of_b));
             sum[o][v] = _mm256_add_epi32(sum[o][v], _mm256_madd_epi16(both, ones));

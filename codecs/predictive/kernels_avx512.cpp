@@ -17,7 +17,8 @@ struct Avx512 {
   // 32 bits from bit S on of products of even and of odd lanes.
   template <int S>
   static I joined(__m512i even, __m512i odd) {
-    return (I)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, S), _mm512_slli_epi64(odd, 32 - S));
+    return (I)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, S),
+                                      _mm512_slli_epi64(odd, 32 - S));
   }
   template <int S>
   static I product(I a, I b) {
@@ -33,7 +34,8 @@ struct Avx512 {
     const __m512i half = _mm512_set1_epi64(1 << 13);
     const __m512i even = _mm512_add_epi64(_mm512_mul_epi32((__m512i)a, (__m512i)c),
                                           _mm512_mul_epi32((__m512i)b, (__m512i)s));
-    const __m512i other = _mm512_add_epi64(_mm512_mul_epi32(odd(a), odd(c)), _mm512_mul_epi32(odd(b), odd(s)));
+    const __m512i other =
+        _mm512_add_epi64(_mm512_mul_epi32(odd(a), odd(c)), _mm512_mul_epi32(odd(b), odd(s)));
     return joined<14>(_mm512_add_epi64(even, half), _mm512_add_epi64(other, half));
   }
   static I z(I a, I m, std::int32_t limit) {
@@ -63,7 +65,8 @@ struct Avx512 {
   };
   struct Search {
     const float *cell, *slope;
-    Search(const Densities& d, std::size_t shape) : cell(d.cell + 64 * shape), slope(d.slope + 64 * shape) {}
+    Search(const Densities& d, std::size_t shape)
+        : cell(d.cell + 64 * shape), slope(d.slope + 64 * shape) {}
     void at(I i, F* c, F* s) const {
       *c = (F)at64(cell, (__m512i)i);
       *s = (F)at64(slope, (__m512i)i);
@@ -76,18 +79,20 @@ struct Avx512 {
     }
   };
   static I at32(const std::int32_t* a, I at) {
-    return (I)_mm512_permutex2var_epi32(_mm512_loadu_si512(a), (__m512i)at, _mm512_loadu_si512(a + 16));
+    return (I)_mm512_permutex2var_epi32(_mm512_loadu_si512(a), (__m512i)at,
+                                        _mm512_loadu_si512(a + 16));
   }
 
-  static const std::uint8_t* advance(std::uint64_t* states, U size, U rest, const std::uint8_t* word) {
+  static const std::uint8_t* advance(std::uint64_t* states, U size, U rest,
+                                     const std::uint8_t* word) {
     for (int h = 0; h < 2; ++h) {
       const __m512i x = _mm512_srli_epi64(_mm512_loadu_si512(states + 8 * h), kCdfBits);
       const __m512i s = _mm512_cvtepu32_epi64(_mm512_extracti32x8_epi32((__m512i)size, 0));
       const __m512i r = _mm512_cvtepu32_epi64(_mm512_extracti32x8_epi32((__m512i)rest, 0));
       // 24 bits times 39, in two products.
-      const __m512i y = _mm512_add_epi64(
-          _mm512_add_epi64(_mm512_mul_epu32(x, s), r),
-          _mm512_slli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(x, 32), s), 32));
+      const __m512i y =
+          _mm512_add_epi64(_mm512_add_epi64(_mm512_mul_epu32(x, s), r),
+                           _mm512_slli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(x, 32), s), 32));
       const __mmask8 low = _mm512_cmplt_epu64_mask(y, _mm512_set1_epi64(kLow));
       const __m512i next = _mm512_cvtepu32_epi64(_mm256_maskz_expandloadu_epi32(low, word));
       _mm512_storeu_si512(states + 8 * h,
@@ -133,8 +138,9 @@ struct Avx512 {
       for (int v = 0; v < N; ++v) _mm512_storeu_si512(sums[o] + v * W, sum[o][v]);
   }
   static constexpr bool kInOrder = false;
-  static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups, const Order*,
-                       const std::int32_t* start, std::size_t n, std::int32_t sums[4][kTile]) {
+  static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
+                       const Order*, const std::int32_t* start, std::size_t n,
+                       std::int32_t sums[4][kTile]) {
     if (n > 3 * W) return products_of<4>(x, w, groups, start, sums);
     if (n > 2 * W) return products_of<3>(x, w, groups, start, sums);
     if (n > W) return products_of<2>(x, w, groups, start, sums);

@@ -29,7 +29,8 @@ struct Scalar {
   static I turned(I a, I c, I b, I s) {
     I v;
     for (int i = 0; i < W; ++i)
-      v[i] = std::int32_t((std::int64_t(a[i]) * c[i] + std::int64_t(b[i]) * s[i] + (1 << 13)) >> 14);
+      v[i] =
+          std::int32_t((std::int64_t(a[i]) * c[i] + std::int64_t(b[i]) * s[i] + (1 << 13)) >> 14);
     return v;
   }
   static I z(I a, I m, std::int32_t limit) {
@@ -67,11 +68,13 @@ struct Scalar {
 
   // sums + w . x, x still with its 128: `start` has what it comes to.
   static I dot(I sums, I x, const std::int8_t* w) {
-    return sums + (x & 255) * w[0] + (x >> 8 & 255) * w[1] + (x >> 16 & 255) * w[2] + (x >> 24 & 255) * w[3];
+    return sums + (x & 255) * w[0] + (x >> 8 & 255) * w[1] + (x >> 16 & 255) * w[2] +
+           (x >> 24 & 255) * w[3];
   }
   static constexpr bool kInOrder = false;
-  static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups, const Order*,
-                       const std::int32_t* start, std::size_t n, std::int32_t sums[4][kTile]) {
+  static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
+                       const Order*, const std::int32_t* start, std::size_t n,
+                       std::int32_t sums[4][kTile]) {
     for (std::size_t t = 0; t < n; t += W)
       for (int o = 0; o < 4; ++o) {
         I sum = I{} + start[o];

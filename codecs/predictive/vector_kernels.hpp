@@ -27,14 +27,14 @@ const std::uint8_t* advance_each(std::uint64_t* x, U size, U rest, const std::ui
 template <class Isa>
 struct Of : Distribution<Isa> {
   using Base = Distribution<Isa>;
+  using Base::all, Base::any, Base::clamp, Base::lanes, Base::least, Base::load, Base::most,
+      Base::store, Base::to_float, Base::to_int, Base::W;
   using typename Base::Density;
   using typename Base::I;
-  using Base::all, Base::any, Base::clamp, Base::lanes, Base::least, Base::load, Base::most, Base::store,
-      Base::to_float, Base::to_int, Base::W;
 
   // --- coders: what becomes of a channel's numbers and their intervals -------------------------
-  // Called with a lane, what is expected of `n` tokens, the centres and how narrow they lie; fills in
-  // their values and the |z| of their boundaries.
+  // Called with a lane, what is expected of `n` tokens, the centres and how narrow they lie; fills
+  // in their values and the |z| of their boundaries.
 
   // The numbers are known; their intervals are noted.
   template <typename T>
@@ -45,8 +45,9 @@ struct Of : Distribution<Isa> {
 
     void begin(const Tokens&, const Tile&, std::size_t) {}
     bool end(const Tokens&, const Tile&, std::size_t) { return true; }
-    void operator()(std::size_t, const Density& density, T* const* number, std::ptrdiff_t offset, std::size_t n,
-                    const std::int32_t* centre, const std::int32_t* m, std::int32_t* value, std::int32_t* z) {
+    void operator()(std::size_t, const Density& density, T* const* number, std::ptrdiff_t offset,
+                    std::size_t n, const std::int32_t* centre, const std::int32_t* m,
+                    std::int32_t* value, std::int32_t* z) {
       for (std::size_t t = 0; t < n; t += W) {
         I bits;
         for (int i = 0; i < W; ++i) bits[i] = number[t + std::size_t(i)][offset];
@@ -79,8 +80,10 @@ struct Of : Distribution<Isa> {
 
     void begin(const Tokens& tokens, const Tile& tile, std::size_t lanes) {
       for (std::size_t t = 0; t < tile.count; ++t)
-        for (std::size_t l = 0; l < lanes; ++l) state[l][t] = coded.state[tokens.at[tile.start + t] * lanes + l];
-      for (std::size_t l = 0; l < lanes; ++l) std::fill(state[l] + tile.count, state[l] + kTile, kLow);
+        for (std::size_t l = 0; l < lanes; ++l)
+          state[l][t] = coded.state[tokens.at[tile.start + t] * lanes + l];
+      for (std::size_t l = 0; l < lanes; ++l)
+        std::fill(state[l] + tile.count, state[l] + kTile, kLow);
       for (std::size_t h = 0; h < tile.streams(); ++h)
         for (std::size_t l = 0; l < lanes; ++l) {
           word[l][h] = coded.word[(tile.stream + h) * lanes + l];
@@ -90,18 +93,19 @@ struct Of : Distribution<Isa> {
     // Whether all words were taken and no more.
     bool end(const Tokens& tokens, const Tile& tile, std::size_t lanes) {
       for (std::size_t t = 0; t < tile.count; ++t)
-        for (std::size_t l = 0; l < lanes; ++l) coded.state[tokens.at[tile.start + t] * lanes + l] = state[l][t];
+        for (std::size_t l = 0; l < lanes; ++l)
+          coded.state[tokens.at[tile.start + t] * lanes + l] = state[l][t];
       bool good = !ran_out;
       for (std::size_t h = 0; h < tile.streams(); ++h)
         for (std::size_t l = 0; l < lanes; ++l) good = good && word[l][h] == last[l][h];
       return good;
     }
 
-    // What a vector goes through is a long chain, so one vector begins before the other is done: no loop
-    // needs what it has done for the vector before, but for the last.
-    void operator()(std::size_t lane, const Density& density, T* const* number, std::ptrdiff_t offset,
-                    std::size_t n, const std::int32_t* centre, const std::int32_t* m, std::int32_t* value,
-                    std::int32_t* z) {
+    // What a vector goes through is a long chain, so one vector begins before the other is done: no
+    // loop needs what it has done for the vector before, but for the last.
+    void operator()(std::size_t lane, const Density& density, T* const* number,
+                    std::ptrdiff_t offset, std::size_t n, const std::int32_t* centre,
+                    const std::int32_t* m, std::int32_t* value, std::int32_t* z) {
       alignas(64) std::int32_t targets[kTile], guesses[kTile], sizes[kTile], rests[kTile];
       std::uint64_t* const x = state[lane];
       std::uint64_t escapes = 0;
@@ -119,7 +123,9 @@ struct Of : Distribution<Isa> {
         density.of(k, load(centre + t), load(m + t), &low, &high, &v, &away);
         const I wrong = (lanes() < std::int32_t(used)) & ((target < low) | (target >= high));
         if (__builtin_expect(any(wrong), 0))
-          escapes |= find(density, target, wrong, load(centre + t), load(m + t), &k, &low, &high, &v, &away) << t;
+          escapes |= find(density, target, wrong, load(centre + t), load(m + t), &k, &low, &high,
+                          &v, &away)
+                     << t;
         store(sizes + t, high - low);
         store(rests + t, target - low);
         store(value + t, v);
@@ -131,7 +137,8 @@ struct Of : Distribution<Isa> {
         const std::uint8_t*& next = word[lane][t / kStream];
         const std::uint8_t* const stop = last[lane][t / kStream];
         if (std::size_t(stop - next) >= 4 * W && n - t >= W) {
-          next = Isa::advance(x + t, (typename Isa::U)load(sizes + t), (typename Isa::U)load(rests + t), next);
+          next = Isa::advance(x + t, (typename Isa::U)load(sizes + t),
+                              (typename Isa::U)load(rests + t), next);
           continue;
         }
         for (std::size_t i = t; i < t + std::min<std::size_t>(W, n - t); ++i)
@@ -142,7 +149,8 @@ struct Of : Distribution<Isa> {
         for (std::size_t t = 0; t < n; ++t) {
           if (!(escapes >> t & 1)) continue;
           const auto target = std::uint32_t(x[t] & (kCdf - 1));
-          step(x[t], 1u << spare, target & ((1u << spare) - 1), &word[lane][t / kStream], last[lane][t / kStream]);
+          step(x[t], 1u << spare, target & ((1u << spare) - 1), &word[lane][t / kStream],
+               last[lane][t / kStream]);
           const auto k = std::int32_t(target >> spare);
           I low, high, v, away;
           density.of(all(k), all(centre[t]), all(m[t]), &low, &high, &v, &away);
@@ -168,10 +176,11 @@ struct Of : Distribution<Isa> {
       x = x << 32 | found;
     }
 
-    // The numbers and their intervals, where those in `k` are `wrong` ones. Returns which are escapes: their
-    // interval is that of the escape.
-    __attribute__((noinline)) static std::uint64_t find(const Density& density, I target, I wrong, I centre, I m, I* k,
-                                               I* low, I* high, I* value, I* z) {
+    // The numbers and their intervals, where those in `k` are `wrong` ones. Returns which are
+    // escapes: their interval is that of the escape.
+    __attribute__((noinline)) static std::uint64_t find(const Density& density, I target, I wrong,
+                                                        I centre, I m, I* k, I* low, I* high,
+                                                        I* value, I* z) {
       const I escape = wrong & (target >= std::int32_t(kCdf - kEscape));
       wrong = wrong & ~escape;
       // Mostly it is the one beside.
@@ -197,8 +206,8 @@ struct Of : Distribution<Isa> {
   // --- one part of a layer --------------------------------------------------------------------
 
   template <typename T, typename Coder>
-  static bool run(const Model& model, const Layer& layer, int which, Form form, const Tokens& tokens,
-                  const Block<T>& block, Coder& coder) {
+  static bool run(const Model& model, const Layer& layer, int which, Form form,
+                  const Tokens& tokens, const Block<T>& block, Coder& coder) {
     const Part& part = layer.part[which];
     for (std::size_t i = 0; i < tokens.tiles; ++i)
       if (!TileOf<T, Coder>(model, layer, part, form, tokens, i, block, coder).run()) return false;
@@ -228,15 +237,22 @@ struct Of : Distribution<Isa> {
     std::int16_t* const sine = tokens.turn;
     std::int16_t* const cosine = sine + part.pairs * kTile;
     std::int16_t* const angle = cosine + part.pairs * kTile;
-    // Of a group's channels, from the first of a block of four on: what other layers say, and where they
-    // are expected before they are turned.
+    // Of a group's channels, from the first of a block of four on: what other layers say, and where
+    // they are expected before they are turned.
     std::size_t from = 0;
     alignas(64) std::int32_t base[kMostGroup + 6][kTile], expected[kMostGroup + 6][kTile];
     alignas(64) std::int32_t centre[kTile], narrows[kTile], xs[kTile], ys[kTile], zs[kTile];
 
-    TileOf(const Model& m, const Layer& l, const Part& p, Form f, const Tokens& all_tokens, std::size_t number,
-           const Block<T>& b, Coder& c)
-        : model(m), layer(l), part(p), form(f), tokens(all_tokens), tile(all_tokens.tile[number]), block(b), coder(c),
+    TileOf(const Model& m, const Layer& l, const Part& p, Form f, const Tokens& all_tokens,
+           std::size_t number, const Block<T>& b, Coder& c)
+        : model(m),
+          layer(l),
+          part(p),
+          form(f),
+          tokens(all_tokens),
+          tile(all_tokens.tile[number]),
+          block(b),
+          coder(c),
           input(tokens.input + number * (layer.inputs / 4) * kTile),
           residual(tokens.residual + number * layer.blocks * kTile),
           output(tokens.output + number * layer.blocks * kTile) {
@@ -290,34 +306,38 @@ struct Of : Distribution<Isa> {
     }
     std::ptrdiff_t offset(std::size_t place) const {
       const auto c = std::size_t(part.order[place]);
-      return std::ptrdiff_t(c / part.dim) * block.head_stride + std::ptrdiff_t(c % part.dim) * block.dim_stride;
+      return std::ptrdiff_t(c / part.dim) * block.head_stride +
+             std::ptrdiff_t(c % part.dim) * block.dim_stride;
     }
 
     // Where the channels from `begin` on are expected; none looks at another one of them.
     void expect(std::size_t begin, std::size_t end) {
       from = begin / 4 * 4;
       for (std::size_t b = begin / 4; 4 * b < end; ++b) {
-        std::int32_t(*const bases)[kTile] = base + 4 * b - from;
-        std::int32_t(*const sums)[kTile] = expected + 4 * b - from;
+        std::int32_t (*const bases)[kTile] = base + 4 * b - from;
+        std::int32_t (*const sums)[kTile] = expected + 4 * b - from;
         const auto order = [&](const Order* of) { return Isa::kInOrder ? of + b : nullptr; };
-        Isa::products(input, region.weight + b * layer.inputs * 4, layer.inputs / 4, order(region.weight_order),
-                      region.weight_start + 4 * b, n, bases);
-        Isa::products(residual, region.within + b * layer.blocks * 16, layer.reads[b], order(region.within_order),
-                      region.within_start + 4 * b, n, sums);
+        Isa::products(input, region.weight + b * layer.inputs * 4, layer.inputs / 4,
+                      order(region.weight_order), region.weight_start + 4 * b, n, bases);
+        Isa::products(residual, region.within + b * layer.blocks * 16, layer.reads[b],
+                      order(region.within_order), region.within_start + 4 * b, n, sums);
         for (std::size_t o = 0; o < std::min<std::size_t>(4, layer.width - 4 * b); ++o) {
           const std::size_t c = 4 * b + o;
           const I bias = all(region.bias[c]), scale = all(region.weight_scale[c]);
           for (std::size_t t = 0; t < n; t += W)
-            store(bases[o] + t, clamp(bias + Isa::template scaled<20>(load(bases[o] + t), scale), kClamp));
+            store(bases[o] + t,
+                  clamp(bias + Isa::template scaled<20>(load(bases[o] + t), scale), kClamp));
           if (table)
             for (std::size_t t = 0; t < n; ++t)
               if (known[t])
-                bases[o][t] += layer.table16 ? layer.table16[std::size_t(entry[t]) * layer.width + c] * 32
-                                             : layer.table8[std::size_t(entry[t]) * layer.width + c] * 4096;
+                bases[o][t] += layer.table16
+                                   ? layer.table16[std::size_t(entry[t]) * layer.width + c] * 32
+                                   : layer.table8[std::size_t(entry[t]) * layer.width + c] * 4096;
           const I within = all(region.within_scale[c]);
           for (std::size_t t = 0; t < n; t += W)
             store(sums[o] + t,
-                  clamp(load(bases[o] + t) + Isa::template scaled<20>(load(sums[o] + t), within), kClamp));
+                  clamp(load(bases[o] + t) + Isa::template scaled<20>(load(sums[o] + t), within),
+                        kClamp));
         }
       }
     }
@@ -344,9 +364,12 @@ struct Of : Distribution<Isa> {
         store(deviation + t, load(deviation + t) + least(load(zs + t) >> (kZBits - 8), all(2048)));
       if (!coder.counts) return;
       for (std::size_t t = 0; t < n; t += W) {
-        const I cell = Density::cell_of(Density::z_of(2 * (load(values + t) - load(centre + t)), load(narrows + t)));
+        const I cell = Density::cell_of(
+            Density::z_of(2 * (load(values + t) - load(centre + t)), load(narrows + t)));
         for (std::size_t i = 0; i < std::min<std::size_t>(W, n - t); ++i)
-          ++coder.counts[((layer.regions * (known[t + i] != 0) + tile.region) * part.channels() + place) * kCells +
+          ++coder.counts[((layer.regions * (known[t + i] != 0) + tile.region) * part.channels() +
+                          place) *
+                             kCells +
                          std::size_t(cell[i])];
       }
     }
@@ -356,7 +379,8 @@ struct Of : Distribution<Isa> {
       const Density density(model.densities, layer.density[c], form, layer.unit[c]);
       for (std::size_t t = 0; t < n; t += W) {
         I inv = all(of_class(layer.inverse, layer.width, false)[c]);
-        if (table) inv = load(known + t) != 0 ? all(of_class(layer.inverse, layer.width, true)[c]) : inv;
+        if (table)
+          inv = load(known + t) != 0 ? all(of_class(layer.inverse, layer.width, true)[c]) : inv;
         store(centre + t, load(expected[c - from] + t));
         store(narrows + t, narrow(t, inv));
       }
@@ -370,11 +394,13 @@ struct Of : Distribution<Isa> {
       const std::size_t c = part.first + place, pair = place / 2;
       const std::size_t p = std::size_t(part.order[place]) % part.dim, all_pairs = pairs * kAngles;
       const std::int16_t *const sines = sine + p * kTile, *const cosines = cosine + p * kTile;
-      const auto by_angle = [&](const std::int32_t* array, std::size_t size, std::size_t row, std::size_t t) {
+      const auto by_angle = [&](const std::int32_t* array, std::size_t size, std::size_t row,
+                                std::size_t t) {
         const I turn = wide(angle + p * kTile + t);
         const I plain = Isa::at32(of_class(array, size, false) + row * kAngles, turn);
         if (!table) return plain;
-        return load(known + t) != 0 ? Isa::at32(of_class(array, size, true) + row * kAngles, turn) : plain;
+        return load(known + t) != 0 ? Isa::at32(of_class(array, size, true) + row * kAngles, turn)
+                                    : plain;
       };
       alignas(64) std::int32_t ps[kTile], qs[kTile];
       for (std::size_t t = 0; t < n; t += W) {
@@ -444,8 +470,8 @@ struct Of : Distribution<Isa> {
   }
 
   static constexpr Kernels kernels() {
-    return {Isa::kInOrder, Isa::products, model<std::uint8_t>, model<std::uint16_t>, decode<std::uint8_t>,
-            decode<std::uint16_t>};
+    return {Isa::kInOrder,        Isa::products,        model<std::uint8_t>,
+            model<std::uint16_t>, decode<std::uint8_t>, decode<std::uint16_t>};
   }
 };
 

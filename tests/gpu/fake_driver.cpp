@@ -1,7 +1,8 @@
-// A CUDA driver that is none: what decoding on a GPU calls of it, with the host's memory as the GPU's
-// and the shim for kernels. Like the real one, and unlike the shim alone, it does nothing before it must:
-// work waits in its stream, and when somebody waits for an event, streams go on in random order until
-// that has come to pass. So a copy or a kernel that should have waited for another one shows.
+// A CUDA driver that is none: what decoding on a GPU calls of it, with the host's memory as the
+// GPU's and the shim for kernels. Like the real one, and unlike the shim alone, it does nothing
+// before it must: work waits in its stream, and when somebody waits for an event, streams go on in
+// random order until that has come to pass. So a copy or a kernel that should have waited for
+// another one shows.
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -99,8 +100,8 @@ int release(std::map<char*, std::size_t>& memory, void* p) {
 
 #define API extern "C" __attribute__((visibility("default"))) int
 #define LOCK const std::lock_guard<std::recursive_mutex> lock(mutex)
-#define IN_CONTEXT                                               \
-  LOCK;                                                          \
+#define IN_CONTEXT \
+  LOCK;            \
   expect(contexts > 0, "a call outside of the device's context")
 
 API cuInit(unsigned) { return 0; }
@@ -212,8 +213,8 @@ API cuModuleGetFunction(void** function, void* module, const char* name) {
   return 0;
 }
 API cuFuncSetAttribute(void*, int, int) { return 0; }
-API cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, unsigned block, unsigned, unsigned,
-                   unsigned shared, void* stream, void** parameters, void**) {
+API cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, unsigned block, unsigned,
+                   unsigned, unsigned shared, void* stream, void** parameters, void**) {
   IN_CONTEXT;
   if (!grid || !block) return 1;
   // Parameters are copied at once, as the driver does: eight bytes of each, though some have four.

@@ -34,8 +34,8 @@ inline void check(bool good, const char* what) {
 
 inline std::vector<simd::Level> levels() {
   std::vector<simd::Level> found;
-  for (simd::Level level : {simd::Level::scalar, simd::Level::avx2, simd::Level::avx512,
-                            simd::Level::neon})
+  for (simd::Level level :
+       {simd::Level::scalar, simd::Level::avx2, simd::Level::avx512, simd::Level::neon})
     if (simd::set_level(level)) found.push_back(level);
   return found;
 }

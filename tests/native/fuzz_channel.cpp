@@ -19,7 +19,7 @@ Bytes damaged(Bytes bytes) {
     }
     default:
       for (std::size_t n = 1 + below(4); n && !bytes.empty(); --n)
-        // Often the counts, at the beginning.
+      // Often the counts, at the beginning.
       {
         const std::size_t reach = below(2) ? bytes.size() : std::min<std::size_t>(bytes.size(), 40);
         const std::size_t at = below(reach);
@@ -41,8 +41,8 @@ bool same(const StoredTables& a, const StoredTables& b) {
   return true;
 }
 
-// Tables of any kind: written and read they are the same, if shapes come in the order of their first
-// use with the sign that they have there; damaged they are others or refused.
+// Tables of any kind: written and read they are the same, if shapes come in the order of their
+// first use with the sign that they have there; damaged they are others or refused.
 void stored(Form form) {
   const std::size_t channels = below(8) ? 1 + below(300) : 65535;
   const TableForm of{channels, 1 + below(channels), form.value_bits(), form.bits()};
@@ -57,7 +57,8 @@ void stored(Form form) {
       channel.number = std::uint32_t(random_bits() & ((std::uint64_t(1) << form.bits()) - 1));
     } else if (!coded || (tables.shapes.count() < most && below(3) == 0)) {
       coded = true;
-      const std::size_t width = 1 + below(below(4) ? std::min<std::size_t>(exponents, 20) : exponents);
+      const std::size_t width =
+          1 + below(below(4) ? std::min<std::size_t>(exponents, 20) : exponents);
       std::vector<std::uint8_t> levels(2 * width);
       const std::size_t high = below(3) ? 20 : 255;
       for (std::size_t n = 1 + below(31); n; --n)
@@ -154,9 +155,9 @@ void strange(Form form) {
     numbers[i] = T(value << form.mantissa_bits |
                    (random_bits() & ((std::uint64_t(1) << form.mantissa_bits) - 1)));
   }
-  const Block<const T> in{numbers.data(),           1,
-                          tokens,                   std::ptrdiff_t(numbers.size()),
-                          std::ptrdiff_t(tokens * dim), std::ptrdiff_t(dim)};
+  const Block<const T> in{
+      numbers.data(),     1, tokens, std::ptrdiff_t(numbers.size()), std::ptrdiff_t(tokens * dim),
+      std::ptrdiff_t(dim)};
   const Bytes bytes = write_tables(tables, {n, dim, form.value_bits(), form.bits()});
   const PartTables part(bytes.data(), bytes.size(), heads, dim, form);
   const Bytes coded = encoded_alike(part, in, "not the same bytes of strange tables");
@@ -183,20 +184,20 @@ void others(const Block<const T>& in, std::size_t heads, std::size_t dim, Form f
   const PartTables part(tables.data(), tables.size(), heads, dim, form, below(2));
   const std::size_t tokens = 1 + below(300), row = heads * dim;
   std::vector<T> numbers(tokens * row);
-  for (T& x : numbers)
-    x = below(3) ? in.data[below(dim)] : T(random_bits());
-  const Block<const T> other{numbers.data(),        1,
-                             tokens,                std::ptrdiff_t(numbers.size()),
-                             std::ptrdiff_t(dim),   std::ptrdiff_t(row)};
+  for (T& x : numbers) x = below(3) ? in.data[below(dim)] : T(random_bits());
+  const Block<const T> other{
+      numbers.data(),     1, tokens, std::ptrdiff_t(numbers.size()), std::ptrdiff_t(dim),
+      std::ptrdiff_t(row)};
   const Bytes coded = encoded_alike(part, other, "not the same bytes of others");
   if (coded.empty()) return;
   for (simd::Level level : kLevels) {
     simd::set_level(level);
     std::vector<T> out(numbers.size());
     Workspace workspace;
-    part.decode<T>(coded.data(), coded.size(),
-                   {out.data(), 1, tokens, other.batch_stride, other.head_stride, other.token_stride},
-                   &workspace);
+    part.decode<T>(
+        coded.data(), coded.size(),
+        {out.data(), 1, tokens, other.batch_stride, other.head_stride, other.token_stride},
+        &workspace);
     check(out == numbers, "not the numbers of others");
   }
 }
@@ -212,7 +213,10 @@ void once(Form form) {
   // In any order of axes, and with something between the rows.
   const std::size_t row = dim + below(2) * below(5);
   const bool token_major = below(2);
-  Block<T> block{nullptr, batch, tokens, std::ptrdiff_t(heads * tokens * row),
+  Block<T> block{nullptr,
+                 batch,
+                 tokens,
+                 std::ptrdiff_t(heads * tokens * row),
                  std::ptrdiff_t(token_major ? row : tokens * row),
                  std::ptrdiff_t(token_major ? heads * row : row)};
   const std::size_t span = (batch * heads * tokens - 1) * row + dim;
@@ -233,9 +237,8 @@ void once(Form form) {
     numbers[i] = T(x);
   }
   block.data = numbers.get();
-  const Block<const T> in{block.data,        batch,
-                          tokens,            block.batch_stride,
-                          block.head_stride, block.token_stride};
+  const Block<const T> in{block.data,        batch, tokens, block.batch_stride, block.head_stride,
+                          block.token_stride};
   others<T>(in, heads, dim, form);
   const Bytes tables = make_tables<T>(in, heads, dim, form);
   if (tables.empty()) return;

@@ -30,7 +30,9 @@ struct Arrays {
 };
 
 template <typename T>
-std::int64_t most() { return std::numeric_limits<T>::max(); }
+std::int64_t most() {
+  return std::numeric_limits<T>::max();
+}
 
 Span<std::uint32_t> densities(Arrays& arrays, std::size_t shapes) {
   auto d = arrays.of<std::uint32_t>(shapes * (kCells + 1), 0, 0);
@@ -44,8 +46,8 @@ Span<std::uint32_t> densities(Arrays& arrays, std::size_t shapes) {
   return d;
 }
 
-// Small ones or all that there are; sometimes as far from 0 as they go, where sums come next to what
-// 16 bits hold.
+// Small ones or all that there are; sometimes as far from 0 as they go, where sums come next to
+// what 16 bits hold.
 Span<std::int8_t> weights(Arrays& arrays, std::size_t n) {
   const std::int64_t limit = std::min<std::int64_t>(1 << below(8), 127);
   const Span<std::int8_t> w = arrays.of<std::int8_t>(n, -limit, limit);
@@ -56,7 +58,8 @@ Span<std::int8_t> weights(Arrays& arrays, std::size_t n) {
 }
 
 // Zeros where a channel would look at one of its own group or after it.
-void cut_groups(const Span<std::int8_t>& within, const LayerArrays& a, std::size_t keys, std::size_t n) {
+void cut_groups(const Span<std::int8_t>& within, const LayerArrays& a, std::size_t keys,
+                std::size_t n) {
   const std::size_t blocks = up4(n) / 4;
   auto* const w = const_cast<std::int8_t*>(within.data);
   for (std::size_t r = 0; r < a.regions; ++r)
@@ -67,8 +70,8 @@ void cut_groups(const Span<std::int8_t>& within, const LayerArrays& a, std::size
     }
 }
 
-LayerArrays layer(Arrays& arrays, const std::vector<std::size_t>& widths, std::size_t shapes, bool sane,
-                  std::size_t group, std::size_t lanes) {
+LayerArrays layer(Arrays& arrays, const std::vector<std::size_t>& widths, std::size_t shapes,
+                  bool sane, std::size_t group, std::size_t lanes) {
   LayerArrays a{};
   a.group = group;
   a.lanes = lanes;
@@ -77,7 +80,8 @@ LayerArrays layer(Arrays& arrays, const std::vector<std::size_t>& widths, std::s
   a.v_heads = 1 + below(2);
   a.v_dim = 1 + below(9);
   a.regions = widths.empty() ? 1 : 1 + below(6);
-  const std::size_t pairs = below(a.k_dim / 2 + 1), k = a.k_heads * a.k_dim, n = k + a.v_heads * a.v_dim;
+  const std::size_t pairs = below(a.k_dim / 2 + 1), k = a.k_heads * a.k_dim,
+                    n = k + a.v_heads * a.v_dim;
   const std::size_t blocks = up4(n) / 4, all = a.regions * n;
   std::size_t inputs = 0;
   for (std::size_t l = 0; l < widths.size(); ++l)
@@ -135,7 +139,8 @@ Bytes damaged(Bytes bytes) {
   if (below(3) == 0) {
     bytes.resize(below(bytes.size() + 1));
   } else {
-    for (std::size_t n = 1 + below(4); n; --n) bytes[below(bytes.size())] = std::uint8_t(below(256));
+    for (std::size_t n = 1 + below(4); n; --n)
+      bytes[below(bytes.size())] = std::uint8_t(below(256));
   }
   return bytes;
 }
@@ -151,7 +156,8 @@ void once(Form form) {
   ProfileModel model(shares, arrays.of<std::int16_t>(4096, -(1 << 14), 1 << 14));
   std::vector<std::size_t> widths;
   std::vector<LayerArrays> layers;
-  const std::size_t group = 2 * (1 + below(below(2) ? 4 : kMostLanes)), lanes = 1 + below(group / 2);
+  const std::size_t group = 2 * (1 + below(below(2) ? 4 : kMostLanes)),
+                    lanes = 1 + below(group / 2);
   for (std::size_t i = 0, n = 1 + below(4); i < n; ++i) {
     layers.push_back(layer(arrays, widths, shapes, sane, group, lanes));
     widths.push_back(layers[i].k_heads * layers[i].k_dim + layers[i].v_heads * layers[i].v_dim);
@@ -172,8 +178,8 @@ void once(Form form) {
       parts.emplace_back(new T[n]);
       for (std::size_t i = 0; i < n; ++i)
         parts.back()[i] = kind == 0 ? T(random_bits()) : kind == 1 ? T(0) : T(0x3f80 + below(64));
-      blocks.push_back({parts.back().get(), std::ptrdiff_t(heads * count * dim), std::ptrdiff_t(count * dim),
-                        std::ptrdiff_t(dim), 1});
+      blocks.push_back({parts.back().get(), std::ptrdiff_t(heads * count * dim),
+                        std::ptrdiff_t(count * dim), std::ptrdiff_t(dim), 1});
     }
   // Some parts are coded another way: they are modelled only.
   std::vector<bool> kept;

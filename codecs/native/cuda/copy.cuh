@@ -5,9 +5,9 @@
 
 namespace kvzip::cuda {
 
-// Rows first_row ... first_row + rows - 1 of [batch, heads, tokens], of `dim` numbers each. Row (b, h,
-// t) is at source + itemsize * (b * batch_stride + h * head_stride + t * token_stride), and goes to
-// token first_token + t of the part.
+// Rows first_row ... first_row + rows - 1 of [batch, heads, tokens], of `dim` numbers each. Row (b,
+// h, t) is at source + itemsize * (b * batch_stride + h * head_stride + t * token_stride), and goes
+// to token first_token + t of the part.
 struct CopyJob {
   uint64_t source;
   int64_t batch_stride, head_stride, token_stride;  // in numbers
@@ -35,7 +35,8 @@ KVZIP_DEVICE void copy_rows(const CopyJob& job, const DevicePart& part, unsigned
     const int64_t from = int64_t(b) * job.batch_stride + int64_t(h) * job.head_stride +
                          int64_t(t) * job.token_stride;
     const int64_t to = place_of(part, b, h, job.first_token + t);
-    const U* source = reinterpret_cast<const U*>(job.source + uint64_t(from) * (sizeof(U) / per_unit));
+    const U* source =
+        reinterpret_cast<const U*>(job.source + uint64_t(from) * (sizeof(U) / per_unit));
     U* target = reinterpret_cast<U*>(part.numbers + uint64_t(to) * (sizeof(U) / per_unit));
     target[unit] = source[unit];
   }
@@ -61,10 +62,10 @@ KVZIP_DEVICE void copy_job(const CopyJob* jobs, unsigned count, const DevicePart
   else copy_rows<T>(job, part, part.dim, 1);
 }
 
-#define KVZIP_COPY(itemsize, T)                                                               \
-  KVZIP_KERNEL(128, 8)                                                                        \
+#define KVZIP_COPY(itemsize, T)                                                              \
+  KVZIP_KERNEL(128, 8)                                                                       \
   copy_##itemsize(const CopyJob* jobs, uint32_t count, const DevicePart* parts, uint32_t*) { \
-    copy_job<T>(jobs, count, parts);                                                          \
+    copy_job<T>(jobs, count, parts);                                                         \
   }
 KVZIP_COPY(1, uint8_t)
 KVZIP_COPY(2, uint16_t)

@@ -58,10 +58,10 @@ KVZIP_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0
 // 16 bytes to shared memory, of which the first `there` (0 to 16) come from `from` and the rest are
 // zeros; they land at the wait for their group.
 KVZIP_DEVICE void copy16(void* to, const void* from, unsigned there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   unsigned(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(there)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(there)
+      : "memory");
 }
 KVZIP_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `N` groups of this thread's are under way.
@@ -96,8 +96,7 @@ inline unsigned high_product(unsigned a, unsigned b) {
 inline unsigned bytes_of(unsigned a, unsigned b, unsigned which) {
   const std::uint64_t all = std::uint64_t(b) << 32 | a;
   unsigned v = 0;
-  for (int i = 0; i < 4; ++i)
-    v |= unsigned(all >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
+  for (int i = 0; i < 4; ++i) v |= unsigned(all >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
   return v;
 }
 inline void set_flag(uint32_t* flag) { *flag |= 1; }

@@ -1,5 +1,6 @@
-// Where numbers lie in a GPU's memory: plain structures of fixed size, the same for C++ here, for nvcc,
-// NVRTC and the shim. Addresses are the device's. The host has checked all of it, and kernels trust it.
+// Where numbers lie in a GPU's memory: plain structures of fixed size, the same for C++ here, for
+// nvcc, NVRTC and the shim. Addresses are the device's. The host has checked all of it, and kernels
+// trust it.
 #pragma once
 
 #ifndef __CUDACC_RTC__

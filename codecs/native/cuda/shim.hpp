@@ -1,5 +1,6 @@
-// A warp of a GPU on a CPU, so that kernels are tested and fuzzed where there is no GPU: each thread
-// is a fibre, and fibres change places where threads of a warp meet. What it cannot show: a missing
+// A warp of a GPU on a CPU, so that kernels are tested and fuzzed where there is no GPU: each
+// thread is a fibre, and fibres change places where threads of a warp meet. What it cannot show: a
+// missing
 // `__syncwarp`, since every meeting synchronises here; racecheck on a GPU shows that.
 #pragma once
 
@@ -256,8 +257,8 @@ inline void meet_block() {
 
 // --- launching -------------------------------------------------------------------------------
 
-// Runs a kernel's blocks one after the other. `seed`: 0 runs threads in order, else in an order that
-// changes all the time.
+// Runs a kernel's blocks one after the other. `seed`: 0 runs threads in order, else in an order
+// that changes all the time.
 inline void launch(std::uint32_t grid, std::uint32_t block, std::size_t shared_bytes,
                    const std::function<void()>& kernel, std::uint64_t seed = 0) {
   if (!block || block % kWarp) fail("a block must be whole warps");

@@ -1,7 +1,7 @@
-// XXH3-64 (github.com/Cyan4973/xxHash, specification in doc/xxhash_spec.md) of blocks of numbers where
-// they lie, in the order of [batch, heads, tokens, dim]. Above 240 bytes the algorithm adds up
-// pieces of 1,024 bytes and scrambles the sums after each. Sums of pieces do not need each other, so a
-// first kernel makes them side by side; a second puts those of a block together.
+// XXH3-64 (github.com/Cyan4973/xxHash, specification in doc/xxhash_spec.md) of blocks of numbers
+// where they lie, in the order of [batch, heads, tokens, dim]. Above 240 bytes the algorithm adds
+// up pieces of 1,024 bytes and scrambles the sums after each. Sums of pieces do not need each
+// other, so a first kernel makes them side by side; a second puts those of a block together.
 #pragma once
 
 #include "native/cuda/place.cuh"
@@ -12,11 +12,11 @@ constexpr unsigned kPieceBytes = 1024, kStripeBytes = 64;
 constexpr unsigned kSumsThreads = 128, kDigestThreads = 32;
 
 struct DigestJob {
-  uint64_t sums;  // address of room for uint64 [pieces][8], pieces = ceil(bytes / 1024)
+  uint64_t sums;   // address of room for uint64 [pieces][8], pieces = ceil(bytes / 1024)
   uint64_t bytes;  // of the block's numbers: more than 240
   uint32_t part;   // index of its DevicePart
   uint32_t first_token, tokens;  // of the block, counted in the part
-  uint32_t row;    // whose digest this is
+  uint32_t row;                  // whose digest this is
 };
 
 namespace xxh3 {
@@ -207,9 +207,8 @@ xxh3_sums(const DigestJob* jobs, uint32_t count, uint32_t blocks_of_job, const D
   const unsigned w = lane % 8;
   for (uint64_t piece = share * warps + thread() / kWarp; piece < pieces;
        piece += uint64_t(blocks_of_job) * warps) {
-    const unsigned stripes = piece < whole
-                                 ? kPieceBytes / kStripeBytes
-                                 : unsigned((job.bytes - 1) % kPieceBytes / kStripeBytes);
+    const unsigned stripes = piece < whole ? kPieceBytes / kStripeBytes
+                                           : unsigned((job.bytes - 1) % kPieceBytes / kStripeBytes);
     uint64_t product = 0, plain = 0, line = 0;
     if (lines) {  // a lane finds each of the four
       const uint64_t at = piece * kPieceBytes + lane % 4 * 256;
@@ -220,9 +219,9 @@ xxh3_sums(const DigestJob* jobs, uint32_t count, uint32_t blocks_of_job, const D
       const unsigned stripe = 4 * i + lane / 8;
       const uint64_t found = lines ? xxh3::shuffle64(line, i) : 0;
       if (stripe >= stripes) continue;
-      const uint64_t value =
-          lines ? *reinterpret_cast<const uint64_t*>(found + 8 * lane)
-                : bytes.word(piece * kPieceBytes + stripe * kStripeBytes + 8 * w);
+      const uint64_t value = lines
+                                 ? *reinterpret_cast<const uint64_t*>(found + 8 * lane)
+                                 : bytes.word(piece * kPieceBytes + stripe * kStripeBytes + 8 * w);
       const uint64_t key = value ^ xxh3::secret_words[stripe + w];
       product += uint64_t(uint32_t(key)) * (key >> 32);
       plain += value;

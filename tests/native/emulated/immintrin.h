@@ -183,9 +183,9 @@ inline F divide(Lanes<float, F> a, Lanes<float, F> b) {
 #define _mm512_cmplt_epu32_mask(a, b) ((simde__mmask16)emulated::less<emulated::U32>(a, b))
 #define _mm512_cmplt_epu64_mask(a, b) ((simde__mmask8)emulated::less<emulated::U64>(a, b))
 #define _mm512_mask_cmplt_epu32_mask(mask, a, b) \
-  ((simde__mmask16)((mask)&emulated::less<emulated::U32>(a, b)))
+  ((simde__mmask16)((mask) & emulated::less<emulated::U32>(a, b)))
 #define _mm512_mask_testn_epi16_mask(mask, a, b) \
-  ((simde__mmask32)((mask)&emulated::no_bits<emulated::U16>(a, b)))
+  ((simde__mmask32)((mask) & emulated::no_bits<emulated::U16>(a, b)))
 #define _mm512_mask_sub_epi16(from, mask, a, b) emulated::subtract<emulated::U16>(from, mask, a, b)
 #define _mm512_maskz_sub_epi16(mask, a, b) \
   emulated::subtract<emulated::U16>(_mm512_setzero_si512(), mask, a, b)
