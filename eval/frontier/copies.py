@@ -6,13 +6,22 @@ weights is added; that is how "speculative KV coding" (Finn 2026) predicts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip import dtypes
 from kvzip.capture import prefill
+from kvzip.codecs.predictive import rope
+from kvzip.entropy.linear import Floats
+from kvzip.entropy.residual import held_layers
+from kvzip.errors import UsageError
+from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
 
@@ -24,12 +33,16 @@ COPIES = {
     "pieces": ("recomputation", "recomputed in pieces of 512 tokens"),
     "stream": ("floor", "given the residual stream of this layer"),
 }
-"""Family and title of each. int4: groups of 32 along the inputs, one fp16 scale each; fp8 (e4m3)
-and int8: one scale an output channel; fp32: the same weights, computed in fp32; pieces: in the
-model's dtype, but in pieces; stream: the exact input of the layer, computed on in fp32, which
-leaves the rounding noise of the layer's own keys and values."""
+"""The family and the title of each copy. int4 has groups of 32 weights along the inputs, with one
+fp16 scale each; fp8 (e4m3) and int8 have one scale an output channel; fp32 has the same weights and
+computes in fp32; pieces computes in the model's dtype, but in pieces; stream computes in fp32 from
+the exact input of the layer, which leaves the rounding noise of the layer's own keys and values."""
+NATIVE = ("pieces", "stream")
+"""Those that compute in the model's own dtype, and so are measured where that is bf16."""
 GROUP = 32
+"""Weights that share a scale in int4."""
 PIECE = 512
+"""Tokens."""
 
 
 def weights_of(model: Any) -> list[Any]:
@@ -91,8 +104,6 @@ def make(kind: str, ref: str, dtype: str) -> Callable[[NDArray[Any]], Snapshot]:
 
 
 def _snapshot(cache: Any, origin: Origin) -> Snapshot:
-    from kvzip import dtypes
-
     layers = []
     for held in cache:
         parts = [dtypes.as_bits(t.float().contiguous())[0][0] for t in held]
@@ -158,3 +169,59 @@ class _Stream:
                 logits_to_keep=1,
             )
         return _snapshot(self.found, Origin(self.id))
+
+
+# --- what they predict, kept on disk -------------------------------------------------------------
+
+
+def predictions(
+    kind: str,
+    ref: str,
+    native: str,
+    paths: Sequence[Path],
+    layers: Sequence[int],
+    out: Path,
+    progress: Callable[[str, int, int], None],
+) -> list[Path]:
+    """What a copy predicts of documents: for each a file in `out`, with the vectors of each of
+    `layers` [tokens, channels], RoPE undone, under the layer's number.
+
+    `native`: the format that the model's own cache was computed in. The files stay, and are not
+    made again: formats that a cache is cast to need the same.
+    """
+    about = f"{ref}-{native if kind in NATIVE else ''}"
+    folder = out / "copies" / f"{kind}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    copy: Callable[[NDArray[Any]], Snapshot] | None = None
+    found = []
+    for done, path in enumerate(paths):
+        snapshot = Snapshot.load(path)
+        if snapshot.token_ids is None or snapshot.token_ids.ndim != 1:
+            raise UsageError(f"{path}: a copy of the model needs token ids of a single document")
+        name = hashlib.sha256(snapshot.token_ids.tobytes()).hexdigest()[:24]
+        place = folder / f"{name}.npz"
+        if not {str(n) for n in layers} <= _kept(place):
+            copy = copy or make(kind, ref, native)
+            own, said = held_layers(snapshot), copy(np.array(snapshot.token_ids)).layers
+            vectors: dict[str, Any] = {str(n): _unturned(said[n], own[n], snapshot) for n in layers}
+            with replacing(place) as file:
+                np.savez(file, **vectors)
+        found.append(place)
+        progress(f"{kind} copy", done + 1, len(paths))
+    return found
+
+
+def _kept(place: Path) -> set[str]:
+    """The names of the arrays in a file; none if it is not there, or damaged."""
+    try:
+        with zipfile.ZipFile(place) as found:
+            return set() if found.testzip() else {Path(n).stem for n in found.namelist()}
+    except (OSError, zipfile.BadZipFile, ValueError):
+        return set()
+
+
+def _unturned(said: Layer, own: Layer, snapshot: Snapshot) -> Floats:
+    """What a copy says of the tokens of `own`, in coding order with RoPE undone."""
+    rows = slice(own.layout.first, own.layout.cumulative_length)
+    order = rope.Order(own.layout, snapshot.origin, "fp32")
+    return order.unturned(Layer(said.k[:, rows], said.v[:, rows], own.layout))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,31 +18,18 @@ from kvzip.entropy.ladder import SAMPLE
 from kvzip.entropy.linear import Doubles, Floats, Linear, Moments, Vectors
 from kvzip.entropy.residual import Density, View, Within
 from kvzip.entropy.tables import Frequencies
+from kvzip.eval.results.frontier import LayerPoint
 from kvzip.snapshot import Layer
 
 DIRECTIONS = 32
 """Principal directions of the layer before that regions are told by."""
 COPY = -1
-"""Name of the vectors that a copy of the model predicts."""
+"""The name, beside numbers of layers, of the vectors that a copy of the model predicts."""
 RANKS = (32, 64, 128, 256)
 REGIONS = (4, 16, 64)
 _CHANNEL_BYTES = 24  # of a channel's mean, scale, density and quantisation
 _SHRINK = 2000.0  # tokens that stand for the common map behind a region's own
 _SHRINK_COVARIANCE = 1000.0
-
-
-class LayerPoint(msgspec.Struct, frozen=True):
-    """One predictor on one layer."""
-
-    layer: int
-    bits: float
-    """Ideal bits per number."""
-    k: float
-    v: float
-    products: float
-    """Multiplications of a weight for a token."""
-    bytes: float
-    """Of what the predictor must know, a byte a weight."""
 
 
 @dataclass
@@ -86,14 +72,19 @@ Base = Callable[[Vectors], tuple[Floats, NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Predictor:
-    """`base` comes with `regions` covariances of its own; `within`: channels before are used."""
+    """What is expected of each token, and what is made of what that leaves."""
 
     base: Base
     products: float
+    """Multiplications of a weight that `base` takes for a token."""
     bytes: float
+    """What `base` must know, a byte a weight."""
     regions: int = 1
+    """Of tokens; each has a covariance of its own."""
     within: bool = True
+    """Whether channels before are used."""
     energy: bool = True
+    """Whether the density looks at the energy of a token's channels before."""
 
 
 def measure(predictor: Predictor, data: LayerData) -> LayerPoint:
@@ -150,7 +141,8 @@ def _expected(
 
 
 def _covariances(predictor: Predictor, documents: Sequence[Document]) -> list[Doubles]:
-    """Of what is left in each region; a region of few tokens leans on all together."""
+    """The covariance of what is left in each region; that of a region with few tokens leans on all
+    together."""
     width = documents[0].view.y.shape[1]
     sums, counts = np.zeros((predictor.regions, width, width)), np.zeros(predictor.regions)
     for document in documents:
@@ -214,7 +206,7 @@ def measure_key(key: str, data: LayerData) -> LayerPoint:
 
 
 def _linear(data: LayerData, found: Linear, rank: int | None = None, **how: bool) -> Predictor:
-    """With a rank, as two thin matrices."""
+    """A regression as a predictor; with a rank, as two thin matrices."""
     columns = len(found.weights)
     products = columns * data.width
     if rank is not None and columns:
@@ -319,7 +311,7 @@ def piecewise(data: LayerData, count: int) -> Predictor:
 
 
 def frequencies(layers: Sequence[Layer], dtype: str) -> Frequencies:
-    """Of one layer in several documents."""
+    """How often each sign and exponent occurs in one layer of several documents."""
     found = Frequencies(dtype)
     for layer in layers:
         found.add([layer])

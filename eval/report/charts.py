@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from kvzip.entropy import Ladder
 from kvzip.entropy.ladder import PREDICTED, PROFILE
 from kvzip.entropy.tables import LEVELS
-from kvzip.eval.frontier.measure import Frontier, Point, Run, hull
+from kvzip.eval.frontier.hull import hull
 from kvzip.eval.links.measure import PREFILL, Links, predict
 from kvzip.eval.report import svg
+from kvzip.eval.results.frontier import Frontier, Point, Run
 
 WIDE = 760
 _STYLES = {

@@ -390,20 +390,22 @@ def frontier(
         A stored result: frontier.svg is drawn into --out, and nothing is run.
     """
     choose_products(native_bf16)
-    from kvzip.eval.frontier import measure as curve
     from kvzip.eval.frontier.copies import COPIES
+    from kvzip.eval.frontier.hull import hull
+    from kvzip.eval.frontier.run import run
     from kvzip.eval.report import charts
     from kvzip.eval.results import stored
+    from kvzip.eval.results.frontier import load_frontier
 
     if draw is not None:
-        result = curve.load(draw)
+        result = load_frontier(draw)
     elif not (test and train and calibrate and model):
         raise UsageError("name --test, --train, --calibrate and --model, or a result with --draw")
     else:
         kinds = tuple(COPIES) if copies is None else names(copies.removesuffix("none"))
         picked = None if layers is None else integers("--layers", layers, 0)
         with steps() as tell:
-            result = curve.run(
+            result = run(
                 train,
                 calibrate,
                 test,
@@ -421,18 +423,18 @@ def frontier(
         file.write(charts.frontier_file(result).encode())
 
     def show() -> None:
-        for run in result.runs:
-            title = f"{result.model}, {run.dtype}: layers {', '.join(map(str, result.layers))}"
+        for measured in result.runs:
+            title = f"{result.model}, {measured.dtype}: layers {', '.join(map(str, result.layers))}"
             columns = ("bits", "share of prefill", "products a token", "MB to know")
             table = Table(Column("predictor", no_wrap=True), *columns, title=title)
-            best = {p.key for p in curve.hull(run.points, result.prefill_products)}
-            for p in run.points:
+            best = {p.key for p in hull(measured.points, result.prefill_products)}
+            for p in measured.points:
                 name = Text(p.title, "bold" if p.key in best else "")
                 share = f"{100 * p.share:.2f} %"
                 size = f"{p.profile_bytes / 1e6:.1f}"
                 table.add_row(name, f"{p.bits:.3f}", share, f"{p.products / 1e6:.2f} M", size)
             show_table(table)
-            for s in run.steps:
+            for s in measured.steps:
                 if s.worth_below_mbps is not None:
                     line = f"from {s.cheaper} to {s.dearer}: {s.bits_saved:.2f} bits, worth it "
                     line += f"below {s.worth_below_mbps:,.1f} Mb/s"

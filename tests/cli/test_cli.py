@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from command import run, run_json
 from support import cache_like, make_snapshot
 
 import kvzip
@@ -18,20 +18,6 @@ def snapshot(tmp_path):
     made = make_snapshot(cache_like, 1, "bf16", layers=2, heads=2, tokens=300, dim=32)
     made.save(tmp_path / "doc.safetensors")
     return made
-
-
-def run(capsys, *arguments):
-    """Exit code, stdout and stderr of a command."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in arguments])
-    out = capsys.readouterr()
-    assert "Traceback" not in out.out + out.err
-    return exit_.value.code, out.out, out.err
-
-
-def run_json(capsys, *arguments):
-    code, out, _ = run(capsys, *arguments, "--json")
-    return code, json.loads(out)
 
 
 def test_encode_verify_info_decode(tmp_path, capsys, snapshot, codec):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_cli import run, run_json
+from command import run, run_json
 
 PAPER = {
     "prefill_over_reuse_255": 8.6,

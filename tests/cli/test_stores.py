@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from command import run, run_json
 from support import cache_like, make_snapshot
-from test_cli import run, run_json
 
 import kvzip
 from kvzip.store import Store

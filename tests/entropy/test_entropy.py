@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from command import run, run_json
 from support import cache_like, make_snapshot, random_bits, tiny_model
-from test_cli import run, run_json
 
 import kvzip
 from kvzip import dtypes, entropy

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import run, run_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import failing_server, silent_server
 from support import assert_same, cache_like, make_snapshot
-from test_cli import run, run_json
 
 import kvzip
 from kvzip import files

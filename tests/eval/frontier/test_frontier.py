@@ -10,18 +10,20 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from command import run as command
+from command import run_json
 from hypothesis import given
 from hypothesis import strategies as st
 from support import tiny_model
-from test_cli import run as command
-from test_cli import run_json
 
 from kvzip.capture import prefill
 from kvzip.errors import KVZipError
 from kvzip.eval.frontier import copies, predictors
-from kvzip.eval.frontier import measure as frontier
+from kvzip.eval.frontier import run as frontier
+from kvzip.eval.frontier.hull import hull, steps
 from kvzip.eval.report import charts
 from kvzip.eval.results import stored
+from kvzip.eval.results.frontier import Point, load_frontier
 from kvzip.models import LoadedModel
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -154,10 +156,10 @@ def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch, result):
 
 def test_the_result_goes_to_json_and_back(result, tmp_path):
     stored.save(result, tmp_path / "a.json")
-    assert frontier.load(tmp_path / "a.json") == result
+    assert load_frontier(tmp_path / "a.json") == result
     (tmp_path / "b.json").write_text('{"version": 1}')
     with pytest.raises(KVZipError, match="not a result of `kvzip eval frontier`"):
-        frontier.load(tmp_path / "b.json")
+        load_frontier(tmp_path / "b.json")
 
 
 def test_wrong_use_is_named(paths, tmp_path):
@@ -180,7 +182,7 @@ POINTS = st.lists(
 
 def made(pairs):
     return [
-        frontier.Point(
+        Point(
             key=str(i),
             title="",
             family="linear",
@@ -199,7 +201,7 @@ def made(pairs):
 @given(POINTS)
 def test_no_point_lies_below_the_hull(pairs):
     every = made(pairs)
-    chain = frontier.hull(every, room=0)
+    chain = hull(every, room=0)
     shares, bits = [p.share for p in chain], [p.bits for p in chain]
     assert shares == sorted(set(shares))
     assert bits == sorted(set(bits), reverse=True)
@@ -214,14 +216,14 @@ def test_no_point_lies_below_the_hull(pairs):
 def test_what_needs_too_much_room_is_not_on_the_hull():
     small, large = made([(0, 100), (10, 10)])
     large = msgspec.structs.replace(large, profile_bytes=2.0)
-    assert frontier.hull([small, large], room=2) == [small, large]
-    assert frontier.hull([small, large], room=1) == [small]
-    assert frontier.hull([small, msgspec.structs.replace(large, family="copy")], room=1)[1:]
+    assert hull([small, large], room=2) == [small, large]
+    assert hull([small, large], room=1) == [small]
+    assert hull([small, msgspec.structs.replace(large, family="copy")], room=1)[1:]
 
 
 @given(POINTS)
 def test_a_step_is_worth_it_where_both_take_as_long(pairs):
-    for step in frontier.steps(made(pairs), room=0, numbers=1000, prefill_seconds_per_token=1e-3):
+    for step in steps(made(pairs), room=0, numbers=1000, prefill_seconds_per_token=1e-3):
         sending = 1000 * step.bits_saved / (step.worth_below_mbps * 1e6)
         assert sending == pytest.approx(step.share_more * 1e-3)
 
@@ -274,16 +276,14 @@ def test_the_file_stands_alone(result):
 
 def test_the_stored_result():
     """What the docs show is drawn from what the docs hold."""
-    stored = frontier.load(DOCS / "frontier.json")
+    stored = load_frontier(DOCS / "frontier.json")
     assert not set(stored.train) & set(stored.test)
     assert not set(stored.calibrate) & set(stored.test)
     assert stored.command.startswith("kvzip eval frontier")
     assert (DOCS / "frontier.svg").read_text() == charts.frontier_file(stored)
     second = stored.prefill_seconds / stored.document_tokens
     for run in stored.runs:
-        found = frontier.steps(
-            run.points, stored.prefill_products, stored.numbers_per_token, second
-        )
+        found = steps(run.points, stored.prefill_products, stored.numbers_per_token, second)
         assert run.steps == found
 
 

@@ -19,12 +19,12 @@ from kvzip.choice.auto import MEASURED
 from kvzip.choice.cost import CodecFigures, fit_prefill, prefill_flops
 from kvzip.errors import KVZipError
 from kvzip.eval.exactness import corpus
-from kvzip.eval.frontier import measure as frontier
 from kvzip.eval.money.breakeven import Measured, breakeven
 from kvzip.eval.money.paper import paper_table
 from kvzip.eval.money.prices import default_prices
 from kvzip.eval.report.inputs import read
 from kvzip.eval.report.page import bit_rate, seconds, size, usd, write_report
+from kvzip.eval.results import frontier
 from kvzip.eval.results.demo import DemoResult, as_result
 from kvzip.eval.results.provenance import Machine
 

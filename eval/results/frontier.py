@@ -1,0 +1,104 @@
+"""What `kvzip eval frontier` finds: bits per number against multiplications, predictor by
+predictor."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from kvzip.eval.results import stored
+from kvzip.eval.results.provenance import Made
+
+VERSION = 1
+"""The version of what is measured: points of another one are measured anew."""
+
+
+class LayerPoint(msgspec.Struct, frozen=True):
+    """One predictor on one layer."""
+
+    layer: int
+    bits: float
+    """Ideal bits per number."""
+    k: float
+    v: float
+    products: float
+    """Multiplications of a weight for a token."""
+    bytes: float
+    """Of what the predictor must know, a byte a weight."""
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """One predictor: means over the layers that were measured."""
+
+    key: str
+    title: str
+    family: str
+    """tables, linear, piecewise, copy, recomputation, or floor, which no codec can reach."""
+    bits: float
+    k: float
+    v: float
+    products: float
+    """Multiplications of a weight for a token, all layers of the model."""
+    share: float
+    """Of the multiplications of the model's own prefill."""
+    profile_bytes: float
+    """For all layers of the model, a byte a weight; of a copy, its weights."""
+    layers: list[LayerPoint]
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """From one point of the lower convex hull to the next dearer one."""
+
+    cheaper: str
+    dearer: str
+    bits_saved: float
+    share_more: float
+    worth_below_mbps: float | None
+    """The link's rate below which the bits saved take longer than the multiplications, if those go
+    as fast as the measured prefill's. None where no prefill was timed."""
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """All points for one format of the cache."""
+
+    dtype: str
+    cast_from: str | None
+    """The format that the model's cache was in before it was cast."""
+    points: list[Point]
+    steps: list[Step]
+    missing: dict[str, str] = {}
+    """Predictors that were not measured, and why."""
+
+
+class Frontier(Made, frozen=True, kw_only=True):
+    """What one run measured; the file frontier.json in its folder."""
+
+    version: int
+    model: str
+    revision: str
+    architecture: str
+    layers: list[int]
+    """That were measured, of `model_layers`."""
+    model_layers: int
+    train: list[str]
+    calibrate: list[str]
+    test: list[str]
+    """Texts of the documents, as they were captured."""
+    train_tokens: int
+    test_tokens: int
+    document_tokens: int
+    numbers_per_token: int
+    prefill_products: float
+    """Multiplications of a weight for a token of the model's prefill: as many bytes, half of what
+    those weights take in bf16, are the room that a predictor on the hull has."""
+    attention_products: float
+    """The products of attention itself beside them, the mean over a document's tokens."""
+    prefill_seconds: float | None
+    """Of one document of the first dtype on `machine`; copies and predictors are not timed."""
+    runs: list[Run]
+
+
+def load_frontier(path: str | os.PathLike[str]) -> Frontier:
+    """A stored result. Raises KVZipError when it is none."""
+    return stored.load(path, Frontier, "`kvzip eval frontier`")
