@@ -1,6 +1,7 @@
-"""Two machines and a link between them, on one machine: network namespaces, joined by a pair of
-virtual interfaces whose rate `tc` limits, and by a wire that holds packets back where there is to
-be a delay.
+"""Two machines and a link between them, on one machine.
+
+They are network namespaces, joined by a pair of virtual interfaces whose rate `tc` limits, and by a
+wire that holds packets back where there is to be a delay.
 
 Nothing here has a name outside of its processes. A namespace lives as long as a process in it, and
 every process dies with the one that made it, so runs cannot collide, and one that is killed leaves
@@ -183,6 +184,12 @@ class Link:
                 f"{rate:.0f}bit",
                 *sizes,
             )
+
+
+def require_links() -> None:
+    """Raise NoLinkError where there can be no shaped link, before anything long begins."""
+    with Link():
+        pass
 
 
 # --- a wire that takes its time ------------------------------------------------------------------

@@ -15,9 +15,10 @@ from kvzip.entropy import Ladder
 from kvzip.entropy.ladder import PREDICTED, PROFILE
 from kvzip.entropy.tables import LEVELS
 from kvzip.eval.frontier.hull import hull
-from kvzip.eval.links.measure import PREFILL, Links, predict
+from kvzip.eval.links.prediction import predict
 from kvzip.eval.report import svg
 from kvzip.eval.results.frontier import Frontier, Point, Run
+from kvzip.eval.results.links import PREFILL, Links
 
 WIDE = 760
 _STYLES = {
@@ -262,7 +263,7 @@ def links_svg(
     style = {w: _WAYS.get(w, f"s{i % svg.COLOURS}") for i, w in enumerate(ways)}
     grid = [low * (high / low) ** (i / 200) for i in range(201)]
     lines = [
-        svg.Curve(w, w, style[w], [(m, predict(links.apart, w, m, delay)) for m in grid])
+        svg.Curve(w, w, style[w], [(m, predict(links.inputs, w, m, delay)) for m in grid])
         for w in ways
     ]
     points = [

@@ -18,9 +18,9 @@ import msgspec
 from kvzip.entropy import Ladder
 from kvzip.errors import KVZipError
 from kvzip.eval.exactness.corpus import Trials, load_trials
-from kvzip.eval.links.measure import Links, load_links
 from kvzip.eval.results.demo import DemoResult, as_result
 from kvzip.eval.results.frontier import Frontier
+from kvzip.eval.results.links import Links, load_links
 from kvzip.eval.speed.inputs import Inputs, load_inputs
 
 

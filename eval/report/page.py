@@ -31,7 +31,6 @@ from kvzip.choice.cost import (
 )
 from kvzip.errors import KVZipError
 from kvzip.eval.frontier.hull import hull
-from kvzip.eval.links.measure import Links, Point
 from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.money.prices import HEADLINE, default_prices
@@ -39,6 +38,7 @@ from kvzip.eval.report import charts, svg
 from kvzip.eval.report.inputs import Extras, PeerRow, Peers, PeerSnapshot
 from kvzip.eval.results.demo import CodecResult, DemoResult, as_result
 from kvzip.eval.results.frontier import Frontier, Run
+from kvzip.eval.results.links import Links, Point
 from kvzip.eval.speed.inputs import CodecRow, Inputs
 from kvzip.files import replacing
 

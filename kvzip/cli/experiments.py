@@ -288,22 +288,26 @@ def links(
         A Markdown file: its tables are put anew between its marks.
     """
     choose_products(native_bf16)
-    from kvzip.eval.links import measure as linking
+    from kvzip.eval.links.measure import measure
+    from kvzip.eval.links.network import require_links
+    from kvzip.eval.links.sources import prepare
     from kvzip.eval.report import charts
+    from kvzip.eval.report import links as words
     from kvzip.eval.report import readme as drawing
     from kvzip.eval.results import stored
+    from kvzip.eval.results.links import load_links
 
     sweeps: dict[float, list[int]] = {0.0: integers("--rates", rates)}
     if delay:
         sweeps[delay / 1e3] = integers("--delay-rates", delay_rates)
     with contextlib.ExitStack() as stack:
         if draw is not None:
-            found = linking.load_links(draw)
+            found = load_links(draw)
         else:
-            linking.check()
+            require_links()
             folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvzip-")))
             with working("starting") as step:
-                sources = linking.prepare(
+                sources = prepare(
                     folder,
                     model=model,
                     text=text or ["pydoc"],
@@ -314,7 +318,7 @@ def links(
                     train=train,
                     step=step,
                 )
-            found = linking.measure(
+            found = measure(
                 sources,
                 sweeps,
                 repeat=repeat,
@@ -328,12 +332,12 @@ def links(
         with replacing(picture) as file:
             file.write(charts.links_file(found).encode())
     if page is not None:
-        drawing.put_between(page, {"links": linking.page(found)})
+        drawing.put_between(page, {"links": words.page(found)})
 
     def show() -> None:
-        for line in linking.summary(found):
+        for line in words.summary(found):
             say(line)
-        for title, columns, rows in linking.tables(found):
+        for title, columns, rows in words.tables(found):
             table = Table(*columns, title=title)
             for row in rows:
                 table.add_row(*row)

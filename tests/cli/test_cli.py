@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_no_file(tmp_path, snapshot):
 
 
 def test_interrupted_by_hand(tmp_path, capsys, snapshot, monkeypatch):
-    from kvzip.container import reader as container
+    from kvzip import container
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

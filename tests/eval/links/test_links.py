@@ -23,9 +23,11 @@ pytest.importorskip("aiohttp", reason="links are measured with aiohttp: the extr
 import kvzip  # noqa: E402
 from kvzip.choice import cost  # noqa: E402
 from kvzip.errors import KVZipError  # noqa: E402
-from kvzip.eval.links import measure as links  # noqa: E402
-from kvzip.eval.links import processes  # noqa: E402
-from kvzip.eval.links.network import ADDRESSES, Link, NoLinkError  # noqa: E402
+from kvzip.eval.links import processes, timing  # noqa: E402
+from kvzip.eval.links.measure import measure  # noqa: E402
+from kvzip.eval.links.network import ADDRESSES, Link, NoLinkError, require_links  # noqa: E402
+from kvzip.eval.links.sources import Sources, prepare  # noqa: E402
+from kvzip.eval.results.links import Links, load_links  # noqa: E402
 
 MBPS = 10
 CONNECT = f"""
@@ -44,13 +46,13 @@ print(time.perf_counter() - began)
 @pytest.fixture(scope="module", autouse=True)
 def permitted() -> None:
     try:
-        links.check()
+        require_links()
     except NoLinkError as error:
         pytest.skip(f"no shaped link here: {error}")
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> links.Sources:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     """A random model of a hundred words, on disk, and a document of 1 MB of cache."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -76,50 +78,48 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> links.Sources:
     )
     text = folder / "text.txt"
     text.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 100, 300)))
-    return links.prepare(
-        folder, model=model, text=[str(text)], tokens=256, codecs=["raw", "channel"]
-    )
+    return prepare(folder, model=model, text=[str(text)], tokens=256, codecs=["raw", "channel"])
 
 
 @pytest.fixture(scope="module")
-def measured(sources: links.Sources) -> links.Links:
-    return links.measure(sources, {0.0: [MBPS]}, repeat=1, command="the test")
+def measured(sources: Sources) -> Links:
+    return measure(sources, {0.0: [MBPS]}, repeat=1, command="the test")
 
 
-def test_every_way_is_measured_and_exact(measured: links.Links) -> None:
+def test_every_way_is_measured_and_exact(measured: Links) -> None:
     assert measured.exact
     assert [(p.way, p.mbps) for p in measured.points] == [
         (way, MBPS) for way in ("prefill", "raw", "channel")
     ]
 
 
-def test_the_link_keeps_its_rate(measured: links.Links) -> None:
-    for point, codec in zip(measured.points[1:], measured.apart.codecs, strict=True):
+def test_the_link_keeps_its_rate(measured: Links) -> None:
+    for point, codec in zip(measured.points[1:], measured.inputs.codecs, strict=True):
         alone = codec.encoded_bytes * 8 / cost.goodput(MBPS * 1e6)
         assert point.transfer is not None
         assert 0.85 * alone < point.transfer < 1.4 * alone
 
 
-def test_decoding_hides_behind_the_transfer(measured: links.Links) -> None:
+def test_decoding_hides_behind_the_transfer(measured: Links) -> None:
     assert measured.worst_overlap <= 1.15
 
 
-def test_the_prediction_is_near(measured: links.Links) -> None:
+def test_the_prediction_is_near(measured: Links) -> None:
     for point in measured.points[1:]:
         assert abs(point.error) < 0.2, point
 
 
-def test_it_goes_through_a_file_whole(measured: links.Links, tmp_path: Path) -> None:
+def test_it_goes_through_a_file_whole(measured: Links, tmp_path: Path) -> None:
     from kvzip.eval.results import stored
 
     stored.save(measured, tmp_path / "links.json")
-    assert links.load_links(tmp_path / "links.json") == measured
+    assert load_links(tmp_path / "links.json") == measured
 
 
 def test_a_run_that_was_ended_goes_on(
-    sources: links.Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    once, asked = links._once, []
+    once, asked = timing.time_once, []
 
     def counted(sources: Any, reader: Any, link: tuple[float, float], elsewhere: Any) -> Any:
         if len(asked) == stop:
@@ -127,21 +127,21 @@ def test_a_run_that_was_ended_goes_on(
         asked.append(link)
         return once(sources, reader, link, elsewhere)
 
-    monkeypatch.setattr(links, "_once", counted)
+    monkeypatch.setattr(timing, "time_once", counted)
     rates, stop = [400, 600], 3
     with pytest.raises(KeyboardInterrupt):
-        links.measure(sources, {0.0: rates}, repeat=2, keep=tmp_path)
+        measure(sources, {0.0: rates}, repeat=2, keep=tmp_path)
     other = msgspec.structs.replace(sources, model="another")
     with pytest.raises(KVZipError, match="another model"):
-        links.measure(other, {0.0: rates}, repeat=2, keep=tmp_path)
+        measure(other, {0.0: rates}, repeat=2, keep=tmp_path)
     stop = 9
-    found = links.measure(sources, {0.0: rates}, repeat=2, keep=tmp_path)
+    found = measure(sources, {0.0: rates}, repeat=2, keep=tmp_path)
     assert asked == [(0.0, rate) for rate in rates for _ in range(2)]
     assert all(len(point.times) == 2 for point in found.points)
     assert not list(tmp_path.iterdir())
 
 
-def test_another_cache_is_told(sources: links.Sources, tmp_path: Path) -> None:
+def test_another_cache_is_told(sources: Sources, tmp_path: Path) -> None:
     """A good file, but one number of it is not what was encoded."""
     changed = kvzip.Snapshot.load(sources.snapshot)
     layers = [(np.array(layer.k), np.array(layer.v)) for layer in changed.layers]

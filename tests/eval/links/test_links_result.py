@@ -10,23 +10,33 @@ import pytest
 
 from kvzip.choice import cost
 from kvzip.errors import KVZipError
-from kvzip.eval.links import measure as links
-from kvzip.eval.links.measure import PREFILL, Alone, Apart, Moving, Point, predict, turns
+from kvzip.eval.links import timing
+from kvzip.eval.links.prediction import crossovers, predict
 from kvzip.eval.report import charts
+from kvzip.eval.report import links as words
 from kvzip.eval.report.readme import put_between
 from kvzip.eval.results import stored
+from kvzip.eval.results.links import (
+    PREFILL,
+    CodecCosts,
+    Links,
+    Point,
+    PredictionInputs,
+    TransferCost,
+    load_links,
+)
 from kvzip.eval.results.provenance import Machine
 
 RAW = 47_185_920
 DELAYS = (0.0, 0.01)
 
 
-def moving(seconds: float) -> list[Moving]:
+def transfers(seconds: float) -> list[TransferCost]:
     """The same at every rate."""
-    return [Moving(mbps, delay, seconds) for delay in DELAYS for mbps in (50.0, 10000)]
+    return [TransferCost(mbps, delay, seconds) for delay in DELAYS for mbps in (50.0, 10000)]
 
 
-APART = Apart(
+INPUTS = PredictionInputs(
     RAW,
     30,
     1.7,
@@ -34,21 +44,21 @@ APART = Apart(
     0.05,
     4,
     [
-        Alone("raw", RAW, 1.0, 0.003, 0.02, 0.015, moving(0.03)),
-        Alone("channel", round(RAW / 1.54), 1.54, 0.003, 0.03, 0.025, moving(0.02)),
-        Alone("predictive", round(RAW / 2.2), 2.2, 0.003, 0.25, 0.24, moving(0.015)),
+        CodecCosts("raw", RAW, 1.0, 0.003, 0.02, 0.015, transfers(0.03)),
+        CodecCosts("channel", round(RAW / 1.54), 1.54, 0.003, 0.03, 0.025, transfers(0.02)),
+        CodecCosts("predictive", round(RAW / 2.2), 2.2, 0.003, 0.25, 0.24, transfers(0.015)),
     ],
 )
 RATES = [50.0, 100, 200, 500, 1000, 2000, 5000, 10000]
 
 
-def result(**changes: Any) -> links.Links:
+def result(**changes: Any) -> Links:
     """One whose clock agrees with the formula but for 3 %."""
     points = []
     for delay in DELAYS:
         for mbps in RATES:
             for way in (PREFILL, "raw", "channel", "predictive"):
-                exact = predict(APART, way, mbps, delay)
+                exact = predict(INPUTS, way, mbps, delay)
                 more = () if way == PREFILL else (0.9 * exact, exact, 1.05)
                 taken = (1.03 * exact,) * 2
                 points.append(Point(way, mbps, delay, 1.03 * exact, taken, exact, *more))
@@ -67,58 +77,64 @@ def result(**changes: Any) -> links.Links:
         "congestion_control": "cubic",
         "repeat": 2,
         "load_average": (0.1, 1.0),
-        "apart": APART,
+        "inputs": INPUTS,
         "points": points,
-        "turns": turns(APART, RATES, 0.0, lambda way, m: 1.03 * predict(APART, way, m, 0.0)),
+        "crossovers": crossovers(
+            INPUTS, RATES, 0.0, lambda way, m: 1.03 * predict(INPUTS, way, m, 0.0)
+        ),
         "exact": True,
     }
-    return links.Links(**fields | changes)  # type: ignore[arg-type]
+    return Links(**fields | changes)  # type: ignore[arg-type]
 
 
 # --- the prediction ------------------------------------------------------------------------------
 
 
 def test_a_slow_link_takes_the_time_of_its_bytes() -> None:
-    for codec in APART.codecs:
+    for codec in INPUTS.codecs:
         alone = RAW / codec.ratio * 8 / cost.goodput(10e6)
-        assert predict(APART, codec.codec, 10, 0.0) == pytest.approx(alone, rel=0.02)
+        assert predict(INPUTS, codec.codec, 10, 0.0) == pytest.approx(alone, rel=0.02)
 
 
 def test_a_fast_link_takes_the_time_of_the_processor() -> None:
     """Everything that is done on it, once; what the last layers ask for, and opening, besides."""
-    for codec in APART.codecs:
-        work = codec.decoding_work + APART.step_work + codec.moving[0].seconds
-        taken = max(work, codec.decoding, APART.step)
-        found = predict(APART, codec.codec, 1e6, 0.0)
+    for codec in INPUTS.codecs:
+        work = codec.decoding_work + INPUTS.step_work + codec.transfers[0].seconds
+        taken = max(work, codec.decoding, INPUTS.step)
+        found = predict(INPUTS, codec.codec, 1e6, 0.0)
         assert found == pytest.approx(taken * (1 + 1 / 8) + codec.opening)
 
 
-def test_what_moving_takes_lies_between_what_it_takes_at_the_rates_around() -> None:
+def test_what_a_transfer_takes_lies_between_what_it_takes_at_the_rates_around() -> None:
     """On a line over the logarithm, each delay by itself, and the same beyond the ends."""
-    measured = [Moving(100, 0.0, 4.0), Moving(100, 0.01, 9.0), Moving(1600, 0.0, 2.0)]
-    codec = msgspec.structs.replace(APART.codecs[0], moving=measured)
+    measured = [
+        TransferCost(100, 0.0, 4.0),
+        TransferCost(100, 0.01, 9.0),
+        TransferCost(1600, 0.0, 2.0),
+    ]
+    codec = msgspec.structs.replace(INPUTS.codecs[0], transfers=measured)
     for mbps, seconds in ((10, 4.0), (100, 4.0), (200, 3.5), (400, 3.0), (1600, 2.0), (1e5, 2.0)):
-        assert codec.moving_work(mbps, 0.0) == pytest.approx(seconds)
-    assert codec.moving_work(400, 0.01) == 9.0
+        assert codec.transfer_work(mbps, 0.0) == pytest.approx(seconds)
+    assert codec.transfer_work(400, 0.01) == 9.0
 
 
 def test_a_delay_costs_its_round_trips() -> None:
     for way in ("raw", "channel", "predictive"):
-        more = predict(APART, way, 100, 0.01) - predict(APART, way, 100, 0.0)
+        more = predict(INPUTS, way, 100, 0.01) - predict(INPUTS, way, 100, 0.0)
         assert 3 * 0.02 <= more <= 6 * 0.02
-    assert predict(APART, PREFILL, 100, 0.01) == APART.prefill
+    assert predict(INPUTS, PREFILL, 100, 0.01) == INPUTS.prefill
 
 
 # --- where the order turns -----------------------------------------------------------------------
 
 
 def test_where_prefill_is_overtaken_is_the_break_even_bandwidth() -> None:
-    found = {(t.below, t.above): t for t in result().turns}
-    for codec in APART.codecs[:2]:
-        work = codec.decoding_work + APART.step_work + codec.moving[0].seconds
-        rate = RAW / max(work, codec.decoding, APART.step)
+    found = {(t.below, t.above): t for t in result().crossovers}
+    for codec in INPUTS.codecs[:2]:
+        work = codec.decoding_work + INPUTS.step_work + codec.transfers[0].seconds
+        rate = RAW / max(work, codec.decoding, INPUTS.step)
         same = cost.break_even_bandwidth(
-            APART.prefill,
+            INPUTS.prefill,
             RAW,
             codec.ratio,
             decode_rate=rate,
@@ -137,16 +153,16 @@ def test_a_turn_by_the_clock_alone() -> None:
     """Between 200 and 800 Mb/s the gain goes from 1/2 to 2: in the middle, at 400."""
     taken = {("raw", 200.0): 2.0, ("raw", 800.0): 1.0, ("channel", 200.0): 1.0}
     taken["channel", 800.0] = 2.0
-    apart = msgspec.structs.replace(APART, codecs=APART.codecs[:2], prefill=1e-9)
-    found = turns(apart, [200.0, 800.0], 0.0, lambda w, m: taken.get((w, m), 1e-9))
+    inputs = msgspec.structs.replace(INPUTS, codecs=INPUTS.codecs[:2], prefill=1e-9)
+    found = crossovers(inputs, [200.0, 800.0], 0.0, lambda w, m: taken.get((w, m), 1e-9))
     [turn] = [t for t in found if t.measured is not None]
     assert (turn.below, turn.above) == ("channel", "raw")
     assert turn.measured == pytest.approx(400)
 
 
 def test_no_turn_where_the_order_holds() -> None:
-    slow = msgspec.structs.replace(APART, prefill=100.0, codecs=APART.codecs[:1])
-    assert turns(slow, RATES, 0.0, lambda way, m: predict(slow, way, m, 0.0)) == []
+    slow = msgspec.structs.replace(INPUTS, prefill=100.0, codecs=INPUTS.codecs[:1])
+    assert crossovers(slow, RATES, 0.0, lambda way, m: predict(slow, way, m, 0.0)) == []
 
 
 # --- what was loaded is checked ------------------------------------------------------------------
@@ -159,7 +175,7 @@ class Wrong:
 
 def test_a_load_that_is_not_exact_ends_the_run() -> None:
     with pytest.raises(KVZipError, match="raw: what was loaded is not the cache"):
-        links._loaded(Wrong(), "raw", "somewhere")  # type: ignore[arg-type]
+        timing.load_exactly(Wrong(), "raw", "somewhere")  # type: ignore[arg-type]
 
 
 # --- words and drawings --------------------------------------------------------------------------
@@ -169,18 +185,18 @@ def test_the_summary_says_the_worst() -> None:
     found = result()
     assert found.worst_error == pytest.approx(1 - 1 / 1.03)
     assert found.worst_overlap == 1.05
-    assert any("off by 3%" in line and "1.05 times" in line for line in links.summary(found))
+    assert any("off by 3%" in line and "1.05 times" in line for line in words.summary(found))
 
 
 def test_the_page_has_every_point(tmp_path: Any) -> None:
     page = tmp_path / "links.md"
     page.write_text("before\n<!-- links -->\nold\n<!-- /links -->\nafter\n")
-    assert put_between(page, {"links": links.page(result())})
+    assert put_between(page, {"links": words.page(result())})
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     for mbps in RATES:
         assert text.count(f"\n| {mbps:,g} Mb/s |") == 4  # times and overlap, at two delays
-    assert not put_between(page, {"links": links.page(result())})
+    assert not put_between(page, {"links": words.page(result())})
 
 
 def test_the_chart_has_a_line_a_way_and_every_measurement() -> None:
@@ -193,13 +209,13 @@ def test_the_chart_has_a_line_a_way_and_every_measurement() -> None:
 
 def test_a_stored_result_comes_back(tmp_path: Any) -> None:
     stored.save(result(), tmp_path / "links.json")
-    assert links.load_links(tmp_path / "links.json") == result()
+    assert load_links(tmp_path / "links.json") == result()
     stored.save(result(points=[]), tmp_path / "empty.json")
     with pytest.raises(KVZipError, match="no measured link"):
-        links.load_links(tmp_path / "empty.json")
+        load_links(tmp_path / "empty.json")
     (tmp_path / "none.json").write_text("{}")
     with pytest.raises(KVZipError, match="not a result of kvzip eval links"):
-        links.load_links(tmp_path / "none.json")
+        load_links(tmp_path / "none.json")
 
 
 def test_errors_are_relative_to_the_clock() -> None:

