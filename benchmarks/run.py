@@ -44,7 +44,6 @@ from kvzip.eval.speed.bench import (
     in_memory,
     room,
     seconds,
-    spec_of,
 )
 from kvzip.options import integer
 from kvzip.profile import Profile
@@ -323,7 +322,7 @@ def _enter(
     for codec in codecs:
         needed = profile if codec.needs_profile else None
         file = WholeFile(snapshot, codec, workers.count, out, needed)
-        spec = spec_of(codec)
+        spec = codec.spec
         entries.append(_Entry("kvzip", spec, spec, "token", file))
     failed: dict[str, str] = {}
     for peer in peers:

@@ -9,7 +9,6 @@ context beside the data, because keys and values have layers and tokens and can 
 from __future__ import annotations
 
 import inspect
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -20,6 +19,7 @@ import msgspec
 from numpy.typing import NDArray
 
 from kvzip import checksum
+from kvzip.codec_spec import format_spec, parse_spec
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import UnsupportedError, UsageError
 from kvzip.snapshot import Origin, Part
@@ -89,6 +89,12 @@ class Codec(ABC):
                 + (", ".join(known) or "none")
             )
         return cls(**settings)
+
+    @property
+    def spec(self) -> str:
+        """The name, and the settings that are not the defaults, as :func:`get_codec` reads them."""
+        config, default = self.get_config(), type(self)().get_config()
+        return format_spec({k: v for k, v in config.items() if k == "id" or v != default.get(k)})
 
     def __repr__(self) -> str:
         settings = (f"{k}={v!r}" for k, v in self.get_config().items() if k != "id")
@@ -240,12 +246,10 @@ def get_codec(spec: str | Codec | Mapping[str, Any], **settings: Any) -> Codec:
     if isinstance(spec, Codec):
         return spec
     if isinstance(spec, str):
-        name, _, given = spec.partition(":")
-        settings = _parse_settings(given) | settings
-    elif isinstance(spec, Mapping):
-        name, settings = str(spec.get("id")), {str(k): v for k, v in {**spec, **settings}.items()}
-    else:
+        spec = parse_spec(spec)
+    elif not isinstance(spec, Mapping):
         raise UsageError(f"a codec is named by a str, a mapping or a Codec, not {spec!r}")
+    name, settings = str(spec.get("id")), {str(k): v for k, v in {**spec, **settings}.items()}
     found = _registered.get(name)
     if found is None:
         point = _installed().get(name)
@@ -260,14 +264,3 @@ def get_codec(spec: str | Codec | Mapping[str, Any], **settings: Any) -> Codec:
         return found.from_config(settings)
     except (TypeError, ValueError) as error:  # a UsageError, too: a file may name the setting
         raise UnsupportedError(f"codec {name!r}: {error}") from error
-
-
-def _parse_settings(text: str) -> dict[str, Any]:
-    """ "level=9,coder=lz4" as a dict; numbers become int."""
-    settings: dict[str, Any] = {}
-    for item in filter(None, text.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UnsupportedError(f"codec setting {item!r}: write name=value")
-        settings[key] = int(value) if re.fullmatch("-?[0-9]{1,18}", value) else value
-    return settings

@@ -113,7 +113,7 @@ def measure(
     raw = snapshot.raw_bytes
     return CodecResult(
         name=codec.codec_id,
-        spec=spec_of(codec),
+        spec=codec.spec,
         encoded_bytes=len(file.blob),
         ratio=raw / len(file.blob),
         bits_per_value=8 * len(file.blob) / max(snapshot.layout.numbers, 1),
@@ -153,10 +153,3 @@ def _sweep() -> NDArray[np.uint8]:
     It is never written: its write-backs would fall into what is measured.
     """
     return np.ones(4 * cache_bytes(), np.uint8)
-
-
-def spec_of(codec: Codec) -> str:
-    """A codec's name with the settings that are not its defaults, as `get_codec` reads it."""
-    default = type(codec)().get_config()
-    differing = (f"{k}={v}" for k, v in codec.get_config().items() if v != default.get(k))
-    return ":".join(filter(None, [codec.codec_id, ",".join(differing)]))

@@ -15,6 +15,7 @@ import msgspec
 
 from kvzip.choice.cost import CodecFigures, Situation, best, number, options
 from kvzip.codec import Codec, get_codec
+from kvzip.codec_spec import parse_spec
 from kvzip.errors import UnsupportedError
 from kvzip.snapshot import Layout
 
@@ -60,9 +61,9 @@ def resolve(
     one; others that need one take no part.
     Raises UnsupportedError for settings that auto does not have.
     """
-    if not (isinstance(codec, str) and codec.partition(":")[0] == "auto"):
+    if not (isinstance(codec, str) and parse_spec(codec)["id"] == "auto"):
         return get_codec(codec)
-    settings = _settings(codec.partition(":")[2])
+    settings = _settings(codec)
     figures = [
         CodecFigures(f.name, f.ratio, f.decode_rate * settings["threads"])
         for f in measured_figures(layout.dtype)
@@ -78,10 +79,12 @@ def resolve(
     return get_codec(best(options(situation, figures), "seconds").name)
 
 
-def _settings(text: str) -> dict[str, float]:
+def _settings(spec: str) -> dict[str, float]:
+    """The link in Gb/s and the threads that a spec gives, or what is usual."""
     settings = {"gbps": LINK_GBPS, "threads": 1.0}
-    for item in filter(None, text.split(",")):
-        name, _, value = item.partition("=")
+    given = parse_spec(spec)
+    del given["id"]
+    for name, value in given.items():
         if name not in settings:
             raise UnsupportedError(
                 f"codec 'auto' has no setting {name!r}; it has: {', '.join(settings)}"

@@ -121,11 +121,6 @@ def read_profile(path: Path | None) -> Profile | None:
     return None if path is None else Profile.load(path)
 
 
-def codec_specs(text: str) -> list[str]:
-    """Codec specs with commas between; within a spec, + stands for the comma."""
-    return [spec.replace("+", ",") for spec in text.split(",")]
-
-
 def names(text: str) -> tuple[str, ...]:
     """Names with commas between."""
     return tuple(name for name in text.split(",") if name)

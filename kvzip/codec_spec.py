@@ -1,0 +1,42 @@
+"""A codec's spec: its name and settings as one string, such as ``planes:mode=bit,coder=lz4``.
+
+A spec, a config (the JSON object that a file keeps) and the name of a file that holds what the codec
+made all stand for the same codec. This is the one place that turns one of them into another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from kvzip.errors import UnsupportedError
+
+
+def parse_spec(spec: str) -> dict[str, Any]:
+    """The config that a spec stands for: the codec's name under "id", and the settings that are
+    given, of which numbers become int. Raises UnsupportedError for what is no setting."""
+    name, _, given = spec.partition(":")
+    config: dict[str, Any] = {"id": name}
+    for item in filter(None, given.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or key == "id":
+            raise UnsupportedError(f"codec setting {item!r}: write name=value")
+        config[key] = int(value) if re.fullmatch("-?[0-9]{1,18}", value) else value
+    return config
+
+
+def format_spec(config: Mapping[str, Any]) -> str:
+    """The spec that stands for a config; the inverse of :func:`parse_spec`."""
+    settings = ",".join(f"{name}={value}" for name, value in config.items() if name != "id")
+    return f"{config['id']}:{settings}" if settings else str(config["id"])
+
+
+def split_specs(text: str) -> list[str]:
+    """The specs of a list with commas between; within a spec, a plus stands for the comma."""
+    return [spec.replace("+", ",") for spec in text.split(",")]
+
+
+def file_stem(spec: str) -> str:
+    """A spec as part of a file's name, such as ``planes-mode-bit,coder-lz4``."""
+    return spec.replace(":", "-").replace("=", "-")
