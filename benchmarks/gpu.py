@@ -23,6 +23,7 @@ from kvzip import dtypes
 from kvzip.codecs.native.cuda.arrays import empty
 from kvzip.codecs.native.cuda.device import Device, get_device
 from kvzip.errors import UnsupportedError
+from kvzip.files import replacing
 
 LAYERS, HEADS, DIM = 36, 8, 128
 """Qwen3-4B's."""
@@ -282,7 +283,8 @@ def main() -> None:
         rows=rows,
     )
     if given.out is not None:
-        given.out.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+        with replacing(given.out) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
 
 
 if __name__ == "__main__":

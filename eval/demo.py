@@ -13,6 +13,7 @@ import msgspec
 from kvzip import capture, entropy
 from kvzip.choice.cost import CodecFigures, fit_prefill, prefill_flops
 from kvzip.codec import get_codec
+from kvzip.codec_spec import file_stem
 from kvzip.eval.budget import Plan, Progress, Speed, Step, choose, clock_text, plan
 from kvzip.eval.exactness.check import Exactness, Reference
 from kvzip.eval.money.breakeven import Measured, breakeven
@@ -110,7 +111,7 @@ def run(
         told(f"codec {spec}", picked.codecs / len(chosen))
         own = profile if codec.needs_profile else None
         row, blob = bench.measure(snapshot, codec, own, threads=threads)
-        encoded = folder / f"{path.stem}.{spec.replace(':', '-').replace('=', '-')}.kvz"
+        encoded = folder / f"{path.stem}.{file_stem(spec)}.kvz"
         with replacing(encoded) as file:
             file.write(blob)
         rows.append((row, reference.check(encoded, own)))

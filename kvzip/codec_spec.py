@@ -1,7 +1,7 @@
 """A codec's spec: its name and settings as one string, such as ``planes:mode=bit,coder=lz4``.
 
-A spec, a config (the JSON object that a file keeps) and the name of a file that holds what the codec
-made all stand for the same codec. This is the one place that turns one of them into another.
+A spec, a config (the JSON object that a .kvz file keeps) and a part of a file's name can all stand
+for one codec. This is the one place that turns one of them into another.
 """
 
 from __future__ import annotations

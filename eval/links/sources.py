@@ -10,6 +10,7 @@ import msgspec
 
 from kvzip import capture, container
 from kvzip.codec import get_codec
+from kvzip.codec_spec import file_stem
 from kvzip.eval.budget import Step
 from kvzip.eval.speed.inputs import learn
 from kvzip.files import replacing
@@ -74,7 +75,7 @@ def prepare(
     for spec, codec in chosen.items():
         step(f"encoding with {spec}")
         own = learned if codec.needs_profile else None
-        files[spec] = served / f"{spec.replace(':', '-').replace('=', '-')}.kvz"
+        files[spec] = served / f"{file_stem(spec)}.kvz"
         with replacing(files[spec]) as file:
             file.write(container.encode(snapshot, codec, own))
     return Sources(model, path, files, kept)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from kvzip import dtypes
-from kvzip.errors import UsageError
+from kvzip.codec_spec import parse_spec
+from kvzip.errors import UnsupportedError, UsageError
 from kvzip.snapshot import Snapshot
 
 PREFIX = "synthetic"
@@ -23,11 +24,16 @@ def names(model: str) -> bool:
 def shape(model: str) -> dict[str, int]:
     """Layers, heads and dim that the name gives. Raises UsageError when it gives anything else."""
     found = {"layers": 4, "heads": 3, "dim": 64}
-    for item in filter(None, model.partition(":")[2].split(",")):
-        name, _, value = item.partition("=")
-        if name not in found or not value.isdecimal() or int(value) < 1:
-            raise UsageError(f"model {model!r}: write synthetic:layers=4,heads=3,dim=64")
-        found[name] = int(value)
+    wanted = UsageError(f"model {model!r}: write synthetic:layers=4,heads=3,dim=64")
+    try:
+        given = parse_spec(model)
+    except UnsupportedError:
+        raise wanted from None
+    del given["id"]
+    for name, value in given.items():
+        if name not in found or not isinstance(value, int) or value < 1:
+            raise wanted
+        found[name] = value
     return found
 
 

@@ -15,10 +15,10 @@ from kvzip.cli.arguments import (
     NativeBf16,
     Threads,
     choose_products,
-    codec_specs,
     command_line,
 )
 from kvzip.cli.terminal import CheckFailed, emit, say, show_table, working
+from kvzip.codec_spec import split_specs
 
 
 @app.command
@@ -67,7 +67,7 @@ def demo(
             model=model,
             text=text or ["pydoc"],
             tokens=tokens,
-            codecs=codec_specs(codecs) if codecs else demonstration.CODECS,
+            codecs=split_specs(codecs) if codecs else demonstration.CODECS,
             train=train,
             new_tokens=new_tokens,
             threads=threads,

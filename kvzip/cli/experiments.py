@@ -19,12 +19,12 @@ from kvzip.cli.arguments import (
     NativeBf16,
     ResultFile,
     choose_products,
-    codec_specs,
     command_line,
     integers,
     names,
 )
 from kvzip.cli.terminal import CheckFailed, emit, say, show_table, steps, working
+from kvzip.codec_spec import split_specs
 from kvzip.errors import UsageError
 from kvzip.files import replacing
 
@@ -122,7 +122,7 @@ def exactness(
         found = corpus.run(
             snapshots,
             model=model,
-            codecs=codec_specs(codecs),
+            codecs=split_specs(codecs),
             lossy=[name for name in lossy.split(",") if name],
             profile=profile,
             continuations=continuations,
@@ -204,7 +204,7 @@ def inputs(
             ),
             cache_dtypes=dtypes.split(","),
             profile_dtypes=profile_dtypes.split(",") if profile_dtypes else None,
-            codecs=codec_specs(codecs),
+            codecs=split_specs(codecs),
             train=train,
             threads=threads,
             repeat=repeat,
@@ -313,7 +313,7 @@ def links(
                     text=text or ["pydoc"],
                     tokens=tokens,
                     document=document,
-                    codecs=codec_specs(codecs),
+                    codecs=split_specs(codecs),
                     profile=profile,
                     train=train,
                     step=step,

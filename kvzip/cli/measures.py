@@ -17,11 +17,11 @@ from kvzip.cli.arguments import (
     ProfilePath,
     ResultFile,
     Threads,
-    codec_specs,
     command_line,
     read_profile,
 )
 from kvzip.cli.terminal import CheckFailed, bar, emit, say, show_table, steps
+from kvzip.codec_spec import split_specs
 from kvzip.errors import UsageError
 from kvzip.files import replacing
 from kvzip.snapshot import Snapshot
@@ -151,7 +151,7 @@ def bench(
     with bar("bench", len(snapshots) * (repeat + 1), in_bytes=False) as advance:
         result = run(
             snapshots,
-            [kvzip.get_codec(spec) for spec in codec_specs(codecs)],
+            [kvzip.get_codec(spec) for spec in split_specs(codecs)],
             peers=peers,
             profile=learned,
             threads=threads,

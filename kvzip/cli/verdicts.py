@@ -8,8 +8,9 @@ import msgspec
 from rich.table import Column, Table
 
 from kvzip.cli.app import app, evaluate
-from kvzip.cli.arguments import Json, PriceFiles, codec_specs
+from kvzip.cli.arguments import Json, PriceFiles
 from kvzip.cli.terminal import emit, say, show_table
+from kvzip.codec_spec import split_specs
 
 
 @app.command
@@ -73,7 +74,7 @@ def advise(
         inputs=load_inputs(inputs or MEASURED),
         latency=latency,
         compute=None if device is None else pick("device", book.compute, device),
-        codecs=None if codecs is None else codec_specs(codecs),
+        codecs=None if codecs is None else split_specs(codecs),
         use=Use(reads, hours),
         threads=threads,
     )
@@ -148,7 +149,7 @@ def fleet(
     chosen = pick("fleet", fleets.presets(load_prices(*(price_file or []))), preset)
     if config is not None:
         chosen = fleets.changed(chosen, config)
-    names = codec_specs(codecs)
+    names = split_specs(codecs)
     known = {f.name: f for f in load_inputs(inputs or MEASURED).figures(dtype, 1e9)}
     found = fleets.bills(chosen, [pick("measured codec", known, name) for name in names])
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from threading import RLock
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.errors import UnsupportedError
+from kvzip.files import replacing
 
 SOURCES = Path(__file__).resolve().parents[2]
 """The folder of all codecs: sources include each other from here."""
@@ -187,13 +188,10 @@ def cache_folder() -> Path:
 
 def keep(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; not if there is no place for it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(data)
 
 
 def get_device(spec: Any) -> Device:
