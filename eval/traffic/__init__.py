@@ -1,0 +1,1 @@
+"""What compression lets a store keep: request traces replayed against caches of given sizes."""
