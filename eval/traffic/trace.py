@@ -152,7 +152,7 @@ def synthetic(
     found, now = [], 0.0
     for _ in range(requests):
         now += float(rng.exponential(1e3 / rate))
-        if len(open_ones) < conversations and rng.random() < 0.5 or not open_ones:
+        if (len(open_ones) < conversations and rng.random() < 0.5) or not open_ones:
             which = int(rng.choice(prompts, p=share / share.sum()))
             open_ones.append(list(heads[which]))
         at = int(rng.integers(len(open_ones)))
