@@ -5,21 +5,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
 
 from kvzip import capture, entropy
 from kvzip.choice.cost import CodecFigures, fit_prefill, prefill_flops
-from kvzip.codec import get_codec
+from kvzip.codec import Codec, get_codec
 from kvzip.codec_spec import file_stem
 from kvzip.eval.budget import Plan, Progress, Speed, Step, choose, clock_text, plan
 from kvzip.eval.exactness.check import Exactness, Reference
-from kvzip.eval.money.breakeven import Measured, breakeven
+from kvzip.eval.money.breakeven import BreakEven, Measured, breakeven
 from kvzip.eval.money.paper import paper_table
 from kvzip.eval.money.prices import default_prices
 from kvzip.eval.report.page import write_report
+from kvzip.eval.results import stored
 from kvzip.eval.results.demo import (
     CodecResult,
     DemoResult,
@@ -72,25 +73,19 @@ def run(
     loaded = load_model(model)
     told("timing a short prefill")
     speed = _speed(loaded, text)
-
-    def of_size(tokens: int, train: int) -> Plan:
-        learned = train if any(codec.needs_profile for codec in chosen.values()) else 0
-        return plan(speed, tokens, learned, halves(tokens), len(chosen), new_tokens)
-
     spent = time.perf_counter() - began
-    picked = choose(budget - spent, of_size, tokens, train)
-    tokens, train = picked.tokens, picked.train
+    picked = _choose(speed, chosen.values(), new_tokens, budget - spent, tokens, train)
     told.expect(spent, picked.seconds)
     told(
-        f"a document of {tokens} tokens and {train} to learn from, which should take "
+        f"a document of {picked.tokens} tokens and {picked.train} to learn from, which should take "
         f"{clock_text(picked.seconds)} (--tokens and --train name others)"
     )
     numbers = slice(document, document + 1)
-    [cut] = capture.cut_documents(loaded.tokenizer, text, tokens, numbers)
+    [cut] = capture.cut_documents(loaded.tokenizer, text, picked.tokens, numbers)
     told("timing the prefill", picked.timing)
-    points = prefill_seconds(loaded, cut.token_ids, halves(tokens))
+    points = prefill_seconds(loaded, cut.token_ids, halves(picked.tokens))
     told("capturing the cache", picked.prefill)
-    snapshots = folder / f"{tokens}-tokens"
+    snapshots = folder / f"{picked.tokens}-tokens"
     [path] = capture.capture(loaded, [cut], snapshots)
     snapshot = Snapshot.load(path)
     told("counting bits")
@@ -102,8 +97,8 @@ def run(
     reference = Reference(loaded.model, snapshot, new_tokens=new_tokens)
     profile = None
     if any(codec.needs_profile for codec in chosen.values()):
-        others = slice(document + 1, document + 1 + train)
-        documents = capture.cut_documents(loaded.tokenizer, text, tokens, others)
+        others = slice(document + 1, document + 1 + picked.train)
+        documents = capture.cut_documents(loaded.tokenizer, text, picked.tokens, others)
         profile = _learn(loaded, documents, snapshots, picked, told)
         profile.save(folder / "demo.kvprofile")
     rows = []
@@ -116,52 +111,10 @@ def run(
             file.write(blob)
         rows.append((row, reference.check(encoded, own)))
     told("writing the report")
-    prefill = dict(points)[snapshot.tokens]
-    result = DemoResult(
-        **made_by(command),
-        model=Model(loaded.id, loaded.revision, type(loaded.model).__name__),
-        dtype=snapshot.dtype,
-        text=cut.name,
-        tokens=snapshot.tokens,
-        layers=len(snapshot.layers),
-        layer_kinds=_kinds(snapshot),
-        raw_bytes=snapshot.raw_bytes,
-        sha256_raw=sha256_raw(snapshot),
-        planes=[Plane(m.plane, m.width, m.k, m.v) for m in planes],
-        prefill_seconds=prefill,
-        prefill_points=points,
-        codecs=[_codec_result(row, check) for row, check in rows],
-        fresh_prefill=_fresh(rows[0][1]),
-        new_tokens=new_tokens,
-        exact=all(row.exact and check.exact for row, check in rows),
-        tokens_equal=min(check.tokens_equal for _, check in rows),
-        breakeven=breakeven(
-            Measured(
-                model=loaded.id,
-                device=capture.device_name(loaded.model.device),
-                tokens=snapshot.tokens,
-                layers=len(snapshot.layers),
-                raw_bytes=snapshot.raw_bytes,
-                prefill_seconds=prefill,
-                codecs=tuple(
-                    CodecFigures(row.spec, row.ratio, 1e9 * row.decode_gbps) for row, _ in rows
-                ),
-                prefill_flops=prefill_flops(
-                    parameters(loaded.model),
-                    snapshot.tokens,
-                    len(snapshot.layers),
-                    width(loaded.model),
-                ),
-            ),
-            default_prices().bases(),
-        ),
-        paper=paper_table(),
-        report=str(folder / "report.html"),
-    )
-    as_result(result)
-    with replacing(folder / "result.json") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(result)))
-    write_report(result, folder / "report.html")
+    report = folder / "report.html"
+    result = as_result(_result(loaded, snapshot, planes, points, rows, report, command))
+    stored.save(result, folder / "result.json")
+    write_report(result, report)
     return result
 
 
@@ -170,6 +123,23 @@ def _speed(loaded: LoadedModel, text: Sequence[str]) -> Speed:
     [cut] = capture.cut_documents(loaded.tokenizer, text, 384, slice(0, 1))
     (_, step_seconds), *points = prefill_seconds(loaded, cut.token_ids, (1, 128, 384), repeat=1)
     return Speed(fit_prefill(points).model, step_seconds)
+
+
+def _choose(
+    speed: Speed,
+    codecs: Collection[Codec],
+    new_tokens: int,
+    budget: float,
+    tokens: int | None,
+    train: int | None,
+) -> Plan:
+    """The size of the demo: what is given of it, and the rest as the budget allows."""
+
+    def of_size(tokens: int, train: int) -> Plan:
+        learned = train if any(codec.needs_profile for codec in codecs) else 0
+        return plan(speed, tokens, learned, halves(tokens), len(codecs), new_tokens)
+
+    return choose(budget, of_size, tokens, train)
 
 
 def _learn(
@@ -192,6 +162,65 @@ def _learn(
     return Profile.fit(paths, progress=part)
 
 
+def _result(
+    loaded: LoadedModel,
+    snapshot: Snapshot,
+    planes: Sequence[entropy.Measure],
+    points: Sequence[tuple[int, float]],
+    rows: Sequence[tuple[bench.CodecResult, Exactness]],
+    report: Path,
+    command: str,
+) -> DemoResult:
+    """What was measured, and the verdicts that follow from it."""
+    prefill = dict(points)[snapshot.tokens]
+    checks = [check for _, check in rows]
+    return DemoResult(
+        **made_by(command),
+        model=Model(loaded.id, loaded.revision, type(loaded.model).__name__),
+        dtype=snapshot.dtype,
+        text=snapshot.origin.text,
+        tokens=snapshot.tokens,
+        layers=len(snapshot.layers),
+        layer_kinds=_kinds(snapshot),
+        raw_bytes=snapshot.raw_bytes,
+        sha256_raw=sha256_raw(snapshot),
+        planes=[Plane(m.plane, m.width, m.k, m.v) for m in planes],
+        prefill_seconds=prefill,
+        prefill_points=list(points),
+        codecs=[_codec_result(row, check) for row, check in rows],
+        fresh_prefill=_fresh(checks[0]),
+        new_tokens=checks[0].new_tokens,
+        exact=all(row.exact and check.exact for row, check in rows),
+        tokens_equal=min(check.tokens_equal for check in checks),
+        breakeven=_breakeven(loaded, snapshot, prefill, [row for row, _ in rows]),
+        paper=paper_table(),
+        report=str(report),
+    )
+
+
+def _breakeven(
+    loaded: LoadedModel,
+    snapshot: Snapshot,
+    prefill_seconds: float,
+    rows: Sequence[bench.CodecResult],
+) -> list[BreakEven]:
+    """Where loading what was compressed here beats this prefill, at every price base."""
+    layers = len(snapshot.layers)
+    measured = Measured(
+        model=loaded.id,
+        device=capture.device_name(loaded.model.device),
+        tokens=snapshot.tokens,
+        layers=layers,
+        raw_bytes=snapshot.raw_bytes,
+        prefill_seconds=prefill_seconds,
+        codecs=tuple(CodecFigures(row.spec, row.ratio, 1e9 * row.decode_gbps) for row in rows),
+        prefill_flops=prefill_flops(
+            parameters(loaded.model), snapshot.tokens, layers, width(loaded.model)
+        ),
+    )
+    return breakeven(measured, default_prices().bases())
+
+
 def _kinds(snapshot: Snapshot) -> dict[str, int]:
     kinds = [str(layer.layout.kind) for layer in snapshot.layers]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
@@ -209,21 +238,5 @@ def _codec_result(row: bench.CodecResult, check: Exactness) -> CodecResult:
 
 def _fresh(check: Exactness) -> FreshPrefill:
     fresh = check.fresh
-    if fresh is None:
-        raise ValueError("the reference was made without a fresh prefill")
+    assert fresh is not None  # the reference was made with one
     return FreshPrefill(fresh.tokens_equal, fresh.max_logit_difference)
-
-
-def summary(result: DemoResult) -> str:
-    """A few lines for a terminal."""
-    best = max(result.codecs, key=lambda c: c.ratio)
-    lines = [
-        f"{result.model.id}, {result.tokens:,} tokens, {result.dtype}: "
-        f"{result.raw_bytes / 1e6:.1f} MB of KV cache, prefill {result.prefill_seconds:.2f} s",
-        f"best ratio: {best.name} {best.ratio:.3f} ({best.bits_per_value:.2f} bits a number), "
-        f"decodes {best.decode_gbps:.2f} GB/s",
-        f"exact: {'yes, every byte' if result.exact else 'NO'}; tokens equal: "
-        f"{result.tokens_equal} of {result.new_tokens} (a new prefill: "
-        f"{result.fresh_prefill.tokens_equal})",
-    ]
-    return "\n".join(lines)

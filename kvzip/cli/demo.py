@@ -60,6 +60,7 @@ def demo(
     """
     choose_products(native_bf16)
     from kvzip.eval import demo as demonstration
+    from kvzip.eval.report.demo import summary
 
     with working("starting") as step:
         result = demonstration.run(
@@ -89,7 +90,7 @@ def demo(
                 f"{c.tokens_equal} of {result.new_tokens}",
             )
         show_table(table)
-        say(demonstration.summary(result))
+        say(summary(result))
         say(f"report: {result.report}")
 
     emit(msgspec.to_builtins(result), as_json, show)
