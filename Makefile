@@ -120,26 +120,18 @@ measured: $(READY)
 	$(BIN)/kvzip eval inputs -o kvzip/choice/measured.json --lengths 512,2048 --prefill-lengths 256,512,1024,2048 \
 	  --dtypes bf16,fp16,fp8_e4m3fn,fp8_e5m2,fp32 --codecs raw,zstd,lz4,planes,channel,predictive --train 6
 
-# The checkers look at the package as it is installed: codecs/ and eval/ lie within kvzip there.
-# (import-linter reads folders, and sees only those with an __init__.py.)
-TREE := build/tree
-define LINT_IMPORTS
-import sys
-# An editable install finds the package before any path does.
-sys.meta_path = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
-sys.path.insert(0, "")
-from importlinter.cli import lint_imports_command
-lint_imports_command()
-endef
-export LINT_IMPORTS
+# mypy and import-linter look at the package as it is installed, where codecs/ and eval/ lie within
+# kvzip; nothing is compiled for them. Python's -S leaves out the .pth file of an editable install,
+# which would give import-linter the folders of this repository instead.
+INSTALLED := build/installed
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(TREE) && mkdir -p $(TREE) && cp -r kvzip $(TREE)/ && cp -r codecs eval benchmarks $(TREE)/kvzip/
-	find $(TREE)/kvzip -type d ! -name __pycache__ -exec sh -c 'for d; do [ -e "$$d/__init__.py" ] || : > "$$d/__init__.py"; done' _ {} +
-	cp pyproject.toml $(TREE)/
-	cd $(TREE) && $(abspath $(BIN))/mypy -p kvzip
-	cd $(TREE) && $(abspath $(BIN))/python -c "$$LINT_IMPORTS"
+	rm -rf $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -C wheel.cmake=false --target $(INSTALLED) .
+	cd $(INSTALLED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy -p kvzip
+	cd $(INSTALLED) && PYTHONPATH=$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  $(abspath $(BIN))/python -S $(abspath $(BIN))/lint-imports --no-logo $(CURDIR)/pyproject.toml
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from kvzip.load.vllm.engine import Engine, check_parallel, origin_of
 from kvzip.load.vllm.metadata import Metadata
@@ -34,7 +35,6 @@ from kvzip.load.vllm.troubles import log
 from kvzip.load.vllm.worker import Worker
 from kvzip.profile import Profile
 from kvzip.store import Store
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 import vllm
+
 from kvzip import dtypes
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError

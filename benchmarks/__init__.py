@@ -1,0 +1,1 @@
+"""How kvzip's codecs compare to other compressors, and how fast a GPU decodes."""

@@ -1,0 +1,1 @@
+"""The other compressors, one a file."""

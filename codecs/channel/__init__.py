@@ -1,0 +1,1 @@
+"""Entropy coding of sign and exponent with a table for each channel."""

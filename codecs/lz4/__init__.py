@@ -1,0 +1,1 @@
+"""LZ4 on the numbers as they lie."""

@@ -1,0 +1,1 @@
+"""Running codecs' kernels: on a GPU, or on a CPU to test them."""

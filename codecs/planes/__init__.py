@@ -1,0 +1,1 @@
+"""Byte planes or bit planes, each coded by itself."""

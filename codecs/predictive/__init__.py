@@ -1,0 +1,1 @@
+"""Prediction from the layers and channels before, and entropy coding of what is left."""

@@ -1,0 +1,1 @@
+"""Zstandard on the numbers as they lie."""

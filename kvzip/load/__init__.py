@@ -1,0 +1,1 @@
+"""From a .kvz file into a serving engine's cache."""
