@@ -30,5 +30,10 @@ class Workers:
     def map(self, do: Callable[..., T], *arguments: Iterable[Any]) -> Iterator[T]:
         return self._current().map(do, *arguments)
 
+    def each(self, do: Callable[[T], object], items: Iterable[T]) -> None:
+        """Do it for each of the items; return when all are done, or raise the first one's error."""
+        for _ in self.map(do, items):
+            pass
+
     def shutdown(self) -> None:
         self._current().shutdown()

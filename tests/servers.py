@@ -22,7 +22,8 @@ import pytest
 
 from kvzip.errors import StoreError
 from kvzip.store import remote
-from kvzip.store.remote import Bucket, Remote
+from kvzip.store.bucket import Bucket
+from kvzip.store.remote import Remote
 
 
 @dataclass

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from kvzip.errors import KVZipError
-from kvzip.store.remote import forget_clients, open_url
+from kvzip.store.bucket import forget_clients, open_url
 
 PORT = 8083
 # A model on a CPU that waits for its next layer leaves the cores to the decoder. Left alone, its

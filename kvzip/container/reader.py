@@ -1231,7 +1231,7 @@ def open(file: Any, profile: Profile | None = None, threads: int = 0) -> Reader:
     UsageError for what cannot be read; StoreError for a URL that does not answer.
     """
     if isinstance(file, str) and is_url(file):
-        from kvzip.store.remote import open_url
+        from kvzip.store.bucket import open_url
 
         return open_url(file, profile, threads)
     source = open_source(file)

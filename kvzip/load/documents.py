@@ -20,7 +20,7 @@ from kvzip.load.config import LayerKind, cache_argument, layers_of, rope_paramet
 from kvzip.load.lazy import FullLayer, SlidingLayer, Taken
 from kvzip.snapshot import Layout, Origin, Snapshot
 from kvzip.store import Match, Store
-from kvzip.store.remote import open_url
+from kvzip.store.bucket import open_url
 
 
 class Opened:

@@ -30,7 +30,7 @@ from kvzip.errors import KVZipError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import chunks
 from kvzip.snapshot import Origin
-from kvzip.store.remote import open_bucket
+from kvzip.store.bucket import open_bucket
 from kvzip.workers import Workers
 
 if TYPE_CHECKING:

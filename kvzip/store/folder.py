@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +24,8 @@ from kvzip.profile import Profile
 
 
 class Meta(NamedTuple):
+    """What is known of an object without reading it."""
+
     path: str
     size: int
     version: str | None
@@ -42,6 +44,16 @@ def _told(what: str) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "the disk is full" if full else error.strerror or str(error)
         raise StoreError(f"{what}: {why}") from error
+
+
+def write_all(
+    chunks: Iterable[bytes], sink: IO[bytes], progress: Callable[[int], None] | None
+) -> None:
+    """Write the chunks to a file; `progress` is called with the bytes of each."""
+    for chunk in chunks:
+        sink.write(chunk)
+        if progress is not None:
+            progress(len(chunk))
 
 
 class Folder:
@@ -70,19 +82,15 @@ class Folder:
 
     def copy(self, path: str, sink: IO[bytes], progress: Callable[[int], None] | None) -> None:
         """Write an object's bytes to a file. Raises FileNotFoundError when there is none."""
-        with _told(f"cannot read {path} in {self.url}"):
-            file = (self.folder / path).open("rb")
-        with file:
-            while True:
-                with _told(f"cannot read {path} in {self.url}"):
-                    chunk = file.read(1 << 20)
-                if not chunk:
-                    return
-                sink.write(chunk)  # whose errors are not the store's
-                if progress is not None:
-                    progress(len(chunk))
+        write_all(self._chunks(path), sink, progress)
+
+    def _chunks(self, path: str) -> Iterator[bytes]:
+        with _told(f"cannot read {path} in {self.url}"), (self.folder / path).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                yield chunk
 
     def head(self, path: str) -> Meta | None:
+        """What is known of an object, or None when there is none."""
         with _told(f"cannot read {path} in {self.url}"):
             try:
                 return _meta(path, (self.folder / path).stat())

@@ -15,6 +15,7 @@ import kvzip  # noqa: E402
 from kvzip import container  # noqa: E402
 from kvzip.load.hf import cache_argument, load_batch, load_cache, load_or_prefill  # noqa: E402
 from kvzip.store import Store, remote  # noqa: E402
+from kvzip.store.bucket import Bucket, open_url  # noqa: E402
 
 
 def document(case: Any, ids: Any) -> bytes:
@@ -203,7 +204,7 @@ def test_layers_come_over_the_link_once_and_ahead(tiny: Any, s3: Any, monkeypatc
     """From a bucket: the bytes of the prefix that is kept, no others, none twice."""
     case = tiny("llama")
     blob = kvzip.encode(case.snapshot, "raw", block_tokens=8, threads=1)
-    bucket = remote.Bucket(s3.url, options=s3.options)
+    bucket = Bucket(s3.url, options=s3.options)
     bucket.put("stream/doc.kvz", blob, create=False)
     asked: list[tuple[int, int]] = []
     get = remote.Remote._get
@@ -217,7 +218,7 @@ def test_layers_come_over_the_link_once_and_ahead(tiny: Any, s3: Any, monkeypatc
     monkeypatch.setattr(container, "_FIRST_READ", 8192)
     prompt = case.longer()
     prompt[0, 20:] = (prompt[0, 20:] - 2) % 61 + 3  # the first 20 tokens are shared: 3 of 7 blocks
-    reader = remote.open_url(f"{s3.url}/stream/doc.kvz", options=s3.options)
+    reader = open_url(f"{s3.url}/stream/doc.kvz", options=s3.options)
     opening = sum(min(length, len(blob) - offset) for offset, length in asked)
     asked.clear()
     cache = load_cache(reader, case.config, prompt=prompt)

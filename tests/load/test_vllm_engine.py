@@ -37,7 +37,7 @@ import kvzip
 from kvzip.load.hf import cache_argument
 from kvzip.load.vllm.settings import Settings, settings_from
 from kvzip.store import Store, remote
-from kvzip.store.store import _chain
+from kvzip.store.keys import hash_chain
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parent.parent / "docs" / "vllm.md").read_text()
@@ -242,7 +242,7 @@ def runs(model: Path, tmp_path_factory: Any) -> Iterator[dict[str, Run]]:
         opening = remote._FIRST // remote._FIRST_PIECE
         server.fail(f"docs/{file.name}", 2 * opening)
         server.fail(f"docs/{slow.name}", 2 * opening, silent=True)
-        for mark in _chain(np.array(UNSEEN[1], np.uint32), SIZE):
+        for mark in hash_chain(np.array(UNSEEN[1], np.uint32), SIZE):
             server.fail(mark, 0, silent=True)
         asked = [DOCUMENT, *UNSEEN]
         found["network"] = run("network", asked, server.url, timeout=2, retries=0)

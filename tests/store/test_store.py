@@ -26,7 +26,9 @@ import kvzip
 from kvzip import files
 from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError, UnsupportedError
 from kvzip.snapshot import Layer, LayerLayout
-from kvzip.store import Store, remote, store
+from kvzip.store import Store, evicting, remote, uses
+from kvzip.store.bucket import Bucket, forget_clients, open_url
+from kvzip.store.keys import document_path
 
 BLOCK = 8
 OF = {"model": "test/model", "revision": "r1", "dtype": "bf16"}
@@ -170,11 +172,11 @@ def test_with_a_profile_both_searches_go_at_once(tmp_path):
     where.put(snapshot_of(range(50)), codec="raw")
     best = where.put(snapshot_of(range(50)), codec="raw", profile=profile)
     both = threading.Barrier(2, timeout=20)
-    search, openings, closed = where._search, [], []
+    search, openings, closed = where._finder._search, [], []
 
-    def meeting(space, ids, chain, block_tokens, known, threads):
+    def meeting(space, prompt, known, threads):
         both.wait()
-        match = search(space, ids, chain, block_tokens, known, threads)
+        match = search(space, prompt, known, threads)
         close = match.reader.close
         match.reader.close = lambda: closed.append(known) or close()
         openings.append(known)
@@ -182,7 +184,7 @@ def test_with_a_profile_both_searches_go_at_once(tmp_path):
             raise StoreError("the store is gone")
         return match
 
-    where._search, broken = meeting, ()
+    where._finder._search, broken = meeting, ()
     with where.find(range(50), **OF, profile=profile) as found:
         assert found.key == best.key  # of equals, the one with the profile
         assert closed == [None]
@@ -203,11 +205,11 @@ def test_who_finds_a_document_does_not_wait_until_its_use_is_noted(opened):
         return put(path, *rest, **more)
 
     opened.bucket.put = waiting
-    opened._touched.clear()  # a document that was just put needs no note
+    opened._uses._touched.clear()  # a document that was just put needs no note
     assert find_tiny(opened, range(16))[0] == 16
     threading.Timer(0.2, noted.set).start()
     [stored] = opened.documents()  # waits for what is under way
-    assert noted.is_set() and not opened._touches
+    assert noted.is_set() and not opened._uses._touches
     assert [m.path for m in opened.bucket.under(f"{stored.key.partition('/')[0]}/used")]
 
 
@@ -225,15 +227,15 @@ def test_over_http_what_a_server_serves_is_read(s3):
     with pytest.raises(KVZipError, match="read only"):
         reader.put(snapshot)
     assert reader.find([1] * 50, **OF) is None
-    with remote.open_url(f"{s3.http}/{prefix}/{store._path(entry.key)}") as file:
+    with open_url(f"{s3.http}/{prefix}/{document_path(entry.key)}") as file:
         assert_same(file.decode(), snapshot)
     with pytest.raises(StoreError, match="there is no"):
-        remote.open_url(f"{s3.http}/{prefix}/nothing.kvz")
+        open_url(f"{s3.http}/{prefix}/nothing.kvz")
     for url, line in (("s3://host", "names no file"), ("http://", "empty host")):
         with pytest.raises(KVZipError, match=line):
-            remote.open_url(url)
+            open_url(url)
     with pytest.raises(KVZipError, match="cannot use"):
-        remote.open_url(f"{s3.http}/doc.kvz", options={"allow_http": ["true"]})
+        open_url(f"{s3.http}/doc.kvz", options={"allow_http": ["true"]})
 
 
 def test_what_is_opened_under_one_url_shares_connections(tmp_path, monkeypatch):
@@ -244,7 +246,7 @@ def test_what_is_opened_under_one_url_shares_connections(tmp_path, monkeypatch):
         def connected_for(opened: int, **options: object) -> int:
             before = server.connections
             for _ in range(opened):
-                with remote.open_url(f"{server.url}/doc.kvz", **options) as file:
+                with open_url(f"{server.url}/doc.kvz", **options) as file:
                     assert_same(file.decode(), snapshot)
             return server.connections - before
 
@@ -253,7 +255,7 @@ def test_what_is_opened_under_one_url_shares_connections(tmp_path, monkeypatch):
         assert connected_for(1, timeout=9.0) > 0
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert connected_for(1) > 0
-        remote.forget_clients()
+        forget_clients()
         assert connected_for(1) > 0
 
 
@@ -321,7 +323,7 @@ def test_what_cannot_be_found_again_is_not_stored(opened):
 
 
 def doc_path(where, entry) -> Path:
-    return where.bucket.folder / store._path(entry.key)
+    return where.bucket.folder / document_path(entry.key)
 
 
 def test_damage_is_never_stored_nor_served(tmp_path):
@@ -360,7 +362,7 @@ class Died(BaseException):
 def test_a_writer_may_die_at_any_step(tmp_path, monkeypatch, act):
     """Whatever is found after is whole; others are found as before; doing it again, or `prune`
     for an eviction, ends what was begun."""
-    monkeypatch.setattr(store, "_STALE", timedelta(0))
+    monkeypatch.setattr(evicting, "_STALE", timedelta(0))
     ids, sibling = list(range(24)), [*range(16), *range(90, 98)]
     for step in range(1000):
         where = Store(tmp_path / str(step), block_tokens=BLOCK)
@@ -387,7 +389,7 @@ def test_a_writer_may_die_at_any_step(tmp_path, monkeypatch, act):
         else:
             if kept.key in after.prune():
                 raise AssertionError
-            if after.bucket.head(store._path(entry.key)) is None:
+            if after.bucket.head(document_path(entry.key)) is None:
                 assert find_tiny(after, ids) == (16, sibling)
                 left = [p for p in (tmp_path / str(step)).rglob("*") if entry.key[33:] in p.name]
                 assert left == []
@@ -412,7 +414,7 @@ def test_written_anew_while_it_is_evicted(tmp_path, monkeypatch):
     ids = list(range(24))
     for step in range(1000):
         where, writer = (Store(tmp_path / str(step), block_tokens=BLOCK) for _ in range(2))
-        where._each = lambda do, items: [do(item) for item in items]
+        where._pool.each = lambda do, items: [do(item) for item in items]
         key = put_tiny(where, ids).key
         done = itertools.count()
         delete = where.bucket.delete
@@ -427,7 +429,7 @@ def test_written_anew_while_it_is_evicted(tmp_path, monkeypatch):
         monkeypatch.setattr(where.bucket, "delete", then_put)
         where.remove(key)
         found = find_tiny(writer, ids)
-        if writer.bucket.head(store._path(key)) is None:
+        if writer.bucket.head(document_path(key)) is None:
             assert found is None
         else:
             assert found == (24, ids)
@@ -480,7 +482,7 @@ def test_killed_writers_lose_and_damage_nothing_in_a_thousand(place):
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_TOUCH_SECONDS", 0.0)
+    monkeypatch.setattr(uses, "_TOUCH_SECONDS", 0.0)
     probe = Store(tmp_path, block_tokens=BLOCK)
     size = put_tiny(probe, [0] * 16).encoded_bytes
     limit = int(4.5 * size)
@@ -506,7 +508,7 @@ def test_eviction_from_a_bucket(s3):
     first = put_tiny(where, [*[7] * 8, *[1] * 8])
     put_tiny(where, [*[7] * 8, *[2] * 8])
     time.sleep(1.01)  # S3 tells times in whole seconds
-    where._touched.clear()
+    where._uses._touched.clear()
     assert find_tiny(where, [*[7] * 8, *[1] * 8])[0] == 16  # used: now the second is the oldest
     assert where.prune(int(1.5 * first.encoded_bytes)) != [first.key]
     assert [d.key for d in where.documents()] == [first.key]
@@ -554,7 +556,7 @@ def test_a_part_costs_its_own_bytes(s3, counted, codec):
 @pytest.mark.parametrize("tokens", [1, 5, 10, 20, 2048])
 def test_the_first_bytes_come_in_one_round_trip(s3, counted, tokens):
     """By requests beside each other, also where there is less to be had than they ask for."""
-    bucket = remote.Bucket(f"{s3.url}/t{next(_prefixes)}", options=s3.options)
+    bucket = Bucket(f"{s3.url}/t{next(_prefixes)}", options=s3.options)
     snapshot = big(tokens)
     bucket.put("doc.kvz", kvzip.encode(snapshot, "raw"))
     counted.clear()
@@ -573,7 +575,7 @@ def test_an_object_that_changes_while_it_is_opened_is_an_error(s3, monkeypatch):
     def second_changes(self, offset, length):
         found = get(self, offset, length)
         if not offset:  # all others wait for this one
-            where.bucket.put(store._path(entry.key), kvzip.encode(other, "raw"), create=False)
+            where.bucket.put(document_path(entry.key), kvzip.encode(other, "raw"), create=False)
             changed.set()
         return found
 
@@ -590,7 +592,7 @@ def test_an_object_that_changes_while_it_is_opened_is_an_error(s3, monkeypatch):
 def test_tables_never_go_alone():
     ranges = [(0, 2_000), (2_000, 500_000), (502_000, 1_000), (503_000, 500_000), (1 << 20, 9)]
     slow = SlowObject(bytes(2 << 20), 0.0, 1e9)
-    ahead = remote._Ahead(slow, ranges)
+    ahead = remote.ReadAhead(slow, ranges)
     for at, length in ranges:
         assert len(ahead.take(at, length)) == length
     assert sorted(slow.asked) == [(0, 503_000), (503_000, 500_000), (1 << 20, 9)]
@@ -646,7 +648,7 @@ def in_turn(wait, rate, total=16 << 20, block=64 << 10):
     """Sizes of the requests for a file that is read from its beginning to its end."""
     slow = SlowObject(np.random.default_rng(0).bytes(total), wait, rate)
     ranges = [(at, block) for at in range(0, total, block)]
-    ahead = remote._Ahead(slow, ranges)
+    ahead = remote.ReadAhead(slow, ranges)
     for at, length in ranges:
         assert ahead.take(at, length) == slow.data[at : at + length]
     assert ahead.take(0, block) is None  # taken before
@@ -673,7 +675,7 @@ def test_an_object_that_changes_is_an_error(s3):
     entry = where.put(kvzip.encode(big(), "raw"))
     with where.open(entry.key) as reader:
         other = make_snapshot(cache_like, 4, "bf16", layers=4, heads=2, tokens=2048, dim=64)
-        where.bucket.put(store._path(entry.key), kvzip.encode(other, "raw"), create=False)
+        where.bucket.put(document_path(entry.key), kvzip.encode(other, "raw"), create=False)
         with pytest.raises(StoreError):
             reader.layer(3)
 

@@ -17,9 +17,9 @@ from support import assert_same, in_a_fork, make_snapshot, random_bits
 import kvzip
 from kvzip import files
 from kvzip.errors import FormatError, StoreError, UsageError
-from kvzip.store import Store, healing
-from kvzip.store.remote import Bucket
-from kvzip.store.store import _path
+from kvzip.store import Store, marks
+from kvzip.store.bucket import Bucket
+from kvzip.store.keys import document_path, hash_chain
 
 OF = {"model": "test/model", "revision": "r1", "dtype": "bf16"}
 
@@ -126,7 +126,7 @@ def test_what_goes_away_while_it_is_read_is_an_error_of_the_store(tmp_path):
 def test_after_a_fork_a_folder_goes_on(tmp_path):
     store = Store(tmp_path, block_tokens=8)
     store.put(document())
-    store._touches[store._pool.submit(time.sleep, 5)] = os.getpid()  # a note under way
+    store._uses._touches[store._pool.submit(time.sleep, 5)] = os.getpid()  # a note under way
     store.find(document().token_ids, **OF).reader.close()
 
     def use():
@@ -261,14 +261,12 @@ def test_settings_of_another_version_are_no_power_cut(tmp_path):
 
 
 def test_the_tokens_of_a_block_are_found_from_a_mark():
-    from kvzip.store.store import _chain
-
     ids = np.arange(100, dtype=np.uint32)
     for count in (1, 7, 99, 100):
-        assert healing.block_tokens_of(ids, _chain(ids, count)[:1]) == count
-        assert healing.block_tokens_of(ids + np.uint32(1), _chain(ids, count)) is None
+        assert marks.block_tokens_of(ids, hash_chain(ids, count)[:1]) == count
+        assert marks.block_tokens_of(ids + np.uint32(1), hash_chain(ids, count)) is None
 
 
 def test_a_key_is_no_path():
     with pytest.raises(kvzip.KVZipError):
-        _path("../x")
+        document_path("../x")

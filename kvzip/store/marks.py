@@ -1,19 +1,19 @@
-"""A store's small files after a power cut, which can leave them empty, short or full of zeros.
+"""A document's marks, the small files by which it is found, and what they were after a power cut.
 
-Each can be told from a whole one, and is found again from what else the store has.
+A power cut can leave them empty, short or full of zeros. Each can be told from a whole one, and is
+found again from what else the store has.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvzip.store.folder import Folder
-from kvzip.store.remote import Bucket
+from kvzip.store.bucket import Objects
+from kvzip.store.keys import Ids
 
 _HASH = re.compile(rb"[0-9a-f]{64}")
 
@@ -32,20 +32,29 @@ def name_in(mark: bytes | None) -> str:
     return mark.decode() if mark is not None and _HASH.fullmatch(mark) else ""
 
 
-def chain_of(bucket: Bucket | Folder, space: str, name: str) -> list[str]:
+def chain_of(objects: Objects, space: str, name: str) -> list[str]:
     """A document's hash chain; if that is lost, the marks that there are of it, in any order."""
-    *hashes, last = (bucket.get(f"{space}/chain/{name}") or b"").split(b"\n")
+    *hashes, last = (objects.get(f"{space}/chain/{name}") or b"").split(b"\n")
     if last == _END and all(map(_HASH.fullmatch, hashes)):
         return [h.decode() for h in hashes]
     found = []
-    for meta in bucket.under(f"{space}/with"):
+    for meta in objects.under(f"{space}/with"):
         *_, mark, other = meta.path.split("/")
         if other == name:
             found.append(mark)
     return found
 
 
-def block_tokens_of(ids: NDArray[np.uint32], marks: list[str]) -> int | None:
+def others_with(objects: Objects, space: str, mark: str, name: str) -> Iterator[str]:
+    """The names of other documents than `name` with that mark; none where nothing is listed."""
+    if objects.listable:
+        for meta in objects.under(f"{space}/with/{mark}"):
+            other = meta.path.rpartition("/")[2]
+            if other != name:
+                yield other
+
+
+def block_tokens_of(ids: Ids, marks: Sequence[str]) -> int | None:
     """How many tokens a block has, if one of the marks stands for the first block of these ids."""
     digest, wanted = hashlib.sha256(), set(marks)
     for count, token in enumerate(np.ascontiguousarray(ids, "<u4").reshape(-1, 1), 1):

@@ -1,0 +1,350 @@
+"""Objects under a URL, through obstore: a bucket (S3), or a web server (read only).
+
+Errors of the network become :class:`StoreError`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import unquote, urlsplit
+
+from kvzip.container import Reader
+from kvzip.errors import KVZipError, StoreError, UsageError, first_line, is_panic
+from kvzip.options import integer, seconds
+from kvzip.profile import Profile
+from kvzip.store.folder import Folder, Meta, write_all
+from kvzip.store.remote import Piece, Remote
+from kvzip.store.urls import WEB, folder_of, scheme_of, without_secrets
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+_ONE_REQUEST = 256 << 20
+"""Objects up to this many bytes are written by one request, which can be create-only."""
+_PLAIN = re.compile(r"[A-Za-z0-9._~-]+")
+"""Names that stand in a URL as they are."""
+_process: int | None = None
+"""The process that first used a client: the client's threads are there and nowhere else."""
+_MATTERS = re.compile("^AWS_|_PROXY$", re.IGNORECASE)
+"""Variables of the environment that a client reads when it is made."""
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors of obstore as StoreError, in a line without what gives access; FileNotFoundError
+    stays what it is."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (BaseError, OSError) as error:
+        cause = error if without_secrets(str(error)) == str(error) else None
+        raise StoreError(f"{what}: {without_secrets(first_line(error))}") from cause
+    except (ValueError, TypeError, OverflowError) as error:
+        if isinstance(error, KVZipError):
+            raise
+        raise UsageError(f"{what}: {without_secrets(first_line(error))}") from None
+    except BaseException as error:
+        # A panic of the client's, on settings that it did not check: no Exception.
+        if not is_panic(error):
+            raise
+        why = without_secrets(first_line(error))
+        raise StoreError(f"{what}: the client gave up ({why})") from None
+
+
+def _check_settings(options: Mapping[str, Any]) -> None:
+    """Raise UsageError for what the client, which does not look, would panic on."""
+    named = {str(key): value for key, value in options.items()}
+    named |= {f"variable {k}": v for k, v in os.environ.items() if k.startswith("AWS_")}
+    for name, value in named.items():
+        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f]", value):
+            raise UsageError(f"the store's setting {name} has a line break or the like in it")
+        if "endpoint" in name.lower() and not _is_address(value):
+            raise UsageError(f"the endpoint of the store ({name}) is {value!r}: write http://HOST")
+
+
+def _is_address(value: Any) -> bool:
+    try:
+        found = urlsplit(value)
+        return (
+            found.scheme in WEB
+            and bool(found.hostname)
+            and found.port != 0
+            and re.search(r"[^\x21-\x7e]", value) is None
+        )
+    except (ValueError, TypeError, AttributeError):
+        return False
+
+
+class Bucket:
+    """Objects under a URL: ``s3://bucket/prefix``, ``http(s)://``.
+
+    `timeout`: seconds for one request; `retries`: how often one is tried again. `options`: the
+    configuration that obstore takes for the kind of store; S3 also reads the usual AWS_ variables.
+    """
+
+    folder = None
+    """Objects are no files here."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 30.0,
+        retries: int = 2,
+        options: Mapping[str, Any] | None = None,
+    ):
+        if find_spec("obstore") is None:
+            raise KVZipError("buckets need more: pip install 'kvzip[store]'")
+        self.url = without_secrets(url)
+        self.writable = self.listable = scheme_of(url) not in WEB
+        timeout, retries = seconds("timeout", timeout), integer("retries", retries, 0, 1000)
+        if not isinstance(options or {}, Mapping):
+            raise UsageError("options must be a mapping of the client's settings")
+        options = dict(options or {})
+        if self.writable:
+            _check_settings(options)
+        with _told(f"cannot use {self.url} as a store"):
+            self._client = self._connected(url, options, timeout, retries)
+
+    def _connected(
+        self, url: str, options: Mapping[str, Any], timeout: float, retries: int
+    ) -> ObjectStore:
+        """obstore's client for a URL that names no folder."""
+        from obstore import store as stores
+
+        endpoint = options.get("endpoint") or os.environ.get(
+            "AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", "")
+        )
+        client = {
+            "timeout": timedelta(seconds=timeout),
+            "connect_timeout": timedelta(seconds=timeout),
+            "allow_http": url.startswith("http:") or str(endpoint).startswith("http:"),
+        }
+        retry = {
+            "max_retries": retries,
+            "retry_timeout": timedelta(seconds=timeout * (1 + retries)),
+        }
+        if not self.writable and re.search("[?%]", url):
+            # As it stands: a signed URL's path and query are part of what is signed.
+            return stores.HTTPStore(url, client_options=client, retry_config=retry)
+        more = {"config": dict(options)} if options else {}
+        return stores.from_url(url, **more, client_options=client, retry_config=retry)
+
+    @property
+    def client(self) -> ObjectStore:
+        """obstore's client; raises what :meth:`check_process` does."""
+        self.check_process()
+        return self._client
+
+    def check_process(self) -> None:
+        """Raise StoreError in a process that was forked from one that has used a client: it has
+        threads, which a fork does not take along, and what asks them waits for ever."""
+        global _process
+        if _process is None:
+            _process = os.getpid()
+        elif _process != os.getpid():
+            raise StoreError(
+                f"{self.url} cannot be used in a process that was forked from one that uses such "
+                "stores: start it by spawn or forkserver, as multiprocessing calls them"
+            )
+
+    def named(self, path: str) -> str:
+        """An object's path with where it is, for messages."""
+        return f"{path} in {self.url}" if path else self.url
+
+    def get(self, path: str) -> bytes | None:
+        """An object's bytes, or None when there is none."""
+        import obstore
+
+        with _told(f"cannot read {self.named(path)}"):
+            try:
+                return bytes(obstore.get(self.client, path).bytes())
+            except FileNotFoundError:
+                return None
+
+    def copy(self, path: str, sink: IO[bytes], progress: Callable[[int], None] | None) -> None:
+        """Write an object's bytes to a file. Raises FileNotFoundError when there is none."""
+        write_all(self._chunks(path), sink, progress)
+
+    def _chunks(self, path: str) -> Iterator[bytes]:
+        import obstore
+
+        with _told(f"cannot read {self.named(path)}"):
+            yield from obstore.get(self.client, path).stream(min_chunk_size=1 << 20)
+
+    def read_range(self, path: str, offset: int, length: int, version: str | None) -> Piece:
+        """Up to `length` bytes of an object from `offset` on. Raises FileNotFoundError when there
+        is none, and StoreError when it is not the version that is named."""
+        import obstore
+
+        options: dict[str, Any] = {"range": (offset, offset + length)}
+        if version is not None:
+            options["if_match"] = version
+        with _told(f"cannot read {self.named(path)}"):
+            began = time.perf_counter()
+            found = obstore.get(self.client, path, options=options)
+            wait = time.perf_counter() - began
+            return Piece(_meta(found.meta), memoryview(found.bytes()).cast("B"), wait)
+
+    def head(self, path: str) -> Meta | None:
+        """What is known of an object, or None when there is none."""
+        import obstore
+
+        with _told(f"cannot read {self.named(path)}"):
+            try:
+                return _meta(obstore.head(self.client, path))
+            except FileNotFoundError:
+                return None
+
+    def put(self, path: str, data: bytes | Path, create: bool = True, durable: bool = True) -> bool:
+        """Write an object, whole or not at all; False when `create` and there is one already. What
+        a bucket has taken is always durable.
+
+        An object of more than 256 MiB is written in parts: of two writers at once, the last wins.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        if not self.writable:
+            raise UsageError(f"{self.url} is read only: write to what the server serves")
+        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        with _told(f"cannot write {self.named(path)}"):
+            try:
+                if size > _ONE_REQUEST:
+                    if create and self.head(path) is not None:
+                        return False
+                    obstore.put(self.client, path, data, use_multipart=True, chunk_size=64 << 20)
+                else:
+                    mode = "create" if create else "overwrite"
+                    obstore.put(self.client, path, data, mode=mode, use_multipart=False)
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def under(self, prefix: str) -> Iterator[Meta]:
+        """Objects under a prefix; a part of a name is no prefix."""
+        import obstore
+
+        with _told(f"cannot list {prefix} in {self.url}"), suppress(FileNotFoundError):
+            for found in obstore.list(self.client, prefix, chunk_size=1000):
+                yield from map(_meta, found)
+
+    def folders(self) -> list[str]:
+        """First parts of all objects' paths."""
+        import obstore
+
+        with _told(f"cannot list {self.url}"):
+            try:
+                return list(obstore.list_with_delimiter(self.client)["common_prefixes"])
+            except FileNotFoundError:
+                return []
+
+    def delete(self, path: str) -> None:
+        """Delete an object, if there is one."""
+        import obstore
+
+        with _told(f"cannot delete {self.named(path)}"), suppress(FileNotFoundError):
+            obstore.delete(self.client, path)
+
+    def open(self, path: str, profile: Profile | None = None, threads: int = 0) -> Reader:
+        """A .kvz object, to be read in ranges. Raises FileNotFoundError when there is none."""
+        return Reader(Remote(self, path), profile, threads)
+
+    def sweep(self) -> None:
+        """Nothing unfinished is seen in a bucket."""
+
+
+Objects: TypeAlias = Bucket | Folder
+"""What a store is made of."""
+
+
+def open_bucket(
+    url: str | os.PathLike[str],
+    *,
+    timeout: float = 30.0,
+    retries: int = 2,
+    options: Mapping[str, Any] | None = None,
+    make: bool = False,
+    mode: int | None = None,
+) -> Objects:
+    """The objects under a URL: those of :class:`kvzip.store.folder.Folder` under a path or ``file://``,
+    which takes `make` and `mode`, and those of :class:`Bucket` under any other."""
+    if not isinstance(url, (str, os.PathLike)):
+        raise UsageError(f"a store is named by a path or a URL, not by a {type(url).__name__}")
+    timeout, retries = seconds("timeout", timeout), integer("retries", retries, 0, 1000)
+    name = os.fsdecode(url)
+    folder = folder_of(name)
+    if folder is not None:
+        return Folder(folder, name, make=make, mode=mode)
+    if mode is not None:
+        raise UsageError(f"mode is for folders, and {without_secrets(name)} is none")
+    return Bucket(name, timeout=timeout, retries=retries, options=options)
+
+
+def _meta(found: Mapping[str, Any]) -> Meta:
+    return Meta(found["path"], found["size"], found["e_tag"], found["last_modified"])
+
+
+def open_url(
+    url: str,
+    profile: Profile | None = None,
+    threads: int = 0,
+    *,
+    timeout: float = 30.0,
+    retries: int = 2,
+    options: Mapping[str, Any] | None = None,
+) -> Reader:
+    """Open the .kvz file at a URL (``https://``, ``s3://``, ``file://``), to be read in ranges.
+
+    Raises StoreError when there is none or the store does not answer; the rest as `kvzip.open`.
+    """
+    scheme = scheme_of(url)
+    if not scheme:
+        raise UsageError(f"{url!r} is no URL")
+    shown = without_secrets(url)
+    folder, slash, name = url.rpartition("/")
+    if scheme in WEB and not _PLAIN.fullmatch(name):
+        folder, name = url.partition("#")[0], ""  # as it stands: it is signed, or has escapes
+    elif not slash or not name or folder.endswith("/"):
+        raise UsageError(f"{shown!r} names no file in a store")
+    elif scheme == "file":
+        name = unquote(name)
+    environment = frozenset(item for item in os.environ.items() if _MATTERS.search(item[0]))
+    try:
+        bucket = _bucket(folder, timeout, retries, frozenset((options or {}).items()), environment)
+    except TypeError as error:  # a value that cannot be compared is none that a client takes
+        raise UsageError(f"cannot use {shown} as a store: {error}") from None
+    try:
+        return bucket.open(name, profile, threads)
+    except FileNotFoundError:
+        raise StoreError(f"there is no {shown}") from None
+
+
+@lru_cache(maxsize=16)
+def _bucket(
+    url: str,
+    timeout: float,
+    retries: int,
+    options: frozenset[tuple[str, Any]],
+    environment: frozenset[tuple[str, str]],
+) -> Objects:
+    """One for all that is opened under a URL: making a client takes milliseconds (it reads the
+    system's certificates), and its connections are there for the next object."""
+    return open_bucket(url, timeout=timeout, retries=retries, options=dict(options))
+
+
+def forget_clients() -> None:
+    """What :func:`open_url` opens next connects anew, as the first time."""
+    _bucket.cache_clear()

@@ -1,0 +1,181 @@
+"""Finding the document that shares the longest prefix with a prompt."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from kvzip.container import Reader
+from kvzip.errors import KVZipError, StoreError
+from kvzip.profile import Profile
+from kvzip.snapshot import Snapshot
+from kvzip.store.bucket import Objects
+from kvzip.store.keys import Identity, Ids, document_path
+from kvzip.store.listing import namespaces
+from kvzip.store.marks import name_in, others_with
+from kvzip.workers import Workers
+
+_log = logging.getLogger("kvzip.store")
+
+PROBES = 16
+"""Requests at once, and into how many parts a search cuts what is left of a prompt."""
+_OTHERS, _OTHERS_SECONDS = 64, 10.0
+"""After a miss: how many other identities are looked at, and for how long a bucket's not again."""
+
+
+class Match:
+    """A document whose first `tokens` tokens are those of the prompt, with its file open."""
+
+    def __init__(self, key: str, tokens: int, reader: Reader):
+        self.key, self.tokens, self.reader = key, tokens, reader
+
+    def __enter__(self) -> Match:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.reader.close()
+
+    def snapshot(self, threads: int | None = None) -> Snapshot:
+        """The shared tokens, decoded. Raises CorruptError, StoreError."""
+        found: Snapshot = self.reader.decode(tokens=(0, self.tokens), threads=threads)
+        return found
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is looked for: token ids, and their hash chain in blocks of a store."""
+
+    ids: Ids
+    chain: Sequence[str]
+    block_tokens: int
+
+
+class Finder:
+    """Searches the namespaces of one store."""
+
+    def __init__(self, objects: Objects, pool: Workers):
+        self._objects, self._pool = objects, pool
+        self._searches = Workers(PROBES, "kvzip-find")
+        self._told: set[tuple[str, str]] = set()
+        """Pairs of identities, by their namespaces: the one was asked for, the other was there."""
+        self._look_again = 0.0
+
+    def best(
+        self, prompt: Prompt, profiles: Sequence[Profile | None], wanted: Identity, threads: int
+    ) -> Match | None:
+        """The best match of documents written with any of the profiles, in the order of preference.
+
+        `wanted`: their identity but for the profile. Raises StoreError.
+        """
+
+        def search(known: Profile | None) -> Match | None:
+            identity = msgspec.structs.replace(wanted, profile="" if known is None else known.id)
+            return self._search(identity.namespace, prompt, known, threads)
+
+        # Beside each other: a search is a few round trips, one after the other.
+        searches = [self._searches.submit(search, known) for known in dict.fromkeys(profiles)]
+        errors = [error for each in searches if (error := each.exception()) is not None]
+        matches = [match for each in searches if not each.exception() and (match := each.result())]
+        best = max(matches, key=lambda match: match.tokens, default=None) if not errors else None
+        for match in matches:
+            if match is not best:
+                match.reader.close()
+        if errors:
+            raise errors[0]
+        return best
+
+    def _search(
+        self, space: str, prompt: Prompt, profile: Profile | None, threads: int
+    ) -> Match | None:
+        limit, rejected = len(prompt.chain), set[str]()
+        while limit:
+            low, name = self._longest_marked(space, prompt.chain[:limit])
+            if not low:
+                return None
+            others = others_with(self._objects, space, prompt.chain[low - 1], name)
+            for candidate in itertools.chain([name], others):
+                if not candidate or candidate in rejected:
+                    continue
+                sure = low * prompt.block_tokens
+                match = self._usable(f"{space}/{candidate}", prompt.ids, sure, profile, threads)
+                if match is not None:
+                    return match
+                rejected.add(candidate)
+            limit = low - 1
+        return None
+
+    def _longest_marked(self, space: str, chain: Sequence[str]) -> tuple[int, str]:
+        """How many first blocks of a chain some document has, and the name of one such document
+        ("" if it is lost)."""
+        # Whoever has the first n blocks has the first n - 1, so the most is found by cutting.
+        low, high, name = 0, len(chain), ""
+        while low < high:
+            at = sorted({low + -(-(high - low) * i // PROBES) for i in range(1, PROBES + 1)})
+            paths = [f"{space}/last/{chain[i - 1]}" for i in at]
+            found = list(self._pool.map(lambda path: self._objects.get(path), paths))
+            marked = [i for i, data in zip(at, found, strict=True) if data is not None]
+            if marked:
+                low = marked[-1]
+                name = name_in(found[at.index(low)])
+            high = min((i - 1 for i in at if i > low), default=high)
+        return low, name
+
+    def _usable(
+        self, key: str, ids: Ids, sure: int, profile: Profile | None, threads: int
+    ) -> Match | None:
+        """The document if it is there, whole as far as its header tells, and holds what a prompt
+        that shares `sure` tokens with it needs."""
+        try:
+            reader = self._objects.open(document_path(key), profile, threads)
+        except FileNotFoundError:
+            return None
+        except StoreError:
+            raise
+        except KVZipError as error:
+            _log.warning("%s is passed over: %s", key, error)
+            return None
+        count = _shared(reader, ids, sure)
+        if count >= sure and reader.layout.lacking(count) is None:
+            return Match(key, count, reader)
+        reader.close()
+        return None
+
+    def tell_of_others(self, wanted: Identity, mark: str) -> None:
+        """Say once if the store has documents that begin alike, under another identity."""
+        now = time.monotonic()
+        if not self._objects.listable or now < self._look_again:
+            return
+        self._look_again = now + (0 if self._objects.folder is not None else _OTHERS_SECONDS)
+        try:
+            own = wanted.namespace
+            spaces = [s for s in namespaces(self._objects) if s != own]
+            spaces = [s for s in spaces if (own, s) not in self._told][:_OTHERS]
+            marks = self._pool.map(lambda s: self._objects.get(f"{s}/last/{mark}"), spaces)
+            for space in [s for s, data in zip(spaces, marks, strict=True) if data]:
+                self._told.add((own, space))
+                found = self._objects.get(f"{space}/about.json") or b"{}"
+                other = msgspec.json.decode(found, type=Identity)
+                _log.warning(
+                    "%s has the prompt's tokens for (%s), not for (%s): they are not used",
+                    self._objects.url,
+                    other,
+                    wanted,
+                )
+        except (StoreError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            _log.info("no other documents are looked for: %s", error)
+
+
+def _shared(reader: Reader, ids: Ids, sure: int) -> int:
+    """How many first tokens a document shares with a prompt; `sure` if it withholds its ids."""
+    known = reader.token_ids
+    if known is None:
+        return min(sure, reader.layout.tokens)
+    shared = min(len(ids), len(known.reshape(-1)))
+    equal = known.reshape(-1)[:shared] == ids[:shared]
+    return int(np.append(equal, False).argmin())

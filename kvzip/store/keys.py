@@ -1,0 +1,116 @@
+"""The names of documents: a cache's identity, and the hashes of its tokens, block by block."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvzip.container import Reader
+from kvzip.errors import KVZipError, UnsupportedError, UsageError
+from kvzip.identity import is_fingerprint
+
+Ids = NDArray[np.uint32]
+"""Token ids, [tokens]."""
+
+BLOCK_TOKENS = 256
+"""Tokens in a block of a store that is made without saying it."""
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What must be equal for a cache to be of use."""
+
+    model: str
+    """Empty where a fingerprint says which weights these are, whatever they are called."""
+    revision: str
+    dtype: str
+    profile: str = ""
+    """SHA-256 of the profile that a reader must have; empty: none."""
+
+    @classmethod
+    def of(cls, model: str, revision: str, dtype: str, profile: str = "") -> Identity:
+        return cls("" if is_fingerprint(revision) else model, revision, dtype, profile)
+
+    @classmethod
+    def of_document(cls, reader: Reader) -> Identity:
+        """What a document says of itself. Raises KVZipError when it does not name its model."""
+        header = reader.header
+        if not (header.origin.model or is_fingerprint(header.origin.revision)):
+            raise KVZipError("the document does not name its model, by which it would be found")
+        return cls.of(
+            header.origin.model, header.origin.revision, header.layout.dtype, header.profile or ""
+        )
+
+    def __str__(self) -> str:
+        names = [self.model and f"model {self.model}", self.revision, self.dtype]
+        return ", ".join(filter(None, [*names, self.profile and f"profile {self.profile[:12]}"]))
+
+    @property
+    def namespace(self) -> str:
+        """The first part of the keys of all documents of this identity."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:32]
+
+
+def hash_chain(ids: Ids, block_tokens: int) -> list[str]:
+    """The hash chain of the whole blocks of a document: H(1), H(2), ... in hexadecimal."""
+    data = np.ascontiguousarray(ids, "<u4")
+    digest, chain = b"", []
+    for end in range(block_tokens, len(data) + 1, block_tokens):
+        digest = hashlib.sha256(digest + data[end - block_tokens : end].tobytes()).digest()
+        chain.append(digest.hex())
+    return chain
+
+
+def token_ids_from(given: ArrayLike) -> Ids:
+    """Token ids in any form as [tokens]. Raises UsageError for what are none."""
+    ids = np.asarray(given).reshape(-1)
+    if ids.dtype.kind not in "iu" and ids.size:
+        raise UsageError(f"token ids must be integers, not {ids.dtype}")
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 2**32:
+        raise UsageError("token ids must be from 0 to 4,294,967,295")
+    return ids.astype(np.uint32)
+
+
+def token_ids_of(reader: Reader, given: ArrayLike | None = None) -> Ids:
+    """The ids of a document's tokens, from the file, or as given where it has only their hash.
+
+    Raises UnsupportedError for a batch, and KVZipError when there are no ids or they are not the
+    document's.
+    """
+    if any(len(layer.k) == 4 and layer.k[0] != 1 for layer in reader.layout.layers):
+        raise UnsupportedError("the document is a batch: store each row as a document of its own")
+    ids = reader.token_ids
+    if ids is None:
+        if given is None:
+            raise KVZipError("the document has no token ids, by which it would be found: give them")
+        ids = token_ids_from(given)
+        if reader.header.token_ids_sha256 not in (None, _sha256(ids).hexdigest()):
+            raise KVZipError("the token ids given are not those of the document")
+    ids = ids.reshape(-1)
+    if len(ids) != reader.layout.tokens:
+        raise KVZipError(f"{len(ids)} token ids for a document of {reader.layout.tokens} tokens")
+    return ids
+
+
+def document_name(reader: Reader, ids: Ids) -> str:
+    """A document's name within its namespace: its tokens, how it is coded, and what it holds."""
+    digest = _sha256(ids)
+    digest.update(msgspec.json.encode(reader.header.codec, order="sorted"))
+    digest.update(msgspec.json.encode(reader.layout))
+    return digest.hexdigest()
+
+
+def document_path(key: str) -> str:
+    """Where the document of a key lies. Raises KVZipError for what is no key."""
+    space, slash, name = key.partition("/")
+    if not slash or not (space + name).isalnum():
+        raise KVZipError(f"{key!r} is not a key of a document")
+    return f"{space}/docs/{name}.kvz"
+
+
+def _sha256(ids: Ids) -> Any:
+    """SHA-256 of the ids as little-endian uint32, to which more can be added."""
+    return hashlib.sha256(np.ascontiguousarray(ids, "<u4").tobytes())

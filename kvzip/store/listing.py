@@ -1,0 +1,49 @@
+"""What a store holds, as its objects' names tell."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import datetime
+
+import msgspec
+
+from kvzip.errors import UsageError
+from kvzip.store.bucket import Objects
+from kvzip.store.keys import Identity
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """A document as a listing shows it."""
+
+    key: str
+    encoded_bytes: int
+    used: datetime
+
+
+def namespaces(objects: Objects) -> list[str]:
+    """The namespaces that a store has. Raises UsageError for one that cannot be listed."""
+    if not objects.listable:
+        raise UsageError(f"{objects.url} cannot be listed: name what the server serves")
+    return [name for name in objects.folders() if len(name) == 32]
+
+
+def identities(objects: Objects) -> dict[str, Identity]:
+    """The identity of each namespace that says what it is of."""
+    found = {}
+    for space in namespaces(objects):
+        with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+            data = objects.get(f"{space}/about.json") or b""
+            found[space] = msgspec.json.decode(data, type=Identity)
+    return found
+
+
+def documents(objects: Objects) -> list[Stored]:
+    """All documents, the one that was used longest ago first."""
+    found = []
+    for space in namespaces(objects):
+        used = {m.path.rpartition("/")[2]: m.modified for m in objects.under(f"{space}/used")}
+        for meta in objects.under(f"{space}/docs"):
+            name = meta.path.rpartition("/")[2].removesuffix(".kvz")
+            last = max(meta.modified, used.get(name, meta.modified))
+            found.append(Stored(f"{space}/{name}", meta.size, last))
+    return sorted(found, key=lambda d: (d.used, d.key))

@@ -1,0 +1,97 @@
+"""``store.json``: how a store is cut. It is written with the first document, and never changed."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+
+import msgspec
+
+from kvzip.errors import FormatError, KVZipError, StoreError, UsageError
+from kvzip.store.bucket import Objects
+from kvzip.store.keys import BLOCK_TOKENS, document_path, token_ids_of
+from kvzip.store.listing import documents
+from kvzip.store.marks import block_tokens_of, chain_of
+
+_log = logging.getLogger("kvzip.store")
+
+
+class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int = 1
+    block_tokens: int = BLOCK_TOKENS
+
+
+class SettingsFile:
+    """The settings of one store, which are read once.
+
+    `asked`: the tokens in a block that the user wants; a store of others is a UsageError.
+    """
+
+    def __init__(self, objects: Objects, asked: int | None):
+        self._objects, self._asked = objects, asked
+        self._known: _Settings | None = None
+
+    def block_tokens(self) -> int | None:
+        """Tokens in a block; None for a store that has no settings yet."""
+        if self._known is None and (data := self._objects.get("store.json")) is not None:
+            self._known = self._checked(data)
+        return None if self._known is None else self._known.block_tokens
+
+    def made(self) -> int:
+        """Tokens in a block; the settings of a new store are written."""
+        found = self.block_tokens()
+        if found is None:
+            self._write(_Settings(block_tokens=self._asked or BLOCK_TOKENS), create=True)
+            found = self.block_tokens()
+            if found is None:
+                raise StoreError(f"{self._objects.url} does not keep what is written to it")
+        return found
+
+    def _checked(self, data: bytes) -> _Settings:
+        url = self._objects.url
+        try:
+            found = msgspec.json.decode(data, type=_Settings)
+        except msgspec.ValidationError as error:
+            raise FormatError(f"{url} is no store of ours: {error}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            found = self._again()
+        if found.version != 1 or found.block_tokens < 1:
+            raise FormatError(f"{url} is a store of another version")
+        if self._asked not in (None, found.block_tokens):
+            raise UsageError(
+                f"{url} is a store of blocks of {found.block_tokens} tokens, not {self._asked}: "
+                "leave block_tokens out, or take another store"
+            )
+        return found
+
+    def _write(self, settings: _Settings, create: bool) -> None:
+        data = msgspec.json.encode(settings)
+        self._objects.put("store.json", data, create=create, durable=True)
+
+    def _again(self) -> _Settings:
+        """The settings that a power cut has taken: as asked for if the store has no documents, else
+        those that a document's marks were made with."""
+        stored = documents(self._objects) if self._objects.listable else []
+        found = None if stored else self._asked or BLOCK_TOKENS
+        for document in stored:
+            space, name = document.key.split("/")
+            path = document_path(document.key)
+            with suppress(KVZipError, OSError), self._objects.open(path) as reader:
+                ids, marks = token_ids_of(reader), chain_of(self._objects, space, name)
+                found = block_tokens_of(ids, marks)
+            if found is not None:
+                break
+        if found is None:
+            raise FormatError(
+                f"store.json in {self._objects.url} is damaged, and no document tells what it "
+                'held: write {"version":1,"block_tokens":N} into it, with the N that the store was '
+                f"made with ({BLOCK_TOKENS} unless another was given)"
+            )
+        _log.warning("store.json in %s was damaged and is written anew", self._objects.url)
+        settings = _Settings(block_tokens=found)
+        if self._objects.writable:
+            try:
+                self._write(settings, create=False)
+            except StoreError as error:  # a reader may have no right to write
+                _log.info("it is not written: %s", error)
+        return settings

@@ -1,0 +1,52 @@
+"""When documents were last used, by which an eviction chooses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from concurrent.futures import Future, wait
+
+from kvzip.errors import StoreError
+from kvzip.store.bucket import Objects
+from kvzip.workers import Workers
+
+_log = logging.getLogger("kvzip.store")
+
+_TOUCH_SECONDS = 60.0
+"""How old a document's time of use may get before it is written again."""
+
+
+class Uses:
+    """Notes when documents are used, as often as an eviction needs it; nobody waits for that."""
+
+    def __init__(self, objects: Objects, pool: Workers):
+        self._objects, self._pool = objects, pool
+        self._touched: dict[str, float] = {}
+        self._touches: dict[Future[None], int] = {}
+        """Notes under way, and the process that makes each."""
+
+    def written(self, key: str) -> None:
+        """Take note that a document was written now, which counts as a use."""
+        self._touched[key] = time.monotonic()
+
+    def note(self, key: str) -> None:
+        """Begin to write that a document was used now."""
+        now = time.monotonic()
+        if not self._objects.writable or now - self._touched.get(key, -1e9) < _TOUCH_SECONDS:
+            return
+        self._touched[key] = now
+        touch = self._pool.submit(self._write, key)
+        self._touches[touch] = os.getpid()
+        touch.add_done_callback(lambda done: self._touches.pop(done, None))
+
+    def _write(self, key: str) -> None:
+        space, name = key.split("/")
+        try:
+            self._objects.put(f"{space}/used/{name}", b"", create=False)
+        except StoreError as error:  # a reader may have no right to write
+            _log.info("the use of %s is not noted: %s", key, error)
+
+    def settle(self) -> None:
+        """Wait for the notes that this process has begun."""
+        wait([touch for touch, by in self._touches.copy().items() if by == os.getpid()])
