@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import kvzip  # noqa: E402
-from kvzip import container  # noqa: E402
+from kvzip.container import reader as container  # noqa: E402
 from kvzip.load.hf import cache_argument, load_batch, load_cache, load_or_prefill  # noqa: E402
 from kvzip.store import Store, remote  # noqa: E402
 from kvzip.store.bucket import Bucket, open_url  # noqa: E402

@@ -16,7 +16,7 @@ from servers import DyingStore, failing_server, silent_server  # noqa: E402
 from support import damaged, warnings_of  # noqa: E402
 
 import kvzip  # noqa: E402
-from kvzip import container  # noqa: E402
+from kvzip.container import reader as container  # noqa: E402
 from kvzip.errors import StoreError  # noqa: E402
 from kvzip.load.hf import cache_argument, load_cache, load_or_prefill  # noqa: E402
 from kvzip.store import Store, remote  # noqa: E402
