@@ -117,7 +117,10 @@ def _lines(path: Path) -> Iterator[bytes]:
             if magic[:2] == b"\x1f\x8b":
                 stream = gzip.GzipFile(fileobj=file)
             elif magic == b"\x28\xb5\x2f\xfd":
-                stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))
+                unpacker = zstandard.ZstdDecompressor().decompressobj()
+                stream = io.BytesIO(unpacker.decompress(file.read()))
+                if not unpacker.eof:
+                    raise FormatError(f"{path} is cut short")
             while line := stream.readline(_MOST_LINE + 1):
                 if len(line) > _MOST_LINE:
                     raise FormatError(f"{path}: a line is longer than {_MOST_LINE:,} bytes")

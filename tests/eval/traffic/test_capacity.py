@@ -1,0 +1,86 @@
+"""Hit rates at all capacities in one pass are those of stores that are kept one by one."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvzip.errors import UsageError
+from kvzip.eval.traffic.capacity import NEVER, capacities, needed_capacity, stack_distances
+from kvzip.eval.traffic.trace import Request, Trace, of_requests, synthetic
+
+
+def a_trace(*prompts: list[int]) -> Trace:
+    return of_requests([Request(i, len(p) * 512, 1, p) for i, p in enumerate(prompts)], "a trace")
+
+
+def hits_of_a_store(prompts: list[list[int]], room: int) -> int:
+    """The same, worked out with a store that keeps what was used last."""
+    held: OrderedDict[int, None] = OrderedDict()
+    hits = 0
+    for prompt in prompts:
+        unbroken = True
+        for block in prompt:
+            unbroken = unbroken and block in held
+            hits += unbroken
+            held.pop(block, None)
+            held[block] = None
+            if len(held) > room:
+                held.popitem(last=False)
+    return hits
+
+
+def rate(trace: Trace, size: float, ratio: float = 1.0) -> float:
+    [found] = capacities(trace, [size], [ratio], needed_capacity(trace))
+    return found.hit_rate
+
+
+def test_a_trace_worked_out_by_hand():
+    # Blocks 1 2 3 | 1 2 4 | 5 6 | 1 2 3: with room for 3, the second request finds 1 and 2 (3, 1, 2
+    # are held), and the last one none: 2 4 5 6 came since. With 6 it finds 1, 2 and 3.
+    trace = a_trace([1, 2, 3], [1, 2, 4], [5, 6], [1, 2, 3])
+    assert stack_distances(trace.blocks).tolist() == [
+        *(NEVER, NEVER, NEVER), *(3, 3, NEVER), *(NEVER, NEVER), *(5, 5, 6)
+    ]  # fmt: skip
+    assert [rate(trace, n) for n in (1, 2, 3, 4, 5, 6)] == pytest.approx(
+        [0, 0, 2 / 11, 2 / 11, 4 / 11, 5 / 11]
+    )
+    # Twice as small is twice the room; half a block more is none.
+    assert rate(trace, 3, 2.0) == pytest.approx(5 / 11)
+    assert rate(trace, 3, 1.9) == rate(trace, 5)
+
+
+def test_a_gap_ends_a_prefix():
+    # 9 is held when it is asked for again, but what comes before it in the prompt is not.
+    trace = a_trace([1, 9], [8, 9])
+    assert rate(trace, 10) == 0
+
+
+prompts = st.lists(st.lists(st.integers(0, 12), max_size=8, unique=True), min_size=1, max_size=30)
+
+
+@given(prompts, st.integers(1, 15))
+def test_every_capacity_is_a_store_of_that_size(prompts, room):
+    trace = a_trace(*prompts)
+    needed = needed_capacity(trace)
+    assert (needed <= room).sum() == hits_of_a_store(prompts, room)
+
+
+def test_more_room_never_hits_less():
+    trace = synthetic(500, seed=1)
+    needed = needed_capacity(trace)
+    sizes = np.geomspace(1, 2 * trace.distinct, 60)
+    rates = [c.hit_rate for c in capacities(trace, sizes.tolist(), [1.0], needed)]
+    assert rates == sorted(rates)
+    assert rates[0] < rates[-1] == pytest.approx(float((needed < NEVER).mean()))
+
+
+@pytest.mark.parametrize(("blocks", "ratios"), [([0], [1]), ([1], [-1]), ([float("nan")], [1])])
+def test_what_makes_no_sense(blocks, ratios):
+    trace = a_trace([1])
+    with pytest.raises(UsageError, match="above zero"):
+        capacities(trace, blocks, ratios, needed_capacity(trace))
