@@ -57,7 +57,7 @@ def test_a_line_that_is_no_request(tmp_path, line):
 def test_a_damaged_file(tmp_path, pack):
     data = pack(("\n".join(json.dumps(LINES[0]) for _ in range(50))).encode())
     (tmp_path / "cut").write_bytes(data[: len(data) // 2])
-    with pytest.raises(FormatError, match="damaged|cut short"):
+    with pytest.raises(FormatError, match=r"damaged|cut short"):
         read_trace(tmp_path / "cut")
 
 
