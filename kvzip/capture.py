@@ -228,6 +228,15 @@ def _cast(tensor: Any, dtype: str) -> Any:
     return tensor.to(getattr(torch, form.torch))
 
 
+def computed_in(cache_dtype: str | None) -> str:
+    """The dtype that a model computes in for a cache of that dtype, which is the same, except that
+    caches of fp8 are cast from bf16. None, whatever the model has, stands for bf16."""
+    if cache_dtype is None:
+        return "bf16"
+    form = dtypes.get(cache_dtype)
+    return "bf16" if form.bits == 8 else form.name
+
+
 def device_name(device: Any) -> str:
     """A device's name as people know it: the GPU's, or the processor's."""
     import torch

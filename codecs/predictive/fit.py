@@ -43,7 +43,7 @@ from kvzip.codecs.predictive.regression import (
 )
 from kvzip.codecs.predictive.store import Store
 from kvzip.errors import ProfileError
-from kvzip.profile import Profile
+from kvzip.profile import Profile, hold_out
 
 CLIP = 6.0  # standard deviations that 127 stands for in an input
 UNIT_BITS = 16  # a residual's standard deviation is about 2^16 units
@@ -97,8 +97,8 @@ def fit(
     count = _calibration(len(snapshots)) if calibration is None else calibration
     if not 0 <= count < len(snapshots):
         raise ProfileError(f"{count} of {len(snapshots)} documents cannot be kept apart")
-    apart = {int((i + 0.5) * len(snapshots) / count) for i in range(count)}
-    learned = Documents([s for i, s in enumerate(snapshots) if i not in apart])
+    learned_from, held_out = hold_out(snapshots, count)
+    learned = Documents(learned_from)
     widths = learned.widths
     if group is None:
         group = default_group(max(widths))
@@ -149,9 +149,8 @@ def fit(
             for i, s in enumerate(first.layout.layers)
         ],
     }
-    chosen = [snapshots[i] for i in sorted(apart)]
-    spent = calibrate(tensors, description, chosen or list(snapshots), tell)
-    if chosen:
+    spent = calibrate(tensors, description, held_out or list(snapshots), tell)
+    if held_out:
         description["held_out_bits"] = spent.bits_per_number
     return Profile(tensors, description)
 

@@ -167,7 +167,7 @@ def _prefill_cost(ref: str, first: Snapshot, out: Path, tell: Progress) -> _Pref
 
     def measure() -> _PrefillCost:
         tell("timing the prefill", 0, 1)
-        loaded = load_model(ref, first.dtype if first.dtype in ("bf16", "fp16", "fp32") else "bf16")
+        loaded = load_model(ref, capture.computed_in(first.dtype))
         return _PrefillCost(
             ref,
             first.origin.revision,

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from kvzip import dtypes
 from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.eval.results.provenance import machine, now, versions
@@ -85,8 +84,7 @@ def _capture(point: Point) -> Snapshot:
         return synthetic.make(point.model, point.dtype, point.tokens, point.document)
     from kvzip import capture
 
-    computed = "bf16" if dtypes.get(point.dtype).bits == 8 else point.dtype
-    loaded = _model(point.model, computed)
+    loaded = _model(point.model, capture.computed_in(point.dtype))
     numbers = slice(point.document, point.document + 1)
     [cut] = capture.cut_documents(loaded.tokenizer, [point.text], point.tokens, numbers)
     return capture.prefill(loaded, cut.token_ids, dtype=point.dtype, text=cut.name)

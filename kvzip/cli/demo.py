@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from cyclopts import Parameter
@@ -19,6 +19,9 @@ from kvzip.cli.arguments import (
 )
 from kvzip.cli.terminal import CheckFailed, emit, say, show_table, working
 from kvzip.codec_spec import split_specs
+
+if TYPE_CHECKING:
+    from kvzip.eval.results.demo import DemoResult
 
 
 @app.command
@@ -60,7 +63,6 @@ def demo(
     """
     choose_products(native_bf16)
     from kvzip.eval import demo as demonstration
-    from kvzip.eval.report.demo import summary
 
     with working("starting") as step:
         result = demonstration.run(
@@ -76,23 +78,25 @@ def demo(
             command=command_line(),
             step=step,
         )
-
-    def show() -> None:
-        table = Table("codec", "ratio", "bits", "encode GB/s", "decode GB/s", "bytes", "tokens")
-        for c in result.codecs:
-            table.add_row(
-                c.name,
-                f"{c.ratio:.3f}",
-                f"{c.bits_per_value:.2f}",
-                f"{c.encode_gbps:.2f}",
-                f"{c.decode_gbps:.2f}",
-                "exact" if c.exact else "DIFFER",
-                f"{c.tokens_equal} of {result.new_tokens}",
-            )
-        show_table(table)
-        say(summary(result))
-        say(f"report: {result.report}")
-
-    emit(msgspec.to_builtins(result), as_json, show)
+    emit(msgspec.to_builtins(result), as_json, lambda: _show(result))
     if not result.exact:
         raise CheckFailed("a codec did not give back what it was given")
+
+
+def _show(result: DemoResult) -> None:
+    from kvzip.eval.report.demo import summary
+
+    table = Table("codec", "ratio", "bits", "encode GB/s", "decode GB/s", "bytes", "tokens")
+    for c in result.codecs:
+        table.add_row(
+            c.name,
+            f"{c.ratio:.3f}",
+            f"{c.bits_per_value:.2f}",
+            f"{c.encode_gbps:.2f}",
+            f"{c.decode_gbps:.2f}",
+            "exact" if c.exact else "DIFFER",
+            f"{c.tokens_equal} of {result.new_tokens}",
+        )
+    show_table(table)
+    say(summary(result))
+    say(f"report: {result.report}")

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 import kvzip
-from kvzip import container, dtypes
+from kvzip import container
 from kvzip.choice import auto
 from kvzip.cli.app import app
 from kvzip.cli.arguments import (
@@ -26,7 +26,7 @@ from kvzip.cli.arguments import (
     document_range,
     read_profile,
 )
-from kvzip.cli.terminal import bar, emit, say, show_table, working
+from kvzip.cli.terminal import bar, emit, say, show_table, sizes, working
 from kvzip.errors import CorruptError
 from kvzip.snapshot import PARTS, Snapshot, sha256_raw
 
@@ -71,8 +71,7 @@ def capture(
     from kvzip.models import load_model
 
     picked = document_range(docs)
-    cache_dtype = None if dtype is None else dtypes.get(dtype)
-    computed = "bf16" if cache_dtype is None or cache_dtype.bits == 8 else cache_dtype.name
+    computed = capturing.computed_in(dtype)
     output.mkdir(parents=True, exist_ok=True)
     with working(f"loading {model}"):
         loaded = load_model(model, computed, device)
@@ -90,7 +89,7 @@ def capture(
             loaded,
             documents,
             output,
-            dtype=None if cache_dtype is None else cache_dtype.name,
+            dtype=dtype,
             full_history=full_history,
             progress=progress,
         )
@@ -103,11 +102,8 @@ def capture(
         "revision": loaded.revision,
         "seconds": time.perf_counter() - began,
     }
-    emit(
-        result,
-        as_json,
-        lambda: say(f"{len(paths)} documents of {tokens} tokens in {output}, {new} of them new"),
-    )
+    said = f"{len(paths)} documents of {tokens} tokens in {output}, {new} of them new"
+    emit(result, as_json, lambda: say(said))
 
 
 @app.command
@@ -213,12 +209,8 @@ def verify(
         info = container.verify(file, read_profile(profile), threads, progress)
     same = None
     if against is not None:
-        other = Snapshot.load(against)
-        same = other.layout == info.header.layout
         with container.open(file, read_profile(profile), threads) as reader:
-            for i, layer in enumerate(other.layers if same else []):
-                found = reader.layer(i)
-                same = same and all((found.part(p) == layer.part(p)).all() for p in PARTS)
+            same = _same_bits(reader, Snapshot.load(against))
     result = sizes(info.header.layout, info.encoded_bytes)
     result |= {"seconds": time.perf_counter() - began, "ok": same is not False}
     if same is not None:
@@ -226,6 +218,17 @@ def verify(
     if same is False:
         raise CorruptError(f"{file} is a whole file, but it does not hold what {against} does")
     emit(result, as_json, lambda: say(f"{file}: good" + (f", as {against}" if same else "")))
+
+
+def _same_bits(reader: container.Reader, other: Snapshot) -> bool:
+    """Whether a file holds a snapshot's numbers, bit for bit; one layer is in memory at a time."""
+    if reader.layout != other.layout:
+        return False
+    for i, layer in enumerate(other.layers):
+        found = reader.layer(i)
+        if not all((found.part(p) == layer.part(p)).all() for p in PARTS):
+            return False
+    return True
 
 
 @app.command
@@ -246,32 +249,23 @@ def info(file: KvzFile, *, as_json: Json = False) -> None:
         "writer": header.writer,
         "header": msgspec.to_builtins(header),
     }
+    emit(result, as_json, lambda: _show_info(result, found))
 
-    def show() -> None:
-        table = Table.grid(padding=(0, 2))
-        for key in ("model", "revision", "dtype", "layers", "tokens", "codec", "block_tokens"):
-            table.add_row(key, str(result[key]))
-        table.add_row("profile", header.profile or "none")
-        table.add_row("kinds", _kinds(layout))
-        table.add_row("raw bytes", f"{found.raw_bytes:,}")
-        table.add_row("encoded bytes", f"{found.encoded_bytes:,}")
-        table.add_row("ratio", f"{found.ratio:.3f} ({found.bits_per_value:.2f} bits a number)")
-        table.add_row("written by", header.writer)
-        show_table(table)
 
-    emit(result, as_json, show)
+def _show_info(result: Mapping[str, Any], found: container.Info) -> None:
+    header = found.header
+    table = Table.grid(padding=(0, 2))
+    for key in ("model", "revision", "dtype", "layers", "tokens", "codec", "block_tokens"):
+        table.add_row(key, str(result[key]))
+    table.add_row("profile", header.profile or "none")
+    table.add_row("kinds", _kinds(header.layout))
+    table.add_row("raw bytes", f"{found.raw_bytes:,}")
+    table.add_row("encoded bytes", f"{found.encoded_bytes:,}")
+    table.add_row("ratio", f"{found.ratio:.3f} ({found.bits_per_value:.2f} bits a number)")
+    table.add_row("written by", header.writer)
+    show_table(table)
 
 
 def _kinds(layout: kvzip.Layout) -> str:
     kinds = [layer.kind for layer in layout.layers]
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-
-
-def sizes(layout: kvzip.Layout, encoded_bytes: int) -> dict[str, Any]:
-    """What commands say of a file's size."""
-    return {
-        "raw_bytes": layout.raw_bytes,
-        "encoded_bytes": encoded_bytes,
-        "ratio": layout.raw_bytes / encoded_bytes,
-        "bits_per_value": 8 * encoded_bytes / max(layout.numbers, 1),
-    }

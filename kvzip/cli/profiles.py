@@ -1,22 +1,19 @@
-"""kvzip fit, eval pages: what a codec can learn of a model, and pages coded with it."""
+"""kvzip fit: what a codec can learn of a model."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from rich.table import Table
 
-import kvzip
-from kvzip.cli.app import app, evaluate
-from kvzip.cli.arguments import Json, Output, integers
-from kvzip.cli.documents import sizes
-from kvzip.cli.terminal import bar, emit, say, show_table, steps
+from kvzip.cli.app import app
+from kvzip.cli.arguments import Json, Output
+from kvzip.cli.terminal import bar, emit, say, steps
 from kvzip.errors import UsageError
-from kvzip.profile import Profile
-from kvzip.snapshot import Snapshot
+from kvzip.profile import Profile, hold_out
 
 
 @app.command
@@ -63,15 +60,17 @@ def fit(
     if codec != "predictive" and settings:
         option = next(iter(settings)).replace("_", "-")
         raise UsageError(f"--{option} is for predictive, not for {codec}")
-    apart = {int((i + 0.5) * len(snapshots) / count) for i in range(count)}
-    learned = [p for i, p in enumerate(snapshots) if i not in apart]
+    from kvzip.eval.speed.held_out import held_out_sizes
+
+    learned, left_out = hold_out(snapshots, count)
     began = time.perf_counter()
     with steps() as tell:
         profile = Profile.fit(learned, tell, codec, **settings)
     seconds = time.perf_counter() - began
     profile.save(output)
-    measured = _measured([snapshots[i] for i in sorted(apart)], profile)
-    bits = [m["bits_per_value"] for m in measured]
+    with bar("held-out documents", count, in_bytes=False) as advance:
+        measured = held_out_sizes(left_out, profile, advance)
+    bits = [found.bits_per_value for found in measured]
     result = {
         "profile": str(output),
         "codec": codec,
@@ -80,73 +79,35 @@ def fit(
         "documents": len(learned),
         "tokens": profile.description["tokens"],
         "seconds": seconds,
-        "held_out": measured,
+        "held_out": msgspec.to_builtins(measured),
         "held_out_bits_per_value": sum(bits) / len(bits) if bits else None,
     }
-    taken = f"{len(learned)} documents, {seconds:.0f} s"
     if codec == "predictive":
-        from kvzip.codecs.predictive.fit import multiplications
-
-        products = multiplications(profile)
-        result |= {
-            "multiplications_per_token": sum(products),
-            "multiplications_per_token_and_layer": products,
-            "regions": [len(profile.tensors[f"{i}.bias"]) for i in range(len(products))],
-        }
-        taken += f"; {sum(products):,} multiplications a token, {max(products):,} at most a layer"
-
-    def show() -> None:
-        say(f"{output}: {profile.nbytes:,} bytes from {taken}")
-        for m in measured:
-            line = f"held out: {m['bits_per_value']:.2f} bits a number, ratio {m['ratio']:.3f}"
-            say(f"{line}, {m['file']}")
-
-    emit(result, as_json, show)
+        result |= _predictive_costs(profile)
+    emit(result, as_json, lambda: _show(result))
 
 
-def _measured(held_out: list[Path], profile: Profile) -> list[dict[str, Any]]:
-    """How small documents become with the profile."""
-    measured = []
-    with bar("held-out documents", len(held_out), in_bytes=False) as advance:
-        for path in held_out:
-            snapshot = Snapshot.load(path)
-            found = sizes(snapshot.layout, len(kvzip.encode(snapshot, profile.codec, profile)))
-            measured.append({"file": str(path)} | found | {"tokens": snapshot.tokens})
-            advance(1)
-    return measured
+def _predictive_costs(profile: Profile) -> dict[str, Any]:
+    """What predicting with a profile takes."""
+    from kvzip.codecs.predictive.fit import multiplications
+
+    products = multiplications(profile)
+    return {
+        "multiplications_per_token": sum(products),
+        "multiplications_per_token_and_layer": products,
+        "regions": [len(profile.tensors[f"{i}.bias"]) for i in range(len(products))],
+    }
 
 
-@evaluate.command
-def pages(
-    snapshots: list[Path], *, profile: Path, tokens: str = "16,32,64,128,256", as_json: Json = False
-) -> None:
-    """How small documents become as pages, blocks of a few tokens that engines move; each page is
-    decoded again and compared.
-
-    Parameters
-    ----------
-    snapshots
-        Documents, as `kvzip capture` writes them.
-    profile
-        One with tables of channel: kvzip fit --codec channel.
-    tokens
-        Of a page, with commas between.
-    """
-    from kvzip.eval.speed.pages import measure
-
-    with steps() as tell:
-        found = measure(snapshots, Profile.load(profile), integers("--tokens", tokens), tell)
-    rows = [
-        msgspec.to_builtins(f) | {"ratio": f.ratio, "bits_per_value": f.bits_per_value}
-        for f in found
-    ]
-
-    def show() -> None:
-        table = Table("tokens", "layers", "pages", "bytes a page", "bits a number", "ratio")
-        for f in found:
-            sizes = (f"{f.encoded_bytes / f.pages:,.0f}", f"{f.bits_per_value:.2f}")
-            counts = (f"{f.tokens}", f"{f.layers}", f"{f.pages:,}")
-            table.add_row(*counts, *sizes, f"{f.ratio:.3f}")
-        show_table(table)
-
-    emit({"pages": rows}, as_json, show)
+def _show(result: Mapping[str, Any]) -> None:
+    line = f"{result['profile']}: {result['bytes']:,} bytes from {result['documents']} documents, "
+    line += f"{result['seconds']:.0f} s"
+    if "multiplications_per_token" in result:
+        line += f"; {result['multiplications_per_token']:,} multiplications a token, "
+        line += f"{max(result['multiplications_per_token_and_layer']):,} at most a layer"
+    say(line)
+    for m in result["held_out"]:
+        say(
+            f"held out: {m['bits_per_value']:.2f} bits a number, ratio {m['ratio']:.3f}, "
+            f"{m['file']}"
+        )

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from kvzip.cli import (  # noqa: F401 - each adds its commands
     demo,
     documents,
-    experiments,
+    exactness,
+    frontier,
+    links,
     measures,
     profiles,
     reports,
+    speed,
     stores,
+    sweep,
     verdicts,
 )
 from kvzip.cli.app import app

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 from cyclopts import Parameter
 
-import kvzip
 from kvzip import container
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, ProfilePath, Threads, read_profile
-from kvzip.cli.documents import sizes
-from kvzip.cli.terminal import CheckFailed, bar, emit, say
+from kvzip.cli.terminal import CheckFailed, bar, emit, say, sizes
 from kvzip.errors import StoreError, UsageError
 from kvzip.files import STDOUT, reading
 from kvzip.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from kvzip.profile import Profile
+    from kvzip.store import Match, Store
 
 StoreUrl = Annotated[
     str,
@@ -110,7 +112,7 @@ def get(
     output
         FILE.kvz, or -: the document as it is stored. FILE.safetensors: what is shared, decoded.
     """
-    from kvzip.store import Match, Store
+    from kvzip.store import Store
 
     if sum(given is not None for given in (like, ids, key)) != 1:
         raise UsageError("give one of --like, --ids and --key")
@@ -119,22 +121,20 @@ def get(
         raise UsageError(f"-o {output}: end it in .kvz or .safetensors")
     source, known, began = Store(store, make=False), read_profile(profile), time.perf_counter()
     if key is not None:
-        reader = source.open(key, known, threads)
-        match: Match | None = Match(key, reader.layout.tokens, reader)
+        match = _by_key(source, key, known, threads)
     else:
-        tokens: Any
-        if like is not None:
-            wanted, tokens, dtype = _prompt_of(like)
-            model, revision = wanted.model, wanted.revision
-        elif ids is not None and model is not None:
-            tokens = _read_ids(ids)
-        else:
-            raise UsageError("--ids needs --model, and --revision and --dtype as they were stored")
-        match = source.find(
-            tokens, model=model, revision=revision, dtype=dtype, profile=known, threads=threads
+        prompt = _prompt(like, ids, model, revision, dtype)
+        found = source.find(
+            prompt.token_ids,
+            model=prompt.model,
+            revision=prompt.revision,
+            dtype=prompt.dtype,
+            profile=known,
+            threads=threads,
         )
-    if match is None:
-        raise StoreError("no document in the store begins as the prompt does")
+        if found is None:
+            raise StoreError("no document in the store begins as the prompt does")
+        match = found
     with match:
         if output is not None and as_stored:
             with bar("get", match.reader.info.encoded_bytes) as progress:
@@ -149,29 +149,51 @@ def get(
             "output": None if output is None else str(output),
             "seconds": time.perf_counter() - began,
         }
-    emit(
-        result,
-        as_json,
-        lambda: say(
-            f"{result['key']}: {result['tokens']} of {result['document_tokens']} tokens are shared"
-            + (f", in {output}" if output else ""),
-        ),
-    )
+    said = f"{result['key']}: {result['tokens']} of {result['document_tokens']} tokens are shared"
+    emit(result, as_json, lambda: say(said + (f", in {output}" if output else "")))
 
 
-def _prompt_of(path: Path) -> tuple[kvzip.Origin, Any, str]:
-    """Origin, token ids and dtype of a snapshot or a .kvz file."""
+def _by_key(source: Store, key: str, profile: Profile | None, threads: int) -> Match:
+    """The whole document that a key names."""
+    from kvzip.store import Match
+
+    reader = source.open(key, profile, threads)
+    return Match(key, reader.layout.tokens, reader)
+
+
+class _Prompt(NamedTuple):
+    """What a document is looked for by."""
+
+    token_ids: Any
+    model: str
+    revision: str
+    dtype: str
+
+
+def _prompt(
+    like: Path | None, ids: Path | None, model: str | None, revision: str, dtype: str
+) -> _Prompt:
+    """The prompt that the options name."""
+    if like is not None:
+        return _prompt_of(like)
+    if ids is not None and model is not None:
+        return _Prompt(_read_ids(ids), model, revision, dtype)
+    raise UsageError("--ids needs --model, and --revision and --dtype as they were stored")
+
+
+def _prompt_of(path: Path) -> _Prompt:
+    """The prompt of a snapshot or a .kvz file."""
     with reading(path) as file:
         is_kvz = file.read(len(container.MAGIC)) == container.MAGIC
     if is_kvz:
         with container.open(path) as reader:
-            found = reader.header.origin, reader.token_ids, reader.layout.dtype
+            origin, token_ids, dtype = reader.header.origin, reader.token_ids, reader.layout.dtype
     else:
         snapshot = Snapshot.load(path)
-        found = snapshot.origin, snapshot.token_ids, snapshot.dtype
-    if found[1] is None:
+        origin, token_ids, dtype = snapshot.origin, snapshot.token_ids, snapshot.dtype
+    if token_ids is None:
         raise UsageError(f"{path} has no token ids to look for")
-    return found
+    return _Prompt(token_ids, origin.model, origin.revision, dtype)
 
 
 def _read_ids(path: Path) -> list[int]:

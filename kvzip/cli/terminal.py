@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import msgspec
@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvzip.eval.budget import clock_text
+from kvzip.layout import Layout
 
 _WIDE = 1000
 """Columns of a table where stdout is no terminal: whoever reads it there wants whole cells."""
@@ -71,6 +72,16 @@ def emit(result: Any, as_json: bool, show: Callable[[], None]) -> None:
         raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def sizes(layout: Layout, encoded_bytes: int) -> dict[str, Any]:
+    """What commands say of the size of a file that holds a cache."""
+    return {
+        "raw_bytes": layout.raw_bytes,
+        "encoded_bytes": encoded_bytes,
+        "ratio": layout.raw_bytes / encoded_bytes,
+        "bits_per_value": 8 * encoded_bytes / max(layout.numbers, 1),
+    }
 
 
 def as_one_line(result: Any) -> str:
@@ -179,6 +190,26 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[what], completed=done)
 
         yield tell
+
+
+@contextmanager
+def stages(
+    what: str,
+) -> Iterator[tuple[Callable[..., None], Callable[[str, int, int], None]]]:
+    """First :func:`working`, then :func:`steps` from its first call on; yields the functions of
+    both."""
+    with ExitStack() as preparing, ExitStack() as counting:
+        step = preparing.enter_context(working(what))
+        counts: Callable[[str, int, int], None] | None = None
+
+        def tell(what: str, done: int, total: int) -> None:
+            nonlocal counts
+            if counts is None:
+                preparing.close()
+                counts = counting.enter_context(steps())
+            counts(what, done, total)
+
+        yield step, tell
 
 
 class Lines:
