@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 from html import escape
 
-from kvzip.benchmarks.result import BenchResult, Row, SnapshotIdentity
 from kvzip.eval.report import svg
+from kvzip.eval.results.bench import BenchResult, BenchRow, SnapshotIdentity
 from kvzip.files import replacing
 
 _STYLE = {"memcpy": "s0", "kvzip": "s1", "peer": "s3"}
@@ -93,7 +93,7 @@ def markdown(result: BenchResult) -> str:
     return "\n".join(lines)
 
 
-def _by_ratio(result: BenchResult, snapshot: SnapshotIdentity) -> list[Row]:
+def _by_ratio(result: BenchResult, snapshot: SnapshotIdentity) -> list[BenchRow]:
     rows = [row for row in result.rows if row.file == snapshot.file]
     return sorted(rows, key=lambda row: -row.ratio)
 
@@ -101,11 +101,12 @@ def _by_ratio(result: BenchResult, snapshot: SnapshotIdentity) -> list[Row]:
 def page(result: BenchResult) -> str:
     """The page as HTML text."""
     machine = result.machine
+    cache = "" if machine.cache_mib is None else f", largest cache {machine.cache_mib:g} MiB"
     threads = "one thread" if result.threads == 1 else f"{result.threads} threads"
     parts = [
         _paragraph(
-            f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib:g} GiB, largest cache "
-            f"{machine.cache_mib:g} MiB; {threads}, {result.repeat} repeats; {result.date}."
+            f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib:g} GiB{cache}; {threads}, "
+            f"{result.repeat} repeats; {result.date}."
         ),
         _paragraph(
             "Speeds are GB (10^9 bytes) of raw numbers a second, caches cold, fastest repeat; the "
@@ -138,7 +139,7 @@ def page(result: BenchResult) -> str:
     return _PAGE.format(body="\n".join(parts))
 
 
-def chart(rows: Sequence[Row], name: str) -> str:
+def chart(rows: Sequence[BenchRow], name: str) -> str:
     """Ratio against decode speed, one point a row, as SVG."""
     speeds, ratios = [r.decode_gbps for r in rows], [r.ratio for r in rows]
     x = svg.log_axis(
@@ -178,7 +179,7 @@ _HEAD = (
 )
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[BenchRow]) -> str:
     lines = []
     for r in rows:
         numbers = [

@@ -8,6 +8,7 @@ but for the link's own row, which counts the bytes that cross.
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 import sys
 import time
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 import kvzip
@@ -23,39 +23,12 @@ from kvzip import dtypes
 from kvzip.codecs.native.cuda.arrays import empty
 from kvzip.codecs.native.cuda.device import Device, get_device
 from kvzip.errors import UnsupportedError
-from kvzip.files import replacing
+from kvzip.eval.results import stored
+from kvzip.eval.results.gpu import GpuResult, GpuRow
+from kvzip.eval.results.provenance import made_by
 
 LAYERS, HEADS, DIM = 36, 8, 128
 """Qwen3-4B's."""
-
-
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was measured."""
-
-    name: str
-    tokens: int
-    seconds: float
-    """Median of the runs."""
-    least_seconds: float
-    gbps: float
-    """10^9 raw bytes a second, from the median."""
-    runs: int
-
-
-class GpuResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of this benchmark."""
-
-    kind: str = "gpu"
-    version: int = 1
-    gpu: str
-    software: dict[str, str]
-    command: str
-    dtype: str
-    shape: dict[str, int]
-    """Layers, heads, dim."""
-    ratio: dict[str, float]
-    """Of `channel`, by tokens."""
-    rows: list[Row]
 
 
 def timed(work: Callable[[], object], runs: int) -> list[float]:
@@ -245,7 +218,7 @@ def main() -> None:
         import torch
     except (UnsupportedError, ImportError) as error:
         sys.exit(f"bench-gpu: {error}")
-    rows: list[Row] = []
+    rows: list[GpuRow] = []
     ratio: dict[str, float] = {}
     for tokens in map(int, given.tokens.split(",")):
         for kind in (
@@ -258,7 +231,7 @@ def main() -> None:
                     print(f"{tokens} tokens: ratio {size:.4f}", flush=True)
                     continue
                 median = statistics.median(seconds)
-                row = Row(
+                row = GpuRow(
                     name=name,
                     tokens=tokens,
                     seconds=median,
@@ -268,23 +241,18 @@ def main() -> None:
                 )
                 rows.append(row)
                 print(f"{row.gbps:9.1f} GB/s  {1e3 * median:8.3f} ms  {name}", flush=True)
+    made = made_by("python -m kvzip.benchmarks.gpu " + shlex.join(sys.argv[1:]))
+    made["versions"]["cuda"] = str(torch.version.cuda)
     result = GpuResult(
+        **made,
         gpu=torch.cuda.get_device_name(),
-        software={
-            "kvzip": kvzip.__version__,
-            "torch": str(torch.__version__),
-            "cuda": str(torch.version.cuda),
-            "python": sys.version.split()[0],
-        },
-        command="python -m kvzip.benchmarks.gpu " + " ".join(sys.argv[1:]),
         dtype=given.dtype,
         shape={"layers": LAYERS, "heads": HEADS, "dim": DIM},
         ratio=ratio,
         rows=rows,
     )
     if given.out is not None:
-        with replacing(given.out) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+        stored.save(result, given.out)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from kvzip.benchmarks.result import Order
 from kvzip.dtypes import Bits, DType
+from kvzip.eval.results.bench import Order
 
 Shape = tuple[int, int]
 

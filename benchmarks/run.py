@@ -6,16 +6,12 @@ all of them. A first, untimed turn warms up and proves that every byte comes bac
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,24 +19,22 @@ import numpy as np
 
 from kvzip import dtypes
 from kvzip.benchmarks.peer import Peer, Shape
-from kvzip.benchmarks.result import (
-    BenchResult,
-    Kind,
-    Machine,
-    Missing,
-    Order,
-    Row,
-    SnapshotIdentity,
-)
-from kvzip.capture import processor_name
 from kvzip.codec import Codec
 from kvzip.container import thread_count
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import KVZipError
+from kvzip.eval.results.bench import (
+    BenchResult,
+    BenchRow,
+    Kind,
+    MissingPeer,
+    Order,
+    SnapshotIdentity,
+)
+from kvzip.eval.results.provenance import made_by
 from kvzip.eval.speed.bench import (
     WholeFile,
     buffers,
-    cache_bytes,
     in_memory,
     room,
     seconds,
@@ -61,8 +55,6 @@ PEER_NAMES = (
 )
 """The files under peers/."""
 
-# By the first letters of their names in /proc/cpuinfo: x86's vectors and bit fields, ARM's vectors.
-_SIMD = ("ssse3", "sse4", "avx", "bmi", "gfni", "asimd", "sve")
 _PACKAGES = ("kvzip", "numpy", "zstandard", "lz4")
 
 # --- competitors -----------------------------------------------------------------------------
@@ -212,11 +204,11 @@ class _Entry:
         self.decode_seconds.append(seconds(self.competitor.decode))
         self.competitor.forget()
 
-    def row(self, snapshot: SnapshotIdentity, memcpy: float) -> Row:
+    def row(self, snapshot: SnapshotIdentity, memcpy: float) -> BenchRow:
         """The row; `memcpy`: seconds of the fastest."""
         raw = snapshot.raw_bytes
         encode, decode = self.encode_seconds, self.decode_seconds
-        return Row(
+        return BenchRow(
             file=snapshot.file,
             kind=self.kind,
             name=self.name,
@@ -274,12 +266,9 @@ def run(
         memcpy = min(entries[0].encode_seconds + entries[0].decode_seconds)
         snapshots.append(identity)
         rows += [entry.row(identity, memcpy) for entry in entries]
-        missing += [Missing(name, reason, str(path)) for name, reason in failed.items()]
+        missing += [MissingPeer(name, reason, str(path)) for name, reason in failed.items()]
     return BenchResult(
-        command=command,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        machine=_machine(),
-        versions=_versions(found),
+        **made_by(command, [*_PACKAGES, *dict.fromkeys(peer.package for peer in found)]),
         threads=threads,
         repeat=repeat,
         snapshots=snapshots,
@@ -288,13 +277,13 @@ def run(
     )
 
 
-def _import_peers() -> tuple[list[type[Peer]], list[Missing]]:
+def _import_peers() -> tuple[list[type[Peer]], list[MissingPeer]]:
     found: list[type[Peer]] = []
     failed: dict[str, str] = {}
     for name in PEER_NAMES:
         with _catching(name, failed):
             found += import_module(f"kvzip.benchmarks.peers.{name}").PEERS
-    return found, [Missing(name, reason) for name, reason in failed.items()]
+    return found, [MissingPeer(name, reason) for name, reason in failed.items()]
 
 
 @contextmanager
@@ -347,31 +336,3 @@ def _identity(path: Path, snapshot: Snapshot) -> SnapshotIdentity:
         raw_bytes=snapshot.raw_bytes,
         sha256_raw=sha256_raw(snapshot),
     )
-
-
-def _machine() -> Machine:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Machine(
-        cpu=processor_name(),
-        cores=thread_count(0),
-        memory_gib=round(pages / 2**30, 1),
-        cache_mib=cache_bytes() / 2**20,
-        simd=_simd(),
-    )
-
-
-def _simd() -> list[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-    fields = (line.partition(":") for line in lines)
-    named = (
-        text.split() for key, _, text in fields if key.strip().lower() in ("flags", "features")
-    )
-    return sorted({flag for flags in named for flag in flags if flag.startswith(_SIMD)})
-
-
-def _versions(peers: Sequence[type[Peer]]) -> dict[str, str]:
-    packages = dict.fromkeys([*_PACKAGES, *(peer.package for peer in peers)])
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}

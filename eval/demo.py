@@ -26,7 +26,6 @@ from kvzip.eval.results.demo import (
     DemoResult,
     FreshPrefill,
     Model,
-    Plane,
     as_result,
 )
 from kvzip.eval.results.provenance import made_by
@@ -184,7 +183,7 @@ def _result(
         layer_kinds=_kinds(snapshot),
         raw_bytes=snapshot.raw_bytes,
         sha256_raw=sha256_raw(snapshot),
-        planes=[Plane(m.plane, m.width, m.k, m.v) for m in planes],
+        planes=list(planes),
         prefill_seconds=prefill,
         prefill_points=list(points),
         codecs=[_codec_result(row, check) for row, check in rows],

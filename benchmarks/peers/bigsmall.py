@@ -13,9 +13,9 @@ os.environ.setdefault("BIGSMALL_DISABLE_VERSION_CHECK", "1")
 from bigsmall.codec_registry import get_codec
 
 from kvzip.benchmarks.peer import Peer, Shape
-from kvzip.benchmarks.result import Order
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import UnsupportedError
+from kvzip.eval.results.bench import Order
 
 
 class Bigsmall(Peer):

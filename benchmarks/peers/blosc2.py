@@ -12,8 +12,8 @@ from typing import ClassVar
 import blosc2
 
 from kvzip.benchmarks.peer import Peer, Shape
-from kvzip.benchmarks.result import Order
 from kvzip.dtypes import Bits
+from kvzip.eval.results.bench import Order
 
 
 class Blosc(Peer):

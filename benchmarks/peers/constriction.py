@@ -16,8 +16,8 @@ import zstandard
 from numpy.typing import NDArray
 
 from kvzip.benchmarks.peer import Peer, Shape
-from kvzip.benchmarks.result import Order
 from kvzip.dtypes import Bits, DType
+from kvzip.eval.results.bench import Order
 
 _LENGTHS = struct.Struct("<II")
 _RANGE = np.dtype([("first", "<u2"), ("width", "<u2")])

@@ -7,8 +7,8 @@ from typing import ClassVar
 import lz4.block
 
 from kvzip.benchmarks.peer import Peer, Shape
-from kvzip.benchmarks.result import Order
 from kvzip.dtypes import Bits
+from kvzip.eval.results.bench import Order
 
 
 class Lz4(Peer):

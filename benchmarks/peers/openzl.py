@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import openzl.ext as zl
 
 from kvzip.benchmarks.peer import Peer, Shape
-from kvzip.benchmarks.result import Order
 from kvzip.dtypes import Bits, DType
+from kvzip.eval.results.bench import Order
 
 _SPLIT = {
     "bf16": zl.nodes.BFloat16Deconstruct,

@@ -7,8 +7,8 @@ from typing import ClassVar
 from zipnn import ZipNN
 
 from kvzip.benchmarks.peer import Peer, Shape
-from kvzip.benchmarks.result import Order
 from kvzip.dtypes import Bits, DType
+from kvzip.eval.results.bench import Order
 
 
 class Zipnn(Peer):

@@ -6,9 +6,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
 from kvzip import container, dtypes
@@ -16,8 +15,8 @@ from kvzip.codec import get_codec
 from kvzip.dtypes import Bits
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.eval.budget import Step
-from kvzip.eval.results import stored
-from kvzip.eval.results.provenance import Made, made_by
+from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
+from kvzip.eval.results.provenance import made_by
 from kvzip.models import load_model
 from kvzip.options import integer
 from kvzip.profile import Profile
@@ -32,51 +31,6 @@ if TYPE_CHECKING:
     from kvzip.eval.exactness.check import Agreement, Exactness
 
 
-class Trial(msgspec.Struct, frozen=True):
-    """One codec, or one lossy reference, over all documents and continuations."""
-
-    name: str
-    lossy: bool
-    ratio: float
-    """Raw bytes over encoded ones, of all documents together."""
-    runs: int
-    exact_runs: int
-    """Bytes, tokens and logits all those of the uncompressed cache."""
-    documents_exact: int
-    """Documents whose every byte came back."""
-    tokens: int
-    """Generated, over all runs."""
-    tokens_equal: int
-    """Before the first difference of each run."""
-    tokens_matching: int
-    """The same token at the same place."""
-    worst_tokens_matching: int
-    """In the worst run."""
-    max_logit_difference: float
-
-
-class Trials(Made, frozen=True, kw_only=True):
-    """The file that `kvzip eval exactness -o` writes."""
-
-    kind: Literal["exactness"] = "exactness"
-    model: str
-    revision: str
-    dtype: str
-    documents: list[str]
-    """Names of the texts."""
-    document_tokens: list[int]
-    continuations: int
-    new_tokens: int
-    rows: list[Trial]
-    fresh: Trial
-    """A fresh prefill against the uncompressed cache: what differs here is the model's own."""
-
-    @property
-    def exact(self) -> bool:
-        """Every lossless codec was, in every run."""
-        return all(row.exact_runs == row.runs for row in self.rows if not row.lossy)
-
-
 def run(
     snapshots: Sequence[str | os.PathLike[str]],
     *,
@@ -89,7 +43,7 @@ def run(
     command: str = "kvzip eval exactness",
     step: Step = lambda name, share=None: None,
     loaded: Any = None,
-) -> Trials:
+) -> ExactnessResult:
     """Generate `new_tokens` from every snapshot and continuation with the cache as it is, through
     each codec, and quantised; count what differs.
 
@@ -155,7 +109,7 @@ def run(
                 needs = name in chosen and chosen[name].needs_profile
                 found = reference.check(blob, learned if needs else None)
                 sums[name].add(found, last=c == continuations - 1)
-    return Trials(
+    return ExactnessResult(
         **made_by(command),
         model=loaded.id,
         revision=loaded.revision,
@@ -164,13 +118,13 @@ def run(
         document_tokens=tokens,
         continuations=continuations,
         new_tokens=new_tokens,
-        rows=[s.trial() for s in sums.values()],
-        fresh=fresh.trial(),
+        rows=[s.row() for s in sums.values()],
+        fresh=fresh.row(),
     )
 
 
 class _Sum:
-    """A trial in the making."""
+    """A row in the making."""
 
     def __init__(self, name: str, lossy: bool):
         self.name, self.lossy = name, lossy
@@ -202,8 +156,8 @@ class _Sum:
         self.worst = found.tokens_matching if worst is None else min(worst, found.tokens_matching)
         self.logits = max(self.logits, found.max_logit_difference)
 
-    def trial(self) -> Trial:
-        return Trial(
+    def row(self) -> ExactnessRow:
+        return ExactnessRow(
             self.name,
             self.lossy,
             self.raw / self.encoded if self.encoded else 1.0,
@@ -249,11 +203,3 @@ def quantised(snapshot: Snapshot, bits: int) -> tuple[Snapshot, int]:
     for layer in snapshot.layers:
         layers.append(Layer(rounded(layer.k), rounded(layer.v), layer.layout))
     return Snapshot(layers, form.name, snapshot.token_ids, snapshot.origin), size
-
-
-def load_trials(path: str | os.PathLike[str]) -> Trials:
-    """A stored result. Raises KVZipError when it is none, or holds no run."""
-    found = stored.load(path, Trials, "kvzip eval exactness")
-    if not found.rows or any(row.runs < 1 or row.tokens < 1 for row in found.rows):
-        raise KVZipError(f"{path} has no run in it")
-    return found

@@ -35,7 +35,7 @@ from kvzip.eval.frontier.documents import (
 )
 from kvzip.eval.frontier.hull import steps
 from kvzip.eval.frontier.predictors import LayerData
-from kvzip.eval.results.frontier import VERSION, Frontier, LayerPoint, Point, Run
+from kvzip.eval.results.frontier import Frontier, LayerPoint, Point, Run
 from kvzip.eval.results.provenance import made_by
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
@@ -94,7 +94,6 @@ def run(
             )
         )
     return Frontier(
-        version=VERSION,
         model=first.origin.model,
         revision=first.origin.revision,
         architecture=first.origin.architecture,

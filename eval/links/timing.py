@@ -107,7 +107,7 @@ class SoFar(msgspec.Struct):
         }
         if path is None or not path.exists():
             return SoFar(wanted)
-        found = stored.load(path, SoFar, "kvzip eval links")
+        found = stored.read_json(path, SoFar)
         for name, value in wanted.items():
             if found.conditions.get(name) != value:
                 raise KVZipError(

@@ -40,7 +40,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval.money.breakeven import Use
 from kvzip.eval.money.prices import Price, PriceBase, PriceBook, Shape
 from kvzip.eval.quantities import confidence, dollars, duration, rate, significant
-from kvzip.eval.speed.inputs import Inputs
+from kvzip.eval.results.inputs import Inputs
 
 DRAWS = 1000
 SPREAD = {

@@ -23,10 +23,10 @@ from kvzip.choice.cost import (
     token_cost,
 )
 from kvzip.errors import KVZipError
-from kvzip.eval.exactness.corpus import Trial, Trials
 from kvzip.eval.money.breakeven import Basis, Measured, Verdict, breakeven
 from kvzip.eval.money.prices import PriceBook, default_prices
-from kvzip.eval.speed.inputs import Inputs
+from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
+from kvzip.eval.results.inputs import Inputs
 
 SHORT, LONG = 255, 3774
 """Tokens of the paper's shortest and longest prompt."""
@@ -328,37 +328,39 @@ _FIGURES = {
 }
 
 
-def beside(trials: Trials) -> list[Beside]:
+def beside(exactness: ExactnessResult) -> list[Beside]:
     """The paper's measurements of exactness, and ours on another model and machine."""
-    what = f"{trials.model}, {trials.dtype}, on {trials.machine.cpu}, {len(trials.documents)} "
-    what += f"documents of {max(trials.document_tokens):,} tokens at most"
+    what = f"{exactness.model}, {exactness.dtype}, on {exactness.machine.cpu}, "
+    what += (
+        f"{len(exactness.documents)} documents of {max(exactness.document_tokens):,} tokens at most"
+    )
 
-    def tokens(rows: Sequence[Trial]) -> str:
+    def tokens(rows: Sequence[ExactnessRow]) -> str:
         return f"{sum(r.tokens_matching for r in rows)} of {sum(r.tokens for r in rows)}"
 
-    exact = [row for row in trials.rows if not row.lossy]
+    exact = [row for row in exactness.rows if not row.lossy]
     found = []
     if exact:
         names = ", ".join(row.name for row in exact)
         found.append(
             Beside("Greedy tokens, lossless", "24 of 24", tokens(exact), f"{names}; {what}")
         )
-    fresh = f"{trials.fresh.max_logit_difference:.3g}"
+    fresh = f"{exactness.fresh.max_logit_difference:.3g}"
     found.append(Beside("Logits, cache against prefill", "0.02", fresh, what))
     found += [
         Beside("Greedy tokens, int8", "16 of 32", tokens([row]), f"one scale a channel; {what}")
-        for row in trials.rows
+        for row in exactness.rows
         if row.name == "int8"
     ]
     return found
 
 
 def reproduction(
-    inputs: Inputs, prices: PriceBook | None = None, trials: Trials | None = None
+    inputs: Inputs, prices: PriceBook | None = None, exactness: ExactnessResult | None = None
 ) -> Reproduction:
     """The paper's table, its open question answered with each codec's figures from `inputs`, and
     the verdict on its document with each codec at each preset. fp16, the paper's own dtype, and
-    bf16, as far as they were measured. `trials` put measured exactness beside the paper's."""
+    bf16, as far as they were measured. `exactness` puts measured exactness beside the paper's."""
     book = prices or default_prices()
     rows = paper_table(book)
     named = {row.name: row.ours for row in rows}
@@ -422,7 +424,7 @@ def reproduction(
         f"Ratios and decode speeds: {inputs.command}; {inputs.model}, {inputs.text}, on "
         f"{inputs.machine.cpu}, {inputs.threads} thread, {inputs.date}. Qwen3-4B's own cache was "
         "not measured: taking another model's ratio for it is an estimate.",
-        [] if trials is None else beside(trials),
+        [] if exactness is None else beside(exactness),
     )
 
 

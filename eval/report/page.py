@@ -35,11 +35,12 @@ from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.money.prices import HEADLINE, default_prices
 from kvzip.eval.report import charts, svg
-from kvzip.eval.report.inputs import Extras, PeerRow, Peers, PeerSnapshot
+from kvzip.eval.report.inputs import Extras
+from kvzip.eval.results.bench import BenchResult, BenchRow, SnapshotIdentity
 from kvzip.eval.results.demo import CodecResult, DemoResult, as_result
 from kvzip.eval.results.frontier import Frontier, Run
+from kvzip.eval.results.inputs import CodecRow, Inputs
 from kvzip.eval.results.links import Links, Point
-from kvzip.eval.speed.inputs import CodecRow, Inputs
 from kvzip.files import replacing
 
 _WIDE, _NARROW = 760, 344
@@ -426,7 +427,7 @@ def dollar_map(result: DemoResult) -> Chart:
     )
 
 
-def peer_charts(peers: Peers) -> list[tuple[PeerSnapshot, list[PeerRow], Chart]]:
+def peer_charts(peers: BenchResult) -> list[tuple[SnapshotIdentity, list[BenchRow], Chart]]:
     """For each snapshot: its rows by ratio, and ratio against decode speed as a chart."""
     style = {"memcpy": "s0", "kvzip": "s1"}
     found = []

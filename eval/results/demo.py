@@ -6,16 +6,16 @@ Plain values only, so that it goes to JSON and back unchanged. Bytes, seconds, G
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from kvzip.entropy import Measure
 from kvzip.errors import KVZipError
 from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.paper import PaperRow
-from kvzip.eval.results.provenance import Made
+from kvzip.eval.results.base import Result, above_zero
 from kvzip.eval.speed import bench
 
 
@@ -23,19 +23,6 @@ class Model(msgspec.Struct, frozen=True):
     id: str
     revision: str | None
     architecture: str
-
-
-class Plane(msgspec.Struct, frozen=True):
-    """Bits per number in a field of the numbers, or in all of them."""
-
-    plane: str
-    """"sign", "exponent", "mantissa", or another cut, such as "sign+exponent per channel"."""
-    width: int
-    """Bits as stored."""
-    k: float
-    """Entropy over the keys, bits per number."""
-    v: float
-    """Entropy over the values, bits per number."""
 
 
 class CodecResult(bench.CodecResult, frozen=True):
@@ -53,7 +40,11 @@ class FreshPrefill(msgspec.Struct, frozen=True):
     logits_max_diff: float
 
 
-class DemoResult(Made, frozen=True, kw_only=True):
+class DemoResult(Result, frozen=True, kw_only=True, tag="demo"):
+    """The file result.json in the folder of a demo."""
+
+    writer = "kvzip demo"
+
     model: Model
     dtype: str
     text: str
@@ -62,7 +53,8 @@ class DemoResult(Made, frozen=True, kw_only=True):
     layer_kinds: dict[str, int]
     raw_bytes: int
     sha256_raw: str
-    planes: list[Plane]
+    planes: list[Measure]
+    """Bits per number in a field of the numbers, in several of them, or in all."""
     prefill_seconds: float
     prefill_points: list[tuple[int, float]]
     """(tokens, seconds) as measured in this run."""
@@ -76,6 +68,18 @@ class DemoResult(Made, frozen=True, kw_only=True):
     paper: list[PaperRow]
     report: str | None = None
 
+    def check(self) -> None:
+        for name in ("tokens", "layers", "raw_bytes", "prefill_seconds", "new_tokens"):
+            above_zero(name, getattr(self, name))
+        for tokens, seconds in self.prefill_points:
+            above_zero("prefill_points: tokens", tokens)
+            above_zero("prefill_points: seconds", seconds)
+        if not self.codecs or not self.breakeven:
+            raise KVZipError("there is no codec or no break-even row")
+        for codec in self.codecs:
+            for field in ("encoded_bytes", "ratio", "bits_per_value", "encode_gbps", "decode_gbps"):
+                above_zero(f"codec {codec.name}: {field}", getattr(codec, field))
+
 
 def as_result(result: DemoResult | Mapping[str, Any]) -> DemoResult:
     """`result`, checked. Structs inside a mapping may be structs or plain dicts.
@@ -84,23 +88,8 @@ def as_result(result: DemoResult | Mapping[str, Any]) -> DemoResult:
     impossible: a report never shows a figure that cannot be.
     """
     try:
-        plain = msgspec.to_builtins(result)
-        checked = msgspec.convert(plain, DemoResult)
-    except (msgspec.ValidationError, TypeError) as error:
+        checked = msgspec.convert(msgspec.to_builtins(result), DemoResult)
+        checked.check()
+    except (msgspec.ValidationError, TypeError, KVZipError) as error:
         raise KVZipError(f"demo result: {error}") from error
-    for name in ("tokens", "layers", "raw_bytes", "prefill_seconds", "new_tokens"):
-        _above_zero(name, getattr(checked, name))
-    for tokens, seconds in checked.prefill_points:
-        _above_zero("prefill_points: tokens", tokens)
-        _above_zero("prefill_points: seconds", seconds)
-    if not checked.codecs or not checked.breakeven:
-        raise KVZipError("demo result: there is no codec or no break-even row")
-    for codec in checked.codecs:
-        for field in ("encoded_bytes", "ratio", "bits_per_value", "encode_gbps", "decode_gbps"):
-            _above_zero(f"codec {codec.name}: {field}", getattr(codec, field))
     return checked
-
-
-def _above_zero(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise KVZipError(f"demo result: {name} is {value}; it must be above zero")

@@ -3,12 +3,12 @@ predictor."""
 
 from __future__ import annotations
 
-import os
+import math
 
 import msgspec
 
-from kvzip.eval.results import stored
-from kvzip.eval.results.provenance import Made
+from kvzip.errors import KVZipError
+from kvzip.eval.results.base import Result, above_zero
 
 VERSION = 1
 """The version of what is measured: points of another one are measured anew."""
@@ -71,10 +71,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Predictors that were not measured, and why."""
 
 
-class Frontier(Made, frozen=True, kw_only=True):
+class Frontier(Result, frozen=True, kw_only=True, tag="frontier"):
     """What one run measured; the file frontier.json in its folder."""
 
-    version: int
+    writer = "kvzip eval frontier"
+
+    version: int = VERSION
     model: str
     revision: str
     architecture: str
@@ -98,7 +100,13 @@ class Frontier(Made, frozen=True, kw_only=True):
     """Of one document of the first dtype on `machine`; copies and predictors are not timed."""
     runs: list[Run]
 
-
-def load_frontier(path: str | os.PathLike[str]) -> Frontier:
-    """A stored result. Raises KVZipError when it is none."""
-    return stored.load(path, Frontier, "`kvzip eval frontier`")
+    def check(self) -> None:
+        points = [point for run in self.runs for point in run.points]
+        if not points:
+            raise KVZipError("there is no figure in it")
+        for point in points:
+            above_zero(f"{point.title}: bits", point.bits)
+            if not (math.isfinite(point.share) and point.share >= 0):
+                raise KVZipError(
+                    f"{point.title}: share is {point.share}; it must not be below zero"
+                )

@@ -4,15 +4,12 @@ formulas of :mod:`kvzip.choice.cost` make of costs that were measured apart from
 from __future__ import annotations
 
 import math
-import os
-from typing import Literal
 
 import msgspec
 import numpy as np
 
 from kvzip.errors import KVZipError
-from kvzip.eval.results import stored
-from kvzip.eval.results.provenance import Made
+from kvzip.eval.results.base import Result
 
 PREFILL = "prefill"
 """The way that brings no bytes; all others are codecs."""
@@ -111,10 +108,11 @@ class Crossover(msgspec.Struct, frozen=True):
     measured: float | None
 
 
-class Links(Made, frozen=True, kw_only=True):
+class Links(Result, frozen=True, kw_only=True, tag="links"):
     """What one run measured; the file that `kvzip eval links -o` writes."""
 
-    kind: Literal["links"] = "links"
+    writer = "kvzip eval links"
+
     model: str
     revision: str
     dtype: str
@@ -141,10 +139,6 @@ class Links(Made, frozen=True, kw_only=True):
     def worst_overlap(self) -> float:
         return max(p.overlap for p in self.points if p.overlap is not None)
 
-
-def load_links(path: str | os.PathLike[str]) -> Links:
-    """A stored result. Raises KVZipError when it is none, or measured nothing."""
-    found = stored.load(path, Links, "kvzip eval links")
-    if not found.points or not found.inputs.codecs:
-        raise KVZipError(f"{path} has no measured link in it")
-    return found
+    def check(self) -> None:
+        if not self.points or not self.inputs.codecs:
+            raise KVZipError("there is no measured link in it")

@@ -7,7 +7,9 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,32 +18,59 @@ from kvzip import container
 from kvzip.capture import processor_name
 
 PACKAGES = ("kvzip", "numpy", "torch", "transformers", "zstandard", "lz4")
+_CACHE_SIZES = "/sys/devices/system/cpu/cpu0/cache/index*/size"
+# By the first letters of their names in /proc/cpuinfo: x86's vectors and bit fields, ARM's vectors.
+_SIMD = ("ssse3", "sse4", "avx", "bmi", "gfni", "asimd", "sve")
 
 
-class Machine(msgspec.Struct, frozen=True):
+class Machine(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A computer, as far as speeds depend on it. What was not noted is left out of files."""
+
     cpu: str
     cores: int
-    """That this process may use."""
+    """That the measuring process may use."""
     memory_gib: float
-
-
-class Made(msgspec.Struct, frozen=True, kw_only=True):
-    """How a stored result came to be."""
-
-    command: str
-    date: str
-    machine: Machine
-    versions: dict[str, str]
+    cache_mib: float | None = None
+    """The largest cache that a core sees."""
+    simd: list[str] = []
+    """The vector extensions that the processor offers, as the system names them."""
 
 
 def machine() -> Machine:
     """The machine that this runs on."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Machine(processor_name(), container.thread_count(0), round(pages / 2**30, 1))
+    return Machine(
+        cpu=processor_name(),
+        cores=container.thread_count(0),
+        memory_gib=round(pages / 2**30, 1),
+        cache_mib=cache_bytes() / 2**20,
+        simd=list(_simd()),
+    )
+
+
+@cache
+def cache_bytes() -> int:
+    """Bytes of the largest cache of a processor core, 32 MiB where the system does not tell."""
+    sizes = [p.read_text().strip() for p in Path("/").glob(_CACHE_SIZES.lstrip("/"))]
+    known = [int(s[:-1]) << 10 for s in sizes if s.endswith("K")]
+    return max(known, default=32 << 20)
+
+
+@cache
+def _simd() -> tuple[str, ...]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ()
+    fields = (line.partition(":") for line in lines)
+    named = (
+        text.split() for key, _, text in fields if key.strip().lower() in ("flags", "features")
+    )
+    return tuple(sorted({flag for flags in named for flag in flags if flag.startswith(_SIMD)}))
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of Python and of those of the packages that are installed."""
+    """The versions of Python and of those of the packages that are installed."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -57,9 +86,10 @@ def now() -> str:
 
 
 def made_by(command: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """The fields of `Made`, for a result that this process makes now. Beside versions it names how
-    bf16 matrices were multiplied, where torch did not do it (:mod:`kvzip.models.products`)."""
-    products = sys.modules.get("kvzip.products")  # imported with the first model
+    """The fields of :class:`~kvzip.eval.results.base.Result`, for a result that this process makes
+    now. Beside versions it names how bf16 matrices were multiplied, where torch did not do it
+    (:mod:`kvzip.models.products`)."""
+    products = sys.modules.get("kvzip.models.products")  # imported with the first model
     return {
         "command": command,
         "date": now(),

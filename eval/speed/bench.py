@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -15,11 +14,10 @@ from numpy.typing import NDArray
 from kvzip import container
 from kvzip.codec import Codec
 from kvzip.dtypes import Bits
+from kvzip.eval.results.provenance import cache_bytes
 from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, Snapshot
-
-_CACHE_SIZES = "/sys/devices/system/cpu/cpu0/cache/index*/size"
 
 
 class CodecResult(msgspec.Struct, frozen=True):
@@ -137,13 +135,6 @@ def seconds(step: Callable[[], object]) -> float:
     began = time.perf_counter()
     step()
     return time.perf_counter() - began
-
-
-def cache_bytes() -> int:
-    """Bytes of the largest cache of a processor core, 32 MiB where the system does not tell."""
-    sizes = [p.read_text().strip() for p in Path("/").glob(_CACHE_SIZES.lstrip("/"))]
-    known = [int(s[:-1]) << 10 for s in sizes if s.endswith("K")]
-    return max(known, default=32 << 20)
 
 
 @cache

@@ -3,24 +3,21 @@ several lengths, and each codec's ratio and decode speed on the caches of those 
 
 from __future__ import annotations
 
-import math
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 import numpy as np
 
 from kvzip import capture, dtypes
-from kvzip.choice.cost import CodecFigures, PrefillFit, fit_prefill
+from kvzip.choice.cost import fit_prefill
 from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.eval.budget import Step
-from kvzip.eval.results import stored
-from kvzip.eval.results.provenance import Made, made_by
+from kvzip.eval.results.inputs import CodecRow, Inputs, Missing
+from kvzip.eval.results.provenance import made_by
 from kvzip.eval.speed import bench
 from kvzip.models import LoadedModel, load_model
 from kvzip.options import integer
@@ -29,66 +26,6 @@ from kvzip.snapshot import Snapshot
 
 CODECS = ("raw", "zstd", "lz4", "planes", "channel")
 LENGTHS = (256, 512, 1024, 2048)
-
-
-class CodecRow(msgspec.Struct, frozen=True):
-    """One codec on one cache."""
-
-    codec: str
-    dtype: str
-    tokens: int
-    raw_bytes: int
-    ratio: float
-    encode_gbps: float
-    decode_gbps: float
-    exact: bool
-
-    @property
-    def figures(self) -> CodecFigures:
-        return CodecFigures(self.codec, self.ratio, 1e9 * self.decode_gbps)
-
-
-class Missing(msgspec.Struct, frozen=True):
-    """A codec that gave no figures."""
-
-    codec: str
-    dtype: str
-    reason: str
-
-
-class Inputs(Made, frozen=True, kw_only=True):
-    """What one run measured; the file that `kvzip eval inputs -o` writes."""
-
-    kind: Literal["inputs"] = "inputs"
-    model: str
-    revision: str
-    text: str
-    layers: int
-    numbers_per_token: float
-    """Numbers that a token leaves in the cache, at the greatest length."""
-    parameters: int
-    """Those that multiply with every token."""
-    width: int
-    """Query heads x head dimension."""
-    prefill: PrefillFit
-    prefill_dtype: str
-    """What the timed prefill computed in."""
-    threads: int
-    """That codecs had; the prefill had torch's own number."""
-    rows: list[CodecRow]
-    missing: list[Missing]
-
-    def figures(self, dtype: str, tokens: float) -> list[CodecFigures]:
-        """Every codec's figures on a cache of that dtype at the measured length nearest to
-        `tokens`, in ratio. Raises KVZipError when none was measured of that dtype."""
-        able = [row for row in self.rows if row.dtype == dtype]
-        if not able:
-            raise KVZipError(
-                f"no codec was measured on {dtype}; there are: "
-                + ", ".join(dict.fromkeys(row.dtype for row in self.rows))
-            )
-        nearest = min({r.tokens for r in able}, key=lambda n: abs(math.log(n / tokens)))
-        return [row.figures for row in able if row.tokens == nearest]
 
 
 def measure(
@@ -198,22 +135,6 @@ def measure(
         rows=rows,
         missing=missing,
     )
-
-
-def load_inputs(path: str | os.PathLike[str]) -> Inputs:
-    """A stored result. Raises KVZipError when it is none, or a figure in it cannot be."""
-    found = stored.load(path, Inputs, "kvzip eval inputs")
-    if not found.rows:
-        raise KVZipError(f"{path} has no codec in it")
-    for row in found.rows:
-        for field in ("tokens", "ratio", "decode_gbps"):
-            value = getattr(row, field)
-            if not (math.isfinite(value) and value > 0):
-                raise KVZipError(f"{path}: {row.codec}: {field} is {value}; it must be above zero")
-        if not row.exact:
-            raise KVZipError(f"{path}: {row.codec} was not exact; its figures are none")
-    fit_prefill(found.prefill.points)  # names a point that cannot be
-    return found
 
 
 def learn(

@@ -53,39 +53,38 @@ def entropy_command(
     out
         Folder for entropy.json and the figures (ladder, layers and heads, spectrum) as SVG.
     """
+    from kvzip.eval.results import stored
+    from kvzip.eval.results.entropy import EntropyResult, FilePlanes
+    from kvzip.eval.results.provenance import made_by
+
     files = []
     with bar("fields", len(snapshots), in_bytes=False) as advance:
         for path in snapshots:
             snapshot = Snapshot.load(path)
-            files.append(
-                {
-                    "file": str(path),
-                    "dtype": snapshot.dtype,
-                    "planes": [msgspec.to_builtins(m) for m in entropy.planes(snapshot)],
-                }
-            )
+            files.append(FilePlanes(str(path), snapshot.dtype, entropy.planes(snapshot)))
             advance(1)
     with steps() as tell:
         fitted = entropy.fit(train, tell) if train else None
         ladder = entropy.measure(snapshots, fitted, read_profile(profile), tell)
-    result = {"files": files, "ladder": msgspec.to_builtins(ladder)}
+    result = EntropyResult(**made_by(command_line()), files=files, ladder=ladder)
+    said = msgspec.to_builtins(result)
     if out is not None:
         from kvzip.eval.report import charts
 
         out.mkdir(parents=True, exist_ok=True)
         drawn = charts.ladder_files(ladder)
-        data = msgspec.json.format(msgspec.json.encode(result))
-        for name, content in {"entropy.json": data, **drawn}.items():
+        stored.save(result, out / "entropy.json")
+        for name, content in drawn.items():
             with replacing(out / name) as file:
                 file.write(content)
-        result["figures"] = [str(out / name) for name in drawn]
+        said["figures"] = [str(out / name) for name in drawn]
 
     def show() -> None:
         for found in files:
-            say(f"{found['file']} ({found['dtype']})")
+            say(f"{found.file} ({found.dtype})")
             table = Table("field", "bits", "K", "V")
-            for m in found["planes"]:
-                table.add_row(m["plane"], str(m["width"]), f"{m['k']:.3f}", f"{m['v']:.3f}")
+            for m in found.planes:
+                table.add_row(m.plane, str(m.width), f"{m.k:.3f}", f"{m.v:.3f}")
             show_table(table)
         table = Table("model", "learned from", "bits", "K", "V", "ratio", title="ideal code length")
         width = dtypes.get(ladder.dtype).bits
@@ -95,7 +94,7 @@ def entropy_command(
             table.add_row(rung.name, rung.learned, *bits, ratio)
         show_table(table)
 
-    emit(result, as_json, show)
+    emit(said, as_json, show)
 
 
 @app.command
@@ -128,7 +127,8 @@ def bench(
         A stored result: its tables and charts become an HTML page (default: beside it; tables in
         Markdown where --out ends in .md), and nothing is run.
     """
-    from kvzip.benchmarks import result as results
+    from kvzip.eval.results import stored
+    from kvzip.eval.results.bench import BenchResult
 
     if draw is not None:
         from kvzip.benchmarks import draw as drawing
@@ -136,7 +136,7 @@ def bench(
         if snapshots:
             raise UsageError("--draw takes a stored result and no snapshots")
         page = out or draw.with_suffix(".html")
-        drawing.write(results.load(draw), page)
+        drawing.write(stored.load(draw, BenchResult), page)
         emit({"page": str(page)}, as_json, lambda: say(str(page)))
         return
     if not snapshots:
@@ -160,8 +160,7 @@ def bench(
             progress=advance,
         )
     if out is not None:
-        with replacing(out) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(result)))
+        stored.save(result, out)
 
     def show() -> None:
         for snapshot in result.snapshots:

@@ -61,7 +61,8 @@ def advise(
     from kvzip.eval.money import advise as advising
     from kvzip.eval.money.breakeven import Use
     from kvzip.eval.money.prices import load_prices, pick
-    from kvzip.eval.speed.inputs import load_inputs
+    from kvzip.eval.results.inputs import Inputs
+    from kvzip.eval.results.stored import load
 
     book = load_prices(*(price_file or []))
     advice = advising.advise(
@@ -71,7 +72,7 @@ def advise(
         dtype=dtype,
         bandwidth=advising.bandwidth(link, book),
         base=book.base(prices),
-        inputs=load_inputs(inputs or MEASURED),
+        inputs=load(inputs or MEASURED, Inputs),
         latency=latency,
         compute=None if device is None else pick("device", book.compute, device),
         codecs=None if codecs is None else split_specs(codecs),
@@ -144,13 +145,14 @@ def fleet(
     from kvzip.eval.money import fleet as fleets
     from kvzip.eval.money.prices import load_prices, pick
     from kvzip.eval.quantities import dollars, significant
-    from kvzip.eval.speed.inputs import load_inputs
+    from kvzip.eval.results.inputs import Inputs
+    from kvzip.eval.results.stored import load
 
     chosen = pick("fleet", fleets.presets(load_prices(*(price_file or []))), preset)
     if config is not None:
         chosen = fleets.changed(chosen, config)
     names = split_specs(codecs)
-    known = {f.name: f for f in load_inputs(inputs or MEASURED).figures(dtype, 1e9)}
+    known = {f.name: f for f in load(inputs or MEASURED, Inputs).figures(dtype, 1e9)}
     found = fleets.bills(chosen, [pick("measured codec", known, name) for name in names])
 
     def show() -> None:
@@ -203,15 +205,16 @@ def paper(
         A result of kvzip eval exactness, to stand beside the paper's tokens and logits.
     """
     from kvzip.choice.auto import MEASURED
-    from kvzip.eval.exactness.corpus import load_trials
     from kvzip.eval.money.paper import reproduction
     from kvzip.eval.money.prices import load_prices
-    from kvzip.eval.speed.inputs import load_inputs
+    from kvzip.eval.results.exactness import ExactnessResult
+    from kvzip.eval.results.inputs import Inputs
+    from kvzip.eval.results.stored import load
 
     found = reproduction(
-        load_inputs(inputs or MEASURED),
+        load(inputs or MEASURED, Inputs),
         load_prices(*(price_file or [])),
-        None if exactness is None else load_trials(exactness),
+        None if exactness is None else load(exactness, ExactnessResult),
     )
 
     def show() -> None:

@@ -13,9 +13,11 @@ from support import cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip import dtypes
-from kvzip.benchmarks import draw, result, run
+from kvzip.benchmarks import draw, run
 from kvzip.benchmarks.peer import Peer
 from kvzip.cli import main
+from kvzip.eval.results.bench import BenchResult
+from kvzip.eval.results.stored import load
 
 
 class Copy(Peer):
@@ -90,8 +92,8 @@ def test_figures_follow_from_each_other_and_survive_storage(tmp_path, paths, cap
     stored = tmp_path / "results.json"
     code, out, _ = call(capsys, *paths, "--codecs", "raw,channel", "--out", stored, "--json")
     assert code == 0
-    found = result.load(stored)
-    assert found == msgspec.json.decode(out, type=result.BenchResult)
+    found = load(stored, BenchResult)
+    assert found == msgspec.json.decode(out, type=BenchResult)
     assert found.command.startswith("kvzip")
     assert found.machine.cpu and found.versions["kvzip"] == kvzip.__version__
     assert [row.name for row in found.rows] == ["memcpy", "raw", "channel"] * 2
@@ -140,7 +142,7 @@ def test_a_profile_goes_to_the_codecs_that_need_one(tmp_path, paths, capsys, mon
     arguments = [paths[0], "--codecs", "raw,profiled", "--repeat", 1, "--json"]
     code, out, _ = call(capsys, *arguments, "--profile", profile)
     assert code == 0
-    found = msgspec.json.decode(out, type=result.BenchResult)
+    found = msgspec.json.decode(out, type=BenchResult)
     assert [row.name for row in found.rows] == ["memcpy", "raw", "profiled"]
     assert found.exact
     # What needs no profile is measured without: its file would name one.
@@ -209,7 +211,7 @@ def test_a_wrong_round_trip_is_told_and_fails(paths, peers, capsys, peer):
     assert "did not give back" in err
     code, out, _ = call(capsys, paths[0], "--peers", "--repeat", 1, "--json")
     assert code == 1
-    found = msgspec.json.decode(out, type=result.BenchResult)
+    found = msgspec.json.decode(out, type=BenchResult)
     assert {row.name for row in found.rows if not row.exact} == {peer.name}
 
 
@@ -221,7 +223,7 @@ def test_the_page_has_every_row_and_what_is_missing(tmp_path, paths, peers, caps
     assert code == 0
     page = (tmp_path / "results.html").read_text()
     assert out.replace("\n", "").strip() == str(tmp_path / "results.html")
-    found = result.load(stored)
+    found = load(stored, BenchResult)
     lines = re.findall(r"<tr class=.*?</tr>", page)
     assert len(lines) == len(found.rows)
     for row in found.rows:
@@ -240,7 +242,7 @@ def test_the_page_has_every_row_and_what_is_missing(tmp_path, paths, peers, caps
 @pytest.mark.parametrize("stored", ["benchmarks", "benchmarks-avx2"])
 def test_the_documented_run_is_the_stored_one(stored):
     docs = Path(__file__).parents[2] / "docs"
-    tables = draw.markdown(result.load(docs / f"{stored}.json"))
+    tables = draw.markdown(load(docs / f"{stored}.json", BenchResult))
     assert tables.strip() in (docs / "benchmarks.md").read_text()
 
 
@@ -287,11 +289,11 @@ def test_a_stored_result_that_cannot_be_is_refused(tmp_path, paths, change):
     found = msgspec.to_builtins(measure(paths[:1], ["raw"], repeat=1))
     (tmp_path / "r.json").write_text(json.dumps(found | change))
     with pytest.raises(kvzip.KVZipError):
-        result.load(tmp_path / "r.json")
+        load(tmp_path / "r.json", BenchResult)
     found["rows"][0]["ratio"] = 0
     (tmp_path / "r.json").write_text(json.dumps(found))
     with pytest.raises(kvzip.KVZipError, match="ratio"):
-        result.load(tmp_path / "r.json")
+        load(tmp_path / "r.json", BenchResult)
 
 
 def test_a_snapshot_without_numbers_is_refused(tmp_path):

@@ -16,7 +16,9 @@ from support import tiny_model  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip import capture, dtypes  # noqa: E402
-from kvzip.eval.exactness.corpus import load_trials, quantised, run  # noqa: E402
+from kvzip.eval.exactness.corpus import quantised, run  # noqa: E402
+from kvzip.eval.results import stored  # noqa: E402
+from kvzip.eval.results.exactness import ExactnessResult  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -57,8 +59,8 @@ def test_what_lossless_buys(made: Any, tmp_path: Path) -> None:
     assert rows["int4"].max_logit_difference > rows["int8"].max_logit_difference
     assert found.fresh.runs == 9
     path = tmp_path / "exactness.json"
-    path.write_bytes(msgspec.json.encode(found))
-    assert load_trials(path) == found
+    stored.save(found, path)
+    assert stored.load(path, ExactnessResult) == found
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -97,6 +99,6 @@ def test_what_cannot_be_tried(made: Any, tmp_path: Path) -> None:
         run(
             [paths[0], tmp_path / "other.safetensors"], loaded=loaded, new_tokens=1, codecs=("raw",)
         )
-    (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "x.json").write_text('{"kind": "exactness", "version": 1}')
     with pytest.raises(kvzip.KVZipError, match="not a result of kvzip eval exactness"):
-        load_trials(tmp_path / "x.json")
+        stored.load(tmp_path / "x.json", ExactnessResult)

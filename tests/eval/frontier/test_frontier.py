@@ -23,7 +23,7 @@ from kvzip.eval.frontier import run as frontier
 from kvzip.eval.frontier.hull import hull, steps
 from kvzip.eval.report import charts
 from kvzip.eval.results import stored
-from kvzip.eval.results.frontier import Point, load_frontier
+from kvzip.eval.results.frontier import Frontier, Point
 from kvzip.models import LoadedModel
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -156,10 +156,10 @@ def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch, result):
 
 def test_the_result_goes_to_json_and_back(result, tmp_path):
     stored.save(result, tmp_path / "a.json")
-    assert load_frontier(tmp_path / "a.json") == result
-    (tmp_path / "b.json").write_text('{"version": 1}')
-    with pytest.raises(KVZipError, match="not a result of `kvzip eval frontier`"):
-        load_frontier(tmp_path / "b.json")
+    assert stored.load(tmp_path / "a.json", Frontier) == result
+    (tmp_path / "b.json").write_text('{"kind": "frontier", "version": 1}')
+    with pytest.raises(KVZipError, match="not a result of kvzip eval frontier"):
+        stored.load(tmp_path / "b.json", Frontier)
 
 
 def test_wrong_use_is_named(paths, tmp_path):
@@ -276,14 +276,14 @@ def test_the_file_stands_alone(result):
 
 def test_the_stored_result():
     """What the docs show is drawn from what the docs hold."""
-    stored = load_frontier(DOCS / "frontier.json")
-    assert not set(stored.train) & set(stored.test)
-    assert not set(stored.calibrate) & set(stored.test)
-    assert stored.command.startswith("kvzip eval frontier")
-    assert (DOCS / "frontier.svg").read_text() == charts.frontier_file(stored)
-    second = stored.prefill_seconds / stored.document_tokens
-    for run in stored.runs:
-        found = steps(run.points, stored.prefill_products, stored.numbers_per_token, second)
+    found = stored.load(DOCS / "frontier.json", Frontier)
+    assert not set(found.train) & set(found.test)
+    assert not set(found.calibrate) & set(found.test)
+    assert found.command.startswith("kvzip eval frontier")
+    assert (DOCS / "frontier.svg").read_text() == charts.frontier_file(found)
+    second = found.prefill_seconds / found.document_tokens
+    for run in found.runs:
+        found = steps(run.points, found.prefill_products, found.numbers_per_token, second)
         assert run.steps == found
 
 

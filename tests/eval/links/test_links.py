@@ -27,7 +27,7 @@ from kvzip.eval.links import processes, timing  # noqa: E402
 from kvzip.eval.links.measure import measure  # noqa: E402
 from kvzip.eval.links.network import ADDRESSES, Link, NoLinkError, require_links  # noqa: E402
 from kvzip.eval.links.sources import Sources, prepare  # noqa: E402
-from kvzip.eval.results.links import Links, load_links  # noqa: E402
+from kvzip.eval.results.links import Links  # noqa: E402
 
 MBPS = 10
 CONNECT = f"""
@@ -113,7 +113,7 @@ def test_it_goes_through_a_file_whole(measured: Links, tmp_path: Path) -> None:
     from kvzip.eval.results import stored
 
     stored.save(measured, tmp_path / "links.json")
-    assert load_links(tmp_path / "links.json") == measured
+    assert stored.load(tmp_path / "links.json", Links) == measured
 
 
 def test_a_run_that_was_ended_goes_on(

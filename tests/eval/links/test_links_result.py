@@ -23,7 +23,6 @@ from kvzip.eval.results.links import (
     Point,
     PredictionInputs,
     TransferCost,
-    load_links,
 )
 from kvzip.eval.results.provenance import Machine
 
@@ -209,13 +208,13 @@ def test_the_chart_has_a_line_a_way_and_every_measurement() -> None:
 
 def test_a_stored_result_comes_back(tmp_path: Any) -> None:
     stored.save(result(), tmp_path / "links.json")
-    assert load_links(tmp_path / "links.json") == result()
+    assert stored.load(tmp_path / "links.json", Links) == result()
     stored.save(result(points=[]), tmp_path / "empty.json")
     with pytest.raises(KVZipError, match="no measured link"):
-        load_links(tmp_path / "empty.json")
-    (tmp_path / "none.json").write_text("{}")
+        stored.load(tmp_path / "empty.json", Links)
+    (tmp_path / "none.json").write_text('{"kind": "links", "version": 1}')
     with pytest.raises(KVZipError, match="not a result of kvzip eval links"):
-        load_links(tmp_path / "none.json")
+        stored.load(tmp_path / "none.json", Links)
 
 
 def test_errors_are_relative_to_the_clock() -> None:

@@ -15,10 +15,11 @@ from kvzip.errors import KVZipError
 from kvzip.eval.money import advise as a
 from kvzip.eval.money.breakeven import Use
 from kvzip.eval.money.prices import default_prices
-from kvzip.eval.speed.inputs import Inputs, load_inputs
+from kvzip.eval.results.inputs import Inputs
+from kvzip.eval.results.stored import load
 
 BOOK = default_prices()
-INPUTS = load_inputs(MEASURED)
+INPUTS = load(MEASURED, Inputs)
 
 
 @pytest.fixture(autouse=True)
@@ -184,19 +185,19 @@ def test_inputs_that_cannot_be_are_named(tmp_path: Any) -> None:
         (tmp_path / "inputs.json").write_bytes(msgspec.json.encode(plain))
         return tmp_path / "inputs.json"
 
-    assert load_inputs(written()) == INPUTS
+    assert load(written(), Inputs) == INPUTS
     row = msgspec.to_builtins(INPUTS.rows[0])
     for changes, says in (
         ({"rows": []}, "no codec"),
         ({"rows": [row | {"ratio": -1.0}]}, "ratio is -1"),
         ({"rows": [row | {"exact": False}]}, "was not exact"),
-        ({"kind": "other"}, "not a result of kvzip eval inputs"),
+        ({"kind": "links"}, "not a result of kvzip eval inputs, but of kvzip eval links"),
         ({"machine": None}, "machine"),
     ):
         with pytest.raises(KVZipError, match=says):
-            load_inputs(written(**changes))
+            load(written(**changes), Inputs)
     with pytest.raises(KVZipError, match="No such file"):
-        load_inputs(tmp_path / "none.json")
+        load(tmp_path / "none.json", Inputs)
 
 
 def test_figures_are_of_the_nearest_length_in_ratio() -> None:

@@ -7,10 +7,11 @@ import pytest
 
 from kvzip.choice.auto import MEASURED
 from kvzip.errors import KVZipError
-from kvzip.eval.exactness.corpus import Trial, Trials
 from kvzip.eval.money.paper import PaperRow, paper_table, ratio_needed, reproduction
 from kvzip.eval.money.prices import default_prices
-from kvzip.eval.speed.inputs import load_inputs
+from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
+from kvzip.eval.results.inputs import Inputs
+from kvzip.eval.results.stored import load
 
 TABLE = {row.name: row for row in paper_table()}
 
@@ -81,7 +82,7 @@ def test_the_ratio_alone() -> None:
 
 # --- its open question ---------------------------------------------------------------------------
 
-INPUTS = load_inputs(MEASURED)
+INPUTS = load(MEASURED, Inputs)
 FOUND = reproduction(INPUTS)
 
 
@@ -131,8 +132,8 @@ def test_inputs_of_other_dtypes_are_no_answer() -> None:
 
 
 def test_measured_exactness_stands_beside_the_papers() -> None:
-    row = Trial("channel", False, 1.5, 4, 4, 2, 96, 96, 96, 24, 0.0)
-    made = Trials(
+    row = ExactnessRow("channel", False, 1.5, 4, 4, 2, 96, 96, 96, 24, 0.0)
+    made = ExactnessResult(
         command="",
         date="",
         machine=INPUTS.machine,
@@ -147,7 +148,7 @@ def test_measured_exactness_stands_beside_the_papers() -> None:
         rows=[row, msgspec.structs.replace(row, name="int8", lossy=True, tokens_matching=50)],
         fresh=msgspec.structs.replace(row, max_logit_difference=0.25),
     )
-    found = reproduction(INPUTS, trials=made).beside
+    found = reproduction(INPUTS, exactness=made).beside
     assert [(b.paper, b.ours) for b in found] == [
         ("24 of 24", "96 of 96"),
         ("0.02", "0.25"),

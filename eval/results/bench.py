@@ -1,33 +1,20 @@
-"""What one run of the benchmark found: the file that `kvzip bench --out` writes.
+"""What `kvzip bench` finds: kvzip's codecs beside memcpy and other compressors.
 
 Plain values only, so that it goes to JSON and back unchanged. GB = 10^9 bytes of raw numbers.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from kvzip.errors import KVZipError
+from kvzip.eval.results.base import Result, above_zero
 
 Kind = Literal["memcpy", "kvzip", "peer"]
 Order = Literal["token", "channel"]
 """Which numbers lie side by side: those of a token, or those of a channel."""
-
-
-class Machine(msgspec.Struct, frozen=True):
-    cpu: str
-    cores: int
-    """That this process may use."""
-    memory_gib: float
-    cache_mib: float
-    """The largest cache that a core sees."""
-    simd: list[str]
-    """The vector extensions that the processor offers, as the system names them."""
 
 
 class SnapshotIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +31,7 @@ class SnapshotIdentity(msgspec.Struct, frozen=True, kw_only=True):
     sha256_raw: str
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     """One codec on one snapshot."""
 
     file: str
@@ -76,7 +63,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         return f"kvzip {self.name}" if self.kind == "kvzip" else self.name
 
 
-class Missing(msgspec.Struct, frozen=True):
+class MissingPeer(msgspec.Struct, frozen=True):
     """A peer that gave no row."""
 
     name: str
@@ -85,40 +72,27 @@ class Missing(msgspec.Struct, frozen=True):
     """The snapshot that it failed on; None: it could not be used at all."""
 
 
-class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
-    version: int = 1
-    command: str
-    date: str
-    machine: Machine
-    versions: dict[str, str]
-    """Of kvzip, Python, and every package that gave a row."""
+class BenchResult(Result, frozen=True, kw_only=True, tag="bench"):
+    """One run of the benchmark. `versions` names every package that gave a row."""
+
+    writer = "kvzip bench"
+
     threads: int
     repeat: int
     snapshots: list[SnapshotIdentity]
-    rows: list[Row]
-    missing: list[Missing]
+    rows: list[BenchRow]
+    missing: list[MissingPeer]
 
     @property
     def exact(self) -> bool:
         return all(row.exact for row in self.rows)
 
-
-def load(path: str | os.PathLike[str]) -> BenchResult:
-    """A stored result. Raises KVZipError when it is none, or a figure in it cannot be."""
-    try:
-        result = msgspec.json.decode(Path(path).read_bytes(), type=BenchResult)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise KVZipError(f"{path} is not a result of kvzip bench: {error}") from None
-    if result.version != 1:
-        raise KVZipError(f"{path} is a result of version {result.version}; this reads version 1")
-    if not result.rows:
-        raise KVZipError(f"{path} has no rows")
-    known = {snapshot.file for snapshot in result.snapshots}
-    for row in result.rows:
-        for field in ("ratio", "encode_gbps", "decode_gbps"):
-            value = getattr(row, field)
-            if not (math.isfinite(value) and value > 0):
-                raise KVZipError(f"{path}: {row.name}: {field} is {value}; it must be above zero")
-        if row.file not in known:
-            raise KVZipError(f"{path}: {row.name} is of {row.file}, which is none of the snapshots")
-    return result
+    def check(self) -> None:
+        if not self.rows:
+            raise KVZipError("there is no row in it")
+        known = {snapshot.file for snapshot in self.snapshots}
+        for row in self.rows:
+            for field in ("ratio", "encode_gbps", "decode_gbps"):
+                above_zero(f"{row.title}: {field}", getattr(row, field))
+            if row.file not in known:
+                raise KVZipError(f"{row.title} is of {row.file}, which is none of the snapshots")
