@@ -77,10 +77,10 @@ def frontier(
     from kvzip.eval.frontier.run import run
     from kvzip.eval.report import charts
     from kvzip.eval.results import stored
-    from kvzip.eval.results.frontier import load_frontier
+    from kvzip.eval.results.frontier import Frontier
 
     if draw is not None:
-        found = load_frontier(draw)
+        found = stored.load(draw, Frontier)
     elif not (test and train and calibrate and model):
         raise UsageError("name --test, --train, --calibrate and --model, or a result with --draw")
     else:

@@ -85,13 +85,13 @@ def links(
     from kvzip.eval.report import charts, readme
     from kvzip.eval.report import links as words
     from kvzip.eval.results import stored
-    from kvzip.eval.results.links import load_links
+    from kvzip.eval.results.links import Links
 
     sweeps: dict[float, list[int]] = {0.0: integers("--rates", rates)}
     if delay:
         sweeps[delay / 1e3] = integers("--delay-rates", delay_rates)
     if draw is not None:
-        found = load_links(draw)
+        found = stored.load(draw, Links)
     else:
         with stages("starting") as (step, progress):
             found = run(
