@@ -162,7 +162,7 @@ def _used_elsewhere(link: Link, server: processes.End) -> float:
 
 
 def _prediction_inputs(sources: Sources, snapshot: Snapshot, times: Times) -> PredictionInputs:
-    from kvzip.load.lazy import TOGETHER
+    from kvzip.load.loaders import TOGETHER
 
     prefills = [
         seconds

@@ -61,7 +61,7 @@ class PredictionInputs(msgspec.Struct, frozen=True):
     step_work: float
     """What that takes of the processors, over all cores."""
     together: int
-    """Layers that a model gets at once (:mod:`kvzip.load.lazy`)."""
+    """Layers that a model gets at once (:mod:`kvzip.load.loaders`)."""
     codecs: list[CodecCosts]
 
     def costs(self, codec: str) -> CodecCosts:

@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache
+from numpy.typing import ArrayLike
 
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, StoreError
+from kvzip.load.caches import empty_cache, lazy_cache, prefill_of, spans_of
 from kvzip.load.config import LayerKind, cache_argument, layer_kinds
-from kvzip.load.documents import (
-    Opened,
+from kvzip.load.documents import Document, OpenDocument, find_document, open_document
+from kvzip.load.loaders import BatchLoader, Computed, Loader
+from kvzip.load.matching import (
     agreed,
     check_config,
     check_held,
     finder,
     ids_of,
     in_common,
-    lazy_cache,
-    prefill_of,
-    spans_of,
 )
-from kvzip.load.lazy import BatchLoader, Computed, Loader, Recovery, naming, tell
+from kvzip.load.recovery import Recovery, naming, tell
 from kvzip.load.witness import watch
+from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.store import Store
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 
 def load_batch(
-    sources: Sequence[Any],
-    config: Any,
-    prompts: Sequence[Any],
+    sources: Sequence[Document | None],
+    config: PretrainedConfig,
+    prompts: Sequence[ArrayLike | torch.Tensor],
     *,
     pad_token_id: int = 0,
-    profile: Any = None,
-    device: Any = None,
+    profile: Profile | None = None,
+    device: torch.device | str | None = None,
     threads: int = 0,
 ) -> dict[str, Any]:
     """Several prompts with a document each as one batch: ``generate(**load_batch(...))``.
@@ -55,40 +58,41 @@ def load_batch(
     padded = _Prompts(prompts, sources)
     kinds = layer_kinds(config)
     with ExitStack() as stack:
-        opened, shared = [], []
+        usable: dict[int, _Usable] = {}
         for n, (source, row) in enumerate(zip(sources, padded.rows, strict=True)):
+            if source is None:
+                continue
             with naming(n):
-                one = stack.enter_context(Opened(source, profile, threads))
-                common = 0
-                if one.source is not None:
-                    check_config(one.source, config)
-                    common = in_common(one.source.layout, one.source.token_ids, row[None])
-            opened.append(one)
-            shared.append(common)
-        column = min(padded.column(n, common) for n, common in enumerate(shared))
+                opened = stack.enter_context(open_document(source, profile, threads))
+                check_config(opened.source, config)
+                layout, ids = opened.source.layout, opened.source.token_ids
+                common = in_common(layout, ids, row[None])
+            usable[n] = _Usable(opened, common, common)
+        tokens = (usable[n].tokens if n in usable else 0 for n in range(len(sources)))
+        column = min(padded.column(n, count) for n, count in enumerate(tokens))
         rows: list[Loader | None] = []
-        for n, (one, common) in enumerate(zip(opened, shared, strict=True)):
-            count, row = padded.before(n, column), None
-            if count and one.source is not None:
-                with naming(n):
-                    row = _loader(one.source, kinds, count, common, device, threads)
-            rows.append(row)
+        for n in range(len(sources)):
+            count = padded.before(n, column)
+            if not count or n not in usable:
+                rows.append(None)
+                continue
+            with naming(n):
+                rows.append(usable[n].loader(kinds, count, device, threads))
         if len({row.dtype for row in rows if row is not None}) > 1:
             raise KVZipError("the documents of a batch are not all of one dtype")
-        return padded.inputs(pad_token_id, device) | _cache(
-            rows, config, kinds, column, padded.longest, opened
-        )
+        made = _cache(rows, config, kinds, column, padded.longest, usable.values())
+        return padded.inputs(pad_token_id, device) | made
 
 
 def load_batch_or_prefill(
-    source: Any,
-    model: Any,
-    prompts: Sequence[Any],
+    source: Store | Sequence[Document | Store | None],
+    model: PreTrainedModel,
+    prompts: Sequence[ArrayLike | torch.Tensor],
     *,
     name: str | None = None,
     revision: str | None = None,
     pad_token_id: int = 0,
-    profile: Any = None,
+    profile: Profile | None = None,
     threads: int = 0,
 ) -> dict[str, Any]:
     """What :func:`load_batch` returns, on the model's device, and right whatever happens to what is
@@ -107,53 +111,106 @@ def load_batch_or_prefill(
     sources = [source] * len(prompts) if isinstance(source, Store) else source
     padded = _Prompts(prompts, sources)
     kinds = layer_kinds(model.config)
+
+    def find(source: Document | Store | None, n: int) -> OpenDocument[Reader | Snapshot] | None:
+        look_up = finder(model, padded.rows[n], name, revision, profile, threads)
+        return find_document(source, look_up, profile, threads)
+
     with ExitStack() as stack:
-        opened: list[Opened] = []
-        shared: dict[int, tuple[Reader | Snapshot, int, int]] = {}
-        silent: list[Any] = []
-        for n, (one_source, row) in enumerate(zip(sources, padded.rows, strict=True)):
-            if any(one_source is store for store in silent):
-                continue
-            find = finder(model, row, name, revision, profile, threads)
-            try:
-                with naming(n):
-                    one = stack.enter_context(Opened(one_source, profile, threads, find))
-                    if one.source is not None:
-                        _, most, common = agreed(one.source, model, row[None])
-                        shared[n] = one.source, most, common
-                        opened.append(one)
-            except (KVZipError, OSError) as error:
-                tell(error)
-                if isinstance(error, StoreError) and isinstance(one_source, Store):
-                    silent.append(one_source)
-        column = min((padded.column(n, usable) for n, (_, usable, _) in shared.items()), default=0)
-        rows: list[Loader | Computed | None] = []
-        for n, prompt in enumerate(padded.rows):
-            count = padded.before(n, column)
-            if not count:
-                rows.append(None)
-                continue
-            recovery = Recovery(prefill_of(model, prompt[None], count))
-            loaded: Loader | Computed = Computed(recovery, model.dtype, model.device)
-            if n in shared:
-                document, _, common = shared[n]
-                try:
-                    with naming(n):
-                        loaded = _loader(document, kinds, count, common, None, threads)
-                    loaded.recovery = recovery
-                except KVZipError as error:
-                    tell(error)
-            rows.append(loaded)
-        made = _cache(rows, model.config, kinds, column, padded.longest, opened)
+        usable = _find_all(sources, padded, model, find, stack)
+        columns = (padded.column(n, one.tokens) for n, one in usable.items())
+        column = min(columns, default=0)
+        rows = [
+            _row_or_prefill(usable.get(n), n, model, padded, column, kinds, threads)
+            for n in range(len(sources))
+        ]
+        made = _cache(rows, model.config, kinds, column, padded.longest, usable.values())
         if any(rows):
             watch(model, *made.values())
         return padded.inputs(pad_token_id, model.device) | made
 
 
+class _Usable(NamedTuple):
+    """A prompt's document."""
+
+    opened: OpenDocument[Reader | Snapshot]
+    tokens: int
+    """How many first tokens can be kept."""
+    common: int
+    """How many first tokens it shares with the prompt."""
+
+    def loader(
+        self,
+        kinds: Sequence[LayerKind],
+        count: int,
+        device: torch.device | str | None,
+        threads: int,
+    ) -> Loader:
+        """A loader of the first `count` tokens, and of the next one's keys as their witness, if it
+        is shared. Raises KVZipError if the document does not hold them."""
+        document = self.opened.source
+        check_held(document.layout, count)
+        spans = spans_of(kinds, count, count < self.common)
+        return Loader(document, spans, count, device, threads)
+
+
+def _find_all(
+    sources: Sequence[Document | Store | None],
+    padded: _Prompts,
+    model: PreTrainedModel,
+    find: Callable[[Document | Store | None, int], OpenDocument[Reader | Snapshot] | None],
+    stack: ExitStack,
+) -> dict[int, _Usable]:
+    """The documents that prompts have, by the prompts' numbers; they are closed with the stack.
+    What cannot be used is told. A store that has not answered once is not asked again."""
+    usable: dict[int, _Usable] = {}
+    silent: list[Store] = []
+    for n, (source, row) in enumerate(zip(sources, padded.rows, strict=True)):
+        if any(source is store for store in silent):
+            continue
+        try:
+            with naming(n):
+                found = find(source, n)
+                if found is not None:
+                    opened = stack.enter_context(found)
+                    _, most, common = agreed(opened.source, model, row[None])
+                    usable[n] = _Usable(opened, most, common)
+        except (KVZipError, OSError) as error:
+            tell(error)
+            if isinstance(error, StoreError) and isinstance(source, Store):
+                silent.append(source)
+    return usable
+
+
+def _row_or_prefill(
+    usable: _Usable | None,
+    n: int,
+    model: PreTrainedModel,
+    padded: _Prompts,
+    column: int,
+    kinds: Sequence[LayerKind],
+    threads: int,
+) -> Loader | Computed | None:
+    """What prompt n has before a column, from its document or else computed; None for nothing."""
+    count = padded.before(n, column)
+    if not count:
+        return None
+    recovery = Recovery(prefill_of(model, padded.rows[n][None], count))
+    if usable is not None:
+        try:
+            with naming(n):
+                loader = usable.loader(kinds, count, None, threads)
+            loader.recovery = recovery
+            return loader
+        except KVZipError as error:
+            tell(error)
+    return Computed(recovery, model.dtype, model.device)
+
+
 class _Prompts:
     """Prompts of a batch, [n] each, the shorter ones padded at the left."""
 
-    def __init__(self, prompts: Sequence[Any], sources: Sequence[Any]):
+    def __init__(self, prompts: Sequence[ArrayLike | torch.Tensor], sources: Sequence[object]):
         if not len(sources) == len(prompts) > 0:
             raise KVZipError(f"{len(sources)} documents for {len(prompts)} prompts")
         self.rows = [ids_of(prompt, "prompts")[0] for prompt in prompts]
@@ -168,7 +225,10 @@ class _Prompts:
         """How many of a row's tokens lie before a column."""
         return max(0, column - self.longest + len(self.rows[n]))
 
-    def inputs(self, pad_token_id: int, device: Any) -> dict[str, Any]:
+    def inputs(
+        self, pad_token_id: int, device: torch.device | str | None
+    ) -> dict[str, torch.Tensor]:
+        """What `generate` is fed: the ids, and the mask that leaves out the padding."""
         ids = torch.full((len(self.rows), self.longest), pad_token_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(self.rows):
@@ -177,31 +237,18 @@ class _Prompts:
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _loader(
-    document: Reader | Snapshot,
-    kinds: Sequence[LayerKind],
-    count: int,
-    common: int,
-    device: Any,
-    threads: int,
-) -> Loader:
-    """Of a document's first `count` tokens; of those `common` ones the next key is their witness.
-    Raises KVZipError if it does not hold them."""
-    check_held(document.layout, count)
-    return Loader(document, spans_of(kinds, count, count < common), count, device, threads)
-
-
 def _cache(
     rows: Sequence[Loader | Computed | None],
-    config: Any,
+    config: PretrainedConfig,
     kinds: Sequence[LayerKind],
     column: int,
     longest: int,
-    opened: Sequence[Opened],
+    usable: Collection[_Usable],
 ) -> dict[str, Any]:
+    """The argument of `generate` that hands over a cache of these rows, all up to one column."""
     if not any(rows):
-        return cache_argument(DynamicCache(config=config.get_text_config(decoder=True)))
+        return cache_argument(empty_cache(config))
     batch = BatchLoader(rows, column, [kind.window for kind in kinds])
-    for one in opened:
-        one.close_after(batch)
+    for one in usable:
+        one.opened.close_after(batch)
     return cache_argument(lazy_cache(batch, kinds, column, longest))

@@ -7,12 +7,17 @@ So how a tensor is cut into keys and values of layers follows from its shape alo
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kvzip import container, dtypes
 from kvzip.codec import Codec
+from kvzip.dtypes import Bits
 from kvzip.errors import UnsupportedError
+from kvzip.load.documents import Bytes, open_document
 from kvzip.snapshot import Layout, Origin, Snapshot
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_codec(codec: Codec) -> Codec:
@@ -25,7 +30,7 @@ def check_codec(codec: Codec) -> Codec:
     return codec
 
 
-def pairs(array: Any) -> list[tuple[Any, Any]]:
+def pairs(array: Bits) -> list[tuple[Bits, Bits]]:
     """A tensor as keys and values of layers, [heads, tokens, dim] each, or [1, tokens, channels]:
     views of it.
 
@@ -53,7 +58,7 @@ def pairs(array: Any) -> list[tuple[Any, Any]]:
     return [(layer[None, :, :half], layer[None, :, half:]) for layer in layers]
 
 
-def _bits(tensor: Any) -> tuple[Any, str]:
+def _bits(tensor: torch.Tensor) -> tuple[Bits, str]:
     """A tensor's bits; integers pass for numbers of one of our formats that is as wide."""
     if tensor.dtype.is_floating_point:
         return dtypes.as_bits(tensor)
@@ -63,29 +68,34 @@ def _bits(tensor: Any) -> tuple[Any, str]:
     return dtypes.as_bits(tensor, wide)
 
 
-def _snapshot(tensor: Any, origin: Origin | None = None) -> Snapshot:
+def _snapshot(tensor: torch.Tensor, origin: Origin | None = None) -> Snapshot:
     bits, name = _bits(tensor)
     return Snapshot.from_arrays(pairs(bits), name, origin=origin or Origin())
 
 
-def layout(tensor: Any) -> Layout:
+def layout(tensor: torch.Tensor) -> Layout:
     """Layout of the file that a tensor becomes; its numbers are not looked at."""
     return _snapshot(tensor).layout
 
 
-def encode(tensor: Any, codec: Codec, threads: int = 1, origin: Origin | None = None) -> bytes:
+def encode(
+    tensor: torch.Tensor, codec: Codec, threads: int = 1, origin: Origin | None = None
+) -> bytes:
     """A CPU tensor of any strides as the bytes of a .kvz file."""
     return container.encode(_snapshot(tensor, origin), codec, threads=threads)
 
 
-def decode(data: Any, tensor: Any, threads: int = 1, origin: Origin | None = None) -> None:
+def decode(
+    data: Bytes, tensor: torch.Tensor, threads: int = 1, origin: Origin | None = None
+) -> None:
     """Fill a CPU tensor of any strides from the bytes of a .kvz file.
 
     `origin`: where it must come from, by its revision. Raises CorruptError, FormatError, and
     UnsupportedError when the numbers are of another shape or of other weights.
     """
     bits, name = _bits(tensor)
-    with container.open(data, threads=threads) as reader:
+    with open_document(data, threads=threads) as document:
+        reader = document.source
         found = reader.header.origin
         if origin is not None and found.revision != origin.revision:
             raise UnsupportedError(

@@ -10,36 +10,42 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 import transformers
-from numpy.typing import NDArray
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from numpy.typing import ArrayLike
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvzip import dtypes
+from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.batch import load_batch, load_batch_or_prefill
+from kvzip.load.caches import empty_cache, lazy_cache, prefill_of, spans_of
 from kvzip.load.config import LayerKind, cache_argument, kind_of, layer_kinds, rope_parameters
-from kvzip.load.documents import (
-    Opened,
+from kvzip.load.documents import Document, OpenDocument, find_document, open_document
+from kvzip.load.loaders import Loader
+from kvzip.load.matching import (
+    Ids,
     agreed,
     check_config,
     check_held,
     finder,
     ids_of,
     in_common,
-    lazy_cache,
     origin_of_model,
-    prefill_of,
-    spans_of,
 )
-from kvzip.load.lazy import Loader, Recovery, tell
+from kvzip.load.recovery import Recovery, tell
 from kvzip.load.witness import watch
 from kvzip.models import products
 from kvzip.options import integer
+from kvzip.profile import Profile
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
+from kvzip.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
     "cache_argument",
@@ -56,7 +62,11 @@ __all__ = [
 # --- from a cache ----------------------------------------------------------------------------
 
 
-def snapshot_of_cache(cache: Any, token_ids: Any = None, model: Any = None) -> Snapshot:
+def snapshot_of_cache(
+    cache: Cache,
+    token_ids: ArrayLike | torch.Tensor | None = None,
+    model: PreTrainedModel | str | None = None,
+) -> Snapshot:
     """A snapshot of a `Cache` that a forward pass has filled; see :meth:`Snapshot.from_cache`.
 
     `token_ids`: ids of all tokens the cache has seen, [tokens] or [batch, tokens]. `model`: the
@@ -92,7 +102,8 @@ def snapshot_of_cache(cache: Any, token_ids: Any = None, model: Any = None) -> S
     return Snapshot(layers, dtype, ids, _origin(model, layers[0], cache))
 
 
-def _origin(model: Any, layer: Layer, cache: Any) -> Origin:
+def _origin(model: PreTrainedModel | str | None, layer: Layer, cache: Cache) -> Origin:
+    """Where a cache comes from: its model, if that is known, and the software that made it."""
     device = cache.layers[0].keys.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     software = {
@@ -110,7 +121,7 @@ def _origin(model: Any, layer: Layer, cache: Any) -> Origin:
 # --- to a cache ------------------------------------------------------------------------------
 
 
-def cache_of_snapshot(snapshot: Snapshot, config: Any) -> Any:
+def cache_of_snapshot(snapshot: Snapshot, config: PretrainedConfig) -> Cache:
     """A `DynamicCache` with every token of a snapshot; see :meth:`Snapshot.to_cache`."""
     kinds = check_config(snapshot, config)
     check_held(snapshot.layout, snapshot.tokens)
@@ -120,17 +131,17 @@ def cache_of_snapshot(snapshot: Snapshot, config: Any) -> Any:
 
 
 def load_cache(
-    source: Any,
-    config: Any,
+    source: Document,
+    config: PretrainedConfig,
     *,
-    prompt: Any = None,
+    prompt: ArrayLike | torch.Tensor | None = None,
     tokens: int | None = None,
-    profile: Any = None,
-    device: Any = None,
+    profile: Profile | None = None,
+    device: torch.device | str | None = None,
     threads: int = 0,
     prefill_chunk_size: int | None = None,
     check_weights: bool = True,
-) -> Any:
+) -> Cache:
     """A transformers `Cache` from a .kvz file, for ``generate(ids, cache=...)``
     (``past_key_values=`` before transformers 5.24).
 
@@ -169,9 +180,8 @@ def load_cache(
     Raises KVZipError when file, config, prompt and model do not fit each other, FormatError or
     CorruptError for a bad file; while generating, KVZipError (CorruptError, ...) from `update`.
     """
-    with Opened(source, profile, threads) as opened:
-        document: Any = opened.source
-        kinds = check_config(document, config)
+    with open_document(source, profile, threads) as opened:
+        kinds = check_config(opened.source, config)
         ids = None if prompt is None else ids_of(prompt, "prompt")
         cache = _lazy(opened, kinds, ids, tokens, device, threads, prefill_chunk_size)
     if not check_weights:
@@ -181,24 +191,24 @@ def load_cache(
 
 
 def load_or_prefill(
-    source: Any,
-    model: Any,
-    prompt: Any,
+    source: Document | Store | None,
+    model: PreTrainedModel,
+    prompt: ArrayLike | torch.Tensor,
     *,
     name: str | None = None,
     revision: str | None = None,
     tokens: int | None = None,
-    profile: Any = None,
+    profile: Profile | None = None,
     threads: int = 0,
     prefill_chunk_size: int | None = None,
-) -> Any:
+) -> Cache:
     """A `Cache` for ``model.generate(prompt, cache=...)`` that is right whatever happens to what is
     stored: it is loaded as by :func:`load_cache`, or computed by the model.
 
     `source`: what :func:`load_cache` takes, or a :class:`kvzip.store.Store`, where the document
     that shares the longest prefix with the prompt is looked for under the model's `name` and
-    `revision` (default: its own, as :meth:`Snapshot.from_cache` notes them). A store
-    without such a document gives an empty cache, which `generate` fills.
+    `revision` (default: its own, as :meth:`Snapshot.from_cache` notes them). None, and a store
+    without such a document, give an empty cache, which `generate` fills.
 
     What cannot be opened or is of another model, dtype or profile gives an empty cache, too. What
     shows only when the model runs (a damaged block, a store that dies or is too slow for its
@@ -209,36 +219,36 @@ def load_or_prefill(
     ids = ids_of(prompt, "prompt")
     find = finder(model, ids[0], name, revision, profile, threads)
     try:
-        with Opened(source, profile, threads, find) as opened:
-            document = opened.source
-            if document is not None:
-                kinds, most, _ = agreed(document, model, ids, tokens)
-                cache = _lazy(opened, kinds, ids, most, None, threads, prefill_chunk_size)
-                rows = document.layout.layers[0].k
-                batch = rows[0] if len(rows) == 4 else 1
-                loader = cache.layers[0]._source
-                loader.recovery = Recovery(prefill_of(model, ids[:batch], loader.held))
-                watch(model, cache)
-                return cache
+        found = find_document(source, find, profile, threads)
+        if found is None:
+            return empty_cache(model.config)
+        with found as opened:
+            kinds, most, _ = agreed(opened.source, model, ids, tokens)
+            cache = _lazy(opened, kinds, ids, most, None, threads, prefill_chunk_size)
+            rows = opened.source.layout.layers[0].k
+            batch = rows[0] if len(rows) == 4 else 1
+            loader = cache.layers[0]._source
+            loader.recovery = Recovery(prefill_of(model, ids[:batch], loader.held))
+            watch(model, cache)
+            return cache
     except (KVZipError, OSError) as error:
         tell(error)
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+        return empty_cache(model.config)
 
 
 def _lazy(
-    opened: Opened,
+    opened: OpenDocument[Reader | Snapshot],
     kinds: Sequence[LayerKind],
-    ids: NDArray[Any] | None,
+    ids: Ids | None,
     tokens: int | None,
-    device: Any,
+    device: torch.device | str | None,
     threads: int,
     prefill_chunk_size: int | None,
-) -> Any:
+) -> Cache:
     """A `Cache` of an opened document whose layers are of these kinds; as :func:`load_cache`."""
     if prefill_chunk_size is not None:
         prefill_chunk_size = integer("prefill_chunk_size", prefill_chunk_size, 1)
     document = opened.source
-    assert document is not None
     if ids is None:
         count, witnessed = _count_without_prompt(kinds, document.layout, tokens), True
     else:
@@ -250,6 +260,7 @@ def _lazy(
 
 
 def _count_without_prompt(kinds: Sequence[LayerKind], layout: Layout, tokens: int | None) -> int:
+    """How many tokens to keep where the prompt is not known."""
     total = layout.tokens
     count = total - 1 if tokens is None else tokens
     if not 1 <= count < total:
@@ -267,10 +278,7 @@ def _count_without_prompt(kinds: Sequence[LayerKind], layout: Layout, tokens: in
 
 
 def _count_with_prompt(
-    layout: Layout,
-    document: NDArray[Any] | None,
-    prompt: NDArray[Any],
-    tokens: int | None,
+    layout: Layout, document: Ids | None, prompt: Ids, tokens: int | None
 ) -> tuple[int, bool]:
     """How many tokens to keep, and whether the prompt's next one is still the document's."""
     length, common = prompt.shape[1], in_common(layout, document, prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from support import in_a_fork, make_snapshot, random_bits
 
 import kvzip
-from kvzip.load.lazy import Loader
+from kvzip.load.loaders import Loader
 
 
 def test_a_loader_goes_on_after_a_fork(tmp_path):

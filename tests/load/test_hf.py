@@ -21,7 +21,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip.codecs.raw.codec import RawCodec  # noqa: E402
-from kvzip.load import lazy  # noqa: E402
+from kvzip.load import loaders  # noqa: E402
 from kvzip.load.hf import cache_argument, layer_kinds, load_cache, rope_parameters  # noqa: E402
 
 LINE = "does not continue the cached document"
@@ -355,7 +355,7 @@ def test_layers_are_decoded_when_needed_and_the_next_ones_ahead(
     tiny: Any, counting: Any, monkeypatch: Any
 ) -> None:
     """As many again as the model gets at once."""
-    monkeypatch.setattr(lazy, "TOGETHER", 1)
+    monkeypatch.setattr(loaders, "TOGETHER", 1)
     case = tiny("llama")
     cache = load_cache(counting(case), case.config)
     assert cache.get_seq_length() == 49 and cache.get_mask_sizes(1, 0) == (50, 0)
@@ -372,7 +372,7 @@ def test_layers_are_decoded_when_needed_and_the_next_ones_ahead(
 
 
 def test_a_model_gets_several_layers_at_once(tiny: Any, counting: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(lazy, "TOGETHER", 3)
+    monkeypatch.setattr(loaders, "TOGETHER", 3)
     case = tiny("llama")
     cache = load_cache(counting(case), case.config)
     state = case.history.layers[0].keys[:, :, 49:]

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import kvzip  # noqa: E402
 from kvzip.codecs.native.cuda.shim_device import ShimDevice  # noqa: E402
 from kvzip.errors import UnsupportedError  # noqa: E402
-from kvzip.load import lazy  # noqa: E402
+from kvzip.load import loaders  # noqa: E402
 from kvzip.load.hf import load_cache  # noqa: E402
 
 
@@ -27,7 +27,7 @@ def shim(tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setenv("KVZIP_CACHE", str(folder))
     found = ShimDevice(tensors=True)
     monkeypatch.setattr(
-        lazy.Loader,
+        loaders.Loader,
         "_decoder",
         lambda self, reader: found if reader.codec.on_device and found.on else None,
     )
@@ -64,8 +64,8 @@ def test_a_gpu_that_cannot_decode_leaves_it_to_the_cpu(monkeypatch: Any) -> None
     def none(spec: Any) -> Any:
         raise UnsupportedError("no CUDA for Python")
 
-    monkeypatch.setattr(lazy, "get_device", none)
-    loader = lazy.Loader.__new__(lazy.Loader)
+    monkeypatch.setattr(loaders, "get_device", none)
+    loader = loaders.Loader.__new__(loaders.Loader)
     loader.decoder, loader.device = None, torch.device("cuda")
     for codec in ("channel", "zstd"):
         snapshot = kvzip.Snapshot.from_arrays([(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8))])

@@ -12,6 +12,8 @@ import torch
 from kvzip import dtypes
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.load.documents import OpenDocument
+from kvzip.load.vllm.engine import Engine
 from kvzip.load.vllm.metadata import Load
 from kvzip.snapshot import Layer
 
@@ -25,22 +27,21 @@ class StepLoads:
     def __init__(
         self,
         loads: Sequence[Load],
-        layers: int,
-        dtype: str,
-        open_document: Callable[[Load], Reader],
+        engine: Engine,
+        open_load: Callable[[Load], OpenDocument[Reader]],
         timeout: float,
     ):
-        self.loads, self._layers, self._dtype = loads, layers, dtype
-        self._open, self._timeout = open_document, timeout
+        self.loads, self._engine, self._layers = loads, engine, len(engine.layers)
+        self._open, self._timeout = open_load, timeout
         self._room = [Semaphore(_AHEAD) for _ in loads]
-        self._ready: list[list[Future[Layer]]] = [[Future() for _ in range(layers)] for _ in loads]
+        self._ready: list[list[Future[Layer]]] = [[Future() for _ in engine.layers] for _ in loads]
         self._taken = [0] * len(loads)
         self._errors: dict[int, Exception] = {}
         self._over = False
         Thread(target=self._decode, name="kvzip-load", daemon=True).start()
 
     def _decode(self) -> None:
-        readers: dict[int, Reader] = {}
+        documents: dict[int, OpenDocument[Reader]] = {}
         failed = set[int]()
         try:
             for i, n in itertools.product(range(self._layers), range(len(self.loads))):
@@ -50,21 +51,23 @@ class StepLoads:
                 if self._over:
                     return
                 try:
-                    self._ready[n][i].set_result(self._decode_one(readers, n, i))
+                    self._ready[n][i].set_result(self._decode_one(documents, n, i))
                 except Exception as error:  # whatever it is, the engine computes instead
                     self._ready[n][i].set_exception(error)
                     failed.add(n)
         finally:
-            for reader in readers.values():
-                reader.close()
+            for document in documents.values():
+                document.close()
 
-    def _decode_one(self, readers: dict[int, Reader], n: int, i: int) -> Layer:
+    def _decode_one(self, documents: dict[int, OpenDocument[Reader]], n: int, i: int) -> Layer:
+        """Layer i of load n, whose document is opened when it is first needed."""
         load = self.loads[n]
         span = load.start, load.stop
-        if n not in readers:
-            readers[n] = self._open(load)
-            readers[n].read_ahead([span] * self._layers)
-        layer = readers[n].decode(layers=[i], tokens=span).layers[0]
+        if n not in documents:
+            documents[n] = self._open(load)
+            self._engine.check(documents[n].source)
+            documents[n].source.read_ahead([span] * self._layers)
+        layer: Layer = documents[n].source.decode(layers=[i], tokens=span).layers[0]
         if layer.layout.stored != load.stop - load.start:
             raise UnsupportedError(f"its layer {i} does not hold all of the tokens")
         return layer
@@ -83,7 +86,7 @@ class StepLoads:
             return None
         self._taken[n] += 1
         self._room[n].release()
-        return [dtypes.as_tensor(bits, self._dtype) for bits in layer]
+        return [dtypes.as_tensor(bits, self._engine.dtype) for bits in layer]
 
     def _fail(self, n: int, error: Exception) -> None:
         self._errors[n] = error

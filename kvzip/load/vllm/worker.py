@@ -13,6 +13,7 @@ import torch
 
 from kvzip import dtypes
 from kvzip.container import Reader
+from kvzip.load.documents import OpenDocument, StoredDocument, open_document
 from kvzip.load.vllm import pages
 from kvzip.load.vllm.engine import Engine
 from kvzip.load.vllm.loading import StepLoads
@@ -66,13 +67,11 @@ class Worker:
     def start(self, loads: Sequence[Load]) -> None:
         """Begin to decode what this step needs."""
         if loads:
-            layers, dtype = len(self._engine.layers), self._engine.dtype
-            self._step = StepLoads(loads, layers, dtype, self._open, self._settings.timeout)
+            self._step = StepLoads(loads, self._engine, self._open, self._settings.timeout)
 
-    def _open(self, load: Load) -> Reader:
-        reader = self._store.open(load.document, self._profile, self._settings.threads)
-        self._engine.check(reader)
-        return reader
+    def _open(self, load: Load) -> OpenDocument[Reader]:
+        document = StoredDocument(self._store, load.document)
+        return open_document(document, self._profile, self._settings.threads)
 
     def wait(self, name: str) -> None:
         """Return when a layer's blocks are filled, or known to be invalid."""

@@ -1,0 +1,175 @@
+"""Whether a document, a model and a prompt fit each other, and how much of it can be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from kvzip import dtypes
+from kvzip.container import Reader
+from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.identity import fingerprint
+from kvzip.load.config import LayerKind, layers_of, rope_parameters
+from kvzip.profile import Profile
+from kvzip.snapshot import Layout, Origin, Snapshot
+from kvzip.store import Match, Store
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Ids: TypeAlias = NDArray[np.integer[Any]]
+"""Token ids, [batch, tokens] where nothing else is said."""
+
+
+def ids_of(ids: ArrayLike | torch.Tensor, name: str) -> Ids:
+    """Token ids in any form as [batch, tokens]. Raises KVZipError for what are none."""
+    if isinstance(ids, torch.Tensor):
+        ids = ids.detach().cpu().numpy()
+    found = np.atleast_2d(np.asarray(ids))
+    if found.ndim != 2 or found.dtype.kind not in "iu" or not found.size:
+        raise KVZipError(f"{name} must be token ids, [tokens] or [batch, tokens]")
+    return found
+
+
+def check_config(source: Reader | Snapshot, config: PretrainedConfig) -> list[LayerKind]:
+    """The config's layer kinds; raises KVZipError unless the document is one of its caches."""
+    layout = source.layout
+    origin = source.origin if isinstance(source, Snapshot) else source.header.origin
+    kinds, ropes = layers_of(config)
+    if len(layout.layers) != len(kinds):
+        raise KVZipError(f"the file has {len(layout.layers)} layers, the model {len(kinds)}")
+    text = config.get_text_config(decoder=True)
+    for i, (layer, kind, own) in enumerate(
+        zip(layout.layers, kinds, text.per_layer_config, strict=True)
+    ):
+        pairs: list[tuple[str, object, object]] = [
+            ("kind of attention", layer.kind, kind.kind),
+            ("sliding window", layer.window, kind.window),
+        ]
+        if getattr(own, "kv_lora_rank", None) is None:  # there, latents lie in place of keys
+            heads = getattr(own, "num_key_value_heads", None)
+            dim = getattr(own, "head_dim", None)
+            if dim is None and heads is not None:
+                dim = own.hidden_size // own.num_attention_heads
+            pairs += [("KV heads", layer.k[-3], heads), ("head dimension", layer.k[-1], dim)]
+        for what, stored, wanted in pairs:
+            if stored != wanted and (wanted is not None or what == "sliding window"):
+                raise KVZipError(
+                    f"the file is not of this model: layer {i} has {what} {stored}, not {wanted}"
+                )
+        if layer.rope is not None and layer.rope < len(origin.rope) and kind.rope is not None:
+            stored, wanted = origin.rope[layer.rope], msgspec.to_builtins(ropes[kind.rope])
+            for key in sorted(stored.keys() & wanted.keys()):
+                if stored[key] != wanted[key]:
+                    raise KVZipError(
+                        f"the file is not of this model: layer {i} has {key} {stored[key]}, "
+                        f"not {wanted[key]}"
+                    )
+    if (
+        any(layer.cumulative_length != layout.tokens for layer in layout.layers)
+        or not layout.tokens
+    ):
+        raise KVZipError("the file's layers do not all end at the same token")
+    return kinds
+
+
+def check_held(layout: Layout, count: int) -> None:
+    """Raise KVZipError unless a document holds what a cache of its first `count` tokens needs."""
+    i = layout.lacking(count)
+    if i is not None:
+        raise KVZipError(
+            f"layer {i} slides and holds only the last {layout.layers[i].stored} of "
+            f"{layout.tokens} tokens, so {count} cannot be kept, only all of them: pass prompt=, "
+            "longer than the document and beginning with all of it, or capture the document with "
+            "`kvzip capture`"
+        )
+
+
+def in_common(layout: Layout, document: Ids | None, prompt: Ids) -> int:
+    """How many first tokens a document and a prompt, [batch, n], have in common, more than 0."""
+    if document is None:
+        raise KVZipError("the file has no token ids to compare prompt= with: leave prompt out")
+    document = np.atleast_2d(document)
+    if document.shape[0] not in (1, prompt.shape[0]):
+        raise KVZipError(
+            f"prompt has a batch of {prompt.shape[0]}, the file one of {document.shape[0]}"
+        )
+    shared = min(prompt.shape[1], layout.tokens)
+    equal = (prompt[:, :shared] == document[:, :shared]).all(axis=0)
+    common = int(np.append(equal, False).argmin())
+    if not common:
+        raise KVZipError("the prompt and the cached document have no prefix in common")
+    return common
+
+
+class Agreed(NamedTuple):
+    """What a document and a prompt for a model agree in."""
+
+    kinds: list[LayerKind]
+    tokens: int
+    """How many to keep."""
+    common: int
+    """How many they have in common."""
+
+
+def agreed(
+    document: Reader | Snapshot, model: PreTrainedModel, ids: Ids, tokens: int | None = None
+) -> Agreed:
+    """What a document and a prompt, [batch, n], agree in.
+
+    Raises KVZipError unless the document is of the model and its dtype.
+    """
+    kinds = check_config(document, model.config)
+    stored = getattr(torch, dtypes.get(document.layout.dtype).torch)
+    if stored != model.dtype:
+        raise UnsupportedError(f"the file holds {stored}, the model {model.dtype}")
+    common = in_common(document.layout, document.token_ids, ids)
+    most = common if tokens is None else min(common, tokens)
+    if most == common > 1 and document.layout.lacking(most - 1) is None:
+        most -= 1  # one token less, so that its key tells whether the weights are the same
+    return Agreed(kinds, most, common)
+
+
+# --- what a store knows a model by ---------------------------------------------------------------
+
+
+def name_of_model(model: PreTrainedModel) -> str:
+    """What a model calls itself; "" where it says nothing."""
+    return str(
+        getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "") or ""
+    )
+
+
+def origin_of_model(model: PreTrainedModel) -> Origin:
+    """Where caches of a transformers model come from: `revision` is its fingerprint."""
+    return Origin(
+        model=name_of_model(model),
+        revision=fingerprint(model),
+        architecture=type(model).__name__,
+        rope=rope_parameters(model.config),
+    )
+
+
+def finder(
+    model: PreTrainedModel,
+    ids: Ids,
+    name: str | None,
+    revision: str | None,
+    profile: Profile | None,
+    threads: int,
+) -> Callable[[Store], Match | None]:
+    """What looks for a model's prompt, [n], in a store: by its fingerprint, unless a revision is
+    given."""
+    return lambda store: store.find(
+        ids,
+        model=name_of_model(model) if name is None else name,
+        revision=fingerprint(model) if revision is None else revision,
+        dtype=str(model.dtype),
+        profile=profile,
+        threads=threads,
+    )
