@@ -75,8 +75,9 @@ def snapshot_of_cache(
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise UnsupportedError(f"a {type(cache).__name__} is not a cache of a decoder's layers")
-    described = not (model is None or isinstance(model, str))
-    ropes = [kind.rope for kind in layer_kinds(model.config)] if described else []
+    ropes: list[int | None] = []
+    if model is not None and not isinstance(model, str):
+        ropes = [kind.rope for kind in layer_kinds(model.config)]
     layers, dtype = [], None
     for i, layer in enumerate(cache.layers):
         kind, window = kind_of(layer, i)

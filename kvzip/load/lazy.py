@@ -17,7 +17,7 @@ from kvzip.load.recovery import Taken
 from kvzip.load.witness import OtherWeights, distance, judge, not_continued, same_key
 
 if TYPE_CHECKING:
-    _Base = DynamicLayer
+    from transformers.cache_utils import DynamicLayer as _Base
 else:
     _Base = object  # the classes below add transformers'
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -87,7 +86,7 @@ def token_ids_of(reader: Reader, given: ArrayLike | None = None) -> Ids:
         if given is None:
             raise KVZipError("the document has no token ids, by which it would be found: give them")
         ids = token_ids_from(given)
-        if reader.header.token_ids_sha256 not in (None, _sha256(ids).hexdigest()):
+        if reader.header.token_ids_sha256 not in (None, hashlib.sha256(_bytes(ids)).hexdigest()):
             raise KVZipError("the token ids given are not those of the document")
     ids = ids.reshape(-1)
     if len(ids) != reader.layout.tokens:
@@ -97,7 +96,7 @@ def token_ids_of(reader: Reader, given: ArrayLike | None = None) -> Ids:
 
 def document_name(reader: Reader, ids: Ids) -> str:
     """A document's name within its namespace: its tokens, how it is coded, and what it holds."""
-    digest = _sha256(ids)
+    digest = hashlib.sha256(_bytes(ids))
     digest.update(msgspec.json.encode(reader.header.codec, order="sorted"))
     digest.update(msgspec.json.encode(reader.layout))
     return digest.hexdigest()
@@ -111,6 +110,6 @@ def document_path(key: str) -> str:
     return f"{space}/docs/{name}.kvz"
 
 
-def _sha256(ids: Ids) -> Any:
-    """SHA-256 of the ids as little-endian uint32, to which more can be added."""
-    return hashlib.sha256(np.ascontiguousarray(ids, "<u4").tobytes())
+def _bytes(ids: Ids) -> bytes:
+    """The ids as little-endian uint32."""
+    return np.ascontiguousarray(ids, "<u4").tobytes()

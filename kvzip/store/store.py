@@ -305,20 +305,18 @@ def _as_file(
             if encoded and path.is_file():
                 yield path
                 return
-            if encoded:  # a pipe
-                file.seek(0)
-                document = file.read()
-        if not encoded:
-            document = Snapshot.load(path)
+            file.seek(0)
+            piped = file.read() if encoded else None
+        document = Snapshot.load(path) if piped is None else piped
     with tempfile.TemporaryDirectory(prefix="kvzip-") as folder:
         path = Path(folder) / "doc.kvz"
         if isinstance(document, Snapshot):
             container.write(path, document, codec, profile, threads, progress=progress)
         else:
+            kind = type(document).__name__
             try:
                 path.write_bytes(document)
             except TypeError:
-                kind = type(document).__name__
                 raise UsageError(
                     f"a {kind} is no document: give a Snapshot, a path or bytes"
                 ) from None
