@@ -23,8 +23,8 @@ template <typename T>
 using Numbers = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
 
 template <typename T>
-Block<T> block_of(const Numbers<T>& array, const Form& form) {
-  if (form.itemsize() != sizeof(T) || (array.stride(3) != 1 && array.shape(3) > 1))
+Block<T> block_of(const Numbers<T>& array, const NumberFormat& format) {
+  if (format.itemsize() != sizeof(T) || (array.stride(3) != 1 && array.shape(3) > 1))
     throw std::invalid_argument("numbers of another dtype, or not contiguous");
   return {array.data(),    array.shape(0),  array.shape(2),
           array.stride(0), array.stride(1), array.stride(2)};
@@ -35,7 +35,7 @@ template <typename T, typename Part>
 Block<T> block_of(const Numbers<T>& array, const Part& part) {
   if (array.shape(1) != part.heads() || array.shape(3) != part.dim())
     throw std::invalid_argument("a block of another shape than its tables");
-  return block_of<T>(array, part.form());
+  return block_of<T>(array, part.format());
 }
 
 void check_channels(std::size_t heads, std::size_t dim) {
@@ -47,14 +47,14 @@ void bind_for(nb::module_& m, nb::class_<Counts>& counts, nb::class_<PartTables>
   m.def(
       "channel_tables",
       [](const Numbers<const T>& numbers, int exponent_bits, int mantissa_bits) {
-        const Form form{exponent_bits, mantissa_bits};
-        form.check();
+        const NumberFormat format{exponent_bits, mantissa_bits};
+        format.check();
         check_channels(numbers.shape(1), numbers.shape(3));
-        const Block<const T> block = block_of<const T>(numbers, form);
+        const Block<const T> block = block_of<const T>(numbers, format);
         std::vector<std::uint8_t> bytes;
         {
           nb::gil_scoped_release released;
-          bytes = make_tables<T>(block, numbers.shape(1), numbers.shape(3), form);
+          bytes = make_tables<T>(block, numbers.shape(1), numbers.shape(3), format);
         }
         return nb::bytes(bytes.data(), bytes.size());
       },
@@ -181,7 +181,7 @@ void check(const Job& job) {
   if (const PartTables* tables = job.tables)
     if (std::size_t(out.shape[1]) != tables->heads() ||
         std::size_t(out.shape[3]) != tables->dim() ||
-        std::size_t(size) != tables->form().itemsize())
+        std::size_t(size) != tables->format().itemsize())
       throw std::invalid_argument("a block of another shape than its tables");
 }
 
@@ -279,10 +279,10 @@ void bind(nb::module_& m) {
           "__init__",
           [](Counts* self, std::size_t heads, std::size_t dim, int exponent_bits,
              int mantissa_bits) {
-            const Form form{exponent_bits, mantissa_bits};
-            form.check();
+            const NumberFormat format{exponent_bits, mantissa_bits};
+            format.check();
             check_channels(heads, dim);
-            new (self) Counts(heads, dim, form);
+            new (self) Counts(heads, dim, format);
           },
           "heads"_a, "dim"_a, "exponent_bits"_a, "mantissa_bits"_a)
       .def("bits", &Counts::bits,
@@ -300,12 +300,12 @@ void bind(nb::module_& m) {
       "__init__",
       [](PartTables* self, nb::handle data, std::size_t heads, std::size_t dim, int exponent_bits,
          int mantissa_bits, bool lasting) {
-        const Form form{exponent_bits, mantissa_bits};
-        form.check();
+        const NumberFormat format{exponent_bits, mantissa_bits};
+        format.check();
         Views views;
         const Py_buffer& bytes = views.add(data, PyBUF_SIMPLE);
         new (self) PartTables(static_cast<const std::uint8_t*>(bytes.buf), std::size_t(bytes.len),
-                              heads, dim, form, lasting);
+                              heads, dim, format, lasting);
       },
       "data"_a, "heads"_a, "dim"_a, "exponent_bits"_a, "mantissa_bits"_a, "lasting"_a = false);
   tables

@@ -73,14 +73,14 @@ void each_run(const Block<T>& block, std::size_t heads, std::size_t dim, const U
 
 template <typename T>
 std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t heads, std::size_t dim,
-                                      Form form) {
+                                      NumberFormat format) {
   const std::size_t n = heads * dim, numbers = in.batch * in.tokens;
   if (!n || !numbers) return {};
-  const std::size_t stride = count_stride(form.value_bits());
+  const std::size_t stride = count_stride(format.value_bits());
   static thread_local Room<std::uint32_t> room;
   std::uint32_t* const counts = room.of(n * stride);
   std::memset(counts, 0, n * stride * sizeof *counts);
-  count<T>(in, heads, dim, form.mantissa_bits, counts);
+  count<T>(in, heads, dim, format.mantissa_bits, counts);
   StoredTables tables;
   tables.channels.resize(n);
   std::vector<const std::uint32_t*> coded;
@@ -90,10 +90,10 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
     channel = {};
     channel.number = in.data[std::ptrdiff_t(c / dim) * in.head_stride + std::ptrdiff_t(c % dim)];
     channel.constant =
-        row[channel.number >> form.mantissa_bits] == numbers && constant<T>(in, c / dim, c % dim);
+        row[channel.number >> format.mantissa_bits] == numbers && constant<T>(in, c / dim, c % dim);
     if (!channel.constant) coded.push_back(row);
   }
-  Shapes shapes = choose_shapes(coded, numbers, form.exponent_bits);
+  Shapes shapes = choose_shapes(coded, numbers, format.exponent_bits);
   room.keep_little();
   tables.shapes = std::move(shapes.levels);
   std::size_t live = 0;
@@ -102,34 +102,36 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
     channel.shape = shapes.shape[live];
     channel.base = shapes.base[live++];
   }
-  std::vector<std::uint8_t> out = write_tables(tables, {n, dim, form.value_bits(), form.bits()});
-  const double saved = double(n - live) * double(numbers) * form.bits() +
-                       double(live) * double(numbers) * form.value_bits() - shapes.bits;
+  std::vector<std::uint8_t> out =
+      write_tables(tables, {n, dim, format.value_bits(), format.bits()});
+  const double saved = double(n - live) * double(numbers) * format.bits() +
+                       double(live) * double(numbers) * format.value_bits() - shapes.bits;
   if (saved < 8.0 * double(out.size())) out.clear();
   return out;
 }
 
-Counts::Counts(std::size_t heads, std::size_t dim, Form form)
-    : form_(form),
+Counts::Counts(std::size_t heads, std::size_t dim, NumberFormat format)
+    : format_(format),
       heads_(heads),
       dim_(dim),
-      counts_(heads * dim * count_stride(form.value_bits())) {}
+      counts_(heads * dim * count_stride(format.value_bits())) {}
 
 template <typename T>
 void Counts::add(const Block<const T>& block) {
   const std::uint64_t numbers = numbers_ + std::uint64_t(block.batch) * block.tokens;
   if (numbers >> 32) throw std::length_error("more numbers of a channel than can be counted");
-  count<T>(block, heads_, dim_, form_.mantissa_bits, counts_.data());
+  count<T>(block, heads_, dim_, format_.mantissa_bits, counts_.data());
   numbers_ = numbers;
 }
 
 double Counts::bits() const {
-  const std::size_t n = heads_ * dim_, stride = count_stride(form_.value_bits());
+  const std::size_t n = heads_ * dim_, stride = count_stride(format_.value_bits());
   // Tables of the values themselves take that much less for each value that occurs (Miller, Madow).
   const double each = 0.5 / std::log(2.0);
-  double bits = double(n) * double(numbers_) * (form_.mantissa_bits + std::log2(double(numbers_)));
+  double bits =
+      double(n) * double(numbers_) * (format_.mantissa_bits + std::log2(double(numbers_)));
   for (std::size_t c = 0; c < n; ++c)
-    for (int v = 0; v < 1 << form_.value_bits(); ++v)
+    for (int v = 0; v < 1 << format_.value_bits(); ++v)
       if (const double k = counts_[c * stride + std::size_t(v)]; k > 0)
         bits += each - k * std::log2(k);
   return numbers_ ? bits : 0;
@@ -140,21 +142,21 @@ std::vector<std::uint8_t> Counts::tables() const {
   if (!numbers_) throw std::invalid_argument("nothing was counted");
   std::vector<const std::uint32_t*> rows;
   for (std::size_t c = 0; c < n; ++c)
-    rows.push_back(&counts_[c * count_stride(form_.value_bits())]);
-  Shapes shapes = choose_shapes(rows, numbers_, form_.exponent_bits, true);
+    rows.push_back(&counts_[c * count_stride(format_.value_bits())]);
+  Shapes shapes = choose_shapes(rows, numbers_, format_.exponent_bits, true);
   StoredTables tables;
   tables.shapes = std::move(shapes.levels);
   tables.channels.resize(n);
   for (std::size_t c = 0; c < n; ++c)
     tables.channels[c] = {shapes.shape[c], shapes.base[c], false, 0};
-  return write_tables(tables, {n, dim_, form_.value_bits(), form_.bits()});
+  return write_tables(tables, {n, dim_, format_.value_bits(), format_.bits()});
 }
 
 const StoredTables& PartTables::stored() const {
   std::call_once(reading_, [&] {
     try {
       stored_ = read_tables(bytes_.data(), bytes_.size(),
-                            {heads_ * dim_, dim_, form_.value_bits(), form_.bits()});
+                            {heads_ * dim_, dim_, format_.value_bits(), format_.bits()});
     } catch (const std::invalid_argument& error) {
       error_ = error.what();
     }
@@ -179,7 +181,7 @@ const StoredTables& PartTables::stored() const {
 void PartTables::make_decoders(Decoder* decoders) const {
   stored().shapes.each(
       [&](std::size_t i, const std::uint8_t* levels, std::size_t width, std::uint8_t escape) {
-        make_decoder(levels, width, escape, form_.exponent_bits, &decoders[i]);
+        make_decoder(levels, width, escape, format_.exponent_bits, &decoders[i]);
       });
 }
 
@@ -228,7 +230,7 @@ const Encoder* PartTables::encoders() const {
     encoders.reset(new Encoder[stored.shapes.count()]);  // not set to anything
     stored.shapes.each(
         [&](std::size_t i, const std::uint8_t* levels, std::size_t width, std::uint8_t escape) {
-          make_encoder(levels, width, escape, form_.exponent_bits, &encoders[i]);
+          make_encoder(levels, width, escape, format_.exponent_bits, &encoders[i]);
         });
   });
   return encoders.get();
@@ -305,7 +307,7 @@ bool PartTables::make_device_encoders(std::vector<DeviceEncoder>* out) const {
   bool all = true;
   stored.shapes.each(
       [&](std::size_t i, const std::uint8_t* levels, std::size_t width, std::uint8_t escape) {
-        const Alias alias = make_alias(levels, width, escape, form_.exponent_bits);
+        const Alias alias = make_alias(levels, width, escape, format_.exponent_bits);
         all = all && make_device_encoder(alias, &(*out)[i]);
       });
   return all;
@@ -322,7 +324,7 @@ std::vector<Stream> PartTables::streams(std::size_t batch, std::size_t tokens) c
 void PartTables::find(const std::uint8_t* data, std::size_t size, std::size_t batch,
                       std::size_t tokens, std::vector<Coded>* out) const {
   const Tables tables = this->tables();
-  std::size_t raw_bytes = form_.itemsize();
+  std::size_t raw_bytes = format_.itemsize();
   for (const std::size_t n : {batch, heads_, tokens, dim_})
     if (__builtin_mul_overflow(raw_bytes, n, &raw_bytes)) throw std::invalid_argument("cut short");
   Cursor in(data, size);
@@ -388,7 +390,7 @@ std::uint64_t checksum(const Block<T>& block, std::size_t heads, std::size_t dim
 
 #define KVZIP_INSTANTIATE(T)                                                                      \
   template std::vector<std::uint8_t> make_tables(const Block<const T>&, std::size_t, std::size_t, \
-                                                 Form);                                           \
+                                                 NumberFormat);                                   \
   template void Counts::add(const Block<const T>&);                                               \
   template void PartTables::encode(const Block<const T>&, Encoded*) const;                        \
   template void PartTables::decode(const std::uint8_t*, std::size_t, const Block<T>&, Workspace*) \

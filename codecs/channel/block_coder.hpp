@@ -12,37 +12,26 @@
 #include "channel/device_jobs.hpp"
 #include "channel/kernels.hpp"
 #include "channel/stored_tables.hpp"
+#include "native/number_format.hpp"
 
 namespace kvzip::channel {
-
-struct Form {
-  int exponent_bits, mantissa_bits;
-  int value_bits() const { return exponent_bits + 1; }
-  int bits() const { return value_bits() + mantissa_bits; }
-  std::size_t itemsize() const { return std::size_t(bits()) / 8; }
-  void check() const {
-    const int e = exponent_bits, m = mantissa_bits;
-    if (!((e == 8 && (m == 7 || m == 23)) || (e == 5 && (m == 10 || m == 2)) || (e == 4 && m == 3)))
-      throw std::invalid_argument("not a number format of ours");
-  }
-};
 
 // The tables that fit one layer's keys or values best, as bytes; none when they would not pay.
 template <typename T>
 std::vector<std::uint8_t> make_tables(const Block<const T>& numbers, std::size_t heads,
-                                      std::size_t dim, Form form);
+                                      std::size_t dim, NumberFormat format);
 
 // Values of the channels of one layer's keys or values, added up over documents, for tables that
 // are kept apart from what is coded with them.
 class Counts {
  public:
-  Counts(std::size_t heads, std::size_t dim, Form form);
+  Counts(std::size_t heads, std::size_t dim, NumberFormat format);
 
-  const Form& form() const { return form_; }
+  const NumberFormat& format() const { return format_; }
   std::size_t heads() const { return heads_; }
   std::size_t dim() const { return dim_; }
 
-  // `block` is of these heads and dim, and T of the form's size.
+  // `block` is of these heads and dim, and T of the format's size.
   template <typename T>
   void add(const Block<const T>& block);
 
@@ -54,7 +43,7 @@ class Counts {
   std::vector<std::uint8_t> tables() const;
 
  private:
-  Form form_;
+  NumberFormat format_;
   std::size_t heads_, dim_;
   std::uint64_t numbers_ = 0;  // of each channel
   std::vector<std::uint32_t> counts_;
@@ -126,14 +115,14 @@ class PartTables {
   // Copies the bytes. `lasting`: what is looked up in decoding is made once and stays, for blocks
   // that come now and then; not only with what decoded the block before.
   PartTables(const std::uint8_t* data, std::size_t size, std::size_t heads, std::size_t dim,
-             Form form, bool lasting = false)
-      : form_(form), heads_(heads), dim_(dim), lasting_(lasting), bytes_(data, data + size) {}
+             NumberFormat format, bool lasting = false)
+      : format_(format), heads_(heads), dim_(dim), lasting_(lasting), bytes_(data, data + size) {}
 
-  const Form& form() const { return form_; }
+  const NumberFormat& format() const { return format_; }
   std::size_t heads() const { return heads_; }
   std::size_t dim() const { return dim_; }
 
-  // `block` is of these heads and dim, and T of the form's size.
+  // `block` is of these heads and dim, and T of the format's size.
   template <typename T>
   void encode(const Block<const T>& block, Encoded* out) const;
   template <typename T>
@@ -159,7 +148,7 @@ class PartTables {
   Tables tables() const {
     const StoredTables& stored = this->stored();
     return {nullptr, nullptr, stored.channels.data(), live_.data(),
-            heads_,  dim_,    form_.value_bits(),     form_.mantissa_bits,
+            heads_,  dim_,    format_.value_bits(),   format_.mantissa_bits,
             wide_};
   }
   void make_decoders(Decoder* decoders) const;
@@ -170,7 +159,7 @@ class PartTables {
   // Made when they are needed; of each instruction set.
   const Encoder* encoders() const;
 
-  Form form_;
+  NumberFormat format_;
   std::size_t heads_, dim_;
   bool lasting_;
   mutable std::vector<std::uint8_t> bytes_;

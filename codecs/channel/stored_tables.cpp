@@ -99,9 +99,9 @@ void write_levels(const std::uint8_t* levels, std::size_t width, int escape, boo
 
 }  // namespace
 
-std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableForm& form) {
+std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableFormat& format) {
   const ShapeLevels& shapes = tables.shapes;
-  const int top_bits = form.value_bits - 1;
+  const int top_bits = format.value_bits - 1;
   const unsigned top_mask = (1u << top_bits) - 1;
   // A shape's number is when it is used first; its sign is what it has there.
   struct Use {
@@ -111,11 +111,11 @@ std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableFo
   constexpr std::uint32_t kUnused = ~0u;
   std::vector<Use> uses(shapes.count(), {kUnused, false});
   std::vector<std::uint32_t> runs, order;
-  std::vector<std::uint8_t> tops(form.channels);
+  std::vector<std::uint8_t> tops(format.channels);
   std::uint32_t run = 0;
   bool constants = false;
   long cost[2] = {0, 0};  // of the tops, foreseen from nearby or from far
-  for (std::size_t c = 0; c < form.channels; ++c) {
+  for (std::size_t c = 0; c < format.channels; ++c) {
     const Channel& channel = tables.channels[c];
     if (channel.constant) {
       constants = true;
@@ -136,8 +136,8 @@ std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableFo
   // A constant channel's top is what is foreseen, either way.
   std::vector<std::uint8_t> told[2] = {tops, tops};
   for (int far = 0; far < 2; ++far)
-    for (std::size_t c = 0; c < form.channels; ++c) {
-      const int seen = foreseen(told[far], c, lag(far, form.dim), top_bits);
+    for (std::size_t c = 0; c < format.channels; ++c) {
+      const int seen = foreseen(told[far], c, lag(far, format.dim), top_bits);
       if (tables.channels[c].constant) told[far][c] = std::uint8_t(seen);
       else cost[far] += kCodeTables.cost(kTopCode, int(folded(wrapped(tops[c] - seen, top_bits))));
     }
@@ -156,11 +156,11 @@ std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableFo
   out.put(unsigned(order_of_runs), kRunBits);
   std::size_t shape_count = 0, next_run = 0;
   run = 0;
-  for (std::size_t c = 0; c < form.channels; ++c) {
+  for (std::size_t c = 0; c < format.channels; ++c) {
     const Channel& channel = tables.channels[c];
     if (constants) out.put(channel.constant, 1);
     if (channel.constant) {
-      out.put(channel.number, form.number_bits);
+      out.put(channel.number, format.number_bits);
       continue;
     }
     const Use& use = uses[channel.shape];
@@ -175,7 +175,7 @@ std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableFo
       run = runs[next_run++];
       out.golomb(run, order_of_runs);
     }
-    const int seen = foreseen(told[far], c, lag(far, form.dim), top_bits);
+    const int seen = foreseen(told[far], c, lag(far, format.dim), top_bits);
     out.symbol(kTopCode, folded(wrapped(tops[c] - seen, top_bits)));
   }
   std::vector<const std::uint8_t*> levels(shapes.count());
@@ -346,7 +346,7 @@ void read_levels(BitReader* even_stream, BitReader* odd_stream, ShapeLevels* tab
 
 }  // namespace
 
-StoredTables read_tables(const std::uint8_t* data, std::size_t size, const TableForm& form) {
+StoredTables read_tables(const std::uint8_t* data, std::size_t size, const TableFormat& format) {
   StoredTables tables;
   ShapeLevels& shapes = tables.shapes;
   // Forwards, and backwards: one waits for the next code while the other goes on.
@@ -354,21 +354,21 @@ StoredTables read_tables(const std::uint8_t* data, std::size_t size, const Table
   std::copy_n(data, size, copy.begin());
   std::reverse_copy(data, data + size, copy.begin() + std::ptrdiff_t(size + kBehind));
   BitReader in(copy.data(), size), odd(copy.data() + size + kBehind, size);
-  const int top_bits = form.value_bits - 1;
+  const int top_bits = format.value_bits - 1;
   const unsigned top_mask = (1u << top_bits) - 1;
   Window head = in.window();
   const bool constants = head.take(1), far = head.take(1);
   const int order_of_runs = int(head.take(kRunBits));
   in.skip(std::size_t(head.used()));
-  const std::size_t back = lag(far, form.dim);
+  const std::size_t back = lag(far, format.dim);
   // A channel takes two bits at least.
-  if (!in.has(form.channels) || !in.has(2 * form.channels)) refuse("bad tables: cut short");
-  tables.channels.resize(form.channels);
-  std::vector<std::uint8_t> tops(form.channels);
+  if (!in.has(format.channels) || !in.has(2 * format.channels)) refuse("bad tables: cut short");
+  tables.channels.resize(format.channels);
+  std::vector<std::uint8_t> tops(format.channels);
   std::uint32_t run = 0;
   std::size_t values = 0;
   bool any_constant = false;
-  for (std::size_t c = 0; c < form.channels; ++c) {
+  for (std::size_t c = 0; c < format.channels; ++c) {
     Channel& channel = tables.channels[c];
     const int seen = foreseen(tops, c, back, top_bits);
     in.check();
@@ -380,7 +380,7 @@ StoredTables read_tables(const std::uint8_t* data, std::size_t size, const Table
     channel = {};
     channel.constant = constants && window.take(1);
     if (channel.constant) {
-      channel.number = window.take(form.number_bits);
+      channel.number = window.take(format.number_bits);
       in.skip(std::size_t(window.used()));
       tops[c] = std::uint8_t(seen);
       any_constant = true;

@@ -12,7 +12,7 @@ namespace kvzip::channel {
 
 // What tables are of: `dim` channels a head; numbers of `value_bits` (sign and exponent), and of
 // `number_bits` in all.
-struct TableForm {
+struct TableFormat {
   std::size_t channels, dim;
   int value_bits, number_bits;
 };
@@ -23,10 +23,10 @@ struct StoredTables {
 };
 
 // At most 65,535 channels. Shapes that no channel has are left out.
-std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableForm& form);
+std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableFormat& format);
 
 // The reverse, up to the order and signs of the shapes. Throws std::invalid_argument for what
 // write_tables does not write.
-StoredTables read_tables(const std::uint8_t* data, std::size_t size, const TableForm& form);
+StoredTables read_tables(const std::uint8_t* data, std::size_t size, const TableFormat& format);
 
 }  // namespace kvzip::channel

@@ -161,7 +161,7 @@ class PredictiveChain {
  private:
   double bits(const Intervals& intervals, std::size_t n) const {
     double sum = 0;
-    const double escape = std::ldexp(double(kEscape), -kCdfBits - chain_.form().bits());
+    const double escape = std::ldexp(double(kEscape), -kCdfBits - chain_.format().bits());
     for (std::size_t i = 0; i < n;) {
       // A product of so many shares of 24 bits fits a double.
       double product = 1;
@@ -175,7 +175,7 @@ class PredictiveChain {
   template <typename T>
   Block<T> block(std::size_t i, int part, const Numbers<T>& array) const {
     if (array.shape(0) != chain_.rows() || array.shape(2) != chain_.count() ||
-        8 * int(sizeof(T)) != chain_.form().bits() ||
+        8 * int(sizeof(T)) != chain_.format().bits() ||
         !chain_.follows(i, part, array.shape(1), array.shape(3)))
       throw std::invalid_argument("a block of another shape or dtype, or out of turn");
     return {array.data(), array.stride(0), array.stride(1), array.stride(2), array.stride(3)};

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "native/number_format.hpp"
+
 namespace kvzip::predictive {
 
 constexpr int kCdfBits = 24;
@@ -27,12 +29,6 @@ constexpr std::int32_t kOne = 1 << 12;    // an energy of 1
 constexpr std::uint64_t kLow = 1ull << 31;
 
 inline std::size_t up4(std::size_t n) { return (n + 3) / 4 * 4; }
-
-// Bits of a number format; numbers are counted in their own order from 0 up.
-struct Form {
-  int exponent_bits, mantissa_bits;
-  int bits() const { return 1 + exponent_bits + mantissa_bits; }
-};
 
 // Densities: of each, cells in units of 2^-24, those of one side.
 struct Densities {
@@ -167,14 +163,14 @@ struct Kernels {
                    std::int32_t sums[4][kTile]);
   // Intervals of known numbers. `counts`, unless null: [classes][channels][kCells] to count cells
   // of a number's own |z| in.
-  void (*model8)(const Model&, const Layer&, int part, Form, const Tokens&,
+  void (*model8)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
                  const Block<const std::uint8_t>&, Intervals, std::uint32_t* counts);
-  void (*model16)(const Model&, const Layer&, int part, Form, const Tokens&,
+  void (*model16)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
                   const Block<const std::uint16_t>&, Intervals, std::uint32_t* counts);
   // Numbers from states and words; false when the words do not fit.
-  bool (*decode8)(const Model&, const Layer&, int part, Form, const Tokens&,
+  bool (*decode8)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
                   const Block<std::uint8_t>&, const Coded&);
-  bool (*decode16)(const Model&, const Layer&, int part, Form, const Tokens&,
+  bool (*decode16)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
                    const Block<std::uint16_t>&, const Coded&);
 };
 const Kernels& scalar_kernels();
@@ -185,7 +181,7 @@ const Kernels& kernels();  // the best there is
 // rANS over a part's intervals, last first. `state` [rows*count][lanes] is taken from what it is
 // after the part to what it is before it; words are written downwards from `words_end`, the last
 // stream's first, and counted in `counts` [streams][lanes]. Returns how many there are.
-std::size_t encode(const Part& part, Form form, std::size_t group, std::size_t lanes,
+std::size_t encode(const Part& part, NumberFormat format, std::size_t group, std::size_t lanes,
                    const std::uint32_t* at, const Tile* tile, std::size_t tiles,
                    Intervals intervals, std::uint64_t* state, std::uint16_t* counts,
                    std::uint32_t* words_end);

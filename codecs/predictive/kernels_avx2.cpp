@@ -6,36 +6,23 @@
 namespace kvzip::predictive {
 namespace {
 
-struct Avx2 {
+typedef std::int32_t Numbers __attribute__((vector_size(32)));
+typedef std::int64_t Wide __attribute__((vector_size(32)));
+
+struct Avx2 : WideProducts<Avx2, Numbers, Wide> {
   static constexpr int W = 8;
-  typedef std::int32_t I __attribute__((vector_size(32)));
+  using I = Numbers;
   typedef std::uint32_t U __attribute__((vector_size(32)));
   typedef float F __attribute__((vector_size(32)));
 
   static bool any(I m) { return _mm256_movemask_ps((__m256)m) != 0; }
-  static __m256i odd(I v) { return _mm256_srli_epi64((__m256i)v, 32); }
+  static Wide mul(I a, I b) { return (Wide)_mm256_mul_epi32((__m256i)a, (__m256i)b); }
+  static I odd(I v) { return (I)_mm256_srli_epi64((__m256i)v, 32); }
   // 32 bits from bit S on of products of even and of odd lanes.
   template <int S>
-  static I joined(__m256i even, __m256i odd) {
-    return (I)_mm256_blend_epi32(_mm256_srli_epi64(even, S), _mm256_slli_epi64(odd, 32 - S), 0xAA);
-  }
-  template <int S>
-  static I product(I a, I b) {
-    return joined<S>(_mm256_mul_epi32((__m256i)a, (__m256i)b), _mm256_mul_epi32(odd(a), odd(b)));
-  }
-  template <int S>
-  static I scaled(I a, I b) {
-    const __m256i half = _mm256_set1_epi64x(1ll << (S - 1));
-    return joined<S>(_mm256_add_epi64(_mm256_mul_epi32((__m256i)a, (__m256i)b), half),
-                     _mm256_add_epi64(_mm256_mul_epi32(odd(a), odd(b)), half));
-  }
-  static I turned(I a, I c, I b, I s) {
-    const __m256i half = _mm256_set1_epi64x(1 << 13);
-    const __m256i even = _mm256_add_epi64(_mm256_mul_epi32((__m256i)a, (__m256i)c),
-                                          _mm256_mul_epi32((__m256i)b, (__m256i)s));
-    const __m256i other =
-        _mm256_add_epi64(_mm256_mul_epi32(odd(a), odd(c)), _mm256_mul_epi32(odd(b), odd(s)));
-    return joined<14>(_mm256_add_epi64(even, half), _mm256_add_epi64(other, half));
+  static I joined(Wide even, Wide odd) {
+    return (I)_mm256_blend_epi32(_mm256_srli_epi64((__m256i)even, S),
+                                 _mm256_slli_epi64((__m256i)odd, 32 - S), 0xAA);
   }
   static I z(I a, I m, std::int32_t limit) {
     // Where the product is far beyond the limit its bits would wrap; a rough product tells.
@@ -158,7 +145,7 @@ struct Avx2 {
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels k = Of<Avx2>::kernels();
+  static constexpr Kernels k = VectorKernels<Avx2>::kernels();
   return k;
 }
 

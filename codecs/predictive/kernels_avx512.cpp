@@ -6,42 +6,28 @@
 namespace kvzip::predictive {
 namespace {
 
-struct Avx512 {
+typedef std::int32_t Numbers __attribute__((vector_size(64)));
+typedef std::int64_t Wide __attribute__((vector_size(64)));
+
+struct Avx512 : WideProducts<Avx512, Numbers, Wide> {
   static constexpr int W = 16;
-  typedef std::int32_t I __attribute__((vector_size(64)));
+  using I = Numbers;
   typedef std::uint32_t U __attribute__((vector_size(64)));
   typedef float F __attribute__((vector_size(64)));
 
   static bool any(I m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
-  static __m512i odd(I v) { return _mm512_srli_epi64((__m512i)v, 32); }
+  static Wide mul(I a, I b) { return (Wide)_mm512_mul_epi32((__m512i)a, (__m512i)b); }
+  static I odd(I v) { return (I)_mm512_srli_epi64((__m512i)v, 32); }
   // 32 bits from bit S on of products of even and of odd lanes.
   template <int S>
-  static I joined(__m512i even, __m512i odd) {
-    return (I)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, S),
-                                      _mm512_slli_epi64(odd, 32 - S));
-  }
-  template <int S>
-  static I product(I a, I b) {
-    return joined<S>(_mm512_mul_epi32((__m512i)a, (__m512i)b), _mm512_mul_epi32(odd(a), odd(b)));
-  }
-  template <int S>
-  static I scaled(I a, I b) {
-    const __m512i half = _mm512_set1_epi64(1ll << (S - 1));
-    return joined<S>(_mm512_add_epi64(_mm512_mul_epi32((__m512i)a, (__m512i)b), half),
-                     _mm512_add_epi64(_mm512_mul_epi32(odd(a), odd(b)), half));
-  }
-  static I turned(I a, I c, I b, I s) {
-    const __m512i half = _mm512_set1_epi64(1 << 13);
-    const __m512i even = _mm512_add_epi64(_mm512_mul_epi32((__m512i)a, (__m512i)c),
-                                          _mm512_mul_epi32((__m512i)b, (__m512i)s));
-    const __m512i other =
-        _mm512_add_epi64(_mm512_mul_epi32(odd(a), odd(c)), _mm512_mul_epi32(odd(b), odd(s)));
-    return joined<14>(_mm512_add_epi64(even, half), _mm512_add_epi64(other, half));
+  static I joined(Wide even, Wide odd) {
+    return (I)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64((__m512i)even, S),
+                                      _mm512_slli_epi64((__m512i)odd, 32 - S));
   }
   static I z(I a, I m, std::int32_t limit) {
     const __m512i most = _mm512_set1_epi64(limit);
     const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)a, (__m512i)m), 13);
-    const __m512i other = _mm512_srli_epi64(_mm512_mul_epu32(odd(a), odd(m)), 13);
+    const __m512i other = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)odd(a), (__m512i)odd(m)), 13);
     return (I)_mm512_or_si512(_mm512_min_epu64(even, most),
                               _mm512_slli_epi64(_mm512_min_epu64(other, most), 32));
   }
@@ -151,7 +137,7 @@ struct Avx512 {
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels k = Of<Avx512>::kernels();
+  static constexpr Kernels k = VectorKernels<Avx512>::kernels();
   return k;
 }
 

@@ -91,7 +91,7 @@ struct Scalar {
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static constexpr Kernels k = Of<Scalar>::kernels();
+  static constexpr Kernels k = VectorKernels<Scalar>::kernels();
   return k;
 }
 

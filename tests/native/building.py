@@ -23,7 +23,9 @@ SOURCES = {
             "kernels_scalar",
         )
     ],
-    "predictive": [f"predictive/{name}" for name in ("kernels", "chain", "kernels_scalar")],
+    "predictive": [
+        f"predictive/{name}" for name in ("kernels", "chain", "profile_model", "kernels_scalar")
+    ],
 }
 PROCESSORS = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}
 KERNELS = {

@@ -5,6 +5,7 @@
 
 using namespace kvzip::channel;
 using namespace kvzip::fuzz;
+using kvzip::NumberFormat;
 namespace simd = kvzip::simd;
 
 namespace {
@@ -43,10 +44,10 @@ bool same(const StoredTables& a, const StoredTables& b) {
 
 // Tables of any kind: written and read they are the same, if shapes come in the order of their
 // first use with the sign that they have there; damaged they are others or refused.
-void stored(Form form) {
+void stored(NumberFormat format) {
   const std::size_t channels = below(8) ? 1 + below(300) : 65535;
-  const TableForm of{channels, 1 + below(channels), form.value_bits(), form.bits()};
-  const std::size_t exponents = std::size_t(1) << form.exponent_bits;
+  const TableFormat of{channels, 1 + below(channels), format.value_bits(), format.bits()};
+  const std::size_t exponents = std::size_t(1) << format.exponent_bits;
   StoredTables tables;
   const std::size_t most = below(2) ? 5 : channels < 1000 ? 300 : 3000, every = 1 + below(9);
   bool coded = false;
@@ -54,7 +55,7 @@ void stored(Form form) {
     Channel channel{};
     if (below(every) == 0 && every > 3) {
       channel.constant = true;
-      channel.number = std::uint32_t(random_bits() & ((std::uint64_t(1) << form.bits()) - 1));
+      channel.number = std::uint32_t(random_bits() & ((std::uint64_t(1) << format.bits()) - 1));
     } else if (!coded || (tables.shapes.count() < most && below(3) == 0)) {
       coded = true;
       const std::size_t width =
@@ -106,8 +107,8 @@ Bytes encoded_alike(const PartTables& part, const Block<const T>& in, const char
 
 // Tables that the encoder would not choose, of any width, with numbers that follow them.
 template <typename T>
-void strange(Form form) {
-  const std::size_t exponents = std::size_t(1) << form.exponent_bits, values = 2 * exponents;
+void strange(NumberFormat format) {
+  const std::size_t exponents = std::size_t(1) << format.exponent_bits, values = 2 * exponents;
   const std::size_t heads = 1 + below(2), dim = 1 + below(130), tokens = 1 + below(400);
   const std::size_t n = heads * dim;
   StoredTables tables;
@@ -116,7 +117,7 @@ void strange(Form form) {
     Channel channel{};
     if (c && below(20) == 0) {
       channel.constant = true;
-      channel.number = std::uint32_t(random_bits() & ((std::uint64_t(1) << form.bits()) - 1));
+      channel.number = std::uint32_t(random_bits() & ((std::uint64_t(1) << format.bits()) - 1));
     } else if (shapes.empty() || (shapes.size() < 20 && below(3) == 0)) {
       const std::size_t usual = std::min<std::size_t>(exponents, 20);
       const std::size_t width = 1 + below(below(3) ? usual : exponents);
@@ -130,7 +131,7 @@ void strange(Form form) {
       tables.shapes.widths.push_back(std::uint8_t(width - 1));
       tables.shapes.escapes.push_back(escape);
       tables.shapes.levels.insert(tables.shapes.levels.end(), levels.begin(), levels.end());
-      shapes.push_back(make_alias(levels.data(), width, escape, form.exponent_bits));
+      shapes.push_back(make_alias(levels.data(), width, escape, format.exponent_bits));
     } else {
       channel.shape = std::uint16_t(below(shapes.size()));
       channel.base = std::uint16_t(below(values));
@@ -152,14 +153,14 @@ void strange(Form form) {
     const std::uint64_t value = symbol == shape.escape || (misfit && below(5000) == 0)
                                     ? below(values)
                                     : (shape.value[symbol] + channel.base) % values;
-    numbers[i] = T(value << form.mantissa_bits |
-                   (random_bits() & ((std::uint64_t(1) << form.mantissa_bits) - 1)));
+    numbers[i] = T(value << format.mantissa_bits |
+                   (random_bits() & ((std::uint64_t(1) << format.mantissa_bits) - 1)));
   }
   const Block<const T> in{
       numbers.data(),     1, tokens, std::ptrdiff_t(numbers.size()), std::ptrdiff_t(tokens * dim),
       std::ptrdiff_t(dim)};
-  const Bytes bytes = write_tables(tables, {n, dim, form.value_bits(), form.bits()});
-  const PartTables part(bytes.data(), bytes.size(), heads, dim, form);
+  const Bytes bytes = write_tables(tables, {n, dim, format.value_bits(), format.bits()});
+  const PartTables part(bytes.data(), bytes.size(), heads, dim, format);
   const Bytes coded = encoded_alike(part, in, "not the same bytes of strange tables");
   encoded_bytes.update(coded.data(), coded.size());
   if (coded.empty()) return;
@@ -176,12 +177,12 @@ void strange(Form form) {
 
 // Tables of one block code any others, with what is looked up made anew or kept.
 template <typename T>
-void others(const Block<const T>& in, std::size_t heads, std::size_t dim, Form form) {
-  Counts counts(heads, dim, form);
+void others(const Block<const T>& in, std::size_t heads, std::size_t dim, NumberFormat format) {
+  Counts counts(heads, dim, format);
   counts.add<T>(in);
   const Bytes tables = counts.tables();
   encoded_bytes.update(tables.data(), tables.size());
-  const PartTables part(tables.data(), tables.size(), heads, dim, form, below(2));
+  const PartTables part(tables.data(), tables.size(), heads, dim, format, below(2));
   const std::size_t tokens = 1 + below(300), row = heads * dim;
   std::vector<T> numbers(tokens * row);
   for (T& x : numbers) x = below(3) ? in.data[below(dim)] : T(random_bits());
@@ -203,9 +204,9 @@ void others(const Block<const T>& in, std::size_t heads, std::size_t dim, Form f
 }
 
 template <typename T>
-void once(Form form) {
-  stored(form);
-  strange<T>(form);
+void once(NumberFormat format) {
+  stored(format);
+  strange<T>(format);
   const std::size_t sizes[] = {1, 2, 5, 33, 63, 64, 65, 130};
   const bool many = below(4) == 0;  // heads: more than one stream
   const std::size_t batch = 1 + below(2), heads = 1 + below(many ? 40 : 3);
@@ -227,11 +228,12 @@ void once(Form form) {
   const bool some_constant = below(2), wild = below(8) == 0;
   for (std::size_t i = 0; i < span; ++i) {
     const std::size_t c = i % row % dim;
-    int exponent = (1 << form.exponent_bits) - 3 - int(c % 3);
+    int exponent = (1 << format.exponent_bits) - 3 - int(c % 3);
     for (int k = 0; k < spread && exponent > 1; ++k) exponent -= int(below(2));
     const auto sign = std::uint64_t(below(2));
-    std::uint64_t x = (sign << form.exponent_bits | std::uint64_t(exponent)) << form.mantissa_bits;
-    x |= random_bits() & ((std::uint64_t(1) << form.mantissa_bits) - 1);
+    std::uint64_t x = (sign << format.exponent_bits | std::uint64_t(exponent))
+                      << format.mantissa_bits;
+    x |= random_bits() & ((std::uint64_t(1) << format.mantissa_bits) - 1);
     if (wild || below(500) == 0) x = random_bits();
     if (some_constant && c % 4 == 1) x = constants[c];
     numbers[i] = T(x);
@@ -239,11 +241,11 @@ void once(Form form) {
   block.data = numbers.get();
   const Block<const T> in{block.data,        batch, tokens, block.batch_stride, block.head_stride,
                           block.token_stride};
-  others<T>(in, heads, dim, form);
-  const Bytes tables = make_tables<T>(in, heads, dim, form);
+  others<T>(in, heads, dim, format);
+  const Bytes tables = make_tables<T>(in, heads, dim, format);
   if (tables.empty()) return;
   const Exact stored(tables);
-  const PartTables part(stored.data.get(), stored.size, heads, dim, form);
+  const PartTables part(stored.data.get(), stored.size, heads, dim, format);
   const Bytes coded = encoded_alike(part, in, "not the same bytes on all paths");
   encoded_bytes.update(tables.data(), tables.size());
   encoded_bytes.update(coded.data(), coded.size());
@@ -256,7 +258,7 @@ void once(Form form) {
     std::unique_ptr<PartTables> other;
     if (turn == 5) {
       const Exact wrong(damaged(tables));
-      other = std::make_unique<PartTables>(wrong.data.get(), wrong.size, heads, dim, form);
+      other = std::make_unique<PartTables>(wrong.data.get(), wrong.size, heads, dim, format);
     }
     std::vector<std::vector<T>> results;
     for (simd::Level level : kLevels) {

@@ -9,6 +9,7 @@
 
 using namespace kvzip::predictive;
 using namespace kvzip::fuzz;
+using kvzip::NumberFormat;
 namespace simd = kvzip::simd;
 
 namespace {
@@ -146,7 +147,7 @@ Bytes damaged(Bytes bytes) {
 }
 
 template <typename T>
-void once(Form form) {
+void once(NumberFormat format) {
   // Damage takes as many numbers as there are paths: the next round begins with its own.
   const std::uint64_t next = random_bits();
   Arrays arrays;
@@ -188,8 +189,8 @@ void once(Form form) {
   std::vector<Bytes> coded;
   for (simd::Level level : kLevels) {
     simd::set_level(level);
-    Chain writer(model, rows, count, position, form, entries);
-    Chain reader(model, rows, count, position, form, entries);
+    Chain writer(model, rows, count, position, format, entries);
+    Chain reader(model, rows, count, position, format, entries);
     const auto plain = [](const Block<T>& b) {
       return Block<const T>{b.data, b.row_stride, b.head_stride, b.token_stride, b.dim_stride};
     };
@@ -218,7 +219,7 @@ void once(Form form) {
     }
     const std::size_t first = std::size_t(std::find(kept.begin(), kept.end(), true) - kept.begin());
     for (int again = 0; again < 3; ++again) {
-      Chain hurt(model, rows, count, position, form, entries);
+      Chain hurt(model, rows, count, position, format, entries);
       for (std::size_t i = 0; i < first; ++i) hurt.measure(plain(blocks[i]), nullptr);
       const Exact stored(damaged(coded[0]));
       std::unique_ptr<T[]> out(new T[sizes[first]]());

@@ -1,0 +1,79 @@
+// Vectors of W numbers of 32 bits, and what every instruction set can do with them. `Isa` (of
+// kernels_*.cpp) has the vectors I (signed), U (unsigned) and F (float), and the few operations
+// that differ between instruction sets. Signed numbers wrap (-fwrapv).
+#pragma once
+
+#include <cstring>
+
+#include "predictive/kernels.hpp"
+
+namespace kvzip::predictive {
+namespace {
+
+template <class Isa>
+struct Vectors {
+  using I = typename Isa::I;
+  using U = typename Isa::U;
+  using F = typename Isa::F;
+  static constexpr int W = Isa::W;
+  static_assert(kStream % W == 0 && kTile == 2 * kStream);
+
+  static I load(const void* p) {
+    I v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(void* p, I v) { std::memcpy(p, &v, sizeof v); }
+  static I widened(const std::int16_t* p) {
+    I v;
+    for (int i = 0; i < W; ++i) v[i] = p[i];
+    return v;
+  }
+  static I all(std::int32_t v) { return I{} + v; }
+  static I least(I a, I b) { return a < b ? a : b; }
+  static I most(I a, I b) { return a > b ? a : b; }
+  static I clamp(I v, std::int32_t limit) { return most(least(v, all(limit)), all(-limit)); }
+  static I shift_right(I v, I by) { return (I)((U)v >> (U)by); }
+  static F as_float(I v) { return (F)v; }
+  static I as_bits(F v) { return (I)v; }
+  static F to_float(I v) { return __builtin_convertvector(v, F); }
+  static I to_int(F v) { return __builtin_convertvector(v, I); }
+  static bool any(I mask) { return Isa::any(mask); }
+  // 0, 1, 2, ...
+  static I lanes() {
+    I v;
+    for (int i = 0; i < W; ++i) v[i] = i;
+    return v;
+  }
+};
+
+// Products of 64 bits, of even and of odd lanes apart, for instruction sets whose widest product of
+// signed numbers is that; for Isa to derive from. Isa has
+//   Wide           a vector of 64-bit numbers
+//   mul(a, b)      products of the even lanes
+//   odd(v)         the odd lanes where the even ones were
+//   joined<S>(even, odd)  32 bits from bit S on of both
+template <class Isa, class I, class Wide>
+struct WideProducts {
+  template <int S>
+  static I product(I a, I b) {
+    return Isa::template joined<S>(Isa::mul(a, b), Isa::mul(Isa::odd(a), Isa::odd(b)));
+  }
+  // The same, rounded to the nearest.
+  template <int S>
+  static I scaled(I a, I b) {
+    const Wide half = Wide{} + (1ll << (S - 1));
+    return Isa::template joined<S>(Isa::mul(a, b) + half,
+                                   Isa::mul(Isa::odd(a), Isa::odd(b)) + half);
+  }
+  // a*c + b*s, 2^14 being 1.
+  static I turned(I a, I c, I b, I s) {
+    const Wide half = Wide{} + (1ll << 13);
+    const Wide even = Isa::mul(a, c) + Isa::mul(b, s);
+    const Wide odd = Isa::mul(Isa::odd(a), Isa::odd(c)) + Isa::mul(Isa::odd(b), Isa::odd(s));
+    return Isa::template joined<14>(even + half, odd + half);
+  }
+};
+
+}  // namespace
+}  // namespace kvzip::predictive
