@@ -1,7 +1,8 @@
 // What AVX2 and NEON share: a strip's values are bytes, looked up with byte shuffles and turned to
-// rows as bytes. `Simd`, which derives from ByteValues, has
+// rows as bytes. `Isa`, which derives from ByteSteps, has
 //   Lanes     of ByteLanes, with `step` for one channel
 //   Register  a vector of bytes
+//   zip_low, zip_high  bytes of the lower or upper half (of each 16) of two, in turn
 //   turn      channels of 16 tokens, as many as a vector has bytes, as rows
 //   put       such a row's numbers, from values, mantissas and bases
 #pragma once
@@ -18,52 +19,62 @@ struct ValueBytes {
 };
 
 template <class Lanes>
-class ByteLanes {
+class ByteLanes : public StoredLanes {
  public:
-  explicit ByteLanes(const std::uint32_t* states) { std::memcpy(x_, states, sizeof x_); }
-
-  void store(std::uint32_t* states) const { std::memcpy(states, x_, sizeof x_); }
-  void limit(std::size_t lanes) { lanes_ = lanes; }
+  using StoredLanes::StoredLanes;
 
   template <typename T, int M>
-  bool strip(Steps<T, ValueBytes>& steps) {
-    if (lanes_ == kLanes) return strip<T, M, false>(steps);
+  bool strip(StripWork<T, ValueBytes>& work) {
+    if (lanes_ == kLanes) return strip<T, M, false>(work);
     std::uint32_t before[kLanes];
     store(before);
-    const bool good = strip<T, M, true>(steps);
+    const bool good = strip<T, M, true>(work);
     std::memcpy(x_ + lanes_, before + lanes_, 4 * (kLanes - lanes_));
     return good;
   }
 
- protected:
-  alignas(64) std::uint32_t x_[kLanes];
-  std::size_t lanes_ = kLanes;
-
  private:
   template <typename T, int M, bool limited>
-  bool strip(Steps<T, ValueBytes>& steps) {
+  bool strip(StripWork<T, ValueBytes>& work) {
     auto& lanes = static_cast<Lanes&>(*this);
-    const std::uint8_t* at = steps.words->at;
-    for (std::size_t c = 0; c < steps.width; ++c) {
-      steps.template fetch<M>(c, at);
-      if (!(steps.live >> c & 1)) continue;
-      at = steps.words->ready(at);
+    const std::uint8_t* at = work.words->at;
+    for (std::size_t c = 0; c < work.width; ++c) {
+      work.template fetch<M>(c, at);
+      if (!(work.live >> c & 1)) continue;
+      at = work.words->ready(at);
       if (!at) return false;
       std::uint64_t escaped[kLanes / 64];
-      if (__builtin_expect(lanes.template step<limited>(steps.decoders[steps.channels[c].shape],
-                                                        &at, steps.tile->of[c], escaped),
+      if (__builtin_expect(lanes.template step<limited>(work.decoders[work.channels[c].shape], &at,
+                                                        work.tile->of[c], escaped),
                            0))
-        steps.escaped[steps.escaped_count++] = {c, {escaped[0], escaped[1]}};
+        work.escaped[work.escaped_count++] = {c, {escaped[0], escaped[1]}};
     }
-    steps.words->at = at;
+    work.words->at = at;
     return true;
   }
 };
 
-template <class Simd>
-struct ByteValues : Scalar {
+template <class Isa>
+struct ByteSteps : ScalarSteps {
   template <typename T>
   using Decoded = ValueBytes;
+
+  // Bytes of 16 vectors, which may be longer than 16, transposed 16 by 16 but for their order: four
+  // perfect shuffles.
+  template <class Register>
+  static void transpose_bytes(Register rows[16]) {
+    Register t[16];
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; ++stage) {
+      const Register* const from = stage % 2 ? t : rows;
+      Register* const to = stage % 2 ? rows : t;
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        to[2 * i] = Isa::zip_low(from[i], from[i + 8]);
+        to[2 * i + 1] = Isa::zip_high(from[i], from[i + 8]);
+      }
+    }
+  }
 
   template <typename T, int M>
   static void merge(const ValueBytes& tile, std::size_t token, std::size_t count, const T* base,
@@ -75,9 +86,9 @@ struct ByteValues : Scalar {
     T* const out = whole ? corner : rows[0];
     const std::ptrdiff_t step = whole ? stride : kStrip;
     for (std::size_t c = 0; c < kStrip; c += kVector) {
-      using Register = typename Simd::Register;
+      using Register = typename Isa::Register;
       Register values[16];
-      Simd::turn(tile.of + c, token, values);
+      Isa::turn(tile.of + c, token, values);
       const std::uint8_t* at = mantissas + c;
       for (std::size_t o = 0; o < count; o += 8, at += rows_of_octet(M) * kStrip) {
         Vector packed[R], fields[8];
@@ -85,8 +96,8 @@ struct ByteValues : Scalar {
         unpack<R>(packed, fields);
 #pragma GCC unroll 8
         for (std::size_t i = 0; i < 8; ++i)
-          Simd::template put<T, M>(values[o + i], Register(fields[i]), at + i * kStrip, base + c,
-                                   out + std::ptrdiff_t(o + i) * step + c);
+          Isa::template put<T, M>(values[o + i], Register(fields[i]), at + i * kStrip, base + c,
+                                  out + std::ptrdiff_t(o + i) * step + c);
       }
     }
     if (!whole)

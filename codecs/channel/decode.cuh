@@ -481,11 +481,7 @@ struct Decoding {
                         uint32_t* flags) {                                              \
     Decoding<E, M, T>::run(jobs, count, parts, flags);                                  \
   }
-KVZIP_CHANNEL_DECODE(bf16, 8, 7, uint16_t)
-KVZIP_CHANNEL_DECODE(fp16, 5, 10, uint16_t)
-KVZIP_CHANNEL_DECODE(fp32, 8, 23, uint32_t)
-KVZIP_CHANNEL_DECODE(fp8_e4m3fn, 4, 3, uint8_t)
-KVZIP_CHANNEL_DECODE(fp8_e5m2, 5, 2, uint8_t)
+KVZIP_EACH_FORMAT(KVZIP_CHANNEL_DECODE)
 #undef KVZIP_CHANNEL_DECODE
 
 }  // namespace kvzip::channel

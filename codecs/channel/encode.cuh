@@ -342,11 +342,7 @@ struct Encoding {
                         EncodedStream* encoded) {                                       \
     Encoding<E, M, T>::run(jobs, count, parts, encoded);                                \
   }
-KVZIP_CHANNEL_ENCODE(bf16, 8, 7, uint16_t)
-KVZIP_CHANNEL_ENCODE(fp16, 5, 10, uint16_t)
-KVZIP_CHANNEL_ENCODE(fp32, 8, 23, uint32_t)
-KVZIP_CHANNEL_ENCODE(fp8_e4m3fn, 4, 3, uint8_t)
-KVZIP_CHANNEL_ENCODE(fp8_e5m2, 5, 2, uint8_t)
+KVZIP_EACH_FORMAT(KVZIP_CHANNEL_ENCODE)
 #undef KVZIP_CHANNEL_ENCODE
 
 // From the rooms to where the streams stand in their block, with zeros up to multiples of 16.

@@ -1,4 +1,4 @@
-// Encoding a stream, for any instruction set: the decoder's steps backwards. `Simd` has
+// Encoding a stream, for any instruction set: the decoder's steps backwards. `Isa` has
 //   EncoderLanes              the states of a group's lanes, and `step` for one channel of a tile
 //   columns(rows, first, tile)  rows of 16 tokens as a tile's columns, in the order of EncoderLanes
 //   collect                   bytes of the channels that are not constant
@@ -10,7 +10,7 @@ namespace kvzip::channel {
 namespace {
 
 // Mantissas of eight tokens.
-template <class Simd, typename T, int M>
+template <class Isa, typename T, int M>
 inline void split(const T (*numbers)[kStrip], std::uint64_t live, std::size_t live_count,
                   std::uint8_t* out) {
   constexpr int R = M % 8, B = M / 8;
@@ -38,7 +38,7 @@ inline void split(const T (*numbers)[kStrip], std::uint64_t live, std::size_t li
   }
   if (rows != out)
     for (int row = 0; row < rows_of_octet(M); ++row)
-      Simd::collect(all + row * kStrip, live, live_count, out + std::size_t(row) * live_count);
+      Isa::collect(all + row * kStrip, live, live_count, out + std::size_t(row) * live_count);
 }
 
 // Compilers would copy 16 bytes at a time.
@@ -52,11 +52,11 @@ inline void copy(const T* from, T (&row)[kStrip]) {
   }
 }
 
-template <class Simd, typename T, int M>
+template <class Isa, typename T, int M>
 bool encode_stream(const Tables& tables, const Block<const T>& block, const Stream& stream,
                    Sink* sink) {
   constexpr std::size_t kRows = rows_of_octet(M);
-  typename Simd::EncoderLanes lanes;
+  typename Isa::EncoderLanes lanes;
   std::uint8_t* mantissas = sink->mantissas;
   Tile<T> tile;
   alignas(64) T rows[16][kStrip];
@@ -83,10 +83,10 @@ bool encode_stream(const Tables& tables, const Block<const T>& block, const Stre
           std::memcpy(rows[i], from + std::ptrdiff_t(i) * block.token_stride,
                       strip.width * sizeof(T));
       }
-      Simd::columns(rows, o, tile);
+      Isa::columns(rows, o, tile);
       for (std::size_t k = o / 8; k < least(o / 8 + 2, octets); ++k)
-        split<Simd, T, M>(rows + 8 * (k - o / 8), live, live_count,
-                          mantissas + k * kRows * live_count);
+        split<Isa, T, M>(rows + 8 * (k - o / 8), live, live_count,
+                         mantissas + k * kRows * live_count);
     }
     if (s + 1 == end) {
       const std::size_t words = stream.carried;

@@ -112,8 +112,11 @@ inline void transpose(__m256i r[8]) {
   for (int k = 0; k < 8; ++k) r[k] = t[k];
 }
 
-struct Avx2 : ByteValues<Avx2> {
+struct Avx2 : ByteSteps<Avx2> {
   using Register = __m256i;
+
+  static __m256i zip_low(__m256i a, __m256i b) { return _mm256_unpacklo_epi8(a, b); }
+  static __m256i zip_high(__m256i a, __m256i b) { return _mm256_unpackhi_epi8(a, b); }
 
   class Lanes : public ByteLanes<Lanes> {
    public:
@@ -490,21 +493,10 @@ struct Avx2 : ByteValues<Avx2> {
     const auto of = [&](int c) {
       return _mm_load_si128(reinterpret_cast<const __m128i*>(values[c] + token));
     };
-    __m256i t[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i)
       rows[i] = _mm256_set_m128i(of(i + i / 8 * 8 + 8), of(i + i / 8 * 8));
-    // Four perfect shuffles of 16 are a transposition.
-#pragma GCC unroll 4
-    for (int stage = 0; stage < 4; ++stage) {
-      const __m256i* const from = stage % 2 ? t : rows;
-      __m256i* const to = stage % 2 ? rows : t;
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        to[2 * i] = _mm256_unpacklo_epi8(from[i], from[i + 8]);
-        to[2 * i + 1] = _mm256_unpackhi_epi8(from[i], from[i + 8]);
-      }
-    }
+    transpose_bytes(rows);
   }
 
   // 32 channels of a row: values as `turn` gives them; of the mantissas `fields`, the bits above

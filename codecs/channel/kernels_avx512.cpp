@@ -72,36 +72,36 @@ struct Avx512 {
     }
 
     template <typename T, int M>
-    bool strip(Steps<T>& steps) {
-      return limited_ ? strip<T, M, true>(steps) : strip<T, M, false>(steps);
+    bool strip(StripWork<T>& work) {
+      return limited_ ? strip<T, M, true>(work) : strip<T, M, false>(work);
     }
 
    private:
     template <typename T, int M, bool limited>
-    bool strip(Steps<T>& steps) {
+    bool strip(StripWork<T>& work) {
       __m512i x[kVectors];
       for (int v = 0; v < kVectors; ++v) x[v] = x_[v];
-      const std::uint8_t* at = steps.words->at;
+      const std::uint8_t* at = work.words->at;
       std::uint64_t escaped = 0;
-      for (std::size_t c = 0; c < steps.width; c += Tile<T>::kInWord)
-        if (!word<T, M, limited>(steps, c, x, at, escaped,
+      for (std::size_t c = 0; c < work.width; c += Tile<T>::kInWord)
+        if (!word<T, M, limited>(work, c, x, at, escaped,
                                  std::make_index_sequence<Tile<T>::kInWord>()))
           return false;
-      steps.words->at = at;
+      work.words->at = at;
       for (int v = 0; v < kVectors; ++v) x_[v] = x[v];
       for (; escaped; escaped &= escaped - 1)
-        find<T, M>(std::size_t(__builtin_ctzll(escaped)), steps);
+        find<T, M>(std::size_t(__builtin_ctzll(escaped)), work);
       return true;
     }
 
     // The lanes in which a channel's values are escapes: their bit is in the tile, below the value.
     template <typename T, int M>
-    void find(std::size_t c, Steps<T>& steps) {
-      typename Steps<T>::Escaped& escaped = steps.escaped[steps.escaped_count++];
+    void find(std::size_t c, StripWork<T>& work) {
+      typename StripWork<T>::Escaped& escaped = work.escaped[work.escaped_count++];
       escaped = {c, {}};
       const __m512i bit = _mm512_set1_epi32(1 << (Tile<T>::template shift<M>(c) - 1));
       for (int v = 0; v < kVectors; ++v) {
-        const __m512i found = _mm512_load_si512(steps.tile->column(c) + 16 * v);
+        const __m512i found = _mm512_load_si512(work.tile->column(c) + 16 * v);
         escaped.lanes[v / 4] |= std::uint64_t(_mm512_mask_test_epi32_mask(active_[v], found, bit))
                                 << 16 * (v % 4);
       }
@@ -109,31 +109,33 @@ struct Avx512 {
 
     // The channels that share a word of the tile.
     template <typename T, int M, bool limited, std::size_t... in_word>
-    __attribute__((always_inline)) bool word(Steps<T>& steps, std::size_t c, __m512i (&x)[kVectors],
-                                             const std::uint8_t*& at, std::uint64_t& escaped,
+    __attribute__((always_inline)) bool word(StripWork<T>& work, std::size_t c,
+                                             __m512i (&x)[kVectors], const std::uint8_t*& at,
+                                             std::uint64_t& escaped,
                                              std::index_sequence<in_word...>) {
-      return (step<T, M, limited, in_word>(steps, c + in_word, x, at, escaped) && ...);
+      return (step<T, M, limited, in_word>(work, c + in_word, x, at, escaped) && ...);
     }
 
     template <typename T, int M, bool limited, int in_word>
-    __attribute__((always_inline)) bool step(Steps<T>& steps, std::size_t c, __m512i (&x)[kVectors],
-                                             const std::uint8_t*& at, std::uint64_t& escaped) {
-      if (in_word && c >= steps.width) return true;
-      steps.template fetch<M>(c, at);
-      if (!(steps.live >> c & 1)) return true;
-      const std::uint8_t* p = steps.words->ready(at);
+    __attribute__((always_inline)) bool step(StripWork<T>& work, std::size_t c,
+                                             __m512i (&x)[kVectors], const std::uint8_t*& at,
+                                             std::uint64_t& escaped) {
+      if (in_word && c >= work.width) return true;
+      work.template fetch<M>(c, at);
+      if (!(work.live >> c & 1)) return true;
+      const std::uint8_t* p = work.words->ready(at);
       if (!p) return false;
       constexpr int kShift = Tile<T>::template shift<M>(in_word);
       const __m512i keep =
           _mm512_set1_epi32(int((2 * (std::uint32_t(T(-1)) >> M) + 1) << (kShift - 1)));
       const __m512i ones = _mm512_set1_epi32(-1);
       const __m512i low = _mm512_set1_epi32(int(kLow));
-      const Decoder& d = steps.decoders[steps.channels[c].shape];
+      const Decoder& d = work.decoders[work.channels[c].shape];
       const __m512i own_low = _mm512_load_si512(d.entry),
                     own_high = _mm512_load_si512(d.entry + 16);
       const __m512i other_low = _mm512_load_si512(d.entry + 32),
                     other_high = _mm512_load_si512(d.entry + 48);
-      std::uint32_t* const out = steps.tile->column(c);
+      std::uint32_t* const out = work.tile->column(c);
       __m512i all = _mm512_setzero_si512();
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {

@@ -38,8 +38,11 @@ inline unsigned bits_of(uint16x8_t lanes) {
   return vaddvq_u16(vandq_u16(lanes, bit));
 }
 
-struct Neon : ByteValues<Neon> {
+struct Neon : ByteSteps<Neon> {
   using Register = uint8x16_t;
+
+  static uint8x16_t zip_low(uint8x16_t a, uint8x16_t b) { return vzip1q_u8(a, b); }
+  static uint8x16_t zip_high(uint8x16_t a, uint8x16_t b) { return vzip2q_u8(a, b); }
 
   class Lanes : public ByteLanes<Lanes> {
    public:
@@ -130,19 +133,8 @@ struct Neon : ByteValues<Neon> {
 
   // 16 channels of 16 tokens, from `values` on, as rows.
   static void turn(const std::uint8_t (*values)[kLanes], std::size_t token, uint8x16_t rows[16]) {
-    uint8x16_t t[16];
     for (int i = 0; i < 16; ++i) rows[i] = vld1q_u8(values[i] + token);
-    // Four perfect shuffles of 16 are a transposition.
-#pragma GCC unroll 4
-    for (int stage = 0; stage < 4; ++stage) {
-      const uint8x16_t* const from = stage % 2 ? t : rows;
-      uint8x16_t* const to = stage % 2 ? rows : t;
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        to[2 * i] = vzip1q_u8(from[i], from[i + 8]);
-        to[2 * i + 1] = vzip2q_u8(from[i], from[i + 8]);
-      }
-    }
+    transpose_bytes(rows);
   }
 
   // 16 channels of a row: their values; of the mantissas `field`, the bits above whole bytes, and

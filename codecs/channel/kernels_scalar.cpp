@@ -3,5 +3,5 @@
 #include "channel/scalar_steps.hpp"
 
 namespace kvzip::channel {
-KVZIP_KERNELS(scalar, Scalar)
+KVZIP_KERNELS(scalar, ScalarSteps)
 }

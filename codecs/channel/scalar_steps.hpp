@@ -1,4 +1,4 @@
-// Steps in plain C++: the whole of the scalar kernels, and what other instruction sets do not
+// StripWork in plain C++: the whole of the scalar kernels, and what other instruction sets do not
 // have a better way for.
 #pragma once
 
@@ -8,24 +8,19 @@
 namespace kvzip::channel {
 namespace {
 
-struct Scalar {
+struct ScalarSteps {
   template <typename T>
   using Decoded = Tile<T>;
 
-  class Lanes {
+  class Lanes : public StoredLanes {
    public:
-    explicit Lanes(const std::uint32_t* states) { std::memcpy(x_, states, sizeof x_); }
-
-    void store(std::uint32_t* states) const { std::memcpy(states, x_, sizeof x_); }
-
-    // From now on the lanes from `lanes` on have no tokens, and keep their states.
-    void limit(std::size_t lanes) { lanes_ = lanes; }
+    using StoredLanes::StoredLanes;
 
     // In passes over all lanes, each with short chains of dependent instructions and no branch,
     // since nothing here can be foreseen; compilers turn the second and the last into vectors.
     template <typename T, int M>
-    bool strip(Steps<T>& steps) {
-      return each_channel<T, M>(*this, steps);
+    bool strip(StripWork<T>& work) {
+      return each_channel<T, M>(*this, work);
     }
 
     bool step(const Decoder& d, const std::uint8_t** words, std::uint32_t* out, int shift,
@@ -67,10 +62,6 @@ struct Scalar {
         escaped[j / 64] |= std::uint64_t((own[j] & kEscapeBit) != 0) << j % 64;
       return true;
     }
-
-   private:
-    std::uint32_t x_[kLanes];
-    std::size_t lanes_ = kLanes;
   };
 
   class EncoderLanes {

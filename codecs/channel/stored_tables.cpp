@@ -97,29 +97,27 @@ void write_levels(const std::uint8_t* levels, std::size_t width, int escape, boo
   }
 }
 
-}  // namespace
-
-std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableFormat& format) {
-  const ShapeLevels& shapes = tables.shapes;
-  const int top_bits = format.value_bits - 1;
-  const unsigned top_mask = (1u << top_bits) - 1;
-  // A shape's number is when it is used first; its sign is what it has there.
+// In which order shapes are used. A shape's number is when it is used first; its sign is what it
+// has there.
+struct ShapeUses {
   struct Use {
     std::uint32_t number;
     bool flip;
   };
-  constexpr std::uint32_t kUnused = ~0u;
-  std::vector<Use> uses(shapes.count(), {kUnused, false});
-  std::vector<std::uint32_t> runs, order;
-  std::vector<std::uint8_t> tops(format.channels);
-  std::uint32_t run = 0;
-  bool constants = false;
-  long cost[2] = {0, 0};  // of the tops, foreseen from nearby or from far
-  for (std::size_t c = 0; c < format.channels; ++c) {
-    const Channel& channel = tables.channels[c];
-    if (channel.constant) {
-      constants = true;
-    } else {
+  std::vector<Use> uses;             // of each shape
+  std::vector<std::uint32_t> order;  // shapes by their number
+  std::vector<std::uint32_t> runs;  // of channels behind each that takes a new shape, with old ones
+  bool constants = false;           // whether a channel is constant
+
+  ShapeUses(const StoredTables& tables, int top_bits) {
+    constexpr std::uint32_t kUnused = ~0u;
+    uses.assign(tables.shapes.count(), {kUnused, false});
+    std::uint32_t run = 0;
+    for (const Channel& channel : tables.channels) {
+      if (channel.constant) {
+        constants = true;
+        continue;
+      }
       Use& use = uses[channel.shape];
       if (use.number == kUnused) {
         if (!order.empty()) runs.push_back(run);
@@ -129,62 +127,94 @@ std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableFo
       } else {
         ++run;
       }
-      tops[c] = std::uint8_t((channel.base + shapes.widths[channel.shape] + 1u) & top_mask);
     }
-  }
-  runs.push_back(run);
-  // A constant channel's top is what is foreseen, either way.
-  std::vector<std::uint8_t> told[2] = {tops, tops};
-  for (int far = 0; far < 2; ++far)
-    for (std::size_t c = 0; c < format.channels; ++c) {
-      const int seen = foreseen(told[far], c, lag(far, format.dim), top_bits);
-      if (tables.channels[c].constant) told[far][c] = std::uint8_t(seen);
-      else cost[far] += kCodeTables.cost(kTopCode, int(folded(wrapped(tops[c] - seen, top_bits))));
-    }
-  const bool far = cost[1] < cost[0];
-  int order_of_runs = 0;
-  long least = -1;
-  for (int k = 0; k < 1 << kRunBits; ++k) {
-    long bits = 0;
-    for (std::uint32_t x : runs) bits += golomb_bits(x, k);
-    if (least < 0 || bits < least) least = bits, order_of_runs = k;
+    runs.push_back(run);
   }
 
+  // The order of the codes that takes the fewest bits for the runs.
+  int order_of_runs() const {
+    int best = 0;
+    long least = -1;
+    for (int k = 0; k < 1 << kRunBits; ++k) {
+      long bits = 0;
+      for (std::uint32_t x : runs) bits += golomb_bits(x, k);
+      if (least < 0 || bits < least) {
+        least = bits;
+        best = k;
+      }
+    }
+    return best;
+  }
+};
+
+// Codes of the channels' tops, as they differ from what is foreseen from nearby or from far.
+struct TopCodes {
+  std::vector<unsigned> codes;
+  long cost = 0;
+
+  TopCodes(const StoredTables& tables, const TableFormat& format, bool far)
+      : codes(format.channels) {
+    const int top_bits = format.value_bits - 1;
+    const unsigned top_mask = (1u << top_bits) - 1;
+    std::vector<std::uint8_t> tops(format.channels);
+    for (std::size_t c = 0; c < format.channels; ++c) {
+      const Channel& channel = tables.channels[c];
+      const int seen = foreseen(tops, c, lag(far, format.dim), top_bits);
+      if (channel.constant) {  // its top is what is foreseen
+        tops[c] = std::uint8_t(seen);
+        continue;
+      }
+      tops[c] = std::uint8_t((channel.base + tables.shapes.widths[channel.shape] + 1u) & top_mask);
+      codes[c] = folded(wrapped(tops[c] - seen, top_bits));
+      cost += kCodeTables.cost(kTopCode, int(codes[c]));
+    }
+  }
+};
+
+}  // namespace
+
+std::vector<std::uint8_t> write_tables(const StoredTables& tables, const TableFormat& format) {
+  const ShapeLevels& shapes = tables.shapes;
+  const int top_bits = format.value_bits - 1;
+  const ShapeUses uses(tables, top_bits);
+  const TopCodes from_near(tables, format, false), from_far(tables, format, true);
+  const bool far = from_far.cost < from_near.cost;
+  const std::vector<unsigned>& top_codes = (far ? from_far : from_near).codes;
+  const int order_of_runs = uses.order_of_runs();
+
   BitWriter out;
-  out.put(constants, 1);
+  out.put(uses.constants, 1);
   out.put(far, 1);
   out.put(unsigned(order_of_runs), kRunBits);
-  std::size_t shape_count = 0, next_run = 0;
-  run = 0;
+  std::size_t shape_count = 0;
+  std::uint32_t run = 0;
   for (std::size_t c = 0; c < format.channels; ++c) {
     const Channel& channel = tables.channels[c];
-    if (constants) out.put(channel.constant, 1);
+    if (uses.constants) out.put(channel.constant, 1);
     if (channel.constant) {
       out.put(channel.number, format.number_bits);
       continue;
     }
-    const Use& use = uses[channel.shape];
     if (run) {
       --run;
+      const ShapeUses::Use& use = uses.uses[channel.shape];
       out.below(use.number, std::uint32_t(shape_count));
       out.put((channel.base >> top_bits & 1) ^ unsigned(use.flip), 1);
     } else {
-      ++shape_count;
       out.symbol(kWidthCode, shapes.widths[channel.shape]);
       out.symbol(kEscapeCode, shapes.escapes[channel.shape]);
-      run = runs[next_run++];
+      run = uses.runs[shape_count++];
       out.golomb(run, order_of_runs);
     }
-    const int seen = foreseen(told[far], c, lag(far, format.dim), top_bits);
-    out.symbol(kTopCode, folded(wrapped(tops[c] - seen, top_bits)));
+    out.symbol(kTopCode, top_codes[c]);
   }
   std::vector<const std::uint8_t*> levels(shapes.count());
   shapes.each(
       [&](std::size_t i, const std::uint8_t* at, std::size_t, std::uint8_t) { levels[i] = at; });
   BitWriter odd;
-  for (std::size_t i = 0; i < order.size(); ++i) {
-    const std::uint32_t s = order[i];
-    write_levels(levels[s], shapes.widths[s] + std::size_t(1), shapes.escapes[s], uses[s].flip,
+  for (std::size_t i = 0; i < uses.order.size(); ++i) {
+    const std::uint32_t s = uses.order[i];
+    write_levels(levels[s], shapes.widths[s] + std::size_t(1), shapes.escapes[s], uses.uses[s].flip,
                  i & 1 ? &odd : &out);
   }
   std::vector<std::uint8_t> bytes = out.bytes(), behind = odd.bytes();

@@ -99,3 +99,8 @@ struct StripView {
 };
 
 }  // namespace kvzip::channel
+
+// All number formats: name, bits of exponent and of mantissa, and the type of their bits.
+#define KVZIP_EACH_FORMAT(of)                                                  \
+  of(bf16, 8, 7, uint16_t) of(fp16, 5, 10, uint16_t) of(fp32, 8, 23, uint32_t) \
+      of(fp8_e4m3fn, 4, 3, uint8_t) of(fp8_e5m2, 5, 2, uint8_t)
