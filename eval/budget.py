@@ -17,14 +17,14 @@ then, 0 to 1, where it is known."""
 SIZES = ((2048, 16), (2048, 8), (1024, 16), (1024, 8), (512, 12), (512, 6), (256, 6), (256, 2))
 """Tokens of a document, and documents that are learned from, the most telling first."""
 _MARGIN = 1.2
-"""What a step may take longer than was estimated."""
+"""How many times as long as was estimated the work may take."""
 
 # Seconds that are not the model's, on two cores of a Zen 3; machines with AVX-512 take less.
 _FIXED = 5.0
 _LEARN, _LEARN_TOKEN = 25.0, 9e-3
-"""For a profile of 30 layers, and for each token that it is learned from."""
+"""To learn a profile of 30 layers, and more for each token that it is learned from."""
 _ENCODE_TOKEN = 1.5e-3
-"""Of a document, to encode and decode it several times with a codec."""
+"""For each token of a document, to encode and decode it several times with a codec."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Progress:
         self._done = self._next = self._whole = self._most = 0.0
 
     def expect(self, done: float, seconds: float) -> None:
-        """From now on shares are known: of `done` seconds and of so many that are to come."""
+        """Know the whole work from now on: `done` seconds that are over, and so many to come."""
         self._done, self._whole = done, done + seconds
 
     def __call__(self, what: str, seconds: float = 0.0) -> None:

@@ -50,9 +50,9 @@ class LayerData:
     calibration: list[Document]
     test: list[Document]
     seen: Frequencies
-    """Of the calibration documents."""
+    """How often signs and exponents occur in the calibration documents."""
     new: Frequencies
-    """Of the test documents."""
+    """The same in the test documents."""
     moments: Moments = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Predictor:
     bytes: float
     """What `base` must know, a byte a weight."""
     regions: int = 1
-    """Of tokens; each has a covariance of its own."""
+    """How many regions tokens are in; each has a covariance of its own."""
     within: bool = True
     """Whether channels before are used."""
     energy: bool = True
@@ -186,7 +186,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
 }
 """Family and title of the predictors that look at no copy of the model."""
 MAIN = ("channel", "density", "within", "one", "full", "regions-16")
-"""Of these, what formats after the first are measured with."""
+"""The predictors that formats after the first are measured with."""
 
 
 def measure_key(key: str, data: LayerData) -> LayerPoint:

@@ -154,7 +154,7 @@ class _PrefillCost(msgspec.Struct, frozen=True):
     bytes: dict[str, float]
     """What the weights of each kind of copy take."""
     prefill_seconds: float | None
-    """Of a document of so many tokens; None where its token ids are not known."""
+    """For a document of so many tokens; None where its token ids are not known."""
 
     @property
     def seconds_per_token(self) -> float | None:

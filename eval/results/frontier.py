@@ -48,7 +48,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """From one point of the lower convex hull to the next dearer one."""
+    """The step from one point of the lower convex hull to the next dearer one."""
 
     cheaper: str
     dearer: str

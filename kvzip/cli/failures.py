@@ -1,4 +1,4 @@
-"""From an exception to what the command line says of it: one line, an exit code, one word.
+"""What the command line says of an exception: one line, an exit code, and one word.
 
 Only what a user can cause has a line of its own. All else is a bug, and shows as one.
 """

@@ -80,35 +80,45 @@ def links(
     page
         A Markdown file: its tables are put anew between its marks.
     """
+    if draw is not None:
+        from kvzip.eval.results import stored
+        from kvzip.eval.results.links import Links
+
+        _give(stored.load(draw, Links), output, picture, page, as_json)
+        return
     choose_products(native_bf16)
     from kvzip.eval.links.run import run
-    from kvzip.eval.report import charts, readme
-    from kvzip.eval.report import links as words
-    from kvzip.eval.results import stored
-    from kvzip.eval.results.links import Links
 
     sweeps: dict[float, list[int]] = {0.0: integers("--rates", rates)}
     if delay:
         sweeps[delay / 1e3] = integers("--delay-rates", delay_rates)
-    if draw is not None:
-        found = stored.load(draw, Links)
-    else:
-        with stages("starting") as (step, progress):
-            found = run(
-                sweeps,
-                work,
-                model=model,
-                text=text or ["pydoc"],
-                tokens=tokens,
-                document=document,
-                codecs=split_specs(codecs),
-                profile=profile,
-                train=train,
-                repeat=repeat,
-                command=command_line(),
-                step=step,
-                progress=progress,
-            )
+    with stages("starting") as (step, progress):
+        found = run(
+            sweeps,
+            work,
+            model=model,
+            text=text or ["pydoc"],
+            tokens=tokens,
+            document=document,
+            codecs=split_specs(codecs),
+            profile=profile,
+            train=train,
+            repeat=repeat,
+            command=command_line(),
+            step=step,
+            progress=progress,
+        )
+    _give(found, output, picture, page, as_json)
+
+
+def _give(
+    found: Links, output: Path | None, picture: Path | None, page: Path | None, as_json: bool
+) -> None:
+    """Write a result, its chart and its tables where they are wanted, and show it."""
+    from kvzip.eval.report import charts, readme
+    from kvzip.eval.report import links as words
+    from kvzip.eval.results import stored
+
     if output is not None:
         stored.save(found, output)
     if picture is not None:
