@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -61,6 +60,8 @@ class End:
         return dict(json.loads(line))
 
     def ask(self, **question: Any) -> dict[str, Any]:
+        """The answer to a question: `do` names a method of :class:`_Answers`, the rest are its
+        arguments."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -73,12 +74,7 @@ class End:
         """What it has used of the processor up to now."""
         return processor_seconds(self._process.pid)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -245,6 +241,7 @@ class _Warnings(logging.Handler):
 
 
 def main(what: str, *rest: str) -> None:
+    """Be one of the two ends, as the module's docstring says."""
     # What libraries print is not to come between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
