@@ -145,3 +145,30 @@ def mantissa(bits: Bits, dtype: str) -> Bits:
     """The mantissa field of each number."""
     fields: Bits = bits & bits.dtype.type((1 << get(dtype).mantissa_bits) - 1)
     return fields
+
+
+def finite(bits: Bits, dtype: str) -> NDArray[np.bool_]:
+    """Which numbers are neither infinite nor NaN."""
+    form = get(dtype)
+    magnitude = bits & bits.dtype.type((1 << (form.bits - 1)) - 1)
+    # e4m3fn has no infinities; only the last pattern is a NaN.
+    first = (1 << form.exponent_bits) - 1 << form.mantissa_bits
+    if form.name == "fp8_e4m3fn":
+        first = (1 << (form.bits - 1)) - 1
+    return np.asarray(magnitude < bits.dtype.type(first))
+
+
+def to_float32(bits: Bits, dtype: str) -> NDArray[np.float32]:
+    """The numbers as float32, exactly: all our formats fit."""
+    form = get(dtype)
+    wide = bits.astype(np.uint32)
+    if form.exponent_bits == 8:
+        return (wide << np.uint32(32 - form.bits)).view(np.float32)
+    sign = wide >> (form.bits - 1)
+    exponent = (wide >> form.mantissa_bits) & ((1 << form.exponent_bits) - 1)
+    fraction = wide & ((1 << form.mantissa_bits) - 1)
+    bias = (1 << (form.exponent_bits - 1)) - 1
+    whole = fraction + ((exponent > 0).astype(np.uint32) << form.mantissa_bits)
+    power = np.maximum(exponent, 1).astype(np.int32) - bias - form.mantissa_bits
+    values = np.ldexp(whole.astype(np.float32), power)
+    return np.asarray(np.where(sign.astype(bool), -values, values), np.float32)

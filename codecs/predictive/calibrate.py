@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from kvzip.codecs.predictive import codec
 from kvzip.codecs.predictive.density import SHAPES, START, Chooser
-from kvzip.codecs.predictive.documents import Item, Progress, load
-from kvzip.codecs.predictive.regression import Doubles, rescaled
+from kvzip.codecs.predictive.integers import rescaled
+from kvzip.statistics.documents import Item, Progress, load
+from kvzip.statistics.gaussian import Doubles
 
 TURNS = 3
 SHRINK_COUNTS = 500  # of all classes that count in the scale of each

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip.statistics.densities import student_t
+
 Doubles = NDArray[np.float64]
 
 CELLS = 64
@@ -32,24 +34,13 @@ def densities() -> tuple[NDArray[np.uint32], Doubles]:
     """The share of numbers below |z| at the cells' edges and in each cell, 2^23 is a half; by
     shape, each with a mean deviation of 1."""
     edges = cell_edges()
-    grid = np.concatenate([np.linspace(0, 60, 60001), np.geomspace(60.01, 4096, 20000)])
-    tables = []
-    for shape in SHAPES:
-        density = (1 + grid**2 / shape) ** (-(shape + 1) / 2)
-        share = _integral(density, grid)
-        mean = _integral(density * grid, grid)[-1] / share[-1]
-        tables.append(np.interp(edges * mean, grid, share / share[-1]))
+    tables = [student_t(shape, edges) for shape in SHAPES]
     table = np.round(np.array(tables) * (1 << 23)).astype(np.int64)
     # No cell is empty, and the last edge is all there is.
     table = np.maximum.accumulate(table + np.arange(len(edges)), axis=1)
     table = np.minimum(table, (1 << 23) - np.arange(len(edges))[::-1])
     table[:, 0], table[:, -1] = 0, 1 << 23
     return table.astype(np.uint32), np.diff(table, axis=1) / (1 << 24)
-
-
-def _integral(values: Doubles, grid: Doubles) -> Doubles:
-    steps = np.diff(grid) * (values[1:] + values[:-1]) / 2
-    return np.concatenate([[0.0], np.cumsum(steps)])
 
 
 class Chooser:

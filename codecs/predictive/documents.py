@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.codecs.predictive import rope
 from kvzip.errors import ProfileError
 from kvzip.snapshot import LayerLayout, Snapshot
+from kvzip.statistics.documents import SINK_TOKENS, Item, load
+from kvzip.statistics.rope import ChannelOrder, width
 
-Item = Snapshot | str | os.PathLike[str]
 Floats = NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done and how much there is."""
-
-SINK_TOKENS = 4  # first tokens, whose values are unlike all others
-
-
-def inputs_of(layer: int) -> list[int]:
-    """The layers that predict `layer`: the first and the two before it."""
-    return sorted({0, layer - 1, layer - 2} & set(range(layer)))
 
 
 class Documents:
@@ -34,8 +24,8 @@ class Documents:
         self.first = load(items[0])
         layers = self.first.layout.layers
         self.shapes = [_shape(s) for s in layers]
-        self.widths = [rope.width(s) for s in layers]
-        self.orders = [rope.Order(s, self.first.origin, self.first.dtype) for s in layers]
+        self.widths = [width(s) for s in layers]
+        self.orders = [ChannelOrder(s, self.first.origin, self.first.dtype) for s in layers]
         self.tokens = 0
         for item in items:
             snapshot = self._open(item)
@@ -92,10 +82,6 @@ class Documents:
     def spread(self, wanted: int) -> list[int]:
         """Numbers of at most so many documents, evenly."""
         return sorted({int(i) for i in np.linspace(0, len(self) - 1, min(len(self), wanted))})
-
-
-def load(item: Item) -> Snapshot:
-    return item if isinstance(item, Snapshot) else Snapshot.load(item)
 
 
 def _shape(layer: LayerLayout) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.codecs.predictive.regression import Doubles
+from kvzip.statistics.gaussian import Doubles
 
 MOST = 64
 """Channels of a group, at most."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.codecs.predictive.regression import Doubles, Floats
+from kvzip.statistics.clusters import far_apart, k_means
+from kvzip.statistics.gaussian import Doubles
 
 DIRECTIONS = 32
 _STEPS = 25
@@ -41,24 +42,8 @@ def find(inputs: NDArray[np.int8], weights: Doubles, left: Doubles, regions: int
     spread = whitened.T @ (values.T @ values / len(values)).astype(np.float64) @ whitened
     _, directions = np.linalg.eigh(spread)
     onto = whitened @ directions[:, -DIRECTIONS:]
-    centres = _k_means(values @ onto.astype(np.float32), regions)
-    return Scores(onto @ centres.T, -(centres**2).sum(axis=1) / 2 - mean @ onto @ centres.T)
-
-
-def _k_means(points: Floats, count: int) -> Doubles:
-    """Centres [count, dimensions], begun far from each other (k-means++)."""
+    points = values @ onto.astype(np.float32)
     rng = np.random.default_rng(0)
     few = points[rng.permutation(len(points))[:8192]].astype(np.float64)
-    centres = few[:1]
-    nearest = ((few - centres[0]) ** 2).sum(axis=1)
-    for _ in range(count - 1):
-        total = nearest.sum()
-        chosen = rng.choice(len(few), p=nearest / total) if total > 0 else 0
-        centres = np.concatenate([centres, few[chosen : chosen + 1]])
-        nearest = np.minimum(nearest, ((few - centres[-1]) ** 2).sum(axis=1))
-    for _ in range(_STEPS):
-        owner = (points @ centres.T - (centres**2).sum(axis=1) / 2).argmax(axis=1)
-        for r in range(count):
-            if (mine := owner == r).any():
-                centres[r] = points[mine].mean(axis=0)
-    return centres
+    centres = k_means(points, far_apart(few, regions, rng), _STEPS)
+    return Scores(onto @ centres.T, -(centres**2).sum(axis=1) / 2 - mean @ onto @ centres.T)

@@ -7,18 +7,17 @@ documents are read once.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip.statistics.gaussian import cholesky
+from kvzip.statistics.ridge import residual, ridge, shrinkage
+
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-ANGLES = 32
 BLOCK = 96  # inputs that are rounded before the error goes on to the others
 FARTHEST = 16.0
 SHRINK_TOKENS = 2000  # of all regions that count in each one's regression and covariance
@@ -62,23 +61,20 @@ class Sums:
         self.count[region, fold] += len(rows)
 
     def solve(self, total: Doubles) -> Doubles:
-        """Weights [inputs + 1, outputs]; few tokens say little of many inputs: then they are held
-        back."""
+        """The weights of a ridge regression, [inputs + 1, outputs]."""
         i = self.inputs
         if not i:
             means: Doubles = total[:1, 1:] / max(total[0, 0], 1)
             return means
-        ridge = np.trace(total[:i, :i]) / i * max(1e-4, 0.02 * i / max(self.count.sum(), 1)) + 1e-9
-        damping = np.full(i + 1, ridge)
-        damping[i] = 1e-9 * total[i, i] + 1e-9
-        inputs, targets = total[: i + 1, : i + 1], total[: i + 1, i + 1 :]
-        return np.asarray(np.linalg.solve(inputs + np.diag(damping), targets), np.float64)
+        variance = np.trace(total[:i, :i]) / i
+        penalty = np.full(i + 1, variance * shrinkage(i, self.count.sum()) + 1e-9)
+        penalty[i] = 1e-9 * total[i, i] + 1e-9
+        return ridge(total[: i + 1, : i + 1], total[: i + 1, i + 1 :], penalty)
 
     def left(self, weights: Doubles, total: Doubles) -> Doubles:
-        """Products of what the weights leave."""
+        """Products with each other of what the weights leave of the outputs."""
         i = self.inputs + 1
-        cross = weights.T @ total[:i, i:]
-        return total[i:, i:] - cross - cross.T + weights.T @ total[:i, :i] @ weights
+        return residual(weights, total[:i, :i], total[:i, i:], total[i:, i:])
 
     def predictors(self) -> tuple[list[Predictor], float]:
         """One a region, and the bits a number that the regions save over one alone (estimated on
@@ -151,78 +147,3 @@ def round_weights(weights: Doubles, gram: Doubles) -> tuple[NDArray[np.int8], Do
             left[i + 1 : end] -= np.outer(factor[i, i + 1 : end], errors[i - begin])
         left[end:] -= factor[begin:end, end:].T @ errors
     return rounded, scale
-
-
-def within(
-    lower: Doubles, pairs: Sequence[tuple[int, int]], starts: Sequence[int] | None = None
-) -> tuple[Doubles, Doubles, Doubles, Doubles]:
-    """Each channel from the channels of the groups before its own, by the Cholesky factor of their
-    covariance: coefficients [channels, channels], what variance is left, and of each pair (first,
-    second) the covariance left and the second's variance.
-
-    `starts`: where groups begin, and the end. Without, only the two of a pair are a group.
-    """
-    if starts is None:
-        seconds = {b for _, b in pairs}
-        starts = [c for c in range(len(lower) + 1) if c not in seconds]
-    spread = np.diag(lower).copy()
-    # L^-1 with a unit diagonal: a row is minus the coefficients on the channels before.
-    coefficients: Doubles = -np.tril(np.linalg.inv(lower / spread), -1)
-    variance = spread**2
-    covariance = np.zeros(lower.shape)
-    for a, b in itertools.pairwise(starts):
-        # The channels of a group see what comes before it, and not each other.
-        own = np.linalg.inv(np.eye(b - a) - coefficients[a:b, a:b])
-        coefficients[a:b, :a] = own @ coefficients[a:b, :a]
-        coefficients[a:b, a:b] = 0.0
-        covariance[a:b, a:b] = (own * variance[a:b]) @ own.T
-    variance = np.diag(covariance).copy()
-    firsts, others = (np.array([pair[i] for pair in pairs], np.intp) for i in (0, 1))
-    return coefficients, variance, covariance[firsts, others], variance[others]
-
-
-def cholesky(covariance: Doubles) -> Doubles:
-    """Its lower factor; a covariance of too few tokens is made definite first."""
-    covariance = (covariance + covariance.T) / 2
-    diagonal = np.diag(covariance)
-    floor = max(diagonal.max(initial=0.0) * 1e-9, 1e-30)
-    for share in 10.0 ** np.arange(-4, 1):
-        try:
-            found = np.linalg.cholesky(covariance + np.diag(np.maximum(diagonal * share, floor)))
-        except np.linalg.LinAlgError:
-            continue
-        return np.asarray(found)
-    return np.diag(np.sqrt(np.maximum(diagonal, floor)))
-
-
-def turned(a: Doubles, b: Doubles, c: Doubles) -> tuple[Doubles, Doubles, Doubles]:
-    """Pairs of variances a, b and covariance c, turned by the middle of each angle's cell:
-    deviation of the first, of the second given the first, slope. Each [pairs, ANGLES]."""
-    angle = (np.arange(ANGLES) + 0.5) * 2 * np.pi / ANGLES
-    sin, cos = np.sin(angle), np.cos(angle)
-    a, b, c = a[:, None], b[:, None], c[:, None]
-    first = np.maximum(a * cos**2 - 2 * c * sin * cos + b * sin**2, 1e-30)
-    both = (a - b) * sin * cos + c * (cos**2 - sin**2)
-    rest = np.maximum(a * b - c * c, 1e-6 * a * b + 1e-30) / first
-    return np.sqrt(first), np.sqrt(rest), both / first
-
-
-def packed(matrix: NDArray[np.int8]) -> NDArray[np.int8]:
-    """[outputs, inputs] in blocks of four by four, [outputs/4, inputs/4, 4, 4]."""
-    whole = np.pad(matrix, [(0, -n % 4) for n in matrix.shape])
-    rows, columns = whole.shape
-    return np.ascontiguousarray(whole.reshape(rows // 4, 4, columns // 4, 4).transpose(0, 2, 1, 3))
-
-
-def int32(values: Any) -> NDArray[np.int32]:
-    return np.asarray(np.clip(np.round(values), -(2**31) + 1, 2**31 - 1), np.int32)
-
-
-def inverse(deviations: Any) -> NDArray[np.int32]:
-    """2^28 / mean deviation in units."""
-    return rescaled((1 << 28) / np.maximum(deviations, 1e-9), 1.0)
-
-
-def rescaled(inverses: NDArray[Any], factors: Any) -> NDArray[np.int32]:
-    """Inverses of deviations that are greater by these factors."""
-    return np.asarray(np.clip(np.round(inverses / factors), 1, 1 << 26), np.int32)

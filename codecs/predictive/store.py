@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.codecs.predictive.documents import Item, load
 from kvzip.errors import ProfileError
 from kvzip.files import replacing
 from kvzip.snapshot import Snapshot
+from kvzip.statistics.documents import Item, load
 
 
 class Store:

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.capture import prefill
-from kvzip.codecs.predictive import rope
 from kvzip.entropy.linear import Floats
 from kvzip.entropy.residual import held_layers
 from kvzip.errors import UsageError
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
+from kvzip.statistics.rope import ChannelOrder
 
 COPIES = {
     "int4": ("copy", "second prefill, int4 weights"),
@@ -223,5 +223,5 @@ def _kept(place: Path) -> set[str]:
 def _unturned(said: Layer, own: Layer, snapshot: Snapshot) -> Floats:
     """What a copy says of the tokens of `own`, in coding order with RoPE undone."""
     rows = slice(own.layout.first, own.layout.cumulative_length)
-    order = rope.Order(own.layout, snapshot.origin, "fp32")
+    order = ChannelOrder(own.layout, snapshot.origin, "fp32")
     return order.unturned(Layer(said.k[:, rows], said.v[:, rows], own.layout))

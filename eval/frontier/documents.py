@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from kvzip import capture
-from kvzip.codecs.predictive import rope
-from kvzip.codecs.predictive.documents import SINK_TOKENS, Progress
 from kvzip.entropy.ladder import check_same_model, fingerprint
 from kvzip.entropy.linear import Floats
 from kvzip.entropy.residual import View, held_layers
@@ -20,6 +18,8 @@ from kvzip.eval.frontier import predictors
 from kvzip.eval.frontier.predictors import COPY, Document, LayerData
 from kvzip.eval.results.frontier import VERSION
 from kvzip.snapshot import Layer, Snapshot
+from kvzip.statistics.documents import SINK_TOKENS, Progress
+from kvzip.statistics.rope import ChannelOrder
 
 COPY_DOCUMENTS = 6
 """Calibration documents that copies of the model are run on, at most."""
@@ -59,7 +59,7 @@ class DocumentSets:
         """Some layers without the first `skip` tokens."""
         dtype, found = self.dtype if self.cast_from else snapshot.dtype, {}
         for n, layer in self.layers(snapshot, names).items():
-            view = View(layer, rope.Order(layer.layout, snapshot.origin, dtype), dtype)
+            view = View(layer, ChannelOrder(layer.layout, snapshot.origin, dtype), dtype)
             found[n] = view.take(slice(skip if layer.layout.stored > 4 * skip else 0, None))
         return found
 

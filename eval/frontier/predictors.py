@@ -20,6 +20,8 @@ from kvzip.entropy.residual import Density, View, Within
 from kvzip.entropy.tables import Frequencies
 from kvzip.eval.results.frontier import LayerPoint
 from kvzip.snapshot import Layer
+from kvzip.statistics.clusters import k_means, nearest
+from kvzip.statistics.ridge import ridge
 
 DIRECTIONS = 32
 """Principal directions of the layer before that regions are told by."""
@@ -243,23 +245,15 @@ class _Regions:
         every = np.concatenate([self.project(v) for v in data.learning])
         some = every[:: max(1, len(every) // 40_000)]
         rng = np.random.default_rng(0)
-        self.centres = some[rng.choice(len(some), count, replace=len(some) < count)]
-        for _ in range(20):
-            region = self._nearest(some)
-            for r in range(count):
-                if len(own := some[region == r]):
-                    self.centres[r] = own.mean(axis=0)
+        start = some[rng.choice(len(some), count, replace=len(some) < count)]
+        self.centres = k_means(some, start, steps=20)
         self.products = self.directions.size + self.centres.size
 
     def project(self, vectors: Vectors) -> Floats:
         return np.asarray((vectors[self.name] - self.mean) @ self.directions)
 
-    def _nearest(self, projected: Floats) -> NDArray[np.int64]:
-        far = (self.centres**2).sum(axis=1) - 2 * projected @ self.centres.T
-        return np.asarray(far.argmin(axis=1), np.int64)
-
     def __call__(self, vectors: Vectors) -> NDArray[np.int64]:
-        return self._nearest(self.project(vectors))
+        return np.asarray(nearest(self.project(vectors), self.centres), np.int64)
 
 
 def piecewise(data: LayerData, count: int) -> Predictor:
@@ -290,9 +284,9 @@ def piecewise(data: LayerData, count: int) -> Predictor:
     behind = np.eye(columns)
     behind[:-1, :-1] = moments.covariances(names, names)
     unit = np.sqrt(np.maximum(np.diag(behind), 1e-30))
-    behind += 1e-4 * np.diag(unit**2)
+    penalty = _SHRINK * 1e-4 * unit**2
     corrections = [
-        np.linalg.solve(g + _SHRINK * behind, c).astype(np.float32)
+        ridge(g + _SHRINK * behind, c, penalty).astype(np.float32)
         for g, c in zip(gram, cross, strict=True)
     ]
 

@@ -23,7 +23,6 @@ import msgspec
 import numpy as np
 
 from kvzip import capture
-from kvzip.codecs.predictive.documents import Progress
 from kvzip.errors import UsageError
 from kvzip.eval.frontier import copies, predictors
 from kvzip.eval.frontier.documents import (
@@ -40,6 +39,7 @@ from kvzip.eval.results.provenance import made_by
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.snapshot import Snapshot
+from kvzip.statistics.documents import Progress
 
 _log = logging.getLogger("kvzip.eval")
 _T = TypeVar("_T")

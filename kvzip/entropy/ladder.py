@@ -13,14 +13,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.codecs.predictive import rope
-from kvzip.codecs.predictive.documents import (
-    SINK_TOKENS,
-    Item,
-    Progress,
-    inputs_of,
-    load,
-)
 from kvzip.entropy import linear, profiled
 from kvzip.entropy.linear import Doubles, Floats, Linear, Moments
 from kvzip.entropy.residual import (
@@ -37,8 +29,16 @@ from kvzip.entropy.residual import (
 )
 from kvzip.entropy.tables import LEVELS, Frequencies
 from kvzip.errors import KVZipError, ProfileError
-from kvzip.profile import Profile
+from kvzip.profile import Profile, hold_out
 from kvzip.snapshot import Snapshot
+from kvzip.statistics.documents import (
+    SINK_TOKENS,
+    Item,
+    Progress,
+    inputs_of,
+    load,
+)
+from kvzip.statistics.rope import ChannelOrder, width
 
 PREDICTED = (
     "density by channel",
@@ -142,7 +142,7 @@ def fingerprint(snapshot: Snapshot) -> bytes:
     return np.ascontiguousarray(snapshot.layers[0].k[..., -64:, :]).tobytes()
 
 
-def views(snapshot: Snapshot, how: Sequence[rope.Order], skip: int = 0) -> list[View]:
+def views(snapshot: Snapshot, how: Sequence[ChannelOrder], skip: int = 0) -> list[View]:
     """The layers, without the first `skip` tokens of the sequence if there are enough others."""
     layers = held_layers(snapshot)
     found = [View(layer, order, snapshot.dtype) for layer, order in zip(layers, how, strict=True)]
@@ -157,9 +157,7 @@ def split(count: int) -> tuple[list[int], list[int]]:
     fifth, spread over all. One document alone does both."""
     if count < 2:
         return list(range(count)), list(range(count))
-    wanted = min(max(1, count // 5), _CALIBRATION)
-    apart = {int((i + 0.5) * count / wanted) for i in range(wanted)}
-    return [i for i in range(count) if i not in apart], sorted(apart)
+    return hold_out(range(count), min(max(1, count // 5), _CALIBRATION))
 
 
 def fit(documents: Sequence[Item], progress: Progress | None = None) -> Fitted:
@@ -245,7 +243,7 @@ def measure(
     frequencies = Frequencies(first.dtype)
     names = PREDICTED if fitted is not None else ()
     sums: dict[str, list[Doubles]] = {
-        name: [np.zeros(rope.width(layer)) for layer in first.layout.layers] for name in names
+        name: [np.zeros(width(layer)) for layer in first.layout.layers] for name in names
     }
     integers = np.zeros((len(first.layers), 2))
     tokens, texts = 0, []

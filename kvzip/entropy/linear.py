@@ -12,12 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.codecs.predictive.documents import inputs_of
+from kvzip.statistics.documents import inputs_of
+from kvzip.statistics.gaussian import cholesky
+from kvzip.statistics.ridge import residual, ridge, shrinkage
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Vectors = Mapping[int, Floats]
 """[tokens, width] by name."""
+ADDED = 1e-5
+"""The share of its own variance that a channel gets on top before a covariance is factored: less
+than in a profile, whose coefficients are rounded."""
 
 
 class Moments:
@@ -94,12 +99,13 @@ def constant(moments: Moments, target: int) -> Linear:
 
 
 def regress(moments: Moments, inputs: Sequence[int], target: int) -> Linear:
-    """Ridge regression. Few tokens say little of many inputs: then weights are held back."""
+    """A ridge regression, inputs in units of their deviations."""
     inputs = tuple(inputs)
     if not inputs:
         return constant(moments, target)
     gram, cross = moments.covariances(inputs, inputs), moments.covariances(inputs, [target])
-    return linear_map(moments, inputs, target, solve(gram, cross, moments.count))
+    penalty = shrinkage(len(gram), moments.count) * np.maximum(np.diag(gram), 1e-30)
+    return linear_map(moments, inputs, target, ridge(gram, cross, penalty))
 
 
 def linear_map(moments: Moments, inputs: tuple[int, ...], target: int, weights: Doubles) -> Linear:
@@ -109,27 +115,14 @@ def linear_map(moments: Moments, inputs: tuple[int, ...], target: int, weights: 
     return Linear(inputs, weights.astype(np.float32), bias.astype(np.float32))
 
 
-def solve(gram: Doubles, cross: Doubles, count: int) -> Doubles:
-    """Weights of a ridge regression from moments per token, inputs in units of their deviations."""
-    unit = np.sqrt(np.maximum(np.diag(gram), 1e-30))
-    ridge = max(1e-4, 0.02 * len(gram) / max(count, 1))
-    scaled = gram / np.outer(unit, unit) + ridge * np.eye(len(gram))
-    return np.asarray(np.linalg.solve(scaled, cross / unit[:, None]) / unit[:, None])
-
-
-def residual(moments: Moments, linear: Linear, target: int) -> Doubles:
-    """Covariance of what `linear` leaves of the target, around zero."""
+def left_of(moments: Moments, linear: Linear, target: int) -> Doubles:
+    """The covariance of what `linear` leaves of the target, around zero."""
     own = moments.covariance(target, target)
     if not linear.inputs:
         return own
     w = linear.weights.astype(np.float64)
-    cross = moments.covariances(linear.inputs, [target])
-    left = (
-        own
-        - w.T @ cross
-        - cross.T @ w
-        + w.T @ moments.covariances(linear.inputs, linear.inputs) @ w
-    )
+    gram = moments.covariances(linear.inputs, linear.inputs)
+    left = residual(w, gram, moments.covariances(linear.inputs, [target]), own)
     mean = np.concatenate([moments.mean(name) for name in linear.inputs])
     off = moments.mean(target) - linear.bias - mean @ w
     return np.asarray((left + left.T) / 2 + np.outer(off, off))
@@ -138,8 +131,8 @@ def residual(moments: Moments, linear: Linear, target: int) -> Doubles:
 def low_rank(moments: Moments, linear: Linear, target: int, rank: int) -> Linear:
     """The map of so low a rank that loses least, errors counted in units of what `linear` leaves
     (reduced-rank regression: Izenman 1975, J. Multivariate Analysis 5)."""
-    left = residual(moments, linear, target)
-    unit = cholesky(left)
+    left = left_of(moments, linear, target)
+    unit = cholesky(left, ADDED)
     gram = moments.covariances(linear.inputs, linear.inputs)
     w = linear.weights.astype(np.float64)
     whitened = np.linalg.solve(unit, w.T)  # [outputs, inputs]
@@ -147,17 +140,3 @@ def low_rank(moments: Moments, linear: Linear, target: int, rank: int) -> Linear
     top = vectors[:, np.argsort(values)[::-1][:rank]]
     kept = unit @ top @ top.T @ whitened
     return linear_map(moments, linear.inputs, target, kept.T)
-
-
-def cholesky(covariance: Doubles) -> Doubles:
-    """Its lower factor; a covariance of too few tokens is made definite first."""
-    diagonal = np.maximum(np.diag(covariance), 1e-30)
-    unit = np.sqrt(diagonal)
-    scaled = covariance / np.outer(unit, unit)
-    for share in 10.0 ** np.arange(-5, 2):
-        try:
-            found = np.linalg.cholesky(scaled + share * np.eye(len(scaled)))
-        except np.linalg.LinAlgError:
-            continue
-        return np.asarray(found * unit[:, None])
-    return np.diag(unit)

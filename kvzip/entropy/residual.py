@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
-from kvzip.codecs.predictive import regression, rope
-from kvzip.entropy import density
-from kvzip.entropy.linear import Doubles, Floats, cholesky
+from kvzip.entropy.linear import ADDED, Doubles, Floats
 from kvzip.snapshot import PARTS, Layer, Origin, Snapshot, batched
+from kvzip.statistics import densities, gaussian
+from kvzip.statistics.rope import ChannelOrder
 
 MEAN_DEVIATION = 0.75
 """Of the standard deviation, for what is nearly normal."""
@@ -33,7 +33,7 @@ _CAP = 12.0  # one channel counts no more than this for the energy
 class View:
     """A layer's numbers in coding order, rows of a batch one after the other."""
 
-    def __init__(self, layer: Layer, order: rope.Order, dtype: str):
+    def __init__(self, layer: Layer, order: ChannelOrder, dtype: str):
         parts = [batched(p) for p in layer]
         flat = [p.transpose(0, 2, 1, 3).reshape(p.shape[0] * p.shape[2], -1) for p in parts]
         self.dtype, self.order = dtype, order
@@ -58,19 +58,19 @@ class View:
     @cached_property
     def x(self) -> Floats:
         """Numbers as they are stored; 0 for what is not finite."""
-        found = rope.floats(self.bits, self.dtype)
-        real = density.finite(self.bits, self.dtype)
+        found = dtypes.to_float32(self.bits, self.dtype)
+        real = dtypes.finite(self.bits, self.dtype)
         return np.where(real, np.clip(found, -_LIMIT, _LIMIT), np.float32(0))
 
     @cached_property
     def edges(self) -> tuple[Doubles, Doubles]:
-        return density.edges(self.bits, self.dtype)
+        return densities.edges(self.bits, self.dtype)
 
 
-def orders(snapshot: Snapshot) -> list[rope.Order]:
+def orders(snapshot: Snapshot) -> list[ChannelOrder]:
     """The coding order of each layer."""
     origin: Origin = snapshot.origin
-    return [rope.Order(layer, origin, snapshot.dtype) for layer in snapshot.layout.layers]
+    return [ChannelOrder(layer, origin, snapshot.dtype) for layer in snapshot.layout.layers]
 
 
 def held_layers(snapshot: Snapshot) -> list[Layer]:
@@ -96,8 +96,9 @@ class Within:
         variance = np.maximum(np.diag(covariance), 1e-30).astype(np.float64)
         both = np.zeros(len(pairs))
         if not alone:
-            coefficients, variance, both, _ = regression.within(cholesky(covariance), pairs)
-            self.coefficients = coefficients.astype(np.float32)
+            known = gaussian.conditional(gaussian.cholesky(covariance, ADDED), pairs)
+            self.coefficients = known.coefficients.astype(np.float32)
+            variance, both = known.variance, known.shared
         self.variance, self.both = variance.astype(np.float32), both.astype(np.float32)
 
     def expect(self, view: View, base: Floats) -> tuple[Floats, Floats]:
@@ -112,11 +113,10 @@ class Within:
         s = np.tile(np.maximum(np.sqrt(self.variance), floor), (len(p), 1))
         if len(self.first):
             one, two = self.first, self.second
-            a, b, c = self.variance[one], self.variance[two], self.both
             sin, cos = view.sin, view.cos
-            first = a * cos**2 - 2 * c * sin * cos + b * sin**2
-            slope = ((a - b) * sin * cos + c * (cos**2 - sin**2)) / first
-            rest = np.maximum(a * b - c * c, 1e-6 * a * b) / first
+            first, rest, slope = gaussian.turned(
+                self.variance[one], self.variance[two], self.both, sin, cos
+            )
             ahead, beside = p[:, one], p[:, two]
             p[:, one] = ahead * cos - beside * sin
             turned = beside * cos + ahead * sin
@@ -160,7 +160,7 @@ class Density:
         """[channels, scales]; what was learned from is forgotten."""
         low, high = (np.concatenate(ends) for ends in zip(*self._seen, strict=True))
         self._seen.clear()
-        return density.mixture(low, high)
+        return densities.mixture(low, high)
 
     def code_length(self, view: View, p: Floats, s: Floats) -> Floats:
         """Ideal bits of each number, [tokens, channels]."""
@@ -168,7 +168,7 @@ class Density:
             s = s * energies((view.x - p) / s)
         low, high = view.edges
         bits = dtypes.get(view.dtype).bits
-        return density.code_length(low, high, p, s, self.weights, bits)
+        return densities.code_length(low, high, p, s, self.weights, bits)
 
 
 class PartBits(msgspec.Struct, frozen=True):
@@ -186,7 +186,7 @@ class LayerBits(msgspec.Struct, frozen=True):
 
 
 def by_channel(
-    mean: NDArray[np.floating], order: rope.Order, shapes: Sequence[tuple[int, int]]
+    mean: NDArray[np.floating], order: ChannelOrder, shapes: Sequence[tuple[int, int]]
 ) -> LayerBits:
     """Mean bits of channels in coding order, [channels], as heads x dim of keys and of values."""
     keys = np.empty(order.keys)

@@ -14,15 +14,16 @@ from support import tiny_documents as documents
 import kvzip
 from kvzip import dtypes
 from kvzip.capture import prefill
-from kvzip.codecs.predictive import fit as fitting
+from kvzip.codecs.predictive import allotment
 from kvzip.codecs.predictive.codec import native_model, new_chain
 from kvzip.codecs.predictive.density import Chooser, cell_edges, densities
 from kvzip.codecs.predictive.documents import Documents
 from kvzip.codecs.predictive.groups import arrange, default_group, default_lanes, starts
 from kvzip.codecs.predictive.regions import Scores, find
-from kvzip.codecs.predictive.regression import Sums, cholesky, round_weights, within
+from kvzip.codecs.predictive.regression import Sums, round_weights
 from kvzip.errors import ProfileError
 from kvzip.snapshot import Layer, Snapshot
+from kvzip.statistics.gaussian import cholesky, conditional
 
 
 def tiny(kind="Llama", **more):
@@ -147,13 +148,12 @@ def test_within_leaves_what_nothing_before_explains():
     rng = np.random.default_rng(0)
     root = rng.normal(size=(12, 12))
     covariance = root @ root.T + 9 * np.eye(12)
-    coefficients, variance, shared, second = within(cholesky(covariance), [(0, 1), (4, 5)])
+    coefficients, variance, shared = conditional(cholesky(covariance), [(0, 1), (4, 5)])
     left = (np.eye(12) - coefficients) @ covariance @ (np.eye(12) - coefficients).T
     assert np.allclose(np.triu(coefficients), 0)
     assert coefficients[1, 0] == coefficients[5, 4] == 0
     assert np.allclose(np.diag(left), variance, rtol=1e-3)
     assert np.allclose([left[0, 1], left[4, 5]], shared, atol=1e-2)
-    assert np.allclose(second, variance[[1, 5]])
     # A pair's second is told by the first what is still shared; nothing else is.
     for a, b in ((0, 1), (4, 5)):
         left[b] -= left[a, b] / left[a, a] * left[a]
@@ -287,25 +287,25 @@ def test_one_document_of_few_tokens(llama):
 
 
 def test_bytes_are_kept_to(learned, monkeypatch):
-    monkeypatch.setattr(fitting, "MOST_REGIONS", 6)
+    monkeypatch.setattr(allotment, "MOST_REGIONS", 6)
     read = Documents(learned)
     read.tokens = 10**6
-    least = sum(fitting._region_bytes(read, i, False) for i in range(4))
+    least = sum(allotment.region_bytes(read, i, False) for i in range(4))
     for budget in (0, least + 60_000, 10**9):
-        counts = fitting._allot(read, "auto", budget, None)
-        spent = sum(c * fitting._region_bytes(read, i, False) for i, c in enumerate(counts))
+        counts = allotment.allot(read, "auto", budget, None)
+        spent = sum(c * allotment.region_bytes(read, i, False) for i, c in enumerate(counts))
         assert spent <= max(budget, least)
         assert (max(counts) > 1) == (budget > least)
     assert counts == [1, 6, 6, 6]
     read.tokens = 2000
-    assert fitting._allot(read, "auto", 10**9, None) == [1, 1, 1, 1]
+    assert allotment.allot(read, "auto", 10**9, None) == [1, 1, 1, 1]
 
 
 def test_the_budget_is_the_files(learned):
     profile = kvzip.Profile.fit(learned, regions=4)
     read = Documents(learned)
     counts = [len(profile.tensors[f"{i}.bias"]) for i in range(4)]
-    bound = sum(c * fitting._region_bytes(read, i, True) for i, c in enumerate(counts))
+    bound = sum(c * allotment.region_bytes(read, i, True) for i, c in enumerate(counts))
     tables = sum(a.nbytes for n, a in profile.tensors.items() if n.endswith("table"))
     assert profile.nbytes < bound + tables + 30_000
 

@@ -14,7 +14,6 @@ from support import assert_same
 import kvzip
 from kvzip import dtypes
 from kvzip.codecs import _native
-from kvzip.codecs.predictive.rope import floats
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROFILES = sorted(GOLDEN.glob("v*/predictive.kvprofile"))
@@ -36,7 +35,7 @@ def bits_of(values: np.ndarray, dtype: str) -> np.ndarray:
     form = dtypes.get(dtype)
     numbers = np.arange(1 << min(form.bits, 16)).astype(form.uint if form.bits < 32 else np.uint16)
     with np.errstate(invalid="ignore"):  # NaNs
-        known = floats(numbers, dtype if form.bits < 32 else "bf16").astype(np.float64)
+        known = dtypes.to_float32(numbers, dtype if form.bits < 32 else "bf16").astype(np.float64)
     finite = np.isfinite(known)
     order = np.argsort(known[finite], kind="stable")
     place = np.searchsorted(known[finite][order], values / 4096.0, side="right") - 1

@@ -15,9 +15,10 @@ from support import cache_like, make_snapshot, random_bits, tiny_model
 import kvzip
 from kvzip import dtypes, entropy
 from kvzip.capture import cast, prefill
-from kvzip.entropy import density, linear, residual
+from kvzip.entropy import linear, residual
 from kvzip.entropy.ladder import LEVELS, PREDICTED, PROFILE, orders, split
 from kvzip.errors import KVZipError, ProfileError
+from kvzip.statistics import densities
 
 HEADS, DIM = 2, 16
 
@@ -59,10 +60,10 @@ def every_number(dtype):
 @pytest.mark.parametrize(("p", "s"), [(0.0, 1.0), (3.7, 0.01), (-1e3, 40.0), (1e-6, 1e-9)])
 def test_probabilities_of_all_bit_patterns_add_up_to_one(dtype, p, s):
     numbers = every_number(dtype)
-    low, high = (e[:, np.newaxis] for e in density.edges(numbers, dtype))
-    weights = np.random.default_rng(1).dirichlet(np.ones(len(density.COMPONENTS)))[np.newaxis]
+    low, high = (e[:, np.newaxis] for e in densities.edges(numbers, dtype))
+    weights = np.random.default_rng(1).dirichlet(np.ones(len(densities.COMPONENTS)))[np.newaxis]
     where = np.full((len(numbers), 1), p), np.full((len(numbers), 1), s)
-    bits = density.code_length(low, high, *where, weights, dtypes.get(dtype).bits)
+    bits = densities.code_length(low, high, *where, weights, dtypes.get(dtype).bits)
     total = np.exp2(-bits.astype(np.float64)).sum()
     # Patterns that are no numbers have only their even share, so it is 1 to the last digits.
     assert total == pytest.approx(1, abs=2e-4)
@@ -75,11 +76,11 @@ def test_neighbours_share_an_edge(dtype):
     rng = np.random.default_rng(0)
     some = np.concatenate([rng.integers(0, 1 << form.bits, 500), [0, 1, 1 << (form.bits - 1)]])
     ordered = np.sort(dtypes.to_ordered(some.astype(form.uint)))
-    real = density.finite(dtypes.from_ordered(ordered), dtype)
+    real = dtypes.finite(dtypes.from_ordered(ordered), dtype)
     above = dtypes.from_ordered(ordered + form.uint.type(1))
-    both = real & density.finite(above, dtype)
-    low, high = density.edges(dtypes.from_ordered(ordered), dtype)
-    assert np.array_equal(high[both], density.edges(above, dtype)[0][both])
+    both = real & dtypes.finite(above, dtype)
+    low, high = densities.edges(dtypes.from_ordered(ordered), dtype)
+    assert np.array_equal(high[both], densities.edges(above, dtype)[0][both])
     assert (low[real] < high[real]).sum() >= real.sum() - 2  # half of a smallest step may vanish
     assert not low[~real].any()
     assert not high[~real].any()
@@ -91,11 +92,11 @@ def test_a_mixture_costs_what_the_distribution_does():
     step, count = 2.0**-8, 4000
     at = np.round(rng.normal(size=(count, 4)) / step) * step
     low, high = at - step / 2, at + step / 2
-    weights = density.mixture(low, high)
+    weights = densities.mixture(low, high)
     assert weights.sum(axis=1) == pytest.approx(np.ones(4))
     fresh = np.round(rng.normal(size=(count, 4)) / step) * step
     ones = np.zeros_like(fresh), np.ones_like(fresh)
-    bits = density.code_length(fresh - step / 2, fresh + step / 2, *ones, weights, 16).mean()
+    bits = densities.code_length(fresh - step / 2, fresh + step / 2, *ones, weights, 16).mean()
     true = 0.5 * np.log2(2 * np.pi * np.e) - np.log2(step)
     assert true - 0.03 < bits < true + 0.03
 
@@ -114,11 +115,11 @@ def test_a_regression_finds_the_map():
     found = linear.regress(moments, [0], 1)
     assert np.abs(found.weights - w).max() < 0.05
     left = y - found({0: x})
-    assert np.cov(left.T, bias=True) == pytest.approx(linear.residual(moments, found, 1), abs=0.01)
+    assert np.cov(left.T, bias=True) == pytest.approx(linear.left_of(moments, found, 1), abs=0.01)
     whole = linear.low_rank(moments, found, 1, 5)
     assert whole.weights == pytest.approx(found.weights, abs=1e-3)
     traces = [
-        np.trace(linear.residual(moments, linear.low_rank(moments, found, 1, r), 1))
+        np.trace(linear.left_of(moments, linear.low_rank(moments, found, 1, r), 1))
         for r in range(1, 6)
     ]
     assert traces == sorted(traces, reverse=True)

@@ -1,4 +1,8 @@
-"""The order in which a layer's channels are coded, and the rotation of its keys."""
+"""The order in which a layer's channels are predicted and coded, and the rotation of its keys.
+
+RoPE turns pairs of a key's channels by an angle that grows with the position (Su et al. 2021, arXiv
+2104.09864). What channels say of each other only shows once that is undone.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
-from kvzip.dtypes import Bits
-from kvzip.snapshot import Layer, LayerLayout, Origin, batched
+from kvzip.layout import LayerLayout, Origin
+from kvzip.snapshot import Layer, batched
 
 
 def width(layer: LayerLayout) -> int:
@@ -21,7 +25,7 @@ def frequencies(parameters: dict[str, Any] | None, dim: int) -> NDArray[np.float
     """Radians a position for each rotated pair of a head.
 
     A capture notes what the model really used ("inv_freq"); without, the original formula
-    theta^(-2i/dim) of Su et al. 2021 (arXiv 2104.09864) stands in.
+    theta^(-2i/dim) stands in. Empty where nothing is rotated.
     """
     if not parameters:
         return np.zeros(0)
@@ -36,24 +40,8 @@ def frequencies(parameters: dict[str, Any] | None, dim: int) -> NDArray[np.float
     return found[: dim // 2]
 
 
-def floats(bits: Bits, dtype: str) -> NDArray[np.float32]:
-    """Numbers as float32, exactly (fp32, bf16, fp16, fp8 all fit)."""
-    form = dtypes.get(dtype)
-    wide = bits.astype(np.uint32)
-    if form.exponent_bits == 8:
-        return (wide << np.uint32(32 - form.bits)).view(np.float32)
-    sign = wide >> (form.bits - 1)
-    exponent = (wide >> form.mantissa_bits) & ((1 << form.exponent_bits) - 1)
-    fraction = wide & ((1 << form.mantissa_bits) - 1)
-    bias = (1 << (form.exponent_bits - 1)) - 1
-    whole = fraction + ((exponent > 0).astype(np.uint32) << form.mantissa_bits)
-    power = np.maximum(exponent, 1).astype(np.int32) - bias - form.mantissa_bits
-    values = np.ldexp(whole.astype(np.float32), power)
-    return np.asarray(np.where(sign.astype(bool), -values, values), np.float32)
-
-
-class Order:
-    """Coding order of one layer: keys head by head, the two channels of a rotated pair side by
+class ChannelOrder:
+    """The coding order of one layer: keys head by head, the two channels of a rotated pair side by
     side, then what is not rotated; then values as they lie."""
 
     def __init__(self, layer: LayerLayout, origin: Origin, dtype: str):
@@ -78,7 +66,9 @@ class Order:
         """Values of a layer in coding order with the keys' rotation undone, [tokens, width];
         rows of a batch one after the other, each without its first `skip` tokens."""
         parts = [batched(part) for part in layer]
-        k, v = (floats(part[:, :, skip:], self.dtype).transpose(0, 2, 1, 3) for part in parts)
+        k, v = (
+            dtypes.to_float32(part[:, :, skip:], self.dtype).transpose(0, 2, 1, 3) for part in parts
+        )
         rows, tokens = k.shape[:2]
         y = np.empty((rows, tokens, len(self.order)), np.float32)
         y[..., self.keys :] = v.reshape(rows, tokens, -1)

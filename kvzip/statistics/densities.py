@@ -1,9 +1,10 @@
-"""A density over real numbers, laid on the grid of numbers that a dtype can represent.
+"""Densities of numbers around what is expected: Student's t, and a mixture on a dtype's own grid.
 
-A number y that is expected at p with a spread s has the probability F((high-p)/s) - F((low-p)/s),
-low and high the midpoints to its neighbours on the grid. F is a mixture of distributions with mean
-0 and fixed relative scales; each channel has its own weights. A small share of all
-probability is spread evenly over the dtype's bit patterns, NaNs and infinities among them.
+Where the mixture expects a number y at p with a spread s, its probability is F((high-p)/s) -
+F((low-p)/s), with low and high the midpoints between y and its neighbours on the grid. F is a
+mixture of distributions with mean 0 and fixed relative scales; each channel has its own weights. A
+small share of all probability is spread evenly over the dtype's bit patterns, NaNs and infinities
+among them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
-from kvzip.codecs.predictive import rope
 from kvzip.dtypes import Bits
 
 Doubles = NDArray[np.float64]
@@ -30,20 +30,26 @@ COMPONENTS = (
 are logistic; the others are normal to 0.0002 (Page 1977, Applied Statistics 26)."""
 EVEN = 2.0**-12
 """The share of probability that all bit patterns have alike."""
+_GRID = np.concatenate([np.linspace(0, 60, 60001), np.geomspace(60.01, 4096, 20000)])
+"""Where Student's t is integrated."""
 _FAR = 1e10  # no z beyond
 _PRIOR = 300.0  # numbers of the average channel that stand behind each channel's own
 _TURNS = 24  # of expectation maximisation
 
 
-def finite(bits: Bits, dtype: str) -> NDArray[np.bool_]:
-    """Which numbers are neither infinite nor NaN."""
-    form = dtypes.get(dtype)
-    magnitude = bits & bits.dtype.type((1 << (form.bits - 1)) - 1)
-    # e4m3fn has no infinities; only the last pattern is a NaN.
-    first = (1 << form.exponent_bits) - 1 << form.mantissa_bits
-    if form.name == "fp8_e4m3fn":
-        first = (1 << (form.bits - 1)) - 1
-    return np.asarray(magnitude < bits.dtype.type(first))
+def student_t(freedom: float, edges: Doubles) -> Doubles:
+    """The share of numbers with |z| below each edge, where z has Student's t distribution of so
+    many degrees of freedom (Student 1908, Biometrika 6), scaled to a mean deviation of 1."""
+    density = (1 + _GRID**2 / freedom) ** (-(freedom + 1) / 2)
+    share = _integral(density, _GRID)
+    mean = _integral(density * _GRID, _GRID)[-1] / share[-1]
+    return np.asarray(np.interp(edges * mean, _GRID, share / share[-1]))
+
+
+def _integral(values: Doubles, grid: Doubles) -> Doubles:
+    """The integral up to each point of the grid, by trapezoids."""
+    steps = np.diff(grid) * (values[1:] + values[:-1]) / 2
+    return np.concatenate([[0.0], np.cumsum(steps)])
 
 
 def edges(bits: Bits, dtype: str) -> tuple[Doubles, Doubles]:
@@ -60,21 +66,21 @@ def edges(bits: Bits, dtype: str) -> tuple[Doubles, Doubles]:
 
 @cache
 def _all_edges(dtype: str) -> tuple[Doubles, Doubles]:
-    """Of every number of a format of 8 or 16 bits."""
+    """The edges of every number of a format of 8 or 16 bits."""
     form = dtypes.get(dtype)
     return _edges(np.arange(1 << form.bits, dtype=form.uint), dtype)
 
 
 def _edges(bits: Bits, dtype: str) -> tuple[Doubles, Doubles]:
-    real = finite(bits, dtype)
+    real = dtypes.finite(bits, dtype)
     # What is not finite stands aside as zero until the end.
     safe = np.where(real, bits, bits.dtype.type(0))
     place, one = dtypes.to_ordered(safe), bits.dtype.type(1)
-    value = rope.floats(safe, dtype).astype(np.float64)
+    value = dtypes.to_float32(safe, dtype).astype(np.float64)
 
     def middle(neighbour: Bits, beyond: float) -> Doubles:
-        near = finite(neighbour, dtype)
-        other = rope.floats(np.where(near, neighbour, bits.dtype.type(0)), dtype)
+        near = dtypes.finite(neighbour, dtype)
+        other = dtypes.to_float32(np.where(near, neighbour, bits.dtype.type(0)), dtype)
         return np.where(real, np.where(near, (value + other) / 2, beyond), 0.0)
 
     low = middle(dtypes.from_ordered(place - one), -np.inf)

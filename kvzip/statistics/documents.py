@@ -1,0 +1,27 @@
+"""Documents that something is learned from: snapshots of one model, in memory or in files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from kvzip.snapshot import Snapshot
+
+Item = Snapshot | str | os.PathLike[str]
+"""A document, or the path of its file."""
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done and how much there is."""
+
+SINK_TOKENS = 4
+"""The first tokens of a sequence, whose values are unlike all others (attention sinks: Xiao et al.
+2023, arXiv 2309.17453); nothing is learned from them."""
+
+
+def load(item: Item) -> Snapshot:
+    """The document, opened if it is in a file."""
+    return item if isinstance(item, Snapshot) else Snapshot.load(item)
+
+
+def inputs_of(layer: int) -> list[int]:
+    """The layers that predict `layer`: the first and the two before it."""
+    return sorted({0, layer - 1, layer - 2} & set(range(layer)))
