@@ -117,7 +117,8 @@ def tables_of(context: Context, heads: int, dim: int) -> _native.ChannelTables |
                 f"{heads} heads of {dim}"
             )
         made[key] = _read(profile, layer, part, heads, dim, form)
-    return made[key]
+    tables: _native.ChannelTables = made[key]
+    return tables
 
 
 def rows(block: Bits, writing: bool = False) -> Bits:

@@ -229,7 +229,8 @@ def native_model(profile: Profile) -> _native.PredictiveModel:
         raise ProfileError("the profile is not one for the predictive codec")
     if "predictive" not in profile.made:
         profile.made["predictive"] = build(profile.tensors, profile.description)
-    return profile.made["predictive"]
+    model: _native.PredictiveModel = profile.made["predictive"]
+    return model
 
 
 def new_chain(

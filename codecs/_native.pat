@@ -1,0 +1,41 @@
+# What nanobind's stubgen cannot tell of kvzip.codecs._native: which objects are buffers, what is in
+# a tuple, and arrays of which the C++ side decides the type when it runs. tests/native/test_stub.py
+# has the command that makes _native.pyi of the module and of these.
+
+^kvzip.codecs._native.xxh3_64$:
+    \from typing_extensions import Buffer
+    def xxh3_64(*args: Buffer) -> int: ...
+
+^kvzip.codecs._native.read_index$:
+    def read_index(records: Buffer, begin: int, end: int, alignment: int, layers: list[tuple[int, int]], block_tokens: int) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int]]: ...
+
+^kvzip.codecs._native.Output.write$:
+    def write(self, data: Buffer) -> int: ...
+
+^kvzip.codecs._native.Output.take$:
+    def take(self) -> bytes: ...
+
+^kvzip.codecs._native.join_bits$:
+    def join_bits(planes: NDArray[numpy.uint8], n: int) -> NDArray[numpy.uint8] | NDArray[numpy.uint16] | NDArray[numpy.uint32]: ...
+
+^kvzip.codecs._native.ChannelTables.__init__$:
+    def __init__(self, data: Buffer, heads: int, dim: int, exponent_bits: int, mantissa_bits: int, lasting: bool = False) -> None: ...
+
+^kvzip.codecs._native.ChannelTables.streams$:
+    def streams(self, data: Buffer, batch: int, tokens: int) -> NDArray[numpy.int64]: ...
+
+^kvzip.codecs._native.ChannelTables.encode$:
+    \from typing import Any
+    def encode(self, numbers: NDArray[Any]) -> bytes | None: ...
+
+^kvzip.codecs._native.ChannelDecoding.add$:
+    def add(self, tables: ChannelTables | None, data: Buffer, out: NDArray[Any]) -> None: ...
+
+^kvzip.codecs._native.channel_jobs$:
+    def channel_jobs(tables: ChannelTables | None, blocks: NDArray[numpy.uint8], batch: int, heads: int, dim: int, itemsize: int) -> tuple[NDArray[numpy.uint8], list[int]]: ...
+
+^kvzip.codecs._native.channel_encoders$:
+    def channel_encoders(tables: ChannelTables) -> NDArray[numpy.uint32] | None: ...
+
+^kvzip.codecs._native.PredictiveChain.measure$:
+    def measure(self, layer: int, part: int, numbers: NDArray[Any]) -> tuple[NDArray[numpy.uint32], float]: ...
