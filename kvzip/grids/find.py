@@ -1,0 +1,247 @@
+"""Finding the grid that numbers are on, if they are on one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip import dtypes
+from kvzip.codecs import _native
+from kvzip.dtypes import Bits
+from kvzip.grids.grid import Found, Grid, Narrow, Rounding, Scale, Wide
+from kvzip.grids.widen import widen_codes
+
+# Suspicions, as the compiled code numbers them: an axis' bit is the one of channels, twice as much
+# for tokens.
+_FEW, _EVEN, _HALF = 1, 4, 16
+# Every format after those whose values it has too, as far as one has; so the first that holds is
+# the one with the fewest bits.
+_FEW_SIGNIFICANDS: tuple[Narrow, ...] = (
+    "fp4_e2m1",
+    "int4",
+    "fp8_e5m2",
+    "fp8_e4m3fn",
+    "fp8_e5m2fnuz",
+    "fp8_e4m3fnuz",
+)
+_EVEN_STEPS: tuple[Narrow, ...] = ("int8",)
+_GROUPS = (128, 64, 32, 16)
+_PIECES, _PIECE = 64, 64
+# Of a sample's numbers, and of its pieces at some channels, so many must be on the grid.
+_ON_GRID, _PIECES_ON_GRID = 0.97, 0.75
+# A grid must save so much of the wide bits, before any codec.
+_WORTH = 0.85
+# Exceptions that take less than this share of the codes' bytes are not worth another try.
+_FEW_EXCEPTIONS = 0.005
+
+
+class _Candidate(NamedTuple):
+    narrow: Narrow
+    group: tuple[int, int]
+    channels: tuple[int, int]
+
+
+def find(bits: Bits, dtype: Any, like: Grid | None = None) -> Found | None:
+    """The grid that most numbers of a part are on, or None.
+
+    `bits` is [..., tokens, channels], of any strides, the bits of bf16, fp16 or fp32 as `dtype`
+    says; numbers of other formats are on no grid. `like` is tried first: the grid of a part of the
+    same kind, such as another layer's. What is found widens to the same bits: that was tried.
+    """
+    form = dtypes.get(dtype)
+    wide: Any = form.name
+    if wide not in ("bf16", "fp16", "fp32") or bits.ndim < 2:
+        return None
+    suspicions: int = _native.grid_suspicions(bits, wide)
+    if not suspicions:
+        return None
+    search = _Search(bits, wide)
+    found = search.by_scale(suspicions, like)
+    if found is None and suspicions & _HALF:
+        found = search.half()
+    return found
+
+
+class _Search:
+    """The search in one part."""
+
+    def __init__(self, bits: Bits, wide: Wide):
+        self.bits, self.wide = bits, wide
+        self.rows = math.prod(bits.shape[:-2])
+        self.tokens, self.channels = bits.shape[-2:]
+        self.cube: Bits = np.ascontiguousarray(bits).reshape(self.rows, self.tokens, self.channels)
+        self.random = np.random.default_rng(0)
+
+    # --- codes times scales ----------------------------------------------------------------
+
+    def by_scale(self, suspicions: int, like: Grid | None) -> Found | None:
+        best: Found | None = None
+        for candidates in self._candidates(suspicions, like):
+            for candidate in candidates:
+                found = self._on_grid(candidate, "once")
+                if best is not None and found.nbytes >= best.nbytes:
+                    break  # smaller groups will not be better
+                best = found
+                if _is_enough(best):
+                    break
+            if best is not None and _is_enough(best):
+                break
+        if best is None:
+            return None
+        if best.grid.exceptions and best.grid.scale == "fp32" and self.wide != "fp32":
+            grid = best.grid
+            other = self._on_grid(
+                _Candidate(grid.narrow, grid.group, grid.channels), "through_fp32"
+            )
+            if other.grid.exceptions < grid.exceptions:
+                best = other
+        return best if best.nbytes <= _WORTH * self.bits.nbytes else None
+
+    def _candidates(self, suspicions: int, like: Grid | None) -> Iterator[Iterator[_Candidate]]:
+        """What a sample of the numbers is on: formats of fewer bits first; and of each, groups
+        along an axis, large before small."""
+        if like is not None and like.scale is not None and like.wide == self.wide:
+            group = (min(like.group[0], self.tokens), min(like.group[1], self.channels))
+            yield self._sampled(like.narrow, [group])
+        tokens, channels = self.tokens, self.channels
+        for narrows, kind in (_FEW_SIGNIFICANDS, _FEW), (_EVEN_STEPS, _EVEN):
+            for narrow in narrows:
+                axes = []
+                if suspicions & kind:
+                    axes.append([(1, n) for n in (channels, *_GROUPS) if n <= channels])
+                if suspicions & 2 * kind:
+                    axes.append([(n, 1) for n in (tokens, *_GROUPS) if n <= tokens])
+                # Where the smallest groups are on no such grid, larger ones are not.
+                axes = [groups for groups in axes if self._sample_on(narrow, groups[-1])]
+                if axes:
+                    yield self._sampled(narrow, [(tokens, channels)])
+                for groups in axes:
+                    yield self._sampled(narrow, groups)
+
+    def _sampled(self, narrow: Narrow, groups: list[tuple[int, int]]) -> Iterator[_Candidate]:
+        """The candidates among groups of a format."""
+        for group in groups:
+            if (candidate := self._sample_on(narrow, group)) is not None:
+                yield candidate
+
+    def _sample_on(self, narrow: Narrow, group: tuple[int, int]) -> _Candidate | None:
+        """The format and group as a candidate, if numbers of some neighbouring channels, at least
+        half of all, are on such a grid in a sample."""
+        columns = -(-self.channels // group[1])
+        sample, column = self._sample(group, columns)
+        codes, scales = self._fit(sample, narrow, (1, sample.shape[-1]), "once")
+        grid = Grid(self.wide, narrow, (0, self.channels), "fp32", (1, sample.shape[-1]))
+        widened = np.empty_like(sample)
+        widen_codes(grid, codes, scales, widened)
+        share = (widened == sample).mean((1, 2))
+        good = np.bincount(column, share >= 0.85, columns) / np.bincount(column, None, columns)
+        first, last = _longest(good >= _PIECES_ON_GRID)
+        within = (column >= first) & (column < last)
+        start, stop = first * group[1], min(last * group[1], self.channels)
+        if 2 * (stop - start) < self.channels or share[within].mean() < _ON_GRID:
+            return None
+        return _Candidate(narrow, group, (start, stop))
+
+    def _sample(self, group: tuple[int, int], columns: int) -> tuple[Bits, NDArray[np.int64]]:
+        """Numbers of some groups, [groups, 1, numbers], and each group's column of groups."""
+        count = max(_PIECES, 2 * columns)
+        column = np.arange(count) % columns
+        row = self.random.integers(self.rows, size=count)
+        block = self.random.integers(-(-self.tokens // group[0]), size=count)
+        size = min(_PIECE, group[0] * group[1])
+        if group[0] == 1 or group[1] == 1:
+            place = np.arange(size) * (group[0] * group[1]) // size
+        else:
+            place = self.random.integers(group[0] * group[1], size=size)
+        # The last group may be smaller: its last numbers are taken more than once.
+        token = np.minimum(block[:, None] * group[0] + place // group[1], self.tokens - 1)
+        channel = np.minimum(column[:, None] * group[1] + place % group[1], self.channels - 1)
+        return self.cube[row[:, None], token, channel][:, None], column
+
+    def _on_grid(self, candidate: _Candidate, rounding: Rounding) -> Found:
+        """All numbers on that grid."""
+        narrow, group, (start, stop) = candidate
+        cube = np.ascontiguousarray(self.cube[..., start:stop])
+        group = (group[0], min(group[1], stop - start))
+        codes, scales = self._fit(cube, narrow, group, rounding)
+        scale, stored = _smallest_format(scales)
+        grid = Grid(self.wide, narrow, (start, stop), scale, group, rounding)
+        return self._found(grid, cube, codes, stored)
+
+    def _fit(
+        self, cube: Bits, narrow: Narrow, group: tuple[int, int], rounding: str
+    ) -> tuple[Bits, Bits]:
+        """Codes and bits of fp32 scales that explain most numbers of `cube`, group by group."""
+        codes = np.empty(cube.shape, np.uint8)
+        rows, tokens, channels = cube.shape
+        scales = np.empty((rows, -(-tokens // group[0]), -(-channels // group[1])), np.uint32)
+        through_fp32 = rounding == "through_fp32"
+        _native.grid_fit(cube, self.wide, narrow, through_fp32, *group, codes, scales)
+        return codes, scales
+
+    # --- halves ------------------------------------------------------------------------------
+
+    def half(self) -> Found | None:
+        """The numbers as bf16 or fp16, whichever holds more of them."""
+        with np.errstate(all="ignore"):
+            as_fp16 = self.cube.view(np.float32).astype(np.float16).view(np.uint16)
+        as_bf16 = (self.cube >> 16).astype(np.uint16)
+        channels = (0, self.channels)
+        halves: list[tuple[Narrow, Bits]] = [("bf16", as_bf16), ("fp16", as_fp16)]
+        found = min(
+            (
+                self._found(Grid("fp32", name, channels), self.cube, codes, None)
+                for name, codes in halves
+            ),
+            key=lambda one: one.nbytes,
+        )
+        return found if found.nbytes <= _WORTH * self.bits.nbytes else None
+
+    def _found(self, grid: Grid, cube: Bits, codes: Bits, scales: Bits | None) -> Found:
+        """Codes and scales with what they do not widen to: the proof that the rest is right."""
+        front = self.bits.shape[:-2]
+        start, stop = grid.channels
+        widened = np.empty_like(cube)
+        widen_codes(grid, codes, scales, widened)
+        token, row, channel = np.nonzero((widened != cube).transpose(1, 0, 2))
+        shape = (cube.shape[1], cube.shape[0], cube.shape[2])
+        positions = np.ravel_multi_index((token, row, channel), shape).astype(np.uint64)
+        rest = np.concatenate((self.cube[..., :start], self.cube[..., stop:]), axis=-1)
+        return Found(
+            msgspec.structs.replace(grid, exceptions=len(positions)),
+            codes.reshape(*front, *codes.shape[1:]),
+            None if scales is None else scales.reshape(*front, *scales.shape[1:]),
+            rest.reshape(*front, *rest.shape[1:]),
+            positions,
+            cube[row, token, channel],
+        )
+
+
+def _is_enough(found: Found) -> bool:
+    """Whether hardly anything is left to be gained by another format or group."""
+    exceptions = found.positions.nbytes + found.exceptions.nbytes
+    return not found.rest.size and exceptions <= _FEW_EXCEPTIONS * found.codes.nbytes
+
+
+def _smallest_format(scales: Bits) -> tuple[Scale, Bits]:
+    """The smallest format that has all of these positive fp32 numbers, and their bits in it."""
+    if not np.any(scales & 0x7FFFFF):
+        return "e8m0", (scales >> 23).astype(np.uint8)
+    if not np.any(scales & 0xFFFF):
+        return "bf16", (scales >> 16).astype(np.uint16)
+    return "fp32", scales
+
+
+def _longest(flags: NDArray[np.bool_]) -> tuple[int, int]:
+    """Begin and end of the longest run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False]))))
+    if not len(edges):
+        return 0, 0
+    begins, ends = edges[::2], edges[1::2]
+    longest = int(np.argmax(ends - begins))
+    return int(begins[longest]), int(ends[longest])
