@@ -104,10 +104,10 @@ bool run_plain(const Narrow& narrow, const std::uint8_t* codes, const std::uint3
                                                            n, out);
 }
 #ifdef KVZIP_X86
-// Under one scale a format of at most three bits of significand makes at most 8 significands: a table
-// of 16 bytes, which one instruction looks 16 codes up in; and another for what is below the smallest
-// normal code, where the significands are those of smaller numbers. Right while all codes make
-// normal numbers. Does whole vectors only.
+// Under one scale a format of at most three bits of significand makes at most 8 significands: a
+// table of 16 bytes, which one instruction looks 16 codes up in; and another for what is below the
+// smallest normal code, where the significands are those of smaller numbers. Right while all codes
+// make normal numbers. Does whole vectors only.
 template <int Precision, int Bias, bool Integer, bool ThroughFp32>
 __attribute__((target("avx2"))) bool look_up(const Narrow& narrow, std::uint32_t significand,
                                              std::int32_t exponent, const std::uint8_t* codes,
@@ -162,14 +162,14 @@ __attribute__((target("avx2"))) bool look_up(const Narrow& narrow, std::uint32_t
       index = _mm256_abs_epi16(_mm256_sra_epi16(shifted, to_sign));
     } else {
       index = _mm256_and_si256(code, magnitude);
-      odd = _mm256_or_si256(odd, _mm256_or_si256(_mm256_cmpgt_epi16(index, largest),
-                                                 _mm256_cmpeq_epi16(code, nan)));
+      odd = _mm256_or_si256(
+          odd, _mm256_or_si256(_mm256_cmpgt_epi16(index, largest), _mm256_cmpeq_epi16(code, nan)));
     }
     const __m256i field = _mm256_srl_epi16(index, mantissa);
     const __m256i eighths = _mm256_sll_epi16(_mm256_and_si256(index, fraction), to_eighths);
     // Bytes 2e and 2e + 1 of a table are number e.
-    const __m256i place = _mm256_add_epi16(
-        _mm256_mullo_epi16(eighths, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
+    const __m256i place = _mm256_add_epi16(_mm256_mullo_epi16(eighths, _mm256_set1_epi16(0x0202)),
+                                           _mm256_set1_epi16(0x0100));
     const __m256i large = _mm256_add_epi16(_mm256_shuffle_epi8(normal, place),
                                            _mm256_slli_epi16(field, Precision - 1));
     const __m256i number = _mm256_blendv_epi8(large, _mm256_shuffle_epi8(small, place),
@@ -192,8 +192,8 @@ __attribute__((target("avx2"))) bool run_avx2(const Narrow& narrow, const std::u
     const int first = exponents[0] + 23 + B;  // the exponent's field of the smallest step
     const int last = first + bit_length(largest.significand) + largest.power + 1;
     if (narrow.mantissa <= 3 && n >= 16 && first >= 1 && last < (1 << (16 - P)) - 1) {
-      odd = look_up<P, B, Integer, ThroughFp32>(narrow, significands[0], exponents[0], codes, n,
-                                                out);
+      odd =
+          look_up<P, B, Integer, ThroughFp32>(narrow, significands[0], exponents[0], codes, n, out);
       done = n / 16 * 16;
       if (done == n) return odd;
     }
@@ -231,10 +231,10 @@ Run<T> choose_run(bool integer, bool through_fp32, bool uniform) {
 
 Run<std::uint16_t> choose_run(std::uint16_t, const Wide& wide, bool integer, bool through_fp32,
                               bool uniform) {
-  return wide.precision == kBf16.precision
-             ? choose_run<std::uint16_t, kBf16.precision, kBf16.bias>(integer, through_fp32, uniform)
-             : choose_run<std::uint16_t, kFp16.precision, kFp16.bias>(integer, through_fp32,
-                                                                      uniform);
+  return wide.precision == kBf16.precision ? choose_run<std::uint16_t, kBf16.precision, kBf16.bias>(
+                                                 integer, through_fp32, uniform)
+                                           : choose_run<std::uint16_t, kFp16.precision, kFp16.bias>(
+                                                 integer, through_fp32, uniform);
 }
 
 Run<std::uint32_t> choose_run(std::uint32_t, const Wide&, bool integer, bool through_fp32,
@@ -287,8 +287,7 @@ void widen(const Wide& wide, const Narrow& narrow, Rounding rounding, const Shap
       // The tokens from here on that share their scales.
       const std::size_t group = (first_token + token) / shape.group_tokens;
       const std::size_t offset = (first_token + token) % shape.group_tokens;
-      const std::size_t last =
-          token + std::min(shape.group_tokens - offset, shape.tokens - token);
+      const std::size_t last = token + std::min(shape.group_tokens - offset, shape.tokens - token);
       for (std::size_t begin = 0; begin < shape.channels;) {
         const std::size_t n = std::min(width, shape.channels - begin);
         for (std::size_t i = 0; i < (uniform ? 1 : n); ++i) {

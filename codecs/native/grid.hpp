@@ -17,13 +17,13 @@ struct Wide {
 // A format of 4 or 8 bits whose magnitudes, in its smallest step 2^-step, are integers.
 struct Narrow {
   const char* name;
-  int mantissa;    // bits of the significand that are stored
+  int mantissa;  // bits of the significand that are stored
   int step;
-  int sign;        // position of the sign bit
-  int largest;     // code of the largest magnitude
-  int infinity;    // code of infinity, or -1
-  int nan;         // the one code that is NaN and has the sign bit set (fnuz), or -1
-  bool integer;    // in two's complement
+  int sign;      // position of the sign bit
+  int largest;   // code of the largest magnitude
+  int infinity;  // code of infinity, or -1
+  int nan;       // the one code that is NaN and has the sign bit set (fnuz), or -1
+  bool integer;  // in two's complement
 };
 
 // nullptr for a name that is not known.
@@ -68,11 +68,11 @@ void fit(const Wide& wide, const Narrow& narrow, Rounding rounding, const Shape&
 
 // What a few numbers of an array say: a cheap test that ordinary caches fail.
 enum Suspicion : unsigned {
-  kFewAlongChannels = 1,    // few significands among neighbours: 4 bits, e4m3, e5m2
+  kFewAlongChannels = 1,  // few significands among neighbours: 4 bits, e4m3, e5m2
   kFewAlongTokens = 2,
-  kEvenAlongChannels = 4,   // multiples of one step, at most 127 of them: int8
+  kEvenAlongChannels = 4,  // multiples of one step, at most 127 of them: int8
   kEvenAlongTokens = 8,
-  kHalf = 16,               // fp32 with low bits that are zero: bf16, fp16
+  kHalf = 16,  // fp32 with low bits that are zero: bf16, fp16
 };
 template <typename T>
 unsigned suspicions(const Wide& wide, const T* numbers, int dimensions, const std::size_t* shape,

@@ -76,7 +76,8 @@ void widen_any(const Cube<const std::uint8_t>& codes, const nb::object& scale_bi
   const std::vector<Scale> scales = read_scales(scale_bits, scale_name);
   const auto sizes = nb::cast<nb::tuple>(scale_bits.attr("shape"));
   const auto scale_rows = nb::cast<std::size_t>(sizes[1]);
-  if (nb::cast<std::size_t>(sizes[0]) != shape.rows || nb::cast<std::size_t>(sizes[2]) != shape.scale_columns())
+  if (nb::cast<std::size_t>(sizes[0]) != shape.rows ||
+      nb::cast<std::size_t>(sizes[2]) != shape.scale_columns())
     throw std::invalid_argument("scales of another shape");
   if (first_token > SIZE_MAX - shape.tokens ||
       (first_token + shape.tokens - 1) / group_tokens >= scale_rows)

@@ -137,8 +137,8 @@ class Fitter {
       for (int attempt = 0; attempt < (allowed ? 3 : 1) && best_.explained < total_; ++attempt) {
         const Number* reference = nullptr;
         for (const Number& x : numbers_)
-          if (x.bits < below && (!reference || x.bits > reference->bits ||
-                                 (x.bits == reference->bits && x.negative)))
+          if (x.bits < below &&
+              (!reference || x.bits > reference->bits || (x.bits == reference->bits && x.negative)))
             reference = &x;
         if (!reference) break;
         below = reference->bits;
@@ -187,8 +187,7 @@ class Fitter {
   int largest(bool negative) const { return narrow_.largest + (narrow_.integer && negative); }
 
   std::uint8_t special(std::uint32_t size, std::uint8_t sign) const {
-    if (size == infinity())
-      return narrow_.infinity < 0 ? 0 : std::uint8_t(narrow_.infinity | sign);
+    if (size == infinity()) return narrow_.infinity < 0 ? 0 : std::uint8_t(narrow_.infinity | sign);
     if (narrow_.nan >= 0) return std::uint8_t(narrow_.nan);
     const bool any = !narrow_.integer && narrow_.largest + 1 < 1 << narrow_.sign;
     return any ? std::uint8_t(((1 << narrow_.sign) - 1) | sign) : 0;
@@ -248,8 +247,7 @@ class Fitter {
       if (one.empty()) continue;
       if (count && one.first <= found[count - 1].last)
         found[count - 1].last = std::max(found[count - 1].last, one.last);
-      else
-        found[count++] = one;
+      else found[count++] = one;
     }
     return count;
   }
@@ -270,18 +268,16 @@ class Fitter {
     count_all(window, exponent, inverse);
   }
 
-  // Leaves of the window what each number leaves of it, if all are on the grid. A number that may be
-  // one of two codes waits until the others have left less.
+  // Leaves of the window what each number leaves of it, if all are on the grid. A number that may
+  // be one of two codes waits until the others have left less.
   void narrow_down(Interval left, int exponent, double inverse) {
     Interval found[3];
     waiting_.clear();
     for (const Number& x : numbers_) {
       const int count = intervals_of(x, left, exponent, inverse, found);
       if (!count) return;
-      if (count == 1)
-        left = found[0];
-      else
-        waiting_.push_back(&x);
+      if (count == 1) left = found[0];
+      else waiting_.push_back(&x);
     }
     for (std::size_t before = waiting_.size() + 1; !waiting_.empty() && waiting_.size() < before;) {
       before = waiting_.size();
@@ -289,17 +285,13 @@ class Fitter {
       for (const Number* x : waiting_) {
         const int count = intervals_of(*x, left, exponent, inverse, found);
         if (!count) return;
-        if (count == 1)
-          left = found[0];
-        else
-          waiting_[kept++] = x;
+        if (count == 1) left = found[0];
+        else waiting_[kept++] = x;
       }
       waiting_.resize(kept);
     }
-    if (waiting_.empty())
-      offer(total_, left, exponent);
-    else
-      count_all(left, exponent, inverse);
+    if (waiting_.empty()) offer(total_, left, exponent);
+    else count_all(left, exponent, inverse);
   }
 
   // Counts how many numbers each scale of the window explains.
@@ -353,8 +345,7 @@ void fit(const Wide& wide, const Narrow& narrow, Rounding rounding, const Shape&
         for (std::size_t t = t0; t < t1; ++t)
           for (std::size_t c = c0; c < c1; ++c) fitter.add(numbers[at(t, c)]);
         const Scale scale = fitter.solve();
-        const double inverse =
-            1 / (double(scale.significand) * power_of_two(scale.exponent));
+        const double inverse = 1 / (double(scale.significand) * power_of_two(scale.exponent));
         for (std::size_t t = t0; t < t1; ++t)
           for (std::size_t c = c0; c < c1; ++c)
             codes[at(t, c)] = fitter.code(numbers[at(t, c)], scale, inverse);
@@ -373,7 +364,8 @@ namespace {
 constexpr int kPieces = 5, kPiece = 16, kLongPiece = 32;
 
 // Neighbours along the channels or the tokens of an array. The `number`th of the pieces is in the
-// `number`th part of the channels, since not all may be on a grid, and of another part of the tokens.
+// `number`th part of the channels, since not all may be on a grid, and of another part of the
+// tokens.
 template <typename T>
 int take_piece(const T* numbers, int dimensions, const std::size_t* shape,
                const std::int64_t* strides, bool tokens, int number, std::uint32_t* piece) {
@@ -386,8 +378,7 @@ int take_piece(const T* numbers, int dimensions, const std::size_t* shape,
     if (i == along) index = std::min(index / kLongPiece * kLongPiece, shape[i] - count);
     at += std::int64_t(index) * strides[i];
   }
-  for (std::size_t i = 0; i < count; ++i)
-    piece[i] = numbers[at + std::int64_t(i) * strides[along]];
+  for (std::size_t i = 0; i < count; ++i) piece[i] = numbers[at + std::int64_t(i) * strides[along]];
   return int(count);
 }
 
@@ -417,8 +408,8 @@ bool even(const Wide& wide, const std::uint32_t* piece, int n) {
     const std::uint32_t first = 1u << (wide.precision - 1);
     const std::uint32_t significand = field ? (magnitude & (first - 1)) | first : magnitude;
     if (field >= 2u * unsigned(wide.bias) + 1) return false;
-    values[i] = float(double(significand) *
-                      power_of_two(lowest(wide) + int(field ? field - 1 : 0)));
+    values[i] =
+        float(double(significand) * power_of_two(lowest(wide) + int(field ? field - 1 : 0)));
     slack[i] = significand ? 0.5f / float(significand) + 1e-6f : 0;
     if (values[i] > largest) {
       largest = values[i];
