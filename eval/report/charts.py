@@ -1,13 +1,13 @@
-"""Graphs of the entropy ladder, of the frontier and of measured links, as SVG text.
+"""The charts of stored results, each drawn here and nowhere else: ratio against speed, the ladder
+of entropy models, the frontier, measured links. The two maps are in `maps.py`.
 
-Each function gives a chart that a page styles (classes as in `svg.py`); :func:`standalone` makes
-a file of its own of one or several.
+Each function gives SVG text that a page styles (classes as in `svg.py`); `pictures.py` makes files
+of their own.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Sequence
 
@@ -17,6 +17,9 @@ from kvzip.entropy.tables import LEVELS
 from kvzip.eval.frontier.hull import hull
 from kvzip.eval.links.prediction import predict
 from kvzip.eval.report import svg
+from kvzip.eval.report.text import short
+from kvzip.eval.results.bench import BenchRow
+from kvzip.eval.results.demo import CodecResult
 from kvzip.eval.results.frontier import Frontier, Point, Run
 from kvzip.eval.results.links import PREFILL, Links
 
@@ -43,47 +46,61 @@ _NAMES = {
     "fp32": "fp32 again",
     "pieces": "in pieces",
 }
-_STYLE = """
-svg { --page: #faf9f6; --ink: #1c1e22; --soft: #585e68; --rule: #dfdcd4;
-  --s0: #6b7078; --s1: #b3471d; --s2: #9a6a00; --s3: #0072b2; --s4: #007a5a; }
-@media (prefers-color-scheme: dark) { svg { --page: #15171b; --ink: #e9e7e2; --soft: #a5abb5;
-  --rule: #353a42; --s0: #a2a8b2; --s1: #f08a5d; --s2: #e5b64a; --s3: #62b0e8; --s4: #4cc79a; } }
-.page { fill: var(--page); }
-text { fill: var(--ink); font: 12px system-ui, sans-serif; }
-.heading { font-size: 14px; font-weight: 650; }
-.tick, .axis, .note { fill: var(--soft); } .note { font-size: 11px; }
-.grid { stroke: var(--rule); fill: none; }
-.guide { stroke: var(--soft); stroke-dasharray: 2 3; fill: none; }
-.label, .note { paint-order: stroke; stroke: var(--page); stroke-width: 3px; }
-.line { fill: none; stroke-width: 2; } .line.ideal { stroke: var(--ink); stroke-width: 1; }
-.leader { fill: none; opacity: .75; } .mark { stroke: var(--page); fill-opacity: .8; }
-.cell { fill: var(--s3); } .band { stroke: none; fill-opacity: .18; }
-"""
-_STYLE += "".join(
-    f".s{i} {{ stroke: var(--s{i}); }} .band.s{i} {{ fill: var(--s{i}); stroke: none; }}\n"
-    f".mark.s{i}, .bar.s{i} {{ fill: var(--s{i}); stroke: var(--page); }}\n"
-    for i in range(5)
-)
+
+# --- ratio against speed -------------------------------------------------------------------------
 
 
-def standalone(svgs: Sequence[str], headings: Sequence[str] = ()) -> str:
-    """An SVG file with the charts one below the other, each under its heading if there is one."""
-    tall, parts, width = 8, [], 0
-    for i, drawn in enumerate(svgs):
-        box = re.search(r'viewBox="0 0 (\d+) (\d+)"', drawn)
-        if box is None:
-            raise ValueError("not a chart of svg.py")
-        width = max(width, int(box[1]))
-        if i < len(headings):
-            parts.append(f'<text class="heading" x="12" y="{tall + 16}">{headings[i]}</text>')
-            tall += 28
-        parts.append(drawn.replace("<svg ", f'<svg y="{tall}" ', 1))
-        tall += int(box[2]) + 8
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall}" width="{width}" '
-        f'height="{tall}"><style>{_STYLE}</style><rect class="page" width="100%" height="100%"/>'
-        f"{''.join(parts)}</svg>\n"
+def speed_svg(
+    codecs: Sequence[CodecResult], name: str = "speed", size: tuple[int, int] = (WIDE, 300)
+) -> str:
+    """Ratio against decode speed, a point for each codec of a demo."""
+    style = codec_styles(codecs)
+    points = [
+        svg.Point(c.name, f"{c.name} {c.ratio:.2f}×", style[c.name], c.decode_gbps, c.ratio)
+        for c in codecs
+    ]
+    return _ratio_against_speed(points, name, size)
+
+
+def bench_svg(
+    rows: Sequence[BenchRow], name: str = "bench", size: tuple[int, int] = (WIDE, 420)
+) -> str:
+    """Ratio against decode speed, a point for each row of a benchmark."""
+    style = {"memcpy": "s0", "kvzip": "s1", "peer": "s3"}
+    narrow = size[0] < 500
+    points = [
+        svg.Point(
+            r.title,
+            r.title if narrow else f"{r.title} {r.ratio:.2f}×",
+            style[r.kind],
+            r.decode_gbps,
+            r.ratio,
+        )
+        for r in rows
+    ]
+    return _ratio_against_speed(points, name, size)
+
+
+def codec_styles(codecs: Sequence[CodecResult]) -> dict[str, str]:
+    """A class for each codec, the same in every chart."""
+    return {codec.name: f"s{i % svg.COLOURS}" for i, codec in enumerate(codecs)}
+
+
+def _ratio_against_speed(points: Sequence[svg.Point], name: str, size: tuple[int, int]) -> str:
+    speeds, ratios = [p.x for p in points], [p.y for p in points]
+    x = svg.log_axis(
+        "decode speed, GB of raw numbers per second", min(speeds) / 1.6, max(speeds) * 1.6, short
     )
+    low, high = min(0.95, *ratios), max(1.1, *ratios) + 0.08
+    step = 0.1 if high < 2 else 0.5 if high < 6 else 10.0 ** math.ceil(math.log10(high) - 1)
+    ticks = [
+        (i * step, f"{i * step:.1f}")
+        for i in range(math.floor(0.9 / step), math.ceil(high / step) + 1)
+        if low <= i * step <= high
+    ]
+    y = svg.Axis("ratio, raw bytes over encoded bytes", low, high, ticks, False)
+    spoken = "; ".join(f"{p.key}: {p.y:.2f}x at {p.x:.2f} GB/s" for p in points)
+    return svg.scatter(name, "Ratio against decode speed", spoken, x, y, points, size=size)
 
 
 # --- the ladder ----------------------------------------------------------------------------------
@@ -168,16 +185,6 @@ def spectrum_svg(
     return svg.curves(name, title, spoken, x, y, lines, size=size)
 
 
-def ladder_files(ladder: Ladder) -> dict[str, bytes]:
-    """All figures of a ladder as SVG files, by file name."""
-    found = {"ladder.svg": ladder_svg(ladder)}
-    if any(layer.k.heads or layer.v.heads for rung in ladder.rungs for layer in rung.layers):
-        found["heat.svg"] = heat_svg(ladder)
-    if ladder.spectra:
-        found["spectrum.svg"] = spectrum_svg(ladder)
-    return {name: standalone([svg]).encode() for name, svg in found.items()}
-
-
 # --- the frontier --------------------------------------------------------------------------------
 
 
@@ -189,9 +196,9 @@ def frontier_svg(
     """
     points = [p for p in run.points if p.family != "floor" and not p.key.endswith("-within")]
     points.sort(key=lambda p: -p.profile_bytes)  # small ones in front
-    least = min(p.share for p in points if p.share > 0)
+    least = min((p.share for p in points if p.share > 0), default=1.0)
     nothing = least / 3
-    largest = max(p.profile_bytes for p in points)
+    largest = max(p.profile_bytes for p in points) or 1.0
     best = {p.key for p in hull(run.points, result.prefill_products)}
     narrow = size[0] < 500
 
@@ -234,18 +241,6 @@ def frontier_svg(
     return svg.scatter(name, title, spoken, x, y, marks, size=size, chain=chain, guides=guides)
 
 
-def frontier_file(result: Frontier) -> str:
-    """All runs' charts as one SVG file."""
-    svgs = [frontier_svg(result, run, f"frontier-{run.dtype}") for run in result.runs]
-    headings = [
-        f"{result.model}, {run.dtype}"
-        + (f" (cast from {run.cast_from})" if run.cast_from else "")
-        + ": bits against compute; areas are bytes to know"
-        for run in result.runs
-    ]
-    return standalone(svgs, headings)
-
-
 # --- links ---------------------------------------------------------------------------------------
 
 _WAYS = {PREFILL: "s0", "raw": "s3", "channel": "s2", "predictive": "s1"}
@@ -281,20 +276,6 @@ def links_svg(
         f"{p.way} at {_mbps(p.mbps)}: {p.seconds:.3g} s, predicted {p.predicted:.3g}" for p in here
     )
     return svg.curves(name, title, spoken, x, y, lines, size=size, points=points)
-
-
-def links_file(links: Links) -> str:
-    """The charts of every delay as one SVG file."""
-    delays = list(dict.fromkeys(point.delay for point in links.points))
-    svgs = [links_svg(links, delay, f"links-{i}") for i, delay in enumerate(delays)]
-    about = (
-        f"{links.model}, {links.dtype}, {links.tokens:,} tokens: lines predicted, points measured"
-    )
-    return standalone(svgs, [f"{about}{_far(delay)}" for delay in delays])
-
-
-def _far(delay: float) -> str:
-    return f", {1e3 * delay:g} ms each way" if delay else ""
 
 
 def _mbps(rate: float) -> str:

@@ -19,7 +19,9 @@ from kvzip.choice.cost import MTOK
 from kvzip.errors import KVZipError
 from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
-from kvzip.eval.report.page import bit_rate, by_base, write_report
+from kvzip.eval.report.answers import by_base
+from kvzip.eval.report.page import write_report
+from kvzip.eval.report.text import bit_rate
 from kvzip.eval.results.demo import DemoResult
 from kvzip.files import replacing
 

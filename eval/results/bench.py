@@ -87,6 +87,15 @@ class BenchResult(Result, frozen=True, kw_only=True, tag="bench"):
     def exact(self) -> bool:
         return all(row.exact for row in self.rows)
 
+    def by_snapshot(self) -> list[tuple[SnapshotIdentity, list[BenchRow]]]:
+        """Each snapshot that has rows, with them, the greatest ratio first."""
+        found = []
+        for snapshot in self.snapshots:
+            rows = [row for row in self.rows if row.file == snapshot.file]
+            if rows:
+                found.append((snapshot, sorted(rows, key=lambda row: -row.ratio)))
+        return found
+
     def check(self) -> None:
         if not self.rows:
             raise KVZipError("there is no row in it")

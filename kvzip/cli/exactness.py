@@ -21,7 +21,7 @@ from kvzip.cli.terminal import CheckFailed, emit, show_table, working
 from kvzip.codec_spec import split_specs
 
 if TYPE_CHECKING:
-    from kvzip.eval.exactness.corpus import Trials
+    from kvzip.eval.results.exactness import ExactnessResult
 
 
 @evaluate.command
@@ -79,7 +79,7 @@ def exactness(
         raise CheckFailed("a lossless codec changed something")
 
 
-def _show(found: Trials) -> None:
+def _show(found: ExactnessResult) -> None:
     table = Table("", "ratio", "runs exact", "tokens equal", "worst run", "logits differ by")
     for r in [*found.rows, found.fresh]:
         table.add_row(

@@ -75,7 +75,7 @@ def frontier(
     choose_products(native_bf16)
     from kvzip.eval.frontier.copies import COPIES
     from kvzip.eval.frontier.run import run
-    from kvzip.eval.report import charts
+    from kvzip.eval.report import pictures
     from kvzip.eval.results import stored
     from kvzip.eval.results.frontier import Frontier
 
@@ -100,7 +100,7 @@ def frontier(
         stored.save(found, out / "frontier.json")
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "frontier.svg") as file:
-        file.write(charts.frontier_file(found).encode())
+        file.write(pictures.frontier_file(found).encode())
     emit(msgspec.to_builtins(found), as_json, lambda: _show(found))
 
 

@@ -115,7 +115,7 @@ def _give(
     found: Links, output: Path | None, picture: Path | None, page: Path | None, as_json: bool
 ) -> None:
     """Write a result, its chart and its tables where they are wanted, and show it."""
-    from kvzip.eval.report import charts, readme
+    from kvzip.eval.report import pictures, readme
     from kvzip.eval.report import links as words
     from kvzip.eval.results import stored
 
@@ -123,7 +123,7 @@ def _give(
         stored.save(found, output)
     if picture is not None:
         with replacing(picture) as file:
-            file.write(charts.links_file(found).encode())
+            file.write(pictures.links_file(found).encode())
     if page is not None:
         readme.put_between(page, {"links": words.page(found)})
     emit(msgspec.to_builtins(found), as_json, lambda: _show(found))

@@ -69,10 +69,10 @@ def entropy_command(
     result = EntropyResult(**made_by(command_line()), files=files, ladder=ladder)
     said = msgspec.to_builtins(result)
     if out is not None:
-        from kvzip.eval.report import charts
+        from kvzip.eval.report import pictures
 
         out.mkdir(parents=True, exist_ok=True)
-        drawn = charts.ladder_files(ladder)
+        drawn = pictures.ladder_files(ladder)
         stored.save(result, out / "entropy.json")
         for name, content in drawn.items():
             with replacing(out / name) as file:
@@ -131,7 +131,7 @@ def bench(
     from kvzip.eval.results.bench import BenchResult
 
     if draw is not None:
-        from kvzip.benchmarks import draw as drawing
+        from kvzip.eval.report import bench as drawing
 
         if snapshots:
             raise UsageError("--draw takes a stored result and no snapshots")

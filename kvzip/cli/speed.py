@@ -23,7 +23,7 @@ from kvzip.codec_spec import split_specs
 from kvzip.profile import Profile
 
 if TYPE_CHECKING:
-    from kvzip.eval.speed.inputs import Inputs
+    from kvzip.eval.results.inputs import Inputs
     from kvzip.eval.speed.pages import PageSize
 
 

@@ -13,9 +13,10 @@ from support import cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip import dtypes
-from kvzip.benchmarks import draw, run
+from kvzip.benchmarks import run
 from kvzip.benchmarks.peer import Peer
 from kvzip.cli import main
+from kvzip.eval.report import bench as draw
 from kvzip.eval.results.bench import BenchResult
 from kvzip.eval.results.stored import load
 

@@ -21,7 +21,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval.frontier import copies, predictors
 from kvzip.eval.frontier import run as frontier
 from kvzip.eval.frontier.hull import hull, steps
-from kvzip.eval.report import charts
+from kvzip.eval.report import charts, pictures
 from kvzip.eval.results import stored
 from kvzip.eval.results.frontier import Frontier, Point
 from kvzip.models import LoadedModel
@@ -266,7 +266,7 @@ def test_every_predictor_is_a_point(result, width):
 
 
 def test_the_file_stands_alone(result):
-    root = ElementTree.fromstring(charts.frontier_file(result))
+    root = ElementTree.fromstring(pictures.frontier_file(result))
     names = [e.get("data-chart") for e in root.iter() if e.get("data-chart")]
     assert names == ["frontier-bf16", "frontier-fp8_e4m3fn"]
     assert root.find("{http://www.w3.org/2000/svg}style") is not None
@@ -280,11 +280,12 @@ def test_the_stored_result():
     assert not set(found.train) & set(found.test)
     assert not set(found.calibrate) & set(found.test)
     assert found.command.startswith("kvzip eval frontier")
-    assert (DOCS / "frontier.svg").read_text() == charts.frontier_file(found)
+    assert (DOCS / "frontier.svg").read_text() == pictures.frontier_file(found)
     second = found.prefill_seconds / found.document_tokens
     for run in found.runs:
-        found = steps(run.points, found.prefill_products, found.numbers_per_token, second)
-        assert run.steps == found
+        assert run.steps == steps(
+            run.points, found.prefill_products, found.numbers_per_token, second
+        )
 
 
 def test_the_command(paths, kept, result, tmp_path, capsys):

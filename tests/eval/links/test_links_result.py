@@ -12,8 +12,8 @@ from kvzip.choice import cost
 from kvzip.errors import KVZipError
 from kvzip.eval.links import timing
 from kvzip.eval.links.prediction import crossovers, predict
-from kvzip.eval.report import charts
 from kvzip.eval.report import links as words
+from kvzip.eval.report import pictures
 from kvzip.eval.report.readme import put_between
 from kvzip.eval.results import stored
 from kvzip.eval.results.links import (
@@ -200,7 +200,7 @@ def test_the_page_has_every_point(tmp_path: Any) -> None:
 
 def test_the_chart_has_a_line_a_way_and_every_measurement() -> None:
     found = result()
-    drawn = charts.links_file(found)
+    drawn = pictures.links_file(found)
     assert drawn.count("data-line=") == 4 * 2
     assert drawn.count("data-point=") == len(found.points) * 3  # the median, and two times
     assert "nan" not in drawn.lower()

@@ -22,7 +22,8 @@ from kvzip.eval.money.breakeven import Measured, breakeven
 from kvzip.eval.money.paper import paper_table
 from kvzip.eval.money.prices import default_prices
 from kvzip.eval.report.inputs import read
-from kvzip.eval.report.page import bit_rate, seconds, size, usd, write_report
+from kvzip.eval.report.page import write_report
+from kvzip.eval.report.text import bit_rate, seconds, size, usd
 from kvzip.eval.results import frontier
 from kvzip.eval.results.demo import DemoResult, as_result
 from kvzip.eval.results.entropy import EntropyResult

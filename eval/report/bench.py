@@ -1,18 +1,16 @@
-"""A stored result as a page, with a table and a chart of ratio against decode speed for each
-snapshot, or as tables in Markdown."""
+"""A benchmark as a page, with a table and a chart of ratio against decode speed for each snapshot,
+or as tables in Markdown."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from html import escape
 
-from kvzip.eval.report import svg
+from kvzip.eval.report import charts
 from kvzip.eval.results.bench import BenchResult, BenchRow, SnapshotIdentity
 from kvzip.files import replacing
 
-_STYLE = {"memcpy": "s0", "kvzip": "s1", "peer": "s3"}
 _SIZE = (860, 520)
 
 _PAGE = """<!doctype html>
@@ -72,7 +70,7 @@ def write(result: BenchResult, path: str | os.PathLike[str]) -> None:
 def markdown(result: BenchResult) -> str:
     """A table for each snapshot; speeds in GB/s as the fastest repeat and, in brackets, median."""
     lines: list[str] = []
-    for snapshot in result.snapshots:
+    for snapshot, rows in result.by_snapshot():
         lines += [
             f"**{snapshot.model or snapshot.file}**, {snapshot.dtype}, {snapshot.tokens:,} tokens, "
             f"{snapshot.raw_bytes / 1e6:.1f} MB; text: {snapshot.text or 'not named'}",
@@ -80,7 +78,7 @@ def markdown(result: BenchResult) -> str:
             "| codec | ratio | bits a number | encode GB/s | decode GB/s | of memcpy |",
             "|---|---|---|---|---|---|",
         ]
-        for r in _by_ratio(result, snapshot):
+        for r in rows:
             name = f"**{r.title}**" if r.kind == "kvzip" else r.title
             lines.append(
                 f"| {name} | {r.ratio:.3f} | {r.bits_per_value:.2f} "
@@ -91,11 +89,6 @@ def markdown(result: BenchResult) -> str:
         lines.append("")
     lines += [f"Missing: {m.name}: {m.reason}" for m in result.missing]
     return "\n".join(lines)
-
-
-def _by_ratio(result: BenchResult, snapshot: SnapshotIdentity) -> list[BenchRow]:
-    rows = [row for row in result.rows if row.file == snapshot.file]
-    return sorted(rows, key=lambda row: -row.ratio)
 
 
 def page(result: BenchResult) -> str:
@@ -115,13 +108,12 @@ def page(result: BenchResult) -> str:
             "that suits it, without the cost of bringing them there."
         ),
     ]
-    for number, snapshot in enumerate(result.snapshots):
-        rows = _by_ratio(result, snapshot)
+    for number, (snapshot, rows) in enumerate(result.by_snapshot()):
         parts += [
             f"<section><h2>{escape(snapshot.model or snapshot.file)}, {snapshot.tokens:,} tokens, "
             f"{escape(snapshot.dtype)}</h2>",
             _paragraph(f"{snapshot.raw_bytes / 1e6:.1f} MB. {_source(snapshot)}", "soft"),
-            chart(rows, f"speed-{number}"),
+            charts.bench_svg(rows, f"speed-{number}", _SIZE),
             _table(rows),
             "</section>",
         ]
@@ -137,29 +129,6 @@ def page(result: BenchResult) -> str:
         _paragraph("Vector extensions: " + ", ".join(machine.simd)),
     ]
     return _PAGE.format(body="\n".join(parts))
-
-
-def chart(rows: Sequence[BenchRow], name: str) -> str:
-    """Ratio against decode speed, one point a row, as SVG."""
-    speeds, ratios = [r.decode_gbps for r in rows], [r.ratio for r in rows]
-    x = svg.log_axis(
-        "decode speed, GB of raw numbers a second",
-        min(speeds) / 1.6,
-        max(speeds) * 1.6,
-        lambda value: f"{value:g}",
-    )
-    low, high = min(0.95, *ratios), max(1.1, *ratios) + 0.05
-    step = 0.1 if high < 2 else 0.5 if high < 6 else 10 ** math.ceil(math.log10(high) - 1)
-    ticks = [
-        (i * step, f"{i * step:.1f}") for i in range(math.ceil(low / step), int(high / step) + 1)
-    ]
-    y = svg.Axis("ratio, raw bytes over encoded bytes", low, high, ticks, log=False)
-    points = [
-        svg.Point(r.title, f"{r.title} {r.ratio:.3f}", _STYLE[r.kind], r.decode_gbps, r.ratio)
-        for r in rows
-    ]
-    spoken = "; ".join(f"{r.title}: {r.ratio:.3f} at {r.decode_gbps:.2f} GB/s" for r in rows)
-    return svg.scatter(name, "Ratio against decode speed", spoken, x, y, points, size=_SIZE)
 
 
 def _source(snapshot: SnapshotIdentity) -> str:

@@ -1,0 +1,89 @@
+"""The answers at the head of a report: a verdict at each price base of the headline, and in
+time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import msgspec
+
+from kvzip.eval.money.breakeven import BreakEven
+from kvzip.eval.money.prices import HEADLINE
+from kvzip.eval.report.text import bit_rate, seconds, usd
+from kvzip.eval.results.demo import DemoResult
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """One verdict of the headline."""
+
+    question: str
+    word: str
+    sentence: str
+    small: str
+    good: bool | None
+
+
+def answers(result: DemoResult) -> list[Answer]:
+    """The answer in dollars at each price base of the headline, then the one in time."""
+    groups = by_base(result.breakeven)
+    return [*map(_dollar_answer, headline(groups)), _time_answer(groups[0])]
+
+
+def by_base(rows: Sequence[BreakEven]) -> list[list[BreakEven]]:
+    """Rows in groups of one price base, in their order."""
+    return [list(group) for _, group in groupby(rows, key=lambda row: row.base)]
+
+
+def headline(groups: Sequence[list[BreakEven]]) -> list[list[BreakEven]]:
+    """Those of the price bases of the headline, or the first when there is none of them."""
+    return [rows for rows in groups if rows[0].base in HEADLINE] or list(groups[:1])
+
+
+def _dollar_answer(rows: Sequence[BreakEven]) -> Answer:
+    best = min(rows, key=lambda row: row.dollars.load_usd)
+    d = best.dollars
+    sentence = (
+        f"The cheapest load ({best.codec}, {best.ratio:.2f}×) costs {usd(d.load_usd)}; "
+        f"the prefill costs {usd(d.prefill_usd)}. "
+    )
+    word, good = {"load": ("Yes", True), "prefill": ("No", False)}.get(
+        d.verdict, ("Not known", None)
+    )
+    if d.break_even_usd_per_gb is not None:
+        top = max(rows, key=lambda row: row.dollars.break_even_usd_per_gb or 0)
+        price = top.dollars.break_even_usd_per_gb or 0.0
+        sentence += (
+            f"Shipping pays while egress costs less than {usd(price)} per GB ({top.codec}); "
+            f"here it is {usd(d.egress_usd_per_gb)}."
+        )
+    else:
+        free = max(row.dollars.break_even_free_decode_usd_per_gb for row in rows)
+        sentence += (
+            f"Decoding alone costs {usd(d.decode_usd)}; even with free decoding, egress would "
+            f"have to be below {usd(free)} per GB, and it is {usd(d.egress_usd_per_gb)}."
+        )
+    return Answer(f"In dollars · {best.base_title}", word, sentence, d.basis, good)
+
+
+def _time_answer(rows: Sequence[BreakEven]) -> Answer:
+    able = [row for row in rows if row.time.break_even_mbps is not None]
+    time = rows[0].time
+    question = "In time to first token · this machine"
+    prefill = f"Prefill took {seconds(time.prefill_seconds)}. "
+    if not able:
+        return Answer(
+            question,
+            "No",
+            prefill + "Decoding alone takes as long with every codec, so no link helps.",
+            time.basis,
+            False,
+        )
+    best = min(able, key=lambda row: row.time.break_even_mbps or 0)
+    limit = bit_rate((best.time.break_even_mbps or 0) * 1e6)
+    sentence = f"{prefill}Loading with {best.codec} ({best.ratio:.2f}×) is faster over any link "
+    sentence += f"above {limit}"
+    raw = next((row for row in able if row.codec == "raw"), None)
+    if raw is not None and raw is not best:
+        sentence += f", and raw bytes above {bit_rate((raw.time.break_even_mbps or 0) * 1e6)}"
+    return Answer(question, f"Yes, above {limit}", sentence + ".", time.basis, True)
