@@ -115,8 +115,8 @@ def _give(
     found: Links, output: Path | None, picture: Path | None, page: Path | None, as_json: bool
 ) -> None:
     """Write a result, its chart and its tables where they are wanted, and show it."""
-    from kvzip.eval.report import pictures, readme
     from kvzip.eval.report import links as words
+    from kvzip.eval.report import pictures, readme
     from kvzip.eval.results import stored
 
     if output is not None:
