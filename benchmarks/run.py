@@ -20,7 +20,6 @@ import numpy as np
 from kvzip import dtypes
 from kvzip.benchmarks.peer import Peer, Shape
 from kvzip.codec import Codec
-from kvzip.container import thread_count
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import KVZipError
 from kvzip.eval.results.bench import (
@@ -42,6 +41,7 @@ from kvzip.eval.speed.bench import (
 from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot, sha256_raw
+from kvzip.workers import thread_count
 
 PEER_NAMES = (
     "zstd",

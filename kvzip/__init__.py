@@ -1,19 +1,8 @@
 """kvzip: lossless compression of language models' KV caches."""
 
-from importlib.metadata import version as _version
-
+from kvzip.api import decode, encode, info, max_encoded_size, open, verify, write
 from kvzip.codec import Codec, Context, codec_names, get_codec, register_codec
-from kvzip.container import (
-    Info,
-    Reader,
-    decode,
-    encode,
-    info,
-    max_encoded_size,
-    open,
-    verify,
-    write,
-)
+from kvzip.container import Info, Reader
 from kvzip.errors import (
     CorruptError,
     FormatError,
@@ -27,8 +16,7 @@ from kvzip.identity import fingerprint
 from kvzip.pages import decode_page, encode_page, max_page_size
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
-
-__version__ = _version("kvzip")
+from kvzip.version import __version__
 
 __all__ = [
     "Codec",
@@ -48,6 +36,7 @@ __all__ = [
     "StoreError",
     "UnsupportedError",
     "UsageError",
+    "__version__",
     "codec_names",
     "decode",
     "decode_page",

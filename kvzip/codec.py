@@ -28,8 +28,9 @@ GROUP = "kvzip.codecs"
 """Entry-point group under which a distribution offers codecs: name = "module:CodecClass"."""
 
 
-class Context(msgspec.Struct):  # a dataclass would take as long to make as a small block to decode
-    """What writer and reader both know of a block besides its bytes. Not to be changed."""
+# A dataclass would take as long to make as a small block to decode.
+class Context(msgspec.Struct, frozen=True):
+    """What writer and reader both know of a block besides its bytes."""
 
     dtype: DType
     layer: int

@@ -19,7 +19,7 @@ from kvzip.options import integer, json_value, text
 Part = Literal["k", "v"]
 PARTS: tuple[Part, Part] = ("k", "v")
 _MOST = 2**31 - 1
-"""Tokens, heads and channels, each: what an index can say."""
+"""How many tokens, heads or channels a layer may have: what an index can say."""
 
 
 class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,6 +83,16 @@ class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def shape(self, part: Part) -> tuple[int, ...]:
         return self.k if part == "k" else self.v
+
+    def batched_shape(self, part: Part) -> tuple[int, ...]:
+        """The shape as [batch, heads, tokens, dim], a batch of one where the layer has none."""
+        shape = self.shape(part)
+        return shape if len(shape) == 4 else (1, *shape)
+
+    def token_numbers(self, part: Part) -> int:
+        """How many numbers one token has, in all rows of the batch."""
+        *outer, _, dim = self.shape(part)
+        return math.prod(outer) * dim
 
     def cut(self, start: int, stop: int) -> LayerLayout:
         """The layer with only the tokens that it holds of positions start to stop."""

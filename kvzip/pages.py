@@ -20,7 +20,7 @@ from kvzip.codecs.channel.profile import stated
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError
 from kvzip.options import integer
-from kvzip.profile import Profile
+from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import PARTS, Origin, Part
 
 MAGIC = b"KVZP"
@@ -120,9 +120,9 @@ class _Coder:
     """The codec with a profile's tables, and the numbers that they are for."""
 
     def __init__(self, profile: Any):
-        if not isinstance(profile, Profile):
-            kind = type(profile).__name__
-            raise ProfileError(f"a {kind} is no Profile: Profile.load reads one from a file")
+        if profile is None:
+            raise ProfileError("None is no Profile: Profile.load reads one from a file")
+        check_profile(profile)
         found = stated(profile)
         if found is None:
             raise ProfileError(
@@ -148,9 +148,9 @@ class _Coder:
                 yield i, part, (heads, tokens, dim)
 
     def context(self, layer: int, part: Part, block: Bits) -> Context:
-        context = Context(self.form, layer, part, 0, _NOWHERE, None, self.profile)
-        context.tables = self.codec.load_tables(_NO_TABLES, block.shape, context)
-        return context
+        bare = Context(self.form, layer, part, 0, _NOWHERE, None, self.profile)
+        tables = self.codec.load_tables(_NO_TABLES, block.shape, bare)
+        return Context(self.form, layer, part, 0, _NOWHERE, None, self.profile, tables)
 
 
 class _Page(NamedTuple):

@@ -149,3 +149,10 @@ class Profile:
         """
         found: Profile = get_codec(codec).fit(list(snapshots), progress, **settings)
         return found
+
+
+def check_profile(given: Any) -> None:
+    """Raise ProfileError if what a caller gave as a profile is neither one nor None."""
+    if given is not None and not isinstance(given, Profile):
+        kind = type(given).__name__
+        raise ProfileError(f"a {kind} is no Profile: Profile.load reads one from a file")

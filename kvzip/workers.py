@@ -1,13 +1,23 @@
-"""Threads for short jobs, which a forked process has of its own."""
+"""Jobs in threads: how many threads, a pool that outlives a fork, jobs in order, jobs in chains."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
+from kvzip.options import integer
+
 T = TypeVar("T")
+
+
+def thread_count(threads: int) -> int:
+    """`threads`, or the number of cores that this process may use when it is 0. Raises UsageError
+    for what is no number of threads."""
+    return integer("threads (0: all cores)", threads, 0, 1024) or len(os.sched_getaffinity(0))
 
 
 class Workers:
@@ -37,3 +47,69 @@ class Workers:
 
     def shutdown(self) -> None:
         self._current().shutdown()
+
+
+def in_order(jobs: Iterable[Callable[[], T]], workers: int, ahead: int) -> Iterator[T]:
+    """Results of `jobs` in their order, at most `ahead` of them running or waiting. One of the
+    workers is the thread that asks: it would wait otherwise, and systems are slow to move one of
+    the others to its core."""
+    if workers == 1:
+        for job in jobs:
+            yield job()
+        return
+    pending: deque[tuple[Future[T], Callable[[], T]]] = deque()
+
+    def oldest() -> T:
+        for at in range(len(pending)):
+            future, job = pending[at]
+            if pending[0][0].done():
+                break
+            if future.cancel():
+                pending[at] = _finished(job), job
+        return pending.popleft()[0].result()
+
+    pool = ThreadPoolExecutor(workers - 1)
+    try:
+        for job in jobs:
+            if len(pending) >= ahead:
+                yield oldest()
+            pending.append((pool.submit(job), job))
+        while pending:
+            yield oldest()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(job: Callable[[], T]) -> Future[T]:
+    """A job's result, done here and now."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(job())
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def after(before: Future[Any] | None, job: Callable[[], T], pool: ThreadPoolExecutor) -> Future[T]:
+    """A job's result; it is begun when `before` is done, and fails if that fails."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            future.set_exception(error)
+
+    def begin(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is not None:
+            future.set_exception(error)
+            return
+        with suppress(RuntimeError):  # nobody wants it any more
+            pool.submit(work)
+
+    if before is None:
+        pool.submit(work)
+    else:
+        before.add_done_callback(begin)
+    return future

@@ -71,8 +71,8 @@ def reseal(blob: bytes) -> bytes:
 def damaged(blob, layer, part):
     """A .kvz file with a bit of that layer's last block changed."""
     with kvzip.open(blob) as reader:
-        row = reader._index.rows[layer, part][-1]
-        end = reader._index.offset[row] + reader._index.length[row]
+        row = reader.index.rows[layer, part][-1]
+        end = reader.index.offset[row] + reader.index.length[row]
     out = bytearray(blob)
     out[end - 1] ^= 1
     return bytes(out)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import StoppingCriteria
 
-from kvzip import container
+from kvzip import api
 from kvzip.capture import check_ids
 from kvzip.container import Reader
 from kvzip.errors import KVZipError
@@ -187,7 +187,7 @@ class Reference:
         decoded = self._generate(encoded, profile)
         reader = encoded
         if not isinstance(encoded, Reader):
-            reader = container.open(encoded, profile)
+            reader = api.open(encoded, profile)
         try:
             after = [_hashes(reader.layer(i)) for i in range(len(reader))]
         finally:

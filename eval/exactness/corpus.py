@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvzip import container, dtypes
+from kvzip import api, dtypes
 from kvzip.codec import get_codec
 from kvzip.dtypes import Bits
 from kvzip.errors import KVZipError, UnsupportedError
@@ -84,11 +84,11 @@ def run(
                 n / len(snapshots),
             )
             own = learned if codec.needs_profile else None
-            blobs[spec] = container.encode(snapshot, codec, own)
+            blobs[spec] = api.encode(snapshot, codec, own)
             sums[spec].sizes(snapshot.raw_bytes, len(blobs[spec]))
         for name in lossy:
             rounded, size = quantised(snapshot, LOSSY[name])
-            blobs[name] = container.encode(rounded, "raw")
+            blobs[name] = api.encode(rounded, "raw")
             sums[name].sizes(snapshot.raw_bytes, size)
         for c in range(continuations):
             step(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvzip import capture, container
+from kvzip import api, capture
 from kvzip.codec import get_codec
 from kvzip.codec_spec import file_stem
 from kvzip.eval.budget import Step
@@ -77,5 +77,5 @@ def prepare(
         own = learned if codec.needs_profile else None
         files[spec] = served / f"{file_stem(spec)}.kvz"
         with replacing(files[spec]) as file:
-            file.write(container.encode(snapshot, codec, own))
+            file.write(api.encode(snapshot, codec, own))
     return Sources(model, path, files, kept)

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from kvzip import container
 from kvzip.capture import processor_name
+from kvzip.workers import thread_count
 
 PACKAGES = ("kvzip", "numpy", "torch", "transformers", "zstandard", "lz4")
 _CACHE_SIZES = "/sys/devices/system/cpu/cpu0/cache/index*/size"
@@ -41,7 +41,7 @@ def machine() -> Machine:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Machine(
         cpu=processor_name(),
-        cores=container.thread_count(0),
+        cores=thread_count(0),
         memory_gib=round(pages / 2**30, 1),
         cache_mib=cache_bytes() / 2**20,
         simd=list(_simd()),

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip import container
+from kvzip import api
 from kvzip.codec import Codec
 from kvzip.dtypes import Bits
 from kvzip.eval.results.provenance import cache_bytes
@@ -60,11 +60,11 @@ class WholeFile:
 
     def encode(self) -> None:
         """Make the file anew."""
-        self.blob = container.encode(self.snapshot, self.codec, self.profile, self.threads)
+        self.blob = api.encode(self.snapshot, self.codec, self.profile, self.threads)
 
     def decode(self) -> None:
         """Decode all of the file, every checksum verified."""
-        container.decode(self.blob, self.profile, self.threads, out=self._out)
+        api.decode(self.blob, self.profile, self.threads, out=self._out)
 
     def exact(self) -> bool:
         """Whether all comes back, bit for bit, into buffers that were wiped before."""

@@ -12,8 +12,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 import kvzip
-from kvzip import container
-from kvzip.choice import auto
+from kvzip import api, container
 from kvzip.cli.app import app
 from kvzip.cli.arguments import (
     Json,
@@ -134,10 +133,10 @@ def encode(
     """
     loaded = Snapshot.load(snapshot)
     learned = read_profile(profile)
-    chosen = auto.resolve(codec, loaded.layout, None if learned is None else learned.codec)
+    chosen = api.choose_codec(codec, loaded.layout, learned)
     began = time.perf_counter()
     with bar("encode", loaded.raw_bytes) as progress:
-        length = container.write(
+        length = api.write(
             output,
             loaded,
             chosen,
@@ -174,7 +173,7 @@ def decode(
     as_json: Json = False,
 ) -> None:
     """Decode a .kvz file to a snapshot."""
-    with container.open(file, read_profile(profile), threads) as reader:
+    with api.open(file, read_profile(profile), threads) as reader:
         began = time.perf_counter()
         with bar("decode", reader.info.raw_bytes) as progress:
             snapshot = reader.decode(progress=progress)
@@ -205,11 +204,11 @@ def verify(
         A snapshot that must be the same, bit for bit.
     """
     began = time.perf_counter()
-    with bar("verify", container.info(file).raw_bytes) as progress:
-        info = container.verify(file, read_profile(profile), threads, progress)
+    with bar("verify", api.info(file).raw_bytes) as progress:
+        info = api.verify(file, read_profile(profile), threads, progress)
     same = None
     if against is not None:
-        with container.open(file, read_profile(profile), threads) as reader:
+        with api.open(file, read_profile(profile), threads) as reader:
             same = _same_bits(reader, Snapshot.load(against))
     result = sizes(info.header.layout, info.encoded_bytes)
     result |= {"seconds": time.perf_counter() - began, "ok": same is not False}
@@ -234,7 +233,7 @@ def _same_bits(reader: container.Reader, other: Snapshot) -> bool:
 @app.command
 def info(file: KvzFile, *, as_json: Json = False) -> None:
     """Tell what a .kvz file holds, from its header."""
-    found = container.info(file)
+    found = api.info(file)
     header = found.header
     layout = header.layout
     result = sizes(layout, found.encoded_bytes) | {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import msgspec
 from cyclopts import Parameter
 
-from kvzip import container
+from kvzip import api, container
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, ProfilePath, Threads, read_profile
 from kvzip.cli.terminal import CheckFailed, bar, emit, say, sizes
@@ -186,7 +186,7 @@ def _prompt_of(path: Path) -> _Prompt:
     with reading(path) as file:
         is_kvz = file.read(len(container.MAGIC)) == container.MAGIC
     if is_kvz:
-        with container.open(path) as reader:
+        with api.open(path) as reader:
             origin, token_ids, dtype = reader.header.origin, reader.token_ids, reader.layout.dtype
     else:
         snapshot = Snapshot.load(path)

@@ -1,35 +1,22 @@
-"""The .kvz file: a header, an index of blocks, blocks, checksums of everything (docs/format.md)."""
+"""The .kvz file: a header, an index of blocks, blocks, checksums of everything (docs/format.md).
 
-from kvzip.container.reader import (
-    MAGIC,
-    Info,
-    Reader,
-    decode,
-    encode,
-    header_schema,
-    info,
-    max_encoded_size,
-    open,
-    stated_length,
-    thread_count,
-    verify,
-    write,
-)
+`format` and `index` are what comes before the blocks, `source` the bytes that a file is read from.
+`writer` makes a file of a snapshot and a codec. `reader` is an open file: `plan` says which blocks
+a request takes, `blocks` what is stored of them, `decoding` and `on_device` decode them.
+"""
+
+from kvzip.container.format import MAGIC, Header, Info, header_schema, stated_length
+from kvzip.container.reader import Reader
 from kvzip.container.source import Source
+from kvzip.container.writer import Writer
 
 __all__ = [
     "MAGIC",
+    "Header",
     "Info",
     "Reader",
     "Source",
-    "decode",
-    "encode",
+    "Writer",
     "header_schema",
-    "info",
-    "max_encoded_size",
-    "open",
     "stated_length",
-    "thread_count",
-    "verify",
-    "write",
 ]

@@ -5,7 +5,6 @@ docs/format.md has it byte by byte.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -34,6 +33,10 @@ RECORD = np.dtype(
 _BLOCK, _TABLES = 0, 1
 ALIGNMENT = 64
 """Entries begin at multiples of so many bytes: what a GPU, or a copy to one, reads at once."""
+
+
+Key = tuple[int, Part]
+"""A layer's number, and which of its parts."""
 
 
 def aligned(length: int) -> int:
@@ -91,13 +94,16 @@ def _block_count(layer: LayerLayout, block_tokens: int) -> int:
 
 
 class Index:
-    """A file's index as columns, one item of each list an entry, and `rows`: those of each part,
-    its tables first. Lists, because a file has many entries and each is looked at once."""
+    """A file's index as columns: each list has one item for each entry, in the order of the file.
+    They are lists, because a file has many entries and each is looked at once.
+
+    A row is the number of an entry.
+    """
 
     def __init__(self, records: Any, start: int, size: int, layout: Layout, block_tokens: int):
-        """Of a file of `size` bytes, in which the entries begin at `start`; `records`: a buffer.
-        Raises FormatError unless every record is the one that the layout asks for, and entries
-        follow each other, each at the next multiple of `ALIGNMENT`."""
+        """Read `records`, a buffer, from a file of `size` bytes in which the entries begin at byte
+        `start`. Raises FormatError unless every record is the one that the layout asks for, and
+        entries follow each other, each at the next multiple of `ALIGNMENT`."""
         spans = [(layer.first, layer.cumulative_length) for layer in layout.layers]
         try:
             columns = _native.read_index(
@@ -106,18 +112,21 @@ class Index:
         except ValueError as error:
             raise FormatError(str(error)) from None
         self.position: list[int]
-        """Of the first token."""
+        """The position in the sequence of the entry's first token."""
         self.tokens: list[int]
+        """How many tokens the entry holds; tables hold none."""
         self.offset: list[int]
+        """Where the entry lies in the file."""
         self.length: list[int]
-        """What the codec made, without the zeros behind it."""
+        """How many bytes the codec made, without the zeros behind them."""
         self.stored_checksum: list[int]
         self.raw_checksum: list[int]
         self.position, self.tokens, self.offset, self.length = columns[:4]
         self.stored_checksum, self.raw_checksum = columns[4:]
-        self.key: list[tuple[int, Part]] = []
-        """Layer and part."""
-        self.rows: dict[tuple[int, Part], range] = {}
+        self.key: list[Key] = []
+        """The layer and the part that the entry belongs to."""
+        self.rows: dict[Key, range] = {}
+        """The rows of each part of each layer: its tables, then its blocks."""
         at, before, blocks = 0, None, 0
         for i, layer in enumerate(layout.layers):
             if layer != before:  # most are alike, and comparing is faster
@@ -135,6 +144,17 @@ class Index:
         """Where an entry lies, and how many bytes it takes up, with the zeros behind it."""
         return self.offset[row], aligned(self.length[row])
 
+    def tables_row(self, row: int) -> int:
+        """The row of the tables that an entry's part has."""
+        return self.rows[self.key[row]].start
+
+    def name(self, row: int) -> str:
+        """What an entry is called in errors."""
+        layer, part = self.key[row]
+        start = self.position[row]
+        what = "the tables of " if row == self.tables_row(row) else ""
+        return f"{what}layer {layer} {part}, tokens {start}:{start + self.tokens[row]}"
+
     def check_sizes(self, layout: Layout, codec: Codec) -> None:
         """Raise FormatError if a block claims more numbers than its bytes can stand for."""
         form, room = dtypes.get(layout.dtype), codec.max_decoded_size
@@ -142,8 +162,8 @@ class Index:
         for layer in layout.layers:
             if layer != before:
                 before = layer
-                for shape in (layer.k, layer.v):
-                    sizes[shape] = math.prod((*shape[:-2], shape[-1])) * form.itemsize
+                for part in PARTS:
+                    sizes[layer.shape(part)] = layer.token_numbers(part) * form.itemsize
         blocks = [length for length, n in zip(self.length, self.tokens, strict=True) if n]
         if not blocks or max(self.tokens) * max(sizes.values()) <= room(min(blocks), form):
             return

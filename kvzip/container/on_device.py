@@ -9,7 +9,7 @@ that does not pass is decoded again on the CPU, which says what is wrong with it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,14 +17,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.codec import Codec, Context
-from kvzip.codecs.native.cuda.arrays import View, cut, empty, view_of
+from kvzip.codec import Context
 from kvzip.codecs.native.cuda.device import Device, Memory, Pinned, Stream, get_device
-from kvzip.codecs.native.cuda.work import BLOCK, Full, Slot, Target, Work, pages_of, slots
-from kvzip.container.index import ALIGNMENT, Index, aligned
-from kvzip.dtypes import DType
-from kvzip.errors import CorruptError, KVZipError, UsageError
-from kvzip.snapshot import PARTS, LayerLayout, Layout, Origin, Part
+from kvzip.codecs.native.cuda.work import BLOCK, Full, Slot, Target, Work, slots
+from kvzip.container import plan
+from kvzip.container.blocks import Blocks
+from kvzip.container.decoding import check_block
+from kvzip.container.device_targets import (
+    Targets,
+    check_apart,
+    given_targets,
+    new_targets,
+    paged_targets,
+)
+from kvzip.container.index import ALIGNMENT, Key, aligned
+from kvzip.container.plan import Request
+from kvzip.errors import CorruptError, KVZipError
+from kvzip.snapshot import PARTS, LayerLayout, Layout, Origin
 
 PIECE = 16 << 20
 """Stored bytes that go together: enough for a link to be at full speed and for a GPU to be busy,
@@ -32,7 +41,8 @@ and few enough that decoding begins early."""
 
 _ZEROS = bytes(ALIGNMENT)
 
-_Key = tuple[int, Part]
+OnCPU = Callable[[Sequence[int], Sequence[tuple[Any, Any]]], None]
+"""Decodes what is wanted of layers on the CPU, into arrays, a pair a layer."""
 
 
 @dataclass(frozen=True)
@@ -79,142 +89,26 @@ class DeviceSnapshot:
         return [(layer.k, layer.v) for layer in self.layers]
 
 
-@dataclass(frozen=True)
-class Document:
-    """What decoding on a device needs of an open file."""
-
-    layout: Layout
-    form: DType
-    codec: Codec
-    index: Index
-    source: Any
-    """A `kvzip.container.Source`."""
-    tables: Callable[[_Key, memoryview], Any]
-    """The tables of a part from their bytes. Raises CorruptError."""
-    context: Callable[[int, Any], Context]
-    """The context of a row, from the row and its tables."""
-    blame: Callable[[int], None]
-    """Decodes a row on the CPU. Raises CorruptError."""
-    decode: Callable[[Sequence[int], Sequence[tuple[Any, Any]]], object]
-    """Decodes what is wanted of layers on the CPU, into arrays."""
-    extents: Callable[
-        [Sequence[int], Mapping[int, LayerLayout]], tuple[list[tuple[int, ...]], list[int]]
-    ]
-    """Shapes of memory for cuts of layers, and from which position on, as the reader has it."""
-
-
-# --- where numbers go --------------------------------------------------------------------------
-
-
-def _target(view: View, first: int, owner: Any) -> Target:
-    shape, strides = view.shape, view.strides
-    if len(shape) == 3:
-        shape, strides = (1, *shape), (0, *strides)
-    b, h, t, _ = strides
-    batch, heads, tokens, dim = shape
-    return Target(view.address, (b, h, t), (batch, heads, tokens, dim), first, owner=owner)
-
-
-def given_targets(
-    device: Device,
-    form: DType,
-    cuts: Mapping[int, LayerLayout],
-    out: Sequence[tuple[Any, Any]],
-) -> dict[_Key, list[Target]]:
-    """Arrays that the caller gave, of the shapes of the cuts, in their order."""
-    _check_pairs(out, cuts)
-    targets: dict[_Key, list[Target]] = {}
-    for (i, layer), pair in zip(cuts.items(), out, strict=True):
-        for part, array in zip(PARTS, pair, strict=True):
-            view = view_of(array, device, form)
-            if view.shape != layer.shape(part):
-                raise UsageError(
-                    f"out for layer {i}: {part} has shape {view.shape}, not {layer.shape(part)}"
-                )
-            targets[i, part] = [_target(view, layer.first, array)]
-    return targets
-
-
-def paged_targets(
-    device: Device,
-    form: DType,
-    cuts: Mapping[int, LayerLayout],
-    out: Sequence[tuple[Any, Any]],
-    pages: Any,
-) -> dict[_Key, list[Target]]:
-    """The same of a paged cache, one target for each row of the batch.
-
-    `out`: of each layer K and V as [pages, tokens of a page, heads, dim], any strides but for dim.
-    `pages`: which page holds each run of positions, [pages] or [batch, pages].
-    """
-    table = pages_of(pages)
-    _check_pairs(out, cuts)
-    targets: dict[_Key, list[Target]] = {}
-    for (i, layer), pair in zip(cuts.items(), out, strict=True):
-        for part, array in zip(PARTS, pair, strict=True):
-            *batch, heads, _, dim = layer.shape(part)
-            rows = batch[0] if batch else 1
-            view = view_of(array, device, form)
-            if len(view.shape) != 4 or view.shape[2:] != (heads, dim):
-                raise UsageError(
-                    f"out for layer {i}: {part} has shape {view.shape}, not "
-                    f"[pages, tokens of a page, {heads}, {dim}]"
-                )
-            if len(table) != rows:
-                raise UsageError(f"pages has {len(table)} rows, the file's batch {rows}")
-            count, size = view.shape[:2]
-            begin, end = layer.first // max(size, 1), -(-layer.cumulative_length // max(size, 1))
-            used = table[:, begin:end]
-            if layer.stored and (not size or used.shape[1] < end - begin):
-                raise UsageError(
-                    f"pages has {table.shape[1]} pages of {size} tokens a row, too few for "
-                    f"{layer.cumulative_length} positions"
-                )
-            if used.size and int(used.max()) >= count:
-                raise UsageError(f"pages names page {used.max()}; out for layer {i} has {count}")
-            if len(np.unique(used)) != used.size:
-                raise UsageError("pages names a page twice")
-            stride, token, head, _ = view.strides
-            shape = (1, heads, layer.cumulative_length, dim)
-            targets[i, part] = [
-                Target(view.address, (0, head, token), shape, 0, row, size, stride, array)
-                for row in table
-            ]
-    return targets
-
-
-def _check_pairs(out: Sequence[tuple[Any, Any]], cuts: Mapping[int, LayerLayout]) -> None:
-    if len(out) != len(cuts):
-        raise UsageError(f"out has {len(out)} layers, not {len(cuts)}")
-
-
-def _check_apart(targets: Mapping[_Key, Sequence[Target]]) -> None:
-    """Raise UsageError if parts that hold anything begin in the same place."""
-    begins = [t[0].address for t in targets.values() if math.prod(t[0].shape)]
-    if len(set(begins)) != len(begins):
-        raise UsageError("out has the same memory twice")
-
-
 # --- decoding ----------------------------------------------------------------------------------
 
 
 class Decoding:
-    """One document, or what is wanted of it, on its way to a device."""
+    """One request on its way out of a file, into a device's memory."""
 
     def __init__(
         self,
-        document: Document,
+        blocks: Blocks,
+        request: Request,
         device: Device,
-        cuts: Mapping[int, LayerLayout],
-        rows: Mapping[_Key, Sequence[int]],
-        targets: Mapping[_Key, Sequence[Target]],
+        targets: Targets,
         stream: Any,
+        decode_on_cpu: OnCPU,
     ):
-        self.document, self.device = document, device
-        self.cuts, self.rows, self.targets = cuts, rows, targets
+        self.blocks, self.request, self.device, self.targets = blocks, request, device, targets
+        self._decode_on_cpu = decode_on_cpu
         self._caller = device.stream_of(stream)
-        self._tables: dict[_Key, Any] = {}
-        self._order: list[int] = [row for part in rows.values() for row in part]
+        self._tables: dict[Key, Any] = {}
+        self._rows: list[int] = plan.rows(blocks.layout, blocks.index, request)
         """Rows of the index; the place of a row here is that of its flag and checksum."""
 
     def run(self, progress: Callable[[int], None] | None = None) -> None:
@@ -229,8 +123,8 @@ class Decoding:
             for stream in runs:
                 device.wait(stream, before)
             try:
-                if self.document.codec.on_device:
-                    self._decode(upload, runs, progress)
+                if self.blocks.codec.on_device:
+                    self._run_kernels(upload, runs, progress)
                 else:
                     self._bring(upload, runs, progress)
             except BaseException:  # what was begun may not go on writing
@@ -240,10 +134,10 @@ class Decoding:
 
     # --- by kernels ------------------------------------------------------------------------
 
-    def _decode(
+    def _run_kernels(
         self, upload: Stream, runs: Sequence[Stream], progress: Callable[[int], None] | None
     ) -> None:
-        device, count = self.device, len(self._order)
+        device, count = self.device, len(self._rows)
         if not count:
             return
         results, back = self._results(12 * count)
@@ -255,12 +149,12 @@ class Decoding:
         for n, (rows, size) in enumerate(self._pieces()):
             slot = slots(device)[n % 2]
             numbers = np.arange(at, at + len(rows), dtype=np.uint32)
-            plan = partial(self._plan, rows=rows, numbers=numbers)
-            work = self._filled(slot, size, results.address, plan)
+            fill = partial(self._fill_with_blocks, rows=rows, numbers=numbers)
+            work = self._filled(slot, size, results.address, fill)
             work.start(upload, runs[n % len(runs)])
             at += len(rows)
             if progress is not None:
-                progress(sum(self._raw_bytes(row) for row in rows))
+                progress(self.request.raw_bytes(self.blocks.index, rows, self.blocks.form))
         for stream in runs[1:]:
             device.wait(runs[0], device.record(stream))
         device.download(runs[0], back.address, results.address, 12 * count)
@@ -278,17 +172,17 @@ class Decoding:
             )
         return kept[0], Pinned(kept[1].array[:size], kept[1])
 
-    def _filled(self, slot: Slot, size: int, results: int, plan: Callable[[Work], None]) -> Work:
-        """A slot filled by `plan`, in as much memory as that needs; `size` is a first guess."""
+    def _filled(self, slot: Slot, size: int, results: int, fill: Callable[[Work], None]) -> Work:
+        """A slot filled by `fill`, in as much memory as that needs; `size` is a first guess."""
         slot.wait()
-        flags = results + 8 * len(self._order)
+        flags = results + 8 * len(self._rows)
         least = size + size // 4 + (1 << 20)
         if slot.size < least:
             slot.grow(least)
         while True:
             work = Work(slot, results, flags)
             try:
-                plan(work)
+                fill(work)
                 work.finish()
             except Full as full:
                 slot.grow(max(2 * slot.size, full.size))
@@ -297,10 +191,10 @@ class Decoding:
 
     def _pieces(self) -> Iterator[tuple[list[int], int]]:
         """Rows that go together, and how many bytes they are."""
-        length = self.document.index.length
+        length = self.blocks.index.length
         rows: list[int] = []
         size = 0
-        for row in self._order:
+        for row in self._rows:
             more = length[row] + ALIGNMENT
             if rows and size + more > PIECE:
                 yield rows, size
@@ -310,10 +204,12 @@ class Decoding:
         if rows:
             yield rows, size
 
-    def _plan(self, work: Work, rows: Sequence[int], numbers: NDArray[np.uint32]) -> None:
-        """Stored bytes, parts and jobs of these rows. Blocks of which not all is wanted are decoded
-        beside, and copied from there."""
-        document, index = self.document, self.document.index
+    def _fill_with_blocks(
+        self, work: Work, rows: Sequence[int], numbers: NDArray[np.uint32]
+    ) -> None:
+        """Put in stored bytes, parts and jobs of these rows. Blocks of which not all is wanted are
+        decoded beside, and copied from there."""
+        index = self.blocks.index
         hosts, addresses = self._read(work, rows)
         blocks = np.zeros(len(rows), BLOCK)
         blocks["host"], blocks["address"] = hosts, addresses
@@ -321,76 +217,85 @@ class Decoding:
         blocks["tokens"] = [index.tokens[row] for row in rows]
         blocks["row"] = numbers
         contexts: dict[int, Context] = {}
-        whole: dict[_Key, int] = {}
-        copies: list[Callable[[], None]] = []
+        whole: dict[Key, int] = {}
+        apart: list[tuple[int, Target]] = []
         part, first = blocks["part"], blocks["first"]
         for n, row in enumerate(rows):
             key = index.key[row]
-            targets = self.targets[key]
-            begin, tokens = index.position[row] - targets[0].first, index.tokens[row]
-            inside = begin >= 0 and begin + tokens <= targets[0].shape[2]
-            if targets[0].pages is not None:
-                inside = inside and len(targets) == 1
-                inside = inside and index.position[row] >= self.cuts[key[0]].first
-            if inside:
+            if self._is_inside(row):
+                target = self.targets[key][0]
                 if key not in whole:
-                    whole[key] = work.part(targets[0])
-                    contexts[whole[key]] = document.context(row, self._tables[key])
-                part[n], first[n] = whole[key], begin
+                    whole[key] = work.part(target)
+                    contexts[whole[key]] = self.blocks.context(row, self._tables[key])
+                part[n], first[n] = whole[key], index.position[row] - target.first
             else:
-                beside = self._beside(work, key, tokens)
+                beside = self._beside(work, row)
                 part[n] = work.part(beside)
-                contexts[int(part[n])] = document.context(row, self._tables[key])
-                copies += self._copies(work, beside, int(part[n]), key, row)
+                contexts[int(part[n])] = self.blocks.context(row, self._tables[key])
+                apart.append((row, beside))
         try:
-            document.codec.decode_on_device(work, blocks, contexts)
+            self.blocks.codec.decode_on_device(work, blocks, contexts)
         except CorruptError:
             for row in rows:
-                document.blame(row)
+                check_block(self.blocks, row)
             raise
         work.then()
-        work.checksums(document.form.itemsize, blocks)
-        for copy in copies:
-            copy()
+        work.checksums(self.blocks.form.itemsize, blocks)
+        for row, beside in apart:
+            end = index.position[row] + index.tokens[row]
+            self._copy(work, index.key[row], beside.address, beside.strides, beside.first, end)
 
-    def _beside(self, work: Work, key: _Key, tokens: int) -> Target:
-        """Memory for one block of a part."""
-        *batch, heads, _, dim = self.document.layout.layers[key[0]].shape(key[1])
-        shape = (batch[0] if batch else 1, heads, tokens, dim)
-        address = work.scratch(math.prod(shape) * self.document.form.itemsize)
-        return Target(address, (heads * tokens * dim, tokens * dim, dim), shape, 0)
+    def _is_inside(self, row: int) -> bool:
+        """Whether there is place for all of a block where its part goes."""
+        index, (target, *others) = self.blocks.index, self.targets[self.blocks.index.key[row]]
+        begin = index.position[row] - target.first
+        inside = begin >= 0 and begin + index.tokens[row] <= target.shape[2]
+        if target.pages is None:
+            return inside
+        wanted = self.request.cuts[index.key[row][0]]
+        return inside and not others and index.position[row] >= wanted.first
 
-    def _copies(
-        self, work: Work, beside: Target, number: int, key: _Key, row: int
-    ) -> Iterator[Callable[[], None]]:
-        """What copies the wanted tokens of a block from beside into place."""
-        index, layer, size = self.document.index, self.cuts[key[0]], self.document.form.itemsize
-        position, tokens = index.position[row], index.tokens[row]
-        begin = max(position, layer.first)
-        end = min(position + tokens, layer.cumulative_length)
+    def _beside(self, work: Work, row: int) -> Target:
+        """Memory for one block."""
+        (layer, part), tokens = self.blocks.index.key[row], self.blocks.index.tokens[row]
+        batch, heads, _, dim = self.blocks.layout.layers[layer].batched_shape(part)
+        address = work.scratch(batch * heads * tokens * dim * self.blocks.form.itemsize)
+        strides, shape = (heads * tokens * dim, tokens * dim, dim), (batch, heads, tokens, dim)
+        return Target(address, strides, shape, self.blocks.index.position[row])
+
+    def _copy(
+        self,
+        work: Work,
+        key: Key,
+        source: int,
+        strides: tuple[int, int, int],
+        first: int,
+        last: int,
+    ) -> None:
+        """Have the wanted tokens of a part copied to where they go, out of numbers at `source` that
+        hold the positions from `first` up to `last`."""
+        size, wanted, targets = (
+            self.blocks.form.itemsize,
+            self.request.cuts[key[0]],
+            self.targets[key],
+        )
+        begin, end = max(first, wanted.first), min(last, wanted.cumulative_length)
         if end <= begin:
             return
-        targets = self.targets[key]
+        source += (begin - first) * strides[2] * size
         for n, target in enumerate(targets):
-            source = beside.address + (begin - position) * beside.strides[2] * size
-            if len(targets) > 1:
-                source += n * beside.strides[0] * size
-            part = work.part(target)
-
-            def copy(source: int = source, part: int = part, first: int = target.first) -> None:
-                work.copy(size, source, beside.strides, part, begin - first, end - begin)
-
-            yield copy
+            row = source + (n * strides[0] * size if len(targets) > 1 else 0)
+            work.copy(size, row, strides, work.part(target), begin - target.first, end - begin)
 
     def _read(self, work: Work, rows: Sequence[int]) -> tuple[list[int], list[int]]:
         """Bring rows, and the tables of their parts, into the work; where they lie on the host and
         will on the device. Rows that follow each other in the file are read at once."""
-        document, index = self.document, self.document.index
+        index = self.blocks.index
         needed: list[int] = []
         for row in rows:
-            key = index.key[row]
-            if key not in self._tables and index.rows[key].start not in needed:
-                needed.append(index.rows[key].start)
+            tables = index.tables_row(row)
+            if index.key[row] not in self._tables and tables not in needed:
+                needed.append(tables)
             needed.append(row)
         hosts: dict[int, int] = {}
         addresses: dict[int, int] = {}
@@ -411,25 +316,25 @@ class Decoding:
                 after = place + index.length[row]
                 hosts[row], addresses[row] = base + place, address + place
                 behind = bytes(data[after : row_end - begin])
-                key = index.key[row]
-                first = row == index.rows[key].start
+                is_tables = row == index.tables_row(row)
                 if behind != _ZEROS[: len(behind)]:  # as the CPU demands
-                    document.blame(self.rows[key][0] if first else row)
-                if first:
-                    self._load_tables(key, data[place:after])
+                    check_block(self.blocks, row + 1 if is_tables else row)
+                if is_tables:
+                    self._load_tables(row, data[place:after])
             at = stop
         return [hosts[row] for row in rows], [addresses[row] for row in rows]
 
-    def _load_tables(self, key: _Key, data: memoryview) -> None:
+    def _load_tables(self, row: int, data: memoryview) -> None:
+        key = self.blocks.index.key[row]
         try:
-            self._tables[key] = self.document.tables(key, data)
+            self._tables[key] = self.blocks.load_tables(key, data)
         except CorruptError:
-            self.document.blame(self.rows[key][0])
+            check_block(self.blocks, row + 1)  # the first block that needs them
             raise
 
     def _span(self, work: Work, offset: int, length: int) -> tuple[NDArray[np.uint8], int]:
         """Bytes of the file on the host, and where they will be on the device."""
-        source = self.document.source
+        source = self.blocks.source
         if getattr(source, "in_memory", False):
             data = np.frombuffer(source.read(offset, length), np.uint8)
             if length and self.device.is_pinned(data.ctypes.data):
@@ -444,25 +349,15 @@ class Decoding:
 
     def _check(self, checksums: NDArray[np.uint64], flags: NDArray[np.uint32]) -> None:
         """Raise CorruptError for the first block that is damaged."""
-        expected = [self.document.index.raw_checksum[row] for row in self._order]
+        expected = [self.blocks.index.raw_checksum[row] for row in self._rows]
         bad = np.flatnonzero((flags != 0) | (checksums != np.array(expected, np.uint64)))
         if bad.size:
-            row = self._order[int(bad[0])]
-            self.document.blame(row)
+            row = self._rows[int(bad[0])]
+            check_block(self.blocks, row)
             raise KVZipError(
                 f"the device decodes entry {row} of the index wrong, and the CPU does not: "
                 "its memory or the library is at fault"
             )
-
-    def _raw_bytes(self, row: int) -> int:
-        """How many raw bytes of a block are wanted."""
-        index = self.document.index
-        layer, part = index.key[row]
-        wanted, position = self.cuts[layer], index.position[row]
-        end = min(position + index.tokens[row], wanted.cumulative_length)
-        *outer, _, dim = wanted.shape(part)
-        tokens = max(0, end - max(position, wanted.first))
-        return tokens * math.prod(outer) * dim * self.document.form.itemsize
 
     # --- by the CPU ------------------------------------------------------------------------
 
@@ -470,13 +365,13 @@ class Decoding:
         self, upload: Stream, runs: Sequence[Stream], progress: Callable[[int], None] | None
     ) -> None:
         """Decode layers on the CPU, into pinned memory, and bring them to the device."""
-        form, device = self.document.form, self.device
+        form, device = self.blocks.form, self.device
         sizes = {
-            i: sum(math.prod(layer.shape(part)) for part in PARTS) * form.itemsize
-            for i, layer in self.cuts.items()
+            i: sum(math.prod(cut.shape(part)) for part in PARTS) * form.itemsize
+            for i, cut in self.request.cuts.items()
         }
         groups: list[list[int]] = []
-        for i in self.cuts:
+        for i in self.request.cuts:
             if not groups or sum(sizes[j] for j in groups[-1]) + sizes[i] > PIECE:
                 groups.append([])
             groups[-1].append(i)
@@ -484,7 +379,7 @@ class Decoding:
         for n, group in enumerate(groups):
             size = sum(sizes[i] for i in group)
             slot = slots(device)[n % 2]
-            work = self._filled(slot, size, 0, partial(self._decode_on_host, layers=group))
+            work = self._filled(slot, size, 0, partial(self._fill_by_cpu, layers=group))
             work.start(upload, runs[0])
             last = slot.done
             if progress is not None:
@@ -492,74 +387,49 @@ class Decoding:
         if last is not None:
             device.synchronize(last)
 
-    def _decode_on_host(self, work: Work, layers: Sequence[int]) -> None:
-        form = self.document.form
-        out = []
-        copies: list[tuple[int, tuple[int, int, int], _Key]] = []
-        for i in layers:
-            pair = []
-            for part in PARTS:
-                shape = self.cuts[i].shape(part)
-                host, address = work.room(math.prod(shape) * form.itemsize, ALIGNMENT)
-                pair.append(host.view(form.uint).reshape(shape))
-                *_, heads, tokens, dim = shape
-                copies.append((address, (heads * tokens * dim, tokens * dim, dim), (i, part)))
-            out.append((pair[0], pair[1]))
-        self.document.decode(layers, out)
-        for address, strides, key in copies:
-            cut_ = self.cuts[key[0]]
-            targets = self.targets[key]
-            for n, target in enumerate(targets):
-                source = address + (n * strides[0] * form.itemsize if len(targets) > 1 else 0)
-                part_number = work.part(target)
-                begin = cut_.first - target.first
-                work.copy(form.itemsize, source, strides, part_number, begin, cut_.stored)
+    def _fill_by_cpu(self, work: Work, layers: Sequence[int]) -> None:
+        """Put in the numbers of these layers, decoded, and have them copied to where they go."""
+        form, cuts = self.blocks.form, self.request.cuts
+        keys = [(i, part) for i in layers for part in PARTS]
+        arrays, addresses = [], []
+        for i, part in keys:
+            shape = cuts[i].shape(part)
+            host, address = work.room(math.prod(shape) * form.itemsize, ALIGNMENT)
+            arrays.append(host.view(form.uint).reshape(shape))
+            addresses.append(address)
+        self._decode_on_cpu(layers, list(zip(arrays[::2], arrays[1::2], strict=True)))
+        for (i, part), address in zip(keys, addresses, strict=True):
+            _, heads, tokens, dim = cuts[i].batched_shape(part)
+            strides = heads * tokens * dim, tokens * dim, dim
+            self._copy(work, (i, part), address, strides, cuts[i].first, cuts[i].cumulative_length)
 
 
 def decode(
-    document: Document,
+    blocks: Blocks,
+    request: Request,
     device: Any,
-    wanted: Sequence[int],
-    cuts: Mapping[int, LayerLayout],
     out: Sequence[tuple[Any, Any]] | None,
     pages: Any,
     stream: Any,
     progress: Callable[[int], None] | None,
-) -> list[DeviceLayer]:
-    """Decode cuts of layers on a device; as `kvzip.container.Reader.decode`."""
-    device, form, index = get_device(device), document.form, document.index
-    arrays: dict[_Key, Any] = {}
+    decode_on_cpu: OnCPU,
+) -> DeviceSnapshot:
+    """What is wanted of a file, decoded on a device; as :meth:`kvzip.container.Reader.decode`.
+
+    `decode_on_cpu` serves codecs that have no kernels.
+    """
+    device, cuts = get_device(device), request.cuts
+    pairs: Sequence[tuple[Any, Any]]
     with device.current():
         if out is None:
-            shapes, firsts = document.extents(wanted, cuts)
-            targets: dict[_Key, list[Target]] = {}
-            for n, shape in enumerate(shapes):
-                key = wanted[n // 2], PARTS[n % 2]
-                array, view = empty(device, shape, form)
-                target = _target(view, firsts[n // 2], array)
-                layer = cuts[key[0]]
-                begin, batched = layer.first - target.first, len(layer.shape(key[1])) == 4
-                arrays[key], targets[key] = (
-                    cut(array, begin, begin + layer.stored, batched),
-                    [target],
-                )
+            pairs, targets = new_targets(device, blocks, request)
         elif pages is None:
-            targets = given_targets(device, form, cuts, out)
+            pairs, targets = out, given_targets(device, blocks.form, cuts, out)
         else:
-            targets = paged_targets(device, form, cuts, out, pages)
-        _check_apart(targets)
-        rows = {}
-        for i, layer in cuts.items():
-            begin, end = layer.first, layer.cumulative_length
-            for part in PARTS:
-                rows[i, part] = [
-                    row
-                    for row in index.rows[i, part][1:]
-                    if index.position[row] < end and index.position[row] + index.tokens[row] > begin
-                ]
-        Decoding(document, device, cuts, rows, targets, stream).run(progress)
-    if pages is not None:
-        return [DeviceLayer(None, None, cuts[i]) for i in wanted]
-    if out is not None:
-        return [DeviceLayer(*pair, cuts[i]) for i, pair in zip(wanted, out, strict=True)]
-    return [DeviceLayer(arrays[i, "k"], arrays[i, "v"], cuts[i]) for i in wanted]
+            pairs = [(None, None)] * len(request.layers)
+            targets = paged_targets(device, blocks.form, cuts, out, pages)
+        check_apart(targets)
+        Decoding(blocks, request, device, targets, stream, decode_on_cpu).run(progress)
+    layers = [DeviceLayer(k, v, cuts[i]) for i, (k, v) in zip(request.layers, pairs, strict=True)]
+    ids, origin = blocks.ids_up_to(cuts.values()), blocks.header.origin
+    return DeviceSnapshot(layers, blocks.layout.dtype, ids, origin)

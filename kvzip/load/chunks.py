@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from kvzip import container, dtypes
+from kvzip import api, dtypes
 from kvzip.codec import Codec
 from kvzip.dtypes import Bits
 from kvzip.errors import UnsupportedError
@@ -82,7 +82,7 @@ def encode(
     tensor: torch.Tensor, codec: Codec, threads: int = 1, origin: Origin | None = None
 ) -> bytes:
     """A CPU tensor of any strides as the bytes of a .kvz file."""
-    return container.encode(_snapshot(tensor, origin), codec, threads=threads)
+    return api.encode(_snapshot(tensor, origin), codec, threads=threads)
 
 
 def decode(

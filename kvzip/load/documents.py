@@ -11,7 +11,7 @@ from typing import IO, Any, Generic, TypeAlias, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip import container
+from kvzip import api
 from kvzip.container import Reader, Source
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
@@ -87,7 +87,7 @@ def open_document(
         if isinstance(document, StoredDocument):
             reader = document.store.open(document.key, profile, threads)
         else:
-            reader = container.open(document, profile, threads)
+            reader = api.open(document, profile, threads)
         opened = OpenDocument(reader, reader)
     try:
         reader.decode(layers=[])  # a profile that is missing is told now

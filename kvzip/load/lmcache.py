@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kvzip import container
+from kvzip import api, container
 from kvzip.codec import Codec, get_codec
 from kvzip.errors import CorruptError, KVZipError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
@@ -120,7 +120,7 @@ class KvzipSerializer:
             torch.empty(1, dtype=dtype).expand(tuple(shape))
             for shape, dtype in zip(layout_desc.shapes, layout_desc.dtypes, strict=True)
         )
-        return sum(container.max_encoded_size(chunks.layout(t), self.codec) for t in like)
+        return sum(api.max_encoded_size(chunks.layout(t), self.codec) for t in like)
 
 
 class KvzipDeserializer:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from kvzip import container, files
+from kvzip import api, files
 from kvzip.container import Reader
 from kvzip.errors import StoreError, UsageError
 from kvzip.options import integer
@@ -184,7 +184,7 @@ class Folder:
     def open(self, path: str, profile: Profile | None = None, threads: int = 0) -> Reader:
         """A .kvz object, to be read in ranges. Raises FileNotFoundError when there is none."""
         with _told(f"cannot read {path} in {self.url}"):
-            return container.open(self.folder / path, profile, threads)
+            return api.open(self.folder / path, profile, threads)
 
     def sweep(self) -> None:
         """Remove what killed writers left unfinished."""

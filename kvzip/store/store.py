@@ -34,7 +34,7 @@ from typing import Any
 import msgspec
 from numpy.typing import ArrayLike
 
-from kvzip import container, dtypes
+from kvzip import api, dtypes
 from kvzip.codec import Codec
 from kvzip.container import MAGIC, Reader
 from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError, UsageError
@@ -141,7 +141,7 @@ class Store:
         (no model, no ids, shorter than a block) or is larger than the limit, StoreError.
         """
         with _as_file(document, codec, profile, threads, progress) as path:
-            with container.open(path) as reader:
+            with api.open(path) as reader:
                 reader.check_stored()
                 identity = Identity.of_document(reader)
                 ids = token_ids_of(reader, token_ids)
@@ -260,7 +260,7 @@ class Store:
                 raise StoreError(f"there is no document {key} in {self.bucket.url}") from None
             size = file.tell()
             file.flush()
-            with container.open(file) as reader:
+            with api.open(file) as reader:
                 reader.check_stored()
             return size
 
@@ -311,7 +311,7 @@ def _as_file(
     with tempfile.TemporaryDirectory(prefix="kvzip-") as folder:
         path = Path(folder) / "doc.kvz"
         if isinstance(document, Snapshot):
-            container.write(path, document, codec, profile, threads, progress=progress)
+            api.write(path, document, codec, profile, threads, progress=progress)
         else:
             kind = type(document).__name__
             try:

@@ -126,12 +126,12 @@ def test_a_full_disk_leaves_no_file(tmp_path, snapshot):
 
 
 def test_interrupted_by_hand(tmp_path, capsys, snapshot, monkeypatch):
-    from kvzip import container
+    from kvzip import api
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(container, "write", interrupted)
+    monkeypatch.setattr(api, "write", interrupted)
     code, _, err = run(capsys, "encode", tmp_path / "doc.safetensors", "-o", tmp_path / "a.kvz")
     assert code == 130
     assert "interrupted" in err

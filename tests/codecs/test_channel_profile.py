@@ -36,7 +36,7 @@ def known():
 
 
 def tables_in(blob, profile=None):
-    index = kvzip.open(blob, profile)._index
+    index = kvzip.open(blob, profile).index
     return [index.length[rows.start] for rows in index.rows.values()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import xxhash
@@ -49,7 +50,8 @@ def test_many_blocks_at_once_are_each_alone(codec, dtype, axes, threads):
         context = Context(form, layer, "k", 0, kvzip.Origin())
         whole = cache_like(rng, dtype, shape)
         tables = made.make_tables(whole, context)
-        context.tables = made.load_tables(memoryview(tables), shape, context)
+        loaded = made.load_tables(memoryview(tables), shape, context)
+        context = msgspec.structs.replace(context, tables=loaded)
         for maker in (cache_like, random_bits):
             block = whole if maker is cache_like else random_bits(rng, dtype, shape)
             lying = [shape[a] for a in axes]

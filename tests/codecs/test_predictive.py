@@ -162,8 +162,8 @@ def test_tokens_that_are_done_go_on_to_the_next_layers(profile, unseen, monkeypa
 def test_what_fails_in_turn_is_named_and_what_is_left_is_not_decoded(profile, unseen, monkeypatch):
     blob = bytearray(kvzip.encode(unseen, "predictive", profile, block_tokens=64))
     with kvzip.open(bytes(blob), profile) as reader:
-        row = reader._index.rows[2, "v"][2]
-        blob[reader._index.offset[row] + reader._index.length[row] // 2] ^= 1
+        row = reader.index.rows[2, "v"][2]
+        blob[reader.index.offset[row] + reader.index.length[row] // 2] ^= 1
     span = (0, unseen.tokens)
     requests = [([i], span) for i in range(len(unseen.layers))]
     with kvzip.open(bytes(blob), profile, threads=2) as reader:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support import assert_same, cache_like, make_snapshot, random_bits, reseal
 
 import kvzip
-from kvzip.container import reader as container
+from kvzip.container import header_schema
+from kvzip.container.format import VERSION
 from kvzip.container.index import RECORD
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UnsupportedError
 from kvzip.snapshot import LayerLayout
@@ -205,7 +206,7 @@ def test_headers_that_are_no_json(small, header):
 
 def test_a_zstd_frame_that_claims_4_gib(small):
     blob = bytearray(kvzip.encode(small[0], "zstd", block_tokens=16))
-    at = kvzip.open(bytes(blob))._index.offset[1]
+    at = kvzip.open(bytes(blob)).index.offset[1]
     # A single segment whose content has so many bytes.
     blob[at : at + 10] = bytes.fromhex("28b52ffda0f0ffffff00")
     with pytest.raises(CorruptError):
@@ -215,7 +216,7 @@ def test_a_zstd_frame_that_claims_4_gib(small):
 def test_entries_lie_at_multiples_of_64_with_zeros_between(small):
     blob = small[1]
     with kvzip.open(blob) as reader:
-        index = reader._index
+        index = reader.index
         gaps = [
             at
             for row in range(len(index))
@@ -325,7 +326,7 @@ def test_out_is_filled_and_checked():
 
 def test_files_buffers_and_sources(tmp_path, small):
     snapshot, blob = small
-    container.write(tmp_path / "a.kvz", snapshot, "channel", block_tokens=16)
+    kvzip.write(tmp_path / "a.kvz", snapshot, "channel", block_tokens=16)
     assert (tmp_path / "a.kvz").read_bytes() == blob
     with (tmp_path / "a.kvz").open("rb") as file:
         sources = [
@@ -346,7 +347,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        container.write(tmp_path / "a.kvz", make_snapshot(random_bits, 1, "bf16"), Failing())
+        kvzip.write(tmp_path / "a.kvz", make_snapshot(random_bits, 1, "bf16"), Failing())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -378,9 +379,7 @@ def test_another_profile_is_named(small):
 
 def test_the_schema_in_the_docs_is_the_header():
     stored = json.loads((HERE.parent / "docs" / "header.schema.json").read_text())
-    assert stored == container.header_schema(), (
-        "docs/header.schema.json: write header_schema() anew"
-    )
+    assert stored == header_schema(), "docs/header.schema.json: write header_schema() anew"
 
 
 def golden_snapshot(dtype, heads=2):
@@ -417,7 +416,7 @@ def test_every_released_version_stays_readable(path):
 def test_there_is_a_golden_file_of_each_codec_and_dtype():
     from kvzip import dtypes
 
-    assert {p.stem for p in GOLDEN if p.parent.name == f"v{container.VERSION}"} == {
+    assert {p.stem for p in GOLDEN if p.parent.name == f"v{VERSION}"} == {
         f"{name}-{dtype}"
         for name in kvzip.codec_names()
         for dtype in dtypes.NAMES

@@ -31,7 +31,7 @@ def _changed(device, codec, resealed, most):
     blob = small(codec)
     draw = random.Random(1)
     with kvzip.open(blob) as reader:
-        places = range(reader._index.offset[0], len(blob))
+        places = range(reader.index.offset[0], len(blob))
     for at in draw.sample(places, min(most, len(places))):
         flipped = bytearray(blob)
         flipped[at] ^= 1 << draw.randrange(8)
@@ -91,14 +91,14 @@ def test_a_good_block_is_not_blamed(device, codec):
     """One damaged block is named, whichever it is."""
     blob = small(codec, tokens=90, layers=2)
     with kvzip.open(blob) as reader:
-        rows = [row for row in range(len(reader._index)) if reader._index.tokens[row]]
+        rows = [row for row in range(len(reader.index)) if reader.index.tokens[row]]
         for row in rows:
             bad = bytearray(blob)
-            bad[reader._index.offset[row] + reader._index.length[row] // 2] ^= 0x80
+            bad[reader.index.offset[row] + reader.index.length[row] // 2] ^= 0x80
             told = outcome(bytes(bad), device=device)
             assert told is not None and told == outcome(bytes(bad))
-            layer, part = reader._index.key[row]
-            assert f"layer {layer} {part}, tokens {reader._index.position[row]}:" in told[1]
+            layer, part = reader.index.key[row]
+            assert f"layer {layer} {part}, tokens {reader.index.position[row]}:" in told[1]
 
 
 def test_after_damage_the_device_goes_on(device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -43,7 +44,7 @@ def check(device, room, form, bits, size, pages=0):
     codec = get_codec("channel")
     context = Context(form, 0, "k", 0, Origin())
     tables = codec.load_tables(memoryview(codec.make_tables(bits, context)), bits.shape, context)
-    context.tables = tables
+    context = msgspec.structs.replace(context, tables=tables)
     batch, heads, tokens, dim = bits.shape
     signed = torch.from_numpy(bits.view(f"i{form.itemsize}" if form.itemsize > 1 else "u1"))
     if pages:

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import kvzip  # noqa: E402
-from kvzip.container import reader as container  # noqa: E402
+from kvzip.container import blocks  # noqa: E402
 from kvzip.load.hf import cache_argument, load_batch, load_cache, load_or_prefill  # noqa: E402
 from kvzip.store import Store, remote  # noqa: E402
 from kvzip.store.bucket import Bucket, open_url  # noqa: E402
@@ -215,7 +215,7 @@ def test_layers_come_over_the_link_once_and_ahead(tiny: Any, s3: Any, monkeypatc
 
     monkeypatch.setattr(remote.Remote, "_get", note)
     monkeypatch.setattr(remote, "_FIRST", 8192)
-    monkeypatch.setattr(container, "_FIRST_READ", 8192)
+    monkeypatch.setattr(blocks, "_FIRST_READ", 8192)
     prompt = case.longer()
     prompt[0, 20:] = (prompt[0, 20:] - 2) % 61 + 3  # the first 20 tokens are shared: 3 of 7 blocks
     reader = open_url(f"{s3.url}/stream/doc.kvz", options=s3.options)

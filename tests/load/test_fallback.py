@@ -16,7 +16,7 @@ from servers import DyingStore, failing_server, silent_server  # noqa: E402
 from support import damaged, warnings_of  # noqa: E402
 
 import kvzip  # noqa: E402
-from kvzip.container import reader as container  # noqa: E402
+from kvzip.container import blocks  # noqa: E402
 from kvzip.errors import StoreError  # noqa: E402
 from kvzip.load.hf import cache_argument, load_cache, load_or_prefill  # noqa: E402
 from kvzip.store import Store, remote  # noqa: E402
@@ -215,7 +215,7 @@ def test_a_server_that_fails_on_the_way(
     case = tiny("llama")
     right = tokens_of(case, case.longer(), None)
     _, entry = stored(case, str(tmp_path))
-    for module, name in ((remote, "_FIRST"), (container, "_FIRST_READ")):
+    for module, name in ((remote, "_FIRST"), (blocks, "_FIRST_READ")):
         monkeypatch.setattr(module, name, 8192)
     with failing_server(tmp_path) as server:
         server.fail(entry.key.split("/")[1] + ".kvz", 1, silent)

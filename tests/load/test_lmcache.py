@@ -27,7 +27,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import kvzip  # noqa: E402
-from kvzip import container  # noqa: E402
+from kvzip import api  # noqa: E402
 from kvzip.errors import CorruptError, FormatError, KVZipError, UnsupportedError  # noqa: E402
 from kvzip.load import lmcache as ours  # noqa: E402
 
@@ -126,7 +126,7 @@ def test_what_is_stored_is_smaller_and_a_kvz_file() -> None:
     key = SimpleNamespace(model_name="org/model")
     used = serializer.serialize(Memory(tensor), stored, key)
     assert used < tensor.nbytes / 1.3
-    info = container.verify(bytes(stored.byte_array[:used]))
+    info = api.verify(bytes(stored.byte_array[:used]))
     assert info.header.origin.model == "org/model" and info.raw_bytes == tensor.nbytes
 
 
@@ -338,7 +338,7 @@ def test_through_lmcache_itself(adapter: Any, tmp_path: Any, kind: Any) -> None:
     files = sorted(tmp_path.rglob("*.data"))
     assert len(files) == 3
     for file in files:
-        assert container.verify(file).raw_bytes == tensors[0].nbytes
+        assert api.verify(file).raw_bytes == tensors[0].nbytes
         assert file.stat().st_size < tensors[0].nbytes
     assert load(adapter, keys, memory) == [True] * 3
     assert all(same(one.tensor, t) for one, t in zip(memory, tensors, strict=True))

@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 from servers import failing_server, silent_server  # noqa: E402
 
-from kvzip import container  # noqa: E402
+from kvzip import api  # noqa: E402
 from kvzip.errors import KVZipError, UnsupportedError  # noqa: E402
 from kvzip.load.sglang import KvzipStorage, page_of  # noqa: E402
 
@@ -208,7 +208,7 @@ def test_pages_are_kvz_files_and_smaller(tmp_path: Any) -> None:
     files = list(tmp_path.rglob("*.kvz"))
     assert len(files) == PAGES
     for file in files:
-        info = container.verify(file)
+        info = api.verify(file)
         assert info.header.origin.model == "org/model" and len(info.header.layout.layers) == LAYERS
 
 

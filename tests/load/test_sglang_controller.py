@@ -30,7 +30,7 @@ import torch
 import transformers
 from servers import failing_server, silent_server
 
-from kvzip import container
+from kvzip import api
 
 # SGLang imports torchvision for pictures, and pip has it for CUDA only. transformers looks for it
 # once, and then does without.
@@ -189,7 +189,7 @@ def test_pages_come_back_in_any_layout(
         assert found == 3 and same(came, pages[:3])  # the prefix that is shared
     files = list(tmp_path.rglob("*.kvz"))
     assert len(files) == PAGES and told(caplog) == []
-    assert all(container.verify(file).header.origin.model == "org/model" for file in files)
+    assert all(api.verify(file).header.origin.model == "org/model" for file in files)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:3])

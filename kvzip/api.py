@@ -1,0 +1,170 @@
+"""What ``import kvzip`` is for: encode, decode, open, verify, info, write.
+
+Here names become codecs, "auto" among them, and paths and URLs become open files. Below, in
+:mod:`kvzip.container`, a writer is handed a codec, and a reader bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kvzip.choice import auto
+from kvzip.codec import Codec, get_codec
+from kvzip.container.format import Info
+from kvzip.container.reader import Reader
+from kvzip.container.source import is_url, open_source
+from kvzip.container.writer import Writer, largest_size
+from kvzip.errors import UsageError
+from kvzip.files import replacing
+from kvzip.profile import Profile, check_profile
+from kvzip.snapshot import Layout, Snapshot
+
+CodecSpec = str | Codec | Mapping[str, Any]
+"""A codec's name ("channel"), its name and settings ("zstd:level=9"), its config as
+:meth:`kvzip.Codec.get_config` gives it, or the codec itself."""
+
+
+# --- writing -------------------------------------------------------------------------------
+
+
+def choose_codec(codec: CodecSpec, layout: Layout, profile: Profile | None = None) -> Codec:
+    """The codec that `codec` names. "auto" names the one with which a cache of that layout is
+    there soonest, over a link of 5 Gb/s or the one that is told: "auto:gbps=10,threads=4"
+    (:mod:`kvzip.choice.auto`).
+
+    Raises UnsupportedError when there is no such codec or setting.
+    """
+    return auto.resolve(codec, layout, None if profile is None else profile.codec)
+
+
+def encode(
+    snapshot: Snapshot,
+    codec: CodecSpec = "channel",
+    profile: Profile | None = None,
+    threads: int = 0,
+    *,
+    block_tokens: int | None = None,
+    store_token_ids: bool = True,
+) -> bytes:
+    """A snapshot as the bytes of a .kvz file.
+
+    `codec`: a name, a name with settings ("zstd:level=9"), a config, a Codec, or "auto": what loads
+    soonest over a link (:mod:`kvzip.choice.auto`; "auto:gbps=10"). `profile`: what
+    a codec has learned of the model; the reader needs the same. `threads`: 0 for all cores.
+    `block_tokens`: tokens in a block, the smallest unit a reader decodes; by default what makes
+    blocks of a size that suits the codec. `store_token_ids=False`
+    stores a hash of the token ids instead of the ids.
+
+    Raises UsageError for a snapshot or settings that no file can hold, ProfileError when the codec
+    needs a profile and has none, UnsupportedError when there is no such codec.
+    """
+    return _writer(snapshot, codec, profile, block_tokens, store_token_ids).encode(threads)
+
+
+def write(
+    path: str | os.PathLike[str],
+    snapshot: Snapshot,
+    codec: CodecSpec = "channel",
+    profile: Profile | None = None,
+    threads: int = 0,
+    *,
+    block_tokens: int | None = None,
+    store_token_ids: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """As :func:`encode`, into a file that appears whole or not at all; its length in bytes.
+
+    Memory is bounded by a few layers. `progress` is called with raw bytes as they are done.
+    """
+    writer = _writer(snapshot, codec, profile, block_tokens, store_token_ids)
+    with replacing(path) as file:
+        return writer.write(file, threads, progress)
+
+
+def _writer(
+    snapshot: Any,
+    codec: CodecSpec,
+    profile: Any,
+    block_tokens: int | None,
+    store_token_ids: bool,
+) -> Writer:
+    if not isinstance(snapshot, Snapshot):
+        kind = type(snapshot).__name__
+        raise UsageError(f"a {kind} is no Snapshot: Snapshot.load reads one from a file")
+    check_profile(profile)
+    chosen = choose_codec(codec, snapshot.layout, profile)
+    return Writer(snapshot, chosen, profile, block_tokens, store_token_ids)
+
+
+def max_encoded_size(
+    layout: Layout | Snapshot,
+    codec: CodecSpec = "channel",
+    *,
+    block_tokens: int | None = None,
+) -> int:
+    """An upper bound of the file's length in bytes, for callers that allocate first.
+
+    `layout`: a snapshot, or a Layout with the dtype and the shapes of all layers. From a bare
+    Layout the bound holds for an origin of up to 4 KiB as JSON. "auto" is no codec here, since its
+    choice depends on the profile.
+    """
+    return largest_size(layout, get_codec(codec), block_tokens)
+
+
+# --- reading -------------------------------------------------------------------------------
+
+
+def open(file: Any, profile: Profile | None = None, threads: int = 0) -> Reader:
+    """Open a .kvz file: a path, a URL (``https://``, signed ones too, ``s3://``, ``file://``),
+    bytes or another buffer, any binary file object (a member of an archive, a compressed file), a
+    tensor of uint8, or a `Source`.
+
+    Reads the header and the index. Raises FormatError, CorruptError, or the OSError of the path;
+    UsageError for what cannot be read; StoreError for a URL that does not answer.
+    """
+    if isinstance(file, str) and is_url(file):
+        from kvzip.store.bucket import open_url
+
+        return open_url(file, profile, threads)
+    return Reader(open_source(file), profile, threads)
+
+
+def decode(
+    file: Any,
+    profile: Profile | None = None,
+    threads: int = 0,
+    *,
+    out: Sequence[tuple[Any, Any]] | None = None,
+    layers: Sequence[int] | None = None,
+    tokens: tuple[int, int] | None = None,
+    device: Any = None,
+    stream: Any = None,
+    pages: Any = None,
+) -> Any:
+    """The snapshot in a .kvz file, bit-exact; `file` as for :func:`open`, the rest, and the result,
+    as for :meth:`Reader.decode`."""
+    with open(file, profile, threads) as reader:
+        return reader.decode(out, layers, tokens, device=device, stream=stream, pages=pages)
+
+
+def info(file: Any) -> Info:
+    """What a .kvz file says of itself, without decoding a block; `file` as for :func:`open`."""
+    with open(file) as reader:
+        return reader.info
+
+
+def verify(
+    file: Any,
+    profile: Profile | None = None,
+    threads: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Info:
+    """Check every checksum and decode everything, one layer in memory at a time.
+
+    Returns what :func:`info` does; raises CorruptError, FormatError or ProfileError.
+    """
+    with open(file, profile, threads) as reader:
+        reader.verify(progress)
+        return reader.info

@@ -1,0 +1,127 @@
+"""What an open file holds: its header and index, and for each block its bytes, tables and context.
+
+Here it is told what is to blame when a file is damaged. Nothing is decoded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip import checksum, dtypes
+from kvzip.codec import Context
+from kvzip.container import plan
+from kvzip.container.format import Preamble, ids_between, unpacked_header, unpacked_ids
+from kvzip.container.index import ALIGNMENT, Index, Key
+from kvzip.container.source import Source
+from kvzip.errors import CorruptError, FormatError, ProfileError
+from kvzip.profile import Profile
+from kvzip.snapshot import LayerLayout
+
+_FIRST_READ = 48 << 10
+"""Bytes that are read at first: enough for the header and the index of most files."""
+
+_ZEROS = bytes(ALIGNMENT)
+
+
+class Blocks:
+    """The blocks of an open file as they are stored.
+
+    Reads the header and the index. Raises FormatError, CorruptError, UnsupportedError.
+    """
+
+    def __init__(self, source: Source, profile: Profile | None):
+        self.source, self.profile = source, profile
+        size = source.size
+        first = source.read(0, min(size, _FIRST_READ))
+        preamble = Preamble.read(first)
+        if preamble.file_length != size:
+            problem = "cut short" if size < preamble.file_length else "longer than it says"
+            raise CorruptError(f"the file is {problem}: {size:,} bytes of {preamble.file_length:,}")
+        end = preamble.blocks_at
+        if end > size:
+            raise FormatError("the file's index is out of bounds")
+        start = first[:end] if end <= len(first) else source.read(0, end)
+        preamble.check(start)
+        self.header, self.codec = unpacked_header(start[preamble.header_at : preamble.ids_at])
+        self.layout = self.header.layout
+        self.form = dtypes.get(self.layout.dtype)
+        records = start[preamble.index_at : preamble.index_end]
+        self.index = Index(records, end, size, self.layout, self.header.block_tokens)
+        self.index.check_sizes(self.layout, self.codec)
+        self.token_ids = unpacked_ids(start[preamble.ids_at : preamble.index_at], self.header)
+        self._ids = None if self.token_ids is None else np.atleast_2d(self.token_ids)
+
+    def check_profile(self) -> None:
+        """Raise ProfileError unless the profile is the one that the file names."""
+        need, have = self.header.profile, getattr(self.profile, "id", None)
+        if need is not None and need != have:
+            found = "none was given" if have is None else f"the one given is {have}"
+            raise ProfileError(f"the file was written with profile {need}; {found}")
+
+    @cached_property
+    def last_uses(self) -> dict[Key, int]:
+        """The last row whose block needs each part of a layer, for the parts that any does."""
+        return plan.last_uses(self.index, self.codec.needs)
+
+    def ids_up_to(self, cuts: Collection[LayerLayout]) -> NDArray[Any] | None:
+        """The ids of all positions up to the end of what is wanted of layers, since layers hold
+        positions, too."""
+        if self.token_ids is None:
+            return None
+        end = max((cut.cumulative_length for cut in cuts), default=0)
+        # Without layers there is no batch.
+        return self.token_ids[..., :end] if cuts else self.token_ids.reshape(-1)[:0]
+
+    # --- bytes -----------------------------------------------------------------------------
+
+    def stored(self, row: int, checked: bool = False) -> memoryview:
+        """The stored bytes of an entry. The numbers' checksum tells whether they are good, that of
+        the stored bytes, what is to blame: taking both always would cost an eighth of the fastest
+        codec's time, and `checked` does it. Neither is of the zeros behind the bytes, which are
+        looked at here. Raises CorruptError."""
+        length = self.index.length[row]
+        taken = self.source.read(*self.index.span(row))
+        data = taken[:length]
+        if bytes(taken[length:]) != _ZEROS[: len(taken) - length]:
+            raise CorruptError(
+                f"{self.index.name(row)}: it is damaged: the bytes behind it are not zeros"
+            )
+        if checked:
+            self.check_stored(row, data)
+        return data
+
+    def check_stored(self, row: int, data: memoryview) -> None:
+        """Raise CorruptError, which names the entry, if these are not its bytes."""
+        if checksum.of_bytes(data) != self.index.stored_checksum[row]:
+            raise CorruptError(f"{self.index.name(row)} is damaged: its checksum does not match")
+
+    # --- what blocks need beside their bytes -----------------------------------------------
+
+    def tables(self, key: Key, checked: bool = False) -> tuple[memoryview, Any]:
+        """A part's tables as they are stored and as blocks use them. Raises CorruptError."""
+        row = self.index.rows[key].start
+        data = self.stored(row, checked)
+        try:
+            return data, self.load_tables(key, data)
+        except CorruptError as error:
+            self.check_stored(row, data)
+            raise CorruptError(f"{self.index.name(row)}: {error}") from None
+
+    def load_tables(self, key: Key, data: memoryview) -> Any:
+        """A part's tables, of which these are the bytes, as blocks use them. Raises
+        CorruptError."""
+        layer, part = key
+        begin = self.index.position[self.index.rows[key].start]
+        context = Context(self.form, layer, part, begin, self.header.origin, None, self.profile)
+        return self.codec.load_tables(data, self.layout.layers[layer].batched_shape(part), context)
+
+    def context(self, row: int, *more: Any) -> Context:
+        """The context of a block. `more`: its part's tables, and the fields that follow."""
+        (layer, part), begin = self.index.key[row], self.index.position[row]
+        ids = ids_between(self._ids, begin, begin + self.index.tokens[row])
+        return Context(self.form, layer, part, begin, self.header.origin, ids, self.profile, *more)

@@ -1,0 +1,284 @@
+"""Decoding what a request wants, on the CPU: blocks go from a file into memory and are checked.
+
+What a damaged block is told of depends on what is to blame: :func:`fill`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from kvzip import dtypes
+from kvzip.codec import Coded
+from kvzip.container import plan
+from kvzip.container.blocks import Blocks
+from kvzip.container.index import Key
+from kvzip.container.plan import Request
+from kvzip.dtypes import Bits
+from kvzip.errors import CorruptError, KVZipError, UsageError
+from kvzip.snapshot import PARTS, Layer, LayerLayout, Part, Snapshot, batched
+
+_NOTHING = slice(0)
+
+# A file has many of these two. They are part of no cycle: the collector need not look at them.
+
+
+class Place(msgspec.Struct, gc=False):
+    """Where a part's numbers go: [batch, heads, tokens, dim], from the position `first` on."""
+
+    array: Bits
+    first: int
+    given: Bits | None = None
+    """The array in the layer's own shape, where it is what was asked for and nothing else."""
+
+    def cut(self, cut: LayerLayout, part: Part) -> Bits:
+        """What is wanted of the numbers, in its own shape."""
+        if self.given is not None:
+            return self.given
+        array = self.array
+        if array.shape[2] != cut.stored:
+            begin = cut.first - self.first
+            array = array[:, :, begin : begin + cut.stored]
+        return array if len(cut.shape(part)) == 4 else array[0]
+
+
+class Target(Coded, gc=False):
+    """A block on its way out of a file."""
+
+    row: int
+    tables: memoryview
+    """The bytes of its part's tables."""
+    beside: Bits | None = None
+    """Where those of its numbers belong that were asked for, if not in `out` itself."""
+    cut: slice = _NOTHING
+    """Which of the block's tokens those are."""
+
+
+class Chain(NamedTuple):
+    """How far the blocks of one token range are decoded, and what the next one may need."""
+
+    at: int
+    done: dict[Key, Bits]
+    scratch: dict[str, Any]
+
+
+class Decoding:
+    """One request on its way out of a file, by the CPU.
+
+    `chains`: by its first row, how far earlier requests decoded each chain, which are told there
+    how far this one does. `thorough`: stored bytes are checked even where the numbers decoded from
+    them are.
+    Raises UsageError when `out` does not fit the request.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        request: Request,
+        out: Sequence[tuple[Any, Any]] | None,
+        chains: dict[int, Chain],
+        thorough: bool = False,
+    ):
+        self.blocks, self.request = blocks, request
+        self._chains, self._thorough = chains, thorough
+        self._places = (
+            new_places(blocks, request) if out is None else given_places(blocks, request, out)
+        )
+        self._tables: dict[Key, tuple[memoryview, Any]] = {}
+
+    def jobs(self, workers: int) -> list[tuple[int | None, Callable[[], Sequence[int]]]]:
+        """What decodes the request, for so many workers: jobs that return the rows that they have
+        decoded. A job's number, if it has one: those of the same number in other requests go on
+        from each other."""
+        codec, blocks = self.blocks.codec, self.blocks
+        if not codec.independent:
+            found = plan.chains(blocks.index, self.request, codec.needs)
+            return [(chain[0], partial(self._decode_chain, chain)) for chain in found]
+        rows = plan.rows(blocks.layout, blocks.index, self.request)
+        threads = workers if codec.threaded else 1
+        return [
+            (None, partial(self._decode_rows, batch, threads))
+            for batch in plan.batches(rows, workers, codec.threaded)
+        ]
+
+    def raw_bytes(self, rows: Iterable[int]) -> int:
+        """How many raw bytes of these blocks were asked for."""
+        return self.request.raw_bytes(self.blocks.index, rows, self.blocks.form)
+
+    def snapshot(self) -> Snapshot:
+        """What was asked for, once it is decoded."""
+        layers = []
+        for i in self.request.layers:
+            cut = self.request.cuts[i]
+            k, v = (self._places[i, part].cut(cut, part) for part in PARTS)
+            layers.append(Layer(k, v, cut))
+        blocks = self.blocks
+        ids = blocks.ids_up_to(self.request.cuts.values())
+        return Snapshot(layers, blocks.layout.dtype, ids, blocks.header.origin)
+
+    # --- jobs ------------------------------------------------------------------------------
+
+    def _decode_rows(self, rows: Sequence[int], threads: int) -> Sequence[int]:
+        """Decode blocks that need no other; return them."""
+        targets = (self._target(row) for row in rows)
+        fill(self.blocks, targets, min(threads, len(rows)))
+        return rows
+
+    def _decode_chain(self, rows: Sequence[int]) -> Sequence[int]:
+        """Decode blocks of which each may need those before it; return them."""
+        last = self.blocks.last_uses
+        key_of, needs = self.blocks.index.key, self.blocks.codec.needs
+        chain = self._resumed(rows)
+        for row in rows[chain.at :]:
+            key = key_of[row]
+            earlier = {k: chain.done[k] for k in needs(*key) if k in chain.done}
+            target = self._target(row, earlier, chain.scratch)
+            fill(self.blocks, [target])
+            chain.done[key] = target.out
+            for old in [k for k in chain.done if last.get(k, 0) <= row]:
+                del chain.done[old]
+        self._chains[rows[0]] = chain._replace(at=len(rows))
+        return rows
+
+    def _resumed(self, rows: Sequence[int]) -> Chain:
+        """Where to begin with a chain: after what was decoded before, when only layers that come
+        after are wanted. So layer after layer costs no more than all at once."""
+        chain = self._chains.pop(rows[0], None)
+        key_of, cuts = self.blocks.index.key, self.request.cuts
+        if chain is None or any(key_of[row][0] in cuts for row in rows[: chain.at]):
+            return Chain(0, {}, {})
+        return chain
+
+    def _target(self, row: int, *more: Any) -> Target:
+        """Everything to decode a block, straight into place if there is place for all of it.
+        `more`: what its context has beside its tables."""
+        blocks = self.blocks
+        key = blocks.index.key[row]
+        begin, tokens = blocks.index.position[row], blocks.index.tokens[row]
+        out = beside = None
+        cut = _NOTHING
+        place = self._places.get(key)
+        if place is not None:
+            array = place.array
+            offset, room = begin - place.first, array.shape[2]
+            if room == tokens and not offset:
+                out = array
+            elif offset >= 0 and offset + tokens <= room:
+                out = array[:, :, offset : offset + tokens]
+            elif offset + tokens > 0 and offset < room:
+                cut = slice(max(0, -offset), min(tokens, room - offset))
+                beside = array[:, :, offset + cut.start : offset + cut.stop]
+        if out is None:
+            out = _empty_block(blocks, row)
+        found = self._tables.get(key)
+        if found is None:
+            found = self._tables[key] = blocks.tables(key, self._thorough)
+        stored, loaded = found
+        context = blocks.context(row, loaded, *more)
+        return Target(blocks.stored(row, self._thorough), out, context, row, stored, beside, cut)
+
+
+# --- where numbers go ------------------------------------------------------------------------
+
+
+def new_places(blocks: Blocks, request: Request) -> dict[Key, Place]:
+    """One piece of new memory for all parts: a large one gets large pages, and faults less often.
+    Raises KVZipError when there is not enough."""
+    extents = plan.extents(blocks.layout, blocks.header.block_tokens, request)
+    sizes = [math.prod(extent.shape) for extent in extents]
+    try:
+        memory = np.empty(sum(sizes), blocks.form.uint)
+    except MemoryError:
+        raise KVZipError(f"not enough memory for {sum(sizes):,} numbers") from None
+    places, at = {}, 0
+    for (key, shape, first), numbers in zip(extents, sizes, strict=True):
+        places[key] = Place(memory[at : at + numbers].reshape(shape), first)
+        at += numbers
+    return places
+
+
+def given_places(
+    blocks: Blocks, request: Request, out: Sequence[tuple[Any, Any]]
+) -> dict[Key, Place]:
+    """The arrays that a caller gave, a pair for each layer asked for. Raises UsageError unless they
+    are writable and of the shapes of what is wanted."""
+    if len(out) != len(request.layers):
+        raise UsageError(f"out has {len(out)} layers, not {len(request.layers)}")
+    places = {}
+    for i, (k, v) in zip(request.layers, out, strict=True):
+        cut = request.cuts[i]
+        for part, given in zip(PARTS, (k, v), strict=True):
+            array, _ = dtypes.as_bits(given, blocks.layout.dtype)
+            if array.shape != cut.shape(part) or not array.flags.writeable:
+                raise UsageError(f"out for layer {i}: want a writable array of {cut.shape(part)}")
+            places[i, part] = Place(batched(array), cut.first, array)
+    return places
+
+
+def _empty_block(blocks: Blocks, row: int) -> Bits:
+    """Memory for a block's numbers that nobody gave."""
+    layer, part = blocks.index.key[row]
+    batch, heads, _, dim = blocks.layout.layers[layer].batched_shape(part)
+    return np.empty((batch, heads, blocks.index.tokens[row], dim), blocks.form.uint)
+
+
+# --- decoding and blame ----------------------------------------------------------------------
+
+
+def fill(blocks: Blocks, targets: Iterable[Target], threads: int = 1) -> None:
+    """Decode blocks that do not need each other, and check their numbers.
+
+    Raises CorruptError that names the block, or its tables where those are to blame.
+    """
+    work: list[Target] = []
+    unprepared: list[CorruptError] = []
+
+    def prepared() -> Iterator[Coded]:
+        try:
+            for target in targets:
+                work.append(target)
+                yield target
+        except CorruptError as error:
+            unprepared.append(error)
+            raise
+
+    try:
+        found = blocks.codec.decode_many(prepared(), threads)
+    except CorruptError as error:
+        if unprepared:
+            raise
+        if len(work) > 1:
+            for target in [*work, *targets]:
+                fill(blocks, [target])  # one of them tells more
+            return
+        _blame_stored(blocks, work[0])
+        raise CorruptError(f"{blocks.index.name(work[0].row)}: {error}") from None
+    expected = [blocks.index.raw_checksum[target.row] for target in work]
+    if found != expected:
+        wrong = next(t for t, a, b in zip(work, found, expected, strict=True) if a != b)
+        _blame_stored(blocks, wrong)
+        raise CorruptError(
+            f"{blocks.index.name(wrong.row)} decodes to other numbers than were encoded"
+        )
+    for target in work:
+        if target.beside is not None:
+            target.beside[...] = target.out[:, :, target.cut]
+
+
+def check_block(blocks: Blocks, row: int) -> None:
+    """Decode a block that needs no other, for nothing but to raise the CorruptError that tells
+    what is wrong with it, if anything is."""
+    stored, loaded = blocks.tables(blocks.index.key[row])
+    out, context = _empty_block(blocks, row), blocks.context(row, loaded)
+    fill(blocks, [Target(blocks.stored(row), out, context, row, stored)])
+
+
+def _blame_stored(blocks: Blocks, target: Target) -> None:
+    """Raise CorruptError if it is stored bytes that are wrong."""
+    blocks.check_stored(blocks.index.tables_row(target.row), target.tables)
+    blocks.check_stored(target.row, target.data)

@@ -1,0 +1,127 @@
+"""Where numbers go on a device: new arrays, arrays that a caller gave, or pages of a cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvzip.codecs.native.cuda.arrays import View, cut, empty, view_of
+from kvzip.codecs.native.cuda.device import Device
+from kvzip.codecs.native.cuda.work import Target, pages_of
+from kvzip.container import plan
+from kvzip.container.blocks import Blocks
+from kvzip.container.index import Key
+from kvzip.container.plan import Request
+from kvzip.dtypes import DType
+from kvzip.errors import UsageError
+from kvzip.snapshot import PARTS, LayerLayout
+
+Targets = dict[Key, list[Target]]
+"""Where each part of each layer goes: to one target, or in a paged cache to one for each row of the
+batch."""
+
+
+def new_targets(
+    device: Device, blocks: Blocks, request: Request
+) -> tuple[list[tuple[Any, Any]], Targets]:
+    """New arrays for what is wanted, a (K, V) pair for each layer asked for."""
+    arrays: dict[Key, Any] = {}
+    targets: Targets = {}
+    for key, shape, first in plan.extents(blocks.layout, blocks.header.block_tokens, request):
+        array, view = empty(device, shape, blocks.form)
+        targets[key] = [_target(view, first, array)]
+        layer, part = request.cuts[key[0]], key[1]
+        begin, batched = layer.first - first, len(layer.shape(part)) == 4
+        arrays[key] = cut(array, begin, begin + layer.stored, batched)
+    return [(arrays[i, "k"], arrays[i, "v"]) for i in request.layers], targets
+
+
+def _target(view: View, first: int, owner: Any) -> Target:
+    shape, strides = view.shape, view.strides
+    if len(shape) == 3:
+        shape, strides = (1, *shape), (0, *strides)
+    b, h, t, _ = strides
+    batch, heads, tokens, dim = shape
+    return Target(view.address, (b, h, t), (batch, heads, tokens, dim), first, owner=owner)
+
+
+def given_targets(
+    device: Device,
+    form: DType,
+    cuts: Mapping[int, LayerLayout],
+    out: Sequence[tuple[Any, Any]],
+) -> Targets:
+    """Arrays that the caller gave, of the shapes of the cuts, in their order."""
+    _check_pairs(out, cuts)
+    targets: Targets = {}
+    for (i, layer), pair in zip(cuts.items(), out, strict=True):
+        for part, array in zip(PARTS, pair, strict=True):
+            view = view_of(array, device, form)
+            if view.shape != layer.shape(part):
+                raise UsageError(
+                    f"out for layer {i}: {part} has shape {view.shape}, not {layer.shape(part)}"
+                )
+            targets[i, part] = [_target(view, layer.first, array)]
+    return targets
+
+
+def paged_targets(
+    device: Device,
+    form: DType,
+    cuts: Mapping[int, LayerLayout],
+    out: Sequence[tuple[Any, Any]],
+    pages: Any,
+) -> Targets:
+    """The same of a paged cache, one target for each row of the batch.
+
+    `out`: of each layer K and V as [pages, tokens of a page, heads, dim], any strides but for dim.
+    `pages`: which page holds each run of positions, [pages] or [batch, pages].
+    """
+    table = pages_of(pages)
+    _check_pairs(out, cuts)
+    targets: Targets = {}
+    for (i, layer), pair in zip(cuts.items(), out, strict=True):
+        for part, array in zip(PARTS, pair, strict=True):
+            rows, heads, _, dim = layer.batched_shape(part)
+            view = view_of(array, device, form)
+            if len(view.shape) != 4 or view.shape[2:] != (heads, dim):
+                raise UsageError(
+                    f"out for layer {i}: {part} has shape {view.shape}, not "
+                    f"[pages, tokens of a page, {heads}, {dim}]"
+                )
+            if len(table) != rows:
+                raise UsageError(f"pages has {len(table)} rows, the file's batch {rows}")
+            count, size = view.shape[:2]
+            begin, end = layer.first // max(size, 1), -(-layer.cumulative_length // max(size, 1))
+            used = table[:, begin:end]
+            if layer.stored and (not size or used.shape[1] < end - begin):
+                raise UsageError(
+                    f"pages has {table.shape[1]} pages of {size} tokens a row, too few for "
+                    f"{layer.cumulative_length} positions"
+                )
+            if used.size and int(used.max()) >= count:
+                raise UsageError(f"pages names page {used.max()}; out for layer {i} has {count}")
+            if len(np.unique(used)) != used.size:
+                raise UsageError("pages names a page twice")
+            stride, token, head, _ = view.strides
+            shape = (1, heads, layer.cumulative_length, dim)
+            targets[i, part] = [
+                Target(view.address, (0, head, token), shape, 0, row, size, stride, array)
+                for row in table
+            ]
+    return targets
+
+
+def _check_pairs(out: Sequence[tuple[Any, Any]], cuts: Mapping[int, LayerLayout]) -> None:
+    if len(out) != len(cuts):
+        raise UsageError(f"out has {len(out)} layers, not {len(cuts)}")
+
+
+def check_apart(targets: Targets) -> None:
+    """Raise UsageError if parts that hold anything begin in the same place."""
+    begins = [t[0].address for t in targets.values() if math.prod(t[0].shape)]
+    if len(set(begins)) != len(begins):
+        raise UsageError("out has the same memory twice")

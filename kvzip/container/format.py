@@ -1,0 +1,237 @@
+"""The beginning of a .kvz file: its first bytes, its header, the ids of its tokens.
+
+docs/format.md is the format, byte by byte; the index that follows is :mod:`kvzip.container.index`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip import checksum
+from kvzip.codec import Codec, get_codec
+from kvzip.container.index import RECORD, aligned
+from kvzip.errors import CorruptError, FormatError, UnsupportedError, UsageError
+from kvzip.snapshot import Layout, Origin
+from kvzip.version import __version__
+
+MAGIC = b"\x89KVZ\r\n\x1a\n"
+VERSION = 0
+"""The version of the format."""
+MAX_HEADER = 1 << 26
+"""The most bytes that a header may have."""
+MAX_ENTRIES = 1 << 26
+"""The most entries that an index may have."""
+WRITER = f"kvzip {__version__}"
+"""What a header names as the file's writer."""
+
+_PREAMBLE = struct.Struct("<8sHHIIIQQ")
+_CHECKSUM = struct.Struct("<Q")
+
+
+# --- the first bytes -----------------------------------------------------------------------
+
+
+class Preamble(NamedTuple):
+    """The first 40 bytes of a file: how long all is that comes before the blocks, and a checksum
+    of it."""
+
+    header_length: int
+    entries: int
+    """How many entries the index has."""
+    ids_length: int
+    """Bytes of token ids, between the header and the index."""
+    file_length: int
+    checksum: int = 0
+    """XXH3-64 of everything before the blocks but for these eight bytes."""
+
+    @classmethod
+    def read(cls, first: memoryview) -> Preamble:
+        """The preamble in a file's first bytes. Raises FormatError, CorruptError."""
+        version, flags, *rest = _fields(first)
+        if version != VERSION:
+            raise FormatError(
+                f"the file has format version {version}; this is a reader of version {VERSION}"
+            )
+        found = cls(*rest)
+        if flags or found.header_length > MAX_HEADER:
+            raise FormatError("the file's header is out of bounds")
+        return found
+
+    @property
+    def header_at(self) -> int:
+        return _PREAMBLE.size
+
+    @property
+    def ids_at(self) -> int:
+        return self.header_at + self.header_length
+
+    @property
+    def index_at(self) -> int:
+        return self.ids_at + self.ids_length
+
+    @property
+    def index_end(self) -> int:
+        return self.index_at + self.entries * RECORD.itemsize
+
+    @property
+    def blocks_at(self) -> int:
+        """Where the first entry lies; the bytes between the index and it are zeros."""
+        return aligned(self.index_end)
+
+    def check(self, start: memoryview) -> None:
+        """Raise CorruptError or FormatError unless `start`, everything before the blocks, is as
+        it was written."""
+        end = _PREAMBLE.size - _CHECKSUM.size
+        if checksum.of_bytes(start[:end], start[_PREAMBLE.size :]) != self.checksum:
+            raise CorruptError("the header or the index is damaged: its checksum does not match")
+        if any(start[self.index_end : self.blocks_at]):
+            raise FormatError("the bytes behind the index are not zeros")
+
+
+def packed_start(header: bytes, ids: bytes, index: NDArray[Any], file_length: int) -> bytes:
+    """Everything that comes before the blocks; the inverse of what a reader takes apart."""
+    preamble = Preamble(len(header), len(index), len(ids), file_length)
+    first = _PREAMBLE.pack(MAGIC, VERSION, 0, *preamble)[: -_CHECKSUM.size]
+    rest = header + ids + index.tobytes() + bytes(preamble.blocks_at - preamble.index_end)
+    return first + _CHECKSUM.pack(checksum.of_bytes(first + rest)) + rest
+
+
+def start_length(header: int, ids: int, entries: int) -> int:
+    """How many bytes come before the blocks, for a header and ids of so many bytes."""
+    return Preamble(header, entries, ids, 0).blocks_at
+
+
+def _fields(first: Any) -> tuple[int, ...]:
+    """What the preamble says, without the magic. Raises FormatError, CorruptError."""
+    if bytes(first[: len(MAGIC)]) != MAGIC[: len(first)] or not len(first):
+        raise FormatError("this is not a .kvz file")
+    if len(first) < _PREAMBLE.size:
+        raise CorruptError("the file is cut short in its first bytes")
+    return _PREAMBLE.unpack_from(first)[1:]
+
+
+def stated_length(data: Any) -> int:
+    """The length in bytes that a .kvz file states in its first 40 bytes, for files that lie in a
+    larger buffer. Raises FormatError, CorruptError."""
+    return Preamble(*_fields(data)[2:]).file_length
+
+
+# --- the header ----------------------------------------------------------------------------
+
+
+class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a file says of itself before its index; JSON, with docs/header.schema.json as schema."""
+
+    layout: Layout
+    origin: Origin
+    codec: dict[str, Any]
+    """The codec's name under "id", and its settings."""
+    block_tokens: int
+    """Tokens in a block; the last block of a layer may hold fewer."""
+    writer: str
+    profile: str | None = None
+    """SHA-256 of the profile that the reader needs."""
+    token_ids: bool = False
+    """Whether the ids of all tokens follow the header."""
+    token_ids_sha256: str | None = None
+    """SHA-256 of the ids as little-endian uint32, when the ids themselves are withheld."""
+
+
+def header_schema() -> dict[str, Any]:
+    """The JSON schema of the header."""
+    schema: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(msgspec.json.schema(Header)))
+    return schema
+
+
+def packed_header(header: Header, codec: Codec) -> bytes:
+    """The header as it is stored. Raises UsageError unless a reader will get the same from it,
+    and UnsupportedError if it will not find the codec."""
+    data = msgspec.json.encode(header)
+    if len(data) > MAX_HEADER:
+        raise UsageError(f"the header would have {len(data):,} bytes, above {MAX_HEADER:,}")
+    try:
+        found = msgspec.json.decode(data, type=Header)
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"the header could not be read again: {error}") from None
+    if found != header:
+        raise UsageError("the header would be read as another one")
+    if (known := get_codec(found.codec)).get_config() != codec.get_config():
+        raise UnsupportedError(f"{codec!r} would be read as {known!r}")
+    return data
+
+
+def unpacked_header(data: memoryview) -> tuple[Header, Codec]:
+    """The header in these bytes, and the codec that it names. Raises FormatError,
+    UnsupportedError."""
+    try:
+        header = msgspec.json.decode(data, type=Header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(f"the header makes no sense: {error}") from None
+    if header.block_tokens < 1:
+        raise FormatError("the header makes no sense: block_tokens is below 1")
+    try:
+        return header, get_codec(header.codec)
+    except UsageError as error:
+        raise FormatError(f"the header makes no sense: {error}") from None
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a file before a block is decoded."""
+
+    header: Header
+    encoded_bytes: int
+    raw_bytes: int
+    numbers: int
+
+    @property
+    def ratio(self) -> float:
+        """Raw bytes over the bytes of the whole file."""
+        return self.raw_bytes / self.encoded_bytes
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of the whole file over how many numbers it holds."""
+        return 8 * self.encoded_bytes / max(self.numbers, 1)
+
+
+# --- token ids -----------------------------------------------------------------------------
+
+
+def packed_ids(ids: NDArray[Any]) -> bytes:
+    """Token ids in as few bytes each, 1 to 4, as the greatest needs."""
+    width = max(1, -(-int(ids.max(initial=0)).bit_length() // 8))
+    return ids.astype("<u4").reshape(-1, 1).view(np.uint8)[:, :width].tobytes()
+
+
+def unpacked_ids(data: memoryview, header: Header) -> NDArray[Any] | None:
+    """The token ids that a file holds, uint32 [tokens] or [batch, tokens], or None when it holds
+    none. Raises FormatError."""
+    if not header.token_ids:
+        if len(data):
+            raise FormatError("there are token ids that the header does not tell of")
+        return None
+    shape = header.layout.ids_shape
+    count = math.prod(shape)
+    width, rest = divmod(len(data), max(count, 1))
+    if rest or not (1 <= width <= 4 if count else width == 0):
+        raise FormatError("the token ids do not fit the number of tokens")
+    if width != 3:
+        return np.frombuffer(data, f"<u{max(width, 1)}").astype(np.uint32).reshape(shape)
+    ids = np.zeros((count, 4), np.uint8)
+    ids[:, :width] = np.frombuffer(data, np.uint8).reshape(count, width)
+    return ids.view("<u4").astype(np.uint32, copy=False).reshape(shape)
+
+
+def ids_between(ids: NDArray[Any] | None, start: int, stop: int) -> NDArray[Any] | None:
+    """The ids [batch, tokens] of positions start to stop, or None when there are none."""
+    if ids is None or (start == 0 and stop == ids.shape[1]):
+        return ids
+    return ids[:, start:stop]

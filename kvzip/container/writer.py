@@ -1,0 +1,280 @@
+"""Writing a .kvz file: a snapshot is cut into blocks, and a codec makes bytes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+
+from kvzip import checksum, dtypes
+from kvzip.codec import Codec, Context
+from kvzip.codecs._native import Output
+from kvzip.container.format import (
+    MAX_ENTRIES,
+    WRITER,
+    Header,
+    ids_between,
+    packed_header,
+    packed_ids,
+    packed_start,
+    start_length,
+)
+from kvzip.container.index import RECORD, Entry, Key, aligned, entries, entry_count
+from kvzip.dtypes import Bits
+from kvzip.errors import ProfileError, UsageError
+from kvzip.options import integer, json_value
+from kvzip.profile import Profile
+from kvzip.snapshot import PARTS, Layout, Origin, Snapshot, batched
+from kvzip.workers import in_order, thread_count
+
+_SHA256 = "0" * 64
+_MOST_ORIGIN = 4096
+"""Bytes of JSON that the origin of a bare layout is taken to have at most."""
+
+
+class Sink(Protocol):
+    """What a file is written to."""
+
+    def write(self, data: bytes, /) -> int: ...
+    def seek(self, position: int, /) -> int: ...
+    def tell(self) -> int: ...
+
+
+class Encoded(NamedTuple):
+    """What becomes of one entry of the index."""
+
+    row: int
+    data: bytes
+    stored_checksum: int
+    raw_checksum: int
+
+    @classmethod
+    def tables(cls, row: int, data: bytes) -> Encoded:
+        """Tables have no raw numbers, so that both checksums are of their bytes."""
+        digest = checksum.of_bytes(data)
+        return cls(row, data, digest, digest)
+
+    @classmethod
+    def block(cls, row: int, data: bytes, numbers: Bits) -> Encoded:
+        return cls(row, data, checksum.of_bytes(data), checksum.of_numbers(numbers))
+
+
+class Writer:
+    """One snapshot on its way into one file, by one codec.
+
+    Raises UsageError for what no file can hold, ProfileError when the codec needs a profile and
+    has none, UnsupportedError when a reader would not find the codec.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        codec: Codec,
+        profile: Profile | None = None,
+        block_tokens: int | None = None,
+        store_token_ids: bool = True,
+    ):
+        snapshot.check()
+        block_tokens = _block_tokens(block_tokens, snapshot.layout, codec)
+        if codec.needs_profile and profile is None:
+            raise ProfileError(f"codec {codec.codec_id!r} needs a profile: pass profile=")
+        self.snapshot, self.codec, self.profile = snapshot, codec, profile
+        self._form = dtypes.get(snapshot.dtype)
+        ids = snapshot.token_ids
+        digest = None
+        if ids is not None and not store_token_ids:
+            digest = hashlib.sha256(ids.astype("<u4").tobytes()).hexdigest()
+        self._ids = np.atleast_2d(ids) if ids is not None and store_token_ids else None
+        self.header = Header(
+            layout=snapshot.layout,
+            origin=snapshot.origin,
+            codec=json_value("the codec's settings", codec.get_config()),
+            block_tokens=block_tokens,
+            writer=WRITER,
+            profile=None if profile is None else profile.id,
+            token_ids=self._ids is not None,
+            token_ids_sha256=digest,
+        )
+        self._packed_header = packed_header(self.header, codec)
+        self._packed_ids = b"" if self._ids is None else packed_ids(self._ids)
+        if len(self._packed_ids) >= 2**32:
+            raise UsageError(f"{len(self._packed_ids):,} bytes of token ids do not go into a file")
+        count = entry_count(snapshot.layout, block_tokens)
+        if count > MAX_ENTRIES:
+            raise UsageError(f"{count:,} blocks do not go into a file: give a larger block_tokens")
+        self._entries = list(entries(snapshot.layout, block_tokens))
+
+    def encode(self, threads: int = 0) -> bytes:
+        """The whole file in memory. `threads`: 0 for all cores."""
+        sink = Output(largest_size(self.snapshot, self.codec, self.header.block_tokens))
+        self.write(sink, threads)
+        blob: bytes = sink.take()
+        return blob
+
+    def write(
+        self, sink: Sink, threads: int = 0, progress: Callable[[int], None] | None = None
+    ) -> int:
+        """Write the whole file to a seekable sink; return its length in bytes. `progress` is called
+        with raw bytes as they are done."""
+        header, ids = self._packed_header, self._packed_ids
+        index = np.zeros(len(self._entries), RECORD)
+        offset = start_length(len(header), len(ids), len(index))
+        base = sink.tell()
+        sink.seek(base + offset)
+        for row, data, stored, raw in self._encoded(thread_count(threads)):
+            entry = self._entries[row]
+            index[row] = entry.record(offset, len(data), stored, raw)
+            sink.write(data)
+            sink.write(bytes(aligned(len(data)) - len(data)))
+            offset += aligned(len(data))
+            if progress is not None and not entry.tables:
+                layer = self.snapshot.layout.layers[entry.layer]
+                progress(layer.token_numbers(entry.part) * entry.tokens * self._form.itemsize)
+        sink.seek(base)
+        sink.write(packed_start(header, ids, index, offset))
+        sink.seek(base + offset)
+        return offset
+
+    # --- entries ---------------------------------------------------------------------------
+
+    def _encoded(self, workers: int) -> Iterator[Encoded]:
+        """All entries in the order of the file."""
+        if self.codec.independent:
+            return self._parts(workers)
+        return self._chains(workers)
+
+    def _parts(self, workers: int) -> Iterator[Encoded]:
+        """All entries of a codec whose blocks do not need each other, a layer's keys or values at
+        a time."""
+        groups: list[list[int]] = []
+        for row, entry in enumerate(self._entries):
+            if entry.tables:
+                groups.append([])
+            groups[-1].append(row)
+        jobs = (partial(self._encode_part, group) for group in groups)
+        for results in in_order(jobs, workers, 2 * workers):
+            yield from results
+
+    def _chains(self, workers: int) -> Iterator[Encoded]:
+        """All entries of a codec whose blocks need others of the same tokens, a range of tokens at
+        a time."""
+        done: dict[int, Encoded] = {}
+        tables: dict[Key, Any] = {}
+        chains: dict[int, list[int]] = {}
+        for row, entry in enumerate(self._entries):
+            if entry.tables:
+                made, tables[entry.layer, entry.part] = self._tables(entry, self._part(entry))
+                done[row] = Encoded.tables(row, made)
+            else:
+                stop = self.snapshot.layout.layers[entry.layer].first + entry.start + entry.tokens
+                chains.setdefault(stop, []).append(row)
+        jobs = (partial(self._encode_chain, chain, tables) for chain in chains.values())
+        for results in in_order(jobs, workers, 2 * workers):
+            done |= {result.row: result for result in results}
+        for row in range(len(self._entries)):
+            yield done.pop(row)
+
+    def _encode_part(self, rows: Sequence[int]) -> list[Encoded]:
+        """One layer's keys or values: their tables, then their blocks."""
+        entry = self._entries[rows[0]]
+        whole = batched(self.snapshot.layers[entry.layer].once(entry.part))
+        made, tables = self._tables(entry, whole)
+        results = [Encoded.tables(rows[0], made)]
+        for row in rows[1:]:
+            entry = self._entries[row]
+            block = _block(entry, whole)
+            data = self.codec.encode(block, self._context(entry, tables))
+            results.append(Encoded.block(row, data, block))
+        return results
+
+    def _encode_chain(self, rows: Sequence[int], tables: Mapping[Key, Any]) -> list[Encoded]:
+        """The same tokens of layer after layer."""
+        scratch: dict[str, Any] = {}
+        earlier: dict[Key, Bits] = {}
+        blocks = []
+        for row in rows:
+            entry = self._entries[row]
+            key, block = (entry.layer, entry.part), _block(entry, self._part(entry))
+            need = {k: earlier[k] for k in self.codec.needs(*key) if k in earlier}
+            blocks.append((block, self._context(entry, tables[key], need, scratch)))
+            earlier[key] = block
+        found = zip(rows, self.codec.encode_chain(blocks), blocks, strict=True)
+        return [Encoded.block(row, data, block) for row, data, (block, _) in found]
+
+    def _tables(self, entry: Entry, whole: Bits) -> tuple[bytes, Any]:
+        """The tables of one layer's keys or values as stored, and as blocks use them."""
+        context = self._context(entry)
+        made = self.codec.make_tables(whole, context)
+        return made, self.codec.load_tables(memoryview(made), whole.shape, context)
+
+    def _part(self, entry: Entry) -> Bits:
+        """All that the snapshot holds of the entry's layer and part."""
+        return batched(self.snapshot.layers[entry.layer].part(entry.part))
+
+    def _context(self, entry: Entry, *more: Any) -> Context:
+        """The context of an entry. `more`: the fields that follow the profile."""
+        begin = self.snapshot.layout.layers[entry.layer].first + entry.start
+        ids = ids_between(self._ids, begin, begin + entry.tokens)
+        origin, profile = self.snapshot.origin, self.profile
+        return Context(self._form, entry.layer, entry.part, begin, origin, ids, profile, *more)
+
+
+def _block(entry: Entry, whole: Bits) -> Bits:
+    """An entry's numbers, out of all of its layer's and part's."""
+    return whole[:, :, entry.start : entry.start + entry.tokens]
+
+
+# --- sizes ---------------------------------------------------------------------------------
+
+
+def default_block_tokens(layout: Layout, codec: Codec) -> int:
+    """The power of two of tokens, 256 to 4,096, whose blocks come nearest to what suits the codec.
+
+    Smaller ones let a reader cut finer, and cost more for what each block starts with.
+    """
+    most = max((s.token_numbers(part) for s in layout.layers for part in PARTS), default=0)
+    token = most * dtypes.get(layout.dtype).itemsize
+    return 1 << min(max(round(math.log2(codec.block_bytes / max(token, 1))), 8), 12)
+
+
+def _block_tokens(given: Any, layout: Layout, codec: Codec) -> int:
+    """The tokens in a block that a caller gave, or the default. Raises UsageError."""
+    found = default_block_tokens(layout, codec) if given is None else given
+    return integer("block_tokens", found, 1, 2**31 - 1)
+
+
+def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | None = None) -> int:
+    """An upper bound of a file's length in bytes, for a snapshot or for any snapshot of a layout
+    whose origin has at most 4 KiB as JSON."""
+    snapshot = shapes if isinstance(shapes, Snapshot) else None
+    layout: Layout = shapes.layout if isinstance(shapes, Snapshot) else shapes
+    form = dtypes.get(layout.dtype)
+    block_tokens = _block_tokens(block_tokens, layout, codec)
+    header = Header(
+        layout,
+        Origin() if snapshot is None else snapshot.origin,
+        json_value("the codec's settings", codec.get_config()),
+        block_tokens,
+        WRITER,
+        profile=_SHA256,
+        token_ids_sha256=_SHA256,
+    )
+    header_length = len(msgspec.json.encode(header)) + (_MOST_ORIGIN if snapshot is None else 0)
+    batch = max((s.batched_shape("k")[0] for s in layout.layers), default=1)
+    ids = batch * layout.tokens
+    if snapshot is not None and snapshot.token_ids is not None:
+        ids = snapshot.token_ids.size
+    size = start_length(header_length, 4 * ids, entry_count(layout, block_tokens))
+    for entry in entries(layout, block_tokens):
+        layer = layout.layers[entry.layer]
+        if entry.tables:
+            size += aligned(codec.max_tables_size(layer.batched_shape(entry.part), form))
+        else:
+            raw = entry.tokens * layer.token_numbers(entry.part) * form.itemsize
+            size += aligned(codec.max_encoded_size(raw))
+    return size

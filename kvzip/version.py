@@ -1,0 +1,5 @@
+"""The library's version, as its package states it."""
+
+from importlib.metadata import version
+
+__version__ = version("kvzip")
