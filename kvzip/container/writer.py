@@ -13,7 +13,7 @@ import numpy as np
 
 from kvzip import checksum, dtypes
 from kvzip.codec import Codec, Context
-from kvzip.codecs._native import Output
+from kvzip.codecs import _native
 from kvzip.container.format import (
     MAX_ENTRIES,
     WRITER,
@@ -111,7 +111,7 @@ class Writer:
 
     def encode(self, threads: int = 0) -> bytes:
         """The whole file in memory. `threads`: 0 for all cores."""
-        sink = Output(largest_size(self.snapshot, self.codec, self.header.block_tokens))
+        sink = _native.Output(largest_size(self.snapshot, self.codec, self.header.block_tokens))
         self.write(sink, threads)
         blob: bytes = sink.take()
         return blob
