@@ -6,8 +6,7 @@ spec.md, "In a profile", says how they lie there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -19,16 +18,15 @@ from kvzip.dtypes import Bits, DType
 from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.profile import Profile
 from kvzip.snapshot import PARTS, Part, Snapshot, batched
+from kvzip.statistics.documents import Item, Progress, load
 
 
-def fit(
-    snapshots: Sequence[Any], progress: Callable[[str, int, int], None] | None = None
-) -> Profile:
+def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
     """Tables for every layer's keys and values, which code those of the documents best that there
     are, and can code any others. See :meth:`kvzip.Profile.fit`."""
     if not snapshots:
         raise ProfileError("a profile needs at least one snapshot to learn from")
-    first = _open(snapshots[0])
+    first = load(snapshots[0])
     form, shapes = dtypes.get(first.dtype), _shapes(first)
     counts = {
         key: _native.ChannelCounts(*shape, form.exponent_bits, form.mantissa_bits)
@@ -37,7 +35,7 @@ def fit(
     }
     tokens = 0
     for done, item in enumerate(snapshots):
-        snapshot = _open(item)
+        snapshot = load(item)
         if _shapes(snapshot) != shapes or snapshot.dtype != first.dtype:
             raise ProfileError("the snapshots are of different models or dtypes")
         for (i, part), counted in counts.items():
@@ -145,10 +143,6 @@ def _read(
 
 def _name(layer: int, part: Part) -> str:
     return f"channel.{layer}.{part}"
-
-
-def _open(item: Any) -> Snapshot:
-    return item if isinstance(item, Snapshot) else Snapshot.load(item)
 
 
 def _shapes(snapshot: Snapshot) -> dict[tuple[int, Part], tuple[int, int]]:

@@ -26,14 +26,14 @@ class Spent:
     """What the codec makes of documents."""
 
     counts: list[NDArray[np.int64]]
-    """Of each layer how often each cell of |z| occurs, [classes, channels, cells]."""
+    """How often each cell of |z| occurs in each layer, [classes, channels, cells]."""
     bits: Doubles
-    """Of each layer's keys and values, [layers, 2]."""
+    """Bits of each layer's keys and values, [layers, 2]."""
     numbers: Doubles
 
     @property
     def bits_per_number(self) -> list[float]:
-        """Of each layer."""
+        """Mean bits of each layer's numbers."""
         found = self.bits.sum(axis=1) / np.maximum(self.numbers.sum(axis=1), 1)
         return [float(b) for b in found]
 
@@ -107,7 +107,8 @@ def _widen(
 def _factors(
     counts: NDArray[np.int64], regions: int, choose: Chooser
 ) -> tuple[Doubles, NDArray[np.int64]]:
-    """Of counts [classes, channels, cells]: factors [classes, channels], shapes [channels]."""
+    """The factors on deviations [classes, channels] and the shapes [channels] that code `counts`
+    [classes, channels, cells] in the fewest bits."""
     alone, shape = choose(counts.sum(axis=0))
     factors = np.empty(counts.shape[:2])
     for first in range(0, len(counts), regions):  # known tokens are another kind

@@ -16,8 +16,9 @@ from msgspec import structs
 from numpy.typing import NDArray
 
 from kvzip import dtypes
-from kvzip.codec import Codec, Context, get_codec
+from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
+from kvzip.codecs.channel.codec import ChannelCodec
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, ProfileError
 from kvzip.profile import Profile
@@ -152,7 +153,7 @@ def _padded(data: bytes) -> bytes:
 
 def _plain(block: Bits, context: Context) -> bytes:
     """The block as `channel` codes it, tables in front, or as it is."""
-    channel = get_codec("channel")
+    channel = ChannelCodec()
     made = channel.make_tables(block, context)
     tables = channel.load_tables(memoryview(made), block.shape, context)
     coded = channel.encode(block, structs.replace(context, tables=tables))
@@ -163,7 +164,8 @@ def _plain(block: Bits, context: Context) -> bytes:
 
 
 def _channel_decode(data: memoryview, out: Bits, context: Context) -> None:
-    channel = get_codec("channel")
+    """Fill `out` from what `_plain` made by `channel`. Raises CorruptError."""
+    channel = ChannelCodec()
     if len(data) < 16:
         raise CorruptError("cut short")
     end = 16 + int(struct.unpack_from("<I", data)[0])
@@ -177,6 +179,7 @@ def _channel_decode(data: memoryview, out: Bits, context: Context) -> None:
 def _decode_coded(
     chain: _native.PredictiveChain, layer: int, part: int, body: memoryview, out: Bits
 ) -> None:
+    """Fill `out` from the streams of a block that was predicted. Raises CorruptError."""
     wide = out.dtype.itemsize == 4
     target = np.empty(out.shape, np.uint16) if wide else out
     size = 2 * out.size if wide else 0

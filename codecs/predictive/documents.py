@@ -52,8 +52,9 @@ class Documents:
     def read(
         self, layers: Sequence[int], which: Sequence[int], sinks: bool = False
     ) -> Iterator[tuple[int, list[Floats], NDArray[np.uint32] | None]]:
-        """Of each document: its number, the values of some layers [tokens, width] for the tokens
-        that all layers hold, and their ids. The first tokens are left out, or not (`sinks`)."""
+        """Read documents one after the other: the number of each, the values of some layers
+        [tokens, width] for the tokens that all layers hold, and their ids. The first tokens are
+        left out, or not (`sinks`)."""
 
         def one(i: int) -> tuple[int, list[Floats], NDArray[np.uint32] | None]:
             snapshot = self._open(self.items[i])

@@ -45,7 +45,8 @@ class Reader:
     def read(
         self, which: Sequence[int]
     ) -> Iterator[tuple[int, NDArray[np.int8], Floats, NDArray[np.uint32] | None]]:
-        """Of each document: its number, inputs, targets, token ids."""
+        """Read documents one after the other: the number of each, its inputs [tokens, inputs], its
+        targets [tokens, channels], its token ids."""
         for i, values, ids in self.documents.read([*self.inputs, self.layer], which):
             parts = [
                 quantised(y, self.known[a].mean, self.known[a].deviation)

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from kvzip.codec import Codec, Context
-from kvzip.codecs.common.coders import get_coder
-from kvzip.dtypes import Bits, DType
+from kvzip.codecs.common.whole import WholeBlockCodec
 
 
-class ZstdCodec(Codec):
+class ZstdCodec(WholeBlockCodec):
     """One Zstandard frame a block. `level`: 1 to 22."""
 
     codec_id = "zstd"
 
     def __init__(self, level: int = 3):
-        self._coder = get_coder("zstd", level)
-        self.level = self._coder.level
-
-    def encode(self, block: Bits, context: Context) -> bytes:
-        return self._coder.encode(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
-
-    def decode(self, data: memoryview, out: Bits, context: Context) -> None:
-        out[...] = self._coder.decode(data, out.nbytes).view(out.dtype).reshape(out.shape)
-
-    def max_encoded_size(self, raw_bytes: int) -> int:
-        return self._coder.bound(raw_bytes)
-
-    def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
-        return encoded_bytes * self._coder.max_expansion
+        super().__init__(level)

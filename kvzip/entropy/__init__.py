@@ -1,8 +1,9 @@
 """How many bits a number of a KV cache holds, under models from the simplest up.
 
-`tables.py`: frequencies of the numbers' fields. `density.py`: a density on the dtype's own grid of
-numbers. `linear.py`: regressions from layer to layer. `residual.py`: what they leave, within a
-layer. `ladder.py` puts them one on the other; `profiled.py` asks a profile.
+`tables.py`: frequencies of the numbers' fields. `linear.py`: regressions from layer to layer.
+`residual.py`: what they leave, within a layer, and its densities. `ladder.py` puts them one on the
+other; `profiled.py` asks a profile. What they have in common with the codecs' fits is in
+`kvzip.statistics`.
 
 All of it is floating point and nothing here is ever coded: figures are ideal code lengths, what
 an arithmetic coder with that model and no rounding would need.

@@ -52,7 +52,7 @@ the token's residuals so far."""
 PROFILE = "the profile's integers"
 _CALIBRATION = 16  # documents at most
 SAMPLE = 1536
-"""Tokens that a density is learned from, about."""
+"""About how many tokens a density is learned from."""
 
 
 class Rung(msgspec.Struct, frozen=True):
@@ -60,7 +60,7 @@ class Rung(msgspec.Struct, frozen=True):
 
     name: str
     learned: str
-    """From what: "these documents", "other documents" or "profile"."""
+    """What it was learned from: "these documents", "other documents" or "profile"."""
     bits: float
     k: float
     v: float
@@ -72,9 +72,9 @@ class Spectrum(msgspec.Struct, frozen=True):
     values) in units of their own deviations."""
 
     before: list[float]
-    """Of the numbers themselves: of their correlations."""
+    """Those of the numbers themselves: of their correlations."""
     residual: list[float]
-    """Of what the map from the layers before leaves."""
+    """Those of what the map from the layers before leaves."""
 
 
 class Ladder(msgspec.Struct, frozen=True):
@@ -94,12 +94,14 @@ class Ladder(msgspec.Struct, frozen=True):
 
 
 class _Rungs:
-    """One layer's learned models, by rung."""
+    """One layer's learned models, by rung: a map from the layers before, what channels say of each
+    other, and a density."""
 
     def __init__(self, parts: Sequence[tuple[Linear, Within, Density]]):
         self.parts = parts
 
     def expected(self, view: View, vectors: linear.Vectors) -> list[_Expected]:
+        """The density of each rung, where it expects each number, and with what spread."""
         found: list[_Expected] = []
         made: dict[int, tuple[Floats, Floats]] = {}
         for base, within, density in self.parts:
@@ -113,7 +115,7 @@ _Expected = tuple[Density, Floats, Floats]
 
 
 class Fitted:
-    """What `fit` learned."""
+    """What `fit` learned: the layers' models, the documents' frequencies and fingerprints."""
 
     def __init__(
         self, first: Snapshot, layers: list[_Rungs], frequencies: Frequencies, seen: set[bytes]
@@ -217,6 +219,7 @@ def fit(documents: Sequence[Item], progress: Progress | None = None) -> Fitted:
 
 
 def _spectrum(own: Doubles, rest: Doubles) -> Spectrum:
+    """Eigenvalues of a layer's covariance, and of that of what is left of it."""
     unit = np.sqrt(np.maximum(np.diag(own), 1e-30))
     scaled = (np.linalg.eigvalsh(c / np.outer(unit, unit))[::-1] for c in (own, rest))
     return Spectrum(*([float(f"{max(v, 0):.4g}") for v in values] for values in scaled))
@@ -239,14 +242,7 @@ def measure(
     first = load(documents[0])
     if fitted is not None:
         check_same_model(first, fitted.first)
-    how, shapes = orders(first), [head_shapes(layer) for layer in first.layers]
-    frequencies = Frequencies(first.dtype)
-    names = PREDICTED if fitted is not None else ()
-    sums: dict[str, list[Doubles]] = {
-        name: [np.zeros(width(layer)) for layer in first.layout.layers] for name in names
-    }
-    integers = np.zeros((len(first.layers), 2))
-    tokens, texts = 0, []
+    sums, texts = _Sums(first, fitted, profile), []
     for done, document in enumerate(documents):
         snapshot = load(document)
         check_same_model(snapshot, first)
@@ -254,63 +250,90 @@ def measure(
             raise KVZipError(
                 f"document {done} to measure is among those to learn from: take others"
             )
-        layers = held_layers(snapshot)
-        frequencies.add(layers)
+        sums.add(snapshot)
         texts.append(snapshot.origin.text)
-        if layers:
-            k = layers[0].k
-            tokens += k.shape[-2] * (1 if k.ndim == 3 else len(k))
-        if fitted is not None:
-            found = views(snapshot, how)
-            vectors = {n: view.y for n, view in enumerate(found)}
-            for n, view in enumerate(found):
-                expected = fitted.layers[n].expected(view, vectors)
-                for name, (density, p, s) in zip(names, expected, strict=True):
-                    bits = density.code_length(view, p, s)
-                    sums[name][n] += bits.sum(axis=0, dtype=np.float64)
-        if profile is not None:
-            spent = profiled.code_lengths(snapshot, profile)
-            if len(spent) != len(integers):
-                raise ProfileError("the profile is of another model")
-            integers += spent
         if progress is not None:
             progress("code lengths", done + 1, len(documents))
-    rungs = []
-    learned = None if fitted is None else fitted.frequencies
-    source = "these documents" if fitted is None else "other documents"
-    tables = frequencies.code_lengths(learned)
-    for level in LEVELS:
-        of_layers = [
-            LayerBits(part_bits(tables[level][n, "k"]), part_bits(tables[level][n, "v"]))
-            for n in range(len(first.layers))
-        ]
-        rungs.append(_rung(level, source, of_layers, shapes))
-    for name in names:
-        means = [total / max(tokens, 1) for total in sums[name]]
-        of_layers = [by_channel(m, o, s) for m, o, s in zip(means, how, shapes, strict=True)]
-        rungs.append(_rung(name, source, of_layers, shapes))
-    if profile is not None:
-        rungs.append(_rung(PROFILE, "profile", _together(integers, shapes, tokens), shapes))
     return Ladder(
         model=first.origin.model,
         revision=first.origin.revision,
         dtype=first.dtype,
         texts=texts,
         documents=len(documents),
-        tokens=tokens,
-        numbers=tokens * sum(h * d for shape in shapes for h, d in shape),
+        tokens=sums.tokens,
+        numbers=sums.tokens * sum(h * d for shape in sums.shapes for h, d in shape),
         train_documents=0 if fitted is None else fitted.documents,
         train_tokens=0 if fitted is None else fitted.tokens,
         profile=None if profile is None else profile.id,
-        rungs=rungs,
+        rungs=sums.rungs(),
         spectra=[] if fitted is None else fitted.spectra,
     )
+
+
+class _Sums:
+    """Documents' code lengths under every model, added up."""
+
+    def __init__(self, first: Snapshot, fitted: Fitted | None, profile: Profile | None):
+        self.fitted, self.profile = fitted, profile
+        self.orders, self.shapes = orders(first), [head_shapes(layer) for layer in first.layers]
+        self.frequencies = Frequencies(first.dtype)
+        widths = [width(layer) for layer in first.layout.layers]
+        self.predicted: dict[str, list[Doubles]] = {
+            name: [np.zeros(n) for n in widths] for name in PREDICTED if fitted is not None
+        }
+        """Bits of each channel, by rung and layer."""
+        self.integers = np.zeros((len(widths), 2))
+        """Bits of each layer's keys and values with the profile."""
+        self.tokens = 0
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Add one document. Raises ProfileError when the profile is of another model."""
+        layers = held_layers(snapshot)
+        self.frequencies.add(layers)
+        if layers:
+            k = layers[0].k
+            self.tokens += k.shape[-2] * (1 if k.ndim == 3 else len(k))
+        if self.fitted is not None:
+            found = views(snapshot, self.orders)
+            vectors = {n: view.y for n, view in enumerate(found)}
+            for n, view in enumerate(found):
+                expected = self.fitted.layers[n].expected(view, vectors)
+                for total, (density, p, s) in zip(self.predicted.values(), expected, strict=True):
+                    total[n] += density.code_length(view, p, s).sum(axis=0, dtype=np.float64)
+        if self.profile is not None:
+            spent = profiled.code_lengths(snapshot, self.profile)
+            if len(spent) != len(self.integers):
+                raise ProfileError("the profile is of another model")
+            self.integers += spent
+
+    def rungs(self) -> list[Rung]:
+        """All rungs, from the simplest model up."""
+        learned = None if self.fitted is None else self.fitted.frequencies
+        source = "these documents" if learned is None else "other documents"
+        found = []
+        tables = self.frequencies.code_lengths(learned)
+        for level in LEVELS:
+            layers = [
+                LayerBits(part_bits(tables[level][n, "k"]), part_bits(tables[level][n, "v"]))
+                for n in range(len(self.shapes))
+            ]
+            found.append(_rung(level, source, layers, self.shapes))
+        for name, totals in self.predicted.items():
+            layers = [
+                by_channel(total / max(self.tokens, 1), order, shapes)
+                for total, order, shapes in zip(totals, self.orders, self.shapes, strict=True)
+            ]
+            found.append(_rung(name, source, layers, self.shapes))
+        if self.profile is not None:
+            layers = _together(self.integers, self.shapes, self.tokens)
+            found.append(_rung(PROFILE, "profile", layers, self.shapes))
+        return found
 
 
 def _together(
     spent: NDArray[np.float64], shapes: Sequence[Sequence[tuple[int, int]]], tokens: int
 ) -> list[LayerBits]:
-    """A layer's bits where single channels are not told."""
+    """The bits of each layer's keys and values, where single channels are not told apart."""
     return [
         LayerBits(
             *(
@@ -328,6 +351,7 @@ def _rung(
     layers: list[LayerBits],
     shapes: Sequence[Sequence[tuple[int, int]]],
 ) -> Rung:
+    """A rung with the means over all layers; `shapes`: (heads, dim) of keys and of values."""
     sizes = np.array([[h * d for h, d in shape] for shape in shapes], np.float64)
     bits = np.array([[layer.k.bits, layer.v.bits] for layer in layers])
     spent, numbers = (bits * sizes).sum(axis=0), np.maximum(sizes.sum(axis=0), 1)

@@ -23,7 +23,7 @@ from kvzip.statistics import densities, gaussian
 from kvzip.statistics.rope import ChannelOrder
 
 MEAN_DEVIATION = 0.75
-"""Of the standard deviation, for what is nearly normal."""
+"""The mean deviation as a share of the standard deviation, for what is nearly normal."""
 _LIMIT = np.float32(1e9)  # no cache holds more, and squares still add up in float32
 _GROUP = 16  # channels between two updates of a token's energy
 _PRIOR = 12.0  # channels of size 1 that an energy begins with

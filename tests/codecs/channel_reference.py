@@ -20,7 +20,7 @@ OTHER = 256
 
 @cache
 def codes():
-    """Of each code, from bits as they are read to a symbol."""
+    """The symbol of each code, by its bits as they are read."""
     block = re.search(r"```\n((?:[0-8]+\n)+)```", SPEC.read_text())[1]
     found = []
     for line in block.split():

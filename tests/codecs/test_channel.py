@@ -158,7 +158,7 @@ def test_the_environment_chooses():
 
 
 def shape_counts(numbers, form, channels):
-    """Of each channel, its shape and the numbers' symbols under it; the last is the escape."""
+    """Each channel's shape and the numbers' symbols under it; the last is the escape."""
     dim = numbers.shape[-1]
     for c, (table, base) in enumerate(channels):
         values = dtypes.sign_exponent(numbers[:, c // dim, :, c % dim], form.name).reshape(-1)
@@ -400,7 +400,7 @@ def test_tables_larger_than_any_are_refused_unread():
 
 
 def test_few_bytes_cannot_claim_many_channels():
-    """Of memory, what they earn: a bit for each at the least."""
+    """They get the memory that they earn: a bit for each at the least."""
     tables = _native.ChannelTables(b"\0" * 1000, 1000, 1000, 8, 7)
     with pytest.raises(ValueError, match="cut short"):
         tables.encode(np.zeros((1, 1000, 1, 1000), np.uint16))
@@ -468,7 +468,7 @@ def test_a_snapshot_in_any_form_is_the_same_whatever_the_instructions(dtype):
 
 
 def slots_of(entry):
-    """Of each slot what an entry of 64 numbers says: value (None: an escape), frequency, rank."""
+    """What an entry of 64 numbers says of each slot: value (None: an escape), frequency, rank."""
     for bucket, place in product(range(32), range(32)):
         own = (place << 27 | 0x7FFFFFF) < entry[bucket]
         e = int(entry[bucket] if own else entry[32 + bucket])
