@@ -31,6 +31,7 @@ from kvzip.eval.results.demo import (
 from kvzip.eval.results.provenance import made_by
 from kvzip.eval.speed import bench
 from kvzip.eval.speed.inputs import halves, parameters, prefill_seconds, width
+from kvzip.eval.speed.learning import learn
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
@@ -149,16 +150,18 @@ def _learn(
     told: Progress,
 ) -> Profile:
     """A profile from documents that are not the one compressed."""
-    paths = []
-    for n, cut in enumerate(documents):
-        told(f"capturing documents to learn from: {n + 1} of {len(documents)}", picked.prefill)
-        paths += capture.capture(loaded, [cut], folder)
-    told(f"learning a profile from {len(paths)} documents", picked.learning)
 
     def part(what: str, done: int, total: int) -> None:
         told.within(f"learning a profile, {what}", done, total)
 
-    return Profile.fit(paths, progress=part)
+    return learn(
+        loaded,
+        documents,
+        snapshots=folder,
+        capturing=lambda what: told(what, picked.prefill),
+        learning=lambda what: told(what, picked.learning),
+        progress=part,
+    )
 
 
 def _result(

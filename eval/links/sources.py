@@ -12,7 +12,7 @@ from kvzip import api, capture
 from kvzip.codec import get_codec
 from kvzip.codec_spec import file_stem
 from kvzip.eval.budget import Step
-from kvzip.eval.speed.inputs import learn
+from kvzip.eval.speed.learning import learn
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
@@ -65,8 +65,15 @@ def prepare(
             kept = Path(profile).absolute()
         else:
             kept = folder / "links.kvprofile"
+            others = slice(document + 1, document + 1 + train)
             learn(
-                loaded, text, tokens, snapshot.dtype, train, step, document + 1, folder / "learned"
+                loaded,
+                capture.cut_documents(loaded.tokenizer, text, tokens, others),
+                dtype=snapshot.dtype,
+                snapshots=folder / "learned" / "documents",
+                resume=folder / "learned" / "fit",
+                capturing=step,
+                learning=step,
             ).save(kept)
     learned = None if kept is None else Profile.load(kept)
     files = {}

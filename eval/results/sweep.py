@@ -6,6 +6,10 @@ from typing import Literal
 
 import msgspec
 
+KIND, VERSION = "sweep", 1
+"""What the metadata of each file says under "kind" and "version"; a file of rows that says nothing
+is of version 1."""
+
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One measurement: the point, what was found, and what it was found with."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,10 @@ from kvzip.eval.budget import Step
 from kvzip.eval.results.inputs import CodecRow, Inputs, Missing
 from kvzip.eval.results.provenance import made_by
 from kvzip.eval.speed import bench
+from kvzip.eval.speed.learning import learn
 from kvzip.models import LoadedModel, load_model
 from kvzip.options import integer
 from kvzip.profile import Profile
-from kvzip.snapshot import Snapshot
 
 CODECS = ("raw", "zstd", "lz4", "planes", "channel")
 LENGTHS = (256, 512, 1024, 2048)
@@ -64,7 +63,7 @@ def measure(
     rows: list[CodecRow] = []
     missing: list[Missing] = []
     for turn, dtype in enumerate(names):
-        own = "bf16" if dtypes.get(dtype).bits == 8 else dtype
+        own = capture.computed_in(dtype)
         if own != computed:
             step(f"loading {model} in {own}")
             loaded, computed = load_model(model, own), own
@@ -81,7 +80,7 @@ def measure(
             failed |= dict.fromkeys(learning, "no profile was wanted for this dtype")
         elif learning:
             try:
-                profiles[True] = learn(loaded, text, lengths[-1], dtype, train, step)
+                profiles[True] = _learn(loaded, text, lengths[-1], dtype, train, step)
             except KVZipError as error:
                 failed |= dict.fromkeys(learning, str(error))
         for length in lengths:
@@ -137,28 +136,16 @@ def measure(
     )
 
 
-def learn(
-    loaded: LoadedModel,
-    text: Sequence[str],
-    tokens: int,
-    dtype: str,
-    count: int,
-    step: Step,
-    first: int = 1,
-    keep: Path | None = None,
+def _learn(
+    loaded: LoadedModel, text: Sequence[str], tokens: int, dtype: str, count: int, step: Step
 ) -> Profile:
-    """A profile from `count` documents of the text, from number `first` on. `keep`: a folder for
-    documents and finished layers, so that the same call goes on where an earlier one ended."""
-    documents = capture.cut_documents(loaded.tokenizer, text, tokens, slice(first, first + count))
-    learned: list[Snapshot | Path] = []
-    for n, document in enumerate(documents):
-        step(f"capturing documents to learn from: {n + 1} of {len(documents)}, {dtype}")
-        if keep is None:
-            learned.append(capture.prefill(loaded, document.token_ids, dtype=dtype))
-        else:
-            learned += capture.capture(loaded, [document], keep / "documents", dtype=dtype)
-    step(f"learning a profile from {len(learned)} documents, {dtype}")
-    return Profile.fit(learned, resume=None if keep is None else keep / "fit")
+    """A profile from documents of the text after the first."""
+
+    def told(what: str) -> None:
+        step(f"{what}, {dtype}")
+
+    documents = capture.cut_documents(loaded.tokenizer, text, tokens, slice(1, 1 + count))
+    return learn(loaded, documents, dtype=dtype, capturing=told, learning=told)
 
 
 def prefill_seconds(

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from kvzip.errors import KVZipError
-from kvzip.eval.results.sweep import Row
+from kvzip.eval.results.sweep import KIND, VERSION, Row
 from kvzip.files import replacing, sweep
 
 _log = logging.getLogger("kvzip.eval")
@@ -110,11 +110,17 @@ class DamagedError(Exception):
 
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file. Raises DamagedError."""
+    """The rows of a file. Raises DamagedError, and KVZipError when a later kvzip wrote them."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     try:
+        about = parquet.read_schema(path.absolute()).metadata or {}
+        if (version := about.get(b"version", b"1").decode()) != str(VERSION):
+            raise KVZipError(
+                f"{path} holds rows of version {version}, and this kvzip knows version {VERSION}: "
+                "go on with the kvzip that wrote them, or in another folder"
+            )
         rows: list[dict[str, Any]] = parquet.read_table(
             path.absolute(), schema=schema()
         ).to_pylist()
@@ -137,7 +143,7 @@ def schema() -> Any:
         options = getattr(field.type, "types", (field.type,))
         [kind] = {_python_type(t) for t in options} - {type(None)}
         fields.append(pa.field(field.name, kinds[kind]))
-    return pa.schema(fields)
+    return pa.schema(fields, metadata={"kind": KIND, "version": str(VERSION)})
 
 
 def _python_type(found: Any) -> type:

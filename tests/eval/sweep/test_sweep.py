@@ -207,6 +207,29 @@ def test_a_damaged_row_is_named_and_measured_anew(
     assert run(points, tmp_path / "out").measured == len(whole)
 
 
+def test_files_say_what_they_are_and_others_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet as parquet
+
+    point = Point(codec="raw", model=TINY, tokens=16)
+    folder, row = RowFolder(tmp_path), measure(point, str(tmp_path))
+    folder.add(row)
+    [path] = (tmp_path / "rows").iterdir()
+    about = parquet.read_schema(path).metadata
+    assert (about[b"kind"], about[b"version"]) == (b"sweep", b"1")
+    # Rows that a kvzip before this wrote say nothing of themselves.
+    parquet.write_table(parquet.read_table(path).replace_schema_metadata(), path)
+    assert len(folder.read()) == 1
+    monkeypatch.setattr(stored_rows, "VERSION", 2)
+    folder.add(row)
+    monkeypatch.undo()
+    later = path.read_bytes()
+    with pytest.raises(KVZipError, match="rows of version 2"):
+        run([point], tmp_path)
+    assert path.read_bytes() == later
+
+
 def test_many_rows_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_rows, "MERGE_ABOVE", 3)
     points = read_config(cheap(tmp_path, repeats=1))

@@ -1,0 +1,44 @@
+"""A profile from documents of a text, for evaluations of codecs that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvzip import capture
+from kvzip.models import LoadedModel
+from kvzip.profile import Profile
+from kvzip.snapshot import Snapshot
+
+Told = Callable[[str], Any]
+"""Called with a few words on what begins."""
+
+
+def learn(
+    loaded: LoadedModel,
+    documents: Sequence[capture.Document],
+    *,
+    dtype: str | None = None,
+    snapshots: Path | None = None,
+    resume: Path | None = None,
+    capturing: Told,
+    learning: Told,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Profile:
+    """Capture documents and learn a profile from them.
+
+    `snapshots`: a folder that keeps the captured caches; without it they are only in memory.
+    `resume`: a folder for finished layers, so that the same call goes on where an earlier one
+    ended. `capturing` is called before each document, `learning` before the profile, and `progress`
+    (what, done, total) while it is learned.
+    """
+    captured: list[Snapshot | Path] = []
+    for n, document in enumerate(documents):
+        capturing(f"capturing documents to learn from: {n + 1} of {len(documents)}")
+        if snapshots is None:
+            captured.append(capture.prefill(loaded, document.token_ids, dtype=dtype))
+        else:
+            captured += capture.capture(loaded, [document], snapshots, dtype=dtype)
+    learning(f"learning a profile from {len(captured)} documents")
+    return Profile.fit(captured, progress=progress, resume=resume)
