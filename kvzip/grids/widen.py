@@ -64,7 +64,7 @@ def widen_codes(
     _native.grid_widen(
         np.ascontiguousarray(codes),
         np.ascontiguousarray(scales),
-        grid.scale,
+        grid.scale or "",
         grid.narrow,
         grid.wide,
         grid.rounding == "through_fp32",
