@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from kvzip import capture, dtypes
 from kvzip.choice.cost import fit_prefill
-from kvzip.codec import get_codec
-from kvzip.errors import KVZipError
+from kvzip.codec import Codec, get_codec
+from kvzip.errors import KVZipError, UsageError
 from kvzip.eval.budget import Step
 from kvzip.eval.results.inputs import CodecRow, Inputs, Missing
 from kvzip.eval.results.provenance import made_by
@@ -22,6 +23,7 @@ from kvzip.eval.speed.learning import learn
 from kvzip.models import LoadedModel, load_model
 from kvzip.options import integer
 from kvzip.profile import Profile
+from kvzip.snapshot import Snapshot
 
 CODECS = ("raw", "zstd", "lz4", "planes", "channel")
 LENGTHS = (256, 512, 1024, 2048)
@@ -56,7 +58,7 @@ def measure(
     names = [dtypes.get(name).name for name in cache_dtypes]
     chosen = {spec: get_codec(spec) for spec in codecs}
     if not (lengths and names and chosen):
-        raise KVZipError("measured inputs need at least one length, one dtype and one codec")
+        raise UsageError("measured inputs need at least one length, one dtype and one codec")
     longest = max(*lengths, *prefill_lengths, 1)
     loaded: LoadedModel | None = None
     computed, fit, first = "", None, ""
@@ -73,46 +75,19 @@ def measure(
             step("timing the prefill")
             first = own
             fit = fit_prefill(prefill_seconds(loaded, cut.token_ids, prefill_lengths or lengths))
-        profiles: dict[bool, Profile | None] = {False: None}
-        failed: dict[str, str] = {}
-        learning = [spec for spec, codec in chosen.items() if codec.needs_profile]
-        if learning and profile_dtypes is not None and dtype not in profile_dtypes:
-            failed |= dict.fromkeys(learning, "no profile was wanted for this dtype")
-        elif learning:
-            try:
-                profiles[True] = _learn(loaded, text, lengths[-1], dtype, train, step)
-            except KVZipError as error:
-                failed |= dict.fromkeys(learning, str(error))
-        for length in lengths:
+        wanted = profile_dtypes is None or dtype in profile_dtypes
+        learners = [spec for spec, codec in chosen.items() if codec.needs_profile]
+        profile, reason = None, "no profile was wanted for this dtype"
+        if learners and wanted:
+            profile, reason = _learn(loaded, text, lengths[-1], dtype, train, step)
+        failed = dict.fromkeys(learners, reason) if profile is None else {}
+        for n, length in enumerate(lengths):
             # Learning and measuring are taken for one half of a dtype's work each.
-            share = (turn + (1 + lengths.index(length) / len(lengths)) / 2) / len(names)
-            step(f"capturing {length} tokens, {dtype}", share)
+            told = partial(step, share=(turn + (1 + n / len(lengths)) / 2) / len(names))
+            told(f"capturing {length} tokens, {dtype}")
             snapshot = capture.prefill(loaded, cut.token_ids[:length], dtype=dtype)
-            for spec in [spec for spec in chosen if spec not in failed]:
-                step(f"{spec} on {length} tokens, {dtype}", share)
-                codec = chosen[spec]
-                profile = profiles[codec.needs_profile]
-                try:
-                    found, _ = bench.measure(
-                        snapshot, codec, profile, threads=threads, repeat=repeat
-                    )
-                    if not found.exact:
-                        raise KVZipError(f"it did not give back {length} tokens as they were")
-                except KVZipError as error:
-                    failed[spec] = str(error)
-                    continue
-                rows.append(
-                    CodecRow(
-                        spec,
-                        dtype,
-                        length,
-                        snapshot.raw_bytes,
-                        found.ratio,
-                        found.encode_gbps,
-                        found.decode_gbps,
-                        found.exact,
-                    )
-                )
+            able = {spec: codec for spec, codec in chosen.items() if spec not in failed}
+            rows += _codec_rows(snapshot, able, profile, failed, threads, repeat, told)
         rows = [row for row in rows if row.dtype != dtype or row.codec not in failed]
         missing += [Missing(spec, dtype, reason) for spec, reason in failed.items()]
     if not rows:
@@ -136,16 +111,55 @@ def measure(
     )
 
 
+def _codec_rows(
+    snapshot: Snapshot,
+    codecs: Mapping[str, Codec],
+    profile: Profile | None,
+    failed: dict[str, str],
+    threads: int,
+    repeat: int,
+    told: Callable[[str], Any],
+) -> list[CodecRow]:
+    """What each codec makes of a cache. One that fails has no row: `failed` then says why."""
+    rows = []
+    for spec, codec in codecs.items():
+        told(f"{spec} on {snapshot.tokens} tokens, {snapshot.dtype}")
+        own = profile if codec.needs_profile else None
+        try:
+            found, _ = bench.measure(snapshot, codec, own, threads=threads, repeat=repeat)
+            if not found.exact:
+                raise KVZipError(f"it did not give back {snapshot.tokens} tokens as they were")
+        except KVZipError as error:
+            failed[spec] = str(error)
+            continue
+        rows.append(
+            CodecRow(
+                spec,
+                snapshot.dtype,
+                snapshot.tokens,
+                snapshot.raw_bytes,
+                found.ratio,
+                found.encode_gbps,
+                found.decode_gbps,
+                found.exact,
+            )
+        )
+    return rows
+
+
 def _learn(
     loaded: LoadedModel, text: Sequence[str], tokens: int, dtype: str, count: int, step: Step
-) -> Profile:
-    """A profile from documents of the text after the first."""
+) -> tuple[Profile | None, str]:
+    """A profile from documents of the text after the first; or None, and why there is none."""
 
     def told(what: str) -> None:
         step(f"{what}, {dtype}")
 
-    documents = capture.cut_documents(loaded.tokenizer, text, tokens, slice(1, 1 + count))
-    return learn(loaded, documents, dtype=dtype, capturing=told, learning=told)
+    try:
+        documents = capture.cut_documents(loaded.tokenizer, text, tokens, slice(1, 1 + count))
+        return learn(loaded, documents, dtype=dtype, capturing=told, learning=told), ""
+    except KVZipError as error:
+        return None, str(error)
 
 
 def prefill_seconds(

@@ -89,12 +89,9 @@ def links(
     choose_products(native_bf16)
     from kvzip.eval.links.run import run
 
-    sweeps: dict[float, list[int]] = {0.0: integers("--rates", rates)}
-    if delay:
-        sweeps[delay / 1e3] = integers("--delay-rates", delay_rates)
     with stages("starting") as (step, progress):
         found = run(
-            sweeps,
+            _sweeps(rates, delay, delay_rates),
             work,
             model=model,
             text=text or ["pydoc"],
@@ -109,6 +106,14 @@ def links(
             progress=progress,
         )
     _give(found, output, picture, page, as_json)
+
+
+def _sweeps(rates: str, delay: float | None, delay_rates: str) -> dict[float, list[int]]:
+    """The rates of the links, Mb/s, by their delay, in seconds."""
+    found = {0.0: integers("--rates", rates)}
+    if delay:
+        found[delay / 1e3] = integers("--delay-rates", delay_rates)
+    return found
 
 
 def _give(
