@@ -23,20 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.choice.cost import (
-    GB,
     HOUR,
     MONTH_HOURS,
-    TERA,
     CodecFigures,
     device_cost,
     load_cost,
     number,
-    prefill_at_peak,
-    token_cost,
 )
 from kvzip.errors import KVZipError
-from kvzip.eval.money import paper as stated
-from kvzip.eval.money.prices import Price, PriceBook, Shape, default_prices
 
 EXACT_RANKS = 1 << 12
 """Documents of the highest ranks that the closed form looks at one by one; the others in bins."""
@@ -421,81 +415,6 @@ def bills(fleet: Fleet, codecs: list[CodecFigures]) -> list[tuple[Counts, Bill]]
     return sorted(found, key=lambda pair: pair[1].dollars)
 
 
-# --- presets -----------------------------------------------------------------------------------
-
-
-def presets(prices: PriceBook | None = None) -> dict[str, Fleet]:
-    """Fleets by name. Those beside the paper's are made up, to span the scales."""
-    book = prices or default_prices()
-    base = book.base("paper-m1pro")
-    if base.api_input is None:
-        raise KVZipError("preset.paper-m1pro has no api_input price")
-    prefill = token_cost(stated.LONG, base.api_input.value)
-    the_paper = Fleet(
-        readers=stated.AGENTS,
-        raw_bytes=stated.BYTES_PER_TOKEN * stated.LONG,
-        prefill_seconds=stated.PREFILL[stated.LONG],
-        reuse_seconds=stated.REUSE[stated.LONG],
-        prefill_usd=prefill,
-        cached_usd=prefill * stated.CACHED_PRICE,
-        device_usd_per_hour=base.device.value,
-        egress=base.egress.value,
-        storage=0.0 if base.storage is None else base.storage.value,
-    )
-    h100 = book.base("h100-rented")
-    shape = book.model["qwen3-4b"]
-    if h100.compute is None or h100.storage is None:
-        raise KVZipError("preset.h100-rented has no compute or no storage")
-    rented = msgspec.structs.replace(
-        the_paper,
-        prefill_seconds=_modelled(shape, 8192, h100.compute),
-        raw_bytes=float(2 * shape.numbers_per_token * 8192),
-        reuse_seconds=0.01,
-        prefill_usd=None,
-        cached_usd=None,
-        device_usd_per_hour=h100.device.value,
-        egress=h100.egress.value,
-        storage=h100.storage.value,
-        node_bandwidth=100e9,
-        internal=book.egress["aws-zones"].value,
-    )
-    return {
-        "paper-80m": the_paper,
-        "one-reader": msgspec.structs.replace(rented, readers=1.0),
-        "team": msgspec.structs.replace(
-            rented,
-            readers=50.0,
-            reads_per_reader=100.0,
-            documents=200,
-            reads_per_write=50.0,
-            node_bytes=50 * GB,
-        ),
-        "company": msgspec.structs.replace(
-            rented,
-            readers=1e5,
-            reads_per_reader=20.0,
-            documents=100_000,
-            zipf=0.9,
-            reads_per_write=100.0,
-            regions=3,
-            nodes_per_region=4,
-            node_bytes=4e12,
-        ),
-        "world": msgspec.structs.replace(
-            rented,
-            readers=1e9,
-            reads_per_reader=10.0,
-            documents=100_000_000,
-            zipf=0.9,
-            reads_per_write=1000.0,
-            regions=20,
-            nodes_per_region=500,
-            node_bytes=30e12,
-            node_bandwidth=400e9,
-        ),
-    }
-
-
 def changed(fleet: Fleet, path: str | os.PathLike[str]) -> Fleet:
     """The fleet with the fields of a TOML file. Raises KVZipError that names file and field."""
     try:
@@ -509,9 +428,3 @@ def changed(fleet: Fleet, path: str | os.PathLike[str]) -> Fleet:
         raise KVZipError(f"fleet {path}: {error}; its fields are: {allowed}") from None
     except KVZipError as error:
         raise KVZipError(f"fleet {path}: {error}") from None
-
-
-def _modelled(shape: Shape, tokens: int, compute: Price) -> float:
-    speed = compute.value * TERA * compute.utilisation
-    model = prefill_at_peak(shape.parameters, shape.layers, shape.width, speed)
-    return model.seconds(tokens)

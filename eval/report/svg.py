@@ -201,19 +201,11 @@ def region_map(
     frame = _Frame(x, y, size, right=max(map(len, labels)) * _CHAR + 24)
     xs = [x.low * (x.high / x.low) ** (i / 96) for i in range(97)]
     curves = [[(frame.px(v), frame.py(line.y(v))) for v in xs] for line in lines]
-    real = [c for c, line in zip(curves, lines, strict=True) if line.style != "ideal"]
-    first = real[0]
-    furthest = max if wins_above else min  # pixels grow downwards
-    last = [(column[0][0], furthest(p[1] for p in column)) for column in zip(*real, strict=True)]
-    edge = frame.top - 60 if wins_above else frame.bottom + 60
-
     clip = f"{name}-clip"
     body = [
-        f'<clipPath id="{clip}"><rect x="{frame.left}" y="{frame.top}" '
-        f'width="{frame.right - frame.left}" height="{frame.bottom - frame.top}"/></clipPath>',
+        _clip_path(clip, frame),
         f'<g clip-path="url(#{clip})">',
-        f'<path class="wins" d="{_path(first)}L{frame.right} {edge}L{frame.left} {edge}Z"/>',
-        f'<path class="turns" d="{_path(first)}L{_path(last[::-1])[1:]}Z"/>',
+        *_regions(frame, curves, lines, wins_above),
         "</g>",
         frame.axes(),
     ]
@@ -223,6 +215,53 @@ def region_map(
         start, end = (frame.px(min(max(v, x.low), x.high)) for v in measured)
         body.append(f'<path class="measured" d="M{start:.1f} {frame.bottom}H{end:.1f}"/>')
         body.append(_text((start + end) / 2, frame.bottom - 7, "measured", "note", "middle"))
+    body += _guides(frame, guides)
+    body.append(f'<g clip-path="url(#{clip})">')
+    for line, curve in reversed(list(zip(lines, curves, strict=True))):
+        body.append(
+            f'<path class="line {line.style}" data-line="{escape(line.key)}" d="{_path(curve)}"/>'
+        )
+    body.append("</g>")
+    body += _line_names(frame, lines, labels, curves)
+    body += _named_marks(frame, points)
+    if own:
+        body.append(
+            f'<g class="own" data-own hidden><circle class="mark own" r="6"/>'
+            f"{_text(0, -10, own, 'label strong', 'middle')}</g>"
+        )
+    above = f' data-above="{"yes" if wins_above else "no"}"'
+    return _svg(name, size, title, description, "".join(body), frame.attribute() + above)
+
+
+def _clip_path(clip: str, frame: _Frame) -> str:
+    """The plot's rectangle, by which a group can be cut off."""
+    return (
+        f'<clipPath id="{clip}"><rect x="{frame.left}" y="{frame.top}" '
+        f'width="{frame.right - frame.left}" height="{frame.bottom - frame.top}"/></clipPath>'
+    )
+
+
+def _regions(
+    frame: _Frame,
+    curves: Sequence[Sequence[tuple[float, float]]],
+    lines: Sequence[Line],
+    wins_above: bool,
+) -> list[str]:
+    """The areas where loading wins with raw bytes already, and where it takes a codec."""
+    real = [c for c, line in zip(curves, lines, strict=True) if line.style != "ideal"]
+    first = real[0]
+    furthest = max if wins_above else min  # pixels grow downwards
+    last = [(column[0][0], furthest(p[1] for p in column)) for column in zip(*real, strict=True)]
+    edge = frame.top - 60 if wins_above else frame.bottom + 60
+    return [
+        f'<path class="wins" d="{_path(first)}L{frame.right} {edge}L{frame.left} {edge}Z"/>',
+        f'<path class="turns" d="{_path(first)}L{_path(last[::-1])[1:]}Z"/>',
+    ]
+
+
+def _guides(frame: _Frame, guides: Sequence[Guide]) -> list[str]:
+    """Thin lines with their names; one that would write over the name before goes without."""
+    body = []
     named = math.inf
     for guide in guides:
         if guide.vertical:
@@ -235,12 +274,17 @@ def region_map(
             if abs(at - named) > _LINE:
                 body.append(_text(frame.left + 9, at - 4, guide.label, "note", "start"))
             named = at
-    body.append(f'<g clip-path="url(#{clip})">')
-    for line, curve in reversed(list(zip(lines, curves, strict=True))):
-        body.append(
-            f'<path class="line {line.style}" data-line="{escape(line.key)}" d="{_path(curve)}"/>'
-        )
-    body.append("</g>")
+    return body
+
+
+def _line_names(
+    frame: _Frame,
+    lines: Sequence[Line],
+    labels: Sequence[str],
+    curves: Sequence[Sequence[tuple[float, float]]],
+) -> list[str]:
+    """The names of lines at their right ends, moved apart, each with a leader to its line."""
+    body = []
     ends = [min(max(c[-1][1], frame.top), frame.bottom) for c in curves]
     places = _spread(ends, frame.top + 4, frame.bottom - 4)
     for line, label, end, at in zip(lines, labels, ends, places, strict=True):
@@ -250,6 +294,12 @@ def region_map(
         )
         key = f' data-label="{escape(line.key)}"'
         body.append(_text(frame.right + 18, at + 4, label, "label", "start", key))
+    return body
+
+
+def _named_marks(frame: _Frame, points: Sequence[Point]) -> list[str]:
+    """Points with their names below them, one under the other where they would meet."""
+    body = []
     taken: list[tuple[float, float]] = []
     for point in points:
         body.append(_mark(frame, point))
@@ -260,13 +310,7 @@ def region_map(
             below += _LINE
         taken.append((at, below))
         body.append(_text(at, below, point.label, "label strong", "middle"))
-    if own:
-        body.append(
-            f'<g class="own" data-own hidden><circle class="mark own" r="6"/>'
-            f"{_text(0, -10, own, 'label strong', 'middle')}</g>"
-        )
-    above = f' data-above="{"yes" if wins_above else "no"}"'
-    return _svg(name, size, title, description, "".join(body), frame.attribute() + above)
+    return body
 
 
 def scatter(
@@ -284,11 +328,7 @@ def scatter(
     """Points with their names beside them, each as near as it has room; one whose label is empty
     is a mark only. `chain` joins places by a line; `guides` go across."""
     frame = _Frame(x, y, size, right=16)
-    body = [frame.axes()]
-    for guide in guides:
-        at = frame.py(guide.value)
-        body.append(f'<path class="guide" d="M{frame.left} {at:.1f}H{frame.right}"/>')
-        body.append(_text(frame.left + 9, at - 4, guide.label, "note", "start"))
+    body = [frame.axes(), *_guides(frame, guides)]
     if chain:
         places = [(frame.px(a), frame.py(b)) for a, b in chain]
         body.append(f'<path class="line ideal" d="{_path(places)}"/>')
@@ -475,8 +515,7 @@ def curves(
     frame = _Frame(x, y, size, right=max(len(c.label) for c in lines) * _CHAR + 24)
     clip = f"{name}-clip"
     body = [
-        f'<clipPath id="{clip}"><rect x="{frame.left}" y="{frame.top}" '
-        f'width="{frame.right - frame.left}" height="{frame.bottom - frame.top}"/></clipPath>',
+        _clip_path(clip, frame),
         frame.axes(),
         f'<g clip-path="url(#{clip})">',
     ]

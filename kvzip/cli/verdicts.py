@@ -143,12 +143,13 @@ def fleet(
     """
     from kvzip.choice.auto import MEASURED
     from kvzip.eval.money import fleet as fleets
+    from kvzip.eval.money.fleet_presets import presets
     from kvzip.eval.money.prices import load_prices, pick
     from kvzip.eval.quantities import dollars, significant
     from kvzip.eval.results.inputs import Inputs
     from kvzip.eval.results.stored import load
 
-    chosen = pick("fleet", fleets.presets(load_prices(*(price_file or []))), preset)
+    chosen = pick("fleet", presets(load_prices(*(price_file or []))), preset)
     if config is not None:
         chosen = fleets.changed(chosen, config)
     names = split_specs(codecs)
@@ -205,8 +206,8 @@ def paper(
         A result of kvzip eval exactness, to stand beside the paper's tokens and logits.
     """
     from kvzip.choice.auto import MEASURED
-    from kvzip.eval.money.paper import reproduction
     from kvzip.eval.money.prices import load_prices
+    from kvzip.eval.money.reproduction import reproduction
     from kvzip.eval.results.exactness import ExactnessResult
     from kvzip.eval.results.inputs import Inputs
     from kvzip.eval.results.stored import load

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvzip.choice.cost import CodecFigures
 from kvzip.errors import KVZipError
 from kvzip.eval.money import fleet as f
+from kvzip.eval.money.fleet_presets import presets
 
 RAW = CodecFigures("raw", 1.0, math.inf)
 HALF = CodecFigures("half", 2.0, 1e9)
@@ -120,7 +121,7 @@ def test_hits_are_what_they_can_be(
 
 
 def test_the_papers_fleet() -> None:
-    the_paper = f.presets()["paper-80m"]
+    the_paper = presets()["paper-80m"]
     counts = f.count(the_paper)
     assert counts.method == "closed form" and counts.reads == 80e6
     everyone = f.bill(the_paper, counts, "prefill")
@@ -152,11 +153,11 @@ def test_bills_add_up_and_come_cheapest_first() -> None:
 
 
 def test_every_preset_can_be_counted_and_billed() -> None:
-    for name, preset in f.presets().items():
+    for name, preset in presets().items():
         found = f.bills(preset, [RAW, HALF])
         assert all(math.isfinite(b.dollars) and b.dollars > 0 for _, b in found), name
-    assert f.count(f.presets()["one-reader"]).hits == 0
-    assert f.count(f.presets()["world"]).reads == 1e10
+    assert f.count(presets()["one-reader"]).hits == 0
+    assert f.count(presets()["world"]).reads == 1e10
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import pytest
 
 from kvzip.choice.auto import MEASURED
 from kvzip.errors import KVZipError
-from kvzip.eval.money.paper import PaperRow, paper_table, ratio_needed, reproduction
+from kvzip.eval.money.paper import PaperRow, paper_table, ratio_needed
 from kvzip.eval.money.prices import default_prices
+from kvzip.eval.money.reproduction import reproduction
 from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
 from kvzip.eval.results.inputs import Inputs
 from kvzip.eval.results.stored import load

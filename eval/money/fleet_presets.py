@@ -1,0 +1,95 @@
+"""Fleets by name, from one reader to the paper's 80 million agents and beyond."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvzip.choice.cost import GB, TERA, prefill_at_peak, token_cost
+from kvzip.errors import KVZipError
+from kvzip.eval.money import paper as stated
+from kvzip.eval.money.fleet import Fleet
+from kvzip.eval.money.prices import PriceBook, default_prices
+
+
+def presets(prices: PriceBook | None = None) -> dict[str, Fleet]:
+    """Fleets by name. Those beside the paper's are made up, to span the scales."""
+    book = prices or default_prices()
+    the_paper = _paper(book)
+    rented = _rented(book)
+    return {
+        "paper-80m": the_paper,
+        "one-reader": msgspec.structs.replace(rented, readers=1.0),
+        "team": msgspec.structs.replace(
+            rented,
+            readers=50.0,
+            reads_per_reader=100.0,
+            documents=200,
+            reads_per_write=50.0,
+            node_bytes=50 * GB,
+        ),
+        "company": msgspec.structs.replace(
+            rented,
+            readers=1e5,
+            reads_per_reader=20.0,
+            documents=100_000,
+            zipf=0.9,
+            reads_per_write=100.0,
+            regions=3,
+            nodes_per_region=4,
+            node_bytes=4e12,
+        ),
+        "world": msgspec.structs.replace(
+            rented,
+            readers=1e9,
+            reads_per_reader=10.0,
+            documents=100_000_000,
+            zipf=0.9,
+            reads_per_write=1000.0,
+            regions=20,
+            nodes_per_region=500,
+            node_bytes=30e12,
+            node_bandwidth=400e9,
+        ),
+    }
+
+
+def _paper(book: PriceBook) -> Fleet:
+    """The paper's 80 million agents, each of which reads one document once."""
+    base = book.base("paper-m1pro")
+    if base.api_input is None:
+        raise KVZipError("preset.paper-m1pro has no api_input price")
+    prefill = token_cost(stated.LONG, base.api_input.value)
+    return Fleet(
+        readers=stated.AGENTS,
+        raw_bytes=stated.BYTES_PER_TOKEN * stated.LONG,
+        prefill_seconds=stated.PREFILL[stated.LONG],
+        reuse_seconds=stated.REUSE[stated.LONG],
+        prefill_usd=prefill,
+        cached_usd=prefill * stated.CACHED_PRICE,
+        device_usd_per_hour=base.device.value,
+        egress=base.egress.value,
+        storage=0.0 if base.storage is None else base.storage.value,
+    )
+
+
+def _rented(book: PriceBook) -> Fleet:
+    """The same fleet with documents of 8,192 tokens, bf16, that prefills on rented H100s."""
+    h100 = book.base("h100-rented")
+    shape = book.model["qwen3-4b"]
+    if h100.compute is None or h100.storage is None:
+        raise KVZipError("preset.h100-rented has no compute or no storage")
+    speed = h100.compute.value * TERA * h100.compute.utilisation
+    model = prefill_at_peak(shape.parameters, shape.layers, shape.width, speed)
+    return msgspec.structs.replace(
+        _paper(book),
+        prefill_seconds=model.seconds(8192),
+        raw_bytes=float(2 * shape.numbers_per_token * 8192),
+        reuse_seconds=0.01,
+        prefill_usd=None,
+        cached_usd=None,
+        device_usd_per_hour=h100.device.value,
+        egress=h100.egress.value,
+        storage=h100.storage.value,
+        node_bandwidth=100e9,
+        internal=book.egress["aws-zones"].value,
+    )
