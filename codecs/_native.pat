@@ -15,6 +15,13 @@
 ^kvzip.codecs._native.Output.take$:
     def take(self) -> bytes: ...
 
+^kvzip.codecs._native.grid_widen$:
+    \from typing import Any
+    def grid_widen(codes: NDArray[numpy.uint8], scales: NDArray[Any], scale: str, narrow: str, wide: str, through_fp32: bool, group_tokens: int, group_channels: int, first_token: int, out: NDArray[Any]) -> None: ...
+
+^kvzip.codecs._native.grid_suspicions$:
+    def grid_suspicions(numbers: NDArray[Any], wide: str) -> int: ...
+
 ^kvzip.codecs._native.join_bits$:
     def join_bits(planes: NDArray[numpy.uint8], n: int) -> NDArray[numpy.uint8] | NDArray[numpy.uint16] | NDArray[numpy.uint32]: ...
 
