@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from kvzip.store import Store
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("codecs/**/*.md")]
+PAGES = [p for under in ("*", "docs/*", "codecs/**/*", "kvzip/**/*") for p in ROOT.glob(f"{under}.md")]
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -145,3 +146,53 @@ def paths_in(text: str) -> list[str]:
 def test_files_that_a_page_names_exist(page):
     for path in paths_in(page.read_text()):
         assert list(ROOT.glob(path.rstrip("/"))), path
+
+
+# --- the house -----------------------------------------------------------------------------------
+
+ARCHITECTURE = (DOCS / "architecture.md").read_text()
+
+
+def folders() -> list[str]:
+    """Every folder of the library, the codecs, the evaluation and the benchmarks."""
+    tops = [ROOT / name for name in ("kvzip", "codecs", "eval", "benchmarks")]
+    files = (file for top in tops for end in ("py", "cpp", "cuh") for file in top.rglob(f"*.{end}"))
+    return sorted({str(file.parent.relative_to(ROOT)) for file in files})
+
+
+@pytest.mark.parametrize("folder", folders())
+def test_every_folder_has_its_place_in_the_architecture(folder):
+    headings = re.findall(r"^### (\S+)/$", ARCHITECTURE, re.MULTILINE)
+    assert folder in headings or f"`{folder}/`" in ARCHITECTURE
+
+
+def test_every_loose_module_of_the_library_is_in_the_architecture():
+    loose = list((ROOT / "kvzip").glob("*.py"))
+    assert loose
+    for file in loose:
+        assert f"`kvzip/{file.name}`" in ARCHITECTURE
+
+
+def test_a_folders_files_that_the_architecture_names_exist():
+    """In a folder's paragraph, a bare file name is one of that folder."""
+    paragraphs = re.findall(r"^- `.*?(?=\n- |\n\n)", ARCHITECTURE, re.MULTILINE | re.DOTALL)
+    named = 0
+    for paragraph in paragraphs:
+        own = re.findall("`([^`]+/)`", re.match("- (?:`[^`]+/`(?:, | and )?)+", paragraph)[0])
+        for name in re.findall(r"`([\w*]+\.(?:py|cpp|hpp|cuh|json|toml|md))`", paragraph):
+            assert any(list((ROOT / folder).glob(name)) for folder in own), (own, name)
+            named += 1
+    assert named > 30
+
+
+def test_the_picture_has_the_floors_that_the_code_is_held_to():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = project["tool"]["importlinter"]["contracts"]
+    [layers] = [c["layers"] for c in contracts if c["type"] == "layers"]
+    picture = re.search(r"```\n(.*?)```", ARCHITECTURE, re.DOTALL)[1]
+    floors: list[set[str]] = []
+    for names in re.findall(r"│ ([^│]{31}) [^│]+ │", picture):
+        if not names.startswith("·"):
+            floors.append(set())
+        floors[-1] |= {f"kvzip.{name}" for name in re.findall(r"[a-z_.]+", names)}
+    assert floors == [set(re.findall(r"[a-z_.]+", layer)) for layer in layers]
