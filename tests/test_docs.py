@@ -19,7 +19,8 @@ from kvzip.store import Store
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [p for under in ("*", "docs/*", "codecs/**/*", "kvzip/**/*") for p in ROOT.glob(f"{under}.md")]
+UNDER = ("*.md", "docs/*.md", "codecs/**/*.md", "kvzip/**/*.md")
+PAGES = [page for under in UNDER for page in ROOT.glob(under)]
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
