@@ -62,8 +62,10 @@ class Target(Coded, gc=False):
 class Chain(NamedTuple):
     """How far the blocks of one token range are decoded, and what the next one may need."""
 
-    at: int
+    decoded: list[int]
+    """The rows that were decoded, in order."""
     done: dict[Key, Bits]
+    """The numbers of those that others may need."""
     scratch: dict[str, Any]
 
 
@@ -97,7 +99,7 @@ class Decoding:
         from each other."""
         codec, blocks = self.blocks.codec, self.blocks
         if not codec.independent:
-            found = plan.chains(blocks.index, self.request, codec.needs)
+            found = plan.chains(blocks.layout, blocks.index, self.request, codec.needs)
             return [(chain[0], partial(self._decode_chain, chain)) for chain in found]
         rows = plan.rows(blocks.layout, blocks.index, self.request)
         threads = workers if codec.threaded else 1
@@ -129,12 +131,12 @@ class Decoding:
         fill(self.blocks, targets, min(threads, len(rows)))
         return rows
 
-    def _decode_chain(self, rows: Sequence[int]) -> Sequence[int]:
+    def _decode_chain(self, rows: list[int]) -> Sequence[int]:
         """Decode blocks of which each may need those before it; return them."""
         last = self.blocks.last_uses
         key_of, needs = self.blocks.index.key, self.blocks.codec.needs
         chain = self._resumed(rows)
-        for row in rows[chain.at :]:
+        for row in rows[len(chain.decoded) :]:
             key = key_of[row]
             earlier = {k: chain.done[k] for k in needs(*key) if k in chain.done}
             target = self._target(row, earlier, chain.scratch)
@@ -142,16 +144,21 @@ class Decoding:
             chain.done[key] = target.out
             for old in [k for k in chain.done if last.get(k, 0) <= row]:
                 del chain.done[old]
-        self._chains[rows[0]] = chain._replace(at=len(rows))
+        self._chains[rows[0]] = chain._replace(decoded=rows)
         return rows
 
-    def _resumed(self, rows: Sequence[int]) -> Chain:
-        """Where to begin with a chain: after what was decoded before, when only layers that come
-        after are wanted. So layer after layer costs no more than all at once."""
+    def _resumed(self, rows: list[int]) -> Chain:
+        """Where to begin with a chain: after what was decoded before, when that is its beginning
+        and only layers that come after are wanted. So layer after layer costs no more than all at
+        once."""
         chain = self._chains.pop(rows[0], None)
         key_of, cuts = self.blocks.index.key, self.request.cuts
-        if chain is None or any(key_of[row][0] in cuts for row in rows[: chain.at]):
-            return Chain(0, {}, {})
+        if (
+            chain is None
+            or chain.decoded != rows[: len(chain.decoded)]
+            or any(key_of[row][0] in cuts for row in chain.decoded)
+        ):
+            return Chain([], {}, {})
         return chain
 
     def _target(self, row: int, *more: Any) -> Target:

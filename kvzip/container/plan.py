@@ -98,7 +98,7 @@ def extents(layout: Layout, block_tokens: int, request: Request) -> list[Extent]
     for i in request.layers:
         layer, cut = layout.layers[i], request.cuts[i]
         first, end = cut.first, cut.cumulative_length
-        if cut is not layer:
+        if cut.stored and cut is not layer:
             begin = max(layer.first, first // block_tokens * block_tokens)
             after = min(layer.cumulative_length, -(-end // block_tokens) * block_tokens)
             if 2 * cut.stored >= after - begin:  # less is not worth keeping all for
@@ -130,24 +130,26 @@ def rows(layout: Layout, index: Index, request: Request) -> list[int]:
     return list(itertools.chain.from_iterable(rows_by_part(layout, index, request).values()))
 
 
-def chains(index: Index, request: Request, needs: Needs) -> list[list[int]]:
+def chains(layout: Layout, index: Index, request: Request, needs: Needs) -> list[list[int]]:
     """The rows to decode where blocks need others, as chains: each block stands behind those of the
     same tokens that it needs, and no chain needs another."""
+    position, tokens = index.position, index.tokens
+    # Blocks of a chain end at the same token, wherever their layers begin.
+    found: dict[int, list[int]] = {
+        position[row] + tokens[row]: [] for row in rows(layout, index, request)
+    }
     needed: set[Key] = set()
-    left = [(i, part) for i in request.cuts for part in PARTS]
+    left = [(i, part) for i, cut in request.cuts.items() if cut.stored for part in PARTS]
     while left:
         key = left.pop()
         if key not in needed:
             needed.add(key)
             left += needs(*key)
-    begin = min((cut.first for cut in request.cuts.values()), default=0)
-    end = max((cut.cumulative_length for cut in request.cuts.values()), default=0)
-    found: dict[int, list[int]] = {}
     for key in sorted(needed):  # the order of the file: what is needed comes before
-        for row in _within(index, index.rows[key][1:], begin, end):
-            # Blocks of a chain end at the same token, wherever their layers begin.
-            stop = index.position[row] + index.tokens[row]
-            found.setdefault(stop, []).append(row)
+        for row in index.rows[key][1:]:
+            chain = found.get(position[row] + tokens[row])
+            if chain is not None:
+                chain.append(row)
     return list(found.values())
 
 
@@ -166,7 +168,7 @@ def entries_read(layout: Layout, index: Index, request: Request, needs: Needs | 
     blocks = (
         rows(layout, index, request)
         if needs is None
-        else itertools.chain.from_iterable(chains(index, request, needs))
+        else itertools.chain.from_iterable(chains(layout, index, request, needs))
     )
     found: set[int] = set()
     for row in blocks:
@@ -185,5 +187,7 @@ def batches(rows: Sequence[int], workers: int, threaded: bool) -> list[Sequence[
 
 def _within(index: Index, rows: Iterable[int], begin: int, end: int) -> list[int]:
     """Those of the blocks that hold any of these positions."""
+    if begin >= end:
+        return []
     position, tokens = index.position, index.tokens
     return [r for r in rows if position[r] < end and position[r] + tokens[r] > begin]
