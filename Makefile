@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cpp codecs/*/*.hpp)
+# What builds the codecs is in the environment, too, so that what is compiled is kept (in build/) and only what
+# changed is compiled again, for the tests' wheel as well.
+BUILD := 'scikit-build-core>=1.0' 'nanobind>=2.10' 'cmake>=3.26' ninja
 # What is installed, and no more: each of these takes the extra of its name, and what is within it.
 DEMO := $(VENV)/.demo
 TEST := $(VENV)/.test
@@ -18,7 +21,7 @@ demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
 
 test: $(TEST)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The store with writers killed at random, a thousand puts and gets, and what else takes long.
 test-long: $(TEST)
@@ -143,5 +146,6 @@ clean:
 $(DEMO) $(TEST) $(READY): $(VENV)/.%: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing kvzip[$*] into $(VENV) and compiling the codecs: some minutes the first time"
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt $(BUILD)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$*]'
 	touch $(addprefix $(VENV)/.,$(WITHIN_$*))

@@ -7,6 +7,9 @@ import os
 # As the command line does it: torch's threads are not to spin while they wait, which takes most of
 # the processor's time where tests run beside other work. Torch reads it once, when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processors
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 import pytest
 from hypothesis import HealthCheck, settings

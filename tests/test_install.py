@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import venv
@@ -29,7 +30,11 @@ print(*kvzip.codec_names())
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder]
-    subprocess.run([*pip, "--config-settings=build-dir=" + str(folder / "build"), ROOT], check=True)
+    if importlib.util.find_spec("scikit_build_core"):  # as `make` installed it: nothing is compiled
+        pip += ["--no-build-isolation"]
+    else:
+        pip += ["--config-settings=build-dir=" + str(folder / "build")]
+    subprocess.run([*pip, ROOT], check=True)
     [path] = folder.glob("*.whl")
     return path
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,11 +86,13 @@ def step_instructions(listing: str) -> dict[str, float]:
     return found
 
 
-def measured() -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, float] | None]:
-    """By architecture, of each kernel; and the instructions of `channel`'s step."""
+def measured(
+    architectures: Sequence[str] = ARCHITECTURES,
+) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, float] | None]:
+    """What each kernel takes, by architecture; and the instructions of `channel`'s step."""
     import cuda.core  # noqa: F401 - once, before threads do at the same time
 
-    jobs = [(source, architecture) for source in KERNELS for architecture in ARCHITECTURES]
+    jobs = [(source, architecture) for source in KERNELS for architecture in architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = dict(zip(jobs, pool.map(lambda job: compiled_anew(*job), jobs), strict=True))
     found: dict[str, dict[str, dict[str, int]]] = {}
@@ -107,15 +110,25 @@ def measured() -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, float] |
     return found, step_instructions(done.stdout)
 
 
+# One architecture is compiled with every run of the tests, all of them with `make test-long`.
+@pytest.fixture(
+    scope="module",
+    params=[(STEP_ARCHITECTURE,), pytest.param(ARCHITECTURES, marks=pytest.mark.long)],
+    ids=[STEP_ARCHITECTURE, "all"],
+)
+def architectures(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def taken():
+def taken(architectures):
     pytest.importorskip("cuda.core", reason="NVRTC (kvzip[gpu]) is not installed")
-    return measured()
+    return measured(architectures)
 
 
-def test_every_kernel_compiles_for_every_architecture(taken):
+def test_every_kernel_compiles(taken, architectures):
     budgets = json.loads(BUDGETS.read_text())
-    assert set(taken[0]) == set(ARCHITECTURES)
+    assert set(taken[0]) == set(architectures)
     for kernels in taken[0].values():
         assert set(kernels) == set(budgets["kernels"])
 
