@@ -131,7 +131,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -C wheel.cmake=false --target $(INSTALLED) .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -C wheel.cmake=false --target $(INSTALLED) .
 	cd $(INSTALLED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy -p kvzip
 	cd $(INSTALLED) && PYTHONPATH=$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 	  $(abspath $(BIN))/python -S $(abspath $(BIN))/lint-imports --no-logo $(CURDIR)/pyproject.toml
