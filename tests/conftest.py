@@ -42,7 +42,7 @@ def s3(tmp_path_factory):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
-    """What a test printed goes from a worker to pytest as UTF-8, which names that are not cannot."""
+    """What a test printed goes to pytest as UTF-8, which names that are not cannot."""
     report = yield
     report.sections = [
         (title, text.encode("utf-8", "backslashreplace").decode())
