@@ -4,31 +4,31 @@ what quantising the cache does to the same tokens."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvzip import api, dtypes
+from kvzip import api, capture
 from kvzip.codec import get_codec
-from kvzip.dtypes import Bits
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import KVZipError
 from kvzip.eval.budget import Step
+from kvzip.eval.exactness.lossy import LOSSY, quantised
 from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
 from kvzip.eval.results.provenance import made_by
 from kvzip.models import load_model
 from kvzip.options import integer
 from kvzip.profile import Profile
-from kvzip.snapshot import Layer, Snapshot
+from kvzip.snapshot import Snapshot
 
-LOSSY = {"int8": 8, "int4": 4}
-"""Bits of the references that are not exact."""
 SUFFIX = 16
 """Tokens that a continuation puts after the document."""
 
 if TYPE_CHECKING:
-    from kvzip.eval.exactness.check import Agreement, Exactness
+    from kvzip.eval.exactness.check import Agreement, Exactness, Reference
 
 
 def run(
@@ -58,16 +58,11 @@ def run(
         raise KVZipError("exactness needs at least one snapshot")
     continuations = integer("continuations", continuations, 1, 1000)
     new_tokens = integer("new_tokens", new_tokens, 1, 100_000)
-    if unknown := set(lossy) - set(LOSSY):
-        raise KVZipError(f"no lossy reference {unknown.pop()!r}; there are: {', '.join(LOSSY)}")
-    chosen = {spec: get_codec(spec) for spec in codecs}
-    learned = None if profile is None else Profile.load(profile)
+    ways = _Ways(codecs, lossy, None if profile is None else Profile.load(profile))
     first = Snapshot.load(snapshots[0])
     if loaded is None:
         step(f"loading {model or first.origin.model}")
-        computed = "bf16" if dtypes.get(first.dtype).bits == 8 else first.dtype
-        loaded = load_model(model or first.origin.model, computed)
-    sums = {name: _Sum(name, name in lossy) for name in (*chosen, *lossy)}
+        loaded = load_model(model or first.origin.model, capture.computed_in(first.dtype))
     fresh = _Sum("fresh prefill", False)
     names, tokens = [], []
     for n, path in enumerate(snapshots):
@@ -76,39 +71,21 @@ def run(
             raise KVZipError(f"{path} is not of the model and dtype of {snapshots[0]}")
         names.append(snapshot.origin.text or Path(path).name)
         tokens.append(snapshot.tokens)
+        told = partial(_tell, step, n, len(snapshots))
         following = Snapshot.load(snapshots[(n + 1) % len(snapshots)]).token_ids
-        blobs: dict[str, bytes] = {}
-        for spec, codec in chosen.items():
-            step(
-                f"document {n + 1} of {len(snapshots)}: encoding with {spec}",
-                n / len(snapshots),
-            )
-            own = learned if codec.needs_profile else None
-            blobs[spec] = api.encode(snapshot, codec, own)
-            sums[spec].sizes(snapshot.raw_bytes, len(blobs[spec]))
-        for name in lossy:
-            rounded, size = quantised(snapshot, LOSSY[name])
-            blobs[name] = api.encode(rounded, "raw")
-            sums[name].sizes(snapshot.raw_bytes, size)
+        blobs = ways.encode(snapshot, told)
         for c in range(continuations):
-            step(
-                f"document {n + 1} of {len(snapshots)}, continuation {c + 1} of {continuations}",
-                (n + c / continuations) / len(snapshots),
-            )
-            suffix = (
-                ()
-                if c == 0 or following is None
-                else np.ravel(following)[(c - 1) * SUFFIX : c * SUFFIX]
-            )
+            told(f", continuation {c + 1} of {continuations}", c / continuations)
             reference = Reference(
-                loaded.model, snapshot, new_tokens=new_tokens, fresh=True, suffix=suffix
+                loaded.model,
+                snapshot,
+                new_tokens=new_tokens,
+                fresh=True,
+                suffix=_suffix(following, c),
             )
             assert reference.fresh is not None
             fresh.agreement(reference.fresh.agreement(reference.uncompressed), new_tokens)
-            for name, blob in blobs.items():
-                needs = name in chosen and chosen[name].needs_profile
-                found = reference.check(blob, learned if needs else None)
-                sums[name].add(found, last=c == continuations - 1)
+            ways.check(reference, blobs, last=c == continuations - 1)
     return ExactnessResult(
         **made_by(command),
         model=loaded.id,
@@ -118,9 +95,58 @@ def run(
         document_tokens=tokens,
         continuations=continuations,
         new_tokens=new_tokens,
-        rows=[s.row() for s in sums.values()],
+        rows=[s.row() for s in ways.sums.values()],
         fresh=fresh.row(),
     )
+
+
+def _tell(step: Step, document: int, documents: int, what: str, done: float = 0.0) -> None:
+    """Say what is done with a document, of which the share `done` is behind."""
+    step(f"document {document + 1} of {documents}{what}", (document + done) / documents)
+
+
+def _suffix(following: NDArray[np.int64] | None, continuation: int) -> Sequence[int]:
+    """The tokens of the next document that a continuation puts after the document."""
+    if continuation == 0 or following is None:
+        return ()
+    found: list[int] = np.ravel(following)[(continuation - 1) * SUFFIX :][:SUFFIX].tolist()
+    return found
+
+
+class _Ways:
+    """The codecs and the lossy references, and what each was found to change so far.
+
+    Raises KVZipError for a reference that there is not.
+    """
+
+    def __init__(self, codecs: Sequence[str], lossy: Sequence[str], profile: Profile | None):
+        if unknown := set(lossy) - set(LOSSY):
+            raise KVZipError(f"no lossy reference {unknown.pop()!r}; there are: {', '.join(LOSSY)}")
+        self.codecs = {spec: get_codec(spec) for spec in codecs}
+        self.lossy, self.profile = lossy, profile
+        self.sums = {name: _Sum(name, name in lossy) for name in (*self.codecs, *lossy)}
+
+    def encode(self, snapshot: Snapshot, told: Callable[[str], None]) -> dict[str, bytes]:
+        """The snapshot's file in each way; of a lossy one, its rounded numbers'."""
+        blobs = {}
+        for spec, codec in self.codecs.items():
+            told(f": encoding with {spec}")
+            blobs[spec] = api.encode(snapshot, codec, self._profile_of(spec))
+            self.sums[spec].sizes(snapshot.raw_bytes, len(blobs[spec]))
+        for name in self.lossy:
+            rounded, size = quantised(snapshot, LOSSY[name])
+            blobs[name] = api.encode(rounded, "raw")
+            self.sums[name].sizes(snapshot.raw_bytes, size)
+        return blobs
+
+    def check(self, reference: Reference, blobs: Mapping[str, bytes], last: bool) -> None:
+        """Count what each way changes; `last`: in the document's last continuation."""
+        for name, blob in blobs.items():
+            self.sums[name].add(reference.check(blob, self._profile_of(name)), last)
+
+    def _profile_of(self, name: str) -> Profile | None:
+        needs = name in self.codecs and self.codecs[name].needs_profile
+        return self.profile if needs else None
 
 
 class _Sum:
@@ -170,36 +196,3 @@ class _Sum:
             self.worst or 0,
             self.logits,
         )
-
-
-def quantised(snapshot: Snapshot, bits: int) -> tuple[Snapshot, int]:
-    """The snapshot with every number rounded to `bits`, and the bytes that it would take.
-
-    Each channel of each head, keys and values apart, has its own scale, the largest magnitude over
-    its tokens; ``round(x / scale * m) / m * scale`` with m = 2^(bits - 1) - 1. Bytes: the integers
-    and one fp16 scale a channel. The last token stays as it is: `load_cache` compares its keys with
-    what the model computes, and would take rounded ones for another text. Raises UnsupportedError
-    for 8-bit floats.
-    """
-    import torch
-
-    form = dtypes.get(snapshot.dtype)
-    if form.bits == 8:
-        raise UnsupportedError(f"{form.name} has eight bits already: no lossy reference for it")
-    most = 2 ** (bits - 1) - 1
-    layers, size = [], 0
-
-    def rounded(part: Bits) -> Bits:
-        nonlocal size
-        kind = getattr(torch, form.torch)
-        signed = part.view(part.dtype.str.replace("u", "i"))
-        numbers = torch.from_numpy(np.array(signed)).view(kind).float()
-        scale = numbers.abs().amax(dim=-2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        size += numbers.numel() * bits // 8 + 2 * scale.numel()
-        back = (numbers / scale * most).round() / most * scale
-        back[..., -1, :] = numbers[..., -1, :]
-        return dtypes.as_bits(back.to(kind))[0]
-
-    for layer in snapshot.layers:
-        layers.append(Layer(rounded(layer.k), rounded(layer.v), layer.layout))
-    return Snapshot(layers, form.name, snapshot.token_ids, snapshot.origin), size

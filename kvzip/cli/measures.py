@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from cyclopts import Parameter
@@ -25,6 +25,10 @@ from kvzip.codec_spec import split_specs
 from kvzip.errors import UsageError
 from kvzip.files import replacing
 from kvzip.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from kvzip.eval.results.bench import BenchResult
+    from kvzip.eval.results.entropy import EntropyResult
 
 
 @app.command(name="entropy")
@@ -79,22 +83,23 @@ def entropy_command(
                 file.write(content)
         said["figures"] = [str(out / name) for name in drawn]
 
-    def show() -> None:
-        for found in files:
-            say(f"{found.file} ({found.dtype})")
-            table = Table("field", "bits", "K", "V")
-            for m in found.planes:
-                table.add_row(m.plane, str(m.width), f"{m.k:.3f}", f"{m.v:.3f}")
-            show_table(table)
-        table = Table("model", "learned from", "bits", "K", "V", "ratio", title="ideal code length")
-        width = dtypes.get(ladder.dtype).bits
-        for rung in ladder.rungs:
-            ratio = f"{width / rung.bits:.3f}" if rung.bits else ""
-            bits = [f"{b:.3f}" for b in (rung.bits, rung.k, rung.v)]
-            table.add_row(rung.name, rung.learned, *bits, ratio)
-        show_table(table)
+    emit(said, as_json, lambda: _show_entropy(result))
 
-    emit(said, as_json, show)
+
+def _show_entropy(result: EntropyResult) -> None:
+    for found in result.files:
+        say(f"{found.file} ({found.dtype})")
+        table = Table("field", "bits", "K", "V")
+        for m in found.planes:
+            table.add_row(m.plane, str(m.width), f"{m.k:.3f}", f"{m.v:.3f}")
+        show_table(table)
+    table = Table("model", "learned from", "bits", "K", "V", "ratio", title="ideal code length")
+    width = dtypes.get(result.ladder.dtype).bits
+    for rung in result.ladder.rungs:
+        ratio = f"{width / rung.bits:.3f}" if rung.bits else ""
+        bits = [f"{b:.3f}" for b in (rung.bits, rung.k, rung.v)]
+        table.add_row(rung.name, rung.learned, *bits, ratio)
+    show_table(table)
 
 
 @app.command
@@ -127,23 +132,17 @@ def bench(
         A stored result: its tables and charts become an HTML page (default: beside it; tables in
         Markdown where --out ends in .md), and nothing is run.
     """
-    from kvzip.eval.results import stored
-    from kvzip.eval.results.bench import BenchResult
-
     if draw is not None:
-        from kvzip.eval.report import bench as drawing
-
         if snapshots:
             raise UsageError("--draw takes a stored result and no snapshots")
-        page = out or draw.with_suffix(".html")
-        drawing.write(stored.load(draw, BenchResult), page)
-        emit({"page": str(page)}, as_json, lambda: say(str(page)))
+        _draw(draw, out or draw.with_suffix(".html"), as_json)
         return
     if not snapshots:
         raise UsageError("name the snapshots to measure on, or a stored result with --draw")
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"{out.parent} is not a folder")  # known before minutes of measuring
     from kvzip.benchmarks.run import run
+    from kvzip.eval.results import stored
 
     learned = read_profile(profile)
     if codecs is None:
@@ -162,26 +161,37 @@ def bench(
     if out is not None:
         stored.save(result, out)
 
-    def show() -> None:
-        for snapshot in result.snapshots:
-            columns = ("ratio", "bits", "encode GB/s", "decode GB/s", "of memcpy", "exact")
-            say(f"{snapshot.file}: {snapshot.model}, {snapshot.dtype}")
-            table = Table(Column("codec", no_wrap=True), *columns)
-            for r in result.rows:
-                if r.file == snapshot.file:
-                    table.add_row(
-                        r.title,
-                        f"{r.ratio:.3f}",
-                        f"{r.bits_per_value:.2f}",
-                        f"{r.encode_gbps:.2f}",
-                        f"{r.decode_gbps:.2f}",
-                        f"{r.decode_of_memcpy:.2f}",
-                        "yes" if r.exact else "NO",
-                    )
-            show_table(table)
-        for m in result.missing:
-            say(f"missing: {m.name}: {m.reason}")
-
-    emit(msgspec.to_builtins(result), as_json, show)
+    emit(msgspec.to_builtins(result), as_json, lambda: _show_bench(result))
     if not result.exact:
         raise CheckFailed("a codec did not give back what it was given")
+
+
+def _draw(stored_result: Path, page: Path, as_json: bool) -> None:
+    """Write the page of a stored benchmark."""
+    from kvzip.eval.report import bench as drawing
+    from kvzip.eval.results import stored
+    from kvzip.eval.results.bench import BenchResult
+
+    drawing.write(stored.load(stored_result, BenchResult), page)
+    emit({"page": str(page)}, as_json, lambda: say(str(page)))
+
+
+def _show_bench(result: BenchResult) -> None:
+    for snapshot in result.snapshots:
+        columns = ("ratio", "bits", "encode GB/s", "decode GB/s", "of memcpy", "exact")
+        say(f"{snapshot.file}: {snapshot.model}, {snapshot.dtype}")
+        table = Table(Column("codec", no_wrap=True), *columns)
+        for r in result.rows:
+            if r.file == snapshot.file:
+                table.add_row(
+                    r.title,
+                    f"{r.ratio:.3f}",
+                    f"{r.bits_per_value:.2f}",
+                    f"{r.encode_gbps:.2f}",
+                    f"{r.decode_gbps:.2f}",
+                    f"{r.decode_of_memcpy:.2f}",
+                    "yes" if r.exact else "NO",
+                )
+        show_table(table)
+    for m in result.missing:
+        say(f"missing: {m.name}: {m.reason}")

@@ -16,7 +16,8 @@ from support import tiny_model  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip import capture, dtypes  # noqa: E402
-from kvzip.eval.exactness.corpus import quantised, run  # noqa: E402
+from kvzip.eval.exactness.corpus import run  # noqa: E402
+from kvzip.eval.exactness.lossy import quantised  # noqa: E402
 from kvzip.eval.results import stored  # noqa: E402
 from kvzip.eval.results.exactness import ExactnessResult  # noqa: E402
 
