@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from kvzip.errors import KVZipError
 from kvzip.identity.digests import sha256_of_files
@@ -90,7 +89,7 @@ def weight_files(folder: Path, *, every: bool = False) -> list[Path]:
     return sorted(found)
 
 
-def changed(fingerprint: str, told: Mapping[str, Any]) -> str:
+def changed(fingerprint: str, told: Mapping[str, object]) -> str:
     """The fingerprint of weights that an engine was told to change: to quantise them, to put an
     adapter on them, to take others while it runs. What is None, False or empty was not told."""
     what = {key: str(value) for key, value in sorted(told.items()) if value}

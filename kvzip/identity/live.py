@@ -15,13 +15,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvzip.errors import KVZipError
 from kvzip.identity.digests import THREADS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _PROBED = 64
 """Numbers of a tensor that tell whether it was written to past its version counter."""
@@ -64,7 +67,7 @@ class Held(NamedTuple):
     name: str
     kind: str
     """"stored": a checkpoint has it; "computed": the model makes it from its configuration."""
-    tensor: Any
+    tensor: torch.Tensor
 
 
 @dataclass
@@ -83,7 +86,8 @@ class Reading:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-_Key = tuple[Any, int | None, bytes]
+_Place = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
+_Key = tuple[_Place, int | None, bytes]
 """Where a tensor lies, its version, and some of its numbers."""
 
 
@@ -96,11 +100,11 @@ class _Known:
     """By the digest of a reading and a checkpoint: whether the one is the other."""
 
 
-_known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = weakref.WeakKeyDictionary()
 _lock = Lock()
 
 
-def live_fingerprint(model: Any, *, anew: bool = False) -> str:
+def live_fingerprint(model: torch.nn.Module, *, anew: bool = False) -> str:
     """The checkpoint's ``sha256:...`` for a model that is what its checkpoint says, bit for bit
     (:mod:`kvzip.identity.unchanged`); ``live:...``, the hash of all that it is, for any other.
 
@@ -129,12 +133,12 @@ def live_fingerprint(model: Any, *, anew: bool = False) -> str:
         return f"live:{digest}"
 
 
-def _read(model: Any, known: _Known) -> Reading:
+def _read(model: torch.nn.Module, known: _Known) -> Reading:
     held = list(tensors_of(model))
     probes = _probes([h.tensor for h in held])
     keys = [(*_key(h.tensor), probe) for h, probe in zip(held, probes, strict=True)]
     fresh: dict[_Key, tuple[StorageWeakRef, str]] = {}
-    unread: dict[_Key, Any] = {}
+    unread: dict[_Key, torch.Tensor] = {}
     for h, key in zip(held, keys, strict=True):
         found = known.digests.get(key)
         if found is not None and not found[0].expired():
@@ -155,7 +159,7 @@ def _read(model: Any, known: _Known) -> Reading:
 # --- tensors -----------------------------------------------------------------------------------
 
 
-def tensors_of(model: Any) -> Iterator[Held]:
+def tensors_of(model: torch.nn.Module) -> Iterator[Held]:
     """Every tensor of a model, those of modules' plain attributes, too; a packed one (of a
     quantised layer) as the tensors that it is made of."""
     for path, module in model.named_modules():
@@ -175,7 +179,7 @@ def tensors_of(model: Any) -> Iterator[Held]:
             yield from _parts_of_value(prefix + "state", dict(module.state_dict()), 4)
 
 
-def _parts(name: str, kind: str, tensor: Any) -> Iterator[Held]:
+def _parts(name: str, kind: str, tensor: torch.Tensor) -> Iterator[Held]:
     if hasattr(tensor, "__tensor_flatten__"):
         inner, _ = tensor.__tensor_flatten__()
         for part in inner:
@@ -189,7 +193,7 @@ def _parts(name: str, kind: str, tensor: Any) -> Iterator[Held]:
             yield from _parts_of_value(f"{name}.{attribute}", value, 4)
 
 
-def _parts_of_value(name: str, value: Any, depth: int) -> Iterator[Held]:
+def _parts_of_value(name: str, value: object, depth: int) -> Iterator[Held]:
     """The tensors in an attribute that no module registered."""
     if isinstance(value, torch.Tensor):
         yield from _parts(name, "computed", value)
@@ -205,7 +209,7 @@ def _parts_of_value(name: str, value: Any, depth: int) -> Iterator[Held]:
         yield from _parts_of_value(name, vars(value), depth - 1)
 
 
-def _key(tensor: Any) -> tuple[Any, int | None]:
+def _key(tensor: torch.Tensor) -> tuple[_Place, int | None]:
     """Where a tensor lies, and its version; None if it has none."""
     try:
         version = tensor._version
@@ -216,10 +220,10 @@ def _key(tensor: Any) -> tuple[Any, int | None]:
     return place, version
 
 
-def _probes(tensors: Sequence[Any]) -> list[bytes]:
+def _probes(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     """The bytes of evenly spaced numbers of each tensor."""
     found: list[bytes] = [b""] * len(tensors)
-    groups: dict[tuple[Any, Any], list[tuple[int, Any]]] = {}
+    groups: dict[tuple[torch.dtype, torch.device], list[tuple[int, torch.Tensor]]] = {}
     for i, tensor in enumerate(tensors):
         if tensor.is_contiguous() and not tensor.is_quantized and tensor.numel():
             count = min(_PROBED, tensor.numel())
@@ -236,12 +240,12 @@ def _probes(tensors: Sequence[Any]) -> list[bytes]:
     return found
 
 
-def digest_of(tensor: Any) -> str:
+def digest_of(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's numbers in their order."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()
 
 
-def _bytes(tensor: Any) -> Any:
+def _bytes(tensor: torch.Tensor) -> bytes | memoryview:
     if tensor.is_quantized:
         if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
             scales = [tensor.q_scale(), tensor.q_zero_point()]
@@ -256,7 +260,7 @@ def _bytes(tensor: Any) -> Any:
 # --- structure and settings --------------------------------------------------------------------
 
 
-def structure_of(model: Any) -> list[str]:
+def structure_of(model: torch.nn.Module) -> list[str]:
     """A line for each module: its class, its plain settings, and what was hung on it."""
     lines = []
     for path, module in model.named_modules():
@@ -277,7 +281,7 @@ def structure_of(model: Any) -> list[str]:
     return lines
 
 
-def _plain(value: Any, depth: int) -> Any:
+def _plain(value: object, depth: int) -> object:
     """What a value says, or None if it is no setting."""
     kind = type(value)
     if kind in _PLAIN:
@@ -301,28 +305,28 @@ def _plain(value: Any, depth: int) -> Any:
     return None
 
 
-def _name(thing: Any) -> str:
+def _name(thing: object) -> str:
     thing = getattr(thing, "func", thing)  # of a partial
     own = getattr(thing, "__qualname__", None) or type(thing).__qualname__
     return f"{getattr(thing, '__module__', None) or type(thing).__module__}.{own}"
 
 
-def _of_libraries(hook: Any) -> bool:
+def _of_libraries(hook: object) -> bool:
     return _name(hook).startswith(("torch.", "transformers.", "accelerate.", "kvzip."))
 
 
-def settings_of(model: Any) -> str:
+def settings_of(model: torch.nn.Module) -> str:
     """A model's configuration as JSON, without what changes nothing; "" if it has none."""
     config = getattr(model, "config", None)
     return "" if config is None else settings_of_config(config)
 
 
-def settings_of_config(config: Any) -> str:
+def settings_of_config(config: PretrainedConfig) -> str:
     found = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     return json.dumps(_telling(found), sort_keys=True, default=repr)
 
 
-def _telling(value: Any) -> Any:
+def _telling(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(k): _telling(v) for k, v in value.items() if str(k) not in _NOISE}
     if isinstance(value, (list, tuple)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,8 +25,14 @@ from kvzip.identity.live import (
     structure_of,
 )
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
-def folder_of(model: Any) -> Path | None:
+_Place = tuple[int, int, tuple[int, ...], torch.dtype]
+"""Where a tensor lies, and in what shape."""
+
+
+def folder_of(model: torch.nn.Module) -> Path | None:
     """Where the checkpoint lies that a model says it was loaded from, if it is on this machine."""
     config = getattr(model, "config", None)
     name = getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "")
@@ -46,7 +52,7 @@ def fingerprint_of(folder: Path) -> str:
         return ""
 
 
-def is_checkpoint(model: Any, reading: Reading, folder: Path) -> bool:
+def is_checkpoint(model: torch.nn.Module, reading: Reading, folder: Path) -> bool:
     """Whether what was read of a model is what the folder's checkpoint holds."""
     import transformers
 
@@ -64,7 +70,7 @@ def is_checkpoint(model: Any, reading: Reading, folder: Path) -> bool:
         return False
 
 
-def _made(model: Any, config: Any) -> Any:
+def _made(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """A model of that config as transformers makes it before it fills in weights: without memory
     but for what it computes from the config."""
     config._attn_implementation = model.config._attn_implementation
@@ -85,7 +91,9 @@ def _made(model: Any, config: Any) -> Any:
     return made
 
 
-def _same_tensors(model: Any, reading: Reading, like: Any, folder: Path) -> bool:
+def _same_tensors(
+    model: PreTrainedModel, reading: Reading, like: PreTrainedModel, folder: Path
+) -> bool:
     files = weight_files(folder)
     stored = _Stored(files)
     prefix = f"{model.base_model_prefix}."
@@ -111,13 +119,13 @@ def _same_tensors(model: Any, reading: Reading, like: Any, folder: Path) -> bool
     return True
 
 
-def _place(tensor: Any) -> tuple[Any, ...]:
+def _place(tensor: torch.Tensor) -> _Place:
     return tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.dtype
 
 
-def _tied(reading: Reading) -> dict[tuple[Any, ...], list[str]]:
+def _tied(reading: Reading) -> dict[_Place, list[str]]:
     """The names of each tensor: those that are tied have several."""
-    found: dict[tuple[Any, ...], list[str]] = {}
+    found: dict[_Place, list[str]] = {}
     for held, _ in reading.tensors:
         found.setdefault(_place(held.tensor), []).append(held.name)
     return found
@@ -137,8 +145,8 @@ class _Stored:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def digest(self, name: str, like: Any) -> str:
-        """Of a tensor, brought to the dtype of `like`; "" if it has another shape."""
+    def digest(self, name: str, like: torch.Tensor) -> str:
+        """The digest of a tensor, brought to the dtype of `like`; "" if it has another shape."""
         i = self._where[name]
         file, kept = self._files[i], self._kept[i]
         if tuple(file.get_slice(name).get_shape()) != tuple(like.shape):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -10,11 +10,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kvzip.errors import UnsupportedError
 from kvzip.load.lazy import FullLayer, SlidingLayer
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from transformers.cache_utils import Cache, CacheLayerMixin
+
 _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _CACHE = "cache" if _RELEASE >= (5, 24) else "past_key_values"
 
 
-def cache_argument(cache: Any) -> dict[str, Any]:
+def cache_argument(cache: Cache) -> dict[str, Cache]:
     """What hands a model a cache, in any transformers: ``generate(ids, **cache_argument(cache))``.
 
     The argument of `forward` and `generate` is ``cache`` from transformers 5.24 on, and was
@@ -32,7 +36,7 @@ class LayerKind(NamedTuple):
     """None: keys of this layer are not rotated."""
 
 
-def layer_kinds(config: Any) -> list[LayerKind]:
+def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
     """Kind, window and RoPE index of every layer, as transformers itself makes its cache.
 
     Raises UnsupportedError, which names the layer, for any other than full or sliding attention.
@@ -40,7 +44,7 @@ def layer_kinds(config: Any) -> list[LayerKind]:
     return layers_of(config)[0]
 
 
-def rope_parameters(config: Any) -> tuple[dict[str, Any], ...]:
+def rope_parameters(config: PretrainedConfig) -> tuple[dict[str, Any], ...]:
     """The distinct RoPE parameters (theta, kind, scaling) of a config's layers."""
     return layers_of(config)[1]
 
@@ -49,7 +53,8 @@ def rope_parameters(config: Any) -> tuple[dict[str, Any], ...]:
 _FULL_LAYERS_UNROTATED = ("cohere2", "exaone4", "exaone_moe", "flint", "kolibri1")
 
 
-def layers_of(config: Any) -> tuple[list[LayerKind], tuple[dict[str, Any], ...]]:
+def layers_of(config: PretrainedConfig) -> tuple[list[LayerKind], tuple[dict[str, Any], ...]]:
+    """What :func:`layer_kinds` and :func:`rope_parameters` give."""
     text = config.get_text_config(decoder=True)
     try:
         made = [kind_of(layer, i) for i, layer in enumerate(DynamicCache(config=text).layers)]
@@ -81,7 +86,8 @@ def layers_of(config: Any) -> tuple[list[LayerKind], tuple[dict[str, Any], ...]]
     return kinds, tuple(distinct)
 
 
-def kind_of(layer: Any, i: int) -> tuple[Literal["full", "sliding"], int | None]:
+def kind_of(layer: CacheLayerMixin, i: int) -> tuple[Literal["full", "sliding"], int | None]:
+    """Kind and window of layer i of a cache. Raises UnsupportedError for any other layer."""
     if type(layer) in (DynamicLayer, FullLayer):
         return "full", None
     if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer):

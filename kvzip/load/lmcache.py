@@ -18,7 +18,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvzip import api, container
 from kvzip.codec import Codec, get_codec
@@ -27,10 +27,17 @@ from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import chunks
 from kvzip.snapshot import Origin
 
+if TYPE_CHECKING:
+    import torch
+    from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
+    from lmcache.v1.distributed.l2_adapters.base import L2TaskId
+    from lmcache.v1.distributed.serde.async_processor import AsyncSerdeProcessor
+    from lmcache.v1.memory_management import MemoryObj
+
 _log = logging.getLogger("kvzip.lmcache")
 
 
-def _tensors(memory: Any) -> list[Any]:
+def _tensors(memory: MemoryObj) -> list[torch.Tensor]:
     """All tensors of a MemoryObj."""
     groups = memory.metadata.shapes
     found = [memory.get_tensor(i) for i in range(len(groups))] if groups else [memory.tensor]
@@ -39,7 +46,7 @@ def _tensors(memory: Any) -> list[Any]:
     return found
 
 
-def _bytes(memory: Any) -> memoryview:
+def _bytes(memory: MemoryObj) -> memoryview:
     """The bytes of a MemoryObj, writable."""
     return memoryview(memory.byte_array).cast("B")
 
@@ -55,12 +62,12 @@ class Weights:
         self,
         model: str | None = None,
         revision: str | None = None,
-        told: Mapping[str, Any] | None = None,
+        told: Mapping[str, object] | None = None,
     ):
         self._model, self._revision, self._told = model, revision, dict(told or {})
         self._unknown: set[str] = set()
 
-    def origin(self, key: Any) -> Origin:
+    def origin(self, key: ObjectKey) -> Origin:
         """Where a chunk comes from, by LMCache's key."""
         name = str(getattr(key, "model_name", ""))
         return Origin(model=name, revision=self._pinned(self._model or name))
@@ -88,7 +95,7 @@ _failed: set[tuple[str, ...]] = set()
 """Names of chunks that could not be loaded: the adapter's next store replaces them."""
 
 
-def _name_of(key: Any) -> tuple[str, ...]:
+def _name_of(key: ObjectKey) -> tuple[str, ...]:
     """What tells one chunk from another in LMCache's keys."""
     fields = ("model_name", "kv_rank", "object_group_id", "chunk_hash", "cache_salt")
     return tuple(str(getattr(key, name, "")) for name in fields)
@@ -101,7 +108,7 @@ class KvzipSerializer:
         self.codec, self.threads = chunks.check_codec(codec), threads
         self.weights = weights or Weights()
 
-    def serialize(self, src: Any, dst: Any, key: Any) -> int:
+    def serialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey) -> int:
         """Encode the tensors of `src` into the bytes of `dst`; how many there are."""
         out, at, origin = _bytes(dst), 0, self.weights.origin(key)
         for tensor in _tensors(src):
@@ -112,7 +119,7 @@ class KvzipSerializer:
             at += len(blob)
         return at
 
-    def estimate_serialized_size(self, layout_desc: Any) -> int:
+    def estimate_serialized_size(self, layout_desc: MemoryLayoutDesc) -> int:
         """An upper bound of what :meth:`serialize` gives for tensors of those shapes."""
         import torch
 
@@ -129,7 +136,7 @@ class KvzipDeserializer:
     def __init__(self, threads: int, weights: Weights | None = None):
         self.threads, self.weights = threads, weights or Weights()
 
-    def deserialize(self, src: Any, dst: Any, key: Any) -> None:
+    def deserialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey | None) -> None:
         """Decode `src` into the tensors of `dst`. Raises CorruptError, FormatError, or
         UnsupportedError when they are of another shape or of other weights; LMCache then counts the
         chunk as a miss."""
@@ -140,7 +147,7 @@ class KvzipDeserializer:
                 _failed.add(_name_of(key))
             raise
 
-    def _deserialize(self, src: Any, dst: Any, origin: Origin | None) -> None:
+    def _deserialize(self, src: MemoryObj, dst: MemoryObj, origin: Origin | None) -> None:
         data, at = _bytes(src), 0
         for tensor in _tensors(dst):
             # The buffer may be longer than what was stored.
@@ -151,7 +158,7 @@ class KvzipDeserializer:
             at += length
 
 
-def create(kwargs: Mapping[str, Any]) -> Any:
+def create(kwargs: Mapping[str, Any]) -> AsyncSerdeProcessor:
     """LMCache's factory: a SerdeProcessor from the serde's configuration without its "type".
 
     ``codec``: a codec that needs no profile, with settings (default "channel"). ``threads``: for
@@ -198,14 +205,14 @@ def _register_adapter(name: str) -> None:
         pass
 
     class Adapter(FSL2Adapter):
-        def submit_load_task(self, keys: list[Any], objects: list[Any]) -> Any:
+        def submit_load_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> L2TaskId:
             for key, memory in zip(keys, objects, strict=True):
                 with suppress(FileNotFoundError):
                     size = self._key_to_path(key).stat().st_size
                     memory.set_used_size(min(size, memory.get_size()))
             return super().submit_load_task(keys, objects)
 
-        def submit_store_task(self, keys: list[Any], objects: list[Any]) -> Any:
+        def submit_store_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> L2TaskId:
             for key in keys:  # LMCache's adapter leaves alone what is there
                 path = self._key_to_path(key)
                 name = _name_of(key)

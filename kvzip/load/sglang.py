@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from kvzip.codec import get_codec
@@ -34,7 +34,18 @@ from kvzip.store.bucket import open_bucket
 from kvzip.workers import Workers
 
 if TYPE_CHECKING:
-    _Base = object
+    import torch
+    from sglang.srt.mem_cache.hicache_storage import (
+        HiCacheStorage as _Base,
+    )
+    from sglang.srt.mem_cache.hicache_storage import (
+        HiCacheStorageConfig,
+        PoolName,
+        PoolTransfer,
+        PoolTransferResult,
+    )
+    from sglang.srt.mem_cache.pool_host import HostKVCache
+    from sglang.srt.server_args import ServerArgs
 else:
     try:
         from sglang.srt.mem_cache.hicache_storage import HiCacheStorage as _Base
@@ -43,12 +54,16 @@ else:
 
 _log = logging.getLogger("kvzip.sglang")
 
+T = TypeVar("T")
+_OnPage: TypeAlias = "Callable[[str, torch.Tensor, HostKVCache], bool]"
+"""What is done with a page: its key, its numbers, and the pool that they are in."""
+
 # For each layout of SGLang's host memory, the axes of a page after those of keys and values:
 # layer, token (of the page), head. The last axis is the head's dimension.
 _AXES = {"layer_first": "lth", "page_first": "tlh", "page_first_direct": "lth", "page_head": "htl"}
 
 
-def page_of(tensor: Any, pool: Any) -> Any:
+def page_of(tensor: torch.Tensor, pool: HostKVCache | None) -> torch.Tensor:
     """A page of a host pool, flat or in the pool's layout, as a view [2, layers, heads, tokens,
     dim]; of MLA's pools, which hold no values, [1, layers, tokens, dim]; of others as it is."""
     layout, tokens = getattr(pool, "layout", None), getattr(pool, "page_size", 1)
@@ -73,7 +88,7 @@ def page_of(tensor: Any, pool: Any) -> Any:
 class KvzipStorage(_Base):
     """SGLang's `HiCacheStorage` on a folder or bucket of .kvz objects."""
 
-    def __init__(self, storage_config: Any, kwargs: Any = None):
+    def __init__(self, storage_config: HiCacheStorageConfig, kwargs: object = None):
         extra = dict(storage_config.extra_config or {})
         if "url" not in extra:
             raise KVZipError('say where pages go: "url" in --hicache-storage-backend-extra-config')
@@ -94,13 +109,13 @@ class KvzipStorage(_Base):
         self._told: set[str] = set()
         self._failed: set[str] = set()
         """Paths of pages that are there and could not be loaded."""
-        self.mem_pool_host: Any = None
-        self.registered_pools: dict[Any, Any] = {}
+        self.mem_pool_host: HostKVCache | None = None
+        self.registered_pools: dict[PoolName, HostKVCache] = {}
 
-    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+    def register_mem_pool_host(self, mem_pool_host: HostKVCache) -> None:
         self.mem_pool_host = mem_pool_host
 
-    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+    def register_mem_host_pool_v2(self, host_pool: HostKVCache, host_pool_name: PoolName) -> None:
         self.registered_pools[host_pool_name] = host_pool
 
     # --- one page --------------------------------------------------------------------------
@@ -112,12 +127,12 @@ class KvzipStorage(_Base):
         parts = [quote(self.model or "model", safe=""), quote(pinned, safe="+"), *self._ranks]
         return "/".join(filter(None, parts))
 
-    def _path(self, key: str, pool: Any) -> str:
+    def _path(self, key: str, pool: HostKVCache | None) -> str:
         """The dtype is in the path: a page in another can be there beside it."""
         dtype = str(getattr(pool, "dtype", "") or "any").removeprefix("torch.")
         return f"{self.scope}/{dtype}/{quote(key, safe='.')}.kvz"
 
-    def _try(self, do: Callable[[], Any], failed: Any) -> Any:
+    def _try(self, do: Callable[[], bool], failed: bool) -> bool:
         """What `do` gives, or `failed` after a failure, which is told once for each kind."""
         try:
             return do()
@@ -128,7 +143,7 @@ class KvzipStorage(_Base):
                 _log.warning("pages of %s are computed instead: %s", self.bucket.url, error)
             return failed
 
-    def _load(self, key: str, tensor: Any, pool: Any) -> bool:
+    def _load(self, key: str, tensor: torch.Tensor, pool: HostKVCache | None) -> bool:
         def load() -> bool:
             path = self._path(key, pool)
             data = self.bucket.get(path)
@@ -141,9 +156,9 @@ class KvzipStorage(_Base):
                 raise
             return True
 
-        return bool(self._try(load, False))
+        return self._try(load, False)
 
-    def _store(self, key: str, tensor: Any, pool: Any) -> bool:
+    def _store(self, key: str, tensor: torch.Tensor, pool: HostKVCache | None) -> bool:
         def store() -> bool:
             path, page = self._path(key, pool), page_of(tensor, pool)
             if not self._there(path):
@@ -153,26 +168,35 @@ class KvzipStorage(_Base):
                 self._failed.discard(path)
             return True
 
-        return bool(self._try(store, False))
+        return self._try(store, False)
 
-    def _each(self, do: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
+    def _each(self, do: Callable[..., T], *arguments: Iterable[object]) -> list[T]:
         return list(self._pool.map(do, *arguments))
 
     # --- pages as flat tensors -------------------------------------------------------------
 
-    def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
+    def get(
+        self, key: str, target_location: torch.Tensor | None = None, target_sizes: object = None
+    ) -> torch.Tensor | None:
         """Fill `target_location`, a flat page; it, or None for a miss."""
         if target_location is None:
             return None
         return target_location if self._load(key, target_location, self.mem_pool_host) else None
 
     def batch_get(
-        self, keys: Sequence[str], target_locations: Any = None, target_sizes: Any = None
-    ) -> list[Any]:
+        self,
+        keys: Sequence[str],
+        target_locations: Sequence[torch.Tensor] | None = None,
+        target_sizes: object = None,
+    ) -> list[torch.Tensor | None]:
         return self._each(self.get, keys, target_locations or [None] * len(keys))
 
     def set(
-        self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None
+        self,
+        key: str,
+        value: torch.Tensor | None = None,
+        target_location: torch.Tensor | None = None,
+        target_sizes: object = None,
     ) -> bool:
         page = target_location if value is None else value
         return page is not None and self._store(key, page, self.mem_pool_host)
@@ -180,17 +204,18 @@ class KvzipStorage(_Base):
     def batch_set(
         self,
         keys: Sequence[str],
-        values: Any = None,
-        target_locations: Any = None,
-        target_sizes: Any = None,
+        values: Sequence[torch.Tensor] | None = None,
+        target_locations: Sequence[torch.Tensor] | None = None,
+        target_sizes: object = None,
     ) -> bool:
-        return all(self._each(self.set, keys, target_locations if values is None else values))
+        pages = target_locations if values is None else values
+        return pages is not None and all(self._each(self.set, keys, pages))
 
     def exists(self, key: str) -> bool:
         return self._has(key, self.mem_pool_host)
 
-    def _has(self, key: str, pool: Any) -> bool:
-        return bool(self._try(lambda: self._there(self._path(key, pool)), False))
+    def _has(self, key: str, pool: HostKVCache | None) -> bool:
+        return self._try(lambda: self._there(self._path(key, pool)), False)
 
     def _there(self, path: str) -> bool:
         """Whether a page is there that is worth loading: not empty (a power cut can leave a file
@@ -200,15 +225,22 @@ class KvzipStorage(_Base):
         found = self.bucket.head(path)
         return found is not None and found.size > 0
 
-    def batch_exists(self, keys: Sequence[str], extra_info: Any = None) -> int:
+    def batch_exists(self, keys: Sequence[str], extra_info: object = None) -> int:
         """How many of the first keys are there, without a gap."""
         return _leading(self._each(self.exists, keys))
 
     # --- pages in the host's memory --------------------------------------------------------
 
-    def _pages(self, do: Callable[..., bool], keys: Any, indices: Any, pool: Any) -> list[bool]:
+    def _pages(
+        self,
+        do: _OnPage,
+        keys: Sequence[str],
+        indices: torch.Tensor | None,
+        pool: HostKVCache | None,
+    ) -> list[bool]:
+        """Do it for each page, the first of which tokens are at `indices`; False where none are."""
         size = getattr(pool, "page_size", 1) or 1
-        if indices is None or len(indices) != len(keys) * size:
+        if pool is None or indices is None or len(indices) != len(keys) * size:
             return [False] * len(keys)
         starts = indices[::size].tolist()
 
@@ -218,44 +250,51 @@ class KvzipStorage(_Base):
         return self._each(page, keys, starts)
 
     def batch_get_v1(
-        self, keys: Sequence[str], host_indices: Any, extra_info: Any = None
+        self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: object = None
     ) -> list[bool]:
         return self._pages(self._load, keys, host_indices, self.mem_pool_host)
 
     def batch_set_v1(
-        self, keys: Sequence[str], host_indices: Any, extra_info: Any = None
+        self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: object = None
     ) -> list[bool]:
         return self._pages(self._store, keys, host_indices, self.mem_pool_host)
 
     # --- pages of several pools ------------------------------------------------------------
 
-    def _component(self, key: str, name: Any) -> str:
+    def _component(self, key: str, name: PoolName | str) -> str:
         name = str(getattr(name, "value", name))
         if name == "kv":
             return key
         return f"{key}.{name}" + (self._state_suffix if name == "mamba" else "")
 
-    def _batch_v2(self, do: Callable[..., bool], transfers: Any) -> dict[Any, list[bool]]:
+    def _batch_v2(
+        self,
+        do: _OnPage,
+        transfers: Iterable[PoolTransfer],
+    ) -> dict[PoolName, list[bool]]:
         results = {}
         for transfer in transfers:
             keys = [self._component(key, transfer.name) for key in transfer.keys or []]
             pool = self.registered_pools.get(transfer.name)
-            results[transfer.name] = (
-                [False] * len(keys)
-                if pool is None
-                else self._pages(do, keys, transfer.host_indices, pool)
-            )
+            results[transfer.name] = self._pages(do, keys, transfer.host_indices, pool)
         return results
 
-    def batch_get_v2(self, transfers: Any, extra_info: Any = None) -> dict[Any, list[bool]]:
+    def batch_get_v2(
+        self, transfers: Iterable[PoolTransfer], extra_info: object = None
+    ) -> dict[PoolName, list[bool]]:
         return self._batch_v2(self._load, transfers)
 
-    def batch_set_v2(self, transfers: Any, extra_info: Any = None) -> dict[Any, list[bool]]:
+    def batch_set_v2(
+        self, transfers: Iterable[PoolTransfer], extra_info: object = None
+    ) -> dict[PoolName, list[bool]]:
         return self._batch_v2(self._store, transfers)
 
     def batch_exists_v2(
-        self, keys: Sequence[str], pool_transfers: Any = None, extra_info: Any = None
-    ) -> Any:
+        self,
+        keys: Sequence[str],
+        pool_transfers: Iterable[PoolTransfer] | None = None,
+        extra_info: object = None,
+    ) -> PoolTransferResult:
         """The lengths of prefix that all pools can restore; see SGLang's docstring."""
         from sglang.srt.mem_cache.hicache_storage import PoolTransferResult
 
@@ -349,7 +388,7 @@ class _Weights:
             return ""
 
 
-def _server_args() -> Any:
+def _server_args() -> ServerArgs | None:
     """What the server in this process was started with, or None."""
     try:
         from sglang.srt.server_args import get_global_server_args
@@ -359,7 +398,7 @@ def _server_args() -> Any:
         return None
 
 
-def _ranks(config: Any) -> list[str]:
+def _ranks(config: HiCacheStorageConfig) -> list[str]:
     """The rank as parts of a path. Ranks hold different heads, but of an MLA model the same
     numbers, of which one rank writes."""
     parts = []

@@ -13,12 +13,19 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvzip.errors import KVZipError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+    from kvzip.load.lazy import FullLayer, SlidingLayer
+    from kvzip.load.loaders import BatchLoader, Loader
 
 ROOM = {torch.bfloat16: 2**-3, torch.float16: 2**-5, torch.float32: 2**-7}
 """How far a token's keys (or values) of a layer may be from the file's, by their Euclidean norm.
@@ -29,13 +36,13 @@ against fused attention); fp32 has room for products in TF32."""
 class OtherWeights(KVZipError):
     """A layer's keys and values are not those that the model computes for the same token."""
 
-    layer: Any = None
+    layer: FullLayer | SlidingLayer | None = None
     """The cache's layer that saw it."""
-    source: Any = None
+    source: Loader | BatchLoader | None = None
     """Its loader."""
 
 
-def distance(states: Sequence[Any], witness: Sequence[Any]) -> Any:
+def distance(states: Sequence[torch.Tensor], witness: Sequence[torch.Tensor]) -> torch.Tensor:
     """How far the keys and values are that the model computed for a token, the first of `states`,
     from those of the file, `witness`: [2, batch], relative to the norm of the file's. All are
     [batch, heads, tokens, dim]; rows of NaN have no witness, and are no distance away."""
@@ -47,7 +54,7 @@ def distance(states: Sequence[Any], witness: Sequence[Any]) -> Any:
     return torch.stack(found).nan_to_num(0.0)
 
 
-def judge(distances: Mapping[int, Any] | None, position: int, dtype: Any) -> None:
+def judge(distances: Mapping[int, torch.Tensor] | None, position: int, dtype: torch.dtype) -> None:
     """Raise OtherWeights if one of the layers is farther away than rounding explains."""
     if not distances:
         return
@@ -61,7 +68,7 @@ def judge(distances: Mapping[int, Any] | None, position: int, dtype: Any) -> Non
         )
 
 
-def same_key(new: Any, stored: Any) -> bool:
+def same_key(new: torch.Tensor, stored: torch.Tensor) -> bool:
     """Whether keys [batch, heads, 1, dim] of the first layer are equal but for rounding.
 
     A number counts as another when it is off by more than 1/16 of its size (its pair's in the
@@ -88,7 +95,7 @@ def not_continued(position: int) -> KVZipError:
 # --- a second try ------------------------------------------------------------------------------
 
 
-def watch(model: Any, cache: Any) -> None:
+def watch(model: PreTrainedModel, cache: Cache) -> None:
     """Until `cache` has been used, a call of the model that finds it to be of other weights gets
     the cache that the model computes itself, and is made again, once."""
     if not isinstance(model, torch.nn.Module):
@@ -105,12 +112,12 @@ class _Watched:
 
     idle = True  # it changes nothing of what the model computes: see kvzip.identity.live
 
-    def __init__(self, model: Any):
+    def __init__(self, model: torch.nn.Module):
         self.model, self.before = model, vars(model).get("forward")
-        self.pending: list[weakref.ref[Any]] = []
+        self.pending: list[weakref.ref[Cache]] = []
 
     @property
-    def own(self) -> Any:
+    def own(self) -> Callable[..., Any]:
         """The model's `forward` without this."""
         return self.before or type(self.model).forward.__get__(self.model)
 
@@ -122,11 +129,13 @@ class _Watched:
         try:
             return self.own(*args, **kwargs)
         except OtherWeights as error:
-            cache = _cache_with(error.layer, (*args, *kwargs.values()))
-            if cache is None or not error.source.recovers or not all(map(_loaded, cache.layers)):
+            cache, source = _cache_with(error.layer, (*args, *kwargs.values())), error.source
+            if cache is None or source is None or not source.recovers:
+                raise
+            if not all(map(_loaded, cache.layers)):
                 raise
             for i, layer in enumerate(cache.layers):
-                layer.restart(error.source, error.source.recover(i, error))
+                layer.restart(source, source.recover(i, error))
         finally:
             self._settle()
         return self.own(*args, **kwargs)
@@ -145,14 +154,14 @@ class _Watched:
             else:
                 self.model.forward = self.before
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Watched:
         return _Watched(memo.get(id(self.model), self.model))
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return _Watched, (self.model,)
 
 
-def _cache_with(layer: Any, values: Iterable[Any]) -> Any:
+def _cache_with(layer: object, values: Iterable[object]) -> Cache | None:
     """The cache among a call's arguments that has that layer."""
     for value in values:
         if any(each is layer for each in getattr(value, "layers", None) or ()):
@@ -160,5 +169,5 @@ def _cache_with(layer: Any, values: Iterable[Any]) -> Any:
     return None
 
 
-def _loaded(layer: Any) -> bool:
+def _loaded(layer: object) -> bool:
     return getattr(layer, "restartable", False)
