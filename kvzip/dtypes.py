@@ -32,6 +32,7 @@ class DType:
 
     @cached_property
     def bits(self) -> int:
+        """Bits of one number."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @cached_property

@@ -25,6 +25,8 @@ _MAX_HEADER = 100_000_000
 
 
 class _Entry(msgspec.Struct, frozen=True):
+    """What a file's header says of a tensor."""
+
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
@@ -69,6 +71,7 @@ class TensorFile:
             self._map = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
 
     def _stat(self) -> tuple[int, int]:
+        """The file's size and time, which change when it is written to."""
         found = os.fstat(self._handle)
         return found.st_size, found.st_mtime_ns
 

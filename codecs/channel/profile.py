@@ -129,6 +129,7 @@ def rows(block: Bits, writing: bool = False) -> Bits:
 def _read(
     profile: Profile, layer: int, part: Part, heads: int, dim: int, form: DType
 ) -> _native.ChannelTables:
+    """The tables as the profile's tensors hold them. Raises ProfileError."""
     # Blocks come to them now and then: what is made of them stays.
     how = (heads, dim, form.exponent_bits, form.mantissa_bits, True)
     try:
@@ -142,6 +143,7 @@ def _read(
 
 
 def _name(layer: int, part: Part) -> str:
+    """The name of the tensor that holds the tables."""
     return f"channel.{layer}.{part}"
 
 

@@ -135,6 +135,7 @@ class PlanesCodec(Codec):
         return planes
 
     def _join(self, planes: Bytes, size: int, dtype: np.dtype[np.generic]) -> Bits:
+        """The `size` numbers that these planes are of; the inverse of `_split`."""
         if self.mode == "bit":
             joined: Bits = _native.join_bits(planes, size)
             return joined

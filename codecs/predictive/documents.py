@@ -39,6 +39,7 @@ class Documents:
         return len(self.items)
 
     def _open(self, item: Item) -> Snapshot:
+        """The document; raises ProfileError when it is of another model than the first."""
         snapshot = load(item)
         layers = snapshot.layout.layers
         wanted, found = self.first.origin.model, snapshot.origin.model
@@ -86,6 +87,7 @@ class Documents:
 
 
 def _shape(layer: LayerLayout) -> tuple[int, ...]:
+    """Heads and channels of a layer's keys and of its values."""
     return (layer.k[-3], layer.k[-1], layer.v[-3], layer.v[-1])
 
 

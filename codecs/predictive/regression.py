@@ -120,6 +120,7 @@ class Sums:
 
 
 def _log_volume(covariance: Doubles) -> float:
+    """Half of the determinant's binary logarithm: bits of a normal vector, but for a constant."""
     return float(np.log2(np.diag(cholesky(covariance))).sum())
 
 

@@ -45,6 +45,7 @@ class Store:
                 file.write(json.dumps(wanted).encode())
 
     def _path(self, layer: int) -> Path:
+        """The file of a finished layer."""
         return self.folder / f"layer-{layer:03}.safetensors"
 
     def layer(self, layer: int) -> dict[str, NDArray[Any]] | None:
@@ -61,6 +62,7 @@ class Store:
             return None  # it is made again
 
     def keep(self, layer: int, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Keep a finished layer."""
         from safetensors.numpy import save
 
         with replacing(self._path(layer)) as file:

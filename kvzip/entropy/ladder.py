@@ -78,6 +78,8 @@ class Spectrum(msgspec.Struct, frozen=True):
 
 
 class Ladder(msgspec.Struct, frozen=True):
+    """What `measure` found of documents, model after model."""
+
     model: str
     revision: str
     dtype: str

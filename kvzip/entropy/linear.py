@@ -43,6 +43,7 @@ class Moments:
         return cls((a, b) for names in wanted for a in names for b in names)
 
     def add(self, vectors: Vectors) -> None:
+        """Add the tokens of one document."""
         # Sums of products in float32 are exact enough only around zero.
         if not self._shift:
             names = sorted({name for pair in self._pairs for name in pair})
@@ -58,9 +59,11 @@ class Moments:
             total += around[a].T @ around[b]
 
     def mean(self, name: int) -> Doubles:
+        """The mean of one vector, [width]."""
         return np.asarray(self._shift[name] + self._sum[name] / self.count)
 
     def covariance(self, a: int, b: int) -> Doubles:
+        """The covariance of two vectors, [width of a, width of b]."""
         if a > b:
             return self.covariance(b, a).T
         means = np.outer(self._sum[a], self._sum[b]) / self.count**2

@@ -64,6 +64,7 @@ class View:
 
     @cached_property
     def edges(self) -> tuple[Doubles, Doubles]:
+        """Where each number's part of the real line begins and ends."""
         return densities.edges(self.bits, self.dtype)
 
 
@@ -148,6 +149,7 @@ class Density:
         self._seen: list[tuple[Floats, Floats]] = []
 
     def learn(self, view: View, p: Floats, s: Floats) -> None:
+        """Take in a document whose numbers are expected at `p` with spreads `s`."""
         rows = np.unique(np.linspace(0, len(p) - 1, min(self.sample, len(p))).astype(np.int64))
         some, p, s = view.take(rows), p[rows], s[rows]
         low, high = some.edges
@@ -181,6 +183,8 @@ class PartBits(msgspec.Struct, frozen=True):
 
 
 class LayerBits(msgspec.Struct, frozen=True):
+    """Bits per number of one layer's keys and values."""
+
     k: PartBits
     v: PartBits
 

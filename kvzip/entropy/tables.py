@@ -42,6 +42,7 @@ def entropy(counts: NDArray[Any]) -> float:
 
 
 def _log2(x: NDArray[Any]) -> NDArray[Any]:
+    """Binary logarithms; 0 for what is not above zero."""
     return np.log2(np.where(x > 0, x, 1))
 
 
@@ -71,6 +72,7 @@ def _mantissas(part: Bits, dtype: str) -> NDArray[Any]:
 
 
 def _unseen(form: dtypes.DType) -> int:
+    """How many low bits of a mantissa are not counted, but taken as they are."""
     return max(form.mantissa_bits - 12, 0)
 
 
@@ -106,12 +108,14 @@ class _Tally:
         self.apart: list[tuple[float, int]] = []
 
     def add(self, part: Bits, dtype: str) -> None:
+        """Count one layer's numbers."""
         counts = channel_counts(part, dtype)
         self.values += counts.sum(axis=(0, 1))
         self.apart.append((entropy(counts), part.size))
         self.mantissas += _mantissas(part, dtype)
 
     def bits(self) -> list[float]:
+        """The entropies, in the order of `planes`."""
         form, table = self.form, self.values.reshape(2, -1)
         sign, exponent = entropy(table.sum(axis=1)), entropy(table.sum(axis=0))
         mantissa = entropy(self.mantissas) + _unseen(form)
@@ -140,6 +144,7 @@ class Frequencies:
         self.mantissas: dict[tuple[int, Part], NDArray[Any]] = {}
 
     def add(self, layers: Sequence[Layer]) -> None:
+        """Count the numbers of one document."""
         name = self.form.name
         for i, layer in enumerate(layers):
             for part in PARTS:

@@ -72,6 +72,7 @@ def _all_edges(dtype: str) -> tuple[Doubles, Doubles]:
 
 
 def _edges(bits: Bits, dtype: str) -> tuple[Doubles, Doubles]:
+    """What `edges` gives, from the numbers themselves."""
     real = dtypes.finite(bits, dtype)
     # What is not finite stands aside as zero until the end.
     safe = np.where(real, bits, bits.dtype.type(0))

@@ -50,17 +50,22 @@ class ChannelOrder:
         known = layer.rope is not None and layer.rope < len(origin.rope)
         parameters = origin.rope[layer.rope] if known and layer.rope is not None else None
         self.frequency = frequencies(parameters, dim)
+        """Radians a position for each rotated pair of a head."""
         half = len(self.frequency)
         head = [c for i in range(half) for c in (i, i + half)] + list(range(2 * half, dim))
         keys = [h * dim + c for h in range(heads) for c in head]
         values = np.arange(layer.v[-3] * layer.v[-1])
         self.order = np.concatenate([np.array(keys, np.int64), values])
+        """Which channel stands at each place, keys and values counted apart."""
         self.keys = heads * dim
+        """How many channels are keys."""
         self.pairs = [
             (h * dim + 2 * i, h * dim + 2 * i + 1) for h in range(heads) for i in range(half)
         ]
+        """The places of the two channels of each rotated pair."""
         turns = self.frequency / (2 * np.pi)
         self.step = np.array([round(float(t) * 2**64) % 2**64 for t in turns], np.uint64)
+        """The frequencies as fractions of a turn, 2^64 is a whole one."""
 
     def unturned(self, layer: Layer, skip: int = 0) -> NDArray[np.float32]:
         """Values of a layer in coding order with the keys' rotation undone, [tokens, width];
