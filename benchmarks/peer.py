@@ -19,7 +19,7 @@ class Peer(ABC):
     """
 
     name: ClassVar[str]
-    """Of the row in the table."""
+    """What its row in the table is called."""
     setting: ClassVar[str]
     """The settings, in the competitor's own words."""
     package: ClassVar[str]

@@ -53,7 +53,7 @@ class Exactness(msgspec.Struct, frozen=True):
     bytes_equal: bool
     new_tokens: int
     tokens_equal: int
-    """Of `new_tokens`, against the same cache uncompressed, up to the first that differs."""
+    """How many are those of the uncompressed cache, up to the first that differs."""
     tokens_matching: int
     """The same, wherever they are."""
     max_logit_difference: float

@@ -105,7 +105,7 @@ def _tell(step: Step, document: int, documents: int, what: str, done: float = 0.
     step(f"document {document + 1} of {documents}{what}", (document + done) / documents)
 
 
-def _suffix(following: NDArray[np.int64] | None, continuation: int) -> Sequence[int]:
+def _suffix(following: NDArray[Any] | None, continuation: int) -> Sequence[int]:
     """The tokens of the next document that a continuation puts after the document."""
     if continuation == 0 or following is None:
         return ()

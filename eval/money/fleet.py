@@ -56,16 +56,16 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     regions: int = 1
     nodes_per_region: int = 1
     node_bytes: float = math.inf
-    """Of encoded caches that one node can keep."""
+    """What one node has room for, of encoded caches."""
     node_bandwidth: float = math.inf
     """Bits per second of a node's link to the machines that compute."""
 
     raw_bytes: float
-    """Of one document's cache."""
+    """What one document's cache takes."""
     prefill_seconds: float
-    """Of one document, on the device."""
+    """What one document takes on the device."""
     reuse_seconds: float = 0.0
-    """Of the device, to go on from a loaded cache."""
+    """What the device takes to go on from a loaded cache."""
     prefill_usd: float | None = None
     """A provider's price of one prefill; None: its seconds at the device's price."""
     cached_usd: float | None = None
@@ -117,7 +117,7 @@ class Counts(msgspec.Struct, frozen=True):
     method: Literal["simulation", "closed form"]
     reads: float
     writes: float
-    """Of documents, the first included: each is one prefill and one upload."""
+    """Versions of documents, the first included: each is one prefill and one upload."""
     hits: float
     """Reads that the region's node had the cache for."""
     link_use: float
@@ -340,9 +340,9 @@ class Bill(msgspec.Struct, frozen=True):
     network_usd: float
     storage_usd: float
     device_seconds: float
-    """Of the device: prefills and going on from caches."""
+    """What prefills and going on from caches take of the device."""
     decode_seconds: float
-    """Of decoding, as measured; charged as the device's time, which waits for it."""
+    """What decoding takes, as measured; charged as the device's time, which waits for it."""
     store_bytes: float
     """From the store to regions: what misses."""
     node_bytes: float

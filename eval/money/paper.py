@@ -33,7 +33,7 @@ REUSE = {SHORT: 0.078, LONG: 0.296}
 BYTES_PER_TOKEN = 36 * 2 * 8 * 128 * 2
 """Layers x (K, V) x KV heads x head dimension x bytes of an fp16 number."""
 RAW_BYTES = BYTES_PER_TOKEN * LONG
-"""Of the cache of the longest prompt."""
+"""The cache of the longest prompt, fp16."""
 STATED_GB = 0.54
 """The paper's size at 3,774 tokens. Exactly it is 0.5565 GB; 556.5 MB / 1024 would give 0.54."""
 AGENTS = 80e6

@@ -52,7 +52,7 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     basis: Literal["stated", "derived", "model"] = "stated"
     """Stated by the source; worked out from what it states; or assumed, as the source explains."""
     utilisation: float = 1.0
-    """For `compute`: the share of `value` that a prefill is taken to reach, in (0, 1]: a model."""
+    """The share of a `compute` value that a prefill is taken to reach, in (0, 1]: a model."""
     note: str = ""
 
 

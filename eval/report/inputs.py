@@ -65,7 +65,8 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> tuple[DemoResult, Extras]:
             shown = result.ladder if isinstance(result, EntropyResult) else result
             found[_FIELDS[type(result)]] = shown
         else:
-            known = ", ".join(form.writer for form in [DemoResult, *_FIELDS])
+            forms: list[type[Result]] = [DemoResult, *_FIELDS]
+            known = ", ".join(form.writer for form in forms)
             raise KVZipError(
                 f"{path} is a result of {result.writer}, which no report shows; it shows: {known}"
             )

@@ -168,7 +168,7 @@ def _both(draw: Callable[[str, tuple[int, int]], str], name: str, height: int) -
 
 
 def _peer_charts(bench: BenchResult) -> list[tuple[SnapshotIdentity, list[BenchRow], Chart]]:
-    """For each snapshot: its rows by ratio, and ratio against decode speed as a chart."""
+    """Each snapshot with its rows by ratio, and ratio against decode speed as a chart."""
     found = []
     for n, (snapshot, rows) in enumerate(bench.by_snapshot()):
 
@@ -180,7 +180,7 @@ def _peer_charts(bench: BenchResult) -> list[tuple[SnapshotIdentity, list[BenchR
 
 
 def _frontier_charts(frontier: Frontier) -> list[tuple[Run, list[str], Chart]]:
-    """For each dtype: its points, the keys of the hull, and bits against multiplications."""
+    """Each dtype's points, the keys of the hull, and bits against multiplications."""
     found = []
     for n, run in enumerate(frontier.runs):
 
@@ -193,7 +193,7 @@ def _frontier_charts(frontier: Frontier) -> list[tuple[Run, list[str], Chart]]:
 
 
 def _link_charts(links: Links) -> list[tuple[float, list[Point], Chart]]:
-    """For each delay: what was measured, and time to first token against bandwidth."""
+    """Each delay with what was measured, and time to first token against bandwidth."""
     found = []
     for n, delay in enumerate(dict.fromkeys(point.delay for point in links.points)):
 

@@ -35,7 +35,7 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     """One codec on one snapshot."""
 
     file: str
-    """Of the snapshot."""
+    """The snapshot's."""
     kind: Kind
     """A row of kvzip is a whole file with header, index and checksums; a peer's is bare blocks."""
     name: str
@@ -47,7 +47,7 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     ratio: float
     bits_per_value: float
     encode_gbps: float
-    """Of the fastest repeat, as is the next."""
+    """The fastest repeat counts, here and in the next."""
     decode_gbps: float
     encode_median_gbps: float
     decode_median_gbps: float

@@ -25,7 +25,7 @@ class LayerPoint(msgspec.Struct, frozen=True):
     products: float
     """Multiplications of a weight for a token."""
     bytes: float
-    """Of what the predictor must know, a byte a weight."""
+    """What the predictor must know takes so many, a byte a weight."""
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,9 +41,9 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     products: float
     """Multiplications of a weight for a token, all layers of the model."""
     share: float
-    """Of the multiplications of the model's own prefill."""
+    """`products` over the multiplications of the model's own prefill."""
     profile_bytes: float
-    """For all layers of the model, a byte a weight; of a copy, its weights."""
+    """What it must know for all layers, a byte a weight; a copy, its weights."""
     layers: list[LayerPoint]
 
 
@@ -97,7 +97,8 @@ class Frontier(Result, frozen=True, kw_only=True, tag="frontier"):
     attention_products: float
     """The products of attention itself beside them, the mean over a document's tokens."""
     prefill_seconds: float | None
-    """Of one document of the first dtype on `machine`; copies and predictors are not timed."""
+    """What one document of the first dtype takes on `machine`. Copies and predictors are not
+    timed."""
     runs: list[Run]
 
     def check(self) -> None:

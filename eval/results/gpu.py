@@ -31,7 +31,7 @@ class GpuResult(Result, frozen=True, kw_only=True, tag="bench-gpu"):
     shape: dict[str, int]
     """Layers, heads, dim."""
     ratio: dict[str, float]
-    """Of `channel`, by tokens."""
+    """What `channel` reaches, by tokens."""
     rows: list[GpuRow]
 
     def check(self) -> None:

