@@ -150,7 +150,8 @@ class Escapes {
           std::uint16_t value;
           std::memcpy(&value, at_, 2);
           at_ += 2;
-          use(work.escaped[k].channel, std::size_t(64 * h + __builtin_ctzll(left)), value);
+          use(work.escaped[k].channel, 64 * std::size_t(h) + std::size_t(__builtin_ctzll(left)),
+              value);
         }
     return true;
   }

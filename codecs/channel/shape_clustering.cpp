@@ -23,7 +23,7 @@ constexpr int kCandidates = 6;
 // log2(n) in 1/256 bit, within one: exact for powers of two, linear between 256ths of an octave.
 class Log2 {
  public:
-  Log2() {
+  Log2() noexcept {
     for (int i = 0; i <= 256; ++i)
       fraction_[i] = std::int16_t(std::lround(kBit * std::log2(1 + i / 256.0)));
   }

@@ -54,6 +54,7 @@ class BitWriter {
   void golomb(std::uint32_t x, int k) {
     x += 1u << k;
     const int n = bit_length(x) - 1;
+    // n >= k, as x >= 2^k. NOLINTNEXTLINE(clang-analyzer-core.BitwiseShift)
     put(1u << (n - k), n - k + 1);
     put(x & ((1u << n) - 1), n);
   }
@@ -258,8 +259,10 @@ class Window {
     n += k;
     return (1u << n) + take(n) - (1u << k);
   }
+  // `n`: at least 1.
   std::uint32_t below(std::uint32_t n) {
     const int bits = bit_length(n) - 1;
+    // NOLINTNEXTLINE(clang-analyzer-core.BitwiseShift)
     const std::uint32_t shorter = (2u << bits) - n;
     const std::uint32_t x = std::uint32_t(bits_) & ((1u << bits) - 1);
     const auto last = std::uint32_t(bits_ >> bits) & 1;
