@@ -26,7 +26,7 @@ from kvzip.snapshot import PARTS, Origin, Part
 MAGIC = b"KVZP"
 VERSION = 0
 MOST_TOKENS = 1 << 13
-"""Of a page. A block of them is below 4 GiB, whatever its model."""
+"""The most tokens that a page holds. A block of them is below 4 GiB, whatever its model."""
 
 # Magic, version, zeros, first layer, layers, tokens, zeros, profile; then the checksum.
 _HEADER = struct.Struct("<4sHHIIII8s")
@@ -163,9 +163,9 @@ class _Page(NamedTuple):
     lengths: list[int]
     """Bytes of each block."""
     end: int
-    """Of the lengths."""
+    """Where the lengths end in the page."""
     begin: int
-    """Of the first block."""
+    """Where the first block begins in the page."""
 
 
 def _read(page: memoryview, profile: Profile) -> _Page:
@@ -217,7 +217,7 @@ def _two(pair: Any) -> tuple[Any, Any]:
 
 
 def _digest(start: Any, lengths: Any, digests: Sequence[int]) -> int:
-    """Of everything in a page, of its numbers by their own."""
+    """The checksum of everything in a page; numbers enter it by their own checksums."""
     return checksum.of_bytes(start, lengths, np.array(digests, "<u8"))
 
 

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 VERSION = 1
-"""Of snapshot files."""
+"""The version of snapshot files."""
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

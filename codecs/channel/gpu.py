@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codec import Context
 from kvzip.codecs import _native
-from kvzip.codecs.native.cuda.device import Device, Kernel
+from kvzip.codecs.native.cuda.device import Device, Kernel, Memory, Pinned, Stream
 from kvzip.codecs.native.cuda.work import Full, Slot, Target, Work
 from kvzip.dtypes import DType
 from kvzip.errors import CorruptError
@@ -90,6 +90,9 @@ def _tables(work: Any, tables: Any) -> tuple[int, int]:
     return work.put(tables.channels()), work.put(entries, 256)
 
 
+# --- encoding --------------------------------------------------------------------------------
+
+
 def encode(
     device: Device, form: DType, tables: Any, target: Target, blocks: Sequence[tuple[int, int]]
 ) -> list[bytes | None]:
@@ -98,12 +101,41 @@ def encode(
     there: it is not shorter coded than as it is, these tables cannot code it, or more than a
     quarter of its numbers are escapes. The numbers that `target` names must have been written.
     """
-    batch, heads, _, dim = target.shape
     encoders = None if tables is None else _native.channel_encoders(tables)
     if encoders is None or not len(blocks):
         return [None] * len(blocks)
+    jobs, counts = _encode_jobs(tables, target.shape[0], blocks)
+    with device.current():
+        stream = device.stream()
+        rooms, coded = _code_streams(device, stream, form, tables, encoders, target, jobs)
+        spans, places, total = _layout(form, target, blocks, counts, jobs, coded)
+        placed = _place_streams(device, stream, places, total)
+        del rooms  # what streams were copied from
+    return [
+        None
+        if span is None
+        else _block(placed.array, span, coded[span.first : span.first + span.streams])
+        for span in spans
+    ]
+
+
+class _Span(NamedTuple):
+    """A coded block: its streams, and where it stands among all blocks."""
+
+    first: int
+    streams: int
+    offset: int
+    size: int
+
+
+def _encode_jobs(
+    tables: Any, batch: int, blocks: Sequence[tuple[int, int]]
+) -> tuple[NDArray[Any], list[int]]:
+    """A job for each stream of the blocks, without its room, and how many streams each block
+    has."""
     plans = [_native.channel_plan(tables, batch, tokens) for _, tokens in blocks]
-    jobs = np.zeros(sum(map(len, plans)), _ENCODE)
+    counts = [len(plan) for plan in plans]
+    jobs = np.zeros(sum(counts), _ENCODE)
     at = 0
     for (first, tokens), plan in zip(blocks, plans, strict=True):
         mine = jobs[at : at + len(plan)]
@@ -113,96 +145,128 @@ def encode(
         at += len(plan)
     jobs["row"] = np.arange(len(jobs))
     jobs["numbers"] = jobs["strips"] * 64 * jobs["lanes"]  # at most
+    return jobs, counts
+
+
+def _code_streams(
+    device: Device,
+    stream: Stream,
+    form: DType,
+    tables: Any,
+    encoders: NDArray[np.uint32],
+    target: Target,
+    jobs: NDArray[Any],
+) -> tuple[Memory, NDArray[Any]]:
+    """Streams, each in a room of its own on the device, which `jobs` then name, and how long they
+    are."""
+    numbers = jobs["numbers"].astype(np.int64)
     sizes = (
         _aligned(4 * jobs["lanes"])
         + _aligned(jobs["mantissas"] + 256)
-        + _aligned(2 * jobs["numbers"].astype(np.int64) + jobs["numbers"] // 4 * 2)
+        + _aligned(2 * numbers + numbers // 4 * 2)
     )
     ends = np.cumsum(sizes)
-    with device.current():
-        rooms = device.allocate(int(ends[-1]) if len(ends) else 0)
-        jobs["room"] = rooms.address + (ends - sizes).astype(np.uint64)
-        results, back = device.allocate(16 * len(jobs)), device.pinned(16 * len(jobs))
-        stream = device.stream()
+    rooms = device.allocate(int(ends[-1]) if len(ends) else 0)
+    jobs["room"] = rooms.address + (ends - sizes).astype(np.uint64)
+    size = _ENCODED.itemsize * len(jobs)
+    results, back = device.allocate(size), device.pinned(size)
 
-        def run(fill: Any, given: int) -> None:
-            slot = Slot(device)
-            size = 1 << 16
-            while True:
-                slot.grow(size)
-                work = Work(slot, given, 0)
-                with suppress(Full):
-                    fill(work)
-                    work.finish()
-                    work.start(stream, stream)
-                    return device.synchronize(device.record(stream))
-                size *= 4
+    def fill(work: Work) -> None:
+        part = work.part(target)
+        shapes = encoders if len(encoders) else np.zeros((1, 160), np.uint32)
+        work.tables(part, work.put(tables.channels()), work.put(shapes, 256))
+        name, arguments = f"channel_encode_{form.name}", ("jobs", "count", "parts", "results")
+        work.run(Kernel(_ENCODE_SOURCE, name, _SPACE, 32, 1, 1, _ENCODE_SHARED, arguments), jobs)
 
-        def code(work: Work) -> None:
-            part = work.part(target)
-            shapes = encoders if len(encoders) else np.zeros((1, 160), np.uint32)
-            work.tables(part, work.put(tables.channels()), work.put(shapes, 256))
-            arguments = ("jobs", "count", "parts", "results")
-            name = f"channel_encode_{form.name}"
-            kernel = Kernel(_ENCODE_SOURCE, name, _SPACE, 32, 1, 1, _ENCODE_SHARED, arguments)
-            work.run(kernel, jobs)
-
-        run(code, results.address)
-        device.download(stream, back.address, results.address, 16 * len(jobs))
-        device.synchronize(device.record(stream))
-        coded = back.array.view(_ENCODED)[: len(jobs)].copy()
-
-        # Where streams stand in their blocks, and blocks side by side.
-        data = 2 * (coded["words"].astype(np.int64) + coded["escapes"])
-        lengths = _aligned(4 * jobs["lanes"]) + _aligned(jobs["mantissas"]) + _aligned(data)
-        spans: list[tuple[int, int, int, int] | None] = []  # first job, jobs, where, bytes
-        places = np.zeros(len(jobs), _PLACE)
-        keep = np.zeros(len(jobs), bool)
-        total = at = 0
-        for (_, tokens), plan in zip(blocks, plans, strict=True):
-            whose = slice(at, at + len(plan))
-            at += len(plan)
-            raw = batch * heads * tokens * dim * form.itemsize
-            head = int(_aligned(np.array(8 + 8 * len(plan))))
-            least = int(_aligned(np.array(raw // 1024)))
-            size = max(head + int(lengths[whose].sum()), least)
-            if coded["failed"][whose].any() or size >= _HEADER + raw or not len(plan):
-                spans.append(None)
-                continue
-            before = np.cumsum(lengths[whose]) - lengths[whose]
-            places["stream"][whose] = total + head + before.astype(np.uint64)
-            keep[whose] = True
-            spans.append((whose.start, len(plan), total, size))
-            total += -(-size // 64) * 64
-        out, host = device.allocate(total), device.pinned(total)
-        for name in ("room", "lanes", "mantissas", "numbers"):
-            places[name] = jobs[name]
-        places["words"], places["escapes"] = coded["words"], coded["escapes"]
-        places["stream"] += np.uint64(out.address)
-
-        def place(work: Work) -> None:
-            kernel = Kernel(
-                _ENCODE_SOURCE, "channel_place_streams", _SPACE, 128, 1, 1, 0, ("jobs", "count")
-            )
-            work.run(kernel, places[keep])
-
-        device.clear(stream, out.address, total)
-        run(place, 0)
-        device.download(stream, host.address, out.address, total)
-        device.synchronize(device.record(stream))
-    found: list[bytes | None] = []
-    for span in spans:
-        if span is None:
-            found.append(None)
-            continue
-        first, count, where, size = span
-        block = host.array[where : where + size].copy()
-        block[0] = 1
-        pairs = np.stack([coded["words"], coded["escapes"]], axis=1)[first : first + count]
-        block[8 : 8 + 8 * count] = np.ascontiguousarray(pairs).view(np.uint8).reshape(-1)
-        found.append(block.tobytes())
-    return found
+    _run(device, stream, results.address, fill)
+    device.download(stream, back.address, results.address, size)
+    device.synchronize(device.record(stream))
+    return rooms, back.array.view(_ENCODED)[: len(jobs)].copy()
 
 
-def _aligned(size: NDArray[Any]) -> NDArray[Any]:
-    return -(-size.astype(np.int64) // 16) * 16
+def _layout(
+    form: DType,
+    target: Target,
+    blocks: Sequence[tuple[int, int]],
+    counts: Sequence[int],
+    jobs: NDArray[Any],
+    coded: NDArray[Any],
+) -> tuple[list[_Span | None], NDArray[Any], int]:
+    """Where blocks stand side by side, None for those that the caller must encode; a job that
+    brings each stream of the others to its place, counted from the first block; and the bytes that
+    all take up."""
+    batch, heads, _, dim = target.shape
+    data = 2 * (coded["words"].astype(np.int64) + coded["escapes"])
+    lengths = _aligned(4 * jobs["lanes"]) + _aligned(jobs["mantissas"]) + _aligned(data)
+    places = np.zeros(len(jobs), _PLACE)
+    for name in ("room", "lanes", "mantissas", "numbers"):
+        places[name] = jobs[name]
+    places["words"], places["escapes"] = coded["words"], coded["escapes"]
+    keep = np.zeros(len(jobs), bool)
+    spans: list[_Span | None] = []
+    total = first = 0
+    for (_, tokens), count in zip(blocks, counts, strict=True):
+        mine = slice(first, first + count)
+        raw = batch * heads * tokens * dim * form.itemsize
+        head = _up(8 + 8 * count, 16)
+        size = max(head + int(lengths[mine].sum()), _up(raw // 1024, 16))
+        if coded["failed"][mine].any() or size >= _HEADER + raw or not count:
+            spans.append(None)
+        else:
+            before = np.cumsum(lengths[mine]) - lengths[mine]
+            places["stream"][mine] = total + head + before.astype(np.uint64)
+            keep[mine] = True
+            spans.append(_Span(first, count, total, size))
+            total += _up(size, 64)
+        first += count
+    return spans, places[keep], total
+
+
+def _place_streams(device: Device, stream: Stream, places: NDArray[Any], total: int) -> Pinned:
+    """Blocks side by side on the host, their streams in place and zeros around them."""
+    out, host = device.allocate(total), device.pinned(total)
+    places["stream"] += np.uint64(out.address)
+
+    def fill(work: Work) -> None:
+        name, arguments = "channel_place_streams", ("jobs", "count")
+        work.run(Kernel(_ENCODE_SOURCE, name, _SPACE, 128, 1, 1, 0, arguments), places)
+
+    device.clear(stream, out.address, total)
+    _run(device, stream, 0, fill)
+    device.download(stream, host.address, out.address, total)
+    device.synchronize(device.record(stream))
+    return host
+
+
+def _block(placed: NDArray[np.uint8], span: _Span, coded: NDArray[Any]) -> bytes:
+    """A block as it is stored: its kind, the lengths of its streams, and the streams."""
+    block = placed[span.offset : span.offset + span.size].copy()
+    block[0] = 1
+    lengths = np.stack([coded["words"], coded["escapes"]], axis=1)
+    block[8 : 8 + 8 * span.streams] = np.ascontiguousarray(lengths).view(np.uint8).reshape(-1)
+    return block.tobytes()
+
+
+def _run(device: Device, stream: Stream, results: int, fill: Callable[[Work], None]) -> None:
+    """Run what `fill` puts into a work, in as much memory as that needs; it is done when this
+    returns."""
+    slot, size = Slot(device), 1 << 16
+    while True:
+        slot.grow(size)
+        work = Work(slot, results, 0)
+        with suppress(Full):
+            fill(work)
+            work.finish()
+            work.start(stream, stream)
+            return device.synchronize(device.record(stream))
+        size *= 4
+
+
+def _up(size: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-size // multiple) * multiple
+
+
+def _aligned(sizes: NDArray[Any]) -> NDArray[Any]:
+    """The next multiples of 16."""
+    return -(-sizes.astype(np.int64) // 16) * 16

@@ -88,7 +88,7 @@ class Target(NamedTuple):
     """Where the numbers of one layer's keys or values go on a device."""
 
     address: int
-    """Of [0, 0, 0, 0]."""
+    """The address of number [0, 0, 0, 0]."""
     strides: tuple[int, int, int]
     """Batch, heads, tokens, in numbers. The numbers of a token lie side by side."""
     shape: tuple[int, int, int, int]
@@ -96,7 +96,7 @@ class Target(NamedTuple):
     first: int
     """Position of token 0."""
     pages: NDArray[np.int32] | None = None
-    """Of pages, which page has each run of `page_tokens` tokens."""
+    """Where numbers lie in pages: which page has each run of `page_tokens` tokens."""
     page_tokens: int = 0
     page_stride: int = 0
     owner: Any = None
