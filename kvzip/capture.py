@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,11 @@ from kvzip.dtypes import Bits
 from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError, first_line
 from kvzip.models import LoadedModel
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from kvzip.load.config import LayerKind
 
 # Largest finite e4m3fn and e5m2: engines saturate, torch's cast would make NaN or infinity.
 _FP8_MAX = {"fp8_e4m3fn": 448.0, "fp8_e5m2": 57344.0}
@@ -125,23 +130,7 @@ def prefill(
         )
     if len(cache.layers) != len(kinds):
         raise KVZipError(f"the model filled {len(cache.layers)} cache layers, not {len(kinds)}")
-    layers = []
-    name = dtype
-    for held, (kind, window, rope) in zip(cache.layers, kinds, strict=True):
-        total = held.keys.shape[-2]
-        keep = total if kind == "full" or full_history else min(total, window)
-        parts: list[Bits] = []
-        for tensor in (held.keys, held.values):
-            kept = tensor[:, :, total - keep :].cpu()
-            if dtype is not None:
-                kept = _cast(kept, dtype)
-            bits, name = dtypes.as_bits(kept.contiguous())
-            parts.append(bits[0] if np.ndim(token_ids) == 1 else bits)
-        held.keys = held.values = None
-        layout = LayerLayout(parts[0].shape, parts[1].shape, total, kind, window, rope)
-        layers.append(Layer(parts[0], parts[1], layout))
-    if name is None:
-        raise KVZipError("the model has no layers")
+    name, layers = _layers(cache, kinds, dtype, full_history, np.ndim(token_ids) == 1)
     software = {
         "torch": str(torch.__version__),
         "transformers": str(transformers.__version__),
@@ -161,6 +150,31 @@ def prefill(
         software,
     )
     return Snapshot(layers, name, token_ids, origin)
+
+
+def _layers(
+    cache: Cache, kinds: Sequence[LayerKind], dtype: str | None, full_history: bool, single: bool
+) -> tuple[str, list[Layer]]:
+    """The format and the layers of a cache, which gives up its tensors one by one; those of a
+    `single` document without the axis of the batch."""
+    layers = []
+    name = dtype
+    for held, (kind, window, rope) in zip(cache.layers, kinds, strict=True):
+        total = held.keys.shape[-2]
+        keep = total if kind == "full" or full_history else min(total, window or total)
+        parts: list[Bits] = []
+        for tensor in (held.keys, held.values):
+            kept = tensor[:, :, total - keep :].cpu()
+            if dtype is not None:
+                kept = _cast(kept, dtype)
+            bits, name = dtypes.as_bits(kept.contiguous())
+            parts.append(bits[0] if single else bits)
+        held.keys = held.values = None
+        layout = LayerLayout(parts[0].shape, parts[1].shape, total, kind, window, rope)
+        layers.append(Layer(parts[0], parts[1], layout))
+    if name is None:
+        raise KVZipError("the model has no layers")
+    return name, layers
 
 
 def check_ids(token_ids: NDArray[Any], config: Any) -> None:

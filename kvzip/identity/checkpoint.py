@@ -18,7 +18,7 @@ from kvzip.errors import KVZipError
 from kvzip.identity.digests import sha256_of_files
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
-"""Of a folder's weights, engines take those of the first kind that is there."""
+"""Engines take the weights of the first kind that is there in a folder."""
 _OF_TRAINING = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _CONFIGS = (
     "config.json",

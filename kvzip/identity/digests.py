@@ -52,9 +52,9 @@ class Kept(msgspec.Struct, forbid_unknown_fields=True):
 
     stamp: Stamp
     whole: str = ""
-    """Of all its bytes."""
+    """The digest of all its bytes."""
     tensors: dict[str, str] = {}
-    """Of its tensors, by name and by the dtype that they were brought to."""
+    """Those of its tensors, by name and by the dtype that they were brought to."""
 
 
 _seen: dict[Stamp, str] = {}

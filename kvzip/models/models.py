@@ -34,7 +34,7 @@ class Packaged:
     pattern: str
     """Names of the model's files within the wheels."""
     sha256: str
-    """Of the whole file."""
+    """The SHA-256 of the whole file."""
 
 
 PACKAGED = {
