@@ -18,17 +18,13 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["fingerprint", "is_fingerprint"]
 
 _FORM = re.compile(r"(sha256|live):[0-9a-f]{64}(\+[0-9a-f]{16})*")
 
 
-def fingerprint(model: torch.nn.Module | str | os.PathLike[str]) -> str:
+def fingerprint(model: object) -> str:
     """The string by which every store and adapter knows a model's weights.
 
     `model`: a transformers model (any torch module with a ``config``), of which every tensor in
