@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.errors import UsageError
-from kvzip.eval.traffic.trace import Trace
+from kvzip.eval.traffic.trace import BLOCK_TOKENS, Trace
 
 NEVER = np.iinfo(np.int64).max
 """The distance of a block that was not used before."""
@@ -31,6 +31,43 @@ class Capacity(msgspec.Struct, frozen=True):
     ratio: float
     hit_rate: float
     """Blocks that need not be computed, of all blocks of all prompts."""
+
+
+class Capacities(msgspec.Struct, frozen=True):
+    """What stores of several sizes keep of a trace."""
+
+    trace: str
+    requests: int
+    seconds: float
+    """From the first request to the last."""
+    block_tokens: int
+    accesses: int
+    """Blocks of all prompts."""
+    distinct: int
+    """How many of them are different ones."""
+    most: float
+    """The hit rate of a store that has room for all."""
+    capacity: list[Capacity]
+    """For each size every ratio, in the order asked for."""
+
+
+def replay(trace: Trace, blocks: Sequence[float], ratios: Sequence[float]) -> Capacities:
+    """Replay a trace against an LRU store of each size, with blocks made smaller by each ratio.
+
+    `blocks`: capacities in blocks of raw size. Raises UsageError for sizes and ratios that are not
+    above zero.
+    """
+    needed = needed_capacity(trace)
+    return Capacities(
+        trace.name,
+        trace.requests,
+        float(trace.seconds[-1]) if trace.requests else 0.0,
+        BLOCK_TOKENS,
+        len(trace.blocks),
+        trace.distinct,
+        float((needed < NEVER).mean()),
+        capacities(blocks, ratios, needed),
+    )
 
 
 def stack_distances(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -77,7 +114,7 @@ def needed_capacity(trace: Trace) -> NDArray[np.int64]:
 
 
 def capacities(
-    trace: Trace, blocks: Sequence[float], ratios: Sequence[float], needed: NDArray[np.int64]
+    blocks: Sequence[float], ratios: Sequence[float], needed: NDArray[np.int64]
 ) -> list[Capacity]:
     """Hit rates for each ratio at each capacity. `needed`: of :func:`needed_capacity`.
 

@@ -137,6 +137,17 @@ def integers(option: str, text: str, least: int = 1) -> list[int]:
     return found
 
 
+def numbers(option: str, text: str) -> list[float]:
+    """Numbers above zero with commas between; UsageError that names the option for all else."""
+    try:
+        found = [float(number) for number in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < number < 2**62 for number in found):
+        raise UsageError(f"{option} is {text!r}: it must be numbers above zero, commas between")
+    return found
+
+
 def document_range(text: str) -> slice:
     """A:B, A:, :B, or one number."""
     start, colon, stop = text.partition(":")

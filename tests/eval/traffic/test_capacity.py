@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 
 import numpy as np
 import pytest
+from command import run_json
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +37,7 @@ def hits_of_a_store(prompts: list[list[int]], room: int) -> int:
 
 
 def rate(trace: Trace, size: float, ratio: float = 1.0) -> float:
-    [found] = capacities(trace, [size], [ratio], needed_capacity(trace))
+    [found] = capacities([size], [ratio], needed_capacity(trace))
     return found.hit_rate
 
 
@@ -74,7 +76,7 @@ def test_more_room_never_hits_less():
     trace = synthetic(500, seed=1)
     needed = needed_capacity(trace)
     sizes = np.geomspace(1, 2 * trace.distinct, 60)
-    rates = [c.hit_rate for c in capacities(trace, sizes.tolist(), [1.0], needed)]
+    rates = [c.hit_rate for c in capacities(sizes.tolist(), [1.0], needed)]
     assert rates == sorted(rates)
     assert rates[0] < rates[-1] == pytest.approx(float((needed < NEVER).mean()))
 
@@ -83,4 +85,26 @@ def test_more_room_never_hits_less():
 def test_what_makes_no_sense(blocks, ratios):
     trace = a_trace([1])
     with pytest.raises(UsageError, match="above zero"):
-        capacities(trace, blocks, ratios, needed_capacity(trace))
+        capacities(blocks, ratios, needed_capacity(trace))
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "trace.jsonl"
+    prompts = [1, 2, 3], [1, 2, 4], [5, 6], [1, 2, 3]
+    path.write_text(
+        "\n".join(
+            json.dumps({"timestamp": i, "input_length": 1, "output_length": 1, "hash_ids": prompt})
+            for i, prompt in enumerate(prompts)
+        )
+    )
+    command = ["eval", "fleet", "--trace", str(path), "--capacity-blocks", "3,6"]
+    found = run_json(capsys, *command, "--ratios", "1,2")[1]
+    assert found["requests"] == 4 and found["distinct"] == 6
+    assert found["most"] == pytest.approx(5 / 11)
+    wanted = [(3, 1, 2), (3, 2, 5), (6, 1, 5), (6, 2, 5)]
+    assert found["capacity"] == [
+        {"blocks": size, "ratio": ratio, "hit_rate": pytest.approx(hits / 11)}
+        for size, ratio, hits in wanted
+    ]
+    for wrong in ("--ratios=0", "--ratios=x", "--capacity-blocks=1,,2", "--ratios=nan"):
+        assert run_json(capsys, *command, wrong)[0] == 2
