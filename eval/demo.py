@@ -31,7 +31,7 @@ from kvzip.eval.results.demo import (
 from kvzip.eval.results.provenance import made_by
 from kvzip.eval.speed import bench
 from kvzip.eval.speed.inputs import halves, parameters, prefill_seconds, width
-from kvzip.eval.speed.learning import learn
+from kvzip.eval.speed.learning import documents_after, learn
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
@@ -97,8 +97,7 @@ def run(
     reference = Reference(loaded.model, snapshot, new_tokens=new_tokens)
     profile = None
     if any(codec.needs_profile for codec in chosen.values()):
-        others = slice(document + 1, document + 1 + picked.train)
-        documents = capture.cut_documents(loaded.tokenizer, text, picked.tokens, others)
+        documents = documents_after(document, picked.train, loaded, text, picked.tokens)
         profile = _learn(loaded, documents, snapshots, picked, told)
         profile.save(folder / "demo.kvprofile")
     rows = []

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,18 +29,6 @@ _DTYPES = {
     for kind in "iu"
     for size in (1, 2, 4, 8)
 }
-
-_T = TypeVar("_T")
-
-
-def hold_out(documents: Sequence[_T], count: int) -> tuple[list[_T], list[_T]]:
-    """The documents to learn from, and `count` of them that are held out, spread evenly over all;
-    each in the order that is given. `count` must be 0 or more, and less than there are."""
-    held_out = {int((i + 0.5) * len(documents) / count) for i in range(count)}
-    return (
-        [document for i, document in enumerate(documents) if i not in held_out],
-        [documents[i] for i in sorted(held_out)],
-    )
 
 
 def _checked(name: str, given: Any) -> NDArray[Any]:

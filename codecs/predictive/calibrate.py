@@ -1,5 +1,5 @@
-"""Sets the scales and densities of a profile over documents that it was not learned from, by what
-the codec itself spends on them."""
+"""Sets the scales and densities of a profile by what the codec itself spends on documents: those
+that were kept apart for this, or those that the predictors were learned from if none were."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 spec.md says what the tensors mean. One layer after the other (`layers.py`): its sums of products
 over all documents, then its predictors (`regression.py`), their integers (`integers.py`) and what
-single tokens have of their own (`token_tables.py`). Last, over documents kept apart, the scales and
-shapes of what is left, measured by the codec itself (`calibrate.py`).
+single tokens have of their own (`token_tables.py`). Last, over documents kept apart from these, the
+scales and shapes of what is left, measured by the codec itself (`calibrate.py`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from kvzip.codecs.predictive.inputs import Known
 from kvzip.codecs.predictive.layers import fit_layer
 from kvzip.codecs.predictive.store import Store
 from kvzip.errors import ProfileError
-from kvzip.profile import Profile, hold_out
-from kvzip.statistics.documents import Item, Progress, inputs_of
+from kvzip.profile import Profile
+from kvzip.statistics.documents import Item, Progress, hold_out, inputs_of
 
 DEFAULT_BYTES = 134_000_000
 Regions = int | Sequence[int] | Literal["auto"]
@@ -59,8 +59,12 @@ def fit(
     each, or as many as the documents and `max_bytes`, the size of the profile's file, allow.
     `token_table`: keep what the first layers make of each token seen. `group`: how many channels
     do not look at each other, so that they can be decoded at the same time; by default 8, of wide
-    models 16. `calibration`: documents that are not learned from, over which scales and densities
-    are set; default: one in sixteen, at most 24. `resume`: a folder in which finished layers are
+    models 16. `calibration`: how many documents no predictor is learned from, so that scales and
+    densities are set over them; default: one in sixteen, at most 24, and none of fewer than 8. If
+    it is 0, scales and densities are set over the documents that the predictors are learned from.
+    The profile's description then has no `calibration_bits`: the mean bits of each layer's numbers
+    in the calibration documents. They are what calibration made least, so no measure of documents
+    that the profile has not seen. `resume`: a folder in which finished layers are
     kept, so that the same call goes on where an earlier one ended. Raises ProfileError when the
     snapshots are not of one model, or a setting makes no sense.
     """
@@ -70,7 +74,7 @@ def fit(
     count = _calibration(len(snapshots)) if calibration is None else calibration
     if not 0 <= count < len(snapshots):
         raise ProfileError(f"{count} of {len(snapshots)} documents cannot be kept apart")
-    learned_from, held_out = hold_out(snapshots, count)
+    learned_from, apart = hold_out(snapshots, count)
     learned = Documents(learned_from)
     group = default_group(max(learned.widths)) if group is None else group
     if not (2 <= group <= MOST and group % 2 == 0):
@@ -87,14 +91,14 @@ def fit(
     vocabulary = Vocabulary(learned) if token_table else None
     tensors = _layers(learned, regions, max_bytes, vocabulary, group, store, tell)
     description = _description(learned, group)
-    spent = calibrate(tensors, description, held_out or list(snapshots), tell)
-    if held_out:
-        description["held_out_bits"] = spent.bits_per_number
+    spent = calibrate(tensors, description, apart or list(snapshots), tell)
+    if apart:
+        description["calibration_bits"] = spent.bits_per_number
     return Profile(tensors, description)
 
 
 def _calibration(documents: int) -> int:
-    """How many documents are kept apart."""
+    """How many documents are kept apart for calibration by default."""
     return 0 if documents < 8 else min(max(documents // 16, 1), 24)
 
 

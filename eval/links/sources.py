@@ -12,7 +12,7 @@ from kvzip import api, capture
 from kvzip.codec import get_codec
 from kvzip.codec_spec import file_stem
 from kvzip.eval.budget import Step
-from kvzip.eval.speed.learning import learn
+from kvzip.eval.speed.learning import documents_after, learn
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
@@ -65,10 +65,9 @@ def prepare(
             kept = Path(profile).absolute()
         else:
             kept = folder / "links.kvprofile"
-            others = slice(document + 1, document + 1 + train)
             learn(
                 loaded,
-                capture.cut_documents(loaded.tokenizer, text, tokens, others),
+                documents_after(document, train, loaded, text, tokens),
                 dtype=snapshot.dtype,
                 snapshots=folder / "learned" / "documents",
                 resume=folder / "learned" / "fit",

@@ -19,7 +19,7 @@ from kvzip.eval.budget import Step
 from kvzip.eval.results.inputs import CodecRow, Inputs, Missing
 from kvzip.eval.results.provenance import made_by
 from kvzip.eval.speed import bench
-from kvzip.eval.speed.learning import learn
+from kvzip.eval.speed.learning import documents_after, learn
 from kvzip.models import LoadedModel, load_model
 from kvzip.options import integer
 from kvzip.profile import Profile
@@ -156,7 +156,7 @@ def _learn(
         step(f"{what}, {dtype}")
 
     try:
-        documents = capture.cut_documents(loaded.tokenizer, text, tokens, slice(1, 1 + count))
+        documents = documents_after(0, count, loaded, text, tokens)
         return learn(loaded, documents, dtype=dtype, capturing=told, learning=told), ""
     except KVZipError as error:
         return None, str(error)

@@ -15,6 +15,15 @@ Told = Callable[[str], Any]
 """Called with a few words on what begins."""
 
 
+def documents_after(
+    document: int, count: int, loaded: LoadedModel, text: Sequence[str], tokens: int
+) -> list[capture.Document]:
+    """Cut the `count` documents of the text that follow number `document`, of `tokens` tokens each:
+    a profile learned from them has not seen that one."""
+    others = slice(document + 1, document + 1 + count)
+    return capture.cut_documents(loaded.tokenizer, text, tokens, others)
+
+
 def learn(
     loaded: LoadedModel,
     documents: Sequence[capture.Document],

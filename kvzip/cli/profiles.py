@@ -13,7 +13,8 @@ from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, Output
 from kvzip.cli.terminal import bar, emit, say, steps
 from kvzip.errors import UsageError
-from kvzip.profile import Profile, hold_out
+from kvzip.profile import Profile
+from kvzip.statistics.documents import hold_out
 
 
 @app.command
@@ -84,6 +85,8 @@ def fit(
     }
     if codec == "predictive":
         result |= _predictive_costs(profile)
+        # The profile counts only those that its predictors were learned from.
+        result["calibration_documents"] = len(learned) - profile.description["documents"]
     emit(result, as_json, lambda: _show(result))
 
 
@@ -106,6 +109,12 @@ def _show(result: Mapping[str, Any]) -> None:
         line += f"; {result['multiplications_per_token']:,} multiplications a token, "
         line += f"{max(result['multiplications_per_token_and_layer']):,} at most a layer"
     say(line)
+    if "calibration_documents" in result:
+        apart = result["calibration_documents"]
+        over = "the documents that the predictors were learned from: they are too few to keep any apart"
+        if apart:
+            over = f"{apart} of them, from which no predictor was learned"
+        say(f"scales and densities were set over {over}")
     for m in result["held_out"]:
         say(
             f"held out: {m['bits_per_value']:.2f} bits a number, ratio {m['ratio']:.3f}, "

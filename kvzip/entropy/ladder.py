@@ -29,12 +29,13 @@ from kvzip.entropy.residual import (
 )
 from kvzip.entropy.tables import LEVELS, Frequencies
 from kvzip.errors import KVZipError, ProfileError
-from kvzip.profile import Profile, hold_out
+from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import (
     SINK_TOKENS,
     Item,
     Progress,
+    hold_out,
     inputs_of,
     load,
 )

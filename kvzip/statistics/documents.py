@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from kvzip.snapshot import Snapshot
 
@@ -15,6 +16,18 @@ Progress = Callable[[str, int, int], None]
 SINK_TOKENS = 4
 """The first tokens of a sequence, whose values are unlike all others (attention sinks: Xiao et al.
 2023, arXiv 2309.17453); nothing is learned from them."""
+
+_T = TypeVar("_T")
+
+
+def hold_out(documents: Sequence[_T], count: int) -> tuple[list[_T], list[_T]]:
+    """Split documents into those to learn from and `count` others, spread evenly over all; each in
+    the order that is given. `count` must be 0 or more, and less than there are."""
+    held_out = {int((i + 0.5) * len(documents) / count) for i in range(count)}
+    return (
+        [document for i, document in enumerate(documents) if i not in held_out],
+        [documents[i] for i in sorted(held_out)],
+    )
 
 
 def load(item: Item) -> Snapshot:

@@ -277,7 +277,15 @@ def test_few_documents_get_one_region(learned):
     profile = kvzip.Profile.fit(learned)
     counts = [len(profile.tensors[f"{i}.bias"]) for i in range(4)]
     assert counts == [1, 1, 1, 1]
-    assert all(0 < b < 16 for b in profile.description["held_out_bits"])
+    assert all(0 < b < 16 for b in profile.description["calibration_bits"])
+
+
+def test_few_documents_are_calibrated_over_themselves(learned):
+    """So no bits are told that might be taken for those of other documents."""
+    few = kvzip.Profile.fit(learned[:7]).description
+    assert few["documents"] == 7
+    assert "calibration_bits" not in few
+    assert kvzip.Profile.fit(learned[:8]).description["documents"] == 7
 
 
 def test_one_document_of_few_tokens(llama):
@@ -432,8 +440,24 @@ def test_the_command(learned, tmp_path, capsys):
     assert results[0]["bytes"] == output.stat().st_size
     assert results[0]["regions"] == [1, 2, 2, 2]
     assert results[0]["held_out_bits_per_value"] < 9
+    assert results[0]["calibration_documents"] == 1  # of the eight that are not held out
     assert len(results[0]["multiplications_per_token_and_layer"]) == 4
     with pytest.raises(SystemExit) as exit_:
         main([*command[:-4], "--regions", "3", "--resume", str(folder)])
     assert exit_.value.code != 0
     assert "regions=2, not 3" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "count, told", [(3, "that the predictors were learned from"), (8, "1 of them, from which no")]
+)
+def test_the_command_says_over_what_it_calibrates(learned, tmp_path, capsys, count, told):
+    from kvzip.cli import main
+
+    files = [tmp_path / f"{i}.safetensors" for i in range(count)]
+    for document, file in zip(learned, files, strict=False):
+        document.save(file)
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *map(str, files), "-o", str(tmp_path / "a.kvprofile"), "--held-out", "0"])
+    assert exit_.value.code == 0
+    assert told in " ".join("".join(capsys.readouterr()).split())
