@@ -111,7 +111,7 @@ def _show(result: Mapping[str, Any]) -> None:
     say(line)
     if "calibration_documents" in result:
         apart = result["calibration_documents"]
-        over = "the documents that the predictors were learned from: they are too few to keep any apart"
+        over = "the documents that the predictors were learned from: too few to keep any apart"
         if apart:
             over = f"{apart} of them, from which no predictor was learned"
         say(f"scales and densities were set over {over}")
