@@ -169,6 +169,11 @@ class _Page(NamedTuple):
 
 
 def _read(page: memoryview, profile: Profile) -> _Page:
+    """Check a page's header, its lengths and the zeros between its blocks, which are not read.
+
+    Raises FormatError for what is no page or one of another version, ProfileError if it was made
+    with another profile, CorruptError if it is damaged.
+    """
     if bytes(page[: len(MAGIC)]) != MAGIC[: len(page)] or not len(page):
         raise FormatError("this is not a page")
     if len(page) < _LENGTHS_AT:
@@ -200,6 +205,8 @@ def _read(page: memoryview, profile: Profile) -> _Page:
 def _places(
     out: Sequence[tuple[Any, Any]] | None, shapes: Sequence[tuple[int, int, int]], form: DType
 ) -> list[Bits]:
+    """The arrays to decode into, of these shapes: new ones, or those of `out` as bits. Raises
+    UsageError when `out` does not fit."""
     if out is None:
         return [np.empty(shape, form.uint) for shape in shapes]
     given = [dtypes.as_bits(array, form.name)[0] for pair in out for array in _two(pair)]
@@ -209,6 +216,7 @@ def _places(
 
 
 def _two(pair: Any) -> tuple[Any, Any]:
+    """A layer's keys and values. Raises UsageError when they are no pair."""
     try:
         k, v = pair
     except (TypeError, ValueError):

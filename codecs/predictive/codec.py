@@ -53,8 +53,8 @@ class _Range:
     chain: _native.PredictiveChain | None
     """None when a part did not follow the one before it: no more can be predicted."""
     tokens: tuple[int, int]
-    turn: int = 0
-    """The part that comes next, two a layer."""
+    next_part: int = 0
+    """The number of the part that comes next; each layer has two."""
 
 
 class PredictiveCodec(Codec):
@@ -95,11 +95,11 @@ class PredictiveCodec(Codec):
         found: list[bytes | None] = []
         chain = None
         for block, context in blocks:
-            turn = _take(context, block.shape)
-            if turn is None:
+            following = _next_chain(context, block.shape)
+            if following is None:
                 found.append(_plain(block, context))
                 continue
-            chain = turn
+            chain = following
             high, low = _split(block)
             part = PARTS.index(context.part)
             try:
@@ -123,7 +123,7 @@ class PredictiveCodec(Codec):
         ]
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
-        chain = _take(context, out.shape)
+        chain = _next_chain(context, out.shape)
         part = PARTS.index(context.part)
         mode, body = bytes(data[:16]), data[16:]
         if mode == _CODED and chain is not None:
@@ -202,13 +202,19 @@ def _split(block: Bits) -> tuple[Bits, Bits]:
     return (block >> np.uint32(16)).astype(np.uint16), block.astype(np.uint16)
 
 
-def _take(context: Context, shape: tuple[int, ...]) -> _native.PredictiveChain | None:
-    """The state of the token range, when this block is the next part of it."""
-    turn = 2 * context.layer + PARTS.index(context.part)
+def _next_chain(context: Context, shape: tuple[int, ...]) -> _native.PredictiveChain | None:
+    """Find the chain that predicts this block, [rows, heads, tokens, dim], and move its token range
+    on to the part that comes next.
+
+    The range is kept in `context.scratch`, where the first part makes it. None where nothing can
+    predict the block: without a profile, or when the block is not the part that was to come next
+    or has other tokens; then nothing predicts the rest of the range either. Raises ProfileError.
+    """
+    part = 2 * context.layer + PARTS.index(context.part)
     found = context.scratch.get("predictive")
     if found is None:
         chain = None
-        if turn == 0 and context.profile is not None:
+        if part == 0 and context.profile is not None:
             profile = context.profile
             chain = new_chain(
                 native_model(profile),
@@ -220,9 +226,9 @@ def _take(context: Context, shape: tuple[int, ...]) -> _native.PredictiveChain |
                 context.token_ids,
             )
         found = context.scratch["predictive"] = _Range(chain, (shape[0], shape[2]))
-    if found.turn != turn or found.tokens != (shape[0], shape[2]):
+    if found.next_part != part or found.tokens != (shape[0], shape[2]):
         found.chain = None
-    found.turn = turn + 1
+    found.next_part = part + 1
     return found.chain
 
 

@@ -15,7 +15,7 @@ namespace {
 template <class Isa>
 struct NumberGrid : Vectors<Isa> {
   using Base = Vectors<Isa>;
-  using Base::all, Base::as_bits, Base::as_float, Base::least, Base::most, Base::to_int;
+  using Base::all, Base::as_bits, Base::as_float, Base::min_of, Base::max_of, Base::to_int;
   using typename Base::F, typename Base::I;
 
   std::int32_t half;  // numbers of each sign
@@ -40,7 +40,7 @@ struct NumberGrid : Vectors<Isa> {
   I magnitude(I bits) const {
     F f;
     if (exponent_bias == 127) {
-      f = as_float(least(bits, all(0x7f000000)));
+      f = as_float(min_of(bits, all(0x7f000000)));
     } else {
       const std::int32_t rebias = (127 - exponent_bias) << 23, one = rebias + (1 << 23);
       const F subnormal = as_float(bits + one) - as_float(all(one));
@@ -71,7 +71,7 @@ struct NumberGrid : Vectors<Isa> {
       const F x = as_float(bits) * scale(exponent_bias - 1 + mantissa_bits) + 0.5f;
       m = m < (1 << mantissa_bits) ? to_int(x) : m;
     }
-    m = most(least(m, all(half - 1)), all(0));
+    m = max_of(min_of(m, all(half - 1)), all(0));
     const I sign = as_bits(v) >> 31;
     return half + (m ^ sign);
   }
@@ -82,8 +82,9 @@ struct NumberGrid : Vectors<Isa> {
 template <class Isa>
 struct Density : NumberGrid<Isa> {
   using Base = NumberGrid<Isa>;
-  using Base::all, Base::as_bits, Base::as_float, Base::boundary, Base::lanes, Base::least,
-      Base::most, Base::near, Base::shift_right, Base::to_float, Base::to_int, Base::value, Base::W;
+  using Base::all, Base::as_bits, Base::as_float, Base::boundary, Base::lanes, Base::min_of,
+      Base::max_of, Base::near, Base::shift_right, Base::to_float, Base::to_int, Base::value,
+      Base::W;
   using typename Base::F, typename Base::I;
 
   typename Isa::Table table;
@@ -103,7 +104,7 @@ struct Density : NumberGrid<Isa> {
 
   static I z_of(I d, I m) {
     const I a = (d ^ d >> 31) - (d >> 31);
-    return Isa::z(least(a, all(1 << 27)), m, kFarthest);
+    return Isa::z(min_of(a, all(1 << 27)), m, kFarthest);
   }
   // Exact: a float32 holds z + 2^13, which is below 2^21.
   static I placed(I z) { return as_bits(to_float(z + (1 << (kZBits - 1)))); }
@@ -122,18 +123,18 @@ struct Density : NumberGrid<Isa> {
   // About the number whose interval holds a target; how it comes to that has no bearing on the
   // format.
   I guess(I target, I centre, I m) const {
-    const I c = least(target - kHalf, all(kHalf));
+    const I c = min_of(target - kHalf, all(kHalf));
     const I sign = c >> 31, g = (c ^ sign) - sign;
     const I tail = as_bits(to_float(kHalf - g));
-    const I step = most((tail >> 21) - ((127 + 7) << 2), all(0));
+    const I step = max_of((tail >> 21) - ((127 + 7) << 2), all(0));
     F from, rise;
     search_from.at(step, &from, &rise);
     const F rest = to_float(tail & 0x1fffff) * (1.0f / (1 << 21));
-    I place = most(least(to_int(from + rise * rest), all(kCells - 1)), all(0));
+    I place = max_of(min_of(to_int(from + rise * rest), all(kCells - 1)), all(0));
     I start, size;
     table.at(place, &start, &size);
     place = place + ((g < start) | ((g >= start + size) & 1));
-    place = most(least(place, all(kCells - 1)), all(0));
+    place = max_of(min_of(place, all(kCells - 1)), all(0));
     table.at(place, &start, &size);
     const F begin = as_float((place + kFirst) << 20);
     // What a step of a share is in values.
@@ -162,7 +163,7 @@ struct Density : NumberGrid<Isa> {
     std::int32_t low = 0, end = numbers;
     while (end - low > 1) {
       const std::int32_t step = (end - low + W - 1) / W;
-      const I k = least(low + step * lanes(), all(end - 1));
+      const I k = min_of(low + step * lanes(), all(end - 1));
       const I d = 2 * (boundary(k) - centre);
       const I at = share(d, z_of(d, all(m)));
       const I below = ((k == 0 ? all(0) : at) <= target) & (k < end);

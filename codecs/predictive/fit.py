@@ -19,10 +19,10 @@ from kvzip.codecs.predictive.allotment import allot
 from kvzip.codecs.predictive.calibrate import calibrate
 from kvzip.codecs.predictive.density import densities, sine_table
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
+from kvzip.codecs.predictive.finished_layers import FinishedLayers
 from kvzip.codecs.predictive.groups import MOST, default_group, default_lanes
-from kvzip.codecs.predictive.inputs import Known
+from kvzip.codecs.predictive.layer_inputs import Known
 from kvzip.codecs.predictive.layers import fit_layer
-from kvzip.codecs.predictive.store import Store
 from kvzip.errors import ProfileError
 from kvzip.profile import Profile
 from kvzip.statistics.documents import Item, Progress, hold_out, inputs_of
@@ -87,9 +87,9 @@ def fit(
         "group": group,
         "calibration": count,
     }
-    store = None if resume is None else Store(Path(resume), settings, snapshots)
+    finished = None if resume is None else FinishedLayers(Path(resume), settings, snapshots)
     vocabulary = Vocabulary(learned) if token_table else None
-    tensors = _layers(learned, regions, max_bytes, vocabulary, group, store, tell)
+    tensors = _layers(learned, regions, max_bytes, vocabulary, group, finished, tell)
     description = _description(learned, group)
     spent = calibrate(tensors, description, apart or list(snapshots), tell)
     if apart:
@@ -119,10 +119,10 @@ def _layers(
     max_bytes: int,
     vocabulary: Vocabulary | None,
     group: int,
-    store: Store | None,
+    finished: FinishedLayers | None,
     tell: Progress,
 ) -> Tensors:
-    """The profile's tensors, before they are calibrated; layers that the store has are taken."""
+    """The profile's tensors, before they are calibrated; finished layers are taken as they are."""
     tensors: Tensors = {"sine": sine_table(), "densities": densities()[0]}
     known: list[Known] = []
     counts = [1]
@@ -130,11 +130,11 @@ def _layers(
     for i in range(layers):
         if i == 1:
             counts = allot(documents, regions, max_bytes, vocabulary)
-        made = None if store is None else store.layer(i)
+        made = None if finished is None else finished.layer(i)
         if made is None:
             made = fit_layer(documents, i, counts[i], known, vocabulary, group, tell)
-            if store is not None:
-                store.keep(i, made)
+            if finished is not None:
+                finished.keep(i, made)
         known.append(Known(*(made.pop(f"fit.{name}") for name in Known._fields)))
         tensors |= {f"{i}.{name}": array for name, array in made.items()}
         tell("layers", i + 1, layers)

@@ -35,7 +35,7 @@ struct Found {
 template <class Isa, typename T>
 struct IntervalRecorder : Vectors<Isa> {
   using Base = Vectors<Isa>;
-  using Base::all, Base::load, Base::most, Base::store, Base::W;
+  using Base::all, Base::load, Base::max_of, Base::store, Base::W;
   using typename Base::I;
 
   Intervals at;
@@ -57,7 +57,7 @@ struct IntervalRecorder : Vectors<Isa> {
       const auto [low, high, value, z] =
           density.interval(k, load(expected.centre + t), load(expected.m + t));
       store(at.start + t, high > low ? low : k);
-      store(at.size + t, most(high - low, all(0)));
+      store(at.size + t, max_of(high - low, all(0)));
       store(found.value + t, value);
       store(found.z + t, z);
     }
@@ -69,7 +69,7 @@ struct IntervalRecorder : Vectors<Isa> {
 template <class Isa, typename T>
 struct NumberDecoder : Vectors<Isa> {
   using Base = Vectors<Isa>;
-  using Base::all, Base::any, Base::lanes, Base::least, Base::load, Base::most, Base::store,
+  using Base::all, Base::any, Base::lanes, Base::min_of, Base::load, Base::max_of, Base::store,
       Base::W;
   using typename Base::I, typename Base::U;
   using Interval = typename Density<Isa>::Interval;
@@ -200,7 +200,7 @@ struct NumberDecoder : Vectors<Isa> {
     wrong = wrong & ~escape;
     // Mostly it is the one beside.
     const I beside = target < in->low ? *k - 1 : *k + 1;
-    *k = wrong ? most(least(beside, all(density.numbers - 1)), all(0)) : *k;
+    *k = wrong ? max_of(min_of(beside, all(density.numbers - 1)), all(0)) : *k;
     *in = density.interval(*k, centre, m);
     wrong = wrong & ((target < in->low) | (target >= in->high));
     if (any(wrong)) {

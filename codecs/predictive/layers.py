@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.groups import arrange
-from kvzip.codecs.predictive.inputs import Known, Reader
 from kvzip.codecs.predictive.integers import Arrangement, layer_tensors, packed
+from kvzip.codecs.predictive.layer_inputs import Known, Reader
 from kvzip.codecs.predictive.regions import Scores, find
 from kvzip.codecs.predictive.regression import Sums
 from kvzip.codecs.predictive.token_tables import TABLE_ROWS, first_table, later_table

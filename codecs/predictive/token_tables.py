@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
-from kvzip.codecs.predictive.inputs import Reader
+from kvzip.codecs.predictive.layer_inputs import Reader
 from kvzip.codecs.predictive.regions import Scores
 from kvzip.codecs.predictive.regression import SHRINK_TOKENS, Predictor, normalised
 

@@ -29,7 +29,7 @@ const std::uint8_t* advance_each(std::uint64_t* x, U size, U rest, const std::ui
 template <class Isa, typename T, typename Coder>
 class TileCoder : Vectors<Isa> {
   using Base = Vectors<Isa>;
-  using Base::all, Base::clamp, Base::least, Base::load, Base::most, Base::store, Base::to_float,
+  using Base::all, Base::clamp, Base::min_of, Base::load, Base::max_of, Base::store, Base::to_float,
       Base::to_int, Base::W, Base::widened;
   using typename Base::I;
 
@@ -253,7 +253,7 @@ class TileCoder : Vectors<Isa> {
   // What a channel's numbers tell of how far numbers lie from where they are expected.
   void tally(std::size_t place, const std::int32_t* values) {
     for (std::size_t t = 0; t < n; t += W)
-      store(deviation + t, load(deviation + t) + least(load(zs + t) >> (kZBits - 8), all(2048)));
+      store(deviation + t, load(deviation + t) + min_of(load(zs + t) >> (kZBits - 8), all(2048)));
     if (!coder.counts) return;
     for (std::size_t t = 0; t < n; t += W) {
       const I cell = Density<Isa>::cell_of(
@@ -271,7 +271,7 @@ class TileCoder : Vectors<Isa> {
     for (std::size_t t = 0; t < n; t += W) {
       const I e = load(energy + t), off = load(deviation + t) - 256 * channels;
       const I now = e + ((e >> 3) * off >> 12);
-      const I found = most(least(now, all(1 << 16)), all(1 << 8));
+      const I found = max_of(min_of(now, all(1 << 16)), all(1 << 8));
       store(deviation + t, all(0));
       // Of a known token rounding is all that is left.
       store(energy + t, layer.table16 ? (load(known + t) != 0 ? e : found) : found);

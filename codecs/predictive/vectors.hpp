@@ -30,9 +30,9 @@ struct Vectors {
     return v;
   }
   static I all(std::int32_t v) { return I{} + v; }
-  static I least(I a, I b) { return a < b ? a : b; }
-  static I most(I a, I b) { return a > b ? a : b; }
-  static I clamp(I v, std::int32_t limit) { return most(least(v, all(limit)), all(-limit)); }
+  static I min_of(I a, I b) { return a < b ? a : b; }
+  static I max_of(I a, I b) { return a > b ? a : b; }
+  static I clamp(I v, std::int32_t limit) { return max_of(min_of(v, all(limit)), all(-limit)); }
   static I shift_right(I v, I by) { return (I)((U)v >> (U)by); }
   static F as_float(I v) { return (F)v; }
   static I as_bits(F v) { return (I)v; }

@@ -92,7 +92,7 @@ class DeviceSnapshot:
 # --- decoding ----------------------------------------------------------------------------------
 
 
-class Decoding:
+class DeviceDecoding:
     """One request on its way out of a file, into a device's memory."""
 
     def __init__(
@@ -429,7 +429,7 @@ def decode(
             pairs = [(None, None)] * len(request.layers)
             targets = paged_targets(device, blocks.form, cuts, out, pages)
         check_apart(targets)
-        Decoding(blocks, request, device, targets, stream, decode_on_cpu).run(progress)
+        DeviceDecoding(blocks, request, device, targets, stream, decode_on_cpu).run(progress)
     layers = [DeviceLayer(k, v, cuts[i]) for i, (k, v) in zip(request.layers, pairs, strict=True)]
     ids, origin = blocks.ids_up_to(cuts.values()), blocks.header.origin
     return DeviceSnapshot(layers, blocks.layout.dtype, ids, origin)

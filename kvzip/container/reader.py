@@ -240,7 +240,7 @@ class Reader:
         stream: Any,
         pages: Any,
     ) -> DeviceSnapshot:
-        """As `decode`, on a device."""
+        """Do what `decode` does, on a device."""
         if pages is not None and out is None:
             raise UsageError("pages: only with out=, the cache that they are pages of")
         # Imported here, since few need it and it takes a while.

@@ -61,6 +61,7 @@ class Encoded(NamedTuple):
 
     @classmethod
     def block(cls, row: int, data: bytes, numbers: Bits) -> Encoded:
+        """A block has a checksum of its bytes, and one of the numbers that they stand for."""
         return cls(row, data, checksum.of_bytes(data), checksum.of_numbers(numbers))
 
 

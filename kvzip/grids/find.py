@@ -164,7 +164,7 @@ class _Search:
         return self.cube[row[:, None], token, channel][:, None], column
 
     def _on_grid(self, candidate: _Candidate, rounding: Rounding) -> Found:
-        """All numbers on that grid."""
+        """Put all numbers on the candidate's grid, those that do not lie on it as exceptions."""
         narrow, group, (start, stop) = candidate
         cube = np.ascontiguousarray(self.cube[..., start:stop])
         group = (group[0], min(group[1], stop - start))

@@ -89,7 +89,7 @@ class Loader:
         return self.recovery.layers(error)[i]
 
     def load(self, i: int) -> Taken:
-        """As `take`; never recovers."""
+        """What layer i starts with, without recovery. Raises KVZipError when it cannot be read."""
         first = i - i % TOGETHER
         if self._process != os.getpid():  # a fork takes along neither threads nor what they do
             self._process, self._lock, self._ahead = os.getpid(), Lock(), {}

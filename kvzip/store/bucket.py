@@ -39,7 +39,7 @@ _MATTERS = re.compile("^AWS_|_PROXY$", re.IGNORECASE)
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _as_store_errors(what: str) -> Iterator[None]:
     """Errors of obstore as StoreError, in a line without what gives access; FileNotFoundError
     stays what it is."""
     from obstore.exceptions import BaseError
@@ -115,7 +115,7 @@ class Bucket:
         options = dict(options or {})
         if self.writable:
             _check_settings(options)
-        with _told(f"cannot use {self.url} as a store"):
+        with _as_store_errors(f"cannot use {self.url} as a store"):
             self._client = self._connected(url, options, timeout, retries)
 
     def _connected(
@@ -168,7 +168,7 @@ class Bucket:
         """An object's bytes, or None when there is none."""
         import obstore
 
-        with _told(f"cannot read {self.named(path)}"):
+        with _as_store_errors(f"cannot read {self.named(path)}"):
             try:
                 return bytes(obstore.get(self.client, path).bytes())
             except FileNotFoundError:
@@ -181,7 +181,7 @@ class Bucket:
     def _chunks(self, path: str) -> Iterator[bytes]:
         import obstore
 
-        with _told(f"cannot read {self.named(path)}"):
+        with _as_store_errors(f"cannot read {self.named(path)}"):
             yield from obstore.get(self.client, path).stream(min_chunk_size=1 << 20)
 
     def read_range(self, path: str, offset: int, length: int, version: str | None) -> Piece:
@@ -192,7 +192,7 @@ class Bucket:
         options: dict[str, Any] = {"range": (offset, offset + length)}
         if version is not None:
             options["if_match"] = version
-        with _told(f"cannot read {self.named(path)}"):
+        with _as_store_errors(f"cannot read {self.named(path)}"):
             began = time.perf_counter()
             found = obstore.get(self.client, path, options=options)
             wait = time.perf_counter() - began
@@ -202,7 +202,7 @@ class Bucket:
         """What is known of an object, or None when there is none."""
         import obstore
 
-        with _told(f"cannot read {self.named(path)}"):
+        with _as_store_errors(f"cannot read {self.named(path)}"):
             try:
                 return _meta(obstore.head(self.client, path))
             except FileNotFoundError:
@@ -220,7 +220,7 @@ class Bucket:
         if not self.writable:
             raise UsageError(f"{self.url} is read only: write to what the server serves")
         size = data.stat().st_size if isinstance(data, Path) else len(data)
-        with _told(f"cannot write {self.named(path)}"):
+        with _as_store_errors(f"cannot write {self.named(path)}"):
             try:
                 if size > _ONE_REQUEST:
                     if create and self.head(path) is not None:
@@ -237,7 +237,7 @@ class Bucket:
         """Objects under a prefix; a part of a name is no prefix."""
         import obstore
 
-        with _told(f"cannot list {prefix} in {self.url}"), suppress(FileNotFoundError):
+        with _as_store_errors(f"cannot list {prefix} in {self.url}"), suppress(FileNotFoundError):
             for found in obstore.list(self.client, prefix, chunk_size=1000):
                 yield from map(_meta, found)
 
@@ -245,7 +245,7 @@ class Bucket:
         """First parts of all objects' paths."""
         import obstore
 
-        with _told(f"cannot list {self.url}"):
+        with _as_store_errors(f"cannot list {self.url}"):
             try:
                 return list(obstore.list_with_delimiter(self.client)["common_prefixes"])
             except FileNotFoundError:
@@ -255,7 +255,7 @@ class Bucket:
         """Delete an object, if there is one."""
         import obstore
 
-        with _told(f"cannot delete {self.named(path)}"), suppress(FileNotFoundError):
+        with _as_store_errors(f"cannot delete {self.named(path)}"), suppress(FileNotFoundError):
             obstore.delete(self.client, path)
 
     def open(self, path: str, profile: Profile | None = None, threads: int = 0) -> Reader:

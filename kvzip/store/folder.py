@@ -34,7 +34,7 @@ class Meta(NamedTuple):
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _as_store_errors(what: str) -> Iterator[None]:
     """Errors of the system as StoreError; FileNotFoundError stays what it is."""
     try:
         yield
@@ -74,7 +74,7 @@ class Folder:
 
     def get(self, path: str) -> bytes | None:
         """An object's bytes, or None when there is none."""
-        with _told(f"cannot read {path} in {self.url}"):
+        with _as_store_errors(f"cannot read {path} in {self.url}"):
             try:
                 return (self.folder / path).read_bytes()
             except FileNotFoundError:
@@ -85,13 +85,16 @@ class Folder:
         write_all(self._chunks(path), sink, progress)
 
     def _chunks(self, path: str) -> Iterator[bytes]:
-        with _told(f"cannot read {path} in {self.url}"), (self.folder / path).open("rb") as file:
+        with (
+            _as_store_errors(f"cannot read {path} in {self.url}"),
+            (self.folder / path).open("rb") as file,
+        ):
             while chunk := file.read(1 << 20):
                 yield chunk
 
     def head(self, path: str) -> Meta | None:
         """What is known of an object, or None when there is none."""
-        with _told(f"cannot read {path} in {self.url}"):
+        with _as_store_errors(f"cannot read {path} in {self.url}"):
             try:
                 return _meta(path, (self.folder / path).stat())
             except FileNotFoundError:
@@ -103,7 +106,7 @@ class Folder:
         """Write an object, whole or not at all; False when `create` and there is one already.
         `durable`: it outlives a power cut that comes after."""
         target = self.folder / path
-        with _told(f"cannot write {path} in {self.url}"):
+        with _as_store_errors(f"cannot write {path} in {self.url}"):
             for _ in range(100):
                 self._make(target.parent)
                 try:
@@ -148,7 +151,7 @@ class Folder:
 
     def under(self, prefix: str) -> Iterator[Meta]:
         """Objects under a prefix; a part of a name is no prefix."""
-        with _told(f"cannot list {prefix} in {self.url}"):
+        with _as_store_errors(f"cannot list {prefix} in {self.url}"):
             yield from self._walk(prefix)
 
     def _walk(self, prefix: str) -> Iterator[Meta]:
@@ -166,7 +169,7 @@ class Folder:
 
     def folders(self) -> list[str]:
         """First parts of all objects' paths."""
-        with _told(f"cannot list {self.url}"):
+        with _as_store_errors(f"cannot list {self.url}"):
             try:
                 return sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
             except FileNotFoundError:
@@ -175,7 +178,7 @@ class Folder:
     def delete(self, path: str) -> None:
         """Delete an object, if there is one, and the folder that held it alone."""
         target = self.folder / path
-        with _told(f"cannot delete {path} in {self.url}"), suppress(FileNotFoundError):
+        with _as_store_errors(f"cannot delete {path} in {self.url}"), suppress(FileNotFoundError):
             target.unlink()
         if target.parent != self.folder:
             with suppress(OSError):
@@ -183,7 +186,7 @@ class Folder:
 
     def open(self, path: str, profile: Profile | None = None, threads: int = 0) -> Reader:
         """A .kvz object, to be read in ranges. Raises FileNotFoundError when there is none."""
-        with _told(f"cannot read {path} in {self.url}"):
+        with _as_store_errors(f"cannot read {path} in {self.url}"):
             return api.open(self.folder / path, profile, threads)
 
     def sweep(self) -> None:

@@ -164,7 +164,8 @@ class Work:
         return address
 
     def pinned(self, source: int, size: int, align: int) -> int:
-        """As `room`, for what lies in pinned memory already."""
+        """The device's address at which a copy of `size` bytes will be that lie in pinned memory
+        already, at the host's address `source`."""
         _, address = self.room(size, align)
         self._direct.append((address, source, size))
         return address

@@ -17,7 +17,7 @@ from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import Item, load
 
 
-class Store:
+class FinishedLayers:
     """A folder with the finished layers of one fit."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], items: Iterable[Item]):
