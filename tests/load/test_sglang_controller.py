@@ -91,7 +91,9 @@ class Host:
             storage_backend="dynamic",
             prefetch_threshold=PAGE,
             model_name=model,
-            storage_backend_extra_config=json.loads(SETTINGS) | {"url": str(url)} | settings,
+            storage_backend_extra_config=(
+                json.loads(SETTINGS) | {"url": str(url), "revision": "r1"} | settings
+            ),
         )
 
     def store(self, seed: int = 0) -> list[Any]:
@@ -237,9 +239,9 @@ def test_a_damaged_page_ends_the_prefix(host: Any, tmp_path: Path, caplog: Any) 
     file.write_bytes(data)
     reader = host(tmp_path)
     with one_warning(caplog, "damaged"):
-        for _ in range(2):
+        for known in (PAGES, 2):  # what failed is no hit any more
             found, came = reader.fetch()
-            assert found == PAGES and same(came, pages[:2])
+            assert found == known and same(came, pages[:2])
 
 
 @pytest.mark.parametrize("layers", [LAYERS - 1, LAYERS + 1])
