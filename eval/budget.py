@@ -120,9 +120,3 @@ class Progress:
             self._step(what, self._most)
         else:
             self._step(what)
-
-
-def clock_text(seconds: float) -> str:
-    """Minutes and seconds, as 3:07."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"

@@ -14,11 +14,12 @@ from kvzip import capture, entropy
 from kvzip.choice.cost import CodecFigures, fit_prefill, prefill_flops
 from kvzip.codec import Codec, get_codec
 from kvzip.codec_spec import file_stem
-from kvzip.eval.budget import Plan, Progress, Speed, Step, choose, clock_text, plan
+from kvzip.eval.budget import Plan, Progress, Speed, Step, choose, plan
 from kvzip.eval.exactness.check import Exactness, Reference
 from kvzip.eval.money.breakeven import BreakEven, Measured, breakeven
 from kvzip.eval.money.paper import paper_table
 from kvzip.eval.money.prices import default_prices
+from kvzip.eval.quantities import clock_text
 from kvzip.eval.report.page import write_report
 from kvzip.eval.results import stored
 from kvzip.eval.results.demo import (

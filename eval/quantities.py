@@ -36,6 +36,12 @@ def duration(seconds: float) -> str:
     )
 
 
+def clock_text(seconds: float) -> str:
+    """Minutes and seconds, as 3:07."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
 def dollars(usd: float) -> str:
     """A sum of money."""
     return f"-${significant(-usd)}" if usd < 0 else f"${significant(usd)}"

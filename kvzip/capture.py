@@ -312,6 +312,8 @@ def capture(
 def _check_same(
     path: Path, loaded: LoadedModel, document: Document, dtype: str | None, full_history: bool
 ) -> None:
+    """Raise KVZipError that says how a file that is there already differs from the snapshot that
+    would be captured: it is none, or of another model, dtype, document or history."""
     try:
         old = Snapshot.load(path)
     except FormatError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -76,6 +76,9 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class Advice(msgspec.Struct, frozen=True, kw_only=True):
+    """What to do with one document: the best option in time and in dollars, all options, and what
+    the figures rest on. Times are in seconds, sizes in bytes, bandwidth in bits per second."""
+
     model: str
     dtype: str
     tokens: int
@@ -286,6 +289,7 @@ def _choice(
 def _turns(by: By, chosen: str, s: Situation, figures: Sequence[CodecFigures]) -> str:
     """Where the verdict between loading and prefill turns, with the codec for which it is first."""
     limits: dict[str, float] = {}
+    reasons: dict[str, str] = {}
     for f in figures:
         if by == "seconds":
             fill = pipeline_fill(s.raw_bytes, s.layers, f.decode_rate)
@@ -303,8 +307,10 @@ def _turns(by: By, chosen: str, s: Situation, figures: Sequence[CodecFigures]) -
             found = break_even_egress(s.prefill_usd or 0.0, s.raw_bytes, f.ratio, decode, s.storage)
         if found.value is not None:
             limits[f.name] = found.value
+        else:
+            reasons[f.name] = found.reason
     if not limits:
-        return "never: decoding alone takes as much as the prefill"
+        return f"it never turns: {_why_never(reasons)}"
     name = (min if by == "seconds" else max)(limits, key=lambda n: limits[n])
     loads = "loading wins" if chosen == "prefill" else "prefill wins"
     if by == "seconds":
@@ -312,6 +318,17 @@ def _turns(by: By, chosen: str, s: Situation, figures: Sequence[CodecFigures]) -
         return f"{loads} {side} {rate(limits[name])} ({name})"
     side = "below" if chosen == "prefill" else "above"
     return f"{loads} {side} {dollars(limits[name])}/GB of egress ({name})"
+
+
+def _why_never(reasons: Mapping[str, str]) -> str:
+    """The reason why no codec turns the verdict; where codecs have different ones, each with the
+    names of those that it stops."""
+    stopped: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        stopped.setdefault(reason, []).append(name)
+    if len(stopped) == 1:
+        return next(iter(stopped))
+    return "; ".join(f"{reason} ({', '.join(names)})" for reason, names in stopped.items())
 
 
 def _time_line(a: Advice) -> str:

@@ -77,9 +77,11 @@ class Dollars(msgspec.Struct, frozen=True):
     egress_usd_per_gb: float
     """The base's own egress price."""
     break_even_usd_per_gb: float | None
-    """Egress price at which both cost the same; None where decoding alone costs as much."""
-    break_even_free_decode_usd_per_gb: float
-    """The same if decoding cost nothing: no codec of this ratio does better."""
+    """Egress price at which both cost the same; None where decoding and storage alone cost as
+    much."""
+    break_even_free_decode_usd_per_gb: float | None
+    """The same if decoding cost nothing: no codec of this ratio does better. None where storage
+    alone costs as much as the prefill."""
     break_even_ratio: float | None
     """Ratio at which both cost the same at the base's egress price."""
     break_even_reads: float | None
@@ -155,6 +157,7 @@ def breakeven(
 
 
 def _time(measured: Measured, codec: CodecFigures) -> Time:
+    """One load with the codec against one prefill, in seconds: the same at every price base."""
     rate = number(f"{codec.name}: decode rate", codec.decode_rate, zero=False)
     decode = number("raw bytes", measured.raw_bytes, zero=False) / rate
     fill = pipeline_fill(measured.raw_bytes, measured.layers, rate)
@@ -189,6 +192,8 @@ def _time(measured: Measured, codec: CodecFigures) -> Time:
 
 
 def _dollars(measured: Measured, codec: CodecFigures, base: PriceBase, use: Use) -> Dollars:
+    """One load with the codec against one prefill, in dollars at the price base. Raises KVZipError
+    when the cache is kept and the base names no storage price."""
     prefill, kind, words = prefill_price(measured, base)
     raw, egress = measured.raw_bytes, base.egress.value
     decode = device_cost(raw / codec.decode_rate, base.device.value)
@@ -211,7 +216,7 @@ def _dollars(measured: Measured, codec: CodecFigures, base: PriceBase, use: Use)
         load_usd=load,
         egress_usd_per_gb=egress,
         break_even_usd_per_gb=break_even_egress(prefill, raw, codec.ratio, decode, storage).value,
-        break_even_free_decode_usd_per_gb=free or 0.0,
+        break_even_free_decode_usd_per_gb=free,
         break_even_ratio=break_even_ratio(prefill, raw, egress, decode, storage).value,
         break_even_reads=break_even_reads(prefill, unstored, prefill + kept).value,
         verdict="unknown" if kind == "upper bound" and verdict == "load" else verdict,

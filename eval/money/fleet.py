@@ -41,7 +41,7 @@ _MOST_EVENTS = 5_000_000
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Readers, documents, caches and prices."""
+    """A fleet to be billed: who reads which documents, the caches between, and what all costs."""
 
     readers: float
     reads_per_reader: float = 1.0

@@ -58,11 +58,16 @@ def _dollar_answer(rows: Sequence[BreakEven]) -> Answer:
             f"here it is {usd(d.egress_usd_per_gb)}."
         )
     else:
-        free = max(row.dollars.break_even_free_decode_usd_per_gb for row in rows)
-        sentence += (
-            f"Decoding alone costs {usd(d.decode_usd)}; even with free decoding, egress would "
-            f"have to be below {usd(free)} per GB, and it is {usd(d.egress_usd_per_gb)}."
-        )
+        limits = [row.dollars.break_even_free_decode_usd_per_gb for row in rows]
+        sentence += f"Decoding alone costs {usd(d.decode_usd)}; even with free decoding, "
+        free = max((limit for limit in limits if limit is not None), default=None)
+        if free is None:
+            sentence += "shipping never pays, because storage alone costs as much as the prefill."
+        else:
+            sentence += (
+                f"egress would have to be below {usd(free)} per GB, and it is "
+                f"{usd(d.egress_usd_per_gb)}."
+            )
     return Answer(f"In dollars · {best.base_title}", word, sentence, d.basis, good)
 
 

@@ -177,9 +177,9 @@
       if (money < cheapest[1]) cheapest = [c.name, money];
       const row = form.querySelector(`tr[data-codec="${c.name}"]`);
       cell(row, "time", seconds(time), time < prefill);
-      cell(row, "bandwidth", bandwidth === null ? "none" : bitRate(bandwidth));
+      cell(row, "bandwidth", bandwidth === null ? "never" : bitRate(bandwidth));
       cell(row, "money", usd(money), money < cost);
-      cell(row, "egress", egress === null ? "none" : usd(egress));
+      cell(row, "egress", egress === null ? "never" : usd(egress));
     }
     const how = (name) => name === "prefill" ? "prefill" : name === "raw" ? "load raw bytes" : "load with " + name;
     document.getElementById("said-time").textContent = quickest[0] === "prefill"

@@ -52,6 +52,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Point:
+    """A point of a chart: its place in the axes' units, its name, and a label beside it; `radius`
+    is in pixels."""
+
     key: str
     label: str
     style: str

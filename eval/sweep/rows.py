@@ -110,12 +110,17 @@ class DamagedError(Exception):
 
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file. Raises DamagedError, and KVZipError when a later kvzip wrote them."""
+    """The rows of a file. Raises DamagedError, and KVZipError when they are of another kind or a
+    later kvzip wrote them."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     try:
         about = parquet.read_schema(path.absolute()).metadata or {}
+        if (kind := about.get(b"kind", KIND.encode()).decode(errors="replace")) != KIND:
+            raise KVZipError(
+                f"{path} holds rows of kind {kind!r}, and not of a {KIND}: use another folder"
+            )
         if (version := about.get(b"version", b"1").decode()) != str(VERSION):
             raise KVZipError(
                 f"{path} holds rows of version {version}, and this kvzip knows version {VERSION}: "

@@ -16,12 +16,14 @@ import msgspec
 from kvzip.choice.cost import CodecFigures, Situation, best, number, options
 from kvzip.codec import Codec, get_codec
 from kvzip.codec_spec import parse_spec
-from kvzip.errors import UnsupportedError
+from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.snapshot import Layout
 
 MEASURED = Path(__file__).with_name("measured.json")
 LINK_GBPS = 5.0
 """The link that is meant when none is given, Gb/s: one connection to an object store."""
+_KIND, _VERSION = "inputs", 1
+"""What `measured.json` must say that it is (`kvzip.eval.results.inputs`, which stands above)."""
 FALLBACK = "channel"
 """For a dtype that nothing was measured on."""
 
@@ -35,20 +37,37 @@ class _Row(msgspec.Struct, frozen=True):
 
 
 class _Measured(msgspec.Struct, frozen=True):
+    kind: str
+    version: int
     rows: list[_Row]
 
 
 @cache
 def measured_figures(dtype: str) -> tuple[CodecFigures, ...]:
-    """Every codec on the longest cache of that dtype in `measured.json`; one thread."""
-    found = msgspec.json.decode(MEASURED.read_bytes(), type=_Measured)
-    able = [row for row in found.rows if row.dtype == dtype]
+    """Every codec on the longest cache of that dtype in `measured.json`; one thread.
+
+    Raises KVZipError when that file is not what this kvzip reads."""
+    able = [row for row in _measured(MEASURED).rows if row.dtype == dtype]
     longest = max((row.tokens for row in able), default=0)
     return tuple(
         CodecFigures(row.codec, row.ratio, 1e9 * row.decode_gbps)
         for row in able
         if row.tokens == longest
     )
+
+
+def _measured(path: Path) -> _Measured:
+    """The figures of a file. Raises KVZipError when it holds something else, or another version."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_Measured)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise KVZipError(f"{path} is not a result of kvzip eval inputs: {error}") from None
+    if (found.kind, found.version) != (_KIND, _VERSION):
+        raise KVZipError(
+            f"{path} is of kind {found.kind!r}, version {found.version}, and this kvzip reads kind "
+            f"{_KIND!r}, version {_VERSION}: install kvzip again, or measure again (make measured)"
+        )
+    return found
 
 
 def resolve(

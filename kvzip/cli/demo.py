@@ -17,7 +17,8 @@ from kvzip.cli.arguments import (
     choose_products,
     command_line,
 )
-from kvzip.cli.terminal import CheckFailed, emit, say, show_table, working
+from kvzip.cli.failures import CheckFailed
+from kvzip.cli.terminal import emit, say, show_table, working
 from kvzip.codec_spec import split_specs
 
 if TYPE_CHECKING:

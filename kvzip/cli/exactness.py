@@ -17,7 +17,8 @@ from kvzip.cli.arguments import (
     command_line,
     names,
 )
-from kvzip.cli.terminal import CheckFailed, emit, show_table, working
+from kvzip.cli.failures import CheckFailed
+from kvzip.cli.terminal import emit, show_table, working
 from kvzip.codec_spec import split_specs
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from cyclopts import CycloptsError
 
-from kvzip.cli.terminal import CheckFailed, shown
+from kvzip.cli.terminal import shown
 from kvzip.errors import (
     CorruptError,
     FormatError,
@@ -24,8 +24,13 @@ BUG = 70
 """Exit code of a bug: EX_SOFTWARE of sysexits.h."""
 
 
+class CheckFailed(Exception):
+    """A check found something wrong, and the command has shown its whole result already: what is
+    left is a line on stderr and exit code 1."""
+
+
 class Failure(NamedTuple):
-    """What went wrong."""
+    """How a command failed, as the person who typed it is told."""
 
     kind: str
     """usage, unsupported, profile, format, corrupt, store, check, system, memory, interrupted,
@@ -46,6 +51,7 @@ def shown_lines(message: str) -> list[str]:
 
 
 def _told(error: BaseException) -> tuple[str, int, str]:
+    """An exception's kind, exit code and message."""
     # cyclopts says what is wrong; that it is wrong use is exit code 2.
     if isinstance(error, CycloptsError):
         return "usage", 2, " ".join(str(error).split())

@@ -20,7 +20,8 @@ from kvzip.cli.arguments import (
     command_line,
     read_profile,
 )
-from kvzip.cli.terminal import CheckFailed, bar, emit, say, show_table, steps
+from kvzip.cli.failures import CheckFailed
+from kvzip.cli.terminal import bar, emit, say, show_table, steps
 from kvzip.codec_spec import split_specs
 from kvzip.errors import UsageError
 from kvzip.files import replacing

@@ -24,8 +24,8 @@ from kvzip.cli import (  # noqa: F401 - each adds its commands
 )
 from kvzip.cli.app import app
 from kvzip.cli.arguments import refuse_overwriting, with_streams, writes_stdout
-from kvzip.cli.failures import BUG, failure_of
-from kvzip.cli.terminal import CheckFailed, as_one_line, complain, results_aside
+from kvzip.cli.failures import BUG, CheckFailed, failure_of
+from kvzip.cli.terminal import as_one_line, complain, results_aside
 from kvzip.files import leave_nothing_behind
 
 

@@ -12,7 +12,8 @@ from cyclopts import Parameter
 from kvzip import api, container
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, ProfilePath, Threads, read_profile
-from kvzip.cli.terminal import CheckFailed, bar, emit, say, sizes
+from kvzip.cli.failures import CheckFailed
+from kvzip.cli.terminal import bar, emit, say, sizes
 from kvzip.errors import StoreError, UsageError
 from kvzip.files import STDOUT, reading
 from kvzip.snapshot import Snapshot

@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from kvzip.eval.budget import clock_text
+from kvzip.eval.quantities import clock_text
 from kvzip.layout import Layout
 
 _WIDE = 1000
@@ -44,11 +44,6 @@ def results_aside(aside: bool) -> None:
     """Whether results go to stderr, because stdout is the file that is written."""
     global _aside
     _aside = aside
-
-
-class CheckFailed(Exception):
-    """A check found something wrong, and the command has shown its whole result already: what is
-    left is a line on stderr and exit code 1."""
 
 
 # --- results, on stdout ------------------------------------------------------------------------

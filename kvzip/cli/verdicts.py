@@ -195,7 +195,7 @@ def fleet(
             say(f"{way}: {words}")
 
     rows = [{"counts": msgspec.to_builtins(c), "bill": msgspec.to_builtins(b)} for c, b in found]
-    emit({"fleet": _finite(chosen), "rows": rows}, as_json, show)
+    emit({"fleet": chosen, "rows": rows}, as_json, show)
 
 
 def _traffic(path: Path, blocks: Sequence[float], ratios: Sequence[float], as_json: bool) -> None:
@@ -219,12 +219,6 @@ def _traffic(path: Path, blocks: Sequence[float], ratios: Sequence[float], as_js
         show_table(table)
 
     emit(msgspec.to_builtins(found), as_json, show)
-
-
-def _finite(chosen: object) -> dict[str, object]:
-    """Fields as JSON has them: an infinite one is null."""
-    plain = msgspec.to_builtins(chosen)
-    return {k: None if v == float("inf") else v for k, v in plain.items()}
 
 
 @evaluate.command

@@ -202,7 +202,7 @@ def by_channel(
 
 
 def part_bits(mean: NDArray[np.floating]) -> PartBits:
-    """`mean`: [heads, dim]."""
+    """The bits of a part, from the mean bits of its channels [heads, dim]."""
     rounded = np.round(mean.astype(np.float64), 4)
     heads = [float(h) for h in mean.mean(axis=1)] if mean.size else []
     return PartBits(float(mean.mean()) if mean.size else 0.0, heads, rounded.tolist())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from support import assert_same, cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip.choice import auto
 from kvzip.choice.cost import Situation, best, options
+from kvzip.errors import KVZipError
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +75,20 @@ def test_an_empty_cache_and_an_unknown_dtype_get_the_fallback(monkeypatch, snaps
     assert auto.resolve("auto", empty.layout).codec_id == auto.FALLBACK
     monkeypatch.setattr(auto, "measured_figures", lambda dtype: ())
     assert auto.resolve("auto", snapshot.layout).codec_id == auto.FALLBACK
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "demo"}, "kind 'demo', version 1, and this kvzip reads kind 'inputs', version 1"),
+        ({"version": 2}, "kind 'inputs', version 2, and this kvzip reads"),
+        ({"rows": None}, "is not a result of kvzip eval inputs: "),
+    ],
+)
+def test_figures_of_another_kind_or_version_are_refused(tmp_path, monkeypatch, change, message):
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(json.loads(auto.MEASURED.read_bytes()) | change))
+    monkeypatch.setattr(auto, "MEASURED", path)
+    auto.measured_figures.cache_clear()
+    with pytest.raises(KVZipError, match=message):
+        auto.measured_figures("bf16")

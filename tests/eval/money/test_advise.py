@@ -65,13 +65,36 @@ def rate_in(turns: str) -> float:
 def test_turns_are_where_the_verdict_turns(bandwidth: float, base: str) -> None:
     found = advise(bandwidth=bandwidth, base=BOOK.base(base))
     seconds = found.seconds
-    if seconds.turns.startswith("never"):
+    if seconds.turns.startswith("it never turns"):
         assert seconds.best == "prefill"
         return
     limit = rate_in(seconds.turns)
     for factor, loads in ((0.99, False), (1.01, True)):
         there = advise(bandwidth=limit * factor, base=BOOK.base(base))
         assert (there.seconds.best != "prefill") is loads
+
+
+def test_why_the_verdict_never_turns_is_said() -> None:
+    """Where latency stops every codec, latency is named; where codecs are stopped by different
+    things, each is named with its own."""
+    prefill = advise().seconds.prefill
+    late = advise(latency=prefill).seconds.turns
+    assert late == ("it never turns: latency and pipeline fill alone take as long as the prefill")
+    # What is left of the prefill suffices for the fill of all, and for the decoder of none.
+    quick = min(47_185_920 / f.decode_rate for f in INPUTS.figures("bf16", 2048))
+    figures = [
+        cost.CodecFigures("slow", 1.5, 1e3),
+        cost.CodecFigures("quick", 1.5, 47_185_920 / (0.9 * quick)),
+    ]
+    situation = cost.Situation(
+        raw_bytes=47_185_920, layers=30, bandwidth=1e9, prefill_seconds=0.8 * quick
+    )
+    assert a._turns("seconds", "prefill", situation, figures) == (
+        "it never turns: latency and pipeline fill alone take as long as the prefill (slow); "
+        "decoding alone takes as long as the prefill (quick)"
+    )
+    dear = advise(use=Use(reads=1, hours=1e9), base=BOOK.base("paper-m1pro"))
+    assert "decoding and storage alone cost as much as the prefill" in dear.dollars.turns
 
 
 def test_near_the_turn_it_is_not_sure() -> None:

@@ -119,6 +119,14 @@ def test_storage_is_charged_by_the_read(hours: float) -> None:
     assert row.dollars.load_usd == pytest.approx(encoded * 0.09 + wanted + row.dollars.decode_usd)
 
 
+def test_where_storage_alone_costs_the_prefill_no_egress_price_is_low_enough() -> None:
+    rows = e.breakeven(
+        measured(), [default_prices().base("h100-rented")], e.Use(reads=1, hours=1e9)
+    )
+    assert all(row.dollars.break_even_free_decode_usd_per_gb is None for row in rows)
+    assert all(row.dollars.break_even_usd_per_gb is None for row in rows)
+
+
 def test_reads_that_pay_back_the_storage() -> None:
     [row] = e.breakeven(
         measured(codecs=(CodecFigures("channel", 1.54, 1.3e9),)),

@@ -295,13 +295,13 @@ def test_ones_own_prices_move_the_lines_and_the_verdict(browser: Any, report: Pa
         decode = cost.device_cost(raw / codec.decode_rate, 2.5)
         fill = cost.pipeline_fill(raw, 30, codec.decode_rate)
         wanted = cost.break_even_egress(price, raw, codec.ratio, decode).value
-        assert (shown["egress"] == "none") == (wanted is None)
+        assert (shown["egress"] == "never") == (wanted is None)
         if wanted is not None:
             assert float(shown["egress"][1:]) == pytest.approx(wanted, rel=0.006)
         limit = cost.break_even_bandwidth(
             prefill, raw, codec.ratio, decode_rate=codec.decode_rate, latency=0.04, fill=fill
         ).value
-        assert shown["bandwidth"] == ("none" if limit is None else bit_rate(limit))
+        assert shown["bandwidth"] == ("never" if limit is None else bit_rate(limit))
         # And the lines, where they cross a length and a price.
         svg = page.locator('[data-chart="time-wide"]')
         low, high = json.loads(svg.get_attribute("data-geometry"))["x"]

@@ -230,6 +230,19 @@ def test_files_say_what_they_are_and_others_are_left_alone(
     assert path.read_bytes() == later
 
 
+def test_rows_of_another_kind_are_refused(tmp_path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    point = Point(codec="raw", model=TINY, tokens=16)
+    folder = RowFolder(tmp_path)
+    folder.add(measure(point, str(tmp_path)))
+    [path] = (tmp_path / "rows").iterdir()
+    table = parquet.read_table(path)
+    parquet.write_table(table.replace_schema_metadata({"kind": "other", "version": "1"}), path)
+    with pytest.raises(KVZipError, match="rows of kind 'other'"):
+        folder.read()
+
+
 def test_many_rows_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_rows, "MERGE_ABOVE", 3)
     points = read_config(cheap(tmp_path, repeats=1))
