@@ -25,7 +25,7 @@ import numpy as np
 from kvzip import capture
 from kvzip.errors import UsageError
 from kvzip.eval.frontier import copies, predictors
-from kvzip.eval.frontier.documents import (
+from kvzip.eval.frontier.document_sets import (
     DocumentSets,
     by_format,
     copy_data,

@@ -25,7 +25,7 @@ from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.report import charts, maps
 from kvzip.eval.report.answers import answers, by_base, headline
-from kvzip.eval.report.inputs import Extras
+from kvzip.eval.report.sources import Extras
 from kvzip.eval.report.text import bit_rate, number, scientific, seconds, size, usd
 from kvzip.eval.results.bench import BenchResult, BenchRow, SnapshotIdentity
 from kvzip.eval.results.demo import DemoResult, as_result

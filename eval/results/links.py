@@ -38,7 +38,7 @@ class CodecCosts(msgspec.Struct, frozen=True):
     """All layers out of a local file, as a model gets them."""
     decoding_work: float
     """What `decoding` takes of the processors, over all cores."""
-    transfers: list[TransferCost] = msgspec.field(name="moving")
+    transfers: list[TransferCost]
 
     def transfer_work(self, mbps: float, delay: float) -> float:
         """What bringing its bytes takes of the processors: between the rates that were measured, on
@@ -113,6 +113,7 @@ class Links(Result, frozen=True, kw_only=True, tag="links"):
 
     writer = "kvzip eval links"
 
+    version: int = 2
     model: str
     revision: str
     dtype: str
@@ -125,9 +126,9 @@ class Links(Result, frozen=True, kw_only=True, tag="links"):
     repeat: int
     load_average: tuple[float, float]
     """What the machine was at, of the last minute, before and after; the run itself included."""
-    inputs: PredictionInputs = msgspec.field(name="apart")
+    inputs: PredictionInputs
     points: list[Point]
-    crossovers: list[Crossover] = msgspec.field(name="turns")
+    crossovers: list[Crossover]
     exact: bool
     """Every load gave the cache's bytes and its first token."""
 

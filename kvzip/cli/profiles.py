@@ -61,7 +61,7 @@ def fit(
     if codec != "predictive" and settings:
         option = next(iter(settings)).replace("_", "-")
         raise UsageError(f"--{option} is for predictive, not for {codec}")
-    from kvzip.eval.speed.held_out import held_out_sizes
+    from kvzip.eval.speed.profile_sizes import held_out_sizes
 
     learned, left_out = hold_out(snapshots, count)
     began = time.perf_counter()

@@ -37,8 +37,8 @@ def report(
     if sql is not None:
         _sql(results or [], sql, as_json)
         return
-    from kvzip.eval.report.inputs import read
     from kvzip.eval.report.page import write_report
+    from kvzip.eval.report.sources import read
 
     if not results:
         raise UsageError(
@@ -93,7 +93,7 @@ def figures(
     """
     from kvzip.eval.quantities import significant
     from kvzip.eval.report import readme as drawing
-    from kvzip.eval.report.inputs import read
+    from kvzip.eval.report.sources import read
 
     result, _ = read(results)
     found = drawing.figures(result)

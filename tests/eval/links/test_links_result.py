@@ -19,6 +19,7 @@ from kvzip.eval.results import stored
 from kvzip.eval.results.links import (
     PREFILL,
     CodecCosts,
+    Crossover,
     Links,
     Point,
     PredictionInputs,
@@ -212,9 +213,18 @@ def test_a_stored_result_comes_back(tmp_path: Any) -> None:
     stored.save(result(points=[]), tmp_path / "empty.json")
     with pytest.raises(KVZipError, match="no measured link"):
         stored.load(tmp_path / "empty.json", Links)
-    (tmp_path / "none.json").write_text('{"kind": "links", "version": 1}')
+    (tmp_path / "none.json").write_text('{"kind": "links", "version": 2}')
     with pytest.raises(KVZipError, match="not a result of kvzip eval links"):
         stored.load(tmp_path / "none.json", Links)
+    (tmp_path / "old.json").write_text('{"kind": "links", "version": 1, "apart": {}, "turns": []}')
+    with pytest.raises(KVZipError, match="made by an older kvzip"):
+        stored.load(tmp_path / "old.json", Links)
+
+
+def test_a_file_has_the_names_of_the_fields() -> None:
+    """So that who reads the file finds what each key means in the class."""
+    for form in (Links, PredictionInputs, CodecCosts, TransferCost, Point, Crossover):
+        assert all(f.name == f.encode_name for f in msgspec.structs.fields(form)), form
 
 
 def test_errors_are_relative_to_the_clock() -> None:

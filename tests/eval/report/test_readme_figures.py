@@ -11,7 +11,7 @@ import pytest
 
 from kvzip.errors import KVZipError
 from kvzip.eval.report import readme as f
-from kvzip.eval.report.inputs import read
+from kvzip.eval.report.sources import read
 
 ROOT = Path(__file__).parents[3]
 DEMO, _ = read([ROOT / "docs" / "results" / "demo.json"])

@@ -13,8 +13,8 @@ from report_page import Opened, result
 from kvzip import entropy
 from kvzip.choice.auto import MEASURED
 from kvzip.errors import KVZipError
-from kvzip.eval.report.inputs import read
 from kvzip.eval.report.page import write_report
+from kvzip.eval.report.sources import read
 from kvzip.eval.results import frontier
 from kvzip.eval.results.entropy import EntropyResult
 from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
