@@ -16,6 +16,7 @@ from kvzip.codec import Codec, get_codec
 from kvzip.codec_spec import file_stem
 from kvzip.eval.budget import Plan, Progress, Speed, Step, choose, plan
 from kvzip.eval.exactness.check import Exactness, Reference
+from kvzip.eval.measured_codecs import DEMO_CODECS
 from kvzip.eval.money.breakeven import BreakEven, Measured, breakeven
 from kvzip.eval.money.paper import paper_table
 from kvzip.eval.money.prices import default_prices
@@ -40,7 +41,6 @@ from kvzip.snapshot import Snapshot, sha256_raw
 
 BUDGET = 240.0
 """Seconds that a demo should end in."""
-CODECS = ("raw", "zstd", "lz4", "planes", "planes:mode=bit", "channel", "predictive")
 
 
 def run(
@@ -50,7 +50,7 @@ def run(
     text: Sequence[str] = ("pydoc",),
     tokens: int | None = None,
     document: int = 0,
-    codecs: Sequence[str] = CODECS,
+    codecs: Sequence[str] = DEMO_CODECS,
     train: int | None = None,
     new_tokens: int = 24,
     threads: int = 1,

@@ -20,6 +20,9 @@ CODECS = [
     "planes:mode=bit",
     "channel",
 ]
+"""Every codec that needs no profile, and settings of some: what the contract suite runs for."""
+NEED_PROFILE = {name for name in kvzip.codec_names() if kvzip.get_codec(name).needs_profile}
+"""Codecs that have suites of their own, which learn profiles first."""
 
 
 def random_bits(rng, dtype, shape):

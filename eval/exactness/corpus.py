@@ -17,6 +17,7 @@ from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.eval.budget import Step
 from kvzip.eval.exactness.lossy import LOSSY, quantised
+from kvzip.eval.measured_codecs import EXACTNESS_CODECS
 from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
 from kvzip.eval.results.provenance import made_by
 from kvzip.models import load_model
@@ -35,7 +36,7 @@ def run(
     snapshots: Sequence[str | os.PathLike[str]],
     *,
     model: str | None = None,
-    codecs: Sequence[str] = ("zstd", "lz4", "planes", "channel"),
+    codecs: Sequence[str] = EXACTNESS_CODECS,
     lossy: Sequence[str] = tuple(LOSSY),
     profile: str | os.PathLike[str] | None = None,
     continuations: int = 2,

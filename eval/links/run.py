@@ -10,7 +10,8 @@ from pathlib import Path
 from kvzip.eval.budget import Step
 from kvzip.eval.links.measure import Progress, measure
 from kvzip.eval.links.network import require_links
-from kvzip.eval.links.sources import CODECS, prepare
+from kvzip.eval.links.sources import prepare
+from kvzip.eval.measured_codecs import LINK_CODECS
 from kvzip.eval.results.links import Links
 
 
@@ -22,7 +23,7 @@ def run(
     text: Sequence[str] = ("pydoc",),
     tokens: int = 2048,
     document: int = 0,
-    codecs: Sequence[str] = CODECS,
+    codecs: Sequence[str] = LINK_CODECS,
     profile: Path | None = None,
     train: int = 16,
     repeat: int = 3,

@@ -12,13 +12,12 @@ from kvzip import api, capture
 from kvzip.codec import get_codec
 from kvzip.codec_spec import file_stem
 from kvzip.eval.budget import Step
+from kvzip.eval.measured_codecs import LINK_CODECS
 from kvzip.eval.speed.learning import documents_after, learn
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
-
-CODECS = ("raw", "channel", "predictive")
 
 
 class Sources(msgspec.Struct, frozen=True):
@@ -38,7 +37,7 @@ def prepare(
     text: Sequence[str] = ("pydoc",),
     tokens: int = 2048,
     document: int = 0,
-    codecs: Sequence[str] = CODECS,
+    codecs: Sequence[str] = LINK_CODECS,
     profile: str | os.PathLike[str] | None = None,
     train: int = 16,
     step: Step = lambda name, share=None: None,

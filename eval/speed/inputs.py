@@ -16,6 +16,7 @@ from kvzip.choice.cost import fit_prefill
 from kvzip.codec import Codec, get_codec
 from kvzip.errors import KVZipError, UsageError
 from kvzip.eval.budget import Step
+from kvzip.eval.measured_codecs import CODECS_WITHOUT_PROFILE
 from kvzip.eval.results.inputs import CodecRow, Inputs, Missing
 from kvzip.eval.results.provenance import made_by
 from kvzip.eval.speed import bench
@@ -25,7 +26,6 @@ from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
-CODECS = ("raw", "zstd", "lz4", "planes", "channel")
 LENGTHS = (256, 512, 1024, 2048)
 
 
@@ -37,7 +37,7 @@ def measure(
     prefill_lengths: Sequence[int] = (),
     cache_dtypes: Sequence[str] = ("bf16",),
     profile_dtypes: Sequence[str] | None = None,
-    codecs: Sequence[str] = CODECS,
+    codecs: Sequence[str] = CODECS_WITHOUT_PROFILE,
     train: int = 16,
     threads: int = 1,
     repeat: int = 3,

@@ -20,6 +20,7 @@ from kvzip.cli.arguments import (
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import emit, say, show_table, working
 from kvzip.codec_spec import split_specs
+from kvzip.eval.measured_codecs import DEMO_CODECS
 
 if TYPE_CHECKING:
     from kvzip.eval.results.demo import DemoResult
@@ -71,7 +72,7 @@ def demo(
             model=model,
             text=text or ["pydoc"],
             tokens=tokens,
-            codecs=split_specs(codecs) if codecs else demonstration.CODECS,
+            codecs=split_specs(codecs) if codecs else DEMO_CODECS,
             train=train,
             new_tokens=new_tokens,
             threads=threads,

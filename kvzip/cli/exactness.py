@@ -20,6 +20,7 @@ from kvzip.cli.arguments import (
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import emit, show_table, working
 from kvzip.codec_spec import split_specs
+from kvzip.eval.measured_codecs import EXACTNESS_CODECS
 
 if TYPE_CHECKING:
     from kvzip.eval.results.exactness import ExactnessResult
@@ -31,7 +32,7 @@ def exactness(
     *,
     output: ResultFile = None,
     model: str | None = None,
-    codecs: str = "zstd,lz4,planes,channel",
+    codecs: str = ",".join(EXACTNESS_CODECS),
     profile: Path | None = None,
     lossy: str = "int8,int4",
     continuations: int = 2,

@@ -20,6 +20,7 @@ from kvzip.cli.arguments import (
 )
 from kvzip.cli.terminal import emit, say, show_table, stages
 from kvzip.codec_spec import split_specs
+from kvzip.eval.measured_codecs import LINK_CODECS
 from kvzip.files import replacing
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def links(
     text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     tokens: int = 2048,
     document: int = 0,
-    codecs: str = "raw,channel,predictive",
+    codecs: str = ",".join(LINK_CODECS),
     profile: Path | None = None,
     train: int = 16,
     rates: str = "50,100,150,200,300,500,1000,2000,5000,10000",

@@ -24,6 +24,7 @@ from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import bar, emit, say, show_table, steps
 from kvzip.codec_spec import split_specs
 from kvzip.errors import UsageError
+from kvzip.eval.measured_codecs import CODECS_WITHOUT_PROFILE
 from kvzip.files import replacing
 from kvzip.snapshot import Snapshot
 
@@ -146,12 +147,12 @@ def bench(
     from kvzip.eval.results import stored
 
     learned = read_profile(profile)
-    if codecs is None:
-        codecs = "raw,zstd,lz4,planes,channel" + ",predictive" * (learned is not None)
+    default = [*CODECS_WITHOUT_PROFILE, *["predictive"] * (learned is not None)]
+    chosen = default if codecs is None else split_specs(codecs)
     with bar("bench", len(snapshots) * (repeat + 1), in_bytes=False) as advance:
         result = run(
             snapshots,
-            [kvzip.get_codec(spec) for spec in split_specs(codecs)],
+            [kvzip.get_codec(spec) for spec in chosen],
             peers=peers,
             profile=learned,
             threads=threads,

@@ -20,6 +20,7 @@ from kvzip.cli.arguments import (
 )
 from kvzip.cli.terminal import emit, say, show_table, steps, working
 from kvzip.codec_spec import split_specs
+from kvzip.eval.measured_codecs import CODECS_WITHOUT_PROFILE
 from kvzip.profile import Profile
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def inputs(
     prefill_lengths: str | None = None,
     dtypes: str = "bf16",
     profile_dtypes: str | None = None,
-    codecs: str = "raw,zstd,lz4,planes,channel",
+    codecs: str = ",".join(CODECS_WITHOUT_PROFILE),
     train: int = 16,
     threads: int = 1,
     repeat: int = 3,

@@ -4,13 +4,15 @@ import json
 import struct
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_same, cache_like, make_snapshot, random_bits, reseal
+from support import NEED_PROFILE, assert_same, cache_like, make_snapshot, random_bits, reseal
 
 import kvzip
+from kvzip import dtypes
 from kvzip.container import header_schema
 from kvzip.container.format import VERSION
 from kvzip.container.index import RECORD
@@ -382,43 +384,39 @@ def test_the_schema_in_the_docs_is_the_header():
     assert stored == header_schema(), "docs/header.schema.json: write header_schema() anew"
 
 
-def golden_snapshot(dtype, heads=2):
-    """Numbers from integer arithmetic alone, so that they are the same for ever."""
-    from kvzip import dtypes
-
-    form = dtypes.get(dtype)
-    layers = []
-    for layer in range(2):
-        parts = []
-        for part in range(2):
-            n = np.arange(heads * 70 * 5, dtype=np.uint64) + np.uint64(1000 * layer + 100 * part)
-            n = n * np.uint64(0x9E3779B97F4A7C15)
-            exponent = np.uint64((1 << (form.exponent_bits - 1)) - 2) - (n >> np.uint64(62))
-            bits = (n >> np.uint64(61) & np.uint64(1)) << np.uint64(form.bits - 1)
-            bits |= exponent << np.uint64(form.mantissa_bits)
-            bits |= n >> np.uint64(20) & np.uint64((1 << form.mantissa_bits) - 1)
-            parts.append(bits.reshape(heads, 70, 5).astype(form.uint))
-        layers.append(tuple(parts))
-    return kvzip.Snapshot.from_arrays(layers, dtype, np.arange(70), kvzip.Origin(model="golden"))
+# Those that need a profile are read where it is: codecs/test_predictive_golden.py.
+FILES = sorted(golden.FOLDER.glob("v*/*.kvz"))
+PLAIN = [p for p in FILES if p.stem.partition("-")[0] not in NEED_PROFILE]
 
 
-# Those that need a profile: codecs/test_predictive_golden.py.
-MANY = "channel-of-31-heads"  # more than one stream in a block
-GOLDEN = [p for p in sorted((HERE / "golden").glob("v*/*.kvz")) if "predictive" not in p.stem]
-
-
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize("path", PLAIN, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_released_version_stays_readable(path):
     codec, dtype = path.stem.rsplit("-", 1)
-    assert_same(kvzip.decode(path), golden_snapshot(dtype, 31 if codec == MANY else 2))
+    heads = 31 if codec == golden.MANY else 2
+    assert_same(kvzip.decode(path), golden.snapshot(dtype, heads))
 
 
 def test_there_is_a_golden_file_of_each_codec_and_dtype():
-    from kvzip import dtypes
+    """What is missing, `python tests/container/golden.py` writes; a codec that needs a profile has
+    a suite of its own, which writes the profile, too."""
+    now = golden.FOLDER / f"v{VERSION}"
+    assert {p.stem for p in now.glob("*.kvz")} == {
+        f"{name}-{dtype}" for name in kvzip.codec_names() for dtype in dtypes.NAMES
+    } | {f"{golden.MANY}-bf16"}
+    assert {p.stem for p in now.glob("*.kvprofile")} == NEED_PROFILE
 
-    assert {p.stem for p in GOLDEN if p.parent.name == f"v{VERSION}"} == {
+
+def test_golden_files_that_are_missing_are_written_and_no_others(tmp_path):
+    kept = tmp_path / f"v{VERSION}" / "raw-bf16.kvz"
+    kept.parent.mkdir()
+    kept.write_bytes(b"released")
+    written = golden.write_missing(tmp_path)
+    assert {path.stem for path in written} | {kept.stem} == {
         f"{name}-{dtype}"
-        for name in kvzip.codec_names()
+        for name in set(kvzip.codec_names()) - NEED_PROFILE
         for dtype in dtypes.NAMES
-        if name != "predictive"  # its files need a profile: tests/codecs/test_predictive_golden.py
-    } | {f"{MANY}-bf16"}
+    }
+    assert kept.read_bytes() == b"released"
+    for path in written:
+        assert_same(kvzip.decode(path), golden.snapshot(path.stem.rsplit("-", 1)[1]))
+    assert golden.write_missing(tmp_path) == []
