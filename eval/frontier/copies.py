@@ -20,20 +20,21 @@ from kvzip.capture import prefill
 from kvzip.entropy.linear import Floats
 from kvzip.entropy.residual import held_layers
 from kvzip.errors import UsageError
+from kvzip.eval.frontier.predictors import Entry
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
 from kvzip.statistics.rope import ChannelOrder
 
 COPIES = {
-    "int4": ("copy", "second prefill, int4 weights"),
-    "fp8": ("copy", "second prefill, fp8 weights"),
-    "int8": ("copy", "second prefill, int8 weights"),
-    "fp32": ("recomputation", "recomputed in fp32"),
-    "pieces": ("recomputation", "recomputed in pieces of 512 tokens"),
-    "stream": ("floor", "given the residual stream of this layer"),
+    "int4": Entry("copy", "second prefill, int4 weights", "int4 copy"),
+    "fp8": Entry("copy", "second prefill, fp8 weights", "fp8 copy"),
+    "int8": Entry("copy", "second prefill, int8 weights", "int8 copy"),
+    "fp32": Entry("recomputation", "recomputed in fp32", "fp32 again"),
+    "pieces": Entry("recomputation", "recomputed in pieces of 512 tokens", "in pieces"),
+    "stream": Entry("floor", "given the residual stream of this layer", "rounding noise"),
 }
-"""The family and the title of each copy. int4 has groups of 32 weights along the inputs, with one
+"""What is said of each copy. int4 has groups of 32 weights along the inputs, with one
 fp16 scale each; fp8 (e4m3) and int8 have one scale an output channel; fp32 has the same weights and
 computes in fp32; pieces computes in the model's dtype, but in pieces; stream computes in fp32 from
 the exact input of the layer, which leaves the rounding noise of the layer's own keys and values."""

@@ -16,7 +16,7 @@ from kvzip.entropy.residual import View, held_layers
 from kvzip.errors import UsageError
 from kvzip.eval.frontier import predictors
 from kvzip.eval.frontier.predictors import COPY, Document, LayerData
-from kvzip.eval.results.frontier import VERSION
+from kvzip.eval.results.frontier import POINTS_VERSION
 from kvzip.snapshot import Layer, Snapshot
 from kvzip.statistics.documents import SINK_TOKENS, Progress
 from kvzip.statistics.rope import ChannelOrder
@@ -95,7 +95,7 @@ def by_format(
             raise UsageError(f"no --calibrate document is {native}")
         dtype, source = (native, None) if cast is None else (cast, native)
         inputs = [prints[p] for p in (*learned, *calibrated, *tested)]
-        given = "\n".join([str(VERSION), dtype, str(source), first.origin.revision, *inputs])
+        given = "\n".join([str(POINTS_VERSION), dtype, str(source), first.origin.revision, *inputs])
         digest = hashlib.sha256(given.encode()).hexdigest()[:16]
         found.append(
             DocumentSets(learned, calibrated, tested, dtype, source, digest, whole=not found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,18 +176,30 @@ def needed(layer: int) -> tuple[int, ...]:
     return (*inputs(layer, 4, True), layer)
 
 
-CATALOGUE: dict[str, tuple[str, str]] = {
-    "channel": ("tables", "tables for each channel (`channel`)"),
-    "density": ("tables", "a density for each channel"),
-    "within": ("linear", "channels before only"),
-    **{f"rank-{rank}": ("linear", f"three layers, rank {rank}") for rank in RANKS},
-    "one": ("linear", "the layer before"),
-    "two": ("linear", "the two before"),
-    "full": ("linear", "the first and the two before"),
-    "wide": ("linear", "the first and the four before"),
-    **{f"regions-{n}": ("piecewise", f"three layers, {n} regions") for n in REGIONS},
+class Entry(NamedTuple):
+    """What is said of a predictor."""
+
+    family: str
+    title: str
+    label: str
+    """The title in a few words, beside its point in a chart."""
+
+
+CATALOGUE: dict[str, Entry] = {
+    "channel": Entry("tables", "tables for each channel (`channel`)", "channel"),
+    "density": Entry("tables", "a density for each channel", "density"),
+    "within": Entry("linear", "channels before only", "channels before"),
+    **{f"rank-{r}": Entry("linear", f"three layers, rank {r}", f"rank {r}") for r in RANKS},
+    "one": Entry("linear", "the layer before", "one layer"),
+    "two": Entry("linear", "the two before", "two layers"),
+    "full": Entry("linear", "the first and the two before", "three layers"),
+    "wide": Entry("linear", "the first and the four before", "five layers"),
+    **{
+        f"regions-{n}": Entry("piecewise", f"three layers, {n} regions", f"regions {n}")
+        for n in REGIONS
+    },
 }
-"""Family and title of the predictors that look at no copy of the model."""
+"""The predictors that look at no copy of the model."""
 MAIN = ("channel", "density", "within", "one", "full", "regions-16")
 """The predictors that formats after the first are measured with."""
 

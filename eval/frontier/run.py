@@ -211,9 +211,12 @@ class _Measured(NamedTuple):
     """One predictor on one layer."""
 
     key: str
-    family: str
-    title: str
+    about: predictors.Entry
     point: LayerPoint
+    copy: str | None = None
+    """The kind of the copy that it looks at, if it does."""
+    within: bool = False
+    """Whether channels before are used beside that copy."""
 
 
 @dataclass
@@ -262,7 +265,7 @@ class _Measuring:
         keys = list(predictors.CATALOGUE) if self.documents.whole else predictors.MAIN
         for done, key in enumerate(keys):
             point = self._remembered(key, layer, partial(measure, key))
-            yield _Measured(key, *predictors.CATALOGUE[key], point)
+            yield _Measured(key, predictors.CATALOGUE[key], point)
             self.tell(label, done + 1, len(keys))
 
     def _copies(self, layer: int) -> Iterator[_Measured]:
@@ -270,18 +273,22 @@ class _Measuring:
         for kind in self.kinds:
             if kind in self.missing:
                 continue
-            family, title = copies.COPIES[kind]
+            about = copies.COPIES[kind]
             data = cache(partial(self._copy_data, kind, layer))
 
             def measure(within: bool, data: Callable[[], LayerData] = data) -> LayerPoint:
                 return predictors.measure(predictors.copied(data(), within), data())
 
             point = self._remembered(kind, layer, partial(measure, within=False))
-            yield _Measured(kind, family, title, point)
+            yield _Measured(kind, about, point, kind)
             if self.documents.whole:
                 key = f"{kind}-within"
                 point = self._remembered(key, layer, partial(measure, within=True))
-                yield _Measured(key, family, f"{title}, channels before", point)
+                more = about._replace(
+                    title=f"{about.title}, channels before",
+                    label=f"{about.label}, channels before",
+                )
+                yield _Measured(key, more, point, kind, within=True)
 
     def _copy_data(self, kind: str, layer: int) -> LayerData:
         def predicted(paths: Sequence[Path]) -> list[Path]:
@@ -294,21 +301,22 @@ class _Measuring:
 
 def _point(measured: Sequence[_Measured], cost: _PrefillCost, model_layers: int) -> Point:
     """A predictor from what was measured on some layers of a model of so many."""
-    key, family, title, _ = measured[0]
+    first = measured[0]
     layers = [found.point for found in measured]
 
     def mean(name: str) -> float:
         return statistics.fmean(getattr(p, name) for p in layers)
 
     products, known = model_layers * mean("products"), model_layers * mean("bytes")
-    kind = key.removesuffix("-within")
-    if kind in copies.COPIES:
-        products += cost.products if family != "floor" else 0.0
-        known += cost.bytes[kind]
+    if first.copy is not None:
+        products += cost.products if first.about.family != "floor" else 0.0
+        known += cost.bytes[first.copy]
     return Point(
-        key=key,
-        title=title,
-        family=family,
+        key=first.key,
+        title=first.about.title,
+        label=first.about.label,
+        family=first.about.family,
+        within=first.within,
         bits=mean("bits"),
         k=mean("k"),
         v=mean("v"),

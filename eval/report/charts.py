@@ -32,20 +32,6 @@ _STYLES = {
     "recomputation": "s4",
 }
 """By family of predictors."""
-_NAMES = {
-    "channel": "channel",
-    "density": "density",
-    "within": "channels before",
-    "one": "one layer",
-    "two": "two layers",
-    "full": "three layers",
-    "wide": "five layers",
-    "int4": "int4 copy",
-    "fp8": "fp8 copy",
-    "int8": "int8 copy",
-    "fp32": "fp32 again",
-    "pieces": "in pieces",
-}
 
 # --- ratio against speed -------------------------------------------------------------------------
 
@@ -194,7 +180,7 @@ def frontier_svg(
     """Bits per number against share of the prefill's multiplications; a point's area is the bytes
     that its predictor must know; the line is the lower convex hull of those that need little room.
     """
-    points = [p for p in run.points if p.family != "floor" and not p.key.endswith("-within")]
+    points = [p for p in run.points if p.family != "floor" and not p.within]
     points.sort(key=lambda p: -p.profile_bytes)  # small ones in front
     least = min((p.share for p in points if p.share > 0), default=1.0)
     nothing = least / 3
@@ -208,8 +194,7 @@ def frontier_svg(
     def label(p: Point) -> str:
         if narrow and p.key not in best:
             return ""
-        title = _NAMES.get(p.key, p.key.replace("rank-", "rank ").replace("regions-", "regions "))
-        return f"{title} {p.bits:.2f}"
+        return f"{p.label} {p.bits:.2f}"
 
     marks = [
         svg.Point(
@@ -233,8 +218,8 @@ def frontier_svg(
     y = svg.Axis(
         "bits per number, ideal", low, top, [(i, str(i)) for i in range(low, top + 1)], False
     )
-    floors = [p for p in run.points if p.family == "floor" and not p.key.endswith("-within")]
-    guides = [svg.Guide(f"rounding noise {p.bits:.2f}", p.bits) for p in floors]
+    floors = [p for p in run.points if p.family == "floor" and not p.within]
+    guides = [svg.Guide(f"{p.label} {p.bits:.2f}", p.bits) for p in floors]
     spoken = "; ".join(f"{p.title}: {p.bits:.2f} bits at {_percent(p.share)}" for p in points)
     chain = [(place(p), p.bits) for p in hull(points, result.prefill_products)]
     title = f"Bits per number against compute, {run.dtype}"

@@ -10,8 +10,8 @@ import msgspec
 from kvzip.errors import KVZipError
 from kvzip.eval.results.base import Result, above_zero
 
-VERSION = 1
-"""The version of what is measured: points of another one are measured anew."""
+POINTS_VERSION = 1
+"""The version of what is measured of a layer: points of another one are measured anew."""
 
 
 class LayerPoint(msgspec.Struct, frozen=True):
@@ -33,8 +33,13 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
     key: str
     title: str
+    label: str
+    """The title in a few words, beside its point in a chart."""
     family: str
     """tables, linear, piecewise, copy, recomputation, or floor, which no codec can reach."""
+    within: bool = False
+    """Whether it is a copy of the model, or a floor, with channels before used beside it; charts
+    leave it out."""
     bits: float
     k: float
     v: float
@@ -76,7 +81,7 @@ class Frontier(Result, frozen=True, kw_only=True, tag="frontier"):
 
     writer = "kvzip eval frontier"
 
-    version: int = VERSION
+    version: int = 2
     model: str
     revision: str
     architecture: str

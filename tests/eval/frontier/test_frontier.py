@@ -118,6 +118,15 @@ def test_shares_and_sizes_are_counted(result):
     assert result.prefill_seconds > 0
 
 
+def test_a_copy_that_uses_channels_before_says_so(result):
+    found = points(result)
+    variants = {key for key, p in found.items() if p.within}
+    assert variants == {f"{kind}-within" for kind in copies.COPIES}
+    assert not found["within"].within
+    labels = [p.label for p in found.values()]
+    assert all(labels) and len(set(labels)) == len(labels)
+
+
 def test_what_was_found_is_kept(paths, kept, result, monkeypatch):
     def never(*_):
         raise AssertionError("measured again")
@@ -157,7 +166,7 @@ def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch, result):
 def test_the_result_goes_to_json_and_back(result, tmp_path):
     stored.save(result, tmp_path / "a.json")
     assert stored.load(tmp_path / "a.json", Frontier) == result
-    (tmp_path / "b.json").write_text('{"kind": "frontier", "version": 1}')
+    (tmp_path / "b.json").write_text('{"kind": "frontier", "version": 2}')
     with pytest.raises(KVZipError, match="not a result of kvzip eval frontier"):
         stored.load(tmp_path / "b.json", Frontier)
 
@@ -185,6 +194,7 @@ def made(pairs):
         Point(
             key=str(i),
             title="",
+            label="",
             family="linear",
             bits=bits / 10,
             k=0,
@@ -259,7 +269,7 @@ def circles(svg):
 def test_every_predictor_is_a_point(result, width):
     run = result.runs[0]
     found = circles(charts.frontier_svg(result, run, "f", (width, 400)))
-    drawn = [p for p in run.points if p.family != "floor" and not p.key.endswith("-within")]
+    drawn = [p for p in run.points if p.family != "floor" and not p.within]
     assert set(found) == {p.key for p in drawn}
     sizes = [found[p.key] for p in sorted(drawn, key=lambda p: p.profile_bytes)]
     assert sizes == sorted(sizes)

@@ -27,6 +27,7 @@ POINTS = [
     frontier.Point(
         key=key,
         title=title,
+        label=key,
         family=family,
         bits=bits,
         k=bits,
