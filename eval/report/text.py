@@ -1,4 +1,6 @@
-"""Figures as text, as the pages show them."""
+"""Figures as text, as the pages show them: money with cents, as a price list has it, and times in
+seconds or milliseconds, since rows are compared. `report.js` rounds alike for the panel, and tests
+hold both together; what a terminal says is put into words by `kvzip.eval.quantities`."""
 
 from __future__ import annotations
 
