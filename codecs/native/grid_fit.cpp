@@ -196,7 +196,7 @@ class Fitter {
   // The code whose magnitude is nearest, which may be beyond the largest.
   int nearest(double steps) const {
     const int mantissa = narrow_.mantissa;
-    if (steps < double(1 << mantissa)) return int(steps + 0.5);
+    if (steps < double(1 << mantissa)) return int(std::lround(steps));
     std::uint64_t bits;
     std::memcpy(&bits, &steps, sizeof bits);
     bits += 1ull << (51 - mantissa);
@@ -425,6 +425,8 @@ bool even(const Wide& wide, const std::uint32_t* piece, int n) {
     const float value = values[i] * unit, tolerance = value * (slack[i] + slack_of_largest);
     for (int code = 0; code < kCodes; ++code) {
       const float steps = value * float(64 + code);
+      // Not lround, which is no vector instruction; halves are far off the grid either way.
+      // NOLINTNEXTLINE(bugprone-incorrect-roundings)
       const float off = steps - float(std::int32_t(steps + 0.5f));
       misses[code] += (off < 0 ? -off : off) > tolerance * float(64 + code);
     }
