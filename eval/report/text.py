@@ -1,6 +1,6 @@
 """Figures as text, as the pages show them: money with cents, as a price list has it, and times in
-seconds or milliseconds, since rows are compared. `report.js` rounds alike for the panel, and tests
-hold both together; what a terminal says is put into words by `kvzip.eval.quantities`."""
+seconds or milliseconds, since rows are compared. `report.js` writes times and rates of its panel
+alike, and a test holds both together. `kvzip.eval.quantities` has the words of a terminal."""
 
 from __future__ import annotations
 
