@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.dtypes import Bits
 from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError, first_line
+from kvzip.identity.checkpoint import changed
 from kvzip.models import LoadedModel
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
 
@@ -107,6 +109,7 @@ def prefill(
     from transformers import DynamicCache
 
     from kvzip.load.config import cache_argument, layer_kinds, rope_parameters
+    from kvzip.load.placeholders import check_text_only
     from kvzip.models import products
 
     model = loaded.model
@@ -119,6 +122,7 @@ def prefill(
         )
     kinds = layer_kinds(config)
     check_ids(token_ids, config)
+    check_text_only(config, np.asarray(token_ids), type(model).__name__)
     ids = torch.from_numpy(np.atleast_2d(token_ids).astype(np.int64)).to(model.device)
     # Without a config all layers of the cache are full ones; the masks come from the model.
     cache = DynamicCache()
@@ -130,6 +134,7 @@ def prefill(
         )
     if len(cache.layers) != len(kinds):
         raise KVZipError(f"the model filled {len(cache.layers)} cache layers, not {len(kinds)}")
+    computed = dtypes.get(cache.layers[0].keys.dtype).name
     name, layers = _layers(cache, kinds, dtype, full_history, np.ndim(token_ids) == 1)
     software = {
         "torch": str(torch.__version__),
@@ -143,7 +148,7 @@ def prefill(
         software["checkpoint"] = loaded.revision
     origin = Origin(
         loaded.id,
-        revision,
+        revision_of_cast(revision, computed, name),
         type(model).__name__,
         _with_frequencies(model, kinds, rope_parameters(config)),
         text,
@@ -221,9 +226,28 @@ def _with_frequencies(
 
 
 def cast(snapshot: Snapshot, dtype: str) -> Snapshot:
-    """The same cache in another format, as `prefill` with `dtype` makes it from the model's own."""
+    """The same cache in another format, as `prefill` with `dtype` makes it from the model's own.
+
+    Its revision says so (:func:`revision_of_cast`), and a store does not find it for a model.
+    """
     layers = [cast_layer(layer, snapshot.dtype, dtype) for layer in snapshot.layers]
-    return Snapshot(layers, dtypes.get(dtype).name, snapshot.token_ids, snapshot.origin)
+    name = dtypes.get(dtype).name
+    revision = revision_of_cast(snapshot.origin.revision, snapshot.dtype, name)
+    origin = msgspec.structs.replace(snapshot.origin, revision=revision)
+    return Snapshot(layers, name, snapshot.token_ids, origin)
+
+
+def revision_of_cast(revision: str, computed: str, dtype: str) -> str:
+    """The revision of a cache of `dtype` that a model of `revision` computed in the dtype
+    `computed`.
+
+    It is the model's own where a model computes in that very dtype for such a cache
+    (:func:`computed_in`). Any other is told apart: a model that computes in `dtype` would have
+    other keys and values, and must not find these.
+    """
+    if computed in (dtype, computed_in(dtype)):
+        return revision
+    return changed(revision, {"computed in": computed})
 
 
 def cast_layer(layer: Layer, dtype: str, to: str) -> Layer:
@@ -320,6 +344,8 @@ def _check_same(
         raise KVZipError(f"{path} is in the way: {error}") from None
     revision = loaded.fingerprint
     form = old.dtype if dtype is None else dtypes.get(dtype).name
+    if dtype is not None:
+        revision = revision_of_cast(revision, dtypes.get(loaded.model.dtype).name, form)
     kept = all(
         layer.stored == (n if full_history else min(n, layer.window or n))
         for layer in old.layout.layers

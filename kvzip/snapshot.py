@@ -227,9 +227,10 @@ class Snapshot:
     def from_cache(cls, cache: Any, token_ids: Any = None, model: Any = None) -> Snapshot:
         """From a transformers `Cache` that a forward pass has filled.
 
-        `model` is the model (its id, RoPE parameters and layer kinds are noted) or its id.
+        `model` is the model (its id, RoPE parameters and layer kinds are noted, and the fingerprint
+        that it has now: call this before the model is changed) or its id.
         A batch of one comes without the batch axis. Quantised layers and layers of linear
-        attention raise UnsupportedError.
+        attention raise UnsupportedError, and so do ids that stand for images or sound.
         """
         from kvzip.load.hf import snapshot_of_cache
 

@@ -24,6 +24,7 @@ from kvzip.load.matching import (
     ids_of,
     in_common,
 )
+from kvzip.load.placeholders import check_text_only
 from kvzip.load.recovery import Recovery, naming, tell
 from kvzip.load.witness import watch
 from kvzip.profile import Profile
@@ -56,6 +57,7 @@ def load_batch(
     and say which prompt's document they are about; what is fed must be what was returned.
     """
     padded = _Prompts(prompts, sources)
+    padded.check_text_only(config, f"the model of {type(config).__name__}")
     kinds = layer_kinds(config)
     with ExitStack() as stack:
         usable: dict[int, _Usable] = {}
@@ -110,6 +112,7 @@ def load_batch_or_prefill(
     """
     sources = [source] * len(prompts) if isinstance(source, Store) else source
     padded = _Prompts(prompts, sources)
+    padded.check_text_only(model.config, type(model).__name__)
     kinds = layer_kinds(model.config)
 
     def find(source: Document | Store | None, n: int) -> OpenDocument[Reader | Snapshot] | None:
@@ -215,6 +218,12 @@ class _Prompts:
             raise KVZipError(f"{len(sources)} documents for {len(prompts)} prompts")
         self.rows = [ids_of(prompt, "prompts")[0] for prompt in prompts]
         self.longest = max(map(len, self.rows))
+
+    def check_text_only(self, config: PretrainedConfig, owner: str) -> None:
+        """As :func:`kvzip.load.placeholders.check_text_only`, for each prompt."""
+        for n, row in enumerate(self.rows):
+            with naming(n):
+                check_text_only(config, row, owner)
 
     def column(self, n: int, tokens: int) -> int:
         """Where a row's first `tokens` end, if one at least is to be left."""

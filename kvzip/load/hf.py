@@ -36,6 +36,7 @@ from kvzip.load.matching import (
     in_common,
     origin_of_model,
 )
+from kvzip.load.placeholders import check_text_only
 from kvzip.load.recovery import Recovery, tell
 from kvzip.load.witness import watch
 from kvzip.models import products
@@ -93,6 +94,8 @@ def snapshot_of_cache(
         raise UnsupportedError("the cache has no layers: run a forward pass first")
     ids = None if token_ids is None else ids_of(token_ids, "token_ids")
     if ids is not None:
+        if model is not None and not isinstance(model, str):
+            check_text_only(model.config, ids, type(model).__name__)
         shape = (*layers[0].k.shape[:-3], layers[0].layout.cumulative_length)
         ids = ids[0] if ids.shape[0] == 1 and len(shape) == 1 else ids
         if ids.shape != shape:
@@ -178,12 +181,15 @@ def load_cache(
     generated tokens, and the next prompt must go on from them. (Where layer 0 slides, this is seen
     within its window. Other text in place of the cached tokens' is not seen.)
 
-    Raises KVZipError when file, config, prompt and model do not fit each other, FormatError or
+    Raises UnsupportedError when the prompt has images or sound (docs/identity.md), KVZipError
+    when file, config, prompt and model do not fit each other, FormatError or
     CorruptError for a bad file; while generating, KVZipError (CorruptError, ...) from `update`.
     """
     with open_document(source, profile, threads) as opened:
         kinds = check_config(opened.source, config)
         ids = None if prompt is None else ids_of(prompt, "prompt")
+        fed = opened.source.token_ids if ids is None else ids
+        check_text_only(config, fed, f"the model of {type(config).__name__}")
         cache = _lazy(opened, kinds, ids, tokens, device, threads, prefill_chunk_size)
     if not check_weights:
         for layer in cache.layers:
@@ -218,6 +224,7 @@ def load_or_prefill(
     ids than `prompt` that are fed.
     """
     ids = ids_of(prompt, "prompt")
+    check_text_only(model.config, ids, type(model).__name__)
     find = finder(model, ids[0], name, revision, profile, threads)
     try:
         found = find_document(source, find, profile, threads)

@@ -195,3 +195,44 @@ def test_the_command_on_a_real_model(tmp_path, capsys):
     assert is_fingerprint(loaded.revision) and loaded.revision != loaded.fingerprint
     blob = kvzip.encode(snapshot, "channel")
     assert_same(kvzip.decode(blob), snapshot)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_a_cast_cache_is_not_found_for_a_model_of_its_dtype(tmp_path, dtype):
+    """It holds other numbers than that model computes."""
+    from copy import deepcopy
+
+    from kvzip.capture import cast
+    from kvzip.load.hf import load_or_prefill
+    from kvzip.models import LoadedModel
+    from kvzip.store import Store
+
+    loaded = tiny_model("Llama")
+    other = deepcopy(loaded.model).to(getattr(torch, {"fp16": "float16", "fp32": "float32"}[dtype]))
+    ids = np.arange(64, dtype=np.uint32)
+    own = prefill(LoadedModel(other, None, "other", ""), ids)
+    computed = prefill(loaded, ids)
+    at_once, later = prefill(loaded, ids, dtype=dtype), cast(computed, dtype)
+    assert at_once.origin == later.origin
+    assert is_fingerprint(later.origin.revision)
+    # Weights that are cast have a fingerprint of their own; at worst it is the same, so make it so.
+    later = kvzip.Snapshot(
+        computed.layers,
+        computed.dtype,
+        ids,
+        kvzip.Origin("other", own.origin.revision, own.origin.architecture, own.origin.rope),
+    )
+    store = Store(tmp_path, block_tokens=16)
+    store.put(cast(later, dtype))
+    prompt = torch.arange(70)[None]
+    assert load_or_prefill(store, other, prompt).get_seq_length() == 0
+    store.put(own)
+    assert load_or_prefill(store, other, prompt).get_seq_length() == 63
+
+
+def test_caches_of_fp8_are_of_the_model_that_computes_bf16(llama):
+    from kvzip.capture import cast
+
+    computed = prefill(llama, np.arange(20, dtype=np.uint32))
+    assert cast(computed, "fp8_e4m3fn").origin == computed.origin
+    assert cast(computed, "bf16").origin == computed.origin
