@@ -21,6 +21,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 """Engines take the weights of the first kind that is there in a folder."""
 _OF_TRAINING = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _CONFIGS = (
+    "*.index.json",  # which file each tensor is taken from
     "config.json",
     "adapter_config.json",
     "hf_quant_config.json",

@@ -7,7 +7,6 @@ tensor, which is no proof: ``live_fingerprint(model, anew=True)`` reads everythi
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import json
 import weakref
@@ -22,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvzip.errors import KVZipError
 from kvzip.identity.digests import THREADS
+from kvzip.identity.values import LIBRARIES, PLAIN, Reader, name_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,11 +30,33 @@ _PROBED = 64
 """Numbers of a tensor that tell whether it was written to past its version counter."""
 
 # Attributes of modules that change nothing of what they compute, or only how it is rounded.
-_IDLE = frozenset({"training", "name_or_path", "gradient_checkpointing", "dump_patches"})
-# Of the attributes that are marked as private, those by which adapters are turned on and off.
-_TELLING = frozenset({"_disable_adapters", "_active_adapter"})
+_IDLE = frozenset(
+    {
+        "_cache",
+        "_compiled_call_impl",
+        "_gradient_checkpointing_func",
+        "_hf_hook",
+        "_is_hf_initialized",
+        "_last_compile_config",
+        "_name_or_path",
+        "_old_forward",
+        "_require_grads_hook",
+        "_require_grads_hooks",
+        "_use_kernels",
+        "_weight_conversions",
+        "base_model_name_or_path",
+        "dump_patches",
+        "generation_config",
+        "gradient_checkpointing",
+        "hf_device_map",
+        "hf_quantizer",
+        "model_tags",
+        "name_or_path",
+        "training",
+        "warnings_issued",
+    }
+)
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
-_PLAIN = frozenset({bool, int, float, str, type(None)})
 # Settings of a config that say where it comes from, how numbers are rounded (the dtype is every
 # tensor's own), or what is done with the outputs.
 _NOISE = frozenset(
@@ -48,11 +70,13 @@ _NOISE = frozenset(
         "architectures",
         "attn_implementation",
         "dtype",
+        "eos_token_id",
         "experts_implementation",
         "id2label",
         "label2id",
         "output_attentions",
         "output_hidden_states",
+        "pad_token_id",
         "return_dict",
         "torch_dtype",
         "transformers_version",
@@ -127,9 +151,13 @@ def live_fingerprint(model: torch.nn.Module, *, anew: bool = False) -> str:
             same = known.checkpoints.get((digest, checkpoint))
             if same is None and checkpoint:
                 same = unchanged.is_checkpoint(model, reading, folder)
-                known.checkpoints = {(digest, checkpoint): same}
+                known.checkpoints[digest, checkpoint] = same
             if same:
                 return checkpoint
+        else:  # the folder was moved; what the model was shown to be it still is
+            for (read, checkpoint), same in known.checkpoints.items():
+                if same and read == digest:
+                    return checkpoint
         return f"live:{digest}"
 
 
@@ -171,12 +199,12 @@ def tensors_of(model: torch.nn.Module) -> Iterator[Held]:
                     kind = "computed" if name in computed else "stored"
                     yield from _parts(prefix + name, kind, tensor)
         packed = not module._parameters and ".quantized" in type(module).__module__
-        for name, value in vars(module).items():
-            if name not in _OF_TORCH and type(value) not in _PLAIN:
-                yield from _parts_of_value(prefix + name, value, 2)
-                packed = packed or isinstance(value, torch.ScriptObject)
+        packed = packed or any(isinstance(v, torch.ScriptObject) for v in vars(module).values())
         if packed:  # no tensors to be seen, but a state
             yield from _parts_of_value(prefix + "state", dict(module.state_dict()), 4)
+    _, found_elsewhere = _hung(model)
+    for name, tensor in found_elsewhere:
+        yield from _parts(name, "computed", tensor)
 
 
 def _parts(name: str, kind: str, tensor: torch.Tensor) -> Iterator[Held]:
@@ -189,7 +217,7 @@ def _parts(name: str, kind: str, tensor: torch.Tensor) -> Iterator[Held]:
         raise KVZipError(f"the model's {name} is not in memory, so nothing tells its weights")
     yield Held(name, kind, tensor)
     for attribute, value in vars(tensor).items():  # such as the scales of what is quantised
-        if type(value) not in _PLAIN:
+        if type(value) not in PLAIN:
             yield from _parts_of_value(f"{name}.{attribute}", value, 4)
 
 
@@ -225,10 +253,14 @@ def _probes(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     found: list[bytes] = [b""] * len(tensors)
     groups: dict[tuple[torch.dtype, torch.device], list[tuple[int, torch.Tensor]]] = {}
     for i, tensor in enumerate(tensors):
-        if tensor.is_contiguous() and not tensor.is_quantized and tensor.numel():
+        if not tensor.is_quantized and tensor.numel():
             count = min(_PROBED, tensor.numel())
             step = tensor.numel() // count
-            picked = tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
+            if tensor.is_contiguous():
+                picked = tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
+            else:
+                places = torch.arange(0, count * step, step, device=tensor.device)
+                picked = tensor.detach()[torch.unravel_index(places, tensor.shape)]
             groups.setdefault((tensor.dtype, tensor.device), []).append((i, picked))
     for group in groups.values():
         data = _bytes(torch.cat([picked for _, picked in group]))
@@ -261,58 +293,66 @@ def _bytes(tensor: torch.Tensor) -> bytes | memoryview:
 
 
 def structure_of(model: torch.nn.Module) -> list[str]:
-    """A line for each module: its class, its plain settings, and what was hung on it."""
+    """A line for each module: its class, its settings, and what was hung on it."""
+    return _hung(model)[0]
+
+
+def _hung(model: torch.nn.Module) -> tuple[list[str], list[tuple[str, torch.Tensor]]]:
+    """The structure of a model, and the tensors that are in it but that no module registered."""
+    own = {id(module): f"the module {path}" for path, module in model.named_modules()}
+    for config in _configs_of(model):
+        own[id(config)] = "the configuration"
+    reader = Reader(own, _IDLE, settings_of_config)
     lines = []
     for path, module in model.named_modules():
-        own = vars(module)
+        prefix = f"{path}." if path else ""
         plain = [
-            (name, said)
-            for name, value in own.items()
-            if name not in _OF_TORCH
-            and name not in _IDLE
-            and (name[0] != "_" or name in _TELLING)
-            and (said := _plain(value, 3)) is not None
+            (name, reader.read(value, prefix + name))
+            for name, value in vars(module).items()
+            if name not in _OF_TORCH and name not in _IDLE and name != "forward"
+            if not (name[0] == "_" and _of_transformers(module, name))
         ]
-        lines.append(f"{path} {_name(type(module))} {sorted(plain)!r}")
-        if "forward" in own and "_hf_hook" not in own and not getattr(own["forward"], "idle", 0):
-            lines.append(f"{path} forward {_name(own['forward'])}")
+        lines.append(f"{path} {name_of(type(module))} {sorted(plain, key=_first)!r}")
+        forward = _forward_of(module)
+        if forward is not None:
+            lines.append(f"{path} forward {reader.read(forward, prefix + 'forward')!r}")
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            lines += [f"{path} hook {_name(h)}" for h in hooks.values() if not _of_libraries(h)]
-    return lines
+            lines += [
+                f"{path} hook {reader.read(hook, f'{prefix}hook{i}')!r}"
+                for i, hook in enumerate(hooks.values())
+                if not name_of(hook).startswith(LIBRARIES)
+            ]
+    return lines, reader.tensors
 
 
-def _plain(value: object, depth: int) -> object:
-    """What a value says, or None if it is no setting."""
-    kind = type(value)
-    if kind in _PLAIN:
-        return value
-    if kind is dict and not value:
-        return ()
-    if isinstance(value, (torch.nn.Module, torch.Tensor)):
-        return None
-    if isinstance(value, enum.Enum):
-        return str(value)
-    if isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (torch.dtype, torch.Size)):
-        return str(value)
-    if depth and isinstance(value, (list, tuple)):
-        return [_plain(inner, depth - 1) for inner in value]
-    if depth and isinstance(value, (set, frozenset)):
-        return sorted(str(inner) for inner in value)
-    if depth and isinstance(value, Mapping):
-        return sorted((str(key), repr(_plain(inner, depth - 1))) for key, inner in value.items())
-    return None
+def _first(pair: tuple[str, object]) -> str:
+    return pair[0]
 
 
-def _name(thing: object) -> str:
-    thing = getattr(thing, "func", thing)  # of a partial
-    own = getattr(thing, "__qualname__", None) or type(thing).__qualname__
-    return f"{getattr(thing, '__module__', None) or type(thing).__module__}.{own}"
+def _configs_of(model: torch.nn.Module) -> list[object]:
+    """The configuration of a model and those within it, which its settings say."""
+    config = getattr(model, "config", None)
+    inner = vars(config).values() if hasattr(config, "to_dict") else ()
+    return [config, *(c for c in inner if hasattr(c, "to_diff_dict"))]
 
 
-def _of_libraries(hook: object) -> bool:
-    return _name(hook).startswith(("torch.", "transformers.", "accelerate.", "kvzip."))
+def _of_transformers(module: torch.nn.Module, name: str) -> bool:
+    """Whether an attribute is of every model of transformers: how to load, split and save it."""
+    return any(c.__name__ == "PreTrainedModel" and name in vars(c) for c in type(module).__mro__)
+
+
+def _forward_of(module: torch.nn.Module) -> object:
+    """What stands in for a module's own `forward`, if anything does that changes it."""
+    found = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward")
+    while found is not None:
+        if getattr(found, "idle", False):
+            found = found.before
+        elif hasattr(found, "_torchdynamo_orig_callable"):
+            found = found._torchdynamo_orig_callable
+        else:
+            break
+    of_class = getattr(found, "__func__", None) is type(module).forward
+    return None if of_class and getattr(found, "__self__", None) is module else found
 
 
 def settings_of(model: torch.nn.Module) -> str:

@@ -18,6 +18,7 @@ from kvzip.errors import KVZipError
 from kvzip.identity import digests
 from kvzip.identity.checkpoint import checkpoint_fingerprint, checkpoint_folder, weight_files
 from kvzip.identity.live import (
+    Held,
     Reading,
     digest_of,
     named,
@@ -99,6 +100,7 @@ def _same_tensors(
     prefix = f"{model.base_model_prefix}."
     computed = dict(like.named_buffers())
     tied = _tied(reading)
+    made = {name: t.dtype for name, t in (*like.named_parameters(), *like.named_buffers())}
     for held, digest in named(reading.tensors).values():
         if held.kind == "computed":
             fresh = computed.get(held.name)
@@ -107,6 +109,8 @@ def _same_tensors(
             if digest_of(fresh) != digest:
                 return False
             continue
+        if not _dtype_as_loaded(held, model, made.get(held.name)):
+            return False
         names = [
             found
             for alias in tied[_place(held.tensor)]
@@ -117,6 +121,14 @@ def _same_tensors(
             return False
     stored.keep()
     return True
+
+
+def _dtype_as_loaded(held: Held, model: PreTrainedModel, made: torch.dtype | None) -> bool:
+    """Whether a tensor is of a dtype that transformers gives it in a model of that dtype."""
+    if held.tensor.dtype in (model.dtype, made):
+        return True
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    return held.tensor.dtype is torch.float32 and any(name in held.name for name in kept)
 
 
 def _place(tensor: torch.Tensor) -> _Place:

@@ -34,7 +34,9 @@ def test_every_byte_of_weights_and_config_counts(saved: Any) -> None:
     folder = saved(max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     seen = {kvzip.fingerprint(folder)}
-    for file in [*folder.glob("*.safetensors"), folder / "config.json"]:
+    index = folder / "model.safetensors.index.json"
+    files = [*folder.glob("*.safetensors"), index, folder / "config.json"]
+    for file in files:
         whole = file.read_bytes()
         for at in (0, len(whole) // 2, len(whole) - 1):
             data = bytearray(whole)
@@ -42,8 +44,7 @@ def test_every_byte_of_weights_and_config_counts(saved: Any) -> None:
             file.write_bytes(data)
             seen.add(kvzip.fingerprint(folder))
         file.write_bytes(whole)
-    files = len(list(folder.glob("*.safetensors"))) + 1
-    assert len(seen) == 1 + 3 * files
+    assert len(seen) == 1 + 3 * len(files)
     assert kvzip.fingerprint(folder) in seen
     (folder / "adapter_config.json").write_text("{}")
     assert kvzip.fingerprint(folder) not in seen
