@@ -34,8 +34,11 @@ def choose_codec(codec: CodecSpec, layout: Layout, profile: Profile | None = Non
     there soonest, over a link of 5 Gb/s or the one that is told: "auto:gbps=10,threads=4"
     (:mod:`kvzip.choice.auto`).
 
-    Raises UnsupportedError when there is no such codec or setting.
+    Raises UnsupportedError when there is no such codec or setting, UsageError for what is no
+    layout.
     """
+    if not isinstance(layout, Layout):
+        raise UsageError(f"the layout is {layout!r}: it must be a Layout")
     return auto.resolve(codec, layout, None if profile is None else profile.codec)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.errors import UnsupportedError
+from kvzip.errors import UnsupportedError, UsageError, told_as
 
 Bits = NDArray[Any]
 """An array of uint8, uint16 or uint32 that holds the raw bits of floating-point numbers."""
@@ -81,7 +81,7 @@ def as_bits(array: Any, dtype: str | None = None) -> tuple[Bits, str]:
 
     `array` is a numpy array, a CPU torch tensor, or anything with DLPack. An integer array needs
     `dtype`, the name of the format that its bits are in. Shape and strides are kept.
-    Raises UnsupportedError when the format is not one of ours.
+    Raises UnsupportedError when the format is not one of ours, UsageError for what is no array.
     """
     if dtype is not None and type(array) is np.ndarray and array.dtype is (form := get(dtype)).uint:
         return array, form.name
@@ -89,12 +89,21 @@ def as_bits(array: Any, dtype: str | None = None) -> tuple[Bits, str]:
     if torch is not None and isinstance(array, torch.Tensor):
         found = get(str(array.dtype)) if array.dtype.is_floating_point else None
         signed = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(array.element_size())
-        if signed is None:
+        if signed is None or array.dtype is torch.bool or array.dtype.is_complex:
             raise UnsupportedError(f"a tensor of {array.dtype} holds no numbers of ours")
-        values = array.detach().cpu().view(signed).numpy()
+        if array.is_neg():  # its bits in memory are those of other numbers
+            raise UsageError("a tensor is a negative view: give its resolve_neg()")
+        with told_as(UsageError, f"a {array.layout} tensor on {array.device} holds no plain bits"):
+            values = array.detach().cpu().view(signed).numpy()
     else:
         # A subclass (np.memmap) makes slow work of every slice.
-        values = np.asarray(array) if isinstance(array, np.ndarray) else np.from_dlpack(array)
+        if isinstance(array, np.ndarray):
+            values = np.asarray(array)
+        elif hasattr(array, "__dlpack__"):
+            with told_as(UsageError, f"a {type(array).__name__} cannot be looked at by DLPack"):
+                values = np.from_dlpack(array)
+        else:
+            raise UsageError(f"a {type(array).__name__} is no array: give numpy's, torch's, DLPack")
         # ml_dtypes' bfloat16 and float8 types are numpy dtypes of kind "V", known by name.
         found = get(values.dtype.name) if values.dtype.kind not in "iu" else None
     if found is None:

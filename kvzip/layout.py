@@ -14,7 +14,7 @@ from msgspec.structs import force_setattr
 
 from kvzip import dtypes
 from kvzip.errors import UsageError
-from kvzip.options import integer, json_value, text
+from kvzip.options import integer, items, json_value, text
 
 Part = Literal["k", "v"]
 PARTS: tuple[Part, Part] = ("k", "v")
@@ -44,6 +44,8 @@ class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             k = self._set("k", _shape("k", k))
             v = self._set("v", _shape("v", v))
             length = self._set("cumulative_length", integer("cumulative_length", length))
+        if type(self.kind) is not str:
+            self._set("kind", text("kind", self.kind))
         for name in ("window", "rope"):
             value = getattr(self, name)
             if value is not None and type(value) is not int:
@@ -109,11 +111,7 @@ class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _shape(name: str, value: Any) -> tuple[int, ...]:
-    try:
-        found = tuple(value)
-    except TypeError:
-        raise UsageError(f"{name} is {value!r}: it must be a shape") from None
-    return tuple(integer(f"a size in {name}", size) for size in found)
+    return tuple(integer(f"a size in {name}", size) for size in items(name, value, "a shape"))
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,10 +129,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             force_setattr(self, "dtype", name)
         layers = self.layers
         if type(layers) is not tuple:
-            try:
-                layers = tuple(layers)
-            except TypeError:
-                raise UsageError(f"layers is {layers!r}: they must be LayerLayouts") from None
+            layers = tuple(items("layers", layers, "a sequence of LayerLayouts"))
             force_setattr(self, "layers", layers)
         for i, layer in enumerate(layers):
             if type(layer) is not LayerLayout:

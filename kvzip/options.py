@@ -7,6 +7,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from kvzip.errors import UsageError
@@ -23,6 +24,37 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
         raise UsageError(f"{name} is {value!r}: it must be an integer") from None
     if (least is not None and found < least) or (most is not None and found > most):
         raise UsageError(f"{name} is {found}: it must be {_within(least, most)}")
+    return found
+
+
+def boolean(name: str, value: Any) -> bool:
+    """`value` as a bool: Python's or numpy's. Raises UsageError, which names it."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise UsageError(f"{name} is {value!r}: it must be True or False")
+    return bool(value)
+
+
+def items(name: str, value: Any, what: str) -> list[Any]:
+    """What `value` holds, one after the other. Raises UsageError, which names it and says `what`
+    it must be."""
+    try:
+        return list(value)
+    except TypeError:
+        raise UsageError(f"{name} is {value!r}: it must be {what}") from None
+
+
+def pairs(name: str, value: Any) -> list[tuple[Any, Any]]:
+    """`value` as a (K, V) pair for each layer. Raises UsageError, which names it."""
+    found = []
+    for i, given in enumerate(items(name, value, "a (K, V) pair for each layer")):
+        try:
+            k, v = given
+        except (TypeError, ValueError):
+            kind = type(given).__name__
+            raise UsageError(
+                f"{name} has a {kind} for layer {i}: it must be a (K, V) pair"
+            ) from None
+        found.append((k, v))
     return found
 
 
@@ -88,3 +120,25 @@ def json_value(name: str, value: Any, depth: int = 0) -> Any:
         if isinstance(plain, number):
             return json_value(name, number(plain), depth)
     raise UsageError(f"{name} holds a {kind.__name__}, which JSON files do not keep")
+
+
+def as_json(name: str, value: msgspec.Struct) -> bytes:
+    """A struct as JSON. Raises UsageError, which names it, where JSON has no words for it: what a
+    dict in it holds may have been changed since it was made."""
+    try:
+        return msgspec.json.encode(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UsageError(f"{name} could not be written: {error}") from None
+
+
+def same_from_json(name: str, value: msgspec.Struct) -> bytes:
+    """A struct as JSON, from which the same is read. Raises UsageError, which names it, where
+    that would be another one, or none."""
+    data = as_json(name, value)
+    try:
+        found = msgspec.json.decode(data, type=type(value))
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise UsageError(f"{name} could not be read again: {error}") from None
+    if found != value:
+        raise UsageError(f"{name} would be read as another one")
+    return data

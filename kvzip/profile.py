@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codec import get_codec
-from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError
+from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError, told_as
 from kvzip.files import replacing
 from kvzip.options import json_value, text
 from kvzip.snapshot import Snapshot
@@ -33,7 +33,8 @@ _DTYPES = {
 
 def _checked(name: str, given: Any) -> NDArray[Any]:
     """A tensor as it is stored: little-endian and without gaps."""
-    found = np.asarray(given)
+    with told_as(UsageError, f"tensor {name!r} is no array of integers"):
+        found = np.asarray(given)
     if found.dtype.kind not in "iu" or name == "__metadata__":
         raise UsageError(f"tensor {name!r} holds {found.dtype}, and a profile's are integers")
     return found.astype(found.dtype.newbyteorder("<"), order="C", copy=False)
@@ -48,6 +49,11 @@ class Profile:
     def __init__(self, tensors: Mapping[str, NDArray[Any]], description: Mapping[str, Any]):
         from safetensors.numpy import save
 
+        if not isinstance(tensors, Mapping):
+            kind = type(tensors).__name__
+            raise UsageError(
+                f"the profile's tensors are a {kind}: they must be a mapping of arrays"
+            )
         for name in tensors:
             text("a tensor's name", name)
         whole = {name: _checked(name, tensors[name]) for name in sorted(tensors)}
@@ -102,6 +108,9 @@ class Profile:
         profile = cls.__new__(cls)
         try:
             file = TensorFile(path)  # that it is one, and every tensor lies within it
+            if "kvprofile" not in file.metadata:
+                kind = "snapshot" if "kvzip" in file.metadata else "safetensors file"
+                raise ProfileError(f"{path} is a {kind}, and no profile: kvzip fit makes one")
             for name, entry in file.entries.items():
                 if not file.has(name, entry.dtype, entry.shape, _DTYPES[entry.dtype].itemsize):
                     raise ProfileError(f"{path} is not a whole profile: {name} has another size")

@@ -22,6 +22,7 @@ from kvzip.dtypes import Bits
 from kvzip.errors import FormatError, UsageError
 from kvzip.files import replacing
 from kvzip.layout import PARTS, LayerLayout, Layout, Origin, Part
+from kvzip.options import items, pairs, same_from_json
 from kvzip.tensors import TensorFile
 
 __all__ = [
@@ -136,10 +137,7 @@ class Snapshot:
         token_ids: NDArray[Any] | None = None,
         origin: Origin = Origin(),  # noqa: B008 - frozen
     ):
-        self.layers, self.origin = list(layers), origin
-        for i, layer in enumerate(self.layers):
-            if not isinstance(layer, Layer):
-                raise UsageError(f"layer {i} is a {type(layer).__name__}: it must be a Layer")
+        self.layers, self.origin = list(_checked_layers(layers)), origin
         self.layout = Layout(dtype, tuple(layer.layout for layer in self.layers))
         self.token_ids: NDArray[np.uint32] | None = token_ids
         self.check()
@@ -147,6 +145,9 @@ class Snapshot:
     def check(self) -> None:
         """Raise UsageError unless the snapshot can be written and read: what it holds may have
         been replaced since it was made."""
+        if not isinstance(self.layout, Layout):
+            raise UsageError(f"the snapshot's layout is {self.layout!r}: it must be a Layout")
+        self.layers = _checked_layers(self.layers)
         uint = dtypes.get(self.dtype).uint
         if self.layout.layers != tuple(layer.layout for layer in self.layers):
             raise UsageError("the snapshot's layers are not those of its layout")
@@ -155,6 +156,9 @@ class Snapshot:
                 found, shape = layer.part(part), layer.layout.shape(part)
                 if not isinstance(found, np.ndarray):
                     raise UsageError(f"layer {i}: {part} is a {type(found).__name__}, no array")
+                if type(found) is not np.ndarray:  # a subclass (np.ma) need not copy as arrays do
+                    found = np.asarray(found)
+                    setattr(layer, part, found)
                 if found.shape != shape:
                     raise UsageError(f"layer {i}: {part} has shape {found.shape}, not {shape}")
                 if found.dtype != uint:
@@ -211,9 +215,10 @@ class Snapshot:
         """From one (K, V) pair a layer: numpy, CPU torch, or anything with DLPack; no copy.
 
         `dtype` is needed when the arrays are integers that hold bits. All layers count as full.
+        Raises UsageError for what is no array, UnsupportedError for another dtype.
         """
         built = []
-        for k, v in layers:
+        for k, v in pairs("layers", layers):
             kb, dtype = dtypes.as_bits(k, dtype)
             vb, dtype = dtypes.as_bits(v, dtype)
             if kb.ndim not in (3, 4):
@@ -251,7 +256,8 @@ class Snapshot:
             for i, layer in enumerate(self.layers)
             for part in PARTS
         ]
-        note = msgspec.json.encode(Description(self.layout, self.origin)).decode()
+        described = Description(self.layout, self.origin)
+        note = same_from_json("the snapshot's description", described).decode()
         header: dict[str, Any] = {"__metadata__": {"kvzip": note}}
         at = 0
 
@@ -350,6 +356,15 @@ class Snapshot:
         from kvzip.load.hf import cache_of_snapshot
 
         return cache_of_snapshot(self, config)
+
+
+def _checked_layers(given: Any) -> list[Layer]:
+    """The layers as a list. Raises UsageError when they are none."""
+    layers = given if type(given) is list else items("layers", given, "a sequence of Layers")
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, Layer):
+            raise UsageError(f"layer {i} is a {type(layer).__name__}: it must be a Layer")
+    return layers
 
 
 def _checked_ids(given: Any, layout: Layout) -> NDArray[Any]:

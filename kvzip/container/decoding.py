@@ -24,6 +24,8 @@ from kvzip.errors import CorruptError, KVZipError, UsageError
 from kvzip.snapshot import PARTS, Layer, LayerLayout, Part, Snapshot, batched
 
 _NOTHING = slice(0)
+_MOST_WORK = 10_000
+"""Steps that are taken at most to find out whether two arrays overlap."""
 
 # A file has many of these two. They are part of no cycle: the collector need not look at them.
 
@@ -213,18 +215,61 @@ def given_places(
     blocks: Blocks, request: Request, out: Sequence[tuple[Any, Any]]
 ) -> dict[Key, Place]:
     """The arrays that a caller gave, a pair for each layer asked for. Raises UsageError unless they
-    are writable and of the shapes of what is wanted."""
+    are in the processor's memory, writable, of the shapes of what is wanted, and apart."""
     if len(out) != len(request.layers):
         raise UsageError(f"out has {len(out)} layers, not {len(request.layers)}")
-    places = {}
+    places: dict[Key, Place] = {}
     for i, (k, v) in zip(request.layers, out, strict=True):
         cut = request.cuts[i]
         for part, given in zip(PARTS, (k, v), strict=True):
+            where = getattr(getattr(given, "device", None), "type", "cpu")
+            if where != "cpu":
+                raise UsageError(
+                    f"out for layer {i} is on {where}: without device= it must be on cpu"
+                )
             array, _ = dtypes.as_bits(given, blocks.layout.dtype)
             if array.shape != cut.shape(part) or not array.flags.writeable:
                 raise UsageError(f"out for layer {i}: want a writable array of {cut.shape(part)}")
             places[i, part] = Place(batched(array), cut.first, array)
+    _check_apart([place.array for place in places.values()])
     return places
+
+
+def _check_apart(arrays: Sequence[Bits]) -> None:
+    """Raise UsageError if a number of one array lies where another number does."""
+    bounds = sorted(
+        ((*np.lib.array_utils.byte_bounds(a), a) for a in arrays if a.size), key=lambda b: b[:2]
+    )
+    near: list[tuple[int, Bits]] = []
+    for begin, end, array in bounds:
+        # Those that end before this begins end before all that follow, too.
+        near = [other for other in near if other[0] > begin]
+        if _overlaps_itself(array) or any(_overlap(array, other) for _, other in near):
+            raise UsageError("out has the same memory twice")
+        near.append((end, array))
+
+
+def _overlap(a: Bits, b: Bits) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=_MOST_WORK)
+    except np.exceptions.TooHardError:  # strides that no cache has
+        return False
+
+
+def _overlaps_itself(array: Bits) -> bool:
+    """Whether two numbers of an array lie at one place."""
+    reach = array.itemsize
+    axes = [(abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1]
+    for stride, size in sorted(axes):
+        if stride < reach:
+            break
+        reach = stride * (size - 1) + reach
+    else:
+        return False  # each axis steps over all that the finer ones reach
+    places = np.zeros(1, np.int64)
+    for stride, size in axes:
+        places = (places[:, None] + stride * np.arange(size)).reshape(-1)
+    return bool((np.diff(np.sort(places)) < array.itemsize).any())
 
 
 def _empty_block(blocks: Blocks, row: int) -> Bits:

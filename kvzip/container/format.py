@@ -18,6 +18,7 @@ from kvzip import checksum
 from kvzip.codec import Codec, get_codec
 from kvzip.container.index import RECORD, aligned
 from kvzip.errors import CorruptError, FormatError, UnsupportedError, UsageError
+from kvzip.options import same_from_json
 from kvzip.snapshot import Layout, Origin
 from kvzip.version import __version__
 
@@ -153,16 +154,10 @@ def header_schema() -> dict[str, Any]:
 def packed_header(header: Header, codec: Codec) -> bytes:
     """The header as it is stored. Raises UsageError unless a reader will get the same from it,
     and UnsupportedError if it will not find the codec."""
-    data = msgspec.json.encode(header)
+    data = same_from_json("the header", header)
     if len(data) > MAX_HEADER:
         raise UsageError(f"the header would have {len(data):,} bytes, above {MAX_HEADER:,}")
-    try:
-        found = msgspec.json.decode(data, type=Header)
-    except msgspec.MsgspecError as error:
-        raise UsageError(f"the header could not be read again: {error}") from None
-    if found != header:
-        raise UsageError("the header would be read as another one")
-    if (known := get_codec(found.codec)).get_config() != codec.get_config():
+    if (known := get_codec(header.codec)).get_config() != codec.get_config():
         raise UnsupportedError(f"{codec!r} would be read as {known!r}")
     return data
 

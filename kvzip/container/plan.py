@@ -14,7 +14,7 @@ from kvzip.container.index import Index, Key
 from kvzip.dtypes import DType
 from kvzip.errors import UsageError
 from kvzip.layout import PARTS, LayerLayout, Layout
-from kvzip.options import integer
+from kvzip.options import integer, items
 from kvzip.snapshot import Part
 
 Needs = Callable[[int, Part], Sequence[Key]]
@@ -52,7 +52,10 @@ def requested(layout: Layout, layers: Iterable[Any] | None = None, tokens: Any =
     Raises UsageError for layers or positions that there are not.
     """
     count = len(layout.layers)
-    wanted = list(range(count)) if layers is None else [_layer_number(i, count) for i in layers]
+    wanted = list(range(count))
+    if layers is not None:
+        given = items("layers", layers, "a sequence of layers' numbers")
+        wanted = [_layer_number(i, count) for i in given]
     whole = {i: layout.layers[i] for i in wanted}
     if tokens is None:
         return Request(wanted, whole)

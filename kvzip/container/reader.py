@@ -18,6 +18,7 @@ from kvzip.container.index import Index
 from kvzip.container.plan import Request
 from kvzip.container.source import OpenFile, Source, Stream
 from kvzip.errors import UsageError
+from kvzip.options import pairs
 from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import Layer, Snapshot
 from kvzip.workers import after, in_order, thread_count
@@ -142,9 +143,9 @@ class Reader:
         """Layers (default: all) and positions (default: all) of the file, bit-exact; a Snapshot.
 
         `out`: one (K, V) pair of writable arrays or CPU tensors for each layer asked for, of the
-        layers' shapes (with `tokens`, of the cut shapes), any strides; filled and used instead of
-        new memory. Layers of the result are in the order asked for. `progress` is called with
-        raw bytes as they are done.
+        layers' shapes (with `tokens`, of the cut shapes), any strides, apart in memory; filled and
+        used instead of new memory. Layers of the result are in the order asked for. `progress` is
+        called with raw bytes as they are done.
 
         `device`: "cuda", "cuda:1" or a torch device, to decode there, into new tensors or into
         `out`, tensors of that device; the result is a DeviceSnapshot (docs/gpu.md). It is there
@@ -156,6 +157,7 @@ class Reader:
         Raises CorruptError when any block read is damaged, ProfileError when the file needs a
         profile and has not got it, UnsupportedError without such a device.
         """
+        out = None if out is None else pairs("out", out)
         if device is not None and str(device) != "cpu":
             return self._decode_on_device(
                 device, out, layers, tokens, threads, progress, stream, pages

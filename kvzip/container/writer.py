@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import msgspec
 import numpy as np
 
 from kvzip import checksum, dtypes
@@ -27,7 +26,7 @@ from kvzip.container.format import (
 from kvzip.container.index import RECORD, Entry, Key, aligned, entries, entry_count
 from kvzip.dtypes import Bits
 from kvzip.errors import ProfileError, UsageError
-from kvzip.options import integer, json_value
+from kvzip.options import as_json, boolean, integer, json_value
 from kvzip.profile import Profile
 from kvzip.snapshot import PARTS, Layout, Origin, Snapshot, batched
 from kvzip.workers import in_order, thread_count
@@ -81,9 +80,12 @@ class Writer:
         store_token_ids: bool = True,
     ):
         snapshot.check()
+        store_token_ids = boolean("store_token_ids", store_token_ids)
         block_tokens = _block_tokens(block_tokens, snapshot.layout, codec)
         if codec.needs_profile and profile is None:
-            raise ProfileError(f"codec {codec.codec_id!r} needs a profile: pass profile=")
+            raise ProfileError(
+                f"codec {codec.codec_id!r} needs a profile: give profile= or --profile"
+            )
         self.snapshot, self.codec, self.profile = snapshot, codec, profile
         self._form = dtypes.get(snapshot.dtype)
         ids = snapshot.token_ids
@@ -254,6 +256,8 @@ def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | No
     whose origin has at most 4 KiB as JSON."""
     snapshot = shapes if isinstance(shapes, Snapshot) else None
     layout: Layout = shapes.layout if isinstance(shapes, Snapshot) else shapes
+    if not isinstance(layout, Layout):
+        raise UsageError(f"the layout is {layout!r}: it must be a Layout or a Snapshot")
     form = dtypes.get(layout.dtype)
     block_tokens = _block_tokens(block_tokens, layout, codec)
     header = Header(
@@ -265,7 +269,7 @@ def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | No
         profile=_SHA256,
         token_ids_sha256=_SHA256,
     )
-    header_length = len(msgspec.json.encode(header)) + (_MOST_ORIGIN if snapshot is None else 0)
+    header_length = len(as_json("the header", header)) + (_MOST_ORIGIN if snapshot is None else 0)
     batch = max((s.batched_shape("k")[0] for s in layout.layers), default=1)
     ids = batch * layout.tokens
     if snapshot is not None and snapshot.token_ids is not None:

@@ -284,8 +284,11 @@ class Store:
         """Evict documents, and clear away what dead writers left; keys of the evicted.
 
         When all take more than `limit_bytes` (None: no limit), those used longest ago go, until
-        the rest take a sixteenth less than it. `keep`: the key of one that stays.
+        the rest take a sixteenth less than it. `keep`: the key of one that stays. Raises UsageError
+        for a limit that is no integer of 0 or more.
         """
+        if limit_bytes is not None:
+            limit_bytes = integer("limit_bytes", limit_bytes, 0)
         return self._evictor.prune(self.documents(), limit_bytes, keep)
 
 

@@ -89,7 +89,8 @@ def snapshots(draw):
             draw(sometimes(st.just(window))),
             draw(sometimes(st.just(None))),
         )
-        layers.append(kvzip.Layer(k, v, layout))
+        plain = draw(st.sampled_from([np.asarray, np.asarray, np.ma.array]))
+        layers.append(kvzip.Layer(plain(k), v, layout))
     count = draw(st.sampled_from([tokens, tokens, tokens, tokens + 1, 0]))
     shape = draw(st.sampled_from([(count,), (batch or 1, count), (count, 1)]))
     ids = rng.integers(*draw(st.sampled_from([(0, 9), (0, 2**32), (-5, 9), (2**32, 2**40)])), shape)
@@ -130,7 +131,7 @@ def test_what_is_encoded_comes_back(tmp_path_factory, data):
                 ),
                 "block_tokens": sometimes(st.sampled_from([None, 1, 2, 64, np.int64(2), True])),
                 "threads": sometimes(st.sampled_from([1, 0, np.int8(2)])),
-                "store_token_ids": st.booleans(),
+                "store_token_ids": sometimes(st.booleans()),
             }
         )
     )
@@ -155,7 +156,17 @@ def test_what_is_saved_comes_back(tmp_path_factory, data):
     if snapshot is None:
         return
     path = tmp_path_factory.mktemp("x") / "s.safetensors"
-    snapshot.save(path)
+    late = st.dictionaries(odd, sometimes(words), max_size=1)
+    snapshot.origin.software.update(data.draw(st.one_of(st.just({}), late)))
+    for rope in snapshot.origin.rope:
+        rope.update(data.draw(st.dictionaries(odd, anything, max_size=1)))
+    try:
+        snapshot.save(path)
+    except UsageError:
+        assert not path.exists()
+        with pytest.raises(UsageError):
+            kvzip.encode(snapshot, "raw", threads=1)
+        return
     assert_equal(Snapshot.load(path), snapshot)
     assert_equal(Snapshot.load(path, mmap=True), snapshot)
     kvzip.write(path.with_suffix(".kvz"), Snapshot.load(path), "raw", threads=1)
@@ -340,7 +351,9 @@ def test_what_was_replaced_since_is_looked_at_again(tmp_path):
     """A snapshot's fields may be set: the writer looks before it writes."""
 
     def spoil(do):
-        snapshot = make_snapshot(random_bits, 1, "bf16")
+        made = make_snapshot(random_bits, 1, "bf16")
+        origin = Origin(rope=({"theta": 1.0},), software={"torch": "2"})
+        snapshot = Snapshot(made.layers, "bf16", made.token_ids, origin)
         do(snapshot)
         return snapshot
 
@@ -354,14 +367,159 @@ def test_what_was_replaced_since_is_looked_at_again(tmp_path):
         lambda s: s.layers.pop(),
         lambda s: setattr(s.layers[1], "v", [1]),
         lambda s: setattr(s.layers[1], "v", s.layers[1].v.astype(np.int16)),
+        lambda s: setattr(s, "layers", None),
+        lambda s: setattr(s, "layers", [None] * len(s.layers)),
+        lambda s: setattr(s, "layout", None),
+        lambda s: setattr(s, "layout", "bf16"),
+        lambda s: s.origin.software.update(z=3),
+        lambda s: s.origin.software.update(z="\ud800"),
+        lambda s: s.origin.software.update({3: "z"}),
+        lambda s: s.origin.rope[0].update(theta=float("nan")),
+        lambda s: s.origin.rope[0].update(theta={1, 2}),
+        lambda s: s.origin.rope[0].update(theta=(1, 2)),
+        lambda s: s.origin.rope[0].update(theta=2**70),
+        lambda s: s.origin.rope[0].update(theta=object()),
+        lambda s: s.origin.rope[0].update(theta=s.origin.rope),
+        lambda s: s.origin.rope[0].update({3: "z"}),
     ):
         with pytest.raises(UsageError):
             kvzip.write(tmp_path / "a.kvz", spoil(do))
         with pytest.raises(UsageError):
             spoil(do).save(tmp_path / "a.safetensors")
-        with pytest.raises(UsageError):
-            kvzip.encode(spoil(do))
+        for codec in ("channel", "auto"):
+            with pytest.raises(UsageError):
+                kvzip.encode(spoil(do), codec)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_arrays_of_any_class_are_taken_as_plain_ones():
+    """A subclass may copy, compare or slice otherwise: np.ma writes what is masked as it likes."""
+
+    class Mine(np.ndarray):
+        def __getitem__(self, key):
+            raise AssertionError
+
+    bits = random_bits(np.random.default_rng(0), "bf16", (2, 7, 4))
+    wanted = Snapshot.from_arrays([(bits, bits)], "bf16")
+    for other in (bits.view(Mine), np.ma.array(bits), np.ma.array(bits, mask=bits > 9)):
+        layer = kvzip.Layer(other, other, wanted.layout.layers[0])
+        for codec in ("raw", "planes", "channel"):
+            assert kvzip.decode(kvzip.encode(Snapshot([layer], "bf16"), codec)) == wanted
+        assert Snapshot.from_arrays([(other, other)], "bf16") == wanted
+
+
+def torch_tensors():
+    import torch
+
+    half = torch.zeros(2, 7, 16, dtype=torch.float16)
+    return {
+        "meta": half.to("meta"),
+        "sparse": half.to_sparse(),
+        "negative": torch.zeros(2, 7, 16, dtype=torch.complex64).conj().imag,
+        "complex": torch.zeros(2, 7, 16, dtype=torch.complex32),
+        "bool": torch.zeros(2, 7, 16, dtype=torch.bool),
+        "nested": torch.nested.nested_tensor([half, half]),
+    }
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [None, 5, "ab", {"k": K}, {"ab": K}, [5], [None], [(K,)], [(K, K, K)], [([[1]], [[1]])]]
+    + [[(x, x)] for x in (None, "k", {"k": K}, 5, np.int64(5), np.array(None), K.astype("S2"))],
+)
+@pytest.mark.parametrize("dtype", [None, "fp16"])
+def test_what_is_no_array(layers, dtype):
+    with pytest.raises(KVZipError):
+        Snapshot.from_arrays(layers, dtype)
+    with pytest.raises(KVZipError):
+        Snapshot(layers, "bf16")
+    blob = kvzip.encode(Snapshot.from_arrays([(K, K)]), "raw")
+    if layers is not None:
+        with pytest.raises(KVZipError):
+            kvzip.decode(blob, out=layers)
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse", "negative", "complex", "bool", "nested"])
+def test_tensors_without_plain_bits(kind):
+    tensor = torch_tensors()[kind]
+    blob = kvzip.encode(Snapshot.from_arrays([(K, K)]), "raw")
+    for dtype in (None, "fp16", "fp32", "fp8_e5m2"):
+        with pytest.raises(KVZipError):
+            Snapshot.from_arrays([(tensor, tensor)], dtype)
+    with pytest.raises(KVZipError):
+        kvzip.decode(blob, out=[(tensor, tensor)])
+
+
+@pytest.mark.parametrize("value", ["no", "", 2, 1, 0, None, np.ones(3), np.int64(1), [True]])
+def test_what_is_true_or_false_is_a_bool(value):
+    snapshot = Snapshot.from_arrays([(K, K)], token_ids=range(7))
+    with pytest.raises(UsageError, match="store_token_ids"):
+        kvzip.encode(snapshot, store_token_ids=value)
+
+
+def test_numpys_bools_are_bools():
+    snapshot = Snapshot.from_arrays([(K, K)], token_ids=range(7))
+    assert kvzip.decode(kvzip.encode(snapshot, store_token_ids=np.True_)) == snapshot
+    assert kvzip.decode(kvzip.encode(snapshot, store_token_ids=np.False_)).token_ids is None
+
+
+def test_texts_of_numpy_are_texts(tmp_path):
+    layout = LayerLayout(K.shape, K.shape, 7, np.str_("full"))
+    assert type(layout.kind) is str
+    snapshot = Snapshot([kvzip.Layer(K.view("u2"), K.view("u2"), layout)], np.str_("fp16"))
+    assert kvzip.decode(kvzip.encode(snapshot)) == snapshot
+    snapshot.save(tmp_path / "s")
+    assert Snapshot.load(tmp_path / "s") == snapshot
+
+
+@pytest.mark.parametrize(
+    "tensors", [None, 3, "ab", ["ab"], {"a": [[1], [1, 2]]}, {"a": {}}, {"a": object()}, {1: [1]}]
+)
+def test_what_is_no_profile_of_tensors(tensors):
+    with pytest.raises(UsageError):
+        kvzip.Profile(tensors, {})
+
+
+@pytest.mark.parametrize("layers", [0, 1.5, "0", [None], [[0]], [True], [9]])
+def test_layers_that_there_are_not(layers):
+    blob = kvzip.encode(Snapshot.from_arrays([(K, K)]), "raw")
+    with pytest.raises(UsageError):
+        kvzip.decode(blob, layers=layers)
+
+
+def test_arrays_to_decode_into_lie_apart():
+    rng = np.random.default_rng(0)
+    snapshot = Snapshot.from_arrays([(random_bits(rng, "bf16", (2, 7, 4)),) * 2] * 2, "bf16")
+    blob, shape = kvzip.encode(snapshot), (2, 7, 4)
+    room = np.zeros(2 * 7 * 4 * 4 + 1, np.uint16)
+
+    def view(offset, strides=(28, 4, 1)):
+        return np.lib.stride_tricks.as_strided(room[offset:], shape, [2 * n for n in strides])
+
+    apart = [view(56 * n) for n in range(4)]
+    turned = [view(n, (112, 16, 4)) for n in (0, 1, 2, 3)]  # each in the others' gaps
+    wide = [np.zeros(200, np.uint16) for _ in range(4)]
+    odd = [np.lib.stride_tricks.as_strided(w, shape, [2, 26, 4]) for w in wide]  # no axis nests
+    for good in (apart, turned, apart[::-1], [w[:56].reshape(shape, order="F") for w in wide]):
+        assert kvzip.decode(blob, out=[good[:2], good[2:]]) == snapshot
+    for bad in (
+        [apart[0], *apart[:3]],
+        [*apart[:3], view(167)],
+        [*turned[:3], view(2)],
+        [*apart[:3], view(168, (0, 4, 1))],
+        [*apart[:3], view(168, (1, 4, 1))],
+    ):
+        with pytest.raises(UsageError, match="twice"):
+            kvzip.decode(blob, out=[bad[:2], bad[2:]])
+    assert kvzip.decode(blob, out=[odd[:2], odd[2:]]) == snapshot
+
+
+@pytest.mark.parametrize("codec", [{}, {"name": "zstd"}, {"codec": "zstd", "level": 3}])
+def test_a_codec_is_named_under_id(codec):
+    with pytest.raises(UsageError, match='"id"'):
+        kvzip.get_codec(codec)
+    with pytest.raises(UsageError, match='"id"'):
+        kvzip.encode(Snapshot.from_arrays([(K, K)]), codec)
 
 
 @pytest.mark.parametrize("wrong", ["my/model", None, 3, {"k": 1}])

@@ -24,7 +24,14 @@ from support import assert_same, cache_like, make_snapshot
 
 import kvzip
 from kvzip import files
-from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError, UnsupportedError
+from kvzip.errors import (
+    CorruptError,
+    FormatError,
+    KVZipError,
+    StoreError,
+    UnsupportedError,
+    UsageError,
+)
 from kvzip.snapshot import Layer, LayerLayout
 from kvzip.store import Store, evicting, remote, uses
 from kvzip.store.bucket import Bucket, forget_clients, open_url
@@ -352,6 +359,15 @@ def test_damage_is_never_stored_nor_served(tmp_path):
     assert not where.put(snapshot).new
     assert where.put(snapshot, replace=True).new
     assert path.read_bytes() == good
+
+
+@pytest.mark.parametrize("limit", [-1, float("nan"), 1.5, "x", "3", True, [], -(2**70)])
+def test_prune_with_a_limit_that_makes_no_sense_removes_nothing(tmp_path, limit):
+    where = Store(tmp_path, block_tokens=BLOCK)
+    put_tiny(where, list(range(24)))
+    with pytest.raises(UsageError, match="limit_bytes"):
+        where.prune(limit)
+    assert len(where.documents()) == 1
 
 
 class Died(BaseException):
