@@ -251,7 +251,7 @@ def get_codec(spec: str | Codec | Mapping[str, Any], **settings: Any) -> Codec:
     elif not isinstance(spec, Mapping):
         raise UsageError(f"a codec is named by a str, a mapping or a Codec, not {spec!r}")
     if "id" not in spec:
-        raise UsageError(f'a codec\'s config has its name under "id", and {dict(spec)!r} has none')
+        raise UnsupportedError(f'no codec: {dict(spec)!r} must have its name under "id"')
     name, settings = str(spec.get("id")), {str(k): v for k, v in {**spec, **settings}.items()}
     found = _registered.get(name)
     if found is None:

@@ -18,7 +18,7 @@ from kvzip.dtypes import Bits, DType
 from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.profile import Profile
 from kvzip.snapshot import PARTS, Part, Snapshot, batched
-from kvzip.statistics.documents import Item, Progress, load
+from kvzip.statistics.documents import Item, Progress, check_channels, load
 
 
 def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
@@ -27,6 +27,7 @@ def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
     if not snapshots:
         raise ProfileError("a profile needs at least one snapshot to learn from")
     first = load(snapshots[0])
+    check_channels(first)
     form, shapes = dtypes.get(first.dtype), _shapes(first)
     counts = {
         key: _native.ChannelCounts(*shape, form.exponent_bits, form.mantissa_bits)

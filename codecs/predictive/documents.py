@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvzip.errors import ProfileError
 from kvzip.snapshot import LayerLayout, Snapshot
-from kvzip.statistics.documents import SINK_TOKENS, Item, load
+from kvzip.statistics.documents import SINK_TOKENS, Item, check_channels, check_tokens, load
 from kvzip.statistics.rope import ChannelOrder, width
 
 Floats = NDArray[np.float32]
@@ -22,6 +22,7 @@ class Documents:
     def __init__(self, items: Sequence[Item]):
         self.items = items
         self.first = load(items[0])
+        check_channels(self.first)
         layers = self.first.layout.layers
         self.shapes = [_shape(s) for s in layers]
         self.widths = [width(s) for s in layers]
@@ -29,6 +30,7 @@ class Documents:
         self.tokens = 0
         for item in items:
             snapshot = self._open(item)
+            check_tokens(snapshot)
             held = min(s.stored for s in snapshot.layout.layers)
             rows = snapshot.layers[0].k.shape[0] if snapshot.layers[0].k.ndim == 4 else 1
             self.tokens += rows * (held - _sinks(snapshot, held))

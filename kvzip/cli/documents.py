@@ -25,7 +25,7 @@ from kvzip.cli.arguments import (
     document_range,
     read_profile,
 )
-from kvzip.cli.terminal import bar, emit, say, show_table, sizes, working
+from kvzip.cli.terminal import bar, emit, ratio_words, say, show_table, sizes, working
 from kvzip.errors import CorruptError
 from kvzip.snapshot import PARTS, Snapshot, sha256_raw
 
@@ -157,9 +157,8 @@ def encode(
 
 def _show_sizes(result: Mapping[str, Any], path: Path) -> None:
     say(
-        f"{path}: {result['raw_bytes']:,} bytes as {result['encoded_bytes']:,}, ratio "
-        f"{result['ratio']:.3f}, {result['bits_per_value']:.2f} bits a number, "
-        f"{result['seconds']:.2f} s"
+        f"{path}: {result['raw_bytes']:,} bytes as {result['encoded_bytes']:,}, "
+        f"{ratio_words(result)}, {result['seconds']:.2f} s"
     )
 
 
@@ -260,7 +259,10 @@ def _show_info(result: Mapping[str, Any], found: container.Info) -> None:
     table.add_row("kinds", _kinds(header.layout))
     table.add_row("raw bytes", f"{found.raw_bytes:,}")
     table.add_row("encoded bytes", f"{found.encoded_bytes:,}")
-    table.add_row("ratio", f"{found.ratio:.3f} ({found.bits_per_value:.2f} bits a number)")
+    if found.numbers:
+        table.add_row("ratio", f"{found.ratio:.3f} ({found.bits_per_value:.2f} bits a number)")
+    else:
+        table.add_row("ratio", "no numbers")
     table.add_row("written by", header.writer)
     show_table(table)
 

@@ -70,13 +70,21 @@ def emit(result: Any, as_json: bool, show: Callable[[], None]) -> None:
 
 
 def sizes(layout: Layout, encoded_bytes: int) -> dict[str, Any]:
-    """What commands say of the size of a file that holds a cache."""
+    """What commands say of the size of a file that holds a cache. One without numbers has no bits a
+    number."""
     return {
         "raw_bytes": layout.raw_bytes,
         "encoded_bytes": encoded_bytes,
         "ratio": layout.raw_bytes / encoded_bytes,
-        "bits_per_value": 8 * encoded_bytes / max(layout.numbers, 1),
+        "bits_per_value": 8 * encoded_bytes / layout.numbers if layout.numbers else None,
     }
+
+
+def ratio_words(found: Mapping[str, Any]) -> str:
+    """What `sizes` found of how small a cache became, in words."""
+    if found["bits_per_value"] is None:
+        return "no numbers"
+    return f"ratio {found['ratio']:.3f}, {found['bits_per_value']:.2f} bits a number"
 
 
 def as_one_line(result: Any) -> str:

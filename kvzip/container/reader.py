@@ -16,7 +16,7 @@ from kvzip.container.decoding import Chain, Decoding
 from kvzip.container.format import Info
 from kvzip.container.index import Index
 from kvzip.container.plan import Request
-from kvzip.container.source import OpenFile, Source, Stream
+from kvzip.container.source import OpenFile, Source, Stream, naming
 from kvzip.errors import UsageError
 from kvzip.options import pairs
 from kvzip.profile import Profile, check_profile
@@ -39,7 +39,8 @@ class Reader:
         try:
             check_profile(profile)
             self._threads = thread_count(threads)
-            self._blocks = Blocks(source, profile)
+            with naming(source):
+                self._blocks = Blocks(source, profile)
         except BaseException:
             self.close()
             raise
@@ -104,8 +105,9 @@ class Reader:
     def check_stored(self) -> None:
         """Read the whole file and compare the checksums of its bytes, without decoding. Raises
         CorruptError."""
-        for row in range(len(self.index)):
-            self._blocks.stored(row, checked=True)
+        with naming(self._source):
+            for row in range(len(self.index)):
+                self._blocks.stored(row, checked=True)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Check every checksum and decode everything, one layer in memory at a time. `progress` is
@@ -184,8 +186,9 @@ class Reader:
 
         def finished() -> Snapshot:
             decoding, futures = begun.popleft()
-            for future in futures:
-                future.result()
+            with naming(self._source):
+                for future in futures:
+                    future.result()
             return decoding.snapshot()
 
         try:
@@ -211,7 +214,8 @@ class Reader:
 
     def _request(self, layers: Sequence[int] | None, tokens: tuple[int, int] | None) -> Request:
         """What a caller asks for. Raises ProfileError, UsageError."""
-        self._blocks.check_profile()
+        with naming(self._source):
+            self._blocks.check_profile()
         return plan.requested(self.layout, layers, tokens)
 
     def _workers(self, threads: int | None) -> int:
@@ -227,9 +231,10 @@ class Reader:
         """Decode all of a request."""
         jobs = decoding.jobs(workers)
         at_once = min(self._jobs_at_once(workers), len(jobs) or 1)
-        for rows in in_order((job for _, job in jobs), at_once, 2 * workers):
-            if progress is not None:
-                progress(decoding.raw_bytes(rows))
+        with naming(self._source):
+            for rows in in_order((job for _, job in jobs), at_once, 2 * workers):
+                if progress is not None:
+                    progress(decoding.raw_bytes(rows))
 
     def _decode_on_device(
         self,
@@ -253,6 +258,7 @@ class Reader:
         def decode_on_cpu(some: Sequence[int], arrays: Sequence[tuple[Any, Any]]) -> None:
             self.decode(arrays, some, tokens, threads)
 
-        return on_device.decode(
-            self._blocks, request, device, out, pages, stream, progress, decode_on_cpu
-        )
+        with naming(self._source):
+            return on_device.decode(
+                self._blocks, request, device, out, pages, stream, progress, decode_on_cpu
+            )

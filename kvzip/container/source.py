@@ -9,9 +9,17 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
 
-from kvzip.errors import CorruptError, StoreError, UsageError
+from kvzip.errors import (
+    CorruptError,
+    FormatError,
+    KVZipError,
+    ProfileError,
+    StoreError,
+    UsageError,
+    first_line,
+)
 from kvzip.files import copied, reading
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -20,6 +28,23 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 def is_url(text: str) -> bool:
     """Whether a text is a URL and not a path."""
     return _URL.match(text) is not None
+
+
+@contextmanager
+def naming(source: Any) -> Iterator[None]:
+    """What is wrong with a file is told with its name, if the source knows one."""
+    try:
+        yield
+    except (CorruptError, FormatError, ProfileError) as error:
+        name, words = getattr(source, "name", None), str(error)
+        if name is not None and not words.startswith(name):
+            for subject in ("the file ", "this "):
+                if words.startswith(subject):
+                    error.args = (f"{name} {words.removeprefix(subject)}",)
+                    break
+            else:
+                error.args = (f"{name}: {words}",)
+        raise
 
 
 @runtime_checkable
@@ -60,11 +85,52 @@ def _still_there() -> Iterator[None]:
         raise StoreError(f"the file cannot be read any more: {why}") from error
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """What a foreign file object raises when its bytes are damaged is a CorruptError: each kind of
+    compressed file has errors of its own."""
+    try:
+        yield
+    except (KVZipError, MemoryError):
+        raise
+    except Exception as error:
+        if _is_damage(error):
+            raise CorruptError(f"the file is damaged: {first_line(error)}") from error
+        if isinstance(error, (OSError, ValueError)):
+            raise
+        raise StoreError(f"the file cannot be read: {first_line(error)}") from error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error says that compressed bytes or an archive make no sense."""
+    # Imported here, since few need them.
+    import gzip
+    import lzma
+    import tarfile
+    import zipfile
+    import zlib
+
+    kinds = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile)
+    # bz2 has no error of its own, but an OSError that is not the system's.
+    of_bz2 = type(error) is OSError and error.errno is None
+    # zstandard, and compression.zstd of later Pythons.
+    of_zstd = type(error).__name__ == "ZstdError"
+    return isinstance(error, (*kinds, tarfile.TarError)) or of_bz2 or of_zstd
+
+
+def _name_of(file: Any) -> str | None:
+    """The name that a file object says it has; an unnamed one has none, or a number."""
+    name = getattr(file, "name", None)
+    return name if isinstance(name, str) and name else None
+
+
 class OpenFile:
     """A file of the operating system's; threads may read it at once."""
 
-    def __init__(self, file: IO[bytes], owned: bool):
+    def __init__(self, file: IO[bytes], owned: bool, name: str | None = None):
         self._file, self._owned = file, owned
+        self.name = name or _name_of(file)
+        """What errors call it, if anything."""
         self.size = os.fstat(file.fileno()).st_size
 
     def read(self, offset: int, length: int) -> memoryview:
@@ -106,13 +172,15 @@ class Stream:
 
     def __init__(self, file: Any, owned: bool):
         self._file, self._owned, self._lock = file, owned, Lock()
+        self.name = _name_of(file)
+        """What errors call it, if anything."""
         self.size = self._file.seek(0, os.SEEK_END)
         if not isinstance(self.size, int):  # some return nothing
             self.size = self._file.tell()
 
     def read(self, offset: int, length: int) -> memoryview:
         pieces, left = [], length
-        with self._lock:
+        with self._lock, _still_there(), _readable():
             try:
                 self._file.seek(offset)
                 while left:
@@ -153,10 +221,18 @@ def open_source(given: Any) -> Source:
     if hasattr(given, "__dlpack__"):
         return Memory(_bytes_of_tensor(given))
     if hasattr(given, "open"):  # a file in an archive or a package, as zipfile.Path
-        return _of_file(given.open("rb"), owned=True)
+        with _readable():
+            file = given.open("rb")
+        return _of_file(file, owned=True)
     raise UsageError(
         f"a {type(given).__name__} cannot be read: give a path, a URL, bytes, or a binary file"
     )
+
+
+class _Named(NamedTuple):
+    """What is not open yet, and its name."""
+
+    name: str | None
 
 
 def _of_path(path: str | os.PathLike[str]) -> Source:
@@ -164,10 +240,15 @@ def _of_path(path: str | os.PathLike[str]) -> Source:
         file = reading(path)
     except ValueError as error:
         raise UsageError(f"{os.fspath(path)!r} is no path: {error}") from None
-    return _of_file(file, owned=True)
+    return _of_file(file, owned=True, name=os.fsdecode(path))
 
 
-def _of_file(file: Any, owned: bool) -> Source:
+def _of_file(file: Any, owned: bool, name: str | None = None) -> Source:
+    with naming(_Named(name or _name_of(file))), _readable():
+        return _opened(file, owned, name)
+
+
+def _opened(file: Any, owned: bool, name: str | None) -> Source:
     try:
         if isinstance(file, io.TextIOBase):
             raise UsageError("the file is open as text: open it in binary mode, 'rb'")
@@ -176,7 +257,7 @@ def _of_file(file: Any, owned: bool) -> Source:
         if isinstance(raw, io.FileIO) and stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
             if not raw.readable():
                 raise UsageError("the file is open for writing only")
-            return OpenFile(file, owned)
+            return OpenFile(file, owned, name)
         seekable = getattr(file, "seekable", None)
         if hasattr(file, "seek") and (seekable is None or seekable()):
             return Stream(file, owned)
@@ -193,7 +274,7 @@ def _of_file(file: Any, owned: bool) -> Source:
         raise
     if owned:
         file.close()
-    return OpenFile(copy, owned=True)
+    return OpenFile(copy, owned=True, name=name or _name_of(file))
 
 
 def _is_buffer(given: Any) -> bool:

@@ -35,6 +35,8 @@ from kvzip.statistics.documents import (
     SINK_TOKENS,
     Item,
     Progress,
+    check_channels,
+    check_tokens,
     hold_out,
     inputs_of,
     load,
@@ -170,6 +172,7 @@ def fit(documents: Sequence[Item], progress: Progress | None = None) -> Fitted:
     if not documents:
         raise KVZipError("there is no document to learn from")
     first = load(documents[0])
+    check_tokens(first)
     how, count = orders(first), len(first.layers)
     learning, calibrating = split(len(documents))
     moments = Moments.of_layers(count)
@@ -182,6 +185,7 @@ def fit(documents: Sequence[Item], progress: Progress | None = None) -> Fitted:
     for done, i in enumerate(sorted({*learning, *calibrating})):
         snapshot = load(documents[i])
         check_same_model(snapshot, first)
+        check_tokens(snapshot)
         fitted.frequencies.add(held_layers(snapshot))
         fitted.seen.add(fingerprint(snapshot))
         fitted.documents += 1
@@ -243,12 +247,15 @@ def measure(
     if not documents:
         raise KVZipError("there is no document to measure")
     first = load(documents[0])
+    check_channels(first)
     if fitted is not None:
         check_same_model(first, fitted.first)
     sums, texts = _Sums(first, fitted, profile), []
     for done, document in enumerate(documents):
         snapshot = load(document)
         check_same_model(snapshot, first)
+        if fitted is not None or profile is not None:
+            check_tokens(snapshot)
         if fitted is not None and fingerprint(snapshot) in fitted.seen:
             raise KVZipError(
                 f"document {done} to measure is among those to learn from: take others"

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kvzip.snapshot import Snapshot
+from kvzip.errors import ProfileError
+from kvzip.snapshot import PARTS, Snapshot
 
 Item = Snapshot | str | os.PathLike[str]
 """A document, or the path of its file."""
@@ -33,6 +34,22 @@ def hold_out(documents: Sequence[_T], count: int) -> tuple[list[_T], list[_T]]:
 def load(item: Item) -> Snapshot:
     """The document, opened if it is in a file."""
     return item if isinstance(item, Snapshot) else Snapshot.load(item)
+
+
+def check_channels(snapshot: Snapshot) -> None:
+    """Raise ProfileError for a document that has no layers, or no channels in them: nothing can be
+    learned from it."""
+    if not any(layer.token_numbers(part) for layer in snapshot.layout.layers for part in PARTS):
+        count = len(snapshot.layers)
+        raise ProfileError(f"the snapshot has {count} layers and no channels: it holds no numbers")
+
+
+def check_tokens(snapshot: Snapshot) -> None:
+    """Raise ProfileError for a document of which no token is held by every layer: nothing can be
+    predicted from one layer to the next."""
+    check_channels(snapshot)
+    if not min(layer.stored for layer in snapshot.layout.layers):
+        raise ProfileError("the snapshots hold no tokens to learn from: every layer must have some")
 
 
 def inputs_of(layer: int) -> list[int]:

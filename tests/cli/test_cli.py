@@ -73,9 +73,16 @@ def test_the_paper(capsys):
         (["encode", "doc.safetensors", "-o", "no/folder/x.kvz"], 2, "no such folder"),
         (["encode", "doc.safetensors"], 2, "output"),
         (["encode", "text.txt", "-o", "x.kvz"], 1, "not a whole safetensors"),
-        (["verify", "text.txt"], 1, "not a .kvz file"),
-        (["verify", "short.kvz"], 1, "cut short"),
+        (["verify", "text.txt"], 1, "text.txt is not a .kvz file"),
+        (["verify", "short.kvz"], 1, "short.kvz is cut short"),
+        (["verify", "flipped.kvz"], 1, "flipped.kvz: "),
         (["verify", "flipped.kvz"], 1, "damaged"),
+        (["verify", "good.kvz", "--profile", "other.safetensors"], 2, "is a snapshot, and no prof"),
+        (["encode", "other.safetensors", "-o", "x", "--codec", "predictive"], 2, "--profile"),
+        (["fit", "empty.safetensors", "-o", "x"], 2, "holds no numbers"),
+        (["fit", "empty.safetensors", "-o", "x", "--codec", "channel"], 2, "holds no numbers"),
+        (["entropy", "empty.safetensors"], 2, "holds no numbers"),
+        (["entropy", "other.safetensors", "--train", "empty.safetensors"], 2, "holds no numbers"),
         (["decode", "flipped.kvz", "-o", "x"], 1, "damaged"),
         (["verify", "good.kvz", "--against", "other.safetensors"], 1, "does not hold"),
         (["info", "."], 2, "directory"),
@@ -97,6 +104,7 @@ def test_what_goes_wrong_is_one_clear_line(
     (tmp_path / "flipped.kvz").write_bytes(blob[:-100] + b"\xff\x00" * 50)
     (tmp_path / "text.txt").write_text("This is a text, not a snapshot.")
     make_snapshot(cache_like, 2, "bf16", tokens=300, dim=32).save("other.safetensors")
+    kvzip.Snapshot([], "bf16").save("empty.safetensors")
     before = set(tmp_path.rglob("*"))
     found, out, err = run(capsys, *arguments)
     assert (found, out) == (code, "")
@@ -108,6 +116,21 @@ def test_what_goes_wrong_is_one_clear_line(
     found, as_json = run_json(capsys, *arguments)
     assert (found, as_json["exit"]) == (code, code)
     assert says in as_json["error"]
+
+
+def test_a_cache_without_numbers_has_no_bits_a_number(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kvzip.Snapshot([], "bf16").save("empty.safetensors")
+    for command in (["encode", "empty.safetensors", "-o", "x"], ["decode", "x", "-o", "y"]):
+        code, out, _ = run(capsys, *command)
+        assert code == 0
+        assert "no numbers" in out
+        assert "bits a number" not in out
+    code, out, _ = run(capsys, "info", "x")
+    assert code == 0
+    assert "no numbers" in out
+    code, found = run_json(capsys, "info", "x")
+    assert (code, found["bits_per_value"]) == (0, None)
 
 
 def test_a_full_disk_leaves_no_file(tmp_path, snapshot):

@@ -20,7 +20,7 @@ from support import make_snapshot, random_bits
 
 import kvzip
 from kvzip import LayerLayout, Layout, Origin, Snapshot
-from kvzip.errors import FormatError, KVZipError, UsageError
+from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError
 from kvzip.store import Store
 
 sizes = st.integers(0, 3)
@@ -516,9 +516,9 @@ def test_arrays_to_decode_into_lie_apart():
 
 @pytest.mark.parametrize("codec", [{}, {"name": "zstd"}, {"codec": "zstd", "level": 3}])
 def test_a_codec_is_named_under_id(codec):
-    with pytest.raises(UsageError, match='"id"'):
+    with pytest.raises(UnsupportedError, match='"id"'):
         kvzip.get_codec(codec)
-    with pytest.raises(UsageError, match='"id"'):
+    with pytest.raises(UnsupportedError, match='"id"'):
         kvzip.encode(Snapshot.from_arrays([(K, K)]), codec)
 
 

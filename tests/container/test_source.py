@@ -12,6 +12,7 @@ import lzma
 import mmap
 import os
 import pathlib
+import random
 import tarfile
 import tempfile
 import threading
@@ -191,6 +192,105 @@ def test_whatever_can_be_read_can_be_opened(blob, snapshot, tmp_path, way, threa
 def test_what_is_cut_short_is_an_error_in_any_form(blob, tmp_path, way):
     with pytest.raises(kvzip.CorruptError, match="cut short"):
         kvzip.open(WAYS[way](blob[:-1], tmp_path))
+
+
+def damaged(pack, data):
+    """What is packed, with a flipped bit or an end too early, at many places. A zip archive's own
+    records at its end stay, or it could not be opened."""
+    rng, packed = random.Random(0), bytearray(pack(data))
+    records = 100 if pack is zipped else 0
+    for _ in range(20):
+        at = rng.randrange(len(packed) - records)
+        packed[at] ^= 1 << rng.randrange(8)
+        yield bytes(packed)
+        packed[at] = pack(data)[at]
+    for share in () if records else (0.1, 0.5, 0.9):
+        yield bytes(packed[: int(share * len(packed))])
+
+
+def zipped(data):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", data)
+    return file.getvalue()
+
+
+class Pipe(io.RawIOBase):
+    """What can only be read on."""
+
+    def __init__(self, file):
+        self.read = file.read
+
+    def readable(self):
+        return True
+
+
+PACKED = {
+    "gzip": (gzip.compress, lambda data: gzip.open(io.BytesIO(data))),
+    "gzip as a pipe": (gzip.compress, lambda data: Pipe(gzip.open(io.BytesIO(data)))),
+    "bz2": (bz2.compress, lambda data: bz2.open(io.BytesIO(data))),
+    "lzma": (lzma.compress, lambda data: lzma.open(io.BytesIO(data))),
+    "zip member": (zipped, lambda data: zipfile.ZipFile(io.BytesIO(data)).open("a")),
+    "zip path": (zipped, lambda data: zipfile.Path(io.BytesIO(data), "a")),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_damaged_compressed_file_is_a_corrupt_one(blob, snapshot, kind):
+    pack, opened = PACKED[kind]
+    refused = 0
+    for data in damaged(pack, blob):
+        try:
+            file = opened(data)
+        except zipfile.BadZipFile:  # the caller's own
+            continue
+        try:
+            with kvzip.open(file) as reader:
+                assert_same(reader.decode(), snapshot)  # a time of day, say
+        except kvzip.CorruptError:
+            refused += 1
+    assert refused > 10
+
+
+def test_a_file_object_that_fails_later(blob):
+    class Failing(Foreign):
+        error = None
+
+        def read(self, count=-1):
+            if self.error is not None:
+                raise self.error
+            return super().read(count)
+
+    for error, kind in (
+        (EOFError("ended"), kvzip.CorruptError),
+        (OSError(5, "Input/output error"), kvzip.StoreError),
+        (RuntimeError("the server is gone"), kvzip.StoreError),
+    ):
+        file = Failing(blob)
+        with kvzip.open(file) as reader:
+            file.error = error
+            with pytest.raises(kind):
+                reader.decode()
+
+
+def test_errors_name_the_file(blob, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.kvz"
+    for data, words in (
+        (b"text", "a.kvz is not a .kvz file"),
+        (blob[:-1], "a.kvz is cut short"),
+        (blob[:9] + b"\xff" + blob[10:], "a.kvz has format version"),
+        (blob[:60] + b"\xff" + blob[61:], "a.kvz: the header or the index is damaged"),
+        (blob[:-1000] + bytes(1000), "a.kvz: (the tables of )?layer . [kv].* damaged"),
+    ):
+        path.write_bytes(data)
+        for given in ("a.kvz", path, path.open("rb")):
+            with pytest.raises((kvzip.FormatError, kvzip.CorruptError), match=words) as told:
+                kvzip.verify(given)
+            assert str(told.value).count("a.kvz") == 1
+        with pytest.raises((kvzip.FormatError, kvzip.CorruptError)) as told:
+            kvzip.verify(data)
+        assert "a.kvz" not in str(told.value)
 
 
 @pytest.mark.parametrize("way", ["file", "BytesIO", "gzip", "zip member", "temporary file"])
