@@ -6,6 +6,7 @@ import copy
 import json
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from command import run, run_json
 from support import cache_like, make_snapshot, random_bits, tiny_model
 
 import kvzip
-from kvzip import dtypes, entropy
+from kvzip import Layer, LayerLayout, Profile, Snapshot, dtypes, entropy
 from kvzip.capture import cast, prefill
 from kvzip.entropy import linear, residual
 from kvzip.entropy.ladder import LEVELS, PREDICTED, PROFILE, orders, split
@@ -251,3 +252,19 @@ def test_the_command_and_its_figures(tmp_path, capsys, learned, unseen):
     code, _, err = run(capsys, "entropy", paths[4], "--train", paths[4])
     assert code == 2
     assert "among those to learn from" in err
+
+
+@pytest.mark.parametrize("shape", [None, (0, 5, 4), (2, 5, 0), (2, 0, 4)])
+@pytest.mark.parametrize("learn", [entropy.fit, Profile.fit, partial(Profile.fit, codec="channel")])
+def test_nothing_to_learn_from_is_an_error(shape, learn):
+    """A cache may have no layers, no heads, no channels or no tokens."""
+    layers = []
+    if shape is not None:
+        bits = np.zeros(shape, np.uint16)
+        layers = [Layer(bits, bits, LayerLayout(shape, shape, shape[1]))]
+    empty = Snapshot(layers, "bf16")
+    with pytest.raises(ProfileError, match=r"numbers|tokens"):
+        learn([empty])
+    if shape is None or not shape[0] * shape[2]:
+        with pytest.raises(ProfileError, match="numbers"):
+            entropy.measure([empty])
