@@ -29,6 +29,8 @@ from kvzip.eval.links.network import ADDRESSES, Link, NoLinkError, require_links
 from kvzip.eval.links.sources import Sources, prepare  # noqa: E402
 from kvzip.eval.results.links import Links  # noqa: E402
 
+pytestmark = pytest.mark.quiet
+
 MBPS = 10
 CONNECT = f"""
 import socket, time
