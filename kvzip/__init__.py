@@ -1,5 +1,6 @@
 """kvzip: lossless compression of language models' KV caches."""
 
+from kvzip import interruption  # noqa: F401 - first of all, see there
 from kvzip.api import decode, encode, info, max_encoded_size, open, verify, write
 from kvzip.codec import Codec, Context, codec_names, get_codec, register_codec
 from kvzip.container import Info, Reader

@@ -19,6 +19,7 @@ from kvzip.errors import (
     StoreError,
     UnsupportedError,
 )
+from kvzip.interruption import WORDS
 
 BUG = 70
 """Exit code of a bug: EX_SOFTWARE of sysexits.h."""
@@ -73,7 +74,7 @@ def _told(error: BaseException) -> tuple[str, int, str]:
         words = f"{error.object!r} is no Unicode text, and stands in a result that must be"
         return "usage", 2, words
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 130, "interrupted; what was finished is kept"
+        return "interrupted", 130, WORDS
     if isinstance(error, MemoryError):
         return "memory", 1, "not enough memory"
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("kvzip"):

@@ -6,7 +6,8 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TextIO
 
 from kvzip.cli import (  # noqa: F401 - each adds its commands
     demo,
@@ -27,33 +28,40 @@ from kvzip.cli.arguments import refuse_overwriting, with_streams, writes_stdout
 from kvzip.cli.failures import BUG, CheckFailed, failure_of
 from kvzip.cli.terminal import as_one_line, complain, results_aside
 from kvzip.files import leave_nothing_behind
+from kvzip.interruption import hand_over
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
-    leave_nothing_behind()
-    # torch's threads spin while they wait, unless they are told not to before it is imported.
-    # Beside other work that makes a prefill take 15 times as long, and a token after it 40 times.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    arguments = with_streams(sys.argv[1:] if arguments is None else arguments)
-    results_aside(writes_stdout(arguments))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    code = 0
+    code, given = 0, sys.argv[1:] if arguments is None else arguments
     try:
-        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
-        refuse_overwriting(command.__name__, bound)
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        hand_over()
+        _run(given)
     except SystemExit:
         raise
     except BrokenPipeError:
         _forget_stdout()
         code = 1
     except BaseException as error:
-        code = _tell(error, "--json" in arguments, writes_stdout(arguments))
+        given = with_streams(given)
+        code = _tell(error, "--json" in given, writes_stdout(given))
     sys.exit(code)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    leave_nothing_behind()
+    # torch's threads spin while they wait, unless they are told not to before it is imported.
+    # Beside other work that makes a prefill take 15 times as long, and a token after it 40 times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    arguments = with_streams(arguments)
+    results_aside(writes_stdout(arguments))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    refuse_overwriting(command.__name__, bound)
+    app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _tell(error: BaseException, as_json: bool, aside: bool) -> int:
@@ -63,8 +71,10 @@ def _tell(error: BaseException, as_json: bool, aside: bool) -> int:
     found = {"error": message, "kind": kind, "exit": code}
     if code == BUG:
         found["traceback"] = "".join(traceback.format_exception(error))
-        sys.stderr.write(str(found["traceback"]))
-    complain(message)
+    # A stderr that takes nothing changes neither the JSON nor the exit code. Where both go there,
+    # the JSON is the last line.
+    if aside:
+        _complain(found)
     # A check that failed has shown its whole result: an error would be a second JSON object.
     if as_json and not isinstance(error, CheckFailed):
         try:
@@ -73,10 +83,26 @@ def _tell(error: BaseException, as_json: bool, aside: bool) -> int:
             _forget_stdout()
     elif isinstance(error, OSError) and error.filename == "standard output":
         _forget_stdout()
+    if not aside:
+        _complain(found)
     return code
 
 
+def _complain(found: Mapping[str, object]) -> None:
+    """Say on stderr what went wrong, if it takes that."""
+    try:
+        if "traceback" in found and sys.stderr is not None:
+            sys.stderr.write(str(found["traceback"]))
+        complain(str(found["error"]))
+    except OSError:
+        _forget(sys.stderr)
+
+
 def _forget_stdout() -> None:
-    """Let nothing more go to a stdout that takes nothing: Python would try again at its end."""
+    _forget(sys.stdout)
+
+
+def _forget(stream: TextIO | None) -> None:
+    """Let nothing more go to a stream that takes nothing: Python would try again at its end."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]

@@ -6,6 +6,7 @@ would steer the terminal are shown as escapes.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
@@ -56,13 +57,14 @@ def emit(result: Any, as_json: bool, show: Callable[[], None]) -> None:
     Raises OSError that names standard output when it does not take what is written.
     """
     stream = sys.stderr if _aside else sys.stdout
+    if stream is None:  # closed: it would be written nowhere without a word
+        raise OSError(errno.EBADF, "it is closed", "standard output")
     try:
         if as_json:
             print(as_one_line(result), file=stream)
         else:
             show()
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
