@@ -251,13 +251,16 @@ def _check_apart(arrays: Sequence[Bits]) -> None:
 
 def _overlap(a: Bits, b: Bits) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=_MOST_WORK)
+        # numpy takes any number of steps, and its stub two.
+        return np.shares_memory(a, b, max_work=_MOST_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:  # strides that no cache has
         return False
 
 
 def _overlaps_itself(array: Bits) -> bool:
     """Whether two numbers of an array lie at one place."""
+    if array.flags.c_contiguous:
+        return False
     reach = array.itemsize
     axes = [(abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1]
     for stride, size in sorted(axes):
