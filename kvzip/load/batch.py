@@ -20,6 +20,8 @@ from kvzip.load.matching import (
     agreed,
     check_config,
     check_held,
+    check_options,
+    device_of,
     finder,
     ids_of,
     in_common,
@@ -56,6 +58,8 @@ def load_batch(
     how much the others compute again. Checks and errors are those of `load_cache` with `prompt`,
     and say which prompt's document they are about; what is fed must be what was returned.
     """
+    check_options(threads=threads, profile=profile)
+    device = device_of(device)
     padded = _Prompts(prompts, sources)
     padded.check_text_only(config, f"the model of {type(config).__name__}")
     kinds = layer_kinds(config)
@@ -110,6 +114,7 @@ def load_batch_or_prefill(
     show which one is wrong. Each failure is logged as one warning ("kvzip.load"), which says whose
     document it is. A store that does not answer is not asked again for the rest of the batch.
     """
+    check_options(threads=threads, profile=profile, name=name, revision=revision)
     sources = [source] * len(prompts) if isinstance(source, Store) else source
     padded = _Prompts(prompts, sources)
     padded.check_text_only(model.config, type(model).__name__)

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvzip import dtypes
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.load.batch import load_batch, load_batch_or_prefill
 from kvzip.load.caches import empty_cache, lazy_cache, prefill_of, spans_of
 from kvzip.load.config import LayerKind, cache_argument, kind_of, layer_kinds, rope_parameters
@@ -31,6 +31,8 @@ from kvzip.load.matching import (
     agreed,
     check_config,
     check_held,
+    check_options,
+    device_of,
     finder,
     ids_of,
     in_common,
@@ -185,6 +187,8 @@ def load_cache(
     when file, config, prompt and model do not fit each other, FormatError or
     CorruptError for a bad file; while generating, KVZipError (CorruptError, ...) from `update`.
     """
+    check_options(None if prompt is None else tokens, threads, prefill_chunk_size, profile)
+    device = device_of(device)
     with open_document(source, profile, threads) as opened:
         kinds = check_config(opened.source, config)
         ids = None if prompt is None else ids_of(prompt, "prompt")
@@ -221,9 +225,10 @@ def load_or_prefill(
     shows only when the model runs (a damaged block, a store that dies or is too slow for its
     `timeout`, other weights) makes the model compute the kept tokens then, once, and go on
     from them. Either is logged as one warning ("kvzip.load"). What still raises is wrong use: other
-    ids than `prompt` that are fed.
+    ids than `prompt` that are fed, and arguments that make no sense (UsageError).
     """
     ids = ids_of(prompt, "prompt")
+    check_options(tokens, threads, prefill_chunk_size, profile, name=name, revision=revision)
     check_text_only(model.config, ids, type(model).__name__)
     find = finder(model, ids[0], name, revision, profile, threads)
     try:
@@ -239,6 +244,8 @@ def load_or_prefill(
             loader.recovery = Recovery(prefill_of(model, ids[:batch], loader.held))
             watch(model, cache)
             return cache
+    except UsageError:  # a source that is none
+        raise
     except (KVZipError, OSError) as error:
         tell(error)
         return empty_cache(model.config)
@@ -270,9 +277,9 @@ def _lazy(
 def _count_without_prompt(kinds: Sequence[LayerKind], layout: Layout, tokens: int | None) -> int:
     """How many tokens to keep where the prompt is not known."""
     total = layout.tokens
-    count = total - 1 if tokens is None else tokens
+    count = total - 1 if tokens is None else integer("tokens", tokens)
     if not 1 <= count < total:
-        raise KVZipError(
+        raise UsageError(
             f"without prompt= from 1 to {total - 1} tokens of the document's {total} can be kept, "
             f"not {count}: `generate` must compute at least one"
         )

@@ -12,12 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvzip import dtypes
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import KVZipError, UnsupportedError, UsageError, first_line
 from kvzip.identity import fingerprint
 from kvzip.load.config import LayerKind, layers_of, rope_parameters
-from kvzip.profile import Profile
+from kvzip.options import integer, text
+from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import Layout, Origin, Snapshot
 from kvzip.store import Match, Store
+from kvzip.workers import thread_count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -27,12 +29,47 @@ Ids: TypeAlias = NDArray[np.integer[Any]]
 
 
 def ids_of(ids: ArrayLike | torch.Tensor, name: str) -> Ids:
-    """Token ids in any form as [batch, tokens]. Raises KVZipError for what are none."""
+    """Token ids in any form as [batch, tokens]. Raises UsageError for what are none."""
     if isinstance(ids, torch.Tensor):
         ids = ids.detach().cpu().numpy()
-    found = np.atleast_2d(np.asarray(ids))
+    try:
+        found = np.atleast_2d(np.asarray(ids))
+    except (ValueError, TypeError, RuntimeError):  # rows of unequal length, for one
+        found = np.empty(0)
     if found.ndim != 2 or found.dtype.kind not in "iu" or not found.size:
-        raise KVZipError(f"{name} must be token ids, [tokens] or [batch, tokens]")
+        raise UsageError(f"{name} must be token ids, [tokens] or [batch, tokens]")
+    return found
+
+
+def check_options(
+    tokens: int | None = None,
+    threads: int = 0,
+    prefill_chunk_size: int | None = None,
+    profile: Profile | None = None,
+    **names: str | None,
+) -> None:
+    """Raise UsageError, or ProfileError, for options that make no sense, whatever is stored."""
+    check_profile(profile)
+    thread_count(threads)
+    if tokens is not None:
+        integer("tokens", tokens, 1)
+    if prefill_chunk_size is not None:
+        integer("prefill_chunk_size", prefill_chunk_size, 1)
+    for name, value in names.items():
+        if value is not None:
+            text(name, value)
+
+
+def device_of(device: torch.device | str | None) -> torch.device | None:
+    """A device that tensors can be put on. Raises UsageError for any other."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"device is {device!r}: {first_line(error)}") from None
+    if found.type == "meta":
+        raise UsageError("device is 'meta', which holds no numbers")
     return found
 
 
@@ -43,9 +80,9 @@ def check_config(source: Reader | Snapshot, config: PretrainedConfig) -> list[La
     kinds, ropes = layers_of(config)
     if len(layout.layers) != len(kinds):
         raise KVZipError(f"the file has {len(layout.layers)} layers, the model {len(kinds)}")
-    text = config.get_text_config(decoder=True)
+    decoder = config.get_text_config(decoder=True)
     for i, (layer, kind, own) in enumerate(
-        zip(layout.layers, kinds, text.per_layer_config, strict=True)
+        zip(layout.layers, kinds, decoder.per_layer_config, strict=True)
     ):
         pairs: list[tuple[str, object, object]] = [
             ("kind of attention", layer.kind, kind.kind),

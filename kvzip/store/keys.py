@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.identity import is_fingerprint
+from kvzip.options import text
 
 Ids = NDArray[np.uint32]
 """Token ids, [tokens]."""
@@ -65,7 +66,10 @@ def hash_chain(ids: Ids, block_tokens: int) -> list[str]:
 
 def token_ids_from(given: ArrayLike) -> Ids:
     """Token ids in any form as [tokens]. Raises UsageError for what are none."""
-    ids = np.asarray(given).reshape(-1)
+    try:
+        ids = np.asarray(given).reshape(-1)
+    except (ValueError, TypeError, RuntimeError):
+        raise UsageError("token ids must be one row of integers") from None
     if ids.dtype.kind not in "iu" and ids.size:
         raise UsageError(f"token ids must be integers, not {ids.dtype}")
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 2**32:
@@ -104,7 +108,7 @@ def document_name(reader: Reader, ids: Ids) -> str:
 
 def document_path(key: str) -> str:
     """Where the document of a key lies. Raises KVZipError for what is no key."""
-    space, slash, name = key.partition("/")
+    space, slash, name = text("key", key).partition("/")
     if not slash or not (space + name).isalnum():
         raise KVZipError(f"{key!r} is not a key of a document")
     return f"{space}/docs/{name}.kvz"

@@ -39,8 +39,8 @@ from kvzip.codec import Codec
 from kvzip.container import MAGIC, Reader
 from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError, UsageError
 from kvzip.files import reading, replacing
-from kvzip.options import integer
-from kvzip.profile import Profile
+from kvzip.options import integer, text
+from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import Snapshot
 from kvzip.store import listing
 from kvzip.store.bucket import open_bucket
@@ -223,6 +223,8 @@ class Store:
         is passed over, and so is one whose header is damaged. Raises StoreError.
         """
         ids = token_ids_from(token_ids)
+        check_profile(profile)
+        model, revision = text("model", model), text("revision", revision)
         block_tokens = self._settings.block_tokens()
         if block_tokens is None:
             return None
