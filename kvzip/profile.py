@@ -49,8 +49,9 @@ class Profile:
     def __init__(self, tensors: Mapping[str, NDArray[Any]], description: Mapping[str, Any]):
         from safetensors.numpy import save
 
-        if not isinstance(tensors, Mapping):
-            kind = type(tensors).__name__
+        given: Any = tensors
+        if not isinstance(given, Mapping):
+            kind = type(given).__name__
             raise UsageError(
                 f"the profile's tensors are a {kind}: they must be a mapping of arrays"
             )
