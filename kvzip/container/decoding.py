@@ -237,9 +237,7 @@ def given_places(
 
 def _check_apart(arrays: Sequence[Bits]) -> None:
     """Raise UsageError if a number of one array lies where another number does."""
-    bounds = sorted(
-        ((*np.lib.array_utils.byte_bounds(a), a) for a in arrays if a.size), key=lambda b: b[:2]
-    )
+    bounds = sorted(((*_bounds(a), a) for a in arrays if a.size), key=lambda b: b[:2])
     near: list[tuple[int, Bits]] = []
     for begin, end, array in bounds:
         # Those that end before this begins end before all that follow, too.
@@ -247,6 +245,13 @@ def _check_apart(arrays: Sequence[Bits]) -> None:
         if _overlaps_itself(array) or any(_overlap(array, other) for _, other in near):
             raise UsageError("out has the same memory twice")
         near.append((end, array))
+
+
+def _bounds(array: Bits) -> tuple[int, int]:
+    """The first address of an array's numbers, and the one behind its last."""
+    reach = [stride * (size - 1) for stride, size in zip(array.strides, array.shape, strict=True)]
+    at = array.ctypes.data
+    return at + sum(r for r in reach if r < 0), at + sum(r for r in reach if r > 0) + array.itemsize
 
 
 def _overlap(a: Bits, b: Bits) -> bool:

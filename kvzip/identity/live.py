@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvzip.errors import KVZipError
 from kvzip.identity.digests import THREADS
-from kvzip.identity.values import LIBRARIES, PLAIN, Reader, name_of
+from kvzip.identity.values import LIBRARIES, PLAIN, ValueReader, name_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -307,7 +307,7 @@ def _hung(model: torch.nn.Module) -> tuple[list[str], list[tuple[str, torch.Tens
     own = {id(module): f"the module {path}" for path, module in model.named_modules()}
     for config in _configs_of(model):
         own[id(config)] = "the configuration"
-    reader = Reader(own, _IDLE, settings_of_config)
+    reader = ValueReader(own, _IDLE, settings_of_config)
     lines = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""

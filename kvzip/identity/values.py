@@ -40,7 +40,7 @@ _FUNCTIONS = (
 _tokens: dict[int, tuple[weakref.ref[object], str]] = {}
 
 
-class Reader:
+class ValueReader:
     """Reads values. Tensors in them are collected, not read.
 
     `own`: what is said elsewhere, by `id`, and the words that stand for it. `skipped`: names of
@@ -81,7 +81,7 @@ class Reader:
         if isinstance(value, torch.Tensor):
             self.tensors.append((name, value))
             return "tensor"
-        if isinstance(value, (enum.Enum, torch.dtype, torch.Size)):
+        if isinstance(value, (enum.Enum, torch.dtype, torch.Size, slice, types.EllipsisType)):
             return str(value)
         if isinstance(value, torch.device):
             return "device"
@@ -165,7 +165,7 @@ class Reader:
             if isinstance(constant, types.CodeType):
                 said.append(self._code(constant, world, name))
             else:
-                said.append(repr(constant))
+                said.append(self._read(constant, name))  # sets have no order of their own
         for used in code.co_names:
             if used in world:
                 said.append([used, self._read(world[used], f"{name}.{used}")])
