@@ -257,7 +257,9 @@ def test_what_is_opened_under_one_url_shares_connections(tmp_path, monkeypatch):
                     assert_same(file.decode(), snapshot)
             return server.connections - before
 
-        assert 1 <= connected_for(6) <= remote._CONNECTIONS
+        # Fewer than one each. Not _CONNECTIONS at most: a request may be made before the connection
+        # of one that has just ended is free again.
+        assert 1 <= connected_for(16) < 16
         # Another client where anything else is asked of it, or would be found in the environment.
         assert connected_for(1, timeout=9.0) > 0
         monkeypatch.setenv("no_proxy", "127.0.0.1")
