@@ -137,11 +137,14 @@ class KvzipStorage(_Base):
         try:
             return do()
         except (KVZipError, OSError, RuntimeError, ValueError) as error:
-            kind = type(error).__name__
-            if kind not in self._told:
-                self._told.add(kind)
-                _log.warning("pages of %s are computed instead: %s", self.bucket.url, error)
+            self._tell(type(error).__name__, error)
             return failed
+
+    def _tell(self, kind: str, why: object) -> None:
+        """Warn that pages are computed, once for each kind of trouble."""
+        if kind not in self._told:
+            self._told.add(kind)
+            _log.warning("pages of %s are computed instead: %s", self.bucket.url, why)
 
     def _load(self, key: str, tensor: torch.Tensor, pool: HostKVCache | None) -> bool:
         def load() -> bool:
@@ -295,7 +298,12 @@ class KvzipStorage(_Base):
         pool_transfers: Iterable[PoolTransfer] | None = None,
         extra_info: object = None,
     ) -> PoolTransferResult:
-        """The lengths of prefix that all pools can restore; see SGLang's docstring."""
+        """The lengths of prefix that all pools can restore; see SGLang's docstring.
+
+        A pool of "block_groups" is a second form of pages that are there besides: it never limits
+        the prefix, and no verdict is given of it. A policy that is not known may ask for anything,
+        so nothing is restored with it.
+        """
         from sglang.srt.mem_cache.hicache_storage import PoolTransferResult
 
         pages = self.batch_exists(keys)
@@ -304,17 +312,21 @@ class KvzipStorage(_Base):
         for transfer in pool_transfers or []:
             if not lengths:
                 break
+            policy = str(getattr(transfer.hit_policy, "value", transfer.hit_policy))
+            if policy == "block_groups":
+                continue
             pool = self.registered_pools.get(transfer.name)
             names = [self._component(key, transfer.name) for key in keys[:pages]]
             here = self._each(lambda name, pool=pool: self._has(name, pool), names)
-            policy = str(getattr(transfer.hit_policy, "value", transfer.hit_policy))
             if policy == "all_pages":
                 good = set(range(1, _leading(here) + 1))
             elif policy == "trailing_pages":
                 last = max(1, len(transfer.keys or []))
                 good = {n for n in range(1, pages + 1) if all(here[max(0, n - last) : n])}
             else:
-                raise ValueError(f"hit policy {policy!r} is not supported")
+                # An error would end the thread in which SGLang looks pages up, for good.
+                self._tell(policy, f"hit policy {policy!r} of {transfer.name} is not known")
+                good = set[int]()
             if good:
                 hits[transfer.name] = max(good)
             lengths = [n for n in lengths if n in good]

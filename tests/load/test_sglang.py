@@ -9,11 +9,13 @@ environment of its own) the backend is made by SGLang's own factory and is a sub
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -380,3 +382,42 @@ def test_several_pools(tmp_path: Any) -> None:
     assert ours.batch_get_v2([transfer("swa", [0, 1, 2, 3])]) == {"swa": [True, True, False, True]}
     rows = [r for p in (0, 1, 3) for r in range(p * TOKENS, (p + 1) * TOKENS)]
     assert torch.equal(state.kv_buffer[:, rows], before[:, rows])
+
+
+@dataclasses.dataclass
+class Result:
+    """SGLang's `PoolTransferResult`."""
+
+    kv_hit_pages: int
+    extra_pool_hit_pages: dict[str, int]
+    restorable_prefix_pages: list[int] | None = None
+
+
+@pytest.mark.parametrize("policy", ["all_pages", "block_groups", "of tomorrow"])
+def test_how_a_second_pool_limits_what_is_restored(
+    tmp_path: Any, monkeypatch: Any, caplog: Any, policy: str
+) -> None:
+    """A pool of "block_groups" never does, says SGLang; one of an unknown policy leaves nothing,
+    and no policy raises: that would end SGLang's thread."""
+    if not HERE:
+        module = ModuleType("sglang.srt.mem_cache.hicache_storage")
+        module.PoolTransferResult = Result  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    backend = backend_of(tmp_path, pool)
+    for name in ("kv", "more"):
+        backend.register_mem_host_pool_v2(pool, name)
+    assert all(backend.batch_set_v1(KEYS[:5], INDICES[: 5 * TOKENS]))
+    stored = SimpleNamespace(name="more", keys=KEYS[:2], host_indices=INDICES[: 2 * TOKENS])
+    assert backend.batch_set_v2([stored]) == {"more": [True] * 2}
+
+    stored.hit_policy = policy
+    backend.batch_exists_v2(KEYS, [stored])
+    found = backend.batch_exists_v2(KEYS, [stored])
+    pages = {"all_pages": 2, "block_groups": 5, "of tomorrow": 0}[policy]
+    assert found.kv_hit_pages == pages
+    assert found.restorable_prefix_pages == list(range(1, pages + 1))
+    hits = {"kv": 5, "more": 2} if policy == "all_pages" else {"kv": 5}
+    assert found.extra_pool_hit_pages == hits
+    told = [r.getMessage() for r in caplog.records if r.name == "kvzip.sglang"]
+    assert len(told) == (policy == "of tomorrow") and all("of tomorrow" in line for line in told)
