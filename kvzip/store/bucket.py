@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, StoreError, UsageError, first_line, is_panic
@@ -23,15 +23,21 @@ from kvzip.options import integer, seconds
 from kvzip.profile import Profile
 from kvzip.store.folder import Folder, Meta, write_all
 from kvzip.store.remote import Piece, Remote
-from kvzip.store.urls import WEB, folder_of, scheme_of, without_secrets
+from kvzip.store.urls import WEB, folder_of, plain_scheme, scheme_of, without_secrets
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _ONE_REQUEST = 256 << 20
 """Objects up to this many bytes are written by one request, which can be create-only."""
-_PLAIN = re.compile(r"[A-Za-z0-9._~-]+")
-"""Names that stand in a URL as they are."""
+_MOST_CHARACTERS = 60_000
+"""Of a URL as it is asked for; the client panics at 65,535."""
+_PLAIN = re.compile(r"[^/?#]+((/(?!\.\.?/)[^/?#]+)*/(?!\.\.?$)[A-Za-z0-9._~-]+)?")
+"""A host and a path that a client puts together again from its folder and its last part: without
+empty parts, and parts that mean another folder; with a name that stands in a URL as it is."""
+_NO_RANGES = re.compile("content.(range|length)|range request", re.IGNORECASE)
+"""What the client says of a server that does not answer with the range that was asked for."""
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _process: int | None = None
 """The process that first used a client: the client's threads are there and nowhere else."""
 _MATTERS = re.compile("^AWS_|_PROXY$", re.IGNORECASE)
@@ -68,7 +74,7 @@ def _check_settings(options: Mapping[str, Any]) -> None:
     named = {str(key): value for key, value in options.items()}
     named |= {f"variable {k}": v for k, v in os.environ.items() if k.startswith("AWS_")}
     for name, value in named.items():
-        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f]", value):
+        if isinstance(value, str) and _CONTROLS.search(value):
             raise UsageError(f"the store's setting {name} has a line break or the like in it")
         if "endpoint" in name.lower() and not _is_address(value):
             raise UsageError(f"the endpoint of the store ({name}) is {value!r}: write http://HOST")
@@ -85,6 +91,18 @@ def _is_address(value: Any) -> bool:
         )
     except (ValueError, TypeError, AttributeError):
         return False
+
+
+def _check_text(text: str, shown: str, more: int = 0) -> None:
+    """Raise UsageError for a URL, or a part of one beside `more` characters, that is too long, or
+    has in it what no URL can have."""
+    if _CONTROLS.search(text):
+        raise UsageError(f"{shown[:80]!r} has a line break or the like in it")
+    count = len(quote(text, errors="replace")) + more
+    if count > _MOST_CHARACTERS:
+        raise UsageError(
+            f"{shown[:80]}...: a URL of {count:,} characters is more than servers take"
+        )
 
 
 class Bucket:
@@ -107,7 +125,10 @@ class Bucket:
     ):
         if find_spec("obstore") is None:
             raise KVZipError("buckets need more: pip install 'kvzip[store]'")
+        url = plain_scheme(url)
         self.url = without_secrets(url)
+        _check_text(url, self.url)
+        self._characters = len(url)
         self.writable = self.listable = scheme_of(url) not in WEB
         timeout, retries = seconds("timeout", timeout), integer("retries", retries, 0, 1000)
         if not isinstance(options or {}, Mapping):
@@ -130,13 +151,13 @@ class Bucket:
         client = {
             "timeout": timedelta(seconds=timeout),
             "connect_timeout": timedelta(seconds=timeout),
-            "allow_http": url.startswith("http:") or str(endpoint).startswith("http:"),
+            "allow_http": url.startswith("http:") or str(endpoint).lower().startswith("http:"),
         }
         retry = {
             "max_retries": retries,
             "retry_timeout": timedelta(seconds=timeout * (1 + retries)),
         }
-        if not self.writable and re.search("[?%]", url):
+        if not self.writable and not options:
             # As it stands: a signed URL's path and query are part of what is signed.
             return stores.HTTPStore(url, client_options=client, retry_config=retry)
         more = {"config": dict(options)} if options else {}
@@ -164,11 +185,18 @@ class Bucket:
         """An object's path with where it is, for messages."""
         return f"{path} in {self.url}" if path else self.url
 
+    @contextmanager
+    def _to(self, verb: str, path: str) -> Iterator[None]:
+        """Something done with an object, whose errors say what it was."""
+        _check_text(path, self.url, self._characters)
+        with _as_store_errors(f"cannot {verb} {self.named(path)}"):
+            yield
+
     def get(self, path: str) -> bytes | None:
         """An object's bytes, or None when there is none."""
         import obstore
 
-        with _as_store_errors(f"cannot read {self.named(path)}"):
+        with self._to("read", path):
             try:
                 return bytes(obstore.get(self.client, path).bytes())
             except FileNotFoundError:
@@ -181,20 +209,29 @@ class Bucket:
     def _chunks(self, path: str) -> Iterator[bytes]:
         import obstore
 
-        with _as_store_errors(f"cannot read {self.named(path)}"):
+        with self._to("read", path):
             yield from obstore.get(self.client, path).stream(min_chunk_size=1 << 20)
 
     def read_range(self, path: str, offset: int, length: int, version: str | None) -> Piece:
         """Up to `length` bytes of an object from `offset` on. Raises FileNotFoundError when there
         is none, and StoreError when it is not the version that is named."""
         import obstore
+        from obstore.exceptions import BaseError
 
         options: dict[str, Any] = {"range": (offset, offset + length)}
         if version is not None:
             options["if_match"] = version
-        with _as_store_errors(f"cannot read {self.named(path)}"):
+        with self._to("read", path):
             began = time.perf_counter()
-            found = obstore.get(self.client, path, options=options)
+            try:
+                found = obstore.get(self.client, path, options=options)
+            except BaseError as error:
+                if self.listable or not _NO_RANGES.search(str(error)):
+                    raise
+                raise StoreError(
+                    f"the server of {self.named(path)} does not give parts of a file as they are "
+                    f"asked for ({first_line(error)}): download the file, and open that"
+                ) from None
             wait = time.perf_counter() - began
             return Piece(_meta(found.meta), memoryview(found.bytes()).cast("B"), wait)
 
@@ -202,7 +239,7 @@ class Bucket:
         """What is known of an object, or None when there is none."""
         import obstore
 
-        with _as_store_errors(f"cannot read {self.named(path)}"):
+        with self._to("read", path):
             try:
                 return _meta(obstore.head(self.client, path))
             except FileNotFoundError:
@@ -220,7 +257,7 @@ class Bucket:
         if not self.writable:
             raise UsageError(f"{self.url} is read only: write to what the server serves")
         size = data.stat().st_size if isinstance(data, Path) else len(data)
-        with _as_store_errors(f"cannot write {self.named(path)}"):
+        with self._to("write", path):
             try:
                 if size > _ONE_REQUEST:
                     if create and self.head(path) is not None:
@@ -237,7 +274,7 @@ class Bucket:
         """Objects under a prefix; a part of a name is no prefix."""
         import obstore
 
-        with _as_store_errors(f"cannot list {prefix} in {self.url}"), suppress(FileNotFoundError):
+        with self._to("list", prefix), suppress(FileNotFoundError):
             for found in obstore.list(self.client, prefix, chunk_size=1000):
                 yield from map(_meta, found)
 
@@ -255,7 +292,7 @@ class Bucket:
         """Delete an object, if there is one."""
         import obstore
 
-        with _as_store_errors(f"cannot delete {self.named(path)}"), suppress(FileNotFoundError):
+        with self._to("delete", path), suppress(FileNotFoundError):
             obstore.delete(self.client, path)
 
     def open(self, path: str, profile: Profile | None = None, threads: int = 0) -> Reader:
@@ -310,17 +347,8 @@ def open_url(
 
     Raises StoreError when there is none or the store does not answer; the rest as `kvzip.open`.
     """
-    scheme = scheme_of(url)
-    if not scheme:
-        raise UsageError(f"{url!r} is no URL")
+    folder, name = _folder_and_name(url)
     shown = without_secrets(url)
-    folder, slash, name = url.rpartition("/")
-    if scheme in WEB and not _PLAIN.fullmatch(name):
-        folder, name = url.partition("#")[0], ""  # as it stands: it is signed, or has escapes
-    elif not slash or not name or folder.endswith("/"):
-        raise UsageError(f"{shown!r} names no file in a store")
-    elif scheme == "file":
-        name = unquote(name)
     environment = frozenset(item for item in os.environ.items() if _MATTERS.search(item[0]))
     try:
         bucket = _bucket(folder, timeout, retries, frozenset((options or {}).items()), environment)
@@ -330,6 +358,31 @@ def open_url(
         return bucket.open(name, profile, threads)
     except FileNotFoundError:
         raise StoreError(f"there is no {shown}") from None
+
+
+def _folder_and_name(url: str) -> tuple[str, str]:
+    """The URL of a folder, and the name of the file in it that a URL names. A web server's URL that
+    must be asked for as it stands, since it is signed or has escapes, is a folder with no name."""
+    scheme, shown = scheme_of(url), without_secrets(url)
+    if not scheme:
+        raise UsageError(f"{url!r} is no URL")
+    if scheme != "file":
+        _check_text(url, shown)
+    url = plain_scheme(url)
+    rest = url.partition("://")[2]
+    if scheme in WEB and not _PLAIN.fullmatch(rest):
+        return url.partition("#")[0], ""
+    parts, _, name = rest.rpartition("/")
+    if not name or (not parts and scheme != "file"):
+        raise UsageError(f"{shown!r} names no file in a store")
+    path = folder_of(url)
+    if path is not None:
+        return path.parent.as_uri(), path.name
+    if "//" in rest:
+        raise UsageError(
+            f"{shown!r} has an empty part in its path (//): buckets cannot be asked so"
+        )
+    return f"{scheme}://{parts}", name
 
 
 @lru_cache(maxsize=16)

@@ -37,6 +37,12 @@ def scheme_of(url: str) -> str:
     return scheme
 
 
+def plain_scheme(url: str) -> str:
+    """The same URL with its scheme in small letters, as clients want it; a path as it is."""
+    scheme = scheme_of(url)
+    return scheme + url[len(scheme) :]
+
+
 def folder_of(url: str) -> Path | None:
     """The folder that a path or a file:// URL names; None for other URLs."""
     scheme = scheme_of(url)
