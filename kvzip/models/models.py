@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from kvzip import dtypes
-from kvzip.errors import KVZipError, UnsupportedError, UsageError, told_as
+from kvzip.errors import KVZipError, UnsupportedError, UsageError, first_line, told_as
 from kvzip.files import replacing
 from kvzip.identity import fingerprint
-from kvzip.identity.checkpoint import weight_files
+from kvzip.identity.checkpoint import checkpoint_folder, weight_files
 from kvzip.models.unpacked import unpacked
 
 
@@ -50,6 +50,12 @@ PACKAGED = {
     ),
 }
 """Known packaged models, for "pkg:NAME"; any other installed package with a .gguf works, too."""
+
+
+_TOKENIZERS = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.tiktoken", "tekken*", "*.gguf")
+"""Files that transformers takes a tokenizer from."""
+_HUB_PATIENCE = 5.0
+"""Seconds until a hub that does not answer is taken to be unreachable."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def load_model(
 
     place = _device(device)
     settings: dict[str, Any] = {"dtype": getattr(torch, form.torch)}
-    files: dict[str, str] = {}
+    files: dict[str, Any] = {}
     path = _packaged_file(ref.removeprefix("pkg:")) if ref.startswith("pkg:") else Path(ref)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -117,9 +123,11 @@ def load_model(
     with (
         told_as(KVZipError, f"model {ref!r} cannot be loaded"),
         _without_bars(),
-        _reading_gguf() if files else contextlib.nullcontext(),
+        _reading_gguf() if "gguf_file" in files else contextlib.nullcontext(),
     ):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **files)
+        if not files and not Path(where).is_dir():
+            files |= _if_the_hub_is_silent(ref)
+        tokenizer = _tokenizer(ref, where, **files)
         model = _whole_model(ref, where, **files, **settings)
     model = model.to(place).eval()
     widened = products.needed() if native_bf16 is None else not native_bf16
@@ -140,6 +148,47 @@ def _device(name: str) -> Any:
         if found.type == "meta":
             raise UsageError("device 'meta' computes nothing")
         torch.empty(1, device=found)
+    return found
+
+
+def _if_the_hub_is_silent(ref: str) -> dict[str, Any]:
+    """What to tell transformers of a hub id: not to ask the hub, where that does not answer and the
+    files are here. Raises KVZipError where they are not: transformers would ask a dozen times, in
+    most of a minute, and say so each time."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(ref, "config.json"), timeout=_HUB_PATIENCE)
+    except HFValidationError:
+        raise KVZipError(f"there is no model at {ref!r}") from None
+    except Exception as error:  # of whichever client the hub's library is built on
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            return {}  # it does answer; what it means, transformers says
+        if checkpoint_folder(ref) is None:
+            raise KVZipError(
+                f"there is no model {ref!r}: no such folder, nothing of that name was downloaded, "
+                f"and the hub does not answer ({first_line(error)})"
+            ) from error
+        return {"local_files_only": True}
+    return {}
+
+
+def _tokenizer(ref: str, where: Any, **files: Any) -> Any:
+    """A model's tokenizer. Raises KVZipError where its files are missing: of some models
+    transformers then makes one that knows no words."""
+    import transformers
+
+    lacking = f"model {ref!r} cannot be loaded: it lacks its tokenizer (tokenizer.json or the like)"
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(where, **files)
+    except ValueError as error:
+        folder = Path(where)
+        if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZERS):
+            raise KVZipError(lacking) from error
+        raise
+    if set(found.get_vocab()) <= set(found.all_special_tokens):
+        raise KVZipError(lacking)
     return found
 
 
