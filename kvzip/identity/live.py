@@ -20,8 +20,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvzip.errors import KVZipError
+from kvzip.identity.code import Code, code_of
 from kvzip.identity.digests import THREADS
-from kvzip.identity.values import LIBRARIES, PLAIN, ValueReader, name_of
+from kvzip.identity.values import PLAIN, ValueReader, is_librarys, name_of, written_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -99,6 +100,14 @@ class Held(NamedTuple):
     tensor: torch.Tensor
 
 
+class Hung(NamedTuple):
+    """What a model's modules are, and what hangs on them."""
+
+    lines: list[str]
+    tensors: list[tuple[str, torch.Tensor]]
+    code: list[Code]
+
+
 @dataclass
 class Reading:
     """What was read of a model: its structure, and every tensor with its digest."""
@@ -107,11 +116,14 @@ class Reading:
     tensors: list[tuple[Held, str]]
     settings: str
     """Its configuration, as JSON."""
+    code: list[Code] = field(default_factory=list)
+    """What is a user's own in what it computes."""
 
     @property
     def digest(self) -> str:
         lines = [f"{h.name} {h.tensor.dtype} {list(h.tensor.shape)} {d}" for h, d in self.tensors]
-        text = json.dumps([self.settings, self.structure, lines])
+        code = [found.said for found in self.code]
+        text = json.dumps([self.settings, self.structure, lines, code])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -167,7 +179,8 @@ def live_fingerprint(model: torch.nn.Module, *, anew: bool = False) -> str:
 
 
 def _read(model: torch.nn.Module, known: _Known) -> Reading:
-    held = list(tensors_of(model))
+    hung = _hung(model)
+    held = list(_held(model, hung))
     probes = _probes([h.tensor for h in held])
     keys = [(*_key(h.tensor), probe) for h, probe in zip(held, probes, strict=True)]
     fresh: dict[_Key, tuple[StorageWeakRef, str]] = {}
@@ -186,7 +199,7 @@ def _read(model: torch.nn.Module, known: _Known) -> Reading:
     # What has no version is read each time.
     known.digests = {key: value for key, value in fresh.items() if key[1] is not None}
     tensors = [(h, fresh[key][1]) for h, key in zip(held, keys, strict=True)]
-    return Reading(structure_of(model), tensors, settings_of(model))
+    return Reading(hung.lines, tensors, settings_of(model), hung.code)
 
 
 # --- tensors -----------------------------------------------------------------------------------
@@ -195,6 +208,10 @@ def _read(model: torch.nn.Module, known: _Known) -> Reading:
 def tensors_of(model: torch.nn.Module) -> Iterator[Held]:
     """Every tensor of a model, those of modules' plain attributes, too; a packed one (of a
     quantised layer) as the tensors that it is made of."""
+    yield from _held(model, _hung(model))
+
+
+def _held(model: torch.nn.Module, hung: Hung) -> Iterator[Held]:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         computed = module._non_persistent_buffers_set
@@ -207,8 +224,7 @@ def tensors_of(model: torch.nn.Module) -> Iterator[Held]:
         packed = packed or any(isinstance(v, torch.ScriptObject) for v in vars(module).values())
         if packed:  # no tensors to be seen, but a state
             yield from _parts_of_value(prefix + "state", dict(module.state_dict()), 4)
-    _, found_elsewhere = _hung(model)
-    for name, tensor in found_elsewhere:
+    for name, tensor in hung.tensors:
         yield from _parts(name, "computed", tensor)
 
 
@@ -299,11 +315,12 @@ def _bytes(tensor: torch.Tensor) -> bytes | memoryview:
 
 def structure_of(model: torch.nn.Module) -> list[str]:
     """A line for each module: its class, its settings, and what was hung on it."""
-    return _hung(model)[0]
+    return _hung(model).lines
 
 
-def _hung(model: torch.nn.Module) -> tuple[list[str], list[tuple[str, torch.Tensor]]]:
-    """The structure of a model, and the tensors that are in it but that no module registered."""
+def _hung(model: torch.nn.Module) -> Hung:
+    """The structure of a model, the tensors that are in it but that no module registered, and the
+    code that is a user's."""
     own = {id(module): f"the module {path}" for path, module in model.named_modules()}
     for config in _configs_of(model):
         own[id(config)] = "the configuration"
@@ -325,9 +342,9 @@ def _hung(model: torch.nn.Module) -> tuple[list[str], list[tuple[str, torch.Tens
             lines += [
                 f"{path} hook {reader.read(hook, f'{prefix}hook{i}')!r}"
                 for i, hook in enumerate(hooks.values())
-                if not name_of(hook).startswith(LIBRARIES)
+                if not is_librarys(written_in(hook))
             ]
-    return lines, reader.tensors
+    return Hung(lines, reader.tensors, code_of(model, reader))
 
 
 def _first(pair: tuple[str, object]) -> str:

@@ -59,6 +59,8 @@ def is_checkpoint(model: torch.nn.Module, reading: Reading, folder: Path) -> boo
 
     if not isinstance(model, transformers.PreTrainedModel):
         return False
+    if not all(code.is_of(folder) for code in reading.code):
+        return False  # the same code is in whatever it would be compared with
     try:
         config = type(model.config).from_pretrained(folder)
         if settings_of_config(config) != reading.settings:

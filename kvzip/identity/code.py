@@ -1,0 +1,104 @@
+"""Which of a user's own code a model computes with: of its classes, and of what libraries look up.
+
+Two ways lead past a module's class name and attributes: a class that is not of an installed
+package, whose methods may be anything, and functions that somebody put where a library looks for
+its own, into a class, into a module or into one of transformers' registries.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kvzip.identity.values import (
+    ValueReader,
+    is_librarys,
+    is_users,
+    layers_of,
+    name_of,
+    put_into,
+    written_in,
+)
+
+_CALLED = (
+    "__call__",
+    "__getattr__",
+    "__getattribute__",
+    "forward",
+    "prepare_inputs_for_generation",
+)
+"""What is called of a module from without."""
+_REGISTRIES = (
+    ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", "_attn_implementation"),
+    ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS", "_attn_implementation"),
+    ("transformers.integrations.moe", "ALL_EXPERTS_FUNCTIONS", "_experts_implementation"),
+)
+"""Where transformers looks functions up: a module, its registry, and which setting names one."""
+
+
+class Code(NamedTuple):
+    """Code that is not a library's."""
+
+    module: str
+    """Whose text it stands in; "" where it was put where a library looks for its own."""
+    said: str
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether it is a checkpoint's own, a file of its folder that transformers has loaded."""
+        if not self.module.startswith("transformers_modules."):
+            return False
+        used = Path(getattr(sys.modules.get(self.module), "__file__", None) or "")
+        there = folder / used.name
+        return used.is_file() and there.is_file() and used.read_bytes() == there.read_bytes()
+
+
+def code_of(model: torch.nn.Module, reader: ValueReader) -> list[Code]:
+    """All such code that a model computes with."""
+    kinds: dict[type, str] = {}
+    for path, module in model.named_modules():
+        kinds.setdefault(type(module), path)
+    return [*_of_classes(kinds, reader), *_put_elsewhere(model, kinds, reader)]
+
+
+def _of_classes(kinds: Mapping[type, str], reader: ValueReader) -> Iterator[Code]:
+    changed = {each: bool(put_into(each)) for each in {e for kind in kinds for e in kind.__mro__}}
+    for kind, path in kinds.items():
+        put = any(changed[each] for each in kind.__mro__)
+        if put or any(map(is_users, kind.__mro__)):
+            said = reader.read_class(kind, path, _CALLED)
+            yield Code("" if put else kind.__module__, f"{name_of(kind)} {said!r}")
+
+
+def _put_elsewhere(
+    model: torch.nn.Module, kinds: Mapping[type, str], reader: ValueReader
+) -> Iterator[Code]:
+    """Functions that were put into the modules of a model's classes, and those that are registered
+    under the names in its configuration."""
+    homes = {kind.__module__ for kind in kinds if not is_users(kind)}
+    for home in sorted(homes):
+        for name, function in sorted(getattr(sys.modules.get(home), "__dict__", {}).items()):
+            if any(map(is_users, layers_of(function))):
+                yield Code("", f"{home}.{name} {reader.read(function, name)!r}")
+    found = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        for where, registry, setting in _REGISTRIES:
+            chosen = getattr(config, setting, None)
+            for place in (where, type(module).__module__):
+                known = getattr(sys.modules.get(place), registry, {})
+                function = known.get(chosen) if isinstance(chosen, str) else None
+                if function is not None and not _is_librarys(function):
+                    found[registry, id(function)] = function
+    for (registry, _), function in sorted(found.items(), key=lambda pair: pair[0][0]):
+        yield Code("", f"{registry} {reader.read(function, registry)!r}")
+
+
+def _is_librarys(function: Any) -> bool:
+    while isinstance(function, functools.partial):  # as of a kernel that was downloaded
+        function = function.func
+    return all(is_librarys(written_in(layer)) for layer in layers_of(function) or [function])
