@@ -21,8 +21,18 @@ CODECS = [
     "channel",
 ]
 """Every codec that needs no profile, and settings of some: what the contract suite runs for."""
+CHANNEL_DTYPES = ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
+"""One format for each way in which `channel` divides numbers into exponent and mantissa."""
+UNLIKE_DTYPES = (*CHANNEL_DTYPES, "fp8_e5m2fnuz", "fp64", "int8")
+"""Formats of which each is unlike the others for some codec: for tests that take long."""
 NEED_PROFILE = {name for name in kvzip.codec_names() if kvzip.get_codec(name).needs_profile}
 """Codecs that have suites of their own, which learn profiles first."""
+
+
+def examples(count, dtype):
+    """How many examples a test tries of a format, where it tries `count` of those that differ most
+    for codecs, and all formats."""
+    return count if dtype in CHANNEL_DTYPES else count // 5
 
 
 def random_bits(rng, dtype, shape):
@@ -38,9 +48,15 @@ def cache_like(rng, dtype, shape):
     scale = 2.0 ** rng.uniform(-6, 3, (shape[-3], 1, shape[-1]))
     mean = rng.normal(0, 1, scale.shape) * (rng.random(scale.shape) < 0.3)
     numbers = (rng.normal(size=shape) + mean) * scale
-    if dtype == "fp8_e4m3fn":
-        numbers = numbers.clip(-448, 448)
-    return dtypes.as_bits(torch.from_numpy(numbers).to(getattr(torch, dtypes.get(dtype).torch)))[0]
+    form = dtypes.get(dtype)
+    if form.kind in ("fn", "fnuz"):  # which have no infinities
+        most = dtypes.to_float32(np.arange(128, dtype=np.uint8), dtype)
+        numbers = numbers.clip(-np.nanmax(most), np.nanmax(most))
+    elif form.kind == "scale":
+        numbers = np.abs(numbers)
+    elif not form.is_float:
+        numbers = np.rint(4 * numbers).clip(-128, 127).astype(np.int8)
+    return dtypes.as_bits(torch.from_numpy(numbers).to(getattr(torch, form.torch)), dtype)[0]
 
 
 def make_snapshot(maker, seed, dtype, layers=2, heads=2, tokens=50, dim=16, batch=None, ids=True):

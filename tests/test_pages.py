@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import cache_like, random_bits
+from support import CHANNEL_DTYPES, cache_like, random_bits
 
 import kvzip
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UsageError
@@ -23,6 +23,11 @@ def learned(dtype="bf16", dims=(16, 24)):
     """A profile of 400 of them."""
     layers = [tuple(x[:, :400] for x in pair) for pair in model(cache_like, dtype, dims)]
     return kvzip.Profile.fit([kvzip.Snapshot.from_arrays(layers, dtype)], codec="channel")
+
+
+@pytest.fixture(params=CHANNEL_DTYPES)
+def dtype(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
-from kvzip.codecs.channel.profile import fit, rows, tables_of
+from kvzip.codecs.channel.profile import fields, fit, rows, tables_of
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, KVZipError, UsageError
 
@@ -39,6 +39,9 @@ class ChannelCodec(Codec):
 
     codec_id = "channel"
 
+    def takes(self, form: DType, kind: str, part: str) -> bool:
+        return form.is_float and form.bits <= 32
+
     @classmethod
     def fit(
         cls,
@@ -57,7 +60,7 @@ class ChannelCodec(Codec):
         known = tables_of(context, part.shape[1], part.shape[3])
         if known is not None and _fits(known, part[:, :, :_SAMPLE], form):
             return b""
-        made: bytes = _native.channel_tables(rows(part), form.exponent_bits, form.mantissa_bits)
+        made: bytes = _native.channel_tables(rows(part), *fields(form))
         return made
 
     def load_tables(
@@ -70,7 +73,7 @@ class ChannelCodec(Codec):
         if len(data) > self.max_tables_size(shape, form):
             raise CorruptError("tables of an impossible size")
         # They are read when a block needs them, without Python's lock.
-        return _native.ChannelTables(data, heads, dim, form.exponent_bits, form.mantissa_bits)
+        return _native.ChannelTables(data, heads, dim, *fields(form))
 
     def encode(self, block: Bits, context: Context) -> bytes:
         coded: bytes | None = context.tables.encode(rows(block)) if context.tables else None
@@ -126,7 +129,7 @@ def _fits(tables: _native.ChannelTables, sample: Bits, form: DType) -> bool:
     if coded is None:
         return False
     batch, heads, tokens, dim = sample.shape
-    counts = _native.ChannelCounts(heads, dim, form.exponent_bits, form.mantissa_bits)
+    counts = _native.ChannelCounts(heads, dim, *fields(form))
     counts.add(rows(sample))
     streams = len(tables.streams(coded, batch, tokens))
     fits: bool = 8 * len(coded) - _STREAM * streams <= (1 + _MORE) * counts.bits()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Context
 from kvzip.codecs import _native
+from kvzip.codecs.channel.profile import fields
 from kvzip.codecs.native.cuda.device import Device, Kernel, Memory, Pinned, Stream
 from kvzip.codecs.native.cuda.work import Full, Slot, Target, Work
 from kvzip.dtypes import DType
@@ -21,6 +22,14 @@ _HEADER = 16  # bytes before the numbers of a block that is stored as it is
 _SHARED = 128 * 72 + 2 * (4 * 4 * 128 + 128)
 """`kDecodeSharedBytes` of decode.cuh."""
 _JOB = np.dtype(("V", 48))
+_KERNELS = {
+    (8, 7): "bf16",
+    (5, 10): "fp16",
+    (8, 23): "fp32",
+    (4, 3): "fp8_e4m3fn",
+    (5, 2): "fp8_e5m2",
+}
+"""What kernels are called, by bits of exponent and mantissa."""
 _ENCODE_SOURCE = "channel/encode.cuh"
 _ENCODE_SHARED = 128 * 136
 """`kEncodeSharedBytes` of encode.cuh."""
@@ -73,7 +82,8 @@ def decode(work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]) -> 
                 work.tables(part, *_tables(work, tables))
         except ValueError as error:
             raise CorruptError(str(error)) from None
-        kernel = Kernel(_SOURCE, f"channel_decode_{form.name}", _SPACE, 32, shared=_SHARED)
+        name = f"channel_decode_{_KERNELS[fields(form)]}"
+        kernel = Kernel(_SOURCE, name, _SPACE, 32, shared=_SHARED)
         work.run(kernel, jobs.view(_JOB)[:, 0])
         for block in mine[raw].tolist():
             _, address, _, _, first, tokens, _ = block
@@ -175,7 +185,8 @@ def _code_streams(
         part = work.part(target)
         shapes = encoders if len(encoders) else np.zeros((1, 160), np.uint32)
         work.tables(part, work.put(tables.channels()), work.put(shapes, 256))
-        name, arguments = f"channel_encode_{form.name}", ("jobs", "count", "parts", "results")
+        name = f"channel_encode_{_KERNELS[fields(form)]}"
+        arguments = ("jobs", "count", "parts", "results")
         work.run(Kernel(_ENCODE_SOURCE, name, _SPACE, 32, 1, 1, _ENCODE_SHARED, arguments), jobs)
 
     _run(device, stream, results.address, fill)

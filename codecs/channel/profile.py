@@ -21,6 +21,14 @@ from kvzip.snapshot import PARTS, Part, Snapshot, batched
 from kvzip.statistics.documents import Item, Progress, check_channels, load
 
 
+def fields(form: DType) -> tuple[int, int]:
+    """Bits of exponent and of mantissa in the numbers of a format that the codec takes. Raises
+    UnsupportedError for others: it takes floats of up to 32 bits."""
+    if not form.is_float or form.bits > 32:
+        raise UnsupportedError(f"codec 'channel' takes no {form.name}")
+    return form.exponent_bits, form.mantissa_bits
+
+
 def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
     """Tables for every layer's keys and values, which code those of the documents best that there
     are, and can code any others. See :meth:`kvzip.Profile.fit`."""
@@ -29,8 +37,9 @@ def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
     first = load(snapshots[0])
     check_channels(first)
     form, shapes = dtypes.get(first.dtype), _shapes(first)
+    divided = fields(form)
     counts = {
-        key: _native.ChannelCounts(*shape, form.exponent_bits, form.mantissa_bits)
+        key: _native.ChannelCounts(*shape, *divided)
         for key, shape in shapes.items()
         if math.prod(shape)
     }
@@ -132,7 +141,7 @@ def _read(
 ) -> _native.ChannelTables:
     """The tables as the profile's tensors hold them. Raises ProfileError."""
     # Blocks come to them now and then: what is made of them stays.
-    how = (heads, dim, form.exponent_bits, form.mantissa_bits, True)
+    how = (heads, dim, *fields(form), True)
     try:
         tables = _native.ChannelTables(profile.tensors[_name(layer, part)].tobytes(), *how)
         tables.channels()  # they are read now

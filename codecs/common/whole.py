@@ -12,6 +12,11 @@ from kvzip.dtypes import Bits, DType
 class WholeBlockCodec(Codec):
     """One piece of a general coder's output a block; the coder has the codec's name."""
 
+    fallback = None
+
+    def takes(self, form: DType, kind: str, part: str) -> bool:
+        return True
+
     def __init__(self, level: int):
         self._coder = get_coder(self.codec_id, level)
         self.level = self._coder.level

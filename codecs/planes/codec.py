@@ -28,6 +28,10 @@ class PlanesCodec(Codec):
     """
 
     codec_id = "planes"
+    fallback = "raw"
+
+    def takes(self, form: DType, kind: str, part: str) -> bool:
+        return True
 
     def __init__(
         self, mode: str = "byte", order: str = "channel", coder: str = "zstd", level: int = 1
@@ -126,8 +130,12 @@ class PlanesCodec(Codec):
 
     def _split(self, flat: Bits) -> Bytes:
         """Planes of the numbers, most significant first, each an array of bytes."""
-        if self.mode == "bit":
-            planes: Bytes = _native.split_bits(flat)
+        planes: Bytes
+        if self.mode == "bit" and flat.itemsize == 8:
+            low, high = np.ascontiguousarray(flat.view("<u4").reshape(-1, 2).T)
+            planes = np.concatenate([_native.split_bits(high), _native.split_bits(low)])
+        elif self.mode == "bit":
+            planes = _native.split_bits(flat)
         else:
             planes = np.ascontiguousarray(
                 flat.view(np.uint8).reshape(flat.size, flat.itemsize).T[::-1]
@@ -136,14 +144,19 @@ class PlanesCodec(Codec):
 
     def _join(self, planes: Bytes, size: int, dtype: np.dtype[np.generic]) -> Bits:
         """The `size` numbers that these planes are of; the inverse of `_split`."""
+        joined: Bits
+        if self.mode == "bit" and dtype.itemsize == 8:
+            halves = [_native.join_bits(half, size) for half in (planes[32:], planes[:32])]
+            joined = np.stack(halves, axis=1).reshape(-1).view(dtype)
+            return joined
         if self.mode == "bit":
-            joined: Bits = _native.join_bits(planes, size)
+            joined = _native.join_bits(planes, size)
             return joined
         return np.ascontiguousarray(planes[::-1].T).reshape(-1).view(dtype)
 
     def max_encoded_size(self, raw_bytes: int) -> int:
-        # 32 planes at most, of which bit planes each round up to a byte
-        return raw_bytes + 32 * (_PLANE.size + 1)
+        # 64 planes at most, of which bit planes each round up to a byte
+        return raw_bytes + 64 * (_PLANE.size + 1)
 
     def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
         return encoded_bytes * self._coder.max_expansion

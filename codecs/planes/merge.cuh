@@ -21,10 +21,21 @@ struct MergeJob {
   uint32_t reserved;
 };
 
+// What shifts of a T are done in.
+template <typename T>
+struct WideOf {
+  using type = uint32_t;
+};
+template <>
+struct WideOf<uint64_t> {
+  using type = uint64_t;
+};
+
 template <typename T, bool kBits>
 KVZIP_DEVICE T merged(const uint64_t* planes, uint64_t i) {
   constexpr unsigned kPlanes = kBits ? 8 * sizeof(T) : sizeof(T);
-  uint32_t v = 0;
+  using Wide = typename WideOf<T>::type;
+  Wide v = 0;
 #pragma unroll
   for (unsigned p = 0; p < kPlanes; ++p) {
     const uint8_t* plane = reinterpret_cast<const uint8_t*>(planes[p]);
@@ -65,9 +76,11 @@ KVZIP_DEVICE void merge_job(const MergeJob* jobs, unsigned count, const DevicePa
 KVZIP_MERGE(byte, false, 1, uint8_t)
 KVZIP_MERGE(byte, false, 2, uint16_t)
 KVZIP_MERGE(byte, false, 4, uint32_t)
+KVZIP_MERGE(byte, false, 8, uint64_t)
 KVZIP_MERGE(bit, true, 1, uint8_t)
 KVZIP_MERGE(bit, true, 2, uint16_t)
 KVZIP_MERGE(bit, true, 4, uint32_t)
+KVZIP_MERGE(bit, true, 8, uint64_t)
 #undef KVZIP_MERGE
 
 }  // namespace kvzip::planes

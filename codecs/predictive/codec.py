@@ -20,7 +20,7 @@ from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.codec import ChannelCodec
 from kvzip.dtypes import Bits, DType
-from kvzip.errors import CorruptError, ProfileError
+from kvzip.errors import CorruptError, ProfileError, UnsupportedError
 from kvzip.profile import Profile
 from kvzip.snapshot import PARTS, Part, Snapshot, batched
 
@@ -42,6 +42,7 @@ _LAYER_TENSORS = (
     "pair_inverse",
     "pair_slope",
 )
+_FORMATS = ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
 # A block counts the words of its streams, and numbers cost little but never nothing.
 _MAX_EXPANSION = 1 << 16
 
@@ -69,6 +70,10 @@ class PredictiveCodec(Codec):
     needs_profile = True
     # Half of what is usual: only other tokens are other work, since layers need each other.
     block_bytes = 1 << 19
+    fallback = "channel"
+
+    def takes(self, form: DType, kind: str, part: str) -> bool:
+        return form.name in _FORMATS and kind in ("full", "sliding") and part in PARTS
 
     @classmethod
     def fit(
@@ -232,6 +237,12 @@ def _next_chain(context: Context, shape: tuple[int, ...]) -> _native.PredictiveC
     return found.chain
 
 
+def check_format(form: DType) -> None:
+    """Raise UnsupportedError for a format whose numbers are not predicted."""
+    if form.name not in _FORMATS:
+        raise UnsupportedError(f"codec 'predictive' takes no {form.name}")
+
+
 def native_model(profile: Profile) -> _native.PredictiveModel:
     """The compiled form of a profile, made once. Raises ProfileError."""
     if profile.description.get("codec") != "predictive":
@@ -251,7 +262,9 @@ def new_chain(
     form: DType,
     token_ids: NDArray[Any] | None,
 ) -> _native.PredictiveChain:
-    """State for `rows` x `count` tokens from position `start` on, before the first layer."""
+    """State for `rows` x `count` tokens from position `start` on, before the first layer. Raises
+    UnsupportedError for a format that is not predicted."""
+    check_format(form)
     entries = np.full(rows * count, -1, np.int32)
     known = tensors.get("token_ids")
     if known is not None and token_ids is not None and token_ids.size == rows * count:

@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip import dtypes
+from kvzip.codecs.predictive.codec import check_format
 from kvzip.errors import ProfileError
 from kvzip.snapshot import LayerLayout, Snapshot
 from kvzip.statistics.documents import SINK_TOKENS, Item, check_channels, check_tokens, load
@@ -23,6 +25,7 @@ class Documents:
         self.items = items
         self.first = load(items[0])
         check_channels(self.first)
+        check_format(dtypes.get(self.first.dtype))
         layers = self.first.layout.layers
         self.shapes = [_shape(s) for s in layers]
         self.widths = [width(s) for s in layers]

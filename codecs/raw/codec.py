@@ -17,6 +17,10 @@ class RawCodec(Codec):
     """No compression: a block's bytes in the order batch, heads, tokens, dim."""
 
     codec_id = "raw"
+    fallback = None
+
+    def takes(self, form: DType, kind: str, part: str) -> bool:
+        return True
 
     def encode(self, block: Bits, context: Context) -> bytes:
         return block.tobytes()

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip import dtypes
 from kvzip.entropy import linear, profiled
 from kvzip.entropy.linear import Doubles, Floats, Linear, Moments
 from kvzip.entropy.residual import (
@@ -28,7 +29,7 @@ from kvzip.entropy.residual import (
     part_bits,
 )
 from kvzip.entropy.tables import LEVELS, Frequencies
-from kvzip.errors import KVZipError, ProfileError
+from kvzip.errors import KVZipError, ProfileError, UnsupportedError
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import (
@@ -173,6 +174,8 @@ def fit(documents: Sequence[Item], progress: Progress | None = None) -> Fitted:
         raise KVZipError("there is no document to learn from")
     first = load(documents[0])
     check_tokens(first)
+    if dtypes.get(first.dtype).bits > 32:
+        raise UnsupportedError(f"numbers of {first.dtype} are not predicted: only of up to 32 bits")
     how, count = orders(first), len(first.layers)
     learning, calibrating = split(len(documents))
     moments = Moments.of_layers(count)

@@ -47,7 +47,8 @@ def _log2(x: NDArray[Any]) -> NDArray[Any]:
 
 
 def channel_counts(part: Bits, dtype: str) -> NDArray[Any]:
-    """How often each sign and exponent occurs in each channel of one layer's keys or values.
+    """How often each sign and exponent, or each number that is no float, occurs in each channel of
+    one layer's keys or values.
 
     `part`: [heads, tokens, dim] or a batch of it. Returns int64 [heads, dim, symbols].
     """
@@ -68,7 +69,8 @@ def _mantissas(part: Bits, dtype: str) -> NDArray[Any]:
     top 12 are counted, the others taken as they are."""
     form = dtypes.get(dtype)
     fields = dtypes.mantissa(part, dtype) >> part.dtype.type(_unseen(form))
-    return np.bincount(fields.reshape(-1), minlength=1 << (form.mantissa_bits - _unseen(form)))
+    size = 1 << (form.mantissa_bits - _unseen(form))
+    return np.bincount(fields.reshape(-1).astype(np.int64), minlength=size)
 
 
 def _unseen(form: dtypes.DType) -> int:
@@ -77,53 +79,97 @@ def _unseen(form: dtypes.DType) -> int:
 
 
 def planes(snapshot: Snapshot) -> list[Measure]:
-    """Entropy of sign, exponent and mantissa, of all numbers alike and of each channel apart."""
+    """Entropy of the fields of numbers, of all numbers alike and of each channel apart: of floats
+    their sign, exponent and mantissa; of other numbers, which have 8 bits, the halves of the byte
+    and the byte."""
     form = dtypes.get(snapshot.dtype)
-    tallies = {part: _Tally(form) for part in PARTS}
+    kind = _Floats if form.is_float else _Bytes
+    tallies = {part: kind(form) for part in PARTS}
     for layer in snapshot.layers:
         for part in PARTS:
             tallies[part].add(layer.part(part), snapshot.dtype)
-    names = [
-        ("sign", 1),
-        ("exponent", form.exponent_bits),
-        ("mantissa", form.mantissa_bits),
-        ("sign and exponent", 1 + form.exponent_bits),
-        ("sign and exponent, each channel apart", 1 + form.exponent_bits),
-        ("whole number, fields apart", form.bits),
-        ("whole number, each channel apart, mantissa raw", form.bits),
-    ]
     bits: dict[Part, list[float]] = {part: tallies[part].bits() for part in PARTS}
     return [
-        Measure(name, width, bits["k"][i], bits["v"][i]) for i, (name, width) in enumerate(names)
+        Measure(name, width, bits["k"][i], bits["v"][i])
+        for i, (name, width) in enumerate(kind.fields(form))
     ]
 
 
 class _Tally:
     """Counts of one part over layers."""
 
-    def __init__(self, form: dtypes.DType):
-        self.form = form
-        self.values = np.zeros(form.symbols, np.int64)
-        self.mantissas = np.zeros(1 << (form.mantissa_bits - _unseen(form)), np.int64)
-        self.apart: list[tuple[float, int]] = []
+    def __init__(self, symbols: int):
+        self.values = np.zeros(symbols, np.int64)
+        self._apart: list[tuple[float, int]] = []
+
+    @staticmethod
+    def fields(form: dtypes.DType) -> list[tuple[str, int]]:
+        """Names of the fields, and how many bits each has."""
+        raise NotImplementedError
 
     def add(self, part: Bits, dtype: str) -> None:
         """Count one layer's numbers."""
         counts = channel_counts(part, dtype)
         self.values += counts.sum(axis=(0, 1))
-        self.apart.append((entropy(counts), part.size))
+        self._apart.append((entropy(counts), part.size))
+
+    def bits(self) -> list[float]:
+        """The entropies of the fields, in their order."""
+        raise NotImplementedError
+
+    def apart(self) -> float:
+        """The entropy with a table for each channel."""
+        numbers = sum(n for _, n in self._apart)
+        return sum(bits * n for bits, n in self._apart) / max(numbers, 1)
+
+
+class _Floats(_Tally):
+    def __init__(self, form: dtypes.DType):
+        super().__init__(form.symbols)
+        self.form = form
+        self.mantissas = np.zeros(1 << (form.mantissa_bits - _unseen(form)), np.int64)
+
+    @staticmethod
+    def fields(form: dtypes.DType) -> list[tuple[str, int]]:
+        return [
+            ("sign", 1),
+            ("exponent", form.exponent_bits),
+            ("mantissa", form.mantissa_bits),
+            ("sign and exponent", 1 + form.exponent_bits),
+            ("sign and exponent, each channel apart", 1 + form.exponent_bits),
+            ("whole number, fields apart", form.bits),
+            ("whole number, each channel apart, mantissa raw", form.bits),
+        ]
+
+    def add(self, part: Bits, dtype: str) -> None:
+        super().add(part, dtype)
         self.mantissas += _mantissas(part, dtype)
 
     def bits(self) -> list[float]:
-        """The entropies, in the order of `planes`."""
-        form, table = self.form, self.values.reshape(2, -1)
+        table, apart = self.values.reshape(2, -1), self.apart()
         sign, exponent = entropy(table.sum(axis=1)), entropy(table.sum(axis=0))
-        mantissa = entropy(self.mantissas) + _unseen(form)
-        both = entropy(self.values)
-        numbers = sum(n for _, n in self.apart)
-        apart = sum(bits * n for bits, n in self.apart) / max(numbers, 1)
-        whole = sign + exponent + mantissa
-        return [sign, exponent, mantissa, both, apart, whole, apart + form.mantissa_bits]
+        mantissa = entropy(self.mantissas) + _unseen(self.form)
+        both, whole = entropy(self.values), sign + exponent + mantissa
+        return [sign, exponent, mantissa, both, apart, whole, apart + self.form.mantissa_bits]
+
+
+class _Bytes(_Tally):
+    def __init__(self, form: dtypes.DType):
+        super().__init__(form.symbols)
+
+    @staticmethod
+    def fields(form: dtypes.DType) -> list[tuple[str, int]]:
+        return [
+            ("upper four bits", 4),
+            ("lower four bits", 4),
+            ("byte", form.bits),
+            ("byte, each channel apart", form.bits),
+        ]
+
+    def bits(self) -> list[float]:
+        table = self.values.reshape(16, 16)
+        upper, lower = entropy(table.sum(axis=1)), entropy(table.sum(axis=0))
+        return [upper, lower, entropy(self.values), self.apart()]
 
 
 # --- tables by level -----------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def edges(bits: Bits, dtype: str) -> tuple[Doubles, Doubles]:
     """Where each number's part of the real line begins and ends: the midpoints to its neighbours.
 
     The outermost finite numbers' parts reach to infinity; a number that is not finite has none,
-    and gets low = high = 0.
+    and gets low = high = 0. Formats have at most 32 bits, so that midpoints are exact.
     """
     if bits.dtype.itemsize < 4:
         low, high = _all_edges(dtype)
@@ -76,17 +76,18 @@ def _edges(bits: Bits, dtype: str) -> tuple[Doubles, Doubles]:
     real = dtypes.finite(bits, dtype)
     # What is not finite stands aside as zero until the end.
     safe = np.where(real, bits, bits.dtype.type(0))
-    place, one = dtypes.to_ordered(safe), bits.dtype.type(1)
-    value = dtypes.to_float32(safe, dtype).astype(np.float64)
+    place, one = dtypes.to_ordered(safe, dtype), bits.dtype.type(1)
+    value = dtypes.to_float64(safe, dtype)
 
-    def middle(neighbour: Bits, beyond: float) -> Doubles:
-        near = dtypes.finite(neighbour, dtype)
-        other = dtypes.to_float32(np.where(near, neighbour, bits.dtype.type(0)), dtype)
+    below, above = place - one, place + one
+
+    def middle(ordered: Bits, is_there: NDArray[np.bool_], beyond: float) -> Doubles:
+        neighbour = dtypes.from_ordered(ordered, dtype)
+        near = is_there & dtypes.finite(neighbour, dtype)
+        other = dtypes.to_float64(np.where(near, neighbour, bits.dtype.type(0)), dtype)
         return np.where(real, np.where(near, (value + other) / 2, beyond), 0.0)
 
-    low = middle(dtypes.from_ordered(place - one), -np.inf)
-    high = middle(dtypes.from_ordered(place + one), np.inf)
-    return low, high
+    return middle(below, below < place, -np.inf), middle(above, above > place, np.inf)
 
 
 def code_length(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import cache_like, make_snapshot, random_bits
+from support import CHANNEL_DTYPES, cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip import dtypes
@@ -23,6 +23,11 @@ from kvzip.codecs.channel.codec import ChannelCodec
 
 LEVELS = ["scalar", "avx2", "avx512", "neon"]
 CODEC = ChannelCodec()
+
+
+@pytest.fixture(params=CHANNEL_DTYPES)
+def dtype(request):
+    return request.param
 
 
 @pytest.fixture(autouse=True)

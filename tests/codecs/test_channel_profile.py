@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_same, cache_like, make_snapshot, random_bits
+from support import CHANNEL_DTYPES, assert_same, cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip import dtypes
@@ -26,6 +26,11 @@ def document(seed, dtype="bf16", maker=cache_like, **more):
 
 def fitted(*documents):
     return kvzip.Profile.fit(documents, codec="channel")
+
+
+@pytest.fixture(params=CHANNEL_DTYPES)
+def dtype(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")

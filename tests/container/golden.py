@@ -30,13 +30,26 @@ def snapshot(dtype: str, heads: int = 2) -> kvzip.Snapshot:
         for part in range(2):
             n = np.arange(heads * 70 * 5, dtype=np.uint64) + np.uint64(1000 * layer + 100 * part)
             n = n * np.uint64(0x9E3779B97F4A7C15)
-            exponent = np.uint64((1 << (form.exponent_bits - 1)) - 2) - (n >> np.uint64(62))
-            bits = (n >> np.uint64(61) & np.uint64(1)) << np.uint64(form.bits - 1)
-            bits |= exponent << np.uint64(form.mantissa_bits)
-            bits |= n >> np.uint64(20) & np.uint64((1 << form.mantissa_bits) - 1)
+            if form.is_float:
+                exponent = np.uint64((1 << (form.exponent_bits - 1)) - 2) - (n >> np.uint64(62))
+                bits = (n >> np.uint64(61) & np.uint64(1)) << np.uint64(form.bits - 1)
+                bits |= exponent << np.uint64(form.mantissa_bits)
+                bits |= n >> np.uint64(20) & np.uint64((1 << form.mantissa_bits) - 1)
+            else:
+                bits = n >> np.uint64(60)
             parts.append(bits.reshape(heads, 70, 5).astype(form.uint))
         layers.append(tuple(parts))
     return kvzip.Snapshot.from_arrays(layers, dtype, np.arange(70), kvzip.Origin(model="golden"))
+
+
+def names() -> dict[str, tuple[str, str]]:
+    """Of the files of each codec and each dtype that it takes, the codec and the dtype."""
+    return {
+        f"{codec}-{dtype}": (codec, dtype)
+        for codec in kvzip.codec_names()
+        for dtype in dtypes.NAMES
+        if kvzip.get_codec(codec).takes(dtypes.get(dtype), "full", "k")
+    }
 
 
 def write_missing(folder: Path = FOLDER) -> list[Path]:
@@ -45,13 +58,11 @@ def write_missing(folder: Path = FOLDER) -> list[Path]:
     now = folder / f"v{VERSION}"
     now.mkdir(exist_ok=True)
     written = []
-    for name in kvzip.codec_names():
-        codec = kvzip.get_codec(name)
-        for dtype in dtypes.NAMES:
-            path = now / f"{name}-{dtype}.kvz"
-            if not codec.needs_profile and not path.exists():
-                path.write_bytes(kvzip.encode(snapshot(dtype), codec, block_tokens=BLOCK_TOKENS))
-                written.append(path)
+    for name, (codec, dtype) in names().items():
+        path = now / f"{name}.kvz"
+        if not kvzip.get_codec(codec).needs_profile and not path.exists():
+            path.write_bytes(kvzip.encode(snapshot(dtype), codec, block_tokens=BLOCK_TOKENS))
+            written.append(path)
     return written
 
 

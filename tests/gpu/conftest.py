@@ -11,7 +11,7 @@ import torch
 from kvzip.codecs.native.cuda.device import get_device
 from kvzip.codecs.native.cuda.shim_device import ShimDevice
 
-KINDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+KINDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 REAL = os.environ.get("KVZIP_TEST_DEVICE")
 
 

@@ -70,6 +70,7 @@ KVZIP_DEVICE void copy_job(const CopyJob* jobs, unsigned count, const DevicePart
 KVZIP_COPY(1, uint8_t)
 KVZIP_COPY(2, uint16_t)
 KVZIP_COPY(4, uint32_t)
+KVZIP_COPY(8, uint64_t)
 #undef KVZIP_COPY
 
 }  // namespace kvzip::cuda
