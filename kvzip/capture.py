@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 
     from kvzip.load.config import LayerKind
 
-# Largest finite e4m3fn and e5m2: engines saturate, torch's cast would make NaN or infinity.
-_FP8_MAX = {"fp8_e4m3fn": 448.0, "fp8_e5m2": 57344.0}
+# The largest finite numbers: engines saturate, torch's cast would make NaN or infinity.
+_FP8_MAX = {
+    "fp8_e4m3fn": 448.0,
+    "fp8_e5m2": 57344.0,
+    "fp8_e4m3fnuz": 240.0,
+    "fp8_e5m2fnuz": 57344.0,
+}
 
 
 def read_text(texts: Sequence[str]) -> str:
@@ -261,6 +266,10 @@ def _cast(tensor: Any, dtype: str) -> Any:
     import torch
 
     form = dtypes.get(dtype)
+    if not form.is_float:
+        raise UnsupportedError(
+            f"a cache is not cast to {form.name}, only to a floating-point dtype"
+        )
     if (top := _FP8_MAX.get(form.name)) is not None:
         tensor = tensor.float().clamp(-top, top)
     return tensor.to(getattr(torch, form.torch))

@@ -69,6 +69,16 @@ class Codec(ABC):
     block_bytes: ClassVar[int] = 1 << 20
     """Raw bytes of a block that suit the codec: enough to spread what a block starts with, and few
     enough that a document has work for several threads."""
+    fallback: ClassVar[str | None] = "planes"
+    """The codec that stores the parts that this one does not take; None: it takes every part."""
+
+    def takes(self, form: DType, kind: str, part: str) -> bool:
+        """Whether the codec stores a layer's part of this format.
+
+        `kind`: of the layer: "full", "sliding", "latent", "state" or "cross". `part`: its name,
+        such as "k". What it does not take, `fallback` stores. Default: numbers of up to 32 bits.
+        """
+        return form.itemsize <= 4 and form.kind != "bytes"
 
     # --- settings --------------------------------------------------------------------------
 

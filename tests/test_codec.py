@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from support import cache_like, make_snapshot
 
 import kvzip
+from kvzip import dtypes
 from kvzip.errors import UnsupportedError
 
 
@@ -37,6 +39,43 @@ def test_a_wrong_name_or_setting_says_what_there_is(spec, says):
 def test_only_codecs_register():
     with pytest.raises(UnsupportedError, match=r"not a kvzip\.Codec"):
         kvzip.register_codec(dict)
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding", "latent", "state", "cross"])
+@pytest.mark.parametrize("part", ["k", "v", "latent", "recurrent", "k_scale"])
+def test_every_part_is_taken_by_a_codec_or_what_it_falls_back_to(codec, kind, part):
+    for name in dtypes.NAMES:
+        form, made, seen = dtypes.get(name), kvzip.get_codec(codec), []
+        while not made.takes(form, kind, part):
+            assert made.fallback is not None and made.fallback not in seen
+            seen.append(made.fallback)
+            made = kvzip.get_codec(made.fallback)
+
+
+def test_what_each_codec_takes():
+    def taken(codec, kind="full", part="k"):
+        made = kvzip.get_codec(codec)
+        return {name for name in dtypes.NAMES if made.takes(dtypes.get(name), kind, part)}
+
+    for codec in ("raw", "zstd", "lz4", "planes"):
+        assert taken(codec) == taken(codec, "state", "conv") == {*dtypes.NAMES}
+    others = {"fp64", "int8", "uint8", "e8m0", "bytes"}
+    assert taken("channel") == taken("channel", "state", "conv") == {*dtypes.NAMES} - others
+    assert taken("predictive") == taken("channel") - {"fp8_e4m3fnuz", "fp8_e5m2fnuz"}
+    for kind, part in [
+        ("latent", "k"),
+        ("state", "recurrent"),
+        ("cross", "k"),
+        ("full", "k_scale"),
+    ]:
+        assert not taken("predictive", kind, part)
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "int8", "uint8", "e8m0", "bytes"])
+@pytest.mark.parametrize("learn", ["channel", "predictive"])
+def test_no_profile_is_learned_of_what_a_codec_does_not_take(dtype, learn):
+    with pytest.raises(UnsupportedError, match=f"takes no {dtype}"):
+        kvzip.Profile.fit([make_snapshot(cache_like, 1, dtype)], codec=learn)
 
 
 PLUGIN = '''

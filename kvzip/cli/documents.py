@@ -59,7 +59,8 @@ def capture(
     docs
         Which documents, as A:B (B not included).
     dtype
-        Of the cache: bf16, fp16, fp32, fp8_e4m3fn, fp8_e5m2. Default: the model's.
+        Of the cache: bf16, fp16, fp32, fp64, fp8_e4m3fn, fp8_e5m2, fp8_e4m3fnuz, fp8_e5m2fnuz.
+        Default: the model's.
     device
         cpu, cuda, cuda:1 and so on.
     full_history
