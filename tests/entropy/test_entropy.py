@@ -18,9 +18,10 @@ from kvzip import Layer, LayerLayout, Profile, Snapshot, dtypes, entropy
 from kvzip.capture import cast, prefill
 from kvzip.entropy import linear, residual
 from kvzip.entropy.ladder import LEVELS, PREDICTED, PROFILE, orders, split
-from kvzip.errors import KVZipError, ProfileError
+from kvzip.errors import KVZipError, ProfileError, UnsupportedError
 
 HEADS, DIM = 2, 16
+PREDICTED_DTYPES = [name for name in dtypes.NAMES if dtypes.get(name).bits <= 32]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,45 @@ def test_channels_before_leave_what_the_determinant_says(fitted, unseen):
     assert turned == pytest.approx(np.full(len(s), logs), rel=0.01)
 
 
+# --- fields ------------------------------------------------------------------------------------
+
+
+def test_the_fields_of_every_format(dtype):
+    """Noise fills all of them; tables for each channel know what one for all does not."""
+    fields = entropy.planes(make_snapshot(random_bits, 1, dtype, layers=1, tokens=2000))
+    for field in fields:
+        # What has few values is seen often enough to tell that they are alike.
+        least = 0.99 * field.width if field.width <= 6 else 0.75 * min(field.width, 12)
+        for bits in (field.k, field.v):
+            assert least < bits <= field.width
+    found = {field.plane: field.k for field in fields}
+    form = dtypes.get(dtype)
+    if form.is_float:
+        assert {"sign", "exponent", "mantissa"} <= {*found}
+        real = entropy.planes(make_snapshot(cache_like, 1, dtype, layers=1, tokens=2000))
+        real = {field.plane: field.k for field in real}
+        assert real["sign and exponent, each channel apart"] < real["sign and exponent"] - 0.5
+    else:
+        assert [*found] == [
+            "upper four bits",
+            "lower four bits",
+            "byte",
+            "byte, each channel apart",
+        ]
+        # Two numbers of four bits in a byte, of which one is always the same.
+        packed = np.arange(64, dtype=np.uint8).reshape(1, 16, 4) % 8 << 4 | 5
+        upper, lower, byte, _ = entropy.planes(Snapshot.from_arrays([(packed, packed)], dtype))
+        assert (upper.k, lower.k, byte.k) == (3, 0, 3)
+
+
+def test_numbers_of_64_bits_are_counted_and_not_predicted():
+    snapshots = [make_snapshot(cache_like, i, "fp64", tokens=200) for i in range(2)]
+    levels = [rung.bits for rung in entropy.measure(snapshots).rungs]
+    assert levels == sorted(levels, reverse=True) and levels[0] < 64
+    with pytest.raises(UnsupportedError, match="fp64 are not predicted"):
+        entropy.fit(snapshots)
+
+
 # --- the ladder ----------------------------------------------------------------------------------
 
 
@@ -129,6 +169,7 @@ def test_energy_pays_where_tokens_differ():
     assert bits["and token energy"] < bits["and channels before"] - 0.2
 
 
+@pytest.mark.parametrize("dtype", PREDICTED_DTYPES)
 def test_tables_never_cost_less_than_the_entropy(dtype):
     """Known frequencies cost the least; those of other documents cost more, on every level."""
     snapshots = [make_snapshot(cache_like, i, dtype, tokens=200) for i in range(3)]
@@ -145,6 +186,7 @@ def test_tables_never_cost_less_than_the_entropy(dtype):
         assert levels[0] <= np.log2(symbols + 1) + dtypes.get(dtype).mantissa_bits
 
 
+@pytest.mark.parametrize("dtype", PREDICTED_DTYPES)
 def test_every_bit_pattern_has_a_price(dtype):
     """Noise: infinities, NaNs, subnormals. No model gains, and none is lost."""
     snapshots = [make_snapshot(random_bits, i, dtype, tokens=150, dim=8) for i in range(3)]

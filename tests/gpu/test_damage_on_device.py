@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from support import cache_like, make_snapshot, reseal
+from support import CHANNEL_DTYPES, cache_like, make_snapshot, reseal
 
 import kvzip
 
@@ -53,6 +53,7 @@ def test_any_byte_that_is_changed(device, codec, resealed):
     _changed(device, codec, resealed, 1 << 20)
 
 
+@pytest.mark.parametrize("dtype", CHANNEL_DTYPES)
 def test_damage_in_longer_streams(device, shuffled, dtype):
     """Of whole groups and strips, where the kernels take their fastest way."""
     blob = small("channel", dtype, 300, heads=2, tokens=300, dim=128)

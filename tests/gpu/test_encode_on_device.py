@@ -13,7 +13,7 @@ from kvzip.codecs.channel.gpu import encode
 from kvzip.codecs.native.cuda.work import Target
 from kvzip.snapshot import Origin
 
-DTYPES = ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
+DTYPES = ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2", "fp8_e5m2fnuz")
 
 
 def numbers(form, shape, seed, escapes=0, constants=False):
