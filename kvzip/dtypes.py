@@ -177,7 +177,7 @@ def to_ordered(bits: Bits, dtype: str) -> Bits:
     """
     form, top = get(dtype), _top_bit(bits)
     if form.kind == "signed":
-        return bits ^ top
+        return np.asarray(bits ^ top)
     if not form.is_float:
         return bits.copy()
     # The NaN of "fnuz" comes lowest, not between the least numbers and 0.
@@ -189,7 +189,7 @@ def from_ordered(ordered: Bits, dtype: str) -> Bits:
     """The inverse of :func:`to_ordered`."""
     form, top = get(dtype), _top_bit(ordered)
     if form.kind == "signed":
-        return ordered ^ top
+        return np.asarray(ordered ^ top)
     if not form.is_float:
         return ordered.copy()
     negative = -ordered | top if form.kind == "fnuz" else ~ordered
