@@ -6,6 +6,7 @@ import torch
 from support import assert_same, cache_like, make_snapshot, random_bits
 
 import kvzip
+from kvzip import dtypes
 from kvzip.errors import CorruptError, FormatError, UsageError
 
 
@@ -19,14 +20,20 @@ def test_disk_round_trip(tmp_path, dtype):
     assert loaded.dtype == dtype
 
 
-def test_file_is_plain_safetensors(tmp_path):
+def test_file_is_plain_safetensors(tmp_path, dtype):
     from safetensors.torch import load_file
 
-    snapshot = make_snapshot(cache_like, 2, "bf16")
+    snapshot = make_snapshot(cache_like, 2, dtype)
     snapshot.save(tmp_path / "a.safetensors")
-    tensors = load_file(tmp_path / "a.safetensors")
-    assert tensors["layers.1.v"].dtype == torch.bfloat16
-    assert torch.equal(tensors["layers.1.v"], snapshot.tensors()[1][1])
+    found, held = load_file(tmp_path / "a.safetensors")["layers.1.v"], snapshot.tensors()[1][1]
+    assert found.dtype == held.dtype == getattr(torch, dtypes.get(dtype).torch)
+    assert torch.equal(found.view(torch.uint8), held.view(torch.uint8))
+
+
+def test_tensors_and_back(dtype):
+    snapshot = make_snapshot(random_bits, 4, dtype, ids=False)
+    again = kvzip.Snapshot.from_arrays(snapshot.tensors(), dtype)
+    assert_same(snapshot, again)
 
 
 def test_every_truncation_is_an_error(tmp_path):
