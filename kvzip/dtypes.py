@@ -150,7 +150,9 @@ def _of_tensor(tensor: Any, dtype: str | None, torch: Any) -> tuple[NDArray[Any]
     None where `dtype` must tell."""
     kind = tensor.dtype
     signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(kind.itemsize)
-    if signed is None or kind is torch.bool or kind.is_complex:
+    own = _BY_NAME.get(str(kind).removeprefix("torch."))
+    holds_bits = not (kind.is_floating_point or kind.is_complex or kind is torch.bool)
+    if signed is None or not (own or holds_bits):
         raise UnsupportedError(
             f"a tensor of {kind} holds no numbers of ours: its bytes are tensor.view(torch.uint8)"
         )
@@ -158,8 +160,8 @@ def _of_tensor(tensor: Any, dtype: str | None, torch: Any) -> tuple[NDArray[Any]
         raise UsageError("a tensor is a negative view: give its resolve_neg()")
     with told_as(UsageError, f"a {tensor.layout} tensor on {tensor.device} holds no plain bits"):
         values = tensor.detach().cpu().view(signed).numpy()
-    known = kind.is_floating_point or (dtype is None and kind in (torch.int8, torch.uint8))
-    return values, get(kind) if known else None
+    # int8 and uint8 may hold the bits of another format.
+    return values, None if holds_bits and dtype is not None else own
 
 
 def as_tensor(bits: Bits, dtype: str) -> Any:

@@ -131,6 +131,17 @@ def test_other_integers_are_stored_as_bytes(kind):
     assert bits.tobytes() == tensor.numpy().tobytes()
 
 
+@pytest.mark.parametrize("kind", ["complex64", "float4_e2m1fn_x2"])
+def test_other_formats_of_torch_are_stored_as_bytes(kind):
+    if not hasattr(torch, kind):
+        pytest.skip("this torch is older")
+    tensor = torch.arange(16, dtype=torch.uint8).view(getattr(torch, kind))
+    for name in (None, "bytes", "bf16"):
+        with pytest.raises(UnsupportedError, match=r"view\(torch.uint8\)"):
+            dtypes.as_bits(tensor, name)
+    assert dtypes.as_bits(tensor.view(torch.uint8))[0].tolist() == list(range(16))
+
+
 def test_a_dtype_is_named_in_any_way(dtype):
     form = dtypes.get(dtype)
     own = getattr(torch, form.torch)
