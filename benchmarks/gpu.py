@@ -74,7 +74,7 @@ def kernels_only(device: Device, reader: Any) -> Callable[[], None]:
     on_device.PIECE, changed["Work"] = 1 << 62, Kept
     try:
         out = [
-            tuple(empty(device, layer.shape(p), dtypes.get(reader.layout.dtype))[0] for p in "kv")
+            tuple(empty(device, part.shape, part.form)[0] for part in layer.parts.values())
             for layer in reader.layout.layers
         ]
         reader.decode(out=out, device=device)

@@ -16,7 +16,7 @@ from kvzip.errors import (
 from kvzip.identity import fingerprint
 from kvzip.pages import decode_page, encode_page, max_page_size
 from kvzip.profile import Profile
-from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
+from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, PartLayout, Snapshot
 from kvzip.version import __version__
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "LayerLayout",
     "Layout",
     "Origin",
+    "PartLayout",
     "Profile",
     "ProfileError",
     "Reader",

@@ -18,6 +18,7 @@ from kvzip import dtypes
 from kvzip.dtypes import Bits
 from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError, first_line
 from kvzip.identity.checkpoint import changed
+from kvzip.layout import KV
 from kvzip.models import LoadedModel
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
 
@@ -180,8 +181,9 @@ def _layers(
             bits, name = dtypes.as_bits(kept.contiguous())
             parts.append(bits[0] if single else bits)
         held.keys = held.values = None
-        layout = LayerLayout(parts[0].shape, parts[1].shape, total, kind, window, rope)
-        layers.append(Layer(parts[0], parts[1], layout))
+        k, v = parts
+        layout = LayerLayout.of_kv(k.shape, v.shape, name, total, kind, window, rope)
+        layers.append(Layer.of_kv(k, v, layout))
     if name is None:
         raise KVZipError("the model has no layers")
     return name, layers
@@ -257,9 +259,15 @@ def revision_of_cast(revision: str, computed: str, dtype: str) -> str:
 
 def cast_layer(layer: Layer, dtype: str, to: str) -> Layer:
     """One layer whose bits are of `dtype` in the format `to`."""
-    tensors = [dtypes.as_tensor(np.array(part), dtype) for part in layer]
-    k, v = (dtypes.as_bits(_cast(tensor, to))[0] for tensor in tensors)
-    return Layer(k, v, layer.layout)
+    k, v = (
+        dtypes.as_bits(_cast(dtypes.as_tensor(np.array(layer.part(part)), dtype), to))[0]
+        for part in KV
+    )
+    held = layer.layout
+    layout = LayerLayout.of_kv(
+        k.shape, v.shape, to, held.cumulative_length, held.kind, held.window, held.rope
+    )
+    return Layer.of_kv(k, v, layout)
 
 
 def _cast(tensor: Any, dtype: str) -> Any:

@@ -1,7 +1,8 @@
 """What a codec is, and how codecs are found by name.
 
-A codec turns one block into bytes and back. A block is one layer's keys or values for a range of
-tokens: an integer array of raw bits, shape [batch, heads, tokens, dim]. The shape of this
+A codec turns one block into bytes and back. A block is one part of a layer (keys, values) for a
+range of tokens: an integer array of raw bits, shape [batch, heads, tokens, dim]; of a part that has
+no tokens, such as a state, it is all of it, with rows in the place of tokens. The shape of this
 interface follows numcodecs (`codec_id`, `get_config`, `from_config`, `encode`, `decode`), with a
 context beside the data, because keys and values have layers and tokens and can be predicted.
 """
@@ -22,7 +23,7 @@ from kvzip import checksum
 from kvzip.codec_spec import format_spec, parse_spec
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import UnsupportedError, UsageError
-from kvzip.snapshot import Origin, Part
+from kvzip.layout import Origin
 
 GROUP = "kvzip.codecs"
 """Entry-point group under which a distribution offers codecs: name = "module:CodecClass"."""
@@ -34,16 +35,17 @@ class Context(msgspec.Struct, frozen=True):
 
     dtype: DType
     layer: int
-    part: Part
+    part: str
     start: int
-    """Position in the sequence of the block's first token."""
+    """Position in the sequence of the block's first token; 0 of a part without tokens."""
     origin: Origin
     token_ids: NDArray[Any] | None = None
-    """Ids of the block's tokens, uint32 [batch, tokens], or None when the file has none."""
+    """Ids of the block's tokens, uint32 [batch, tokens]; None when the file has none, and for parts
+    without tokens of the sequence."""
     profile: Any = None
     tables: Any = None
     """What :meth:`Codec.load_tables` made of this layer and part's tables, or None."""
-    earlier: Mapping[tuple[int, Part], Bits] = {}
+    earlier: Mapping[tuple[int, str], Bits] = {}
     """The same tokens of the blocks that :meth:`Codec.needs` names, as far as the file holds them,
     shaped as blocks are."""
     scratch: dict[str, Any] = {}
@@ -202,7 +204,7 @@ class Codec(ABC):
         """
         return [self.encode(block, context) for block, context in blocks]
 
-    def needs(self, layer: int, part: Part) -> tuple[tuple[int, Part], ...]:
+    def needs(self, layer: int, part: str) -> tuple[tuple[int, str], ...]:
         """The earlier layers' parts whose same tokens must be decoded first. Default: none."""
         return ()
 

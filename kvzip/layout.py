@@ -1,4 +1,4 @@
-"""What a cache is, without its numbers: the shapes and kinds of its layers, and its origin.
+"""What a cache is, without its numbers: the parts, shapes and kinds of its layers, and its origin.
 
 Everything here is checked when it is made, from Python or from a file, so that whatever can be
 written can be read: wrong values raise UsageError, which a reader turns into FormatError.
@@ -7,116 +7,318 @@ written can be read: wrong values raise UsageError, which a reader turns into Fo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 from msgspec.structs import force_setattr
 
 from kvzip import dtypes
-from kvzip.errors import UsageError
+from kvzip.dtypes import Bits
+from kvzip.errors import UnsupportedError, UsageError
 from kvzip.options import integer, items, json_value, text
 
-Part = Literal["k", "v"]
-PARTS: tuple[Part, Part] = ("k", "v")
+Kind = Literal["full", "sliding", "latent", "state", "cross"]
+KINDS: tuple[Kind, ...] = ("full", "sliding", "latent", "state", "cross")
+KV = ("k", "v")
+"""The parts of a layer of plain attention, in their order."""
 _MOST = 2**31 - 1
 """How many tokens, heads or channels a layer may have: what an index can say."""
+_MOST_PARTS = 64
+_AXES = "bhtrd"
+_AS_KV = {3: "htd", 4: "bhtd"}
 
 
-class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Shape and kind of one layer. Shapes are [heads, tokens, dim] or [batch, heads, tokens, dim].
+class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Format, shape and axes of one part of a layer: its keys, its values, a state, ...
 
-    A `sliding` layer keeps only the last tokens of `cumulative_length`; `window` is how many
-    positions a query of it sees, its own included. The stored tokens are the last ones.
-    Raises UsageError unless the fields fit each other.
+    `axes` has a letter for each axis of `shape`, none twice: "b" batch, "h" heads, "t" tokens, "r"
+    rows, which a part without tokens has in their place, "d" dim, the channels. "b" comes first.
+    Keys and values are "htd" or "bhtd". Raises UsageError unless the fields fit each other,
+    UnsupportedError for a format that is not one of ours.
     """
 
-    k: tuple[int, ...]
-    v: tuple[int, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    axes: str
+
+    def __post_init__(self) -> None:
+        name = dtypes.get(self.dtype).name
+        if self.dtype is not name:
+            force_setattr(self, "dtype", name)
+        shape = self.shape
+        if type(shape) is not tuple or {*map(type, shape)} - {int}:
+            shape = tuple(integer("a size", size) for size in items("shape", shape, "a shape"))
+            force_setattr(self, "shape", shape)
+        if type(self.axes) is not str:
+            force_setattr(self, "axes", text("axes", self.axes))
+        axes = self.axes
+        if not (
+            len(shape) == len(axes) == len(set(axes))
+            and not set(axes) - set(_AXES)
+            and not {"t", "r"} <= set(axes)
+            and axes.find("b") <= 0
+            and min(shape, default=0) >= 0
+            and max(shape, default=0) <= _MOST
+        ):
+            raise UsageError(f"a part's shape or axes make no sense: {self}")
+
+    @property
+    def form(self) -> dtypes.DType:
+        """The format of the numbers."""
+        return dtypes.get(self.dtype)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the part has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its numbers are."""
+        return self.numbers * self.form.itemsize
+
+    @property
+    def batch(self) -> int | None:
+        """How many rows the batch has; None when it has no axis of the batch."""
+        return self.shape[0] if self.axes.startswith("b") else None
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens it holds; None when it has no axis of tokens."""
+        return self.size("t") if "t" in self.axes else None
+
+    def size(self, axis: str) -> int:
+        """The size of an axis, by its letter; 1 for one that there is not."""
+        at = self.axes.find(axis)
+        return 1 if at < 0 else self.shape[at]
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int]:
+        """The shape in which codecs see the part, [batch, heads, tokens or rows, dim], with a size
+        of 1 for each axis that it has not."""
+        if self.axes == "bhtd":
+            return self.shape  # type: ignore[return-value] # four, as the axes are
+        lines = self.size("t") if "t" in self.axes else self.size("r")
+        return self.size("b"), self.size("h"), lines, self.size("d")
+
+    @property
+    def line_numbers(self) -> int:
+        """How many numbers one token (or row) has, in all rows of the batch."""
+        batch, heads, _, dim = self.block_shape
+        return batch * heads * dim
+
+    def as_block(self, array: Bits) -> Bits:
+        """A view of an array of the part's shape (but for the number of its tokens) in the shape of
+        blocks: [batch, heads, tokens or rows, dim]."""
+        axes = self.axes
+        if axes == "bhtd":
+            return array
+        if axes == "htd":
+            return array[np.newaxis]
+        order = [axes.find(a) for a in ("b", "h", "t" if "t" in axes else "r", "d")]
+        view = array.transpose([at for at in order if at >= 0])
+        return view[tuple(slice(None) if at >= 0 else np.newaxis for at in order)]
+
+    def from_block(self, block: Bits) -> Bits:
+        """A view of a block, [batch, heads, tokens or rows, dim], in the part's axes: the inverse
+        of :meth:`as_block`."""
+        axes = self.axes
+        if axes == "bhtd":
+            return block
+        if axes == "htd":
+            return block[0]
+        letters = "bhtd" if "t" in axes else "bhrd"
+        kept = [a for a in letters if a in axes]
+        # The ellipsis: even of no axes it is an array that is looked at, and not a number.
+        view = block[(*(slice(None) if a in axes else 0 for a in letters), ...)]
+        return view.transpose([kept.index(a) for a in axes])
+
+    def cut(self, tokens: int) -> PartLayout:
+        """The part with so many tokens. It must have an axis of them."""
+        at = self.axes.index("t")
+        shape = (*self.shape[:at], tokens, *self.shape[at + 1 :])
+        return msgspec.structs.replace(self, shape=shape)
+
+
+class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Parts and kind of one layer.
+
+    `parts`: by their names, in their order; "k" and "v" are keys and values. A layer that shares
+    another's cache has none. All parts with tokens hold the same ones, the last of
+    `cumulative_length`. `kind`:
+
+    - "full": all tokens, each with keys and values;
+    - "sliding": only the last tokens; `window` is how many positions a query sees, its own
+      included;
+    - "latent": for each token one latent for all heads (MLA) in place of keys and values; it may
+      have a `window`, too;
+    - "state": no tokens, but what all of `cumulative_length` tokens have left behind (linear
+      attention, Mamba);
+    - "cross": keys and values of an encoder's tokens, which the decoder's do not count.
+
+    `state_length`: how many tokens the parts without an axis of tokens have seen, so that they are
+    good at that length only. None: such parts are constants (the scale of a tensor), or there are
+    none. Raises UsageError unless the fields fit each other.
+    """
+
+    parts: dict[str, PartLayout]
     cumulative_length: int
-    kind: Literal["full", "sliding"] = "full"
+    kind: Kind = "full"
     window: int | None = None
     rope: int | None = None
     """Index into the description's list of RoPE parameters; None: no rotation is known."""
+    state_length: int | None = None
 
     def __post_init__(self) -> None:
-        k, v, length = self.k, self.v, self.cumulative_length
-        if type(k) is not tuple or type(v) is not tuple or {*map(type, (*k, *v, length))} != {int}:
-            k = self._set("k", _shape("k", k))
-            v = self._set("v", _shape("v", v))
-            length = self._set("cumulative_length", integer("cumulative_length", length))
+        if type(self.cumulative_length) is not int:
+            length = integer("cumulative_length", self.cumulative_length)
+            force_setattr(self, "cumulative_length", length)
         if type(self.kind) is not str:
-            self._set("kind", text("kind", self.kind))
-        for name in ("window", "rope"):
+            force_setattr(self, "kind", text("kind", self.kind))
+        for name in ("window", "rope", "state_length"):
             value = getattr(self, name)
             if value is not None and type(value) is not int:
-                self._set(name, integer(name, value))
+                force_setattr(self, name, integer(name, value))
+        force_setattr(self, "parts", _checked_parts(self.parts))
+        lengths = {part.tokens for part in self.parts.values()}
+        timeless = None in lengths
+        lengths.discard(None)
+        batches = {
+            part.batch
+            for part in self.parts.values()
+            if part.tokens is not None or self.state_length is not None
+        }
         fits = (
-            len(k) == len(v)
-            and len(k) in (3, 4)
-            and min(k) >= 0 <= min(v)
-            and max(k) <= _MOST >= max(v)
-            and k[:-3] == v[:-3]
-            and k[-2] == v[-2]
-            and k[-2] <= length <= _MOST
-            and (
-                self.window is None
-                if self.kind == "full"
-                else self.kind == "sliding" and self.window is not None
-            )
+            len(lengths) <= 1
+            and max(lengths, default=0) <= self.cumulative_length <= _MOST  # type: ignore[type-var]
+            and self.kind in KINDS
+            and (self.window is None or self.kind in ("sliding", "latent"))
+            and (self.window is not None or self.kind != "sliding")
             and (self.window is None or 0 < self.window < 2**63)
             and (self.rope is None or 0 <= self.rope < 2**31)
+            and (
+                self.state_length is None
+                or (timeless and 0 <= self.state_length <= self.cumulative_length)
+            )
+            and (bool(lengths) == (self.kind != "state") or not self.parts)
+            and (self.kind != "state" or self.state_length == self.cumulative_length)
         )
         if not fits:
             raise UsageError(f"a layer's shape or kind makes no sense: {self}")
+        if len(batches) > 1:
+            raise UsageError(f"a layer's parts are not all of one batch: {self}")
 
-    def _set(self, name: str, value: Any) -> Any:
-        force_setattr(self, name, value)
-        return value
+    @classmethod
+    def of_kv(
+        cls,
+        k: tuple[int, ...],
+        v: tuple[int, ...],
+        dtype: Any,
+        cumulative_length: int,
+        kind: Kind = "full",
+        window: int | None = None,
+        rope: int | None = None,
+    ) -> LayerLayout:
+        """A layer of keys and values of these shapes, [heads, tokens, dim] or [batch, heads,
+        tokens, dim], in one format."""
+        parts = {}
+        for name, given in zip(KV, (k, v), strict=True):
+            shape = tuple(integer(f"a size in {name}", n) for n in items(name, given, "a shape"))
+            if len(shape) not in _AS_KV:
+                raise UsageError(f"shape {list(shape)}: want [heads, tokens, dim] or a batch")
+            parts[name] = PartLayout(dtype, shape, _AS_KV[len(shape)])
+        return cls(parts, cumulative_length, kind, window, rope)
+
+    @property
+    def k(self) -> tuple[int, ...]:
+        """The shape of the keys. Raises UsageError where there are none."""
+        return self.part("k").shape
+
+    @property
+    def v(self) -> tuple[int, ...]:
+        """The shape of the values. Raises UsageError where there are none."""
+        return self.part("v").shape
+
+    def part(self, name: str) -> PartLayout:
+        """The layout of a part. Raises UsageError where there is none of that name."""
+        found = self.parts.get(name)
+        if found is None:
+            names = ", ".join(self.parts)
+            raise UsageError(f"a layer of kind {self.kind} has no part {name!r}; it has {names}")
+        return found
 
     @property
     def stored(self) -> int:
-        """Tokens that are held."""
-        return self.k[-2]
+        """Tokens that are held; 0 for a layer of states."""
+        return next((p.tokens for p in self.parts.values() if p.tokens is not None), 0)
 
     @property
     def first(self) -> int:
         """Position of the first token that is held."""
         return self.cumulative_length - self.stored
 
-    def shape(self, part: Part) -> tuple[int, ...]:
-        return self.k if part == "k" else self.v
+    @property
+    def batch(self) -> int | None:
+        """How many rows the batch has; None where there is no axis of the batch."""
+        parts = self.parts.values()
+        if self.state_length is None:  # constants are the same for all rows
+            parts = [part for part in parts if part.tokens is not None]
+        return next((part.batch for part in parts), None)
 
-    def batched_shape(self, part: Part) -> tuple[int, ...]:
-        """The shape as [batch, heads, tokens, dim], a batch of one where the layer has none."""
-        shape = self.shape(part)
-        return shape if len(shape) == 4 else (1, *shape)
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether its tokens are those of the sequence, and not an encoder's."""
+        return self.kind != "cross"
 
-    def token_numbers(self, part: Part) -> int:
-        """How many numbers one token has, in all rows of the batch."""
-        *outer, _, dim = self.shape(part)
-        return math.prod(outer) * dim
+    def span(self, part: str) -> tuple[int, int]:
+        """The first of the positions that a part holds and the one behind the last; of its rows,
+        where it has no tokens."""
+        found = self.parts[part]
+        if found.tokens is None:
+            return 0, found.size("r")
+        return self.first, self.cumulative_length
 
     def cut(self, start: int, stop: int) -> LayerLayout:
-        """The layer with only the tokens that it holds of positions start to stop."""
-        if start <= self.first and stop >= self.cumulative_length:
+        """The layer with only the tokens that it holds of positions start to stop; a layer of
+        another sequence's tokens, whole. Raises UnsupportedError when it has states that are good
+        at another length than the one at which the range ends."""
+        whole = stop >= self.cumulative_length
+        length = min(stop, self.cumulative_length)
+        if not self.counts_tokens or (whole and (start <= self.first or self.kind == "state")):
             return self
+        if not whole and self.state_length not in (None, length):
+            raise UnsupportedError(
+                f"a layer of kind {self.kind} keeps a state after {self.state_length} tokens, "
+                f"which cannot be cut to {length}"
+            )
         begin, end = (min(max(p, self.first), self.cumulative_length) for p in (start, stop))
         count = max(end - begin, 0)
-        return msgspec.structs.replace(
-            self,
-            k=(*self.k[:-2], count, self.k[-1]),
-            v=(*self.v[:-2], count, self.v[-1]),
-            cumulative_length=min(stop, self.cumulative_length),
+        parts = {
+            name: part if part.tokens is None else part.cut(count)
+            for name, part in self.parts.items()
+        }
+        return msgspec.structs.replace(self, parts=parts, cumulative_length=length)
+
+
+def _checked_parts(given: Any) -> dict[str, PartLayout]:
+    if not isinstance(given, Mapping) or len(given) > _MOST_PARTS:
+        raise UsageError(
+            f"a layer's parts are {given!r}: they must be a dict of {_MOST_PARTS} at most"
         )
-
-
-def _shape(name: str, value: Any) -> tuple[int, ...]:
-    return tuple(integer(f"a size in {name}", size) for size in items(name, value, "a shape"))
+    for name, part in given.items():
+        if type(part) is not PartLayout:
+            raise UsageError(f"part {name!r} is {part!r}: it must be a PartLayout")
+        if not (isinstance(name, str) and name.isascii() and name.isidentifier()):
+            raise UsageError(f"a part is called {name!r}: a name is letters, digits and _")
+    return dict(given)
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Format, shapes and kinds of all layers: what a buffer for a cache must hold.
+    """Parts and kinds of all layers: what a buffer for a cache must hold.
 
+    `dtype` is the format of the cache, which its keys and values are in; each part has its own.
     Raises UsageError when the layers are of different batches, UnsupportedError for other formats.
     """
 
@@ -134,37 +336,64 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for i, layer in enumerate(layers):
             if type(layer) is not LayerLayout:
                 raise UsageError(f"layer {i} is {layer!r}: it must be a LayerLayout")
-            if layer.k[:-3] != layers[0].k[:-3]:
+            if layer.parts and layer.batch != self.batch:
                 raise UsageError(
-                    f"layer {i} has shape {layer.k}, layer 0 {layers[0].k}: "
+                    f"layer {i} has a batch of {layer.batch}, others of {self.batch}: "
                     "all layers must be of one batch"
                 )
 
+    def parts(self) -> Iterator[tuple[int, str, PartLayout]]:
+        """Every part: the number of its layer, its name, its layout; in the order of a file."""
+        for i, layer in enumerate(self.layers):
+            for name, part in layer.parts.items():
+                yield i, name, part
+
     @property
     def raw_bytes(self) -> int:
-        return self.numbers * dtypes.get(self.dtype).itemsize
+        """Bytes of all numbers."""
+        return sum(part.nbytes for _, _, part in self.parts())
 
     @property
     def numbers(self) -> int:
-        """How many numbers all keys and values are."""
-        return sum(math.prod(s.shape(part)) for s in self.layers for part in PARTS)
+        """How many numbers all parts have."""
+        return sum(part.numbers for _, _, part in self.parts())
 
     @property
     def tokens(self) -> int:
         """True length of the sequence, cropped tokens included."""
-        return max((s.cumulative_length for s in self.layers), default=0)
+        return max((s.cumulative_length for s in self.layers if s.counts_tokens), default=0)
+
+    @property
+    def batch(self) -> int | None:
+        """How many rows the batch has; None where there is no axis of the batch."""
+        return next((layer.batch for layer in self.layers if layer.parts), None)
 
     @property
     def ids_shape(self) -> tuple[int, ...]:
         """The shape of all tokens' ids: [tokens] or [batch, tokens]."""
-        return (*(self.layers[0].k[:-3] if self.layers else ()), self.tokens)
+        return (self.tokens,) if self.batch is None else (self.batch, self.tokens)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every layer is keys and values of the layout's format, and nothing else."""
+        return all(
+            layer.counts_tokens
+            and tuple(layer.parts) == KV
+            and all(
+                p.dtype == self.dtype and p.axes in _AS_KV.values() for p in layer.parts.values()
+            )
+            for layer in self.layers
+        )
 
     def lacking(self, count: int) -> int | None:
         """The first layer that lacks some of what a cache of the first `count` tokens, less the
-        one that is left to compute, needs: a sliding layer the `window - 1` before it. None: no
-        layer does."""
+        one that is left to compute, needs: a sliding layer the `window - 1` before it, a state the
+        length that it is good at. None: no layer does."""
         for i, layer in enumerate(self.layers):
-            if layer.first > (0 if layer.window is None else max(0, count - layer.window + 1)):
+            needed = 0 if layer.window is None else max(0, count - layer.window + 1)
+            if layer.state_length not in (None, count):
+                return i
+            if layer.first > needed and layer.parts and layer.kind not in ("state", "cross"):
                 return i
         return None
 

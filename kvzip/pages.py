@@ -19,9 +19,9 @@ from kvzip.codec import Coded, Context, get_codec
 from kvzip.codecs.channel.profile import stated
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError
+from kvzip.layout import KV, Origin
 from kvzip.options import integer
 from kvzip.profile import Profile, check_profile
-from kvzip.snapshot import PARTS, Origin, Part
 
 MAGIC = b"KVZP"
 VERSION = 0
@@ -133,7 +133,7 @@ class _Coder:
 
     def parts(
         self, first: int, count: int, tokens: int
-    ) -> Iterator[tuple[int, Part, tuple[int, int, int]]]:
+    ) -> Iterator[tuple[int, str, tuple[int, int, int]]]:
         """Layer, part and shape of each block of a page, in its order."""
         first, count = integer("first", first, 0), integer("layers", count, 1)
         tokens = integer("the tokens of a page", tokens, 1, MOST_TOKENS)
@@ -143,11 +143,11 @@ class _Coder:
                 "model"
             )
         for i in range(first, first + count):
-            for part in PARTS:
+            for part in KV:
                 heads, dim = self.layers[i][part]
                 yield i, part, (heads, tokens, dim)
 
-    def context(self, layer: int, part: Part, block: Bits) -> Context:
+    def context(self, layer: int, part: str, block: Bits) -> Context:
         bare = Context(self.form, layer, part, 0, _NOWHERE, None, self.profile)
         tables = self.codec.load_tables(_NO_TABLES, block.shape, bare)
         return Context(self.form, layer, part, 0, _NOWHERE, None, self.profile, tables)

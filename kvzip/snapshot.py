@@ -1,6 +1,6 @@
-"""A snapshot: keys and values of all layers of one KV cache, as raw bits, and their origin.
+"""A snapshot: the parts (keys, values, ...) of all layers of a cache as raw bits, and its origin.
 
-On disk it is a safetensors file: tensors ``layers.<i>.k`` and ``layers.<i>.v`` as they lie in the
+On disk it is a safetensors file: tensors ``layers.<i>.<part>`` (``layers.0.k``) as they lie in the
 cache, ``token_ids``, and under the metadata key ``kvzip`` the :class:`Description` as JSON.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,24 +20,22 @@ from kvzip import dtypes
 from kvzip.dtypes import Bits
 from kvzip.errors import FormatError, UsageError
 from kvzip.files import replacing
-from kvzip.layout import PARTS, LayerLayout, Layout, Origin, Part
+from kvzip.layout import Kind, LayerLayout, Layout, Origin, PartLayout
 from kvzip.options import items, pairs, same_from_json
 from kvzip.tensors import TensorFile
 
 __all__ = [
-    "PARTS",
     "Description",
     "Layer",
     "LayerLayout",
     "Layout",
     "Origin",
-    "Part",
+    "PartLayout",
     "Snapshot",
-    "batched",
     "sha256_raw",
 ]
 
-VERSION = 1
+VERSION = 2
 """The version of snapshot files."""
 
 
@@ -56,76 +53,119 @@ class _Version(msgspec.Struct):
     version: int = VERSION
 
 
-def batched(part: Bits) -> Bits:
-    """Keys or values as [batch, heads, tokens, dim], a batch of one where they have none."""
-    return part if part.ndim == 4 else part[np.newaxis]
-
-
 class Layer:
-    """Keys and values of one layer as raw bits, and their layout.
+    """The parts of one layer as raw bits, and their layout.
 
     Those of a snapshot that was loaded from a file are read when they are first used.
     """
 
-    __slots__ = ("_read", "k", "layout", "v")
+    __slots__ = ("_held", "_read", "layout")
 
-    k: Bits
-    v: Bits
-
-    def __init__(self, k: Bits, v: Bits, layout: LayerLayout):
-        self.k, self.v, self.layout = k, v, layout
-        self._read: Callable[[Part], Bits] | None = None
+    def __init__(self, parts: Mapping[str, Bits], layout: LayerLayout):
+        self.layout = layout
+        self._held = dict(parts)
+        self._read: Callable[[str], Bits] | None = None
 
     @classmethod
-    def unread(cls, layout: LayerLayout, read: Callable[[Part], Bits]) -> Layer:
+    def of_kv(cls, k: Bits, v: Bits, layout: LayerLayout) -> Layer:
+        """A layer of keys and values."""
+        return cls({"k": k, "v": v}, layout)
+
+    @classmethod
+    def unread(cls, layout: LayerLayout, read: Callable[[str], Bits]) -> Layer:
         """A layer whose parts `read` gives, of the layout's shapes."""
-        layer = cls.__new__(cls)
-        layer.layout, layer._read = layout, read
+        layer = cls({}, layout)
+        layer._read = read
         return layer
 
-    def __getattr__(self, name: str) -> Any:
-        """Only asked for what has no value yet."""
-        if name not in PARTS or self._read is None:
-            raise AttributeError(name)
-        found = self._read(name)
-        setattr(self, name, found)
-        return found
+    @property
+    def parts(self) -> Mapping[str, Bits]:
+        """The bits of each part by its name, in the layout's order."""
+        return Parts(self)
+
+    @property
+    def kind(self) -> Kind:
+        """What the layer keeps: see :class:`kvzip.layout.LayerLayout`."""
+        return self.layout.kind
+
+    @property
+    def k(self) -> Bits:
+        """The keys. Raises UsageError where the layer has none."""
+        return self.part("k")
+
+    @k.setter
+    def k(self, bits: Bits) -> None:
+        self._held["k"] = bits
+
+    @property
+    def v(self) -> Bits:
+        """The values. Raises UsageError where the layer has none."""
+        return self.part("v")
+
+    @v.setter
+    def v(self, bits: Bits) -> None:
+        self._held["v"] = bits
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Layer, (self.k, self.v, self.layout)
+        return Layer, (dict(self.parts), self.layout)
 
     def __iter__(self) -> Iterator[Bits]:
-        return iter((self.k, self.v))
+        return iter(self.parts.values())
 
-    def part(self, part: Part) -> Bits:
-        return self.k if part == "k" else self.v
+    def part(self, name: str) -> Bits:
+        """The bits of one part. Raises UsageError where the layer has none of that name."""
+        found = self._held.get(name)
+        if found is None:
+            found = self._held[name] = self._from_file(name)
+        return found
 
-    def once(self, part: Part) -> Bits:
+    def once(self, name: str) -> Bits:
         """As :meth:`part`; what is read from a file for this is not kept."""
-        if self._read is not None and part not in self._held():
-            return self._read(part)
-        return self.part(part)
+        found = self._held.get(name)
+        return self._from_file(name) if found is None else found
 
-    def _held(self) -> tuple[Part, ...]:
+    def block(self, name: str) -> Bits:
+        """As :meth:`once`, in the shape of blocks: [batch, heads, tokens or rows, dim]."""
+        return self.layout.part(name).as_block(self.once(name))
+
+    def held(self) -> Mapping[str, Bits]:
         """The parts that are in memory."""
+        return self._held
+
+    def _from_file(self, name: str) -> Bits:
+        self.layout.part(name)
         if self._read is None:
-            return PARTS
-        held: list[Part] = []
-        for part in PARTS:
-            with suppress(AttributeError):
-                object.__getattribute__(self, part)
-                held.append(part)
-        return tuple(held)
+            raise UsageError(f"a layer was made without its part {name!r}")
+        return self._read(name)
+
+
+class Parts(Mapping[str, Bits]):
+    """The parts of a layer, each read when it is asked for."""
+
+    def __init__(self, layer: Layer):
+        self._layer = layer
+
+    def __getitem__(self, name: str) -> Bits:
+        if name not in self._layer.layout.parts:
+            raise KeyError(name)
+        return self._layer.part(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.layout.parts)
+
+    def __len__(self) -> int:
+        return len(self._layer.layout.parts)
 
 
 class Snapshot:
-    """Keys and values of every layer, raw bits, with the ids of their tokens.
+    """Keys, values and other parts of every layer, raw bits, with the ids of their tokens.
 
-    ``layers[i].k`` and ``.v`` are numpy arrays of uint8, uint16 or uint32, shape [heads, tokens,
-    dim] or [batch, heads, tokens, dim]; ``dtype`` names the format of the bits ("bf16", "fp16",
-    "fp32", "fp8_e4m3fn", "fp8_e5m2"). ``token_ids``: uint32, [tokens] or [batch, tokens], or None.
-    A batch of one may be given without its axis. Snapshots are equal when their bits, layouts and
-    token ids are, wherever they come from.
+    ``layers[i].k`` and ``.v`` are numpy arrays of uint8, uint16, uint32 or uint64, shape [heads,
+    tokens, dim] or [batch, heads, tokens, dim]; ``dtype`` names the format of their bits ("bf16",
+    "fp8_e4m3fn", ...). Layers of other kinds have other parts, ``layers[i].parts`` by name, each
+    with a format, a shape and axes of its own, ``layers[i].layout.parts``. ``token_ids``: uint32,
+    [tokens] or [batch, tokens], or None. A batch of one may be given without its axis. Snapshots
+    are equal when their bits, layouts and token ids are, wherever they come from.
 
     Raises UsageError when shapes, bits or token ids do not fit each other.
     """
@@ -148,21 +188,10 @@ class Snapshot:
         if not isinstance(self.layout, Layout):
             raise UsageError(f"the snapshot's layout is {self.layout!r}: it must be a Layout")
         self.layers = _checked_layers(self.layers)
-        uint = dtypes.get(self.dtype).uint
         if self.layout.layers != tuple(layer.layout for layer in self.layers):
             raise UsageError("the snapshot's layers are not those of its layout")
         for i, layer in enumerate(self.layers):
-            for part in layer._held():  # what is not read yet is as the file's header says
-                found, shape = layer.part(part), layer.layout.shape(part)
-                if not isinstance(found, np.ndarray):
-                    raise UsageError(f"layer {i}: {part} is a {type(found).__name__}, no array")
-                if type(found) is not np.ndarray:  # a subclass (np.ma) need not copy as arrays do
-                    found = np.asarray(found)
-                    setattr(layer, part, found)
-                if found.shape != shape:
-                    raise UsageError(f"layer {i}: {part} has shape {found.shape}, not {shape}")
-                if found.dtype != uint:
-                    raise UsageError(f"layer {i}: {part} is {found.dtype}, no bits of {self.dtype}")
+            _check_held(i, layer)
         if not isinstance(self.origin, Origin):
             raise UsageError(f"origin is {self.origin!r}: it must be a kvzip.Origin")
         if self.token_ids is not None:
@@ -178,7 +207,7 @@ class Snapshot:
         return all(
             np.array_equal(a.once(part), b.once(part))
             for a, b in zip(self.layers, other.layers, strict=True)
-            for part in PARTS
+            for part in a.layout.parts
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -221,9 +250,8 @@ class Snapshot:
         for k, v in pairs("layers", layers):
             kb, dtype = dtypes.as_bits(k, dtype)
             vb, dtype = dtypes.as_bits(v, dtype)
-            if kb.ndim not in (3, 4):
-                raise UsageError(f"shape {kb.shape}: want [heads, tokens, dim] or a batch")
-            built.append(Layer(kb, vb, LayerLayout(kb.shape, vb.shape, kb.shape[-2])))
+            layout = LayerLayout.of_kv(kb.shape, vb.shape, dtype, kb.shape[-2])
+            built.append(Layer.of_kv(kb, vb, layout))
         if dtype is None:
             raise UsageError("a snapshot needs at least one layer")
         return cls(built, dtype, token_ids, origin)
@@ -250,12 +278,8 @@ class Snapshot:
         Raises UsageError for what could not be read again, and OSError.
         """
         self.check()
-        form = dtypes.get(self.dtype)
-        parts = [
-            (f"layers.{i}.{part}", layer, part)
-            for i, layer in enumerate(self.layers)
-            for part in PARTS
-        ]
+        parts = [(f"layers.{i}.{name}", i, name, part) for i, name, part in self.layout.parts()]
+        parts.sort(key=lambda found: -found[3].form.itemsize)
         described = Description(self.layout, self.origin)
         note = same_from_json("the snapshot's description", described).decode()
         header: dict[str, Any] = {"__metadata__": {"kvzip": note}}
@@ -270,16 +294,16 @@ class Snapshot:
         # The widest numbers first, so that all lie at multiples of their size.
         if self.token_ids is not None:
             place("token_ids", "I64", self.token_ids.shape, 8)
-        for name, layer, part in parts:
-            place(name, form.safetensors, layer.layout.shape(part), form.itemsize)
+        for tensor, _, _, part in parts:
+            place(tensor, part.form.safetensors, part.shape, part.form.itemsize)
         packed = msgspec.json.encode(header)
         packed += b" " * (-len(packed) % 8)
         with replacing(path) as file:
             file.write(len(packed).to_bytes(8, "little") + packed)
             if self.token_ids is not None:
                 file.write(self.token_ids.astype("<i8").data)
-            for _, layer, part in parts:
-                file.write(np.ascontiguousarray(layer.once(part)).data)
+            for _, i, name, _ in parts:
+                file.write(np.ascontiguousarray(self.layers[i].once(name)).data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> Snapshot:
@@ -310,17 +334,17 @@ class Snapshot:
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise FormatError(f"{file.name}: its description makes no sense: {error}") from None
         layout = description.layout
-        form = dtypes.get(layout.dtype)
+        for i, name, part in layout.parts():
+            form = part.form
+            if not file.has(f"layers.{i}.{name}", form.safetensors, part.shape, form.itemsize):
+                raise FormatError(
+                    f"{file.name}: tensor layers.{i}.{name} is missing or not as described"
+                )
 
         def layer(i: int) -> Layer:
-            for part in PARTS:
-                shape = layout.layers[i].shape(part)
-                if not file.has(f"layers.{i}.{part}", form.safetensors, shape, form.itemsize):
-                    raise FormatError(
-                        f"{file.name}: tensor layers.{i}.{part} is missing or not as described"
-                    )
+            held = layout.layers[i]
             return Layer.unread(
-                layout.layers[i], lambda part: file.read(f"layers.{i}.{part}", form.uint)
+                held, lambda name: file.read(f"layers.{i}.{name}", held.parts[name].form.uint)
             )
 
         layers = [layer(i) for i in range(len(layout.layers))]
@@ -336,12 +360,13 @@ class Snapshot:
 
     # --- to a framework --------------------------------------------------------------------
 
-    def tensors(self) -> list[tuple[Any, Any]]:
-        """One (K, V) pair of torch tensors a layer, in the snapshot's shapes (copies)."""
+    def tensors(self) -> list[tuple[Any, ...]]:
+        """One (K, V) pair of torch tensors a layer, or one of each of its parts where it has
+        others, in the snapshot's shapes (copies)."""
         return [
-            (
-                dtypes.as_tensor(np.array(layer.k), self.dtype),
-                dtypes.as_tensor(np.array(layer.v), self.dtype),
+            tuple(
+                dtypes.as_tensor(np.array(bits), layer.layout.parts[name].dtype)
+                for name, bits in layer.parts.items()
             )
             for layer in self.layers
         ]
@@ -365,6 +390,25 @@ def _checked_layers(given: Any) -> list[Layer]:
         if not isinstance(layer, Layer):
             raise UsageError(f"layer {i} is a {type(layer).__name__}: it must be a Layer")
     return layers
+
+
+def _check_held(i: int, layer: Layer) -> None:
+    """Raise UsageError unless what layer i holds is as its layout says. What is not read yet is as
+    the file's header says."""
+    held = layer.held()
+    if layer._read is None and set(held) != set(layer.layout.parts):
+        has, wanted = ", ".join(held), ", ".join(layer.layout.parts)
+        raise UsageError(f"layer {i} has the parts {has}, and its layout {wanted}")
+    for name, found in list(held.items()):
+        part = layer.layout.parts[name]
+        if not isinstance(found, np.ndarray):
+            raise UsageError(f"layer {i}: {name} is a {type(found).__name__}, no array")
+        if type(found) is not np.ndarray:  # a subclass (np.ma) need not copy as arrays do
+            found = layer._held[name] = np.asarray(found)
+        if found.shape != part.shape:
+            raise UsageError(f"layer {i}: {name} has shape {found.shape}, not {part.shape}")
+        if found.dtype != part.form.uint:
+            raise UsageError(f"layer {i}: {name} is {found.dtype}, no bits of {part.dtype}")
 
 
 def _checked_ids(given: Any, layout: Layout) -> NDArray[Any]:
@@ -395,6 +439,6 @@ def sha256_raw(snapshot: Snapshot) -> str:
     """SHA-256 of all numbers' bytes: layer by layer, keys before values, in C order."""
     digest = hashlib.sha256()
     for layer in snapshot.layers:
-        for part in PARTS:
+        for part in layer.layout.parts:
             digest.update(np.ascontiguousarray(layer.once(part)).data)
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -8,6 +9,7 @@ from support import assert_same, cache_like, make_snapshot, random_bits
 import kvzip
 from kvzip import dtypes
 from kvzip.errors import CorruptError, FormatError, UsageError
+from kvzip.snapshot import Description
 
 
 def test_disk_round_trip(tmp_path, dtype):
@@ -59,7 +61,8 @@ def test_foreign_files_are_named(tmp_path):
 def test_a_lying_description_is_an_error(tmp_path):
     from safetensors.numpy import save_file
 
-    note = '{"layout":{"dtype":"fp16","layers":[{"k":[1,2,4],"v":[1,2,4],"cumulative_length":2}]}}'
+    layout = kvzip.LayerLayout.of_kv((1, 2, 4), (1, 2, 4), "fp16", 2)
+    note = msgspec.json.encode(Description(kvzip.Layout("fp16", (layout,)))).decode()
     save_file({"layers.0.k": np.zeros((1, 2, 4), np.float16)}, tmp_path / "a", {"kvzip": note})
     with pytest.raises(FormatError, match="missing"):
         kvzip.Snapshot.load(tmp_path / "a")

@@ -17,7 +17,7 @@ from kvzip.codecs import _native
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.profile import Profile
-from kvzip.snapshot import PARTS, Part, Snapshot, batched
+from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import Item, Progress, check_channels, load
 
 
@@ -49,7 +49,7 @@ def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
         if _shapes(snapshot) != shapes or snapshot.dtype != first.dtype:
             raise ProfileError("the snapshots are of different models or dtypes")
         for (i, part), counted in counts.items():
-            array = batched(snapshot.layers[i].part(part))
+            array = snapshot.layers[i].layout.parts[part].as_block(snapshot.layers[i].part(part))
             if array.size:
                 counted.add(rows(array))
         tokens += snapshot.tokens
@@ -74,7 +74,8 @@ def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
             "channel": {
                 "dtype": form.name,
                 "layers": [
-                    {part: shapes[i, part] for part in PARTS} for i in range(len(first.layers))
+                    {part: shape for (j, part), shape in shapes.items() if j == i}
+                    for i in range(len(first.layers))
                 ],
             },
         },
@@ -85,8 +86,8 @@ class Stated(msgspec.Struct, frozen=True):
     """What a profile says of the numbers that its tables are for."""
 
     dtype: str
-    layers: tuple[dict[Part, tuple[int, int]], ...]
-    """Heads and dim of each layer's keys and values."""
+    layers: tuple[dict[str, tuple[int, int]], ...]
+    """Heads and dim of each layer's parts that there are tables for, by the parts' names."""
 
 
 def stated(profile: Profile | None) -> Stated | None:
@@ -107,8 +108,8 @@ def stated(profile: Profile | None) -> Stated | None:
 
 
 def tables_of(context: Context, heads: int, dim: int) -> _native.ChannelTables | None:
-    """The profile's tables for the context's layer and part; None where there is no profile, or
-    one without tables. Raises ProfileError when they are another model's, or make no sense."""
+    """The profile's tables for the context's layer and part; None where there is no profile, or one
+    without tables for them. Raises ProfileError when they are another model's, or make no sense."""
     profile = context.profile
     found = stated(profile)
     if found is None:
@@ -117,9 +118,12 @@ def tables_of(context: Context, heads: int, dim: int) -> _native.ChannelTables |
     made = profile.made.setdefault("channel", {})
     key = layer, part, heads, dim, form.name
     if key not in made:
+        parts = found.layers[layer] if layer < len(found.layers) else None
+        if parts is not None and part not in parts:
+            return None  # it is a state, say, or of another format than the rest
         if found.dtype != form.name:
             raise ProfileError(f"the profile's tables are for {found.dtype}, not {form.name}")
-        if layer >= len(found.layers) or found.layers[layer].get(part) != (heads, dim):
+        if parts is None or parts[part] != (heads, dim):
             raise ProfileError(
                 f"the profile is of another model: it has no layer {layer} whose {part} has "
                 f"{heads} heads of {dim}"
@@ -137,7 +141,7 @@ def rows(block: Bits, writing: bool = False) -> Bits:
 
 
 def _read(
-    profile: Profile, layer: int, part: Part, heads: int, dim: int, form: DType
+    profile: Profile, layer: int, part: str, heads: int, dim: int, form: DType
 ) -> _native.ChannelTables:
     """The tables as the profile's tensors hold them. Raises ProfileError."""
     # Blocks come to them now and then: what is made of them stays.
@@ -152,15 +156,15 @@ def _read(
     return tables
 
 
-def _name(layer: int, part: Part) -> str:
+def _name(layer: int, part: str) -> str:
     """The name of the tensor that holds the tables."""
     return f"channel.{layer}.{part}"
 
 
-def _shapes(snapshot: Snapshot) -> dict[tuple[int, Part], tuple[int, int]]:
-    """Heads and dim of every layer's keys and values."""
+def _shapes(snapshot: Snapshot) -> dict[tuple[int, str], tuple[int, int]]:
+    """Heads and dim of all parts that have tokens and the snapshot's format."""
     return {
-        (i, part): (layer.shape(part)[-3], layer.shape(part)[-1])
-        for i, layer in enumerate(snapshot.layout.layers)
-        for part in PARTS
+        (i, name): (part.size("h"), part.size("d"))
+        for i, name, part in snapshot.layout.parts()
+        if part.tokens is not None and part.dtype == snapshot.dtype
     }

@@ -1,10 +1,13 @@
 // The index of a .kvz file (docs/format.md), as columns.
-#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "native/bindings.hpp"
 
@@ -92,24 +95,28 @@ class Records {
   Column columns_[6];
 };
 
+// First and last position that a part holds, and the step at whose multiples it is cut.
+using Cut = std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>;
+
 nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end,
-                     std::uint64_t alignment, const nb::list& layers, std::uint32_t block_tokens) {
+                     std::uint64_t alignment, const nb::list& layers) {
   Views views;
   const Py_buffer& bytes = views.add(data, PyBUF_SIMPLE);
-  if (bytes.len % Py_ssize_t(sizeof(Record)) || begin > end || !alignment || !block_tokens)
+  if (bytes.len % Py_ssize_t(sizeof(Record)) || begin > end || !alignment)
     throw std::invalid_argument("no index");
   Records records(bytes, begin, end, alignment);
   std::uint32_t layer = 0;
   for (nb::handle item : layers) {
-    const auto [first, stop] = nb::cast<std::pair<std::uint32_t, std::uint32_t>>(item);
-    for (std::uint8_t part = 0; part < 2; ++part) {
+    std::uint8_t part = 0;
+    for (const auto& [first, stop, step] : nb::cast<std::vector<Cut>>(item)) {
+      if (!step) throw std::invalid_argument("no index");
       records.next(layer, part, kTables, first, 0, 0);
       for (std::uint32_t at = first, to; at < stop; at = to) {
         // Layers that begin at different positions are cut at the same ones.
-        to = std::uint32_t(
-            std::min<std::uint64_t>((std::uint64_t(at) / block_tokens + 1) * block_tokens, stop));
+        to = std::uint32_t(std::min<std::uint64_t>((std::uint64_t(at) / step + 1) * step, stop));
         records.next(layer, part, kBlock, at, at - first, to - at);
       }
+      ++part;
     }
     ++layer;
   }
@@ -120,11 +127,11 @@ nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end,
 
 void bind_index(nb::module_& m) {
   m.def("read_index", &read_index, "records"_a, "begin"_a, "end"_a, "alignment"_a, "layers"_a,
-        "block_tokens"_a,
         "Of records of a file whose entries fill bytes `begin` to `end`, each rounded up to a "
         "multiple of `alignment`, the columns position, tokens, offset, length, stored and raw "
-        "checksum. `layers`: first and last position of each. Raises ValueError unless every "
-        "record is the one that belongs there.");
+        "checksum. `layers`: for each part of each, its first and last position and the step at "
+        "whose multiples it is cut. Raises ValueError unless every record is the one that belongs "
+        "there.");
 }
 
 }  // namespace kvzip

@@ -21,8 +21,9 @@ from kvzip.codecs import _native
 from kvzip.codecs.channel.codec import ChannelCodec
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, ProfileError, UnsupportedError
+from kvzip.layout import KV
 from kvzip.profile import Profile
-from kvzip.snapshot import PARTS, Part, Snapshot, batched
+from kvzip.snapshot import Snapshot
 
 _RAW, _CODED, _CHANNEL = (bytes([mode]) + bytes(15) for mode in range(3))
 _TABLES = struct.Struct("<16sI12x")
@@ -73,7 +74,7 @@ class PredictiveCodec(Codec):
     fallback = "channel"
 
     def takes(self, form: DType, kind: str, part: str) -> bool:
-        return form.name in _FORMATS and kind in ("full", "sliding") and part in PARTS
+        return form.name in _FORMATS and kind in ("full", "sliding") and part in KV
 
     @classmethod
     def fit(
@@ -86,7 +87,7 @@ class PredictiveCodec(Codec):
 
         return fit(snapshots, progress, **settings)
 
-    def needs(self, layer: int, part: Part) -> tuple[tuple[int, Part], ...]:
+    def needs(self, layer: int, part: str) -> tuple[tuple[int, str], ...]:
         if part == "v":
             return ((layer, "k"),)
         return ((layer - 1, "v"),) if layer else ()
@@ -106,7 +107,7 @@ class PredictiveCodec(Codec):
                 continue
             chain = following
             high, low = _split(block)
-            part = PARTS.index(context.part)
+            part = KV.index(context.part)
             try:
                 bits = chain.model(context.layer, part, high)
             except ValueError as error:
@@ -129,7 +130,7 @@ class PredictiveCodec(Codec):
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         chain = _next_chain(context, out.shape)
-        part = PARTS.index(context.part)
+        part = KV.index(context.part)
         mode, body = bytes(data[:16]), data[16:]
         if mode == _CODED and chain is not None:
             _decode_coded(chain, context.layer, part, body, out)
@@ -215,7 +216,7 @@ def _next_chain(context: Context, shape: tuple[int, ...]) -> _native.PredictiveC
     predict the block: without a profile, or when the block is not the part that was to come next
     or has other tokens; then nothing predicts the rest of the range either. Raises ProfileError.
     """
-    part = 2 * context.layer + PARTS.index(context.part)
+    part = 2 * context.layer + KV.index(context.part)
     found = context.scratch.get("predictive")
     if found is None:
         chain = None
@@ -294,8 +295,8 @@ def measure(
     held = min((layer.layout.stored for layer in snapshot.layers), default=0)
     chain: _native.PredictiveChain | None = None
     for i, layer in enumerate(snapshot.layers[:depth]):
-        for p, part in enumerate(layer):
-            block = batched(part)
+        for p, part in enumerate(KV):
+            block = layer.block(part)
             block = np.ascontiguousarray(_split(block[:, :, block.shape[2] - held :])[0])
             if chain is None:
                 ids = snapshot.token_ids

@@ -20,7 +20,7 @@ from kvzip.container import Reader
 from kvzip.errors import KVZipError
 from kvzip.load.hf import cache_argument, load_cache
 from kvzip.options import integer
-from kvzip.snapshot import PARTS, Layer, Snapshot
+from kvzip.snapshot import Layer, Snapshot
 
 
 class LayerCheck(msgspec.Struct, frozen=True):
@@ -76,8 +76,8 @@ def layer_hashes(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 def _hashes(layer: Layer) -> dict[str, str]:
     return {
-        part: hashlib.sha256(np.ascontiguousarray(layer.part(part)).data).hexdigest()
-        for part in PARTS
+        name: hashlib.sha256(np.ascontiguousarray(bits).data).hexdigest()
+        for name, bits in layer.parts.items()
     }
 
 

@@ -42,5 +42,5 @@ def quantised(snapshot: Snapshot, bits: int) -> tuple[Snapshot, int]:
         return dtypes.as_bits(back.to(kind))[0]
 
     for layer in snapshot.layers:
-        layers.append(Layer(rounded(layer.k), rounded(layer.v), layer.layout))
+        layers.append(Layer.of_kv(rounded(layer.k), rounded(layer.v), layer.layout))
     return Snapshot(layers, form.name, snapshot.token_ids, snapshot.origin), size

@@ -109,8 +109,10 @@ def _snapshot(cache: Any, origin: Origin) -> Snapshot:
     for held in cache:
         parts = [dtypes.as_bits(t.float().contiguous())[0][0] for t in held]
         layers.append(
-            Layer(
-                parts[0], parts[1], LayerLayout(parts[0].shape, parts[1].shape, parts[0].shape[1])
+            Layer.of_kv(
+                parts[0],
+                parts[1],
+                LayerLayout.of_kv(parts[0].shape, parts[1].shape, "fp32", parts[0].shape[1]),
             )
         )
     return Snapshot(layers, "fp32", None, origin)
@@ -225,4 +227,4 @@ def _unturned(said: Layer, own: Layer, snapshot: Snapshot) -> Floats:
     """What a copy says of the tokens of `own`, in coding order with RoPE undone."""
     rows = slice(own.layout.first, own.layout.cumulative_length)
     order = ChannelOrder(own.layout, snapshot.origin, "fp32")
-    return order.unturned(Layer(said.k[:, rows], said.v[:, rows], own.layout))
+    return order.unturned(Layer.of_kv(said.k[:, rows], said.v[:, rows], own.layout))

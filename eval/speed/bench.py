@@ -92,7 +92,7 @@ def room(like: Bits) -> Bits:
 def buffers(snapshot: Snapshot) -> Buffers:
     """Room for what a snapshot holds, written once: pages that the system only hands out while a
     codec decodes into them would be charged to it."""
-    return [(room(layer.k), room(layer.v)) for layer in snapshot.layers]
+    return [tuple(map(room, layer)) for layer in snapshot.layers]
 
 
 def measure(
@@ -125,7 +125,9 @@ def measure(
 
 def in_memory(snapshot: Snapshot) -> Snapshot:
     """A copy that no mapped file stands behind: reading the disk is not encoding."""
-    layers = [Layer(np.array(a.k), np.array(a.v), a.layout) for a in snapshot.layers]
+    layers = [
+        Layer({n: np.array(bits) for n, bits in a.parts.items()}, a.layout) for a in snapshot.layers
+    ]
     return Snapshot(layers, snapshot.dtype, snapshot.token_ids, snapshot.origin)
 
 

@@ -27,7 +27,7 @@ from kvzip.cli.arguments import (
 )
 from kvzip.cli.terminal import bar, emit, ratio_words, say, show_table, sizes, working
 from kvzip.errors import CorruptError
-from kvzip.snapshot import PARTS, Snapshot, sha256_raw
+from kvzip.snapshot import Snapshot, sha256_raw
 
 
 @app.command
@@ -225,7 +225,7 @@ def _same_bits(reader: container.Reader, other: Snapshot) -> bool:
         return False
     for i, layer in enumerate(other.layers):
         found = reader.layer(i)
-        if not all((found.part(p) == layer.part(p)).all() for p in PARTS):
+        if not all((bits == layer.once(name)).all() for name, bits in found.parts.items()):
             return False
     return True
 

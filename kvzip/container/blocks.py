@@ -5,7 +5,7 @@ Here it is told what is to blame when a file is damaged. Nothing is decoded here
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import checksum, dtypes
-from kvzip.codec import Context
+from kvzip.codec import Codec, Context
 from kvzip.container import plan
 from kvzip.container.format import Preamble, ids_between, unpacked_header, unpacked_ids
 from kvzip.container.index import ALIGNMENT, Index, Key
 from kvzip.container.source import Source
 from kvzip.errors import CorruptError, FormatError, ProfileError
+from kvzip.layout import LayerLayout, PartLayout
 from kvzip.profile import Profile
-from kvzip.snapshot import LayerLayout
 
 _FIRST_READ = 48 << 10
 """Bytes that are read at first: enough for the header and the index of most files."""
@@ -47,12 +47,11 @@ class Blocks:
             raise FormatError("the file's index is out of bounds")
         start = first[:end] if end <= len(first) else source.read(0, end)
         preamble.check(start)
-        self.header, self.codec = unpacked_header(start[preamble.header_at : preamble.ids_at])
+        self.header, self.codecs = unpacked_header(start[preamble.header_at : preamble.ids_at])
         self.layout = self.header.layout
-        self.form = dtypes.get(self.layout.dtype)
         records = start[preamble.index_at : preamble.index_end]
         self.index = Index(records, end, size, self.layout, self.header.block_tokens)
-        self.index.check_sizes(self.layout, self.codec)
+        self.index.check_sizes(self.layout, self.codecs.__getitem__)
         self.token_ids = unpacked_ids(start[preamble.ids_at : preamble.index_at], self.header)
         self._ids = None if self.token_ids is None else np.atleast_2d(self.token_ids)
 
@@ -63,17 +62,59 @@ class Blocks:
             found = "none was given" if have is None else f"the one given is {have}"
             raise ProfileError(f"the file was written with profile {need}; {found}")
 
+    @property
+    def codec(self) -> Codec:
+        """The file's own codec; that of a part is in `codecs`."""
+        return self.codecs.own
+
+    @property
+    def form(self) -> dtypes.DType:
+        """The format of the keys and values."""
+        return dtypes.get(self.layout.dtype)
+
+    def part(self, key: Key) -> PartLayout:
+        """The layout of a part."""
+        layer, name = key
+        return self.layout.layers[layer].parts[name]
+
+    # --- which blocks ----------------------------------------------------------------------
+
+    def needs(self, layer: int, part: str) -> tuple[Key, ...]:
+        """The parts whose same tokens must be decoded before a part's, by the same codec."""
+        codec, there = self.codecs[layer, part], self.index.rows
+        return tuple(
+            key for key in codec.needs(layer, part) if key in there and self.codecs[key] is codec
+        )
+
     @cached_property
     def last_uses(self) -> dict[Key, int]:
         """The last row whose block needs each part of a layer, for the parts that any does."""
-        return plan.last_uses(self.index, self.codec.needs)
+        return plan.last_uses(self.index, self.needs)
+
+    def wanted(self, request: plan.Request) -> Iterator[tuple[Codec, dict[Key, Sequence[int]]]]:
+        """The rows of each part that is wanted, by the codecs that decode them."""
+        found: dict[int, tuple[Codec, dict[Key, Sequence[int]]]] = {}
+        for key, rows in plan.rows_by_part(self.layout, self.index, request).items():
+            codec = self.codecs[key]
+            found.setdefault(id(codec), (codec, {}))[1][key] = rows
+        yield from found.values()
+
+    def entries_read(self, request: plan.Request) -> set[int]:
+        """The rows of all entries that a request reads, tables too."""
+        blocks: set[int] = set()
+        for codec, by_part in self.wanted(request):
+            if codec.independent:
+                blocks.update(*by_part.values())
+            else:
+                blocks.update(*plan.chains(self.index, by_part, self.needs))
+        return blocks | {self.index.tables_row(row) for row in blocks}
 
     def ids_up_to(self, cuts: Collection[LayerLayout]) -> NDArray[Any] | None:
         """The ids of all positions up to the end of what is wanted of layers, since layers hold
         positions, too."""
         if self.token_ids is None:
             return None
-        end = max((cut.cumulative_length for cut in cuts), default=0)
+        end = max((cut.cumulative_length for cut in cuts if cut.counts_tokens), default=0)
         # Without layers there is no batch.
         return self.token_ids[..., :end] if cuts else self.token_ids.reshape(-1)[:0]
 
@@ -115,13 +156,17 @@ class Blocks:
     def load_tables(self, key: Key, data: memoryview) -> Any:
         """A part's tables, of which these are the bytes, as blocks use them. Raises
         CorruptError."""
-        layer, part = key
-        begin = self.index.position[self.index.rows[key].start]
-        context = Context(self.form, layer, part, begin, self.header.origin, None, self.profile)
-        return self.codec.load_tables(data, self.layout.layers[layer].batched_shape(part), context)
+        layer, name = key
+        part, begin = self.part(key), self.index.position[self.index.rows[key].start]
+        context = Context(part.form, layer, name, begin, self.header.origin, None, self.profile)
+        return self.codecs[key].load_tables(data, part.block_shape, context)
 
     def context(self, row: int, *more: Any) -> Context:
         """The context of a block. `more`: its part's tables, and the fields that follow."""
-        (layer, part), begin = self.index.key[row], self.index.position[row]
-        ids = ids_between(self._ids, begin, begin + self.index.tokens[row])
-        return Context(self.form, layer, part, begin, self.header.origin, ids, self.profile, *more)
+        layer, name = key = self.index.key[row]
+        begin = self.index.position[row]
+        held, ids = self.layout.layers[layer], None
+        if held.counts_tokens and key not in self.index.timeless:
+            ids = ids_between(self._ids, begin, begin + self.index.tokens[row])
+        form, origin = held.parts[name].form, self.header.origin
+        return Context(form, layer, name, begin, origin, ids, self.profile, *more)

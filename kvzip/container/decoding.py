@@ -5,8 +5,9 @@ What a damaged block is told of depends on what is to blame: :func:`fill`.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,16 +15,20 @@ import msgspec
 import numpy as np
 
 from kvzip import dtypes
-from kvzip.codec import Coded
+from kvzip.codec import Codec, Coded
 from kvzip.container import plan
 from kvzip.container.blocks import Blocks
 from kvzip.container.index import Key
 from kvzip.container.plan import Request
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, KVZipError, UsageError
-from kvzip.snapshot import PARTS, Layer, LayerLayout, Part, Snapshot, batched
+from kvzip.layout import LayerLayout
+from kvzip.options import items
+from kvzip.snapshot import Layer, Snapshot
 
 _NOTHING = slice(0)
+_WIDEST = 8
+"""Bytes of the widest numbers."""
 _MOST_WORK = 10_000
 """Steps that are taken at most to find out whether two arrays overlap."""
 
@@ -31,22 +36,22 @@ _MOST_WORK = 10_000
 
 
 class Place(msgspec.Struct, gc=False):
-    """Where a part's numbers go: [batch, heads, tokens, dim], from the position `first` on."""
+    """Where a part's numbers go: [batch, heads, tokens or rows, dim], from the position `first`
+    on."""
 
     array: Bits
     first: int
     given: Bits | None = None
-    """The array in the layer's own shape, where it is what was asked for and nothing else."""
+    """The array in the part's own shape, where it is what was asked for and nothing else."""
 
-    def cut(self, cut: LayerLayout, part: Part) -> Bits:
+    def cut(self, cut: LayerLayout, name: str) -> Bits:
         """What is wanted of the numbers, in its own shape."""
         if self.given is not None:
             return self.given
-        array = self.array
-        if array.shape[2] != cut.stored:
-            begin = cut.first - self.first
-            array = array[:, :, begin : begin + cut.stored]
-        return array if len(cut.shape(part)) == 4 else array[0]
+        array, (first, stop) = self.array, cut.span(name)
+        if array.shape[2] != stop - first:
+            array = array[:, :, first - self.first : stop - self.first]
+        return cut.parts[name].from_block(array)
 
 
 class Target(Coded, gc=False):
@@ -84,7 +89,7 @@ class Decoding:
         self,
         blocks: Blocks,
         request: Request,
-        out: Sequence[tuple[Any, Any]] | None,
+        out: Sequence[Any] | None,
         chains: dict[int, Chain],
         thorough: bool = False,
     ):
@@ -99,50 +104,54 @@ class Decoding:
         """What decodes the request, for so many workers: jobs that return the rows that they have
         decoded. A job's number, if it has one: those of the same number in other requests go on
         from each other."""
-        codec, blocks = self.blocks.codec, self.blocks
-        if not codec.independent:
-            found = plan.chains(blocks.layout, blocks.index, self.request, codec.needs)
-            return [(chain[0], partial(self._decode_chain, chain)) for chain in found]
-        rows = plan.rows(blocks.layout, blocks.index, self.request)
-        threads = workers if codec.threaded else 1
-        return [
-            (None, partial(self._decode_rows, batch, threads))
-            for batch in plan.batches(rows, workers, codec.threaded)
-        ]
+        jobs: list[tuple[int | None, Callable[[], Sequence[int]]]] = []
+        for codec, by_part in self.blocks.wanted(self.request):
+            if not codec.independent:
+                chains = plan.chains(self.blocks.index, by_part, self.blocks.needs)
+                jobs += [(chain[0], partial(self._decode_chain, chain)) for chain in chains]
+                continue
+            rows = list(itertools.chain.from_iterable(by_part.values()))
+            threads = workers if codec.threaded else 1
+            jobs += [
+                (None, partial(self._decode_rows, codec, batch, threads))
+                for batch in plan.batches(rows, workers, codec.threaded)
+            ]
+        return jobs
 
     def raw_bytes(self, rows: Iterable[int]) -> int:
         """How many raw bytes of these blocks were asked for."""
-        return self.request.raw_bytes(self.blocks.index, rows, self.blocks.form)
+        return self.request.raw_bytes(self.blocks.index, rows)
 
     def snapshot(self) -> Snapshot:
         """What was asked for, once it is decoded."""
         layers = []
         for i in self.request.layers:
             cut = self.request.cuts[i]
-            k, v = (self._places[i, part].cut(cut, part) for part in PARTS)
-            layers.append(Layer(k, v, cut))
+            parts = {name: self._places[i, name].cut(cut, name) for name in cut.parts}
+            layers.append(Layer(parts, cut))
         blocks = self.blocks
         ids = blocks.ids_up_to(self.request.cuts.values())
         return Snapshot(layers, blocks.layout.dtype, ids, blocks.header.origin)
 
     # --- jobs ------------------------------------------------------------------------------
 
-    def _decode_rows(self, rows: Sequence[int], threads: int) -> Sequence[int]:
-        """Decode blocks that need no other; return them."""
+    def _decode_rows(self, codec: Codec, rows: Sequence[int], threads: int) -> Sequence[int]:
+        """Decode blocks of one codec that need no other; return them."""
         targets = (self._target(row) for row in rows)
-        fill(self.blocks, targets, min(threads, len(rows)))
+        fill(self.blocks, codec, targets, min(threads, len(rows)))
         return rows
 
     def _decode_chain(self, rows: list[int]) -> Sequence[int]:
         """Decode blocks of which each may need those before it; return them."""
         last = self.blocks.last_uses
-        key_of, needs = self.blocks.index.key, self.blocks.codec.needs
+        key_of, needs = self.blocks.index.key, self.blocks.needs
+        codec = self.blocks.codecs[key_of[rows[0]]]
         chain = self._resumed(rows)
         for row in rows[len(chain.decoded) :]:
             key = key_of[row]
             earlier = {k: chain.done[k] for k in needs(*key) if k in chain.done}
             target = self._target(row, earlier, chain.scratch)
-            fill(self.blocks, [target])
+            fill(self.blocks, codec, [target])
             chain.done[key] = target.out
             for old in [k for k in chain.done if last.get(k, 0) <= row]:
                 del chain.done[old]
@@ -199,40 +208,58 @@ def new_places(blocks: Blocks, request: Request) -> dict[Key, Place]:
     """One piece of new memory for all parts: a large one gets large pages, and faults less often.
     Raises KVZipError when there is not enough."""
     extents = plan.extents(blocks.layout, blocks.header.block_tokens, request)
-    sizes = [math.prod(extent.shape) for extent in extents]
+    forms = [blocks.part(extent.key).form for extent in extents]
+    sizes = [
+        math.prod(extent.shape) * form.itemsize for extent, form in zip(extents, forms, strict=True)
+    ]
+    room = [size + -size % _WIDEST for size in sizes]  # each begins where its numbers may lie
     try:
-        memory = np.empty(sum(sizes), blocks.form.uint)
+        memory = np.empty(sum(room) // _WIDEST, np.uint64).view(np.uint8)
     except MemoryError:
-        raise KVZipError(f"not enough memory for {sum(sizes):,} numbers") from None
+        raise KVZipError(f"not enough memory for {sum(sizes):,} bytes") from None
     places, at = {}, 0
-    for (key, shape, first), numbers in zip(extents, sizes, strict=True):
-        places[key] = Place(memory[at : at + numbers].reshape(shape), first)
-        at += numbers
+    for (key, shape, first), form, size, taken in zip(extents, forms, sizes, room, strict=True):
+        places[key] = Place(memory[at : at + size].view(form.uint).reshape(shape), first)
+        at += taken
     return places
 
 
-def given_places(
-    blocks: Blocks, request: Request, out: Sequence[tuple[Any, Any]]
-) -> dict[Key, Place]:
-    """The arrays that a caller gave, a pair for each layer asked for. Raises UsageError unless they
-    are in the processor's memory, writable, of the shapes of what is wanted, and apart."""
+def given_places(blocks: Blocks, request: Request, out: Sequence[Any]) -> dict[Key, Place]:
+    """The arrays that a caller gave, for each layer asked for one a part: a pair, or a mapping by
+    the parts' names. Raises UsageError unless they are in the processor's memory, writable, of the
+    shapes of what is wanted, and apart."""
     if len(out) != len(request.layers):
         raise UsageError(f"out has {len(out)} layers, not {len(request.layers)}")
     places: dict[Key, Place] = {}
-    for i, (k, v) in zip(request.layers, out, strict=True):
+    for i, arrays in zip(request.layers, out, strict=True):
         cut = request.cuts[i]
-        for part, given in zip(PARTS, (k, v), strict=True):
+        for name, given in _by_name(i, cut, arrays).items():
             where = getattr(getattr(given, "device", None), "type", "cpu")
             if where != "cpu":
                 raise UsageError(
                     f"out for layer {i} is on {where}: without device= it must be on cpu"
                 )
-            array, _ = dtypes.as_bits(given, blocks.layout.dtype)
-            if array.shape != cut.shape(part) or not array.flags.writeable:
-                raise UsageError(f"out for layer {i}: want a writable array of {cut.shape(part)}")
-            places[i, part] = Place(batched(array), cut.first, array)
+            part = cut.parts[name]
+            array, _ = dtypes.as_bits(given, part.dtype)
+            if array.shape != part.shape or not array.flags.writeable:
+                raise UsageError(f"out for layer {i}: want a writable array of {part.shape}")
+            places[i, name] = Place(part.as_block(array), cut.span(name)[0], array)
     _check_apart([place.array for place in places.values()])
     return places
+
+
+def _by_name(i: int, cut: LayerLayout, arrays: Any) -> Mapping[str, Any]:
+    """What a caller gave for a layer, by the names of its parts. Raises UsageError."""
+    names = tuple(cut.parts)
+    if not isinstance(arrays, Mapping):
+        given = items(f"out for layer {i}", arrays, "an array for each part, or a mapping")
+        if len(given) != len(names):
+            wanted = ", ".join(names)
+            raise UsageError(f"out for layer {i} has {len(given)} arrays, not those of {wanted}")
+        return dict(zip(names, given, strict=True))
+    if set(arrays) != set(names):
+        raise UsageError(f"out for layer {i} has {sorted(arrays)}, and its parts are {names}")
+    return {name: arrays[name] for name in names}
 
 
 def _check_apart(arrays: Sequence[Bits]) -> None:
@@ -282,16 +309,16 @@ def _overlaps_itself(array: Bits) -> bool:
 
 def _empty_block(blocks: Blocks, row: int) -> Bits:
     """Memory for a block's numbers that nobody gave."""
-    layer, part = blocks.index.key[row]
-    batch, heads, _, dim = blocks.layout.layers[layer].batched_shape(part)
-    return np.empty((batch, heads, blocks.index.tokens[row], dim), blocks.form.uint)
+    part = blocks.part(blocks.index.key[row])
+    batch, heads, _, dim = part.block_shape
+    return np.empty((batch, heads, blocks.index.tokens[row], dim), part.form.uint)
 
 
 # --- decoding and blame ----------------------------------------------------------------------
 
 
-def fill(blocks: Blocks, targets: Iterable[Target], threads: int = 1) -> None:
-    """Decode blocks that do not need each other, and check their numbers.
+def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int = 1) -> None:
+    """Decode blocks of one codec that do not need each other, and check their numbers.
 
     Raises CorruptError that names the block, or its tables where those are to blame.
     """
@@ -308,13 +335,13 @@ def fill(blocks: Blocks, targets: Iterable[Target], threads: int = 1) -> None:
             raise
 
     try:
-        found = blocks.codec.decode_many(prepared(), threads)
+        found = codec.decode_many(prepared(), threads)
     except CorruptError as error:
         if unprepared:
             raise
         if len(work) > 1:
             for target in [*work, *targets]:
-                fill(blocks, [target])  # one of them tells more
+                fill(blocks, codec, [target])  # one of them tells more
             return
         _blame_stored(blocks, work[0])
         raise CorruptError(f"{blocks.index.name(work[0].row)}: {error}") from None
@@ -333,9 +360,10 @@ def fill(blocks: Blocks, targets: Iterable[Target], threads: int = 1) -> None:
 def check_block(blocks: Blocks, row: int) -> None:
     """Decode a block that needs no other, for nothing but to raise the CorruptError that tells
     what is wrong with it, if anything is."""
-    stored, loaded = blocks.tables(blocks.index.key[row])
+    key = blocks.index.key[row]
+    stored, loaded = blocks.tables(key)
     out, context = _empty_block(blocks, row), blocks.context(row, loaded)
-    fill(blocks, [Target(blocks.stored(row), out, context, row, stored)])
+    fill(blocks, blocks.codecs[key], [Target(blocks.stored(row), out, context, row, stored)])
 
 
 def _blame_stored(blocks: Blocks, target: Target) -> None:

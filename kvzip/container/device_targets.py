@@ -17,7 +17,7 @@ from kvzip.container.index import Key
 from kvzip.container.plan import Request
 from kvzip.dtypes import DType
 from kvzip.errors import UsageError
-from kvzip.snapshot import PARTS, LayerLayout
+from kvzip.layout import KV, LayerLayout
 
 Targets = dict[Key, list[Target]]
 """Where each part of each layer goes: to one target, or in a paged cache to one for each row of the
@@ -34,7 +34,7 @@ def new_targets(
         array, view = empty(device, shape, blocks.form)
         targets[key] = [_target(view, first, array)]
         layer, part = request.cuts[key[0]], key[1]
-        begin, batched = layer.first - first, len(layer.shape(part)) == 4
+        begin, batched = layer.first - first, layer.parts[part].batch is not None
         arrays[key] = cut(array, begin, begin + layer.stored, batched)
     return [(arrays[i, "k"], arrays[i, "v"]) for i in request.layers], targets
 
@@ -58,11 +58,12 @@ def given_targets(
     _check_pairs(out, cuts)
     targets: Targets = {}
     for (i, layer), pair in zip(cuts.items(), out, strict=True):
-        for part, array in zip(PARTS, pair, strict=True):
+        for part, array in zip(KV, pair, strict=True):
             view = view_of(array, device, form)
-            if view.shape != layer.shape(part):
+            if view.shape != layer.parts[part].shape:
                 raise UsageError(
-                    f"out for layer {i}: {part} has shape {view.shape}, not {layer.shape(part)}"
+                    f"out for layer {i}: {part} has shape {view.shape}, not "
+                    f"{layer.parts[part].shape}"
                 )
             targets[i, part] = [_target(view, layer.first, array)]
     return targets
@@ -84,8 +85,8 @@ def paged_targets(
     _check_pairs(out, cuts)
     targets: Targets = {}
     for (i, layer), pair in zip(cuts.items(), out, strict=True):
-        for part, array in zip(PARTS, pair, strict=True):
-            rows, heads, _, dim = layer.batched_shape(part)
+        for part, array in zip(KV, pair, strict=True):
+            rows, heads, _, dim = layer.parts[part].block_shape
             view = view_of(array, device, form)
             if len(view.shape) != 4 or view.shape[2:] != (heads, dim):
                 raise UsageError(

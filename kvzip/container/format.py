@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,10 +17,10 @@ from numpy.typing import NDArray
 
 from kvzip import checksum
 from kvzip.codec import Codec, get_codec
-from kvzip.container.index import RECORD, aligned
+from kvzip.container.index import RECORD, Key, aligned
 from kvzip.errors import CorruptError, FormatError, UnsupportedError, UsageError
-from kvzip.options import same_from_json
-from kvzip.snapshot import Layout, Origin
+from kvzip.layout import Layout, Origin
+from kvzip.options import json_value, same_from_json
 from kvzip.version import __version__
 
 MAGIC = b"\x89KVZ\r\n\x1a\n"
@@ -127,7 +128,16 @@ def stated_length(data: Any) -> int:
 # --- the header ----------------------------------------------------------------------------
 
 
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class OtherCodec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A codec beside the file's own, and what it stores."""
+
+    codec: dict[str, Any]
+    """The codec's name under "id", and its settings."""
+    parts: tuple[tuple[int, str], ...]
+    """The parts that it stores: a layer's number, and the part's name."""
+
+
+class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a file says of itself before its index; JSON, with docs/header.schema.json as schema."""
 
     layout: Layout
@@ -143,6 +153,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether the ids of all tokens follow the header."""
     token_ids_sha256: str | None = None
     """SHA-256 of the ids as little-endian uint32, when the ids themselves are withheld."""
+    other_codecs: tuple[OtherCodec, ...] = ()
+    """What stores the parts that `codec` does not take."""
 
 
 def header_schema() -> dict[str, Any]:
@@ -151,19 +163,77 @@ def header_schema() -> dict[str, Any]:
     return schema
 
 
-def packed_header(header: Header, codec: Codec) -> bytes:
+class Codecs:
+    """The codecs of a file: its own, and those of the parts that it does not take."""
+
+    def __init__(self, own: Codec, others: Mapping[Key, Codec]):
+        self.own, self._others = own, others
+
+    def __getitem__(self, key: Key) -> Codec:
+        return self._others.get(key, self.own)
+
+    @classmethod
+    def choose(cls, codec: Codec, layout: Layout) -> Codecs:
+        """`codec` for the parts that it takes, and for each other part the first of the codecs that
+        it falls back to. Raises UnsupportedError when none of them takes it."""
+        others: dict[Key, Codec] = {}
+        for i, name, part in layout.parts():
+            kind, found, tried = layout.layers[i].kind, codec, [codec.codec_id]
+            while not found.takes(part.form, kind, name):
+                if found.fallback is None or found.fallback in tried:
+                    raise UnsupportedError(
+                        f"no codec of {', '.join(tried)} takes {part.dtype}, which layer {i} "
+                        f"{name} is in"
+                    )
+                tried.append(found.fallback)
+                found = _same(get_codec(found.fallback), others.values())
+            if found is not codec:
+                others[i, name] = found
+        return cls(codec, others)
+
+    @classmethod
+    def of_header(cls, header: Header) -> Codecs:
+        """The codecs that a header names. Raises UsageError, UnsupportedError."""
+        others: dict[Key, Codec] = {}
+        for other in header.other_codecs:
+            codec = get_codec(other.codec)
+            for i, name in other.parts:
+                layers = header.layout.layers
+                if not 0 <= i < len(layers) or name not in layers[i].parts or (i, name) in others:
+                    raise UsageError(f"there is no layer {i} {name!r}, or it has two codecs")
+                others[i, name] = codec
+        return cls(get_codec(header.codec), others)
+
+    def described(self) -> tuple[OtherCodec, ...]:
+        """The codecs beside the file's own, as a header names them."""
+        parts: dict[Codec, list[Key]] = {}
+        for key, codec in self._others.items():
+            parts.setdefault(codec, []).append(key)
+        return tuple(
+            OtherCodec(json_value("the codec's settings", codec.get_config()), tuple(keys))
+            for codec, keys in parts.items()
+        )
+
+
+def _same(codec: Codec, known: Iterable[Codec]) -> Codec:
+    """The codec that is known already and equal, or this one."""
+    return next((other for other in known if other == codec), codec)
+
+
+def packed_header(header: Header, codecs: Codecs) -> bytes:
     """The header as it is stored. Raises UsageError unless a reader will get the same from it,
-    and UnsupportedError if it will not find the codec."""
+    and UnsupportedError if it will not find a codec."""
     data = same_from_json("the header", header)
     if len(data) > MAX_HEADER:
         raise UsageError(f"the header would have {len(data):,} bytes, above {MAX_HEADER:,}")
-    if (known := get_codec(header.codec)).get_config() != codec.get_config():
-        raise UnsupportedError(f"{codec!r} would be read as {known!r}")
+    known, own = Codecs.of_header(header), codecs.own
+    if known.own.get_config() != own.get_config():
+        raise UnsupportedError(f"{own!r} would be read as {known.own!r}")
     return data
 
 
-def unpacked_header(data: memoryview) -> tuple[Header, Codec]:
-    """The header in these bytes, and the codec that it names. Raises FormatError,
+def unpacked_header(data: memoryview) -> tuple[Header, Codecs]:
+    """The header in these bytes, and the codecs that it names. Raises FormatError,
     UnsupportedError."""
     try:
         header = msgspec.json.decode(data, type=Header)
@@ -172,7 +242,7 @@ def unpacked_header(data: memoryview) -> tuple[Header, Codec]:
     if header.block_tokens < 1:
         raise FormatError("the header makes no sense: block_tokens is below 1")
     try:
-        return header, get_codec(header.codec)
+        return header, Codecs.of_header(header)
     except UsageError as error:
         raise FormatError(f"the header makes no sense: {error}") from None
 

@@ -5,16 +5,15 @@ docs/format.md has it byte by byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvzip import dtypes
 from kvzip.codec import Codec
 from kvzip.codecs import _native
 from kvzip.errors import FormatError
-from kvzip.snapshot import PARTS, LayerLayout, Layout, Part
+from kvzip.layout import LayerLayout, Layout
 
 RECORD = np.dtype(
     [
@@ -31,12 +30,14 @@ RECORD = np.dtype(
     ]
 )
 _BLOCK, _TABLES = 0, 1
+_WHOLE = 2**31
+"""A step that no part is long enough to be cut by."""
 ALIGNMENT = 64
 """Entries begin at multiples of so many bytes: what a GPU, or a copy to one, reads at once."""
 
 
-Key = tuple[int, Part]
-"""A layer's number, and which of its parts."""
+Key = tuple[int, str]
+"""A layer's number, and the name of one of its parts."""
 
 
 def aligned(length: int) -> int:
@@ -48,49 +49,73 @@ class Entry(NamedTuple):
     """Place of one block, or of one part's tables, in the order of the file."""
 
     layer: int
-    part: Part
+    part: str
+    number: int
+    """Which of the layer's parts it is, from 0 on."""
     tables: bool
     start: int
-    """First token, counted from the first that the layer holds."""
+    """First token, counted from the first that the layer holds; row, of a part without tokens."""
     tokens: int
+    """How many tokens, or rows."""
+
+    @property
+    def key(self) -> Key:
+        return self.layer, self.part
 
     def record(self, offset: int, length: int, stored: int, raw: int) -> tuple[int, ...]:
         """The entry as one of `RECORD`."""
         kind = _TABLES if self.tables else _BLOCK
-        part = PARTS.index(self.part)
-        return (self.layer, part, kind, 0, self.start, self.tokens, offset, length, stored, raw)
+        return (
+            self.layer,
+            self.number,
+            kind,
+            0,
+            self.start,
+            self.tokens,
+            offset,
+            length,
+            stored,
+            raw,
+        )
 
 
 def entries(layout: Layout, block_tokens: int) -> Iterator[Entry]:
-    """Every entry of a file of that layout, layer by layer, K before V, tables before blocks."""
+    """Every entry of a file of that layout, layer by layer, part by part, tables before blocks."""
     for i, layer in enumerate(layout.layers):
-        first = layer.first
-        cuts = [(start - first, stop - start) for start, stop in _cuts(layer, block_tokens)]
-        for part in PARTS:
-            yield Entry(i, part, True, 0, 0)
-            for start, tokens in cuts:
-                yield Entry(i, part, False, start, tokens)
+        for number, name in enumerate(layer.parts):
+            first, stop, step = _cuts(layer, name, block_tokens)
+            yield Entry(i, name, number, True, 0, 0)
+            for begin, end in _blocks(first, stop, step):
+                yield Entry(i, name, number, False, begin - first, end - begin)
 
 
-def _cuts(layer: LayerLayout, block_tokens: int) -> Iterator[tuple[int, int]]:
+def _cuts(layer: LayerLayout, part: str, block_tokens: int) -> tuple[int, int, int]:
+    """The first position that a part holds, the one behind the last, and the step at whose
+    multiples it is cut into blocks. A part without tokens is one block of all its rows."""
+    first, stop = layer.span(part)
+    return first, stop, _WHOLE if layer.parts[part].tokens is None else min(block_tokens, _WHOLE)
+
+
+def _blocks(first: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
     """First and last position of each block. Layers that begin at different positions are cut at
-    the same ones, multiples of `block_tokens`."""
-    start, end = layer.first, layer.cumulative_length
-    while start < end:
-        stop = min((start // block_tokens + 1) * block_tokens, end)
-        yield start, stop
-        start = stop
+    the same ones, multiples of `step`."""
+    while first < stop:
+        end = min((first // step + 1) * step, stop)
+        yield first, end
+        first = end
 
 
 def entry_count(layout: Layout, block_tokens: int) -> int:
     """How many entries a file of that layout has."""
-    return sum(2 * (1 + _block_count(layer, block_tokens)) for layer in layout.layers)
+    return sum(
+        1 + _block_count(*_cuts(layer, name, block_tokens))
+        for layer in layout.layers
+        for name in layer.parts
+    )
 
 
-def _block_count(layer: LayerLayout, block_tokens: int) -> int:
-    if not layer.stored:
-        return 0
-    return -(-layer.cumulative_length // block_tokens) - layer.first // block_tokens
+def _block_count(first: int, stop: int, step: int) -> int:
+    return 0 if first == stop else -(-stop // step) - first // step
 
 
 class Index:
@@ -104,17 +129,20 @@ class Index:
         """Read `records`, a buffer, from a file of `size` bytes in which the entries begin at byte
         `start`. Raises FormatError unless every record is the one that the layout asks for, and
         entries follow each other, each at the next multiple of `ALIGNMENT`."""
-        spans = [(layer.first, layer.cumulative_length) for layer in layout.layers]
+        cuts: list[list[tuple[int, int, int]]] = []
+        before = None
+        for layer in layout.layers:  # most are alike, and comparing is faster
+            if layer != before:
+                before, found = layer, [_cuts(layer, name, block_tokens) for name in layer.parts]
+            cuts.append(found)
         try:
-            columns = _native.read_index(
-                records, start, size, ALIGNMENT, spans, min(block_tokens, 2**31)
-            )
+            columns = _native.read_index(records, start, size, ALIGNMENT, cuts)
         except ValueError as error:
             raise FormatError(str(error)) from None
         self.position: list[int]
-        """The position in the sequence of the entry's first token."""
+        """The position in the sequence of the entry's first token, or its first row."""
         self.tokens: list[int]
-        """How many tokens the entry holds; tables hold none."""
+        """How many tokens, or rows, the entry holds; tables hold none."""
         self.offset: list[int]
         """Where the entry lies in the file."""
         self.length: list[int]
@@ -127,14 +155,16 @@ class Index:
         """The layer and the part that the entry belongs to."""
         self.rows: dict[Key, range] = {}
         """The rows of each part of each layer: its tables, then its blocks."""
-        at, before, blocks = 0, None, 0
-        for i, layer in enumerate(layout.layers):
-            if layer != before:  # most are alike, and comparing is faster
-                before, blocks = layer, _block_count(layer, block_tokens)
-            for part in PARTS:
-                key, end = (i, part), at + 1 + blocks
+        self.timeless: set[Key] = set()
+        """The parts that have no tokens, but rows."""
+        at = 0
+        for i, (layer, found) in enumerate(zip(layout.layers, cuts, strict=True)):
+            for name, cut in zip(layer.parts, found, strict=True):
+                key, end = (i, name), at + 1 + _block_count(*cut)
                 self.rows[key] = range(at, end)
-                self.key += [key] * (1 + blocks)
+                if layer.parts[name].tokens is None:
+                    self.timeless.add(key)
+                self.key += [key] * (end - at)
                 at = end
 
     def __len__(self) -> int:
@@ -150,24 +180,24 @@ class Index:
 
     def name(self, row: int) -> str:
         """What an entry is called in errors."""
-        layer, part = self.key[row]
+        layer, part = key = self.key[row]
         start = self.position[row]
         what = "the tables of " if row == self.tables_row(row) else ""
-        return f"{what}layer {layer} {part}, tokens {start}:{start + self.tokens[row]}"
+        lines = "rows" if key in self.timeless else "tokens"
+        return f"{what}layer {layer} {part}, {lines} {start}:{start + self.tokens[row]}"
 
-    def check_sizes(self, layout: Layout, codec: Codec) -> None:
+    def check_sizes(self, layout: Layout, codec_of: Callable[[Key], Codec]) -> None:
         """Raise FormatError if a block claims more numbers than its bytes can stand for."""
-        form, room = dtypes.get(layout.dtype), codec.max_decoded_size
-        before, sizes = None, {}
-        for layer in layout.layers:
-            if layer != before:
-                before = layer
-                for part in PARTS:
-                    sizes[layer.shape(part)] = layer.token_numbers(part) * form.itemsize
-        blocks = [length for length, n in zip(self.length, self.tokens, strict=True) if n]
-        if not blocks or max(self.tokens) * max(sizes.values()) <= room(min(blocks), form):
-            return
-        for row, (i, part) in enumerate(self.key):
-            claimed = sizes[layout.layers[i].shape(part)] * self.tokens[row]
-            if claimed and claimed > room(self.length[row], form):
-                raise FormatError(f"entry {row} of the index claims more than its bytes can hold")
+        for key, rows in self.rows.items():
+            part, room = layout.layers[key[0]].parts[key[1]], codec_of(key).max_decoded_size
+            line, form, blocks = part.line_numbers * part.form.itemsize, part.form, rows[1:]
+            if not blocks or not line:
+                continue
+            tokens, length = (c[blocks[0] : blocks[-1] + 1] for c in (self.tokens, self.length))
+            if max(tokens) * line <= room(min(length), form):
+                continue
+            for row in blocks:
+                if line * self.tokens[row] > room(self.length[row], form):
+                    raise FormatError(
+                        f"entry {row} of the index claims more than its bytes can hold"
+                    )

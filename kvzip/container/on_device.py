@@ -8,6 +8,7 @@ that does not pass is decoded again on the CPU, which says what is wrong with it
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ from kvzip.container.device_targets import (
 )
 from kvzip.container.index import ALIGNMENT, Key, aligned
 from kvzip.container.plan import Request
-from kvzip.errors import CorruptError, KVZipError
-from kvzip.snapshot import PARTS, LayerLayout, Layout, Origin
+from kvzip.errors import CorruptError, KVZipError, UnsupportedError
+from kvzip.layout import KV, LayerLayout, Layout, Origin
 
 PIECE = 16 << 20
 """Stored bytes that go together: enough for a link to be at full speed and for a GPU to be busy,
@@ -108,7 +109,11 @@ class DeviceDecoding:
         self._decode_on_cpu = decode_on_cpu
         self._caller = device.stream_of(stream)
         self._tables: dict[Key, Any] = {}
-        self._rows: list[int] = plan.rows(blocks.layout, blocks.index, request)
+        self._rows: list[int] = list(
+            itertools.chain.from_iterable(
+                plan.rows_by_part(blocks.layout, blocks.index, request).values()
+            )
+        )
         """Rows of the index; the place of a row here is that of its flag and checksum."""
 
     def run(self, progress: Callable[[int], None] | None = None) -> None:
@@ -154,7 +159,7 @@ class DeviceDecoding:
             work.start(upload, runs[n % len(runs)])
             at += len(rows)
             if progress is not None:
-                progress(self.request.raw_bytes(self.blocks.index, rows, self.blocks.form))
+                progress(self.request.raw_bytes(self.blocks.index, rows))
         for stream in runs[1:]:
             device.wait(runs[0], device.record(stream))
         device.download(runs[0], back.address, results.address, 12 * count)
@@ -258,7 +263,7 @@ class DeviceDecoding:
     def _beside(self, work: Work, row: int) -> Target:
         """Memory for one block."""
         (layer, part), tokens = self.blocks.index.key[row], self.blocks.index.tokens[row]
-        batch, heads, _, dim = self.blocks.layout.layers[layer].batched_shape(part)
+        batch, heads, _, dim = self.blocks.part((layer, part)).block_shape
         address = work.scratch(batch * heads * tokens * dim * self.blocks.form.itemsize)
         strides, shape = (heads * tokens * dim, tokens * dim, dim), (batch, heads, tokens, dim)
         return Target(address, strides, shape, self.blocks.index.position[row])
@@ -365,9 +370,9 @@ class DeviceDecoding:
         self, upload: Stream, runs: Sequence[Stream], progress: Callable[[int], None] | None
     ) -> None:
         """Decode layers on the CPU, into pinned memory, and bring them to the device."""
-        form, device = self.blocks.form, self.device
+        device = self.device
         sizes = {
-            i: sum(math.prod(cut.shape(part)) for part in PARTS) * form.itemsize
+            i: sum(part.nbytes for part in cut.parts.values())
             for i, cut in self.request.cuts.items()
         }
         groups: list[list[int]] = []
@@ -390,16 +395,16 @@ class DeviceDecoding:
     def _fill_by_cpu(self, work: Work, layers: Sequence[int]) -> None:
         """Put in the numbers of these layers, decoded, and have them copied to where they go."""
         form, cuts = self.blocks.form, self.request.cuts
-        keys = [(i, part) for i in layers for part in PARTS]
+        keys = [(i, part) for i in layers for part in KV]
         arrays, addresses = [], []
         for i, part in keys:
-            shape = cuts[i].shape(part)
+            shape = cuts[i].parts[part].shape
             host, address = work.room(math.prod(shape) * form.itemsize, ALIGNMENT)
             arrays.append(host.view(form.uint).reshape(shape))
             addresses.append(address)
         self._decode_on_cpu(layers, list(zip(arrays[::2], arrays[1::2], strict=True)))
         for (i, part), address in zip(keys, addresses, strict=True):
-            _, heads, tokens, dim = cuts[i].batched_shape(part)
+            _, heads, tokens, dim = cuts[i].parts[part].block_shape
             strides = heads * tokens * dim, tokens * dim, dim
             self._copy(work, (i, part), address, strides, cuts[i].first, cuts[i].cumulative_length)
 
@@ -418,6 +423,11 @@ def decode(
 
     `decode_on_cpu` serves codecs that have no kernels.
     """
+    if not blocks.layout.plain or blocks.header.other_codecs:
+        raise UnsupportedError(
+            "a GPU decodes files whose layers are all keys and values of one format, which this is "
+            "not: decode it without device=, and copy"
+        )
     device, cuts = get_device(device), request.cuts
     pairs: Sequence[tuple[Any, Any]]
     with device.current():

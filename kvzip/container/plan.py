@@ -6,18 +6,15 @@ chains of them and sizes of memory come out.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvzip.container.index import Index, Key
-from kvzip.dtypes import DType
-from kvzip.errors import UsageError
-from kvzip.layout import PARTS, LayerLayout, Layout
+from kvzip.errors import UnsupportedError, UsageError
+from kvzip.layout import LayerLayout, Layout
 from kvzip.options import integer, items
-from kvzip.snapshot import Part
 
-Needs = Callable[[int, Part], Sequence[Key]]
+Needs = Callable[[int, str], Sequence[Key]]
 """Which parts of other layers a block needs: :meth:`kvzip.Codec.needs`."""
 
 
@@ -32,24 +29,29 @@ class Request(NamedTuple):
     cuts: Mapping[int, LayerLayout]
     """For each of these layers, what is wanted of it."""
 
-    def raw_bytes(self, index: Index, rows: Iterable[int], form: DType) -> int:
+    def raw_bytes(self, index: Index, rows: Iterable[int]) -> int:
         """How many raw bytes of these blocks are wanted; none of those in other layers."""
         found = 0
         for row in rows:
-            layer, part = index.key[row]
+            layer, part = key = index.key[row]
             cut = self.cuts.get(layer)
             if cut is not None:
-                begin = max(index.position[row], cut.first)
-                end = min(index.position[row] + index.tokens[row], cut.cumulative_length)
-                found += max(0, end - begin) * cut.token_numbers(part)
-        return found * form.itemsize
+                begin, end = cut.span(part)
+                lines = index.tokens[row]
+                if key not in index.timeless:
+                    begin = max(index.position[row], begin)
+                    lines = max(0, min(index.position[row] + lines, end) - begin)
+                held = cut.parts[part]
+                found += lines * held.line_numbers * held.form.itemsize
+        return found
 
 
 def requested(layout: Layout, layers: Iterable[Any] | None = None, tokens: Any = None) -> Request:
     """The request that a caller names: numbers of layers, which count from the last one where they
     are negative, and (first, last + 1) of the positions; None stands for all.
 
-    Raises UsageError for layers or positions that there are not.
+    Raises UsageError for layers or positions that there are not, UnsupportedError for positions at
+    whose end a layer has no state.
     """
     count = len(layout.layers)
     wanted = list(range(count))
@@ -62,7 +64,14 @@ def requested(layout: Layout, layers: Iterable[Any] | None = None, tokens: Any =
     begin, end = _token_range(tokens)
     if not 0 <= begin <= end <= layout.tokens:
         raise UsageError(f"tokens {begin}:{end} are not within 0:{layout.tokens}")
-    return Request(wanted, {i: layer.cut(begin, end) for i, layer in whole.items()})
+    return Request(wanted, {i: _cut(i, layer, begin, end) for i, layer in whole.items()})
+
+
+def _cut(i: int, layer: LayerLayout, begin: int, end: int) -> LayerLayout:
+    try:
+        return layer.cut(begin, end)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"layer {i}: {error}") from None
 
 
 def _layer_number(given: Any, count: int) -> int:
@@ -88,15 +97,15 @@ class Extent(NamedTuple):
 
     key: Key
     shape: tuple[int, int, int, int]
-    """[batch, heads, tokens, dim]"""
+    """[batch, heads, tokens or rows, dim]"""
     first: int
-    """The position of the first of its tokens."""
+    """The position of the first of its tokens; 0 of a part that has rows in their place."""
 
 
 def extents(layout: Layout, block_tokens: int, request: Request) -> list[Extent]:
     """Memory for what is wanted: for the whole blocks that hold it, which are then decoded where
-    they stay, unless what is wanted is the smaller part of them. Keys, then values of each layer,
-    in the order in which layers are asked for."""
+    they stay, unless what is wanted is the smaller part of them. Part after part of each layer, in
+    the order in which layers are asked for."""
     found = []
     for i in request.layers:
         layer, cut = layout.layers[i], request.cuts[i]
@@ -106,9 +115,10 @@ def extents(layout: Layout, block_tokens: int, request: Request) -> list[Extent]
             after = min(layer.cumulative_length, -(-end // block_tokens) * block_tokens)
             if 2 * cut.stored >= after - begin:  # less is not worth keeping all for
                 first, end = begin, after
-        for part in PARTS:
-            batch, heads, _, dim = layer.batched_shape(part)
-            found.append(Extent((i, part), (batch, heads, end - first, dim), first))
+        for name, part in layer.parts.items():
+            batch, heads, rows, dim = part.block_shape
+            begin, lines = (0, rows) if part.tokens is None else (first, end - first)
+            found.append(Extent((i, name), (batch, heads, lines, dim), begin))
     return found
 
 
@@ -120,35 +130,32 @@ def rows_by_part(layout: Layout, index: Index, request: Request) -> dict[Key, Se
     found: dict[Key, Sequence[int]] = {}
     for i, cut in request.cuts.items():
         whole = cut is layout.layers[i]
-        for part in PARTS:
+        for part in layout.layers[i].parts:
             blocks = index.rows[i, part][1:]
             found[i, part] = (
-                blocks if whole else _within(index, blocks, cut.first, cut.cumulative_length)
+                blocks
+                if whole or (i, part) in index.timeless
+                else _within(index, blocks, cut.first, cut.cumulative_length)
             )
     return found
 
 
-def rows(layout: Layout, index: Index, request: Request) -> list[int]:
-    """The rows to decode where no block needs another."""
-    return list(itertools.chain.from_iterable(rows_by_part(layout, index, request).values()))
-
-
-def chains(layout: Layout, index: Index, request: Request, needs: Needs) -> list[list[int]]:
-    """The rows to decode where blocks need others, as chains: each block stands behind those of the
-    same tokens that it needs, and no chain needs another."""
+def chains(index: Index, by_part: Mapping[Key, Sequence[int]], needs: Needs) -> list[list[int]]:
+    """The rows to decode for these rows of parts where blocks need others, as chains: each block
+    stands behind those of the same tokens that it needs, and no chain needs another."""
     position, tokens = index.position, index.tokens
     # Blocks of a chain end at the same token, wherever their layers begin.
     found: dict[int, list[int]] = {
-        position[row] + tokens[row]: [] for row in rows(layout, index, request)
+        position[row] + tokens[row]: [] for rows in by_part.values() for row in rows
     }
     needed: set[Key] = set()
-    left = [(i, part) for i, cut in request.cuts.items() if cut.stored for part in PARTS]
+    left = [key for key, rows in by_part.items() if rows]
     while left:
         key = left.pop()
         if key not in needed:
             needed.add(key)
             left += needs(*key)
-    for key in sorted(needed):  # the order of the file: what is needed comes before
+    for key in sorted(needed, key=lambda key: index.rows[key].start):  # what is needed comes before
         for row in index.rows[key][1:]:
             chain = found.get(position[row] + tokens[row])
             if chain is not None:
@@ -162,20 +169,6 @@ def last_uses(index: Index, needs: Needs) -> dict[Key, int]:
     for row, key in enumerate(index.key):
         for other in needs(*key):
             found[other] = row
-    return found
-
-
-def entries_read(layout: Layout, index: Index, request: Request, needs: Needs | None) -> set[int]:
-    """The rows of all entries that a request reads, tables too. `needs`: None where no block needs
-    another."""
-    blocks = (
-        rows(layout, index, request)
-        if needs is None
-        else itertools.chain.from_iterable(chains(layout, index, request, needs))
-    )
-    found: set[int] = set()
-    for row in blocks:
-        found |= {row, index.tables_row(row)}
     return found
 
 

@@ -18,7 +18,7 @@ from kvzip.container.index import Index
 from kvzip.container.plan import Request
 from kvzip.container.source import OpenFile, Source, Stream, naming
 from kvzip.errors import UsageError
-from kvzip.options import pairs
+from kvzip.options import items, pairs
 from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import Layer, Snapshot
 from kvzip.workers import after, in_order, thread_count
@@ -93,11 +93,10 @@ class Reader:
         announce = getattr(self._source, "announce", None)
         if announce is None:
             return
-        needs = None if self.codec.independent else self.codec.needs
         rows: set[int] = set()
         for i, span in enumerate(spans):
             request = Request([i], {i: self.layout.layers[i].cut(*span)})
-            rows |= plan.entries_read(self.layout, self.index, request, needs)
+            rows |= self._blocks.entries_read(request)
         announce([self.index.span(row) for row in sorted(rows)])
 
     # --- checking --------------------------------------------------------------------------
@@ -121,7 +120,7 @@ class Reader:
     # --- decoding --------------------------------------------------------------------------
 
     def layer(self, i: int) -> Layer:
-        """Keys and values of layer i, every token it holds."""
+        """All parts of layer i, every token it holds."""
         found: Snapshot = self.decode(layers=[i])
         return found.layers[0]
 
@@ -132,7 +131,7 @@ class Reader:
 
     def decode(
         self,
-        out: Sequence[tuple[Any, Any]] | None = None,
+        out: Sequence[Any] | None = None,
         layers: Sequence[int] | None = None,
         tokens: tuple[int, int] | None = None,
         threads: int | None = None,
@@ -144,10 +143,11 @@ class Reader:
     ) -> Any:
         """Layers (default: all) and positions (default: all) of the file, bit-exact; a Snapshot.
 
-        `out`: one (K, V) pair of writable arrays or CPU tensors for each layer asked for, of the
-        layers' shapes (with `tokens`, of the cut shapes), any strides, apart in memory; filled and
-        used instead of new memory. Layers of the result are in the order asked for. `progress` is
-        called with raw bytes as they are done.
+        `out`: for each layer asked for a (K, V) pair of writable arrays or CPU tensors, or one of
+        each of its parts (in their order, or a mapping by their names), of the parts' shapes (with
+        `tokens`, of the cut shapes), any strides, apart in memory; filled and used instead of new
+        memory. Layers of the result are in the order asked for. `progress` is called with raw bytes
+        as they are done.
 
         `device`: "cuda", "cuda:1" or a torch device, to decode there, into new tensors or into
         `out`, tensors of that device; the result is a DeviceSnapshot (docs/gpu.md). It is there
@@ -157,13 +157,15 @@ class Reader:
         in any strides but that the numbers of a head lie side by side.
 
         Raises CorruptError when any block read is damaged, ProfileError when the file needs a
-        profile and has not got it, UnsupportedError without such a device.
+        profile and has not got it, UnsupportedError without such a device, or for `tokens` at whose
+        end a layer has no state.
         """
-        out = None if out is None else pairs("out", out)
         if device is not None and str(device) != "cpu":
+            out = None if out is None else pairs("out", out)
             return self._decode_on_device(
                 device, out, layers, tokens, threads, progress, stream, pages
             )
+        out = None if out is None else items("out", out, "one pair of arrays a layer")
         if pages is not None:
             raise UsageError("pages: only with device=")
         decoding = Decoding(self._blocks, self._request(layers, tokens), out, self._chains)

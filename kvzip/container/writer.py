@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from kvzip import checksum, dtypes
+from kvzip import checksum
 from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
 from kvzip.container.format import (
     MAX_ENTRIES,
     WRITER,
+    Codecs,
     Header,
     ids_between,
     packed_header,
@@ -26,9 +27,10 @@ from kvzip.container.format import (
 from kvzip.container.index import RECORD, Entry, Key, aligned, entries, entry_count
 from kvzip.dtypes import Bits
 from kvzip.errors import ProfileError, UsageError
+from kvzip.layout import Layout, Origin
 from kvzip.options import as_json, boolean, integer, json_value
 from kvzip.profile import Profile
-from kvzip.snapshot import PARTS, Layout, Origin, Snapshot, batched
+from kvzip.snapshot import Snapshot
 from kvzip.workers import in_order, thread_count
 
 _SHA256 = "0" * 64
@@ -67,8 +69,9 @@ class Encoded(NamedTuple):
 class Writer:
     """One snapshot on its way into one file, by one codec.
 
-    Raises UsageError for what no file can hold, ProfileError when the codec needs a profile and
-    has none, UnsupportedError when a reader would not find the codec.
+    Parts that the codec does not take are stored by those that it falls back to. Raises UsageError
+    for what no file can hold, ProfileError when the codec needs a profile and has none,
+    UnsupportedError when a reader would not find the codec.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Writer:
                 f"codec {codec.codec_id!r} needs a profile: give profile= or --profile"
             )
         self.snapshot, self.codec, self.profile = snapshot, codec, profile
-        self._form = dtypes.get(snapshot.dtype)
+        self._codecs = Codecs.choose(codec, snapshot.layout)
         ids = snapshot.token_ids
         digest = None
         if ids is not None and not store_token_ids:
@@ -102,8 +105,9 @@ class Writer:
             profile=None if profile is None else profile.id,
             token_ids=self._ids is not None,
             token_ids_sha256=digest,
+            other_codecs=self._codecs.described(),
         )
-        self._packed_header = packed_header(self.header, codec)
+        self._packed_header = packed_header(self.header, self._codecs)
         self._packed_ids = b"" if self._ids is None else packed_ids(self._ids)
         if len(self._packed_ids) >= 2**32:
             raise UsageError(f"{len(self._packed_ids):,} bytes of token ids do not go into a file")
@@ -136,8 +140,8 @@ class Writer:
             sink.write(bytes(aligned(len(data)) - len(data)))
             offset += aligned(len(data))
             if progress is not None and not entry.tables:
-                layer = self.snapshot.layout.layers[entry.layer]
-                progress(layer.token_numbers(entry.part) * entry.tokens * self._form.itemsize)
+                part = self.snapshot.layout.layers[entry.layer].parts[entry.part]
+                progress(part.line_numbers * entry.tokens * part.form.itemsize)
         sink.seek(base)
         sink.write(packed_start(header, ids, index, offset))
         sink.seek(base + offset)
@@ -147,84 +151,96 @@ class Writer:
 
     def _encoded(self, workers: int) -> Iterator[Encoded]:
         """All entries in the order of the file."""
-        if self.codec.independent:
-            return self._parts(workers)
-        return self._chains(workers)
+        chained = [
+            row for row, e in enumerate(self._entries) if not self._codecs[e.key].independent
+        ]
+        if not chained:
+            yield from self._parts(range(len(self._entries)), workers)
+            return
+        done = self._chains(chained, workers)
+        others = self._parts(sorted(set(range(len(self._entries))) - set(chained)), workers)
+        for row in range(len(self._entries)):
+            yield done.pop(row) if row in done else next(others)
 
-    def _parts(self, workers: int) -> Iterator[Encoded]:
-        """All entries of a codec whose blocks do not need each other, a layer's keys or values at
-        a time."""
+    def _parts(self, rows: Iterable[int], workers: int) -> Iterator[Encoded]:
+        """Entries of codecs whose blocks do not need each other, a part of a layer at a time."""
         groups: list[list[int]] = []
-        for row, entry in enumerate(self._entries):
-            if entry.tables:
+        for row in rows:
+            if self._entries[row].tables:
                 groups.append([])
             groups[-1].append(row)
         jobs = (partial(self._encode_part, group) for group in groups)
         for results in in_order(jobs, workers, 2 * workers):
             yield from results
 
-    def _chains(self, workers: int) -> Iterator[Encoded]:
-        """All entries of a codec whose blocks need others of the same tokens, a range of tokens at
-        a time."""
+    def _chains(self, rows: Iterable[int], workers: int) -> dict[int, Encoded]:
+        """Entries of a codec whose blocks need others of the same tokens, a range of tokens at a
+        time."""
         done: dict[int, Encoded] = {}
         tables: dict[Key, Any] = {}
         chains: dict[int, list[int]] = {}
-        for row, entry in enumerate(self._entries):
+        for row in rows:
+            entry = self._entries[row]
             if entry.tables:
-                made, tables[entry.layer, entry.part] = self._tables(entry, self._part(entry))
+                made, tables[entry.key] = self._tables(entry, self._part(entry))
                 done[row] = Encoded.tables(row, made)
             else:
-                stop = self.snapshot.layout.layers[entry.layer].first + entry.start + entry.tokens
+                layer = self.snapshot.layout.layers[entry.layer]
+                stop = layer.span(entry.part)[0] + entry.start + entry.tokens
                 chains.setdefault(stop, []).append(row)
         jobs = (partial(self._encode_chain, chain, tables) for chain in chains.values())
         for results in in_order(jobs, workers, 2 * workers):
             done |= {result.row: result for result in results}
-        for row in range(len(self._entries)):
-            yield done.pop(row)
+        return done
 
     def _encode_part(self, rows: Sequence[int]) -> list[Encoded]:
-        """One layer's keys or values: their tables, then their blocks."""
+        """One part of a layer: its tables, then its blocks."""
         entry = self._entries[rows[0]]
-        whole = batched(self.snapshot.layers[entry.layer].once(entry.part))
+        codec, whole = self._codecs[entry.key], self.snapshot.layers[entry.layer].block(entry.part)
         made, tables = self._tables(entry, whole)
         results = [Encoded.tables(rows[0], made)]
         for row in rows[1:]:
             entry = self._entries[row]
             block = _block(entry, whole)
-            data = self.codec.encode(block, self._context(entry, tables))
+            data = codec.encode(block, self._context(entry, tables))
             results.append(Encoded.block(row, data, block))
         return results
 
     def _encode_chain(self, rows: Sequence[int], tables: Mapping[Key, Any]) -> list[Encoded]:
         """The same tokens of layer after layer."""
+        codec = self._codecs[self._entries[rows[0]].key]
         scratch: dict[str, Any] = {}
         earlier: dict[Key, Bits] = {}
         blocks = []
         for row in rows:
             entry = self._entries[row]
-            key, block = (entry.layer, entry.part), _block(entry, self._part(entry))
-            need = {k: earlier[k] for k in self.codec.needs(*key) if k in earlier}
-            blocks.append((block, self._context(entry, tables[key], need, scratch)))
-            earlier[key] = block
-        found = zip(rows, self.codec.encode_chain(blocks), blocks, strict=True)
+            block = _block(entry, self._part(entry))
+            need = {k: earlier[k] for k in codec.needs(*entry.key) if k in earlier}
+            blocks.append((block, self._context(entry, tables[entry.key], need, scratch)))
+            earlier[entry.key] = block
+        found = zip(rows, codec.encode_chain(blocks), blocks, strict=True)
         return [Encoded.block(row, data, block) for row, data, (block, _) in found]
 
     def _tables(self, entry: Entry, whole: Bits) -> tuple[bytes, Any]:
-        """The tables of one layer's keys or values as stored, and as blocks use them."""
-        context = self._context(entry)
-        made = self.codec.make_tables(whole, context)
-        return made, self.codec.load_tables(memoryview(made), whole.shape, context)
+        """The tables of one part of a layer as stored, and as blocks use them."""
+        codec, context = self._codecs[entry.key], self._context(entry)
+        made = codec.make_tables(whole, context)
+        return made, codec.load_tables(memoryview(made), whole.shape, context)
 
     def _part(self, entry: Entry) -> Bits:
-        """All that the snapshot holds of the entry's layer and part."""
-        return batched(self.snapshot.layers[entry.layer].part(entry.part))
+        """All that the snapshot holds of the entry's layer and part, which stays in memory."""
+        layer = self.snapshot.layers[entry.layer]
+        return layer.layout.parts[entry.part].as_block(layer.part(entry.part))
 
     def _context(self, entry: Entry, *more: Any) -> Context:
         """The context of an entry. `more`: the fields that follow the profile."""
-        begin = self.snapshot.layout.layers[entry.layer].first + entry.start
-        ids = ids_between(self._ids, begin, begin + entry.tokens)
+        layer = self.snapshot.layout.layers[entry.layer]
+        part, begin = layer.parts[entry.part], layer.span(entry.part)[0] + entry.start
+        ids = None
+        if layer.counts_tokens and part.tokens is not None:
+            ids = ids_between(self._ids, begin, begin + entry.tokens)
         origin, profile = self.snapshot.origin, self.profile
-        return Context(self._form, entry.layer, entry.part, begin, origin, ids, profile, *more)
+        return Context(part.form, entry.layer, entry.part, begin, origin, ids, profile, *more)
 
 
 def _block(entry: Entry, whole: Bits) -> Bits:
@@ -240,8 +256,10 @@ def default_block_tokens(layout: Layout, codec: Codec) -> int:
 
     Smaller ones let a reader cut finer, and cost more for what each block starts with.
     """
-    most = max((s.token_numbers(part) for s in layout.layers for part in PARTS), default=0)
-    token = most * dtypes.get(layout.dtype).itemsize
+    token = max(
+        (p.line_numbers * p.form.itemsize for _, _, p in layout.parts() if p.tokens is not None),
+        default=0,
+    )
     return 1 << min(max(round(math.log2(codec.block_bytes / max(token, 1))), 8), 12)
 
 
@@ -258,8 +276,8 @@ def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | No
     layout: Layout = shapes.layout if isinstance(shapes, Snapshot) else shapes
     if not isinstance(layout, Layout):
         raise UsageError(f"the layout is {layout!r}: it must be a Layout or a Snapshot")
-    form = dtypes.get(layout.dtype)
     block_tokens = _block_tokens(block_tokens, layout, codec)
+    codecs = Codecs.choose(codec, layout)
     header = Header(
         layout,
         Origin() if snapshot is None else snapshot.origin,
@@ -268,18 +286,18 @@ def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | No
         WRITER,
         profile=_SHA256,
         token_ids_sha256=_SHA256,
+        other_codecs=codecs.described(),
     )
     header_length = len(as_json("the header", header)) + (_MOST_ORIGIN if snapshot is None else 0)
-    batch = max((s.batched_shape("k")[0] for s in layout.layers), default=1)
-    ids = batch * layout.tokens
+    ids = math.prod(layout.ids_shape)
     if snapshot is not None and snapshot.token_ids is not None:
         ids = snapshot.token_ids.size
     size = start_length(header_length, 4 * ids, entry_count(layout, block_tokens))
     for entry in entries(layout, block_tokens):
-        layer = layout.layers[entry.layer]
+        part, stored_by = layout.layers[entry.layer].parts[entry.part], codecs[entry.key]
         if entry.tables:
-            size += aligned(codec.max_tables_size(layer.batched_shape(entry.part), form))
+            size += aligned(stored_by.max_tables_size(part.block_shape, part.form))
         else:
-            raw = entry.tokens * layer.token_numbers(entry.part) * form.itemsize
-            size += aligned(codec.max_encoded_size(raw))
+            raw = entry.tokens * part.line_numbers * part.form.itemsize
+            size += aligned(stored_by.max_encoded_size(raw))
     return size

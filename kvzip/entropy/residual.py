@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.entropy.linear import ADDED, Doubles, Floats
-from kvzip.snapshot import PARTS, Layer, Origin, Snapshot, batched
+from kvzip.layout import KV, Origin
+from kvzip.snapshot import Layer, Snapshot
 from kvzip.statistics import densities, gaussian
 from kvzip.statistics.rope import ChannelOrder
 
@@ -34,7 +35,7 @@ class View:
     """A layer's numbers in coding order, rows of a batch one after the other."""
 
     def __init__(self, layer: Layer, order: ChannelOrder, dtype: str):
-        parts = [batched(p) for p in layer]
+        parts = [layer.block(part) for part in KV]
         flat = [p.transpose(0, 2, 1, 3).reshape(p.shape[0] * p.shape[2], -1) for p in parts]
         self.dtype, self.order = dtype, order
         self.bits = np.concatenate([flat[0][:, order.order[: order.keys]], flat[1]], axis=1)
@@ -81,7 +82,7 @@ def held_layers(snapshot: Snapshot) -> list[Layer]:
     for layer in snapshot.layers:
         skip = first - layer.layout.first
         layout = layer.layout.cut(first, layer.layout.cumulative_length)
-        found.append(Layer(layer.k[..., skip:, :], layer.v[..., skip:, :], layout))
+        found.append(Layer.of_kv(layer.k[..., skip:, :], layer.v[..., skip:, :], layout))
     return found
 
 
@@ -210,4 +211,4 @@ def part_bits(mean: NDArray[np.floating]) -> PartBits:
 
 def head_shapes(layer: Layer) -> list[tuple[int, int]]:
     """(heads, dim) of keys and of values."""
-    return [(layer.layout.shape(part)[-3], layer.layout.shape(part)[-1]) for part in PARTS]
+    return [(part.size("h"), part.size("d")) for part in map(layer.layout.part, KV)]

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.dtypes import Bits
-from kvzip.snapshot import PARTS, Layer, Part, Snapshot, batched
+from kvzip.layout import KV
+from kvzip.snapshot import Layer, Snapshot
 
 
 class Measure(msgspec.Struct, frozen=True):
@@ -57,7 +58,7 @@ def channel_counts(part: Bits, dtype: str) -> NDArray[Any]:
 
 def _by_channel(values: Bits, symbols: int) -> NDArray[Any]:
     """How often each value occurs in each channel, int64 [heads, dim, symbols]."""
-    block = batched(values)
+    block = values if values.ndim == 4 else values[np.newaxis]
     _, heads, _, dim = block.shape
     channel = np.arange(heads)[:, None, None] * dim + np.arange(dim)
     flat = (block.astype(np.int64) + channel * symbols).reshape(-1)
@@ -84,11 +85,11 @@ def planes(snapshot: Snapshot) -> list[Measure]:
     and the byte."""
     form = dtypes.get(snapshot.dtype)
     kind = _Floats if form.is_float else _Bytes
-    tallies = {part: kind(form) for part in PARTS}
+    tallies = {part: kind(form) for part in KV}
     for layer in snapshot.layers:
-        for part in PARTS:
+        for part in KV:
             tallies[part].add(layer.part(part), snapshot.dtype)
-    bits: dict[Part, list[float]] = {part: tallies[part].bits() for part in PARTS}
+    bits: dict[str, list[float]] = {part: tallies[part].bits() for part in KV}
     return [
         Measure(name, width, bits["k"][i], bits["v"][i])
         for i, (name, width) in enumerate(kind.fields(form))
@@ -185,15 +186,15 @@ class Frequencies:
 
     def __init__(self, dtype: str):
         self.form = dtypes.get(dtype)
-        self.values: dict[tuple[int, Part], NDArray[Any]] = {}
+        self.values: dict[tuple[int, str], NDArray[Any]] = {}
         """[heads, dim, symbols]"""
-        self.mantissas: dict[tuple[int, Part], NDArray[Any]] = {}
+        self.mantissas: dict[tuple[int, str], NDArray[Any]] = {}
 
     def add(self, layers: Sequence[Layer]) -> None:
         """Count the numbers of one document."""
         name = self.form.name
         for i, layer in enumerate(layers):
-            for part in PARTS:
+            for part in KV:
                 bits = layer.part(part)
                 if self.form.bits == 8:
                     found, fine = _by_channel(bits, 256), np.full(1, bits.size)
@@ -204,11 +205,11 @@ class Frequencies:
 
     def code_lengths(
         self, learned: Frequencies | None = None
-    ) -> dict[str, dict[tuple[int, Part], NDArray[Any]]]:
+    ) -> dict[str, dict[tuple[int, str], NDArray[Any]]]:
         """Mean bits of each channel's numbers [heads, dim], by level, layer and part, with tables
         of these frequencies or of `learned` ones. The mantissa always has one table."""
-        found: dict[str, dict[tuple[int, Part], NDArray[Any]]] = {level: {} for level in LEVELS}
-        for part in PARTS:
+        found: dict[str, dict[tuple[int, str], NDArray[Any]]] = {level: {} for level in LEVELS}
+        for part in KV:
             keys = [key for key in self.values if key[1] == part]
             source = learned or self
             if not keys:

@@ -91,7 +91,8 @@ def snapshot_of_cache(
             k, v = k[0], v[0]
         length = int(layer.get_seq_length())
         rope = ropes[i] if i < len(ropes) else None
-        layers.append(Layer(k, v, LayerLayout(k.shape, v.shape, length, kind, window, rope)))
+        layout = LayerLayout.of_kv(k.shape, v.shape, dtype, length, kind, window, rope)
+        layers.append(Layer.of_kv(k, v, layout))
     if dtype is None:
         raise UnsupportedError("the cache has no layers: run a forward pass first")
     ids = None if token_ids is None else ids_of(token_ids, "token_ids")
@@ -238,8 +239,7 @@ def load_or_prefill(
         with found as opened:
             kinds, most, _ = agreed(opened.source, model, ids, tokens)
             cache = _lazy(opened, kinds, ids, most, None, threads, prefill_chunk_size)
-            rows = opened.source.layout.layers[0].k
-            batch = rows[0] if len(rows) == 4 else 1
+            batch = opened.source.layout.batch or 1
             loader = cache.layers[0]._source
             loader.recovery = Recovery(prefill_of(model, ids[:batch], loader.held))
             watch(model, cache)

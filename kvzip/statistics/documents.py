@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from kvzip.errors import ProfileError
-from kvzip.snapshot import PARTS, Snapshot
+from kvzip.layout import KV
+from kvzip.snapshot import Snapshot
 
 Item = Snapshot | str | os.PathLike[str]
 """A document, or the path of its file."""
@@ -39,7 +40,7 @@ def load(item: Item) -> Snapshot:
 def check_channels(snapshot: Snapshot) -> None:
     """Raise ProfileError for a document that has no layers, or no channels in them: nothing can be
     learned from it."""
-    if not any(layer.token_numbers(part) for layer in snapshot.layout.layers for part in PARTS):
+    if not any(part.line_numbers for _, _, part in snapshot.layout.parts()):
         count = len(snapshot.layers)
         raise ProfileError(f"the snapshot has {count} layers and no channels: it holds no numbers")
 
@@ -48,6 +49,12 @@ def check_tokens(snapshot: Snapshot) -> None:
     """Raise ProfileError for a document of which no token is held by every layer: nothing can be
     predicted from one layer to the next."""
     check_channels(snapshot)
+    for i, layer in enumerate(snapshot.layout.layers):
+        if tuple(layer.parts) != KV or not layer.counts_tokens:
+            raise ProfileError(
+                f"layer {i} is of kind {layer.kind}, with {', '.join(layer.parts)}: only layers of "
+                "keys and values predict each other"
+            )
     if not min(layer.stored for layer in snapshot.layout.layers):
         raise ProfileError("the snapshots hold no tokens to learn from: every layer must have some")
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
-from kvzip.layout import LayerLayout, Origin
-from kvzip.snapshot import Layer, batched
+from kvzip.layout import KV, LayerLayout, Origin
+from kvzip.snapshot import Layer
 
 
 def width(layer: LayerLayout) -> int:
@@ -70,7 +70,7 @@ class ChannelOrder:
     def unturned(self, layer: Layer, skip: int = 0) -> NDArray[np.float32]:
         """Values of a layer in coding order with the keys' rotation undone, [tokens, width];
         rows of a batch one after the other, each without its first `skip` tokens."""
-        parts = [batched(part) for part in layer]
+        parts = [layer.block(part) for part in KV]
         k, v = (
             dtypes.to_float32(part[:, :, skip:], self.dtype).transpose(0, 2, 1, 3) for part in parts
         )

@@ -83,7 +83,7 @@ def token_ids_of(reader: Reader, given: ArrayLike | None = None) -> Ids:
     Raises UnsupportedError for a batch, and KVZipError when there are no ids or they are not the
     document's.
     """
-    if any(len(layer.k) == 4 and layer.k[0] != 1 for layer in reader.layout.layers):
+    if (reader.layout.batch or 1) != 1:
         raise UnsupportedError("the document is a batch: store each row as a document of its own")
     ids = reader.token_ids
     if ids is None:

@@ -371,7 +371,7 @@ def spoiled(snapshot, change):
     for layer in snapshot.layers:
         k, v = layer.k.copy(), layer.v.copy()
         change(k, v)
-        layers.append(Layer(k, v, layer.layout))
+        layers.append(Layer.of_kv(k, v, layer.layout))
     return Snapshot(layers, snapshot.dtype, snapshot.token_ids, snapshot.origin)
 
 

@@ -81,16 +81,17 @@ def snapshots(draw):
             k = np.asfortranarray(k)
         kind, window = draw(st.sampled_from([("full", None), ("sliding", 4), ("linear", 8)]))
         number = draw(st.sampled_from([int, np.int32, float]))
-        layout = LayerLayout(
+        layout = LayerLayout.of_kv(
             draw(st.sampled_from([k.shape, list(k.shape), np.array(k.shape)])),
             v.shape,
+            dtype,
             draw(sometimes(st.just(number(tokens)))),
             kind,
             draw(sometimes(st.just(window))),
             draw(sometimes(st.just(None))),
         )
         plain = draw(st.sampled_from([np.asarray, np.asarray, np.ma.array]))
-        layers.append(kvzip.Layer(plain(k), v, layout))
+        layers.append(kvzip.Layer.of_kv(plain(k), v, layout))
     count = draw(st.sampled_from([tokens, tokens, tokens, tokens + 1, 0]))
     shape = draw(st.sampled_from([(count,), (batch or 1, count), (count, 1)]))
     ids = rng.integers(*draw(st.sampled_from([(0, 9), (0, 2**32), (-5, 9), (2**32, 2**40)])), shape)
@@ -334,13 +335,13 @@ def test_an_origin_is_what_a_file_gives_back():
     ],
 )
 def test_layouts_that_make_no_sense(fields):
-    usual = {"k": (2, 7, 16), "v": (2, 7, 16), "cumulative_length": 7}
+    usual = {"k": (2, 7, 16), "v": (2, 7, 16), "dtype": "bf16", "cumulative_length": 7}
     with pytest.raises(UsageError):
-        LayerLayout(**usual | fields)
+        LayerLayout.of_kv(**usual | fields)
 
 
 def test_layers_of_one_cache_are_of_one_batch():
-    one, two = (LayerLayout((n, 2, 7, 4), (n, 2, 7, 4), 7) for n in (1, 2))
+    one, two = (LayerLayout.of_kv((n, 2, 7, 4), (n, 2, 7, 4), "bf16", 7) for n in (1, 2))
     with pytest.raises(UsageError, match="one batch"):
         Layout("bf16", (one, two))
     with pytest.raises(UsageError, match="LayerLayout"):
@@ -402,7 +403,7 @@ def test_arrays_of_any_class_are_taken_as_plain_ones():
     bits = random_bits(np.random.default_rng(0), "bf16", (2, 7, 4))
     wanted = Snapshot.from_arrays([(bits, bits)], "bf16")
     for other in (bits.view(Mine), np.ma.array(bits), np.ma.array(bits, mask=bits > 9)):
-        layer = kvzip.Layer(other, other, wanted.layout.layers[0])
+        layer = kvzip.Layer.of_kv(other, other, wanted.layout.layers[0])
         for codec in ("raw", "planes", "channel"):
             assert kvzip.decode(kvzip.encode(Snapshot([layer], "bf16"), codec)) == wanted
         assert Snapshot.from_arrays([(other, other)], "bf16") == wanted
@@ -464,9 +465,9 @@ def test_numpys_bools_are_bools():
 
 
 def test_texts_of_numpy_are_texts(tmp_path):
-    layout = LayerLayout(K.shape, K.shape, 7, np.str_("full"))
+    layout = LayerLayout.of_kv(K.shape, K.shape, "fp16", 7, np.str_("full"))
     assert type(layout.kind) is str
-    snapshot = Snapshot([kvzip.Layer(K.view("u2"), K.view("u2"), layout)], np.str_("fp16"))
+    snapshot = Snapshot([kvzip.Layer.of_kv(K.view("u2"), K.view("u2"), layout)], np.str_("fp16"))
     assert kvzip.decode(kvzip.encode(snapshot)) == snapshot
     snapshot.save(tmp_path / "s")
     assert Snapshot.load(tmp_path / "s") == snapshot
@@ -577,7 +578,7 @@ def test_snapshots_of_another_version_are_named(tmp_path):
     data = (tmp_path / "a").read_bytes()
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
-    for version, more in ((2, {}), (2, {"new": "field"}), (0, {}), ("1", {}), (None, {})):
+    for version, more in ((3, {}), (3, {"new": "field"}), (1, {}), ("1", {}), (None, {})):
         about = json.loads(header["__metadata__"]["kvzip"]) | {"version": version} | more
         head = json.dumps(header | {"__metadata__": {"kvzip": json.dumps(about)}}).encode()
         (tmp_path / "b").write_bytes(struct.pack("<Q", len(head)) + head + data[8 + length :])

@@ -304,8 +304,10 @@ def test_sliding_layers_keep_their_positions(codec):
     rng = np.random.default_rng(15)
     full, late = random_bits(rng, "bf16", (2, 100, 8)), random_bits(rng, "bf16", (2, 32, 8))
     layers = [
-        kvzip.Layer(late, late, LayerLayout(late.shape, late.shape, 100, "sliding", 32)),
-        kvzip.Layer(full, full, LayerLayout(full.shape, full.shape, 100)),
+        kvzip.Layer.of_kv(
+            late, late, LayerLayout.of_kv(late.shape, late.shape, "bf16", 100, "sliding", 32)
+        ),
+        kvzip.Layer.of_kv(full, full, LayerLayout.of_kv(full.shape, full.shape, "bf16", 100)),
     ]
     snapshot = kvzip.Snapshot(layers, "bf16", np.arange(100))
     with kvzip.open(kvzip.encode(snapshot, codec, block_tokens=20)) as reader:

@@ -59,9 +59,9 @@ def snapshots(draw):
     for _ in range(draw(st.integers(1, 6))):
         stored = draw(st.sampled_from([tokens, tokens, min(tokens, 5), tokens // 2, 0]))
         kind = {} if stored == tokens else {"kind": "sliding", "window": max(stored, 1)}
-        layout = LayerLayout((1, stored, 3), (1, stored, 2), tokens, **kind)
-        k, v = (random_bits(rng, "bf16", layout.shape(part)) for part in "kv")
-        layers.append(kvzip.Layer(k, v, layout))
+        layout = LayerLayout.of_kv((1, stored, 3), (1, stored, 2), "bf16", tokens, **kind)
+        k, v = (random_bits(rng, "bf16", part.shape) for part in layout.parts.values())
+        layers.append(kvzip.Layer.of_kv(k, v, layout))
     return kvzip.Snapshot(layers, "bf16")
 
 

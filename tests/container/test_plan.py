@@ -6,16 +6,14 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from kvzip import dtypes
 from kvzip.container import plan
 from kvzip.container.index import RECORD, Index, aligned, entries
-from kvzip.errors import UsageError
-from kvzip.layout import PARTS, LayerLayout, Layout
+from kvzip.errors import UnsupportedError, UsageError
+from kvzip.layout import KV, LayerLayout, Layout, PartLayout
 
-FORM = dtypes.get("bf16")
 START = 4096
 
 
@@ -30,17 +28,47 @@ def index_of(layout, block_tokens):
 
 
 @st.composite
+def attention(draw, batch, tokens):
+    stored = draw(st.sampled_from([tokens, min(tokens, 9), tokens // 2]))
+    heads, k, v = (draw(st.integers(1, 3)) for _ in range(3))
+    kind = {} if stored == tokens else {"kind": "sliding", "window": max(stored, 1)}
+    shapes = (*batch, heads, stored, k), (*batch, heads, stored, v)
+    return LayerLayout.of_kv(*shapes, "bf16", tokens, **kind)
+
+
+@st.composite
+def others(draw, batch, tokens):
+    """A latent, a state (alone or beside keys and values), or an encoder's tokens."""
+    size, b = draw(st.integers(1, 5)), "b" if batch else ""
+    latent = {
+        "latent": PartLayout("bf16", (*batch, tokens, size), f"{b}td"),
+        "scale": PartLayout("fp32", (size,), "d"),
+    }
+    state = {
+        "conv": PartLayout("fp32", (*batch, size, 3), f"{b}dr"),
+        "recurrent": PartLayout("bf16", (*batch, 2, size, 3), f"{b}hrd"),
+    }
+    keys = PartLayout("fp8_e4m3fn", (*batch, 2, tokens, size), f"{b}htd")
+    return draw(
+        st.sampled_from(
+            [
+                LayerLayout(latent, tokens, "latent"),
+                LayerLayout(state, tokens, "state", state_length=tokens),
+                LayerLayout({"k": keys} | state, tokens, state_length=max(tokens - 1, 0)),
+                LayerLayout.of_kv((*batch, 2, 23, 4), (*batch, 2, 23, 4), "bf16", 23, "cross"),
+            ]
+        )
+    )
+
+
+@st.composite
 def files(draw):
-    """A layout with full and sliding layers, the tokens of its blocks, and its index."""
+    """A layout with layers of every kind, the tokens of its blocks, and its index."""
     tokens = draw(st.integers(0, 70))
     batch = draw(st.sampled_from([(), (1,), (2,)]))
-    layers = []
-    for _ in range(draw(st.integers(1, 4))):
-        stored = draw(st.sampled_from([tokens, min(tokens, 9), tokens // 2]))
-        heads, k, v = (draw(st.integers(1, 3)) for _ in range(3))
-        kind = {} if stored == tokens else {"kind": "sliding", "window": max(stored, 1)}
-        shapes = (*batch, heads, stored, k), (*batch, heads, stored, v)
-        layers.append(LayerLayout(*shapes, tokens, **kind))
+    layers = [draw(attention(batch, tokens))]
+    for _ in range(draw(st.integers(0, 3))):
+        layers.append(draw(attention(batch, tokens) | others(batch, tokens)))
     layout = Layout("bf16", tuple(layers))
     block_tokens = draw(st.sampled_from([1, 4, 16, 100]))
     return layout, block_tokens, index_of(layout, block_tokens)
@@ -53,8 +81,14 @@ def requests(draw):
     count = len(layout.layers)
     layers = draw(st.none() | st.lists(st.integers(-count, count - 1), max_size=5))
     begin = draw(st.integers(0, layout.tokens))
-    tokens = draw(st.none() | st.just((begin, draw(st.integers(begin, layout.tokens)))))
-    return layout, block_tokens, index, plan.requested(layout, layers, tokens)
+    end = draw(st.sampled_from([layout.tokens, draw(st.integers(begin, layout.tokens))]))
+    tokens = draw(st.sampled_from([None, (begin, end)]))
+    try:
+        return layout, block_tokens, index, plan.requested(layout, layers, tokens)
+    except UnsupportedError:
+        asked = layout.layers if layers is None else [layout.layers[i] for i in layers]
+        assert any(s.state_length not in (None, end) for s in asked)
+        reject()
 
 
 def positions(index, row):
@@ -62,8 +96,31 @@ def positions(index, row):
 
 
 def wanted(request, key):
-    cut = request.cuts[key[0]]
-    return range(cut.first, cut.cumulative_length)
+    return range(*request.cuts[key[0]].span(key[1]))
+
+
+def parts_of(layout, layers):
+    return [(i, part) for i in layers for part in layout.layers[i].parts]
+
+
+def rows_of(layout, index, request):
+    return [r for rows in plan.rows_by_part(layout, index, request).values() for r in rows]
+
+
+def attention_rows(layout, index, request):
+    """What is wanted of layers of attention: states need no others, and none needs them."""
+    found = plan.rows_by_part(layout, index, request)
+    plain = {i for i, layer in enumerate(layout.layers) if layer.kind in ("full", "sliding")}
+    return {key: rows for key, rows in found.items() if key[0] in plain and key[1] in KV}
+
+
+def among(layout, needs):
+    """What is needed of layers of attention: the others have codecs of their own."""
+    return lambda i, part: tuple(
+        (j, name)
+        for j, name in needs(i, part)
+        if layout.layers[j].kind in ("full", "sliding") and name in layout.layers[j].parts
+    )
 
 
 def none(layer, part):
@@ -83,7 +140,7 @@ def skipping(layer, part):
 def test_every_wanted_position_is_in_exactly_one_block(case):
     layout, _, index, request = case
     by_part = plan.rows_by_part(layout, index, request)
-    assert by_part.keys() == {(i, part) for i in request.layers for part in PARTS}
+    assert by_part.keys() == set(parts_of(layout, request.layers))
     for key, rows in by_part.items():
         assert all(index.key[row] == key and row != index.tables_row(row) for row in rows)
         held = [p for row in rows for p in positions(index, row)]
@@ -94,17 +151,20 @@ def test_every_wanted_position_is_in_exactly_one_block(case):
 @given(case=requests())
 def test_every_block_holds_something_wanted(case):
     layout, _, index, request = case
-    for row in plan.rows(layout, index, request):
+    for row in rows_of(layout, index, request):
         assert set(positions(index, row)) & set(wanted(request, index.key[row]))
 
 
 @given(case=requests(), needs=st.sampled_from([none, earlier, skipping]))
 def test_what_a_block_needs_stands_before_it_in_its_chain(case, needs):
     layout, _, index, request = case
-    chains = plan.chains(layout, index, request, needs)
+    needs = among(layout, needs)
+    chains = plan.chains(index, attention_rows(layout, index, request), needs)
     planned = [row for chain in chains for row in chain]
     assert len(planned) == len(set(planned))
-    assert set(planned) >= set(plan.rows(layout, index, request))
+    assert set(planned) >= {
+        row for rows in attention_rows(layout, index, request).values() for row in rows
+    }
     for chain in chains:
         ends = {positions(index, row).stop for row in chain}
         assert len(ends) == 1
@@ -112,26 +172,28 @@ def test_what_a_block_needs_stands_before_it_in_its_chain(case, needs):
         for at, row in enumerate(chain):
             before = {index.key[other] for other in chain[:at]}
             for key in needs(*index.key[row]):
-                there = any(positions(index, r).stop == end for r in index.rows[key][1:])
+                there = any(positions(index, r).stop == end for r in index.rows.get(key, ())[1:])
                 assert not there or key in before
 
 
 @given(case=requests(), needs=st.sampled_from([earlier, skipping]))
 def test_chains_hold_no_layer_that_nothing_needs(case, needs):
     layout, _, index, request = case
-    allowed, left = set(), [(i, part) for i in request.layers for part in PARTS]
+    needs, by_part = among(layout, needs), attention_rows(layout, index, request)
+    allowed, left = set(), list(by_part)
     while left:
         key = left.pop()
         if key not in allowed:
             allowed.add(key)
             left += needs(*key)
-    rows = [row for chain in plan.chains(layout, index, request, needs) for row in chain]
+    rows = [row for chain in plan.chains(index, by_part, needs) for row in chain]
     assert {index.key[row] for row in rows} <= allowed
 
 
 @given(case=files(), needs=st.sampled_from([none, earlier, skipping]))
 def test_after_its_last_use_nothing_needs_a_part(case, needs):
-    _, _, index = case
+    layout, _, index = case
+    needs = among(layout, needs)
     last = plan.last_uses(index, needs)
     for row, key in enumerate(index.key):
         for other in needs(*key):
@@ -143,15 +205,15 @@ def test_after_its_last_use_nothing_needs_a_part(case, needs):
 def test_memory_holds_what_is_wanted_and_not_much_more(case):
     layout, block_tokens, index, request = case
     extents = plan.extents(layout, block_tokens, request)
-    assert [e.key for e in extents] == [(i, part) for i in request.layers for part in PARTS]
+    assert [e.key for e in extents] == parts_of(layout, request.layers)
     for key, shape, first in extents:
-        layer, cut = layout.layers[key[0]], request.cuts[key[0]]
+        layer = layout.layers[key[0]]
         held, mine = range(first, first + shape[2]), wanted(request, key)
         assert set(mine) <= set(held)
-        assert set(held) <= set(range(layer.first, layer.cumulative_length))
+        assert set(held) <= set(range(*layer.span(key[1])))
         assert len(held) <= 2 * len(mine)
-        assert math.prod(shape) == len(held) * layer.token_numbers(key[1])
-        if len(held) > cut.stored:  # whole blocks
+        assert math.prod(shape) == len(held) * layer.parts[key[1]].line_numbers
+        if len(held) > len(mine):  # whole blocks
             edges = {layer.first} | {positions(index, r).stop for r in index.rows[key][1:]}
             assert {held.start, held.stop} <= edges
 
@@ -159,21 +221,9 @@ def test_memory_holds_what_is_wanted_and_not_much_more(case):
 @given(case=requests())
 def test_raw_bytes_are_those_of_the_request(case):
     layout, _, index, request = case
-    raw = sum(
-        math.prod(cut.shape(part)) * FORM.itemsize
-        for cut in request.cuts.values()
-        for part in PARTS
-    )
-    assert request.raw_bytes(index, plan.rows(layout, index, request), FORM) == raw
-    assert request.raw_bytes(index, range(len(index)), FORM) == raw
-
-
-@given(case=requests(), needs=st.sampled_from([None, earlier]))
-def test_tables_are_read_with_their_blocks(case, needs):
-    layout, _, index, request = case
-    read = plan.entries_read(layout, index, request, needs)
-    assert {index.tables_row(row) for row in read} <= read
-    assert set(plan.rows(layout, index, request)) <= read
+    raw = sum(part.nbytes for cut in request.cuts.values() for part in cut.parts.values())
+    assert request.raw_bytes(index, rows_of(layout, index, request)) == raw
+    assert request.raw_bytes(index, range(len(index))) == raw
 
 
 @given(
@@ -190,7 +240,7 @@ def test_batches_are_the_rows_in_order(rows, workers, threaded):
 
 
 def test_requests_for_what_is_not_there():
-    layer = LayerLayout((2, 10, 4), (2, 10, 4), 10)
+    layer = LayerLayout.of_kv((2, 10, 4), (2, 10, 4), "bf16", 10)
     layout = Layout("bf16", (layer, layer))
     assert plan.requested(layout, [-1, 0]).layers == [1, 0]
     assert plan.requested(layout, None, (0, 10)).cuts == {0: layer, 1: layer}

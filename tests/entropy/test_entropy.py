@@ -303,7 +303,7 @@ def test_nothing_to_learn_from_is_an_error(shape, learn):
     layers = []
     if shape is not None:
         bits = np.zeros(shape, np.uint16)
-        layers = [Layer(bits, bits, LayerLayout(shape, shape, shape[1]))]
+        layers = [Layer.of_kv(bits, bits, LayerLayout.of_kv(shape, shape, "bf16", shape[1]))]
     empty = Snapshot(layers, "bf16")
     with pytest.raises(ProfileError, match=r"numbers|tokens"):
         learn([empty])

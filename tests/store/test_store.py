@@ -302,8 +302,10 @@ def test_a_sliding_window_serves_what_it_holds(opened):
         made = snapshot_of(ids)
         layers = [made.layers[0]]
         k, v = (array[:, first:] for array in made.layers[1])
-        layout = LayerLayout(k.shape, v.shape, len(ids), "sliding", window)
-        return kvzip.Snapshot([*layers, Layer(k, v, layout)], "bf16", made.token_ids, made.origin)
+        layout = LayerLayout.of_kv(k.shape, v.shape, "bf16", len(ids), "sliding", window)
+        return kvzip.Snapshot(
+            [*layers, Layer.of_kv(k, v, layout)], "bf16", made.token_ids, made.origin
+        )
 
     opened.put(of(40, list(range(50))))
     assert opened.find([*range(30), 99], **OF) is None

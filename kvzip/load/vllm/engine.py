@@ -79,7 +79,9 @@ class Engine:
         """Layer i of a document of so many tokens: all of them, the sliding layers' too."""
         shape = (self.heads, tokens, self.dim)
         kind = self.kinds[i]
-        return LayerLayout(shape, shape, tokens, kind.kind, kind.window, kind.rope)
+        return LayerLayout.of_kv(
+            shape, shape, self.dtype, tokens, kind.kind, kind.window, kind.rope
+        )
 
     def check(self, reader: Reader) -> None:
         """Raise UnsupportedError unless a document has this cache's layers."""

@@ -101,7 +101,7 @@ class Worker:
             used = -(-count // self._engine.block_tokens)
             blocks = torch.tensor(save.blocks[:used], dtype=torch.int64)
             k, v = (dtypes.as_bits(t)[0] for t in self._pages[i].take(blocks, count))
-            copied.layers[i] = Layer(k, v, self._engine.layout(i, count))
+            copied.layers[i] = Layer.of_kv(k, v, self._engine.layout(i, count))
 
     def _reserve(self, save: Save) -> int:
         """Room in memory for a document; 0 when there is none."""

@@ -54,7 +54,7 @@ def encoded(snapshot: kvzip.Snapshot, codec: str = "planes") -> bytes:
 
 def changed(snapshot: kvzip.Snapshot, layer: int, mask: int) -> kvzip.Snapshot:
     """The snapshot with some bits of one layer's values flipped."""
-    layers = [kvzip.Layer(x.k, x.v, x.layout) for x in snapshot.layers]
+    layers = [kvzip.Layer(x.parts, x.layout) for x in snapshot.layers]
     layers[layer].v = layers[layer].v ^ snapshot.layers[layer].v.dtype.type(mask)
     return kvzip.Snapshot(layers, snapshot.dtype, snapshot.token_ids, snapshot.origin)
 

@@ -1,0 +1,259 @@
+"""Layers of every kind, and parts of every format, shape and axes, through snapshots and files."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import CODECS, random_bits, reseal
+
+import kvzip
+from kvzip import KVZipError, Layer, LayerLayout, PartLayout, Snapshot, dtypes
+from kvzip.errors import UnsupportedError, UsageError
+
+TOKENS = 40
+
+
+def layer_of(rng, parts, *more, **fields):
+    """A layer of random bits."""
+    bits = {name: random_bits(rng, part.dtype, part.shape) for name, part in parts.items()}
+    return Layer(bits, LayerLayout(parts, *more, **fields))
+
+
+def every_kind(batch=None, seed=0):
+    """A layer of each kind, as today's models have them."""
+    rng = np.random.default_rng(seed)
+    front, b = ((), "") if batch is None else ((batch,), "b")
+
+    def part(dtype, axes, *shape):
+        return PartLayout(dtype, (*front, *shape), b + axes)
+
+    def kv(tokens, dtype="bf16"):
+        return {name: part(dtype, "htd", 2, tokens, 6) for name in "kv"}
+
+    state = {"conv": part("bf16", "dr", 10, 3), "recurrent": part("fp32", "hrd", 2, 4, 5)}
+    scales = {f"{name}_scale": PartLayout("fp32", (), "") for name in "kv"}
+    layers = [
+        layer_of(rng, kv(TOKENS), TOKENS),
+        layer_of(rng, kv(9), TOKENS, "sliding", 9),
+        layer_of(
+            rng,
+            {"latent": part("bf16", "td", TOKENS, 12), "k_rope": part("bf16", "td", TOKENS, 4)},
+            TOKENS,
+            "latent",
+            rope=0,
+        ),
+        layer_of(rng, state, TOKENS - 1, "state", state_length=TOKENS - 1),
+        layer_of(rng, kv(TOKENS) | state, TOKENS, state_length=TOKENS - 1),
+        layer_of(rng, kv(TOKENS, "fp8_e4m3fn") | scales, TOKENS),
+        layer_of(rng, {}, TOKENS),
+        layer_of(rng, kv(13), 13, "cross"),
+    ]
+    ids = rng.integers(0, 1000, (*front, TOKENS))
+    return Snapshot(layers, "bf16", ids, kvzip.Origin("test/kinds", rope=({"theta": 1.0},)))
+
+
+@st.composite
+def parts(draw, tokens, batch):
+    """A part of any format and axes, with the tokens of its layer or without."""
+    dtype = draw(st.sampled_from(dtypes.NAMES))
+    letters = draw(st.permutations(sorted(draw(st.sets(st.sampled_from("htrd"))))))
+    axes = ("" if batch is None else "b") + "".join(
+        letter for letter in letters if not (letter == "r" and "t" in letters)
+    )
+    sizes = {letter: draw(st.integers(0, 3)) for letter in "hrd"} | {"t": tokens, "b": batch}
+    return PartLayout(dtype, tuple(sizes[letter] for letter in axes), axes)
+
+
+@st.composite
+def layers(draw, tokens, batch):
+    held = draw(st.integers(0, tokens))
+    names = draw(st.lists(st.sampled_from(["k", "v", "conv", "x_1"]), unique=True))
+    found = {name: draw(parts(held, batch)) for name in names}
+    timed = any("t" in part.axes for part in found.values())
+    timeless = any("t" not in part.axes for part in found.values())
+    kind = draw(st.sampled_from(["full", "latent", "cross"])) if timed or not found else "state"
+    length = None
+    if timeless and (kind == "state" or draw(st.booleans())):
+        length = tokens if kind == "state" else draw(st.integers(0, tokens))
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    return layer_of(rng, found, tokens, kind, state_length=length)
+
+
+@st.composite
+def snapshots(draw):
+    batch, tokens = draw(st.sampled_from([None, 1, 2])), draw(st.integers(0, 20))
+    held = draw(st.lists(layers(tokens, batch), max_size=3))
+    formats = {part.dtype for layer in held for part in layer.layout.parts.values()}
+    return Snapshot(held, draw(st.sampled_from(sorted(formats) or ["bf16"])))
+
+
+@given(
+    snapshot=snapshots(), codec=st.sampled_from(CODECS), block_tokens=st.sampled_from([1, 7, 64])
+)
+def test_whatever_a_layer_keeps_comes_back(snapshot, codec, block_tokens):
+    blob = kvzip.encode(snapshot, codec, block_tokens=block_tokens)
+    assert len(blob) <= kvzip.max_encoded_size(snapshot, codec, block_tokens=block_tokens)
+    assert kvzip.decode(blob) == snapshot
+    with kvzip.open(blob) as reader:
+        assert reader.info.raw_bytes == sum(a.nbytes for layer in snapshot.layers for a in layer)
+        for i, layer in enumerate(snapshot.layers):
+            found = reader.layer(i)
+            assert found.layout == layer.layout
+            assert all((found.part(n) == bits).all() for n, bits in layer.parts.items())
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_every_kind_through_a_file_and_a_snapshot(codec, batch, tmp_path):
+    snapshot = every_kind(batch)
+    kvzip.write(tmp_path / "a.kvz", snapshot, codec, block_tokens=16)
+    assert kvzip.decode(tmp_path / "a.kvz") == snapshot
+    kvzip.verify(tmp_path / "a.kvz")
+    snapshot.save(tmp_path / "a.safetensors")
+    loaded = Snapshot.load(tmp_path / "a.safetensors")
+    assert loaded == snapshot
+    assert kvzip.encode(loaded, codec, block_tokens=16) == (tmp_path / "a.kvz").read_bytes()
+
+
+def test_what_the_layer_says_of_itself():
+    layers = every_kind().layers
+    assert [layer.kind for layer in layers[2:6]] == ["latent", "state", "full", "full"]
+    assert list(layers[3].parts) == ["conv", "recurrent"]
+    assert layers[3].layout.parts["recurrent"].dtype == "fp32"
+    assert layers[0].parts["k"] is layers[0].k
+    for wrong in (lambda: layers[3].k, lambda: layers[0].part("conv"), lambda: layers[2].v):
+        with pytest.raises(UsageError, match="has no part"):
+            wrong()
+    with pytest.raises(KeyError):
+        layers[0].parts["conv"]
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_ranges_of_tokens(codec, batch):
+    snapshot = every_kind(batch)
+    with kvzip.open(kvzip.encode(snapshot, codec, block_tokens=16)) as reader:
+        # At the length that all states are good at: all of them; and what attention holds.
+        found = reader.decode(tokens=(5, TOKENS - 1))
+        assert found.tokens == TOKENS - 1
+        for layer, whole in zip(found.layers, snapshot.layers, strict=True):
+            for name, bits in layer.parts.items():
+                part, wanted = layer.layout.parts[name], whole.part(name)
+                if "t" in part.axes and layer.kind != "cross":
+                    first = max(5, whole.layout.first) - whole.layout.first
+                    at = [slice(None)] * wanted.ndim
+                    at[part.axes.index("t")] = slice(first, wanted.shape[part.axes.index("t")] - 1)
+                    wanted = wanted[tuple(at)]
+                assert np.array_equal(bits, wanted), (layer.kind, name)
+        for stop in (0, 17):
+            with pytest.raises(UnsupportedError, match=r"layer 3: .*state after 39 tokens"):
+                reader.decode(tokens=(0, stop))
+        reader.decode(layers=[0, 1, 2, 5, 6, 7], tokens=(0, 17))
+
+
+def test_out_takes_parts_by_name_or_in_order(codec):
+    snapshot = every_kind()
+    blob = kvzip.encode(snapshot, codec, block_tokens=16)
+    by_name = [{n: np.zeros_like(a) for n, a in layer.parts.items()} for layer in snapshot.layers]
+    found = kvzip.decode(blob, out=by_name)
+    assert found == snapshot
+    assert found.layers[3].part("conv") is by_name[3]["conv"]
+    in_order = [[np.zeros_like(a) for a in layer] for layer in snapshot.layers]
+    assert kvzip.decode(blob, out=in_order) == snapshot
+    in_order[3] = in_order[3][:1]
+    with pytest.raises(UsageError, match="layer 3 has 1 arrays, not those of conv, recurrent"):
+        kvzip.decode(blob, out=in_order)
+    by_name[3]["k"] = by_name[3].pop("conv")
+    with pytest.raises(UsageError, match="its parts are"):
+        kvzip.decode(blob, out=by_name)
+
+
+@pytest.mark.parametrize("codec", ["raw", "planes", "channel"])
+def test_every_truncation_and_bit_flip_is_an_error(codec):
+    blob = kvzip.encode(every_kind(), codec, block_tokens=16)
+    for size in range(0, len(blob), 61):
+        with pytest.raises(KVZipError):
+            kvzip.decode(blob[:size])
+    flipped = bytearray(blob)
+    for at in itertools.chain(range(0, 4000, 37), range(4000, len(blob), 23)):
+        flipped[at] ^= 1 << at % 8
+        with pytest.raises(KVZipError):
+            kvzip.decode(bytes(flipped))
+        flipped[at] ^= 1 << at % 8
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "state"},
+        {"state_length": None, "kind": "state"},
+        {"state_length": 41},
+        {"parts": {"k": PartLayout("bf16", (2, 40, 6), "htd")}, "state_length": 40},
+        {"parts": {"k k": PartLayout("bf16", (2, 40, 6), "htd")}, "state_length": None},
+        {"parts": {"k": ("bf16", (2, 40, 6), "htd")}, "state_length": None},
+        {"parts": [1], "state_length": None},
+        {"window": 3},
+    ],
+)
+def test_layers_that_make_no_sense(fields):
+    usual = {
+        "parts": {
+            "k": PartLayout("bf16", (2, 40, 6), "htd"),
+            "conv": PartLayout("bf16", (10, 3), "dr"),
+        },
+        "cumulative_length": 40,
+        "state_length": 39,
+    }
+    LayerLayout(**usual)
+    with pytest.raises(UsageError):
+        LayerLayout(**usual | fields)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((2, 3), "h"), ((2, 3), "hh"), ((2, 3), "hx"), ((2, 3), "tr"), ((2, 3), "hb"), ((-1,), "d")],
+)
+def test_parts_that_make_no_sense(shape, axes):
+    with pytest.raises(UsageError, match="axes"):
+        PartLayout("bf16", shape, axes)
+
+
+def test_what_a_layer_holds_is_what_its_layout_says():
+    layer = every_kind().layers[3]
+    for held in ({}, {"conv": layer.part("conv")}, dict(layer.parts) | {"k": layer.part("conv")}):
+        with pytest.raises(UsageError, match="has the parts"):
+            Snapshot([Layer(held, layer.layout)], "bf16")
+
+
+@given(data=st.data())
+def test_a_header_that_lies_about_parts_is_an_error(data):
+    """Whatever is said of other parts than those that are there, and sealed again."""
+    blob = kvzip.encode(every_kind(), "raw", block_tokens=16)
+    old = data.draw(
+        st.sampled_from([b'"axes":"htd"', b'"fp32"', b'"state_length":39', b'"latent"'])
+    )
+    new = data.draw(st.sampled_from([b"t", b"0", b"9", b'"']))
+    at = [i for i in range(len(blob)) if blob.startswith(old, i)]
+    where = data.draw(st.sampled_from(at)) + data.draw(st.integers(0, len(old) - 1))
+    lying = bytearray(blob)
+    lying[where : where + 1] = new
+    try:
+        found = kvzip.decode(reseal(bytes(lying)))
+    except KVZipError:
+        return
+    assert found.layout != every_kind().layout or lying == blob
+
+
+def test_a_part_with_two_codecs_is_an_error():
+    from kvzip.container.format import Codecs, Header, OtherCodec
+
+    layout = every_kind().layout
+    for parts in ([(3, "conv"), (3, "conv")], [(99, "conv")], [(3, "k")]):
+        header = Header(
+            layout, kvzip.Origin(), {"id": "raw"}, 16, "test",
+            other_codecs=(OtherCodec({"id": "zstd"}, tuple(parts)),),
+        )  # fmt: skip
+        with pytest.raises(UsageError, match="two codecs"):
+            Codecs.of_header(header)
