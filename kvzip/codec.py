@@ -23,7 +23,7 @@ from kvzip import checksum
 from kvzip.codec_spec import format_spec, parse_spec
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import UnsupportedError, UsageError
-from kvzip.layout import Origin
+from kvzip.layout import Origin, PartLayout
 
 GROUP = "kvzip.codecs"
 """Entry-point group under which a distribution offers codecs: name = "module:CodecClass"."""
@@ -74,13 +74,14 @@ class Codec(ABC):
     fallback: ClassVar[str | None] = "planes"
     """The codec that stores the parts that this one does not take; None: it takes every part."""
 
-    def takes(self, form: DType, kind: str, part: str) -> bool:
-        """Whether the codec stores a layer's part of this format.
+    def takes(self, part: PartLayout, kind: str, name: str) -> bool:
+        """Whether the codec stores a layer's part of this format and shape, with any number of
+        tokens.
 
-        `kind`: of the layer: "full", "sliding", "latent", "state" or "cross". `part`: its name,
+        `kind`: of the layer: "full", "sliding", "latent", "state" or "cross". `name`: of the part,
         such as "k". What it does not take, `fallback` stores. Default: numbers of up to 32 bits.
         """
-        return form.itemsize <= 4 and form.kind != "bytes"
+        return part.form.itemsize <= 4 and part.form.kind != "bytes"
 
     # --- settings --------------------------------------------------------------------------
 

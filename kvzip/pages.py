@@ -144,6 +144,8 @@ class _Coder:
             )
         for i in range(first, first + count):
             for part in KV:
+                if part not in self.layers[i]:
+                    raise ProfileError(f"the profile has no tables for layer {i} {part}")
                 heads, dim = self.layers[i][part]
                 yield i, part, (heads, tokens, dim)
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import itertools
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from support import cache_like, make_snapshot
+from support import cache_like, make_snapshot, random_bits
 
 import kvzip
-from kvzip import dtypes
+from kvzip import LayerLayout, PartLayout, dtypes
 from kvzip.errors import UnsupportedError
 
 
@@ -44,9 +47,9 @@ def test_only_codecs_register():
 @pytest.mark.parametrize("kind", ["full", "sliding", "latent", "state", "cross"])
 @pytest.mark.parametrize("part", ["k", "v", "latent", "recurrent", "k_scale"])
 def test_every_part_is_taken_by_a_codec_or_what_it_falls_back_to(codec, kind, part):
-    for name in dtypes.NAMES:
-        form, made, seen = dtypes.get(name), kvzip.get_codec(codec), []
-        while not made.takes(form, kind, part):
+    for name, shape in itertools.product(dtypes.NAMES, SHAPES):
+        layout, made, seen = PartLayout(name, *shape), kvzip.get_codec(codec), []
+        while not made.takes(layout, kind, part):
             assert made.fallback is not None and made.fallback not in seen
             seen.append(made.fallback)
             made = kvzip.get_codec(made.fallback)
@@ -55,7 +58,11 @@ def test_every_part_is_taken_by_a_codec_or_what_it_falls_back_to(codec, kind, pa
 def test_what_each_codec_takes():
     def taken(codec, kind="full", part="k"):
         made = kvzip.get_codec(codec)
-        return {name for name in dtypes.NAMES if made.takes(dtypes.get(name), kind, part)}
+        return {
+            name
+            for name in dtypes.NAMES
+            if made.takes(PartLayout(name, (2, 9, 64), "htd"), kind, part)
+        }
 
     for codec in ("raw", "zstd", "lz4", "planes"):
         assert taken(codec) == taken(codec, "state", "conv") == {*dtypes.NAMES}
@@ -69,6 +76,80 @@ def test_what_each_codec_takes():
         ("full", "k_scale"),
     ]:
         assert not taken("predictive", kind, part)
+
+
+WIDE = [
+    ((1, 3, 65_536), "htd"),
+    ((5, 1, 70_000), "htd"),
+    ((257, 2, 256), "htd"),
+    ((0, 70_000, 2, 1), "bhtd"),
+    ((1, 300, 3, 300), "bhtd"),
+    ((1, 0, 65_536), "htd"),
+    ((2**31 - 1, 0, 2**31 - 1), "htd"),
+    ((65_536, 0), "ht"),
+    ((1, 65_536), "bd"),
+]
+"""Shapes of parts that have more channels than `channel` has tables for."""
+SHAPES = [
+    *WIDE,
+    ((1, 3, 65_535), "htd"),
+    ((70_000, 1, 3, 1), "bhtd"),
+    ((1, 70_000, 1), "htd"),
+    ((1, 70_000, 0), "htd"),
+    ((0, 2, 70_000), "htd"),
+    ((), ""),
+]
+
+
+def of_shape(shape, axes, dtype):
+    """A snapshot with a part of that shape: as keys and values, or as a state."""
+    numbers = np.random.default_rng(1).integers(0, 99, math.prod(shape))
+    array = numbers.astype(dtypes.get(dtype).uint).reshape(shape)
+    if "t" in axes and "d" in axes:
+        return kvzip.Snapshot.from_arrays([(array, array)], dtype)
+    layout = PartLayout(dtype, shape, axes)
+    small = np.zeros((1, shape[axes.index("t")] if "t" in axes else 5, 4), layout.form.uint)
+    layer = LayerLayout(
+        {"k": PartLayout(dtype, small.shape, "htd"), "scale": layout}, small.shape[1]
+    )
+    return kvzip.Snapshot([kvzip.Layer({"k": small, "scale": array}, layer)], dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
+def test_a_part_of_any_shape_is_stored(codec, shape, dtype):
+    """As many channels as there are: what a codec has no tables for, another stores."""
+    snapshot = of_shape(*shape, dtype)
+    for spec in (codec, "auto"):
+        blob = kvzip.encode(snapshot, spec)
+        assert kvzip.decode(blob) == snapshot
+    assert len(kvzip.encode(snapshot, codec)) <= kvzip.max_encoded_size(snapshot, codec)
+    if codec == "channel" and shape in WIDE:
+        assert kvzip.info(blob).header.other_codecs[0].codec["id"] == "planes"
+
+
+@pytest.mark.parametrize("learn", ["channel", "predictive"])
+def test_no_profile_is_learned_of_more_channels_than_there_can_be_tables_for(learn):
+    with pytest.raises(UnsupportedError, match="65,535"):
+        kvzip.Profile.fit([make_snapshot(random_bits, 1, "bf16", heads=3, dim=30_000)], codec=learn)
+
+
+def test_tables_of_the_parts_that_have_few_enough_channels():
+    arrays = [[np.full((1, 9, dim), 7, np.uint16)] * 2 for dim in (70_000, 8)]
+    snapshot = kvzip.Snapshot.from_arrays(arrays, "bf16")
+    profile = kvzip.Profile.fit([snapshot], codec="channel")
+    assert kvzip.decode(kvzip.encode(snapshot, "channel", profile), profile) == snapshot
+    with pytest.raises(kvzip.errors.ProfileError, match="layer 0 k"):
+        kvzip.pages.max_page_size(profile, 9)
+
+
+def test_a_file_whose_codec_cannot_have_stored_its_parts(monkeypatch):
+    codec = kvzip.get_codec("channel")
+    monkeypatch.setattr(type(codec), "takes", lambda *_: True)
+    blob = kvzip.encode(kvzip.Snapshot.from_arrays([(np.zeros((1, 0, 70_000)),) * 2]), codec)
+    monkeypatch.undo()
+    with pytest.raises(kvzip.FormatError, match="does not take layer 0 k"):
+        kvzip.open(blob)
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "int8", "uint8", "e8m0", "bytes"])

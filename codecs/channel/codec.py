@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
-from kvzip.codecs.channel.profile import fields, fit, rows, tables_of
+from kvzip.codecs.channel.profile import fields, fit, rows, tables_of, takes
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, KVZipError, UsageError
+from kvzip.layout import PartLayout
 
 _RAW = bytes(16)
 # A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
@@ -39,8 +40,8 @@ class ChannelCodec(Codec):
 
     codec_id = "channel"
 
-    def takes(self, form: DType, kind: str, part: str) -> bool:
-        return form.is_float and form.bits <= 32
+    def takes(self, part: PartLayout, kind: str, name: str) -> bool:
+        return takes(part)
 
     @classmethod
     def fit(

@@ -16,9 +16,20 @@ from kvzip.codec import Context
 from kvzip.codecs import _native
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import ProfileError, UnsupportedError
+from kvzip.layout import PartLayout
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import Item, Progress, check_channels, load
+
+
+MOST_CHANNELS = 65_535
+"""The most channels, heads x dim, that a part with tables has."""
+
+
+def takes(part: PartLayout) -> bool:
+    """Whether there can be tables for a part."""
+    _, heads, _, dim = part.block_shape
+    return part.form.is_float and part.form.bits <= 32 and heads * dim <= MOST_CHANNELS
 
 
 def fields(form: DType) -> tuple[int, int]:
@@ -38,6 +49,11 @@ def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
     check_channels(first)
     form, shapes = dtypes.get(first.dtype), _shapes(first)
     divided = fields(form)
+    if not shapes:
+        raise UnsupportedError(
+            f"codec 'channel' learns nothing of this snapshot: no part has tokens, is {form.name} "
+            f"and has at most {MOST_CHANNELS:,} channels"
+        )
     counts = {
         key: _native.ChannelCounts(*shape, *divided)
         for key, shape in shapes.items()
@@ -162,9 +178,10 @@ def _name(layer: int, part: str) -> str:
 
 
 def _shapes(snapshot: Snapshot) -> dict[tuple[int, str], tuple[int, int]]:
-    """Heads and dim of all parts that have tokens and the snapshot's format."""
+    """Heads and dim of all parts that have tokens and the snapshot's format, and that the codec
+    takes."""
     return {
         (i, name): (part.size("h"), part.size("d"))
         for i, name, part in snapshot.layout.parts()
-        if part.tokens is not None and part.dtype == snapshot.dtype
+        if part.tokens is not None and part.dtype == snapshot.dtype and takes(part)
     }

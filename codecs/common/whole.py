@@ -7,6 +7,7 @@ import numpy as np
 from kvzip.codec import Codec, Context
 from kvzip.codecs.common.coders import get_coder
 from kvzip.dtypes import Bits, DType
+from kvzip.layout import PartLayout
 
 
 class WholeBlockCodec(Codec):
@@ -14,7 +15,7 @@ class WholeBlockCodec(Codec):
 
     fallback = None
 
-    def takes(self, form: DType, kind: str, part: str) -> bool:
+    def takes(self, part: PartLayout, kind: str, name: str) -> bool:
         return True
 
     def __init__(self, level: int):

@@ -15,6 +15,7 @@ from kvzip.codecs import _native
 from kvzip.codecs.common.coders import Bytes, get_coder
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, UnsupportedError
+from kvzip.layout import PartLayout
 
 _PLANE = struct.Struct("<BI")
 _STORED, _CODED = 0, 1
@@ -30,7 +31,7 @@ class PlanesCodec(Codec):
     codec_id = "planes"
     fallback = "raw"
 
-    def takes(self, form: DType, kind: str, part: str) -> bool:
+    def takes(self, part: PartLayout, kind: str, name: str) -> bool:
         return True
 
     def __init__(

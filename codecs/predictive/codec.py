@@ -21,7 +21,7 @@ from kvzip.codecs import _native
 from kvzip.codecs.channel.codec import ChannelCodec
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, ProfileError, UnsupportedError
-from kvzip.layout import KV
+from kvzip.layout import KV, PartLayout
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
@@ -73,8 +73,14 @@ class PredictiveCodec(Codec):
     block_bytes = 1 << 19
     fallback = "channel"
 
-    def takes(self, form: DType, kind: str, part: str) -> bool:
-        return form.name in _FORMATS and kind in ("full", "sliding") and part in KV
+    def takes(self, part: PartLayout, kind: str, name: str) -> bool:
+        # `channel` must take it, too, since it stores blocks that it stores better.
+        return (
+            part.form.name in _FORMATS
+            and kind in ("full", "sliding")
+            and name in KV
+            and ChannelCodec().takes(part, kind, name)
+        )
 
     @classmethod
     def fit(

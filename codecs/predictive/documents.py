@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
+from kvzip.codecs.channel import profile as channel
 from kvzip.codecs.predictive.codec import check_format
-from kvzip.errors import ProfileError
+from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.snapshot import LayerLayout, Snapshot
 from kvzip.statistics.documents import SINK_TOKENS, Item, check_channels, check_tokens, load
 from kvzip.statistics.rope import ChannelOrder, width
@@ -26,6 +27,12 @@ class Documents:
         self.first = load(items[0])
         check_channels(self.first)
         check_format(dtypes.get(self.first.dtype))
+        for i, name, part in self.first.layout.parts():
+            if not channel.takes(part):
+                raise UnsupportedError(
+                    f"codec 'predictive' takes no part of more than {channel.MOST_CHANNELS:,} "
+                    f"channels, as layer {i} {name} is"
+                )
         layers = self.first.layout.layers
         self.shapes = [_shape(s) for s in layers]
         self.widths = [width(s) for s in layers]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kvzip.codec import Codec, Context
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError
+from kvzip.layout import PartLayout
 
 
 class RawCodec(Codec):
@@ -19,7 +20,7 @@ class RawCodec(Codec):
     codec_id = "raw"
     fallback = None
 
-    def takes(self, form: DType, kind: str, part: str) -> bool:
+    def takes(self, part: PartLayout, kind: str, name: str) -> bool:
         return True
 
     def encode(self, block: Bits, context: Context) -> bytes:

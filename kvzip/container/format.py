@@ -179,11 +179,11 @@ class Codecs:
         others: dict[Key, Codec] = {}
         for i, name, part in layout.parts():
             kind, found, tried = layout.layers[i].kind, codec, [codec.codec_id]
-            while not found.takes(part.form, kind, name):
+            while not found.takes(part, kind, name):
                 if found.fallback is None or found.fallback in tried:
                     raise UnsupportedError(
-                        f"no codec of {', '.join(tried)} takes {part.dtype}, which layer {i} "
-                        f"{name} is in"
+                        f"no codec of {', '.join(tried)} takes layer {i} {name}, which is "
+                        f"{part.dtype} {list(part.shape)}"
                     )
                 tried.append(found.fallback)
                 found = _same(get_codec(found.fallback), others.values())
@@ -202,7 +202,15 @@ class Codecs:
                 if not 0 <= i < len(layers) or name not in layers[i].parts or (i, name) in others:
                     raise UsageError(f"there is no layer {i} {name!r}, or it has two codecs")
                 others[i, name] = codec
-        return cls(get_codec(header.codec), others)
+        found = cls(get_codec(header.codec), others)
+        for i, name, part in header.layout.parts():
+            codec = found[i, name]
+            if not codec.takes(part, header.layout.layers[i].kind, name):
+                raise UsageError(
+                    f"codec {codec.codec_id!r} does not take layer {i} {name}, which is "
+                    f"{part.dtype} {list(part.shape)}"
+                )
+        return found
 
     def described(self) -> tuple[OtherCodec, ...]:
         """The codecs beside the file's own, as a header names them."""
