@@ -21,7 +21,6 @@ from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import Item, Progress, check_channels, load
 
-
 MOST_CHANNELS = 65_535
 """The most channels, heads x dim, that a part with tables has."""
 
