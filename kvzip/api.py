@@ -139,7 +139,7 @@ def decode(
     profile: Profile | None = None,
     threads: int = 0,
     *,
-    out: Sequence[tuple[Any, Any]] | None = None,
+    out: Sequence[Any] | None = None,
     layers: Sequence[int] | None = None,
     tokens: tuple[int, int] | None = None,
     device: Any = None,

@@ -118,8 +118,9 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if axes == "htd":
             return array[np.newaxis]
         order = [axes.find(a) for a in ("b", "h", "t" if "t" in axes else "r", "d")]
-        view = array.transpose([at for at in order if at >= 0])
-        return view[tuple(slice(None) if at >= 0 else np.newaxis for at in order)]
+        view: Bits = array.transpose([at for at in order if at >= 0])
+        block: Bits = view[tuple(slice(None) if at >= 0 else np.newaxis for at in order)]
+        return block
 
     def from_block(self, block: Bits) -> Bits:
         """A view of a block, [batch, heads, tokens or rows, dim], in the part's axes: the inverse
@@ -132,8 +133,9 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         letters = "bhtd" if "t" in axes else "bhrd"
         kept = [a for a in letters if a in axes]
         # The ellipsis: even of no axes it is an array that is looked at, and not a number.
-        view = block[(*(slice(None) if a in axes else 0 for a in letters), ...)]
-        return view.transpose([kept.index(a) for a in axes])
+        view: Bits = block[(*(slice(None) if a in axes else 0 for a in letters), ...)]
+        turned: Bits = view.transpose([kept.index(a) for a in axes])
+        return turned
 
     def cut(self, tokens: int) -> PartLayout:
         """The part with so many tokens. It must have an axis of them."""
@@ -182,9 +184,8 @@ class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             if value is not None and type(value) is not int:
                 force_setattr(self, name, integer(name, value))
         force_setattr(self, "parts", _checked_parts(self.parts))
-        lengths = {part.tokens for part in self.parts.values()}
-        timeless = None in lengths
-        lengths.discard(None)
+        held = [part.tokens for part in self.parts.values()]
+        timeless, lengths = None in held, {tokens for tokens in held if tokens is not None}
         batches = {
             part.batch
             for part in self.parts.values()
@@ -192,7 +193,7 @@ class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         }
         fits = (
             len(lengths) <= 1
-            and max(lengths, default=0) <= self.cumulative_length <= _MOST  # type: ignore[type-var]
+            and max(lengths, default=0) <= self.cumulative_length <= _MOST
             and self.kind in KINDS
             and (self.window is None or self.kind in ("sliding", "latent"))
             and (self.window is not None or self.kind != "sliding")
@@ -262,7 +263,7 @@ class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     @property
     def batch(self) -> int | None:
         """How many rows the batch has; None where there is no axis of the batch."""
-        parts = self.parts.values()
+        parts = list(self.parts.values())
         if self.state_length is None:  # constants are the same for all rows
             parts = [part for part in parts if part.tokens is not None]
         return next((part.batch for part in parts), None)

@@ -35,8 +35,8 @@ class CodecResult(msgspec.Struct, frozen=True):
     exact: bool
 
 
-Buffers = list[tuple[Bits, Bits]]
-"""Arrays for the K and V of each layer."""
+Buffers = list[tuple[Bits, ...]]
+"""Arrays for the parts of each layer."""
 
 
 class WholeFile:
