@@ -129,7 +129,8 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if axes == "bhtd":
             return block
         if axes == "htd":
-            return block[0]
+            alone: Bits = block[0]
+            return alone
         letters = "bhtd" if "t" in axes else "bhrd"
         kept = [a for a in letters if a in axes]
         # The ellipsis: even of no axes it is an array that is looked at, and not a number.
