@@ -14,6 +14,7 @@ from kvzip.load.lazy import FullLayer, SlidingLayer
 from kvzip.load.loaders import BatchLoader, Loader
 from kvzip.load.matching import Ids
 from kvzip.load.recovery import Taken
+from kvzip.load.reuse import HeldCache
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -32,10 +33,11 @@ def lazy_cache(
     count: int,
     prompt_length: int | None,
     chunk: int | None = None,
+    ids: Ids | None = None,
 ) -> Cache:
     """A `Cache` of `count` tokens, [layers], that takes them from a Loader or BatchLoader.
     `prompt_length`: tokens of the prompt that will be fed, the cached ones included; `chunk`: so
-    many at a time."""
+    many at a time. `ids`: of the cache's tokens, and perhaps of more, [batch, n], if known."""
     layers = [
         SlidingLayer(loader, i, count, sliding_window=kind.window)
         if kind.kind == "sliding"
@@ -48,7 +50,7 @@ def lazy_cache(
     distances: dict[int, torch.Tensor] = {}
     for layer in layers:
         layer._distances = distances
-    cache = DynamicCache()
+    cache = HeldCache(ids=None if ids is None else ids[:, :count])
     # Its own constructor would make layers from the config, once more: a millisecond.
     Cache.__init__(cache, layers=layers)
     return cache
@@ -76,4 +78,4 @@ def prefill_of(model: PreTrainedModel, ids: Ids, count: int) -> Callable[[], lis
 
 def empty_cache(config: PretrainedConfig) -> Cache:
     """A cache that a model of this config fills itself."""
-    return DynamicCache(config=config.get_text_config(decoder=True))
+    return HeldCache(config=config.get_text_config(decoder=True))

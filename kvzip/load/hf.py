@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 import torch
 import transformers
 from numpy.typing import ArrayLike
@@ -134,7 +135,8 @@ def cache_of_snapshot(snapshot: Snapshot, config: PretrainedConfig) -> Cache:
     check_held(snapshot.layout, snapshot.tokens)
     count = snapshot.tokens
     loader = Loader(snapshot, spans_of(kinds, count, False), count, None, 0)
-    return lazy_cache(loader, kinds, count, None)
+    ids = None if snapshot.token_ids is None else np.atleast_2d(snapshot.token_ids)
+    return lazy_cache(loader, kinds, count, None, ids=ids)
 
 
 def load_cache(
@@ -271,7 +273,9 @@ def _lazy(
     loader = Loader(document, spans_of(kinds, count, witnessed), count, device, threads)
     opened.close_after(loader)
     length = None if ids is None else ids.shape[1]
-    return lazy_cache(loader, kinds, count, length, prefill_chunk_size)
+    if ids is None and document.token_ids is not None:
+        ids = np.atleast_2d(document.token_ids)
+    return lazy_cache(loader, kinds, count, length, prefill_chunk_size, ids)
 
 
 def _count_without_prompt(kinds: Sequence[LayerKind], layout: Layout, tokens: int | None) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import transformers
 from support import readme_document, readme_model
 
 import kvzip
-from kvzip.load.hf import cache_argument, load_cache, load_or_prefill
+from kvzip.load.hf import cache_argument, load_batch, load_cache, load_or_prefill
 
 NEW = 5
 
@@ -76,6 +79,155 @@ def test_a_used_cache_goes_on(model, blob, prompt):
             answer = generate(model, told, cache)
             assert answer == generate(model, told)
             told = torch.cat([told, torch.tensor(answer), torch.arange(300, 307)[None] + turn], 1)
+
+
+def changed(ids, at):
+    """Other text: another token at a position, and all else as it was."""
+    ids = ids.clone()
+    ids[:, at] = (ids[:, at] + 7) % 400
+    return ids
+
+
+def test_a_used_cache_goes_on_with_no_other_text(model, blob, prompt):
+    """Other ids anywhere in what it holds, the generated ones among them, however much follows."""
+    more = torch.arange(300, 340)[None]
+    for cache in (*caches(model, blob, prompt), load_or_prefill(None, model, prompt)):
+        answer = torch.tensor(generate(model, prompt, cache))
+        told = torch.cat([prompt, answer, more], 1)
+        length = cache.get_seq_length()
+        assert length == prompt.shape[1] + NEW - 1
+        for at in (0, 50, 99, 100, 119, 120, length - 1):
+            for size in (length + 1, length + 2, told.shape[1]):
+                with pytest.raises(
+                    kvzip.KVZipError, match=f"does not continue .* position {at}\\."
+                ):
+                    generate(model, changed(told, at)[:, :size], cache)
+        assert cache.get_seq_length() == length
+        for at in (length, length + 10):  # beyond what it holds anything may follow
+            other = changed(told, at)
+            assert generate(model, other, copy.deepcopy(cache)) == generate(model, other)
+        assert generate(model, told, cache) == generate(model, told)
+        with pytest.raises(kvzip.KVZipError, match="does not continue"):
+            generate(model, changed(torch.cat([told, told], 1), length + 10), cache)
+
+
+def test_a_fresh_cache_is_of_its_own_text_only(model, blob, prompt):
+    made = [
+        lambda: load_cache(blob, model.config, prompt=prompt),
+        lambda: load_or_prefill(blob, model, prompt),
+    ]
+    if all(layer.kind == "full" for layer in kvzip.info(blob).header.layout.layers):
+        made.append(lambda: load_cache(blob, model.config))
+        made.append(lambda: kvzip.decode(blob).to_cache(model.config))
+    for make in made:
+        for at in (0, 30, 98):
+            with pytest.raises(kvzip.KVZipError, match=f"does not continue .* position {at}\\."):
+                generate(model, changed(prompt, at), make())
+
+
+def test_the_rest_of_a_prompt_with_a_mask_for_all(model, blob, prompt):
+    """`generate` takes ids that its mask goes beyond for those that are to be fed."""
+    cache = load_cache(blob, model.config, prompt=prompt)
+    rest = prompt[:, cache.get_seq_length() :]
+    out = model.generate(
+        rest,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        pad_token_id=0,
+        **cache_argument(cache),
+    )
+    assert out[:, rest.shape[1] :].tolist() == generate(model, prompt)
+
+
+@pytest.mark.parametrize("more", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_after_beams_the_prompt_is_known(model, blob, prompt, more):
+    for cache in caches(model, blob, prompt):
+        out = generate(model, prompt, cache, **more)
+        assert out == generate(model, prompt, **more)
+        longer = torch.cat([prompt, torch.arange(300, 340)[None]], 1)
+        for at in (0, 99, 119):
+            with pytest.raises(kvzip.KVZipError, match=f"position {at}\\."):
+                generate(model, changed(longer, at), cache, **more)
+
+
+def test_after_several_sequences_each_is_known(model, blob, prompt):
+    cache = load_cache(blob, model.config, prompt=prompt)
+    torch.manual_seed(0)
+    whole = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=True,
+        num_return_sequences=3,
+        pad_token_id=0,
+        **cache_argument(cache),
+    )
+    told = torch.cat([whole, torch.arange(300, 307)[None].expand(3, -1)], 1)
+    for row in range(3):
+        other = told.clone()
+        other[row, 121] = (other[row, 121] + 7) % 400
+        with pytest.raises(kvzip.KVZipError, match="position 121"):
+            generate(model, other, cache)
+    assert generate(model, told, cache) == generate(model, told)
+
+
+def test_a_batch_goes_on_whatever_its_padding_is(model, blob, prompt):
+    if any(layer.kind == "sliding" for layer in kvzip.info(blob).header.layout.layers):
+        pytest.skip("its windows are cropped")
+    prompts = [prompt[0], prompt[0, :108]]
+    given = load_batch([blob, blob], model.config, prompts)
+    [name] = cache_argument(None)
+    cache, mask = given[name], given["attention_mask"]
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    whole = model.generate(**given, pad_token_id=0, **settings)
+    told = torch.cat([whole, torch.arange(300, 307)[None].expand(2, -1)], 1)
+    mask = torch.cat([mask, torch.ones(2, NEW + 7, dtype=mask.dtype)], 1)
+    told[1, :12] = 9  # padding may be any
+    for at in (20, 119, 121):
+        with pytest.raises(kvzip.KVZipError, match=f"position {at}\\."):
+            model.generate(
+                changed(told, at), attention_mask=mask, **settings, **cache_argument(cache)
+            )
+    went = model.generate(told, attention_mask=mask, **settings, **cache_argument(cache))
+    assert went.tolist() == model.generate(told, attention_mask=mask, **settings).tolist()
+
+
+def test_what_was_cropped_is_forgotten(model, blob, prompt):
+    if type(model).__name__.startswith("Gemma"):
+        pytest.skip("transformers does not crop windows that are full")
+    for cache in caches(model, blob, prompt):
+        generate(model, prompt, cache)
+        cache.crop(60 - cache.get_seq_length())
+        other = changed(prompt, 60)
+        assert generate(model, other, cache) == generate(model, other)
+        with pytest.raises(kvzip.KVZipError, match="position 59"):
+            generate(model, changed(torch.cat([prompt] * 2, 1), 59), cache)
+
+
+def test_what_the_model_was_fed_by_hand_is_taken_on_trust(model, blob, prompt):
+    cache = load_cache(blob, model.config, prompt=prompt)
+    generate(model, prompt, cache)
+    by_hand = torch.arange(300, 310)[None]
+    with torch.no_grad():
+        model(by_hand, **cache_argument(cache))
+    length = cache.get_seq_length()
+    told = torch.cat([prompt, torch.zeros(1, length - 120, dtype=torch.long), by_hand], 1)
+    with pytest.raises(kvzip.KVZipError, match=r"position 12\d\."):  # generated, and known
+        generate(model, told, cache)
+    with pytest.raises(kvzip.KVZipError, match=r"position 7\."):
+        generate(model, changed(told, 7), cache)
+
+
+def test_other_caches_are_none_of_ours(model, prompt):
+    cache = transformers.DynamicCache(config=model.config)
+    generate(model, prompt, cache)
+    other = changed(torch.cat([prompt, prompt], 1), 5)
+    assert generate(model, other, cache)
+    assert model.generate.__func__ is transformers.GenerationMixin.generate
+    assert model.generate.__doc__.strip().startswith("Generates sequences")
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 20, 64])

@@ -1,0 +1,159 @@
+"""A cache that knows which tokens it holds, and `generate`, which asks it.
+
+`generate` gets all ids of a prompt, cuts off as many as its cache holds, and feeds the rest;
+whether those that it cut off are the cache's, it never asks. The model sees only what is fed, and
+so do the cache's layers. So `generate` itself is stood in for, from the first such cache on: with
+one of these it compares the ids before it begins, and tells the cache what it has generated. With
+any other cache it does what it always does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicCache
+
+from kvzip.errors import KVZipError
+from kvzip.load.matching import Ids
+
+UNKNOWN = -1
+"""Stands for an id that is not known, such as padding's, which may be any."""
+
+
+class HeldCache(DynamicCache):
+    """A `DynamicCache` that knows the ids of its first tokens, as far as that can be known.
+
+    Known are those that it was made with, the prompts that `generate` was given since, and what
+    that generated, unless in beams. What calls of the model itself feed is not seen, and is unknown
+    until the next `generate` names it.
+    """
+
+    def __init__(self, *args: Any, ids: Ids | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._ids = ids
+        """[batch, tokens] of the first tokens; None if nothing is known. Rows may stand for several
+        of the cache's each."""
+        self._rearranged = False
+        _stand_in()
+
+    @contextmanager
+    def going_on(self, prompt: torch.Tensor, mask: torch.Tensor | None) -> Iterator[None]:
+        """While this lasts, `generate` goes on from the cache with a prompt, [batch, tokens], in
+        which `mask` is 0 where it is padding. Raises KVZipError for other ids than the cache's."""
+        length, fresh = int(self.get_seq_length()), getattr(self.layers[0], "_fresh", False)
+        if prompt.shape[1] <= length and not fresh:  # which fresh layers see
+            raise KVZipError(
+                f"the cache holds {length} tokens, and the prompt has {prompt.shape[1]}: it must "
+                "be longer than its cache. After `generate` a cache holds the tokens that were "
+                "generated, too: load it anew for another prompt"
+            )
+        ids = prompt.detach().cpu().numpy().copy()
+        at = None if prompt.shape[1] <= length else _first_difference(self._ids, ids)
+        if at is not None:
+            raise KVZipError(
+                f"the prompt does not continue what the cache holds, {length} tokens: it differs "
+                f"at position {at}. A cache goes on with the prompt that it was loaded for and "
+                "the answer to that, and with no other text: load it anew for another prompt"
+            )
+        if mask is not None:
+            ids[mask.cpu().numpy() == 0] = UNKNOWN
+        self._ids, self._rearranged = ids, False
+        try:
+            yield
+        finally:
+            self._forget_rest()
+
+    def _forget_rest(self) -> None:
+        """Know no ids but of tokens that the cache holds."""
+        if self._ids is not None:
+            self._ids = self._ids[:, : int(self.get_seq_length())]
+
+    def take_note(self, generated: object) -> None:
+        """Remember what a `generate` has fed of what it returns."""
+        found = getattr(generated, "sequences", generated)
+        if self._ids is None or self._rearranged or not isinstance(found, torch.Tensor):
+            return
+        length, rows = int(self.get_seq_length()), self.layers[0].keys.shape[0]
+        if found.shape == (rows, length + 1) and not rows % len(self._ids):  # the last is not fed
+            ids = found[:, :length].cpu().numpy()
+            prompt = np.repeat(self._ids, rows // len(self._ids), axis=0)
+            self._ids = np.concatenate([prompt, ids[:, prompt.shape[1] :]], axis=1)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        self._forget_rest()
+
+    def reset(self) -> None:
+        super().reset()
+        self._ids = None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._pick(lambda ids: ids[beam_idx.cpu().numpy()])
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._pick(lambda ids: np.repeat(ids, repeats, axis=0))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._pick(lambda ids: ids[indices.cpu().numpy()])
+        super().batch_select_indices(indices)
+
+    def _pick(self, pick: Callable[[Ids], Ids]) -> None:
+        """Do with the rows of ids what is about to be done with the cache's."""
+        self._rearranged = True
+        if self._ids is not None:
+            keys = self.layers[0].keys if self.layers else None
+            rows = 0 if keys is None else keys.shape[0]
+            known = rows and not rows % len(self._ids)
+            self._ids = pick(np.repeat(self._ids, rows // len(self._ids), 0)) if known else None
+
+
+def _first_difference(held: Ids | None, prompt: Ids) -> int | None:
+    """Where a prompt, [batch, n], first differs from the ids held, [batch, up to n]; None where it
+    does not, as far as they are known. Either may have each row of the other several times."""
+    if held is None:
+        return None
+    rows, given = len(held), len(prompt)
+    if max(rows, given) % min(rows, given):
+        return None  # neither fits the other, which the model notices
+    held = np.repeat(held, max(1, given // rows), axis=0)
+    prompt = np.repeat(prompt[:, : held.shape[1]], max(1, rows // given), axis=0)
+    differing = ((held != prompt) & (held != UNKNOWN)).any(axis=0)
+    return int(differing.argmax()) if differing.any() else None
+
+
+def _stand_in() -> None:
+    """Have `generate` of all models ask a `HeldCache` that it is given."""
+    from transformers import GenerationMixin
+
+    own = GenerationMixin.generate
+    if getattr(own, "asks_held_caches", False):
+        return
+
+    @functools.wraps(own)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        caches = (kwargs.get(name) for name in ("cache", "past_key_values"))
+        cache = next((each for each in caches if isinstance(each, HeldCache)), None)
+        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        mask = kwargs.get("attention_mask")
+        whole = (  # with a mask for more than there are ids, they are the prompt's end alone
+            isinstance(prompt, torch.Tensor)
+            and prompt.ndim == 2
+            and kwargs.get("inputs_embeds") is None
+            and (mask is None or getattr(mask, "shape", None) == prompt.shape)
+        )
+        if cache is None or not whole:
+            return own(self, *args, **kwargs)
+        with cache.going_on(prompt, mask):
+            generated = own(self, *args, **kwargs)
+            cache.take_note(generated)
+        return generated
+
+    generate.asks_held_caches = True  # type: ignore[attr-defined]
+    GenerationMixin.generate = generate
