@@ -3,7 +3,8 @@
 `generate` trusts a cache blindly: it feeds ``input_ids[:, len(cache) - len(ids):]`` and never asks
 whether the cache belongs to them. With a cache as long as the prompt, or longer, that slice is the
 whole prompt or a piece of its middle, at wrong positions, and the tokens that come out are wrong
-without an error. So a cache made here checks the first thing that it is fed, see `load_cache`.
+without an error. So with a cache made here `generate` compares the ids, and the cache checks the
+first thing that it is fed, see `load_cache`.
 """
 
 from __future__ import annotations
@@ -169,22 +170,23 @@ def load_cache(
     - Without: the first N-1 tokens (or `tokens`, at most N-1), for prompts that are the document
       or go on from it.
 
-    The first update is then checked, before it changes anything. Without `prompt`, its first key
-    of layer 0, which depends on a token and its position alone, must be the one that the document
-    has there; so a prompt that is too short, ids of the suffix without a full-length attention
-    mask, or another text raise. With it, as many tokens must be fed as the prompt has more than
-    the cache; or, if `generate` is to feed the prompt in chunks, as many as `prefill_chunk_size`
-    says, which is `generate`'s own argument. What no cache can see is a prompt that differs
-    *before* the kept tokens end and agrees after; `prompt` is compared there, too. A batch of more
-    rows than the file's (beams, `num_return_sequences`) gets every row repeated.
+    `generate` then raises for ids that do not begin with those that are kept, and, however often it
+    is called with the cache, for ids that do not go on from all that it holds, the generated ones
+    among them (:mod:`kvzip.load.reuse`). Where it is not `generate` that feeds the cache, or its
+    ids are the prompt's end alone, with a mask for all, what is fed first is checked, before it
+    changes anything. Without `prompt`, its first key of layer 0, which depends on a token and its
+    position alone, must be the one that the document has there; so a prompt that is too short, ids
+    of the suffix without a full-length attention mask, or another text raise. With it, as many
+    tokens must be fed as the prompt has more than the cache; or, if `generate` is to feed the
+    prompt in chunks, as many as `prefill_chunk_size` says, which is `generate`'s own argument. A
+    batch of more rows than the file's (beams, `num_return_sequences`) gets every row repeated.
 
     The first call also compares every layer's next key and value with the document's, which tells
     other weights; `check_weights=False` leaves that out, for caches that are meant to differ
     (quantised ones whose cost is to be measured).
 
-    Later, too, feeding what is among the cached tokens raises: after `generate` a cache holds the
-    generated tokens, and the next prompt must go on from them. (Where layer 0 slides, this is seen
-    within its window. Other text in place of the cached tokens' is not seen.)
+    Later, too, feeding what is among the cached tokens raises. (Where layer 0 slides, this is seen
+    within its window.)
 
     Raises UnsupportedError when the prompt has images or sound (docs/identity.md), KVZipError
     when file, config, prompt and model do not fit each other, FormatError or

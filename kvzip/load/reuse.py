@@ -53,18 +53,24 @@ class HeldCache(DynamicCache):
                 "generated, too: load it anew for another prompt"
             )
         ids = prompt.detach().cpu().numpy().copy()
-        at = None if prompt.shape[1] <= length else _first_difference(self._ids, ids)
+        longer = self._ids is not None and prompt.shape[1] > length
+        at = _first_difference(self._ids, ids) if longer else None
         if at is not None:
+            rows = f", in a batch of {len(self._ids)}" if len(self._ids) > 1 else ""
             raise KVZipError(
-                f"the prompt does not continue what the cache holds, {length} tokens: it differs "
-                f"at position {at}. A cache goes on with the prompt that it was loaded for and "
-                "the answer to that, and with no other text: load it anew for another prompt"
+                f"the prompt does not continue the cached document at position {at}: the cache "
+                f"holds {length} tokens{rows}, of the prompt that it was loaded for and of the "
+                "answer to that, and goes on with no other text; load it anew for another prompt"
             )
         if mask is not None:
             ids[mask.cpu().numpy() == 0] = UNKNOWN
-        self._ids, self._rearranged = ids, False
+        before, self._ids, self._rearranged = self._ids, ids, False
         try:
             yield
+        except BaseException:
+            if int(self.get_seq_length()) == length:
+                self._ids = before
+            raise
         finally:
             self._forget_rest()
 
@@ -114,11 +120,9 @@ class HeldCache(DynamicCache):
             self._ids = pick(np.repeat(self._ids, rows // len(self._ids), 0)) if known else None
 
 
-def _first_difference(held: Ids | None, prompt: Ids) -> int | None:
+def _first_difference(held: Ids, prompt: Ids) -> int | None:
     """Where a prompt, [batch, n], first differs from the ids held, [batch, up to n]; None where it
     does not, as far as they are known. Either may have each row of the other several times."""
-    if held is None:
-        return None
     rows, given = len(held), len(prompt)
     if max(rows, given) % min(rows, given):
         return None  # neither fits the other, which the model notices
