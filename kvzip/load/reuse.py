@@ -53,15 +53,7 @@ class HeldCache(DynamicCache):
                 "generated, too: load it anew for another prompt"
             )
         ids = prompt.detach().cpu().numpy().copy()
-        longer = self._ids is not None and prompt.shape[1] > length
-        at = _first_difference(self._ids, ids) if longer else None
-        if at is not None:
-            rows = f", in a batch of {len(self._ids)}" if len(self._ids) > 1 else ""
-            raise KVZipError(
-                f"the prompt does not continue the cached document at position {at}: the cache "
-                f"holds {length} tokens{rows}, of the prompt that it was loaded for and of the "
-                "answer to that, and goes on with no other text; load it anew for another prompt"
-            )
+        self._check(ids, length)
         if mask is not None:
             ids[mask.cpu().numpy() == 0] = UNKNOWN
         before, self._ids, self._rearranged = self._ids, ids, False
@@ -73,6 +65,20 @@ class HeldCache(DynamicCache):
             raise
         finally:
             self._forget_rest()
+
+    def _check(self, prompt: Ids, length: int) -> None:
+        """Raise KVZipError for a prompt that is longer than the cache, `length`, and differs."""
+        if self._ids is None or prompt.shape[1] <= length:
+            return
+        at = _first_difference(self._ids, prompt)
+        if at is None:
+            return
+        rows = f", in a batch of {len(self._ids)}" if len(self._ids) > 1 else ""
+        raise KVZipError(
+            f"the prompt does not continue the cached document at position {at}: the cache holds "
+            f"{length} tokens{rows}, of the prompt that it was loaded for and of the answer to "
+            "that, and goes on with no other text; load it anew for another prompt"
+        )
 
     def _forget_rest(self) -> None:
         """Know no ids but of tokens that the cache holds."""
