@@ -1,13 +1,16 @@
-"""Jobs in threads: how many threads, a pool that outlives a fork, jobs in order, jobs in chains."""
+"""Jobs in threads: how many threads, pools and locks that outlive a fork, jobs in order, jobs in
+chains."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from kvzip.options import integer
 
@@ -18,6 +21,41 @@ def thread_count(threads: int) -> int:
     """`threads`, or the number of cores that this process may use when it is 0. Raises UsageError
     for what is no number of threads."""
     return integer("threads (0: all cores)", threads, 0, 1024) or len(os.sched_getaffinity(0))
+
+
+class Lock:
+    """A lock that a forked process finds free: the thread that held it was not taken along, and
+    would never release it. What it guards must make sense whenever that happens."""
+
+    __slots__ = ("__weakref__", "_lock", "_owner")
+
+    def __init__(self) -> None:
+        self._lock, self._owner = threading.Lock(), 0
+        _locks.add(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = 0
+        self._lock.release()
+
+    def free(self) -> None:
+        """Be free, unless this thread holds it."""
+        if self._owner != threading.get_ident():
+            self._lock = threading.Lock()
+
+
+_locks: WeakSet[Lock] = WeakSet()
+
+
+def _free_all() -> None:
+    for lock in _locks:
+        lock.free()
+
+
+os.register_at_fork(after_in_child=_free_all)
 
 
 class Workers:

@@ -8,7 +8,6 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
 from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
 
 from kvzip.errors import (
@@ -21,6 +20,7 @@ from kvzip.errors import (
     first_line,
 )
 from kvzip.files import copied, reading
+from kvzip.workers import Lock
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -172,6 +172,7 @@ class Stream:
 
     def __init__(self, file: Any, owned: bool):
         self._file, self._owned, self._lock = file, owned, Lock()
+        self._process = os.getpid()
         self.name = _name_of(file)
         """What errors call it, if anything."""
         self.size = self._file.seek(0, os.SEEK_END)
@@ -179,6 +180,11 @@ class Stream:
             self.size = self._file.tell()
 
     def read(self, offset: int, length: int) -> memoryview:
+        if self._process != os.getpid() and not isinstance(self._file, io.BytesIO):
+            raise UsageError(
+                "the file was opened before this process was forked, and has one position for "
+                "both processes: open it again, or give a path"
+            )
         pieces, left = [], length
         with self._lock, _still_there(), _readable():
             try:

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from kvzip.errors import KVZipError
 from kvzip.identity.code import Code, code_of
 from kvzip.identity.digests import THREADS
 from kvzip.identity.values import PLAIN, ValueReader, is_librarys, name_of, written_in
+from kvzip.workers import Lock
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

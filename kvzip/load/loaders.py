@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import groupby
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +20,7 @@ from kvzip.dtypes import Bits
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.recovery import Recovery, Taken, naming, tell
 from kvzip.snapshot import Snapshot
-from kvzip.workers import Workers
+from kvzip.workers import Lock, Workers
 
 if TYPE_CHECKING:
     from kvzip.container.on_device import DeviceSnapshot
@@ -92,7 +91,7 @@ class Loader:
         """What layer i starts with, without recovery. Raises KVZipError when it cannot be read."""
         first = i - i % TOGETHER
         if self._process != os.getpid():  # a fork takes along neither threads nor what they do
-            self._process, self._lock, self._ahead = os.getpid(), Lock(), {}
+            self._process, self._ahead = os.getpid(), {}
             self._due.clear()
         with self._lock:
             for start in range(first, min(first + 2 * TOGETHER, len(self.spans)), TOGETHER):

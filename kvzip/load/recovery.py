@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock
 from typing import NamedTuple
 
 import torch
 
 from kvzip.errors import KVZipError
+from kvzip.workers import Lock
 
 _log = logging.getLogger("kvzip.load")
 

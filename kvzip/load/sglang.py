@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from threading import Lock
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from urllib.parse import quote
 
@@ -31,7 +30,7 @@ from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import chunks
 from kvzip.snapshot import Origin
 from kvzip.store.bucket import open_bucket
-from kvzip.workers import Workers
+from kvzip.workers import Lock, Workers
 
 if TYPE_CHECKING:
     import torch

@@ -9,11 +9,11 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvzip.errors import StoreError
 from kvzip.store.folder import Meta
+from kvzip.workers import Lock
 
 if TYPE_CHECKING:
     from kvzip.store.bucket import Bucket

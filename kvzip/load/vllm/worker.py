@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from kvzip.load.vllm.troubles import Troubles, log
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, Snapshot
 from kvzip.store import Store
+from kvzip.workers import Lock
 
 
 class _CopiedOut:
