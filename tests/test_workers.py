@@ -80,7 +80,7 @@ def test_a_file_object_whose_position_is_shared_raises_in_a_fork(tmp_path):
 def test_a_file_is_read_in_a_fork(tmp_path):
     snapshot = make_snapshot(random_bits, 1, "bf16")
     kvzip.write(tmp_path / "a.kvz", snapshot, block_tokens=8)
-    with open(tmp_path / "a.kvz", "rb") as file, kvzip.open(file) as reader:
+    with (tmp_path / "a.kvz").open("rb") as file, kvzip.open(file) as reader:
         assert in_a_fork(lambda: reader.decode() == snapshot) is True
 
 
