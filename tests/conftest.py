@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, settings
 from servers import s3_server
 from support import CODECS
 
-import kvzip
-from kvzip import PartLayout, dtypes
+from kvzip import dtypes
 
 settings.register_profile(
     "kvzip", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -27,11 +26,6 @@ settings.load_profile("kvzip")
 
 @pytest.fixture(params=dtypes.NAMES)
 def dtype(request):
-    """Every format; beside a codec, those that it takes."""
-    if "codec" in request.fixturenames:
-        made = kvzip.get_codec(request.getfixturevalue("codec"))
-        if not made.takes(PartLayout(request.param, (2, 9, 64), "htd"), "full", "k"):
-            pytest.skip("the codec does not take this format")
     return request.param
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from support import CHANNEL_DTYPES, assert_same, cache_like, make_snapshot, random_bits
+from support import assert_same, cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip.choice import auto
@@ -18,7 +18,6 @@ def snapshot():
     return make_snapshot(cache_like, 1, "bf16", layers=3, heads=2, tokens=300, dim=64)
 
 
-@pytest.mark.parametrize("dtype", CHANNEL_DTYPES)
 def test_it_is_a_codec_like_any_other(snapshot, dtype):
     for made in (snapshot, make_snapshot(random_bits, 2, dtype)):
         blob = kvzip.encode(made, "auto")

@@ -21,7 +21,7 @@ from support import (
 )
 
 import kvzip
-from kvzip import dtypes
+from kvzip import PartLayout, dtypes
 from kvzip.codec import Coded, Context
 
 
@@ -60,6 +60,8 @@ def test_round_trip_of_any_bits(codec, dtype):
 def test_many_blocks_at_once_are_each_alone(codec, dtype, axes, threads):
     """Blocks of several parts, in any layout; checksums are those of numbers in C order."""
     form, made = dtypes.get(dtype), kvzip.get_codec(codec)
+    while not made.takes(PartLayout(dtype, (2, 9, 64), "htd"), "full", "k"):
+        made = kvzip.get_codec(made.fallback)
     rng = np.random.default_rng(9)
     blocks, numbers = [], []
     for layer, shape in enumerate([(2, 3, 150, 16), (1, 1, 7, 80), (2, 3, 150, 16)]):

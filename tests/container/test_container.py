@@ -91,7 +91,7 @@ def test_every_bit_flip_is_an_error(small):
             blob[i] ^= 1 << bit
 
 
-@pytest.mark.parametrize("dtype", UNLIKE_DTYPES, indirect=True)
+@pytest.mark.parametrize("dtype", UNLIKE_DTYPES)
 @given(data=st.data())
 @settings(max_examples=150)
 def test_hostile_blocks_never_give_wrong_numbers(codec, dtype, data):
