@@ -48,7 +48,7 @@ def mixed(rng, dtype, shape):
     return out
 
 
-@pytest.mark.parametrize("dtype", UNLIKE_DTYPES)
+@pytest.mark.parametrize("dtype", UNLIKE_DTYPES, indirect=True)
 @given(data=st.data())
 @settings(max_examples=12)
 def test_any_shape_and_any_bits(device, codec, dtype, data):
@@ -73,7 +73,7 @@ def test_any_shape_and_any_bits(device, codec, dtype, data):
     assert part.token_ids.shape[-1] == span[1] or not part.layers[0].layout.stored
 
 
-@pytest.mark.parametrize("dtype", UNLIKE_DTYPES)
+@pytest.mark.parametrize("dtype", UNLIKE_DTYPES, indirect=True)
 def test_a_whole_head_of_128_tokens_and_more(device, shuffled, codec, dtype):
     """Where the kernels take their fastest way, beside where they cannot."""
     snapshot = make_snapshot(mixed, 3, dtype, layers=1, heads=2, tokens=390, dim=128)
@@ -111,7 +111,7 @@ def test_layers_that_slide(device, codec):
     assert_layers(kvzip.decode(blob, device=device, tokens=(61, 90)), layers, (61, 90))
 
 
-@pytest.mark.parametrize("dtype", UNLIKE_DTYPES)
+@pytest.mark.parametrize("dtype", UNLIKE_DTYPES, indirect=True)
 @pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2)])
 def test_into_arrays_of_the_caller(device, room, codec, dtype, axes):
     """Strided ones too; what lies around stays as it was."""
