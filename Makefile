@@ -21,7 +21,7 @@ demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
 
 test: $(TEST)
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m 'not long and not quiet'
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m 'not long and not quiet'
 	$(BIN)/pytest -m 'quiet and not long'
 
 # The store with writers killed at random, a thousand puts and gets, and what else takes long.

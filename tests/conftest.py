@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 # As the command line does it: torch's threads are not to spin while they wait, which takes most of
 # the processor's time where tests run beside other work. Torch reads it once, when it is imported.
@@ -38,6 +39,13 @@ def codec(request):
 def s3(tmp_path_factory):
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+def pytest_collection_modifyitems(items):
+    """Files marked `first`, then those with most tests: pytest-xdist hands files out in this order,
+    so that the last ones are short and no worker waits long for another."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.get_closest_marker("first") is None, -tests[item.path]))
 
 
 @pytest.hookimpl(wrapper=True)

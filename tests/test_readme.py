@@ -13,6 +13,8 @@ from support import as_installed, readme_document, readme_model
 
 import kvzip
 
+pytestmark = pytest.mark.first
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 

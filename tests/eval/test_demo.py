@@ -13,6 +13,8 @@ import pytest
 import kvzip
 from kvzip.codec_spec import file_stem
 
+pytestmark = pytest.mark.first
+
 
 @pytest.mark.model
 def test_demo(tmp_path):

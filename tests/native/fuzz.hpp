@@ -1,6 +1,6 @@
 // What the fuzzers of this folder share: random numbers, the instruction sets of this processor, a
-// digest of what was encoded, and the rounds. Built with AddressSanitizer and UBSan by
-// test_sanitizers.py, for another processor by test_cross.py.
+// digest of what was encoded, and the rounds. Built with AddressSanitizer and UBSan, and for other
+// processors, by test_fuzzers.py.
 //   fuzz SECONDS SEED        rounds until the time is over
 //   fuzz --rounds N SEED     so many, and the digest
 #pragma once

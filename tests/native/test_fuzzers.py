@@ -1,0 +1,85 @@
+"""The codecs' C++ with random and damaged streams: under AddressSanitizer and UBSan, and with the
+kernels of other processors, run here, which write and read the same bytes as this one's.
+
+Those for ARM's 64-bit processors run in an emulator (Debian's g++-aarch64-linux-gnu and qemu-user);
+`channel` decodes with NEON there, and vectors of the rest are the compiler's. Those for AVX-512 run
+on any processor with AVX2, their intrinsics in plain C++ (`emulated/immintrin.h`; Debian's
+libsimde-dev).
+
+All are in one file, so that what this processor writes comes from one program, which is compiled
+once: the one under the sanitizers.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from native.building import PROCESSORS, SOURCES, emulation, fuzzer
+
+from kvzip.codecs import _native
+
+pytestmark = pytest.mark.first
+# Not optimised, since the sanitizers' checks take ten times as long to compile if they are.
+SANITIZED = ["-O0", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
+SECONDS = 15
+ROUNDS = {"channel": 3, "predictive": 25}
+
+
+def output(codec: str, program: Path, *emulator: str) -> list[str]:
+    """How many rounds a fuzzer ran and on which paths, and the digest of what they wrote."""
+    command = [*emulator, str(program), "--rounds", str(ROUNDS[codec]), "7"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, (command, run.stdout, run.stderr[-4000:])
+    return run.stdout.splitlines()
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def codec(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def sanitized(codec, tmp_path_factory):
+    """The fuzzer under the sanitizers, with this processor's kernels."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp(f"sanitized-{codec}")
+    return fuzzer(compiler, codec, folder, SANITIZED, PROCESSORS.get(platform.machine()))
+
+
+def test_no_stream_makes_the_kernels_read_or_write_out_of_bounds(sanitized):
+    command = [sanitized, str(SECONDS), str(random.randrange(1 << 30))]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, (run.args, run.stdout, run.stderr[-4000:])
+    rounds, paths = re.fullmatch(r"(\d+) rounds, paths:(.*)\n", run.stdout).groups()
+    assert int(rounds) >= 3
+    assert "scalar" in paths
+
+
+def test_another_processor_writes_and_reads_the_same_bytes(codec, sanitized, tmp_path):
+    cross = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if not (cross and emulator):
+        pytest.skip("no g++-aarch64-linux-gnu or no qemu-user")
+    other = fuzzer(cross, codec, tmp_path, ["-O2", "-static"], "arm")
+    ran = f"{ROUNDS[codec]} rounds, paths: scalar neon"
+    assert output(codec, other, emulator) == [ran, output(codec, sanitized)[1]]
+
+
+def test_avx512_writes_and_reads_the_same_bytes_where_it_is_not(codec, sanitized, tmp_path):
+    if _native.simd() not in ("avx2", "avx512"):
+        pytest.skip("no processor with AVX2")
+    compiler = shutil.which("g++")
+    flags = compiler and emulation(compiler)
+    if not flags:
+        pytest.skip("no g++ or no libsimde-dev")
+    emulated = fuzzer(compiler, codec, tmp_path, ["-O1"], "x86", flags)
+    ran = f"{ROUNDS[codec]} rounds, paths: scalar avx2 avx512"
+    assert output(codec, emulated) == [ran, output(codec, sanitized)[1]]
