@@ -116,8 +116,9 @@ class _LazyLayer(_Base):
             raise KVZipError(
                 f"the model was fed {fed} tokens after {self.get_seq_length()} cached ones, not "
                 f"the rest of the {self._prompt_length} of prompt={chunked}: give `generate` the "
-                "same ids (or the rest of them with an attention mask for all); if it is to feed "
-                "them in chunks, name the same prefill_chunk_size= here"
+                "same ids (or the rest of them with an attention mask for all); if the model is to "
+                "be fed in chunks, by `generate` or by hand, name their prefill_chunk_size= here "
+                "(1 for one token at a time)"
             )
 
     def _check_goes_on(self, key_states: torch.Tensor) -> None:

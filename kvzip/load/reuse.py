@@ -138,6 +138,14 @@ def _first_difference(held: Ids, prompt: Ids) -> int | None:
     return int(differing.argmax()) if differing.any() else None
 
 
+def _assisted(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a `generate` with these arguments has candidates tried (assisted generation)."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    names = ("prompt_lookup_num_tokens", "assistant_early_exit")
+    told = [kwargs.get(name, getattr(config, name, None)) for name in names]
+    return any(each is not None for each in (kwargs.get("assistant_model"), *told))
+
+
 def _stand_in() -> None:
     """Have `generate` of all models ask a `HeldCache` that it is given."""
     from transformers import GenerationMixin
@@ -158,6 +166,12 @@ def _stand_in() -> None:
             and kwargs.get("inputs_embeds") is None
             and (mask is None or getattr(mask, "shape", None) == prompt.shape)
         )
+        if cache is not None and _assisted(self, kwargs) and cache.get_seq_length():
+            raise KVZipError(
+                f"the cache holds {cache.get_seq_length()} tokens, and with prompt lookup or an "
+                "assistant transformers feeds the whole prompt behind them once more, which gives "
+                "other tokens: leave out the cache, or the lookup and the assistant"
+            )
         if cache is None or not whole:
             return own(self, *args, **kwargs)
         with cache.going_on(prompt, mask):

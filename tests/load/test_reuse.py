@@ -249,6 +249,37 @@ def test_a_prompt_in_chunks(model, blob, prompt, chunk):
         load_cache(blob, model.config, prompt=prompt, prefill_chunk_size=0)
 
 
+@pytest.mark.parametrize("how", ["lookup", "assistant", "early exit", "config"])
+def test_assisted_generation_is_refused_where_a_cache_has_tokens(model, blob, prompt, how):
+    """transformers feeds the whole prompt again then, after what any cache holds."""
+    more = {
+        "lookup": {"prompt_lookup_num_tokens": 3},
+        "assistant": {"assistant_model": readme_model(pad_token_id=0, num_hidden_layers=1)},
+        "early exit": {"assistant_early_exit": 1},
+        "config": {"generation_config": transformers.GenerationConfig(prompt_lookup_num_tokens=3)},
+    }[how]
+    for cache in caches(model, blob, prompt):
+        for _ in ("fresh", "used"):
+            with pytest.raises(kvzip.KVZipError, match="lookup and the assistant"):
+                generate(model, prompt, cache, **more)
+            prompt = torch.cat([prompt, torch.tensor(generate(model, prompt, cache))], 1)
+        prompt = prompt[:, :120]
+    empty = load_or_prefill(None, model, prompt)
+    if how == "lookup" and not any(empty.is_sliding):
+        assert generate(model, prompt, empty, **more) == generate(model, prompt, **more)
+
+
+def test_a_prompt_that_is_fed_by_hand_one_token_at_a_time(model, blob, prompt):
+    for cache in caches(model, blob, prompt):
+        with pytest.raises(kvzip.KVZipError, match="1 for one token at a time"), torch.no_grad():
+            model(prompt[:, cache.get_seq_length() :][:, :1], **cache_argument(cache))
+    for cache in caches(model, blob, prompt, prefill_chunk_size=1):
+        with torch.no_grad():
+            for at in range(cache.get_seq_length(), 120):
+                out = model(prompt[:, at : at + 1], **cache_argument(cache))
+        assert [[int(out.logits[0, -1].argmax())]] == [generate(model, prompt)[0][:1]]
+
+
 def test_the_cache_of_a_snapshot(model, blob, document, prompt):
     snapshot = kvzip.decode(blob)
     if snapshot.layout.lacking(snapshot.tokens) is not None:
