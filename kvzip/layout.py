@@ -26,6 +26,7 @@ KV = ("k", "v")
 _MOST = 2**31 - 1
 """How many tokens, heads or channels a layer may have: what an index can say."""
 _MOST_PARTS = 64
+_MOST_LAYERS = 1 << 16
 _AXES = "bhtrd"
 _AS_KV = {3: "htd", 4: "bhtd"}
 
@@ -335,7 +336,13 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if type(layers) is not tuple:
             layers = tuple(items("layers", layers, "a sequence of LayerLayouts"))
             force_setattr(self, "layers", layers)
+        if len(layers) > _MOST_LAYERS:
+            raise UsageError(f"{len(layers):,} layers: {_MOST_LAYERS:,} at most can be handled")
+        before = None
         for i, layer in enumerate(layers):
+            if layer is before:  # most are alike
+                continue
+            before = layer
             if type(layer) is not LayerLayout:
                 raise UsageError(f"layer {i} is {layer!r}: it must be a LayerLayout")
             if layer.parts and layer.batch != self.batch:
@@ -398,6 +405,40 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if layer.first > needed and layer.parts and layer.kind not in ("state", "cross"):
                 return i
         return None
+
+
+class StoredLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A layout as files say it: each distinct layer once, in the order in which they come, and for
+    every layer which of them it is. Raises UsageError for any that is not of this form."""
+
+    dtype: str
+    distinct: tuple[LayerLayout, ...]
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        most = -1
+        for i in self.layers:
+            if not 0 <= i <= most + 1:
+                raise UsageError("the layers are not numbered in the order in which they come")
+            most = max(most, i)
+        distinct = self.distinct
+        if most + 1 != len(distinct) or any(a in distinct[:i] for i, a in enumerate(distinct)):
+            raise UsageError("the distinct layers are not those that there are")
+
+    @classmethod
+    def of(cls, layout: Layout) -> StoredLayout:
+        """The stored form of a layout."""
+        distinct: list[LayerLayout] = []
+        layers: list[int] = []
+        for layer in layout.layers:
+            if layer not in distinct:
+                distinct.append(layer)
+            layers.append(distinct.index(layer))
+        return cls(layout.dtype, tuple(distinct), tuple(layers))
+
+    def layout(self) -> Layout:
+        """The layout, in which equal layers are one object."""
+        return Layout(self.dtype, tuple([self.distinct[i] for i in self.layers]))
 
 
 class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -20,7 +20,7 @@ from kvzip import dtypes
 from kvzip.dtypes import Bits
 from kvzip.errors import FormatError, UsageError
 from kvzip.files import replacing
-from kvzip.layout import Kind, LayerLayout, Layout, Origin, PartLayout
+from kvzip.layout import Kind, LayerLayout, Layout, Origin, PartLayout, StoredLayout
 from kvzip.options import items, pairs, same_from_json
 from kvzip.tensors import TensorFile
 
@@ -42,7 +42,7 @@ VERSION = 2
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The metadata of a snapshot file."""
 
-    layout: Layout
+    layout: StoredLayout
     origin: Origin = Origin()
     version: int = VERSION
 
@@ -280,7 +280,7 @@ class Snapshot:
         self.check()
         parts = [(f"layers.{i}.{name}", i, name, part) for i, name, part in self.layout.parts()]
         parts.sort(key=lambda found: -found[3].form.itemsize)
-        described = Description(self.layout, self.origin)
+        described = Description(StoredLayout.of(self.layout), self.origin)
         note = same_from_json("the snapshot's description", described).decode()
         header: dict[str, Any] = {"__metadata__": {"kvzip": note}}
         at = 0
@@ -333,7 +333,7 @@ class Snapshot:
             description = msgspec.json.decode(note, type=Description)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise FormatError(f"{file.name}: its description makes no sense: {error}") from None
-        layout = description.layout
+        layout = description.layout.layout()
         for i, name, part in layout.parts():
             form = part.form
             if not file.has(f"layers.{i}.{name}", form.safetensors, part.shape, form.itemsize):

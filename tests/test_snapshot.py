@@ -9,6 +9,7 @@ from support import assert_same, cache_like, make_snapshot, random_bits
 import kvzip
 from kvzip import dtypes
 from kvzip.errors import CorruptError, FormatError, UsageError
+from kvzip.layout import StoredLayout
 from kvzip.snapshot import Description
 
 
@@ -62,7 +63,7 @@ def test_a_lying_description_is_an_error(tmp_path):
     from safetensors.numpy import save_file
 
     layout = kvzip.LayerLayout.of_kv((1, 2, 4), (1, 2, 4), "fp16", 2)
-    note = msgspec.json.encode(Description(kvzip.Layout("fp16", (layout,)))).decode()
+    note = msgspec.json.encode(Description(StoredLayout("fp16", (layout,), (0,)))).decode()
     save_file({"layers.0.k": np.zeros((1, 2, 4), np.float16)}, tmp_path / "a", {"kvzip": note})
     with pytest.raises(FormatError, match="missing"):
         kvzip.Snapshot.load(tmp_path / "a")

@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,7 +20,7 @@ from kvzip import checksum
 from kvzip.codec import Codec, get_codec
 from kvzip.container.index import RECORD, Key, aligned
 from kvzip.errors import CorruptError, FormatError, UnsupportedError, UsageError
-from kvzip.layout import Layout, Origin
+from kvzip.layout import Layout, Origin, StoredLayout
 from kvzip.options import json_value, same_from_json
 from kvzip.version import __version__
 
@@ -137,10 +138,12 @@ class OtherCodec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The parts that it stores: a layer's number, and the part's name."""
 
 
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Header(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, dict=True
+):
     """What a file says of itself before its index; JSON, with docs/header.schema.json as schema."""
 
-    layout: Layout
+    stored_layout: StoredLayout = msgspec.field(name="layout")
     origin: Origin
     codec: dict[str, Any]
     """The codec's name under "id", and its settings."""
@@ -155,6 +158,11 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """SHA-256 of the ids as little-endian uint32, when the ids themselves are withheld."""
     other_codecs: tuple[OtherCodec, ...] = ()
     """What stores the parts that `codec` does not take."""
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of the cache."""
+        return self.stored_layout.layout()
 
 
 def header_schema() -> dict[str, Any]:
@@ -203,8 +211,13 @@ class Codecs:
                     raise UsageError(f"there is no layer {i} {name!r}, or it has two codecs")
                 others[i, name] = codec
         found = cls(get_codec(header.codec), others)
+        taken: set[tuple[int, int, str]] = set()  # most layers are one object
         for i, name, part in header.layout.parts():
             codec = found[i, name]
+            same = id(codec), id(header.layout.layers[i]), name
+            if same in taken:
+                continue
+            taken.add(same)
             if not codec.takes(part, header.layout.layers[i].kind, name):
                 raise UsageError(
                     f"codec {codec.codec_id!r} does not take layer {i} {name}, which is "

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvzip.codec import Codec
 from kvzip.codecs import _native
+from kvzip.dtypes import DType
 from kvzip.errors import FormatError
 from kvzip.layout import LayerLayout, Layout
 
@@ -131,8 +132,8 @@ class Index:
         entries follow each other, each at the next multiple of `ALIGNMENT`."""
         cuts: list[list[tuple[int, int, int]]] = []
         before = None
-        for layer in layout.layers:  # most are alike, and comparing is faster
-            if layer != before:
+        for layer in layout.layers:  # most are one object
+            if layer is not before:
                 before, found = layer, [_cuts(layer, name, block_tokens) for name in layer.parts]
             cuts.append(found)
         try:
@@ -188,11 +189,15 @@ class Index:
 
     def check_sizes(self, layout: Layout, codec_of: Callable[[Key], Codec]) -> None:
         """Raise FormatError if a block claims more numbers than its bytes can stand for."""
+        known: dict[int, tuple[int, DType]] = {}  # most layers are one object, and so their parts
         for key, rows in self.rows.items():
-            part, room = layout.layers[key[0]].parts[key[1]], codec_of(key).max_decoded_size
-            line, form, blocks = part.line_numbers * part.form.itemsize, part.form, rows[1:]
+            part, blocks = layout.layers[key[0]].parts[key[1]], rows[1:]
+            if id(part) not in known:
+                known[id(part)] = part.line_numbers * part.form.itemsize, part.form
+            line, form = known[id(part)]
             if not blocks or not line:
                 continue
+            room = codec_of(key).max_decoded_size
             tokens, length = (c[blocks[0] : blocks[-1] + 1] for c in (self.tokens, self.length))
             if max(tokens) * line <= room(min(length), form):
                 continue

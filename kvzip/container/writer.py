@@ -27,7 +27,7 @@ from kvzip.container.format import (
 from kvzip.container.index import RECORD, Entry, Key, aligned, entries, entry_count
 from kvzip.dtypes import Bits
 from kvzip.errors import ProfileError, UsageError
-from kvzip.layout import Layout, Origin
+from kvzip.layout import Layout, Origin, StoredLayout
 from kvzip.options import as_json, boolean, integer, json_value
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
@@ -97,7 +97,7 @@ class Writer:
             digest = hashlib.sha256(ids.astype("<u4").tobytes()).hexdigest()
         self._ids = np.atleast_2d(ids) if ids is not None and store_token_ids else None
         self.header = Header(
-            layout=snapshot.layout,
+            stored_layout=StoredLayout.of(snapshot.layout),
             origin=snapshot.origin,
             codec=json_value("the codec's settings", codec.get_config()),
             block_tokens=block_tokens,
@@ -279,7 +279,7 @@ def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | No
     block_tokens = _block_tokens(block_tokens, layout, codec)
     codecs = Codecs.choose(codec, layout)
     header = Header(
-        layout,
+        StoredLayout.of(layout),
         Origin() if snapshot is None else snapshot.origin,
         json_value("the codec's settings", codec.get_config()),
         block_tokens,

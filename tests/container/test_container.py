@@ -130,21 +130,42 @@ def test_hostile_headers_and_indexes(small, data):
 
 
 def layer_of(header):
-    return header["layout"]["layers"][0]
+    return header["layout"]["distinct"][0]
+
+
+def part_of(header, **fields):
+    """Change what is said of the first layer's keys."""
+    layer_of(header)["parts"]["k"].update(**fields)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda h: layer_of(h).update(k=[1, 2**30, 4], v=[1, 2**30, 4], cumulative_length=2**30),
-        lambda h: layer_of(h).update(k=[2**30, 40, 4]),
-        lambda h: layer_of(h).update(k=[-1, 40, 4]),
-        lambda h: layer_of(h).update(k=[1, 40]),
-        lambda h: layer_of(h).update(k=[1, 40, 4, 4, 4]),
+        lambda h: part_of(h, shape=[1, 2**30, 4]),
+        lambda h: layer_of(h).update(
+            parts={"k": {"dtype": "bf16", "shape": [1, 2**30, 4], "axes": "htd"}},
+            cumulative_length=2**30,
+        ),
+        lambda h: layer_of(h).update(
+            parts={"s": {"dtype": "bf16", "shape": [1, 2**30, 4], "axes": "hrd"}}
+        ),
+        lambda h: part_of(h, shape=[2**30, 40, 4]),
+        lambda h: part_of(h, shape=[-1, 40, 4]),
+        lambda h: part_of(h, shape=[1, 40]),
+        lambda h: part_of(h, shape=[1, 40, 4, 4, 4]),
+        lambda h: part_of(h, axes="hrd"),
+        lambda h: part_of(h, axes="hhd"),
+        lambda h: part_of(h, dtype="int4"),
+        lambda h: part_of(h, dtype="fp64"),
+        lambda h: layer_of(h).update(parts={}),
+        lambda h: layer_of(h).update(parts={str(i): {} for i in range(100)}),
         lambda h: layer_of(h).update(cumulative_length=2**40),
         lambda h: layer_of(h).update(kind="sideways"),
-        lambda h: h["layout"].update(layers=[layer_of(h)] * 1000),
+        lambda h: h["layout"].update(layers=[0] * 1000),
+        lambda h: h["layout"].update(layers=[0] * 100_000),
         lambda h: h["layout"].update(layers=[]),
+        lambda h: h["layout"].update(layers=[1, 0]),
+        lambda h: h["layout"].update(distinct=[layer_of(h)] * 2, layers=[0, 1]),
         lambda h: h["layout"].update(dtype="int4"),
         lambda h: h.update(block_tokens=0),
         lambda h: h.update(block_tokens=2**31),

@@ -248,11 +248,12 @@ def test_a_header_that_lies_about_parts_is_an_error(data):
 
 def test_a_part_with_two_codecs_is_an_error():
     from kvzip.container.format import Codecs, Header, OtherCodec
+    from kvzip.layout import StoredLayout
 
     layout = every_kind().layout
     for parts in ([(3, "conv"), (3, "conv")], [(99, "conv")], [(3, "k")]):
         header = Header(
-            layout, kvzip.Origin(), {"id": "raw"}, 16, "test",
+            StoredLayout.of(layout), kvzip.Origin(), {"id": "raw"}, 16, "test",
             other_codecs=(OtherCodec({"id": "zstd"}, tuple(parts)),),
         )  # fmt: skip
         with pytest.raises(UsageError, match="two codecs"):
