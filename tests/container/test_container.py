@@ -162,7 +162,7 @@ def part_of(header, **fields):
         lambda h: layer_of(h).update(cumulative_length=2**40),
         lambda h: layer_of(h).update(kind="sideways"),
         lambda h: h["layout"].update(layers=[0] * 1000),
-        lambda h: h["layout"].update(layers=[0] * 100_000),
+        lambda h: h["layout"].update(layers=[0] * 70_000),
         lambda h: h["layout"].update(layers=[]),
         lambda h: h["layout"].update(layers=[1, 0]),
         lambda h: h["layout"].update(distinct=[layer_of(h)] * 2, layers=[0, 1]),
