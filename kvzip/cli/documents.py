@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 from cyclopts import Parameter
-from rich.table import Table
+from rich.table import Column, Table
 
 import kvzip
 from kvzip import api, container
@@ -246,6 +246,7 @@ def info(file: KvzFile, *, as_json: Json = False) -> None:
         "block_tokens": header.block_tokens,
         "profile": header.profile,
         "writer": header.writer,
+        "parts": [msgspec.to_builtins(part) | {"ratio": _ratio(part)} for part in found.parts],
         "header": msgspec.to_builtins(header),
     }
     emit(result, as_json, lambda: _show_info(result, found))
@@ -266,6 +267,25 @@ def _show_info(result: Mapping[str, Any], found: container.Info) -> None:
         table.add_row("ratio", "no numbers")
     table.add_row("written by", header.writer)
     show_table(table)
+    parts = Table(
+        "kind",
+        Column("part", no_wrap=True),
+        "layers",
+        Column("dtype", no_wrap=True),
+        "codec",
+        "raw bytes",
+        "encoded",
+        "ratio",
+    )
+    for p in found.parts:
+        ratio, sizes = _ratio(p), (f"{p.raw_bytes:,}", f"{p.encoded_bytes:,}")
+        shown = "" if ratio is None else f"{ratio:.3f}"
+        parts.add_row(p.kind, p.part, str(p.layers), p.dtype, p.codec, *sizes, shown)
+    show_table(parts)
+
+
+def _ratio(part: container.PartInfo) -> float | None:
+    return part.raw_bytes / part.encoded_bytes if part.raw_bytes and part.encoded_bytes else None
 
 
 def _kinds(layout: kvzip.Layout) -> str:

@@ -5,7 +5,7 @@
 a request takes, `blocks` what is stored of them, `decoding` and `on_device` decode them.
 """
 
-from kvzip.container.format import MAGIC, Header, Info, header_schema, stated_length
+from kvzip.container.format import MAGIC, Header, Info, PartInfo, header_schema, stated_length
 from kvzip.container.reader import Reader
 from kvzip.container.source import Source
 from kvzip.container.writer import Writer
@@ -14,6 +14,7 @@ __all__ = [
     "MAGIC",
     "Header",
     "Info",
+    "PartInfo",
     "Reader",
     "Source",
     "Writer",

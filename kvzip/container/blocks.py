@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from kvzip import checksum, dtypes
 from kvzip.codec import Codec, Context
 from kvzip.container import plan
-from kvzip.container.format import Preamble, ids_between, unpacked_header, unpacked_ids
+from kvzip.container.format import (
+    PartInfo,
+    Preamble,
+    ids_between,
+    unpacked_header,
+    unpacked_ids,
+)
 from kvzip.container.index import ALIGNMENT, Index, Key
 from kvzip.container.source import Source
 from kvzip.errors import CorruptError, FormatError, ProfileError
@@ -76,6 +82,17 @@ class Blocks:
         """The layout of a part."""
         layer, name = key
         return self.layout.layers[layer].parts[name]
+
+    def part_infos(self) -> tuple[PartInfo, ...]:
+        """What the parts of each name take up, by the layers' kinds, formats and codecs."""
+        found: dict[tuple[str, str, str, str], list[int]] = {}
+        for key, rows in self.index.rows.items():
+            part, kind = self.part(key), self.layout.layers[key[0]].kind
+            sums = found.setdefault((kind, key[1], part.dtype, self.codecs[key].codec_id), [0] * 3)
+            sums[0] += 1
+            sums[1] += part.nbytes
+            sums[2] += sum(self.index.span(row)[1] for row in rows)
+        return tuple(PartInfo(*what, *sums) for what, sums in found.items())
 
     # --- which blocks ----------------------------------------------------------------------
 

@@ -268,6 +268,21 @@ def unpacked_header(data: memoryview) -> tuple[Header, Codecs]:
         raise FormatError(f"the header makes no sense: {error}") from None
 
 
+class PartInfo(msgspec.Struct, frozen=True):
+    """What the parts of one name, in layers of one kind, take up in a file."""
+
+    kind: str
+    part: str
+    dtype: str
+    codec: str
+    """The name of the codec that stores them."""
+    layers: int
+    """How many layers have such a part."""
+    raw_bytes: int
+    encoded_bytes: int
+    """Tables and blocks, with the zeros between them."""
+
+
 @dataclass(frozen=True)
 class Info:
     """What is known of a file before a block is decoded."""
@@ -276,6 +291,8 @@ class Info:
     encoded_bytes: int
     raw_bytes: int
     numbers: int
+    parts: tuple[PartInfo, ...]
+    """What takes up how much, in the order in which it comes first."""
 
     @property
     def ratio(self) -> float:

@@ -55,7 +55,9 @@ class Reader:
     @cached_property
     def info(self) -> Info:
         """What is known of the file before a block is decoded."""
-        return Info(self.header, self._source.size, self.layout.raw_bytes, self.layout.numbers)
+        layout = self.layout
+        parts = self._blocks.part_infos()
+        return Info(self.header, self._source.size, layout.raw_bytes, layout.numbers, parts)
 
     @property
     def codec(self) -> Codec:

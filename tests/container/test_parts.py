@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from command import run
 from hypothesis import given
 from hypothesis import strategies as st
 from support import CODECS, random_bits, reseal
@@ -258,3 +259,18 @@ def test_a_part_with_two_codecs_is_an_error():
         )  # fmt: skip
         with pytest.raises(UsageError, match="two codecs"):
             Codecs.of_header(header)
+
+
+def test_info_says_what_each_part_takes_up(codec, tmp_path, capsys):
+    snapshot = every_kind()
+    blob = kvzip.encode(snapshot, codec, block_tokens=16)
+    found = kvzip.info(blob)
+    assert sum(part.raw_bytes for part in found.parts) == found.raw_bytes == snapshot.raw_bytes
+    assert sum(part.encoded_bytes for part in found.parts) < found.encoded_bytes
+    conv = [part for part in found.parts if (part.kind, part.part) == ("state", "conv")]
+    assert [(part.dtype, part.layers, part.raw_bytes) for part in conv] == [("bf16", 1, 60)]
+    (tmp_path / "a.kvz").write_bytes(blob)
+    code, printed, _ = run(capsys, "info", tmp_path / "a.kvz")
+    assert code == 0
+    for words in ("4 full", "latent", "k_rope", "state", "recurrent", "cross", "fp8_e4m3fn"):
+        assert words in printed
