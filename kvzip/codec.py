@@ -24,6 +24,7 @@ from kvzip.codec_spec import format_spec, parse_spec
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import UnsupportedError, UsageError
 from kvzip.layout import Origin, PartLayout
+from kvzip.options import json_value, text
 
 GROUP = "kvzip.codecs"
 """Entry-point group under which a distribution offers codecs: name = "module:CodecClass"."""
@@ -265,7 +266,8 @@ def get_codec(spec: str | Codec | Mapping[str, Any], **settings: Any) -> Codec:
         raise UsageError(f"a codec is named by a str, a mapping or a Codec, not {spec!r}")
     if "id" not in spec:
         raise UnsupportedError(f'no codec: {dict(spec)!r} must have its name under "id"')
-    name, settings = str(spec.get("id")), {str(k): v for k, v in {**spec, **settings}.items()}
+    name, settings = spec["id"], {**spec, **settings}
+    name = text("a codec's name", name) if isinstance(name, str) else str(name)
     found = _registered.get(name)
     if found is None:
         point = _installed().get(name)
@@ -277,6 +279,6 @@ def get_codec(spec: str | Codec | Mapping[str, Any], **settings: Any) -> Codec:
             raise UnsupportedError(f"codec {name!r} cannot be imported: {error}") from error
         register_codec(found, name)
     try:
-        return found.from_config(settings)
+        return found.from_config(json_value("a setting", settings))
     except (TypeError, ValueError) as error:  # a UsageError, too: a file may name the setting
         raise UnsupportedError(f"codec {name!r}: {error}") from error

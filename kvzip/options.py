@@ -22,6 +22,7 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
         found = operator.index(value)
     except TypeError:
         raise UsageError(f"{name} is {value!r}: it must be an integer") from None
+    found = int.__int__(found)  # without what a subclass has of its own
     if (least is not None and found < least) or (most is not None and found > most):
         raise UsageError(f"{name} is {found}: it must be {_within(least, most)}")
     return found
@@ -84,7 +85,7 @@ def text(name: str, value: Any) -> str:
             value.encode()
         except UnicodeEncodeError:
             raise UsageError(f"{name} is {value!r}, which is no valid text") from None
-    return str(value)
+    return str.__str__(value)  # an Enum's own says another thing
 
 
 _DEPTH = 64
@@ -116,9 +117,10 @@ def json_value(name: str, value: Any, depth: int = 0) -> Any:
         }
     # numpy's scalars, and what else is a number by its methods.
     plain = value.item() if isinstance(value, np.generic) else value
-    for number in (bool, int, float):
+    for number in (int, float):
         if isinstance(plain, number):
-            return json_value(name, number(plain), depth)
+            own = getattr(number, f"__{number.__name__}__")
+            return plain if isinstance(plain, bool) else json_value(name, own(plain), depth)
     raise UsageError(f"{name} holds a {kind.__name__}, which JSON files do not keep")
 
 

@@ -7,6 +7,7 @@ it takes must be read again, equal in every field.
 
 from __future__ import annotations
 
+import enum
 import json
 import struct
 from pathlib import Path
@@ -594,3 +595,86 @@ def test_paths_are_kinds_of_paths(tmp_path):
     with pytest.raises(IsADirectoryError):
         Snapshot.load(tmp_path)
     assert Path(tmp_path / "b").stat().st_mode & 0o777 == 0o600
+
+
+# --- words and numbers of classes of their own ---------------------------------------------------
+
+
+class Word(str, enum.Enum):
+    MODEL = "org/model"
+    BF16 = "bf16"
+    SLIDING = "sliding"
+    BIT = "planes:mode=bit"
+    MODE = "bit"
+
+
+class Loud(str):
+    __slots__ = ()
+
+    def __str__(self):
+        return "something else"
+
+    __repr__ = __format__ = __str__
+
+
+class Number(enum.IntEnum):
+    SEVEN = 7
+
+
+class Odd(int):
+    def __str__(self):
+        return "something else"
+
+    __repr__ = __str__
+
+    def __int__(self):
+        return 1
+
+
+class Half(float):
+    def __float__(self):
+        return 1.0
+
+
+@pytest.mark.parametrize("word", [Word.MODEL, Loud("org/model"), np.str_("org/model")])
+def test_a_word_of_any_class_is_the_word(word, tmp_path):
+    origin = Origin(
+        word, word, word, ({"rope_type": word, "x": [Number.SEVEN]},), word, {word: word}
+    )
+    assert type(origin.model) is str
+    name = "org/model"
+    assert origin == Origin(name, name, name, ({"rope_type": name, "x": [7]},), name, {name: name})
+    snapshot = make_snapshot(random_bits, 1, "bf16")
+    snapshot.origin = origin
+    blob = kvzip.encode(snapshot)
+    assert kvzip.decode(blob).origin == origin
+    assert b"Word" not in blob and b"something" not in blob
+    snapshot.save(tmp_path / "a")
+    assert Snapshot.load(tmp_path / "a") == snapshot
+    entry = Store(tmp_path / "store", block_tokens=8).put(snapshot)
+    with Store(tmp_path / "store").find(
+        snapshot.token_ids, model="org/model", revision="org/model", dtype=Word.BF16
+    ) as found:
+        assert found.key == entry.key
+    profile = kvzip.Profile({"a": np.zeros(3, int)}, {"codec": word, word: Number.SEVEN})
+    assert profile.description["codec"] == "org/model" and profile.description["org/model"] == 7
+
+
+def test_numbers_and_codecs_of_any_class():
+    snapshot = make_snapshot(random_bits, 1, "bf16")
+    for seven in (Number.SEVEN, Odd(7), np.int8(7)):
+        blob = kvzip.encode(snapshot, block_tokens=seven)
+        assert kvzip.info(blob).header.block_tokens == 7
+        assert kvzip.get_codec("zstd", level=seven).spec == "zstd:level=7"
+        assert kvzip.decode(kvzip.encode(snapshot, {"id": "zstd", "level": seven})) == snapshot
+    for codec in (Word.BIT, {"id": Loud("planes"), "mode": Word.MODE}):
+        assert kvzip.get_codec(codec).spec == "planes:mode=bit"
+    assert LayerLayout.of_kv((1, 7, 2), (1, 7, 2), Word.BF16, Odd(7), Word.SLIDING, Odd(7)) == (
+        LayerLayout.of_kv((1, 7, 2), (1, 7, 2), "bf16", 7, "sliding", 7)
+    )
+    assert kvzip.options.json_value("x", [Half(0.5), Odd(7), True, np.bool_(True)]) == [
+        0.5,
+        7,
+        1,
+        1,
+    ]
