@@ -600,7 +600,7 @@ def test_paths_are_kinds_of_paths(tmp_path):
 # --- words and numbers of classes of their own ---------------------------------------------------
 
 
-class Word(str, enum.Enum):
+class Word(str, enum.Enum):  # noqa: UP042 - whose str() is another
     MODEL = "org/model"
     BF16 = "bf16"
     SLIDING = "sliding"
@@ -672,9 +672,5 @@ def test_numbers_and_codecs_of_any_class():
     assert LayerLayout.of_kv((1, 7, 2), (1, 7, 2), Word.BF16, Odd(7), Word.SLIDING, Odd(7)) == (
         LayerLayout.of_kv((1, 7, 2), (1, 7, 2), "bf16", 7, "sliding", 7)
     )
-    assert kvzip.options.json_value("x", [Half(0.5), Odd(7), True, np.bool_(True)]) == [
-        0.5,
-        7,
-        1,
-        1,
-    ]
+    kept = kvzip.options.json_value("x", [Half(0.5), Odd(7), True, np.bool_(True)])
+    assert kept == [0.5, 7, True, True]
