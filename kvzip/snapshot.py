@@ -35,7 +35,7 @@ __all__ = [
     "sha256_raw",
 ]
 
-VERSION = 2
+VERSION = 3
 """The version of snapshot files."""
 
 

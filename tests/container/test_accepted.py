@@ -579,7 +579,7 @@ def test_snapshots_of_another_version_are_named(tmp_path):
     data = (tmp_path / "a").read_bytes()
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
-    for version, more in ((3, {}), (3, {"new": "field"}), (1, {}), ("1", {}), (None, {})):
+    for version, more in ((2, {}), (4, {"new": "field"}), (1, {}), ("1", {}), (None, {})):
         about = json.loads(header["__metadata__"]["kvzip"]) | {"version": version} | more
         head = json.dumps(header | {"__metadata__": {"kvzip": json.dumps(about)}}).encode()
         (tmp_path / "b").write_bytes(struct.pack("<Q", len(head)) + head + data[8 + length :])
