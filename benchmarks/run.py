@@ -76,10 +76,15 @@ class _Competitor(Protocol):
 
 
 class _Units:
-    """One layer's K or V each, layer by layer, as rows of numbers without gaps."""
+    """One part of a layer each, layer by layer, as rows of numbers without gaps."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self._parts = [p for layer in snapshot.layers for p in layer if p.size]
+        self._parts = [
+            layer.block(name)
+            for layer in snapshot.layers
+            for name, part in layer.layout.parts.items()
+            if part.numbers
+        ]
         self._made: dict[Order, list[Bits]] = {}
 
     def __getitem__(self, order: Order) -> list[Bits]:
@@ -89,7 +94,7 @@ class _Units:
 
 
 def _rows(part: Bits, order: Order) -> Bits:
-    """[heads x tokens, dim], or [heads x dim, tokens]; a batch counts as more heads."""
+    """A block as [heads x tokens, dim], or [heads x dim, tokens]; a batch counts as more heads."""
     lying = part if order == "token" else np.moveaxis(part, -1, -2)
     return np.ascontiguousarray(lying).reshape(-1, lying.shape[-1])
 

@@ -13,7 +13,14 @@ from kvzip.codecs.channel import profile as channel
 from kvzip.codecs.predictive.codec import check_format
 from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.snapshot import LayerLayout, Snapshot
-from kvzip.statistics.documents import SINK_TOKENS, Item, check_channels, check_tokens, load
+from kvzip.statistics.documents import (
+    SINK_TOKENS,
+    Item,
+    check_channels,
+    check_kinds,
+    check_tokens,
+    load,
+)
 from kvzip.statistics.rope import ChannelOrder, width
 
 Floats = NDArray[np.float32]
@@ -26,6 +33,7 @@ class Documents:
         self.items = items
         self.first = load(items[0])
         check_channels(self.first)
+        check_kinds(self.first)
         check_format(dtypes.get(self.first.dtype))
         for i, name, part in self.first.layout.parts():
             if not channel.takes(part):

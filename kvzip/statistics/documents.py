@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kvzip.errors import ProfileError
+from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.layout import KV
 from kvzip.snapshot import Snapshot
 
@@ -45,16 +45,22 @@ def check_channels(snapshot: Snapshot) -> None:
         raise ProfileError(f"the snapshot has {count} layers and no channels: it holds no numbers")
 
 
+def check_kinds(snapshot: Snapshot) -> None:
+    """Raise UnsupportedError for a document with layers that are not keys and values of its tokens:
+    from them nothing is predicted."""
+    for i, layer in enumerate(snapshot.layout.layers):
+        if tuple(layer.parts) != KV or not layer.counts_tokens:
+            raise UnsupportedError(
+                f"layer {i} is of kind {layer.kind}, with {', '.join(layer.parts) or 'no parts'}: "
+                "only layers of keys and values predict each other; --codec channel learns of all"
+            )
+
+
 def check_tokens(snapshot: Snapshot) -> None:
     """Raise ProfileError for a document of which no token is held by every layer: nothing can be
     predicted from one layer to the next."""
     check_channels(snapshot)
-    for i, layer in enumerate(snapshot.layout.layers):
-        if tuple(layer.parts) != KV or not layer.counts_tokens:
-            raise ProfileError(
-                f"layer {i} is of kind {layer.kind}, with {', '.join(layer.parts)}: only layers of "
-                "keys and values predict each other"
-            )
+    check_kinds(snapshot)
     if not min(layer.stored for layer in snapshot.layout.layers):
         raise ProfileError("the snapshots hold no tokens to learn from: every layer must have some")
 

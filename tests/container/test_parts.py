@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from command import run
+from command import run, run_json
 from hypothesis import given
 from hypothesis import strategies as st
 from support import CODECS, random_bits, reseal
@@ -274,3 +274,21 @@ def test_info_says_what_each_part_takes_up(codec, tmp_path, capsys):
     assert code == 0
     for words in ("4 full", "latent", "k_rope", "state", "recurrent", "cross", "fp8_e4m3fn"):
         assert words in printed
+
+
+def test_commands_take_snapshots_of_every_kind(tmp_path, capsys):
+    for seed in range(2):
+        every_kind(seed=seed).save(tmp_path / f"{seed}.safetensors")
+    one, two = (tmp_path / f"{seed}.safetensors" for seed in range(2))
+    code, rows = run_json(capsys, "bench", one, "--codecs", "zstd,channel", "--repeat", "1")
+    assert code == 0
+    assert all(row["exact"] for row in rows["rows"])
+    profile = tmp_path / "c.kvprofile"
+    assert run(capsys, "fit", one, two, "-o", profile, "--codec", "channel")[0] == 0
+    encode = ("encode", one, "-o", tmp_path / "a.kvz", "--codec", "channel", "--profile", profile)
+    assert run(capsys, *encode)[0] == 0
+    verify = ("verify", tmp_path / "a.kvz", "--against", one, "--profile", profile)
+    assert run(capsys, *verify)[0] == 0
+    code, _, said = run(capsys, "fit", one, two, "-o", tmp_path / "p.kvprofile")
+    assert code == 2
+    assert "layer 2 is of kind latent" in said
