@@ -84,6 +84,10 @@ def _put_elsewhere(
         for name, function in sorted(getattr(sys.modules.get(home), "__dict__", {}).items()):
             if any(map(is_users, layers_of(function))):
                 yield Code("", f"{home}.{name} {reader.read(function, name)!r}")
+    for when in ("pre_hooks", "hooks"):  # on all modules of all models
+        hooks = getattr(torch.nn.modules.module, f"_global_forward_{when}")
+        for i, hook in enumerate(list(hooks.values())):
+            yield Code("", f"{when} {reader.read(hook, f'{when}.{i}')!r}")
     found = {}
     for module in model.modules():
         config = vars(module).get("config")

@@ -7,12 +7,17 @@ tensor, which is no proof: ``live_fingerprint(model, anew=True)`` reads everythi
 
 from __future__ import annotations
 
+import builtins
+import functools
 import hashlib
 import json
+import logging
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,7 +26,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from kvzip.errors import KVZipError
 from kvzip.identity.code import Code, code_of
 from kvzip.identity.digests import THREADS
-from kvzip.identity.values import PLAIN, ValueReader, is_librarys, name_of, written_in
+from kvzip.identity.values import (
+    ValueReader,
+    attributes,
+    is_librarys,
+    is_whole,
+    name_of,
+    put_into,
+    uncompiled,
+    written_in,
+)
 from kvzip.workers import Lock
 
 if TYPE_CHECKING:
@@ -30,21 +44,24 @@ if TYPE_CHECKING:
 _PROBED = 64
 """Numbers of a tensor that tell whether it was written to past its version counter."""
 
-# Attributes of modules that change nothing of what they compute, or only how it is rounded.
+# Attributes of modules that libraries set, and that change nothing of what they compute, or only
+# how it is rounded: where weights came from, how they were split and compiled, how `generate` made
+# a cache, how a model is trained and moved. What stands in for a module's own methods is not told
+# by its name, see `_adds_nothing`.
 _IDLE = frozenset(
     {
         "_cache",
-        "_compiled_call_impl",
         "_ep_plan",
         "_fsdp_plan",
         "_gradient_checkpointing_func",
-        "_hf_hook",
+        "_is_accelerate_prepared",
         "_is_hf_initialized",
+        "_is_torch_compile",
         "_last_compile_config",
         "_name_or_path",
-        "_old_forward",
         "_output_capturing_hooks_installed",
         "_pp_plan",
+        "_previous_max_cache_length",
         "_require_grads_hook",
         "_require_grads_hooks",
         "_tp_plan",
@@ -63,6 +80,13 @@ _IDLE = frozenset(
     }
 )
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
+_BY_ACCELERATE = frozenset({"_hf_hook", "_old_forward"})
+_MOVES = frozenset({"cuda", "mlu", "musa", "neuron", "npu", "sdaa", "to", "xpu"})
+"""Methods that move a model, which accelerate replaces by ones that warn."""
+_PASSED_OVER = ("kvzip.", "transformers.")
+"""Packages whose hooks look on, or change what is trained."""
+_PLACING = ("AlignDevicesHook", "CpuOffload", "ModelHook")
+"""Hooks of accelerate that move weights and what comes in, and compute nothing."""
 # Settings of a config that say where it comes from, how numbers are rounded (the dtype is every
 # tensor's own), or what is done with the outputs.
 _NOISE = frozenset(
@@ -106,6 +130,8 @@ class Hung(NamedTuple):
     lines: list[str]
     tensors: list[tuple[str, torch.Tensor]]
     code: list[Code]
+    unread: list[str]
+    """What nothing tells the numbers of, in words."""
 
 
 @dataclass
@@ -118,6 +144,8 @@ class Reading:
     """Its configuration, as JSON."""
     code: list[Code] = field(default_factory=list)
     """What is a user's own in what it computes."""
+    unread: list[str] = field(default_factory=list)
+    """What cannot be read. Then no other reading is like this one."""
 
     @property
     def digest(self) -> str:
@@ -143,6 +171,9 @@ class _Known:
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = weakref.WeakKeyDictionary()
 _lock = Lock()
+_log = logging.getLogger("kvzip.identity")
+_said: set[str] = set()
+"""What was said that it cannot be read."""
 
 
 def live_fingerprint(model: torch.nn.Module, *, anew: bool = False) -> str:
@@ -162,6 +193,9 @@ def live_fingerprint(model: torch.nn.Module, *, anew: bool = False) -> str:
         if anew:
             known.digests.clear()
         reading = _read(model, known)
+        if reading.unread:
+            _say_unread(model, reading.unread)
+            return f"live:{reading.digest}"
         digest, folder = reading.digest, unchanged.folder_of(model)
         if folder is not None:
             checkpoint = unchanged.fingerprint_of(folder)
@@ -199,7 +233,18 @@ def _read(model: torch.nn.Module, known: _Known) -> Reading:
     # What has no version is read each time.
     known.digests = {key: value for key, value in fresh.items() if key[1] is not None}
     tensors = [(h, fresh[key][1]) for h, key in zip(held, keys, strict=True)]
-    return Reading(hung.lines, tensors, settings_of(model), hung.code)
+    return Reading(hung.lines, tensors, settings_of(model), hung.code, hung.unread)
+
+
+def _say_unread(model: torch.nn.Module, unread: list[str]) -> None:
+    if any(name not in _said for name in unread):
+        _said.update(unread)
+        _log.warning(
+            "caches of this %s are not kept: its weights are known by all that it computes with, "
+            "and nothing tells whether %s has changed",
+            type(model).__name__,
+            ", ".join(dict.fromkeys(unread)),
+        )
 
 
 # --- tensors -----------------------------------------------------------------------------------
@@ -216,12 +261,13 @@ def _held(model: torch.nn.Module, hung: Hung) -> Iterator[Held]:
         prefix = f"{path}." if path else ""
         computed = module._non_persistent_buffers_set
         for found in (module._parameters, module._buffers):
-            for name, tensor in found.items():
+            for name, tensor in found.copy().items():
                 if tensor is not None:
                     kind = "computed" if name in computed else "stored"
                     yield from _parts(prefix + name, kind, tensor)
         packed = not module._parameters and ".quantized" in type(module).__module__
-        packed = packed or any(isinstance(v, torch.ScriptObject) for v in vars(module).values())
+        held = vars(module).copy().values()
+        packed = packed or any(isinstance(value, torch.ScriptObject) for value in held)
         if packed:  # no tensors to be seen, but a state
             yield from _parts_of_value(prefix + "state", dict(module.state_dict()), 4)
     for name, tensor in hung.tensors:
@@ -237,9 +283,6 @@ def _parts(name: str, kind: str, tensor: torch.Tensor) -> Iterator[Held]:
     if tensor.device.type == "meta" or tensor.layout is not torch.strided:
         raise KVZipError(f"the model's {name} is not in memory, so nothing tells its weights")
     yield Held(name, kind, tensor)
-    for attribute, value in vars(tensor).items():  # such as the scales of what is quantised
-        if type(value) not in PLAIN:
-            yield from _parts_of_value(f"{name}.{attribute}", value, 4)
 
 
 def _parts_of_value(name: str, value: object, depth: int) -> Iterator[Held]:
@@ -324,27 +367,34 @@ def _hung(model: torch.nn.Module) -> Hung:
     own = {id(module): f"the module {path}" for path, module in model.named_modules()}
     for config in _configs_of(model):
         own[id(config)] = "the configuration"
-    reader = ValueReader(own, _IDLE, settings_of_config)
+    reader = ValueReader(own, _idle_of, settings_of_config)
     lines = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
+        held = vars(module).copy()  # other threads may change it
         plain = [
             (name, reader.read(value, prefix + name))
-            for name, value in vars(module).items()
-            if name not in _OF_TORCH and name not in _IDLE and name != "forward"
+            for name, value in held.items()
+            if name not in _OF_TORCH and name not in _idle_of(module) and name != "forward"
             if not (name[0] == "_" and _of_transformers(module, name))
+            if not _adds_nothing(module, name, value)
         ]
         lines.append(f"{path} {name_of(type(module))} {sorted(plain, key=_first)!r}")
         forward = _forward_of(module)
         if forward is not None:
             lines.append(f"{path} forward {reader.read(forward, prefix + 'forward')!r}")
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            lines += [
-                f"{path} hook {reader.read(hook, f'{prefix}hook{i}')!r}"
-                for i, hook in enumerate(hooks.values())
-                if not is_librarys(written_in(hook))
-            ]
-    return Hung(lines, reader.tensors, code_of(model, reader))
+        lines += [
+            f"{path} hook {reader.read(hook, f'{prefix}hook{i}')!r}"
+            for i, hook in enumerate(_hooks_of(module))
+        ]
+        for tensors in (module._parameters, module._buffers):  # as the scales of what is quantised
+            for name, tensor in tensors.copy().items():
+                said = {} if tensor is None else vars(tensor)
+                said = {key: value for key, value in said.items() if key not in _IDLE}
+                if said:
+                    lines.append(f"{path} {name} {reader.read(said, prefix + name)!r}")
+    code = code_of(model, reader)
+    return Hung(lines, reader.tensors, code, reader.unread)
 
 
 def _first(pair: tuple[str, object]) -> str:
@@ -363,14 +413,89 @@ def _of_transformers(module: torch.nn.Module, name: str) -> bool:
     return any(c.__name__ == "PreTrainedModel" and name in vars(c) for c in type(module).__mro__)
 
 
+def _idle_of(module: torch.nn.Module) -> frozenset[str]:
+    """Attributes that are passed over by their names: those that libraries set. A class that is a
+    user's, and none of theirs, may have others in mind."""
+    kinds = (kind for kind in type(module).__mro__ if kind is not torch.nn.Module)
+    known = any(is_librarys(kind.__module__) for kind in kinds)
+    return _IDLE if known else _IDLE & {"training", "_is_hf_initialized"}
+
+
+def _adds_nothing(module: torch.nn.Module, name: str, value: object) -> bool:
+    """Whether an attribute is what would be found without it, or a copy that is made again."""
+    if name in _BY_ACCELERATE or name in _MOVES:
+        return True  # the first are read with the hooks
+    if name.endswith("long_inv_freq") and isinstance(value, torch.Tensor):
+        return _is_long_rope(module, name, value)
+    value = uncompiled(value)
+    if not isinstance(value, MethodType):
+        return False
+    if name in ("_compiled_call", "_compiled_call_impl"):
+        calls = (module.__call__, module._call_impl)
+        return value in calls and "__call__" not in vars(module)
+    if name == "_original_forward":  # kept for whoever undoes what was done to `forward`
+        return True
+    own = getattr(type(module), name, None)
+    if own is not None:
+        return value.__self__ is module and value.__func__ is own
+    try:  # adapters find in the model what they do not have, and keep it
+        return bool(type(module).__getattr__(module, name) == value)
+    except AttributeError:
+        return False
+
+
+def _is_long_rope(module: torch.nn.Module, name: str, kept: torch.Tensor) -> bool:
+    """Whether these are the frequencies for long texts that transformers made of the configuration,
+    and would make again. (Which it turns by at the next call depends on that call alone.)"""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    try:
+        layers = name.removesuffix("long_inv_freq").removesuffix("_")
+        parameters, kind = module.config.rope_parameters, module.rope_type
+        given: dict[str, object] = {"layer_type": layers} if layers else {}
+        if layers:
+            parameters, kind = parameters[layers], kind[layers]
+        length = parameters["original_max_position_embeddings"] + 1
+        made, _ = ROPE_INIT_FUNCTIONS[kind](module.config, kept.device, seq_len=length, **given)
+        return torch.equal(made, kept)
+    except (AttributeError, KeyError, TypeError):
+        return False
+
+
+def _hooks_of(module: torch.nn.Module) -> Iterator[object]:
+    """Hooks that may change what a module computes, accelerate's among them."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for hook in list(hooks.values()):
+            if not is_whole(hook, _PASSED_OVER):
+                yield hook
+    asked = [vars(module).get("_hf_hook")]
+    while asked:
+        hook = asked.pop(0)
+        kind = type(hook)
+        own = vars(sys.modules.get("accelerate.hooks", builtins)).get(kind.__name__) is kind
+        own = (
+            own
+            and not put_into(kind)
+            and not {"pre_forward", "post_forward"} & attributes(hook).keys()
+        )
+        if own and kind.__name__ == "SequentialHook" and isinstance(hook.hooks, (list, tuple)):
+            asked += hook.hooks
+        elif hook is not None and not (own and kind.__name__ in _PLACING):
+            yield hook
+
+
 def _forward_of(module: torch.nn.Module) -> object:
     """What stands in for a module's own `forward`, if anything does that changes it."""
-    found = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward")
+    held = vars(module).copy()
+    found = held.get("forward")
+    called = found.func if isinstance(found, functools.partial) else None
+    if "_hf_hook" in held and written_in(called) == "accelerate.hooks":
+        found = held.get("_old_forward")  # which that calls, and the hook
     while found is not None:
-        if getattr(found, "idle", False):
+        if getattr(type(found), "idle", False) and is_librarys(type(found).__module__):
             found = found.before
-        elif hasattr(found, "_torchdynamo_orig_callable"):
-            found = found._torchdynamo_orig_callable
+        elif uncompiled(found) is not found:
+            found = uncompiled(found)
         else:
             break
     of_class = getattr(found, "__func__", None) is type(module).forward

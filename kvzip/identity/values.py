@@ -3,12 +3,14 @@
 It is for what models hold besides their tensors: settings, functions, hooks. Numbers, arrays,
 containers, objects made of them, and functions with what they close over are read. Of a user's own
 functions and classes the code is read, too; those of installed packages are known by their names.
-What cannot be read gets a token of its own, for each object and process: it is equal to nothing
-else.
+What an object of a class written in C holds is what pickle would keep of it. What cannot be read
+gets another token each time, since nothing would tell that it has changed.
 """
 
 from __future__ import annotations
 
+import _thread
+import copyreg
 import enum
 import functools
 import hashlib
@@ -46,21 +48,46 @@ _SLOTS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _BOOKKEEPING = frozenset({"__init__", "__repr__", "__str__", "__eq__", "__hash__", "__replace__"})
 """Methods that an object's attributes have felt already, or that change nothing."""
 
-_tokens: dict[int, tuple[weakref.ref[object], str]] = {}
+_STREAMS = (torch.device, torch.Stream, torch.Event)
+"""Where and when something is computed, not what."""
+_NAMED = (
+    enum.Enum,
+    torch.dtype,
+    torch.Size,
+    torch.layout,
+    torch.memory_format,
+    torch.finfo,
+    torch.iinfo,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+    slice,
+    types.EllipsisType,
+)
+"""What its own words say all of."""
+_LOCKS: tuple[type, ...] = (_thread.LockType, type(_thread.RLock()))
+with suppress(ImportError):
+    from _multiprocessing import SemLock  # type: ignore[import-not-found]
+
+    _LOCKS = (*_LOCKS, SemLock)
 
 
 class ValueReader:
     """Reads values. Tensors in them are collected, not read.
 
     `own`: what is said elsewhere, by `id`, and the words that stand for it. `skipped`: names of
-    attributes that say nothing.
+    a module's attributes that say nothing. `unread`: what could not be read, in words; where that
+    is anything, what is said is said by nothing else, now or later.
     """
 
     def __init__(
-        self, own: Mapping[int, str], skipped: frozenset[str], config: Callable[[Any], str]
+        self,
+        own: Mapping[int, str],
+        skipped: Callable[[torch.nn.Module], frozenset[str]],
+        config: Callable[[Any], str],
     ):
         self.own, self.skipped, self.config = dict(own), skipped, config
         self.tensors: list[tuple[str, torch.Tensor]] = []
+        self.unread: list[str] = []
         self._within: set[int] = set()
         self._kept: list[object] = []  # so that no id is used again
         self._left = _MOST
@@ -85,7 +112,7 @@ class ValueReader:
             return self.own[id(value)]
         self._left -= 1
         if self._left < 0:
-            return token(value)
+            return self._token(value, name)
         if id(value) in self._within:
             return "itself"
         self._within.add(id(value))
@@ -98,14 +125,23 @@ class ValueReader:
         if isinstance(value, torch.Tensor):
             self.tensors.append((name, value))
             return "tensor"
-        if isinstance(value, (enum.Enum, torch.dtype, torch.Size, slice, types.EllipsisType)):
+        if isinstance(value, _NAMED):
             return str(value)
-        if isinstance(value, torch.device):
+        if isinstance(value, _STREAMS):
             return "device"
+        if isinstance(value, _LOCKS):
+            return "lock"
         if isinstance(value, _FUNCTIONS):
             return self._function(value, name)
-        if isinstance(value, (types.ModuleType, logging.Logger)):
-            return [type(value).__name__, getattr(value, "__name__", None) or value.name]
+        if isinstance(value, types.ModuleType):
+            return self._module(value, name)
+        if isinstance(value, logging.Logger):
+            return ["Logger", value.name]
+        if isinstance(value, weakref.ref):
+            return ["ref", self._read(value(), name)]
+        if isinstance(value, memoryview):
+            data = hashlib.sha256(value.tobytes()).hexdigest()
+            return ["memoryview", value.format, list(value.shape or ()), data]
         if isinstance(value, (np.generic, np.ndarray)):
             return self._array(np.asarray(value), name)
         if type(value).__name__.endswith("Config") and hasattr(value, "to_diff_dict"):
@@ -114,28 +150,75 @@ class ValueReader:
             return name_of(value)  # its module's state says what it holds
         said = self._contents(value, name)
         if said is None:
-            return token(value)
+            return self._token(value, name)
         return [self._read(type(value), name), said]
+
+    def _token(self, value: object, name: str) -> str:
+        """A word that nothing else has, nor the same object a moment later."""
+        self.unread.append(f"{name} (a {type(value).__name__})")
+        return uuid.uuid4().hex
 
     def _contents(self, value: object, name: str) -> object:
         said: list[object] = []
         if isinstance(value, Mapping):
             said.append(sorted(repr(e) for e in self._items(value, name)))
         elif isinstance(value, (list, tuple, deque)):
-            said.append([self._read(inner, f"{name}.{i}") for i, inner in enumerate(value)])
+            said.append([self._read(e, f"{name}.{i}") for i, e in enumerate(list(value))])
         elif isinstance(value, (set, frozenset)):
-            said.append(sorted(repr(self._read(inner, name)) for inner in value))
+            said.append(sorted(repr(self._read(inner, name)) for inner in list(value)))
         elif isinstance(value, (bool, int, float, complex, str, bytes, bytearray)):
             said.append(str(value))
         elif not all(map(_keeps_attributes_only, type(value).__mro__)):
-            return None
-        said += [repr(e) for e in self._items(attributes(value), name)]
+            return self._kept_by_pickle(value, name)
+        held = attributes(value)
+        if isinstance(value, torch.nn.Module):
+            skipped = self.skipped(value)
+            held = {key: inner for key, inner in held.items() if key not in skipped}
+        said += [repr(e) for e in self._items(held, name)]
         return said
 
+    def _kept_by_pickle(self, value: object, name: str) -> object:
+        """What an object of a class written in C is made anew from; None if it cannot be."""
+        try:
+            registered = copyreg.dispatch_table.get(type(value))
+            parts = value.__reduce_ex__(4) if registered is None else registered(value)
+        except Exception:  # whatever its class raises
+            return None
+        if isinstance(parts, str):
+            return parts
+        return [
+            self._read(list(part) if isinstance(part, Iterator) else part, name) for part in parts
+        ]
+
     def _items(self, items: Mapping[Any, object], name: str) -> Iterator[tuple[object, object]]:
-        for key, inner in items.items():
-            if key not in self.skipped:
-                yield self._read(key, name), self._read(inner, f"{name}.{key}")
+        for key, inner in list(items.items()):  # which another thread may change meanwhile
+            yield self._read(key, name), self._read(inner, f"{name}.{key}")
+
+    def _module(
+        self,
+        module: types.ModuleType,
+        name: str,
+        named: Iterable[str] | None = None,
+        within: tuple[types.ModuleType, ...] = (),
+    ) -> object:
+        """What a module says: its name, and those of its attributes that some code has the names
+        of; all but code, where it is not known which. Of an installed package only numbers and
+        strings count."""
+        users, there = is_users_module(module.__name__), vars(module).copy()
+        said: list[object] = ["module", module.__name__]
+        if named is None:
+            code = (types.ModuleType, *_FUNCTIONS)
+            named = [key for key in there if users and not isinstance(there[key], code)]
+        for key in sorted(set(named) & there.keys()):
+            inner = there[key]
+            if key[:2] == "__" or module in within:
+                continue
+            if isinstance(inner, types.ModuleType):
+                part = self._module(inner, f"{name}.{key}", named, (*within, module))
+                said.append([key, part])
+            elif users or type(inner) in PLAIN:
+                said.append([key, self._read(inner, f"{name}.{key}")])
+        return said
 
     def _array(self, array: np.ndarray, name: str) -> object:
         if array.dtype.hasobject:
@@ -151,8 +234,7 @@ class ValueReader:
 
     def _function(self, value: object, name: str) -> object:
         """A function's name, its code, and all that it brings along."""
-        while (inner := getattr(value, "_torchdynamo_orig_callable", None)) is not None:
-            value = inner  # what was compiled
+        value = uncompiled(value)
         if isinstance(value, functools._lru_cache_wrapper):
             value = value.__wrapped__
         called = name_of(value)
@@ -168,6 +250,8 @@ class ValueReader:
             told = of is None or isinstance(of, (type, types.ModuleType))
             return called if told else [called, self._read(of, name)]
         assert isinstance(value, types.FunctionType)
+        code = value.__code__  # whose name is its own
+        called = f"{written_in(value)}.{getattr(code, 'co_qualname', code.co_name)}"
         return [called, self._once(value, name)]
 
     def _once(self, value: Any, name: str) -> object:
@@ -181,15 +265,24 @@ class ValueReader:
             return self._class(value, name, ["__call__"] if "__call__" in begin else begin)
         brought = [value.__defaults__, value.__kwdefaults__, vars(value)]
         said = [self._read(b, f"{name}.default") for b in brought if b]
+        names = list(_names(value.__code__))
         free = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         for variable, cell in free:
             try:
-                said.append([variable, self._read(cell.cell_contents, f"{name}.{variable}")])
+                inner = cell.cell_contents
             except ValueError:  # nothing is in it yet
                 said.append([variable])
+                continue
+            said.append([variable, self._used(inner, f"{name}.{variable}", names)])
         if is_users(value):
-            said += self._code(value.__code__, value.__globals__, name)
+            said += self._code(value.__code__, value.__globals__, name, names)
         return said
+
+    def _used(self, value: object, name: str, names: Iterable[str]) -> object:
+        """What a variable says of which some code uses attributes of these names."""
+        if isinstance(value, types.ModuleType):
+            return self._module(value, name, names)
+        return self._read(value, name)
 
     def _class(self, kind: type, name: str, begin: Iterable[str]) -> list[object]:
         for each in kind.__mro__:  # what `super()` looks at in each method
@@ -208,23 +301,33 @@ class ValueReader:
                     asked.extend(_names(function.__code__))
         return said
 
-    def _code(self, code: types.CodeType, world: dict[str, object], name: str) -> list[object]:
+    def _code(
+        self, code: types.CodeType, world: dict[str, object], name: str, names: Iterable[str]
+    ) -> list[object]:
+        """What code says, with the variables of its module, `world`, that it uses; `names`: all
+        that it and what it is part of use."""
         said: list[object] = [code.co_code.hex(), list(code.co_names)]
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
-                said.append(self._code(constant, world, name))
+                said.append(self._code(constant, world, name, names))
             else:
                 said.append(self._read(constant, name))  # sets have no order of their own
         for used in code.co_names:
             if used in world:
-                said.append([used, self._read(world[used], f"{name}.{used}")])
+                said.append([used, self._used(world[used], f"{name}.{used}", names)])
+            elif used in sys.modules:  # it may import that
+                said.append([used, self._module(sys.modules[used], f"{name}.{used}", names)])
         return said
 
 
 def is_users(thing: Any) -> bool:
     """Whether a function or a class is a user's own: of a script, a notebook, or a file that no
     package was installed with."""
-    module = written_in(thing)
+    return is_users_module(written_in(thing))
+
+
+def is_users_module(module: str) -> bool:
+    """Whether a module of that name is a user's own."""
     return not (is_librarys(module) or _is_installed(module.partition(".")[0]))
 
 
@@ -235,12 +338,19 @@ def is_librarys(module: str) -> bool:
 
 def written_in(thing: Any) -> str:
     """The name of the module whose text a function or a class stands in, whatever it says of
-    itself: a function that wraps another one says what that one does."""
+    itself: a function that wraps another one says what that one does. What was compiled from
+    another text into an installed module is in none of that name."""
     if isinstance(thing, types.MethodType):
         thing = thing.__func__
     if isinstance(thing, types.FunctionType):
-        return str(thing.__globals__.get("__name__", ""))
-    return str(getattr(thing, "__module__", None) or type(thing).__module__)
+        home = thing.__globals__
+        module = str(home.get("__name__", ""))
+        if thing.__code__.co_filename != home.get("__file__") and not is_users_module(module):
+            return f"made.{module}"
+        return module
+    if isinstance(thing, (type, types.BuiltinFunctionType)):
+        return str(thing.__module__)
+    return type(thing).__module__
 
 
 @functools.cache
@@ -344,16 +454,45 @@ def _keeps_attributes_only(kind: type) -> bool:
     return kind.__dictoffset__ != 0 or "__slots__" in vars(kind)
 
 
-def token(value: object) -> str:
-    """A word that no other object has, nor another process; another one each time for an object of
-    which it cannot be told whether it is the same."""
-    kept = _tokens.get(id(value))
-    if kept is not None and kept[0]() is value:
-        return kept[1]
-    found = uuid.uuid4().hex
-    with suppress(TypeError):  # of some objects there are no weak references
-        _tokens[id(value)] = weakref.ref(value), found
-    return found
+def uncompiled(value: Any) -> Any:
+    """What `torch.compile` was given. (A function that wraps what it made says that of itself, too,
+    as it says all else that what it wraps does.)"""
+    while isinstance(value, types.FunctionType) and written_in(value).startswith("torch."):
+        inner = vars(value).get("_torchdynamo_orig_callable")
+        if inner is None:
+            break
+        value = inner
+    return value
+
+
+def is_whole(value: Any, packages: tuple[str, ...]) -> bool:
+    """Whether a function is of these packages with all functions that it wraps, closes over or is
+    bound to, whatever it says of itself."""
+    asked, seen = [value], set[int]()
+    while asked:
+        value = asked.pop()
+        if id(value) in seen or type(value) in PLAIN or isinstance(value, torch.Tensor):
+            continue
+        seen.add(id(value))
+        if isinstance(value, functools.partial):
+            asked += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.MethodType):
+            asked += [value.__func__, value.__self__]
+        elif isinstance(value, (list, tuple)):
+            asked += value
+        elif not f"{written_in(value)}.".startswith(packages):
+            return False
+        elif isinstance(value, types.FunctionType):
+            asked += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            asked += [*vars(value).values(), *map(_held_in, value.__closure__ or ())]
+    return True
+
+
+def _held_in(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None
 
 
 def name_of(thing: object) -> str:

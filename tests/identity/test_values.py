@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import array
+import contextvars
 import copy
+import ctypes
 import dataclasses
+import datetime
 import functools
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import types
+import weakref
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 import kvzip  # noqa: E402
 
@@ -175,14 +183,155 @@ def test_a_configuration_of_a_module_of_its_own(saved: Any, load: Any) -> None:
     assert len(seen) == 3
 
 
-def test_what_cannot_be_read_is_equal_to_nothing_else(saved: Any, load: Any) -> None:
+def test_locks_hold_no_numbers(saved: Any, load: Any) -> None:
+    found = set()
+    for _ in range(2):
+        model = load(saved())
+        model.model.layers[0].locks = [threading.Lock(), threading.RLock(), threading.Condition()]
+        found |= {kvzip.fingerprint(model), kvzip.fingerprint(model)}
+    assert len(found) == 1
+
+
+class Local(threading.local):
+    pass
+
+
+UNREADABLE = {
+    "threads": Local,
+    "variable": lambda: contextvars.ContextVar("x", default=1.0),
+    "iterator": lambda: (x for x in (1.0, 2.0)),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_never_the_same_and_said_once(
+    kind: str, saved: Any, load: Any, caplog: Any
+) -> None:
+    """Nothing would tell that it has changed."""
+    model = load(saved())
+    model.model.layers[0].mlp.strange = [UNREADABLE[kind]()]
+    found = [kvzip.fingerprint(model) for _ in range(3)]
+    assert len(set(found)) == 3 and all(map(kvzip.identity.is_fingerprint, found))
+    [told] = [r.getMessage() for r in caplog.records if r.name == "kvzip.identity"]
+    assert "mlp.strange" in told and "not kept" in told
+    del model.model.layers[0].mlp.strange
+    assert kvzip.fingerprint(model) == kvzip.fingerprint(saved())
+
+
+def set_to(index: Any) -> Any:
+    return lambda held, value: held.__setitem__(index, value)
+
+
+WRITTEN_IN_C: dict[str, tuple[Any, Any]] = {
+    "array": (lambda: array.array("d", [1.0]), set_to(0)),
+    "memory": (lambda: memoryview(bytearray(b"1")), lambda m, v: m.__setitem__(0, int(v))),
+    "number": (lambda: ctypes.c_double(1.0), lambda c, v: setattr(c, "value", v)),
+    "numbers": (lambda: (ctypes.c_float * 2)(1.0, 1.0), set_to(1)),
+    "generator": (lambda: np.random.default_rng(1), lambda g, v: g.random()),
+    "bytes": (lambda: bytearray(b"1"), lambda b, v: b.__setitem__(0, int(v))),
+    "in a reference": (lambda: Kept(), lambda k, v: setattr(k.of, "factor", v)),
+}
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.of = Options(1.0)
+        self.reference = weakref.ref(self.of)
+
+
+@pytest.mark.parametrize("kind", WRITTEN_IN_C)
+def test_objects_of_classes_written_in_c(kind: str, saved: Any, load: Any) -> None:
+    make, change = WRITTEN_IN_C[kind]
     found = []
     for _ in range(2):
         model = load(saved())
-        model.model.layers[0].lock = threading.Lock()
-        found.append(kvzip.fingerprint(model))
-        assert kvzip.fingerprint(model) == found[-1]
-    assert found[0] != found[1]
+        held = make()
+        model.model.layers[0].mlp.register_forward_hook(lambda m, args, out, held=held: out)
+        found += [kvzip.fingerprint(model), kvzip.fingerprint(model)]
+        change(held, 2.0)
+        assert kvzip.fingerprint(model) not in found
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("value", [re.compile("x"), range(3), Decimal("1.5"), datetime.date.min])
+def test_what_never_changes_is_the_same_everywhere(value: Any, saved: Any, load: Any) -> None:
+    found = set()
+    for _ in range(2):
+        model = load(saved())
+        model.model.layers[0].kept = pickle.loads(pickle.dumps(value))
+        found.add(kvzip.fingerprint(model))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("way", ["global", "import", "from", "closure", "deep", "object"])
+def test_variables_of_modules_that_a_hook_uses(
+    way: str, saved: Any, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steering, settings = types.ModuleType("steering_test"), types.ModuleType("steering_test.set")
+    steering.settings, settings.BY, settings.other, settings.parent = settings, 1.0, 1.0, steering
+    monkeypatch.setitem(sys.modules, "steering_test", steering)
+    monkeypatch.setitem(sys.modules, "steering_test.set", settings)
+    given: dict[str, Any] = {"settings": settings, "steering": steering}
+    text = {
+        "global": "def hook(m, a, out): return out * settings.BY",
+        "import": "def hook(m, a, out):\n    import steering_test.set as s\n    return out * s.BY",
+        "from": "def hook(m, a, out):\n    from steering_test.set import BY\n    return out * BY",
+        "closure": "def make(kept):\n    return lambda m, a, out: out * kept.BY\n"
+        "hook = make(settings)",
+        "deep": "def hook(m, a, out): return [steering.settings.parent.settings.BY][0] * out",
+        "object": "class Hook:\n    def __init__(self): self.by = settings\n"
+        "    def __call__(self, m, a, out): return out * self.by.BY\nhook = Hook()",
+    }[way]
+    exec(text, given)
+    model = load(saved())
+    model.model.layers[0].mlp.register_forward_hook(given["hook"])
+    first = kvzip.fingerprint(model)
+    if way != "object":  # where nothing tells which are used
+        settings.other = 2.0
+    assert kvzip.fingerprint(model) == first
+    settings.BY = 2.0
+    assert kvzip.fingerprint(model) != first
+
+
+@pytest.mark.parametrize("value", [1.5, "x", [1.5], Options(1.5), torch.ones(2)])
+@pytest.mark.parametrize("name", ["self_attn.q_proj.weight", "input_layernorm.weight"])
+def test_attributes_of_parameters(name: str, value: Any, saved: Any, load: Any) -> None:
+    model = load(saved())
+    seen = {kvzip.fingerprint(model)}
+    weight = model.model.layers[1].get_parameter(name)
+    weight.gain = value
+    seen.add(kvzip.fingerprint(model))
+    weight.gain = 2.5
+    assert len(seen | {kvzip.fingerprint(model)}) == 3
+    weight._is_hf_initialized = True
+    del weight.gain
+    assert kvzip.fingerprint(model) == kvzip.fingerprint(saved())
+
+
+IDLE_NAMES = ("training", "_cache", "name_or_path", "generation_config")
+
+
+@pytest.mark.parametrize("name", IDLE_NAMES)
+def test_names_that_libraries_use_say_nothing_elsewhere(name: str, saved: Any, load: Any) -> None:
+    """In a dictionary, an object, or a module of a user's own."""
+    for make in (lambda v: {name: v}, lambda v: types.SimpleNamespace(**{name: v}), own_module):
+        found = set()
+        for value in (1.0, 2.0):
+            model = load(saved())
+            held = make(value)
+            model.model.layers[0].mlp.register_forward_hook(lambda m, args, out, held=held: out)
+            found.add(kvzip.fingerprint(model))
+        assert len(found) == 2 or (make is own_module and name == "training")
+
+
+def own_module(value: Any) -> Any:
+    class Own(torch.nn.Module):
+        pass
+
+    made = Own()
+    for name in IDLE_NAMES:
+        object.__setattr__(made, name, value)
+    return made
 
 
 @pytest.mark.parametrize("part", ["embed_tokens", "norm", "layers.0.input_layernorm"])
@@ -245,8 +394,42 @@ def trained(model: Any) -> None:
     model.eval()
 
 
+def compiled_in_place(model: Any) -> None:
+    model.compile()
+    torch.compile(model)
+
+
+def with_a_static_cache(model: Any) -> None:
+    model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, cache_implementation="static")
+
+
+def dispatched(model: Any) -> None:
+    big_modeling = pytest.importorskip("accelerate.big_modeling")
+    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+    big_modeling.dispatch_model(model, dict.fromkeys(parts, "cpu"), force_hooks=True)
+
+
+def prepared(model: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    assert accelerate.Accelerator(cpu=True).prepare(model) is model
+
+
 @pytest.mark.parametrize(
-    "change", [pad, eos, tags, compiled, generated, outputs_shown, another_kernel, trained]
+    "change",
+    [
+        pad,
+        eos,
+        tags,
+        compiled,
+        compiled_in_place,
+        generated,
+        with_a_static_cache,
+        outputs_shown,
+        another_kernel,
+        trained,
+        dispatched,
+        prepared,
+    ],
 )
 @pytest.mark.parametrize("kind", ["Llama", "Gemma3Text"])
 def test_what_changes_no_key_or_value(kind: str, change: Any, saved: Any, load: Any) -> None:
@@ -254,7 +437,7 @@ def test_what_changes_no_key_or_value(kind: str, change: Any, saved: Any, load: 
     model = load(folder)
     change(model)
     assert kvzip.fingerprint(model) == kvzip.fingerprint(folder)
-    if change not in (compiled, trained, outputs_shown):  # which torch cannot pickle
+    if change in (pad, eos, tags, generated, another_kernel):  # what torch can pickle
         assert kvzip.fingerprint(pickle.loads(pickle.dumps(model))) == kvzip.fingerprint(folder)
 
 
@@ -263,6 +446,106 @@ def test_a_forward_that_was_replaced_and_compiled(saved: Any, load: Any) -> None
     own = model.forward
     model.forward = torch.compile(lambda *args, **more: own(*args, **more))
     assert kvzip.fingerprint(model).startswith("live:")
+
+
+def test_a_forward_that_wraps_what_was_compiled(saved: Any, load: Any) -> None:
+    """It says of itself all that what it wraps does."""
+    found = set()
+    for factor in (2.0, 3.0):
+        model = load(saved())
+        own = torch.compile(model.forward)
+        model.forward = functools.wraps(own)(lambda *a, f=factor, o=own, **more: (f, o(*a, **more)))
+        found.add(kvzip.fingerprint(model))
+    assert len(found | {kvzip.fingerprint(saved())}) == 3
+
+
+@pytest.mark.parametrize("how", ["wraps", "no_grad", "partial", "method", "compiled into it"])
+@pytest.mark.parametrize("where", ["hook", "forward", "on all modules"])
+def test_a_users_function_within_a_librarys(how: str, where: str, saved: Any, load: Any) -> None:
+    from transformers.models.llama import modeling_llama as modeling
+
+    found = set()
+    for factor in (1.0, 2.0, 2.0):
+        model = load(saved())
+        mlp = model.model.layers[0].mlp
+        own = mlp.forward
+        text = f"lambda *args: (own(args[0]), {factor})"
+        hook = eval(text, {"own": own})
+        if how == "wraps":
+            hook = functools.wraps(own)(hook)
+        elif how == "no_grad":
+            hook = torch.no_grad()(hook)
+        elif how == "partial":
+            hook = functools.update_wrapper(functools.partial(hook), own)
+        elif how == "method":
+            hook = types.MethodType(hook, mlp)
+        else:  # as if it were of the library's own text
+            hook = eval(text, vars(modeling))
+        handle = None
+        if where == "hook":
+            mlp.register_forward_hook(hook)
+        elif where == "forward":
+            mlp.forward = hook
+        else:
+            handle = torch.nn.modules.module.register_module_forward_hook(hook)
+        try:
+            found.add(kvzip.fingerprint(model))
+        finally:
+            if handle is not None:
+                handle.remove()
+    assert len(found | {kvzip.fingerprint(saved())}) == 3
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_hooks_of_accelerate(chained: bool, saved: Any, load: Any) -> None:
+    """A user's own count; the library's, which move tensors, do not, and hide no `forward`."""
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Steering(hooks.AlignDevicesHook):
+        def __init__(self, by: float) -> None:
+            super().__init__(execution_device="cpu")
+            self.by = by
+
+        def post_forward(self, module: Any, out: Any) -> Any:
+            return out * self.by
+
+    wanted, seen = kvzip.fingerprint(saved()), set()
+    for by in (1.0, 2.0):
+        model = load(saved())
+        mlp = model.model.layers[0].mlp
+        hooks.add_hook_to_module(mlp, hooks.AlignDevicesHook(execution_device="cpu"))
+        assert kvzip.fingerprint(model) == wanted
+        hooks.add_hook_to_module(mlp, Steering(by), append=chained)
+        seen.add(kvzip.fingerprint(model))
+        hooks.add_hook_to_module(mlp, hooks.AlignDevicesHook(execution_device="cpu"))
+        mlp._hf_hook.post_forward = lambda module, out, by=by: out * by
+        seen.add(kvzip.fingerprint(model))
+        del mlp._hf_hook.post_forward
+        assert kvzip.fingerprint(model) == wanted
+        below = mlp.forward
+        mlp.forward = lambda x, below=below, by=by: below(x) * by
+        seen.add(kvzip.fingerprint(model))
+    assert len(seen | {wanted}) == 7
+
+
+def test_rope_that_keeps_frequencies_for_long_texts(saved: Any, load: Any) -> None:
+    folder = saved()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 32,
+    }
+    config.save_pretrained(folder)
+    model, wanted = load(folder), kvzip.fingerprint(folder)
+    model(torch.arange(3, 20)[None])
+    assert hasattr(model.model.rotary_emb, "long_inv_freq")
+    assert kvzip.fingerprint(model) == wanted
+    model.model.rotary_emb.long_inv_freq *= 2
+    assert kvzip.fingerprint(model) != wanted
 
 
 def test_a_folder_that_is_moved_away(saved: Any, load: Any, tmp_path: Path) -> None:
@@ -282,7 +565,7 @@ def test_code_says_the_same_in_every_process():
     program = (
         "from kvzip.identity.values import ValueReader\n"
         f"hook = lambda x: x[..., None] if x in {names} else x\n"
-        "print(ValueReader({}, frozenset(), str).read(hook, 'hook'))"
+        "print(ValueReader({}, lambda module: frozenset(), str).read(hook, 'hook'))"
     )
     said = [
         subprocess.run(
