@@ -45,8 +45,6 @@ class Grid(msgspec.Struct, frozen=True):
     """Tokens and channels that share a scale. The last group along an axis may be smaller."""
     rounding: Rounding = "once"
     """Whether a product is rounded once, or to fp32 and then to the wide format."""
-    exceptions: int = 0
-    """How many numbers are no code times their scale, and are listed."""
 
     def __str__(self) -> str:
         tokens, channels = self.group
