@@ -5,9 +5,9 @@ A writer calls :func:`find` for a sample of a part and, where there is a grid, :
 each block; a reader calls :func:`widen` (:mod:`kvzip.container.grids`).
 """
 
-from kvzip.grids.find import find
-from kvzip.grids.grid import HALVES, Found, Grid, Scale
+from kvzip.grids.find import find, suspicions
+from kvzip.grids.grid import HALVES, Found, Grid, Narrow
 from kvzip.grids.narrow import narrow
 from kvzip.grids.widen import widen
 
-__all__ = ["HALVES", "Found", "Grid", "Scale", "find", "narrow", "widen"]
+__all__ = ["HALVES", "Found", "Grid", "Narrow", "find", "narrow", "suspicions", "widen"]

@@ -53,17 +53,23 @@ def find(bits: Bits, dtype: Any, like: Grid | None = None) -> Found | None:
     says; numbers of other formats are on no grid. `like` is tried first: the grid of a part of the
     same kind, such as another layer's. What is found widens to the same bits: that was tried.
     """
-    form = dtypes.get(dtype)
-    wide: Any = form.name
-    if wide not in ("bf16", "fp16", "fp32") or bits.ndim < 2:
+    suspected = suspicions(bits, dtype)
+    if not suspected:
         return None
-    suspicions: int = _native.grid_suspicions(bits, wide)
-    if not suspicions:
-        return None
-    search = _Search(bits, wide)
-    found = search.by_scale(suspicions, like)
-    if found is None and suspicions & _HALF:
+    search = _Search(bits, dtypes.get(dtype).name)  # type: ignore[arg-type] # a wide one
+    found = search.by_scale(suspected, like)
+    if found is None and suspected & _HALF:
         found = search.half()
+    return found
+
+
+def suspicions(bits: Bits, dtype: Any) -> int:
+    """Which grids a few of the numbers look like; 0 for what is hardly on any. `bits` and `dtype`
+    as for :func:`find`."""
+    wide = dtypes.get(dtype).name
+    if wide not in ("bf16", "fp16", "fp32") or bits.ndim < 2:
+        return 0
+    found: int = _native.grid_suspicions(bits, wide)
     return found
 
 
@@ -167,6 +173,7 @@ class _Search:
     def _on_grid(self, candidate: _Candidate, rounding: Rounding) -> Found:
         """Put all numbers on the candidate's grid, those that do not lie on it as exceptions."""
         code, group, channels = candidate
+        group = (group[0], min(group[1], channels[1] - channels[0]))
         return narrow(self.bits, Grid(self.wide, code, channels, "fp32", group, rounding))
 
     # --- halves ------------------------------------------------------------------------------

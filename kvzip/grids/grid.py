@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import msgspec
@@ -71,6 +72,25 @@ class Found(msgspec.Struct, frozen=True):
     [tokens, rows, channels of the codes]."""
     exceptions: Bits
     """The wide bits of the numbers at `positions`."""
+
+    def cut(self, start: int, stop: int) -> Found:
+        """Tokens `start` to `stop`, with the scales of all groups that hold any of them; the
+        exceptions are counted from `start` on."""
+        height = self.grid.group[0]
+        each = math.prod(self.codes.shape) // max(1, self.codes.shape[-2])
+        bounds = np.array([start * each, stop * each], np.uint64)
+        first, last = np.searchsorted(self.positions, bounds)
+        scales = self.scales
+        if scales is not None:
+            scales = scales[..., start // height : -(-stop // height), :]
+        return Found(
+            self.grid,
+            self.codes[..., start:stop, :],
+            scales,
+            self.rest[..., start:stop, :],
+            self.positions[first:last] - bounds[0],
+            self.exceptions[first:last],
+        )
 
     @property
     def nbytes(self) -> int:
