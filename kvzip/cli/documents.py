@@ -280,14 +280,15 @@ def _show_info(result: Mapping[str, Any], found: container.Info) -> None:
         "raw bytes",
         "encoded",
         "ratio",
-        *(["on a grid of"] if header.grids else []),
     )
     for p in found.parts:
         ratio, sizes = _ratio(p), (f"{p.raw_bytes:,}", f"{p.encoded_bytes:,}")
         shown = "" if ratio is None else f"{ratio:.3f}"
-        row = [p.kind, p.part, str(p.layers), p.dtype, p.codec, *sizes, shown]
-        parts.add_row(*row, *([p.grid or ""] if header.grids else []))
+        parts.add_row(p.kind, p.part, str(p.layers), p.dtype, p.codec, *sizes, shown)
     show_table(parts)
+    for p in found.parts:
+        if p.grid is not None:
+            say(f"{p.part} of {p.layers} {p.kind} layers is on a grid: {p.grid}")
 
 
 def _ratio(part: container.PartInfo) -> float | None:
