@@ -324,7 +324,7 @@ def _grids_at_most(codecs: Codecs, layout: Layout) -> dict[Key, tuple[int, int]]
     for i, name, part in layout.parts():
         if may_be_on_grid(part):
             rest, kind = codecs[i, name], layout.layers[i].kind
-            settings = len(as_json("the codec's settings", codecs.own.get_config()))
+            settings = len(repr(codecs.own.get_config()))
             said = _MOST_OF_GRID + 6 * len(name) + 2 * settings
             found[i, name] = said, GridCodec.most_tables(rest, part, kind, name)
     return found
