@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
-from kvzip.dtypes import Bits
-from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError, first_line
+from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError
 from kvzip.identity.checkpoint import changed
 from kvzip.layout import KV
 from kvzip.models import LoadedModel
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
 
 if TYPE_CHECKING:
-    from transformers.cache_utils import Cache
-
-    from kvzip.load.config import LayerKind
+    from kvzip.load.held import Held
 
 # The largest finite numbers: engines saturate, torch's cast would make NaN or infinity.
 _FP8_MAX = {
@@ -102,20 +98,26 @@ def prefill(
     dtype: str | None = None,
     full_history: bool = False,
     text: str = "",
+    encoder_ids: NDArray[Any] | None = None,
 ) -> Snapshot:
     """Run one document through a model and take its cache.
 
-    `token_ids`: [tokens] or [batch, tokens]. `dtype`: the format of the cache, by default the
-    model's own; fp8 is a saturating cast with scale 1, as engines make it. A sliding layer keeps
-    the last `window` tokens, one more than its cache does, so that the last token can be computed
-    again; with `full_history` it keeps all that it computed.
+    `token_ids`: [tokens] or [batch, tokens]. `encoder_ids`, in the same form: what the encoder of a
+    model that has one gets; `token_ids` are then what its decoder does. `dtype`: the format of keys
+    and values, by default the model's own; fp8 is a saturating cast with scale 1, as engines make
+    it. A sliding layer keeps the last `window` tokens, one more than its cache does, so that the
+    last token can be computed again; with `full_history` it keeps all that it computed. States (of
+    linear attention, Mamba) are kept as they are before the last token, for the same reason; a
+    model that keeps nothing else gives a snapshot of one token less.
     """
     import torch
     import transformers
-    from transformers import DynamicCache
 
-    from kvzip.load.config import cache_argument, layer_kinds, rope_parameters
+    from kvzip.load.config import layer_kinds, rope_parameters
+    from kvzip.load.filling import filled
+    from kvzip.load.matching import check_encoder_given, revision_of_source
     from kvzip.load.placeholders import check_text_only
+    from kvzip.load.snapshots import dtype_of, format_of, layer_of
     from kvzip.models import products
 
     model = loaded.model
@@ -129,19 +131,23 @@ def prefill(
     kinds = layer_kinds(config)
     check_ids(token_ids, config)
     check_text_only(config, np.asarray(token_ids), type(model).__name__)
+    check_encoder_given(config, encoder_ids)
+    single = np.ndim(token_ids) == 1
     ids = torch.from_numpy(np.atleast_2d(token_ids).astype(np.int64)).to(model.device)
-    # Without a config all layers of the cache are full ones; the masks come from the model.
-    cache = DynamicCache()
-    with torch.inference_mode(), _computing(config, ids.shape[1]):
-        model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(cache))
-    if not cache.layers:
-        raise UnsupportedError(
-            f"{type(model).__name__} has put nothing into a cache: it is no decoder, and has none"
-        )
-    if len(cache.layers) != len(kinds):
-        raise KVZipError(f"the model filled {len(cache.layers)} cache layers, not {len(kinds)}")
-    computed = dtypes.get(cache.layers[0].keys.dtype).name
-    name, layers = _layers(cache, kinds, dtype, full_history, np.ndim(token_ids) == 1)
+    given = {}
+    if encoder_ids is not None:
+        source = torch.from_numpy(np.atleast_2d(encoder_ids).astype(np.int64)).to(model.device)
+        given = {"input_ids": source}
+    kept = filled(model, kinds, ids, given, full_history)
+    computed = format_of(kept)
+    stateful = ids.shape[1] - 1  # how many tokens the states have seen
+    layers = [
+        layer_of(_cut_and_cast(one, dtype, full_history), stateful, kind.rope, single)
+        for one, kind in zip(kept, kinds, strict=True)
+    ]
+    name = dtype_of(layers)
+    if not any(kind.counts for kind in kinds):  # there is nothing of the last token
+        token_ids = token_ids[..., :-1]
     software = {
         "torch": str(torch.__version__),
         "transformers": str(transformers.__version__),
@@ -154,7 +160,7 @@ def prefill(
         software["checkpoint"] = loaded.revision
     origin = Origin(
         loaded.id,
-        revision_of_cast(revision, computed, name),
+        revision_of_cast(revision_of_source(revision, encoder_ids), computed, name),
         type(model).__name__,
         _with_frequencies(model, kinds, rope_parameters(config)),
         text,
@@ -163,30 +169,20 @@ def prefill(
     return Snapshot(layers, name, token_ids, origin)
 
 
-def _layers(
-    cache: Cache, kinds: Sequence[LayerKind], dtype: str | None, full_history: bool, single: bool
-) -> tuple[str, list[Layer]]:
-    """The format and the layers of a cache, which gives up its tensors one by one; those of a
-    `single` document without the axis of the batch."""
-    layers = []
-    name = dtype
-    for held, (kind, window, rope) in zip(cache.layers, kinds, strict=True):
-        total = held.keys.shape[-2]
-        keep = total if kind == "full" or full_history else min(total, window or total)
-        parts: list[Bits] = []
-        for tensor in (held.keys, held.values):
-            kept = tensor[:, :, total - keep :].cpu()
-            if dtype is not None:
-                kept = _cast(kept, dtype)
-            bits, name = dtypes.as_bits(kept.contiguous())
-            parts.append(bits[0] if single else bits)
-        held.keys = held.values = None
-        k, v = parts
-        layout = LayerLayout.of_kv(k.shape, v.shape, name, total, kind, window, rope)
-        layers.append(Layer.of_kv(k, v, layout))
-    if name is None:
-        raise KVZipError("the model has no layers")
-    return name, layers
+def _cut_and_cast(one: Held, dtype: str | None, full_history: bool) -> Held:
+    """What a snapshot keeps of a layer: of a sliding one its window, unless all is wanted; keys and
+    values in the format that is wanted."""
+    from kvzip.load.held import TOKEN_PARTS
+
+    pieces = {}
+    for name, (tensor, axes) in one.pieces.items():
+        if name in TOKEN_PARTS:
+            if one.window is not None and not full_history:
+                tensor = tensor[..., -one.window :, :]
+            if dtype is not None and tensor.dtype.is_floating_point:
+                tensor = _cast(tensor, dtype)
+        pieces[name] = type(one.pieces[name])(tensor.cpu().contiguous(), axes)
+    return one._replace(pieces=pieces)
 
 
 def check_ids(token_ids: NDArray[Any], config: Any) -> None:
@@ -197,21 +193,6 @@ def check_ids(token_ids: NDArray[Any], config: Any) -> None:
     least, most = int(np.min(token_ids)), int(np.max(token_ids))
     if least < 0 or (known is not None and most >= known):
         raise UsageError(f"token ids from {least} to {most}: the model has {known} tokens")
-
-
-@contextmanager
-def _computing(config: Any, tokens: int) -> Iterator[None]:
-    """What a model fails with is told: more often than not the document is too long for it."""
-    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    try:
-        yield
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        words = f"the model cannot compute {tokens} tokens"
-        if most is not None and tokens > most:
-            words += f", which are more than its {most} positions"
-        elif "out of memory" in str(error) or "allocate" in str(error):
-            words += ": there is not enough memory"
-        raise KVZipError(f"{words}: {first_line(error)}") from error
 
 
 def _with_frequencies(

@@ -50,12 +50,12 @@ _SIZES: dict[int, str] = {
     "decoder_num_key_value_heads swa_num_key_value_heads cross_num_key_value_heads o_groups "
     "num_query_groups num_global_key_value_heads linear_num_key_heads index_n_heads "
     "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k zero_expert_num "
-    "index_topk_blocks type_vocab_size",
+    "type_vocab_size",
     8: "head_dim d_kv kv_channels attention_head_dim attention_head_size d_head dim_head "
     "swa_head_dim cross_head_dim qk_nope_head_dim v_head_dim qk_rope_head_dim index_head_dim "
     "rotary_dim linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head "
     "mamba_head_dim mamba_headdim global_head_dim mamba_d_state state_size ssm_state_size "
-    "mamba_n_heads mamba_num_heads index_topk index_block_size hidden_size_per_layer_input "
+    "mamba_n_heads mamba_num_heads index_block_size hidden_size_per_layer_input "
     "laurel_rank",
     16: "qk_head_dim kv_lora_rank o_lora_rank moe_intermediate_size chunk_size mamba_chunk_size "
     "block_size shared_expert_intermediate_size shared_experts_intermediate_size "
@@ -64,7 +64,7 @@ _SIZES: dict[int, str] = {
     "moe_num_shared_experts n_groups mamba_ngroups first_k_dense_replace num_dense_layers",
     0: "num_nextn_predict_layers",
     24: "q_lora_rank",
-    64: "mamba_d_ssm rel_extent",
+    64: "mamba_d_ssm rel_extent index_topk",  # all tokens: which of them would hang on rounding
     WINDOW: "sliding_window sliding_window_size attention_chunk_size attention_window_size "
     "local_attention window_size attention_window keep_window_size",
     256: "max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length "
@@ -124,7 +124,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "rope_parameters": {_SLIDE: _ROPE, _FULL: _ROPE},
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8}},
+    "dbrx": {
+        "num_key_value_heads": 2,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dory": {
         "n_input_layers": 1,
@@ -221,6 +224,10 @@ class Family:
             else transformers.AutoModelForCausalLM
         )
         model = auto.from_config(self.config()).to(dtype).eval()
+        for parameter in model.parameters():
+            if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
+                with torch.no_grad():  # zeros and ones at first, with which layers do nothing
+                    parameter += 0.1 * torch.randn_like(parameter)
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
         model.generation_config.decoder_start_token_id = 3
@@ -312,7 +319,7 @@ def _small(name: str, value: Any) -> Any:
         return _TOKENS.index(token)
     if name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
         return min(value, VOCABULARY - 1 - sum(map(ord, name)) % 20)
-    if name == "is_decoder":
+    if name in ("is_decoder", "use_cache"):
         return True
     if name == "depths":
         return [1] * len(value)

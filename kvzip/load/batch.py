@@ -11,9 +11,14 @@ import torch
 from numpy.typing import ArrayLike
 
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, StoreError
-from kvzip.load.caches import empty_cache, lazy_cache, prefill_of, spans_of
-from kvzip.load.config import LayerKind, cache_argument, layer_kinds
+from kvzip.errors import KVZipError, StoreError, UnsupportedError
+from kvzip.load.caches import empty_cache, lazy_cache, prefill_after, prefill_of, spans_of
+from kvzip.load.config import (
+    LayerKind,
+    cache_argument,
+    check_fed_one_by_one,
+    layer_kinds,
+)
 from kvzip.load.documents import Document, OpenDocument, find_document, open_document
 from kvzip.load.loaders import BatchLoader, Computed, Loader
 from kvzip.load.matching import (
@@ -25,6 +30,7 @@ from kvzip.load.matching import (
     finder,
     ids_of,
     in_common,
+    state_length,
 )
 from kvzip.load.placeholders import check_text_only
 from kvzip.load.recovery import Recovery, naming, tell
@@ -62,7 +68,7 @@ def load_batch(
     device = device_of(device)
     padded = _Prompts(prompts, sources)
     padded.check_text_only(config, f"the model of {type(config).__name__}")
-    kinds = layer_kinds(config)
+    kinds = _kinds(config)
     with ExitStack() as stack:
         usable: dict[int, _Usable] = {}
         for n, (source, row) in enumerate(zip(sources, padded.rows, strict=True)):
@@ -73,9 +79,21 @@ def load_batch(
                 check_config(opened.source, config)
                 layout, ids = opened.source.layout, opened.source.token_ids
                 common = in_common(layout, ids, row[None])
-            usable[n] = _Usable(opened, common, common)
+                kept = state_length(layout)
+                if kept is not None and common < kept:
+                    check_held(layout, common)
+            usable[n] = _Usable(opened, common if kept is None else kept, common)
         tokens = (usable[n].tokens if n in usable else 0 for n in range(len(sources)))
-        column = min(padded.column(n, count) for n, count in enumerate(tokens))
+        columns = [padded.column(n, count) for n, count in enumerate(tokens)]
+        column = min(columns)
+        if _stateful(kinds) and len(set(columns)) > 1:
+            left = [padded.longest - each for each in columns]
+            raise KVZipError(
+                "the states of a batch must all end at one column, so that as many tokens are left "
+                f"of each prompt, and these have {left} after their documents: "
+                "load_batch_or_prefill computes what is missing"
+            )
+        check_fed_one_by_one(config, padded.longest - column, None)
         rows: list[Loader | None] = []
         for n in range(len(sources)):
             count = padded.before(n, column)
@@ -118,7 +136,7 @@ def load_batch_or_prefill(
     sources = [source] * len(prompts) if isinstance(source, Store) else source
     padded = _Prompts(prompts, sources)
     padded.check_text_only(model.config, type(model).__name__)
-    kinds = layer_kinds(model.config)
+    kinds = _kinds(model.config)
 
     def find(source: Document | Store | None, n: int) -> OpenDocument[Reader | Snapshot] | None:
         look_up = finder(model, padded.rows[n], name, revision, profile, threads)
@@ -126,8 +144,15 @@ def load_batch_or_prefill(
 
     with ExitStack() as stack:
         usable = _find_all(sources, padded, model, find, stack)
-        columns = (padded.column(n, one.tokens) for n, one in usable.items())
-        column = min(columns, default=0)
+        columns = [padded.column(n, one.tokens) for n, one in usable.items()]
+        # A state cannot be cut, but it can be gone on from.
+        column = (max if _stateful(kinds) else min)(columns, default=0)
+        if column:
+            try:
+                check_fed_one_by_one(model.config, padded.longest - column, None)
+            except KVZipError as error:
+                tell(error)
+                column = 0
         rows = [
             _row_or_prefill(usable.get(n), n, model, padded, column, kinds, threads)
             for n in range(len(sources))
@@ -136,6 +161,19 @@ def load_batch_or_prefill(
         if any(rows):
             watch(model, *made.values())
         return padded.inputs(pad_token_id, model.device) | made
+
+
+def _kinds(config: PretrainedConfig) -> list[LayerKind]:
+    """The kinds of a model's layers. Raises UnsupportedError for a model with an encoder."""
+    if config.is_encoder_decoder:
+        raise UnsupportedError(
+            "prompts of a model with an encoder cannot be loaded as a batch: load each by itself"
+        )
+    return layer_kinds(config)
+
+
+def _stateful(kinds: Sequence[LayerKind]) -> bool:
+    return any(kind.states for kind in kinds)
 
 
 class _Usable(NamedTuple):
@@ -203,9 +241,16 @@ def _row_or_prefill(
     count = padded.before(n, column)
     if not count:
         return None
-    recovery = Recovery(prefill_of(model, padded.rows[n][None], count))
+    row = padded.rows[n][None]
+    prefill = prefill_of(model, row, count)
+    recovery = Recovery(prefill)
     if usable is not None:
         try:
+            if _stateful(kinds) and usable.tokens < count:
+                with naming(n):
+                    start = usable.loader(kinds, usable.tokens, model.device, threads)
+                recovery = Recovery(prefill_after(start, model, row, count, prefill))
+                return Computed(recovery, model.dtype, model.device)
             with naming(n):
                 loader = usable.loader(kinds, count, None, threads)
             loader.recovery = recovery
@@ -265,4 +310,4 @@ def _cache(
     batch = BatchLoader(rows, column, [kind.window for kind in kinds])
     for one in usable:
         one.opened.close_after(batch)
-    return cache_argument(lazy_cache(batch, kinds, column, longest))
+    return cache_argument(lazy_cache(batch, config, kinds, column, longest))

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from kvzip.load.config import LayerKind, cache_argument
-from kvzip.load.lazy import FullLayer, SlidingLayer
+from kvzip.errors import KVZipError
+from kvzip.load.config import ONE_BY_ONE, LayerKind, decoder_cache, fed, layer_kinds, plain_cache
+from kvzip.load.held import TOKEN_PARTS, Held, has_states
+from kvzip.load.lazy import LazyLayer, lazy
 from kvzip.load.loaders import BatchLoader, Loader
 from kvzip.load.matching import Ids
-from kvzip.load.recovery import Taken
-from kvzip.load.reuse import HeldCache
+from kvzip.load.recovery import Taken, tell
+from kvzip.load.reuse import held_cache
+from kvzip.load.snapshots import held_by
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,53 +32,122 @@ def spans_of(kinds: Sequence[LayerKind], count: int, witnessed: bool) -> list[tu
 
 def lazy_cache(
     loader: Loader | BatchLoader,
+    config: PretrainedConfig,
     kinds: Sequence[LayerKind],
     count: int,
     prompt_length: int | None,
     chunk: int | None = None,
     ids: Ids | None = None,
 ) -> Cache:
-    """A `Cache` of `count` tokens, [layers], that takes them from a Loader or BatchLoader.
-    `prompt_length`: tokens of the prompt that will be fed, the cached ones included; `chunk`: so
-    many at a time. `ids`: of the cache's tokens, and perhaps of more, [batch, n], if known."""
+    """A `Cache` of `count` tokens for a model of that config, whose layers are of these kinds, that
+    takes them from a Loader or BatchLoader. `prompt_length`: tokens of the prompt that will be fed,
+    the cached ones included; `chunk`: so many at a time. `ids`: of the cache's tokens, and perhaps
+    of more, [batch, n], if known."""
     layers = [
-        SlidingLayer(loader, i, count, sliding_window=kind.window)
-        if kind.kind == "sliding"
-        else FullLayer(loader, i, count)
-        for i, kind in enumerate(kinds)
+        layer if kinds[i].empty else lazy(layer, loader, i, count)
+        for i, layer in enumerate(decoder_cache(config).layers)
     ]
-    layers[0]._prompt_length, layers[0]._chunk = prompt_length, chunk
-    layers[0]._rotated = kinds[0].rope is not None
-    layers[-1]._last = True
+    own = [layer for layer in layers if isinstance(layer, LazyLayer)]
     distances: dict[int, torch.Tensor] = {}
-    for layer in layers:
-        layer._distances = distances
-    cache = HeldCache(ids=None if ids is None else ids[:, :count])
-    # Its own constructor would make layers from the config, once more: a millisecond.
-    Cache.__init__(cache, layers=layers)
-    return cache
+    forgetful = config.get_text_config(decoder=True).model_type in ONE_BY_ONE
+    for layer in own:
+        layer._distances, layer._forgetful = distances, forgetful
+    with_tokens = [layer for layer in own if kinds[layer._index].kind != "state"]
+    states = [layer for layer in own if kinds[layer._index].states]
+    if with_tokens:
+        lead = with_tokens[0]
+        lead._prompt_length, lead._chunk, lead._leads = prompt_length, chunk, True
+        lead._rotated = kinds[lead._index].rope is not None
+        lead._peers = states
+        with_tokens[-1]._last = True
+    held = None if ids is None else ids[:, :count]
+    made = held_cache(layers, bool(states), count, held)
+    if not config.is_encoder_decoder:
+        return made
+    cross, at = DynamicCache(), len(layers)
+    for i in range(at, 2 * at):
+        cross.layers.append(lazy(DynamicLayer(), loader, i, loader.shapes(i)["k"][-2]))
+        cross.layers[-1]._fresh = False  # nothing is fed to it
+    return EncoderDecoderCache(made, cross)
 
 
-def prefill_of(model: PreTrainedModel, ids: Ids, count: int) -> Callable[[], list[Taken]]:
-    """What computes the caches of the first `count` tokens of `ids`, [batch, n], and layer 0's next
-    key and value."""
+def empty_cache(config: PretrainedConfig) -> Cache:
+    """A cache that a model of this config fills itself, and that knows its tokens."""
+    plain = plain_cache(config)
+    own = getattr(plain, "self_attention_cache", plain)
+    own = held_cache(own.layers, any(map(has_states, own.layers)), 0, None)
+    return EncoderDecoderCache(own, DynamicCache()) if config.is_encoder_decoder else own
+
+
+def prefill_of(
+    model: PreTrainedModel, ids: Ids, count: int, encoder_ids: Ids | None = None
+) -> Callable[[], list[Taken]]:
+    """What computes the caches of the first `count` tokens of `ids`, [batch, n], and the next key
+    and value of the first layer that has them."""
 
     def prefill() -> list[Taken]:
-        fed = torch.from_numpy(ids.astype(np.int64)).to(model.device)
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        prompt = torch.from_numpy(ids.astype(np.int64)).to(model.device)
+        given = {}
+        if encoder_ids is not None:
+            given["input_ids"] = torch.from_numpy(encoder_ids.astype(np.int64)).to(model.device)
+        cache = plain_cache(model.config)
+        own = getattr(cache, "self_attention_cache", cache)
+        kinds = layer_kinds(model.config)
         with torch.no_grad():
-            model(fed[:, :count], use_cache=True, **cache_argument(cache))
-            layers = [Taken(layer.keys, layer.values) for layer in cache.layers]
+            model(**given, **fed(model, cache, prompt[:, :count], 0))
+            layers = [Taken(_own_tensors(one)) for one in held_by(cache, kinds)]
+            lead = next((i for i, kind in enumerate(kinds) if kind.counts), None)
+            if lead is None or prompt.shape[1] == count:
+                return layers
             # Appending makes new tensors, so those above stay as they are.
-            model(fed[:, count : count + 1], use_cache=True, **cache_argument(cache))
+            model(**given, **fed(model, cache, prompt[:, count : count + 1], count))
         next_token = tuple(
-            each[:, :, -1:] for each in (cache.layers[0].keys, cache.layers[0].values)
+            each[:, :, -1:] for each in (own.layers[lead].keys, own.layers[lead].values)
         )
-        return [layers[0]._replace(witness=next_token), *layers[1:]]
+        layers[lead] = layers[lead]._replace(witness=next_token)
+        return layers
 
     return prefill
 
 
-def empty_cache(config: PretrainedConfig) -> Cache:
-    """A cache that a model of this config fills itself."""
-    return HeldCache(config=config.get_text_config(decoder=True))
+def prefill_after(
+    loader: Loader,
+    model: PreTrainedModel,
+    ids: Ids,
+    count: int,
+    otherwise: Callable[[], list[Taken]],
+) -> Callable[[], list[Taken]]:
+    """What computes the caches of the first `count` tokens of `ids`, [1, n], from a loader's, which
+    has fewer; or, if that fails, does it `otherwise`."""
+
+    def prefill() -> list[Taken]:
+        kinds = layer_kinds(model.config)
+        begin = loader.held
+        prompt = torch.from_numpy(ids.astype(np.int64)).to(model.device)
+        cache = lazy_cache(loader, model.config, kinds, begin, None)
+        step = 1 if model.config.get_text_config(decoder=True).model_type in ONE_BY_ONE else count
+        try:
+            with torch.no_grad():
+                for at in range(begin, count, step):
+                    model(**fed(model, cache, prompt[:, at : min(at + step, count)], at))
+        except KVZipError as error:
+            tell(error)
+            return otherwise()
+        return [Taken(_own_tensors(one)) for one in held_by(cache, kinds)]
+
+    return prefill
+
+
+def _own_tensors(one: Held) -> dict[str, torch.Tensor]:
+    """What a layer holds, by the names of parts; states, which a model updates in place, copied."""
+    return {
+        name: piece.tensor if name in TOKEN_PARTS else piece.tensor.clone()
+        for name, piece in one.pieces.items()
+    }
+
+
+def lazy_layers(cache: Cache) -> list[LazyLayer]:
+    """Those of a cache's layers that a loader gives."""
+    if isinstance(cache, EncoderDecoderCache):
+        return lazy_layers(cache.self_attention_cache) + lazy_layers(cache.cross_attention_cache)
+    return [layer for layer in cache.layers if isinstance(layer, LazyLayer)]

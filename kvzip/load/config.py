@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+import importlib
+import inspect
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import transformers
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from kvzip.errors import UnsupportedError
-from kvzip.load.lazy import FullLayer, SlidingLayer
+from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.layout import Kind
+from kvzip.load.held import has_nothing, has_states, kind_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-    from transformers.cache_utils import Cache, CacheLayerMixin
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.cache_utils import Cache
 
 _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _CACHE = "cache" if _RELEASE >= (5, 24) else "past_key_values"
@@ -27,13 +32,38 @@ def cache_argument(cache: Cache) -> dict[str, Cache]:
     return {_CACHE: cache}
 
 
+def fed(
+    model: PreTrainedModel, cache: Cache, ids: torch.Tensor, first: int
+) -> dict[str, torch.Tensor | Cache]:
+    """What a model is given to compute `ids`, [batch, n], the first of them at position `first`, as
+    `generate` gives it: some models count positions in another way if they are not told."""
+    takes = inspect.signature(model.forward).parameters
+    decoder = "decoder_" if model.config.is_encoder_decoder else ""
+    given: dict[str, Any] = {f"{decoder}input_ids": ids, **cache_argument(cache)}
+    if (name := f"{decoder}position_ids") in takes:
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device)
+        given[name] = positions.expand(ids.shape)
+    if not decoder:  # an encoder may be told, too, and refuse
+        given["use_cache"] = True
+    return given
+
+
 class LayerKind(NamedTuple):
     """Kind of one layer's cache, its window, and its index into :func:`rope_parameters`."""
 
-    kind: Literal["full", "sliding"]
+    kind: Kind
     window: int | None
     rope: int | None
     """None: keys of this layer are not rotated."""
+    states: bool = False
+    """Whether it keeps what is good at one length only, beside its tokens or in their place."""
+    empty: bool = False
+    """Whether it never holds anything: it shares another layer's cache, or has no attention."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it holds the sequence's tokens."""
+        return not self.empty and self.kind not in ("state", "cross")
 
 
 def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
@@ -49,6 +79,37 @@ def rope_parameters(config: PretrainedConfig) -> tuple[dict[str, Any], ...]:
     return layers_of(config)[1]
 
 
+_OWN_CACHE = "its cache is of a class of its own, in transformers"
+_NO_CACHE = "it has no cache, in transformers"
+UNHANDLED = {
+    "cpmant": "its cache holds tokens that are none of the prompt's",
+    "dory": "its loops keep more layers than its config tells",
+    "minimax": _OWN_CACHE,
+    "openai-gpt": _NO_CACHE,
+    "recurrent_gemma": "it keeps its states in the model itself, and not in a cache",
+    "reformer": _OWN_CACHE,
+    "rwkv": _OWN_CACHE,
+    "xlm": _NO_CACHE,
+    "xlnet": "it keeps hidden states, and no keys and values",
+    "xlstm": _OWN_CACHE,
+}
+"""Families whose caches are not handled, by the model type of their config, and why."""
+ONE_BY_ONE = ("falcon_mamba", "jamba", "mamba", "prophetnet", "zamba")
+"""Families that go on from a cache only one token at a time, in transformers itself: fed more at
+once, Mamba's forget their state, since their scan begins anew, and ProphetNet fails."""
+
+
+def check_fed_one_by_one(config: PretrainedConfig, left: int, chunk: int | None) -> None:
+    """Raise KVZipError where `left` tokens after a cache would be fed in chunks that the model
+    cannot go on with."""
+    kind = config.get_text_config(decoder=True).model_type
+    if kind in ONE_BY_ONE and left > 1 and chunk != 1:
+        raise KVZipError(
+            f"a {kind} model of transformers goes on from a cache one token at a time only, and "
+            f"{left} are left of the prompt: give prefill_chunk_size=1, to `generate`, too"
+        )
+
+
 # In these families only the sliding layers rotate their keys, though the config does not say so.
 _FULL_LAYERS_UNROTATED = ("cohere2", "exaone4", "exaone_moe", "flint", "kolibri1")
 
@@ -56,43 +117,72 @@ _FULL_LAYERS_UNROTATED = ("cohere2", "exaone4", "exaone_moe", "flint", "kolibri1
 def layers_of(config: PretrainedConfig) -> tuple[list[LayerKind], tuple[dict[str, Any], ...]]:
     """What :func:`layer_kinds` and :func:`rope_parameters` give."""
     text = config.get_text_config(decoder=True)
-    try:
-        made = [kind_of(layer, i) for i, layer in enumerate(DynamicCache(config=text).layers)]
-    except KeyError as error:
-        raise UnsupportedError(f"transformers knows no cache layer of kind {error}") from None
+    if (why := UNHANDLED.get(text.model_type)) is not None:
+        raise UnsupportedError(f"a {text.model_type} model's cache cannot be kept: {why}")
+    layers = decoder_cache(config).layers
+    made = [kind_of(layer, i) for i, layer in enumerate(layers)]
     mixed = any(kind == "sliding" for kind, _ in made)
     types = getattr(text, "layer_types", None)
-    rotated = getattr(text, "no_rope_layers", None)  # despite its name, 1 where there is RoPE
     kinds, distinct = [], list[dict[str, Any]]()
-    for i, ((kind, window), own) in enumerate(zip(made, text.per_layer_config, strict=True)):
+    owns = configs_of_layers(text, len(made))
+    for i, ((kind, window), own) in enumerate(zip(made, owns, strict=True)):
+        layer = layers[i]
+        latent = getattr(own, "kv_lora_rank", None) is not None and kind != "state"
         found = getattr(own, "rope_parameters", None) or None
         if found and any(isinstance(value, dict) for value in found.values()):
             found = found.get(types[i] if types else f"{kind}_attention")
-        if (
-            getattr(text, "alibi", False)
-            or getattr(text, "position_embedding_type", None) not in (None, "rope", "rotary")
-            # Latents in place of keys; what is rotated of a key lies in place of its value.
-            or getattr(own, "kv_lora_rank", None) is not None
-            or (rotated and not rotated[i])
-            or (kind == "full" and mixed and text.model_type.startswith(_FULL_LAYERS_UNROTATED))
-        ):
+        if latent or kind == "state" or _unrotated(text, i, kind == "full" and mixed):
             found = None
         rope = None
         if found:
             if found not in distinct:
                 distinct.append(dict(found))
             rope = distinct.index(found)
-        kinds.append(LayerKind(kind, window, rope))
+        empty = has_nothing(layer)
+        kind = "latent" if latent and not empty else kind
+        kinds.append(LayerKind(kind, window, rope, has_states(layer), empty))
+    if config.is_encoder_decoder:
+        kinds += [LayerKind("cross", None, None) for _ in made]
     return kinds, tuple(distinct)
 
 
-def kind_of(layer: CacheLayerMixin, i: int) -> tuple[Literal["full", "sliding"], int | None]:
-    """Kind and window of layer i of a cache. Raises UnsupportedError for any other layer."""
-    if type(layer) in (DynamicLayer, FullLayer):
-        return "full", None
-    if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer):
-        return "sliding", int(layer.sliding_window)
-    raise UnsupportedError(
-        f"layer {i} of the cache is a {type(layer).__name__}; "
-        "only layers of full or sliding-window attention that are not quantised can be handled"
+def decoder_cache(config: PretrainedConfig) -> Cache:
+    """A cache of a decoder's own layers that a model of this config fills itself.
+
+    Raises UnsupportedError for layers of a kind that transformers knows no cache for.
+    """
+    text = config.get_text_config(decoder=True)
+    try:
+        return DynamicCache(config=text)
+    except KeyError:
+        # Some kinds of layers are known only once their model's module has been imported.
+        with suppress(ImportError):
+            importlib.import_module(type(text).__module__.replace("configuration_", "modeling_"))
+    try:
+        return DynamicCache(config=text)
+    except KeyError as error:
+        raise UnsupportedError(f"transformers knows no cache layer of kind {error}") from None
+
+
+def plain_cache(config: PretrainedConfig) -> Cache:
+    """A cache that a model of this config fills itself, an encoder's tokens included."""
+    own = decoder_cache(config)
+    # Without a config all its layers are full ones: what a decoder's slide over is not the encoder.
+    return EncoderDecoderCache(own, DynamicCache()) if config.is_encoder_decoder else own
+
+
+def configs_of_layers(text: PretrainedConfig, count: int) -> list[Any]:
+    """What each layer's config is, where layers may differ."""
+    found = list(text.per_layer_config)
+    return found + [text] * (count - len(found))
+
+
+def _unrotated(text: PretrainedConfig, i: int, full_among_sliding: bool) -> bool:
+    """Whether the keys of layer i are not rotated, though the config has parameters for that."""
+    rotated = getattr(text, "no_rope_layers", None)  # despite its name, 1 where there is RoPE
+    return (
+        getattr(text, "alibi", False)
+        or getattr(text, "position_embedding_type", None) not in (None, "rope", "rotary")
+        or bool(rotated and not rotated[i])
+        or (full_among_sliding and text.model_type.startswith(_FULL_LAYERS_UNROTATED))
     )

@@ -9,44 +9,48 @@ first thing that it is fed, see `load_cache`.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 import torch
-import transformers
 from numpy.typing import ArrayLike
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache
 
-from kvzip import dtypes
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, UnsupportedError, UsageError
+from kvzip.errors import KVZipError, UsageError
 from kvzip.load.batch import load_batch, load_batch_or_prefill
-from kvzip.load.caches import empty_cache, lazy_cache, prefill_of, spans_of
-from kvzip.load.config import LayerKind, cache_argument, kind_of, layer_kinds, rope_parameters
+from kvzip.load.caches import empty_cache, lazy_cache, lazy_layers, prefill_of, spans_of
+from kvzip.load.config import (
+    LayerKind,
+    cache_argument,
+    check_fed_one_by_one,
+    layer_kinds,
+    rope_parameters,
+)
 from kvzip.load.documents import Document, OpenDocument, find_document, open_document
 from kvzip.load.loaders import Loader
 from kvzip.load.matching import (
     Ids,
     agreed,
     check_config,
+    check_encoder,
+    check_encoder_given,
     check_held,
     check_options,
     device_of,
     finder,
     ids_of,
     in_common,
-    origin_of_model,
+    state_length,
 )
 from kvzip.load.placeholders import check_text_only
 from kvzip.load.recovery import Recovery, tell
+from kvzip.load.snapshots import snapshot_of_cache
 from kvzip.load.witness import watch
-from kvzip.models import products
 from kvzip.options import integer
 from kvzip.profile import Profile
-from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, Snapshot
+from kvzip.snapshot import Layout, Snapshot
 from kvzip.store import Store
 
 if TYPE_CHECKING:
@@ -64,80 +68,16 @@ __all__ = [
     "snapshot_of_cache",
 ]
 
-# --- from a cache ----------------------------------------------------------------------------
-
-
-def snapshot_of_cache(
-    cache: Cache,
-    token_ids: ArrayLike | torch.Tensor | None = None,
-    model: PreTrainedModel | str | None = None,
-) -> Snapshot:
-    """A snapshot of a `Cache` that a forward pass has filled; see :meth:`Snapshot.from_cache`.
-
-    `token_ids`: ids of all tokens the cache has seen, [tokens] or [batch, tokens]. `model`: the
-    model or its id. Raises UnsupportedError, which names the layer and its class, for any cache
-    layer but full and sliding attention, and KVZipError when the ids do not fit the cache.
-    """
-    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
-        raise UnsupportedError(f"a {type(cache).__name__} is not a cache of a decoder's layers")
-    ropes: list[int | None] = []
-    if model is not None and not isinstance(model, str):
-        ropes = [kind.rope for kind in layer_kinds(model.config)]
-    layers, dtype = [], None
-    for i, layer in enumerate(cache.layers):
-        kind, window = kind_of(layer, i)
-        if layer.keys is None or layer.keys.ndim != 4:
-            raise UnsupportedError(f"layer {i} of the cache is empty: run a forward pass first")
-        (k, dtype), (v, _) = dtypes.as_bits(layer.keys, dtype), dtypes.as_bits(layer.values, dtype)
-        if k.shape[0] == 1:
-            k, v = k[0], v[0]
-        length = int(layer.get_seq_length())
-        rope = ropes[i] if i < len(ropes) else None
-        layout = LayerLayout.of_kv(k.shape, v.shape, dtype, length, kind, window, rope)
-        layers.append(Layer.of_kv(k, v, layout))
-    if dtype is None:
-        raise UnsupportedError("the cache has no layers: run a forward pass first")
-    ids = None if token_ids is None else ids_of(token_ids, "token_ids")
-    if ids is not None:
-        if model is not None and not isinstance(model, str):
-            check_text_only(model.config, ids, type(model).__name__)
-        shape = (*layers[0].k.shape[:-3], layers[0].layout.cumulative_length)
-        ids = ids[0] if ids.shape[0] == 1 and len(shape) == 1 else ids
-        if ids.shape != shape:
-            raise KVZipError(
-                f"token_ids has shape {list(ids.shape)}, the cache {list(shape)}: "
-                "give the ids of the tokens that were fed, no more and no fewer"
-            )
-    return Snapshot(layers, dtype, ids, _origin(model, layers[0], cache))
-
-
-def _origin(model: PreTrainedModel | str | None, layer: Layer, cache: Cache) -> Origin:
-    """Where a cache comes from: its model, if that is known, and the software that made it."""
-    device = cache.layers[0].keys.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    software = {
-        "torch": str(torch.__version__),
-        "transformers": str(transformers.__version__),
-        "device": f"{device.type} ({name})",
-    }
-    if model is None or isinstance(model, str):
-        return Origin(model=model or "", software=software)
-    if isinstance(model, torch.nn.Module):
-        software |= products.of(model)
-    return msgspec.structs.replace(origin_of_model(model), software=software)
-
-
-# --- to a cache ------------------------------------------------------------------------------
-
 
 def cache_of_snapshot(snapshot: Snapshot, config: PretrainedConfig) -> Cache:
     """A `DynamicCache` with every token of a snapshot; see :meth:`Snapshot.to_cache`."""
     kinds = check_config(snapshot, config)
-    check_held(snapshot.layout, snapshot.tokens)
-    count = snapshot.tokens
+    kept = state_length(snapshot.layout)
+    count = snapshot.tokens if kept is None else kept
+    check_held(snapshot.layout, count)
     loader = Loader(snapshot, spans_of(kinds, count, False), count, None, 0)
     ids = None if snapshot.token_ids is None else np.atleast_2d(snapshot.token_ids)
-    return lazy_cache(loader, kinds, count, None, ids=ids)
+    return lazy_cache(loader, config, kinds, count, None, ids=ids)
 
 
 def load_cache(
@@ -151,6 +91,7 @@ def load_cache(
     threads: int = 0,
     prefill_chunk_size: int | None = None,
     check_weights: bool = True,
+    encoder_ids: ArrayLike | torch.Tensor | None = None,
 ) -> Cache:
     """A transformers `Cache` from a .kvz file, for ``generate(ids, cache=...)``
     (``past_key_values=`` before transformers 5.24).
@@ -188,20 +129,29 @@ def load_cache(
     Later, too, feeding what is among the cached tokens raises. (Where layer 0 slides, this is seen
     within its window.)
 
+    Layers that keep states (linear attention, Mamba) go on from one length only: the document's
+    tokens but its last. A prompt that shares fewer raises. Such a cache cannot be cropped, and what
+    is wrong with ids that a model is fed without `generate` is seen in its layers of attention, if
+    it has any. `encoder_ids`: what the encoder gets, [n] or [batch, n], if the model has one; the
+    document's must have got the same. Then `prompt` is what the decoder gets, and `generate` needs
+    ``decoder_attention_mask=``, a one for each of its ids.
+
     Raises UnsupportedError when the prompt has images or sound (docs/identity.md), KVZipError
     when file, config, prompt and model do not fit each other, FormatError or
     CorruptError for a bad file; while generating, KVZipError (CorruptError, ...) from `update`.
     """
     check_options(None if prompt is None else tokens, threads, prefill_chunk_size, profile)
     device = device_of(device)
+    source_ids = None if encoder_ids is None else ids_of(encoder_ids, "encoder_ids")
     with open_document(source, profile, threads) as opened:
         kinds = check_config(opened.source, config)
+        check_encoder(opened.source, config, source_ids)
         ids = None if prompt is None else ids_of(prompt, "prompt")
         fed = opened.source.token_ids if ids is None else ids
         check_text_only(config, fed, f"the model of {type(config).__name__}")
-        cache = _lazy(opened, kinds, ids, tokens, device, threads, prefill_chunk_size)
+        cache, _ = _lazy(opened, config, kinds, ids, tokens, device, threads, prefill_chunk_size)
     if not check_weights:
-        for layer in cache.layers:
+        for layer in lazy_layers(cache):
             layer.trust()
     return cache
 
@@ -217,6 +167,7 @@ def load_or_prefill(
     profile: Profile | None = None,
     threads: int = 0,
     prefill_chunk_size: int | None = None,
+    encoder_ids: ArrayLike | torch.Tensor | None = None,
 ) -> Cache:
     """A `Cache` for ``model.generate(prompt, cache=...)`` that is right whatever happens to what is
     stored: it is loaded as by :func:`load_cache`, or computed by the model.
@@ -235,17 +186,21 @@ def load_or_prefill(
     ids = ids_of(prompt, "prompt")
     check_options(tokens, threads, prefill_chunk_size, profile, name=name, revision=revision)
     check_text_only(model.config, ids, type(model).__name__)
-    find = finder(model, ids[0], name, revision, profile, threads)
+    source_ids = None if encoder_ids is None else ids_of(encoder_ids, "encoder_ids")
+    check_encoder_given(model.config, source_ids)
+    find = finder(model, ids[0], name, revision, profile, threads, source_ids)
     try:
         found = find_document(source, find, profile, threads)
         if found is None:
             return empty_cache(model.config)
         with found as opened:
             kinds, most, _ = agreed(opened.source, model, ids, tokens)
-            cache = _lazy(opened, kinds, ids, most, None, threads, prefill_chunk_size)
-            batch = opened.source.layout.batch or 1
-            loader = cache.layers[0]._source
-            loader.recovery = Recovery(prefill_of(model, ids[:batch], loader.held))
+            check_encoder(opened.source, model.config, source_ids)
+            cache, loader = _lazy(
+                opened, model.config, kinds, ids, most, None, threads, prefill_chunk_size
+            )
+            rows = ids[: opened.source.layout.batch or 1]
+            loader.recovery = Recovery(prefill_of(model, rows, loader.held, source_ids))
             watch(model, cache)
             return cache
     except UsageError:  # a source that is none
@@ -257,14 +212,16 @@ def load_or_prefill(
 
 def _lazy(
     opened: OpenDocument[Reader | Snapshot],
+    config: PretrainedConfig,
     kinds: Sequence[LayerKind],
     ids: Ids | None,
     tokens: int | None,
     device: torch.device | str | None,
     threads: int,
     prefill_chunk_size: int | None,
-) -> Cache:
-    """A `Cache` of an opened document whose layers are of these kinds; as :func:`load_cache`."""
+) -> tuple[Cache, Loader]:
+    """A `Cache` of an opened document whose layers are of these kinds, as :func:`load_cache`, and
+    what decodes it."""
     if prefill_chunk_size is not None:
         prefill_chunk_size = integer("prefill_chunk_size", prefill_chunk_size, 1)
     document = opened.source
@@ -275,9 +232,12 @@ def _lazy(
     loader = Loader(document, spans_of(kinds, count, witnessed), count, device, threads)
     opened.close_after(loader)
     length = None if ids is None else ids.shape[1]
+    if length is not None:
+        check_fed_one_by_one(config, length - count, prefill_chunk_size)
     if ids is None and document.token_ids is not None:
         ids = np.atleast_2d(document.token_ids)
-    return lazy_cache(loader, kinds, count, length, prefill_chunk_size, ids)
+    cache = lazy_cache(loader, config, kinds, count, length, prefill_chunk_size, ids)
+    return cache, loader
 
 
 def _count_without_prompt(kinds: Sequence[LayerKind], layout: Layout, tokens: int | None) -> int:
@@ -289,7 +249,7 @@ def _count_without_prompt(kinds: Sequence[LayerKind], layout: Layout, tokens: in
             f"without prompt= from 1 to {total - 1} tokens of the document's {total} can be kept, "
             f"not {count}: `generate` must compute at least one"
         )
-    if kinds[0].rope is None:
+    if next((kind.rope for kind in kinds if kind.counts), None) is None:
         raise KVZipError(
             "the first layer of this model does not rotate its keys, so the cache could not tell "
             "a prompt that is too short: pass prompt="
@@ -306,7 +266,10 @@ def _count_with_prompt(
     count = min(common, length - 1, layout.tokens if tokens is None else tokens)
     if count < 1:
         raise KVZipError("nothing can be kept: tokens= is below 1, or the prompt is one token")
-    if length == 2 * count and count > 1 and layout.lacking(count - 1) is None:
+    kept = state_length(layout)
+    if kept is not None and count >= kept:
+        count = kept
+    elif length == 2 * count and count > 1 and layout.lacking(count - 1) is None:
         # Ids of the suffix alone, given without a full-length mask, go in at position 0. That
         # shows in how many are fed, unless suffix and cache are of one length.
         count -= 1

@@ -6,13 +6,15 @@ see `kvzip.load.hf.load_cache`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvzip.errors import KVZipError, UnsupportedError
-from kvzip.load.loaders import BatchLoader, Loader
+from kvzip.load.held import LAZY, announce, assign
+from kvzip.load.loaders import BatchLoader, Loader, shapes_of
 from kvzip.load.recovery import Taken
 from kvzip.load.witness import OtherWeights, distance, judge, not_continued, same_key
 
@@ -22,70 +24,62 @@ else:
     _Base = object  # the classes below add transformers'
 
 
-class _LazyLayer(_Base):
-    """Knows its length; decodes when its keys or values are first looked at.
+class LazyLayer(_Base):
+    """Knows its length; decodes when its tensors are first looked at.
 
-    Mixed into the layers of transformers, whose own methods then decode as they go. The state
-    before the first update is `_fresh`: until then what is fed can be wrong, and is checked.
+    Mixed into the layers of transformers (:func:`lazy`), whose own methods then decode as they go.
+    The state before the first update is `_fresh`: until then what is fed can be wrong, and is
+    checked.
     """
 
+    base: type
+    """The class of transformers that this was made of."""
     _loader: Loader | BatchLoader | None = None
     """A Loader or BatchLoader; None once it has given what the layer starts with."""
     _source: Loader | BatchLoader | None = None
     """The same, until the first update is admitted."""
     _fresh = False
-    _keys: torch.Tensor | None = None
-    _values: torch.Tensor | None = None
     _witness: tuple[torch.Tensor, ...] | None = None
     """The document's key and value at the position after the last that is kept, or None."""
     _rearranged = False
     """Whether the rows are no longer the document's, each as often as any other."""
     _prompt_length: int | None = None
-    """Layer 0: tokens of the prompt, the cached ones included, fed in chunks of `_chunk` if that is
-    not None."""
+    """The leading layer: tokens of the prompt, the cached ones included, fed in chunks of `_chunk`
+    if that is not None."""
     _chunk: int | None = None
+    _leads = False
+    """Whether it is the first layer of its cache that is fed keys."""
     _unfed = 0
-    """Layer 0: tokens of the prompt that are still to come, where it is fed in chunks."""
+    """The leading layer: tokens of the prompt that are still to come, where it is fed in chunks."""
     _rotated = False
-    """Layer 0: whether its keys tell the positions of their tokens."""
+    """The leading layer: whether its keys tell the positions of their tokens."""
     _distances: dict[int, torch.Tensor] | None = {}  # noqa: RUF012 - each cache has one of its own
     """How far from their witnesses the layers of a cache were found, by layer: shared by them. None
     where nobody wants to know."""
+    _peers: Sequence[LazyLayer] = ()
+    """The leading layer, until its first update: the layers with states, which are used before."""
     _last = False
+    _forgetful = False
+    """Whether the model goes on from a state only one token at a time."""
 
-    def __init__(self, loader: Loader | BatchLoader, index: int, length: int, **kwargs: object):
-        super().__init__(**kwargs)
+    def begin(self, loader: Loader | BatchLoader, index: int, length: int) -> None:
+        """Be the layer `index` of a cache of `length` tokens, which a loader gives."""
         self._loader = self._source = loader
         self._index, self._length, self._fresh = index, length, True
         self.dtype, self.device = loader.dtype, loader.device or torch.device("cpu")
-        self.is_initialized = True
-        if hasattr(self, "cumulative_length"):
-            self.cumulative_length = length
+        announce(self, loader.shapes(index), length)
+
+    @property
+    def rows(self) -> int:
+        """How many rows the document has, while it is not decoded."""
+        assert self._loader is not None, "it is decoded"
+        return next(iter(self._loader.shapes(self._index).values()))[0]
 
     def _decoded(self) -> None:
         if self._loader is not None:
-            self._keys, self._values, self._witness = self._loader.take(self._index)
-            self._loader = None
-
-    @property
-    def keys(self) -> torch.Tensor:
-        """[batch, heads, tokens, dim], or None after `reset`."""
-        self._decoded()
-        return self._keys
-
-    @keys.setter
-    def keys(self, keys: torch.Tensor | None) -> None:
-        self._keys = keys
-
-    @property
-    def values(self) -> torch.Tensor:
-        """[batch, heads, tokens, dim], or None after `reset`."""
-        self._decoded()
-        return self._values
-
-    @values.setter
-    def values(self, values: torch.Tensor | None) -> None:
-        self._values = values
+            taken, self._loader = self._loader.take(self._index), None
+            assign(self, taken.parts)
+            self._witness = taken.witness
 
     def get_seq_length(self) -> int:
         return self._length if self._loader is not None else super().get_seq_length()
@@ -93,21 +87,39 @@ class _LazyLayer(_Base):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if not query_length:  # a prompt of half the cache's tokens
             raise not_continued(self.get_seq_length())
+        if self._fresh and self._peers and self._prompt_length is not None:
+            self._check_fed(query_length, self._prompt_length - self._length)
         return super().get_mask_sizes(query_length)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._fresh:
-            self._admit(key_states, value_states)
-        if self._unfed:
-            self._check_fed(key_states.shape[-2], self._unfed)
-        if self._rotated:
-            self._check_goes_on(key_states)
+        try:
+            if self._fresh:
+                self._admit(key_states, value_states)
+            if self._unfed:
+                self._check_fed(key_states.shape[-2], self._unfed)
+            if self._rotated:
+                self._check_goes_on(key_states)
+        except KVZipError:
+            for layer in self._peers:
+                layer.rewind()
+            raise
+        for layer in self._peers:
+            layer.settle()
+        self._peers = ()
         if self._prompt_length is not None and self._chunk is not None:
             left = self._prompt_length - self.get_seq_length() - key_states.shape[-2]
             self._unfed = max(0, left)
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._forgetful and conv_states.shape[-1] > 1:
+            raise KVZipError(
+                "models of this family forget their state when they are fed more than one token "
+                "(in transformers itself): give `generate` prefill_chunk_size=1"
+            )
+        return super().update_conv_state(conv_states, *args, **kwargs)
 
     def _check_fed(self, fed: int, left: int) -> None:
         """Raise unless so many tokens are fed as are left of the prompt, or a chunk of them."""
@@ -129,7 +141,8 @@ class _LazyLayer(_Base):
         there, and no other positions' are.
         """
         length, fed = self.get_seq_length(), key_states.shape[-2]
-        held, begin = self.keys, (length - fed) // 2
+        held: torch.Tensor = cast(Any, self).keys
+        begin = (length - fed) // 2
         if (fed == 1 and key_states.is_cuda) or fed > length or (length - fed) % 2:
             return  # (on a GPU each new token would wait for this)
         # A layer that slides holds the last positions only.
@@ -161,8 +174,9 @@ class _LazyLayer(_Base):
             if not self.restartable or not self._source.recovers or position != self._length:
                 raise
             anew = self._source.recover(self._index, error)
-            self._keys, self._values, self._witness = anew
-            self._loader, self.dtype = None, self._keys.dtype
+            self._loader, self._witness = None, anew.witness
+            assign(self, anew.parts)
+            self.dtype = self.keys.dtype
             pair = self._fitting(key_states, value_states)
         if self._last:
             try:
@@ -171,7 +185,7 @@ class _LazyLayer(_Base):
                 error.layer, error.source = self, self._source  # for `watch`
                 raise
         super().lazy_initialization(key_states, value_states)  # devices and dtype
-        self._keys, self._values = pair
+        self.keys, self.values = pair
         self._fresh, self._witness, self._source = False, None, None
 
     def _fitting(self, key_states: torch.Tensor, value_states: torch.Tensor) -> list[torch.Tensor]:
@@ -192,7 +206,7 @@ class _LazyLayer(_Base):
         if self._witness is not None:
             states = key_states, value_states
             witness = [_repeated(*each) for each in zip(self._witness, states, strict=True)]
-            if self._index == 0 and not same_key(key_states[:, :, :1], witness[0]):
+            if self._leads and not same_key(key_states[:, :, :1], witness[0]):
                 raise not_continued(self.get_seq_length())
             if self._distances is not None:
                 self._distances[self._index] = distance(states, witness)
@@ -207,20 +221,30 @@ class _LazyLayer(_Base):
         """Do not tell other weights by what the model computes next."""
         self._distances = None
 
+    def settle(self) -> None:
+        """Be used: what was fed goes on from here."""
+        if not self._has_tokens:
+            self._fresh, self._source = False, None
+
+    def rewind(self) -> None:
+        """Be as new: what was fed was not what goes on from here."""
+        if self._fresh:
+            self._loader = self._source
+
     def restart(self, source: Loader | BatchLoader, taken: Taken) -> None:
-        """Be as new, with other keys and values than were loaded."""
+        """Be as new, with other tensors than were loaded."""
         self._loader, self._source, self._fresh = None, source, True
         if self._distances is not None:
             self._distances.clear()
-        self._keys, self._values, self._witness = taken
-        self.dtype = taken.keys.dtype
-        if hasattr(self, "cumulative_length"):
-            self.cumulative_length = self._length
+        announce(self, shapes_of(taken), self._length)
+        assign(self, taken.parts)
+        self._witness = taken.witness
+        self.dtype = source.dtype
 
     def reset(self) -> None:
         self._loader = self._source = self._witness = self._prompt_length = None
         self._fresh = self._rotated = False
-        self._unfed = 0
+        self._unfed, self._peers = 0, ()
         super().reset()
 
     # Before the first update, the witness goes the way of the keys.
@@ -232,29 +256,79 @@ class _LazyLayer(_Base):
             self._witness = tuple(each[:, :, tokens_to_remove:][:, :, :1] for each in before)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._decoded()
         super().reorder_cache(beam_idx)
         self._rearranged = self._fresh
         if self._witness is not None:
             self._witness = tuple(w.index_select(0, beam_idx.to(w.device)) for w in self._witness)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
+        self._decoded()
+        if self._has_tokens:
+            super().batch_repeat_interleave(repeats)
+        self._change_states(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         if self._witness is not None:
             self._witness = tuple(w.repeat_interleave(repeats, dim=0) for w in self._witness)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
+        self._decoded()
+        if self._has_tokens:
+            super().batch_select_indices(indices)
+        self._change_states(lambda tensor: tensor[indices, ...])
         self._rearranged = self._fresh
         if self._witness is not None:
             self._witness = tuple(w[indices, ...] for w in self._witness)
 
+    @property
+    def _has_tokens(self) -> bool:
+        return "keys" in vars(self)
 
-class FullLayer(_LazyLayer, DynamicLayer):
-    pass
+    def _change_states(self, change: Any) -> None:
+        """Change the rows of all states, which transformers leaves to itself where beams are."""
+        for name in LAZY:
+            found = vars(self).get(name)
+            if isinstance(found, dict):
+                for key, tensor in found.items():
+                    found[key] = None if tensor is None else change(tensor)
 
 
-class SlidingLayer(_LazyLayer, DynamicSlidingWindowLayer):
-    pass
+class _Attribute:
+    """An attribute of a lazy layer that is decoded when it is first looked at."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, layer: LazyLayer | None, owner: type) -> Any:
+        if layer is None:
+            return self
+        layer._decoded()
+        try:
+            return vars(layer)[self._name]
+        except KeyError:
+            raise AttributeError(self._name) from None
+
+    def __set__(self, layer: LazyLayer, value: Any) -> None:
+        layer.__dict__[self._name] = value
+
+
+@cache
+def _lazy_class(base: Any, names: tuple[str, ...]) -> Any:
+    attributes: dict[str, Any] = {name: _Attribute(name) for name in names}
+    # Without a type of its own it does not become what transformers makes for every cache.
+    attributes |= {"base": base, "_layer_type": None}
+    bases: tuple[type, ...] = (LazyLayer, base)
+    return type(f"Lazy{base.__name__}", bases, attributes)
+
+
+def lazy(layer: Any, loader: Loader | BatchLoader, index: int, length: int) -> LazyLayer:
+    """A layer like an empty one of transformers that takes what it holds from a loader."""
+    names = tuple(name for name in LAZY if name in vars(layer))
+    base: Any = type(layer)
+    cls = _lazy_class(base, names)
+    found: LazyLayer = cls.__new__(cls)
+    found.__dict__.update(vars(layer))
+    found.begin(loader, index, length)
+    return found
 
 
 def _repeated(mine: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Loaders: keys and values of one layer after the other, decoded ahead of their use."""
+"""Loaders: the parts of one layer after the other, decoded ahead of their use."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import torch
 from kvzip import dtypes
 from kvzip.codecs.native.cuda.device import Device, get_device
 from kvzip.container import Reader
-from kvzip.dtypes import Bits
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.load.held import KEYS, TOKEN_PARTS, VALUES
 from kvzip.load.recovery import Recovery, Taken, naming, tell
-from kvzip.snapshot import Snapshot
+from kvzip.snapshot import Layer, Snapshot
 from kvzip.workers import Lock, Workers
 
 if TYPE_CHECKING:
-    from kvzip.container.on_device import DeviceSnapshot
+    from kvzip.container.on_device import DeviceLayer, DeviceSnapshot
 
 TOGETHER = 4
 """Layers that are decoded in one call, and that a model gets at once. When a model is done with
@@ -53,6 +53,7 @@ class Loader:
     ):
         self.source, self.spans, self.held, self.threads = source, spans, held, threads
         self.dtype = getattr(torch, dtypes.get(source.layout.dtype).torch)
+        """The format of keys and values."""
         self.device = None if device is None else torch.device(device)
         self.decoder: Device | None = None
         """The `kvzip.codecs.native.cuda.device.Device` that decodes, where one can."""
@@ -73,6 +74,19 @@ class Loader:
 
     def __deepcopy__(self, memo: object) -> Loader:
         return self
+
+    def shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each part that layer i will start with."""
+        layout = self.source.layout.layers[i]
+        found = {}
+        for name, part in layout.parts.items():
+            shape = part.shape if "b" in part.axes else (1, *part.shape)
+            if "t" in part.axes and layout.counts_tokens:
+                shape = (*shape[:-2], self.held - self.spans[i][0], shape[-1])
+            if part.dtype == "bytes":  # of integers
+                shape = shape[:-1]
+            found[name] = shape
+        return found
 
     def take(self, i: int) -> Taken:
         """What layer i starts with. Raises KVZipError, if it cannot recover."""
@@ -125,19 +139,14 @@ class Loader:
 
     def _decode(self, layers: Iterable[int]) -> dict[int, Taken]:
         found = {}
-        for run, (start, stop) in self._runs(layers):
+        for run, span in self._runs(layers):
+            decoded: Sequence[Layer | DeviceLayer]
             if isinstance(self.source, Snapshot):
-                whole = [self.source.layers[i] for i in run]
-                pairs = [
-                    [np.array(bits[..., start - first : stop - first, :]) for bits in layer]
-                    for layer in whole
-                    for first in [layer.layout.first]
-                ]
+                decoded = [self.source.layers[i] for i in run]
             else:
-                pairs = list(map(list, self._from_reader(self.source, run, (start, stop)).layers))
-            for i, pair in zip(run, pairs, strict=True):
-                held = self.spans[i][1] - start
-                found[i] = self._taken(i, [bits[..., :held, :] for bits in pair])
+                decoded = self._from_reader(self.source, run, span).layers
+            for i, layer in zip(run, decoded, strict=True):
+                found[i] = self._taken(i, layer)
         return found
 
     def _from_reader(
@@ -158,7 +167,7 @@ class Loader:
     def _decoder(self, reader: Reader) -> Device | None:
         """The GPU that the layers are for, if it can decode them itself."""
         if self.decoder is None and self.device is not None and self.device.type == "cuda":
-            if not reader.codec.on_device:
+            if not (reader.codec.on_device and reader.layout.plain):
                 return None
             try:
                 self.decoder = get_device(self.device)
@@ -166,17 +175,35 @@ class Loader:
                 return None
         return self.decoder
 
-    def _taken(self, i: int, pair: Sequence[Bits | torch.Tensor]) -> Taken:
+    def _taken(self, i: int, layer: Layer | DeviceLayer) -> Taken:
+        """What layer i starts with, of what was decoded of it, which may hold other tokens, too."""
         start, stop = self.spans[i]
-        dtype = self.source.layout.dtype
-        k, v = (
-            (a if isinstance(a, torch.Tensor) else dtypes.as_tensor(a, dtype)).to(self.device)
-            for a in pair
-        )
-        k, v = (k, v) if k.ndim == 4 else (k[None], v[None])
-        kept = self.held - start
-        witness = (k[:, :, kept:], v[:, :, kept:]) if stop > self.held else None
-        return Taken(k[:, :, :kept], v[:, :, :kept], witness)
+        layout = layer.layout
+        parts, next_token = {}, {}
+        for name, part in layout.parts.items():
+            if isinstance(layer, Layer):
+                bits, at = layer.once(name), part.axes.find("t")
+                if at >= 0 and layout.counts_tokens:
+                    bits = bits[(slice(None),) * at + (slice(start - layout.first, None),)]
+                # A copy: states are updated in place, and a snapshot's are its own.
+                tensor = dtypes.as_tensor(np.array(bits), part.dtype).to(self.device)
+            else:
+                tensor = (layer.k if name == "k" else layer.v).to(self.device)
+            if "b" not in part.axes and part.axes:
+                tensor = tensor[None]
+            if "t" in part.axes and layout.counts_tokens:
+                kept = self.held - start
+                if stop > self.held and name in KEYS + VALUES:
+                    next_token[name] = tensor[..., kept : kept + 1, :]
+                tensor = tensor[..., :kept, :]
+            parts[name] = tensor
+        witness = None
+        if next_token:
+            # DeepSeek V4 has no values but its keys.
+            values = next((next_token[n] for n in VALUES if n in next_token), None)
+            key = next(next_token[n] for n in KEYS if n in next_token)
+            witness = (key, key if values is None else values)
+        return Taken(parts, witness)
 
 
 class Computed:
@@ -248,17 +275,51 @@ class BatchLoader:
         like = next(t for t in taken if t is not None)
         window = self.windows[i]
         width = self.count if window is None else min(self.count, window - 1)
-        shapes = [(len(taken), t.shape[1], width, t.shape[3]) for t in like[:2]]
-        keys, values = (like.keys.new_zeros(shape) for shape in shapes)
-        witness = tuple(torch.full((n, heads, 1, dim), torch.nan) for n, heads, _, dim in shapes)
-        known = False
+        parts = {}
+        for name, one in like.parts.items():
+            shape = list(one.shape)
+            shape[0] = len(taken)
+            if name in TOKEN_PARTS:
+                shape[-2] = width
+            parts[name] = one.new_zeros(shape)
+            for row, found in enumerate(taken):
+                if found is None:
+                    continue
+                mine = found.parts[name][0]
+                if name in TOKEN_PARTS:
+                    parts[name][row][..., width - mine.shape[-2] :, :] = mine
+                elif mine.shape == one.shape[1:]:
+                    parts[name][row] = mine
+                else:
+                    raise UnsupportedError(
+                        f"layer {i}: {name} is of another shape in each prompt of the batch, "
+                        f"{list(mine.shape)} and {list(one.shape[1:])}: load each prompt by itself"
+                    )
+        return Taken(parts, self._witnesses(taken))
+
+    def _witnesses(self, taken: Sequence[Taken | None]) -> tuple[torch.Tensor, ...] | None:
+        """Those of all rows, NaN where a row has none."""
+        known = next((t.witness for t in taken if t is not None and t.witness is not None), None)
+        if known is None:
+            return None
+        wholes = tuple(torch.full((len(taken), *one.shape[1:]), torch.nan) for one in known)
         for row, found in enumerate(taken):
-            if found is None:
-                continue
-            start = width - found.keys.shape[2]
-            keys[row, :, start:], values[row, :, start:] = found.keys[0], found.values[0]
-            if found.witness is not None:
-                known = True
-                for whole, mine in zip(witness, found.witness, strict=True):
+            if found is not None and found.witness is not None:
+                for whole, mine in zip(wholes, found.witness, strict=True):
                     whole[row] = mine[0].float()
-        return Taken(keys, values, witness if known else None)
+        return wholes
+
+    def shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        """As :meth:`Loader.shapes`."""
+        found = next((row.shapes(i) for row in self.rows if isinstance(row, Loader)), None)
+        if found is None:
+            found = shapes_of(next(row.load(i) for row in self.rows if row is not None))
+        return {name: (len(self.rows), *shape[1:]) for name, shape in found.items()}
+
+
+def shapes_of(taken: Taken) -> dict[str, tuple[int, ...]]:
+    """The shape of each part, of integers as such and not as their bytes."""
+    return {
+        name: tuple(tensor.shape[: -1 if tensor.dtype == torch.uint8 else None])
+        for name, tensor in taken.parts.items()
+    }

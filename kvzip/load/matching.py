@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgspec
@@ -14,10 +15,12 @@ from kvzip import dtypes
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError, UsageError, first_line
 from kvzip.identity import fingerprint
-from kvzip.load.config import LayerKind, layers_of, rope_parameters
+from kvzip.identity.checkpoint import changed
+from kvzip.load.config import LayerKind, configs_of_layers, layers_of, rope_parameters
+from kvzip.load.held import ENCODER_IDS
 from kvzip.options import integer, text
 from kvzip.profile import Profile, check_profile
-from kvzip.snapshot import Layout, Origin, Snapshot
+from kvzip.snapshot import LayerLayout, Layout, Origin, Snapshot
 from kvzip.store import Match, Store
 from kvzip.workers import thread_count
 
@@ -80,21 +83,10 @@ def check_config(source: Reader | Snapshot, config: PretrainedConfig) -> list[La
     kinds, ropes = layers_of(config)
     if len(layout.layers) != len(kinds):
         raise KVZipError(f"the file has {len(layout.layers)} layers, the model {len(kinds)}")
-    decoder = config.get_text_config(decoder=True)
-    for i, (layer, kind, own) in enumerate(
-        zip(layout.layers, kinds, decoder.per_layer_config, strict=True)
-    ):
-        pairs: list[tuple[str, object, object]] = [
-            ("kind of attention", layer.kind, kind.kind),
-            ("sliding window", layer.window, kind.window),
-        ]
-        if getattr(own, "kv_lora_rank", None) is None:  # there, latents lie in place of keys
-            heads = getattr(own, "num_key_value_heads", None)
-            dim = getattr(own, "head_dim", None)
-            if dim is None and heads is not None:
-                dim = own.hidden_size // own.num_attention_heads
-            pairs += [("KV heads", layer.k[-3], heads), ("head dimension", layer.k[-1], dim)]
-        for what, stored, wanted in pairs:
+    owns = configs_of_layers(config.get_text_config(decoder=True), len(kinds))
+    alike = len({layer.k[-3] for layer in layout.layers if "k" in layer.parts}) == 1
+    for i, (layer, kind, own) in enumerate(zip(layout.layers, kinds, owns, strict=True)):
+        for what, stored, wanted in _compared(layer, kind, own, alike):
             if stored != wanted and (wanted is not None or what == "sliding window"):
                 raise KVZipError(
                     f"the file is not of this model: layer {i} has {what} {stored}, not {wanted}"
@@ -107,24 +99,110 @@ def check_config(source: Reader | Snapshot, config: PretrainedConfig) -> list[La
                         f"the file is not of this model: layer {i} has {key} {stored[key]}, "
                         f"not {wanted[key]}"
                     )
-    if (
-        any(layer.cumulative_length != layout.tokens for layer in layout.layers)
-        or not layout.tokens
-    ):
-        raise KVZipError("the file's layers do not all end at the same token")
+    _check_lengths(layout)
     return kinds
+
+
+def _compared(
+    layer: LayerLayout, kind: LayerKind, own: PretrainedConfig, alike: bool
+) -> Iterator[tuple[str, object, object]]:
+    """What of a stored layer must be as the model has it: what it is called, and both. Where not
+    all layers are `alike` a config says how many heads there are in words of its own."""
+    yield "parts", not layer.parts, kind.empty
+    if kind.empty:
+        return
+    # A cache that was taken without its model does not say that it holds latents.
+    latent = kind.kind == "latent" and "latent" not in layer.parts
+    sliding = "full" if kind.window is None else "sliding"
+    yield "kind of attention", layer.kind, sliding if latent else kind.kind
+    yield "sliding window", layer.window, kind.window
+    yield "a state", layer.state_length is not None, kind.states
+    if alike and "k" in layer.parts and kind.kind not in ("latent", "cross"):
+        heads = getattr(own, "num_key_value_heads", None)
+        dim = getattr(own, "head_dim", None)
+        if dim is None and heads is not None:
+            dim = own.hidden_size // own.num_attention_heads
+        yield "KV heads", layer.k[-3], heads
+        yield "head dimension", layer.k[-1], dim
+
+
+def _check_lengths(layout: Layout) -> None:
+    """Raise KVZipError unless all layers end at one token, and all states at one length."""
+    ends = {
+        layer.cumulative_length
+        for layer in layout.layers
+        if layer.counts_tokens and layer.parts and layer.kind != "state"
+    }
+    states = {layer.state_length for layer in layout.layers} - {None}
+    if len(ends) > 1 or not layout.tokens:
+        raise KVZipError("the file's layers do not all end at the same token")
+    if len(states) > 1:
+        raise KVZipError("the file's states are not all of the same length")
+
+
+def state_length(layout: Layout) -> int | None:
+    """After how many tokens a document's states were kept: it can only be gone on from there. None:
+    it has no states."""
+    lengths = (layer.state_length for layer in layout.layers)
+    return next((length for length in lengths if length is not None), None)
 
 
 def check_held(layout: Layout, count: int) -> None:
     """Raise KVZipError unless a document holds what a cache of its first `count` tokens needs."""
     i = layout.lacking(count)
-    if i is not None:
+    if i is None:
+        return
+    layer = layout.layers[i]
+    if layer.state_length is not None:
         raise KVZipError(
-            f"layer {i} slides and holds only the last {layout.layers[i].stored} of "
-            f"{layout.tokens} tokens, so {count} cannot be kept, only all of them: pass prompt=, "
-            "longer than the document and beginning with all of it, or capture the document with "
-            "`kvzip capture`"
+            f"layer {i} keeps a state after {layer.state_length} of {layout.tokens} tokens, so "
+            f"these can be kept and no other number, and not {count}: the prompt must begin with "
+            f"them and have one more at least"
         )
+    raise KVZipError(
+        f"layer {i} slides and holds only the last {layer.stored} of "
+        f"{layout.tokens} tokens, so {count} cannot be kept, only all of them: pass prompt=, "
+        "longer than the document and beginning with all of it, or capture the document with "
+        "`kvzip capture`"
+    )
+
+
+def check_encoder_given(config: PretrainedConfig, encoder_ids: object) -> None:
+    """Raise UsageError unless an encoder's ids are given where there is one, and only there."""
+    if bool(config.is_encoder_decoder) != (encoder_ids is not None):
+        raise UsageError(
+            "encoder_ids= is for the tokens that a model's encoder gets: this model has "
+            f"{'one, and they are missing' if config.is_encoder_decoder else 'none'}"
+        )
+
+
+def check_encoder(
+    source: Reader | Snapshot, config: PretrainedConfig, encoder_ids: Ids | None
+) -> None:
+    """Raise KVZipError unless a document's encoder, if there is one, was given these ids, [batch,
+    n]."""
+    check_encoder_given(config, encoder_ids)
+    if encoder_ids is None:
+        return
+    at = next((i for i, each in enumerate(source.layout.layers) if each.kind == "cross"), None)
+    if at is None or ENCODER_IDS not in source.layout.layers[at].parts:
+        raise KVZipError("the file does not say what tokens its encoder was given")
+    layer = (source if isinstance(source, Snapshot) else source.decode(layers=[at])).layers[
+        at if isinstance(source, Snapshot) else 0
+    ]
+    stored = np.atleast_2d(np.ascontiguousarray(layer.once(ENCODER_IDS)).view("<i8")[..., 0])
+    if not np.array_equal(stored, encoder_ids):
+        raise KVZipError("the file's encoder was given other tokens than encoder_ids=")
+
+
+def revision_of_source(revision: str, encoder_ids: ArrayLike | torch.Tensor | None) -> str:
+    """The revision of a cache of a model whose encoder was given these ids: with others the same
+    tokens have other keys and values, and must not be found."""
+    if encoder_ids is None:
+        return revision
+    ids = ids_of(encoder_ids, "encoder_ids").astype("<i8")
+    told = {"encoder ids": f"{ids.shape} {hashlib.sha256(ids.tobytes()).hexdigest()}"}
+    return changed(revision, told)
 
 
 def in_common(layout: Layout, document: Ids | None, prompt: Ids) -> int:
@@ -167,7 +245,11 @@ def agreed(
         raise UnsupportedError(f"the file holds {stored}, the model {model.dtype}")
     common = in_common(document.layout, document.token_ids, ids)
     most = common if tokens is None else min(common, tokens)
-    if most == common > 1 and document.layout.lacking(most - 1) is None:
+    kept = state_length(document.layout)
+    if kept is not None:
+        check_held(document.layout, kept if most >= kept else most)
+        most = kept
+    elif most == common > 1 and document.layout.lacking(most - 1) is None:
         most -= 1  # one token less, so that its key tells whether the weights are the same
     return Agreed(kinds, most, common)
 
@@ -199,13 +281,16 @@ def finder(
     revision: str | None,
     profile: Profile | None,
     threads: int,
+    encoder_ids: Ids | None = None,
 ) -> Callable[[Store], Match | None]:
     """What looks for a model's prompt, [n], in a store: by its fingerprint, unless a revision is
     given."""
     return lambda store: store.find(
         ids,
         model=name_of_model(model) if name is None else name,
-        revision=fingerprint(model) if revision is None else revision,
+        revision=revision_of_source(
+            fingerprint(model) if revision is None else revision, encoder_ids
+        ),
         dtype=str(model.dtype),
         profile=profile,
         threads=threads,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,12 +16,13 @@ _log = logging.getLogger("kvzip.load")
 
 
 class Taken(NamedTuple):
-    """What one layer of a cache starts with, [batch, heads, tokens, dim]."""
+    """What one layer of a cache starts with."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    parts: Mapping[str, torch.Tensor]
+    """By the names of parts, in transformers' shapes: see :mod:`kvzip.load.held`."""
     witness: tuple[torch.Tensor, ...] | None = None
-    """Each row's key and value at the next position, NaN in rows where none are known; or None."""
+    """Each row's key and value at the next position, [batch, heads, 1, dim], NaN in rows where none
+    are known; or None."""
 
 
 class Recovery:

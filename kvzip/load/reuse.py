@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.matching import Ids
 
 UNKNOWN = -1
@@ -45,7 +45,7 @@ class HeldCache(DynamicCache):
     def going_on(self, prompt: torch.Tensor, mask: torch.Tensor | None) -> Iterator[None]:
         """While this lasts, `generate` goes on from the cache with a prompt, [batch, tokens], in
         which `mask` is 0 where it is padding. Raises KVZipError for other ids than the cache's."""
-        length, fresh = int(self.get_seq_length()), getattr(self.layers[0], "_fresh", False)
+        length, fresh = int(self.get_seq_length()), self._fresh
         if prompt.shape[1] <= length and not fresh:  # which fresh layers see
             raise KVZipError(
                 f"the cache holds {length} tokens, and the prompt has {prompt.shape[1]}: it must "
@@ -90,11 +90,29 @@ class HeldCache(DynamicCache):
         found = getattr(generated, "sequences", generated)
         if self._ids is None or self._rearranged or not isinstance(found, torch.Tensor):
             return
-        length, rows = int(self.get_seq_length()), self.layers[0].keys.shape[0]
+        length, rows = int(self.get_seq_length()), self._rows
         if found.shape == (rows, length + 1) and not rows % len(self._ids):  # the last is not fed
             ids = found[:, :length].cpu().numpy()
             prompt = np.repeat(self._ids, rows // len(self._ids), axis=0)
             self._ids = np.concatenate([prompt, ids[:, prompt.shape[1] :]], axis=1)
+
+    @property
+    def _fresh(self) -> bool:
+        """Whether nothing has been fed yet to a loaded cache that will look at that."""
+        return any(getattr(layer, "_leads", False) and layer._fresh for layer in self.layers)
+
+    @property
+    def _rows(self) -> int:
+        """How many rows the cache holds; 0 before it holds any."""
+        for layer in self.layers:
+            states = getattr(layer, "conv_states", None) or {}
+            for found in (getattr(layer, "keys", None), *states.values()):
+                if found is not None:
+                    return int(found.shape[0])
+        return 0
+
+    def spread(self, rows: int) -> None:
+        """Be ready for so many rows."""
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)
@@ -120,10 +138,69 @@ class HeldCache(DynamicCache):
         """Do with the rows of ids what is about to be done with the cache's."""
         self._rearranged = True
         if self._ids is not None:
-            keys = self.layers[0].keys if self.layers else None
-            rows = 0 if keys is None else keys.shape[0]
+            rows = self._rows
             known = rows and not rows % len(self._ids)
             self._ids = pick(np.repeat(self._ids, rows // len(self._ids), 0)) if known else None
+
+
+class StateCache(HeldCache):
+    """A `HeldCache` some of whose layers keep states, which can be neither cut nor counted.
+
+    Where no layer counts tokens it does so itself, as far as `generate` feeds it, so that this
+    leaves out of a prompt what the cache has seen, as with any other cache.
+    """
+
+    def __init__(self, layers: list[Any], length: int, ids: Ids | None):
+        super().__init__(ids=ids)
+        Cache.__init__(self, layers=layers)
+        counted = any(isinstance(layer, CacheLayerMixin) for layer in layers)
+        self._length = None if counted else length
+        """Tokens that the states have seen, where no layer counts them."""
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """As that of a `Cache`, but for one that counts tokens itself."""
+        return super().is_linear if self._length is None else [False for _ in self.layers]
+
+    @property
+    def is_compileable(self) -> bool:
+        """As that of a `Cache`, but for one that counts tokens itself."""
+        return self._length is None and super().is_compileable
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx) if self._length is None else self._length
+
+    def take_note(self, generated: object) -> None:
+        found = getattr(generated, "sequences", generated)
+        if self._length is not None and isinstance(found, torch.Tensor):
+            self._length = found.shape[1] - 1  # the last is not fed
+        super().take_note(generated)
+
+    def spread(self, rows: int) -> None:
+        """Be ready for so many rows, each as often as any other, if the cache is as it was loaded:
+        states are used before what is fed tells how many there are."""
+        unused = [layer for layer in self.layers if getattr(layer, "_loader", None) is not None]
+        if len(unused) == sum(hasattr(layer, "_loader") for layer in self.layers) > 0:
+            held = unused[0].rows
+            if rows > held and not rows % held:
+                self.batch_repeat_interleave(rows // held)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise UnsupportedError(
+                "this cache keeps states, from which no token can be taken away: load the cache of "
+                "a document that ends where it is to end"
+            )
+
+
+def held_cache(layers: list[Any], states: bool, length: int, ids: Ids | None) -> HeldCache:
+    """A cache of these layers, some of which keep `states`, that has seen `length` tokens."""
+    if states:
+        return StateCache(layers, length, ids)
+    made = HeldCache(ids=ids)
+    # Its own constructor would make layers from the config, once more: a millisecond.
+    Cache.__init__(made, layers=layers)
+    return made
 
 
 def _first_difference(held: Ids, prompt: Ids) -> int | None:
@@ -144,6 +221,13 @@ def _assisted(model: Any, kwargs: dict[str, Any]) -> bool:
     names = ("prompt_lookup_num_tokens", "assistant_early_exit")
     told = [kwargs.get(name, getattr(config, name, None)) for name in names]
     return any(each is not None for each in (kwargs.get("assistant_model"), *told))
+
+
+def _times(model: Any, kwargs: dict[str, Any]) -> int:
+    """How many rows a `generate` with these arguments makes of each."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    names = ("num_beams", "num_return_sequences")
+    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
 
 
 def _stand_in() -> None:
@@ -172,8 +256,9 @@ def _stand_in() -> None:
                 "assistant transformers feeds the whole prompt behind them once more, which gives "
                 "other tokens: leave out the cache, or the lookup and the assistant"
             )
-        if cache is None or not whole:
+        if cache is None or prompt is None or not whole:
             return own(self, *args, **kwargs)
+        cache.spread(prompt.shape[0] * _times(self, kwargs))
         with cache.going_on(prompt, mask):
             generated = own(self, *args, **kwargs)
             cache.take_note(generated)

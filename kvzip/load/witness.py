@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvzip.errors import KVZipError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.cache_utils import Cache
 
-    from kvzip.load.lazy import FullLayer, SlidingLayer
+    from kvzip.load.lazy import LazyLayer
     from kvzip.load.loaders import BatchLoader, Loader
 
 ROOM = {torch.bfloat16: 2**-3, torch.float16: 2**-5, torch.float32: 2**-7}
@@ -36,7 +36,7 @@ against fused attention); fp32 has room for products in TF32."""
 class OtherWeights(KVZipError):
     """A layer's keys and values are not those that the model computes for the same token."""
 
-    layer: FullLayer | SlidingLayer | None = None
+    layer: LazyLayer | None = None
     """The cache's layer that saw it."""
     source: Loader | BatchLoader | None = None
     """Its loader."""
@@ -132,10 +132,11 @@ class _Watched:
             cache, source = _cache_with(error.layer, (*args, *kwargs.values())), error.source
             if cache is None or source is None or not source.recovers:
                 raise
-            if not all(map(_loaded, cache.layers)):
+            layers = _lazy_layers(cache)
+            if not all(layer.restartable for layer in layers):
                 raise
-            for i, layer in enumerate(cache.layers):
-                layer.restart(source, source.recover(i, error))
+            for layer in layers:
+                layer.restart(source, source.recover(layer._index, error))
         finally:
             self._settle()
         return self.own(*args, **kwargs)
@@ -146,7 +147,7 @@ class _Watched:
         self.pending = [
             ref
             for ref, cache in zip(self.pending, caches, strict=True)
-            if cache is not None and getattr(cache.layers[-1], "_fresh", False)
+            if cache is not None and any(each._last and each._fresh for each in _lazy_layers(cache))
         ]
         if not self.pending and vars(self.model).get("forward") is self:
             if self.before is None:
@@ -164,10 +165,15 @@ class _Watched:
 def _cache_with(layer: object, values: Iterable[object]) -> Cache | None:
     """The cache among a call's arguments that has that layer."""
     for value in values:
-        if any(each is layer for each in getattr(value, "layers", None) or ()):
+        held = _lazy_layers(value) if isinstance(value, (Cache, EncoderDecoderCache)) else []
+        if any(each is layer for each in held):
             return value
     return None
 
 
-def _loaded(layer: object) -> bool:
-    return getattr(layer, "restartable", False)
+def _lazy_layers(cache: Cache) -> list[LazyLayer]:
+    """Those of a cache's layers that a loader gives, those over an encoder's tokens last."""
+    if isinstance(cache, EncoderDecoderCache):
+        parts = cache.self_attention_cache, cache.cross_attention_cache
+        return [layer for part in parts for layer in _lazy_layers(part)]
+    return [layer for layer in cache.layers if hasattr(type(layer), "restartable")]

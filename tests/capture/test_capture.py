@@ -5,15 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from families import Family
+from families import tiny_model as tiny_family
 from support import assert_same, tiny_model
+from transformers import DynamicCache
 
 import kvzip
 from kvzip.capture import Document, capture, cut_documents, prefill, read_text
 from kvzip.cli import main
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.identity import is_fingerprint
 from kvzip.load.hf import cache_argument
-from kvzip.models import load_model
+from kvzip.models import LoadedModel, load_model
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +162,40 @@ def test_documents_are_cuts_of_the_text(tmp_path):
     assert len(read_text(["pydoc"])) > 100_000
 
 
-def test_layers_that_cannot_be_snapshots_are_named():
-    loaded = tiny_model("Qwen3Next", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
-    with pytest.raises(UnsupportedError, match="layer 0"):
-        prefill(loaded, np.arange(5, dtype=np.uint32))
+def test_families_that_cannot_be_captured_say_why():
+    model = tiny_family(Family("xlnet"))
+    with pytest.raises(UnsupportedError, match="hidden states, and no keys"):
+        prefill(LoadedModel(model, None, "tiny", ""), np.arange(5, dtype=np.uint32))
+
+
+def test_states_are_those_before_the_last_token():
+    """Keys and values are of all tokens: the last one is there to be compared with."""
+    model = tiny_family(Family("qwen3_next"))
+    ids = np.arange(8, 28, dtype=np.uint32)
+    snapshot = prefill(LoadedModel(model, None, "tiny", ""), ids)
+    state, full = snapshot.layers
+    assert (state.kind, state.layout.state_length) == ("state", 19)
+    assert (full.kind, full.layout.stored, snapshot.tokens) == ("full", 20, 20)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.from_numpy(ids[None, :-1].astype(np.int64)), **cache_argument(cache))
+    for name, states in (("conv", "conv_states"), ("recurrent", "recurrent_states")):
+        there = getattr(cache.layers[0], states)[0][0].numpy().view(np.uint32)
+        assert np.array_equal(state.parts[name], there)
+    with pytest.raises(UsageError, match="at least 2 tokens"):
+        prefill(LoadedModel(model, None, "tiny", ""), ids[:1])
+
+
+def test_an_encoder_is_given_its_own_tokens():
+    model = tiny_family(Family("bart", seq2seq=True))
+    loaded, ids = LoadedModel(model, None, "tiny", ""), np.arange(3, 9, dtype=np.uint32)
+    with pytest.raises(UsageError, match="encoder_ids"):
+        prefill(loaded, ids)
+    one, other = (prefill(loaded, ids, encoder_ids=ids + n) for n in (0, 1))
+    assert one.origin.revision != other.origin.revision  # no store takes one for the other
+    assert [layer.kind for layer in one.layers] == ["full"] * 2 + ["cross"] * 2
+    with pytest.raises(UsageError, match="encoder_ids"):
+        prefill(LoadedModel(tiny_family(Family("llama")), None, "tiny", ""), ids, encoder_ids=ids)
 
 
 def test_models_from_a_folder(tmp_path, llama):

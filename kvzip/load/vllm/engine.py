@@ -54,6 +54,8 @@ class Engine:
             )
         config = vllm_config.model_config.hf_config
         kinds = layer_kinds(config)
+        if any(kind.states or kind.kind not in ("full", "sliding") for kind in kinds):
+            raise UnsupportedError("a model with states or latents is not handled")
         if len(kinds) != len(layers):
             raise UnsupportedError(
                 f"vLLM keeps a cache of {len(layers)} layers, the model's config has {len(kinds)}; "

@@ -1,0 +1,251 @@
+"""What works with a family's cache: a document goes from a tiny model to a file and back into it.
+
+Each check compares with the model itself, which computes everything anew. What does not work is
+said with its reason: kvzip's own error, or that transformers itself does not do it right.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from families import UNABLE, Family, encoder_ids, inputs, random_ids, tiny_model
+from support import CODECS, damaged
+
+import kvzip
+from kvzip import dtypes
+from kvzip.capture import prefill
+from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.load.caches import lazy_layers
+from kvzip.load.config import ONE_BY_ONE, cache_argument, layer_kinds
+from kvzip.load.held import ENCODER_IDS
+from kvzip.load.hf import load_batch_or_prefill, load_cache, load_or_prefill
+from kvzip.load.snapshots import held_by
+from kvzip.models import LoadedModel
+
+DOCUMENT, NEW = 40, 24
+"""Tokens of a document, and tokens that are generated after it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of a family, as docs/models.md says it."""
+
+    family: str
+    keeps: str
+    """Kinds of its layers with their parts; "" where its cache is not handled."""
+    loads: str
+    crops: str
+    batches: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        cells = (self.family, self.keeps, self.loads, self.crops, self.batches, self.note)
+        return f"| {' | '.join(cells)} |"
+
+
+class Checks:
+    """One family's model, a document, and what the model says to prompts."""
+
+    def __init__(self, family: Family):
+        self.family, self.model = family, tiny_model(family)
+        self.ids = random_ids(self.model, 1, DOCUMENT)
+        self.encoder = encoder_ids() if self.model.config.is_encoder_decoder else None
+        text = self.model.config.get_text_config(decoder=True)
+        self.slowly = {"prefill_chunk_size": 1} if text.model_type in ONE_BY_ONE else {}
+        self.given = {} if self.encoder is None else {"encoder_ids": self.encoder}
+
+    def snapshot(self, ids: torch.Tensor, full_history: bool = False) -> kvzip.Snapshot:
+        """What `kvzip capture` keeps."""
+        loaded = LoadedModel(self.model, None, "tiny", "")
+        encoder = None if self.encoder is None else self.encoder[0].numpy()
+        document = ids[0].numpy().astype(np.uint32)
+        return prefill(loaded, document, full_history=full_history, encoder_ids=encoder)
+
+    def longer(self, ids: torch.Tensor, tokens: int, seed: int = 5) -> torch.Tensor:
+        """The same with more tokens behind."""
+        return torch.cat([ids, random_ids(self.model, 1, tokens + 1, seed)[:, 1:]], dim=1)
+
+    def says(self, ids: torch.Tensor, cache: Any = None, tokens: int = NEW) -> torch.Tensor:
+        """Greedy new tokens, [batch, tokens], from a cache or without one."""
+        options: dict[str, Any] = {}
+        if cache is not None:
+            options = {**cache_argument(cache), **(self.slowly if lazy_layers(cache) else {})}
+        if self.encoder is not None:
+            options["decoder_attention_mask"] = torch.ones_like(ids)
+        return self._generate(tokens, **inputs(self.model, ids), **options)
+
+    def _generate(self, tokens: int, **given: Any) -> torch.Tensor:
+        greedy = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+        return self.model.generate(**given, **greedy, num_beams=1)[:, -tokens:]
+
+    def logits(self, **given: Any) -> torch.Tensor:
+        """Those of the first new token, [batch, vocabulary]."""
+        few = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+        return self.model.generate(**given, **few, do_sample=False, num_beams=1).logits[0]
+
+    def row(self) -> Row:
+        """All checks. Raises AssertionError for what works and gives other bits or tokens."""
+        try:
+            snapshot = self.snapshot(self.ids)
+        except UnsupportedError as error:
+            return Row(str(self.family), "", "no", "", "", reason(error))
+        blob = self.check_codecs(snapshot)
+        self.check_load(snapshot, blob)
+        self.check_damage(snapshot, blob)
+        self.check_continuation(blob)
+        note = "one token at a time after a cache" if self.slowly else ""
+        return Row(
+            str(self.family), kept(snapshot), "yes", self.check_crop(blob), self.check_batch(), note
+        )
+
+    def check_codecs(self, snapshot: kvzip.Snapshot) -> bytes:
+        """Every codec gives the same bits back. A file of one of them."""
+        for codec in CODECS:
+            blob = kvzip.encode(snapshot, codec, block_tokens=8, threads=1)
+            assert kvzip.decode(blob, threads=1) == snapshot, codec
+        return kvzip.encode(snapshot, "channel", block_tokens=8, threads=1)
+
+    def check_load(self, snapshot: kvzip.Snapshot, blob: bytes) -> None:
+        """A loaded cache has the file's bits, and the model goes on from it as without one."""
+        prompt = self.longer(self.ids, 9)
+        right = self.says(prompt)
+        cache = load_cache(blob, self.model.config, prompt=prompt, **self.given, **self.slowly)
+        assert_bits(cache, snapshot, self.model.config)
+        cache = load_cache(blob, self.model.config, prompt=prompt, **self.given, **self.slowly)
+        assert torch.equal(self.says(prompt, cache), right)
+        with warnings_told() as told:
+            cache = load_or_prefill(blob, self.model, prompt, **self.given, **self.slowly)
+            assert torch.equal(self.says(prompt, cache), right)
+        assert not told, told
+
+    def check_damage(self, snapshot: kvzip.Snapshot, blob: bytes) -> None:
+        """A block that is damaged is computed, and told."""
+        layer, part = next((i, name) for i, name, _ in snapshot.layout.parts())
+        prompt = self.longer(self.ids, 9)
+        with warnings_told() as told:
+            broken = damaged(blob, layer, part)
+            cache = load_or_prefill(broken, self.model, prompt, **self.given, **self.slowly)
+            assert torch.equal(self.says(prompt, cache), self.says(prompt))
+        assert len(told) == 1, told
+
+    def check_continuation(self, blob: bytes) -> None:
+        """A loaded cache that has grown by generation goes into a file and is gone on from."""
+        prompt = self.longer(self.ids, 3)
+        cache = load_cache(blob, self.model.config, prompt=prompt, **self.given, **self.slowly)
+        seen = torch.cat([prompt, self.says(prompt, cache, 4)], dim=1)
+        # The last token was not fed again.
+        grown = kvzip.Snapshot.from_cache(cache, seen[:, :-1], self.model, **self.given)
+        longer = self.longer(seen, 2, seed=6)
+        file = kvzip.encode(grown, "planes", threads=1)
+        cache = load_cache(file, self.model.config, prompt=longer, **self.given, **self.slowly)
+        assert torch.equal(self.says(longer, cache), self.says(longer))
+
+    def check_crop(self, blob: bytes) -> str:
+        """A prompt that shares a beginning with the document: "yes", or why not."""
+        prompt = self.longer(self.ids[:, :30], 5, seed=8)
+        prompt[0, 30] = (self.ids[0, 30] - 7) % 90 + 8  # another token than the document's
+        try:
+            cache = load_cache(blob, self.model.config, prompt=prompt, **self.given, **self.slowly)
+        except KVZipError as error:
+            with warnings_told() as told:
+                cache = load_or_prefill(blob, self.model, prompt, **self.given, **self.slowly)
+            assert len(told) == 1
+            assert torch.equal(self.says(prompt, cache), self.says(prompt))
+            return "no: the window has slid on" if "slides" in str(error) else "no: a state"
+        assert torch.equal(self.says(prompt, cache), self.says(prompt))
+        return "yes"
+
+    def check_batch(self) -> str:
+        """Two prompts of unequal length, each with a document: "yes", or why not."""
+        if self.encoder is not None:
+            return "no: an encoder"
+        prompts = [
+            self.longer(self.ids, 9),
+            self.longer(random_ids(self.model, 1, 30, seed=3), 5, seed=4),
+        ]
+        rows = [prompt[0] for prompt in prompts]
+        plain = load_batch_or_prefill([None, None], self.model, rows)
+        alone = torch.cat([self.logits(input_ids=prompt) for prompt in prompts])
+        if not torch.allclose(self.logits(**plain), alone, rtol=0, atol=1e-3 * float(alone.std())):
+            return "no: padding changes numbers in transformers itself"
+        documents = [
+            self.snapshot(prompts[0][:, :DOCUMENT], True),
+            self.snapshot(prompts[1][:, :30], True),
+        ]
+        with warnings_told() as told:
+            batch = load_batch_or_prefill(documents, self.model, rows)
+            try:
+                found = self._generate(NEW, **batch)
+            except KVZipError as error:
+                assert "does not continue" in str(error)
+                return "no: padding counts as positions in transformers itself"
+        assert torch.equal(found, torch.cat([self.says(prompt) for prompt in prompts]))
+        if told and self.slowly:
+            return "computed: one token at a time"
+        assert not told, told
+        return "yes"
+
+
+def assert_bits(cache: Any, snapshot: kvzip.Snapshot, config: Any) -> None:
+    """Raise AssertionError unless a cache that was just loaded holds a snapshot's own bits."""
+    for i, (one, stored) in enumerate(
+        zip(held_by(cache, layer_kinds(config)), snapshot.layers, strict=True)
+    ):
+        assert one.pieces.keys() == stored.parts.keys() - {ENCODER_IDS}
+        for name, (tensor, _) in one.pieces.items():
+            part, wanted = stored.layout.parts[name], stored.parts[name]
+            if part.tokens is not None and stored.layout.counts_tokens:
+                assert one.length is not None
+                last = one.length - stored.layout.first
+                tokens = slice(last - tensor.shape[-2], last)
+                wanted = wanted[(slice(None),) * part.axes.index("t") + (tokens,)]
+            found, _ = dtypes.as_bits(tensor, part.dtype)
+            assert np.array_equal(found.reshape(wanted.shape), wanted), (i, name)
+
+
+def kept(snapshot: kvzip.Snapshot) -> str:
+    """The kinds of a snapshot's layers with their parts, each once."""
+    found = dict.fromkeys(
+        f"{layer.kind} ({', '.join(layer.layout.parts)})" if layer.layout.parts else "none"
+        for layer in snapshot.layers
+    )
+    return "; ".join(found)
+
+
+def reason(error: Exception) -> str:
+    """Why a family's cache is refused, without the names of its classes."""
+    words = str(error).split(": ")
+    return words[-1] if len(words) > 1 else words[0]
+
+
+@contextmanager
+def warnings_told() -> Iterator[list[str]]:
+    """What kvzip warns of meanwhile."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("kvzip.load")
+    logger.addHandler(handler)
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)
+
+
+def row(family: Family) -> Row:
+    """What works with a family."""
+    if (why := UNABLE.get(family.name)) is not None:
+        return Row(str(family), "", "not run", "", "", why)
+    return Checks(family).row()
+
+
+def rows(families: Sequence[Family]) -> Iterator[Row]:
+    """Those of all, one after the other."""
+    for family in families:
+        yield row(family)
