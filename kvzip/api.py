@@ -50,6 +50,7 @@ def encode(
     *,
     block_tokens: int | None = None,
     store_token_ids: bool = True,
+    grids: bool = True,
 ) -> bytes:
     """A snapshot as the bytes of a .kvz file.
 
@@ -58,12 +59,14 @@ def encode(
     a codec has learned of the model; the reader needs the same. `threads`: 0 for all cores.
     `block_tokens`: tokens in a block, the smallest unit a reader decodes; by default what makes
     blocks of a size that suits the codec. `store_token_ids=False`
-    stores a hash of the token ids instead of the ids.
+    stores a hash of the token ids instead of the ids. `grids=False`: parts whose numbers are on the
+    grid of a narrower format (bf16 that holds fp8 times scales) are stored as they are, too
+    (docs/format.md); a codec that predicts, and one with a profile, always does that.
 
     Raises UsageError for a snapshot or settings that no file can hold, ProfileError when the codec
     needs a profile and has none, UnsupportedError when there is no such codec.
     """
-    return _writer(snapshot, codec, profile, block_tokens, store_token_ids).encode(threads)
+    return _writer(snapshot, codec, profile, block_tokens, store_token_ids, grids).encode(threads)
 
 
 def write(
@@ -75,13 +78,14 @@ def write(
     *,
     block_tokens: int | None = None,
     store_token_ids: bool = True,
+    grids: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> int:
     """As :func:`encode`, into a file that appears whole or not at all; its length in bytes.
 
     Memory is bounded by a few layers. `progress` is called with raw bytes as they are done.
     """
-    writer = _writer(snapshot, codec, profile, block_tokens, store_token_ids)
+    writer = _writer(snapshot, codec, profile, block_tokens, store_token_ids, grids)
     with replacing(path) as file:
         return writer.write(file, threads, progress)
 
@@ -92,13 +96,14 @@ def _writer(
     profile: Any,
     block_tokens: int | None,
     store_token_ids: bool,
+    grids: bool,
 ) -> Writer:
     if not isinstance(snapshot, Snapshot):
         kind = type(snapshot).__name__
         raise UsageError(f"a {kind} is no Snapshot: Snapshot.load reads one from a file")
     check_profile(profile)
     chosen = choose_codec(codec, snapshot.layout, profile)
-    return Writer(snapshot, chosen, profile, block_tokens, store_token_ids)
+    return Writer(snapshot, chosen, profile, block_tokens, store_token_ids, grids)
 
 
 def max_encoded_size(

@@ -53,6 +53,10 @@ class _Version(msgspec.Struct):
     version: int = VERSION
 
 
+Read = Callable[..., Bits]
+"""Reads a part by its name; of a slice, too, only these of its numbers, in C order."""
+
+
 class Layer:
     """The parts of one layer as raw bits, and their layout.
 
@@ -64,7 +68,7 @@ class Layer:
     def __init__(self, parts: Mapping[str, Bits], layout: LayerLayout):
         self.layout = layout
         self._held = dict(parts)
-        self._read: Callable[[str], Bits] | None = None
+        self._read: Read | None = None
 
     @classmethod
     def of_kv(cls, k: Bits, v: Bits, layout: LayerLayout) -> Layer:
@@ -72,8 +76,9 @@ class Layer:
         return cls({"k": k, "v": v}, layout)
 
     @classmethod
-    def unread(cls, layout: LayerLayout, read: Callable[[str], Bits]) -> Layer:
-        """A layer whose parts `read` gives, of the layout's shapes."""
+    def unread(cls, layout: LayerLayout, read: Read) -> Layer:
+        """A layer whose parts `read` gives, of the layout's shapes; or the numbers of a part that
+        a slice picks, in C order."""
         layer = cls({}, layout)
         layer._read = read
         return layer
@@ -127,6 +132,18 @@ class Layer:
     def block(self, name: str) -> Bits:
         """As :meth:`once`, in the shape of blocks: [batch, heads, tokens or rows, dim]."""
         return self.layout.part(name).as_block(self.once(name))
+
+    def lines(self, name: str, row: int, start: int, stop: int) -> Bits:
+        """[tokens, dim]: tokens (or rows) `start` to `stop` of a part, and of batch and heads the
+        `row`-th pair. Of what lies in a file, no more than that is read where it lies together."""
+        part = self.layout.part(name)
+        if name not in self._held and self._read is not None and part.axes[-2:] in ("td", "rd"):
+            _, _, lines, dim = part.block_shape
+            # Batch and heads come before, and the batch first of all.
+            at = (row * lines + start) * dim
+            return self._read(name, slice(at, at + (stop - start) * dim)).reshape(-1, dim)
+        block = self.block(name)
+        return block[(*divmod(row, block.shape[1]), slice(start, stop))]
 
     def held(self) -> Mapping[str, Bits]:
         """The parts that are in memory."""
@@ -346,7 +363,10 @@ class Snapshot:
         def layer(i: int) -> Layer:
             held = layout.layers[i]
             return Layer.unread(
-                held, lambda name: file.read(f"layers.{i}.{name}", held.parts[name].form.uint)
+                held,
+                lambda name, *numbers: file.read(
+                    f"layers.{i}.{name}", held.parts[name].form.uint, *numbers
+                ),
             )
 
         layers = [layer(i) for i in range(len(layout.layers))]

@@ -91,19 +91,24 @@ class TensorFile:
             and entry.data_offsets[1] - entry.data_offsets[0] == math.prod(shape) * itemsize
         )
 
-    def read(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """A tensor's numbers, which cannot be written to, as `dtype`.
+    def read(self, name: str, dtype: np.dtype[Any], some: slice | None = None) -> NDArray[Any]:
+        """A tensor's numbers, which cannot be written to, as `dtype`; of `some`, a slice with both
+        its ends, only these of them, in C order.
 
         Raises CorruptError when the file was changed or cut short since it was opened, and
         StoreError when it cannot be read any more.
         """
         entry = self.entries[name]
         begin, end = entry.data_offsets
+        shape = entry.shape
+        if some is not None:
+            begin += some.start * dtype.itemsize
+            shape = (some.stop - some.start,)
         if self._map is not None:
             if begin == end:
-                return np.empty(entry.shape, dtype)
-            return np.ndarray(entry.shape, dtype, self._map, self._start + begin)
-        numbers: NDArray[Any] = np.empty(entry.shape, dtype)
+                return np.empty(shape, dtype)
+            return np.ndarray(shape, dtype, self._map, self._start + begin)
+        numbers: NDArray[Any] = np.empty(shape, dtype)
         self._fill(numbers.reshape(-1).view(np.uint8).data, self._start + begin)
         numbers.flags.writeable = False
         return numbers

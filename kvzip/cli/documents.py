@@ -115,6 +115,7 @@ def encode(
     profile: ProfilePath = None,
     block_tokens: int | None = None,
     token_ids: bool = True,
+    grids: bool = True,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -131,6 +132,8 @@ def encode(
         Tokens in a block, the smallest unit that a reader decodes. Default: blocks of about 1 MiB.
     token_ids
         Store the token ids; without, only their hash.
+    grids
+        Store numbers that were made from a narrower format (bf16 from fp8 and scales) in that one.
     """
     loaded = Snapshot.load(snapshot)
     learned = read_profile(profile)
@@ -145,6 +148,7 @@ def encode(
             threads=threads,
             block_tokens=block_tokens,
             store_token_ids=token_ids,
+            grids=grids,
             progress=progress,
         )
     seconds = time.perf_counter() - began
@@ -282,6 +286,9 @@ def _show_info(result: Mapping[str, Any], found: container.Info) -> None:
         shown = "" if ratio is None else f"{ratio:.3f}"
         parts.add_row(p.kind, p.part, str(p.layers), p.dtype, p.codec, *sizes, shown)
     show_table(parts)
+    for p in found.parts:
+        if p.grid is not None:
+            say(f"{p.part} of {p.layers} {p.kind} layers is on a grid: {p.grid}")
 
 
 def _ratio(part: container.PartInfo) -> float | None:

@@ -84,11 +84,15 @@ class Blocks:
         return self.layout.layers[layer].parts[name]
 
     def part_infos(self) -> tuple[PartInfo, ...]:
-        """What the parts of each name take up, by the layers' kinds, formats and codecs."""
-        found: dict[tuple[str, str, str, str], list[int]] = {}
+        """What the parts of each name take up, by the layers' kinds, formats, codecs and grids."""
+        found: dict[tuple[str, str, str, str, str | None], list[int]] = {}
         for key, rows in self.index.rows.items():
             part, kind = self.part(key), self.layout.layers[key[0]].kind
-            sums = found.setdefault((kind, key[1], part.dtype, self.codecs[key].codec_id), [0] * 3)
+            on_grid, codec = self.codecs.grids.get(key), self.codecs[key]
+            grid = None
+            if on_grid is not None:
+                codec, grid = on_grid.codes, str(on_grid.grid)
+            sums = found.setdefault((kind, key[1], part.dtype, codec.codec_id, grid), [0] * 3)
             sums[0] += 1
             sums[1] += part.nbytes
             sums[2] += sum(self.index.span(row)[1] for row in rows)
@@ -141,7 +145,8 @@ class Blocks:
         """The stored bytes of an entry. The numbers' checksum tells whether they are good, that of
         the stored bytes, what is to blame: taking both always would cost an eighth of the fastest
         codec's time, and `checked` does it. Neither is of the zeros behind the bytes, which are
-        looked at here. Raises CorruptError."""
+        looked at here. Both are taken of a part on a grid, where some bits of what is stored say
+        nothing of the numbers. Raises CorruptError."""
         length = self.index.length[row]
         taken = self.source.read(*self.index.span(row))
         data = taken[:length]
@@ -149,7 +154,7 @@ class Blocks:
             raise CorruptError(
                 f"{self.index.name(row)}: it is damaged: the bytes behind it are not zeros"
             )
-        if checked:
+        if checked or self.index.key[row] in self.codecs.grids:
             self.check_stored(row, data)
         return data
 

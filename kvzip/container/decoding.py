@@ -111,10 +111,11 @@ class Decoding:
                 jobs += [(chain[0], partial(self._decode_chain, chain)) for chain in chains]
                 continue
             rows = list(itertools.chain.from_iterable(by_part.values()))
-            threads = workers if codec.threaded else 1
+            threaded = self.blocks.codecs.threaded
+            threads = workers if threaded else 1
             jobs += [
                 (None, partial(self._decode_rows, codec, batch, threads))
-                for batch in plan.batches(rows, workers, codec.threaded)
+                for batch in plan.batches(rows, workers, threaded)
             ]
         return jobs
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,10 +19,13 @@ from numpy.typing import NDArray
 
 from kvzip import checksum
 from kvzip.codec import Codec, get_codec
+from kvzip.container.grids import GridCodec, find_grids, taker
 from kvzip.container.index import RECORD, Key, aligned
 from kvzip.errors import CorruptError, FormatError, UnsupportedError, UsageError
+from kvzip.grids import Grid
 from kvzip.layout import Layout, Origin, StoredLayout
 from kvzip.options import json_value, same_from_json
+from kvzip.snapshot import Layer
 from kvzip.version import __version__
 
 MAGIC = b"\x89KVZ\r\n\x1a\n"
@@ -33,6 +37,9 @@ MAX_ENTRIES = 1 << 26
 """The most entries that an index may have."""
 WRITER = f"kvzip {__version__}"
 """What a header names as the file's writer."""
+
+C = TypeVar("C", bound=Codec)
+N = TypeVar("N", "OtherCodec", "OnGrid")
 
 _PREAMBLE = struct.Struct("<8sHHIIIQQ")
 _CHECKSUM = struct.Struct("<Q")
@@ -138,6 +145,16 @@ class OtherCodec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The parts that it stores: a layer's number, and the part's name."""
 
 
+class OnGrid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A grid, and the parts whose numbers are on it."""
+
+    grid: Grid
+    codec: dict[str, Any]
+    """The codec of the narrow codes; what is not on the grid, the part's own codec stores."""
+    parts: tuple[tuple[int, str], ...]
+    """A layer's number, and the part's name."""
+
+
 class Header(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, dict=True
 ):
@@ -158,6 +175,8 @@ class Header(
     """SHA-256 of the ids as little-endian uint32, when the ids themselves are withheld."""
     other_codecs: tuple[OtherCodec, ...] = ()
     """What stores the parts that `codec` does not take."""
+    grids: tuple[OnGrid, ...] = ()
+    """Which parts are stored in a narrower format."""
 
     @cached_property
     def layout(self) -> Layout:
@@ -172,13 +191,25 @@ def header_schema() -> dict[str, Any]:
 
 
 class Codecs:
-    """The codecs of a file: its own, and those of the parts that it does not take."""
+    """The codecs of a file: its own, those of the parts that it does not take, and those of the
+    parts that are on grids."""
 
-    def __init__(self, own: Codec, others: Mapping[Key, Codec]):
-        self.own, self._others = own, others
+    def __init__(
+        self,
+        own: Codec,
+        others: Mapping[Key, Codec],
+        grids: Mapping[Key, GridCodec] = MappingProxyType({}),
+    ):
+        self.own, self._others, self.grids = own, others, grids
+        self._by_key: dict[Key, Codec] = {**others, **grids}
 
     def __getitem__(self, key: Key) -> Codec:
-        return self._others.get(key, self.own)
+        return self._by_key.get(key, self.own)
+
+    @cached_property
+    def threaded(self) -> bool:
+        """Whether all of them decode blocks that need no other, with threads of their own."""
+        return all(c.independent and c.threaded for c in (self.own, *self._by_key.values()))
 
     @classmethod
     def choose(cls, codec: Codec, layout: Layout) -> Codecs:
@@ -186,39 +217,38 @@ class Codecs:
         it falls back to. Raises UnsupportedError when none of them takes it."""
         others: dict[Key, Codec] = {}
         for i, name, part in layout.parts():
-            kind, found, tried = layout.layers[i].kind, codec, [codec.codec_id]
-            while not found.takes(part, kind, name):
-                if found.fallback is None or found.fallback in tried:
-                    raise UnsupportedError(
-                        f"no codec of {', '.join(tried)} takes layer {i} {name}, which is "
-                        f"{part.dtype} {list(part.shape)}"
-                    )
-                tried.append(found.fallback)
-                found = _same(get_codec(found.fallback), others.values())
+            found = taker(codec, part, layout.layers[i].kind, name)
             if found is not codec:
-                others[i, name] = found
+                others[i, name] = _same(found, others.values())
         return cls(codec, others)
+
+    def on_grids(self, layers: Sequence[Layer]) -> Codecs:
+        """These, but for the parts of these layers that are on grids."""
+        return Codecs(self.own, self._others, find_grids(layers, self.__getitem__))
 
     @classmethod
     def of_header(cls, header: Header) -> Codecs:
         """The codecs that a header names. Raises UsageError, UnsupportedError."""
-        others: dict[Key, Codec] = {}
-        for other in header.other_codecs:
-            codec = get_codec(other.codec)
-            for i, name in other.parts:
-                layers = header.layout.layers
-                if not 0 <= i < len(layers) or name not in layers[i].parts or (i, name) in others:
-                    raise UsageError(f"there is no layer {i} {name!r}, or it has two codecs")
-                others[i, name] = codec
-        found = cls(get_codec(header.codec), others)
+        layers = header.layout.layers
+        own, others = get_codec(header.codec), {}
+        for key, (other, _) in _by_part(header.layout, header.other_codecs).items():
+            others[key] = other
+        grids: dict[Key, GridCodec] = {}
+        made: dict[tuple[int, int], GridCodec] = {}
+        for key, (codes, on) in _by_part(header.layout, header.grids).items():
+            rest = others.get(key, own)
+            if (id(on), id(rest)) not in made:
+                made[id(on), id(rest)] = GridCodec(on.grid, codes, rest)
+            grids[key] = made[id(on), id(rest)]
+        found = cls(own, others, grids)
         taken: set[tuple[int, int, str]] = set()  # most layers are one object
         for i, name, part in header.layout.parts():
             codec = found[i, name]
-            same = id(codec), id(header.layout.layers[i]), name
+            same = id(codec), id(layers[i]), name
             if same in taken:
                 continue
             taken.add(same)
-            if not codec.takes(part, header.layout.layers[i].kind, name):
+            if not codec.takes(part, layers[i].kind, name):
                 raise UsageError(
                     f"codec {codec.codec_id!r} does not take layer {i} {name}, which is "
                     f"{part.dtype} {list(part.shape)}"
@@ -227,13 +257,39 @@ class Codecs:
 
     def described(self) -> tuple[OtherCodec, ...]:
         """The codecs beside the file's own, as a header names them."""
-        parts: dict[Codec, list[Key]] = {}
-        for key, codec in self._others.items():
-            parts.setdefault(codec, []).append(key)
         return tuple(
-            OtherCodec(json_value("the codec's settings", codec.get_config()), tuple(keys))
-            for codec, keys in parts.items()
+            OtherCodec(json_value("the codec's settings", codec.get_config()), keys)
+            for codec, keys in _parts_by_codec(self._others)
         )
+
+    def described_grids(self) -> tuple[OnGrid, ...]:
+        """The grids, as a header names them."""
+        return tuple(
+            OnGrid(c.grid, json_value("the codec's settings", c.codes.get_config()), keys)
+            for c, keys in _parts_by_codec(self.grids)
+        )
+
+
+def _by_part(layout: Layout, named: Sequence[N]) -> dict[Key, tuple[Codec, N]]:
+    """For each part that these name the codec that they name, and which of them it is. Raises
+    UsageError for a part that there is not, or that is named twice."""
+    found: dict[Key, tuple[Codec, N]] = {}
+    for one in named:
+        codec = get_codec(one.codec)
+        for i, name in one.parts:
+            layers = layout.layers
+            if not 0 <= i < len(layers) or name not in layers[i].parts or (i, name) in found:
+                raise UsageError(f"there is no layer {i} {name!r}, or it has two codecs")
+            found[i, name] = codec, one
+    return found
+
+
+def _parts_by_codec(codecs: Mapping[Key, C]) -> list[tuple[C, tuple[Key, ...]]]:
+    """Each of the codecs with the parts that it stores."""
+    parts: dict[C, list[Key]] = {}
+    for key, codec in codecs.items():
+        parts.setdefault(codec, []).append(key)
+    return [(codec, tuple(keys)) for codec, keys in parts.items()]
 
 
 def _same(codec: Codec, known: Iterable[Codec]) -> Codec:
@@ -275,7 +331,9 @@ class PartInfo(msgspec.Struct, frozen=True):
     part: str
     dtype: str
     codec: str
-    """The name of the codec that stores them."""
+    """The name of the codec that stores them, or their codes."""
+    grid: str | None
+    """The grid that they are on."""
     layers: int
     """How many layers have such a part."""
     raw_bytes: int

@@ -423,10 +423,11 @@ def decode(
 
     `decode_on_cpu` serves codecs that have no kernels.
     """
-    if not blocks.layout.plain or blocks.header.other_codecs:
+    header = blocks.header
+    if not blocks.layout.plain or header.other_codecs or header.grids:
         raise UnsupportedError(
-            "a GPU decodes files whose layers are all keys and values of one format, which this is "
-            "not: decode it without device=, and copy"
+            "a GPU decodes files whose layers are all keys and values of one format, on no grid, "
+            "which this is not: decode it without device=, and copy"
         )
     device, cuts = get_device(device), request.cuts
     pairs: Sequence[tuple[Any, Any]]

@@ -226,8 +226,8 @@ class Reader:
         return self._threads if threads is None else thread_count(threads)
 
     def _jobs_at_once(self, workers: int) -> int:
-        """How many jobs there may be at a time: one of a codec that has threads of its own."""
-        return 1 if self.codec.independent and self.codec.threaded else workers
+        """How many jobs there may be at a time: one, where codecs have threads of their own."""
+        return 1 if self._blocks.codecs.threaded else workers
 
     def _run(
         self, decoding: Decoding, workers: int, progress: Callable[[int], None] | None

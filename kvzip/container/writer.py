@@ -24,6 +24,7 @@ from kvzip.container.format import (
     packed_start,
     start_length,
 )
+from kvzip.container.grids import GridCodec, may_be_on_grid, may_use_grids
 from kvzip.container.index import RECORD, Entry, Key, aligned, entries, entry_count
 from kvzip.dtypes import Bits
 from kvzip.errors import ProfileError, UsageError
@@ -36,6 +37,8 @@ from kvzip.workers import in_order, thread_count
 _SHA256 = "0" * 64
 _MOST_ORIGIN = 4096
 """Bytes of JSON that the origin of a bare layout is taken to have at most."""
+_MOST_OF_GRID = 400
+"""Bytes of JSON that say all of a grid but its codec and the part's name, and more."""
 
 
 class Sink(Protocol):
@@ -81,9 +84,11 @@ class Writer:
         profile: Profile | None = None,
         block_tokens: int | None = None,
         store_token_ids: bool = True,
+        grids: bool = True,
     ):
         snapshot.check()
         store_token_ids = boolean("store_token_ids", store_token_ids)
+        grids = boolean("grids", grids)
         block_tokens = _block_tokens(block_tokens, snapshot.layout, codec)
         if codec.needs_profile and profile is None:
             raise ProfileError(
@@ -91,6 +96,8 @@ class Writer:
             )
         self.snapshot, self.codec, self.profile = snapshot, codec, profile
         self._codecs = Codecs.choose(codec, snapshot.layout)
+        if grids and may_use_grids(codec, profile):
+            self._codecs = self._codecs.on_grids(snapshot.layers)
         ids = snapshot.token_ids
         digest = None
         if ids is not None and not store_token_ids:
@@ -106,6 +113,7 @@ class Writer:
             token_ids=self._ids is not None,
             token_ids_sha256=digest,
             other_codecs=self._codecs.described(),
+            grids=self._codecs.described_grids(),
         )
         self._packed_header = packed_header(self.header, self._codecs)
         self._packed_ids = b"" if self._ids is None else packed_ids(self._ids)
@@ -182,7 +190,7 @@ class Writer:
         for row in rows:
             entry = self._entries[row]
             if entry.tables:
-                made, tables[entry.key] = self._tables(entry, self._part(entry))
+                made, tables[entry.key] = self._tables(entry, self._part(entry), {})
                 done[row] = Encoded.tables(row, made)
             else:
                 layer = self.snapshot.layout.layers[entry.layer]
@@ -197,12 +205,13 @@ class Writer:
         """One part of a layer: its tables, then its blocks."""
         entry = self._entries[rows[0]]
         codec, whole = self._codecs[entry.key], self.snapshot.layers[entry.layer].block(entry.part)
-        made, tables = self._tables(entry, whole)
+        scratch: dict[str, Any] = {}
+        made, tables = self._tables(entry, whole, scratch)
         results = [Encoded.tables(rows[0], made)]
         for row in rows[1:]:
             entry = self._entries[row]
             block = _block(entry, whole)
-            data = codec.encode(block, self._context(entry, tables))
+            data = codec.encode(block, self._context(entry, tables, {}, scratch))
             results.append(Encoded.block(row, data, block))
         return results
 
@@ -221,9 +230,10 @@ class Writer:
         found = zip(rows, codec.encode_chain(blocks), blocks, strict=True)
         return [Encoded.block(row, data, block) for row, data, (block, _) in found]
 
-    def _tables(self, entry: Entry, whole: Bits) -> tuple[bytes, Any]:
-        """The tables of one part of a layer as stored, and as blocks use them."""
-        codec, context = self._codecs[entry.key], self._context(entry)
+    def _tables(self, entry: Entry, whole: Bits, scratch: dict[str, Any]) -> tuple[bytes, Any]:
+        """The tables of one part of a layer as stored, and as blocks use them. `scratch`: what the
+        codec may keep for the part's blocks."""
+        codec, context = self._codecs[entry.key], self._context(entry, None, {}, scratch)
         made = codec.make_tables(whole, context)
         return made, codec.load_tables(memoryview(made), whole.shape, context)
 
@@ -289,6 +299,8 @@ def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | No
         other_codecs=codecs.described(),
     )
     header_length = len(as_json("the header", header)) + (_MOST_ORIGIN if snapshot is None else 0)
+    grids = _grids_at_most(codecs, layout) if may_use_grids(codec, None) else {}
+    header_length += sum(length for length, _ in grids.values())
     ids = math.prod(layout.ids_shape)
     if snapshot is not None and snapshot.token_ids is not None:
         ids = snapshot.token_ids.size
@@ -296,8 +308,23 @@ def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | No
     for entry in entries(layout, block_tokens):
         part, stored_by = layout.layers[entry.layer].parts[entry.part], codecs[entry.key]
         if entry.tables:
-            size += aligned(stored_by.max_tables_size(part.block_shape, part.form))
+            most = stored_by.max_tables_size(part.block_shape, part.form)
+            size += aligned(max(most, grids.get(entry.key, (0, 0))[1]))
         else:
             raw = entry.tokens * part.line_numbers * part.form.itemsize
-            size += aligned(stored_by.max_encoded_size(raw))
+            most = stored_by.max_encoded_size(raw)
+            size += aligned(max(most, 1 + raw) if entry.key in grids else most)
     return size
+
+
+def _grids_at_most(codecs: Codecs, layout: Layout) -> dict[Key, tuple[int, int]]:
+    """For each part that may be on a grid an upper bound of what the header then says of it, and of
+    its tables, in bytes."""
+    found = {}
+    for i, name, part in layout.parts():
+        if may_be_on_grid(part):
+            rest, kind = codecs[i, name], layout.layers[i].kind
+            settings = len(repr(codecs.own.get_config()))
+            said = _MOST_OF_GRID + 6 * len(name) + 2 * settings
+            found[i, name] = said, GridCodec.most_tables(rest, part, kind, name)
+    return found

@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.codecs import _native
 from kvzip.dtypes import Bits
-from kvzip.grids.grid import Found, Grid, Narrow, Rounding, Scale, Wide
+from kvzip.grids.grid import Found, Grid, Narrow, Rounding, Wide
+from kvzip.grids.narrow import fit, narrow
 from kvzip.grids.widen import widen_codes
 
 # Suspicions, as the compiled code numbers them: an axis' bit is the one of channels, twice as much
@@ -53,17 +53,23 @@ def find(bits: Bits, dtype: Any, like: Grid | None = None) -> Found | None:
     says; numbers of other formats are on no grid. `like` is tried first: the grid of a part of the
     same kind, such as another layer's. What is found widens to the same bits: that was tried.
     """
-    form = dtypes.get(dtype)
-    wide: Any = form.name
-    if wide not in ("bf16", "fp16", "fp32") or bits.ndim < 2:
+    suspected = suspicions(bits, dtype)
+    if not suspected:
         return None
-    suspicions: int = _native.grid_suspicions(bits, wide)
-    if not suspicions:
-        return None
-    search = _Search(bits, wide)
-    found = search.by_scale(suspicions, like)
-    if found is None and suspicions & _HALF:
+    search = _Search(bits, dtypes.get(dtype).name)  # type: ignore[arg-type] # a wide one
+    found = search.by_scale(suspected, like)
+    if found is None and suspected & _HALF:
         found = search.half()
+    return found
+
+
+def suspicions(bits: Bits, dtype: Any) -> int:
+    """Which grids a few of the numbers look like; 0 for what is hardly on any. `bits` and `dtype`
+    as for :func:`find`."""
+    wide = dtypes.get(dtype).name
+    if wide not in ("bf16", "fp16", "fp32") or bits.ndim < 2:
+        return 0
+    found: int = _native.grid_suspicions(bits, wide)
     return found
 
 
@@ -71,10 +77,10 @@ class _Search:
     """The search in one part."""
 
     def __init__(self, bits: Bits, wide: Wide):
-        self.bits, self.wide = bits, wide
+        self.bits, self.wide = np.ascontiguousarray(bits), wide
         self.rows = math.prod(bits.shape[:-2])
         self.tokens, self.channels = bits.shape[-2:]
-        self.cube: Bits = np.ascontiguousarray(bits).reshape(self.rows, self.tokens, self.channels)
+        self.cube = self.bits.reshape(self.rows, self.tokens, self.channels)
         self.random = np.random.default_rng(0)
 
     # --- codes times scales ----------------------------------------------------------------
@@ -93,12 +99,12 @@ class _Search:
                 break
         if best is None:
             return None
-        if best.grid.exceptions and best.grid.scale == "fp32" and self.wide != "fp32":
+        if len(best.positions) and best.grid.scale == "fp32" and self.wide != "fp32":
             grid = best.grid
             other = self._on_grid(
                 _Candidate(grid.narrow, grid.group, grid.channels), "through_fp32"
             )
-            if other.grid.exceptions < grid.exceptions:
+            if len(other.positions) < len(best.positions):
                 best = other
         return best if best.nbytes <= _WORTH * self.bits.nbytes else None
 
@@ -109,33 +115,34 @@ class _Search:
             group = (min(like.group[0], self.tokens), min(like.group[1], self.channels))
             yield self._sampled(like.narrow, [group])
         tokens, channels = self.tokens, self.channels
-        for narrows, kind in (_FEW_SIGNIFICANDS, _FEW), (_EVEN_STEPS, _EVEN):
-            for narrow in narrows:
+        for formats, kind in (_FEW_SIGNIFICANDS, _FEW), (_EVEN_STEPS, _EVEN):
+            for code in formats:
                 axes = []
                 if suspicions & kind:
                     axes.append([(1, n) for n in (channels, *_GROUPS) if n <= channels])
                 if suspicions & 2 * kind:
                     axes.append([(n, 1) for n in (tokens, *_GROUPS) if n <= tokens])
                 # Where the smallest groups are on no such grid, larger ones are not.
-                axes = [groups for groups in axes if self._sample_on(narrow, groups[-1])]
+                axes = [groups for groups in axes if self._sample_on(code, groups[-1])]
                 if axes:
-                    yield self._sampled(narrow, [(tokens, channels)])
+                    yield self._sampled(code, [(tokens, channels)])
                 for groups in axes:
-                    yield self._sampled(narrow, groups)
+                    yield self._sampled(code, groups)
 
-    def _sampled(self, narrow: Narrow, groups: list[tuple[int, int]]) -> Iterator[_Candidate]:
+    def _sampled(self, code: Narrow, groups: list[tuple[int, int]]) -> Iterator[_Candidate]:
         """The candidates among groups of a format."""
         for group in groups:
-            if (candidate := self._sample_on(narrow, group)) is not None:
+            if (candidate := self._sample_on(code, group)) is not None:
                 yield candidate
 
-    def _sample_on(self, narrow: Narrow, group: tuple[int, int]) -> _Candidate | None:
+    def _sample_on(self, code: Narrow, group: tuple[int, int]) -> _Candidate | None:
         """The format and group as a candidate, if numbers of some neighbouring channels, at least
         half of all, are on such a grid in a sample."""
         columns = -(-self.channels // group[1])
         sample, column = self._sample(group, columns)
-        codes, scales = self._fit(sample, narrow, (1, sample.shape[-1]), "once")
-        grid = Grid(self.wide, narrow, (0, self.channels), "fp32", (1, sample.shape[-1]))
+        size = sample.shape[-1]
+        grid = Grid(self.wide, code, (0, size), "fp32", (1, size))
+        codes, scales = fit(sample, grid)
         widened = np.empty_like(sample)
         widen_codes(grid, codes, scales, widened)
         share = (widened == sample).mean((1, 2))
@@ -145,7 +152,7 @@ class _Search:
         start, stop = first * group[1], min(last * group[1], self.channels)
         if 2 * (stop - start) < self.channels or share[within].mean() < _ON_GRID:
             return None
-        return _Candidate(narrow, group, (start, stop))
+        return _Candidate(code, group, (start, stop))
 
     def _sample(self, group: tuple[int, int], columns: int) -> tuple[Bits, NDArray[np.int64]]:
         """Numbers of some groups, [groups, 1, numbers], and each group's column of groups."""
@@ -165,76 +172,27 @@ class _Search:
 
     def _on_grid(self, candidate: _Candidate, rounding: Rounding) -> Found:
         """Put all numbers on the candidate's grid, those that do not lie on it as exceptions."""
-        narrow, group, (start, stop) = candidate
-        cube = np.ascontiguousarray(self.cube[..., start:stop])
-        group = (group[0], min(group[1], stop - start))
-        codes, scales = self._fit(cube, narrow, group, rounding)
-        scale, stored = _smallest_format(scales)
-        grid = Grid(self.wide, narrow, (start, stop), scale, group, rounding)
-        return self._found(grid, cube, codes, stored)
-
-    def _fit(
-        self, cube: Bits, narrow: Narrow, group: tuple[int, int], rounding: str
-    ) -> tuple[Bits, Bits]:
-        """Codes and bits of fp32 scales that explain most numbers of `cube`, group by group."""
-        codes = np.empty(cube.shape, np.uint8)
-        rows, tokens, channels = cube.shape
-        scales = np.empty((rows, -(-tokens // group[0]), -(-channels // group[1])), np.uint32)
-        through_fp32 = rounding == "through_fp32"
-        _native.grid_fit(cube, self.wide, narrow, through_fp32, *group, codes, scales)
-        return codes, scales
+        code, group, channels = candidate
+        group = (group[0], min(group[1], channels[1] - channels[0]))
+        return narrow(self.bits, Grid(self.wide, code, channels, "fp32", group, rounding))
 
     # --- halves ------------------------------------------------------------------------------
 
     def half(self) -> Found | None:
         """The numbers as bf16 or fp16, whichever holds more of them."""
-        with np.errstate(all="ignore"):
-            as_fp16 = self.cube.view(np.float32).astype(np.float16).view(np.uint16)
-        as_bf16 = (self.cube >> 16).astype(np.uint16)
+        halves: tuple[Narrow, ...] = ("bf16", "fp16")
         channels = (0, self.channels)
-        halves: list[tuple[Narrow, Bits]] = [("bf16", as_bf16), ("fp16", as_fp16)]
         found = min(
-            (
-                self._found(Grid("fp32", name, channels), self.cube, codes, None)
-                for name, codes in halves
-            ),
+            (narrow(self.bits, Grid("fp32", name, channels)) for name in halves),
             key=lambda one: one.nbytes,
         )
         return found if found.nbytes <= _WORTH * self.bits.nbytes else None
-
-    def _found(self, grid: Grid, cube: Bits, codes: Bits, scales: Bits | None) -> Found:
-        """Codes and scales with what they do not widen to: the proof that the rest is right."""
-        front = self.bits.shape[:-2]
-        start, stop = grid.channels
-        widened = np.empty_like(cube)
-        widen_codes(grid, codes, scales, widened)
-        token, row, channel = np.nonzero((widened != cube).transpose(1, 0, 2))
-        shape = (cube.shape[1], cube.shape[0], cube.shape[2])
-        positions = np.ravel_multi_index((token, row, channel), shape).astype(np.uint64)
-        rest = np.concatenate((self.cube[..., :start], self.cube[..., stop:]), axis=-1)
-        return Found(
-            msgspec.structs.replace(grid, exceptions=len(positions)),
-            codes.reshape(*front, *codes.shape[1:]),
-            None if scales is None else scales.reshape(*front, *scales.shape[1:]),
-            rest.reshape(*front, *rest.shape[1:]),
-            positions,
-            cube[row, token, channel],
-        )
 
 
 def _is_enough(found: Found) -> bool:
     """Whether hardly anything is left to be gained by another format or group."""
     exceptions = found.positions.nbytes + found.exceptions.nbytes
     return not found.rest.size and exceptions <= _FEW_EXCEPTIONS * found.codes.nbytes
-
-
-def _smallest_format(scales: Bits) -> tuple[Scale, Bits]:
-    """The smallest format that has all of these positive fp32 numbers, and their bits in it."""
-    if not np.any(scales & 0x7FFFFF):
-        return "e8m0", (scales >> 23).astype(np.uint8)
-    if not np.any(scales & 0xFFFF):
-        return "bf16", (scales >> 16).astype(np.uint16)
-    return "fp32", scales
 
 
 def _longest(flags: NDArray[np.bool_]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import msgspec
@@ -45,8 +46,6 @@ class Grid(msgspec.Struct, frozen=True):
     """Tokens and channels that share a scale. The last group along an axis may be smaller."""
     rounding: Rounding = "once"
     """Whether a product is rounded once, or to fp32 and then to the wide format."""
-    exceptions: int = 0
-    """How many numbers are no code times their scale, and are listed."""
 
     def __str__(self) -> str:
         tokens, channels = self.group
@@ -73,6 +72,25 @@ class Found(msgspec.Struct, frozen=True):
     [tokens, rows, channels of the codes]."""
     exceptions: Bits
     """The wide bits of the numbers at `positions`."""
+
+    def cut(self, start: int, stop: int) -> Found:
+        """Tokens `start` to `stop`, with the scales of all groups that hold any of them; the
+        exceptions are counted from `start` on."""
+        height = self.grid.group[0]
+        each = math.prod(self.codes.shape) // max(1, self.codes.shape[-2])
+        bounds = np.array([start * each, stop * each], np.uint64)
+        first, last = np.searchsorted(self.positions, bounds)
+        scales = self.scales
+        if scales is not None:
+            scales = scales[..., start // height : -(-stop // height), :]
+        return Found(
+            self.grid,
+            self.codes[..., start:stop, :],
+            scales,
+            self.rest[..., start:stop, :],
+            self.positions[first:last] - bounds[0],
+            self.exceptions[first:last],
+        )
 
     @property
     def nbytes(self) -> int:

@@ -135,9 +135,8 @@ def _check(found: Found) -> None:
         or exceptions.dtype != wide
         or positions.ndim != 1
         or positions.shape != exceptions.shape
-        or len(positions) != grid.exceptions
     ):
-        raise CorruptError("exceptions of another number than the grid says")
+        raise CorruptError("exceptions without their positions, or positions without them")
     if np.any(positions[1:] <= positions[:-1]):
         raise CorruptError("exceptions out of order")
 

@@ -17,6 +17,8 @@ from kvzip.container.format import VERSION
 FOLDER = Path(__file__).parents[1] / "golden"
 MANY = "channel-of-31-heads"
 """Names the files whose blocks have more than one stream; they are not written anew here."""
+ON_GRID = "channel-on-a-grid"
+"""Names the file whose keys are on a grid."""
 BLOCK_TOKENS = 48
 """Each part has two blocks, of which the second is smaller."""
 
@@ -42,6 +44,23 @@ def snapshot(dtype: str, heads: int = 2) -> kvzip.Snapshot:
     return kvzip.Snapshot.from_arrays(layers, dtype, np.arange(70), kvzip.Origin(model="golden"))
 
 
+def on_grid() -> kvzip.Snapshot:
+    """Keys of which 32 channels are fp8 times a power of two for each token, but for a few, and 8
+    are not; and values that are on no grid. From integer arithmetic alone."""
+    layers = []
+    for layer in range(2):
+        n = np.arange(2 * 70 * 40, dtype=np.uint64) + np.uint64(10_000 * layer)
+        n = (n * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(30)).reshape(2, 70, 40)
+        some = n >> np.uint64(20) & np.uint64(7)
+        noise = (n & np.uint64(0x807F)) | (some + np.uint64(118)) << np.uint64(7)
+        scale = (np.arange(70, dtype=np.uint64) * np.uint64(7) % np.uint64(5))[:, None]
+        k = (n & np.uint64(0x8070)) | (some + scale + np.uint64(118)) << np.uint64(7)
+        k[..., 32:] = noise[..., 32:]
+        k[1, 5::20, 3] |= np.uint64(1)
+        layers.append((k.astype(np.uint16), noise.astype(np.uint16)))
+    return kvzip.Snapshot.from_arrays(layers, "bf16", np.arange(70), kvzip.Origin(model="golden"))
+
+
 def names() -> dict[str, tuple[str, str]]:
     """Of the files of each codec and each dtype that it takes, the codec and the dtype."""
     return {
@@ -63,6 +82,10 @@ def write_missing(folder: Path = FOLDER) -> list[Path]:
         if not kvzip.get_codec(codec).needs_profile and not path.exists():
             path.write_bytes(kvzip.encode(snapshot(dtype), codec, block_tokens=BLOCK_TOKENS))
             written.append(path)
+    path = now / f"{ON_GRID}-bf16.kvz"
+    if not path.exists():
+        path.write_bytes(kvzip.encode(on_grid(), "channel", block_tokens=BLOCK_TOKENS))
+        written.append(path)
     return written
 
 

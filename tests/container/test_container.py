@@ -423,15 +423,19 @@ PLAIN = [p for p in FILES if p.stem.partition("-")[0] not in NEED_PROFILE]
 @pytest.mark.parametrize("path", PLAIN, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_released_version_stays_readable(path):
     codec, dtype = path.stem.rsplit("-", 1)
-    heads = 31 if codec == golden.MANY else 2
-    assert_same(kvzip.decode(path), golden.snapshot(dtype, heads))
+    expected = golden.snapshot(dtype, 31 if codec == golden.MANY else 2)
+    assert_same(kvzip.decode(path), golden.on_grid() if codec == golden.ON_GRID else expected)
 
 
 def test_there_is_a_golden_file_of_each_codec_and_dtype():
     """What is missing, `python tests/container/golden.py` writes; a codec that needs a profile has
     a suite of its own, which writes the profile, too."""
     now = golden.FOLDER / f"v{VERSION}"
-    assert {p.stem for p in now.glob("*.kvz")} == {*golden.names(), f"{golden.MANY}-bf16"}
+    assert {p.stem for p in now.glob("*.kvz")} == {
+        *golden.names(),
+        f"{golden.MANY}-bf16",
+        f"{golden.ON_GRID}-bf16",
+    }
     assert {p.stem for p in now.glob("*.kvprofile")} == NEED_PROFILE
 
 
@@ -440,6 +444,10 @@ def test_golden_files_that_are_missing_are_written_and_no_others(tmp_path):
     kept.parent.mkdir()
     kept.write_bytes(b"released")
     written = golden.write_missing(tmp_path)
+    last = written.pop()
+    assert last.stem == f"{golden.ON_GRID}-bf16"
+    assert_same(kvzip.decode(last), golden.on_grid())
+    assert [grid.parts for grid in kvzip.info(last).header.grids] == [((0, "k"), (1, "k"))]
     assert {path.stem for path in written} | {kept.stem} == {
         name for name, (codec, _) in golden.names().items() if codec not in NEED_PROFILE
     }

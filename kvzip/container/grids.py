@@ -1,0 +1,329 @@
+"""Parts on a grid: a codec that stores narrow codes by another codec, and the search for grids.
+
+docs/format.md has the bytes, kvzip/grids/spec.md the arithmetic.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, get_args
+
+import msgspec
+import numpy as np
+
+from kvzip import dtypes
+from kvzip.codec import Codec, Context, get_codec
+from kvzip.container.index import Key
+from kvzip.dtypes import Bits, DType
+from kvzip.errors import CorruptError, UnsupportedError
+from kvzip.grids import HALVES, Found, Grid, Narrow, find, narrow, suspicions, widen
+from kvzip.layout import Kind, Origin, PartLayout
+from kvzip.snapshot import Layer
+
+_WIDE = ("bf16", "fp16", "fp32")
+_LEAST = 4096
+"""Raw bytes of the smallest part that a grid is looked for in."""
+_KNOWN = "found"
+"""Under which a part on its grid is kept from its tables to its blocks."""
+_PLAIN, _ON_GRID = 0, 1
+_SCALES: tuple[Any, ...] = (None, "e8m0", "bf16", "fp32")
+_HEAD = struct.Struct("<BB4Q")
+_LENGTH = struct.Struct("<Q")
+_WINDOW = 64
+_PLACES, _ROWS, _LINES = 3, 2, 512
+_WORTH = 0.95
+"""A grid must save so much of what the codec makes of a sample without it."""
+
+
+class _Tables(NamedTuple):
+    first: int
+    """Position of the part's first token."""
+    codes: Any
+    rest: Any
+
+
+class GridCodec(Codec):
+    """Stores blocks of a part whose numbers are on a grid.
+
+    `codes` stores the codes, and `rest` the channels beside the grid, as they are; scales go
+    through `planes`. A block that is not on the grid after all is stored as it is. It is made
+    from a file's header, and has no name of its own.
+    """
+
+    codec_id: ClassVar[str] = "grid"
+
+    def __init__(self, grid: Grid, codes: Codec, rest: Codec):
+        self.grid, self.codes, self.rest = grid, codes, rest
+        self._narrow, self._scales = _form(grid.narrow), get_codec("planes")
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "id": self.codec_id,
+            "grid": msgspec.to_builtins(self.grid),
+            "codes": self.codes.get_config(),
+            "rest": self.rest.get_config(),
+        }
+
+    def takes(self, part: PartLayout, kind: Any, name: str) -> bool:
+        _, _, lines, dim = part.block_shape
+        (start, stop), (height, width) = self.grid.channels, self.grid.group
+        return (
+            self.grid.wide == part.dtype
+            and 0 <= start < stop <= dim
+            and 1 <= height <= lines
+            and 1 <= width <= stop - start
+            and (self.grid.narrow in HALVES) == (self.grid.scale is None)
+            and (self.grid.wide == "fp32" or self.grid.scale is not None)
+            and self.codes.takes(codes_layout(self.grid, part), kind, name)
+            and self.rest.takes(part, kind, name)
+        )
+
+    # --- blocks ----------------------------------------------------------------------------
+
+    def encode(self, block: Bits, context: Context) -> bytes:
+        tables: _Tables = context.tables
+        begin = context.start - tables.first
+        found = context.scratch[_KNOWN].cut(begin, begin + block.shape[2])
+        codes = self.codes.encode(found.codes, self._context(context, self._narrow, tables.codes))
+        scales = rest = b""
+        if found.scales is not None:
+            form = dtypes.get(found.grid.scale)
+            scales = self._scales.encode(found.scales, self._context(context, form, None))
+        if found.rest.size:
+            rest = self.rest.encode(found.rest, self._context(context, context.dtype, tables.rest))
+        positions = found.positions.astype(_positions(block.size)).tobytes()
+        head = _HEAD.pack(
+            _ON_GRID,
+            _SCALES.index(found.grid.scale),
+            len(codes),
+            len(scales),
+            len(rest),
+            len(found.positions),
+        )
+        data = b"".join((head, codes, scales, rest, positions, found.exceptions.tobytes()))
+        return data if len(data) <= block.nbytes else bytes([_PLAIN]) + block.tobytes()
+
+    def decode(self, data: memoryview, out: Bits, context: Context) -> None:
+        if len(data) and data[0] == _PLAIN:
+            if len(data) != 1 + out.nbytes:
+                raise CorruptError(f"{len(data)} bytes for a block of {1 + out.nbytes}")
+            out[...] = np.frombuffer(data[1:], out.dtype).reshape(out.shape)
+            return
+        if len(data) < _HEAD.size or data[0] != _ON_GRID:
+            raise CorruptError("a block of a grid without its head")
+        _, scale, *lengths, count = _HEAD.unpack_from(data)
+        places, numbers = _positions(out.size), out.dtype
+        sizes = [*lengths, count * places.itemsize, count * numbers.itemsize]
+        if _HEAD.size + sum(sizes) != len(data) or scale >= len(_SCALES):
+            raise CorruptError("a block of a grid whose lengths are not its own")
+        pieces, at = [], _HEAD.size
+        for size in sizes:
+            pieces.append(data[at : at + size])
+            at += size
+        codes, scales, rest, positions, exceptions = pieces
+        grid = msgspec.structs.replace(self.grid, scale=_SCALES[scale])
+        # How many tokens of its group came before the block's first.
+        first = (context.start - context.tables.first) % grid.group[0]
+        narrowed = self._codes(codes, out, context)
+        found = Found(
+            grid,
+            narrowed,
+            self._decoded_scales(scales, grid, first, out, context),
+            self._rest(rest, out, context),
+            np.frombuffer(positions, places) + np.uint64(first * narrowed.size // out.shape[2]),
+            np.frombuffer(exceptions, numbers),
+        )
+        widen(found, out, first)
+
+    def _codes(self, data: memoryview, out: Bits, context: Context) -> Bits:
+        start, stop = self.grid.channels
+        codes = np.empty((*out.shape[:-1], stop - start), self._narrow.uint)
+        self.codes.decode(data, codes, self._context(context, self._narrow, context.tables.codes))
+        return codes
+
+    def _decoded_scales(
+        self, data: memoryview, grid: Grid, first: int, out: Bits, context: Context
+    ) -> Bits | None:
+        if grid.scale is None:
+            return None
+        *front, tokens, _ = out.shape
+        start, stop = grid.channels
+        groups = -(-(first + tokens) // grid.group[0]), -(-(stop - start) // grid.group[1])
+        form = dtypes.get(grid.scale)
+        scales = np.empty((*front, *groups), form.uint)
+        self._scales.decode(data, scales, self._context(context, form, None))
+        return scales
+
+    def _rest(self, data: memoryview, out: Bits, context: Context) -> Bits:
+        start, stop = self.grid.channels
+        rest = np.empty((*out.shape[:-1], out.shape[-1] - (stop - start)), out.dtype)
+        if rest.size:
+            context = self._context(context, context.dtype, context.tables.rest)
+            self.rest.decode(data, rest, context)
+        elif len(data):
+            raise CorruptError("bytes of channels that there are not")
+        return rest
+
+    def _context(self, context: Context, form: DType, tables: Any) -> Context:
+        return msgspec.structs.replace(context, dtype=form, tables=tables)
+
+    def max_encoded_size(self, raw_bytes: int) -> int:
+        return 1 + raw_bytes
+
+    def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
+        codes = self.codes.max_decoded_size(encoded_bytes, self._narrow) // self._narrow.itemsize
+        rest = self.rest.max_decoded_size(encoded_bytes, dtype)
+        return max(codes * dtype.itemsize + rest, encoded_bytes)
+
+    # --- tables ----------------------------------------------------------------------------
+
+    def make_tables(self, part: Bits, context: Context) -> bytes:
+        found = context.scratch.get(_KNOWN)
+        if found is None:
+            found = context.scratch[_KNOWN] = narrow(part, self.grid)
+        codes = self.codes.make_tables(found.codes, self._context(context, self._narrow, None))
+        rest = b""
+        if found.rest.size:
+            rest = self.rest.make_tables(found.rest, context)
+        return _LENGTH.pack(len(codes)) + codes + rest
+
+    def load_tables(self, data: memoryview, shape: tuple[int, ...], context: Context) -> _Tables:
+        start, stop = self.grid.channels
+        length = _LENGTH.unpack_from(data)[0] if len(data) >= _LENGTH.size else -1
+        end = _LENGTH.size + length
+        if not _LENGTH.size <= end <= len(data):
+            raise CorruptError("tables of a grid that are cut short")
+        front, channels = shape[:-1], shape[-1] - (stop - start)
+        narrower = self._context(context, self._narrow, None)
+        codes = self.codes.load_tables(data[_LENGTH.size : end], (*front, stop - start), narrower)
+        rest = None
+        if channels:
+            rest = self.rest.load_tables(data[end:], (*front, channels), context)
+        elif end != len(data):
+            raise CorruptError("tables of channels that there are not")
+        return _Tables(context.start, codes, rest)
+
+    def max_tables_size(self, shape: tuple[int, ...], dtype: DType) -> int:
+        codes = self.codes.max_tables_size(shape, self._narrow)
+        return _LENGTH.size + codes + self.rest.max_tables_size(shape, dtype)
+
+    @staticmethod
+    def most_tables(rest: Codec, part: PartLayout, kind: Kind, name: str) -> int:
+        """An upper bound of what the tables of a part take, whatever grid it is on."""
+        shape, forms = part.block_shape, {_form(narrow) for narrow in get_args(Narrow)}
+        narrowed = [msgspec.structs.replace(part, dtype=form.name) for form in forms]
+        codes = (taker(rest, p, kind, name).max_tables_size(shape, p.form) for p in narrowed)
+        return _LENGTH.size + max(codes) + rest.max_tables_size(shape, part.form)
+
+
+def taker(codec: Codec, part: PartLayout, kind: Kind, name: str) -> Codec:
+    """The codec, or the first of those that it falls back to, that takes a layer's part. Raises
+    UnsupportedError when none of them does."""
+    found, tried = codec, [codec.codec_id]
+    while not found.takes(part, kind, name):
+        if found.fallback is None or found.fallback in tried:
+            raise UnsupportedError(
+                f"no codec of {', '.join(tried)} takes a part {name!r} in a layer of kind {kind}, "
+                f"which is {part.dtype} {list(part.shape)}"
+            )
+        tried.append(found.fallback)
+        found = get_codec(found.fallback)
+    return found
+
+
+def codes_layout(grid: Grid, part: PartLayout) -> PartLayout:
+    """The layout of a part's codes on a grid."""
+    start, stop = grid.channels
+    return _without(msgspec.structs.replace(part, dtype=_form(grid.narrow).name), stop - start)
+
+
+def _without(part: PartLayout, dim: int) -> PartLayout:
+    """The part with so many channels."""
+    at = part.axes.find("d")
+    if at < 0:
+        return part
+    return msgspec.structs.replace(part, shape=(*part.shape[:at], dim, *part.shape[at + 1 :]))
+
+
+def _form(narrow: Narrow) -> DType:
+    """The format in which codecs see codes: their own, where it is one of ours."""
+    return dtypes.get("uint8" if narrow in ("int4", "fp4_e2m1") else narrow)
+
+
+def _positions(numbers: int) -> np.dtype[Any]:
+    """The integers that the positions of exceptions in a block of so many numbers are stored as."""
+    return np.dtype("<u4" if numbers < 1 << 32 else "<u8")
+
+
+# --- the search ----------------------------------------------------------------------------
+
+
+def may_use_grids(codec: Codec, profile: Any) -> bool:
+    """Whether parts may be stored on grids: not where blocks are predicted from others, nor by a
+    profile, which knows the numbers as they are."""
+    return codec.independent and profile is None
+
+
+def may_be_on_grid(part: PartLayout) -> bool:
+    """Whether a grid is looked for in a part."""
+    return part.dtype in _WIDE and part.nbytes >= _LEAST
+
+
+def find_grids(layers: Sequence[Layer], codec_of: Callable[[Key], Codec]) -> dict[Key, GridCodec]:
+    """The parts that are on grids, with the codec for each.
+
+    A few numbers of each part are looked at, and a sample of those that look as if they were on a
+    grid. `codec_of`: the codec that stores a part without a grid.
+    """
+    found: dict[Key, GridCodec] = {}
+    known: dict[str, Grid] = {}
+    shared: dict[GridCodec, GridCodec] = {}  # parts that are alike have one
+    for i, layer in enumerate(layers):
+        for name, part in layer.layout.parts.items():
+            if not (may_be_on_grid(part) and _looks_narrow(layer, name)):
+                continue
+            sample = _sample(layer.block(name))
+            on_grid = find(sample, part.dtype, known.get(name))
+            if on_grid is None:
+                continue
+            grid = known[name] = on_grid.grid
+            rest = codec_of((i, name))
+            codec = GridCodec(grid, taker(rest, codes_layout(grid, part), layer.kind, name), rest)
+            context = Context(part.form, i, name, 0, Origin())
+            on = _coded(codec, sample, context, on_grid)
+            if on <= _WORTH * _coded(rest, sample, context):
+                found[i, name] = shared.setdefault(codec, codec)
+    return found
+
+
+def _looks_narrow(layer: Layer, name: str) -> bool:
+    """Whether some neighbouring tokens in the middle of a part look as if they were on a grid. Of
+    a part in a file that takes one read."""
+    part = layer.layout.parts[name]
+    batch, heads, lines, _ = part.block_shape
+    start = max(0, (lines - _WINDOW) // 2)
+    window = layer.lines(name, batch * heads // 2, start, min(lines, start + _WINDOW))
+    return bool(suspicions(window, part.dtype))
+
+
+def _sample(block: Bits) -> Bits:
+    """Some rows of [batch, heads, tokens, dim] with some runs of tokens, as [1, pieces, tokens,
+    dim]. A run begins where a group does."""
+    batch, heads, lines, _ = block.shape
+    count = min(lines, _LINES)
+    runs, rows = lines // count, batch * heads
+    pieces = [
+        block[divmod(row, heads)][run * count : (run + 1) * count]
+        for row in sorted({rows * i // _ROWS for i in range(_ROWS)})
+        for run in sorted({(runs - 1) * i // (_PLACES - 1) for i in range(_PLACES)})
+    ]
+    return np.stack(pieces)[np.newaxis]
+
+
+def _coded(codec: Codec, block: Bits, context: Context, known: Found | None = None) -> int:
+    """How many bytes the codec makes of a block and its tables. `known`: the block on its grid."""
+    context = msgspec.structs.replace(context, scratch={} if known is None else {_KNOWN: known})
+    made = codec.make_tables(block, context)
+    tables = codec.load_tables(memoryview(made), block.shape, context)
+    return len(made) + len(codec.encode(block, msgspec.structs.replace(context, tables=tables)))
