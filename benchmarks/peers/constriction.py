@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kvzip.benchmarks.peer import Peer, Shape
 from kvzip.dtypes import Bits, DType
+from kvzip.errors import UnsupportedError
 from kvzip.eval.results.bench import Order
 
 _LENGTHS = struct.Struct("<II")
@@ -30,6 +31,8 @@ class Constriction(Peer):
 
     def __init__(self, form: DType) -> None:
         super().__init__(form)
+        if not form.is_float:
+            raise UnsupportedError(f"not for {form.name}, which has no exponent")
         self._zip = zstandard.ZstdCompressor(level=3)
         self._unzip = zstandard.ZstdDecompressor()
 

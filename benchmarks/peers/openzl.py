@@ -12,6 +12,7 @@ import openzl.ext as zl
 
 from kvzip.benchmarks.peer import Peer, Shape
 from kvzip.dtypes import Bits, DType
+from kvzip.errors import UnsupportedError
 from kvzip.eval.results.bench import Order
 
 _SPLIT = {
@@ -29,6 +30,8 @@ class OpenZLHuffman(Peer):
 
     def __init__(self, form: DType) -> None:
         super().__init__(form)
+        if form.itemsize > 1 and form.name not in _SPLIT:
+            raise UnsupportedError(f"not for {form.name}")
         self._graph = zl.Compressor()
         self._graph.set_parameter(zl.CParam.FormatVersion, zl.MAX_FORMAT_VERSION)
         self._graph.select_starting_graph(self._start(form))

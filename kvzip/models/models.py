@@ -196,6 +196,8 @@ def _whole_model(ref: str, where: Any, **settings: Any) -> Any:
     """A model of which every tensor is in its files, and every tensor of its files is in it."""
     import transformers
 
+    if settings.get("local_files_only"):  # PEFT, where it is installed, asks for adapters
+        settings["adapter_kwargs"] = {"local_files_only": True}
     with _without_report():
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             where, **settings, output_loading_info=True

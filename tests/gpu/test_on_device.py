@@ -97,11 +97,11 @@ def test_layers_in_any_order(device, codec):
 def test_layers_that_slide(device, codec):
     rng = np.random.default_rng(4)
     layouts = [
-        kvzip.LayerLayout.of_kv((2, 90, 16), (2, 90, 8), "bf16", 90),
-        kvzip.LayerLayout.of_kv((2, 31, 16), (2, 31, 8), "bf16", 90, "sliding", 32),
+        kvzip.LayerLayout.of_kv((2, 90, 16), (2, 90, 8), "fp16", 90),
+        kvzip.LayerLayout.of_kv((2, 31, 16), (2, 31, 8), "fp16", 90, "sliding", 32),
     ]
     layers = [
-        kvzip.Layer(cache_like(rng, "fp16", at.k), cache_like(rng, "fp16", at.v), at)
+        kvzip.Layer.of_kv(cache_like(rng, "fp16", at.k), cache_like(rng, "fp16", at.v), at)
         for at in layouts
     ]
     snapshot = kvzip.Snapshot(layers, "fp16")
