@@ -320,11 +320,15 @@ def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | No
 def _grids_at_most(codecs: Codecs, layout: Layout) -> dict[Key, tuple[int, int]]:
     """For each part that may be on a grid an upper bound of what the header then says of it, and of
     its tables, in bytes."""
-    found = {}
+    found: dict[Key, tuple[int, int]] = {}
+    known: dict[Any, tuple[int, int]] = {}  # most layers are alike
+    settings = len(repr(codecs.own.get_config()))
     for i, name, part in layout.parts():
         if may_be_on_grid(part):
             rest, kind = codecs[i, name], layout.layers[i].kind
-            settings = len(repr(codecs.own.get_config()))
-            said = _MOST_OF_GRID + 6 * len(name) + 2 * settings
-            found[i, name] = said, GridCodec.most_tables(rest, part, kind, name)
+            same = id(rest), kind, name, part
+            if same not in known:
+                said = _MOST_OF_GRID + 6 * len(name) + 2 * settings
+                known[same] = said, GridCodec.most_tables(rest, part, kind, name)
+            found[i, name] = known[same]
     return found
