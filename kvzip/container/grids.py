@@ -31,7 +31,7 @@ _SCALES: tuple[Any, ...] = (None, "e8m0", "bf16", "fp32")
 _HEAD = struct.Struct("<BB4Q")
 _LENGTH = struct.Struct("<Q")
 _WINDOW = 64
-_PLACES, _ROWS, _LINES = 3, 2, 512
+_PLACES, _LINES = 2, 512
 _WORTH = 0.95
 """A grid must save so much of what the codec makes of a sample without it."""
 
@@ -308,15 +308,14 @@ def _looks_narrow(layer: Layer, name: str) -> bool:
 
 
 def _sample(block: Bits) -> Bits:
-    """Some rows of [batch, heads, tokens, dim] with some runs of tokens, as [1, pieces, tokens,
-    dim]. A run begins where a group does."""
+    """A few runs of tokens of [batch, heads, tokens, dim], each of another row, as [1, runs,
+    tokens, dim]. A run begins where a group does."""
     batch, heads, lines, _ = block.shape
     count = min(lines, _LINES)
-    runs, rows = lines // count, batch * heads
+    runs, rows = lines // count - 1, batch * heads - 1
+    places = {(rows * i // _PLACES, runs * i // _PLACES) for i in range(_PLACES + 1)}
     pieces = [
-        block[divmod(row, heads)][run * count : (run + 1) * count]
-        for row in sorted({rows * i // _ROWS for i in range(_ROWS)})
-        for run in sorted({(runs - 1) * i // (_PLACES - 1) for i in range(_PLACES)})
+        block[divmod(row, heads)][run * count : (run + 1) * count] for row, run in sorted(places)
     ]
     return np.stack(pieces)[np.newaxis]
 

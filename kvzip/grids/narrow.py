@@ -12,6 +12,8 @@ from kvzip.dtypes import Bits
 from kvzip.grids.grid import HALVES, Found, Grid, Scale
 from kvzip.grids.widen import widen_codes
 
+_NOWHERE = np.empty(0, np.int64)
+
 
 def narrow(bits: Bits, grid: Grid) -> Found:
     """The numbers `bits`, [..., tokens, channels], on this grid.
@@ -33,7 +35,10 @@ def narrow(bits: Bits, grid: Grid) -> Found:
         grid = msgspec.structs.replace(grid, scale=scale)
     widened = np.empty_like(within)
     widen_codes(grid, codes, scales, widened)
-    token, row, channel = np.nonzero((widened != within).transpose(1, 0, 2))
+    differs = widened != within
+    # Looking for none takes longer than seeing that there is none.
+    found = np.nonzero(differs.transpose(1, 0, 2)) if differs.any() else (_NOWHERE,) * 3
+    token, row, channel = found
     shape = (tokens, len(within), stop - start)
     positions = np.ravel_multi_index((token, row, channel), shape)
     rest = np.concatenate((cube[..., :start], cube[..., stop:]), axis=-1)
