@@ -26,11 +26,14 @@ SOURCES = {
     "predictive": [
         f"predictive/{name}" for name in ("kernels", "chain", "profile_model", "kernels_scalar")
     ],
+    "grid": ["native/grid", "native/grid_fit"],
 }
 PROCESSORS = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}
 KERNELS = {
-    ("x86", codec): [f"{codec}/kernels_avx2", f"{codec}/kernels_avx512"] for codec in SOURCES
-} | {("arm", "channel"): ["channel/kernels_neon"], ("arm", "predictive"): []}
+    ("x86", codec): [f"{codec}/kernels_avx2", f"{codec}/kernels_avx512"]
+    for codec in ("channel", "predictive")
+} | {("arm", "channel"): ["channel/kernels_neon"]}
+"""Files that are built for one kind of processor only."""
 FLAGS = ("-std=c++17", "-Wno-psabi", "-ffp-contract=off", f"-I{ROOT / 'codecs'}")
 
 
@@ -73,7 +76,7 @@ def fuzzer(
     with none but plain C++; with the flags of `emulation`, AVX-512 is emulated."""
     sources = ["native/simd", "native/xxh3", *SOURCES[codec]]
     if processor is not None:
-        sources += KERNELS[processor, codec]
+        sources += KERNELS.get((processor, codec), [])
         flags = [*flags, f"-DKVZIP_{'X86' if processor == 'x86' else 'NEON'}"]
     program = f"fuzz_{codec}"
     files = {source: ROOT / "codecs" / f"{source}.cpp" for source in sources}

@@ -1,5 +1,6 @@
-"""The codecs' C++ with random and damaged streams: under AddressSanitizer and UBSan, and with the
-kernels of other processors, run here, which write and read the same bytes as this one's.
+"""The codecs' C++, and that of grids, with random and damaged streams: under AddressSanitizer and
+UBSan, and with the kernels of other processors, run here, which write and read the same bytes as
+this one's.
 
 Those for ARM's 64-bit processors run in an emulator (Debian's g++-aarch64-linux-gnu and qemu-user);
 `channel` decodes with NEON there, and vectors of the rest are the compiler's. Those for AVX-512 run
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.first
 # Not optimised, since the sanitizers' checks take ten times as long to compile if they are.
 SANITIZED = ["-O0", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
 SECONDS = 15
-ROUNDS = {"channel": 3, "predictive": 25}
+ROUNDS = {"channel": 3, "predictive": 25, "grid": 3}
 
 
 def output(codec: str, program: Path, *emulator: str) -> list[str]:
