@@ -86,6 +86,19 @@ def replacing(
             unfinished.become(target.name, mode, create, durable)
 
 
+def is_standard_output(path: AnyPath) -> bool:
+    """Whether what is written to a path and what is printed go to the same place."""
+    name = os.fsdecode(path)
+    if _stream(name) == 1:
+        return True
+    try:
+        found, out = os.stat(name), os.fstat(1)  # noqa: PTH116
+    except (OSError, ValueError):
+        return False
+    apart = stat.S_ISCHR(out.st_mode) and not os.isatty(1)  # /dev/null keeps nothing
+    return os.path.samestat(found, out) and not apart
+
+
 def check_output(path: AnyPath, inputs: Iterable[AnyPath]) -> None:
     """Raise UsageError if writing to `path` would replace one of the inputs."""
     found = _status(os.fsdecode(path))

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from cyclopts import Parameter
 
 from kvzip.container import MAGIC
 from kvzip.errors import KVZipError, UsageError
-from kvzip.files import STDIN, STDOUT, check_output
+from kvzip.files import STDIN, STDOUT, check_output, is_standard_output
 from kvzip.profile import Profile
 from kvzip.tensors import TensorFile
 
@@ -98,12 +99,28 @@ def _kind(path: Path) -> str | None:
 
 
 def writes_stdout(arguments: Sequence[str]) -> bool:
-    """Whether a file that a command writes is standard output."""
-    taken = [*OUTPUTS, *(f"{option}={STDOUT}" for option in OUTPUTS)]
-    return any(
-        argument in taken and (argument.endswith(str(STDOUT)) or after == str(STDOUT))
-        for argument, after in zip(arguments, [*arguments, ""][1:], strict=True)
-    )
+    """Whether a file that a command writes is standard output, by whatever name."""
+    return any(map(is_standard_output, _outputs(arguments)))
+
+
+def refuse_folders(command: str, arguments: Sequence[str]) -> None:
+    """Raise UsageError if a command that writes a file is told a folder, by a slash at the end:
+    a Path would not have it any more."""
+    for output in _outputs(arguments):
+        if command in WRITES and output.endswith("/"):
+            raise UsageError(f"{output} names a folder: name the file that {command} is to write")
+
+
+def _outputs(arguments: Sequence[str]) -> list[str]:
+    """The names of what a command writes, as they were typed."""
+    found = [after for option, after in pairwise(arguments) if option in OUTPUTS]
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if equals and option in OUTPUTS:
+            found.append(value)
+        elif argument.startswith("-o"):
+            found.append(argument.removeprefix("-o"))
+    return found
 
 
 def command_line() -> str:

@@ -15,7 +15,7 @@ from kvzip.cli.arguments import Json, ProfilePath, Threads, read_profile
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import bar, emit, say, sizes
 from kvzip.errors import StoreError, UsageError
-from kvzip.files import STDOUT, reading
+from kvzip.files import is_standard_output, reading
 from kvzip.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def get(
 
     if sum(given is not None for given in (like, ids, key)) != 1:
         raise UsageError("give one of --like, --ids and --key")
-    as_stored = output is not None and (output == STDOUT or output.suffix == ".kvz")
+    as_stored = output is not None and (is_standard_output(output) or output.suffix == ".kvz")
     if output is not None and not as_stored and output.suffix != ".safetensors":
         raise UsageError(f"-o {output}: end it in .kvz or .safetensors")
     source, known, began = Store(store, make=False), read_profile(profile), time.perf_counter()

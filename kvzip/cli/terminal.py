@@ -34,8 +34,17 @@ from kvzip.layout import Layout
 _WIDE = 1000
 """Columns of a table where stdout is no terminal: whoever reads it there wants whole cells."""
 
-_out = Console(markup=False, highlight=False, emoji=False)
-_err = Console(stderr=True, markup=False, highlight=False, emoji=False)
+_NARROW = 40
+"""Columns that are taken to be there on any terminal: a narrower one breaks the lines itself."""
+
+
+def _console(to_stderr: bool) -> Console:
+    console = Console(stderr=to_stderr, markup=False, highlight=False, emoji=False)
+    console.width = max(console.width, _NARROW) if console.is_terminal else _WIDE
+    return console
+
+
+_out, _err = _console(False), _console(True)
 
 
 _aside = False
@@ -115,8 +124,7 @@ def say(text: str) -> None:
 
 
 def show_table(table: Table) -> None:
-    console = _err if _aside else _out
-    console.print(table, width=None if console.is_terminal else _WIDE)
+    (_err if _aside else _out).print(table)
 
 
 def shown(text: object) -> str:

@@ -1,0 +1,111 @@
+"""What a command writes, under whatever name, and how wide what it says is."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from support import make_snapshot, random_bits
+
+import kvzip
+from kvzip.store import Store
+
+KVZIP = f"{sys.executable} -m kvzip.cli"
+
+
+def shell(line, folder, **environ):
+    done = subprocess.run(
+        ["bash", "-c", line.replace("kvzip ", f"{KVZIP} ")],
+        cwd=folder, env=os.environ | environ, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outputs")
+    snapshot = make_snapshot(random_bits, 1, "bf16")
+    snapshot.save(folder / "s.safetensors")
+    kvzip.write(folder / "x.kvz", snapshot)
+    Store(folder / "store", block_tokens=8).put(snapshot)
+    (folder / "link").symlink_to("/dev/stdout")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "output", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link", "out", "./out"]
+)
+@pytest.mark.parametrize("more", ["", "--json"])
+@pytest.mark.parametrize("to", ["> out", "| cat > out"])
+def test_a_file_that_goes_where_words_go_is_whole(folder, output, more, to):
+    if "out" in output.replace("stdout", "") and "|" in to:
+        pytest.skip("another file than stdout")
+    code, out, err = shell(f"kvzip encode s.safetensors -o {output} {more} {to}", folder)
+    assert (code, out) == (0, b"")
+    assert kvzip.decode(folder / "out") == kvzip.Snapshot.load(folder / "s.safetensors")
+    if more:
+        assert json.loads(err)["encoded_bytes"] == (folder / "out").stat().st_size
+    else:
+        assert "ratio" in err
+    get = f"kvzip get --store store --like s.safetensors --output={output} {more}"
+    if output not in ("out", "./out"):
+        assert shell(f"{get} {to}", folder)[0] == 0
+        kvzip.verify(folder / "out")
+
+
+def test_a_file_elsewhere_leaves_stdout_to_words(folder):
+    for output in ("y.kvz", "/dev/null"):
+        code, out, _ = shell(f"kvzip encode s.safetensors -o {output} --json", folder)
+        assert code == 0 and json.loads(out)["raw_bytes"]
+    code, out, err = shell("kvzip encode s.safetensors -o /dev/null --json > /dev/null", folder)
+    assert (code, out, err) == (0, b"", "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "encode s.safetensors -o new/",
+        "encode s.safetensors --output=new/",
+        "encode s.safetensors -o store/",
+        "decode x.kvz -o new.safetensors/",
+        "get --store store --like s.safetensors -o new.kvz/",
+        "fit s.safetensors -o new/",
+    ],
+)
+def test_a_folder_is_no_file_to_write(folder, command):
+    code, out, _ = shell(f"kvzip {command} --json", folder)
+    assert code == 2 and json.loads(out)["kind"] in ("usage", "system")
+    assert not list(folder.glob("new*"))
+
+
+@pytest.mark.parametrize("columns", ["0", "5", "-3"])
+def test_whatever_the_columns_all_is_said(folder, columns):
+    for command in ("info x.kvz", "ls --store store", "encode s.safetensors -o y.kvz", "info none"):
+        usual = shell(f"kvzip {command}", folder)
+        found = shell(f"kvzip {command}", folder, COLUMNS=columns)
+        assert found[0] == usual[0]
+        if not command.startswith("encode"):  # which says how long it took
+            assert found == usual
+
+
+@pytest.mark.parametrize("columns", ["0", "5", "60"])
+def test_a_narrow_terminal_shows_whole_words(folder, columns):
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [*KVZIP.split(), "info", "x.kvz"], cwd=folder, stdout=follower, stderr=follower,
+        env=os.environ | {"COLUMNS": columns, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(follower)
+    said = b""
+    try:
+        while piece := os.read(leader, 1 << 16):
+            said += piece
+    except OSError:  # the other end is closed
+        pass
+    os.close(leader)
+    assert process.wait() == 0
+    assert b"block_tokens" in said and b"test/model" in said
