@@ -53,7 +53,7 @@ def result(prefill: float = 6.2, **changes: Any) -> dict[str, Any]:
     )
     return {
         "kind": "demo",
-        "version": 1,
+        "version": 2,
         "command": "kvzip demo --out demo",
         "date": "2026-10-12 09:14 UTC",
         "machine": {"cpu": "AMD EPYC 9R45", "cores": 2, "memory_gib": 15.6},
@@ -67,10 +67,13 @@ def result(prefill: float = 6.2, **changes: Any) -> dict[str, Any]:
         "raw_bytes": RAW,
         "sha256_raw": "3f5a" * 16,
         "planes": [
-            {"plane": "sign", "width": 1, "k": 0.998, "v": 1.0},
-            {"plane": "exponent", "width": 8, "k": 2.81, "v": 2.92},
-            {"plane": "mantissa", "width": 7, "k": 6.92, "v": 6.97},
-            {"plane": "sign+exponent per channel", "width": 9, "k": 3.28, "v": 3.55},
+            {"plane": plane, "dtype": "bf16", "width": width, "parts": {"k": k, "v": v}}
+            for plane, width, k, v in (
+                ("sign", 1, 0.998, 1.0),
+                ("exponent", 8, 2.81, 2.92),
+                ("mantissa", 7, 6.92, 6.97),
+                ("sign+exponent per channel", 9, 3.28, 3.55),
+            )
         ],
         "prefill_seconds": prefill,
         "prefill_points": [[512, prefill * 0.19], [1024, prefill * 0.43], [2048, prefill]],

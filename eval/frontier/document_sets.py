@@ -147,7 +147,7 @@ def layer_data(documents: DocumentSets, layer: int, label: str, tell: Progress) 
             made[i].append(Document(views[layer], {n: view.y for n, view in views.items()}))
             layers[i].append(documents.layers(snapshot, [layer])[layer])
             tell(what, len(learning) + len(made[0]) + len(made[1]), total)
-    frequencies = (predictors.frequencies(found, documents.dtype) for found in layers)
+    frequencies = (predictors.frequencies(found) for found in layers)
     return LayerData(layer, learning, made[0], made[1], *frequencies)
 
 
@@ -166,5 +166,5 @@ def copy_data(
         skip = SINK_TOKENS if learned else 0
         view = documents.views(Snapshot.load(path), [layer], skip)[layer]
         made[0 if learned else 1].append(Document(view, {COPY: y[len(y) - len(view.y) :]}))
-    nothing = predictors.frequencies([], documents.dtype)
+    nothing = predictors.frequencies([])
     return LayerData(layer, [], made[0], made[1], nothing, nothing)

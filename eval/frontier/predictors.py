@@ -317,9 +317,9 @@ def piecewise(data: LayerData, count: int) -> Predictor:
     )
 
 
-def frequencies(layers: Sequence[Layer], dtype: str) -> Frequencies:
+def frequencies(layers: Sequence[Layer]) -> Frequencies:
     """How often each sign and exponent occurs in one layer of several documents."""
-    found = Frequencies(dtype)
+    found = Frequencies()
     for layer in layers:
         found.add([layer])
     return found

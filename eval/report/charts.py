@@ -11,12 +11,13 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from kvzip.entropy import Ladder
+from kvzip.entropy import Ladder, Rung
 from kvzip.entropy.ladder import PREDICTED, PROFILE
 from kvzip.entropy.tables import LEVELS
 from kvzip.eval.frontier.hull import hull
 from kvzip.eval.links.prediction import predict
 from kvzip.eval.report import svg
+from kvzip.eval.report.parts import format_labels, part_label
 from kvzip.eval.report.text import short
 from kvzip.eval.results.bench import BenchRow
 from kvzip.eval.results.demo import CodecResult
@@ -96,10 +97,11 @@ def ladder_svg(ladder: Ladder, name: str = "ladder", size: tuple[int, int] | Non
     """Bits per number, a bar for each rung."""
     style = dict.fromkeys(LEVELS, "s0") | dict.fromkeys(PREDICTED, "s1") | {PROFILE: "s3"}
     rows = [(rung.name, style[rung.name], rung.bits) for rung in ladder.rungs]
-    top = math.ceil(max(rung.bits for rung in ladder.rungs))
+    top = max(1, math.ceil(max(rung.bits for rung in ladder.rungs)))
+    formats = dict.fromkeys(part.dtype for part in ladder.rungs[0].parts)
     every = 2 if top > 8 else 1
     axis = svg.Axis(
-        f"bits per number, ideal ({ladder.dtype})",
+        f"bits per number, ideal ({', '.join(formats)})",
         0,
         top,
         [(i, str(i)) for i in range(0, top + 1, every)],
@@ -116,25 +118,30 @@ def heat_svg(
     name: str = "heat",
     size: tuple[int, int] | None = None,
 ) -> str:
-    """Bits per number by layer and head, keys above values, under one rung (default: the lowest
-    that tells heads apart)."""
-    able = [r for r in ladder.rungs if all(layer.k.heads and layer.v.heads for layer in r.layers)]
+    """Bits per number by layer and head, part below part, keys first, under one rung (default: the
+    lowest that tells heads apart)."""
+    able = [r for r in ladder.rungs if _heads(r) == _heads(ladder.rungs[0])]
     chosen = next(r for r in able if r.name == rung) if rung else min(able, key=lambda r: r.bits)
-    heads = [max(len(getattr(layer, p).heads) for layer in chosen.layers) for p in ("k", "v")]
-    labels = [f"{p.upper()} {h}" for p, n in zip("kv", heads, strict=True) for h in range(n)]
-    empty = min(min(layer.k.heads + layer.v.heads) for layer in chosen.layers)
-    values = [
-        [(getattr(layer, p).heads[h : h + 1] or [empty])[0] for layer in chosen.layers]
-        for p, n in zip("kv", heads, strict=True)
-        for h in range(n)
-    ]
+    found = [{p: bits.heads for p, bits in layer.items()} for layer in chosen.layers]
+    heads = {p.part: max(len(layer.get(p.part, [])) for layer in found) for p in chosen.parts}
+    rows = [(p, h) for p, n in heads.items() for h in range(n)]
+    labels = [f"{part_label(p)} {h}" for p, h in rows]
+    values = [[next(iter(layer.get(p, [])[h : h + 1]), None) for layer in found] for p, h in rows]
     numbers = [str(i) for i in range(len(chosen.layers))]
     size = size or (WIDE, 96 + max(16, min(26, 400 // len(labels))) * len(labels))
     title = f"Bits per number by layer and head: {chosen.name}"
-    spoken = f"{chosen.bits:.2f} on average, {chosen.k:.2f} of keys and {chosen.v:.2f} of values"
+    means = zip(format_labels(chosen.parts), chosen.parts, strict=True)
+    spoken = ", ".join(
+        [f"{chosen.bits:.2f} on average", *(f"{label} {p.bits:.2f}" for label, p in means)]
+    )
     return svg.heat_map(
         name, title, spoken, ("layer", numbers), ("head", labels), values, size=size
     )
+
+
+def _heads(rung: Rung) -> list[int]:
+    """How many heads a rung tells apart in each part of each layer."""
+    return [len(part.heads) for layer in rung.layers for part in layer.values()]
 
 
 def spectrum_svg(

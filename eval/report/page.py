@@ -17,7 +17,6 @@ from typing import Any
 
 import msgspec
 
-from kvzip import dtypes
 from kvzip.choice.cost import GB, MTOK, PrefillModel, fit_prefill
 from kvzip.errors import KVZipError
 from kvzip.eval.frontier.hull import hull
@@ -25,6 +24,7 @@ from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.report import charts, maps
 from kvzip.eval.report.answers import answers, by_base, headline
+from kvzip.eval.report.parts import by_dtype, format_labels, part_label, unpredicted_line
 from kvzip.eval.report.sources import Extras
 from kvzip.eval.report.text import bit_rate, number, scientific, seconds, size, usd
 from kvzip.eval.results.bench import BenchResult, BenchRow, SnapshotIdentity
@@ -78,6 +78,8 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
     )
     environment.filters |= {"usd": usd, "size": size, "seconds": seconds}
     environment.filters |= {"rate": bit_rate, "num": number, "sci": scientific}
+    environment.filters |= {"part": part_label, "format_labels": format_labels}
+    environment.filters |= {"unpredicted": unpredicted_line, "groupby_dtype": by_dtype}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     fit = fit_prefill(result.prefill_points or [(result.tokens, result.prefill_seconds)])
     model = fit.model
@@ -106,7 +108,7 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         ideal=maps.ideal_ratio(result.codecs),
         model=model,
         fit=fit,
-        ladder_width=dtypes.get(extras.ladder.dtype).bits if extras.ladder else 16,
+        ladder_width=extras.ladder.width or 1 if extras.ladder else 1,
         speed_chart=_both(
             lambda name, box: charts.speed_svg(result.codecs, name, box), "speed", 300
         ),

@@ -56,7 +56,7 @@ def standalone(svgs: Sequence[str], headings: Sequence[str] = ()) -> str:
 def ladder_files(ladder: Ladder) -> dict[str, bytes]:
     """All figures of a ladder as SVG files, by file name."""
     found = {"ladder.svg": charts.ladder_svg(ladder)}
-    if any(layer.k.heads or layer.v.heads for rung in ladder.rungs for layer in rung.layers):
+    if any(part.heads for layer in ladder.rungs[0].layers for part in layer.values()):
         found["heat.svg"] = charts.heat_svg(ladder)
     if ladder.spectra:
         found["spectrum.svg"] = charts.spectrum_svg(ladder)

@@ -444,13 +444,14 @@ def heat_map(
     description: str,
     columns: tuple[str, Sequence[str]],
     rows: tuple[str, Sequence[str]],
-    values: Sequence[Sequence[float]],
+    values: Sequence[Sequence[float | None]],
     *,
     size: tuple[int, int],
 ) -> str:
     """A cell for each value of `values` [rows][columns], the darker the higher, and a key to the
-    shades. Each axis is a title and its labels. A cell's title is its value."""
-    low, high = (f(f(row) for row in values) for f in (min, max))
+    shades; None: no cell. Each axis is a title and its labels. A cell's title is its value."""
+    known = [value for row in values for value in row if value is not None]
+    low, high = min(known), max(known)
     x = Axis(
         columns[0], 0, len(columns[1]), [(i + 0.5, t) for i, t in enumerate(columns[1])], False
     )
@@ -471,6 +472,8 @@ def heat_map(
         top = frame.top + i * tall
         parts.append(_text(frame.left - 7, top + tall / 2 + 4, label, "tick", "end"))
         for j, value in enumerate(row):
+            if value is None:
+                continue
             says = f"{rows[0]} {label}, {columns[0]} {columns[1][j]}: {value:.2f}"
             at = frame.left + j * wide
             parts.append(cell(at, top, (max(wide - 1, 0.5), max(tall - 1, 0.5)), value, says))

@@ -45,6 +45,7 @@ class DemoResult(Result, frozen=True, kw_only=True, tag="demo"):
 
     writer = "kvzip demo"
 
+    version: int = 2
     model: Model
     dtype: str
     text: str

@@ -3,15 +3,17 @@ computed on and with."""
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from kvzip.entropy import Ladder, Measure
 from kvzip.errors import KVZipError
-from kvzip.eval.results.base import Result, above_zero
+from kvzip.eval.results.base import Result
 
 
 class FilePlanes(msgspec.Struct, frozen=True):
-    """Bits per number of one snapshot, by field of its numbers."""
+    """Bits per number of one snapshot, by field of its numbers, for each format that it has."""
 
     file: str
     dtype: str
@@ -23,6 +25,7 @@ class EntropyResult(Result, frozen=True, kw_only=True, tag="entropy"):
 
     writer = "kvzip entropy"
 
+    version: int = 2
     files: list[FilePlanes]
     ladder: Ladder
 
@@ -30,5 +33,7 @@ class EntropyResult(Result, frozen=True, kw_only=True, tag="entropy"):
         if not self.ladder.rungs:
             raise KVZipError("there is no figure in it")
         for rung in self.ladder.rungs:
-            for field in ("bits", "k", "v"):
-                above_zero(f"{rung.name}: {field}", getattr(rung, field))
+            figures = {"bits": rung.bits} | {f"bits of {p.part}": p.bits for p in rung.parts}
+            for name, bits in figures.items():
+                if not (math.isfinite(bits) and bits >= 0):  # 0: numbers that are all alike
+                    raise KVZipError(f"{rung.name}: {name} is {bits}; it must be zero or above")

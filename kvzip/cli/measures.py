@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.table import Column, Table
 
 import kvzip
-from kvzip import dtypes, entropy
+from kvzip import entropy
 from kvzip.cli.app import app
 from kvzip.cli.arguments import (
     Json,
@@ -23,10 +23,15 @@ from kvzip.cli.arguments import (
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import bar, emit, say, show_table, steps
 from kvzip.codec_spec import split_specs
+from kvzip.entropy.ladder import PREDICTED, PROFILE
+from kvzip.entropy.tables import LEVELS
 from kvzip.errors import UsageError
 from kvzip.eval.measured_codecs import CODECS_WITHOUT_PROFILE
 from kvzip.files import replacing
 from kvzip.snapshot import Snapshot
+
+_COLUMNS = 4
+"""Parts that a table of the ladder has a column for, at most; of more there is a table."""
 
 if TYPE_CHECKING:
     from kvzip.eval.results.bench import BenchResult
@@ -42,10 +47,11 @@ def entropy_command(
     out: ResultFile = None,
     as_json: Json = False,
 ) -> None:
-    """Bits per number of snapshots, by field of the numbers, layer, head and channel, under models
-    from tables of frequencies to prediction from layer to layer.
+    """Bits per number of snapshots, by part, field of the numbers, layer, head and channel, under
+    models from tables of frequencies to prediction from layer to layer.
 
-    Figures are ideal code lengths. Those of other documents' models are in floating point.
+    Figures are ideal code lengths. Those of other documents' models are in floating point. Keys and
+    values predict each other; other parts (states, latents, scales) only have tables.
 
     Parameters
     ----------
@@ -89,19 +95,36 @@ def entropy_command(
 
 
 def _show_entropy(result: EntropyResult) -> None:
+    from kvzip.eval.report.parts import by_dtype, format_labels, part_label, unpredicted_line
+
     for found in result.files:
         say(f"{found.file} ({found.dtype})")
-        table = Table("field", "bits", "K", "V")
-        for m in found.planes:
-            table.add_row(m.plane, str(m.width), f"{m.k:.3f}", f"{m.v:.3f}")
-        show_table(table)
-    table = Table("model", "learned from", "bits", "K", "V", "ratio", title="ideal code length")
-    width = dtypes.get(result.ladder.dtype).bits
-    for rung in result.ladder.rungs:
-        ratio = f"{width / rung.bits:.3f}" if rung.bits else ""
-        bits = [f"{b:.3f}" for b in (rung.bits, rung.k, rung.v)]
-        table.add_row(rung.name, rung.learned, *bits, ratio)
+        for dtype, planes in by_dtype(found.planes):
+            table = Table(f"field of {dtype}", "bits", *map(part_label, planes[0].parts))
+            for m in planes:
+                table.add_row(m.plane, str(m.width), *(f"{b:.3f}" for b in m.parts.values()))
+            show_table(table)
+    ladder = result.ladder
+    labels = format_labels(ladder.rungs[0].parts)
+    few = len(labels) <= _COLUMNS
+    columns = ("model", "learned from", "bits", *(labels if few else ()), "ratio")
+    table = Table(*columns, title="ideal code length")
+    for rung in ladder.rungs:
+        ratio = f"{ladder.width / rung.bits:.3f}" if rung.bits else ""
+        bits = [f"{p.bits:.3f}" for p in rung.parts] if few else []
+        table.add_row(rung.name, rung.learned, f"{rung.bits:.3f}", *bits, ratio)
     show_table(table)
+    if not few:
+        chosen = (LEVELS[0], LEVELS[-1], PREDICTED[-1], PROFILE)  # all would be too wide
+        shown = [rung for rung in ladder.rungs if rung.name in chosen]
+        names = [rung.name for rung in shown]
+        table = Table("part", "numbers", *names, title="ideal code length by part")
+        for i, label in enumerate(labels):
+            parts = [rung.parts[i] for rung in shown]
+            table.add_row(label, f"{parts[0].numbers:,}", *(f"{p.bits:.3f}" for p in parts))
+        show_table(table)
+    if ladder.unpredicted:
+        say(unpredicted_line(ladder.unpredicted))
 
 
 @app.command

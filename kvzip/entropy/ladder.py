@@ -2,7 +2,8 @@
 
 The first rungs are tables of frequencies; the next need other documents to learn from (`fit`); the
 last is a profile's own model. All rungs look at the same numbers: of the tokens that every layer
-holds, all.
+holds, all, and whatever layers keep that has no tokens. What a rung does not predict, states for
+one, counts with a table for each channel.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from kvzip import dtypes
 from kvzip.entropy import linear, profiled
 from kvzip.entropy.linear import Doubles, Floats, Linear, Moments
+from kvzip.entropy.predicted import obstacle, orders, predicted_layers, unpredicted
 from kvzip.entropy.residual import (
     Density,
     LayerBits,
@@ -25,11 +27,11 @@ from kvzip.entropy.residual import (
     by_channel,
     head_shapes,
     held_layers,
-    orders,
     part_bits,
 )
-from kvzip.entropy.tables import LEVELS, Frequencies
+from kvzip.entropy.tables import LEVELS, Frequencies, Key
 from kvzip.errors import KVZipError, ProfileError, UnsupportedError
+from kvzip.layout import KV
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import (
@@ -37,7 +39,7 @@ from kvzip.statistics.documents import (
     Item,
     Progress,
     check_channels,
-    check_tokens,
+    check_held,
     hold_out,
     inputs_of,
     load,
@@ -59,6 +61,16 @@ SAMPLE = 1536
 """About how many tokens a density is learned from."""
 
 
+class FormatBits(msgspec.Struct, frozen=True):
+    """Bits per number of all parts of one name and format."""
+
+    part: str
+    dtype: str
+    numbers: int
+    """How many numbers they have, in all documents."""
+    bits: float
+
+
 class Rung(msgspec.Struct, frozen=True):
     """One model's ideal code length in bits per number."""
 
@@ -66,8 +78,8 @@ class Rung(msgspec.Struct, frozen=True):
     learned: str
     """What it was learned from: "these documents", "other documents" or "profile"."""
     bits: float
-    k: float
-    v: float
+    """The mean over all numbers."""
+    parts: list[FormatBits]
     layers: list[LayerBits]
 
 
@@ -90,13 +102,19 @@ class Ladder(msgspec.Struct, frozen=True):
     texts: list[str]
     documents: int
     tokens: int
+    """Those that every layer with tokens holds; of states alone, those that they have seen."""
     numbers: int
+    width: float
+    """Bits that a number has as it is stored, the mean over all parts."""
     train_documents: int
     train_tokens: int
     profile: str | None
     rungs: list[Rung]
     spectra: list[Spectrum]
-    """By layer; empty where nothing was learned."""
+    """By layer that is predicted; empty where nothing was learned."""
+    unpredicted: dict[str, list[int]]
+    """What has no prediction in the rungs that are learned from other documents, and the layers
+    that have it: it counts as "by channel" there. Empty where nothing was learned."""
 
 
 class _Rungs:
@@ -121,19 +139,23 @@ _Expected = tuple[Density, Floats, Floats]
 
 
 class Fitted:
-    """What `fit` learned: the layers' models, the documents' frequencies and fingerprints."""
+    """What `fit` learned: the predicted layers' models, the documents' frequencies and
+    fingerprints."""
 
-    def __init__(
-        self, first: Snapshot, layers: list[_Rungs], frequencies: Frequencies, seen: set[bytes]
-    ):
-        self.first, self.layers, self.frequencies, self.seen = first, layers, frequencies, seen
+    def __init__(self, first: Snapshot):
+        self.first = first
+        self.layers: list[_Rungs] = []
+        self.frequencies, self.seen = Frequencies(), set[bytes]()
         self.documents = self.tokens = 0
         self.spectra: list[Spectrum] = []
 
 
 def check_same_model(snapshot: Snapshot, first: Snapshot) -> None:
-    """Raise KVZipError unless both are caches of one model, in one dtype."""
-    shapes = [[head_shapes(layer) for layer in s.layers] for s in (snapshot, first)]
+    """Raise KVZipError unless both are caches of one model, with parts of the same formats."""
+    shapes = [
+        [(i, name, p.size("h"), p.size("d")) for i, name, p in s.layout.parts()]
+        for s in (snapshot, first)
+    ]
     if shapes[0] != shapes[1] or snapshot.origin.model != first.origin.model:
         raise KVZipError(
             f"the snapshots are of different models: {first.origin.model or 'unnamed'} and "
@@ -141,21 +163,34 @@ def check_same_model(snapshot: Snapshot, first: Snapshot) -> None:
         )
     if snapshot.dtype != first.dtype:
         raise KVZipError(f"the snapshots differ in dtype: {first.dtype} and {snapshot.dtype}")
+    for (i, name, part), (*_, other) in zip(
+        snapshot.layout.parts(), first.layout.parts(), strict=True
+    ):
+        if part.dtype != other.dtype:
+            raise KVZipError(
+                f"the snapshots differ in the dtype of layer {i}'s {name}: "
+                f"{other.dtype} and {part.dtype}"
+            )
 
 
 def fingerprint(snapshot: Snapshot) -> bytes:
     """What tells one document from another: its token ids, or a part of its numbers."""
     if snapshot.token_ids is not None:
         return snapshot.token_ids.tobytes()
-    return np.ascontiguousarray(snapshot.layers[0].k[..., -64:, :]).tobytes()
+    for i, name, part in snapshot.layout.parts():
+        if part.numbers:
+            return np.ascontiguousarray(snapshot.layers[i].block(name)[:, :, -64:]).tobytes()
+    return b""
 
 
 def views(snapshot: Snapshot, how: Sequence[ChannelOrder], skip: int = 0) -> list[View]:
-    """The layers, without the first `skip` tokens of the sequence if there are enough others."""
-    layers = held_layers(snapshot)
+    """The layers that are predicted, without the first `skip` tokens of the sequence if there are
+    enough others."""
+    held = held_layers(snapshot)
+    layers = [held[i] for i in predicted_layers(snapshot)]
     found = [View(layer, order, snapshot.dtype) for layer, order in zip(layers, how, strict=True)]
     skip = skip - layers[0].layout.first if layers else 0
-    if skip > 0 and layers[0].k.ndim == 3 and layers[0].k.shape[-2] > 4 * skip:
+    if skip > 0 and layers[0].layout.batch is None and layers[0].layout.stored > 4 * skip:
         return [view.take(slice(skip, None)) for view in found]
     return found
 
@@ -169,17 +204,20 @@ def split(count: int) -> tuple[list[int], list[int]]:
 
 
 def fit(documents: Sequence[Item], progress: Progress | None = None) -> Fitted:
-    """Learn all rungs from documents of one model. One document is in memory at a time."""
+    """Learn all rungs from documents of one model: the regressions for the layers that
+    :func:`kvzip.entropy.predicted.predicted_layers` finds, tables for all. One document is in
+    memory at a time."""
     if not documents:
         raise KVZipError("there is no document to learn from")
     first = load(documents[0])
-    check_tokens(first)
-    if dtypes.get(first.dtype).bits > 32:
+    check_held(first)
+    how = orders(first)
+    count = len(how)
+    if how and dtypes.get(first.dtype).bits > 32:
         raise UnsupportedError(f"numbers of {first.dtype} are not predicted: only of up to 32 bits")
-    how, count = orders(first), len(first.layers)
     learning, calibrating = split(len(documents))
     moments = Moments.of_layers(count)
-    fitted = Fitted(first, [], Frequencies(first.dtype), set())
+    fitted = Fitted(first)
 
     def tell(what: str, done: int, total: int) -> None:
         if progress is not None:
@@ -188,15 +226,17 @@ def fit(documents: Sequence[Item], progress: Progress | None = None) -> Fitted:
     for done, i in enumerate(sorted({*learning, *calibrating})):
         snapshot = load(documents[i])
         check_same_model(snapshot, first)
-        check_tokens(snapshot)
+        check_held(snapshot)
         fitted.frequencies.add(held_layers(snapshot))
         fitted.seen.add(fingerprint(snapshot))
         fitted.documents += 1
         fitted.tokens += snapshot.tokens
-        if i in learning:
+        if how and i in learning:
             found = views(snapshot, how, SINK_TOKENS)
             moments.add({n: view.y for n, view in enumerate(found)})
         tell("regressions", done + 1, len(documents))
+    if not how:
+        return fitted
     bases = [linear.regress(moments, inputs_of(n), n) for n in range(count)]
     means = [linear.constant(moments, n) for n in range(count)]
     left = Moments((n, n) for n in range(count))
@@ -258,7 +298,7 @@ def measure(
         snapshot = load(document)
         check_same_model(snapshot, first)
         if fitted is not None or profile is not None:
-            check_tokens(snapshot)
+            check_held(snapshot)
         if fitted is not None and fingerprint(snapshot) in fitted.seen:
             raise KVZipError(
                 f"document {done} to measure is among those to learn from: take others"
@@ -274,12 +314,14 @@ def measure(
         texts=texts,
         documents=len(documents),
         tokens=sums.tokens,
-        numbers=sums.tokens * sum(h * d for shape in sums.shapes for h, d in shape),
+        numbers=sum(sums.frequencies.numbers().values()),
+        width=sums.width(),
         train_documents=0 if fitted is None else fitted.documents,
         train_tokens=0 if fitted is None else fitted.tokens,
         profile=None if profile is None else profile.id,
         rungs=sums.rungs(),
         spectra=[] if fitted is None else fitted.spectra,
+        unpredicted={} if fitted is None else unpredicted(first),
     )
 
 
@@ -287,25 +329,32 @@ class _Sums:
     """Documents' code lengths under every model, added up."""
 
     def __init__(self, first: Snapshot, fitted: Fitted | None, profile: Profile | None):
-        self.fitted, self.profile = fitted, profile
-        self.orders, self.shapes = orders(first), [head_shapes(layer) for layer in first.layers]
-        self.frequencies = Frequencies(first.dtype)
-        widths = [width(layer) for layer in first.layout.layers]
+        self.fitted, self.profile, self.orders = fitted, profile, orders(first)
+        layers = first.layout.layers
+        self.predicted_layers, self.count = predicted_layers(first), len(layers)
+        self.frequencies = Frequencies()
+        widths = [width(layers[i]) for i in self.predicted_layers]
+        self.shapes = [head_shapes(layers[i]) for i in self.predicted_layers]
         self.predicted: dict[str, list[Doubles]] = {
-            name: [np.zeros(n) for n in widths] for name in PREDICTED if fitted is not None
+            name: [np.zeros(n) for n in widths] for name in PREDICTED if fitted and widths
         }
         """Bits of each channel, by rung and layer."""
-        self.integers = np.zeros((len(widths), 2))
+        self.integers = np.zeros((self.count, 2))
         """Bits of each layer's keys and values with the profile."""
         self.tokens = 0
+        others = next((i for i, s in enumerate(layers) if i not in self.predicted_layers), None)
+        if profile is not None and others is not None:
+            raise ProfileError(
+                "the profile is of another model: a profile predicts keys and values of every "
+                f"layer, and layer {others} has {obstacle(layers[others], first.dtype)}"
+            )
 
     def add(self, snapshot: Snapshot) -> None:
         """Add one document. Raises ProfileError when the profile is of another model."""
         layers = held_layers(snapshot)
         self.frequencies.add(layers)
-        if layers:
-            k = layers[0].k
-            self.tokens += k.shape[-2] * (1 if k.ndim == 3 else len(k))
+        timed = (s.layout.stored for s in layers if s.layout.counts_tokens and s.layout.stored)
+        self.tokens += next(timed, _seen(snapshot)) * (snapshot.layout.batch or 1)
         if self.fitted is not None:
             found = views(snapshot, self.orders)
             vectors = {n: view.y for n, view in enumerate(found)}
@@ -319,28 +368,63 @@ class _Sums:
                 raise ProfileError("the profile is of another model")
             self.integers += spent
 
+    def width(self) -> float:
+        """Bits that a number has, the mean over all numbers."""
+        numbers, forms = self.frequencies.numbers(), self.frequencies.forms
+        stored = sum(forms[key].bits * count for key, count in numbers.items())
+        return stored / max(sum(numbers.values()), 1)
+
     def rungs(self) -> list[Rung]:
         """All rungs, from the simplest model up."""
         learned = None if self.fitted is None else self.fitted.frequencies
         source = "these documents" if learned is None else "other documents"
         found = []
         tables = self.frequencies.code_lengths(learned)
+        layers: list[LayerBits] = []
         for level in LEVELS:
-            layers = [
-                LayerBits(part_bits(tables[level][n, "k"]), part_bits(tables[level][n, "v"]))
-                for n in range(len(self.shapes))
-            ]
-            found.append(_rung(level, source, layers, self.shapes))
-        for name, totals in self.predicted.items():
-            layers = [
+            layers = [{} for _ in range(self.count)]
+            for n, name in self.frequencies.forms:
+                layers[n][name] = part_bits(tables[level][n, name])
+            found.append(self._rung(level, source, layers))
+        for rung, totals in self.predicted.items():
+            kv = [
                 by_channel(total / max(self.tokens, 1), order, shapes)
                 for total, order, shapes in zip(totals, self.orders, self.shapes, strict=True)
             ]
-            found.append(_rung(name, source, layers, self.shapes))
+            found.append(self._rung(rung, source, self._with(kv, layers)))
         if self.profile is not None:
-            layers = _together(self.integers, self.shapes, self.tokens)
-            found.append(_rung(PROFILE, "profile", layers, self.shapes))
+            kv = _together(self.integers, self.shapes, self.tokens)
+            found.append(self._rung(PROFILE, "profile", self._with(kv, layers)))
         return found
+
+    def _with(self, kv: Sequence[LayerBits], others: Sequence[LayerBits]) -> list[LayerBits]:
+        """All layers' bits: the predicted ones' keys and values, and of all else those of tables
+        for each channel."""
+        layers = [dict(layer) for layer in others]
+        for n, predicted in zip(self.predicted_layers, kv, strict=True):
+            layers[n] |= predicted
+        return layers
+
+    def _rung(self, name: str, learned: str, layers: list[LayerBits]) -> Rung:
+        """A rung with its means: over all numbers, and over those of each part's name and
+        format."""
+        groups: dict[tuple[str, str], list[Key]] = {}
+        for key, form in self.frequencies.forms.items():
+            groups.setdefault((key[1], form.name), []).append(key)
+        numbers = self.frequencies.numbers()
+        parts = []
+        for (part, dtype), keys in groups.items():
+            count = sum(numbers[key] for key in keys)
+            spent = sum(layers[n][part].bits * numbers[n, part] for n, _ in keys)
+            parts.append(FormatBits(part, dtype, count, spent / max(count, 1)))
+        bits = sum(p.bits * p.numbers for p in parts) / max(sum(p.numbers for p in parts), 1)
+        return Rung(name, learned, bits, parts, layers)
+
+
+def _seen(snapshot: Snapshot) -> int:
+    """How many tokens a cache of states alone has seen; 0 where a layer has an axis of tokens."""
+    timed = any(s.kind != "state" and s.parts for s in snapshot.layout.layers if s.counts_tokens)
+    return 0 if timed else snapshot.tokens
 
 
 def _together(
@@ -348,25 +432,9 @@ def _together(
 ) -> list[LayerBits]:
     """The bits of each layer's keys and values, where single channels are not told apart."""
     return [
-        LayerBits(
-            *(
-                PartBits(float(bits) / max(tokens * heads * dim, 1), [], [])
-                for bits, (heads, dim) in zip(row, shape, strict=True)
-            )
-        )
+        {
+            name: PartBits(float(bits) / max(tokens * heads * dim, 1), [], [])
+            for name, bits, (heads, dim) in zip(KV, row, shape, strict=True)
+        }
         for row, shape in zip(spent, shapes, strict=True)
     ]
-
-
-def _rung(
-    name: str,
-    learned: str,
-    layers: list[LayerBits],
-    shapes: Sequence[Sequence[tuple[int, int]]],
-) -> Rung:
-    """A rung with the means over all layers; `shapes`: (heads, dim) of keys and of values."""
-    sizes = np.array([[h * d for h, d in shape] for shape in shapes], np.float64)
-    bits = np.array([[layer.k.bits, layer.v.bits] for layer in layers])
-    spent, numbers = (bits * sizes).sum(axis=0), np.maximum(sizes.sum(axis=0), 1)
-    k, v = spent / numbers
-    return Rung(name, learned, float(spent.sum() / numbers.sum()), float(k), float(v), layers)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.entropy.linear import ADDED, Doubles, Floats
-from kvzip.layout import KV, Origin
+from kvzip.layout import KV, LayerLayout
 from kvzip.snapshot import Layer, Snapshot
 from kvzip.statistics import densities, gaussian
 from kvzip.statistics.rope import ChannelOrder
@@ -69,21 +69,25 @@ class View:
         return densities.edges(self.bits, self.dtype)
 
 
-def orders(snapshot: Snapshot) -> list[ChannelOrder]:
-    """The coding order of each layer."""
-    origin: Origin = snapshot.origin
-    return [ChannelOrder(layer, origin, snapshot.dtype) for layer in snapshot.layout.layers]
-
-
 def held_layers(snapshot: Snapshot) -> list[Layer]:
-    """The layers cut to the last tokens of the sequence, those that every layer holds."""
-    first = max(layer.layout.first for layer in snapshot.layers)
-    found = []
-    for layer in snapshot.layers:
-        skip = first - layer.layout.first
-        layout = layer.layout.cut(first, layer.layout.cumulative_length)
-        found.append(Layer.of_kv(layer.k[..., skip:, :], layer.v[..., skip:, :], layout))
-    return found
+    """The layers cut to the last tokens of the sequence, those that every layer with tokens holds.
+    What has no tokens of the sequence is whole: states, constants, an encoder's keys."""
+    timed = [s for s in snapshot.layout.layers if s.counts_tokens and s.stored]
+    first = max((layout.first for layout in timed), default=0)
+    return [_cut(layer, first) for layer in snapshot.layers]
+
+
+def _cut(layer: Layer, first: int) -> Layer:
+    """The layer without its tokens before position `first`."""
+    held = layer.layout
+    skip = first - held.first
+    if not held.counts_tokens or not held.stored or skip <= 0:
+        return layer
+    layout, found = held.cut(first, held.cumulative_length), {}
+    for name, part in held.parts.items():
+        kept = layer.block(name)[:, :, skip if part.tokens is not None else 0 :]
+        found[name] = part.from_block(kept)
+    return Layer(found, layout)
 
 
 class Within:
@@ -175,7 +179,7 @@ class Density:
 
 
 class PartBits(msgspec.Struct, frozen=True):
-    """Bits per number of one layer's keys or values."""
+    """Bits per number of one layer's keys, values or other part."""
 
     bits: float
     heads: list[float]
@@ -183,11 +187,8 @@ class PartBits(msgspec.Struct, frozen=True):
     """[heads][dim]; empty where a model tells them only together."""
 
 
-class LayerBits(msgspec.Struct, frozen=True):
-    """Bits per number of one layer's keys and values."""
-
-    k: PartBits
-    v: PartBits
+LayerBits = dict[str, PartBits]
+"""Bits per number of one layer, by the names of its parts."""
 
 
 def by_channel(
@@ -196,10 +197,8 @@ def by_channel(
     """Mean bits of channels in coding order, [channels], as heads x dim of keys and of values."""
     keys = np.empty(order.keys)
     keys[order.order[: order.keys]] = mean[: order.keys]
-    parts = [
-        part_bits(m.reshape(s)) for m, s in zip((keys, mean[order.keys :]), shapes, strict=True)
-    ]
-    return LayerBits(*parts)
+    means = (keys, mean[order.keys :])
+    return {name: part_bits(m.reshape(s)) for name, m, s in zip(KV, means, shapes, strict=True)}
 
 
 def part_bits(mean: NDArray[np.floating]) -> PartBits:
@@ -209,6 +208,6 @@ def part_bits(mean: NDArray[np.floating]) -> PartBits:
     return PartBits(float(mean.mean()) if mean.size else 0.0, heads, rounded.tolist())
 
 
-def head_shapes(layer: Layer) -> list[tuple[int, int]]:
+def head_shapes(layer: LayerLayout) -> list[tuple[int, int]]:
     """(heads, dim) of keys and of values."""
-    return [(part.size("h"), part.size("d")) for part in map(layer.layout.part, KV)]
+    return [(part.size("h"), part.size("d")) for part in map(layer.part, KV)]

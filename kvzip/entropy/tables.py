@@ -15,18 +15,22 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.dtypes import Bits
-from kvzip.layout import KV
 from kvzip.snapshot import Layer, Snapshot
+
+Key = tuple[int, str]
+"""A part of a layer: the layer's number, the part's name."""
 
 
 class Measure(msgspec.Struct, frozen=True):
-    """Bits per number of one field of the numbers, for keys and for values."""
+    """Bits per number of one field of the numbers of one format, for each part that has some."""
 
     plane: str
+    dtype: str
+    """The format that has the field."""
     width: int
     """Bits that the field has."""
-    k: float
-    v: float
+    parts: dict[str, float]
+    """By the part's name ("k", "v", ...): all layers that have it in this format."""
 
 
 def entropy(counts: NDArray[Any]) -> float:
@@ -49,9 +53,9 @@ def _log2(x: NDArray[Any]) -> NDArray[Any]:
 
 def channel_counts(part: Bits, dtype: str) -> NDArray[Any]:
     """How often each sign and exponent, or each number that is no float, occurs in each channel of
-    one layer's keys or values.
+    one layer's keys, values or other part.
 
-    `part`: [heads, tokens, dim] or a batch of it. Returns int64 [heads, dim, symbols].
+    `part`: [heads, tokens or rows, dim] or a batch of it. Returns int64 [heads, dim, symbols].
     """
     return _by_channel(dtypes.sign_exponent(part, dtype), dtypes.get(dtype).symbols)
 
@@ -82,22 +86,29 @@ def _unseen(form: dtypes.DType) -> int:
 def planes(snapshot: Snapshot) -> list[Measure]:
     """Entropy of the fields of numbers, of all numbers alike and of each channel apart: of floats
     their sign, exponent and mantissa; of other numbers, which have 8 bits, the halves of the byte
-    and the byte."""
-    form = dtypes.get(snapshot.dtype)
-    kind = _Floats if form.is_float else _Bytes
-    tallies = {part: kind(form) for part in KV}
-    for layer in snapshot.layers:
-        for part in KV:
-            tallies[part].add(layer.part(part), snapshot.dtype)
-    bits: dict[str, list[float]] = {part: tallies[part].bits() for part in KV}
-    return [
-        Measure(name, width, bits["k"][i], bits["v"][i])
-        for i, (name, width) in enumerate(kind.fields(form))
-    ]
+    and the byte.
+
+    Parts of one name and format are taken together, whichever layers they are of. Gives the fields
+    of each format, in the order in which the snapshot has them.
+    """
+    tallies: dict[dtypes.DType, dict[str, _Tally]] = {}
+    for i, name, part in snapshot.layout.parts():
+        kind = _Floats if part.form.is_float else _Bytes
+        found = tallies.setdefault(part.form, {}).setdefault(name, kind(part.form))
+        found.add(snapshot.layers[i].block(name), part.dtype)
+    measures = []
+    for form, by_name in tallies.items():
+        bits = {name: tally.bits() for name, tally in by_name.items()}
+        fields = next(iter(by_name.values())).fields(form)
+        measures += [
+            Measure(plane, form.name, width, {name: found[i] for name, found in bits.items()})
+            for i, (plane, width) in enumerate(fields)
+        ]
+    return measures
 
 
 class _Tally:
-    """Counts of one part over layers."""
+    """Counts of the parts of one name and format, over layers."""
 
     def __init__(self, symbols: int):
         self.values = np.zeros(symbols, np.int64)
@@ -109,7 +120,7 @@ class _Tally:
         raise NotImplementedError
 
     def add(self, part: Bits, dtype: str) -> None:
-        """Count one layer's numbers."""
+        """Count one layer's numbers, in the shape of blocks."""
         counts = channel_counts(part, dtype)
         self.values += counts.sum(axis=(0, 1))
         self._apart.append((entropy(counts), part.size))
@@ -176,44 +187,46 @@ class _Bytes(_Tally):
 # --- tables by level -----------------------------------------------------------------------------
 
 LEVELS = ("all numbers alike", "by layer", "by head", "by channel")
-"""Which numbers share a table of sign and exponent; keys and values never do."""
+"""Which numbers share a table of sign and exponent; parts of unequal name or format never do."""
 _PARENT = 8.0  # numbers of the level above that stand behind each table
 
 
 class Frequencies:
-    """How often signs and exponents occur in each channel of each layer, and mantissas in each
-    layer. Of formats of 8 bits, the whole number is counted in place of sign and exponent."""
+    """How often signs and exponents occur in each channel of each layer's parts, and mantissas in
+    each part. Of formats of 8 bits, the whole number is counted in place of sign and exponent."""
 
-    def __init__(self, dtype: str):
-        self.form = dtypes.get(dtype)
-        self.values: dict[tuple[int, str], NDArray[Any]] = {}
+    def __init__(self) -> None:
+        self.forms: dict[Key, dtypes.DType] = {}
+        self.values: dict[Key, NDArray[Any]] = {}
         """[heads, dim, symbols]"""
-        self.mantissas: dict[tuple[int, str], NDArray[Any]] = {}
+        self.mantissas: dict[Key, NDArray[Any]] = {}
 
     def add(self, layers: Sequence[Layer]) -> None:
         """Count the numbers of one document."""
-        name = self.form.name
         for i, layer in enumerate(layers):
-            for part in KV:
-                bits = layer.part(part)
-                if self.form.bits == 8:
+            for name, part in layer.layout.parts.items():
+                key, form, bits = (i, name), part.form, layer.block(name)
+                if form.bits == 8:
                     found, fine = _by_channel(bits, 256), np.full(1, bits.size)
                 else:
-                    found, fine = channel_counts(bits, name), _mantissas(bits, name)
-                self.values[i, part] = self.values.get((i, part), 0) + found
-                self.mantissas[i, part] = self.mantissas.get((i, part), 0) + fine
+                    found, fine = channel_counts(bits, form.name), _mantissas(bits, form.name)
+                self.forms[key] = form
+                # States have many channels: counts of 64 bits would take twice the memory.
+                self.values[key] = self.values.get(key, 0) + found.astype(np.uint32)
+                self.mantissas[key] = self.mantissas.get(key, 0) + fine
+
+    def numbers(self) -> dict[Key, int]:
+        """How many numbers were counted of each layer's parts."""
+        return {key: int(counts.sum()) for key, counts in self.values.items()}
 
     def code_lengths(
         self, learned: Frequencies | None = None
-    ) -> dict[str, dict[tuple[int, str], NDArray[Any]]]:
+    ) -> dict[str, dict[Key, NDArray[Any]]]:
         """Mean bits of each channel's numbers [heads, dim], by level, layer and part, with tables
         of these frequencies or of `learned` ones. The mantissa always has one table."""
-        found: dict[str, dict[tuple[int, str], NDArray[Any]]] = {level: {} for level in LEVELS}
-        for part in KV:
-            keys = [key for key in self.values if key[1] == part]
-            source = learned or self
-            if not keys:
-                continue
+        found: dict[str, dict[Key, NDArray[Any]]] = {level: {} for level in LEVELS}
+        source = learned or self
+        for keys in self._alike():
             every = np.sum([source.values[key].sum(axis=(0, 1)) for key in keys], axis=0)
             mantissas = np.sum([source.mantissas[key] for key in keys], axis=0)
             fine = _shares(mantissas, None, learned is not None)
@@ -221,7 +234,7 @@ class Frequencies:
                 counts, known = self.values[key], source.values[key]
                 numbers = np.maximum(counts.sum(axis=-1), 1)
                 mantissa = -(self.mantissas[key] * _log2(fine)).sum() / max(counts.sum(), 1)
-                mantissa += _unseen(self.form)
+                mantissa += _unseen(self.forms[key])
                 table = _shares(every, None, learned is not None)
                 levels = (every, known.sum(axis=(0, 1)), known.sum(axis=1)[:, None], known)
                 for level, seen in zip(LEVELS, levels, strict=True):
@@ -229,6 +242,13 @@ class Frequencies:
                         table = _shares(seen, table, learned is not None)
                     found[level][key] = mantissa - (counts * _log2(table)).sum(axis=-1) / numbers
         return found
+
+    def _alike(self) -> list[list[Key]]:
+        """The parts of one name and format, all layers' together."""
+        groups: dict[tuple[str, dtypes.DType], list[Key]] = {}
+        for key, form in self.forms.items():
+            groups.setdefault((key[1], form), []).append(key)
+        return list(groups.values())
 
 
 def _shares(counts: NDArray[Any], parent: NDArray[Any] | None, smooth: bool) -> NDArray[Any]:

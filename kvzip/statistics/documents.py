@@ -45,6 +45,14 @@ def check_channels(snapshot: Snapshot) -> None:
         raise ProfileError(f"the snapshot has {count} layers and no channels: it holds no numbers")
 
 
+def check_held(snapshot: Snapshot) -> None:
+    """Raise ProfileError for a document without channels, or with a layer for tokens that holds
+    none."""
+    check_channels(snapshot)
+    if any(part.tokens == 0 for _, _, part in snapshot.layout.parts()):
+        raise ProfileError("the snapshots hold no tokens to learn from: every layer must have some")
+
+
 def check_kinds(snapshot: Snapshot) -> None:
     """Raise UnsupportedError for a document with layers that are not keys and values of its tokens:
     from them nothing is predicted."""
@@ -59,10 +67,8 @@ def check_kinds(snapshot: Snapshot) -> None:
 def check_tokens(snapshot: Snapshot) -> None:
     """Raise ProfileError for a document of which no token is held by every layer: nothing can be
     predicted from one layer to the next."""
-    check_channels(snapshot)
+    check_held(snapshot)
     check_kinds(snapshot)
-    if not min(layer.stored for layer in snapshot.layout.layers):
-        raise ProfileError("the snapshots hold no tokens to learn from: every layer must have some")
 
 
 def inputs_of(layer: int) -> list[int]:

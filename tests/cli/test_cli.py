@@ -53,9 +53,9 @@ def test_entropy_is_that_of_the_numbers(tmp_path, capsys, snapshot):
     planes = {p["plane"]: p for p in found["files"][0]["planes"]}
     signs = np.concatenate([(layer.k >> 15).ravel() for layer in snapshot.layers])
     p = signs.mean()
-    assert planes["sign"]["k"] == pytest.approx(-p * np.log2(p) - (1 - p) * np.log2(1 - p))
-    apart = planes["sign and exponent, each channel apart"]
-    assert apart["k"] < planes["sign and exponent"]["k"] < 9
+    assert planes["sign"]["parts"]["k"] == pytest.approx(-p * np.log2(p) - (1 - p) * np.log2(1 - p))
+    apart, alike = planes["sign and exponent, each channel apart"], planes["sign and exponent"]
+    assert apart["parts"]["k"] < alike["parts"]["k"] < 9
 
 
 def test_the_paper(capsys):

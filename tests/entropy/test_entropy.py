@@ -98,14 +98,14 @@ def test_the_fields_of_every_format(dtype):
     for field in fields:
         # What has few values is seen often enough to tell that they are alike.
         least = 0.99 * field.width if field.width <= 6 else 0.75 * min(field.width, 12)
-        for bits in (field.k, field.v):
+        for bits in field.parts.values():
             assert least < bits <= field.width
-    found = {field.plane: field.k for field in fields}
+    found = {field.plane: field.parts["k"] for field in fields}
     form = dtypes.get(dtype)
     if form.is_float:
         assert {"sign", "exponent", "mantissa"} <= {*found}
         real = entropy.planes(make_snapshot(cache_like, 1, dtype, layers=1, tokens=2000))
-        real = {field.plane: field.k for field in real}
+        real = {field.plane: field.parts["k"] for field in real}
         assert real["sign and exponent, each channel apart"] < real["sign and exponent"] - 0.5
     else:
         assert [*found] == [
@@ -117,7 +117,7 @@ def test_the_fields_of_every_format(dtype):
         # Two numbers of four bits in a byte, of which one is always the same.
         packed = np.arange(64, dtype=np.uint8).reshape(1, 16, 4) % 8 << 4 | 5
         upper, lower, byte, _ = entropy.planes(Snapshot.from_arrays([(packed, packed)], dtype))
-        assert (upper.k, lower.k, byte.k) == (3, 0, 3)
+        assert [field.parts["k"] for field in (upper, lower, byte)] == [3, 0, 3]
 
 
 def test_numbers_of_64_bits_are_counted_and_not_predicted():
@@ -141,9 +141,11 @@ def test_the_rungs_fall(fitted, unseen):
     # Energy has nothing to tell in a random model's cache; it costs little.
     assert bits["and token energy"] < bits["and channels before"] + 0.05
     for rung in ladder.rungs:
-        assert rung.bits == pytest.approx((rung.k + rung.v) / 2)
+        assert [part.part for part in rung.parts] == ["k", "v"]
+        assert rung.bits == pytest.approx(sum(part.bits for part in rung.parts) / 2)
         for layer in rung.layers:
-            for part in (layer.k, layer.v):
+            assert list(layer) == ["k", "v"]
+            for part in layer.values():
                 assert np.shape(part.channels) == (HEADS, DIM)
                 assert np.mean(part.channels) == pytest.approx(part.bits, abs=1e-3)
                 assert np.mean(part.channels, axis=1) == pytest.approx(part.heads, abs=1e-3)

@@ -8,13 +8,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from container.test_parts import every_kind
 from report_page import Opened, result
 
 from kvzip import entropy
 from kvzip.choice.auto import MEASURED
 from kvzip.errors import KVZipError
 from kvzip.eval.report.page import write_report
-from kvzip.eval.report.sources import read
+from kvzip.eval.report.sources import Extras, read
 from kvzip.eval.results import frontier
 from kvzip.eval.results.entropy import EntropyResult
 from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
@@ -70,6 +71,13 @@ FRONTIER: dict[str, Any] = msgspec.to_builtins(
         runs=[frontier.Run(dtype="bf16", cast_from=None, points=POINTS, steps=[])],
     )
 )
+
+
+def rung(name: str, learned: str, bits: float, **parts: float) -> entropy.Rung:
+    found = [entropy.FormatBits(part, "bf16", 2048 * 5760, b) for part, b in parts.items()]
+    return entropy.Rung(name, learned, bits, found, [])
+
+
 ENTROPY: dict[str, Any] = msgspec.to_builtins(
     EntropyResult(
         command="kvzip entropy",
@@ -85,14 +93,16 @@ ENTROPY: dict[str, Any] = msgspec.to_builtins(
             documents=1,
             tokens=2048,
             numbers=2048 * 11520,
+            width=16.0,
             train_documents=2,
             train_tokens=4096,
             profile=None,
             rungs=[
-                entropy.Rung("one table", "nothing", 11.0, 10.9, 11.1, []),
-                entropy.Rung("linear", "other documents", 7.5, 7.2, 7.8, []),
+                rung("one table", "nothing", 11.0, k=10.9, v=11.1),
+                rung("linear", "other documents", 7.5, k=7.2, v=7.8),
             ],
             spectra=[],
+            unpredicted={},
         ),
     )
 )
@@ -174,6 +184,21 @@ def test_stored_results_become_sections(browser: Any, stored: list[Path], tmp_pa
     for width in (390, 1200):
         sized = Opened(browser, tmp_path / "all.html", viewport={"width": width, "height": 800})
         assert sized.overflow() <= 0, width
+
+
+def test_every_part_of_a_cache_has_its_columns(browser: Any, tmp_path: Path) -> None:
+    """Latents, states and scales beside keys and values, in several formats."""
+    first, *others = (every_kind(seed=seed) for seed in range(4))
+    planes = msgspec.to_builtins(entropy.planes(first))
+    ladder = entropy.measure([first], entropy.fit(others))
+    page = write_report(result(planes=planes), tmp_path / "a.html", Extras(ladder=ladder))
+    for width in (390, 1200):
+        opened = Opened(browser, page, viewport={"width": width, "height": 800})
+        assert opened.overflow() <= 0 and opened.messages == []
+    text = opened.page.locator("main").inner_text()
+    for wanted in ("Entropy in bits per fp32 number", "K fp8_e4m3fn", "k_rope bf16"):
+        assert wanted in text, wanted
+    assert "layer 3: conv, recurrent in place of keys and values" in text
 
 
 def test_the_command_draws_from_stored_results(
