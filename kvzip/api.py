@@ -86,6 +86,8 @@ def write(
     Memory is bounded by a few layers. `progress` is called with raw bytes as they are done.
     """
     writer = _writer(snapshot, codec, profile, block_tokens, store_token_ids, grids)
+    if progress is not None and not callable(progress):
+        raise UsageError(f"progress is {progress!r}: it must be a function of a number of bytes")
     with replacing(path) as file:
         return writer.write(file, threads, progress)
 

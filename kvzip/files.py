@@ -47,6 +47,21 @@ _swept: set[tuple[int, int]] = set()
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
+def name_of(path: AnyPath) -> str:
+    """A path as a str. Raises UsageError for what no file can be called."""
+    try:
+        name = os.fsdecode(path)
+        os.fsencode(name)
+    except TypeError:
+        kind = type(path).__name__
+        raise UsageError(f"a {kind} is no path: give a str, bytes or a path") from None
+    except UnicodeError as error:
+        raise UsageError(f"{path!r} is no path: {error}") from None
+    if "\0" in name:
+        raise UsageError(f"{name!r} is no path: it has a zero byte")
+    return name
+
+
 # --- writing -------------------------------------------------------------------------------
 
 
@@ -69,7 +84,7 @@ def replacing(
     `durable`: return when a power cut cannot undo it. `scratch`: a folder of the same file system
     for what is unfinished. Raises OSError, which names the path.
     """
-    name = os.fsdecode(path)
+    name = name_of(path)
     with _naming(name):
         found = _status(name)
         if (found is not None and not stat.S_ISREG(found.st_mode)) or _stream(name) is not None:
@@ -110,7 +125,7 @@ def check_output(path: AnyPath, inputs: Iterable[AnyPath]) -> None:
         except (OSError, ValueError):
             continue
         if same:
-            name = os.fsdecode(path)
+            name = name_of(path)
             raise UsageError(f"{name} is an input: writing the output there would replace it")
 
 
@@ -403,7 +418,7 @@ def reading(path: AnyPath) -> IO[bytes]:
     Raises OSError, which names the path.
     """
     global _standard_input
-    name = os.fsdecode(path)
+    name = name_of(path)
     with _naming(name):
         number = _stream(name)
         if number == 0 and _standard_input is not None:

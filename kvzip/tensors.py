@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.errors import CorruptError, FormatError, StoreError
-from kvzip.files import AnyPath, reading
+from kvzip.files import AnyPath, name_of, reading
 
 _MAX_HEADER = 100_000_000
 """What the library `safetensors` reads at most."""
@@ -40,7 +40,7 @@ class TensorFile:
     """
 
     def __init__(self, path: AnyPath, mapped: bool = False):
-        self.name = os.fsdecode(path)
+        self.name = name_of(path)
         with reading(path) as file:
             self._handle = os.dup(file.fileno())
         # Not a file object: Python warns of one that is left to the collector.

@@ -14,7 +14,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, UsageError
+from kvzip.files import name_of
 from kvzip.identity.digests import sha256_of_files
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
@@ -45,7 +46,7 @@ def checkpoint_fingerprint(
 
     Raises KVZipError when there is nothing to read.
     """
-    path = Path(ref).expanduser()
+    path = _at_home(ref)
     if path.is_file():
         return _of_file(path)
     folder = checkpoint_folder(ref, commit)
@@ -60,9 +61,18 @@ def checkpoint_fingerprint(
     return "sha256:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def _at_home(ref: str | os.PathLike[str]) -> Path:
+    """A path in which ``~`` is a home folder. Raises UsageError for what is no path."""
+    path = Path(name_of(ref))
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
 def checkpoint_folder(ref: str | os.PathLike[str], commit: str | None = None) -> Path | None:
     """The folder of a checkpoint: itself, or where the hub's files were downloaded to."""
-    path = Path(ref).expanduser()
+    path = _at_home(ref)
     if path.is_dir():
         return path
     name = os.fspath(ref)

@@ -25,6 +25,7 @@ from kvzip.load.matching import (
     agreed,
     check_config,
     check_held,
+    check_model,
     check_options,
     device_of,
     finder,
@@ -132,6 +133,7 @@ def load_batch_or_prefill(
     show which one is wrong. Each failure is logged as one warning ("kvzip.load"), which says whose
     document it is. A store that does not answer is not asked again for the rest of the batch.
     """
+    check_model(model)
     check_options(threads=threads, profile=profile, name=name, revision=revision)
     sources = [source] * len(prompts) if isinstance(source, Store) else source
     padded = _Prompts(prompts, sources)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.layout import Kind
 from kvzip.load.held import has_nothing, has_states, kind_of
 
@@ -116,6 +116,8 @@ _FULL_LAYERS_UNROTATED = ("cohere2", "exaone4", "exaone_moe", "flint", "kolibri1
 
 def layers_of(config: PretrainedConfig) -> tuple[list[LayerKind], tuple[dict[str, Any], ...]]:
     """What :func:`layer_kinds` and :func:`rope_parameters` give."""
+    if not hasattr(config, "get_text_config"):
+        raise UsageError(f"a {type(config).__name__} is no config of a model: give model.config")
     text = config.get_text_config(decoder=True)
     if (why := UNHANDLED.get(text.model_type)) is not None:
         raise UnsupportedError(f"a {text.model_type} model's cache cannot be kept: {why}")

@@ -37,6 +37,7 @@ from kvzip.load.matching import (
     check_encoder,
     check_encoder_given,
     check_held,
+    check_model,
     check_options,
     device_of,
     finder,
@@ -184,6 +185,7 @@ def load_or_prefill(
     ids than `prompt` that are fed, and arguments that make no sense (UsageError).
     """
     ids = ids_of(prompt, "prompt")
+    check_model(model)
     check_options(tokens, threads, prefill_chunk_size, profile, name=name, revision=revision)
     check_text_only(model.config, ids, type(model).__name__)
     source_ids = None if encoder_ids is None else ids_of(encoder_ids, "encoder_ids")

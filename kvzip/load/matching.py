@@ -44,6 +44,15 @@ def ids_of(ids: ArrayLike | torch.Tensor, name: str) -> Ids:
     return found
 
 
+def check_model(model: object) -> None:
+    """Raise UsageError for what has no config of its own, and so is no model of transformers."""
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise UsageError(
+            f"a {type(model).__name__} is no model of transformers: give the model itself, not "
+            "its config or what wraps it"
+        )
+
+
 def check_options(
     tokens: int | None = None,
     threads: int = 0,

@@ -1,0 +1,61 @@
+"""What public functions are given that is no path, file, function or model is a UsageError."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from support import make_snapshot, random_bits
+
+import kvzip
+from kvzip.identity.checkpoint import checkpoint_fingerprint
+
+NO_PATHS = ["a\0b", b"a\0b", "\ud800", None, 1.5, object(), io.BytesIO(b"x"), ["a"]]
+
+
+@pytest.mark.parametrize("path", NO_PATHS, ids=lambda path: repr(path)[:12])
+def test_what_is_no_path(path):
+    snapshot = make_snapshot(random_bits, 1, "bf16")
+    profile = kvzip.Profile({}, {})
+    for use in (
+        snapshot.save,
+        kvzip.Snapshot.load,
+        profile.save,
+        kvzip.Profile.load,
+        lambda path: kvzip.write(path, snapshot),
+    ):
+        with pytest.raises(kvzip.KVZipError):
+            use(path)
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/m", "a\0b", "\ud800"])
+def test_what_is_no_checkpoint(path):
+    for use in (kvzip.fingerprint, checkpoint_fingerprint):
+        with pytest.raises(kvzip.KVZipError):
+            use(path)
+
+
+def test_what_is_no_function(tmp_path):
+    with pytest.raises(kvzip.UsageError, match="progress"):
+        kvzip.write(tmp_path / "a", make_snapshot(random_bits, 1, "bf16"), progress=5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_model():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from support import readme_model
+
+    from kvzip.load.hf import load_batch_or_prefill, load_cache, load_or_prefill
+
+    model, snapshot = readme_model(), make_snapshot(random_bits, 1, "bf16")
+    for wrong in (None, model.config, torch.nn.DataParallel(model), torch.nn.Linear(2, 2), "x"):
+        with pytest.raises(kvzip.UsageError, match="no model"):
+            load_or_prefill(snapshot, wrong, [[5, 6]])
+        with pytest.raises(kvzip.UsageError, match="no model"):
+            load_batch_or_prefill([snapshot], wrong, [[5, 6]])
+    for wrong in (None, model, "x"):
+        with pytest.raises(kvzip.UsageError, match="no config"):
+            snapshot.to_cache(wrong)
+        with pytest.raises(kvzip.UsageError, match="no config"):
+            load_cache(snapshot, wrong, prompt=snapshot.token_ids)
