@@ -104,7 +104,7 @@ def test_a_cache_is_loaded_and_computed_in_a_fork():
     snapshot = make_snapshot(random_bits, 1, "bf16", layers=3)
     loader = Loader(snapshot, [(0, 50)] * 3, 50, None, 1)
     with at_work(loader._lock):
-        assert in_a_fork(lambda: tuple(loader.take(2).keys.shape)) == (1, 2, 50, 16)
+        assert in_a_fork(lambda: tuple(loader.take(2).parts["k"].shape)) == (1, 2, 50, 16)
     recovery = Recovery(lambda: [np.zeros(1)])
     with at_work(recovery._lock):
         assert in_a_fork(lambda: len(recovery.layers())) == 1

@@ -9,6 +9,7 @@ from support import make_snapshot, random_bits
 
 import kvzip
 from kvzip.identity.checkpoint import checkpoint_fingerprint
+from kvzip.store import Store
 
 NO_PATHS = ["a\0b", b"a\0b", "\ud800", None, 1.5, object(), io.BytesIO(b"x"), ["a"]]
 
@@ -33,6 +34,24 @@ def test_what_is_no_checkpoint(path):
     for use in (kvzip.fingerprint, checkpoint_fingerprint):
         with pytest.raises(kvzip.KVZipError):
             use(path)
+
+
+def test_links_that_lead_nowhere_are_no_documents(tmp_path):
+    store = Store(tmp_path, block_tokens=8)
+    key = store.put(make_snapshot(random_bits, 1, "bf16")).key
+    for folder in (tmp_path, tmp_path / key.partition("/")[0] / "docs"):
+        (folder / "loop").symlink_to("loop")
+        (folder / "gone").symlink_to("nowhere")
+    assert [document.key for document in store.documents()] == [key]
+    assert store.prune() == []
+
+
+@pytest.mark.parametrize("password", ["p@ss", "p@s@s", "p"])
+def test_no_password_is_told(password):
+    with pytest.raises(kvzip.KVZipError) as error:
+        kvzip.open(f"https://user:{password}@localhost:1/x?y=secret")
+    for word in ("user", password if len(password) > 1 else "user", "ss@", "s@", "secret"):
+        assert word not in str(error.value)
 
 
 def test_what_is_no_function(tmp_path):

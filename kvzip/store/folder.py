@@ -56,6 +56,18 @@ def write_all(
             progress(len(chunk))
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):  # a link that leads to itself, say, is neither folder nor file
+        return entry.is_dir()
+    return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):
+        return entry.is_file()
+    return False
+
+
 class Folder:
     """Objects below a folder, which is made when the first is written.
 
@@ -161,9 +173,9 @@ class Folder:
             return
         for entry in entries:
             path = f"{prefix}/{entry.name}" if prefix else entry.name
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from self._walk(path)
-            elif entry.is_file() and not files.is_hidden(entry.name):
+            elif not files.is_hidden(entry.name) and _is_file(entry):
                 with suppress(FileNotFoundError):
                     yield _meta(path, entry.stat())
 
@@ -171,7 +183,7 @@ class Folder:
         """First parts of all objects' paths."""
         with _as_store_errors(f"cannot list {self.url}"):
             try:
-                return sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
+                return sorted(entry.name for entry in os.scandir(self.folder) if _is_folder(entry))
             except FileNotFoundError:
                 return []
 

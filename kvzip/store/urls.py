@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from kvzip.container.source import is_url
 from kvzip.errors import UsageError
 
-_URL_PARTS = re.compile(r"([A-Za-z0-9+.-]+://)(?:[^/@\s]+@)?([^?\s\"']*)(\?[^\s\"']*)?")
+_URL_PARTS = re.compile(r"([A-Za-z0-9+.-]+://)(?:[^/\s]+@)?([^?\s\"']*)(\?[^\s\"']*)?")
 
 
 def without_secrets(url: str) -> str:
