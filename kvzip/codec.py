@@ -50,7 +50,8 @@ class Context(msgspec.Struct, frozen=True):
     """The same tokens of the blocks that :meth:`Codec.needs` names, as far as the file holds them,
     shaped as blocks are."""
     scratch: dict[str, Any] = {}
-    """What a codec keeps for itself from block to block of the same tokens, layer after layer."""
+    """What a codec keeps for itself from block to block of the same tokens, layer after layer; when
+    it writes blocks that need no other, from a part's tables to its blocks."""
 
 
 class Coded(msgspec.Struct, gc=False):
