@@ -355,6 +355,7 @@ void ProfileModel::put_in_order(std::size_t i) const {
   Data& data = *layers_[i];
   std::call_once(data.ordering, [&] {
     Layer& layer = data.layer;
+    data.orders.clear();  // a fork may have found it half filled
     data.orders.reserve(2 * layer.regions + 1);
     for (Region& region : data.regions) {
       region.weight_order =

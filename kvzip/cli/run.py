@@ -26,9 +26,10 @@ from kvzip.cli import (  # noqa: F401 - each adds its commands
 from kvzip.cli.app import app
 from kvzip.cli.arguments import refuse_folders, refuse_overwriting, with_streams, writes_stdout
 from kvzip.cli.failures import BUG, CheckFailed, failure_of
-from kvzip.cli.terminal import as_one_line, complain, results_aside
+from kvzip.cli.terminal import as_one_line, complain, emit, results_aside
 from kvzip.files import leave_nothing_behind
 from kvzip.interruption import hand_over
+from kvzip.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,6 +58,9 @@ def _run(arguments: Sequence[str]) -> None:
     results_aside(writes_stdout(arguments))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    if {*arguments} == {"--version", "--json"}:
+        emit({"version": __version__}, True, lambda: None)
+        return
     command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     refuse_folders(command.__name__, arguments)
     refuse_overwriting(command.__name__, bound)

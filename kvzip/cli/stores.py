@@ -216,12 +216,14 @@ def ls(*, store: StoreUrl, model: str | None = None, as_json: Json = False) -> N
     from kvzip.store import Store
 
     source = Store(store, make=False)
-    about = source.identities()
+    abouts = source.abouts()
     documents = []
     for found in source.documents():
-        of = about.get(found.key.partition("/")[0])
-        if model is None or (of is not None and of.model == model):
-            named = {} if of is None else msgspec.to_builtins(of)
+        about = abouts.get(found.key.partition("/")[0])
+        if model is None or (about is not None and model in (about.model, about.called)):
+            named = {} if about is None else msgspec.to_builtins(about.identity)
+            if about is not None:
+                named["model"] = about.model or about.called
             documents.append({"key": found.key, **msgspec.to_builtins(found), **named})
     total = sum(d["encoded_bytes"] for d in documents)
 

@@ -54,6 +54,23 @@ class Identity(msgspec.Struct, frozen=True):
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:32]
 
 
+class About(Identity, frozen=True):
+    """What a namespace says of itself."""
+
+    called: str = ""
+    """The model's name in the first document that was put there: for people, since a fingerprint is
+    enough to find it."""
+
+    @classmethod
+    def of_identity(cls, identity: Identity, called: str) -> About:
+        return cls(**msgspec.structs.asdict(identity), called=called)
+
+    @property
+    def identity(self) -> Identity:
+        """What the namespace is a hash of."""
+        return Identity(self.model, self.revision, self.dtype, self.profile)
+
+
 def hash_chain(ids: Ids, block_tokens: int) -> list[str]:
     """The hash chain of the whole blocks of a document: H(1), H(2), ... in hexadecimal."""
     data = np.ascontiguousarray(ids, "<u4")

@@ -9,7 +9,7 @@ import msgspec
 
 from kvzip.errors import UsageError
 from kvzip.store.bucket import Objects
-from kvzip.store.keys import Identity
+from kvzip.store.keys import About
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -27,13 +27,13 @@ def namespaces(objects: Objects) -> list[str]:
     return [name for name in objects.folders() if len(name) == 32]
 
 
-def identities(objects: Objects) -> dict[str, Identity]:
-    """The identity of each namespace that says what it is of."""
+def abouts(objects: Objects) -> dict[str, About]:
+    """What each namespace says of itself, of those that do."""
     found = {}
     for space in namespaces(objects):
         with suppress(msgspec.MsgspecError, UnicodeDecodeError):
             data = objects.get(f"{space}/about.json") or b""
-            found[space] = msgspec.json.decode(data, type=Identity)
+            found[space] = msgspec.json.decode(data, type=About)
     return found
 
 

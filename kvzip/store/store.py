@@ -47,6 +47,7 @@ from kvzip.store.bucket import open_bucket
 from kvzip.store.evicting import Evictor
 from kvzip.store.finding import PROBES, Finder, Match, Prompt
 from kvzip.store.keys import (
+    About,
     Identity,
     document_name,
     document_path,
@@ -144,6 +145,7 @@ class Store:
             with api.open(path) as reader:
                 reader.check_stored()
                 identity = Identity.of_document(reader)
+                about = About.of_identity(identity, reader.header.origin.model)
                 ids = token_ids_of(reader, token_ids)
                 name = document_name(reader, ids)
             size = path.stat().st_size
@@ -156,19 +158,20 @@ class Store:
                     f"the document has {len(ids)} tokens and the store finds prefixes by blocks of "
                     f"{block_tokens}: give a longer one, or a new store a smaller block_tokens"
                 )
-            new = self._write(identity, name, chain, path, replace)
+            new = self._write(about, name, chain, path, replace)
         entry = Entry(f"{identity.namespace}/{name}", len(ids), size, new)
         if self.limit_bytes is not None and self._evictor.over(size * new, self.limit_bytes):
             self.prune(self.limit_bytes, keep=entry.key)
         return entry
 
     def _write(
-        self, identity: Identity, name: str, chain: Sequence[str], path: Path, replace: bool
+        self, about: About, name: str, chain: Sequence[str], path: Path, replace: bool
     ) -> bool:
         """Write a document and its marks, in the order that lets a writer die at any point;
         whether it is new."""
-        space, doc = identity.namespace, f"{identity.namespace}/docs/{name}.kvz"
-        self._describe(space, identity)
+        space = about.identity.namespace
+        doc = f"{space}/docs/{name}.kvz"
+        self._describe(space, about)
         new, put = False, self.bucket.put
         for _ in range(8):
             put(f"{space}/chain/{name}", chain_file(chain), create=False)
@@ -184,13 +187,20 @@ class Store:
                 return new
         raise StoreError(f"{doc} is evicted as often as it is written: raise the store's limit")
 
-    def _describe(self, space: str, identity: Identity) -> None:
+    def _describe(self, space: str, about: About) -> None:
         """Write what a namespace is of, if it does not say so."""
-        about, data = f"{space}/about.json", msgspec.json.encode(identity)
+        path, data = f"{space}/about.json", msgspec.json.encode(about)
         if space not in self._described:
-            if not self.bucket.put(about, data) and self.bucket.get(about) != data:
-                self.bucket.put(about, data, create=False)
+            if not self.bucket.put(path, data) and not self._is_of(path, about.identity):
+                self.bucket.put(path, data, create=False)
             self._described.add(space)
+
+    def _is_of(self, path: str, identity: Identity) -> bool:
+        try:
+            found = msgspec.json.decode(self.bucket.get(path) or b"", type=About)
+        except (msgspec.MsgspecError, UnicodeDecodeError):  # a power cut can leave it empty
+            return False
+        return found.identity == identity
 
     def _has_header(self, doc: str) -> bool:
         """Whether a document is whole as far as its length and first bytes tell. (A power cut can
@@ -272,9 +282,9 @@ class Store:
 
     # --- what there is ---------------------------------------------------------------------
 
-    def identities(self) -> dict[str, Identity]:
+    def abouts(self) -> dict[str, About]:
         """What the documents of each namespace, the first part of their keys, are of."""
-        return listing.identities(self.bucket)
+        return listing.abouts(self.bucket)
 
     def documents(self) -> list[Stored]:
         """All documents, the one that was used longest ago first. Raises UsageError for a store

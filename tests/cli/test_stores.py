@@ -48,6 +48,20 @@ def test_put_list_remove_prune(documents, capsys):
     assert run_json(capsys, "ls", "--store", "s")[1] == {"documents": [], "encoded_bytes": 0}
 
 
+def test_documents_of_a_fingerprint_are_listed_by_their_models_name(tmp_path, capsys):
+    made = make_snapshot(cache_like, 0, "bf16", layers=1, tokens=100, dim=16)
+    made.origin = kvzip.Origin("org/m", "sha256:" + "0" * 64)
+    Store(tmp_path / "s", block_tokens=32).put(made)
+    for model, count in (("org/m", 1), ("other", 0)):
+        found = run_json(capsys, "ls", "--store", tmp_path / "s", "--model", model)[1]
+        assert [d["model"] for d in found["documents"]] == ["org/m"] * count
+    with Store(tmp_path / "s").find(
+        made.token_ids, model="another name", revision=made.origin.revision, dtype="bf16"
+    ) as match:  # the weights are the same, whatever they are called
+        assert match.tokens == 100
+    assert run_json(capsys, "--version") == (0, {"version": kvzip.__version__})
+
+
 def test_other_block_tokens_are_an_error(documents, capsys):
     assert run(capsys, "put", documents[0], "--store", "s", "--block-tokens", 32)[0] == 0
     code, found = run_json(capsys, "put", documents[1], "--store", "s", "--block-tokens", 64)
