@@ -20,6 +20,7 @@ import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvzip.errors import KVZipError
+from kvzip.workers import Lock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,16 +96,21 @@ def not_continued(position: int) -> KVZipError:
 # --- a second try ------------------------------------------------------------------------------
 
 
+_watching = Lock()
+"""Held while a model's `forward` is replaced or put back: threads may share a model."""
+
+
 def watch(model: PreTrainedModel, cache: Cache) -> None:
     """Until `cache` has been used, a call of the model that finds it to be of other weights gets
     the cache that the model computes itself, and is made again, once."""
     if not isinstance(model, torch.nn.Module):
         return
-    watched = vars(model).get("forward")
-    if not isinstance(watched, _Watched):
-        watched = _Watched(model)
-        model.forward = watched
-    watched.pending.append(weakref.ref(cache))
+    with _watching:
+        watched = vars(model).get("forward")
+        if not isinstance(watched, _Watched):
+            watched = _Watched(model)
+            model.forward = watched
+        watched.pending.append(weakref.ref(cache))
 
 
 class _Watched:
@@ -143,17 +149,19 @@ class _Watched:
 
     def _settle(self) -> None:
         """Go, when all caches have been used or are gone."""
-        caches = [ref() for ref in self.pending]
-        self.pending = [
-            ref
-            for ref, cache in zip(self.pending, caches, strict=True)
-            if cache is not None and any(each._last and each._fresh for each in _lazy_layers(cache))
-        ]
-        if not self.pending and vars(self.model).get("forward") is self:
-            if self.before is None:
-                del self.model.forward
-            else:
-                self.model.forward = self.before
+        with _watching:
+            caches = [ref() for ref in self.pending]
+            self.pending = [
+                ref
+                for ref, cache in zip(self.pending, caches, strict=True)
+                if cache is not None
+                and any(each._last and each._fresh for each in _lazy_layers(cache))
+            ]
+            if not self.pending and vars(self.model).get("forward") is self:
+                if self.before is None:
+                    del self.model.forward
+                else:
+                    self.model.forward = self.before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watched:
         return _Watched(memo.get(id(self.model), self.model))
