@@ -281,8 +281,10 @@ class Snapshot:
 
         `model` is the model (its id, RoPE parameters and layer kinds are noted, and the fingerprint
         that it has now: call this before the model is changed) or its id.
-        A batch of one comes without the batch axis. Quantised layers and layers of linear
-        attention raise UnsupportedError, and so do ids that stand for images or sound.
+        A batch of one comes without the batch axis. `encoder_ids`: what the encoder got, if the
+        model has one. A cache that keeps nothing but states needs `token_ids`. Layers of a kind
+        that is not known (docs/models.md) raise UnsupportedError, and so do ids that stand for
+        images or sound.
         """
         from kvzip.load.hf import snapshot_of_cache
 
@@ -394,7 +396,8 @@ class Snapshot:
         ]
 
     def to_cache(self, config: Any) -> Any:
-        """A transformers `DynamicCache` for a model of that config, holding every token.
+        """A transformers `DynamicCache` for a model of that config, holding every token; or, where
+        layers keep states, as many tokens as these have seen.
 
         The prompt must go on beyond it: with a cache as long as the prompt `generate` would give
         wrong tokens, and the cache raises KVZipError (where the model rotates its keys).

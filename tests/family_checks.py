@@ -7,14 +7,17 @@ said with its reason: kvzip's own error, or that transformers itself does not do
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from families import UNABLE, Family, encoder_ids, inputs, random_ids, tiny_model
+import transformers
+from families import UNABLE, Family, encoder_ids, families, inputs, random_ids, tiny_model
 from support import CODECS, damaged
 
 import kvzip
@@ -46,7 +49,7 @@ class Row:
 
     def __str__(self) -> str:
         cells = (self.family, self.keeps, self.loads, self.crops, self.batches, self.note)
-        return f"| {' | '.join(cells)} |"
+        return f"| {' | '.join(cell or '-' for cell in cells)} |"
 
 
 class Checks:
@@ -245,7 +248,32 @@ def row(family: Family) -> Row:
     return Checks(family).row()
 
 
-def rows(families: Sequence[Family]) -> Iterator[Row]:
-    """Those of all, one after the other."""
-    for family in families:
-        yield row(family)
+# --- the table --------------------------------------------------------------------------------
+
+TABLE = Path(__file__).parents[1] / "docs" / "models.md"
+VERSION = f"transformers {transformers.__version__}"
+"""What the table must be said to be of."""
+
+
+def stored_rows() -> dict[str, str]:
+    """The lines of the table, by family."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| family")]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in rows}
+
+
+def main() -> None:
+    """Write the table anew, below the words that are there."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    found = []
+    for family in families():
+        found.append(str(row(family)))
+        print(found[-1], flush=True)
+    head, rule, _ = TABLE.read_text(encoding="utf-8").partition("|---|---|---|---|---|---|\n")
+    TABLE.write_text(head + rule + "\n".join(found) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,14 @@ from numpy.typing import ArrayLike
 
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, StoreError, UnsupportedError
-from kvzip.load.caches import empty_cache, lazy_cache, prefill_after, prefill_of, spans_of
+from kvzip.load.caches import (
+    devices_of,
+    empty_cache,
+    lazy_cache,
+    prefill_after,
+    prefill_of,
+    spans_of,
+)
 from kvzip.load.config import (
     LayerKind,
     cache_argument,
@@ -250,12 +257,13 @@ def _row_or_prefill(
         try:
             if _stateful(kinds) and usable.tokens < count:
                 with naming(n):
-                    start = usable.loader(kinds, usable.tokens, model.device, threads)
+                    start = usable.loader(kinds, usable.tokens, None, threads)
+                start.devices = devices_of(model, kinds)
                 recovery = Recovery(prefill_after(start, model, row, count, prefill))
                 return Computed(recovery, model.dtype, model.device)
             with naming(n):
                 loader = usable.loader(kinds, count, None, threads)
-            loader.recovery = recovery
+            loader.devices, loader.recovery = devices_of(model, kinds), recovery
             return loader
         except KVZipError as error:
             tell(error)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.config import ONE_BY_ONE, LayerKind, decoder_cache, fed, layer_kinds, plain_cache
 from kvzip.load.held import TOKEN_PARTS, Held, has_states
 from kvzip.load.lazy import LazyLayer, lazy
@@ -43,10 +44,14 @@ def lazy_cache(
     takes them from a Loader or BatchLoader. `prompt_length`: tokens of the prompt that will be fed,
     the cached ones included; `chunk`: so many at a time. `ids`: of the cache's tokens, and perhaps
     of more, [batch, n], if known."""
-    layers = [
-        layer if kinds[i].empty else lazy(layer, loader, i, count)
-        for i, layer in enumerate(decoder_cache(config).layers)
-    ]
+    layers: list[Any] = []
+    for i, layer in enumerate(decoder_cache(config).layers):
+        if kinds[i].empty:
+            layers.append(layer)
+        elif "k_scale" in loader.shapes(i):
+            layers.append(_quantized(loader, i, count, config))
+        else:
+            layers.append(lazy(layer, loader, i, count))
     own = [layer for layer in layers if isinstance(layer, LazyLayer)]
     distances: dict[int, torch.Tensor] = {}
     forgetful = config.get_text_config(decoder=True).model_type in ONE_BY_ONE
@@ -71,12 +76,45 @@ def lazy_cache(
     return EncoderDecoderCache(made, cross)
 
 
+def _quantized(loader: Loader | BatchLoader, i: int, count: int, config: PretrainedConfig) -> Any:
+    """Layer i with keys and values in fp8, each with its scale, decoded now."""
+    from transformers.cache_utils import Fp8QuantizedLayer  # there is none in older releases
+
+    if isinstance(loader, BatchLoader):
+        raise UnsupportedError("caches in fp8 with scales cannot be put together to a batch")
+    layer, parts = Fp8QuantizedLayer(), loader.take(i).parts
+    layer._quantized_keys = parts["k"], parts["k_scale"]
+    layer._quantized_values = parts["v"], parts["v_scale"]
+    computed = config.get_text_config(decoder=True).dtype or torch.float32
+    layer.device = parts["k"].device
+    layer.keys = torch.tensor([], dtype=computed, device=layer.device)
+    layer.values = torch.tensor([], dtype=computed, device=layer.device)
+    layer.is_initialized, layer.cumulative_length = True, count
+    return layer
+
+
 def empty_cache(config: PretrainedConfig) -> Cache:
     """A cache that a model of this config fills itself, and that knows its tokens."""
     plain = plain_cache(config)
     own = getattr(plain, "self_attention_cache", plain)
     own = held_cache(own.layers, any(map(has_states, own.layers)), 0, None)
     return EncoderDecoderCache(own, DynamicCache()) if config.is_encoder_decoder else own
+
+
+def devices_of(model: PreTrainedModel, kinds: Sequence[LayerKind]) -> Sequence[torch.device] | None:
+    """Where each of a model's layers with states is; None for a model that has none."""
+    if not any(kind.states for kind in kinds):
+        return None
+    found = {}
+    for name, parameter in model.named_parameters():
+        numbers = _LAYER.findall(name)
+        if len(numbers) == 1 and not _MEDIA.search(name):
+            found.setdefault(int(numbers[0]), parameter.device)
+    return [found.get(i, model.device) for i in range(len(kinds))]
+
+
+_LAYER = re.compile(r"\.(?:layers|blocks|h)\.(\d+)\.")
+_MEDIA = re.compile("vision|visual|image|audio|speech|encoder")
 
 
 def prefill_of(

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UsageError
 from kvzip.load.batch import load_batch, load_batch_or_prefill
-from kvzip.load.caches import empty_cache, lazy_cache, lazy_layers, prefill_of, spans_of
+from kvzip.load.caches import devices_of, empty_cache, lazy_cache, lazy_layers, prefill_of, spans_of
 from kvzip.load.config import (
     LayerKind,
     cache_argument,
@@ -102,8 +102,8 @@ def load_cache(
     store only the bytes that are needed are read, ahead of their use.
     `config`: the model's. A few layers are decoded when the first of them is used, and then the
     next few in a thread beside; nothing is decoded here. `device`: where decoded tensors go
-    (default: where the model computes); a GPU decodes itself what it can (docs/gpu.md). `threads`:
-    for decoding one layer; 0 for all cores.
+    (default: where the model computes; states, which do not see that, on the CPU); a GPU decodes
+    itself what it can (docs/gpu.md). `threads`: for decoding one layer; 0 for all cores.
 
     At least one token must be left for the model to compute, so not all are kept:
 
@@ -202,6 +202,7 @@ def load_or_prefill(
                 opened, model.config, kinds, ids, most, None, threads, prefill_chunk_size
             )
             rows = ids[: opened.source.layout.batch or 1]
+            loader.devices = devices_of(model, kinds)
             loader.recovery = Recovery(prefill_of(model, rows, loader.held, source_ids))
             watch(model, cache)
             return cache

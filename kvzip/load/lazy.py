@@ -176,7 +176,7 @@ class LazyLayer(_Base):
             anew = self._source.recover(self._index, error)
             self._loader, self._witness = None, anew.witness
             assign(self, anew.parts)
-            self.dtype = self.keys.dtype
+            self.dtype = cast(Any, self).keys.dtype
             pair = self._fitting(key_states, value_states)
         if self._last:
             try:

@@ -55,6 +55,9 @@ class Loader:
         self.dtype = getattr(torch, dtypes.get(source.layout.dtype).torch)
         """The format of keys and values."""
         self.device = None if device is None else torch.device(device)
+        self.devices: Sequence[torch.device] | None = None
+        """Where each layer's tensors go, where layers that are used before what is fed tells (those
+        with states) are not all on one device."""
         self.decoder: Device | None = None
         """The `kvzip.codecs.native.cuda.device.Device` that decodes, where one can."""
         self.recovery: Recovery | None = None
@@ -179,6 +182,7 @@ class Loader:
         """What layer i starts with, of what was decoded of it, which may hold other tokens, too."""
         start, stop = self.spans[i]
         layout = layer.layout
+        place = self.device if self.devices is None else self.devices[i]
         parts, next_token = {}, {}
         for name, part in layout.parts.items():
             if isinstance(layer, Layer):
@@ -186,9 +190,9 @@ class Loader:
                 if at >= 0 and layout.counts_tokens:
                     bits = bits[(slice(None),) * at + (slice(start - layout.first, None),)]
                 # A copy: states are updated in place, and a snapshot's are its own.
-                tensor = dtypes.as_tensor(np.array(bits), part.dtype).to(self.device)
+                tensor = dtypes.as_tensor(np.array(bits), part.dtype).to(place)
             else:
-                tensor = (layer.k if name == "k" else layer.v).to(self.device)
+                tensor = (layer.k if name == "k" else layer.v).to(place)
             if "b" not in part.axes and part.axes:
                 tensor = tensor[None]
             if "t" in part.axes and layout.counts_tokens:

@@ -1,0 +1,153 @@
+"""Every family of transformers: its cache goes through a file and back, as docs/models.md says."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from families import UNABLE, Family, families  # noqa: E402
+from family_checks import TABLE, VERSION, Checks, row, stored_rows  # noqa: E402
+
+import kvzip  # noqa: E402
+from kvzip.load.caches import devices_of  # noqa: E402
+from kvzip.load.hf import layer_kinds, load_batch, load_cache  # noqa: E402
+
+ROWS = stored_rows()
+"""What the table says."""
+
+
+def _cases() -> list[Any]:
+    """All families; those that are as another one before are for `make test-long`."""
+    seen, cases = set[str](), []
+    for family in families():
+        _, _, found = ROWS.get(str(family), "").partition(" | ")
+        marks = [pytest.mark.long] if found in seen else []
+        cases.append(pytest.param(family, id=str(family), marks=marks))
+        seen.add(found)
+    return cases
+
+
+def test_the_table_has_every_family() -> None:
+    if VERSION not in TABLE.read_text(encoding="utf-8"):
+        pytest.skip("the table is of another version of transformers")
+    assert list(ROWS) == [str(family) for family in families()]
+    assert not set(UNABLE) - {family.name for family in families()}
+
+
+@pytest.mark.parametrize("family", _cases())
+def test_a_family(family: Family) -> None:
+    """It works, and what the table says of it is so."""
+    torch.set_num_threads(1)
+    found = str(row(family))
+    if VERSION in TABLE.read_text(encoding="utf-8"):
+        assert found == ROWS[str(family)]
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Checks:
+    """A model with layers that keep states and others that keep keys and values."""
+    return Checks(Family("qwen3_next"))
+
+
+def test_a_state_at_another_length_says_what_it_needs(mixed: Checks) -> None:
+    snapshot, config = mixed.snapshot(mixed.ids), mixed.model.config
+    for prompt in (mixed.longer(mixed.ids[:, :20], 9), mixed.ids[:, :39]):
+        with pytest.raises(kvzip.KVZipError, match="keeps a state after 39 of 40 tokens"):
+            load_cache(snapshot, config, prompt=prompt)
+    cache = load_cache(snapshot, config)
+    with pytest.raises(kvzip.UnsupportedError, match="no token can be taken away"):
+        cache.crop(-1)
+    assert torch.equal(mixed.says(mixed.ids, cache), mixed.says(mixed.ids))
+
+
+def test_where_layers_are() -> None:
+    """Of a model whose layers are on several devices, each state goes where its layer is."""
+    model = Family("qwen3_next").model()
+    model.model.layers[1].to("meta")
+    found = devices_of(model, layer_kinds(model.config))
+    assert found is not None and [device.type for device in found] == ["cpu", "meta"]
+    assert devices_of(Family("llama").model(), layer_kinds(Family("llama").config())) is None
+
+
+def test_from_memory_to_memory(mixed: Checks) -> None:
+    """A snapshot without a file is a cache again, as far as its states are good."""
+    cache = mixed.snapshot(mixed.ids).to_cache(mixed.model.config)
+    assert cache.get_seq_length() == 39
+    prompt = mixed.longer(mixed.ids, 9)
+    assert torch.equal(mixed.says(prompt, cache), mixed.says(prompt))
+
+
+def test_beams_go_on_from_states(mixed: Checks) -> None:
+    prompt, given = mixed.longer(mixed.ids, 9), {"max_new_tokens": 6, "do_sample": False}
+    right = mixed.model.generate(prompt, num_beams=3, **given)
+    cache = load_cache(mixed.snapshot(mixed.ids), mixed.model.config, prompt=prompt)
+    assert torch.equal(mixed.model.generate(prompt, num_beams=3, cache=cache, **given), right)
+
+
+def test_what_is_fed_wrongly_leaves_states_as_they_were(mixed: Checks) -> None:
+    prompt = mixed.longer(mixed.ids, 9)
+    cache = load_cache(mixed.snapshot(mixed.ids), mixed.model.config, prompt=prompt)
+    with pytest.raises(kvzip.KVZipError, match="fed 4 tokens"), torch.no_grad():
+        mixed.model(prompt[:, 39:43], cache=cache)
+    assert torch.equal(mixed.says(prompt, cache), mixed.says(prompt))
+
+
+def test_states_of_a_batch_end_at_one_column(mixed: Checks) -> None:
+    snapshot = mixed.snapshot(mixed.ids)
+    prompts = [mixed.longer(mixed.ids, n)[0] for n in (9, 5)]
+    with pytest.raises(kvzip.KVZipError, match="must all end at one column"):
+        load_batch([snapshot] * 2, mixed.model.config, prompts)
+    same = [prompts[0], prompts[0]]
+    batch = load_batch([snapshot] * 2, mixed.model.config, same)
+    right = mixed.says(same[0][None])
+    found = mixed.model.generate(**batch, max_new_tokens=right.shape[1], do_sample=False)
+    assert all(torch.equal(line[-right.shape[1] :], right[0]) for line in found)
+
+
+def test_an_encoder_that_was_given_other_tokens() -> None:
+    checks = Checks(Family("bart", seq2seq=True))
+    snapshot = checks.snapshot(checks.ids)
+    prompt = checks.longer(checks.ids, 9)
+    with pytest.raises(kvzip.KVZipError, match="other tokens than encoder_ids"):
+        other = checks.encoder + 1
+        load_cache(snapshot, checks.model.config, prompt=prompt, encoder_ids=other)
+    with pytest.raises(kvzip.UsageError, match="they are missing"):
+        load_cache(snapshot, checks.model.config, prompt=prompt)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon_h1", "deepseek_v32"])
+def test_static_caches(name: str) -> None:
+    """Only what is filled is kept, oldest first."""
+    checks = Checks(Family(name))
+    config = checks.model.config.get_text_config(decoder=True)
+    cache = transformers.StaticCache(config=config, max_cache_len=64)
+    with torch.no_grad():
+        checks.model(checks.ids, cache=cache)
+    found = kvzip.Snapshot.from_cache(cache, checks.ids, checks.model)
+    assert found.tokens == checks.ids.shape[1]
+    prompt = checks.longer(checks.ids, 9)
+    loaded = load_cache(found, checks.model.config, prompt=prompt)
+    assert torch.equal(checks.says(prompt, loaded), checks.says(prompt))
+
+
+def test_a_cache_in_fp8_keeps_its_scales() -> None:
+    checks = Checks(Family("llama"))
+    cache = transformers.QuantizedCache("fp8", config=checks.model.config)
+    with torch.no_grad():
+        checks.model(checks.ids, cache=cache)
+    found = kvzip.Snapshot.from_cache(cache, checks.ids, checks.model)
+    assert found.dtype == "fp8_e4m3fn"
+    assert list(found.layers[0].parts) == ["k", "v", "k_scale", "v_scale"]
+    codes, scale = cache.layers[0]._quantized_keys
+    assert (found.layers[0].k == codes[0].view(torch.uint8).numpy()).all()
+    assert float(found.layers[0].parts["k_scale"].view("f4")) == float(scale)
+    prompt = checks.longer(checks.ids, 9)
+    right = checks.says(prompt, copy.deepcopy(cache))
+    blob = kvzip.encode(found, "channel", threads=1)
+    loaded = load_cache(blob, checks.model.config, prompt=prompt)
+    assert torch.equal(checks.says(prompt, loaded), right)
