@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
-from kvzip.codecs.channel import profile as channel
+from kvzip.codec import get_codec
 from kvzip.codecs.predictive.codec import check_format
 from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.snapshot import LayerLayout, Snapshot
@@ -35,11 +35,12 @@ class Documents:
         check_channels(self.first)
         check_kinds(self.first)
         check_format(dtypes.get(self.first.dtype))
+        channel = get_codec("channel")  # it stores the blocks that it stores better
         for i, name, part in self.first.layout.parts():
-            if not channel.takes(part):
+            if not channel.takes(part, self.first.layout.layers[i].kind, name):
                 raise UnsupportedError(
-                    f"codec 'predictive' takes no part of more than {channel.MOST_CHANNELS:,} "
-                    f"channels, as layer {i} {name} is"
+                    f"codec 'predictive' takes no part that 'channel' does not take, as layer {i} "
+                    f"{name}, which is {part.dtype} {list(part.shape)}"
                 )
         layers = self.first.layout.layers
         self.shapes = [_shape(s) for s in layers]

@@ -105,7 +105,7 @@ def devices_of(model: PreTrainedModel, kinds: Sequence[LayerKind]) -> Sequence[t
     """Where each of a model's layers with states is; None for a model that has none."""
     if not any(kind.states for kind in kinds):
         return None
-    found = {}
+    found: dict[int, torch.device] = {}
     for name, parameter in model.named_parameters():
         numbers = _LAYER.findall(name)
         if len(numbers) == 1 and not _MEDIA.search(name):
