@@ -130,7 +130,7 @@ def test_a_part_of_any_shape_is_stored(codec, shape, dtype):
 
 @pytest.mark.parametrize("learn", ["channel", "predictive"])
 def test_no_profile_is_learned_of_more_channels_than_there_can_be_tables_for(learn):
-    with pytest.raises(UnsupportedError, match="65,535|'channel' does not take"):
+    with pytest.raises(UnsupportedError, match=r"65,535|'channel' does not take"):
         kvzip.Profile.fit([make_snapshot(random_bits, 1, "bf16", heads=3, dim=30_000)], codec=learn)
 
 
