@@ -66,7 +66,7 @@ def lazy_cache(
         lead._peers = states
         with_tokens[-1]._last = True
     held = None if ids is None else ids[:, :count]
-    made = held_cache(layers, bool(states), count, held)
+    made = held_cache(config, layers, bool(states), count, held)
     if not config.is_encoder_decoder:
         return made
     cross, at = DynamicCache(), len(layers)
@@ -97,7 +97,7 @@ def empty_cache(config: PretrainedConfig) -> Cache:
     """A cache that a model of this config fills itself, and that knows its tokens."""
     plain = plain_cache(config)
     own = getattr(plain, "self_attention_cache", plain)
-    own = held_cache(own.layers, any(map(has_states, own.layers)), 0, None)
+    own = held_cache(config, own.layers, any(map(has_states, own.layers)), 0, None)
     return EncoderDecoderCache(own, DynamicCache()) if config.is_encoder_decoder else own
 
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.layout import Kind
 from kvzip.load.held import has_nothing, has_states, kind_of
+from kvzip.load.own import class_for
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -84,7 +85,6 @@ _NO_CACHE = "it has no cache, in transformers"
 UNHANDLED = {
     "cpmant": "its cache holds tokens that are none of the prompt's",
     "dory": "its loops keep more layers than its config tells",
-    "minimax": _OWN_CACHE,
     "openai-gpt": _NO_CACHE,
     "recurrent_gemma": "it keeps its states in the model itself, and not in a cache",
     "reformer": _OWN_CACHE,
@@ -169,6 +169,9 @@ def decoder_cache(config: PretrainedConfig) -> Cache:
 def plain_cache(config: PretrainedConfig) -> Cache:
     """A cache that a model of this config fills itself, an encoder's tokens included."""
     own = decoder_cache(config)
+    if (cls := class_for(config, DynamicCache)) is not DynamicCache:
+        layers, own = own.layers, cls()
+        own.layers = layers
     # Without a config all its layers are full ones: what a decoder's slide over is not the encoder.
     return EncoderDecoderCache(own, DynamicCache()) if config.is_encoder_decoder else own
 

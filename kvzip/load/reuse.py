@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.matching import Ids
+from kvzip.load.own import class_for
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 UNKNOWN = -1
 """Stands for an id that is not known, such as padding's, which may be any."""
@@ -193,10 +197,13 @@ class StateCache(HeldCache):
             )
 
 
-def held_cache(layers: list[Any], states: bool, length: int, ids: Ids | None) -> HeldCache:
-    """A cache of these layers, some of which keep `states`, that has seen `length` tokens."""
+def held_cache(
+    config: PretrainedConfig, layers: list[Any], states: bool, length: int, ids: Ids | None
+) -> HeldCache:
+    """A cache of these layers, some of which keep `states`, that has seen `length` tokens, for a
+    model of this config."""
     if states:
-        return StateCache(layers, length, ids)
+        return class_for(config, StateCache)(layers, length, ids)
     made = HeldCache(ids=ids)
     # Its own constructor would make layers from the config, once more: a millisecond.
     Cache.__init__(made, layers=layers)

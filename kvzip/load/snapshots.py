@@ -18,6 +18,7 @@ from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.config import LayerKind, layer_kinds
 from kvzip.load.held import ENCODER_IDS, TOKEN_PARTS, Held, Piece, as_bytes, has_nothing, held
 from kvzip.load.matching import ids_of, origin_of_model, revision_of_source
+from kvzip.load.own import layers_in
 from kvzip.load.placeholders import check_text_only
 from kvzip.models import products
 from kvzip.snapshot import Layer, LayerLayout, Origin, PartLayout, Snapshot
@@ -104,10 +105,11 @@ def held_by(cache: Cache, kinds: Sequence[LayerKind] = ()) -> list[Held]:
         own = held_by(cache.self_attention_cache, kinds)
         cross = held_by(cache.cross_attention_cache)
         return own + [one._replace(kind="cross", window=None) for one in cross]
-    if not cache.layers:
+    layers = layers_in(cache)
+    if not layers:
         raise UnsupportedError("the cache has no layers: run a forward pass first")
     found = []
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(layers):
         kind = kinds[i] if i < len(kinds) else None
         if kind is not None and kind.empty:
             found.append(Held("full", None, None, {}))
@@ -162,5 +164,5 @@ def format_of(held_layers: Sequence[Held]) -> str:
 def _device_of(cache: Cache) -> torch.device:
     """Where a cache's first tensor lies."""
     own = getattr(cache, "self_attention_cache", cache)
-    layer = next(layer for layer in own.layers if not has_nothing(layer))
+    layer = next(layer for layer in layers_in(own) if not has_nothing(layer))
     return next(iter(held(layer, 0).pieces.values())).tensor.device

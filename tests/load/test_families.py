@@ -120,6 +120,35 @@ def test_an_encoder_that_was_given_other_tokens() -> None:
         load_cache(snapshot, checks.model.config, prompt=prompt)
 
 
+@pytest.mark.parametrize("types", [("full", "linear"), ("linear", "full", "linear")])
+def test_a_cache_of_minimax_own_class(types: tuple[str, ...]) -> None:
+    """Its states lie beside its layers, and any layer may be the first."""
+    module = pytest.importorskip("transformers.models.minimax.modeling_minimax")
+    checks, config = Checks(Family("minimax")), Family("minimax").config()
+    config.num_hidden_layers = len(types)
+    config.layer_types = [f"{name}_attention" for name in types]
+    torch.manual_seed(0)
+    checks.model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    checks.model.generation_config.eos_token_id = None
+    cache = module.MiniMaxCache()
+    with torch.no_grad():
+        checks.model(checks.ids, cache=cache)
+    found = kvzip.Snapshot.from_cache(cache, checks.ids, checks.model)
+    kinds = ["full" if name == "full" else "state" for name in types]
+    assert [layer.kind for layer in found.layers] == kinds
+    state = found.layers[kinds.index("state")].parts["recurrent"]
+    held = cache.linear_cache[kinds.index("state")][0]
+    assert (state == held.view(torch.int32).numpy().view(state.dtype)).all()
+    prompt = checks.longer(checks.ids, 9)
+    right = checks._generate(24, input_ids=prompt, use_cache=False)
+    for snapshot in (found, checks.snapshot(checks.ids)):
+        blob = kvzip.encode(snapshot, "channel", threads=1)
+        assert kvzip.decode(blob, threads=1) == snapshot
+        loaded = load_cache(blob, config, prompt=prompt)
+        assert isinstance(loaded, module.MiniMaxCache)
+        assert torch.equal(checks.says(prompt, loaded), right)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon_h1", "deepseek_v32"])
 def test_static_caches(name: str) -> None:
     """Only what is filled is kept, oldest first."""
