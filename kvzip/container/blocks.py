@@ -74,6 +74,12 @@ class Blocks:
         return self.codecs.own
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether a GPU decodes all parts itself."""
+        others = self.header.other_codecs or self.header.grids
+        return self.codec.on_device and not others
+
+    @property
     def form(self) -> dtypes.DType:
         """The format of the keys and values."""
         return dtypes.get(self.layout.dtype)

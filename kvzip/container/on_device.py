@@ -128,7 +128,7 @@ class DeviceDecoding:
             for stream in runs:
                 device.wait(stream, before)
             try:
-                if self.blocks.codec.on_device:
+                if self.blocks.has_kernels:
                     self._run_kernels(upload, runs, progress)
                 else:
                     self._bring(upload, runs, progress)
@@ -421,13 +421,13 @@ def decode(
 ) -> DeviceSnapshot:
     """What is wanted of a file, decoded on a device; as :meth:`kvzip.container.Reader.decode`.
 
-    `decode_on_cpu` serves codecs that have no kernels.
+    `decode_on_cpu` serves parts that have no kernels. Raises UnsupportedError for layers that are
+    not keys and values of one format.
     """
-    header = blocks.header
-    if not blocks.layout.plain or header.other_codecs or header.grids:
+    if not blocks.layout.plain:
         raise UnsupportedError(
-            "a GPU decodes files whose layers are all keys and values of one format, on no grid, "
-            "which this is not: decode it without device=, and copy"
+            "files are decoded on a GPU whose layers are all keys and values of one format, which "
+            "this is not: decode it without device=, and copy"
         )
     device, cuts = get_device(device), request.cuts
     pairs: Sequence[tuple[Any, Any]]

@@ -21,7 +21,7 @@ from kvzip import Layer, LayerLayout, PartLayout, Snapshot, dtypes
 from kvzip.codec import Context
 from kvzip.container.format import Codecs, Header, OnGrid
 from kvzip.container.grids import GridCodec
-from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
+from kvzip.errors import CorruptError, KVZipError, UsageError
 from kvzip.grids import Grid
 from kvzip.layout import StoredLayout
 
@@ -326,12 +326,6 @@ def test_a_header_that_lies_about_a_grid_is_an_error():
 
 
 # --- who is told -----------------------------------------------------------------------------
-
-
-def test_a_device_refuses():
-    blob = kvzip.encode(small(), "channel")
-    with pytest.raises(UnsupportedError, match="on no grid"):
-        kvzip.decode(blob, device="cuda")
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):

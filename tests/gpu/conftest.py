@@ -8,21 +8,11 @@ import shutil
 import pytest
 import torch
 
-import kvzip
 from kvzip.codecs.native.cuda.device import get_device
 from kvzip.codecs.native.cuda.shim_device import ShimDevice
 
 KINDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 REAL = os.environ.get("KVZIP_TEST_DEVICE")
-
-
-@pytest.fixture
-def dtype(request, codec):
-    """One that the codec takes: a GPU decodes files of one codec only."""
-    made = kvzip.get_codec(codec)
-    if not made.takes(kvzip.PartLayout(request.param, (2, 9, 64), "htd"), "full", "k"):
-        pytest.skip("the codec does not take this format")
-    return request.param
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -111,6 +111,29 @@ def test_layers_that_slide(device, codec):
     assert_layers(kvzip.decode(blob, device=device, tokens=(61, 90)), layers, (61, 90))
 
 
+def test_parts_on_a_grid_come_by_the_cpu(device, codec):
+    """What a GPU has no kernels for is decoded beside it, and copied."""
+    snapshot = make_snapshot(cache_like, 6, "bf16", heads=3, tokens=200, dim=16)
+    wide = [
+        [bits.astype(np.uint32) << np.uint32(16) for bits in layer] for layer in snapshot.layers
+    ]
+    held = kvzip.Snapshot.from_arrays(wide, "fp32")
+    blob = kvzip.encode(held, codec, block_tokens=64)
+    assert kvzip.info(blob).header.grids
+    assert_layers(kvzip.decode(blob, device=device), held.layers)
+    found = kvzip.decode(blob, device=device, tokens=(30, 130))
+    assert_layers(found, held.layers, (30, 130))
+
+
+def test_other_layers_than_keys_and_values_are_refused(device):
+    part = kvzip.PartLayout("fp32", (4, 5), "hd")
+    layout = kvzip.LayerLayout({"recurrent": part}, 9, "state", state_length=9)
+    layer = kvzip.Layer({"recurrent": np.zeros((4, 5), np.uint32)}, layout)
+    blob = kvzip.encode(kvzip.Snapshot([layer], "fp32"), "channel")
+    with pytest.raises(kvzip.UnsupportedError, match="keys and values of one format"):
+        kvzip.decode(blob, device=device)
+
+
 @pytest.mark.parametrize("dtype", UNLIKE_DTYPES, indirect=True)
 @pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2)])
 def test_into_arrays_of_the_caller(device, room, codec, dtype, axes):

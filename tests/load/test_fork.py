@@ -16,8 +16,8 @@ def test_a_loader_goes_on_after_a_fork(tmp_path):
         loader.take(0)  # its thread is there, and has begun with the next layers
 
         def take():
-            found = [loader.take(i).keys.shape for i in (4, 1, 11)]
+            found = [loader.take(i).parts["k"].shape for i in (4, 1, 11)]
             return [tuple(shape) for shape in found]
 
         assert in_a_fork(take) == [(1, 2, 50, 16)] * 3
-        assert tuple(loader.take(5).values.shape) == (1, 2, 50, 16)
+        assert tuple(loader.take(5).parts["v"].shape) == (1, 2, 50, 16)
