@@ -119,7 +119,7 @@ def test_parts_on_a_grid_come_by_the_cpu(device, codec):
     ]
     held = kvzip.Snapshot.from_arrays(wide, "fp32")
     blob = kvzip.encode(held, codec, block_tokens=64)
-    assert kvzip.info(blob).header.grids
+    assert kvzip.info(blob).header.grids or codec.startswith("planes")  # it gains nothing by one
     assert_layers(kvzip.decode(blob, device=device), held.layers)
     found = kvzip.decode(blob, device=device, tokens=(30, 130))
     assert_layers(found, held.layers, (30, 130))
