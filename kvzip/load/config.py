@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.layout import Kind
 from kvzip.load.held import has_nothing, has_states, kind_of
-from kvzip.load.own import class_for
+from kvzip.load.own import class_for, layers_for
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -91,7 +91,6 @@ UNHANDLED = {
     "rwkv": _OWN_CACHE,
     "xlm": _NO_CACHE,
     "xlnet": "it keeps hidden states, and no keys and values",
-    "xlstm": _OWN_CACHE,
 }
 """Families whose caches are not handled, by the model type of their config, and why."""
 ONE_BY_ONE = ("falcon_mamba", "jamba", "mamba", "prophetnet", "zamba")
@@ -154,6 +153,10 @@ def decoder_cache(config: PretrainedConfig) -> Cache:
     Raises UnsupportedError for layers of a kind that transformers knows no cache for.
     """
     text = config.get_text_config(decoder=True)
+    if (layers := layers_for(text)) is not None:
+        made = DynamicCache()
+        made.layers = layers
+        return made
     try:
         return DynamicCache(config=text)
     except KeyError:

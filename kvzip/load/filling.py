@@ -48,7 +48,7 @@ def filled(
                 if class_name(layer) == "DynamicSlidingWindowLayer":
                     layer.activate_past_recording()
         _feed(model, cache, ids[:, :-1], 0, given)
-        before = [_copied(one) for one in _held(model, cache, kinds, given.get("input_ids"))]
+        before = [one.copied() for one in _held(model, cache, kinds, given.get("input_ids"))]
         if not any(kind.counts for kind in kinds):
             return before
         _feed(model, cache, ids[:, -1:], ids.shape[1] - 1, given)
@@ -87,15 +87,6 @@ def _held(
     if len(found) != len(kinds):
         raise KVZipError(f"the model filled {len(found)} cache layers, not {len(kinds)}")
     return found
-
-
-def _copied(one: Held) -> Held:
-    """The same, with states that the model no longer changes."""
-    pieces = {
-        name: piece if name in TOKEN_PARTS else piece._replace(tensor=piece.tensor.clone())
-        for name, piece in one.pieces.items()
-    }
-    return one._replace(pieces=pieces)
 
 
 def _joined(before: Held, after: Held) -> Held:

@@ -69,6 +69,14 @@ class Held(NamedTuple):
     """How many tokens it has seen; None where it does not count them."""
     pieces: dict[str, Piece]
 
+    def copied(self) -> Held:
+        """The same, with states that the model no longer changes: it updates them in place."""
+        pieces = {
+            name: piece if name in TOKEN_PARTS else piece._replace(tensor=piece.tensor.clone())
+            for name, piece in self.pieces.items()
+        }
+        return self._replace(pieces=pieces)
+
 
 def class_name(layer: object) -> str:
     """The name of a layer's class in transformers, also of one that decodes when it is used."""

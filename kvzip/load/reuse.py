@@ -10,6 +10,7 @@ any other cache it does what it always does.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -265,6 +266,9 @@ def _stand_in() -> None:
             )
         if cache is None or prompt is None or not whole:
             return own(self, *args, **kwargs)
+        if mask is None and "attention_mask" not in inspect.signature(self.forward).parameters:
+            # Without one transformers feeds such a model all ids, those of the cache, too.
+            kwargs["attention_mask"] = torch.ones_like(prompt)
         cache.spread(prompt.shape[0] * _times(self, kwargs))
         with cache.going_on(prompt, mask):
             generated = own(self, *args, **kwargs)

@@ -18,7 +18,7 @@ from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.config import LayerKind, layer_kinds
 from kvzip.load.held import ENCODER_IDS, TOKEN_PARTS, Held, Piece, as_bytes, has_nothing, held
 from kvzip.load.matching import ids_of, origin_of_model, revision_of_source
-from kvzip.load.own import layers_in
+from kvzip.load.own import is_own, layers_in
 from kvzip.load.placeholders import check_text_only
 from kvzip.models import products
 from kvzip.snapshot import Layer, LayerLayout, Origin, PartLayout, Snapshot
@@ -39,10 +39,10 @@ def snapshot_of_cache(
     model or its id. Raises UnsupportedError, which names the layer and its class, for any cache
     layer but full and sliding attention, and KVZipError when the ids do not fit the cache.
     """
-    if not isinstance(cache, (Cache, EncoderDecoderCache)):
+    if not isinstance(cache, (Cache, EncoderDecoderCache)) and not is_own(cache):
         raise UnsupportedError(f"a {type(cache).__name__} is not a cache of a decoder's layers")
     kinds = [] if model is None or isinstance(model, str) else layer_kinds(model.config)
-    found = held_by(cache, kinds)
+    found = [one.copied() for one in held_by(cache, kinds)]
     if isinstance(cache, EncoderDecoderCache) and encoder_ids is not None:
         source = ids_of(encoder_ids, "encoder_ids")
         found = with_encoder_ids(found, torch.from_numpy(source.astype(np.int64)))

@@ -74,6 +74,16 @@ def test_where_layers_are() -> None:
     assert devices_of(Family("llama").model(), layer_kinds(Family("llama").config())) is None
 
 
+def test_a_snapshot_stays_while_the_model_goes_on(mixed: Checks) -> None:
+    """The model updates states in place."""
+    with torch.no_grad():
+        cache = mixed.model(mixed.ids, use_cache=True).cache
+        found = kvzip.Snapshot.from_cache(cache, mixed.ids, mixed.model)
+        before = kvzip.encode(found, "raw", threads=1)
+        mixed.model(mixed.ids[:, :1], cache=cache)
+    assert kvzip.encode(found, "raw", threads=1) == before
+
+
 def test_from_memory_to_memory(mixed: Checks) -> None:
     """A snapshot without a file is a cache again, as far as its states are good."""
     cache = mixed.snapshot(mixed.ids).to_cache(mixed.model.config)
@@ -147,6 +157,39 @@ def test_a_cache_of_minimax_own_class(types: tuple[str, ...]) -> None:
         loaded = load_cache(blob, config, prompt=prompt)
         assert isinstance(loaded, module.MiniMaxCache)
         assert torch.equal(checks.says(prompt, loaded), right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_of_xlstm_own_class(dtype: torch.dtype) -> None:
+    """A prompt that it is the beginning of goes on from it, in rows and in beams, too."""
+    pytest.importorskip("transformers.models.xlstm.modeling_xlstm")
+    checks = Checks(Family("xlstm"))
+    config = Family("xlstm").config()
+    config.dtype = dtype
+    torch.manual_seed(0)
+    checks.model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    checks.model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        cache = checks.model(checks.ids, use_cache=True).cache
+    found = kvzip.Snapshot.from_cache(cache, checks.ids, checks.model)
+    for i, layer in enumerate(found.layers):
+        for part, state in zip(layer.parts.values(), cache.rnn_state[i], strict=True):
+            size = {2: torch.int16, 4: torch.int32}[state.element_size()]
+            assert (part == state[0].view(size).numpy().view(part.dtype)).all()
+    prompt = checks.longer(checks.ids, 9)
+    with torch.no_grad():  # what transformers itself makes of its cache
+        right = checks.model(prompt[:, 40:], cache=cache, use_cache=True).logits
+        loaded = load_cache(kvzip.encode(found, "channel", threads=1), config, prompt=prompt)
+        assert torch.equal(checks.model(prompt[:, 40:], cache=loaded).logits, right)
+        again = kvzip.Snapshot.from_cache(loaded, prompt, checks.model)
+        assert again == kvzip.Snapshot.from_cache(cache, prompt, checks.model)
+    if dtype != torch.float32:
+        return  # rounding differs where one stops
+    given = {"max_new_tokens": 6, "do_sample": False}
+    for fed, options in ((prompt, {"num_beams": 3}), (prompt.expand(2, -1), {})):
+        wanted = checks.model.generate(fed, use_cache=False, **given, **options)
+        loaded = load_cache(found, config, prompt=prompt)
+        assert torch.equal(checks.model.generate(fed, cache=loaded, **given, **options), wanted)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon_h1", "deepseek_v32"])
