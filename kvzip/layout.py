@@ -394,6 +394,13 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for layer in self.layers
         )
 
+    @property
+    def state_length(self) -> int | None:
+        """The length that all states are good at; None where there are none, or not of one
+        length."""
+        lengths = {layer.state_length for layer in self.layers} - {None}
+        return lengths.pop() if len(lengths) == 1 else None
+
     def lacking(self, count: int) -> int | None:
         """The first layer that lacks some of what a cache of the first `count` tokens, less the
         one that is left to compute, needs: a sliding layer the `window - 1` before it, a state the

@@ -140,8 +140,10 @@ class Finder:
         except KVZipError as error:
             _log.warning("%s is passed over: %s", key, error)
             return None
-        count = _shared(reader, ids, sure)
-        if count >= sure and reader.layout.lacking(count) is None:
+        shared, states = _shared(reader, ids, sure), reader.layout.state_length
+        # States are good at their length only, which is mostly one token short of the document.
+        count = shared if states is None else min(shared, states)
+        if shared >= sure and reader.layout.lacking(count) is None:
             return Match(key, count, reader)
         reader.close()
         return None

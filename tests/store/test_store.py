@@ -32,7 +32,7 @@ from kvzip.errors import (
     UnsupportedError,
     UsageError,
 )
-from kvzip.snapshot import Layer, LayerLayout
+from kvzip.snapshot import Layer, LayerLayout, PartLayout
 from kvzip.store import Store, evicting, remote, uses
 from kvzip.store.bucket import Bucket, forget_clients, open_url
 from kvzip.store.keys import document_path
@@ -295,6 +295,21 @@ def test_ids_may_be_withheld(opened):
     opened.put(blob, token_ids=range(50))
     with opened.find([*range(30), 99, 98, 97], **OF) as found:
         assert found.tokens == 24  # whole blocks: nothing tells of single tokens
+
+
+def test_a_state_serves_prompts_that_share_all_that_it_has_seen(opened):
+    """A capture leaves a token to compute: its states are one token short of its keys."""
+    made = snapshot_of(range(50))
+    state = PartLayout("bf16", (3, 4), "rd")
+    layout = LayerLayout({"recurrent": state}, 49, "state", state_length=49)
+    layers = [*made.layers, Layer({"recurrent": np.zeros((3, 4), np.uint16)}, layout)]
+    opened.put(kvzip.Snapshot(layers, "bf16", made.token_ids, made.origin))
+    for prompt in (range(60), range(50), range(49), [*range(49), 99, 98]):
+        with opened.find(prompt, **OF) as found:
+            assert found.tokens == 49
+            assert found.snapshot().layers[-1].kind == "state"
+    for prompt in (range(48), [*range(48), 99, 98]):
+        assert opened.find(prompt, **OF) is None
 
 
 def test_a_sliding_window_serves_what_it_holds(opened):
