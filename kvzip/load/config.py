@@ -80,15 +80,14 @@ def rope_parameters(config: PretrainedConfig) -> tuple[dict[str, Any], ...]:
     return layers_of(config)[1]
 
 
-_OWN_CACHE = "its cache is of a class of its own, in transformers"
 _NO_CACHE = "it has no cache, in transformers"
 UNHANDLED = {
     "cpmant": "its cache holds tokens that are none of the prompt's",
     "dory": "its loops keep more layers than its config tells",
     "openai-gpt": _NO_CACHE,
     "recurrent_gemma": "it keeps its states in the model itself, and not in a cache",
-    "reformer": _OWN_CACHE,
-    "rwkv": _OWN_CACHE,
+    "reformer": "it keeps hidden states and their buckets, and no keys and values",
+    "rwkv": "its states are a list that it takes as `state=`, and no cache",
     "xlm": _NO_CACHE,
     "xlnet": "it keeps hidden states, and no keys and values",
 }
