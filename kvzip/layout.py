@@ -396,8 +396,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def state_length(self) -> int | None:
-        """The length that all states are good at; None where there are none, or not of one
-        length."""
+        """After how many tokens all states were kept, which can only be gone on from there; None
+        where there are none, or not of one length."""
         lengths = {layer.state_length for layer in self.layers} - {None}
         return lengths.pop() if len(lengths) == 1 else None
 

@@ -108,6 +108,21 @@ def _takes(server: S3) -> bool:
 
 
 @contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A web server in threads of this process; yields its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.socket.close()
+
+
+@contextmanager
 def silent_server() -> Iterator[str]:
     """A server that takes a connection and never says a word; its URL."""
     with socket.socket() as listener:
@@ -196,18 +211,11 @@ def failing_server(folder: Path) -> Iterator[Failing]:
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    failing.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield failing
-    finally:
-        failing.over.set()
-        server.shutdown()
-        thread.join()
-        server.socket.close()
+    with serving(Handler) as failing.url:
+        try:
+            yield failing
+        finally:
+            failing.over.set()
 
 
 class DyingStore:

@@ -38,7 +38,6 @@ from kvzip.load.matching import (
     finder,
     ids_of,
     in_common,
-    state_length,
 )
 from kvzip.load.placeholders import check_text_only
 from kvzip.load.recovery import Recovery, naming, tell
@@ -87,7 +86,7 @@ def load_batch(
                 check_config(opened.source, config)
                 layout, ids = opened.source.layout, opened.source.token_ids
                 common = in_common(layout, ids, row[None])
-                kept = state_length(layout)
+                kept = layout.state_length
                 if kept is not None and common < kept:
                     check_held(layout, common)
             usable[n] = _Usable(opened, common if kept is None else kept, common)

@@ -43,7 +43,6 @@ from kvzip.load.matching import (
     finder,
     ids_of,
     in_common,
-    state_length,
 )
 from kvzip.load.placeholders import check_text_only
 from kvzip.load.recovery import Recovery, tell
@@ -73,7 +72,7 @@ __all__ = [
 def cache_of_snapshot(snapshot: Snapshot, config: PretrainedConfig) -> Cache:
     """A `DynamicCache` with every token of a snapshot; see :meth:`Snapshot.to_cache`."""
     kinds = check_config(snapshot, config)
-    kept = state_length(snapshot.layout)
+    kept = snapshot.layout.state_length
     count = snapshot.tokens if kept is None else kept
     check_held(snapshot.layout, count)
     loader = Loader(snapshot, spans_of(kinds, count, False), count, None, 0)
@@ -269,7 +268,7 @@ def _count_with_prompt(
     count = min(common, length - 1, layout.tokens if tokens is None else tokens)
     if count < 1:
         raise KVZipError("nothing can be kept: tokens= is below 1, or the prompt is one token")
-    kept = state_length(layout)
+    kept = layout.state_length
     if kept is not None and count >= kept:
         count = kept
     elif length == 2 * count and count > 1 and layout.lacking(count - 1) is None:

@@ -149,13 +149,6 @@ def _check_lengths(layout: Layout) -> None:
         raise KVZipError("the file's states are not all of the same length")
 
 
-def state_length(layout: Layout) -> int | None:
-    """After how many tokens a document's states were kept: it can only be gone on from there. None:
-    it has no states."""
-    lengths = (layer.state_length for layer in layout.layers)
-    return next((length for length in lengths if length is not None), None)
-
-
 def check_held(layout: Layout, count: int) -> None:
     """Raise KVZipError unless a document holds what a cache of its first `count` tokens needs."""
     i = layout.lacking(count)
@@ -254,7 +247,7 @@ def agreed(
         raise UnsupportedError(f"the file holds {stored}, the model {model.dtype}")
     common = in_common(document.layout, document.token_ids, ids)
     most = common if tokens is None else min(common, tokens)
-    kept = state_length(document.layout)
+    kept = document.layout.state_length
     if kept is not None:
         check_held(document.layout, kept if most >= kept else most)
         most = kept

@@ -39,18 +39,21 @@ def prompt(document):
     return torch.cat([document, torch.arange(200, 220)[None]], 1)
 
 
+def sequences(model, ids, cache=None, **more):
+    """What was fed, and the new tokens, [batch, tokens]."""
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": NEW,
+        "min_new_tokens": NEW,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    given = {} if cache is None else cache_argument(cache)
+    return model.generate(ids, **{**options, **given, **more})
+
+
 def generate(model, ids, cache=None, **more):
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW,
-        min_new_tokens=NEW,
-        do_sample=False,
-        pad_token_id=0,
-        **({} if cache is None else cache_argument(cache)),
-        **more,
-    )
-    return out[:, ids.shape[1] :].tolist()
+    return sequences(model, ids, cache, **more)[:, ids.shape[1] :].tolist()
 
 
 def caches(model, blob, prompt, **more):
@@ -135,16 +138,8 @@ def test_the_rest_of_a_prompt_with_a_mask_for_all(model, blob, prompt):
     """`generate` takes ids that its mask goes beyond for those that are to be fed."""
     cache = load_cache(blob, model.config, prompt=prompt)
     rest = prompt[:, cache.get_seq_length() :]
-    out = model.generate(
-        rest,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=NEW,
-        min_new_tokens=NEW,
-        do_sample=False,
-        pad_token_id=0,
-        **cache_argument(cache),
-    )
-    assert out[:, rest.shape[1] :].tolist() == generate(model, prompt)
+    mask = torch.ones_like(prompt)
+    assert generate(model, rest, cache, attention_mask=mask) == generate(model, prompt)
 
 
 @pytest.mark.parametrize("more", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
@@ -161,16 +156,7 @@ def test_after_beams_the_prompt_is_known(model, blob, prompt, more):
 def test_after_several_sequences_each_is_known(model, blob, prompt):
     cache = load_cache(blob, model.config, prompt=prompt)
     torch.manual_seed(0)
-    whole = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=NEW,
-        min_new_tokens=NEW,
-        do_sample=True,
-        num_return_sequences=3,
-        pad_token_id=0,
-        **cache_argument(cache),
-    )
+    whole = sequences(model, prompt, cache, do_sample=True, num_return_sequences=3)
     told = torch.cat([whole, torch.arange(300, 307)[None].expand(3, -1)], 1)
     for row in range(3):
         other = told.clone()

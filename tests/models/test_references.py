@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -13,7 +12,7 @@ pytest.importorskip("transformers")
 
 import huggingface_hub
 import transformers
-from servers import silent_server
+from servers import serving, silent_server
 from support import tiny_model
 from tokenizers import Tokenizer, models
 
@@ -53,11 +52,8 @@ def answering():
         def log_message(self, *_):
             pass
 
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{made.server_port}", statuses, asked
-    made.shutdown()
-    made.server_close()
+    with serving(Handler) as url:
+        yield url, statuses, asked
 
 
 def save(folder):

@@ -3,11 +3,11 @@ be asked for, or is not answered in parts, is an error that says what to do."""
 
 from __future__ import annotations
 
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from servers import serving
 from support import assert_same, make_snapshot, random_bits
 
 import kvzip
@@ -49,11 +49,8 @@ def server():
         def log_message(self, *_):
             pass
 
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{made.server_port}", asked, ways
-    made.shutdown()
-    made.server_close()
+    with serving(Handler) as url:
+        yield url, asked, ways
 
 
 @pytest.mark.parametrize("scheme", ["http", "HTTP", "Http"])
