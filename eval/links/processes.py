@@ -124,6 +124,7 @@ class _Answers:
     def __init__(self, model: str, dtype: str, snapshot: str, profile: str | None = None):
         import torch
 
+        from kvzip.identity import fingerprint
         from kvzip.models import load_model
         from kvzip.profile import Profile
         from kvzip.snapshot import Snapshot
@@ -136,6 +137,7 @@ class _Answers:
         self.warnings = _Warnings()
         logging.getLogger("kvzip.load").addHandler(self.warnings)
         # Everything once, so that nothing is the first of its kind when it is timed.
+        fingerprint(self.model)
         self.token = self.step()["token"]
         self.prefill()
 

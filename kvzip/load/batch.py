@@ -34,6 +34,7 @@ from kvzip.load.matching import (
     check_held,
     check_model,
     check_options,
+    check_weights,
     device_of,
     finder,
     ids_of,
@@ -151,7 +152,7 @@ def load_batch_or_prefill(
         return find_document(source, look_up, profile, threads)
 
     with ExitStack() as stack:
-        usable = _find_all(sources, padded, model, find, stack)
+        usable = _find_all(sources, padded, model, find, revision, stack)
         columns = [padded.column(n, one.tokens) for n, one in usable.items()]
         # A state cannot be cut, but it can be gone on from.
         column = (max if _stateful(kinds) else min)(columns, default=0)
@@ -213,6 +214,7 @@ def _find_all(
     padded: _Prompts,
     model: PreTrainedModel,
     find: Callable[[Document | Store | None, int], OpenDocument[Reader | Snapshot] | None],
+    revision: str | None,
     stack: ExitStack,
 ) -> dict[int, _Usable]:
     """The documents that prompts have, by the prompts' numbers; they are closed with the stack.
@@ -228,6 +230,8 @@ def _find_all(
                 if found is not None:
                     opened = stack.enter_context(found)
                     _, most, common = agreed(opened.source, model, row[None])
+                    if not isinstance(source, Store) and revision is None:
+                        check_weights(opened.source, model)
                     usable[n] = _Usable(opened, most, common)
         except (KVZipError, OSError) as error:
             tell(error)

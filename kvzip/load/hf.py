@@ -39,6 +39,7 @@ from kvzip.load.matching import (
     check_held,
     check_model,
     check_options,
+    check_weights,
     device_of,
     finder,
     ids_of,
@@ -177,7 +178,8 @@ def load_or_prefill(
     `revision` (default: its own, as :meth:`Snapshot.from_cache` notes them). None, and a store
     without such a document, give an empty cache, which `generate` fills.
 
-    What cannot be opened or is of another model, dtype or profile gives an empty cache, too. What
+    What cannot be opened or is of another model, dtype or profile gives an empty cache, too, and so
+    does a file whose fingerprint is not the model's, unless a `revision` is given. What
     shows only when the model runs (a damaged block, a store that dies or is too slow for its
     `timeout`, other weights) makes the model compute the kept tokens then, once, and go on
     from them. Either is logged as one warning ("kvzip.load"). What still raises is wrong use: other
@@ -196,6 +198,8 @@ def load_or_prefill(
             return empty_cache(model.config)
         with found as opened:
             kinds, most, _ = agreed(opened.source, model, ids, tokens)
+            if not isinstance(source, Store) and revision is None:
+                check_weights(opened.source, model, source_ids)
             check_encoder(opened.source, model.config, source_ids)
             cache, loader = _lazy(
                 opened, model.config, kinds, ids, most, None, threads, prefill_chunk_size

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvzip import dtypes
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError, UsageError, first_line
-from kvzip.identity import fingerprint
+from kvzip.identity import fingerprint, is_fingerprint
 from kvzip.identity.checkpoint import changed
 from kvzip.load.config import LayerKind, configs_of_layers, layers_of, rope_parameters
 from kvzip.load.held import ENCODER_IDS
@@ -254,6 +254,22 @@ def agreed(
     elif most == common > 1 and document.layout.lacking(most - 1) is None:
         most -= 1  # one token less, so that its key tells whether the weights are the same
     return Agreed(kinds, most, common)
+
+
+def check_weights(
+    document: Reader | Snapshot, model: PreTrainedModel, encoder_ids: Ids | None = None
+) -> None:
+    """Raise KVZipError for a document whose fingerprint is that of other weights than the model's.
+    One that has none is left to its witness."""
+    origin = document.header.origin if isinstance(document, Reader) else document.origin
+    if not is_fingerprint(origin.revision):
+        return
+    own = revision_of_source(fingerprint(model), encoder_ids)
+    if own != origin.revision:
+        raise KVZipError(
+            f"the file is of other weights: its fingerprint is {origin.revision}, and the model's "
+            f"{own}"
+        )
 
 
 # --- what a store knows a model by ---------------------------------------------------------------

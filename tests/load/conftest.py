@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import msgspec
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -108,6 +109,13 @@ class Case:
     @property
     def blob(self) -> bytes:
         return kvzip.encode(self.snapshot, codec="planes", block_tokens=8, threads=1)
+
+    @property
+    def unpinned(self) -> bytes:
+        """The same of a document that does not say which weights it is of: the witness is left."""
+        made = copy.copy(self.snapshot)
+        made.origin = msgspec.structs.replace(made.origin, revision="")
+        return kvzip.encode(made, codec="planes", block_tokens=8, threads=1)
 
     def kept(self, count: int) -> Any:
         """The uncompressed cache of the first `count` tokens, rolled back by transformers."""

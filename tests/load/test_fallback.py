@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from typing import Any
@@ -18,7 +19,12 @@ from support import damaged, warnings_of  # noqa: E402
 import kvzip  # noqa: E402
 from kvzip.container import blocks  # noqa: E402
 from kvzip.errors import StoreError  # noqa: E402
-from kvzip.load.hf import cache_argument, load_cache, load_or_prefill  # noqa: E402
+from kvzip.load.hf import (  # noqa: E402
+    cache_argument,
+    load_batch_or_prefill,
+    load_cache,
+    load_or_prefill,
+)
 from kvzip.store import Store, remote  # noqa: E402
 
 
@@ -113,10 +119,28 @@ def test_other_weights(name: str, tiny: Any, caplog: Any) -> None:
     for ids in (case.ids, case.longer()):
         options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         right = model.generate(ids, **options)
-        cache = load_or_prefill(case.blob, model, ids)
+        cache = load_or_prefill(case.unpinned, model, ids)
         assert torch.equal(model.generate(ids, **cache_argument(cache), **options), right)
         [told] = warnings_of(caplog)
         assert "does not continue" in told
+
+
+def test_a_file_that_says_of_which_weights_it_is(tiny: Any, caplog: Any) -> None:
+    """Weights that changed by less than any witness can see give an empty cache."""
+    case = tiny("llama")
+    for source in (case.blob, case.snapshot):
+        model = copy.deepcopy(case.model)
+        assert load_or_prefill(source, model, case.longer()).get_seq_length() == 49
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.mul_(1 + 2**-7)
+        assert load_or_prefill(source, model, case.longer()).get_seq_length() == 0
+        [told] = warnings_of(caplog)
+        assert "of other weights" in told and kvzip.fingerprint(model) in told
+        given = load_or_prefill(source, model, case.longer(), revision="the caller vouches")
+        assert given.get_seq_length() == 49
+        batch = load_batch_or_prefill([source, None], model, [case.longer()[0], case.ids[0]])
+        [name] = cache_argument(None)
+        assert batch[name].get_seq_length() == 0 and len(warnings_of(caplog)) == 1
 
 
 def test_beams_and_batches_recover(tiny: Any, caplog: Any) -> None:

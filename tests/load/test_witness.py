@@ -59,7 +59,7 @@ def test_any_parameter_that_keys_or_values_depend_on(name: str, tiny: Any, caplo
     tied = case.config.tie_word_embeddings
     for parameter, _ in case.model.named_parameters():
         model = noisy(case.model, parameter, 0.5)
-        cache = load_or_prefill(case.blob, model, ids)
+        cache = load_or_prefill(case.unpinned, model, ids)
         assert cache.get_seq_length() == 49
         assert torch.equal(generate(model, ids, cache), generate(model, ids)), parameter
         told = warnings_of(caplog)
@@ -84,7 +84,7 @@ def test_the_call_is_made_again_once(case: Any, caplog: Any) -> None:
     model.get_input_embeddings().register_forward_hook(
         lambda module, args, out: calls.append(args[0].shape[1])
     )
-    cache = load_or_prefill(case.blob, model, ids)
+    cache = load_or_prefill(case.unpinned, model, ids)
     assert torch.equal(generate(model, ids, cache), right)
     # 10 tokens on what was loaded; its 49 tokens and the next one, computed; 10 tokens again.
     assert calls == [10, 49, 1, 10, 1, 1]
@@ -96,7 +96,7 @@ def test_the_call_is_made_again_once(case: Any, caplog: Any) -> None:
 def test_beams(tiny: Any, options: Any, caplog: Any) -> None:
     case = tiny("llama")
     model, ids = deep(case), case.longer()
-    cache = load_or_prefill(case.blob, model, ids)
+    cache = load_or_prefill(case.unpinned, model, ids)
     assert torch.equal(generate(model, ids, cache, **options), generate(model, ids, **options))
     assert len(warnings_of(caplog)) == 1
 
@@ -105,7 +105,7 @@ def test_a_batch_of_documents(tiny: Any, caplog: Any) -> None:
     case = tiny("llama")
     model = deep(case)
     prompts = [case.longer()[0], case.longer(seed=8)[0, :54]]
-    batch = load_batch_or_prefill([case.blob, case.blob], model, prompts)
+    batch = load_batch_or_prefill([case.unpinned, case.unpinned], model, prompts)
     found = model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
     plain = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
     right = model.generate(**plain, max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -118,7 +118,7 @@ def test_models_are_left_as_they_were(tiny: Any) -> None:
     case = tiny("llama")
     model, ids = deep(case), case.longer()
     before = kvzip.fingerprint(model)
-    caches = [load_or_prefill(case.blob, model, ids) for _ in range(3)]
+    caches = [load_or_prefill(case.unpinned, model, ids) for _ in range(3)]
     assert kvzip.fingerprint(model) == before
     for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
@@ -136,7 +136,7 @@ def test_models_are_left_as_they_were(tiny: Any) -> None:
 def test_a_model_within_another_raises_rather_than_go_wrong(tiny: Any) -> None:
     case = tiny("llama")
     model, ids = deep(case), case.longer()
-    cache = load_or_prefill(case.blob, model, ids)
+    cache = load_or_prefill(case.unpinned, model, ids)
     with pytest.raises(OtherWeights, match="layer"), torch.no_grad():
         model.model(ids[:, 49:], use_cache=True, **cache_argument(cache))
 
