@@ -11,6 +11,7 @@ from typing import TextIO
 
 from kvzip.cli import (  # noqa: F401 - each adds its commands
     demo,
+    doctor,
     documents,
     exactness,
     frontier,

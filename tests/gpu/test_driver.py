@@ -38,3 +38,16 @@ def test_what_must_wait_waits(driver, tmp_path, compiled_once, seed):
     script = [sys.executable, str(HERE / "through_driver.py"), str(tmp_path), str(seed)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "well", done.stderr[-3000:]
+
+
+def test_what_the_doctor_says_of_a_gpu(driver):
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(driver.parent),
+        "KVZIP_FAKE_DRIVER": str(driver),
+    }
+    code = "from kvzip.codecs.native.cuda.gpu import gpus; print(*gpus())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    wanted = "About(name='a driver of the tests', architecture='sm_90', memory_gib=1.5)"
+    assert done.stdout.strip() == wanted, done.stderr[-3000:]

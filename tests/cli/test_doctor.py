@@ -1,0 +1,93 @@
+"""`kvzip doctor`: what is there, what is missing, and what does not work."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from command import run, run_json
+
+import kvzip
+from kvzip import selftest
+from kvzip.codec import codec_names, register_codec
+from kvzip.codecs import _native
+from kvzip.codecs.raw.codec import RawCodec
+
+
+def test_all_is_well(capsys):
+    before = _native.simd()
+    code, told = run_json(capsys, "doctor")
+    assert code == 0 and _native.simd() == before
+    assert [check["name"] for check in told["self_test"]] == codec_names()
+    assert not any(check["error"] for check in told["self_test"])
+    assert told["instructions"]["used"] in told["instructions"]["available"]
+    assert told["engines"]["transformers"] == metadata.version("transformers")
+    assert bool(told["gpus"]) != bool(told["no_gpu"])
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and f"instructions: {before}" in out
+    for name in codec_names():
+        assert f"self-test of {name}: good" in out
+
+
+def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
+    real = metadata.version
+
+    def version(package):
+        if package in ("obstore", "sglang"):
+            raise metadata.PackageNotFoundError(package)
+        return real(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    code, told = run_json(capsys, "doctor")
+    assert code == 0  # it is no fault
+    assert told["engines"]["SGLang"] is None
+    [lacking] = told["missing_packages"]["store"]
+    assert lacking.startswith("obstore")
+    _, out, _ = run(capsys, "doctor")
+    assert "pip install 'kvzip[store]'" in out
+
+
+def broken(decode):
+    """A codec that is `raw` but for how it decodes."""
+
+    class Broken(RawCodec):
+        codec_id = "broken"
+
+    Broken.decode = decode
+    Broken.decode_many = kvzip.Codec.decode_many
+    register_codec(Broken)
+
+
+def test_a_codec_that_does_not_do_what_it_must(capsys, monkeypatch):
+    def wrong(self, data, out, context):
+        out[...] = 0
+
+    def slips(self, data, out, context):
+        raise ZeroDivisionError("a slip")
+
+    for decode, words in ((wrong, "broken"), (slips, "ZeroDivisionError: a slip")):
+        with monkeypatch.context() as patch:
+            patch.setattr(kvzip.codec, "_registered", dict(kvzip.codec._registered))
+            broken(decode)
+            code, told = run_json(capsys, "doctor")
+            assert code == 1
+            failed = {c["name"]: c["error"] for c in told["self_test"] if c["error"]}
+            assert list(failed) == ["broken"] and failed["broken"]
+            code, out, err = run(capsys, "doctor")
+            assert code == 1 and words in out and "the self-test failed: broken" in err
+
+
+def test_what_only_one_set_of_instructions_does_wrong_is_found(monkeypatch):
+    """Bytes that depend on the processor."""
+    if len(selftest.instructions()) < 2:
+        return
+    encode = RawCodec.encode
+
+    def by_processor(self, block, context):
+        made = bytearray(encode(self, block, context))
+        if _native.simd() != "scalar":
+            made += b"\0"
+        return bytes(made)
+
+    monkeypatch.setattr(RawCodec, "encode", by_processor)
+    [raw] = [check for check in selftest.self_test() if check.name == "raw"]
+    assert raw.error
