@@ -34,6 +34,7 @@ from kvzip.load.matching import (
     check_held,
     check_model,
     check_options,
+    check_rope,
     check_weights,
     device_of,
     finder,
@@ -85,6 +86,7 @@ def load_batch(
             with naming(n):
                 opened = stack.enter_context(open_document(source, profile, threads))
                 check_config(opened.source, config)
+                check_rope(config, opened.source.layout.tokens, padded.longest)
                 layout, ids = opened.source.layout, opened.source.token_ids
                 common = in_common(layout, ids, row[None])
                 kept = layout.state_length
@@ -158,6 +160,7 @@ def load_batch_or_prefill(
         column = (max if _stateful(kinds) else min)(columns, default=0)
         if column:
             try:
+                check_rope(model.config, prompt=padded.longest)
                 check_fed_one_by_one(model.config, padded.longest - column, None)
             except KVZipError as error:
                 tell(error)

@@ -184,6 +184,53 @@ def configs_of_layers(text: PretrainedConfig, count: int) -> list[Any]:
     return found + [text] * (count - len(found))
 
 
+def rope_length(text: PretrainedConfig) -> int | None:
+    """How many tokens a sequence must stay below for RoPE's frequencies not to depend on how many
+    they are; None where they never do. `text`: a decoder's config, or an encoder's.
+
+    transformers rotates by other frequencies in longer calls ("dynamic", and, with others for all
+    that is longer, "longrope"), and at just this length by those of the call before.
+    """
+    lengths = []
+    for own in (text, *text.per_layer_config):
+        found = getattr(own, "rope_parameters", None) or {}
+        for each in (found, *found.values()):  # some have their own for each kind of layer
+            kind = str(each.get("rope_type", "")) if isinstance(each, dict) else ""
+            if "dynamic" in kind:
+                lengths.append(own.max_position_embeddings)
+            elif kind == "longrope":
+                default = own.max_position_embeddings
+                lengths.append(each.get("original_max_position_embeddings", default))
+    return min(lengths, default=None)
+
+
+def check_rope_length(text: PretrainedConfig, tokens: int, what: str) -> None:
+    """Raise UnsupportedError if RoPE's frequencies may depend on the length of a sequence of so
+    many `tokens`, which is called `what`: a cache of a shorter one has other keys."""
+    length = rope_length(text)
+    if length is not None and tokens >= length:
+        raise UnsupportedError(
+            f"{what} has {tokens} tokens, and from {length} on this model rotates the keys of all "
+            "tokens by frequencies that depend on how many there are (its RoPE is dynamic or "
+            f"longrope): caches are loaded only where document and prompt have fewer than {length}"
+        )
+
+
+def check_rope_state(model: PreTrainedModel) -> None:
+    """Raise UnsupportedError while a model rotates keys by frequencies of a long sequence, which it
+    has seen last: what it computed and was then cut short may be stored under its name."""
+    if rope_length(model.config.get_text_config(decoder=True)) is None:
+        return
+    for module in model.modules():
+        for name, now in module.named_buffers(recurse=False):
+            first = getattr(module, name.replace("inv_freq", "original_inv_freq"), now)
+            if name.endswith("inv_freq") and not torch.equal(now, first.to(now.device)):
+                raise UnsupportedError(
+                    "the model's RoPE is as a long sequence has left it, which its next call may "
+                    "change: caches are loaded again after a call with a short one"
+                )
+
+
 def _unrotated(text: PretrainedConfig, i: int, full_among_sliding: bool) -> bool:
     """Whether the keys of layer i are not rotated, though the config has parameters for that."""
     rotated = getattr(text, "no_rope_layers", None)  # despite its name, 1 where there is RoPE

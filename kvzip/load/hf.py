@@ -26,6 +26,7 @@ from kvzip.load.config import (
     cache_argument,
     check_fed_one_by_one,
     layer_kinds,
+    rope_length,
     rope_parameters,
 )
 from kvzip.load.documents import Document, OpenDocument, find_document, open_document
@@ -39,6 +40,7 @@ from kvzip.load.matching import (
     check_held,
     check_model,
     check_options,
+    check_rope,
     check_weights,
     device_of,
     finder,
@@ -137,9 +139,11 @@ def load_cache(
     document's must have got the same. Then `prompt` is what the decoder gets, and `generate` needs
     ``decoder_attention_mask=``, a one for each of its ids.
 
-    Raises UnsupportedError when the prompt has images or sound (docs/identity.md), KVZipError
-    when file, config, prompt and model do not fit each other, FormatError or
-    CorruptError for a bad file; while generating, KVZipError (CorruptError, ...) from `update`.
+    Raises UnsupportedError when the prompt has images or sound (docs/identity.md), or when RoPE's
+    frequencies depend on the length (dynamic, longrope) and document or prompt are not shorter than
+    the original length; KVZipError when file, config, prompt and model do not fit each other,
+    FormatError or CorruptError for a bad file; while generating, KVZipError (CorruptError, ...)
+    from `update`.
     """
     check_options(None if prompt is None else tokens, threads, prefill_chunk_size, profile)
     device = device_of(device)
@@ -148,11 +152,15 @@ def load_cache(
         kinds = check_config(opened.source, config)
         check_encoder(opened.source, config, source_ids)
         ids = None if prompt is None else ids_of(prompt, "prompt")
+        length = None if ids is None else ids.shape[1]
+        check_rope(config, opened.source.layout.tokens, length, source_ids)
         fed = opened.source.token_ids if ids is None else ids
         check_text_only(config, fed, f"the model of {type(config).__name__}")
         cache, _ = _lazy(opened, config, kinds, ids, tokens, device, threads, prefill_chunk_size)
-    if not check_weights:
-        for layer in lazy_layers(cache):
+    limit = rope_length(config.get_text_config(decoder=True))
+    for layer in lazy_layers(cache):
+        layer.limit(limit)
+        if not check_weights:
             layer.trust()
     return cache
 
@@ -201,6 +209,7 @@ def load_or_prefill(
             if not isinstance(source, Store) and revision is None:
                 check_weights(opened.source, model, source_ids)
             check_encoder(opened.source, model.config, source_ids)
+            check_rope(model.config, prompt=ids.shape[1], encoder_ids=source_ids)
             cache, loader = _lazy(
                 opened, model.config, kinds, ids, most, None, threads, prefill_chunk_size
             )

@@ -47,6 +47,9 @@ class LazyLayer(_Base):
     """The leading layer: tokens of the prompt, the cached ones included, fed in chunks of `_chunk`
     if that is not None."""
     _chunk: int | None = None
+    _limit: int | None = None
+    """The leading layer: how many tokens the first call must stay below, the cached ones included,
+    since keys of longer sequences are rotated by other frequencies."""
     _leads = False
     """Whether it is the first layer of its cache that is fed keys."""
     _unfed = 0
@@ -165,6 +168,12 @@ class LazyLayer(_Base):
         position, fed = self.get_seq_length(), key_states.shape[-2]
         if self._prompt_length is not None:
             self._check_fed(fed, self._prompt_length - position)
+        if self._leads and self._limit is not None and position + fed >= self._limit:
+            raise UnsupportedError(
+                f"the model is fed {fed} tokens after {position} cached ones, and where there are "
+                f"{self._limit} or more it rotates the keys of all tokens by other frequencies (its"
+                " RoPE is dynamic or longrope): leave out the cache"
+            )
         assert self._source is not None, "the first update was admitted before"
         if self._source.device is None:
             self._source.device = key_states.device
@@ -220,6 +229,10 @@ class LazyLayer(_Base):
     def trust(self) -> None:
         """Do not tell other weights by what the model computes next."""
         self._distances = None
+
+    def limit(self, tokens: int | None) -> None:
+        """Refuse a first call after which there are so many tokens, or more."""
+        self._limit = tokens
 
     def settle(self) -> None:
         """Be used: what was fed goes on from here."""

@@ -16,7 +16,14 @@ from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError, UsageError, first_line
 from kvzip.identity import fingerprint, is_fingerprint
 from kvzip.identity.checkpoint import changed
-from kvzip.load.config import LayerKind, configs_of_layers, layers_of, rope_parameters
+from kvzip.load.config import (
+    LayerKind,
+    check_rope_length,
+    check_rope_state,
+    configs_of_layers,
+    layers_of,
+    rope_parameters,
+)
 from kvzip.load.held import ENCODER_IDS
 from kvzip.options import integer, text
 from kvzip.profile import Profile, check_profile
@@ -197,6 +204,24 @@ def check_encoder(
         raise KVZipError("the file's encoder was given other tokens than encoder_ids=")
 
 
+def check_rope(
+    config: PretrainedConfig,
+    document: int | None = None,
+    prompt: int | None = None,
+    encoder_ids: Ids | None = None,
+) -> None:
+    """Raise UnsupportedError if RoPE's frequencies may be others for a document, or a prompt, of so
+    many tokens than for shorter ones, or for what an encoder is given."""
+    text = config.get_text_config(decoder=True)
+    if document is not None:
+        check_rope_length(text, document, "the document")
+    if prompt is not None:
+        check_rope_length(text, prompt, "the prompt")
+    if encoder_ids is not None:
+        encoder = config.get_text_config(encoder=True)
+        check_rope_length(encoder, encoder_ids.shape[1], "what the encoder is given")
+
+
 def revision_of_source(revision: str, encoder_ids: ArrayLike | torch.Tensor | None) -> str:
     """The revision of a cache of a model whose encoder was given these ids: with others the same
     tokens have other keys and values, and must not be found."""
@@ -245,6 +270,8 @@ def agreed(
     stored = getattr(torch, dtypes.get(document.layout.dtype).torch)
     if stored != model.dtype:
         raise UnsupportedError(f"the file holds {stored}, the model {model.dtype}")
+    check_rope(model.config, document.layout.tokens)
+    check_rope_state(model)
     common = in_common(document.layout, document.token_ids, ids)
     most = common if tokens is None else min(common, tokens)
     kept = document.layout.state_length
