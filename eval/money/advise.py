@@ -21,6 +21,7 @@ from kvzip.choice.cost import (
     By,
     CodecFigures,
     Option,
+    PrefillModel,
     Situation,
     Split,
     best,
@@ -122,8 +123,9 @@ def advise(
     use = use or Use()
     number("tokens", tokens, zero=False)
     raw_bytes = float(shape.numbers_per_token * tokens * dtypes.get(dtype).itemsize)
-    own = _same_model(shape, inputs)
-    prefill, how, spread = _prefill(shape, tokens, inputs if own else None, compute, base)
+    own = same_model(shape, inputs)
+    model_of, how, spread = prefill_model(shape, inputs if own else None, compute, base, tokens)
+    prefill = model_of.seconds(tokens)
     figures = [
         CodecFigures(f.name, f.ratio, f.decode_rate * number("threads", threads, zero=False))
         for f in inputs.figures(dtype, tokens)
@@ -174,34 +176,43 @@ def advise(
     )
 
 
-def _same_model(shape: Shape, inputs: Inputs) -> bool:
+def same_model(shape: Shape, inputs: Inputs) -> bool:
     """Whether the inputs are of a model of this shape, whatever it is called."""
     return (shape.layers, shape.numbers_per_token) == (inputs.layers, inputs.numbers_per_token)
 
 
-def _prefill(
-    shape: Shape, tokens: int, inputs: Inputs | None, compute: Price | None, base: PriceBase
-) -> tuple[float, str, float]:
-    """Seconds of the prefill, where they come from, and their spread."""
+def prefill_model(
+    shape: Shape,
+    inputs: Inputs | None,
+    compute: Price | None,
+    base: PriceBase,
+    tokens: float | None = None,
+) -> tuple[PrefillModel, str, float]:
+    """The prefill's time by its length, where it comes from, and its spread.
+
+    It is measured where `inputs` are given and `compute` is not; else modelled on `compute`, a
+    device's peak (default: that of the price base), or fitted to what the price base has. `tokens`:
+    the length that is asked about, if it is one. Raises KVZipError where nothing is known.
+    """
     peak = compute or base.compute
     if inputs is not None and compute is None:
         fit = inputs.prefill
         lengths = [n for n, _ in fit.points]
-        inside = min(lengths) <= tokens <= max(lengths)
+        inside = tokens is not None and min(lengths) <= tokens <= max(lengths)
         kind = "measured" if inside else "measured, another length"
         words = f"prefill fitted to {len(lengths)} lengths measured on {inputs.machine.cpu}"
         if not inside:
             words += f", {min(lengths):,.0f} to {max(lengths):,.0f} tokens: beyond, an estimate"
-        return fit.model.seconds(tokens), words, max(SPREAD[kind], fit.worst)
+        return fit.model, words, max(SPREAD[kind], fit.worst)
     if peak is not None:
         speed = peak.value * TERA * peak.utilisation
         model = prefill_at_peak(shape.parameters, shape.layers, shape.width, speed)
         words = f"prefill a model: {peak.utilisation:.0%} of {peak.value:g} TFLOP/s"
-        return model.seconds(tokens), words, SPREAD["modelled"]
+        return model, words, SPREAD["modelled"]
     if base.prefill is not None:
         fitted = fit_prefill(base.prefill.points).model
         words = f"prefill fitted to {base.prefill.model} on {base.prefill.device}"
-        return fitted.seconds(tokens), words, SPREAD["measured, another length"]
+        return fitted, words, SPREAD["measured, another length"]
     raise KVZipError(
         f"the prefill's time is not known: preset {base.name} has no device to model it on; name "
         "one (--device h100), or measured inputs of the model (kvzip eval inputs)"
@@ -216,7 +227,8 @@ def _prefill_usd(shape: Shape, tokens: int, seconds: float, base: PriceBase) -> 
         return token_cost(tokens, base.api_input.value), words
     words = f"${base.device.value:g} an hour of {base.device_name}"
     if base.compute is not None:
-        seconds, how, _ = _prefill(shape, tokens, None, base.compute, base)
+        model, how, _ = prefill_model(shape, None, base.compute, base)
+        seconds = model.seconds(tokens)
         words += f", its {how}"
     return device_cost(seconds, base.device.value), words
 

@@ -30,6 +30,7 @@ UNITS = {
     "api_storage": "USD/Mtok-h",
     "link": "Gb/s",
     "compute": "TFLOP/s",
+    "decoder": "GB/s",
 }
 """The one unit of each group of prices."""
 HEADLINE = ("paper-m1pro", "h100-rented")
@@ -49,8 +50,9 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     range: tuple[float, float] | None = None
     """Lowest and highest figure found, where `value` is one of several."""
-    basis: Literal["stated", "derived", "model"] = "stated"
-    """Stated by the source; worked out from what it states; or assumed, as the source explains."""
+    basis: Literal["stated", "derived", "model", "measured", "target"] = "stated"
+    """Stated by the source; worked out from what it states; assumed, as the source explains;
+    measured by us; or what is hoped for, and nobody has measured."""
     utilisation: float = 1.0
     """The share of a `compute` value that a prefill is taken to reach, in (0, 1]: a model."""
     note: str = ""
@@ -138,6 +140,7 @@ class PriceBook(msgspec.Struct, frozen=True):
     api_storage: dict[str, Price]
     link: dict[str, Price]
     compute: dict[str, Price]
+    decoder: dict[str, Price]
     prefill: dict[str, PrefillTimes]
     model: dict[str, Shape]
     preset: dict[str, Preset]

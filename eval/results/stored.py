@@ -18,6 +18,7 @@ from kvzip.eval.results.frontier import Frontier
 from kvzip.eval.results.gpu import GpuResult
 from kvzip.eval.results.inputs import Inputs
 from kvzip.eval.results.links import Links
+from kvzip.eval.results.traffic import TrafficResult
 from kvzip.files import replacing
 
 T = TypeVar("T")
@@ -34,6 +35,7 @@ KINDS: dict[str, type[Result]] = {
         EntropyResult,
         Frontier,
         Links,
+        TrafficResult,
     )
 }
 """Every kind of result, by its name in files."""

@@ -12,62 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.errors import UsageError
-from kvzip.eval.traffic.trace import BLOCK_TOKENS, Trace
+from kvzip.eval.results.traffic import Capacity
+from kvzip.eval.traffic.trace import Trace
 
 NEVER = np.iinfo(np.int64).max
 """The distance of a block that was not used before."""
-
-
-class Capacity(msgspec.Struct, frozen=True):
-    """What a store of `blocks` blocks of raw size keeps when its blocks are `ratio` times as
-    small."""
-
-    blocks: float
-    ratio: float
-    hit_rate: float
-    """Blocks that need not be computed, of all blocks of all prompts."""
-
-
-class Capacities(msgspec.Struct, frozen=True):
-    """What stores of several sizes keep of a trace."""
-
-    trace: str
-    requests: int
-    seconds: float
-    """From the first request to the last."""
-    block_tokens: int
-    accesses: int
-    """Blocks of all prompts."""
-    distinct: int
-    """How many of them are different ones."""
-    most: float
-    """The hit rate of a store that has room for all."""
-    capacity: list[Capacity]
-    """For each size every ratio, in the order asked for."""
-
-
-def replay(trace: Trace, blocks: Sequence[float], ratios: Sequence[float]) -> Capacities:
-    """Replay a trace against an LRU store of each size, with blocks made smaller by each ratio.
-
-    `blocks`: capacities in blocks of raw size. Raises UsageError for sizes and ratios that are not
-    above zero.
-    """
-    needed = needed_capacity(trace)
-    return Capacities(
-        trace.name,
-        trace.requests,
-        float(trace.seconds[-1]) if trace.requests else 0.0,
-        BLOCK_TOKENS,
-        len(trace.blocks),
-        trace.distinct,
-        float((needed < NEVER).mean()),
-        capacities(blocks, ratios, needed),
-    )
 
 
 def stack_distances(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -104,10 +57,13 @@ def stack_distances(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
     return found
 
 
-def needed_capacity(trace: Trace) -> NDArray[np.int64]:
+def needed_capacity(trace: Trace, distances: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
     """For every block of every request, the least capacity, in blocks, at which it and all blocks
-    before it in its prompt are found; `NEVER` where there is none. int64, [accesses]."""
-    found = stack_distances(trace.blocks)
+    before it in its prompt are found; `NEVER` where there is none. int64, [accesses].
+
+    `distances`: the trace's stack distances, where they are known already.
+    """
+    found = stack_distances(trace.blocks) if distances is None else distances.copy()
     for begin, end in zip(trace.starts[:-1], trace.starts[1:], strict=True):
         np.maximum.accumulate(found[begin:end], out=found[begin:end])
     return found
@@ -134,3 +90,14 @@ def capacities(
         for size in blocks
         for ratio in ratios
     ]
+
+
+def curve(needed: NDArray[np.int64], points: int = 60) -> list[tuple[float, float]]:
+    """(capacity in blocks, hit rate) at capacities that grow by a constant factor, from 1 to that
+    at which no more are found. `needed`: of :func:`needed_capacity`."""
+    ordered = np.sort(needed)
+    found = ordered[ordered < NEVER]
+    most = int(found[-1]) if len(found) else 1
+    sizes = np.unique(np.round(np.geomspace(1, most, points)))
+    rates = np.searchsorted(ordered, sizes, "right") / len(ordered)
+    return list(zip(sizes.tolist(), rates.tolist(), strict=True))

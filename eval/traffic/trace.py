@@ -107,6 +107,18 @@ def of_requests(requests: list[Request], name: str) -> Trace:
     )
 
 
+def spread(trace: Trace) -> Trace:
+    """The trace with requests of one time placed evenly from then until the next time; those of the
+    last time over as long as passed before it."""
+    times, first, count = np.unique(trace.seconds, return_index=True, return_counts=True)
+    if len(times) < 2:
+        return trace
+    gap = np.append(np.diff(times), times[-1] - times[-2])
+    rank = np.arange(trace.requests) - np.repeat(first, count)
+    seconds = np.repeat(times, count) + rank * np.repeat(gap / count, count)
+    return msgspec.structs.replace(trace, seconds=seconds)
+
+
 def _lines(path: Path) -> Iterator[bytes]:
     """The file's lines, unpacked, one in memory at a time."""
     try:

@@ -14,6 +14,7 @@ from kvzip.cli import (  # noqa: F401 - each adds its commands
     doctor,
     documents,
     exactness,
+    fleet,
     frontier,
     links,
     measures,

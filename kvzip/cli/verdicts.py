@@ -1,15 +1,14 @@
-"""kvzip advise, eval prices, fleet, paper: when compression pays."""
+"""kvzip advise, eval prices, paper: when compression pays."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from rich.table import Column, Table
+from rich.table import Table
 
 from kvzip.cli.app import app, evaluate
-from kvzip.cli.arguments import Json, PriceFiles, numbers
+from kvzip.cli.arguments import Json, PriceFiles
 from kvzip.cli.terminal import emit, say, show_table
 from kvzip.codec_spec import split_specs
 
@@ -116,109 +115,6 @@ def prices(
             show_table(table)
 
     emit(shown, as_json, show)
-
-
-@evaluate.command
-def fleet(
-    *,
-    preset: str = "paper-80m",
-    config: Path | None = None,
-    codecs: str = "raw,channel",
-    dtype: str = "bf16",
-    inputs: Path | None = None,
-    price_file: PriceFiles = None,
-    trace: Path | None = None,
-    capacity_blocks: str = "1000,2000,5000,10000,20000,50000",
-    ratios: str = "1,1.54,2.2",
-    as_json: Json = False,
-) -> None:
-    """Dollars, bytes and seconds of a fleet of readers, in every way of having the caches; or,
-    with --trace, what a store keeps of real traffic.
-
-    Parameters
-    ----------
-    trace
-        Requests in Mooncake's format: JSON lines, plain, gzip or Zstandard. What a store that
-        drops what was used longest ago hits, for each capacity and ratio; takes no other option
-        than the next two.
-    capacity_blocks
-        Capacities in blocks of 512 tokens of raw size, with commas between.
-    ratios
-        How many times as small a codec makes a block, with commas between.
-    preset
-        paper-80m (80 million agents on one document), one-reader, team, company, world.
-    config
-        TOML with fields of the fleet that differ from the preset: readers = 1e6, zipf = 0.8, ...
-    codecs
-        Names of measured codecs, with commas between.
-    inputs
-        Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
-    """
-    if trace is not None:
-        sizes = numbers("--capacity-blocks", capacity_blocks)
-        _traffic(trace, sizes, numbers("--ratios", ratios), as_json)
-        return
-    from kvzip.choice.auto import MEASURED
-    from kvzip.eval.money import fleet as fleets
-    from kvzip.eval.money.fleet_presets import presets
-    from kvzip.eval.money.prices import load_prices, pick
-    from kvzip.eval.quantities import dollars, significant
-    from kvzip.eval.results.inputs import Inputs
-    from kvzip.eval.results.stored import load
-
-    chosen = pick("fleet", presets(load_prices(*(price_file or []))), preset)
-    if config is not None:
-        chosen = fleets.changed(chosen, config)
-    names = split_specs(codecs)
-    known = {f.name: f for f in load(inputs or MEASURED, Inputs).figures(dtype, 1e9)}
-    found = fleets.bills(chosen, [pick("measured codec", known, name) for name in names])
-
-    def show() -> None:
-        counts = found[0][0]
-        say(
-            f"{preset}: {counts.reads:,.0f} reads, {counts.writes:,.0f} writes in "
-            f"{chosen.hours:g} h, {counts.method}",
-        )
-        table = Table(
-            Column("way", no_wrap=True),
-            Column("codec", no_wrap=True),
-            *("dollars", "network", "hits", "GB from store", "device h"),
-        )
-        for c, b in found:
-            table.add_row(
-                *(b.way, b.codec, dollars(b.dollars), dollars(b.network_usd)),
-                *(f"{c.hit_rate:.1%}", significant(b.store_bytes / 1e9)),
-                significant((b.device_seconds + b.decode_seconds) / 3600),
-            )
-        show_table(table)
-        for way, words in fleets.WAYS.items():
-            say(f"{way}: {words}")
-
-    rows = [{"counts": msgspec.to_builtins(c), "bill": msgspec.to_builtins(b)} for c, b in found]
-    emit({"fleet": chosen, "rows": rows}, as_json, show)
-
-
-def _traffic(path: Path, blocks: Sequence[float], ratios: Sequence[float], as_json: bool) -> None:
-    """`kvzip eval fleet --trace`."""
-    from kvzip.eval.quantities import significant
-    from kvzip.eval.traffic import capacity
-    from kvzip.eval.traffic.trace import read_trace
-
-    found = capacity.replay(read_trace(path), blocks, ratios)
-
-    def show() -> None:
-        say(
-            f"{found.trace}: {found.requests:,} requests in {found.seconds / 3600:.2g} h, "
-            f"{found.accesses:,} blocks of {found.block_tokens} tokens, {found.distinct:,} "
-            f"different ones; with room for all, {found.most:.1%} need not be computed"
-        )
-        table = Table("raw blocks", *(f"at {significant(ratio)}x" for ratio in ratios))
-        for at, size in enumerate(blocks):
-            row = found.capacity[at * len(ratios) : (at + 1) * len(ratios)]
-            table.add_row(f"{size:,.0f}", *(f"{c.hit_rate:.1%}" for c in row))
-        show_table(table)
-
-    emit(msgspec.to_builtins(found), as_json, show)
 
 
 @evaluate.command

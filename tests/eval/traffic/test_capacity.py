@@ -10,14 +10,11 @@ import pytest
 from command import run_json
 from hypothesis import given
 from hypothesis import strategies as st
+from traces import a_trace
 
 from kvzip.errors import UsageError
-from kvzip.eval.traffic.capacity import NEVER, capacities, needed_capacity, stack_distances
-from kvzip.eval.traffic.trace import Request, Trace, of_requests, synthetic
-
-
-def a_trace(*prompts: list[int]) -> Trace:
-    return of_requests([Request(i, len(p) * 512, 1, p) for i, p in enumerate(prompts)], "a trace")
+from kvzip.eval.traffic.capacity import NEVER, capacities, curve, needed_capacity, stack_distances
+from kvzip.eval.traffic.trace import Trace, synthetic
 
 
 def hits_of_a_store(prompts: list[list[int]], room: int) -> int:
@@ -81,6 +78,15 @@ def test_more_room_never_hits_less():
     assert rates[0] < rates[-1] == pytest.approx(float((needed < NEVER).mean()))
 
 
+def test_the_curve_is_the_capacities():
+    needed = needed_capacity(synthetic(300, seed=2))
+    points = curve(needed)
+    sizes, rates = zip(*points, strict=True)
+    assert list(sizes) == sorted(set(sizes)) and list(rates) == sorted(rates)
+    assert [c.hit_rate for c in capacities(sizes, [1.0], needed)] == pytest.approx(list(rates))
+    assert rates[-1] == pytest.approx(float((needed < NEVER).mean()))
+
+
 @pytest.mark.parametrize(("blocks", "ratios"), [([0], [1]), ([1], [-1]), ([float("nan")], [1])])
 def test_what_makes_no_sense(blocks, ratios):
     trace = a_trace([1])
@@ -97,7 +103,7 @@ def test_the_command(tmp_path, capsys):
             for i, prompt in enumerate(prompts)
         )
     )
-    command = ["eval", "fleet", "--trace", str(path), "--capacity-blocks", "3,6"]
+    command = ["eval", "fleet", "--trace", str(path), "--capacity-blocks", "3,6", "--codecs=none"]
     found = run_json(capsys, *command, "--ratios", "1,2")[1]
     assert found["requests"] == 4 and found["distinct"] == 6
     assert found["most"] == pytest.approx(5 / 11)

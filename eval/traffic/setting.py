@@ -1,0 +1,156 @@
+"""A fleet, its codecs, and where each of their numbers comes from: put together from the price book
+and measured inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from kvzip import dtypes
+from kvzip.choice.cost import number
+from kvzip.codec import get_codec
+from kvzip.errors import UsageError
+from kvzip.eval.money.advise import prefill_model, same_model
+from kvzip.eval.money.prices import PriceBase, PriceBook, Shape, pick
+from kvzip.eval.results.inputs import CodecRow, Inputs
+from kvzip.eval.results.traffic import Basis, Input
+from kvzip.eval.traffic.eviction import PolicyName
+from kvzip.eval.traffic.fleet import CodecUse, Fleet, gpus_needed, tier_inputs, tiers
+from kvzip.eval.traffic.trace import Trace
+
+CORES = 16
+"""Of a host, for each GPU, where none are given."""
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """What a trace is replayed with."""
+
+    fleet: Fleet
+    codecs: list[CodecUse]
+    inputs: list[Input]
+
+
+def setting(
+    *,
+    trace: Trace,
+    model: str,
+    shape: Shape,
+    dtype: str,
+    base: PriceBase,
+    book: PriceBook,
+    inputs: Inputs,
+    codecs: Sequence[str] | None = None,
+    decode: Literal["host", "device"] = "host",
+    gpus: int | None = None,
+    tiers_text: str = "gpu,host",
+    policy: PolicyName = "lru",
+    cores: int = CORES,
+) -> Setting:
+    """The fleet that these words and figures name.
+
+    The prefill is modelled on the device of the price base, whose rent it is. `codecs`: those to
+    look at, all of `inputs` by default. `gpus`: as many as the trace needs without a store, by
+    default. Raises KVZipError for what cannot be.
+    """
+    own = same_model(shape, inputs)
+    prefill, how, _ = prefill_model(shape, None, None, base)
+    count = gpus_needed(trace, prefill) if gpus is None else gpus
+    number("gpus", count, zero=False)
+    fleet = Fleet(
+        model=model,
+        layers=shape.layers,
+        bytes_per_token=float(shape.numbers_per_token * dtypes.get(dtype).itemsize),
+        prefill=prefill,
+        gpus=count,
+        gpu_usd_per_hour=base.device.value,
+        pcie=book.link["host-to-h100"].value * 1e9,
+        cores=cores,
+        tiers=tiers(tiers_text, count, book),
+        policy=policy,
+    )
+    rows = _measured(inputs, dtype, codecs)
+    found = [
+        Input("prefill, a", prefill.a, "s/token", "modelled", how),
+        Input("prefill, b", prefill.b, "s/token^2", "modelled", how),
+        Input("cache", fleet.bytes_per_token, "bytes/token", "stated", shape.source),
+        Input("GPUs", count, "", "assumed" if gpus is None else "given", "--gpus"),
+        Input("GPU, rent", base.device.value, base.device.unit, "price", base.device.source),
+        Input("cores of a GPU's host", cores, "", "given", "--threads, or its default"),
+        Input("PCIe", fleet.pcie / 1e9, "Gb/s", "stated", book.link["host-to-h100"].source),
+        *tier_inputs(fleet.tiers, count, book),
+    ]
+    uses = [_use(row, shape, inputs, decode, book) for row in rows]
+    for use, row in zip(uses, rows, strict=True):
+        found += _codec_inputs(use, row, inputs, own, book)
+    return Setting(fleet.check(), [use.check() for use in uses], found)
+
+
+def _measured(inputs: Inputs, dtype: str, codecs: Sequence[str] | None) -> list[CodecRow]:
+    """The rows of these codecs at the greatest length measured of that dtype."""
+    able = [row for row in inputs.rows if row.dtype == dtype]
+    if not able:
+        inputs.figures(dtype, math.inf)  # raises with the dtypes there are
+    most = max(row.tokens for row in able)
+    known = {row.codec: row for row in able if row.tokens == most}
+    return [pick("measured codec", known, name) for name in codecs or known]
+
+
+def _use(row: CodecRow, shape: Shape, inputs: Inputs, decode: str, book: PriceBook) -> CodecUse:
+    on_device = decode == "device" and row.codec in book.decoder
+    rate = book.decoder[row.codec].value if on_device else row.decode_gbps
+    if decode not in ("host", "device"):
+        raise UsageError(f"decode {decode!r}: write host or device")
+    return CodecUse(
+        name=row.codec,
+        ratio=row.ratio,
+        decoder="device" if on_device else "host",
+        decode_rate=1e9 * rate,
+        encode_rate=1e9 * row.encode_gbps,
+        profile_bytes=profile_bytes(row.codec, shape),
+    )
+
+
+def profile_bytes(codec: str, shape: Shape) -> float:
+    """Bytes of a codec's profile for a model of that shape; 0 of a codec that needs none. A model:
+    the weights of one region, ``layers * 4 * n^2`` with n numbers a layer and token, as
+    codecs/predictive/spec.md has them; more regions are as many times that."""
+    if not get_codec(codec).needs_profile:
+        return 0.0
+    return float(shape.layers * 4 * (shape.numbers_per_token / shape.layers) ** 2)
+
+
+def _codec_inputs(
+    use: CodecUse, row: CodecRow, inputs: Inputs, own: bool, book: PriceBook
+) -> list[Input]:
+    where = f"{inputs.model}, {row.dtype}, {row.tokens:,} tokens, {inputs.machine.cpu}"
+    threads = f"{where}, {inputs.threads} thread{'s' if inputs.threads > 1 else ''}"
+    found = [
+        Input(
+            f"{use.name}, ratio",
+            use.ratio,
+            "x",
+            "measured",
+            where if own else f"{where}: another model's",
+        )
+    ]
+    if use.decoder == "device":
+        decoder = book.decoder[use.name]
+        basis: Basis = "target" if decoder.basis == "target" else "measured"
+        found.append(Input(f"{use.name}, decode", decoder.value, "GB/s", basis, decoder.source))
+    else:
+        found.append(Input(f"{use.name}, decode", row.decode_gbps, "GB/s", "measured", threads))
+    found.append(Input(f"{use.name}, encode", row.encode_gbps, "GB/s", "measured", threads))
+    if use.profile_bytes:
+        found.append(
+            Input(
+                f"{use.name}, profile",
+                use.profile_bytes,
+                "bytes",
+                "modelled",
+                "layers * 4 * (numbers a layer and token)^2, codecs/predictive/spec.md",
+            )
+        )
+    return found

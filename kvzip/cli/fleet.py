@@ -1,0 +1,276 @@
+"""kvzip eval fleet: what many readers, or a trace's requests, cost with and without a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+from rich.table import Column, Table
+
+from kvzip.cli.app import evaluate
+from kvzip.cli.arguments import Json, PriceFiles, ResultFile, command_line, names, numbers
+from kvzip.cli.terminal import emit, say, show_table, steps
+from kvzip.codec_spec import split_specs
+from kvzip.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvzip.eval.money.fleet import Fleet
+    from kvzip.eval.results.traffic import TrafficResult
+
+
+@evaluate.command
+def fleet(
+    *,
+    preset: str = "paper-80m",
+    config: Path | None = None,
+    trace: Path | None = None,
+    codecs: str | None = None,
+    dtype: str = "bf16",
+    inputs: Path | None = None,
+    price_file: PriceFiles = None,
+    capacity_blocks: str = "1000,2000,5000,10000,20000,50000",
+    ratios: str = "1,1.54,2.2",
+    model: str = "qwen3-4b",
+    prices: str = "h100-rented",
+    tiers: str = "gpu,host",
+    gpus: int | None = None,
+    threads: int = 16,
+    policy: Literal["lru", "s3-fifo"] = "lru",
+    strategies: str = "recompute,load,choose,overlap",
+    decode: Literal["host", "device"] = "host",
+    spread: bool = False,
+    output: ResultFile = None,
+    as_json: Json = False,
+) -> None:
+    """Dollars, bytes and seconds of a fleet of readers, in every way of having the caches; or,
+    with --trace, of real traffic, with every codec and strategy.
+
+    Parameters
+    ----------
+    preset
+        paper-80m (80 million agents on one document), one-reader, team, company, world.
+    config
+        TOML with fields of the fleet that differ from the preset: readers = 1e6, zipf = 0.8, ...
+    trace
+        Requests in Mooncake's format: JSON lines, plain, gzip or Zstandard. They are replayed on
+        GPUs with a store between, as docs/fleet.md says; all options after this one are of use.
+    codecs
+        Names of measured codecs, with commas between. Default: raw,channel; of a trace all that
+        were measured; none, to see capacities only.
+    inputs
+        Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
+    capacity_blocks
+        Capacities of an LRU store, in blocks of 512 tokens of raw size, with commas between.
+    ratios
+        How many times as small a codec makes a block, with commas between.
+    model
+        One of the price book (qwen3-4b, ...), a hub id, or a folder.
+    prices
+        A preset of the price book, for the GPU's rent and its prefill.
+    tiers
+        What keeps blocks: gpu, host, nvme, object, with a size after a colon: host:400GB.
+    gpus
+        How many. Default: the fewest that are 75 % busy at most without a store.
+    threads
+        Cores of the host for each GPU, which decode and encode.
+    policy
+        What a tier drops: lru, what was used longest ago; or s3-fifo.
+    strategies
+        Names with commas between: recompute, load, choose, overlap.
+    decode
+        Where: on the host's cores, or on the device, those codecs that have a rate there.
+    spread
+        Place requests of one time evenly until the next time.
+    output
+        File for the result as JSON, of a trace; `kvzip report` takes it.
+    """
+    if trace is not None:
+        from kvzip.eval.traffic.trace import read_trace
+        from kvzip.eval.traffic.trace import spread as evenly
+
+        requests = read_trace(trace)
+        found = _replay(
+            evenly(requests) if spread else requests,
+            model=model,
+            dtype=dtype,
+            prices=prices,
+            price_file=price_file,
+            inputs=inputs,
+            codecs=codecs,
+            strategies=names(strategies),
+            sizes=numbers("--capacity-blocks", capacity_blocks),
+            ratios=numbers("--ratios", ratios),
+            options={
+                "tiers_text": tiers,
+                "gpus": gpus,
+                "cores": threads,
+                "policy": policy,
+                "decode": decode,
+            },
+        )
+        if output is not None:
+            from kvzip.eval.results import stored
+
+            stored.save(found, output)
+        emit(msgspec.to_builtins(found), as_json, lambda: _show_traffic(found))
+        return
+    if output is not None:
+        raise UsageError("only what a trace gives is stored: name one with --trace")
+    _presets(preset, config, codecs or "raw,channel", dtype, inputs, price_file, as_json)
+
+
+def _replay(
+    trace: Any,
+    *,
+    model: str,
+    dtype: str,
+    prices: str,
+    price_file: list[Path] | None,
+    inputs: Path | None,
+    codecs: str | None,
+    strategies: tuple[str, ...],
+    sizes: list[float],
+    ratios: list[float],
+    options: dict[str, Any],
+) -> TrafficResult:
+    """`kvzip eval fleet --trace`."""
+    from kvzip.choice.auto import MEASURED
+    from kvzip.eval.money import advise as advising
+    from kvzip.eval.money.prices import load_prices, pick
+    from kvzip.eval.results.inputs import Inputs
+    from kvzip.eval.results.stored import load
+    from kvzip.eval.traffic.fleet import STRATEGIES
+    from kvzip.eval.traffic.replay import replay
+    from kvzip.eval.traffic.setting import setting
+
+    for name in strategies:
+        pick("strategy", STRATEGIES, name)
+    book = load_prices(*(price_file or []))
+    made = setting(
+        trace=trace,
+        model=model,
+        shape=advising.shape_of(model, book),
+        dtype=dtype,
+        base=book.base(prices),
+        book=book,
+        inputs=load(inputs or MEASURED, Inputs),
+        codecs=None if codecs in (None, "none") else split_specs(codecs or ""),
+        **options,
+    )
+    with steps() as tell:
+        return replay(
+            trace,
+            made.fleet,
+            made.codecs,
+            () if codecs == "none" else strategies,  # type: ignore[arg-type]
+            blocks=sizes,
+            ratios=ratios,
+            dtype=dtype,
+            inputs=made.inputs,
+            command=command_line(),
+            progress=tell,
+        )
+
+
+def _show_traffic(found: TrafficResult) -> None:
+    from kvzip.eval.quantities import dollars, duration, significant
+    from kvzip.eval.traffic.fleet import STRATEGIES
+
+    say(
+        f"{found.trace}: {found.requests:,} requests in {duration(found.seconds)}, "
+        f"{found.accesses:,} blocks of {found.block_tokens} tokens, {found.distinct:,} "
+        f"different ones; with room for all, {found.most:.1%} need not be computed"
+    )
+    ratios = list(dict.fromkeys(c.ratio for c in found.capacity))
+    table = Table(
+        "raw blocks",
+        f"raw GB, {found.model}",
+        *(f"at {significant(ratio)}x" for ratio in ratios),
+        title="Blocks found by one LRU store (counted)",
+    )
+    for at in range(0, len(found.capacity), len(ratios)):
+        row = found.capacity[at : at + len(ratios)]
+        size = f"{row[0].blocks * found.block_bytes / 1e9:,.0f}"
+        table.add_row(f"{row[0].blocks:,.0f}", size, *(f"{c.hit_rate:.1%}" for c in row))
+    show_table(table)
+    if not found.rows:
+        return
+    columns = ("found", "loaded", "mean", "median", "99 %", "GPU s", "GPU $", "store $", "core s")
+    table = Table(
+        Column("strategy", no_wrap=True),
+        Column("codec", no_wrap=True),
+        *columns,
+        title=f"On {found.gpus} GPUs, {found.model}, {found.dtype}, {found.policy}",
+    )
+    for r in found.rows:
+        codec = f"{r.codec} {r.ratio:.2f}x" + (" (GPU)" if r.decoder == "device" else "")
+        table.add_row(
+            *(r.strategy, codec if r.codec else ""),
+            *(f"{r.hit_rate:.1%}", f"{r.loaded_share:.1%}"),
+            *(duration(s) for s in (r.ttft_mean, r.ttft_p50, r.ttft_p99)),
+            *(f"{r.gpu_seconds:,.0f}", dollars(r.gpu_usd), dollars(r.store_usd)),
+            f"{r.decode_core_seconds + r.encode_core_seconds:,.0f}",
+        )
+    show_table(table)
+    say(
+        "found: counted; ratios: measured; seconds to the first token, of GPUs and of cores: "
+        "modelled; dollars: modelled, at list prices"
+    )
+    for name, words in STRATEGIES.items():
+        if any(r.strategy == name for r in found.rows):
+            say(f"{name}: {words}")
+    say("What went in, with where it comes from: --json, inputs. The model: docs/fleet.md.")
+
+
+def _presets(
+    preset: str,
+    config: Path | None,
+    codecs: str,
+    dtype: str,
+    inputs: Path | None,
+    price_file: list[Path] | None,
+    as_json: bool,
+) -> None:
+    """`kvzip eval fleet --preset`."""
+    from kvzip.choice.auto import MEASURED
+    from kvzip.eval.money import fleet as fleets
+    from kvzip.eval.money.fleet_presets import presets
+    from kvzip.eval.money.prices import load_prices, pick
+    from kvzip.eval.results.inputs import Inputs
+    from kvzip.eval.results.stored import load
+
+    chosen = pick("fleet", presets(load_prices(*(price_file or []))), preset)
+    if config is not None:
+        chosen = fleets.changed(chosen, config)
+    known = {f.name: f for f in load(inputs or MEASURED, Inputs).figures(dtype, 1e9)}
+    found = fleets.bills(
+        chosen, [pick("measured codec", known, name) for name in split_specs(codecs)]
+    )
+    rows = [{"counts": msgspec.to_builtins(c), "bill": msgspec.to_builtins(b)} for c, b in found]
+    emit({"fleet": chosen, "rows": rows}, as_json, lambda: _show_bills(preset, chosen, found))
+
+
+def _show_bills(preset: str, chosen: Fleet, found: list[Any]) -> None:
+    from kvzip.eval.money.fleet import WAYS
+    from kvzip.eval.quantities import dollars, significant
+
+    counts = found[0][0]
+    say(
+        f"{preset}: {counts.reads:,.0f} reads, {counts.writes:,.0f} writes in "
+        f"{chosen.hours:g} h, {counts.method}",
+    )
+    table = Table(
+        Column("way", no_wrap=True),
+        Column("codec", no_wrap=True),
+        *("dollars", "network", "hits", "GB from store", "device h"),
+    )
+    for c, b in found:
+        table.add_row(
+            *(b.way, b.codec, dollars(b.dollars), dollars(b.network_usd)),
+            *(f"{c.hit_rate:.1%}", significant(b.store_bytes / 1e9)),
+            significant((b.device_seconds + b.decode_seconds) / 3600),
+        )
+    show_table(table)
+    for way, words in WAYS.items():
+        say(f"{way}: {words}")
