@@ -12,12 +12,13 @@ from typing import Any
 
 from kvzip.choice import auto
 from kvzip.codec import Codec, get_codec
-from kvzip.container.format import Info
+from kvzip.container.format import Info, whole_length
 from kvzip.container.reader import Reader
 from kvzip.container.source import is_url, open_source
 from kvzip.container.writer import Writer, largest_size
 from kvzip.errors import UsageError
 from kvzip.files import replacing
+from kvzip.options import callback
 from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import Layout, Snapshot
 
@@ -66,7 +67,7 @@ def encode(
     Raises UsageError for a snapshot or settings that no file can hold, ProfileError when the codec
     needs a profile and has none, UnsupportedError when there is no such codec.
     """
-    return _writer(snapshot, codec, profile, block_tokens, store_token_ids, grids).encode(threads)
+    return writer_of(snapshot, codec, profile, block_tokens, store_token_ids, grids).encode(threads)
 
 
 def write(
@@ -85,21 +86,21 @@ def write(
 
     Memory is bounded by a few layers. `progress` is called with raw bytes as they are done.
     """
-    writer = _writer(snapshot, codec, profile, block_tokens, store_token_ids, grids)
-    if progress is not None and not callable(progress):
-        raise UsageError(f"progress is {progress!r}: it must be a function of a number of bytes")
+    callback("progress", progress)
+    writer = writer_of(snapshot, codec, profile, block_tokens, store_token_ids, grids)
     with replacing(path) as file:
         return writer.write(file, threads, progress)
 
 
-def _writer(
+def writer_of(
     snapshot: Any,
     codec: CodecSpec,
     profile: Any,
-    block_tokens: int | None,
-    store_token_ids: bool,
-    grids: bool,
+    block_tokens: int | None = None,
+    store_token_ids: bool = True,
+    grids: bool = True,
 ) -> Writer:
+    """What writes a snapshot into any open file; arguments and errors as of :func:`encode`."""
     if not isinstance(snapshot, Snapshot):
         kind = type(snapshot).__name__
         raise UsageError(f"a {kind} is no Snapshot: Snapshot.load reads one from a file")
@@ -138,7 +139,7 @@ def open(file: Any, profile: Profile | None = None, threads: int = 0) -> Reader:
         from kvzip.store.bucket import open_url
 
         return open_url(file, profile, threads)
-    return Reader(open_source(file), profile, threads)
+    return Reader(open_source(file, whole_length), profile, threads)
 
 
 def decode(
@@ -175,6 +176,7 @@ def verify(
 
     Returns what :func:`info` does; raises CorruptError, FormatError or ProfileError.
     """
+    callback("progress", progress)
     with open(file, profile, threads) as reader:
         reader.verify(progress)
         return reader.info

@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError
+from kvzip.files import name_of
 from kvzip.identity.checkpoint import changed
 from kvzip.layout import KV
 from kvzip.models import LoadedModel
+from kvzip.options import callback
+from kvzip.reading import contents
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ def read_text(texts: Sequence[str]) -> str:
         else:
             path = Path(name)
             try:
-                parts.append(path.read_text(encoding="utf-8"))
+                parts.append(contents(path, 1 << 30).decode())
             except UnicodeDecodeError as error:
                 raise KVZipError(f"{path} is not UTF-8 text: {error}") from None
     return "\n\n".join(parts)
@@ -308,7 +311,8 @@ def capture(
     capture goes on where it stopped; one that differs raises KVZipError. One document is in
     memory at a time. `progress` is called after each with whether it was computed now.
     """
-    folder = Path(folder)
+    callback("progress", progress)
+    folder = Path(name_of(folder))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for document in documents:

@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all, and files that can be read anywhere.
+"""Files that appear whole or not at all, and what lies on disk for a while only.
 
-Every file of this library is written by :func:`replacing`. What is unfinished has no name where the
+Every file of this library is written by :func:`replacing`, and what is needed for a while only lies
+in a :func:`scratch_file` or a :func:`scratch_folder`. What is unfinished has no name where the
 system allows that (Linux's O_TMPFILE), and elsewhere a hidden one, which an error removes. What a
 killed process leaves under a hidden name is removed by the next one that writes into that folder:
 whoever still writes holds the file's lock.
@@ -29,8 +30,8 @@ from kvzip.errors import UsageError
 
 IN_MEMORY = 256 << 20
 """Bytes on their way from or to a pipe or a device that are kept in memory; more are on disk."""
-READER_SECONDS = 60.0
-"""How long a writer waits for somebody to open the other end of a pipe."""
+PIPE_SECONDS = 60.0
+"""How long somebody is waited for who is to open the other end of a pipe."""
 STDIN, STDOUT = Path("/dev/stdin"), Path("/dev/stdout")
 _NAMELESS: int = getattr(os, "O_TMPFILE", 0)
 _FOLDER: int = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)
@@ -40,9 +41,9 @@ _FOREIGN_SECONDS = 86400.0
 """A hidden file of another machine, whose locks may not be seen here, is left alone for so long."""
 _STREAM = re.compile(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/self)/fd/(\d+)")
 _STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
-_standard_input: int | None = None
-"""The number of a copy of what came through standard input, once it was read."""
 _swept: set[tuple[int, int]] = set()
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+"""How a URL begins, also one of which a Path was made, which has lost a slash."""
 
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -85,16 +86,16 @@ def replacing(
     for what is unfinished. Raises OSError, which names the path.
     """
     name = name_of(path)
-    with _naming(name):
+    with naming(name):
         found = _status(name)
-        if (found is not None and not stat.S_ISREG(found.st_mode)) or _stream(name) is not None:
+        if (found is not None and not stat.S_ISREG(found.st_mode)) or stream_of(name) is not None:
             if found is not None and stat.S_ISDIR(found.st_mode):
-                raise _error(errno.EISDIR, name)
+                raise error_of(errno.EISDIR, name)
             with _spooled(name) as spool:
                 yield spool
             return
         if create and found is not None:
-            raise _error(errno.EEXIST, name)
+            raise error_of(errno.EEXIST, name)
         target = Path(os.path.realpath(name))
         with _Unfinished(target.parent, scratch or target.parent) as unfinished:
             yield unfinished.file
@@ -104,7 +105,7 @@ def replacing(
 def is_standard_output(path: AnyPath) -> bool:
     """Whether what is written to a path and what is printed go to the same place."""
     name = os.fsdecode(path)
-    if _stream(name) == 1:
+    if stream_of(name) == 1:
         return True
     try:
         found, out = os.stat(name), os.fstat(1)  # noqa: PTH116
@@ -133,19 +134,30 @@ def _status(name: str) -> os.stat_result | None:
     """What is there under a name, links followed; None if nothing is. A name that no file can be
     written under is an OSError."""
     if not name:
-        raise _error(errno.ENOENT, name)
+        raise error_of(errno.ENOENT, name)
     try:
         return os.stat(name)  # noqa: PTH116
     except FileNotFoundError:
         if name.endswith("/"):
-            raise _error(errno.EISDIR, name) from None
+            raise error_of(errno.EISDIR, name) from None
         parent = os.path.dirname(os.path.realpath(name))  # noqa: PTH120
         if not os.path.isdir(parent):  # noqa: PTH112
+            refuse_url(name)
             raise FileNotFoundError(errno.ENOENT, "there is no such folder", parent) from None
         return None
 
 
-def _stream(name: str) -> int | None:
+def refuse_url(name: str) -> None:
+    """Raise UsageError for the name of a file that is not there, if a URL was meant by it."""
+    found = _URL.match(name)
+    if found is not None:
+        raise UsageError(
+            f"No such file. If a URL ({found[1]}://...) is meant: kvzip.open, decode, info and "
+            "verify read one, given as a str, and a kvzip.store.Store reads and writes"
+        )
+
+
+def stream_of(name: str) -> int | None:
     """The number of the open file that a name stands for, if it does."""
     found = _STREAM.fullmatch(name)
     if found is None:
@@ -157,10 +169,10 @@ def _stream(name: str) -> int | None:
 def _spooled(name: str) -> Iterator[IO[bytes]]:
     """A temporary file whose bytes are written to a pipe or a device when the block ends."""
     with tempfile.SpooledTemporaryFile(IN_MEMORY) as spool:
-        with _naming(tempfile.gettempdir()):
+        with naming(tempfile.gettempdir()):
             yield spool
         spool.seek(0)
-        number = _stream(name)
+        number = stream_of(name)
         handle = _open_to_write(name) if number is None else os.dup(number)
         with os.fdopen(handle, "wb") as out:
             shutil.copyfileobj(spool, out, 1 << 20)
@@ -169,7 +181,7 @@ def _spooled(name: str) -> Iterator[IO[bytes]]:
 def _open_to_write(name: str) -> int:
     """The number of a device or a pipe, which waits for somebody to read from it."""
     flags = os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK
-    end = time.monotonic() + READER_SECONDS
+    end = time.monotonic() + PIPE_SECONDS
     while True:
         try:
             handle = os.open(name, flags)
@@ -177,12 +189,52 @@ def _open_to_write(name: str) -> int:
             if error.errno != errno.ENXIO or not stat.S_ISFIFO(os.stat(name).st_mode):  # noqa: PTH116
                 raise
             if time.monotonic() > end:
-                words = f"nobody reads from this pipe, for {READER_SECONDS:g} seconds"
+                words = f"nobody reads from this pipe, for {PIPE_SECONDS:g} seconds"
                 raise OSError(errno.ENXIO, words, name) from None
             time.sleep(0.02)
         else:
             os.set_blocking(handle, True)
             return handle
+
+
+# --- what is needed for a while only -------------------------------------------------------
+
+
+@contextmanager
+def scratch_file() -> Iterator[IO[bytes]]:
+    """An empty file on disk, open for writing and reading, that is gone when the block ends, or the
+    process, however it does. It lies where temporary files do (TMPDIR)."""
+    folder = Path(tempfile.gettempdir())
+    with naming(str(folder)), _Unfinished(folder, folder) as unfinished:
+        yield unfinished.file
+
+
+@contextmanager
+def scratch_folder(within: Path | None = None) -> Iterator[Path]:
+    """An empty folder in `within` (default: where temporary files lie), which is removed when the
+    block ends, or, if the process is killed, by the next one that makes one there. Whoever renames
+    it keeps it."""
+    within = Path(tempfile.gettempdir()) if within is None else within
+    _sweep_once(within)
+    while True:
+        folder = within / _hidden_name()
+        folder.mkdir(0o700)
+        with suppress(FileNotFoundError):  # taken for a dead one's, before its lock was held
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.is_dir():
+                break
+            os.close(handle)
+    try:
+        with naming(str(within)):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+# --- unfinished files ----------------------------------------------------------------------
 
 
 class _Unfinished:
@@ -236,7 +288,7 @@ class _Unfinished:
                 handle = os.open(self._name, flags, 0o600, dir_fd=self._scratch)
             except OSError as error:
                 self._name = None
-                raise _error(error.errno or errno.EIO, str(self._scratch_path)) from None
+                raise error_of(error.errno or errno.EIO, str(self._scratch_path)) from None
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:  # taken for a dead one's
@@ -263,7 +315,7 @@ class _Unfinished:
             if durable:
                 _sync_folder(self._folder_path)
         except OSError as error:
-            raise _error(error.errno or errno.EIO, str(self._folder_path / name)) from None
+            raise error_of(error.errno or errno.EIO, str(self._folder_path / name)) from None
 
     def _complete(self, name: str, mode: int | None, durable: bool) -> None:
         """Nothing but its name is missing after this."""
@@ -332,7 +384,7 @@ class _Unfinished:
             except FileNotFoundError:
                 self._rename(name)
                 return
-            raise _error(errno.EEXIST, name)
+            raise error_of(errno.EEXIST, name)
 
 
 def _only_links_are_missing(error: OSError) -> bool:
@@ -363,13 +415,14 @@ def is_hidden(name: str) -> bool:
 
 
 def sweep(folder: AnyPath) -> None:
-    """Remove the unfinished files of processes that were killed while they wrote into a folder."""
+    """Remove the unfinished files, and the scratch folders, of processes that were killed while
+    they wrote into a folder."""
     with suppress(OSError), os.scandir(os.fsdecode(folder)) as entries:
         for entry in entries:
             found = _HIDDEN.fullmatch(entry.name)
             if found is not None:
                 with suppress(OSError):
-                    _remove_if_dead(entry.path, found[1] == _HOST)
+                    _remove_if_dead(entry, found[1] == _HOST)
 
 
 def _sweep_once(folder: Path) -> None:
@@ -381,19 +434,25 @@ def _sweep_once(folder: Path) -> None:
         sweep(folder)
 
 
-def _remove_if_dead(path: str, here: bool) -> None:
-    """Remove a hidden file if nobody holds its lock; another machine's only if it is old."""
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    handle = os.open(path, flags)
+def _remove_if_dead(entry: os.DirEntry[str], here: bool) -> None:
+    """Remove a hidden file or folder if nobody holds its lock; another machine's only if it is
+    old."""
+    is_folder = entry.is_dir(follow_symlinks=False)
+    access = os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR
+    handle = os.open(entry.path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
+        if not (is_folder or stat.S_ISREG(found.st_mode)):
             return
         if not here and time.time() - found.st_mtime < _FOREIGN_SECONDS:
             return
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.lstat(path), found):
-            os.unlink(path)  # noqa: PTH108
+        if not os.path.samestat(os.lstat(entry.path), found):
+            return
+        if is_folder:
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            os.unlink(entry.path)  # noqa: PTH108
     finally:
         os.close(handle)
 
@@ -407,77 +466,15 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-# --- reading -------------------------------------------------------------------------------
-
-
-def reading(path: AnyPath) -> IO[bytes]:
-    """A file open for reading, anywhere in it and through its number.
-
-    What can be read only once, from its beginning (a pipe, a terminal), is copied first, in memory
-    up to 256 MiB and on disk above; of ``/dev/stdin`` the copy is kept, for who reads it again.
-    Raises OSError, which names the path.
-    """
-    global _standard_input
-    name = name_of(path)
-    with _naming(name):
-        number = _stream(name)
-        if number == 0 and _standard_input is not None:
-            name = f"/proc/self/fd/{_standard_input}"
-            return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC), "rb")
-        handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC) if number is None else os.dup(number)
-        if number is not None and stat.S_ISREG(os.fstat(handle).st_mode):
-            with suppress(OSError):  # opened anew it is read from its beginning
-                again = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
-                os.close(handle)
-                handle = again
-        kind = os.fstat(handle).st_mode
-        if stat.S_ISDIR(kind):
-            os.close(handle)
-            raise _error(errno.EISDIR, name)
-        file: IO[bytes] = os.fdopen(handle, "rb")
-        if stat.S_ISREG(kind):
-            return file
-        try:
-            copy = copied(file)
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-        if number == 0:
-            _standard_input = os.dup(copy.fileno())
-        return copy
-
-
-def copied(file: IO[bytes]) -> IO[bytes]:
-    """All that is left in a file, in memory or in a temporary file."""
-    copy: IO[bytes] = os.fdopen(os.memfd_create("kvzip"), "w+b")
-    held = 0
-    try:
-        while chunk := file.read(1 << 20):
-            held += len(chunk)
-            if held > IN_MEMORY >= held - len(chunk):
-                disk = tempfile.TemporaryFile()  # noqa: SIM115 - whoever reads closes it
-                with copy as memory:
-                    memory.seek(0)
-                    copy = disk
-                    shutil.copyfileobj(memory, disk, 1 << 20)
-            copy.write(chunk)
-        copy.seek(0)
-    except BaseException:
-        copy.close()
-        raise
-    return copy
-
-
 # --- errors --------------------------------------------------------------------------------
 
 
-def _error(number: int, name: str) -> OSError:
+def error_of(number: int, name: str) -> OSError:
     return OSError(number, os.strerror(number), name)
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """A full disk is told with the name of what was written."""
     try:
         yield

@@ -35,6 +35,13 @@ def boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def callback(name: str, value: Any) -> Any:
+    """`value` if it can be called or is None. Raises UsageError, which names it."""
+    if value is not None and not callable(value):
+        raise UsageError(f"{name} is {value!r}: it must be a function, or None")
+    return value
+
+
 def items(name: str, value: Any, what: str) -> list[Any]:
     """What `value` holds, one after the other. Raises UsageError, which names it and says `what`
     it must be."""

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from kvzip.codec import get_codec
 from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError, told_as
 from kvzip.files import replacing
-from kvzip.options import json_value, text
+from kvzip.options import callback, json_value, text
 from kvzip.snapshot import Snapshot
-from kvzip.tensors import TensorFile
+from kvzip.tensors import TensorFile, check_header
 
 VERSION = 1
 _DTYPES = {
@@ -67,6 +67,7 @@ class Profile:
     def _adopt(self, file: bytes) -> None:
         """Tensors are looked at where they lie in the file: a profile is in memory once."""
         start = 8 + int.from_bytes(file[:8], "little")
+        check_header("the profile", file[8:start])
         header = json.loads(file[8:start])
         self._file = file
         self.description: dict[str, Any] = json.loads(header.pop("__metadata__")["kvprofile"])
@@ -105,7 +106,7 @@ class Profile:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Read a profile. Raises ProfileError when the file is none, is damaged, or is of another
-        version, and the OSError of the path."""
+        version, UsageError for what is no path, and the OSError of the path."""
         profile = cls.__new__(cls)
         try:
             file = TensorFile(path)  # that it is one, and every tensor lies within it
@@ -116,6 +117,8 @@ class Profile:
                 if not file.has(name, entry.dtype, entry.shape, _DTYPES[entry.dtype].itemsize):
                     raise ProfileError(f"{path} is not a whole profile: {name} has another size")
             profile._adopt(file.whole())
+        except UsageError:
+            raise
         except (CorruptError, FormatError, KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"{path} is not a whole profile: {error}") from None
         description = profile.description
@@ -145,6 +148,7 @@ class Profile:
         ProfileError when the snapshots are not of one model, UnsupportedError for a codec that
         learns nothing.
         """
+        callback("progress", progress)
         found: Profile = get_codec(codec).fit(list(snapshots), progress, **settings)
         return found
 

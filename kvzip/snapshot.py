@@ -21,8 +21,8 @@ from kvzip.dtypes import Bits
 from kvzip.errors import FormatError, UsageError
 from kvzip.files import replacing
 from kvzip.layout import Kind, LayerLayout, Layout, Origin, PartLayout, StoredLayout
-from kvzip.options import items, pairs, same_from_json
-from kvzip.tensors import TensorFile
+from kvzip.options import boolean, items, pairs, same_from_json
+from kvzip.tensors import TensorFile, check_header
 
 __all__ = [
     "Description",
@@ -319,6 +319,7 @@ class Snapshot:
             place(tensor, part.form.safetensors, part.shape, part.form.itemsize)
         packed = msgspec.json.encode(header)
         packed += b" " * (-len(packed) % 8)
+        check_header("the snapshot", packed)
         with replacing(path) as file:
             file.write(len(packed).to_bytes(8, "little") + packed)
             if self.token_ids is not None:
@@ -337,9 +338,13 @@ class Snapshot:
         numbers: map only what nobody writes to.
 
         Raises FormatError when it is not a snapshot, or one of another version, CorruptError when
-        it is cut short, and the OSError of the path.
+        it is cut short, UsageError for what is no path, and the OSError of the path.
         """
-        file = TensorFile(path, mapped=mmap)
+        return cls.of_file(TensorFile(path, mapped=boolean("mmap", mmap)))
+
+    @classmethod
+    def of_file(cls, file: TensorFile) -> Snapshot:
+        """The snapshot in a file that is open; the rest as :meth:`load`."""
         note = file.metadata.get("kvzip")
         if note is None:
             raise FormatError(

@@ -11,17 +11,20 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from functools import partial
+from typing import IO, Any, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.errors import CorruptError, FormatError, StoreError
-from kvzip.files import AnyPath, name_of, reading
+from kvzip.errors import CorruptError, FormatError, StoreError, UsageError
+from kvzip.files import AnyPath, name_of
+from kvzip.reading import reading
 
-_MAX_HEADER = 100_000_000
-"""What the library `safetensors` reads at most."""
+MAX_HEADER = 100_000_000
+"""Bytes of a header that the library `safetensors` reads at most."""
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -32,40 +35,83 @@ class _Entry(msgspec.Struct, frozen=True):
     data_offsets: tuple[int, int]
 
 
+class _Header(NamedTuple):
+    """What a file's header says."""
+
+    metadata: dict[str, str]
+    entries: dict[str, _Entry]
+    start: int
+    """Where the tensors begin."""
+    end: int
+    """How many bytes the file has."""
+
+    @classmethod
+    def of(cls, name: str, first: Any) -> _Header | None:
+        """The header in the first bytes of the file of that name; None if it needs more of them.
+        Raises FormatError."""
+        if len(first) < 8:
+            return None
+        start = 8 + int.from_bytes(first[:8], "little")
+        if start > 8 + MAX_HEADER:
+            raise FormatError(f"{name} is not a whole safetensors file: its header has no end")
+        if len(first) < start:
+            return None
+        try:
+            found = msgspec.json.decode(first[8:start], type=dict[str, msgspec.Raw])
+            about = found.pop("__metadata__", msgspec.Raw(b"{}"))
+            metadata = msgspec.json.decode(about, type=dict[str, str])
+            entries = {n: msgspec.json.decode(e, type=_Entry) for n, e in found.items()}
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise FormatError(f"{name} is not a whole safetensors file: {error}") from None
+        at = 0
+        for entry in sorted(entries.values(), key=lambda entry: entry.data_offsets):
+            begin, end = entry.data_offsets
+            if begin != at or end < begin:
+                raise FormatError(f"{name} is not a whole safetensors file: it has gaps")
+            at = end
+        return cls(metadata, entries, start, start + at)
+
+
+def whole_length(name: str, first: bytearray) -> int | None:
+    """How many bytes a file of that name has that begins so; None if it takes more bytes to tell.
+    Raises FormatError for what is no safetensors file."""
+    header = _Header.of(name, first)
+    return None if header is None else header.end
+
+
+def check_header(what: str, header: bytes) -> None:
+    """Raise UsageError for a header, the JSON alone, that is longer than readers take."""
+    if len(header) > MAX_HEADER:
+        raise UsageError(
+            f"{what} would need {len(header):,} bytes to describe, and {MAX_HEADER:,} can be read"
+        )
+
+
 class TensorFile:
     """An open safetensors file, of which every read sees the bytes that were there at first.
 
-    Opens `path`, a pipe too, and reads the header. Raises OSError when it cannot be opened,
-    FormatError when it is no such file, and CorruptError when it is cut short.
+    Opens `path`, a pipe too, or takes a `file` of that path that is open and has a number, and
+    reads the header. Raises OSError when it cannot be opened, FormatError when it is no such file,
+    and CorruptError when it is cut short.
     """
 
-    def __init__(self, path: AnyPath, mapped: bool = False):
+    def __init__(self, path: AnyPath, mapped: bool = False, file: IO[bytes] | None = None):
         self.name = name_of(path)
-        with reading(path) as file:
-            self._handle = os.dup(file.fileno())
+        with nullcontext(file) if file else reading(path, partial(whole_length, self.name)) as one:
+            self._handle = os.dup(one.fileno())
         # Not a file object: Python warns of one that is left to the collector.
         self._close = weakref.finalize(self, os.close, self._handle)
         self._state = self._stat()
-        start = 8 + (length := int.from_bytes(self._raw(0, 8), "little"))
-        if length > _MAX_HEADER:
-            raise FormatError(f"{self.name} is not a whole safetensors file: its header has no end")
-        try:
-            found = msgspec.json.decode(self._raw(8, length), type=dict[str, msgspec.Raw])
-            about = found.pop("__metadata__", msgspec.Raw(b"{}"))
-            self.metadata = msgspec.json.decode(about, type=dict[str, str])
-            self.entries = {n: msgspec.json.decode(e, type=_Entry) for n, e in found.items()}
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise FormatError(f"{self.name} is not a whole safetensors file: {error}") from None
-        self._start, at = start, 0
-        for entry in sorted(self.entries.values(), key=lambda entry: entry.data_offsets):
-            begin, end = entry.data_offsets
-            if begin != at or end < begin:
-                raise FormatError(f"{self.name} is not a whole safetensors file: it has gaps")
-            at = end
+        length = self._raw(8)
+        header = _Header.of(self.name, length)
+        if header is None:
+            header = _Header.of(self.name, self._raw(8 + int.from_bytes(length, "little")))
+        assert header is not None, "it has as many bytes as it said that it needs"
+        self.metadata, self.entries, self._start, end = header
         size = self._state[0]
-        if start + at != size:
-            kind = CorruptError if size < start + at else FormatError
-            raise kind(f"{self.name} has {size:,} bytes, and its header says {start + at:,}")
+        if end != size:
+            kind = CorruptError if size < end else FormatError
+            raise kind(f"{self.name} has {size:,} bytes, and its header says {end:,}")
         self._map: Any = None
         if mapped:
             self._map = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
@@ -75,9 +121,9 @@ class TensorFile:
         found = os.fstat(self._handle)
         return found.st_size, found.st_mtime_ns
 
-    def _raw(self, offset: int, length: int) -> bytes:
-        """Bytes of the header."""
-        data = os.pread(self._handle, min(length, _MAX_HEADER), offset)
+    def _raw(self, length: int) -> bytes:
+        """The first bytes of the file."""
+        data = os.pread(self._handle, length, 0)
         if len(data) < length:
             raise CorruptError(f"{self.name} is cut short in its header")
         return data

@@ -19,6 +19,7 @@ import pytest
 import kvzip
 from kvzip import files
 from kvzip.errors import KVZipError
+from kvzip.reading import reading
 
 
 @pytest.fixture(params=["nameless", "hidden", "nameless, no links", "hidden, no links"])
@@ -165,7 +166,7 @@ def test_pipes_get_everything_once_it_is_there(tmp_path, monkeypatch):
         reader.join(10)
         assert got == [bytes(size)]
         assert stat.S_ISFIFO(pipe.stat().st_mode)
-    monkeypatch.setattr(files, "READER_SECONDS", 0.1)
+    monkeypatch.setattr(files, "PIPE_SECONDS", 0.1)
     with pytest.raises(OSError, match="nobody reads"):
         put(pipe, b"x")
     # Nobody is written to when it fails: opening the pipe would wait for a reader.
@@ -211,9 +212,9 @@ def test_standard_output(tmp_path):
 
 READ_IN = """
 import sys
-from kvzip import files
+from kvzip import files, reading
 files.IN_MEMORY = 1000
-with files.reading(files.STDIN) as file:
+with reading.reading(files.STDIN) as file:
     import os
     print(os.pread(file.fileno(), 4, 3).decode(), len(file.read()))
 """
@@ -232,10 +233,10 @@ def test_standard_input_can_be_read_anywhere(tmp_path, size):
 
 def test_reading_what_cannot_be_read(tmp_path):
     with pytest.raises(IsADirectoryError) as caught:
-        files.reading(tmp_path)
+        reading(tmp_path)
     assert caught.value.filename == str(tmp_path)
     with pytest.raises(FileNotFoundError):
-        files.reading(tmp_path / "nothing")
+        reading(tmp_path / "nothing")
 
 
 def test_create_only(tmp_path, system):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from kvzip.eval.links.network import require_links
 from kvzip.eval.links.sources import prepare
 from kvzip.eval.measured_codecs import LINK_CODECS
 from kvzip.eval.results.links import Links
+from kvzip.files import scratch_folder
 
 
 def run(
@@ -40,7 +40,7 @@ def run(
     """
     require_links()
     with contextlib.ExitStack() as stack:
-        folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvzip-")))
+        folder = work or stack.enter_context(scratch_folder())
         sources = prepare(
             folder,
             model=model,

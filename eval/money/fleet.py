@@ -15,7 +15,6 @@ import os
 import tomllib
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -31,6 +30,7 @@ from kvzip.choice.cost import (
     number,
 )
 from kvzip.errors import KVZipError
+from kvzip.reading import contents
 
 EXACT_RANKS = 1 << 12
 """Documents of the highest ranks that the closed form looks at one by one; the others in bins."""
@@ -418,7 +418,7 @@ def bills(fleet: Fleet, codecs: list[CodecFigures]) -> list[tuple[Counts, Bill]]
 def changed(fleet: Fleet, path: str | os.PathLike[str]) -> Fleet:
     """The fleet with the fields of a TOML file. Raises KVZipError that names file and field."""
     try:
-        fields = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        fields = tomllib.loads(contents(path).decode())
         # TOML's inf is a float; whole numbers stand for floats.
         return msgspec.convert({**msgspec.structs.asdict(fleet), **fields}, Fleet).check()
     except OSError as error:

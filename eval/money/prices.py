@@ -19,6 +19,7 @@ from typing import Any, Literal
 import msgspec
 
 from kvzip.errors import KVZipError
+from kvzip.reading import contents
 
 UNITS = {
     "egress": "USD/GB",
@@ -207,7 +208,7 @@ def load_prices(*paths: str | os.PathLike[str]) -> PriceBook:
 def _read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """The file's entries by group and name, its groups known, no entry looked at yet."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(contents(path).decode())
     except OSError as error:
         raise KVZipError(f"price book {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

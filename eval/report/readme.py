@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,7 +21,8 @@ from kvzip.eval.report.answers import by_base
 from kvzip.eval.report.page import write_report
 from kvzip.eval.report.text import bit_rate
 from kvzip.eval.results.demo import DemoResult
-from kvzip.files import replacing
+from kvzip.files import replacing, scratch_folder
+from kvzip.reading import contents
 
 _PICTURE = '[data-chart="time-wide"]'
 
@@ -142,7 +141,7 @@ def put_between(path: str | os.PathLike[str], blocks: Mapping[str, str]) -> bool
 
     Raises KVZipError when the marks are not there, once each, in order.
     """
-    text = new = Path(path).read_text(encoding="utf-8")
+    text = new = contents(path).decode()
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, found, rest = new.partition(begin)
@@ -167,8 +166,8 @@ def put_picture(result: DemoResult, picture: str | os.PathLike[str]) -> None:
         ) from None
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     options: Mapping[str, Any] = {"executable_path": chromium} if chromium else {}
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
-        page_file = write_report(result, Path(folder) / "report.html")
+    with scratch_folder() as folder, sync_playwright() as play:
+        page_file = write_report(result, folder / "report.html")
         browser = play.chromium.launch(args=["--no-sandbox"], **options)
         page = browser.new_page(
             viewport={"width": 1000, "height": 900},

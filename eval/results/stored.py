@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,7 +19,10 @@ from kvzip.eval.results.inputs import Inputs
 from kvzip.eval.results.links import Links
 from kvzip.eval.results.traffic import TrafficResult
 from kvzip.files import replacing
+from kvzip.reading import contents
 
+_MOST = 1 << 30
+"""Bytes of a result that is read."""
 T = TypeVar("T")
 R = TypeVar("R", bound=Result)
 
@@ -93,7 +95,7 @@ def load(path: str | os.PathLike[str], form: type[R]) -> R:
 def read_json(path: str | os.PathLike[str], form: type[T]) -> T:
     """A JSON file as an object of that type. Raises KVZipError that names the file."""
     try:
-        plain = msgspec.json.decode(Path(path).read_bytes())
+        plain = msgspec.json.decode(contents(path, _MOST))
         return msgspec.convert(plain, form)
     except OSError as error:
         raise KVZipError(f"{path}: {error.strerror or error}") from None

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,6 +15,7 @@ from kvzip import dtypes
 from kvzip.codec import get_codec
 from kvzip.errors import KVZipError, UsageError
 from kvzip.eval.sweep import synthetic
+from kvzip.reading import contents
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,9 +61,7 @@ def read_config(path: str | os.PathLike[str]) -> list[Point]:
     Raises UsageError that names the file, the field, and what is allowed.
     """
     try:
-        config = msgspec.convert(
-            tomllib.loads(Path(path).read_text(encoding="utf-8")), Config, strict=True
-        )
+        config = msgspec.convert(tomllib.loads(contents(path).decode()), Config, strict=True)
         return _points(config)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from None

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import msgspec
 from cyclopts import Parameter
 
-from kvzip import api, container
+from kvzip import api
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, ProfilePath, Threads, read_profile
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import bar, emit, say, sizes
 from kvzip.errors import StoreError, UsageError
-from kvzip.files import is_standard_output, reading
-from kvzip.snapshot import Snapshot
+from kvzip.files import is_standard_output
+from kvzip.reading import contents
 
 if TYPE_CHECKING:
     from kvzip.profile import Profile
@@ -184,14 +184,15 @@ def _prompt(
 
 def _prompt_of(path: Path) -> _Prompt:
     """The prompt of a snapshot or a .kvz file."""
-    with reading(path) as file:
-        is_kvz = file.read(len(container.MAGIC)) == container.MAGIC
-    if is_kvz:
-        with api.open(path) as reader:
-            origin, token_ids, dtype = reader.header.origin, reader.token_ids, reader.layout.dtype
-    else:
-        snapshot = Snapshot.load(path)
-        origin, token_ids, dtype = snapshot.origin, snapshot.token_ids, snapshot.dtype
+    from kvzip.store.given import open_either
+
+    with open_either(path) as (file, snapshot):
+        if snapshot is None:
+            with api.open(file) as reader:
+                origin, token_ids = reader.header.origin, reader.token_ids
+                dtype = reader.layout.dtype
+        else:
+            origin, token_ids, dtype = snapshot.origin, snapshot.token_ids, snapshot.dtype
     if token_ids is None:
         raise UsageError(f"{path} has no token ids to look for")
     return _Prompt(token_ids, origin.model, origin.revision, dtype)
@@ -199,7 +200,7 @@ def _prompt_of(path: Path) -> _Prompt:
 
 def _read_ids(path: Path) -> list[int]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=list[int])
+        return msgspec.json.decode(contents(path, 256 << 20), type=list[int])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not a JSON list of token ids: {error}") from None
 

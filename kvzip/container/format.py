@@ -133,6 +133,14 @@ def stated_length(data: Any) -> int:
     return Preamble(*_fields(data)[2:]).file_length
 
 
+def whole_length(first: bytearray) -> int | None:
+    """The length that a file states in its first bytes, None if it takes more of them to tell.
+    Raises FormatError for what is no .kvz file."""
+    if len(first) < _PREAMBLE.size and first[: len(MAGIC)] == MAGIC[: len(first)]:
+        return None
+    return max(stated_length(first), _PREAMBLE.size)
+
+
 # --- the header ----------------------------------------------------------------------------
 
 

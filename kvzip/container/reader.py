@@ -18,7 +18,7 @@ from kvzip.container.index import Index
 from kvzip.container.plan import Request
 from kvzip.container.source import OpenFile, Source, Stream, naming
 from kvzip.errors import UsageError
-from kvzip.options import items, pairs
+from kvzip.options import callback, items, pairs
 from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import Layer, Snapshot
 from kvzip.workers import after, in_order, thread_count
@@ -89,6 +89,13 @@ class Reader:
         if isinstance(self._source, (OpenFile, Stream)):
             self._source.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An open file is not pickled, nor copied: raise UsageError."""
+        raise UsageError(
+            "an open .kvz file cannot be pickled or copied: send its path, URL or bytes, and open "
+            "it there with kvzip.open; or what it holds, as Reader.decode gives it"
+        )
+
     def read_ahead(self, spans: Sequence[tuple[int, int]]) -> None:
         """Tell the source what decoding positions ``spans[i]`` of layer i, layer after layer,
         will read, if it is one that can fetch ahead (`announce`)."""
@@ -113,6 +120,7 @@ class Reader:
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Check every checksum and decode everything, one layer in memory at a time. `progress` is
         called with raw bytes as they are done. Raises CorruptError, ProfileError."""
+        callback("progress", progress)
         for i in range(len(self)):
             decoding = Decoding(
                 self._blocks, self._request([i], None), None, self._chains, thorough=True
@@ -162,6 +170,7 @@ class Reader:
         profile and has not got it, UnsupportedError without such a device, or for `tokens` at whose
         end a layer has no state.
         """
+        callback("progress", progress)
         if device is not None and str(device) != "cpu":
             out = None if out is None else pairs("out", out)
             return self._decode_on_device(

@@ -19,7 +19,9 @@ from kvzip.errors import (
     UsageError,
     first_line,
 )
-from kvzip.files import copied, reading
+from kvzip.files import name_of
+from kvzip.options import integer
+from kvzip.reading import LengthOf, copied, reading, some
 from kvzip.workers import Lock
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -177,7 +179,7 @@ class Stream:
         """What errors call it, if anything."""
         self.size = self._file.seek(0, os.SEEK_END)
         if not isinstance(self.size, int):  # some return nothing
-            self.size = self._file.tell()
+            self.size = integer("where a file object ends, by its tell(),", self._file.tell(), 0)
 
     def read(self, offset: int, length: int) -> memoryview:
         if self._process != os.getpid() and not isinstance(self._file, io.BytesIO):
@@ -190,46 +192,74 @@ class Stream:
             try:
                 self._file.seek(offset)
                 while left:
-                    piece = self._file.read(left)
+                    piece = some(self._file, left)
                     if not piece:
                         at = offset + length - left
                         raise CorruptError(f"the file ended at byte {at} while being read")
                     pieces.append(piece)
                     left -= len(piece)
+            except UsageError:
+                raise
             except ValueError:
                 raise UsageError(
                     "the file is closed, so nothing more can be read from it"
                 ) from None
-        return memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
     def close(self) -> None:
         if self._owned:
             self._file.close()
 
 
-def open_source(given: Any) -> Source:
+class Foreign:
+    """A `Source` of somebody else's, which is held to what one must do."""
+
+    def __init__(self, given: Source):
+        self._given = given
+        self.size = integer("a source's size", given.size, 0)
+        self.name = _name_of(given)
+        """What errors call it, if anything."""
+        for more in ("announce", "in_memory", "read_into"):
+            if hasattr(given, more):
+                setattr(self, more, getattr(given, more))
+
+    def read(self, offset: int, length: int) -> memoryview:
+        with _readable():
+            found = self._given.read(offset, length)
+        try:
+            data = memoryview(found).cast("B")
+        except (TypeError, ValueError):
+            kind = type(found).__name__
+            raise UsageError(f"the source's read gave a {kind}, and not bytes") from None
+        if len(data) != length:
+            raise UsageError(f"the source's read gave {len(data):,} bytes, and not {length:,}")
+        return data
+
+
+def open_source(given: Any, length_of: LengthOf | None = None) -> Source:
     """The bytes that a caller names: by a path, as a buffer, a file object, a tensor of uint8, or a
-    `Source`, which comes back as it is.
+    `Source`.
 
     A file object is read from its beginning. What cannot seek (a pipe, a response) is copied first,
-    in memory up to 256 MiB and on disk above. Raises UsageError for anything else, and OSError.
+    in memory up to 256 MiB and on disk above; with `length_of` no more than what begins so may
+    have. Raises UsageError for anything else, OSError, and what `length_of` does.
     """
     if isinstance(given, (str, os.PathLike)):
-        return _of_path(given)
+        return _of_path(given, length_of)
     if hasattr(given, "seek") and hasattr(given, "read") and not _is_buffer(given):
-        return _of_file(given, owned=False)
+        return _of_file(given, length_of, owned=False)
     if _is_buffer(given):
         return Memory(given)
     if isinstance(given, Source):
-        return given
+        return Foreign(given)
     if hasattr(given, "read"):
-        return _of_file(given, owned=False)
+        return _of_file(given, length_of, owned=False)
     if hasattr(given, "__dlpack__"):
         return Memory(_bytes_of_tensor(given))
     if hasattr(given, "open"):  # a file in an archive or a package, as zipfile.Path
         with _readable():
             file = given.open("rb")
-        return _of_file(file, owned=True)
+        return _of_file(file, length_of, owned=True)
     raise UsageError(
         f"a {type(given).__name__} cannot be read: give a path, a URL, bytes, or a binary file"
     )
@@ -241,20 +271,21 @@ class _Named(NamedTuple):
     name: str | None
 
 
-def _of_path(path: str | os.PathLike[str]) -> Source:
-    try:
-        file = reading(path)
-    except ValueError as error:
-        raise UsageError(f"{os.fspath(path)!r} is no path: {error}") from None
-    return _of_file(file, owned=True, name=os.fsdecode(path))
+def _of_path(path: str | os.PathLike[str], length_of: LengthOf | None) -> Source:
+    name = name_of(path)
+    with naming(_Named(name)):
+        file = reading(path, length_of)
+    return _of_file(file, length_of, owned=True, name=name)
 
 
-def _of_file(file: Any, owned: bool, name: str | None = None) -> Source:
+def _of_file(
+    file: Any, length_of: LengthOf | None, *, owned: bool, name: str | None = None
+) -> Source:
     with naming(_Named(name or _name_of(file))), _readable():
-        return _opened(file, owned, name)
+        return _opened(file, length_of, owned, name)
 
 
-def _opened(file: Any, owned: bool, name: str | None) -> Source:
+def _opened(file: Any, length_of: LengthOf | None, owned: bool, name: str | None) -> Source:
     try:
         if isinstance(file, io.TextIOBase):
             raise UsageError("the file is open as text: open it in binary mode, 'rb'")
@@ -267,7 +298,7 @@ def _opened(file: Any, owned: bool, name: str | None) -> Source:
         seekable = getattr(file, "seekable", None)
         if hasattr(file, "seek") and (seekable is None or seekable()):
             return Stream(file, owned)
-        copy = copied(file)
+        copy = copied(file, length_of)
     except ValueError as error:
         if owned:
             file.close()

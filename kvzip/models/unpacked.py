@@ -12,8 +12,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -23,6 +21,7 @@ from typing import Any
 import msgspec
 
 from kvzip import checksum
+from kvzip.files import scratch_folder
 
 _LIST = "kvzip.json"
 _FORMAT = 1
@@ -50,20 +49,12 @@ def unpacked(identity: str, dtype: str, make: Callable[[Path], None], folder: Pa
     with _alone(folder / f"{name}.lock"):
         if _whole(target, about):
             return target  # another process has made it meanwhile
-        # Nobody else makes this model now, so what is there of it is of a process that was killed.
-        for left in folder.glob(f"{name}.*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
-        made = Path(tempfile.mkdtemp(dir=folder, prefix=f"{name}.", suffix=".tmp"))
-        try:
+        with scratch_folder(folder) as made, scratch_folder(folder) as damaged:
             make(made)
             (made / _LIST).write_bytes(_list(made, about))
             if target.exists():
-                damaged = Path(tempfile.mkdtemp(dir=folder, prefix=f"{name}.", suffix=".tmp"))
                 target.rename(damaged / "damaged")
-                shutil.rmtree(damaged, ignore_errors=True)
             made.rename(target)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
     return target
 
 

@@ -13,14 +13,14 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote, urlsplit
 
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, StoreError, UsageError, first_line, is_panic
+from kvzip.errors import KVZipError, StoreError, UsageError, first_line
 from kvzip.options import integer, seconds
 from kvzip.profile import Profile
+from kvzip.store.answers import as_store_errors, told
 from kvzip.store.folder import Folder, Meta, write_all
 from kvzip.store.remote import Piece, Remote
 from kvzip.store.urls import WEB, folder_of, plain_scheme, scheme_of, without_secrets
@@ -42,31 +42,6 @@ _process: int | None = None
 """The process that first used a client: the client's threads are there and nowhere else."""
 _MATTERS = re.compile("^AWS_|_PROXY$", re.IGNORECASE)
 """Variables of the environment that a client reads when it is made."""
-
-
-@contextmanager
-def _as_store_errors(what: str) -> Iterator[None]:
-    """Errors of obstore as StoreError, in a line without what gives access; FileNotFoundError
-    stays what it is."""
-    from obstore.exceptions import BaseError
-
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (BaseError, OSError) as error:
-        cause = error if without_secrets(str(error)) == str(error) else None
-        raise StoreError(f"{what}: {without_secrets(first_line(error))}") from cause
-    except (ValueError, TypeError, OverflowError) as error:
-        if isinstance(error, KVZipError):
-            raise
-        raise UsageError(f"{what}: {without_secrets(first_line(error))}") from None
-    except BaseException as error:
-        # A panic of the client's, on settings that it did not check: no Exception.
-        if not is_panic(error):
-            raise
-        why = without_secrets(first_line(error))
-        raise StoreError(f"{what}: the client gave up ({why})") from None
 
 
 def _check_settings(options: Mapping[str, Any]) -> None:
@@ -136,7 +111,7 @@ class Bucket:
         options = dict(options or {})
         if self.writable:
             _check_settings(options)
-        with _as_store_errors(f"cannot use {self.url} as a store"):
+        with as_store_errors(f"cannot use {self.url} as a store"):
             self._client = self._connected(url, options, timeout, retries)
 
     def _connected(
@@ -189,18 +164,18 @@ class Bucket:
     def _to(self, verb: str, path: str) -> Iterator[None]:
         """Something done with an object, whose errors say what it was."""
         _check_text(path, self.url, self._characters)
-        with _as_store_errors(f"cannot {verb} {self.named(path)}"):
+        with as_store_errors(f"cannot {verb} {self.named(path)}", not self.listable):
             yield
 
     def get(self, path: str) -> bytes | None:
         """An object's bytes, or None when there is none."""
         import obstore
 
-        with self._to("read", path):
-            try:
+        try:
+            with self._to("read", path):
                 return bytes(obstore.get(self.client, path).bytes())
-            except FileNotFoundError:
-                return None
+        except FileNotFoundError:
+            return None
 
     def copy(self, path: str, sink: IO[bytes], progress: Callable[[int], None] | None) -> None:
         """Write an object's bytes to a file. Raises FileNotFoundError when there is none."""
@@ -239,15 +214,17 @@ class Bucket:
         """What is known of an object, or None when there is none."""
         import obstore
 
-        with self._to("read", path):
-            try:
+        try:
+            with self._to("read", path):
                 return _meta(obstore.head(self.client, path))
-            except FileNotFoundError:
-                return None
+        except FileNotFoundError:
+            return None
 
-    def put(self, path: str, data: bytes | Path, create: bool = True, durable: bool = True) -> bool:
-        """Write an object, whole or not at all; False when `create` and there is one already. What
-        a bucket has taken is always durable.
+    def put(
+        self, path: str, data: bytes | IO[bytes], create: bool = True, durable: bool = True
+    ) -> bool:
+        """Write an object, all of a file or these bytes, whole or not at all; False when `create`
+        and there is one already. What a bucket has taken is always durable.
 
         An object of more than 256 MiB is written in parts: of two writers at once, the last wins.
         """
@@ -256,7 +233,11 @@ class Bucket:
 
         if not self.writable:
             raise UsageError(f"{self.url} is read only: write to what the server serves")
-        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        if isinstance(data, bytes):
+            size = len(data)
+        else:
+            size = data.seek(0, os.SEEK_END)
+            data.seek(0)
         with self._to("write", path):
             try:
                 if size > _ONE_REQUEST:
@@ -268,13 +249,15 @@ class Bucket:
                     obstore.put(self.client, path, data, mode=mode, use_multipart=False)
             except AlreadyExistsError:
                 return False
+            except FileNotFoundError as error:  # of the bucket, whatever the server calls that
+                raise StoreError(f"cannot write {self.named(path)}: {told(error)}") from None
         return True
 
     def under(self, prefix: str) -> Iterator[Meta]:
         """Objects under a prefix; a part of a name is no prefix."""
         import obstore
 
-        with self._to("list", prefix), suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._to("list", prefix):
             for found in obstore.list(self.client, prefix, chunk_size=1000):
                 yield from map(_meta, found)
 
@@ -282,17 +265,17 @@ class Bucket:
         """First parts of all objects' paths."""
         import obstore
 
-        with _as_store_errors(f"cannot list {self.url}"):
-            try:
+        try:
+            with as_store_errors(f"cannot list {self.url}"):
                 return list(obstore.list_with_delimiter(self.client)["common_prefixes"])
-            except FileNotFoundError:
-                return []
+        except FileNotFoundError:
+            return []
 
     def delete(self, path: str) -> None:
         """Delete an object, if there is one."""
         import obstore
 
-        with self._to("delete", path), suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._to("delete", path):
             obstore.delete(self.client, path)
 
     def open(self, path: str, profile: Profile | None = None, threads: int = 0) -> Reader:

@@ -113,10 +113,10 @@ class Folder:
                 return None
 
     def put(
-        self, path: str, data: bytes | Path, create: bool = True, durable: bool = False
+        self, path: str, data: bytes | IO[bytes], create: bool = True, durable: bool = False
     ) -> bool:
-        """Write an object, whole or not at all; False when `create` and there is one already.
-        `durable`: it outlives a power cut that comes after."""
+        """Write an object, all of a file or these bytes, whole or not at all; False when `create`
+        and there is one already. `durable`: it outlives a power cut that comes after."""
         target = self.folder / path
         with _as_store_errors(f"cannot write {path} in {self.url}"):
             for _ in range(100):
@@ -127,19 +127,18 @@ class Folder:
                 except FileExistsError:
                     return False
                 except FileNotFoundError:  # its folder was empty, and was deleted meanwhile
-                    if isinstance(data, Path) and not data.exists():
-                        raise
+                    continue
         raise StoreError(f"cannot write {path} in {self.url}: its folder is deleted as it is made")
 
-    def _write(self, target: Path, data: bytes | Path, create: bool, durable: bool) -> None:
+    def _write(self, target: Path, data: bytes | IO[bytes], create: bool, durable: bool) -> None:
         with files.replacing(
             target, mode=self._object_mode(), create=create, durable=durable, scratch=self.folder
         ) as file:
-            if isinstance(data, Path):
-                with data.open("rb") as source:
-                    shutil.copyfileobj(source, file, 1 << 20)
-            else:
+            if isinstance(data, bytes):
                 file.write(data)
+            else:
+                data.seek(0)
+                shutil.copyfileobj(data, file, 1 << 20)
 
     def _object_mode(self) -> int:
         if self._mode is not None:

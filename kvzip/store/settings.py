@@ -37,6 +37,10 @@ class SettingsFile:
             self._known = self._checked(data)
         return None if self._known is None else self._known.block_tokens
 
+    def wanted(self) -> int:
+        """Tokens in a block that the store has, or will have once it is made."""
+        return self.block_tokens() or self._asked or BLOCK_TOKENS
+
     def made(self) -> int:
         """Tokens in a block; the settings of a new store are written."""
         found = self.block_tokens()

@@ -25,30 +25,29 @@ after them; the chain goes last, and `prune` ends what a dead one began.
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any
 
 import msgspec
 from numpy.typing import ArrayLike
 
 from kvzip import api, dtypes
 from kvzip.codec import Codec
-from kvzip.container import MAGIC, Reader
-from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError, UsageError
-from kvzip.files import reading, replacing
-from kvzip.options import integer, text
+from kvzip.container import Reader
+from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError
+from kvzip.files import replacing
+from kvzip.options import boolean, callback, integer, text
 from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import Snapshot
 from kvzip.store import listing
 from kvzip.store.bucket import open_bucket
 from kvzip.store.evicting import Evictor
 from kvzip.store.finding import PROBES, Finder, Match, Prompt
+from kvzip.store.given import as_file
 from kvzip.store.keys import (
     About,
     Identity,
+    Ids,
     document_name,
     document_path,
     hash_chain,
@@ -59,7 +58,7 @@ from kvzip.store.listing import Stored
 from kvzip.store.marks import chain_file
 from kvzip.store.settings import SettingsFile
 from kvzip.store.uses import Uses
-from kvzip.workers import Workers
+from kvzip.workers import Workers, thread_count
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -107,7 +106,12 @@ class Store:
         if limit_bytes is not None:
             limit_bytes = integer("limit_bytes", limit_bytes, 1)
         self.bucket = open_bucket(
-            url, timeout=timeout, retries=retries, options=options, make=make, mode=mode
+            url,
+            timeout=timeout,
+            retries=retries,
+            options=options,
+            make=boolean("make", make),
+            mode=mode,
         )
         self.limit_bytes = limit_bytes
         self._pool = Workers(PROBES, "kvzip-store")
@@ -141,31 +145,41 @@ class Store:
         Raises UnsupportedError for batches, KVZipError for a document that cannot be found again
         (no model, no ids, shorter than a block) or is larger than the limit, StoreError.
         """
-        with _as_file(document, codec, profile, threads, progress) as path:
-            with api.open(path) as reader:
+        callback("progress", progress)
+        check_profile(profile)
+        thread_count(threads)
+        replace = boolean("replace", replace)
+        with as_file(document, codec, profile, threads, progress) as file:
+            with api.open(file) as reader:
+                api.choose_codec(codec, reader.layout, profile)
                 reader.check_stored()
                 identity = Identity.of_document(reader)
                 about = About.of_identity(identity, reader.header.origin.model)
                 ids = token_ids_of(reader, token_ids)
                 name = document_name(reader, ids)
-            size = path.stat().st_size
+                size = reader.info.encoded_bytes
             if self.limit_bytes is not None and size > self.limit_bytes:
                 raise KVZipError(f"a document of {size:,} bytes in a store of {self.limit_bytes:,}")
-            block_tokens = self._settings.made()
-            chain = hash_chain(ids, block_tokens)
-            if not chain:
-                raise KVZipError(
-                    f"the document has {len(ids)} tokens and the store finds prefixes by blocks of "
-                    f"{block_tokens}: give a longer one, or a new store a smaller block_tokens"
-                )
-            new = self._write(about, name, chain, path, replace)
+            self._chain(ids, self._settings.wanted())  # before anything is made
+            chain = self._chain(ids, self._settings.made())
+            new = self._write(about, name, chain, file, replace)
         entry = Entry(f"{identity.namespace}/{name}", len(ids), size, new)
         if self.limit_bytes is not None and self._evictor.over(size * new, self.limit_bytes):
             self.prune(self.limit_bytes, keep=entry.key)
         return entry
 
+    def _chain(self, ids: Ids, block_tokens: int) -> list[str]:
+        """The hash chain of a document. Raises KVZipError for one that is too short."""
+        chain = hash_chain(ids, block_tokens)
+        if not chain:
+            raise KVZipError(
+                f"the document has {len(ids)} tokens and the store finds prefixes by blocks of "
+                f"{block_tokens}: give a longer one, or a new store a smaller block_tokens"
+            )
+        return chain
+
     def _write(
-        self, about: About, name: str, chain: Sequence[str], path: Path, replace: bool
+        self, about: About, name: str, chain: Sequence[str], file: IO[bytes], replace: bool
     ) -> bool:
         """Write a document and its marks, in the order that lets a writer die at any point;
         whether it is new."""
@@ -175,9 +189,9 @@ class Store:
         new, put = False, self.bucket.put
         for _ in range(8):
             put(f"{space}/chain/{name}", chain_file(chain), create=False)
-            made = put(doc, path, create=not replace)
+            made = put(doc, file, create=not replace)
             if not made and not self._has_header(doc):
-                made = put(doc, path, create=False)
+                made = put(doc, file, create=False)
             new |= made
             self._pool.each(lambda h: put(f"{space}/with/{h}/{name}", b""), chain)
             self._pool.each(lambda h: put(f"{space}/last/{h}", name.encode(), create=False), chain)
@@ -265,6 +279,7 @@ class Store:
 
         Raises CorruptError, StoreError.
         """
+        callback("progress", progress)
         with replacing(path) as file:
             try:
                 self.bucket.copy(document_path(key), file, progress)
@@ -302,37 +317,3 @@ class Store:
         if limit_bytes is not None:
             limit_bytes = integer("limit_bytes", limit_bytes, 0)
         return self._evictor.prune(self.documents(), limit_bytes, keep)
-
-
-@contextmanager
-def _as_file(
-    document: Snapshot | str | os.PathLike[str] | bytes | bytearray | memoryview,
-    codec: str | Codec | Mapping[str, Any],
-    profile: Profile | None,
-    threads: int,
-    progress: Callable[[int], None] | None,
-) -> Iterator[Path]:
-    """The document as a .kvz file on disk."""
-    if isinstance(document, (str, os.PathLike)):
-        path = Path(document)
-        with reading(path) as file:
-            encoded = file.read(len(MAGIC)) == MAGIC
-            if encoded and path.is_file():
-                yield path
-                return
-            file.seek(0)
-            piped = file.read() if encoded else None
-        document = Snapshot.load(path) if piped is None else piped
-    with tempfile.TemporaryDirectory(prefix="kvzip-") as folder:
-        path = Path(folder) / "doc.kvz"
-        if isinstance(document, Snapshot):
-            api.write(path, document, codec, profile, threads, progress=progress)
-        else:
-            kind = type(document).__name__
-            try:
-                path.write_bytes(document)
-            except TypeError:
-                raise UsageError(
-                    f"a {kind} is no document: give a Snapshot, a path or bytes"
-                ) from None
-        yield path

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from kvzip.codecs.native.cuda.device import (
     source_hash,
 )
 from kvzip.errors import UnsupportedError
+from kvzip.files import scratch_folder
 
 _TEMPLATE = """
 #include "{source}"
@@ -139,8 +139,8 @@ class ShimDevice(Device):
         name = f"{kernel.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
         path = cache_folder() / "shim" / name
         if not path.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                source, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+            with scratch_folder() as folder:
+                source, library = folder / "kernel.cpp", folder / "kernel.so"
                 source.write_text(text)
                 command = [compiler, *_FLAGS, *self._flags, f"-I{SOURCES}", str(source)]
                 done = subprocess.run(
