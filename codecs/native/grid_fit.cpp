@@ -441,7 +441,9 @@ bool even(const Wide& wide, const std::uint32_t* piece, int n) {
 template <typename T>
 unsigned suspicions(const Wide& wide, const T* numbers, int dimensions, const std::size_t* shape,
                     const std::int64_t* strides) {
-  constexpr int kTooMany = kPieces / 2 + 1;
+  // Half of the channels may be beside a grid of codes and scales; and of five pieces that are in
+  // equal parts of the channels, three may be in that half. Halves are all channels or none.
+  constexpr int kTooMany = kPieces - 1, kTooManyForHalf = kPieces / 2 + 1;
   std::uint32_t piece[kLongPiece];
   int against[5] = {};
   for (int tokens = 0; tokens < 2; ++tokens) {
@@ -450,9 +452,10 @@ unsigned suspicions(const Wide& wide, const T* numbers, int dimensions, const st
       not_few = not_even = kTooMany;
       continue;
     }
-    // Half of the pieces are enough for most arrays.
+    // A few of the pieces are enough for most arrays.
     for (int i = 0; i < kPieces; ++i) {
-      if (not_few >= kTooMany && not_even >= kTooMany && (wide.bits == 16 || not_half >= kTooMany))
+      if (not_few >= kTooMany && not_even >= kTooMany &&
+          (wide.bits == 16 || not_half >= kTooManyForHalf))
         break;
       const int n = take_piece(numbers, dimensions, shape, strides, tokens, i, piece);
       if (not_few < kTooMany) not_few += !few(wide, piece, n);
@@ -462,9 +465,10 @@ unsigned suspicions(const Wide& wide, const T* numbers, int dimensions, const st
       not_half += used > n / 8;
     }
   }
-  if (wide.bits == 16) against[4] = kTooMany;
+  if (wide.bits == 16) against[4] = kTooManyForHalf;
   unsigned found = 0;
-  for (int i = 0; i < 5; ++i) found |= against[i] < kTooMany ? 1u << i : 0;
+  for (int i = 0; i < 5; ++i)
+    found |= against[i] < (i < 4 ? kTooMany : kTooManyForHalf) ? 1u << i : 0;
   return found;
 }
 

@@ -111,35 +111,55 @@ class _Search:
     def _candidates(self, suspicions: int, like: Grid | None) -> Iterator[Iterator[_Candidate]]:
         """What a sample of the numbers is on: formats of fewer bits first; and of each, groups
         along an axis, large before small."""
-        if like is not None and like.scale is not None and like.wide == self.wide:
-            group = (min(like.group[0], self.tokens), min(like.group[1], self.channels))
-            yield self._sampled(like.narrow, [group])
         tokens, channels = self.tokens, self.channels
+        if like is not None and like.scale is not None and like.wide == self.wide:
+            within = like.channels if like.channels[1] <= channels else (0, channels)
+            group = (min(like.group[0], tokens), min(like.group[1], within[1] - within[0]))
+            yield self._sampled(like.narrow, [group], within)
         for formats, kind in (_FEW_SIGNIFICANDS, _FEW), (_EVEN_STEPS, _EVEN):
             for code in formats:
-                axes = []
-                if suspicions & kind:
-                    axes.append([(1, n) for n in (channels, *_GROUPS) if n <= channels])
-                if suspicions & 2 * kind:
-                    axes.append([(n, 1) for n in (tokens, *_GROUPS) if n <= tokens])
-                # Where the smallest groups are on no such grid, larger ones are not.
-                axes = [groups for groups in axes if self._sample_on(code, groups[-1])]
-                if axes:
-                    yield self._sampled(code, [(tokens, channels)])
-                for groups in axes:
-                    yield self._sampled(code, groups)
+                axes: list[tuple[list[tuple[int, int]], tuple[int, int]]] = []
+                for bit, along_tokens in ((kind, False), (2 * kind, True)):
+                    if not suspicions & bit:
+                        continue
+                    smallest = self._smallest_on(code, along_tokens)
+                    if smallest is not None:
+                        within = smallest.channels
+                        axes.append((self._groups(within, along_tokens), within))
+                for _, within in axes[:1]:
+                    yield self._sampled(code, [(tokens, within[1] - within[0])], within)
+                for groups, within in axes:
+                    yield self._sampled(code, groups, within)
 
-    def _sampled(self, code: Narrow, groups: list[tuple[int, int]]) -> Iterator[_Candidate]:
-        """The candidates among groups of a format."""
+    def _smallest_on(self, code: Narrow, along_tokens: bool) -> _Candidate | None:
+        """The format with the smallest groups along an axis. Where these are on no such grid,
+        larger ones are not; and they say best which channels are on it."""
+        least = min(_GROUPS[-1], self.tokens if along_tokens else self.channels)
+        group = (least, 1) if along_tokens else (1, least)
+        return self._sample_on(code, group, (0, self.channels))
+
+    def _groups(self, within: tuple[int, int], along_tokens: bool) -> list[tuple[int, int]]:
+        """Groups along an axis, large before small, all tokens or channels first."""
+        whole = self.tokens if along_tokens else within[1] - within[0]
+        sizes = dict.fromkeys(n for n in (whole, *_GROUPS) if n <= whole)
+        return [(n, 1) if along_tokens else (1, n) for n in sizes]
+
+    def _sampled(
+        self, code: Narrow, groups: list[tuple[int, int]], within: tuple[int, int]
+    ) -> Iterator[_Candidate]:
+        """The candidates among groups of a format, of these channels."""
         for group in groups:
-            if (candidate := self._sample_on(code, group)) is not None:
+            if (candidate := self._sample_on(code, group, within)) is not None:
                 yield candidate
 
-    def _sample_on(self, code: Narrow, group: tuple[int, int]) -> _Candidate | None:
-        """The format and group as a candidate, if numbers of some neighbouring channels, at least
-        half of all, are on such a grid in a sample."""
-        columns = -(-self.channels // group[1])
-        sample, column = self._sample(group, columns)
+    def _sample_on(
+        self, code: Narrow, group: tuple[int, int], within: tuple[int, int]
+    ) -> _Candidate | None:
+        """The format and group as a candidate, if numbers of some neighbouring channels of these,
+        at least half of all that there are, are on such a grid in a sample."""
+        begin, end = within
+        columns = -(-(end - begin) // group[1])
+        sample, column = self._sample(group, within)
         size = sample.shape[-1]
         grid = Grid(self.wide, code, (0, size), "fp32", (1, size))
         codes, scales = fit(sample, grid)
@@ -148,14 +168,19 @@ class _Search:
         share = (widened == sample).mean((1, 2))
         good = np.bincount(column, share >= 0.85, columns) / np.bincount(column, None, columns)
         first, last = _longest(good >= _PIECES_ON_GRID)
-        within = (column >= first) & (column < last)
-        start, stop = first * group[1], min(last * group[1], self.channels)
-        if 2 * (stop - start) < self.channels or share[within].mean() < _ON_GRID:
+        on = (column >= first) & (column < last)
+        start, stop = begin + first * group[1], min(begin + last * group[1], end)
+        if 2 * (stop - start) < self.channels or share[on].mean() < _ON_GRID:
             return None
         return _Candidate(code, group, (start, stop))
 
-    def _sample(self, group: tuple[int, int], columns: int) -> tuple[Bits, NDArray[np.int64]]:
-        """Numbers of some groups, [groups, 1, numbers], and each group's column of groups."""
+    def _sample(
+        self, group: tuple[int, int], within: tuple[int, int]
+    ) -> tuple[Bits, NDArray[np.int64]]:
+        """Numbers of some groups of these channels, [groups, 1, numbers], and each group's column
+        of groups."""
+        begin, end = within
+        columns = -(-(end - begin) // group[1])
         count = max(_PIECES, 2 * columns)
         column = np.arange(count) % columns
         row = self.random.integers(self.rows, size=count)
@@ -167,7 +192,7 @@ class _Search:
             place = self.random.integers(group[0] * group[1], size=size)
         # The last group may be smaller: its last numbers are taken more than once.
         token = np.minimum(block[:, None] * group[0] + place // group[1], self.tokens - 1)
-        channel = np.minimum(column[:, None] * group[1] + place % group[1], self.channels - 1)
+        channel = np.minimum(begin + column[:, None] * group[1] + place % group[1], end - 1)
         return self.cube[row[:, None], token, channel][:, None], column
 
     def _on_grid(self, candidate: _Candidate, rounding: Rounding) -> Found:

@@ -174,6 +174,28 @@ def test_channels_beside_the_grid_stay_as_they_are():
     assert_widens(find(turned, "bf16"), numbers)
 
 
+@pytest.mark.parametrize("group", [(1, 64), (1, 32), (32, 1)])
+@pytest.mark.parametrize("on", [(64, 128), (0, 64), (32, 96), (48, 112), (0, 112), (16, 128)])
+def test_half_of_the_channels_or_more_are_on_the_grid(on, group):
+    """Wherever in a head they are; and only they are codes."""
+    rng = np.random.default_rng(on[0])
+    shape = (2, 4, 96, on[1] - on[0])
+    numbers = cache_like(rng, "bf16", (2, 4, 96, 128)).copy()
+    numbers[..., slice(*on)] = made("bf16", "fp8_e4m3fn", "fp32", group, shape, "once", "normal", 9)
+    found = find(numbers, "bf16")
+    assert found.grid.channels == on and found.grid.narrow == "fp8_e4m3fn"
+    assert not len(found.positions)
+    assert_widens(found, numbers)
+
+
+def test_one_scale_for_all_channels_on_the_grid():
+    """A token's group is as wide as the grid is, which need not be a power of two."""
+    numbers = cache_like(np.random.default_rng(0), "bf16", (2, 96, 128)).copy()
+    shape = (2, 96, 112)
+    numbers[..., 16:] = made("bf16", "fp8_e4m3fn", "fp32", (1, "row"), shape, "once", "normal", 9)
+    assert find(numbers, "bf16").grid.group == (1, 112)
+
+
 def test_groups_that_say_little():
     numbers = made("bf16", "fp8_e4m3fn", "fp32", (1, 64), (2, 64, 128), "once", "normal", 8)
     numbers[0, 5] = 0  # no scale can be known
