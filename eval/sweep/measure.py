@@ -19,7 +19,7 @@ from kvzip.eval.results.provenance import machine, now, versions
 from kvzip.eval.results.sweep import Row
 from kvzip.eval.speed import bench
 from kvzip.eval.sweep import synthetic
-from kvzip.eval.sweep.grid import Point
+from kvzip.eval.sweep.points import Point
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 

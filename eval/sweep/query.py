@@ -26,7 +26,8 @@ def query(path: str | os.PathLike[str], sql: str) -> list[dict[str, Any]]:
     if given.is_dir():
         if not (given / "rows").is_dir():
             raise KVZipError(f"{path} is not the folder of a sweep")
-        sweep = pa.Table.from_pylist(RowFolder(given).read(), schema())
+        folder = RowFolder(given)
+        sweep = pa.Table.from_pylist(folder.read(), schema(folder.form))
     elif given.is_file():
         try:
             sweep = parquet.read_table(given.absolute())

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from kvzip.errors import KVZipError
-from kvzip.eval.results.sweep import KIND, VERSION, Row
+from kvzip.eval.results.sweep import FORMS, Row, SweepRow
 from kvzip.files import replacing, sweep
 
 _log = logging.getLogger("kvzip.eval")
@@ -27,12 +27,16 @@ MERGE_ABOVE = 256
 
 
 class RowFolder:
-    """The folder of a sweep: rows as Parquet files under rows/, caches under snapshots/."""
+    """The folder of a sweep: rows as Parquet files under rows/, caches under snapshots/.
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    `form`: the kind of its rows; default: that of those which are there.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], form: type[SweepRow] | None = None):
         self.folder = Path(folder)
         self.rows = self.folder / "rows"
         self.rows.mkdir(parents=True, exist_ok=True)
+        self.form = form or _form_of(self.rows)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -45,7 +49,7 @@ class RowFolder:
             sweep(self.rows)
             yield
 
-    def add(self, row: Row) -> None:
+    def add(self, row: SweepRow) -> None:
         """Write one row, whole or not at all, under its id."""
         self._write([msgspec.to_builtins(row)], self.rows / f"{row.id}.parquet")
 
@@ -55,7 +59,7 @@ class RowFolder:
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.rows.glob("*.parquet")):
             try:
-                rows = _rows_of(path)
+                rows = _rows_of(path, self.form)
             except DamagedError as error:
                 _log.warning("%s is damaged and passed over: %s", path, error)
                 continue
@@ -68,7 +72,7 @@ class RowFolder:
         moved = []
         for path in sorted(self.rows.glob("*.parquet")):
             try:
-                _rows_of(path)
+                _rows_of(path, self.form)
             except DamagedError:
                 moved.append(str(path.rename(path.with_suffix(".damaged"))))
         return moved
@@ -94,13 +98,12 @@ class RowFolder:
             if path != merged or not rows:
                 path.unlink()
 
-    @staticmethod
-    def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    def _write(self, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
         packed = pa.BufferOutputStream()
-        parquet.write_table(pa.Table.from_pylist(list(rows), schema()), packed)
+        parquet.write_table(pa.Table.from_pylist(list(rows), schema(self.form)), packed)
         with replacing(path) as file:
             file.write(packed.getvalue())
 
@@ -109,7 +112,22 @@ class DamagedError(Exception):
     """A file holds no rows that make sense."""
 
 
-def _rows_of(path: Path) -> list[dict[str, Any]]:
+def _form_of(rows: Path) -> type[SweepRow]:
+    """The kind of the rows that are there; a codec's where there are none that say so."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    for path in sorted(rows.glob("*.parquet")):
+        try:
+            about = parquet.read_schema(path.absolute()).metadata or {}
+        except (pa.ArrowException, OSError):
+            continue
+        if form := FORMS.get(about.get(b"kind", b"").decode(errors="replace")):
+            return form
+    return Row
+
+
+def _rows_of(path: Path, form: type[SweepRow]) -> list[dict[str, Any]]:
     """The rows of a file. Raises DamagedError, and KVZipError when they are of another kind or a
     later kvzip wrote them."""
     import pyarrow as pa
@@ -117,20 +135,20 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
 
     try:
         about = parquet.read_schema(path.absolute()).metadata or {}
-        if (kind := about.get(b"kind", KIND.encode()).decode(errors="replace")) != KIND:
+        if (kind := about.get(b"kind", b"sweep").decode(errors="replace")) != form.kind:
             raise KVZipError(
-                f"{path} holds rows of kind {kind!r}, and not of a {KIND}: use another folder"
+                f"{path} holds rows of kind {kind!r}, and not of a {form.kind}: use another folder"
             )
-        if (version := about.get(b"version", b"1").decode()) != str(VERSION):
+        if (version := about.get(b"version", b"1").decode()) != str(form.version):
             raise KVZipError(
-                f"{path} holds rows of version {version}, and this kvzip knows version {VERSION}: "
-                "go on with the kvzip that wrote them, or in another folder"
+                f"{path} holds rows of version {version}, and this kvzip knows version "
+                f"{form.version}: go on with the kvzip that wrote them, or in another folder"
             )
         rows: list[dict[str, Any]] = parquet.read_table(
-            path.absolute(), schema=schema()
+            path.absolute(), schema=schema(form)
         ).to_pylist()
         for row in rows:
-            msgspec.convert(row, Row)
+            msgspec.convert(row, form)
     except FileNotFoundError:
         return []  # put together with others meanwhile
     except (pa.ArrowException, msgspec.ValidationError, OSError, ValueError) as error:
@@ -138,19 +156,20 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def schema() -> Any:
+def schema(form: type[SweepRow]) -> Any:
     """The columns of a row, as Arrow knows them."""
     import pyarrow as pa
 
-    kinds = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    kinds = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
     fields = []
-    for field in msgspec.inspect.type_info(Row).fields:  # type: ignore[attr-defined]
+    for field in msgspec.inspect.type_info(form).fields:  # type: ignore[attr-defined]
         options = getattr(field.type, "types", (field.type,))
         [kind] = {_python_type(t) for t in options} - {type(None)}
         fields.append(pa.field(field.name, kinds[kind]))
-    return pa.schema(fields, metadata={"kind": KIND, "version": str(VERSION)})
+    return pa.schema(fields, metadata={"kind": form.kind, "version": str(form.version)})
 
 
 def _python_type(found: Any) -> type:
     known = {"IntType": int, "FloatType": float, "StrType": str, "LiteralType": str}
+    known["BoolType"] = bool
     return known.get(type(found).__name__, type(None))

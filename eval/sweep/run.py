@@ -1,8 +1,8 @@
 """Sweeps: the same measurement at every point of a grid, one row a measurement.
 
-A point names codec, model, text, length, dtype, threads, profile and repeat; its id is a hash of
-that. What has a row is done, so a sweep that was killed goes on where it stopped. The same tasks
-run in processes of this machine or on a Ray cluster; only this process writes.
+A point names all that the measurement depends on; its id is a hash of that. What has a row is done,
+so a sweep that was killed goes on where it stopped. The same tasks run in processes of this machine
+or on a Ray cluster; only this process writes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from pathlib import Path
 import msgspec
 
 from kvzip.errors import KVZipError, UsageError
-from kvzip.eval.results.sweep import Row
-from kvzip.eval.sweep.grid import Point
-from kvzip.eval.sweep.measure import measure
+from kvzip.eval.results.sweep import SweepRow
+from kvzip.eval.sweep.kinds import AnyPoint, measure, row_form
 from kvzip.eval.sweep.rows import RowFolder
 
-Progress = Callable[[Row, int, int], None]
+Progress = Callable[[SweepRow, int, int], None]
 """Called with a row, how many points are done, and how many there are."""
 
 
@@ -46,7 +45,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def run(
-    points: Sequence[Point],
+    points: Sequence[AnyPoint],
     folder: str | os.PathLike[str],
     *,
     workers: int = 1,
@@ -63,7 +62,7 @@ def run(
     when a worker dies; what was finished is kept.
     """
     began = time.perf_counter()
-    rows = RowFolder(folder)
+    rows = RowFolder(folder, row_form(points))
     with rows.alone():
         damaged = rows.set_aside()
         if retry:
@@ -96,7 +95,7 @@ def run(
     )
 
 
-def _in_processes(points: Sequence[Point], folder: Path, workers: int) -> Iterator[Row]:
+def _in_processes(points: Sequence[AnyPoint], folder: Path, workers: int) -> Iterator[SweepRow]:
     """Rows as processes of this machine finish them."""
     if workers < 1:
         raise UsageError(f"workers is {workers}; it must be 1 or more")
@@ -141,7 +140,7 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _on_ray(points: Sequence[Point], folder: Path, address: str) -> Iterator[Row]:
+def _on_ray(points: Sequence[AnyPoint], folder: Path, address: str) -> Iterator[SweepRow]:
     """Rows as the nodes of a Ray cluster finish them."""
     try:
         import ray

@@ -13,7 +13,7 @@ from kvzip.cli.arguments import Json, NativeBf16, choose_products
 from kvzip.cli.terminal import emit, say, steps
 
 if TYPE_CHECKING:
-    from kvzip.eval.results.sweep import Row
+    from kvzip.eval.results.sweep import SweepRow
     from kvzip.eval.sweep.run import Summary
 
 
@@ -34,7 +34,8 @@ def sweep(
     ----------
     config
         TOML: [grid] with a list for each of codec, model, text, tokens, document, dtype, profile,
-        threads; [[points]] one by one; repeats = N.
+        threads; [[points]] one by one; repeats = N. With kind = "traffic" points are replays of a
+        trace: trace, strategy, codec or ratio, capacity_blocks, tiers, policy, ...
     out
         Folder for the rows, as Parquet, and the captured caches.
     workers
@@ -51,7 +52,7 @@ def sweep(
     points = read_config(config)
     with steps() as tell:
 
-        def progress(row: Row, done: int, total: int) -> None:
+        def progress(row: SweepRow, done: int, total: int) -> None:
             tell("sweep", done, total)
 
         summary = run(points, out, workers=workers, ray=ray, retry=retry, progress=progress)

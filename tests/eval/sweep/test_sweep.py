@@ -18,8 +18,9 @@ import pytest
 from kvzip.errors import KVZipError
 from kvzip.eval.results.sweep import Row
 from kvzip.eval.sweep import rows as stored_rows
-from kvzip.eval.sweep.grid import Point, read_config
+from kvzip.eval.sweep.grid import read_config
 from kvzip.eval.sweep.measure import measure
+from kvzip.eval.sweep.points import Point
 from kvzip.eval.sweep.query import query
 from kvzip.eval.sweep.rows import RowFolder
 from kvzip.eval.sweep.run import run
@@ -221,7 +222,7 @@ def test_files_say_what_they_are_and_others_are_left_alone(
     # Rows that a kvzip before this wrote say nothing of themselves.
     parquet.write_table(parquet.read_table(path).replace_schema_metadata(), path)
     assert len(folder.read()) == 1
-    monkeypatch.setattr(stored_rows, "VERSION", 2)
+    monkeypatch.setattr(Row, "version", 2)
     folder.add(row)
     monkeypatch.undo()
     later = path.read_bytes()
@@ -268,7 +269,7 @@ def test_a_worker_that_dies_is_told(tmp_path: Path) -> None:
     """The file size limit of a process stands for a machine that kills it."""
     code = (
         "import os, sys\n"
-        "from kvzip.eval.sweep.grid import Point\n"
+        "from kvzip.eval.sweep.points import Point\n"
         "from kvzip.eval.sweep.run import run\n"
         "def die(): os._exit(9)\n"
         "class Deadly(Point, frozen=True):\n"
