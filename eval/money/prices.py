@@ -161,7 +161,7 @@ class PriceBook(msgspec.Struct, frozen=True):
         return tuple(self.base(name) for name in names or self.preset)
 
 
-def pick(kind: str, entries: Mapping[str, Any], name: str) -> Any:
+def pick(kind: str, entries: Mapping[Any, Any], name: str) -> Any:
     """The entry called `name`. Raises KVZipError that lists the names there are."""
     try:
         return entries[name]

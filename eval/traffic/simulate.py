@@ -73,7 +73,7 @@ def work(trace: Trace, found: Found, fleet: Fleet, codec: CodecUse) -> Work:
             continue
         ratio = codec.ratio if tier.encoded else 1.0
         if tier.bandwidth < np.inf:
-            stages[tier.name] = raw / ratio * 8 / tier.bandwidth
+            stages[tier.name] = np.asarray(raw / ratio * 8 / tier.bandwidth, np.float64)
         latency = np.maximum(latency, np.where(raw > 0, tier.latency, 0.0))
         crossing += raw / ratio if codec.decoder == "device" else raw
         decoded += raw if tier.encoded and codec.decoder != "none" else 0.0
