@@ -15,7 +15,7 @@ WITHIN_demo := demo
 WITHIN_test := demo test
 WITHIN_dev := demo test dev
 
-.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format bench figures links redraw measured clean
+.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format bench figures links redraw measured qwen3-4b clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -118,6 +118,18 @@ redraw: $(READY)
 	$(BIN)/kvzip eval links --draw $(RESULTS)/links.json --picture docs/links.svg --page docs/links.md
 	$(BIN)/kvzip report $(wildcard $(RESULTS)/*.json) kvzip/choice/measured.json docs/benchmarks.json docs/frontier.json -o $(EVAL)/report.html
 	$(BIN)/kvzip eval figures $(RESULTS)/demo.json --readme README.md --picture docs/answer.png
+	$(BIN)/kvzip eval claims --page docs/claims.md --results .
+
+# What docs/qwen3-4b.md asks for: the model comes from its hub. DEVICE=cuda, DTYPE=fp16, MODEL=... as you can.
+MODEL ?= Qwen/Qwen3-4B
+DTYPE ?= bf16
+DEVICE ?= cpu
+OF_MODEL := $(notdir $(MODEL))-$(DTYPE)
+qwen3-4b: $(READY)
+	mkdir -p $(RESULTS)/ratios
+	$(BIN)/kvzip eval ratios --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE) --work $(EVAL)/$(OF_MODEL) \
+	  -o $(RESULTS)/ratios/$(OF_MODEL).json
+	$(BIN)/kvzip eval check $(RESULTS)/ratios/$(OF_MODEL).json
 
 # What codec="auto" and `kvzip advise` know of the codecs; on a machine that does nothing else.
 measured: $(READY)

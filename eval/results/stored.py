@@ -17,6 +17,7 @@ from kvzip.eval.results.frontier import Frontier
 from kvzip.eval.results.gpu import GpuResult
 from kvzip.eval.results.inputs import Inputs
 from kvzip.eval.results.links import Links
+from kvzip.eval.results.ratios import RatiosResult
 from kvzip.eval.results.traffic import TrafficResult
 from kvzip.files import replacing
 from kvzip.reading import contents
@@ -37,6 +38,7 @@ KINDS: dict[str, type[Result]] = {
         EntropyResult,
         Frontier,
         Links,
+        RatiosResult,
         TrafficResult,
     )
 }

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from kvzip.cli import (  # noqa: F401 - each adds its commands
+    claims,
     demo,
     doctor,
     documents,
@@ -19,6 +20,7 @@ from kvzip.cli import (  # noqa: F401 - each adds its commands
     links,
     measures,
     profiles,
+    ratios,
     reports,
     speed,
     stores,

