@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from families import UNABLE, Family, encoder_ids, families, inputs, random_ids, tiny_model
@@ -23,7 +24,7 @@ from support import CODECS, damaged
 import kvzip
 from kvzip import dtypes
 from kvzip.capture import prefill
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.load.caches import lazy_layers
 from kvzip.load.config import ONE_BY_ONE, cache_argument, layer_kinds
 from kvzip.load.held import ENCODER_IDS
@@ -43,12 +44,12 @@ class Row:
     keeps: str
     """Kinds of its layers with their parts; "" where its cache is not handled."""
     loads: str
-    crops: str
+    beginning: str
     batches: str
     note: str = ""
 
     def __str__(self) -> str:
-        cells = (self.family, self.keeps, self.loads, self.crops, self.batches, self.note)
+        cells = (self.family, self.keeps, self.loads, self.beginning, self.batches, self.note)
         return f"| {' | '.join(cell or '-' for cell in cells)} |"
 
 
@@ -103,9 +104,9 @@ class Checks:
         self.check_damage(snapshot, blob)
         self.check_continuation(blob)
         note = "one token at a time after a cache" if self.slowly else ""
-        return Row(
-            str(self.family), kept(snapshot), "yes", self.check_crop(blob), self.check_batch(), note
-        )
+        beginning = self.check_beginning(blob)
+        self.check_crop(blob, beginning)
+        return Row(str(self.family), kept(snapshot), "yes", beginning, self.check_batch(), note)
 
     def check_codecs(self, snapshot: kvzip.Snapshot) -> bytes:
         """Every codec gives the same bits back. A file of one of them."""
@@ -149,7 +150,7 @@ class Checks:
         cache = load_cache(file, self.model.config, prompt=longer, **self.given, **self.slowly)
         assert torch.equal(self.says(longer, cache), self.says(longer))
 
-    def check_crop(self, blob: bytes) -> str:
+    def check_beginning(self, blob: bytes) -> str:
         """A prompt that shares a beginning with the document: "yes", or why not."""
         prompt = self.longer(self.ids[:, :30], 5, seed=8)
         prompt[0, 30] = (self.ids[0, 30] - 7) % 90 + 8  # another token than the document's
@@ -163,6 +164,27 @@ class Checks:
             return "no: the window has slid on" if "slides" in str(error) else "no: a state"
         assert torch.equal(self.says(prompt, cache), self.says(prompt))
         return "yes"
+
+    def check_crop(self, blob: bytes, beginning: str) -> None:
+        """A cache is cropped, as it was loaded and after it was used, where a beginning of it can
+        be loaded, and else says which layer is in the way and stays as it was."""
+        prompt, other = self.longer(self.ids, 9), self.longer(self.ids, 6, seed=12)
+        cache = load_cache(blob, self.model.config, prompt=prompt, **self.given, **self.slowly)
+        if beginning != "yes":
+            with pytest.raises(
+                UnsupportedError, match="slides" if "window" in beginning else "states"
+            ):
+                cache.crop(-3)
+            assert torch.equal(self.says(prompt, cache), self.says(prompt))
+            return
+        cache.crop(-3)
+        assert cache.get_seq_length() == DOCUMENT - 3
+        assert torch.equal(self.says(prompt, cache), self.says(prompt))
+        cache.crop(DOCUMENT - cache.get_seq_length())
+        assert torch.equal(self.says(other, cache), self.says(other))
+        for wrong in (cache.get_seq_length(), -1 - cache.get_seq_length()):
+            with pytest.raises(UsageError, match="minus how many"):
+                cache.crop(wrong)
 
     def check_batch(self) -> str:
         """Two prompts of unequal length, each with a document: "yes", or why not."""

@@ -47,8 +47,8 @@ _FULL = (
     "MiniMaxM3VLSparseStaticCacheLayer",
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionAndStaticFullAttentionLayer",
-    "Fp8QuantizedLayer",
 )
+_QUANTIZED = ("Fp8QuantizedLayer",)
 _STATE = ("LinearAttentionLayer",)
 _NOTHING = ("DummyLayer",)
 
@@ -89,7 +89,7 @@ def kind_of(layer: Any, i: int) -> tuple[Kind, int | None]:
     name = class_name(layer)
     if name in _SLIDING:
         return "sliding", int(getattr(layer, "sliding_window", None) or layer.max_cache_len)
-    if name in _FULL + _NOTHING:
+    if name in _FULL + _QUANTIZED + _NOTHING:
         return "full", None
     if name in _STATE:
         return "state", None
@@ -106,6 +106,29 @@ def has_states(layer: Any) -> bool:
 def has_nothing(layer: Any) -> bool:
     """Whether a layer never holds anything: it shares another's cache, or has no attention."""
     return class_name(layer) in _NOTHING
+
+
+def check_crop(layer: Any, i: int, removed: int) -> None:
+    """Raise UnsupportedError unless layer i of a cache can be put back to before its last `removed`
+    tokens."""
+    kind, window = kind_of(layer, i)
+    recorded = getattr(layer, "record_past", False)  # for this
+    if has_states(layer) and not (recorded and layer.is_croppable):
+        why = "keeps states, from which no token can be taken away"
+    elif class_name(layer) in _QUANTIZED:
+        why = "is quantised, and tokens are not taken away from what was quantised together"
+    elif window is not None and not recorded and layer.get_seq_length() >= window:
+        length = layer.get_seq_length()
+        why = (
+            f"slides: of {length} tokens it holds the last {window - 1} and no more, and to end at "
+            f"{length - removed} it needs some before these"
+        )
+    else:
+        return
+    raise UnsupportedError(
+        f"the cache cannot be cropped: layer {i}, of kind {kind}, {why}; load the cache of a "
+        "prompt or a document that ends where it is to end"
+    )
 
 
 def held(layer: Any, i: int, latent: bool = False) -> Held:

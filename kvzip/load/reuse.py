@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import KVZipError, UsageError
+from kvzip.load.held import check_crop
 from kvzip.load.matching import Ids
 from kvzip.load.own import class_for
 
@@ -119,8 +120,24 @@ class HeldCache(DynamicCache):
     def spread(self, rows: int) -> None:
         """Be ready for so many rows."""
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        super().crop(*args, **kwargs)
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take away the last tokens: `tokens_to_remove` is minus how many, as in transformers.
+
+        Raises UsageError for more than there are, UnsupportedError where a layer cannot be put
+        back; no layer is changed then.
+        """
+        held, removed = int(self.get_seq_length()), -tokens_to_remove
+        if not 0 <= removed <= held:
+            raise UsageError(
+                f"crop({tokens_to_remove}) of a cache of {held} tokens: give minus how many to "
+                "take away from its end"
+            )
+        for i, layer in enumerate(self.layers):
+            if removed:
+                check_crop(layer, i, removed)
+        for layer in self.layers:
+            if removed or getattr(layer, "record_past", False):  # may let go of what it recorded
+                layer.crop(tokens_to_remove)
         self._forget_rest()
 
     def reset(self) -> None:
@@ -189,13 +206,6 @@ class StateCache(HeldCache):
             held = unused[0].rows
             if rows > held and not rows % held:
                 self.batch_repeat_interleave(rows // held)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise UnsupportedError(
-                "this cache keeps states, from which no token can be taken away: load the cache of "
-                "a document that ends where it is to end"
-            )
 
 
 def held_cache(
