@@ -1,21 +1,25 @@
 """A profile: what is learned once per model, and shared by writer and reader.
 
 On disk it is one safetensors file: integer tensors, and under the metadata key ``kvprofile`` what
-they are. Its identity is the SHA-256 of the file; a .kvz file names the one it needs.
+they are. Tensors that Zstandard makes smaller stand in the file as bytes (U8), and there it says
+what they are (``"packed": {"name": ["I8", [3, 4]]}``). A profile's identity is the SHA-256 of the
+file; a .kvz file names the one it needs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip.byte_coders import Zstd
 from kvzip.codec import get_codec
 from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError, told_as
 from kvzip.files import replacing
@@ -29,6 +33,13 @@ _DTYPES = {
     for kind in "iu"
     for size in (1, 2, 4, 8)
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_CODER = Zstd(level=1)  # matrices of weights: higher levels take no byte more off them
+_WORTH = 1024
+"""Bytes that packing must save on a tensor."""
+_MOST = 64
+"""Bytes of numbers, at most, for each byte of a packed tensor: a small file takes little memory."""
 
 
 def _checked(name: str, given: Any) -> NDArray[Any]:
@@ -38,6 +49,35 @@ def _checked(name: str, given: Any) -> NDArray[Any]:
     if found.dtype.kind not in "iu" or name == "__metadata__":
         raise UsageError(f"tensor {name!r} holds {found.dtype}, and a profile's are integers")
     return found.astype(found.dtype.newbyteorder("<"), order="C", copy=False)
+
+
+def _pack(
+    tensors: Mapping[str, NDArray[Any]],
+) -> tuple[dict[str, NDArray[Any]], dict[str, list[Any]]]:
+    """Tensors as a file stores them, and what the file says of those that are packed."""
+    stored, packed = {}, {}
+    for name, tensor in tensors.items():
+        stored[name] = tensor
+        if tensor.nbytes > _WORTH:
+            data = _CODER.encode(np.frombuffer(tensor.tobytes(), np.uint8))
+            if tensor.nbytes / _MOST <= len(data) <= tensor.nbytes - _WORTH:
+                stored[name] = np.frombuffer(data, np.uint8)
+                packed[name] = [_NAMES[tensor.dtype], list(tensor.shape)]
+    return stored, packed
+
+
+def _unpacked(name: str, data: memoryview, kind: str, shape: Sequence[int]) -> NDArray[Any]:
+    """A packed tensor. Raises ValueError, KeyError or TypeError where it is not what it should be,
+    and CorruptError where its bytes are not."""
+    dtype = _DTYPES[kind]
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"{name} has a shape of {shape}")
+    size = math.prod(shape) * dtype.itemsize
+    if size > _MOST * len(data):
+        raise ValueError(f"{name} is packed in {len(data):,} bytes and says that it has {size:,}")
+    found = _CODER.decode(data, size).view(dtype).reshape(tuple(shape))
+    found.flags.writeable = False
+    return found
 
 
 class Profile:
@@ -61,26 +101,34 @@ class Profile:
         about = json_value("the profile's description", description)
         if not isinstance(about, dict):
             raise UsageError(f"the profile's description is {description!r}: it must be a dict")
-        note = json.dumps(about | {"version": VERSION}, sort_keys=True)
-        self._adopt(save(whole, {"kvprofile": note}))
+        if "packed" in about:
+            raise UsageError("the profile's description has 'packed', which is for the file's use")
+        stored, packed = _pack(whole)
+        about |= {"version": VERSION, "packed": packed}
+        # Under one key: of several, the library does not keep the order.
+        self._adopt(save(stored, {"kvprofile": json.dumps(about, sort_keys=True)}))
 
     def _adopt(self, file: bytes) -> None:
-        """Tensors are looked at where they lie in the file: a profile is in memory once."""
+        """Take the bytes of a file. Tensors that are not packed are looked at where they lie."""
         start = 8 + int.from_bytes(file[:8], "little")
         check_header("the profile", file[8:start])
         header = json.loads(file[8:start])
+        description = json.loads(header.pop("__metadata__")["kvprofile"])
+        packed = description.pop("packed", {}) if isinstance(description, dict) else None
+        if not isinstance(packed, dict) or not packed.keys() <= header.keys():
+            raise ValueError("it names packed tensors that it does not have")
         self._file = file
-        self.description: dict[str, Any] = json.loads(header.pop("__metadata__")["kvprofile"])
-        self.tensors: dict[str, NDArray[Any]] = {
-            name: np.frombuffer(
-                file,
-                _DTYPES[found["dtype"]],
-                (found["data_offsets"][1] - found["data_offsets"][0])
-                // _DTYPES[found["dtype"]].itemsize,
-                start + found["data_offsets"][0],
-            ).reshape(found["shape"])
-            for name, found in sorted(header.items())
-        }
+        self.description: dict[str, Any] = description
+        self.tensors: dict[str, NDArray[Any]] = {}
+        for name, entry in sorted(header.items()):
+            begin, end = (start + at for at in entry["data_offsets"])
+            if name in packed:
+                found = _unpacked(name, memoryview(file)[begin:end], *packed[name])
+            else:
+                dtype = _DTYPES[entry["dtype"]]
+                found = np.frombuffer(file, dtype, (end - begin) // dtype.itemsize, begin)
+                found = found.reshape(entry["shape"])
+            self.tensors[name] = found
         self.made: dict[str, Any] = {}
         """What codecs have built from the tensors, by codec; a cache."""
 
@@ -93,6 +141,11 @@ class Profile:
     def nbytes(self) -> int:
         """Bytes of the file."""
         return len(self._file)
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Bytes of the tensors in memory."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def __repr__(self) -> str:
         model = self.description.get("model") or "an unnamed model"
@@ -119,7 +172,7 @@ class Profile:
             profile._adopt(file.whole())
         except UsageError:
             raise
-        except (CorruptError, FormatError, KeyError, TypeError, ValueError) as error:
+        except (CorruptError, FormatError, LookupError, TypeError, ValueError) as error:
             raise ProfileError(f"{path} is not a whole profile: {error}") from None
         description = profile.description
         if not isinstance(description, dict) or description.get("version") != VERSION:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvzip.byte_coders import get_coder
 from kvzip.codec import Codec, Context
-from kvzip.codecs.common.coders import get_coder
 from kvzip.dtypes import Bits, DType
 from kvzip.layout import PartLayout
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip.byte_coders import Bytes, get_coder
 from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
-from kvzip.codecs.common.coders import Bytes, get_coder
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, UnsupportedError
 from kvzip.layout import PartLayout

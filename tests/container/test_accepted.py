@@ -563,7 +563,7 @@ def test_numpys_integers_are_integers():
 
 
 def test_a_block_above_what_lz4_takes(monkeypatch):
-    from kvzip.codecs.common import coders
+    from kvzip import byte_coders as coders
 
     monkeypatch.setattr(coders.Lz4, "_most", 100)
     for spec in ("lz4", "planes:coder=lz4"):
