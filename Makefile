@@ -15,7 +15,7 @@ WITHIN_demo := demo
 WITHIN_test := demo test
 WITHIN_dev := demo test dev
 
-.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format bench figures links redraw measured qwen3-4b clean
+.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format bench figures links traffic redraw measured qwen3-4b clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -113,11 +113,17 @@ links: $(READY)
 	mkdir -p $(RESULTS)
 	$(BIN)/kvzip eval links --delay 10 --work $(EVAL)/links -o $(RESULTS)/links.json
 
+# The traces are Mooncake's (github.com/kvcache-ai/Mooncake, FAST25-release/traces), under these names in TRACES.
+traffic: $(READY)
+	mkdir -p $(RESULTS)
+	for trace in conversation synthetic; do (cd $(TRACES) && $(abspath $(BIN))/kvzip eval fleet --spread \
+	  --trace mooncake_$$trace.jsonl.gz -o $(abspath $(RESULTS))/traffic-$$trace.json) || exit 1; done
+
 redraw: $(READY)
 	mkdir -p $(EVAL)
 	$(BIN)/kvzip eval links --draw $(RESULTS)/links.json --picture docs/links.svg --page docs/links.md
 	$(BIN)/kvzip report $(wildcard $(RESULTS)/*.json) kvzip/choice/measured.json docs/benchmarks.json docs/frontier.json -o $(EVAL)/report.html
-	$(BIN)/kvzip eval figures $(RESULTS)/demo.json --readme README.md --picture docs/answer.png
+	$(BIN)/kvzip eval figures $(RESULTS)/demo.json $(wildcard $(RESULTS)/traffic-*.json) --readme README.md --picture docs/answer.png
 	$(BIN)/kvzip eval claims --page docs/claims.md --results .
 
 # What docs/qwen3-4b.md asks for: the model comes from its hub. DEVICE=cuda, DTYPE=fp16, MODEL=... as you can.

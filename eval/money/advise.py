@@ -1,5 +1,5 @@
 """`kvzip advise`: for one model, length, link and price base, whether to prefill or to load, raw or
-with which codec; by how much, and how sure.
+with which codec; by how much, and how sure; and what a store has room for.
 
 The choice is :func:`kvzip.choice.cost.best`, the one that ``codec="auto"`` makes. How sure: every
 figure that the choice rests on is off by a factor that depends on where it comes from (the spreads
@@ -40,8 +40,10 @@ from kvzip.choice.cost import (
 from kvzip.errors import KVZipError
 from kvzip.eval.money.breakeven import Use
 from kvzip.eval.money.prices import Price, PriceBase, PriceBook, Shape
+from kvzip.eval.money.room import Room, room
 from kvzip.eval.quantities import confidence, dollars, duration, rate, significant
 from kvzip.eval.results.inputs import Inputs
+from kvzip.eval.traffic.trace import Trace
 
 DRAWS = 1000
 SPREAD = {
@@ -77,8 +79,9 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class Advice(msgspec.Struct, frozen=True, kw_only=True):
-    """What to do with one document: the best option in time and in dollars, all options, and what
-    the figures rest on. Times are in seconds, sizes in bytes, bandwidth in bits per second."""
+    """What to do with one document: the best option in time and in dollars, what a store has room
+    for, all options, and what the figures rest on. Times are in seconds, sizes in bytes, bandwidth
+    in bits per second."""
 
     model: str
     dtype: str
@@ -90,13 +93,16 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     dollars: Choice
     split: Split
     """Computing the first layers while loading the others with the fastest codec."""
+    room: Room
+    """What a store keeps with each codec."""
     options: list[Option]
     basis: list[str]
     """Where each figure comes from."""
 
     def lines(self) -> list[str]:
-        """Three lines: time, money, and what they rest on."""
-        return [_time_line(self), _money_line(self), "Rests on: " + "; ".join(self.basis) + "."]
+        """Four lines: time, money, room, and what they rest on."""
+        rests = "Rests on: " + "; ".join(self.basis) + "."
+        return [_time_line(self), _money_line(self), self.room.line(), rests]
 
 
 def advise(
@@ -113,12 +119,15 @@ def advise(
     codecs: Sequence[str] | None = None,
     use: Use | None = None,
     threads: int = 1,
+    store_bytes: float = 1e12,
+    trace: Trace | None = None,
 ) -> Advice:
     """What to do with one document of that model.
 
     The prefill's time is measured where `inputs` are of that model, else modelled on `compute`, a
     device's peak (default: that of the price base). `codecs`: those to look at, all of `inputs` by
-    default. Raises KVZipError for figures that cannot be, or when the prefill's time is not known.
+    default. `store_bytes`: of the store whose room is asked about; `trace`: requests that it
+    serves. Raises KVZipError for figures that cannot be, or when the prefill's time is not known.
     """
     use = use or Use()
     number("tokens", tokens, zero=False)
@@ -164,6 +173,7 @@ def advise(
         split=split_seconds(
             quickest.seconds or 0.0, prefill, shape.layers, fixed=min(fixed, quickest.seconds or 0)
         ),
+        room=room(store_bytes, raw_bytes, raw_bytes / tokens, figures, trace),
         options=found,
         basis=[
             how,

@@ -1,5 +1,5 @@
-"""The answers at the head of a report: a verdict at each price base of the headline, and in
-time."""
+"""The answers at the head of a report: a verdict at each price base of the headline, in time, and
+in room."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import msgspec
 
 from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.prices import HEADLINE
-from kvzip.eval.report.text import bit_rate, seconds, usd
+from kvzip.eval.report.text import bit_rate, seconds, size, usd
+from kvzip.eval.report.traffic import found_at, ratios
 from kvzip.eval.results.demo import DemoResult
+from kvzip.eval.results.traffic import TrafficResult
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -24,10 +26,15 @@ class Answer(msgspec.Struct, frozen=True):
     good: bool | None
 
 
-def answers(result: DemoResult) -> list[Answer]:
-    """The answer in dollars at each price base of the headline, then the one in time."""
+def answers(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> list[Answer]:
+    """The answer in dollars at each price base of the headline, then the one in time, and one for
+    each replayed trace."""
     groups = by_base(result.breakeven)
-    return [*map(_dollar_answer, headline(groups)), _time_answer(groups[0])]
+    return [
+        *map(_dollar_answer, headline(groups)),
+        _time_answer(groups[0]),
+        *map(_room_answer, traffic),
+    ]
 
 
 def by_base(rows: Sequence[BreakEven]) -> list[list[BreakEven]]:
@@ -92,3 +99,31 @@ def _time_answer(rows: Sequence[BreakEven]) -> Answer:
     if raw is not None and raw is not best:
         sentence += f", and raw bytes above {bit_rate((raw.time.break_even_mbps or 0) * 1e6)}"
     return Answer(question, f"Yes, above {limit}", sentence + ".", time.basis, True)
+
+
+_TYPICAL = 5000.0
+"""Blocks of raw size of the store that the answer in room looks at."""
+
+
+def _room_answer(traffic: TrafficResult) -> Answer:
+    codecs = ratios(traffic)
+    codec, ratio = list(codecs.items())[-1]
+    raw, best = found_at(traffic, _TYPICAL), found_at(traffic, _TYPICAL, ratio)
+    times = f"{best / raw:.1f} times as many" if raw > 0 else f"{best:.0%} instead of none"
+    sentence = (
+        f"An LRU store of {size(_TYPICAL * traffic.block_bytes)} of {traffic.model}’s cache has "
+        f"room for {_TYPICAL:,.0f} blocks of {traffic.block_tokens} tokens. It finds {raw:.1%} of "
+        f"the trace’s blocks raw and {best:.1%} with {codec} ({ratio:.2f}×), whatever egress costs."
+    )
+    basis = (
+        f"Counted: {traffic.requests:,} requests of {traffic.trace}, {traffic.seconds / 60:.0f} "
+        f"minutes. The ratio is measured; with room for all, {traffic.most:.1%} are found."
+    )
+    good = best > raw
+    return Answer(
+        "In room · what a full store finds",
+        f"Yes, {times}" if good else "No",
+        sentence,
+        basis,
+        good,
+    )

@@ -27,11 +27,14 @@ from kvzip.eval.report.answers import answers, by_base, headline
 from kvzip.eval.report.parts import by_dtype, format_labels, part_label, unpredicted_line
 from kvzip.eval.report.sources import Extras
 from kvzip.eval.report.text import bit_rate, number, scientific, seconds, size, usd
+from kvzip.eval.report.traffic import capacity_map, capacity_table, told
 from kvzip.eval.results.bench import BenchResult, BenchRow, SnapshotIdentity
 from kvzip.eval.results.demo import DemoResult, as_result
 from kvzip.eval.results.frontier import Frontier, Run
 from kvzip.eval.results.inputs import CodecRow, Inputs
 from kvzip.eval.results.links import Links, Point
+from kvzip.eval.results.traffic import FleetRow, TrafficResult
+from kvzip.eval.traffic.fleet import STRATEGIES
 from kvzip.files import replacing
 
 _WIDE, _NARROW = 760, 344
@@ -89,7 +92,7 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
     return template.render(
         r=result,
         x=extras,
-        answers=answers(result),
+        answers=answers(result, extras.traffic or ()),
         bases=[(rows[0], rows) for rows in headline(groups)],
         every_base=[(rows[0], rows) for rows in groups],
         times=groups[0],
@@ -102,6 +105,8 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         peer_charts=_peer_charts(extras.peers) if extras.peers else [],
         frontier_charts=_frontier_charts(extras.frontier) if extras.frontier else [],
         link_charts=_link_charts(extras.links) if extras.links else [],
+        traffic_charts=_traffic_charts(extras.traffic or ()),
+        strategies=STRATEGIES,
         paper_bytes=BYTES_PER_TOKEN,
         paper_ratio=ratio_needed(),
         widest=max((p.width for p in result.planes), default=1),
@@ -205,3 +210,22 @@ def _link_charts(links: Links) -> list[tuple[float, list[Point], Chart]]:
         here = [point for point in links.points if point.delay == delay]
         found.append((delay, here, _both(draw, f"links-{n}", 400)))
     return found
+
+
+Columns = tuple[list[float], list[tuple[str, list[float]]]]
+
+
+def _traffic_charts(
+    found: Sequence[TrafficResult],
+) -> list[tuple[TrafficResult, Chart, Columns, list[FleetRow]]]:
+    """Each replayed trace with its map of capacity, hit rates by size and ratio, and the rows that
+    are shown."""
+    charts_of = []
+    for n, traffic in enumerate(found):
+
+        def draw(name: str, box: tuple[int, int], traffic: TrafficResult = traffic) -> str:
+            return capacity_map(traffic, name, box)
+
+        both = _both(draw, f"capacity-{n}", 400)
+        charts_of.append((traffic, both, capacity_table(traffic), told(traffic.rows)))
+    return charts_of

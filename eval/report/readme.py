@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -19,8 +20,10 @@ from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.report.answers import by_base
 from kvzip.eval.report.page import write_report
-from kvzip.eval.report.text import bit_rate
+from kvzip.eval.report.text import bit_rate, size, usd
+from kvzip.eval.report.traffic import found_at
 from kvzip.eval.results.demo import DemoResult
+from kvzip.eval.results.traffic import TrafficResult
 from kvzip.files import replacing, scratch_folder
 from kvzip.reading import contents
 
@@ -37,7 +40,7 @@ class Figure(msgspec.Struct, frozen=True):
     """measured, or what it was worked out from."""
 
 
-def figures(result: DemoResult) -> list[Figure]:
+def figures(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> list[Figure]:
     """Every number of the README's answer, unrounded."""
     measured = f"measured, {result.date}"
     found = [
@@ -51,11 +54,17 @@ def figures(result: DemoResult) -> list[Figure]:
         for row in by_base(result.breakeven)[0]
         if row.time.break_even_mbps is not None
     ]
+    found += [
+        Figure(f"found at {c.blocks:,.0f} blocks and {c.ratio:g}x", c.hit_rate, "", t.trace)
+        for t in traffic
+        for c in t.capacity
+    ]
     return [*found, Figure("ratio that opens the trap", ratio_needed(), "x", "the paper's inputs")]
 
 
-def answer(result: DemoResult) -> str:
-    """The README's answer: what was measured, then time, a list price, and a prefill at cost."""
+def answer(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> str:
+    """The README's answer: what was measured, then time, a list price, a prefill at cost, and what
+    a store has room for, each with its command."""
     groups = {rows[0].base: rows for rows in by_base(result.breakeven)}
     try:
         listed, rented = groups["paper-m1pro"], groups["h100-rented"]
@@ -68,18 +77,23 @@ def answer(result: DemoResult) -> str:
         f"**The answer**, for {result.model.id.removeprefix('pkg:')}, {result.dtype}, "
         f"{result.tokens:,} tokens of {text}, on {result.machine.cores} {result.machine.cpu} "
         f"core{'s' if result.machine.cores != 1 else ''}:",
-        f"1. *In time*: {_time(listed)}",
+        f"1. *In time*: {_time(listed)} `kvzip demo`",
         f"2. *In dollars, at the paper's list price* (${price:g} per million tokens, "
         f"${listed[0].dollars.egress_usd_per_gb:g} per GB): {_dollars(listed)} Qwen3-4B's cache, "
         f"{BYTES_PER_TOKEN / per_token:.1f} times as many bytes a token, would need "
-        f"{ratio_needed():.2f}x.",
+        f"{ratio_needed():.2f}x. `kvzip eval paper`",
         f"3. *In dollars, against a rented H100's own prefill* ({rented[0].dollars.prefill_basis}):"
-        f" {_dollars(rented)}",
+        f" {_dollars(rented)} `kvzip advise --tokens {result.tokens} --link 1Gb/s`",
+        *(f"4. *In room*: {_room(t, result)}" for t in traffic[:1]),
     ]
-    return "\n".join(
-        textwrap.fill(line, 120, subsequent_indent="" if n == 0 else "   ", break_on_hyphens=False)
-        for n, line in enumerate(lines)
-    )
+    return "\n".join(_wrapped(line, "" if n == 0 else "   ") for n, line in enumerate(lines))
+
+
+def _wrapped(line: str, indent: str) -> str:
+    """A line of Markdown wrapped at 120 columns, commands in backquotes whole."""
+    whole = re.sub("`[^`]*`", lambda found: found[0].replace(" ", "\0"), line)
+    wrapped = textwrap.fill(whole, 120, subsequent_indent=indent, break_on_hyphens=False)
+    return wrapped.replace("\0", " ")
 
 
 def _time(rows: list[BreakEven]) -> str:
@@ -101,11 +115,32 @@ def _time(rows: list[BreakEven]) -> str:
 
 
 def _dollars(rows: list[BreakEven]) -> str:
+    cheapest = min((row.dollars for row in rows), key=lambda d: d.load_usd)
+    both = f"a load costs {usd(cheapest.load_usd)}, the prefill {usd(cheapest.prefill_usd)}."
     if any(row.dollars.verdict == "load" for row in rows):
-        return "yes for this cache."
+        return f"yes for this cache: {both}"
     if all(row.dollars.verdict == "prefill" for row in rows):
-        return "no codec makes paid egress pay."
+        return f"no codec makes paid egress pay: {both}"
     return "not known: the prefill's price is only an upper bound."
+
+
+_STORE = 5000.0
+"""Blocks of raw size of the store that the answer in room looks at."""
+
+
+def _room(traffic: TrafficResult, result: DemoResult) -> str:
+    raw = found_at(traffic, _STORE)
+    ratios = {c.name: c.ratio for c in result.codecs if c.name in ("channel", "predictive")}
+    found = [
+        f"{found_at(traffic, _STORE, ratio):.1%} with `{name}`" for name, ratio in ratios.items()
+    ]
+    text = (
+        f"yes, a full store keeps more. Of {traffic.requests:,} real requests "
+        f"({traffic.trace.partition('.')[0]}, {traffic.seconds / 60:.0f} minutes) an LRU store of "
+        f"{size(_STORE * traffic.block_bytes)} of {traffic.model}'s cache finds "
+    )
+    text += ", ".join([f"{raw:.1%} of the blocks raw", *found])
+    return f"{text}, whatever egress costs. `kvzip eval fleet --trace FILE`"
 
 
 _WAYS = {
@@ -126,13 +161,12 @@ def table(result: DemoResult) -> str:
     return "\n".join(lines)
 
 
-_BLOCKS = {"answer": answer, "codecs": table}
-
-
-def put_figures(result: DemoResult, readme: str | os.PathLike[str]) -> bool:
+def put_figures(
+    result: DemoResult, readme: str | os.PathLike[str], traffic: Sequence[TrafficResult] = ()
+) -> bool:
     """Put answer and table between their marks in a Markdown file; whether that changed anything.
     Raises as `put_between`."""
-    return put_between(readme, {name: block(result) for name, block in _BLOCKS.items()})
+    return put_between(readme, {"answer": answer(result, traffic), "codecs": table(result)})
 
 
 def put_between(path: str | os.PathLike[str], blocks: Mapping[str, str]) -> bool:

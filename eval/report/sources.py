@@ -20,10 +20,12 @@ from kvzip.eval.results.exactness import ExactnessResult
 from kvzip.eval.results.frontier import Frontier
 from kvzip.eval.results.inputs import Inputs
 from kvzip.eval.results.links import Links
+from kvzip.eval.results.traffic import TrafficResult
 
 
 class Extras(msgspec.Struct, frozen=True):
-    """Results that a report shows beside a demo's: at most one of each kind."""
+    """Results that a report shows beside a demo's: at most one of each kind, but of replayed traces
+    one of each trace."""
 
     inputs: Inputs | None = None
     exactness: ExactnessResult | None = None
@@ -31,6 +33,7 @@ class Extras(msgspec.Struct, frozen=True):
     frontier: Frontier | None = None
     ladder: Ladder | None = None
     links: Links | None = None
+    traffic: list[TrafficResult] | None = None
 
 
 _FIELDS: dict[type[Result], str] = {
@@ -47,25 +50,28 @@ _FIELDS: dict[type[Result], str] = {
 def read(paths: Sequence[str | os.PathLike[str]]) -> tuple[DemoResult, Extras]:
     """The demo's result among the files, and the others; a folder stands for its result.json.
 
-    Raises KVZipError that names the file when one is no result, two are of one kind, a figure
-    cannot be, or there is no demo's result.
+    Raises KVZipError that names the file when one is no result, two are of one kind or of one
+    trace, a figure cannot be, or there is no demo's result.
     """
     demo: DemoResult | None = None
     found: dict[str, Any] = {}
-    seen: set[type[Result]] = set()
+    seen: set[object] = set()
     for given in map(Path, paths):
         path = given / "result.json" if given.is_dir() else given
         result = stored.load(path, Result)
-        if type(result) in seen:
+        of = result.trace if isinstance(result, TrafficResult) else type(result)
+        if of in seen:
             raise KVZipError(f"{path} is a second result of {result.writer}: give one of each")
-        seen.add(type(result))
+        seen.add(of)
         if isinstance(result, DemoResult):
             demo = result
+        elif isinstance(result, TrafficResult):
+            found.setdefault("traffic", []).append(result)
         elif type(result) in _FIELDS:
             shown = result.ladder if isinstance(result, EntropyResult) else result
             found[_FIELDS[type(result)]] = shown
         else:
-            forms: list[type[Result]] = [DemoResult, *_FIELDS]
+            forms: list[type[Result]] = [DemoResult, *_FIELDS, TrafficResult]
             known = ", ".join(form.writer for form in forms)
             raise KVZipError(
                 f"{path} is a result of {result.writer}, which no report shows; it shows: {known}"

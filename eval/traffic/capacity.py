@@ -92,7 +92,7 @@ def capacities(
     ]
 
 
-def curve(needed: NDArray[np.int64], points: int = 60) -> list[tuple[float, float]]:
+def curve(needed: NDArray[np.int64], points: int = 120) -> list[tuple[float, float]]:
     """(capacity in blocks, hit rate) at capacities that grow by a constant factor, from 1 to that
     at which no more are found. `needed`: of :func:`needed_capacity`."""
     ordered = np.sort(needed)

@@ -6,7 +6,6 @@ The defaults are put together from the price book: :func:`tier_of`. docs/fleet.m
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,6 +15,7 @@ import numpy as np
 from kvzip.choice.cost import GB, PrefillModel, number
 from kvzip.errors import UsageError
 from kvzip.eval.money.prices import PriceBook, pick
+from kvzip.eval.money.room import store_size
 from kvzip.eval.results.traffic import Input
 from kvzip.eval.traffic.eviction import POLICIES, PolicyName
 from kvzip.eval.traffic.trace import Trace
@@ -139,7 +139,6 @@ _PER_GPU = {"gpu": 20 * GB, "host": 180 * GB, "nvme": 3840 * GB}
 a host with eight GPUs and 2 TB, less what it needs itself; one drive."""
 _OBJECT_LATENCY = 0.03
 """Seconds until an object store's first byte."""
-_SIZES = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}
 
 
 def tiers(text: str, gpus: int, book: PriceBook) -> tuple[Tier, ...]:
@@ -152,20 +151,8 @@ def tiers(text: str, gpus: int, book: PriceBook) -> tuple[Tier, ...]:
                 f"tiers {text!r}: write gpu, host, nvme and object, each once at most, with "
                 "commas between, and a size after a colon, such as host:400GB"
             )
-        found[name] = tier_of(name, _size(text, size) if size else None, gpus, book)
+        found[name] = tier_of(name, store_size(size) if size else None, gpus, book)
     return tuple(found[name] for name in ("gpu", "host", "nvme", "object") if name in found)
-
-
-def _size(text: str, size: str) -> float:
-    read = re.fullmatch(r"([0-9.]+)([MGTP]B)", size)
-    try:
-        if read is None:
-            raise ValueError
-        return number("size", float(read[1]) * _SIZES[read[2]], zero=False)
-    except ValueError:
-        raise UsageError(
-            f"tiers {text!r}: size {size!r} is a number with {', '.join(_SIZES)}"
-        ) from None
 
 
 def tier_of(name: str, size: float | None, gpus: int, book: PriceBook) -> Tier:

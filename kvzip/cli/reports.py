@@ -27,8 +27,8 @@ def report(
     ----------
     results
         Of kvzip demo (its folder or result.json) and, each if wanted: eval inputs, eval exactness,
-        eval frontier, eval links, entropy, bench, as JSON. With --sql: a sweep's folder, or a
-        Parquet file.
+        eval frontier, eval links, eval fleet (a trace each), entropy, bench, as JSON. With --sql:
+        a sweep's folder, or a Parquet file.
     output
         The page. Default: report.html beside the demo's result.
     sql
@@ -85,7 +85,8 @@ def figures(
     Parameters
     ----------
     results
-        Of kvzip demo: its folder, or result.json.
+        Of kvzip demo: its folder, or result.json. Of kvzip eval fleet --trace beside it: the answer
+        in room is of the first.
     readme
         A Markdown file: its answer is put anew between its marks.
     picture
@@ -95,10 +96,11 @@ def figures(
     from kvzip.eval.report import readme as drawing
     from kvzip.eval.report.sources import read
 
-    result, _ = read(results)
-    found = drawing.figures(result)
+    result, extras = read(results)
+    traffic = extras.traffic or ()
+    found, answer = drawing.figures(result, traffic), drawing.answer(result, traffic)
     if readme is not None:
-        drawing.put_figures(result, readme)
+        drawing.put_figures(result, readme, traffic)
     if picture is not None:
         drawing.put_picture(result, picture)
 
@@ -107,6 +109,6 @@ def figures(
         for f in found:
             table.add_row(f.name, f"{significant(f.value, 4)} {f.unit}", f.basis)
         show_table(table)
-        say(drawing.answer(result))
+        say(answer)
 
-    emit({"figures": msgspec.to_builtins(found), "answer": drawing.answer(result)}, as_json, show)
+    emit({"figures": msgspec.to_builtins(found), "answer": answer}, as_json, show)

@@ -29,9 +29,12 @@ def advise(
     reads: float = 1.0,
     hours: float = 0.0,
     inputs: Path | None = None,
+    store: str = "1TB",
+    trace: Path | None = None,
     as_json: Json = False,
 ) -> None:
-    """Prefill, load raw bytes, or load with which codec; by how much, and how sure.
+    """Prefill, load raw bytes, or load with which codec; by how much, and how sure; and how much
+    more a store keeps.
 
     Parameters
     ----------
@@ -56,13 +59,19 @@ def advise(
         How often a stored cache is read, and in how many hours: storage is charged by the read.
     inputs
         Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
+    store
+        Size of a store whose room is asked about: 400GB, 8TB.
+    trace
+        Requests in Mooncake's format that the store serves: what it finds of their blocks.
     """
     from kvzip.choice.auto import MEASURED
     from kvzip.eval.money import advise as advising
     from kvzip.eval.money.breakeven import Use
     from kvzip.eval.money.prices import load_prices, pick
+    from kvzip.eval.money.room import store_size
     from kvzip.eval.results.inputs import Inputs
     from kvzip.eval.results.stored import load
+    from kvzip.eval.traffic.trace import read_trace
 
     book = load_prices(*(price_file or []))
     advice = advising.advise(
@@ -78,6 +87,8 @@ def advise(
         codecs=None if codecs is None else split_specs(codecs),
         use=Use(reads, hours),
         threads=threads,
+        store_bytes=store_size(store),
+        trace=None if trace is None else read_trace(trace),
     )
 
     def show() -> None:

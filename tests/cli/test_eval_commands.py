@@ -35,12 +35,12 @@ def test_the_paper(capsys):
     assert "estimate" in words and "agrees" in words
 
 
-def test_advice_is_three_lines_or_json(capsys):
+def test_advice_is_four_lines_or_json(capsys):
     arguments = ["advise", "--model", "qwen3-4b", "--tokens", "8192", "--link", "10Gb/s"]
     code, out, _ = run(capsys, *arguments)
     assert code == 0
     lines = out.strip().splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["Time", "Dollars", "Rests on"]
+    assert [line.partition(":")[0] for line in lines] == ["Time", "Dollars", "Room", "Rests on"]
     code, found = run_json(capsys, *arguments)
     assert code == 0
     for by in ("seconds", "dollars"):
@@ -82,6 +82,7 @@ def test_fleets(capsys, tmp_path):
         (["advise", "--tokens", "100", "--link", "1", "--prices", "no"], "no price preset 'no'"),
         (["advise", "--tokens", "100", "--link", "1", "--model", "no"], "no model 'no'"),
         (["advise", "--tokens", "100", "--link", "1", "--device", "no"], "no device 'no'"),
+        (["advise", "--tokens", "100", "--link", "1", "--store", "big"], "size 'big': write"),
         (
             ["advise", "--tokens", "100", "--link", "1", "--price-file", "bad.toml"],
             "egress.x is -1",

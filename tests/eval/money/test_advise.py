@@ -144,12 +144,13 @@ def test_another_model_is_advised_by_its_shape_and_less_surely() -> None:
     assert any("prefill a model: 50% of 989" in words for words in found.basis)
 
 
-def test_three_lines_say_it() -> None:
+def test_four_lines_say_it() -> None:
     lines = advise(bandwidth=2e9).lines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert lines[0].startswith("Time: load with channel") and "sure" in lines[0]
     assert lines[1].startswith("Dollars: prefill") and "A rented H100" in lines[1]
-    assert lines[2].startswith("Rests on: prefill fitted to")
+    assert lines[2].startswith("Room: 1 TB keep") and "raw" in lines[2]
+    assert lines[3].startswith("Rests on: prefill fitted to")
     assert "prefill, " in advise(bandwidth=1e5).lines()[0]
 
 

@@ -14,13 +14,34 @@ from kvzip.eval.report import readme as f
 from kvzip.eval.report.sources import read
 
 ROOT = Path(__file__).parents[3]
-DEMO, _ = read([ROOT / "docs" / "results" / "demo.json"])
+RESULTS = ROOT / "docs" / "results"
+DEMO, BESIDE = read([RESULTS / "demo.json", *sorted(RESULTS.glob("traffic-*.json"))])
+TRAFFIC = BESIDE.traffic or []
 
 
 def test_the_readme_is_what_the_stored_results_give(tmp_path: Path) -> None:
     copy = tmp_path / "README.md"
     copy.write_text((ROOT / "README.md").read_text())
-    assert f.put_figures(DEMO, copy) is False
+    assert f.put_figures(DEMO, copy, TRAFFIC) is False
+    answers = f.answer(DEMO, TRAFFIC).replace("\n   ", " ").splitlines()[1:]
+    assert [line.partition(":")[0][:8] for line in answers] == [
+        "1. *In t", "2. *In d", "3. *In d", "4. *In r"
+    ]  # fmt: skip
+    assert all("`kvzip " in line for line in answers)
+
+
+def test_the_answer_in_room_is_what_the_trace_gives() -> None:
+    """The six hit rates of issue 21, as stored; who has the traces counts them anew."""
+    wanted = {"conversation": [11.0, 17.2, 22.1], "synthetic": [27.9, 36.5, 44.4]}
+    for traffic in TRAFFIC:
+        found = [round(100 * c.hit_rate, 1) for c in traffic.capacity if c.blocks == 5000]
+        assert found == wanted[traffic.trace.removeprefix("mooncake_").partition(".")[0]]
+    assert len(TRAFFIC) == 2
+    text = f.answer(DEMO, TRAFFIC)
+    assert "11.0% of the blocks raw, 17.2% with `channel`, 22.1% with `predictive`" in (
+        text.replace("\n   ", " ")
+    )
+    assert "In room" not in f.answer(DEMO)
 
 
 def test_other_results_give_another_answer(tmp_path: Path) -> None:

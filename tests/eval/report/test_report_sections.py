@@ -16,6 +16,7 @@ from kvzip.choice.auto import MEASURED
 from kvzip.errors import KVZipError
 from kvzip.eval.report.page import write_report
 from kvzip.eval.report.sources import Extras, read
+from kvzip.eval.report.traffic import found_at
 from kvzip.eval.results import frontier
 from kvzip.eval.results.entropy import EntropyResult
 from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
@@ -255,3 +256,36 @@ def test_a_report_needs_a_demo(stored: list[Path]) -> None:
         read(stored[1:])
     with pytest.raises(KVZipError, match="No such file"):
         read([Path("none.json")])
+
+
+# --- replayed traces ----------------------------------------------------------------------------
+
+
+def test_the_third_map(tmp_path: Path, browser: Any) -> None:
+    _, extras = read(
+        [
+            Path(__file__).parents[3] / "docs" / "results" / f"{name}.json"
+            for name in ("demo", "traffic-conversation", "traffic-synthetic")
+        ]
+    )
+    assert extras.traffic is not None and len(extras.traffic) == 2
+    for traffic in extras.traffic:
+        # Lines are the capacities' hit rates, moved by the ratio.
+        for c in traffic.capacity:
+            assert found_at(traffic, c.blocks, c.ratio) == c.hit_rate
+            near = found_at(traffic, 1.0001 * c.blocks, c.ratio)
+            assert near == pytest.approx(c.hit_rate, abs=0.01)
+        assert found_at(traffic, 1e9) == pytest.approx(traffic.most)
+    path = write_report(result(), tmp_path / "report.html", extras)
+    for width in (1280, 390):
+        opened = Opened(browser, path, viewport={"width": width, "height": 900})
+        assert opened.overflow() <= 0 and not opened.messages
+        for n in (0, 1):
+            drawn = opened.page.locator(f'[data-chart="capacity-{n}-wide"] path.line')
+            keys = drawn.evaluate_all("lines => lines.map(line => line.dataset.line)")
+            assert keys == ["raw", "zstd", "channel", "predictive"]
+    words = path.read_text()
+    for said in ("Yes, 2.0 times as many", "Yes, 1.6 times as many", "22.1 %", "overlap: a GPU"):
+        assert said in words, said
+    with pytest.raises(KVZipError, match="a second result of kvzip eval fleet"):
+        read([Path(__file__).parents[3] / "docs" / "results" / "traffic-synthetic.json"] * 2)

@@ -1,0 +1,84 @@
+"""What a report says of replayed traces: the map of capacity, and the table of strategies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvzip.eval.report import svg
+from kvzip.eval.results.traffic import FleetRow, TrafficResult
+
+
+def found_at(traffic: TrafficResult, blocks: float, ratio: float = 1.0) -> float:
+    """The hit rate of an LRU store of so many blocks of raw size that are `ratio` times as small:
+    that of the capacities where one is within half a hundredth of the ratio, else from the curve,
+    between whose points it is an estimate."""
+    for c in traffic.capacity:
+        if c.blocks == blocks and abs(c.ratio - ratio) < 0.005:
+            return c.hit_rate
+    sizes, rates = np.array(traffic.curve).T
+    room = blocks * ratio
+    if room < sizes[0]:
+        return 0.0
+    return float(np.interp(math.log(room), np.log(sizes), rates))
+
+
+def ratios(traffic: TrafficResult) -> dict[str, float]:
+    """The ratio of each codec of a replay, the smallest first; those of the capacities where no
+    codec was replayed."""
+    found = {row.codec: row.ratio for row in traffic.rows if row.codec}
+    found = found or {f"{c.ratio:g}x": c.ratio for c in traffic.capacity}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def capacity_map(traffic: TrafficResult, name: str, size: tuple[int, int]) -> str:
+    """Blocks found against what the store has room for, a line for each codec."""
+    low, high = 100.0, 1.5 * max(2 * traffic.curve[-1][0], 1000.0)
+    grid = [low * (high / low) ** (i / 240) for i in range(241)]
+    codecs = _told_apart(ratios(traffic))
+    lines = [
+        svg.Curve(
+            codec,
+            f"{codec} {ratio:.2f}×",
+            "plain" if codec == "raw" else f"s{i % svg.COLOURS}",
+            [(blocks, found_at(traffic, blocks, ratio)) for blocks in grid],
+        )
+        for i, (codec, ratio) in enumerate(codecs.items())
+    ]
+    x = svg.log_axis("room of the store, in blocks of raw size", low, high, lambda b: f"{b:,.0f}")
+    top = min(1.0, 0.1 * math.ceil(10.5 * traffic.most + 0.01))
+    step = 0.1 if top > 0.35 else 0.05
+    ticks = [(i * step, f"{i * step:.0%}") for i in range(round(top / step) + 1)]
+    y = svg.Axis("blocks found, of all", 0.0, top, ticks, False)
+    spoken = "; ".join(
+        f"{c.blocks:,.0f} blocks at {c.ratio:g}x: {c.hit_rate:.1%}" for c in traffic.capacity
+    )
+    return svg.curves(name, "What a store of a given size finds", spoken, x, y, lines, size=size)
+
+
+def _told_apart(codecs: dict[str, float]) -> dict[str, float]:
+    """Codecs whose lines lie apart, the smallest ratio first: raw, and of those within a twentieth
+    of each other the best."""
+    kept: dict[str, float] = {}
+    for codec, ratio in sorted(codecs.items(), key=lambda item: -item[1]):
+        near_raw = "raw" in codecs and ratio < 1.05 * codecs["raw"]
+        if codec == "raw" or not (near_raw or any(1.05 * ratio > other for other in kept.values())):
+            kept[codec] = ratio
+    return dict(reversed(kept.items()))
+
+
+def capacity_table(traffic: TrafficResult) -> tuple[list[float], list[tuple[str, list[float]]]]:
+    """The ratios, and by size the hit rates at each."""
+    columns = list(dict.fromkeys(c.ratio for c in traffic.capacity))
+    by_size: dict[float, list[float]] = {}
+    for c in traffic.capacity:
+        by_size.setdefault(c.blocks, []).append(c.hit_rate)
+    return columns, [(f"{blocks:,.0f}", rates) for blocks, rates in by_size.items()]
+
+
+def told(rows: Sequence[FleetRow]) -> list[FleetRow]:
+    """The rows that a page shows: no store, and of each strategy the codecs that are told apart."""
+    codecs = _told_apart({row.codec: row.ratio for row in rows if row.codec})
+    return [row for row in rows if not row.codec or row.codec in codecs]
