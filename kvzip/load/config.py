@@ -192,8 +192,9 @@ def rope_length(text: PretrainedConfig) -> int | None:
     that is longer, "longrope"), and at just this length by those of the call before.
     """
     if not hasattr(text, "num_hidden_layers"):  # it has others in it alone, as T5Gemma's
-        parts = (rope_length(getattr(text, name)) for name in text.sub_configs)
-        return min((length for length in parts if length is not None), default=None)
+        parts = (getattr(text, name, None) for name in text.sub_configs)
+        found = (rope_length(part) for part in parts if part is not None)
+        return min((length for length in found if length is not None), default=None)
     lengths = []
     for own in (text, *text.per_layer_config):
         found = getattr(own, "rope_parameters", None) or {}
