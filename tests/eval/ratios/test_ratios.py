@@ -262,7 +262,7 @@ def test_a_run_goes_on_where_it_stopped_and_knows_its_documents(
     again = run_json(capsys, *common, "--like", out)[1]
     assert again["rows"] == found["rows"]
     code, _, error = run(capsys, *common, "--seed", "1", "--like", out)
-    assert code == 1 and "3 of 3 documents are not those of the result" in error
+    assert code == 2 and "3 of 3 documents are not those of the result" in error
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
@@ -270,3 +270,8 @@ def test_stored_results_hold_together_and_have_their_csv(path: Path) -> None:
     result = stored.load(path, RatiosResult)
     assert path.with_suffix(".csv").read_text() == as_csv(result)
     assert {d.split for d in result.documents} == {"train", "test"}
+    page = (DOCS / "qwen3-4b.md").read_text()
+    [line] = [line for line in page.splitlines() if f"(results/ratios/{path.name})" in line]
+    for codec, said in zip(("channel", "predictive"), line.split(" | ")[3:], strict=True):
+        ratios = sorted({f"{row.ratio:.2f}" for row in result.rows if row.codec == codec})
+        assert said.strip(" |") == " to ".join(dict.fromkeys((ratios[0], ratios[-1])))
