@@ -66,6 +66,7 @@ BASES = {
     "eval ratios": ([*MODEL, "--work", "work", "--kinds", "none", "--text", "own=text:sweep.toml",
                      "--tokens", "8", "--train", "0", "--test", "1", "--codecs", "raw"], ()),
     "eval claims": ([], ()),
+    "doctor": ([], ()),
     "eval check": (["none"], ()),
 }  # fmt: skip
 
