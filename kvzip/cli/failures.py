@@ -6,11 +6,12 @@ Only what a user can cause has a line of its own. All else is a bug, and shows a
 from __future__ import annotations
 
 import errno
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from cyclopts import CycloptsError
 
-from kvzip.cli.terminal import shown
+from kvzip.cli.terminal import emit, shown
 from kvzip.errors import (
     CorruptError,
     FormatError,
@@ -21,6 +22,8 @@ from kvzip.errors import (
 )
 from kvzip.interruption import WORDS
 
+T, U = TypeVar("T"), TypeVar("U")
+
 BUG = 70
 """Exit code of a bug: EX_SOFTWARE of sysexits.h."""
 
@@ -28,6 +31,15 @@ BUG = 70
 class CheckFailed(Exception):
     """A check found something wrong, and the command has shown its whole result already: what is
     left is a line on stderr and exit code 1."""
+
+
+class SomeFailed(CheckFailed):
+    """Some of what a command was to do failed, and its result, which was shown, says which: what is
+    left is a line on stderr and the exit code of the first."""
+
+    def __init__(self, first: Failure, message: str):
+        super().__init__(message)
+        self.first = first
 
 
 class Failure(NamedTuple):
@@ -38,6 +50,57 @@ class Failure(NamedTuple):
     package or bug."""
     exit: int
     message: str
+
+    def told(self) -> dict[str, object]:
+        """As JSON says it."""
+        return {"error": self.message, "kind": self.kind, "exit": self.exit}
+
+
+def each(items: Sequence[T], do: Callable[[T], U]) -> tuple[list[tuple[T, U]], list[Failed[T]]]:
+    """What `do` gives for each of a command's items, and how the others failed. If there is only
+    one, its error is raised. After a store that does not answer, none is tried."""
+    done, failed, rest = [], [], list(items)
+    while rest:
+        item = rest.pop(0)
+        try:
+            done.append((item, do(item)))
+        except (KVZipError, OSError) as error:
+            if len(items) == 1:
+                raise
+            found = failure_of(error)
+            failed.append(Failed(item, found))
+            if isinstance(error, StoreError):
+                given_up = found._replace(message=f"not tried, since {found.message}")
+                failed += [Failed(other, given_up) for other in rest]
+                break
+    return done, failed
+
+
+class Failed(NamedTuple, Generic[T]):
+    """An item that failed, and how."""
+
+    item: T
+    failure: Failure
+
+
+def emit_with(
+    result: dict[str, Any],
+    failed: Sequence[Failed[Any]],
+    name: str,
+    count: int,
+    as_json: bool,
+    show: Callable[[], None],
+) -> None:
+    """Show the result of a command with `count` items, and which of them failed, each called
+    `name` in JSON; then raise SomeFailed, if any did."""
+    if not failed:
+        emit(result, as_json, show)
+        return
+    item, first = failed[0]
+    words = f"{len(failed)} of {count} failed; the first, {item}: {first.message}"
+    each_failed = [{name: str(item)} | failure.told() for item, failure in failed]
+    emit(result | {"failed": each_failed} | first._replace(message=words).told(), as_json, show)
+    raise SomeFailed(first, words)
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -56,6 +119,8 @@ def _told(error: BaseException) -> tuple[str, int, str]:
     # cyclopts says what is wrong; that it is wrong use is exit code 2.
     if isinstance(error, CycloptsError):
         return "usage", 2, " ".join(str(error).split())
+    if isinstance(error, SomeFailed):
+        return error.first.kind, error.first.exit, str(error)
     if isinstance(error, CheckFailed):
         return "check", 1, str(error)
     for kind, code, name in (

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from kvzip import api
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, ProfilePath, Threads, read_profile
-from kvzip.cli.failures import CheckFailed
+from kvzip.cli.failures import CheckFailed, each, emit_with
 from kvzip.cli.terminal import bar, emit, say, sizes
 from kvzip.errors import StoreError, UsageError
 from kvzip.files import is_standard_output
@@ -21,6 +21,7 @@ from kvzip.reading import contents
 if TYPE_CHECKING:
     from kvzip.profile import Profile
     from kvzip.store import Match, Store
+    from kvzip.store.store import Entry
 
 StoreUrl = Annotated[
     str,
@@ -41,7 +42,8 @@ def put(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Put documents' caches into a store, where they are found by model and first tokens.
+    """Put documents' caches into a store, where they are found by model and first tokens. If one
+    fails, the others are stored all the same.
 
     Parameters
     ----------
@@ -58,30 +60,29 @@ def put(
     from kvzip.store import Store
 
     target = Store(store, limit_bytes=limit_bytes, block_tokens=block_tokens)
-    known, began, entries = read_profile(profile), time.perf_counter(), []
+    known, began = read_profile(profile), time.perf_counter()
     with bar("put", len(documents), in_bytes=False) as advance:
-        for path in documents:
-            entries.append(
-                target.put(path, codec=codec, profile=known, threads=threads, replace=replace)
-            )
+
+        def one(path: Path) -> Entry:
+            entry = target.put(path, codec=codec, profile=known, threads=threads, replace=replace)
             advance(1)
+            return entry
+
+        entries, failed = each(documents, one)
     result = {
-        "documents": [
-            {"file": str(path)} | msgspec.to_builtins(entry)
-            for path, entry in zip(documents, entries, strict=True)
-        ],
+        "documents": [{"file": str(path)} | msgspec.to_builtins(entry) for path, entry in entries],
         "seconds": time.perf_counter() - began,
     }
 
     def show() -> None:
-        for path, entry in zip(documents, entries, strict=True):
+        for path, entry in entries:
             state = "stored" if entry.new else "was there already"
             say(
                 f"{path}: {state}, {entry.tokens} tokens, {entry.encoded_bytes:,} bytes, "
                 f"key {entry.key}",
             )
 
-    emit(result, as_json, show)
+    emit_with(result, failed, "file", len(documents), as_json, show)
 
 
 @app.command
@@ -239,7 +240,8 @@ def ls(*, store: StoreUrl, model: str | None = None, as_json: Json = False) -> N
 
 @app.command
 def rm(keys: list[str], *, store: StoreUrl, as_json: Json = False) -> None:
-    """Remove documents from a store, by their keys; exit code 1 if one is not there.
+    """Remove documents from a store, by their keys; exit code 1 if one is not there. If one fails,
+    the others are removed all the same.
 
     Parameters
     ----------
@@ -247,16 +249,17 @@ def rm(keys: list[str], *, store: StoreUrl, as_json: Json = False) -> None:
         As `kvzip ls` and `kvzip put` show them.
     """
     from kvzip.store import Store
+    from kvzip.store.keys import document_path
 
+    for key in keys:
+        document_path(key)  # that all are keys, before one of them goes
     target = Store(store, make=False)
-    there = {key: target.remove(key) for key in keys}
-    removed = [key for key, was in there.items() if was]
-    missing = [key for key, was in there.items() if not was]
-    emit(
-        {"removed": removed, "missing": missing},
-        as_json,
-        lambda: say(f"{len(removed)} documents removed"),
-    )
+    there, failed = each(list(dict.fromkeys(keys)), target.remove)
+    removed = [key for key, was in there if was]
+    missing = [key for key, was in there if not was]
+    result = {"removed": removed, "missing": missing}
+    words = f"{len(removed)} documents removed"
+    emit_with(result, failed, "key", len(keys), as_json, lambda: say(words))
     if missing:
         raise CheckFailed(f"the store has no document {', '.join(missing)}")
 

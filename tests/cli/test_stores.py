@@ -150,3 +150,57 @@ def test_an_endpoint_without_its_scheme(documents, capsys, monkeypatch, name):
     code, found = run_json(capsys, "put", documents[0], "--store", "s3://b/x")
     assert (code, found["kind"]) == (2, "usage")
     assert name in found["error"] and "http://" in found["error"]
+
+
+def test_of_several_documents_those_that_are_good_are_stored(documents, capsys, tmp_path):
+    (tmp_path / "text").write_text("no document")
+    given = [documents[0], "none", "text", documents[1], "/dev/zero"]
+    code, found = run_json(capsys, "put", *given, "--store", "s", "--block-tokens", 32)
+    assert [d["file"] for d in found["documents"]] == [documents[0], documents[1]]
+    assert [(d["file"], d["kind"]) for d in found["failed"]] == [
+        ("none", "system"),
+        ("text", "format"),
+        ("/dev/zero", "format"),
+    ]
+    assert code == 2 == found["failed"][0]["exit"]  # of the first
+    assert len(Store(tmp_path / "s").documents()) == 2
+    code, out, err = run(capsys, "put", *given, "--store", "s")
+    assert code == 2 and "3 of 5 failed" in err and out.count("was there already") == 2
+    # What is alone fails as it always did.
+    code, found = run_json(capsys, "put", "none", "--store", "s")
+    assert code == 2 and found["kind"] == "system" and "none" in found["error"]
+
+
+def test_a_store_that_does_not_answer_is_asked_once(documents, capsys):
+    url = "http://127.0.0.1:1/x"
+    code, found = run_json(capsys, "rm", "a/b", "a/c", "a/d", "--store", url)
+    assert code == 1 and found["removed"] == []
+    assert [d["key"] for d in found["failed"]] == ["a/b", "a/c", "a/d"]
+    assert [d["error"].startswith("not tried") for d in found["failed"]] == [False, True, True]
+
+
+def test_nothing_is_removed_if_one_is_no_key(documents, capsys):
+    _, put = run_json(capsys, "put", documents[0], "--store", "s", "--block-tokens", 32)
+    key = put["documents"][0]["key"]
+    code, found = run_json(capsys, "rm", key, "nope", "--store", "s")
+    assert code == 2 and "not a key" in found["error"]
+    assert run_json(capsys, "ls", "--store", "s")[1]["documents"]
+
+
+SEVERAL = {
+    "put": ["--store", "s"],
+    "fit": ["-o", "p"],
+    "entropy": [],
+    "bench": ["--codecs", "raw"],
+    "report": [],
+    "eval figures": [],
+    "eval exactness": ["--model", "none"],
+}
+
+
+@pytest.mark.parametrize("command", SEVERAL)
+@pytest.mark.parametrize("wrong", ["none", "text", ".", "/dev/zero", "https://h/x"])
+def test_json_comes_whichever_input_fails(documents, capsys, tmp_path, command, wrong):
+    (tmp_path / "text").write_text("no document")
+    code, found = run_json(capsys, *command.split(), documents[0], wrong, *SEVERAL[command])
+    assert code in (1, 2) and ("error" in found or found["failed"])
