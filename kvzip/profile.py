@@ -106,7 +106,10 @@ class Profile:
         stored, packed = _pack(whole)
         about |= {"version": VERSION, "packed": packed}
         # Under one key: of several, the library does not keep the order.
-        self._adopt(save(stored, {"kvprofile": json.dumps(about, sort_keys=True)}))
+        note = json.dumps(about, sort_keys=True)
+        with told_as(UsageError, "the profile's bytes are more than a file takes"):
+            file = save(stored, {"kvprofile": note})
+        self._adopt(file)
 
     def _adopt(self, file: bytes) -> None:
         """Take the bytes of a file. Tensors that are not packed are looked at where they lie."""
@@ -131,6 +134,16 @@ class Profile:
             self.tensors[name] = found
         self.made: dict[str, Any] = {}
         """What codecs have built from the tensors, by codec; a cache."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as the file's bytes; what codecs have built of it is built anew."""
+        return Profile._of_bytes, (self._file,)
+
+    @classmethod
+    def _of_bytes(cls, file: bytes) -> Profile:
+        profile = cls.__new__(cls)
+        profile._adopt(file)
+        return profile
 
     @cached_property
     def id(self) -> str:
@@ -160,7 +173,6 @@ class Profile:
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Read a profile. Raises ProfileError when the file is none, is damaged, or is of another
         version, UsageError for what is no path, and the OSError of the path."""
-        profile = cls.__new__(cls)
         try:
             file = TensorFile(path)  # that it is one, and every tensor lies within it
             if "kvprofile" not in file.metadata:
@@ -169,7 +181,7 @@ class Profile:
             for name, entry in file.entries.items():
                 if not file.has(name, entry.dtype, entry.shape, _DTYPES[entry.dtype].itemsize):
                     raise ProfileError(f"{path} is not a whole profile: {name} has another size")
-            profile._adopt(file.whole())
+            profile = cls._of_bytes(file.whole())
         except UsageError:
             raise
         except (CorruptError, FormatError, LookupError, TypeError, ValueError) as error:

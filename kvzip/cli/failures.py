@@ -22,7 +22,8 @@ from kvzip.errors import (
 )
 from kvzip.interruption import WORDS
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 BUG = 70
 """Exit code of a bug: EX_SOFTWARE of sysexits.h."""
@@ -56,6 +57,13 @@ class Failure(NamedTuple):
         return {"error": self.message, "kind": self.kind, "exit": self.exit}
 
 
+class Failed(NamedTuple, Generic[T]):
+    """An item that failed, and how."""
+
+    item: T
+    failure: Failure
+
+
 def each(items: Sequence[T], do: Callable[[T], U]) -> tuple[list[tuple[T, U]], list[Failed[T]]]:
     """What `do` gives for each of a command's items, and how the others failed. If there is only
     one, its error is raised. After a store that does not answer, none is tried."""
@@ -74,13 +82,6 @@ def each(items: Sequence[T], do: Callable[[T], U]) -> tuple[list[tuple[T, U]], l
                 failed += [Failed(other, given_up) for other in rest]
                 break
     return done, failed
-
-
-class Failed(NamedTuple, Generic[T]):
-    """An item that failed, and how."""
-
-    item: T
-    failure: Failure
 
 
 def emit_with(

@@ -26,7 +26,7 @@ from kvzip.container.format import (
 )
 from kvzip.container.grids import GridCodec, may_be_on_grid, may_use_grids
 from kvzip.container.index import RECORD, Entry, Key, aligned, entries, entry_count
-from kvzip.dtypes import Bits
+from kvzip.dtypes import Bits, DType
 from kvzip.errors import ProfileError, UsageError
 from kvzip.layout import Layout, Origin, StoredLayout
 from kvzip.options import as_json, boolean, integer, json_value
@@ -147,9 +147,12 @@ class Writer:
             sink.write(data)
             sink.write(bytes(aligned(len(data)) - len(data)))
             offset += aligned(len(data))
-            if progress is not None and not entry.tables:
+            if not entry.tables:
                 part = self.snapshot.layout.layers[entry.layer].parts[entry.part]
-                progress(part.line_numbers * entry.tokens * part.form.itemsize)
+                size = part.line_numbers * entry.tokens * part.form.itemsize
+                _check_readable(self._codecs[entry.key], len(data), size, part.form)
+                if progress is not None:
+                    progress(size)
         sink.seek(base)
         sink.write(packed_start(header, ids, index, offset))
         sink.seek(base + offset)
@@ -256,6 +259,17 @@ class Writer:
 def _block(entry: Entry, whole: Bits) -> Bits:
     """An entry's numbers, out of all of its layer's and part's."""
     return whole[:, :, entry.start : entry.start + entry.tokens]
+
+
+def _check_readable(codec: Codec, length: int, size: int, form: DType) -> None:
+    """Raise UsageError if a reader would refuse a block of `length` bytes as too short for the
+    `size` bytes of its numbers: the codec's own bound is wrong then."""
+    most = codec.max_decoded_size(length, form)
+    if size > most:
+        raise UsageError(
+            f"codec {codec.codec_id!r} makes {length:,} bytes of a block of {size:,}, and says "
+            f"that they stand for {most:,} at most: no reader would take that"
+        )
 
 
 # --- sizes ---------------------------------------------------------------------------------

@@ -139,6 +139,9 @@ def load_cache(
     document's must have got the same. Then `prompt` is what the decoder gets, and `generate` needs
     ``decoder_attention_mask=``, a one for each of its ids.
 
+    The cache can be copied, pickled and saved with `torch.save` at any time, with all that it
+    holds: what is not decoded yet is then, and what is read back needs neither file nor store.
+
     Raises UnsupportedError when the prompt has images or sound (docs/identity.md), or when RoPE's
     frequencies depend on the length (dynamic, longrope) and document or prompt are not shorter than
     the original length; KVZipError when file, config, prompt and model do not fit each other,

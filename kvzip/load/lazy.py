@@ -14,7 +14,7 @@ import torch
 
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.held import LAZY, announce, assign
-from kvzip.load.loaders import BatchLoader, Loader, shapes_of
+from kvzip.load.loaders import AnyLoader, shapes_of
 from kvzip.load.recovery import Taken
 from kvzip.load.witness import OtherWeights, distance, judge, not_continued, same_key
 
@@ -34,9 +34,11 @@ class LazyLayer(_Base):
 
     base: type
     """The class of transformers that this was made of."""
-    _loader: Loader | BatchLoader | None = None
+    lazily: tuple[str, ...] = ()
+    """The attributes that are decoded when they are first looked at."""
+    _loader: AnyLoader | None = None
     """A Loader or BatchLoader; None once it has given what the layer starts with."""
-    _source: Loader | BatchLoader | None = None
+    _source: AnyLoader | None = None
     """The same, until the first update is admitted."""
     _fresh = False
     _witness: tuple[torch.Tensor, ...] | None = None
@@ -65,12 +67,16 @@ class LazyLayer(_Base):
     _forgetful = False
     """Whether the model goes on from a state only one token at a time."""
 
-    def begin(self, loader: Loader | BatchLoader, index: int, length: int) -> None:
+    def begin(self, loader: AnyLoader, index: int, length: int) -> None:
         """Be the layer `index` of a cache of `length` tokens, which a loader gives."""
         self._loader = self._source = loader
         self._index, self._length, self._fresh = index, length, True
         self.dtype, self.device = loader.dtype, loader.device or torch.device("cpu")
         announce(self, loader.shapes(index), length)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled with all that its loader gives (:meth:`Loader.__reduce__`); copied with it."""
+        return _empty, (self.base, self.lazily), vars(self).copy()
 
     @property
     def rows(self) -> int:
@@ -131,9 +137,10 @@ class LazyLayer(_Base):
             raise KVZipError(
                 f"the model was fed {fed} tokens after {self.get_seq_length()} cached ones, not "
                 f"the rest of the {self._prompt_length} of prompt={chunked}: give `generate` the "
-                "same ids (or the rest of them with an attention mask for all); if the model is to "
-                "be fed in chunks, by `generate` or by hand, name their prefill_chunk_size= here "
-                "(1 for one token at a time)"
+                "same ids (or the rest of them with an attention mask for all). If the prompt is "
+                "fed in chunks, by hand or because `generate` or its generation_config says "
+                "prefill_chunk_size, load the cache with the same prefill_chunk_size= (1 for one "
+                "token at a time)"
             )
 
     def _check_goes_on(self, key_states: torch.Tensor) -> None:
@@ -244,7 +251,7 @@ class LazyLayer(_Base):
         if self._fresh:
             self._loader = self._source
 
-    def restart(self, source: Loader | BatchLoader, taken: Taken) -> None:
+    def restart(self, source: AnyLoader, taken: Taken) -> None:
         """Be as new, with other tensors than were loaded."""
         self._loader, self._source, self._fresh = None, source, True
         if self._distances is not None:
@@ -328,17 +335,21 @@ class _Attribute:
 def _lazy_class(base: Any, names: tuple[str, ...]) -> Any:
     attributes: dict[str, Any] = {name: _Attribute(name) for name in names}
     # Without a type of its own it does not become what transformers makes for every cache.
-    attributes |= {"base": base, "_layer_type": None}
+    attributes |= {"base": base, "lazily": names, "_layer_type": None}
     bases: tuple[type, ...] = (LazyLayer, base)
     return type(f"Lazy{base.__name__}", bases, attributes)
 
 
-def lazy(layer: Any, loader: Loader | BatchLoader, index: int, length: int) -> LazyLayer:
-    """A layer like an empty one of transformers that takes what it holds from a loader."""
-    names = tuple(name for name in LAZY if name in vars(layer))
-    base: Any = type(layer)
+def _empty(base: Any, names: tuple[str, ...]) -> LazyLayer:
+    """A lazy layer made of that class of transformers, without anything in it."""
     cls = _lazy_class(base, names)
     found: LazyLayer = cls.__new__(cls)
+    return found
+
+
+def lazy(layer: Any, loader: AnyLoader, index: int, length: int) -> LazyLayer:
+    """A layer like an empty one of transformers that takes what it holds from a loader."""
+    found = _empty(type(layer), tuple(name for name in LAZY if name in vars(layer)))
     found.__dict__.update(vars(layer))
     found.begin(loader, index, length)
     return found

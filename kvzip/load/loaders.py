@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -77,6 +77,11 @@ class Loader:
 
     def __deepcopy__(self, memo: object) -> Loader:
         return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as what it gives: the file, and the model that computes what is not there, stay
+        where they are. Raises KVZipError when that cannot be read."""
+        return Decoded, (self.dtype, self.device, [self.take(i) for i in range(len(self.spans))])
 
     def shapes(self, i: int) -> dict[str, tuple[int, ...]]:
         """The shape of each part that layer i will start with."""
@@ -210,6 +215,30 @@ class Loader:
         return Taken(parts, witness)
 
 
+class Decoded:
+    """What a loader gave of all layers, in another process or a file (pickle, `torch.save`)."""
+
+    recovers = False
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | None, layers: list[Taken]):
+        self.dtype, self.device, self._layers = dtype, device, layers
+
+    def __deepcopy__(self, memo: object) -> Decoded:
+        return self
+
+    def shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        """As :meth:`Loader.shapes`."""
+        return shapes_of(self._layers[i])
+
+    def take(self, i: int) -> Taken:
+        """As :meth:`Loader.take`."""
+        found = self._layers[i]  # a copy: states are updated in place
+        return found._replace(parts={n: t.clone() for n, t in found.parts.items()})
+
+    def recover(self, i: int, error: KVZipError) -> Taken:
+        raise error
+
+
 class Computed:
     """A row of a batch that has no document: the model computes what it starts with."""
 
@@ -233,6 +262,11 @@ class BatchLoader:
 
     def __deepcopy__(self, memo: object) -> BatchLoader:
         return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """As :meth:`Loader.__reduce__`."""
+        layers = [self.take(i) for i in range(len(self.windows))]
+        return Decoded, (self.dtype, self.device, layers)
 
     @property
     def device(self) -> torch.device | None:
@@ -319,6 +353,10 @@ class BatchLoader:
         if found is None:
             found = shapes_of(next(row.load(i) for row in self.rows if row is not None))
         return {name: (len(self.rows), *shape[1:]) for name, shape in found.items()}
+
+
+AnyLoader: TypeAlias = Loader | BatchLoader | Decoded
+"""What gives the layers of a cache what they start with."""
 
 
 def shapes_of(taken: Taken) -> dict[str, tuple[int, ...]]:

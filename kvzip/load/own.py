@@ -8,7 +8,7 @@ asks for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -90,7 +90,7 @@ def _minimax(base: type[Any]) -> type[Any]:
             _set(self.layers[layer_idx], linear_cache)
 
     bases = (States,) if base is DynamicCache else (base, States)
-    return type(f"MiniMax{base.__name__}", bases, {})
+    return type(f"MiniMax{base.__name__}", bases, {"__reduce__": _reduced_to(_minimax, base)})
 
 
 _XLSTM_STATES = 3
@@ -109,7 +109,19 @@ def _xlstm(base: type[Any], dtype: torch.dtype) -> type[Any]:
             return [_States(layer, dtype) for layer in self.layers]
 
     bases = (States,) if base is DynamicCache else (base, States)
-    return type(f"xLSTM{base.__name__}", bases, {})
+    reduced = _reduced_to(_xlstm, base, dtype)
+    return type(f"xLSTM{base.__name__}", bases, {"__reduce__": reduced})
+
+
+def _reduced_to(make: Any, *arguments: Any) -> Callable[[Any], tuple[object, ...]]:
+    """The ``__reduce__`` of a class that is made when it is called for: pickle knows none but
+    those that have a name in a module."""
+    return lambda self: (_empty, (make, *arguments), vars(self).copy())
+
+
+def _empty(make: Any, *arguments: Any) -> Any:
+    cls = make(*arguments)
+    return cls.__new__(cls)
 
 
 class _States:

@@ -47,6 +47,29 @@ class HeldCache(DynamicCache):
         self._rearranged = False
         _stand_in()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _stand_in()
+
+    def check_in_sight(self, mask: object) -> None:
+        """Raise KVZipError if an attention mask, [batch, tokens], hides tokens of a loaded cache at
+        its first use: the others were computed with them in sight, and the model would give other
+        tokens than for the prompt as a whole."""
+        length = int(self.get_seq_length())
+        if not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and self._fresh and length):
+            return
+        hidden = mask[:, :length].detach().cpu().numpy() == 0
+        if self._ids is None or len(hidden) % len(self._ids) or hidden.shape[1] < length:
+            return
+        known = np.repeat(self._ids[:, :length], len(hidden) // len(self._ids), axis=0)
+        wrong = (hidden[:, : known.shape[1]] & (known != UNKNOWN)).any(axis=0)
+        if wrong.any():
+            raise KVZipError(
+                f"the attention mask hides {int(wrong.sum())} of the {length} tokens that the "
+                f"cache holds, first that at position {int(wrong.argmax())}, and the others were "
+                "computed with it in sight: mask nothing of the document, or leave out the cache"
+            )
+
     @contextmanager
     def going_on(self, prompt: torch.Tensor, mask: torch.Tensor | None) -> Iterator[None]:
         """While this lasts, `generate` goes on from the cache with a prompt, [batch, tokens], in
@@ -60,6 +83,7 @@ class HeldCache(DynamicCache):
             )
         ids = prompt.detach().cpu().numpy().copy()
         self._check(ids, length)
+        self.check_in_sight(mask)
         if mask is not None:
             ids[mask.cpu().numpy() == 0] = UNKNOWN
         before, self._ids, self._rearranged = self._ids, ids, False
@@ -241,6 +265,20 @@ def _assisted(model: Any, kwargs: dict[str, Any]) -> bool:
     return any(each is not None for each in (kwargs.get("assistant_model"), *told))
 
 
+def _use_cache(model: Any, kwargs: dict[str, Any]) -> None:
+    """Have a `generate` that is given a cache use it, whatever the model's configuration says: it
+    would feed all of the text behind it, for each token. Raises KVZipError if it is told not to."""
+    told = kwargs.get("use_cache")
+    if told is not None and not told:
+        raise KVZipError(
+            "`generate` was given a cache, and use_cache=False, with which it would feed the whole "
+            "text behind that for each token: leave out one of the two"
+        )
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    if getattr(config, "use_cache", True) is False:
+        kwargs["use_cache"] = True
+
+
 def _times(model: Any, kwargs: dict[str, Any]) -> int:
     """How many rows a `generate` with these arguments makes of each."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
@@ -274,6 +312,8 @@ def _stand_in() -> None:
                 "assistant transformers feeds the whole prompt behind them once more, which gives "
                 "other tokens: leave out the cache, or the lookup and the assistant"
             )
+        if cache is not None:
+            _use_cache(self, kwargs)
         if cache is None or prompt is None or not whole:
             return own(self, *args, **kwargs)
         if mask is None and "attention_mask" not in inspect.signature(self.forward).parameters:

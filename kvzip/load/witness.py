@@ -20,13 +20,14 @@ import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvzip.errors import KVZipError
+from kvzip.load.reuse import HeldCache
 from kvzip.workers import Lock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvzip.load.lazy import LazyLayer
-    from kvzip.load.loaders import BatchLoader, Loader
+    from kvzip.load.loaders import AnyLoader
 
 ROOM = {torch.bfloat16: 2**-3, torch.float16: 2**-5, torch.float32: 2**-7}
 """How far a token's keys (or values) of a layer may be from the file's, by their Euclidean norm.
@@ -39,7 +40,7 @@ class OtherWeights(KVZipError):
 
     layer: LazyLayer | None = None
     """The cache's layer that saw it."""
-    source: Loader | BatchLoader | None = None
+    source: AnyLoader | None = None
     """Its loader."""
 
 
@@ -132,6 +133,9 @@ class _Watched:
         return inspect.signature(self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, HeldCache):
+                value.check_in_sight(kwargs.get("attention_mask"))
         try:
             return self.own(*args, **kwargs)
         except OtherWeights as error:

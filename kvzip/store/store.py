@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import IO, Any
 
 import msgspec
@@ -114,6 +115,17 @@ class Store:
             mode=mode,
         )
         self.limit_bytes = limit_bytes
+        self._again = partial(
+            Store,
+            url,
+            limit_bytes=limit_bytes,
+            block_tokens=block_tokens,
+            timeout=timeout,
+            retries=retries,
+            options=options,
+            make=make,
+            mode=mode,
+        )
         self._pool = Workers(PROBES, "kvzip-store")
         self._settings = SettingsFile(self.bucket, block_tokens)
         self._finder = Finder(self.bucket, self._pool)
@@ -121,6 +133,10 @@ class Store:
         self._evictor = Evictor(self.bucket, self._pool)
         self._described: set[str] = set()
         """Namespaces that are known to say what they are of."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as its URL and settings: another process opens it anew."""
+        return self._again, ()
 
     # --- writing ---------------------------------------------------------------------------
 

@@ -674,3 +674,52 @@ def test_numbers_and_codecs_of_any_class():
     )
     kept = kvzip.options.json_value("x", [Half(0.5), Odd(7), True, np.bool_(True)])
     assert kept == [0.5, 7, True, True]
+
+
+class Boasts(kvzip.Codec):
+    """A codec that makes less of a block than it says that it can read."""
+
+    codec_id = "raw"
+
+    def encode(self, block, context):
+        return b"x"
+
+    def decode(self, data, out, context):
+        out[...] = 0
+
+    def max_encoded_size(self, nbytes):
+        return nbytes
+
+    def max_decoded_size(self, length, form):
+        return 10 * length
+
+
+def test_what_no_reader_would_take_is_not_written(tmp_path):
+    snapshot = make_snapshot(random_bits, 1, "bf16")
+    for use in (
+        lambda: kvzip.encode(snapshot, Boasts()),
+        lambda: kvzip.write(tmp_path / "a", snapshot, Boasts()),
+    ):
+        with pytest.raises(UsageError, match="no reader would take"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_descriptions_that_are_longer_than_readers_take(tmp_path):
+    bits = np.zeros((1, 2, 8), np.uint16)
+    origin = kvzip.Origin(model="x" * 100_000_000)
+    snapshot = kvzip.Snapshot.from_arrays([(bits, bits)], "bf16", np.arange(2), origin)
+    for use in (
+        lambda: snapshot.save(tmp_path / "a"),
+        lambda: kvzip.encode(snapshot),
+        lambda: Store(tmp_path / "store", block_tokens=1).put(snapshot),
+        lambda: kvzip.Profile({}, {"model": "x" * 100_000_000}),
+    ):
+        with pytest.raises(UsageError, match="bytes"):
+            use()
+    assert not list(tmp_path.iterdir())
+    # What is just short enough is read.
+    origin = kvzip.Origin(model="x" * 60_000_000)
+    snapshot = kvzip.Snapshot.from_arrays([(bits, bits)], "bf16", np.arange(2), origin)
+    snapshot.save(tmp_path / "a")
+    assert kvzip.Snapshot.load(tmp_path / "a").origin == origin
