@@ -62,16 +62,37 @@ class Document:
     name: str
 
 
+def ids_for_encoder(tokenizer: Any, texts: Sequence[str]) -> NDArray[Any]:
+    """What an encoder gets of texts: all their token ids, uint32 [tokens], with the special ones
+    that the tokenizer puts in front and behind."""
+    return np.array(tokenizer(read_text(texts), verbose=False).input_ids, np.uint32)
+
+
+def decoder_start(model: Any) -> list[int]:
+    """The id that a model's decoder begins with, beside an encoder. Raises UnsupportedError where
+    it does not say."""
+    for config in (model.generation_config, model.config):
+        found = getattr(config, "decoder_start_token_id", None)
+        if found is not None:
+            return list(np.atleast_1d(found))
+    raise UnsupportedError(f"{type(model).__name__} does not say what its decoder begins with")
+
+
 def cut_documents(
-    tokenizer: Any, texts: Sequence[str], tokens: int, numbers: slice = slice(None)
+    tokenizer: Any,
+    texts: Sequence[str],
+    tokens: int,
+    numbers: slice = slice(None),
+    front: Sequence[int] | None = None,
 ) -> list[Document]:
     """Cut text into documents of `tokens` tokens each, a rest left out; `numbers` picks some.
 
-    What the tokenizer puts in front of any text (a BOS token) is in front of each document.
+    `front`: ids in front of each document, by default what the tokenizer puts in front of any text
+    (a BOS token).
     """
     if tokens < 2:
         raise KVZipError("a document needs at least 2 tokens")
-    front = list(tokenizer("").input_ids)
+    front = list(tokenizer("").input_ids if front is None else front)
     ids = tokenizer(read_text(texts), add_special_tokens=False, verbose=False).input_ids
     body = tokens - len(front)
     if body < 1:
@@ -303,9 +324,11 @@ def capture(
     *,
     dtype: str | None = None,
     full_history: bool = False,
+    encoder_ids: NDArray[Any] | None = None,
     progress: Callable[[Document, bool], None] | None = None,
 ) -> list[Path]:
-    """Write a snapshot of each document to `folder`/doc-NNNNN.safetensors; their paths.
+    """Write a snapshot of each document to `folder`/doc-NNNNN.safetensors; their paths. The other
+    arguments are those of :func:`prefill`.
 
     A file that is there already, of the same model, tokens and dtype, is kept, so an interrupted
     capture goes on where it stopped; one that differs raises KVZipError. One document is in
@@ -325,10 +348,11 @@ def capture(
                 dtype=dtype,
                 full_history=full_history,
                 text=document.name,
+                encoder_ids=encoder_ids,
             )
             snapshot.save(path)
         else:
-            _check_same(path, loaded, document, dtype, full_history)
+            _check_same(path, loaded, document, dtype, full_history, encoder_ids)
         paths.append(path)
         if progress is not None:
             progress(document, made)
@@ -336,21 +360,33 @@ def capture(
 
 
 def _check_same(
-    path: Path, loaded: LoadedModel, document: Document, dtype: str | None, full_history: bool
+    path: Path,
+    loaded: LoadedModel,
+    document: Document,
+    dtype: str | None,
+    full_history: bool,
+    encoder_ids: NDArray[Any] | None,
 ) -> None:
     """Raise KVZipError that says how a file that is there already differs from the snapshot that
     would be captured: it is none, or of another model, dtype, document or history."""
+    from kvzip.load.config import layer_kinds
+    from kvzip.load.matching import revision_of_source
+
     try:
         old = Snapshot.load(path)
     except FormatError as error:
         raise KVZipError(f"{path} is in the way: {error}") from None
-    revision = loaded.fingerprint
+    revision = revision_of_source(loaded.fingerprint, encoder_ids)
+    # Of a model with nothing but states nothing is kept of the last token.
+    counted = any(kind.counts for kind in layer_kinds(loaded.model.config))
+    wanted_ids = document.token_ids if counted else document.token_ids[:-1]
     form = old.dtype if dtype is None else dtypes.get(dtype).name
     if dtype is not None:
         revision = revision_of_cast(revision, dtypes.get(loaded.model.dtype).name, form)
     kept = all(
         layer.stored == (n if full_history else min(n, layer.window or n))
         for layer in old.layout.layers
+        if layer.kind != "state"
         for n in [layer.cumulative_length]
     )
     ids = "none" if old.token_ids is None else f"others, {old.tokens}"
@@ -364,8 +400,8 @@ def _check_same(
             (
                 "document, by its tokens",
                 ids,
-                f"the {len(document.token_ids)} of {document.name}",
-                old.token_ids is not None and np.array_equal(old.token_ids, document.token_ids),
+                f"the {len(wanted_ids)} of {document.name}",
+                old.token_ids is not None and np.array_equal(old.token_ids, wanted_ids),
             ),
             ("history of sliding layers", history[full_history], history[not full_history], kept),
         )

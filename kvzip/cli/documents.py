@@ -41,6 +41,7 @@ def capture(
     dtype: str | None = None,
     device: str = "cpu",
     full_history: bool = False,
+    encoder_text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     native_bf16: NativeBf16 = False,
     as_json: Json = False,
 ) -> None:
@@ -65,6 +66,9 @@ def capture(
         cpu, cuda, cuda:1 and so on.
     full_history
         Keep all that a sliding-window layer computed, not only its window.
+    encoder_text
+        For a model with an encoder (T5, BART): what that gets, the same for each document, as for
+        --text. The documents are then what the decoder gets.
     """
     choose_products(native_bf16)
     from kvzip import capture as capturing
@@ -75,7 +79,11 @@ def capture(
     output.mkdir(parents=True, exist_ok=True)
     with working(f"loading {model}"):
         loaded = load_model(model, computed, device)
-        documents = capturing.cut_documents(loaded.tokenizer, text, tokens, picked)
+        front = encoder_ids = None
+        if encoder_text is not None:
+            encoder_ids = capturing.ids_for_encoder(loaded.tokenizer, encoder_text)
+            front = capturing.decoder_start(loaded.model)
+        documents = capturing.cut_documents(loaded.tokenizer, text, tokens, picked, front)
     new = 0
     began = time.perf_counter()
     with bar("prefill", len(documents), in_bytes=False) as advance:
@@ -91,6 +99,7 @@ def capture(
             output,
             dtype=dtype,
             full_history=full_history,
+            encoder_ids=encoder_ids,
             progress=progress,
         )
     result = {

@@ -24,6 +24,7 @@ from kvzip.load.config import (
     LayerKind,
     cache_argument,
     check_fed_one_by_one,
+    check_padding,
     layer_kinds,
 )
 from kvzip.load.documents import Document, OpenDocument, find_document, open_document
@@ -70,14 +71,17 @@ def load_batch(
     :func:`kvzip.load.hf.cache_argument` names it.
 
     All rows of a cache end at one column, so the row with the most tokens after its document tells
-    how much the others compute again. Checks and errors are those of `load_cache` with `prompt`,
-    and say which prompt's document they are about; what is fed must be what was returned.
+    how much the others compute again. Raises UnsupportedError for prompts of unequal length where
+    transformers itself does not do right by padding. Other checks and errors are those of
+    `load_cache` with `prompt`, and say which prompt's document they are about; what is fed must be
+    what was returned.
     """
     check_options(threads=threads, profile=profile)
     device = device_of(device)
     padded = _Prompts(prompts, sources)
     padded.check_text_only(config, f"the model of {type(config).__name__}")
     kinds = _kinds(config)
+    check_padding(config, padded.lengths)
     with ExitStack() as stack:
         usable: dict[int, _Usable] = {}
         for n, (source, row) in enumerate(zip(sources, padded.rows, strict=True)):
@@ -141,6 +145,7 @@ def load_batch_or_prefill(
     does not go on from what is stored, as with other weights, all are computed, since it does not
     show which one is wrong. Each failure is logged as one warning ("kvzip.load"), which says whose
     document it is. A store that does not answer is not asked again for the rest of the batch.
+    Raises UnsupportedError as `load_batch` does, for what the model itself would compute wrongly.
     """
     check_model(model)
     check_options(threads=threads, profile=profile, name=name, revision=revision)
@@ -148,6 +153,7 @@ def load_batch_or_prefill(
     padded = _Prompts(prompts, sources)
     padded.check_text_only(model.config, type(model).__name__)
     kinds = _kinds(model.config)
+    check_padding(model.config, padded.lengths)
 
     def find(source: Document | Store | None, n: int) -> OpenDocument[Reader | Snapshot] | None:
         look_up = finder(model, padded.rows[n], name, revision, profile, threads)
@@ -283,7 +289,8 @@ class _Prompts:
         if not len(sources) == len(prompts) > 0:
             raise KVZipError(f"{len(sources)} documents for {len(prompts)} prompts")
         self.rows = [ids_of(prompt, "prompts")[0] for prompt in prompts]
-        self.longest = max(map(len, self.rows))
+        self.lengths = [len(row) for row in self.rows]
+        self.longest = max(self.lengths)
 
     def check_text_only(self, config: PretrainedConfig, owner: str) -> None:
         """As :func:`kvzip.load.placeholders.check_text_only`, for each prompt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Collection
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -105,6 +106,34 @@ def check_fed_one_by_one(config: PretrainedConfig, left: int, chunk: int | None)
         raise KVZipError(
             f"a {kind} model of transformers goes on from a cache one token at a time only, and "
             f"{left} are left of the prompt: give prefill_chunk_size=1, to `generate`, too"
+        )
+
+
+_NUMBERS, _POSITIONS = "computes other numbers", "counts it as positions where nothing is cached"
+WRONG_WITH_PADDING = {
+    **dict.fromkeys(
+        (
+            *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "doge"),
+            *("marian", "mbart", "minimax_m3_vl_text", "mvp", "pegasus", "plbart", "prophetnet"),
+            *("trocr", "whisper", "xlstm"),
+        ),
+        _NUMBERS,
+    ),
+    **dict.fromkeys(("moss_transcribe_diarize", "roformer", "vibevoice_asr"), _POSITIONS),
+}
+"""Families for which transformers itself does not do right by padding at the left: what it does."""
+
+
+def check_padding(config: PretrainedConfig, lengths: Collection[int]) -> None:
+    """Raise UnsupportedError where prompts of these lengths would be padded, and the model is one
+    that transformers itself does not compute so."""
+    names = (config.model_type, config.get_text_config(decoder=True).model_type)
+    name = next((each for each in names if each in WRONG_WITH_PADDING), None)
+    if name is not None and len({*lengths}) > 1:
+        raise UnsupportedError(
+            f"prompts of unequal length, {sorted(lengths)}, cannot be a batch of a {name} model: "
+            f"with padding at the left transformers itself {WRONG_WITH_PADDING[name]}, and other "
+            "tokens come out than of each alone; batch prompts of one length, or load each alone"
         )
 
 

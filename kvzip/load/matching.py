@@ -180,7 +180,7 @@ def check_encoder_given(config: PretrainedConfig, encoder_ids: object) -> None:
     """Raise UsageError unless an encoder's ids are given where there is one, and only there."""
     if bool(config.is_encoder_decoder) != (encoder_ids is not None):
         raise UsageError(
-            "encoder_ids= is for the tokens that a model's encoder gets: this model has "
+            "encoder_ids= (--encoder-text) is for what a model's encoder gets: this model has "
             f"{'one, and they are missing' if config.is_encoder_decoder else 'none'}"
         )
 

@@ -198,9 +198,13 @@ def _whole_model(ref: str, where: Any, **settings: Any) -> Any:
     if settings.get("local_files_only"):  # PEFT, where it is installed, asks for adapters
         settings["adapter_kwargs"] = {"local_files_only": True}
     with _without_report():
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            where, **settings, output_loading_info=True
-        )
+        auto = transformers.AutoModelForCausalLM
+        if "gguf_file" not in settings:  # which is parsed for its config, too
+            only = {"local_files_only": settings.get("local_files_only", False)}
+            config = transformers.AutoConfig.from_pretrained(where, **only)
+            if config.is_encoder_decoder:  # of which the class above takes the decoder alone
+                auto = transformers.AutoModelForSeq2SeqLM
+        model, found = auto.from_pretrained(where, **settings, output_loading_info=True)
     _check_complete(ref, type(model).__name__, found)
     return model
 
