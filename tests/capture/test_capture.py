@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
+from command import run, run_json
 from families import Family
 from families import tiny_model as tiny_family
 from support import assert_same, tiny_model
@@ -15,7 +17,7 @@ from kvzip.capture import Document, capture, cut_documents, prefill, read_text
 from kvzip.cli import main
 from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.identity import is_fingerprint
-from kvzip.load.hf import cache_argument
+from kvzip.load.hf import cache_argument, load_or_prefill
 from kvzip.models import LoadedModel, load_model
 
 
@@ -206,6 +208,62 @@ def test_models_from_a_folder(tmp_path, llama):
     llama.model.save_pretrained(tmp_path)
     with pytest.raises(KVZipError, match="cannot be loaded"):
         load_model(str(tmp_path))  # it has no tokenizer
+
+
+@pytest.fixture
+def folder_of(tmp_path):
+    """A folder with a family's tiny model and a tokenizer of words, and two texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    (tmp_path / "text").write_text(" ".join(f"w{n * 7 % 90 + 8}" for n in range(60)))
+    (tmp_path / "source").write_text("w9 w11 w42 w17")
+
+    def make(family):
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        to = tmp_path / family.name
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(to)
+        family.model().save_pretrained(to)
+        return to
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_the_command_on_a_model_with_an_encoder(folder_of, name, tmp_path, capsys):
+    """What is captured is loaded for the same ids of encoder and decoder; and a second run, with
+    the same text for the encoder only, computes nothing."""
+    model, out = folder_of(Family(name, seq2seq=True)), tmp_path / "out"
+    command = ["capture", "--model", model, "--text", tmp_path / "text", "--tokens", 20]
+    command += ["--dtype", "fp32", "--docs", "0:2", "-o", out]
+    code, _, told = run(capsys, *command)
+    assert code and "--encoder-text" in told
+    for captured in (2, 0):
+        code, found = run_json(capsys, *command, "--encoder-text", tmp_path / "source")
+        assert (code, found["captured"]) == (0, captured)
+    code, _, told = run(capsys, *command, "--encoder-text", tmp_path / "text")
+    assert code and "differs in revision" in told
+
+    loaded = load_model(str(model), "fp32")
+    snapshot = kvzip.Snapshot.load(out / "doc-00001.safetensors")
+    assert snapshot.token_ids[0] == loaded.model.generation_config.decoder_start_token_id
+    source = torch.tensor([[9, 11, 42, 17]])
+    prompt = torch.from_numpy(np.append(snapshot.token_ids, [12, 13]).astype(np.int64))[None]
+    cache = load_or_prefill(snapshot, loaded.model, prompt, encoder_ids=source)
+    given = {"input_ids": source, "decoder_input_ids": prompt, "max_new_tokens": 12}
+    given |= {"decoder_attention_mask": torch.ones_like(prompt), "do_sample": False, "num_beams": 1}
+    assert cache.get_seq_length() == 19  # the last is its witness
+    right = loaded.model.generate(**given)
+    assert torch.equal(loaded.model.generate(**given, **cache_argument(cache)), right)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba"])
+def test_a_second_capture_of_states_computes_nothing(folder_of, name, tmp_path, capsys):
+    model = folder_of(Family(name))
+    command = ["capture", "--model", model, "--text", tmp_path / "text", "--tokens", 20]
+    for captured in (3, 0):
+        code, found = run_json(capsys, *command, "-o", tmp_path / "out")
+        assert (code, found["captured"]) == (0, captured)
 
 
 @pytest.mark.model
