@@ -17,7 +17,6 @@ import numpy as np
 
 from kvzip import dtypes
 from kvzip.choice.cost import (
-    TERA,
     By,
     CodecFigures,
     Option,
@@ -32,13 +31,13 @@ from kvzip.choice.cost import (
     number,
     options,
     pipeline_fill,
-    prefill_at_peak,
     split_seconds,
     storage_share,
     token_cost,
 )
 from kvzip.errors import KVZipError
 from kvzip.eval.money.breakeven import Use
+from kvzip.eval.money.families import document_bytes, prefill_of
 from kvzip.eval.money.prices import Price, PriceBase, PriceBook, Shape
 from kvzip.eval.money.room import Room, room
 from kvzip.eval.quantities import confidence, dollars, duration, rate, significant
@@ -121,19 +120,23 @@ def advise(
     threads: int = 1,
     store_bytes: float = 1e12,
     trace: Trace | None = None,
+    book: PriceBook | None = None,
 ) -> Advice:
     """What to do with one document of that model.
 
     The prefill's time is measured where `inputs` are of that model, else modelled on `compute`, a
     device's peak (default: that of the price base). `codecs`: those to look at, all of `inputs` by
     default. `store_bytes`: of the store whose room is asked about; `trace`: requests that it
-    serves. Raises KVZipError for figures that cannot be, or when the prefill's time is not known.
+    serves. `book`: the price book that `base` is of. Raises KVZipError for figures that cannot be,
+    or when the prefill's time is not known.
     """
     use = use or Use()
     number("tokens", tokens, zero=False)
-    raw_bytes = float(shape.numbers_per_token * tokens * dtypes.get(dtype).itemsize)
+    raw_bytes = document_bytes(shape, tokens, dtypes.get(dtype).itemsize)
     own = same_model(shape, inputs)
-    model_of, how, spread = prefill_model(shape, inputs if own else None, compute, base, tokens)
+    model_of, how, spread = prefill_model(
+        shape, inputs if own else None, compute, base, tokens, book
+    )
     prefill = model_of.seconds(tokens)
     figures = [
         CodecFigures(f.name, f.ratio, f.decode_rate * number("threads", threads, zero=False))
@@ -144,7 +147,7 @@ def advise(
         known = ", ".join(f.name for f in inputs.figures(dtype, tokens))
         raise KVZipError(f"none of these codecs was measured on {dtype}; there are: {known}")
     month = base.storage.value if base.storage else 0.0
-    prefill_usd, priced = _prefill_usd(shape, tokens, prefill, base)
+    prefill_usd, priced = _prefill_usd(shape, tokens, prefill, base, book)
     situation = Situation(
         raw_bytes=raw_bytes,
         layers=shape.layers,
@@ -154,7 +157,7 @@ def advise(
         prefill_usd=prefill_usd,
         egress=base.egress.value,
         storage=storage_share(month, use.hours, use.reads),
-        device_usd_per_hour=base.device.value,
+        device_usd_per_hour=base.device.value * shape.gpus,
     )
     found = options(situation, figures)
     draws = _draws(situation, figures, base, spread, own)
@@ -173,7 +176,13 @@ def advise(
         split=split_seconds(
             quickest.seconds or 0.0, prefill, shape.layers, fixed=min(fixed, quickest.seconds or 0)
         ),
-        room=room(store_bytes, raw_bytes, raw_bytes / tokens, figures, trace),
+        room=room(
+            store_bytes,
+            raw_bytes,
+            shape.numbers_per_token * dtypes.get(dtype).itemsize,
+            figures,
+            trace,
+        ),
         options=found,
         basis=[
             how,
@@ -197,12 +206,14 @@ def prefill_model(
     compute: Price | None,
     base: PriceBase,
     tokens: float | None = None,
+    book: PriceBook | None = None,
 ) -> tuple[PrefillModel, str, float]:
     """The prefill's time by its length, where it comes from, and its spread.
 
     It is measured where `inputs` are given and `compute` is not; else modelled on `compute`, a
     device's peak (default: that of the price base), or fitted to what the price base has. `tokens`:
-    the length that is asked about, if it is one. Raises KVZipError where nothing is known.
+    the length that is asked about, if it is one; `book`: where peaks of other devices stand, by
+    which a rate that was seen of the model is scaled. Raises KVZipError where nothing is known.
     """
     peak = compute or base.compute
     if inputs is not None and compute is None:
@@ -215,9 +226,7 @@ def prefill_model(
             words += f", {min(lengths):,.0f} to {max(lengths):,.0f} tokens: beyond, an estimate"
         return fit.model, words, max(SPREAD[kind], fit.worst)
     if peak is not None:
-        speed = peak.value * TERA * peak.utilisation
-        model = prefill_at_peak(shape.parameters, shape.layers, shape.width, speed)
-        words = f"prefill a model: {peak.utilisation:.0%} of {peak.value:g} TFLOP/s"
+        model, words = prefill_of(shape, peak, book)
         return model, words, SPREAD["modelled"]
     if base.prefill is not None:
         fitted = fit_prefill(base.prefill.points).model
@@ -229,7 +238,9 @@ def prefill_model(
     )
 
 
-def _prefill_usd(shape: Shape, tokens: int, seconds: float, base: PriceBase) -> tuple[float, str]:
+def _prefill_usd(
+    shape: Shape, tokens: int, seconds: float, base: PriceBase, book: PriceBook | None
+) -> tuple[float, str]:
     """Dollars of the prefill at the price base, and what they are: a list price by the token; or
     the time of the base's own device, modelled where it is not the one whose time is known."""
     if base.api_input is not None:
@@ -237,10 +248,10 @@ def _prefill_usd(shape: Shape, tokens: int, seconds: float, base: PriceBase) -> 
         return token_cost(tokens, base.api_input.value), words
     words = f"${base.device.value:g} an hour of {base.device_name}"
     if base.compute is not None:
-        model, how, _ = prefill_model(shape, None, base.compute, base)
+        model, how, _ = prefill_model(shape, None, base.compute, base, book=book)
         seconds = model.seconds(tokens)
         words += f", its {how}"
-    return device_cost(seconds, base.device.value), words
+    return device_cost(seconds, base.device.value * shape.gpus), words
 
 
 def _draws(

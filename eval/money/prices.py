@@ -71,6 +71,16 @@ class PrefillTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     note: str = ""
 
 
+Family = Literal["gqa", "mla", "hybrid", "compressed"]
+FAMILIES: dict[Family, str] = {
+    "gqa": "keys and values of every layer, for fewer heads than queries have",
+    "mla": "one latent a token and layer, for all heads",
+    "hybrid": "most layers keep a state, or a window, that does not grow with the text",
+    "compressed": "several tokens share one entry",
+}
+"""Families of models, by what they keep of a text."""
+
+
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a model's cache and its prefill's operations follow from."""
 
@@ -79,20 +89,47 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_dim: int
     query_heads: int
     parameters: float
-    """Those that multiply in a prefill."""
+    """Those that multiply in a prefill; of a mixture of experts, those that a token uses."""
     date: str
     source: str
     note: str = ""
+    family: Family = "gqa"
+    token_numbers: float | None = None
+    """Numbers that a token leaves in the cache, where these are not K and V of every layer and
+    head."""
+    fixed_numbers: float = 0.0
+    """Numbers that a text leaves in the cache whatever its length: states, windows."""
+    attention_layers: int | None = None
+    """Layers whose attention grows with the square of the length; all, where this is not said."""
+    gpus: int = 1
+    """GPUs that prefill together, because one has no room for the weights."""
+    utilisation: float | None = None
+    """The share of their peak that a prefill is taken to reach, in (0, 1], where that is not the
+    `compute` entry's."""
+    kv_gbps: float | None = None
+    """Gb/s of cache, in bf16, that `kv_gpus` of `kv_device` (an entry of `compute`) were seen to
+    produce at `kv_tokens` tokens: `utilisation` follows from it."""
+    kv_tokens: int = 0
+    kv_gpus: int = 0
+    kv_device: str = ""
+    kv_source: str = ""
 
     @property
-    def numbers_per_token(self) -> int:
-        """Numbers that a token leaves in the cache: K and V of every layer and head."""
+    def numbers_per_token(self) -> float:
+        """Numbers that a token leaves in the cache."""
+        if self.token_numbers is not None:
+            return self.token_numbers
         return 2 * self.layers * self.kv_heads * self.head_dim
 
     @property
     def width(self) -> int:
         """Query heads x head dimension, for :func:`kvzip.choice.cost.prefill_flops`."""
         return self.query_heads * self.head_dim
+
+    @property
+    def square_layers(self) -> int:
+        """Layers whose attention grows with the square of the length."""
+        return self.layers if self.attention_layers is None else self.attention_layers
 
 
 class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -263,10 +300,7 @@ def _check(book: PriceBook) -> None:
             raise KVZipError(f"{entry}: points must go by increasing length")
     for name, shape in book.model.items():
         _check_provenance(f"model.{name}", shape.date, shape.source)
-        for field in ("layers", "kv_heads", "head_dim", "query_heads", "parameters"):
-            value = getattr(shape, field)
-            if not (math.isfinite(value) and value > 0):
-                raise KVZipError(f"model.{name}: {field} is {value}; it must be above zero")
+        _check_shape(f"model.{name}", shape, book)
     for name, preset in book.preset.items():
         for group in _NAMED:
             wanted = getattr(preset, group)
@@ -275,6 +309,22 @@ def _check(book: PriceBook) -> None:
                     f"preset.{name} names {group}.{wanted}, which is not in the book; there are: "
                     + ", ".join(getattr(book, group))
                 )
+
+
+def _check_shape(entry: str, shape: Shape, book: PriceBook) -> None:
+    above = ["layers", "kv_heads", "head_dim", "query_heads", "parameters", "gpus"]
+    above += [f for f in ("token_numbers", "utilisation") if getattr(shape, f) is not None]
+    if shape.kv_gbps is not None:
+        above += ["kv_gbps", "kv_tokens", "kv_gpus"]
+        pick(f"compute entry for {entry}", book.compute, shape.kv_device)
+    for field in above:
+        value = getattr(shape, field)
+        if not (math.isfinite(value) and value > 0):
+            raise KVZipError(f"{entry}: {field} is {value}; it must be above zero")
+    for field in ("fixed_numbers", "square_layers"):
+        value = getattr(shape, field)
+        if not (math.isfinite(value) and value >= 0):
+            raise KVZipError(f"{entry}: {field} is {value}; it must be zero or more")
 
 
 def _check_price(entry: str, price: Price, unit: str) -> None:

@@ -60,18 +60,21 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """Raw bytes that a token leaves in the cache."""
     prefill: PrefillModel
     gpus: int
+    """Places that prefill, each of `gpus_each` GPUs; "a GPU", where it waits or works, is one of
+    them."""
+    gpus_each: int = 1
     gpu_usd_per_hour: float
     pcie: float
-    """Bits per second between host and GPU, for each GPU."""
+    """Bits per second between host and GPUs, for each place."""
     cores: int
-    """Of the host, for each GPU: what decodes."""
+    """Of the host, for each place: what decodes."""
     tiers: tuple[Tier, ...]
     """The fastest first."""
     policy: PolicyName = "lru"
 
     def check(self) -> Fleet:
         """This fleet. Raises KVZipError that names what cannot be."""
-        for name in ("layers", "bytes_per_token", "gpus", "cores"):
+        for name in ("layers", "bytes_per_token", "gpus", "gpus_each", "cores"):
             number(name, getattr(self, name), zero=False)
         number("pcie", self.pcie, zero=False, infinite=True)
         number("rent of a GPU", self.gpu_usd_per_hour)
@@ -116,7 +119,9 @@ def rooms(fleet: Fleet, codec: CodecUse, block_tokens: int) -> list[float]:
     for tier in fleet.tiers:
         ratio = codec.ratio if tier.encoded else 1.0
         # The profile lies once in the host's memory, or in that of every GPU.
-        held = {"host": ("host", 1), "device": ("gpu", fleet.gpus)}.get(codec.decoder)
+        held = {"host": ("host", 1), "device": ("gpu", fleet.gpus * fleet.gpus_each)}.get(
+            codec.decoder
+        )
         profile = codec.profile_bytes * held[1] if held and held[0] == tier.name else 0.0
         left = max(tier.bytes - profile, 0.0)
         found.append(float(math.floor(left * ratio / block + 1e-9)) if left < math.inf else left)

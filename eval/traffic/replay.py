@@ -63,7 +63,7 @@ def replay(
         model=fleet.model,
         dtype=dtype,
         block_bytes=fleet.bytes_per_token * BLOCK_TOKENS,
-        gpus=fleet.gpus,
+        gpus=fleet.gpus * fleet.gpus_each,
         policy=fleet.policy,
         inputs=list(inputs),
         basis=BASIS,
@@ -110,7 +110,8 @@ def row(
     ]
     found_tokens, tokens = found.tokens.sum(axis=1), prompt_tokens(trace)
     computed = fleet.bytes_per_token * float((tokens - found_tokens).sum()) if stored else 0.0
-    gpu_usd = device_cost(outcome.gpu_seconds, fleet.gpu_usd_per_hour)
+    gpu_seconds = outcome.gpu_seconds * fleet.gpus_each
+    gpu_usd = device_cost(gpu_seconds, fleet.gpu_usd_per_hour)
     store_usd = sum(tier.usd for tier in tiers)
     p50, p99 = np.percentile(outcome.ttft, [50, 99]).tolist()
     return FleetRow(
@@ -123,7 +124,7 @@ def row(
         ttft_mean=float(outcome.ttft.mean()),
         ttft_p50=p50,
         ttft_p99=p99,
-        gpu_seconds=outcome.gpu_seconds,
+        gpu_seconds=gpu_seconds,
         gpu_use=outcome.gpu_seconds / fleet.gpus / outcome.seconds,
         decode_core_seconds=_decoded_by_cores(fleet, codec, given) / codec.decode_rate,
         encode_core_seconds=computed / codec.encode_rate,

@@ -56,18 +56,24 @@ def setting(
     default. Raises KVZipError for what cannot be.
     """
     own = same_model(shape, inputs)
-    prefill, how, _ = prefill_model(shape, None, None, base)
-    count = gpus_needed(trace, prefill) if gpus is None else gpus
-    number("gpus", count, zero=False)
+    prefill, how, _ = prefill_model(shape, None, None, base, book=book)
+    each = shape.gpus
+    places = gpus_needed(trace, prefill) if gpus is None else gpus / each
+    number("gpus", places, zero=False)
+    if places != int(places):
+        raise UsageError(f"gpus is {gpus}; {model} takes {each} for each copy of it")
+    count = int(places) * each
+    pcie = book.link["host-to-h100"]
     fleet = Fleet(
         model=model,
         layers=shape.layers,
         bytes_per_token=float(shape.numbers_per_token * dtypes.get(dtype).itemsize),
         prefill=prefill,
-        gpus=count,
+        gpus=int(places),
+        gpus_each=each,
         gpu_usd_per_hour=base.device.value,
-        pcie=book.link["host-to-h100"].value * 1e9,
-        cores=cores,
+        pcie=pcie.value * 1e9 * each,
+        cores=cores * each,
         tiers=tiers(tiers_text, count, book),
         policy=policy,
     )
@@ -79,9 +85,13 @@ def setting(
         Input("GPUs", count, "", "assumed" if gpus is None else "given", "--gpus"),
         Input("GPU, rent", base.device.value, base.device.unit, "price", base.device.source),
         Input("cores of a GPU's host", cores, "", "given", "--threads, or its default"),
-        Input("PCIe", fleet.pcie / 1e9, "Gb/s", "stated", book.link["host-to-h100"].source),
+        Input("PCIe", pcie.value, pcie.unit, "stated", pcie.source),
         *tier_inputs(fleet.tiers, count, book),
     ]
+    if shape.fixed_numbers:
+        size = shape.fixed_numbers * dtypes.get(dtype).itemsize
+        words = "left out of blocks, as if it could be had again: hits are an upper bound"
+        found.append(Input("states and windows", size, "bytes", "assumed", words))
     uses = [_use(row, shape, inputs, decode, book) for row in rows]
     for use, row in zip(uses, rows, strict=True):
         found += _codec_inputs(use, row, inputs, own, book)
@@ -107,7 +117,7 @@ def _use(row: CodecRow, shape: Shape, inputs: Inputs, decode: str, book: PriceBo
         name=row.codec,
         ratio=row.ratio,
         decoder="device" if on_device else "host",
-        decode_rate=1e9 * rate,
+        decode_rate=1e9 * rate * (shape.gpus if on_device else 1),
         encode_rate=1e9 * row.encode_gbps,
         profile_bytes=profile_bytes(row.codec, shape),
     )

@@ -1,4 +1,4 @@
-"""kvzip advise, eval prices, paper: when compression pays."""
+"""kvzip advise, eval prices, families, paper: when compression pays."""
 
 from __future__ import annotations
 
@@ -89,6 +89,7 @@ def advise(
         threads=threads,
         store_bytes=store_size(store),
         trace=None if trace is None else read_trace(trace),
+        book=book,
     )
 
     def show() -> None:
@@ -126,6 +127,65 @@ def prices(
             show_table(table)
 
     emit(shown, as_json, show)
+
+
+@evaluate.command
+def families(
+    *,
+    tokens: int = 32768,
+    device: str = "h200",
+    dtype: str = "bf16",
+    inputs: Path | None = None,
+    price_file: PriceFiles = None,
+    as_json: Json = False,
+) -> None:
+    """What a model's family changes: cache a token, and how fast a prefill produces it, which is
+    the break-even bandwidth of raw bytes.
+
+    Parameters
+    ----------
+    tokens
+        Length of the text.
+    device
+        What prefills, of the price book: h100, h200, a100, ... As many as a model takes.
+    inputs
+        Measured inputs, for the codecs' ratios. Default: those that come with the library.
+    """
+    from kvzip.choice.auto import MEASURED
+    from kvzip.eval.money import families as comparing
+    from kvzip.eval.money.prices import FAMILIES, load_prices, pick
+    from kvzip.eval.quantities import duration, rate, significant
+    from kvzip.eval.results.inputs import Inputs
+    from kvzip.eval.results.stored import load
+
+    book = load_prices(*(price_file or []))
+    pick("device", book.compute, device)
+    found = {f.name: f for f in load(inputs or MEASURED, Inputs).figures(dtype, 1e9)}
+    codecs = [found[name] for name in ("channel", "predictive") if name in found]
+    rows = comparing.families(book, device, tokens, dtype, codecs)
+    says = comparing.sentence(rows, codecs[0]) if codecs else ""
+
+    def show() -> None:
+        table = Table(
+            *("model", "family", "kB a token", "fixed MB", "GPUs", "prefill", "raw from"),
+            *(f"{codec.name} from" for codec in codecs),
+            "rate is",
+            title=f"{tokens:,} tokens, {dtype}, {device}: loading beats prefill from ...",
+        )
+        for r in rows:
+            table.add_row(
+                *(r.model, r.family, significant(r.bytes_per_token / 1e3)),
+                *(significant(r.fixed_bytes / 1e6), str(r.gpus), duration(r.prefill_seconds)),
+                *(rate(1e9 * v) for v in (r.kv_gbps, *r.codec_gbps.values())),
+                r.basis,
+            )
+        show_table(table)
+        for name, words in FAMILIES.items():
+            say(f"{name}: {words}")
+        if says:
+            say(says)
+
+    emit({"rows": msgspec.to_builtins(rows), "sentence": says}, as_json, show)
 
 
 @evaluate.command

@@ -51,6 +51,7 @@ BASES = {
     "report": ([], ()),
     "advise": (["--tokens", "100", "--link", "1Gb/s"], ()),
     "eval prices": ([], ()),
+    "eval families": ([], ()),
     "eval fleet": (["--preset", "one-reader"], ()),
     "eval paper": ([], ()),
     "eval figures": (["none"], ()),

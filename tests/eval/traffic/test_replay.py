@@ -60,6 +60,14 @@ def test_dollars_worked_out_by_hand():
     assert (bare.usd, bare.tiers, bare.encode_core_seconds) == (pytest.approx(4), [], 0)
 
 
+def test_a_place_of_several_gpus_costs_them_all():
+    trace = synthetic(100, seed=2)
+    one = row(trace, a_fleet(gpus=2), HALF, "load")
+    four = row(trace, a_fleet(gpus=2, gpus_each=4), HALF, "load")
+    assert four.gpu_seconds == 4 * one.gpu_seconds and four.gpu_usd == 4 * one.gpu_usd
+    assert (four.gpu_use, four.ttft_mean) == (one.gpu_use, one.ttft_mean)
+
+
 def test_a_profile_takes_room_where_it_is_used():
     fleet = a_fleet(
         gpus=2,
@@ -127,6 +135,17 @@ def test_the_command(trace_file, tmp_path, capsys):
     words = run(capsys, *command)[1]
     for word in ("counted", "measured", "modelled", "list prices", "overlap"):
         assert word in words
+
+
+def test_models_of_other_families(trace_file, capsys):
+    command = ["eval", "fleet", "--trace", trace_file, "--codecs", "channel", "--prices", "h200"]
+    found = run_json(capsys, *command, "--model", "qwen3-5-397b")[1]
+    assert found["block_bytes"] == 512 * 30720 and found["gpus"] % 8 == 0
+    basis = {i["name"]: i["basis"] for i in found["inputs"]}
+    assert basis["states and windows"] == "assumed"
+    code, found = run_json(capsys, *command, "--model", "minimax-m2-5", "--gpus", "12")
+    assert code == 2 and "takes 8 for each copy" in json.dumps(found)
+    assert run_json(capsys, *command, "--model", "minimax-m2-5", "--gpus", "16")[1]["gpus"] == 16
 
 
 def test_codecs_on_a_gpu_say_whether_they_were_measured(trace_file, capsys):
