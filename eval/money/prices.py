@@ -73,9 +73,9 @@ class PrefillTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 Family = Literal["gqa", "mla", "hybrid", "compressed"]
 FAMILIES: dict[Family, str] = {
-    "gqa": "keys and values of every layer, for fewer heads than queries have",
-    "mla": "one latent a token and layer, for all heads",
-    "hybrid": "most layers keep a state, or a window, that does not grow with the text",
+    "gqa": "keys and values of every layer",
+    "mla": "one latent a token and layer",
+    "hybrid": "most layers keep a state or a window",
     "compressed": "several tokens share one entry",
 }
 """Families of models, by what they keep of a text."""

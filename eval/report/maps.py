@@ -1,16 +1,59 @@
-"""The two maps of a report: where loading is faster than prefill, and where it is cheaper."""
+"""The two maps of a report: where loading is faster than prefill, and where it is cheaper; and the
+models that they can be looked at for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 
-from kvzip.choice.cost import GB, MTOK, PrefillModel, break_even_bandwidth, break_even_egress
-from kvzip.eval.money.prices import default_prices
+import msgspec
+
+from kvzip.choice.cost import (
+    GB,
+    MTOK,
+    CodecFigures,
+    PrefillModel,
+    break_even_bandwidth,
+    break_even_egress,
+)
+from kvzip.eval.money.families import families, prefill_of, sentence
+from kvzip.eval.money.prices import FAMILIES, default_prices
 from kvzip.eval.report import charts, svg
 from kvzip.eval.report.answers import by_base, headline
 from kvzip.eval.report.text import bit_rate, usd
 from kvzip.eval.results.demo import CodecResult, DemoResult
+
+_DEVICE, _SEEN_AT = "h200", 32768
+"""The device that prefills other models, and the length at which their rates are stated."""
+
+
+class MapModel(msgspec.Struct, frozen=True):
+    """A model of the price book, as the maps' panel takes it: bytes a token in bf16 and the
+    prefill's time, ``a L + b L^2``, modelled."""
+
+    name: str
+    title: str
+    bytes: float
+    layers: int
+    a: float
+    b: float
+
+
+def models() -> list[MapModel]:
+    """The models of the price book on H200s."""
+    book, found = default_prices(), []
+    for name, shape in book.model.items():
+        prefill, _ = prefill_of(shape, book.compute[_DEVICE], book)
+        gpus = "an H200" if shape.gpus == 1 else f"{shape.gpus} H200"
+        title = f"{name} on {gpus} ({FAMILIES[shape.family]})"
+        size = 2 * shape.numbers_per_token
+        found.append(MapModel(name, title, size, shape.layers, prefill.a, prefill.b))
+    return found
+
+
+def family_sentence(codec: CodecFigures) -> str:
+    """What a family changes, beside that codec."""
+    return sentence(families(default_prices(), _DEVICE, _SEEN_AT, "bf16"), codec)
 
 
 def ideal_ratio(codecs: Sequence[CodecResult]) -> float:

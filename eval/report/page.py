@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from kvzip.choice.cost import GB, MTOK, PrefillModel, fit_prefill
+from kvzip.choice.cost import GB, MTOK, CodecFigures, PrefillModel, fit_prefill
 from kvzip.errors import KVZipError
 from kvzip.eval.frontier.hull import hull
 from kvzip.eval.money.breakeven import BreakEven
@@ -89,6 +90,7 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
     data = msgspec.structs.replace(result, report=None)
     script = _SCRIPT.read_text(encoding="utf-8")
     groups = by_base(result.breakeven)
+    best = max(result.codecs, key=lambda codec: codec.ratio)
     return template.render(
         r=result,
         x=extras,
@@ -107,6 +109,8 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         link_charts=_link_charts(extras.links) if extras.links else [],
         traffic_charts=_traffic_charts(extras.traffic or ()),
         strategies=STRATEGIES,
+        models=maps.models(),
+        families=maps.family_sentence(CodecFigures(best.name, best.ratio, math.inf)),
         paper_bytes=BYTES_PER_TOKEN,
         paper_ratio=ratio_needed(),
         widest=max((p.width for p in result.planes), default=1),
@@ -156,6 +160,7 @@ def panel(result: DemoResult, model: PrefillModel) -> dict[str, Any]:
         "codecs": [
             {"name": c.name, "ratio": c.ratio, "rate": c.decode_gbps * GB} for c in result.codecs
         ],
+        "models": [msgspec.to_builtins(model) for model in maps.models()],
         "presets": [
             {
                 "name": row.base,

@@ -5,6 +5,8 @@
   const given = JSON.parse(document.getElementById("kvzip-panel").textContent);
   const form = document.getElementById("panel");
   const field = (name) => form.elements.namedItem(name);
+  const own = { a: given.a, b: given.b, layers: given.layers, bytes: given.bytes };
+  let model = own;  // whose prefill the maps show
 
   // --- what was typed ---------------------------------------------------------------------------
 
@@ -29,9 +31,9 @@
 
   // --- formulas: bytes, seconds, bits per second, dollars; null where there is no threshold -------
 
-  const prefillSeconds = (tokens, s) => (given.a * tokens + given.b * tokens * tokens) / s.prefillspeed;
+  const prefillSeconds = (tokens, s) => (model.a * tokens + model.b * tokens * tokens) / s.prefillspeed;
 
-  function fillSeconds(raw, rate) { return raw / given.layers / rate; }
+  function fillSeconds(raw, rate) { return raw / model.layers / rate; }
 
   function loadSeconds(raw, ratio, rate, s) {
     const link = raw / ratio * 8 / (s.link * 1e6);
@@ -111,7 +113,7 @@
     return placed;
   }
 
-  function redraw(svg, line, own) {
+  function redraw(svg, line, here) {
     const f = frame(svg), above = svg.dataset.above === "yes", drawn = new Map();
     for (const element of svg.querySelectorAll("[data-line]")) {
       const key = element.dataset.line, points = [];
@@ -134,7 +136,7 @@
         `M${f.right} ${ends[i].toFixed(1)}L${f.right + 14} ${places[i].toFixed(1)}`);
       svg.querySelector(`[data-label="${key}"]`).setAttribute("y", (places[i] + 4).toFixed(1));
     });
-    const mark = svg.querySelector("[data-own]"), [x, y] = own;
+    const mark = svg.querySelector("[data-own]"), [x, y] = here;
     const inside = x >= f.x[0] && x <= f.x[1] && y >= f.y[0] && y <= f.y[1];
     mark.toggleAttribute("hidden", !inside);
     if (inside) mark.setAttribute("transform", `translate(${f.px(x).toFixed(1)} ${f.py(y).toFixed(1)})`);
@@ -209,13 +211,16 @@
     if (event.target.name === "preset") {
       const chosen = given.presets.find((p) => p.name === event.target.value);
       if (chosen) { field("egress").value = chosen.egress; field("prefill").value = chosen.prefill; }
+    } else if (event.target.name === "model") {
+      model = given.models.find((m) => m.name === event.target.value) || own;
+      field("bytes").value = model.bytes;
     } else if (event.target.name === "egress" || event.target.name === "prefill") {
       field("preset").value = "";
     }
     update();
   });
   // "reset" is told before the fields are.
-  form.addEventListener("reset", () => setTimeout(update));
+  form.addEventListener("reset", () => setTimeout(() => { model = own; update(); }));
   form.addEventListener("submit", (event) => event.preventDefault());
   document.documentElement.classList.add("live");
   update();

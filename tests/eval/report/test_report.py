@@ -13,9 +13,10 @@ import pytest
 from report_page import SPEEDS, Opened, result
 
 from kvzip.choice import cost
-from kvzip.choice.cost import CodecFigures, fit_prefill
+from kvzip.choice.cost import CodecFigures, PrefillModel, break_even_bandwidth, fit_prefill
 from kvzip.errors import KVZipError
 from kvzip.eval.money.prices import default_prices
+from kvzip.eval.report.maps import models
 from kvzip.eval.report.page import write_report
 from kvzip.eval.report.text import bit_rate, seconds, size, usd
 from kvzip.eval.results.demo import DemoResult, as_result
@@ -384,3 +385,33 @@ def test_every_preset_has_its_verdict(browser: Any, report: Path) -> None:
     by_title = {row.split("\t")[0]: row.split("\t")[1:] for row in rows}
     assert by_title["OpenAI's list price"][:5] == ["load"] * 5
     assert by_title["A rented H100"][:5] == ["prefill"] * 5
+
+
+def test_the_maps_of_another_model(browser: Any, report: Path) -> None:
+    """The panel's model brings its bytes and its prefill; the first line is where its cache comes
+    as fast as it is computed."""
+    opened = Opened(browser, report)
+    own = points(opened, "time-wide", "raw")
+    bytes_of_own = opened.page.input_value("#panel [name=bytes]")
+    chosen = {model.name: model for model in models()}["qwen3-5-397b"]
+    opened.page.select_option("#panel [name=model]", chosen.name)
+    type_in(opened.page, tokens=32768, link=5000)
+    assert opened.page.input_value("#panel [name=bytes]") == f"{chosen.bytes:g}"
+    prefill = PrefillModel(chosen.a, chosen.b)
+    limit = break_even_bandwidth(prefill.seconds(32768), chosen.bytes * 32768, 1.0).value
+    assert limit is not None and limit < 8.25e9  # without what its states take
+    here = cells(opened.page, "raw")
+    rate = SPEEDS["raw"][2] * 1e9
+    raw = chosen.bytes * 32768
+    there = break_even_bandwidth(
+        prefill.seconds(32768), raw, 1.0, decode_rate=rate, fill=raw / chosen.layers / rate
+    )
+    assert here["bandwidth"] == bit_rate(there.value or 0)
+    assert points(opened, "time-wide", "raw") != own
+    opened.page.click("#panel button[type=reset]")
+    opened.page.wait_for_timeout(50)
+    assert opened.page.input_value("#panel [name=bytes]") == bytes_of_own
+    assert points(opened, "time-wide", "raw") == own
+    assert opened.messages == []
+    text = opened.page.locator("main").inner_text()
+    assert "A hybrid divides the break-even bandwidth by 4.0 to 12.9" in text
