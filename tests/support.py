@@ -25,14 +25,21 @@ CHANNEL_DTYPES = ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
 """One format for each way in which `channel` divides numbers into exponent and mantissa."""
 UNLIKE_DTYPES = (*CHANNEL_DTYPES, "fp8_e5m2fnuz", "fp64", "int8")
 """Formats of which each is unlike the others for some codec: for tests that take long."""
+UNLIKE_PAIRS = [
+    (codec, dtype)
+    for codec in CODECS
+    for dtype in (UNLIKE_DTYPES if codec == "channel" else ("fp8_e5m2", "bf16", "fp32", "fp64"))
+]
+"""A codec and a format of each way in which it can take numbers: all but `channel` see bytes, and
+tell apart the sizes of numbers only."""
 NEED_PROFILE = {name for name in kvzip.codec_names() if kvzip.get_codec(name).needs_profile}
 """Codecs that have suites of their own, which learn profiles first."""
 
 
-def examples(count, dtype):
-    """How many examples a test tries of a format, where it tries `count` of those that differ most
-    for codecs, and all formats."""
-    return count if dtype in CHANNEL_DTYPES else count // 5
+def examples(count, codec, dtype):
+    """How many examples a test tries of a codec with a format, where it tries `count` of the pairs
+    that are unlike, and all pairs."""
+    return count if (codec, dtype) in UNLIKE_PAIRS else count // 10
 
 
 def random_bits(rng, dtype, shape):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, Us
 from kvzip.pages import MOST_TOKENS
 
 
+@cache
 def model(maker, dtype, dims=(16, 24)):
     """2,000 tokens' caches of a model of three layers, whose values are wider than their keys."""
     rng = np.random.default_rng(1)
@@ -49,10 +52,14 @@ def assert_pairs(found, expected):
             assert np.array_equal(x, y)
 
 
+known = cache(learned)
+"""The same, learned once for each format."""
+
+
 @given(data=st.data())
 @settings(max_examples=40)
 def test_any_numbers_come_back_and_are_below_the_bound(dtype, data):
-    profile = PROFILES.setdefault(dtype, learned(dtype))
+    profile = known(dtype)
     first = data.draw(st.integers(0, 2))
     layers = data.draw(st.integers(1, 3 - first))
     tokens = data.draw(st.sampled_from([1, 2, 15, 16, 17, 64, 128, 130, 256]))
@@ -73,9 +80,6 @@ def test_any_numbers_come_back_and_are_below_the_bound(dtype, data):
     assert_pairs(found, given_)
     for k, v in pools:
         assert not k[[0, 1, 2, 4]].any() and not v[[0, 1, 2, 4]].any()
-
-
-PROFILES: dict[str, kvzip.Profile] = {}
 
 
 def test_pages_are_smaller_than_the_numbers(profile):

@@ -29,7 +29,7 @@ def test_round_trip_of_any_bits(codec, dtype):
     """Any bits, any shape, K and V unlike each other, batches, any block length."""
 
     @given(data=st.data())
-    @settings(max_examples=examples(60, dtype))
+    @settings(max_examples=examples(30, codec, dtype))
     def round_trip(data):
         draw = data.draw
         snapshot = make_snapshot(

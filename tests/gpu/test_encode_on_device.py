@@ -71,14 +71,14 @@ def check(device, room, form, bits, size, pages=0):
     assert any(found)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("shape", "size"),
+    ("dtype", "shape", "size"),
     [
-        ((1, 2, 256, 128), 256),  # whole strips: several streams
-        ((1, 1, 300, 64), 128),  # the last group is shorter
-        ((2, 3, 70, 36), 70),  # two states a thread
-        ((1, 2, 24, 80), 24),  # one
+        # Whole strips: several streams.
+        *((dtype, (1, 2, 256, 128), 256) for dtype in ("bf16", "fp32", "fp8_e4m3fn")),
+        *((dtype, (1, 1, 300, 64), 128) for dtype in DTYPES),  # the last group is shorter
+        *((dtype, (2, 3, 70, 36), 70) for dtype in DTYPES),  # two states a thread
+        *((dtype, (1, 2, 24, 80), 24) for dtype in DTYPES),  # one
     ],
 )
 def test_blocks_are_what_the_cpu_writes(device, room, dtype, shape, size):
