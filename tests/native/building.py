@@ -71,23 +71,29 @@ def fuzzer(
     flags: Sequence[str],
     processor: str | None,
     emulated: Sequence[str] = (),
+    made: Path | None = None,
 ) -> Path:
     """The program fuzz_CODEC, made in `folder`, with the kernels of a "x86" or "arm" processor, or
-    with none but plain C++; with the flags of `emulation`, AVX-512 is emulated."""
+    with none but plain C++. With the flags of `emulation`, AVX-512 is emulated: what they change is
+    compiled, and the rest taken from the folder `made` of a program with the same `flags`."""
     sources = ["native/simd", "native/xxh3", *SOURCES[codec]]
+    defined = []
     if processor is not None:
         sources += KERNELS.get((processor, codec), [])
-        flags = [*flags, f"-DKVZIP_{'X86' if processor == 'x86' else 'NEON'}"]
+        defined = [f"-DKVZIP_{'X86' if processor == 'x86' else 'NEON'}"]
     program = f"fuzz_{codec}"
     files = {source: ROOT / "codecs" / f"{source}.cpp" for source in sources}
     files[program] = Path(__file__).with_name(f"{program}.cpp")
 
     def compiled(source: str) -> str:
         target = str(folder / f"{files[source].stem}.o")
-        own = options(source)
+        own = [*flags, *options(source)]
         if emulated and (source.startswith("native/") or source.endswith("_avx512")):
-            own = [*options(source.replace("_avx512", "_avx2")), *emulated]
-        command = [compiler, *FLAGS, *flags, *own, "-c", str(files[source])]
+            # Neither optimised nor checked, which takes minutes to compile.
+            own = ["-O0", *options(source.replace("_avx512", "_avx2")), *emulated]
+        elif made is not None:
+            return str(made / f"{files[source].stem}.o")
+        command = [compiler, *FLAGS, *defined, *own, "-c", str(files[source])]
         subprocess.run([*command, "-o", target], check=True)
         return target
 
