@@ -7,6 +7,8 @@ NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cp
 # What builds the codecs is in the environment, too, so that what is compiled is kept (in build/) and only what
 # changed is compiled again, for the tests' wheel as well.
 BUILD := 'scikit-build-core>=1.0' 'nanobind>=2.10' 'cmake>=3.26' ninja
+# The codecs are compiled while all else is fetched and installed, kvzip without them first.
+AS_HERE := --disable-pip-version-check --no-build-isolation
 # What is installed, and no more: each of these takes the extra of its name, and what is within it.
 DEMO := $(VENV)/.demo
 TEST := $(VENV)/.test
@@ -15,6 +17,9 @@ WITHIN_demo := demo
 WITHIN_test := demo test
 WITHIN_dev := demo test dev
 
+# Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format bench figures links traffic redraw measured qwen3-4b clean
 
 demo: $(DEMO)
@@ -22,7 +27,7 @@ demo: $(DEMO)
 
 test: $(TEST)
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m 'not long and not quiet'
-	$(BIN)/pytest -m 'quiet and not long'
+	$(BIN)/pytest -m 'quiet and not long' $$(grep -rl --include='*.py' mark.quiet tests)
 
 # The store with writers killed at random, a thousand puts and gets, and what else takes long.
 test-long: $(TEST)
@@ -157,7 +162,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -C wheel.cmake=false --target $(INSTALLED) .
+	$(BIN)/pip install $(AS_HERE) --quiet --no-deps -C wheel.cmake=false --target $(INSTALLED) .
 	cd $(INSTALLED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy -p kvzip
 	cd $(INSTALLED) && PYTHONPATH=$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 	  $(abspath $(BIN))/python -S $(abspath $(BIN))/lint-imports --no-logo $(CURDIR)/pyproject.toml
@@ -180,5 +185,7 @@ $(DEMO) $(TEST) $(READY): $(VENV)/.%: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing kvzip[$*] into $(VENV) and compiling the codecs: some minutes the first time"
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt $(BUILD)
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$*]'
+	$(BIN)/pip wheel $(AS_HERE) --quiet --no-deps --wheel-dir build . & compiling=$$!; \
+	  $(BIN)/pip install $(AS_HERE) -c constraints.txt -C wheel.cmake=false '.[$*]' && wait $$compiling
+	$(BIN)/pip install $(AS_HERE) --quiet --no-deps -e .
 	touch $(addprefix $(VENV)/.,$(WITHIN_$*))
