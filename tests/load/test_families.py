@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from families import UNABLE, Family, families  # noqa: E402
-from family_checks import TABLE, VERSION, Checks, row, stored_rows  # noqa: E402
+from family_checks import NEW, TABLE, VERSION, Checks, row, stored_rows  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip.load.caches import devices_of  # noqa: E402
@@ -150,7 +150,7 @@ def test_a_cache_of_minimax_own_class(types: tuple[str, ...]) -> None:
     held = cache.linear_cache[kinds.index("state")][0]
     assert (state == held.view(torch.int32).numpy().view(state.dtype)).all()
     prompt = checks.longer(checks.ids, 9)
-    right = checks._generate(24, input_ids=prompt, use_cache=False)
+    right = checks._generate(NEW, input_ids=prompt, use_cache=False)
     for snapshot in (found, checks.snapshot(checks.ids)):
         blob = kvzip.encode(snapshot, "channel", threads=1)
         assert kvzip.decode(blob, threads=1) == snapshot
