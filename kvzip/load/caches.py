@@ -16,6 +16,7 @@ from kvzip.load.held import TOKEN_PARTS, Held, has_states
 from kvzip.load.lazy import LazyLayer, lazy
 from kvzip.load.loaders import BatchLoader, Loader
 from kvzip.load.matching import Ids
+from kvzip.load.quantized import SETTINGS, fp8_layer, grouped_layer
 from kvzip.load.recovery import Taken, tell
 from kvzip.load.reuse import held_cache
 from kvzip.load.snapshots import held_by
@@ -48,7 +49,7 @@ def lazy_cache(
     for i, layer in enumerate(decoder_cache(config).layers):
         if kinds[i].empty:
             layers.append(layer)
-        elif "k_scale" in loader.shapes(i):
+        elif not {"k_scale", SETTINGS}.isdisjoint(loader.shapes(i)):
             layers.append(_quantized(loader, i, count, config))
         else:
             layers.append(lazy(layer, loader, i, count))
@@ -77,20 +78,14 @@ def lazy_cache(
 
 
 def _quantized(loader: Loader | BatchLoader, i: int, count: int, config: PretrainedConfig) -> Any:
-    """Layer i with keys and values in fp8, each with its scale, decoded now."""
-    from transformers.cache_utils import Fp8QuantizedLayer  # there is none in older releases
-
+    """Layer i with quantised keys and values, decoded now."""
     if isinstance(loader, BatchLoader):
-        raise UnsupportedError("caches in fp8 with scales cannot be put together to a batch")
-    layer, parts = Fp8QuantizedLayer(), loader.take(i).parts
-    layer._quantized_keys = parts["k"], parts["k_scale"]
-    layer._quantized_values = parts["v"], parts["v_scale"]
+        raise UnsupportedError("quantised caches cannot be put together to a batch")
+    parts = loader.load(i).parts  # what a model computes anew is not quantised
+    if SETTINGS in parts:
+        return grouped_layer(parts, count)
     computed = config.get_text_config(decoder=True).dtype or torch.float32
-    layer.device = parts["k"].device
-    layer.keys = torch.tensor([], dtype=computed, device=layer.device)
-    layer.values = torch.tensor([], dtype=computed, device=layer.device)
-    layer.is_initialized, layer.cumulative_length = True, count
-    return layer
+    return fp8_layer(parts, count, computed)
 
 
 def empty_cache(config: PretrainedConfig) -> Cache:

@@ -14,6 +14,7 @@ import torch
 
 from kvzip.errors import UnsupportedError
 from kvzip.layout import Kind
+from kvzip.load.quantized import GROUPED, fp8_parts, grouped_parts
 
 ENCODER_IDS = "ids"
 """The part of the first layer of kind "cross" that has the ids of the encoder's tokens."""
@@ -48,7 +49,7 @@ _FULL = (
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionAndStaticFullAttentionLayer",
 )
-_QUANTIZED = ("Fp8QuantizedLayer",)
+_QUANTIZED = ("Fp8QuantizedLayer", *GROUPED)
 _STATE = ("LinearAttentionLayer",)
 _NOTHING = ("DummyLayer",)
 
@@ -140,6 +141,10 @@ def held(layer: Any, i: int, latent: bool = False) -> Held:
     kind, window = kind_of(layer, i)
     if has_nothing(layer):
         return Held(kind, None, None, {})
+    if (backend := GROUPED.get(class_name(layer))) is not None:
+        parts = grouped_parts(layer, i, backend)
+        grouped = {name: Piece(*part) for name, part in parts.items()}
+        return Held("state", None, _length(layer), grouped)
     pieces = {} if kind == "state" else _tokens(layer, i, latent)
     if has_states(layer):
         pieces |= _states(layer)
@@ -157,7 +162,7 @@ def _length(layer: Any) -> int:
 def _tokens(layer: Any, i: int, latent: bool) -> dict[str, Piece]:
     """The parts that have an axis of tokens."""
     if class_name(layer) == "Fp8QuantizedLayer":
-        return _quantized(layer, i)
+        return {name: Piece(*part) for name, part in fp8_parts(layer, i).items()}
     keys, values = layer.keys, layer.values
     if keys is None or keys.ndim != 4:
         raise UnsupportedError(f"layer {i} of the cache is empty: run a forward pass first")
@@ -192,19 +197,6 @@ def _filled(layer: Any) -> int | None:
     """How many tokens of a layer's tensors mean something; None: all of them."""
     most = getattr(layer, "max_cache_len", None)
     return None if most is None else min(most, _length(layer))
-
-
-def _quantized(layer: Any, i: int) -> dict[str, Piece]:
-    """Keys and values in fp8, each with the scale of the whole tensor."""
-    if layer._quantized_keys is None:
-        raise UnsupportedError(f"layer {i} of the cache is empty: run a forward pass first")
-    (k, k_scale), (v, v_scale) = layer._quantized_keys, layer._quantized_values
-    return {
-        "k": Piece(k, "bhtd"),
-        "v": Piece(v, "bhtd"),
-        "k_scale": Piece(k_scale, ""),
-        "v_scale": Piece(v_scale, ""),
-    }
 
 
 def _states(layer: Any) -> dict[str, Piece]:

@@ -25,6 +25,7 @@ from kvzip.load.config import (
     rope_parameters,
 )
 from kvzip.load.held import ENCODER_IDS
+from kvzip.load.quantized import SETTINGS
 from kvzip.options import integer, text
 from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import LayerLayout, Layout, Origin, Snapshot
@@ -126,6 +127,8 @@ def _compared(
     all layers are `alike` a config says how many heads there are in words of its own."""
     yield "parts", not layer.parts, kind.empty
     if kind.empty:
+        return
+    if SETTINGS in layer.parts:  # of a quantised layer, which has neither heads nor tokens
         return
     # A cache that was taken without its model does not say that it holds latents.
     latent = kind.kind == "latent" and "latent" not in layer.parts

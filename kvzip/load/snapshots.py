@@ -15,11 +15,13 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.identity.checkpoint import changed
 from kvzip.load.config import LayerKind, layer_kinds
 from kvzip.load.held import ENCODER_IDS, TOKEN_PARTS, Held, Piece, as_bytes, has_nothing, held
 from kvzip.load.matching import ids_of, origin_of_model, revision_of_source
 from kvzip.load.own import is_own, layers_in
 from kvzip.load.placeholders import check_text_only
+from kvzip.load.quantized import SETTINGS
 from kvzip.models import products
 from kvzip.snapshot import Layer, LayerLayout, Origin, PartLayout, Snapshot
 
@@ -58,6 +60,10 @@ def snapshot_of_cache(
     ]
     dtype = dtype_of(layers)
     origin = _origin(model, cache, encoder_ids)
+    if origin.revision and any(SETTINGS in layer.parts for layer in layers):
+        # The model itself computes other numbers, and must not find these.
+        revision = changed(origin.revision, {"quantised": _settings(found)})
+        origin = msgspec.structs.replace(origin, revision=revision)
     snapshot = Snapshot(layers, dtype, None, origin)
     if ids is not None:
         if model is not None and not isinstance(model, str):
@@ -93,6 +99,12 @@ def _origin(
     origin = origin_of_model(model)
     revision = revision_of_source(origin.revision, encoder_ids)
     return msgspec.structs.replace(origin, revision=revision, software=software)
+
+
+def _settings(found: Sequence[Held]) -> str:
+    """How the first of these layers that is quantised was quantised."""
+    pieces = next(one.pieces for one in found if SETTINGS in one.pieces)
+    return bytes(pieces[SETTINGS].tensor.tolist()).decode()
 
 
 def held_by(cache: Cache, kinds: Sequence[LayerKind] = ()) -> list[Held]:
