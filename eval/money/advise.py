@@ -138,14 +138,7 @@ def advise(
         shape, inputs if own else None, compute, base, tokens, book
     )
     prefill = model_of.seconds(tokens)
-    figures = [
-        CodecFigures(f.name, f.ratio, f.decode_rate * number("threads", threads, zero=False))
-        for f in inputs.figures(dtype, tokens)
-        if codecs is None or f.name in codecs
-    ]
-    if not figures:
-        known = ", ".join(f.name for f in inputs.figures(dtype, tokens))
-        raise KVZipError(f"none of these codecs was measured on {dtype}; there are: {known}")
+    figures = _figures(inputs, dtype, tokens, codecs, threads)
     month = base.storage.value if base.storage else 0.0
     prefill_usd, priced = _prefill_usd(shape, tokens, prefill, base, book)
     situation = Situation(
@@ -161,9 +154,7 @@ def advise(
     )
     found = options(situation, figures)
     draws = _draws(situation, figures, base, spread, own)
-    quickest = min((o for o in found[1:]), key=lambda o: o.seconds or math.inf)
-    rate = next(f.decode_rate for f in figures if f.name == quickest.name)
-    fixed = latency + pipeline_fill(raw_bytes, shape.layers, rate)
+    token_bytes = shape.numbers_per_token * dtypes.get(dtype).itemsize
     return Advice(
         model=model,
         dtype=dtype,
@@ -173,16 +164,8 @@ def advise(
         price_base=base.title,
         seconds=_choice("seconds", situation, figures, found, draws),
         dollars=_choice("dollars", situation, figures, found, draws),
-        split=split_seconds(
-            quickest.seconds or 0.0, prefill, shape.layers, fixed=min(fixed, quickest.seconds or 0)
-        ),
-        room=room(
-            store_bytes,
-            raw_bytes,
-            shape.numbers_per_token * dtypes.get(dtype).itemsize,
-            figures,
-            trace,
-        ),
+        split=_split(situation, figures, found, prefill),
+        room=room(store_bytes, raw_bytes, token_bytes, figures, trace),
         options=found,
         basis=[
             how,
@@ -193,6 +176,34 @@ def advise(
             f"prices of {base.name}: egress ${base.egress.value:g}/GB, {priced}",
         ],
     )
+
+
+def _figures(
+    inputs: Inputs, dtype: str, tokens: int, codecs: Sequence[str] | None, threads: int
+) -> list[CodecFigures]:
+    """What was measured of these codecs, decoding on so many threads. Raises KVZipError when
+    nothing was."""
+    known = inputs.figures(dtype, tokens)
+    figures = [
+        CodecFigures(f.name, f.ratio, f.decode_rate * number("threads", threads, zero=False))
+        for f in known
+        if codecs is None or f.name in codecs
+    ]
+    if not figures:
+        there = ", ".join(f.name for f in known)
+        raise KVZipError(f"none of these codecs was measured on {dtype}; there are: {there}")
+    return figures
+
+
+def _split(
+    s: Situation, figures: Sequence[CodecFigures], found: Sequence[Option], prefill: float
+) -> Split:
+    """The first layers computed while the codec that loads fastest loads the others."""
+    quickest = min(found[1:], key=lambda option: option.seconds or math.inf)
+    load = quickest.seconds or 0.0
+    rate = next(f.decode_rate for f in figures if f.name == quickest.name)
+    fixed = s.latency + pipeline_fill(s.raw_bytes, s.layers, rate)
+    return split_seconds(load, prefill, s.layers, fixed=min(fixed, load))
 
 
 def same_model(shape: Shape, inputs: Inputs) -> bool:

@@ -55,7 +55,6 @@ def setting(
     look at, all of `inputs` by default. `gpus`: as many as the trace needs without a store, by
     default. Raises KVZipError for what cannot be.
     """
-    own = same_model(shape, inputs)
     prefill, how, _ = prefill_model(shape, None, None, base, book=book)
     each = shape.gpus
     places = gpus_needed(trace, prefill) if gpus is None else gpus / each
@@ -81,21 +80,34 @@ def setting(
     found = [
         Input("prefill, a", prefill.a, "s/token", "modelled", how),
         Input("prefill, b", prefill.b, "s/token^2", "modelled", how),
+        *_machine_inputs(fleet, shape, dtype, base, book, "given" if gpus else "assumed"),
+    ]
+    uses = [_use(row, shape, decode, book) for row in rows]
+    for use, row in zip(uses, rows, strict=True):
+        found += _codec_inputs(use, row, inputs, same_model(shape, inputs), book)
+    return Setting(fleet.check(), [use.check() for use in uses], found)
+
+
+def _machine_inputs(
+    fleet: Fleet, shape: Shape, dtype: str, base: PriceBase, book: PriceBook, count: Basis
+) -> list[Input]:
+    """The numbers of a fleet's machines and of the model's cache."""
+    pcie, each = book.link["host-to-h100"], fleet.gpus_each
+    found = [
         Input("cache", fleet.bytes_per_token, "bytes/token", "stated", shape.source),
-        Input("GPUs", count, "", "assumed" if gpus is None else "given", "--gpus"),
+        Input("GPUs", fleet.gpus * each, "", count, "--gpus"),
         Input("GPU, rent", base.device.value, base.device.unit, "price", base.device.source),
-        Input("cores of a GPU's host", cores, "", "given", "--threads, or its default"),
+        Input(
+            "cores of a GPU's host", fleet.cores / each, "", "given", "--threads, or its default"
+        ),
         Input("PCIe", pcie.value, pcie.unit, "stated", pcie.source),
-        *tier_inputs(fleet.tiers, count, book),
+        *tier_inputs(fleet.tiers, fleet.gpus * each, book),
     ]
     if shape.fixed_numbers:
         size = shape.fixed_numbers * dtypes.get(dtype).itemsize
         words = "left out of blocks, as if it could be had again: hits are an upper bound"
         found.append(Input("states and windows", size, "bytes", "assumed", words))
-    uses = [_use(row, shape, inputs, decode, book) for row in rows]
-    for use, row in zip(uses, rows, strict=True):
-        found += _codec_inputs(use, row, inputs, own, book)
-    return Setting(fleet.check(), [use.check() for use in uses], found)
+    return found
 
 
 def _measured(inputs: Inputs, dtype: str, codecs: Sequence[str] | None) -> list[CodecRow]:
@@ -108,7 +120,7 @@ def _measured(inputs: Inputs, dtype: str, codecs: Sequence[str] | None) -> list[
     return [pick("measured codec", known, name) for name in codecs or known]
 
 
-def _use(row: CodecRow, shape: Shape, inputs: Inputs, decode: str, book: PriceBook) -> CodecUse:
+def _use(row: CodecRow, shape: Shape, decode: str, book: PriceBook) -> CodecUse:
     on_device = decode == "device" and row.codec in book.decoder
     rate = book.decoder[row.codec].value if on_device else row.decode_gbps
     if decode not in ("host", "device"):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
+from cyclopts import Parameter
 from rich.table import Column, Table
 
 from kvzip.cli.app import evaluate
@@ -19,24 +20,49 @@ if TYPE_CHECKING:
     from kvzip.eval.results.traffic import TrafficResult
 
 
+def _says(words: str) -> Parameter:
+    return Parameter(help=words)
+
+
+Preset = Annotated[str, _says("paper-80m, one-reader, team, company or world.")]
+Config = Annotated[
+    Path | None, _says("TOML with fields that differ from the preset: readers = 1e6, zipf = 0.8.")
+]
+Capacities = Annotated[
+    str, _says("Of an LRU store, in blocks of 512 tokens of raw size, with commas between.")
+]
+Ratios = Annotated[str, _says("How many times as small a codec makes a block, commas between.")]
+Model = Annotated[str, _says("One of the price book (kvzip eval families), a hub id, or a folder.")]
+Prices = Annotated[str, _says("A preset of the price book, for the GPU's rent and its prefill.")]
+Tiers = Annotated[
+    str, _says("gpu, host, nvme, object, each with a size after a colon if wanted: host:400GB.")
+]
+Gpus = Annotated[int | None, _says("Default: the fewest that are 75 % busy without a store.")]
+Cores = Annotated[int, _says("Cores of the host for each GPU; they decode and encode.")]
+Eviction = Annotated[
+    Literal["lru", "s3-fifo"],
+    _says("What a full tier drops: what was used longest ago, or as S3-FIFO says."),
+]
+
+
 @evaluate.command
 def fleet(
     *,
-    preset: str = "paper-80m",
-    config: Path | None = None,
+    preset: Preset = "paper-80m",
+    config: Config = None,
     trace: Path | None = None,
     codecs: str | None = None,
     dtype: str = "bf16",
     inputs: Path | None = None,
     price_file: PriceFiles = None,
-    capacity_blocks: str = "1000,2000,5000,10000,20000,50000",
-    ratios: str = "1,1.54,2.2",
-    model: str = "qwen3-4b",
-    prices: str = "h100-rented",
-    tiers: str = "gpu,host",
-    gpus: int | None = None,
-    threads: int = 16,
-    policy: Literal["lru", "s3-fifo"] = "lru",
+    capacity_blocks: Capacities = "1000,2000,5000,10000,20000,50000",
+    ratios: Ratios = "1,1.54,2.2",
+    model: Model = "qwen3-4b",
+    prices: Prices = "h100-rented",
+    tiers: Tiers = "gpu,host",
+    gpus: Gpus = None,
+    threads: Cores = 16,
+    policy: Eviction = "lru",
     strategies: str = "recompute,load,choose,overlap",
     decode: Literal["host", "device"] = "host",
     spread: bool = False,
@@ -48,34 +74,14 @@ def fleet(
 
     Parameters
     ----------
-    preset
-        paper-80m (80 million agents on one document), one-reader, team, company, world.
-    config
-        TOML with fields of the fleet that differ from the preset: readers = 1e6, zipf = 0.8, ...
     trace
-        Requests in Mooncake's format: JSON lines, plain, gzip or Zstandard. They are replayed on
-        GPUs with a store between, as docs/fleet.md says; all options after this one are of use.
+        Requests in Mooncake's format, plain, gzip or Zstandard, which are replayed on GPUs with a
+        store between (docs/fleet.md).
     codecs
-        Names of measured codecs, with commas between. Default: raw,channel; of a trace all that
-        were measured; none, to see capacities only.
+        Measured codecs, with commas between. Default: raw,channel; of a trace all that were
+        measured; none, to see capacities only.
     inputs
         Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
-    capacity_blocks
-        Capacities of an LRU store, in blocks of 512 tokens of raw size, with commas between.
-    ratios
-        How many times as small a codec makes a block, with commas between.
-    model
-        One of the price book (qwen3-4b, ...), a hub id, or a folder.
-    prices
-        A preset of the price book, for the GPU's rent and its prefill.
-    tiers
-        What keeps blocks: gpu, host, nvme, object, with a size after a colon: host:400GB.
-    gpus
-        How many. Default: the fewest that are 75 % busy at most without a store.
-    threads
-        Cores of the host for each GPU, which decode and encode.
-    policy
-        What a tier drops: lru, what was used longest ago; or s3-fifo.
     strategies
         Names with commas between: recompute, load, choose, overlap.
     decode
@@ -85,44 +91,37 @@ def fleet(
     output
         File for the result as JSON, of a trace; `kvzip report` takes it.
     """
-    if trace is not None:
-        from kvzip.eval.traffic.trace import read_trace
-        from kvzip.eval.traffic.trace import spread as evenly
-
-        requests = read_trace(trace)
-        found = _replay(
-            evenly(requests) if spread else requests,
-            model=model,
-            dtype=dtype,
-            prices=prices,
-            price_file=price_file,
-            inputs=inputs,
-            codecs=codecs,
-            strategies=names(strategies),
-            sizes=numbers("--capacity-blocks", capacity_blocks),
-            ratios=numbers("--ratios", ratios),
-            options={
-                "tiers_text": tiers,
-                "gpus": gpus,
-                "cores": threads,
-                "policy": policy,
-                "decode": decode,
-            },
-        )
+    if trace is None:
         if output is not None:
-            from kvzip.eval.results import stored
-
-            stored.save(found, output)
-        emit(msgspec.to_builtins(found), as_json, lambda: _show_traffic(found))
+            raise UsageError("only what a trace gives is stored: name one with --trace")
+        _presets(preset, config, codecs or "raw,channel", dtype, inputs, price_file, as_json)
         return
+    found = _replay(
+        trace,
+        spread=spread,
+        model=model,
+        dtype=dtype,
+        prices=prices,
+        price_file=price_file,
+        inputs=inputs,
+        codecs=codecs,
+        strategies=names(strategies),
+        sizes=numbers("--capacity-blocks", capacity_blocks),
+        ratios=numbers("--ratios", ratios),
+        options={"tiers_text": tiers, "gpus": gpus, "cores": threads, "policy": policy}
+        | {"decode": decode},
+    )
     if output is not None:
-        raise UsageError("only what a trace gives is stored: name one with --trace")
-    _presets(preset, config, codecs or "raw,channel", dtype, inputs, price_file, as_json)
+        from kvzip.eval.results import stored
+
+        stored.save(found, output)
+    emit(msgspec.to_builtins(found), as_json, lambda: _show_traffic(found))
 
 
 def _replay(
-    trace: Any,
+    path: Path,
     *,
+    spread: bool,
     model: str,
     dtype: str,
     prices: str,
@@ -143,9 +142,13 @@ def _replay(
     from kvzip.eval.traffic.fleet import STRATEGIES
     from kvzip.eval.traffic.replay import replay
     from kvzip.eval.traffic.setting import setting
+    from kvzip.eval.traffic.trace import read_trace
+    from kvzip.eval.traffic.trace import spread as evenly
 
     for name in strategies:
         pick("strategy", STRATEGIES, name)
+    trace = read_trace(path)
+    trace = evenly(trace) if spread else trace
     book = load_prices(*(price_file or []))
     made = setting(
         trace=trace,

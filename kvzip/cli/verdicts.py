@@ -55,8 +55,10 @@ def advise(
         Those to look at, with commas between. Default: all that were measured.
     threads
         Cores of the reader; decoding is taken to be that many times as fast.
-    reads, hours
-        How often a stored cache is read, and in how many hours: storage is charged by the read.
+    reads
+        How often a stored cache is read: storage is charged by the read.
+    hours
+        In which these reads come.
     inputs
         Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
     store
