@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError
-from kvzip.files import name_of
+from kvzip.files import made_folder
 from kvzip.identity.checkpoint import changed
 from kvzip.layout import KV
 from kvzip.models import LoadedModel
@@ -335,27 +335,26 @@ def capture(
     memory at a time. `progress` is called after each with whether it was computed now.
     """
     callback("progress", progress)
-    folder = Path(name_of(folder))
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for document in documents:
-        path = folder / f"doc-{document.number:05d}.safetensors"
-        made = not path.exists()
-        if made:
-            snapshot = prefill(
-                loaded,
-                document.token_ids,
-                dtype=dtype,
-                full_history=full_history,
-                text=document.name,
-                encoder_ids=encoder_ids,
-            )
-            snapshot.save(path)
-        else:
-            _check_same(path, loaded, document, dtype, full_history, encoder_ids)
-        paths.append(path)
-        if progress is not None:
-            progress(document, made)
+    with made_folder(folder) as there:
+        for document in documents:
+            path = there / f"doc-{document.number:05d}.safetensors"
+            made = not path.exists()
+            if made:
+                snapshot = prefill(
+                    loaded,
+                    document.token_ids,
+                    dtype=dtype,
+                    full_history=full_history,
+                    text=document.name,
+                    encoder_ids=encoder_ids,
+                )
+                snapshot.save(path)
+            else:
+                _check_same(path, loaded, document, dtype, full_history, encoder_ids)
+            paths.append(path)
+            if progress is not None:
+                progress(document, made)
     return paths
 
 

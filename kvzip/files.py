@@ -234,6 +234,22 @@ def scratch_folder(within: Path | None = None) -> Iterator[Path]:
         os.close(handle)
 
 
+@contextmanager
+def made_folder(path: AnyPath) -> Iterator[Path]:
+    """A folder that is there, made with those above it if need be; what was made is removed again
+    if the block ends with an error and nothing is in it."""
+    folder = Path(name_of(path))
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):
+            for each in new:
+                each.rmdir()
+        raise
+
+
 # --- unfinished files ----------------------------------------------------------------------
 
 

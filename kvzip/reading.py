@@ -135,8 +135,9 @@ def contents(path: files.AnyPath, most: int = 16 << 20) -> bytes:
     """All bytes of a file, which may be a pipe. Raises UsageError when there are more than `most`,
     and OSError."""
     with reading(path, lambda _: most) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
+        large = os.fstat(file.fileno()).st_size > most
+        data = b"" if large else file.read(most + 1)
+    if large or len(data) > most:
         name = files.name_of(path)
         raise UsageError(f"{name} has more than {most:,} bytes, and is read as a whole: give less")
     return data

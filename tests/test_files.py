@@ -403,3 +403,17 @@ def test_what_the_library_writes_goes_this_way(tmp_path):
         write(pipe)
         reader.join(10)
         assert got == [(tmp_path / name).read_bytes()]
+
+
+def test_a_folder_that_stays_empty_goes_with_the_error(tmp_path):
+    with pytest.raises(RuntimeError), files.made_folder(tmp_path / "a" / "b"):
+        raise RuntimeError
+    assert names(tmp_path) == []
+    with pytest.raises(RuntimeError), files.made_folder(tmp_path / "a" / "b") as folder:
+        put(folder / "kept", b"x")
+        raise RuntimeError
+    assert names(folder) == ["kept"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RuntimeError), files.made_folder(tmp_path / "empty"):
+        raise RuntimeError
+    assert names(tmp_path) == ["a", "empty"]  # it was there before

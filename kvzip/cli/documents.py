@@ -27,6 +27,7 @@ from kvzip.cli.arguments import (
 )
 from kvzip.cli.terminal import bar, emit, ratio_words, say, show_table, sizes, working
 from kvzip.errors import CorruptError
+from kvzip.files import made_folder
 from kvzip.snapshot import Snapshot, sha256_raw
 
 
@@ -76,32 +77,32 @@ def capture(
 
     picked = document_range(docs)
     computed = capturing.computed_in(dtype)
-    output.mkdir(parents=True, exist_ok=True)
-    with working(f"loading {model}"):
-        loaded = load_model(model, computed, device)
-        front = encoder_ids = None
-        if encoder_text is not None:
-            encoder_ids = capturing.ids_for_encoder(loaded.tokenizer, encoder_text)
-            front = capturing.decoder_start(loaded.model)
-        documents = capturing.cut_documents(loaded.tokenizer, text, tokens, picked, front)
-    new = 0
-    began = time.perf_counter()
-    with bar("prefill", len(documents), in_bytes=False) as advance:
+    with made_folder(output):
+        with working(f"loading {model}"):
+            loaded = load_model(model, computed, device)
+            front = encoder_ids = None
+            if encoder_text is not None:
+                encoder_ids = capturing.ids_for_encoder(loaded.tokenizer, encoder_text)
+                front = capturing.decoder_start(loaded.model)
+            documents = capturing.cut_documents(loaded.tokenizer, text, tokens, picked, front)
+        new = 0
+        began = time.perf_counter()
+        with bar("prefill", len(documents), in_bytes=False) as advance:
 
-        def progress(document: capturing.Document, made: bool) -> None:
-            nonlocal new
-            new += made
-            advance(1)
+            def progress(document: capturing.Document, made: bool) -> None:
+                nonlocal new
+                new += made
+                advance(1)
 
-        paths = capturing.capture(
-            loaded,
-            documents,
-            output,
-            dtype=dtype,
-            full_history=full_history,
-            encoder_ids=encoder_ids,
-            progress=progress,
-        )
+            paths = capturing.capture(
+                loaded,
+                documents,
+                output,
+                dtype=dtype,
+                full_history=full_history,
+                encoder_ids=encoder_ids,
+                progress=progress,
+            )
     result = {
         "files": [str(p) for p in paths],
         "captured": new,

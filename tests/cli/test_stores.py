@@ -204,3 +204,13 @@ def test_json_comes_whichever_input_fails(documents, capsys, tmp_path, command, 
     (tmp_path / "text").write_text("no document")
     code, found = run_json(capsys, *command.split(), documents[0], wrong, *SEVERAL[command])
     assert code in (1, 2) and ("error" in found or found["failed"])
+
+
+def test_a_capture_that_is_refused_makes_no_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("a text")
+    code, found = run_json(
+        capsys, "capture", "--model", "./none", "--text", "text", "-o", "new/folder"
+    )
+    assert code in (1, 2) and "error" in found
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
