@@ -54,16 +54,8 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             force_setattr(self, "shape", shape)
         if type(self.axes) is not str:
             force_setattr(self, "axes", text("axes", self.axes))
-        axes = self.axes
-        if not (
-            len(shape) == len(axes) == len(set(axes))
-            and not set(axes) - set(_AXES)
-            and not {"t", "r"} <= set(axes)
-            and axes.find("b") <= 0
-            and min(shape, default=0) >= 0
-            and max(shape, default=0) <= _MOST
-        ):
-            raise UsageError(f"a part's shape or axes make no sense: {self}")
+        if (wrong := _wrong_axes(self.axes, shape)) is not None:
+            raise UsageError(f"a part of axes {self.axes!r} and shape {list(shape)}: {wrong}")
 
     @property
     def form(self) -> dtypes.DType:
@@ -186,32 +178,9 @@ class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             if value is not None and type(value) is not int:
                 force_setattr(self, name, integer(name, value))
         force_setattr(self, "parts", _checked_parts(self.parts))
-        held = [part.tokens for part in self.parts.values()]
-        timeless, lengths = None in held, {tokens for tokens in held if tokens is not None}
-        batches = {
-            part.batch
-            for part in self.parts.values()
-            if part.tokens is not None or self.state_length is not None
-        }
-        fits = (
-            len(lengths) <= 1
-            and max(lengths, default=0) <= self.cumulative_length <= _MOST
-            and self.kind in KINDS
-            and (self.window is None or self.kind in ("sliding", "latent"))
-            and (self.window is not None or self.kind != "sliding")
-            and (self.window is None or 0 < self.window < 2**63)
-            and (self.rope is None or 0 <= self.rope < 2**31)
-            and (
-                self.state_length is None
-                or (timeless and 0 <= self.state_length <= self.cumulative_length)
-            )
-            and (bool(lengths) == (self.kind != "state") or not self.parts)
-            and (self.kind != "state" or self.state_length == self.cumulative_length)
-        )
-        if not fits:
-            raise UsageError(f"a layer's shape or kind makes no sense: {self}")
-        if len(batches) > 1:
-            raise UsageError(f"a layer's parts are not all of one batch: {self}")
+        wrong = _wrong_in(self)
+        if wrong is not None:
+            raise UsageError(f"a layer of kind {self.kind}: {wrong}")
 
     @classmethod
     def of_kv(
@@ -303,6 +272,99 @@ class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             for name, part in self.parts.items()
         }
         return msgspec.structs.replace(self, parts=parts, cumulative_length=length)
+
+
+def _wrong_axes(axes: str, shape: tuple[int, ...]) -> str | None:
+    """What of a part's axes and shape does not fit, in words; None where all does."""
+    if unknown := sorted(set(axes) - set(_AXES)):
+        return f"there is no axis {unknown[0]!r}; there are {', '.join(_AXES)}"
+    if len(axes) != len(shape):
+        return "there must be a letter for each size"
+    if len(axes) != len(set(axes)):
+        return "no axis can be there twice"
+    if {"t", "r"} <= set(axes):
+        return "it has tokens, t, or rows, r, and not both"
+    if axes.find("b") > 0:
+        return "the batch, b, comes first"
+    if min(shape, default=0) < 0 or max(shape, default=0) > _MOST:
+        return f"sizes are from 0 to {_MOST}"
+    return None
+
+
+def _wrong_in(layer: LayerLayout) -> str | None:
+    """What of a layer's fields does not fit the others, in words; None where all does."""
+    if layer.kind not in KINDS:
+        return f"there is none of that kind; there are {', '.join(KINDS)}"
+    length, state, parts = layer.cumulative_length, layer.state_length, layer.parts
+    if not 0 <= length <= _MOST:
+        return f"cumulative_length is {length}: it must be from 0 to {_MOST}"
+    if layer.rope is not None and not 0 <= layer.rope < 2**31:
+        return f"rope is {layer.rope}: it must be an index, of 0 or more"
+    return (
+        _wrong_tokens(layer.kind, length, parts)
+        or _wrong_window(layer.kind, layer.window)
+        or _wrong_state(layer.kind, length, state, parts)
+        or _wrong_batch(state, parts)
+    )
+
+
+def _wrong_tokens(kind: Kind, length: int, parts: Mapping[str, PartLayout]) -> str | None:
+    held = {name: part.tokens for name, part in parts.items() if part.tokens is not None}
+    first, usual = next(iter(held.items()), ("", 0))
+    for name, tokens in held.items():
+        if kind == "state":
+            return f"its part {name!r} has an axis of tokens, t, and a state has none"
+        if tokens != usual:
+            return (
+                f"its part {name!r} holds {tokens} tokens and {first!r} {usual}: all parts hold "
+                "the same tokens"
+            )
+        if tokens > length:
+            return f"its part {name!r} holds {tokens} tokens, of cumulative_length={length}"
+    if parts and not held and kind != "state":
+        return f"none of its parts ({', '.join(parts)}) has an axis of tokens, t"
+    return None
+
+
+def _wrong_window(kind: Kind, window: int | None) -> str | None:
+    if window is None:
+        return "it must have a window=" if kind == "sliding" else None
+    if kind not in ("sliding", "latent"):
+        return f"window is {window}, and only layers of kind sliding and latent have one"
+    if not 0 < window < 2**63:
+        return f"window is {window}: it must be 1 or more"
+    return None
+
+
+def _wrong_state(
+    kind: Kind, length: int, state: int | None, parts: Mapping[str, PartLayout]
+) -> str | None:
+    if kind == "state" and state != length:
+        return f"state_length is {state}: it must be cumulative_length, {length}"
+    if state is None:
+        return None
+    if not 0 <= state <= length:
+        return f"state_length is {state}: it must be from 0 to cumulative_length, {length}"
+    if all(part.tokens is not None for part in parts.values()):
+        return f"state_length is {state}, and it has no part without an axis of tokens"
+    return None
+
+
+def _wrong_batch(state: int | None, parts: Mapping[str, PartLayout]) -> str | None:
+    # What is neither of tokens nor a state is constant, the same for all rows.
+    batches = {n: p.batch for n, p in parts.items() if p.tokens is not None or state is not None}
+    first, usual = next(iter(batches.items()), ("", None))
+    for name, batch in batches.items():
+        if batch != usual:
+            return (
+                f"its part {name!r} has {_batch_in_words(batch)} and {first!r} "
+                f"{_batch_in_words(usual)}: all parts are of one batch"
+            )
+    return None
+
+
+def _batch_in_words(batch: int | None) -> str:
+    return "no axis of the batch" if batch is None else f"a batch of {batch}"
 
 
 def _checked_parts(given: Any) -> dict[str, PartLayout]:

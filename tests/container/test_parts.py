@@ -185,38 +185,66 @@ def test_every_truncation_and_bit_flip_is_an_error(codec):
         flipped[at] ^= 1 << at % 8
 
 
+K = PartLayout("bf16", (2, 40, 6), "htd")
+
+
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "words"),
     [
-        {"kind": "state"},
-        {"state_length": None, "kind": "state"},
-        {"state_length": 41},
-        {"parts": {"k": PartLayout("bf16", (2, 40, 6), "htd")}, "state_length": 40},
-        {"parts": {"k k": PartLayout("bf16", (2, 40, 6), "htd")}, "state_length": None},
-        {"parts": {"k": ("bf16", (2, 40, 6), "htd")}, "state_length": None},
-        {"parts": [1], "state_length": None},
-        {"window": 3},
+        ({"kind": "other"}, "there is none of that kind"),
+        ({"kind": "state"}, "part 'k' has an axis of tokens"),
+        ({"kind": "state", "parts": {}}, "state_length is 39: it must be cumulative_length, 40"),
+        ({"state_length": None, "kind": "state"}, "part 'k' has an axis of tokens"),
+        ({"state_length": 41}, "state_length is 41: it must be from 0 to"),
+        ({"state_length": -1}, "state_length is -1: it must be from 0 to"),
+        ({"parts": {"k": K}, "state_length": 40}, "no part without an axis of tokens"),
+        ({"parts": {"k k": K}, "state_length": None}, "a name is letters, digits and _"),
+        ({"parts": {"k": ("bf16", (2, 40, 6), "htd")}}, "it must be a PartLayout"),
+        ({"parts": [1], "state_length": None}, "must be a dict"),
+        ({"parts": {"conv": PartLayout("bf16", (9, 3), "dr")}}, "none of its parts .conv. has an"),
+        (
+            {"parts": {"k": K, "v": K.cut(39)}, "state_length": None},
+            "'v' holds 39 tokens and 'k' 4",
+        ),
+        ({"cumulative_length": 39}, "part 'k' holds 40 tokens, of cumulative_length=39"),
+        ({"cumulative_length": -1}, "cumulative_length is -1: it must be from 0"),
+        ({"cumulative_length": 2**31}, "cumulative_length is 2147483648: it must be from 0"),
+        ({"window": 3}, "window is 3, and only layers of kind sliding and latent"),
+        ({"kind": "sliding"}, "it must have a window="),
+        ({"kind": "sliding", "window": 0}, "window is 0: it must be 1 or more"),
+        ({"rope": -1}, "rope is -1: it must be an index"),
+        (
+            {"parts": {"k": K, "v": PartLayout("bf16", (3, 2, 40, 6), "bhtd")}},
+            "part 'v' has a batch of 3 and 'k' no axis of the batch",
+        ),
     ],
 )
-def test_layers_that_make_no_sense(fields):
+def test_layers_that_make_no_sense(fields, words):
+    """Each rule has a sentence of its own."""
     usual = {
-        "parts": {
-            "k": PartLayout("bf16", (2, 40, 6), "htd"),
-            "conv": PartLayout("bf16", (10, 3), "dr"),
-        },
+        "parts": {"k": K, "conv": PartLayout("bf16", (10, 3), "dr")},
         "cumulative_length": 40,
         "state_length": 39,
     }
     LayerLayout(**usual)
-    with pytest.raises(UsageError):
+    if "v" in fields.get("parts", ()):
+        fields = {"state_length": None} | fields
+    with pytest.raises(UsageError, match=words):
         LayerLayout(**usual | fields)
 
 
 @pytest.mark.parametrize(
-    ("shape", "axes"),
-    [((2, 3), "h"), ((2, 3), "hh"), ((2, 3), "hx"), ((2, 3), "tr"), ((2, 3), "hb"), ((-1,), "d")],
+    ("shape", "axes", "words"),
+    [
+        ((2, 3), "h", "a letter for each size"),
+        ((2, 3), "hh", "twice"),
+        ((2, 3), "hx", "no axis 'x'"),
+        ((2, 3), "tr", "not both"),
+        ((2, 3), "hb", "comes first"),
+        ((-1,), "d", "sizes are from 0"),
+    ],
 )
-def test_parts_that_make_no_sense(shape, axes):
+def test_parts_that_make_no_sense(shape, axes, words):
     with pytest.raises(UsageError, match="axes"):
         PartLayout("bf16", shape, axes)
 
