@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from kvzip.identity.imported import replaced
 from kvzip.identity.values import (
     ValueReader,
     is_librarys,
@@ -77,13 +80,13 @@ def _of_classes(kinds: Mapping[type, str], reader: ValueReader) -> Iterator[Code
 def _put_elsewhere(
     model: torch.nn.Module, kinds: Mapping[type, str], reader: ValueReader
 ) -> Iterator[Code]:
-    """Functions that were put into the modules of a model's classes, and those that are registered
-    under the names in its configuration."""
-    homes = {kind.__module__ for kind in kinds if not is_users(kind)}
-    for home in sorted(homes):
-        for name, function in sorted(getattr(sys.modules.get(home), "__dict__", {}).items()):
-            if any(map(is_users, layers_of(function))):
-                yield Code("", f"{home}.{name} {reader.read(function, name)!r}")
+    """What was put into libraries' modules, what torch asks before each of its functions, and
+    functions that are registered under the names in a model's configuration."""
+    for where, value in replaced({each.__module__ for kind in kinds for each in kind.__mro__}):
+        yield Code("", f"{where} {reader.read(value, where)!r}")
+    for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+        if not is_librarys(type(mode).__module__):
+            yield Code("", f"mode {reader.read(mode, 'mode')!r}")
     for when in ("pre_hooks", "hooks"):  # on all modules of all models
         hooks = getattr(torch.nn.modules.module, f"_global_forward_{when}")
         for i, hook in enumerate(list(hooks.values())):
@@ -103,6 +106,10 @@ def _put_elsewhere(
 
 
 def _is_librarys(function: Any) -> bool:
-    while isinstance(function, functools.partial):  # as of a kernel that was downloaded
-        function = function.func
-    return all(is_librarys(written_in(layer)) for layer in layers_of(function) or [function])
+    """Whether a function is a library's for all models (a model's own may be for no other), with no
+    arguments of a user's."""
+    of_kernel = {"implementation"}  # which transformers gives to a kernel that was downloaded
+    if isinstance(function, functools.partial) and function.keywords.keys() <= of_kernel:
+        return not function.args and _is_librarys(function.func)
+    homes = [written_in(layer) for layer in layers_of(function) or [function]]
+    return all(is_librarys(home) and not home.startswith("transformers.models.") for home in homes)

@@ -7,112 +7,26 @@ tensor, which is no proof: ``live_fingerprint(model, anew=True)`` reads everythi
 
 from __future__ import annotations
 
-import builtins
-import functools
 import hashlib
 import json
 import logging
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import MethodType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvzip.errors import KVZipError
-from kvzip.identity.code import Code, code_of
+from kvzip.identity.code import Code
 from kvzip.identity.digests import THREADS
-from kvzip.identity.values import (
-    ValueReader,
-    attributes,
-    is_librarys,
-    is_whole,
-    name_of,
-    put_into,
-    uncompiled,
-    written_in,
-)
+from kvzip.identity.structure import Hung, hung_on, settings_of
 from kvzip.workers import Lock
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 _PROBED = 64
 """Numbers of a tensor that tell whether it was written to past its version counter."""
-
-# Attributes of modules that libraries set, and that change nothing of what they compute, or only
-# how it is rounded: where weights came from, how they were split and compiled, how `generate` made
-# a cache, how a model is trained and moved. What stands in for a module's own methods is not told
-# by its name, see `_adds_nothing`.
-_IDLE = frozenset(
-    {
-        "_cache",
-        "_ep_plan",
-        "_fsdp_plan",
-        "_gradient_checkpointing_func",
-        "_is_accelerate_prepared",
-        "_is_hf_initialized",
-        "_is_torch_compile",
-        "_last_compile_config",
-        "_name_or_path",
-        "_output_capturing_hooks_installed",
-        "_pp_plan",
-        "_previous_max_cache_length",
-        "_require_grads_hook",
-        "_require_grads_hooks",
-        "_tp_plan",
-        "_use_kernels",
-        "_weight_conversions",
-        "base_model_name_or_path",
-        "dump_patches",
-        "generation_config",
-        "gradient_checkpointing",
-        "hf_device_map",
-        "hf_quantizer",
-        "model_tags",
-        "name_or_path",
-        "training",
-        "warnings_issued",
-    }
-)
-_OF_TORCH = frozenset(vars(torch.nn.Module()))
-_BY_ACCELERATE = frozenset({"_hf_hook", "_old_forward"})
-_MOVES = frozenset({"cuda", "mlu", "musa", "neuron", "npu", "sdaa", "to", "xpu"})
-"""Methods that move a model, which accelerate replaces by ones that warn."""
-_PASSED_OVER = ("kvzip.", "transformers.")
-"""Packages whose hooks look on, or change what is trained."""
-_PLACING = ("AlignDevicesHook", "CpuOffload", "ModelHook")
-"""Hooks of accelerate that move weights and what comes in, and compute nothing."""
-# Settings of a config that say where it comes from, how numbers are rounded (the dtype is every
-# tensor's own), or what is done with the outputs.
-_NOISE = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_attn_implementation_internal",
-        "_commit_hash",
-        "_experts_implementation",
-        "_name_or_path",
-        "architectures",
-        "attn_implementation",
-        "dtype",
-        "eos_token_id",
-        "experts_implementation",
-        "id2label",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
 
 
 class Held(NamedTuple):
@@ -122,16 +36,6 @@ class Held(NamedTuple):
     kind: str
     """"stored": a checkpoint has it; "computed": the model makes it from its configuration."""
     tensor: torch.Tensor
-
-
-class Hung(NamedTuple):
-    """What a model's modules are, and what hangs on them."""
-
-    lines: list[str]
-    tensors: list[tuple[str, torch.Tensor]]
-    code: list[Code]
-    unread: list[str]
-    """What nothing tells the numbers of, in words."""
 
 
 @dataclass
@@ -213,7 +117,7 @@ def live_fingerprint(model: torch.nn.Module, *, anew: bool = False) -> str:
 
 
 def _read(model: torch.nn.Module, known: _Known) -> Reading:
-    hung = _hung(model)
+    hung = hung_on(model)
     held = list(_held(model, hung))
     probes = _probes([h.tensor for h in held])
     keys = [(*_key(h.tensor), probe) for h, probe in zip(held, probes, strict=True)]
@@ -253,7 +157,7 @@ def _say_unread(model: torch.nn.Module, unread: list[str]) -> None:
 def tensors_of(model: torch.nn.Module) -> Iterator[Held]:
     """Every tensor of a model, those of modules' plain attributes, too; a packed one (of a
     quantised layer) as the tensors that it is made of."""
-    yield from _held(model, _hung(model))
+    yield from _held(model, hung_on(model))
 
 
 def _held(model: torch.nn.Module, hung: Hung) -> Iterator[Held]:
@@ -319,7 +223,7 @@ def _probes(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     for i, tensor in enumerate(tensors):
         if not tensor.is_quantized and tensor.numel():
             count = min(_PROBED, tensor.numel())
-            step = tensor.numel() // count
+            step = max(tensor.numel() // count - 1, 1)  # not whole rows: each of another column
             if tensor.is_contiguous():
                 picked = tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
             else:
@@ -351,174 +255,6 @@ def _bytes(tensor: torch.Tensor) -> bytes | memoryview:
         return repr(scales).encode() + bytes(_bytes(tensor.int_repr()))
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())
-
-
-# --- structure and settings --------------------------------------------------------------------
-
-
-def structure_of(model: torch.nn.Module) -> list[str]:
-    """A line for each module: its class, its settings, and what was hung on it."""
-    return _hung(model).lines
-
-
-def _hung(model: torch.nn.Module) -> Hung:
-    """The structure of a model, the tensors that are in it but that no module registered, and the
-    code that is a user's."""
-    own = {id(module): f"the module {path}" for path, module in model.named_modules()}
-    for config in _configs_of(model):
-        own[id(config)] = "the configuration"
-    reader = ValueReader(own, _idle_of, settings_of_config)
-    lines = []
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        held = vars(module).copy()  # other threads may change it
-        plain = [
-            (name, reader.read(value, prefix + name))
-            for name, value in held.items()
-            if name not in _OF_TORCH and name not in _idle_of(module) and name != "forward"
-            if not (name[0] == "_" and _of_transformers(module, name))
-            if not _adds_nothing(module, name, value)
-        ]
-        lines.append(f"{path} {name_of(type(module))} {sorted(plain, key=_first)!r}")
-        forward = _forward_of(module)
-        if forward is not None:
-            lines.append(f"{path} forward {reader.read(forward, prefix + 'forward')!r}")
-        lines += [
-            f"{path} hook {reader.read(hook, f'{prefix}hook{i}')!r}"
-            for i, hook in enumerate(_hooks_of(module))
-        ]
-        for tensors in (module._parameters, module._buffers):  # as the scales of what is quantised
-            for name, tensor in tensors.copy().items():
-                said = {} if tensor is None else vars(tensor)
-                said = {key: value for key, value in said.items() if key not in _IDLE}
-                if said:
-                    lines.append(f"{path} {name} {reader.read(said, prefix + name)!r}")
-    code = code_of(model, reader)
-    return Hung(lines, reader.tensors, code, reader.unread)
-
-
-def _first(pair: tuple[str, object]) -> str:
-    return pair[0]
-
-
-def _configs_of(model: torch.nn.Module) -> list[object]:
-    """The configuration of a model and those within it, which its settings say."""
-    config = getattr(model, "config", None)
-    inner = vars(config).values() if hasattr(config, "to_dict") else ()
-    return [config, *(c for c in inner if hasattr(c, "to_diff_dict"))]
-
-
-def _of_transformers(module: torch.nn.Module, name: str) -> bool:
-    """Whether an attribute is of every model of transformers: how to load, split and save it."""
-    return any(c.__name__ == "PreTrainedModel" and name in vars(c) for c in type(module).__mro__)
-
-
-def _idle_of(module: torch.nn.Module) -> frozenset[str]:
-    """Attributes that are passed over by their names: those that libraries set. A class that is a
-    user's, and none of theirs, may have others in mind."""
-    kinds = (kind for kind in type(module).__mro__ if kind is not torch.nn.Module)
-    known = any(is_librarys(kind.__module__) for kind in kinds)
-    return _IDLE if known else _IDLE & {"training", "_is_hf_initialized"}
-
-
-def _adds_nothing(module: torch.nn.Module, name: str, value: object) -> bool:
-    """Whether an attribute is what would be found without it, or a copy that is made again."""
-    if name in _BY_ACCELERATE or name in _MOVES:
-        return True  # the first are read with the hooks
-    if name.endswith("long_inv_freq") and isinstance(value, torch.Tensor):
-        return _is_long_rope(module, name, value)
-    value = uncompiled(value)
-    if not isinstance(value, MethodType):
-        return False
-    if name in ("_compiled_call", "_compiled_call_impl"):
-        calls = (module.__call__, module._call_impl)
-        return value in calls and "__call__" not in vars(module)
-    if name == "_original_forward":  # kept for whoever undoes what was done to `forward`
-        return True
-    own = getattr(type(module), name, None)
-    if own is not None:
-        return value.__self__ is module and value.__func__ is own
-    try:  # adapters find in the model what they do not have, and keep it
-        return bool(type(module).__getattr__(module, name) == value)
-    except AttributeError:
-        return False
-
-
-def _is_long_rope(module: torch.nn.Module, name: str, kept: torch.Tensor) -> bool:
-    """Whether these are the frequencies for long texts that transformers made of the configuration,
-    and would make again. (Which it turns by at the next call depends on that call alone.)"""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    try:
-        layers = name.removesuffix("long_inv_freq").removesuffix("_")
-        parameters, kind = module.config.rope_parameters, module.rope_type
-        given: dict[str, object] = {"layer_type": layers} if layers else {}
-        if layers:
-            parameters, kind = parameters[layers], kind[layers]
-        length = parameters["original_max_position_embeddings"] + 1
-        made, _ = ROPE_INIT_FUNCTIONS[kind](module.config, kept.device, seq_len=length, **given)
-        return torch.equal(made, kept)
-    except (AttributeError, KeyError, TypeError):
-        return False
-
-
-def _hooks_of(module: torch.nn.Module) -> Iterator[object]:
-    """Hooks that may change what a module computes, accelerate's among them."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for hook in list(hooks.values()):
-            if not is_whole(hook, _PASSED_OVER):
-                yield hook
-    asked = [vars(module).get("_hf_hook")]
-    while asked:
-        hook = asked.pop(0)
-        kind = type(hook)
-        own = vars(sys.modules.get("accelerate.hooks", builtins)).get(kind.__name__) is kind
-        own = (
-            own
-            and not put_into(kind)
-            and not {"pre_forward", "post_forward"} & attributes(hook).keys()
-        )
-        if own and kind.__name__ == "SequentialHook" and isinstance(hook.hooks, (list, tuple)):
-            asked += hook.hooks
-        elif hook is not None and not (own and kind.__name__ in _PLACING):
-            yield hook
-
-
-def _forward_of(module: torch.nn.Module) -> object:
-    """What stands in for a module's own `forward`, if anything does that changes it."""
-    held = vars(module).copy()
-    found = held.get("forward")
-    called = found.func if isinstance(found, functools.partial) else None
-    if "_hf_hook" in held and written_in(called) == "accelerate.hooks":
-        found = held.get("_old_forward")  # which that calls, and the hook
-    while found is not None:
-        if getattr(type(found), "idle", False) and is_librarys(type(found).__module__):
-            found = found.before
-        elif uncompiled(found) is not found:
-            found = uncompiled(found)
-        else:
-            break
-    of_class = getattr(found, "__func__", None) is type(module).forward
-    return None if of_class and getattr(found, "__self__", None) is module else found
-
-
-def settings_of(model: torch.nn.Module) -> str:
-    """A model's configuration as JSON, without what changes nothing; "" if it has none."""
-    config = getattr(model, "config", None)
-    return "" if config is None else settings_of_config(config)
-
-
-def settings_of_config(config: PretrainedConfig) -> str:
-    found = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return json.dumps(_telling(found), sort_keys=True, default=repr)
-
-
-def _telling(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {str(k): _telling(v) for k, v in value.items() if str(k) not in _NOISE}
-    if isinstance(value, (list, tuple)):
-        return [_telling(inner) for inner in value]
-    return value
 
 
 def named(tensors: Iterable[tuple[Held, str]]) -> dict[str, tuple[Held, str]]:

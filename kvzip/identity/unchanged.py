@@ -17,14 +17,8 @@ import torch
 from kvzip.errors import KVZipError
 from kvzip.identity import digests
 from kvzip.identity.checkpoint import checkpoint_fingerprint, checkpoint_folder, weight_files
-from kvzip.identity.live import (
-    Held,
-    Reading,
-    digest_of,
-    named,
-    settings_of_config,
-    structure_of,
-)
+from kvzip.identity.live import Held, Reading, digest_of, named
+from kvzip.identity.structure import settings_of_config, structure_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

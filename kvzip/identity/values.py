@@ -15,6 +15,7 @@ import enum
 import functools
 import hashlib
 import logging
+import re
 import sys
 import types
 import uuid
@@ -29,6 +30,8 @@ import numpy as np
 import torch
 
 PLAIN = frozenset({bool, int, float, str, type(None), complex, bytes})
+TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+"""Classes of tensors that hold numbers and no more."""
 LIBRARIES = ("torch.", "transformers.", "accelerate.", "kvzip.")
 """Packages whose code is known by its names, wherever they lie; the versions are those that are
 installed."""
@@ -47,6 +50,28 @@ _FUNCTIONS = (
 _SLOTS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _BOOKKEEPING = frozenset({"__init__", "__repr__", "__str__", "__eq__", "__hash__", "__replace__"})
 """Methods that an object's attributes have felt already, or that change nothing."""
+_BY_WORD = frozenset(
+    {
+        "__dict__",
+        "__getattribute__",
+        "__import__",
+        "attrgetter",
+        "eval",
+        "exec",
+        "get_buffer",
+        "get_parameter",
+        "getattr",
+        "globals",
+        "import_module",
+        "locals",
+        "methodcaller",
+        "modules",
+        "to_dict",
+        "vars",
+    }
+)
+"""What finds something by a name that is given as a string."""
+_NAME = re.compile(r"[^\W\d][\w.]*")
 
 _STREAMS = (torch.device, torch.Stream, torch.Event)
 """Where and when something is computed, not what."""
@@ -76,7 +101,8 @@ class ValueReader:
 
     `own`: what is said elsewhere, by `id`, and the words that stand for it. `skipped`: names of
     a module's attributes that say nothing. `unread`: what could not be read, in words; where that
-    is anything, what is said is said by nothing else, now or later.
+    is anything, what is said is said by nothing else, now or later. `used`: the names that users'
+    code uses, but for that of checkpoints.
     """
 
     def __init__(
@@ -88,6 +114,7 @@ class ValueReader:
         self.own, self.skipped, self.config = dict(own), skipped, config
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self.unread: list[str] = []
+        self.used: set[str] = set()
         self._within: set[int] = set()
         self._kept: list[object] = []  # so that no id is used again
         self._left = _MOST
@@ -124,7 +151,8 @@ class ValueReader:
     def _read_more(self, value: object, name: str) -> object:
         if isinstance(value, torch.Tensor):
             self.tensors.append((name, value))
-            return "tensor"
+            kind = type(value)
+            return "tensor" if kind in TENSORS else ["tensor", self._read(kind, name)]
         if isinstance(value, _NAMED):
             return str(value)
         if isinstance(value, _STREAMS):
@@ -263,7 +291,8 @@ class ValueReader:
         if isinstance(value, type):
             begin = _methods(value)
             return self._class(value, name, ["__call__"] if "__call__" in begin else begin)
-        brought = [value.__defaults__, value.__kwdefaults__, vars(value)]
+        noted = {key: inner for key, inner in vars(value).items() if key != "__dynamo_disable"}
+        brought = [value.__defaults__, value.__kwdefaults__, noted]
         said = [self._read(b, f"{name}.default") for b in brought if b]
         names = list(_names(value.__code__))
         free = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
@@ -275,6 +304,8 @@ class ValueReader:
                 continue
             said.append([variable, self._used(inner, f"{name}.{variable}", names)])
         if is_users(value):
+            if not written_in(value).startswith("transformers_modules."):
+                self.used.update(names)
             said += self._code(value.__code__, value.__globals__, name, names)
         return said
 
@@ -312,7 +343,7 @@ class ValueReader:
                 said.append(self._code(constant, world, name, names))
             else:
                 said.append(self._read(constant, name))  # sets have no order of their own
-        for used in code.co_names:
+        for used in dict.fromkeys((*code.co_names, *_words(code))):
             if used in world:
                 said.append([used, self._used(world[used], f"{name}.{used}", names)])
             elif used in sys.modules:  # it may import that
@@ -345,9 +376,9 @@ def written_in(thing: Any) -> str:
     if isinstance(thing, types.FunctionType):
         home = thing.__globals__
         module = str(home.get("__name__", ""))
-        if thing.__code__.co_filename != home.get("__file__") and not is_users_module(module):
-            return f"made.{module}"
-        return module
+        file = thing.__code__.co_filename
+        own = file == home.get("__file__") or file.startswith("<frozen ")
+        return module if own or is_users_module(module) else f"made.{module}"
     if isinstance(thing, (type, types.BuiltinFunctionType)):
         return str(thing.__module__)
     return type(thing).__module__
@@ -427,11 +458,30 @@ def layers_of(value: Any) -> list[types.FunctionType]:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """All names that code uses: globals and attributes."""
+    """All names that code uses: globals and attributes, and those in its words that it may look
+    something up by."""
     yield from code.co_names
+    yield from _words(code)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
+
+
+def _words(code: types.CodeType) -> Iterator[str]:
+    """The names in code's strings, where it uses what takes names as strings."""
+    if not _BY_WORD.isdisjoint(code.co_names):
+        for text in _strings(code.co_consts):
+            for name in _NAME.findall(text):
+                yield name
+                yield from name.split(".") if "." in name else ()
+
+
+def _strings(constants: Iterable[object]) -> Iterator[str]:
+    for constant in constants:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, (tuple, frozenset)):
+            yield from _strings(constant)
 
 
 def attributes(value: object) -> dict[str, object]:

@@ -117,7 +117,7 @@ def watch(model: PreTrainedModel, cache: Cache) -> None:
 class _Watched:
     """Stands in for a model's `forward` for as long as there are caches that were not used."""
 
-    idle = True  # it changes nothing of what the model computes: see kvzip.identity.live
+    idle = True  # it changes nothing of what the model computes: see kvzip.identity.structure
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.before = model, vars(model).get("forward")
