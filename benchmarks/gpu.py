@@ -24,7 +24,7 @@ from kvzip.codecs.native.cuda.arrays import empty
 from kvzip.codecs.native.cuda.device import Device, get_device
 from kvzip.errors import UnsupportedError
 from kvzip.eval.results import stored
-from kvzip.eval.results.gpu import GpuResult, GpuRow
+from kvzip.eval.results.gpu import COPY, KERNELS, LINK, GpuResult, GpuRow
 from kvzip.eval.results.provenance import made_by
 
 LAYERS, HEADS, DIM = 36, 8, 128
@@ -109,10 +109,10 @@ def measured(device: Device, tokens: int, dtype: str, runs: int) -> Iterator[tup
 
         return run
 
-    yield "device copy", raw, timed(synchronized(_copy(torch, raw)), runs)
+    yield COPY, raw, timed(synchronized(_copy(torch, raw)), runs)
     there = torch.empty(len(blob), dtype=torch.uint8, device="cuda")
     upload = synchronized(lambda: there.copy_(pinned, non_blocking=True))
-    yield "link: the file's bytes from pinned memory", len(blob), timed(upload, runs)
+    yield LINK, len(blob), timed(upload, runs)
     out = [tuple(torch.empty_like(t, device="cuda") for t in pair) for pair in snap.tensors()]
     expected = [tuple(torch.from_numpy(a.view(np.int16)) for a in layer) for layer in snap.layers]
 
@@ -132,7 +132,7 @@ def measured(device: Device, tokens: int, dtype: str, runs: int) -> Iterator[tup
     )
     with kvzip.open(blob) as reader:
         launch = kernels_only(device, reader)
-        yield "channel: kernels and checksums alone", raw, timed(launch, runs)
+        yield KERNELS, raw, timed(launch, runs)
         del launch
     yield "channel: file in pinned memory", raw, timed(whole(memoryview(pinned.numpy())), runs)
     check()

@@ -121,14 +121,16 @@ def advise(
     store_bytes: float = 1e12,
     trace: Trace | None = None,
     book: PriceBook | None = None,
+    on_device: bool = False,
 ) -> Advice:
     """What to do with one document of that model.
 
     The prefill's time is measured where `inputs` are of that model, else modelled on `compute`, a
     device's peak (default: that of the price base). `codecs`: those to look at, all of `inputs` by
     default. `store_bytes`: of the store whose room is asked about; `trace`: requests that it
-    serves. `book`: the price book that `base` is of. Raises KVZipError for figures that cannot be,
-    or when the prefill's time is not known.
+    serves. `book`: the price book that `base` is of. `on_device`: a GPU decodes, at the book's
+    rates, those codecs that have one. Raises KVZipError for figures that cannot be, or when the
+    prefill's time is not known.
     """
     use = use or Use()
     number("tokens", tokens, zero=False)
@@ -138,7 +140,8 @@ def advise(
         shape, inputs if own else None, compute, base, tokens, book
     )
     prefill = model_of.seconds(tokens)
-    figures = _figures(inputs, dtype, tokens, codecs, threads)
+    on_gpu = book.decoder if book is not None and on_device else {}
+    figures = _figures(inputs, dtype, tokens, codecs, threads, on_gpu, shape.gpus)
     month = base.storage.value if base.storage else 0.0
     prefill_usd, priced = _prefill_usd(shape, tokens, prefill, base, book)
     situation = Situation(
@@ -173,26 +176,44 @@ def advise(
             f"{inputs.threads} thread"
             + ("" if threads == 1 else f", taken {threads} times as fast on {threads}")
             + ("" if own else ": another model's"),
+            *_decoders(on_gpu, figures),
             f"prices of {base.name}: egress ${base.egress.value:g}/GB, {priced}",
         ],
     )
 
 
 def _figures(
-    inputs: Inputs, dtype: str, tokens: int, codecs: Sequence[str] | None, threads: int
+    inputs: Inputs,
+    dtype: str,
+    tokens: int,
+    codecs: Sequence[str] | None,
+    threads: int,
+    on_gpu: Mapping[str, Price],
+    gpus: int,
 ) -> list[CodecFigures]:
-    """What was measured of these codecs, decoding on so many threads. Raises KVZipError when
-    nothing was."""
+    """What was measured of these codecs, decoding on so many threads, or on so many GPUs, those
+    that have a rate there. Raises KVZipError when nothing was."""
     known = inputs.figures(dtype, tokens)
-    figures = [
-        CodecFigures(f.name, f.ratio, f.decode_rate * number("threads", threads, zero=False))
-        for f in known
-        if codecs is None or f.name in codecs
-    ]
+    many = number("threads", threads, zero=False)
+    figures = []
+    for f in known:
+        rate = on_gpu[f.name].value * 1e9 * gpus if f.name in on_gpu else f.decode_rate * many
+        if codecs is None or f.name in codecs:
+            figures.append(CodecFigures(f.name, f.ratio, rate))
     if not figures:
         there = ", ".join(f.name for f in known)
         raise KVZipError(f"none of these codecs was measured on {dtype}; there are: {there}")
     return figures
+
+
+def _decoders(on_gpu: Mapping[str, Price], figures: Sequence[CodecFigures]) -> list[str]:
+    """What the rates of decoders on a GPU rest on."""
+    words = [
+        f"{f.name} a {'target' if on_gpu[f.name].basis == 'target' else 'measured rate'}"
+        for f in figures
+        if f.name in on_gpu
+    ]
+    return [f"decoders on the GPU: {', '.join(words)}"] if words else []
 
 
 def _split(

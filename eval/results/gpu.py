@@ -7,6 +7,12 @@ import msgspec
 from kvzip.errors import KVZipError
 from kvzip.eval.results.base import Result, above_zero
 
+KERNELS = "channel: kernels and checksums alone"
+COPY = "device copy"
+LINK = "link: the file's bytes from pinned memory"
+"""Names of rows that models take: decoding on the device alone, a copy within its memory, and PCIe,
+whose bytes are those that cross."""
+
 
 class GpuRow(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that was measured."""

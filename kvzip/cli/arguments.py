@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -41,6 +41,18 @@ PriceFiles = Annotated[
     Parameter(name="--price-file", help="TOML over the library's price book; may be repeated."),
 ]
 
+Decode = Annotated[
+    Literal["host", "device"],
+    Parameter(
+        help="Where: on cores of the host, or, those codecs that have a rate there, the GPU."
+    ),
+]
+GpuFile = Annotated[
+    Path | None,
+    Parameter(
+        help="What make bench-gpu measured, in place of the price book's GPU decoders, PCIe."
+    ),
+]
 
 OUTPUTS = ("-o", "--output", "--out", "--picture", "--page")
 """Options that name a file to write."""

@@ -10,7 +10,16 @@ from cyclopts import Parameter
 from rich.table import Column, Table
 
 from kvzip.cli.app import evaluate
-from kvzip.cli.arguments import Json, PriceFiles, ResultFile, command_line, names, numbers
+from kvzip.cli.arguments import (
+    Decode,
+    GpuFile,
+    Json,
+    PriceFiles,
+    ResultFile,
+    command_line,
+    names,
+    numbers,
+)
 from kvzip.cli.terminal import emit, say, show_table, steps
 from kvzip.codec_spec import split_specs
 from kvzip.errors import UsageError
@@ -64,7 +73,8 @@ def fleet(
     threads: Cores = 16,
     policy: Eviction = "lru",
     strategies: str = "recompute,load,choose,overlap",
-    decode: Literal["host", "device"] = "host",
+    decode: Decode = "host",
+    gpu: GpuFile = None,
     spread: bool = False,
     output: ResultFile = None,
     as_json: Json = False,
@@ -84,8 +94,6 @@ def fleet(
         Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
     strategies
         Names with commas between: recompute, load, choose, overlap.
-    decode
-        Where: on the host's cores, or on the device, those codecs that have a rate there.
     spread
         Place requests of one time evenly until the next time.
     output
@@ -103,6 +111,7 @@ def fleet(
         dtype=dtype,
         prices=prices,
         price_file=price_file,
+        gpu=gpu,
         inputs=inputs,
         codecs=codecs,
         strategies=names(strategies),
@@ -126,6 +135,7 @@ def _replay(
     dtype: str,
     prices: str,
     price_file: list[Path] | None,
+    gpu: Path | None,
     inputs: Path | None,
     codecs: str | None,
     strategies: tuple[str, ...],
@@ -136,7 +146,9 @@ def _replay(
     """`kvzip eval fleet --trace`."""
     from kvzip.choice.auto import MEASURED
     from kvzip.eval.money import advise as advising
+    from kvzip.eval.money.gpu_inputs import with_gpu
     from kvzip.eval.money.prices import load_prices, pick
+    from kvzip.eval.results.gpu import GpuResult
     from kvzip.eval.results.inputs import Inputs
     from kvzip.eval.results.stored import load
     from kvzip.eval.traffic.fleet import STRATEGIES
@@ -150,6 +162,7 @@ def _replay(
     trace = read_trace(path)
     trace = evenly(trace) if spread else trace
     book = load_prices(*(price_file or []))
+    book = with_gpu(book, load(gpu, GpuResult)) if gpu else book
     made = setting(
         trace=trace,
         model=model,

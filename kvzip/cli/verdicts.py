@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from cyclopts import Parameter
 from rich.table import Table
 
 from kvzip.cli.app import app, evaluate
-from kvzip.cli.arguments import Json, PriceFiles
+from kvzip.cli.arguments import Decode, GpuFile, Json, PriceFiles
 from kvzip.cli.terminal import emit, say, show_table
 from kvzip.codec_spec import split_specs
+
+Reads = Annotated[
+    float, Parameter(help="How often a stored cache is read: storage is charged by the read.")
+]
+Hours = Annotated[float, Parameter(help="In which these reads come.")]
+StoreSize = Annotated[str, Parameter(help="Size of a store whose room is asked about: 400GB, 8TB.")]
+Trace = Annotated[
+    Path | None,
+    Parameter(help="Requests in Mooncake's format: what that store finds of their blocks."),
+]
 
 
 @app.command
@@ -26,11 +38,13 @@ def advise(
     latency: float = 0.0,
     codecs: str | None = None,
     threads: int = 1,
-    reads: float = 1.0,
-    hours: float = 0.0,
+    decode: Decode = "host",
+    gpu: GpuFile = None,
+    reads: Reads = 1.0,
+    hours: Hours = 0.0,
     inputs: Path | None = None,
-    store: str = "1TB",
-    trace: Path | None = None,
+    store: StoreSize = "1TB",
+    trace: Trace = None,
     as_json: Json = False,
 ) -> None:
     """Prefill, load raw bytes, or load with which codec; by how much, and how sure; and how much
@@ -55,27 +69,22 @@ def advise(
         Those to look at, with commas between. Default: all that were measured.
     threads
         Cores of the reader; decoding is taken to be that many times as fast.
-    reads
-        How often a stored cache is read: storage is charged by the read.
-    hours
-        In which these reads come.
     inputs
         Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
-    store
-        Size of a store whose room is asked about: 400GB, 8TB.
-    trace
-        Requests in Mooncake's format that the store serves: what it finds of their blocks.
     """
     from kvzip.choice.auto import MEASURED
     from kvzip.eval.money import advise as advising
     from kvzip.eval.money.breakeven import Use
+    from kvzip.eval.money.gpu_inputs import with_gpu
     from kvzip.eval.money.prices import load_prices, pick
     from kvzip.eval.money.room import store_size
+    from kvzip.eval.results.gpu import GpuResult
     from kvzip.eval.results.inputs import Inputs
     from kvzip.eval.results.stored import load
     from kvzip.eval.traffic.trace import read_trace
 
     book = load_prices(*(price_file or []))
+    book = with_gpu(book, load(gpu, GpuResult)) if gpu else book
     advice = advising.advise(
         shape=advising.shape_of(model, book),
         model=model,
@@ -92,6 +101,7 @@ def advise(
         store_bytes=store_size(store),
         trace=None if trace is None else read_trace(trace),
         book=book,
+        on_device=decode == "device",
     )
 
     def show() -> None:
