@@ -303,8 +303,8 @@ VERSION = f"transformers {transformers.__version__}"
 
 def stored_rows() -> dict[str, str]:
     """The lines of the table, by family."""
-    lines = TABLE.read_text(encoding="utf-8").splitlines()
-    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| family")]
+    _, _, table = TABLE.read_text(encoding="utf-8").partition("| family |")
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
     return {line.split(" | ")[0].removeprefix("| "): line for line in rows}
 
 

@@ -87,6 +87,12 @@ def test_pages(names):
     assert (names["keys"] == names["k"]).all() and (names["values"] == names["v"]).all()
 
 
+def test_a_cache_of_ones_own(names):
+    assert run("models.md", names) == 1
+    kinds = [(layer.kind, list(layer.parts)) for layer in names["again"].layers]
+    assert kinds == [("latent", ["latent", "k_rope"]), ("full", ["k", "v", "k_scale", "v_scale"])]
+
+
 def test_transformers(names, caplog):
     assert run("transformers.md", names) == 3
     assert names["cache"].get_seq_length() == 100

@@ -222,8 +222,8 @@ def rope_length(text: PretrainedConfig) -> int | None:
     """
     if not hasattr(text, "num_hidden_layers"):  # it has others in it alone, as T5Gemma's
         parts = (getattr(text, name, None) for name in text.sub_configs)
-        found = (rope_length(part) for part in parts if part is not None)
-        return min((length for length in found if length is not None), default=None)
+        told = (rope_length(part) for part in parts if part is not None)
+        return min((length for length in told if length is not None), default=None)
     lengths = []
     for own in (text, *text.per_layer_config):
         found = getattr(own, "rope_parameters", None) or {}
