@@ -98,7 +98,8 @@ def _put_elsewhere(
             chosen = getattr(config, setting, None)
             for place in (where, type(module).__module__):
                 known = getattr(sys.modules.get(place), registry, {})
-                function = known.get(chosen) if isinstance(chosen, str) else None
+                named = isinstance(chosen, str) and isinstance(known, Mapping)
+                function = known.get(chosen) if named else None
                 if function is not None and not _is_librarys(function):
                     found[registry, id(function)] = function
     for (registry, _), function in sorted(found.items(), key=lambda pair: pair[0][0]):

@@ -82,7 +82,7 @@ class _Namespace:
             if not self._is_generated(name) and self._is_strange(name, value, layers):
                 self.strange[name] = value
             elif layers or isinstance(value, _CALLED):
-                now = value, list(map(_says, layers))
+                now: tuple[object, list[object]] = value, list(map(_says, layers))
                 first = self._first.setdefault(name, now)
                 if (first[0] is not value or first[1] != now[1]) and not _wraps(layers, first[1]):
                     self.strange[name] = value
