@@ -127,7 +127,8 @@ redraw: $(READY)
 	mkdir -p $(EVAL)
 	$(BIN)/kvzip eval links --draw $(RESULTS)/links.json --picture docs/links.svg --page docs/links.md
 	$(BIN)/kvzip report $(wildcard $(RESULTS)/*.json) kvzip/choice/measured.json docs/benchmarks.json docs/frontier.json -o $(EVAL)/report.html
-	$(BIN)/kvzip eval figures $(RESULTS)/demo.json $(wildcard $(RESULTS)/traffic-*.json) --readme README.md --picture docs/answer.png
+	$(BIN)/kvzip eval figures $(RESULTS)/demo.json $(wildcard $(RESULTS)/traffic-*.json) \
+	  --readme README.md --page docs/fleet.md --picture docs/answer.png
 	$(BIN)/kvzip eval claims --page docs/claims.md --results .
 
 # What docs/qwen3-4b.md asks for: the model comes from its hub. DEVICE=cuda, DTYPE=fp16, MODEL=... as you can.

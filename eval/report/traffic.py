@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvzip.eval.report import svg
+from kvzip.eval.report.text import size, usd
 from kvzip.eval.results.traffic import FleetRow, TrafficResult
 
 
@@ -33,7 +34,7 @@ def ratios(traffic: TrafficResult) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def capacity_map(traffic: TrafficResult, name: str, size: tuple[int, int]) -> str:
+def capacity_map(traffic: TrafficResult, name: str, box: tuple[int, int]) -> str:
     """Blocks found against what the store has room for, a line for each codec."""
     low, high = 100.0, 1.5 * max(2 * traffic.curve[-1][0], 1000.0)
     grid = [low * (high / low) ** (i / 240) for i in range(241)]
@@ -55,7 +56,7 @@ def capacity_map(traffic: TrafficResult, name: str, size: tuple[int, int]) -> st
     spoken = "; ".join(
         f"{c.blocks:,.0f} blocks at {c.ratio:g}x: {c.hit_rate:.1%}" for c in traffic.capacity
     )
-    return svg.curves(name, "What a store of a given size finds", spoken, x, y, lines, size=size)
+    return svg.curves(name, "What a store of a given size finds", spoken, x, y, lines, size=box)
 
 
 def _told_apart(codecs: dict[str, float]) -> dict[str, float]:
@@ -82,3 +83,35 @@ def told(rows: Sequence[FleetRow]) -> list[FleetRow]:
     """The rows that a page shows: no store, and of each strategy the codecs that are told apart."""
     codecs = _told_apart({row.codec: row.ratio for row in rows if row.codec})
     return [row for row in rows if not row.codec or row.codec in codecs]
+
+
+def markdown(traffic: Sequence[TrafficResult]) -> str:
+    """A table for each trace, in Markdown: no store, and each strategy with the codecs that are
+    told apart."""
+    tables = []
+    for t in traffic:
+        tiers = ", ".join(
+            f"{tier.tier} {size(tier.room_blocks * t.block_bytes)}"
+            for row in t.rows
+            if row.codec == "raw" and row.strategy == "load"
+            for tier in row.tiers
+            if tier.room_blocks is not None
+        )
+        lines = [
+            f"**{t.trace.partition('.')[0]}**, {t.requests:,} requests in {t.seconds / 60:.0f} "
+            f"minutes, {t.model} on {t.gpus} GPUs ({tiers}):",
+            "",
+            "| | found | loaded | mean | median | 99 % | GPU s | core s | GPUs | store |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for r in told(t.rows):
+            name = f"{r.strategy}, `{r.codec}`" if r.codec else "no store"
+            cores = r.decode_core_seconds + r.encode_core_seconds
+            cells = [
+                *(name, f"{r.hit_rate:.1%}", f"{r.loaded_share:.1%}"),
+                *(f"{s:.2f} s" for s in (r.ttft_mean, r.ttft_p50, r.ttft_p99)),
+                *(f"{r.gpu_seconds:,.0f}", f"{cores:,.0f}", usd(r.gpu_usd), usd(r.store_usd)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)

@@ -109,7 +109,8 @@ def row(
         for k, tier in enumerate(fleet.tiers if stored else ())
     ]
     found_tokens, tokens = found.tokens.sum(axis=1), prompt_tokens(trace)
-    computed = fleet.bytes_per_token * float((tokens - found_tokens).sum()) if stored else 0.0
+    encodes = stored and any(tier.encoded for tier in fleet.tiers)
+    computed = fleet.bytes_per_token * float((tokens - found_tokens).sum()) if encodes else 0.0
     gpu_seconds = outcome.gpu_seconds * fleet.gpus_each
     gpu_usd = device_cost(gpu_seconds, fleet.gpu_usd_per_hour)
     store_usd = sum(tier.usd for tier in tiers)

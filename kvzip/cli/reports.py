@@ -77,10 +77,11 @@ def figures(
     results: list[Path],
     *,
     readme: Path | None = None,
+    page: Path | None = None,
     picture: Path | None = None,
     as_json: Json = False,
 ) -> None:
-    """The README's figures from stored results.
+    """The README's figures, and those of docs/fleet.md, from stored results.
 
     Parameters
     ----------
@@ -89,18 +90,23 @@ def figures(
         in room is of the first.
     readme
         A Markdown file: its answer is put anew between its marks.
+    page
+        A Markdown file: the tables of the replayed traces are put anew between their marks.
     picture
         PNG of the map of time; needs Chromium.
     """
     from kvzip.eval.quantities import significant
     from kvzip.eval.report import readme as drawing
     from kvzip.eval.report.sources import read
+    from kvzip.eval.report.traffic import markdown
 
     result, extras = read(results)
     traffic = extras.traffic or ()
     found, answer = drawing.figures(result, traffic), drawing.answer(result, traffic)
     if readme is not None:
         drawing.put_figures(result, readme, traffic)
+    if page is not None:
+        drawing.put_between(page, {"traffic": markdown(traffic)})
     if picture is not None:
         drawing.put_picture(result, picture)
 

@@ -12,6 +12,7 @@ import pytest
 from kvzip.errors import KVZipError
 from kvzip.eval.report import readme as f
 from kvzip.eval.report.sources import read
+from kvzip.eval.report.traffic import markdown
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "results"
@@ -28,6 +29,13 @@ def test_the_readme_is_what_the_stored_results_give(tmp_path: Path) -> None:
         "1. *In t", "2. *In d", "3. *In d", "4. *In r"
     ]  # fmt: skip
     assert all("`kvzip " in line for line in answers)
+
+
+def test_the_tables_of_traces_are_what_the_stored_results_give(tmp_path: Path) -> None:
+    copy = tmp_path / "fleet.md"
+    copy.write_text((ROOT / "docs" / "fleet.md").read_text())
+    assert f.put_between(copy, {"traffic": markdown(TRAFFIC)}) is False
+    assert markdown(TRAFFIC).count("| no store |") == 2
 
 
 def test_the_answer_in_room_is_what_the_trace_gives() -> None:
