@@ -119,9 +119,11 @@ links: $(READY)
 
 # The traces are Mooncake's (github.com/kvcache-ai/Mooncake, FAST25-release/traces), under these names in TRACES.
 traffic: $(READY)
-	mkdir -p $(RESULTS)
-	for trace in conversation synthetic; do (cd $(TRACES) && $(abspath $(BIN))/kvzip eval fleet --spread \
-	  --trace mooncake_$$trace.jsonl.gz -o $(abspath $(RESULTS))/traffic-$$trace.json) || exit 1; done
+	mkdir -p $(RESULTS) $(EVAL)/traffic
+	ln -sf $(abspath $(TRACES))/mooncake_*.jsonl.gz $(EVAL)/traffic
+	for trace in conversation synthetic; do (cd $(EVAL)/traffic && $(abspath $(BIN))/kvzip eval fleet --spread \
+	  --trace mooncake_$$trace.jsonl.gz -o traffic-$$trace.json) || exit 1; done
+	cp $(EVAL)/traffic/traffic-*.json $(RESULTS)
 
 redraw: $(READY)
 	mkdir -p $(EVAL)
