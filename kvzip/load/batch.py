@@ -44,6 +44,7 @@ from kvzip.load.matching import (
 )
 from kvzip.load.placeholders import check_text_only
 from kvzip.load.recovery import Recovery, naming, tell
+from kvzip.load.reuse import pin
 from kvzip.load.witness import watch
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
@@ -118,7 +119,7 @@ def load_batch(
                 rows.append(usable[n].loader(kinds, count, device, threads))
         if len({row.dtype for row in rows if row is not None}) > 1:
             raise KVZipError("the documents of a batch are not all of one dtype")
-        made = _cache(rows, config, kinds, column, padded.longest, usable.values())
+        made = _cache(rows, config, kinds, column, padded, usable.values())
         return padded.inputs(pad_token_id, device) | made
 
 
@@ -175,8 +176,9 @@ def load_batch_or_prefill(
             _row_or_prefill(usable.get(n), n, model, padded, column, kinds, threads)
             for n in range(len(sources))
         ]
-        made = _cache(rows, model.config, kinds, column, padded.longest, usable.values())
+        made = _cache(rows, model.config, kinds, column, padded, usable.values())
         if any(rows):
+            pin(*made.values(), model, revision)
             watch(model, *made.values())
         return padded.inputs(pad_token_id, model.device) | made
 
@@ -324,7 +326,7 @@ def _cache(
     config: PretrainedConfig,
     kinds: Sequence[LayerKind],
     column: int,
-    longest: int,
+    prompts: _Prompts,
     usable: Collection[_Usable],
 ) -> dict[str, Any]:
     """The argument of `generate` that hands over a cache of these rows, all up to one column."""
@@ -333,4 +335,6 @@ def _cache(
     batch = BatchLoader(rows, column, [kind.window for kind in kinds])
     for one in usable:
         one.opened.close_after(batch)
-    return cache_argument(lazy_cache(batch, config, kinds, column, longest))
+    cache = lazy_cache(batch, config, kinds, column, prompts.longest)
+    cache.padding = [prompts.longest - len(row) for row in prompts.rows]
+    return cache_argument(cache)

@@ -49,6 +49,7 @@ from kvzip.load.matching import (
 )
 from kvzip.load.placeholders import check_text_only
 from kvzip.load.recovery import Recovery, tell
+from kvzip.load.reuse import pin
 from kvzip.load.snapshots import snapshot_of_cache
 from kvzip.load.witness import watch
 from kvzip.options import integer
@@ -219,6 +220,7 @@ def load_or_prefill(
             rows = ids[: opened.source.layout.batch or 1]
             loader.devices = devices_of(model, kinds)
             loader.recovery = Recovery(prefill_of(model, rows, loader.held, source_ids))
+            pin(cache, model, revision)
             watch(model, cache)
             return cache
     except UsageError:  # a source that is none

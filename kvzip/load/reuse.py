@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +20,20 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from kvzip.errors import KVZipError, UsageError
+from kvzip.identity import fingerprint
+from kvzip.load.calls import (
+    adapters_of,
+    check_generate,
+    chooses_adapters,
+    innermost,
+    other_inputs,
+)
+from kvzip.load.config import decoder_cache
 from kvzip.load.held import check_crop
 from kvzip.load.matching import Ids
 from kvzip.load.own import class_for
+from kvzip.load.recovery import tell
+from kvzip.load.witness import watching
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -45,6 +56,12 @@ class HeldCache(DynamicCache):
         """[batch, tokens] of the first tokens; None if nothing is known. Rows may stand for several
         of the cache's each."""
         self._rearranged = False
+        self.padding: Sequence[int] | None = None
+        """How many columns are padding in each row, where it was loaded for a batch."""
+        self.made_by: str | None = None
+        """The fingerprint of the model that it was loaded for, where a call may change that."""
+        self.more_than_ids: str | None = None
+        """What `generate` was given, when this was filled, on which keys and values depend."""
         _stand_in()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,6 +147,49 @@ class HeldCache(DynamicCache):
     def _fresh(self) -> bool:
         """Whether nothing has been fed yet to a loaded cache that will look at that."""
         return any(getattr(layer, "_leads", False) and layer._fresh for layer in self.layers)
+
+    def check_fed(self, fed: int) -> None:
+        """Raise KVZipError if a call, the first, is fed another number of tokens than it was loaded
+        for."""
+        for layer in self.layers:
+            if getattr(layer, "_leads", False) and layer._prompt_length is not None:
+                layer._check_fed(fed, layer._prompt_length - int(self.get_seq_length()))
+
+    def check(
+        self, model: Any, mask: torch.Tensor | None, given: dict[str, Any], may_compute: bool
+    ) -> None:
+        """Have the first `generate` compute all itself, if it is given more than ids, on which keys
+        and values depend, and may; else raise KVZipError. `mask`: that it uses."""
+        if not self._fresh:
+            return
+        self.check_in_sight(given.get("attention_mask"))
+        try:
+            check_generate(model, self, mask, given)
+        except KVZipError as error:
+            sources = (getattr(layer, "_source", None) for layer in self.layers)
+            if not may_compute or not any(each is not None and each.recovers for each in sources):
+                raise
+            tell(error)
+            self.layers, self._ids = decoder_cache(model.config).layers, None
+            self.padding = self.made_by = None
+
+    @property
+    def known(self) -> bool:
+        """Whether `generate` has named all tokens that it holds, and nothing beside their ids."""
+        length, ids = int(self.get_seq_length()), self._ids
+        if ids is None or ids.shape[1] < length or self.more_than_ids is not None:
+            return False
+        return not (ids == UNKNOWN).any()
+
+    def note(self, model: Any, mask: torch.Tensor | None, given: dict[str, Any]) -> None:
+        """Remember what a `generate` is given beside ids, if anything."""
+        told = [f"{name}=" for name in other_inputs(model, given)]
+        told += [name for name in ("position_ids=",) if given.get(name[:-1]) is not None]
+        if chooses_adapters(model):
+            told.append("adapter_names=")
+        if mask is not None and not mask.bool().all():
+            told.append("a mask that hides tokens")
+        self.more_than_ids = self.more_than_ids or ", ".join(told) or None
 
     @property
     def _rows(self) -> int:
@@ -245,6 +305,14 @@ def held_cache(
     return made
 
 
+def pin(cache: Cache, model: Any, revision: str | None) -> None:
+    """Have a loaded cache refuse calls of its model with other adapters than it has now, if it has
+    any and the caller has not said, by a `revision`, which the cache is of."""
+    own = getattr(cache, "self_attention_cache", cache)
+    if revision is None and adapters_of(model):
+        own.made_by = fingerprint(innermost(model))
+
+
 def _first_difference(held: Ids, prompt: Ids) -> int | None:
     """Where a prompt, [batch, n], first differs from the ids held, [batch, up to n]; None where it
     does not, as far as they are known. Either may have each row of the other several times."""
@@ -277,6 +345,21 @@ def _use_cache(model: Any, kwargs: dict[str, Any]) -> None:
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     if getattr(config, "use_cache", True) is False:
         kwargs["use_cache"] = True
+
+
+def _mask_of(model: Any, prompt: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The mask that a `generate` with these arguments uses: without one, transformers hides what
+    has the padding's id."""
+    mask: torch.Tensor | None = kwargs.get("attention_mask")
+    if mask is not None or not isinstance(prompt, torch.Tensor) or prompt.is_floating_point():
+        return mask
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    pad, ends = (
+        kwargs.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id")
+    )
+    if pad is None or pad in ([] if ends is None else np.atleast_1d(ends).tolist()):
+        return None
+    return prompt != pad
 
 
 def _times(model: Any, kwargs: dict[str, Any]) -> int:
@@ -312,15 +395,21 @@ def _stand_in() -> None:
                 "assistant transformers feeds the whole prompt behind them once more, which gives "
                 "other tokens: leave out the cache, or the lookup and the assistant"
             )
-        if cache is not None:
-            _use_cache(self, kwargs)
-        if cache is None or prompt is None or not whole:
+        if cache is None:
             return own(self, *args, **kwargs)
+        _use_cache(self, kwargs)
+        used = _mask_of(self, prompt, kwargs)
+        cache.check(self, used, kwargs, may_compute=whole)
+        cache.note(self, used, kwargs)
+        watched = watching(self, cache) if cache._fresh else nullcontext()
+        if not whole:
+            with watched:
+                return own(self, *args, **kwargs)
         if mask is None and "attention_mask" not in inspect.signature(self.forward).parameters:
             # Without one transformers feeds such a model all ids, those of the cache, too.
             kwargs["attention_mask"] = torch.ones_like(prompt)
         cache.spread(prompt.shape[0] * _times(self, kwargs))
-        with cache.going_on(prompt, mask):
+        with cache.going_on(prompt, mask), watched:
             generated = own(self, *args, **kwargs)
             cache.take_note(generated)
         return generated

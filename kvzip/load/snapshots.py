@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.identity.checkpoint import changed
+from kvzip.load.calls import adapters_of
 from kvzip.load.config import LayerKind, layer_kinds
 from kvzip.load.held import ENCODER_IDS, TOKEN_PARTS, Held, Piece, as_bytes, has_nothing, held
 from kvzip.load.matching import ids_of, origin_of_model, revision_of_source
@@ -44,6 +45,7 @@ def snapshot_of_cache(
     if not isinstance(cache, (Cache, EncoderDecoderCache)) and not is_own(cache):
         raise UnsupportedError(f"a {type(cache).__name__} is not a cache of a decoder's layers")
     kinds = [] if model is None or isinstance(model, str) else layer_kinds(model.config)
+    _check_filled(cache, model)
     found = [one.copied() for one in held_by(cache, kinds)]
     if isinstance(cache, EncoderDecoderCache) and encoder_ids is not None:
         source = ids_of(encoder_ids, "encoder_ids")
@@ -77,6 +79,25 @@ def snapshot_of_cache(
             )
         snapshot = Snapshot(layers, dtype, ids, origin)
     return snapshot
+
+
+def _check_filled(cache: Cache, model: PreTrainedModel | str | None) -> None:
+    """Raise UnsupportedError for a cache whose keys depend on more than ids and a model's weights,
+    or on adapters that nothing tells."""
+    own = getattr(cache, "self_attention_cache", cache)
+    told = getattr(own, "more_than_ids", None)
+    if told is not None:
+        raise UnsupportedError(
+            f"`generate` filled the cache with {told}: its keys and values depend on more than "
+            "token ids, by which it would be found"
+        )
+    names = set() if model is None or isinstance(model, str) else adapters_of(model)
+    if len(names) > 1 and not getattr(own, "known", False):
+        raise UnsupportedError(
+            f"the model carries several adapters ({', '.join(sorted(names))}), of which each call "
+            "may choose others (adapter_names=), so nothing tells which of them filled the cache: "
+            "fill it by `generate`, with a cache of load_or_prefill, or delete the others"
+        )
 
 
 def _origin(

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvzip.errors import KVZipError
-from kvzip.load.reuse import HeldCache
+from kvzip.load.calls import check_call, innermost
 from kvzip.workers import Lock
 
 if TYPE_CHECKING:
@@ -103,7 +104,9 @@ _watching = Lock()
 
 def watch(model: PreTrainedModel, cache: Cache) -> None:
     """Until `cache` has been used, a call of the model that finds it to be of other weights gets
-    the cache that the model computes itself, and is made again, once."""
+    the cache that the model computes itself, and is made again, once. What such a call is given
+    beside ids is checked before, see :mod:`kvzip.load.calls`."""
+    model = innermost(model)  # what PEFT's calls, too, and where adapters have been put on
     if not isinstance(model, torch.nn.Module):
         return
     with _watching:
@@ -111,7 +114,24 @@ def watch(model: PreTrainedModel, cache: Cache) -> None:
         if not isinstance(watched, _Watched):
             watched = _Watched(model)
             model.forward = watched
-        watched.pending.append(weakref.ref(cache))
+        if not watched.awaits(cache):
+            watched.pending.append(weakref.ref(cache))
+
+
+@contextmanager
+def watching(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
+    """The same while this lasts, if it was not so before."""
+    watched = vars(innermost(model)).get("forward")
+    if isinstance(watched, _Watched) and watched.awaits(cache):
+        yield
+        return
+    watch(model, cache)
+    try:
+        yield
+    finally:
+        watched = vars(innermost(model)).get("forward")
+        if isinstance(watched, _Watched):
+            watched.forget(cache)
 
 
 class _Watched:
@@ -123,6 +143,16 @@ class _Watched:
         self.model, self.before = model, vars(model).get("forward")
         self.pending: list[weakref.ref[Cache]] = []
 
+    def awaits(self, cache: Cache) -> bool:
+        """Whether a cache is one of those that were not used."""
+        return any(ref() is cache for ref in self.pending)
+
+    def forget(self, cache: Cache) -> None:
+        """Await a cache no longer."""
+        with _watching:
+            self.pending = [ref for ref in self.pending if ref() is not cache]
+        self._settle()
+
     @property
     def own(self) -> Callable[..., Any]:
         """The model's `forward` without this."""
@@ -133,10 +163,8 @@ class _Watched:
         return inspect.signature(self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, HeldCache):
-                value.check_in_sight(kwargs.get("attention_mask"))
         try:
+            self._check(args, kwargs)
             return self.own(*args, **kwargs)
         except OtherWeights as error:
             cache, source = _cache_with(error.layer, (*args, *kwargs.values())), error.source
@@ -150,6 +178,16 @@ class _Watched:
         finally:
             self._settle()
         return self.own(*args, **kwargs)
+
+    def _check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise KVZipError if the call means other tokens than those of a cache not used yet."""
+        for value in (*args, *kwargs.values()):
+            cache = getattr(value, "self_attention_cache", value)
+            if getattr(cache, "_fresh", False):
+                if cache is value:
+                    cache.check_in_sight(kwargs.get("attention_mask"))
+                given = self.__signature__.bind_partial(*args, **kwargs)
+                check_call(self.model, cache, {**given.arguments, **given.kwargs})
 
     def _settle(self) -> None:
         """Go, when all caches have been used or are gone."""

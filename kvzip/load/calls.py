@@ -1,0 +1,169 @@
+"""What a call of a model is given beside token ids, where keys and values depend on it.
+
+A loaded cache holds what the model computes of ids alone: tokens that see all before them, but for
+the padding of a batch, at positions that are counted from 0, with the adapters that were active
+when it was loaded. The first call that goes on from it must not have meant anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvzip.errors import KVZipError
+from kvzip.identity import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvzip.load.reuse import HeldCache
+
+_BY_IDS = frozenset(
+    {
+        *("inputs", "input_ids", "decoder_input_ids", "encoder_outputs"),
+        *("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids"),
+        *("negative_prompt_ids", "negative_prompt_attention_mask", "labels", "logits_to_keep"),
+    }
+)
+"""Tensors that `generate` takes and that say nothing of a prompt's tokens but their ids, masks and
+positions, which are compared."""
+_KINDS_OF_TOKENS = frozenset({"token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"})
+"""In models that take images 0 stands for text, as if they were not given."""
+
+
+def innermost(model: Any) -> Any:
+    """The model of transformers in what PEFT made of it."""
+    while callable(getattr(model, "get_base_model", None)):
+        model = model.get_base_model()
+    return model
+
+
+def check_call(model: torch.nn.Module, cache: HeldCache, given: Mapping[str, Any]) -> None:
+    """Raise KVZipError if a call with these arguments, the first to go on from a loaded cache,
+    would not have computed the cache's tokens as the cache has them."""
+    held = int(cache.get_seq_length())
+    if not held:
+        return
+    _check_model(model, cache)
+    decoder = "decoder_" if "decoder_input_ids" in given else ""
+    ids = given.get(f"{decoder}input_ids")
+    if ids is not None:
+        cache.check_fed(ids.shape[-1])
+    mask, positions = given.get(f"{decoder}attention_mask"), given.get(f"{decoder}position_ids")
+    _check_mask(mask, held, cache.padding)
+    if isinstance(positions, torch.Tensor):
+        _check_positions(positions[..., :1], held, held, cache.padding)
+
+
+def check_generate(
+    model: Any, cache: HeldCache, mask: torch.Tensor | None, given: Mapping[str, Any]
+) -> None:
+    """The same of what `generate` is given, for a whole prompt; `mask`: that it uses."""
+    held = int(cache.get_seq_length())
+    if not held:
+        return
+    _check_model(model, cache)
+    for name in other_inputs(model, given):
+        raise KVZipError(
+            f"`generate` is given {name}=, on which keys and values may depend, and the loaded "
+            "cache was computed of token ids alone: leave it out, or the cache"
+        )
+    _check_mask(mask, held, cache.padding)
+    positions = given.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.shape[-1] > held:
+        _check_positions(positions[..., : held + 1], 0, held, cache.padding)
+
+
+def _check_model(model: torch.nn.Module, cache: HeldCache) -> None:
+    """Raise KVZipError if a model is no longer the one that a cache was loaded for."""
+    if cache.made_by is not None and fingerprint(innermost(model)) != cache.made_by:
+        raise KVZipError(
+            "the model computes with other adapters, or other weights, than when the cache was "
+            "loaded for it (adapter_names=, set_adapter, ...): load it after such a change; for "
+            "calls with adapter_names= give an empty cache, or load_or_prefill a revision= that "
+            "stands for them"
+        )
+
+
+def other_inputs(model: Any, given: Mapping[str, Any]) -> Iterator[str]:
+    """The arguments of a `generate` that are tensors and may tell more of a prompt than its ids."""
+    config = getattr(model, "config", None)
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor) or name in _BY_IDS:
+            continue
+        if hasattr(getattr(model, "generation_config", None), name):
+            continue
+        if name in _KINDS_OF_TOKENS and getattr(config, "sub_configs", None) and not value.any():
+            continue
+        yield name
+
+
+def _counted(first: int, count: int, padding: Sequence[int] | None, rows: int) -> torch.Tensor:
+    """The positions of `count` columns from `first` on in each row, [rows, count], as they are
+    counted after its padding, where they are negative."""
+    pads = torch.tensor(padding or [0])
+    pads = pads.repeat_interleave(max(1, rows // len(pads)))[:, None]
+    return first - pads + torch.arange(count)
+
+
+def _check_positions(
+    positions: torch.Tensor, first: int, held: int, padding: Sequence[int] | None
+) -> None:
+    """Raise KVZipError unless positions, [..., rows, n], of the columns from `first` on, are those
+    that are counted. Padding may have any."""
+    positions = torch.atleast_2d(positions).cpu()
+    wanted = _counted(first, positions.shape[-1], padding, positions.shape[-2])
+    if ((positions != wanted) & (wanted >= 0)).any():
+        raise KVZipError(
+            f"the prompt does not continue the cached document at position {held}: the model is "
+            "given other positions than those of the cache's tokens, which are counted from 0. "
+            "Either it is shorter than the cache, or its suffix came without a full-length "
+            "attention mask, or position_ids= says so"
+        )
+
+
+def _check_mask(mask: Any, held: int, padding: Sequence[int] | None) -> None:
+    """Raise KVZipError unless a call's mask shows all of a cache's tokens, and the next, which is
+    compared with the document's, but for padding."""
+    if mask is None and not any(padding or ()):
+        return
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        raise KVZipError(
+            "the cache goes on with a mask of [batch, tokens], in which 0 is padding: others may "
+            "hide tokens from one another that see each other in the cache"
+        )
+    mask = mask[:, : held + 1].cpu()
+    if ((mask != 0) != (_counted(0, mask.shape[1], padding, mask.shape[0]) >= 0)).any():
+        raise KVZipError(
+            f"the attention mask hides some of the {held} tokens that the cache holds or the next "
+            "(or shows its padding), and keys and values were computed with all of them: leave out "
+            "the mask (and pad_token_id=, if the prompt has that id), or the cache"
+        )
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+
+def adapters_of(model: torch.nn.Module) -> set[str]:
+    """The names of the adapters of PEFT that a model carries."""
+    return {name for layer in _tuned(model) for name in _adapters_in(layer)}
+
+
+def chooses_adapters(model: torch.nn.Module) -> bool:
+    """Whether the call that is under way says which adapters are used, and where."""
+    return any(layer._forward_pre_hooks for layer in _tuned(model))
+
+
+def _tuned(model: torch.nn.Module) -> list[Any]:
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None or not isinstance(model, torch.nn.Module):
+        return []
+    return [module for module in model.modules() if isinstance(module, peft.BaseTunerLayer)]
+
+
+def _adapters_in(layer: Any) -> set[str]:
+    held = (getattr(layer, name, None) for name in layer.adapter_layer_names)
+    return {key for each in held if each is not None for key in each}
