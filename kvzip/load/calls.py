@@ -30,8 +30,13 @@ _BY_IDS = frozenset(
 )
 """Tensors that `generate` takes and that say nothing of a prompt's tokens but their ids, masks and
 positions, which are compared."""
-_KINDS_OF_TOKENS = frozenset({"token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"})
-"""In models that take images 0 stands for text, as if they were not given."""
+_TEXT_IS_ZERO = {
+    "mm_token_type_ids": "",
+    "moe_mm_token_type_ids": "",
+    "token_type_ids": "gemma",
+}
+"""Kinds of tokens of which 0 stands for text, as if they were not given, and the families that take
+them so. (In GPT-2 0 has an embedding of its own, in PaliGemma it stands for a prefix.)"""
 
 
 def innermost(model: Any) -> Any:
@@ -53,8 +58,8 @@ def check_call(model: torch.nn.Module, cache: HeldCache, given: Mapping[str, Any
     if ids is not None:
         cache.check_fed(ids.shape[-1])
     mask, positions = given.get(f"{decoder}attention_mask"), given.get(f"{decoder}position_ids")
-    _check_mask(mask, held, cache.padding)
-    if isinstance(positions, torch.Tensor):
+    _check_mask(mask, held, cache)
+    if isinstance(positions, torch.Tensor) and not _hidden_last(mask, held):
         _check_positions(positions[..., :1], held, held, cache.padding)
 
 
@@ -71,7 +76,7 @@ def check_generate(
             f"`generate` is given {name}=, on which keys and values may depend, and the loaded "
             "cache was computed of token ids alone: leave it out, or the cache"
         )
-    _check_mask(mask, held, cache.padding)
+    _check_mask(mask, held, cache)
     positions = given.get("position_ids")
     if isinstance(positions, torch.Tensor) and positions.shape[-1] > held:
         _check_positions(positions[..., : held + 1], 0, held, cache.padding)
@@ -90,13 +95,14 @@ def _check_model(model: torch.nn.Module, cache: HeldCache) -> None:
 
 def other_inputs(model: Any, given: Mapping[str, Any]) -> Iterator[str]:
     """The arguments of a `generate` that are tensors and may tell more of a prompt than its ids."""
-    config = getattr(model, "config", None)
+    family = str(getattr(getattr(model, "config", None), "model_type", ""))
     for name, value in given.items():
         if not isinstance(value, torch.Tensor) or name in _BY_IDS:
             continue
         if hasattr(getattr(model, "generation_config", None), name):
             continue
-        if name in _KINDS_OF_TOKENS and getattr(config, "sub_configs", None) and not value.any():
+        as_text = _TEXT_IS_ZERO.get(name)
+        if as_text is not None and family.startswith(as_text) and not value.any():
             continue
         yield name
 
@@ -125,9 +131,13 @@ def _check_positions(
         )
 
 
-def _check_mask(mask: Any, held: int, padding: Sequence[int] | None) -> None:
-    """Raise KVZipError unless a call's mask shows all of a cache's tokens, and the next, which is
-    compared with the document's, but for padding."""
+def _check_mask(mask: Any, held: int, cache: HeldCache) -> None:
+    """Raise KVZipError unless a call's mask shows all of a cache's tokens, but for its padding.
+
+    What is hidden at their end alone changes nothing of those before. But the next token may be
+    compared with the document's, and so a cache that can be computed is, there, too.
+    """
+    padding = cache.padding
     if mask is None and not any(padding or ()):
         return
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -135,13 +145,21 @@ def _check_mask(mask: Any, held: int, padding: Sequence[int] | None) -> None:
             "the cache goes on with a mask of [batch, tokens], in which 0 is padding: others may "
             "hide tokens from one another that see each other in the cache"
         )
-    mask = mask[:, : held + 1].cpu()
-    if ((mask != 0) != (_counted(0, mask.shape[1], padding, mask.shape[0]) >= 0)).any():
+    mask = mask[:, : held + 1 if cache.recovers else held].cpu() != 0
+    wrong = mask != (_counted(0, mask.shape[1], padding, mask.shape[0]) >= 0)
+    if not cache.recovers:
+        wrong &= mask.flip(1).cumsum(1).flip(1) > 0
+    if wrong.any():
         raise KVZipError(
-            f"the attention mask hides some of the {held} tokens that the cache holds or the next "
-            "(or shows its padding), and keys and values were computed with all of them: leave out "
-            "the mask (and pad_token_id=, if the prompt has that id), or the cache"
+            f"the attention mask hides some of the {held} tokens that the cache holds (or shows "
+            "its padding), and keys and values were computed with all of them: leave out the mask (and "
+            "pad_token_id=, if the prompt has that id), or the cache"
         )
+
+
+def _hidden_last(mask: torch.Tensor | None, held: int) -> bool:
+    """Whether a cache's last token is hidden in a row, so that the next has a position before."""
+    return mask is not None and not bool(mask[:, held - 1 : held].all())
 
 
 # --- adapters ------------------------------------------------------------------------------------

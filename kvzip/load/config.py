@@ -148,6 +148,12 @@ def layers_of(config: PretrainedConfig) -> tuple[list[LayerKind], tuple[dict[str
     text = config.get_text_config(decoder=True)
     if (why := UNHANDLED.get(text.model_type)) is not None:
         raise UnsupportedError(f"a {text.model_type} model's cache cannot be kept: {why}")
+    both_ways = getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    if both_ways or getattr(text, "is_causal", True) is False:
+        raise UnsupportedError(
+            f"this {text.model_type} model's cache cannot be kept: its tokens see those after them,"
+            " so that keys and values depend on how a text goes on"
+        )
     layers = decoder_cache(config).layers
     made = [kind_of(layer, i) for i, layer in enumerate(layers)]
     mixed = any(kind == "sliding" for kind, _ in made)

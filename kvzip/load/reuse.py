@@ -148,6 +148,12 @@ class HeldCache(DynamicCache):
         """Whether nothing has been fed yet to a loaded cache that will look at that."""
         return any(getattr(layer, "_leads", False) and layer._fresh for layer in self.layers)
 
+    @property
+    def recovers(self) -> bool:
+        """Whether it can be computed where it is not used."""
+        sources = (getattr(layer, "_source", None) for layer in self.layers)
+        return any(each is not None and each.recovers for each in sources)
+
     def check_fed(self, fed: int) -> None:
         """Raise KVZipError if a call, the first, is fed another number of tokens than it was loaded
         for."""
@@ -166,8 +172,7 @@ class HeldCache(DynamicCache):
         try:
             check_generate(model, self, mask, given)
         except KVZipError as error:
-            sources = (getattr(layer, "_source", None) for layer in self.layers)
-            if not may_compute or not any(each is not None and each.recovers for each in sources):
+            if not (may_compute and self.recovers):
                 raise
             tell(error)
             self.layers, self._ids = decoder_cache(model.config).layers, None

@@ -12,6 +12,7 @@ of the model that found it has to be made again then: :func:`watch` does that.
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -142,6 +143,8 @@ class _Watched:
     def __init__(self, model: torch.nn.Module):
         self.model, self.before = model, vars(model).get("forward")
         self.pending: list[weakref.ref[Cache]] = []
+        compiles = "torch._dynamo" in sys.modules  # and must not compile fingerprints, too
+        self.check_call = torch.compiler.disable(check_call) if compiles else check_call
 
     def awaits(self, cache: Cache) -> bool:
         """Whether a cache is one of those that were not used."""
@@ -187,7 +190,7 @@ class _Watched:
                 if cache is value:
                     cache.check_in_sight(kwargs.get("attention_mask"))
                 given = self.__signature__.bind_partial(*args, **kwargs)
-                check_call(self.model, cache, {**given.arguments, **given.kwargs})
+                self.check_call(self.model, cache, {**given.arguments, **given.kwargs})
 
     def _settle(self) -> None:
         """Go, when all caches have been used or are gone."""
