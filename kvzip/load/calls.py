@@ -152,8 +152,8 @@ def _check_mask(mask: Any, held: int, cache: HeldCache) -> None:
     if wrong.any():
         raise KVZipError(
             f"the attention mask hides some of the {held} tokens that the cache holds (or shows "
-            "its padding), and keys and values were computed with all of them: leave out the mask (and "
-            "pad_token_id=, if the prompt has that id), or the cache"
+            "its padding), and keys and values were computed with all of them: leave out the mask "
+            "(and pad_token_id=, if the prompt has that id), or the cache"
         )
 
 
