@@ -178,8 +178,9 @@ def load_batch_or_prefill(
         ]
         made = _cache(rows, model.config, kinds, column, padded, usable.values())
         if any(rows):
-            pin(*made.values(), model, revision)
-            watch(model, *made.values())
+            [cache] = made.values()
+            pin(cache, model, revision)
+            watch(model, cache)
         return padded.inputs(pad_token_id, model.device) | made
 
 

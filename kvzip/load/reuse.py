@@ -407,7 +407,7 @@ def _stand_in() -> None:
         cache.check(self, used, kwargs, may_compute=whole)
         cache.note(self, used, kwargs)
         watched = watching(self, cache) if cache._fresh else nullcontext()
-        if not whole:
+        if prompt is None or not whole:
             with watched:
                 return own(self, *args, **kwargs)
         if mask is None and "attention_mask" not in inspect.signature(self.forward).parameters:
