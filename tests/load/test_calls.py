@@ -306,9 +306,11 @@ def test_kinds_of_tokens(store: Store, caplog: Any) -> None:
             vocab_size=64, n_layer=3, n_embd=32, n_head=4, n_positions=128, initializer_range=0.4
         )
     ).eval()
-    snapshot = put(store, model)
+    snapshot = kvzip.Snapshot.from_cache(document(model), IDS)
+    snapshot.origin = kvzip.Origin(model="m", revision="r")
+    store.put(snapshot, codec="raw")
     for kinds in (torch.zeros_like(PROMPT), torch.ones_like(PROMPT)):
-        cache = load_or_prefill(store, model, PROMPT)
+        cache = load_or_prefill(store, model, PROMPT, name="m", revision="r")
         assert cache.get_seq_length() == 39
         whole = generate(model, token_type_ids=kinds)
         assert torch.equal(generate(model, PROMPT, cache, token_type_ids=kinds), whole)
