@@ -79,7 +79,8 @@
 
   // Mirrors charts.py: places on logarithmic axes, far values kept near the plot.
   function frame(svg) {
-    const g = JSON.parse(svg.dataset.geometry);
+    const g = JSON.parse(svg.dataset.geometry), times = Number(svg.dataset.times || 1);
+    g.y = g.y.map((edge) => edge * times);
     const place = (v, [low, high]) => Math.log(v / low) / Math.log(high / low);
     return {
       ...g,
@@ -142,15 +143,27 @@
     if (inside) mark.setAttribute("transform", `translate(${f.px(x).toFixed(1)} ${f.py(y).toFixed(1)})`);
   }
 
+  // Another model's cache may come so much faster that its lines lie elsewhere: the axis of bandwidth
+  // moves by powers of ten.
+  function move(svg) {
+    const pace = (m) => m.bytes / (m.a + m.b * given.tokens);
+    const times = Math.pow(10, Math.round(Math.log10(pace(model) / pace(own))));
+    svg.dataset.times = times;
+    for (const tick of svg.querySelectorAll("[data-tick]"))
+      tick.textContent = bitRate(Number(tick.dataset.tick) * times);
+  }
+
   function maps(s) {
     const codecs = new Map(ways(s).map((c) => [c.name, c]));
     codecs.set("ideal", { ratio: given.ideal, rate: Infinity });
     if (!codecs.has("raw")) codecs.set("raw", { ratio: 1, rate: Infinity });
-    for (const svg of document.querySelectorAll('svg[data-chart^="time-"]'))
+    for (const svg of document.querySelectorAll('svg[data-chart^="time-"]')) {
+      move(svg);
       redraw(svg, (key, tokens) => {
         const c = codecs.get(key), raw = s.bytes * tokens;
         return breakEvenBandwidth(prefillSeconds(tokens, s), raw, c.ratio, c.rate, s);
       }, [s.tokens, s.link * 1e6]);
+    }
     for (const svg of document.querySelectorAll('svg[data-chart^="dollar-"]'))
       redraw(svg, (key, price) => {
         const c = codecs.get(key);

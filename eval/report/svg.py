@@ -126,7 +126,8 @@ class _Frame:
         for value, text in self.y.ticks:
             at = self.py(value)
             parts.append(f'<path class="grid" d="M{self.left} {at:.1f}H{self.right}"/>')
-            parts.append(_text(self.left - 7, at + 4, text, "tick", "end"))
+            key = f' data-tick="{value:g}"'
+            parts.append(_text(self.left - 7, at + 4, text, "tick", "end", key))
         middle = (self.left + self.right) / 2
         parts.append(_text(middle, self.height - 8, self.x.title, "axis", "middle"))
         parts.append(_text(4, 13, self.y.title, "axis", "start"))

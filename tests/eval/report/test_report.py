@@ -408,6 +408,18 @@ def test_the_maps_of_another_model(browser: Any, report: Path) -> None:
     )
     assert here["bandwidth"] == bit_rate(there.value or 0)
     assert points(opened, "time-wide", "raw") != own
+    # The axis has moved by a power of ten, so that the line lies within it.
+    svg = opened.page.locator('[data-chart="time-wide"]')
+    times, g = (
+        float(svg.get_attribute("data-times") or 1),
+        json.loads(svg.get_attribute("data-geometry") or ""),
+    )
+    assert times in (10, 100, 1000)
+    inside = [g["top"] <= y <= g["bottom"] for _, y in points(opened, "time-wide", "raw")]
+    assert sum(inside) > len(inside) / 2
+    ticks = svg.locator("[data-tick]").all()
+    for tick in ticks:
+        assert tick.text_content() == bit_rate(float(tick.get_attribute("data-tick") or 0) * times)
     opened.page.click("#panel button[type=reset]")
     opened.page.wait_for_timeout(50)
     assert opened.page.input_value("#panel [name=bytes]") == bytes_of_own
