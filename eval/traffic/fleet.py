@@ -1,6 +1,7 @@
 """What a trace is replayed on: GPUs, the tiers of a store, and how each codec is used there.
 
 The defaults are put together from the price book: :func:`tier_of`. docs/fleet.md has the model.
+(:mod:`kvzip.eval.money.fleet` is about made-up readers of documents, by formulas.)
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ Decoder = Literal["none", "host", "device"]
 BUSY_AT_MOST = 0.75
 """The share of the time for which GPUs may be busy without a store, where their number is not
 given."""
+
+MOST_GPUS = 1_000_000
 
 
 class Tier(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +79,11 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
         """This fleet. Raises KVZipError that names what cannot be."""
         for name in ("layers", "bytes_per_token", "gpus", "gpus_each", "cores"):
             number(name, getattr(self, name), zero=False)
+        if self.gpus > MOST_GPUS:
+            raise UsageError(
+                f"{self.gpus:,} GPUs are more than a replay takes ({MOST_GPUS:,}): look at the "
+                "lengths in the trace, or name --gpus"
+            )
         number("pcie", self.pcie, zero=False, infinite=True)
         number("rent of a GPU", self.gpu_usd_per_hour)
         pick("policy", POLICIES, self.policy)

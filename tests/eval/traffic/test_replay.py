@@ -165,6 +165,7 @@ def test_codecs_on_a_gpu_say_whether_they_were_measured(trace_file, capsys):
         (["--strategies", "guess"], "no strategy 'guess'"),
         (["--codecs", "gzip"], "no measured codec 'gzip'"),
         (["--gpus", "0"], "gpus is 0"),
+        (["--gpus", "9999999999"], "more than a replay takes"),
         (["--threads", "0"], "cores is 0"),
         (["--dtype", "int8"], "int8"),
         (["--model", "no"], "no model 'no'"),
@@ -174,6 +175,19 @@ def test_codecs_on_a_gpu_say_whether_they_were_measured(trace_file, capsys):
 def test_nonsense_is_named(trace_file, capsys, arguments, says):
     code, found = run_json(capsys, "eval", "fleet", "--trace", trace_file, *arguments)
     assert code == 2 and says in json.dumps(found)
+
+
+def test_a_prompt_of_impossible_length_is_told(tmp_path, capsys):
+    path = tmp_path / "trace.jsonl"
+    lines = [(0, 5), (1000, 2**40 - 1)]
+    path.write_text(
+        "\n".join(
+            json.dumps({"timestamp": t, "input_length": n, "output_length": 1, "hash_ids": [1]})
+            for t, n in lines
+        )
+    )
+    code, found = run_json(capsys, "eval", "fleet", "--trace", path)
+    assert code == 2 and "look at the lengths in the trace" in json.dumps(found)
 
 
 def test_every_figure_has_a_basis():
