@@ -141,13 +141,23 @@ class _Module:
             elif type(value) not in PLAIN:
                 code = isinstance(value, (type, types.FunctionType))
                 self.imports.add(str((value if code else type(value)).__module__))
-            if isinstance(value, type) and value.__qualname__ in self._defined:
+            if isinstance(value, type) and self._defines(value):
                 homes.append(value)
         for home in homes:
             if id(home) not in self._spaces:
                 place = home.__qualname__ if isinstance(home, type) else ""
                 space = _Namespace(home, self._defined.get(place, {}), self._source)
                 self._spaces[id(home)] = space
+
+    def _defines(self, kind: type) -> bool:
+        """Whether a class is the module's, and not another module's of the same name, as torch's
+        two `CrossMapLRN2d` are."""
+        if kind.__qualname__ not in self._defined:
+            return False
+        other = sys.modules.get(kind.__module__)
+        if other is None or other is self._module:
+            return True
+        return kind.__qualname__ not in _text_of(other)[0]
 
     def strange(self) -> Iterator[tuple[str, object]]:
         for space in self._spaces.values():

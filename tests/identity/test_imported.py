@@ -166,6 +166,14 @@ def test_libraries_are_what_was_imported() -> None:
     assert replaced(names) == []
 
 
+def test_layers_of_torchs_own_are_what_was_imported() -> None:
+    """Modules that hold a class of another one's beside their own of the same name, too."""
+    homes = {kind.__module__ for kind in vars(torch.nn).values() if isinstance(kind, type)}
+    assert replaced(homes) == []
+    norm = torch.nn.LayerNorm(4)
+    assert kvzip.fingerprint(norm) == kvzip.fingerprint(norm)
+
+
 def test_a_module_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("torch.made_up")
     module.__dict__["own"] = F.silu
