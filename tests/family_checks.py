@@ -32,7 +32,7 @@ from kvzip.load.hf import load_batch_or_prefill, load_cache, load_or_prefill
 from kvzip.load.snapshots import held_by
 from kvzip.models import LoadedModel
 
-DOCUMENT, NEW = 40, 16
+DOCUMENT, NEW = 40, 24
 """Tokens of a document, and tokens that are generated after it: more than a window holds."""
 
 

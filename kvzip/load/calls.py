@@ -150,10 +150,13 @@ def _check_mask(mask: Any, held: int, cache: HeldCache) -> None:
     if not cache.recovers:
         wrong &= mask.flip(1).cumsum(1).flip(1) > 0
     if wrong.any():
+        columns = wrong.any(dim=0)
         raise KVZipError(
-            f"the attention mask hides some of the {held} tokens that the cache holds (or shows "
-            "its padding), and keys and values were computed with all of them: leave out the mask "
-            "(and pad_token_id=, if the prompt has that id), or the cache"
+            f"the attention mask hides {int(columns.sum())} of the {held} tokens that the cache "
+            f"holds (or shows its padding), first at position {int(columns.int().argmax())}, and "
+            "the others were computed with all of them in sight: mask nothing of the document "
+            "(transformers masks pad_token_id by itself, if the prompt has that id), or leave out "
+            "the cache"
         )
 
 

@@ -68,25 +68,6 @@ class HeldCache(DynamicCache):
         self.__dict__.update(state)
         _stand_in()
 
-    def check_in_sight(self, mask: object) -> None:
-        """Raise KVZipError if an attention mask, [batch, tokens], hides tokens of a loaded cache at
-        its first use: the others were computed with them in sight, and the model would give other
-        tokens than for the prompt as a whole."""
-        length = int(self.get_seq_length())
-        if not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and self._fresh and length):
-            return
-        hidden = mask[:, :length].detach().cpu().numpy() == 0
-        if self._ids is None or len(hidden) % len(self._ids) or hidden.shape[1] < length:
-            return
-        known = np.repeat(self._ids[:, :length], len(hidden) // len(self._ids), axis=0)
-        wrong = (hidden[:, : known.shape[1]] & (known != UNKNOWN)).any(axis=0)
-        if wrong.any():
-            raise KVZipError(
-                f"the attention mask hides {int(wrong.sum())} of the {length} tokens that the "
-                f"cache holds, first that at position {int(wrong.argmax())}, and the others were "
-                "computed with it in sight: mask nothing of the document, or leave out the cache"
-            )
-
     @contextmanager
     def going_on(self, prompt: torch.Tensor, mask: torch.Tensor | None) -> Iterator[None]:
         """While this lasts, `generate` goes on from the cache with a prompt, [batch, tokens], in
@@ -100,7 +81,6 @@ class HeldCache(DynamicCache):
             )
         ids = prompt.detach().cpu().numpy().copy()
         self._check(ids, length)
-        self.check_in_sight(mask)
         if mask is not None:
             ids[mask.cpu().numpy() == 0] = UNKNOWN
         before, self._ids, self._rearranged = self._ids, ids, False
@@ -168,7 +148,6 @@ class HeldCache(DynamicCache):
         and values depend, and may; else raise KVZipError. `mask`: that it uses."""
         if not self._fresh:
             return
-        self.check_in_sight(given.get("attention_mask"))
         try:
             check_generate(model, self, mask, given)
         except KVZipError as error:

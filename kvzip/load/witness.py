@@ -187,8 +187,6 @@ class _Watched:
         for value in (*args, *kwargs.values()):
             cache = getattr(value, "self_attention_cache", value)
             if getattr(cache, "_fresh", False):
-                if cache is value:
-                    cache.check_in_sight(kwargs.get("attention_mask"))
                 given = self.__signature__.bind_partial(*args, **kwargs)
                 self.check_call(self.model, cache, {**given.arguments, **given.kwargs})
 

@@ -198,7 +198,7 @@ def mask(lo: int, hi: int) -> Any:
     return found
 
 
-HIDES = [(0, 3), (5, 9), (0, 20), (38, 42)]
+HIDES = [(0, 3), (5, 9), (0, 20), (36, 38)]
 
 
 @pytest.mark.parametrize("hidden", HIDES)
@@ -213,10 +213,10 @@ def test_a_mask_that_hides_what_is_cached(
     cache = load_or_prefill(store, model, PROMPT)
     with pytest.raises(KVZipError, match="mask hides"):
         model(PROMPT[:, 39:], **hiding, **cache_argument(cache))
-    with pytest.raises(KVZipError, match="mask hides"):
-        generate(model, PROMPT, cache, **hiding)
-    assert torch.equal(generate(model, PROMPT, cache), generate(model))
-    assert warnings_of(caplog) == []
+    # The cache is as it was, and `generate` may have all of it computed in place of that.
+    assert torch.equal(generate(model, PROMPT, cache, **hiding), generate(model, **hiding))
+    [told] = warnings_of(caplog)
+    assert "mask hides" in told
 
 
 def test_a_mask_that_hides_what_is_fed(model: Any, store: Store, caplog: Any) -> None:

@@ -170,23 +170,28 @@ def test_what_cannot_be_read_cannot_be_pickled(model, snapshot, prompt):
 # --- what is told when a cache is used otherwise -------------------------------------------------
 
 
-@pytest.mark.parametrize("hidden", [(0, 3), (5, 9), (0, 20), (38, 39)])
+@pytest.mark.parametrize("hidden", [(0, 3), (5, 9), (0, 20), (37, 38)])
 def test_a_mask_that_hides_what_the_cache_holds(model, snapshot, prompt, caplog, hidden):
     mask = torch.ones_like(prompt)
     mask[:, slice(*hidden)] = 0
     words = f"hides {hidden[1] - hidden[0]} of the .* position {hidden[0]},"
-    for cache in (
-        load_or_prefill(snapshot, model, prompt),
-        load_cache(snapshot, model.config, prompt=prompt),
-    ):
-        with pytest.raises(kvzip.KVZipError, match=words):
-            generate(model, prompt, cache, attention_mask=mask)
+    cache = load_cache(snapshot, model.config, prompt=prompt)
+    with pytest.raises(kvzip.KVZipError, match=words):
+        generate(model, prompt, cache, attention_mask=mask)
     cache = load_or_prefill(snapshot, model, prompt)
     length = cache.get_seq_length()
     with pytest.raises(kvzip.KVZipError, match=words):
         model(prompt[:, length:], attention_mask=mask, **cache_argument(cache))
     assert not caplog.records  # told once
     assert torch.equal(generate(model, prompt, cache), generate(model, prompt))  # nothing was fed
+
+
+def test_a_mask_may_hide_the_last_token_that_the_cache_holds(model, snapshot, prompt):
+    mask = torch.ones_like(prompt)
+    cache = load_cache(snapshot, model.config, prompt=prompt)
+    mask[:, cache.get_seq_length() - 1] = 0
+    wanted = generate(model, prompt, attention_mask=mask)
+    assert torch.equal(generate(model, prompt, cache, attention_mask=mask), wanted)
 
 
 def test_a_mask_may_hide_what_is_behind_the_cache(model, snapshot, prompt):
