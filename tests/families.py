@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 VOCABULARY, HIDDEN, HEADS, WINDOW = 128, 32, 4, 12
+PAD = 0
 LAYERS = 4
 """Layers at most: one of each kind, and two at least."""
 
@@ -229,7 +230,7 @@ class Family:
                 with torch.no_grad():  # zeros and ones at first, with which layers do nothing
                     parameter += 0.1 * torch.randn_like(parameter)
         model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
+        model.generation_config.pad_token_id = PAD
         model.generation_config.decoder_start_token_id = 3
         return model
 

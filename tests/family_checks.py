@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import UNABLE, Family, encoder_ids, families, inputs, random_ids, tiny_model
+from families import PAD, UNABLE, Family, encoder_ids, families, inputs, random_ids, tiny_model
 from support import CODECS, damaged
 
 import kvzip
@@ -96,7 +96,10 @@ class Checks:
 
     def _generate(self, tokens: int, **given: Any) -> torch.Tensor:
         greedy = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-        return self.model.generate(**given, **greedy, num_beams=1)[:, -tokens:]
+        # No padding, which transformers would hide where it is in the next prompt.
+        return self.model.generate(**given, **greedy, num_beams=1, suppress_tokens=[PAD])[
+            :, -tokens:
+        ]
 
     def logits(self, **given: Any) -> torch.Tensor:
         """Those of the first new token, [batch, vocabulary]."""
