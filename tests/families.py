@@ -230,6 +230,7 @@ class Family:
                 with torch.no_grad():  # zeros and ones at first, with which layers do nothing
                     parameter += 0.1 * torch.randn_like(parameter)
         model.generation_config.eos_token_id = None
+        model.generation_config.forced_eos_token_id = None
         model.generation_config.pad_token_id = PAD
         model.generation_config.decoder_start_token_id = 3
         return model

@@ -89,10 +89,10 @@ class _Namespace:
         self.strange |= dict.fromkeys(self._first.keys() - held.keys())
 
     def _is_generated(self, name: str) -> bool:
-        """Whether a method is one that Python writes for a data class."""
+        """Whether a method is one that Python writes for a data class or a named tuple."""
         return (
             name[:2] == "__"
-            and "__dataclass_fields__" in vars(self._home)
+            and not {"__dataclass_fields__", "_fields"}.isdisjoint(vars(self._home))
             and (name not in self._defined)
         )
 
