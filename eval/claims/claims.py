@@ -136,8 +136,9 @@ def parse(text: str) -> Claims:
     return found
 
 
-def check_stored(claims: Sequence[Own], root: Path) -> None:
-    """Raise KVZipError that names the claim whose figure is not that of its stored result.
+def check_stored(claims: Sequence[Own], root: Path) -> int:
+    """Compare every figure with its stored result; how many there are, which then all agree. Raises
+    KVZipError that names the first claim whose figure is not that of its stored result.
 
     `root`: the repository. A figure agrees if the stored number, rounded to as many decimals, is
     what the claim says.
@@ -155,6 +156,7 @@ def check_stored(claims: Sequence[Own], root: Path) -> None:
                 raise KVZipError(
                     f"{claim.name} says {figure.says}, and {figure.at} of {claim.stored} is {value}"
                 )
+    return sum(len(claim.figures) for claim in claims)
 
 
 def look_up(result: Any, at: str) -> Any:

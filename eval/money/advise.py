@@ -39,6 +39,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval.money.breakeven import Use
 from kvzip.eval.money.families import document_bytes, prefill_of
 from kvzip.eval.money.prices import Price, PriceBase, PriceBook, Shape
+from kvzip.eval.money.ratios import ratio_basis, same_model
 from kvzip.eval.money.room import Room, room
 from kvzip.eval.quantities import confidence, dollars, duration, rate, significant
 from kvzip.eval.results.inputs import Inputs
@@ -73,6 +74,8 @@ class Choice(msgspec.Struct, frozen=True):
     sure: float
     """Share of draws of the inputs in which the same option is best, by Laplace's rule of
     succession: what was so in all of them is not certain."""
+    side_sure: float
+    """The same of the verdict between loading, with whichever codec, and prefill."""
     turns: str
     """Where the verdict between loading and prefill turns."""
 
@@ -122,6 +125,7 @@ def advise(
     trace: Trace | None = None,
     book: PriceBook | None = None,
     on_device: bool = False,
+    inside: str = "",
 ) -> Advice:
     """What to do with one document of that model.
 
@@ -129,10 +133,14 @@ def advise(
     device's peak (default: that of the price base). `codecs`: those to look at, all of `inputs` by
     default. `store_bytes`: of the store whose room is asked about; `trace`: requests that it
     serves. `book`: the price book that `base` is of. `on_device`: a GPU decodes, at the book's
-    rates, those codecs that have one. Raises KVZipError for figures that cannot be, or when the
-    prefill's time is not known.
+    rates, those codecs that have one. `inside`: what the link does not leave, a machine or a data
+    centre; its bytes then have no egress price. Raises KVZipError for figures that cannot be, or
+    when the prefill's time is not known.
     """
     use = use or Use()
+    if inside:
+        free = msgspec.structs.replace(base.egress, value=0.0, range=None)
+        base = msgspec.structs.replace(base, egress=free)
     number("tokens", tokens, zero=False)
     raw_bytes = document_bytes(shape, tokens, dtypes.get(dtype).itemsize)
     own = same_model(shape, inputs)
@@ -172,12 +180,13 @@ def advise(
         options=found,
         basis=[
             how,
-            f"ratios and decoders measured on {inputs.model}, {inputs.machine.cpu}, "
-            f"{inputs.threads} thread"
-            + ("" if threads == 1 else f", taken {threads} times as fast on {threads}")
-            + ("" if own else ": another model's"),
+            ratio_basis(inputs.model, model, own),
+            f"decoders measured on {inputs.machine.cpu}, {inputs.threads} thread"
+            + ("" if threads == 1 else f", taken {threads} times as fast on {threads}"),
             *_decoders(on_gpu, figures),
-            f"prices of {base.name}: egress ${base.egress.value:g}/GB, {priced}",
+            f"prices of {base.name}: "
+            + (f"no egress inside a {inside}" if inside else f"egress ${base.egress.value:g}/GB")
+            + f", {priced}",
         ],
     )
 
@@ -225,11 +234,6 @@ def _split(
     rate = next(f.decode_rate for f in figures if f.name == quickest.name)
     fixed = s.latency + pipeline_fill(s.raw_bytes, s.layers, rate)
     return split_seconds(load, prefill, s.layers, fixed=min(fixed, load))
-
-
-def same_model(shape: Shape, inputs: Inputs) -> bool:
-    """Whether the inputs are of a model of this shape, whatever it is called."""
-    return (shape.layers, shape.numbers_per_token) == (inputs.layers, inputs.numbers_per_token)
 
 
 def prefill_model(
@@ -338,7 +342,9 @@ def _choice(
     chosen = best(found, by)
     value, prefill = (float(getattr(o, by)) for o in (chosen, found[0]))
     raw = next((float(getattr(o, by)) for o in found if o.name == "raw"), None)
-    same = sum(best(drawn, by).name == chosen.name for drawn in draws)
+    drawn = [best(options_of_draw, by).name for options_of_draw in draws]
+    same = sum(name == chosen.name for name in drawn)
+    same_side = sum((name == found[0].name) == (chosen.name == found[0].name) for name in drawn)
     return Choice(
         by,
         chosen.name,
@@ -347,6 +353,7 @@ def _choice(
         raw,
         prefill / value if value > 0 else 1.0,
         (same + 1) / (len(draws) + 2),
+        (same_side + 1) / (len(draws) + 2),
         _turns(by, chosen.name, s, figures),
     )
 
@@ -410,7 +417,7 @@ def _time_line(a: Advice) -> str:
     if a.split.layers_computed > 0 and a.split.seconds < 0.95 * c.value:
         text += f"; {duration(a.split.seconds)} with the first {a.split.layers_computed} layers "
         text += "computed meanwhile"
-    return f"{text}. The verdict is {confidence(c.sure)} sure; {c.turns}."
+    return f"{text}. {_how_sure(c)}; {c.turns}."
 
 
 def _money_line(a: Advice) -> str:
@@ -423,7 +430,18 @@ def _money_line(a: Advice) -> str:
     else:
         text = f"Dollars: load {_named(c.best)}, {dollars(c.value)} against {dollars(c.prefill)} "
         text += f"of prefill ({significant(c.times_prefill, 2)}x)"
-    return f"{text}, at {a.price_base}. The verdict is {confidence(c.sure)} sure; {c.turns}."
+    return f"{text}, at {a.price_base}. {_how_sure(c)}; {c.turns}."
+
+
+def _how_sure(c: Choice) -> str:
+    """How sure it is that loading, or prefill, wins; and that no other load is better."""
+    if c.best == "prefill":
+        return f"That prefill wins is {confidence(c.side_sure)} sure"
+    best = "raw bytes are" if c.best == "raw" else f"{c.best} is"
+    return (
+        f"That loading beats prefill is {confidence(c.side_sure)} sure, that {best} the best load "
+        f"{confidence(c.sure)}"
+    )
 
 
 def _named(codec: str) -> str:

@@ -22,6 +22,8 @@ from kvzip.choice.cost import (
     prefill_flops,
 )
 from kvzip.eval.money.prices import Family, Price, PriceBook, Shape
+from kvzip.eval.money.ratios import ratio_basis, same_model
+from kvzip.eval.results.inputs import Inputs
 
 
 def document_bytes(shape: Shape, tokens: float, itemsize: float) -> float:
@@ -77,6 +79,9 @@ class FamilyRow(msgspec.Struct, frozen=True, kw_only=True):
     """"stated" at the length and on the device of the source, else "modelled"."""
     codec_gbps: dict[str, float]
     """Break-even bandwidth with each codec, decoding left out: `kv_gbps` / ratio."""
+    ratio_basis: str
+    """Which model the codecs' ratios were measured on, and whether it is this one; "" where that
+    was not given."""
 
 
 def families(
@@ -85,11 +90,12 @@ def families(
     tokens: int,
     dtype: str,
     codecs: Sequence[CodecFigures] = (),
+    inputs: Inputs | None = None,
 ) -> list[FamilyRow]:
     """Every model of the price book, the one whose cache comes fastest first.
 
-    `device`: an entry of `compute`. Ratios are taken to hold for all models. Raises KVZipError for
-    figures that cannot be.
+    `device`: an entry of `compute`. Ratios are taken to hold for all models; `inputs`: the ones
+    that `codecs` are of. Raises KVZipError for figures that cannot be.
     """
     number("tokens", tokens, zero=False)
     size, peak = dtypes.get(dtype).itemsize, book.compute[device]
@@ -112,6 +118,9 @@ def families(
                 kv_gbps=gbps,
                 basis="stated" if seen and shape.kv_gbps is not None else "modelled",
                 codec_gbps={c.name: gbps / c.ratio for c in codecs},
+                ratio_basis=ratio_basis(inputs.model, name, same_model(shape, inputs))
+                if inputs is not None and codecs
+                else "",
             )
         )
     return sorted(rows, key=lambda row: -row.kv_gbps)

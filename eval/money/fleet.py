@@ -319,12 +319,12 @@ class _Node:
 
 # --- what it costs -----------------------------------------------------------------------------
 
-Way = Literal["prefill", "egress", "provider", "recompute"]
+Way = Literal["prefill", "egress", "provider", "nodes-only"]
 WAYS: dict[Way, str] = {
     "prefill": "every reader prefills",
     "egress": "the publisher's store sends caches to the readers' regions, and pays egress for it",
     "provider": "caches stay in the provider's network, beside its machines",
-    "recompute": "the provider's nodes keep what fits; what they lack is prefilled again",
+    "nodes-only": "the provider's nodes keep what fits; what they lack is prefilled again",
 }
 
 
@@ -374,11 +374,11 @@ def bill(fleet: Fleet, counts: Counts, way: Way, codec: CodecFigures | None = No
     rate = number(f"{codec.name}: decode rate", codec.decode_rate, zero=False, infinite=True)
     decode = counts.reads * fleet.raw_bytes / rate
     reuse = counts.reads * fleet.reuse_seconds
-    prefills = counts.misses if way == "recompute" else counts.writes
+    prefills = counts.misses if way == "nodes-only" else counts.writes
     compute = prefills * once + device_cost(reuse + decode, fleet.device_usd_per_hour)
-    from_store = 0.0 if way == "recompute" else counts.misses * encoded
+    from_store = 0.0 if way == "nodes-only" else counts.misses * encoded
     network = load_cost(from_store, fleet.egress if way == "egress" else fleet.internal)
-    stored = 0.0 if way == "recompute" else fleet.documents * encoded
+    stored = 0.0 if way == "nodes-only" else fleet.documents * encoded
     storage = load_cost(stored, fleet.storage * fleet.hours / MONTH_HOURS)
     asked = None
     if way != "egress" and fleet.cached_usd is not None:

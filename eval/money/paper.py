@@ -59,6 +59,8 @@ class PaperRow(msgspec.Struct, frozen=True):
     derived: bool
     """The figure, or a price that it rests on, is not stated in the paper but follows from it."""
     note: str = ""
+    by_construction: bool = False
+    """It could not but agree: a price that it rests on was derived from the paper's figure."""
 
 
 def paper_table(prices: PriceBook | None = None) -> list[PaperRow]:
@@ -85,9 +87,12 @@ def _row(
     *,
     derived: bool = False,
     note: str = "",
+    by_construction: bool = False,
 ) -> PaperRow:
     agrees = None if paper is None else round(ours, digits) == round(paper, digits)
-    return PaperRow(name, paper, ours, unit, digits, inputs, formula, agrees, derived, note)
+    return PaperRow(
+        name, paper, ours, unit, digits, inputs, formula, agrees, derived, note, by_construction
+    )
 
 
 def _reuse_rows() -> Iterator[PaperRow]:
@@ -169,6 +174,7 @@ def _fleet_rows(token_price: float) -> list[PaperRow]:
             "agents × tokens × price",
             derived=True,
             note="Agrees by construction: the price was derived from it.",
+            by_construction=True,
         ),
         _row(
             "Fleet, compute of reuse",
@@ -196,9 +202,11 @@ def _egress_rows(egress: float, token_price: float) -> list[PaperRow]:
             "$",
             3,
             f"0.54 GB, {tariff}",
-            "GB × egress price",
+            "stated 0.54 GB × egress price",
             derived=True,
-            note=f"The price is derived from this figure. With the exact size: ${exact:.4f}.",
+            note="Agrees by construction: the price was derived from it. With the exact size: "
+            f"${exact:.4f}.",
+            by_construction=True,
         ),
         _row(
             "Egress over the prefill it saves",
@@ -207,7 +215,7 @@ def _egress_rows(egress: float, token_price: float) -> list[PaperRow]:
             "x",
             1,
             f"0.54 GB, {tariff}, {price}",
-            "egress / prefill",
+            "egress of the stated 0.54 GB / prefill",
             derived=True,
             note=f"With the exact size {exact / prefill:.2f}x, which would round to "
             f"{exact / prefill:.1f}.",
@@ -244,7 +252,7 @@ def _threshold_rows(egress: float, token_price: float) -> list[PaperRow]:
             "x",
             2,
             f"556.5 MB, {tariff}, {price}",
-            "raw GB × egress price / prefill",
+            "exact 0.5565 GB × egress price / prefill",
             derived=True,
             note=f"{16 / opens:.2f} bits of 16, if decoding is free. From 0.54 GB: "
             f"{from_stated:.2f}x.",
@@ -256,7 +264,7 @@ def _threshold_rows(egress: float, token_price: float) -> list[PaperRow]:
             "x",
             2,
             f"556.5 MB, $0.05/GB, {price}",
-            "raw GB × egress price / prefill",
+            "exact 0.5565 GB × egress price / prefill",
             derived=True,
             note=f"{16 / cheaper:.2f} bits of 16, if decoding is free.",
         ),
@@ -267,7 +275,7 @@ def _threshold_rows(egress: float, token_price: float) -> list[PaperRow]:
             "$/GB",
             3,
             f"556.5 MB, {price}",
-            "prefill / raw GB",
+            "prefill / exact 0.5565 GB",
             derived=True,
             note=f"Below it raw wins. From 0.54 GB: ${turns_stated:.3f}.",
         ),
@@ -285,7 +293,7 @@ def _bandwidth_rows() -> Iterator[PaperRow]:
             "Mb/s",
             0,
             "556.5 MB, 14.71 s, 0.296 s",
-            "raw bits / ratio / (prefill - reuse)",
+            "exact bits / ratio / (prefill - reuse)",
             derived=True,
             note="Decoding taken to keep up with the link." if ratio > 1 else "",
         )

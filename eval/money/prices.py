@@ -57,6 +57,8 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     utilisation: float = 1.0
     """The share of a `compute` value that a prefill is taken to reach, in (0, 1]: a model."""
     note: str = ""
+    inside: Literal["", "machine", "data centre"] = ""
+    """What a `link` does not leave: there is no egress price for bytes that cross it."""
 
 
 class PrefillTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -24,7 +24,8 @@ from kvzip.eval.money.paper import (
     ratio_needed,
     threshold_value,
 )
-from kvzip.eval.money.prices import PriceBook, default_prices
+from kvzip.eval.money.prices import PriceBook, Shape, default_prices
+from kvzip.eval.money.ratios import ratio_basis, same_model
 from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
 from kvzip.eval.results.inputs import Inputs
 
@@ -147,10 +148,17 @@ def reproduction(
         [_answer(dtype, row, book) for dtype, row in found if row.base == "paper-m1pro"],
         [_verdict(dtype, row) for dtype, row in found],
         f"Ratios and decode speeds: {inputs.command}; {inputs.model}, {inputs.text}, on "
-        f"{inputs.machine.cpu}, {inputs.threads} thread, {inputs.date}. Qwen3-4B's own cache was "
-        "not measured: taking another model's ratio for it is an estimate.",
+        f"{inputs.machine.cpu}, {inputs.threads} thread, {inputs.date}. "
+        + _estimate(inputs, book.model["qwen3-4b"]),
         [] if exactness is None else beside(exactness),
     )
+
+
+def _estimate(inputs: Inputs, shape: Shape) -> str:
+    """What the answers' ratios rest on, and whether that makes them an estimate."""
+    own = same_model(shape, inputs)
+    words = ratio_basis(inputs.model, "Qwen3-4B", own)
+    return f"{words[0].upper()}{words[1:]}" + ("." if own else ", which makes this an estimate.")
 
 
 def _document(inputs: Inputs, dtype: str, book: PriceBook) -> Measured:

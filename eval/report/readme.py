@@ -18,10 +18,11 @@ from kvzip.choice.cost import MTOK
 from kvzip.errors import KVZipError
 from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
+from kvzip.eval.money.ratios import ratio_basis_of_replay
 from kvzip.eval.report.answers import by_base
 from kvzip.eval.report.page import write_report
 from kvzip.eval.report.text import bit_rate, size, usd
-from kvzip.eval.report.traffic import found_at
+from kvzip.eval.report.traffic import found_at, ratios
 from kvzip.eval.results.demo import DemoResult
 from kvzip.eval.results.traffic import TrafficResult
 from kvzip.files import replacing, scratch_folder
@@ -41,7 +42,7 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 def figures(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> list[Figure]:
-    """Every number of the README's answer, unrounded."""
+    """Every number of the README's answer, and of the traces behind it, unrounded."""
     measured = f"measured, {result.date}"
     found = [
         Figure("tokens", result.tokens, "", measured),
@@ -58,6 +59,18 @@ def figures(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> list[F
         Figure(f"found at {c.blocks:,.0f} blocks and {c.ratio:g}x", c.hit_rate, "", t.trace)
         for t in traffic
         for c in t.capacity
+    ]
+    found += [
+        Figure(f"found at {_STORE:,.0f} blocks, {name}", found_at(t, _STORE, r), "", t.trace)
+        for t in traffic
+        for name, r in ratios(t).items()
+        if name in _ROOM_CODECS
+    ]
+    found += [
+        Figure(f"{r.strategy} {r.codec}".strip(), r.usd, "$", f"{t.trace}, modelled at prices")
+        for t in traffic
+        for r in t.rows
+        if r.strategy == "recompute" or (r.strategy == "load" and r.codec in _ROOM_CODECS)
     ]
     return [*found, Figure("ratio that opens the trap", ratio_needed(), "x", "the paper's inputs")]
 
@@ -81,10 +94,11 @@ def answer(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> str:
         f"2. *In dollars, at the paper's list price* (${price:g} per million tokens, "
         f"${listed[0].dollars.egress_usd_per_gb:g} per GB): {_dollars(listed)} Qwen3-4B's cache, "
         f"{BYTES_PER_TOKEN / per_token:.1f} times as many bytes a token, would need "
-        f"{ratio_needed():.2f}x. `kvzip eval paper`",
+        f"{ratio_needed():.2f}x. The report of `kvzip demo`; for the {ratio_needed():.2f}x "
+        "`kvzip eval paper`",
         f"3. *In dollars, against a rented H100's own prefill* ({rented[0].dollars.prefill_basis}):"
-        f" {_dollars(rented)} `kvzip advise --tokens {result.tokens} --link 1Gb/s`",
-        *(f"4. *In room*: {_room(t, result)}" for t in traffic[:1]),
+        f" {_dollars(rented)} The report of `kvzip demo`",
+        *(f"4. *In room*: {_room(t)}" for t in traffic[:1]),
     ]
     return "\n".join(_wrapped(line, "" if n == 0 else "   ") for n, line in enumerate(lines))
 
@@ -128,11 +142,18 @@ _STORE = 5000.0
 """Blocks of raw size of the store that the answer in room looks at."""
 
 
-def _room(traffic: TrafficResult, result: DemoResult) -> str:
+_ROOM_CODECS = ("channel", "predictive")
+"""Codecs that the answer in room names, where a trace was replayed with them."""
+
+
+def _room(traffic: TrafficResult) -> str:
+    """What a store finds of a trace with the ratios that the trace was replayed with, and whether
+    such a store in host memory is worth its price."""
     raw = found_at(traffic, _STORE)
-    ratios = {c.name: c.ratio for c in result.codecs if c.name in ("channel", "predictive")}
+    measured = {name: r for name, r in ratios(traffic).items() if name in _ROOM_CODECS}
     found = [
-        f"{found_at(traffic, _STORE, ratio):.1%} with `{name}`" for name, ratio in ratios.items()
+        f"{found_at(traffic, _STORE, ratio):.1%} with `{name}` ({ratio:.2f}x)"
+        for name, ratio in measured.items()
     ]
     text = (
         f"yes, a full store keeps more. Of {traffic.requests:,} real requests "
@@ -140,7 +161,27 @@ def _room(traffic: TrafficResult, result: DemoResult) -> str:
         f"{size(_STORE * traffic.block_bytes)} of {traffic.model}'s cache finds "
     )
     text += ", ".join([f"{raw:.1%} of the blocks raw", *found])
-    return f"{text}, whatever egress costs. `kvzip eval fleet --trace FILE`"
+    text += ", whatever egress costs"
+    if measured:
+        text += f" ({ratio_basis_of_replay(traffic.inputs, traffic.model)})"
+    asked = ",".join(["1", *(f"{ratio:.2f}" for ratio in measured.values())])
+    return f"{text}.{_rent(traffic)} `kvzip eval fleet --spread --trace FILE --ratios {asked}`"
+
+
+def _rent(traffic: TrafficResult) -> str:
+    """Whether a store in host memory saves more than it costs, with the codec of the best ratio;
+    "" where no store was replayed."""
+    loads = [row for row in traffic.rows if row.strategy == "load" and row.codec in _ROOM_CODECS]
+    without = next((row for row in traffic.rows if row.strategy == "recompute"), None)
+    host = next((i.value for i in traffic.inputs if i.name == "host, size"), None)
+    if not loads or without is None or host is None:
+        return ""
+    best = max(loads, key=lambda row: row.ratio)
+    more = "more than it saves" if best.usd > without.usd else "less than it saves"
+    return (
+        f" At list price a store of {size(host)} of host memory costs {more} on this trace (model): "
+        f"{usd(best.usd)} with `{best.codec}` against {usd(without.usd)} without a store."
+    )
 
 
 _WAYS = {

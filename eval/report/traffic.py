@@ -101,7 +101,7 @@ def markdown(traffic: Sequence[TrafficResult]) -> str:
             f"**{t.trace.partition('.')[0]}**, {t.requests:,} requests in {t.seconds / 60:.0f} "
             f"minutes, {t.model} on {t.gpus} GPUs ({tiers}):",
             "",
-            "| | found | loaded | mean | median | 99 % | GPU s | core s | GPUs | store |",
+            "| | found | loaded | mean | median | 99 % | GPU s | core s | GPU $ | store $ |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in told(t.rows):

@@ -13,8 +13,9 @@ from kvzip import dtypes
 from kvzip.choice.cost import number
 from kvzip.codec import get_codec
 from kvzip.errors import UsageError
-from kvzip.eval.money.advise import prefill_model, same_model
+from kvzip.eval.money.advise import prefill_model
 from kvzip.eval.money.prices import PriceBase, PriceBook, Shape, pick
+from kvzip.eval.money.ratios import OTHER, same_model
 from kvzip.eval.results.inputs import CodecRow, Inputs
 from kvzip.eval.results.traffic import Basis, Input
 from kvzip.eval.traffic.eviction import PolicyName
@@ -155,7 +156,7 @@ def _codec_inputs(
             use.ratio,
             "x",
             "measured",
-            where if own else f"{where}: another model's",
+            where if own else f"{where}: {OTHER}",
         )
     ]
     if use.decoder == "device":

@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from kvzip.cli.app import evaluate
 from kvzip.cli.arguments import Json
-from kvzip.cli.terminal import emit, show_table
+from kvzip.cli.terminal import emit, say, show_table
 
 
 @evaluate.command
@@ -29,8 +29,7 @@ def claims(*, page: Path | None = None, results: Path | None = None, as_json: Js
     from kvzip.eval.report.readme import put_between
 
     found = load()
-    if results is not None:
-        check_stored(found.own, results)
+    figures = None if results is None else check_stored(found.own, results)
     if page is not None:
         put_between(page, blocks(found))
 
@@ -41,5 +40,12 @@ def claims(*, page: Path | None = None, results: Path | None = None, as_json: Js
                 cells = (row.claim, EXACT[row.exact], row.dtype, row.measured_on)
                 table.add_row(row.name.replace("`", ""), *cells)
             show_table(table)
+        if figures is None:
+            say("kvzip's figures were not compared with stored results: --results")
+        else:
+            say(
+                f"All {figures} figures of kvzip's {len(found.own)} claims agree with their "
+                "stored results."
+            )
 
     emit(msgspec.to_builtins(found), as_json, show)

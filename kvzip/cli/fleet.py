@@ -190,6 +190,7 @@ def _replay(
 
 
 def _show_traffic(found: TrafficResult) -> None:
+    from kvzip.eval.money.ratios import ratio_basis_of_replay
     from kvzip.eval.quantities import dollars, duration, significant
     from kvzip.eval.traffic.fleet import STRATEGIES
 
@@ -203,7 +204,7 @@ def _show_traffic(found: TrafficResult) -> None:
         "raw blocks",
         f"raw GB, {found.model}",
         *(f"at {significant(ratio)}x" for ratio in ratios),
-        title="Blocks found by one LRU store (counted)",
+        title="Blocks found by one LRU store (counted) at the ratios of --ratios",
     )
     for at in range(0, len(found.capacity), len(ratios)):
         row = found.capacity[at : at + len(ratios)]
@@ -230,8 +231,8 @@ def _show_traffic(found: TrafficResult) -> None:
         )
     show_table(table)
     say(
-        "found: counted; ratios: measured; seconds to the first token, of GPUs and of cores: "
-        "modelled; dollars: modelled, at list prices"
+        f"found: counted; {ratio_basis_of_replay(found.inputs, found.model)}; seconds to the first "
+        "token, of GPUs and of cores: modelled; dollars: modelled, at list prices"
     )
     for name, words in STRATEGIES.items():
         if any(r.strategy == name for r in found.rows):

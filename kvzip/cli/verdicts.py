@@ -55,7 +55,8 @@ def advise(
     tokens
         Length of the document.
     link
-        10Gb/s, 400Mb/s, 7GB/s, or a link of the price book: s3-connection, nvme-gen4, ...
+        10Gb/s, 400Mb/s, 7GB/s, or a link of the price book: s3-connection, nvme-gen4, ... Those
+        of the book that stay inside a machine or a data centre have no egress price.
     model
         One of the price book (qwen3-4b, ...), a hub id, or a folder.
     prices
@@ -102,6 +103,7 @@ def advise(
         trace=None if trace is None else read_trace(trace),
         book=book,
         on_device=decode == "device",
+        inside=book.link[link].inside if link in book.link else "",
     )
 
     def show() -> None:
@@ -166,15 +168,17 @@ def families(
     from kvzip.choice.auto import MEASURED
     from kvzip.eval.money import families as comparing
     from kvzip.eval.money.prices import FAMILIES, load_prices, pick
+    from kvzip.eval.money.ratios import ratio_basis
     from kvzip.eval.quantities import duration, rate, significant
     from kvzip.eval.results.inputs import Inputs
     from kvzip.eval.results.stored import load
 
     book = load_prices(*(price_file or []))
     pick("device", book.compute, device)
-    found = {f.name: f for f in load(inputs or MEASURED, Inputs).figures(dtype, 1e9)}
+    measured = load(inputs or MEASURED, Inputs)
+    found = {f.name: f for f in measured.figures(dtype, 1e9)}
     codecs = [found[name] for name in ("channel", "predictive") if name in found]
-    rows = comparing.families(book, device, tokens, dtype, codecs)
+    rows = comparing.families(book, device, tokens, dtype, codecs, measured)
     says = comparing.sentence(rows, codecs[0]) if codecs else ""
 
     def show() -> None:
@@ -194,6 +198,8 @@ def families(
         show_table(table)
         for name, words in FAMILIES.items():
             say(f"{name}: {words}")
+        if codecs:
+            say(ratio_basis(measured.model, "every other model", own=False))
         if says:
             say(says)
 
@@ -235,9 +241,13 @@ def paper(
         table = Table("figure", "paper", "ours", "agrees", "formula")
         for r in found.rows:
             agrees = {True: "yes", False: "no", None: "derived"}[r.agrees]
+            agrees = "by construction" if r.by_construction else agrees
             stated = "" if r.paper is None else f"{r.paper:,.{r.digits}f} {r.unit}"
             table.add_row(r.name, stated, f"{r.ours:,.{r.digits}f} {r.unit}", agrees, r.formula)
         show_table(table)
+        for r in found.rows:
+            if r.note:
+                say(f"{r.name}: {r.note}")
         table = Table("codec", "dtype", "ratio", "pays below", "faster above", title="Its question")
         for a in found.answers:
             faster = "never" if a.bandwidth_mbps is None else f"{a.bandwidth_mbps:,.0f} Mb/s"

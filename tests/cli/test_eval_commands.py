@@ -33,6 +33,10 @@ def test_the_paper(capsys):
     assert {a["dtype"] for a in found["answers"]} == {"fp16", "bf16"}
     words = run(capsys, "eval", "paper")[1]
     assert "estimate" in words and "agrees" in words
+    assert "taken to hold for Qwen3-4B" in words and words.count("by construction") >= 2
+    for row in found["rows"]:
+        if row["note"]:
+            assert f"{row['name']}: {row['note'][:40]}" in " ".join(words.split())
 
 
 def test_advice_is_four_lines_or_json(capsys):
@@ -46,6 +50,14 @@ def test_advice_is_four_lines_or_json(capsys):
     for by in ("seconds", "dollars"):
         assert {"best", "value", "prefill", "raw", "sure", "turns"} <= set(found[by])
         assert 0 <= found[by]["sure"] <= 1
+
+
+def test_pcie_has_no_egress_price(capsys):
+    common = ["advise", "--model", "qwen3-4b", "--tokens", "8192", "--decode", "device"]
+    inside = run_json(capsys, *common, "--link", "host-to-h100")[1]
+    outside = run_json(capsys, *common, "--link", "432Gb/s")[1]
+    assert inside["dollars"]["best"] != "prefill" == outside["dollars"]["best"]
+    assert inside["seconds"] == outside["seconds"]
 
 
 def test_prices_of_ones_own(capsys, tmp_path):
@@ -66,6 +78,9 @@ def test_prices_of_ones_own(capsys, tmp_path):
 def test_fleets(capsys, tmp_path):
     code, found = run_json(capsys, "eval", "fleet", "--preset", "team", "--codecs", "raw,channel")
     assert code == 0 and len(found["rows"]) == 1 + 3 * 2
+    assert {row["bill"]["way"] for row in found["rows"]} == {
+        "prefill", "egress", "provider", "nodes-only"
+    }  # fmt: skip
     config = tmp_path / "fleet.toml"
     config.write_text("readers = 10\nzipf = 0.5")
     code, found = run_json(capsys, "eval", "fleet", "--preset", "team", "--config", config)

@@ -23,7 +23,18 @@ CLAIMS = table.load()
 
 def test_our_claims_are_what_stored_results_hold() -> None:
     assert len(CLAIMS.own) >= 8
-    table.check_stored(CLAIMS.own, ROOT)
+    counted = table.check_stored(CLAIMS.own, ROOT)
+    assert counted == sum(len(own.figures) for own in CLAIMS.own) > len(CLAIMS.own)
+
+
+def test_the_command_says_whether_they_were_compared(capsys) -> None:  # type: ignore[no-untyped-def]
+    words = " ".join(run(capsys, "eval", "claims", "--results", ROOT)[1].split())
+    count = sum(len(own.figures) for own in CLAIMS.own)
+    assert words.endswith(
+        f"All {count} figures of kvzip's {len(CLAIMS.own)} claims agree with their stored results."
+    )
+    alone = " ".join(run(capsys, "eval", "claims")[1].split())
+    assert alone.endswith("were not compared with stored results: --results")
 
 
 @pytest.mark.parametrize("own", CLAIMS.own, ids=lambda own: own.name)

@@ -101,6 +101,12 @@ def test_near_the_turn_it_is_not_sure() -> None:
     limit = rate_in(advise().seconds.turns)
     assert advise(bandwidth=limit / 100).seconds.sure > 0.98
     assert 0.3 < advise(bandwidth=limit).seconds.sure < 0.7
+    # Codecs that load alike share the draws in which loading wins.
+    alike = advise(bandwidth=1e9, codecs=["channel", "predictive"])
+    assert alike.seconds.best != "prefill"
+    assert alike.seconds.sure < 0.95 < alike.seconds.side_sure
+    never = advise(bandwidth=limit / 100).seconds
+    assert never.best == "prefill" and never.sure == never.side_sure
     assert advise(bandwidth=limit * 4).seconds.best != "prefill"
 
 
@@ -140,7 +146,8 @@ def test_storage_is_charged_by_the_read() -> None:
 def test_another_model_is_advised_by_its_shape_and_less_surely() -> None:
     found = advise(shape=BOOK.model["qwen3-4b"], model="qwen3-4b", tokens=8192, bandwidth=5e10)
     assert found.raw_bytes == 147456 * 8192
-    assert any("another model's" in words for words in found.basis)
+    assert "ratios measured on SmolLM2-135M, taken to hold for qwen3-4b" in found.basis
+    assert "ratios measured on SmolLM2-135M" in advise().basis
     assert any("prefill a model: 50% of 989" in words for words in found.basis)
 
 
@@ -152,6 +159,39 @@ def test_four_lines_say_it() -> None:
     assert lines[2].startswith("Room: 1 TB keep") and "raw" in lines[2]
     assert lines[3].startswith("Rests on: prefill fitted to")
     assert "prefill, " in advise(bandwidth=1e5).lines()[0]
+
+
+def test_how_sure_says_of_what() -> None:
+    load, prefill = advise(bandwidth=1e9), advise(bandwidth=1e5)
+    assert min(load.seconds.side_sure, prefill.seconds.side_sure) > 0.99
+    share = f"{load.seconds.sure:.0%}".replace("%", " %")
+    assert (
+        f"That loading beats prefill is more than 99 % sure, that {load.seconds.best} is the best "
+        f"load {share};" in load.lines()[0]
+    )
+    assert "That prefill wins is more than 99 % sure;" in prefill.lines()[0]
+
+
+@pytest.mark.parametrize("inside", ["machine", "data centre"])
+def test_a_link_that_stays_inside_has_no_egress_price(inside: str) -> None:
+    outside, found = advise(), advise(inside=inside)
+    for o in found.options[1:]:
+        figures = next(f for f in INPUTS.figures("bf16", 2048) if f.name == o.name)
+        decode = cost.device_cost(47_185_920 / figures.decode_rate, 3.0)
+        assert o.dollars == pytest.approx(decode)
+        egress = 47_185_920 / figures.ratio / 1e9 * 0.09
+        assert option(outside, o.name).dollars == pytest.approx(decode + egress)
+    assert found.seconds == outside.seconds and found.dollars.prefill == outside.dollars.prefill
+    assert f"no egress inside a {inside}" in found.basis[-1]
+    assert "egress $0.09/GB" in outside.basis[-1]
+
+
+def test_which_links_of_the_book_stay_inside() -> None:
+    assert {name: link.inside for name, link in BOOK.link.items()} == {
+        "s3-connection": "",
+        **dict.fromkeys(("ethernet-10", "ethernet-100", "ethernet-400"), "data centre"),
+        **dict.fromkeys(("nvme-gen4", "nvme-gen5", "host-to-h100"), "machine"),
+    }
 
 
 def test_it_goes_to_json_and_back() -> None:

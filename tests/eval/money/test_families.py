@@ -101,7 +101,13 @@ def test_the_command(capsys) -> None:  # type: ignore[no-untyped-def]
     code, found = run_json(capsys, "eval", "families")
     assert code == 0 and found["rows"][1]["model"] == "minimax-m2-5"
     assert "more" not in found["sentence"] and "4.0 to 12.9" in found["sentence"]
-    assert "hybrid:" in run(capsys, "eval", "families")[1]
+    words = run(capsys, "eval", "families")[1]
+    assert "hybrid:" in words
+    assert "ratios measured on SmolLM2-135M, taken to hold for every other model" in words
+    for row in found["rows"]:
+        own = row["model"] == "smollm2-135m"
+        held = "" if own else f", taken to hold for {row['model']}"
+        assert row["ratio_basis"] == f"ratios measured on SmolLM2-135M{held}"
     command = ["advise", "--model", "qwen3-5-397b", "--tokens", "32768", "--link", "10Gb/s"]
     code, found = run_json(capsys, *command, "--prices", "h200")
     assert code == 0 and found["raw_bytes"] == pytest.approx(32768 * 30720 + 97.6e6)

@@ -72,6 +72,23 @@ def test_every_figure_that_rests_on_a_derived_price_says_so() -> None:
             assert row.derived, row.name
 
 
+def test_what_agrees_by_construction_says_so() -> None:
+    made = {name for name, row in TABLE.items() if row.by_construction}
+    assert made == {"Fleet, everyone prefills", "Egress of one load"}
+    for row in TABLE.values():
+        assert row.note.startswith("Agrees by construction") == row.by_construction
+        assert row.note or row.agrees is not False, row.name
+
+
+def test_which_size_a_figure_takes_is_said() -> None:
+    """The paper's 0.54 GB, or the exact 0.5565."""
+    for row in TABLE.values():
+        if "0.54 GB" in row.inputs:
+            assert "stated 0.54 GB" in row.formula
+        if "556.5 MB" in row.inputs:
+            assert "exact" in row.formula
+
+
 def test_rows_are_json() -> None:
     rows = paper_table()
     assert msgspec.json.decode(msgspec.json.encode(rows), type=list[PaperRow]) == rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from kvzip.errors import KVZipError
 from kvzip.eval.report import readme as f
+from kvzip.eval.report.answers import answers
 from kvzip.eval.report.sources import read
 from kvzip.eval.report.traffic import markdown
 
@@ -46,10 +48,36 @@ def test_the_answer_in_room_is_what_the_trace_gives() -> None:
         assert found == wanted[traffic.trace.removeprefix("mooncake_").partition(".")[0]]
     assert len(TRAFFIC) == 2
     text = f.answer(DEMO, TRAFFIC)
-    assert "11.0% of the blocks raw, 17.2% with `channel`, 22.1% with `predictive`" in (
-        text.replace("\n   ", " ")
+    plain = text.replace("\n   ", " ")
+    assert (
+        "11.0% of the blocks raw, 17.2% with `channel` (1.54x), 21.9% with `predictive` (2.17x)"
+        in plain
     )
     assert "In room" not in f.answer(DEMO)
+
+
+def test_the_answer_in_room_says_what_its_ratios_are_of_and_what_the_store_costs() -> None:
+    plain = f.answer(DEMO, TRAFFIC).replace("\n   ", " ")
+    assert "ratios measured on SmolLM2-135M, taken to hold for qwen3-4b" in plain
+    by_pair = {(r.strategy, r.codec): r.usd for r in TRAFFIC[0].rows}
+    best, without = by_pair["load", "predictive"], by_pair["recompute", ""]
+    assert best > without
+    assert (
+        f"costs more than it saves on this trace (model): ${best:.2f} with `predictive` " in plain
+    )
+    assert f"against ${without:.2f} without a store" in plain
+    [cheap] = [r for r in TRAFFIC[0].rows if (r.strategy, r.codec) == ("load", "predictive")]
+    rows = [*TRAFFIC[0].rows]
+    rows[rows.index(cheap)] = msgspec.structs.replace(cheap, usd=without / 2)
+    other = f.answer(DEMO, [msgspec.structs.replace(TRAFFIC[0], rows=rows)])
+    assert "costs less than it saves" in other.replace("\n   ", " ")
+
+
+def test_readme_and_report_find_the_same() -> None:
+    """The card of the report and the README's answer take one ratio."""
+    card = next(a for a in answers(DEMO, TRAFFIC) if a.question.startswith("In room"))
+    found = re.findall(r"[\d.]+%(?= with)", card.sentence)
+    assert found and all(share in f.answer(DEMO, TRAFFIC) for share in found)
 
 
 def test_other_results_give_another_answer(tmp_path: Path) -> None:

@@ -135,6 +135,10 @@ def test_the_command(trace_file, tmp_path, capsys):
     words = run(capsys, *command)[1]
     for word in ("counted", "measured", "modelled", "list prices", "overlap"):
         assert word in words
+    basis = "ratios measured on SmolLM2-135M, taken to hold for qwen3-4b;"
+    assert basis in " ".join(words.split())
+    own = run(capsys, *command, "--model", "smollm2-135m", "--codecs", "raw")[1]
+    assert "ratios measured on SmolLM2-135M;" in " ".join(own.split())
 
 
 def test_models_of_other_families(trace_file, capsys):
