@@ -179,8 +179,8 @@ def _rent(traffic: TrafficResult) -> str:
     best = max(loads, key=lambda row: row.ratio)
     more = "more than it saves" if best.usd > without.usd else "less than it saves"
     return (
-        f" At list price a store of {size(host)} of host memory costs {more} on this trace (model): "
-        f"{usd(best.usd)} with `{best.codec}` against {usd(without.usd)} without a store."
+        f" At list price a store of {size(host)} of host memory costs {more} on this trace "
+        f"(model): {usd(best.usd)} with `{best.codec}` against {usd(without.usd)} without a store."
     )
 
 
