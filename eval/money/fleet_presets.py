@@ -11,6 +11,10 @@ from kvzip.eval.money.fleet import Fleet
 from kvzip.eval.money.prices import PriceBook, default_prices
 
 
+MODEL = "qwen3-4b"
+"""Whose caches all these fleets read, an entry of the price book."""
+
+
 def presets(prices: PriceBook | None = None) -> dict[str, Fleet]:
     """Fleets by name. Those beside the paper's are made up, to span the scales."""
     book = prices or default_prices()
@@ -75,7 +79,7 @@ def _paper(book: PriceBook) -> Fleet:
 def _rented(book: PriceBook) -> Fleet:
     """The same fleet with documents of 8,192 tokens, bf16, that prefills on rented H100s."""
     h100 = book.base("h100-rented")
-    shape = book.model["qwen3-4b"]
+    shape = book.model[MODEL]
     if h100.compute is None or h100.storage is None:
         raise KVZipError("preset.h100-rented has no compute or no storage")
     speed = h100.compute.value * TERA * h100.compute.utilisation

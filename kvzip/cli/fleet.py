@@ -252,20 +252,29 @@ def _presets(
     """`kvzip eval fleet --preset`."""
     from kvzip.choice.auto import MEASURED
     from kvzip.eval.money import fleet as fleets
-    from kvzip.eval.money.fleet_presets import presets
+    from kvzip.eval.money.fleet_presets import MODEL, presets
     from kvzip.eval.money.prices import load_prices, pick
+    from kvzip.eval.money.ratios import ratio_basis, same_model
     from kvzip.eval.results.inputs import Inputs
     from kvzip.eval.results.stored import load
 
-    chosen = pick("fleet", presets(load_prices(*(price_file or []))), preset)
+    book = load_prices(*(price_file or []))
+    chosen = pick("fleet", presets(book), preset)
     if config is not None:
         chosen = fleets.changed(chosen, config)
-    known = {f.name: f for f in load(inputs or MEASURED, Inputs).figures(dtype, 1e9)}
+    measured = load(inputs or MEASURED, Inputs)
+    known = {f.name: f for f in measured.figures(dtype, 1e9)}
     found = fleets.bills(
         chosen, [pick("measured codec", known, name) for name in split_specs(codecs)]
     )
     rows = [{"counts": msgspec.to_builtins(c), "bill": msgspec.to_builtins(b)} for c, b in found]
-    emit({"fleet": chosen, "rows": rows}, as_json, lambda: _show_bills(preset, chosen, found))
+    basis = ratio_basis(measured.model, MODEL, same_model(book.model[MODEL], measured))
+
+    def show() -> None:
+        _show_bills(preset, chosen, found)
+        say(f"All of it is a model; {basis}.")
+
+    emit({"fleet": chosen, "rows": rows, "ratio_basis": basis}, as_json, show)
 
 
 def _show_bills(preset: str, chosen: Fleet, found: list[Any]) -> None:

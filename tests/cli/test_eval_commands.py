@@ -86,7 +86,10 @@ def test_fleets(capsys, tmp_path):
     code, found = run_json(capsys, "eval", "fleet", "--preset", "team", "--config", config)
     assert found["fleet"]["readers"] == 10 and found["fleet"]["zipf"] == 0.5
     assert found["rows"][0]["counts"]["method"] == "simulation"
-    assert "closed form" in run(capsys, "eval", "fleet", "--preset", "world")[1]
+    words = run(capsys, "eval", "fleet", "--preset", "world")[1]
+    assert "closed form" in words
+    assert found["ratio_basis"] == "ratios measured on SmolLM2-135M, taken to hold for qwen3-4b"
+    assert found["ratio_basis"] in " ".join(words.split())
 
 
 @pytest.mark.parametrize(
