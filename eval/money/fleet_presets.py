@@ -10,7 +10,6 @@ from kvzip.eval.money import paper as stated
 from kvzip.eval.money.fleet import Fleet
 from kvzip.eval.money.prices import PriceBook, default_prices
 
-
 MODEL = "qwen3-4b"
 """Whose caches all these fleets read, an entry of the price book."""
 
