@@ -90,7 +90,7 @@ def answer(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> str:
         f"**The answer**, for {result.model.id.removeprefix('pkg:')}, {result.dtype}, "
         f"{result.tokens:,} tokens of {text}, on {result.machine.cores} {result.machine.cpu} "
         f"core{'s' if result.machine.cores != 1 else ''}:",
-        f"1. *In time*: {_time(listed)} `kvzip demo`",
+        f"1. *In time*: {_time(listed)} The report of `kvzip demo`",
         f"2. *In dollars, at the paper's list price* (${price:g} per million tokens, "
         f"${listed[0].dollars.egress_usd_per_gb:g} per GB): {_dollars(listed)} Qwen3-4B's cache, "
         f"{BYTES_PER_TOKEN / per_token:.1f} times as many bytes a token, would need "
