@@ -62,7 +62,8 @@ class ChannelCodec(Codec):
         if known is not None and _fits(known, part[:, :, :_SAMPLE], form):
             return b""
         made: bytes = _native.channel_tables(rows(part), *fields(form))
-        return made
+        few = part.shape[2] <= _SAMPLE
+        return b"" if few and made and not _pay(made, part, form) else made
 
     def load_tables(
         self, data: memoryview, shape: tuple[int, ...], context: Context
@@ -122,6 +123,13 @@ class ChannelCodec(Codec):
 
     def max_tables_size(self, shape: tuple[int, ...], dtype: DType) -> int:
         return 1 + shape[1] * shape[3] * _MAX_CHANNEL // 8
+
+
+def _pay(made: bytes, part: Bits, form: DType) -> bool:
+    """Whether a part of few tokens is smaller with its own tables, which go into the file too."""
+    tables = _native.ChannelTables(made, part.shape[1], part.shape[3], *fields(form))
+    coded: bytes | None = tables.encode(rows(part))
+    return coded is not None and len(made) + len(coded) < len(_RAW) + part.nbytes
 
 
 def _fits(tables: _native.ChannelTables, sample: Bits, form: DType) -> bool:
