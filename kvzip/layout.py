@@ -7,6 +7,7 @@ written can be read: wrong values raise UsageError, which a reader turns into Fo
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -171,8 +172,9 @@ class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         if type(self.cumulative_length) is not int:
             length = integer("cumulative_length", self.cumulative_length)
             force_setattr(self, "cumulative_length", length)
-        if type(self.kind) is not str:
-            force_setattr(self, "kind", text("kind", self.kind))
+        # One object for equal words: by that files leave out what is as usual.
+        kind = self.kind if type(self.kind) is str else text("kind", self.kind)
+        force_setattr(self, "kind", sys.intern(kind))
         for name in ("window", "rope", "state_length"):
             value = getattr(self, name)
             if value is not None and type(value) is not int:
@@ -476,6 +478,11 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return None
 
 
+def _told(layer: LayerLayout) -> bytes:
+    """What files say of a layer, which is the same of equal ones."""
+    return msgspec.json.encode(layer)
+
+
 class StoredLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A layout as files say it: each distinct layer once, in the order in which they come, and for
     every layer which of them it is. Raises UsageError for any that is not of this form."""
@@ -490,20 +497,18 @@ class StoredLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if not 0 <= i <= most + 1:
                 raise UsageError("the layers are not numbered in the order in which they come")
             most = max(most, i)
-        distinct = self.distinct
-        if most + 1 != len(distinct) or any(a in distinct[:i] for i, a in enumerate(distinct)):
+        if not most + 1 == len(self.distinct) == len({*map(_told, self.distinct)}):
             raise UsageError("the distinct layers are not those that there are")
 
     @classmethod
     def of(cls, layout: Layout) -> StoredLayout:
         """The stored form of a layout."""
-        distinct: list[LayerLayout] = []
-        layers: list[int] = []
+        distinct: dict[bytes, LayerLayout] = {}
         for layer in layout.layers:
-            if layer not in distinct:
-                distinct.append(layer)
-            layers.append(distinct.index(layer))
-        return cls(layout.dtype, tuple(distinct), tuple(layers))
+            distinct.setdefault(_told(layer), layer)
+        number = {told: i for i, told in enumerate(distinct)}
+        layers = tuple([number[_told(layer)] for layer in layout.layers])
+        return cls(layout.dtype, tuple(distinct.values()), layers)
 
     def layout(self) -> Layout:
         """The layout, in which equal layers are one object."""

@@ -138,8 +138,11 @@ class Blocks:
 
     def ids_up_to(self, cuts: Collection[LayerLayout]) -> NDArray[Any] | None:
         """The ids of all positions up to the end of what is wanted of layers, since layers hold
-        positions, too."""
+        positions, too. None where there are none, or where nothing that is wanted tells of the rows
+        that they are of."""
         if self.token_ids is None:
+            return None
+        if cuts and self.token_ids.ndim > 1 and all(cut.batch is None for cut in cuts):
             return None
         end = max((cut.cumulative_length for cut in cuts if cut.counts_tokens), default=0)
         # Without layers there is no batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from support import CODECS, random_bits, reseal
 import kvzip
 from kvzip import KVZipError, Layer, LayerLayout, PartLayout, Snapshot, dtypes
 from kvzip.errors import UnsupportedError, UsageError
+from kvzip.layout import Layout, StoredLayout
 
 TOKENS = 40
 
@@ -320,3 +322,40 @@ def test_commands_take_snapshots_of_every_kind(tmp_path, capsys):
     code, _, said = run(capsys, "fit", one, two, "-o", tmp_path / "p.kvprofile")
     assert code == 2
     assert "layer 2 is of kind latent" in said
+
+
+def test_layers_without_parts_are_read_alone_from_a_batch():
+    """Nothing tells of the rows of their ids then."""
+    part = PartLayout("bf16", (2, 4, 5, 8), "bhtd")
+    zeros = np.zeros(part.shape, np.uint16)
+    layers = [
+        Layer({"k": zeros, "v": zeros}, LayerLayout({"k": part, "v": part}, 5)),
+        Layer({}, LayerLayout({}, 5)),
+    ]
+    made = kvzip.Snapshot(layers, "bf16", np.arange(10).reshape(2, 5))
+    blob = kvzip.encode(made)
+    assert kvzip.decode(blob) == made
+    assert kvzip.open(blob).layer(1).layout == layers[1].layout
+    assert kvzip.decode(blob, layers=[1]).token_ids is None
+    assert np.array_equal(kvzip.decode(blob, layers=[0]).token_ids, made.token_ids)
+
+
+def test_equal_layouts_are_equal_bytes():
+    """Whether their words are one object or not."""
+    part, zeros = PartLayout("bf16", (1, 5, 8), "htd"), np.zeros((1, 5, 8), np.uint16)
+    blobs = set()
+    for kind in ("full", "".join(["fu", "ll"]), np.str_("full")):
+        layout = LayerLayout({"k": part, "v": part}, 5, kind=kind)
+        blobs.add(kvzip.encode(kvzip.Snapshot([Layer({"k": zeros, "v": zeros}, layout)], "bf16")))
+    assert len(blobs) == 1
+
+
+def test_many_layers_that_are_all_unlike_are_told_apart_quickly():
+    layers = tuple(LayerLayout({}, 5, "sliding", window) for window in range(1, 40_001))
+    began = time.process_time()
+    stored = StoredLayout.of(Layout("bf16", layers))
+    assert stored.layout().layers == layers
+    # 0.5 s here; minutes where each is compared with all others.
+    assert time.process_time() - began < 10
+    with pytest.raises(UsageError, match="distinct"):
+        StoredLayout("bf16", (layers[0], layers[0]), (0, 1))
