@@ -11,7 +11,7 @@ import msgspec
 from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.prices import HEADLINE
 from kvzip.eval.report.text import bit_rate, seconds, size, usd
-from kvzip.eval.report.traffic import found_at, ratios
+from kvzip.eval.report.traffic import found_at, ratio_source, ratios, trace_name
 from kvzip.eval.results.demo import DemoResult
 from kvzip.eval.results.traffic import TrafficResult
 
@@ -33,7 +33,7 @@ def answers(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> list[A
     return [
         *map(_dollar_answer, headline(groups)),
         _time_answer(groups[0]),
-        *map(_room_answer, traffic),
+        *(_room_answer(result, replayed) for replayed in traffic),
     ]
 
 
@@ -51,8 +51,8 @@ def _dollar_answer(rows: Sequence[BreakEven]) -> Answer:
     best = min(rows, key=lambda row: row.dollars.load_usd)
     d = best.dollars
     sentence = (
-        f"The cheapest load ({best.codec}, {best.ratio:.2f}×) costs {usd(d.load_usd)}; "
-        f"the prefill costs {usd(d.prefill_usd)}. "
+        f"The cheapest load ({best.codec}, {best.ratio:.2f}× on this document) costs "
+        f"{usd(d.load_usd)}; the prefill costs {usd(d.prefill_usd)}. "
     )
     word, good = {"load": ("Yes", True), "prefill": ("No", False)}.get(
         d.verdict, ("Not known", None)
@@ -105,7 +105,7 @@ _TYPICAL = 5000.0
 """Blocks of raw size of the store that the answer in room looks at."""
 
 
-def _room_answer(traffic: TrafficResult) -> Answer:
+def _room_answer(result: DemoResult, traffic: TrafficResult) -> Answer:
     codecs = ratios(traffic)
     codec, ratio = list(codecs.items())[-1]
     raw, best = found_at(traffic, _TYPICAL), found_at(traffic, _TYPICAL, ratio)
@@ -113,15 +113,19 @@ def _room_answer(traffic: TrafficResult) -> Answer:
     sentence = (
         f"An LRU store of {size(_TYPICAL * traffic.block_bytes)} of {traffic.model}’s cache has "
         f"room for {_TYPICAL:,.0f} blocks of {traffic.block_tokens} tokens. It finds {raw:.1%} of "
-        f"the trace’s blocks raw and {best:.1%} with {codec} ({ratio:.2f}×), whatever egress costs."
+        f"the trace’s blocks raw and {best:.1%} with {codec} (at {ratio:.2f}×), "
+        "whatever egress costs."
     )
     basis = (
         f"Counted: {traffic.requests:,} requests of {traffic.trace}, {traffic.seconds / 60:.0f} "
-        f"minutes. The ratio is measured; with room for all, {traffic.most:.1%} are found."
+        f"minutes; with room for all, {traffic.most:.1%} are found. {ratio_source(traffic)}"
     )
+    own = next((c.ratio for c in result.codecs if c.name == codec), None)
+    if own is not None and f"{own:.2f}" != f"{ratio:.2f}":
+        basis += f" On this page’s document {codec} saves {own:.2f}×."
     good = best > raw
     return Answer(
-        "In room · what a full store finds",
+        f"In room · what a full store finds · {trace_name(traffic)}",
         f"Yes, {times}" if good else "No",
         sentence,
         basis,

@@ -187,12 +187,13 @@ def frontier_svg(
     """Bits per number against share of the prefill's multiplications; a point's area is the bytes
     that its predictor must know; the line is the lower convex hull of those that need little room.
     """
-    points = [p for p in run.points if p.family != "floor" and not p.within]
+    chosen = hull(run.points, result.prefill_products)
+    best = {p.key for p in chosen}
+    points = [p for p in run.points if p.family != "floor" and (not p.within or p.key in best)]
     points.sort(key=lambda p: -p.profile_bytes)  # small ones in front
     least = min((p.share for p in points if p.share > 0), default=1.0)
     nothing = least / 3
     largest = max(p.profile_bytes for p in points) or 1.0
-    best = {p.key for p in hull(run.points, result.prefill_products)}
     narrow = size[0] < 500
 
     def place(p: Point) -> float:
@@ -222,15 +223,19 @@ def frontier_svg(
     x = svg.Axis(axis.title, axis.low, axis.high, ticks)
     bits = [p.bits for p in run.points]
     low, top = math.floor(min(bits)), math.ceil(max(bits) + 0.3)
-    y = svg.Axis(
-        "bits per number, ideal", low, top, [(i, str(i)) for i in range(low, top + 1)], False
-    )
+    # The lowest point has room for its area above the axis' own names.
+    least_shown = min(low, min(bits) - 0.07 * (top - low))
+    ticks_of_bits = [(i, str(i)) for i in range(low, top + 1)]
+    y = svg.Axis("bits per number, ideal", least_shown, top, ticks_of_bits, False)
     floors = [p for p in run.points if p.family == "floor" and not p.within]
     guides = [svg.Guide(f"{p.label} {p.bits:.2f}", p.bits) for p in floors]
     spoken = "; ".join(f"{p.title}: {p.bits:.2f} bits at {_percent(p.share)}" for p in points)
-    chain = [(place(p), p.bits) for p in hull(points, result.prefill_products)]
+    chain = [(place(p), p.bits) for p in chosen]
     title = f"Bits per number against compute, {run.dtype}"
-    return svg.scatter(name, title, spoken, x, y, marks, size=size, chain=chain, guides=guides)
+    right = 16.0 if narrow else 120.0  # for the names of what costs as much as a prefill
+    return svg.scatter(
+        name, title, spoken, x, y, marks, size=size, chain=chain, guides=guides, right=right
+    )
 
 
 # --- links ---------------------------------------------------------------------------------------

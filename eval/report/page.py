@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,15 @@ from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.report import charts, maps
 from kvzip.eval.report.answers import answers, by_base, headline
 from kvzip.eval.report.parts import by_dtype, format_labels, part_label, unpredicted_line
-from kvzip.eval.report.sources import Extras
+from kvzip.eval.report.sources import Extras, origin, origins
 from kvzip.eval.report.text import bit_rate, number, scientific, seconds, size, usd
-from kvzip.eval.report.traffic import capacity_map, capacity_table, told
+from kvzip.eval.report.traffic import (
+    capacity_map,
+    capacity_table,
+    ratio_source,
+    told,
+    trace_name,
+)
 from kvzip.eval.results.bench import BenchResult, BenchRow, SnapshotIdentity
 from kvzip.eval.results.demo import DemoResult, as_result
 from kvzip.eval.results.frontier import Frontier, Run
@@ -84,12 +92,15 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
     environment.filters |= {"rate": bit_rate, "num": number, "sci": scientific}
     environment.filters |= {"part": part_label, "format_labels": format_labels}
     environment.filters |= {"unpredicted": unpredicted_line, "groupby_dtype": by_dtype}
+    environment.filters |= {"plain": plain, "origin": origin, "code": code, "trace": trace_name}
+    environment.filters |= {"ratio_source": ratio_source}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     fit = fit_prefill(result.prefill_points or [(result.tokens, result.prefill_seconds)])
     model = fit.model
     data = msgspec.structs.replace(result, report=None)
     script = _SCRIPT.read_text(encoding="utf-8")
     groups = by_base(result.breakeven)
+    given = panel(result, model)
     best = max(result.codecs, key=lambda codec: codec.ratio)
     return template.render(
         r=result,
@@ -100,7 +111,10 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         times=groups[0],
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        panel=_json(panel(result, model)),
+        panel=_json(given),
+        start=given["presets"][0],
+        here=origin(result),
+        origins=origins(result, extras),
         link=_some_link(groups[0]),
         input_lengths=sorted({row.tokens for row in extras.inputs.rows}) if extras.inputs else [],
         input_rows=_by_codec(extras.inputs) if extras.inputs else [],
@@ -117,7 +131,7 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         ideal=maps.ideal_ratio(result.codecs),
         model=model,
         fit=fit,
-        ladder_width=extras.ladder.width or 1 if extras.ladder else 1,
+        ladder_width=extras.ladder.ladder.width or 1 if extras.ladder else 1,
         speed_chart=_both(
             lambda name, box: charts.speed_svg(result.codecs, name, box), "speed", 300
         ),
@@ -151,6 +165,7 @@ def panel(result: DemoResult, model: PrefillModel) -> dict[str, Any]:
     lines = maps.lines_of(result.codecs, lambda ratio, codec: lambda _: None)
     return {
         "tokens": result.tokens,
+        "seconds": result.prefill_seconds,
         "layers": result.layers,
         "bytes": result.raw_bytes / result.tokens,
         "a": model.a,
@@ -166,11 +181,28 @@ def panel(result: DemoResult, model: PrefillModel) -> dict[str, Any]:
                 "name": row.base,
                 "title": row.base_title,
                 "egress": row.dollars.egress_usd_per_gb,
-                "prefill": float(f"{row.dollars.prefill_usd / result.tokens * MTOK:.4g}"),
+                "prefill": _rounded(row.dollars.prefill_usd / result.tokens * MTOK),
+                "device": _rounded(3600 * row.dollars.decode_usd / row.time.decode_seconds),
             }
             for row, *_ in by_base(result.breakeven)
         ],
     }
+
+
+def plain(value: float) -> str:
+    """A number as a field of the panel has it: ten significant digits, no exponent if it can be."""
+    return f"{value:.10g}"
+
+
+def _rounded(price: float) -> float:
+    """A price as a field shows it: so many digits that no figure computed from it differs."""
+    return float(f"{price:.6g}")
+
+
+def code(text: str) -> str:
+    """Plain text as HTML, what stands in backticks as code."""
+    escaped = html.escape(text)
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
 
 
 def _both(draw: Callable[[str, tuple[int, int]], str], name: str, height: int) -> Chart:
@@ -191,16 +223,20 @@ def _peer_charts(bench: BenchResult) -> list[tuple[SnapshotIdentity, list[BenchR
     return found
 
 
-def _frontier_charts(frontier: Frontier) -> list[tuple[Run, list[str], Chart]]:
-    """Each dtype's points, the keys of the hull, and bits against multiplications."""
+def _frontier_charts(frontier: Frontier) -> list[tuple[Run, list[str], list[str], Chart]]:
+    """Each dtype's points, the keys of the hull, the keys of those that may not be on it, and bits
+    against multiplications."""
     found = []
     for n, run in enumerate(frontier.runs):
 
         def draw(name: str, box: tuple[int, int], run: Run = run) -> str:
             return charts.frontier_svg(frontier, run, name, box)
 
-        named = [p.key for p in hull(run.points, frontier.prefill_products)]
-        found.append((run, named, _both(draw, f"frontier-{n}", 440)))
+        room = frontier.prefill_products
+        named = [p.key for p in hull(run.points, room)]
+        # One that may be on a hull is the hull of itself alone.
+        left_out = [p.key for p in run.points if not hull([p], room)]
+        found.append((run, named, left_out, _both(draw, f"frontier-{n}", 440)))
     return found
 
 

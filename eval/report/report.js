@@ -12,6 +12,7 @@
 
   const FIELDS = ["egress", "prefill", "device", "link", "latency", "tokens", "prefillspeed",
     "decodespeed", "bytes"];
+  const PRICES = ["egress", "prefill", "device"];  // what a preset fills
   const ABOVE_ZERO = new Set(["link", "tokens", "prefillspeed", "decodespeed", "bytes"]);
 
   // The numbers, or null with the fields that cannot be marked.
@@ -30,6 +31,10 @@
   }
 
   // --- formulas: bytes, seconds, bits per second, dollars; null where there is no threshold -------
+
+  // As measured at the document's own length, which the page's cards and tables show; a model elsewhere.
+  const prefillHere = (s) => model === own && s.tokens === given.tokens
+    ? given.seconds / s.prefillspeed : prefillSeconds(s.tokens, s);
 
   const prefillSeconds = (tokens, s) => (model.a * tokens + model.b * tokens * tokens) / s.prefillspeed;
 
@@ -64,7 +69,20 @@
     return text.includes(".") ? text.replace(/0+$/, "").replace(/\.$/, "") : text;
   }
 
-  const usd = (value) => "$" + (value !== 0 && value < 1e-4 ? value.toExponential(1) : short(value));
+  function usd(value) {
+    if (value === 0) return "$0";
+    if (value >= 1)
+      return "$" + value.toLocaleString("en-US",
+        { minimumFractionDigits: 2, maximumFractionDigits: 2 }).replace(/\.00$/, "");
+    if (value < 0.999e-6) {
+      const [factor, power] = value.toExponential(1).split("e");
+      return `$${factor} × 10` + power.replace("-", "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]);
+    }
+    const power = Math.floor(Math.log10(value));
+    const text = value.toFixed((value >= 1e-3 ? 2 : 1) - power).replace(/0+$/, "");
+    return "$" + (text.length === 3 ? text + "0" : text);
+  }
+
   const seconds = (value) => value >= 1 ? short(value) + " s" : short(value * 1e3) + " ms";
 
   function bitRate(value) {
@@ -167,7 +185,7 @@
     for (const svg of document.querySelectorAll('svg[data-chart^="dollar-"]'))
       redraw(svg, (key, price) => {
         const c = codecs.get(key);
-        return breakEvenEgress(price, s.bytes * 1e6, c.ratio, c.rate, s);
+        return breakEvenEgress(price, s.bytes * 1e6, c.ratio, Infinity, s);
       }, [s.prefill, s.egress]);
   }
 
@@ -180,7 +198,7 @@
   }
 
   function words(s) {
-    const raw = s.bytes * s.tokens, prefill = prefillSeconds(s.tokens, s);
+    const raw = s.bytes * s.tokens, prefill = prefillHere(s);
     const cost = s.tokens / 1e6 * s.prefill;
     let quickest = ["prefill", prefill], cheapest = ["prefill", cost];
     for (const c of ways(s)) {
@@ -223,11 +241,11 @@
   form.addEventListener("input", (event) => {
     if (event.target.name === "preset") {
       const chosen = given.presets.find((p) => p.name === event.target.value);
-      if (chosen) { field("egress").value = chosen.egress; field("prefill").value = chosen.prefill; }
+      if (chosen) for (const name of PRICES) field(name).value = chosen[name];
     } else if (event.target.name === "model") {
       model = given.models.find((m) => m.name === event.target.value) || own;
       field("bytes").value = model.bytes;
-    } else if (event.target.name === "egress" || event.target.name === "prefill") {
+    } else if (PRICES.includes(event.target.name)) {
       field("preset").value = "";
     }
     update();

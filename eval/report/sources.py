@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from kvzip.entropy import Ladder
 from kvzip.errors import KVZipError
+from kvzip.eval.report.traffic import trace_name
 from kvzip.eval.results import stored
 from kvzip.eval.results.base import Result
 from kvzip.eval.results.bench import BenchResult
@@ -23,6 +23,21 @@ from kvzip.eval.results.links import Links
 from kvzip.eval.results.traffic import TrafficResult
 
 
+class Origin(msgspec.Struct, frozen=True):
+    """Where figures are from: what was typed, when it was finished, and on which machine."""
+
+    command: str
+    date: str
+    machine: str
+
+
+def origin(result: Result) -> Origin:
+    """Where a stored result is from, with the date as a day."""
+    machine = result.machine
+    cores = f"{machine.cores} core{'s' if machine.cores != 1 else ''}"
+    return Origin(result.command, result.date[:10], f"{machine.cpu}, {cores}")
+
+
 class Extras(msgspec.Struct, frozen=True):
     """Results that a report shows beside a demo's: at most one of each kind, but of replayed traces
     one of each trace."""
@@ -31,7 +46,7 @@ class Extras(msgspec.Struct, frozen=True):
     exactness: ExactnessResult | None = None
     peers: BenchResult | None = None
     frontier: Frontier | None = None
-    ladder: Ladder | None = None
+    ladder: EntropyResult | None = None
     links: Links | None = None
     traffic: list[TrafficResult] | None = None
 
@@ -45,6 +60,21 @@ _FIELDS: dict[type[Result], str] = {
     Links: "links",
 }
 """The field of `Extras` for each kind of result."""
+
+
+def origins(demo: DemoResult, extras: Extras) -> dict[str, Origin]:
+    """Where each part of a report is from, by what the part is called, the demo first."""
+    found = {"the captured document": origin(demo)}
+    named: list[tuple[str, Result | None]] = [
+        ("the ladder of entropy models", extras.ladder),
+        ("bits against compute", extras.frontier),
+        ("real links", extras.links),
+        ("other compressors", extras.peers),
+        ("exactness at scale", extras.exactness),
+        ("inputs by length", extras.inputs),
+    ]
+    named += [(f"the trace {trace_name(t)}", t) for t in extras.traffic or ()]
+    return found | {name: origin(result) for name, result in named if result is not None}
 
 
 def read(paths: Sequence[str | os.PathLike[str]]) -> tuple[DemoResult, Extras]:
@@ -68,8 +98,7 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> tuple[DemoResult, Extras]:
         elif isinstance(result, TrafficResult):
             found.setdefault("traffic", []).append(result)
         elif type(result) in _FIELDS:
-            shown = result.ladder if isinstance(result, EntropyResult) else result
-            found[_FIELDS[type(result)]] = shown
+            found[_FIELDS[type(result)]] = result
         else:
             forms: list[type[Result]] = [DemoResult, *_FIELDS, TrafficResult]
             known = ", ".join(form.writer for form in forms)

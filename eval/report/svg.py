@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 COLOURS = 7
 """Distinct series classes; further series begin again."""
@@ -139,9 +140,12 @@ def _text(x: float, y: float, text: str, style: str, anchor: str, more: str = ""
     return f'<text class="{style}" {place}>{escape(text)}</text>'
 
 
-def _spread(wanted: Sequence[float], low: float, high: float) -> list[float]:
-    """`wanted` moved apart by a label's height, in order, inside [low, high] if they fit."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+def _spread(
+    wanted: Sequence[float], low: float, high: float, ties: Sequence[float] = ()
+) -> list[float]:
+    """`wanted` moved apart by a label's height, in order, inside [low, high] if they fit. Where two
+    are the same, `ties` says which comes first."""
+    order = sorted(range(len(wanted)), key=lambda i: (round(wanted[i], 1), *ties[i : i + 1]))
     at = [min(max(wanted[i], low), high) for i in order]
     for _ in range(50):
         moved = False
@@ -328,15 +332,18 @@ def scatter(
     size: tuple[int, int],
     chain: Sequence[tuple[float, float]] = (),
     guides: Sequence[Guide] = (),
+    right: float = 16.0,
 ) -> str:
     """Points with their names beside them, each as near as it has room; one whose label is empty
-    is a mark only. `chain` joins places by a line; `guides` go across."""
-    frame = _Frame(x, y, size, right=16)
+    is a mark only. `chain` joins places by a line; `guides` go across. `right`: pixels beside the
+    plot, which names may use."""
+    frame = _Frame(x, y, size, right=right)
     body = [frame.axes(), *_guides(frame, guides)]
     if chain:
         places = [(frame.px(a), frame.py(b)) for a, b in chain]
         body.append(f'<path class="line ideal" d="{_path(places)}"/>')
-    taken = [
+    taken = _along([(frame.px(a), frame.py(b)) for a, b in chain])
+    taken += [
         _Box(frame.px(p.x) - r, frame.py(p.y) - r, 2 * r, 2 * r)
         for p in points
         for r in [p.radius + 1]
@@ -371,6 +378,17 @@ class _Box:
             and self.y < other.y + other.height
             and other.y < self.y + self.height
         )
+
+
+def _along(places: Sequence[tuple[float, float]]) -> list[_Box]:
+    """Boxes that cover the line through `places`, so that no name is written over it."""
+    found = []
+    for (ax, ay), (bx, by) in pairwise(places):
+        steps = max(1, math.ceil(math.hypot(bx - ax, by - ay) / 4))
+        for i in range(steps + 1):
+            x, y = ax + (bx - ax) * i / steps, ay + (by - ay) * i / steps
+            found.append(_Box(x - 2, y - 2, 4, 4))
+    return found
 
 
 def _beside(
@@ -538,7 +556,10 @@ def curves(
     body += [_mark(frame, point) for point in points]
     body.append("</g>")
     ends = [min(max(frame.py(c.places[-1][1]), frame.top), frame.bottom) for c in lines]
-    for c, end, at in zip(lines, ends, _spread(ends, frame.top, frame.bottom), strict=True):
+    # Where curves end together, their names stand in the order in which they came.
+    means = [sum(frame.py(b) for _, b in c.places) / len(c.places) for c in lines]
+    spread = _spread(ends, frame.top, frame.bottom, means)
+    for c, end, at in zip(lines, ends, spread, strict=True):
         start = frame.px(c.places[-1][0])
         body.append(
             f'<path class="leader {c.style}" d="M{start:.1f} {end:.1f}'

@@ -34,6 +34,30 @@ def ratios(traffic: TrafficResult) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
+def trace_name(traffic: TrafficResult) -> str:
+    """The trace's name without the endings of its file."""
+    return traffic.trace.partition(".")[0]
+
+
+def ratio_source(traffic: TrafficResult) -> str:
+    """Where the ratios are from, in a sentence: on what each was measured, and whether that is the
+    model whose cache the store keeps."""
+    found: dict[str, list[str]] = {}
+    for given in traffic.inputs:
+        codec, _, what = given.name.rpartition(", ")
+        if what == "ratio":
+            said = f"{given.basis}: {given.source}"
+            if given.basis == "measured":
+                on, other, _ = given.source.partition(": another model")
+                said = f"measured on {on}" + (f", not on {traffic.model}" if other else "")
+            found.setdefault(said, []).append(codec)
+    if not found:
+        return "The ratios are given, not measured."
+    if len(found) == 1:
+        return f"The ratios were {next(iter(found))}."
+    return "Ratios: " + "; ".join(f"{', '.join(c)}: {said}" for said, c in found.items()) + "."
+
+
 def capacity_map(traffic: TrafficResult, name: str, box: tuple[int, int]) -> str:
     """Blocks found against what the store has room for, a line for each codec."""
     low, high = 100.0, 1.5 * max(2 * traffic.curve[-1][0], 1000.0)
@@ -98,7 +122,7 @@ def markdown(traffic: Sequence[TrafficResult]) -> str:
             if tier.room_blocks is not None
         )
         lines = [
-            f"**{t.trace.partition('.')[0]}**, {t.requests:,} requests in {t.seconds / 60:.0f} "
+            f"**{trace_name(t)}**, {t.requests:,} requests in {t.seconds / 60:.0f} "
             f"minutes, {t.model} on {t.gpus} GPUs ({tiers}):",
             "",
             "| | found | loaded | mean | median | 99 % | GPU s | core s | GPU $ | store $ |",

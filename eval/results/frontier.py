@@ -39,7 +39,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     """tables, linear, piecewise, copy, recomputation, or floor, which no codec can reach."""
     within: bool = False
     """Whether it is a copy of the model, or a floor, with channels before used beside it; charts
-    leave it out."""
+    leave it out unless it is on the hull."""
     bits: float
     k: float
     v: float

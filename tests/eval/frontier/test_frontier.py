@@ -269,7 +269,9 @@ def circles(svg):
 def test_every_predictor_is_a_point(result, width):
     run = result.runs[0]
     found = circles(charts.frontier_svg(result, run, "f", (width, 400)))
-    drawn = [p for p in run.points if p.family != "floor" and not p.within]
+    on_hull = {p.key for p in hull(run.points, result.prefill_products)}
+    drawn = [p for p in run.points if p.family != "floor" and (not p.within or p.key in on_hull)]
+    assert on_hull <= set(found)  # every point that the line goes through
     assert set(found) == {p.key for p in drawn}
     sizes = [found[p.key] for p in sorted(drawn, key=lambda p: p.profile_bytes)]
     assert sizes == sorted(sizes)

