@@ -123,6 +123,11 @@ def _show_entropy(result: EntropyResult) -> None:
             parts = [rung.parts[i] for rung in shown]
             table.add_row(label, f"{parts[0].numbers:,}", *(f"{p.bits:.3f}" for p in parts))
         show_table(table)
+    if any(rung.learned == "these documents" for rung in ladder.rungs):
+        say(
+            "Tables of these documents themselves are not counted, and of few tokens they fit too "
+            "well: no file is as small. kvzip encode tells what a file takes."
+        )
     if ladder.unpredicted:
         say(unpredicted_line(ladder.unpredicted))
 

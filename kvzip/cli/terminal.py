@@ -240,8 +240,8 @@ class Lines:
         self._clock = clock
         self._began = self._said = clock()
         self._first: tuple[float, float] | None = None
-        self._what = ""
-        self._what_began = self._began
+        self._counted: dict[str, tuple[float, int]] = {}
+        """When each count began, and where it is: counts may take turns."""
 
     def step(self, what: str, share: float | None = None) -> None:
         self._say(what + self.left(share))
@@ -261,8 +261,9 @@ class Lines:
 
     def tell(self, what: str, done: int, total: int, in_bytes: bool = False) -> None:
         now = self._clock()
-        if what != self._what:
-            self._what, self._what_began = what, self._said
+        began, before = self._counted.get(what, (self._said, 0))
+        began = self._said if done < before else began  # the same once more
+        self._counted[what] = began, done
         if now - self._said < self.EVERY:
             return
         count = f"{done:,} of {total:,}"
@@ -270,7 +271,7 @@ class Lines:
             count = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
         left = ""
         if 0 < done < total:
-            seconds = (now - self._what_began) * (total - done) / done
+            seconds = (now - began) * (total - done) / done
             left = f", about {clock_text(seconds)} left"
         self._say(f"{what}: {count}{left}")
 

@@ -121,7 +121,9 @@ def start_length(header: int, ids: int, entries: int) -> int:
 def _fields(first: Any) -> tuple[int, ...]:
     """What the preamble says, without the magic. Raises FormatError, CorruptError."""
     if bytes(first[: len(MAGIC)]) != MAGIC[: len(first)] or not len(first):
-        raise FormatError("this is not a .kvz file")
+        snapshot = bytes(first[8:10]) == b'{"'  # how a safetensors file begins
+        more = ": it may be a snapshot, of which kvzip encode makes one" if snapshot else ""
+        raise FormatError(f"this is not a .kvz file{more}")
     if len(first) < _PREAMBLE.size:
         raise CorruptError("the file is cut short in its first bytes")
     return _PREAMBLE.unpack_from(first)[1:]

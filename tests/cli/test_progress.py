@@ -50,6 +50,19 @@ def test_a_step_is_a_line_with_the_time_left(written, clock):
     ]
 
 
+def test_counts_that_take_turns_know_when_each_began(written, clock):
+    lines = terminal.Lines(clock)
+    for done in range(1, 101):
+        for _ in range(6):
+            clock.now += 1
+            lines.tell("sums", done, 100)
+        clock.now += 0.1
+        lines.tell("layers", done, 100)
+    left = [line for line in written() if "sums: 50 of 100" in line][-1]
+    minutes, seconds = re.search(r"about (\d+):(\d+) left", left).groups()
+    assert abs(int(minutes) * 60 + int(seconds) - 305) < 15
+
+
 def test_counts_are_lines_every_few_seconds(written, clock):
     lines = terminal.Lines(clock)
     for done in range(1, 101):
