@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvzip.eval.money.ratios import ratio_basis_of_replay
 from kvzip.eval.report import svg
 from kvzip.eval.report.text import size, usd
 from kvzip.eval.results.traffic import FleetRow, TrafficResult
@@ -40,22 +41,10 @@ def trace_name(traffic: TrafficResult) -> str:
 
 
 def ratio_source(traffic: TrafficResult) -> str:
-    """Where the ratios are from, in a sentence: on what each was measured, and whether that is the
-    model whose cache the store keeps."""
-    found: dict[str, list[str]] = {}
-    for given in traffic.inputs:
-        codec, _, what = given.name.rpartition(", ")
-        if what == "ratio":
-            said = f"{given.basis}: {given.source}"
-            if given.basis == "measured":
-                on, other, _ = given.source.partition(": another model")
-                said = f"measured on {on}" + (f", not on {traffic.model}" if other else "")
-            found.setdefault(said, []).append(codec)
-    if not found:
-        return "The ratios are given, not measured."
-    if len(found) == 1:
-        return f"The ratios were {next(iter(found))}."
-    return "Ratios: " + "; ".join(f"{', '.join(c)}: {said}" for said, c in found.items()) + "."
+    """On which model the ratios were measured, and whether that is the one whose cache the store
+    keeps, in a sentence."""
+    words = ratio_basis_of_replay(traffic.inputs, traffic.model) or "ratios given, not measured"
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def capacity_map(traffic: TrafficResult, name: str, box: tuple[int, int]) -> str:
