@@ -75,9 +75,10 @@ class _Namespace:
         self._said = list(map(_says, self._functions))
         self.strange: dict[str, object] = {}
         """What is under names that should hold something else."""
-        for name, value in held.items():
-            if type(value) in PLAIN:
+        for name, put in held.items():
+            if type(put) in PLAIN:
                 continue
+            value = _untagged(put)
             layers = layers_of(value)
             if not self._is_generated(name) and self._is_strange(name, value, layers):
                 self.strange[name] = value
@@ -231,6 +232,26 @@ def _wraps(layers: list[types.FunctionType], own: list[object]) -> bool:
     """Whether libraries' functions stand around what was there, as kvzip's around `generate`."""
     inner = list(map(_says, layers[-len(own) :])) if own else None
     return inner == own and all(is_librarys(written_in(layer)) for layer in layers)
+
+
+def _untagged(value: Any) -> Any:
+    """The method of `torch.nn.Module` that the first `torch.compile` of a process puts one of its
+    own around, which marks modules; else the value itself."""
+    home = "torch._dynamo.mutation_guard"
+    if not isinstance(value, types.FunctionType) or value.__module__ != home:
+        return value
+    made = _makers(sys.modules[home]) if home in sys.modules else []
+    inner = [cell.cell_contents for cell in value.__closure__ or ()]
+    own = value.__code__ in made and not value.__defaults__ and not value.__kwdefaults__
+    return inner[0] if own and len(inner) == 1 else value
+
+
+@functools.cache
+def _makers(module: types.ModuleType) -> list[types.CodeType]:
+    """The code of the functions that `torch._dynamo` makes to mark modules, as its file says."""
+    makers = _text_of(module)[0].get("", {}).get("install_generation_tagging_init", [])
+    inner = (constant for maker in makers for constant in maker.co_consts)
+    return [code for code in inner if isinstance(code, types.CodeType)]
 
 
 def _is_made(function: types.FunctionType) -> bool:

@@ -2,7 +2,8 @@
 
 A tensor's SHA-256 is kept while it is the same memory with the same version counter. What writes
 past the counter (``p.data.add_()``, as adapters are merged) is looked for in 64 numbers of each
-tensor, which is no proof: ``live_fingerprint(model, anew=True)`` reads everything again.
+tensor, which is no proof: ``live_fingerprint(model, anew=True)`` reads everything again. Fused
+optimizers write past it, too, so what an optimizer has trained is forgotten at each of its steps.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from kvzip.errors import KVZipError
 from kvzip.identity.code import Code
@@ -140,6 +142,34 @@ def _read(model: torch.nn.Module, known: _Known) -> Reading:
     return Reading(hung.lines, tensors, settings_of(model), hung.code, hung.unread)
 
 
+@torch._disable_dynamo  # where a step is compiled, as torch does with its own such methods
+def _forget_trained(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Forget the digests of what an optimizer has written to: torch's fused kernels (of AdamW, SGD
+    and others) leave the version counters as they are."""
+    with _lock:
+        models = [known for known in list(_known.values()) if known.digests]
+        if not models:
+            return
+        try:
+            trained = {
+                _storage(held.tensor)
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                for held in _parts("", "", parameter)
+            }
+        except Exception:  # an optimizer of another kind, whose step must not fail for this
+            trained = None
+        for known in models:
+            known.digests = {
+                key: found
+                for key, found in known.digests.items()
+                if trained is not None and key[0][0] not in trained
+            }
+
+
+register_optimizer_step_post_hook(_forget_trained)
+
+
 def _say_unread(model: torch.nn.Module, unread: list[str]) -> None:
     if any(name not in _said for name in unread):
         _said.update(unread)
@@ -211,9 +241,13 @@ def _key(tensor: torch.Tensor) -> tuple[_Place, int | None]:
         version = tensor._version
     except RuntimeError:  # an inference tensor
         version = None
-    storage = StorageWeakRef(tensor.untyped_storage()).cdata
-    place = storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
-    return place, version
+    at, shape = tensor.storage_offset(), tuple(tensor.shape)
+    return (_storage(tensor), at, shape, tensor.stride(), tensor.dtype), version
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Which memory a tensor lies in, as long as it lives."""
+    return int(StorageWeakRef(tensor.untyped_storage()).cdata)
 
 
 def _probes(tensors: Sequence[torch.Tensor]) -> list[bytes]:

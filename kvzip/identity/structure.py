@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _IDLE = frozenset(
     {
         "_cache",
+        "_dynamo_static_input_type",
         "_ep_plan",
         "_fsdp_plan",
         "_gradient_checkpointing_func",
