@@ -138,6 +138,7 @@ def prefill(
     import transformers
 
     from kvzip.load.config import layer_kinds, rope_parameters
+    from kvzip.load.dropout import check_draws_no_lots
     from kvzip.load.filling import filled
     from kvzip.load.matching import check_encoder_given, revision_of_source
     from kvzip.load.placeholders import check_text_only
@@ -152,6 +153,7 @@ def prefill(
             "it computes of a prompt cannot be kept for a longer one (is_decoder=True makes it a "
             "decoder)"
         )
+    check_draws_no_lots(model)
     kinds = layer_kinds(config)
     check_ids(token_ids, config)
     check_text_only(config, np.asarray(token_ids), type(model).__name__)

@@ -24,6 +24,7 @@ from kvzip.load.config import (
     layers_of,
     rope_parameters,
 )
+from kvzip.load.dropout import check_draws_no_lots
 from kvzip.load.held import ENCODER_IDS
 from kvzip.load.quantized import SETTINGS
 from kvzip.options import integer, text
@@ -267,8 +268,10 @@ def agreed(
 ) -> Agreed:
     """What a document and a prompt, [batch, n], agree in.
 
-    Raises KVZipError unless the document is of the model and its dtype.
+    Raises KVZipError unless the document is of the model and its dtype, and the model computes the
+    same each time.
     """
+    check_draws_no_lots(model)
     kinds = check_config(document, model.config)
     stored = getattr(torch, dtypes.get(document.layout.dtype).torch)
     if stored != model.dtype:

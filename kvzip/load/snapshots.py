@@ -18,6 +18,7 @@ from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.identity.checkpoint import changed
 from kvzip.load.calls import adapters_of
 from kvzip.load.config import LayerKind, layer_kinds
+from kvzip.load.dropout import check_draws_no_lots
 from kvzip.load.held import ENCODER_IDS, TOKEN_PARTS, Held, Piece, as_bytes, has_nothing, held
 from kvzip.load.matching import ids_of, origin_of_model, revision_of_source
 from kvzip.load.own import is_own, layers_in
@@ -83,7 +84,8 @@ def snapshot_of_cache(
 
 def _check_filled(cache: Cache, model: PreTrainedModel | str | None) -> None:
     """Raise UnsupportedError for a cache whose keys depend on more than ids and a model's weights,
-    or on adapters that nothing tells."""
+    such as chance, or on adapters that nothing tells."""
+    check_draws_no_lots(model)
     own = getattr(cache, "self_attention_cache", cache)
     told = getattr(own, "more_than_ids", None)
     if told is not None:
