@@ -12,7 +12,10 @@ constexpr std::uint32_t kOne = 1u << 23, kTwo = 1u << 24;  // bounds of a scale'
 constexpr Scale kNeutral{kOne, -23};
 // Bounds of a number's interval are counted in 2^-26 of its last place.
 constexpr int kFine = 26;
-constexpr std::size_t kDistinct = 1024, kEnough = 24;
+constexpr std::size_t kDistinct = 1024, kEnough = 24, kFirst = 8;
+// How many intervals may be looked at for each number that was added, to find the scales of groups
+// that are not wholly on the grid. What groups leave, later ones may use.
+constexpr std::int64_t kIntervalsPerNumber = 16;
 
 inline double power_of_two(int exponent) {  // of a normal double
   const auto bits = std::uint64_t(exponent + 1023) << 52;
@@ -101,6 +104,7 @@ class Fitter {
   void clear(std::size_t size) {
     numbers_.clear();
     total_ = 0;
+    budget_ += kIntervalsPerNumber * std::int64_t(size);
     std::size_t slots = 64;
     while (slots < 4 * std::min(size, kDistinct)) slots *= 2;
     slots_.assign(slots, 0);
@@ -130,11 +134,20 @@ class Fitter {
   Scale solve() {
     best_ = {0, kNeutral};
     best_.scale.exponent -= narrow_.step;
+    // The smallest have the fewest codes near to them: they tell a wrong guess first.
+    const auto smaller = [](const Number& a, const Number& b) { return a.bits < b.bits; };
+    if (numbers_.size() > kFirst)
+      std::nth_element(numbers_.begin(), numbers_.begin() + kFirst, numbers_.end(), smaller);
     // Most groups are wholly on a grid or on none, which is soon seen.
     for (std::size_t allowed : {std::size_t(0), total_ / 8 + 1}) {
       std::uint32_t below = ~0u;
+      if (allowed && best_.explained < total_) {
+        std::sort(numbers_.begin(), numbers_.end(), smaller);
+      }
       // The largest may be off the grid: then the next says more.
-      for (int attempt = 0; attempt < (allowed ? 3 : 1) && best_.explained < total_; ++attempt) {
+      for (int attempt = 0; attempt < (allowed ? 3 : 1) && !is_enough(allowed); ++attempt) {
+        if (allowed && budget_ < 0) break;
+
         const Number* reference = nullptr;
         for (const Number& x : numbers_)
           if (x.bits < below &&
@@ -222,8 +235,15 @@ class Fitter {
         if (best_.explained == total_ &&
             (best_.scale.significand == kOne || numbers_.size() >= kEnough))
           return;
+        if (allowed && (budget_ < 0 || is_enough(allowed))) return;
       }
     }
+  }
+
+  // Whether no other scale would explain many more numbers.
+  bool is_enough(std::size_t allowed) const {
+    if (!allowed || numbers_.size() < kEnough) return best_.explained == total_;
+    return total_ - best_.explained <= total_ / 16;
   }
 
   void offer(std::size_t explained, const Interval& interval, int exponent) {
@@ -260,11 +280,14 @@ class Fitter {
     }
     Interval found[3];
     std::size_t misses = 0;
-    for (const Number& x : numbers_)
+    for (const Number& x : numbers_) {
+      --budget_;
       if (!intervals_of(x, window, exponent, inverse, found)) {
         misses += x.count;
         if (misses > allowed || total_ - misses < best_.explained) return;
       }
+    }
+    budget_ -= 4 * std::int64_t(numbers_.size());  // they are looked at again, and sorted
     count_all(window, exponent, inverse);
   }
 
@@ -321,6 +344,7 @@ class Fitter {
   Rounding rounding_;
   Best best_;
   std::size_t total_ = 0;
+  std::int64_t budget_ = 0;
   std::vector<Number> numbers_;
   std::vector<std::uint32_t> slots_;  // a hash table: a number's index and 1, or 0
   std::vector<const Number*> waiting_;

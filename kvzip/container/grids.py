@@ -30,10 +30,16 @@ _PLAIN, _ON_GRID = 0, 1
 _SCALES: tuple[Any, ...] = (None, "e8m0", "bf16", "fp32")
 _HEAD = struct.Struct("<BB4Q")
 _LENGTH = struct.Struct("<Q")
+_OFF_GRID = _LENGTH.pack((1 << 64) - 1)
+"""What a part's tables begin with if the part takes less without its grid."""
 _WINDOW = 64
 _PLACES, _LINES = 2, 512
 _WORTH = 0.95
 """A grid must save so much of what the codec makes of a sample without it."""
+_ELSEWHERE, _PLACES_ELSEWHERE = 1 << 16, 16
+"""How many numbers beside the sample are tried on its grid, in how many places."""
+_STRETCH, _STRETCHES = 1 << 20, 16
+"""A part is stored both ways to compare, in so many stretches of so many raw bytes at most."""
 
 
 class _Tables(NamedTuple):
@@ -41,6 +47,8 @@ class _Tables(NamedTuple):
     """Position of the part's first token."""
     codes: Any
     rest: Any
+    off_grid: bool = False
+    """Whether the part is stored without its grid; then `rest` is of all channels."""
 
 
 class GridCodec(Codec):
@@ -83,6 +91,8 @@ class GridCodec(Codec):
 
     def encode(self, block: Bits, context: Context) -> bytes:
         tables: _Tables = context.tables
+        if tables.off_grid:
+            return self.rest.encode(block, self._context(context, context.dtype, tables.rest))
         begin = context.start - tables.first
         found = context.scratch[_KNOWN].cut(begin, begin + block.shape[2])
         codes = self.codes.encode(found.codes, self._context(context, self._narrow, tables.codes))
@@ -105,6 +115,10 @@ class GridCodec(Codec):
         return data if len(data) <= block.nbytes else bytes([_PLAIN]) + block.tobytes()
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
+        if context.tables.off_grid:
+            context = self._context(context, context.dtype, context.tables.rest)
+            self.rest.decode(data, out, context)
+            return
         if len(data) and data[0] == _PLAIN:
             if len(data) != 1 + out.nbytes:
                 raise CorruptError(f"{len(data)} bytes for a block of {1 + out.nbytes}")
@@ -169,7 +183,7 @@ class GridCodec(Codec):
         return msgspec.structs.replace(context, dtype=form, tables=tables)
 
     def max_encoded_size(self, raw_bytes: int) -> int:
-        return 1 + raw_bytes
+        return max(1 + raw_bytes, self.rest.max_encoded_size(raw_bytes))
 
     def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
         codes = self.codes.max_decoded_size(encoded_bytes, self._narrow) // self._narrow.itemsize
@@ -180,15 +194,48 @@ class GridCodec(Codec):
 
     def make_tables(self, part: Bits, context: Context) -> bytes:
         found = context.scratch.get(_KNOWN)
-        if found is None:
-            found = context.scratch[_KNOWN] = narrow(part, self.grid)
+        if found is not None:
+            return self._tables_on_grid(found, context)
+        found = context.scratch[_KNOWN] = narrow(part, self.grid)
+        on, off = self._tables_on_grid(found, context), self.rest.make_tables(part, context)
+        if self._is_smaller(part, found, on, off, context):
+            return on
+        del context.scratch[_KNOWN]
+        return _OFF_GRID + off
+
+    def _tables_on_grid(self, found: Found, context: Context) -> bytes:
         codes = self.codes.make_tables(found.codes, self._context(context, self._narrow, None))
         rest = b""
         if found.rest.size:
             rest = self.rest.make_tables(found.rest, context)
         return _LENGTH.pack(len(codes)) + codes + rest
 
+    def _is_smaller(
+        self, part: Bits, found: Found, on: bytes, off: bytes, context: Context
+    ) -> bool:
+        """Whether the part takes less on its grid, with tables `on`, than without, with tables
+        `off`. The sample that chose the grid may be unlike the rest; so some of all is stored both
+        ways."""
+        exceptions = found.positions.size * (_positions(part.size).itemsize + part.itemsize)
+        if exceptions > part.nbytes // 2:
+            return False
+        tables = self.load_tables(memoryview(on), part.shape, context)
+        plain = self.rest.load_tables(memoryview(off), part.shape, context)
+        lines = part.shape[2]
+        count = min(lines, -(-part.nbytes // _STRETCH))
+        bounds = [lines * i // count for i in range(count + 1)]
+        saved = 0
+        for i in range(0, count, -(-count // _STRETCHES)):
+            block = part[:, :, bounds[i] : bounds[i + 1]]
+            at = msgspec.structs.replace(context, start=context.start + bounds[i], tables=tables)
+            without = self.rest.encode(block, self._context(at, context.dtype, plain))
+            saved += len(without) - len(self.encode(block, at))
+        return saved > len(on) - len(off)
+
     def load_tables(self, data: memoryview, shape: tuple[int, ...], context: Context) -> _Tables:
+        if data[: _LENGTH.size] == _OFF_GRID:
+            plain = self.rest.load_tables(data[_LENGTH.size :], shape, context)
+            return _Tables(context.start, None, plain, off_grid=True)
         start, stop = self.grid.channels
         length = _LENGTH.unpack_from(data)[0] if len(data) >= _LENGTH.size else -1
         end = _LENGTH.size + length
@@ -287,6 +334,8 @@ def find_grids(layers: Sequence[Layer], codec_of: Callable[[Key], Codec]) -> dic
             on_grid = find(sample, part.dtype, known.get(name))
             if on_grid is None:
                 continue
+            if not _is_elsewhere(on_grid.grid, layer.block(name)):
+                continue
             grid = known[name] = on_grid.grid
             rest = codec_of((i, name))
             codec = GridCodec(grid, taker(rest, codes_layout(grid, part), layer.kind, name), rest)
@@ -318,6 +367,22 @@ def _sample(block: Bits) -> Bits:
         block[divmod(row, heads)][run * count : (run + 1) * count] for row, run in sorted(places)
     ]
     return np.stack(pieces)[np.newaxis]
+
+
+def _is_elsewhere(grid: Grid, block: Bits) -> bool:
+    """Whether a grid seems to save anything in places all over [batch, heads, tokens, dim], beside
+    the sample that it was found in. A part that is unlike its sample costs no long search."""
+    batch, heads, lines, dim = block.shape
+    count = min(lines, max(1, _ELSEWHERE // (_PLACES_ELSEWHERE * dim)))
+    random = np.random.default_rng(1)
+    pieces = []
+    for place in range(_PLACES_ELSEWHERE):
+        row = divmod(int(random.integers(batch * heads)), heads)
+        # Evenly spread, and each somewhere within its stretch.
+        start = int((place + random.random()) * (lines - count + 1) / _PLACES_ELSEWHERE)
+        pieces.append(block[row][start : start + count])
+    sample = np.stack(pieces)[np.newaxis]
+    return narrow(sample, grid).nbytes < sample.nbytes
 
 
 def _coded(codec: Codec, block: Bits, context: Context, known: Found | None = None) -> int:

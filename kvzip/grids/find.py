@@ -38,6 +38,8 @@ _ON_GRID, _PIECES_ON_GRID = 0.97, 0.75
 _WORTH = 0.85
 # Exceptions that take less than this share of the codes' bytes are not worth another try.
 _FEW_EXCEPTIONS = 0.005
+# Two roundings in place of one change no more numbers than this share.
+_FEW_ROUNDINGS = 0.01
 
 
 class _Candidate(NamedTuple):
@@ -99,7 +101,8 @@ class _Search:
                 break
         if best is None:
             return None
-        if len(best.positions) and best.grid.scale == "fp32" and self.wide != "fp32":
+        few = 0 < len(best.positions) <= _FEW_ROUNDINGS * best.codes.size
+        if few and best.grid.scale == "fp32" and self.wide != "fp32":
             grid = best.grid
             other = self._on_grid(
                 _Candidate(grid.narrow, grid.group, grid.channels), "through_fp32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import struct
+import time
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ from grids.reference import widened
 from grids.test_grids import cases, made
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import CODECS, cache_like, reseal
+from support import CODECS, cache_like, random_bits, reseal
 
 import kvzip
 from kvzip import Layer, LayerLayout, PartLayout, Snapshot, dtypes
@@ -145,6 +146,55 @@ def test_what_leaves_the_grid_is_stored_as_it_is():
     assert on_grids(blob)
     assert kvzip.decode(blob) == snapshot
     assert kvzip.info(blob).ratio > 1.7
+
+
+def nearly_int8(shape, share):
+    """Multiples of a step for each 64 channels, of which this share is off by a bit."""
+    rng = np.random.default_rng(0)
+    steps = np.repeat(np.exp(rng.normal(size=(*shape[:-1], shape[-1] // 64))), 64, -1)
+    wide = (rng.integers(-127, 128, shape) * steps).astype(np.float32).view(np.uint32)
+    bits = ((wide + 0x7FFF + (wide >> 16 & 1)) >> 16).astype(np.uint16)
+    bits[rng.random(shape) < share] += 1
+    return bits
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_part_that_is_unlike_its_sample_is_stored_without_the_grid(codec, seen, monkeypatch):
+    """It is seen in other places, or else when all is narrow: then the tables say so, any tokens
+    are read, and the file is hardly larger."""
+    bits = random_bits(np.random.default_rng(0), "bf16", (8, 2048, 64))
+    on = e4m3(bits.shape)
+    for row, token in (0, 0), (3, 512), (7, 1536), (4, 800):
+        bits[row, token : token + 512] = on[row, token : token + 512]
+    if not seen:
+        monkeypatch.setattr("kvzip.container.grids._is_elsewhere", lambda *_: True)
+    snapshot = Snapshot.from_arrays([(bits, bits)] * 2, "bf16")
+    blob = kvzip.encode(snapshot, codec, block_tokens=300)
+    plain = kvzip.encode(snapshot, codec, block_tokens=300, grids=False)
+    if codec == "raw":
+        assert bool(on_grids(blob)) == (not seen)
+    assert len(blob) <= 1.01 * len(plain)
+    assert kvzip.decode(blob) == snapshot
+    assert kvzip.decode(blob, tokens=(250, 1300)) == kvzip.decode(plain, tokens=(250, 1300))
+    kvzip.verify(blob)
+
+
+def test_exceptions_do_not_make_the_search_long():
+    """As long as a grid of the same kind without exceptions takes, give or take."""
+
+    def seconds(share):
+        bits = nearly_int8((4, 1024, 128), share)
+        snapshot = Snapshot.from_arrays([(bits, bits)], "bf16")
+        times = []
+        for _ in range(3):
+            begin = time.process_time()
+            blob = kvzip.encode(snapshot, "raw", threads=1)
+            times.append(time.process_time() - begin)
+        assert kvzip.decode(blob) == snapshot
+        return min(times)
+
+    assert seconds(0.02) < 8 * seconds(0)
 
 
 def test_what_is_no_grid_costs_nothing():
