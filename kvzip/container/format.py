@@ -232,9 +232,11 @@ class Codecs:
                 others[i, name] = _same(found, others.values())
         return cls(codec, others)
 
-    def on_grids(self, layers: Sequence[Layer]) -> Codecs:
-        """These, but for the parts of these layers that are on grids."""
-        return Codecs(self.own, self._others, find_grids(layers, self.__getitem__))
+    def on_grids(self, layers: Sequence[Layer], block_tokens: int) -> Codecs:
+        """These, but for the parts of these layers that are on grids. A block has `block_tokens`
+        tokens."""
+        grids = find_grids(layers, self.__getitem__, block_tokens)
+        return Codecs(self.own, self._others, grids)
 
     @classmethod
     def of_header(cls, header: Header) -> Codecs:

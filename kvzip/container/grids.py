@@ -14,7 +14,7 @@ import numpy as np
 
 from kvzip import dtypes
 from kvzip.codec import Codec, Context, get_codec
-from kvzip.container.index import Key
+from kvzip.container.index import Key, aligned
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, UnsupportedError
 from kvzip.grids import HALVES, Found, Grid, Narrow, find, narrow, suspicions, widen
@@ -38,7 +38,7 @@ _WORTH = 0.95
 """A grid must save so much of what the codec makes of a sample without it."""
 _ELSEWHERE, _PLACES_ELSEWHERE = 1 << 16, 16
 """How many numbers beside the sample are tried on its grid, in how many places."""
-_STRETCH, _STRETCHES = 1 << 20, 16
+_STRETCH, _STRETCHES = 1 << 20, 32
 """A part is stored both ways to compare, in so many stretches of so many raw bytes at most."""
 
 
@@ -61,7 +61,9 @@ class GridCodec(Codec):
 
     codec_id: ClassVar[str] = "grid"
 
-    def __init__(self, grid: Grid, codes: Codec, rest: Codec):
+    def __init__(self, grid: Grid, codes: Codec, rest: Codec, block_lines: int = 1 << 20):
+        """`block_lines`: the tokens, or rows, of a block, by which a writer compares."""
+        self._block_lines = block_lines
         self.grid, self.codes, self.rest = grid, codes, rest
         self._narrow, self._scales = _form(grid.narrow), get_codec("planes")
 
@@ -222,15 +224,16 @@ class GridCodec(Codec):
         tables = self.load_tables(memoryview(on), part.shape, context)
         plain = self.rest.load_tables(memoryview(off), part.shape, context)
         lines = part.shape[2]
-        count = min(lines, -(-part.nbytes // _STRETCH))
-        bounds = [lines * i // count for i in range(count + 1)]
+        size = min(self._block_lines, max(1, lines * _STRETCH // part.nbytes))
+        starts = range(0, lines, size)
+        step = -(-len(starts) // _STRETCHES)
         saved = 0
-        for i in range(0, count, -(-count // _STRETCHES)):
-            block = part[:, :, bounds[i] : bounds[i + 1]]
-            at = msgspec.structs.replace(context, start=context.start + bounds[i], tables=tables)
+        for i in starts[::step]:
+            block = part[:, :, i : i + size]
+            at = msgspec.structs.replace(context, start=context.start + i, tables=tables)
             without = self.rest.encode(block, self._context(at, context.dtype, plain))
-            saved += len(without) - len(self.encode(block, at))
-        return saved > len(on) - len(off)
+            saved += aligned(len(without)) - aligned(len(self.encode(block, at)))
+        return saved * step > len(on) - len(off)
 
     def load_tables(self, data: memoryview, shape: tuple[int, ...], context: Context) -> _Tables:
         if data[: _LENGTH.size] == _OFF_GRID:
@@ -317,11 +320,14 @@ def may_be_on_grid(part: PartLayout) -> bool:
     return part.dtype in _WIDE and part.nbytes >= _LEAST
 
 
-def find_grids(layers: Sequence[Layer], codec_of: Callable[[Key], Codec]) -> dict[Key, GridCodec]:
+def find_grids(
+    layers: Sequence[Layer], codec_of: Callable[[Key], Codec], block_tokens: int
+) -> dict[Key, GridCodec]:
     """The parts that are on grids, with the codec for each.
 
     A few numbers of each part are looked at, and a sample of those that look as if they were on a
-    grid. `codec_of`: the codec that stores a part without a grid.
+    grid. `codec_of`: the codec that stores a part without a grid. `block_tokens`: the tokens of
+    a block.
     """
     found: dict[Key, GridCodec] = {}
     known: dict[str, Grid] = {}
@@ -338,7 +344,8 @@ def find_grids(layers: Sequence[Layer], codec_of: Callable[[Key], Codec]) -> dic
                 continue
             grid = known[name] = on_grid.grid
             rest = codec_of((i, name))
-            codec = GridCodec(grid, taker(rest, codes_layout(grid, part), layer.kind, name), rest)
+            codes = taker(rest, codes_layout(grid, part), layer.kind, name)
+            codec = GridCodec(grid, codes, rest, block_tokens)
             context = Context(part.form, i, name, 0, Origin())
             on = _coded(codec, sample, context, on_grid)
             if on <= _WORTH * _coded(rest, sample, context):

@@ -97,7 +97,7 @@ class Writer:
         self.snapshot, self.codec, self.profile = snapshot, codec, profile
         self._codecs = Codecs.choose(codec, snapshot.layout)
         if grids and may_use_grids(codec, profile):
-            self._codecs = self._codecs.on_grids(snapshot.layers)
+            self._codecs = self._codecs.on_grids(snapshot.layers, block_tokens)
         ids = snapshot.token_ids
         digest = None
         if ids is not None and not store_token_ids:
