@@ -118,9 +118,31 @@ def live_fingerprint(model: torch.nn.Module, *, anew: bool = False) -> str:
         return f"live:{digest}"
 
 
+def weights_of(model: torch.nn.Module) -> str:
+    """``weights:...``, the hash of a model's parameters and buffers alone: it tells in a few
+    milliseconds whether they have changed. Raises KVZipError for tensors that are not in memory."""
+    model = getattr(model, "_orig_mod", model)
+    with _lock:
+        known = _known.setdefault(model, _Known())
+        held = list(_held(model, Hung([], [], [], [])))
+        digests, fresh = _digests(held, known)
+        known.digests |= fresh
+    lines = [f"{h.name} {h.tensor.dtype} {d}" for h, d in zip(held, digests, strict=True)]
+    return f"weights:{hashlib.sha256(json.dumps(lines).encode()).hexdigest()}"
+
+
 def _read(model: torch.nn.Module, known: _Known) -> Reading:
     hung = hung_on(model)
     held = list(_held(model, hung))
+    digests, known.digests = _digests(held, known)
+    tensors = list(zip(held, digests, strict=True))
+    return Reading(hung.lines, tensors, settings_of(model), hung.code, hung.unread)
+
+
+def _digests(
+    held: Sequence[Held], known: _Known
+) -> tuple[list[str], dict[_Key, tuple[StorageWeakRef, str]]]:
+    """The digest of each tensor, and what is to be kept of them."""
     probes = _probes([h.tensor for h in held])
     keys = [(*_key(h.tensor), probe) for h, probe in zip(held, probes, strict=True)]
     fresh: dict[_Key, tuple[StorageWeakRef, str]] = {}
@@ -137,9 +159,8 @@ def _read(model: torch.nn.Module, known: _Known) -> Reading:
         for (key, tensor), digest in zip(unread.items(), digests, strict=True):
             fresh[key] = StorageWeakRef(tensor.untyped_storage()), digest
     # What has no version is read each time.
-    known.digests = {key: value for key, value in fresh.items() if key[1] is not None}
-    tensors = [(h, fresh[key][1]) for h, key in zip(held, keys, strict=True)]
-    return Reading(hung.lines, tensors, settings_of(model), hung.code, hung.unread)
+    kept = {key: value for key, value in fresh.items() if key[1] is not None}
+    return [fresh[key][1] for key in keys], kept
 
 
 @torch._disable_dynamo  # where a step is compiled, as torch does with its own such methods

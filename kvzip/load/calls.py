@@ -15,6 +15,7 @@ import torch
 
 from kvzip.errors import KVZipError
 from kvzip.identity import fingerprint
+from kvzip.identity.live import weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,9 +83,23 @@ def check_generate(
         _check_positions(positions[..., : held + 1], 0, held, cache.padding)
 
 
+def state_of(model: Any) -> str | None:
+    """What tells whether a model's weights have changed; None where they are not in memory. Hooks
+    that were put on since say nothing, but for those by which a call chooses adapters."""
+    inner = innermost(model)
+    if not isinstance(inner, torch.nn.Module):
+        return None
+    if adapters_of(inner):
+        return fingerprint(inner)
+    try:
+        return weights_of(inner)
+    except KVZipError:
+        return None
+
+
 def _check_model(model: torch.nn.Module, cache: HeldCache) -> None:
     """Raise KVZipError if a model is no longer the one that a cache was loaded for."""
-    if cache.made_by is not None and fingerprint(innermost(model)) != cache.made_by:
+    if cache.made_by is not None and state_of(model) != cache.made_by:
         raise KVZipError(
             "the model computes with other adapters, or other weights, than when the cache was "
             "loaded for it (adapter_names=, set_adapter, ...): load it after such a change; for "

@@ -20,13 +20,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from kvzip.errors import KVZipError, UsageError
-from kvzip.identity import fingerprint
 from kvzip.load.calls import (
-    adapters_of,
     check_generate,
     chooses_adapters,
-    innermost,
     other_inputs,
+    state_of,
 )
 from kvzip.load.config import decoder_cache
 from kvzip.load.held import check_crop
@@ -59,7 +57,7 @@ class HeldCache(DynamicCache):
         self.padding: Sequence[int] | None = None
         """How many columns are padding in each row, where it was loaded for a batch."""
         self.made_by: str | None = None
-        """The fingerprint of the model that it was loaded for, where a call may change that."""
+        """The :func:`~kvzip.load.calls.state_of` of the model that it was loaded for."""
         self.more_than_ids: str | None = None
         """What `generate` was given, when this was filled, on which keys and values depend."""
         _stand_in()
@@ -290,11 +288,11 @@ def held_cache(
 
 
 def pin(cache: Cache, model: Any, revision: str | None) -> None:
-    """Have a loaded cache refuse calls of its model with other adapters than it has now, if it has
-    any and the caller has not said, by a `revision`, which the cache is of."""
+    """Have a loaded cache refuse its first call if the model has other weights then, or adapters,
+    than it has now; unless the caller has said, by a `revision`, which the cache is of."""
     own = getattr(cache, "self_attention_cache", cache)
-    if revision is None and adapters_of(model):
-        own.made_by = fingerprint(innermost(model))
+    if revision is None:
+        own.made_by = state_of(model)
 
 
 def _first_difference(held: Ids, prompt: Ids) -> int | None:
