@@ -148,13 +148,17 @@ def test_in_another_process_ids_are_compared_too(model, snapshot, prompt, tmp_pa
     assert "does not continue the cached document" in done.stdout, done.stderr
 
 
-def test_other_weights_are_noticed_behind_a_pickle(model, snapshot, prompt):
-    cache = pickled(load_or_prefill(snapshot, model, prompt))
+@pytest.mark.parametrize(
+    ("revision", "told"), [(None, "or other weights"), ("mine", "of other weights")]
+)
+def test_other_weights_are_noticed_behind_a_pickle(model, snapshot, prompt, revision, told):
+    """By the weights that the cache was loaded for; by its witness, where the caller vouches."""
+    cache = pickled(load_or_prefill(snapshot, model, prompt, revision=revision))
     other = copy.deepcopy(model)
     with torch.no_grad():
         for layer in other.model.layers:
             layer.mlp.down_proj.weight.mul_(3)
-    with pytest.raises(kvzip.KVZipError, match="of other weights"):
+    with pytest.raises(kvzip.KVZipError, match=told):
         generate(other, prompt, cache)
 
 
