@@ -163,7 +163,6 @@ def _digests(
     return [fresh[key][1] for key in keys], kept
 
 
-@torch._disable_dynamo  # where a step is compiled, as torch does with its own such methods
 def _forget_trained(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Forget the digests of what an optimizer has written to: torch's fused kernels (of AdamW, SGD
     and others) leave the version counters as they are."""
@@ -188,7 +187,8 @@ def _forget_trained(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             }
 
 
-register_optimizer_step_post_hook(_forget_trained)
+# Compiled steps call it as it is, as they do optimizers' own methods.
+register_optimizer_step_post_hook(torch._disable_dynamo(_forget_trained))
 
 
 def _say_unread(model: torch.nn.Module, unread: list[str]) -> None:
