@@ -138,7 +138,7 @@ def check_padding(config: PretrainedConfig, lengths: Collection[int]) -> None:
 
 
 # In these families only the sliding layers rotate their keys, though the config does not say so.
-_FULL_LAYERS_UNROTATED = ("cohere2", "exaone4", "exaone_moe", "flint", "kolibri1")
+_FULL_LAYERS_UNROTATED = ("afmoe", "cohere2", "exaone4", "exaone_moe", "flint", "kolibri1")
 
 
 def layers_of(config: PretrainedConfig) -> tuple[list[LayerKind], tuple[dict[str, Any], ...]]:
@@ -275,7 +275,8 @@ def _unrotated(text: PretrainedConfig, i: int, full_among_sliding: bool) -> bool
     rotated = getattr(text, "no_rope_layers", None)  # despite its name, 1 where there is RoPE
     return (
         getattr(text, "alibi", False)
-        or getattr(text, "position_embedding_type", None) not in (None, "rope", "rotary")
+        or getattr(text, "position_embedding_type", "rope") not in ("rope", "rotary")
+        or not getattr(text, "use_mem_rope", True)
         or bool(rotated and not rotated[i])
         or (full_among_sliding and text.model_type.startswith(_FULL_LAYERS_UNROTATED))
     )

@@ -64,6 +64,9 @@ class LazyLayer(_Base):
     _peers: Sequence[LazyLayer] = ()
     """The leading layer, until its first update: the layers with states, which are used before."""
     _last = False
+    knows_prompt = False
+    """Whether a `generate` feeds it that has named all ids: what follows the first call is no
+    prompt, and a text that repeats itself may have keys like those of one."""
     _forgetful = False
     """Whether the model goes on from a state only one token at a time."""
 
@@ -84,6 +87,11 @@ class LazyLayer(_Base):
         assert self._loader is not None, "it is decoded"
         return next(iter(self._loader.shapes(self._index).values()))[0]
 
+    @property
+    def used_early(self) -> bool:
+        """Whether it holds more than keys and values, which a model uses before it feeds these."""
+        return not {"keys", "values"}.issuperset(type(self).lazily)
+
     def _decoded(self) -> None:
         if self._loader is not None:
             taken, self._loader = self._loader.take(self._index), None
@@ -103,12 +111,13 @@ class LazyLayer(_Base):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        fresh = self._fresh
         try:
-            if self._fresh:
+            if fresh:
                 self._admit(key_states, value_states)
             if self._unfed:
                 self._check_fed(key_states.shape[-2], self._unfed)
-            if self._rotated:
+            if self._rotated and (fresh or not self.knows_prompt):
                 self._check_goes_on(key_states)
         except KVZipError:
             for layer in self._peers:
@@ -129,6 +138,21 @@ class LazyLayer(_Base):
                 "(in transformers itself): give `generate` prefill_chunk_size=1"
             )
         return super().update_conv_state(conv_states, *args, **kwargs)
+
+    # Of calls by hand; before `generate` the whole cache is made ready for its rows.
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._spread_indexer("indexer_keys", indexer_key_states)
+        return super().update_indexer(indexer_key_states, *args, **kwargs)
+
+    def update_index(self, idx_k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._spread_indexer("idx_keys", idx_k)
+        return super().update_index(idx_k, *args, **kwargs)
+
+    def _spread_indexer(self, name: str, new: torch.Tensor) -> None:
+        held = getattr(self, name)
+        if held is not None and held.numel() and not new.shape[0] % held.shape[0]:
+            setattr(self, name, _repeated(held, new))
 
     def _check_fed(self, fed: int, left: int) -> None:
         """Raise unless so many tokens are fed as are left of the prompt, or a chunk of them."""

@@ -82,6 +82,7 @@ class HeldCache(DynamicCache):
         if mask is not None:
             ids[mask.cpu().numpy() == 0] = UNKNOWN
         before, self._ids, self._rearranged = self._ids, ids, False
+        self._tell_layers(True)
         try:
             yield
         except BaseException:
@@ -90,6 +91,12 @@ class HeldCache(DynamicCache):
             raise
         finally:
             self._forget_rest()
+            self._tell_layers(False)
+
+    def _tell_layers(self, knows_prompt: bool) -> None:
+        for layer in self.layers:
+            if hasattr(layer, "knows_prompt"):
+                layer.knows_prompt = knows_prompt
 
     def _check(self, prompt: Ids, length: int) -> None:
         """Raise KVZipError for a prompt that is longer than the cache, `length`, and differs."""
@@ -184,7 +191,15 @@ class HeldCache(DynamicCache):
         return 0
 
     def spread(self, rows: int) -> None:
-        """Be ready for so many rows."""
+        """Be ready for so many rows, each as often as any other, if the cache is as it was loaded
+        and holds what is used before keys tell how many rows there are: states, an indexer's."""
+        lazy = [layer for layer in self.layers if hasattr(layer, "_loader")]
+        unused = [layer for layer in lazy if layer._loader is not None]
+        if not lazy or len(unused) < len(lazy) or not any(layer.used_early for layer in lazy):
+            return
+        held = unused[0].rows
+        if rows > held and not rows % held:
+            self.batch_repeat_interleave(rows // held)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take away the last tokens: `tokens_to_remove` is minus how many, as in transformers.
@@ -263,15 +278,6 @@ class StateCache(HeldCache):
         if self._length is not None and isinstance(found, torch.Tensor):
             self._length = found.shape[1] - 1  # the last is not fed
         super().take_note(generated)
-
-    def spread(self, rows: int) -> None:
-        """Be ready for so many rows, each as often as any other, if the cache is as it was loaded:
-        states are used before what is fed tells how many there are."""
-        unused = [layer for layer in self.layers if getattr(layer, "_loader", None) is not None]
-        if len(unused) == sum(hasattr(layer, "_loader") for layer in self.layers) > 0:
-            held = unused[0].rows
-            if rows > held and not rows % held:
-                self.batch_repeat_interleave(rows // held)
 
 
 def held_cache(

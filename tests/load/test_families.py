@@ -15,7 +15,7 @@ from family_checks import NEW, TABLE, VERSION, Checks, row, stored_rows  # noqa:
 
 import kvzip  # noqa: E402
 from kvzip.load.caches import devices_of  # noqa: E402
-from kvzip.load.hf import layer_kinds, load_batch, load_cache  # noqa: E402
+from kvzip.load.hf import layer_kinds, load_batch, load_cache, load_or_prefill  # noqa: E402
 
 ROWS = stored_rows()
 """What the table says."""
@@ -225,3 +225,50 @@ def test_a_cache_in_fp8_keeps_its_scales() -> None:
     with pytest.raises(kvzip.UnsupportedError, match="layer 0, of kind full, is quantised"):
         loaded.crop(-1)
     assert torch.equal(checks.says(prompt, loaded), right)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "minimax_m3_vl_text", "falcon_h1", "llama"])
+def test_one_document_for_several_rows(name: str) -> None:
+    """All that a layer holds is there for each of them, an indexer's keys and states, too."""
+    checks = Checks(Family(name))
+    document, prompt = checks.snapshot(checks.ids), checks.longer(checks.ids, 9)
+    two = torch.cat([prompt, checks.longer(checks.ids, 9, seed=7)])
+    for ids, options in (
+        (prompt, {"num_beams": 3}),
+        (prompt, {"num_return_sequences": 2, "num_beams": 2}),
+        (two, {}),
+    ):
+        given = {"max_new_tokens": 6, "do_sample": False, **options}
+        right = checks.model.generate(ids, **given)
+        for load, of in ((load_cache, checks.model.config), (load_or_prefill, checks.model)):
+            cache = load(document, of, prompt=ids)
+            assert torch.equal(checks.model.generate(ids, cache=cache, **given), right)
+            if name == "falcon_h1" or options:
+                continue
+            cache = load(document, of, prompt=ids)
+            held = cache.get_seq_length()
+            with torch.no_grad():
+                found = checks.model(ids[:, held:], cache=cache).logits
+                whole = checks.model(ids).logits[:, held:]
+            assert torch.equal(found.argmax(-1), whole.argmax(-1))
+
+
+@pytest.mark.parametrize("name", ["zamba2", "granitemoehybrid", "gpt_neox", "llama"])
+def test_a_text_that_repeats_itself(name: str) -> None:
+    """New tokens whose keys are like earlier ones' are no prompt that is fed once more."""
+    checks = Checks(Family(name))
+    ids = checks.ids[:, :20]
+    prompt = checks.longer(ids, 3)
+    words = range(checks.model.config.get_text_config(decoder=True).vocab_size)
+    given: dict[str, Any] = {"max_new_tokens": 80, "do_sample": False, **checks.slowly}
+    given["suppress_tokens"] = [word for word in words if word != 52]
+    right = checks.model.generate(prompt, **given)
+    cache = load_or_prefill(checks.snapshot(ids), checks.model, prompt, **checks.slowly)
+    assert cache.get_seq_length() > 0
+    assert torch.equal(checks.model.generate(prompt, cache=cache, **given), right)
+
+
+def test_layers_that_do_not_rotate_their_keys() -> None:
+    for name, rotated in (("zamba2", False), ("granitemoehybrid", False), ("llama", True)):
+        kinds = layer_kinds(Family(name).config())
+        assert {kind.rope is not None for kind in kinds if kind.kind == "full"} == {rotated}
