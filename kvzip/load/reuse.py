@@ -244,6 +244,9 @@ class HeldCache(DynamicCache):
             rows = self._rows
             known = rows and not rows % len(self._ids)
             self._ids = pick(np.repeat(self._ids, rows // len(self._ids), 0)) if known else None
+        if self.padding is not None and self._rows % len(self.padding) == 0:
+            times = max(1, self._rows // len(self.padding))
+            self.padding = pick(np.repeat(np.array(self.padding), times)).tolist()
 
 
 class StateCache(HeldCache):
@@ -313,11 +316,18 @@ def _first_difference(held: Ids, prompt: Ids) -> int | None:
     return int(differing.argmax()) if differing.any() else None
 
 
+def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """What a `generate` with these arguments takes for a setting: its own argument, or what its
+    `generation_config` says, or the model's."""
+    configs = kwargs.get("generation_config"), getattr(model, "generation_config", None)
+    told = kwargs.get(name), *(getattr(config, name, None) for config in configs)
+    return next((each for each in told if each is not None), None)
+
+
 def _assisted(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a `generate` with these arguments has candidates tried (assisted generation)."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     names = ("prompt_lookup_num_tokens", "assistant_early_exit")
-    told = [kwargs.get(name, getattr(config, name, None)) for name in names]
+    told = [_setting(model, kwargs, name) for name in names]
     return any(each is not None for each in (kwargs.get("assistant_model"), *told))
 
 
@@ -330,8 +340,7 @@ def _use_cache(model: Any, kwargs: dict[str, Any]) -> None:
             "`generate` was given a cache, and use_cache=False, with which it would feed the whole "
             "text behind that for each token: leave out one of the two"
         )
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    if getattr(config, "use_cache", True) is False:
+    if _setting(model, kwargs, "use_cache") is False:
         kwargs["use_cache"] = True
 
 
@@ -341,10 +350,7 @@ def _mask_of(model: Any, prompt: Any, kwargs: dict[str, Any]) -> torch.Tensor | 
     mask: torch.Tensor | None = kwargs.get("attention_mask")
     if mask is not None or not isinstance(prompt, torch.Tensor) or prompt.is_floating_point():
         return mask
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    pad, ends = (
-        kwargs.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id")
-    )
+    pad, ends = (_setting(model, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
     if pad is None or pad in ([] if ends is None else np.atleast_1d(ends).tolist()):
         return None
     return prompt != pad
@@ -352,9 +358,7 @@ def _mask_of(model: Any, prompt: Any, kwargs: dict[str, Any]) -> torch.Tensor | 
 
 def _times(model: Any, kwargs: dict[str, Any]) -> int:
     """How many rows a `generate` with these arguments makes of each."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    names = ("num_beams", "num_return_sequences")
-    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
+    return max(_setting(model, kwargs, n) or 1 for n in ("num_beams", "num_return_sequences"))
 
 
 def _stand_in() -> None:
@@ -365,8 +369,15 @@ def _stand_in() -> None:
     if getattr(own, "asks_held_caches", False):
         return
 
+    named_ones = inspect.signature(own).parameters.values()
+    positions = [p.name for p in named_ones if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
+    """What `generate` takes by position after itself and the prompt."""
+
     @functools.wraps(own)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(positions, args[1:], strict=False))
+        if not named.keys() & kwargs.keys():  # a name that is given twice is for `own` to refuse
+            args, kwargs = args[:1] + args[1 + len(positions) :], named | kwargs
         caches = (kwargs.get(name) for name in ("cache", "past_key_values"))
         cache = next((each for each in caches if isinstance(each, HeldCache)), None)
         prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))

@@ -344,3 +344,55 @@ def test_tokens_that_see_those_after_them(store: Store, caplog: Any) -> None:
         model.config.is_causal = causal
         cache = load_or_prefill(kvzip.Snapshot.from_cache(document(model), IDS), model, PROMPT)
         assert cache.get_seq_length() == (39 if causal else 0)
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def test_settings_that_are_given_by_position(model: Any, store: Store, caplog: Any) -> None:
+    put(store, model)
+    config = transformers.GenerationConfig
+    given = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cache = load_or_prefill(store, model, PROMPT)
+    with pytest.raises(KVZipError, match="prompt lookup"):
+        looks = config(prompt_lookup_num_tokens=3, **given)
+        model.generate(PROMPT, looks, **cache_argument(cache))
+    found = model.generate(PROMPT, config(**given), **cache_argument(cache))
+    assert torch.equal(found, generate(model))
+    assert warnings_of(caplog) == []
+    cache = load_or_prefill(store, model, PROMPT)
+    with pytest.raises(TypeError, match="multiple values"):
+        model.generate(PROMPT, config(), generation_config=config(), **cache_argument(cache))
+
+
+def test_settings_that_a_config_leaves_to_the_models(model: Any, store: Store, caplog: Any) -> None:
+    """The padding's id, which hides tokens, among them."""
+    ids = PROMPT.clone()
+    ids[:, 7] = 0
+    snapshot = kvzip.Snapshot.from_cache(document(model, ids[:, :40]), ids[:, :40], model)
+    store.put(snapshot, codec="raw")
+    model.generation_config.pad_token_id = 0
+    config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False)
+    right = model.generate(ids, config)
+    for given in ((ids, config), (ids,)):
+        cache = load_or_prefill(store, model, ids)
+        assert cache.get_seq_length() == 39
+        more = {} if len(given) == 2 else {"generation_config": config}
+        assert torch.equal(model.generate(*given, **more, **cache_argument(cache)), right)
+        assert len(warnings_of(caplog)) == 1
+
+
+def test_rows_of_a_padded_batch_that_are_picked(model: Any, store: Store) -> None:
+    rows = [TEXT[0, :50], TEXT[1, :44], TEXT[0, :47]]
+    for row in rows:
+        ids = row[None, :-9]
+        store.put(kvzip.Snapshot.from_cache(document(model, ids), ids, model), codec="raw")
+    batch = load_batch_or_prefill(store, model, rows)
+    [name] = cache_argument(None)
+    assert batch[name].get_seq_length() > 0
+    which = torch.tensor([2, 0])
+    batch[name].batch_select_indices(which)
+    picked = {key: value[which] for key, value in batch.items() if key != name}
+    given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(**picked, **{name: batch[name]}, **given)
+    assert torch.equal(found, model.generate(**picked, **given))
