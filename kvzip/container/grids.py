@@ -354,11 +354,11 @@ def find_grids(
 
 
 def _looks_narrow(layer: Layer, name: str) -> bool:
-    """Whether some neighbouring tokens in the middle of a part look as if they were on a grid. Of
-    a part in a file that takes one read."""
+    """Whether some neighbouring tokens in the middle of a part, of as few groups as may be, look as
+    if they were on a grid. Of a part in a file that takes one read."""
     part = layer.layout.parts[name]
     batch, heads, lines, _ = part.block_shape
-    start = max(0, (lines - _WINDOW) // 2)
+    start = max(0, (lines - _WINDOW) // 2) // _WINDOW * _WINDOW
     window = layer.lines(name, batch * heads // 2, start, min(lines, start + _WINDOW))
     return bool(suspicions(window, part.dtype))
 
@@ -380,13 +380,16 @@ def _is_elsewhere(grid: Grid, block: Bits) -> bool:
     """Whether a grid seems to save anything in places all over [batch, heads, tokens, dim], beside
     the sample that it was found in. A part that is unlike its sample costs no long search."""
     batch, heads, lines, dim = block.shape
-    count = min(lines, max(1, _ELSEWHERE // (_PLACES_ELSEWHERE * dim)))
+    count, group = min(lines, max(1, _ELSEWHERE // (_PLACES_ELSEWHERE * dim))), grid.group[0]
     random = np.random.default_rng(1)
     pieces = []
     for place in range(_PLACES_ELSEWHERE):
         row = divmod(int(random.integers(batch * heads)), heads)
         # Evenly spread, and each somewhere within its stretch.
         start = int((place + random.random()) * (lines - count + 1) / _PLACES_ELSEWHERE)
+        # Groups are counted from a piece's first token: it begins one, or lies within one.
+        within = start % group
+        start -= min(within, max(0, within + count - group))
         pieces.append(block[row][start : start + count])
     sample = np.stack(pieces)[np.newaxis]
     return narrow(sample, grid).nbytes < sample.nbytes

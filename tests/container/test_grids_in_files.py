@@ -46,6 +46,16 @@ def on_grids(blob):
     return {key: g.grid for g in kvzip.info(blob).header.grids for key in g.parts}
 
 
+@pytest.mark.parametrize("tokens", [96, 200, 2100])
+@pytest.mark.parametrize("group", [16, 32, 128])
+def test_groups_along_tokens(group, tokens):
+    """They are found whether they are longer or shorter than the places where a grid is tried."""
+    k = e4m3((tokens, 130), group=(group, 1))[np.newaxis]
+    blob = kvzip.encode(Snapshot.from_arrays([(k, k)], "bf16"), "raw")
+    assert set(on_grids(blob)) == {(0, "k"), (0, "v")}
+    assert np.array_equal(kvzip.decode(blob).layers[0].k, k)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     case=cases,
