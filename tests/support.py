@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import struct
+import time
 
 import numpy as np
 import xxhash
@@ -109,6 +110,14 @@ def warnings_of(caplog):
     found = [r.getMessage() for r in caplog.records if r.name == "kvzip.load"]
     caplog.clear()
     return found
+
+
+def wait_for(condition):
+    """Whether something that another thread does is so within some seconds."""
+    end = time.monotonic() + 5
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return bool(condition())
 
 
 def assert_same(a, b):

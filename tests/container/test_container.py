@@ -132,8 +132,11 @@ def test_hostile_headers_and_indexes(small, data):
         decoded = kvzip.decode(reseal(blob), threads=1)
     except KVZipError:
         return
+    # The header gives parts their names, so they may be others; the numbers may not.
     assert all(
-        np.array_equal(a.k, b.k) for a, b in zip(decoded.layers, small[0].layers, strict=False)
+        np.array_equal(x, y)
+        for a, b in zip(decoded.layers, small[0].layers, strict=False)
+        for x, y in zip(a.parts.values(), b.parts.values(), strict=False)
     )
 
 

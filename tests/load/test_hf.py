@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from support import wait_for  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip.codecs.raw.codec import RawCodec  # noqa: E402
@@ -52,13 +53,6 @@ def counting(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     Counting.seen.clear()
     yield lambda case: kvzip.encode(case.snapshot, codec="counting", block_tokens=8, threads=1)
     Counting.broken = None
-
-
-def wait_for(condition: Any) -> bool:
-    end = time.monotonic() + 5
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    return bool(condition())
 
 
 # --- equal to never having left memory -------------------------------------------------------
