@@ -138,7 +138,9 @@ def check_padding(config: PretrainedConfig, lengths: Collection[int]) -> None:
 
 
 # In these families only the sliding layers rotate their keys, though the config does not say so.
-_FULL_LAYERS_UNROTATED = ("afmoe", "cohere2", "exaone4", "exaone_moe", "flint", "kolibri1")
+_FULL_LAYERS_UNROTATED = (
+    *("afmoe", "cohere2", "exaone4", "exaone_moe", "flint", "kolibri1", "lara_mini"),
+)
 
 
 def layers_of(config: PretrainedConfig) -> tuple[list[LayerKind], tuple[dict[str, Any], ...]]:

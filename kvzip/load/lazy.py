@@ -67,6 +67,8 @@ class LazyLayer(_Base):
     knows_prompt = False
     """Whether a `generate` feeds it that has named all ids: what follows the first call is no
     prompt, and a text that repeats itself may have keys like those of one."""
+    _times = 1
+    """How many rows stand for each of the document's, one after the other."""
     _forgetful = False
     """Whether the model goes on from a state only one token at a time."""
 
@@ -281,7 +283,11 @@ class LazyLayer(_Base):
         if self._distances is not None:
             self._distances.clear()
         announce(self, shapes_of(taken), self._length)
-        assign(self, taken.parts)
+        # States and an indexer's keys are used before what is fed tells how many rows there are.
+        parts = {
+            name: part.repeat_interleave(self._times, dim=0) for name, part in taken.parts.items()
+        }
+        assign(self, parts)
         self._witness = taken.witness
         self.dtype = source.dtype
 
@@ -311,6 +317,7 @@ class LazyLayer(_Base):
         if self._has_tokens:
             super().batch_repeat_interleave(repeats)
         self._change_states(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._times *= repeats
         if self._witness is not None:
             self._witness = tuple(w.repeat_interleave(repeats, dim=0) for w in self._witness)
 

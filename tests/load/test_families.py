@@ -11,7 +11,15 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from families import UNABLE, Family, families  # noqa: E402
-from family_checks import NEW, TABLE, VERSION, Checks, row, stored_rows  # noqa: E402
+from family_checks import (  # noqa: E402
+    NEW,
+    TABLE,
+    VERSION,
+    Checks,
+    row,
+    stored_rows,
+    warnings_told,
+)
 
 import kvzip  # noqa: E402
 from kvzip.load.caches import devices_of  # noqa: E402
@@ -268,7 +276,25 @@ def test_a_text_that_repeats_itself(name: str) -> None:
     assert torch.equal(checks.model.generate(prompt, cache=cache, **given), right)
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1"])
+def test_beams_of_a_cache_that_is_computed_anew(name: str) -> None:
+    """States that take the place of those of other weights are there for each row."""
+    checks = Checks(Family(name))
+    document, prompt = checks.snapshot(checks.ids), checks.longer(checks.ids, 9)
+    with torch.no_grad():
+        for weights in checks.model.parameters():
+            weights.mul_(1.3)
+    given: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
+    right = checks.model.generate(prompt, **given)
+    with warnings_told() as told:
+        cache = load_or_prefill(document, checks.model, prompt, revision="the document's")
+        assert torch.equal(checks.model.generate(prompt, cache=cache, **given), right)
+    assert len(told) == 1 and "computed anew" in told[0]
+
+
 def test_layers_that_do_not_rotate_their_keys() -> None:
+    config = Family("lara_mini").config()
+    assert [kind.rope for kind in layer_kinds(config)] == [None, 0, None]
     for name, rotated in (("zamba2", False), ("granitemoehybrid", False), ("llama", True)):
         kinds = layer_kinds(Family(name).config())
         assert {kind.rope is not None for kind in kinds if kind.kind == "full"} == {rotated}
