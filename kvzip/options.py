@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvzip.errors import UsageError
+from kvzip.errors import CorruptError, FormatError, UsageError
+from kvzip.parsing import from_json
 
 
 def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
@@ -145,8 +146,8 @@ def same_from_json(name: str, value: msgspec.Struct) -> bytes:
     that would be another one, or none."""
     data = as_json(name, value)
     try:
-        found = msgspec.json.decode(data, type=type(value))
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        found = from_json(data, type(value))
+    except (CorruptError, FormatError) as error:
         raise UsageError(f"{name} could not be read again: {error}") from None
     if found != value:
         raise UsageError(f"{name} would be read as another one")

@@ -24,6 +24,7 @@ from kvzip.codec import get_codec
 from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError, told_as
 from kvzip.files import replacing
 from kvzip.options import callback, json_value, text
+from kvzip.parsing import from_json
 from kvzip.snapshot import Snapshot
 from kvzip.tensors import TensorFile, check_header
 
@@ -115,8 +116,8 @@ class Profile:
         """Take the bytes of a file. Tensors that are not packed are looked at where they lie."""
         start = 8 + int.from_bytes(file[:8], "little")
         check_header("the profile", file[8:start])
-        header = json.loads(file[8:start])
-        description = json.loads(header.pop("__metadata__")["kvprofile"])
+        header = from_json(file[8:start])
+        description = from_json(header.pop("__metadata__")["kvprofile"])
         packed = description.pop("packed", {}) if isinstance(description, dict) else None
         if not isinstance(packed, dict) or not packed.keys() <= header.keys():
             raise ValueError("it names packed tensors that it does not have")

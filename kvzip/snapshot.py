@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.dtypes import Bits
-from kvzip.errors import FormatError, UsageError
+from kvzip.errors import CorruptError, FormatError, UsageError
 from kvzip.files import replacing
 from kvzip.layout import Kind, LayerLayout, Layout, Origin, PartLayout, StoredLayout
 from kvzip.options import boolean, items, pairs, same_from_json
+from kvzip.parsing import from_json
 from kvzip.tensors import TensorFile, check_header
 
 __all__ = [
@@ -351,13 +352,13 @@ class Snapshot:
                 f"{file.name} is a safetensors file, but not a snapshot of a KV cache"
             )
         try:
-            version = msgspec.json.decode(note, type=_Version).version
+            version = from_json(note, _Version).version
             if version != VERSION:
                 raise FormatError(
                     f"{file.name} is a snapshot of version {version}; this reads {VERSION}"
                 )
-            description = msgspec.json.decode(note, type=Description)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            description = from_json(note, Description)
+        except (CorruptError, FormatError) as error:
             raise FormatError(f"{file.name}: its description makes no sense: {error}") from None
         layout = description.layout.layout()
         for i, name, part in layout.parts():

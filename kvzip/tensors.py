@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kvzip.errors import CorruptError, FormatError, StoreError, UsageError
 from kvzip.files import AnyPath, name_of
+from kvzip.parsing import from_json
 from kvzip.reading import reading
 
 MAX_HEADER = 100_000_000
@@ -57,11 +58,11 @@ class _Header(NamedTuple):
         if len(first) < start:
             return None
         try:
-            found = msgspec.json.decode(first[8:start], type=dict[str, msgspec.Raw])
+            found = from_json(first[8:start], dict[str, msgspec.Raw])
             about = found.pop("__metadata__", msgspec.Raw(b"{}"))
-            metadata = msgspec.json.decode(about, type=dict[str, str])
-            entries = {n: msgspec.json.decode(e, type=_Entry) for n, e in found.items()}
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            metadata = from_json(memoryview(about), dict[str, str])
+            entries = {n: from_json(memoryview(e), _Entry) for n, e in found.items()}
+        except (CorruptError, FormatError) as error:
             raise FormatError(f"{name} is not a whole safetensors file: {error}") from None
         at = 0
         for entry in sorted(entries.values(), key=lambda entry: entry.data_offsets):

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.errors import ProfileError
+from kvzip.errors import CorruptError, FormatError, ProfileError
 from kvzip.files import replacing
+from kvzip.parsing import from_json
+from kvzip.reading import contents
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import Item, load
 
@@ -27,8 +29,8 @@ class FinishedLayers:
         note = folder / "fit.json"
         if note.exists():
             try:
-                found = json.loads(note.read_text())
-            except ValueError:
+                found = from_json(contents(note), dict[str, Any])
+            except (CorruptError, FormatError):
                 raise ProfileError(f"{note} is damaged: give another folder") from None
             for name in sorted(set(found) | set(wanted)):
                 if found.get(name) != wanted.get(name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from kvzip.errors import KVZipError
+from kvzip.errors import CorruptError, FormatError, KVZipError
 from kvzip.eval.results import stored
 from kvzip.eval.results.base import Result
+from kvzip.parsing import from_toml
 
 Exact = Literal["bits", "rounded", "outputs", "ideal", "theory", "none"]
 """What comes back exactly; the data's first lines say what each word means."""
@@ -129,8 +129,8 @@ def load() -> Claims:
 def parse(text: str) -> Claims:
     """A table of claims in TOML, checked. Raises KVZipError that names what is wrong."""
     try:
-        found = msgspec.convert(tomllib.loads(text), Claims)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        found = from_toml(text, Claims)
+    except (CorruptError, FormatError) as error:
         raise KVZipError(f"the table of claims: {error}") from None
     found.check()
     return found

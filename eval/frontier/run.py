@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from kvzip import capture
-from kvzip.errors import UsageError
+from kvzip.errors import CorruptError, FormatError, UsageError
 from kvzip.eval.frontier import copies, predictors
 from kvzip.eval.frontier.document_sets import (
     DocumentSets,
@@ -38,6 +38,7 @@ from kvzip.eval.results.frontier import Frontier, LayerPoint, Point, Run
 from kvzip.eval.results.provenance import made_by
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
+from kvzip.parsing import from_json
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import Progress
 
@@ -127,10 +128,10 @@ def _kept(place: Path, form: type[_T], compute: Callable[[], _T], fits: Callable
     gives, which is then kept there."""
     if place.is_file():
         try:
-            known = msgspec.json.decode(place.read_bytes(), type=form)
+            known = from_json(place.read_bytes(), form)
             if fits(known):
                 return known
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (CorruptError, FormatError) as error:
             _log.warning("%s is damaged and measured anew: %s", place, error)
     found = compute()
     with replacing(place) as file:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from kvzip.errors import KVZipError
+from kvzip.parsing import from_json
 from kvzip.store.bucket import forget_clients, open_url
 
 PORT = 8083
@@ -57,7 +58,7 @@ class End:
             self._errors.seek(0)
             told = self._errors.read().decode(errors="replace").strip().splitlines()
             raise KVZipError(f"an end of the link failed: {(told or ['it said nothing'])[-1]}")
-        return dict(json.loads(line))
+        return from_json(line, dict[str, Any])
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """The answer to a question: `do` names a method of :class:`_Answers`, the rest are its
@@ -257,7 +258,7 @@ def main(what: str, *rest: str) -> None:
     end = _Answers(*rest)
     say({"threads": len(os.sched_getaffinity(0))})
     for line in sys.stdin:
-        question = json.loads(line)
+        question = from_json(line)
         forget_clients()  # connections are those of a process's first load
         found = getattr(end, question.pop("do"))(**question)
         found.pop("cache", None)

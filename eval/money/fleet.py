@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import tomllib
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -29,7 +28,8 @@ from kvzip.choice.cost import (
     load_cost,
     number,
 )
-from kvzip.errors import KVZipError
+from kvzip.errors import CorruptError, FormatError, KVZipError
+from kvzip.parsing import from_toml
 from kvzip.reading import contents
 
 EXACT_RANKS = 1 << 12
@@ -418,12 +418,12 @@ def bills(fleet: Fleet, codecs: list[CodecFigures]) -> list[tuple[Counts, Bill]]
 def changed(fleet: Fleet, path: str | os.PathLike[str]) -> Fleet:
     """The fleet with the fields of a TOML file. Raises KVZipError that names file and field."""
     try:
-        fields = tomllib.loads(contents(path).decode())
+        fields = from_toml(contents(path))
         # TOML's inf is a float; whole numbers stand for floats.
         return msgspec.convert({**msgspec.structs.asdict(fleet), **fields}, Fleet).check()
     except OSError as error:
         raise KVZipError(f"fleet {path}: {error.strerror or error}") from None
-    except (msgspec.ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (msgspec.ValidationError, CorruptError, FormatError) as error:
         allowed = ", ".join(Fleet.__struct_fields__)
         raise KVZipError(f"fleet {path}: {error}; its fields are: {allowed}") from None
     except KVZipError as error:

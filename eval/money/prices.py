@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from kvzip.errors import KVZipError
+from kvzip.errors import CorruptError, FormatError, KVZipError
+from kvzip.parsing import from_toml
 from kvzip.reading import contents
 
 UNITS = {
@@ -247,10 +247,10 @@ def load_prices(*paths: str | os.PathLike[str]) -> PriceBook:
 def _read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """The file's entries by group and name, its groups known, no entry looked at yet."""
     try:
-        found = tomllib.loads(contents(path).decode())
+        found = from_toml(contents(path))
     except OSError as error:
         raise KVZipError(f"price book {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (CorruptError, FormatError) as error:
         raise KVZipError(f"price book {path}: {error}") from error
     for group, named in found.items():
         if group not in _GROUPS:

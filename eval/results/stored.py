@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kvzip.errors import KVZipError
+from kvzip.errors import CorruptError, FormatError, KVZipError
 from kvzip.eval.results.base import Result, kind_of
 from kvzip.eval.results.bench import BenchResult
 from kvzip.eval.results.demo import DemoResult
@@ -20,6 +20,7 @@ from kvzip.eval.results.links import Links
 from kvzip.eval.results.ratios import RatiosResult
 from kvzip.eval.results.traffic import TrafficResult
 from kvzip.files import replacing
+from kvzip.parsing import from_json
 from kvzip.reading import contents
 
 _MOST = 1 << 30
@@ -97,13 +98,12 @@ def load(path: str | os.PathLike[str], form: type[R]) -> R:
 def read_json(path: str | os.PathLike[str], form: type[T]) -> T:
     """A JSON file as an object of that type. Raises KVZipError that names the file."""
     try:
-        plain = msgspec.json.decode(contents(path, _MOST))
-        return msgspec.convert(plain, form)
+        return from_json(contents(path, _MOST), form)
     except OSError as error:
         raise KVZipError(f"{path}: {error.strerror or error}") from None
-    except msgspec.ValidationError as error:
+    except FormatError as error:
         raise KVZipError(f"{path} holds something else: {error}") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except CorruptError as error:
         raise KVZipError(f"{path} is not JSON: {error}") from None
 
 

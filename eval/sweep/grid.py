@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import tomllib
 from typing import Any
 
 import msgspec
 
-from kvzip.errors import KVZipError, UsageError
+from kvzip.errors import CorruptError, FormatError, KVZipError, UsageError
 from kvzip.eval.sweep.kinds import KINDS, AnyPoint, KindName
+from kvzip.parsing import from_toml
 from kvzip.reading import contents
 
 
@@ -35,12 +35,12 @@ def read_config(path: str | os.PathLike[str]) -> list[AnyPoint]:
     """
     kind: KindName = "codecs"
     try:
-        config = msgspec.convert(tomllib.loads(contents(path).decode()), Config, strict=True)
+        config = from_toml(contents(path), Config)
         kind = config.kind
         return _points(config)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from None
-    except (msgspec.ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (msgspec.ValidationError, CorruptError, FormatError) as error:
         raise UsageError(
             f"{path}: {error}; a sweep has kind, [grid] with lists, [[points]], repeats; fields of "
             f"a point: {', '.join(KINDS[kind].point.__struct_fields__)}"

@@ -21,7 +21,8 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from kvzip.errors import FormatError, KVZipError
+from kvzip.errors import CorruptError, FormatError, KVZipError
+from kvzip.parsing import from_json
 
 BLOCK_TOKENS = 512
 _MOST_LINE = 64 << 20
@@ -68,13 +69,12 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     """Read a trace. Raises FormatError, which names the line, for what is no request, KVZipError
     for a file that cannot be read or has no request with a block."""
     requests = []
-    decoder = msgspec.json.Decoder(Request)
     for number, line in enumerate(_lines(Path(path)), 1):
         if not line.strip():
             continue
         try:
-            request = decoder.decode(line)
-        except (msgspec.MsgspecError, UnicodeError) as error:
+            request = from_json(line, Request)
+        except (CorruptError, FormatError) as error:
             raise FormatError(
                 f"{path}, line {number} is no request ({error}): a trace has an object a line with "
                 "timestamp, input_length, output_length, hash_ids"

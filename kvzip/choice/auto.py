@@ -16,7 +16,8 @@ import msgspec
 from kvzip.choice.cost import CodecFigures, Situation, best, number, options
 from kvzip.codec import Codec, get_codec
 from kvzip.codec_spec import parse_spec
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import CorruptError, FormatError, KVZipError, UnsupportedError
+from kvzip.parsing import from_json
 from kvzip.snapshot import Layout
 
 MEASURED = Path(__file__).with_name("measured.json")
@@ -59,8 +60,8 @@ def measured_figures(dtype: str) -> tuple[CodecFigures, ...]:
 def _measured(path: Path) -> _Measured:
     """The figures of a file. Raises KVZipError when it holds something else, or another version."""
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=_Measured)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        found = from_json(path.read_bytes(), _Measured)
+    except (CorruptError, FormatError) as error:
         raise KVZipError(f"{path} is not a result of kvzip eval inputs: {error}") from None
     if (found.kind, found.version) != (_KIND, _VERSION):
         raise KVZipError(

@@ -14,8 +14,9 @@ from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, ProfilePath, Threads, read_profile
 from kvzip.cli.failures import CheckFailed, each, emit_with
 from kvzip.cli.terminal import bar, emit, say, sizes
-from kvzip.errors import StoreError, UsageError
+from kvzip.errors import CorruptError, FormatError, StoreError, UsageError
 from kvzip.files import is_standard_output
+from kvzip.parsing import from_json
 from kvzip.reading import contents
 
 if TYPE_CHECKING:
@@ -201,8 +202,8 @@ def _prompt_of(path: Path) -> _Prompt:
 
 def _read_ids(path: Path) -> list[int]:
     try:
-        return msgspec.json.decode(contents(path, 256 << 20), type=list[int])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        return from_json(contents(path, 256 << 20), list[int])
+    except (CorruptError, FormatError) as error:
         raise UsageError(f"{path} is not a JSON list of token ids: {error}") from None
 
 

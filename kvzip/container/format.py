@@ -25,6 +25,7 @@ from kvzip.errors import CorruptError, FormatError, UnsupportedError, UsageError
 from kvzip.grids import Grid
 from kvzip.layout import Layout, Origin, StoredLayout
 from kvzip.options import json_value, same_from_json
+from kvzip.parsing import from_json
 from kvzip.snapshot import Layer
 from kvzip.version import __version__
 
@@ -196,7 +197,7 @@ class Header(
 
 def header_schema() -> dict[str, Any]:
     """The JSON schema of the header."""
-    schema: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(msgspec.json.schema(Header)))
+    schema: dict[str, Any] = from_json(msgspec.json.encode(msgspec.json.schema(Header)))
     return schema
 
 
@@ -325,8 +326,8 @@ def unpacked_header(data: memoryview) -> tuple[Header, Codecs]:
     """The header in these bytes, and the codecs that it names. Raises FormatError,
     UnsupportedError."""
     try:
-        header = msgspec.json.decode(data, type=Header)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        header = from_json(data, Header)
+    except (CorruptError, FormatError) as error:
         raise FormatError(f"the header makes no sense: {error}") from None
     if header.block_tokens < 1:
         raise FormatError("the header makes no sense: block_tokens is below 1")

@@ -17,8 +17,9 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
-from kvzip.errors import KVZipError, told_as
+from kvzip.errors import CorruptError, FormatError, KVZipError, told_as
 from kvzip.files import replacing
+from kvzip.parsing import from_json
 
 THREADS = min(8, os.cpu_count() or 1)
 """hashlib lets other threads run while it works."""
@@ -64,8 +65,8 @@ _seen: dict[Stamp, str] = {}
 def load(path: Path) -> Kept:
     """What is kept of a file, or nothing if it has changed."""
     stamp = Stamp.of(path)
-    with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        kept = msgspec.json.decode(_place(stamp).read_bytes(), type=Kept)
+    with suppress(OSError, CorruptError, FormatError):
+        kept = from_json(_place(stamp).read_bytes(), Kept)
         if kept.stamp == stamp:
             return kept
     return Kept(stamp)

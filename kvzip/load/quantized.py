@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from kvzip.errors import FormatError, KVZipError, UnsupportedError, first_line
+from kvzip.errors import CorruptError, FormatError, KVZipError, UnsupportedError, first_line
+from kvzip.parsing import from_json
 
 SETTINGS = "settings"
 """The part that says how a layer is quantised: JSON, in UTF-8."""
@@ -63,10 +64,10 @@ def grouped_parts(layer: Any, i: int, backend: str) -> dict[str, tuple[torch.Ten
 def settings_of(parts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """How a layer of these parts was quantised. Raises FormatError for what does not say it."""
     try:
-        told = json.loads(bytes(parts[SETTINGS].cpu().tolist()))
+        told = from_json(bytes(parts[SETTINGS].cpu().tolist()))
         if told["backend"] in GROUPED.values() and all(type(told[n]) is int for n in _NAMES):
             return dict(told)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (CorruptError, FormatError, ValueError, KeyError, TypeError):
         pass
     raise FormatError("a quantised layer does not say how it was quantised")
 

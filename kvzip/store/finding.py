@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, StoreError
+from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError
+from kvzip.parsing import from_json
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.store.bucket import Objects
@@ -162,14 +163,14 @@ class Finder:
             for space in [s for s, data in zip(spaces, marks, strict=True) if data]:
                 self._told.add((own, space))
                 found = self._objects.get(f"{space}/about.json") or b"{}"
-                other = msgspec.json.decode(found, type=Identity)
+                other = from_json(found, Identity)
                 _log.warning(
                     "%s has the prompt's tokens for (%s), not for (%s): they are not used",
                     self._objects.url,
                     other,
                     wanted,
                 )
-        except (StoreError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (StoreError, CorruptError, FormatError) as error:
             _log.info("no other documents are looked for: %s", error)
 
 

@@ -7,7 +7,8 @@ from datetime import datetime
 
 import msgspec
 
-from kvzip.errors import UsageError
+from kvzip.errors import CorruptError, FormatError, UsageError
+from kvzip.parsing import from_json
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import About
 
@@ -31,9 +32,9 @@ def abouts(objects: Objects) -> dict[str, About]:
     """What each namespace says of itself, of those that do."""
     found = {}
     for space in namespaces(objects):
-        with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+        with suppress(CorruptError, FormatError):
             data = objects.get(f"{space}/about.json") or b""
-            found[space] = msgspec.json.decode(data, type=About)
+            found[space] = from_json(data, About)
     return found
 
 

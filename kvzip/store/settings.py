@@ -7,7 +7,8 @@ from contextlib import suppress
 
 import msgspec
 
-from kvzip.errors import FormatError, KVZipError, StoreError, UsageError
+from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError, UsageError
+from kvzip.parsing import from_json
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import BLOCK_TOKENS, document_path, token_ids_of
 from kvzip.store.listing import documents
@@ -54,10 +55,10 @@ class SettingsFile:
     def _checked(self, data: bytes) -> _Settings:
         url = self._objects.url
         try:
-            found = msgspec.json.decode(data, type=_Settings)
-        except msgspec.ValidationError as error:
+            found = from_json(data, _Settings)
+        except FormatError as error:
             raise FormatError(f"{url} is no store of ours: {error}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except CorruptError:
             found = self._again()
         if found.version != 1 or found.block_tokens < 1:
             raise FormatError(f"{url} is a store of another version")

@@ -38,6 +38,7 @@ from kvzip.container import Reader
 from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError
 from kvzip.files import replacing
 from kvzip.options import boolean, callback, integer, text
+from kvzip.parsing import from_json
 from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import Snapshot
 from kvzip.store import listing
@@ -227,8 +228,8 @@ class Store:
 
     def _is_of(self, path: str, identity: Identity) -> bool:
         try:
-            found = msgspec.json.decode(self.bucket.get(path) or b"", type=About)
-        except (msgspec.MsgspecError, UnicodeDecodeError):  # a power cut can leave it empty
+            found = from_json(self.bucket.get(path) or b"", About)
+        except (CorruptError, FormatError):  # a power cut can leave it empty
             return False
         return found.identity == identity
 
