@@ -165,7 +165,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	rm -rf $(INSTALLED)
 	$(BIN)/pip install $(AS_HERE) --quiet --no-deps -C wheel.cmake=false --target $(INSTALLED) .
-	cd $(INSTALLED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy -p kvzip
+	cd $(INSTALLED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy -p kvzip -p pytest_kvzip
 	cd $(INSTALLED) && PYTHONPATH=$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 	  $(abspath $(BIN))/python -S $(abspath $(BIN))/lint-imports --no-logo $(CURDIR)/pyproject.toml
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
-import struct
 import time
 
 import numpy as np
-import xxhash
 
 import kvzip
-from kvzip import dtypes
+
+# What the public suite makes, for the tests of all else.
+from kvzip.testing import assert_same, cache_like, make_snapshot, random_bits, reseal  # noqa: F401
 
 CODECS = [
     "raw",
@@ -37,64 +37,6 @@ NEED_PROFILE = {name for name in kvzip.codec_names() if kvzip.get_codec(name).ne
 """Codecs that have suites of their own, which learn profiles first."""
 
 
-def examples(count, codec, dtype):
-    """How many examples a test tries of a codec with a format, where it tries `count` of the pairs
-    that are unlike, and all pairs."""
-    return count if (codec, dtype) in UNLIKE_PAIRS else count // 10
-
-
-def random_bits(rng, dtype, shape):
-    """Every bit pattern alike: NaN payloads, infinities, subnormals, negative zeros."""
-    uint = dtypes.get(dtype).uint
-    return rng.integers(0, 2 ** (8 * uint.itemsize), shape, dtype=np.uint64).astype(uint)
-
-
-def cache_like(rng, dtype, shape):
-    """Numbers with a scale and a mean for each channel, as keys and values have them."""
-    import torch
-
-    scale = 2.0 ** rng.uniform(-6, 3, (shape[-3], 1, shape[-1]))
-    mean = rng.normal(0, 1, scale.shape) * (rng.random(scale.shape) < 0.3)
-    numbers = (rng.normal(size=shape) + mean) * scale
-    form = dtypes.get(dtype)
-    if form.kind in ("fn", "fnuz"):  # which have no infinities
-        most = dtypes.to_float32(np.arange(128, dtype=np.uint8), dtype)
-        numbers = numbers.clip(-np.nanmax(most), np.nanmax(most))
-    elif form.kind == "scale":
-        numbers = np.abs(numbers)
-    elif not form.is_float:
-        numbers = np.rint(4 * numbers).clip(-128, 127).astype(np.int8)
-    return dtypes.as_bits(torch.from_numpy(numbers).to(getattr(torch, form.torch)), dtype)[0]
-
-
-def make_snapshot(maker, seed, dtype, layers=2, heads=2, tokens=50, dim=16, batch=None, ids=True):
-    rng = np.random.default_rng(seed)
-    front = () if batch is None else (batch,)
-    shape = (*front, heads, tokens, dim)
-    return kvzip.Snapshot.from_arrays(
-        [(maker(rng, dtype, shape), maker(rng, dtype, shape)) for _ in range(layers)],
-        dtype,
-        rng.integers(0, 50000, (*front, tokens)) if ids else None,
-        kvzip.Origin(model="test/model", revision="r1", rope=({"rope_theta": 1e4},)),
-    )
-
-
-def reseal(blob: bytes) -> bytes:
-    """Make the file's checksums of stored bytes true again, as an attacker would."""
-    blob = bytearray(blob)
-    header_length, count, ids_length = struct.unpack_from("<III", blob, 12)
-    at = 40 + header_length + ids_length
-    for row in range(at, min(at + 48 * count, len(blob) - 47), 48):
-        offset, length = struct.unpack_from("<QQ", blob, row + 16)
-        stored = blob[offset : offset + length] if offset < len(blob) else b""
-        struct.pack_into("<Q", blob, row + 32, xxhash.xxh3_64_intdigest(bytes(stored)))
-    end = at + 48 * count
-    end += -end % 64
-    digest = xxhash.xxh3_64_intdigest(bytes(blob[:32]) + bytes(blob[40:end]))
-    struct.pack_into("<Q", blob, 32, digest)
-    return bytes(blob)
-
-
 def damaged(blob, layer, part):
     """A .kvz file with a bit of that layer's last block changed."""
     with kvzip.open(blob) as reader:
@@ -118,13 +60,6 @@ def wait_for(condition):
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)
     return bool(condition())
-
-
-def assert_same(a, b):
-    assert a.layout == b.layout
-    for i, (x, y) in enumerate(zip(a.layers, b.layers, strict=True)):
-        assert np.array_equal(x.k, y.k), f"layer {i}: keys differ"
-        assert np.array_equal(x.v, y.v), f"layer {i}: values differ"
 
 
 def tiny_documents(loaded, count, tokens=160, seed=0, **how):

@@ -124,6 +124,15 @@ def test_lmcaches_configuration():
     assert lmcache.KvzipSerializer(kvzip.get_codec(serde["codec"]), serde["threads"])
 
 
+def test_your_own_ci(names):
+    """The adapter there runs in tests/store/, the rest in tests/test_testing.py."""
+    from kvzip.testing import assert_bit_exact
+
+    code = next(b for b in blocks("testing.md", "python") if "DynamicCache" in b)
+    exec(compile(as_installed(code), "testing.md", "exec"), names)
+    names["test_our_models_cache_survives"](assert_bit_exact, names["model"], names["ids"])
+
+
 def headings(page: Path) -> set[str]:
     """The anchors that a page's headings have, as GitHub makes them."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
