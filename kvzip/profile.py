@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,8 +174,14 @@ class Profile:
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Read a profile. Raises ProfileError when the file is none, is damaged, or is of another
         version, UsageError for what is no path, and the OSError of the path."""
+        return cls.of_file(path)
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str], opened: IO[bytes] | None = None) -> Profile:
+        """Read a profile as :meth:`load` does, from a file that is `opened`; errors call it by
+        `path`."""
         try:
-            file = TensorFile(path)  # that it is one, and every tensor lies within it
+            file = TensorFile(path, file=opened)  # that it is one, and every tensor lies within it
             if "kvprofile" not in file.metadata:
                 kind = "snapshot" if "kvzip" in file.metadata else "safetensors file"
                 raise ProfileError(f"{path} is a {kind}, and no profile: kvzip fit makes one")
@@ -191,6 +197,11 @@ class Profile:
         if not isinstance(description, dict) or description.get("version") != VERSION:
             raise ProfileError(f"{path} is not a profile of version {VERSION}")
         return profile
+
+    @property
+    def file(self) -> bytes:
+        """The bytes of the file."""
+        return self._file
 
     @property
     def codec(self) -> str:

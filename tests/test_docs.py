@@ -70,8 +70,12 @@ def test_the_store(names, capsys):
 
 def test_the_stores_commands(names):
     commands = [line.partition("#")[0] for b in blocks("store.md", "sh") for line in b.splitlines()]
+    profile = kvzip.Profile.fit([names["snapshot"]])
+    profile.save("m.kvprofile")
+    kvzip.write("old.kvz", names["snapshot"], "raw", profile)
+    commands = [line.replace("4f1c...", profile.id) for line in commands]
     ours = [shlex.split(line) for line in commands if line.startswith("kvzip")]
-    assert len(ours) == 6
+    assert len(ours) == 12
     for command in ours:
         command[0] = str(Path(sys.executable).parent / "kvzip")
         done = subprocess.run(command, capture_output=True, text=True)

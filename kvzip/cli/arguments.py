@@ -91,12 +91,12 @@ def refuse_overwriting(command: str, bound: inspect.BoundArguments) -> None:
                 inputs += [given] if isinstance(given, (Path, str)) else []
     for output in outputs:
         check_output(output, inputs)
-        kind = _kind(output)
+        kind = kind_of(output)
         if kind is not None and kind not in WRITES.get(command, []):
             raise UsageError(f"{output} is {kind}: remove it first, if {command} is to replace it")
 
 
-def _kind(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
     """What a file is that took long to make; None for any other, or if there is none."""
     try:
         if not path.is_file():

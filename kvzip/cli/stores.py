@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -11,16 +12,16 @@ from cyclopts import Parameter
 
 from kvzip import api
 from kvzip.cli.app import app
-from kvzip.cli.arguments import Json, ProfilePath, Threads, read_profile
+from kvzip.cli.arguments import Json, ProfilePath, Threads, kind_of, read_profile
 from kvzip.cli.failures import CheckFailed, each, emit_with
 from kvzip.cli.terminal import bar, emit, say, sizes
 from kvzip.errors import CorruptError, FormatError, StoreError, UsageError
 from kvzip.files import is_standard_output
 from kvzip.parsing import from_json
+from kvzip.profile import Profile
 from kvzip.reading import contents
 
 if TYPE_CHECKING:
-    from kvzip.profile import Profile
     from kvzip.store import Match, Store
     from kvzip.store.store import Entry
 
@@ -43,13 +44,13 @@ def put(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Put documents' caches into a store, where they are found by model and first tokens. If one
-    fails, the others are stored all the same.
+    """Put documents' caches into a store, where they are found by model and first tokens, with the
+    profile that they need. If one fails, the others are stored all the same.
 
     Parameters
     ----------
     documents
-        Snapshots, which are encoded, and .kvz files, which are stored as they are.
+        Snapshots, which are encoded, .kvz files, which are stored as they are, and profiles.
     limit_bytes
         Evict the documents used longest ago when all together take more.
     block_tokens
@@ -62,16 +63,29 @@ def put(
 
     target = Store(store, limit_bytes=limit_bytes, block_tokens=block_tokens)
     known, began = read_profile(profile), time.perf_counter()
+    new_profiles: dict[str, bool] = {}
     with bar("put", len(documents), in_bytes=False) as advance:
 
-        def one(path: Path) -> Entry:
+        def one(path: Path) -> Entry | Profile:
+            if kind_of(path) == "a profile":
+                own = Profile.load(path)
+                new_profiles[own.id] = target.put_profile(own, replace)
+                advance(1)
+                return own
             entry = target.put(path, codec=codec, profile=known, threads=threads, replace=replace)
             advance(1)
             return entry
 
-        entries, failed = each(documents, one)
+        stored, failed = each(documents, one)
+    entries = [(path, each) for path, each in stored if not isinstance(each, Profile)]
+    profiles = [
+        {"file": str(path)} | _profile_entry(each, new_profiles[each.id])
+        for path, each in stored
+        if isinstance(each, Profile)
+    ]
     result = {
         "documents": [{"file": str(path)} | msgspec.to_builtins(entry) for path, entry in entries],
+        "profiles": profiles,
         "seconds": time.perf_counter() - began,
     }
 
@@ -82,8 +96,16 @@ def put(
                 f"{path}: {state}, {entry.tokens} tokens, {entry.encoded_bytes:,} bytes, "
                 f"key {entry.key}",
             )
+        for p in profiles:
+            state = "stored" if p["new"] else "was there already"
+            say(f"{p['file']}: a profile, {state}, {p['encoded_bytes']:,} bytes, key {p['key']}")
 
     emit_with(result, failed, "file", len(documents), as_json, show)
+
+
+def _profile_entry(profile: Profile, new: bool) -> dict[str, Any]:
+    """What is told of a profile that is in the store now."""
+    return {"key": f"profiles/{profile.id}", "encoded_bytes": profile.nbytes, "new": new}
 
 
 @app.command
@@ -111,14 +133,22 @@ def get(
     ids
         A file with the prompt's token ids, as a JSON list; with --model, --revision, --dtype.
     key
-        A document by its key, instead of by its tokens.
+        A document by its key, instead of by its tokens; or a profile by its own, as `kvzip ls`
+        shows it.
+    profile
+        Default: the one that the document needs, which the store has.
     output
-        FILE.kvz, or -: the document as it is stored. FILE.safetensors: what is shared, decoded.
+        FILE.kvz, or -: the document as it is stored. FILE.safetensors: what is shared, decoded. Of
+        a profile, FILE.kvprofile, or -.
     """
     from kvzip.store import Store
+    from kvzip.store.profiles import is_profile_key
 
     if sum(given is not None for given in (like, ids, key)) != 1:
         raise UsageError("give one of --like, --ids and --key")
+    if key is not None and is_profile_key(key):
+        _get_profile(Store(store, make=False), key, output, as_json)
+        return
     as_stored = output is not None and (is_standard_output(output) or output.suffix == ".kvz")
     if output is not None and not as_stored and output.suffix != ".safetensors":
         raise UsageError(f"-o {output}: end it in .kvz or .safetensors")
@@ -154,6 +184,26 @@ def get(
         }
     said = f"{result['key']}: {result['tokens']} of {result['document_tokens']} tokens are shared"
     emit(result, as_json, lambda: say(said + (f", in {output}" if output else "")))
+
+
+def _get_profile(source: Store, key: str, output: Path | None, as_json: bool) -> None:
+    """Write a profile as it is stored, or say what it is."""
+    if output is not None and not is_standard_output(output) and output.suffix != ".kvprofile":
+        raise UsageError(f"-o {output}: end it in .kvprofile")
+    began = time.perf_counter()
+    if output is not None:
+        source.fetch(key, output)
+    found = source.get_profile(key)
+    result = {
+        "key": f"profiles/{found.id}",
+        "encoded_bytes": found.nbytes,
+        "codec": found.codec,
+        "model": found.description.get("model"),
+        "output": None if output is None else str(output),
+        "seconds": time.perf_counter() - began,
+    }
+    said = f"{result['key']}: {found!r}" + (f", in {output}" if output else "")
+    emit(result, as_json, lambda: say(said))
 
 
 def _by_key(source: Store, key: str, profile: Profile | None, threads: int) -> Match:
@@ -209,12 +259,12 @@ def _read_ids(path: Path) -> list[int]:
 
 @app.command
 def ls(*, store: StoreUrl, model: str | None = None, as_json: Json = False) -> None:
-    """List the documents of a store, the one that was used longest ago first.
+    """List the documents of a store, the one that was used longest ago first, and its profiles.
 
     Parameters
     ----------
     model
-        Only documents of this model.
+        Only documents of this model, and the profiles that they need.
     """
     from kvzip.store import Store
 
@@ -228,21 +278,42 @@ def ls(*, store: StoreUrl, model: str | None = None, as_json: Json = False) -> N
             if about is not None:
                 named["model"] = about.model or about.called
             documents.append({"key": found.key, **msgspec.to_builtins(found), **named})
+    needed = {d.get("profile") for d in documents}
+    profiles = [
+        msgspec.to_builtins(p)
+        for p in source.profiles()
+        if model is None or p.key.removeprefix("profiles/") in needed
+    ]
     total = sum(d["encoded_bytes"] for d in documents)
+    beside = sum(p["encoded_bytes"] for p in profiles)
 
     def show() -> None:
         for d in documents:
             of = ", ".join(filter(None, (d.get("model"), d.get("revision"), d.get("dtype"))))
+            if d.get("profile"):
+                of += f", profile {d['profile'][:12]}"
             say(f"{d['key']}  {d['encoded_bytes']:,} bytes, used {d['used'][:19]}Z, {of}")
+        for p in profiles:
+            say(f"{p['key']}  {p['encoded_bytes']:,} bytes, {_needed_by(p['documents'])}")
         say(f"{len(documents)} documents, {total:,} bytes")
+        if profiles:
+            say(f"{len(profiles)} profile{'s' if len(profiles) > 1 else ''}, {beside:,} bytes")
 
-    emit({"documents": documents, "encoded_bytes": total}, as_json, show)
+    result = {"documents": documents, "encoded_bytes": total}
+    emit(result | {"profiles": profiles, "profile_bytes": beside}, as_json, show)
+
+
+def _needed_by(documents: int) -> str:
+    if not documents:
+        return "no document here needs it"
+    return f"{documents} document{'s need' if documents > 1 else ' needs'} it"
 
 
 @app.command
 def rm(keys: list[str], *, store: StoreUrl, as_json: Json = False) -> None:
-    """Remove documents from a store, by their keys; exit code 1 if one is not there. If one fails,
-    the others are removed all the same.
+    """Remove documents, and profiles that no document needs, from a store, by their keys; exit code
+    1 if one is not there, 2 if a profile is needed. If one fails, the others are removed all the
+    same.
 
     Parameters
     ----------
@@ -251,37 +322,70 @@ def rm(keys: list[str], *, store: StoreUrl, as_json: Json = False) -> None:
     """
     from kvzip.store import Store
     from kvzip.store.keys import document_path
+    from kvzip.store.profiles import id_in, is_profile_key
 
-    for key in keys:
-        document_path(key)  # that all are keys, before one of them goes
+    for key in keys:  # that all are keys, before one of them goes
+        (id_in if is_profile_key(key) else document_path)(key)
+    keys = sorted(keys, key=is_profile_key)  # documents first: they may be those that need it
     target = Store(store, make=False)
     there, failed = each(list(dict.fromkeys(keys)), target.remove)
     removed = [key for key, was in there if was]
     missing = [key for key, was in there if not was]
     result = {"removed": removed, "missing": missing}
-    words = f"{len(removed)} documents removed"
+    words = f"{_counted(removed)} removed"
     emit_with(result, failed, "key", len(keys), as_json, lambda: say(words))
     if missing:
-        raise CheckFailed(f"the store has no document {', '.join(missing)}")
+        raise CheckFailed(f"the store does not have {', '.join(missing)}")
+
+
+def _counted(keys: Sequence[str]) -> str:
+    """How many documents, and profiles if there are any, these are the keys of."""
+    from kvzip.store.profiles import is_profile_key
+
+    profiles = sum(map(is_profile_key, keys))
+    said = f"{len(keys) - profiles} documents"
+    return f"{said} and {profiles} profile{'s' if profiles > 1 else ''}" if profiles else said
 
 
 @app.command
-def prune(*, store: StoreUrl, limit_bytes: int | None = None, as_json: Json = False) -> None:
+def prune(
+    *,
+    store: StoreUrl,
+    limit_bytes: int | None = None,
+    profiles: Annotated[bool, Parameter(negative=())] = False,
+    as_json: Json = False,
+) -> None:
     """Clear away what ended writers left in a store, and evict documents until it is small enough.
+    A profile that a document needs always stays.
 
     Parameters
     ----------
     limit_bytes
-        Evict the documents used longest ago when all together take more. Default: evict none.
+        Evict the documents used longest ago when all together, profiles too, take more. Default:
+        evict none.
+    profiles
+        Remove profiles that have been there for an hour and that no document needs, whatever the
+        size. Over the limit these go first in any case.
     """
     from kvzip.store import Store
 
     target = Store(store, limit_bytes=limit_bytes, make=False)
-    evicted = target.prune(target.limit_bytes)
-    left = target.documents()
-    total = sum(d.encoded_bytes for d in left)
-    emit(
-        {"evicted": evicted, "documents": len(left), "encoded_bytes": total},
-        as_json,
-        lambda: say(f"{len(evicted)} documents evicted; {len(left)} left, {total:,} bytes"),
-    )
+    evicted = target.prune(target.limit_bytes, profiles=profiles)
+    left, kept = target.documents(), target.profiles()
+    total, beside = (sum(each.encoded_bytes for each in some) for some in (left, kept))
+    result = {
+        "evicted": evicted,
+        "documents": len(left),
+        "encoded_bytes": total,
+        "profiles": len(kept),
+        "profile_bytes": beside,
+    }
+
+    def show() -> None:
+        say(f"{_counted(evicted)} evicted; {len(left)} left, {total:,} bytes")
+        if kept:
+            unneeded = sum(not p.documents for p in kept)
+            more = f"; no document needs {unneeded} of them (--profiles)" if unneeded else ""
+            say(f"{len(kept)} profiles stay, {beside:,} bytes{more}")
+
+    emit(result, as_json, show)

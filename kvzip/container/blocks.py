@@ -5,7 +5,7 @@ Here it is told what is to blame when a file is damaged. Nothing is decoded here
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -42,6 +42,8 @@ class Blocks:
 
     def __init__(self, source: Source, profile: Profile | None):
         self.source, self.profile = source, profile
+        self.find_profile: Callable[[str], Profile] | None = None
+        """Where the file's profile is looked for, by its SHA-256, when none was given."""
         size = source.size
         first = source.read(0, min(size, _FIRST_READ))
         preamble = Preamble.read(first)
@@ -62,11 +64,22 @@ class Blocks:
         self._ids = None if self.token_ids is None else np.atleast_2d(self.token_ids)
 
     def check_profile(self) -> None:
-        """Raise ProfileError unless the profile is the one that the file names."""
-        need, have = self.header.profile, getattr(self.profile, "id", None)
-        if need is not None and need != have:
-            found = "none was given" if have is None else f"the one given is {have}"
-            raise ProfileError(f"the file was written with profile {need}; {found}")
+        """Raise ProfileError unless the profile is the one that the file names. Where none was
+        given, it is looked for first."""
+        need = self.header.profile
+        if need is not None and self.profile is None and self.find_profile is not None:
+            self.profile = self.find_profile(need)
+        have = None if self.profile is None else self.profile.id
+        if need is None or need == have:
+            return
+        of = f" (a profile of {self.header.origin.model})" if self.header.origin.model else ""
+        found = (
+            "none was given: give profile= or --profile, or read the document from a store that "
+            "has it (kvzip ls shows a store's profiles)"
+            if have is None
+            else f"the one given is {have}"
+        )
+        raise ProfileError(f"the file was written with profile {need}{of}; {found}")
 
     @property
     def codec(self) -> Codec:

@@ -50,6 +50,11 @@ class Reader:
         self.token_ids = self._blocks.token_ids
         """The ids of all tokens, uint32 [tokens] or [batch, tokens], or None."""
 
+    def look_for_profile(self, find: Callable[[str], Profile]) -> None:
+        """Have the file's profile looked for when it is first needed, if none was given: `find`
+        gives the one with a SHA-256, or raises ProfileError."""
+        self._blocks.find_profile = find
+
     # --- what it is ------------------------------------------------------------------------
 
     @cached_property

@@ -110,5 +110,10 @@ def find_document(
         if match is None:
             return None
         opened: OpenDocument[Reader | Snapshot] = OpenDocument(match.reader, match.reader)
+        try:
+            match.reader.decode(layers=[])  # a profile that cannot be fetched is told now
+        except BaseException:
+            opened.close()
+            raise
         return opened
     return None if source is None else open_document(source, profile, threads)

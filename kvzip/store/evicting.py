@@ -21,7 +21,7 @@ class Evictor:
     def __init__(self, objects: Objects, pool: Workers):
         self._objects, self._pool = objects, pool
         self._total: int | None = None
-        """Bytes of all documents when they were last listed."""
+        """Bytes of all documents and profiles when they were last listed."""
         self._written = 0
         """Bytes that were written since."""
 
@@ -62,14 +62,19 @@ class Evictor:
         return self._total + self._written > limit or self._written > limit // 16
 
     def prune(
-        self, documents: Sequence[Stored], limit: int | None = None, keep: str | None = None
+        self,
+        documents: Sequence[Stored],
+        limit: int | None = None,
+        keep: str | None = None,
+        beside: int = 0,
     ) -> list[str]:
-        """Remove the first of `documents`, which are all, if they take more than `limit` bytes,
-        until the rest take a sixteenth less; then clear away what dead writers left.
+        """Remove the first of `documents`, which are all, if they and the bytes `beside` them, of
+        profiles, take more than `limit` bytes, until the rest take a sixteenth less; then clear
+        away what dead writers left.
 
         `keep`: the key of one that stays. Returns the keys of what was removed.
         """
-        total = sum(d.encoded_bytes for d in documents)
+        total = sum(d.encoded_bytes for d in documents) + beside
         goal = total if limit is None or total <= limit else limit - limit // 16
         evicted = []
         for document in documents:

@@ -20,6 +20,7 @@ from kvzip.store.bucket import Objects
 from kvzip.store.keys import Identity, Ids, document_path
 from kvzip.store.listing import namespaces
 from kvzip.store.marks import name_in, others_with
+from kvzip.store.profiles import Profiles
 from kvzip.workers import Workers
 
 _log = logging.getLogger("kvzip.store")
@@ -60,28 +61,40 @@ class Prompt:
 class Finder:
     """Searches the namespaces of one store."""
 
-    def __init__(self, objects: Objects, pool: Workers):
-        self._objects, self._pool = objects, pool
+    def __init__(self, objects: Objects, pool: Workers, profiles: Profiles):
+        self._objects, self._pool, self._profiles = objects, pool, profiles
         self._searches = Workers(PROBES, "kvzip-find")
         self._told: set[tuple[str, str]] = set()
         """Pairs of identities, by their namespaces: the one was asked for, the other was there."""
         self._look_again = 0.0
 
     def best(
-        self, prompt: Prompt, profiles: Sequence[Profile | None], wanted: Identity, threads: int
+        self, prompt: Prompt, profile: Profile | None, wanted: Identity, threads: int
     ) -> Match | None:
-        """The best match of documents written with any of the profiles, in the order of preference.
+        """The best match of documents written with the profile and of those that need none, in this
+        order of preference; where none is given, of those that need none and of those whose profile
+        the store has.
 
         `wanted`: their identity but for the profile. Raises StoreError.
         """
 
-        def search(known: Profile | None) -> Match | None:
-            identity = msgspec.structs.replace(wanted, profile="" if known is None else known.id)
+        def search(known: Profile | str | None) -> Match | None:
+            named = known if isinstance(known, str) else "" if known is None else known.id
+            identity = msgspec.structs.replace(wanted, profile=named)
             return self._search(identity.namespace, prompt, known, threads)
 
         # Beside each other: a search is a few round trips, one after the other.
-        searches = [self._searches.submit(search, known) for known in dict.fromkeys(profiles)]
-        errors = [error for each in searches if (error := each.exception()) is not None]
+        first = dict.fromkeys((profile, None))
+        searches = [self._searches.submit(search, known) for known in first]
+        errors: list[BaseException] = []
+        if profile is None:
+            try:
+                known = self._profiles.marked(wanted)
+            except KVZipError as error:
+                errors.append(error)
+            else:
+                searches += [self._searches.submit(search, name) for name in known]
+        errors += [error for each in searches if (error := each.exception()) is not None]
         matches = [match for each in searches if not each.exception() and (match := each.result())]
         best = max(matches, key=lambda match: match.tokens, default=None) if not errors else None
         for match in matches:
@@ -92,8 +105,10 @@ class Finder:
         return best
 
     def _search(
-        self, space: str, prompt: Prompt, profile: Profile | None, threads: int
+        self, space: str, prompt: Prompt, profile: Profile | str | None, threads: int
     ) -> Match | None:
+        """The best match in a namespace of documents that need a profile: one that is here, one of
+        the store's, by its SHA-256, or none."""
         limit, rejected = len(prompt.chain), set[str]()
         while limit:
             low, name = self._longest_marked(space, prompt.chain[:limit])
@@ -128,12 +143,15 @@ class Finder:
         return low, name
 
     def _usable(
-        self, key: str, ids: Ids, sure: int, profile: Profile | None, threads: int
+        self, key: str, ids: Ids, sure: int, profile: Profile | str | None, threads: int
     ) -> Match | None:
-        """The document if it is there, whole as far as its header tells, and holds what a prompt
-        that shares `sure` tokens with it needs."""
+        """The document if it is there, whole as far as its header tells, holds what a prompt that
+        shares `sure` tokens with it needs, and the profile that it needs is there."""
+        if isinstance(profile, str) and not self._profiles.has(profile):
+            return None
+        given = None if isinstance(profile, str) else profile
         try:
-            reader = self._objects.open(document_path(key), profile, threads)
+            reader = self._objects.open(document_path(key), given, threads)
         except FileNotFoundError:
             return None
         except StoreError:
@@ -141,6 +159,8 @@ class Finder:
         except KVZipError as error:
             _log.warning("%s is passed over: %s", key, error)
             return None
+        if isinstance(profile, str):
+            reader.look_for_profile(self._profiles.get)
         shared, states = _shared(reader, ids, sure), reader.layout.state_length
         # States are good at their length only, which is mostly one token short of the document.
         count = shared if states is None else min(shared, states)

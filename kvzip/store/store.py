@@ -10,6 +10,10 @@ Below the URL, for each namespace NS (a hash of model, revision, dtype and profi
 ``NS/with/H/DOC``         empty: this document begins with the tokens that hash to H
 ``NS/last/H``             the name of one such document, so that a reader need not list
 ``NS/used/DOC``           empty: when it was last found, for eviction
+``profiles/ID.kvprofile`` a profile, by its SHA-256, which documents name
+``NS/profiles/ID``        empty: there are documents that need this profile, and else are of the
+                          same identity as those of NS, which need none
+``NS/profile``            the last such ID, for a reader that cannot list
 ========================  ==========================================================================
 
 H(i) is the SHA-256 of H(i-1) and the ids of block i, so it stands for all tokens up to there. What
@@ -35,7 +39,7 @@ from numpy.typing import ArrayLike
 from kvzip import api, dtypes
 from kvzip.codec import Codec
 from kvzip.container import Reader
-from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError
+from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, StoreError
 from kvzip.files import replacing
 from kvzip.options import boolean, callback, integer, text
 from kvzip.parsing import from_json
@@ -58,6 +62,7 @@ from kvzip.store.keys import (
 )
 from kvzip.store.listing import Stored
 from kvzip.store.marks import chain_file
+from kvzip.store.profiles import Profiles, StoredProfile, id_in, is_profile_key
 from kvzip.store.settings import SettingsFile
 from kvzip.store.uses import Uses
 from kvzip.workers import Workers, thread_count
@@ -129,7 +134,8 @@ class Store:
         )
         self._pool = Workers(PROBES, "kvzip-store")
         self._settings = SettingsFile(self.bucket, block_tokens)
-        self._finder = Finder(self.bucket, self._pool)
+        self._profiles = Profiles(self.bucket, self._pool)
+        self._finder = Finder(self.bucket, self._pool, self._profiles)
         self._uses = Uses(self.bucket, self._pool)
         self._evictor = Evictor(self.bucket, self._pool)
         self._described: set[str] = set()
@@ -157,7 +163,8 @@ class Store:
         `document`: a Snapshot, or a path to one, which is encoded with `codec` and `profile`; or a
         .kvz file (a path or bytes), which is stored as it is. It must name its model.
         `token_ids`: the ids of its tokens, where the file has only their hash. `replace` overwrites
-        what the store has, for a document found to be damaged.
+        what the store has, for a document found to be damaged. The profile that the document needs
+        is stored before it, if it is the one given and the store does not have it.
 
         Raises UnsupportedError for batches, KVZipError for a document that cannot be found again
         (no model, no ids, shorter than a block) or is larger than the limit, StoreError.
@@ -175,15 +182,39 @@ class Store:
                 ids = token_ids_of(reader, token_ids)
                 name = document_name(reader, ids)
                 size = reader.info.encoded_bytes
-            if self.limit_bytes is not None and size > self.limit_bytes:
-                raise KVZipError(f"a document of {size:,} bytes in a store of {self.limit_bytes:,}")
+            needed = profile if profile is not None and profile.id == identity.profile else None
+            if needed is None:
+                self._check_room(size, "a document")
+            else:
+                self._check_room(size + needed.nbytes, "a document and its profile")
             self._chain(ids, self._settings.wanted())  # before anything is made
             chain = self._chain(ids, self._settings.made())
-            new = self._write(about, name, chain, file, replace)
+            new, written = self._write(about, name, chain, file, needed, replace)
         entry = Entry(f"{identity.namespace}/{name}", len(ids), size, new)
-        if self.limit_bytes is not None and self._evictor.over(size * new, self.limit_bytes):
-            self.prune(self.limit_bytes, keep=entry.key)
+        self._keep_limit(written, entry.key)
         return entry
+
+    def put_profile(self, profile: Profile, replace: bool = False) -> bool:
+        """Store a profile, unless the store has it already; whether it was written. `put` does so
+        for the documents that it encodes; this is for .kvz files that are stored as they are, and,
+        with `replace`, for a profile found to be damaged."""
+        check_profile(profile)
+        if profile is None:
+            raise ProfileError("there is no profile to store: it is None")
+        self._check_room(profile.nbytes, "a profile")
+        written = self._profiles.put(profile, boolean("replace", replace))
+        self._keep_limit(profile.nbytes * written)
+        return written
+
+    def _check_room(self, size: int, what: str) -> None:
+        """Raise KVZipError for what is larger than the limit."""
+        if self.limit_bytes is not None and size > self.limit_bytes:
+            raise KVZipError(f"{what} of {size:,} bytes in a store of {self.limit_bytes:,}")
+
+    def _keep_limit(self, written: int, keep: str | None = None) -> None:
+        """Evict what is too much, perhaps, after so many bytes were written."""
+        if self.limit_bytes is not None and self._evictor.over(written, self.limit_bytes):
+            self.prune(self.limit_bytes, keep)
 
     def _chain(self, ids: Ids, block_tokens: int) -> list[str]:
         """The hash chain of a document. Raises KVZipError for one that is too short."""
@@ -196,15 +227,24 @@ class Store:
         return chain
 
     def _write(
-        self, about: About, name: str, chain: Sequence[str], file: IO[bytes], replace: bool
-    ) -> bool:
-        """Write a document and its marks, in the order that lets a writer die at any point;
-        whether it is new."""
+        self,
+        about: About,
+        name: str,
+        chain: Sequence[str],
+        file: IO[bytes],
+        profile: Profile | None,
+        replace: bool,
+    ) -> tuple[bool, int]:
+        """Write a document, the profile that it needs before it, and its marks after it, in the
+        order that lets a writer die at any point; whether the document is new, and how many bytes
+        were written."""
         space = about.identity.namespace
         doc = f"{space}/docs/{name}.kvz"
         self._describe(space, about)
-        new, put = False, self.bucket.put
+        new, written, put = False, 0, self.bucket.put
         for _ in range(8):
+            if profile is not None and self._profiles.put(profile, replace and not new):
+                written += profile.nbytes
             put(f"{space}/chain/{name}", chain_file(chain), create=False)
             made = put(doc, file, create=not replace)
             if not made and not self._has_header(doc):
@@ -212,11 +252,20 @@ class Store:
             new |= made
             self._pool.each(lambda h: put(f"{space}/with/{h}/{name}", b""), chain)
             self._pool.each(lambda h: put(f"{space}/last/{h}", name.encode(), create=False), chain)
+            if about.profile:
+                self._profiles.mark(about.identity)
             # Gone: an eviction had chosen it before it was written anew. All its marks may be gone.
-            if self.bucket.head(doc) is not None:
+            if self.bucket.head(doc) is not None and self._has_profile(about.profile, profile):
                 self._uses.written(f"{space}/{name}")
-                return new
+                return new, written + new * file.seek(0, os.SEEK_END)
         raise StoreError(f"{doc} is evicted as often as it is written: raise the store's limit")
+
+    def _has_profile(self, needed: str, given: Profile | None) -> bool:
+        """Whether the profile that a document needs stays, now that the document is there. One that
+        was not given cannot be written again: that it is missing is said."""
+        if not needed or self._profiles.is_kept(needed):
+            return True
+        return given is None and not self._profiles.has(needed)
 
     def _describe(self, space: str, about: About) -> None:
         """Write what a namespace is of, if it does not say so."""
@@ -259,9 +308,11 @@ class Store:
         """The document that shares the longest prefix with a prompt, or None; close it after use.
 
         Of the documents that share the most whole blocks one is taken, and its prefix extended to
-        the first token that differs. Documents written with `profile`, and those that need none,
-        are looked at. A document whose sliding layers lack what a cache of the shared tokens needs
-        is passed over, and so is one whose header is damaged. Raises StoreError.
+        the first token that differs. Documents that need no profile are looked at, and those
+        written with `profile` or, where none is given, with one that the store has, which is
+        fetched when the first number is decoded. A document whose sliding layers lack what a cache
+        of the shared tokens needs is passed over, and so is one whose header is damaged. Raises
+        StoreError.
         """
         ids = token_ids_from(token_ids)
         check_profile(profile)
@@ -272,7 +323,7 @@ class Store:
         prompt = Prompt(ids, hash_chain(ids, block_tokens), block_tokens)
         known = "" if profile is None else profile.id
         wanted = Identity.of(model, revision, dtypes.get(dtype).name, known)
-        best = self._finder.best(prompt, (profile, None), wanted, threads)
+        best = self._finder.best(prompt, profile, wanted, threads)
         if best is not None:
             self._uses.note(best.key)
         elif prompt.chain:
@@ -282,22 +333,34 @@ class Store:
     # --- by key ----------------------------------------------------------------------------
 
     def open(self, key: str, profile: Profile | None = None, threads: int = 0) -> Reader:
-        """Open a document by its key, to be read in ranges. Raises StoreError when it is not
-        there (any more); the rest as :func:`kvzip.open`."""
+        """Open a document by its key, to be read in ranges; unless a profile is given, the one that
+        it needs is fetched when the first number is decoded. Raises StoreError when it is not there
+        (any more); the rest as :func:`kvzip.open`."""
         try:
-            return self.bucket.open(document_path(key), profile, threads)
+            reader = self.bucket.open(document_path(key), profile, threads)
         except FileNotFoundError:
             raise StoreError(f"there is no document {key} in {self.bucket.url}") from None
+        reader.look_for_profile(self.get_profile)
+        return reader
+
+    def get_profile(self, key: str) -> Profile:
+        """The profile with that SHA-256, which is compared, or with that key; the last ones stay in
+        memory. Raises ProfileError when the store has none, CorruptError when it is damaged,
+        StoreError."""
+        return self._profiles.get(id_in(key))
 
     def fetch(
         self, key: str, path: str | os.PathLike[str], progress: Callable[[int], None] | None = None
     ) -> int:
-        """Copy a document to a file, which appears after every checksum is compared; its length.
+        """Copy a document, or a profile, to a file, which appears after every checksum is compared;
+        its length.
 
-        Raises CorruptError, StoreError.
+        Raises CorruptError, StoreError, ProfileError for a profile that is not there.
         """
         callback("progress", progress)
         with replacing(path) as file:
+            if is_profile_key(key):
+                return self._profiles.copy(id_in(key), file)
             try:
                 self.bucket.copy(document_path(key), file, progress)
             except FileNotFoundError:
@@ -309,7 +372,10 @@ class Store:
             return size
 
     def remove(self, key: str) -> bool:
-        """Take a document out of the store; whether it was there."""
+        """Take a document, or a profile that no document needs, out of the store; whether it was
+        there. Raises ProfileError for a profile that is needed."""
+        if is_profile_key(key):
+            return self._profiles.remove(id_in(key))
         return self._evictor.remove(key)
 
     # --- what there is ---------------------------------------------------------------------
@@ -324,13 +390,34 @@ class Store:
         self._uses.settle()
         return listing.documents(self.bucket)
 
-    def prune(self, limit_bytes: int | None = None, keep: str | None = None) -> list[str]:
+    def profiles(self) -> list[StoredProfile]:
+        """All profiles, the oldest first, with how many documents need each. Raises UsageError for
+        a store that cannot be listed (behind HTTP)."""
+        return self._profiles.listed()
+
+    def prune(
+        self, limit_bytes: int | None = None, keep: str | None = None, profiles: bool = False
+    ) -> list[str]:
         """Evict documents, and clear away what dead writers left; keys of the evicted.
 
-        When all take more than `limit_bytes` (None: no limit), those used longest ago go, until
-        the rest take a sixteenth less than it. `keep`: the key of one that stays. Raises UsageError
-        for a limit that is no integer of 0 or more.
+        When all take more than `limit_bytes` (None: no limit), profiles among them, those used
+        longest ago go, until the rest take a sixteenth less than it. `keep`: the key of one that
+        stays. A profile never goes while a document needs it; one that has been there for an hour
+        and that no document needs goes when there is more than the limit, or with `profiles`.
+        Raises UsageError for a limit that is no integer of 0 or more.
         """
         if limit_bytes is not None:
             limit_bytes = integer("limit_bytes", limit_bytes, 0)
-        return self._evictor.prune(self.documents(), limit_bytes, keep)
+        stored = self.documents()
+        known = self._profiles.listed(stored)
+        total = sum(each.encoded_bytes for each in (*stored, *known))
+        profiles = boolean("profiles", profiles) or (
+            limit_bytes is not None and total > limit_bytes
+        )
+        unneeded = self._profiles.prune(known) if profiles else []
+        beside = sum(p.encoded_bytes for p in known if p.key not in unneeded)
+        evicted = self._evictor.prune(stored, limit_bytes, keep, beside)
+        if profiles and evicted:
+            unneeded += self._profiles.prune(self._profiles.listed())
+        self._profiles.sweep()
+        return evicted + unneeded

@@ -19,6 +19,7 @@ from support import damaged, warnings_of  # noqa: E402
 import kvzip  # noqa: E402
 from kvzip.container import blocks  # noqa: E402
 from kvzip.errors import StoreError  # noqa: E402
+from kvzip.load.documents import StoredDocument  # noqa: E402
 from kvzip.load.hf import (  # noqa: E402
     cache_argument,
     load_batch_or_prefill,
@@ -109,6 +110,33 @@ def test_what_cannot_be_opened(tiny: Any, tmp_path: Any, caplog: Any) -> None:
     assert "the one given is" in warnings_of(caplog)[0]
     with pytest.raises(kvzip.ProfileError):
         load_cache(blob, case.config)
+
+
+def test_the_store_has_the_profile(tiny: Any, tmp_path: Any, caplog: Any) -> None:
+    """It is fetched where none is given; if it is damaged or gone, the model computes."""
+    case = tiny("llama")
+    right = tokens_of(case, case.longer(), None)
+    profile = kvzip.Profile.fit([case.snapshot])
+    entry = Store(tmp_path, block_tokens=8).put(case.snapshot, codec="predictive", profile=profile)
+    cache = load_or_prefill(Store(tmp_path), case.model, case.longer())
+    assert cache.get_seq_length() == 49
+    assert torch.equal(tokens_of(case, case.longer(), cache), right)
+    document = StoredDocument(Store(tmp_path), entry.key)
+    cache = load_cache(document, case.model.config, prompt=case.longer())
+    assert torch.equal(tokens_of(case, case.longer(), cache), right)
+    assert not warnings_of(caplog)
+    [stored] = tmp_path.rglob("*.kvprofile")
+    stored.write_bytes(stored.read_bytes()[:-1])
+    cache = load_or_prefill(Store(tmp_path), case.model, case.longer())
+    assert cache.get_seq_length() == 0
+    assert torch.equal(tokens_of(case, case.longer(), cache), right)
+    [told] = warnings_of(caplog)
+    assert profile.id in told and "damaged" in told
+    stored.unlink()
+    cache = load_or_prefill(Store(tmp_path), case.model, case.longer())
+    assert cache.get_seq_length() == 0
+    with pytest.raises(kvzip.ProfileError, match=profile.id):
+        load_cache(StoredDocument(Store(tmp_path), entry.key), case.model.config)
 
 
 def test_other_weights(name: str, tiny: Any, caplog: Any) -> None:

@@ -333,6 +333,24 @@ def test_another_profile_is_no_hit(engine: Any, tmp_path: Any) -> None:
     fill(engine, ids, codec="predictive", **mine)
     assert engine(**mine).run(ids)[0].loaded == 64
     assert engine(**other).run(ids)[0].loaded == 0
+
+
+def test_a_profile_comes_from_the_store(engine: Any, tmp_path: Any) -> None:
+    """To load it need not be named; to store, by its SHA-256."""
+    ids, more = prompt(80), prompt(96, 3)
+    fill(engine, prompt(80, 1))
+    [file] = documents(tmp_path)
+    profile = kvzip.Profile.fit([kvzip.decode(file)])
+    profile.save(tmp_path / "m.kvprofile")
+    fill(engine, ids, codec="predictive", profile=str(tmp_path / "m.kvprofile"))
+    (tmp_path / "m.kvprofile").unlink()
+    assert engine().run(ids)[0].loaded == 64
+    fill(engine, more, codec="predictive", profile=profile.id)
+    assert engine().run(more)[0].loaded == 80
+    with pytest.raises(kvzip.ProfileError, match="0" * 64):
+        engine(codec="predictive", profile="0" * 64)
+    [stored] = tmp_path.rglob(f"{profile.id}.kvprofile")
+    stored.unlink()
     assert engine().run(ids)[0].loaded == 0
 
 

@@ -30,10 +30,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from kvzip.load.vllm.engine import Engine, check_parallel, origin_of
 from kvzip.load.vllm.metadata import Metadata
 from kvzip.load.vllm.scheduler import Scheduler
-from kvzip.load.vllm.settings import settings_from
+from kvzip.load.vllm.settings import profile_from, settings_from
 from kvzip.load.vllm.troubles import log
 from kvzip.load.vllm.worker import Worker
-from kvzip.profile import Profile
 from kvzip.store import Store
 
 if TYPE_CHECKING:
@@ -58,7 +57,6 @@ class KvzipConnector(KVConnectorBase_V1):
         settings = settings_from(transfer.kv_connector_extra_config)
         check_parallel(vllm_config.parallel_config)
         engine = Engine.of(vllm_config, kv_cache_config)
-        profile = None if settings.profile is None else Profile.load(settings.profile)
         store = Store(
             settings.url,
             limit_bytes=settings.limit_bytes,
@@ -67,6 +65,7 @@ class KvzipConnector(KVConnectorBase_V1):
             retries=settings.retries,
             options=settings.options,
         )
+        profile = profile_from(settings, store)
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
         if role == KVConnectorRole.SCHEDULER:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
 
 from kvzip.errors import KVZipError
-from kvzip.store import BLOCK_TOKENS
+from kvzip.profile import Profile
+from kvzip.store import BLOCK_TOKENS, Store
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -17,7 +19,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The store: a folder, ``s3://bucket/prefix``, or ``http(s)://`` to load from only."""
     codec: str | dict[str, Any] = "channel"
     profile: str | None = None
-    """Path of a .kvprofile, for codecs that need one."""
+    """Path of a .kvprofile, or the SHA-256 of one that the store has: what prompts are stored with.
+    To load, none need be named, and then documents of all that the store has are loaded."""
     model: str | None = None
     """What documents call the model; default: what vLLM was given."""
     revision: str | None = None
@@ -47,3 +50,13 @@ def settings_from(extra_config: object) -> Settings:
         return msgspec.convert(extra_config, Settings)
     except msgspec.ValidationError as error:
         raise KVZipError(f"kv_connector_extra_config: {error}") from None
+
+
+def profile_from(settings: Settings, store: Store) -> Profile | None:
+    """The profile that the settings name. Raises ProfileError, and the OSError of a path."""
+    named = settings.profile
+    if named is None:
+        return None
+    if re.fullmatch("[0-9a-f]{64}", named):
+        return store.get_profile(named)
+    return Profile.load(named)
