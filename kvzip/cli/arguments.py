@@ -74,7 +74,7 @@ def with_streams(arguments: Sequence[str]) -> list[str]:
 
 
 WRITES = {"encode": ["a .kvz file"], "decode": ["a snapshot"], "fit": ["a profile"]}
-WRITES["get"] = WRITES["encode"] + WRITES["decode"]
+WRITES["get"] = WRITES["encode"] + WRITES["decode"] + WRITES["fit"]
 """What commands write of what took long to make; all others write results."""
 
 
