@@ -8,7 +8,6 @@ as they are found, so an interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
-import logging
 import shlex
 import statistics
 import sys
@@ -17,13 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from kvzip import capture
-from kvzip.errors import CorruptError, FormatError, UsageError
+from kvzip.errors import UsageError
 from kvzip.eval.frontier import copies, predictors
 from kvzip.eval.frontier.document_sets import (
     DocumentSets,
@@ -34,16 +33,12 @@ from kvzip.eval.frontier.document_sets import (
 )
 from kvzip.eval.frontier.hull import steps
 from kvzip.eval.frontier.predictors import LayerData
+from kvzip.eval.kept import kept
 from kvzip.eval.results.frontier import Frontier, LayerPoint, Point, Run
 from kvzip.eval.results.provenance import made_by
-from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
-from kvzip.parsing import from_json
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import Progress
-
-_log = logging.getLogger("kvzip.eval")
-_T = TypeVar("_T")
 
 
 def run(
@@ -123,22 +118,6 @@ def _layers(given: Sequence[int] | None, count: int) -> list[int]:
     return chosen
 
 
-def _kept(place: Path, form: type[_T], compute: Callable[[], _T], fits: Callable[[_T], bool]) -> _T:
-    """What a JSON file holds. Where it is not there, is damaged or does not fit, what `compute`
-    gives, which is then kept there."""
-    if place.is_file():
-        try:
-            known = from_json(place.read_bytes(), form)
-            if fits(known):
-                return known
-        except (CorruptError, FormatError) as error:
-            _log.warning("%s is damaged and measured anew: %s", place, error)
-    found = compute()
-    with replacing(place) as file:
-        file.write(msgspec.json.encode(found))
-    return found
-
-
 # --- the prefill, which all is compared with -----------------------------------------------------
 
 
@@ -182,7 +161,7 @@ def _prefill_cost(ref: str, first: Snapshot, out: Path, tell: Progress) -> _Pref
         wanted = ref, first.origin.revision, first.tokens
         return (known.model, known.revision, known.tokens) == wanted
 
-    return _kept(out / "model.json", _PrefillCost, measure, fits)
+    return kept(out / "model.json", _PrefillCost, measure, fits)
 
 
 def _prefill_seconds(loaded: LoadedModel, document: Snapshot) -> float | None:
@@ -253,7 +232,7 @@ class _Measuring:
 
     def _remembered(self, key: str, layer: int, compute: Callable[[], LayerPoint]) -> LayerPoint:
         place = self.folder / f"{key}-{layer}.json"
-        return _kept(place, LayerPoint, compute, lambda known: True)
+        return kept(place, LayerPoint, compute)
 
     def _catalogue(self, layer: int) -> Iterator[_Measured]:
         """The predictors that look at layers before."""

@@ -86,17 +86,8 @@ def run(
     work.mkdir(parents=True, exist_ok=True)
     step(f"loading {model}")
     loaded = load_model(model, capture.computed_in(dtype), device)
-    counts: dict[Split, int] = {"train": train, "test": test}
-    files = _write_texts(texts, work)
-    documents = _cut(loaded, texts, work, tokens, counts)
-    if like is not None:
-        check_same_documents(like, loaded.revision, files, [row for row, _ in documents])
-    captured = []
-    for n, (row, document) in enumerate(documents):
-        step(f"capturing {row.name}", n / len(documents))
-        folder = work / "captured" / f"{row.kind}.{row.split}"
-        [path] = capture.capture(loaded, [document], folder, dtype=dtype)
-        captured.append(Captured(path, row))
+    protocol = Protocol(texts, work, tokens, {"train": train, "test": test}, dtype)
+    files, captured = protocol.capture(loaded, like, step)
     learning = [found.path for found in captured if found.row.split == "train"]
     profiles = _learn(chosen, learning, work, step)
     rows = measure(chosen, [c for c in captured if c.row.split == "test"], profiles, step)
@@ -114,7 +105,7 @@ def run(
         document_tokens=tokens,
         seed=seed,
         texts=files,
-        documents=[row for row, _ in documents],
+        documents=[found.row for found in captured],
         profiles=[
             LearnedProfile(name, p.id, p.nbytes, len(learning), tokens * len(learning))
             for name, p in profiles.items()
@@ -123,47 +114,78 @@ def run(
     )
 
 
-def _write_texts(texts: Sequence[Text], work: Path) -> list[TextFile]:
-    """Write every split of every text into the working folder, and say what they are."""
-    folder = work / "texts"
-    folder.mkdir(exist_ok=True)
-    found = []
-    for text in texts:
-        for split in SPLITS:
-            content = text.splits[split].encode()
-            with replacing(folder / f"{text.kind}.{split}.txt") as file:
-                file.write(content)
-            digest = hashlib.sha256(content).hexdigest()
-            found.append(TextFile(text.kind, split, len(text.splits[split]), digest))
-    return found
+@dataclass(frozen=True)
+class Protocol:
+    """Which documents take part: cut from texts, captured into files of the working folder."""
 
+    texts: Sequence[Text]
+    work: Path
+    tokens: int
+    """Of a document."""
+    counts: Mapping[Split, int]
+    """Documents of each text."""
+    dtype: str | None = None
+    """Of the cache; None is the model's own."""
+    full_history: bool = False
+    """Whether sliding layers are kept whole."""
 
-def _cut(
-    loaded: LoadedModel,
-    texts: Sequence[Text],
-    work: Path,
-    tokens: int,
-    counts: Mapping[Split, int],
-) -> list[tuple[DocumentRow, capture.Document]]:
-    """The first documents of every split of every text. Raises KVZipError where there are fewer."""
-    found = []
-    for text in texts:
-        for split in SPLITS:
-            wanted = counts[split]
-            if not wanted:
-                continue
-            path = work / "texts" / f"{text.kind}.{split}.txt"
-            cut = capture.cut_documents(loaded.tokenizer, [str(path)], tokens, slice(0, wanted))
-            if len(cut) < wanted:
-                raise KVZipError(
-                    f"{text.kind} has {len(cut)} documents of {tokens} tokens to {split}, "
-                    f"and {wanted} are wanted"
-                )
-            for document in cut:
-                digest = hashlib.sha256(document.token_ids.astype("<u4").tobytes()).hexdigest()
-                row = DocumentRow(text.kind, split, document.number, tokens, digest)
-                found.append((row, replace(document, name=row.name)))
-    return found
+    def capture(
+        self, loaded: LoadedModel, like: RatiosResult | None = None, step: Step = _silent
+    ) -> tuple[list[TextFile], list[Captured]]:
+        """The texts, and every document's cache. What is captured already is kept.
+
+        Raises KVZipError when a text is too short, or documents are not those of `like`.
+        """
+        files = self._write_texts()
+        documents = self._cut(loaded)
+        if like is not None:
+            check_same_documents(like, loaded.revision, files, [row for row, _ in documents])
+        captured = []
+        for n, (row, document) in enumerate(documents):
+            step(f"capturing {row.name}", n / len(documents))
+            folder = self.work / "captured" / f"{row.kind}.{row.split}"
+            [path] = capture.capture(
+                loaded, [document], folder, dtype=self.dtype, full_history=self.full_history
+            )
+            captured.append(Captured(path, row))
+        return files, captured
+
+    def _write_texts(self) -> list[TextFile]:
+        """Write every split of every text into the working folder, and say what they are."""
+        folder = self.work / "texts"
+        folder.mkdir(exist_ok=True)
+        found = []
+        for text in self.texts:
+            for split in SPLITS:
+                content = text.splits[split].encode()
+                with replacing(folder / f"{text.kind}.{split}.txt") as file:
+                    file.write(content)
+                digest = hashlib.sha256(content).hexdigest()
+                found.append(TextFile(text.kind, split, len(text.splits[split]), digest))
+        return found
+
+    def _cut(self, loaded: LoadedModel) -> list[tuple[DocumentRow, capture.Document]]:
+        """The first documents of every split of every text. Raises KVZipError where there are
+        fewer."""
+        found = []
+        for text in self.texts:
+            for split in SPLITS:
+                wanted = self.counts[split]
+                if not wanted:
+                    continue
+                path = self.work / "texts" / f"{text.kind}.{split}.txt"
+                some = slice(0, wanted)
+                cut = capture.cut_documents(loaded.tokenizer, [str(path)], self.tokens, some)
+                if len(cut) < wanted:
+                    raise KVZipError(
+                        f"{text.kind} has {len(cut)} documents of {self.tokens} tokens to {split}, "
+                        f"and {wanted} are wanted"
+                    )
+                for document in cut:
+                    digest = hashlib.sha256(document.token_ids.astype("<u4").tobytes()).hexdigest()
+                    row = DocumentRow(text.kind, split, document.number, self.tokens, digest)
+                    found.append((row, replace(document, name=row.name)))
+        return found
 
 
 def check_same_documents(
@@ -213,16 +235,15 @@ def measure(
     step: Step = _silent,
 ) -> list[RatioRow]:
     """Encode every document with every codec, decode it again, and add up the bytes of files and
-    layers, kind by kind. One document is in memory at a time."""
+    layers, kind by kind. One document is in memory at a time. `profiles`: by name of codec; of
+    those that can do without, too."""
     sums: dict[tuple[str, str], _Sum] = {}
     for n, document in enumerate(documents):
         snapshot = Snapshot.load(document.path)
         for spec, codec in codecs.items():
             step(f"{spec} on {document.row.name}", n / len(documents))
             total = sums.setdefault((document.row.kind, spec), _Sum(spec, document.row.kind))
-            total.add(
-                snapshot, codec, profiles.get(codec.codec_id) if codec.needs_profile else None
-            )
+            total.add(snapshot, codec, profiles.get(codec.codec_id))
     return [total.row() for total in sums.values()]
 
 

@@ -18,6 +18,7 @@ from kvzip.eval.results.gpu import GpuResult
 from kvzip.eval.results.inputs import Inputs
 from kvzip.eval.results.links import Links
 from kvzip.eval.results.ratios import RatiosResult
+from kvzip.eval.results.scaling import ScalingResult
 from kvzip.eval.results.traffic import TrafficResult
 from kvzip.files import replacing
 from kvzip.parsing import from_json
@@ -40,6 +41,7 @@ KINDS: dict[str, type[Result]] = {
         Frontier,
         Links,
         RatiosResult,
+        ScalingResult,
         TrafficResult,
     )
 }

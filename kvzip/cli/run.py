@@ -22,6 +22,7 @@ from kvzip.cli import (  # noqa: F401 - each adds its commands
     profiles,
     ratios,
     reports,
+    scaling,
     speed,
     stores,
     sweep,

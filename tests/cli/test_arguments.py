@@ -66,6 +66,7 @@ BASES = {
                        "doc.safetensors", "--model", "none", "--layers", "0"], ()),
     "eval ratios": ([*MODEL, "--work", "work", "--kinds", "none", "--text", "own=text:sweep.toml",
                      "--tokens", "8", "--train", "0", "--test", "1", "--codecs", "raw"], ()),
+    "eval scaling": (["--work", "work", "--kinds", "none", "--train", "1"], ()),
     "eval claims": ([], ()),
     "doctor": ([], ()),
     "eval check": (["none"], ()),
