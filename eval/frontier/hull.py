@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol, TypeVar
 
 from kvzip.eval.results.frontier import Point, Step
+
+
+class _Place(Protocol):
+    """What has bits a number, and a share of a prefill's products."""
+
+    @property
+    def bits(self) -> float: ...
+    @property
+    def share(self) -> float: ...
+
+
+P = TypeVar("P", bound=_Place)
 
 
 def hull(points: Sequence[Point], room: float) -> list[Point]:
@@ -19,8 +32,13 @@ def hull(points: Sequence[Point], room: float) -> list[Point]:
         if p.family == "copy"
         or (p.family not in ("recomputation", "floor") and p.profile_bytes <= room)
     ]
-    found: list[Point] = []
-    for p in sorted(able, key=lambda p: (p.share, p.bits)):
+    return lower_hull(able)
+
+
+def lower_hull(points: Sequence[P]) -> list[P]:
+    """The lower convex hull of points by share, the cheapest first: no mixture is below it."""
+    found: list[P] = []
+    for p in sorted(points, key=lambda p: (p.share, p.bits)):
         if found and p.bits >= min(q.bits for q in found):
             continue
         while len(found) > 1 and _turns_up(found[-2], found[-1], p):
@@ -29,7 +47,7 @@ def hull(points: Sequence[Point], room: float) -> list[Point]:
     return found
 
 
-def _turns_up(a: Point, b: Point, c: Point) -> bool:
+def _turns_up(a: _Place, b: _Place, c: _Place) -> bool:
     """Whether b lies on or above the line from a to c."""
     return (b.bits - a.bits) * (c.share - a.share) >= (c.bits - a.bits) * (b.share - a.share)
 

@@ -23,6 +23,7 @@ from kvzip.eval.results.bench import BenchRow
 from kvzip.eval.results.demo import CodecResult
 from kvzip.eval.results.frontier import Frontier, Point, Run
 from kvzip.eval.results.links import PREFILL, Links
+from kvzip.eval.results.whole_frontier import WholePoint, WholeRun
 
 WIDE = 760
 _STYLES = {
@@ -31,8 +32,11 @@ _STYLES = {
     "piecewise": "s2",
     "copy": "s3",
     "recomputation": "s4",
+    "file": "s1",
+    "recompute": "s4",
+    "tried": "s0",
 }
-"""By family of predictors."""
+"""By family of predictors, and of what stands in a frontier of whole files."""
 
 # --- ratio against speed -------------------------------------------------------------------------
 
@@ -190,16 +194,42 @@ def frontier_svg(
     chosen = hull(run.points, result.prefill_products)
     best = {p.key for p in chosen}
     points = [p for p in run.points if p.family != "floor" and (not p.within or p.key in best)]
-    points.sort(key=lambda p: -p.profile_bytes)  # small ones in front
+    floors = [p for p in run.points if p.family == "floor" and not p.within]
+    guides = [svg.Guide(f"{p.label} {p.bits:.2f}", p.bits) for p in floors]
+    title = f"Bits per number against compute, {run.dtype}"
+    return _against_compute(name, title, points, chosen, guides, "bits per number, ideal", size)
+
+
+def whole_svg(run: WholeRun, name: str = "whole", size: tuple[int, int] = (WIDE, 480)) -> str:
+    """The same of whole files, and of files whose first layers are computed."""
+    by_key = {p.key: p for p in run.points}
+    chosen = [by_key[key] for key in run.hull]
+    title = f"Bits per number of whole files against compute, {run.shape.name}, {run.dtype}"
+    return _against_compute(name, title, run.points, chosen, (), "bits per number", size)
+
+
+def _against_compute(
+    name: str,
+    title: str,
+    given: Sequence[Point] | Sequence[WholePoint],
+    chosen: Sequence[Point] | Sequence[WholePoint],
+    guides: Sequence[svg.Guide],
+    axis_of_bits: str,
+    size: tuple[int, int],
+) -> str:
+    """Points by their share of a prefill and their bits, `chosen` joined by a line. A narrow chart
+    names only those."""
+    best = {p.key for p in chosen}
+    points = sorted(given, key=lambda p: -p.profile_bytes)  # small ones in front
     least = min((p.share for p in points if p.share > 0), default=1.0)
     nothing = least / 3
     largest = max(p.profile_bytes for p in points) or 1.0
     narrow = size[0] < 500
 
-    def place(p: Point) -> float:
+    def place(p: Point | WholePoint) -> float:
         return max(p.share, nothing)
 
-    def label(p: Point) -> str:
+    def label(p: Point | WholePoint) -> str:
         if narrow and p.key not in best:
             return ""
         return f"{p.label} {p.bits:.2f}"
@@ -221,17 +251,14 @@ def frontier_svg(
     )
     ticks = [(nothing, "0"), *(t for t in axis.ticks if t[0] >= least)]
     x = svg.Axis(axis.title, axis.low, axis.high, ticks)
-    bits = [p.bits for p in run.points]
+    bits = [*(p.bits for p in points), *(guide.value for guide in guides)]
     low, top = math.floor(min(bits)), math.ceil(max(bits) + 0.3)
     # The lowest point has room for its area above the axis' own names.
     least_shown = min(low, min(bits) - 0.07 * (top - low))
     ticks_of_bits = [(i, str(i)) for i in range(low, top + 1)]
-    y = svg.Axis("bits per number, ideal", least_shown, top, ticks_of_bits, False)
-    floors = [p for p in run.points if p.family == "floor" and not p.within]
-    guides = [svg.Guide(f"{p.label} {p.bits:.2f}", p.bits) for p in floors]
+    y = svg.Axis(axis_of_bits, least_shown, top, ticks_of_bits, False)
     spoken = "; ".join(f"{p.title}: {p.bits:.2f} bits at {_percent(p.share)}" for p in points)
     chain = [(place(p), p.bits) for p in chosen]
-    title = f"Bits per number against compute, {run.dtype}"
     right = 16.0 if narrow else 120.0  # for the names of what costs as much as a prefill
     return svg.scatter(
         name, title, spoken, x, y, marks, size=size, chain=chain, guides=guides, right=right

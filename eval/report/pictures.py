@@ -9,6 +9,7 @@ from kvzip.entropy import Ladder
 from kvzip.eval.report import charts
 from kvzip.eval.results.frontier import Frontier
 from kvzip.eval.results.links import Links
+from kvzip.eval.results.whole_frontier import WholeFrontier
 
 _STYLE = """
 svg { --page: #faf9f6; --ink: #1c1e22; --soft: #585e68; --rule: #dfdcd4;
@@ -72,6 +73,13 @@ def frontier_file(result: Frontier) -> str:
         + ": bits against compute; areas are bytes to know"
         for run in result.runs
     ]
+    return standalone(svgs, headings)
+
+
+def whole_file(result: WholeFrontier) -> str:
+    """The charts of all models as one SVG file."""
+    svgs = [charts.whole_svg(run, f"whole-{i}") for i, run in enumerate(result.runs)]
+    headings = [f"{run.shape.name}, {run.dtype}: whole files, all layers" for run in result.runs]
     return standalone(svgs, headings)
 
 

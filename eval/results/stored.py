@@ -20,6 +20,7 @@ from kvzip.eval.results.links import Links
 from kvzip.eval.results.ratios import RatiosResult
 from kvzip.eval.results.scaling import ScalingResult
 from kvzip.eval.results.traffic import TrafficResult
+from kvzip.eval.results.whole_frontier import WholeFrontier
 from kvzip.files import replacing
 from kvzip.parsing import from_json
 from kvzip.reading import contents
@@ -43,6 +44,7 @@ KINDS: dict[str, type[Result]] = {
         RatiosResult,
         ScalingResult,
         TrafficResult,
+        WholeFrontier,
     )
 }
 """Every kind of result, by its name in files."""

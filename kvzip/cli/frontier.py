@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,7 @@ from kvzip.files import replacing
 
 if TYPE_CHECKING:
     from kvzip.eval.results.frontier import Frontier
+    from kvzip.eval.results.whole_frontier import WholeFrontier
 
 Snapshots = Annotated[list[Path] | None, Parameter(consume_multiple=True)]
 
@@ -42,6 +44,7 @@ def frontier(
     copies: str | None = None,
     out: Annotated[Path, Parameter(name=["--out", "--output", "-o"])] = Path("frontier"),
     draw: Path | None = None,
+    whole: Snapshots = None,
     native_bf16: NativeBf16 = False,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +74,14 @@ def frontier(
         Folder for frontier.json, frontier.svg and what is kept.
     draw
         A stored result: frontier.svg is drawn into --out, and nothing is run.
+    whole
+        Stored results of `kvzip eval scaling`: the frontier of their models' whole files, all
+        layers, goes to whole.json and whole.svg in --out, and nothing is run. With --draw, what
+        predictors of single layers took 20 to 50 % of a prefill stands beside it.
     """
+    if whole is not None:
+        _whole(whole, draw, out, as_json)
+        return
     choose_products(native_bf16)
     from kvzip.eval.frontier.copies import COPIES
     from kvzip.eval.frontier.run import run
@@ -102,6 +112,36 @@ def frontier(
     with replacing(out / "frontier.svg") as file:
         file.write(pictures.frontier_file(found).encode())
     emit(msgspec.to_builtins(found), as_json, lambda: _show(found))
+
+
+def _whole(scaling: Sequence[Path], predictors: Path | None, out: Path, as_json: bool) -> None:
+    """The frontier of whole files, from stored results."""
+    from kvzip.eval.frontier.whole import whole
+    from kvzip.eval.report import pictures
+    from kvzip.eval.results import stored
+    from kvzip.eval.results.frontier import Frontier
+    from kvzip.eval.results.scaling import ScalingResult
+
+    tried = [] if predictors is None else [(predictors.name, stored.load(predictors, Frontier))]
+    files = [(path.name, stored.load(path, ScalingResult)) for path in scaling]
+    found = whole(files, tried, command_line())
+    out.mkdir(parents=True, exist_ok=True)
+    stored.save(found, out / "whole.json")
+    with replacing(out / "whole.svg") as file:
+        file.write(pictures.whole_file(found).encode())
+    emit(msgspec.to_builtins(found), as_json, lambda: _show_whole(found))
+
+
+def _show_whole(found: WholeFrontier) -> None:
+    for run in found.runs:
+        title = f"{run.shape.name}, {run.dtype}: all layers"
+        columns = ("bits", "share of prefill", "MB to know", "is")
+        table = Table(Column("way", no_wrap=True), *columns, title=title)
+        for p in sorted(run.points, key=lambda p: (p.share, -p.bits)):
+            name = Text(p.title, "bold" if p.key in run.hull else "")
+            size = f"{p.profile_bytes / 1e6:.1f}"
+            table.add_row(name, f"{p.bits:.2f}", f"{100 * p.share:.1f} %", size, p.basis)
+        show_table(table)
 
 
 def _show(found: Frontier) -> None:

@@ -91,7 +91,7 @@ def test_kinds_are_fixed_by_their_class() -> None:
     for kind, form in stored.KINDS.items():
         assert kind == form.__struct_config__.tag and form.writer
         assert "kind" not in form.__struct_fields__
-    assert len(set(stored.KINDS.values())) == len(stored.KINDS) == 11
+    assert len(set(stored.KINDS.values())) == len(stored.KINDS) == 12
 
 
 def test_a_machine_says_what_was_noted_of_it() -> None:
