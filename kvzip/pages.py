@@ -116,6 +116,40 @@ def max_page_size(
     return size
 
 
+def is_page(data: memoryview) -> bool:
+    """Whether bytes begin like a page."""
+    return data[: len(MAGIC)] == MAGIC
+
+
+class PageInfo(NamedTuple):
+    """What a page holds."""
+
+    length: int
+    """Bytes of the page; what it lies in may be longer."""
+    dtype: str
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    """[heads, tokens, dim] of each layer's keys, and of its values."""
+    profile: Profile
+    """The one that it was made with."""
+
+
+def page_info(data: memoryview, profile: Profile | None) -> PageInfo:
+    """What a page, and its profile, say of it. Raises as :func:`decode_page`, but for damage to
+    what is not its header."""
+    coder = _Coder(profile)
+    length = len(data)
+    if length >= _LENGTHS_AT:
+        end = _LENGTHS_AT + 8 * _HEADER.unpack_from(data)[4]
+        if end > length:
+            raise CorruptError("the page is cut short")
+        lengths = np.frombuffer(data[_LENGTHS_AT:end], "<u4").tolist()
+        length = _aligned(end) + sum(map(_aligned, lengths))
+    found = _read(data[:length], coder.profile)
+    shapes = [shape for _, _, shape in coder.parts(found.first, found.layers, found.tokens)]
+    pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
+    return PageInfo(length, coder.form.name, pairs, coder.profile)
+
+
 class _Coder:
     """The codec with a profile's tables, and the numbers that they are for."""
 

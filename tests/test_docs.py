@@ -68,6 +68,12 @@ def test_the_store(names, capsys):
     assert names["prefix"].tokens == 100 and names["layer"].k.shape[1] == 200
 
 
+def test_buffers():
+    names = {}
+    assert run("buffers.md", names) == 1
+    assert (names["target"][3] == names["pool"][1]).all() and not names["target"][:3].any()
+
+
 def test_the_stores_commands(names):
     commands = [line.partition("#")[0] for b in blocks("store.md", "sh") for line in b.splitlines()]
     profile = kvzip.Profile.fit([names["snapshot"]])

@@ -7,16 +7,22 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from kvzip import tensors
 from kvzip.container import MAGIC
 from kvzip.errors import KVZipError, UsageError
-from kvzip.files import STDIN, STDOUT, check_output, is_standard_output
+from kvzip.files import STDIN, STDOUT, check_output, is_standard_output, name_of
+from kvzip.load import llama_cpp
+from kvzip.load.llama_cpp import is_slot
 from kvzip.profile import Profile
+from kvzip.reading import reading
+from kvzip.snapshot import Snapshot
 from kvzip.tensors import TensorFile
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON object on stdout.")]
@@ -73,8 +79,12 @@ def with_streams(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-WRITES = {"encode": ["a .kvz file"], "decode": ["a snapshot"], "fit": ["a profile"]}
-WRITES["get"] = WRITES["encode"] + WRITES["decode"] + WRITES["fit"]
+WRITES = {
+    "encode": ["a .kvz file"],
+    "decode": ["a snapshot", "a saved session"],
+    "fit": ["a profile"],
+}
+WRITES["get"] = [*WRITES["encode"], "a snapshot", *WRITES["fit"]]
 """What commands write of what took long to make; all others write results."""
 
 
@@ -102,8 +112,11 @@ def kind_of(path: Path) -> str | None:
         if not path.is_file():
             return None
         with path.open("rb") as file:
-            if file.read(len(MAGIC)) == MAGIC:
-                return "a .kvz file"
+            first = file.read(len(MAGIC))
+        if first == MAGIC:
+            return "a .kvz file"
+        if is_slot(first):
+            return "a saved session"
         found = TensorFile(path).metadata
     except (KVZipError, OSError):
         return None
@@ -144,6 +157,25 @@ def choose_products(native_bf16: bool) -> None:
     """Apply --native-bf16 to all models that this process and its children load."""
     if native_bf16:
         os.environ["KVZIP_NATIVE_BF16"] = "1"
+
+
+def load_snapshot(path: Path) -> Snapshot:
+    """What is to be encoded: a snapshot, or a saved session of llama.cpp's."""
+    name = name_of(path)
+    file = reading(name, partial(_length, name))  # stays open: parts are read when they are used
+    first = file.read(4)
+    file.seek(0)
+    if not is_slot(first):
+        return Snapshot.of_file(TensorFile(name, file=file))
+    return llama_cpp.load_slot(file)
+
+
+def _length(name: str, first: bytearray) -> int | None:
+    """How long a snapshot is that begins so; None if it takes more bytes to tell. A saved session
+    does not say it."""
+    if len(first) < 4:
+        return None
+    return 1 << 62 if is_slot(first) else tensors.whole_length(name, first)
 
 
 def read_profile(path: Path | None) -> Profile | None:

@@ -23,11 +23,13 @@ from kvzip.cli.arguments import (
     Threads,
     choose_products,
     document_range,
+    load_snapshot,
     read_profile,
 )
 from kvzip.cli.terminal import bar, emit, ratio_words, say, show_table, sizes, working
 from kvzip.errors import CorruptError
 from kvzip.files import made_folder
+from kvzip.load import llama_cpp
 from kvzip.snapshot import Snapshot, sha256_raw
 
 
@@ -129,12 +131,13 @@ def encode(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Encode a snapshot as a .kvz file.
+    """Encode a snapshot, or a saved session of llama.cpp's, as a .kvz file.
 
     Parameters
     ----------
     snapshot
-        A snapshot that `kvzip capture` wrote.
+        A snapshot that `kvzip capture` wrote, or a file of llama.cpp's that holds a slot (its
+        server's action=save) or a prompt's cache (--prompt-cache).
     codec
         raw, zstd, lz4, planes, channel or predictive; with settings: zstd:level=9. auto picks what
         loads soonest over a link: auto:gbps=10,threads=8.
@@ -145,7 +148,7 @@ def encode(
     grids
         Store numbers that were made from a narrower format (bf16 from fp8 and scales) in that one.
     """
-    loaded = Snapshot.load(snapshot)
+    loaded = load_snapshot(snapshot)
     learned = read_profile(profile)
     chosen = api.choose_codec(codec, loaded.layout, learned)
     began = time.perf_counter()
@@ -186,13 +189,17 @@ def decode(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Decode a .kvz file to a snapshot."""
+    """Decode a .kvz file to a snapshot. One that was made of llama.cpp's saved session becomes that
+    again, the same bytes, unless -o names a .safetensors file."""
     with api.open(file, read_profile(profile), threads) as reader:
         began = time.perf_counter()
         with bar("decode", reader.info.raw_bytes) as progress:
             snapshot = reader.decode(progress=progress)
         seconds = time.perf_counter() - began
-        snapshot.save(output)
+        if llama_cpp.is_of_slot(snapshot) and output.suffix != ".safetensors":
+            llama_cpp.save_slot(snapshot, output)
+        else:
+            snapshot.save(output)
         result = sizes(reader.layout, reader.info.encoded_bytes) | {
             "seconds": seconds,
             "codec": reader.codec.get_config(),
@@ -215,7 +222,7 @@ def verify(
     Parameters
     ----------
     against
-        A snapshot that must be the same, bit for bit.
+        A snapshot, or a saved session, that must be the same, bit for bit.
     """
     began = time.perf_counter()
     with bar("verify", api.info(file).raw_bytes) as progress:
@@ -223,7 +230,7 @@ def verify(
     same = None
     if against is not None:
         with api.open(file, read_profile(profile), threads) as reader:
-            same = _same_bits(reader, Snapshot.load(against))
+            same = _same_bits(reader, load_snapshot(against))
     result = sizes(info.header.layout, info.encoded_bytes)
     result |= {"seconds": time.perf_counter() - began, "ok": same is not False}
     if same is not None:
