@@ -158,12 +158,14 @@ class Codec(ABC):
     def decode_on_device(
         self, work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]
     ) -> None:
-        """Have a GPU decode blocks that do not need each other: put jobs into `work`, a
-        `kvzip.codecs.native.cuda.work.Work`, for kernels that fill parts and set the flags of
-        damaged blocks, whatever the bytes are.
+        """Have a GPU decode blocks: put jobs into `work`, a `kvzip.codecs.native.cuda.work.Work`,
+        for kernels that fill parts and set the flags of damaged blocks, whatever the bytes are.
 
         `blocks`: records of the dtype BLOCK there, with the blocks' bytes on the host at `host`,
         not to be kept. `contexts`: of each part, its blocks' but for `start` and `token_ids`.
+        Where blocks need others (`needs`), these come before them, here or in an earlier call, and
+        `contexts` are of each block, by its `row`, with one `scratch` for all; a call may come
+        again with the same blocks and what `scratch` held before.
         Raises CorruptError when a block shows already that it is damaged.
         """
         raise UnsupportedError(f"codec {self.codec_id!r} has no kernels for a GPU")

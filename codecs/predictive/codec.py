@@ -151,6 +151,18 @@ class PredictiveCodec(Codec):
             # What follows is predicted from these numbers, too.
             chain.model(context.layer, part, _split(out)[0])
 
+    on_device = True
+
+    def decode_on_device(
+        self, work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]
+    ) -> None:
+        from kvzip.codecs.predictive import gpu
+
+        for context in contexts.values():
+            if context.profile is not None:
+                native_model(context.profile)  # which checks it, once
+        gpu.decode(work, blocks, contexts, _entries_of, _channel_on_device)
+
     def max_encoded_size(self, raw_bytes: int) -> int:
         return raw_bytes + 16
 
@@ -272,17 +284,44 @@ def new_chain(
     """State for `rows` x `count` tokens from position `start` on, before the first layer. Raises
     UnsupportedError for a format that is not predicted."""
     check_format(form)
-    entries = np.full(rows * count, -1, np.int32)
-    known = tensors.get("token_ids")
-    if known is not None and token_ids is not None and token_ids.size == rows * count:
-        ids, order = token_ids.reshape(-1), np.argsort(known)
-        place = order[np.minimum(np.searchsorted(known, ids, sorter=order), len(known) - 1)]
-        entries = np.where(known[place] == ids, place, -1).astype(np.int32)
+    entries = _entries(tensors, token_ids, rows * count)
     # Of fp32 the upper half is coded, which is a bf16 number.
     mantissa_bits = 7 if form.bits == 32 else form.mantissa_bits
     return _native.PredictiveChain(
         model, rows, count, start, form.exponent_bits, mantissa_bits, entries
     )
+
+
+def _entries(
+    tensors: Mapping[str, NDArray[Any]], token_ids: NDArray[Any] | None, count: int
+) -> NDArray[np.int32]:
+    """The row of each of `count` tokens in the layers' tables, or -1."""
+    known = tensors.get("token_ids")
+    if known is None or token_ids is None or token_ids.size != count:
+        return np.full(count, -1, np.int32)
+    ids, order = token_ids.reshape(-1), np.argsort(known)
+    place = order[np.minimum(np.searchsorted(known, ids, sorter=order), len(known) - 1)]
+    return np.where(known[place] == ids, place, -1).astype(np.int32)
+
+
+def _entries_of(context: Context, count: int) -> NDArray[np.int32]:
+    return _entries(context.profile.tensors, context.token_ids, count)
+
+
+def _channel_on_device(
+    work: Any, blocks: NDArray[Any], found: Mapping[int, tuple[memoryview, Context]]
+) -> None:
+    """Have blocks decoded on a device that `channel` coded; `found` has their tables and contexts by
+    their rows. Raises CorruptError."""
+    channel, contexts = ChannelCodec(), {}
+    for block in blocks:
+        data, context = found[int(block["row"])]
+        batch, heads, dim = work.shape(int(block["part"]))
+        shape = batch, heads, int(block["tokens"]), dim
+        part = block["part"] = work.again(int(block["part"]))
+        tables = channel.load_tables(data, shape, context)
+        contexts[part] = structs.replace(context, tables=tables)
+    channel.decode_on_device(work, blocks, contexts)
 
 
 def measure(

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +42,25 @@ and few enough that decoding begins early."""
 
 _ZEROS = bytes(ALIGNMENT)
 
-OnCPU = Callable[[Sequence[int], Sequence[tuple[Any, Any]]], None]
-"""Decodes what is wanted of layers on the CPU, into arrays, a pair a layer."""
+TOGETHER = 8192
+"""Tokens whose blocks need each other and that go through the layers together: enough for a GPU to
+be busy, and few enough for what it keeps of them."""
+
+OnCPU = Callable[[Sequence[int], Sequence[tuple[Any, Any]] | None], None]
+"""Decodes what is wanted of layers on the CPU, into arrays, a pair a layer, or into new memory."""
+
+
+class Group(NamedTuple):
+    """Rows of the index that are decoded in their order, and what their codec keeps meanwhile."""
+
+    rows: list[int]
+    scratch: dict[str, Any]
+    done: int = 0
+    """How many of them earlier requests have decoded."""
+
+
+Groups = dict[tuple[Device, int], Group]
+"""By the device and the first row: how far earlier requests decoded blocks that others need."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +121,16 @@ class DeviceDecoding:
         targets: Targets,
         stream: Any,
         decode_on_cpu: OnCPU,
+        groups: Groups,
     ):
         self.blocks, self.request, self.device, self.targets = blocks, request, device, targets
         self._decode_on_cpu = decode_on_cpu
+        self._alone = blocks.codec.independent
         self._caller = device.stream_of(stream)
         self._tables: dict[Key, Any] = {}
-        self._rows: list[int] = list(
-            itertools.chain.from_iterable(
-                plan.rows_by_part(blocks.layout, blocks.index, request).values()
-            )
-        )
+        self._scratch: dict[str, Any] = {}
+        self._groups, self._kept = self._planned(groups), groups
+        self._rows = [row for group in self._groups for row in group.rows[group.done :]]
         """Rows of the index; the place of a row here is that of its flag and checksum."""
 
     def run(self, progress: Callable[[int], None] | None = None) -> None:
@@ -139,6 +156,34 @@ class DeviceDecoding:
 
     # --- by kernels ------------------------------------------------------------------------
 
+    def _planned(self, kept: Groups) -> list[Group]:
+        """What is to be decoded, in order. Where blocks need others, all that are needed, from
+        where an earlier request of earlier layers has left off."""
+        blocks, index = self.blocks, self.blocks.index
+        by_part = plan.rows_by_part(blocks.layout, index, self.request)
+        if self._alone:
+            return [Group(list(itertools.chain.from_iterable(by_part.values())), {})]
+        together: list[list[int]] = []
+        tokens = 0
+        for chain in plan.chains(index, by_part, blocks.needs):
+            part = blocks.part(index.key[chain[0]])
+            tokens += part.block_shape[0] * index.tokens[chain[0]]
+            if not together or tokens > TOGETHER:
+                together.append([])
+                tokens = part.block_shape[0] * index.tokens[chain[0]]
+            together[-1] += chain
+        return [self._resumed(sorted(rows), kept) for rows in together]
+
+    def _resumed(self, rows: list[int], kept: Groups) -> Group:
+        done = kept.pop((self.device, rows[0]), None)
+        if (
+            done is None
+            or done.rows != rows[: len(done.rows)]
+            or any(self.blocks.index.key[row][0] in self.request.cuts for row in done.rows)
+        ):
+            return Group(rows, {})
+        return Group(rows, done.scratch, len(done.rows))
+
     def _run_kernels(
         self, upload: Stream, runs: Sequence[Stream], progress: Callable[[int], None] | None
     ) -> None:
@@ -151,12 +196,14 @@ class DeviceDecoding:
         for stream in runs[1:]:
             device.wait(stream, cleared)
         at = 0
-        for n, (rows, size) in enumerate(self._pieces()):
+        for n, (group, rows, size) in enumerate(self._pieces()):
             slot = slots(device)[n % 2]
             numbers = np.arange(at, at + len(rows), dtype=np.uint32)
-            fill = partial(self._fill_with_blocks, rows=rows, numbers=numbers)
+            fill = partial(self._fill_with_blocks, rows=rows, numbers=numbers, group=group)
             work = self._filled(slot, size, results.address, fill)
-            work.start(upload, runs[n % len(runs)])
+            group.scratch.update(self._scratch)
+            # Of blocks that need each other all are in one stream, so that they come in their order.
+            work.start(upload, runs[n % len(runs) if self._alone else 0])
             at += len(rows)
             if progress is not None:
                 progress(self.request.raw_bytes(self.blocks.index, rows))
@@ -165,6 +212,10 @@ class DeviceDecoding:
         device.download(runs[0], back.address, results.address, 12 * count)
         device.synchronize(device.record(runs[0]))
         self._check(back.array[: 8 * count].view("<u8"), back.array[8 * count :].view("<u4"))
+        last = len(self.blocks.layout.layers) - 1
+        for group in self._groups:
+            if not self._alone and self.blocks.index.key[group.rows[-1]][0] < last:
+                self._kept[device, group.rows[0]] = group
 
     def _results(self, size: int) -> tuple[Memory, Pinned]:
         """Memory for checksums and flags, on the device and where they come back to."""
@@ -194,23 +245,25 @@ class DeviceDecoding:
             else:
                 return work
 
-    def _pieces(self) -> Iterator[tuple[list[int], int]]:
-        """Rows that go together, and how many bytes they are."""
-        length = self.blocks.index.length
-        rows: list[int] = []
-        size = 0
-        for row in self._rows:
-            more = length[row] + ALIGNMENT
-            if rows and size + more > PIECE:
-                yield rows, size
-                rows, size = [], 0
-            rows.append(row)
-            size += more
-        if rows:
-            yield rows, size
+    def _pieces(self) -> Iterator[tuple[Group, list[int], int]]:
+        """Rows of a group that go together, and how many bytes they are. Of parts whose blocks need
+        others all rows do, so that there is work for all of a GPU at a time."""
+        length, key, alone = self.blocks.index.length, self.blocks.index.key, self._alone
+        for group in self._groups:
+            rows: list[int] = []
+            size = 0
+            for row in group.rows[group.done :]:
+                more = length[row] + ALIGNMENT
+                if rows and size + more > PIECE and (alone or key[row] != key[rows[-1]]):
+                    yield group, rows, size
+                    rows, size = [], 0
+                rows.append(row)
+                size += more
+            if rows:
+                yield group, rows, size
 
     def _fill_with_blocks(
-        self, work: Work, rows: Sequence[int], numbers: NDArray[np.uint32]
+        self, work: Work, rows: Sequence[int], numbers: NDArray[np.uint32], group: Group
     ) -> None:
         """Put in stored bytes, parts and jobs of these rows. Blocks of which not all is wanted are
         decoded beside, and copied from there."""
@@ -225,25 +278,28 @@ class DeviceDecoding:
         whole: dict[Key, int] = {}
         apart: list[tuple[int, Target]] = []
         part, first = blocks["part"], blocks["first"]
+        scratch = dict(group.scratch)  # if there is too little room, all of this comes again
         for n, row in enumerate(rows):
             key = index.key[row]
             if self._is_inside(row):
                 target = self.targets[key][0]
                 if key not in whole:
                     whole[key] = work.part(target)
-                    contexts[whole[key]] = self.blocks.context(row, self._tables[key])
                 part[n], first[n] = whole[key], index.position[row] - target.first
             else:
                 beside = self._beside(work, row)
                 part[n] = work.part(beside)
-                contexts[int(part[n])] = self.blocks.context(row, self._tables[key])
-                apart.append((row, beside))
+                if key in self.targets:
+                    apart.append((row, beside))
+            of = int(part[n] if self._alone else numbers[n])
+            if of not in contexts:
+                contexts[of] = self.blocks.context(row, self._tables[key], {}, scratch)
         try:
             self.blocks.codec.decode_on_device(work, blocks, contexts)
         except CorruptError:
-            for row in rows:
-                check_block(self.blocks, row)
+            self._blame(rows)
             raise
+        self._scratch = scratch
         work.then()
         work.checksums(self.blocks.form.itemsize, blocks)
         for row, beside in apart:
@@ -252,7 +308,10 @@ class DeviceDecoding:
 
     def _is_inside(self, row: int) -> bool:
         """Whether there is place for all of a block where its part goes."""
-        index, (target, *others) = self.blocks.index, self.targets[self.blocks.index.key[row]]
+        index = self.blocks.index
+        if index.key[row] not in self.targets:
+            return False  # only others need it
+        target, *others = self.targets[index.key[row]]
         begin = index.position[row] - target.first
         inside = begin >= 0 and begin + index.tokens[row] <= target.shape[2]
         if target.pages is None:
@@ -323,7 +382,7 @@ class DeviceDecoding:
                 behind = bytes(data[after : row_end - begin])
                 is_tables = row == index.tables_row(row)
                 if behind != _ZEROS[: len(behind)]:  # as the CPU demands
-                    check_block(self.blocks, row + 1 if is_tables else row)
+                    self._blame([row + 1 if is_tables else row])
                 if is_tables:
                     self._load_tables(row, data[place:after])
             at = stop
@@ -334,7 +393,7 @@ class DeviceDecoding:
         try:
             self._tables[key] = self.blocks.load_tables(key, data)
         except CorruptError:
-            check_block(self.blocks, row + 1)  # the first block that needs them
+            self._blame([row + 1])  # the first block that needs them
             raise
 
     def _span(self, work: Work, offset: int, length: int) -> tuple[NDArray[np.uint8], int]:
@@ -358,11 +417,20 @@ class DeviceDecoding:
         bad = np.flatnonzero((flags != 0) | (checksums != np.array(expected, np.uint64)))
         if bad.size:
             row = self._rows[int(bad[0])]
-            check_block(self.blocks, row)
+            self._blame([row])
             raise KVZipError(
                 f"the device decodes entry {row} of the index wrong, and the CPU does not: "
                 "its memory or the library is at fault"
             )
+
+    def _blame(self, rows: Sequence[int]) -> None:
+        """Raise the CorruptError that tells what is wrong with these rows, if the CPU finds
+        anything: with blocks that need others, in all that was asked for."""
+        if self._alone:
+            for row in rows:
+                check_block(self.blocks, row)
+        else:
+            self._decode_on_cpu(self.request.layers, None)
 
     # --- by the CPU ------------------------------------------------------------------------
 
@@ -418,10 +486,12 @@ def decode(
     stream: Any,
     progress: Callable[[int], None] | None,
     decode_on_cpu: OnCPU,
+    groups: Groups,
 ) -> DeviceSnapshot:
     """What is wanted of a file, decoded on a device; as :meth:`kvzip.container.Reader.decode`.
 
-    `decode_on_cpu` serves parts that have no kernels. Raises UnsupportedError for layers that are
+    `decode_on_cpu` serves parts that have no kernels; `groups` is kept from request to request, and
+    memory of the device with it. Raises UnsupportedError for layers that are
     not keys and values of one format.
     """
     if not blocks.layout.plain:
@@ -440,7 +510,10 @@ def decode(
             pairs = [(None, None)] * len(request.layers)
             targets = paged_targets(device, blocks.form, cuts, out, pages)
         check_apart(targets)
-        DeviceDecoding(blocks, request, device, targets, stream, decode_on_cpu).run(progress)
+        decoding = DeviceDecoding(
+            blocks, request, device, targets, stream, decode_on_cpu, groups
+        )
+        decoding.run(progress)
     layers = [DeviceLayer(k, v, cuts[i]) for i, (k, v) in zip(request.layers, pairs, strict=True)]
     ids, origin = blocks.ids_up_to(cuts.values()), blocks.header.origin
     return DeviceSnapshot(layers, blocks.layout.dtype, ids, origin)

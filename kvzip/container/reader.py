@@ -24,7 +24,7 @@ from kvzip.snapshot import Layer, Snapshot
 from kvzip.workers import after, in_order, thread_count
 
 if TYPE_CHECKING:
-    from kvzip.container.on_device import DeviceSnapshot
+    from kvzip.container.on_device import DeviceSnapshot, Groups
 
 
 class Reader:
@@ -45,6 +45,7 @@ class Reader:
             self.close()
             raise
         self._chains: dict[int, Chain] = {}
+        self._device_groups: Groups = {}
         self.header = self._blocks.header
         self.layout = self._blocks.layout
         self.token_ids = self._blocks.token_ids
@@ -273,10 +274,20 @@ class Reader:
 
         request = self._request(layers, tokens)
 
-        def decode_on_cpu(some: Sequence[int], arrays: Sequence[tuple[Any, Any]]) -> None:
+        def decode_on_cpu(
+            some: Sequence[int], arrays: Sequence[tuple[Any, Any]] | None
+        ) -> None:
             self.decode(arrays, some, tokens, threads)
 
         with naming(self._source):
             return on_device.decode(
-                self._blocks, request, device, out, pages, stream, progress, decode_on_cpu
+                self._blocks,
+                request,
+                device,
+                out,
+                pages,
+                stream,
+                progress,
+                decode_on_cpu,
+                self._device_groups,
             )

@@ -197,6 +197,11 @@ class Work:
         )
         return len(self._parts) - 1
 
+    def again(self, part: int) -> int:
+        """The number of another part in the same place, for blocks with tables of their own."""
+        self._parts.append(list(self._parts[part]))
+        return len(self._parts) - 1
+
     def tables(self, part: int, channels: int, tables: int) -> None:
         """Where the kernels find what the blocks of a part share."""
         self._parts[part][1:3] = channels, tables

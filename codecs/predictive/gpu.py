@@ -1,0 +1,322 @@
+"""Blocks of `predictive` as jobs for a GPU: all token ranges of a part of a layer at the same time,
+and parts one after the other. What ranges take along from part to part stays on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.codec import Context
+from kvzip.codecs.native.cuda.device import Kernel, Memory
+from kvzip.codecs.native.cuda.work import bytes_at
+from kvzip.codecs.predictive.gpu_model import LayerOnDevice, ModelOnDevice, on_device
+from kvzip.errors import CorruptError
+from kvzip.layout import KV
+
+_SPACE = "kvzip::predictive"
+_JOB = np.dtype(
+    [
+        ("layer", "<u8"),
+        ("inputs", "<u8"),
+        ("residual", "<u8"),
+        ("products", "<u8"),
+        ("energy", "<u8"),
+        ("states", "<u8"),
+        ("entries", "<u8"),
+        ("regions", "<u8"),
+        ("at", "<u8"),
+        ("tiles", "<u8"),
+        ("first_states", "<u8"),
+        ("low", "<u8"),
+        ("counts", "<u8"),
+        ("bytes", "<u8"),
+        ("position", "<u8"),
+        ("tokens", "<u4"),
+        ("row_tokens", "<u4"),
+        ("part", "<u4"),
+        ("first_token", "<u4"),
+        ("values", "<u4"),
+        ("begins", "<u4"),
+        ("ends", "<u4"),
+        ("row", "<u4"),
+    ]
+)
+"""`RangeJob` of device_jobs.hpp."""
+_RAW, _CODED, _CHANNEL = range(3)
+_HEADER = 16
+_TILE = 32
+_CHAIN_WARPS = 8
+"""Warps of a block, at most, that decode; up to four more multiply."""
+_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10}
+_LEAST_SHARED = 99 << 10
+"""Shared memory that a block may have, by compute capability, and of all others."""
+
+_ByChannel = Callable[[Any, NDArray[Any], Mapping[int, tuple[memoryview, Context]]], None]
+
+
+class _Range(NamedTuple):
+    """A token range on its way through the layers."""
+
+    shape: tuple[int, int]
+    """Rows of the batch, and tokens of each."""
+    position: int
+    entries: NDArray[np.int32]
+    """Of each token its row in the layers' tables, or -1."""
+    memory: Mapping[str, int]
+    """Addresses on the device, by the names of `RangeJob`; nothing when no more can be predicted:
+    a part did not follow the one before it."""
+    owner: Memory | None
+    next_part: int = 0
+    coded: bool = False
+    """Whether there are states of rANS."""
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def decode(
+    work: Any,
+    blocks: NDArray[Any],
+    contexts: Mapping[int, Context],
+    entries_of: Callable[[Context, int], NDArray[np.int32]],
+    by_channel: _ByChannel,
+) -> None:
+    """As :meth:`kvzip.codec.Codec.decode_on_device`.
+
+    `entries_of(context, tokens)` gives each token's row in the layers' tables; `by_channel(work,
+    blocks, found)` has blocks decoded that `channel` coded, of which `found` has the tables and the
+    contexts by their rows.
+    """
+    if not len(blocks):
+        return
+    any_context = next(iter(contexts.values()))
+    profile = any_context.profile
+    model = None if profile is None else on_device(work.device, profile)
+    ranges: dict[int, _Range] = dict(any_context.scratch.get("predictive", {}))
+    found = [(contexts[int(block["row"])], block) for block in blocks]
+    for (layer, part), some in groupby(found, key=lambda f: (f[0].layer, f[0].part)):
+        step = _Step(work, model, ranges, layer, KV.index(part), entries_of)
+        for context, block in some:
+            step.add(block, context)
+        step.run(by_channel)
+    any_context.scratch["predictive"] = ranges
+
+
+class _Step:
+    """All blocks of one part of one layer."""
+
+    def __init__(
+        self,
+        work: Any,
+        model: ModelOnDevice | None,
+        ranges: dict[int, _Range],
+        layer: int,
+        part: int,
+        entries_of: Callable[[Context, int], NDArray[np.int32]],
+    ):
+        self.work, self.ranges = work, ranges
+        self.model = model or ModelOnDevice([], 1, 0, 0, [])
+        self.layer, self.part, self._entries_of = layer, part, entries_of
+        self._jobs: list[NDArray[Any]] = []
+        self._by_channel: list[Any] = []
+        self._tables: dict[int, tuple[memoryview, Context]] = {}
+        self._itemsize = 0
+        self._kernel = ""
+
+    # --- blocks ----------------------------------------------------------------------------
+
+    def add(self, block: Any, context: Context) -> None:
+        """Look at a block: what kind it is, and whether its sections fit it. Raises
+        CorruptError."""
+        form, tokens = context.dtype, int(block["tokens"])
+        self._itemsize = form.itemsize
+        self._kernel = "bf16" if form.bits == 32 else form.name
+        batch, heads, dim = self.work.shape(int(block["part"]))
+        numbers = batch * heads * tokens * dim
+        data = bytes_at(int(block["host"]), int(block["length"]))
+        if len(data) < _HEADER or any(data[1:_HEADER]) and data[0] != _CHANNEL:
+            raise CorruptError("a block of unknown kind")
+        end = context.start + tokens
+        before = self._followed(end, (batch, tokens), context)
+        kind, here = data[0], int(block["address"])
+        job, now = None, before._replace(next_part=before.next_part + 1)
+        if before.memory:
+            if self._lacks(heads, dim):
+                raise CorruptError("the profile is of another model")
+            job = self._job(block, before)
+        if kind == _CODED and job is not None:
+            low = 2 * numbers if form.bits == 32 else 0
+            at = _HEADER + _padded(data[_HEADER:], low)
+            job["low"] = here + _HEADER
+            if not before.coded:
+                job["first_states"] = here + at
+                at += _padded(data[at:], 8 * before.tokens * self.model.lanes)
+                now = now._replace(coded=True)
+            job["counts"], job["bytes"] = here + at, len(data) - at
+            job["ends"] = before.next_part + 1 == 2 * len(self.model.layers)
+            if not before.tokens and len(data) > at:
+                raise CorruptError("words of no token")
+        elif kind == _RAW:
+            if len(data) - _HEADER != numbers * form.itemsize:
+                raise CorruptError("numbers of another size")
+            strides = heads * tokens * dim, tokens * dim, dim
+            part, first = int(block["part"]), int(block["first"])
+            self.work.copy(form.itemsize, here + _HEADER, strides, part, first, tokens)
+        elif kind == _CHANNEL:
+            self._add_by_channel(block, data, context)
+        else:
+            raise CorruptError("a block of unknown kind, or one that nothing predicts")
+        self.ranges[end] = now
+        if job is not None and before.tokens:
+            self._jobs.append(job)
+
+    def _add_by_channel(self, block: Any, data: memoryview, context: Context) -> None:
+        size = int.from_bytes(data[16:20], "little")
+        at = 2 * _HEADER
+        if len(data) < at or any(data[1:16]) or any(data[20:at]):
+            raise CorruptError("tables that end nowhere")
+        after = at + _padded(data[at:], size)
+        coded = block.copy()
+        for name in ("host", "address"):
+            coded[name] += np.uint64(after)
+        coded["length"] -= np.uint64(after)
+        self._by_channel.append(coded)
+        self._tables[int(block["row"])] = (data[at : at + size], context)
+
+    def _followed(self, end: int, shape: tuple[int, int], context: Context) -> _Range:
+        """The token range that a block is of, if it goes on with it; else one without memory."""
+        number = 2 * self.layer + self.part
+        found = self.ranges.get(end)
+        if found is None:
+            found = _Range(shape, context.start, np.empty(0, np.int32), {}, None)
+            if number == 0 and self.model.layers:
+                found = self._begun(found, context)
+        if found.next_part != number or found.shape != shape:
+            found = found._replace(memory={}, shape=shape)
+        return found._replace(next_part=number)
+
+    def _begun(self, found: _Range, context: Context) -> _Range:
+        """A range with memory of its own."""
+        model, tokens = self.model, found.tokens
+        most = max((layer.regions for layer in model.layers), default=1)
+        tiles = -(-tokens // _TILE) if most == 1 else min(tokens, tokens // _TILE + most)
+        columns = max((layer.columns for layer in model.layers), default=0)
+        residual = max((layer.residual_bytes for layer in model.layers), default=0)
+        sizes = {
+            "inputs": tokens * model.row_bytes,
+            "residual": tiles * _TILE * residual,
+            "products": tiles * columns * _TILE * 4,
+            "energy": 4 * tokens,
+            "states": 8 * tokens * model.lanes,
+            "regions": tokens,
+            "at": 4 * tokens,
+            "tiles": 16 + 16 * tiles,
+        }
+        ends = np.cumsum([_up(size, 256) for size in sizes.values()]).tolist()
+        memory = self.work.device.allocate(ends[-1])
+        starts = [memory.address + at for at in (0, *ends[:-1])]
+        entries = self._entries_of(context, tokens)
+        addresses = dict(zip(sizes, starts, strict=True))
+        return found._replace(entries=entries, memory=addresses, owner=memory)
+
+    def _lacks(self, heads: int, dim: int) -> bool:
+        """Whether the profile has no such part."""
+        layers = self.model.layers
+        return self.layer >= len(layers) or layers[self.layer].shapes[self.part] != (heads, dim)
+
+    # --- jobs ------------------------------------------------------------------------------
+
+    def _job(self, block: Any, of: _Range) -> NDArray[Any]:
+        layer = self.model.layers[self.layer]
+        job = np.zeros(1, _JOB)
+        for name, address in of.memory.items():
+            job[name] = address
+        if layer.regions == 1:
+            job["at"] = 0
+        if layer.has_table and of.tokens:
+            job["entries"] = self.work.put(of.entries)
+        job["layer"], job["position"] = layer.address, of.position
+        job["tokens"], job["row_tokens"] = of.tokens, of.shape[1]
+        job["part"], job["first_token"] = block["part"], block["first"]
+        job["values"], job["begins"] = self.part, of.next_part == 0
+        job["row"] = block["row"]
+        return job
+
+    def run(self, by_channel: _ByChannel) -> None:
+        """Have everything run: what needs nothing, and then what is predicted, step by step."""
+        work = self.work
+        if self._by_channel:
+            by_channel(work, np.array(self._by_channel), self._tables)
+        if self._jobs:
+            jobs = np.concatenate(self._jobs)
+            layer = self.model.layers[self.layer]
+            if not self.part:
+                self._predict(jobs, layer)
+            work.then()
+            work.run(self._chain(jobs, layer), jobs)
+        work.then()
+
+    def _tiles(self, jobs: NDArray[Any], layer: LayerOnDevice) -> int:
+        """Tiles of a range, at most."""
+        tokens = int(jobs["tokens"].max())
+        if layer.regions == 1:
+            return -(-tokens // _TILE)
+        return min(tokens, tokens // _TILE + layer.regions)
+
+    def _predict(self, jobs: NDArray[Any], layer: LayerOnDevice) -> None:
+        """Tokens in their order, and what earlier layers say of all channels."""
+        if layer.regions > 1:
+            blocks = min(-(-int(jobs["tokens"].max()) // 4), 64)
+            arguments = ("jobs", "count", blocks)
+            source = "predictive/arrange.cuh"
+            regions = Kernel(source, "predictive_regions", _SPACE, 128, 1, blocks, 0, arguments)
+            self.work.run(regions, jobs)
+            self.work.then()
+            arguments2 = ("jobs", "count")
+            self.work.run(
+                Kernel(source, "predictive_arrange", _SPACE, 256, 1, 1, 1024, arguments2), jobs
+            )
+            self.work.then()
+        if layer.has_inputs:
+            blocks = -(-self._tiles(jobs, layer) // 4) * (layer.columns // 64)
+            arguments = ("jobs", "count", blocks)
+            source = "predictive/products.cuh"
+            kernel = Kernel(source, "predictive_products", _SPACE, 128, 1, blocks, 0, arguments)
+            self.work.run(kernel, jobs)
+
+    def _chain(self, jobs: NDArray[Any], layer: LayerOnDevice) -> Kernel:
+        lanes = self.model.lanes
+        warps = max(n for n in range(1, _CHAIN_WARPS + 1) if lanes % n == 0)
+        beside = 4 if layer.columns >= 1024 else 2 if layer.columns >= 512 else 1
+        residuals = _TILE * layer.residual_bytes
+        fits = layer.shared + residuals <= _most_shared(self.work.device.architecture)
+        shared = layer.shared + (residuals if fits else 0)
+        blocks = self._tiles(jobs, layer)
+        arguments = ("jobs", "count", "parts", "flags", blocks, warps, self._itemsize, int(fits))
+        threads = 32 * (warps + beside)
+        name = f"predictive_chain_{self._kernel}"
+        return Kernel("predictive/chain.cuh", name, _SPACE, threads, 1, blocks, shared, arguments)
+
+
+def _most_shared(architecture: str) -> int:
+    number = architecture.removeprefix("sm_")
+    return _SHARED.get(int(number), _LEAST_SHARED) if number.isdecimal() else _LEAST_SHARED
+
+
+def _padded(data: memoryview, size: int) -> int:
+    """How many bytes a section of `size` bytes takes up, with the zeros behind it. Raises
+    CorruptError."""
+    after = size + -size % 16
+    if len(data) < after or any(data[size:after]):
+        raise CorruptError("cut short")
+    return after
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
