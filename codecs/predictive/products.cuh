@@ -67,7 +67,7 @@ KVZIP_DEVICE void multiply_tile(const RangeJob& job, const DeviceLayer& layer, u
 }
 
 // All columns of all tiles of a job, by `blocks` blocks of threads: four tiles and 64 columns each.
-KVZIP_KERNEL(kProductWarps* cuda::kWarp, 4)
+KVZIP_KERNEL(kProductWarps* cuda::kWarp, 3)
 predictive_products(const RangeJob* jobs, uint32_t count, uint32_t blocks) {
   const unsigned number = cuda::block() / blocks;
   if (number >= count) return;

@@ -66,8 +66,8 @@ class Loader:
         """By the first of the layers that are decoded together: those that were not taken yet."""
         self._lock = Lock()
         self._due: deque[_Run] = deque()
-        """What the reader is to give next in turn, where blocks need those of other layers; nothing
-        once that has failed. Else calls for a few layers each do as well."""
+        """What the reader is to give next in turn, where blocks need those of other layers and the
+        CPU decodes; nothing once that has failed. Else calls for a few layers each do as well."""
         if isinstance(source, Reader):
             source.read_ahead(spans)
             if not source.codec.independent:
@@ -160,8 +160,9 @@ class Loader:
     def _from_reader(
         self, reader: Reader, layers: list[int], span: tuple[int, int]
     ) -> Snapshot | DeviceSnapshot:
-        if not self._due or self._due[0] != (layers, span):
-            return reader.decode(None, layers, span, self.threads, device=self._decoder(reader))
+        decoder = self._decoder(reader)
+        if decoder is not None or not self._due or self._due[0] != (layers, span):
+            return reader.decode(None, layers, span, self.threads, device=decoder)
         try:
             found = next(self._turns)
         except BaseException:

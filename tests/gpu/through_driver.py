@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+from predictive_profiles import encode, random_profile
 from support import cache_like, make_snapshot
 
 import kvzip
@@ -54,6 +56,28 @@ def same(found, snapshot, begin=0, end=None) -> None:
             assert np.array_equal(bits(array), expected[..., begin:end, :])
 
 
+def layers_need_each_other(draw: random.Random) -> None:
+    """Of `predictive`, whose steps wait for each other from piece to piece."""
+    shapes = [((2, 12), (2, 12))] * 4
+    profile = random_profile(1, shapes, group=8, lanes=2, pairs=4, regions=2, tables=(2,))
+    snapshot = make_snapshot(cache_like, 1, "bf16", layers=4, heads=2, tokens=100, dim=12)
+    blob = encode(snapshot, profile, pytest.MonkeyPatch(), {(1, "v")}, block_tokens=32)
+    for on_device.PIECE in (1, 4000):
+        same(kvzip.decode(blob, profile, device="cuda"), snapshot)
+    with kvzip.open(blob, profile) as reader:
+        for layers in ([0, 1], [2], [3]):
+            found = reader.decode(layers=layers, device="cuda")
+            same(found, kvzip.Snapshot([snapshot.layers[i] for i in layers], "bf16"))
+    bad = bytearray(blob)
+    bad[draw.randrange(len(blob) // 2, len(blob) - 100)] ^= 4
+    told = []
+    for options in ({}, {"device": "cuda"}):
+        with pytest.raises(kvzip.CorruptError) as error:
+            kvzip.decode(bytes(bad), profile, threads=1, **options)
+        told.append(str(error.value))
+    assert told[0] == told[1]
+
+
 def main(folder: str, seed: str) -> None:
     kernels_by_shim(Path(folder))
     draw = random.Random(seed)
@@ -93,6 +117,7 @@ def main(folder: str, seed: str) -> None:
                 assert "layer 3 v" in str(error)
             else:
                 raise AssertionError("damage was not seen")
+    layers_need_each_other(draw)
     try:
         kvzip.decode(blob, device="cuda:1")
     except kvzip.UnsupportedError as error:

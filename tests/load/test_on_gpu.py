@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from predictive_profiles import encode, random_profile  # noqa: E402
+
 import kvzip  # noqa: E402
 from kvzip.codecs.native.cuda.shim_device import ShimDevice  # noqa: E402
 from kvzip.errors import UnsupportedError  # noqa: E402
@@ -48,6 +50,24 @@ def test_the_same_as_by_the_cpu(shim: Any, tiny: Any, name: str, codec: str) -> 
         assert bool(shim.launched) == (codec != "zstd")
     for (t1, l1), (t2, l2) in zip(found[:2], found[2:], strict=True):
         assert torch.equal(t1, t2) and torch.equal(l1, l2)
+
+
+def test_layers_that_are_predicted_from_each_other(
+    shim: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few layers at a time, each decoded once."""
+    case = tiny("llama", "bfloat16")
+    shapes = [tuple((len(a), a.shape[-1]) for a in layer) for layer in case.snapshot.layers]
+    profile = random_profile(1, shapes, group=8, lanes=2, pairs=8, regions=2)
+    blob = encode(case.snapshot, profile, monkeypatch, block_tokens=16)
+    longer, found = case.longer(), []
+    monkeypatch.setattr(loaders, "TOGETHER", 1)
+    for shim.on in (True, False):
+        cache = load_cache(blob, case.config, profile=profile, prompt=longer)
+        found.append(case.generate(longer, cache))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    chains = sum(name.startswith("predictive_chain") for name in shim.launched)
+    assert chains == 2 * len(case.snapshot.layers)
 
 
 def test_damage_is_told_when_it_is_met(shim: Any, tiny: Any) -> None:
