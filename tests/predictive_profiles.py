@@ -35,7 +35,9 @@ def random_layer(rng, i, layers, group, *, pairs, regions, table, vocabulary, wi
     (heads, dim), values = layers[i]["k"], layers[i]["v"]
     keys, n = heads * dim, heads * dim + values[0] * values[1]
     wide = up4(n)
-    inputs = sum(up4(int(np.prod(layers[a]["k"]) + np.prod(layers[a]["v"]))) for a in layers[i]["inputs"])
+    inputs = sum(
+        up4(int(np.prod(layers[a]["k"]) + np.prod(layers[a]["v"]))) for a in layers[i]["inputs"]
+    )
     classes = regions * (2 if table else 1)
     most = 2**31 - 1 if wild else 1 << 20
     weigh = 127 if wild else 20
@@ -78,7 +80,9 @@ def random_layer(rng, i, layers, group, *, pairs, regions, table, vocabulary, wi
         "pair_slope": numbers(classes, heads * pairs, 32, low=-most, high=most),
     }
     if regions > 1:
-        tensors["centre"] = blocked(numbers(up4(regions), inputs, low=-127, high=127, dtype=np.int8))
+        tensors["centre"] = blocked(
+            numbers(up4(regions), inputs, low=-127, high=127, dtype=np.int8)
+        )
         tensors["centre_bias"] = numbers(regions, low=-(1 << 12), high=1 << 12)
     if table:
         dtype = np.int16 if table == 2 else np.int8
@@ -122,8 +126,8 @@ class Long(bytes):
 
 
 def encode(snapshot, profile, monkeypatch, plain=(), **options):
-    """The file of a snapshot, all blocks predicted but those of the parts in `plain`, (layer, name),
-    and those that nothing predicts."""
+    """The file of a snapshot, all blocks predicted but those of the parts in `plain`, (layer,
+    name), and those that nothing predicts."""
     make, follows = predictive._plain, predictive._next_chain
     predicted = []
 

@@ -54,7 +54,12 @@ def test_the_wheel_holds_what_it_should(wheel):
     # Kernels are compiled on the user's GPU, from these and the headers they share with C++.
     headers = {
         f"kvzip/codecs/{n}.hpp"
-        for n in ("channel/device_jobs", "native/cuda/device_part", "native/cuda/shim")
+        for n in (
+            "channel/device_jobs",
+            "native/cuda/device_part",
+            "native/cuda/shim",
+            "predictive/device_jobs",
+        )
     }
     assert headers | {"kvzip/codecs/channel/decode.cuh", "kvzip/codecs/channel/strip.cuh"} <= {
         *names

@@ -12,8 +12,8 @@ constexpr unsigned kRegionWarps = 4, kArrangeWarps = 8;
 KVZIP_DEVICE unsigned region_of(const RangeJob& job, const DeviceLayer& layer, unsigned token) {
   const unsigned lane = cuda::thread() % cuda::kWarp;
   const DeviceInput* const inputs = reinterpret_cast<const DeviceInput*>(layer.inputs);
-  const auto* const row = reinterpret_cast<const unsigned char*>(job.inputs) +
-                          uint64_t(token) * layer.row_bytes;
+  const auto* const row =
+      reinterpret_cast<const unsigned char*>(job.inputs) + uint64_t(token) * layer.row_bytes;
   const auto* const centres = reinterpret_cast<const unsigned char*>(layer.centre);
   const auto* const biases = reinterpret_cast<const int32_t*>(layer.centre_bias);
   int best = 0;
@@ -88,8 +88,7 @@ predictive_arrange(const RangeJob* jobs, uint32_t count) {
       const unsigned left = mine - i * kTileTokens;
       tiles[tile + i] = {start + i * kTileTokens, left < kTileTokens ? left : kTileTokens, r, 0};
     }
-    if (r + 1 == layer.regions && lane == 0)
-      *reinterpret_cast<uint32_t*>(job.tiles) = tile + own;
+    if (r + 1 == layer.regions && lane == 0) *reinterpret_cast<uint32_t*>(job.tiles) = tile + own;
     for (unsigned first = 0; first < job.tokens; first += cuda::kWarp) {
       const unsigned votes = votes_for(r, first);
       if (votes >> lane & 1) at[start + cuda::ones(votes & ((1u << lane) - 1))] = first + lane;

@@ -14,10 +14,10 @@ namespace kvzip::predictive {
 using cuda::DevicePart;
 
 constexpr uint64_t kLow = uint64_t(1) << 31;
-constexpr int kOne = 1 << 12;             // an energy of 1
+constexpr int kOne = 1 << 12;  // an energy of 1
 constexpr unsigned kMostLanes = 32;
-constexpr unsigned kSharedShapes = 16;    // densities that are kept in shared memory
-constexpr unsigned kSumStride = 36;       // of a channel's sums, so that stores meet other banks
+constexpr unsigned kSharedShapes = 16;  // densities that are kept in shared memory
+constexpr unsigned kSumStride = 36;     // of a channel's sums, so that stores meet other banks
 
 KVZIP_DEVICE unsigned up(unsigned n, unsigned multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -30,13 +30,13 @@ struct Cursor {
 
 // What the warps of a block share. gpu.py counts its bytes as `shared_bytes`.
 struct ChainMemory {
-  short* sine;         // [4096]
-  int* deviation;      // [3][32] of a group's numbers, of the one before, and the next one's
-  Cursor* cursors;     // [kMostLanes]
-  uint64_t* states;    // [lanes][32]
-  int* sums;           // [3][group, up to a multiple of 8][kSumStride], likewise
-  unsigned* near;      // [2][group * near_words]
-  DeviceCell* cells;   // [shapes][kCells] and
+  short* sine;              // [4096]
+  int* deviation;           // [3][32] of a group's numbers, of the one before, and the next one's
+  Cursor* cursors;          // [kMostLanes]
+  uint64_t* states;         // [lanes][32]
+  int* sums;                // [3][group, up to a multiple of 8][kSumStride], likewise
+  unsigned* near;           // [2][group * near_words]
+  DeviceCell* cells;        // [shapes][kCells] and
   unsigned char* guesses;   // [shapes][kGuesses], if they are few
   unsigned char* residual;  // [32][residual_bytes], if there is room
 
@@ -119,7 +119,8 @@ class Chain {
     };
     copy(memory.sine, layer.sine, 2 * 4096 / 4);
     if (layer.shape_count <= kSharedShapes) {
-      copy(memory.cells, layer.cells, layer.shape_count * kCells * unsigned(sizeof(DeviceCell)) / 4);
+      copy(memory.cells, layer.cells,
+           layer.shape_count * kCells * unsigned(sizeof(DeviceCell)) / 4);
       copy(memory.guesses, layer.guesses, layer.shape_count * kGuesses / 4);
     }
     for (unsigned i = thread; i < 3 * 32; i += threads) memory.deviation[i] = 0;
@@ -167,8 +168,7 @@ class Chain {
       before = total_of(before);
       bool good = fits && all == words;
       if (lane == 0)
-        memory.cursors[l] =
-            good ? Cursor{unsigned(before), unsigned(before) + mine} : Cursor{0, 0};
+        memory.cursors[l] = good ? Cursor{unsigned(before), unsigned(before) + mine} : Cursor{0, 0};
       // Zeros follow the last count.
       if (fits && 2 * (streams + lane) < size) good = good && counts[streams + lane] == 0;
       const bool active = lane < tile.count;
@@ -351,7 +351,8 @@ class Chain {
     const auto* const channel = reinterpret_cast<const cuda::Four*>(layer.channels) +
                                 (uint64_t(tile.region) * layer.columns + column) * 2;
     const int* const product = reinterpret_cast<const int*>(job.products) +
-                               (uint64_t(tile_number) * layer.columns + column) * kTileTokens + lane;
+                               (uint64_t(tile_number) * layer.columns + column) * kTileTokens +
+                               lane;
     const uint64_t entry = uint64_t(unsigned(t.known ? t.entry : 0)) * layer.columns + column;
 #pragma unroll
     for (unsigned i = 0; i < 2; ++i) {
@@ -388,9 +389,10 @@ class Chain {
   KVZIP_DEVICE void expect(const DeviceChannel& c, int m, Expected& e) const {
     e.m = m;
     e.unit = c.unit;
-    e.cell = (layer.shape_count <= kSharedShapes ? memory.cells
-                                                 : reinterpret_cast<const DeviceCell*>(layer.cells)) +
-             c.shape * kCells;
+    e.cell =
+        (layer.shape_count <= kSharedShapes ? memory.cells
+                                            : reinterpret_cast<const DeviceCell*>(layer.cells)) +
+        c.shape * kCells;
     e.guesses = (layer.shape_count <= kSharedShapes
                      ? memory.guesses
                      : reinterpret_cast<const unsigned char*>(layer.guesses)) +
@@ -403,9 +405,9 @@ class Chain {
     const int64_t at = t.number + int64_t(head) * part.head_stride + d;
     const uint64_t address = part.numbers + uint64_t(at) * settings.bytes;
     if (!job.counts) {
-      const unsigned bits =
-          settings.bytes == 1   ? *reinterpret_cast<const uint8_t*>(address)
-          : settings.bytes == 2 ? *reinterpret_cast<const uint16_t*>(address)
+      const unsigned bits = settings.bytes == 1 ? *reinterpret_cast<const uint8_t*>(address)
+                            : settings.bytes == 2
+                                ? *reinterpret_cast<const uint16_t*>(address)
                                 : *reinterpret_cast<const uint32_t*>(address) >> 16;
       return Grid::interval(Grid::place_of(bits), e);
     }
@@ -569,12 +571,12 @@ KVZIP_DEVICE void chain_tiles(const RangeJob* jobs, uint32_t count, const Device
   Chain<Grid>(jobs[number], parts, flags, settings, tile).run();
 }
 
-#define KVZIP_CHAIN(name, E, M)                                                                  \
-  KVZIP_KERNEL(512, 1)                                                                           \
-  predictive_chain_##name(const RangeJob* jobs, uint32_t count, const DevicePart* parts,         \
-                          uint32_t* flags, uint32_t blocks, uint32_t warps, uint32_t bytes,      \
-                          uint32_t shared) {                                                     \
-    chain_tiles<Grid<E, M>>(jobs, count, parts, flags, {blocks, warps, bytes, shared});          \
+#define KVZIP_CHAIN(name, E, M)                                                             \
+  KVZIP_KERNEL(512, 1)                                                                      \
+  predictive_chain_##name(const RangeJob* jobs, uint32_t count, const DevicePart* parts,    \
+                          uint32_t* flags, uint32_t blocks, uint32_t warps, uint32_t bytes, \
+                          uint32_t shared) {                                                \
+    chain_tiles<Grid<E, M>>(jobs, count, parts, flags, {blocks, warps, bytes, shared});     \
   }
 KVZIP_CHAIN(bf16, 8, 7)
 KVZIP_CHAIN(fp16, 5, 10)

@@ -311,8 +311,8 @@ def _entries_of(context: Context, count: int) -> NDArray[np.int32]:
 def _channel_on_device(
     work: Any, blocks: NDArray[Any], found: Mapping[int, tuple[memoryview, Context]]
 ) -> None:
-    """Have blocks decoded on a device that `channel` coded; `found` has their tables and contexts by
-    their rows. Raises CorruptError."""
+    """Have blocks decoded on a device that `channel` coded; `found` has their tables and contexts
+    by their rows. Raises CorruptError."""
     channel, contexts = ChannelCodec(), {}
     for block in blocks:
         data, context = found[int(block["row"])]

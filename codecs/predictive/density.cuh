@@ -49,7 +49,10 @@ inline int as_bits(float v) {
 }
 // As a GPU cuts off: what is too great is the greatest, what is no number is 0.
 inline int to_int(float v) {
-  return v >= 2147483648.0f ? 0x7FFFFFFF : v <= -2147483648.0f ? int(0x80000000u) : v == v ? int(v) : 0;
+  return v >= 2147483648.0f    ? 0x7FFFFFFF
+         : v <= -2147483648.0f ? int(0x80000000u)
+         : v == v              ? int(v)
+                               : 0;
 }
 inline float about(float a, float b) { return a / b; }
 #endif

@@ -34,21 +34,22 @@ struct DeviceInput {
 
 // One layer of a profile.
 struct DeviceLayer {
-  uint64_t channels;   // DeviceChannel [regions][columns]
-  uint64_t places;     // uint32 [columns] the head, 16 bits, above the number within it
-  uint64_t weight;     // [regions][columns / 16][inputs / 64][2][32 threads] 16 bytes, products.cuh
-  uint64_t far[2];     // of keys and values: [regions][far_steps][32 threads] 8 bytes, chain.cuh
+  uint64_t channels;  // DeviceChannel [regions][columns]
+  uint64_t places;    // uint32 [columns] the head, 16 bits, above the number within it
+  uint64_t weight;    // [regions][columns / 16][inputs / 64][2][32 threads] 16 bytes, products.cuh
+  uint64_t far[2];    // of keys and values: [regions][far_steps][32 threads] 8 bytes, chain.cuh
   uint64_t far_start[2];  // uint32 [groups + 1] in steps
   uint64_t near[2];       // [regions][groups][group][near_words] 4 bytes
-  uint64_t pair_tables;   // int32 [2 * regions][pairs][3][32]: inverse of the first, the second, slope
-  uint64_t step;          // uint64 [pairs of a head]
-  uint64_t table;         // of tokens: int16 or int8 [table_rows][columns]
-  uint64_t centre;        // int8 [regions][inputs], for more than one region
-  uint64_t centre_bias;   // int32 [regions]
-  uint64_t inputs;        // DeviceInput [input_count]
-  uint64_t sine;          // int16 [4096]
-  uint64_t cells;         // DeviceCell [shape_count][64]
-  uint64_t guesses;       // uint8 [shape_count][512], density.cuh
+  uint64_t
+      pair_tables;  // int32 [2 * regions][pairs][3][32]: inverse of the first, the second, slope
+  uint64_t step;    // uint64 [pairs of a head]
+  uint64_t table;   // of tokens: int16 or int8 [table_rows][columns]
+  uint64_t centre;  // int8 [regions][inputs], for more than one region
+  uint64_t centre_bias;  // int32 [regions]
+  uint64_t inputs;       // DeviceInput [input_count]
+  uint64_t sine;         // int16 [4096]
+  uint64_t cells;        // DeviceCell [shape_count][64]
+  uint64_t guesses;      // uint8 [shape_count][512], density.cuh
   uint32_t far_steps[2];
   uint32_t channel_count[2], first_column[2], heads[2], dim[2];
   uint32_t columns, regions, pairs;  // pairs of a head
@@ -79,11 +80,11 @@ struct RangeJob {
   uint64_t regions;   // uint8 [tokens]
   uint64_t at;        // uint32 [tokens] in their coding order; 0: as they come
   uint64_t tiles;     // uint32 [4], of which the first says how many there are; DeviceTile [...]
-  uint64_t first_states;  // in the block, of the range's first coded block; else 0
-  uint64_t low;           // the lower halves of numbers of 32 bits, in the block
-  uint64_t counts;        // the counts of words, in the block; 0: numbers are there already
-  uint64_t bytes;         // of counts and words
-  uint64_t position;      // of the first token
+  uint64_t first_states;        // in the block, of the range's first coded block; else 0
+  uint64_t low;                 // the lower halves of numbers of 32 bits, in the block
+  uint64_t counts;              // the counts of words, in the block; 0: numbers are there already
+  uint64_t bytes;               // of counts and words
+  uint64_t position;            // of the first token
   uint32_t tokens, row_tokens;  // of all rows of the batch, of one
   uint32_t part;                // index of its DevicePart
   uint32_t first_token;         // of the block, counted in the part

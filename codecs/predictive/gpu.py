@@ -140,7 +140,7 @@ class _Step:
         batch, heads, dim = self.work.shape(int(block["part"]))
         numbers = batch * heads * tokens * dim
         data = bytes_at(int(block["host"]), int(block["length"]))
-        if len(data) < _HEADER or any(data[1:_HEADER]) and data[0] != _CHANNEL:
+        if len(data) < _HEADER or (any(data[1:_HEADER]) and data[0] != _CHANNEL):
             raise CorruptError("a block of unknown kind")
         end = context.start + tokens
         before = self._followed(end, (batch, tokens), context)

@@ -217,7 +217,11 @@ class _Upload:
             for first, count in ((0, mine.keys), (mine.values, mine.channels - mine.keys))
         ]
         for n, part in enumerate(parts):
-            arrays |= {f"far{n}": part.far(), f"far_start{n}": part.starts(), f"near{n}": part.near()}
+            arrays |= {
+                f"far{n}": part.far(),
+                f"far_start{n}": part.starts(),
+                f"near{n}": part.near(),
+            }
         found: dict[str, Any] = self._put(arrays)
         for name in ("far", "far_start", "near"):
             found[name] = [found.pop(f"{name}{n}") for n in range(2)]

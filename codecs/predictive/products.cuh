@@ -6,9 +6,9 @@
 
 namespace kvzip::predictive {
 
-constexpr unsigned kProductWarps = 4;       // of a block; each does a tile
-constexpr unsigned kProductColumns = 64;    // of a block
-constexpr unsigned kProductInputs = 64;     // of a step: two products of matrices
+constexpr unsigned kProductWarps = 4;     // of a block; each does a tile
+constexpr unsigned kProductColumns = 64;  // of a block
+constexpr unsigned kProductInputs = 64;   // of a step: two products of matrices
 
 // The weights of a region lie as threads take them: for 16 columns and a step of 64 inputs twice 16
 // bytes a thread, the operand `a` of multiply_add. Thread (g, q) holds inputs 16 q + 8 i ... of the
@@ -47,7 +47,8 @@ KVZIP_DEVICE void multiply_tile(const RangeJob& job, const DeviceLayer& layer, u
       for (unsigned half = 0; half < 2; ++half)
 #pragma unroll
         for (unsigned r = 0; r < kRows; ++r) {
-          const cuda::Four w = cuda::constant(weights + r * apart + (2 * step + half) * cuda::kWarp);
+          const cuda::Four w =
+              cuda::constant(weights + r * apart + (2 * step + half) * cuda::kWarp);
 #pragma unroll
           for (unsigned t = 0; t < kTokens; ++t)
             cuda::multiply_add(sums[r][t], w.v, x[t].v[2 * half], x[t].v[2 * half + 1]);

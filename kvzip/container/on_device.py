@@ -202,7 +202,7 @@ class DeviceDecoding:
             fill = partial(self._fill_with_blocks, rows=rows, numbers=numbers, group=group)
             work = self._filled(slot, size, results.address, fill)
             group.scratch.update(self._scratch)
-            # Of blocks that need each other all are in one stream, so that they come in their order.
+            # Blocks that need each other are in one stream, so that they come in their order.
             work.start(upload, runs[n % len(runs) if self._alone else 0])
             at += len(rows)
             if progress is not None:
@@ -510,9 +510,7 @@ def decode(
             pairs = [(None, None)] * len(request.layers)
             targets = paged_targets(device, blocks.form, cuts, out, pages)
         check_apart(targets)
-        decoding = DeviceDecoding(
-            blocks, request, device, targets, stream, decode_on_cpu, groups
-        )
+        decoding = DeviceDecoding(blocks, request, device, targets, stream, decode_on_cpu, groups)
         decoding.run(progress)
     layers = [DeviceLayer(k, v, cuts[i]) for i, (k, v) in zip(request.layers, pairs, strict=True)]
     ids, origin = blocks.ids_up_to(cuts.values()), blocks.header.origin

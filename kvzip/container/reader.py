@@ -274,9 +274,7 @@ class Reader:
 
         request = self._request(layers, tokens)
 
-        def decode_on_cpu(
-            some: Sequence[int], arrays: Sequence[tuple[Any, Any]] | None
-        ) -> None:
+        def decode_on_cpu(some: Sequence[int], arrays: Sequence[tuple[Any, Any]] | None) -> None:
             self.decode(arrays, some, tokens, threads)
 
         with naming(self._source):
