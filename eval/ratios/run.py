@@ -87,7 +87,7 @@ def run(
     step(f"loading {model}")
     loaded = load_model(model, capture.computed_in(dtype), device)
     protocol = Protocol(texts, work, tokens, {"train": train, "test": test}, dtype)
-    files, captured = protocol.capture(loaded, like, step)
+    files, captured = protocol.captured(loaded, like, step)
     learning = [found.path for found in captured if found.row.split == "train"]
     profiles = _learn(chosen, learning, work, step)
     rows = measure(chosen, [c for c in captured if c.row.split == "test"], profiles, step)
@@ -129,7 +129,7 @@ class Protocol:
     full_history: bool = False
     """Whether sliding layers are kept whole."""
 
-    def capture(
+    def captured(
         self, loaded: LoadedModel, like: RatiosResult | None = None, step: Step = _silent
     ) -> tuple[list[TextFile], list[Captured]]:
         """The texts, and every document's cache. What is captured already is kept.

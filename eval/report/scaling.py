@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from kvzip.eval.report import svg
 from kvzip.eval.report.pictures import standalone
-from kvzip.eval.results.scaling import Extrapolation, ScaledModel, ScalingPoint, ScalingResult
+from kvzip.eval.results.scaling import Extrapolation, ScaledModel, ScalingResult
+from kvzip.eval.scaling.extrapolate import smallest_profiles
 
 _SIZE = (760, 380)
 
@@ -17,7 +18,7 @@ def scaling_file(result: ScalingResult) -> str:
         [tokens_svg(result), profile_svg(result)],
         [
             "Bits against what was learned from: each model's smallest profile",
-            "Bits against the profile's size: each model's largest training set",
+            "Bits against the profile's size: channel, then predictive, largest training set",
         ],
     )
 
@@ -27,22 +28,17 @@ def tokens_svg(result: ScalingResult, name: str = "scaling-tokens") -> str:
     the target was not measured, a band says where a further model lies in half of all cases."""
     curves = []
     for model, label, style in _named(result):
-        points = _predictive(model)
-        counts = sorted({p.train_tokens for p in points})
-        least = [
-            min((p for p in points if p.train_tokens == n), key=lambda p: p.profile_bytes)
-            for n in counts
-        ]
+        least = smallest_profiles(model)
         places = [(float(p.train_tokens), p.bits_per_value) for p in least]
         curves.append(svg.Curve(label, label, style, places))
     marks = _marks(curves)
     if result.extrapolations:
         curves.append(_extrapolated(result.extrapolations, result.target.name))
-    counts = [x for curve in curves for x, _ in curve.places]
+    learned = [x for curve in curves for x, _ in curve.places]
     x = svg.log_axis(
         "tokens that were learned from",
-        min(counts) / 1.2,
-        max(counts) * 1.2,
+        min(learned) / 1.2,
+        max(learned) * 1.2,
         lambda tokens: f"{tokens:,.0f}",
     )
     return _drawn(name, "Bits a number against training tokens", x, curves, marks)
@@ -50,14 +46,14 @@ def tokens_svg(result: ScalingResult, name: str = "scaling-tokens") -> str:
 
 def profile_svg(result: ScalingResult, name: str = "scaling-profile") -> str:
     """Bits a number against the profile's bytes as a share of the model's matrices, a line for each
-    model, learned from its largest training set."""
+    model, learned from its largest training set: first `channel`, then `predictive`."""
     curves = []
     for model, label, style in _named(result):
-        points = _predictive(model)
-        most = max(p.train_tokens for p in points)
+        learned = [p for p in model.points if p.profile_bytes]
+        most = max(p.train_tokens for p in learned)
         places = [
             (p.profile_bytes / model.shape.matrix_bytes, p.bits_per_value)
-            for p in points
+            for p in learned
             if p.train_tokens == most
         ]
         curves.append(svg.Curve(label, label, style, sorted(places)))
@@ -71,13 +67,9 @@ def profile_svg(result: ScalingResult, name: str = "scaling-profile") -> str:
     return _drawn(name, "Bits a number against the profile's size", x, curves, _marks(curves))
 
 
-def _predictive(model: ScaledModel) -> list[ScalingPoint]:
-    return [point for point in model.points if point.codec == "predictive"]
-
-
 def _named(result: ScalingResult) -> list[tuple[ScaledModel, str, str]]:
     """The models that have points of `predictive`, each with a name and a style of its own."""
-    able, found = [m for m in result.models if _predictive(m)], []
+    able, found = [m for m in result.models if smallest_profiles(m)], []
     for i, model in enumerate(able):
         name = model.shape.name.rpartition("/")[2].removeprefix("pkg:")
         label = f"{name}, {model.source}" if model.source else name

@@ -100,17 +100,20 @@ class ScaledModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Gain(msgspec.Struct, frozen=True, kw_only=True):
-    """What more of something saved on one model: bits a number = constant - tokens * log2(training
-    tokens) - profile * log2(profile's bytes), by least squares over its points of `predictive`."""
+    """What more of something saved on one model, with `predictive`: slopes of bits a number, by
+    least squares."""
 
     model: str
-    points: int
-    tokens: float
-    """Bits that twice the training tokens save."""
-    profile: float
-    """Bits that twice the profile's bytes save."""
-    error: float
-    """The root of the mean square of what the points miss the formula by."""
+    tokens: float | None
+    """Bits that twice the training tokens save, with the smallest profile at each number of tokens
+    (whose tables of tokens grow with them); None where there is one number only."""
+    tokens_range: tuple[int, int]
+    """The numbers of training tokens that it is from."""
+    profile: float | None
+    """Bits that twice the profile's bytes save, of the largest training set; None where there is
+    one size only."""
+    profile_range: tuple[int, int]
+    """The sizes that it is from, in bytes."""
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):

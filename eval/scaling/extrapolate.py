@@ -12,8 +12,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from kvzip.eval.results.scaling import Extrapolation, Gain, Line, ScaledModel, ScalingPoint, Shape
 
 QWEN3_4B = Shape(
@@ -51,27 +49,45 @@ def _predictive(model: ScaledModel) -> list[ScalingPoint]:
     return [point for point in model.points if point.codec == "predictive"]
 
 
+def smallest_profiles(model: ScaledModel) -> list[ScalingPoint]:
+    """The point with the smallest profile at each number of training tokens, the fewest first."""
+    by_tokens: dict[int, list[ScalingPoint]] = {}
+    for point in _predictive(model):
+        by_tokens.setdefault(point.train_tokens, []).append(point)
+    return [min(by_tokens[n], key=lambda p: p.profile_bytes) for n in sorted(by_tokens)]
+
+
 def gains(models: Sequence[ScaledModel]) -> list[Gain]:
-    """What twice the tokens and twice the profile saved, of each model with enough points."""
+    """What twice the tokens and twice the profile saved, of each model that says either."""
     found = []
     for model in models:
-        points = _predictive(model)
-        columns = [[1, -math.log2(p.train_tokens), -math.log2(p.profile_bytes)] for p in points]
-        if len(points) < 4 or np.linalg.matrix_rank(columns) < 3:
+        least = smallest_profiles(model)
+        if not least:
             continue
-        bits = np.array([p.bits_per_value for p in points])
-        solved = np.linalg.lstsq(np.array(columns), bits, rcond=None)[0]
-        error = float(np.sqrt(np.mean((np.array(columns) @ solved - bits) ** 2)))
-        found.append(
-            Gain(
-                model=model.shape.name,
-                points=len(points),
-                tokens=float(solved[1]),
-                profile=float(solved[2]),
-                error=error,
+        most = least[-1].train_tokens
+        sizes = [p for p in _predictive(model) if p.train_tokens == most]
+        tokens = _saved([(p.train_tokens, p.bits_per_value) for p in least])
+        profile = _saved([(p.profile_bytes, p.bits_per_value) for p in sizes])
+        if tokens is not None or profile is not None:
+            by_size = [p.profile_bytes for p in sizes]
+            found.append(
+                Gain(
+                    model=model.shape.name,
+                    tokens=tokens,
+                    tokens_range=(least[0].train_tokens, most),
+                    profile=profile,
+                    profile_range=(min(by_size), max(by_size)),
+                )
             )
-        )
     return found
+
+
+def _saved(points: Sequence[tuple[int, float]]) -> float | None:
+    """Bits that a doubling saves; None where there is nothing to compare."""
+    if len({size for size, _ in points}) < 2:
+        return None
+    logs = [math.log2(size) for size, _ in points]
+    return -statistics.linear_regression(logs, [bits for _, bits in points]).slope
 
 
 def extrapolations(models: Sequence[ScaledModel], target: Shape) -> list[Extrapolation]:
@@ -80,17 +96,18 @@ def extrapolations(models: Sequence[ScaledModel], target: Shape) -> list[Extrapo
     if measured(models, target) is not None:
         return []
     able = [m for m in models if m.dtype == models[0].dtype and _predictive(m)]
-    tokens = sorted({p.train_tokens for m in able for p in _predictive(m)})
-    found = []
-    for count in tokens:
-        smallest = {}
-        for model in able:
-            here = [p for p in _predictive(model) if p.train_tokens == count]
-            if here and model.shape.name not in smallest:
-                smallest[model.shape.name] = model, min(here, key=lambda p: p.profile_bytes)
-        if len(smallest) > 1:
-            found.append(_extrapolation(count, list(smallest.values()), target))
-    return found
+    by_tokens: dict[int, dict[str, tuple[ScaledModel, ScalingPoint]]] = {}
+    for model in able:
+        for point in smallest_profiles(model):
+            # Of a model that is there twice, the first counts.
+            by_tokens.setdefault(point.train_tokens, {}).setdefault(
+                model.shape.name, (model, point)
+            )
+    return [
+        _extrapolation(count, list(of.values()), target)
+        for count, of in sorted(by_tokens.items())
+        if len(of) > 1
+    ]
 
 
 def _extrapolation(

@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -123,7 +124,7 @@ def _of_model(ref: str, texts: Sequence[Text], work: Path, plan: Plan, step: Ste
         plan.dtype,
         full_history=True,
     )
-    files, captured = protocol.capture(loaded, step=step)
+    files, captured = protocol.captured(loaded, step=step)
     first = Snapshot.load(captured[0].path)
     shape = _shape(loaded, first)
     del loaded
@@ -169,7 +170,7 @@ class _Measuring:
                 one for one in self.captured if one.row.split == "train" and one.row.number < count
             ]
             paths = [one.path for one in train]
-            yield self._point("channel", train, lambda p=paths: Profile.fit(p, codec="channel"))
+            yield self._point("channel", train, partial(Profile.fit, paths, codec="channel"))
             yield from self._predictive(plan, count, train)
 
     def _predictive(

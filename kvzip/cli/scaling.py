@@ -143,10 +143,14 @@ def _show(found: ScalingResult) -> None:
             table.add_row(p.codec, *learned, regions, f"{p.bits_per_value:.2f}", f"{p.ratio:.2f}")
         show_table(table)
     for gain in found.gains:
-        say(
-            f"{gain.model}: twice the tokens save {gain.tokens:.2f} bits, twice the profile "
-            f"{gain.profile:.2f} (from {gain.points} points, missed by {gain.error:.3f})"
-        )
+        if gain.tokens is not None:
+            low, high = gain.tokens_range
+            of = f"{low:,} to {high:,} tokens"
+            say(f"{gain.model}, {of}: twice the tokens save {gain.tokens:.2f} bits a number")
+        if gain.profile is not None:
+            low, high = gain.profile_range
+            of = f"{low / 1e6:.0f} to {high / 1e6:.0f} MB"
+            say(f"{gain.model}, {of}: twice the profile saves {gain.profile:.2f} bits a number")
     for one in found.extrapolations[-1:]:
         _show_extrapolation(one, found.target.name)
 
