@@ -12,14 +12,16 @@ AS_HERE := --disable-pip-version-check --no-build-isolation
 DEMO := $(VENV)/.demo
 TEST := $(VENV)/.test
 READY := $(VENV)/.dev
+DOCS := $(VENV)/.docs
 WITHIN_demo := demo
 WITHIN_test := demo test
 WITHIN_dev := demo test dev
+WITHIN_docs := docs
 
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format bench figures links traffic redraw measured qwen3-4b clean
+.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs bench figures links traffic redraw measured qwen3-4b clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -89,6 +91,12 @@ $(VLLM)/.ready: constraints.txt
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# The documentation as a site, in build/docs; a broken link or a public name without a docstring is an error.
+docs: $(DOCS)
+	$(LAY_OUT)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/docs/index.html; to look at it: $(BIN)/python -m http.server -d build/docs"
+
 # Two peers stay out of the extras (docs/benchmarks.md); without them they are named as missing.
 BENCH := build/bench
 bench: $(READY)
@@ -153,6 +161,7 @@ measured: $(READY)
 # kvzip; nothing is compiled for them. Python's -S leaves out the .pth file of an editable install,
 # which would give import-linter the folders of this repository instead.
 INSTALLED := build/installed
+LAY_OUT = rm -rf $(INSTALLED) && $(BIN)/pip install $(AS_HERE) --quiet --no-deps -C wheel.cmake=false --target $(INSTALLED) .
 CXX_FILES := $(wildcard codecs/*/*.[ch]pp codecs/*/*.cuh codecs/*/*/*.hpp codecs/*/*/*.cuh tests/native/*.[ch]pp tests/native/*/*.h tests/gpu/*.cpp)
 # clang-tidy (.clang-tidy) looks at what needs neither Python's headers nor an instruction set's own; templates
 # that kernels share are looked at with those of plain C++. Two at a time.
@@ -163,8 +172,7 @@ lint: TIDY_OPTIONS := --checks=-clang-analyzer-*
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(INSTALLED)
-	$(BIN)/pip install $(AS_HERE) --quiet --no-deps -C wheel.cmake=false --target $(INSTALLED) .
+	$(LAY_OUT)
 	cd $(INSTALLED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy -p kvzip -p pytest_kvzip
 	cd $(INSTALLED) && PYTHONPATH=$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 	  $(abspath $(BIN))/python -S $(abspath $(BIN))/lint-imports --no-logo $(CURDIR)/pyproject.toml
@@ -184,7 +192,7 @@ clean:
 	rm -rf build dist demo $(VENV)
 
 # The codecs are compiled while all else is fetched and installed, kvzip without them; then kvzip as it lies here.
-$(DEMO) $(TEST) $(READY): $(VENV)/.%: $(NATIVE)
+$(DEMO) $(TEST) $(READY) $(DOCS): $(VENV)/.%: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing kvzip[$*] into $(VENV) and compiling the codecs: some minutes the first time"
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt $(BUILD)

