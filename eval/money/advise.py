@@ -28,6 +28,8 @@ from kvzip.choice.cost import (
     break_even_egress,
     device_cost,
     fit_prefill,
+    load_cost,
+    load_seconds,
     number,
     options,
     pipeline_fill,
@@ -39,6 +41,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval.money.breakeven import Use
 from kvzip.eval.money.families import document_bytes, prefill_of
 from kvzip.eval.money.prices import Price, PriceBase, PriceBook, Shape
+from kvzip.eval.money.profiles import ProfileCost, with_profiles
 from kvzip.eval.money.ratios import ratio_basis, same_model
 from kvzip.eval.money.room import Room, room
 from kvzip.eval.quantities import confidence, dollars, duration, rate, significant
@@ -97,14 +100,18 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     """Computing the first layers while loading the others with the fastest codec."""
     room: Room
     """What a store keeps with each codec."""
+    profiles: list[ProfileCost]
+    """What codecs that need one have beside the document."""
     options: list[Option]
     basis: list[str]
     """Where each figure comes from."""
 
     def lines(self) -> list[str]:
-        """Four lines: time, money, room, and what they rest on."""
+        """Four lines: time, money, room, profiles among it, and what they rest on."""
+        named = (self.seconds.best, self.dollars.best, self.room.kept[-1].codec)
+        profiles = [f" {p.line()}" for p in self.profiles if p.codec in named]
         rests = "Rests on: " + "; ".join(self.basis) + "."
-        return [_time_line(self), _money_line(self), self.room.line(), rests]
+        return [_time_line(self), _money_line(self), self.room.line() + "".join(profiles), rests]
 
 
 def advise(
@@ -150,6 +157,7 @@ def advise(
     prefill = model_of.seconds(tokens)
     on_gpu = book.decoder if book is not None and on_device else {}
     figures = _figures(inputs, dtype, tokens, codecs, threads, on_gpu, shape.gpus)
+    figures = with_profiles(figures, shape, inputs)
     month = base.storage.value if base.storage else 0.0
     prefill_usd, priced = _prefill_usd(shape, tokens, prefill, base, book)
     situation = Situation(
@@ -177,6 +185,18 @@ def advise(
         dollars=_choice("dollars", situation, figures, found, draws),
         split=_split(situation, figures, found, prefill),
         room=room(store_bytes, raw_bytes, token_bytes, figures, trace),
+        profiles=[
+            ProfileCost(
+                f.name,
+                f.profile_bytes,
+                copies=shape.gpus if f.name in on_gpu else 1,
+                on_device=f.name in on_gpu,
+                seconds=load_seconds(f.profile_bytes, 1.0, bandwidth, latency=latency),
+                dollars=load_cost(f.profile_bytes, base.egress.value),
+            )
+            for f in figures
+            if f.profile_bytes
+        ],
         options=found,
         basis=[
             how,

@@ -356,7 +356,8 @@ def bill(fleet: Fleet, counts: Counts, way: Way, codec: CodecFigures | None = No
     """Dollars, bytes and seconds of one way.
 
     A prefill costs its price, or its seconds on the device; every other second is the device's. A
-    write is one prefill, then the store keeps the newest version of each document for all hours.
+    write is one prefill, then the store keeps the newest version of each document for all hours,
+    and the codec's profile, which each node fetches once.
     Raises KVZipError for a way but "prefill" without a codec ("raw" is one).
     """
     once = (
@@ -376,9 +377,10 @@ def bill(fleet: Fleet, counts: Counts, way: Way, codec: CodecFigures | None = No
     reuse = counts.reads * fleet.reuse_seconds
     prefills = counts.misses if way == "nodes-only" else counts.writes
     compute = prefills * once + device_cost(reuse + decode, fleet.device_usd_per_hour)
-    from_store = 0.0 if way == "nodes-only" else counts.misses * encoded
+    profiles = fleet.regions * fleet.nodes_per_region * codec.profile_bytes
+    from_store = 0.0 if way == "nodes-only" else counts.misses * encoded + profiles
     network = load_cost(from_store, fleet.egress if way == "egress" else fleet.internal)
-    stored = 0.0 if way == "nodes-only" else fleet.documents * encoded
+    stored = 0.0 if way == "nodes-only" else fleet.documents * encoded + codec.profile_bytes
     storage = load_cost(stored, fleet.storage * fleet.hours / MONTH_HOURS)
     asked = None
     if way != "egress" and fleet.cached_usd is not None:
@@ -400,10 +402,14 @@ def bill(fleet: Fleet, counts: Counts, way: Way, codec: CodecFigures | None = No
 
 
 def bills(fleet: Fleet, codecs: list[CodecFigures]) -> list[tuple[Counts, Bill]]:
-    """Every way with every codec, cheapest first; a better ratio lets more documents fit."""
+    """Every way with every codec, cheapest first; a better ratio lets more documents fit, into what
+    a codec's profile leaves of a node."""
     if not codecs:
         raise KVZipError("a fleet needs at least one codec; raw is one")
-    counts = {codec.name: count(fleet, codec.ratio) for codec in codecs}
+    counts = {}
+    for codec in codecs:
+        left = max(fleet.node_bytes - codec.profile_bytes, 0.0)
+        counts[codec.name] = count(msgspec.structs.replace(fleet, node_bytes=left), codec.ratio)
     any_counts = counts[codecs[0].name]
     found = [(any_counts, bill(fleet, any_counts, "prefill"))]
     found += [

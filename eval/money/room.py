@@ -70,23 +70,27 @@ def room(
 ) -> Room:
     """What a store of so many bytes keeps of caches of `raw_bytes`, and finds of a trace's blocks.
 
-    Raises KVZipError for sizes that are not above zero.
+    A codec's profile lies in the store, too, once. Raises KVZipError for sizes that are not above
+    zero.
     """
     number("store", store_bytes, zero=False)
     by_ratio = sorted(codecs, key=lambda codec: codec.ratio)
     if any(codec.name == "raw" for codec in by_ratio):  # a file of raw bytes has a header
         by_ratio.sort(key=lambda codec: codec.name != "raw")
     rates: list[float | None] = [None] * len(by_ratio)
+    left = [max(store_bytes - codec.profile_bytes, 0.0) for codec in by_ratio]
     if trace is not None:
-        blocks = store_bytes / (bytes_per_token * BLOCK_TOKENS)
-        found = capacities([blocks], [codec.ratio for codec in by_ratio], needed_capacity(trace))
-        rates = [capacity.hit_rate for capacity in found]
+        needed, block = needed_capacity(trace), bytes_per_token * BLOCK_TOKENS
+        rates = [
+            capacities([size / block], [codec.ratio], needed)[0].hit_rate if size else 0.0
+            for size, codec in zip(left, by_ratio, strict=True)
+        ]
     return Room(
         store_bytes,
         None if trace is None else trace.name,
         [
-            Kept(codec.name, codec.ratio, store_bytes * codec.ratio / raw_bytes, rate)
-            for codec, rate in zip(by_ratio, rates, strict=True)
+            Kept(codec.name, codec.ratio, size * codec.ratio / raw_bytes, rate)
+            for codec, size, rate in zip(by_ratio, left, rates, strict=True)
         ],
     )
 

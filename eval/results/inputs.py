@@ -26,10 +26,14 @@ class CodecRow(msgspec.Struct, frozen=True):
     encode_gbps: float
     decode_gbps: float
     exact: bool
+    profile_bytes: int | None = None
+    """In memory, of the profile that it was measured with; None where there was none, or where it
+    was not noted."""
 
     @property
     def figures(self) -> CodecFigures:
-        return CodecFigures(self.codec, self.ratio, 1e9 * self.decode_gbps)
+        rate = 1e9 * self.decode_gbps
+        return CodecFigures(self.codec, self.ratio, rate, float(self.profile_bytes or 0))
 
 
 class Missing(msgspec.Struct, frozen=True):

@@ -142,6 +142,7 @@ def _codec_rows(
                 found.encode_gbps,
                 found.decode_gbps,
                 found.exact,
+                None if own is None else own.unpacked_bytes,
             )
         )
     return rows

@@ -11,10 +11,10 @@ import msgspec
 
 from kvzip import dtypes
 from kvzip.choice.cost import number
-from kvzip.codec import get_codec
 from kvzip.errors import UsageError
 from kvzip.eval.money.advise import prefill_model
 from kvzip.eval.money.prices import PriceBase, PriceBook, Shape, pick
+from kvzip.eval.money.profiles import profile_bytes
 from kvzip.eval.money.ratios import OTHER, same_model
 from kvzip.eval.results.inputs import CodecRow, Inputs
 from kvzip.eval.results.traffic import Basis, Input
@@ -83,7 +83,7 @@ def setting(
         Input("prefill, b", prefill.b, "s/token^2", "modelled", how),
         *_machine_inputs(fleet, shape, dtype, base, book, "given" if gpus else "assumed"),
     ]
-    uses = [_use(row, shape, decode, book) for row in rows]
+    uses = [_use(row, shape, inputs, decode, book) for row in rows]
     for use, row in zip(uses, rows, strict=True):
         found += _codec_inputs(use, row, inputs, same_model(shape, inputs), book)
     return Setting(fleet.check(), [use.check() for use in uses], found)
@@ -121,7 +121,7 @@ def _measured(inputs: Inputs, dtype: str, codecs: Sequence[str] | None) -> list[
     return [pick("measured codec", known, name) for name in codecs or known]
 
 
-def _use(row: CodecRow, shape: Shape, decode: str, book: PriceBook) -> CodecUse:
+def _use(row: CodecRow, shape: Shape, inputs: Inputs, decode: str, book: PriceBook) -> CodecUse:
     on_device = decode == "device" and row.codec in book.decoder
     rate = book.decoder[row.codec].value if on_device else row.decode_gbps
     if decode not in ("host", "device"):
@@ -132,17 +132,8 @@ def _use(row: CodecRow, shape: Shape, decode: str, book: PriceBook) -> CodecUse:
         decoder="device" if on_device else "host",
         decode_rate=1e9 * rate * (shape.gpus if on_device else 1),
         encode_rate=1e9 * row.encode_gbps,
-        profile_bytes=profile_bytes(row.codec, shape),
+        profile_bytes=profile_bytes(row.codec, shape, inputs),
     )
-
-
-def profile_bytes(codec: str, shape: Shape) -> float:
-    """Bytes of a codec's profile for a model of that shape; 0 of a codec that needs none. A model:
-    the weights of one region, ``layers * 4 * n^2`` with n numbers a layer and token, as
-    codecs/predictive/spec.md has them; more regions are as many times that."""
-    if not get_codec(codec).needs_profile:
-        return 0.0
-    return float(shape.layers * 4 * (shape.numbers_per_token / shape.layers) ** 2)
 
 
 def _codec_inputs(
@@ -173,7 +164,8 @@ def _codec_inputs(
                 use.profile_bytes,
                 "bytes",
                 "modelled",
-                "layers * 4 * (numbers a layer and token)^2, codecs/predictive/spec.md",
+                "layers * 4 * (numbers a layer and token)^2, codecs/predictive/spec.md"
+                + (", as many times as it was measured with" if row.profile_bytes else ""),
             )
         )
     return found

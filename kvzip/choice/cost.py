@@ -404,6 +404,9 @@ class CodecFigures(msgspec.Struct, frozen=True):
     ratio: float
     decode_rate: float
     """Raw bytes per second."""
+    profile_bytes: float = 0.0
+    """Of the profile that it needs: in a store once for all documents of a model, and in the memory
+    of whoever decodes."""
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):

@@ -254,6 +254,7 @@ def _presets(
     from kvzip.eval.money import fleet as fleets
     from kvzip.eval.money.fleet_presets import MODEL, presets
     from kvzip.eval.money.prices import load_prices, pick
+    from kvzip.eval.money.profiles import with_profiles
     from kvzip.eval.money.ratios import ratio_basis, same_model
     from kvzip.eval.results.inputs import Inputs
     from kvzip.eval.results.stored import load
@@ -263,7 +264,8 @@ def _presets(
     if config is not None:
         chosen = fleets.changed(chosen, config)
     measured = load(inputs or MEASURED, Inputs)
-    known = {f.name: f for f in measured.figures(dtype, 1e9)}
+    figures = with_profiles(measured.figures(dtype, 1e9), book.model[MODEL], measured)
+    known = {f.name: f for f in figures}
     found = fleets.bills(
         chosen, [pick("measured codec", known, name) for name in split_specs(codecs)]
     )

@@ -94,7 +94,7 @@ class Finder:
                 errors.append(error)
             else:
                 searches += [self._searches.submit(search, name) for name in known]
-        errors += [error for each in searches if (error := each.exception()) is not None]
+        errors += [e for each in searches if (e := each.exception()) is not None]
         matches = [match for each in searches if not each.exception() and (match := each.result())]
         best = max(matches, key=lambda match: match.tokens, default=None) if not errors else None
         for match in matches:

@@ -410,7 +410,7 @@ class Store:
             limit_bytes = integer("limit_bytes", limit_bytes, 0)
         stored = self.documents()
         known = self._profiles.listed(stored)
-        total = sum(each.encoded_bytes for each in (*stored, *known))
+        total = sum(d.encoded_bytes for d in stored) + sum(p.encoded_bytes for p in known)
         profiles = boolean("profiles", profiles) or (
             limit_bytes is not None and total > limit_bytes
         )

@@ -317,3 +317,42 @@ def test_a_measured_run_of_a_tiny_model(tmp_path: Any, monkeypatch: pytest.Monke
     assert all(r.raw_bytes == r.tokens * 128 * (2 if r.dtype == "bf16" else 1) for r in found.rows)
     with pytest.raises(KVZipError, match="at least one length"):
         measuring.measure("tiny", lengths=())
+
+
+def with_predictive(**changes: Any) -> Inputs:
+    """The measured inputs with one row of predictive, as channel's, with these changes."""
+    others = [row for row in INPUTS.rows if row.codec != "predictive"]
+    row = next(row for row in others if (row.codec, row.dtype) == ("channel", "bf16"))
+    row = msgspec.structs.replace(row, codec="predictive", **changes)
+    return msgspec.structs.replace(INPUTS, rows=[*others, row])
+
+
+def test_a_profile_is_counted_and_said() -> None:
+    """Its bytes are those that it was measured with, for a model of another shape scaled; without a
+    measurement one region's."""
+    assert advise(codecs=["raw", "channel"]).profiles == []
+    region = 30 * 4 * 384**2
+    tokens = next(row.tokens for row in with_predictive().rows if row.codec == "predictive")
+    found = advise(inputs=with_predictive(), bandwidth=8e9, tokens=tokens)
+    [needed] = found.profiles
+    assert (needed.codec, needed.bytes, needed.copies) == ("predictive", region, 1)
+    assert needed.seconds == pytest.approx(region / 1e9)
+    kept = next(k for k in found.room.kept if k.codec == "predictive")
+    assert kept.documents == pytest.approx((1e12 - region) * kept.ratio / found.raw_bytes)
+    said = advise(inputs=with_predictive(ratio=9.0), tokens=tokens).lines()
+    assert len(said) == 4
+    assert "The profile of predictive takes 17.7 MB of it and of the host's memory" in said[2]
+    inputs = with_predictive(profile_bytes=5 * region)
+    assert advise(inputs=inputs, tokens=tokens).profiles[0].bytes == pytest.approx(5 * region)
+    other = advise(inputs=inputs, tokens=tokens, shape=BOOK.model["qwen3-4b"], model="qwen3-4b")
+    assert other.profiles[0].bytes == pytest.approx(5 * 36 * 4 * 2048**2)
+
+
+def test_a_profile_on_a_gpu_takes_the_gpus_memory() -> None:
+    rate = next(iter(BOOK.decoder.values()))
+    book = msgspec.structs.replace(BOOK, decoder={**BOOK.decoder, "predictive": rate})
+    inputs = with_predictive(ratio=9.0)
+    tokens = inputs.rows[-1].tokens
+    found = advise(inputs=inputs, tokens=tokens, book=book, on_device=True)
+    assert found.profiles[0].on_device
+    assert "MB of it and of a GPU's memory" in found.lines()[2]

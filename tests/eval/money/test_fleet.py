@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvzip.choice.cost import CodecFigures
+from kvzip.choice.cost import MONTH_HOURS, CodecFigures, load_cost
 from kvzip.errors import KVZipError
 from kvzip.eval.money import fleet as f
 from kvzip.eval.money.fleet_presets import presets
@@ -188,3 +188,25 @@ def test_what_cannot_be_asked() -> None:
         f.bill(fleet(), f.count(fleet()), "egress")
     with pytest.raises(KVZipError, match="odd: ratio"):
         f.bill(fleet(), f.count(fleet()), "egress", CodecFigures("odd", 0.0, 1.0))
+
+
+def test_a_profile_is_stored_once_and_takes_room_in_every_node() -> None:
+    given = fleet(documents=200, node_bytes=20 * fleet().raw_bytes, regions=2, storage=0.02)
+    size = 4 * given.raw_bytes
+    needs = msgspec.structs.replace(HALF, profile_bytes=size)
+    bills = {(b.way, b.codec): (c, b) for c, b in f.bills(given, [HALF])}
+    for c, b in f.bills(given, [needs]):
+        counts, without = bills[b.way, b.codec]
+        if b.way == "prefill":
+            assert b == without
+            continue
+        smaller = msgspec.structs.replace(given, node_bytes=given.node_bytes - size)
+        assert c == f.count(smaller, 2.0)
+        assert c.hit_rate < counts.hit_rate
+        if b.way != "nodes-only":
+            each = given.raw_bytes / 2
+            nodes = given.regions * given.nodes_per_region
+            assert b.store_bytes == pytest.approx(c.misses * each + nodes * size)
+            assert b.storage_usd - without.storage_usd == pytest.approx(
+                load_cost(size, given.storage * given.hours / MONTH_HOURS)
+            )

@@ -42,3 +42,17 @@ def test_sizes_as_they_are_typed() -> None:
     for wrong in ("", "5", "GB", "-1GB", "1.2.3TB", "0GB", "5kB"):
         with pytest.raises(KVZipError):
             store_size(wrong)
+
+
+def test_a_profile_lies_in_the_store_too() -> None:
+    needs = CodecFigures("half", 2.0, 1e9, profile_bytes=4e11)
+    found = room(1e12, 1e9, 1e6, [RAW, needs])
+    assert [k.documents for k in found.kept] == [pytest.approx(999), pytest.approx(1200)]
+    trace = synthetic(300, seed=1)
+    [_, with_it] = room(100 * 512e6, 1e9, 1e6, [RAW, needs], trace).kept
+    left = (100 * 512e6 - 4e11) / 512e6
+    assert left < 0 and (with_it.documents, with_it.hit_rate) == (0, 0)
+    small = CodecFigures("half", 2.0, 1e9, profile_bytes=40 * 512e6)
+    [_, with_it] = room(100 * 512e6, 1e9, 1e6, [RAW, small], trace).kept
+    [wanted] = capacities([60], [2.0], needed_capacity(trace))
+    assert with_it.hit_rate == wanted.hit_rate

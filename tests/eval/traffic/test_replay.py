@@ -14,12 +14,12 @@ from traces import a_trace
 from kvzip.errors import KVZipError
 from kvzip.eval.money.advise import shape_of
 from kvzip.eval.money.prices import default_prices
+from kvzip.eval.money.profiles import profile_bytes
 from kvzip.eval.results import stored
 from kvzip.eval.results.traffic import BASIS, FleetRow, TierRow, TrafficResult
 from kvzip.eval.traffic.capacity import capacities, needed_capacity
 from kvzip.eval.traffic.fleet import Tier, gpus_needed, rooms, tiers
 from kvzip.eval.traffic.replay import row
-from kvzip.eval.traffic.setting import profile_bytes
 from kvzip.eval.traffic.trace import BLOCK_TOKENS, synthetic
 
 pytest.importorskip("simpy", reason="a replay needs the extra `eval`")
