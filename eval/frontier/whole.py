@@ -95,11 +95,15 @@ def _names(point: ScalingPoint) -> tuple[str, str]:
 
 def _file(shape: Shape, point: ScalingPoint) -> WholePoint:
     title, key = _names(point)
-    size = f" {point.profile_bytes / 1e6:.0f} MB" if point.products else ""
+    label = point.codec
+    if point.products:
+        label = f"{point.codec} {point.profile_bytes / 1e6:.0f} MB, {point.train_tokens:,} tokens"
+    elif point.profile_bytes:
+        label = ""  # a profile takes next to nothing off `channel`: the points meet
     return WholePoint(
         key=key,
         title=title,
-        label=f"{point.codec}{size}",
+        label=label,
         family="file",
         basis="measured",
         bits=point.bits_per_value,

@@ -205,7 +205,7 @@ def whole_svg(run: WholeRun, name: str = "whole", size: tuple[int, int] = (WIDE,
     by_key = {p.key: p for p in run.points}
     chosen = [by_key[key] for key in run.hull]
     title = f"Bits per number of whole files against compute, {run.shape.name}, {run.dtype}"
-    return _against_compute(name, title, run.points, chosen, (), "bits per number", size)
+    return _against_compute(name, title, run.points, chosen, (), "bits per number", size, log=False)
 
 
 def _against_compute(
@@ -216,9 +216,10 @@ def _against_compute(
     guides: Sequence[svg.Guide],
     axis_of_bits: str,
     size: tuple[int, int],
+    log: bool = True,
 ) -> str:
-    """Points by their share of a prefill and their bits, `chosen` joined by a line. A narrow chart
-    names only those."""
+    """Points by their share of a prefill and their bits, `chosen` joined by a line, which is a
+    mixture of its ends where shares are not logarithmic. A narrow chart names only those."""
     best = {p.key for p in chosen}
     points = sorted(given, key=lambda p: -p.profile_bytes)  # small ones in front
     least = min((p.share for p in points if p.share > 0), default=1.0)
@@ -227,10 +228,10 @@ def _against_compute(
     narrow = size[0] < 500
 
     def place(p: Point | WholePoint) -> float:
-        return max(p.share, nothing)
+        return max(p.share, nothing) if log else p.share
 
     def label(p: Point | WholePoint) -> str:
-        if narrow and p.key not in best:
+        if not p.label or (narrow and p.key not in best):
             return ""
         return f"{p.label} {p.bits:.2f}"
 
@@ -245,12 +246,12 @@ def _against_compute(
         )
         for p in points
     ]
-    high = max(p.share for p in points) * 1.6
-    axis = svg.log_axis(
-        "multiplications, as a share of the model's own prefill", nothing / 1.5, high, _percent
-    )
-    ticks = [(nothing, "0"), *(t for t in axis.ticks if t[0] >= least)]
-    x = svg.Axis(axis.title, axis.low, axis.high, ticks)
+    about, high = "multiplications, as a share of the model's own prefill", max(map(place, points))
+    x = svg.Axis(about, -0.06, high + 0.06, [(n / 5, f"{20 * n} %") for n in range(6)], False)
+    if log:
+        axis = svg.log_axis(about, nothing / 1.5, high * 1.6, _percent)
+        ticks = [(nothing, "0"), *(t for t in axis.ticks if t[0] >= least)]
+        x = svg.Axis(about, axis.low, axis.high, ticks)
     bits = [*(p.bits for p in points), *(guide.value for guide in guides)]
     low, top = math.floor(min(bits)), math.ceil(max(bits) + 0.3)
     # The lowest point has room for its area above the axis' own names.

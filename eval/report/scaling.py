@@ -114,4 +114,4 @@ def _drawn(
         f"{curve.label}: " + ", ".join(f"{bits:.2f} at {x:.3g}" for x, bits in curve.places)
         for curve in curves
     )
-    return svg.curves(name, title, spoken, x, y, curves, size=_SIZE, points=marks)
+    return svg.curves(name, title, spoken, x, y, curves, size=_SIZE, points=marks, right=190)

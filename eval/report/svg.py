@@ -535,9 +535,13 @@ def curves(
     *,
     size: tuple[int, int],
     points: Sequence[Point] = (),
+    right: float | None = None,
 ) -> str:
-    """Curves with their names at their right ends, and marks (without names) over them."""
-    frame = _Frame(x, y, size, right=max(len(c.label) for c in lines) * _CHAR + 24)
+    """Curves with their names at their right ends, and marks (without names) over them. `right`:
+    pixels beside the plot, which the names use; by default as many as they are long."""
+    if right is None:
+        right = max(len(c.label) for c in lines) * _CHAR + 24
+    frame = _Frame(x, y, size, right=right)
     clip = f"{name}-clip"
     body = [
         _clip_path(clip, frame),

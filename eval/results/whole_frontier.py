@@ -23,7 +23,7 @@ class WholePoint(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     title: str
     label: str
-    """The title in a few words, beside its point in a chart."""
+    """The title in a few words, beside its point in a chart; "" for none."""
     family: Literal["file", "recompute", "tried"]
     """A file of all layers; the first layers computed and the others loaded; or a predictor that
     was tried on some layers, and that no codec has."""
