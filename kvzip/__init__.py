@@ -4,11 +4,13 @@ from kvzip import interruption  # noqa: F401 - first of all, see there
 from kvzip.api import decode, encode, info, max_encoded_size, open, verify, write
 from kvzip.codec import Codec, Context, codec_names, get_codec, register_codec
 from kvzip.container import Info, Reader
+from kvzip.container.sealed import Key
 from kvzip.errors import (
     CorruptError,
     FormatError,
     KVZipError,
     ProfileError,
+    SealError,
     StoreError,
     UnsupportedError,
     UsageError,
@@ -26,6 +28,7 @@ __all__ = [
     "FormatError",
     "Info",
     "KVZipError",
+    "Key",
     "Layer",
     "LayerLayout",
     "Layout",
@@ -34,6 +37,7 @@ __all__ = [
     "Profile",
     "ProfileError",
     "Reader",
+    "SealError",
     "Snapshot",
     "StoreError",
     "UnsupportedError",

@@ -14,6 +14,7 @@ from kvzip.choice import auto
 from kvzip.codec import Codec, get_codec
 from kvzip.container.format import Info, whole_length
 from kvzip.container.reader import Reader
+from kvzip.container.sealed import AnyKey, SealingSink, as_key, is_sealed, seal
 from kvzip.container.source import is_url, open_source
 from kvzip.container.writer import Writer, largest_size
 from kvzip.errors import UsageError
@@ -52,6 +53,7 @@ def encode(
     block_tokens: int | None = None,
     store_token_ids: bool = True,
     grids: bool = True,
+    key: AnyKey | None = None,
 ) -> bytes:
     """A snapshot as the bytes of a .kvz file.
 
@@ -62,12 +64,14 @@ def encode(
     blocks of a size that suits the codec. `store_token_ids=False`
     stores a hash of the token ids instead of the ids. `grids=False`: parts whose numbers are on the
     grid of a narrower format (bf16 that holds fp8 times scales) are stored as they are, too
-    (docs/format.md); a codec that predicts, and one with a profile, always does that.
+    (docs/format.md); a codec that predicts, and one with a profile, always does that. `key`: seal
+    the file (AES-256-GCM), so that it is read only with this key: 32 bytes, or a `kvzip.Key`.
 
     Raises UsageError for a snapshot or settings that no file can hold, ProfileError when the codec
     needs a profile and has none, UnsupportedError when there is no such codec.
     """
-    return writer_of(snapshot, codec, profile, block_tokens, store_token_ids, grids).encode(threads)
+    writer = writer_of(snapshot, codec, profile, block_tokens, store_token_ids, grids)
+    return writer.encode(threads) if key is None else seal(writer.encode(threads), as_key(key))
 
 
 def write(
@@ -81,6 +85,7 @@ def write(
     store_token_ids: bool = True,
     grids: bool = True,
     progress: Callable[[int], None] | None = None,
+    key: AnyKey | None = None,
 ) -> int:
     """As :func:`encode`, into a file that appears whole or not at all; its length in bytes.
 
@@ -88,8 +93,13 @@ def write(
     """
     callback("progress", progress)
     writer = writer_of(snapshot, codec, profile, block_tokens, store_token_ids, grids)
+    known = None if key is None else as_key(key)
     with replacing(path) as file:
-        return writer.write(file, threads, progress)
+        if known is None:
+            return writer.write(file, threads, progress)
+        sink = SealingSink(file, known)
+        writer.write(sink, threads, progress)
+        return sink.close()
 
 
 def writer_of(
@@ -127,19 +137,28 @@ def max_encoded_size(
 # --- reading -------------------------------------------------------------------------------
 
 
-def open(file: Any, profile: Profile | None = None, threads: int = 0) -> Reader:
+def open(
+    file: Any, profile: Profile | None = None, threads: int = 0, *, key: AnyKey | None = None
+) -> Reader:
     """Open a .kvz file: a path, a URL (``https://``, signed ones too, ``s3://``, ``file://``),
     bytes or another buffer, any binary file object (a member of an archive, a compressed file), a
-    tensor of uint8, or a `Source`.
+    tensor of uint8, or a `Source`. `key`: of a sealed file: 32 bytes, a `kvzip.Key`, or a mapping
+    or function that has keys by their names.
 
-    Reads the header and the index. Raises FormatError, CorruptError, or the OSError of the path;
+    Reads the header and the index. Raises SealError for a sealed file without its key, and for one
+    that is not sealed where a key is given; FormatError, CorruptError, or the OSError of the path;
     UsageError for what cannot be read; StoreError for a URL that does not answer.
     """
     if isinstance(file, str) and is_url(file):
         from kvzip.store.bucket import open_url
 
-        return open_url(file, profile, threads)
-    return Reader(open_source(file, whole_length), profile, threads)
+        return open_url(file, profile, threads, key=key)
+    return Reader(open_source(file, _length), profile, threads, key)
+
+
+def _length(first: bytearray) -> int | None:
+    """The length that a .kvz file states in its first bytes; sealed, it says none."""
+    return 1 << 62 if is_sealed(first) else whole_length(first)
 
 
 def decode(
@@ -153,16 +172,17 @@ def decode(
     device: Any = None,
     stream: Any = None,
     pages: Any = None,
+    key: AnyKey | None = None,
 ) -> Any:
-    """The snapshot in a .kvz file, bit-exact; `file` as for :func:`open`, the rest, and the result,
-    as for :meth:`Reader.decode`."""
-    with open(file, profile, threads) as reader:
+    """The snapshot in a .kvz file, bit-exact; `file` and `key` as for :func:`open`, the rest, and
+    the result, as for :meth:`Reader.decode`."""
+    with open(file, profile, threads, key=key) as reader:
         return reader.decode(out, layers, tokens, device=device, stream=stream, pages=pages)
 
 
-def info(file: Any) -> Info:
-    """What a .kvz file says of itself, without decoding a block; `file` as for :func:`open`."""
-    with open(file) as reader:
+def info(file: Any, *, key: AnyKey | None = None) -> Info:
+    """What a .kvz file says of itself, without decoding a block; arguments as for :func:`open`."""
+    with open(file, key=key) as reader:
         return reader.info
 
 
@@ -171,12 +191,14 @@ def verify(
     profile: Profile | None = None,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
+    *,
+    key: AnyKey | None = None,
 ) -> Info:
     """Check every checksum and decode everything, one layer in memory at a time.
 
     Returns what :func:`info` does; raises CorruptError, FormatError or ProfileError.
     """
     callback("progress", progress)
-    with open(file, profile, threads) as reader:
+    with open(file, profile, threads, key=key) as reader:
         reader.verify(progress)
         return reader.info

@@ -22,6 +22,10 @@ class ProfileError(KVZipError):
     """A profile is missing, or it is not the one that the file names."""
 
 
+class SealError(KVZipError):
+    """The key of a sealed file is missing, or it is another one."""
+
+
 class UnsupportedError(KVZipError):
     """A dtype, a cache layer kind or an option that the library does not handle."""
 

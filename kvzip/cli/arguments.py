@@ -16,12 +16,13 @@ from cyclopts import Parameter
 
 from kvzip import tensors
 from kvzip.container import MAGIC
+from kvzip.container.sealed import Key, is_sealed
 from kvzip.errors import KVZipError, UsageError
 from kvzip.files import STDIN, STDOUT, check_output, is_standard_output, name_of
 from kvzip.load import llama_cpp
 from kvzip.load.llama_cpp import is_slot
 from kvzip.profile import Profile
-from kvzip.reading import reading
+from kvzip.reading import contents, reading
 from kvzip.snapshot import Snapshot
 from kvzip.tensors import TensorFile
 
@@ -41,6 +42,13 @@ NativeBf16 = Annotated[
 ]
 ProfilePath = Annotated[
     Path | None, Parameter(name="--profile", help="A .kvprofile, for codecs that need one.")
+]
+KeyFile = Annotated[
+    Path | None,
+    Parameter(
+        name="--key-file",
+        help="Of what is sealed (AES-256-GCM): a file of 32 random bytes or 64 hexadecimal digits.",
+    ),
 ]
 PriceFiles = Annotated[
     list[Path] | None,
@@ -113,7 +121,7 @@ def kind_of(path: Path) -> str | None:
             return None
         with path.open("rb") as file:
             first = file.read(len(MAGIC))
-        if first == MAGIC:
+        if first == MAGIC or is_sealed(first):
             return "a .kvz file"
         if is_slot(first):
             return "a saved session"
@@ -180,6 +188,21 @@ def _length(name: str, first: bytearray) -> int | None:
 
 def read_profile(path: Path | None) -> Profile | None:
     return None if path is None else Profile.load(path)
+
+
+def read_key(path: Path | None) -> Key | None:
+    """The key in a file, called by no name. Raises UsageError, which does not show it."""
+    if path is None:
+        return None
+    data = contents(path, 1024)
+    if len(data) != 32:
+        try:
+            data = bytes.fromhex(data.decode("ascii"))
+        except (UnicodeDecodeError, ValueError):
+            data = b""
+    if len(data) != 32 or all(digit in b"0123456789abcdefABCDEF" for digit in data):
+        raise UsageError(f"{path} holds no key: 32 random bytes, or 64 hexadecimal digits")
+    return Key(data)
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from kvzip import api, container
 from kvzip.cli.app import app
 from kvzip.cli.arguments import (
     Json,
+    KeyFile,
     KvzFile,
     NativeBf16,
     Output,
@@ -24,6 +25,7 @@ from kvzip.cli.arguments import (
     choose_products,
     document_range,
     load_snapshot,
+    read_key,
     read_profile,
 )
 from kvzip.cli.terminal import bar, emit, ratio_words, say, show_table, sizes, working
@@ -128,6 +130,7 @@ def encode(
     block_tokens: int | None = None,
     token_ids: bool = True,
     grids: bool = True,
+    key_file: KeyFile = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -148,7 +151,7 @@ def encode(
     grids
         Store numbers that were made from a narrower format (bf16 from fp8 and scales) in that one.
     """
-    loaded = load_snapshot(snapshot)
+    key, loaded = read_key(key_file), load_snapshot(snapshot)
     learned = read_profile(profile)
     chosen = api.choose_codec(codec, loaded.layout, learned)
     began = time.perf_counter()
@@ -163,6 +166,7 @@ def encode(
             store_token_ids=token_ids,
             grids=grids,
             progress=progress,
+            key=key,
         )
     seconds = time.perf_counter() - began
     result = sizes(loaded.layout, length) | {
@@ -186,12 +190,14 @@ def decode(
     *,
     output: Output,
     profile: ProfilePath = None,
+    key_file: KeyFile = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Decode a .kvz file to a snapshot. One that was made of llama.cpp's saved session becomes that
     again, the same bytes, unless -o names a .safetensors file."""
-    with api.open(file, read_profile(profile), threads) as reader:
+    key = read_key(key_file)
+    with api.open(file, read_profile(profile), threads, key=key) as reader:
         began = time.perf_counter()
         with bar("decode", reader.info.raw_bytes) as progress:
             snapshot = reader.decode(progress=progress)
@@ -214,6 +220,7 @@ def verify(
     *,
     against: Path | None = None,
     profile: ProfilePath = None,
+    key_file: KeyFile = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -224,12 +231,12 @@ def verify(
     against
         A snapshot, or a saved session, that must be the same, bit for bit.
     """
-    began = time.perf_counter()
-    with bar("verify", api.info(file).raw_bytes) as progress:
-        info = api.verify(file, read_profile(profile), threads, progress)
+    began, key = time.perf_counter(), read_key(key_file)
+    with bar("verify", api.info(file, key=key).raw_bytes) as progress:
+        info = api.verify(file, read_profile(profile), threads, progress, key=key)
     same = None
     if against is not None:
-        with api.open(file, read_profile(profile), threads) as reader:
+        with api.open(file, read_profile(profile), threads, key=key) as reader:
             same = _same_bits(reader, load_snapshot(against))
     result = sizes(info.header.layout, info.encoded_bytes)
     result |= {"seconds": time.perf_counter() - began, "ok": same is not False}
@@ -252,9 +259,9 @@ def _same_bits(reader: container.Reader, other: Snapshot) -> bool:
 
 
 @app.command
-def info(file: KvzFile, *, as_json: Json = False) -> None:
+def info(file: KvzFile, *, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Tell what a .kvz file holds, from its header."""
-    found = api.info(file)
+    found = api.info(file, key=read_key(key_file))
     header = found.header
     layout = header.layout
     result = sizes(layout, found.encoded_bytes) | {

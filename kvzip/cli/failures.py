@@ -17,6 +17,7 @@ from kvzip.errors import (
     FormatError,
     KVZipError,
     ProfileError,
+    SealError,
     StoreError,
     UnsupportedError,
 )
@@ -129,6 +130,7 @@ def _told(error: BaseException) -> tuple[str, int, str]:
         (FormatError, 1, "format"),
         (StoreError, 1, "store"),
         (ProfileError, 2, "profile"),
+        (SealError, 2, "key"),
         (UnsupportedError, 2, "unsupported"),
         (KVZipError, 2, "usage"),
     ):

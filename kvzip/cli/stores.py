@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from kvzip import api
 from kvzip.cli.app import app
-from kvzip.cli.arguments import Json, ProfilePath, Threads, kind_of, read_profile
+from kvzip.cli.arguments import Json, KeyFile, ProfilePath, Threads, kind_of, read_key, read_profile
 from kvzip.cli.failures import CheckFailed, each, emit_with
 from kvzip.cli.terminal import bar, emit, say, sizes
 from kvzip.errors import CorruptError, FormatError, StoreError, UsageError
@@ -36,6 +36,7 @@ def put(
     documents: list[Path],
     *,
     store: StoreUrl,
+    key_file: KeyFile = None,
     codec: str = "channel",
     profile: ProfilePath = None,
     limit_bytes: int | None = None,
@@ -61,7 +62,9 @@ def put(
     """
     from kvzip.store import Store
 
-    target = Store(store, limit_bytes=limit_bytes, block_tokens=block_tokens)
+    target = Store(
+        store, limit_bytes=limit_bytes, block_tokens=block_tokens, key=read_key(key_file)
+    )
     known, began = read_profile(profile), time.perf_counter()
     new_profiles: dict[str, bool] = {}
     with bar("put", len(documents), in_bytes=False) as advance:
@@ -112,6 +115,7 @@ def _profile_entry(profile: Profile, new: bool) -> dict[str, Any]:
 def get(
     *,
     store: StoreUrl,
+    key_file: KeyFile = None,
     like: Path | None = None,
     ids: Path | None = None,
     model: str | None = None,
@@ -147,12 +151,13 @@ def get(
     if sum(given is not None for given in (like, ids, key)) != 1:
         raise UsageError("give one of --like, --ids and --key")
     if key is not None and is_profile_key(key):
-        _get_profile(Store(store, make=False), key, output, as_json)
+        _get_profile(Store(store, make=False, key=read_key(key_file)), key, output, as_json)
         return
     as_stored = output is not None and (is_standard_output(output) or output.suffix == ".kvz")
     if output is not None and not as_stored and output.suffix != ".safetensors":
         raise UsageError(f"-o {output}: end it in .kvz or .safetensors")
-    source, known, began = Store(store, make=False), read_profile(profile), time.perf_counter()
+    source, known = Store(store, make=False, key=read_key(key_file)), read_profile(profile)
+    began = time.perf_counter()
     if key is not None:
         match = _by_key(source, key, known, threads)
     else:
@@ -258,7 +263,9 @@ def _read_ids(path: Path) -> list[int]:
 
 
 @app.command
-def ls(*, store: StoreUrl, model: str | None = None, as_json: Json = False) -> None:
+def ls(
+    *, store: StoreUrl, key_file: KeyFile = None, model: str | None = None, as_json: Json = False
+) -> None:
     """List the documents of a store, the one that was used longest ago first, and its profiles.
 
     Parameters
@@ -268,7 +275,7 @@ def ls(*, store: StoreUrl, model: str | None = None, as_json: Json = False) -> N
     """
     from kvzip.store import Store
 
-    source = Store(store, make=False)
+    source = Store(store, make=False, key=read_key(key_file))
     abouts = source.abouts()
     documents = []
     for found in source.documents():
@@ -310,7 +317,9 @@ def _needed_by(documents: int) -> str:
 
 
 @app.command
-def rm(keys: list[str], *, store: StoreUrl, as_json: Json = False) -> None:
+def rm(
+    keys: list[str], *, store: StoreUrl, key_file: KeyFile = None, as_json: Json = False
+) -> None:
     """Remove documents, and profiles that no document needs, from a store, by their keys; exit code
     1 if one is not there, 2 if a profile is needed. If one fails, the others are removed all the
     same.
@@ -327,7 +336,7 @@ def rm(keys: list[str], *, store: StoreUrl, as_json: Json = False) -> None:
     for key in keys:  # that all are keys, before one of them goes
         (id_in if is_profile_key(key) else document_path)(key)
     keys = sorted(keys, key=is_profile_key)  # documents first: they may be those that need it
-    target = Store(store, make=False)
+    target = Store(store, make=False, key=read_key(key_file))
     there, failed = each(list(dict.fromkeys(keys)), target.remove)
     removed = [key for key, was in there if was]
     missing = [key for key, was in there if not was]
@@ -351,6 +360,7 @@ def _counted(keys: Sequence[str]) -> str:
 def prune(
     *,
     store: StoreUrl,
+    key_file: KeyFile = None,
     limit_bytes: int | None = None,
     profiles: Annotated[bool, Parameter(negative=())] = False,
     as_json: Json = False,
@@ -369,7 +379,7 @@ def prune(
     """
     from kvzip.store import Store
 
-    target = Store(store, limit_bytes=limit_bytes, make=False)
+    target = Store(store, limit_bytes=limit_bytes, make=False, key=read_key(key_file))
     evicted = target.prune(target.limit_bytes, profiles=profiles)
     left, kept = target.documents(), target.profiles()
     total, beside = (sum(each.encoded_bytes for each in some) for some in (left, kept))

@@ -16,6 +16,7 @@ from kvzip.container.decoding import Chain, Decoding
 from kvzip.container.format import Info
 from kvzip.container.index import Index
 from kvzip.container.plan import Request
+from kvzip.container.sealed import AnyKey, Sealed, check_key, unsealed
 from kvzip.container.source import OpenFile, Source, Stream, naming
 from kvzip.errors import UsageError
 from kvzip.options import callback, items, pairs
@@ -30,16 +31,24 @@ if TYPE_CHECKING:
 class Reader:
     """An open .kvz file; reads and decodes what is asked for, and nothing else.
 
-    `threads`: 0 for all cores. Raises FormatError or CorruptError when the header or the index is
+    `threads`: 0 for all cores. `key`: of a sealed file. Raises SealError for a sealed file without
+    its key, FormatError or CorruptError when the header or the index is
     not as it should be; a file that the source has opened is then closed.
     """
 
-    def __init__(self, source: Source, profile: Profile | None = None, threads: int = 0):
+    def __init__(
+        self,
+        source: Source,
+        profile: Profile | None = None,
+        threads: int = 0,
+        key: AnyKey | None = None,
+    ):
         self._source = source
         try:
             check_profile(profile)
             self._threads = thread_count(threads)
             with naming(source):
+                self._source = source = unsealed(source, check_key(key))
                 self._blocks = Blocks(source, profile)
         except BaseException:
             self.close()
@@ -92,7 +101,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the file that `open` opened; not one that a caller opened."""
-        if isinstance(self._source, (OpenFile, Stream)):
+        if isinstance(self._source, (OpenFile, Sealed, Stream)):
             self._source.close()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from kvzip.errors import (
     FormatError,
     KVZipError,
     ProfileError,
+    SealError,
     StoreError,
     UsageError,
     first_line,
@@ -37,7 +38,7 @@ def naming(source: Any) -> Iterator[None]:
     """What is wrong with a file is told with its name, if the source knows one."""
     try:
         yield
-    except (CorruptError, FormatError, ProfileError) as error:
+    except (CorruptError, FormatError, ProfileError, SealError) as error:
         name, words = getattr(source, "name", None), str(error)
         if name is not None and not words.startswith(name):
             for subject in ("the file ", "this "):

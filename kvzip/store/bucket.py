@@ -16,13 +16,15 @@ from importlib.util import find_spec
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote, urlsplit
 
-from kvzip.container import Reader
+from kvzip.container import Reader, Source
+from kvzip.container.sealed import AnyKey
 from kvzip.errors import KVZipError, StoreError, UsageError, first_line
 from kvzip.options import integer, seconds
 from kvzip.profile import Profile
 from kvzip.store.answers import as_store_errors, told
 from kvzip.store.folder import Folder, Meta, write_all
 from kvzip.store.remote import Piece, Remote
+from kvzip.store.sealed import SealedObjects
 from kvzip.store.urls import WEB, folder_of, plain_scheme, scheme_of, without_secrets
 
 if TYPE_CHECKING:
@@ -280,13 +282,17 @@ class Bucket:
 
     def open(self, path: str, profile: Profile | None = None, threads: int = 0) -> Reader:
         """A .kvz object, to be read in ranges. Raises FileNotFoundError when there is none."""
-        return Reader(Remote(self, path), profile, threads)
+        return Reader(self.source(path), profile, threads)
+
+    def source(self, path: str) -> Source:
+        """An object's bytes, to be read in ranges. Raises FileNotFoundError when there is none."""
+        return Remote(self, path)
 
     def sweep(self) -> None:
         """Nothing unfinished is seen in a bucket."""
 
 
-Objects: TypeAlias = Bucket | Folder
+Objects: TypeAlias = Bucket | Folder | SealedObjects
 """What a store is made of."""
 
 
@@ -298,9 +304,23 @@ def open_bucket(
     options: Mapping[str, Any] | None = None,
     make: bool = False,
     mode: int | None = None,
+    key: AnyKey | None = None,
 ) -> Objects:
     """The objects under a URL: those of :class:`kvzip.store.folder.Folder` under a path or ``file://``,
-    which takes `make` and `mode`, and those of :class:`Bucket` under any other."""
+    which takes `make` and `mode`, and those of :class:`Bucket` under any other; with `key` sealed,
+    as :class:`kvzip.store.sealed.SealedObjects`."""
+    found = _plain_bucket(url, timeout, retries, options, make, mode)
+    return found if key is None else SealedObjects(found, key)
+
+
+def _plain_bucket(
+    url: str | os.PathLike[str],
+    timeout: float,
+    retries: int,
+    options: Mapping[str, Any] | None,
+    make: bool,
+    mode: int | None,
+) -> Bucket | Folder:
     if not isinstance(url, (str, os.PathLike)):
         raise UsageError(f"a store is named by a path or a URL, not by a {type(url).__name__}")
     timeout, retries = seconds("timeout", timeout), integer("retries", retries, 0, 1000)
@@ -325,6 +345,7 @@ def open_url(
     timeout: float = 30.0,
     retries: int = 2,
     options: Mapping[str, Any] | None = None,
+    key: AnyKey | None = None,
 ) -> Reader:
     """Open the .kvz file at a URL (``https://``, ``s3://``, ``file://``), to be read in ranges.
 
@@ -338,7 +359,7 @@ def open_url(
     except TypeError as error:  # a value that cannot be compared is none that a client takes
         raise UsageError(f"cannot use {shown} as a store: {error}") from None
     try:
-        return bucket.open(name, profile, threads)
+        return Reader(bucket.source(name), profile, threads, key)
     except FileNotFoundError:
         raise StoreError(f"there is no {shown}") from None
 
@@ -375,10 +396,10 @@ def _bucket(
     retries: int,
     options: frozenset[tuple[str, Any]],
     environment: frozenset[tuple[str, str]],
-) -> Objects:
+) -> Bucket | Folder:
     """One for all that is opened under a URL: making a client takes milliseconds (it reads the
     system's certificates), and its connections are there for the next object."""
-    return open_bucket(url, timeout=timeout, retries=retries, options=dict(options))
+    return _plain_bucket(url, timeout, retries, dict(options), make=False, mode=None)
 
 
 def forget_clients() -> None:

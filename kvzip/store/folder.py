@@ -16,8 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from kvzip import api, files
-from kvzip.container import Reader
+from kvzip import files
+from kvzip.container import Reader, Source
+from kvzip.container.source import open_source
 from kvzip.errors import StoreError, UsageError
 from kvzip.options import integer
 from kvzip.profile import Profile
@@ -197,8 +198,12 @@ class Folder:
 
     def open(self, path: str, profile: Profile | None = None, threads: int = 0) -> Reader:
         """A .kvz object, to be read in ranges. Raises FileNotFoundError when there is none."""
+        return Reader(self.source(path), profile, threads)
+
+    def source(self, path: str) -> Source:
+        """An object's bytes, to be read in ranges. Raises FileNotFoundError when there is none."""
         with _as_store_errors(f"cannot read {path} in {self.url}"):
-            return api.open(self.folder / path, profile, threads)
+            return open_source(self.folder / path)
 
     def sweep(self) -> None:
         """Remove what killed writers left unfinished."""

@@ -7,7 +7,15 @@ from contextlib import suppress
 
 import msgspec
 
-from kvzip.errors import CorruptError, FormatError, KVZipError, StoreError, UsageError
+from kvzip.container.sealed import is_sealed
+from kvzip.errors import (
+    CorruptError,
+    FormatError,
+    KVZipError,
+    SealError,
+    StoreError,
+    UsageError,
+)
 from kvzip.parsing import from_json
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import BLOCK_TOKENS, document_path, token_ids_of
@@ -54,6 +62,8 @@ class SettingsFile:
 
     def _checked(self, data: bytes) -> _Settings:
         url = self._objects.url
+        if is_sealed(data):
+            raise SealError(f"{url} is a sealed store: give its key")
         try:
             found = from_json(data, _Settings)
         except FormatError as error:

@@ -39,7 +39,8 @@ from numpy.typing import ArrayLike
 from kvzip import api, dtypes
 from kvzip.codec import Codec
 from kvzip.container import Reader
-from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, StoreError
+from kvzip.container.sealed import AnyKey
+from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, StoreError, UsageError
 from kvzip.files import replacing
 from kvzip.options import boolean, callback, integer, text
 from kvzip.parsing import from_json
@@ -89,7 +90,9 @@ class Store:
     then extended to the very token). `timeout`, `retries`, `options`: see
     :class:`kvzip.store.bucket.Bucket`. `make`: make a local folder that is not there.
     `mode`: the permissions of a folder's objects; by default their owner's, and the group's as far
-    as the folder is.
+    as the folder is. `key`: seal the store (AES-256-GCM; docs/store.md): its documents, what leads
+    to them and all names; 32 bytes, a `kvzip.Key`, or what has keys by their names. A store keeps
+    the key that it was made with.
 
     A process that is forked may go on with a folder; of other stores it gets a StoreError at once.
 
@@ -107,6 +110,7 @@ class Store:
         options: Mapping[str, Any] | None = None,
         make: bool = True,
         mode: int | None = None,
+        key: AnyKey | None = None,
     ):
         if block_tokens is not None:
             block_tokens = integer("block_tokens", block_tokens, 1, 2**31 - 1)
@@ -119,6 +123,7 @@ class Store:
             options=options,
             make=boolean("make", make),
             mode=mode,
+            key=key,
         )
         self.limit_bytes = limit_bytes
         self._again = partial(
@@ -131,7 +136,9 @@ class Store:
             options=options,
             make=make,
             mode=mode,
+            key=key,
         )
+        self._holds_key = not (key is None or callable(key))
         self._pool = Workers(PROBES, "kvzip-store")
         self._settings = SettingsFile(self.bucket, block_tokens)
         self._profiles = Profiles(self.bucket, self._pool)
@@ -142,7 +149,13 @@ class Store:
         """Namespaces that are known to say what they are of."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled and copied as its URL and settings: another process opens it anew."""
+        """Pickled and copied as its URL and settings: another process opens it anew. Raises
+        UsageError for one with a key, which would be in the pickle."""
+        if self._holds_key:
+            raise UsageError(
+                "a store is not pickled with its key: give key= as a function, which is looked up "
+                "by its name where it is unpickled"
+            )
         return self._again, ()
 
     # --- writing ---------------------------------------------------------------------------

@@ -214,3 +214,40 @@ def test_a_capture_that_is_refused_makes_no_folder(capsys, tmp_path, monkeypatch
     )
     assert code in (1, 2) and "error" in found
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_sealed_files_and_stores(documents, tmp_path, capsys):
+    pytest.importorskip("cryptography")
+    (tmp_path / "key").write_bytes(bytes(range(32)))
+    (tmp_path / "other").write_text("ab" * 32 + "\n")
+    key, other = ("--key-file", "key"), ("--key-file", "other")
+    assert run(capsys, "encode", documents[0], "-o", "doc.kvz", *key)[0] == 0
+    assert b"test/model" not in (tmp_path / "doc.kvz").read_bytes()
+    code, verified = run_json(capsys, "verify", "doc.kvz", "--against", documents[0], *key)
+    assert code == 0 and verified["same"]
+    assert run_json(capsys, "info", "doc.kvz", *key)[1]["model"] == "test/model"
+    assert run(capsys, "decode", "doc.kvz", "-o", "back.safetensors", *key)[0] == 0
+    assert kvzip.Snapshot.load("back.safetensors") == kvzip.Snapshot.load(documents[0])
+    for given in ((), other):
+        code, failed = run_json(capsys, "info", "doc.kvz", *given)
+        assert (code, failed["kind"]) == (2, "key") and "doc.kvz" in failed["error"]
+
+    code, put = run_json(capsys, "put", *documents, "--store", "s", "--block-tokens", 32, *key)
+    assert code == 0 and all(d["new"] for d in put["documents"])
+    code, _ = run_json(capsys, "get", "--store", "s", "--like", documents[1], "-o", "x.kvz", *key)
+    assert code == 0 and kvzip.decode("x.kvz") == kvzip.Snapshot.load(documents[1])
+    assert len(run_json(capsys, "ls", "--store", "s", *key)[1]["documents"]) == 3
+    for given in ((), other):
+        code, failed = run_json(capsys, "get", "--store", "s", "--like", documents[1], *given)
+        assert (code, failed["kind"]) == (2, "key")
+    assert run(capsys, "rm", put["documents"][0]["key"], "--store", "s", *key)[0] == 0
+    assert run(capsys, "prune", "--store", "s", "--limit-bytes", "1", *key)[0] == 0
+
+
+def test_a_key_file_that_holds_no_key(documents, tmp_path, capsys):
+    for data in (b"", b"x" * 31, b"ab" * 16, b"zz" * 32, bytes(2000)):
+        (tmp_path / "key").write_bytes(data)
+        code, failed = run_json(
+            capsys, "encode", documents[0], "-o", "doc.kvz", "--key-file", "key"
+        )
+        assert (code, failed["kind"]) == (2, "usage") and not (tmp_path / "doc.kvz").exists()
