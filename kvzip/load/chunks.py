@@ -6,11 +6,12 @@ So how a tensor is cut into keys and values of layers follows from its shape alo
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
 from kvzip import api, dtypes
-from kvzip.codec import Codec
+from kvzip.codec import Codec, get_codec
 from kvzip.dtypes import Bits
 from kvzip.errors import UnsupportedError
 from kvzip.load.documents import Bytes, open_document
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_codec(codec: Codec) -> Codec:
-    """The codec, if it can be used on chunks. Raises UnsupportedError."""
-    if codec.needs_profile:
-        raise UnsupportedError(
-            f"codec {codec.codec_id!r} needs whole layers and their positions, which an engine's "
-            "chunks do not tell: use channel"
-        )
-    return codec
+def codec_for_chunks(codec: Codec, log: logging.Logger) -> Codec:
+    """The codec, if it can be used on chunks; else channel, of which `log` warns."""
+    if not codec.needs_profile:
+        return codec
+    log.warning(
+        "codec %r needs whole layers and their positions, which an engine's chunks do not tell: "
+        "channel is used in its place",
+        codec.codec_id,
+    )
+    return get_codec("channel")
 
 
 def pairs(array: Bits) -> list[tuple[Bits, Bits]]:

@@ -105,7 +105,7 @@ class KvzipSerializer:
     """LMCache's `Serializer`: tensors of a chunk to bytes of variable length."""
 
     def __init__(self, codec: Codec, threads: int, weights: Weights | None = None):
-        self.codec, self.threads = chunks.check_codec(codec), threads
+        self.codec, self.threads = chunks.codec_for_chunks(codec, _log), threads
         self.weights = weights or Weights()
 
     def serialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey) -> int:
@@ -161,10 +161,10 @@ class KvzipDeserializer:
 def create(kwargs: Mapping[str, Any]) -> AsyncSerdeProcessor:
     """LMCache's factory: a SerdeProcessor from the serde's configuration without its "type".
 
-    ``codec``: a codec that needs no profile, with settings (default "channel"). ``threads``: for
-    one chunk (default 1). ``max_workers``: chunks at once (default 1). ``model``, ``revision``,
-    ``quantization``, ``adapter``: which weights the chunks come from, where the model's name does
-    not say it, see :class:`Weights`.
+    ``codec``: a codec with its settings (default "channel", which is also used in place of one that
+    needs a profile). ``threads``: for one chunk (default 1). ``max_workers``: chunks at once
+    (default 1). ``model``, ``revision``, ``quantization``, ``adapter``: which weights the chunks
+    come from, where the model's name does not say it, see :class:`Weights`.
     """
     from lmcache.v1.distributed.serde.async_processor import AsyncSerdeProcessor
 

@@ -91,7 +91,7 @@ class KvzipStorage(_Base):
         extra = dict(storage_config.extra_config or {})
         if "url" not in extra:
             raise KVZipError('say where pages go: "url" in --hicache-storage-backend-extra-config')
-        self.codec = chunks.check_codec(get_codec(extra.get("codec", "channel")))
+        self.codec = chunks.codec_for_chunks(get_codec(extra.get("codec", "channel")), _log)
         self.bucket = open_bucket(
             extra["url"],
             timeout=float(extra.get("timeout", 30.0)),

@@ -3,8 +3,9 @@
 It imports vLLM, which takes longer than what is to be tested, then reads paths of jobs and forks a
 process for each. A job names a folder with a model, the dtype, what to pass to LLM besides, and
 rounds of prompts (token ids), each generated from at once. Into the job's folder go
-``result.json`` (tokens and log-probabilities of every prompt) and ``round-prompt.npy``, the raw
-bytes of vLLM's own blocks that hold the prompt: [layers, blocks, heads, tokens, channels]; also
+``result.json`` (tokens and log-probabilities of every prompt) and ``round-prompt.npz``, the raw
+bytes of vLLM's own blocks that are full of the prompt: of each layer, by its name, [blocks, ...],
+less those that a window has left behind; also
 ``log``, what the process says, ``told``, what kvzip warns of, and at the end ``code``, the
 process's exit status.
 """
@@ -40,6 +41,18 @@ def forked(folder: Path) -> bool:
     return True
 
 
+def bytes_of(worker: Any, blocks: list[list[int]]) -> dict[str, Any]:
+    """In a worker: the bytes of blocks, of each group, in its layers' caches."""
+    runner = getattr(worker, "worker", worker).model_runner
+    context = runner.vllm_config.compilation_config.static_forward_context
+    found = {}
+    for group, ids in zip(runner.kv_cache_config.kv_cache_groups, blocks, strict=True):
+        for layer in group.layer_names:
+            picked = context[layer].kv_cache[torch.tensor(ids, dtype=torch.int64)]
+            found[layer] = picked.contiguous().view(torch.uint8).numpy()
+    return found
+
+
 def main(path: Path) -> None:
     job = json.loads(path.read_text())
     told = logging.FileHandler(path.parent / "told")
@@ -48,26 +61,38 @@ def main(path: Path) -> None:
     options = dict(job.get("options", {}))
     if "transfer" in job:
         options["kv_transfer_config"] = KVTransferConfig(**job["transfer"])
-        options["disable_hybrid_kv_cache_manager"] = True
     llm = LLM(
         model=job["model"],
         dtype=job.get("dtype", "bfloat16"),
         skip_tokenizer_init=True,
         max_model_len=1024,
-        block_size=32,
         enforce_eager=True,
         disable_log_stats=False,
-        **options,
+        **{"block_size": 32} | options,
     )
     core = llm.llm_engine.engine_core.engine_core
     manager = core.scheduler.kv_cache_manager
-    caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
-    blocks: dict[str, list[int]] = {}
+    groups = core.scheduler.kv_cache_config.kv_cache_groups
+    print("groups:", *(type(group.kv_cache_spec).__name__ for group in groups))
+    blocks: dict[str, tuple[list[int], ...]] = {}
     free = manager.free
 
     def noting(request: Any, *args: Any, **kwargs: Any) -> Any:
-        blocks[request.request_id.split("-")[0]] = manager.get_block_ids(request.request_id)[0]
+        ids = manager.get_block_ids(request.request_id)
+        if any(ids):
+            blocks[request.request_id.split("-")[0]] = ids
         return free(request, *args, **kwargs)
+
+    def held(name: str, count: int) -> dict[str, Any]:
+        """The bytes of each layer's blocks that are full of the first `count` tokens."""
+        full = [
+            [i for i in ids[: count // group.kv_cache_spec.block_size] if i]
+            for group, ids in zip(groups, blocks[name], strict=True)
+        ]
+        found: list[dict[str, Any]] = llm.collective_rpc(bytes_of, args=(full,))
+        if len(found) == 1:
+            return found[0]
+        return {f"{n}:{layer}": raw for n, each in enumerate(found) for layer, raw in each.items()}
 
     manager.free = noting
     sampling = SamplingParams(
@@ -78,9 +103,7 @@ def main(path: Path) -> None:
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
         found = []
         for i, (ids, output) in enumerate(zip(prompts, outputs, strict=True)):
-            picked = torch.tensor(blocks[output.request_id])[: -(-len(ids) // 32)]
-            raw = np.stack([cache[picked].view(torch.uint8).numpy() for cache in caches])
-            np.save(path.parent / f"{number}-{i}.npy", raw)
+            np.savez(path.parent / f"{number}-{i}.npz", **held(output.request_id, len(ids)))
             one = output.outputs[0]
             found.append(
                 {

@@ -4,7 +4,9 @@
 the same constructor and the same handling of metadata. `Engine` does what vLLM's scheduler and
 model runner do with a connector, step by step: prompts in chunks, blocks from a pool, loads before
 a step's forward pass, layers in order, and requests set back to the first block that was not
-loaded. Its model is a formula: keys and values follow from a token and its position.
+loaded; and where layers are of several groups or slide, loads that a request waits for, and blocks
+that are given back when a window has slid on. Its model is a formula: keys and values follow from a
+token and its position.
 `test_vllm_engine.py` runs the same connector in vLLM itself.
 """
 
@@ -51,6 +53,17 @@ class Metadata:
     pass
 
 
+class SupportsHMA:
+    pass
+
+
+@dataclass
+class TransferResults:
+    finished_sending: set[str] = field(default_factory=set)
+    finished_recving: set[str] = field(default_factory=set)
+    failed_recving: set[str] = field(default_factory=set)
+
+
 def modules() -> dict[str, ModuleType]:
     """For sys.modules while kvzip.load.vllm is imported."""
     path = "vllm.distributed.kv_transfer.kv_connector.v1.base"
@@ -59,18 +72,20 @@ def modules() -> dict[str, ModuleType]:
     found["vllm"].__version__ = "stand-in"  # type: ignore[attr-defined]
     base: Any = found[path]
     base.KVConnectorBase_V1, base.KVConnectorMetadata, base.KVConnectorRole = Base, Metadata, Role
+    base.SupportsHMA, base.KVConnectorTransferResults = SupportsHMA, TransferResults
     return found
 
 
 def config(url: Any, /, **changes: Any) -> SimpleNamespace:
     """A VllmConfig: settings of kvzip, and under their own names `role`, `policy`, `model`,
-    `dtype`, `parallel`, `spec`, `groups`, `backend`, `isa`, `quantization`, `hf_overrides`,
+    `dtype`, `cache_dtype`, `calculate_kv_scales`, `parallel`, `spec`, `windows` (a group of layers
+    for each, None for one of full attention), `backend`, `isa`, `quantization`, `hf_overrides`,
     `load_format`."""
     import transformers
 
     get = changes.pop
     role, dtype = get("role", "kv_both"), get("dtype", torch.bfloat16)
-    spec_name, groups = get("spec", "FullAttentionSpec"), get("groups", 1)
+    spec_name, windows = get("spec", "FullAttentionSpec"), get("windows", [None])
     backend, isa = get("backend", "CPU_ATTN"), get("isa", "vec")
     transfer = SimpleNamespace(
         is_kv_producer=role != "kv_consumer",
@@ -86,9 +101,14 @@ def config(url: Any, /, **changes: Any) -> SimpleNamespace:
         vocab_size=WORDS,
     )
     names = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
-    spec = type(spec_name, (SimpleNamespace,), {})(
-        block_size=BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=dtype
-    )
+
+    def group(number: int, window: int | None) -> SimpleNamespace:
+        kind = spec_name if window is None else "SlidingWindowSpec"
+        spec = type(kind, (SimpleNamespace,), {})(
+            block_size=BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=dtype, sliding_window=window
+        )
+        return SimpleNamespace(layer_names=names[number :: len(windows)], kv_cache_spec=spec)
+
     attention = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), isa=isa)
     told = {name: get(name) for name in ("quantization", "hf_overrides") if name in changes}
     found = SimpleNamespace(
@@ -97,8 +117,10 @@ def config(url: Any, /, **changes: Any) -> SimpleNamespace:
         parallel_config=SimpleNamespace(**get("parallel", {"tensor_parallel_size": 1})),
         model_config=SimpleNamespace(model=get("model", "org/model"), hf_config=hf_config, **told),
         compilation_config=SimpleNamespace(static_forward_context=dict.fromkeys(names, attention)),
-        cache=SimpleNamespace(
-            kv_cache_groups=[SimpleNamespace(layer_names=names, kv_cache_spec=spec)] * groups
+        cache=SimpleNamespace(kv_cache_groups=[group(n, w) for n, w in enumerate(windows)]),
+        cache_config=SimpleNamespace(
+            cache_dtype=get("cache_dtype", "auto"),
+            calculate_kv_scales=get("calculate_kv_scales", False),
         ),
     )
     transfer.kv_connector_extra_config = {
@@ -128,7 +150,8 @@ class Request:
     mm_features: list[Any] = field(default_factory=list)
     prompt_embeds: Any = None
     cache_salt: str | None = None
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
+    """Of each group; 0 where a window has left a block behind."""
     computed: int = 0
     loaded: int = 0
     new: bool = True
@@ -148,22 +171,31 @@ class Engine:
     """One worker's engine with room for `blocks` blocks; `chunk` tokens of a request in a step."""
 
     def __init__(self, connector: Any, settings: Any, blocks: int = 64, chunk: int = 10**6):
-        dtype = settings.cache.kv_cache_groups[0].kv_cache_spec.dtype
+        self.groups = settings.cache.kv_cache_groups
+        dtype = self.groups[0].kv_cache_spec.dtype
         role = connector.KVConnectorRole
         make = connector.KvzipConnector
         self.scheduler = make(settings, role.SCHEDULER, settings.cache)
         self.worker = make(settings, role.WORKER, settings.cache)
         shape = (blocks, HEADS, BLOCK, 2 * DIM)
-        self.caches = {
-            name: torch.full(shape, 7.0, dtype=dtype)
-            for name in settings.cache.kv_cache_groups[0].layer_names
+        self.group_of = {
+            name: n for n, group in enumerate(self.groups) for name in group.layer_names
         }
+        self.caches = {name: torch.full(shape, 7.0, dtype=dtype) for name in sorted(self.group_of)}
         self.worker.register_kv_caches(self.caches)
         self.dtype, self.chunk, self.free = dtype, chunk, list(range(1, blocks))
         self.count = self.steps = self.waited = 0
 
     def pages(self, i: int) -> Any:
         return self.worker._worker._pages[i]
+
+    def blocks_of(self, request: Request, i: int) -> list[int]:
+        return request.blocks[self.group_of[list(self.caches)[i]]]
+
+    def first(self, i: int, position: int) -> int:
+        """The first token that layer i still has when a request goes on at `position`."""
+        window = self.groups[self.group_of[list(self.caches)[i]]].kv_cache_spec.sliding_window
+        return 0 if window is None else max(0, position - window + 1) // BLOCK * BLOCK
 
     def run(self, *prompts: list[int], local: int = 0, **more: Any) -> list[Request]:
         """Compute prompts in one batch; the first `local` tokens are in vLLM's own prefix cache.
@@ -177,25 +209,89 @@ class Engine:
         while any(r.computed < r.num_tokens for r in requests):
             self._step(requests)
         for request in requests:
-            self.scheduler.request_finished(request, request.blocks)
+            self.scheduler.request_finished_all_groups(request, tuple(request.blocks))
             self._check(request)
-            self.free += request.blocks
+            for ids in request.blocks:
+                self.free += filter(None, ids)
         return requests
 
-    def _admit(self, request: Request, local: int) -> None:
+    def _ask(self, request: Request, local: int) -> tuple[int, bool]:
         while True:
             found, later = self.scheduler.get_num_new_matched_tokens(request, local)
-            assert later is False
             if found is not None:
-                break
+                assert later == (found > 0 and self.waits)
+                return found, later
             self.waited += 1
             time.sleep(0.01)
+
+    @property
+    def waits(self) -> bool:
+        """Whether requests wait for their loads: what failed in a step could not be told."""
+        specs = [group.kv_cache_spec for group in self.groups]
+        return len(specs) > 1 or specs[0].sliding_window is not None
+
+    def _admit(self, request: Request, local: int) -> None:
+        found, later = self._ask(request, local)
         need = -(-request.num_tokens // BLOCK)
-        request.blocks, self.free = self.free[:need], self.free[need:]
+        for _ in self.groups:
+            request.blocks.append(self.free[:need])
+            self.free = self.free[need:]
         request.loaded, request.computed = found, local + found
         self._compute(request, 0, local)
-        taken = SimpleNamespace(get_block_ids=lambda: (request.blocks,))
-        self.scheduler.update_state_after_alloc(request, taken, found)
+        self._give_back(request)
+        self._allocated(request, found)
+        if later:
+            done, failed = self._wait(request)
+            assert done == {request.request_id}
+            if failed:
+                assert failed == done
+                request.computed = 0
+                for ids in request.blocks:  # allocated again
+                    for at, block in enumerate(ids):
+                        ids[at] = block or self.free.pop(0)
+                again, later = self._ask(request, 0)
+                assert again == 0
+            self._allocated(request, 0)
+
+    def _allocated(self, request: Request, external: int) -> None:
+        taken = SimpleNamespace(get_block_ids=lambda: tuple(request.blocks))
+        self.scheduler.update_state_after_alloc(request, taken, external)
+
+    def _give_back(self, request: Request) -> None:
+        """Free the blocks that windows have left behind at the tokens computed so far."""
+        for n, group in enumerate(self.groups):
+            i = list(self.caches).index(group.layer_names[0])
+            for at in range(self.first(i, request.computed) // BLOCK):
+                if block := request.blocks[n][at]:
+                    request.blocks[n][at] = 0
+                    self.free.append(block)
+
+    def _wait(self, request: Request) -> tuple[set[str], set[str]]:
+        """Steps without a forward pass until a load is done."""
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            output = SimpleNamespace(
+                scheduled_new_reqs=[],
+                scheduled_cached_reqs=SimpleNamespace(req_ids=[], resumed_req_ids=set()),
+                num_scheduled_tokens={},
+            )
+            metadata = pickle.loads(pickle.dumps(self.scheduler.build_connector_meta(output)))
+            self.worker.bind_connector_metadata(metadata)
+            self.worker.start_load_kv(None)
+            self.worker.wait_for_save()
+            found = self.worker.get_transfer_results(set())
+            assert not self.worker.get_block_ids_with_load_errors()
+            self.worker.clear_connector_metadata()
+            told = SimpleNamespace(
+                invalid_block_ids=set(),
+                finished_recving=found.finished_recving,
+                failed_recving=found.failed_recving,
+            )
+            self.scheduler.update_connector_output(told)
+            if found.finished_recving:
+                return found.finished_recving, found.failed_recving
+            time.sleep(0.01)
+        raise TimeoutError
 
     def _compute(
         self, request: Request, start: int, stop: int, layer: int | None = None, off: bool = False
@@ -204,22 +300,26 @@ class Engine:
         (`off`) when they rest on tokens before that are not in the cache."""
         size = -(-request.num_tokens // BLOCK) * BLOCK
         for i in range(LAYERS) if layer is None else [layer]:
-            blocks = torch.tensor(request.blocks)
-            pair = self.pages(i).take(blocks, size)
-            for part, held in enumerate(pair):
+            blocks = self.blocks_of(request, i)
+            parts = self.pages(i).take(blocks, size)
+            for part, held in enumerate(parts.values()):
                 new = formula(request.prompt_token_ids, i, part, self.dtype)
                 held[:, start:stop] = new[:, start:stop] + int(off)
-            self.pages(i).put(blocks, *pair)
+            self.pages(i).put(blocks, parts)
 
     def _step(self, requests: list[Request]) -> None:
         self.steps += 1
         work = {r.request_id: min(self.chunk, r.num_tokens - r.computed) for r in requests}
         work = {name: count or 1 for name, count in work.items()}  # done ones generate
+        for r in requests:
+            self._give_back(r)
         new, old = [r for r in requests if r.new], [r for r in requests if not r.new]
         output = SimpleNamespace(
             scheduled_new_reqs=[
                 SimpleNamespace(
-                    req_id=r.request_id, block_ids=(r.blocks,), num_computed_tokens=r.computed
+                    req_id=r.request_id,
+                    block_ids=tuple(map(list, r.blocks)),
+                    num_computed_tokens=r.computed,
                 )
                 for r in new
             ],
@@ -246,16 +346,22 @@ class Engine:
         worker.clear_connector_metadata()
         for r in requests:
             r.new = False
-            bad = [i for i, b in enumerate(r.blocks[: -(-r.computed // BLOCK)]) if b in invalid]
+            ids = r.blocks[0][: -(-r.computed // BLOCK)]
+            bad = [i for i, b in enumerate(ids) if b in invalid]
             done = min(r.computed + work[r.request_id], r.num_tokens)
             r.computed = bad[0] * BLOCK if bad else done
-        self.scheduler.update_connector_output(SimpleNamespace(invalid_block_ids=invalid))
+        self.scheduler.update_connector_output(
+            SimpleNamespace(invalid_block_ids=invalid, finished_recving=None)
+        )
 
     def _holds(self, request: Request, i: int, count: int) -> bool:
-        """Whether layer i of the cache holds what the model computes for the first tokens."""
-        found = self.pages(i).take(torch.tensor(request.blocks), count)
+        """Whether layer i of the cache holds what the model computes for the first tokens, or for
+        those that a window has not left behind."""
+        found = self.pages(i).take(self.blocks_of(request, i), count).values()
+        first = self.first(i, count)
+        ids = request.prompt_token_ids[:count]
         return all(
-            torch.equal(held, formula(request.prompt_token_ids[:count], i, part, self.dtype))
+            torch.equal(held[:, first:], formula(ids, i, part, self.dtype)[:, first:])
             for part, held in enumerate(found)
         )
 

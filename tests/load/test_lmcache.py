@@ -156,8 +156,13 @@ def test_damage_and_other_shapes_are_errors() -> None:
             load(good, other.contiguous())
     with pytest.raises(KVZipError, match="too few"):
         serializer.serialize(Memory(tensor), buffer(100), None)
-    with pytest.raises(UnsupportedError, match="use channel"):
-        ours.KvzipSerializer(kvzip.get_codec("predictive"), 1)
+
+
+def test_a_codec_with_a_profile_gives_way_to_channel(caplog: Any) -> None:
+    serializer = ours.KvzipSerializer(kvzip.get_codec("predictive"), 1)
+    assert serializer.codec.codec_id == "channel"
+    [told] = [r.getMessage() for r in caplog.records if r.name == "kvzip.lmcache"]
+    assert "'predictive'" in told and "channel is used" in told
 
 
 def test_other_weights_are_a_miss(tmp_path: Path) -> None:

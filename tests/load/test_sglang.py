@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch")
 from servers import failing_server, silent_server  # noqa: E402
 
 from kvzip import api  # noqa: E402
-from kvzip.errors import KVZipError, UnsupportedError  # noqa: E402
+from kvzip.errors import KVZipError  # noqa: E402
 from kvzip.load.sglang import KvzipStorage, page_of  # noqa: E402
 
 PAGES, TOKENS, LAYERS, HEADS, DIM = 6, 16, 3, 2, 24
@@ -344,12 +344,15 @@ def test_a_store_that_fails_on_the_way(tmp_path: Any, caplog: Any, silent: bool)
     assert "cannot read" in told
 
 
-def test_settings(tmp_path: Any) -> None:
+def test_settings(tmp_path: Any, caplog: Any) -> None:
     pool = Pool("layer_first", torch.bfloat16)
     with pytest.raises(KVZipError, match="say where pages go"):
         KvzipStorage(SimpleNamespace(extra_config={}), {})
-    with pytest.raises(UnsupportedError, match="use channel"):
-        backend_of(tmp_path, pool, extra={"codec": "predictive"})
+    caplog.clear()
+    backend = backend_of(tmp_path, pool, extra={"codec": "predictive"})
+    assert backend.codec.codec_id == "channel"
+    [told] = [r.getMessage() for r in caplog.records if r.name == "kvzip.sglang"]
+    assert "'predictive'" in told and "channel is used" in told
 
 
 @pytest.mark.skipif(not HERE, reason="needs SGLang: make test-sglang")

@@ -96,23 +96,47 @@ def test_blocks_are_read_and_written_as_the_kernels_order_them(
     words = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     bits = torch.randint(-(2**15), 2**15, (5, heads, tokens, 2 * dim), dtype=words)
     cache = bits.view(dtype)
-    paged = pages.Pages(cache, arrangement, dim)
+    parts = {"k": (heads, dim), "v": (heads, dim)}
+    paged = pages.Pages(cache, arrangement, parts, tokens)
     order = torch.tensor(
         [
             [[place(arrangement, p, t, d, tokens, dim) for d in range(dim)] for t in range(tokens)]
             for p in range(2)
         ]
     )
-    picked, count = torch.tensor([3, 1]), tokens + 7
+    picked, count = [3, 1], tokens + 7
     want = bits.view(5, heads, -1)[picked][:, :, order].permute(2, 1, 0, 3, 4)
-    pair = paged.take(picked, count)
-    for part, held in enumerate(pair):
+    for part, held in enumerate(paged.take(picked, count).values()):
         assert torch.equal(held.view(words), want[part].reshape(heads, -1, dim)[:, :count])
     whole = paged.take(picked, 2 * tokens)
     before = bits.clone()
     bits[picked] = 0
-    paged.put(picked, *whole)
+    paged.put(picked, whole)
     assert torch.equal(bits, before)
+    # Of a block that is not filled to its end the rest stays.
+    some = {name: held[:, :count] for name, held in paged.take([0, 2], count).items()}
+    paged.put(picked, some)
+    again = paged.take(picked, 2 * tokens)
+    for name, held in again.items():
+        assert torch.equal(held[:, :count].view(words), some[name].view(words))
+        assert torch.equal(held[:, count:].view(words), whole[name][:, count:].view(words))
+
+
+@pytest.mark.parametrize("ndim", [3, 4])
+@pytest.mark.parametrize("each", [1, 3])
+def test_latents_and_blocks_of_several_pages(ndim: int, each: int) -> None:
+    """MLA's cache has one line for each token; a kernel may take a block in several pages."""
+    cache = torch.randn(12, 16, 40).to(torch.bfloat16)
+    view = cache[:, None] if ndim == 4 else cache
+    parts = {"latent": (1, 32), "k_rope": (1, 8)}
+    paged = pages.Pages(view, "halves", parts, 16 * each)
+    lines = cache.view(12 // each, 16 * each, 40)
+    found = paged.take([2, 1], 16 * each + 5)
+    want = torch.cat([lines[2], lines[1][:5]])
+    assert torch.equal(found["latent"], want[None, :, :32])
+    assert torch.equal(found["k_rope"], want[None, :, 32:])
+    paged.put([0], {name: part[:, : 16 * each] for name, part in found.items()})
+    assert torch.equal(lines[0], lines[2])
 
 
 def test_other_backends_are_refused() -> None:
@@ -121,8 +145,13 @@ def test_other_backends_are_refused() -> None:
     for backend, isa in (("FLASHINFER", None), ("CPU_ATTN", "neon"), ("CPU_ATTN", None)):
         with pytest.raises(UnsupportedError, match="use one of"):
             pages.arrangement_of(backend, isa, 2)
+    with pytest.raises(UnsupportedError, match="1 bytes"):
+        pages.arrangement_of("CPU_ATTN", "vec", 1)
+    parts = {"k": (2, 16), "v": (2, 16)}
     with pytest.raises(UnsupportedError, match="want"):
-        pages.Pages(torch.zeros(4, 2, 16, 33), "halves", 16)
+        pages.Pages(torch.zeros(4, 2, 16, 33), "halves", parts, 16)
+    with pytest.raises(UnsupportedError, match="pages of 16 tokens"):
+        pages.Pages(torch.zeros(4, 2, 16, 32), "halves", parts, 24)
 
 
 # --- there and back --------------------------------------------------------------------------
@@ -156,6 +185,25 @@ def test_any_codec(engine: Any, tmp_path: Any, codec: str) -> None:
     fill(engine, ids, **settings)
     assert any(kvzip.info(f).header.codec["id"] == codec for f in documents(tmp_path))
     assert engine(**settings).run(ids)[0].loaded == 64
+
+
+def test_a_profile_of_another_cache_gives_way_to_channel(
+    engine: Any, tmp_path: Any, caplog: Any
+) -> None:
+    """As that of a whole model does where a worker has some of its heads or layers."""
+    fill(engine, prompt(80, 1))
+    [file] = documents(tmp_path)
+    whole = kvzip.decode(file)
+    other = kvzip.Snapshot(whole.layers[:2], "bf16", whole.token_ids)
+    kvzip.Profile.fit([other]).save(tmp_path / "m.kvprofile")
+    settings = {"codec": "predictive", "profile": str(tmp_path / "m.kvprofile")}
+    first = engine(**settings)
+    first.run(prompt(80, 2), prompt(80, 3))
+    first.settle()
+    [told] = warnings(caplog)
+    assert "channel is used" in told
+    assert [kvzip.info(f).header.codec["id"] for f in documents(tmp_path)] == ["channel"] * 3
+    assert engine(**settings).run(prompt(80, 2))[0].loaded == 64
 
 
 @pytest.mark.parametrize("shared", [0, 1, 15, 16, 17, 40, 64, 79])
@@ -223,6 +271,145 @@ def test_a_conversation_is_stored_when_it_has_grown_by_a_third(engine: Any, tmp_
     assert sizes == [100, 140, 200, 280, 380]
     fill(engine, prompt(BLOCK, 3), min_tokens=BLOCK + 1)
     assert len(documents(tmp_path)) == len(sizes)
+
+
+# --- layers of several groups, and windows ---------------------------------------------------
+
+WINDOWS = {"hybrid": [None, 40, 40], "two": [40, None], "sliding": [40]}
+
+
+@pytest.fixture(params=WINDOWS.values(), ids=WINDOWS)
+def windows(request: pytest.FixtureRequest) -> list[int | None]:
+    return list(request.param)
+
+
+def held(file: Any) -> list[int]:
+    """How many tokens each layer of a document holds."""
+    return [layer.stored for layer in kvzip.info(file).header.layout.layers]
+
+
+@pytest.mark.parametrize("tokens", [BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 3, 12 * BLOCK])
+def test_windows_there_and_back(engine: Any, tmp_path: Any, windows: Any, tokens: int) -> None:
+    """A prompt that is computed in one step is stored whole; of it comes what is needed."""
+    ids = prompt(tokens)
+    fill(engine, ids, windows=windows)
+    [file] = documents(tmp_path)
+    assert held(file) == [tokens] * LAYERS
+    assert engine(windows=windows).run(ids)[0].loaded == (tokens - 1) // BLOCK * BLOCK
+    assert engine().run(ids)[0].loaded == (tokens - 1) // BLOCK * BLOCK  # where all is one group
+
+
+@pytest.mark.parametrize("shared", [0, 15, 16, 40, 64, 79])
+@pytest.mark.parametrize("local", [0, 32])
+def test_a_shared_prefix_with_windows(engine: Any, windows: Any, shared: int, local: int) -> None:
+    ids = prompt(80)
+    fill(engine, ids, windows=windows)
+    other = ids[:shared] + [(i + 1) % WORDS for i in ids[shared:]] + prompt(9)
+    [request] = engine(windows=windows).run(other, local=local)
+    assert request.loaded == max(0, shared // BLOCK * BLOCK - local)
+
+
+def test_what_a_window_has_left_behind_is_not_stored(
+    engine: Any, tmp_path: Any, windows: Any
+) -> None:
+    """In chunks: vLLM has given blocks back before the prompt is done, and others may have them."""
+    ids, other = prompt(150), prompt(140, 1)
+    first = engine(chunk=48, windows=windows)
+    first.run(ids, other)
+    first.settle()
+    for file in documents(tmp_path):
+        count = kvzip.info(file).header.layout.tokens
+        # The last step began at 144 of 150, and at 96 of 140.
+        begun = 144 if count == 150 else 96
+        sliding = count - (begun - 40 + 1) // BLOCK * BLOCK
+        want = [windows[i % len(windows)] for i in range(LAYERS)]
+        assert held(file) == [count if window is None else sliding for window in want]
+        for i, pair in enumerate(kvzip.decode(file).tensors()):
+            for part, numbers in enumerate(pair):
+                whole = standin.formula(ids if count == 150 else other, i, part, torch.bfloat16)
+                assert torch.equal(numbers, whole[:, -numbers.shape[1] :])
+    again = engine(windows=windows)
+    assert [r.loaded for r in again.run(ids, other)] == [144, 128]
+    # What a shorter prompt needs is not there: it is computed.
+    assert engine(windows=windows).run(ids[:90] + prompt(9, 2))[0].loaded == 0
+
+
+@pytest.mark.parametrize("local", [0, 32])
+@pytest.mark.parametrize("how", ["damaged", "gone", "other"])
+def test_a_load_that_a_request_waits_for_fails(
+    engine: Any, tmp_path: Any, caplog: Any, windows: Any, how: str, local: int
+) -> None:
+    ids = prompt(80)
+    fill(engine, ids, windows=windows)
+    [file] = documents(tmp_path)
+    good = file.read_bytes()
+    second = engine(windows=windows)
+    if how == "damaged":
+        damage(file)
+    elif how == "other":
+        kvzip.write(file, kvzip.Snapshot(kvzip.decode(file).layers[:2], "bf16", ids))
+    else:
+        start = second.worker.start_load_kv
+
+        def late(context: Any) -> None:
+            file.unlink(missing_ok=True)
+            start(context)
+
+        second.worker.start_load_kv = late
+    [request] = second.run(ids, local=local)  # which checks all keys and values
+    assert request.loaded == 64 - local
+    [told] = warnings(caplog)
+    assert file.stem in told and f"{64 - local} tokens are computed" in told
+    assert {"damaged": "damaged", "gone": "no document", "other": "the engine has"}[how] in told
+    second.worker.start_load_kv = type(second.worker).start_load_kv.__get__(second.worker)
+    second.settle()
+    if how != "other":  # whose name was another
+        assert file.read_bytes() == good
+    assert engine(windows=windows).run(ids)[0].loaded == 64
+
+
+# --- ranks -----------------------------------------------------------------------------------
+
+
+def ranks(engine: Any, tensor: int, monkeypatch: Any, ours: Any, **changes: Any) -> list[Any]:
+    """Engines of the ranks of one server; the scheduler's half is the first one's."""
+    made = []
+    split = importlib.import_module("kvzip.load.vllm.split").Split
+    for rank in range(tensor):
+        monkeypatch.setattr(split, "own_part", lambda self, rank=rank: (rank, True))
+        made.append(engine(parallel={"tensor_parallel_size": tensor}, **changes))
+    return made
+
+
+def test_ranks_store_their_parts_and_load_them(
+    engine: Any, tmp_path: Any, ours: Any, monkeypatch: Any, caplog: Any
+) -> None:
+    ids = prompt(80)
+    for one in ranks(engine, 2, monkeypatch, ours):
+        assert one.run(ids)[0].loaded == 0
+        one.settle()
+    assert len(documents(tmp_path)) == 2
+    caplog.clear()
+    for one in ranks(engine, 2, monkeypatch, ours):
+        assert one.run(ids)[0].loaded == 64
+    assert not warnings(caplog)
+    for other in (1, 4):  # another split finds nothing, and says so once
+        caplog.clear()
+        one = ranks(engine, other, monkeypatch, ours)[0]
+        assert [one.run(ids)[0].loaded for _ in range(2)] == [0, 0]
+        [told] = [line for line in warnings(caplog) if "tensor_parallel_size" in line]
+        assert f"this engine has tensor_parallel_size={other}" in told
+
+
+def test_a_part_that_is_not_there_is_a_miss(
+    engine: Any, tmp_path: Any, ours: Any, monkeypatch: Any
+) -> None:
+    ids = prompt(80)
+    first = ranks(engine, 2, monkeypatch, ours)[0]
+    first.run(ids)
+    first.settle()
+    assert len(documents(tmp_path)) == 1
+    assert [one.run(ids)[0].loaded for one in ranks(engine, 2, monkeypatch, ours)] == [0, 0]
 
 
 # --- what goes wrong -------------------------------------------------------------------------
@@ -452,10 +639,14 @@ def test_memory_for_what_waits_is_bounded(engine: Any, tmp_path: Any, caplog: An
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parallel": {"tensor_parallel_size": 2}}, "tensor_parallel_size"),
-        ({"groups": 2}, "disable_hybrid_kv_cache_manager=True"),
-        ({"spec": "MLAAttentionSpec"}, "MLAAttentionSpec"),
+        ({"parallel": {"decode_context_parallel_size": 2}}, "decode_context_parallel_size"),
+        ({"spec": "MambaSpec"}, "MambaSpec"),
         ({"dtype": torch.uint8}, "kv_cache_dtype='auto'"),
+        (
+            {"dtype": torch.uint8, "cache_dtype": "fp8", "calculate_kv_scales": True},
+            "calculate_kv_scales",
+        ),
+        ({"dtype": torch.uint8, "cache_dtype": "fp8"}, "numbers of 1 bytes"),
         ({"codecs": "raw"}, "codecs"),
         ({"revision": None}, "set revision"),
         ({"backend": "FLASHINFER"}, "FLASHINFER"),

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +28,7 @@ if importlib.util.find_spec("vllm") is None:
 import torch
 import transformers
 from servers import failing_server
+from vllm_runs import ENVIRONMENT, SIZE, Engines, Run, flip, same_blocks, words
 
 import kvzip
 from kvzip.load.hf import cache_argument
@@ -41,33 +38,10 @@ from kvzip.store.keys import hash_chain
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parent.parent / "docs" / "vllm.md").read_text()
-SIZE = 32
-"""Tokens of a block, as `engine.py` sets it."""
-ENVIRONMENT = os.environ | {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-}
-PLAIN = ENVIRONMENT | {"TORCHDYNAMO_DISABLE": "1"}
-"""Compiling takes longer than all the rest; the page's example shows that it may be done."""
-
-
-def words(seed: int, count: int) -> list[int]:
-    return random.Random(seed).choices(range(3, 250), k=count)
-
-
 DOCUMENT = words(0, 300)
 SHARED = 200
 OTHER = DOCUMENT[:SHARED] + words(1, 90)
 UNSEEN = [words(2, 300), words(3, 300)]
-
-
-def flip(file: Path) -> None:
-    """Change a bit of a document's blocks."""
-    data = bytearray(file.read_bytes())
-    data[len(data) * 3 // 4] ^= 1
-    file.write_bytes(data)
 
 
 def make_model(folder: Path, seed: int) -> Path:
@@ -98,96 +72,6 @@ def make_model(folder: Path, seed: int) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: Any) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), 0)
-
-
-class Engines:
-    """Jobs for `engine.py`, two at a time, each in a process of its own."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, HERE / "engine.py"], env=PLAIN, stdin=subprocess.PIPE, text=True
-        )
-        self._pool = ThreadPoolExecutor(2)
-
-    def submit(self, folder: Path) -> Future[int]:
-        return self._pool.submit(self._run, folder)
-
-    def _run(self, folder: Path) -> int:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{folder / 'job.json'}\n")
-        self._process.stdin.flush()
-        end = time.monotonic() + 600
-        while not (folder / "code").exists():
-            assert self._process.poll() is None and time.monotonic() < end, folder
-            time.sleep(0.05)
-        return int((folder / "code").read_text())
-
-    def close(self) -> None:
-        self._process.communicate()
-        self._pool.shutdown()
-
-
-class Run:
-    """An engine: begun at once, waited for when it is asked for something."""
-
-    def __init__(
-        self,
-        engines: Engines,
-        folder: Path,
-        model: Path,
-        prompts: Any,
-        store: Any = None,
-        dtype: str = "bfloat16",
-        **settings: Any,
-    ):
-        self.folder, self.prompts = folder, prompts
-        folder.mkdir()
-        job = {"model": str(model), "rounds": [[ids] for ids in prompts], "dtype": dtype}
-        if store is not None:
-            job["transfer"] = {
-                "kv_connector": "KvzipConnector",
-                "kv_connector_module_path": "kvzip.load.vllm",
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {
-                    "url": str(store),
-                    "block_tokens": SIZE,
-                    "min_tokens": SIZE,
-                    **settings,
-                },
-            }
-        (folder / "job.json").write_text(json.dumps(job))
-        self._code = engines.submit(folder)
-
-    @property
-    def log(self) -> str:
-        found = (self.folder / "log").read_text() if self._code.result() == 0 else None
-        assert found is not None, (self.folder / "log").read_text()[-5000:]
-        return found
-
-    @property
-    def told(self) -> list[str]:
-        """What kvzip warned of, a line each."""
-        assert self.log
-        return (self.folder / "told").read_text().splitlines()
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """What a prompt gave."""
-        assert self.log
-        found: dict[str, Any] = json.loads((self.folder / "result.json").read_text())[number][0]
-        return found
-
-    def blocks(self, number: int) -> Any:
-        """Bytes of the blocks that are full of a prompt: [layers, blocks, ...]."""
-        raw = np.load(self.folder / f"{number}-0.npy")
-        return raw[:, : len(self.prompts[number]) // SIZE]
-
-    def computed_as(self, other: Run, number: int, theirs: int) -> bool:
-        """Whether a prompt gave the tokens, log-probabilities and blocks that `other` has."""
-        names = ("tokens", "logprobs")
-        return all(self[number][name] == other[theirs][name] for name in names) and np.array_equal(
-            self.blocks(number), other.blocks(theirs)
-        )
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +141,7 @@ def document(runs: dict[str, Run]) -> Path:
 
 def test_saving_changes_nothing(runs: dict[str, Run], model: Path) -> None:
     assert runs["save"][0] == runs["plain"][0]
-    assert np.array_equal(runs["save"].blocks(0), runs["plain"].blocks(0))
+    assert same_blocks(runs["save"].blocks(0), runs["plain"].blocks(0))
     info = kvzip.verify(document(runs))
     assert kvzip.decode(document(runs)).token_ids.tolist() == DOCUMENT and info.ratio > 1.1
     assert info.header.origin.revision == kvzip.fingerprint(model)
@@ -265,7 +149,7 @@ def test_saving_changes_nothing(runs: dict[str, Run], model: Path) -> None:
 
 def test_the_document_is_what_vllm_computed(runs: dict[str, Run]) -> None:
     """Bytes of vLLM's blocks, put in order here, are the document's."""
-    raw = runs["save"].blocks(0)
+    raw = np.stack(list(runs["save"].blocks(0).values()))
     layers, blocks, heads = raw.shape[:3]
     halves = raw.view(np.uint16).reshape(layers, blocks, heads, 2, -1)
     snapshot = kvzip.decode(document(runs), tokens=(0, blocks * SIZE))
@@ -294,13 +178,13 @@ def test_another_process_loads_a_shared_prefix(runs: dict[str, Run]) -> None:
     plain, load = runs["plain"], runs["load"]
     assert load[0]["cached"] == plain[2]["cached"] == SHARED // SIZE * SIZE
     assert load[0] == plain[2]
-    assert np.array_equal(load.blocks(0), plain.blocks(2))
+    assert same_blocks(load.blocks(0), plain.blocks(2))
 
 
 def test_what_is_in_vllms_own_cache_is_not_loaded_again(runs: dict[str, Run]) -> None:
     plain, load = runs["plain"], runs["load"]
     assert load[1]["cached"] == 288 and load[1] == plain[1]
-    assert np.array_equal(load.blocks(1), plain.blocks(1))
+    assert same_blocks(load.blocks(1), plain.blocks(1))
     assert load[1]["tokens"] == plain[0]["tokens"]
 
 
@@ -388,7 +272,7 @@ def test_the_pages_settings_for_a_server() -> None:
     found = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
     told = found.kv_transfer_config
     assert told.kv_connector_extra_config == config.kv_connector_extra_config
-    assert told.kv_load_failure_policy == "recompute" and found.disable_hybrid_kv_cache_manager
+    assert told.kv_load_failure_policy == "recompute"
     assert settings.url == "s3://bucket/caches"
     known = set(re.findall(r"^\| `(\w+)`", PAGE, re.MULTILINE))
     assert {f.name for f in msgspec.structs.fields(Settings)} == known

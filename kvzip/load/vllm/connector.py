@@ -8,15 +8,16 @@
         kv_connector_extra_config={"url": "s3://bucket/caches", "codec": "channel"})
 
 The scheduler's half looks a prompt up in the store, beside the engine's work; what the store has is
-used in whole blocks of vLLM's. The worker's half decodes the document layer after layer in a
-thread, ahead of the model, which waits only for the layer that it is at. After a prefill it copies
-each layer out as the model passes it, and encodes and stores the document beside the engine.
+used in whole blocks of vLLM's. The worker's half decodes the document: layer after layer in a
+thread, ahead of the model, which waits only for the layer that it is at; or, where layers slide or
+are of several groups, before the request is scheduled. After a prefill it copies the layers out,
+and encodes and stores the document beside the engine.
 
 Nothing that goes wrong ends a request: a store that does not answer is a miss; a document that
 cannot be loaded is reported to vLLM, which computes those tokens, and is passed over for a while.
 
-The interface is that of vLLM 0.32.0, ``vllm.distributed.kv_transfer.kv_connector.v1.base``. A
-document holds whole layers, so the model must lie on one worker. docs/vllm.md has all settings.
+The interface is that of vLLM 0.32.0, ``vllm.distributed.kv_transfer.kv_connector.v1.base``. Where a
+model is cut over several workers, each has documents of its own. docs/vllm.md has all settings.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
 
-from kvzip.load.vllm.engine import Engine, check_parallel, origin_of
+from kvzip.load.vllm.engine import Engine, origin_of
 from kvzip.load.vllm.metadata import Metadata
 from kvzip.load.vllm.scheduler import Scheduler
 from kvzip.load.vllm.settings import profile_from, settings_from
@@ -46,7 +52,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class KvzipConnector(KVConnectorBase_V1):
+class KvzipConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM makes one for the scheduler and one for the worker."""
 
     def __init__(
@@ -55,7 +61,6 @@ class KvzipConnector(KVConnectorBase_V1):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         settings = settings_from(transfer.kv_connector_extra_config)
-        check_parallel(vllm_config.parallel_config)
         engine = Engine.of(vllm_config, kv_cache_config)
         store = Store(
             settings.url,
@@ -85,7 +90,8 @@ class KvzipConnector(KVConnectorBase_V1):
                 saves=transfer.is_kv_producer and store.bucket.writable,
             )
         else:
-            self._worker = Worker(settings, engine, store, profile)
+            part, stores = engine.split.own_part()
+            self._worker = Worker(settings, engine, store, profile, part, stores)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -94,7 +100,7 @@ class KvzipConnector(KVConnectorBase_V1):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: Mapping[str, object]) -> bool:
-        """Layers are waited for and copied out one by one, which a whole graph would skip."""
+        """Layers are waited for one by one, which a whole graph would skip."""
         return True
 
     # --- for the scheduler -----------------------------------------------------------------
@@ -107,7 +113,8 @@ class KvzipConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        return self._planner.matched(request, num_computed_tokens), False
+        found = self._planner.matched(request, num_computed_tokens)
+        return found, bool(found) and self._planner.in_background
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -119,8 +126,15 @@ class KvzipConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self._planner.failed(connector_output.invalid_block_ids or ())
+        failed = getattr(connector_output, "failed_recving", None) or ()
+        self._planner.loaded(connector_output.finished_recving or (), failed)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, None]:
         self._planner.finished(request.request_id)
         return False, None
 
@@ -143,7 +157,8 @@ class KvzipConnector(KVConnectorBase_V1):
         self._mover.register(kv_caches, context)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
-        self._mover.start(self._get_connector_metadata().loads)
+        step = self._get_connector_metadata()
+        self._mover.start(step.loads, step.background)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         self._mover.wait(layer_name)
@@ -155,10 +170,14 @@ class KvzipConnector(KVConnectorBase_V1):
         attn_metadata: AttentionMetadata,
         **kwargs: object,
     ) -> None:
-        self._mover.copy_out(layer_name, self._get_connector_metadata().saves)
+        pass  # all are copied together, when the step is done
 
     def wait_for_save(self) -> None:
-        self._mover.end_step()
+        self._mover.end_step(self._get_connector_metadata().saves)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        done, failed = self._mover.take_done()
+        return KVConnectorTransferResults(finished_recving=done, failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._mover.take_invalid()

@@ -2,112 +2,262 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
 
 from kvzip import dtypes
-from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load.config import LayerKind, layer_kinds, rope_parameters
 from kvzip.load.vllm.settings import Settings
-from kvzip.snapshot import LayerLayout, Origin
+from kvzip.load.vllm.split import Split
+from kvzip.snapshot import LayerLayout, Layout, Origin, PartLayout
 
 if TYPE_CHECKING:
-    from vllm.config import ParallelConfig, VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+_FULL, _SLIDING, _LATENT = "FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers whose tokens lie in the same of vLLM's blocks."""
+
+    block_tokens: int
+    window: int | None
+    """How many positions a query sees, its own included, where vLLM gives back the blocks that lie
+    before; None where it keeps the blocks of all tokens."""
+
+    def needed_from(self, position: int) -> int:
+        """The first token, at the beginning of a block, that is needed to go on at `position`."""
+        if self.window is None:
+            return 0
+        return max(0, position - self.window + 1) // self.block_tokens * self.block_tokens
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """A layer of the model that has a cache of its own."""
+
+    name: str
+    """vLLM's name of it."""
+    group: int
+    kind: LayerKind
+    parts: Mapping[str, tuple[int, int]]
+    """Heads and dim of each part: "k" and "v", or of MLA "latent" and "k_rope"."""
+
+    def layout(self, dtype: str, first: int, tokens: int) -> LayerLayout:
+        """Of a document of so many tokens, of which it holds those from `first` on."""
+        parts = {
+            name: PartLayout(dtype, (heads, tokens - first, dim), "htd")
+            for name, (heads, dim) in self.parts.items()
+        }
+        kind = self.kind
+        return LayerLayout(parts, tokens, kind.kind, kind.window, kind.rope)
 
 
 @dataclass(frozen=True)
 class Engine:
     """The model's cache, as both halves of the connector must know it."""
 
-    layers: tuple[str, ...]
-    """vLLM's names of the layers, in the model's order."""
-    kinds: tuple[LayerKind, ...]
+    layers: tuple[CachedLayer | None, ...]
+    """In the model's order; None for one that shares another's cache."""
+    groups: tuple[Group, ...]
     ropes: tuple[dict[str, Any], ...]
-    block_tokens: int
-    heads: int
-    dim: int
     dtype: str
+    split: Split
+    goes_on: bool = True
+    """Whether vLLM computes several tokens after others that are in the cache. Where it does not,
+    all of a prompt is loaded but its last token, or nothing."""
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Engine:
         """What vLLM's configuration says. Raises UnsupportedError, which names the reason, for
         caches that are not handled."""
-        groups = kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            raise UnsupportedError(
-                f"the model's cache is managed in {len(groups)} groups, of which kvzip handles "
-                "one: set disable_hybrid_kv_cache_manager=True"
-            )
-        spec, layers = groups[0].kv_cache_spec, tuple(groups[0].layer_names)
-        kind = type(spec).__name__
-        if kind not in ("FullAttentionSpec", "SlidingWindowSpec"):
-            raise UnsupportedError(f"a cache of {kind} is none of full or sliding-window attention")
-        if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise UnsupportedError(
-                f"a cache of {spec.dtype} depends on scales besides: use kv_cache_dtype='auto'"
-            )
         config = vllm_config.model_config.hf_config
+        split = Split.of(vllm_config.parallel_config)
         kinds = layer_kinds(config)
-        if any(kind.states or kind.kind not in ("full", "sliding") for kind in kinds):
-            raise UnsupportedError("a model with states or latents is not handled")
-        if len(kinds) != len(layers):
-            raise UnsupportedError(
-                f"vLLM keeps a cache of {len(layers)} layers, the model's config has {len(kinds)}; "
-                "draft models and layers that share a cache are not handled"
-            )
-        return cls(
-            layers,
-            tuple(kinds),
-            rope_parameters(config),
-            spec.block_size,
-            spec.num_kv_heads,
-            spec.head_size,
-            dtypes.get(str(spec.dtype)).name,
-        )
+        groups, found = list[Group](), dict[int, CachedLayer]()
+        specs: list[KVCacheSpec] = []
+        for number, group in enumerate(kv_cache_config.kv_cache_groups):
+            spec = group.kv_cache_spec
+            each = getattr(spec, "kv_cache_specs", {})  # of layers whose pages differ
+            window = getattr(spec, "sliding_window", None)
+            sliding = type(spec).__name__ == _SLIDING
+            groups.append(Group(spec.block_size, window if sliding else None))
+            for name in group.layer_names:
+                own = each.get(name, spec)
+                i = _index_of(name, len(kinds))
+                if i in found:
+                    raise UnsupportedError(
+                        f"layer {i} of the model has several caches, {found[i].name} and {name}: "
+                        "such models are not handled"
+                    )
+                kind = kinds[i]
+                if sliding:
+                    kind = kind._replace(kind="sliding", window=window)
+                found[i] = CachedLayer(name, number, kind, _parts_of(own, config, name))
+                specs.append(own)
+        dtype = _dtype_of(specs, vllm_config)
+        for i, kind in enumerate(kinds):
+            if i not in found and not kind.empty and split.pipeline == 1:
+                raise UnsupportedError(
+                    f"vLLM keeps no cache of layer {i} of {len(kinds)}, which the model's config "
+                    f"says is of kind {kind.kind}: such models are not handled"
+                )
+        layers = [found.get(i) for i in range(len(kinds)) if i in found or split.pipeline == 1]
+        latent = all(layer is None or "latent" in layer.parts for layer in layers)
+        if latent:
+            split = split.with_equal_tensor_ranks()
+        scheduling = getattr(vllm_config, "scheduler_config", None)
+        # MLA on a CPU: where prompts are not computed in chunks, attention leaves out the cache.
+        goes_on = not latent or getattr(scheduling, "enable_chunked_prefill", True)
+        return cls(tuple(layers), tuple(groups), rope_parameters(config), dtype, split, goes_on)
 
-    @property
+    def most(self, tokens: int) -> int:
+        """Up to which position a cache for a prompt of so many tokens can be loaded at the most:
+        one is left for the model, which must compute the next one."""
+        return (tokens - 1) // self.block_tokens * self.block_tokens if self.goes_on else tokens - 1
+
+    @cached_property
+    def block_tokens(self) -> int:
+        """Prefixes are loaded in multiples of this: a whole block in each group."""
+        return math.lcm(*(group.block_tokens for group in self.groups))
+
+    @cached_property
+    def in_background(self) -> bool:
+        """Whether documents are loaded before a request is scheduled, and not layer after layer
+        within its first step. What fails in a step is told to vLLM by block, which it can only
+        answer to where a single group keeps the blocks of all tokens."""
+        return len(self.groups) > 1 or any(group.window is not None for group in self.groups)
+
+    @cached_property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys and values in all layers."""
-        numbers = 2 * self.heads * self.dim * len(self.layers)
-        return numbers * dtypes.get(self.dtype).itemsize
-
-    def layout(self, i: int, tokens: int) -> LayerLayout:
-        """Layer i of a document of so many tokens: all of them, the sliding layers' too."""
-        shape = (self.heads, tokens, self.dim)
-        kind = self.kinds[i]
-        return LayerLayout.of_kv(
-            shape, shape, self.dtype, tokens, kind.kind, kind.window, kind.rope
+        """Bytes of one token in all layers."""
+        numbers = (
+            heads * dim
+            for layer in self.layers
+            if layer is not None
+            for heads, dim in layer.parts.values()
         )
+        return sum(numbers) * dtypes.get(self.dtype).itemsize
 
-    def check(self, reader: Reader) -> None:
+    def layer_layout(self, i: int, first: int, tokens: int) -> LayerLayout:
+        """Layer i of a document of so many tokens, of which it holds those from `first` on."""
+        layer = self.layers[i]
+        if layer is None:
+            return LayerLayout({}, tokens)
+        return layer.layout(self.dtype, first, tokens)
+
+    def usable(self, layout: Layout, tokens: int, most: int, computed: int) -> int:
+        """To which position a document can be loaded into a cache that has the first `computed`
+        tokens: 0 if to none beyond these. `tokens`: how many first ones are the prompt's; `most`:
+        where to stop at the latest. Of a document of other layers all is taken to be there: that it
+        does not fit is told when it is opened."""
+        stop = min(tokens // self.block_tokens * self.block_tokens, most)
+        if not self.goes_on:
+            stop = most if tokens >= most else 0
+        if stop <= computed:
+            return 0
+        if len(layout.layers) != len(self.layers):
+            return stop
+        for layer, stored in zip(self.layers, layout.layers, strict=True):
+            if layer is not None and stored.parts:
+                needed = max(computed, self.groups[layer.group].needed_from(stop))
+                if stored.first > needed:
+                    return 0
+        return stop
+
+    def check(self, layout: Layout) -> None:
         """Raise UnsupportedError unless a document has this cache's layers."""
-        found = reader.layout
-        shapes = {(layer.k[0], layer.k[-1], layer.v[-1]) for layer in found.layers}
-        if (
-            found.dtype != self.dtype
-            or len(found.layers) != len(self.layers)
-            or shapes != {(self.heads, self.dim, self.dim)}
-        ):
+        tokens = layout.tokens
+        alike = layout.dtype == self.dtype and len(layout.layers) == len(self.layers)
+        for i, stored in enumerate(layout.layers if alike else ()):
+            wanted = self.layer_layout(i, stored.first if stored.parts else tokens, tokens)
+            alike = alike and [*stored.parts.items()] == [*wanted.parts.items()]
+        if not alike:
             raise UnsupportedError(
-                f"it holds {len(found.layers)} layers of {found.dtype}, [heads, dim] in "
-                f"{sorted({s[:2] for s in shapes})}; the engine has {len(self.layers)} of "
-                f"{self.dtype}, {(self.heads, self.dim)}"
+                f"it holds {_described(layout.dtype, layout)}; the engine has "
+                f"{_described(self.dtype, self._layout(tokens))}"
             )
 
+    def _layout(self, tokens: int) -> Layout:
+        count = len(self.layers)
+        return Layout(self.dtype, tuple(self.layer_layout(i, 0, tokens) for i in range(count)))
 
-def check_parallel(config: ParallelConfig) -> None:
-    """Raise UnsupportedError where the model is cut over several workers."""
-    for name in ("tensor", "pipeline", "decode_context", "prefill_context"):
-        if getattr(config, f"{name}_parallel_size", 1) > 1:
+
+def _described(dtype: str, layout: Layout) -> str:
+    """Layers of a document in a few words."""
+    shapes = {
+        tuple((name, part.dtype, part.size("h"), part.size("d")) for name, part in parts.items())
+        for parts in (layer.parts for layer in layout.layers)
+    }
+    told = "; ".join(
+        ", ".join(f"{name} {form} [{heads}, {dim}]" for name, form, heads, dim in shape) or "none"
+        for shape in sorted(shapes)
+    )
+    return f"{len(layout.layers)} layers of {dtype}, [heads, dim] of parts: {told}"
+
+
+def _index_of(name: str, layers: int) -> int:
+    """Which of the model's layers vLLM's name means: "model.layers.3.self_attn.attn" is 3."""
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
+    if len(numbers) != 1 or int(numbers[0]) >= layers:
+        raise UnsupportedError(
+            f"vLLM keeps a cache {name}, which is none of the model's {layers} layers: draft "
+            "models and several caches of a layer are not handled"
+        )
+    return int(numbers[0])
+
+
+def _parts_of(spec: KVCacheSpec, config: Any, name: str) -> dict[str, tuple[int, int]]:
+    """Heads and dim of the parts of a layer of this spec. Raises UnsupportedError."""
+    kind = type(spec).__name__
+    if kind not in (_FULL, _SLIDING, _LATENT):
+        raise UnsupportedError(
+            f"the cache {name} is a {kind}, which is none of full, sliding-window or latent "
+            "attention: such models are not handled"
+        )
+    whole = getattr(spec, "tokens_per_state", 1) == 1 and not getattr(spec, "dcp_size", 0)
+    packed = getattr(spec, "num_head_slots", None) or getattr(spec, "state_content_bytes", None)
+    if not whole or packed is not None:
+        raise UnsupportedError(f"the cache {name} packs its tokens: such caches are not handled")
+    if kind == _LATENT:
+        text = config.get_text_config(decoder=True)
+        latent = text.kv_lora_rank
+        return {"latent": (1, latent), "k_rope": (1, spec.head_size - latent)}
+    heads, dim = spec.num_kv_heads, spec.head_size
+    return {"k": (heads, dim), "v": (heads, getattr(spec, "head_size_v", None) or dim)}
+
+
+def _dtype_of(specs: list[KVCacheSpec], vllm_config: VllmConfig) -> str:
+    """The format of all layers' numbers. Raises UnsupportedError where they are of several, or mean
+    something only with scales that no document has."""
+    forms = {spec.dtype for spec in specs}
+    cache = getattr(vllm_config, "cache_config", None)
+    told = str(getattr(cache, "cache_dtype", "auto"))
+    if forms == {torch.uint8} and told in ("fp8", "fp8_e4m3", "fp8_e5m2"):
+        if getattr(cache, "calculate_kv_scales", False):
             raise UnsupportedError(
-                f"{name}_parallel_size is above 1: documents hold whole layers, which no worker has"
+                "with calculate_kv_scales the scales of a cache are those of the first prompts, "
+                "and no document has them: leave it out"
             )
+        return "fp8_e5m2" if told == "fp8_e5m2" else "fp8_e4m3fn"
+    if len(forms) != 1 or not forms <= {torch.bfloat16, torch.float16, torch.float32}:
+        names = ", ".join(sorted(map(str, forms))) or "no layers"
+        raise UnsupportedError(
+            f"a cache of {names} (kv_cache_dtype={told!r}) depends on scales besides, or is of "
+            "several formats: use kv_cache_dtype='auto' or 'fp8'"
+        )
+    return dtypes.get(str(forms.pop())).name
 
 
 def origin_of(vllm_config: VllmConfig, settings: Settings, engine: Engine) -> Origin:

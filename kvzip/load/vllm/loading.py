@@ -1,10 +1,10 @@
-"""Documents decoded for one step, layer after layer, ahead of the model."""
+"""Documents decoded for vLLM's blocks: within a step, ahead of the model, or before it begins."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Semaphore, Thread
 
 import torch
@@ -16,9 +16,55 @@ from kvzip.load.documents import OpenDocument
 from kvzip.load.vllm.engine import Engine
 from kvzip.load.vllm.metadata import Load
 from kvzip.snapshot import Layer
+from kvzip.workers import Lock
 
 _AHEAD = 2
 """Layers of each request that may lie decoded and unused."""
+_AT_ONCE = 2
+"""Requests whose documents are decoded beside each other in the background."""
+
+Parts = Mapping[str, torch.Tensor]
+"""Tensors [heads, tokens, dim] by the names of a layer's parts."""
+
+
+class LayersOf:
+    """The layers of a load's document, decoded one by one. Close it after use."""
+
+    def __init__(self, load: Load, engine: Engine, document: OpenDocument[Reader]):
+        self._load, self._engine, self._document = load, engine, document
+        try:
+            engine.check(document.source.layout)
+            spans = [self._span(i) for i in range(len(engine.layers))]
+            document.source.read_ahead(spans)
+        except BaseException:
+            document.close()
+            raise
+
+    def _span(self, i: int) -> tuple[int, int]:
+        """Positions of layer i that are loaded."""
+        layer = self._engine.layers[i]
+        if layer is None:
+            return self._load.stop, self._load.stop
+        return self._load.spans[layer.group].start, self._load.stop
+
+    def decode(self, i: int) -> Layer:
+        """Layer i. Raises KVZipError."""
+        start, stop = self._span(i)
+        layer: Layer = self._document.source.decode(layers=[i], tokens=(start, stop)).layers[0]
+        if layer.layout.parts and layer.layout.stored != stop - start:
+            raise UnsupportedError(f"its layer {i} does not hold all of the tokens")
+        return layer
+
+    def close(self) -> None:
+        self._document.close()
+
+
+def tensors(layer: Layer) -> dict[str, torch.Tensor]:
+    """A layer's parts as tensors."""
+    return {
+        name: dtypes.as_tensor(layer.part(name), part.dtype)
+        for name, part in layer.layout.parts.items()
+    }
 
 
 class StepLoads:
@@ -31,17 +77,19 @@ class StepLoads:
         open_load: Callable[[Load], OpenDocument[Reader]],
         timeout: float,
     ):
-        self.loads, self._engine, self._layers = loads, engine, len(engine.layers)
+        self.loads, self._engine = loads, engine
+        self._numbers = [i for i, layer in enumerate(engine.layers) if layer is not None]
+        self._layers = len(self._numbers)
         self._open, self._timeout = open_load, timeout
         self._room = [Semaphore(_AHEAD) for _ in loads]
-        self._ready: list[list[Future[Layer]]] = [[Future() for _ in engine.layers] for _ in loads]
+        self._ready: list[list[Future[Layer]]] = [[Future() for _ in self._numbers] for _ in loads]
         self._taken = [0] * len(loads)
         self._errors: dict[int, Exception] = {}
         self._over = False
         Thread(target=self._decode, name="kvzip-load", daemon=True).start()
 
     def _decode(self) -> None:
-        documents: dict[int, OpenDocument[Reader]] = {}
+        documents: dict[int, LayersOf] = {}
         failed = set[int]()
         try:
             for i, n in itertools.product(range(self._layers), range(len(self.loads))):
@@ -51,7 +99,10 @@ class StepLoads:
                 if self._over:
                     return
                 try:
-                    self._ready[n][i].set_result(self._decode_one(documents, n, i))
+                    if n not in documents:
+                        load = self.loads[n]
+                        documents[n] = LayersOf(load, self._engine, self._open(load))
+                    self._ready[n][i].set_result(documents[n].decode(self._numbers[i]))
                 except Exception as error:  # whatever it is, the engine computes instead
                     self._ready[n][i].set_exception(error)
                     failed.add(n)
@@ -59,23 +110,11 @@ class StepLoads:
             for document in documents.values():
                 document.close()
 
-    def _decode_one(self, documents: dict[int, OpenDocument[Reader]], n: int, i: int) -> Layer:
-        """Layer i of load n, whose document is opened when it is first needed."""
-        load = self.loads[n]
-        span = load.start, load.stop
-        if n not in documents:
-            documents[n] = self._open(load)
-            self._engine.check(documents[n].source)
-            documents[n].source.read_ahead([span] * self._layers)
-        layer: Layer = documents[n].source.decode(layers=[i], tokens=span).layers[0]
-        if layer.layout.stored != load.stop - load.start:
-            raise UnsupportedError(f"its layer {i} does not hold all of the tokens")
-        return layer
-
-    def take(self, n: int, i: int) -> list[torch.Tensor] | None:
-        """K and V of layer i of load n, tensors [heads, tokens, dim]; None after a failure."""
+    def take(self, n: int, number: int) -> Parts | None:
+        """The parts of a layer of load n, by the layer's number; None after a failure."""
         if n in self._errors:
             return None
+        i = self._numbers.index(number)
         try:
             layer = self._ready[n][i].result(self._timeout)
         except TimeoutError:
@@ -86,7 +125,7 @@ class StepLoads:
             return None
         self._taken[n] += 1
         self._room[n].release()
-        return [dtypes.as_tensor(bits, self._engine.dtype) for bits in layer]
+        return tensors(layer)
 
     def _fail(self, n: int, error: Exception) -> None:
         self._errors[n] = error
@@ -100,3 +139,49 @@ class StepLoads:
             if self._taken[n] != self._layers:
                 self._errors.setdefault(n, KVZipError("vLLM did not ask for all layers"))
         return [(self.loads[n], error) for n, error in sorted(self._errors.items())]
+
+
+class BackgroundLoads:
+    """The loads of requests that vLLM lets wait until they are done, each by a thread of its own.
+
+    `put` brings a layer's parts into the blocks of a load.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        open_load: Callable[[Load], OpenDocument[Reader]],
+        put: Callable[[Load, int, Parts], None],
+    ):
+        self._engine, self._open, self._put = engine, open_load, put
+        self._pool = ThreadPoolExecutor(_AT_ONCE, "kvzip-load")
+        self._lock = Lock()
+        self._done: list[tuple[Load, Exception | None]] = []
+
+    def begin(self, load: Load) -> None:
+        """Load a document's layers into vLLM's blocks, beside the engine's work."""
+        self._pool.submit(self._run, load)
+
+    def _run(self, load: Load) -> None:
+        found: Exception | None = None
+        try:
+            document = LayersOf(load, self._engine, self._open(load))
+            try:
+                for i, layer in enumerate(self._engine.layers):
+                    if layer is not None:
+                        self._put(load, i, tensors(document.decode(i)))
+            finally:
+                document.close()
+        except Exception as error:  # whatever it is, the engine computes instead
+            found = error
+        with self._lock:
+            self._done.append((load, found))
+
+    def take_done(self) -> list[tuple[Load, Exception | None]]:
+        """Loads that are done, once each, and why those that failed did."""
+        with self._lock:
+            found, self._done = self._done, []
+        return found
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""One layer of vLLM's paged cache as keys and values, read and written through strided views.
+"""One layer of vLLM's paged cache as parts of a document, read and written through strided views.
 
 vLLM hands a connector each layer as a tensor [blocks, heads, tokens of a block, channels]. Within a
 block and head a backend orders numbers as its kernels want them; `ARRANGEMENTS` names the orders
@@ -8,15 +8,14 @@ wrote them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from kvzip.errors import UnsupportedError
 
-if TYPE_CHECKING:
-    import torch
-
 ARRANGEMENTS = {
-    "halves": "a token's channels are its key, then its value",
+    "halves": "a token's channels are its key, then its value; or its latent, then what is rotated",
     "columns": "all keys, [dim, tokens]; then all values, [tokens, dim]",
     "tiles": "all keys, [tokens / 16, dim / 2, 16 tokens, 2 dims]; then all values, [dim / 16, "
     "tokens / 2, 16 dims, 2 tokens]",
@@ -26,6 +25,7 @@ ARRANGEMENTS = {
 of 2-byte numbers)."""
 
 _BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION")
+_LATENT = ("CPU_MLA", "FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")
 _CPU = {"vec": "columns", "vec16": "columns", "amx": "tiles"}
 
 
@@ -34,56 +34,112 @@ def arrangement_of(backend: str, isa: str | None, itemsize: int) -> str:
 
     Raises UnsupportedError for one that is not known.
     """
-    if backend in _BACKENDS:
+    if backend in _BACKENDS + _LATENT:
         return "halves"
     found = _CPU.get(isa or "") if backend == "CPU_ATTN" else None
-    if found is None or (found == "tiles" and itemsize != 2):
+    if found is None or itemsize < 2 or (found == "tiles" and itemsize != 2):
         kernels = f" with its {isa} kernels" if backend == "CPU_ATTN" else ""
+        kernels += f" for numbers of {itemsize} bytes" if found else ""
         raise UnsupportedError(
             f"attention backend {backend}{kernels} orders its cache in a way that kvzip does not "
-            f"know: use one of {', '.join(_BACKENDS)}, or on CPU one of {', '.join(_CPU)}"
+            f"know: use one of {', '.join(_BACKENDS)}, for latents one of {', '.join(_LATENT)}, or "
+            f"on CPU one of {', '.join(_CPU)}"
         )
     return found
 
 
 class Pages:
-    """Keys and values of one layer: `cache`, [blocks, heads, tokens of a block, channels]."""
+    """The parts of one layer in vLLM's blocks.
 
-    def __init__(self, cache: torch.Tensor, arrangement: str, dim: int):
-        if cache.ndim != 4 or cache.shape[-1] != 2 * dim:
+    `cache`: [blocks, heads, tokens of a block, channels], or [blocks, tokens of a block, channels]
+    of latents. `parts`: heads and dim of each part, in the order of the channels. `tokens`: of one
+    of vLLM's blocks, of which each may be several here, one after the other.
+
+    Raises UnsupportedError when the cache has another shape.
+    """
+
+    def __init__(
+        self,
+        cache: torch.Tensor,
+        arrangement: str,
+        parts: Mapping[str, tuple[int, int]],
+        tokens: int,
+    ):
+        self._dtype = cache.dtype
+        if cache.ndim == 3:
+            cache = cache[:, None]
+        heads, dims = next(iter(parts.values()))[0], [dim for _, dim in parts.values()]
+        size = cache.shape[2] if cache.ndim == 4 else 0
+        if cache.ndim != 4 or cache.shape[1] != heads or cache.shape[3] != sum(dims):
             raise UnsupportedError(
                 f"vLLM's cache has shape {list(cache.shape)}: "
-                f"want [blocks, heads, tokens, {2 * dim}]"
+                f"want [blocks, {heads}, tokens, {sum(dims)}]"
             )
-        blocks, heads, tokens = cache.shape[:3]
-        self._shape = heads, tokens, dim
-        if arrangement == "halves":
-            self._views = [cache[..., None, :dim, None], cache[..., None, dim:, None]]
-            return
-        k, v = cache.view(blocks, heads, 2, tokens * dim).unbind(2)
-        if arrangement == "columns":
-            k = k.unflatten(2, (dim, 1, tokens, 1)).permute(0, 1, 4, 5, 2, 3)
-            v = v.unflatten(2, (tokens, 1, dim, 1))
-        else:
-            k = k.unflatten(2, (tokens // 16, dim // 2, 16, 2)).permute(0, 1, 2, 4, 3, 5)
-            v = v.unflatten(2, (dim // 16, tokens // 2, 16, 2)).permute(0, 1, 3, 5, 2, 4)
-        self._views = [k, v]
-        """[blocks, heads, token, token, dim, dim]: tokens and dims are of two axes each."""
+        if size == 0 or tokens % size:
+            raise UnsupportedError(
+                f"vLLM's cache has pages of {size} tokens for blocks of {tokens}"
+            )
+        self._heads, self._size, self._each = heads, size, tokens // size
+        self._dims = dims
+        views = _in_order(cache, arrangement, dims)
+        self._views = dict(zip(parts, views, strict=True))
 
-    def take(self, blocks: torch.Tensor, tokens: int) -> list[torch.Tensor]:
-        """K and V of the first `tokens` tokens in `blocks` (ids, in the tokens' order): CPU copies,
-        [heads, tokens, dim]."""
-        heads, size, dim = self._shape
-        found: list[torch.Tensor] = []
-        for view in self._views:
-            picked = view.index_select(0, blocks.to(view.device)).transpose(0, 1)
-            flat = picked.reshape(heads, len(blocks) * size, dim)
-            found.append(flat[:, :tokens].cpu())
+    def _pages(self, blocks: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Which pages are those of vLLM's blocks."""
+        found = torch.tensor(blocks, dtype=torch.int64, device=device)
+        if self._each == 1:
+            return found
+        within = torch.arange(self._each, device=device)
+        return (found[:, None] * self._each + within).reshape(-1)
+
+    def take(self, blocks: Sequence[int], tokens: int) -> dict[str, torch.Tensor]:
+        """The parts of the first `tokens` tokens in `blocks` (ids, in the tokens' order): CPU
+        copies, [heads, tokens, dim]."""
+        found: dict[str, torch.Tensor] = {}
+        for (name, view), dim in zip(self._views.items(), self._dims, strict=True):
+            pages = self._pages(blocks, view.device)
+            picked = view.index_select(0, pages).transpose(0, 1)
+            flat = picked.reshape(self._heads, len(pages) * self._size, dim)
+            found[name] = flat[:, :tokens].cpu()
         return found
 
-    def put(self, blocks: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Fill whole `blocks` with k and v, [heads, blocks * tokens of a block, dim]."""
-        heads = self._shape[0]
-        for view, new in zip(self._views, (k, v), strict=True):
-            split = new.to(view.device).view(heads, len(blocks), *view.shape[2:])
-            view[blocks.to(view.device)] = split.transpose(0, 1)
+    def put(self, blocks: Sequence[int], parts: Mapping[str, torch.Tensor]) -> None:
+        """Fill `blocks` with parts, [heads, tokens, dim]. Where the last block is not full, what
+        follows in it stays."""
+        for (name, view), dim in zip(self._views.items(), self._dims, strict=True):
+            pages, new = self._pages(blocks, view.device), parts[name]
+            new = new.view(self._dtype).to(view.device)
+            if new.shape[1] < len(pages) * self._size:
+                whole = view.index_select(0, pages).transpose(0, 1)
+                whole = whole.reshape(self._heads, len(pages) * self._size, dim)
+                whole[:, : new.shape[1]] = new
+                new = whole
+            split = new.reshape(self._heads, len(pages), *view.shape[2:])
+            view[pages] = split.transpose(0, 1)
+
+    def settle(self) -> None:
+        """Return when what was put is there, on a device whose work goes on by itself."""
+        device = next(iter(self._views.values())).device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+
+def _in_order(cache: torch.Tensor, arrangement: str, dims: Sequence[int]) -> Sequence[torch.Tensor]:
+    """A view of each part, [pages, heads, token, token, dim, dim]: tokens and dims may be of two
+    axes each."""
+    pages, heads, tokens = cache.shape[:3]
+    if arrangement == "halves":
+        return [part[..., None, :, None] for part in cache.split(list(dims), -1)]
+    if len({*dims}) > 1:
+        raise UnsupportedError(f"keys and values of {dims} numbers are not known in {arrangement}")
+    dim = dims[0]
+    k, v = cache.view(pages, heads, 2, tokens * dim).unbind(2)
+    if arrangement == "columns":
+        return [
+            k.unflatten(2, (dim, 1, tokens, 1)).permute(0, 1, 4, 5, 2, 3),
+            v.unflatten(2, (tokens, 1, dim, 1)),
+        ]
+    return [
+        k.unflatten(2, (tokens // 16, dim // 2, 16, 2)).permute(0, 1, 2, 4, 3, 5),
+        v.unflatten(2, (dim // 16, tokens // 2, 16, 2)).permute(0, 1, 3, 5, 2, 4),
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from kvzip.identity.checkpoint import changed
 from kvzip.load.vllm.engine import Engine
-from kvzip.load.vllm.metadata import Load, Metadata, Save
+from kvzip.load.vllm.metadata import Load, Metadata, Save, Span
 from kvzip.load.vllm.settings import Settings
-from kvzip.load.vllm.troubles import Troubles
+from kvzip.load.vllm.troubles import Troubles, log
 from kvzip.profile import Profile
-from kvzip.snapshot import Origin
-from kvzip.store import Store
+from kvzip.snapshot import Layout, Origin
+from kvzip.store import Match, Store
+from kvzip.store.keys import Identity
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -32,18 +33,25 @@ _PATIENCE = 0.005
 """Seconds that the scheduler waits for a lookup before it goes on and asks again."""
 _REST = 30.0
 """Seconds without lookups after the store did not answer."""
+_LOOKS = 8
+"""After how many misses documents for other numbers of workers are no longer looked for."""
 _PASS_OVER = 600.0
 """Seconds in which a document that could not be loaded is not tried again."""
+
+
+Documents = tuple[str, ...]
+"""Keys in the store, one for each part that the model is cut into."""
 
 
 @dataclass(frozen=True)
 class _Found:
     """What the store has of a prompt."""
 
-    document: str = ""
+    documents: Documents = ()
     tokens: int = 0
     failed: bool = False
     """The store has something, which could not be loaded before."""
+    layouts: tuple[Layout, ...] = ()
 
 
 @dataclass
@@ -54,10 +62,11 @@ class _Request:
     """The prompt's ids."""
     known: int
     """How many of them the store has."""
-    replace: str
-    """The document that could not be loaded, if any."""
+    replace: Documents
+    """The documents that could not be loaded, if any."""
     saved: bool
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
+    """Of each group. Blocks that a window has left behind stay in the list."""
 
 
 class Scheduler:
@@ -84,17 +93,23 @@ class Scheduler:
         """Requests that were told of tokens in the store: from which to which."""
         self._requests: dict[str, _Request] = {}
         self._loads: list[Load] = []
+        self._waiting: dict[str, Load] = {}
+        """Loads of requests that wait for them."""
         self._steps: deque[Metadata] = deque(maxlen=4)
         """The last steps; vLLM may have begun one before it has seen the last one's end."""
-        self._passed_over: dict[str, float] = {}
+        self._passed_over: dict[Documents, float] = {}
         self._rest_until = 0.0
+        self._looked = 0
+
+    @property
+    def in_background(self) -> bool:
+        """Whether vLLM lets a request wait until its document is loaded."""
+        return self._engine.in_background
 
     def matched(self, request: Request, computed: int) -> int | None:
         """How many tokens can be loaded after the first `computed`; None: ask again."""
         self._usable.pop(request.request_id, None)
-        # One token at least is left for the model, which must compute the next one.
-        size = self._engine.block_tokens
-        most = (request.num_tokens - 1) // size * size
+        most = self._engine.most(request.num_tokens)
         loads = self._may_load and most > computed
         saves = self._may_save and request.num_prompt_tokens >= self._settings.min_tokens
         wanted = (loads or saves) and _follows_from_ids(request)
@@ -103,7 +118,8 @@ class Scheduler:
             return 0
         if found is None:
             return None
-        stop = min(found.tokens // size * size, most)
+        usable = (self._engine.usable(f, found.tokens, most, computed) for f in found.layouts)
+        stop = min(usable, default=0)
         if stop <= computed:
             return 0
         self._usable[request.request_id] = (computed, stop)
@@ -129,25 +145,60 @@ class Scheduler:
         """What the store has of a prompt; never raises."""
         if time.monotonic() < self._rest_until:
             return _Found()
+        matches: list[Match] = []
         try:
-            match = self._store.find(
-                ids,
-                model=self._origin.model,
-                revision=self._origin.revision,
-                dtype=self._engine.dtype,
-                profile=self._profile,
-            )
+            for part in range(self._engine.split.parts):
+                match = self._match(ids, self._engine.split.origin(self._origin, part))
+                if match is None:
+                    break
+                matches.append(match)
         except Exception as error:  # a lookup must not end the engine
             self._rest_until = time.monotonic() + _REST
             self._troubles.tell("lookup", "prompts are computed: %s", error)
             return _Found()
+        finally:
+            for match in matches:
+                match.reader.close()
         self._troubles.over("lookup")
-        if match is None:
+        if len(matches) < self._engine.split.parts:
+            self._tell_of_other_splits()
             return _Found()
-        match.reader.close()
-        if time.monotonic() - self._passed_over.get(match.key, -_PASS_OVER) < _PASS_OVER:
-            return _Found(match.key, failed=True)
-        return _Found(match.key, match.tokens)
+        documents = tuple(match.key for match in matches)
+        if time.monotonic() - self._passed_over.get(documents, -_PASS_OVER) < _PASS_OVER:
+            return _Found(documents, failed=True)
+        layouts = tuple(match.reader.layout for match in matches)
+        return _Found(documents, min(match.tokens for match in matches), layouts=layouts)
+
+    def _match(self, ids: NDArray[np.uint32], origin: Origin) -> Match | None:
+        return self._store.find(
+            ids,
+            model=origin.model,
+            revision=origin.revision,
+            dtype=self._engine.dtype,
+            profile=self._profile,
+        )
+
+    def _tell_of_other_splits(self) -> None:
+        """After a miss: say once if the store has documents of the model for workers that it is cut
+        over in another way."""
+        if self._looked >= _LOOKS:
+            return
+        self._looked += 1
+        split = self._engine.split
+        profile = "" if self._profile is None else self._profile.id
+        for other in split.others():
+            there = other.origin(self._origin, 0)
+            identity = Identity.of(there.model, there.revision, self._engine.dtype, profile)
+            if self._store.bucket.get(f"{identity.namespace}/about.json") is not None:
+                self._looked = _LOOKS
+                log.warning(
+                    "%s has documents of %s for %s, and this engine has %s: they are not used",
+                    self._store.bucket.url,
+                    there.model,
+                    other,
+                    split,
+                )
+                return
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """Take note of a request that will be computed, and of `external` tokens to load."""
@@ -162,14 +213,27 @@ class Scheduler:
             self._requests[name] = known = _Request(
                 list(request.prompt_token_ids),
                 found.tokens,
-                found.document if found.failed else "",
+                found.documents if found.failed else (),
                 not self._may_save,
             )
         if external:
             assert stop - start == external, "vLLM loads other tokens than it was told of"
-            size = self._engine.block_tokens
-            ids = blocks.get_block_ids()[0][start // size : stop // size]
-            self._loads.append(Load(name, found.document, start, stop, list(ids)))
+            spans = self._spans(blocks.get_block_ids(), start, stop, stop)
+            load = Load(name, found.documents, start, stop, spans)
+            if self._engine.in_background:
+                self._waiting[name] = load
+            self._loads.append(load)
+
+    def _spans(
+        self, blocks: Sequence[Sequence[int]], start: int, stop: int, position: int
+    ) -> list[Span]:
+        """Of each group the blocks with tokens `start` to `stop`, less those that are not needed to
+        go on at `position`."""
+        found = []
+        for group, ids in zip(self._engine.groups, blocks, strict=True):
+            size, first = group.block_tokens, max(start, group.needed_from(position))
+            found.append(Span(first, list(ids[first // size : -(-stop // size)])))
+        return found
 
     def plan(self, output: SchedulerOutput) -> Metadata:
         """What the step that was scheduled loads and saves."""
@@ -177,15 +241,20 @@ class Scheduler:
         for new in output.scheduled_new_reqs:
             computed[new.req_id] = new.num_computed_tokens
             if new.req_id in self._requests:
-                self._requests[new.req_id].blocks = list(new.block_ids[0])
+                self._requests[new.req_id].blocks = [list(ids) for ids in new.block_ids]
         cached = output.scheduled_cached_reqs
         for i, name in enumerate(cached.req_ids):
             computed[name] = cached.num_computed_tokens[i]
             known = self._requests.get(name)
             if known is not None:
-                more = list((cached.new_block_ids[i] or ([],))[0])
-                known.blocks = more if name in cached.resumed_req_ids else known.blocks + more
-        step = Metadata(self._loads)
+                more = [list(ids) for ids in cached.new_block_ids[i] or ()]
+                if name in cached.resumed_req_ids:
+                    known.blocks = more
+                else:
+                    for ids, new_ids in zip(known.blocks, more, strict=bool(more)):
+                        ids += new_ids
+        behind = self._engine.in_background
+        step = Metadata([] if behind else self._loads, self._loads if behind else [])
         self._loads = []
         for name, count in output.num_scheduled_tokens.items():
             known = self._requests.get(name)
@@ -193,8 +262,9 @@ class Scheduler:
                 continue
             known.saved = True
             if self._worth_saving(known):
+                spans = self._spans(known.blocks, 0, len(known.token_ids), computed[name])
                 step.saves.append(
-                    Save(name, known.token_ids, known.blocks, self._origin, bool(known.replace))
+                    Save(name, known.token_ids, spans, self._origin, bool(known.replace))
                 )
                 self._passed_over.pop(known.replace, None)  # what is found next is written anew
         if step.loads or step.saves:
@@ -214,21 +284,33 @@ class Scheduler:
         if not blocks:
             return
         for step in self._steps:
-            bad = [load for load in step.loads if not set(blocks).isdisjoint(load.blocks)]
+            bad = [load for load in step.loads if not load.blocks.isdisjoint(blocks)]
             for load in bad:
-                self._passed_over[load.document] = time.monotonic()
-                if load.request in self._requests:
-                    self._requests[load.request].known = 0
-                    self._requests[load.request].replace = load.document
-                    self._requests[load.request].saved = not self._may_save
+                self._pass_over(load)
             if bad:
                 for save in step.saves:
                     if save.request in self._requests:
                         self._requests[save.request].saved = False
 
+    def loaded(self, requests: Collection[str], failed: Collection[str]) -> None:
+        """The loads that requests waited for are done; the documents of those that failed are
+        passed over."""
+        for name in requests:
+            load = self._waiting.pop(name, None)
+            if load is not None and name in failed:
+                self._pass_over(load)
+
+    def _pass_over(self, load: Load) -> None:
+        self._passed_over[load.documents] = time.monotonic()
+        known = self._requests.get(load.request)
+        if known is not None:
+            known.known, known.replace = 0, load.documents
+            known.saved = not self._may_save
+
     def finished(self, name: str) -> None:
         """Forget a request."""
         self._requests.pop(name, None)
+        self._waiting.pop(name, None)
         self._usable.pop(name, None)
         _, future = self._lookups.pop(name, (0.0, None))
         if future is not None:

@@ -12,10 +12,11 @@ import torch
 
 from kvzip import dtypes
 from kvzip.container import Reader
+from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.load.documents import OpenDocument, StoredDocument, open_document
 from kvzip.load.vllm import pages
 from kvzip.load.vllm.engine import Engine
-from kvzip.load.vllm.loading import StepLoads
+from kvzip.load.vllm.loading import BackgroundLoads, Parts, StepLoads
 from kvzip.load.vllm.metadata import Load, Save
 from kvzip.load.vllm.settings import Settings
 from kvzip.load.vllm.troubles import Troubles, log
@@ -25,26 +26,29 @@ from kvzip.store import Store
 from kvzip.workers import Lock
 
 
-class _CopiedOut:
-    """A prompt's layers, as they are copied out."""
-
-    def __init__(self, save: Save, count: int):
-        self.save, self.bytes = save, count
-        """`bytes` of memory are taken for it; 0 where there was no room."""
-        self.layers: dict[int, Layer] = {}
-
-
 class Worker:
-    """Moves layers from documents into vLLM's blocks and back."""
+    """Moves layers from documents into vLLM's blocks and back.
 
-    def __init__(self, settings: Settings, engine: Engine, store: Store, profile: Profile | None):
+    `part`: which of the parts that the model is cut into is in this process. `stores`: whether it
+    is this process that stores it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        store: Store,
+        profile: Profile | None,
+        part: int = 0,
+        stores: bool = True,
+    ):
         self._settings, self._engine, self._store = settings, engine, store
-        self._profile = profile
-        self._pages: list[pages.Pages] = []
-        self._number = {name: i for i, name in enumerate(engine.layers)}
+        self._profile, self._part, self._stores = profile, part, stores
+        self._pages: list[pages.Pages | None] = []
+        self._number = {layer.name: i for i, layer in enumerate(engine.layers) if layer}
         self._step: StepLoads | None = None
+        self._background = BackgroundLoads(engine, self._open, self._put_at_once)
         self._invalid: set[int] = set()
-        self._copied: dict[str, _CopiedOut] = {}
         self._writer = ThreadPoolExecutor(1, "kvzip-save")
         self._pending, self._lock = 0, Lock()
         self._troubles = Troubles()
@@ -54,24 +58,43 @@ class Worker:
 
     def register(self, caches: Mapping[str, torch.Tensor], context: Mapping[str, Any]) -> None:
         """Take vLLM's cache tensors, by layer; `context` holds the layers themselves."""
-        engine, self._pages = self._engine, []
-        for name in engine.layers:
-            layer, cache = context[name], caches[name]
+        self._pages = []
+        for layer in self._engine.layers:
+            if layer is None:
+                self._pages.append(None)
+                continue
+            own, cache = context[layer.name], caches[layer.name]
             arrangement = pages.arrangement_of(
-                layer.attn_backend.get_name(), getattr(layer, "isa", None), cache.element_size()
+                own.attn_backend.get_name(), getattr(own, "isa", None), cache.element_size()
             )
-            self._pages.append(pages.Pages(cache, arrangement, engine.dim))
+            size = self._engine.groups[layer.group].block_tokens
+            self._pages.append(pages.Pages(cache, arrangement, layer.parts, size))
 
     # --- loading ---------------------------------------------------------------------------
 
-    def start(self, loads: Sequence[Load]) -> None:
-        """Begin to decode what this step needs."""
+    def start(self, loads: Sequence[Load], background: Sequence[Load]) -> None:
+        """Begin to decode what this step needs, and what requests wait for that come later."""
         if loads:
             self._step = StepLoads(loads, self._engine, self._open, self._settings.timeout)
+        for load in background:
+            self._background.begin(load)
 
     def _open(self, load: Load) -> OpenDocument[Reader]:
-        document = StoredDocument(self._store, load.document)
+        document = StoredDocument(self._store, load.documents[self._part])
         return open_document(document, self._profile, self._settings.threads)
+
+    def _put(self, load: Load, i: int, parts: Parts) -> None:
+        """Bring the parts of layer i into the blocks of a load."""
+        layer, own = self._engine.layers[i], self._pages[i]
+        assert layer is not None and own is not None
+        own.put(load.spans[layer.group].blocks, parts)
+
+    def _put_at_once(self, load: Load, i: int, parts: Parts) -> None:
+        """The same; what was put is there when this returns."""
+        self._put(load, i, parts)
+        own = self._pages[i]
+        assert own is not None
+        own.settle()
 
     def wait(self, name: str) -> None:
         """Return when a layer's blocks are filled, or known to be invalid."""
@@ -79,95 +102,112 @@ class Worker:
             return
         i = self._number[name]
         for n, load in enumerate(self._step.loads):
-            pair = self._step.take(n, i)
-            if pair is not None:
-                blocks = torch.tensor(load.blocks, dtype=torch.int64)
-                self._pages[i].put(blocks, *pair)
+            parts = self._step.take(n, i)
+            if parts is not None:
+                self._put(load, i, parts)
+
+    def take_done(self) -> tuple[set[str], set[str]]:
+        """Requests whose loads in the background are done, and which of these failed; once."""
+        done, failed = set[str](), set[str]()
+        for load, error in self._background.take_done():
+            done.add(load.request)
+            if error is not None:
+                failed.add(load.request)
+                self._tell(load, error)
+        return done, failed
+
+    def _tell(self, load: Load, error: Exception) -> None:
+        log.warning(
+            "document %s is not used, %s tokens are computed: %s",
+            load.documents[self._part],
+            load.stop - load.start,
+            error,
+        )
 
     # --- saving ----------------------------------------------------------------------------
 
-    def copy_out(self, name: str, saves: Sequence[Save]) -> None:
-        """Copy a layer of prompts that this step completes."""
-        i = self._number.get(name)
-        if i is None:
-            return
-        for save in saves:
-            if save.request not in self._copied:
-                self._copied[save.request] = _CopiedOut(save, self._reserve(save))
-            copied = self._copied[save.request]
-            if not copied.bytes:
-                continue
-            count = len(save.token_ids)
-            used = -(-count // self._engine.block_tokens)
-            blocks = torch.tensor(save.blocks[:used], dtype=torch.int64)
-            k, v = (dtypes.as_bits(t)[0] for t in self._pages[i].take(blocks, count))
-            copied.layers[i] = Layer.of_kv(k, v, self._engine.layout(i, count))
-
-    def _reserve(self, save: Save) -> int:
-        """Room in memory for a document; 0 when there is none."""
-        need = self._engine.token_bytes * len(save.token_ids)
-        with self._lock:
-            if self._pending + need <= self._settings.pending_bytes:
-                self._pending += need
-                return need
-        url = self._store.bucket.url
-        words = "prompts come faster than %s takes them: not all are stored"
-        self._troubles.tell("full", words, url)
-        return 0
-
-    def _release(self, count: int) -> None:
-        with self._lock:
-            self._pending -= count
-
-    def end_step(self) -> None:
-        """Hand over what was copied, unless something that it may rest on was not loaded."""
+    def end_step(self, saves: Sequence[Save]) -> None:
+        """Copy the prompts that this step completes, to be stored, unless something that they may
+        rest on was not loaded."""
         step, self._step = self._step, None
         if step is not None:
             for load, error in step.end():
-                self._invalid |= set(load.blocks)
-                log.warning(
-                    "document %s is not used, %s tokens are computed: %s",
-                    load.document,
-                    load.stop - load.start,
-                    error,
-                )
-        copied, self._copied = self._copied, {}
-        for one in copied.values():
-            if not one.bytes:
+                self._invalid |= load.blocks
+                self._tell(load, error)
+        if self._invalid or not self._stores:
+            return
+        for save in saves:
+            need = self._engine.token_bytes * len(save.token_ids)
+            if self._reserve(need):
+                self._writer.submit(self._write, save, self._copied(save), need)
+
+    def _copied(self, save: Save) -> list[Layer]:
+        """A prompt's layers, copied out of vLLM's blocks. Each holds the tokens that its blocks
+        do, the last ones of the prompt."""
+        engine, found, count = self._engine, list[Layer](), len(save.token_ids)
+        for i, (layer, own) in enumerate(zip(engine.layers, self._pages, strict=True)):
+            if layer is None or own is None:
+                found.append(Layer({}, engine.layer_layout(i, count, count)))
                 continue
-            if self._invalid or len(one.layers) != len(self._engine.layers):
-                self._release(one.bytes)
-            else:
-                self._writer.submit(self._write, one)
+            span, size = save.spans[layer.group], engine.groups[layer.group].block_tokens
+            blocks = span.blocks[: -(-(count - span.start) // size)]
+            taken = own.take(blocks, count - span.start)
+            bits = {name: dtypes.as_bits(t, engine.dtype)[0] for name, t in taken.items()}
+            found.append(Layer(bits, engine.layer_layout(i, span.start, count)))
+        return found
+
+    def _reserve(self, need: int) -> bool:
+        """Whether there is room in memory for a document of so many bytes, which is then taken."""
+        with self._lock:
+            if self._pending + need <= self._settings.pending_bytes:
+                self._pending += need
+                return True
+        url = self._store.bucket.url
+        words = "prompts come faster than %s takes them: not all are stored"
+        self._troubles.tell("full", words, url)
+        return False
 
     def take_invalid(self) -> set[int]:
         """vLLM's blocks that were not filled, once."""
         found, self._invalid = self._invalid, set()
         return found
 
-    def _write(self, one: _CopiedOut) -> None:
+    def _write(self, save: Save, layers: list[Layer], need: int) -> None:
         """Encode and store a document; never raises."""
-        save = one.save
         try:
             snapshot = Snapshot(
-                [one.layers[i] for i in range(len(one.layers))],
+                layers,
                 self._engine.dtype,
                 np.asarray(save.token_ids, np.uint32),
-                save.origin,
+                self._engine.split.origin(save.origin, self._part),
             )
-            self._store.put(
-                snapshot,
-                codec=self._settings.codec,
-                profile=self._profile,
-                threads=self._settings.threads,
-                replace=save.replace,
-            )
+            self._put_in_store(snapshot, save.replace)
             self._troubles.over("save")
         except Exception as error:  # a document that is not stored is a miss, no more
             self._troubles.tell("save", "prompts are not stored: %s", error)
         finally:
-            self._release(one.bytes)
+            with self._lock:
+                self._pending -= need
+
+    def _put_in_store(self, snapshot: Snapshot, replace: bool) -> None:
+        """Store a document; with channel where the profile is of another cache than this one, as
+        that of a whole model is where workers have parts of it, or windows of its layers."""
+
+        def put(codec: str | dict[str, Any], profile: Profile | None) -> None:
+            threads = self._settings.threads
+            self._store.put(
+                snapshot, codec=codec, profile=profile, threads=threads, replace=replace
+            )
+
+        try:
+            put(self._settings.codec, self._profile)
+        except (ProfileError, UnsupportedError) as error:
+            if self._profile is None:
+                raise
+            self._troubles.tell("profile", "channel is used, not the profile's codec: %s", error)
+            put("channel", None)
 
     def close(self) -> None:
         """Return when all that was copied is stored."""
+        self._background.close()
         self._writer.shutdown()

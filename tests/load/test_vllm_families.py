@@ -1,0 +1,208 @@
+"""Families of models in vLLM itself: layers that slide, of several groups, with latents, cut over
+workers. Tokens and bytes of vLLM's blocks are those that it computes without kvzip.
+
+`make test-vllm` runs this after `test_vllm_engine.py`, whose model has full attention. The table of
+docs/engines.md is what is seen here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("needs vLLM: make test-vllm", allow_module_level=True)
+
+import torch
+import transformers
+from vllm_runs import Engines, Run, flip, same_blocks, words
+
+import kvzip
+
+DOCUMENT, UNSEEN = words(0, 300), words(2, 300)
+SHARED = 200
+OTHER = DOCUMENT[:SHARED] + words(1, 90)
+WINDOW = 64
+TINY: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,
+}
+
+
+def gemma3() -> Any:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    more = {"num_hidden_layers": 6, "layer_types": kinds, "query_pre_attn_scalar": 64}
+    config = transformers.Gemma3TextConfig(**TINY, **more, sliding_window=WINDOW)
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def gpt_oss() -> Any:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    more = {"num_hidden_layers": 4, "layer_types": kinds, "num_local_experts": 4}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = transformers.GptOssConfig(
+        **TINY, **more, num_experts_per_tok=2, sliding_window=WINDOW, rope_parameters=rope
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+def mistral() -> Any:
+    config = transformers.MistralConfig(**TINY, num_hidden_layers=3, sliding_window=WINDOW)
+    return transformers.MistralForCausalLM(config)
+
+
+def deepseek() -> Any:
+    """A latent of 512 numbers and 64 that are rotated: all that vLLM's CPU kernel takes."""
+    heads = {"num_key_value_heads": 4, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    groups = {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+    tiny = {name: value for name, value in TINY.items() if name != "head_dim"}
+    config = transformers.DeepseekV2Config(
+        **tiny | heads | experts | groups,
+        num_hidden_layers=3,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        v_head_dim=64,
+        moe_intermediate_size=64,
+        first_k_dense_replace=1,
+    )
+    return transformers.DeepseekV2ForCausalLM(config)
+
+
+def qwen3() -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TINY, num_hidden_layers=3))
+
+
+class Family(NamedTuple):
+    make: Callable[[], Any]
+    groups: str
+    """vLLM's own word for how it keeps the cache."""
+    options: Mapping[str, Any] = MappingProxyType({})
+    all_but_one: bool = False
+    """Whether all of a prompt is loaded but its last token, or nothing."""
+
+
+FAMILIES = {
+    "gemma3": Family(gemma3, "SlidingWindowSpec SlidingWindowSpec FullAttentionSpec"),
+    "gpt-oss": Family(gpt_oss, "SlidingWindowSpec FullAttentionSpec"),
+    "one group": Family(gemma3, "FullAttentionSpec", {"disable_hybrid_kv_cache_manager": True}),
+    "mistral": Family(mistral, "SlidingWindowSpec"),
+    "mla": Family(deepseek, "MLAAttentionSpec", all_but_one=True),
+    "ranks": Family(qwen3, "FullAttentionSpec", {"tensor_parallel_size": 2}),
+    "stages": Family(qwen3, "FullAttentionSpec", {"pipeline_parallel_size": 2}),
+}
+
+
+class Runs(NamedTuple):
+    family: Family
+    plain: Run
+    save: Run
+    load: Run
+    store: Path
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Engines]:
+    made = Engines()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def runs(request: Any, engines: Engines, tmp_path_factory: Any) -> Runs:
+    """An engine without kvzip; one that saves two prompts; and one that finds a document with a
+    shared prefix, and the other prompt's damaged."""
+    family, root = FAMILIES[request.param], tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    model, store = root / "model", root / "store"
+    family.make().to(torch.bfloat16).save_pretrained(model)
+
+    def run(name: str, prompts: Any, url: Any = None) -> Run:
+        return Run(engines, root / name, model, prompts, url, options=dict(family.options))
+
+    first = DOCUMENT if family.all_but_one else OTHER
+    save = run("save", [DOCUMENT, UNSEEN], store)
+    plain = run("plain", [DOCUMENT, UNSEEN, first])
+    assert save.log
+    copied = Path(shutil.copytree(store, root / "store-load"))
+    for file in copied.rglob("*.kvz"):
+        if kvzip.info(file).header.origin and kvzip.decode(file).token_ids.tolist() == UNSEEN:
+            flip(file)
+            if request.param == "ranks":
+                break  # the other rank has its part
+    return Runs(family, plain, save, run("load", [first, UNSEEN], copied), store)
+
+
+def test_saving_changes_nothing(runs: Runs) -> None:
+    assert f"groups: {runs.family.groups}\n" in runs.plain.log
+    for number in (0, 1):
+        assert runs.save.computed_as(runs.plain, number, number)
+    assert not runs.save.told
+    parts = runs.family.options.get("tensor_parallel_size", 1)
+    parts *= runs.family.options.get("pipeline_parallel_size", 1)
+    assert len(list(runs.store.rglob("*.kvz"))) == 2 * parts
+
+
+def test_another_process_loads_a_shared_prefix(runs: Runs) -> None:
+    """What is loaded is what vLLM computed, and what it computes on top is the same, too; but for
+    latents, whose last token is computed by other kernels, and rounded otherwise."""
+    load, plain = runs.load, runs.plain
+    assert load[0]["tokens"] == plain[2]["tokens"]
+    assert same_blocks(load.blocks(0), plain.blocks(2))
+    if runs.family.all_but_one:
+        assert load[0]["cached"] == len(DOCUMENT) - 1
+    else:
+        assert load[0]["cached"] == SHARED // 32 * 32
+        assert load[0]["logprobs"] == plain[2]["logprobs"]
+
+
+def test_a_damaged_document_is_computed(runs: Runs) -> None:
+    assert runs.load.computed_as(runs.plain, 1, 1)
+    told = [line for line in runs.load.told if "is not used" in line]
+    assert told and all(re.search(r"\d+ tokens are computed: .*damaged", line) for line in told)
+
+
+def test_another_split_recomputes_and_says_so_once(engines: Engines, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    qwen3().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+
+    def run(name: str, tensor: int, prompts: Any, url: Any = None) -> Run:
+        options = {"tensor_parallel_size": tensor}
+        return Run(engines, tmp_path / name, tmp_path / "model", prompts, url, options=options)
+
+    store = tmp_path / "store"
+    assert run("two", 2, [DOCUMENT], store).log
+    plain, one = run("plain", 1, [DOCUMENT, OTHER]), run("one", 1, [DOCUMENT, OTHER], store)
+    assert one[0]["cached"] == 0 and one.computed_as(plain, 0, 0) and one.computed_as(plain, 1, 1)
+    [told] = [line for line in one.told if "tensor_parallel_size" in line]
+    assert "tensor_parallel_size=2" in told and told.endswith("they are not used")
+
+
+# --- what this build of vLLM cannot run ------------------------------------------------------
+
+
+def test_fp8_is_what_the_processor_takes(engines: Engines, tmp_path: Path) -> None:
+    """vLLM's CPU build wants AVX-512 or AMX for it. Where it runs, kvzip does not know how its
+    kernels order bytes, and says so."""
+    qwen3().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    options = {"kv_cache_dtype": "fp8"}
+    log = Run(
+        engines, tmp_path / "run", tmp_path / "model", [DOCUMENT], tmp_path / "s", options=options
+    ).error
+    if torch.cpu._is_avx512_supported():
+        assert "numbers of 1 bytes" in log
+    else:
+        assert "FP8 KV cache on CPU requires x86 with AVX-512 or AMX" in log
