@@ -35,8 +35,8 @@ class Split:
                     f"{name}_parallel_size is above 1: a document holds all tokens, of which each "
                     "worker has some"
                 )
-        found = (getattr(config, f"{name}_parallel_size", 1) for name in ("tensor", "pipeline"))
-        return cls(*found)
+        tensor = getattr(config, "tensor_parallel_size", 1)
+        return cls(tensor, getattr(config, "pipeline_parallel_size", 1))
 
     def with_equal_tensor_ranks(self) -> Split:
         """The same where heads are not cut: each worker of the tensor split has the whole latent
