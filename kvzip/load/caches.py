@@ -40,11 +40,12 @@ def lazy_cache(
     prompt_length: int | None,
     chunk: int | None = None,
     ids: Ids | None = None,
+    encoder_ids: Ids | None = None,
 ) -> Cache:
     """A `Cache` of `count` tokens for a model of that config, whose layers are of these kinds, that
     takes them from a Loader or BatchLoader. `prompt_length`: tokens of the prompt that will be fed,
     the cached ones included; `chunk`: so many at a time. `ids`: of the cache's tokens, and perhaps
-    of more, [batch, n], if known."""
+    of more, [batch, n], if known; `encoder_ids`: of its encoder's."""
     layers: list[Any] = []
     for i, layer in enumerate(decoder_cache(config).layers):
         if kinds[i].empty:
@@ -54,7 +55,7 @@ def lazy_cache(
         else:
             layers.append(lazy(layer, loader, i, count))
     own = [layer for layer in layers if isinstance(layer, LazyLayer)]
-    distances: dict[int, torch.Tensor] = {}
+    distances: dict[str, torch.Tensor] = {}
     forgetful = config.get_text_config(decoder=True).model_type in ONE_BY_ONE
     for layer in own:
         layer._distances, layer._forgetful = distances, forgetful
@@ -68,13 +69,19 @@ def lazy_cache(
         with_tokens[-1]._last = True
     held = None if ids is None else ids[:, :count]
     made = held_cache(config, layers, bool(states), count, held)
+    made.unused = bool(states) and not with_tokens
     if not config.is_encoder_decoder:
         return made
+    made.encoder_ids = encoder_ids
     cross, at = DynamicCache(), len(layers)
     for i in range(at, 2 * at):
-        cross.layers.append(lazy(DynamicLayer(), loader, i, loader.shapes(i)["k"][-2]))
-        cross.layers[-1]._fresh = False  # nothing is fed to it
-    return EncoderDecoderCache(made, cross)
+        layer = lazy(DynamicLayer(), loader, i, loader.shapes(i)["k"][-2])
+        layer._distances, layer._of_encoder = distances, True
+        layer._last = i == 2 * at - 1
+        cross.layers.append(layer)
+    both = EncoderDecoderCache(made, cross)
+    both.is_updated = dict.fromkeys(range(at), False)
+    return both
 
 
 def _quantized(loader: Loader | BatchLoader, i: int, count: int, config: PretrainedConfig) -> Any:
@@ -88,11 +95,13 @@ def _quantized(loader: Loader | BatchLoader, i: int, count: int, config: Pretrai
     return fp8_layer(parts, count, computed)
 
 
-def empty_cache(config: PretrainedConfig) -> Cache:
-    """A cache that a model of this config fills itself, and that knows its tokens."""
+def empty_cache(config: PretrainedConfig, encoder_ids: Ids | None = None) -> Cache:
+    """A cache that a model of this config fills itself, and that knows its tokens. `encoder_ids`:
+    what its encoder will get, [batch, n], if it has one."""
     plain = plain_cache(config)
     own = getattr(plain, "self_attention_cache", plain)
     own = held_cache(config, own.layers, any(map(has_states, own.layers)), 0, None)
+    own.encoder_ids = encoder_ids
     return EncoderDecoderCache(own, DynamicCache()) if config.is_encoder_decoder else own
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from kvzip.errors import KVZipError
@@ -20,6 +21,7 @@ from kvzip.identity.live import weights_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvzip.load.matching import Ids
     from kvzip.load.reuse import HeldCache
 
 _BY_IDS = frozenset(
@@ -29,8 +31,8 @@ _BY_IDS = frozenset(
         *("negative_prompt_ids", "negative_prompt_attention_mask", "labels", "logits_to_keep"),
     }
 )
-"""Tensors that `generate` takes and that say nothing of a prompt's tokens but their ids, masks and
-positions, which are compared."""
+"""What `generate` takes that says nothing of a prompt's tokens but their ids, masks and positions,
+which are compared, as what an encoder gave is."""
 _TEXT_IS_ZERO = {
     "mm_token_type_ids": "",
     "moe_mm_token_type_ids": "",
@@ -49,12 +51,16 @@ def innermost(model: Any) -> Any:
 
 def check_call(model: torch.nn.Module, cache: HeldCache, given: Mapping[str, Any]) -> None:
     """Raise KVZipError if a call with these arguments, the first to go on from a loaded cache,
-    would not have computed the cache's tokens as the cache has them."""
+    would not have computed the cache's tokens as the cache has them. Where a `generate` makes the
+    call, it has been asked for the model and what its encoder is given."""
     held = int(cache.get_seq_length())
     if not held:
         return
-    _check_model(model, cache)
-    decoder = "decoder_" if "decoder_input_ids" in given else ""
+    decoder = prefix_of(model)
+    if not cache.generating:
+        _check_model(model, cache)
+        if decoder:
+            check_encoder(model, cache, given)
     ids = given.get(f"{decoder}input_ids")
     if ids is not None:
         cache.check_fed(ids.shape[-1])
@@ -67,7 +73,7 @@ def check_call(model: torch.nn.Module, cache: HeldCache, given: Mapping[str, Any
 def check_generate(
     model: Any, cache: HeldCache, mask: torch.Tensor | None, given: Mapping[str, Any]
 ) -> None:
-    """The same of what `generate` is given, for a whole prompt; `mask`: that it uses."""
+    """The same of what `generate` is given, for a whole prompt; `mask`: that it uses for that."""
     held = int(cache.get_seq_length())
     if not held:
         return
@@ -77,10 +83,19 @@ def check_generate(
             f"`generate` is given {name}=, on which keys and values may depend, and the loaded "
             "cache was computed of token ids alone: leave it out, or the cache"
         )
+    decoder = prefix_of(model)
+    if decoder:
+        check_encoder(model, cache, given)
     _check_mask(mask, held, cache)
-    positions = given.get("position_ids")
+    positions = given.get(f"{decoder}position_ids")
     if isinstance(positions, torch.Tensor) and positions.shape[-1] > held:
         _check_positions(positions[..., : held + 1], 0, held, cache.padding)
+
+
+def prefix_of(model: Any) -> str:
+    """What stands before the names of a decoder's own arguments, where an encoder has some, too."""
+    config = getattr(model, "config", None)
+    return "decoder_" if getattr(config, "is_encoder_decoder", False) else ""
 
 
 def state_of(model: Any) -> str | None:
@@ -109,10 +124,11 @@ def _check_model(model: torch.nn.Module, cache: HeldCache) -> None:
 
 
 def other_inputs(model: Any, given: Mapping[str, Any]) -> Iterator[str]:
-    """The arguments of a `generate` that are tensors and may tell more of a prompt than its ids."""
+    """The arguments of a `generate` that are, or hold, tensors and may tell more of a prompt than
+    its ids."""
     family = str(getattr(getattr(model, "config", None), "model_type", ""))
     for name, value in given.items():
-        if not isinstance(value, torch.Tensor) or name in _BY_IDS:
+        if name in _BY_IDS or not _has_tensors(value):
             continue
         if hasattr(getattr(model, "generation_config", None), name):
             continue
@@ -120,6 +136,14 @@ def other_inputs(model: Any, given: Mapping[str, Any]) -> Iterator[str]:
         if as_text is not None and family.startswith(as_text) and not value.any():
             continue
         yield name
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_tensors, value))
+    return isinstance(value, torch.Tensor)
 
 
 def _counted(first: int, count: int, padding: Sequence[int] | None, rows: int) -> torch.Tensor:
@@ -178,6 +202,60 @@ def _check_mask(mask: Any, held: int, cache: HeldCache) -> None:
 def _hidden_last(mask: torch.Tensor | None, held: int) -> bool:
     """Whether a cache's last token is hidden in a row, so that the next has a position before."""
     return mask is not None and not bool(mask[:, held - 1 : held].all())
+
+
+# --- an encoder's tokens -------------------------------------------------------------------------
+
+
+def check_encoder(model: Any, cache: HeldCache, given: Mapping[str, Any]) -> None:
+    """Raise KVZipError unless an encoder is given, by these arguments, the ids that it was given
+    for a cache, all in sight, as far as that is known; or has made of them what is given."""
+    if cache.encoder_ids is None:
+        return
+    tokens, mask = cache.encoder_ids.shape[1], given.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.all()):
+        raise KVZipError(
+            f"the attention mask hides some of the encoder's tokens, and the cache was computed "
+            f"with all {tokens} of them in sight: mask none of them, or leave out the cache"
+        )
+    outputs, ids = given.get("encoder_outputs"), given.get("input_ids")
+    if outputs is not None:
+        if not _is_made_of(model, cache.encoder_ids, outputs):
+            raise KVZipError(
+                "encoder_outputs= is not, bit for bit, what the model's encoder makes of the "
+                f"{tokens} tokens (encoder_ids=) that it was given for the cache: leave it out and "
+                "give those, or leave out the cache"
+            )
+    elif ids is None or not _same_rows(cache.encoder_ids, ids.detach().cpu().numpy()):
+        raise KVZipError(
+            "the encoder is given other tokens than for the loaded cache (encoder_ids=), in which "
+            "keys and values depend on them: load it for these"
+        )
+
+
+def _same_rows(held: Ids, given: Ids) -> bool:
+    """Whether `given`, [batch, n], is `held` with each row as often as any other."""
+    rows, more = divmod(len(given), len(held))
+    return not more and np.array_equal(np.repeat(held, rows, axis=0), given)
+
+
+def _is_made_of(model: Any, ids: Ids, outputs: Any) -> bool:
+    """Whether an encoder's outputs are what it makes of these ids, [batch, n], of each row once or
+    of as many as there are outputs."""
+    try:
+        found = outputs[0]
+        rows, more = divmod(len(found), len(ids))
+    except (TypeError, LookupError):
+        return False
+    if more or not isinstance(found, torch.Tensor):
+        return False
+    for before in dict.fromkeys((1, rows)):
+        source = torch.from_numpy(np.repeat(ids, before, axis=0).astype(np.int64))
+        with torch.no_grad():
+            own = model.get_encoder()(input_ids=source.to(model.device), return_dict=True)[0]
+        if torch.equal(own.repeat_interleave(rows // before, dim=0), found.to(own.device)):
+            return True
+    return False
 
 
 # --- adapters ------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from kvzip.load.matching import (
     check_rope,
     check_weights,
     device_of,
+    encoder_ids_of,
     finder,
     ids_of,
     in_common,
@@ -81,7 +82,8 @@ def cache_of_snapshot(snapshot: Snapshot, config: PretrainedConfig) -> Cache:
     check_held(snapshot.layout, count)
     loader = Loader(snapshot, spans_of(kinds, count, False), count, None, 0)
     ids = None if snapshot.token_ids is None else np.atleast_2d(snapshot.token_ids)
-    return lazy_cache(loader, config, kinds, count, None, ids=ids)
+    source = encoder_ids_of(snapshot)
+    return lazy_cache(loader, config, kinds, count, None, ids=ids, encoder_ids=source)
 
 
 def load_cache(
@@ -160,7 +162,9 @@ def load_cache(
         check_rope(config, opened.source.layout.tokens, length, source_ids)
         fed = opened.source.token_ids if ids is None else ids
         check_text_only(config, fed, f"the model of {type(config).__name__}")
-        cache, _ = _lazy(opened, config, kinds, ids, tokens, device, threads, prefill_chunk_size)
+        cache, _ = _lazy(
+            opened, config, kinds, ids, tokens, device, threads, prefill_chunk_size, source_ids
+        )
     limit = rope_length(config.get_text_config(decoder=True))
     for layer in lazy_layers(cache):
         layer.limit(limit)
@@ -207,7 +211,7 @@ def load_or_prefill(
     try:
         found = find_document(source, find, profile, threads)
         if found is None:
-            return empty_cache(model.config)
+            return empty_cache(model.config, source_ids)
         with found as opened:
             kinds, most, _ = agreed(opened.source, model, ids, tokens)
             if not isinstance(source, Store) and revision is None:
@@ -215,7 +219,8 @@ def load_or_prefill(
             check_encoder(opened.source, model.config, source_ids)
             check_rope(model.config, prompt=ids.shape[1], encoder_ids=source_ids)
             cache, loader = _lazy(
-                opened, model.config, kinds, ids, most, None, threads, prefill_chunk_size
+                *(opened, model.config, kinds, ids, most, None, threads, prefill_chunk_size),
+                source_ids,
             )
             rows = ids[: opened.source.layout.batch or 1]
             loader.devices = devices_of(model, kinds)
@@ -227,7 +232,7 @@ def load_or_prefill(
         raise
     except (KVZipError, OSError) as error:
         tell(error)
-        return empty_cache(model.config)
+        return empty_cache(model.config, source_ids)
 
 
 def _lazy(
@@ -239,6 +244,7 @@ def _lazy(
     device: torch.device | str | None,
     threads: int,
     prefill_chunk_size: int | None,
+    encoder_ids: Ids | None,
 ) -> tuple[Cache, Loader]:
     """A `Cache` of an opened document whose layers are of these kinds, as :func:`load_cache`, and
     what decodes it."""
@@ -256,7 +262,7 @@ def _lazy(
         check_fed_one_by_one(config, length - count, prefill_chunk_size)
     if ids is None and document.token_ids is not None:
         ids = np.atleast_2d(document.token_ids)
-    cache = lazy_cache(loader, config, kinds, count, length, prefill_chunk_size, ids)
+    cache = lazy_cache(loader, config, kinds, count, length, prefill_chunk_size, ids, encoder_ids)
     return cache, loader
 
 

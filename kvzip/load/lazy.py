@@ -16,7 +16,14 @@ from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.held import LAZY, announce, assign
 from kvzip.load.loaders import AnyLoader, shapes_of
 from kvzip.load.recovery import Taken
-from kvzip.load.witness import OtherWeights, distance, judge, not_continued, same_key
+from kvzip.load.witness import (
+    OtherWeights,
+    distance,
+    distance_of_all,
+    judge,
+    not_continued,
+    same_key,
+)
 
 if TYPE_CHECKING:
     from transformers.cache_utils import DynamicLayer as _Base
@@ -58,12 +65,15 @@ class LazyLayer(_Base):
     """The leading layer: tokens of the prompt that are still to come, where it is fed in chunks."""
     _rotated = False
     """The leading layer: whether its keys tell the positions of their tokens."""
-    _distances: dict[int, torch.Tensor] | None = {}  # noqa: RUF012 - each cache has one of its own
-    """How far from their witnesses the layers of a cache were found, by layer: shared by them. None
-    where nobody wants to know."""
+    _distances: dict[str, torch.Tensor] | None = {}  # noqa: RUF012 - each cache has one of its own
+    """How far from their witnesses the layers of a cache were found, by words for what was looked
+    at: shared by them. None where nobody wants to know."""
     _peers: Sequence[LazyLayer] = ()
     """The leading layer, until its first update: the layers with states, which are used before."""
     _last = False
+    """Whether no layer of its kind comes after it in a call."""
+    _of_encoder = False
+    """Whether its tokens are an encoder's, of which a model computes all at its first call."""
     knows_prompt = False
     """Whether a `generate` feeds it that has named all ids: what follows the first call is no
     prompt, and a text that repeats itself may have keys like those of one."""
@@ -114,6 +124,8 @@ class LazyLayer(_Base):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         fresh = self._fresh
+        if fresh and self._of_encoder:
+            return self._compare(key_states, value_states)
         try:
             if fresh:
                 self._admit(key_states, value_states)
@@ -215,14 +227,45 @@ class LazyLayer(_Base):
         except KVZipError as error:
             if not self.restartable or not self._source.recovers or position != self._length:
                 raise
-            anew = self._source.recover(self._index, error)
-            self._loader, self._witness = None, anew.witness
-            assign(self, anew.parts)
+            if self._peers:  # what is fed was computed from their states: for `watch`
+                anew = OtherWeights(str(error))
+                anew.layer, anew.source = self, self._source
+                raise anew from error
+            taken = self._source.recover(self._index, error)
+            self._loader, self._witness = None, taken.witness
+            assign(self, taken.parts)
             self.dtype = cast(Any, self).keys.dtype
             pair = self._fitting(key_states, value_states)
+        self._begin_with(pair, key_states, value_states)
+
+    def _compare(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What it holds, for as many rows as are fed, if that is what the model has computed of the
+        encoder's tokens."""
+        assert self._source is not None, "it was compared before"
+        if self._source.device is None:
+            self._source.device = key_states.device
+        if key_states.shape[-2] != cast(Any, self).keys.shape[-2]:
+            raise KVZipError(
+                f"the cache holds {cast(Any, self).keys.shape[-2]} tokens of its encoder, which is "
+                f"given {key_states.shape[-2]}: load it for these"
+            )
+        pair = self._fitting(key_states, value_states)
+        if self._distances is not None:
+            words = f"for the encoder's tokens, unless it is given others, layer {self._index}"
+            self._distances[words] = distance_of_all((key_states, value_states), pair)
+        self._begin_with(pair, key_states, value_states)
+        return self.keys, self.values
+
+    def _begin_with(
+        self, pair: Sequence[torch.Tensor], key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> None:
+        """Hold keys and values to which the first states that are fed belong, unless a layer was
+        found to be of other weights."""
         if self._last:
             try:
-                judge(self._distances, position, key_states.dtype)
+                judge(self._distances, key_states.dtype)
             except OtherWeights as error:
                 error.layer, error.source = self, self._source  # for `watch`
                 raise
@@ -251,7 +294,8 @@ class LazyLayer(_Base):
             if self._leads and not same_key(key_states[:, :, :1], witness[0]):
                 raise not_continued(self.get_seq_length())
             if self._distances is not None:
-                self._distances[self._index] = distance(states, witness)
+                words = f"for the token at position {self.get_seq_length()} layer {self._index}"
+                self._distances[words] = distance(states, witness)
         return pair
 
     @property

@@ -197,15 +197,22 @@ def check_encoder(
     check_encoder_given(config, encoder_ids)
     if encoder_ids is None:
         return
-    at = next((i for i, each in enumerate(source.layout.layers) if each.kind == "cross"), None)
-    if at is None or ENCODER_IDS not in source.layout.layers[at].parts:
+    stored = encoder_ids_of(source)
+    if stored is None:
         raise KVZipError("the file does not say what tokens its encoder was given")
-    layer = (source if isinstance(source, Snapshot) else source.decode(layers=[at])).layers[
-        at if isinstance(source, Snapshot) else 0
-    ]
-    stored = np.atleast_2d(np.ascontiguousarray(layer.once(ENCODER_IDS)).view("<i8")[..., 0])
     if not np.array_equal(stored, encoder_ids):
         raise KVZipError("the file's encoder was given other tokens than encoder_ids=")
+
+
+def encoder_ids_of(source: Reader | Snapshot) -> Ids | None:
+    """What a document's encoder was given, [batch, n]; None where there is none, or nothing says
+    it."""
+    at = next((i for i, each in enumerate(source.layout.layers) if each.kind == "cross"), None)
+    if at is None or ENCODER_IDS not in source.layout.layers[at].parts:
+        return None
+    read = isinstance(source, Snapshot)
+    layer = source.layers[at] if read else source.decode(layers=[at]).layers[0]
+    return np.atleast_2d(np.ascontiguousarray(layer.once(ENCODER_IDS)).view("<i8")[..., 0])
 
 
 def check_rope(

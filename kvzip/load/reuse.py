@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
 from kvzip.errors import KVZipError, UsageError
 from kvzip.load.calls import (
+    check_encoder,
     check_generate,
     chooses_adapters,
     other_inputs,
+    prefix_of,
     state_of,
 )
 from kvzip.load.config import decoder_cache
@@ -31,6 +33,7 @@ from kvzip.load.held import check_crop
 from kvzip.load.matching import Ids
 from kvzip.load.own import class_for
 from kvzip.load.recovery import tell
+from kvzip.load.request import Request, assisted, request_of, times, use_cache
 from kvzip.load.witness import watching
 
 if TYPE_CHECKING:
@@ -60,6 +63,12 @@ class HeldCache(DynamicCache):
         """The :func:`~kvzip.load.calls.state_of` of the model that it was loaded for."""
         self.more_than_ids: str | None = None
         """What `generate` was given, when this was filled, on which keys and values depend."""
+        self.encoder_ids: Ids | None = None
+        """[batch, n]: what its encoder was given, where there is one and this is known."""
+        self.generating = False
+        """Whether a `generate` goes on from it that was asked what it is given."""
+        self.unused = False
+        """Whether it was loaded and not used, where it has states alone, which do not see that."""
         _stand_in()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -70,8 +79,8 @@ class HeldCache(DynamicCache):
     def going_on(self, prompt: torch.Tensor, mask: torch.Tensor | None) -> Iterator[None]:
         """While this lasts, `generate` goes on from the cache with a prompt, [batch, tokens], in
         which `mask` is 0 where it is padding. Raises KVZipError for other ids than the cache's."""
-        length, fresh = int(self.get_seq_length()), self._fresh
-        if prompt.shape[1] <= length and not fresh:  # which fresh layers see
+        length = int(self.get_seq_length())
+        if prompt.shape[1] <= length:
             raise KVZipError(
                 f"the cache holds {length} tokens, and the prompt has {prompt.shape[1]}: it must "
                 "be longer than its cache. After `generate` a cache holds the tokens that were "
@@ -92,6 +101,15 @@ class HeldCache(DynamicCache):
         finally:
             self._forget_rest()
             self._tell_layers(False)
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """While this lasts, what is fed is fed by a `generate` that :meth:`check` has asked."""
+        self.generating = True
+        try:
+            yield
+        finally:
+            self.generating = self.unused = False
 
     def _tell_layers(self, knows_prompt: bool) -> None:
         for layer in self.layers:
@@ -130,8 +148,10 @@ class HeldCache(DynamicCache):
 
     @property
     def _fresh(self) -> bool:
-        """Whether nothing has been fed yet to a loaded cache that will look at that."""
-        return any(getattr(layer, "_leads", False) and layer._fresh for layer in self.layers)
+        """Whether nothing has been fed yet to a loaded cache."""
+        return self.unused or any(
+            getattr(layer, "_leads", False) and layer._fresh for layer in self.layers
+        )
 
     @property
     def recovers(self) -> bool:
@@ -146,21 +166,27 @@ class HeldCache(DynamicCache):
             if getattr(layer, "_leads", False) and layer._prompt_length is not None:
                 layer._check_fed(fed, layer._prompt_length - int(self.get_seq_length()))
 
-    def check(
-        self, model: Any, mask: torch.Tensor | None, given: dict[str, Any], may_compute: bool
-    ) -> None:
-        """Have the first `generate` compute all itself, if it is given more than ids, on which keys
-        and values depend, and may; else raise KVZipError. `mask`: that it uses."""
+    def check(self, model: Any, request: Request) -> bool:
+        """Whether a `generate` can go on from the cache. If not, it may have been made to compute
+        all itself, where it is the first and is given the whole prompt: then this is False.
+        Else KVZipError is raised."""
         if not self._fresh:
-            return
+            if self.get_seq_length() and prefix_of(model):
+                check_encoder(model, self, request.given)
+            return True
         try:
-            check_generate(model, self, mask, given)
+            check_generate(model, self, request.used_mask, request.given)
         except KVZipError as error:
-            if not (may_compute and self.recovers):
+            if not (request.whole and self.recovers):
                 raise
             tell(error)
-            self.layers, self._ids = decoder_cache(model.config).layers, None
-            self.padding = self.made_by = None
+            return False
+        return True
+
+    def empty(self, config: PretrainedConfig) -> None:
+        """Be as a model of this config fills it itself."""
+        self.layers, self._ids = decoder_cache(config).layers, None
+        self.padding, self.made_by, self.unused = None, None, False
 
     @property
     def known(self) -> bool:
@@ -170,14 +196,21 @@ class HeldCache(DynamicCache):
             return False
         return not (ids == UNKNOWN).any()
 
-    def note(self, model: Any, mask: torch.Tensor | None, given: dict[str, Any]) -> None:
+    def note(self, model: Any, request: Request) -> None:
         """Remember what a `generate` is given beside ids, if anything."""
+        given, decoder = request.given, prefix_of(model)
         told = [f"{name}=" for name in other_inputs(model, given)]
-        told += [name for name in ("position_ids=",) if given.get(name[:-1]) is not None]
+        if given.get(f"{decoder}position_ids") is not None:
+            told.append(f"{decoder}position_ids=")
         if chooses_adapters(model):
             told.append("adapter_names=")
-        if mask is not None and not mask.bool().all():
+        if request.used_mask is not None and not request.used_mask.bool().all():
             told.append("a mask that hides tokens")
+        if decoder and not self.get_seq_length():
+            try:
+                check_encoder(model, self, given)
+            except KVZipError:
+                told.append("more, or other, for its encoder than the ids that it was made for")
         self.more_than_ids = self.more_than_ids or ", ".join(told) or None
 
     @property
@@ -223,7 +256,8 @@ class HeldCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self._ids = None
+        self._ids = self.encoder_ids = None
+        self.unused = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._pick(lambda ids: ids[beam_idx.cpu().numpy()])
@@ -238,15 +272,15 @@ class HeldCache(DynamicCache):
         super().batch_select_indices(indices)
 
     def _pick(self, pick: Callable[[Ids], Ids]) -> None:
-        """Do with the rows of ids what is about to be done with the cache's."""
+        """Do with the rows of ids and padding what is about to be done with the cache's."""
         self._rearranged = True
+        rows = self._rows
         if self._ids is not None:
-            rows = self._rows
-            known = rows and not rows % len(self._ids)
-            self._ids = pick(np.repeat(self._ids, rows // len(self._ids), 0)) if known else None
-        if self.padding is not None and self._rows % len(self.padding) == 0:
-            times = max(1, self._rows // len(self.padding))
-            self.padding = pick(np.repeat(np.array(self.padding), times)).tolist()
+            ids = _for_each(rows, self._ids)
+            self._ids = None if ids is None else pick(ids)
+        if self.padding is not None:
+            padding = _for_each(rows, np.array(self.padding))
+            self.padding = self.padding if padding is None else pick(padding).tolist()
 
 
 class StateCache(HeldCache):
@@ -276,6 +310,10 @@ class StateCache(HeldCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return super().get_seq_length(layer_idx) if self._length is None else self._length
 
+    def empty(self, config: PretrainedConfig) -> None:
+        super().empty(config)
+        self._length = None if self._length is None else 0
+
     def take_note(self, generated: object) -> None:
         found = getattr(generated, "sequences", generated)
         if self._length is not None and isinstance(found, torch.Tensor):
@@ -299,9 +337,26 @@ def held_cache(
 def pin(cache: Cache, model: Any, revision: str | None) -> None:
     """Have a loaded cache refuse its first call if the model has other weights then, or adapters,
     than it has now; unless the caller has said, by a `revision`, which the cache is of."""
-    own = getattr(cache, "self_attention_cache", cache)
     if revision is None:
-        own.made_by = state_of(model)
+        held_in(cache).made_by = state_of(model)
+
+
+def held_in(cache: Any) -> Any:
+    """What a cache holds of a decoder's own tokens: itself, if there is no encoder."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
+def _empty(cache: Cache, config: PretrainedConfig) -> None:
+    """Have a model of this config fill a cache itself."""
+    held_in(cache).empty(config)
+    if isinstance(cache, EncoderDecoderCache):
+        cache.cross_attention_cache, cache.is_updated = DynamicCache(), {}
+
+
+def _for_each(rows: int, known: Ids) -> Ids | None:
+    """What is known of a cache's rows, for each of so many; None if it does not fit them."""
+    times, more = divmod(rows, len(known))
+    return np.repeat(known, times, axis=0) if times and not more else None
 
 
 def _first_difference(held: Ids, prompt: Ids) -> int | None:
@@ -316,49 +371,16 @@ def _first_difference(held: Ids, prompt: Ids) -> int | None:
     return int(differing.argmax()) if differing.any() else None
 
 
-def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """What a `generate` with these arguments takes for a setting: its own argument, or what its
-    `generation_config` says, or the model's."""
-    configs = kwargs.get("generation_config"), getattr(model, "generation_config", None)
-    told = kwargs.get(name), *(getattr(config, name, None) for config in configs)
-    return next((each for each in told if each is not None), None)
-
-
-def _assisted(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a `generate` with these arguments has candidates tried (assisted generation)."""
-    names = ("prompt_lookup_num_tokens", "assistant_early_exit")
-    told = [_setting(model, kwargs, name) for name in names]
-    return any(each is not None for each in (kwargs.get("assistant_model"), *told))
-
-
-def _use_cache(model: Any, kwargs: dict[str, Any]) -> None:
-    """Have a `generate` that is given a cache use it, whatever the model's configuration says: it
-    would feed all of the text behind it, for each token. Raises KVZipError if it is told not to."""
-    told = kwargs.get("use_cache")
-    if told is not None and not told:
-        raise KVZipError(
-            "`generate` was given a cache, and use_cache=False, with which it would feed the whole "
-            "text behind that for each token: leave out one of the two"
-        )
-    if _setting(model, kwargs, "use_cache") is False:
-        kwargs["use_cache"] = True
-
-
-def _mask_of(model: Any, prompt: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The mask that a `generate` with these arguments uses: without one, transformers hides what
-    has the padding's id."""
-    mask: torch.Tensor | None = kwargs.get("attention_mask")
-    if mask is not None or not isinstance(prompt, torch.Tensor) or prompt.is_floating_point():
-        return mask
-    pad, ends = (_setting(model, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
-    if pad is None or pad in ([] if ends is None else np.atleast_1d(ends).tolist()):
-        return None
-    return prompt != pad
-
-
-def _times(model: Any, kwargs: dict[str, Any]) -> int:
-    """How many rows a `generate` with these arguments makes of each."""
-    return max(_setting(model, kwargs, n) or 1 for n in ("num_beams", "num_return_sequences"))
+def _have_mask(model: Any, held: HeldCache, request: Request, kwargs: dict[str, Any]) -> None:
+    """Have transformers cut off a prompt's ids that a cache holds, where it would feed them all
+    without a mask."""
+    if request.mask is not None:
+        return
+    decoder = prefix_of(model)
+    name = f"{decoder}attention_mask"
+    takes = name in inspect.signature(model.forward).parameters
+    if (takes and held.get_seq_length()) if decoder else not takes:
+        kwargs[name] = torch.ones_like(kwargs["decoder_input_ids"] if decoder else request.prompt)
 
 
 def _stand_in() -> None:
@@ -379,39 +401,30 @@ def _stand_in() -> None:
         if not named.keys() & kwargs.keys():  # a name that is given twice is for `own` to refuse
             args, kwargs = args[:1] + args[1 + len(positions) :], named | kwargs
         caches = (kwargs.get(name) for name in ("cache", "past_key_values"))
-        cache = next((each for each in caches if isinstance(each, HeldCache)), None)
-        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        mask = kwargs.get("attention_mask")
-        whole = (  # with a mask for more than there are ids, they are the prompt's end alone
-            isinstance(prompt, torch.Tensor)
-            and prompt.ndim == 2
-            and kwargs.get("inputs_embeds") is None
-            and (mask is None or getattr(mask, "shape", None) == prompt.shape)
-        )
-        if cache is not None and _assisted(self, kwargs) and cache.get_seq_length():
+        cache = next((each for each in caches if isinstance(held_in(each), HeldCache)), None)
+        if cache is None:
+            return own(self, *args, **kwargs)
+        held = held_in(cache)
+        if held.get_seq_length() and assisted(self, kwargs):
             raise KVZipError(
-                f"the cache holds {cache.get_seq_length()} tokens, and with prompt lookup or an "
+                f"the cache holds {held.get_seq_length()} tokens, and with prompt lookup or an "
                 "assistant transformers feeds the whole prompt behind them once more, which gives "
                 "other tokens: leave out the cache, or the lookup and the assistant"
             )
-        if cache is None:
-            return own(self, *args, **kwargs)
-        _use_cache(self, kwargs)
-        used = _mask_of(self, prompt, kwargs)
-        cache.check(self, used, kwargs, may_compute=whole)
-        cache.note(self, used, kwargs)
-        watched = watching(self, cache) if cache._fresh else nullcontext()
-        if prompt is None or not whole:
-            with watched:
+        use_cache(self, kwargs)
+        request = request_of(self, args, kwargs)
+        if not held.check(self, request):
+            _empty(cache, self.config)
+        held.note(self, request)
+        with watching(self, cache) if held._fresh else nullcontext(), held.asked():
+            if not request.whole:
                 return own(self, *args, **kwargs)
-        if mask is None and "attention_mask" not in inspect.signature(self.forward).parameters:
-            # Without one transformers feeds such a model all ids, those of the cache, too.
-            kwargs["attention_mask"] = torch.ones_like(prompt)
-        cache.spread(prompt.shape[0] * _times(self, kwargs))
-        with cache.going_on(prompt, mask), watched:
-            generated = own(self, *args, **kwargs)
-            cache.take_note(generated)
-        return generated
+            _have_mask(self, held, request, kwargs)
+            held.spread(len(request.prompt) * times(self, kwargs))
+            with held.going_on(request.prompt, request.mask):
+                generated = own(self, *args, **kwargs)
+                held.take_note(generated)
+            return generated
 
     generate.asks_held_caches = True  # type: ignore[attr-defined]
     GenerationMixin.generate = generate

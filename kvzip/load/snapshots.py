@@ -14,13 +14,13 @@ from numpy.typing import ArrayLike
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvzip import dtypes
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.identity.checkpoint import changed
 from kvzip.load.calls import adapters_of
 from kvzip.load.config import LayerKind, layer_kinds
 from kvzip.load.dropout import check_draws_no_lots
 from kvzip.load.held import ENCODER_IDS, TOKEN_PARTS, Held, Piece, as_bytes, has_nothing, held
-from kvzip.load.matching import ids_of, origin_of_model, revision_of_source
+from kvzip.load.matching import Ids, ids_of, origin_of_model, revision_of_source
 from kvzip.load.own import is_own, layers_in
 from kvzip.load.placeholders import check_text_only
 from kvzip.load.quantized import SETTINGS
@@ -40,16 +40,17 @@ def snapshot_of_cache(
     """A snapshot of a `Cache` that a forward pass has filled; see :meth:`Snapshot.from_cache`.
 
     `token_ids`: ids of all tokens the cache has seen, [tokens] or [batch, tokens]. `model`: the
-    model or its id. Raises UnsupportedError, which names the layer and its class, for any cache
-    layer but full and sliding attention, and KVZipError when the ids do not fit the cache.
+    model or its id. `encoder_ids`: those of its encoder, if it has one and the cache does not know
+    them. Raises UnsupportedError, which names the layer and its class, for any cache layer but full
+    and sliding attention, and KVZipError when the ids do not fit the cache.
     """
     if not isinstance(cache, (Cache, EncoderDecoderCache)) and not is_own(cache):
         raise UnsupportedError(f"a {type(cache).__name__} is not a cache of a decoder's layers")
     kinds = [] if model is None or isinstance(model, str) else layer_kinds(model.config)
     _check_filled(cache, model)
     found = [one.copied() for one in held_by(cache, kinds)]
-    if isinstance(cache, EncoderDecoderCache) and encoder_ids is not None:
-        source = ids_of(encoder_ids, "encoder_ids")
+    source = _encoder_ids(cache, encoder_ids)
+    if source is not None:
         found = with_encoder_ids(found, torch.from_numpy(source.astype(np.int64)))
     total = max((one.length for one in found if one.length is not None), default=None)
     ids = None if token_ids is None else ids_of(token_ids, "token_ids")
@@ -62,7 +63,7 @@ def snapshot_of_cache(
         for i, one in enumerate(found)
     ]
     dtype = dtype_of(layers)
-    origin = _origin(model, cache, encoder_ids)
+    origin = _origin(model, cache, source)
     if origin.revision and any(SETTINGS in layer.parts for layer in layers):
         # The model itself computes other numbers, and must not find these.
         revision = changed(origin.revision, {"quantised": _settings(found)})
@@ -102,11 +103,21 @@ def _check_filled(cache: Cache, model: PreTrainedModel | str | None) -> None:
         )
 
 
-def _origin(
-    model: PreTrainedModel | str | None,
-    cache: Cache,
-    encoder_ids: ArrayLike | torch.Tensor | None,
-) -> Origin:
+def _encoder_ids(cache: Cache, told: ArrayLike | torch.Tensor | None) -> Ids | None:
+    """What a cache's encoder was given, [batch, n], if that is told or the cache knows it. Raises
+    KVZipError where the two differ, UsageError where there is no encoder."""
+    known: Ids | None = getattr(getattr(cache, "self_attention_cache", cache), "encoder_ids", None)
+    if told is None:
+        return known
+    source = ids_of(told, "encoder_ids")
+    if not isinstance(cache, EncoderDecoderCache):
+        raise UsageError("encoder_ids is for what a model's encoder gets, and this cache has none")
+    if known is not None and not np.array_equal(known, source):
+        raise KVZipError("the cache was made for other tokens of the encoder than encoder_ids=")
+    return source
+
+
+def _origin(model: PreTrainedModel | str | None, cache: Cache, encoder_ids: Ids | None) -> Origin:
     """Where a cache comes from: its model, if that is known, and the software that made it."""
     device = _device_of(cache)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -157,9 +168,16 @@ def held_by(cache: Cache, kinds: Sequence[LayerKind] = ()) -> list[Held]:
 
 
 def with_encoder_ids(found: Sequence[Held], ids: torch.Tensor) -> list[Held]:
-    """Layers, of which the first that looks at an encoder's tokens has their ids as a part, too."""
+    """Layers, of which the first that looks at an encoder's tokens has their ids, [batch, n], as a
+    part, too. Raises KVZipError where these do not fit the layers."""
     marked = list(found)
     at = next(i for i, one in enumerate(marked) if one.kind == "cross")
+    keys = marked[at].pieces["k"].tensor
+    if ids.shape != keys.shape[::2]:
+        raise KVZipError(
+            f"encoder_ids has shape {list(ids.shape)}, and the cache holds {list(keys.shape[::2])} "
+            "tokens of the encoder: give what that got, no more and no less"
+        )
     pieces = {**marked[at].pieces, ENCODER_IDS: Piece(as_bytes(ids), "btd")}
     marked[at] = marked[at]._replace(pieces=pieces)
     return marked

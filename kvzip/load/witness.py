@@ -50,25 +50,41 @@ def distance(states: Sequence[torch.Tensor], witness: Sequence[torch.Tensor]) ->
     """How far the keys and values are that the model computed for a token, the first of `states`,
     from those of the file, `witness`: [2, batch], relative to the norm of the file's. All are
     [batch, heads, tokens, dim]; rows of NaN have no witness, and are no distance away."""
-    found = []
-    for new, stored in zip(states, witness, strict=True):
-        wanted = stored.float().flatten(1)
-        difference = new[:, :, :1].float().flatten(1) - wanted
-        found.append(difference.norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30))
+    found = [
+        _relative(new[:, :, :1].flatten(1), stored.flatten(1))
+        for new, stored in zip(states, witness, strict=True)
+    ]
     return torch.stack(found).nan_to_num(0.0)
 
 
-def judge(distances: Mapping[int, torch.Tensor] | None, position: int, dtype: torch.dtype) -> None:
-    """Raise OtherWeights if one of the layers is farther away than rounding explains."""
+def distance_of_all(states: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The same for all tokens that the file holds. One token alone, which rounding may move further
+    than most, counts for a quarter."""
+    found = []
+    for new, stored in zip(states, held, strict=True):
+        whole = _relative(new.flatten(1), stored.flatten(1))
+        each = _relative(new.transpose(1, 2).flatten(2), stored.transpose(1, 2).flatten(2))
+        found.append(torch.maximum(whole, each.amax(dim=1) / 4))
+    return torch.stack(found)
+
+
+def _relative(new: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """How far vectors in the last axis are apart, relative to the norm of those stored."""
+    stored = stored.float()
+    return (new.float() - stored).norm(dim=-1) / stored.norm(dim=-1).clamp_min(1e-30)
+
+
+def judge(distances: Mapping[str, torch.Tensor] | None, dtype: torch.dtype) -> None:
+    """Raise OtherWeights if one of the layers is farther away than rounding explains. They are by
+    what was looked at, in words."""
     if not distances:
         return
     worst = torch.stack([found.max().cpu() for found in distances.values()])
     if float(worst.max()) > ROOM.get(dtype, ROOM[torch.bfloat16]):
         at = int(worst.argmax())
         raise OtherWeights(
-            f"the cache is of other weights than the model: for the token at position {position} "
-            f"layer {list(distances)[at]} holds keys or values that differ from the model's own by "
-            f"{float(worst[at]):.1%}"
+            f"the cache is of other weights than the model: {list(distances)[at]} holds keys or "
+            f"values that differ from the model's own by {float(worst[at]):.1%}"
         )
 
 
@@ -178,6 +194,8 @@ class _Watched:
                 raise
             for layer in layers:
                 layer.restart(source, source.recover(layer._index, error))
+                if layer._of_encoder:
+                    have_computed(cache, layer)
         finally:
             self._settle()
         return self.own(*args, **kwargs)
@@ -185,10 +203,11 @@ class _Watched:
     def _check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise KVZipError if the call means other tokens than those of a cache not used yet."""
         for value in (*args, *kwargs.values()):
-            cache = getattr(value, "self_attention_cache", value)
+            cache: Any = getattr(value, "self_attention_cache", value)
             if getattr(cache, "_fresh", False):
                 given = self.__signature__.bind_partial(*args, **kwargs)
                 self.check_call(self.model, cache, {**given.arguments, **given.kwargs})
+                cache.unused = False
 
     def _settle(self) -> None:
         """Go, when all caches have been used or are gone."""
@@ -197,8 +216,7 @@ class _Watched:
             self.pending = [
                 ref
                 for ref, cache in zip(self.pending, caches, strict=True)
-                if cache is not None
-                and any(each._last and each._fresh for each in _lazy_layers(cache))
+                if cache is not None and _is_awaited(cache)
             ]
             if not self.pending and vars(self.model).get("forward") is self:
                 if self.before is None:
@@ -211,6 +229,19 @@ class _Watched:
 
     def __reduce__(self) -> tuple[object, ...]:
         return _Watched, (self.model,)
+
+
+def _is_awaited(cache: Cache) -> bool:
+    """Whether a cache was not used yet, as far as it can be told whether it has been."""
+    held: Any = getattr(cache, "self_attention_cache", cache)
+    return held.unused or any(each._last and each._fresh for each in _lazy_layers(cache))
+
+
+def have_computed(cache: EncoderDecoderCache, layer: LazyLayer) -> None:
+    """Have a model compute a layer over an encoder's tokens at its next call, and hand that to the
+    layer, which knows what it is to be."""
+    at = next(i for i, each in enumerate(cache.cross_attention_cache.layers) if each is layer)
+    cache.is_updated[at] = False
 
 
 def _cache_with(layer: object, values: Iterable[object]) -> Cache | None:
