@@ -53,9 +53,9 @@ _Defined = Mapping[str, Mapping[str, list[types.CodeType]]]
 class _Namespace:
     """A module or a class, and what it holds."""
 
-    def __init__(self, home: Any, defined: Mapping[str, list[types.CodeType]], source: str):
+    def __init__(self, home: Any, defined: Mapping[str, list[types.CodeType]], file: _Module):
         self.name = home.__qualname__ if isinstance(home, type) else ""
-        self._home, self._defined, self._source = home, defined, source
+        self._home, self._defined, self._file = home, defined, file
         self._first: dict[str, tuple[object, list[object]]] = {}
         """What was under each name when it was first seen, if the file allows that."""
         self.examine()
@@ -113,17 +113,26 @@ class _Namespace:
             return True
         name, function = re.escape(name), re.escape(layers[0].__name__)
         renamed = rf"\b{function}\s+as\s+{name}\b|^\s*{name}\b[^=\n]*="
-        return not self._source or re.search(renamed, self._source, re.MULTILINE) is not None
+        text = self._file.text
+        return not text or re.search(renamed, text, re.MULTILINE) is not None
 
 
 class _Module:
     """A library's module with the classes that it defines."""
 
     def __init__(self, module: types.ModuleType):
-        self._module = module
-        self._defined, self._source = _text_of(module)
+        self._module, self._defined = module, _defined_in(module)
         self._spaces: dict[int, _Namespace] = {}
         self._look()
+
+    @functools.cached_property
+    def text(self) -> str:
+        """What its file says; "" where there is none. Few modules are asked, and to read all takes
+        longer than to examine them."""
+        try:
+            return _loader_of(self._module).get_source(self._module.__name__) or ""
+        except (AttributeError, ImportError, OSError, SyntaxError):
+            return ""
 
     def refresh(self) -> None:
         changed = [space for space in self._spaces.values() if space.has_changed()]
@@ -147,7 +156,7 @@ class _Module:
         for home in homes:
             if id(home) not in self._spaces:
                 place = home.__qualname__ if isinstance(home, type) else ""
-                space = _Namespace(home, self._defined.get(place, {}), self._source)
+                space = _Namespace(home, self._defined.get(place, {}), self)
                 self._spaces[id(home)] = space
 
     def _defines(self, kind: type) -> bool:
@@ -158,7 +167,7 @@ class _Module:
         other = sys.modules.get(kind.__module__)
         if other is None or other is self._module:
             return True
-        return kind.__qualname__ not in _text_of(other)[0]
+        return kind.__qualname__ not in _defined_in(other)
 
     def strange(self) -> Iterator[tuple[str, object]]:
         for space in self._spaces.values():
@@ -193,13 +202,16 @@ def _examine(names: Iterable[str]) -> dict[str, _Module]:
     return found
 
 
-def _text_of(module: types.ModuleType) -> tuple[_Defined, str]:
-    """The functions that a module's file defines, and its text; nothing where there is no file."""
-    loader: Any = getattr(module.__spec__, "loader", None)
+def _loader_of(module: types.ModuleType) -> Any:
+    return getattr(module.__spec__, "loader", None)
+
+
+def _defined_in(module: types.ModuleType) -> _Defined:
+    """The functions that a module's file defines; nothing where there is no file."""
     try:
-        code, source = loader.get_code(module.__name__), loader.get_source(module.__name__)
+        code = _loader_of(module).get_code(module.__name__)
     except (AttributeError, ImportError, OSError, SyntaxError):
-        return {}, ""
+        return {}
     found: dict[str, dict[str, list[types.CodeType]]] = {}
     asked: list[tuple[str, types.CodeType]] = [] if code is None else [("", code)]
     while asked:
@@ -211,7 +223,7 @@ def _text_of(module: types.ModuleType) -> tuple[_Defined, str]:
                 found.setdefault(place, {}).setdefault(inner.co_name, []).append(inner)
             else:
                 asked.append((".".join(filter(None, (place, inner.co_name))), inner))
-    return found, source or ""
+    return found
 
 
 def _is_of_user(value: Any, layers: list[types.FunctionType]) -> bool:
@@ -249,7 +261,7 @@ def _untagged(value: Any) -> Any:
 @functools.cache
 def _makers(module: types.ModuleType) -> list[types.CodeType]:
     """The code of the functions that `torch._dynamo` makes to mark modules, as its file says."""
-    makers = _text_of(module)[0].get("", {}).get("install_generation_tagging_init", [])
+    makers = _defined_in(module).get("", {}).get("install_generation_tagging_init", [])
     inner = (constant for maker in makers for constant in maker.co_consts)
     return [code for code in inner if isinstance(code, types.CodeType)]
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, StoreError, UnsupportedError
+from kvzip.errors import KVZipError, StoreError, UnsupportedError, UsageError
 from kvzip.load.caches import (
     devices_of,
     empty_cache,
@@ -24,6 +24,7 @@ from kvzip.load.config import (
     LayerKind,
     cache_argument,
     check_fed_one_by_one,
+    check_is_config,
     check_padding,
     layer_kinds,
 )
@@ -46,6 +47,7 @@ from kvzip.load.placeholders import check_text_only
 from kvzip.load.recovery import Recovery, naming, tell
 from kvzip.load.reuse import pin
 from kvzip.load.witness import watch
+from kvzip.options import integer, items
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.store import Store
@@ -78,10 +80,12 @@ def load_batch(
     what was returned.
     """
     check_options(threads=threads, profile=profile)
+    pad_token_id = integer("pad_token_id", pad_token_id, 0)
     device = device_of(device)
+    kinds = _kinds(config)
+    sources = _one_each(sources, "sources", "a list of a document, or None, for each prompt")
     padded = _Prompts(prompts, sources)
     padded.check_text_only(config, f"the model of {type(config).__name__}")
-    kinds = _kinds(config)
     check_padding(config, padded.lengths)
     with ExitStack() as stack:
         usable: dict[int, _Usable] = {}
@@ -150,10 +154,11 @@ def load_batch_or_prefill(
     """
     check_model(model)
     check_options(threads=threads, profile=profile, name=name, revision=revision)
-    sources = [source] * len(prompts) if isinstance(source, Store) else source
+    pad_token_id = integer("pad_token_id", pad_token_id, 0)
+    kinds = _kinds(model.config)
+    sources = _sources(source, prompts)
     padded = _Prompts(prompts, sources)
     padded.check_text_only(model.config, type(model).__name__)
-    kinds = _kinds(model.config)
     check_padding(model.config, padded.lengths)
 
     def find(source: Document | Store | None, n: int) -> OpenDocument[Reader | Snapshot] | None:
@@ -184,8 +189,29 @@ def load_batch_or_prefill(
         return padded.inputs(pad_token_id, model.device) | made
 
 
+def _sources(
+    source: Store | Sequence[Document | Store | None], prompts: object
+) -> list[Document | Store | None]:
+    """For each prompt where its document is, or is looked for."""
+    if isinstance(source, Store):
+        return [source] * len(_one_each(prompts, "prompts", _PROMPTS))
+    return _one_each(source, "source", "a Store, or a list of a document or None for each prompt")
+
+
+_PROMPTS = "a list of token ids, [n], for each prompt"
+
+
+def _one_each(given: Any, name: str, what: str) -> list[Any]:
+    """A list with something for each prompt. Raises UsageError, which names it and says `what` it
+    must be."""
+    if isinstance(given, (str, bytes, bytearray, memoryview)):  # one source
+        raise UsageError(f"{name} is a {type(given).__name__}: it must be {what}")
+    return items(name, given, what)
+
+
 def _kinds(config: PretrainedConfig) -> list[LayerKind]:
     """The kinds of a model's layers. Raises UnsupportedError for a model with an encoder."""
+    check_is_config(config)
     if config.is_encoder_decoder:
         raise UnsupportedError(
             "prompts of a model with an encoder cannot be loaded as a batch: load each by itself"
@@ -242,9 +268,10 @@ def _find_all(
                 if found is not None:
                     opened = stack.enter_context(found)
                     _, most, common = agreed(opened.source, model, row[None])
-                    if not isinstance(source, Store) and revision is None:
-                        check_weights(opened.source, model)
+                    check_weights(source, opened.source, model, revision)
                     usable[n] = _Usable(opened, most, common)
+        except UsageError:  # a source that is none
+            raise
         except (KVZipError, OSError) as error:
             tell(error)
             if isinstance(error, StoreError) and isinstance(source, Store):
@@ -289,8 +316,9 @@ class _Prompts:
     """Prompts of a batch, [n] each, the shorter ones padded at the left."""
 
     def __init__(self, prompts: Sequence[ArrayLike | torch.Tensor], sources: Sequence[object]):
+        prompts = _one_each(prompts, "prompts", _PROMPTS)
         if not len(sources) == len(prompts) > 0:
-            raise KVZipError(f"{len(sources)} documents for {len(prompts)} prompts")
+            raise UsageError(f"{len(sources)} documents for {len(prompts)} prompts")
         self.rows = [ids_of(prompt, "prompts")[0] for prompt in prompts]
         self.lengths = [len(row) for row in self.rows]
         self.longest = max(self.lengths)

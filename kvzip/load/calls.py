@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.identity import fingerprint
 from kvzip.identity.live import weights_of
 
@@ -77,6 +77,7 @@ def check_generate(
     held = int(cache.get_seq_length())
     if not held:
         return
+    check_no_virtual_tokens(model)
     _check_model(model, cache)
     for name in other_inputs(model, given):
         raise KVZipError(
@@ -264,6 +265,20 @@ def _is_made_of(model: Any, ids: Ids, outputs: Any) -> bool:
 def adapters_of(model: torch.nn.Module) -> set[str]:
     """The names of the adapters of PEFT that a model carries."""
     return {name for layer in _tuned(model) for name in _adapters_in(layer)}
+
+
+def check_no_virtual_tokens(model: Any) -> None:
+    """Raise UnsupportedError for a model of PEFT that computes tokens of its own before a prompt's
+    (prompt tuning, P-tuning, prefix tuning), or one by which such a model generates."""
+    made = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None)
+    for each in (model, made):
+        found = getattr(each, "active_peft_config", None)
+        if getattr(found, "is_prompt_learning", False):
+            raise UnsupportedError(
+                f"the {type(each).__name__} computes {found.num_virtual_tokens} tokens of its own "
+                f"before a prompt's ({type(found).__name__.removesuffix('Config')} of PEFT), and a "
+                "cache that is kept or loaded holds a prompt's alone"
+            )
 
 
 def chooses_adapters(model: torch.nn.Module) -> bool:

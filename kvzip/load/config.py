@@ -68,6 +68,12 @@ class LayerKind(NamedTuple):
         return not self.empty and self.kind not in ("state", "cross")
 
 
+def check_is_config(config: object) -> None:
+    """Raise UsageError for what is no config of a model of transformers."""
+    if not hasattr(config, "get_text_config"):
+        raise UsageError(f"a {type(config).__name__} is no config of a model: give model.config")
+
+
 def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
     """Kind, window and RoPE index of every layer, as transformers itself makes its cache.
 
@@ -145,8 +151,7 @@ _FULL_LAYERS_UNROTATED = (
 
 def layers_of(config: PretrainedConfig) -> tuple[list[LayerKind], tuple[dict[str, Any], ...]]:
     """What :func:`layer_kinds` and :func:`rope_parameters` give."""
-    if not hasattr(config, "get_text_config"):
-        raise UsageError(f"a {type(config).__name__} is no config of a model: give model.config")
+    check_is_config(config)
     text = config.get_text_config(decoder=True)
     if (why := UNHANDLED.get(text.model_type)) is not None:
         raise UnsupportedError(f"a {text.model_type} model's cache cannot be kept: {why}")
@@ -275,10 +280,15 @@ def check_rope_state(model: PreTrainedModel) -> None:
 def _unrotated(text: PretrainedConfig, i: int, full_among_sliding: bool) -> bool:
     """Whether the keys of layer i are not rotated, though the config has parameters for that."""
     rotated = getattr(text, "no_rope_layers", None)  # despite its name, 1 where there is RoPE
+    # Cohere 2's dense layers come first, and its mixtures of experts after them.
+    forced = getattr(text, "prefix_dense_sliding_window_pattern", None) == 1
+    forced = forced and text.mlp_layer_types[i] == "dense"
     return (
         getattr(text, "alibi", False)
         or getattr(text, "position_embedding_type", "rope") not in ("rope", "rotary")
         or not getattr(text, "use_mem_rope", True)
         or bool(rotated and not rotated[i])
-        or (full_among_sliding and text.model_type.startswith(_FULL_LAYERS_UNROTATED))
+        or (
+            full_among_sliding and text.model_type.startswith(_FULL_LAYERS_UNROTATED) and not forced
+        )
     )

@@ -214,8 +214,7 @@ def load_or_prefill(
             return empty_cache(model.config, source_ids)
         with found as opened:
             kinds, most, _ = agreed(opened.source, model, ids, tokens)
-            if not isinstance(source, Store) and revision is None:
-                check_weights(opened.source, model, source_ids)
+            check_weights(source, opened.source, model, revision, source_ids)
             check_encoder(opened.source, model.config, source_ids)
             check_rope(model.config, prompt=ids.shape[1], encoder_ids=source_ids)
             cache, loader = _lazy(

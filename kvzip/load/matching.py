@@ -16,6 +16,7 @@ from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError, UsageError, first_line
 from kvzip.identity import fingerprint, is_fingerprint
 from kvzip.identity.checkpoint import changed
+from kvzip.load.calls import check_no_virtual_tokens
 from kvzip.load.config import (
     LayerKind,
     check_rope_length,
@@ -279,6 +280,7 @@ def agreed(
     same each time.
     """
     check_draws_no_lots(model)
+    check_no_virtual_tokens(model)
     kinds = check_config(document, model.config)
     stored = getattr(torch, dtypes.get(document.layout.dtype).torch)
     if stored != model.dtype:
@@ -297,12 +299,20 @@ def agreed(
 
 
 def check_weights(
-    document: Reader | Snapshot, model: PreTrainedModel, encoder_ids: Ids | None = None
+    found_in: object,
+    document: Reader | Snapshot,
+    model: PreTrainedModel,
+    revision: str | None,
+    encoder_ids: Ids | None = None,
 ) -> None:
     """Raise KVZipError for a document whose fingerprint is that of other weights than the model's.
-    One that has none is left to its witness."""
+
+    One that has none is left to its witness. A store has compared them already (`found_in`), and a
+    caller who gives a `revision` vouches for what is found.
+    """
     origin = document.header.origin if isinstance(document, Reader) else document.origin
-    if not is_fingerprint(origin.revision):
+    vouched = isinstance(found_in, Store) or revision is not None
+    if vouched or not is_fingerprint(origin.revision):
         return
     own = revision_of_source(fingerprint(model), encoder_ids)
     if own != origin.revision:

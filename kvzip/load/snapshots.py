@@ -16,11 +16,17 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.identity.checkpoint import changed
-from kvzip.load.calls import adapters_of
+from kvzip.load.calls import adapters_of, check_no_virtual_tokens
 from kvzip.load.config import LayerKind, layer_kinds
 from kvzip.load.dropout import check_draws_no_lots
 from kvzip.load.held import ENCODER_IDS, TOKEN_PARTS, Held, Piece, as_bytes, has_nothing, held
-from kvzip.load.matching import Ids, ids_of, origin_of_model, revision_of_source
+from kvzip.load.matching import (
+    Ids,
+    check_model,
+    ids_of,
+    origin_of_model,
+    revision_of_source,
+)
 from kvzip.load.own import is_own, layers_in
 from kvzip.load.placeholders import check_text_only
 from kvzip.load.quantized import SETTINGS
@@ -46,7 +52,10 @@ def snapshot_of_cache(
     """
     if not isinstance(cache, (Cache, EncoderDecoderCache)) and not is_own(cache):
         raise UnsupportedError(f"a {type(cache).__name__} is not a cache of a decoder's layers")
-    kinds = [] if model is None or isinstance(model, str) else layer_kinds(model.config)
+    kinds = []
+    if model is not None and not isinstance(model, str):
+        check_model(model)
+        kinds = layer_kinds(model.config)
     _check_filled(cache, model)
     found = [one.copied() for one in held_by(cache, kinds)]
     source = _encoder_ids(cache, encoder_ids)
@@ -87,6 +96,7 @@ def _check_filled(cache: Cache, model: PreTrainedModel | str | None) -> None:
     """Raise UnsupportedError for a cache whose keys depend on more than ids and a model's weights,
     such as chance, or on adapters that nothing tells."""
     check_draws_no_lots(model)
+    check_no_virtual_tokens(model)
     own = getattr(cache, "self_attention_cache", cache)
     told = getattr(own, "more_than_ids", None)
     if told is not None:

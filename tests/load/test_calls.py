@@ -189,6 +189,30 @@ def test_other_weights_are_noticed_below_an_adapter(model: Any, store: Store, ca
     assert "computed anew" in told
 
 
+@pytest.mark.parametrize("kind", ["PromptTuning", "PromptEncoder", "PrefixTuning"])
+def test_tokens_of_an_adapters_own(model: Any, store: Store, kind: str, caplog: Any) -> None:
+    """Those of prompt tuning, P-tuning and prefix tuning stand before a prompt's."""
+    peft = pytest.importorskip("peft")
+    snapshot = kvzip.Snapshot.from_cache(document(model), IDS)
+    snapshot.origin = kvzip.Origin(model="m", revision="r")
+    store.put(snapshot, codec="raw")
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    found = peft.get_peft_model(model, config).eval()
+    given = {"attention_mask": torch.ones_like(PROMPT)}
+    right = generate(found, **given)
+    for source in (store, snapshot):
+        cache = load_or_prefill(source, found, PROMPT, name="m", revision="r")
+        assert torch.equal(generate(found, PROMPT, cache, **given), right)
+        [told] = warnings_of(caplog)
+        assert "5 tokens of its own" in told
+        with pytest.raises(UnsupportedError, match="5 tokens of its own"):
+            kvzip.Snapshot.from_cache(cache, torch.zeros(1, cache.get_seq_length()).long(), found)
+    loaded = load_cache(snapshot, model.config, prompt=PROMPT)
+    for cache in (loaded, snapshot.to_cache(model.config)):
+        with pytest.raises(UnsupportedError, match="5 tokens of its own"):
+            generate(found, PROMPT, cache, **given)
+
+
 # --- masks and positions -------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""A model with an encoder: its cache is of one source text, all of it in sight, and of its weights."""
+"""A model with an encoder: its cache is of one source text, all in sight, and of its weights."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_weights_that_a_witness_tells(model: Any, snapshot: Any, part: str, capl
     cache = recoverable(snapshot, model)
     assert torch.allclose(call(model, cache), call(model), atol=1e-4)
     assert len(warnings_of(caplog)) == 1
-    with pytest.raises(KVZipError, match="of other weights.*encoder's tokens"):
+    with pytest.raises(KVZipError, match=r"of other weights.*encoder's tokens"):
         generate(model, loaded(snapshot, model))
 
 

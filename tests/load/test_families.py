@@ -276,6 +276,45 @@ def test_a_text_that_repeats_itself(name: str) -> None:
     assert torch.equal(checks.model.generate(prompt, cache=cache, **given), right)
 
 
+@pytest.mark.parametrize("name", ["bamba", "qwen4_exp"])
+def test_other_weights_behind_states(name: str) -> None:
+    """What the first layer of attention is fed was computed from states of the other weights."""
+    checks = Checks(Family(name))
+    document, prompt = checks.snapshot(checks.ids), checks.longer(checks.ids, 9)
+    checks.model = copy.deepcopy(checks.model)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for weights in checks.model.parameters():
+            weights.add_(torch.randn_like(weights) * 0.1)
+    for options in ({}, {"num_beams": 2}):
+        given: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, **options}
+        with warnings_told() as told:
+            cache = load_or_prefill(document, checks.model, prompt, revision="the document's")
+            found = checks.model.generate(prompt, cache=cache, **given)
+        assert torch.equal(found, checks.model.generate(prompt, **given))
+        assert len(told) == 1
+
+
+@pytest.mark.parametrize("name", ["mamba", "xlstm", "qwen3_next"])
+def test_weights_that_change_between_loading_and_use(name: str) -> None:
+    """Where there are states alone, too, which see nothing of what is fed."""
+    checks = Checks(Family(name))
+    document, prompt = checks.snapshot(checks.ids), checks.longer(checks.ids, 9)
+    checks.model = copy.deepcopy(checks.model)
+    first, second = (
+        load_or_prefill(document, checks.model, prompt, **checks.slowly) for _ in range(2)
+    )
+    with torch.no_grad():
+        for weights in checks.model.parameters():
+            weights.mul_(1.3)
+    checks.said = {}
+    with pytest.raises(kvzip.KVZipError, match="other weights"):
+        checks.model(prompt[:, first.get_seq_length() :], cache=first)
+    with warnings_told() as told:
+        assert torch.equal(checks.says(prompt, second), checks.says(prompt))
+    assert len(told) == 1 and "other weights" in told[0]
+
+
 @pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1"])
 def test_beams_of_a_cache_that_is_computed_anew(name: str) -> None:
     """States that take the place of those of other weights are there for each row."""
@@ -292,7 +331,30 @@ def test_beams_of_a_cache_that_is_computed_anew(name: str) -> None:
     assert len(told) == 1 and "computed anew" in told[0]
 
 
+def rotated_by(model: Any) -> list[int | None]:
+    """For each layer 0 where its keys tell the positions of the same tokens, else None."""
+    ids, found = torch.arange(20, 30)[None], []
+    for first in (0, 7):
+        cache = transformers.DynamicCache(config=model.config)
+        positions = torch.arange(first, first + 10)[None]
+        with torch.no_grad():
+            model.eval()(ids, position_ids=positions, cache=cache)
+        found.append([layer.keys for layer in cache.layers])
+    return [
+        None if torch.allclose(*keys, rtol=1e-3, atol=1e-4) else 0
+        for keys in zip(*found, strict=True)
+    ]
+
+
 def test_layers_that_do_not_rotate_their_keys() -> None:
+    config = Family("cohere2_moe").config()
+    config.num_hidden_layers = 3
+    config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    config.mlp_layer_types = ["dense", "sparse", "sparse"]
+    for pattern, ropes in ((1, [0, 0, None]), (2, [None, 0, None])):
+        config.prefix_dense_sliding_window_pattern = pattern
+        assert [kind.rope for kind in layer_kinds(config)] == ropes
+        assert rotated_by(transformers.AutoModelForCausalLM.from_config(config)) == ropes
     config = Family("lara_mini").config()
     assert [kind.rope for kind in layer_kinds(config)] == [None, 0, None]
     for name, rotated in (("zamba2", False), ("granitemoehybrid", False), ("llama", True)):

@@ -8,6 +8,7 @@ from support import readme_document, readme_model
 
 from kvzip.errors import KVZipError, ProfileError, UsageError
 from kvzip.load.hf import load_batch, load_batch_or_prefill, load_cache, load_or_prefill
+from kvzip.snapshot import Snapshot
 from kvzip.store import Store
 
 IDS = torch.arange(3, 103)[None]
@@ -62,6 +63,37 @@ def test_batches(model, document):
     for options in ({"threads": -1}, {"profile": 3}, *NAMES):
         with pytest.raises(KVZipError, match=f"(?i){next(iter(options))}"):
             load_batch_or_prefill([document], model, [IDS[0]], **options)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "a.kvz", b"x", object(), {}, []], ids=repr)
+def test_batches_of_what_is_none(model, document, tmp_path, wrong):
+    store, prompts = Store(tmp_path), [IDS[0]]
+    for use in (
+        lambda: load_batch(wrong, model.config, prompts),
+        lambda: load_batch_or_prefill(wrong, model, prompts),
+        lambda: load_batch([document], model.config, wrong),
+        lambda: load_batch_or_prefill([document], model, wrong),
+        lambda: load_batch_or_prefill(store, model, wrong),
+        lambda: load_batch([document], wrong, prompts),
+        lambda: load_batch_or_prefill(store, wrong, prompts),
+    ):
+        with pytest.raises(UsageError):
+            use()
+
+
+def test_what_is_no_source_padding_or_model(model, document):
+    for wrong in (3, object()):
+        with pytest.raises(UsageError):
+            load_batch([wrong], model.config, [IDS[0]])
+        with pytest.raises(UsageError):
+            load_batch_or_prefill([wrong], model, [IDS[0]])
+        with pytest.raises(UsageError, match="is no model"):
+            Snapshot.from_cache(document.to_cache(model.config), IDS[:, :-1], wrong)
+    for wrong in (None, "0", 1.5, -1, object()):
+        with pytest.raises(UsageError, match="pad_token_id"):
+            load_batch([document], model.config, [IDS[0]], pad_token_id=wrong)
+        with pytest.raises(UsageError, match="pad_token_id"):
+            load_batch_or_prefill([document], model, [IDS[0]], pad_token_id=wrong)
 
 
 def test_stores(tmp_path):
