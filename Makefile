@@ -21,7 +21,7 @@ WITHIN_docs := docs
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs bench figures links traffic redraw measured qwen3-4b scaling clean
+.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs fuzz bench figures links traffic redraw measured qwen3-4b scaling clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -46,6 +46,12 @@ test-gpu: $(READY)
 bench-gpu: $(READY)
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m kvzip.benchmarks.gpu -o $(RESULTS)/gpu.json
+
+# Whatever reads files, fuzzed for so many seconds a target (tests/fuzz/run.py); corpus, crashes and log are in build/fuzz.
+SECONDS ?= 60
+fuzz: $(TEST)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3' 'coverage>=7'
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) $(TARGETS)
 
 # LMCache itself, in an environment of its own: without what it needs on a GPU only (which is much),
 # and with a newer numpy than it asks for.

@@ -1,0 +1,137 @@
+"""What is fuzzed: each target takes any bytes, and may raise nothing but a KVZipError.
+
+Checksums are made true before a file is read (`kvzip.testing.reseal`), so that what was changed
+meets the header's reader, the index and the codecs, and not the checksum that protects them.
+"""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import kvzip
+from kvzip.store import Store
+from kvzip.testing import cache_like, make_snapshot, reseal
+
+FOLDER = Path(tempfile.mkdtemp(prefix="kvzip-fuzz-"))
+SAVED = make_snapshot(cache_like, 1, "bf16", layers=1, heads=1, tokens=40, dim=8)
+
+
+def sealed(data: bytes) -> bytes:
+    """The bytes as a file whose magic, version, length and checksums are right."""
+    blob = bytearray(data.ljust(64, b"\0"))
+    blob[:12] = START
+    struct.pack_into("<Q", blob, 24, len(blob))
+    return reseal(blob)
+
+
+def opened(data: bytes) -> None:
+    """The header, the index, and all that they say."""
+    with kvzip.open(sealed(data)) as reader:
+        str(reader.info), reader.layout, len(reader)
+
+
+def decoded(data: bytes) -> None:
+    """Every part, by whatever codec the header names."""
+    kvzip.decode(sealed(data), threads=1)
+
+
+def as_they_are(data: bytes) -> None:
+    """A file with the checksums that it has."""
+    kvzip.decode(data, threads=1)
+
+
+def profile(data: bytes) -> None:
+    path = FOLDER / "a.kvprofile"
+    path.write_bytes(data)
+    kvzip.Profile.load(path)
+
+
+def snapshot(data: bytes) -> None:
+    path = FOLDER / "doc.safetensors"
+    path.write_bytes(data)
+    for layer in kvzip.Snapshot.load(path).layers:
+        for bits in layer.parts.values():
+            bits.sum()
+
+
+def page(data: bytes) -> None:
+    """A page of a few tokens, whose profile is right. Its checksum is of the numbers, and compared
+    after they were decoded."""
+    kvzip.decode_page(data, PROFILE)
+
+
+def spec(data: bytes) -> None:
+    """The string that names a codec and its settings."""
+    kvzip.get_codec(data.decode("utf-8", "replace"))
+
+
+def store(data: bytes) -> None:
+    """The small files of a store: its settings, what a namespace is of, a chain, a mark."""
+    folder = FOLDER / "store"
+    if not folder.exists():
+        Store(folder, block_tokens=16).put(SAVED)
+        KEPT.update({path: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+    small = sorted(path for path in KEPT if path.suffix != ".kvz")
+    changed = small[(data[0] if data else 0) % len(small)]
+    changed.write_bytes(data[1:])
+    try:
+        again = Store(folder)
+        match = again.find(SAVED.token_ids, model="test/model", revision="r1", dtype="bf16")
+        assert match is None or match.snapshot().tokens <= SAVED.tokens
+        again.documents()
+    finally:
+        changed.parent.mkdir(parents=True, exist_ok=True)
+        changed.write_bytes(KEPT[changed])
+
+
+KEPT: dict[Path, bytes] = {}
+PROFILE = kvzip.Profile.fit([SAVED], codec="channel")
+PAGE = kvzip.encode_page([(layer.k[:, :16], layer.v[:, :16]) for layer in SAVED.layers], PROFILE)
+START = kvzip.encode(SAVED, "raw")[:12]
+"""Magic and version of a .kvz file, and what else does not change."""
+TARGETS: Mapping[str, Callable[[bytes], None]] = {
+    "open": opened,
+    "decode": decoded,
+    "file": as_they_are,
+    "profile": profile,
+    "snapshot": snapshot,
+    "page": page,
+    "spec": spec,
+    "store": store,
+}
+
+
+def seeds(target: str) -> list[bytes]:
+    """Good input, from which a fuzzer goes on."""
+    if target in ("open", "decode", "file"):
+        kinds = [("raw", "bf16"), ("zstd", "fp16"), ("planes", "fp32"), ("channel", "bf16")]
+        kinds += [("lz4", "int8"), ("planes:mode=bit", "fp8_e4m3fn"), ("channel", "fp8_e5m2")]
+        small = {"layers": 1, "heads": 1, "tokens": 40, "dim": 8}
+        return [
+            kvzip.encode(make_snapshot(cache_like, 1, dtype, **small), codec)
+            for codec, dtype in kinds
+        ]
+    if target == "profile":
+        path = FOLDER / "seed.kvprofile"
+        kvzip.Profile.fit([SAVED], codec="channel").save(path)
+        return [path.read_bytes()]
+    if target == "snapshot":
+        SAVED.save(FOLDER / "seed.safetensors")
+        return [(FOLDER / "seed.safetensors").read_bytes()]
+    if target == "page":
+        return [PAGE]
+    if target == "spec":
+        return [name.encode() for name in ("zstd:level=3", "planes:mode=bit,coder=lz4", "channel")]
+    if target == "store":
+        return [b"\0" + b'{"block_tokens":16}', b"\1" + b"0" * 64 + b"\nend", b"\2{}"]
+    return []
+
+
+def tried(target: str, data: bytes) -> None:
+    """Run a target: nothing but a KVZipError may come out of it."""
+    with suppress(kvzip.KVZipError):
+        TARGETS[target](data)
