@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "native/grid_round.hpp"
+#include "native/simd.hpp"
 
 namespace kvzip::grid {
 namespace {
@@ -12,17 +13,19 @@ constexpr std::uint32_t kOne = 1u << 23, kTwo = 1u << 24;  // bounds of a scale'
 constexpr Scale kNeutral{kOne, -23};
 // Bounds of a number's interval are counted in 2^-26 of its last place.
 constexpr int kFine = 26;
-constexpr std::size_t kDistinct = 1024, kEnough = 24, kFirst = 8;
+constexpr std::size_t kDistinct = 1024, kEnough = 24;
+constexpr int kTried = 24;  // intervals from the last on, before all are sorted
 // How many intervals may be looked at for each number that was added, to find the scales of groups
 // that are not wholly on the grid. What groups leave, later ones may use.
 constexpr std::int64_t kIntervalsPerNumber = 16;
-
-inline double power_of_two(int exponent) {  // of a normal double
-  const auto bits = std::uint64_t(exponent + 1023) << 52;
-  double power;
-  std::memcpy(&power, &bits, sizeof power);
-  return power;
-}
+// A group's largest number is one of so many codes at most: those of int8 from 64 to 128; and how
+// many are tried at once, in whole vectors.
+constexpr int kGuesses = 72;
+// How much the floats of `Range` may be off, and more.
+constexpr double kFloatSlack = 1e-6;
+constexpr double kFar = 1e30;           // beyond all codes, and a float; so is its inverse below
+constexpr double kSmall = 1. / 8;       // of the largest number
+constexpr std::size_t kMost = 1 << 30;  // numbers that are counted
 
 // A finite magnitude above zero, and the exact products that are rounded to it: those from `low` to
 // `high`, times 2^exponent, with both ends or without.
@@ -32,14 +35,16 @@ struct Number {
   int exponent;
   std::uint64_t low, high;
   double value;
+
+  double lowest() const { return double(low) * power_of_two(exponent); }
+  double highest() const { return double(high) * power_of_two(exponent); }
 };
 
-Number read_number(const Wide& wide, Rounding rounding, std::uint32_t bits) {
+void read_number(const Wide& wide, Rounding rounding, std::uint32_t bits, Number& x) {
   const std::uint32_t magnitude = bits & ((1u << (wide.bits - 1)) - 1);
   const std::uint32_t field = magnitude >> (wide.precision - 1);
   const std::uint32_t first = 1u << (wide.precision - 1);
   const std::uint32_t significand = field ? (magnitude & (first - 1)) | first : magnitude;
-  Number x;
   x.bits = magnitude;
   x.count = 1;
   x.negative = bits >> (wide.bits - 1);
@@ -60,7 +65,6 @@ Number read_number(const Wide& wide, Rounding rounding, std::uint32_t bits) {
     x.low = x.open ? x.low + below : x.low - below;
     x.high = x.open ? x.high - above : x.high + above;
   }
-  return x;
 }
 
 struct Interval {
@@ -95,10 +99,76 @@ std::uint32_t simplest(const Interval& interval) {
   return last >> bit << bit;
 }
 
+// If the reference is one step, a number is from `low` to `high` steps, or a little less or more.
+struct Range {
+  float low, high;
+};
+
+inline std::int32_t bits_of(float x) {
+  std::int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(std::int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Of each guess of how many steps the reference is, counts the numbers that cannot be codes: one
+// that is counted cannot, one that is not may. `steps` has the guesses, `misses` gets their counts;
+// stops when all are above `allowed`, and says so. Floats above zero are in the order of their
+// bits; with masks for branches, compilers make vector code of it.
+__attribute__((always_inline)) inline bool count_misses(const Narrow& narrow, const Range* ranges,
+                                                        const std::int32_t* counts, std::size_t n,
+                                                        const float* steps, int guesses,
+                                                        std::int32_t allowed,
+                                                        std::int32_t* misses) {
+  const Magnitude m = magnitude(narrow, std::uint32_t(narrow.largest + narrow.integer));
+  const std::int32_t largest = bits_of(float(double(m.significand) * power_of_two(m.power)));
+  const std::int32_t normal = bits_of(float(1 << narrow.mantissa));
+  const std::int32_t kept = -(1 << (23 - narrow.mantissa));
+  for (std::size_t i = 0; i < n; ++i) {
+    const float low = ranges[i].low, high = ranges[i].high;
+    const std::int32_t count = counts[i];
+    std::int32_t fewest = INT32_MAX;
+    for (int k = 0; k < guesses; ++k) {
+      const std::int32_t from = bits_of(low * steps[k]), to = bits_of(high * steps[k]);
+      // The largest code that is not above `to` has so many bits of its significand, or is an
+      // integer where steps are no smaller.
+      const std::int32_t small = -std::int32_t(to < normal);
+      const auto integer = float(std::int32_t(float_of(to & small)));
+      const std::int32_t code = (bits_of(integer) & small) | (to & kept & ~small);
+      misses[k] += count & -(std::int32_t(code < from) | std::int32_t(from > largest));
+      fewest = misses[k] < fewest ? misses[k] : fewest;
+    }
+    if (fewest > allowed) return false;
+  }
+  return true;
+}
+
+bool count_misses_plain(const Narrow& narrow, const Range* ranges, const std::int32_t* counts,
+                        std::size_t n, const float* steps, int guesses, std::int32_t allowed,
+                        std::int32_t* misses) {
+  return count_misses(narrow, ranges, counts, n, steps, guesses, allowed, misses);
+}
+#ifdef KVZIP_X86
+__attribute__((target("avx2"))) bool count_misses_avx2(const Narrow& narrow, const Range* ranges,
+                                                       const std::int32_t* counts, std::size_t n,
+                                                       const float* steps, int guesses,
+                                                       std::int32_t allowed, std::int32_t* misses) {
+  return count_misses(narrow, ranges, counts, n, steps, guesses, allowed, misses);
+}
+#endif
+
 class Fitter {
  public:
   Fitter(const Wide& wide, const Narrow& narrow, Rounding rounding)
-      : wide_(wide), narrow_(narrow), rounding_(rounding) {}
+      : wide_(wide), narrow_(narrow), rounding_(rounding) {
+#ifdef KVZIP_X86
+    if (simd::level() != simd::Level::scalar) count_misses_ = count_misses_avx2;
+#endif
+  }
 
   // To begin a group of `size` numbers.
   void clear(std::size_t size) {
@@ -125,7 +195,8 @@ class Fitter {
       }
     }
     if (numbers_.size() == kDistinct) return;
-    numbers_.push_back(read_number(wide_, rounding_, bits));
+    numbers_.emplace_back();
+    read_number(wide_, rounding_, bits, numbers_.back());
     slots_[slot] = std::uint32_t(numbers_.size());
     ++total_;
   }
@@ -134,29 +205,18 @@ class Fitter {
   Scale solve() {
     best_ = {0, kNeutral};
     best_.scale.exponent -= narrow_.step;
-    // The smallest have the fewest codes near to them: they tell a wrong guess first.
-    const auto smaller = [](const Number& a, const Number& b) { return a.bits < b.bits; };
-    if (numbers_.size() > kFirst)
-      std::nth_element(numbers_.begin(), numbers_.begin() + kFirst, numbers_.end(), smaller);
-    // Most groups are wholly on a grid or on none, which is soon seen.
-    for (std::size_t allowed : {std::size_t(0), total_ / 8 + 1}) {
-      std::uint32_t below = ~0u;
-      if (allowed && best_.explained < total_) {
-        std::sort(numbers_.begin(), numbers_.end(), smaller);
-      }
-      // The largest may be off the grid: then the next says more.
-      for (int attempt = 0; attempt < (allowed ? 3 : 1) && !is_enough(allowed); ++attempt) {
-        if (allowed && budget_ < 0) break;
-
-        const Number* reference = nullptr;
-        for (const Number& x : numbers_)
-          if (x.bits < below &&
-              (!reference || x.bits > reference->bits || (x.bits == reference->bits && x.negative)))
-            reference = &x;
-        if (!reference) break;
-        below = reference->bits;
-        try_codes(*reference, allowed);
-      }
+    const Number* reference = nullptr;
+    // The largest may be off the grid: then the next says more.
+    for (int attempt = 0; attempt < 3 && !is_enough(); ++attempt) {
+      if (attempt && budget_ < 0) break;
+      const std::uint32_t below = reference ? reference->bits : ~0u;
+      reference = nullptr;
+      for (const Number& x : numbers_)
+        if (x.bits < below &&
+            (!reference || x.bits > reference->bits || (x.bits == reference->bits && x.negative)))
+          reference = &x;
+      if (!reference) break;
+      try_codes(*reference, attempt == 0);
     }
     return best_.scale;
   }
@@ -173,7 +233,9 @@ class Fitter {
     const double value =
         double(significand) * power_of_two(lowest(wide_) + int(field ? field - 1 : 0));
     int index = std::min(nearest(value * inverse), largest(negative));
-    if (narrow_.integer || !field)
+    // A number is at most 1 / 256 from the product that it is rounded from: of fewer steps the
+    // nearest is its code or it has none.
+    if ((narrow_.integer && index >= 127) || !field)
       for (int other : {index, index - 1, index + 1})
         if (other >= 0 && other <= largest(negative) &&
             widen_magnitude(wide_, narrow_, rounding_, std::uint32_t(other), scale) == size) {
@@ -191,8 +253,21 @@ class Fitter {
     std::size_t explained;
     Scale scale;
   };
+  // The significands under which so many numbers are codes. `none` of them are under smaller ones
+  // than `first`: a number that may be one of two codes has two intervals.
+  struct Explained {
+    std::int32_t first, last;
+    std::int64_t count, none;
+  };
   struct Event {
     std::int64_t at, step;
+  };
+  // Scales of one exponent, and what a number is multiplied by to have it in steps: by a scale in
+  // the middle, the largest and the smallest.
+  struct Window {
+    Interval scales;
+    int exponent;
+    double middle, smallest, largest;
   };
 
   std::uint32_t top() const { return 1u << (wide_.bits - 1); }
@@ -209,7 +284,7 @@ class Fitter {
   // The code whose magnitude is nearest, which may be beyond the largest.
   int nearest(double steps) const {
     const int mantissa = narrow_.mantissa;
-    if (steps < double(1 << mantissa)) return int(std::lround(steps));
+    if (steps < double(1 << mantissa)) return int(steps + 0.5);
     std::uint64_t bits;
     std::memcpy(&bits, &steps, sizeof bits);
     bits += 1ull << (51 - mantissa);
@@ -218,31 +293,90 @@ class Fitter {
 
   // Whatever the scale is, twice it may be it too, as long as codes are not too large: it is enough
   // that the reference is in the uppermost octave.
-  void try_codes(const Number& reference, std::size_t allowed) {
+  void try_codes(const Number& reference, bool first) {
     const int top = largest(reference.negative);
     const int count = narrow_.integer ? top / 2 + 1 : 1 << narrow_.mantissa;
-    for (int index = top; index > top - count; --index) {
-      const Magnitude m = magnitude(narrow_, std::uint32_t(index));
-      const double scale = reference.value / (double(m.significand) * power_of_two(m.power));
-      const int near = std::ilogb(scale) - 23;
-      for (int exponent = near - 1; exponent <= near + 1; ++exponent) {
-        const int stored = exponent + narrow_.step + 23;
-        if (stored < -126 || stored > 127) continue;
-        const Interval window = significands(reference, m, exponent, {kOne, kTwo - 1});
-        if (window.empty()) continue;
-        try_window(window, exponent, allowed);
-        // Nothing is simpler, or nothing else explains so much.
-        if (best_.explained == total_ &&
-            (best_.scale.significand == kOne || numbers_.size() >= kEnough))
-          return;
-        if (allowed && (budget_ < 0 || is_enough(allowed))) return;
+    // What makes numbers narrow often makes the largest the same code.
+    if (first && usual_ <= top && usual_ > top - count) {
+      for_windows(reference, usual_, [&](const Window& window) { narrow_down(window); });
+      if (best_.explained == total_ && numbers_.size() >= kEnough) return;
+    }
+    if (!guess(reference, top, count)) return;
+    // Most groups are wholly on a grid.
+    for (int k = 0; first && k < count; ++k) {
+      if (misses_[k]) continue;
+      for_windows(reference, top - k, [&](const Window& window) { narrow_down(window); });
+      // Nothing is simpler, or nothing else explains so much.
+      if (best_.explained == total_ &&
+          (best_.scale.significand == kOne || numbers_.size() >= kEnough)) {
+        usual_ = top - k;
+        return;
       }
+    }
+    if (best_.explained == total_) return;
+    order_.clear();
+    for (int k = 0; k < count; ++k)
+      if (misses_[k] <= allowed()) order_.push_back(k);
+    const auto fewer = [&](int a, int b) { return misses_[a] < misses_[b]; };
+    std::stable_sort(order_.begin(), order_.end(), fewer);
+    for (int k : order_) {
+      if (total_ - std::size_t(misses_[k]) < best_.explained + is_enough()) return;
+      for_windows(reference, top - k, [&](const Window& window) {
+        // They are looked at, and may be sorted.
+        if (budget_ > 0) budget_ -= (count_all(window) ? 1 : 3) * std::int64_t(numbers_.size());
+      });
+      if (budget_ < 0) return;
+    }
+  }
+
+  // So many numbers may be off the grid if it is to be one.
+  std::int32_t allowed() const { return std::int32_t(std::min(total_ / 8 + 1, kMost)); }
+
+  // Counts the numbers that are no codes if the reference is code `top`, or `top` - 1 ... ; whether
+  // any guess leaves enough.
+  bool guess(const Number& reference, int top, int count) {
+    const double smallest = 1 / reference.highest(), largest = 1 / reference.lowest();
+    ranges_.resize(numbers_.size());
+    counts_.resize(numbers_.size());
+    // Small ones have the fewest codes near to them: they tell a wrong guess first.
+    std::size_t front = 0, back = numbers_.size();
+    for (const Number& x : numbers_) {
+      const double low = x.lowest() * smallest * (1 - kFloatSlack);
+      const double high = x.highest() * largest * (1 + kFloatSlack);
+      const std::size_t at = high < kSmall ? front++ : --back;
+      ranges_[at] = {float(std::clamp(low, 1 / kFar, kFar)), float(std::min(high, kFar))};
+      counts_[at] = std::int32_t(std::min<std::size_t>(x.count, kMost / kDistinct));
+    }
+    const int guesses = (count + 7) / 8 * 8;
+    for (int k = 0; k < guesses; ++k) {
+      const Magnitude m = magnitude(narrow_, std::uint32_t(top - std::min(k, count - 1)));
+      steps_[k] = float(double(m.significand) * power_of_two(m.power));
+      misses_[k] = 0;
+    }
+    return count_misses_(narrow_, ranges_.data(), counts_.data(), numbers_.size(), steps_, guesses,
+                         allowed(), misses_);
+  }
+
+  // Tries the scales, by exponents, under which a code becomes the reference.
+  template <typename Try>
+  void for_windows(const Number& reference, int index, Try&& attempt) {
+    const Magnitude m = magnitude(narrow_, std::uint32_t(index));
+    const double scale = reference.value / (double(m.significand) * power_of_two(m.power));
+    const int near = std::ilogb(scale) - 23;
+    for (int exponent = near - 1; exponent <= near + 1; ++exponent) {
+      const int stored = exponent + narrow_.step + 23;
+      if (stored < -126 || stored > 127) continue;
+      const Interval scales = significands(reference, m, exponent, {kOne, kTwo - 1});
+      if (scales.empty()) continue;
+      const double least = double(scales.first) * power_of_two(exponent);
+      const double most = double(scales.last) * power_of_two(exponent);
+      attempt({scales, exponent, 2 / (least + most), 1 / most, 1 / least});
     }
   }
 
   // Whether no other scale would explain many more numbers.
-  bool is_enough(std::size_t allowed) const {
-    if (!allowed || numbers_.size() < kEnough) return best_.explained == total_;
+  bool is_enough() const {
+    if (numbers_.size() < kEnough) return best_.explained == total_;
     return total_ - best_.explained <= total_ / 16;
   }
 
@@ -255,15 +389,18 @@ class Fitter {
   }
 
   // What the codes near to x / scale allow, one interval each; they do not overlap.
-  int intervals_of(const Number& x, const Interval& window, int exponent, double inverse,
-                   Interval* found) const {
-    const int top = largest(x.negative), middle = nearest(x.value * inverse);
+  int intervals_of(const Number& x, const Window& window, Interval* found) const {
+    const int top = largest(x.negative), middle = nearest(x.value * window.middle);
     const int reach = narrow_.integer || x.coarse;
+    const double lowest = x.lowest() * window.smallest * (1 - kFloatSlack);
+    const double highest = x.highest() * window.largest * (1 + kFloatSlack);
     int count = 0;
     // Larger codes want smaller scales.
     for (int index = std::min(middle + reach, top); index >= std::max(middle - reach, 1); --index) {
-      const Interval one =
-          significands(x, magnitude(narrow_, std::uint32_t(index)), exponent, window);
+      // Integers are their own magnitudes, and most have no neighbour that comes near.
+      if (narrow_.integer && (index < lowest || index > highest)) continue;
+      const Magnitude m = magnitude(narrow_, std::uint32_t(index));
+      const Interval one = significands(x, m, window.exponent, window.scales);
       if (one.empty()) continue;
       if (count && one.first <= found[count - 1].last)
         found[count - 1].last = std::max(found[count - 1].last, one.last);
@@ -272,61 +409,78 @@ class Fitter {
     return count;
   }
 
-  void try_window(const Interval& window, int exponent, std::size_t allowed) {
-    const double inverse = 2 / (double(window.first + window.last) * power_of_two(exponent));
-    if (!allowed) {
-      narrow_down(window, exponent, inverse);
-      return;
-    }
-    Interval found[3];
-    std::size_t misses = 0;
-    for (const Number& x : numbers_) {
-      --budget_;
-      if (!intervals_of(x, window, exponent, inverse, found)) {
-        misses += x.count;
-        if (misses > allowed || total_ - misses < best_.explained) return;
-      }
-    }
-    budget_ -= 4 * std::int64_t(numbers_.size());  // they are looked at again, and sorted
-    count_all(window, exponent, inverse);
-  }
-
   // Leaves of the window what each number leaves of it, if all are on the grid. A number that may
   // be one of two codes waits until the others have left less.
-  void narrow_down(Interval left, int exponent, double inverse) {
+  void narrow_down(Window left) {
     Interval found[3];
     waiting_.clear();
     for (const Number& x : numbers_) {
-      const int count = intervals_of(x, left, exponent, inverse, found);
+      const int count = intervals_of(x, left, found);
       if (!count) return;
-      if (count == 1) left = found[0];
+      if (count == 1) left.scales = found[0];
       else waiting_.push_back(&x);
     }
     for (std::size_t before = waiting_.size() + 1; !waiting_.empty() && waiting_.size() < before;) {
       before = waiting_.size();
       std::size_t kept = 0;
       for (const Number* x : waiting_) {
-        const int count = intervals_of(*x, left, exponent, inverse, found);
+        const int count = intervals_of(*x, left, found);
         if (!count) return;
-        if (count == 1) left = found[0];
+        if (count == 1) left.scales = found[0];
         else waiting_[kept++] = x;
       }
       waiting_.resize(kept);
     }
-    if (waiting_.empty()) offer(total_, left, exponent);
-    else count_all(left, exponent, inverse);
+    if (waiting_.empty()) offer(total_, left.scales, left.exponent);
+    else count_all(left);
   }
 
-  // Counts how many numbers each scale of the window explains.
-  void count_all(const Interval& window, int exponent, double inverse) {
-    events_.clear();
+  // Offers the scales of the window that explain most numbers; whether that was seen at once.
+  bool count_all(const Window& window) {
+    intervals_.clear();
     Interval found[3];
     for (const Number& x : numbers_) {
-      const int count = intervals_of(x, window, exponent, inverse, found);
-      for (int i = 0; i < count; ++i) {
-        events_.push_back({found[i].first, x.count});
-        events_.push_back({found[i].last + 1, -std::int64_t(x.count)});
+      const int count = intervals_of(x, window, found);
+      for (int i = 0; i < count; ++i)
+        intervals_.push_back({std::int32_t(found[i].first), std::int32_t(found[i].last),
+                              std::int64_t(x.count), i ? 0 : std::int64_t(x.count)});
+    }
+    if (count_from_last(window.exponent)) return true;
+    count_sorted(window.exponent);
+    return false;
+  }
+
+  // Where few numbers are off the grid, the scales that explain most begin where one of the last
+  // intervals does: those that begin later explain nothing there. Returns whether that is sure.
+  bool count_from_last(int exponent) {
+    std::int64_t later = 0;
+    std::int32_t next = std::int32_t(kTwo);
+    for (int tried = 0; tried < kTried; ++tried) {
+      if (std::int64_t(total_) - later < std::int64_t(best_.explained)) return true;
+      std::int32_t first = 0;
+      for (const Explained& x : intervals_) first = std::max(first, x.first < next ? x.first : 0);
+      if (!first) return true;
+      std::int32_t last = next - 1;
+      std::int64_t explained = 0;
+      for (const Explained& x : intervals_) {
+        const bool here = x.first <= first && x.last >= first;
+        explained += here ? x.count : 0;
+        last = here ? std::min(last, x.last) : last;
+        later += x.first == first ? x.none : 0;
       }
+      if (std::size_t(explained) >= best_.explained)
+        offer(std::size_t(explained), {first, last}, exponent);
+      next = first;
+    }
+    return false;
+  }
+
+  // The same for any numbers: their intervals' ends are sorted.
+  void count_sorted(int exponent) {
+    events_.clear();
+    for (const Explained& x : intervals_) {
+      events_.push_back({x.first, x.count});
+      events_.push_back({x.last + 1, -x.count});
     }
     std::sort(events_.begin(), events_.end(),
               [](const Event& a, const Event& b) { return a.at < b.at; });
@@ -345,10 +499,18 @@ class Fitter {
   Best best_;
   std::size_t total_ = 0;
   std::int64_t budget_ = 0;
+  int usual_ = 0;  // the code of the largest number in a group before
   std::vector<Number> numbers_;
   std::vector<std::uint32_t> slots_;  // a hash table: a number's index and 1, or 0
   std::vector<const Number*> waiting_;
+  std::vector<Explained> intervals_;
   std::vector<Event> events_;
+  std::vector<Range> ranges_;
+  std::vector<int> order_;
+  std::vector<std::int32_t> counts_;
+  float steps_[kGuesses];
+  std::int32_t misses_[kGuesses];
+  decltype(&count_misses_plain) count_misses_ = count_misses_plain;
 };
 
 }  // namespace
@@ -382,123 +544,5 @@ template void fit(const Wide&, const Narrow&, Rounding, const Shape&, const std:
                   std::uint8_t*, std::uint32_t*);
 template void fit(const Wide&, const Narrow&, Rounding, const Shape&, const std::uint32_t*,
                   std::uint8_t*, std::uint32_t*);
-
-namespace {
-
-constexpr int kPieces = 5, kPiece = 16, kLongPiece = 32;
-
-// Neighbours along the channels or the tokens of an array. The `number`th of the pieces is in the
-// `number`th part of the channels, since not all may be on a grid, and of another part of the
-// tokens.
-template <typename T>
-int take_piece(const T* numbers, int dimensions, const std::size_t* shape,
-               const std::int64_t* strides, bool tokens, int number, std::uint32_t* piece) {
-  const int along = tokens ? dimensions - 2 : dimensions - 1;
-  const std::size_t count = std::min<std::size_t>(kLongPiece, shape[along]);
-  std::int64_t at = 0;
-  for (int i = 0; i < dimensions; ++i) {
-    const auto place = std::size_t(i == dimensions - 1 ? number : (2 * number + 1) % kPieces);
-    std::size_t index = (2 * place + 1) * shape[i] / (2 * kPieces);
-    if (i == along) index = std::min(index / kLongPiece * kLongPiece, shape[i] - count);
-    at += std::int64_t(index) * strides[i];
-  }
-  for (std::size_t i = 0; i < count; ++i) piece[i] = numbers[at + std::int64_t(i) * strides[along]];
-  return int(count);
-}
-
-// No more different significands than four bits can make.
-bool few(const Wide& wide, const std::uint32_t* piece, int n) {
-  std::uint32_t seen[kPiece];
-  int count = 0;
-  n = std::min(n, kPiece);
-  for (int i = 0; i < n; ++i) {
-    const std::uint32_t magnitude = piece[i] & ((1u << (wide.bits - 1)) - 1);
-    const std::uint32_t fraction = magnitude & ((1u << (wide.precision - 1)) - 1);
-    // The subnormal numbers have rounded away what would tell.
-    if (magnitude == fraction) continue;
-    bool known = false;
-    for (int k = 0; k < count; ++k) known |= seen[k] == fraction;
-    if (!known) seen[count++] = fraction;
-  }
-  return count <= n / 2 + 1;
-}
-
-// Nearly all are multiples of one step, if the largest is one of 64 ... 128 steps.
-bool even(const Wide& wide, const std::uint32_t* piece, int n) {
-  float values[kLongPiece], slack[kLongPiece], largest = 0, slack_of_largest = 0;
-  for (int i = 0; i < n; ++i) {
-    const std::uint32_t magnitude = piece[i] & ((1u << (wide.bits - 1)) - 1);
-    const std::uint32_t field = magnitude >> (wide.precision - 1);
-    const std::uint32_t first = 1u << (wide.precision - 1);
-    const std::uint32_t significand = field ? (magnitude & (first - 1)) | first : magnitude;
-    if (field >= 2u * unsigned(wide.bias) + 1) return false;
-    values[i] =
-        float(double(significand) * power_of_two(lowest(wide) + int(field ? field - 1 : 0)));
-    slack[i] = significand ? 0.5f / float(significand) + 1e-6f : 0;
-    if (values[i] > largest) {
-      largest = values[i];
-      slack_of_largest = slack[i];
-    }
-  }
-  if (largest == 0) return true;
-  // 64 ... 128, and three more for whole vectors.
-  constexpr int kCodes = 68;
-  std::int32_t misses[kCodes] = {};
-  const float unit = 1 / largest;
-  for (int i = 0; i < n; ++i) {
-    const float value = values[i] * unit, tolerance = value * (slack[i] + slack_of_largest);
-    for (int code = 0; code < kCodes; ++code) {
-      const float steps = value * float(64 + code);
-      // Not lround, which is no vector instruction; halves are far off the grid either way.
-      // NOLINTNEXTLINE(bugprone-incorrect-roundings)
-      const float off = steps - float(std::int32_t(steps + 0.5f));
-      misses[code] += (off < 0 ? -off : off) > tolerance * float(64 + code);
-    }
-    // One in ten may be off the grid, of those until here as of all.
-    if (i % 4 == 3 && *std::min_element(misses, misses + kCodes) > 1 + i / 10) return false;
-  }
-  return true;
-}
-
-}  // namespace
-
-template <typename T>
-unsigned suspicions(const Wide& wide, const T* numbers, int dimensions, const std::size_t* shape,
-                    const std::int64_t* strides) {
-  // Half of the channels may be beside a grid of codes and scales; and of five pieces that are in
-  // equal parts of the channels, three may be in that half. Halves are all channels or none.
-  constexpr int kTooMany = kPieces - 1, kTooManyForHalf = kPieces / 2 + 1;
-  std::uint32_t piece[kLongPiece];
-  int against[5] = {};
-  for (int tokens = 0; tokens < 2; ++tokens) {
-    int &not_few = against[tokens], &not_even = against[2 + tokens], &not_half = against[4];
-    if (shape[dimensions - 1 - tokens] < std::size_t(kPiece)) {
-      not_few = not_even = kTooMany;
-      continue;
-    }
-    // A few of the pieces are enough for most arrays.
-    for (int i = 0; i < kPieces; ++i) {
-      if (not_few >= kTooMany && not_even >= kTooMany &&
-          (wide.bits == 16 || not_half >= kTooManyForHalf))
-        break;
-      const int n = take_piece(numbers, dimensions, shape, strides, tokens, i, piece);
-      if (not_few < kTooMany) not_few += !few(wide, piece, n);
-      if (not_even < kTooMany) not_even += !even(wide, piece, n);
-      int used = 0;
-      for (int k = 0; k < n; ++k) used += (piece[k] & 0x1FFF) != 0;
-      not_half += used > n / 8;
-    }
-  }
-  if (wide.bits == 16) against[4] = kTooManyForHalf;
-  unsigned found = 0;
-  for (int i = 0; i < 5; ++i)
-    found |= against[i] < (i < 4 ? kTooMany : kTooManyForHalf) ? 1u << i : 0;
-  return found;
-}
-
-template unsigned suspicions(const Wide&, const std::uint16_t*, int, const std::size_t*,
-                             const std::int64_t*);
-template unsigned suspicions(const Wide&, const std::uint32_t*, int, const std::size_t*,
-                             const std::int64_t*);
 
 }  // namespace kvzip::grid

@@ -2,12 +2,20 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "native/grid.hpp"
 
 namespace kvzip::grid {
 
 inline int bit_length(std::uint64_t x) { return x ? 64 - __builtin_clzll(x) : 0; }
+
+inline double power_of_two(int exponent) {  // of a normal double
+  const auto bits = std::uint64_t(exponent + 1023) << 52;
+  double power;
+  std::memcpy(&power, &bits, sizeof power);
+  return power;
+}
 
 // A magnitude in the narrow format's smallest steps: significand << power.
 struct Magnitude {

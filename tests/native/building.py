@@ -26,7 +26,7 @@ SOURCES = {
     "predictive": [
         f"predictive/{name}" for name in ("kernels", "chain", "profile_model", "kernels_scalar")
     ],
-    "grid": ["native/grid", "native/grid_fit"],
+    "grid": ["native/grid", "native/grid_fit", "native/grid_suspicions"],
 }
 PROCESSORS = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}
 KERNELS = {
