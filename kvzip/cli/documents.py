@@ -313,6 +313,11 @@ def _show_info(result: Mapping[str, Any], found: container.Info) -> None:
     for p in found.parts:
         if p.grid is not None:
             say(f"{p.part} of {p.layers} {p.kind} layers is on a grid: {p.grid}")
+        if p.unused_grid is not None:
+            say(
+                f"{p.part} of {p.layers} {p.kind} layers is partly on a grid, {p.unused_grid}, and "
+                "stored without it, which takes less"
+            )
 
 
 def _ratio(part: container.PartInfo) -> float | None:

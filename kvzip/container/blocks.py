@@ -103,15 +103,21 @@ class Blocks:
         return self.layout.layers[layer].parts[name]
 
     def part_infos(self) -> tuple[PartInfo, ...]:
-        """What the parts of each name take up, by the layers' kinds, formats, codecs and grids."""
-        found: dict[tuple[str, str, str, str, str | None], list[int]] = {}
+        """What the parts of each name take up, by the layers' kinds, formats, codecs and grids.
+        Of parts with a grid the first bytes of their tables are read, which say if it is used."""
+        found: dict[tuple[str, str, str, str, str | None, str | None], list[int]] = {}
         for key, rows in self.index.rows.items():
             part, kind = self.part(key), self.layout.layers[key[0]].kind
             on_grid, codec = self.codecs.grids.get(key), self.codecs[key]
-            grid = None
+            grid = unused = None
             if on_grid is not None:
-                codec, grid = on_grid.codes, str(on_grid.grid)
-            sums = found.setdefault((kind, key[1], part.dtype, codec.codec_id, grid), [0] * 3)
+                offset, length = self.index.span(rows.start)
+                if on_grid.is_unused(self.source.read(offset, min(length, 8))):
+                    codec, unused = on_grid.rest, str(on_grid.grid)
+                else:
+                    codec, grid = on_grid.codes, str(on_grid.grid)
+            what = (kind, key[1], part.dtype, codec.codec_id, grid, unused)
+            sums = found.setdefault(what, [0] * 3)
             sums[0] += 1
             sums[1] += part.nbytes
             sums[2] += sum(self.index.span(row)[1] for row in rows)

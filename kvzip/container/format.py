@@ -346,7 +346,9 @@ class PartInfo(msgspec.Struct, frozen=True):
     codec: str
     """The name of the codec that stores them, or their codes."""
     grid: str | None
-    """The grid that they are on."""
+    """The grid that they are stored on."""
+    unused_grid: str | None
+    """A grid that was found in a sample of them and does not pay: they are stored without it."""
     layers: int
     """How many layers have such a part."""
     raw_bytes: int

@@ -235,8 +235,14 @@ class GridCodec(Codec):
             saved += aligned(len(without)) - aligned(len(self.encode(block, at)))
         return saved * step > len(on) - len(off)
 
+    @staticmethod
+    def is_unused(data: Any) -> bool:
+        """Whether tables that begin with these bytes are of a part that is stored without its
+        grid."""
+        return bytes(data[: _LENGTH.size]) == _OFF_GRID
+
     def load_tables(self, data: memoryview, shape: tuple[int, ...], context: Context) -> _Tables:
-        if data[: _LENGTH.size] == _OFF_GRID:
+        if self.is_unused(data):
             plain = self.rest.load_tables(data[_LENGTH.size :], shape, context)
             return _Tables(context.start, None, plain, off_grid=True)
         start, stop = self.grid.channels

@@ -190,6 +190,24 @@ def test_a_part_that_is_unlike_its_sample_is_stored_without_the_grid(codec, seen
     kvzip.verify(blob)
 
 
+def test_info_tells_what_is_stored_and_not_what_was_found(tmp_path, capsys, monkeypatch):
+    """Of two parts that their sample says are on a grid, one is."""
+    monkeypatch.setattr("kvzip.container.grids._is_elsewhere", lambda *_: True)
+    v = e4m3((8, 2048, 64))
+    k = random_bits(np.random.default_rng(0), "bf16", v.shape)
+    for row, token in (0, 0), (3, 512), (7, 1536), (4, 800):
+        k[row, token : token + 512] = v[row, token : token + 512]
+    path = tmp_path / "s.kvz"
+    path.write_bytes(kvzip.encode(Snapshot.from_arrays([(k, v)], "bf16"), "planes"))
+    parts = {part.part: part for part in kvzip.info(path).parts}
+    grid = "fp8_e4m3fn x fp32 for 1 x 64"
+    assert (parts["k"].grid, parts["k"].unused_grid) == (None, grid)
+    assert (parts["v"].grid, parts["v"].unused_grid) == (grid, None)
+    out = " ".join(run(capsys, "info", path)[1].split())
+    assert f"v of 1 full layers is on a grid: {grid}" in out
+    assert f"k of 1 full layers is partly on a grid, {grid}, and stored without it" in out
+
+
 def test_exceptions_do_not_make_the_search_long():
     """As long as a grid of the same kind without exceptions takes, give or take."""
 
