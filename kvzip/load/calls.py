@@ -272,7 +272,7 @@ def check_no_virtual_tokens(model: Any) -> None:
     (prompt tuning, P-tuning, prefix tuning), or one by which such a model generates."""
     made = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None)
     for each in (model, made):
-        found = getattr(each, "active_peft_config", None)
+        found: Any = getattr(each, "active_peft_config", None)
         if getattr(found, "is_prompt_learning", False):
             raise UnsupportedError(
                 f"the {type(each).__name__} computes {found.num_virtual_tokens} tokens of its own "

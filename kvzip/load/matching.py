@@ -211,8 +211,10 @@ def encoder_ids_of(source: Reader | Snapshot) -> Ids | None:
     at = next((i for i, each in enumerate(source.layout.layers) if each.kind == "cross"), None)
     if at is None or ENCODER_IDS not in source.layout.layers[at].parts:
         return None
-    read = isinstance(source, Snapshot)
-    layer = source.layers[at] if read else source.decode(layers=[at]).layers[0]
+    if isinstance(source, Snapshot):
+        layer = source.layers[at]
+    else:
+        layer = source.decode(layers=[at]).layers[0]
     return np.atleast_2d(np.ascontiguousarray(layer.once(ENCODER_IDS)).view("<i8")[..., 0])
 
 

@@ -79,7 +79,7 @@ def judge(distances: Mapping[str, torch.Tensor] | None, dtype: torch.dtype) -> N
     what was looked at, in words."""
     if not distances:
         return
-    worst = torch.stack([found.max().cpu() for found in distances.values()])
+    worst = torch.stack([found.detach().max().cpu() for found in distances.values()])
     if float(worst.max()) > ROOM.get(dtype, ROOM[torch.bfloat16]):
         at = int(worst.argmax())
         raise OtherWeights(

@@ -13,6 +13,7 @@ from support import tiny_model, warnings_of  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip.errors import KVZipError, UnsupportedError  # noqa: E402
+from kvzip.load import calls  # noqa: E402
 from kvzip.load.hf import (  # noqa: E402
     cache_argument,
     load_batch_or_prefill,
@@ -148,6 +149,18 @@ def test_an_adapter_that_is_set_after_loading(model: Any, store: Store, caplog: 
     with found.disable_adapter():
         assert torch.equal(generate(found, PROMPT, cache), generate(found))
     assert len(warnings_of(caplog)) == 2
+
+
+def test_the_model_is_compared_once(model: Any, store: Store, monkeypatch: Any) -> None:
+    """By `generate`, or else by the first call."""
+    put(store, model)
+    asked: list[Any] = []
+    own = calls.state_of
+    monkeypatch.setattr(calls, "state_of", lambda model: asked.append(model) or own(model))
+    generate(model, PROMPT, load_or_prefill(store, model, PROMPT))
+    assert len(asked) == 1
+    model(PROMPT[:, 39:], **cache_argument(load_or_prefill(store, model, PROMPT)))
+    assert len(asked) == 2
 
 
 def test_caches_of_a_chosen_adapter_are_not_kept(model: Any, store: Store) -> None:

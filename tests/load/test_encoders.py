@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -233,9 +234,51 @@ def test_a_conversation_is_of_one_source(model: Any, snapshot: Any) -> None:
     cache = loaded(snapshot, model)
     longer = torch.cat([generate(model, cache), some_ids(5, 6)], dim=1)
     right = generate(model, decoder_input_ids=longer)
-    with pytest.raises(KVZipError, match="other tokens"):
-        generate(model, cache, decoder_input_ids=longer, input_ids=OTHER)
+    for said, given in (
+        ("other tokens", {"input_ids": OTHER}),
+        ("mask hides", {"attention_mask": HIDING}),
+        ("encoder_outputs=", {"input_ids": None, "encoder_outputs": encoded(model, OTHER)}),
+    ):
+        with pytest.raises(KVZipError, match=said):
+            generate(model, cache, decoder_input_ids=longer, **given)
     assert torch.equal(generate(model, cache, decoder_input_ids=longer), right)
+
+
+def test_copies_and_pickles(model: Any, snapshot: Any, caplog: Any) -> None:
+    for again in (copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))):
+        cache = recoverable(snapshot, model)
+        for each in (again(cache), cache):
+            assert torch.equal(generate(model, each), generate(model))
+        with pytest.raises(KVZipError, match="other tokens"):
+            generate(model, again(loaded(snapshot, model)), input_ids=OTHER)
+    assert warnings_of(caplog) == []
+
+
+def test_a_source_without_ids() -> None:
+    """Sound: a snapshot's own cache is compared by the keys of what the encoder made of it."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 8}
+    sizes |= {"max_source_positions": 50, "pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 1}
+    config = transformers.WhisperConfig(**sizes, init_std=0.4, decoder_start_token_id=START)
+    whisper = transformers.WhisperForConditionalGeneration(config).eval()
+    sound, other = torch.randn(2, 1, 8, 100).unbind()
+    cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache() for _ in range(2)))
+    with torch.no_grad():
+        whisper(input_features=sound, decoder_input_ids=DOCUMENT, **cache_argument(cache))
+    snapshot = kvzip.Snapshot.from_cache(cache, DOCUMENT, whisper)
+
+    def told(features: Any, **cache: Any) -> Any:
+        given = {"input_features": features, "decoder_input_ids": PROMPT, "max_new_tokens": 6}
+        suppressed = {"begin_suppress_tokens": None, "suppress_tokens": None}
+        return whisper.generate(**given, **suppressed, do_sample=False, **cache)
+
+    whole = told(sound)
+    assert torch.equal(told(sound, **cache_argument(snapshot.to_cache(config))), whole)
+    with pytest.raises(KVZipError, match="encoder's tokens"):
+        told(other, **cache_argument(snapshot.to_cache(config)))
+    with pytest.raises(KVZipError, match="does not say what tokens its encoder"):
+        load_cache(snapshot, config, prompt=PROMPT, encoder_ids=SOURCE)
 
 
 # --- other weights -------------------------------------------------------------------------------
