@@ -70,12 +70,19 @@ def _by_channel(values: Bits, symbols: int) -> NDArray[Any]:
 
 
 def _mantissas(part: Bits, dtype: str) -> NDArray[Any]:
-    """How often each mantissa occurs. One of 23 bits has more values than there are numbers: its
-    top 12 are counted, the others taken as they are."""
+    """How often each mantissa occurs."""
     form = dtypes.get(dtype)
-    fields = dtypes.mantissa(part, dtype) >> part.dtype.type(_unseen(form))
     size = 1 << (form.mantissa_bits - _unseen(form))
-    return np.bincount(fields.reshape(-1).astype(np.int64), minlength=size)
+    return np.bincount(counted_mantissas(part, dtype)[0], minlength=size)
+
+
+def counted_mantissas(part: Bits, dtype: str) -> tuple[NDArray[np.int64], int]:
+    """The mantissas as they are counted, in one row, and how many low bits of each are not. One of
+    23 bits has more values than there are numbers: its top 12 are counted, the others taken as they
+    are."""
+    unseen = _unseen(dtypes.get(dtype))
+    fields = dtypes.mantissa(part, dtype) >> part.dtype.type(unseen)
+    return fields.reshape(-1).astype(np.int64), unseen
 
 
 def _unseen(form: dtypes.DType) -> int:
