@@ -107,7 +107,8 @@ class Density:
 
     def z(self, d: Ints) -> Ints:
         """|z| at twice the distance from the centre."""
-        return np.minimum(np.minimum(np.abs(d), 1 << 27) * self.m >> 13, (1 << 23) - (1 << 15) - 1)
+        most = (1 << 23) - (1 << 15) - 1
+        return np.asarray(np.minimum(np.minimum(np.abs(d), 1 << 27) * self.m >> 13, most))
 
     def boundary(self, k: Ints) -> Ints:
         """Twice the boundary under number k, less twice the centre."""
@@ -169,7 +170,7 @@ class IntegerModel:
         self.grid = Grid(form.exponent_bits, mantissa)
         self.position = np.tile(np.arange(count, dtype=np.uint64) + np.uint64(start), rows)
         place = {int(t): i for i, t in enumerate(tensors.get("token_ids", ()))}
-        ids = [] if token_ids is None else np.asarray(token_ids).reshape(-1)
+        ids: Any = [] if token_ids is None else np.asarray(token_ids).reshape(-1)
         self.entry = np.array([place.get(int(t), -1) for t in ids], np.int64)
         if len(self.entry) != self.total:
             self.entry = np.full(self.total, -1)
