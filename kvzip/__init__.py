@@ -6,6 +6,7 @@ from kvzip.codec import Codec, Context, codec_names, get_codec, register_codec
 from kvzip.container import Info, Reader
 from kvzip.container.sealed import Key
 from kvzip.errors import (
+    CancelledError,
     CorruptError,
     FormatError,
     KVZipError,
@@ -22,6 +23,7 @@ from kvzip.snapshot import Layer, LayerLayout, Layout, Origin, PartLayout, Snaps
 from kvzip.version import __version__
 
 __all__ = [
+    "CancelledError",
     "Codec",
     "Context",
     "CorruptError",

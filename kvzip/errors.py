@@ -34,6 +34,10 @@ class UsageError(KVZipError, ValueError):
     """An argument that makes no sense: of the wrong kind, out of range, or beside another one."""
 
 
+class CancelledError(KVZipError):
+    """What was under way was cancelled by somebody."""
+
+
 class StoreError(KVZipError):
     """A store does not answer, not in time, or not as it should."""
 

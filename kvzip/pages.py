@@ -127,7 +127,7 @@ class PageInfo(NamedTuple):
     length: int
     """Bytes of the page; what it lies in may be longer."""
     dtype: str
-    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    shapes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
     """[heads, tokens, dim] of each layer's keys, and of its values."""
     profile: Profile
     """The one that it was made with."""

@@ -183,7 +183,8 @@ class Snapshot:
     "fp8_e4m3fn", ...). Layers of other kinds have other parts, ``layers[i].parts`` by name, each
     with a format, a shape and axes of its own, ``layers[i].layout.parts``. ``token_ids``: uint32,
     [tokens] or [batch, tokens], or None. A batch of one may be given without its axis. Snapshots
-    are equal when their bits, layouts and token ids are, wherever they come from.
+    are equal when their bits, layouts and token ids are, wherever they come from. Threads may read
+    one at once; who replaces something in it must be alone.
 
     Raises UsageError when shapes, bits or token ids do not fit each other.
     """

@@ -68,6 +68,18 @@ def test_the_store(names, capsys):
     assert names["prefix"].tokens == 100 and names["layer"].k.shape[1] == 200
 
 
+def test_operations(names):
+    assert run("operations.md", names) == 1
+    assert {"decode_seconds", "encoded_bytes"} < {event.name for event in names["events"]}
+
+
+def test_every_metric_is_in_the_table():
+    from kvzip.metrics import METRICS
+
+    words = (DOCS / "operations.md").read_text()
+    assert all(f"`{name}`" in words for name in METRICS)
+
+
 def test_buffers():
     names = {}
     assert run("buffers.md", names) == 1

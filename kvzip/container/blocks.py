@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip import checksum, dtypes
+from kvzip import checksum, dtypes, metrics
 from kvzip.codec import Codec, Context
 from kvzip.container import plan
 from kvzip.container.format import (
@@ -24,7 +24,7 @@ from kvzip.container.format import (
 )
 from kvzip.container.index import ALIGNMENT, Index, Key
 from kvzip.container.source import Source
-from kvzip.errors import CorruptError, FormatError, ProfileError
+from kvzip.errors import CancelledError, CorruptError, FormatError, ProfileError
 from kvzip.layout import LayerLayout, PartLayout
 from kvzip.profile import Profile
 
@@ -44,6 +44,8 @@ class Blocks:
         self.source, self.profile = source, profile
         self.find_profile: Callable[[str], Profile] | None = None
         """Where the file's profile is looked for, by its SHA-256, when none was given."""
+        self.cancelled = False
+        """Whether nothing more is to be read."""
         size = source.size
         first = source.read(0, min(size, _FIRST_READ))
         preamble = Preamble.read(first)
@@ -175,8 +177,10 @@ class Blocks:
         codec's time, and `checked` does it. Neither is of the zeros behind the bytes, which are
         looked at here. Both are taken of a part on a grid, where some bits of what is stored say
         nothing of the numbers. Raises CorruptError."""
+        self.check_cancelled()
         length = self.index.length[row]
         taken = self.source.read(*self.index.span(row))
+        metrics.count("read_bytes", len(taken), codec=self.codec.codec_id)
         data = taken[:length]
         if bytes(taken[length:]) != _ZEROS[: len(taken) - length]:
             raise CorruptError(
@@ -185,6 +189,11 @@ class Blocks:
         if checked or self.index.key[row] in self.codecs.grids:
             self.check_stored(row, data)
         return data
+
+    def check_cancelled(self) -> None:
+        """Raise CancelledError if nothing more is to be read."""
+        if self.cancelled:
+            raise CancelledError("reading the file was cancelled")
 
     def check_stored(self, row: int, data: memoryview) -> None:
         """Raise CorruptError, which names the entry, if these are not its bytes."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip import metrics
 from kvzip.codec import Context
 from kvzip.codecs.native.cuda.device import Device, Memory, Pinned, Stream, get_device
 from kvzip.codecs.native.cuda.work import BLOCK, Full, Slot, Target, Work, slots
@@ -398,6 +399,8 @@ class DeviceDecoding:
 
     def _span(self, work: Work, offset: int, length: int) -> tuple[NDArray[np.uint8], int]:
         """Bytes of the file on the host, and where they will be on the device."""
+        self.blocks.check_cancelled()
+        metrics.count("read_bytes", length, codec=self.blocks.codec.codec_id)
         source = self.blocks.source
         if getattr(source, "in_memory", False):
             data = np.frombuffer(source.read(offset, length), np.uint8)

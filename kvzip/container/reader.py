@@ -9,6 +9,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from kvzip import metrics
 from kvzip.codec import Codec
 from kvzip.container import plan
 from kvzip.container.blocks import Blocks
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 class Reader:
     """An open .kvz file; reads and decodes what is asked for, and nothing else.
+
+    Threads may use it at once, but for one generator of :meth:`in_turn`.
 
     `threads`: 0 for all cores. `key`: of a sealed file. Raises SealError for a sealed file without
     its key, FormatError or CorruptError when the header or the index is
@@ -103,6 +106,16 @@ class Reader:
         """Close the file that `open` opened; not one that a caller opened."""
         if isinstance(self._source, (OpenFile, Sealed, Stream)):
             self._source.close()
+
+    def cancel(self) -> None:
+        """End all that is being decoded, in whatever thread, and decode nothing more: who waits for
+        it, and who asks again, gets a CancelledError, within the time that one block takes. A
+        request to a server that is under way is not waited for, and ends by itself, within its
+        `timeout`. Any thread may call it, and as often as it wants; the file stays open."""
+        self._blocks.cancelled = True
+        end = getattr(self._source, "cancel", None)
+        if end is not None:
+            end()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """An open file is not pickled, nor copied: raise UsageError."""
@@ -210,17 +223,19 @@ class Reader:
         workers = self._workers(threads)
         pool, wait = ThreadPoolExecutor(self._jobs_at_once(workers)), True
         last: dict[int | None, Future[Any]] = {}
-        begun: deque[tuple[Decoding, list[Future[Any]]]] = deque()
+        begun: deque[tuple[Decoding, list[Future[Any]], metrics.Timer]] = deque()
 
         def finished() -> Snapshot:
-            decoding, futures = begun.popleft()
+            decoding, futures, timer = begun.popleft()
             with naming(self._source):
                 for future in futures:
                     future.result()
+            self._count(timer, decoding.request)
             return decoding.snapshot()
 
         try:
             for layers, tokens in requests:
+                timer = metrics.Timer()
                 request = self._request(layers, tokens)
                 decoding = Decoding(self._blocks, request, None, self._chains)
                 futures = []
@@ -229,7 +244,7 @@ class Reader:
                     if chain is not None:
                         last[chain] = future
                     futures.append(future)
-                begun.append((decoding, futures))
+                begun.append((decoding, futures, timer))
                 if len(begun) > 1:
                     yield finished()
             while begun:
@@ -257,12 +272,21 @@ class Reader:
         self, decoding: Decoding, workers: int, progress: Callable[[int], None] | None
     ) -> None:
         """Decode all of a request."""
-        jobs = decoding.jobs(workers)
+        timer, jobs = metrics.Timer(), decoding.jobs(workers)
         at_once = min(self._jobs_at_once(workers), len(jobs) or 1)
         with naming(self._source):
             for rows in in_order((job for _, job in jobs), at_once, 2 * workers):
                 if progress is not None:
                     progress(decoding.raw_bytes(rows))
+        self._count(timer, decoding.request)
+
+    def _count(self, timer: metrics.Timer, request: Request) -> None:
+        """Tell who listens what was decoded, and how long it took."""
+        if timer.wanted:
+            codec, cuts = self.codec.codec_id, request.cuts.values()
+            raw = sum(part.nbytes for cut in cuts for part in cut.parts.values())
+            metrics.count("decoded_bytes", raw, codec=codec)
+            timer.done("decode_seconds", codec=codec)
 
     def _decode_on_device(
         self,
@@ -286,8 +310,9 @@ class Reader:
         def decode_on_cpu(some: Sequence[int], arrays: Sequence[tuple[Any, Any]] | None) -> None:
             self.decode(arrays, some, tokens, threads)
 
+        timer = metrics.Timer()
         with naming(self._source):
-            return on_device.decode(
+            found = on_device.decode(
                 self._blocks,
                 request,
                 device,
@@ -298,3 +323,5 @@ class Reader:
                 decode_on_cpu,
                 self._device_groups,
             )
+        self._count(timer, request)
+        return found

@@ -275,6 +275,12 @@ class Sealed:
             at += len(part)
         return memoryview(out).toreadonly()
 
+    def cancel(self) -> None:
+        """End waiting for what the file below fetches, if it does."""
+        end = getattr(self._source, "cancel", None)
+        if end is not None:
+            end()
+
     def close(self) -> None:
         """Close the file below, if it can be closed."""
         close = getattr(self._source, "close", None)

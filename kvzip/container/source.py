@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
 
 from kvzip.errors import (
+    CancelledError,
     CorruptError,
     FormatError,
     KVZipError,
@@ -38,7 +39,7 @@ def naming(source: Any) -> Iterator[None]:
     """What is wrong with a file is told with its name, if the source knows one."""
     try:
         yield
-    except (CorruptError, FormatError, ProfileError, SealError) as error:
+    except (CancelledError, CorruptError, FormatError, ProfileError, SealError) as error:
         name, words = getattr(source, "name", None), str(error)
         if name is not None and not words.startswith(name):
             for subject in ("the file ", "this "):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from kvzip import checksum
+from kvzip import checksum, metrics
 from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
 from kvzip.container.format import (
@@ -136,6 +136,7 @@ class Writer:
     ) -> int:
         """Write the whole file to a seekable sink; return its length in bytes. `progress` is called
         with raw bytes as they are done."""
+        timer = metrics.Timer()
         header, ids = self._packed_header, self._packed_ids
         index = np.zeros(len(self._entries), RECORD)
         offset = start_length(len(header), len(ids), len(index))
@@ -156,6 +157,11 @@ class Writer:
         sink.seek(base)
         sink.write(packed_start(header, ids, index, offset))
         sink.seek(base + offset)
+        if timer.wanted:
+            codec = self.codec.codec_id
+            metrics.count("encoded_bytes", self.snapshot.raw_bytes, codec=codec)
+            metrics.count("written_bytes", offset, codec=codec)
+            timer.done("encode_seconds", codec=codec)
         return offset
 
     # --- entries ---------------------------------------------------------------------------

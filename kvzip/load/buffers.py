@@ -236,7 +236,7 @@ def _bits(given: Any, dtype: Any, shape: Sequence[int] | None) -> tuple[Bits, st
 def _layout(shapes: Sequence[tuple[int, ...]], dtype: str) -> LayerLayout:
     """The layout of a layer of keys and values, or of one tensor in their place."""
     if len(shapes) == 2:
-        return LayerLayout.of_kv(*shapes, dtype, shapes[0][1])
+        return LayerLayout.of_kv(shapes[0], shapes[1], dtype, shapes[0][1])
     parts = {"latent": PartLayout(dtype, tuple(shapes[0]), "htd")}
     return LayerLayout(parts, shapes[0][1], "latent")
 

@@ -11,7 +11,7 @@ from typing import IO, Any, Generic, TypeAlias, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip import api
+from kvzip import api, metrics
 from kvzip.container import Reader, Source
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
@@ -108,7 +108,10 @@ def find_document(
     if isinstance(source, Store):
         match = find(source)
         if match is None:
+            metrics.count("lookups", where="transformers", result="miss")
             return None
+        metrics.count("lookups", where="transformers", result="hit")
+        metrics.count("found_tokens", match.tokens, where="transformers")
         opened: OpenDocument[Reader | Snapshot] = OpenDocument(match.reader, match.reader)
         try:
             match.reader.decode(layers=[])  # a profile that cannot be fetched is told now

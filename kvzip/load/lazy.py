@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import CancelledError, KVZipError, UnsupportedError
 from kvzip.load.held import LAZY, announce, assign
 from kvzip.load.loaders import AnyLoader, shapes_of
 from kvzip.load.recovery import Taken
@@ -224,6 +224,8 @@ class LazyLayer(_Base):
             self._source.device = key_states.device
         try:
             pair = self._fitting(key_states, value_states)
+        except CancelledError:
+            raise
         except KVZipError as error:
             if not self.restartable or not self._source.recovers or position != self._length:
                 raise

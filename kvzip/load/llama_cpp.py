@@ -44,7 +44,7 @@ between the tensors; more parts of that name with a number, where there are more
 _PIECE = 1 << 30
 
 
-def is_slot(first: bytes) -> bool:
+def is_slot(first: bytes | bytearray) -> bool:
     """Whether a file that begins so is a saved session of llama.cpp's."""
     return first[:4] in (SEQUENCE, SESSION)
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvzip import api, container
+from kvzip import api, container, metrics
 from kvzip.codec import Codec, get_codec
 from kvzip.errors import CorruptError, KVZipError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
@@ -142,7 +142,9 @@ class KvzipDeserializer:
         chunk as a miss."""
         try:
             self._deserialize(src, dst, None if key is None else self.weights.origin(key))
-        except Exception:
+            metrics.count("lookups", where="lmcache", result="hit")
+        except Exception as error:
+            metrics.recomputed("lmcache", error)
             if key is not None:
                 _failed.add(_name_of(key))
             raise

@@ -16,7 +16,7 @@ import torch
 from kvzip import dtypes
 from kvzip.codecs.native.cuda.device import Device, get_device
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import CancelledError, KVZipError, UnsupportedError
 from kvzip.load.held import KEYS, TOKEN_PARTS, VALUES
 from kvzip.load.recovery import Recovery, Taken, naming, tell
 from kvzip.snapshot import Layer, Snapshot
@@ -61,6 +61,7 @@ class Loader:
         self.decoder: Device | None = None
         """The `kvzip.codecs.native.cuda.device.Device` that decodes, where one can."""
         self.recovery: Recovery | None = None
+        self._cancelled = False
         self._process, self._worker = os.getpid(), Workers(1, "kvzip-ahead")
         self._ahead: dict[int, Future[dict[int, Taken]]] = {}
         """By the first of the layers that are decoded together: those that were not taken yet."""
@@ -96,6 +97,18 @@ class Loader:
             found[name] = shape
         return found
 
+    def cancel(self) -> None:
+        """Decode nothing more: who waits for a layer, or asks for one, gets a CancelledError.
+        Returns when the thread that decodes ahead has ended."""
+        with self._lock:
+            self._cancelled = True
+        if isinstance(self.source, Reader):
+            self.source.cancel()
+        self._worker.shutdown()
+        if self._due:
+            self._due.clear()
+            self._turns.close()
+
     def take(self, i: int) -> Taken:
         """What layer i starts with. Raises KVZipError, if it cannot recover."""
         return self.load(i) if self.recovery is None else self.recovery.take(i, self.load)
@@ -116,6 +129,8 @@ class Loader:
             self._process, self._ahead = os.getpid(), {}
             self._due.clear()
         with self._lock:
+            if self._cancelled:
+                raise CancelledError("loading the cache was cancelled")
             for start in range(first, min(first + 2 * TOGETHER, len(self.spans)), TOGETHER):
                 if start not in self._ahead:
                     self._ahead[start] = self._worker.submit(self._decode, self._group(start))
@@ -129,6 +144,8 @@ class Loader:
             # None: a copy of the cache has had it.
             return self._worker.submit(self._decode, [i]).result()[i] if taken is None else taken
         except Exception as error:
+            if self._cancelled:
+                raise CancelledError("loading the cache was cancelled") from error
             with self._lock:  # who asks again has it read again
                 if self._ahead.get(first) is mine:
                     del self._ahead[first]

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from kvzip.errors import KVZipError
+from kvzip import metrics
+from kvzip.errors import CancelledError, KVZipError
 from kvzip.workers import Lock
 
 _log = logging.getLogger("kvzip.load")
@@ -52,12 +53,15 @@ class Recovery:
             return self.layers()[i]
         try:
             return load(i)
+        except CancelledError:  # nobody wants it any more
+            raise
         except KVZipError as error:
             return self.layers(error)[i]
 
 
 def tell(error: Exception) -> None:
     """Warn that what is stored is not used."""
+    metrics.recomputed("transformers", error)
     _log.warning("the cache is computed anew, not loaded: %s", error)
 
 

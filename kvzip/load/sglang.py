@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from urllib.parse import quote
 
+from kvzip import metrics
 from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
@@ -131,24 +132,27 @@ class KvzipStorage(_Base):
         dtype = str(getattr(pool, "dtype", "") or "any").removeprefix("torch.")
         return f"{self.scope}/{dtype}/{quote(key, safe='.')}.kvz"
 
-    def _try(self, do: Callable[[], bool], failed: bool) -> bool:
+    def _try(self, do: Callable[[], bool], failed: bool, key: str) -> bool:
         """What `do` gives, or `failed` after a failure, which is told once for each kind."""
         try:
             return do()
         except (KVZipError, OSError, RuntimeError, ValueError) as error:
-            self._tell(type(error).__name__, error)
+            self._tell(type(error).__name__, error, key)
+            metrics.recomputed("sglang", error)
             return failed
 
-    def _tell(self, kind: str, why: object) -> None:
-        """Warn that pages are computed, once for each kind of trouble."""
+    def _tell(self, kind: str, why: object, key: str) -> None:
+        """Warn that pages are computed, once for each kind of trouble; `key`: the first page."""
         if kind not in self._told:
             self._told.add(kind)
-            _log.warning("pages of %s are computed instead: %s", self.bucket.url, why)
+            _log.warning("page %s of %s is computed instead: %s", key, self.bucket.url, why)
 
     def _load(self, key: str, tensor: torch.Tensor, pool: HostKVCache | None) -> bool:
         def load() -> bool:
             path = self._path(key, pool)
             data = self.bucket.get(path)
+            found = "miss" if data is None else "hit"
+            metrics.count("lookups", where="sglang", result=found)
             if data is None:
                 return False
             try:
@@ -158,7 +162,7 @@ class KvzipStorage(_Base):
                 raise
             return True
 
-        return self._try(load, False)
+        return self._try(load, False, key)
 
     def _store(self, key: str, tensor: torch.Tensor, pool: HostKVCache | None) -> bool:
         def store() -> bool:
@@ -170,7 +174,7 @@ class KvzipStorage(_Base):
                 self._failed.discard(path)
             return True
 
-        return self._try(store, False)
+        return self._try(store, False, key)
 
     def _each(self, do: Callable[..., T], *arguments: Iterable[object]) -> list[T]:
         return list(self._pool.map(do, *arguments))
@@ -217,7 +221,7 @@ class KvzipStorage(_Base):
         return self._has(key, self.mem_pool_host)
 
     def _has(self, key: str, pool: HostKVCache | None) -> bool:
-        return self._try(lambda: self._there(self._path(key, pool)), False)
+        return self._try(lambda: self._there(self._path(key, pool)), False, key)
 
     def _there(self, path: str) -> bool:
         """Whether a page is there that is worth loading: not empty (a power cut can leave a file
@@ -324,7 +328,8 @@ class KvzipStorage(_Base):
                 good = {n for n in range(1, pages + 1) if all(here[max(0, n - last) : n])}
             else:
                 # An error would end the thread in which SGLang looks pages up, for good.
-                self._tell(policy, f"hit policy {policy!r} of {transfer.name} is not known")
+                why = f"hit policy {policy!r} of {transfer.name} is not known"
+                self._tell(policy, why, next(iter(keys), ""))
                 good = set[int]()
             if good:
                 hits[transfer.name] = max(good)

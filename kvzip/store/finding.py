@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -32,7 +32,8 @@ _OTHERS, _OTHERS_SECONDS = 64, 10.0
 
 
 class Match:
-    """A document whose first `tokens` tokens are those of the prompt, with its file open."""
+    """A document whose first `tokens` tokens are those of the prompt, with its file open. Threads
+    may use it at once."""
 
     def __init__(self, key: str, tokens: int, reader: Reader):
         self.key, self.tokens, self.reader = key, tokens, reader
@@ -56,6 +57,8 @@ class Prompt:
     ids: Ids
     chain: Sequence[str]
     block_tokens: int
+    near: set[str] = field(default_factory=set)
+    """Names of documents that begin alike and cannot be used, once it was looked for."""
 
 
 class Finder:
@@ -123,6 +126,7 @@ class Finder:
                 if match is not None:
                     return match
                 rejected.add(candidate)
+                prompt.near.add(candidate)
             limit = low - 1
         return None
 
@@ -169,11 +173,12 @@ class Finder:
         reader.close()
         return None
 
-    def tell_of_others(self, wanted: Identity, mark: str) -> None:
-        """Say once if the store has documents that begin alike, under another identity."""
-        now = time.monotonic()
+    def tell_of_others(self, wanted: Identity, mark: str) -> bool:
+        """Say once if the store has documents that begin alike, under another identity; whether it
+        was said now."""
+        now, told = time.monotonic(), False
         if not self._objects.listable or now < self._look_again:
-            return
+            return False
         self._look_again = now + (0 if self._objects.folder is not None else _OTHERS_SECONDS)
         try:
             own = wanted.namespace
@@ -182,6 +187,7 @@ class Finder:
             marks = self._pool.map(lambda s: self._objects.get(f"{s}/last/{mark}"), spaces)
             for space in [s for s, data in zip(spaces, marks, strict=True) if data]:
                 self._told.add((own, space))
+                told = True
                 found = self._objects.get(f"{space}/about.json") or b"{}"
                 other = from_json(found, Identity)
                 _log.warning(
@@ -192,6 +198,7 @@ class Finder:
                 )
         except (StoreError, CorruptError, FormatError) as error:
             _log.info("no other documents are looked for: %s", error)
+        return told
 
 
 def _shared(reader: Reader, ids: Ids, sure: int) -> int:

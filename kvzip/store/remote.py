@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvzip.errors import StoreError
+from kvzip.errors import CancelledError, StoreError
 from kvzip.store.folder import Meta
 from kvzip.workers import Lock
 
@@ -32,6 +33,8 @@ _PATIENCE = 4
 _WINDOW = 64 << 20
 """Bytes that may lie fetched and unread."""
 _CONNECTIONS = 4
+_DIRECT = 64
+"""Requests at once that were not announced: as many as there are threads that read, in general."""
 _REACH = 2 * _CONNECTIONS
 """Requests from the oldest that is under way on. TCP does not share a link fairly for so short a
 time; while one request starves, those after it are not what a reader waits for."""
@@ -53,9 +56,14 @@ class Remote:
     def __init__(self, bucket: Bucket, path: str):
         self._bucket, self._path = bucket, path
         self._version: str | None = None
+        self.name = bucket.named(path)
+        """What errors call it."""
+        self._cancelled: Future[None] = Future()
+        """Done when nobody waits for anything any more."""
         self.wait = math.inf
         """Seconds from a request to its first byte, the least so far."""
         self.pool = ThreadPoolExecutor(_CONNECTIONS, "kvzip-fetch")
+        self._direct = ThreadPoolExecutor(_DIRECT, "kvzip-read")
         self.size, self._first = self._open()
         self._ahead: ReadAhead | None = None
 
@@ -82,6 +90,21 @@ class Remote:
         self.wait = min(self.wait, wait)
         return meta, data
 
+    def cancel(self) -> None:
+        """Ask for nothing more; who waits for what was asked for gets a CancelledError at once. The
+        requests under way end by themselves, within their timeout."""
+        with suppress(InvalidStateError):
+            self._cancelled.set_result(None)
+        if self._ahead is not None:
+            self._ahead.cancel()
+        for pool in (self.pool, self._direct):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def check_cancelled(self) -> None:
+        """Raise CancelledError if nobody is to wait any more."""
+        if self._cancelled.done():
+            raise CancelledError(f"reading {self.name} was cancelled")
+
     def fetch(self, offset: int, length: int) -> memoryview:
         try:
             data = self._get(offset, length)[1]
@@ -96,13 +119,33 @@ class Remote:
         if not length or offset + length <= len(self._first):
             return self._first[offset : offset + length]
         self._bucket.check_process()  # before waiting for threads that a forked process has not
-        found = None if self._ahead is None else self._ahead.take(offset, length)
-        return self.fetch(offset, length) if found is None else found
+        self.check_cancelled()
+        try:
+            found = None if self._ahead is None else self._ahead.take(offset, length)
+        except CancelledError:
+            self.check_cancelled()
+            raise
+        if found is None:
+            found = self._fetch_beside(offset, length)
+        return found
+
+    def _fetch_beside(self, offset: int, length: int) -> memoryview:
+        """As `fetch`, in another thread. Raises CancelledError as soon as that is so."""
+        try:
+            future = self._direct.submit(self.fetch, offset, length)
+        except RuntimeError:  # the threads were sent home
+            self.check_cancelled()
+            raise
+        waited_for: list[Future[Any]] = [future, self._cancelled]
+        wait(waited_for, return_when=FIRST_COMPLETED)
+        self.check_cancelled()
+        return future.result()
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Begin to fetch (offset, length) ranges, in ascending order, that will be read once."""
         begin = len(self._first)
         self._bucket.check_process()
+        self.check_cancelled()
         self._ahead = ReadAhead(self, [r for r in ranges if r[1] and sum(r) > begin])
 
 
@@ -126,8 +169,10 @@ class ReadAhead:
         self._remote, self._lock = remote, Lock()
         self._left = dict(ranges)
         self._asked: dict[int, _Request] = {}
+        self._untaken: set[_Request] = set()
+        """Those of which not all ranges were taken; some may be waited for."""
         self._begun, self._remaining = 0, sum(self._left.values())
-        self._least = _LEAST
+        self._least, self._cancelled = _LEAST, False
         self._under_way: set[int] = set()
         self._count = self._bytes = 0
         with self._lock:
@@ -137,6 +182,7 @@ class ReadAhead:
         """Ask for what comes next while there are connections and room; the lock is held."""
         while (
             self._left
+            and not self._cancelled
             and len(self._under_way) < _CONNECTIONS
             and self._count - min(self._under_way, default=self._count) < _REACH
             and self._bytes < _WINDOW
@@ -155,18 +201,34 @@ class ReadAhead:
 
     def _ask(self, start: int, size: int, reads: int = 1) -> None:
         self._under_way.add(self._count)
-        future = self._remote.pool.submit(self._get, self._count, start, size)
+        future: Future[memoryview] = Future()
+        self._remote.pool.submit(self._get, self._count, start, size, future)
         request, at = _Request(start, size, reads, future), start
+        self._untaken.add(request)
         while at < start + size:
             self._asked[at] = request
             at += self._left.pop(at)
         self._begun, self._remaining = self._begun + size, self._remaining - size
         self._bytes, self._count = self._bytes + size, self._count + 1
 
-    def _get(self, which: int, start: int, size: int) -> memoryview:
+    def cancel(self) -> None:
+        """Ask for nothing more; who waits gets a CancelledError at once."""
+        with self._lock:
+            self._cancelled = True
+            for request in self._untaken:
+                with suppress(InvalidStateError):
+                    request.future.set_exception(CancelledError("reading was cancelled"))
+
+    def _get(self, which: int, start: int, size: int, future: Future[memoryview]) -> None:
         began = time.perf_counter()
         try:
-            return self._remote.fetch(start, size)
+            found = self._remote.fetch(start, size)
+        except BaseException as error:
+            with suppress(InvalidStateError):
+                future.set_exception(error)
+        else:
+            with suppress(InvalidStateError):
+                future.set_result(found)
         finally:
             took = time.perf_counter() - began
             with self._lock:
@@ -180,7 +242,7 @@ class ReadAhead:
         """An announced range's bytes, once it is here; None when it is not announced, or was
         taken before."""
         with self._lock:
-            if self._left.get(offset) == length:  # before its turn
+            if self._left.get(offset) == length and not self._cancelled:  # before its turn
                 self._ask(offset, length)
             request = self._asked.pop(offset, None)
         if request is None:
@@ -192,5 +254,6 @@ class ReadAhead:
                 request.reads -= 1
                 if not request.reads:
                     self._bytes -= request.size
+                    self._untaken.discard(request)
                 self._submit()
         return data[offset - request.start : offset - request.start + length]

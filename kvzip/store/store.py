@@ -36,7 +36,7 @@ from typing import IO, Any
 import msgspec
 from numpy.typing import ArrayLike
 
-from kvzip import api, dtypes
+from kvzip import api, dtypes, metrics
 from kvzip.codec import Codec
 from kvzip.container import Reader
 from kvzip.container.sealed import AnyKey
@@ -336,11 +336,16 @@ class Store:
         prompt = Prompt(ids, hash_chain(ids, block_tokens), block_tokens)
         known = "" if profile is None else profile.id
         wanted = Identity.of(model, revision, dtypes.get(dtype).name, known)
-        best = self._finder.best(prompt, profile, wanted, threads)
+        with metrics.lookup("store"):
+            best = self._finder.best(prompt, profile, wanted, threads)
+        near = bool(prompt.near)
         if best is not None:
             self._uses.note(best.key)
+            metrics.count("found_tokens", best.tokens, where="store")
         elif prompt.chain:
-            self._finder.tell_of_others(wanted, prompt.chain[0])
+            near |= self._finder.tell_of_others(wanted, prompt.chain[0])
+        result = "hit" if best is not None else "near_miss" if near else "miss"
+        metrics.count("lookups", where="store", result=result)
         return best
 
     # --- by key ----------------------------------------------------------------------------
@@ -433,4 +438,5 @@ class Store:
         if profiles and evicted:
             unneeded += self._profiles.prune(self._profiles.listed())
         self._profiles.sweep()
+        metrics.count("evictions", len(evicted))
         return evicted + unneeded
