@@ -28,35 +28,53 @@ struct Cursor {
   unsigned at, end;
 };
 
-// What the warps of a block share. gpu.py counts its bytes as `shared_bytes`.
+// What is looked up of a group's channels.
+struct Staged {
+  unsigned* near;           // [group][near_words]
+  DeviceChannel* channels;  // [group]
+  unsigned* places;         // [group]
+};
+
+// What the warps of a block share. gpu_model.py counts its bytes as `shared_bytes`.
 struct ChainMemory {
   short* sine;              // [4096]
   int* deviation;           // [3][32] of a group's numbers, of the one before, and the next one's
   Cursor* cursors;          // [kMostLanes]
   uint64_t* states;         // [lanes][32]
   int* sums;                // [3][group, up to a multiple of 8][kSumStride], likewise
-  unsigned* near;           // [2][group * near_words]
+  unsigned char* staged;    // twice, of a group and of the next one
   DeviceCell* cells;        // [shapes][kCells] and
-  unsigned char* guesses;   // [shapes][kGuesses], if they are few
+  unsigned char* guesses;   // [shapes][kGuesses]; if they are many, of each warp one
   unsigned char* residual;  // [32][residual_bytes], if there is room
 
-  KVZIP_DEVICE ChainMemory(const DeviceLayer& layer) {
+  KVZIP_DEVICE ChainMemory(const DeviceLayer& layer, unsigned warps) {
     unsigned char* at = cuda::shared_memory();
     const auto take = [&](unsigned bytes) {
       unsigned char* const found = at;
       at += up(bytes, 16);
       return found;
     };
-    const unsigned shapes = layer.shape_count <= kSharedShapes ? layer.shape_count : 0;
+    const unsigned shapes = layer.shape_count <= kSharedShapes ? layer.shape_count : warps;
     sine = reinterpret_cast<short*>(take(2 * 4096));
     deviation = reinterpret_cast<int*>(take(3 * 32 * 4));
     cursors = reinterpret_cast<Cursor*>(take(kMostLanes * sizeof(Cursor)));
     states = reinterpret_cast<uint64_t*>(take(layer.lanes * 32 * 8));
     sums = reinterpret_cast<int*>(take(3 * up(layer.group, 8) * kSumStride * 4));
-    near = reinterpret_cast<unsigned*>(take(2 * layer.group * layer.near_words * 4));
+    staged = take(2 * staged_bytes(layer));
     cells = reinterpret_cast<DeviceCell*>(take(shapes * kCells * unsigned(sizeof(DeviceCell))));
     guesses = take(shapes * kGuesses);
     residual = at;
+  }
+  KVZIP_DEVICE static unsigned staged_bytes(const DeviceLayer& layer) {
+    return up(layer.group * (layer.near_words * 4 + unsigned(sizeof(DeviceChannel)) + 4), 16);
+  }
+  KVZIP_DEVICE Staged staged_of(const DeviceLayer& layer, unsigned group) const {
+    unsigned char* const at = staged + group % 2 * staged_bytes(layer);
+    Staged found;
+    found.channels = reinterpret_cast<DeviceChannel*>(at);
+    found.places = reinterpret_cast<unsigned*>(found.channels + layer.group);
+    found.near = found.places + layer.group;
+    return found;
   }
 };
 
@@ -78,14 +96,20 @@ class Chain {
         settings(how),
         tile_number(number),
         tile(tile_of(range, number)),
-        memory(layer),
+        memory(layer, how.warps),
+        group_size(layer.group),
+        lanes(layer.lanes),
+        near_words(layer.near_words),
+        residual_bytes(layer.residual_bytes),
+        row_bytes(layer.row_bytes),
         channels(layer.channel_count[range.values]),
         first(layer.first_column[range.values]),
-        groups((channels + layer.group - 1) / layer.group),
+        groups((channels + group_size - 1) / group_size),
+        turning(range.values ? 0 : 2 * layer.heads[0] * layer.pairs),
         lane(cuda::thread() % cuda::kWarp),
         warp(cuda::thread() / cuda::kWarp),
         own_residual(reinterpret_cast<unsigned char*>(range.residual) +
-                     uint64_t(number) * kTileTokens * layer.residual_bytes),
+                     uint64_t(number) * kTileTokens * residual_bytes),
         residual(how.shared ? memory.residual : own_residual) {}
 
   KVZIP_DEVICE void run() {
@@ -97,15 +121,18 @@ class Chain {
   }
 
  private:
-  const RangeJob& job;
+  // Copies: what is read through an address may have changed with every number that is stored.
+  const RangeJob job;
   const DeviceLayer& layer;
-  const DevicePart& part;
+  const DevicePart part;
   uint32_t* const flag;
   const ChainSettings& settings;
   const unsigned tile_number;
   const DeviceTile tile;
   const ChainMemory memory;
+  const unsigned group_size, lanes, near_words, residual_bytes, row_bytes;
   const unsigned channels, first, groups;  // first: column of the part's first channel
+  const unsigned turning;                  // channels of pairs that RoPE turns
   const unsigned lane, warp;
   unsigned char *const own_residual, *const residual;
 
@@ -124,13 +151,13 @@ class Chain {
       copy(memory.guesses, layer.guesses, layer.shape_count * kGuesses / 4);
     }
     for (unsigned i = thread; i < 3 * 32; i += threads) memory.deviation[i] = 0;
-    for (unsigned i = thread; i < 3 * up(layer.group, 8) * kSumStride; i += threads)
+    for (unsigned i = thread; i < 3 * up(group_size, 8) * kSumStride; i += threads)
       memory.sums[i] = 0;
     if (settings.shared && job.values)
       for (unsigned row = warp; row < kTileTokens; row += threads / cuda::kWarp)
         for (unsigned at = 4 * lane; at < first; at += 4 * cuda::kWarp)
-          *word(residual + row * layer.residual_bytes + at) =
-              *word(own_residual + row * layer.residual_bytes + at);
+          *word(residual + row * residual_bytes + at) =
+              *word(own_residual + row * residual_bytes + at);
     if (job.counts) load_streams();
   }
   KVZIP_DEVICE static unsigned* word(unsigned char* at) { return reinterpret_cast<unsigned*>(at); }
@@ -142,19 +169,19 @@ class Chain {
     return v;
   }
   KVZIP_DEVICE uint64_t section() const {  // bytes of the counts
-    return (uint64_t(tile_count(job)) * layer.lanes * 2 + 15) / 16 * 16;
+    return (uint64_t(tile_count(job)) * lanes * 2 + 15) / 16 * 16;
   }
   // Each lane's states, and where its words are.
   KVZIP_DEVICE void load_streams() {
     const auto* const counts = reinterpret_cast<const uint16_t*>(job.counts);
-    const uint64_t streams = uint64_t(tile_count(job)) * layer.lanes, size = section();
+    const uint64_t streams = uint64_t(tile_count(job)) * lanes, size = section();
     const bool fits = size <= job.bytes && (job.bytes - size) % 4 == 0;
     const uint64_t words = fits ? (job.bytes - size) / 4 : 0;
     const unsigned token = token_of(job, tile, lane);
     const uint64_t* const from =
         reinterpret_cast<const uint64_t*>(job.first_states ? job.first_states : job.states);
-    for (unsigned l = warp; l < layer.lanes; l += cuda::threads_of_block() / cuda::kWarp) {
-      const uint64_t own = uint64_t(tile_number) * layer.lanes + l;
+    for (unsigned l = warp; l < lanes; l += cuda::threads_of_block() / cuda::kWarp) {
+      const uint64_t own = uint64_t(tile_number) * lanes + l;
       uint64_t before = 0, all = 0;
       unsigned mine = 0;
       if (fits) {
@@ -172,7 +199,7 @@ class Chain {
       // Zeros follow the last count.
       if (fits && 2 * (streams + lane) < size) good = good && counts[streams + lane] == 0;
       const bool active = lane < tile.count;
-      const uint64_t x = active ? from[uint64_t(token) * layer.lanes + l] : kLow;
+      const uint64_t x = active ? from[uint64_t(token) * lanes + l] : kLow;
       if (job.first_states) good = good && x >= kLow && !(x >> 63);
       memory.states[l * 32 + lane] = x;
       if (!good) cuda::set_flag(flag);
@@ -183,15 +210,15 @@ class Chain {
     if (settings.shared && !job.values)
       for (unsigned row = warp; row < kTileTokens; row += cuda::threads_of_block() / cuda::kWarp)
         for (unsigned at = 4 * lane; at < channels; at += 4 * cuda::kWarp)
-          *word(own_residual + row * layer.residual_bytes + at) =
-              *word(residual + row * layer.residual_bytes + at);
+          *word(own_residual + row * residual_bytes + at) =
+              *word(residual + row * residual_bytes + at);
     if (!job.counts) return;
     uint64_t* const states = reinterpret_cast<uint64_t*>(job.states);
     const unsigned token = token_of(job, tile, lane);
-    for (unsigned l = warp; l < layer.lanes; l += cuda::threads_of_block() / cuda::kWarp) {
+    for (unsigned l = warp; l < lanes; l += cuda::threads_of_block() / cuda::kWarp) {
       const uint64_t x = memory.states[l * 32 + lane];
       const Cursor cursor = memory.cursors[l];
-      if (lane < tile.count) states[uint64_t(token) * layer.lanes + l] = x;
+      if (lane < tile.count) states[uint64_t(token) * lanes + l] = x;
       // A writer's states begin where a reader's end.
       if (cursor.at != cursor.end || (job.ends && x != kLow)) cuda::set_flag(flag);
     }
@@ -201,48 +228,62 @@ class Chain {
 
   // What of the columns before a group is multiplied ahead of it: all but the group before it.
   KVZIP_DEVICE unsigned far_columns(unsigned group) const {
-    return group ? (first + (group - 1) * layer.group) & ~3u : first;
+    return group ? (first + (group - 1) * group_size) & ~3u : first;
   }
   KVZIP_DEVICE int* sums_of(unsigned group) const {
-    return memory.sums + group % 3 * up(layer.group, 8) * kSumStride;
-  }
-  KVZIP_DEVICE unsigned* near_of(unsigned group) const {
-    return memory.near + group % 2 * layer.group * layer.near_words;
+    return memory.sums + group % 3 * up(group_size, 8) * kSumStride;
   }
 
   KVZIP_DEVICE void multiply() const {
     const unsigned warps = cuda::threads_of_block() / cuda::kWarp - settings.warps;
     const unsigned mine = warp - settings.warps;
-    const unsigned thread = mine * cuda::kWarp + lane, size = layer.group * layer.near_words;
-    if (groups) add_far(0, mine, warps);
+    const unsigned thread = mine * cuda::kWarp + lane;
+    if (groups) {
+      stage(0, thread, warps * cuda::kWarp);
+      add_far(0, mine, warps);
+    }
     cuda::sync_block();
 #pragma unroll 1
     for (unsigned g = 0; g < groups; ++g) {
       if (g + 1 < groups) {
-        const auto* const near = reinterpret_cast<const unsigned*>(layer.near[job.values]) +
-                                 (uint64_t(tile.region) * groups + g + 1) * size;
-        unsigned* const to = near_of(g + 1);
-        for (unsigned i = thread; i < size; i += warps * cuda::kWarp)
-          to[i] = cuda::constant(near + i);
+        stage(g + 1, thread, warps * cuda::kWarp);
         add_far(g + 1, mine, warps);
       }
       int* const old = sums_of(g + 2);  // of the group before this one
-      for (unsigned i = thread; i < up(layer.group, 8) * kSumStride; i += warps * cuda::kWarp)
+      for (unsigned i = thread; i < up(group_size, 8) * kSumStride; i += warps * cuda::kWarp)
         old[i] = 0;
       cuda::sync_block();
     }
+  }
+  // Brings what is looked up of a group's channels.
+  KVZIP_DEVICE void stage(unsigned group, unsigned thread, unsigned threads) const {
+    const unsigned start = group * group_size, left = channels - start;
+    const unsigned size = group_size < left ? group_size : left;
+    const uint64_t column = first + start;
+    const Staged to = memory.staged_of(layer, group);
+    const auto copy = [&](void* words, uint64_t address, unsigned count) {
+      const auto* const from = reinterpret_cast<const unsigned*>(address);
+      for (unsigned i = thread; i < count; i += threads)
+        static_cast<unsigned*>(words)[i] = cuda::constant(from + i);
+    };
+    const uint64_t channel = uint64_t(tile.region) * layer.columns + column;
+    copy(to.channels, layer.channels + channel * sizeof(DeviceChannel),
+         size * unsigned(sizeof(DeviceChannel)) / 4);
+    copy(to.places, layer.places + column * 4, size);
+    const uint64_t row = (uint64_t(tile.region) * groups + group) * group_size;
+    copy(to.near, layer.near[job.values] + row * near_words * 4, group_size * near_words);
   }
   // Adds a warp's share of a group's products. Weights lie as threads take them: for 32 columns of
   // residuals and 8 channels 8 bytes a thread, the operand `b` of multiply_add.
   KVZIP_DEVICE void add_far(unsigned group, unsigned mine, unsigned warps) const {
     const unsigned limit = far_columns(group), steps = (limit + 31) / 32;
-    const unsigned across = up(layer.group, 8) / 8;
+    const unsigned across = up(group_size, 8) / 8;
     const unsigned start =
         cuda::constant(reinterpret_cast<const uint32_t*>(layer.far_start[job.values]) + group);
     const cuda::Two* const weights =
         reinterpret_cast<const cuda::Two*>(layer.far[job.values]) +
         (uint64_t(tile.region) * layer.far_steps[job.values] + start) * cuda::kWarp + lane;
-    const unsigned stride = layer.residual_bytes;
+    const unsigned stride = residual_bytes;
     const unsigned char* const row = residual + lane / 4 * stride;
     const auto at = [&](unsigned r, unsigned column) {
       return column < limit ? *reinterpret_cast<const unsigned*>(row + r * stride + column) : 0u;
@@ -299,8 +340,13 @@ class Chain {
     if (active) x = low ? y << 32 | word : y;
   }
   // Seldom: some tokens' numbers follow as they are, after the others of the channel.
-  KVZIP_DEVICE_CALL static Found escaped(const Expected& e, float step, uint64_t& x, Words& words,
-                                         bool active) {
+  struct Escaped {
+    Found found;
+    uint64_t x;
+    unsigned at;
+  };
+  KVZIP_DEVICE_CALL static Escaped escaped(Expected e, float step, uint64_t x, Words words,
+                                           bool active) {
     const int target = int(x & (kCdf - 1));
     const bool escape = target >= 2 * kHalf;
     Found f;
@@ -315,14 +361,12 @@ class Chain {
       f.high = (place + 1) << (24 - Grid::kBits);
     }
     advance(f, next, x, words, active && escape);
-    return f;
+    return {f, x, words.cursor.at};
   }
 
-  // Two channels side by side, and all that is looked up of them: fetched ahead.
+  // What each token has of two channels side by side: fetched a pair ahead.
   struct Pair {
-    DeviceChannel channel[2];
     int product[2], table[2];
-    unsigned place[2];
     int sin, cos, inverse[2], slope;
   };
   // What a thread has of its token.
@@ -348,19 +392,13 @@ class Chain {
   }
   KVZIP_DEVICE void fetch(const Token& t, unsigned place, Pair& o) const {
     const unsigned column = first + place;
-    const auto* const channel = reinterpret_cast<const cuda::Four*>(layer.channels) +
-                                (uint64_t(tile.region) * layer.columns + column) * 2;
     const int* const product = reinterpret_cast<const int*>(job.products) +
                                (uint64_t(tile_number) * layer.columns + column) * kTileTokens +
                                lane;
     const uint64_t entry = uint64_t(unsigned(t.known ? t.entry : 0)) * layer.columns + column;
 #pragma unroll
     for (unsigned i = 0; i < 2; ++i) {
-      cuda::Four* const to = reinterpret_cast<cuda::Four*>(&o.channel[i]);
-      to[0] = cuda::constant(channel + 2 * i);
-      to[1] = cuda::constant(channel + 2 * i + 1);
       o.product[i] = layer.input_width ? cuda::constant(product + i * kTileTokens) : 0;
-      o.place[i] = cuda::constant(reinterpret_cast<const uint32_t*>(layer.places) + column + i);
       o.table[i] = 0;
       if (t.known)
         o.table[i] = layer.table_bytes == 2
@@ -368,9 +406,10 @@ class Chain {
                          : reinterpret_cast<const signed char*>(layer.table)[entry + i] * (1 << 12);
     }
     if (!turns(place)) return;
-    const unsigned all = layer.heads[0] * layer.pairs, pair = place / 2;
+    const unsigned all = turning / 2, pair = place / 2;
+    const unsigned at = cuda::constant(reinterpret_cast<const uint32_t*>(layer.places) + column);
     const uint64_t step =
-        cuda::constant(reinterpret_cast<const uint64_t*>(layer.step) + (o.place[0] & 0xFFFF));
+        cuda::constant(reinterpret_cast<const uint64_t*>(layer.step) + (at & 0xFFFF));
     const unsigned turn = unsigned((step * t.position + (uint64_t(1) << 51)) >> 52) & 4095;
     o.sin = memory.sine[turn];
     o.cos = memory.sine[(turn + 1024) & 4095];
@@ -382,21 +421,27 @@ class Chain {
     o.slope = cuda::constant(tables + 2 * kAngles);
   }
   // Whether RoPE turns the pair of channels there.
-  KVZIP_DEVICE bool turns(unsigned place) const {
-    return !job.values && place < 2 * layer.heads[0] * layer.pairs;
-  }
+  KVZIP_DEVICE bool turns(unsigned place) const { return place < turning; }
 
   KVZIP_DEVICE void expect(const DeviceChannel& c, int m, Expected& e) const {
     e.m = m;
     e.unit = c.unit;
-    e.cell =
-        (layer.shape_count <= kSharedShapes ? memory.cells
-                                            : reinterpret_cast<const DeviceCell*>(layer.cells)) +
-        c.shape * kCells;
-    e.guesses = (layer.shape_count <= kSharedShapes
-                     ? memory.guesses
-                     : reinterpret_cast<const unsigned char*>(layer.guesses)) +
-                c.shape * kGuesses;
+    unsigned shape = c.shape;
+    if (layer.shape_count > kSharedShapes) {  // they are brought when they are needed
+      shape = warp;
+      const auto copy = [&](void* to, uint64_t from, unsigned bytes) {
+#pragma unroll 1
+        for (unsigned i = lane; i < bytes / 4; i += cuda::kWarp)
+          static_cast<unsigned*>(to)[i] = reinterpret_cast<const unsigned*>(from)[i];
+      };
+      constexpr unsigned kBytes = kCells * unsigned(sizeof(DeviceCell));
+      cuda::sync_warp();
+      copy(memory.cells + warp * kCells, layer.cells + c.shape * kBytes, kBytes);
+      copy(memory.guesses + warp * kGuesses, layer.guesses + c.shape * kGuesses, kGuesses);
+      cuda::sync_warp();
+    }
+    e.cell = memory.cells + shape * kCells;
+    e.guesses = memory.guesses + shape * kGuesses;
   }
   // The numbers of a channel: read from where they are known, or decoded and written there.
   KVZIP_DEVICE Found number(const Token& t, unsigned place, const Expected& e, uint64_t& x,
@@ -416,7 +461,10 @@ class Chain {
     const float step = about(4096.0f, float(greater(e.m, 1)));
     Found f;
     if (cuda::any(target >= 2 * kHalf)) {
-      f = escaped(e, step, x, words, t.active);
+      const Escaped after = escaped(e, step, x, words, t.active);
+      f = after.found;
+      x = after.x;
+      words.cursor.at = after.at;
     } else {
       f = Grid::find(target, step, e);
       advance(f, target, x, words, t.active);
@@ -436,7 +484,7 @@ class Chain {
   }
 
   KVZIP_DEVICE int energy_after(const Token& t, unsigned group) const {
-    const unsigned size = group + 1 < groups ? layer.group : channels - group * layer.group;
+    const unsigned size = group + 1 < groups ? group_size : channels - group * group_size;
     const int off = memory.deviation[group % 3 * 32 + lane] - 256 * int(size);
     const int moved = t.energy + ((t.energy >> 3) * off >> 12);
     const bool settled = t.known && layer.table_bytes == 2;
@@ -445,23 +493,26 @@ class Chain {
 
   KVZIP_DEVICE void decode() const {
     Token t = token_here();
-    Pair ahead;
-    if (2 * warp < channels) fetch(t, 2 * warp, ahead);
+    Pair now, next;
+    if (2 * warp < channels) fetch(t, 2 * warp, now);
     cuda::sync_block();
 #pragma unroll 1
     for (unsigned g = 0; g < groups; ++g) {
       if (g) t.energy = energy_after(t, g - 1);
       if (warp == 0) memory.deviation[(g + 1) % 3 * 32 + lane] = 0;
       const int calm = inverse_energy(t.energy);
-      const unsigned start = g * layer.group;
-      const unsigned size = layer.group < channels - start ? layer.group : channels - start;
+      const unsigned start = g * group_size;
+      const unsigned size = group_size < channels - start ? group_size : channels - start;
       int deviation = 0;
 #pragma unroll 1
-      for (unsigned i = 2 * warp; i < size; i += 2 * settings.warps) {
-        deviation += decode_pair(t, g, i, size, calm, ahead);
-        unsigned next = start + i + 2 * settings.warps;
-        if (next >= start + size) next = start + layer.group + 2 * warp;
-        if (next < channels) fetch(t, next, ahead);
+      for (unsigned i = 2 * warp, l = warp; i < size; i += 2 * settings.warps) {
+        unsigned then = start + i + 2 * settings.warps;
+        if (then >= start + size) then = start + group_size + 2 * warp;
+        if (then < channels) fetch(t, then, next);
+        deviation += decode_pair(t, g, i, size, l, calm, now);
+        now = next;
+        l += settings.warps;  // which divide the lanes
+        if (l >= lanes) l = warp;
       }
       if (2 * warp < size) cuda::add_shared(memory.deviation + g % 3 * 32 + lane, deviation);
       cuda::sync_block();
@@ -471,17 +522,19 @@ class Chain {
       reinterpret_cast<int*>(job.energy)[token_of(job, tile, lane)] = t.energy;
   }
 
-  // Channels i and i + 1 of a group. Returns how far their numbers deviate.
-  KVZIP_DEVICE int decode_pair(const Token& t, unsigned group, unsigned i, unsigned size, int calm,
-                               const Pair& o) const {
-    const unsigned place = group * layer.group + i, l = i / 2 % layer.lanes;
+  // Channels i and i + 1 of a group, of lane l. Returns how far their numbers deviate.
+  KVZIP_DEVICE int decode_pair(const Token& t, unsigned group, unsigned i, unsigned size,
+                               unsigned l, int calm, const Pair& o) const {
+    const unsigned place = group * group_size + i;
     const bool pair = turns(place), both = i + 1 < size;
+    const Staged staged = memory.staged_of(layer, group);
+    const DeviceChannel* const channel = staged.channels + i;
     int base[2], expected[2], near[2] = {0, 0};
-    unsigned char* const row = residual + lane * layer.residual_bytes;
-    if (group) add_near(group, i, row, near);
+    unsigned char* const row = residual + lane * residual_bytes;
+    if (group) add_near(row + far_columns(group), staged.near + i * near_words, near);
 #pragma unroll
     for (unsigned j = 0; j < 2; ++j) {
-      const DeviceChannel& c = o.channel[j];
+      const DeviceChannel& c = channel[j];
       const int known = sums_of(group)[(i + j) * kSumStride + lane] + near[j];
       base[j] = clamp(sum(c.bias, scaled<20>(o.product[j], c.weight_scale)), kClamp) + o.table[j];
       expected[j] = clamp(sum(base[j], scaled<20>(known, c.within_scale)), kClamp);
@@ -497,20 +550,20 @@ class Chain {
                 memory.cursors[l], 0};
     uint64_t x = memory.states[l * 32 + lane];
     const auto inverse_of = [&](unsigned j) {
-      return pair ? o.inverse[j] : t.known ? o.channel[j].inverse[1] : o.channel[j].inverse[0];
+      return pair ? o.inverse[j] : channel[j].inverse[t.known];
     };
-    expect(o.channel[0], narrow(inverse_of(0), calm), e);
+    expect(channel[0], narrow(inverse_of(0), calm), e);
     int value[2] = {0, 0}, deviation = 0;
     // One copy of what decodes a number: code beyond the instruction cache costs more than a jump.
 #pragma unroll 1
     for (unsigned j = 0;; ++j) {
-      const Found f = number(t, j ? o.place[1] : o.place[0], e, x, words);
+      const Found f = number(t, staged.places[i + j], e, x, words);
       deviation += lesser(f.z >> (kZBits - 8), 2048);
       if (j) value[1] = f.value;
       else value[0] = f.value;
       if (j || !both) break;
       if (pair) second = clamp(sum(second, scaled<12>(f.value - e.centre, o.slope)), kClamp);
-      expect(o.channel[1], narrow(inverse_of(1), calm), e);
+      expect(channel[1], narrow(inverse_of(1), calm), e);
       e.centre = second;
     }
     if (job.counts) {
@@ -523,35 +576,35 @@ class Chain {
       value[0] = clamp(turned(a, o.cos, b, o.sin), kClamp);
       value[1] = clamp(turned(b, o.cos, a, -o.sin), kClamp);
     }
-    tell(o, place, row, value, base, both, t.active);
+    tell(channel, place, row, value, base, both, t.active);
     return deviation;
   }
   // What the channels of the group before say of two channels of this one.
-  KVZIP_DEVICE void add_near(unsigned group, unsigned i, const unsigned char* row,
+  KVZIP_DEVICE void add_near(const unsigned char* row, const unsigned* weights,
                              int (&near)[2]) const {
-    const unsigned from = far_columns(group);
-    const unsigned* const known = reinterpret_cast<const unsigned*>(row + from);
-    const unsigned* const weights = near_of(group) + i * layer.near_words;
-    for (unsigned k = 0; k < layer.near_words; ++k) {
+    const unsigned* const known = reinterpret_cast<const unsigned*>(row);
+#pragma unroll 4
+    for (unsigned k = 0; k < near_words; ++k) {
       near[0] = cuda::dot4(known[k], weights[k], near[0]);
-      near[1] = cuda::dot4(known[k], weights[layer.near_words + k], near[1]);
+      near[1] = cuda::dot4(known[k], weights[near_words + k], near[1]);
     }
   }
   // What two channels tell those after them, and the layers after this one.
-  KVZIP_DEVICE void tell(const Pair& o, unsigned place, unsigned char* row, const int (&value)[2],
-                         const int (&base)[2], bool both, bool active) const {
+  KVZIP_DEVICE void tell(const DeviceChannel* channel, unsigned place, unsigned char* row,
+                         const int (&value)[2], const int (&base)[2], bool both,
+                         bool active) const {
     unsigned r[2], q[2];
 #pragma unroll
     for (unsigned j = 0; j < 2; ++j) {
-      const DeviceChannel& c = o.channel[j];
+      const DeviceChannel& c = channel[j];
       const int off = difference(value[j], base[j]);
       r[j] = unsigned(clamp(sum(off, 1 << (kResidualShift - 1)) >> kResidualShift, 127)) & 0xFF;
       q[j] = unsigned(clamp(scaled<28>(difference(value[j], c.mean), c.input_scale), 127)) & 0xFF;
     }
     const unsigned column = first + place;
     unsigned char* const output = reinterpret_cast<unsigned char*>(job.inputs) +
-                                  uint64_t(token_of(job, tile, lane)) * layer.row_bytes +
-                                  layer.output + column;
+                                  uint64_t(token_of(job, tile, lane)) * row_bytes + layer.output +
+                                  column;
     if (both) {
       *reinterpret_cast<uint16_t*>(row + column) = uint16_t(r[0] | r[1] << 8);
       if (active) *reinterpret_cast<uint16_t*>(output) = uint16_t(q[0] | q[1] << 8);
@@ -572,7 +625,7 @@ KVZIP_DEVICE void chain_tiles(const RangeJob* jobs, uint32_t count, const Device
 }
 
 #define KVZIP_CHAIN(name, E, M)                                                             \
-  KVZIP_KERNEL(512, 1)                                                                      \
+  KVZIP_KERNEL(384, 1)                                                                      \
   predictive_chain_##name(const RangeJob* jobs, uint32_t count, const DevicePart* parts,    \
                           uint32_t* flags, uint32_t blocks, uint32_t warps, uint32_t bytes, \
                           uint32_t shared) {                                                \

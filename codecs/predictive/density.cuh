@@ -137,8 +137,9 @@ struct Grid {
     f.value = (fixed(m * (1 << kSpare), units) ^ sign) - sign;
     const int d0 = (sign ? outer : inner) - e.centre, d1 = (sign ? inner : outer) - e.centre;
     const int z0 = z_of(d0, e.m), z1 = z_of(d1, e.m);
-    f.low = place == 0 ? 0 : share_below(d0, z0, e.cell);
-    f.high = place == kNumbers - 1 ? 2 * kHalf : share_below(d1, z1, e.cell);
+    const int low = share_below(d0, z0, e.cell), high = share_below(d1, z1, e.cell);
+    f.low = place == 0 ? 0 : low;
+    f.high = place == kNumbers - 1 ? 2 * kHalf : high;
     f.z = (z0 + z1) >> 1;
     return f;
   }
@@ -169,8 +170,8 @@ struct Grid {
     return near(v < 0 ? v + 0.5f : v - 0.5f, e.unit);  // boundaries were moved away from 0
   }
   // The place of the number whose interval has the target, from another one's: in steps that grow,
-  // then by halves.
-  KVZIP_DEVICE_CALL static int search(int target, int place, const Expected& e) {
+  // then by halves. A call, and by value: what is called with an address lies in memory.
+  KVZIP_DEVICE_CALL static int search(int target, int place, Expected e) {
     int low = 0, end = kNumbers;
 #pragma unroll 1
     for (int step = 1; end - low > 1;) {

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kvzip.codec import Context
 from kvzip.codecs.native.cuda.device import Kernel, Memory
 from kvzip.codecs.native.cuda.work import bytes_at
-from kvzip.codecs.predictive.gpu_model import LayerOnDevice, ModelOnDevice, on_device
+from kvzip.codecs.predictive.gpu_model import LayerOnDevice, ModelOnDevice, on_device, shared_bytes
 from kvzip.errors import CorruptError
 from kvzip.layout import KV
 
@@ -121,7 +121,7 @@ class _Step:
         entries_of: Callable[[Context, int], NDArray[np.int32]],
     ):
         self.work, self.ranges = work, ranges
-        self.model = model or ModelOnDevice([], 1, 0, 0, [])
+        self.model = model or ModelOnDevice([], 2, 1, 1, 0, 0, [])
         self.layer, self.part, self._entries_of = layer, part, entries_of
         self._jobs: list[NDArray[Any]] = []
         self._by_channel: list[Any] = []
@@ -291,12 +291,13 @@ class _Step:
             self.work.run(kernel, jobs)
 
     def _chain(self, jobs: NDArray[Any], layer: LayerOnDevice) -> Kernel:
-        lanes = self.model.lanes
-        warps = max(n for n in range(1, _CHAIN_WARPS + 1) if lanes % n == 0)
+        model = self.model
+        warps = max(n for n in range(1, _CHAIN_WARPS + 1) if model.lanes % n == 0)
         beside = 4 if layer.columns >= 1024 else 2 if layer.columns >= 512 else 1
         residuals = _TILE * layer.residual_bytes
-        fits = layer.shared + residuals <= _most_shared(self.work.device.architecture)
-        shared = layer.shared + (residuals if fits else 0)
+        shared = shared_bytes(model.group, model.lanes, model.shapes, warps)
+        fits = shared + residuals <= _most_shared(self.work.device.architecture)
+        shared += residuals if fits else 0
         blocks = self._tiles(jobs, layer)
         arguments = ("jobs", "count", "parts", "flags", blocks, warps, self._itemsize, int(fits))
         threads = 32 * (warps + beside)

@@ -84,7 +84,7 @@ class Columns(NamedTuple):
     keys: int
     channels: int
     values: int
-    count: int
+    width: int
 
     @classmethod
     def of(cls, layer: Mapping[str, Any]) -> Columns:
@@ -92,10 +92,10 @@ class Columns(NamedTuple):
         first = _up(keys, 32)
         return cls(keys, keys + values, first, max(_up(first + values, 64), 64))
 
-    def spread(self, array: NDArray[Any], axis: int = -1, count: int = 0) -> NDArray[Any]:
+    def spread(self, array: NDArray[Any], axis: int = -1) -> NDArray[Any]:
         """The channels of an axis, in coding order, at their columns; zeros elsewhere."""
         moved = np.moveaxis(array, axis, -1)
-        found = np.zeros((*moved.shape[:-1], count or self.count), array.dtype)
+        found = np.zeros((*moved.shape[:-1], self.width), array.dtype)
         found[..., : self.keys] = moved[..., : self.keys]
         values = self.channels - self.keys
         found[..., self.values : self.values + values] = moved[..., self.keys : self.channels]
@@ -113,16 +113,18 @@ class LayerOnDevice(NamedTuple):
     regions: int
     has_inputs: bool
     has_table: bool
-    shared: int
-    """Bytes of shared memory that a block of chain.cuh takes without residuals."""
     residual_bytes: int
+    """Of a token, in a block of chain.cuh."""
 
 
 class ModelOnDevice(NamedTuple):
     """A profile on a device."""
 
     layers: list[LayerOnDevice]
+    group: int
     lanes: int
+    shapes: int
+    """How many densities there are."""
     row_bytes: int
     """Of what a token's layers tell later ones, at any time."""
     nbytes: int
@@ -165,7 +167,9 @@ class _Upload:
             self._known(record, address + n * _LAYER.itemsize) for n, record in enumerate(records)
         ]
         nbytes = sum(memory.size for memory in self.owners)
-        return ModelOnDevice(layers, self.lanes, self.row_bytes, nbytes, self.owners)
+        return ModelOnDevice(
+            layers, self.group, self.lanes, len(cells), self.row_bytes, nbytes, self.owners
+        )
 
     def _put(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:
         """The device's addresses of copies of arrays."""
@@ -194,7 +198,7 @@ class _Upload:
             for name, array in self.tensors.items()
             if name.partition(".")[0] == str(i)
         }
-        inputs = [(self.outputs[a], self.columns[a].count) for a in layer["inputs"]]
+        inputs = [(self.outputs[a], self.columns[a].width) for a in layer["inputs"]]
         regions, table = len(tensors["bias"]), tensors.get("table")
         pairs = len(tensors["step"])
         arrays = {
@@ -231,7 +235,7 @@ class _Upload:
             "first_column": [0, mine.values],
             "heads": [layer["k"][0], layer["v"][0]],
             "dim": [layer["k"][1], layer["v"][1]],
-            "columns": mine.count,
+            "columns": mine.width,
             "regions": regions,
             "pairs": pairs,
             "input_count": len(inputs),
@@ -245,7 +249,7 @@ class _Upload:
             "shape_count": shapes,
             "row_bytes": self.row_bytes,
             # So that rows of shared memory meet other banks.
-            "residual_bytes": mine.count + 16,
+            "residual_bytes": mine.width + 16,
         }
 
     def _inputs(self, i: int, matrix: Bytes) -> Bytes:
@@ -263,7 +267,7 @@ class _Upload:
         whole = unpacked(weight)[:, : mine.channels]
         found = [mine.spread(self._inputs(i, region), -2) for region in whole]
         # Rows r and r + 8 of 16; inputs by threads, by the two products, by halves of a product.
-        cut = np.array(found, np.int8).reshape(len(found), mine.count // 16, 2, 8, -1, 4, 2, 2, 4)
+        cut = np.array(found, np.int8).reshape(len(found), mine.width // 16, 2, 8, -1, 4, 2, 2, 4)
         return np.ascontiguousarray(cut.transpose(0, 1, 4, 6, 3, 5, 7, 2, 8))
 
     def _known(self, record: Any, address: int) -> LayerOnDevice:
@@ -275,23 +279,24 @@ class _Upload:
             int(record["regions"]),
             bool(record["input_width"]),
             bool(record["table_bytes"]),
-            shared_bytes(self.group, self.lanes, int(record["shape_count"])),
             int(record["residual_bytes"]),
         )
 
 
-def shared_bytes(group: int, lanes: int, shapes: int) -> int:
-    """Shared memory of a block of chain.cuh (`ChainMemory`), without its residuals."""
-    few = shapes if shapes <= 16 else 0
+def shared_bytes(group: int, lanes: int, shapes: int, warps: int) -> int:
+    """Shared memory of a block of chain.cuh (`ChainMemory`) in which so many warps decode, without
+    its residuals."""
+    staged = group * (4 * near_words(group) + _CHANNEL.itemsize + 4)
+    densities = shapes if shapes <= 16 else warps
     parts = (
         2 * 4096,
         3 * 32 * 4,
         32 * 8,
         lanes * 32 * 8,
         3 * _up(group, 8) * 36 * 4,
-        2 * group * near_words(group) * 4,
-        few * _CELLS * _CELL.itemsize,
-        few * _GUESSES,
+        2 * _up(staged, 16),
+        densities * _CELLS * _CELL.itemsize,
+        densities * _GUESSES,
     )
     return sum(_up(n, 16) for n in parts)
 
@@ -339,19 +344,19 @@ def _outputs(
     found: list[int] = []
     end = 0
     for i, mine in enumerate(columns):
-        taken = sorted((found[a], columns[a].count) for a in range(i) if last[a] >= i)
+        taken = sorted((found[a], columns[a].width) for a in range(i) if last[a] >= i)
         at = 0
         for begin, size in taken:
-            if begin - at >= mine.count:
+            if begin - at >= mine.width:
                 break
             at = begin + size
         found.append(at)
-        end = max(end, at + mine.count)
+        end = max(end, at + mine.width)
     return found, end
 
 
 def _channels(mine: Columns, tensors: Mapping[str, NDArray[Any]], regions: int) -> NDArray[Any]:
-    found = np.zeros((regions, mine.count), _CHANNEL)
+    found = np.zeros((regions, mine.width), _CHANNEL)
     for name in ("bias", "weight_scale", "within_scale", "mean", "input_scale", "unit", "density"):
         found[name] = mine.spread(tensors[name])
     inverse = mine.spread(tensors["inverse"])
