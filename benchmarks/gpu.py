@@ -1,7 +1,8 @@
 """How fast a GPU decodes: `python -m kvzip.benchmarks.gpu`, or `make bench-gpu`.
 
 A cache of Qwen3-4B's shape with synthetic numbers: normal ones, each channel with a scale of its
-own, whose values take about as many bits as those of real caches. GB = 10^9 bytes of raw numbers,
+own, whose values take about as many bits as those of real caches; for `predictive`, numbers that
+follow those of the layer before, and a profile that says so. GB = 10^9 bytes of raw numbers,
 but for the link's own row, which counts the bytes that cross.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 
 import kvzip
 from kvzip import dtypes
+from kvzip.benchmarks.predictable import predictable
 from kvzip.codecs.native.cuda.arrays import empty
 from kvzip.codecs.native.cuda.device import Device, get_device
 from kvzip.errors import UnsupportedError
@@ -181,6 +183,32 @@ def _uploads(torch: Any, snap: kvzip.Snapshot, out: Any) -> Callable[[], None]:
     return run
 
 
+def predictive_rows(device: Device, tokens: int, runs: int) -> Iterator[tuple[Any, ...]]:
+    """`predictive` on a document of the shape that its profile predicts; bf16. Every number is
+    compared."""
+    import torch
+
+    snap, profile = predictable(LAYERS, HEADS, DIM, tokens)
+    raw, blob = snap.raw_bytes, kvzip.encode(snap, "predictive", profile)
+    ratio = f"ratio {raw / len(blob):.3f}"
+    with kvzip.open(blob, profile) as reader:
+        launch = kernels_only(device, reader)
+        yield f"predictive: kernels and checksums alone, {ratio}", raw, timed(launch, runs)
+        del launch
+    pinned = torch.empty(len(blob), dtype=torch.uint8, pin_memory=True)
+    pinned.numpy()[:] = np.frombuffer(blob, np.uint8)
+    out = [tuple(torch.empty_like(t, device="cuda") for t in pair) for pair in snap.tensors()]
+    file = memoryview(pinned.numpy())
+    yield (
+        f"predictive: file in pinned memory, {ratio}", raw,
+        timed(lambda: kvzip.decode(file, profile, device=device, out=out), runs),
+    )  # fmt: skip
+    for pair, layer in zip(out, snap.layers, strict=True):
+        for mine, want in zip(pair, layer, strict=True):
+            if not np.array_equal(mine.view(torch.int16).cpu().numpy().view(np.uint16), want):
+                raise AssertionError("other numbers than were encoded")
+
+
 def nvcomp_rows(tokens: int, dtype: str, runs: int) -> Iterator[tuple[Any, ...]]:
     """nvCOMP's ANS on the same numbers in chunks, where it is installed; on the device alone."""
     try:
@@ -223,6 +251,7 @@ def main() -> None:
     for tokens in map(int, given.tokens.split(",")):
         for kind in (
             measured(device, tokens, given.dtype, given.runs),
+            predictive_rows(device, tokens, given.runs),
             nvcomp_rows(tokens, given.dtype, given.runs),
         ):
             for name, size, seconds in kind:

@@ -87,15 +87,14 @@ struct ChainSettings {
 template <class Grid>
 class Chain {
  public:
-  KVZIP_DEVICE Chain(const RangeJob& range, const DevicePart* parts, uint32_t* flags,
-                     const ChainSettings& how, unsigned number)
+  KVZIP_DEVICE Chain(const RangeJob& range, const DevicePart* parts, uint32_t* all_flags,
+                     const ChainSettings& how, unsigned number, const DeviceTile& tile)
       : job(range),
         layer(*reinterpret_cast<const DeviceLayer*>(range.layer)),
         part(parts[range.part]),
-        flag(flags + range.row),
+        flags(all_flags),
         settings(how),
         tile_number(number),
-        tile(tile_of(range, number)),
         memory(layer, how.warps),
         group_size(layer.group),
         lanes(layer.lanes),
@@ -108,6 +107,9 @@ class Chain {
         turning(range.values ? 0 : 2 * layer.heads[0] * layer.pairs),
         lane(cuda::thread() % cuda::kWarp),
         warp(cuda::thread() / cuda::kWarp),
+        region(tile.region),
+        token(token_of(range, tile, lane)),
+        active(lane < tile.count),
         own_residual(reinterpret_cast<unsigned char*>(range.residual) +
                      uint64_t(number) * kTileTokens * residual_bytes),
         residual(how.shared ? memory.residual : own_residual) {}
@@ -125,15 +127,16 @@ class Chain {
   const RangeJob job;
   const DeviceLayer& layer;
   const DevicePart part;
-  uint32_t* const flag;
+  uint32_t* const flags;
   const ChainSettings& settings;
   const unsigned tile_number;
-  const DeviceTile tile;
   const ChainMemory memory;
   const unsigned group_size, lanes, near_words, residual_bytes, row_bytes;
   const unsigned channels, first, groups;  // first: column of the part's first channel
   const unsigned turning;                  // channels of pairs that RoPE turns
-  const unsigned lane, warp;
+  const unsigned lane, warp, region;
+  const unsigned token;  // the thread's own; behind the tile's last one it goes along with that
+  const bool active;     // whether it does not
   unsigned char *const own_residual, *const residual;
 
   // --- before and after --------------------------------------------------------------------
@@ -177,7 +180,6 @@ class Chain {
     const uint64_t streams = uint64_t(tile_count(job)) * lanes, size = section();
     const bool fits = size <= job.bytes && (job.bytes - size) % 4 == 0;
     const uint64_t words = fits ? (job.bytes - size) / 4 : 0;
-    const unsigned token = token_of(job, tile, lane);
     const uint64_t* const from =
         reinterpret_cast<const uint64_t*>(job.first_states ? job.first_states : job.states);
     for (unsigned l = warp; l < lanes; l += cuda::threads_of_block() / cuda::kWarp) {
@@ -198,11 +200,10 @@ class Chain {
         memory.cursors[l] = good ? Cursor{unsigned(before), unsigned(before) + mine} : Cursor{0, 0};
       // Zeros follow the last count.
       if (fits && 2 * (streams + lane) < size) good = good && counts[streams + lane] == 0;
-      const bool active = lane < tile.count;
       const uint64_t x = active ? from[uint64_t(token) * lanes + l] : kLow;
       if (job.first_states) good = good && x >= kLow && !(x >> 63);
       memory.states[l * 32 + lane] = x;
-      if (!good) cuda::set_flag(flag);
+      if (!good) cuda::set_flag(flags + job.row);
     }
   }
 
@@ -214,13 +215,12 @@ class Chain {
               *word(residual + row * residual_bytes + at);
     if (!job.counts) return;
     uint64_t* const states = reinterpret_cast<uint64_t*>(job.states);
-    const unsigned token = token_of(job, tile, lane);
     for (unsigned l = warp; l < lanes; l += cuda::threads_of_block() / cuda::kWarp) {
       const uint64_t x = memory.states[l * 32 + lane];
       const Cursor cursor = memory.cursors[l];
-      if (lane < tile.count) states[uint64_t(token) * lanes + l] = x;
+      if (active) states[uint64_t(token) * lanes + l] = x;
       // A writer's states begin where a reader's end.
-      if (cursor.at != cursor.end || (job.ends && x != kLow)) cuda::set_flag(flag);
+      if (cursor.at != cursor.end || (job.ends && x != kLow)) cuda::set_flag(flags + job.row);
     }
   }
 
@@ -266,11 +266,11 @@ class Chain {
       for (unsigned i = thread; i < count; i += threads)
         static_cast<unsigned*>(words)[i] = cuda::constant(from + i);
     };
-    const uint64_t channel = uint64_t(tile.region) * layer.columns + column;
+    const uint64_t channel = uint64_t(region) * layer.columns + column;
     copy(to.channels, layer.channels + channel * sizeof(DeviceChannel),
          size * unsigned(sizeof(DeviceChannel)) / 4);
     copy(to.places, layer.places + column * 4, size);
-    const uint64_t row = (uint64_t(tile.region) * groups + group) * group_size;
+    const uint64_t row = (uint64_t(region) * groups + group) * group_size;
     copy(to.near, layer.near[job.values] + row * near_words * 4, group_size * near_words);
   }
   // Adds a warp's share of a group's products. Weights lie as threads take them: for 32 columns of
@@ -282,7 +282,7 @@ class Chain {
         cuda::constant(reinterpret_cast<const uint32_t*>(layer.far_start[job.values]) + group);
     const cuda::Two* const weights =
         reinterpret_cast<const cuda::Two*>(layer.far[job.values]) +
-        (uint64_t(tile.region) * layer.far_steps[job.values] + start) * cuda::kWarp + lane;
+        (uint64_t(region) * layer.far_steps[job.values] + start) * cuda::kWarp + lane;
     const unsigned stride = residual_bytes;
     const unsigned char* const row = residual + lane / 4 * stride;
     const auto at = [&](unsigned r, unsigned column) {
@@ -374,11 +374,10 @@ class Chain {
     uint64_t position;
     int64_t number, low;  // where its numbers lie: in the part, and among the lower halves
     int entry, energy;
-    bool active, known;
+    bool known;
   };
 
   KVZIP_DEVICE Token token_here() const {
-    const unsigned token = token_of(job, tile, lane);
     const unsigned row = token / job.row_tokens, column = token % job.row_tokens;
     Token t;
     t.position = job.position + column;
@@ -387,7 +386,6 @@ class Chain {
     t.entry = layer.table_bytes ? reinterpret_cast<const int*>(job.entries)[token] : -1;
     t.known = t.entry >= 0 && unsigned(t.entry) < layer.table_rows;
     t.energy = job.begins ? kOne : reinterpret_cast<const int*>(job.energy)[token];
-    t.active = lane < tile.count;
     return t;
   }
   KVZIP_DEVICE void fetch(const Token& t, unsigned place, Pair& o) const {
@@ -413,7 +411,7 @@ class Chain {
     const unsigned turn = unsigned((step * t.position + (uint64_t(1) << 51)) >> 52) & 4095;
     o.sin = memory.sine[turn];
     o.cos = memory.sine[(turn + 1024) & 4095];
-    const unsigned kind = tile.region + (t.known ? layer.regions : 0);
+    const unsigned kind = region + (t.known ? layer.regions : 0);
     const int* const tables = reinterpret_cast<const int*>(layer.pair_tables) +
                               (uint64_t(kind) * all + pair) * 3 * kAngles + turn / (4096 / kAngles);
     o.inverse[0] = cuda::constant(tables);
@@ -461,16 +459,16 @@ class Chain {
     const float step = about(4096.0f, float(greater(e.m, 1)));
     Found f;
     if (cuda::any(target >= 2 * kHalf)) {
-      const Escaped after = escaped(e, step, x, words, t.active);
+      const Escaped after = escaped(e, step, x, words, active);
       f = after.found;
       x = after.x;
       words.cursor.at = after.at;
     } else {
       f = Grid::find(target, step, e);
-      advance(f, target, x, words, t.active);
+      advance(f, target, x, words, active);
     }
     const unsigned bits = Grid::bits_of(f.place);
-    if (!t.active) return f;
+    if (!active) return f;
     if (settings.bytes == 1) {
       *reinterpret_cast<uint8_t*>(address) = uint8_t(bits);
     } else if (settings.bytes == 2) {
@@ -518,8 +516,7 @@ class Chain {
       cuda::sync_block();
     }
     if (groups) t.energy = energy_after(t, groups - 1);
-    if (warp == 0 && t.active)
-      reinterpret_cast<int*>(job.energy)[token_of(job, tile, lane)] = t.energy;
+    if (warp == 0 && active) reinterpret_cast<int*>(job.energy)[token] = t.energy;
   }
 
   // Channels i and i + 1 of a group, of lane l. Returns how far their numbers deviate.
@@ -576,7 +573,7 @@ class Chain {
       value[0] = clamp(turned(a, o.cos, b, o.sin), kClamp);
       value[1] = clamp(turned(b, o.cos, a, -o.sin), kClamp);
     }
-    tell(channel, place, row, value, base, both, t.active);
+    tell(channel, place, row, value, base, both);
     return deviation;
   }
   // What the channels of the group before say of two channels of this one.
@@ -591,8 +588,7 @@ class Chain {
   }
   // What two channels tell those after them, and the layers after this one.
   KVZIP_DEVICE void tell(const DeviceChannel* channel, unsigned place, unsigned char* row,
-                         const int (&value)[2], const int (&base)[2], bool both,
-                         bool active) const {
+                         const int (&value)[2], const int (&base)[2], bool both) const {
     unsigned r[2], q[2];
 #pragma unroll
     for (unsigned j = 0; j < 2; ++j) {
@@ -603,8 +599,7 @@ class Chain {
     }
     const unsigned column = first + place;
     unsigned char* const output = reinterpret_cast<unsigned char*>(job.inputs) +
-                                  uint64_t(token_of(job, tile, lane)) * row_bytes + layer.output +
-                                  column;
+                                  uint64_t(token) * row_bytes + layer.output + column;
     if (both) {
       *reinterpret_cast<uint16_t*>(row + column) = uint16_t(r[0] | r[1] << 8);
       if (active) *reinterpret_cast<uint16_t*>(output) = uint16_t(q[0] | q[1] << 8);
@@ -621,7 +616,8 @@ KVZIP_DEVICE void chain_tiles(const RangeJob* jobs, uint32_t count, const Device
                               uint32_t* flags, const ChainSettings& settings) {
   const unsigned number = cuda::block() / settings.blocks, tile = cuda::block() % settings.blocks;
   if (number >= count || tile >= tile_count(jobs[number])) return;
-  Chain<Grid>(jobs[number], parts, flags, settings, tile).run();
+  const RangeJob& job = jobs[number];
+  Chain<Grid>(job, parts, flags, settings, tile, tile_of(job, tile)).run();
 }
 
 #define KVZIP_CHAIN(name, E, M)                                                             \

@@ -106,6 +106,9 @@ def decode(
             step.add(block, context)
         step.run(by_channel)
     any_context.scratch["predictive"] = ranges
+    for found_range in ranges.values():
+        if found_range.owner is not None:
+            work.hold(found_range.owner)
 
 
 class _Step:

@@ -9,6 +9,7 @@ import torch
 
 import kvzip
 from kvzip import dtypes
+from kvzip.benchmarks.predictable import predictable
 
 
 def main() -> None:
@@ -29,6 +30,13 @@ def main() -> None:
                 damaged[at] ^= 1 << int(rng.integers(8))
             with contextlib.suppress(kvzip.KVZipError):
                 kvzip.decode(bytes(damaged), device="cuda")
+    snapshot, profile = predictable(3, 2, 64, 300)
+    blob = kvzip.encode(snapshot, "predictive", profile, block_tokens=128)
+    for bad in (0, *rng.integers(len(blob) // 2, len(blob), 10)):
+        damaged = bytearray(blob)
+        damaged[bad] ^= 255 if bad else 0
+        with contextlib.suppress(kvzip.KVZipError):
+            kvzip.decode(bytes(damaged), profile, device="cuda")
 
 
 if __name__ == "__main__":

@@ -50,46 +50,65 @@ def disassembler() -> str | None:
     return shutil.which("nvdisasm") or (str(beside) if os.access(beside, os.X_OK) else None)
 
 
+def loops_of(text: str) -> list[tuple[int, int, list[str]]]:
+    """The loops of one kernel's listing: where each begins and ends, and its instructions, those of
+    loops inside too."""
+    codes: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        label = re.match(r"(\.L_\S+):", line)
+        if label:
+            labels[label[1]] = len(codes)
+        code = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?(.*?);", line)
+        if code:
+            codes.append(code[1])
+    found = []
+    for end, code in enumerate(codes):
+        target = re.search(r"^BRA.*?`\((\.L_\S+?)\)", code)
+        begin = end + 1 if target is None else labels.get(target[1], end + 1)
+        if begin <= end:
+            found.append((begin, end, codes[begin : end + 1]))
+    return found
+
+
 def step_instructions(listing: str) -> dict[str, float]:
     """Of each kernel that decodes `channel`: instructions for 32 numbers, in its loop over whole
     strips: of those without a loop inside, that with most shuffles. Each step in it
-    votes once, and all vote once more whether there are escapes."""
-    found = {}
+    votes once, and all vote once more whether there are escapes.
+
+    Of each that decodes `predictive`: the loop over groups, with one copy of what a pair of channels
+    takes, in it one of what decodes a number, and all that happens seldom. It is the greatest of
+    those that vote twice, for escapes and for words, and shuffle once."""
+    found: dict[str, float] = {}
+
+    def count(body: list[str], what: str) -> int:
+        return sum(code.startswith(what) for code in body)
+
     for text in re.split(r"^\.text\.", listing, flags=re.MULTILINE)[1:]:
         name = text.split(":")[0]
+        loops = loops_of(text)
+        if name.startswith("predictive_chain"):
+            found[name] = max(
+                len(body)
+                for *_, body in loops
+                if count(body, "VOTE") == 2 and count(body, "SHFL") == 1
+            )
         if not name.startswith("channel_decode"):
             continue
-        lines: list[tuple[int, str]] = []
-        labels: dict[str, int] = {}
-        for line in text.splitlines():
-            label = re.match(r"(\.L_\S+):", line)
-            if label:
-                labels[label[1]] = len(lines)
-            code = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?(.*?);", line)
-            if code:
-                lines.append((len(lines), code[1]))
-        spans = []
-        for at, code in lines:
-            target = re.search(r"^BRA.*?`\((\.L_\S+?)\)", code)
-            if target and labels.get(target[1], at + 1) <= at:
-                spans.append((labels[target[1]], at))
-        loops = []
-        for begin, end in spans:
-            if any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans):
-                continue  # there is another loop in it
-            body = [code.split()[0] for _, code in lines[begin : end + 1]]
-            shuffles = sum(code.startswith("SHFL") for code in body)
-            votes = sum(code.startswith("VOTE") for code in body)
-            loops.append((shuffles, -len(body), votes))
-        _, size, votes = max(loops)
-        found[name] = -size / (votes - 1)
+        innermost = [
+            body
+            for begin, end, body in loops
+            if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e, _ in loops)
+        ]
+        body = max(innermost, key=lambda body: (count(body, "SHFL"), -len(body)))
+        found[name] = len(body) / (count(body, "VOTE") - 1)
     return found
 
 
 def measured(
     architectures: Sequence[str] = ARCHITECTURES,
 ) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, float] | None]:
-    """What each kernel takes, by architecture; and the instructions of `channel`'s step."""
+    """What each kernel takes, by architecture; and the instructions of the steps of two codecs."""
     import cuda.core  # noqa: F401 - once, before threads do at the same time
 
     jobs = [(source, architecture) for source in KERNELS for architecture in architectures]
@@ -101,13 +120,15 @@ def measured(
     program = disassembler()
     if program is None:
         return found, None
-    code = made["channel/decode.cuh", STEP_ARCHITECTURE][0]
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(code)
-        file.flush()
-        command = [program, "-c", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return found, step_instructions(done.stdout)
+    steps: dict[str, float] = {}
+    for source in ("channel/decode.cuh", "predictive/chain.cuh"):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(made[source, STEP_ARCHITECTURE][0])
+            file.flush()
+            command = [program, "-c", file.name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        steps |= step_instructions(done.stdout)
+    return found, steps
 
 
 # One architecture is compiled with every run of the tests, all of them with `make test-long`.

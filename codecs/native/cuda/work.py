@@ -144,6 +144,7 @@ class Work:
         self._phases: list[dict[Kernel, list[NDArray[Any]]]] = [{}]
         self._launches: list[tuple[Kernel, int, int]] = []
         self._scratch = 0
+        self._held: list[Memory] = []
 
     # --- bytes -----------------------------------------------------------------------------
 
@@ -180,6 +181,10 @@ class Work:
             self._slot.scratch = self.device.allocate(2 * self._scratch)
             raise Full(self._slot.size)
         return self._slot.scratch.address + at
+
+    def hold(self, memory: Memory) -> None:
+        """Memory that the kernels use is there as long as this is."""
+        self._held.append(memory)
 
     # --- parts and jobs --------------------------------------------------------------------
 
