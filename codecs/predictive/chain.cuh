@@ -100,7 +100,6 @@ class Chain {
         lanes(layer.lanes),
         near_words(layer.near_words),
         residual_bytes(layer.residual_bytes),
-        row_bytes(layer.row_bytes),
         channels(layer.channel_count[range.values]),
         first(layer.first_column[range.values]),
         groups((channels + group_size - 1) / group_size),
@@ -131,7 +130,7 @@ class Chain {
   const ChainSettings& settings;
   const unsigned tile_number;
   const ChainMemory memory;
-  const unsigned group_size, lanes, near_words, residual_bytes, row_bytes;
+  const unsigned group_size, lanes, near_words, residual_bytes;
   const unsigned channels, first, groups;  // first: column of the part's first channel
   const unsigned turning;                  // channels of pairs that RoPE turns
   const unsigned lane, warp, region;
@@ -372,7 +371,8 @@ class Chain {
   // What a thread has of its token.
   struct Token {
     uint64_t position;
-    int64_t number, low;  // where its numbers lie: in the part, and among the lower halves
+    uint64_t numbers, low;  // addresses of its numbers: in the part, and of their lower halves
+    uint64_t output;        // of what it tells later layers
     int entry, energy;
     bool known;
   };
@@ -381,8 +381,11 @@ class Chain {
     const unsigned row = token / job.row_tokens, column = token % job.row_tokens;
     Token t;
     t.position = job.position + column;
-    t.number = int64_t(row) * part.batch_stride + cuda::place_of(part, job.first_token + column);
-    t.low = (int64_t(row) * part.heads * job.row_tokens + column) * part.dim;
+    const int64_t at =
+        int64_t(row) * part.batch_stride + cuda::place_of(part, job.first_token + column);
+    t.numbers = part.numbers + uint64_t(at) * settings.bytes;
+    t.low = job.low + 2 * (uint64_t(row) * part.heads * job.row_tokens + column) * part.dim;
+    t.output = job.inputs + uint64_t(token) * layer.row_bytes + layer.output + first;
     t.entry = layer.table_bytes ? reinterpret_cast<const int*>(job.entries)[token] : -1;
     t.known = t.entry >= 0 && unsigned(t.entry) < layer.table_rows;
     t.energy = job.begins ? kOne : reinterpret_cast<const int*>(job.energy)[token];
@@ -445,8 +448,8 @@ class Chain {
   KVZIP_DEVICE Found number(const Token& t, unsigned place, const Expected& e, uint64_t& x,
                             Words& words) const {
     const unsigned head = place >> 16, d = place & 0xFFFF;
-    const int64_t at = t.number + int64_t(head) * part.head_stride + d;
-    const uint64_t address = part.numbers + uint64_t(at) * settings.bytes;
+    const uint64_t address =
+        t.numbers + (uint64_t(head) * uint64_t(part.head_stride) + d) * settings.bytes;
     if (!job.counts) {
       const unsigned bits = settings.bytes == 1 ? *reinterpret_cast<const uint8_t*>(address)
                             : settings.bytes == 2
@@ -474,9 +477,8 @@ class Chain {
     } else if (settings.bytes == 2) {
       *reinterpret_cast<uint16_t*>(address) = uint16_t(bits);
     } else {
-      const int64_t low = t.low + (int64_t(head) * job.row_tokens * part.dim + d);
-      *reinterpret_cast<uint32_t*>(address) =
-          bits << 16 | reinterpret_cast<const uint16_t*>(job.low)[low];
+      const uint64_t low = t.low + 2 * (uint64_t(head) * job.row_tokens * part.dim + d);
+      *reinterpret_cast<uint32_t*>(address) = bits << 16 | *reinterpret_cast<const uint16_t*>(low);
     }
     return f;
   }
@@ -573,7 +575,7 @@ class Chain {
       value[0] = clamp(turned(a, o.cos, b, o.sin), kClamp);
       value[1] = clamp(turned(b, o.cos, a, -o.sin), kClamp);
     }
-    tell(channel, place, row, value, base, both);
+    tell(t, channel, place, row, value, base, both);
     return deviation;
   }
   // What the channels of the group before say of two channels of this one.
@@ -587,8 +589,9 @@ class Chain {
     }
   }
   // What two channels tell those after them, and the layers after this one.
-  KVZIP_DEVICE void tell(const DeviceChannel* channel, unsigned place, unsigned char* row,
-                         const int (&value)[2], const int (&base)[2], bool both) const {
+  KVZIP_DEVICE void tell(const Token& t, const DeviceChannel* channel, unsigned place,
+                         unsigned char* row, const int (&value)[2], const int (&base)[2],
+                         bool both) const {
     unsigned r[2], q[2];
 #pragma unroll
     for (unsigned j = 0; j < 2; ++j) {
@@ -598,8 +601,7 @@ class Chain {
       q[j] = unsigned(clamp(scaled<28>(difference(value[j], c.mean), c.input_scale), 127)) & 0xFF;
     }
     const unsigned column = first + place;
-    unsigned char* const output = reinterpret_cast<unsigned char*>(job.inputs) +
-                                  uint64_t(token) * row_bytes + layer.output + column;
+    auto* const output = reinterpret_cast<unsigned char*>(t.output + place);
     if (both) {
       *reinterpret_cast<uint16_t*>(row + column) = uint16_t(r[0] | r[1] << 8);
       if (active) *reinterpret_cast<uint16_t*>(output) = uint16_t(q[0] | q[1] << 8);

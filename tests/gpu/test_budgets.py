@@ -76,9 +76,9 @@ def step_instructions(listing: str) -> dict[str, float]:
     strips: of those without a loop inside, that with most shuffles. Each step in it
     votes once, and all vote once more whether there are escapes.
 
-    Of each that decodes `predictive`: the loop over groups, with one copy of what a pair of channels
-    takes, in it one of what decodes a number, and all that happens seldom. It is the greatest of
-    those that vote twice, for escapes and for words, and shuffle once."""
+    Of each that decodes `predictive`: the loop over groups, with one copy of what a pair of
+    channels takes, in it one of what decodes a number, and all that happens seldom. It is the
+    greatest of those that vote twice, for escapes and for words, and shuffle once."""
     found: dict[str, float] = {}
 
     def count(body: list[str], what: str) -> int:
