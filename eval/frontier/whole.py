@@ -67,11 +67,10 @@ def _run(model: ScaledModel, predictors: Sequence[Frontier]) -> WholeRun:
     # Of a result of `kvzip eval ratios` it is not known what its prediction takes.
     files = [p for p in model.points if p.codec != "predictive" or p.products]
     points = [_file(model.shape, point) for point in files]
-    for codec in ("channel", "predictive"):
-        of = [p for p in files if p.codec == codec]
-        if of:
-            best = min(of, key=lambda p: p.bits_per_value)
-            points += _computed(model.shape, best)
+    best = min((p for p in files if p.products), key=lambda p: p.bits_per_value, default=None)
+    for point in files:
+        if point is best or (point.codec == "channel" and not point.profile_bytes):
+            points += _computed(model.shape, point)
     points += _tried(model, predictors)
     room = model.shape.parameters
     able = [p for p in points if p.basis != "stated" and p.profile_bytes <= room]
@@ -89,7 +88,7 @@ def _names(point: ScalingPoint) -> tuple[str, str]:
     if not point.profile_bytes:
         return point.codec, point.codec
     size, tokens = point.profile_bytes / 1e6, point.train_tokens
-    title = f"{point.codec}, profile of {size:.1f} MB from {tokens:,} tokens"
+    title = f"{point.codec}, profile of {size:.3g} MB from {tokens:,} tokens"
     return title, f"{point.codec}-{tokens}-{point.profile_bytes}"
 
 
@@ -153,7 +152,7 @@ def _tried(model: ScaledModel, predictors: Sequence[Frontier]) -> Iterator[Whole
             fields = {name: getattr(row, name) for name in row.__struct_fields__ if name != "model"}
             yield WholePoint(key=f"stated-{n}", basis="stated", **fields)
     for found in predictors:
-        if found.revision == model.revision:
+        if found.model == model.shape.name:
             for run in found.runs:
                 if run.dtype == model.dtype:
                     yield from (

@@ -79,7 +79,7 @@ def frontier_file(result: Frontier) -> str:
 def whole_file(result: WholeFrontier) -> str:
     """The charts of all models as one SVG file."""
     svgs = [charts.whole_svg(run, f"whole-{i}") for i, run in enumerate(result.runs)]
-    about = "whole files; of those with n layers, the first n are computed and the others loaded"
+    about = 'whole files; "n layers" are computed, and the others loaded'
     headings = [f"{run.shape.name}, {run.dtype}: {about}" for run in result.runs]
     return standalone(svgs, headings)
 

@@ -134,8 +134,8 @@ def _show(found: ScalingResult) -> None:
         for p in model.points:
             regions = f"{statistics.fmean(p.regions):.1f}" if p.regions else ""
             size = (
-                f"{p.profile_bytes / 1e6:.1f} MB",
-                f"{p.profile_bytes / shape.matrix_bytes:.1%}",
+                f"{p.profile_bytes / 1e6:.3g} MB",
+                f"{p.profile_bytes / shape.matrix_bytes:.2%}",
             )
             learned = (
                 (f"{p.train_tokens:,} tokens", *size) if p.train_tokens else ("nothing", "", "")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvzip.errors import KVZipError
 from kvzip.eval.frontier.whole import bits_without, compute_share, stated, whole
+from kvzip.eval.report.pictures import whole_file
 from kvzip.eval.results import stored
 from kvzip.eval.results.frontier import Frontier
 from kvzip.eval.results.scaling import (
@@ -179,3 +180,16 @@ def test_the_command(scaled: ScalingResult, tmp_path: Path, capsys: Any) -> None
     assert names == set(by_key(kept))
     code, out, _ = run(capsys, *options[:4], "--out", tmp_path / "out")
     assert code == 0 and "derived" in out and "the first 2 layers computed" in out
+
+
+def test_the_stored_result_is_what_the_docs_show() -> None:
+    scaled = stored.load(DOCS / "results" / "scaling" / "small-models.json", ScalingResult)
+    found = stored.load(DOCS / "results" / "frontier" / "whole.json", WholeFrontier)
+    again = whole([("small-models.json", scaled)], [("frontier.json", FRONTIER)])
+    assert (again.runs, again.sources) == (found.runs, found.sources)
+    assert (DOCS / "frontier-whole.svg").read_text() == whole_file(found)
+    page = (DOCS / "research.md").read_text()
+    for run_ in found.runs:
+        for point in run_.points:
+            if point.key in run_.hull:
+                assert f"| {point.bits:.2f} | {100 * point.share:.1f} % |" in page, point.title

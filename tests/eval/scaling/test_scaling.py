@@ -26,7 +26,12 @@ from kvzip.eval.results import stored
 from kvzip.eval.results.ratios import RatiosResult
 from kvzip.eval.results.scaling import ScaledModel, ScalingPoint, ScalingResult, Shape
 from kvzip.eval.scaling import run as scaling
-from kvzip.eval.scaling.extrapolate import QWEN3_4B, extrapolations, gains
+from kvzip.eval.scaling.extrapolate import (
+    QWEN3_4B,
+    extrapolations,
+    gains,
+    smallest_profiles,
+)
 from kvzip.eval.scaling.table import as_csv
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -261,3 +266,34 @@ def test_a_document_in_both_splits_is_refused(result: ScalingResult) -> None:
 def test_wrong_sizes_are_named(given_options: list[Any], capsys: Any) -> None:
     code, _, error = run(capsys, *given_options[:-1], "300")
     assert code == 2 and "--sizes are percentages" in error
+
+
+# --- what is stored and told --------------------------------------------------------------------
+
+
+def test_the_stored_result_is_what_the_docs_tell() -> None:
+    path = DOCS / "results" / "scaling" / "small-models.json"
+    found = stored.load(path, ScalingResult)
+    assert path.with_suffix(".csv").read_text() == as_csv(found)
+    assert (DOCS / "scaling.svg").read_text() == scaling_file(found)
+    again = scaling.conclude(found.models, found.command)
+    assert (again.gains, again.extrapolations) == (found.gains, found.extrapolations)
+    page = (DOCS / "qwen3-4b.md").read_text()
+    for model in found.models:
+        [line] = [line for line in page.splitlines() if line.startswith(f"| {model.shape.name} |")]
+        points = smallest_profiles(model)
+        bits = [f"{point.bits_per_value:.2f}" for point in points]
+        channel = next(p.bits_per_value for p in model.points if p.codec == "channel")
+        said = [cell.strip() for cell in line.split("|")[1:-1]]
+        shape = model.shape
+        about = [str(shape.layers), f"{shape.cache_width:.2f}", f"{shape.parameters / 1e6:.0f} M"]
+        assert said[1:] == [*about, f"{channel:.2f}", *bits]
+    if found.extrapolations:
+        last = found.extrapolations[-1]
+        assert f"{last.mean:.1f} bits" in page
+        assert f"between {last.half[0]:.1f} and {last.half[1]:.1f} in half of all cases" in page
+        assert f"between {last.most[0]:.1f} and {last.most[1]:.1f} in 95 of 100" in page
+        for line in last.lines:
+            assert line.axis in page and f"{line.bits:.1f}" in page
+    else:
+        assert "was not measured" not in page
