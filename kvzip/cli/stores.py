@@ -184,11 +184,18 @@ def get(
             "tokens": match.tokens,
             "document_tokens": match.reader.layout.tokens,
             "codec": match.reader.header.codec,
+            "profile": match.reader.header.profile,
             "output": None if output is None else str(output),
             "seconds": time.perf_counter() - began,
         }
     said = f"{result['key']}: {result['tokens']} of {result['document_tokens']} tokens are shared"
-    emit(result, as_json, lambda: say(said + (f", in {output}" if output else "")))
+
+    def show() -> None:
+        say(said + (f", in {output}" if output else ""))
+        if as_stored and result["profile"]:
+            say(f"it needs a profile: kvzip get --key profiles/{result['profile']}")
+
+    emit(result, as_json, show)
 
 
 def _get_profile(source: Store, key: str, output: Path | None, as_json: bool) -> None:
@@ -302,9 +309,9 @@ def ls(
             say(f"{d['key']}  {d['encoded_bytes']:,} bytes, used {d['used'][:19]}Z, {of}")
         for p in profiles:
             say(f"{p['key']}  {p['encoded_bytes']:,} bytes, {_needed_by(p['documents'])}")
-        say(f"{len(documents)} documents, {total:,} bytes")
+        say(f"{_counted(len(documents), 'document')}, {total:,} bytes")
         if profiles:
-            say(f"{len(profiles)} profile{'s' if len(profiles) > 1 else ''}, {beside:,} bytes")
+            say(f"{_counted(len(profiles), 'profile')}, {beside:,} bytes")
 
     result = {"documents": documents, "encoded_bytes": total}
     emit(result | {"profiles": profiles, "profile_bytes": beside}, as_json, show)
@@ -341,19 +348,23 @@ def rm(
     removed = [key for key, was in there if was]
     missing = [key for key, was in there if not was]
     result = {"removed": removed, "missing": missing}
-    words = f"{_counted(removed)} removed"
+    words = f"{_counted_keys(removed)} removed"
     emit_with(result, failed, "key", len(keys), as_json, lambda: say(words))
     if missing:
         raise CheckFailed(f"the store does not have {', '.join(missing)}")
 
 
-def _counted(keys: Sequence[str]) -> str:
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _counted_keys(keys: Sequence[str]) -> str:
     """How many documents, and profiles if there are any, these are the keys of."""
     from kvzip.store.profiles import is_profile_key
 
     profiles = sum(map(is_profile_key, keys))
-    said = f"{len(keys) - profiles} documents"
-    return f"{said} and {profiles} profile{'s' if profiles > 1 else ''}" if profiles else said
+    said = _counted(len(keys) - profiles, "document")
+    return f"{said} and {_counted(profiles, 'profile')}" if profiles else said
 
 
 @app.command
@@ -392,10 +403,10 @@ def prune(
     }
 
     def show() -> None:
-        say(f"{_counted(evicted)} evicted; {len(left)} left, {total:,} bytes")
+        say(f"{_counted_keys(evicted)} evicted; {len(left)} left, {total:,} bytes")
         if kept:
             unneeded = sum(not p.documents for p in kept)
             more = f"; no document needs {unneeded} of them (--profiles)" if unneeded else ""
-            say(f"{len(kept)} profiles stay, {beside:,} bytes{more}")
+            say(f"{_counted(len(kept), 'profile')} left, {beside:,} bytes{more}")
 
     emit(result, as_json, show)

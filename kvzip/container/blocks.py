@@ -76,8 +76,8 @@ class Blocks:
             return
         of = f" (a profile of {self.header.origin.model})" if self.header.origin.model else ""
         found = (
-            "none was given: give profile= or --profile, or read the document from a store that "
-            "has it (kvzip ls shows a store's profiles)"
+            "none was given: give profile= or --profile, or take it from a store that has it "
+            f"(kvzip get --store STORE --key profiles/{need} -o FILE.kvprofile)"
             if have is None
             else f"the one given is {have}"
         )

@@ -145,8 +145,8 @@ class Profiles:
     def _missing(self, profile_id: str) -> ProfileError:
         url = self._objects.url
         return ProfileError(
-            f"{url} does not have profile {profile_id}, which documents in it need: give it as "
-            f"profile= (--profile), or store it (kvzip put FILE.kvprofile --store {url})"
+            f"{url} does not have profile {profile_id}: give it as profile= (--profile), or store "
+            f"it for all (kvzip put FILE.kvprofile --store {url})"
         )
 
     # --- writing ---------------------------------------------------------------------------
@@ -222,9 +222,10 @@ class Profiles:
             there = self._objects.head(_path(profile_id)) is not None
             counts = _counts(self._objects, documents(self._objects))
             if there and (needed := counts[profile_id] + counts[""]):
+                which = "1 document needs" if needed == 1 else f"{needed} documents need"
                 raise ProfileError(
-                    f"profile {profile_id} stays: {needed} documents of the store need it"
-                    + (", or do not say what they need" if counts[""] else "")
+                    f"profile {profile_id} stays: {which} it"
+                    + (", or cannot say what it needs" if counts[""] else "")
                 )
             for space in namespaces(self._objects):
                 self._unmark(space, profile_id)

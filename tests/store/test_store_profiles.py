@@ -241,7 +241,7 @@ def test_a_needed_profile_stays(place, at_once):
     entry = where.put(snapshot_of(range(50)), codec="raw", profile=needed)
     where.put_profile(unneeded)
     assert {p.key[9:]: p.documents for p in where.profiles()} == {needed.id: 1, unneeded.id: 0}
-    with pytest.raises(ProfileError, match="1 documents of the store need it"):
+    with pytest.raises(ProfileError, match="1 document needs it"):
         where.remove(f"profiles/{needed.id}")
     assert where.prune() == []  # nobody asked for that
     assert where.prune(profiles=True) == [f"profiles/{unneeded.id}"]
@@ -484,11 +484,15 @@ def test_the_commands(tmp_path, capsys, at_once):
     code, _, err = run(capsys, "get", "--store", url, "--key", key, "-o", tmp_path / "c.kvz")
     assert (code, "end it in .kvprofile" in err) == (2, True)
     code, _, err = run(capsys, "rm", key, "--store", url)
-    assert (code, "need it" in err) == (2, True)
+    assert (code, "1 document needs it" in err) == (2, True)
     code, found = run_json(capsys, "prune", "--store", url)
     assert (found["evicted"], found["profiles"]) == ([], 2)
     code, out, _ = run(capsys, "prune", "--store", url)
-    assert "no document needs 1 of them (--profiles)" in out
+    assert "2 profiles left" in out and "no document needs 1 of them (--profiles)" in out
+    code, out, _ = run(capsys, "get", "--store", url, "--key", document, "-o", tmp_path / "d.kvz")
+    assert f"it needs a profile: kvzip get --key {key}" in out
+    code, _, err = run(capsys, "decode", tmp_path / "d.kvz", "-o", tmp_path / "d.safetensors")
+    assert code == 2 and f"--key {key} -o FILE.kvprofile" in err
     code, found = run_json(capsys, "prune", "--store", url, "--profiles")
     assert found["evicted"] == [f"profiles/{profile_of(2).id}"]
     code, found = run_json(capsys, "rm", key, document, "--store", url)  # whatever the order
