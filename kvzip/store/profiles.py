@@ -23,7 +23,7 @@ from typing import IO
 
 import msgspec
 
-from kvzip.errors import CorruptError, KVZipError, ProfileError
+from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError
 from kvzip.files import scratch_file
 from kvzip.options import text
 from kvzip.profile import Profile
@@ -119,8 +119,8 @@ class Profiles:
             self._objects.copy(path, sink, None)  # type: ignore[arg-type]
         except FileNotFoundError:
             raise self._missing(profile_id) from None
-        except _Longer:
-            pass
+        except (_Longer, CorruptError, FormatError):  # a sealed store's objects tell it themselves
+            sink.digest = hashlib.sha256(b"damaged")
         if sink.size != meta.size or sink.digest.hexdigest() != profile_id:
             raise CorruptError(
                 f"{named} is damaged: the SHA-256 of its bytes is another one. Whoever has the "

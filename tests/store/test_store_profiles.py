@@ -28,11 +28,14 @@ OF = {"model": "test/model", "revision": "r1", "dtype": "bf16"}
 _prefixes = itertools.count()
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", "sealed", "s3"])
 def place(request, tmp_path):
     """Where a store may be: its URL and what else `Store` takes."""
     if request.param == "folder":
         return tmp_path / "store", {}
+    if request.param == "sealed":
+        pytest.importorskip("cryptography")
+        return tmp_path / "store", {"key": bytes(range(32))}
     server = request.getfixturevalue("s3")
     return f"{server.url}/p{next(_prefixes)}", {"options": server.options}
 
@@ -167,6 +170,31 @@ def damaged(data, how):
     other = bytearray(data)
     other[-1] ^= 1
     return {"cut": data[:-7], "empty": b"", "longer": data + b"x", "other": bytes(other)}[how]
+
+
+@pytest.mark.parametrize("at", [0, 8, 200, -1])
+def test_a_damaged_profile_of_a_sealed_store(tmp_path, at):
+    pytest.importorskip("cryptography")
+    key, profile = bytes(32), profile_of(1)
+    where = Store(tmp_path, block_tokens=BLOCK, key=key)
+    where.put(snapshot_of(range(50)), codec="raw", profile=profile)
+    assert not list(tmp_path.rglob("*profile*"))  # names are sealed, too
+    [path] = [
+        p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size == sealed_size(profile)
+    ]
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match="--replace"):
+        Store(tmp_path, key=key).get_profile(profile.id)
+    assert where.put_profile(profile, replace=True)
+    assert Store(tmp_path, key=key).get_profile(profile.id).id == profile.id
+
+
+def sealed_size(profile):
+    from kvzip.container.sealed import seal
+
+    return len(seal(profile.file, bytes(32), "place"))
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "longer", "other"])
