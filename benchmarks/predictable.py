@@ -26,12 +26,13 @@ def predictable(
     rng = np.random.default_rng(seed)
     scale = 2.0 ** rng.uniform(-3, 3, 2 * heads * dim)
     state = rng.normal(size=(tokens, len(scale))).astype(np.float32)
-    pairs = []
+    pairs: list[tuple[Any, Any]] = []
     for i in range(layers):
         if i:
             state = FOLLOWS * state + OWN * rng.normal(size=state.shape).astype(np.float32)
         bits = _bf16(state * scale.astype(np.float32)).reshape(tokens, 2, heads, dim)
-        pairs.append(tuple(np.ascontiguousarray(bits[:, n].swapaxes(0, 1)) for n in range(2)))
+        keys, values = (np.ascontiguousarray(bits[:, n].swapaxes(0, 1)) for n in range(2))
+        pairs.append((keys, values))
     snapshot = kvzip.Snapshot.from_arrays(pairs, "bf16")
     return snapshot, _profile(layers, heads, dim, scale)
 
@@ -62,7 +63,7 @@ def _profile(layers: int, heads: int, dim: int, scale: NDArray[np.float64]) -> k
         deviation = 2**28 / np.maximum(0.8 * own / size, 1)
         all_pairs = heads * half
         turning = deviation[: 2 * all_pairs].reshape(all_pairs, 2, 1)
-        layer = {
+        layer: dict[str, NDArray[Any]] = {
             "order": order.astype(np.int32),
             "step": np.zeros(half, np.uint64),
             "unit": unit.astype(np.int8),
