@@ -24,11 +24,13 @@ from kvzip.cli.arguments import (
     Threads,
     choose_products,
     document_range,
+    kind_of,
     load_snapshot,
     read_key,
     read_profile,
 )
 from kvzip.cli.terminal import bar, emit, ratio_words, say, show_table, sizes, working
+from kvzip.container.source import is_url
 from kvzip.errors import CorruptError
 from kvzip.files import made_folder
 from kvzip.load import llama_cpp
@@ -260,7 +262,12 @@ def _same_bits(reader: container.Reader, other: Snapshot) -> bool:
 
 @app.command
 def info(file: KvzFile, *, key_file: KeyFile = None, as_json: Json = False) -> None:
-    """Tell what a .kvz file holds, from its header."""
+    """Tell what a .kvz file holds, from its header; or what a profile is."""
+    if not is_url(file) and kind_of(Path(file)) == "a profile":
+        from kvzip.cli.profiles import show_profile
+
+        show_profile(Path(file), as_json)
+        return
     found = api.info(file, key=read_key(key_file))
     header = found.header
     layout = header.layout

@@ -102,6 +102,30 @@ def _predictive_costs(profile: Profile) -> dict[str, Any]:
     }
 
 
+def show_profile(path: Path, as_json: bool) -> None:
+    """What `kvzip info` tells of a profile."""
+    found = Profile.load(path)
+    layers = found.description.get("layers") or found.description.get("channel", {}).get("layers")
+    result = {
+        "id": found.id,
+        "key": f"profiles/{found.id}",
+        "codec": found.codec,
+        "model": found.description.get("model"),
+        "documents": found.description.get("documents"),
+        "tokens": found.description.get("tokens"),
+        "layers": len(layers or []),
+        "bytes": found.nbytes,
+        "memory_bytes": found.unpacked_bytes,
+    }
+
+    def show() -> None:
+        say(f"a profile of {result['model'] or 'an unnamed model'} for {found.codec}")
+        say(f"{found.nbytes:,} bytes, {found.unpacked_bytes:,} in memory")
+        say(f"its key in a store: {result['key']}")
+
+    emit(result, as_json, show)
+
+
 def _show(result: Mapping[str, Any]) -> None:
     line = f"{result['profile']}: {result['bytes']:,} bytes from {result['documents']} documents, "
     line += f"{result['seconds']:.0f} s"

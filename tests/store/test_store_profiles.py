@@ -509,6 +509,9 @@ def test_the_commands(tmp_path, capsys, at_once):
     code, found = run_json(capsys, "get", "--store", url, "--key", key, "-o", copied)
     assert (code, found["encoded_bytes"], found["model"]) == (0, profile.nbytes, "test/model")
     assert kvzip.Profile.load(copied).id == profile.id
+    code, told = run_json(capsys, "info", copied)
+    assert (code, told["key"], told["bytes"]) == (0, key, profile.nbytes)
+    assert key in run(capsys, "info", copied)[1]
     code, _, err = run(capsys, "get", "--store", url, "--key", key, "-o", tmp_path / "c.kvz")
     assert (code, "end it in .kvprofile" in err) == (2, True)
     code, _, err = run(capsys, "rm", key, "--store", url)
