@@ -79,7 +79,8 @@ class Grid:
         bias = (1 << (self.exponent_bits - 1)) - 1
         power = np.maximum(exponent, 1) - bias - self.mantissa_bits - unit - 1
         exact = np.ldexp(fraction.astype(np.float64), power)
-        return np.minimum(np.floor(exact), LIMIT).astype(np.int64)
+        found: Ints = np.minimum(np.floor(exact), LIMIT).astype(np.int64)
+        return found
 
     def values(self, places: Ints, unit: int) -> Ints:
         """Fixed-point values."""
