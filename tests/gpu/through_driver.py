@@ -57,10 +57,14 @@ def same(found, snapshot, begin=0, end=None) -> None:
 
 
 def layers_need_each_other(draw: random.Random) -> None:
-    """Of `predictive`, whose steps wait for each other from piece to piece."""
-    shapes = [((2, 12), (2, 12))] * 4
-    profile = random_profile(1, shapes, group=8, lanes=2, pairs=4, regions=2, tables=(2,))
-    snapshot = make_snapshot(cache_like, 1, "bf16", layers=4, heads=2, tokens=100, dim=12)
+    """Of `predictive`, whose steps wait for each other from piece to piece, and need much shared
+    memory, some more than others."""
+    dims = [32, 12, 32, 12]
+    shapes = [((2, dim), (2, dim)) for dim in dims]
+    profile = random_profile(1, shapes, group=64, lanes=16, pairs=4, regions=2, tables=(2,))
+    rng = np.random.default_rng(1)
+    layers = [[cache_like(rng, "bf16", (2, 70, dim)) for _ in range(2)] for dim in dims]
+    snapshot = kvzip.Snapshot.from_arrays(layers, "bf16", rng.integers(0, 300, 70))
     blob = encode(snapshot, profile, pytest.MonkeyPatch(), {(1, "v")}, block_tokens=32)
     for on_device.PIECE in (1, 4000):
         same(kvzip.decode(blob, profile, device="cuda"), snapshot)

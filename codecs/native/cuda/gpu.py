@@ -177,6 +177,8 @@ class CudaDevice(Device):
         self._context = _called(driver.cuDevicePrimaryCtxRetain(device))
         self._modules: dict[str, Any] = {}
         self._functions: dict[Kernel, Any] = {}
+        self._shared: dict[str, int] = {}
+        """The most shared memory that each function has been allowed."""
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -255,7 +257,9 @@ class CudaDevice(Device):
             code = compiled(kernel.source, self.architecture)
             module = self._modules[kernel.source] = _called(self._driver.cuModuleLoadData(code))
         found = _called(self._driver.cuModuleGetFunction(module, kernel.name.encode()))
-        if kernel.shared > _STATIC_SHARED:
+        # Of one function there are kernels that need more and less.
+        if kernel.shared > self._shared.get(kernel.name, _STATIC_SHARED):
+            self._shared[kernel.name] = kernel.shared
             attribute = self._driver.CUfunction_attribute
             key = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _called(self._driver.cuFuncSetAttribute(found, key, kernel.shared))
