@@ -59,7 +59,7 @@ def same(found, snapshot, begin=0, end=None) -> None:
 def layers_need_each_other(draw: random.Random) -> None:
     """Of `predictive`, whose steps wait for each other from piece to piece, and need much shared
     memory, some more than others."""
-    dims = [32, 12, 32, 12]
+    dims = [32, 12, 12, 12]
     shapes = [((2, dim), (2, dim)) for dim in dims]
     profile = random_profile(1, shapes, group=64, lanes=16, pairs=4, regions=2, tables=(2,))
     rng = np.random.default_rng(1)
