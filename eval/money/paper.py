@@ -90,6 +90,8 @@ def _row(
     by_construction: bool = False,
 ) -> PaperRow:
     agrees = None if paper is None else round(ours, digits) == round(paper, digits)
+    if by_construction:
+        note = f"Agrees by construction: the price was derived from it. {note}".rstrip()
     return PaperRow(
         name, paper, ours, unit, digits, inputs, formula, agrees, derived, note, by_construction
     )
@@ -173,7 +175,6 @@ def _fleet_rows(token_price: float) -> list[PaperRow]:
             f"80 M agents, 3,774 tokens, {price}",
             "agents × tokens × price",
             derived=True,
-            note="Agrees by construction: the price was derived from it.",
             by_construction=True,
         ),
         _row(
@@ -204,8 +205,7 @@ def _egress_rows(egress: float, token_price: float) -> list[PaperRow]:
             f"0.54 GB, {tariff}",
             "stated 0.54 GB × egress price",
             derived=True,
-            note="Agrees by construction: the price was derived from it. With the exact size: "
-            f"${exact:.4f}.",
+            note=f"With the exact size: ${exact:.4f}.",
             by_construction=True,
         ),
         _row(

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
-import os
 import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
-from kvzip.eval.results.provenance import machine, now, versions
+from kvzip.eval.results.provenance import now
 from kvzip.eval.results.sweep import Row
 from kvzip.eval.speed import bench
 from kvzip.eval.sweep import synthetic
 from kvzip.eval.sweep.points import Point
+from kvzip.eval.sweep.rows import head_of
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
@@ -31,16 +28,7 @@ def measure(point: Point, folder: str) -> Row:
     has no figures.
     """
     began = time.perf_counter()
-    where = machine()
-    common: dict[str, Any] = {
-        **msgspec.to_builtins(point),
-        "id": point.id,
-        "cpu": where.cpu,
-        "cores": where.cores,
-        "memory_gib": where.memory_gib,
-        "process": f"{os.uname().nodename}:{os.getpid()}",
-        "versions": json.dumps(versions()),
-    }
+    head = head_of(point)
     figures: dict[str, Any]
     try:
         snapshot = _load(str(_snapshot(point, Path(folder) / "snapshots")))
@@ -56,7 +44,7 @@ def measure(point: Point, folder: str) -> Row:
             figures[name] = getattr(result, name)
     except Exception as error:  # a codec is anybody's code
         figures = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-    return Row(**common, **figures, date=now(), seconds=time.perf_counter() - began)
+    return Row(**head, **figures, date=now(), seconds=time.perf_counter() - began)
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ stopped, and no row is lost or there twice.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import msgspec
 
 from kvzip.errors import KVZipError
+from kvzip.eval.results.provenance import machine, versions
 from kvzip.eval.results.sweep import FORMS, Row, SweepRow
 from kvzip.files import replacing, sweep
 
@@ -24,6 +26,20 @@ _log = logging.getLogger("kvzip.eval")
 
 MERGE_ABOVE = 256
 """Files of one row that a sweep leaves; more are put together when it ends."""
+
+
+def head_of(point: Any) -> dict[str, Any]:
+    """What the row of every kind of point begins with: the point, and where it is measured."""
+    here = machine()
+    return {
+        **msgspec.to_builtins(point),
+        "id": point.id,
+        "cpu": here.cpu,
+        "cores": here.cores,
+        "memory_gib": here.memory_gib,
+        "process": f"{os.uname().nodename}:{os.getpid()}",
+        "versions": json.dumps(versions()),
+    }
 
 
 class RowFolder:

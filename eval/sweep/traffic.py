@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from functools import lru_cache
 from typing import Any
@@ -15,11 +13,12 @@ from numpy.typing import NDArray
 from kvzip.eval.money.advise import shape_of
 from kvzip.eval.money.prices import default_prices
 from kvzip.eval.results.inputs import Inputs
-from kvzip.eval.results.provenance import machine, now, versions
+from kvzip.eval.results.provenance import now
 from kvzip.eval.results.stored import load
 from kvzip.eval.results.sweep import TrafficRow
 from kvzip.eval.results.traffic import FleetRow
 from kvzip.eval.sweep.points import TrafficPoint
+from kvzip.eval.sweep.rows import head_of
 from kvzip.eval.traffic import trace as traces
 from kvzip.eval.traffic.capacity import stack_distances
 from kvzip.eval.traffic.fleet import CodecUse, Fleet, tier_of
@@ -36,8 +35,7 @@ def measure(point: TrafficPoint, folder: str) -> TrafficRow:
     Whatever goes wrong becomes a row that says "failed" and why, and has no figures.
     """
     began = time.perf_counter()
-    where = machine()
-    fields = msgspec.to_builtins(point)
+    head = head_of(point)
     figures: dict[str, Any]
     try:
         trace, distances = _trace(point.trace, point.spread)
@@ -49,20 +47,8 @@ def measure(point: TrafficPoint, folder: str) -> TrafficRow:
             figures[name] = float(sum(getattr(tier, name) for tier in found.tiers))
     except Exception as error:
         figures = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-    return TrafficRow(
-        **{
-            **fields,
-            "id": point.id,
-            "cpu": where.cpu,
-            "cores": where.cores,
-            "memory_gib": where.memory_gib,
-            "process": f"{os.uname().nodename}:{os.getpid()}",
-            "versions": json.dumps(versions()),
-            **figures,
-            "date": now(),
-            "seconds": time.perf_counter() - began,
-        }
-    )
+    ended: dict[str, Any] = {"date": now(), "seconds": time.perf_counter() - began}
+    return TrafficRow(**head | figures | ended)
 
 
 @lru_cache(maxsize=2)

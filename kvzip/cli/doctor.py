@@ -17,7 +17,7 @@ from kvzip.cli.terminal import emit, say, working
 from kvzip.codecs import _native
 from kvzip.codecs.native.cuda.device import cache_folder
 from kvzip.errors import KVZipError
-from kvzip.eval.results.provenance import machine
+from kvzip.eval.results.provenance import machine, versions
 from kvzip.version import __version__
 
 _ENGINES = {
@@ -50,16 +50,18 @@ def doctor(*, as_json: Json = False) -> None:
         checks = selftest.self_test()
     gpus, no_gpu = _gpus()
     missing = {extra: _missing(extra) for extra in _FOR}
+    there = versions([package for packages in _ENGINES.values() for package in packages])
     engines = {
-        name: next(filter(None, map(_version, packages)), None)
+        name: next(filter(None, map(there.get, packages)), None)
         for name, packages in _ENGINES.items()
     }
+    used, available = _native.simd(), selftest.instructions()
     result: dict[str, Any] = {
         "kvzip": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
         "machine": msgspec.to_builtins(here),
-        "instructions": {"used": _native.simd(), "available": selftest.instructions()},
+        "instructions": {"used": used, "available": available},
         "gpus": gpus,
         "no_gpu": no_gpu,
         "engines": engines,
@@ -71,8 +73,7 @@ def doctor(*, as_json: Json = False) -> None:
     def show() -> None:
         say(f"kvzip {__version__}, Python {platform.python_version()}, {platform.platform()}")
         say(f"processor: {here.cpu}, {here.cores} cores, {here.memory_gib} GiB of memory")
-        used, others = _native.simd(), ", ".join(selftest.instructions())
-        say(f"instructions: {used} (it has kernels here for {others})")
+        say(f"instructions: {used} (it has kernels here for {', '.join(available)})")
         for one in gpus:
             say(f"GPU: {one['name']}, {one['architecture']}, {one['memory_gib']} GiB")
         if not gpus:
@@ -93,14 +94,6 @@ def doctor(*, as_json: Json = False) -> None:
         raise CheckFailed(f"the self-test failed: {', '.join(failed)}")
 
 
-def _version(package: str) -> str | None:
-    """The version of a package, None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _missing(extra: str) -> list[str]:
     """The packages that an extra of ours takes and that are not installed."""
     found = []
@@ -108,7 +101,7 @@ def _missing(extra: str) -> list[str]:
         wanted, _, condition = requirement.partition(";")
         if re.search(rf"extra\s*==\s*['\"]{extra}['\"]", condition):
             name = re.match(r"[\w.-]+", wanted.strip())
-            if name and _version(name[0]) is None:
+            if name and name[0] not in versions([name[0]]):
                 found.append(wanted.strip())
     return found
 

@@ -50,12 +50,12 @@ def snapshot_of_cache(
     them. Raises UnsupportedError, which names the layer and its class, for any cache layer but full
     and sliding attention, and KVZipError when the ids do not fit the cache.
     """
-    if not isinstance(cache, (Cache, EncoderDecoderCache)) and not is_own(cache):
-        raise UnsupportedError(f"a {type(cache).__name__} is not a cache of a decoder's layers")
     kinds = []
     if model is not None and not isinstance(model, str):
         check_model(model)
-        kinds = layer_kinds(model.config)
+        kinds = layer_kinds(model.config)  # which says why some families' caches cannot be kept
+    if not isinstance(cache, (Cache, EncoderDecoderCache)) and not is_own(cache):
+        raise UnsupportedError(f"a {type(cache).__name__} is not a cache of a decoder's layers")
     _check_filled(cache, model)
     found = [one.copied() for one in held_by(cache, kinds)]
     source = _encoder_ids(cache, encoder_ids)

@@ -6,38 +6,21 @@ from pathlib import Path
 
 import pytest
 from command import run_json
+from gpu_results import gpu_result, gpu_row
 
 from kvzip.errors import KVZipError
 from kvzip.eval.money.gpu_inputs import with_gpu
 from kvzip.eval.money.prices import default_prices
 from kvzip.eval.results import stored
-from kvzip.eval.results.gpu import COPY, KERNELS, LINK, GpuResult, GpuRow
-from kvzip.eval.results.provenance import Machine
+from kvzip.eval.results.gpu import COPY, KERNELS, LINK, GpuResult
 
 BOOK = default_prices()
 
 
 def result(**rates: float) -> GpuResult:
-    rows = [
-        GpuRow(name=name, tokens=tokens, seconds=1.0, least_seconds=1.0, gbps=rate, runs=9)
-        for name, rate in rates.items()
-        for tokens in (4096, 1024)
-    ]
-    rows[1::2] = [
-        GpuRow(name=r.name, tokens=r.tokens, seconds=1.0, least_seconds=1.0, gbps=1.0, runs=9)
-        for r in rows[1::2]
-    ]
-    return GpuResult(
-        command="python -m kvzip.benchmarks.gpu",
-        date="2026-11-28T00:00:00+00:00",
-        machine=Machine("some CPU", 2, 16.0),
-        versions={},
-        gpu="Some GPU",
-        dtype="bf16",
-        shape={},
-        ratio={},
-        rows=rows,
-    )
+    rows = [gpu_row(name, tokens, rate) for name, rate in rates.items() for tokens in (4096, 1024)]
+    rows[1::2] = [gpu_row(r.name, r.tokens) for r in rows[1::2]]
+    return gpu_result(rows)
 
 
 def test_measured_rates_take_the_books_place() -> None:

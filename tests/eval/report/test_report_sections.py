@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from container.test_parts import every_kind
+from gpu_results import gpu_result, gpu_row
 from report_page import Opened, result
 
 from kvzip import entropy
@@ -20,7 +21,6 @@ from kvzip.eval.report.traffic import found_at
 from kvzip.eval.results import frontier
 from kvzip.eval.results.entropy import EntropyResult
 from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
-from kvzip.eval.results.gpu import GpuResult, GpuRow
 from kvzip.eval.results.provenance import Machine
 
 pytest.importorskip("jinja2", reason="the report needs the extra `eval`")
@@ -128,19 +128,7 @@ BENCHMARKS = Path(__file__).parents[3] / "docs" / "benchmarks.json"
 LINKS = Path(__file__).parents[3] / "docs" / "results" / "links.json"
 
 
-GPU = msgspec.to_builtins(
-    GpuResult(
-        command="python -m kvzip.benchmarks.gpu",
-        date="2026-11-24",
-        machine=Machine("some CPU", 2, 16.0),
-        versions={},
-        gpu="some GPU",
-        dtype="bf16",
-        shape={},
-        ratio={},
-        rows=[GpuRow(name="raw", tokens=1, seconds=1.0, least_seconds=1.0, gbps=1.0, runs=1)],
-    )
-)
+GPU = msgspec.to_builtins(gpu_result([gpu_row("raw", runs=1)]))
 
 
 def with_rungs(rungs: list[Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import ray_cluster
 
 from kvzip.errors import KVZipError
 from kvzip.eval.results.sweep import Row
@@ -345,24 +346,10 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
 
 
 def test_a_ray_cluster_of_two_nodes_gives_the_same_rows(tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="--ray needs the extra `ray`")
-    from ray.cluster_utils import Cluster
-
     points = read_config(cheap(tmp_path, repeats=3))
     run(points, tmp_path / "here")
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 1,
-            "include_dashboard": False,
-            "object_store_memory": 100 << 20,
-        },
-    )
-    try:
-        cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-        done = run(points, tmp_path / "there", ray=cluster.address)
-    finally:
-        cluster.shutdown()
+    with ray_cluster(nodes=2) as address:
+        done = run(points, tmp_path / "there", ray=address)
     assert (done.measured, done.failed) == (24, [])
     assert comparable(tmp_path / "there") == comparable(tmp_path / "here")
     assert len({row["process"] for row in RowFolder(tmp_path / "there").read()}) >= 2

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from clusters import ray_cluster
 
 from kvzip.errors import KVZipError
 from kvzip.eval.results.sweep import TrafficRow
@@ -110,23 +111,10 @@ def test_what_is_wrong_is_said(tmp_path: Path, line: str, says: str) -> None:
 
 
 def test_a_ray_cluster_gives_the_same_rows(config: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="--ray needs the extra `ray`")
-    from ray.cluster_utils import Cluster
-
     points = read_config(config)[:6]
     run(points, tmp_path / "here")
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 2,
-            "include_dashboard": False,
-            "object_store_memory": 100 << 20,
-        },
-    )
-    try:
-        done = run(points, tmp_path / "there", ray=cluster.address)
-    finally:
-        cluster.shutdown()
+    with ray_cluster(cores=2) as address:
+        done = run(points, tmp_path / "there", ray=address)
     assert (done.measured, done.failed) == (6, [])
     figures = ("id", "hit_rate", "ttft_mean", "gpu_seconds", "usd")
     here, there = (
