@@ -55,8 +55,8 @@ else:
 _log = logging.getLogger("kvzip.sglang")
 
 T = TypeVar("T")
-_OnPage: TypeAlias = "Callable[[str, torch.Tensor, HostKVCache], bool]"
-"""What is done with a page: its key, its numbers, and the pool that they are in."""
+_OnPage: TypeAlias = "Callable[[str, int, HostKVCache], bool]"
+"""What is done with a page: its key, the index of its first token, and the pool that it is in."""
 
 # For each layout of SGLang's host memory, the axes of a page after those of keys and values:
 # layer, token (of the page), head. The last axis is the head's dimension.
@@ -65,7 +65,8 @@ _AXES = {"layer_first": "lth", "page_first": "tlh", "page_first_direct": "lth", 
 
 def page_of(tensor: torch.Tensor, pool: HostKVCache | None) -> torch.Tensor:
     """A page of a host pool, flat or in the pool's layout, as a view [2, layers, heads, tokens,
-    dim]; of MLA's pools, which hold no values, [1, layers, tokens, dim]; of others as it is."""
+    dim]; where keys and values are not told apart (MLA's latents, keys alone), [1, layers, tokens,
+    channels]; any other, as an indexer's with its scales, as it is, without axes of size 1."""
     layout, tokens = getattr(pool, "layout", None), getattr(pool, "page_size", 1)
     axes = _AXES.get(str(layout))
     layers = getattr(pool, "layer_num", 0)
@@ -77,12 +78,14 @@ def page_of(tensor: torch.Tensor, pool: HostKVCache | None) -> torch.Tensor:
         return page.permute(0, *(1 + axes.index(a) for a in "lht"), 4)
     if axes and layers and tensor.numel() % (layers * tokens) == 0:
         order = axes.replace("h", "")
-        width = tensor.numel() // (layers * tokens)
-        page = tensor if tensor.ndim == 1 else tensor.squeeze(-2)
-        page = page.squeeze(0) if page.ndim == 4 else page
-        page = page.view(*(count[a] for a in order), width) if page.ndim == 1 else page
-        return page.permute(*(order.index(a) for a in "lt"), 2)[None]
-    return tensor
+        sizes = tuple(count[a] for a in order)
+        page = tensor.view(*sizes, -1) if tensor.ndim == 1 else tensor
+        if page.shape[0] == 1 and tuple(page.shape[1:3]) == sizes:
+            page = page[0]
+        if page.ndim > 2 and tuple(page.shape[:2]) == sizes:
+            page = page.view(*sizes, -1)
+            return page.permute(*(order.index(a) for a in "lt"), 2)[None]
+    return tensor.squeeze()
 
 
 class KvzipStorage(_Base):
@@ -109,6 +112,7 @@ class KvzipStorage(_Base):
         self._told: set[str] = set()
         self._failed: set[str] = set()
         """Paths of pages that are there and could not be loaded."""
+        self._gives_copies: dict[int, bool] = {}
         self.mem_pool_host: HostKVCache | None = None
         self.registered_pools: dict[PoolName, HostKVCache] = {}
 
@@ -148,33 +152,29 @@ class KvzipStorage(_Base):
             _log.warning("page %s of %s is computed instead: %s", key, self.bucket.url, why)
 
     def _load(self, key: str, tensor: torch.Tensor, pool: HostKVCache | None) -> bool:
-        def load() -> bool:
-            path = self._path(key, pool)
-            data = self.bucket.get(path)
-            found = "miss" if data is None else "hit"
-            metrics.count("lookups", where="sglang", result=found)
-            if data is None:
-                return False
-            try:
-                chunks.decode(data, page_of(tensor, pool))
-            except Exception:
-                self._failed.add(path)
-                raise
-            return True
-
-        return self._try(load, False, key)
+        """Fill a page. Raises KVZipError and OSError."""
+        path = self._path(key, pool)
+        data = self.bucket.get(path)
+        found = "miss" if data is None else "hit"
+        metrics.count("lookups", where="sglang", result=found)
+        if data is None:
+            return False
+        try:
+            chunks.decode(data, page_of(tensor, pool))
+        except Exception:
+            self._failed.add(path)
+            raise
+        return True
 
     def _store(self, key: str, tensor: torch.Tensor, pool: HostKVCache | None) -> bool:
-        def store() -> bool:
-            path, page = self._path(key, pool), page_of(tensor, pool)
-            if not self._there(path):
-                origin = Origin(model=self.model, revision=self._weights.pinned())
-                data = chunks.encode(page, self.codec, 1, origin)
-                self.bucket.put(path, data, create=False)
-                self._failed.discard(path)
-            return True
-
-        return self._try(store, False, key)
+        """Store a page that is not there. Raises KVZipError and OSError."""
+        path, page = self._path(key, pool), page_of(tensor, pool)
+        if not self._there(path):
+            origin = Origin(model=self.model, revision=self._weights.pinned())
+            data = chunks.encode(page, self.codec, 1, origin)
+            self.bucket.put(path, data, create=False)
+            self._failed.discard(path)
+        return True
 
     def _each(self, do: Callable[..., T], *arguments: Iterable[object]) -> list[T]:
         return list(self._pool.map(do, *arguments))
@@ -187,7 +187,9 @@ class KvzipStorage(_Base):
         """Fill `target_location`, a flat page; it, or None for a miss."""
         if target_location is None:
             return None
-        return target_location if self._load(key, target_location, self.mem_pool_host) else None
+        pool = self.mem_pool_host
+        loaded = self._try(lambda: self._load(key, target_location, pool), False, key)
+        return target_location if loaded else None
 
     def batch_get(
         self,
@@ -205,7 +207,9 @@ class KvzipStorage(_Base):
         target_sizes: object = None,
     ) -> bool:
         page = target_location if value is None else value
-        return page is not None and self._store(key, page, self.mem_pool_host)
+        return page is not None and self._try(
+            lambda: self._store(key, page, self.mem_pool_host), False, key
+        )
 
     def batch_set(
         self,
@@ -248,22 +252,40 @@ class KvzipStorage(_Base):
         size = getattr(pool, "page_size", 1) or 1
         if pool is None or indices is None or len(indices) != len(keys) * size:
             return [False] * len(keys)
-        starts = indices[::size].tolist()
 
         def page(key: str, start: int) -> bool:
-            return do(key, pool.get_data_page(start, flat=False), pool)
+            return self._try(lambda: do(key, start, pool), False, key)
 
-        return self._each(page, keys, starts)
+        return self._each(page, keys, indices[::size].tolist())
+
+    def _copies(self, pool: HostKVCache, start: int) -> bool:
+        """Whether what a pool gives as a page is a copy, as of a Mamba state's several tensors."""
+        if id(pool) not in self._gives_copies:
+            first, again = (pool.get_data_page(start, flat=False) for _ in range(2))
+            self._gives_copies[id(pool)] = first.data_ptr() != again.data_ptr()
+        return self._gives_copies[id(pool)]
+
+    def _load_at(self, key: str, start: int, pool: HostKVCache) -> bool:
+        """Fill the page of a pool that begins at an index."""
+        page = pool.get_data_page(start, flat=False)
+        loaded = self._load(key, page, pool)
+        if loaded and self._copies(pool, start):
+            pool.set_from_flat_data_page(start, page)
+        return loaded
+
+    def _store_at(self, key: str, start: int, pool: HostKVCache) -> bool:
+        """Store the page of a pool that begins at an index."""
+        return self._store(key, pool.get_data_page(start, flat=False), pool)
 
     def batch_get_v1(
         self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: object = None
     ) -> list[bool]:
-        return self._pages(self._load, keys, host_indices, self.mem_pool_host)
+        return self._pages(self._load_at, keys, host_indices, self.mem_pool_host)
 
     def batch_set_v1(
         self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: object = None
     ) -> list[bool]:
-        return self._pages(self._store, keys, host_indices, self.mem_pool_host)
+        return self._pages(self._store_at, keys, host_indices, self.mem_pool_host)
 
     # --- pages of several pools ------------------------------------------------------------
 
@@ -288,12 +310,12 @@ class KvzipStorage(_Base):
     def batch_get_v2(
         self, transfers: Iterable[PoolTransfer], extra_info: object = None
     ) -> dict[PoolName, list[bool]]:
-        return self._batch_v2(self._load, transfers)
+        return self._batch_v2(self._load_at, transfers)
 
     def batch_set_v2(
         self, transfers: Iterable[PoolTransfer], extra_info: object = None
     ) -> dict[PoolName, list[bool]]:
-        return self._batch_v2(self._store, transfers)
+        return self._batch_v2(self._store_at, transfers)
 
     def batch_exists_v2(
         self,

@@ -387,6 +387,123 @@ def test_several_pools(tmp_path: Any) -> None:
     assert torch.equal(state.kv_buffer[:, rows], before[:, rows])
 
 
+class Indexer(Pool):
+    """An indexer's keys with their scales, as SGLang's pool for sparse attention has them."""
+
+    def __init__(self, layout: str, wide: int = 40):
+        super().__init__(layout, torch.uint8, latent=True)
+        self.head_num = self.head_dim = 0
+        first = layout == "layer_first"
+        shape = (LAYERS, PAGES, wide) if first else (PAGES, LAYERS, 1, wide)
+        self.kv_buffer = torch.zeros(shape, dtype=torch.uint8)
+
+    def get_data_page(self, index: int, flat: bool = True) -> Any:
+        page = slice(index // TOKENS, index // TOKENS + 1)
+        first = self.layout == "layer_first"
+        data = self.kv_buffer[:, page] if first else self.kv_buffer[page]
+        return data.flatten() if flat else data
+
+
+class Keys(Pool):
+    """Keys alone, of heads, as SGLang's pool has them where values are the keys."""
+
+    def __init__(self, layout: str):
+        super().__init__(layout, torch.bfloat16, latent=True)
+        rows = PAGES * TOKENS
+        sizes = (LAYERS, rows) if layout == "layer_first" else (rows, LAYERS)
+        self.kv_buffer = torch.zeros(*sizes, HEADS, DIM, dtype=torch.bfloat16)
+        self.head_num = HEADS
+
+
+class States(Pool):
+    """Mamba's states: several tensors of a slot, which are copied together into a page."""
+
+    def __init__(self, layout: str = "page_first"):
+        super().__init__(layout, torch.bfloat16)
+        self.page_size, self.layer_num = 1, 0
+        self.parts = [
+            torch.zeros(PAGES, LAYERS, 2, 8, dtype=torch.float32),
+            torch.zeros(PAGES, LAYERS, 24, dtype=torch.bfloat16),
+        ]
+
+    def get_data_page(self, index: int, flat: bool = True) -> Any:
+        return torch.cat([p[index].contiguous().view(torch.uint8).flatten() for p in self.parts])
+
+    def set_from_flat_data_page(self, index: int, page: Any) -> None:
+        at = 0
+        for part in self.parts:
+            count = part[index].numel() * part.element_size()
+            part[index] = page[at : at + count].clone().view(part.dtype).view(part[index].shape)
+            at += count
+
+
+def fill(pool: Any) -> Any:
+    generator = torch.Generator().manual_seed(7)
+    for part in getattr(pool, "parts", [pool.kv_buffer]):
+        bits = part.view(torch.uint8)
+        bits.copy_(torch.randint(0, 256, bits.shape, dtype=torch.uint8, generator=generator))
+    return pool
+
+
+def pages_of(pool: Any) -> list[Any]:
+    return [pool.get_data_page(i * pool.page_size).view(torch.uint8) for i in range(PAGES)]
+
+
+OTHERS = {
+    "indexer": (lambda: Indexer("layer_first"), lambda: Indexer("page_first")),
+    "keys": (lambda: Keys("layer_first"), lambda: Keys("layer_first")),
+    "states": (States, lambda: States("page_first_direct")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_pools_of_hybrid_models(tmp_path: Any, name: str) -> None:
+    """Beside keys and values there are others, whose pages come back into the host's memory, and
+    are stored again once they have failed."""
+    writer, reader = (make() for make in OTHERS[name])
+    fill(writer)
+    indices = torch.arange(PAGES * writer.page_size)
+    first, second = backend_of(tmp_path, writer), backend_of(tmp_path, reader)
+    for backend, pool in ((first, writer), (second, reader)):
+        backend.register_mem_host_pool_v2(pool, name)
+    transfer = SimpleNamespace(name=name, keys=KEYS, host_indices=indices)
+    assert first.batch_set_v2([transfer]) == {name: [True] * PAGES}
+    files = sorted(tmp_path.rglob("*.kvz"))
+    data = bytearray(files[2].read_bytes())
+    data[-1] ^= 1
+    files[2].write_bytes(data)
+    for right in ([i != 2 for i in range(PAGES)], [True] * PAGES):
+        assert second.batch_get_v2([transfer]) == {name: right}
+        for one, other, good in zip(pages_of(reader), pages_of(writer), right, strict=True):
+            assert not good or torch.equal(one, other)
+        # The host computes what is missing, and stores all again: only what failed is written.
+        second.registered_pools[name] = writer
+        assert second.batch_set_v2([transfer]) == {name: [True] * PAGES}
+        second.registered_pools[name] = reader
+
+
+def test_keys_alone_in_any_layout(tmp_path: Any) -> None:
+    writer, reader = fill(Keys("layer_first")), Keys("page_first")
+    for pool, do in ((writer, "batch_set_v1"), (reader, "batch_get_v1")):
+        assert getattr(backend_of(tmp_path, pool), do)(KEYS, INDICES) == [True] * PAGES
+    bits = writer.kv_buffer.view(torch.uint8).transpose(0, 1)
+    assert torch.equal(bits, reader.kv_buffer.view(torch.uint8))
+
+
+def test_a_pool_that_has_no_pages_is_a_miss(tmp_path: Any, caplog: Any) -> None:
+    """SGLang's pools of packed formats raise; its thread must not end."""
+
+    class Packed(Pool):
+        def get_data_page(self, index: int, flat: bool = True) -> Any:
+            raise NotImplementedError("no flat pages yet")
+
+    backend = backend_of(tmp_path, Packed("layer_first", torch.uint8))
+    assert backend.batch_set_v1(KEYS, INDICES) == [False] * PAGES
+    assert backend.batch_get_v1(KEYS, INDICES) == [False] * PAGES
+    told = [r.getMessage() for r in caplog.records if r.name == "kvzip.sglang"]
+    assert len(told) == 1 and "no flat pages yet" in told[0]
+
+
 @dataclasses.dataclass
 class Result:
     """SGLang's `PoolTransferResult`."""
