@@ -299,7 +299,7 @@ def test_the_pages_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvzip.load.lmcache", "server", "--help"]
     assert shell.split()[1:4] == command[1:4]
     # Not from here, where `-m` would find the sources before what is installed.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     wanted = set(re.findall(r"--[\w-]+", shell))
     assert wanted <= set(re.findall(r"--[\w-]+", done.stdout)) and len(wanted) == 3
 
@@ -382,3 +382,84 @@ def test_chunks_of_something_else_are_a_miss_for_lmcache(adapter: Any, other: An
     store(adapter)
     assert load(adapter, *reserve(adapter, "r", **other)) == [False] * 3
     assert load(adapter, *reserve(adapter, "same")) == [True] * 3
+
+
+GROUPS: dict[int, list[tuple[tuple[int, ...], Any]]] = {
+    0: [((2, 2, 64, 128), torch.bfloat16)],  # layers of full attention
+    1: [((2, 4, 64, 128), torch.bfloat16)],  # sliding ones
+    2: [((1, 3, 64, 576), torch.bfloat16)],  # latents (MLA)
+    3: [((1, 3, 64, 132), torch.uint8)],  # an indexer's keys with their scales
+    4: [((4, 32, 3), torch.bfloat16), ((4, 8, 16, 16), torch.float32)],  # states of two tensors
+    5: [((2, 2, 64, 128), torch.float8_e4m3fn)],
+}
+"""Object groups of LMCache: what each of its objects holds."""
+
+
+@real
+def test_object_groups(adapter: Any, tmp_path: Any) -> None:
+    """A model of several groups of layers: of each chunk an object for each group, with shapes and
+    dtypes of its own. What is damaged of one is a miss of that one, and is replaced."""
+    from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
+
+    def object_of(group: int, tag: str) -> tuple[Any, Any]:
+        key = ObjectKey(bytes([7] * 16), "org/model", 0, group)
+        shapes = [torch.Size(shape) for shape, _ in GROUPS[group]]
+        layout = MemoryLayoutDesc(shapes, [kind for _, kind in GROUPS[group]])
+        return key, adapter[1].reserve_write([key], [False], layout, tag)[key][1]
+
+    def put(key: Any, memory: Any) -> None:
+        task = adapter[0].submit_store_task([key], [memory])
+        assert wait(adapter[0].pop_completed_store_tasks)[task].is_successful()
+
+    held = {group: object_of(group, "w") for group in GROUPS}
+    tensors = {
+        group: [tensor_of(shape, kind, group + i) for i, (shape, kind) in enumerate(found)]
+        for group, found in GROUPS.items()
+    }
+    for group, (key, memory) in held.items():
+        for i, tensor in enumerate(tensors[group]):
+            memory.get_tensor(i).copy_(tensor)
+        put(key, memory)
+    assert len(list(tmp_path.rglob("*.data"))) == len(GROUPS)
+
+    def come(group: int) -> bool:
+        key, memory = held[group]
+        found = [memory.get_tensor(i) for i in range(len(tensors[group]))]
+        for one in found:
+            one.zero_()
+        [loaded] = load(adapter, [key], [memory])
+        assert not loaded or all(map(same, found, tensors[group]))
+        return loaded
+
+    assert all(come(group) for group in GROUPS)
+    [file] = tmp_path.rglob("*@4@*.data")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert [come(group) for group in GROUPS] == [group != 4 for group in GROUPS]
+    key, memory = held[4]
+    for i, tensor in enumerate(tensors[4]):
+        memory.get_tensor(i).copy_(tensor)
+    put(key, memory)
+    assert come(4)
+
+
+@real
+def test_as_a_serde_of_several_tensors() -> None:
+    """LMCache's newest interface takes a tuple of objects; one of one object is ours."""
+    from lmcache.v1.distributed.serde.multi import (
+        single_to_multi_deserializer,
+        single_to_multi_serializer,
+    )
+
+    tensor = tensor_of(SHAPES["KV_2LTD"], torch.bfloat16)
+    layout = SimpleNamespace(shapes=[tensor.shape], dtypes=[tensor.dtype])
+    writer = single_to_multi_serializer(ours.KvzipSerializer(kvzip.get_codec("channel"), 1))
+    reader = single_to_multi_deserializer(ours.KvzipDeserializer(1))
+    stored = buffer(writer.estimate_serialized_size((layout,)))
+    key = SimpleNamespace(model_name="m")
+    assert writer.group_size == reader.group_size == 1
+    assert writer.serialize((Memory(tensor),), stored, key) < tensor.nbytes
+    back = torch.zeros_like(tensor)
+    reader.deserialize(stored, (Memory(back),), key)
+    assert same(back, tensor)
