@@ -80,6 +80,11 @@ class KvzipConnector(KVConnectorBase_V1, SupportsHMA):
                     "a request whose document cannot be loaded will fail: "
                     'set kv_load_failure_policy="recompute"'
                 )
+            if not engine.goes_on:
+                log.warning(
+                    "prompts are stored and not loaded: vLLM does not compute a prompt on top of a "
+                    "cache here (MLA without chunked prefill)"
+                )
             self._scheduler = Scheduler(
                 settings,
                 engine,

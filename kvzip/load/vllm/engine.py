@@ -75,8 +75,8 @@ class Engine:
     dtype: str
     split: Split
     goes_on: bool = True
-    """Whether vLLM computes several tokens after others that are in the cache. Where it does not,
-    all of a prompt is loaded but its last token, or nothing."""
+    """Whether vLLM computes a prompt on top of what is in the cache. Where it does not, prompts are
+    stored, and none is loaded."""
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Engine:
@@ -125,7 +125,7 @@ class Engine:
     def most(self, tokens: int) -> int:
         """Up to which position a cache for a prompt of so many tokens can be loaded at the most:
         one is left for the model, which must compute the next one."""
-        return (tokens - 1) // self.block_tokens * self.block_tokens if self.goes_on else tokens - 1
+        return (tokens - 1) // self.block_tokens * self.block_tokens if self.goes_on else 0
 
     @cached_property
     def block_tokens(self) -> int:
@@ -163,8 +163,6 @@ class Engine:
         where to stop at the latest. Of a document of other layers all is taken to be there: that it
         does not fit is told when it is opened."""
         stop = min(tokens // self.block_tokens * self.block_tokens, most)
-        if not self.goes_on:
-            stop = most if tokens >= most else 0
         if stop <= computed:
             return 0
         if len(layout.layers) != len(self.layers):
