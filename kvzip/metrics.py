@@ -166,6 +166,7 @@ class Timer:
 
     @property
     def wanted(self) -> bool:
+        """Whether anybody wanted to know when it was made."""
         return self._began is not None
 
     def done(self, name: str, **labels: str) -> None:

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip import metrics
 from kvzip.identity.checkpoint import changed
 from kvzip.load.vllm.engine import Engine
 from kvzip.load.vllm.metadata import Load, Metadata, Save, Span
@@ -216,7 +217,10 @@ class Scheduler:
                 found.documents if found.failed else (),
                 not self._may_save,
             )
+            result = "hit" if external else "near_miss" if found.failed else "miss"
+            metrics.count("lookups", where="vllm", result=result)
         if external:
+            metrics.count("found_tokens", external, where="vllm")
             assert stop - start == external, "vLLM loads other tokens than it was told of"
             spans = self._spans(blocks.get_block_ids(), start, stop, stop)
             load = Load(name, found.documents, start, stop, spans)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvzip import dtypes
+from kvzip import dtypes, metrics
 from kvzip.container import Reader
 from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.load.documents import OpenDocument, StoredDocument, open_document
@@ -117,6 +117,7 @@ class Worker:
         return done, failed
 
     def _tell(self, load: Load, error: Exception) -> None:
+        metrics.recomputed("vllm", error)
         log.warning(
             "document %s is not used, %s tokens are computed: %s",
             load.documents[self._part],
