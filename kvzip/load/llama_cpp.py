@@ -98,7 +98,7 @@ def is_of_slot(snapshot: Snapshot) -> bool:
 
 def _length(section: Section) -> int:
     """How many tokens there were when a section was written."""
-    return max(int(section.positions.max()) + 1, 0)
+    return min(max(int(section.positions.max()) + 1, 0), 2**31 - 1)
 
 
 def _layer(source: Source, parts: dict[str, Tensor], length: int, whole: bool) -> Layer:

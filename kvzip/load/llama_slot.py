@@ -29,6 +29,12 @@ little-endian integers."""
 _SEARCHED = 1 << 16
 """Bytes that are looked through for the next part that can be read."""
 _MOST_STREAMS, _MOST_LAYERS, _MOST_SEQUENCES = 256, 4096, 4096
+_MOST_CELLS = 1 << 26
+"""Cells that are looked at in all, in a file that could be read in too many ways; what is behind is
+carried as bytes."""
+_TRY = 1 << 14
+"""What a place that is tried costs of these, however few cells it has."""
+_MOST_TENSORS = 1 << 13
 _TYPES = {
     0: ("fp32", 4, 1),
     1: ("fp16", 2, 1),
@@ -87,10 +93,20 @@ class _Wrong(Exception):
 
 
 class _Cursor:
-    """Reads a source from somewhere on, and raises `_Wrong` behind its end."""
+    """Reads a source from somewhere on, and raises `_Wrong` behind its end.
 
-    def __init__(self, source: Source, at: int):
+    `left`: how many cells may still be looked at, of all cursors of one file.
+    """
+
+    def __init__(self, source: Source, at: int, left: list[int] | None = None):
         self.source, self.at = source, at
+        self._left = [_MOST_CELLS] if left is None else left
+
+    def spend(self, cells: int) -> None:
+        """Look at so many cells, if that may be."""
+        if cells > self._left[0]:
+            raise _Wrong
+        self._left[0] -= cells
 
     def take(self, length: int) -> memoryview:
         if length < 0 or self.at + length > self.source.size:
@@ -163,13 +179,21 @@ def _session(cursor: _Cursor) -> str:
 
 def _sections(source: Source, at: int) -> Iterator[Section]:
     """All that can be read from `at` on."""
+    left, tensors = [_MOST_CELLS], 0
     while at < source.size:
         for begin in _candidates(source, at):
+            left[0] -= _TRY
             try:
-                found, at = _section(source, begin)
+                found, end = _section(source, begin, left)
             except _Wrong:
+                if left[0] < 0:
+                    return
                 continue
+            tensors += sum(len(section.keys) + len(section.values) for section in found)
+            if tensors > _MOST_TENSORS:
+                return
             yield from found
+            at = end
             break
         else:
             return
@@ -186,10 +210,10 @@ def _candidates(source: Source, at: int) -> list[int]:
     return sorted(found)
 
 
-def _section(source: Source, at: int) -> tuple[list[Section], int]:
+def _section(source: Source, at: int, left: list[int] | None = None) -> tuple[list[Section], int]:
     """What one memory has written at a place, and where it ends."""
     for read in (_attention, _recurrent):
-        cursor = _Cursor(source, at)
+        cursor = _Cursor(source, at, left)
         try:
             return read(cursor), cursor.at
         except _Wrong:
@@ -201,7 +225,7 @@ def _attention(cursor: _Cursor) -> list[Section]:
     """Keys and values of all streams."""
     found = []
     for _ in range(cursor.number(1, _MOST_STREAMS)):
-        cells = cursor.number()
+        cells = cursor.number(0, 2**31 - 1)
         if cells:
             found.append(_first(cursor, cells, _keys_and_values, *_OF_CELL))
     if not found:
@@ -239,6 +263,7 @@ def _positions(cursor: _Cursor, cells: int, extra: int) -> NDArray[np.int32]:
         # A first look at one cell: most places that are tried are none.
         _, sequences = struct.unpack("<iI", cursor.source.read(at, 8))
         if sequences == 1:
+            cursor.spend(cells)
             records = np.frombuffer(bytes(cursor.take(cells * size)), "<i4").reshape(cells, -1)
             if (records[:, 1] == 1).all() and (
                 (records[:, -1] >= 0) & (records[:, -1] < _MOST_SEQUENCES)
@@ -247,6 +272,7 @@ def _positions(cursor: _Cursor, cells: int, extra: int) -> NDArray[np.int32]:
     cursor.at = at
     if cells * (8 + extra) > cursor.source.size - at:
         raise _Wrong
+    cursor.spend(256 * cells)  # it takes longer
     positions = np.empty(cells, np.int32)
     for i in range(cells):
         (positions[i],) = struct.unpack("<i", cursor.take(4))
@@ -300,7 +326,7 @@ def _rows(cursor: _Cursor, cells: int) -> Tensor:
     """A tensor row after row: its type, and the bytes of a row, before it."""
     name, block, numbers = _type(cursor)
     size = cursor.long()
-    if not size or size % block or size > 1 << 31:
+    if not size or size % block or size >= 1 << 31:
         raise _Wrong
     width = size // block * numbers if name != "bytes" else size
     return Tensor(cursor.skip(cells * size), name, cells, width)

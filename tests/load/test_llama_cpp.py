@@ -20,7 +20,7 @@ from support import cache_like
 
 import kvzip
 from kvzip.errors import CorruptError, FormatError, KVZipError, UsageError
-from kvzip.load import llama_cpp
+from kvzip.load import llama_cpp, llama_slot
 
 REAL = [Path(__file__).parent / "slots" / f"{name}.bin" for name in ("smollm2", "gemma3")]
 F32, F16, Q8_0 = 0, 1, 8
@@ -193,6 +193,34 @@ def test_whatever_the_bytes_are_they_come_back(tmp_path_factory, base, edits, cu
 def test_bytes_at_random_behind_a_magic_come_back(tmp_path_factory, tail):
     data = b"qsgg" + u32(7) + tail
     assert round_trip(tmp_path_factory.mktemp("any"), data)[1] == data
+
+
+def test_bytes_that_read_like_very_much_are_carried(tmp_path, monkeypatch):
+    """Each place of it reads like the beginning of very many cells; many small parts; positions
+    that no prompt has."""
+    monkeypatch.setattr(llama_slot, "_MOST_CELLS", 1 << 18)
+    monkeypatch.setattr(llama_slot, "_MOST_TENSORS", 100)
+    looked = 0
+    spend = llama_slot._Cursor.spend
+
+    def counted(cursor, count):
+        nonlocal looked
+        spend(cursor, count)
+        looked += count
+
+    monkeypatch.setattr(llama_slot._Cursor, "spend", counted)
+    small = u32(1, 1) + cells([0]) + u32(0, 1) + rows(F16, np.zeros((1, 1), np.uint16)) * 2
+    for data in (
+        slot(u32(1, 10_000) * 20_000),
+        slot(u32(1, 15_000) + u32(1, 1, 1) * 15_000 + u32(9) * 15_000),
+        slot(u32(1, 20_000) + u32(7, 0) * 20_000),
+        slot(small * 2_000),
+        slot(attention([2**31 - 1, 5])),
+        slot(attention([-5, -1])),
+    ):
+        looked = 0
+        snapshot, found, _ = round_trip(tmp_path, data, "raw")
+        assert found == data and looked <= 1 << 18 and len(snapshot.layers) <= 51
 
 
 def test_what_is_no_session_is_refused(tmp_path):
