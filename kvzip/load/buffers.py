@@ -32,7 +32,6 @@ from kvzip.codec import Codec, get_codec
 from kvzip.container import stated_length
 from kvzip.dtypes import Bits
 from kvzip.errors import UnsupportedError, UsageError
-from kvzip.load import chunks
 from kvzip.options import integer, items, text
 from kvzip.pages import decode_page, encode_page, is_page, max_page_size, page_info
 from kvzip.profile import Profile
@@ -203,7 +202,14 @@ class _Axes:
 
 
 def _codec(codec: str | Codec | Mapping[str, Any]) -> Codec:
-    return chunks.check_codec(get_codec(codec))
+    """The codec. Raises UnsupportedError for one that cannot be used on tensors by themselves."""
+    found = get_codec(codec)
+    if found.needs_profile:
+        raise UnsupportedError(
+            f"codec {found.codec_id!r} needs whole layers and their positions, which tensors do "
+            "not tell: use channel"
+        )
+    return found
 
 
 def _bytes(data: Any) -> memoryview:
