@@ -80,11 +80,13 @@ class HeldCache(DynamicCache):
         """While this lasts, `generate` goes on from the cache with a prompt, [batch, tokens], in
         which `mask` is 0 where it is padding. Raises KVZipError for other ids than the cache's."""
         length = int(self.get_seq_length())
-        if prompt.shape[1] <= length:
+        seen = self._fresh and any(getattr(layer, "_rotated", False) for layer in self.layers)
+        if prompt.shape[1] <= length and not seen:  # which keys tell, where they have positions
             raise KVZipError(
-                f"the cache holds {length} tokens, and the prompt has {prompt.shape[1]}: it must "
-                "be longer than its cache. After `generate` a cache holds the tokens that were "
-                "generated, too: load it anew for another prompt"
+                f"the prompt does not continue the cached document at position {length}: the cache "
+                f"holds {length} tokens, and the prompt has {prompt.shape[1]}: it must be longer "
+                "than its cache. After `generate` a cache holds the tokens that were generated, "
+                "too: load it anew for another prompt"
             )
         ids = prompt.detach().cpu().numpy().copy()
         self._check(ids, length)
