@@ -137,6 +137,7 @@ def prefill(
     import torch
     import transformers
 
+    from kvzip.load.calls import check_no_virtual_tokens
     from kvzip.load.config import layer_kinds, rope_parameters
     from kvzip.load.dropout import check_draws_no_lots
     from kvzip.load.filling import filled
@@ -154,6 +155,7 @@ def prefill(
             "decoder)"
         )
     check_draws_no_lots(model)
+    check_no_virtual_tokens(model)
     kinds = layer_kinds(config)
     check_ids(token_ids, config)
     check_text_only(config, np.asarray(token_ids), type(model).__name__)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+# Here, before any conftest.py imports it.
+pytest.register_assert_rewrite("kvzip.testing")
 _FOUND = pytest.StashKey[list[tuple[str, Any]]]()
 codecs: list[str] = []
 """What ``--kvzip-codec`` names."""
@@ -46,7 +48,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    pytest.register_assert_rewrite("kvzip.testing")
     codecs[:] = config.getoption("kvzip_codec")
     snapshots[:] = config.getoption("kvzip_snapshot")
     profiles[:] = config.getoption("kvzip_profile")

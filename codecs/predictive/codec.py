@@ -148,8 +148,10 @@ class PredictiveCodec(Codec):
         else:
             raise CorruptError("a block of unknown kind, or one that nothing predicts")
         if chain is not None:
-            # What follows is predicted from these numbers, too.
-            chain.model(context.layer, part, _split(out)[0])
+            try:  # what follows is predicted from these numbers, too
+                chain.model(context.layer, part, _split(out)[0])
+            except ValueError as error:
+                raise CorruptError(str(error)) from None
 
     on_device = True
 

@@ -59,7 +59,7 @@ class StoredProfile(msgspec.Struct, frozen=True):
 
 def is_profile_key(key: str) -> bool:
     """Whether a key names a profile, and not a document."""
-    return key.startswith(_PREFIX)
+    return text("key", key).startswith(_PREFIX)
 
 
 def id_in(key: str) -> str:

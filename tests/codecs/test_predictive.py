@@ -16,6 +16,7 @@ from support import assert_same, make_snapshot, random_bits, reseal, tiny_model
 from support import tiny_documents as documents
 
 import kvzip
+from kvzip import Context, dtypes, get_codec
 from kvzip.capture import prefill
 from kvzip.errors import CorruptError, KVZipError, ProfileError
 
@@ -272,7 +273,7 @@ def test_wrong_profiles_are_named(profile, unseen, tmp_path, llama):
     with pytest.raises(ProfileError, match="none was given"):
         kvzip.decode(blob)
     other = kvzip.Profile.fit(documents(llama, 2, seed=7))
-    with pytest.raises(ProfileError, match=f"{profile.id}; the one given is {other.id}"):
+    with pytest.raises(ProfileError, match=f"{profile.id}.*; the one given is {other.id}"):
         kvzip.decode(blob, other)
     smaller = make_snapshot(random_bits, 1, "bf16", layers=2, heads=3, tokens=20, dim=8)
     with pytest.raises(ProfileError, match="another model"):
@@ -289,6 +290,17 @@ def test_wrong_profiles_are_named(profile, unseen, tmp_path, llama):
     for name in "bcd":
         with pytest.raises(ProfileError):
             kvzip.Profile.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_a_block_of_a_shape_that_the_profile_lacks(profile, kind):
+    """However it claims to be stored: raw, by `channel`, or coded."""
+    numbers = random_bits(np.random.default_rng(3), "bf16", (1, 3, 20, 6))
+    context = Context(dtypes.get("bf16"), 0, "k", 0, kvzip.Origin(), profile=profile)
+    plain = get_codec("channel").encode(numbers, context) if kind == 2 else numbers.tobytes()
+    block = memoryview(kind.to_bytes(1, "little") + bytes(15) + plain)
+    with pytest.raises(CorruptError):
+        get_codec("predictive").decode(block, np.empty_like(numbers), context)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 from support import tiny_model, warnings_of  # noqa: E402
 
 import kvzip  # noqa: E402
+from kvzip.capture import prefill  # noqa: E402
 from kvzip.errors import KVZipError, UnsupportedError  # noqa: E402
 from kvzip.load import calls  # noqa: E402
 from kvzip.load.hf import (  # noqa: E402
@@ -20,6 +21,7 @@ from kvzip.load.hf import (  # noqa: E402
     load_cache,
     load_or_prefill,
 )
+from kvzip.models import LoadedModel  # noqa: E402
 from kvzip.store import Store  # noqa: E402
 
 TEXT = torch.randint(3, 64, (2, 60), generator=torch.Generator().manual_seed(5))
@@ -224,6 +226,8 @@ def test_tokens_of_an_adapters_own(model: Any, store: Store, kind: str, caplog: 
     for cache in (loaded, snapshot.to_cache(model.config)):
         with pytest.raises(UnsupportedError, match="5 tokens of its own"):
             generate(found, PROMPT, cache, **given)
+    with pytest.raises(UnsupportedError, match="5 tokens of its own"):
+        prefill(LoadedModel(found, None, "m", "r"), IDS)
 
 
 # --- masks and positions -------------------------------------------------------------------------
