@@ -284,7 +284,10 @@ class Fitter {
   // The code whose magnitude is nearest, which may be beyond the largest.
   int nearest(double steps) const {
     const int mantissa = narrow_.mantissa;
-    if (steps < double(1 << mantissa)) return int(steps + 0.5);
+    if (steps < double(1 << mantissa)) {
+      const double above = steps + 0.5;
+      return int(above);
+    }
     std::uint64_t bits;
     std::memcpy(&bits, &steps, sizeof bits);
     bits += 1ull << (51 - mantissa);

@@ -179,7 +179,7 @@ def test_every_command_is_tried():
     assert {name for name, _ in commands()} == set(BASES)
 
 
-@pytest.mark.parametrize(("command", "base", "option", "values"), tries())
+@pytest.mark.parametrize(("command", "base", "option", "values"), list(tries()))
 def test_whatever_an_option_is_given(capsys, monkeypatch, folder, command, base, option, values):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
