@@ -65,7 +65,9 @@ def test_batches(model, document):
             load_batch_or_prefill([document], model, [IDS[0]], **options)
 
 
-@pytest.mark.parametrize("wrong", [None, 3, "a.kvz", b"x", object(), {}, []], ids=lambda w: type(w).__name__)
+@pytest.mark.parametrize(
+    "wrong", [None, 3, "a.kvz", b"x", object(), {}, []], ids=lambda w: type(w).__name__
+)
 def test_batches_of_what_is_none(model, document, tmp_path, wrong):
     store, prompts = Store(tmp_path), [IDS[0]]
     for use in (
