@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from support import cache_like, make_snapshot, random_bits
+from support import CODECS, cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip import LayerLayout, PartLayout, dtypes
@@ -115,15 +115,16 @@ def of_shape(shape, axes, dtype):
     return kvzip.Snapshot([kvzip.Layer({"k": small, "scale": array}, layer)], dtype)
 
 
+@pytest.mark.parametrize("codec", [*CODECS, "auto"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
 def test_a_part_of_any_shape_is_stored(codec, shape, dtype):
     """As many channels as there are: what a codec has no tables for, another stores."""
     snapshot = of_shape(*shape, dtype)
-    for spec in (codec, "auto"):
-        blob = kvzip.encode(snapshot, spec)
-        assert kvzip.decode(blob) == snapshot
-    assert len(kvzip.encode(snapshot, codec)) <= kvzip.max_encoded_size(snapshot, codec)
+    blob = kvzip.encode(snapshot, codec)
+    assert kvzip.decode(blob) == snapshot
+    if codec != "auto":
+        assert len(blob) <= kvzip.max_encoded_size(snapshot, codec)
     if codec == "channel" and shape in WIDE:
         assert kvzip.info(blob).header.other_codecs[0].codec["id"] == "planes"
 
