@@ -39,9 +39,11 @@ def from_json(data: bytes | memoryview | str, form: Any = Any) -> Any:
         plain = data.encode() if isinstance(data, str) else bytes(data)
         if plain.count(b"[") + plain.count(b"{") > DEPTH and _depth(plain) > DEPTH:
             raise _too_deep()
-        return _decoder(form).decode(plain)
-    except msgspec.ValidationError as error:
-        raise FormatError(str(error)) from None
+        try:
+            return _decoder(form).decode(plain)
+        except msgspec.ValidationError as error:
+            msgspec.json.decode(plain)  # a type is told before the text has been read to its end
+            raise FormatError(str(error)) from None
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise CorruptError(str(error)) from None
     except RecursionError:  # the caller itself is far down

@@ -8,6 +8,7 @@ import random
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -117,11 +118,12 @@ def test_brackets_in_strings_do_not_count():
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"[", b"nul", b"\xff", b'"\xff"', b'"\\ud800', b"[1]x", b"{]", b"NaN"]
+    "text", [b"", b"[", b"nul", b"\xff", b'"\xff"', b'"\\ud800', b"[1]x", b"{]", b"NaN", b"[a.b]"]
 )
 def test_what_is_no_json(text):
-    with pytest.raises(CorruptError):
-        from_json(text)
+    for form in (Any, dict):
+        with pytest.raises(CorruptError):
+            from_json(text, form)
 
 
 @pytest.mark.parametrize("text", [b"a", b"\xff", b'a = "\\ud800"', b"a = 1" + b"0" * 5_000])

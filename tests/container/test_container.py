@@ -383,7 +383,7 @@ def test_another_profile_is_named(small):
     assert_same(kvzip.decode(blob, profile=one), small[0])
     with pytest.raises(ProfileError, match="none was given"):
         kvzip.decode(blob)
-    with pytest.raises(ProfileError, match=f"{one.id}; the one given is {other.id}"):
+    with pytest.raises(ProfileError, match=f"{one.id}.*; the one given is {other.id}"):
         kvzip.decode(blob, profile=other)
     for wrong in ("m.kvprofile", {}, 5):
         with pytest.raises(ProfileError, match=r"no Profile: Profile\.load"):
