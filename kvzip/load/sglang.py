@@ -128,7 +128,7 @@ class KvzipStorage(_Base):
     def scope(self) -> str:
         """Where the pages of these weights and of this rank lie."""
         pinned = self._weights.pinned()
-        parts = [quote(self.model or "model", safe=""), quote(pinned, safe="+"), *self._ranks]
+        parts = [_name(self.model or "model", ""), _name(pinned, "+"), *self._ranks]
         return "/".join(filter(None, parts))
 
     def _path(self, key: str, pool: HostKVCache | None) -> str:
@@ -434,6 +434,12 @@ def _server_args() -> ServerArgs | None:
         return get_global_server_args()
     except (ImportError, ValueError, AttributeError, RuntimeError):
         return None
+
+
+def _name(text: str, safe: str) -> str:
+    """A text as the name of one folder, which is not the one above."""
+    name = quote(text, safe=safe)
+    return name.replace(".", "%2E") if name in (".", "..") else name
 
 
 def _ranks(config: HiCacheStorageConfig) -> list[str]:

@@ -227,6 +227,16 @@ def test_ranks_models_and_dtypes_are_kept_apart(tmp_path: Any) -> None:
     assert backend.batch_exists(KEYS) == 0 and not list(tmp_path.rglob("*.kvz"))
 
 
+@pytest.mark.parametrize("name", ["..", ".", "../..", "a/../../b", "..\\x"])
+def test_whatever_a_model_is_called_its_pages_lie_in_the_folder(tmp_path: Any, name: str) -> None:
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    backend = backend_of(tmp_path / "store", pool, model_name=name)
+    assert backend.batch_set_v1(KEYS, INDICES) == [True] * PAGES
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    [folder] = (tmp_path / "store").iterdir()
+    assert backend.batch_exists(KEYS) == PAGES and list(folder.rglob("*.kvz"))
+
+
 def test_a_bucket(s3: Any) -> None:
     pool = Pool("page_first", torch.bfloat16).fill()
     extra = {"options": s3.options}
