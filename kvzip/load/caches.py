@@ -186,10 +186,3 @@ def _own_tensors(one: Held) -> dict[str, torch.Tensor]:
         name: piece.tensor if name in TOKEN_PARTS else piece.tensor.clone()
         for name, piece in one.pieces.items()
     }
-
-
-def lazy_layers(cache: Cache) -> list[LazyLayer]:
-    """Those of a cache's layers that a loader gives."""
-    if isinstance(cache, EncoderDecoderCache):
-        return lazy_layers(cache.self_attention_cache) + lazy_layers(cache.cross_attention_cache)
-    return [layer for layer in cache.layers if isinstance(layer, LazyLayer)]

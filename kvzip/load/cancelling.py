@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvzip.load.lazy import LazyLayer
 from kvzip.load.loaders import BatchLoader, Loader
+from kvzip.load.witness import lazy_layers
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -32,10 +32,9 @@ def cancel(cache: Cache) -> None:
     layers that are decoded stay as they are. Copies of the cache that share its document are
     cancelled with it. A cache of anything else, and one that is all decoded, stays as it is.
     """
-    for layer in getattr(cache, "layers", []):
-        if isinstance(layer, LazyLayer):
-            for loader in (layer._loader, layer._source):
-                _cancel(loader)
+    for layer in lazy_layers(cache):
+        for loader in (layer._loader, layer._source):
+            _cancel(loader)
 
 
 def _cancel(loader: Any) -> None:

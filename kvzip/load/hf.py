@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from kvzip.container import Reader
 from kvzip.errors import KVZipError, UsageError
 from kvzip.load.batch import load_batch, load_batch_or_prefill
-from kvzip.load.caches import devices_of, empty_cache, lazy_cache, lazy_layers, prefill_of, spans_of
+from kvzip.load.caches import devices_of, empty_cache, lazy_cache, prefill_of, spans_of
 from kvzip.load.config import (
     LayerKind,
     cache_argument,
@@ -52,7 +52,7 @@ from kvzip.load.placeholders import check_text_only
 from kvzip.load.recovery import Recovery, tell
 from kvzip.load.reuse import pin
 from kvzip.load.snapshots import snapshot_of_cache
-from kvzip.load.witness import watch
+from kvzip.load.witness import lazy_layers, watch
 from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Layout, Snapshot

@@ -189,7 +189,7 @@ class _Watched:
             cache, source = _cache_with(error.layer, (*args, *kwargs.values())), error.source
             if cache is None or source is None or not source.recovers:
                 raise
-            layers = _lazy_layers(cache)
+            layers = lazy_layers(cache)
             if not all(layer.restartable for layer in layers):
                 raise
             for layer in layers:
@@ -234,7 +234,7 @@ class _Watched:
 def _is_awaited(cache: Cache) -> bool:
     """Whether a cache was not used yet, as far as it can be told whether it has been."""
     held: Any = getattr(cache, "self_attention_cache", cache)
-    return held.unused or any(each._last and each._fresh for each in _lazy_layers(cache))
+    return held.unused or any(each._last and each._fresh for each in lazy_layers(cache))
 
 
 def have_computed(cache: EncoderDecoderCache, layer: LazyLayer) -> None:
@@ -247,15 +247,15 @@ def have_computed(cache: EncoderDecoderCache, layer: LazyLayer) -> None:
 def _cache_with(layer: object, values: Iterable[object]) -> Cache | None:
     """The cache among a call's arguments that has that layer."""
     for value in values:
-        held = _lazy_layers(value) if isinstance(value, (Cache, EncoderDecoderCache)) else []
+        held = lazy_layers(value) if isinstance(value, (Cache, EncoderDecoderCache)) else []
         if any(each is layer for each in held):
             return value
     return None
 
 
-def _lazy_layers(cache: Cache) -> list[LazyLayer]:
+def lazy_layers(cache: Cache) -> list[LazyLayer]:
     """Those of a cache's layers that a loader gives, those over an encoder's tokens last."""
     if isinstance(cache, EncoderDecoderCache):
         parts = cache.self_attention_cache, cache.cross_attention_cache
-        return [layer for part in parts for layer in _lazy_layers(part)]
-    return [layer for layer in cache.layers if hasattr(type(layer), "restartable")]
+        return [layer for part in parts for layer in lazy_layers(part)]
+    return [layer for layer in getattr(cache, "layers", []) if hasattr(type(layer), "restartable")]

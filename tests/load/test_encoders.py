@@ -15,7 +15,13 @@ import msgspec  # noqa: E402
 from support import warnings_of  # noqa: E402
 
 import kvzip  # noqa: E402
-from kvzip.errors import KVZipError, UnsupportedError, UsageError  # noqa: E402
+from kvzip.errors import (  # noqa: E402
+    CancelledError,
+    KVZipError,
+    UnsupportedError,
+    UsageError,
+)
+from kvzip.load.cancelling import cancel  # noqa: E402
 from kvzip.load.hf import cache_argument, load_cache, load_or_prefill  # noqa: E402
 from kvzip.store import Store  # noqa: E402
 
@@ -365,3 +371,12 @@ def test_ids_that_do_not_fit_the_encoder(model: Any) -> None:
     own = filled(model).self_attention_cache
     with pytest.raises(UsageError, match="this cache has none"):
         kvzip.Snapshot.from_cache(own, DOCUMENT, encoder_ids=SOURCE)
+
+
+def test_a_cancelled_load(model: Any, snapshot: Any) -> None:
+    """Of both caches, that of the decoder's own tokens and that of the encoder's."""
+    blob = kvzip.encode(snapshot, "raw")
+    for cache in (loaded(blob, model), recoverable(blob, model)):
+        cancel(cache)
+        with pytest.raises(CancelledError):
+            generate(model, cache)
