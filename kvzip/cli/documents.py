@@ -21,6 +21,7 @@ from kvzip.cli.arguments import (
     NativeBf16,
     Output,
     ProfilePath,
+    Texts,
     Threads,
     choose_products,
     document_range,
@@ -48,7 +49,7 @@ def capture(
     dtype: str | None = None,
     device: str = "cpu",
     full_history: bool = False,
-    encoder_text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    encoder_text: Texts = None,
     native_bf16: NativeBf16 = False,
     as_json: Json = False,
 ) -> None:

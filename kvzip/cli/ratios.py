@@ -4,10 +4,9 @@ whether a stored result holds together."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import msgspec
-from cyclopts import Parameter
 from rich.table import Table
 
 from kvzip.cli.app import evaluate
@@ -15,6 +14,8 @@ from kvzip.cli.arguments import (
     Json,
     NativeBf16,
     ResultFile,
+    Texts,
+    check_folders,
     choose_products,
     command_line,
     names,
@@ -22,7 +23,7 @@ from kvzip.cli.arguments import (
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import emit, say, show_table, working
 from kvzip.codec_spec import split_specs
-from kvzip.errors import KVZipError, UsageError
+from kvzip.errors import KVZipError
 
 if TYPE_CHECKING:
     from kvzip.eval.results.base import Result
@@ -36,7 +37,7 @@ def ratios(
     work: Path,
     output: ResultFile = None,
     kinds: str = "python-docs,python-source,package-metadata,licences",
-    text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    text: Texts = None,
     tokens: int = 2048,
     train: int = 8,
     test: int = 2,
@@ -79,15 +80,13 @@ def ratios(
     like
         A stored result: its documents must be the same; of another model, its texts.
     """
-    if output is not None and not output.parent.is_dir():
-        raise UsageError(f"{output.parent} is not a folder")  # known before minutes of measuring
+    check_folders(output)
     choose_products(native_bf16)
     from kvzip.eval.ratios.run import CHARACTERS, run
     from kvzip.eval.ratios.table import as_csv
     from kvzip.eval.ratios.texts import texts
     from kvzip.eval.results import stored
     from kvzip.eval.results.ratios import RatiosResult
-    from kvzip.files import replacing
 
     before = None if like is None else stored.load(like, RatiosResult)
     room = CHARACTERS * tokens * max(train, test)
@@ -108,9 +107,7 @@ def ratios(
             step=step,
         )
     if output is not None:
-        stored.save(found, output)
-        with replacing(output.with_suffix(".csv")) as file:
-            file.write(as_csv(found).encode())
+        stored.save(found, output, as_csv(found))
     emit(msgspec.to_builtins(found), as_json, lambda: _show(found))
     if not all(row.exact for row in found.rows):
         raise CheckFailed("a codec did not give back what it was given")

@@ -15,6 +15,8 @@ from kvzip.cli.arguments import (
     Json,
     NativeBf16,
     ResultFile,
+    Texts,
+    check_folders,
     choose_products,
     command_line,
     integers,
@@ -22,7 +24,6 @@ from kvzip.cli.arguments import (
     numbers,
 )
 from kvzip.cli.terminal import emit, say, show_table, working
-from kvzip.errors import UsageError
 from kvzip.files import replacing
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def scaling(
     output: ResultFile = None,
     ratios: Files = None,
     kinds: str = "python-docs,python-source,package-metadata,licences",
-    text: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    text: Texts = None,
     tokens: int = 2048,
     train: str = "2,4,8",
     test: int = 1,
@@ -91,9 +92,7 @@ def scaling(
     draw
         A stored result: it is shown and drawn, and nothing is run.
     """
-    for path in (output, picture):
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{path.parent} is not a folder")  # known before hours of measuring
+    check_folders(output, picture)
     choose_products(native_bf16)
     from kvzip.eval.ratios.run import CHARACTERS
     from kvzip.eval.ratios.texts import texts
@@ -116,9 +115,7 @@ def scaling(
         with working("starting") as step:
             found = run(named, chosen, work, plan, others=others, command=command_line(), step=step)
     if output is not None:
-        stored.save(found, output)
-        with replacing(output.with_suffix(".csv")) as file:
-            file.write(as_csv(found).encode())
+        stored.save(found, output, as_csv(found))
     if picture is not None:
         with replacing(picture) as file:
             file.write(scaling_file(found).encode())
