@@ -25,11 +25,11 @@ import kvzip
 from kvzip import dtypes
 from kvzip.capture import prefill
 from kvzip.errors import KVZipError, UnsupportedError, UsageError
-from kvzip.load.caches import lazy_layers
 from kvzip.load.config import ONE_BY_ONE, cache_argument, layer_kinds
 from kvzip.load.held import ENCODER_IDS
 from kvzip.load.hf import load_batch_or_prefill, load_cache, load_or_prefill
 from kvzip.load.snapshots import held_by
+from kvzip.load.witness import lazy_layers
 from kvzip.models import LoadedModel
 
 DOCUMENT, NEW = 40, 24
