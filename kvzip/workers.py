@@ -17,6 +17,11 @@ from kvzip.options import integer
 T = TypeVar("T")
 
 
+def machine_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def thread_count(threads: int) -> int:
     """`threads`, or the number of cores that this process may use when it is 0. Raises UsageError
     for what is no number of threads."""

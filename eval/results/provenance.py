@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import msgspec
 
 from kvzip.capture import processor_name
-from kvzip.workers import thread_count
+from kvzip.workers import machine_memory, thread_count
 
 PACKAGES = ("kvzip", "numpy", "torch", "transformers", "zstandard", "lz4")
 _CACHE_SIZES = "/sys/devices/system/cpu/cpu0/cache/index*/size"
@@ -38,11 +37,10 @@ class Machine(msgspec.Struct, frozen=True, omit_defaults=True):
 
 def machine() -> Machine:
     """The machine that this runs on."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Machine(
         cpu=processor_name(),
         cores=thread_count(0),
-        memory_gib=round(pages / 2**30, 1),
+        memory_gib=round(machine_memory() / 2**30, 1),
         cache_mib=cache_bytes() / 2**20,
         simd=list(_simd()),
     )

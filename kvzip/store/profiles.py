@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import time
 import uuid
@@ -30,7 +29,7 @@ from kvzip.profile import Profile
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import Identity, document_path
 from kvzip.store.listing import Stored, abouts, documents, namespaces
-from kvzip.workers import Lock, Workers
+from kvzip.workers import Lock, Workers, machine_memory
 
 _log = logging.getLogger("kvzip.store")
 
@@ -109,19 +108,19 @@ class Profiles:
         meta = self._objects.head(path)
         if meta is None:
             raise self._missing(profile_id)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = machine_memory()
         if meta.size > memory:
             raise ProfileError(
                 f"{named} has {meta.size:,} bytes, more than this machine's memory ({memory:,})"
             )
-        sink = _Hashed(file, meta.size)
+        sink, whole = _Hashed(file, meta.size), True
         try:
             self._objects.copy(path, sink, None)  # type: ignore[arg-type]
         except FileNotFoundError:
             raise self._missing(profile_id) from None
         except (_Longer, CorruptError, FormatError):  # a sealed store's objects tell it themselves
-            sink.digest = hashlib.sha256(b"damaged")
-        if sink.size != meta.size or sink.digest.hexdigest() != profile_id:
+            whole = False
+        if not whole or sink.size != meta.size or sink.digest.hexdigest() != profile_id:
             raise CorruptError(
                 f"{named} is damaged: the SHA-256 of its bytes is another one. Whoever has the "
                 "profile writes it anew: kvzip put FILE.kvprofile --replace "
