@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import msgspec
@@ -32,7 +33,10 @@ _AXES = "bhtrd"
 _AS_KV = {3: "htd", 4: "bhtd"}
 
 
-class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+# What is asked of a part for each block of a file is kept with it: most layers are one object.
+
+
+class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """Format, shape and axes of one part of a layer: its keys, its values, a state, ...
 
     `axes` has a letter for each axis of `shape`, none twice: "b" batch, "h" heads, "t" tokens, "r"
@@ -58,17 +62,17 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if (wrong := _wrong_axes(self.axes, shape)) is not None:
             raise UsageError(f"a part of axes {self.axes!r} and shape {list(shape)}: {wrong}")
 
-    @property
+    @cached_property
     def form(self) -> dtypes.DType:
         """The format of the numbers."""
         return dtypes.get(self.dtype)
 
-    @property
+    @cached_property
     def numbers(self) -> int:
         """How many numbers the part has."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """How many bytes its numbers are."""
         return self.numbers * self.form.itemsize
@@ -78,7 +82,7 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """How many rows the batch has; None when it has no axis of the batch."""
         return self.shape[0] if self.axes.startswith("b") else None
 
-    @property
+    @cached_property
     def tokens(self) -> int | None:
         """How many tokens it holds; None when it has no axis of tokens."""
         return self.size("t") if "t" in self.axes else None
@@ -88,7 +92,7 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         at = self.axes.find(axis)
         return 1 if at < 0 else self.shape[at]
 
-    @property
+    @cached_property
     def block_shape(self) -> tuple[int, int, int, int]:
         """The shape in which codecs see the part, [batch, heads, tokens or rows, dim], with a size
         of 1 for each axis that it has not."""
@@ -97,7 +101,7 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         lines = self.size("t") if "t" in self.axes else self.size("r")
         return self.size("b"), self.size("h"), lines, self.size("d")
 
-    @property
+    @cached_property
     def line_numbers(self) -> int:
         """How many numbers one token (or row) has, in all rows of the batch."""
         batch, heads, _, dim = self.block_shape
@@ -139,7 +143,9 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, shape=shape)
 
 
-class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class LayerLayout(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, dict=True
+):
     """Parts and kind of one layer.
 
     `parts`: by their names, in their order; "k" and "v" are keys and values. A layer that shares
@@ -223,12 +229,12 @@ class LayerLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise UsageError(f"a layer of kind {self.kind} has no part {name!r}; it has {names}")
         return found
 
-    @property
+    @cached_property
     def stored(self) -> int:
         """Tokens that are held; 0 for a layer of states."""
         return next((p.tokens for p in self.parts.values() if p.tokens is not None), 0)
 
-    @property
+    @cached_property
     def first(self) -> int:
         """Position of the first token that is held."""
         return self.cumulative_length - self.stored
