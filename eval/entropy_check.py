@@ -2,8 +2,8 @@
 under the same models.
 
 What an entropy coder can do, given a model, is known; whether ours does it, and whether figures of
-the ladder are code lengths at all, a coder of somebody else's tells. Of the ladder it gets a table
-for each channel; of a file the tables or the predicted densities that the file itself was coded
+the ladder are code lengths at all, a coder of somebody else's tells. It gets the ladder's table
+for each channel, and a file's tables or the predicted densities that the file itself was coded
 with, quantised as there. The densities come from `kvzip.entropy.integer_model`, and not from the
 native code.
 """

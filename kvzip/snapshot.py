@@ -136,7 +136,7 @@ class Layer:
 
     def lines(self, name: str, row: int, start: int, stop: int) -> Bits:
         """[tokens, dim]: tokens (or rows) `start` to `stop` of a part, and of batch and heads the
-        `row`-th pair. Of what lies in a file, no more than that is read where it lies together."""
+        `row`-th pair. Where they lie together in a file, no more than they are read."""
         part = self.layout.part(name)
         if name not in self._held and self._read is not None and part.axes[-2:] in ("td", "rd"):
             _, _, lines, dim = part.block_shape

@@ -336,7 +336,7 @@ def measure(
     layer holds; of the first `depth` layers or of all.
 
     Gives layer, part, how often each cell of |z| occurs [classes, channels, cells], bits, and how
-    many numbers there are. Of fp32, the half that is stored as it is does not count.
+    many numbers there are. The half of fp32 numbers that is stored as it is does not count.
     """
     form = dtypes.get(snapshot.dtype)
     held = min((layer.layout.stored for layer in snapshot.layers), default=0)

@@ -48,7 +48,7 @@ def _rests_on(claim: Claim) -> str:
     source = f"[{_short(claim.source)}]({claim.source})" if "://" in claim.source else claim.source
     places = ", ".join(f"<{place}>" if "://" in place else place for place in claim.reported_in)
     where = f"{_CHECKED[claim.checked]}{' ' if places else ''}{places}"
-    return f"*Source*: {source}, {claim.date}; {where}. Of the source was read: {claim.read}."
+    return f"*Source*: {source}, {claim.date}; {where}. We read {claim.read}."
 
 
 def _short(address: str) -> str:

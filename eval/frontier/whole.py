@@ -1,6 +1,6 @@
 """The frontier of whole models: bits a number over whole files against work, all layers.
 
-Of each codec and profile there are measured files (`kvzip eval scaling`). Beside them stands what
+Files of each codec and profile are measured (`kvzip eval scaling`). Beside them stands what
 needs no predictor: the first layers are computed, and the others loaded. The keys and values of the
 first m layers take m - 1 whole layers and two matrices of the last one, and what is loaded takes
 its predictor's products and its layers' bytes. That is derived, no decoder does it; and what is

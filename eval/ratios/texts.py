@@ -97,8 +97,8 @@ def _package_metadata() -> Items:
 
 
 def _licences() -> Items:
-    """The licences of the installed packages. Of those that differ only in whom they name, and of
-    those that are a part of another, one."""
+    """The licences of the installed packages. One stands for all that differ only in whom
+    they name, or that are a part of it."""
     texts, kept = {}, dict[str, str]()
     for distribution in distributions():
         for file in distribution.files or []:

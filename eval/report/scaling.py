@@ -87,8 +87,8 @@ def _marks(curves: Sequence[svg.Curve]) -> list[svg.Point]:
 
 
 def _extrapolated(found: Sequence[Extrapolation], target: str) -> svg.Curve:
-    """The band of half of all cases around the mean. Of a single number of tokens it is drawn a
-    little to both sides."""
+    """The band of half of all cases around the mean. For a single number of tokens it is drawn
+    a little to both sides."""
     wide = (0.92, 1.08) if len(found) == 1 else (1.0,)
     at = [(one.train_tokens * w, one) for one in found for w in wide]
     name = target.rpartition("/")[2]

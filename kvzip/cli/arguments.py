@@ -48,7 +48,8 @@ KeyFile = Annotated[
     Path | None,
     Parameter(
         name="--key-file",
-        help="Of what is sealed (AES-256-GCM): a file of 32 random bytes or 64 hexadecimal digits.",
+        help="The key of sealed files and stores (AES-256-GCM): a file of 32 random bytes or 64 "
+        "hexadecimal digits.",
     ),
 ]
 PriceFiles = Annotated[

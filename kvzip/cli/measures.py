@@ -163,7 +163,7 @@ def _show_checks(rows: Sequence[CheckRow]) -> None:
             table.add_row(row.model, *each, f"{row.more:+.3%}")
         show_table(table)
     say(
-        "by channel: the ladder's figure, without its tables. Of files all that is no coded block "
+        "by channel: the ladder's figure, without its tables. In files all that is no coded block "
         "(header, index, tables) counts the same on both sides"
         + (
             f"; so do {sum(row.left_out for row in rows):,} numbers that are stored otherwise."

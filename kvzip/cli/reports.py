@@ -86,8 +86,8 @@ def figures(
     Parameters
     ----------
     results
-        Of kvzip demo: its folder, or result.json. Of kvzip eval fleet --trace beside it: the answer
-        in room is of the first.
+        What kvzip demo wrote: its folder, or result.json. Beside it, results of kvzip eval fleet
+        --trace: the first of them answers for room.
     readme
         A Markdown file: its answer is put anew between its marks.
     page

@@ -229,8 +229,8 @@ class Lines:
     """Progress where there is no terminal to draw on: lines on stderr, each with the time since
     the beginning and, where it can be known, about how much is left.
 
-    A step is a line. Of counts there is a line every few seconds, so that what is done at once says
-    nothing.
+    A step is a line. A count has a line every few seconds, so that what is done at once
+    says nothing.
     """
 
     EVERY = 5.0

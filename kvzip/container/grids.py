@@ -361,7 +361,7 @@ def find_grids(
 
 def _looks_narrow(layer: Layer, name: str) -> bool:
     """Whether some neighbouring tokens in the middle of a part, of as few groups as may be, look as
-    if they were on a grid. Of a part in a file that takes one read."""
+    if they were on a grid. A part that lies in a file is read once for it."""
     part = layer.layout.parts[name]
     batch, heads, lines, _ = part.block_shape
     start = max(0, (lines - _WINDOW) // 2) // _WINDOW * _WINDOW

@@ -247,8 +247,8 @@ class DeviceDecoding:
                 return work
 
     def _pieces(self) -> Iterator[tuple[Group, list[int], int]]:
-        """Rows of a group that go together, and how many bytes they are. Of parts whose blocks need
-        others all rows do, so that there is work for all of a GPU at a time."""
+        """Rows of a group that go together, and how many bytes they are. Where blocks need
+        others, all rows go together, so that there is work for all of a GPU at a time."""
         length, key, alone = self.blocks.index.length, self.blocks.index.key, self._alone
         for group in self._groups:
             rows: list[int] = []

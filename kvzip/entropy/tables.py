@@ -200,7 +200,7 @@ _PARENT = 8.0  # numbers of the level above that stand behind each table
 
 class Frequencies:
     """How often signs and exponents occur in each channel of each layer's parts, and mantissas in
-    each part. Of formats of 8 bits, the whole number is counted in place of sign and exponent."""
+    each part. In formats of 8 bits the whole number is counted in place of sign and exponent."""
 
     def __init__(self) -> None:
         self.forms: dict[Key, dtypes.DType] = {}

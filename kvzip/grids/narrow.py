@@ -17,8 +17,8 @@ def narrow(bits: Bits, grid: Grid) -> Found:
     """The numbers `bits`, [..., tokens, channels], on this grid.
 
     What does not lie on it is an exception, so that the result widens to the same bits; that is
-    tried. Of the grid, the format of the scales is only a wish: the smallest is taken that has
-    them all.
+    tried. The format of the scales that `grid` names is only a wish: the smallest is taken
+    that has them all.
     """
     front, (tokens, channels) = bits.shape[:-2], bits.shape[-2:]
     cube = np.ascontiguousarray(bits).reshape(math.prod(front), tokens, channels)

@@ -1,8 +1,8 @@
 """What a Python value says: a text that is the same for values that do the same.
 
 It is for what models hold besides their tensors: settings, functions, hooks. Numbers, arrays,
-containers, objects made of them, and functions with what they close over are read. Of a user's own
-functions and classes the code is read, too; those of installed packages are known by their names.
+containers, objects made of them, and functions with what they close over are read. The code of a
+user's own functions and classes is read, too; those of installed packages are known by their names.
 What an object of a class written in C holds is what pickle would keep of it. What cannot be read
 gets another token each time, since nothing would tell that it has changed.
 """
@@ -230,8 +230,8 @@ class ValueReader:
         within: tuple[types.ModuleType, ...] = (),
     ) -> object:
         """What a module says: its name, and those of its attributes that some code has the names
-        of; all but code, where it is not known which. Of an installed package only numbers and
-        strings count."""
+        of; all but code, where it is not known which. An installed package says only its numbers
+        and strings."""
         users, there = is_users_module(module.__name__), vars(module).copy()
         said: list[object] = ["module", module.__name__]
         if named is None:
