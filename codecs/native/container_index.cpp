@@ -37,7 +37,7 @@ class Column {
   void add(std::uint64_t value) {
     PyObject* const number = PyLong_FromUnsignedLongLong(value);
     if (!number) throw nb::python_error();
-    PyList_SET_ITEM(list_.ptr(), at_++, number);
+    PyList_SetItem(list_.ptr(), at_++, number);  // which takes the reference over
   }
   const nb::list& list() const { return list_; }
 

@@ -56,11 +56,20 @@ class Output {
   }
 
  private:
-  char* begin() const { return PyBytes_AS_STRING(bytes_); }
-  std::size_t capacity() const { return std::size_t(PyBytes_GET_SIZE(bytes_)); }
+  char* begin() const { return PyBytes_AsString(bytes_); }
+  std::size_t capacity() const { return std::size_t(PyBytes_Size(bytes_)); }
 
   void resize(std::size_t size) {
+#ifdef Py_LIMITED_API  // by which no bytes object changes its size: what was written is copied
+    if (size == capacity()) return;
+    PyObject* const other = PyBytes_FromStringAndSize(nullptr, Py_ssize_t(size));
+    if (!other) throw nb::python_error();
+    std::memcpy(PyBytes_AsString(other), begin(), size_);
+    Py_DECREF(bytes_);
+    bytes_ = other;
+#else
     if (_PyBytes_Resize(&bytes_, Py_ssize_t(size))) throw nb::python_error();
+#endif
   }
   void reserve(std::size_t size) {
     if (!bytes_) throw std::invalid_argument("taken already");
