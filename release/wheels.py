@@ -20,9 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PINNED = ROOT / "release" / "requirements.txt"
-GLIBC = "2.28"
+GLIBC = (2, 28)
 PYTHONS = {"3.11": "", "3.12": "cp312"}
 """The Python that a wheel is built with, and the stable ABI that it is built for, if it is."""
+ARCHS = ("x86_64", "aarch64")
 RUNS_ON = {"3.11": ("3.11",), "3.12": ("3.12", "3.13", "3.14")}
 """The Pythons that such a wheel is tried on, those that this machine has."""
 SUITE = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "kvzip.testing.suite")
@@ -48,10 +49,11 @@ def environment_of(python: str, folder: Path) -> Path:
 def compilers(python: Path, arch: str, folder: Path) -> Path:
     """A folder with zig's compilers for a processor as programs, which CMake asks for."""
     folder = folder / f"zig-{arch}"
+    glibc = ".".join(map(str, GLIBC))
     folder.mkdir(parents=True, exist_ok=True)
     for name, words in {
-        "cc": f"cc -O3 -target {arch}-linux-gnu.{GLIBC}",
-        "c++": f"c++ -O3 -target {arch}-linux-gnu.{GLIBC}",
+        "cc": f"cc -O3 -target {arch}-linux-gnu.{glibc}",
+        "c++": f"c++ -O3 -target {arch}-linux-gnu.{glibc}",
         "ar": "ar",
         "ranlib": "ranlib",
     }.items():
@@ -91,43 +93,65 @@ def audited(tools: Path, wheel: Path, out: Path) -> Path:
     )
     [made] = {*out.glob("*.whl")} - before
     found = re.search(r"manylinux_(\d+)_(\d+)_", made.name)
-    if found is None or f"{found[1]}.{found[2]}" > GLIBC:
-        sys.exit(f"{made.name} needs more than glibc {GLIBC}")
+    if found is None or (int(found[1]), int(found[2])) > GLIBC:
+        sys.exit(f"{made.name} needs a newer glibc than {GLIBC}")
     if "-abi3-" in made.name:
         run(tools, "-m", "abi3audit", "--strict", "--summary", made)
     return made
 
 
-def try_here(tools: Path, wheel: Path, python: str, folder: Path) -> None:
-    """Install a wheel in a clean environment, run the contract on it, and write what is in that
-    environment beside the wheel: a bill of materials in CycloneDX's format."""
-    program = shutil.which(f"python{python}")
-    works = program and subprocess.run([program, "-V"], capture_output=True).returncode == 0
-    if not works:
-        print(f"no python{python} here: {wheel.name} is not tried on it", flush=True)
-        return
-    clean = folder / f"clean-{python}"
-    run(f"python{python}", "-m", "venv", "--clear", clean)
-    installed = clean / "bin" / "python"
-    run(installed, "-m", "pip", "install", "--quiet", wheel)
-    bill = wheel.with_name(f"{wheel.name.removesuffix('.whl')}.python{python}.cdx.json")
+def interpreter(version: str) -> str | None:
+    """This machine's Python of a version, if it has one that runs."""
+    found = shutil.which(f"python{version}")
+    works = found and subprocess.run([found, "-V"], capture_output=True).returncode == 0
+    return found if works else None
+
+
+def write_bill(tools: Path, wheel: Path, version: str, installed: Path) -> None:
+    """Write what is in an environment, where a wheel was installed, beside the wheel: a bill of
+    materials (SBOM) in CycloneDX's format."""
+    bill = wheel.with_name(f"{wheel.name.removesuffix('.whl')}.python{version}.cdx.json")
     run(tools, "-m", "cyclonedx_py", "environment", "--output-reproducible", "-o", bill, installed)
-    run(installed, "-m", "pip", "install", "--quiet", f"{wheel}[testing]")
+
+
+def try_here(tools: Path, wheel: Path, version: str, folder: Path) -> None:
+    """Install a wheel in a clean environment, write its bill, and run the contract on it."""
+    python = interpreter(version)
+    if python is None:
+        print(f"no python{version} here: {wheel.name} is not tried on it", flush=True)
+        return
+    clean = folder / f"clean-{version}"
+    run(python, "-m", "venv", "--clear", "--without-pip", clean)
+    installed = clean / "bin" / "python"
+    install = (tools, "-m", "pip", "--python", installed, "install", "--quiet")
+    run(*install, wheel)
+    write_bill(tools, wheel, version, installed)
+    run(*install, f"{wheel}[testing]")
     # Not where kvzip lies as source.
     run(installed, *SUITE, "--rootdir", clean, "-c", os.devnull, cwd=clean)
 
 
-def try_emulated(tools: Path, wheel: Path, python: str, emulator: str, folder: Path) -> None:
-    """The same for another processor: `emulator` is the command of its Python. Packages are put
-    into a folder by this machine's pip."""
-    target = folder / f"aarch64-{python}"
-    shutil.rmtree(target, ignore_errors=True)
-    platforms = [*(f"manylinux_2_{n}_aarch64" for n in range(28, 16, -1)), "manylinux2014_aarch64"]
-    run(
-        *(tools, "-m", "pip", "install", "--quiet", "--only-binary=:all:", "--target", target),
-        *("--python-version", python, *(f"--platform={name}" for name in platforms)),
-        f"{wheel}[testing]",
+def try_elsewhere(
+    tools: Path, wheel: Path, version: str, arch: str, emulator: str | None, folder: Path
+) -> None:
+    """The same for a processor that this machine hasn't: its pip puts the packages for that one
+    into an environment, of which the bill is written. `emulator` is the command of a Python for
+    that processor, if there is one: a part of the contract runs on it."""
+    clean = folder / f"{arch}-{version}"
+    run(tools, "-m", "venv", "--clear", "--without-pip", clean)
+    [target] = clean.glob("lib/python*/site-packages")
+    platforms = [*(f"manylinux_2_{n}_{arch}" for n in range(28, 16, -1)), f"manylinux2014_{arch}"]
+    install = (
+        *(tools, "-m", "pip", "install", "--quiet", "--only-binary=:all:", "--upgrade"),
+        *("--target", target, "--python-version", version),
+        *(f"--platform={name}" for name in platforms),
     )
+    run(*install, wheel)
+    write_bill(tools, wheel, version, clean / "bin" / "python")
+    if emulator is None:
+        print(f"no emulated Python {version}: {wheel.name} is not tried on it", flush=True)
+        return
+    run(*install, f"{wheel}[testing]")
     run(
         *(*shlex.split(emulator), *SUITE, "--rootdir", target, "-c", os.devnull, "-k", FEW),
         cwd=target,
@@ -140,7 +164,7 @@ def main() -> None:
     parse.add_argument("--out", type=Path, default=ROOT / "dist")
     parse.add_argument("--work", type=Path, default=ROOT / "build" / "release")
     parse.add_argument("--pythons", nargs="+", default=list(PYTHONS), choices=list(PYTHONS))
-    parse.add_argument("--archs", nargs="+", default=["x86_64", "aarch64"])
+    parse.add_argument("--archs", nargs="+", default=list(ARCHS), choices=list(ARCHS))
     parse.add_argument(
         "--emulated",
         action="append",
@@ -149,6 +173,9 @@ def main() -> None:
         help="an aarch64 Python: 3.11='qemu-aarch64 -L ROOT ROOT/usr/bin/python3.11'",
     )
     given = parse.parse_args()
+    for version in given.pythons:
+        if interpreter(version) is None:
+            sys.exit(f"no python{version} on the PATH: wheels are built with {given.pythons}")
     out, work = given.out.absolute(), given.work.absolute()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -163,10 +190,8 @@ def main() -> None:
             for version in RUNS_ON[python]:
                 if arch == os.uname().machine:
                     try_here(tools, wheel, version, work)
-                elif arch == "aarch64" and version in emulated:
-                    try_emulated(tools, wheel, version, emulated[version], work)
                 else:
-                    print(f"{wheel.name} is not tried on Python {version}", flush=True)
+                    try_elsewhere(tools, wheel, version, arch, emulated.get(version), work)
     print("built and checked:", *sorted(path.name for path in out.iterdir()), sep="\n")
 
 
