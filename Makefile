@@ -21,7 +21,7 @@ WITHIN_docs := docs
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz bench figures links traffic redraw measured qwen3-4b scaling clean
+.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak bench figures links traffic redraw measured qwen3-4b scaling clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -52,6 +52,12 @@ SECONDS ?= 60
 fuzz: $(TEST)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3' 'coverage>=7'
 	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) $(TARGETS)
+
+# Numbers through `channel` and `predictive`, each compared, until every target (tests/soak/run.py) has its 10^9 or 10^10;
+# what is done is in build/soak/log.jsonl, from which another run goes on: make soak HOURS=8 TARGETS="channel/bf16 predictive"
+HOURS ?= 1
+soak: $(TEST)
+	$(BIN)/python tests/soak/run.py --hours $(HOURS) $(TARGETS)
 
 # LMCache itself, in an environment of its own: without what it needs on a GPU only (which is much),
 # and with a newer numpy than it asks for.
