@@ -15,6 +15,7 @@ from kvzip.errors import (
     StoreError,
     UnsupportedError,
     UsageError,
+    WeightsError,
 )
 from kvzip.identity import fingerprint
 from kvzip.pages import decode_page, encode_page, max_page_size
@@ -44,6 +45,7 @@ __all__ = [
     "StoreError",
     "UnsupportedError",
     "UsageError",
+    "WeightsError",
     "__version__",
     "codec_names",
     "decode",

@@ -20,7 +20,7 @@ from kvzip.identity.checkpoint import changed
 from kvzip.layout import KV
 from kvzip.models import LoadedModel
 from kvzip.options import callback
-from kvzip.reading import contents
+from kvzip.reading import text_in
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
 
 if TYPE_CHECKING:
@@ -45,11 +45,7 @@ def read_text(texts: Sequence[str]) -> str:
 
             parts += [topics[key] for key in sorted(topics)]
         else:
-            path = Path(name)
-            try:
-                parts.append(contents(path, 1 << 30).decode())
-            except UnicodeDecodeError as error:
-                raise KVZipError(f"{path} is not UTF-8 text: {error}") from None
+            parts.append(text_in(name, 1 << 30))
     return "\n\n".join(parts)
 
 

@@ -26,6 +26,10 @@ class SealError(KVZipError):
     """The key of a sealed file is missing, or it is another one."""
 
 
+class WeightsError(KVZipError):
+    """A cache that was loaded was computed by other weights than the model's that uses it."""
+
+
 class UnsupportedError(KVZipError):
     """A dtype, a cache layer kind or an option that the library does not handle."""
 

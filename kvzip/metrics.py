@@ -30,6 +30,7 @@ from kvzip.errors import (
     StoreError,
     UnsupportedError,
     UsageError,
+    WeightsError,
 )
 from kvzip.options import callback
 from kvzip.workers import Lock
@@ -128,8 +129,6 @@ def recomputed(where: str, error: BaseException) -> None:
 
 def reason_of(error: BaseException) -> str:
     """The label `reason` of an error."""
-    if type(error).__name__ == "OtherWeights":
-        return "weights"
     for kinds, reason in _REASONS:
         if isinstance(error, kinds):
             return reason
@@ -138,6 +137,7 @@ def reason_of(error: BaseException) -> str:
 
 _REASONS: tuple[tuple[Any, str], ...] = (
     (CancelledError, "cancelled"),
+    (WeightsError, "weights"),
     ((CorruptError, FormatError), "damaged"),
     (ProfileError, "profile"),
     (SealError, "key"),

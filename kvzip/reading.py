@@ -141,3 +141,12 @@ def contents(path: files.AnyPath, most: int = 16 << 20) -> bytes:
         name = files.name_of(path)
         raise UsageError(f"{name} has more than {most:,} bytes, and is read as a whole: give less")
     return data
+
+
+def text_in(path: files.AnyPath, most: int = 16 << 20) -> str:
+    """The text in a file of UTF-8. Raises UsageError for one of anything else, and as
+    :func:`contents`."""
+    try:
+        return contents(path, most).decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{files.name_of(path)} is not UTF-8 text: {error}") from None

@@ -153,6 +153,7 @@ def test_listeners_may_come_and_go_in_threads():
         (errors.SealError("x"), "key"),
         (errors.UnsupportedError("x"), "unsupported"),
         (errors.CancelledError("x"), "cancelled"),
+        (errors.WeightsError("x"), "weights"),
         (errors.KVZipError("x"), "other"),
     ],
 )

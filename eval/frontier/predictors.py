@@ -19,7 +19,7 @@ from kvzip.entropy.ladder import SAMPLE
 from kvzip.entropy.linear import Doubles, Floats, Linear, Moments, Vectors
 from kvzip.entropy.residual import Density, View, Within
 from kvzip.entropy.tables import Frequencies
-from kvzip.eval.results.frontier import LayerPoint
+from kvzip.eval.results.frontier import Family, LayerPoint
 from kvzip.snapshot import Layer
 from kvzip.statistics.clusters import k_means, nearest
 from kvzip.statistics.ridge import ridge
@@ -179,7 +179,7 @@ def needed(layer: int) -> tuple[int, ...]:
 class Entry(NamedTuple):
     """What is said of a predictor."""
 
-    family: str
+    family: Family
     title: str
     label: str
     """The title in a few words, beside its point in a chart."""

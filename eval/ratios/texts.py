@@ -8,6 +8,7 @@ so that the same installation gives the same texts; a result has their hashes.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,15 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import get_args
 
-from kvzip.errors import KVZipError, UsageError
+from kvzip.errors import UsageError
 from kvzip.eval.results.ratios import Split
+from kvzip.reading import text_in
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 TEST_SHARE = 4
 """One item of so many is for testing."""
+_MOST = 1 << 30
+"""Bytes of a text that is read."""
 _NOT_SOURCE = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "site-packages", "turtledemo"}
 _LICENCE = re.compile(r"(?i)^(licen[cs]e|copying|notice)")
 
@@ -44,9 +48,9 @@ class Text:
         train, colon, test = files.partition(":")
         if not (equals and colon and re.fullmatch(r"[\w.-]+", name)):
             raise UsageError(f"--text {option!r}: write NAME=TRAIN.txt:TEST.txt")
-        if Path(train).resolve() == Path(test).resolve():
+        if os.path.realpath(train) == os.path.realpath(test):
             raise UsageError(f"--text {option!r}: one file is in both splits")
-        return cls(name, {"train": _read(Path(train)), "test": _read(Path(test))})
+        return cls(name, {"train": text_in(train, _MOST), "test": text_in(test, _MOST)})
 
     @classmethod
     def of_kind(cls, kind: str, seed: int, characters: int) -> Text:
@@ -64,13 +68,6 @@ class Text:
             if sum(map(len, found[split])) < characters:
                 found[split].append(items[digest])
         return cls(kind, {split: "\n\n".join(texts) for split, texts in found.items()})
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise KVZipError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def _python_docs() -> Items:

@@ -26,7 +26,7 @@ from kvzip.eval.report.traffic import found_at, ratios
 from kvzip.eval.results.demo import DemoResult
 from kvzip.eval.results.traffic import TrafficResult
 from kvzip.files import replacing, scratch_folder
-from kvzip.reading import contents
+from kvzip.reading import text_in
 
 _PICTURE = '[data-chart="time-wide"]'
 
@@ -214,9 +214,9 @@ def put_between(path: str | os.PathLike[str], blocks: Mapping[str, str]) -> bool
     """Put each block between ``<!-- name -->`` and ``<!-- /name -->`` in a Markdown file; whether
     that changed anything.
 
-    Raises KVZipError when the marks are not there, once each, in order.
+    Raises KVZipError when the file is no text, or the marks are not there, once each, in order.
     """
-    text = new = contents(path).decode()
+    text = new = text_in(path)
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, found, rest = new.partition(begin)

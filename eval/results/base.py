@@ -49,3 +49,9 @@ def above_zero(name: str, value: float) -> None:
     """Raise KVZipError that says `name` unless the value is finite and above zero."""
     if not (math.isfinite(value) and value > 0):
         raise KVZipError(f"{name} is {value}; it must be above zero")
+
+
+def not_below_zero(name: str, value: float) -> None:
+    """Raise KVZipError that says `name` unless the value is finite and zero or above."""
+    if not (math.isfinite(value) and value >= 0):
+        raise KVZipError(f"{name} is {value}; it must not be below zero")

@@ -3,15 +3,19 @@ predictor."""
 
 from __future__ import annotations
 
-import math
+from typing import Literal
 
 import msgspec
 
 from kvzip.errors import KVZipError
-from kvzip.eval.results.base import Result, above_zero
+from kvzip.eval.results.base import Result, above_zero, not_below_zero
 
 POINTS_VERSION = 1
 """The version of what is measured of a layer: points of another one are measured anew."""
+
+
+Family = Literal["tables", "linear", "piecewise", "copy", "recomputation", "floor"]
+"""A kind of predictor; a floor is what no codec can reach."""
 
 
 class LayerPoint(msgspec.Struct, frozen=True):
@@ -35,8 +39,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     title: str
     label: str
     """The title in a few words, beside its point in a chart."""
-    family: str
-    """tables, linear, piecewise, copy, recomputation, or floor, which no codec can reach."""
+    family: Family
     within: bool = False
     """Whether it is a copy of the model, or a floor, with channels before used beside it; charts
     leave it out unless it is on the hull."""
@@ -112,7 +115,5 @@ class Frontier(Result, frozen=True, kw_only=True, tag="frontier"):
             raise KVZipError("there is no figure in it")
         for point in points:
             above_zero(f"{point.title}: bits", point.bits)
-            if not (math.isfinite(point.share) and point.share >= 0):
-                raise KVZipError(
-                    f"{point.title}: share is {point.share}; it must not be below zero"
-                )
+            not_below_zero(f"{point.title}: share", point.share)
+            not_below_zero(f"{point.title}: profile_bytes", point.profile_bytes)

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from kvzip.errors import KVZipError
-from kvzip.eval.results.base import Result
+from kvzip.eval.results.base import Result, above_zero, not_below_zero
 
 PREFILL = "prefill"
 """The way that brings no bytes; all others are codecs."""
@@ -141,5 +141,32 @@ class Links(Result, frozen=True, kw_only=True, tag="links"):
         return max(p.overlap for p in self.points if p.overlap is not None)
 
     def check(self) -> None:
-        if not self.points or not self.inputs.codecs:
+        if not self.inputs.codecs or all(point.overlap is None for point in self.points):
             raise KVZipError("there is no measured link in it")
+        found = self.inputs
+        for name in ("raw_bytes", "layers", "prefill", "step", "together"):
+            above_zero(f"inputs: {name}", getattr(found, name))
+        not_below_zero("inputs: step_work", found.step_work)
+        for codec in found.codecs:
+            _check_costs(codec)
+        delays = {c.codec: {t.delay for t in c.transfers} for c in found.codecs}
+        for point in self.points:
+            what = f"{point.way} at {point.mbps:g} Mb/s"
+            for name in ("mbps", "seconds", "predicted"):
+                above_zero(f"{what}: {name}", getattr(point, name))
+            for seconds in point.times:
+                above_zero(f"{what}: times", seconds)
+            if point.way != PREFILL and point.delay not in delays.get(point.way, ()):
+                raise KVZipError(f"{what}: no transfer of {point.delay:g} s delay was measured")
+
+
+def _check_costs(costs: CodecCosts) -> None:
+    """Raise KVZipError that names the cost of a codec that cannot be."""
+    for name in ("encoded_bytes", "ratio", "decoding"):
+        above_zero(f"{costs.codec}: {name}", getattr(costs, name))
+    for name in ("opening", "decoding_work"):
+        not_below_zero(f"{costs.codec}: {name}", getattr(costs, name))
+    for transfer in costs.transfers:
+        above_zero(f"{costs.codec}: mbps of a transfer", transfer.mbps)
+        not_below_zero(f"{costs.codec}: delay of a transfer", transfer.delay)
+        not_below_zero(f"{costs.codec}: seconds of a transfer", transfer.seconds)

@@ -10,6 +10,7 @@ import msgspec
 from kvzip.errors import KVZipError
 from kvzip.eval.results.base import Result, above_zero
 
+Strategy = Literal["recompute", "load", "choose", "overlap"]
 Basis = Literal["counted", "measured", "modelled", "price", "stated", "target", "assumed", "given"]
 """Where a number comes from. Counted: in the trace, exactly; measured: by the clock, on the machine
 that the source names; modelled: by a formula; price: of the price book; stated: by its source;
@@ -56,7 +57,7 @@ class TierRow(msgspec.Struct, frozen=True, kw_only=True):
 class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
     """The trace with one codec and one strategy. Times in seconds."""
 
-    strategy: str
+    strategy: Strategy
     codec: str
     """"" for "recompute", which has no store."""
     ratio: float

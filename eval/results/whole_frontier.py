@@ -3,13 +3,12 @@ work to predict or compute them."""
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import msgspec
 
 from kvzip.errors import KVZipError
-from kvzip.eval.results.base import Result, above_zero
+from kvzip.eval.results.base import Result, above_zero, not_below_zero
 from kvzip.eval.results.scaling import Shape
 
 Basis = Literal["measured", "derived", "stated"]
@@ -68,7 +67,7 @@ class WholeFrontier(Result, frozen=True, kw_only=True, tag="whole-frontier"):
             for p in run.points:
                 what = f"{run.shape.name}, {p.title}"
                 above_zero(f"{what}: bits", p.bits)
-                if not (math.isfinite(p.share) and p.share >= 0):
-                    raise KVZipError(f"{what}: share is {p.share}; it must not be below zero")
+                not_below_zero(f"{what}: share", p.share)
+                not_below_zero(f"{what}: profile_bytes", p.profile_bytes)
                 if p.basis == "stated" and not p.about:
                     raise KVZipError(f"{what} is stated, and has no source")

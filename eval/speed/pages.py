@@ -63,8 +63,9 @@ def _of(snapshot: Snapshot, profile: Profile, tokens: int, one: bool) -> tuple[i
     count = len(snapshot.layers)
     held = min((layer.layout.stored for layer in snapshot.layers), default=0)
     layers = pages = raw = encoded = numbers = 0
-    for first in range(0, count, 1 if one else count):
-        inside = snapshot.layers[first : first + (1 if one else count)]
+    step = 1 if one else max(count, 1)
+    for first in range(0, count, step):
+        inside = snapshot.layers[first : first + step]
         for start in range(0, held - tokens + 1, tokens):
             given = [
                 (layer.k[..., start : start + tokens, :], layer.v[..., start : start + tokens, :])

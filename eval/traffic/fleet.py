@@ -17,11 +17,10 @@ from kvzip.choice.cost import GB, PrefillModel, number
 from kvzip.errors import UsageError
 from kvzip.eval.money.prices import PriceBook, pick
 from kvzip.eval.money.room import store_size
-from kvzip.eval.results.traffic import Input
+from kvzip.eval.results.traffic import Input, Strategy
 from kvzip.eval.traffic.eviction import POLICIES, PolicyName
 from kvzip.eval.traffic.trace import Trace
 
-Strategy = Literal["recompute", "load", "choose", "overlap"]
 STRATEGIES: dict[Strategy, str] = {
     "recompute": "no store: a GPU computes every prompt",
     "load": "what is found is loaded, the rest is computed",

@@ -63,7 +63,10 @@ def load_slot(file: Any) -> Snapshot:
     length = max((_length(section) for section in slot.sections), default=0)
     layers, places = [], list[Tensor]()
     for section in slot.sections:
-        whole = np.array_equal(section.positions, np.arange(length))
+        # A position may be 2**31, of a few cells.
+        whole = len(section.positions) == length and bool(
+            (section.positions == np.arange(length)).all()
+        )
         for pair in zip_longest(section.keys, section.values):
             parts = {n: t for n, t in zip("kv", pair, strict=True) if t is not None}
             layers.append(_layer(source, parts, length, whole))

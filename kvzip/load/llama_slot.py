@@ -34,6 +34,8 @@ _MOST_CELLS = 1 << 26
 carried as bytes."""
 _TRY = 1 << 14
 """What a place that is tried costs of these, however few cells it has."""
+_TENSOR = 1 << 10
+"""What a tensor costs of them, however few rows it has."""
 _MOST_TENSORS = 1 << 13
 _TYPES = {
     0: ("fp32", 4, 1),
@@ -278,10 +280,9 @@ def _positions(cursor: _Cursor, cells: int, extra: int) -> NDArray[np.int32]:
         (positions[i],) = struct.unpack("<i", cursor.take(4))
         sequences = cursor.number(0, _MOST_SEQUENCES)
         cursor.skip(extra)
-        if any(
-            not 0 <= s < _MOST_SEQUENCES
-            for (s,) in struct.iter_unpack("<i", cursor.take(4 * sequences))
-        ):
+        cursor.spend(sequences)
+        held = np.frombuffer(cursor.take(4 * sequences), "<u4")
+        if (held >= _MOST_SEQUENCES).any():
             raise _Wrong
     return positions
 
@@ -324,6 +325,7 @@ def _states(cursor: _Cursor, cells: int) -> tuple[list[Tensor], list[Tensor]]:
 
 def _rows(cursor: _Cursor, cells: int) -> Tensor:
     """A tensor row after row: its type, and the bytes of a row, before it."""
+    cursor.spend(_TENSOR)
     name, block, numbers = _type(cursor)
     size = cursor.long()
     if not size or size % block or size >= 1 << 31:
@@ -334,6 +336,7 @@ def _rows(cursor: _Cursor, cells: int) -> Tensor:
 
 def _columns(cursor: _Cursor, cells: int) -> Tensor:
     """A tensor column after column: type, bytes of a number, and the columns, before it."""
+    cursor.spend(_TENSOR)
     name, block, _ = _type(cursor)
     size, width = cursor.number(1, 8), cursor.number(1, 1 << 24)
     if name == "bytes" or size != block:

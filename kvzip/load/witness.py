@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, WeightsError
 from kvzip.load.calls import check_call, innermost
 from kvzip.workers import Lock
 
@@ -37,7 +37,7 @@ Rounding was seen to move them by up to 2**-5 in bf16 (SmolLM2, 30 layers: chunk
 against fused attention); fp32 has room for products in TF32."""
 
 
-class OtherWeights(KVZipError):
+class OtherWeights(WeightsError):
     """A layer's keys and values are not those that the model computes for the same token."""
 
     layer: LazyLayer | None = None

@@ -196,31 +196,40 @@ def test_bytes_at_random_behind_a_magic_come_back(tmp_path_factory, tail):
 
 
 def test_bytes_that_read_like_very_much_are_carried(tmp_path, monkeypatch):
-    """Each place of it reads like the beginning of very many cells; many small parts; positions
-    that no prompt has."""
+    """Each place of it reads like the beginning of very many cells, of cells of very many
+    sequences, of very many layers; many small parts; positions that no prompt has."""
     monkeypatch.setattr(llama_slot, "_MOST_CELLS", 1 << 18)
     monkeypatch.setattr(llama_slot, "_MOST_TENSORS", 100)
-    looked = 0
-    spend = llama_slot._Cursor.spend
+    looked = taken = 0
+    spend, take = llama_slot._Cursor.spend, llama_slot._Cursor.take
 
     def counted(cursor, count):
         nonlocal looked
         spend(cursor, count)
         looked += count
 
+    def counted_bytes(cursor, length):
+        nonlocal taken
+        taken += length
+        return take(cursor, length)
+
     monkeypatch.setattr(llama_slot._Cursor, "spend", counted)
+    monkeypatch.setattr(llama_slot._Cursor, "take", counted_bytes)
     small = u32(1, 1) + cells([0]) + u32(0, 1) + rows(F16, np.zeros((1, 1), np.uint16)) * 2
     for data in (
         slot(u32(1, 10_000) * 20_000),
         slot(u32(1, 15_000) + u32(1, 1, 1) * 15_000 + u32(9) * 15_000),
         slot(u32(1, 20_000) + u32(7, 0) * 20_000),
+        slot(u32(1, 64) + (u32(0, 4095) + u32(0) * 4095) * 64 + u32(9)),
+        slot((u32(1, 1) + cells([0]) + u32(0, 4096)) * 300 + small[24:40] * 4095),
         slot(small * 2_000),
         slot(attention([2**31 - 1, 5])),
         slot(attention([-5, -1])),
     ):
-        looked = 0
+        looked = taken = 0
         snapshot, found, _ = round_trip(tmp_path, data, "raw")
         assert found == data and looked <= 1 << 18 and len(snapshot.layers) <= 51
+        assert taken <= 5 << 18
 
 
 def test_what_is_no_session_is_refused(tmp_path):

@@ -75,6 +75,11 @@ def test_texts_of_ones_own(tmp_path: Path) -> None:
         texts.texts(["novels"], (), 0, 1000)
     with pytest.raises(UsageError, match="name at least one text"):
         texts.texts((), (), 0, 1000)
+    test.unlink()
+    test.symlink_to(test)
+    with pytest.raises(OSError, match="symbolic links"):
+        texts.texts((), [option], 0, 1000)
+    test.unlink()
     test.write_bytes(b"\xff")
     with pytest.raises(KVZipError, match="is not UTF-8 text"):
         texts.texts((), [option], 0, 1000)

@@ -40,6 +40,12 @@ def test_the_tables_of_traces_are_what_the_stored_results_give(tmp_path: Path) -
     assert markdown(TRAFFIC).count("| no store |") == 2
 
 
+def test_a_page_that_is_no_text_is_said(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_bytes(b"<!-- traffic -->\xe9<!-- /traffic -->")
+    with pytest.raises(KVZipError, match=r"page\.md is not UTF-8 text"):
+        f.put_between(tmp_path / "page.md", {"traffic": "x"})
+
+
 def test_the_answer_in_room_is_what_the_trace_gives() -> None:
     """The six hit rates of issue 21, as stored; who has the traces counts them anew."""
     wanted = {"conversation": [11.0, 17.2, 22.1], "synthetic": [27.9, 36.5, 44.4]}

@@ -76,6 +76,39 @@ def test_what_is_something_else_is_said(tmp_path: Path, changes: Any, says: str)
 
 
 @pytest.mark.parametrize(
+    ("file", "at", "wrong"),
+    [
+        ("results/links.json", ("points", 0, "way"), "x"),
+        ("results/links.json", ("points", 0, "mbps"), -0.0),
+        ("results/links.json", ("points", 0, "predicted"), 0),
+        ("results/links.json", ("points", 0, "times"), [1.0, 0.0]),
+        ("results/links.json", ("inputs", "step"), -1),
+        ("results/links.json", ("inputs", "together"), 0),
+        ("results/links.json", ("inputs", "codecs"), []),
+        ("results/links.json", ("inputs", "codecs", 1, "transfers"), []),
+        ("results/links.json", ("inputs", "codecs", 1, "transfers", 0, "mbps"), 0),
+        ("results/links.json", ("inputs", "codecs", 1, "ratio"), 0),
+        ("frontier.json", ("runs", 0, "points", 0, "profile_bytes"), -1),
+        ("frontier.json", ("runs", 0, "points", 0, "family"), "x"),
+        ("results/frontier/whole.json", ("runs", 0, "points", 0, "profile_bytes"), -1),
+        ("results/traffic-synthetic.json", ("rows", 0, "strategy"), "x"),
+    ],
+)
+def test_what_no_chart_could_show_is_said(
+    tmp_path: Path, file: str, at: tuple[Any, ...], wrong: Any
+) -> None:
+    plain = json.loads((DOCS / file).read_text())
+    holder = plain
+    for key in at[:-1]:
+        holder = holder[key]
+    assert at[-1] in holder or at[-1] < len(holder)
+    holder[at[-1]] = wrong
+    (tmp_path / "some.json").write_text(json.dumps(plain))
+    with pytest.raises(KVZipError, match=r"some\.json"):
+        stored.load(tmp_path / "some.json", Result)
+
+
+@pytest.mark.parametrize(
     ("content", "says"),
     [(b"", "not JSON"), (b"[1]", "holds something else"), (b'{"kind": "\xff"}', "not JSON")],
 )
