@@ -218,12 +218,13 @@ format: $(READY)
 clean:
 	rm -rf build dist demo $(VENV)
 
+# Python compiles what it imports, a third of what is installed; pip would compile all of it, for a minute.
 # The codecs are compiled while all else is fetched and installed, kvzip without them; then kvzip as it lies here.
 $(DEMO) $(TEST) $(READY) $(DOCS): $(VENV)/.%: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing kvzip[$*] into $(VENV) and compiling the codecs: some minutes the first time"
-	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt $(BUILD)
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt $(BUILD)
 	$(BIN)/pip wheel $(AS_HERE) --quiet --no-deps --wheel-dir build . & compiling=$$!; \
-	  $(BIN)/pip install $(AS_HERE) -c constraints.txt -C wheel.cmake=false '.[$*]' && wait $$compiling
+	  $(BIN)/pip install $(AS_HERE) --no-compile -c constraints.txt -C wheel.cmake=false '.[$*]' && wait $$compiling
 	$(BIN)/pip install $(AS_HERE) --quiet --no-deps -e .
 	touch $(addprefix $(VENV)/.,$(WITHIN_$*))
