@@ -218,7 +218,7 @@ format: $(READY)
 clean:
 	rm -rf build dist demo $(VENV)
 
-# Python compiles what it imports, a third of what is installed; pip would compile all of it, for a minute.
+# Python compiles what it imports, a part of what is installed; pip would compile all of it, for a minute.
 # The codecs are compiled while all else is fetched and installed, kvzip without them; then kvzip as it lies here.
 $(DEMO) $(TEST) $(READY) $(DOCS): $(VENV)/.%: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
