@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from command import run as called
 from support import as_installed, readme_document, readme_model
 
 import kvzip
@@ -86,7 +87,7 @@ def test_buffers():
     assert (names["target"][3] == names["pool"][1]).all() and not names["target"][:3].any()
 
 
-def test_the_stores_commands(names):
+def test_the_stores_commands(names, capsys):
     commands = [line.partition("#")[0] for b in blocks("store.md", "sh") for line in b.splitlines()]
     profile = kvzip.Profile.fit([names["snapshot"]])
     profile.save("m.kvprofile")
@@ -95,9 +96,8 @@ def test_the_stores_commands(names):
     ours = [shlex.split(line) for line in commands if line.startswith("kvzip")]
     assert len(ours) == 12
     for command in ours:
-        command[0] = str(Path(sys.executable).parent / "kvzip")
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, (command, done.stderr)
+        code, _, err = called(capsys, *command[1:])
+        assert code == 0, (command, err)
     assert kvzip.verify("found.kvz").header.layout == names["snapshot"].layout
     assert kvzip.Snapshot.load("prefix.safetensors").tokens == 200
 

