@@ -296,7 +296,7 @@ def test_a_block_read_by_its_description(codec):
 def test_every_truncation_and_bit_flip_is_an_error(codec):
     blob = kvzip.encode(small(), codec, block_tokens=64)
     assert on_grids(blob)
-    for size in range(0, len(blob), 101):
+    for size in range(0, len(blob), 211):
         with pytest.raises(KVZipError):
             kvzip.decode(blob[:size])
     with kvzip.open(blob) as reader:
@@ -309,7 +309,7 @@ def test_every_truncation_and_bit_flip_is_an_error(codec):
         }
     flipped = bytearray(blob)
     # Of ordinary parts other tests tell.
-    for at in sorted(set(range(0, len(blob), 19)) - values):
+    for at in sorted(set(range(0, len(blob), 53)) - values):
         flipped[at] ^= 1 << at % 8
         with pytest.raises(KVZipError):
             kvzip.decode(bytes(flipped))
