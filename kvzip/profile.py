@@ -23,7 +23,7 @@ from kvzip.byte_coders import Zstd
 from kvzip.codec import get_codec
 from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError, told_as
 from kvzip.files import replacing
-from kvzip.options import callback, json_value, text
+from kvzip.options import callback, items, json_value, text
 from kvzip.parsing import from_json
 from kvzip.snapshot import Snapshot
 from kvzip.tensors import TensorFile, check_header
@@ -222,11 +222,14 @@ class Profile:
         many documents are done and how many there are. `codec`: what it is for, "predictive" or
         "channel", which takes tables from it instead of making them for each document.
         `settings`: see :func:`kvzip.codecs.predictive.fit.fit`; "channel" has none. Raises
-        ProfileError when the snapshots are not of one model, UnsupportedError for a codec that
-        learns nothing.
+        ProfileError when the snapshots are not of one model, UsageError for a setting that there is
+        not or that is of the wrong kind, UnsupportedError for a codec that learns nothing.
         """
         callback("progress", progress)
-        found: Profile = get_codec(codec).fit(list(snapshots), progress, **settings)
+        given = items("snapshots", snapshots, "snapshots, or their paths")
+        if isinstance(snapshots, (str, bytes)):
+            raise UsageError(f"snapshots is {snapshots!r}: it must be a list of paths")
+        found: Profile = get_codec(codec).fit(given, progress, **settings)
         return found
 
 

@@ -78,3 +78,46 @@ def test_what_is_no_model():
             snapshot.to_cache(wrong)
         with pytest.raises(kvzip.UsageError, match="no config"):
             load_cache(snapshot, wrong, prompt=snapshot.token_ids)
+
+
+NO_SETTINGS = {
+    "regions": [None, 1.5, "many", b"x", {}, [1.5], object()],
+    "max_bytes": [None, 1.5, "x", -1, [1]],
+    "token_table": [None, 1, "x"],
+    "group": [1.5, "x", [2]],
+    "calibration": [0.5, "x", True],
+    "resume": [0, "a\0b", ["a"]],
+    "held_out": [1],
+}
+
+
+@pytest.mark.parametrize("name", NO_SETTINGS)
+def test_what_no_profile_is_learned_with(name):
+    for wrong in NO_SETTINGS[name]:
+        for codec in ("predictive", "channel"):
+            with pytest.raises(kvzip.KVZipError):
+                kvzip.Profile.fit(
+                    [make_snapshot(random_bits, 1, "bf16")], None, codec, **{name: wrong}
+                )
+
+
+@pytest.mark.parametrize("given", [None, 5, "documents", b"documents", [None], [[]]])
+def test_what_no_profile_is_learned_from(given):
+    for codec in ("predictive", "channel"):
+        with pytest.raises(kvzip.KVZipError):
+            kvzip.Profile.fit(given, codec=codec)
+
+
+def test_a_store_refuses_options_rather_than_find_nothing(tmp_path):
+    store, snapshot = Store(tmp_path, block_tokens=8), make_snapshot(random_bits, 1, "bf16")
+    store.put(snapshot)
+    origin = snapshot.origin
+    for threads in (None, -1, "2", 1.5, 10**6):
+        with pytest.raises(kvzip.UsageError, match="threads"):
+            store.find(
+                snapshot.token_ids,
+                model=origin.model,
+                revision=origin.revision,
+                dtype=snapshot.dtype,
+                threads=threads,
+            )

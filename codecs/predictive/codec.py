@@ -90,8 +90,9 @@ class PredictiveCodec(Codec):
         **settings: Any,
     ) -> Profile:
         from kvzip.codecs.predictive.fit import fit  # which needs what encoding does not
+        from kvzip.codecs.predictive.fit_settings import checked
 
-        return fit(snapshots, progress, **settings)
+        return fit(snapshots, progress, **checked(settings))
 
     def needs(self, layer: int, part: str) -> tuple[tuple[int, str], ...]:
         if part == "v":

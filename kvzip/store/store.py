@@ -329,6 +329,7 @@ class Store:
         """
         ids = token_ids_from(token_ids)
         check_profile(profile)
+        thread_count(threads)  # what opens documents takes what it raises for damage
         model, revision = text("model", model), text("revision", revision)
         block_tokens = self._settings.block_tokens()
         if block_tokens is None:
