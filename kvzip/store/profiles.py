@@ -5,7 +5,9 @@ it, and who removes one and who writes a document agree, whatever dies: the remo
 ``profiles/removing/ID/...``, and only then looks which documents there are; the writer first
 writes the document, and only then looks whether somebody removes its profile. So one of them sees
 the other. A remover that sees the document leaves the profile; a writer that sees the remover
-waits for its end and writes the profile again if it is gone.
+waits for its end and writes the profile again if it is gone. After a minute it takes the remover
+for a dead one and takes its mark away; a remover that is only slow sees that, and leaves the
+profile.
 """
 
 from __future__ import annotations
@@ -185,11 +187,14 @@ class Profiles:
         """The SHA-256s of profiles that documents of such an identity need, the newest first; where
         nothing can be listed, the newest only."""
         space = _plain(identity)
+        last = self._objects.get(f"{space}/profile")
+        if last is None:  # as mostly: a bucket takes more for a listing
+            return []
         if self._objects.listable:
             found = sorted(self._objects.under(f"{space}/profiles"), key=lambda meta: meta.modified)
             names = [meta.path.rpartition("/")[2] for meta in reversed(found)]
         else:
-            names = [(self._objects.get(f"{space}/profile") or b"").decode(errors="replace")]
+            names = [last.decode(errors="replace")]
         return [name for name in names if _ID.fullmatch(name)][:_LOOKED_FOR]
 
     # --- what there is ---------------------------------------------------------------------
@@ -215,25 +220,46 @@ class Profiles:
     def remove(self, profile_id: str) -> bool:
         """Take a profile that no document needs out of the store; whether it was there. Raises
         ProfileError for one that is needed."""
-        mark = f"{_removing(profile_id)}/{uuid.uuid4().hex}"
-        self._objects.put(mark, b"")
-        try:
-            there = self._objects.head(_path(profile_id)) is not None
-            counts = _counts(self._objects, documents(self._objects))
-            if there and (needed := counts[profile_id] + counts[""]):
-                which = "1 document needs" if needed == 1 else f"{needed} documents need"
-                raise ProfileError(
-                    f"profile {profile_id} stays: {which} it"
-                    + (", or cannot say what it needs" if counts[""] else "")
-                )
-            for space in namespaces(self._objects):
-                self._unmark(space, profile_id)
-            self._objects.delete(_path(profile_id))
-        finally:
-            self._objects.delete(mark)
-        with self._lock:
-            self._kept.pop(profile_id, None)
+        there = self._objects.head(_path(profile_id)) is not None
+        needed = self._remove([profile_id])
+        if there and profile_id in needed:
+            raise ProfileError(f"profile {profile_id} stays: {needed[profile_id]}")
         return there
+
+    def prune(self, listed: Iterable[StoredProfile]) -> list[str]:
+        """Remove those of the listed profiles that no document needs and that are not new; the keys
+        of those that went."""
+        old = datetime.now(UTC) - _FRESH
+        unneeded = [id_in(p.key) for p in listed if not p.documents and p.written < old]
+        needed = self._remove(unneeded)
+        for profile_id, why in needed.items():  # since it was listed
+            _log.info("profile %s stays: %s", profile_id, why)
+        return [_PREFIX + each for each in unneeded if each not in needed]
+
+    def _remove(self, profile_ids: Sequence[str]) -> dict[str, str]:
+        """Take those of the profiles out of the store that no document needs; why others stay. The
+        documents are counted once for all."""
+        if not profile_ids:
+            return {}
+        marks = {each: f"{_removing(each)}/{uuid.uuid4().hex}" for each in profile_ids}
+        try:
+            self._pool.each(lambda mark: self._objects.put(mark, b""), marks.values())
+            counts = _counts(self._objects, documents(self._objects))
+            needed = {each: _needed(counts, each) for each in marks}
+            spaces = namespaces(self._objects)
+            for profile_id in [each for each, why in needed.items() if not why]:
+                if self._objects.head(marks[profile_id]) is None:
+                    needed[profile_id] = "who writes did not wait so long for its removal"
+                    continue
+                self._objects.delete(_path(profile_id))
+                for space in spaces:
+                    self._unmark(space, profile_id)
+        finally:
+            self._pool.each(self._objects.delete, marks.values())
+        with self._lock:
+            for profile_id in marks:
+                self._kept.pop(profile_id, None)
+        return {each: why for each, why in needed.items() if why}
 
     def _unmark(self, space: str, profile_id: str) -> None:
         """Undo :meth:`mark` in a namespace."""
@@ -241,25 +267,17 @@ class Profiles:
         path = f"{space}/profile"
         if (self._objects.get(path) or b"") != profile_id.encode():
             return
-        other = next(iter(self._objects.under(f"{space}/profiles")), None)
+        other = self._any_marked(space)
         if other is None:
             self._objects.delete(path)
-        else:
-            self._objects.put(path, other.path.rpartition("/")[2].encode(), create=False)
+            # Written meanwhile? Then its own pointer may be what was deleted.
+            other = self._any_marked(space)
+        if other is not None:
+            self._objects.put(path, other.encode(), create=False)
 
-    def prune(self, listed: Iterable[StoredProfile]) -> list[str]:
-        """Remove those of the listed profiles that no document needs and that are not new; the keys
-        of those that went."""
-        old, gone = datetime.now(UTC) - _FRESH, []
-        for profile in listed:
-            if not profile.documents and profile.written < old:
-                try:
-                    self.remove(id_in(profile.key))
-                except ProfileError as error:  # needed since it was listed
-                    _log.info("%s", error)
-                else:
-                    gone.append(profile.key)
-        return gone
+    def _any_marked(self, space: str) -> str | None:
+        found = next(iter(self._objects.under(f"{space}/profiles")), None)
+        return None if found is None else found.path.rpartition("/")[2]
 
     def sweep(self) -> None:
         """Clear away what removers left that died."""
@@ -267,6 +285,15 @@ class Profiles:
         for meta in list(self._objects.under(f"{_PREFIX}removing")):
             if meta.modified < old:
                 self._objects.delete(meta.path)
+
+
+def _needed(counts: Counter[str], profile_id: str) -> str:
+    """Why a profile stays; "" where no document needs it. `counts`: of :func:`_counts`."""
+    count = counts[profile_id] + counts[""]
+    if not count:
+        return ""
+    which = "1 document needs" if count == 1 else f"{count} documents need"
+    return f"{which} it" + (", or cannot say what it needs" if counts[""] else "")
 
 
 def _plain(identity: Identity) -> str:

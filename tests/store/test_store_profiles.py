@@ -433,6 +433,33 @@ def test_a_writer_between_any_two_requests_of_a_remover(tmp_path, at_once, monke
     assert at > 10
 
 
+def test_a_remover_that_stands_still_at_any_request(tmp_path, at_once):
+    """The writer takes it for a dead one, and then it goes on: it must not take what is needed now;
+    but for right before the deletion itself, which is one request."""
+    lost = []
+    for at in itertools.count(1):
+        writer, remover = both(tmp_path / str(at))
+        count = interrupted(remover, at, partial(put_one, writer))
+        remover.prune(profiles=True)
+        if count[0] < at:
+            break
+        if not Store(tmp_path / str(at)).profiles():
+            lost.append(at)
+    assert at > 10 and len(lost) <= 1
+
+
+def test_documents_are_counted_once_for_all_profiles_that_go(tmp_path, at_once, monkeypatch):
+    where, counted = Store(tmp_path, block_tokens=BLOCK), []
+    for i in range(5):
+        where.put_profile(profile_of(i))
+    where.put(snapshot_of(range(20)), codec="raw", profile=profile_of(9))
+    count = profiles.documents
+    monkeypatch.setattr(profiles, "documents", lambda o: counted.append(1) or count(o))
+    assert len(where.prune(profiles=True)) == 5
+    assert len(counted) <= 1 and len(where.profiles()) == 1
+    assert not list(where.bucket.under("profiles/removing"))
+
+
 def test_a_remover_that_dies_at_any_request(tmp_path, at_once):
     def die():
         raise Dead
