@@ -18,7 +18,7 @@ from kvzip.statistics.ridge import residual, ridge, shrinkage
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-BLOCK = 96  # inputs that are rounded before the error goes on to the others
+BLOCK = 96  # inputs to which the errors of those before go at once
 FARTHEST = 16.0
 SHRINK_TOKENS = 2000  # of all regions that count in each one's regression and covariance
 
@@ -60,61 +60,62 @@ class Sums:
         self.total[region, fold] += rows.T @ rows
         self.count[region, fold] += len(rows)
 
-    def solve(self, total: Doubles) -> Doubles:
+    def solve(self, total: Floats) -> Floats:
         """The weights of a ridge regression, [inputs + 1, outputs]."""
         i = self.inputs
         if not i:
-            means: Doubles = total[:1, 1:] / max(total[0, 0], 1)
+            means: Floats = total[:1, 1:] / max(total[0, 0], 1)
             return means
         variance = np.trace(total[:i, :i]) / i
-        penalty = np.full(i + 1, variance * shrinkage(i, self.count.sum()) + 1e-9)
+        penalty = np.full(i + 1, variance * shrinkage(i, self.count.sum()) + 1e-9, np.float32)
         penalty[i] = 1e-9 * total[i, i] + 1e-9
         return ridge(total[: i + 1, : i + 1], total[: i + 1, i + 1 :], penalty)
 
-    def left(self, weights: Doubles, total: Doubles) -> Doubles:
+    def left(self, weights: Floats, total: Floats) -> Doubles:
         """Products with each other of what the weights leave of the outputs."""
         i = self.inputs + 1
-        return residual(weights, total[:i, :i], total[:i, i:], total[i:, i:])
+        return residual(weights, total[:i, :i], total[:i, i:], total[i:, i:]).astype(np.float64)
 
     def predictors(self) -> tuple[list[Predictor], float]:
         """One a region, and the bits a number that the regions save over one alone (estimated on
         documents apart, as if all were normal)."""
         regions, folds = self.count.shape
         count = self.count.sum(axis=1)
-        whole = self.total.sum(axis=(0, 1), dtype=np.float64)
+        whole = self.total.sum(axis=(0, 1))
         tokens = count.sum()
         width = len(self.mean)
         left, common = np.zeros((regions, width, width)), np.zeros((width, width))
         for f in range(folds):
-            apart = self.total[:, f].astype(np.float64)
-            rest, rest_tokens = whole - apart.sum(axis=0), tokens - self.count[:, f].sum()
+            apart = self.total[:, f].sum(axis=0)
+            rest, rest_tokens = whole - apart, tokens - self.count[:, f].sum()
             if rest_tokens < 1:  # one fold alone
                 rest, rest_tokens = whole, tokens
             shared = self.solve(rest)
-            common += self.left(shared, apart.sum(axis=0))
+            common += self.left(shared, apart)
             for r in range(regions):
                 weights = shared
                 if regions > 1:
-                    own = self.total[r].sum(axis=0, dtype=np.float64) - apart[r]
-                    weights = self.solve(own + rest * (SHRINK_TOKENS / rest_tokens))
-                left[r] += self.left(weights, apart[r])
+                    own = self.total[r].sum(axis=0) - self.total[r, f]
+                    weights = self.solve(own + rest * np.float32(SHRINK_TOKENS / rest_tokens))
+                left[r] += self.left(weights, self.total[r, f])
         common /= tokens
         mean = left.sum(axis=0) / tokens
         made, saved = [], 0.0
         for r in range(regions):
-            own = self.total[r].sum(axis=0, dtype=np.float64)
+            own = self.total[r].sum(axis=0)
             shrink = 0
             if regions > 1:
                 shrink = SHRINK_TOKENS
-                own += whole * (shrink / tokens)
+                own += whole * np.float32(shrink / tokens)
             covariance = (left[r] + shrink * mean) / (count[r] + shrink)
             i = self.inputs
             ones = own[i, :i]
-            centred = own[:i, :i] - np.outer(ones, ones) / own[i, i]
+            centred = own[:i, :i] - np.outer(ones, ones / own[i, i])
             rounded, scale = round_weights(self.solve(own)[:i], centred)
             # The constant comes last and takes up what rounding did to the mean.
             spared = own[i, i + 1 :] - ones @ (rounded * scale)
-            made.append(Predictor(rounded, scale / 16, spared / own[i, i], covariance))
+            bias = (spared / own[i, i]).astype(np.float64)
+            made.append(Predictor(rounded, scale.astype(np.float64) / 16, bias, covariance))
             saved += count[r] / tokens * _log_volume(covariance)
         return made, (_log_volume(common) - saved) / width
 
@@ -124,27 +125,29 @@ def _log_volume(covariance: Doubles) -> float:
     return float(np.log2(np.diag(cholesky(covariance))).sum())
 
 
-def round_weights(weights: Doubles, gram: Doubles) -> tuple[NDArray[np.int8], Doubles]:
+def round_weights(weights: Floats, gram: Floats) -> tuple[NDArray[np.int8], Floats]:
     """Weights [inputs, outputs] as int8 and a scale for each output.
 
     One input after the other is rounded, and the error spread over the inputs to come so that it
-    shows least in the outputs (Frantar et al. 2022, GPTQ, arXiv 2210.17323).
+    shows least in the outputs (Frantar et al. 2022, GPTQ, arXiv 2210.17323). With gram = U U^T, U
+    upper triangular, that is to round in each row of U^T (weights - rounded) what the rows before
+    leave (Babai's nearest plane; Chen et al. 2025, arXiv 2507.18553), so nothing is inverted.
     """
     scale = np.maximum(np.abs(weights).max(axis=0, initial=0.0), 1e-30) / 127
     rounded = np.zeros(weights.shape, np.int8)
     n = len(weights)
     if not n:
         return rounded, scale
-    left = weights.copy()
-    damped = gram + np.eye(n) * (max(np.trace(gram) / n, 1e-9) * 1e-3)
-    inverse = np.linalg.inv(damped)
-    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    damped = gram[::-1, ::-1].copy()
+    damped[np.diag_indices(n)] += max(np.trace(gram) / n, 1e-9) * 1e-3
+    upper = np.ascontiguousarray(np.linalg.cholesky(damped)[::-1, ::-1])
+    upper /= np.diag(upper).copy()
+    errors = np.zeros_like(weights)
     for begin in range(0, n, BLOCK):
         end = min(begin + BLOCK, n)
-        errors = np.empty((end - begin, weights.shape[1]))
+        wanted = weights[begin:end] + upper[:begin, begin:end].T @ errors[:begin]
         for i in range(begin, end):
-            rounded[i] = np.clip(np.rint(left[i] / scale), -127, 127)
-            errors[i - begin] = (left[i] - rounded[i] * scale) / factor[i, i]
-            left[i + 1 : end] -= np.outer(factor[i, i + 1 : end], errors[i - begin])
-        left[end:] -= factor[begin:end, end:].T @ errors
+            rounded[i] = np.clip(np.rint(wanted[i - begin] / scale), -127, 127)
+            errors[i] = weights[i] - rounded[i] * scale
+            wanted[i + 1 - begin :] += np.outer(upper[i, i + 1 : end], errors[i])
     return rounded, scale
