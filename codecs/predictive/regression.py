@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.statistics.gaussian import cholesky
-from kvzip.statistics.ridge import residual, ridge, shrinkage
+from kvzip.statistics.ridge import lower_factor, residual, ridge, shrinkage
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -140,7 +140,7 @@ def round_weights(weights: Floats, gram: Floats) -> tuple[NDArray[np.int8], Floa
         return rounded, scale
     damped = gram[::-1, ::-1].copy()
     damped[np.diag_indices(n)] += max(np.trace(gram) / n, 1e-9) * 1e-3
-    upper = np.ascontiguousarray(np.linalg.cholesky(damped)[::-1, ::-1])
+    upper = np.ascontiguousarray(lower_factor(damped)[::-1, ::-1])
     upper /= np.diag(upper).copy()
     errors = np.zeros_like(weights)
     for begin in range(0, n, BLOCK):
