@@ -70,22 +70,42 @@ def test_nothing_is_in_sight(tmp_path):
         assert b"secret" not in data and KEY not in data
 
 
+def uses(tmp_path, snapshot, profile, key):
+    """All that may be the first use of a store in which a document has this key."""
+    needed = f"profiles/{profile.id}"
+    return {
+        "find": lambda store: store.find(snapshot.token_ids, **OF),
+        "put": lambda store: store.put(snapshot),
+        "put replace": lambda store: store.put(snapshot, replace=True),
+        "put_profile": lambda store: store.put_profile(profile),
+        "open": lambda store: store.open(key),
+        "get_profile": lambda store: store.get_profile(needed),
+        "fetch": lambda store: store.fetch(key, tmp_path / "fetched"),
+        "fetch profile": lambda store: store.fetch(needed, tmp_path / "fetched"),
+        "remove": lambda store: store.remove(key),
+        "remove profile": lambda store: store.remove(needed),
+        "abouts": lambda store: store.abouts(),
+        "documents": lambda store: store.documents(),
+        "profiles": lambda store: store.profiles(),
+        "prune": lambda store: store.prune(0, profiles=True),
+    }
+
+
 def test_a_wrong_key_or_none_is_an_error_and_changes_nothing(tmp_path):
-    snapshot = document()
-    url = tmp_path / "store"
-    Store(url, block_tokens=BLOCK, key=KEY).put(snapshot)
-    before = {p: p.read_bytes() for p in url.rglob("*") if p.is_file()}
-    for key in (None, OTHER, kvzip.Key(OTHER, "a"), lambda name: OTHER):
-        store = Store(url, key=key)
-        with pytest.raises(SealError):
-            store.find(snapshot.token_ids, **OF)
-        with pytest.raises(SealError):
-            store.put(snapshot)
-    assert before == {p: p.read_bytes() for p in url.rglob("*") if p.is_file()}
-    plain = Store(tmp_path / "plain", block_tokens=BLOCK)
-    plain.put(snapshot)
-    with pytest.raises(SealError, match="no sealed store"):
-        Store(tmp_path / "plain", key=KEY).find(snapshot.token_ids, **OF)
+    snapshot, profile = document(), kvzip.Profile({}, {"model": "m"})
+    for name, own in (("sealed", KEY), ("plain", None)):
+        url = tmp_path / name
+        made = Store(url, block_tokens=BLOCK, key=own)
+        entry = made.put(snapshot, codec="raw", profile=profile)
+        before = {p: p.read_bytes() for p in url.rglob("*") if p.is_file()}
+        others = (KEY,) if own is None else (None, OTHER, kvzip.Key(OTHER, "a"), lambda _: OTHER)
+        for key in others:
+            for what, use in uses(tmp_path, snapshot, profile, entry.key).items():
+                with pytest.raises(SealError, match="seal"):
+                    use(Store(url, key=key))
+                    pytest.fail(what)
+        assert before == {p: p.read_bytes() for p in url.rglob("*") if p.is_file()}
+        assert not (tmp_path / "fetched").exists()
 
 
 def test_objects_that_were_swapped_are_not_served(tmp_path):
