@@ -26,7 +26,10 @@ def driver(tmp_path_factory):
     return library
 
 
-@pytest.mark.parametrize("seed", range(4))
+# A process of some seconds each: two orders with every run of the tests, more with `test-long`.
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 8))]
+)
 def test_what_must_wait_waits(driver, tmp_path, compiled_once, seed):
     """Copies and kernels of several streams, in any order that the driver is free to take."""
     environment = os.environ | {

@@ -58,7 +58,7 @@ extern "C" void kvzip_run(unsigned blocks, unsigned threads, unsigned long share
   run(&{space}::{name}, blocks, threads, shared, seed, arguments);
 }}
 """
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror=return-type")
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror=return-type")
 
 
 class ShimDevice(Device):
@@ -134,7 +134,7 @@ class ShimDevice(Device):
             raise UnsupportedError("the shim needs a C++ compiler")
         text = _TEMPLATE.format(source=kernel.source, space=kernel.space, name=kernel.name)
         made_of = "\0".join(
-            (source_hash(kernel.source), text, compiler, *self._flags, sys.platform)
+            (source_hash(kernel.source), text, compiler, *_FLAGS, *self._flags, sys.platform)
         )
         name = f"{kernel.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
         path = cache_folder() / "shim" / name
