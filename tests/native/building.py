@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -71,11 +72,10 @@ def fuzzer(
     flags: Sequence[str],
     processor: str | None,
     emulated: Sequence[str] = (),
-    made: Path | None = None,
 ) -> Path:
     """The program fuzz_CODEC, made in `folder`, with the kernels of a "x86" or "arm" processor, or
-    with none but plain C++. With the flags of `emulation`, AVX-512 is emulated: what they change is
-    compiled, and the rest taken from the folder `made` of a program with the same `flags`."""
+    with none but plain C++. With the flags of `emulation`, AVX-512 is emulated. Objects that were
+    compiled in the same way for another program in this folder are taken as they are."""
     sources = ["native/simd", "native/xxh3", *SOURCES[codec]]
     defined = []
     if processor is not None:
@@ -86,20 +86,20 @@ def fuzzer(
     files[program] = Path(__file__).with_name(f"{program}.cpp")
 
     def compiled(source: str) -> str:
-        target = str(folder / f"{files[source].stem}.o")
         own = [*flags, *options(source)]
         if emulated and (source.startswith("native/") or source.endswith("_avx512")):
             # Neither optimised nor checked, which takes minutes to compile.
             own = ["-O0", *options(source.replace("_avx512", "_avx2")), *emulated]
-        elif made is not None:
-            return str(made / f"{files[source].stem}.o")
         command = [compiler, *FLAGS, *defined, *own, "-c", str(files[source])]
-        subprocess.run([*command, "-o", target], check=True)
-        return target
+        target = folder / f"{sha256(repr(command).encode()).hexdigest()[:32]}.o"
+        if not target.exists():
+            subprocess.run([*command, "-o", str(target)], check=True)
+        return str(target)
 
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, reversed(files)))
-    linked = folder / program
+    made_of = sha256(repr((compiler, objects)).encode()).hexdigest()[:8]
+    linked = folder / f"{program}-{made_of}"
     subprocess.run([compiler, *flags, *objects, "-o", str(linked)], check=True)
     return linked
