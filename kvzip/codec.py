@@ -10,6 +10,7 @@ context beside the data, because keys and values have layers and tokens and can 
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -248,10 +249,14 @@ def codec_names() -> list[str]:
 
 
 def register_codec(cls: type[Codec], codec_id: str | None = None) -> type[Codec]:
-    """Make a codec known under `codec_id` (default: its own); usable as a decorator."""
+    """Make a codec known under `codec_id` (default: its own); usable as a decorator. Raises
+    UnsupportedError for what is no codec, or has a name that no spec could hold."""
     if not (isinstance(cls, type) and issubclass(cls, Codec)):
         raise UnsupportedError(f"{cls!r} is not a kvzip.Codec")
-    _registered[codec_id or cls.codec_id] = cls
+    name = getattr(cls, "codec_id", None) if codec_id is None else codec_id
+    if not (isinstance(name, str) and re.fullmatch(r"[^\s:,=+]+", name)):
+        raise UnsupportedError(f"a codec's name is {name!r}: a str without spaces and :,=+")
+    _registered[name] = cls
     return cls
 
 

@@ -321,16 +321,20 @@ def _empty_block(blocks: Blocks, row: int) -> Bits:
 def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int = 1) -> None:
     """Decode blocks of one codec that do not need each other, and check their numbers.
 
-    Raises CorruptError that names the block, or its tables where those are to blame.
+    Raises CorruptError that names the block, or its tables where those are to blame; KVZipError for
+    a codec that leaves blocks out.
     """
     work: list[Target] = []
     unprepared: list[CorruptError] = []
+    all_taken = False
 
     def prepared() -> Iterator[Coded]:
+        nonlocal all_taken
         try:
             for target in targets:
                 work.append(target)
                 yield target
+            all_taken = True
         except CorruptError as error:
             unprepared.append(error)
             raise
@@ -346,6 +350,8 @@ def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int =
             return
         _blame_stored(blocks, work[0])
         raise CorruptError(f"{blocks.index.name(work[0].row)}: {error}") from None
+    if not all_taken or len(found) != len(work):
+        raise KVZipError(f"codec {codec.codec_id!r} does not decode all blocks that it is given")
     expected = [blocks.index.raw_checksum[target.row] for target in work]
     if found != expected:
         wrong = next(t for t, a, b in zip(work, found, expected, strict=True) if a != b)

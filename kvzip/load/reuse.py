@@ -35,6 +35,7 @@ from kvzip.load.own import class_for
 from kvzip.load.recovery import tell
 from kvzip.load.request import Request, assisted, request_of, times, use_cache
 from kvzip.load.witness import watching
+from kvzip.options import integer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -242,7 +243,7 @@ class HeldCache(DynamicCache):
         Raises UsageError for more than there are, UnsupportedError where a layer cannot be put
         back; no layer is changed then.
         """
-        held, removed = int(self.get_seq_length()), -tokens_to_remove
+        held, removed = int(self.get_seq_length()), -integer("tokens_to_remove", tokens_to_remove)
         if not 0 <= removed <= held:
             raise UsageError(
                 f"crop({tokens_to_remove}) of a cache of {held} tokens: give minus how many to "
