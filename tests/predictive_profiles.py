@@ -91,17 +91,21 @@ def random_layer(rng, i, layers, group, *, pairs, regions, table, vocabulary, wi
 
 
 def random_profile(
-    seed, shapes, group=8, lanes=1, *, pairs=0, regions=1, tables=(), wild=False, kinds=3
+    seed, shapes, group=8, lanes=1, *, pairs=0, regions=1, tables=(), wild=False, kinds=3, far=False
 ):
     """A profile for layers of these shapes, ((heads, dim) of keys, the same of values) each.
 
     `pairs`: of a head that are turned. `regions`: of all layers but the first. `tables`: bytes of a
     number of each layer's table, for as many layers. `wild`: anything that a profile may hold.
+    `far`: a layer is predicted from any of those before it, in any order, or from none.
     """
     rng = np.random.default_rng(seed)
+    inputs = [sorted({0, max(i - 2, 0), i - 1} & set(range(i))) for i in range(len(shapes))]
+    if far:
+        inputs = [rng.permutation(i)[: rng.integers(0, i + 1)].tolist() for i in range(len(shapes))]
     layers = [
-        {"inputs": sorted({0, max(i - 2, 0), i - 1}) if i else [], "k": list(k), "v": list(v)}
-        for i, (k, v) in enumerate(shapes)
+        {"inputs": those, "k": list(k), "v": list(v)}
+        for those, (k, v) in zip(inputs, shapes, strict=True)
     ]
     sine = np.round(np.sin(2 * np.pi * np.arange(4096) / 4096) * (1 << 14)).astype(np.int16)
     tensors = {"densities": densities(rng, kinds), "sine": sine}

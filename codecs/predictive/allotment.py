@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
+from kvzip.codecs.predictive.input_layers import most_inputs
 from kvzip.codecs.predictive.integers import ANGLES
 from kvzip.codecs.predictive.token_tables import TABLE_ROWS
-from kvzip.statistics.documents import inputs_of
 
 MOST_REGIONS = 64
 PACKED_WEIGHTS, PACKED_WITHIN, PACKED_TABLE = 0.86, 0.44, 0.88
@@ -16,10 +16,11 @@ measured (0.84, 0.40 and 0.86 on SmolLM2-135M, 0.82, 0.27 and 0.85 on Gemma-3-27
 
 
 def region_bytes(documents: Documents, layer: int, table: bool) -> int:
-    """What one more region of a layer takes in the profile's file."""
+    """What one more region of a layer takes in the profile's file, at most: which layers predict it
+    is not known yet."""
     up = [w + -w % 4 for w in documents.widths]
     n, pairs = documents.widths[layer], len(documents.orders[layer].pairs)
-    inputs = sum(up[a] for a in inputs_of(layer))
+    inputs = most_inputs(documents.widths, layer)
     matrices = int(up[layer] * (PACKED_WEIGHTS * inputs + PACKED_WITHIN * up[layer]))
     return matrices + 12 * n + (1 + table) * 4 * (n + 3 * ANGLES * pairs)
 
@@ -47,10 +48,7 @@ def allot(
             min(most, rows) * widths[i] for i, most in TABLE_ROWS.items() if i < len(widths)
         )
         left -= int(PACKED_TABLE * numbers) + 4 * rows
-    most = [
-        documents.tokens // max(8 * sum(widths[a] for a in inputs_of(i)), 8000)
-        for i in range(len(widths))
-    ]
+    most = [documents.tokens // max(8 * most_inputs(widths, i), 8000) for i in range(len(widths))]
     most = [min(m, MOST_REGIONS) if m >= 4 and i else 1 for i, m in enumerate(most)]
     while True:
         # Each doubling gains about as much as the one before, more in early layers.

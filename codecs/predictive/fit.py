@@ -1,9 +1,10 @@
 """Learns the predictive codec's profile: floating point here, integers in what comes out.
 
-spec.md says what the tensors mean. One layer after the other (`layers.py`): its sums of products
-over all documents, then its predictors (`regression.py`), their integers (`integers.py`) and what
-single tokens have of their own (`token_tables.py`). Last, over documents kept apart from these, the
-scales and shapes of what is left, measured by the codec itself (`calibrate.py`).
+spec.md says what the tensors mean. One layer after the other (`layers.py`): which layers predict it
+(`input_layers.py`), its sums of products over all documents, then its predictors (`regression.py`),
+their integers (`integers.py`) and what single tokens have of their own (`token_tables.py`). Last,
+over documents kept apart from these, the scales and shapes of what is left, measured by the codec
+itself (`calibrate.py`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from kvzip.codecs.predictive.density import densities, sine_table
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.finished_layers import FinishedLayers
 from kvzip.codecs.predictive.groups import MOST, default_group, default_lanes
+from kvzip.codecs.predictive.input_layers import INPUT_LAYERS, InputLayers
 from kvzip.codecs.predictive.layer_inputs import Known
 from kvzip.codecs.predictive.layers import fit_layer
 from kvzip.errors import ProfileError
 from kvzip.profile import Profile
-from kvzip.statistics.documents import Item, Progress, hold_out, inputs_of
+from kvzip.statistics.documents import Item, Progress, hold_out
 
 DEFAULT_BYTES = 134_000_000
 Regions = int | Sequence[int] | Literal["auto"]
@@ -86,11 +88,12 @@ def fit(
         "token_table": token_table,
         "group": group,
         "calibration": count,
+        "input_layers": INPUT_LAYERS,
     }
     finished = None if resume is None else FinishedLayers(Path(resume), settings, snapshots)
     vocabulary = Vocabulary(learned) if token_table else None
-    tensors = _layers(learned, regions, max_bytes, vocabulary, group, finished, tell)
-    description = _description(learned, group)
+    tensors, inputs = _layers(learned, regions, max_bytes, vocabulary, group, finished, tell)
+    description = _description(learned, inputs, group)
     spent = calibrate(tensors, description, apart or list(snapshots), tell)
     if apart:
         description["calibration_bits"] = spent.bits_per_number
@@ -121,10 +124,13 @@ def _layers(
     group: int,
     finished: FinishedLayers | None,
     tell: Progress,
-) -> Tensors:
-    """The profile's tensors, before they are calibrated; finished layers are taken as they are."""
+) -> tuple[Tensors, list[list[int]]]:
+    """The profile's tensors, before they are calibrated, and the layers that predict each layer;
+    finished layers are taken as they are."""
     tensors: Tensors = {"sine": sine_table(), "densities": densities()[0]}
     known: list[Known] = []
+    inputs: list[list[int]] = []
+    choice = InputLayers(documents)
     counts = [1]
     layers = len(documents.widths)
     for i in range(layers):
@@ -132,18 +138,21 @@ def _layers(
             counts = allot(documents, regions, max_bytes, vocabulary)
         made = None if finished is None else finished.layer(i)
         if made is None:
-            made = fit_layer(documents, i, counts[i], known, vocabulary, group, tell)
+            made = fit_layer(documents, i, counts[i], known, choice, vocabulary, group, tell)
             if finished is not None:
                 finished.keep(i, made)
+        inputs.append(made.pop("fit.inputs").tolist())
         known.append(Known(*(made.pop(f"fit.{name}") for name in Known._fields)))
         tensors |= {f"{i}.{name}": array for name, array in made.items()}
         tell("layers", i + 1, layers)
     if vocabulary is not None and len(vocabulary.ids):
         tensors["token_ids"] = vocabulary.ids
-    return tensors
+    return tensors, inputs
 
 
-def _description(documents: Documents, group: int) -> dict[str, Any]:
+def _description(
+    documents: Documents, inputs: Sequence[Sequence[int]], group: int
+) -> dict[str, Any]:
     """What a profile says of itself beside its tensors."""
     first = documents.first
     return {
@@ -157,7 +166,7 @@ def _description(documents: Documents, group: int) -> dict[str, Any]:
         "group": group,
         "lanes": default_lanes(documents.widths, group),
         "layers": [
-            {"inputs": inputs_of(i), "k": [s.k[-3], s.k[-1]], "v": [s.v[-3], s.v[-1]]}
+            {"inputs": list(inputs[i]), "k": [s.k[-3], s.k[-1]], "v": [s.v[-3], s.v[-1]]}
             for i, s in enumerate(first.layout.layers)
         ],
     }

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from kvzip.codecs.predictive.documents import Documents
 from kvzip.codecs.predictive.integers import quantised
-from kvzip.statistics.documents import inputs_of
 
 Floats = NDArray[np.float32]
 
@@ -27,9 +26,10 @@ class Known(NamedTuple):
 class Reader:
     """A layer's inputs as integers, and its targets."""
 
-    def __init__(self, documents: Documents, layer: int, known: Sequence[Known]):
-        self.documents, self.layer, self.known = documents, layer, known
-        self.inputs = inputs_of(layer)
+    def __init__(
+        self, documents: Documents, layer: int, known: Sequence[Known], inputs: Sequence[int]
+    ):
+        self.documents, self.layer, self.known, self.inputs = documents, layer, known, inputs
         widths = [documents.widths[a] + -documents.widths[a] % 4 for a in self.inputs]
         self.columns = sum(widths)
         first = 0

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.groups import arrange
+from kvzip.codecs.predictive.input_layers import InputLayers, Unit
 from kvzip.codecs.predictive.integers import Arrangement, layer_tensors, packed
 from kvzip.codecs.predictive.layer_inputs import Known, Reader
 from kvzip.codecs.predictive.regions import Scores, find
@@ -85,13 +86,16 @@ def fit_layer(
     layer: int,
     regions: int,
     earlier: Sequence[Known],
+    choice: InputLayers,
     vocabulary: Vocabulary | None,
     group: int,
     tell: Progress,
 ) -> dict[str, NDArray[Any]]:
     """The integer tensors of one layer, and what the layers to come need to know."""
     mean, deviation = _moments(documents, layer)
-    reader = Reader(documents, layer, earlier)
+    units = [Unit(e.mean, e.deviation) for e in earlier]
+    inputs = choice.choose(layer, units, Unit(mean, deviation))
+    reader = Reader(documents, layer, earlier, inputs)
     scores = _scout(reader, mean, deviation, regions) if regions > 1 else None
     folds = 2 if regions > 1 else 4
     sums = Sums(reader.columns, mean, deviation, regions, folds)
@@ -119,6 +123,7 @@ def fit_layer(
     made = layer_tensors(at, mean, deviation, predictors, table, known)
     made |= {"order": order.order[places].astype(np.int32), "step": order.step}
     made |= {"fit.mean": mean, "fit.deviation": deviation, "fit.places": places.astype(np.int64)}
+    made["fit.inputs"] = np.array(inputs, np.int64)
     if scores is not None:
         made |= {"centre": packed(scores.centre[:, reader.places]), "centre_bias": scores.bias}
     return made

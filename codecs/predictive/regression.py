@@ -116,11 +116,11 @@ class Sums:
             spared = own[i, i + 1 :] - ones @ (rounded * scale)
             bias = (spared / own[i, i]).astype(np.float64)
             made.append(Predictor(rounded, scale.astype(np.float64) / 16, bias, covariance))
-            saved += count[r] / tokens * _log_volume(covariance)
-        return made, (_log_volume(common) - saved) / width
+            saved += count[r] / tokens * log_volume(covariance)
+        return made, (log_volume(common) - saved) / width
 
 
-def _log_volume(covariance: Doubles) -> float:
+def log_volume(covariance: Doubles) -> float:
     """Half of the determinant's binary logarithm: bits of a normal vector, but for a constant."""
     return float(np.log2(np.diag(cholesky(covariance))).sum())
 

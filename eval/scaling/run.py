@@ -46,7 +46,7 @@ from kvzip.statistics.documents import hold_out
 
 WITHOUT_PROFILE = ("planes", "channel")
 """Codecs that are measured with nothing learned; `channel` is measured with a profile, too."""
-POINT_VERSION = 1
+POINT_VERSION = 2
 """The version of what is measured: points of another one are measured anew."""
 
 
@@ -193,7 +193,9 @@ class _Measuring:
                 self.step(f"{self.shape.name}, {about}, {what}: {done} of {total}")
 
             def fit(regions: list[int] = regions, told: Callable[..., None] = told) -> Profile:
-                name = hashlib.sha256(repr((count, regions)).encode()).hexdigest()[:12]
+                name = hashlib.sha256(repr((POINT_VERSION, count, regions)).encode()).hexdigest()[
+                    :12
+                ]
                 return Profile.fit(
                     paths,
                     told,

@@ -72,5 +72,5 @@ def check_tokens(snapshot: Snapshot) -> None:
 
 
 def inputs_of(layer: int) -> list[int]:
-    """The layers that predict `layer`: the first and the two before it."""
+    """The layers that predict `layer` where none are chosen: the first and the two before it."""
     return sorted({0, layer - 1, layer - 2} & set(range(layer)))

@@ -292,6 +292,20 @@ def test_wrong_profiles_are_named(profile, unseen, tmp_path, llama):
             kvzip.Profile.load(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "inputs",
+    [[4], [9], [-1], [2**63], [0.5], ["0"], [None], [[0]], "01", 1, None, {}, [0, 0, 0, 0]],
+)
+def test_inputs_that_make_no_sense(profile, unseen, inputs):
+    """What predicts a layer is a list of earlier layers, as many as its weights are for."""
+    layers = list(profile.description["layers"])
+    layers[4] = layers[4] | {"inputs": inputs}
+    about = {n: d for n, d in profile.description.items() if n != "packed"} | {"layers": layers}
+    hostile = kvzip.Profile(profile.tensors, about)
+    with pytest.raises(ProfileError, match="makes no sense"):
+        kvzip.encode(unseen, "predictive", hostile)
+
+
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_a_block_of_a_shape_that_the_profile_lacks(profile, kind):
     """However it claims to be stored: raw, by `channel`, or coded."""

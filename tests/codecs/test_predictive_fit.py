@@ -7,14 +7,15 @@ import json
 
 import numpy as np
 import pytest
+from predictive_profiles import encode, random_profile
 from predictive_reference import Chain
-from support import assert_same, tiny_model
+from support import assert_same, cache_like, tiny_model
 from support import tiny_documents as documents
 
 import kvzip
 from kvzip import dtypes
 from kvzip.capture import prefill
-from kvzip.codecs.predictive import allotment
+from kvzip.codecs.predictive import allotment, input_layers
 from kvzip.codecs.predictive.codec import native_model, new_chain
 from kvzip.codecs.predictive.density import Chooser, cell_edges, densities
 from kvzip.codecs.predictive.documents import Documents
@@ -109,6 +110,32 @@ def test_a_batch_from_a_later_position(regions, llama):
     rng = np.random.default_rng(1)
     snapshot = prefill(llama, rng.integers(0, 100, (2, 70), np.uint32))
     check_chains(regions, snapshot, start=1 << 20)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_layers_before_it_predict_a_layer(monkeypatch, seed):
+    shapes = [
+        ((1, 8), (1, 6)),
+        ((2, 4), (1, 4)),
+        ((1, 6), (1, 2)),
+        ((1, 4), (2, 4)),
+        ((1, 8), (1, 8)),
+    ]
+    profile = random_profile(seed, shapes, lanes=2, pairs=2, regions=2, far=True)
+    rng = np.random.default_rng(seed)
+    snapshot = Snapshot.from_arrays(
+        [tuple(cache_like(rng, "bf16", (h, 40, d)) for h, d in layer) for layer in shapes], "bf16"
+    )
+    check_chains(profile, snapshot)
+    blob = encode(snapshot, profile, monkeypatch, block_tokens=16)
+    assert_same(kvzip.decode(blob, profile), snapshot)
+    with kvzip.open(blob, profile) as reader:
+        for i in (4, 2, 3):
+            assert np.array_equal(reader.layer(i).k, snapshot.layers[i].k)
+        cut = reader.tokens(20, 37)
+    assert all(
+        np.array_equal(a.v, b.v[:, 20:37]) for a, b in zip(cut.layers, snapshot.layers, strict=True)
+    )
 
 
 def test_numbers_that_nothing_expects(regions, llama):
@@ -268,6 +295,56 @@ def fitting_shape(i):
     from kvzip.codecs.predictive.density import SHAPES
 
     return SHAPES[i]
+
+
+# --- which layers predict a layer -----------------------------------------------------------------
+
+
+def related(seed, says, tokens=400, noise=0.1):
+    """A document of six layers without RoPE: each has numbers of its own, but the last one has
+    those of the layers in `says`, mixed."""
+    rng, mixes = np.random.default_rng(seed), np.random.default_rng(0)
+    layers = [rng.normal(size=(tokens, 16)) for _ in range(6)]
+    mixed = sum(layers[a] @ mixes.normal(size=(16, 16)) for a in range(5) if a in says)
+    layers[5] = mixed + noise * layers[5]
+    arrays = [
+        (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)[None]
+        for x in layers
+    ]
+    return kvzip.Snapshot.from_arrays([(x[..., :8], x[..., 8:]) for x in arrays], "bf16")
+
+
+@pytest.mark.parametrize("directions", [None, 12])
+@pytest.mark.parametrize("says", [(1, 2, 3), (0, 2, 4), (2,)])
+def test_the_layers_that_say_most_are_chosen(monkeypatch, says, directions):
+    if directions is not None:  # of a layer, fewer than it has channels
+        monkeypatch.setattr(input_layers, "DIRECTIONS", 6 * directions)
+    learned = [related(seed, says) for seed in range(8)]
+    profile = kvzip.Profile.fit(learned, token_table=False)
+    inputs = [layer["inputs"] for layer in profile.description["layers"]]
+    assert inputs[:4] == [[], [0], [0, 1], [0, 1, 2]]
+    assert len(inputs[5]) == 3 and set(says) <= set(inputs[5])
+    snapshot = related(9, says)
+    blob = kvzip.encode(snapshot, "predictive", profile)
+    assert_same(kvzip.decode(blob, profile), snapshot)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            input_layers.InputLayers, "choose", lambda self, layer, *_: [[], [0]][layer > 0]
+        )
+        least = kvzip.Profile.fit(learned, token_table=False)
+    assert len(blob) < 0.96 * len(kvzip.encode(snapshot, "predictive", least))
+
+
+def test_where_nothing_says_anything_the_usual_layers_are_taken():
+    """What was chosen by chance must hold for tokens apart."""
+    usual = 0
+    for seed in range(4):
+        read = Documents([related(100 * seed + n, (), noise=1) for n in range(8)])
+        units = [input_layers.Unit(np.zeros(16, np.float32), np.ones(16, np.float32))] * 6
+        found = input_layers.InputLayers(read).choose(5, units, units[5])
+        assert len(found) == 3
+        usual += found == [0, 3, 4]
+    assert usual
 
 
 # --- the whole -----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ PROFILES = {
     "one pair": {"group": 2},
     "one group": {"group": 64, "lanes": 16, "pairs": 4, "wild": True},
     "many densities": {"group": 4, "lanes": 2, "pairs": 5, "regions": 5, "wild": True, "kinds": 20},
+    "far inputs": {"lanes": 2, "pairs": 2, "regions": 2, "far": True},
     "wild tables": {"group": 10, "lanes": 5, "tables": (1,), "wild": True},
 }
 DTYPES = ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
