@@ -106,7 +106,8 @@ class InputLayers:
     def _add(self, layer: int, unit: Unit) -> None:
         """Take up a layer that is to be chosen from."""
         width = len(unit.mean)
-        inputs = quantised(self._values(layer), *unit)[:, :width].astype(np.float32) / 16
+        inputs = quantised(self._values(layer), *unit)[:, :width].astype(np.float32)
+        inputs *= 1 / 16
         seen = self._narrowed(layer, inputs)
         seen -= seen[self._learned].mean(axis=0)
         self._seen.append(seen.astype(np.float16))
@@ -148,7 +149,8 @@ class InputLayers:
                 if a in chosen or widths[a] > room:
                     continue
                 factor = cholesky(grams[a])
-                explained = np.linalg.solve(factor, crosses[a].astype(np.float64))
+                cross = crosses[a].astype(np.float64)
+                explained: Doubles = np.asarray(np.linalg.solve(factor, cross), np.float64)
                 bits = log_volume(left - explained.T @ explained)
                 if best is None or bits < best[0]:
                     best = bits, a, factor, explained
