@@ -95,7 +95,8 @@ $(SGLANG)/.ready: constraints.txt
 VLLM := build/vllm-venv
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --force-reinstall .
-	$(VLLM)/bin/pytest tests/load/test_vllm.py tests/load/test_vllm_engine.py tests/load/test_vllm_families.py
+	$(VLLM)/bin/pytest tests/load/test_vllm.py tests/load/test_vllm_engine.py \
+	  tests/load/test_vllm_families.py tests/load/test_vllm_tier.py
 
 $(VLLM)/.ready: constraints.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)

@@ -131,6 +131,8 @@ class PageInfo(NamedTuple):
     """[heads, tokens, dim] of each layer's keys, and of its values."""
     profile: Profile
     """The one that it was made with."""
+    first: int
+    """The number of the first layer."""
 
 
 def page_info(data: memoryview, profile: Profile | None) -> PageInfo:
@@ -147,7 +149,7 @@ def page_info(data: memoryview, profile: Profile | None) -> PageInfo:
     found = _read(data[:length], coder.profile)
     shapes = [shape for _, _, shape in coder.parts(found.first, found.layers, found.tokens)]
     pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
-    return PageInfo(length, coder.form.name, pairs, coder.profile)
+    return PageInfo(length, coder.form.name, pairs, coder.profile, found.first)
 
 
 class _Coder:

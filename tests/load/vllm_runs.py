@@ -79,6 +79,7 @@ class Run:
         store: Any = None,
         dtype: str = "bfloat16",
         options: dict[str, Any] | None = None,
+        transfer: dict[str, Any] | None = None,
         **settings: Any,
     ):
         self.folder, self.prompts = folder, prompts
@@ -102,6 +103,8 @@ class Run:
                     **settings,
                 },
             }
+        if transfer is not None:
+            job["transfer"] = transfer
         (folder / "job.json").write_text(json.dumps(job))
         self._code = engines.submit(folder)
 

@@ -1,16 +1,17 @@
-"""A connector for vLLM (docs/vllm.md). What does not need vLLM can be imported without it."""
+"""A connector and a tier for vLLM (docs/vllm.md). What needs no vLLM can be imported without it."""
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvzip.load.vllm.connector import KvzipConnector
+    from kvzip.load.vllm.tier import KvzipTier
 
-__all__ = ["KvzipConnector"]
+__all__ = ["KvzipConnector", "KvzipTier"]
+_WHERE = {"KvzipConnector": "connector", "KvzipTier": "tier"}
 
 
-def __getattr__(name: str) -> "type[KvzipConnector]":
-    if name != "KvzipConnector":
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from kvzip.load.vllm.connector import KvzipConnector
-
-    return KvzipConnector
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -70,7 +70,7 @@ class KvzipConnector(KVConnectorBase_V1, SupportsHMA):
             retries=settings.retries,
             options=settings.options,
         )
-        profile = profile_from(settings, store)
+        profile = profile_from(settings.profile, lambda: store)
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
         if role == KVConnectorRole.SCHEDULER:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load.config import LayerKind, layer_kinds, rope_parameters
+from kvzip.load.vllm.names import index_of
 from kvzip.load.vllm.settings import Settings
 from kvzip.load.vllm.split import Split
 from kvzip.snapshot import LayerLayout, Layout, Origin, PartLayout
@@ -95,7 +95,7 @@ class Engine:
             groups.append(Group(spec.block_size, window if sliding else None))
             for name in group.layer_names:
                 own = each.get(name, spec)
-                i = _index_of(name, len(kinds))
+                i = index_of(name, len(kinds))
                 if i in found:
                     raise UnsupportedError(
                         f"layer {i} of the model has several caches, {found[i].name} and {name}: "
@@ -203,17 +203,6 @@ def _described(dtype: str, layout: Layout) -> str:
         for shape in sorted(shapes)
     )
     return f"{len(layout.layers)} layers of {dtype}, [heads, dim] of parts: {told}"
-
-
-def _index_of(name: str, layers: int) -> int:
-    """Which of the model's layers vLLM's name means: "model.layers.3.self_attn.attn" is 3."""
-    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
-    if len(numbers) != 1 or int(numbers[0]) >= layers:
-        raise UnsupportedError(
-            f"vLLM keeps a cache {name}, which is none of the model's {layers} layers: draft "
-            "models and several caches of a layer are not handled"
-        )
-    return int(numbers[0])
 
 
 def _parts_of(spec: KVCacheSpec, config: Any, name: str) -> dict[str, tuple[int, int]]:

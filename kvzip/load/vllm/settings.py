@@ -1,15 +1,18 @@
-"""What can be set for the connector, in vLLM's ``kv_connector_extra_config``."""
+"""What can be set for the connector and the tier, in vLLM's ``kv_connector_extra_config``."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
 from kvzip.errors import KVZipError
 from kvzip.profile import Profile
 from kvzip.store import BLOCK_TOKENS, Store
+
+T = TypeVar("T")
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,19 +47,52 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The last three and `retries`: see `kvzip.store.Store`."""
 
 
+class TierSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One of ``secondary_tiers``, less what vLLM itself takes from there."""
+
+    url: str
+    """Where chunks go: a folder, or ``s3://bucket/prefix``."""
+    profile: str | None = None
+    """Path of a .kvprofile of the model's cache with tables of channel, or the SHA-256 of one that
+    the store at the URL has: chunks become pages, made with its tables."""
+    codec: str | dict[str, Any] = "planes"
+    """What chunks are stored with that do not become pages."""
+    model: str | None = None
+    """What chunks call the model; default: what vLLM was given."""
+    revision: str | None = None
+    """What pins the weights; default: the checkpoint's fingerprint."""
+    limit_bytes: int | None = None
+    """What all chunks under the URL may take; those used longest ago go first."""
+    workers: int = 4
+    """Chunks that are loaded at once, and beside them stored at once."""
+    timeout: float = 10.0
+    retries: int = 1
+    options: dict[str, Any] | None = None
+    """The last three: see `kvzip.store.Store`."""
+
+
 def settings_from(extra_config: object) -> Settings:
     """The settings as vLLM was given them. Raises KVZipError, which names one that is wrong."""
+    return _converted("kv_connector_extra_config", extra_config, Settings)
+
+
+def tier_settings_from(config: object) -> TierSettings:
+    """The same of a tier's."""
+    return _converted("secondary_tiers", config, TierSettings)
+
+
+def _converted(what: str, given: object, kind: type[T]) -> T:
     try:
-        return msgspec.convert(extra_config, Settings)
+        return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
-        raise KVZipError(f"kv_connector_extra_config: {error}") from None
+        raise KVZipError(f"{what}: {error}") from None
 
 
-def profile_from(settings: Settings, store: Store) -> Profile | None:
-    """The profile that the settings name. Raises ProfileError, and the OSError of a path."""
-    named = settings.profile
+def profile_from(named: str | None, store: Callable[[], Store]) -> Profile | None:
+    """The profile that the settings name, by a path or by its SHA-256 in a store. Raises
+    ProfileError, StoreError, and the OSError of a path."""
     if named is None:
         return None
     if re.fullmatch("[0-9a-f]{64}", named):
-        return store.get_profile(named)
+        return store().get_profile(named)
     return Profile.load(named)
