@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,9 @@ from kvzip.cli.arguments import Json, Output
 from kvzip.cli.terminal import bar, emit, say, steps
 from kvzip.errors import UsageError
 from kvzip.profile import Profile
+from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import hold_out
+from kvzip.statistics.splits import Cut
 
 
 @app.command
@@ -23,6 +26,7 @@ def fit(
     *,
     output: Output,
     codec: Literal["predictive", "channel"] = "predictive",
+    split: str | None = None,
     held_out: int | None = None,
     token_table: bool | None = None,
     regions: int | None = None,
@@ -40,6 +44,10 @@ def fit(
         What the profile is for: predictive, or channel, which takes its tables from there; they
         are then neither made for each document nor stored with it. The options below
         `--held-out` are for predictive.
+    split
+        For a model that an engine cuts over workers, `tp=2`, `pp=2` or `tp=2,pp=2`: a profile for
+        each part of its heads and layers. `-o m.kvprofile` writes m.tp2pp1.0.kvprofile and so on;
+        an engine that is told of m.kvprofile takes those of its own split.
     held_out
         How many of them are not learned from but measured on. Default: a tenth, if there are more
         than two.
@@ -61,15 +69,61 @@ def fit(
     if codec != "predictive" and settings:
         option = next(iter(settings)).replace("_", "-")
         raise UsageError(f"--{option} is for predictive, not for {codec}")
+    learned, left_out = hold_out(snapshots, count)
+    if split is None:
+        result = _learned(learned, left_out, output, codec, settings)
+        emit(result, as_json, lambda: _show(result))
+        return
+    results = _learned_parts(Cut.read(split), learned, left_out, output, codec, settings)
+    emit({"profiles": results}, as_json, lambda: _show(*results))
+
+
+def _learned_parts(
+    cut: Cut,
+    learned: list[Path],
+    left_out: list[Path],
+    output: Path,
+    codec: str,
+    settings: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Learn a profile of each part of the model, from documents that hold nothing else; these lie
+    beside the output meanwhile, one part's at a time."""
+    found = []
+    for part in range(cut.parts(Snapshot.load(learned[0]))):
+        own = dict(settings)
+        if "resume" in own:
+            own["resume"] = own["resume"] / str(part)
+        with tempfile.TemporaryDirectory(prefix=".kvzip-split-", dir=output.parent) as folder:
+
+            def cut_out(path: Path, part: int = part, folder: str = folder) -> Path:
+                target = Path(folder) / f"{len(list(Path(folder).iterdir()))}-{path.name}"
+                cut.of(Snapshot.load(path), part).save(target)
+                return target
+
+            mine, apart = ([*map(cut_out, paths)] for paths in (learned, left_out))
+            result = _learned(mine, apart, cut.path(output, part), codec, own)
+        for measured, path in zip(result["held_out"], left_out, strict=True):
+            measured["file"] = str(path)
+        found.append(result)
+    return found
+
+
+def _learned(
+    learned: list[Path],
+    left_out: list[Path],
+    output: Path,
+    codec: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Learn a profile, write it, and measure it on the documents that are left out."""
     from kvzip.eval.speed.profile_sizes import held_out_sizes
 
-    learned, left_out = hold_out(snapshots, count)
     began = time.perf_counter()
     with steps() as tell:
         profile = Profile.fit(learned, tell, codec, **settings)
     seconds = time.perf_counter() - began
     profile.save(output)
-    with bar("held-out documents", count, in_bytes=False) as advance:
+    with bar("held-out documents", len(left_out), in_bytes=False) as advance:
         measured = held_out_sizes(left_out, profile, advance)
     bits = [found.bits_per_value for found in measured]
     result = {
@@ -87,7 +141,7 @@ def fit(
         result |= _predictive_costs(profile)
         # The profile counts only those that its predictors were learned from.
         result["calibration_documents"] = len(learned) - profile.description["documents"]
-    emit(result, as_json, lambda: _show(result))
+    return result
 
 
 def _predictive_costs(profile: Profile) -> dict[str, Any]:
@@ -126,7 +180,12 @@ def show_profile(path: Path, as_json: bool) -> None:
     emit(result, as_json, show)
 
 
-def _show(result: Mapping[str, Any]) -> None:
+def _show(*results: Mapping[str, Any]) -> None:
+    for result in results:
+        _show_one(result)
+
+
+def _show_one(result: Mapping[str, Any]) -> None:
     line = f"{result['profile']}: {result['bytes']:,} bytes from {result['documents']} documents, "
     line += f"{result['seconds']:.0f} s"
     if "multiplications_per_token" in result:

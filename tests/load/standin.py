@@ -79,7 +79,8 @@ def modules() -> dict[str, ModuleType]:
 def config(url: Any, /, **changes: Any) -> SimpleNamespace:
     """A VllmConfig: settings of kvzip, and under their own names `role`, `policy`, `model`,
     `dtype`, `cache_dtype`, `calculate_kv_scales`, `parallel`, `spec`, `windows` (a group of layers
-    for each, None for one of full attention), `backend`, `isa`, `quantization`, `hf_overrides`,
+    for each, None for one of full attention), `layers` (the numbers of those that this worker
+    has), `backend`, `isa`, `quantization`, `hf_overrides`,
     `load_format`."""
     import transformers
 
@@ -100,7 +101,7 @@ def config(url: Any, /, **changes: Any) -> SimpleNamespace:
         head_dim=DIM,
         vocab_size=WORDS,
     )
-    names = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
+    names = [f"model.layers.{i}.self_attn.attn" for i in get("layers", range(LAYERS))]
 
     def group(number: int, window: int | None) -> SimpleNamespace:
         kind = spec_name if window is None else "SlidingWindowSpec"
@@ -299,7 +300,7 @@ class Engine:
         """Write keys and values of positions start to stop into the request's blocks; other ones
         (`off`) when they rest on tokens before that are not in the cache."""
         size = -(-request.num_tokens // BLOCK) * BLOCK
-        for i in range(LAYERS) if layer is None else [layer]:
+        for i in range(len(self.caches)) if layer is None else [layer]:
             blocks = self.blocks_of(request, i)
             parts = self.pages(i).take(blocks, size)
             for part, held in enumerate(parts.values()):
@@ -366,7 +367,7 @@ class Engine:
         )
 
     def _check(self, request: Request) -> None:
-        for i in range(LAYERS):
+        for i in range(len(self.caches)):
             assert self._holds(request, i, request.num_tokens), f"layer {i}: other numbers"
 
     def settle(self) -> None:

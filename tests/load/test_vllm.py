@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -26,6 +27,7 @@ from standin import BLOCK, HEADS, LAYERS, WORDS, config  # noqa: E402
 import kvzip  # noqa: E402
 from kvzip.errors import KVZipError, StoreError, UnsupportedError  # noqa: E402
 from kvzip.load.vllm import pages  # noqa: E402
+from kvzip.statistics.splits import Cut  # noqa: E402
 from kvzip.store import Store  # noqa: E402
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -371,13 +373,17 @@ def test_a_load_that_a_request_waits_for_fails(
 # --- ranks -----------------------------------------------------------------------------------
 
 
-def ranks(engine: Any, tensor: int, monkeypatch: Any, ours: Any, **changes: Any) -> list[Any]:
-    """Engines of the ranks of one server; the scheduler's half is the first one's."""
+def ranks(
+    engine: Any, tensor: int, monkeypatch: Any, ours: Any, pipeline: int = 1, **changes: Any
+) -> list[Any]:
+    """Engines of the ranks of one server, each with the layers of its stage."""
     made = []
     split = importlib.import_module("kvzip.load.vllm.split").Split
-    for rank in range(tensor):
+    parallel = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+    for rank in range(tensor * pipeline):
         monkeypatch.setattr(split, "own_part", lambda self, rank=rank: (rank, True))
-        made.append(engine(parallel={"tensor_parallel_size": tensor}, **changes))
+        layers = Cut(tensor, pipeline).stage(LAYERS, rank // tensor)
+        made.append(engine(parallel=parallel, layers=layers, **changes))
     return made
 
 
@@ -399,6 +405,66 @@ def test_ranks_store_their_parts_and_load_them(
         assert [one.run(ids)[0].loaded for _ in range(2)] == [0, 0]
         [told] = [line for line in warnings(caplog) if "tensor_parallel_size" in line]
         assert f"this engine has tensor_parallel_size={other}" in told
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_stages_store_their_layers_and_load_them(
+    engine: Any, tmp_path: Any, ours: Any, monkeypatch: Any, caplog: Any, tensor: int
+) -> None:
+    ids, count = prompt(80), 2 * tensor
+    for one in ranks(engine, tensor, monkeypatch, ours, pipeline=2):
+        assert one.run(ids)[0].loaded == 0
+        one.settle()
+    stored = [len(kvzip.decode(file).layers) for file in documents(tmp_path)]
+    assert sorted(stored) == sorted([2, 1] * tensor)
+    caplog.clear()
+    for one in ranks(engine, tensor, monkeypatch, ours, pipeline=2):
+        assert one.run(ids)[0].loaded == 64
+    assert not warnings(caplog) and len(documents(tmp_path)) == count
+    caplog.clear()
+    one = ranks(engine, tensor, monkeypatch, ours)[0]  # another split finds nothing, and says so
+    assert [one.run(ids)[0].loaded for _ in range(2)] == [0, 0]
+    [told] = [line for line in warnings(caplog) if "pipeline_parallel_size" in line]
+    assert "pipeline_parallel_size=2, and this engine has" in told
+
+
+def test_parts_are_stored_with_their_own_profiles(
+    engine: Any, tmp_path: Any, ours: Any, monkeypatch: Any, caplog: Any
+) -> None:
+    """Those of ``kvzip fit --split`` beside the one that is named; else channel, said once."""
+    ids, named = prompt(80), tmp_path / "p" / "m.kvprofile"
+    for one in ranks(engine, 2, monkeypatch, ours):
+        one.run(ids)
+        one.settle()
+    parts = [kvzip.decode(file) for file in documents(tmp_path)]
+    named.parent.mkdir()
+    whole = kvzip.Snapshot.from_arrays(
+        [
+            tuple(np.concatenate(bits) for bits in zip(*layers, strict=True))
+            for layers in zip(*(part.layers for part in parts), strict=True)
+        ],
+        "bf16",
+        parts[0].token_ids,
+    )
+    kvzip.Profile.fit([whole]).save(named)
+    told: dict[str, Any] = {"codec": "predictive", "profile": str(named)}
+    caplog.clear()
+    for made, codec in ((False, "channel"), (True, "predictive")):
+        url = tmp_path / codec
+        if made:
+            for n in range(2):
+                kvzip.Profile.fit([parts[n]]).save(Cut(2).path(named, n))
+        for one in ranks(engine, 2, monkeypatch, ours, url=str(url), **told):
+            one.run(ids)
+            one.run(prompt(80, 1))
+            one.settle()
+        infos = [kvzip.info(file) for file in documents(url)]
+        assert {info.header.codec["id"] for info in infos} == {codec} and len(infos) == 4
+        words = [line for line in warnings(caplog) if "channel is used" in line]
+        assert len(words) == (0 if made else 2)  # each rank once
+        caplog.clear()
+        for one in ranks(engine, 2, monkeypatch, ours, url=str(url), **told):
+            assert one.run(ids)[0].loaded == 64
 
 
 def test_a_part_that_is_not_there_is_a_miss(

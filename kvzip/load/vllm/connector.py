@@ -37,8 +37,10 @@ from kvzip.load.vllm.engine import Engine, origin_of
 from kvzip.load.vllm.metadata import Metadata
 from kvzip.load.vllm.scheduler import Scheduler
 from kvzip.load.vllm.settings import profile_from, settings_from
+from kvzip.load.vllm.split import Split
 from kvzip.load.vllm.troubles import log
 from kvzip.load.vllm.worker import Worker
+from kvzip.profile import Profile
 from kvzip.store import Store
 
 if TYPE_CHECKING:
@@ -70,7 +72,11 @@ class KvzipConnector(KVConnectorBase_V1, SupportsHMA):
             retries=settings.retries,
             options=settings.options,
         )
-        profile = profile_from(settings.profile, lambda: store)
+        whole = profile_from(settings.profile, lambda: store)
+
+        def profile_of(split: Split, part: int) -> Profile | None:
+            return split.profile(settings.profile, part, whole)
+
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -89,13 +95,14 @@ class KvzipConnector(KVConnectorBase_V1, SupportsHMA):
                 settings,
                 engine,
                 store,
-                profile,
+                profile_of,
                 origin,
                 loads=transfer.is_kv_consumer,
                 saves=transfer.is_kv_producer and store.bucket.writable,
             )
         else:
             part, stores = engine.split.own_part()
+            profile = profile_of(engine.split, part)
             self._worker = Worker(settings, engine, store, profile, part, stores)
 
     @property

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import metrics
+from kvzip.errors import KVZipError
 from kvzip.identity.checkpoint import changed
 from kvzip.load.vllm.engine import Engine
 from kvzip.load.vllm.metadata import Load, Metadata, Save, Span
 from kvzip.load.vllm.settings import Settings
+from kvzip.load.vllm.split import Split
 from kvzip.load.vllm.troubles import Troubles, log
 from kvzip.profile import Profile
 from kvzip.snapshot import Layout, Origin
@@ -78,14 +81,16 @@ class Scheduler:
         settings: Settings,
         engine: Engine,
         store: Store,
-        profile: Profile | None,
+        profile_of: Callable[[Split, int], Profile | None],
         origin: Origin,
         *,
         loads: bool,
         saves: bool,
     ):
         self._settings, self._engine, self._store = settings, engine, store
-        self._profile, self._origin = profile, origin
+        self._profile_of, self._origin = profile_of, origin
+        parts = range(engine.split.parts)
+        self._profiles = [profile_of(engine.split, part) for part in parts]
         self._may_load, self._may_save = loads, saves
         self._pool = ThreadPoolExecutor(4, "kvzip-lookup")
         self._troubles = Troubles()
@@ -149,7 +154,7 @@ class Scheduler:
         matches: list[Match] = []
         try:
             for part in range(self._engine.split.parts):
-                match = self._match(ids, self._engine.split.origin(self._origin, part))
+                match = self._match(ids, part)
                 if match is None:
                     break
                 matches.append(match)
@@ -162,7 +167,8 @@ class Scheduler:
                 match.reader.close()
         self._troubles.over("lookup")
         if len(matches) < self._engine.split.parts:
-            self._tell_of_other_splits()
+            with suppress(KVZipError, OSError):  # nothing is lost but a word
+                self._tell_of_other_splits()
             return _Found()
         documents = tuple(match.key for match in matches)
         if time.monotonic() - self._passed_over.get(documents, -_PASS_OVER) < _PASS_OVER:
@@ -170,13 +176,14 @@ class Scheduler:
         layouts = tuple(match.reader.layout for match in matches)
         return _Found(documents, min(match.tokens for match in matches), layouts=layouts)
 
-    def _match(self, ids: NDArray[np.uint32], origin: Origin) -> Match | None:
+    def _match(self, ids: NDArray[np.uint32], part: int) -> Match | None:
+        origin = self._engine.split.origin(self._origin, part)
         return self._store.find(
             ids,
             model=origin.model,
             revision=origin.revision,
             dtype=self._engine.dtype,
-            profile=self._profile,
+            profile=self._profiles[part],
         )
 
     def _tell_of_other_splits(self) -> None:
@@ -186,10 +193,11 @@ class Scheduler:
             return
         self._looked += 1
         split = self._engine.split
-        profile = "" if self._profile is None else self._profile.id
         for other in split.others():
             there = other.origin(self._origin, 0)
-            identity = Identity.of(there.model, there.revision, self._engine.dtype, profile)
+            profile = self._profile_of(other, 0)
+            needed = "" if profile is None else profile.id
+            identity = Identity.of(there.model, there.revision, self._engine.dtype, needed)
             if self._store.bucket.get(f"{identity.namespace}/about.json") is not None:
                 self._looked = _LOOKS
                 log.warning(

@@ -23,7 +23,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     codec: str | dict[str, Any] = "channel"
     profile: str | None = None
     """Path of a .kvprofile, or the SHA-256 of one that the store has: what prompts are stored with.
-    To load, none need be named, and then documents of all that the store has are loaded."""
+    To load, none need be named, and then documents of all that the store has are loaded. Where
+    workers have parts of the model, a path's own profiles of these parts are taken, if they are
+    there (``kvzip fit --split``)."""
     model: str | None = None
     """What documents call the model; default: what vLLM was given."""
     revision: str | None = None

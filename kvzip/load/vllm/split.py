@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from kvzip.errors import UnsupportedError
 from kvzip.identity.checkpoint import changed
+from kvzip.profile import Profile
 from kvzip.snapshot import Origin
+from kvzip.statistics.splits import Cut
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig
@@ -67,6 +70,16 @@ class Split:
         stage = parallel_state.get_pp_group().rank_in_group
         rank = parallel_state.get_tensor_model_parallel_rank()
         return (stage, rank == 0) if self.equal else (stage * self.tensor + rank, True)
+
+    def profile(self, named: str | None, part: int, whole: Profile | None) -> Profile | None:
+        """The profile that a part is stored with: its own, which lies beside the one that is named
+        by a path (``kvzip fit --split``), or where there is none `whole`, which is that one.
+        Raises ProfileError, and the OSError of a path."""
+        if named is not None and self.tensor * self.pipeline > 1:
+            own = Cut(self.tensor, self.pipeline).path(Path(named), part)
+            if own.exists():
+                return Profile.load(own)
+        return whole
 
     def origin(self, whole: Origin, part: int) -> Origin:
         """Where a part comes from, by `whole`, where the model's cache does: its revision names the
