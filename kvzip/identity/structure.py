@@ -144,9 +144,18 @@ def hung_on(model: torch.nn.Module) -> Hung:
             for i, hook in enumerate(_hooks_of(module))
         ]
         lines += _on_tensors(module, path, prefix, reader)
+    lines += _standing_elsewhere(model)
     code = code_of(model, reader)
     lines += _asked_for(model, passed, reader)
     return Hung(lines, reader.tensors, code, reader.unread)
+
+
+def _standing_elsewhere(model: torch.nn.Module) -> Iterator[str]:
+    """The places, but for its first, where a module stands again: a layer that is run twice."""
+    first: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if first.setdefault(id(module), path) != path:
+            yield f"{path} is {first[id(module)]}"
 
 
 def _on_tensors(

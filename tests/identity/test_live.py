@@ -163,6 +163,17 @@ def test_what_else_can_be_changed(change: Any, saved: Any, load: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_order_counts_in_which_layers_are_run_twice(saved: Any, load: Any) -> None:
+    """Merges of a model with itself, whose modules are all the same ones."""
+    model = load(saved())
+    layers, found = list(model.model.layers), set()
+    orders = [(0, 1), (0, 1, 0, 1), (0, 1, 1, 0), (0, 0, 1, 1), (0, 0, 0, 1), (1, 1, 1, 0)]
+    for order in orders:
+        model.model.layers = torch.nn.ModuleList([layers[i] for i in order])
+        found.add(kvzip.fingerprint(model))
+    assert len(found) == len(orders)
+
+
 def test_two_quantised_models_differ_if_their_packed_numbers_do(saved: Any, load: Any) -> None:
     """A scale that doubles leaves the packed integers as they are."""
     found = set()
