@@ -112,6 +112,8 @@ def write_bill(tools: Path, wheel: Path, version: str, installed: Path) -> None:
     materials (SBOM) in CycloneDX's format."""
     bill = wheel.with_name(f"{wheel.name.removesuffix('.whl')}.python{version}.cdx.json")
     run(tools, "-m", "cyclonedx_py", "environment", "--output-reproducible", "-o", bill, installed)
+    # It names the wheel, not the folder of this machine that it was installed from.
+    bill.write_text(re.sub(rf'file://[^"]*/{re.escape(wheel.name)}', wheel.name, bill.read_text()))
 
 
 def try_here(tools: Path, wheel: Path, version: str, folder: Path) -> None:
