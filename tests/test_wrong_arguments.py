@@ -121,3 +121,12 @@ def test_a_store_refuses_options_rather_than_find_nothing(tmp_path):
                 dtype=snapshot.dtype,
                 threads=threads,
             )
+
+
+def test_what_is_no_folder_is_no_store(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    for make in (True, False):
+        with pytest.raises(kvzip.UsageError, match="is not a folder"):
+            Store(tmp_path / "file", make=make)
+    Store(tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,8 @@ class Stamp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def of(cls, path: Path) -> Stamp:
         real = path.resolve()
         found = real.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and can be read once
+            raise KVZipError(f"{path} is no regular file, as weights must be")
         return cls(str(real), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
     @property

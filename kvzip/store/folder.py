@@ -82,7 +82,7 @@ class Folder:
     def __init__(self, folder: Path, url: str, *, make: bool = False, mode: int | None = None):
         self.folder, self.url = folder.absolute(), url
         self._mode = None if mode is None else integer("mode", mode, 0, 0o777)
-        if not make and not self.folder.is_dir():
+        if not self.folder.is_dir() and (not make or self.folder.exists()):
             raise UsageError(f"{self.folder} is not a folder")
 
     def get(self, path: str) -> bytes | None:

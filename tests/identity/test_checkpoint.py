@@ -79,6 +79,16 @@ def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
             kvzip.fingerprint(path)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_weights_that_are_no_file_are_an_error(make: Any, saved: Any) -> None:
+    """Nobody waits for a pipe, or reads a device without an end."""
+    weights = saved() / "model.safetensors"
+    weights.unlink()
+    make(weights)
+    with pytest.raises(KVZipError, match=r"model\.safetensors is no regular file"):
+        kvzip.fingerprint(weights.parent)
+
+
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are opened to be read whole. What is known is known from disk only."""
