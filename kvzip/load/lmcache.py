@@ -25,7 +25,9 @@ from kvzip.codec import Codec, get_codec
 from kvzip.errors import CorruptError, KVZipError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import chunks
+from kvzip.options import integer
 from kvzip.snapshot import Origin
+from kvzip.workers import thread_count
 
 if TYPE_CHECKING:
     import torch
@@ -174,13 +176,13 @@ def create(kwargs: Mapping[str, Any]) -> AsyncSerdeProcessor:
     unknown = sorted(set(kwargs) - {"codec", "threads", "max_workers"} - of_weights)
     if unknown:
         raise KVZipError(f"serde kvzip: no setting {unknown[0]!r}")
-    threads = int(kwargs.get("threads", 1))
+    threads = thread_count(kwargs.get("threads", 1))
     told = {name: kwargs.get(name) for name in ("quantization", "adapter")}
     weights = Weights(kwargs.get("model"), kwargs.get("revision"), told)
     return AsyncSerdeProcessor(
         KvzipSerializer(get_codec(kwargs.get("codec", "channel")), threads, weights),
         KvzipDeserializer(threads, weights),
-        max_workers=int(kwargs.get("max_workers", 1)),
+        max_workers=integer("max_workers", kwargs.get("max_workers", 1), 1, 1024),
     )
 
 

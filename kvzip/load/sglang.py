@@ -29,6 +29,7 @@ from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import chunks
+from kvzip.options import integer
 from kvzip.snapshot import Origin
 from kvzip.store.bucket import open_bucket
 from kvzip.workers import Lock, Workers
@@ -98,8 +99,8 @@ class KvzipStorage(_Base):
         self.codec = chunks.codec_for_chunks(get_codec(extra.get("codec", "channel")), _log)
         self.bucket = open_bucket(
             extra["url"],
-            timeout=float(extra.get("timeout", 30.0)),
-            retries=int(extra.get("retries", 2)),
+            timeout=extra.get("timeout", 30.0),
+            retries=extra.get("retries", 2),
             options=extra.get("options"),
             make=True,
         )
@@ -108,7 +109,8 @@ class KvzipStorage(_Base):
         self._weights = _Weights(extra.get("model"), extra.get("revision"), self.model)
         # A hybrid model's recurrent state is cut over ranks even where MLA's pages are not.
         self._state_suffix = f".tp{storage_config.tp_rank}of{storage_config.tp_size}"
-        self._pool = Workers(int(extra.get("workers", 4)), "kvzip-sglang")
+        workers = integer("workers", extra.get("workers", 4), 1, 1024)
+        self._pool = Workers(workers, "kvzip-sglang")
         self._told: set[str] = set()
         self._failed: set[str] = set()
         """Paths of pages that are there and could not be loaded."""

@@ -358,6 +358,11 @@ def test_settings(tmp_path: Any, caplog: Any) -> None:
     pool = Pool("layer_first", torch.bfloat16)
     with pytest.raises(KVZipError, match="say where pages go"):
         KvzipStorage(SimpleNamespace(extra_config={}), {})
+    wrong = {"workers": [0, "many", 1.5], "timeout": ["soon"], "retries": ["x"], "codec": [5, "no"]}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(KVZipError):
+                backend_of(tmp_path, pool, extra={"url": "s3://bucket/prefix", name: value})
     caplog.clear()
     backend = backend_of(tmp_path, pool, extra={"codec": "predictive"})
     assert backend.codec.codec_id == "channel"
