@@ -12,9 +12,10 @@ from kvzip import dtypes
 from kvzip.codec import get_codec
 from kvzip.errors import UsageError
 from kvzip.eval.money.prices import pick
+from kvzip.eval.results.traffic import Strategy
 from kvzip.eval.sweep import synthetic
 from kvzip.eval.traffic.eviction import POLICIES, PolicyName
-from kvzip.eval.traffic.fleet import STRATEGIES, Strategy
+from kvzip.eval.traffic.fleet import STRATEGIES
 
 
 def _id(point: msgspec.Struct) -> str:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from kvzip.choice.cost import GB, HOUR, MONTH_HOURS, device_cost, load_cost
 from kvzip.eval.results.provenance import machine, now, versions
-from kvzip.eval.results.traffic import BASIS, FleetRow, Input, TierRow, TrafficResult
+from kvzip.eval.results.traffic import BASIS, FleetRow, Input, Strategy, TierRow, TrafficResult
 from kvzip.eval.traffic import capacity
 from kvzip.eval.traffic.finding import Found, find, prompt_tokens
-from kvzip.eval.traffic.fleet import CodecUse, Fleet, Strategy, Tier, rooms
+from kvzip.eval.traffic.fleet import CodecUse, Fleet, Tier, rooms
 from kvzip.eval.traffic.simulate import Outcome, simulate
 from kvzip.eval.traffic.trace import BLOCK_TOKENS, Trace
 

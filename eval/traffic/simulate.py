@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from kvzip.choice.cost import PrefillModel, pipeline_fill
 from kvzip.errors import KVZipError
+from kvzip.eval.results.traffic import Strategy
 from kvzip.eval.traffic.finding import Found, prompt_tokens
-from kvzip.eval.traffic.fleet import CodecUse, Fleet, Strategy
+from kvzip.eval.traffic.fleet import CodecUse, Fleet
 from kvzip.eval.traffic.trace import Trace
 
 _HALVINGS = 24

@@ -87,4 +87,4 @@ def _divide(lower: Floating, right: Floating, transposed: bool) -> None:
 def residual(weights: Floating, gram: Floating, cross: Floating, own: Floating) -> Floating:
     """Products with each other of what the weights leave of the targets, [targets, targets]."""
     said = weights.T @ cross
-    return own - said - said.T + weights.T @ gram @ weights
+    return np.asarray(own - said - said.T + weights.T @ gram @ weights)
