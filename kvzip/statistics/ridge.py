@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Floating = NDArray[Any]
 """Numbers of 32 or 64 bits."""
-_SMALL = 128
+_SMALL = 64
 
 
 def shrinkage(inputs: int, tokens: float) -> float:
@@ -70,7 +70,8 @@ def _divide(lower: Floating, right: Floating, transposed: bool) -> None:
     solves no triangles and products are what processors do fastest."""
     n = len(lower)
     if n <= _SMALL:
-        right[...] = np.linalg.solve(lower.T if transposed else lower, right)
+        inverse = np.linalg.inv(lower)
+        right[...] = (inverse.T if transposed else inverse) @ right
         return
     half = n // 2
     first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
