@@ -18,10 +18,9 @@ measured (0.84, 0.40 and 0.86 on SmolLM2-135M, 0.82, 0.27 and 0.85 on Gemma-3-27
 def region_bytes(documents: Documents, layer: int, table: bool) -> int:
     """What one more region of a layer takes in the profile's file, at most: which layers predict it
     is not known yet."""
-    up = [w + -w % 4 for w in documents.widths]
     n, pairs = documents.widths[layer], len(documents.orders[layer].pairs)
-    inputs = most_inputs(documents.widths, layer)
-    matrices = int(up[layer] * (PACKED_WEIGHTS * inputs + PACKED_WITHIN * up[layer]))
+    up, inputs = documents.padded_widths[layer], most_inputs(documents, layer)
+    matrices = int(up * (PACKED_WEIGHTS * inputs + PACKED_WITHIN * up))
     return matrices + 12 * n + (1 + table) * 4 * (n + 3 * ANGLES * pairs)
 
 
@@ -48,7 +47,7 @@ def allot(
             min(most, rows) * widths[i] for i, most in TABLE_ROWS.items() if i < len(widths)
         )
         left -= int(PACKED_TABLE * numbers) + 4 * rows
-    most = [documents.tokens // max(8 * most_inputs(widths, i), 8000) for i in range(len(widths))]
+    most = [documents.tokens // max(8 * most_inputs(documents, i), 8000) for i in layers]
     most = [min(m, MOST_REGIONS) if m >= 4 and i else 1 for i, m in enumerate(most)]
     while True:
         # Each doubling gains about as much as the one before, more in early layers.

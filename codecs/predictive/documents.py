@@ -45,6 +45,8 @@ class Documents:
         layers = self.first.layout.layers
         self.shapes = [_shape(s) for s in layers]
         self.widths = [width(s) for s in layers]
+        self.padded_widths = [w + -w % 4 for w in self.widths]
+        """How many inputs each layer is for those after it (spec.md)."""
         self.orders = [ChannelOrder(s, self.first.origin, self.first.dtype) for s in layers]
         self.tokens = 0
         for item in items:

@@ -9,17 +9,17 @@ layers together with 12,288: products of all of them take 300 MB then, and the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codecs.predictive.documents import Documents
 from kvzip.codecs.predictive.integers import quantised
+from kvzip.codecs.predictive.layer_inputs import Known
 from kvzip.codecs.predictive.regression import log_volume, normalised
 from kvzip.statistics.documents import inputs_of
 from kvzip.statistics.gaussian import cholesky
-from kvzip.statistics.ridge import ridge, shrinkage
+from kvzip.statistics.ridge import divided, ridge, shrinkage
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -33,16 +33,9 @@ JUDGED = 4  # one token of so many is not learned from, but settles whether the 
 MOST_INPUTS = 1 << 16  # that a layer can have (spec.md)
 
 
-class Unit(NamedTuple):
-    """A layer's mean and standard deviation, [channels] each."""
-
-    mean: Floats
-    deviation: Floats
-
-
-def most_inputs(widths: Sequence[int], layer: int) -> int:
+def most_inputs(documents: Documents, layer: int) -> int:
     """How many inputs a layer can get, whichever layers are chosen."""
-    return sum(sorted(w + -w % 4 for w in widths[:layer])[-INPUT_LAYERS:])
+    return sum(sorted(documents.padded_widths[:layer])[-INPUT_LAYERS:])
 
 
 class InputLayers:
@@ -56,23 +49,25 @@ class InputLayers:
         self._learned = self._split()
         tokens = len(self._learned)
         self._directions = min(DIRECTIONS // len(documents.widths), tokens // TOKENS_EACH)
-        self._seen: list[NDArray[np.float16]] = []  # of each layer [tokens, directions]
+        # Of each layer [tokens, directions]: the tokens that are learned from, and those apart.
+        self._seen: list[NDArray[np.float16]] = []
+        self._apart: list[NDArray[np.float16]] = []
         self._products: list[Floats] = []
         """Of the learned tokens, a layer's inputs with those of the layers up to it, [directions of
         all of these, its own]."""
 
-    def choose(self, layer: int, units: Sequence[Unit], own: Unit) -> list[int]:
-        """The layers that predict `layer`, lowest first. `units` are those of the layers before it,
-        `own` is its own."""
+    def choose(
+        self, layer: int, earlier: Sequence[Known], mean: Floats, deviation: Floats
+    ) -> list[int]:
+        """The layers that predict `layer`, lowest first. `mean` and `deviation` are its own."""
         usual = inputs_of(layer)
         if layer <= INPUT_LAYERS or not self._directions:
             return usual
         for a in range(len(self._seen), layer):
-            self._add(a, units[a])
-        targets = self._narrowed(layer, normalised(self._values(layer), *own))
-        targets -= targets[self._learned].mean(axis=0)
-        found = sorted(self._greedy(layer, targets))
-        if found == usual or self._left(found, targets) < self._left(usual, targets):
+            self._add(a, earlier[a])
+        own, apart = self._centred(layer, normalised(self._values(layer), mean, deviation))
+        found = sorted(self._greedy(layer, own))
+        if found == usual or self._left(found, own, apart) < self._left(usual, own, apart):
             return found
         return usual
 
@@ -93,30 +88,30 @@ class InputLayers:
         read = self._documents.read([layer], self._which)
         return np.concatenate([values[:: self._step] for _, (values,), _ in read])
 
-    def _narrowed(self, layer: int, values: Floats) -> Floats:
-        """Values in directions drawn at random, of a layer that has more channels than these."""
+    def _centred(self, layer: int, values: Floats) -> tuple[Floats, Floats]:
+        """Values of the tokens that are learned from and of those apart, less the mean of the
+        first; in directions drawn at random, where a layer has more channels than these."""
         width, directions = values.shape[1], self._directions
-        if width <= directions:
-            return values
-        rng = np.random.default_rng(layer)
-        onto = rng.normal(0, width**-0.5, (width, directions)).astype(np.float32)
-        found: Floats = values @ onto
-        return found
+        if width > directions:
+            rng = np.random.default_rng(layer)
+            values = values @ rng.normal(0, width**-0.5, (width, directions)).astype(np.float32)
+        learned = values[self._learned]
+        mean = learned.mean(axis=0)
+        return learned - mean, values[~self._learned] - mean
 
-    def _add(self, layer: int, unit: Unit) -> None:
+    def _add(self, layer: int, known: Known) -> None:
         """Take up a layer that is to be chosen from."""
-        width = len(unit.mean)
-        inputs = quantised(self._values(layer), *unit)[:, :width].astype(np.float32)
+        small = quantised(self._values(layer), known.mean, known.deviation)
+        inputs = small[:, : len(known.mean)].astype(np.float32)
         inputs *= 1 / 16
-        seen = self._narrowed(layer, inputs)
-        seen -= seen[self._learned].mean(axis=0)
-        self._seen.append(seen.astype(np.float16))
-        own = seen[self._learned]
+        own, apart = self._centred(layer, inputs)
+        self._seen.append(own.astype(np.float16))
+        self._apart.append(apart.astype(np.float16))
         self._products.append(np.concatenate([self._with(a, own) for a in range(layer + 1)]))
 
     def _with(self, layer: int, values: Floats) -> Floats:
         """Products of a layer's inputs with values of the learned tokens."""
-        found: Floats = self._seen[layer][self._learned].astype(np.float32).T @ values
+        found: Floats = self._seen[layer].astype(np.float32).T @ values
         return found
 
     # --- the choice ----------------------------------------------------------------------------
@@ -128,12 +123,12 @@ class InputLayers:
         found = self._products[high][ends[low] : ends[low + 1]]
         return found if a == low else found.T
 
-    def _greedy(self, layer: int, targets: Floats) -> list[int]:
-        """The layers that say most, the first of them alone, each other beside those before it."""
-        own = targets[self._learned]
+    def _greedy(self, layer: int, own: Floats) -> list[int]:
+        """The layers that say most of `own`, the targets of the learned tokens: the first of them
+        alone, each other beside those before it."""
         left: Doubles = (own.T @ own).astype(np.float64)
         room = MOST_INPUTS
-        widths = [w + -w % 4 for w in self._documents.widths]
+        widths = self._documents.padded_widths
         # What the layers chosen so far say nothing of: of each layer's inputs, and the targets.
         grams = [self._between(a, a).astype(np.float64) for a in range(layer)]
         for gram in grams:
@@ -149,8 +144,7 @@ class InputLayers:
                 if a in chosen or widths[a] > room:
                     continue
                 factor = cholesky(grams[a])
-                cross = crosses[a].astype(np.float64)
-                explained: Doubles = np.asarray(np.linalg.solve(factor, cross), np.float64)
+                explained = divided(factor, crosses[a].astype(np.float64))
                 bits = log_volume(left - explained.T @ explained)
                 if best is None or bits < best[0]:
                     best = bits, a, factor, explained
@@ -160,26 +154,24 @@ class InputLayers:
             chosen.append(new)
             room -= widths[new]
             left -= explained.T @ explained
-            inverse = np.linalg.inv(factor).astype(np.float32)
-            of_new = said[new]
+            factor, of_new = factor.astype(np.float32), said[new]
             for a in (a for a in range(layer) if a not in chosen):
                 before = zip(of_new, said[a], strict=True)
                 shared = self._between(new, a) - sum(n.T @ o for n, o in before)
-                told = inverse @ shared
+                told = divided(factor, shared)
                 said[a].append(told)
                 grams[a] -= told.T @ told
                 crosses[a] = crosses[a] - told.T @ explained.astype(np.float32)
         return chosen
 
-    def _left(self, layers: Sequence[int], targets: Floats) -> float:
-        """Bits of what these layers leave of the tokens that are judged, but for a constant."""
+    def _left(self, layers: Sequence[int], own: Floats, apart: Floats) -> float:
+        """Bits of what these layers leave of the targets of the tokens apart, but for a constant;
+        `own` are those of the learned tokens."""
         grams = [np.concatenate([self._between(a, b) for b in layers], axis=1) for a in layers]
         gram = np.concatenate(grams).astype(np.float64)
-        cross = np.concatenate([self._with(a, targets[self._learned]) for a in layers])
-        tokens = self._learned.sum()
-        penalty = np.trace(gram) / max(len(gram), 1) * shrinkage(len(gram), tokens) + 1e-9
+        cross = np.concatenate([self._with(a, own) for a in layers])
+        penalty = np.trace(gram) / max(len(gram), 1) * shrinkage(len(gram), len(own)) + 1e-9
         weights = ridge(gram, cross.astype(np.float64), np.full(len(gram), penalty))
-        apart = ~self._learned
-        inputs = np.concatenate([self._seen[a][apart] for a in layers], axis=1)
-        rest = targets[apart] - inputs.astype(np.float32) @ weights.astype(np.float32)
+        inputs = np.concatenate([self._apart[a] for a in layers], axis=1)
+        rest = apart - inputs.astype(np.float32) @ weights.astype(np.float32)
         return log_volume((rest.T @ rest).astype(np.float64) / max(len(rest), 1))

@@ -30,7 +30,7 @@ class Reader:
         self, documents: Documents, layer: int, known: Sequence[Known], inputs: Sequence[int]
     ):
         self.documents, self.layer, self.known, self.inputs = documents, layer, known, inputs
-        widths = [documents.widths[a] + -documents.widths[a] % 4 for a in self.inputs]
+        widths = [documents.padded_widths[a] for a in self.inputs]
         self.columns = sum(widths)
         first = 0
         places = []

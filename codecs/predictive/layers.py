@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.groups import arrange
-from kvzip.codecs.predictive.input_layers import InputLayers, Unit
+from kvzip.codecs.predictive.input_layers import InputLayers
 from kvzip.codecs.predictive.integers import Arrangement, layer_tensors, packed
 from kvzip.codecs.predictive.layer_inputs import Known, Reader
 from kvzip.codecs.predictive.regions import Scores, find
@@ -93,8 +93,7 @@ def fit_layer(
 ) -> dict[str, NDArray[Any]]:
     """The integer tensors of one layer, and what the layers to come need to know."""
     mean, deviation = _moments(documents, layer)
-    units = [Unit(e.mean, e.deviation) for e in earlier]
-    inputs = choice.choose(layer, units, Unit(mean, deviation))
+    inputs = choice.choose(layer, earlier, mean, deviation)
     reader = Reader(documents, layer, earlier, inputs)
     scores = _scout(reader, mean, deviation, regions) if regions > 1 else None
     folds = 2 if regions > 1 else 4

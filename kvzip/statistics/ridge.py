@@ -34,9 +34,13 @@ def ridge(gram: Floating, cross: Floating, penalty: Any) -> Floating:
     except np.linalg.LinAlgError:  # what rounding has left is not definite
         found = np.linalg.solve(held.astype(np.float64), cross.astype(np.float64))
         return np.asarray(found, gram.dtype)
-    found = cross.copy()
-    _divide(lower, found, transposed=False)
-    _divide(lower, found, transposed=True)
+    return divided(lower, divided(lower, cross), transposed=True)
+
+
+def divided(lower: Floating, right: Floating, transposed: bool = False) -> Floating:
+    """The X of `lower` X = `right`, or of that with `lower` transposed, for a lower triangle."""
+    found = right.copy()
+    _divide(lower, found, transposed)
     return found
 
 
@@ -58,16 +62,15 @@ def _factor(gram: Floating, lower: Floating) -> None:
     half = n // 2
     first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
     _factor(gram[:half, :half], first)
-    turned = gram[:half, half:].copy()
-    _divide(first, turned, transposed=False)
+    turned = divided(first, gram[:half, half:])
     below[...] = turned.T
     gram[half:, half:] -= below @ turned
     _factor(gram[half:, half:], last)
 
 
 def _divide(lower: Floating, right: Floating, transposed: bool) -> None:
-    """Solve `lower` X = `right`, or with `lower` transposed, in place. By halves, since NumPy
-    solves no triangles and products are what processors do fastest."""
+    """:func:`divided` in place. By halves, since NumPy solves no triangles and products are what
+    processors do fastest."""
     n = len(lower)
     if n <= _SMALL:
         inverse = np.linalg.inv(lower)

@@ -20,6 +20,7 @@ from kvzip.codecs.predictive.codec import native_model, new_chain
 from kvzip.codecs.predictive.density import Chooser, cell_edges, densities
 from kvzip.codecs.predictive.documents import Documents
 from kvzip.codecs.predictive.groups import arrange, default_group, default_lanes, starts
+from kvzip.codecs.predictive.layer_inputs import Known
 from kvzip.codecs.predictive.regions import Scores, find
 from kvzip.codecs.predictive.regression import Sums, round_weights
 from kvzip.errors import ProfileError
@@ -340,8 +341,9 @@ def test_where_nothing_says_anything_the_usual_layers_are_taken():
     usual = 0
     for seed in range(4):
         read = Documents([related(100 * seed + n, (), noise=1) for n in range(8)])
-        units = [input_layers.Unit(np.zeros(16, np.float32), np.ones(16, np.float32))] * 6
-        found = input_layers.InputLayers(read).choose(5, units, units[5])
+        mean, deviation = np.zeros(16, np.float32), np.ones(16, np.float32)
+        earlier = [Known(mean, deviation, np.arange(16))] * 5
+        found = input_layers.InputLayers(read).choose(5, earlier, mean, deviation)
         assert len(found) == 3
         usual += found == [0, 3, 4]
     assert usual
