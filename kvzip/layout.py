@@ -33,9 +33,7 @@ _AXES = "bhtrd"
 _AS_KV = {3: "htd", 4: "bhtd"}
 
 
-# What is asked of a part for each block of a file is kept with it: most layers are one object.
-
-
+# Layers keep what is asked of them for each block of a file: most of a model's are one object.
 class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """Format, shape and axes of one part of a layer: its keys, its values, a state, ...
 

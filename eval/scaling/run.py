@@ -193,9 +193,8 @@ class _Measuring:
                 self.step(f"{self.shape.name}, {about}, {what}: {done} of {total}")
 
             def fit(regions: list[int] = regions, told: Callable[..., None] = told) -> Profile:
-                name = hashlib.sha256(repr((POINT_VERSION, count, regions)).encode()).hexdigest()[
-                    :12
-                ]
+                made_of = repr((POINT_VERSION, count, regions)).encode()
+                name = hashlib.sha256(made_of).hexdigest()[:12]
                 return Profile.fit(
                     paths,
                     told,

@@ -94,13 +94,11 @@ def _learned_parts(
         if "resume" in own:
             own["resume"] = own["resume"] / str(part)
         with tempfile.TemporaryDirectory(prefix=".kvzip-split-", dir=output.parent) as folder:
-
-            def cut_out(path: Path, part: int = part, folder: str = folder) -> Path:
-                target = Path(folder) / f"{len(list(Path(folder).iterdir()))}-{path.name}"
-                cut.of(Snapshot.load(path), part).save(target)
-                return target
-
-            mine, apart = ([*map(cut_out, paths)] for paths in (learned, left_out))
+            cuts = []
+            for number, path in enumerate([*learned, *left_out]):
+                cuts.append(Path(folder) / f"{number}-{path.name}")
+                cut.of(Snapshot.load(path), part).save(cuts[-1])
+            mine, apart = cuts[: len(learned)], cuts[len(learned) :]
             result = _learned(mine, apart, cut.path(output, part), codec, own)
         for measured, path in zip(result["held_out"], left_out, strict=True):
             measured["file"] = str(path)

@@ -22,7 +22,7 @@ from kvzip.container.format import (
     unpacked_header,
     unpacked_ids,
 )
-from kvzip.container.index import Index, Key, aligned
+from kvzip.container.index import Index, Key
 from kvzip.container.source import Source
 from kvzip.errors import CancelledError, CorruptError, FormatError, ProfileError
 from kvzip.layout import LayerLayout, PartLayout
@@ -175,12 +175,10 @@ class Blocks:
         codec's time, and `checked` does it. Neither is of the zeros behind the bytes, which are
         looked at here. Both are taken of a part on a grid, where some bits of what is stored say
         nothing of the numbers. Raises CorruptError."""
-        if self.cancelled:
-            self.check_cancelled()
-        offset, length = self.index.offset[row], self.index.length[row]
-        taken = self.source.read(offset, aligned(length))
-        if metrics.listening():
-            metrics.count("read_bytes", len(taken), codec=self.codec.codec_id)
+        self.check_cancelled()
+        length = self.index.length[row]
+        taken = self.source.read(*self.index.span(row))
+        metrics.count("read_bytes", len(taken), codec=self.codec.codec_id)
         data = taken[:length]
         if bytes(taken[length:]).strip(b"\0"):
             raise CorruptError(

@@ -398,10 +398,13 @@ class Store:
     def remove(self, key: str) -> bool:
         """Take a document, or a profile that no document needs, out of the store; whether it was
         there. Raises ProfileError for a profile that is needed."""
-        is_profile = is_profile_key(key)
-        (id_in if is_profile else document_path)(key)  # raises
+        if is_profile_key(key):
+            profile_id = id_in(key)
+            self._check_key()
+            return self._profiles.remove(profile_id)
+        document_path(key)  # raises KVZipError for what is no key
         self._check_key()
-        return self._profiles.remove(id_in(key)) if is_profile else self._evictor.remove(key)
+        return self._evictor.remove(key)
 
     def _check_key(self) -> None:
         """Raise SealError for a store that was sealed with another key, or with none, FormatError
