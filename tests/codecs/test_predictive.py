@@ -165,8 +165,9 @@ def test_what_fails_in_turn_is_named_and_what_is_left_is_not_decoded(profile, un
     with kvzip.open(bytes(blob), profile) as reader:
         row = reader.index.rows[2, "v"][2]
         middle = reader.index.offset[row] + reader.index.length[row] // 2
-        # One bit of a word may show in the next layer only, which goes on with the coder's state.
-        for at in range(middle, middle + 16):
+        # What a token's last number reads shows in the next layer only, which goes on with the
+        # coder's state: up to 32 words of a stream. These are 40.
+        for at in range(middle, middle + 160):
             blob[at] ^= 0xFF
     span = (0, unseen.tokens)
     requests = [([i], span) for i in range(len(unseen.layers))]
