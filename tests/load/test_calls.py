@@ -29,7 +29,9 @@ IDS, PROMPT = TEXT[:1, :40], TEXT[:1, :50]
 
 
 def made(kind: str = "Llama", **more: Any) -> Any:
-    return tiny_model(kind, vocab_size=64, pad_token_id=0, initializer_range=0.4, **more).model
+    return tiny_model(
+        kind, dtype="float32", vocab_size=64, pad_token_id=0, initializer_range=0.4, **more
+    ).model
 
 
 @pytest.fixture

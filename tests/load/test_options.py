@@ -24,7 +24,7 @@ RAGGED = [[1], [2, 3]]
 
 @pytest.fixture(scope="module")
 def model():
-    return readme_model(pad_token_id=0)
+    return readme_model(dtype="float32", pad_token_id=0)
 
 
 @pytest.fixture(scope="module")

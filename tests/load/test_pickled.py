@@ -29,7 +29,7 @@ from kvzip.store import Store  # noqa: E402
 
 @pytest.fixture(scope="module")
 def model():
-    return readme_model(pad_token_id=0)
+    return readme_model(dtype="float32", pad_token_id=0)
 
 
 @pytest.fixture(scope="module")

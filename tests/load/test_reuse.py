@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from support import readme_document, readme_model
+from support import readme_document, readme_model, tiny_model
 
 import kvzip
 from kvzip.load.hf import cache_argument, load_batch, load_cache, load_or_prefill
@@ -18,10 +18,8 @@ NEW = 5
 @pytest.fixture(scope="module", params=["full", "sliding"])
 def model(request):
     if request.param == "full":
-        return readme_model(pad_token_id=0)
-    from support import tiny_model
-
-    return tiny_model("Gemma3Text", vocab_size=500, sliding_window=64).model
+        return readme_model(dtype="float32", pad_token_id=0)
+    return tiny_model("Gemma3Text", dtype="float32", vocab_size=500, sliding_window=64).model
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +238,9 @@ def test_assisted_generation_is_refused_where_a_cache_has_tokens(model, blob, pr
     """transformers feeds the whole prompt again then, after what any cache holds."""
     more = {
         "lookup": {"prompt_lookup_num_tokens": 3},
-        "assistant": {"assistant_model": readme_model(pad_token_id=0, num_hidden_layers=1)},
+        "assistant": {
+            "assistant_model": readme_model(dtype="float32", pad_token_id=0, num_hidden_layers=1)
+        },
         "early exit": {"assistant_early_exit": 1},
         "config": {"generation_config": transformers.GenerationConfig(prompt_lookup_num_tokens=3)},
     }[how]

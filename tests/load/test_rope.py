@@ -87,7 +87,7 @@ TEXT = torch.randint(3, 64, (2, 120), generator=torch.Generator().manual_seed(5)
 
 
 def made(kind: str, options: dict[str, Any]) -> Any:
-    more = {"vocab_size": 64, "pad_token_id": 0, "initializer_range": 0.4}
+    more = {"dtype": "float32", "vocab_size": 64, "pad_token_id": 0, "initializer_range": 0.4}
     return tiny_model(kind, **more, **copy.deepcopy(options)).model
 
 
