@@ -19,10 +19,15 @@ from support import CODECS
 
 from kvzip import dtypes
 
-settings.register_profile(
-    "kvzip", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-settings.load_profile("kvzip")
+unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("kvzip", max_examples=50, **unhurried)
+settings.register_profile("kvzip-long", max_examples=500, **unhurried)  # make test-long
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kvzip"))
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than there are processors, since some tests wait; each takes 1 to 2 GB."""
+    return min(4, (os.cpu_count() or 1) + 1)
 
 
 @pytest.fixture(params=dtypes.NAMES)

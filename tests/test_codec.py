@@ -115,9 +115,11 @@ def of_shape(shape, axes, dtype):
     return kvzip.Snapshot([kvzip.Layer({"k": small, "scale": array}, layer)], dtype)
 
 
-@pytest.mark.parametrize("codec", [*CODECS, "auto"])
+@pytest.mark.parametrize(
+    ("codec", "dtype"),
+    [*((codec, "bf16") for codec in [*CODECS, "auto"]), ("channel", "fp8_e4m3fn")],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
 def test_a_part_of_any_shape_is_stored(codec, shape, dtype):
     """As many channels as there are: what a codec has no tables for, another stores."""
     snapshot = of_shape(*shape, dtype)

@@ -159,9 +159,7 @@ def test_short_ones_are_loaded(model: Any, store: Store, prompt: int, caplog: An
     assert warnings_of(caplog) == []
 
 
-@pytest.mark.parametrize(
-    ("stored", "prompt"), [(20, 32), (20, 33), (20, 60), (31, 32), (32, 20), (40, 31), (40, 60)]
-)
+@pytest.mark.parametrize(("stored", "prompt"), [(20, 32), (31, 32), (32, 20), (40, 31), (40, 60)])
 def test_long_ones_are_computed(
     model: Any, store: Store, stored: int, prompt: int, caplog: Any
 ) -> None:

@@ -28,7 +28,7 @@ from kvzip.codecs import _native
 pytestmark = pytest.mark.first
 # Not optimised, since the sanitizers' checks take ten times as long to compile if they are.
 SANITIZED = ["-O0", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
-SECONDS = 3
+SECONDS = 2
 ROUNDS = {"channel": 3, "predictive": 25, "grid": 3}
 
 

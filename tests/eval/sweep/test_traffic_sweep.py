@@ -110,6 +110,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, line: str, says: str) -> None:
         read_config(path)
 
 
+@pytest.mark.long  # as test_sweep.py has it, whose rows go the same way
 def test_a_ray_cluster_gives_the_same_rows(config: Path, tmp_path: Path) -> None:
     points = read_config(config)[:6]
     run(points, tmp_path / "here")
