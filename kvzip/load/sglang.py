@@ -12,16 +12,14 @@ memory is laid out in different ways read each other's pages. What cannot be rea
 reason, is a miss, which SGLang computes; each kind of failure is logged once.
 
 The interface is that of SGLang 0.5.23, ``sglang.srt.mem_cache.hicache_storage``; this module
-imports without it. More settings: ``codec`` (default "channel"), ``workers`` (pages at once, 4),
-``timeout`` and ``retries`` of a request, ``options`` for obstore; ``model`` (where the weights lie)
-and ``revision`` (what pins them), where the server's arguments do not say it.
+imports without it. :class:`Settings` has all that can be set.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from kvzip import metrics
@@ -29,9 +27,9 @@ from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load import chunks
+from kvzip.load.place import Place, converted, folder_name
 from kvzip.options import integer
 from kvzip.snapshot import Origin
-from kvzip.store.bucket import open_bucket
 from kvzip.workers import Lock, Workers
 
 if TYPE_CHECKING:
@@ -89,28 +87,41 @@ def page_of(tensor: torch.Tensor, pool: HostKVCache | None) -> torch.Tensor:
     return tensor.squeeze()
 
 
+class Settings(Place, frozen=True, forbid_unknown_fields=True):
+    """The backend's part of ``--hicache-storage-backend-extra-config``."""
+
+    timeout: float = 30.0
+    retries: int = 2
+    codec: str | dict[str, Any] = "channel"
+    """What pages are stored with; channel in place of one that needs a profile."""
+    workers: int = 4
+    """Pages at once."""
+    model: str | None = None
+    """Where the weights lie, and"""
+    revision: str | None = None
+    """what pins them, where the server's arguments do not say it."""
+    backend_name: Any = None
+    module_path: Any = None
+    class_name: Any = None
+    interface_v1: Any = None
+    allocator: Any = None
+    """The last five are SGLang's own, which leaves them here."""
+
+
 class KvzipStorage(_Base):
     """SGLang's `HiCacheStorage` on a folder or bucket of .kvz objects."""
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: object = None):
-        extra = dict(storage_config.extra_config or {})
-        if "url" not in extra:
-            raise KVZipError('say where pages go: "url" in --hicache-storage-backend-extra-config')
-        self.codec = chunks.codec_for_chunks(get_codec(extra.get("codec", "channel")), _log)
-        self.bucket = open_bucket(
-            extra["url"],
-            timeout=extra.get("timeout", 30.0),
-            retries=extra.get("retries", 2),
-            options=extra.get("options"),
-            make=True,
-        )
+        where = "--hicache-storage-backend-extra-config"
+        told = converted(where, dict(storage_config.extra_config or {}), Settings)
+        self.codec = chunks.codec_for_chunks(get_codec(told.codec), _log)
+        self.bucket = told.objects()
         self.model = str(storage_config.model_name or "")
         self._ranks = _ranks(storage_config)
-        self._weights = _Weights(extra.get("model"), extra.get("revision"), self.model)
+        self._weights = _Weights(told.model, told.revision, self.model)
         # A hybrid model's recurrent state is cut over ranks even where MLA's pages are not.
         self._state_suffix = f".tp{storage_config.tp_rank}of{storage_config.tp_size}"
-        workers = integer("workers", extra.get("workers", 4), 1, 1024)
-        self._pool = Workers(workers, "kvzip-sglang")
+        self._pool = Workers(integer("workers", told.workers, 1, 1024), "kvzip-sglang")
         self._told: set[str] = set()
         self._failed: set[str] = set()
         """Paths of pages that are there and could not be loaded."""
@@ -130,7 +141,7 @@ class KvzipStorage(_Base):
     def scope(self) -> str:
         """Where the pages of these weights and of this rank lie."""
         pinned = self._weights.pinned()
-        parts = [_name(self.model or "model", ""), _name(pinned, "+"), *self._ranks]
+        parts = [folder_name(self.model or "model"), folder_name(pinned, "+"), *self._ranks]
         return "/".join(filter(None, parts))
 
     def _path(self, key: str, pool: HostKVCache | None) -> str:
@@ -436,12 +447,6 @@ def _server_args() -> ServerArgs | None:
         return get_global_server_args()
     except (ImportError, ValueError, AttributeError, RuntimeError):
         return None
-
-
-def _name(text: str, safe: str) -> str:
-    """A text as the name of one folder, which is not the one above."""
-    name = quote(text, safe=safe)
-    return name.replace(".", "%2E") if name in (".", "..") else name
 
 
 def _ranks(config: HiCacheStorageConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from kvzip.store.bucket import Objects
@@ -15,15 +15,54 @@ _STALE = timedelta(hours=1)
 """How long a writer may take; what looks unfinished and is older is cleared away."""
 
 
-class Evictor:
-    """Removes documents of one store, and knows about how many bytes it holds."""
+class Room:
+    """Knows about how many bytes there are, and what goes when they are too many.
 
-    def __init__(self, objects: Objects, pool: Workers):
-        self._objects, self._pool = objects, pool
+    `total`: bytes of all that there is when it was last listed. A writer does not know what others
+    write, so it lists anew after each sixteenth of the limit that it writes.
+    """
+
+    def __init__(self) -> None:
         self._total: int | None = None
-        """Bytes of all documents and profiles when they were last listed."""
         self._written = 0
         """Bytes that were written since."""
+
+    def over(self, written: int, limit: int) -> bool:
+        """Whether there may be more than `limit` bytes, with those that were just written."""
+        self._written += written
+        if self._total is None:
+            return True
+        return self._total + self._written > limit or self._written > limit // 16
+
+    def surplus(
+        self,
+        sizes: Iterable[tuple[str, int]],
+        limit: int | None,
+        keep: str | None = None,
+        beside: int = 0,
+    ) -> list[str]:
+        """Which of all that there is, names and bytes, must go: the first, where they and the bytes
+        `beside` them are more than `limit`, until the rest take a sixteenth less. `keep`: one that
+        stays."""
+        listed = list(sizes)
+        total = sum(size for _, size in listed) + beside
+        goal = total if limit is None or total <= limit else limit - limit // 16
+        gone = []
+        for name, size in listed:
+            if total <= goal:
+                break
+            if name != keep:
+                gone.append(name)
+                total -= size
+        self._total, self._written = total, 0
+        return gone
+
+
+class Evictor:
+    """Removes documents of one store."""
+
+    def __init__(self, objects: Objects, pool: Workers):
+        self._objects, self._pool, self._room = objects, pool, Room()
 
     def remove(self, key: str) -> bool:
         """Take a document out of the store; whether it was there."""
@@ -52,14 +91,8 @@ class Evictor:
             self._objects.put(path, other.encode(), create=False)
 
     def over(self, written: int, limit: int) -> bool:
-        """Whether the store may hold more than `limit` bytes, with those that were just written.
-
-        A writer does not know what others write, so it says yes after each sixteenth of the limit.
-        """
-        self._written += written
-        if self._total is None:
-            return True
-        return self._total + self._written > limit or self._written > limit // 16
+        """Whether the store may hold more than `limit` bytes, with those that were just written."""
+        return self._room.over(written, limit)
 
     def prune(
         self,
@@ -74,17 +107,10 @@ class Evictor:
 
         `keep`: the key of one that stays. Returns the keys of what was removed.
         """
-        total = sum(d.encoded_bytes for d in documents) + beside
-        goal = total if limit is None or total <= limit else limit - limit // 16
-        evicted = []
-        for document in documents:
-            if total <= goal:
-                break
-            if document.key != keep:
-                self.remove(document.key)
-                evicted.append(document.key)
-                total -= document.encoded_bytes
-        self._total, self._written = total, 0
+        sizes = ((d.key, d.encoded_bytes) for d in documents)
+        evicted = self._room.surplus(sizes, limit, keep, beside)
+        for key in evicted:
+            self.remove(key)
         self._clear({d.key for d in documents})
         return evicted
 

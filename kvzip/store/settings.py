@@ -21,6 +21,7 @@ from kvzip.store.bucket import Objects
 from kvzip.store.keys import BLOCK_TOKENS, document_path, token_ids_of
 from kvzip.store.listing import documents
 from kvzip.store.marks import block_tokens_of, chain_of
+from kvzip.store.sealed import SealedObjects
 
 _log = logging.getLogger("kvzip.store")
 
@@ -110,3 +111,15 @@ class SettingsFile:
             except StoreError as error:  # a reader may have no right to write
                 _log.info("it is not written: %s", error)
         return settings
+
+
+def check_key(objects: Objects) -> None:
+    """Raise SealError for objects that are sealed with another key than is given, or with one where
+    none is. ``store.json`` proves it, which is written here where a key is given and there is none
+    yet: names of objects that are sealed with another key just look as if nothing were there.
+    """
+    settings = SettingsFile(objects, None)
+    if isinstance(objects, SealedObjects) and objects.writable:
+        settings.made()
+    else:
+        settings.block_tokens()

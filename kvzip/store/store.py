@@ -215,7 +215,7 @@ class Store:
         if profile is None:
             raise ProfileError("there is no profile to store: it is None")
         self._check_room(profile.nbytes, "a profile")
-        self._check_key()
+        self.check_key()
         written = self._profiles.put(profile, boolean("replace", replace))
         self._keep_limit(profile.nbytes * written)
         return written
@@ -359,7 +359,7 @@ class Store:
         try:
             reader = self.bucket.open(document_path(key), profile, threads)
         except FileNotFoundError:
-            self._check_key()  # or it has another name
+            self.check_key()  # or it has another name
             raise StoreError(f"there is no document {key} in {self.bucket.url}") from None
         reader.look_for_profile(self.get_profile)
         return reader
@@ -369,7 +369,7 @@ class Store:
         memory. Raises ProfileError when the store has none, CorruptError when it is damaged,
         StoreError."""
         profile_id = id_in(key)
-        self._check_key()
+        self.check_key()
         return self._profiles.get(profile_id)
 
     def fetch(
@@ -381,7 +381,7 @@ class Store:
         Raises CorruptError, StoreError, ProfileError for a profile that is not there.
         """
         callback("progress", progress)
-        self._check_key()
+        self.check_key()
         with replacing(path) as file:
             if is_profile_key(key):
                 return self._profiles.copy(id_in(key), file)
@@ -400,15 +400,16 @@ class Store:
         there. Raises ProfileError for a profile that is needed."""
         if is_profile_key(key):
             profile_id = id_in(key)
-            self._check_key()
+            self.check_key()
             return self._profiles.remove(profile_id)
         document_path(key)  # raises KVZipError for what is no key
-        self._check_key()
+        self.check_key()
         return self._evictor.remove(key)
 
-    def _check_key(self) -> None:
+    def check_key(self) -> None:
         """Raise SealError for a store that was sealed with another key, or with none, FormatError
         for one of another version: whose documents have other names, so that none would be there.
+        What uses the store does so, too: this is to know it before. Raises StoreError.
         """
         self._settings.block_tokens()
 
@@ -416,20 +417,20 @@ class Store:
 
     def abouts(self) -> dict[str, About]:
         """What the documents of each namespace, the first part of their keys, are of."""
-        self._check_key()
+        self.check_key()
         return listing.abouts(self.bucket)
 
     def documents(self) -> list[Stored]:
         """All documents, the one that was used longest ago first. Raises UsageError for a store
         that cannot be listed (behind HTTP)."""
-        self._check_key()
+        self.check_key()
         self._uses.settle()
         return listing.documents(self.bucket)
 
     def profiles(self) -> list[StoredProfile]:
         """All profiles, the oldest first, with how many documents need each. Raises UsageError for
         a store that cannot be listed (behind HTTP)."""
-        self._check_key()
+        self.check_key()
         return self._profiles.listed()
 
     def prune(

@@ -28,7 +28,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip import api  # noqa: E402
-from kvzip.errors import CorruptError, FormatError, KVZipError, UnsupportedError  # noqa: E402
+from kvzip.errors import CorruptError, FormatError, KVZipError, SealError, UnsupportedError  # noqa: E402
 from kvzip.load import lmcache as ours  # noqa: E402
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "lmcache.md").read_text()
@@ -250,6 +250,53 @@ def test_a_chunk_that_failed_is_replaced(tmp_path: Path, monkeypatch: Any) -> No
     assert file.stat().st_mtime_ns == changed  # what is whole is left alone
 
 
+def test_sealed_chunks(monkeypatch: Any) -> None:
+    """With a key a chunk comes back under its own name, and nothing of it is in sight; without the
+    key, with another one, or under another name it is an error."""
+    secret = sealing(monkeypatch)
+    tensors = [tensor_of((2, 3, 40, 32), torch.bfloat16), tensor_of((3, 200), torch.float32)]
+    layout = SimpleNamespace(shapes=[t.shape for t in tensors], dtypes=[t.dtype for t in tensors])
+    name = SimpleNamespace(model_name="m", chunk_hash="c", kv_rank=0)
+    key = ours.key_from("env:KVZIP_KEY")
+    serializer = ours.KvzipSerializer(kvzip.get_codec("channel"), 1, key=key)
+    stored = buffer(serializer.estimate_serialized_size(layout))
+    used = serializer.serialize(Memory(*tensors), stored, name)
+    data = bytes(stored.byte_array)
+    assert data[8:12] == b"\x89KVS" and b"\x89KVZ" not in data and secret not in data
+
+    def load(data: bytes, key: Any = key, name: Any = name) -> bool:
+        back = [torch.zeros_like(t) for t in tensors]
+        chunk = Memory(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        ours.KvzipDeserializer(1, key=key).deserialize(chunk, Memory(*back), name)
+        return all(map(same, back, tensors))
+
+    assert load(data) and load(data[:used])  # a buffer may be longer
+    for at in (0, 9, 60, 140, used // 2, used - 1):
+        with pytest.raises(KVZipError):
+            load(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    for length in (7, 8, 100, used - 1):
+        with pytest.raises(KVZipError):
+            load(data[:length])
+    other = SimpleNamespace(model_name="m", chunk_hash="d", kv_rank=0)
+    for wrong in ({"key": None}, {"key": ours.key_from("env:ANOTHER")}, {"name": other}):
+        with pytest.raises(SealError) as caught:
+            load(data, **wrong)
+        assert secret.hex() not in str(caught.value)
+    plain = buffer(2 * sum(t.nbytes for t in tensors))
+    ours.KvzipSerializer(kvzip.get_codec("channel"), 1).serialize(Memory(*tensors), plain, name)
+    with pytest.raises(SealError, match="not sealed"):
+        load(bytes(plain.byte_array))
+
+
+def sealing(monkeypatch: Any) -> bytes:
+    """The key that ``env:KVZIP_KEY`` names; ``env:ANOTHER`` names another one."""
+    pytest.importorskip("cryptography")
+    secret = bytes(range(1, 33))
+    monkeypatch.setenv("KVZIP_KEY", secret.hex())
+    monkeypatch.setenv("ANOTHER", secret[::-1].hex())
+    return secret
+
+
 # --- the real one ----------------------------------------------------------------------------
 
 real = pytest.mark.skipif(
@@ -257,8 +304,7 @@ real = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def adapter(tmp_path: Any) -> Any:
+def open_adapter(folder: Any, **serde: Any) -> Any:
     """LMCache's own L2 adapter on files with the serde, and its L1 memory."""
     from lmcache.v1.distributed.config import L1ManagerConfig, L1MemoryManagerConfig
     from lmcache.v1.distributed.l1_manager import L1Manager
@@ -270,17 +316,23 @@ def adapter(tmp_path: Any) -> Any:
     ours.register()
     ours.register()  # a second time does no harm
     [text] = re.findall(r"```json\n(.*?)```", GUIDE, re.DOTALL)  # what the guide says to write
-    given = json.loads(text) | {"base_path": str(tmp_path)}
+    given = json.loads(text) | {"base_path": str(folder)}
+    given["serde"] |= serde
     parsed = argparse.Namespace(l2_adapter=[json.dumps(given)])
     [config] = parse_args_to_l2_adapters_config(parsed).adapters
     memory = L1Manager(
         L1ManagerConfig(L1MemoryManagerConfig(size_in_bytes=64 << 20, use_lazy=False))
     )
     inner = create_l2_adapter_from_registry(config)
-    serde = create_serde_processor(config.serde_config)
-    wrapper = SerdeL2AdapterWrapper(inner, serde, memory)
-    yield wrapper, memory
-    wrapper.close()
+    processor = create_serde_processor(config.serde_config)
+    return SerdeL2AdapterWrapper(inner, processor, memory), memory
+
+
+@pytest.fixture
+def adapter(tmp_path: Any) -> Any:
+    made = open_adapter(tmp_path)
+    yield made
+    made[0].close()
 
 
 def wait(ask: Any) -> Any:
@@ -382,6 +434,32 @@ def test_chunks_of_something_else_are_a_miss_for_lmcache(adapter: Any, other: An
     store(adapter)
     assert load(adapter, *reserve(adapter, "r", **other)) == [False] * 3
     assert load(adapter, *reserve(adapter, "same")) == [True] * 3
+
+
+@real
+def test_sealed_through_lmcache_itself(tmp_path: Any, monkeypatch: Any, caplog: Any) -> None:
+    """Its adapter on files refuses another key, or none, when it is made."""
+    secret = sealing(monkeypatch)
+    for file in "sealed", "plain":
+        (tmp_path / file).mkdir()
+    adapter = open_adapter(tmp_path / "sealed", key_from="env:KVZIP_KEY")
+    keys, memory, tensors = store(adapter)
+    files = sorted((tmp_path / "sealed").rglob("*.data"))
+    assert len(files) == 3 and all(f.read_bytes()[8:12] == b"\x89KVS" for f in files)
+    stamps = [f.stat().st_mtime_ns for f in files]
+    assert load(adapter, keys, memory) == [True] * 3
+    assert all(same(one.tensor, t) for one, t in zip(memory, tensors, strict=True))
+    store(adapter)  # what is whole is left alone
+    assert stamps == [f.stat().st_mtime_ns for f in files]
+    data = files[1].read_bytes()
+    files[1].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert not load(adapter, keys, memory)[1]
+    adapter[0].close()
+    for other in ("env:ANOTHER", None):
+        with pytest.raises(SealError) as caught:
+            open_adapter(tmp_path / "sealed", key_from=other)
+        assert secret.hex() not in str(caught.value)
+    assert secret.hex() not in caplog.text
 
 
 GROUPS: dict[int, list[tuple[tuple[int, ...], Any]]] = {

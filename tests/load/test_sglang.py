@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch")
 from servers import failing_server, silent_server  # noqa: E402
 
 from kvzip import api  # noqa: E402
-from kvzip.errors import KVZipError  # noqa: E402
+from kvzip.errors import KVZipError, SealError  # noqa: E402
 from kvzip.load.sglang import KvzipStorage, page_of  # noqa: E402
 
 PAGES, TOKENS, LAYERS, HEADS, DIM = 6, 16, 3, 2, 24
@@ -356,18 +356,52 @@ def test_a_store_that_fails_on_the_way(tmp_path: Any, caplog: Any, silent: bool)
 
 def test_settings(tmp_path: Any, caplog: Any) -> None:
     pool = Pool("layer_first", torch.bfloat16)
-    with pytest.raises(KVZipError, match="say where pages go"):
+    with pytest.raises(KVZipError, match="missing required field `url`"):
         KvzipStorage(SimpleNamespace(extra_config={}), {})
     wrong = {"workers": [0, "many", 1.5], "timeout": ["soon"], "retries": ["x"], "codec": [5, "no"]}
     for name, values in wrong.items():
         for value in values:
             with pytest.raises(KVZipError):
                 backend_of(tmp_path, pool, extra={"url": "s3://bucket/prefix", name: value})
+    with pytest.raises(KVZipError, match="key_form"):
+        backend_of(tmp_path, pool, extra={"key_form": "env:NAME"})
     caplog.clear()
     backend = backend_of(tmp_path, pool, extra={"codec": "predictive"})
     assert backend.codec.codec_id == "channel"
     [told] = [r.getMessage() for r in caplog.records if r.name == "kvzip.sglang"]
     assert "'predictive'" in told and "channel is used" in told
+
+
+def test_sealed_pages(tmp_path: Any, monkeypatch: Any, caplog: Any) -> None:
+    """With a key pages come back, are written anew where they are damaged, and nothing is in sight;
+    another key, or none, is an error at the start."""
+    pytest.importorskip("cryptography")
+    secret = bytes(range(1, 33))
+    monkeypatch.setenv("KVZIP_KEY", secret.hex())
+    monkeypatch.setenv("ANOTHER", secret[::-1].hex())
+    sealed = {"key_from": "env:KVZIP_KEY"}
+    mine = Pool("page_first", torch.bfloat16).fill()
+    assert all(backend_of(tmp_path, mine, extra=sealed).batch_set_v1(KEYS, INDICES))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == PAGES + 1  # and what proves the key
+    for path in files:
+        data = path.read_bytes()
+        assert data.startswith(b"\x89KVS") and secret not in data and b"org/model" not in data
+        assert not any(key in str(path) for key in KEYS)
+    theirs = Pool("page_first", torch.bfloat16)
+    reader = backend_of(tmp_path, theirs, extra=sealed)
+    assert reader.batch_exists(KEYS) == PAGES and all(reader.batch_get_v1(KEYS, INDICES))
+    assert equal(theirs, mine)
+    damaged = max(files, key=lambda path: path.stat().st_size)
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert sorted(reader.batch_get_v1(KEYS, INDICES)) == [False] + [True] * (PAGES - 1)
+    assert all(backend_of(tmp_path, mine, extra=sealed).batch_set_v1(KEYS, INDICES))
+    for other in ("env:ANOTHER", None):
+        with pytest.raises(SealError) as caught:
+            backend_of(tmp_path, mine, extra={"key_from": other})
+        assert secret.hex() not in str(caught.value)
+    assert secret.hex() not in caplog.text
 
 
 @pytest.mark.skipif(not HERE, reason="needs SGLang: make test-sglang")

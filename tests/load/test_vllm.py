@@ -25,7 +25,13 @@ import standin  # noqa: E402
 from standin import BLOCK, HEADS, LAYERS, WORDS, config  # noqa: E402
 
 import kvzip  # noqa: E402
-from kvzip.errors import KVZipError, StoreError, UnsupportedError  # noqa: E402
+from kvzip.errors import (  # noqa: E402
+    KVZipError,
+    SealError,
+    StoreError,
+    UnsupportedError,
+    UsageError,
+)
 from kvzip.load.vllm import pages  # noqa: E402
 from kvzip.statistics.splits import Cut  # noqa: E402
 from kvzip.store import Store  # noqa: E402
@@ -476,6 +482,39 @@ def test_a_part_that_is_not_there_is_a_miss(
     first.settle()
     assert len(documents(tmp_path)) == 1
     assert [one.run(ids)[0].loaded for one in ranks(engine, 2, monkeypatch, ours)] == [0, 0]
+
+
+# --- encrypted ---
+
+
+def test_a_sealed_store(engine: Any, tmp_path: Any, monkeypatch: Any, caplog: Any) -> None:
+    """With a key documents come back, damage is computed, and nothing is in sight; another key, or
+    none, is an error at the start."""
+    pytest.importorskip("cryptography")
+    secret = bytes(range(1, 33))
+    monkeypatch.setenv("KVZIP_KEY", secret.hex())
+    (tmp_path / "another").write_text(secret[::-1].hex())
+    ids, sealed = prompt(70), {"key_from": "env:KVZIP_KEY"}
+    fill(engine, ids, **sealed)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "another"]
+    for path in files:
+        data = path.read_bytes()
+        assert not data or (data.startswith(b"\x89KVS") and b"org/model" not in data)
+        assert "docs" not in path.parts
+    assert engine(**sealed).run(ids)[0].loaded == 64
+    for other in (None, f"file:{tmp_path / 'another'}"):
+        with pytest.raises(SealError) as caught:
+            engine(key_from=other)
+        assert secret.hex() not in str(caught.value)
+    with pytest.raises(UsageError, match="no variable 'NOWHERE'"):
+        engine(key_from="env:NOWHERE")
+    assert not warnings(caplog)
+    document = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(document.read_bytes())
+    data[len(data) // 2] ^= 1
+    document.write_bytes(data)
+    assert engine(**sealed).run(ids)[0].loaded in (0, 64)  # which computed what it did not load
+    assert warnings(caplog) and secret.hex() not in caplog.text
 
 
 # --- what goes wrong -------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from kvzip.store.bucket import open_bucket  # noqa: E402
 
 HEADS, DIM, LAYERS, TOKENS = 4, 16, 6, 8
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "vllm.md").read_text()
+SECRET = bytes(range(1, 33))
 RUN = importlib.util.find_spec("vllm") is not None
 
 
@@ -287,6 +288,11 @@ def runs(tmp_path_factory: Any) -> Iterator[dict[str, Any]]:
         data[len(data) * 3 // 4] ^= 1
         file.write_bytes(data)
     found["damaged"] = run("damaged", [DOCUMENT, DOCUMENT], url=root / "b", tier=paged)
+    key = {"key_from": f"file:{root / 'key'}"}
+    (root / "key").write_bytes(SECRET)
+    assert run("save-sealed", [DOCUMENT], url=root / "c", tier=key).log
+    found["load-sealed"] = run("load-sealed", [OTHER], url=root / "c", tier=key)
+    found["no-key"] = run("no-key", [OTHER], url=root / "c")
     gone = {"url": "s3://nowhere/x", "timeout": 1, "retries": 0, "revision": "r"}
     gone["options"] = {
         "endpoint": "http://127.0.0.1:9",
@@ -308,6 +314,16 @@ def chunks_of(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("name", ["save", "save-pages", "gone"])
 def test_storing_changes_nothing(runs: dict[str, Any], name: str) -> None:
     assert runs[name][0]["cached"] == 0 and runs[name].computed_as(runs["plain"], 0, 0)
+
+
+def test_sealed_chunks(runs: dict[str, Any]) -> None:
+    """With the key they are loaded; without it vLLM does not start."""
+    load = runs["load-sealed"]
+    assert load[0]["cached"] == 192 and load.computed_as(runs["plain"], 0, 1) and not load.told
+    files = chunks_of(runs["root"] / "c")
+    assert len(files) >= 5 and all(f.read_bytes().startswith(b"\x89KVS") for f in files)
+    assert "is a sealed store: give its key" in runs["no-key"].error
+    assert SECRET.hex() not in load.log + runs["no-key"].error
 
 
 @pytest.mark.parametrize(("name", "folder"), [("load", "a"), ("load-pages", "b")])

@@ -9,6 +9,7 @@ from kvzip import metrics
 from kvzip.errors import UsageError
 from kvzip.options import integer
 from kvzip.store.bucket import Objects
+from kvzip.store.evicting import Room
 
 
 class Bounded:
@@ -21,11 +22,7 @@ class Bounded:
     def __init__(self, objects: Objects, prefix: str, limit_bytes: int | None):
         self._objects, self._prefix = objects, prefix
         self._limit = None if limit_bytes is None else integer("limit_bytes", limit_bytes, 1)
-        self._lock = threading.Lock()
-        self._listed: int | None = None
-        """Bytes of all objects when they were last listed."""
-        self._written = 0
-        """Bytes that were written since."""
+        self._lock, self._room = threading.Lock(), Room()
         self._used: dict[str, float] = {}
         """When objects were last used by this process."""
 
@@ -49,35 +46,29 @@ class Bounded:
     def put(self, path: str, data: bytes) -> None:
         """Write an object, in the place of one that may be there; others go where there is no
         room. Raises UsageError for one that is larger than the limit, and StoreError."""
-        if self._limit is not None:
-            if len(data) > self._limit:
-                raise UsageError(f"an object of {len(data):,} bytes is above the limit of all")
-            with self._lock:
-                self._make_room(len(data), self._limit)
-                self._written += len(data)
-            self.use(path)
+        if self._limit is not None and len(data) > self._limit:
+            raise UsageError(f"an object of {len(data):,} bytes is above the limit of all")
         self._objects.put(path, data, create=False, durable=False)
+        self.use(path)
+        if self._limit is not None:
+            with self._lock:
+                if self._room.over(len(data), self._limit):
+                    self._make_room(self._limit, path)
 
-    def _make_room(self, more: int, limit: int) -> None:
-        """Delete what was used longest ago, until a sixteenth of the limit and `more` are free, if
-        these bytes may be too many."""
-        fresh = self._listed is not None and self._written <= limit // 16
-        if fresh and (self._listed or 0) + self._written + more <= limit:
-            return
+    def _make_room(self, limit: int, keep: str) -> None:
+        """Delete what was used longest ago and is too much, but for what was just written."""
         self._objects.sweep()
-        there = list(self._objects.under(self._prefix))
-        total, paths = sum(meta.size for meta in there), {meta.path for meta in there}
-        used = {path: at for path, at in self._used.copy().items() if path in paths}
-        there.sort(key=lambda meta: used.get(meta.path, meta.modified.timestamp()))
-        goal = total if total + more <= limit else max(0, limit - limit // 16 - more)
-        gone = 0
-        for meta in there:
-            if total <= goal:
-                break
-            self._objects.delete(meta.path)
-            used.pop(meta.path, None)
-            total -= meta.size
-            gone += 1
+        there = {meta.path: meta for meta in self._objects.under(self._prefix)}
+        self._used = {path: at for path, at in self._used.copy().items() if path in there}
+
+        def used(path: str) -> float:
+            return self._used.get(path, there[path].modified.timestamp())
+
+        gone = self._room.surplus(
+            ((path, there[path].size) for path in sorted(there, key=used)), limit, keep
+        )
+        for path in gone:
+            self._objects.delete(path)
+            self._used.pop(path, None)
         if gone:
-            metrics.count("evictions", gone)
-        self._used, self._listed, self._written = used, total, 0
+            metrics.count("evictions", len(gone))

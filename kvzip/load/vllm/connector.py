@@ -41,7 +41,6 @@ from kvzip.load.vllm.split import Split
 from kvzip.load.vllm.troubles import log
 from kvzip.load.vllm.worker import Worker
 from kvzip.profile import Profile
-from kvzip.store import Store
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,14 +63,7 @@ class KvzipConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = vllm_config.kv_transfer_config
         settings = settings_from(transfer.kv_connector_extra_config)
         engine = Engine.of(vllm_config, kv_cache_config)
-        store = Store(
-            settings.url,
-            limit_bytes=settings.limit_bytes,
-            block_tokens=settings.block_tokens,
-            timeout=settings.timeout,
-            retries=settings.retries,
-            options=settings.options,
-        )
+        store = settings.store(settings.limit_bytes, settings.block_tokens)
         whole = profile_from(settings.profile, lambda: store)
 
         def profile_of(split: Split, part: int) -> Profile | None:

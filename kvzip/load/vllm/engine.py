@@ -15,7 +15,7 @@ from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load.config import LayerKind, layer_kinds, rope_parameters
-from kvzip.load.vllm.names import index_of
+from kvzip.load.vllm.names import FP8, index_of
 from kvzip.load.vllm.settings import Settings
 from kvzip.load.vllm.split import Split
 from kvzip.snapshot import LayerLayout, Layout, Origin, PartLayout
@@ -231,13 +231,13 @@ def _dtype_of(specs: list[KVCacheSpec], vllm_config: VllmConfig) -> str:
     forms = {spec.dtype for spec in specs}
     cache = getattr(vllm_config, "cache_config", None)
     told = str(getattr(cache, "cache_dtype", "auto"))
-    if forms == {torch.uint8} and told in ("fp8", "fp8_e4m3", "fp8_e5m2"):
+    if forms == {torch.uint8} and told in FP8:
         if getattr(cache, "calculate_kv_scales", False):
             raise UnsupportedError(
                 "with calculate_kv_scales the scales of a cache are those of the first prompts, "
                 "and no document has them: leave it out"
             )
-        return "fp8_e5m2" if told == "fp8_e5m2" else "fp8_e4m3fn"
+        return FP8[told]
     if len(forms) != 1 or not forms <= {torch.bfloat16, torch.float16, torch.float32}:
         names = ", ".join(sorted(map(str, forms))) or "no layers"
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""What vLLM's names of layers mean."""
+"""What vLLM's names of layers and of formats mean."""
 
 from __future__ import annotations
 
@@ -16,3 +16,7 @@ def index_of(name: str, layers: int) -> int:
             "models and several caches of a layer are not handled"
         )
     return int(numbers[0])
+
+
+FP8 = {"fp8": "fp8_e4m3fn", "fp8_e4m3": "fp8_e4m3fn", "fp8_e5m2": "fp8_e5m2"}
+"""vLLM's names of caches whose numbers have a scale for each layer and no others, and ours."""

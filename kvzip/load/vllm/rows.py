@@ -23,7 +23,7 @@ from kvzip.codecs.channel.profile import stated
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, ProfileError, UnsupportedError
 from kvzip.load import chunks
-from kvzip.load.vllm.names import index_of
+from kvzip.load.vllm.names import FP8, index_of
 from kvzip.pages import decode_page, encode_page, is_page, page_info
 from kvzip.profile import Profile
 from kvzip.snapshot import Origin
@@ -71,9 +71,7 @@ class Rows:
         self._codec, self._origin = codec, origin
         self._each = config.cache.blocks_per_chunk
         self._layout = str(config.kv_cache_layout)
-        name = {"fp8": "fp8_e4m3fn", "fp8_e4m3": "fp8_e4m3fn"}.get(
-            config.model.dtype, config.model.dtype
-        )
+        name = FP8.get(config.model.dtype, config.model.dtype)
         try:
             self._form = dtypes.get(name)
         except UnsupportedError:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
-
-from kvzip.errors import KVZipError
+from kvzip.load.place import Place, converted
 from kvzip.profile import Profile
 from kvzip.store import BLOCK_TOKENS, Store
 
-T = TypeVar("T")
 
+class Settings(Place, frozen=True, forbid_unknown_fields=True):
+    """``kv_connector_extra_config``. The URL is a store's, and may be ``http(s)://``, to load from
+    only; what does not come within the timeout is a miss, or, of a layer, an error."""
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``kv_connector_extra_config``."""
-
-    url: str
-    """The store: a folder, ``s3://bucket/prefix``, or ``http(s)://`` to load from only."""
     codec: str | dict[str, Any] = "channel"
     profile: str | None = None
     """Path of a .kvprofile, or the SHA-256 of one that the store has: what prompts are stored with.
@@ -40,20 +35,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What may wait in memory to be stored, uncompressed; what comes on top is not stored."""
     threads: int = 0
     """Threads for one document; 0: all cores."""
-    timeout: float = 10.0
-    """Seconds after which a lookup is a miss, and a layer that has not come an error."""
-    retries: int = 1
     limit_bytes: int | None = None
     block_tokens: int | None = None
-    options: dict[str, Any] | None = None
-    """The last three and `retries`: see `kvzip.store.Store`."""
+    """The last two: see `kvzip.store.Store`."""
 
 
-class TierSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TierSettings(Place, frozen=True, forbid_unknown_fields=True):
     """One of ``secondary_tiers``, less what vLLM itself takes from there."""
 
-    url: str
-    """Where chunks go: a folder, or ``s3://bucket/prefix``."""
     profile: str | None = None
     """Path of a .kvprofile of the model's cache with tables of channel, or the SHA-256 of one that
     the store at the URL has: chunks become pages, made with its tables."""
@@ -67,27 +56,16 @@ class TierSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What all chunks under the URL may take; those used longest ago go first."""
     workers: int = 4
     """Chunks that are loaded at once, and beside them stored at once."""
-    timeout: float = 10.0
-    retries: int = 1
-    options: dict[str, Any] | None = None
-    """The last three: see `kvzip.store.Store`."""
 
 
 def settings_from(extra_config: object) -> Settings:
     """The settings as vLLM was given them. Raises KVZipError, which names one that is wrong."""
-    return _converted("kv_connector_extra_config", extra_config, Settings)
+    return converted("kv_connector_extra_config", extra_config, Settings)
 
 
 def tier_settings_from(config: object) -> TierSettings:
     """The same of a tier's."""
-    return _converted("secondary_tiers", config, TierSettings)
-
-
-def _converted(what: str, given: object, kind: type[T]) -> T:
-    try:
-        return msgspec.convert(given, kind)
-    except msgspec.ValidationError as error:
-        raise KVZipError(f"{what}: {error}") from None
+    return converted("secondary_tiers", config, TierSettings)
 
 
 def profile_from(named: str | None, store: Callable[[], Store]) -> Profile | None:

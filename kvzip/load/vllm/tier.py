@@ -28,7 +28,6 @@ import uuid
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import quote
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
@@ -56,13 +55,12 @@ from kvzip.dtypes import Bits
 from kvzip.errors import KVZipError
 from kvzip.identity.checkpoint import checkpoint_fingerprint
 from kvzip.load import chunks
+from kvzip.load.place import folder_name
 from kvzip.load.vllm.bounded import Bounded
 from kvzip.load.vllm.rows import Rows
 from kvzip.load.vllm.settings import TierSettings, profile_from, tier_settings_from
 from kvzip.load.vllm.troubles import Troubles, log
 from kvzip.snapshot import Origin
-from kvzip.store import Store
-from kvzip.store.bucket import open_bucket
 from kvzip.workers import Lock, Workers
 
 if TYPE_CHECKING:
@@ -136,9 +134,7 @@ class KvzipTier(SecondaryTierManager):
     ):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         told = tier_settings_from(settings)
-        self._objects = open_bucket(
-            told.url, timeout=told.timeout, retries=told.retries, options=told.options, make=True
-        )
+        self._objects = told.objects()
         if not self._objects.writable:
             raise KVZipError(f"{told.url} is read only: name a folder or a bucket")
         place = Locality.REMOTE if self._objects.folder is None else Locality.LOCAL
@@ -170,7 +166,7 @@ class KvzipTier(SecondaryTierManager):
                     f"nothing says which weights of {config.model.name} these are ({error}): set "
                     "revision in the tier's settings, and change it whenever they change"
                 ) from None
-        profile = profile_from(told.profile, lambda: Store(told.url, options=told.options))
+        profile = profile_from(told.profile, told.store)
         codec = chunks.codec_for_chunks(get_codec(told.codec), log)
         copies = 1 if spec.replicated_layout else config.parallel.world_size
         model = told.model or config.model.name
@@ -193,7 +189,7 @@ class KvzipTier(SecondaryTierManager):
         if rows.why_no_pages:
             log.warning("chunks do not become pages: %s", rows.why_no_pages)
         about["profile"] = profile.id if profile is not None and rows.makes_pages else None
-        scope = f"{_PREFIX}/{quote(model, safe='').replace('.', '%2E')}/{_digest(about)}"
+        scope = f"{_PREFIX}/{folder_name(model).replace('.', '%2E')}/{_digest(about)}"
         try:
             text = json.dumps(about, indent=1).encode()
             self._objects.put(f"{scope}/about.json", text, create=True)
