@@ -31,8 +31,9 @@ GROUP = "kvzip.codecs"
 """Entry-point group under which a distribution offers codecs: name = "module:CodecClass"."""
 
 
-# A dataclass would take as long to make as a small block to decode.
-class Context(msgspec.Struct, frozen=True):
+# A file has many of these: a dataclass would take as long to make as a small block to decode, and
+# the collector need not look at them, which no codec puts into what they hold.
+class Context(msgspec.Struct, frozen=True, gc=False):
     """What writer and reader both know of a block besides its bytes."""
 
     dtype: DType

@@ -105,6 +105,11 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         batch, heads, _, dim = self.block_shape
         return batch * heads * dim
 
+    @cached_property
+    def line_bytes(self) -> int:
+        """How many bytes these are."""
+        return self.line_numbers * self.form.itemsize
+
     def as_block(self, array: Bits) -> Bits:
         """A view of an array of the part's shape (but for the number of its tokens) in the shape of
         blocks: [batch, heads, tokens or rows, dim]."""
@@ -245,7 +250,7 @@ class LayerLayout(
             parts = [part for part in parts if part.tokens is not None]
         return next((part.batch for part in parts), None)
 
-    @property
+    @cached_property
     def counts_tokens(self) -> bool:
         """Whether its tokens are those of the sequence, and not an encoder's."""
         return self.kind != "cross"
@@ -496,12 +501,10 @@ class StoredLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        most = -1
-        for i in self.layers:
-            if not 0 <= i <= most + 1:
-                raise UsageError("the layers are not numbered in the order in which they come")
-            most = max(most, i)
-        if not most + 1 == len(self.distinct) == len({*map(_told, self.distinct)}):
+        numbers = list(dict.fromkeys(self.layers))
+        if numbers != list(range(len(numbers))):
+            raise UsageError("the layers are not numbered in the order in which they come")
+        if not len(numbers) == len(self.distinct) == len({*map(_told, self.distinct)}):
             raise UsageError("the distinct layers are not those that there are")
 
     @classmethod
@@ -547,5 +550,6 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not isinstance(software, dict):
             raise UsageError(f"the origin's software is {software!r}: it must be a dict")
         for key, value in software.items():
-            text(f"the origin's software[{key!r}]", value)
+            if type(value) is not str:
+                text(f"the origin's software[{key!r}]", value)
         force_setattr(self, "software", software)

@@ -96,6 +96,10 @@ def text(name: str, value: Any) -> str:
     return str.__str__(value)  # an Enum's own says another thing
 
 
+def _is_ascii(value: Any) -> bool:
+    return type(value) is str and value.isascii()
+
+
 _DEPTH = 64
 
 
@@ -117,10 +121,17 @@ def json_value(name: str, value: Any, depth: int = 0) -> Any:
     if depth == _DEPTH:
         raise UsageError(f"{name} nests more than {_DEPTH} levels deep")
     if isinstance(value, (list, tuple)):
-        return [json_value(name, item, depth + 1) for item in value]
+        return [
+            item
+            if type(item) is float and math.isfinite(item)
+            else json_value(name, item, depth + 1)
+            for item in value
+        ]
     if isinstance(value, Mapping):
         return {
-            text(f"a key of {name}", key): json_value(f"{name}[{key!r}]", item, depth + 1)
+            key if _is_ascii(key) else text(f"a key of {name}", key): item
+            if _is_ascii(item)
+            else json_value(f"{name}[{key!r}]", item, depth + 1)
             for key, item in value.items()
         }
     # numpy's scalars, and what else is a number by its methods.

@@ -196,10 +196,26 @@ class Snapshot:
         token_ids: NDArray[Any] | None = None,
         origin: Origin = Origin(),  # noqa: B008 - frozen
     ):
-        self.layers, self.origin = list(_checked_layers(layers)), origin
-        self.layout = Layout(dtype, tuple(layer.layout for layer in self.layers))
-        self.token_ids: NDArray[np.uint32] | None = token_ids
+        self._fill(list(_checked_layers(layers)), dtype, token_ids, origin)
         self.check()
+
+    def _fill(
+        self, layers: list[Layer], dtype: str, token_ids: NDArray[Any] | None, origin: Origin
+    ) -> None:
+        self.layers, self.origin = layers, origin
+        self.layout = Layout(dtype, tuple([layer.layout for layer in layers]))
+        self.token_ids: NDArray[np.uint32] | None = token_ids
+
+    @classmethod
+    def checked(
+        cls, layers: list[Layer], dtype: str, token_ids: NDArray[Any] | None, origin: Origin
+    ) -> Snapshot:
+        """One of layers that hold what their layouts say, as those that a reader has filled."""
+        found = cls.__new__(cls)
+        found._fill(layers, dtype, token_ids, origin)
+        if token_ids is not None:
+            found.token_ids = _checked_ids(token_ids, found.layout)
+        return found
 
     def check(self) -> None:
         """Raise UsageError unless the snapshot can be written and read: what it holds may have
@@ -427,19 +443,19 @@ def _checked_layers(given: Any) -> list[Layer]:
 def _check_held(i: int, layer: Layer) -> None:
     """Raise UsageError unless what layer i holds is as its layout says. What is not read yet is as
     the file's header says."""
-    held = layer.held()
-    if layer._read is None and set(held) != set(layer.layout.parts):
-        has, wanted = ", ".join(held), ", ".join(layer.layout.parts)
+    held, parts = layer._held, layer.layout.parts
+    if layer._read is None and held.keys() != parts.keys():
+        has, wanted = ", ".join(held), ", ".join(parts)
         raise UsageError(f"layer {i} has the parts {has}, and its layout {wanted}")
     for name, found in list(held.items()):
-        part = layer.layout.parts[name]
+        part = parts[name]
         if not isinstance(found, np.ndarray):
             raise UsageError(f"layer {i}: {name} is a {type(found).__name__}, no array")
         if type(found) is not np.ndarray:  # a subclass (np.ma) need not copy as arrays do
             found = layer._held[name] = np.asarray(found)
         if found.shape != part.shape:
             raise UsageError(f"layer {i}: {name} has shape {found.shape}, not {part.shape}")
-        if found.dtype != part.form.uint:
+        if found.dtype is not part.form.uint and found.dtype != part.form.uint:
             raise UsageError(f"layer {i}: {name} is {found.dtype}, no bits of {part.dtype}")
 
 

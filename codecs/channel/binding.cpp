@@ -174,10 +174,9 @@ std::uint64_t decode_any(const Job& job, Workspace* workspace) {
 void check(const Job& job) {
   const Py_buffer& out = *job.out;
   const Py_ssize_t size = out.itemsize;
-  bool good = out.ndim == 4 && (size == 1 || size == 2 || size == 4) &&
-              (out.strides[3] == size || out.shape[3] <= 1);
+  bool good = out.ndim == 4 && (size == 1 || size == 2 || size == 4);
   for (int i = 0; good && i < 4; ++i) good = out.strides[i] % size == 0;
-  if (!good) throw std::invalid_argument("numbers of another dtype, or not contiguous");
+  if (!good) throw std::invalid_argument("numbers of another dtype");
   if (const PartTables* tables = job.tables)
     if (std::size_t(out.shape[1]) != tables->heads() ||
         std::size_t(out.shape[3]) != tables->dim() ||
@@ -197,10 +196,12 @@ class Decoding {
   Decoding(const Decoding&) = delete;
   ~Decoding() { end(true); }
 
-  void add(nb::object tables, nb::handle data, nb::handle out) {
+  // Whether the block is taken: it is if each token's numbers are to lie side by side.
+  bool add(nb::object tables, nb::handle data, nb::handle out) {
+    const Py_buffer& to = views_.add(out, PyBUF_STRIDES | PyBUF_WRITABLE);
+    if (to.ndim == 4 && to.strides[3] != to.itemsize && to.shape[3] > 1) return false;
     const Job job{tables.is_none() ? nullptr : nb::cast<const PartTables*>(tables),
-                  &views_.add(data, PyBUF_SIMPLE),
-                  &views_.add(out, PyBUF_STRIDES | PyBUF_WRITABLE)};
+                  &views_.add(data, PyBUF_SIMPLE), &to};
     check(job);
     held_.push_back(std::move(tables));
     {
@@ -209,6 +210,7 @@ class Decoding {
       jobs_.push_back(job);
     }
     more_.notify_one();
+    return true;
   }
 
   // What is not begun yet is left.
@@ -328,7 +330,8 @@ void bind(nb::module_& m) {
       .def(nb::init<std::size_t>(), "threads"_a)
       .def("add", &Decoding::add, "tables"_a.none(), "data"_a, "out"_a,
            "Fill `out`, [batch, heads, tokens, dim], from a block's bytes and its tables, or None, "
-           "by the end. Raises ValueError.")
+           "by the end. False, and nothing of it is done, where a token's numbers do not lie side "
+           "by side. Raises ValueError.")
       .def("finish", &Decoding::finish,
            "Wait for all of them; the XXH3-64 of the numbers of each. Raises ValueError.")
       .def("stop", &Decoding::stop, "Begin no other block, and wait for those that are begun.");

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codec import Codec, Coded, Context
@@ -69,13 +70,13 @@ class ChannelCodec(Codec):
         self, data: memoryview, shape: tuple[int, ...], context: Context
     ) -> _native.ChannelTables | None:
         _, heads, _, dim = shape
-        form = context.dtype
         if not len(data):
             return tables_of(context, heads, dim)
-        if len(data) > self.max_tables_size(shape, form):
+        if len(data) > 1 + heads * dim * _MAX_CHANNEL // 8:
             raise CorruptError("tables of an impossible size")
         # They are read when a block needs them, without Python's lock.
-        return _native.ChannelTables(data, heads, dim, *fields(form))
+        form = context.dtype
+        return _native.ChannelTables(data, heads, dim, form.exponent_bits, form.mantissa_bits)
 
     def encode(self, block: Bits, context: Context) -> bytes:
         coded: bytes | None = context.tables.encode(rows(block)) if context.tables else None
@@ -91,10 +92,10 @@ class ChannelCodec(Codec):
         decoding = _native.ChannelDecoding(threads)
         try:
             for block in blocks:
-                target = rows(block.out, writing=True)
-                decoding.add(block.context.tables, block.data, target)
-                if target is not block.out:
-                    copied.append((block.out, target))
+                out, tables = block.out, block.context.tables
+                if not decoding.add(tables, block.data, out):
+                    copied.append((out, np.empty(out.shape, out.dtype)))
+                    decoding.add(tables, block.data, copied[-1][1])
             checksums: list[int] = decoding.finish()
         except KVZipError:  # of what gives the blocks
             raise

@@ -148,11 +148,10 @@ def tables_of(context: Context, heads: int, dim: int) -> _native.ChannelTables |
     return tables
 
 
-def rows(block: Bits, writing: bool = False) -> Bits:
+def rows(block: Bits) -> Bits:
     """The block itself where each token's numbers lie side by side, else a copy that does."""
-    if block.strides[3] == block.itemsize or block.shape[3] == 1:
-        return block
-    return np.empty(block.shape, block.dtype) if writing else np.ascontiguousarray(block)
+    side_by_side = block.strides[3] == block.itemsize or block.shape[3] == 1
+    return block if side_by_side else np.ascontiguousarray(block)
 
 
 def _read(

@@ -33,6 +33,7 @@ class Views {
 
 void bind_index(nanobind::module_& m);
 void bind_output(nanobind::module_& m);
+void bind_spans(nanobind::module_& m);
 }  // namespace kvzip
 namespace kvzip::grid {
 void bind(nanobind::module_& m);

@@ -46,6 +46,25 @@ class Column {
   Py_ssize_t at_ = 0;
 };
 
+// The keys of all entries, and the rows of each key.
+class Keys {
+ public:
+  // `rows`: how many entries the part has.
+  void add(std::uint32_t layer, const nb::str& part, std::size_t rows) {
+    const nb::tuple key = nb::make_tuple(layer, part);
+    const std::size_t first = by_row_.size();
+    for (std::size_t i = 0; i < rows; ++i) by_row_.append(key);
+    rows_[key] = range_(first, first + rows);
+  }
+  const nb::list& by_row() const { return by_row_; }
+  const nb::dict& rows() const { return rows_; }
+
+ private:
+  nb::handle range_{reinterpret_cast<PyObject*>(&PyRange_Type)};
+  nb::list by_row_;
+  nb::dict rows_;
+};
+
 // Reads records, each of which must be the one that belongs there.
 class Records {
  public:
@@ -80,12 +99,13 @@ class Records {
     ++at_;
   }
 
-  nb::tuple finish() const {
+  nb::tuple finish(const Keys& keys) const {
     if (at_ != count_)
       throw std::invalid_argument("the index does not fit the shapes in the header");
     if (begin_ != end_) throw std::invalid_argument(kNotInOrder);
     return nb::make_tuple(columns_[0].list(), columns_[1].list(), columns_[2].list(),
-                          columns_[3].list(), columns_[4].list(), columns_[5].list());
+                          columns_[3].list(), columns_[4].list(), columns_[5].list(), keys.by_row(),
+                          keys.rows());
   }
 
  private:
@@ -95,8 +115,9 @@ class Records {
   Column columns_[6];
 };
 
-// First and last position that a part holds, and the step at whose multiples it is cut.
-using Cut = std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>;
+// A part's name, the first and last position that it holds, and the step at whose multiples it is
+// cut.
+using Cut = std::tuple<nb::str, std::uint32_t, std::uint32_t, std::uint32_t>;
 
 nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end,
                      std::uint64_t alignment, const nb::list& layers) {
@@ -105,33 +126,55 @@ nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end,
   if (bytes.len % Py_ssize_t(sizeof(Record)) || begin > end || !alignment)
     throw std::invalid_argument("no index");
   Records records(bytes, begin, end, alignment);
+  Keys keys;
+  std::vector<Cut> cuts;
+  nb::handle before;
   std::uint32_t layer = 0;
   for (nb::handle item : layers) {
+    if (!item.is(before)) cuts = nb::cast<std::vector<Cut>>(item);  // most are one object
+    before = item;
     std::uint8_t part = 0;
-    for (const auto& [first, stop, step] : nb::cast<std::vector<Cut>>(item)) {
+    for (const auto& [name, first, stop, step] : cuts) {
       if (!step) throw std::invalid_argument("no index");
+      std::size_t rows = 1;
       records.next(layer, part, kTables, first, 0, 0);
-      for (std::uint32_t at = first, to; at < stop; at = to) {
+      for (std::uint32_t at = first, to; at < stop; at = to, ++rows) {
         // Layers that begin at different positions are cut at the same ones.
         to = std::uint32_t(std::min<std::uint64_t>((std::uint64_t(at) / step + 1) * step, stop));
         records.next(layer, part, kBlock, at, at - first, to - at);
       }
+      keys.add(layer, name, rows);
       ++part;
     }
     ++layer;
   }
-  return records.finish();
+  return records.finish(keys);
+}
+
+nb::object without_zeros(nb::handle data, Py_ssize_t length) {
+  Views views;
+  const Py_buffer& bytes = views.add(data, PyBUF_SIMPLE);
+  if (length < 0 || length > bytes.len) throw std::invalid_argument("cut short");
+  const auto* const all = static_cast<const char*>(bytes.buf);
+  if (std::any_of(all + length, all + bytes.len, [](char byte) { return byte != 0; }))
+    throw std::invalid_argument("the bytes behind it are not zeros");
+  nb::object found = nb::steal(PySequence_GetSlice(data.ptr(), 0, length));
+  if (!found.is_valid()) throw nb::python_error();
+  return found;
 }
 
 }  // namespace
 
 void bind_index(nb::module_& m) {
+  m.def("without_zeros", &without_zeros, "data"_a, "length"_a,
+        "The first `length` bytes of a memoryview, behind which there are zeros only. Raises "
+        "ValueError unless there are.");
   m.def("read_index", &read_index, "records"_a, "begin"_a, "end"_a, "alignment"_a, "layers"_a,
         "Of records of a file whose entries fill bytes `begin` to `end`, each rounded up to a "
         "multiple of `alignment`, the columns position, tokens, offset, length, stored and raw "
-        "checksum. `layers`: for each part of each, its first and last position and the step at "
-        "whose multiples it is cut. Raises ValueError unless every record is the one that belongs "
-        "there.");
+        "checksum, and key; and the rows of each key. `layers`: for each part of each, its name, "
+        "its first and last position and the step at whose multiples it is cut. Raises ValueError "
+        "unless every record is the one that belongs there.");
 }
 
 }  // namespace kvzip

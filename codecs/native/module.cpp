@@ -39,6 +39,7 @@ NB_MODULE(_native, m) {
   m.def("xxh3_64", kvzip::hash_of, "XXH3-64 of contiguous buffers, one after the other.");
   kvzip::bind_index(m);
   kvzip::bind_output(m);
+  kvzip::bind_spans(m);
   kvzip::grid::bind(m);
   kvzip::planes::bind(m);
   kvzip::channel::bind(m);

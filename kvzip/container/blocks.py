@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvzip import checksum, dtypes, metrics
 from kvzip.codec import Codec, Context
+from kvzip.codecs import _native
 from kvzip.container import plan
 from kvzip.container.format import (
     PartInfo,
@@ -22,7 +23,7 @@ from kvzip.container.format import (
     unpacked_header,
     unpacked_ids,
 )
-from kvzip.container.index import Index, Key
+from kvzip.container.index import ALIGNMENT, Index, Key
 from kvzip.container.source import Source
 from kvzip.errors import CancelledError, CorruptError, FormatError, ProfileError
 from kvzip.layout import LayerLayout, PartLayout
@@ -54,14 +55,41 @@ class Blocks:
         if end > size:
             raise FormatError("the file's index is out of bounds")
         start = first[:end] if end <= len(first) else source.read(0, end)
-        preamble.check(start)
-        self.header, self.codecs = unpacked_header(start[preamble.header_at : preamble.ids_at])
+        header, ids, records = preamble.taken_apart(start)
+        self.header, self.codecs = unpacked_header(header)
         self.layout = self.header.layout
-        records = start[preamble.index_at : preamble.index_end]
         self.index = Index(records, end, size, self.layout, self.header.block_tokens)
-        self.index.check_sizes(self.layout, self.codecs.__getitem__)
-        self.token_ids = unpacked_ids(start[preamble.ids_at : preamble.index_at], self.header)
-        self._ids = None if self.token_ids is None else np.atleast_2d(self.token_ids)
+        self._check_sizes()
+        self.token_ids = unpacked_ids(ids, self.header)
+        self._ids = self.token_ids
+        if self._ids is not None and self._ids.ndim == 1:
+            self._ids = self._ids[np.newaxis]
+
+    def _check_sizes(self) -> None:
+        """Raise FormatError if a block claims more numbers than its bytes can stand for."""
+        index, layers = self.index, self.layout.layers
+        lengths = zip(index.length, index.tokens, strict=True)
+        least = min([length for length, tokens in lengths if tokens], default=0)
+        first = {id(layer): i for i, layer in reversed([*enumerate(layers)])}  # most are one object
+        for i in first.values():
+            for name, part in layers[i].parts.items():
+                rows = index.rows[i, name]
+                most = max(index.tokens[rows.start : rows.stop]) * part.line_bytes
+                if any(
+                    most > codec.max_decoded_size(least, part.form) for codec in self.codecs.all
+                ):
+                    self._check_each_size()
+                    return
+
+    def _check_each_size(self) -> None:
+        for key, rows in self.index.rows.items():
+            part, room = self.part(key), self.codecs[key].max_decoded_size
+            for row in rows[1:]:
+                claimed = self.index.tokens[row] * part.line_bytes
+                if claimed and claimed > room(self.index.length[row], part.form):
+                    raise FormatError(
+                        f"entry {row} of the index claims more than its bytes can hold"
+                    )
 
     def check_profile(self) -> None:
         """Raise ProfileError unless the profile is the one that the file names. Where none was
@@ -139,8 +167,12 @@ class Blocks:
 
     def wanted(self, request: plan.Request) -> Iterator[tuple[Codec, dict[Key, Sequence[int]]]]:
         """The rows of each part that is wanted, by the codecs that decode them."""
+        by_part = plan.rows_by_part(self.layout, self.index, request)
+        if len(self.codecs.all) == 1:
+            yield self.codec, by_part
+            return
         found: dict[int, tuple[Codec, dict[Key, Sequence[int]]]] = {}
-        for key, rows in plan.rows_by_part(self.layout, self.index, request).items():
+        for key, rows in by_part.items():
             codec = self.codecs[key]
             found.setdefault(id(codec), (codec, {}))[1][key] = rows
         yield from found.values()
@@ -175,16 +207,18 @@ class Blocks:
         codec's time, and `checked` does it. Neither is of the zeros behind the bytes, which are
         looked at here. Both are taken of a part on a grid, where some bits of what is stored say
         nothing of the numbers. Raises CorruptError."""
-        self.check_cancelled()
-        length = self.index.length[row]
-        taken = self.source.read(*self.index.span(row))
-        metrics.count("read_bytes", len(taken), codec=self.codec.codec_id)
-        data = taken[:length]
-        if bytes(taken[length:]).strip(b"\0"):
-            raise CorruptError(
-                f"{self.index.name(row)}: it is damaged: the bytes behind it are not zeros"
-            )
-        if checked or self.index.key[row] in self.codecs.grids:
+        if self.cancelled:
+            self.check_cancelled()
+        index = self.index
+        length = index.length[row]
+        taken = self.source.read(index.offset[row], length + -length % ALIGNMENT)
+        if metrics.listening():
+            metrics.count("read_bytes", len(taken), codec=self.codec.codec_id)
+        try:
+            data: memoryview = _native.without_zeros(taken, length)
+        except ValueError as error:
+            raise CorruptError(f"{index.name(row)}: it is damaged: {error}") from None
+        if checked or index.key[row] in self.codecs.grids:
             self.check_stored(row, data)
         return data
 
@@ -205,25 +239,25 @@ class Blocks:
         row = self.index.rows[key].start
         data = self.stored(row, checked)
         try:
-            return data, self.load_tables(key, data)
+            return data, self.load_tables(row, data)
         except CorruptError as error:
             self.check_stored(row, data)
             raise CorruptError(f"{self.index.name(row)}: {error}") from None
 
-    def load_tables(self, key: Key, data: memoryview) -> Any:
+    def load_tables(self, row: int, data: memoryview) -> Any:
         """A part's tables, of which these are the bytes, as blocks use them. Raises
         CorruptError."""
-        layer, name = key
-        part, begin = self.part(key), self.index.position[self.index.rows[key].start]
+        layer, name = key = self.index.key[row]
+        part, begin = self.layout.layers[layer].parts[name], self.index.position[row]
         context = Context(part.form, layer, name, begin, self.header.origin, None, self.profile)
         return self.codecs[key].load_tables(data, part.block_shape, context)
 
     def context(self, row: int, *more: Any) -> Context:
         """The context of a block. `more`: its part's tables, and the fields that follow."""
-        layer, name = key = self.index.key[row]
+        layer, name = self.index.key[row]
         begin = self.index.position[row]
-        held, ids = self.layout.layers[layer], None
-        if held.counts_tokens and key not in self.index.timeless:
+        held = self.layout.layers[layer]
+        part, ids = held.parts[name], None
+        if part.tokens is not None and held.counts_tokens:
             ids = ids_between(self._ids, begin, begin + self.index.tokens[row])
-        form, origin = held.parts[name].form, self.header.origin
-        return Context(form, layer, name, begin, origin, ids, self.profile, *more)
+        return Context(part.form, layer, name, begin, self.header.origin, ids, self.profile, *more)

@@ -16,6 +16,7 @@ import numpy as np
 
 from kvzip import dtypes
 from kvzip.codec import Codec, Coded
+from kvzip.codecs import _native
 from kvzip.container import plan
 from kvzip.container.blocks import Blocks
 from kvzip.container.index import Key
@@ -132,13 +133,15 @@ class Decoding:
             layers.append(Layer(parts, cut))
         blocks = self.blocks
         ids = blocks.ids_up_to(self.request.cuts.values())
-        return Snapshot(layers, blocks.layout.dtype, ids, blocks.header.origin)
+        return Snapshot.checked(layers, blocks.layout.dtype, ids, blocks.header.origin)
 
     # --- jobs ------------------------------------------------------------------------------
 
     def _decode_rows(self, codec: Codec, rows: Sequence[int], threads: int) -> Sequence[int]:
         """Decode blocks of one codec that need no other; return them."""
-        targets = (self._target(row) for row in rows)
+        targets: Iterable[Target] = self._targets(rows)
+        if threads == 1:  # nobody waits for the first: preparing all at once stays in the caches
+            targets = iter([*targets])
         fill(self.blocks, codec, targets, min(threads, len(rows)))
         return rows
 
@@ -151,7 +154,7 @@ class Decoding:
         for row in rows[len(chain.decoded) :]:
             key = key_of[row]
             earlier = {k: chain.done[k] for k in needs(*key) if k in chain.done}
-            target = self._target(row, earlier, chain.scratch)
+            (target,) = self._targets([row], earlier, chain.scratch)
             fill(self.blocks, codec, [target])
             chain.done[key] = target.out
             for old in [k for k in chain.done if last.get(k, 0) <= row]:
@@ -173,33 +176,34 @@ class Decoding:
             return Chain([], {}, {})
         return chain
 
-    def _target(self, row: int, *more: Any) -> Target:
-        """Everything to decode a block, straight into place if there is place for all of it.
-        `more`: what its context has beside its tables."""
-        blocks = self.blocks
-        key = blocks.index.key[row]
-        begin, tokens = blocks.index.position[row], blocks.index.tokens[row]
-        out = beside = None
-        cut = _NOTHING
-        place = self._places.get(key)
-        if place is not None:
-            array = place.array
-            offset, room = begin - place.first, array.shape[2]
-            if room == tokens and not offset:
-                out = array
-            elif offset >= 0 and offset + tokens <= room:
-                out = array[:, :, offset : offset + tokens]
-            elif offset + tokens > 0 and offset < room:
-                cut = slice(max(0, -offset), min(tokens, room - offset))
-                beside = array[:, :, offset + cut.start : offset + cut.stop]
-        if out is None:
-            out = _empty_block(blocks, row)
-        found = self._tables.get(key)
-        if found is None:
-            found = self._tables[key] = blocks.tables(key, self._thorough)
-        stored, loaded = found
-        context = blocks.context(row, loaded, *more)
-        return Target(blocks.stored(row, self._thorough), out, context, row, stored, beside, cut)
+    def _targets(self, rows: Iterable[int], *more: Any) -> Iterator[Target]:
+        """Everything to decode blocks, straight into place if there is place for all of one.
+        `more`: what their contexts have beside their tables."""
+        blocks, index, thorough = self.blocks, self.blocks.index, self._thorough
+        key = place = None
+        for row in rows:
+            if index.key[row] is not key:
+                key = index.key[row]
+                place = self._places.get(key)
+                if key not in self._tables:
+                    self._tables[key] = blocks.tables(key, thorough)
+                stored, loaded = self._tables[key]
+            out = beside = None
+            cut = _NOTHING
+            if place is not None:
+                array, tokens = place.array, index.tokens[row]
+                offset, room = index.position[row] - place.first, array.shape[2]
+                if room == tokens and not offset:
+                    out = array
+                elif offset >= 0 and offset + tokens <= room:
+                    out = array[:, :, offset : offset + tokens]
+                elif offset + tokens > 0 and offset < room:
+                    cut = slice(max(0, -offset), min(tokens, room - offset))
+                    beside = array[:, :, offset + cut.start : offset + cut.stop]
+            if out is None:
+                out = _empty_block(blocks, row)
+            context = blocks.context(row, loaded, *more)
+            yield Target(blocks.stored(row, thorough), out, context, row, stored, beside, cut)
 
 
 # --- where numbers go ------------------------------------------------------------------------
@@ -232,54 +236,52 @@ def given_places(blocks: Blocks, request: Request, out: Sequence[Any]) -> dict[K
     if len(out) != len(request.layers):
         raise UsageError(f"out has {len(out)} layers, not {len(request.layers)}")
     places: dict[Key, Place] = {}
+    index = blocks.index
     for i, arrays in zip(request.layers, out, strict=True):
         cut = request.cuts[i]
-        for name, given in _by_name(i, cut, arrays).items():
-            where = getattr(getattr(given, "device", None), "type", "cpu")
-            if where != "cpu":
-                raise UsageError(
-                    f"out for layer {i} is on {where}: without device= it must be on cpu"
-                )
-            part = cut.parts[name]
+        for (name, part), given in zip(cut.parts.items(), _in_order(i, cut, arrays), strict=True):
+            if type(given) is not np.ndarray:
+                where = getattr(getattr(given, "device", None), "type", "cpu")
+                if where != "cpu":
+                    raise UsageError(
+                        f"out for layer {i} is on {where}: without device= it must be on cpu"
+                    )
             array, _ = dtypes.as_bits(given, part.dtype)
             if array.shape != part.shape or not array.flags.writeable:
                 raise UsageError(f"out for layer {i}: want a writable array of {part.shape}")
-            places[i, name] = Place(part.as_block(array), cut.span(name)[0], array)
+            first = 0 if part.tokens is None else cut.first
+            key = index.key[index.rows[i, name].start]  # the same object, not one more
+            places[key] = Place(part.as_block(array), first, array)
     _check_apart([place.array for place in places.values()])
     return places
 
 
-def _by_name(i: int, cut: LayerLayout, arrays: Any) -> Mapping[str, Any]:
-    """What a caller gave for a layer, by the names of its parts. Raises UsageError."""
+def _in_order(i: int, cut: LayerLayout, arrays: Any) -> Sequence[Any]:
+    """What a caller gave for a layer, in the order of its parts. Raises UsageError."""
     names = tuple(cut.parts)
-    if not isinstance(arrays, Mapping):
+    if isinstance(arrays, tuple):
+        given: Sequence[Any] = arrays
+    elif isinstance(arrays, Mapping):
+        if set(arrays) != set(names):
+            raise UsageError(f"out for layer {i} has {sorted(arrays)}, and its parts are {names}")
+        given = [arrays[name] for name in names]
+    else:
         given = items(f"out for layer {i}", arrays, "an array for each part, or a mapping")
-        if len(given) != len(names):
-            wanted = ", ".join(names)
-            raise UsageError(f"out for layer {i} has {len(given)} arrays, not those of {wanted}")
-        return dict(zip(names, given, strict=True))
-    if set(arrays) != set(names):
-        raise UsageError(f"out for layer {i} has {sorted(arrays)}, and its parts are {names}")
-    return {name: arrays[name] for name in names}
+    if len(given) != len(names):
+        wanted = ", ".join(names)
+        raise UsageError(f"out for layer {i} has {len(given)} arrays, not those of {wanted}")
+    return given
 
 
-def _check_apart(arrays: Sequence[Bits]) -> None:
+def _check_apart(arrays: list[Bits]) -> None:
     """Raise UsageError if a number of one array lies where another number does."""
-    bounds = sorted(((*_bounds(a), a) for a in arrays if a.size), key=lambda b: b[:2])
-    near: list[tuple[int, Bits]] = []
-    for begin, end, array in bounds:
-        # Those that end before this begins end before all that follow, too.
-        near = [other for other in near if other[0] > begin]
-        if _overlaps_itself(array) or any(_overlap(array, other) for _, other in near):
+    for group in _native.close_to_each_other(arrays):
+        near = [arrays[number] for number in group]
+        if any(
+            _overlaps_itself(array) or any(_overlap(array, other) for other in near[:i])
+            for i, array in enumerate(near)
+        ):
             raise UsageError("out has the same memory twice")
-        near.append((end, array))
-
-
-def _bounds(array: Bits) -> tuple[int, int]:
-    """The first address of an array's numbers, and the one behind its last."""
-    reach = [stride * (size - 1) for stride, size in zip(array.strides, array.shape, strict=True)]
-    at = array.ctypes.data
-    return at + sum(r for r in reach if r < 0), at + sum(r for r in reach if r > 0) + array.itemsize
 
 
 def _overlap(a: Bits, b: Bits) -> bool:

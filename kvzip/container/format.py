@@ -76,41 +76,31 @@ class Preamble(NamedTuple):
         return found
 
     @property
-    def header_at(self) -> int:
-        return _PREAMBLE.size
-
-    @property
-    def ids_at(self) -> int:
-        return self.header_at + self.header_length
-
-    @property
-    def index_at(self) -> int:
-        return self.ids_at + self.ids_length
-
-    @property
-    def index_end(self) -> int:
-        return self.index_at + self.entries * RECORD.itemsize
-
-    @property
     def blocks_at(self) -> int:
         """Where the first entry lies; the bytes between the index and it are zeros."""
-        return aligned(self.index_end)
+        index = self.entries * RECORD.itemsize
+        return aligned(_PREAMBLE.size + self.header_length + self.ids_length + index)
 
-    def check(self, start: memoryview) -> None:
-        """Raise CorruptError or FormatError unless `start`, everything before the blocks, is as
-        it was written."""
-        end = _PREAMBLE.size - _CHECKSUM.size
-        if checksum.of_bytes(start[:end], start[_PREAMBLE.size :]) != self.checksum:
+    def taken_apart(self, start: memoryview) -> tuple[memoryview, memoryview, memoryview]:
+        """Header, token ids and index, which `start` holds, everything before the blocks. Raises
+        CorruptError or FormatError unless it is as it was written."""
+        begin = _PREAMBLE.size
+        if checksum.of_bytes(start[: begin - _CHECKSUM.size], start[begin:]) != self.checksum:
             raise CorruptError("the header or the index is damaged: its checksum does not match")
-        if any(start[self.index_end : self.blocks_at]):
+        ids = begin + self.header_length
+        index = ids + self.ids_length
+        end = index + self.entries * RECORD.itemsize
+        if any(start[end:]):
             raise FormatError("the bytes behind the index are not zeros")
+        return start[begin:ids], start[ids:index], start[index:end]
 
 
 def packed_start(header: bytes, ids: bytes, index: NDArray[Any], file_length: int) -> bytes:
     """Everything that comes before the blocks; the inverse of what a reader takes apart."""
     preamble = Preamble(len(header), len(index), len(ids), file_length)
     first = _PREAMBLE.pack(MAGIC, VERSION, 0, *preamble)[: -_CHECKSUM.size]
-    rest = header + ids + index.tobytes() + bytes(preamble.blocks_at - preamble.index_end)
+    rest = header + ids + index.tobytes()
+    rest += bytes(preamble.blocks_at - _PREAMBLE.size - len(rest))
     return first + _CHECKSUM.pack(checksum.of_bytes(first + rest)) + rest
 
 
@@ -218,9 +208,14 @@ class Codecs:
         return self._by_key.get(key, self.own)
 
     @cached_property
+    def all(self) -> list[Codec]:
+        """Each of them once."""
+        return list({id(codec): codec for codec in (self.own, *self._by_key.values())}.values())
+
+    @cached_property
     def threaded(self) -> bool:
         """Whether all of them decode blocks that need no other, with threads of their own."""
-        return all(c.independent and c.threaded for c in (self.own, *self._by_key.values()))
+        return all(c.independent and c.threaded for c in self.all)
 
     @classmethod
     def choose(cls, codec: Codec, layout: Layout) -> Codecs:
@@ -254,18 +249,23 @@ class Codecs:
                 made[id(on), id(rest)] = GridCodec(on.grid, codes, rest)
             grids[key] = made[id(on), id(rest)]
         found = cls(own, others, grids)
-        taken: set[tuple[int, int, str]] = set()  # most layers are one object
-        for i, name, part in header.layout.parts():
-            codec = found[i, name]
-            same = id(codec), id(layers[i]), name
-            if same in taken:
+        taken: set[tuple[int, int, str]] = set()
+        before = None
+        for i, layer in enumerate(layers):
+            if layer is before and not found._by_key:  # most are one object
                 continue
-            taken.add(same)
-            if not codec.takes(part, layers[i].kind, name):
-                raise UsageError(
-                    f"codec {codec.codec_id!r} does not take layer {i} {name}, which is "
-                    f"{part.dtype} {list(part.shape)}"
-                )
+            before = layer
+            for name, part in layer.parts.items():
+                codec = found[i, name]
+                same = id(codec), id(layer), name
+                if same in taken:
+                    continue
+                taken.add(same)
+                if not codec.takes(part, layer.kind, name):
+                    raise UsageError(
+                        f"codec {codec.codec_id!r} does not take layer {i} {name}, which is "
+                        f"{part.dtype} {list(part.shape)}"
+                    )
         return found
 
     def described(self) -> tuple[OtherCodec, ...]:

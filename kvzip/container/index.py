@@ -5,14 +5,12 @@ docs/format.md has it byte by byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvzip.codec import Codec
 from kvzip.codecs import _native
-from kvzip.dtypes import DType
 from kvzip.errors import FormatError
 from kvzip.layout import LayerLayout, Layout
 
@@ -130,12 +128,18 @@ class Index:
         """Read `records`, a buffer, from a file of `size` bytes in which the entries begin at byte
         `start`. Raises FormatError unless every record is the one that the layout asks for, and
         entries follow each other, each at the next multiple of `ALIGNMENT`."""
-        cuts: list[list[tuple[int, int, int]]] = []
-        before = None
-        for layer in layout.layers:  # most are one object
-            if layer is not before:
-                before, found = layer, [_cuts(layer, name, block_tokens) for name in layer.parts]
+        self.timeless: set[Key] = set()
+        """The parts that have no tokens, but rows."""
+        cuts: list[list[tuple[str, int, int, int]]] = []
+        before, timeless = None, []
+        for i, layer in enumerate(layout.layers):
+            if layer is not before:  # most are one object
+                before = layer
+                found = [(name, *_cuts(layer, name, block_tokens)) for name in layer.parts]
+                timeless = [name for name, part in layer.parts.items() if part.tokens is None]
             cuts.append(found)
+            for name in timeless:
+                self.timeless.add((i, name))
         try:
             columns = _native.read_index(records, start, size, ALIGNMENT, cuts)
         except ValueError as error:
@@ -150,23 +154,12 @@ class Index:
         """How many bytes the codec made, without the zeros behind them."""
         self.stored_checksum: list[int]
         self.raw_checksum: list[int]
-        self.position, self.tokens, self.offset, self.length = columns[:4]
-        self.stored_checksum, self.raw_checksum = columns[4:]
-        self.key: list[Key] = []
+        self.key: list[Key]
         """The layer and the part that the entry belongs to."""
-        self.rows: dict[Key, range] = {}
+        self.rows: dict[Key, range]
         """The rows of each part of each layer: its tables, then its blocks."""
-        self.timeless: set[Key] = set()
-        """The parts that have no tokens, but rows."""
-        at = 0
-        for i, (layer, found) in enumerate(zip(layout.layers, cuts, strict=True)):
-            for name, cut in zip(layer.parts, found, strict=True):
-                key, end = (i, name), at + 1 + _block_count(*cut)
-                self.rows[key] = range(at, end)
-                if layer.parts[name].tokens is None:
-                    self.timeless.add(key)
-                self.key += [key] * (end - at)
-                at = end
+        self.position, self.tokens, self.offset, self.length = columns[:4]
+        self.stored_checksum, self.raw_checksum, self.key, self.rows = columns[4:]
 
     def __len__(self) -> int:
         return len(self.length)
@@ -186,23 +179,3 @@ class Index:
         what = "the tables of " if row == self.tables_row(row) else ""
         lines = "rows" if key in self.timeless else "tokens"
         return f"{what}layer {layer} {part}, {lines} {start}:{start + self.tokens[row]}"
-
-    def check_sizes(self, layout: Layout, codec_of: Callable[[Key], Codec]) -> None:
-        """Raise FormatError if a block claims more numbers than its bytes can stand for."""
-        known: dict[int, tuple[int, DType]] = {}  # most layers are one object, and so their parts
-        for key, rows in self.rows.items():
-            part, blocks = layout.layers[key[0]].parts[key[1]], rows[1:]
-            if id(part) not in known:
-                known[id(part)] = part.line_numbers * part.form.itemsize, part.form
-            line, form = known[id(part)]
-            if not blocks or not line:
-                continue
-            room = codec_of(key).max_decoded_size
-            tokens, length = (c[blocks[0] : blocks[-1] + 1] for c in (self.tokens, self.length))
-            if max(tokens) * line <= room(min(length), form):
-                continue
-            for row in blocks:
-                if line * self.tokens[row] > room(self.length[row], form):
-                    raise FormatError(
-                        f"entry {row} of the index claims more than its bytes can hold"
-                    )

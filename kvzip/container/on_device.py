@@ -392,7 +392,7 @@ class DeviceDecoding:
     def _load_tables(self, row: int, data: memoryview) -> None:
         key = self.blocks.index.key[row]
         try:
-            self._tables[key] = self.blocks.load_tables(key, data)
+            self._tables[key] = self.blocks.load_tables(row, data)
         except CorruptError:
             self._blame([row + 1])  # the first block that needs them
             raise

@@ -42,7 +42,7 @@ class Request(NamedTuple):
                     begin = max(index.position[row], begin)
                     lines = max(0, min(index.position[row] + lines, end) - begin)
                 held = cut.parts[part]
-                found += lines * held.line_numbers * held.form.itemsize
+                found += lines * held.line_bytes
         return found
 
 
@@ -129,14 +129,14 @@ def rows_by_part(layout: Layout, index: Index, request: Request) -> dict[Key, Se
     """The rows of the blocks that hold anything wanted, for each part of each layer that is."""
     found: dict[Key, Sequence[int]] = {}
     for i, cut in request.cuts.items():
-        whole = cut is layout.layers[i]
-        for part in layout.layers[i].parts:
-            blocks = index.rows[i, part][1:]
-            found[i, part] = (
-                blocks
-                if whole or (i, part) in index.timeless
-                else _within(index, blocks, cut.first, cut.cumulative_length)
-            )
+        layer = layout.layers[i]
+        for part in layer.parts:
+            rows = index.rows[i, part]
+            key, blocks = index.key[rows.start], rows[1:]
+            if cut is not layer and key not in index.timeless:
+                found[key] = _within(index, blocks, cut.first, cut.cumulative_length)
+            else:
+                found[key] = blocks
     return found
 
 

@@ -34,21 +34,27 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
-@contextmanager
-def naming(source: Any) -> Iterator[None]:
+class naming:
     """What is wrong with a file is told with its name, if the source knows one."""
-    try:
-        yield
-    except (CancelledError, CorruptError, FormatError, ProfileError, SealError) as error:
-        name, words = getattr(source, "name", None), str(error)
-        if name is not None and not words.startswith(name):
-            for subject in ("the file ", "this "):
-                if words.startswith(subject):
-                    error.args = (f"{name} {words.removeprefix(subject)}",)
-                    break
-            else:
-                error.args = (f"{name}: {words}",)
-        raise
+
+    def __init__(self, source: Any):
+        self._source = source
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
+    ) -> None:
+        if isinstance(error, (CancelledError, CorruptError, FormatError, ProfileError, SealError)):
+            name, words = getattr(self._source, "name", None), str(error)
+            if name is not None and not words.startswith(name):
+                for subject in ("the file ", "this "):
+                    if words.startswith(subject):
+                        error.args = (f"{name} {words.removeprefix(subject)}",)
+                        break
+                else:
+                    error.args = (f"{name}: {words}",)
 
 
 @runtime_checkable
@@ -246,6 +252,8 @@ def open_source(given: Any, length_of: LengthOf | None = None) -> Source:
     in memory up to 256 MiB and on disk above; with `length_of` no more than what begins so may
     have. Raises UsageError for anything else, OSError, and what `length_of` does.
     """
+    if isinstance(given, (bytes, memoryview)):  # first, as they are soonest told
+        return Memory(given)
     if isinstance(given, (str, os.PathLike)):
         return _of_path(given, length_of)
     if hasattr(given, "seek") and hasattr(given, "read") and not _is_buffer(given):

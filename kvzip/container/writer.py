@@ -150,7 +150,7 @@ class Writer:
             offset += aligned(len(data))
             if not entry.tables:
                 part = self.snapshot.layout.layers[entry.layer].parts[entry.part]
-                size = part.line_numbers * entry.tokens * part.form.itemsize
+                size = entry.tokens * part.line_bytes
                 _check_readable(self._codecs[entry.key], len(data), size, part.form)
                 if progress is not None:
                     progress(size)
@@ -287,7 +287,7 @@ def default_block_tokens(layout: Layout, codec: Codec) -> int:
     Smaller ones let a reader cut finer, and cost more for what each block starts with.
     """
     token = max(
-        (p.line_numbers * p.form.itemsize for _, _, p in layout.parts() if p.tokens is not None),
+        (p.line_bytes for _, _, p in layout.parts() if p.tokens is not None),
         default=0,
     )
     return 1 << min(max(round(math.log2(codec.block_bytes / max(token, 1))), 8), 12)
@@ -331,7 +331,7 @@ def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | No
             most = stored_by.max_tables_size(part.block_shape, part.form)
             size += aligned(max(most, grids.get(entry.key, (0, 0))[1]))
         else:
-            raw = entry.tokens * part.line_numbers * part.form.itemsize
+            raw = entry.tokens * part.line_bytes
             most = stored_by.max_encoded_size(raw)
             size += aligned(max(most, 1 + raw) if entry.key in grids else most)
     return size
