@@ -90,15 +90,15 @@ class Sums:
             rest, rest_tokens = whole - apart, tokens - self.count[:, f].sum()
             if rest_tokens < 1:  # one fold alone
                 rest, rest_tokens = whole, tokens
-            shared = self.solve(rest)
-            common += self.left(shared, apart)
-            for r in range(regions):
-                weights = shared
-                if regions > 1:
+            common += self.left(self.solve(rest), apart)
+            if regions > 1:
+                rest = rest * np.float32(SHRINK_TOKENS / rest_tokens)
+                for r in range(regions):
                     own = self.total[r].sum(axis=0) - self.total[r, f]
-                    weights = self.solve(own + rest * np.float32(SHRINK_TOKENS / rest_tokens))
-                left[r] += self.left(weights, self.total[r, f])
-        common /= tokens
+                    left[r] += self.left(self.solve(own + rest), self.total[r, f])
+        if regions == 1:
+            left[0] = common
+        common = common / tokens
         mean = left.sum(axis=0) / tokens
         made, saved = [], 0.0
         for r in range(regions):

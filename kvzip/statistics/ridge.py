@@ -64,7 +64,7 @@ def _factor(gram: Floating, lower: Floating) -> None:
     _factor(gram[:half, :half], first)
     turned = divided(first, gram[:half, half:])
     below[...] = turned.T
-    gram[half:, half:] -= below @ turned
+    gram[half:, half:] -= turned.T @ turned  # of which NumPy computes a half, as it is one array
     _factor(gram[half:, half:], last)
 
 
@@ -90,5 +90,5 @@ def _divide(lower: Floating, right: Floating, transposed: bool) -> None:
 
 def residual(weights: Floating, gram: Floating, cross: Floating, own: Floating) -> Floating:
     """Products with each other of what the weights leave of the targets, [targets, targets]."""
-    said = weights.T @ cross
-    return np.asarray(own - said - said.T + weights.T @ gram @ weights)
+    half = weights.T @ (gram @ weights - cross - cross)
+    return np.asarray(own + (half + half.T) / 2)
