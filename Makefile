@@ -21,7 +21,7 @@ WITHIN_docs := docs
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak bench figures links traffic redraw measured qwen3-4b scaling clean
+.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks tsan free-threaded bench figures links traffic redraw measured qwen3-4b scaling clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -60,6 +60,31 @@ fuzz: $(TEST)
 HOURS ?= 1
 soak: $(TEST)
 	$(BIN)/python tests/soak/run.py --hours $(HOURS) $(TARGETS)
+
+# The same things ROUNDS times, and memory, files and threads are no more than before (tests/soak/leaks.py).
+ROUNDS ?= 10000
+leaks: $(TEST)
+	$(BIN)/python tests/soak/leaks.py --rounds $(ROUNDS)
+
+# ThreadSanitizer over the compiled module while many threads use the same things (tests/soak/threads.py), for so many SECONDS.
+# First it must see a race that there is. Needs g++ with its libtsan, and setarch (util-linux).
+TSAN := build/tsan
+UNDER_TSAN = setarch -R env LD_PRELOAD=$$(g++ -print-file-name=libtsan.so) \
+  PYTHONPATH=$(TSAN):$$($(BIN)/python -c 'import sys; print(*sys.path[1:], sep=":")') $(BIN)/python -S tests/soak/threads.py
+tsan: $(TEST)
+	rm -rf $(TSAN) && $(BIN)/pip install $(AS_HERE) --quiet --no-deps -C build-dir=build/tsan-native -C cmake.build-type=RelWithDebInfo \
+	  -C cmake.define.CMAKE_CXX_FLAGS=-fsanitize=thread --target $(TSAN) .
+	TSAN_OPTIONS='halt_on_error=1 symbolize=0 log_path=build/tsan-race' $(UNDER_TSAN) --race; test $$? = 66
+	TSAN_OPTIONS=suppressions=$(CURDIR)/tests/native/tsan.supp $(UNDER_TSAN) --seconds $(SECONDS)
+
+# The same under a Python without its lock, which PYTHON_T names: nothing that is imported may switch the lock on again.
+PYTHON_T ?= python3.14t
+FREE_THREADED := build/free-threaded-venv
+free-threaded:
+	test -x $(FREE_THREADED)/bin/python || $(PYTHON_T) -m venv $(FREE_THREADED)
+	$(FREE_THREADED)/bin/pip install --quiet --disable-pip-version-check hypothesis pytest
+	$(FREE_THREADED)/bin/pip install --quiet --disable-pip-version-check .
+	$(FREE_THREADED)/bin/python -W error::RuntimeWarning tests/soak/threads.py --free --seconds $(SECONDS)
 
 # LMCache itself, in an environment of its own: without what it needs on a GPU only (which is much),
 # and with a newer numpy than it asks for.

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
 from kvzip.errors import (
     CancelledError,
     CorruptError,
@@ -76,13 +78,16 @@ class Memory:
 
     def __init__(self, data: Any):
         try:
-            self._data = memoryview(data).cast("B")
+            whole = memoryview(data).cast("B")
         except (TypeError, ValueError, BufferError) as error:
             raise UsageError(f"a buffer must be bytes side by side: {error}") from None
+        # An array, and no memoryview: a Python without its lock loses count of who uses one when
+        # threads cut it at once, and releases it under them.
+        self._data = np.frombuffer(whole, np.uint8)
         self.size = len(self._data)
 
     def read(self, offset: int, length: int) -> memoryview:
-        return self._data[offset : offset + length]
+        return memoryview(self._data[offset : offset + length])
 
 
 @contextmanager
@@ -335,8 +340,6 @@ def _is_buffer(given: Any) -> bool:
 
 
 def _bytes_of_tensor(tensor: Any) -> Any:
-    import numpy as np
-
     try:
         found = np.from_dlpack(tensor)
     except Exception as error:

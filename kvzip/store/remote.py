@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, Threa
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvzip.container.source import Memory
 from kvzip.errors import CancelledError, StoreError
 from kvzip.store.folder import Meta
 from kvzip.workers import Lock
@@ -152,7 +153,7 @@ class Remote:
 class _Request:
     """Bytes from `start` on, which hold `reads` announced ranges."""
 
-    def __init__(self, start: int, size: int, reads: int, future: Future[memoryview]):
+    def __init__(self, start: int, size: int, reads: int, future: Future[Memory]):
         self.start, self.size, self.reads, self.future = start, size, reads, future
 
 
@@ -201,7 +202,7 @@ class ReadAhead:
 
     def _ask(self, start: int, size: int, reads: int = 1) -> None:
         self._under_way.add(self._count)
-        future: Future[memoryview] = Future()
+        future: Future[Memory] = Future()
         self._remote.pool.submit(self._get, self._count, start, size, future)
         request, at = _Request(start, size, reads, future), start
         self._untaken.add(request)
@@ -219,7 +220,7 @@ class ReadAhead:
                 with suppress(InvalidStateError):
                     request.future.set_exception(CancelledError("reading was cancelled"))
 
-    def _get(self, which: int, start: int, size: int, future: Future[memoryview]) -> None:
+    def _get(self, which: int, start: int, size: int, future: Future[Memory]) -> None:
         began = time.perf_counter()
         try:
             found = self._remote.fetch(start, size)
@@ -228,7 +229,7 @@ class ReadAhead:
                 future.set_exception(error)
         else:
             with suppress(InvalidStateError):
-                future.set_result(found)
+                future.set_result(Memory(found))
         finally:
             took = time.perf_counter() - began
             with self._lock:
@@ -256,4 +257,4 @@ class ReadAhead:
                     self._bytes -= request.size
                     self._untaken.discard(request)
                 self._submit()
-        return data[offset - request.start : offset - request.start + length]
+        return data.read(offset - request.start, length)
