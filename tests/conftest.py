@@ -25,6 +25,7 @@ settings.register_profile("kvzip-long", max_examples=500, **unhurried)  # make t
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kvzip"))
 
 
+@pytest.hookimpl(optionalhook=True)  # the engines' environments have no xdist
 def pytest_xdist_auto_num_workers():
     """One more than there are processors, since some tests wait; each takes 1 to 2 GB."""
     return min(4, (os.cpu_count() or 1) + 1)

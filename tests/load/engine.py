@@ -5,7 +5,7 @@ process for each. A job names a folder with a model, the dtype, what to pass to 
 rounds of prompts (token ids), each generated from at once. Into the job's folder go
 ``result.json`` (tokens and log-probabilities of every prompt) and ``round-prompt.npz``, the raw
 bytes of vLLM's own blocks that are full of the prompt: of each layer, by its name, [blocks, ...],
-less those that a window has left behind; also
+less those that a window has left behind, or of states the one after all tokens; also
 ``log``, what the process says, ``told``, what kvzip warns of, and at the end ``code``, the
 process's exit status.
 """
@@ -48,8 +48,10 @@ def bytes_of(worker: Any, blocks: list[list[int]]) -> dict[str, Any]:
     found = {}
     for group, ids in zip(runner.kv_cache_config.kv_cache_groups, blocks, strict=True):
         for layer in group.layer_names:
-            picked = context[layer].kv_cache[torch.tensor(ids, dtype=torch.int64)]
-            found[layer] = picked.contiguous().view(torch.uint8).numpy()
+            held, at = context[layer].kv_cache, torch.tensor(ids, dtype=torch.int64)
+            for n, part in enumerate(held if isinstance(held, tuple) else (held,)):
+                picked = part[at].contiguous().view(torch.uint8)
+                found[f"{layer}.{n}" if n else layer] = picked.numpy()
     return found
 
 
@@ -85,10 +87,15 @@ def main(path: Path) -> None:
 
     def held(name: str, count: int) -> dict[str, Any]:
         """The bytes of each layer's blocks that are full of the first `count` tokens."""
-        full = [
-            [i for i in ids[: count // group.kv_cache_spec.block_size] if i]
-            for group, ids in zip(groups, blocks[name], strict=True)
-        ]
+        full = []
+        for group, ids in zip(groups, blocks[name], strict=True):
+            spec = group.kv_cache_spec
+            state = type(spec).__name__ == "MambaSpec"
+            full.append(
+                [i for i in ids if i][-1:]
+                if state
+                else [i for i in ids[: count // spec.block_size] if i]
+            )
         found: list[dict[str, Any]] = llm.collective_rpc(bytes_of, args=(full,))
         if len(found) == 1:
             return found[0]

@@ -5,14 +5,16 @@ the same constructor and the same handling of metadata. `Engine` does what vLLM'
 model runner do with a connector, step by step: prompts in chunks, blocks from a pool, loads before
 a step's forward pass, layers in order, and requests set back to the first block that was not
 loaded; and where layers are of several groups or slide, loads that a request waits for, and blocks
-that are given back when a window has slid on. Its model is a formula: keys and values follow from a
-token and its position.
+that are given back when a window has slid on, or a state gone on. Its model is a formula: keys and
+values follow from a token and its position, states from all tokens.
 `test_vllm_engine.py` runs the same connector in vLLM itself.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
+import math
 import pickle
 import time
 from dataclasses import dataclass, field
@@ -22,6 +24,9 @@ from typing import Any
 import torch
 
 BLOCK, LAYERS, HEADS, DIM, WORDS = 16, 3, 2, 32, 97
+STATES = ((3, 24), torch.bfloat16), ((2, 4, 6), torch.float32)
+PAGE = 400
+"""Bytes of a block of states, of which the last are padding."""
 
 
 class Role(enum.Enum):
@@ -78,16 +83,17 @@ def modules() -> dict[str, ModuleType]:
 
 def config(url: Any, /, **changes: Any) -> SimpleNamespace:
     """A VllmConfig: settings of kvzip, and under their own names `role`, `policy`, `model`,
-    `dtype`, `cache_dtype`, `calculate_kv_scales`, `parallel`, `spec`, `windows` (a group of layers
-    for each, None for one of full attention), `layers` (the numbers of those that this worker
-    has), `backend`, `isa`, `quantization`, `hf_overrides`,
-    `load_format`."""
+    `dtype`, `mamba_cache_mode`, `drafts`, `cache_dtype`, `calculate_kv_scales`, `parallel`, `spec`,
+    `windows` (a group of layers for each, None for one of full attention, 0 for one of states),
+    `layers` (the numbers of those that this worker has), `backend`, `isa`, `quantization`,
+    `hf_overrides`, `load_format`."""
     import transformers
 
     get = changes.pop
     role, dtype = get("role", "kv_both"), get("dtype", torch.bfloat16)
     spec_name, windows = get("spec", "FullAttentionSpec"), get("windows", [None])
     backend, isa = get("backend", "CPU_ATTN"), get("isa", "vec")
+    mode, drafts = get("mamba_cache_mode", "align"), get("drafts", 0)
     transfer = SimpleNamespace(
         is_kv_producer=role != "kv_consumer",
         is_kv_consumer=role != "kv_producer",
@@ -104,10 +110,13 @@ def config(url: Any, /, **changes: Any) -> SimpleNamespace:
     names = [f"model.layers.{i}.self_attn.attn" for i in get("layers", range(LAYERS))]
 
     def group(number: int, window: int | None) -> SimpleNamespace:
-        kind = spec_name if window is None else "SlidingWindowSpec"
+        kind = spec_name if window is None else "SlidingWindowSpec" if window else "MambaSpec"
         spec = type(kind, (SimpleNamespace,), {})(
             block_size=BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=dtype, sliding_window=window
         )
+        if kind == "MambaSpec":
+            spec.shapes, spec.dtypes = zip(*STATES, strict=True)
+            spec.mamba_cache_mode, spec.num_speculative_blocks = mode, drafts
         return SimpleNamespace(layer_names=names[number :: len(windows)], kv_cache_spec=spec)
 
     attention = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), isa=isa)
@@ -116,7 +125,9 @@ def config(url: Any, /, **changes: Any) -> SimpleNamespace:
         load_config=SimpleNamespace(load_format=get("load_format", "auto")),
         kv_transfer_config=transfer,
         parallel_config=SimpleNamespace(**get("parallel", {"tensor_parallel_size": 1})),
-        model_config=SimpleNamespace(model=get("model", "org/model"), hf_config=hf_config, **told),
+        model_config=SimpleNamespace(
+            model=get("model", "org/model"), hf_config=hf_config, dtype=dtype, **told
+        ),
         compilation_config=SimpleNamespace(static_forward_context=dict.fromkeys(names, attention)),
         cache=SimpleNamespace(kv_cache_groups=[group(n, w) for n, w in enumerate(windows)]),
         cache_config=SimpleNamespace(
@@ -143,6 +154,14 @@ def formula(ids: list[int], layer: int, part: int, dtype: Any) -> Any:
     return (table[ids] * turn).transpose(0, 1).to(dtype)
 
 
+def state_of(ids: list[int], layer: int) -> Any:
+    """Bytes of a layer's states after some tokens."""
+    seed = hashlib.sha256(repr((layer, ids)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(seed[:7]))
+    need = sum(dtype.itemsize * math.prod(shape) for shape, dtype in STATES)
+    return torch.randint(0, 256, (need,), dtype=torch.uint8, generator=generator)
+
+
 @dataclass
 class Request:
     request_id: str
@@ -151,6 +170,7 @@ class Request:
     mm_features: list[Any] = field(default_factory=list)
     prompt_embeds: Any = None
     cache_salt: str | None = None
+    shared_prefix_boundary: int = 0
     blocks: list[list[int]] = field(default_factory=list)
     """Of each group; 0 where a window has left a block behind."""
     computed: int = 0
@@ -182,10 +202,24 @@ class Engine:
         self.group_of = {
             name: n for n, group in enumerate(self.groups) for name in group.layer_names
         }
-        self.caches = {name: torch.full(shape, 7.0, dtype=dtype) for name in sorted(self.group_of)}
+        self.caches = {
+            name: torch.full((blocks, 1, 1, PAGE), 7, dtype=torch.int8)
+            if self.keeps_states(self.group_of[name])
+            else torch.full(shape, 7.0, dtype=dtype)
+            for name in sorted(self.group_of)
+        }
         self.worker.register_kv_caches(self.caches)
         self.dtype, self.chunk, self.free = dtype, chunk, list(range(1, blocks))
         self.count = self.steps = self.waited = 0
+
+    def keeps_states(self, group: int) -> bool:
+        return type(self.groups[group].kv_cache_spec).__name__ == "MambaSpec"
+
+    def state(self, request: Request, i: int, count: int) -> Any:
+        """The bytes that layer i has for a state after `count` tokens."""
+        block = self.blocks_of(request, i)[(count - 1) // BLOCK]
+        page = list(self.caches.values())[i][block, 0, 0].view(torch.uint8)
+        return page[: len(state_of([], 0))]
 
     def pages(self, i: int) -> Any:
         return self.worker._worker._pages[i]
@@ -195,7 +229,10 @@ class Engine:
 
     def first(self, i: int, position: int) -> int:
         """The first token that layer i still has when a request goes on at `position`."""
-        window = self.groups[self.group_of[list(self.caches)[i]]].kv_cache_spec.sliding_window
+        group = self.group_of[list(self.caches)[i]]
+        if self.keeps_states(group):
+            return max(0, position - 1) // BLOCK * BLOCK
+        window = self.groups[group].kv_cache_spec.sliding_window
         return 0 if window is None else max(0, position - window + 1) // BLOCK * BLOCK
 
     def run(self, *prompts: list[int], local: int = 0, **more: Any) -> list[Request]:
@@ -229,7 +266,8 @@ class Engine:
     def waits(self) -> bool:
         """Whether requests wait for their loads: what failed in a step could not be told."""
         specs = [group.kv_cache_spec for group in self.groups]
-        return len(specs) > 1 or specs[0].sliding_window is not None
+        states = any(map(self.keeps_states, range(len(self.groups))))
+        return states or len(specs) > 1 or specs[0].sliding_window is not None
 
     def _admit(self, request: Request, local: int) -> None:
         found, later = self._ask(request, local)
@@ -301,6 +339,11 @@ class Engine:
         (`off`) when they rest on tokens before that are not in the cache."""
         size = -(-request.num_tokens // BLOCK) * BLOCK
         for i in range(len(self.caches)) if layer is None else [layer]:
+            if self.keeps_states(self.group_of[list(self.caches)[i]]):
+                if start < stop:
+                    new = state_of(request.prompt_token_ids[:stop], i)
+                    self.state(request, i, stop)[:] = new ^ int(off)
+                continue
             blocks = self.blocks_of(request, i)
             parts = self.pages(i).take(blocks, size)
             for part, held in enumerate(parts.values()):
@@ -312,8 +355,20 @@ class Engine:
         self.steps += 1
         work = {r.request_id: min(self.chunk, r.num_tokens - r.computed) for r in requests}
         work = {name: count or 1 for name, count in work.items()}  # done ones generate
+        offers: dict[str, list[tuple[int, int, int]]] = {}
         for r in requests:
             self._give_back(r)
+            end = (r.num_tokens - 1) // BLOCK * BLOCK  # where vLLM keeps states
+            if r.computed < r.shared_prefix_boundary:
+                end = r.shared_prefix_boundary
+            if any(map(self.keeps_states, range(len(self.groups)))) and r.computed < end:
+                work[r.request_id] = min(work[r.request_id], end - r.computed)
+                if r.computed + work[r.request_id] == end:
+                    offers[r.request_id] = [
+                        (n, ids[end // BLOCK - 1], end)
+                        for n, ids in enumerate(r.blocks)
+                        if self.keeps_states(n)
+                    ]
         new, old = [r for r in requests if r.new], [r for r in requests if not r.new]
         output = SimpleNamespace(
             scheduled_new_reqs=[
@@ -331,6 +386,7 @@ class Engine:
                 num_computed_tokens=[r.computed for r in old],
             ),
             num_scheduled_tokens=work,
+            kv_connector_block_state=SimpleNamespace(boundary_state_offloads=offers),
         )
         metadata = pickle.loads(pickle.dumps(self.scheduler.build_connector_meta(output)))
         worker = self.worker
@@ -357,7 +413,10 @@ class Engine:
 
     def _holds(self, request: Request, i: int, count: int) -> bool:
         """Whether layer i of the cache holds what the model computes for the first tokens, or for
-        those that a window has not left behind."""
+        those that a window has not left behind, or after them all."""
+        if self.keeps_states(self.group_of[list(self.caches)[i]]):
+            wanted = state_of(request.prompt_token_ids[:count], i)
+            return not count or torch.equal(self.state(request, i, count), wanted)
         found = self.pages(i).take(self.blocks_of(request, i), count).values()
         first = self.first(i, count)
         ids = request.prompt_token_ids[:count]

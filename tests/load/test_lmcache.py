@@ -449,7 +449,8 @@ def test_sealed_through_lmcache_itself(tmp_path: Any, monkeypatch: Any, caplog: 
     stamps = [f.stat().st_mtime_ns for f in files]
     assert load(adapter, keys, memory) == [True] * 3
     assert all(same(one.tensor, t) for one, t in zip(memory, tensors, strict=True))
-    store(adapter)  # what is whole is left alone
+    task = adapter[0].submit_store_task(keys, memory)  # what is whole is left alone
+    assert wait(adapter[0].pop_completed_store_tasks)[task].is_successful()
     assert stamps == [f.stat().st_mtime_ns for f in files]
     data = files[1].read_bytes()
     files[1].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))

@@ -174,7 +174,7 @@ def one_warning(caplog: Any, line: str) -> Iterator[None]:
     caplog.clear()
     yield
     [found] = told(caplog)
-    assert "are computed instead" in found and line in found
+    assert "is computed instead" in found and line in found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

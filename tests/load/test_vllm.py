@@ -23,6 +23,7 @@ pytest.importorskip("obstore")
 
 import standin  # noqa: E402
 from standin import BLOCK, HEADS, LAYERS, WORDS, config  # noqa: E402
+from support import damaged  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip.errors import (  # noqa: E402
@@ -33,6 +34,7 @@ from kvzip.errors import (  # noqa: E402
     UsageError,
 )
 from kvzip.load.vllm import pages  # noqa: E402
+from kvzip.snapshot import PartLayout  # noqa: E402
 from kvzip.statistics.splits import Cut  # noqa: E402
 from kvzip.store import Store  # noqa: E402
 
@@ -484,6 +486,94 @@ def test_a_part_that_is_not_there_is_a_miss(
     assert [one.run(ids)[0].loaded for one in ranks(engine, 2, monkeypatch, ours)] == [0, 0]
 
 
+# --- states ---
+
+
+@pytest.mark.parametrize("windows", [[0], [None, 0], [0, 40, None]], ids=str)
+@pytest.mark.parametrize("chunk", [10**6, 20])
+def test_states_are_loaded_at_the_end_of_what_was_stored(
+    engine: Any, tmp_path: Any, caplog: Any, windows: Any, chunk: int
+) -> None:
+    """A prompt is stored up to the last block that is full and can be loaded, where vLLM keeps the
+    states; one that begins with all of that is a hit, one that leaves before it is a miss."""
+    ids = prompt(75)
+    fill(engine, ids, prompt(90, 1), windows=windows, chunk=chunk)
+    assert sorted(len(kvzip.decode(d).token_ids) for d in documents(tmp_path)) == [64, 80]
+    for loaded, asked in ((64, ids), (64, ids[:64] + prompt(40, 2)), (0, ids[:60] + prompt(40, 3))):
+        [request] = engine(windows=windows, chunk=chunk).run(asked)
+        assert request.loaded == loaded
+    [request] = engine(windows=windows, chunk=chunk).run(ids, local=32)
+    assert request.loaded == 32
+    batch = engine(windows=windows).run(ids, prompt(90, 1), prompt(50, 4))
+    assert [request.loaded for request in batch] == [64, 80, 0]
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize("windows", [[0], [None, 0]], ids=str)
+def test_what_prompts_have_in_common_is_stored_besides(
+    engine: Any, tmp_path: Any, windows: Any
+) -> None:
+    """Where vLLM has seen two prompts part, it keeps the states, and a third one is a hit."""
+    shared = prompt(50)
+    first = engine(windows=windows)
+    first.run(shared + prompt(40, 1))
+    first.run(shared + prompt(40, 2), shared_prefix_boundary=48)
+    first.settle()
+    assert sorted(len(kvzip.decode(d).token_ids) for d in documents(tmp_path)) == [48, 80, 80]
+    second = engine(windows=windows)
+    [request] = second.run(shared + prompt(40, 3), shared_prefix_boundary=48)
+    assert request.loaded == 48  # and is not stored again
+    second.settle()
+    assert len(documents(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("windows", [[0], [None, 0]], ids=str)
+def test_damaged_states_are_computed(engine: Any, tmp_path: Any, caplog: Any, windows: Any) -> None:
+    ids = prompt(75)
+    fill(engine, ids, windows=windows)
+    [file] = documents(tmp_path)
+    good = file.read_bytes()
+    with kvzip.open(good) as reader:
+        layers = reader.layout.layers
+    for i, layer in enumerate(layers):
+        file.write_bytes(damaged(good, i, next(iter(layer.parts))))
+        second = engine(windows=windows)
+        assert second.run(ids)[0].loaded == 64  # and computed anew, which the engine has checked
+        second.settle()
+        assert file.read_bytes() == good
+    assert len(warnings(caplog)) == LAYERS
+
+
+def test_states_of_transformers_are_not_taken_for_vllms(engine: Any) -> None:
+    """They have other shapes, and are found under another revision."""
+    plain, states = engine(), engine(windows=[None, 0])
+    revisions = [e.scheduler._scheduler._origin.revision for e in (plain, states)]
+    assert revisions[0] == "r1" and revisions[1].startswith("r1+")
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_states_lie_side_by_side_in_a_block(padding: int) -> None:
+    parts = {
+        "state_0": PartLayout("bf16", (3, 5), "rd"),
+        "state_1": PartLayout("fp32", (2, 3, 4), "hrd"),
+    }
+    need = sum(part.nbytes for part in parts.values())
+    cache = torch.randint(-128, 128, (4, 1, 1, need + padding), dtype=torch.int8)
+    before = cache.clone()
+    paged = pages.StatePages(cache, parts)
+    taken = paged.take([1, 2], 99)
+    raw = cache[2, 0, 0].view(torch.uint8)
+    conv = raw[: parts["state_0"].nbytes].clone().view(torch.bfloat16).view(3, 5)
+    assert torch.equal(taken["state_0"].view(torch.int16), conv.view(torch.int16))
+    assert taken["state_1"].shape == (2, 3, 4) and taken["state_1"].dtype == torch.float32
+    paged.put([3, 0], taken)
+    assert torch.equal(cache[0, ..., :need], before[2, ..., :need])
+    assert torch.equal(cache[0, ..., need:], before[0, ..., need:])
+    assert torch.equal(cache[1:], before[1:])
+    with pytest.raises(UnsupportedError, match="want"):
+        pages.StatePages(cache[..., : need - 1], parts)
+
+
 # --- encrypted ---
 
 
@@ -745,7 +835,9 @@ def test_memory_for_what_waits_is_bounded(engine: Any, tmp_path: Any, caplog: An
     ("changes", "message"),
     [
         ({"parallel": {"decode_context_parallel_size": 2}}, "decode_context_parallel_size"),
-        ({"spec": "MambaSpec"}, "MambaSpec"),
+        ({"spec": "CrossAttentionSpec"}, "CrossAttentionSpec"),
+        ({"windows": [None, 0], "mamba_cache_mode": "none"}, "enable_prefix_caching=True"),
+        ({"windows": [None, 0], "drafts": 1}, "draft models are refused"),
         ({"dtype": torch.uint8}, "kv_cache_dtype='auto'"),
         (
             {"dtype": torch.uint8, "cache_dtype": "fp8", "calculate_kv_scales": True},

@@ -244,33 +244,46 @@ def test_the_page_has_all_settings() -> None:
     assert known == set(TierSettings.__struct_fields__) | {"locality"}
 
 
+def tier_transfer(url: Any, tier: Any = (), each: int = 2) -> dict[str, Any]:
+    """The page's configuration with a folder of its own, chunks of `each` blocks, and the worker
+    that stands in for vLLM's."""
+    transfer = tier_json()
+    transfer["kv_connector_extra_config"] |= {
+        "spec_name": "CopyingSpec",
+        "spec_module_path": "copying_spec",
+        "cpu_bytes_to_use": 1 << 24,
+        "blocks_per_chunk": each,
+    }
+    [found] = transfer["kv_connector_extra_config"]["secondary_tiers"]
+    found |= {"url": str(url), **dict(tier)}
+    return transfer
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: Any) -> Iterator[dict[str, Any]]:
-    """Engines without kvzip, and on one tier after the other."""
+def engines() -> Iterator[Any]:
     if not RUN:
         pytest.skip("needs vLLM: make test-vllm")
+    from vllm_runs import Engines
+
+    made = Engines()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def runs(engines: Any, tmp_path_factory: Any) -> dict[str, Any]:
+    """Engines without kvzip, and on one tier after the other."""
     from test_vllm_engine import DOCUMENT, OTHER, UNSEEN, make_model
-    from vllm_runs import Engines, Run
+    from vllm_runs import Run
 
     root = tmp_path_factory.mktemp("tier")
-    engines, model = Engines(), make_model(root / "made", 0)
+    model = make_model(root / "made", 0)
     other = make_model(root / "made-other", 1)
     named = root / "p.kvprofile"
     kvzip.Profile.fit([snapshot(500, 2, 64, 4)], codec="channel").save(named)
 
     def run(name: str, prompts: Any, model: Path = model, url: Any = None, **more: Any) -> Run:
-        transfer = None
-        if url is not None:
-            transfer = tier_json()
-            extra = transfer["kv_connector_extra_config"]
-            extra |= {
-                "spec_name": "CopyingSpec",
-                "spec_module_path": "copying_spec",
-                "cpu_bytes_to_use": 1 << 24,
-                "blocks_per_chunk": 2,
-            }
-            [tier] = extra["secondary_tiers"]
-            tier |= {"url": str(url), **more.pop("tier", {})}
+        transfer = None if url is None else tier_transfer(url, more.pop("tier", {}))
         return Run(engines, root / name, model, prompts, transfer=transfer, **more)
 
     found: dict[str, Any] = {"plain": run("plain", [DOCUMENT, OTHER, *UNSEEN])}
@@ -303,12 +316,40 @@ def runs(tmp_path_factory: Any) -> Iterator[dict[str, Any]]:
     found["gone"] = run("gone", [DOCUMENT], url="", tier=gone)
     found["root"] = root
     assert found["damaged"].log and found["gone"].log
-    yield found
-    engines.close()
+    return found
 
 
 def chunks_of(folder: Path) -> list[Path]:
     return [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != "about.json"]
+
+
+@pytest.mark.parametrize(("name", "each", "cached"), [("gemma3", 2, 256), ("qwen3-next", 1, 288)])
+def test_a_tier_behind_several_groups(
+    engines: Any, tmp_path: Path, name: str, each: int, cached: int
+) -> None:
+    """A prompt that begins with all of a stored one is loaded, to the end of a whole chunk: there
+    vLLM keeps windows and states. At shorter beginnings it keeps them where it is told to."""
+    from test_vllm_families import DOCUMENT, FAMILIES, LONGER, OTHER
+    from vllm_runs import Run
+
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    FAMILIES[name].make().to(torch.bfloat16).save_pretrained(model)
+
+    def run(name: str, prompts: Any, folder: str = "", every: int = 0) -> Run:
+        transfer = tier_transfer(tmp_path / folder, each=each) if folder else None
+        options = {"prefix_cache_retention_interval": every}
+        return Run(engines, tmp_path / name, model, prompts, options=options, transfer=transfer)
+
+    plain, save = run("plain", [DOCUMENT, LONGER]), run("save", [DOCUMENT], "a")
+    assert save.computed_as(plain, 0, 0)
+    load = run("load", [LONGER], "a")
+    if name == "gemma3":  # a block of the other's states is longer than what is shared
+        often, save = run("often", [DOCUMENT, OTHER], every=64), run("save-64", [DOCUMENT], "b", 64)
+        assert save.log
+        short = run("short", [OTHER], "b", 64)
+        assert short[0]["cached"] == 192 and short.computed_as(often, 0, 1)
+    assert load[0]["cached"] == cached and load.computed_as(plain, 0, 1) and not load.told
 
 
 @pytest.mark.parametrize("name", ["save", "save-pages", "gone"])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 _FULL, _SLIDING, _LATENT = "FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"
+_STATE = "MambaSpec"
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,13 @@ class Group:
     window: int | None
     """How many positions a query sees, its own included, where vLLM gives back the blocks that lie
     before; None where it keeps the blocks of all tokens."""
+    state: bool = False
+    """Whether a block holds no tokens, but the state that all tokens up to its end leave."""
 
     def needed_from(self, position: int) -> int:
         """The first token, at the beginning of a block, that is needed to go on at `position`."""
+        if self.state:
+            return max(0, position - self.block_tokens)
         if self.window is None:
             return 0
         return max(0, position - self.window + 1) // self.block_tokens * self.block_tokens
@@ -52,10 +57,15 @@ class CachedLayer:
     group: int
     kind: LayerKind
     parts: Mapping[str, tuple[int, int]]
-    """Heads and dim of each part: "k" and "v", or of MLA "latent" and "k_rope"."""
+    """Heads and dim of each part: "k" and "v", or of MLA "latent" and "k_rope"; none of states."""
+    states: tuple[PartLayout, ...] = ()
+    """What the layer keeps in place of tokens, in vLLM's order."""
 
     def layout(self, dtype: str, first: int, tokens: int) -> LayerLayout:
         """Of a document of so many tokens, of which it holds those from `first` on."""
+        if self.states:
+            named = {f"state_{n}": part for n, part in enumerate(self.states)}
+            return LayerLayout(named, tokens, "state", state_length=tokens)
         parts = {
             name: PartLayout(dtype, (heads, tokens - first, dim), "htd")
             for name, (heads, dim) in self.parts.items()
@@ -91,10 +101,11 @@ class Engine:
             spec = group.kv_cache_spec
             each = getattr(spec, "kv_cache_specs", {})  # of layers whose pages differ
             window = getattr(spec, "sliding_window", None)
+            owns = [each.get(name, spec) for name in group.layer_names]
             sliding = type(spec).__name__ == _SLIDING
-            groups.append(Group(spec.block_size, window if sliding else None))
-            for name in group.layer_names:
-                own = each.get(name, spec)
+            state = any(type(own).__name__ == _STATE for own in owns)
+            groups.append(Group(spec.block_size, window if sliding else None, state))
+            for name, own in zip(group.layer_names, owns, strict=True):
                 i = index_of(name, len(kinds))
                 if i in found:
                     raise UnsupportedError(
@@ -104,9 +115,12 @@ class Engine:
                 kind = kinds[i]
                 if sliding:
                     kind = kind._replace(kind="sliding", window=window)
+                if state:
+                    found[i] = CachedLayer(name, number, kind, {}, _states_of(own, name))
+                    continue
                 found[i] = CachedLayer(name, number, kind, _parts_of(own, config, name))
                 specs.append(own)
-        dtype = _dtype_of(specs, vllm_config)
+        dtype = _dtype_of(specs, vllm_config) if specs or not found else _model_dtype(vllm_config)
         for i, kind in enumerate(kinds):
             if i not in found and not kind.empty and split.pipeline == 1:
                 raise UnsupportedError(
@@ -114,18 +128,28 @@ class Engine:
                     f"says is of kind {kind.kind}: such models are not handled"
                 )
         layers = [found.get(i) for i in range(len(kinds)) if i in found or split.pipeline == 1]
-        latent = all(layer is None or "latent" in layer.parts for layer in layers)
-        if latent:
+        latents = ["latent" in layer.parts for layer in layers if layer is not None]
+        if all(latents):
             split = split.with_equal_tensor_ranks()
         scheduling = getattr(vllm_config, "scheduler_config", None)
         # MLA on a CPU: where prompts are not computed in chunks, attention leaves out the cache.
-        goes_on = not latent or getattr(scheduling, "enable_chunked_prefill", True)
+        goes_on = not any(latents) or getattr(scheduling, "enable_chunked_prefill", True)
         return cls(tuple(layers), tuple(groups), rope_parameters(config), dtype, split, goes_on)
 
     def most(self, tokens: int) -> int:
         """Up to which position a cache for a prompt of so many tokens can be loaded at the most:
         one is left for the model, which must compute the next one."""
         return (tokens - 1) // self.block_tokens * self.block_tokens if self.goes_on else 0
+
+    @cached_property
+    def has_states(self) -> bool:
+        """Whether some layers keep states, which are good at one position only."""
+        return any(group.state for group in self.groups)
+
+    def kept(self, tokens: int) -> int:
+        """How many first tokens of a prompt of so many are stored: all; or, where there are
+        states, those up to the last position at which vLLM keeps them and that can be loaded."""
+        return self.most(tokens) if self.has_states else tokens
 
     @cached_property
     def block_tokens(self) -> int:
@@ -137,11 +161,16 @@ class Engine:
         """Whether documents are loaded before a request is scheduled, and not layer after layer
         within its first step. What fails in a step is told to vLLM by block, which it can only
         answer to where a single group keeps the blocks of all tokens."""
-        return len(self.groups) > 1 or any(group.window is not None for group in self.groups)
+        return len(self.groups) > 1 or any(g.state or g.window is not None for g in self.groups)
+
+    def document_bytes(self, tokens: int) -> int:
+        """Bytes of so many tokens in all layers, and of the states after them."""
+        held = (layer.states for layer in self.layers if layer is not None)
+        states = sum(part.nbytes for parts in held for part in parts)
+        return self._token_bytes * tokens + states
 
     @cached_property
-    def token_bytes(self) -> int:
-        """Bytes of one token in all layers."""
+    def _token_bytes(self) -> int:
         numbers = (
             heads * dim
             for layer in self.layers
@@ -163,12 +192,12 @@ class Engine:
         where to stop at the latest. Of a document of other layers all is taken to be there: that it
         does not fit is told when it is opened."""
         stop = min(tokens // self.block_tokens * self.block_tokens, most)
-        if stop <= computed:
+        if stop <= computed or (self.has_states and stop != layout.tokens):
             return 0
         if len(layout.layers) != len(self.layers):
             return stop
         for layer, stored in zip(self.layers, layout.layers, strict=True):
-            if layer is not None and stored.parts:
+            if layer is not None and stored.parts and not layer.states:
                 needed = max(computed, self.groups[layer.group].needed_from(stop))
                 if stored.first > needed:
                     return 0
@@ -211,7 +240,7 @@ def _parts_of(spec: KVCacheSpec, config: Any, name: str) -> dict[str, tuple[int,
     if kind not in (_FULL, _SLIDING, _LATENT):
         raise UnsupportedError(
             f"the cache {name} is a {kind}, which is none of full, sliding-window or latent "
-            "attention: such models are not handled"
+            "attention, and no state: such models are not handled"
         )
     whole = getattr(spec, "tokens_per_state", 1) == 1 and not getattr(spec, "dcp_size", 0)
     packed = getattr(spec, "num_head_slots", None) or getattr(spec, "state_content_bytes", None)
@@ -223,6 +252,27 @@ def _parts_of(spec: KVCacheSpec, config: Any, name: str) -> dict[str, tuple[int,
         return {"latent": (1, latent), "k_rope": (1, spec.head_size - latent)}
     heads, dim = spec.num_kv_heads, spec.head_size
     return {"k": (heads, dim), "v": (heads, getattr(spec, "head_size_v", None) or dim)}
+
+
+def _states_of(spec: Any, name: str) -> tuple[PartLayout, ...]:
+    """What a layer of this spec keeps, [heads, rows, dim] and less. Raises UnsupportedError."""
+    if getattr(spec, "mamba_cache_mode", "") != "align":
+        raise UnsupportedError(
+            f"vLLM keeps the states of {name} at no block's end: set enable_prefix_caching=True, "
+            'and mamba_cache_mode="align" if it is set'
+        )
+    if getattr(spec, "num_speculative_blocks", 0):
+        raise UnsupportedError(f"the states of {name} are of drafts, too: draft models are refused")
+    found = []
+    for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True):
+        rows = (math.prod(shape[:-2]), *shape[-2:]) if len(shape) > 3 else tuple(shape)
+        found.append(PartLayout(dtypes.get(str(dtype)).name, rows, "hrd"[-len(rows) :]))
+    return tuple(found)
+
+
+def _model_dtype(vllm_config: VllmConfig) -> str:
+    """The format of a model's numbers, where no layer keeps keys and values."""
+    return dtypes.get(str(vllm_config.model_config.dtype)).name
 
 
 def _dtype_of(specs: list[KVCacheSpec], vllm_config: VllmConfig) -> str:
@@ -271,6 +321,8 @@ def origin_of(vllm_config: VllmConfig, settings: Settings, engine: Engine) -> Or
         "quantization": getattr(config, "quantization", None),
         "hf_overrides": getattr(config, "hf_overrides", None),
         "load_format": not usual and load_format,
+        # Of transformers' the shapes are others.
+        "states": engine.has_states and "as vLLM keeps them",
     }
     return Origin(
         model=settings.model or config.model,

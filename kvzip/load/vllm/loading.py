@@ -51,7 +51,8 @@ class LayersOf:
         """Layer i. Raises KVZipError."""
         start, stop = self._span(i)
         layer: Layer = self._document.source.decode(layers=[i], tokens=(start, stop)).layers[0]
-        if layer.layout.parts and layer.layout.stored != stop - start:
+        held = layer.layout
+        if held.parts and held.kind != "state" and held.stored != stop - start:
             raise UnsupportedError(f"its layer {i} does not hold all of the tokens")
         return layer
 

@@ -1,4 +1,4 @@
-"""One layer of vLLM's paged cache as parts of a document, read and written through strided views.
+"""One layer of vLLM's paged cache as parts of a document, read and written through views.
 
 vLLM hands a connector each layer as a tensor [blocks, heads, tokens of a block, channels]. Within a
 block and head a backend orders numbers as its kernels want them; `ARRANGEMENTS` names the orders
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kvzip.errors import UnsupportedError
+from kvzip.snapshot import PartLayout
 
 ARRANGEMENTS = {
     "halves": "a token's channels are its key, then its value; or its latent, then what is rotated",
@@ -119,9 +120,53 @@ class Pages:
 
     def settle(self) -> None:
         """Return when what was put is there, on a device whose work goes on by itself."""
-        device = next(iter(self._views.values())).device
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+        _settle(next(iter(self._views.values())).device)
+
+
+class StatePages:
+    """The states of one layer in vLLM's blocks, of which each holds one of each kind, side by side.
+
+    `cache`: [blocks, ..., bytes]. `parts`: by their names, in vLLM's order. Raises UnsupportedError
+    when the cache has another shape.
+    """
+
+    def __init__(self, cache: torch.Tensor, parts: Mapping[str, PartLayout]):
+        need = sum(part.nbytes for part in parts.values())
+        raw = cache.flatten(1) if cache.ndim > 1 else cache[:, None]
+        raw = raw.view(torch.uint8)
+        if raw.data_ptr() != cache.data_ptr() or raw.shape[1] < need:
+            raise UnsupportedError(
+                f"vLLM's cache has shape {list(cache.shape)}: want [blocks, {need:,} bytes]"
+            )
+        self._views: dict[str, torch.Tensor] = {}
+        at = 0
+        for name, part in parts.items():
+            self._views[name] = raw[:, at : at + part.nbytes]
+            at += part.nbytes
+        self._parts = dict(parts)
+
+    def take(self, blocks: Sequence[int], tokens: int) -> dict[str, torch.Tensor]:
+        """The states after the last of so many tokens in `blocks`: CPU copies."""
+        found = {}
+        for name, part in self._parts.items():
+            copied = self._views[name][blocks[-1]].cpu().clone()
+            found[name] = copied.view(getattr(torch, part.form.torch)).view(part.shape)
+        return found
+
+    def put(self, blocks: Sequence[int], parts: Mapping[str, torch.Tensor]) -> None:
+        """Fill the last of `blocks` with states."""
+        for name, view in self._views.items():
+            new = parts[name].contiguous().view(-1).view(torch.uint8)
+            view[blocks[-1]] = new.to(view.device)
+
+    def settle(self) -> None:
+        """As :meth:`Pages.settle`."""
+        _settle(next(iter(self._views.values())).device)
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _in_order(cache: torch.Tensor, arrangement: str, dims: Sequence[int]) -> Sequence[torch.Tensor]:

@@ -69,6 +69,9 @@ class _Request:
     replace: Documents
     """The documents that could not be loaded, if any."""
     saved: bool
+    junction: int = 0
+    """Where there are states: up to where vLLM has seen other prompts begin alike, and keeps the
+    states, too. That beginning is stored besides; 0 if there is none, or it was."""
     blocks: list[list[int]] = field(default_factory=list)
     """Of each group. Blocks that a window has left behind stay in the list."""
 
@@ -224,6 +227,7 @@ class Scheduler:
                 found.tokens,
                 found.documents if found.failed else (),
                 not self._may_save,
+                self._junction(request) if self._may_save else 0,
             )
             result = "hit" if external else "near_miss" if found.failed else "miss"
             metrics.count("lookups", where="vllm", result=result)
@@ -270,22 +274,54 @@ class Scheduler:
         self._loads = []
         for name, count in output.num_scheduled_tokens.items():
             known = self._requests.get(name)
-            if known is None or known.saved or computed[name] + count < len(known.token_ids):
+            if known is None:
                 continue
-            known.saved = True
-            if self._worth_saving(known):
-                spans = self._spans(known.blocks, 0, len(known.token_ids), computed[name])
-                step.saves.append(
-                    Save(name, known.token_ids, spans, self._origin, bool(known.replace))
-                )
-                self._passed_over.pop(known.replace, None)  # what is found next is written anew
+            stop, reached = self._engine.kept(len(known.token_ids)), computed[name] + count
+            if 0 < known.junction <= reached:
+                step.saves += self._saves(name, known, known.junction, computed[name], output)
+                known.junction = 0
+            if not known.saved and stop <= reached:
+                step.saves += self._saves(name, known, stop, computed[name], output)
+                known.saved = True
         if step.loads or step.saves:
             self._steps.append(step)
         return step
 
-    def _worth_saving(self, known: _Request) -> bool:
-        """Whether the store lacks enough of a prompt that is long enough."""
-        count = len(known.token_ids)
+    def _junction(self, request: Request) -> int:
+        """See :attr:`_Request.junction`."""
+        found = getattr(request, "shared_prefix_boundary", 0) if self._engine.has_states else 0
+        stop = self._engine.kept(request.num_prompt_tokens)
+        return found if found < stop and found % self._engine.block_tokens == 0 else 0
+
+    def _saves(
+        self, name: str, known: _Request, stop: int, computed: int, output: SchedulerOutput
+    ) -> list[Save]:
+        """What is to be stored of a request of which this step reaches `stop`: nothing, or its
+        tokens up to there."""
+        spans = self._spans(known.blocks, 0, stop, computed)
+        if not (self._worth_saving(known, stop) and self._have_states(spans, output, name, stop)):
+            return []
+        self._passed_over.pop(known.replace, None)  # what is found next is written anew
+        return [Save(name, known.token_ids[:stop], spans, self._origin, bool(known.replace))]
+
+    def _have_states(
+        self, spans: list[Span], output: SchedulerOutput, name: str, stop: int
+    ) -> bool:
+        """Let spans name the blocks that hold states at `stop`; whether there are all. vLLM says at
+        each step which block will hold a request's state at which position."""
+        if not self._engine.has_states:
+            return True
+        offered = output.kv_connector_block_state.boundary_state_offloads.get(name, ())
+        blocks = {group: block for group, block, tokens in offered if tokens == stop}
+        for number, group in enumerate(self._engine.groups):
+            if group.state:
+                if number not in blocks:
+                    return False
+                spans[number] = Span(stop - group.block_tokens, [blocks[number]])
+        return True
+
+    def _worth_saving(self, known: _Request, count: int) -> bool:
+        """Whether the store lacks enough of the first `count` tokens, and these are enough."""
         if count < self._settings.min_tokens:
             return False
         return count - known.known >= max(1, self._settings.min_new * count)
@@ -334,7 +370,7 @@ class Scheduler:
         revision = changed(self._origin.revision, {"weights since": uuid.uuid4().hex})
         self._origin = msgspec.structs.replace(self._origin, revision=revision)
         for known in self._requests.values():
-            known.saved = True  # what is under way may rest on the weights before
+            known.saved, known.junction = True, 0  # this may rest on the weights before
         for _, future in self._lookups.values():
             future.cancel()
         self._lookups.clear()

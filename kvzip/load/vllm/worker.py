@@ -44,7 +44,7 @@ class Worker:
     ):
         self._settings, self._engine, self._store = settings, engine, store
         self._profile, self._part, self._stores = profile, part, stores
-        self._pages: list[pages.Pages | None] = []
+        self._pages: list[pages.Pages | pages.StatePages | None] = []
         self._number = {layer.name: i for i, layer in enumerate(engine.layers) if layer}
         self._step: StepLoads | None = None
         self._background = BackgroundLoads(engine, self._open, self._put_at_once)
@@ -64,6 +64,9 @@ class Worker:
                 self._pages.append(None)
                 continue
             own, cache = context[layer.name], caches[layer.name]
+            if layer.states:
+                self._pages.append(pages.StatePages(cache, layer.layout("", 0, 0).parts))
+                continue
             arrangement = pages.arrangement_of(
                 own.attn_backend.get_name(), getattr(own, "isa", None), cache.element_size()
             )
@@ -138,7 +141,7 @@ class Worker:
         if self._invalid or not self._stores:
             return
         for save in saves:
-            need = self._engine.token_bytes * len(save.token_ids)
+            need = self._engine.document_bytes(len(save.token_ids))
             if self._reserve(need):
                 self._writer.submit(self._write, save, self._copied(save), need)
 
@@ -153,8 +156,9 @@ class Worker:
             span, size = save.spans[layer.group], engine.groups[layer.group].block_tokens
             blocks = span.blocks[: -(-(count - span.start) // size)]
             taken = own.take(blocks, count - span.start)
-            bits = {name: dtypes.as_bits(t, engine.dtype)[0] for name, t in taken.items()}
-            found.append(Layer(bits, engine.layer_layout(i, span.start, count)))
+            layout = engine.layer_layout(i, span.start, count)
+            bits = {n: dtypes.as_bits(t, layout.part(n).dtype)[0] for n, t in taken.items()}
+            found.append(Layer(bits, layout))
         return found
 
     def _reserve(self, need: int) -> bool:
