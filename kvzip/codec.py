@@ -91,8 +91,7 @@ class Codec(ABC):
 
     def get_config(self) -> dict[str, Any]:
         """The settings as JSON values, with the codec's name under "id"."""
-        names = list(inspect.signature(type(self)).parameters)
-        return {"id": self.codec_id} | {name: getattr(self, name) for name in names}
+        return {"id": self.codec_id} | {n: getattr(self, n) for n in _settings(type(self))}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Codec:
@@ -100,7 +99,7 @@ class Codec(ABC):
         settings = {k: v for k, v in config.items() if k != "id"}
         if not settings:
             return cls()
-        known = inspect.signature(cls).parameters
+        known = _settings(cls)
         if unknown := sorted(set(settings) - set(known)):
             raise UnsupportedError(
                 f"codec {cls.codec_id!r} has no setting {unknown[0]!r}; it has: "
@@ -234,6 +233,12 @@ class Codec(ABC):
     ) -> Any:
         """What :meth:`kvzip.Profile.fit` gives for this codec. Default: UnsupportedError."""
         raise UnsupportedError(f"codec {cls.codec_id!r} learns nothing: it has no profiles")
+
+
+@cache
+def _settings(cls: type[Codec]) -> tuple[str, ...]:
+    """The names of a codec's settings."""
+    return tuple(inspect.signature(cls).parameters)
 
 
 _registered: dict[str, type[Codec]] = {}

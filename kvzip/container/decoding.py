@@ -27,6 +27,7 @@ from kvzip.layout import LayerLayout
 from kvzip.options import items
 from kvzip.snapshot import Layer, Snapshot
 
+Spare = dict[tuple[tuple[int, ...], np.dtype[Any]], list[Bits]]
 _NOTHING = slice(0)
 _WIDEST = 8
 """Bytes of the widest numbers."""
@@ -100,6 +101,8 @@ class Decoding:
             new_places(blocks, request) if out is None else given_places(blocks, request, out)
         )
         self._tables: dict[Key, tuple[memoryview, Any]] = {}
+        self._spare: Spare = {}
+        """Memory that blocks were decoded into of which not all was asked for."""
 
     def jobs(self, workers: int) -> list[tuple[int | None, Callable[[], Sequence[int]]]]:
         """What decodes the request, for so many workers: jobs that return the rows that they have
@@ -114,11 +117,22 @@ class Decoding:
             rows = list(itertools.chain.from_iterable(by_part.values()))
             threaded = self.blocks.codecs.threaded
             threads = workers if threaded else 1
+            some = [] if self.request.whole else [r for r in rows if not self._has_place(r)]
+            if some:
+                rows = sorted({*rows}.difference(some))
             jobs += [
                 (None, partial(self._decode_rows, codec, batch, threads))
                 for batch in plan.batches(rows, workers, threaded)
+                + plan.batches(some, workers, threaded, beside=True)
             ]
         return jobs
+
+    def _has_place(self, row: int) -> bool:
+        """Whether all of a block's numbers go into the result's memory."""
+        index = self.blocks.index
+        place = self._places[index.key[row]]
+        offset = index.position[row] - place.first
+        return 0 <= offset <= place.array.shape[2] - index.tokens[row]
 
     def raw_bytes(self, rows: Iterable[int]) -> int:
         """How many raw bytes of these blocks were asked for."""
@@ -142,7 +156,10 @@ class Decoding:
         targets: Iterable[Target] = self._targets(rows)
         if threads == 1:  # nobody waits for the first: preparing all at once stays in the caches
             targets = iter([*targets])
-        fill(self.blocks, codec, targets, min(threads, len(rows)))
+        for target in fill(self.blocks, codec, targets, min(threads, len(rows))):
+            if target.beside is not None:
+                out = target.out
+                self._spare.setdefault((out.shape, out.dtype), []).append(out)
         return rows
 
     def _decode_chain(self, rows: list[int]) -> Sequence[int]:
@@ -201,7 +218,7 @@ class Decoding:
                     cut = slice(max(0, -offset), min(tokens, room - offset))
                     beside = array[:, :, offset + cut.start : offset + cut.stop]
             if out is None:
-                out = _empty_block(blocks, row)
+                out = _empty_block(blocks, row, self._spare)
             context = blocks.context(row, loaded, *more)
             yield Target(blocks.stored(row, thorough), out, context, row, stored, beside, cut)
 
@@ -213,20 +230,20 @@ def new_places(blocks: Blocks, request: Request) -> dict[Key, Place]:
     """One piece of new memory for all parts: a large one gets large pages, and faults less often.
     Raises KVZipError when there is not enough."""
     extents = plan.extents(blocks.layout, blocks.header.block_tokens, request)
-    forms = [blocks.part(extent.key).form for extent in extents]
+    forms = [blocks.layout.layers[i].parts[name].form for (i, name), _, _ in extents]
     sizes = [
         math.prod(extent.shape) * form.itemsize for extent, form in zip(extents, forms, strict=True)
     ]
-    room = [size + -size % _WIDEST for size in sizes]  # each begins where its numbers may lie
+    # Each begins where its numbers may lie.
+    starts = [0, *itertools.accumulate([size + -size % _WIDEST for size in sizes])]
     try:
-        memory = np.empty(sum(room) // _WIDEST, np.uint64).view(np.uint8)
+        memory = np.empty(starts[-1] // _WIDEST, np.uint64)
     except MemoryError:
         raise KVZipError(f"not enough memory for {sum(sizes):,} bytes") from None
-    places, at = {}, 0
-    for (key, shape, first), form, size, taken in zip(extents, forms, sizes, room, strict=True):
-        places[key] = Place(memory[at : at + size].view(form.uint).reshape(shape), first)
-        at += taken
-    return places
+    return {
+        key: Place(np.ndarray(shape, form.uint, memory, at), first)
+        for (key, shape, first), form, at in zip(extents, forms, starts, strict=False)
+    }
 
 
 def given_places(blocks: Blocks, request: Request, out: Sequence[Any]) -> dict[Key, Place]:
@@ -310,18 +327,23 @@ def _overlaps_itself(array: Bits) -> bool:
     return bool((np.diff(np.sort(places)) < array.itemsize).any())
 
 
-def _empty_block(blocks: Blocks, row: int) -> Bits:
-    """Memory for a block's numbers that nobody gave."""
+def _empty_block(blocks: Blocks, row: int, spare: Spare) -> Bits:
+    """Memory for a block's numbers that nobody gave; spare one, where one is of its size: new pages
+    take longer to be had than the fastest codec takes to decode into them."""
     part = blocks.part(blocks.index.key[row])
     batch, heads, _, dim = part.block_shape
-    return np.empty((batch, heads, blocks.index.tokens[row], dim), part.form.uint)
+    shape, numbers = (batch, heads, blocks.index.tokens[row], dim), part.form.uint
+    try:
+        return spare[shape, numbers].pop()
+    except (KeyError, IndexError):
+        return np.empty(shape, numbers)
 
 
 # --- decoding and blame ----------------------------------------------------------------------
 
 
-def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int = 1) -> None:
-    """Decode blocks of one codec that do not need each other, and check their numbers.
+def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int = 1) -> list[Target]:
+    """Decode blocks of one codec that do not need each other, and check their numbers; the blocks.
 
     Raises CorruptError that names the block, or its tables where those are to blame; KVZipError for
     a codec that leaves blocks out.
@@ -349,7 +371,7 @@ def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int =
         if len(work) > 1:
             for target in [*work, *targets]:
                 fill(blocks, codec, [target])  # one of them tells more
-            return
+            return work
         _blame_stored(blocks, work[0])
         raise CorruptError(f"{blocks.index.name(work[0].row)}: {error}") from None
     if not all_taken or len(found) != len(work):
@@ -364,6 +386,7 @@ def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int =
     for target in work:
         if target.beside is not None:
             target.beside[...] = target.out[:, :, target.cut]
+    return work
 
 
 def check_block(blocks: Blocks, row: int) -> None:
@@ -371,7 +394,7 @@ def check_block(blocks: Blocks, row: int) -> None:
     what is wrong with it, if anything is."""
     key = blocks.index.key[row]
     stored, loaded = blocks.tables(key)
-    out, context = _empty_block(blocks, row), blocks.context(row, loaded)
+    out, context = _empty_block(blocks, row, {}), blocks.context(row, loaded)
     fill(blocks, blocks.codecs[key], [Target(blocks.stored(row), out, context, row, stored)])
 
 

@@ -28,6 +28,8 @@ class Request(NamedTuple):
     """The numbers of layers, from 0 on, in the order in which they are asked for."""
     cuts: Mapping[int, LayerLayout]
     """For each of these layers, what is wanted of it."""
+    whole: bool = False
+    """Whether that is known to be all of each."""
 
     def raw_bytes(self, index: Index, rows: Iterable[int]) -> int:
         """How many raw bytes of these blocks are wanted; none of those in other layers."""
@@ -60,11 +62,17 @@ def requested(layout: Layout, layers: Iterable[Any] | None = None, tokens: Any =
         wanted = [_layer_number(i, count) for i in given]
     whole = {i: layout.layers[i] for i in wanted}
     if tokens is None:
-        return Request(wanted, whole)
+        return Request(wanted, whole, True)
     begin, end = _token_range(tokens)
     if not 0 <= begin <= end <= layout.tokens:
         raise UsageError(f"tokens {begin}:{end} are not within 0:{layout.tokens}")
-    return Request(wanted, {i: _cut(i, layer, begin, end) for i, layer in whole.items()})
+    cuts: dict[int, LayerLayout] = {}
+    found: dict[int, LayerLayout] = {}  # most layers are one object
+    for i, layer in whole.items():
+        if id(layer) not in found:
+            found[id(layer)] = _cut(i, layer, begin, end)
+        cuts[i] = found[id(layer)]
+    return Request(wanted, cuts)
 
 
 def _cut(i: int, layer: LayerLayout, begin: int, end: int) -> LayerLayout:
@@ -172,12 +180,16 @@ def last_uses(index: Index, needs: Needs) -> dict[Key, int]:
     return found
 
 
-def batches(rows: Sequence[int], workers: int, threaded: bool) -> list[Sequence[int]]:
+def batches(
+    rows: Sequence[int], workers: int, threaded: bool, beside: bool = False
+) -> list[Sequence[int]]:
     """Rows that are decoded by one job, for so many workers. `threaded`: whether a job has threads
-    of its own."""
+    of its own. `beside`: whether they are decoded into memory that the next job uses again."""
     # A few to a job: handing over a job takes as long as a block of the fastest codec. Jobs with
     # threads come one after the other: they decode what comes as it comes.
     size = 64 if threaded else max(1, min(16, len(rows) // (4 * workers)))
+    if beside:
+        size = min(size, 4 * workers)
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 

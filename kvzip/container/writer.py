@@ -307,11 +307,12 @@ def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | No
     if not isinstance(layout, Layout):
         raise UsageError(f"the layout is {layout!r}: it must be a Layout or a Snapshot")
     block_tokens = _block_tokens(block_tokens, layout, codec)
-    codecs = Codecs.choose(codec, layout)
+    codecs, stored = Codecs.choose(codec, layout), StoredLayout.of(layout)
+    settings = json_value("the codec's settings", codec.get_config())
     header = Header(
-        StoredLayout.of(layout),
+        stored,
         Origin() if snapshot is None else snapshot.origin,
-        json_value("the codec's settings", codec.get_config()),
+        settings,
         block_tokens,
         WRITER,
         profile=_SHA256,
@@ -319,36 +320,44 @@ def largest_size(shapes: Layout | Snapshot, codec: Codec, block_tokens: int | No
         other_codecs=codecs.described(),
     )
     header_length = len(as_json("the header", header)) + (_MOST_ORIGIN if snapshot is None else 0)
-    grids = _grids_at_most(codecs, layout) if may_use_grids(codec, None) else {}
-    header_length += sum(length for length, _ in grids.values())
+    of_grid = _MOST_OF_GRID + 2 * len(repr(settings)) if may_use_grids(codec, None) else None
+    known: dict[tuple[int, ...], tuple[int, int, int]] = {}  # most layers are alike
+    count = size = 0
+    for i, number in enumerate(stored.layers):
+        layer = stored.distinct[number]
+        stored_by = {name: codecs[i, name] for name in layer.parts}
+        same = number, *map(id, stored_by.values())
+        if same not in known:
+            alone = Layout(layout.dtype, (layer,))
+            known[same] = _largest_layer(alone, stored_by, block_tokens, of_grid)
+        words, rows, length = known[same]
+        header_length, count, size = header_length + words, count + rows, size + length
     ids = math.prod(layout.ids_shape)
     if snapshot is not None and snapshot.token_ids is not None:
         ids = snapshot.token_ids.size
-    size = start_length(header_length, 4 * ids, entry_count(layout, block_tokens))
+    return start_length(header_length, 4 * ids, count) + size
+
+
+def _largest_layer(
+    layout: Layout, stored_by: Mapping[str, Codec], block_tokens: int, of_grid: int | None
+) -> tuple[int, int, int]:
+    """An upper bound of what the header says of the grids of a layer, which is all of the layout;
+    how many entries the layer has; and an upper bound of their bytes. `of_grid`: bytes of what the
+    header says of a part's grid, but for the part's name; None where no part is on one."""
+    words = count = size = 0
+    (layer,) = layout.layers
     for entry in entries(layout, block_tokens):
-        part, stored_by = layout.layers[entry.layer].parts[entry.part], codecs[entry.key]
+        name = entry.part
+        part, codec = layer.parts[name], stored_by[name]
+        on_grid = of_grid is not None and may_be_on_grid(part)
         if entry.tables:
-            most = stored_by.max_tables_size(part.block_shape, part.form)
-            size += aligned(max(most, grids.get(entry.key, (0, 0))[1]))
+            most = codec.max_tables_size(part.block_shape, part.form)
+            if of_grid is not None and on_grid:
+                words += of_grid + 6 * len(name)
+                most = max(most, GridCodec.most_tables(codec, part, layer.kind, name))
         else:
             raw = entry.tokens * part.line_bytes
-            most = stored_by.max_encoded_size(raw)
-            size += aligned(max(most, 1 + raw) if entry.key in grids else most)
-    return size
-
-
-def _grids_at_most(codecs: Codecs, layout: Layout) -> dict[Key, tuple[int, int]]:
-    """For each part that may be on a grid an upper bound of what the header then says of it, and of
-    its tables, in bytes."""
-    found: dict[Key, tuple[int, int]] = {}
-    known: dict[Any, tuple[int, int]] = {}  # most layers are alike
-    settings = len(repr(codecs.own.get_config()))
-    for i, name, part in layout.parts():
-        if may_be_on_grid(part):
-            rest, kind = codecs[i, name], layout.layers[i].kind
-            same = id(rest), kind, name, part
-            if same not in known:
-                said = _MOST_OF_GRID + 6 * len(name) + 2 * settings
-                known[same] = said, GridCodec.most_tables(rest, part, kind, name)
-            found[i, name] = known[same]
-    return found
+            most = codec.max_encoded_size(raw)
+            most = max(most, 1 + raw) if on_grid else most
+        count, size = count + 1, size + aligned(most)
+    return words, count, size
