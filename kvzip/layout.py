@@ -287,16 +287,17 @@ class LayerLayout(
 
 def _wrong_axes(axes: str, shape: tuple[int, ...]) -> str | None:
     """What of a part's axes and shape does not fit, in words; None where all does."""
-    if unknown := sorted(set(axes) - set(_AXES)):
-        return f"there is no axis {unknown[0]!r}; there are {', '.join(_AXES)}"
-    if len(axes) != len(shape):
-        return "there must be a letter for each size"
-    if len(axes) != len(set(axes)):
-        return "no axis can be there twice"
-    if {"t", "r"} <= set(axes):
-        return "it has tokens, t, or rows, r, and not both"
-    if axes.find("b") > 0:
-        return "the batch, b, comes first"
+    if axes != _AS_KV.get(len(shape)):  # as most are
+        if unknown := sorted(set(axes) - set(_AXES)):
+            return f"there is no axis {unknown[0]!r}; there are {', '.join(_AXES)}"
+        if len(axes) != len(shape):
+            return "there must be a letter for each size"
+        if len(axes) != len(set(axes)):
+            return "no axis can be there twice"
+        if {"t", "r"} <= set(axes):
+            return "it has tokens, t, or rows, r, and not both"
+        if axes.find("b") > 0:
+            return "the batch, b, comes first"
     if min(shape, default=0) < 0 or max(shape, default=0) > _MOST:
         return f"sizes are from 0 to {_MOST}"
     return None

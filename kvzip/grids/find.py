@@ -165,17 +165,22 @@ class _Search:
         sample, column = self._sample(group, within)
         size = sample.shape[-1]
         grid = Grid(self.wide, code, (0, size), "fp32", (1, size))
-        codes, scales = fit(sample, grid)
-        widened = np.empty_like(sample)
-        widen_codes(grid, codes, scales, widened)
-        share = (widened == sample).mean((1, 2))
-        good = np.bincount(column, share >= 0.85, columns) / np.bincount(column, None, columns)
-        first, last = _longest(good >= _PIECES_ON_GRID)
+        share = np.ones(len(sample))
+        # Pieces go round the columns. After so many rounds it shows of what is on no such grid that
+        # it is on none, whatever the others are.
+        enough = (len(sample) // (4 * columns) + 1) * columns
+        for pieces in (enough, len(sample)):
+            codes, scales = fit(sample[:pieces], grid)
+            widened = np.empty_like(sample[:pieces])
+            widen_codes(grid, codes, scales, widened)
+            share[:pieces] = (widened == sample[:pieces]).mean((1, 2))
+            good = np.bincount(column, share >= 0.85, columns) / np.bincount(column, None, columns)
+            first, last = _longest(good >= _PIECES_ON_GRID)
+            start, stop = begin + first * group[1], min(begin + last * group[1], end)
+            if 2 * (stop - start) < self.channels:
+                return None
         on = (column >= first) & (column < last)
-        start, stop = begin + first * group[1], min(begin + last * group[1], end)
-        if 2 * (stop - start) < self.channels or share[on].mean() < _ON_GRID:
-            return None
-        return _Candidate(code, group, (start, stop))
+        return _Candidate(code, group, (start, stop)) if share[on].mean() >= _ON_GRID else None
 
     def _sample(
         self, group: tuple[int, int], within: tuple[int, int]

@@ -21,6 +21,7 @@ from support import make_snapshot, random_bits
 
 import kvzip
 from kvzip import LayerLayout, Layout, Origin, Snapshot
+from kvzip.codecs import _native
 from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError
 from kvzip.store import Store
 
@@ -514,6 +515,28 @@ def test_arrays_to_decode_into_lie_apart():
         with pytest.raises(UsageError, match="twice"):
             kvzip.decode(blob, out=[bad[:2], bad[2:]])
     assert kvzip.decode(blob, out=[odd[:2], odd[2:]]) == snapshot
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=300)
+def test_arrays_that_share_memory_are_said_to_be_close(seed):
+    rng, arrays = np.random.default_rng(seed), []
+    memory = np.zeros(rng.integers(50, 400), np.uint16)
+    for shape, steps in zip(rng.integers(0, 4, (4, 4)), rng.integers(-12, 13, (4, 4)), strict=True):
+        reach = steps * np.maximum(shape - 1, 0)
+        low, high = int(-reach[reach < 0].sum()), int(reach[reach > 0].sum())
+        if low + high < memory.size:
+            begin = low + int(rng.integers(memory.size - low - high))
+            arrays.append(np.ndarray(shape, np.uint16, memory, 2 * begin, 2 * steps))
+    groups = _native.close_to_each_other(arrays)
+    group_of = {i: n for n, group in enumerate(groups) for i in group}
+    for i, array in enumerate(arrays):
+        strides = np.array(array.strides)
+        places = [int(strides @ at) for at in np.ndindex(array.shape)]
+        assert i in group_of or len({*places}) == len(places)
+        for j in range(i):
+            if np.shares_memory(array, arrays[j]):
+                assert group_of[i] == group_of[j]
 
 
 @pytest.mark.parametrize("codec", [{}, {"name": "zstd"}, {"codec": "zstd", "level": 3}])
