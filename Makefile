@@ -21,7 +21,7 @@ WITHIN_docs := docs
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks tsan free-threaded bench figures links traffic redraw measured qwen3-4b scaling clean
+.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks large tsan free-threaded bench figures links traffic redraw measured qwen3-4b scaling clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -65,6 +65,11 @@ soak: $(TEST)
 ROUNDS ?= 10000
 leaks: $(TEST)
 	$(BIN)/python tests/soak/leaks.py --rounds $(ROUNDS)
+
+# Files beyond 4 GiB, and a part of more than 2^31 numbers (tests/soak/large.py): 10 GB of memory, 18 GB of disk in FOLDER.
+FOLDER ?= build
+large: $(TEST)
+	$(BIN)/python tests/soak/large.py --folder $(FOLDER)
 
 # ThreadSanitizer over the compiled module while many threads use the same things (tests/soak/threads.py), for so many SECONDS.
 # First it must see a race that there is. Needs g++ with its libtsan, and setarch (util-linux).

@@ -24,7 +24,8 @@ struct Record {
   std::uint32_t start, tokens;
   std::uint64_t offset, length, stored_checksum, raw_checksum;
 };
-static_assert(sizeof(Record) == 48 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+static_assert(sizeof(Record) == 48 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+              "kvzip is for little-endian processors");
 constexpr char kNotInOrder[] = "the blocks do not follow each other without gap or overlap";
 enum Kind : std::uint8_t { kBlock = 0, kTables = 1 };
 

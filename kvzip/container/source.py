@@ -87,7 +87,7 @@ class Memory:
         self.size = len(self._data)
 
     def read(self, offset: int, length: int) -> memoryview:
-        return memoryview(self._data[offset : offset + length])
+        return self._data[offset : offset + length].data
 
 
 @contextmanager
