@@ -252,7 +252,9 @@ class Sealed:
         body = source.size - HEADER
         self._chunks = -(-body // (CHUNK + TAG))
         self.size = body - TAG * self._chunks
-        if self._chunks < 1 or self.size < CHUNK * (self._chunks - 1):
+        # Only of an empty file the last chunk is empty; one would not be read, and show no cut.
+        least = CHUNK * (self._chunks - 1) + (self._chunks > 1)
+        if self._chunks < 1 or self.size < least:
             raise CorruptError("the sealed file is cut short")
         self._kept: dict[int, bytes] = {}
         self._lock = Lock()

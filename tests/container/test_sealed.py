@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import cache_like
 
@@ -112,6 +112,7 @@ def test_every_flipped_bit_is_an_error(size):
 
 
 @given(size=SIZES, length=st.floats(0, 1))
+@example(size=CHUNK + 1, length=1.0)  # nothing but a tag is left of the last chunk
 @settings(max_examples=60, deadline=None)
 def test_every_cut_and_every_byte_more_is_an_error(size, length):
     sealed = seal(noise(size), KEY)
