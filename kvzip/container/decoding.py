@@ -153,9 +153,9 @@ class Decoding:
 
     def _decode_rows(self, codec: Codec, rows: Sequence[int], threads: int) -> Sequence[int]:
         """Decode blocks of one codec that need no other; return them."""
-        targets: Iterable[Target] = self._targets(rows)
-        if threads == 1:  # nobody waits for the first: preparing all at once stays in the caches
-            targets = iter([*targets])
+        targets = self._targets(rows)
+        if threads == 1 and getattr(self.blocks.source, "in_memory", False):
+            targets = iter([*targets])  # all at once, while Python's code is in the caches
         for target in fill(self.blocks, codec, targets, min(threads, len(rows))):
             if target.beside is not None:
                 out = target.out
