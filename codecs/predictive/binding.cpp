@@ -160,14 +160,30 @@ class PredictiveChain {
 
  private:
   double bits(const Intervals& intervals, std::size_t n) const {
-    double sum = 0;
+    // Products side by side, so that none waits for the one before; one of so many shares of 24
+    // bits fits a double. Logarithms are taken of what is left when their exponents are counted.
+    constexpr std::size_t kProducts = 8, kShares = 32;
     const double escape = std::ldexp(double(kEscape), -kCdfBits - chain_.format().bits());
-    for (std::size_t i = 0; i < n;) {
-      // A product of so many shares of 24 bits fits a double.
-      double product = 1;
-      for (const std::size_t end = std::min<std::size_t>(n, i + 32); i < end; ++i)
-        product *= intervals.size[i] ? double(intervals.size[i]) / kCdf : escape;
-      sum -= std::log2(product);
+    const auto share = [&](std::size_t i) {
+      const auto size = std::int32_t(intervals.size[i]);
+      return size ? double(size) / kCdf : escape;
+    };
+    double sum = 0;
+    std::size_t i = 0;
+    while (i < n) {
+      double product[kProducts];
+      std::fill_n(product, kProducts, 1.0);
+      for (std::size_t k = 0; k < kShares && i + kProducts <= n; ++k, i += kProducts)
+        for (std::size_t p = 0; p < kProducts; ++p) product[p] *= share(i + p);
+      if (n - i < kProducts)
+        for (std::size_t p = 0; i < n; ++i, ++p) product[p] *= share(i);
+      double all = 1;
+      for (double p : product) {
+        int exponent;
+        all *= std::frexp(p, &exponent);
+        sum -= exponent;
+      }
+      sum -= std::log2(all);
     }
     return sum;
   }

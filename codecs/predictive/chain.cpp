@@ -46,19 +46,33 @@ Intervals Chain::measure(const Block<const T>& numbers, std::uint32_t* counts) {
   const Part& p = layer.part[part()];
   const Kernels& kernels = predictive::kernels();
   begin(kernels);
-  const std::size_t room = total_ * p.channels() + kTile;
-  intervals_.resize(2 * room);
-  const Intervals intervals{intervals_.data(), intervals_.data() + room};
+  take_intervals(p.channels());
   if constexpr (sizeof(T) == 1)
-    kernels.model8(model_.model(), layer, part(), format_, tokens_, numbers, intervals, counts);
-  else kernels.model16(model_.model(), layer, part(), format_, tokens_, numbers, intervals, counts);
-  end();
-  return intervals;
+    kernels.model8(model_.model(), layer, part(), format_, tokens_, numbers, intervals_, counts);
+  else
+    kernels.model16(model_.model(), layer, part(), format_, tokens_, numbers, intervals_, counts);
+  end(kernels);
+  return intervals_;
+}
+
+// Room for a part's intervals, in place of those that were not kept.
+void Chain::take_intervals(std::size_t channels) {
+  drop_intervals();
+  std::size_t all = 0;
+  for (std::size_t i = layer(); i < model_.layers(); ++i)
+    all += 8 * (total_ * model_.layer(i).width + 2 * kTile);
+  room_ = total_ * channels + kTile;
+  auto* const start = static_cast<std::uint32_t*>(stack_.push(8 * room_, all));
+  intervals_ = {start, start + room_};
+}
+void Chain::drop_intervals() {
+  if (room_) stack_.pop(8 * room_);
+  room_ = 0;
 }
 
 void Chain::keep() {
-  kept_.push_back({(next_ - 1) / 2, int((next_ - 1) % 2), std::move(intervals_), at_, tiles_});
-  intervals_ = {};
+  kept_.push_back({(next_ - 1) / 2, int((next_ - 1) % 2), room_, intervals_, at_, tiles_});
+  room_ = 0;
 }
 
 std::vector<std::vector<std::uint8_t>> Chain::encode() {
@@ -67,20 +81,20 @@ std::vector<std::vector<std::uint8_t>> Chain::encode() {
   const std::size_t lanes = model_.layer(0).lanes;
   std::vector<std::uint64_t> states(total_ * lanes, kLow);
   std::vector<std::uint32_t> words;
+  drop_intervals();
   for (std::size_t i = kept_.size(); i-- > 0;) {
     Kept& kept = kept_[i];
     const Layer& layer = model_.layer(kept.layer);
     const Part& part = layer.part[kept.part];
-    const std::size_t room = kept.intervals.size() / 2, first = i ? 0 : round16(8 * states.size());
+    const std::size_t first = i ? 0 : round16(8 * states.size());
     const std::size_t streams =
         kept.tiles.empty() ? 0 : kept.tiles.back().stream + kept.tiles.back().streams();
     std::vector<std::uint16_t> counts(round16(2 * streams * lanes) / 2);
     // At most a word for each number, and one that is written before it is known whether it counts.
     words.resize(total_ * part.channels() + 1);
-    const std::size_t n = kvzip::predictive::encode(
+    const std::size_t n = predictive::kernels().encode(
         part, format_, layer.group, lanes, kept.at.data(), kept.tiles.data(), kept.tiles.size(),
-        {kept.intervals.data(), kept.intervals.data() + room}, states.data(), counts.data(),
-        words.data() + words.size());
+        kept.intervals, states.data(), counts.data(), words.data() + words.size());
     std::vector<std::uint8_t>& out = parts[i];
     out.resize(first + 2 * counts.size() + 4 * n);
     if (first) std::memcpy(out.data(), states.data(), 8 * states.size());
@@ -88,6 +102,7 @@ std::vector<std::vector<std::uint8_t>> Chain::encode() {
                 out.data() + first);
     std::copy_n(reinterpret_cast<const std::uint8_t*>(words.data() + words.size() - n), 4 * n,
                 out.data() + first + 2 * counts.size());
+    stack_.pop(8 * kept.room);
     kept = {};
   }
   kept_.clear();
@@ -134,7 +149,7 @@ bool Chain::decode(Span<std::uint8_t> bytes, const Block<T>& numbers) {
   if constexpr (sizeof(T) == 1)
     good = kernels.decode8(model_.model(), layer, part(), format_, tokens_, numbers, coded);
   else good = kernels.decode16(model_.model(), layer, part(), format_, tokens_, numbers, coded);
-  end();
+  end(kernels);
   // A writer's states end where a reader's begin.
   if (next_ == 2 * model_.layers())
     good = good &&
@@ -147,15 +162,14 @@ std::size_t Chain::streams() const {
 }
 
 // The input of a tile: a word of 4 bytes for each group of inputs and token.
-void Chain::pack(const Tile& tile, std::uint32_t* to) const {
+void Chain::pack(const Tile& tile, const Kernels& kernels, std::uint32_t* to) const {
   for (std::size_t l : model_.inputs(layer())) {
     const std::size_t blocks = model_.layer(l).blocks;
-    const std::uint32_t* from = inputs_.at(l).data();
-    for (std::size_t t = 0; t < kTile; ++t) {
-      const std::uint32_t* row =
-          from + at_[tile.start + std::min<std::size_t>(t, tile.count - 1)] * blocks;
-      for (std::size_t b = 0; b < blocks; ++b) to[b * kTile + t] = row[b];
-    }
+    const std::uint32_t* const from = inputs_.at(l).data();
+    const std::uint32_t* rows[kTile];
+    for (std::size_t t = 0; t < kTile; ++t)
+      rows[t] = from + at_[tile.start + std::min<std::size_t>(t, tile.count - 1)] * blocks;
+    kernels.to_columns(rows, blocks, to);
     to += blocks * kTile;
   }
 }
@@ -175,16 +189,16 @@ void Chain::arrange(const Layer& layer, const Kernels& kernels) {
   cut(0, total_, 0);
   if (layer.regions == 1) return;
   std::vector<std::uint8_t> region(total_);
-  std::vector<std::uint32_t> packed(layer.inputs / 4 * kTile);
+  Aligned<std::uint32_t> packed(layer.inputs / 4 * kTile);
   for (const Tile& tile : tiles_) {
-    pack(tile, packed.data());
+    pack(tile, kernels, packed.data());
     std::int32_t best[kTile];
     alignas(64) std::int32_t sums[4][kTile];
     std::uint8_t* const found = region.data() + tile.start;
     for (std::size_t r = 0; r < layer.regions; ++r) {
       if (r % 4 == 0)
         kernels.products(packed.data(), layer.centre + r * layer.inputs, layer.inputs / 4,
-                         kernels.in_order ? layer.centre_order + r / 4 : nullptr,
+                         layer.inputs * 4, kernels.in_order ? layer.centre_order + r / 4 : nullptr,
                          model_.centre_start(this->layer()) + r, tile.count, sums);
       for (std::size_t t = 0; t < tile.count; ++t) {
         const std::int32_t score = sums[r % 4][t] + layer.centre_bias[r];
@@ -211,7 +225,8 @@ void Chain::begin(const Kernels& kernels) {
   arrange(layer, kernels);
   const std::size_t size = layer.inputs / 4 * kTile, own = layer.blocks * kTile;
   packed_.resize(tiles_.size() * size);
-  for (std::size_t i = 0; i < tiles_.size(); ++i) pack(tiles_[i], packed_.data() + i * size);
+  for (std::size_t i = 0; i < tiles_.size(); ++i)
+    pack(tiles_[i], kernels, packed_.data() + i * size);
   residual_.assign(tiles_.size() * own, 0x80808080u);
   output_.assign(tiles_.size() * own, 0x80808080u);
   turn_.resize(3 * layer.part[0].pairs * kTile);
@@ -222,21 +237,24 @@ void Chain::begin(const Kernels& kernels) {
   tokens_.input = packed_.data();
   tokens_.residual = residual_.data();
   tokens_.output = output_.data();
+  numbers_.resize(std::max(layer.part[0].channels(), layer.part[1].channels()) * kTile);
   tokens_.turn = turn_.data();
+  tokens_.numbers = numbers_.data();
 }
 
-void Chain::end() {
+void Chain::end(const Kernels& kernels) {
   const std::size_t i = layer();
   if (next_++ % 2 == 0) return;
   if (model_.last_use(i) > i) {
     const std::size_t blocks = model_.layer(i).blocks;
-    std::vector<std::uint32_t>& rows = inputs_[i];
+    Aligned<std::uint32_t>& rows = inputs_[i];
     rows.resize(total_ * blocks);
-    for (std::size_t n = 0; n < tiles_.size(); ++n)
-      for (std::size_t t = 0; t < tiles_[n].count; ++t) {
-        std::uint32_t* const row = rows.data() + at_[tiles_[n].start + t] * blocks;
-        for (std::size_t b = 0; b < blocks; ++b) row[b] = output_[(n * blocks + b) * kTile + t];
-      }
+    for (std::size_t n = 0; n < tiles_.size(); ++n) {
+      std::uint32_t* row[kTile];
+      for (std::size_t t = 0; t < tiles_[n].count; ++t)
+        row[t] = rows.data() + at_[tiles_[n].start + t] * blocks;
+      kernels.to_rows(output_.data() + n * blocks * kTile, blocks, tiles_[n].count, row);
+    }
   }
   for (auto it = inputs_.begin(); it != inputs_.end();)
     it = model_.last_use(it->first) <= i ? inputs_.erase(it) : std::next(it);

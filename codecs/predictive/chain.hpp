@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "predictive/kernels.hpp"
+#include "predictive/memory.hpp"
 #include "predictive/profile_model.hpp"
 
 namespace kvzip::predictive {
@@ -43,7 +44,9 @@ class Chain {
   struct Kept {
     std::size_t layer;
     int part;
-    std::vector<std::uint32_t> intervals, at;
+    std::size_t room;
+    Intervals intervals;
+    std::vector<std::uint32_t> at;
     std::vector<Tile> tiles;
   };
 
@@ -51,23 +54,29 @@ class Chain {
   int part() const { return int(next_ % 2); }
   std::size_t streams() const;
   bool take_states(Span<std::uint8_t>* bytes, std::size_t lanes);
+  void take_intervals(std::size_t channels);
+  void drop_intervals();
   void begin(const Kernels& kernels);
-  void end();
+  void end(const Kernels& kernels);
   void cut(std::size_t start, std::size_t count, std::uint32_t region);
   void arrange(const Layer& layer, const Kernels& kernels);
-  void pack(const Tile& tile, std::uint32_t* to) const;
+  void pack(const Tile& tile, const Kernels& kernels, std::uint32_t* to) const;
 
   const ProfileModel& model_;
   NumberFormat format_;
   std::size_t total_, next_ = 0;
   Tokens tokens_{};
   std::vector<std::int32_t> entries_, energy_, entry_;
-  std::vector<std::uint32_t> at_, packed_, residual_, output_, intervals_;
-  std::vector<std::int16_t> turn_;
+  std::vector<std::uint32_t> at_;
+  Aligned<std::uint32_t> packed_, residual_, output_;
+  Aligned<std::int16_t> turn_;
+  Aligned<std::uint16_t> numbers_;
   std::vector<Tile> tiles_;
-  std::map<std::size_t, std::vector<std::uint32_t>>
-      inputs_;                         // [tokens][blocks] of layers still needed
-  std::vector<std::uint64_t> states_;  // [tokens][lanes], of a reader
+  std::map<std::size_t, Aligned<std::uint32_t>> inputs_;  // [tokens][blocks] of layers still needed
+  std::vector<std::uint64_t> states_;                     // [tokens][lanes], of a reader
+  Stack stack_;                                           // of intervals
+  Intervals intervals_{};                                 // of the part that was measured last
+  std::size_t room_ = 0;  // for how many there is room; 0 when they are kept
   std::vector<Kept> kept_;
 };
 

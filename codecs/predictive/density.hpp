@@ -40,18 +40,13 @@ struct NumberGrid : Vectors<Isa> {
   I magnitude(I bits) const {
     F f;
     if (exponent_bias == 127) {
-      f = as_float(min_of(bits, all(0x7f000000)));
+      f = as_float(bits);
     } else {
       const std::int32_t rebias = (127 - exponent_bias) << 23, one = rebias + (1 << 23);
       const F subnormal = as_float(bits + one) - as_float(all(one));
       f = bits < (1 << 23) ? subnormal : as_float(bits + rebias);
     }
-    f = f * units;
-    return to_int(f < float(kClamp) ? f : F{} + float(kClamp));
-  }
-  I value(I k) const {
-    const I s = k - half, sign = s >> 31, m = s ^ sign;
-    return (magnitude(m << (23 - mantissa_bits)) ^ sign) - sign;
+    return to_int(Isa::less(f * units, F{} + float(kClamp)));
   }
   // The boundary below number k: the middle between it and the one before it, which has one bit
   // more, away from 0 to the next whole number. So there is room for 0, and none for what is next
@@ -69,9 +64,9 @@ struct NumberGrid : Vectors<Isa> {
     I m = (bits - ((127 - exponent_bias) << 23) + (1 << (spare - 1))) >> spare;
     if (exponent_bias != 127) {  // subnormals are no float32's
       const F x = as_float(bits) * scale(exponent_bias - 1 + mantissa_bits) + 0.5f;
-      m = m < (1 << mantissa_bits) ? to_int(x) : m;
+      m = max_of(m < (1 << mantissa_bits) ? to_int(x) : m, all(0));
     }
-    m = max_of(min_of(m, all(half - 1)), all(0));
+    m = min_of(m, all(half - 1));
     const I sign = as_bits(v) >> 31;
     return half + (m ^ sign);
   }
@@ -83,8 +78,8 @@ template <class Isa>
 struct Density : NumberGrid<Isa> {
   using Base = NumberGrid<Isa>;
   using Base::all, Base::as_bits, Base::as_float, Base::boundary, Base::lanes, Base::min_of,
-      Base::max_of, Base::near, Base::shift_right, Base::to_float, Base::to_int, Base::value,
-      Base::W;
+      Base::half, Base::magnitude, Base::mantissa_bits, Base::max_of, Base::near, Base::shift_right,
+      Base::to_float, Base::to_int, Base::W;
   using typename Base::F, typename Base::I;
 
   typename Isa::Table table;
@@ -100,21 +95,18 @@ struct Density : NumberGrid<Isa> {
         bits(format.bits()) {}
 
   static constexpr std::int32_t kFarthest = (1 << (kZBits + 7)) - (1 << (kZBits - 1)) - 1;
-  static constexpr int kFirst = (127 + kZBits - 1) << 3;  // exponent and top bits of cell 0
+  static_assert(kFirstCell == (127 + kZBits - 1) << 3);
 
-  static I z_of(I d, I m) {
-    const I a = (d ^ d >> 31) - (d >> 31);
-    return Isa::z(min_of(a, all(1 << 27)), m, kFarthest);
-  }
+  static I z_of(I d, I m) { return Isa::z(min_of(Isa::abs(d), all(1 << 27)), m, kFarthest); }
   // Exact: a float32 holds z + 2^13, which is below 2^21.
   static I placed(I z) { return as_bits(to_float(z + (1 << (kZBits - 1)))); }
-  static I cell_of(I z) { return (placed(z) >> 20) - kFirst; }
+  static I cell_of(I z) { return (placed(z) >> 20) - kFirstCell; }
 
   // Share below the boundary that lies d/2 from the centre.
   I share(I d, I z) const {
     const I bits = placed(z);
     I from, rise;
-    table.at((bits >> 20) - kFirst, &from, &rise);
+    table.at(bits >> 20, &from, &rise);
     const I g = from + shift_right(rise * ((bits >> 8) & 0xfff), all(12));
     const I sign = d >> 31;
     return kHalf + ((g ^ sign) - sign);
@@ -123,39 +115,44 @@ struct Density : NumberGrid<Isa> {
   // About the number whose interval holds a target; how it comes to that has no bearing on the
   // format.
   I guess(I target, I centre, I m) const {
-    const I c = min_of(target - kHalf, all(kHalf));
-    const I sign = c >> 31, g = (c ^ sign) - sign;
-    const I tail = as_bits(to_float(kHalf - g));
-    const I step = max_of((tail >> 21) - ((127 + 7) << 2), all(0));
-    F from, rise;
-    search_from.at(step, &from, &rise);
-    const F rest = to_float(tail & 0x1fffff) * (1.0f / (1 << 21));
-    I place = max_of(min_of(to_int(from + rise * rest), all(kCells - 1)), all(0));
+    const I c = target - kHalf, g = Isa::abs(c);
+    const I tail = as_bits(to_float(max_of(kHalf - g, all(1 << 7))));
+    F from, slope;
+    search_from.at((tail >> 21) - ((127 + 7) << 2), &from, &slope);
+    // A cell is a place from kFirstCell on.
+    I place = to_int(from + slope * as_float((tail & 0x1fffff) | (127 << 23)));
     I start, size;
     table.at(place, &start, &size);
-    place = place + ((g < start) | ((g >= start + size) & 1));
-    place = max_of(min_of(place, all(kCells - 1)), all(0));
+    place = min_of(Isa::neighbour(place, g, start, size), all(kFirstCell + kCells - 1));
     table.at(place, &start, &size);
-    const F begin = as_float((place + kFirst) << 20);
-    // What a step of a share is in values.
-    const F scale = float(1 << (28 - kZBits)) / to_float(m);
-    const F rate = (as_float((place + kFirst + 1) << 20) - begin) / to_float(size | 1) * scale;
-    const F away = (begin - float(1 << (kZBits - 1))) * scale +
-                   (to_float(g - start) + 0.5f) * rate + 0.5f * scale;
-    const F v = to_float(centre) + as_float(as_bits(away) ^ (sign & std::int32_t(0x80000000)));
+    const I edge = place << 20;
+    const F width = as_float(edge & (255 << 23)) * 0.125f;
+    const F inside = (to_float(g - start) + 0.5f) * (width * Isa::reciprocal(to_float(size | 1)));
+    const F z = as_float(edge) - (float(1 << (kZBits - 1)) - 0.5f) + inside;
+    const F away = z * (float(1 << (28 - kZBits)) * Isa::reciprocal(to_float(m)));
+    const F v = to_float(centre) + as_float(as_bits(away) ^ (c & std::int32_t(0x80000000)));
     // Boundaries were moved away from 0, by half a unit on average.
     return near(v - as_float(as_bits(F{} + 0.5f) | (as_bits(v) & std::int32_t(0x80000000))));
   }
 
-  // A number's share of [0, 2^24), its fixed-point value and the mean |z| of its boundaries.
+  // A number's share of [0, 2^24), from where on and how much; its fixed-point value; and the mean
+  // |z| of its boundaries.
   struct Interval {
-    I low, high, value, z;
+    I low, size, value, z;
   };
+  // All of it is the same with signs turned, so a number counts as positive here, and its centre is
+  // turned with it.
   Interval interval(I k, I centre, I m) const {
-    const I d0 = 2 * (boundary(k) - centre), d1 = 2 * (boundary(k + 1) - centre);
+    const I s = k - half, sign = s >> 31, number = s ^ sign;
+    const int spare = 23 - mantissa_bits;
+    const I bits = number << spare, c = (centre ^ sign) - sign;
+    const I inner = Isa::where_positive(number, magnitude(bits - (1 << (spare - 1))) + 1),
+            outer = magnitude(bits + (1 << (spare - 1))) + 1, value = magnitude(bits);
+    const I d0 = 2 * (inner - c), d1 = 2 * (outer - c);
     const I z0 = z_of(d0, m), z1 = z_of(d1, m);
-    return {k == 0 ? all(0) : share(d0, z0), k == numbers - 1 ? all(2 * kHalf) : share(d1, z1),
-            value(k), (z0 + z1) >> 1};
+    const I near = share(d0, z0), far = number == half - 1 ? all(2 * kHalf) : share(d1, z1);
+    const I first = sign < 0 ? 2 * kHalf - far : near;
+    return {first, far - near, (value ^ sign) - sign, (z0 + z1) >> 1};
   }
 
   // The number whose interval holds a target, by halving what is left, W ways at once.

@@ -13,15 +13,11 @@
 namespace kvzip::predictive {
 namespace {
 
-// A channel of `count` tokens: where each token's numbers begin, and how far behind that the
-// channel's stand.
+// A channel's numbers: `count` of them, room for kTile.
 template <typename T>
 struct ChannelNumbers {
-  T* const* row;
-  std::ptrdiff_t offset;
+  T* number;
   std::size_t count;
-
-  T& operator[](std::size_t token) const { return row[token][offset]; }
 };
 // What is expected of each token's number (Density): `centre` and `m`, [kTile].
 struct Expected {
@@ -35,7 +31,7 @@ struct Found {
 template <class Isa, typename T>
 struct IntervalRecorder : Vectors<Isa> {
   using Base = Vectors<Isa>;
-  using Base::all, Base::load, Base::max_of, Base::store, Base::W;
+  using Base::load, Base::store, Base::W, Base::widened;
   using typename Base::I;
 
   Intervals at;
@@ -51,13 +47,12 @@ struct IntervalRecorder : Vectors<Isa> {
   void code(std::size_t, const Density<Isa>& density, ChannelNumbers<T> numbers, Expected expected,
             Found found) {
     for (std::size_t t = 0; t < numbers.count; t += W) {
-      I bits;
-      for (int i = 0; i < W; ++i) bits[i] = numbers[t + std::size_t(i)];
+      const I bits = widened(numbers.number + t);
       const I k = (bits & half) != 0 ? 2 * half - 1 - bits : bits + half;
-      const auto [low, high, value, z] =
+      const auto [low, size, value, z] =
           density.interval(k, load(expected.centre + t), load(expected.m + t));
-      store(at.start + t, high > low ? low : k);
-      store(at.size + t, max_of(high - low, all(0)));
+      store(at.start + t, size > 0 ? low : k);
+      store(at.size + t, size);
       store(found.value + t, value);
       store(found.z + t, z);
     }
@@ -70,7 +65,7 @@ template <class Isa, typename T>
 struct NumberDecoder : Vectors<Isa> {
   using Base = Vectors<Isa>;
   using Base::all, Base::any, Base::lanes, Base::min_of, Base::load, Base::max_of, Base::store,
-      Base::W;
+      Base::store_narrow, Base::W;
   using typename Base::I, typename Base::U;
   using Interval = typename Density<Isa>::Interval;
 
@@ -78,10 +73,10 @@ struct NumberDecoder : Vectors<Isa> {
   std::int32_t half;  // numbers of each sign
   static constexpr std::uint32_t* counts = nullptr;
   bool ran_out = false;
-  // Of the tile that is read: states, and each lane's two streams.
+  // Of the tile that is read: states, and each lane's streams.
   alignas(64) std::uint64_t state[kMostLanes][kTile];
-  const std::uint8_t* word[kMostLanes][2];
-  const std::uint8_t* last[kMostLanes][2];
+  const std::uint8_t* word[kMostLanes][kStreams];
+  const std::uint8_t* last[kMostLanes][kStreams];
 
   NumberDecoder(const Coded& from, std::int32_t numbers) : coded(from), half(numbers) {}
 
@@ -116,34 +111,35 @@ struct NumberDecoder : Vectors<Isa> {
     std::uint64_t* const x = state[lane];
     const std::size_t n = numbers.count;
     for (std::size_t t = 0; t < n; t += W) {
-      I target;
-      for (int i = 0; i < W; ++i) target[i] = std::int32_t(x[t + std::size_t(i)] & (kCdf - 1));
+      const I target = Isa::low_halves(x + t) & std::int32_t(kCdf - 1);
       const I c = load(expected.centre + t);
       store(targets + t, target);
       store(guesses + t, density.guess(target, c, load(expected.m + t)));
     }
-    std::uint64_t escapes = 0;
+    std::uint32_t escapes[kTile / W] = {}, any_escape = 0;
     for (std::size_t t = 0; t < n; t += W) {
       const std::size_t used = std::min<std::size_t>(W, n - t);
       const I target = load(targets + t), c = load(expected.centre + t), m = load(expected.m + t);
       I k = load(guesses + t);
       Interval in = density.interval(k, c, m);
-      const I wrong = (lanes() < std::int32_t(used)) & ((target < in.low) | (target >= in.high));
+      const I wrong = (lanes() < std::int32_t(used)) & outside(target, in);
       if (__builtin_expect(any(wrong), 0))
-        escapes |= correct(density, target, wrong, c, m, &k, &in) << t;
-      store(sizes + t, in.high - in.low);
+        any_escape |= escapes[t / W] = correct(density, target, wrong, c, m, &k, &in);
+      store(sizes + t, in.size);
       store(rests + t, target - in.low);
       store(found.value + t, in.value);
       store(found.z + t, in.z);
       const I bits = k >= half ? k - half : 2 * half - 1 - k;
-      for (std::size_t i = 0; i < used; ++i) numbers[t + i] = T(bits[i]);
+      store_narrow(numbers.number + t, bits);
     }
     advance(lane, n, sizes, rests);
-    if (__builtin_expect(escapes != 0, 0))
+    if (__builtin_expect(any_escape != 0, 0))
       read_escapes(escapes, lane, density, numbers, expected, found);
   }
 
  private:
+  static I outside(I target, const Interval& in) { return (U)(target - in.low) >= (U)in.size; }
+
   // The states of a lane, from their numbers' intervals.
   void advance(std::size_t lane, std::size_t n, const std::int32_t* sizes,
                const std::int32_t* rests) {
@@ -173,13 +169,14 @@ struct NumberDecoder : Vectors<Isa> {
     x = x << 32 | found;
   }
 
-  // Numbers that follow an escape as they are: those whose bit is set in `escapes`.
-  void read_escapes(std::uint64_t escapes, std::size_t lane, const Density<Isa>& density,
+  // Numbers that follow an escape as they are: those whose bit is set in `escapes`, a word for each
+  // vector.
+  void read_escapes(const std::uint32_t* escapes, std::size_t lane, const Density<Isa>& density,
                     ChannelNumbers<T> numbers, Expected expected, Found found) {
     std::uint64_t* const x = state[lane];
     const int spare = kCdfBits - density.bits;
     for (std::size_t t = 0; t < numbers.count; ++t) {
-      if (!(escapes >> t & 1)) continue;
+      if (!(escapes[t / W] >> t % W & 1)) continue;
       const auto target = std::uint32_t(x[t] & (kCdf - 1));
       advance_one(x[t], 1u << spare, target & ((1u << spare) - 1), &word[lane][t / kStream],
                   last[lane][t / kStream]);
@@ -187,13 +184,13 @@ struct NumberDecoder : Vectors<Isa> {
       const Interval in = density.interval(all(k), all(expected.centre[t]), all(expected.m[t]));
       found.value[t] = in.value[0];
       found.z[t] = in.z[0];
-      numbers[t] = T(k >= half ? k - half : 2 * half - 1 - k);
+      numbers.number[t] = T(k >= half ? k - half : 2 * half - 1 - k);
     }
   }
 
   // The numbers and their intervals, where those in `k` are `wrong` ones. Returns which are
   // escapes: their interval is that of the escape.
-  __attribute__((noinline)) static std::uint64_t correct(const Density<Isa>& density, I target,
+  __attribute__((noinline)) static std::uint32_t correct(const Density<Isa>& density, I target,
                                                          I wrong, I centre, I m, I* k,
                                                          Interval* in) {
     const I escape = wrong & (target >= std::int32_t(kCdf - kEscape));
@@ -202,17 +199,17 @@ struct NumberDecoder : Vectors<Isa> {
     const I beside = target < in->low ? *k - 1 : *k + 1;
     *k = wrong ? max_of(min_of(beside, all(density.numbers - 1)), all(0)) : *k;
     *in = density.interval(*k, centre, m);
-    wrong = wrong & ((target < in->low) | (target >= in->high));
+    wrong = wrong & outside(target, *in);
     if (any(wrong)) {
       for (int i = 0; i < W; ++i)
         if (wrong[i]) (*k)[i] = density.search(target[i], centre[i], m[i]);
       *in = density.interval(*k, centre, m);
     }
-    std::uint64_t which = 0;
+    std::uint32_t which = 0;
     if (any(escape)) {
       in->low = escape ? all(std::int32_t(kCdf - kEscape)) : in->low;
-      in->high = escape ? all(std::int32_t(kCdf)) : in->high;
-      for (int i = 0; i < W; ++i) which |= std::uint64_t(escape[i] & 1) << i;
+      in->size = escape ? all(std::int32_t(kEscape)) : in->size;
+      for (int i = 0; i < W; ++i) which |= std::uint32_t(escape[i] & 1) << i;
     }
     return which;
   }

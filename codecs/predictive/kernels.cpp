@@ -2,8 +2,6 @@
 
 #include "native/simd.hpp"
 
-#include <algorithm>
-
 namespace kvzip::predictive {
 
 const Kernels& kernels() {
@@ -12,83 +10,6 @@ const Kernels& kernels() {
   if (simd::level() == simd::Level::avx2) return avx2_kernels();
 #endif
   return scalar_kernels();
-}
-
-namespace {
-
-// The states of one lane of a stream, and the words that they give off, written downwards.
-struct LaneEncoder {
-  // Of the stream's tokens in the tile's first channel, and how far apart channels lie.
-  const std::uint32_t *start, *size;
-  std::size_t stride;
-  std::size_t tokens;
-  int spare;  // bits of a share that a number which follows an escape leaves
-  std::uint32_t* word;
-  std::uint64_t x[kStream];
-
-  void put(std::uint64_t& state, std::uint64_t from, std::uint64_t share) {
-    std::uint64_t y = state;
-    const bool full = y >= share << 39;
-    word[-1] = std::uint32_t(y);
-    word -= full;
-    y = full ? y >> 32 : y;
-    state = (y / share << kCdfBits) + y % share + from;
-  }
-  void channel(std::size_t place) {
-    const std::uint32_t *const from = start + place * stride, *const share = size + place * stride;
-    bool escapes = false;
-    for (std::size_t k = 0; k < tokens; ++k) escapes |= share[k] == 0;
-    if (escapes)
-      for (std::size_t k = tokens; k-- > 0;)
-        if (!share[k]) put(x[k], std::uint64_t(from[k]) << spare, std::uint64_t(1) << spare);
-    for (std::size_t k = tokens; k-- > 0;)
-      share[k] ? put(x[k], from[k], share[k]) : put(x[k], kCdf - kEscape, kEscape);
-  }
-  // Those of the channels whose pairs use this lane, last first.
-  void channels(std::size_t count, std::size_t group, std::size_t lanes, std::size_t lane) {
-    for (std::size_t g = (count + group - 1) / group; g-- > 0;) {
-      const std::size_t first = g * group, pairs = (std::min(group, count - first) + 1) / 2;
-      if (pairs <= lane) continue;
-      for (std::size_t p = lane + (pairs - 1 - lane) / lanes * lanes;; p -= lanes) {
-        if (first + 2 * p + 1 < count) channel(first + 2 * p + 1);
-        channel(first + 2 * p);
-        if (p == lane) break;
-      }
-    }
-  }
-};
-
-}  // namespace
-
-std::size_t encode(const Part& part, NumberFormat format, std::size_t group, std::size_t lanes,
-                   const std::uint32_t* at, const Tile* tile, std::size_t tiles,
-                   Intervals intervals, std::uint64_t* state, std::uint16_t* counts,
-                   std::uint32_t* words_end) {
-  const std::size_t channels = part.channels();
-  LaneEncoder encoder;
-  encoder.spare = kCdfBits - format.bits();
-  encoder.word = words_end;
-  for (std::size_t i = tiles; i-- > 0;) {
-    const Tile& t = tile[i];
-    encoder.stride = t.count;
-    for (std::size_t half = t.streams(); half-- > 0;) {
-      const std::size_t first = half * kStream;
-      encoder.tokens = std::min<std::size_t>(kStream, t.count - first);
-      encoder.start = intervals.start + t.start * channels + first;
-      encoder.size = intervals.size + t.start * channels + first;
-      const std::uint32_t* const token = at + t.start + first;
-      for (std::size_t lane = lanes; lane-- > 0;) {
-        const std::uint32_t* const begin = encoder.word;
-        for (std::size_t k = 0; k < encoder.tokens; ++k)
-          encoder.x[k] = state[token[k] * lanes + lane];
-        encoder.channels(channels, group, lanes, lane);
-        for (std::size_t k = 0; k < encoder.tokens; ++k)
-          state[token[k] * lanes + lane] = encoder.x[k];
-        counts[(t.stream + half) * lanes + lane] = std::uint16_t(begin - encoder.word);
-      }
-    }
-  }
-  return std::size_t(words_end - encoder.word);
 }
 
 }  // namespace kvzip::predictive

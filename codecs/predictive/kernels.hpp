@@ -16,10 +16,13 @@ constexpr std::uint32_t kCdf = 1u << kCdfBits;
 // rest.
 constexpr std::uint32_t kEscape = 1u << 10;
 constexpr std::int32_t kHalf = (kCdf - kEscape) / 2;
-constexpr int kCells = 64;      // of a density's table
-constexpr int kAngles = 32;     // of a pair's tables
-constexpr int kTile = 64;       // tokens that are predicted side by side
-constexpr int kStream = 32;     // tokens whose words come from one stream, half of a tile
+constexpr int kCells = 64;  // of a density's table
+// The exponent and the three bits below it of a float32 that holds the lower edge of cell 0, 2^15.
+constexpr int kFirstCell = (127 + 15) << 3;
+constexpr int kAngles = 32;  // of a pair's tables
+constexpr int kTile = 64;    // tokens that are predicted side by side
+constexpr int kStream = 32;  // tokens whose words come from one stream, a part of a tile
+constexpr int kStreams = kTile / kStream;
 constexpr int kMostGroup = 64;  // channels of a group
 constexpr int kMostLanes = kMostGroup / 2;
 constexpr int kResidualShift = 12;
@@ -35,7 +38,8 @@ struct Densities {
   const std::int32_t* from;  // [shapes][kCells] share below a cell
   const std::int32_t* rise;  // [shapes][kCells] share of a cell
   // Where to begin a search: about which cell (and how far in) has a given share above it, for
-  // four steps an octave of that share. Not part of the format.
+  // four steps an octave of that share: kFirstCell + cell + slope * how far the share lies in the
+  // step, counted from 1 to 1.25. Not part of the format.
   const float* cell;   // [shapes][64]
   const float* slope;  // [shapes][64]
   // Both pairs of arrays with two of a kind side by side, for who fetches them one after the other.
@@ -114,7 +118,7 @@ struct Block {
 struct Tile {
   std::uint32_t start, count;  // places in `Tokens::at`
   std::uint32_t region;
-  std::uint32_t stream;  // of its first kStream tokens; of the others the next
+  std::uint32_t stream;  // of its first kStream tokens; of the others those that follow
   std::size_t streams() const { return (count + kStream - 1) / kStream; }
 };
 
@@ -132,6 +136,7 @@ struct Tokens {
   std::uint32_t* residual;     // [tiles][blocks][kTile]
   std::uint32_t* output;       // [tiles][blocks][kTile] what later layers see
   std::int16_t* turn;          // [3][pairs][kTile] scratch
+  void* numbers;               // [channels][kTile] scratch, of a part's numbers
 };
 
 struct Model {
@@ -157,10 +162,16 @@ struct Coded {
 struct Kernels {
   bool in_order;  // whether `products` needs an order
   // sums[o][t] = w[o] . (x[t] - 128); x: [groups][kTile] of 4 bytes, w: [groups][4][4], start[o]:
-  // -128 times the sum of w[o]. `tokens` of kTile are of interest.
+  // -128 times the sum of w[o]. `tokens` of kTile are of interest. What is `ahead` bytes behind w
+  // is for the next call.
   void (*products)(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
-                   const Order* order, const std::int32_t* start, std::size_t tokens,
-                   std::int32_t sums[4][kTile]);
+                   std::size_t ahead, const Order* order, const std::int32_t* start,
+                   std::size_t tokens, std::int32_t sums[4][kTile]);
+  // to[b][t] = rows[t][b]; to: [blocks][kTile].
+  void (*to_columns)(const std::uint32_t* const* rows, std::size_t blocks, std::uint32_t* to);
+  // rows[t][b] = from[b][t], of the first `tokens`.
+  void (*to_rows)(const std::uint32_t* from, std::size_t blocks, std::size_t tokens,
+                  std::uint32_t* const* rows);
   // Intervals of known numbers. `counts`, unless null: [classes][channels][kCells] to count cells
   // of a number's own |z| in.
   void (*model8)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
@@ -172,18 +183,17 @@ struct Kernels {
                   const Block<std::uint8_t>&, const Coded&);
   bool (*decode16)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
                    const Block<std::uint16_t>&, const Coded&);
+  // rANS over a part's intervals, last first. `state` [rows*count][lanes] is taken from what it is
+  // after the part to what it is before it; words are written downwards from `words_end`, the last
+  // stream's first, and counted in `counts` [streams][lanes]. Returns how many there are.
+  std::size_t (*encode)(const Part& part, NumberFormat format, std::size_t group, std::size_t lanes,
+                        const std::uint32_t* at, const Tile* tile, std::size_t tiles,
+                        Intervals intervals, std::uint64_t* state, std::uint16_t* counts,
+                        std::uint32_t* words_end);
 };
 const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& kernels();  // the best there is
-
-// rANS over a part's intervals, last first. `state` [rows*count][lanes] is taken from what it is
-// after the part to what it is before it; words are written downwards from `words_end`, the last
-// stream's first, and counted in `counts` [streams][lanes]. Returns how many there are.
-std::size_t encode(const Part& part, NumberFormat format, std::size_t group, std::size_t lanes,
-                   const std::uint32_t* at, const Tile* tile, std::size_t tiles,
-                   Intervals intervals, std::uint64_t* state, std::uint16_t* counts,
-                   std::uint32_t* words_end);
 
 }  // namespace kvzip::predictive

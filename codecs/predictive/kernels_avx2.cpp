@@ -16,6 +16,18 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide> {
   typedef float F __attribute__((vector_size(32)));
 
   static bool any(I m) { return _mm256_movemask_ps((__m256)m) != 0; }
+  static I abs(I v) { return (I)_mm256_abs_epi32((__m256i)v); }
+  static F less(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+  static I where_positive(I sign, I v) { return v & (sign > 0); }
+  static F reciprocal(F v) { return 1.0f / v; }
+  static I neighbour(I place, I g, I start, I size) {
+    return place + ((g < start) | ((g >= start + size) & 1));
+  }
+  static I low_halves(const std::uint64_t* x) {
+    const __m256 both = _mm256_shuffle_ps(_mm256_loadu_ps((const float*)x),
+                                          _mm256_loadu_ps((const float*)x + 8), 0x88);
+    return (I)_mm256_permute4x64_epi64(_mm256_castps_si256(both), 0xD8);
+  }
   static Wide mul(I a, I b) { return (Wide)_mm256_mul_epi32((__m256i)a, (__m256i)b); }
   static I odd(I v) { return (I)_mm256_srli_epi64((__m256i)v, 32); }
   // 32 bits from bit S on of products of even and of odd lanes.
@@ -49,7 +61,8 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide> {
     }
   };
   struct Table : Pairs<I> {
-    Table(const Densities& d, std::size_t shape) : Pairs{d.from_rise + 2 * kCells * shape} {}
+    Table(const Densities& d, std::size_t shape)
+        : Pairs{d.from_rise + 2 * kCells * shape - 2 * kFirstCell} {}
   };
   struct Search : Pairs<F> {
     Search(const Densities& d, std::size_t shape) : Pairs{d.cell_slope + 2 * 64 * shape} {}
@@ -68,6 +81,11 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide> {
 
   static const std::uint8_t* advance(std::uint64_t* x, U size, U rest, const std::uint8_t* word) {
     return advance_each<W>(x, size, rest, word);
+  }
+  static std::uint32_t* put_all(std::uint64_t* x, const std::uint32_t* from,
+                                const std::uint32_t* share, std::size_t tokens,
+                                std::uint32_t* word) {
+    return put_each(x, from, share, tokens, word);
   }
 
   static __m256i four_at(const std::int8_t* w) {
@@ -92,9 +110,9 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide> {
   static constexpr bool kInOrder = true;
   // By itself there are enough registers for it.
   __attribute__((noinline)) static void products(const std::uint32_t* x, const std::int8_t* w,
-                                                 std::size_t groups, const Order* order,
-                                                 const std::int32_t* start, std::size_t n,
-                                                 std::int32_t sums[4][kTile]) {
+                                                 std::size_t groups, std::size_t,
+                                                 const Order* order, const std::int32_t* start,
+                                                 std::size_t n, std::int32_t sums[4][kTile]) {
     const __m256i ones = _mm256_set1_epi16(1);
     for (std::size_t t = 0; t < n; t += 2 * W) {
       const auto tokens = [&](std::size_t group, int v) {

@@ -10,6 +10,18 @@ struct Scalar {
   typedef std::uint32_t U __attribute__((vector_size(16)));
   typedef float F __attribute__((vector_size(16)));
 
+  static I abs(I v) { return (v ^ v >> 31) - (v >> 31); }
+  static F less(F a, F b) { return a < b ? a : b; }
+  static I where_positive(I sign, I v) { return v & (sign > 0); }
+  static F reciprocal(F v) { return 1.0f / v; }
+  static I neighbour(I place, I g, I start, I size) {
+    return place + ((g < start) | ((g >= start + size) & 1));
+  }
+  static I low_halves(const std::uint64_t* x) {
+    I v;
+    for (int i = 0; i < W; ++i) v[i] = std::int32_t(x[i]);
+    return v;
+  }
   static bool any(I m) { return m[0] | m[1] | m[2] | m[3]; }
 
   template <int S>
@@ -51,7 +63,8 @@ struct Scalar {
     }
   };
   struct Table : Pairs<I, std::int32_t> {
-    Table(const Densities& d, std::size_t shape) : Pairs{d.from_rise + 2 * kCells * shape} {}
+    Table(const Densities& d, std::size_t shape)
+        : Pairs{d.from_rise + 2 * kCells * shape - 2 * kFirstCell} {}
   };
   struct Search : Pairs<F, float> {
     Search(const Densities& d, std::size_t shape) : Pairs{d.cell_slope + 2 * 64 * shape} {}
@@ -65,6 +78,11 @@ struct Scalar {
   static const std::uint8_t* advance(std::uint64_t* x, U size, U rest, const std::uint8_t* word) {
     return advance_each<W>(x, size, rest, word);
   }
+  static std::uint32_t* put_all(std::uint64_t* x, const std::uint32_t* from,
+                                const std::uint32_t* share, std::size_t tokens,
+                                std::uint32_t* word) {
+    return put_each(x, from, share, tokens, word);
+  }
 
   // sums + w . x, x still with its 128: `start` has what it comes to.
   static I dot(I sums, I x, const std::int8_t* w) {
@@ -73,7 +91,7 @@ struct Scalar {
   }
   static constexpr bool kInOrder = false;
   static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
-                       const Order*, const std::int32_t* start, std::size_t n,
+                       std::size_t, const Order*, const std::int32_t* start, std::size_t n,
                        std::int32_t sums[4][kTile]) {
     for (std::size_t t = 0; t < n; t += W)
       for (int o = 0; o < 4; ++o) {

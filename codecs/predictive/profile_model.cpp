@@ -137,8 +137,11 @@ struct ProfileModel::Tables {
             c < 0 ? 0 : c + std::min(1.0, (share - edge[c]) / std::max(1, edge[c + 1] - edge[c]));
       }
       for (int i = 0; i < 64; ++i) {
-        cell.push_back(float(at[i]));
-        slope.push_back(float(at[i + 1] - at[i]));
+        // Within the cells that there are, whatever is rounded.
+        const auto inside = [](double x) { return std::clamp(x, 0.01, kCells - 0.01); };
+        const double begin = inside(at[i]), end = inside(at[i + 1]);
+        slope.push_back(float(4 * (end - begin)));
+        cell.push_back(float(kFirstCell + begin - 4 * (end - begin)));
       }
     }
     of.from = from.data();

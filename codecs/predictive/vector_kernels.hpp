@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "predictive/interval_coders.hpp"
+#include "predictive/state_encoder.hpp"
+#include "predictive/transposing.hpp"
 
 namespace kvzip::predictive {
 namespace {
@@ -51,6 +54,7 @@ class TileCoder : Vectors<Isa> {
   // Whether what is read fits.
   bool run() {
     load_tokens();
+    if (std::is_const_v<T>) move_numbers();
     coder.begin(tokens, tile, layer.lanes);
     const std::size_t channels = part.channels();
     for (std::size_t start = 0, end; start < channels; start = end) {
@@ -68,10 +72,12 @@ class TileCoder : Vectors<Isa> {
       update_energy(std::int32_t(end - start));
     }
     for (std::size_t t = 0; t < n; ++t) tokens.energy[tokens.at[tile.start + t]] = energy[t];
+    if (!std::is_const_v<T>) move_numbers();
     return coder.end(tokens, tile, layer.lanes);
   }
 
  private:
+  using Number = std::remove_const_t<T>;
   const Model& model;
   const Layer& layer;
   const Part& part;
@@ -87,6 +93,7 @@ class TileCoder : Vectors<Isa> {
   std::uint32_t *const residual, *const output;
 
   T* row[kTile];  // each token's numbers, as if of channel 0
+  Number* const columns = static_cast<Number*>(tokens.numbers);  // [channels][kTile]
   alignas(64) std::int32_t energy[kTile],
       inverse_energy[kTile], deviation[kTile] = {}, known[kTile];
   std::int32_t entry[kTile];
@@ -125,11 +132,36 @@ class TileCoder : Vectors<Isa> {
     invert_energy();
   }
   ChannelNumbers<T> numbers(std::size_t place) const {
-    const auto c = std::size_t(part.order[place]);
-    return {row,
-            std::ptrdiff_t(c / part.dim) * block.head_stride +
-                std::ptrdiff_t(c % part.dim) * block.dim_stride,
-            n};
+    return {columns + std::size_t(part.order[place]) * kTile, n};
+  }
+  // Numbers between the block and `columns`: from those that are known, to those that are read.
+  void move_numbers() {
+    constexpr std::size_t N = 16 / sizeof(T);
+    for (std::size_t h = 0; h < part.heads; ++h) {
+      const std::ptrdiff_t head = std::ptrdiff_t(h) * block.head_stride;
+      Number* const to = columns + h * part.dim * kTile;
+      const std::size_t squares = block.dim_stride == 1 ? part.dim / N * N : 0;
+      for (std::size_t d = 0; d < squares; d += N)
+        for (std::size_t t = 0; t < n; t += N) {
+          Square<Number, int(N)> square;
+          for (std::size_t i = 0; i < N; ++i)
+            square.load(int(i),
+                        std::is_const_v<T> ? row[t + i] + head + d : to + (d + i) * kTile + t);
+          square.transpose();
+          if constexpr (std::is_const_v<T>) {
+            for (std::size_t i = 0; i < N; ++i) square.store(int(i), to + (d + i) * kTile + t);
+          } else {
+            for (std::size_t i = 0; i < std::min(N, n - t); ++i)
+              square.store(int(i), row[t + i] + head + d);
+          }
+        }
+      for (std::size_t d = squares; d < part.dim; ++d)
+        for (std::size_t t = 0; t < n; ++t) {
+          T& number = row[t][head + std::ptrdiff_t(d) * block.dim_stride];
+          if constexpr (std::is_const_v<T>) to[d * kTile + t] = number;
+          else number = to[d * kTile + t];
+        }
+    }
   }
 
   // --- predict ---------------------------------------------------------------------------------
@@ -141,10 +173,11 @@ class TileCoder : Vectors<Isa> {
       std::int32_t (*const bases)[kTile] = base + 4 * b - from;
       std::int32_t (*const sums)[kTile] = expected + 4 * b - from;
       const auto order = [&](const Order* of) { return Isa::kInOrder ? of + b : nullptr; };
-      Isa::products(input, region.weight + b * layer.inputs * 4, layer.inputs / 4,
+      Isa::products(input, region.weight + b * layer.inputs * 4, layer.inputs / 4, layer.inputs * 4,
                     order(region.weight_order), region.weight_start + 4 * b, n, bases);
       Isa::products(residual, region.within + b * layer.blocks * 16, layer.reads[b],
-                    order(region.within_order), region.within_start + 4 * b, n, sums);
+                    layer.blocks * 16, order(region.within_order), region.within_start + 4 * b, n,
+                    sums);
       for (std::size_t o = 0; o < std::min<std::size_t>(4, layer.width - 4 * b); ++o)
         predict_channel(4 * b + o, bases[o], sums[o]);
     }
@@ -317,9 +350,44 @@ struct VectorKernels {
     return run(m, layer, part, format, tokens, block, coder);
   }
 
+  static void to_columns(const std::uint32_t* const* rows, std::size_t blocks, std::uint32_t* to) {
+    constexpr std::size_t N = Isa::W;
+    for (std::size_t t = 0; t < kTile; t += N) {
+      // Rows lie anywhere.
+      for (std::size_t i = t + N; i < std::min<std::size_t>(t + 2 * N, kTile); ++i)
+        for (std::size_t b = 0; b < blocks; b += 16) __builtin_prefetch(rows[i] + b);
+      std::size_t b = 0;
+      for (; b + N <= blocks; b += N) {
+        Square<std::uint32_t, int(N)> square;
+        for (std::size_t i = 0; i < N; ++i) square.load(int(i), rows[t + i] + b);
+        square.transpose();
+        for (std::size_t i = 0; i < N; ++i) square.store(int(i), to + (b + i) * kTile + t);
+      }
+      for (; b < blocks; ++b)
+        for (std::size_t i = t; i < t + N; ++i) to[b * kTile + i] = rows[i][b];
+    }
+  }
+  static void to_rows(const std::uint32_t* from, std::size_t blocks, std::size_t tokens,
+                      std::uint32_t* const* rows) {
+    constexpr std::size_t N = Isa::W;
+    for (std::size_t t = 0; t < tokens; t += N) {
+      const std::size_t end = std::min(t + N, tokens);
+      std::size_t b = 0;
+      for (; b + N <= blocks; b += N) {
+        Square<std::uint32_t, int(N)> square;
+        for (std::size_t i = 0; i < N; ++i) square.load(int(i), from + (b + i) * kTile + t);
+        square.transpose();
+        for (std::size_t i = t; i < end; ++i) square.store(int(i - t), rows[i] + b);
+      }
+      for (; b < blocks; ++b)
+        for (std::size_t i = t; i < end; ++i) rows[i][b] = from[b * kTile + i];
+    }
+  }
+
   static constexpr Kernels kernels() {
-    return {Isa::kInOrder,        Isa::products,        model<std::uint8_t>,
-            model<std::uint16_t>, decode<std::uint8_t>, decode<std::uint16_t>};
+    return {Isa::kInOrder,       Isa::products,        to_columns,           to_rows,
+            model<std::uint8_t>, model<std::uint16_t>, decode<std::uint8_t>, decode<std::uint16_t>,
+            encode<Isa>};
   }
 };
 

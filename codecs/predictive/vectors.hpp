@@ -16,7 +16,7 @@ struct Vectors {
   using U = typename Isa::U;
   using F = typename Isa::F;
   static constexpr int W = Isa::W;
-  static_assert(kStream % W == 0 && kTile == 2 * kStream);
+  static_assert(kStream % W == 0 && kTile % kStream == 0);
 
   static I load(const void* p) {
     I v;
@@ -24,10 +24,19 @@ struct Vectors {
     return v;
   }
   static void store(void* p, I v) { std::memcpy(p, &v, sizeof v); }
-  static I widened(const std::int16_t* p) {
-    I v;
-    for (int i = 0; i < W; ++i) v[i] = p[i];
-    return v;
+  // Numbers of another size, from memory and into it.
+  template <typename T>
+  static I widened(const T* p) {
+    typedef T Narrow __attribute__((vector_size(W * sizeof(T))));
+    Narrow v;
+    std::memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, I);
+  }
+  template <typename T>
+  static void store_narrow(T* p, I v) {
+    typedef T Narrow __attribute__((vector_size(W * sizeof(T))));
+    const Narrow narrow = __builtin_convertvector(v, Narrow);
+    std::memcpy(p, &narrow, sizeof narrow);
   }
   static I all(std::int32_t v) { return I{} + v; }
   static I min_of(I a, I b) { return a < b ? a : b; }

@@ -156,6 +156,20 @@ inline F divide(Lanes<float, F> a, Lanes<float, F> b) {
   return a;
 }
 
+inline F reciprocal(Lanes<float, F> a) {
+  for (float& of : a.of) of = 1 / of;
+  return a;
+}
+// Where a quotient is no number nobody looks at it.
+inline I to_whole(Lanes<double, D> a) {
+  Lanes<std::int64_t> to;
+  for (int i = 0; i < to.kCount; ++i) to[i] = std::fabs(a[i]) < 0x1p62 ? std::int64_t(a[i]) : 0;
+  return to;
+}
+inline I shift_right_64(I from, U64 mask, I a, unsigned by) {
+  return each<U64>(from, mask, a, a, [by](U64 x, U64) { return x >> by; });
+}
+
 }  // namespace emulated
 
 #undef _cvtu32_mask32
@@ -216,3 +230,10 @@ inline F divide(Lanes<float, F> a, Lanes<float, F> b) {
 #define _mm512_div_round_ps(a, b, rounding) emulated::divide(a, b)
 #define _mm512_cvt_roundepu32_ps(a, rounding) emulated::to_floats(a)
 #define _mm512_cvt_roundepi32_ps(a, rounding) emulated::to_floats(a)
+#define _mm512_rcp14_ps(a) emulated::reciprocal(a)
+#define _mm512_cvtepu64_pd(a) emulated::convert<double, emulated::U64, emulated::D>(a)
+#define _mm512_cvttpd_epi64(a) emulated::to_whole(a)
+#define _mm512_mask_srli_epi64(from, mask, a, by) emulated::shift_right_64(from, mask, a, by)
+#define _mm256_maskz_loadu_epi32(mask, from) emulated::load<emulated::U32, __m256i>(mask, from)
+#define _mm256_mask_storeu_epi32(to, mask, a) emulated::store<emulated::U32, __m256i>(to, mask, a)
+#define _mm512_mask_storeu_epi64(to, mask, a) emulated::store<emulated::U64, __m512i>(to, mask, a)
