@@ -409,7 +409,7 @@ def test_ranks_store_their_parts_and_load_them(
     assert not warnings(caplog)
     for other in (1, 4):  # another split finds nothing, and says so once
         caplog.clear()
-        one = ranks(engine, other, monkeypatch, ours)[0]
+        one = ranks(engine, other, monkeypatch, ours, role="kv_consumer")[0]
         assert [one.run(ids)[0].loaded for _ in range(2)] == [0, 0]
         [told] = [line for line in warnings(caplog) if "tensor_parallel_size" in line]
         assert f"this engine has tensor_parallel_size={other}" in told
@@ -430,7 +430,8 @@ def test_stages_store_their_layers_and_load_them(
         assert one.run(ids)[0].loaded == 64
     assert not warnings(caplog) and len(documents(tmp_path)) == count
     caplog.clear()
-    one = ranks(engine, tensor, monkeypatch, ours)[0]  # another split finds nothing, and says so
+    # Another split finds nothing, and says so; it does not store what it would find the next time.
+    one = ranks(engine, tensor, monkeypatch, ours, role="kv_consumer")[0]
     assert [one.run(ids)[0].loaded for _ in range(2)] == [0, 0]
     [told] = [line for line in warnings(caplog) if "pipeline_parallel_size" in line]
     assert "pipeline_parallel_size=2, and this engine has" in told
