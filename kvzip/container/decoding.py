@@ -132,7 +132,8 @@ class Decoding:
         index = self.blocks.index
         place = self._places[index.key[row]]
         offset = index.position[row] - place.first
-        return 0 <= offset <= place.array.shape[2] - index.tokens[row]
+        room: int = place.array.shape[2]
+        return 0 <= offset <= room - index.tokens[row]
 
     def raw_bytes(self, rows: Iterable[int]) -> int:
         """How many raw bytes of these blocks were asked for."""
