@@ -21,7 +21,7 @@ WITHIN_docs := docs
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks large tsan free-threaded bench figures links traffic redraw measured qwen3-4b scaling clean
+.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks large tsan free-threaded golden bench figures links traffic redraw measured qwen3-4b scaling clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -90,6 +90,15 @@ free-threaded:
 	$(FREE_THREADED)/bin/pip install --quiet --disable-pip-version-check hypothesis pytest
 	$(FREE_THREADED)/bin/pip install --quiet --disable-pip-version-check .
 	$(FREE_THREADED)/bin/python -W error::RuntimeWarning tests/soak/threads.py --free --seconds $(SECONDS)
+
+# The golden files under other Pythons, by the numpy that NUMPY names: make golden PYTHONS="python3.12 python3.13" NUMPY=numpy==1.26.4
+PYTHONS ?= python3.12 python3.13 python3.14
+NUMPY ?= numpy
+golden:
+	for python in $(PYTHONS); do venv=build/golden/$$(basename $$python); \
+	  { test -x $$venv/bin/python || $$python -m venv $$venv; } && \
+	  $$venv/bin/pip install --quiet --disable-pip-version-check . pytest hypothesis '$(NUMPY)' && \
+	  $$venv/bin/pytest -q -k golden tests/container/test_container.py tests/codecs/test_predictive_golden.py || exit 1; done
 
 # LMCache itself, in an environment of its own: without what it needs on a GPU only (which is much),
 # and with a newer numpy than it asks for.

@@ -147,7 +147,9 @@ class GridCodec(Codec):
             narrowed,
             self._decoded_scales(scales, grid, first, out, context),
             self._rest(rest, out, context),
-            np.frombuffer(positions, places) + np.uint64(first * narrowed.size // out.shape[2]),
+            # By numpy 1 the sum of an array and a number is of the array's format.
+            np.frombuffer(positions, places).astype(np.uint64)
+            + np.uint64(first * narrowed.size // out.shape[2]),
             np.frombuffer(exceptions, numbers),
         )
         widen(found, out, first)
