@@ -72,11 +72,10 @@ class ChannelCodec(Codec):
         _, heads, _, dim = shape
         if not len(data):
             return tables_of(context, heads, dim)
-        if len(data) > 1 + heads * dim * _MAX_CHANNEL // 8:
+        if len(data) > self.max_tables_size(shape, context.dtype):
             raise CorruptError("tables of an impossible size")
         # They are read when a block needs them, without Python's lock.
-        form = context.dtype
-        return _native.ChannelTables(data, heads, dim, form.exponent_bits, form.mantissa_bits)
+        return _native.ChannelTables(data, heads, dim, *fields(context.dtype))
 
     def encode(self, block: Bits, context: Context) -> bytes:
         coded: bytes | None = context.tables.encode(rows(block)) if context.tables else None

@@ -8,21 +8,17 @@ namespace {
 
 typedef std::int32_t Numbers __attribute__((vector_size(32)));
 typedef std::int64_t Wide __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(32)));
 
-struct Avx2 : WideProducts<Avx2, Numbers, Wide> {
+struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Maskless<Numbers, Floats>, OneByOne {
   static constexpr int W = 8;
   using I = Numbers;
   typedef std::uint32_t U __attribute__((vector_size(32)));
-  typedef float F __attribute__((vector_size(32)));
+  using F = Floats;
 
   static bool any(I m) { return _mm256_movemask_ps((__m256)m) != 0; }
   static I abs(I v) { return (I)_mm256_abs_epi32((__m256i)v); }
   static F less(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
-  static I where_positive(I sign, I v) { return v & (sign > 0); }
-  static F reciprocal(F v) { return 1.0f / v; }
-  static I neighbour(I place, I g, I start, I size) {
-    return place + ((g < start) | ((g >= start + size) & 1));
-  }
   static I low_halves(const std::uint64_t* x) {
     const __m256 both = _mm256_shuffle_ps(_mm256_loadu_ps((const float*)x),
                                           _mm256_loadu_ps((const float*)x + 8), 0x88);
@@ -81,11 +77,6 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide> {
 
   static const std::uint8_t* advance(std::uint64_t* x, U size, U rest, const std::uint8_t* word) {
     return advance_each<W>(x, size, rest, word);
-  }
-  static std::uint32_t* put_all(std::uint64_t* x, const std::uint32_t* from,
-                                const std::uint32_t* share, std::size_t tokens,
-                                std::uint32_t* word) {
-    return put_each(x, from, share, tokens, word);
   }
 
   static __m256i four_at(const std::int8_t* w) {

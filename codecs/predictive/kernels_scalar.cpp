@@ -4,19 +4,17 @@
 namespace kvzip::predictive {
 namespace {
 
-struct Scalar {
+typedef std::int32_t Numbers __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(16)));
+
+struct Scalar : Maskless<Numbers, Floats>, OneByOne {
   static constexpr int W = 4;
-  typedef std::int32_t I __attribute__((vector_size(16)));
+  using I = Numbers;
   typedef std::uint32_t U __attribute__((vector_size(16)));
-  typedef float F __attribute__((vector_size(16)));
+  using F = Floats;
 
   static I abs(I v) { return (v ^ v >> 31) - (v >> 31); }
   static F less(F a, F b) { return a < b ? a : b; }
-  static I where_positive(I sign, I v) { return v & (sign > 0); }
-  static F reciprocal(F v) { return 1.0f / v; }
-  static I neighbour(I place, I g, I start, I size) {
-    return place + ((g < start) | ((g >= start + size) & 1));
-  }
   static I low_halves(const std::uint64_t* x) {
     I v;
     for (int i = 0; i < W; ++i) v[i] = std::int32_t(x[i]);
@@ -77,11 +75,6 @@ struct Scalar {
 
   static const std::uint8_t* advance(std::uint64_t* x, U size, U rest, const std::uint8_t* word) {
     return advance_each<W>(x, size, rest, word);
-  }
-  static std::uint32_t* put_all(std::uint64_t* x, const std::uint32_t* from,
-                                const std::uint32_t* share, std::size_t tokens,
-                                std::uint32_t* word) {
-    return put_each(x, from, share, tokens, word);
   }
 
   // sums + w . x, x still with its 128: `start` has what it comes to.

@@ -98,7 +98,7 @@ class Sums:
                     left[r] += self.left(self.solve(own + rest), self.total[r, f])
         if regions == 1:
             left[0] = common
-        common = common / tokens
+        common /= tokens
         mean = left.sum(axis=0) / tokens
         made, saved = [], 0.0
         for r in range(regions):

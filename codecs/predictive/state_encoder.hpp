@@ -63,13 +63,16 @@ struct LaneEncoder {
   }
 };
 
-// For instruction sets that divide no vectors of 64-bit numbers: one state after the other.
-inline std::uint32_t* put_each(std::uint64_t* x, const std::uint32_t* from,
-                               const std::uint32_t* share, std::size_t tokens,
-                               std::uint32_t* word) {
-  for (std::size_t k = tokens; k-- > 0;) put(x[k], from[k], share[k], &word);
-  return word;
-}
+// For instruction sets that divide no vectors of 64-bit numbers: one state after the other; for Isa
+// to derive from.
+struct OneByOne {
+  static std::uint32_t* put_all(std::uint64_t* x, const std::uint32_t* from,
+                                const std::uint32_t* share, std::size_t tokens,
+                                std::uint32_t* word) {
+    for (std::size_t k = tokens; k-- > 0;) put(x[k], from[k], share[k], &word);
+    return word;
+  }
+};
 
 // The kernel `encode` (kernels.hpp).
 template <class Isa>

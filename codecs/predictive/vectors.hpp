@@ -56,6 +56,18 @@ struct Vectors {
   }
 };
 
+// Choices by arithmetic, and division, for instruction sets without masks and estimates; for Isa to
+// derive from.
+template <class I, class F>
+struct Maskless {
+  static I where_positive(I sign, I v) { return v & (sign > 0); }
+  static F reciprocal(F v) { return 1.0f / v; }
+  // The place before or after, where g lies below or above the one that goes from `start` on.
+  static I neighbour(I place, I g, I start, I size) {
+    return place + ((g < start) | ((g >= start + size) & 1));
+  }
+};
+
 // Products of 64 bits, of even and of odd lanes apart, for instruction sets whose widest product of
 // signed numbers is that; for Isa to derive from. Isa has
 //   Wide           a vector of 64-bit numbers

@@ -28,9 +28,12 @@ def key_in_file(path: Path) -> Key:
     return found
 
 
-def key_from(named: str) -> Key:
-    """The key that a setting names: ``env:NAME``, a variable of the environment that holds 64
-    hexadecimal digits, or ``file:PATH``, as :func:`key_in_file` reads it. Raises UsageError."""
+def key_from(named: str | None) -> Key | None:
+    """The key that a setting names, None where it names none: ``env:NAME``, a variable of the
+    environment that holds 64 hexadecimal digits, or ``file:PATH``, as :func:`key_in_file` reads it.
+    Raises UsageError."""
+    if named is None:
+        return None
     kind, _, where = named.partition(":")
     if kind not in ("env", "file") or not where or _LIKE_A_KEY.fullmatch(where.strip()):
         raise UsageError(

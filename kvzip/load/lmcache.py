@@ -219,18 +219,12 @@ def create(kwargs: Mapping[str, Any]) -> AsyncSerdeProcessor:
     threads = thread_count(kwargs.get("threads", 1))
     told = {name: kwargs.get(name) for name in ("quantization", "adapter")}
     weights = Weights(kwargs.get("model"), kwargs.get("revision"), told)
-    key = _key(kwargs)
+    key = key_from(kwargs.get("key_from"))
     return AsyncSerdeProcessor(
         KvzipSerializer(get_codec(kwargs.get("codec", "channel")), threads, weights, key),
         KvzipDeserializer(threads, weights, key),
         max_workers=integer("max_workers", kwargs.get("max_workers", 1), 1, 1024),
     )
-
-
-def _key(kwargs: Mapping[str, Any]) -> Key | None:
-    """The key that a serde's configuration names, if it names one. Raises UsageError."""
-    named = kwargs.get("key_from")
-    return None if named is None else key_from(named)
 
 
 def register(name: str = "kvzip") -> None:

@@ -40,7 +40,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def key(self) -> Key | None:
         """The key that is named, if one is. Raises UsageError, which does not show it."""
-        return None if self.key_from is None else key_from(self.key_from)
+        return key_from(self.key_from)
 
     def objects(self) -> Objects:
         """The objects under the URL. Raises UsageError, and SealError where what is there was

@@ -18,12 +18,12 @@ _STALE = timedelta(hours=1)
 class Room:
     """Knows about how many bytes there are, and what goes when they are too many.
 
-    `total`: bytes of all that there is when it was last listed. A writer does not know what others
-    write, so it lists anew after each sixteenth of the limit that it writes.
-    """
+    A writer does not know what others write, so it lists anew after each sixteenth of the limit
+    that it writes."""
 
     def __init__(self) -> None:
         self._total: int | None = None
+        """Bytes of all that there was when it was last listed."""
         self._written = 0
         """Bytes that were written since."""
 
