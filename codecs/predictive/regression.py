@@ -92,10 +92,12 @@ class Sums:
                 rest, rest_tokens = whole, tokens
             common += self.left(self.solve(rest), apart)
             if regions > 1:
-                rest = rest * np.float32(SHRINK_TOKENS / rest_tokens)
+                rest *= np.float32(SHRINK_TOKENS / rest_tokens)
                 for r in range(regions):
-                    own = self.total[r].sum(axis=0) - self.total[r, f]
-                    left[r] += self.left(self.solve(own + rest), self.total[r, f])
+                    # Hundreds of megabytes at a large model's width: one array for all regions.
+                    np.subtract(self.total[r].sum(axis=0, out=apart), self.total[r, f], out=apart)
+                    apart += rest
+                    left[r] += self.left(self.solve(apart), self.total[r, f])
         if regions == 1:
             left[0] = common
         common /= tokens
