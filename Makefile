@@ -49,7 +49,8 @@ bench-gpu: $(READY)
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m kvzip.benchmarks.gpu -o $(RESULTS)/gpu.json
 
-# Whatever reads files, fuzzed for so many seconds a target (tests/fuzz/run.py); corpus, crashes and log are in build/fuzz.
+# Whatever reads files, and the C++ alone, fuzzed for so many seconds a target (tests/fuzz/run.py); corpus, crashes and log are
+# in build/fuzz, and tests/fuzz/run.py --keep adds log and corpus to the repository.
 SECONDS ?= 60
 fuzz: $(TEST)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3' 'coverage>=7'

@@ -1,29 +1,48 @@
-"""Fuzz what reads files, by atheris: `make fuzz SECONDS=60`.
+"""Fuzz what reads files, by atheris, and the codecs' C++ alone: `make fuzz SECONDS=60`.
 
-    python tests/fuzz/run.py --seconds 60 --corpus build/fuzz open decode
+    python tests/fuzz/run.py --seconds 60 --corpus build/fuzz open decode native/channel
 
 Each target goes on from its seeds, what is in tests/fuzz/corpus, and what earlier runs found in the
 folder of `--corpus`. Whatever raises anything but a KVZipError, takes 20 seconds or 2 GB ends the
 run with exit code 1, and lies in that folder as `crash-...`: mend it, and put the file into
 tests/fuzz/corpus, which `make test` tries. At the end the lines of the product that the inputs
-reach are counted, and a line for each target goes into `log.jsonl` there.
+reach are counted, and a line for each target goes into `log.jsonl` there. Targets `native/CODEC`
+are the programs of tests/native, under AddressSanitizer and UBSan, which make their own input.
+
+`--keep` moves the log to kept.jsonl, in the repository, and adds to tests/fuzz/corpus what reaches
+lines that nothing there reaches; `--counts` adds up both logs.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import gc
 import hashlib
-import json
 import platform
+import random
 import re
+import resource
+import shutil
 import subprocess
 import sys
+import types
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import runs  # noqa: E402
+from native import building  # noqa: E402
+
 READERS = "*/kvzip/*"
 """The files whose lines are counted."""
+LEAST_REACHED = 30
+"""Branches that the seeds of any target reach."""
+KEPT = HERE / "kept.jsonl"
+CORPUS = HERE / "corpus"
+NATIVE = [f"native/{codec}" for codec in building.SOURCES]
+SANITIZED = ["-O1", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
 
 
 def is_reader(name: str) -> bool:
@@ -34,11 +53,18 @@ def is_reader(name: str) -> bool:
 def fuzz_one(target: str, options: list[str]) -> None:
     """Become the fuzzer of one target, which never returns."""
     import atheris
+    import targets
 
-    with atheris.instrument_imports(include=["kvzip", "targets"]):
-        import targets
-    found = targets.tried
-    atheris.Setup([sys.argv[0], *options], lambda data: found(target, data))
+    for each in targets.TARGETS:
+        targets.seeds(each)  # by which all is imported
+    # Not by atheris.instrument_imports, which sees no module of an editable install.
+    for found in gc.get_objects():
+        if not isinstance(found, types.FunctionType):
+            continue
+        if str(found.__module__).split(".")[0] in ("kvzip", "targets"):
+            atheris.instrument_func(found)
+    tried = targets.tried
+    atheris.Setup([sys.argv[0], *options], lambda data: tried(target, data))
     atheris.Fuzz()
 
 
@@ -59,49 +85,109 @@ def covered(target: str, folders: list[Path]) -> dict[str, str]:
     return dict(rows)
 
 
+def folders_of(target: str, corpus: Path) -> list[Path]:
+    """Where a target's inputs are: what is found goes into the first."""
+    kept = CORPUS / target
+    return [corpus / target, *([kept] if kept.is_dir() else [])]
+
+
+def by_atheris(target: str, corpus: Path, seconds: int) -> tuple[int, str]:
+    """Fuzz a target of targets.py; how often it ran, and what was said if it failed."""
+    import targets
+
+    folders = folders_of(target, corpus)
+    folders[0].mkdir(parents=True, exist_ok=True)
+    for seed in targets.seeds(target):
+        (folders[0] / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
+    command = [sys.executable, __file__, "--one", target, f"-max_total_time={seconds}"]
+    command += ["-timeout=20", "-rss_limit_mb=2048", "-max_len=8192", "-print_final_stats=1"]
+    command += [f"-artifact_prefix={corpus}/{target}-", *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    counts = re.findall(r"number_of_executed_units: (\d+)", said)
+    reached = max(map(int, re.findall(r" cov: (\d+) ", said)), default=0)
+    if not done.returncode and reached < LEAST_REACHED:
+        return 0, f"the fuzzer saw {reached} branches: it does not see what the product does"
+    return int(counts[-1]) if counts else 0, said[-3000:] if done.returncode else ""
+
+
+def alone(target: str, corpus: Path, seconds: int) -> tuple[int, str]:
+    """Run a program of tests/native, likewise; it counts the processor's seconds."""
+    codec = target.split("/")[1]
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return 0, "there is no C++ compiler"
+    processor = building.PROCESSORS.get(platform.machine())
+    program = building.fuzzer(compiler, codec, corpus / "native", SANITIZED, processor)
+    command = [str(program), str(seconds), str(random.randrange(1 << 30))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    counts = re.match(r"(\d+) rounds", done.stdout)
+    failed = f"{command}\n{done.stdout}{done.stderr[-3000:]}" if done.returncode else ""
+    return int(counts[1]) if counts else 0, failed
+
+
+def keep(corpus: Path) -> None:
+    """Move the log to the repository, and copy the inputs that reach more than those there."""
+    import targets
+
+    runs.keep(corpus / "log.jsonl", KEPT)
+    for target in targets.TARGETS:
+        if not (corpus / target).is_dir():
+            continue
+        (CORPUS / target).mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, "--one", target, "-set_cover_merge=1"]
+        command += [str(CORPUS / target), str(corpus / target)]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
 def main() -> int:
     parse = argparse.ArgumentParser(description=__doc__)
     parse.add_argument("targets", nargs="*")
     parse.add_argument("--seconds", type=int, default=60, help="for each target")
     parse.add_argument("--corpus", type=Path, default=Path("build/fuzz"))
+    parse.add_argument("--counts", action="store_true", help="only add up the logs")
+    parse.add_argument("--keep", action="store_true", help="keep log and corpus in the repository")
     parse.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parse.parse_args()
-    sys.path.insert(0, str(HERE))
     if given.one:
         fuzz_one(given.one[0], given.one[1:])
+    log = given.corpus / "log.jsonl"
+    if given.keep:
+        keep(given.corpus)
+    if given.keep or given.counts:
+        show(runs.entries(KEPT, log))
+        return 0
     import targets
 
     failed = 0
-    for target in given.targets or targets.TARGETS:
-        corpus = given.corpus / target
-        corpus.mkdir(parents=True, exist_ok=True)
-        for seed in targets.seeds(target):
-            (corpus / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
-        kept = [folder for folder in [HERE / "corpus" / target] if folder.is_dir()]
-        command = [sys.executable, __file__, "--one", target, f"-max_total_time={given.seconds}"]
-        command += ["-timeout=20", "-rss_limit_mb=2048", "-max_len=8192", "-print_final_stats=1"]
-        command += [f"-artifact_prefix={corpus.parent}/{target}-", *map(str, [corpus, *kept])]
-        done = subprocess.run(command, capture_output=True, text=True)
-        said = done.stdout + done.stderr
-        counts = re.findall(r"number_of_executed_units: (\d+)", said)
-        lines = covered(target, [corpus, *kept])
-        entry = {
-            "target": target,
-            "executions": int(counts[-1]) if counts else 0,
-            "seconds": given.seconds,
-            "good": done.returncode == 0,
-            "day": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, Python {platform.python_version()}",
-            "lines": lines,
-        }
-        with (given.corpus / "log.jsonl").open("a") as log:
-            log.write(json.dumps(entry) + "\n")
-        print(f"{target}: {entry['executions']:,} executions", end="; ")
-        print(", ".join(f"{name} {share}" for name, share in lines.items() if is_reader(name)))
-        if done.returncode:
-            failed = 1
-            print(said[-3000:])
+    for target in given.targets or [*targets.TARGETS, *NATIVE]:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run = alone if target in NATIVE else by_atheris
+        executions, wrong = run(target, given.corpus, given.seconds)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        entry = {"target": target, "executions": executions, "seconds": round(spent, 1)}
+        runs.add(log, entry | {"good": not wrong} | runs.where())
+        print(f"{target}: {executions:,} executions", end="", flush=True)
+        if target not in NATIVE:
+            lines = covered(target, folders_of(target, given.corpus))
+            shares = [f"{name} {share}" for name, share in lines.items() if is_reader(name)]
+            print(";", ", ".join(shares), end="")
+        print(f"\n{wrong}" if wrong else "", flush=True)
+        failed |= bool(wrong)
     return failed
+
+
+def show(entries: list[runs.Entry]) -> None:
+    """The executions of each target, and hours of a processor."""
+    executions, seconds = Counter(), Counter()
+    for entry in entries:
+        executions[entry["target"]] += entry["executions"]
+        seconds[entry["target"]] += entry["seconds"]
+    for target in executions:
+        hours = seconds[target] / 3600
+        print(f"{target}: {executions[target]:,} executions, {hours:.2f} processor hours")
+    print(f"in all: {executions.total():,} executions, {seconds.total() / 3600:.2f} hours")
 
 
 if __name__ == "__main__":

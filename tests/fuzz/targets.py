@@ -17,6 +17,7 @@ from kvzip.store import Store
 from kvzip.testing import cache_like, make_snapshot, reseal
 
 FOLDER = Path(tempfile.mkdtemp(prefix="kvzip-fuzz-"))
+GOLDEN = Path(__file__).parents[1] / "golden" / "v0"
 SAVED = make_snapshot(cache_like, 1, "bf16", layers=1, heads=1, tokens=40, dim=8)
 
 
@@ -37,6 +38,18 @@ def opened(data: bytes) -> None:
 def decoded(data: bytes) -> None:
     """Every part, by whatever codec the header names."""
     kvzip.decode(sealed(data), threads=1)
+
+
+def in_part(data: bytes) -> None:
+    """A layer and a range of tokens, without the rest."""
+    with kvzip.open(sealed(data), PREDICTED, threads=1) as reader:
+        reader.layer(len(reader.layout.layers) - 1)
+        reader.tokens(1, 3)
+
+
+def predicted(data: bytes) -> None:
+    """A file that needs the profile that it is given."""
+    kvzip.decode(sealed(data), PREDICTED, threads=1)
 
 
 def as_they_are(data: bytes) -> None:
@@ -91,11 +104,14 @@ def store(data: bytes) -> None:
 KEPT: dict[Path, bytes] = {}
 PROFILE = kvzip.Profile.fit([SAVED], codec="channel")
 PAGE = kvzip.encode_page([(layer.k[:, :16], layer.v[:, :16]) for layer in SAVED.layers], PROFILE)
+PREDICTED = kvzip.Profile.load(GOLDEN / "predictive.kvprofile")
 START = kvzip.encode(SAVED, "raw")[:12]
 """Magic and version of a .kvz file, and what else does not change."""
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "open": opened,
     "decode": decoded,
+    "part": in_part,
+    "predictive": predicted,
     "file": as_they_are,
     "profile": profile,
     "snapshot": snapshot,
@@ -105,16 +121,35 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
 }
 
 
+def small(name: str, tokens: int, heads: int = 2) -> kvzip.Snapshot:
+    """A piece of a golden file, which as a whole is longer than what a fuzzer makes."""
+    with kvzip.open(GOLDEN / name, PREDICTED) as reader:
+        read = reader.tokens(0, tokens)
+    layers = [(layer.k[:heads], layer.v[:heads]) for layer in read.layers]
+    return kvzip.Snapshot.from_arrays(layers, read.dtype, read.token_ids, read.origin)
+
+
+def on_a_grid() -> kvzip.Snapshot:
+    """Numbers that are fp8 times scales."""
+    k = small("channel-on-a-grid-bf16.kvz", 40).layers[0].k[..., :32]
+    return kvzip.Snapshot.from_arrays([(k, k)], "bf16")
+
+
 def seeds(target: str) -> list[bytes]:
     """Good input, from which a fuzzer goes on."""
+    if target in ("predictive", "part"):
+        names = [f"predictive-{dtype}.kvz" for dtype in ("bf16", "fp32", "fp8_e5m2")]
+        files = [kvzip.encode(small(name, 12), "predictive", PREDICTED) for name in names]
+        return files + (seeds("decode") if target == "part" else [])
     if target in ("open", "decode", "file"):
         kinds = [("raw", "bf16"), ("zstd", "fp16"), ("planes", "fp32"), ("channel", "bf16")]
         kinds += [("lz4", "int8"), ("planes:mode=bit", "fp8_e4m3fn"), ("channel", "fp8_e5m2")]
-        small = {"layers": 1, "heads": 1, "tokens": 40, "dim": 8}
-        return [
-            kvzip.encode(make_snapshot(cache_like, 1, dtype, **small), codec)
+        size = {"layers": 1, "heads": 1, "tokens": 40, "dim": 8}
+        files = [
+            kvzip.encode(make_snapshot(cache_like, 1, dtype, **size), codec)
             for codec, dtype in kinds
         ]
+        return files + [kvzip.encode(on_a_grid(), codec) for codec in ("raw", "channel")]
     if target == "profile":
         path = FOLDER / "seed.kvprofile"
         kvzip.Profile.fit([SAVED], codec="channel").save(path)

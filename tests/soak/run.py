@@ -6,22 +6,19 @@ A target is a codec, a format and a set of instructions, such as `channel/bf16/a
 names picks all that begin so. The targets take turns until each has its number of numbers, or the
 time is over. A line for each turn goes into the log, with commit and machine, and another run goes
 on after the last round that is there. A round is made from its target's name and its number alone,
-so that one that failed is run again by `--again channel/bf16/avx2:1234`. `--counts` adds up a log.
+so that one that failed is run again by `--again channel/bf16/avx2:1234`. `--keep` moves the log to
+kept.jsonl, in the repository, from which runs go on, too; `--counts` adds up both.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import subprocess
 import sys
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import predictive_profiles
 import pytest
+import runs
 
 import kvzip
 from kvzip import dtypes
@@ -42,6 +40,7 @@ TURN = 20.0
 """Seconds of a target before the next one's turn."""
 MOST = 1 << 21
 """The most numbers of a part of a layer."""
+KEPT = Path(__file__).with_name("kept.jsonl")
 ORIGIN = kvzip.Origin(model="soak", revision="1", rope=({"rope_theta": 1e4},))
 
 
@@ -281,38 +280,10 @@ def turn(target: str, first: int, seconds: float) -> dict[str, object]:
     }
 
 
-def where() -> dict[str, str]:
-    """The commit, the machine and the day, for the log."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    info = Path("/proc/cpuinfo")
-    models = [
-        line.split(":", 1)[1].strip()
-        for line in (info.read_text().splitlines() if info.exists() else ())
-        if line.startswith("model name")
-    ]
-    return {
-        "commit": commit,
-        "machine": f"{platform.machine()}, {models[0] if models else platform.processor()}",
-        "python": platform.python_version(),
-        "day": datetime.date.today().isoformat(),
-    }
-
-
-def entries(log: Path) -> list[dict]:
-    """What a log has so far, without lines of which a killed writer left only the beginning."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    found = []
-    for line in lines:
-        with suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
-
-
-def counts(log: Path) -> dict[str, tuple[int, int]]:
+def counts(*logs: Path) -> dict[str, tuple[int, int]]:
     """The rounds and the numbers of each target, of all commits and machines."""
     rounds, numbers = Counter(), Counter()
-    for entry in entries(log):
+    for entry in runs.entries(*logs):
         rounds[entry["target"]] += entry["rounds"][1] - entry["rounds"][0]
         numbers[entry["target"]] += entry["numbers"]
     return {target: (rounds[target], numbers[target]) for target in rounds}
@@ -320,24 +291,21 @@ def counts(log: Path) -> dict[str, tuple[int, int]]:
 
 def soak(log: Path, seconds: float, names: list[str], each: float = TURN) -> bool:
     """Take turns until all is done or the time is over; whether every number came back."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    before, end, good = entries(log), time.monotonic() + seconds, True
-    ended = {entry["target"]: entry["rounds"][1] for entry in before}
-    done = Counter({target: numbers for target, (_, numbers) in counts(log).items()})
+    end, good = time.monotonic() + seconds, True
+    ended = Counter[str]()
+    for entry in runs.entries(KEPT, log):
+        ended[entry["target"]] = max(ended[entry["target"]], entry["rounds"][1])
+    done = Counter({target: numbers for target, (_, numbers) in counts(KEPT, log).items()})
     wanted = {t: n for t, n in targets().items() if not names or t.startswith(tuple(names))}
-    place = where()
-    cut = log.exists() and log.read_bytes()[-1:] not in (b"", b"\n")
+    place = runs.where()
     while time.monotonic() < end:
         behind = [target for target in wanted if done[target] < wanted[target]]
         if not behind:
             break
         # Whatever is furthest from what is wanted of it.
         target = min(behind, key=lambda name: done[name] / wanted[name])
-        entry = turn(target, ended.get(target, 0), min(each, end - time.monotonic()))
-        with log.open("a") as file:
-            # After a line that was cut off comes another.
-            file.write("\n" * cut + json.dumps(entry | place) + "\n")
-        cut = False
+        entry = turn(target, ended[target], min(each, end - time.monotonic()))
+        runs.add(log, entry | place)
         ended[target] = entry["rounds"][1]
         done[target] += entry["numbers"]
         if not entry["good"]:
@@ -353,14 +321,17 @@ def main() -> int:
     parse.add_argument("--hours", type=float, default=1.0)
     parse.add_argument("--log", type=Path, default=Path("build/soak/log.jsonl"))
     parse.add_argument("--again", metavar="TARGET:ROUND", help="one round, with its traceback")
-    parse.add_argument("--counts", action="store_true", help="only add up the log")
+    parse.add_argument("--counts", action="store_true", help="only add up the logs")
+    parse.add_argument("--keep", action="store_true", help=f"move the log to {KEPT.name}")
     given = parse.parse_args()
     if given.again:
         target, number = given.again.rsplit(":", 1)
         print(f"{round_of(target, int(number)):,} numbers came back")
         return 0
-    good = given.counts or soak(given.log, 3600 * given.hours, given.targets)
-    for target, (rounds, numbers) in sorted(counts(given.log).items()):
+    if given.keep:
+        runs.keep(given.log, KEPT)
+    good = given.counts or given.keep or soak(given.log, 3600 * given.hours, given.targets)
+    for target, (rounds, numbers) in sorted(counts(KEPT, given.log).items()):
         print(f"{target}: {rounds:,} rounds, {numbers:,} numbers")
     return not good
 
