@@ -78,4 +78,10 @@ template <typename T>
 unsigned suspicions(const Wide& wide, const T* numbers, int dimensions, const std::size_t* shape,
                     const std::int64_t* strides);
 
+// Whether at least half of the channels, side by side, may each be multiples of one step along the
+// tokens, as far as can be seen of few numbers; where it is false, the search finds none.
+template <typename T>
+bool may_have_even_channels(const Wide& wide, const T* numbers, int dimensions,
+                            const std::size_t* shape, const std::int64_t* strides);
+
 }  // namespace kvzip::grid

@@ -112,22 +112,43 @@ void fit_any(const Cube<const T>& numbers, const char* wide_name, const char* na
   fit(wide, narrow, rounding, shape, numbers.data(), codes.data(), scales.data());
 }
 
-unsigned suspicions_of(const AnyArray& numbers, const char* wide_name) {
-  const Wide& wide = wide_of(wide_name, numbers.dtype());
+// An array of two or more axes, of any strides.
+struct Strided {
+  explicit Strided(const AnyArray& numbers) : dimensions(int(numbers.ndim())) {
+    if (dimensions < 2 || dimensions > 32) throw std::invalid_argument("want 2 to 32 axes");
+    for (int i = 0; i < dimensions; ++i) {
+      shape[i] = numbers.shape(std::size_t(i));
+      strides[i] = numbers.stride(std::size_t(i));
+      empty |= !shape[i];
+    }
+  }
+
+  int dimensions;
+  bool empty = false;
   std::size_t shape[32];
   std::int64_t strides[32];
-  const auto dimensions = int(numbers.ndim());
-  if (dimensions < 2 || dimensions > 32) throw std::invalid_argument("want 2 to 32 axes");
-  for (int i = 0; i < dimensions; ++i) {
-    shape[i] = numbers.shape(std::size_t(i));
-    strides[i] = numbers.stride(std::size_t(i));
-    if (!shape[i]) return 0;
-  }
+};
+
+unsigned suspicions_of(const AnyArray& numbers, const char* wide_name) {
+  const Wide& wide = wide_of(wide_name, numbers.dtype());
+  const Strided of(numbers);
+  if (of.empty) return 0;
   if (wide.bits == 16)
-    return suspicions(wide, static_cast<const std::uint16_t*>(numbers.data()), dimensions, shape,
-                      strides);
-  return suspicions(wide, static_cast<const std::uint32_t*>(numbers.data()), dimensions, shape,
-                    strides);
+    return suspicions(wide, static_cast<const std::uint16_t*>(numbers.data()), of.dimensions,
+                      of.shape, of.strides);
+  return suspicions(wide, static_cast<const std::uint32_t*>(numbers.data()), of.dimensions,
+                    of.shape, of.strides);
+}
+
+bool may_have_even_channels_of(const AnyArray& numbers, const char* wide_name) {
+  const Wide& wide = wide_of(wide_name, numbers.dtype());
+  const Strided of(numbers);
+  if (of.empty) return false;
+  if (wide.bits == 16)
+    return may_have_even_channels(wide, static_cast<const std::uint16_t*>(numbers.data()),
+                                  of.dimensions, of.shape, of.strides);
+  return may_have_even_channels(wide, static_cast<const std::uint32_t*>(numbers.data()),
+                                of.dimensions, of.shape, of.strides);
 }
 
 }  // namespace
@@ -145,6 +166,8 @@ void bind(nb::module_& m) {
         "Fill `codes` and `scales` (bits of fp32) with those that explain most of the numbers.");
   m.def("grid_suspicions", &suspicions_of, "numbers"_a, "wide"_a,
         "What a few of the numbers say: the bits of grid::Suspicion.");
+  m.def("grid_may_have_even_channels", &may_have_even_channels_of, "numbers"_a, "wide"_a,
+        "False only where no half of the channels is multiples of a step along the tokens.");
 }
 
 }  // namespace kvzip::grid

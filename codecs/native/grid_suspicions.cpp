@@ -1,12 +1,18 @@
 // Which grids a few of an array's numbers look like; spec.md has the reasons.
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "native/grid_round.hpp"
+#include "native/simd.hpp"
 
 namespace kvzip::grid {
 namespace {
 
 constexpr int kPieces = 5, kPiece = 16, kLongPiece = 32;
+constexpr std::size_t kMostGroups = 16;
+// As the search has it: so much of a group must be on the grid if the group is to be.
+constexpr double kOfGroup = 0.85;
 
 // Neighbours along the channels or the tokens of an array. The `number`th of the pieces is in the
 // `number`th part of the channels, since not all may be on a grid, and of another part of the
@@ -39,46 +45,112 @@ bool few(const Wide& wide, const std::uint32_t* piece, int n) {
     if (magnitude == fraction) continue;
     bool known = false;
     for (int k = 0; k < count; ++k) known |= seen[k] == fraction;
-    if (!known) seen[count++] = fraction;
+    if (known) continue;
+    if (count > n / 2) return false;
+    seen[count++] = fraction;
   }
-  return count <= n / 2 + 1;
+  return true;
 }
 
-// Nearly all are multiples of one step, if the largest is one of 64 ... 128 steps.
-bool even(const Wide& wide, const std::uint32_t* piece, int n) {
-  float values[kLongPiece], slack[kLongPiece], largest = 0, slack_of_largest = 0;
-  for (int i = 0; i < n; ++i) {
-    const std::uint32_t magnitude = piece[i] & ((1u << (wide.bits - 1)) - 1);
-    const std::uint32_t field = magnitude >> (wide.precision - 1);
-    const std::uint32_t first = 1u << (wide.precision - 1);
-    const std::uint32_t significand = field ? (magnitude & (first - 1)) | first : magnitude;
-    if (field >= 2u * unsigned(wide.bias) + 1) return false;
-    values[i] =
-        float(double(significand) * power_of_two(lowest(wide) + int(field ? field - 1 : 0)));
-    slack[i] = significand ? 0.5f / float(significand) + 1e-6f : 0;
-    if (values[i] > largest) {
-      largest = values[i];
-      slack_of_largest = slack[i];
-    }
-  }
-  if (largest == 0) return true;
-  // 64 ... 128, and three more for whole vectors.
-  constexpr int kCodes = 68;
+constexpr int kOneInTen = -1;
+// 64 ... 128, and three more for whole vectors.
+constexpr int kCodes = 68;
+
+// Numbers in shares of the largest, and how far each may be off, in the same.
+struct Shares {
+  float value[kLongPiece], tolerance[kLongPiece];
+};
+
+// Whether nearly all are multiples of one step, of which the largest is one of 64 ... 128.
+// `off`: how many may be off the grid, or kOneInTen, of the first ones as of all.
+__attribute__((always_inline)) inline bool has_step_any(const Shares& x, int n, int off) {
   std::int32_t misses[kCodes] = {};
-  const float unit = 1 / largest;
   for (int i = 0; i < n; ++i) {
-    const float value = values[i] * unit, tolerance = value * (slack[i] + slack_of_largest);
+    const float value = x.value[i], tolerance = x.tolerance[i];
+    std::int32_t fewest = INT32_MAX;
     for (int code = 0; code < kCodes; ++code) {
       const float steps = value * float(64 + code);
       // Not lround, which is no vector instruction; halves are far off the grid either way.
       // NOLINTNEXTLINE(bugprone-incorrect-roundings)
       const float off = steps - float(std::int32_t(steps + 0.5f));
       misses[code] += (off < 0 ? -off : off) > tolerance * float(64 + code);
+      fewest = misses[code] < fewest ? misses[code] : fewest;
     }
-    // One in ten may be off the grid, of those until here as of all.
-    if (i % 4 == 3 && *std::min_element(misses, misses + kCodes) > 1 + i / 10) return false;
+    if (off == kOneInTen ? i % 4 == 3 && fewest > 1 + i / 10 : fewest > off) return false;
   }
   return true;
+}
+
+#ifdef KVZIP_X86
+__attribute__((target("avx2"))) bool has_step_avx2(const Shares& x, int n, int off) {
+  return has_step_any(x, n, off);
+}
+#endif
+
+bool has_step(const Shares& x, int n, int off) {
+#ifdef KVZIP_X86
+  if (simd::level() != simd::Level::scalar) return has_step_avx2(x, n, off);
+#endif
+  return has_step_any(x, n, off);
+}
+
+// A magnitude, and how far the product that was rounded to it may be off, as a share of it; whether
+// it is finite.
+bool read(const Wide& wide, std::uint32_t bits, float& value, float& slack) {
+  const std::uint32_t magnitude = bits & ((1u << (wide.bits - 1)) - 1);
+  const std::uint32_t field = magnitude >> (wide.precision - 1);
+  const std::uint32_t first = 1u << (wide.precision - 1);
+  const std::uint32_t significand = field ? (magnitude & (first - 1)) | first : magnitude;
+  if (field >= 2u * unsigned(wide.bias) + 1) return false;
+  value = float(double(significand) * power_of_two(lowest(wide) + int(field ? field - 1 : 0)));
+  slack = significand ? 0.5f / float(significand) + 1e-6f : 0;
+  return true;
+}
+
+bool even(const Wide& wide, const std::uint32_t* piece, int n) {
+  Shares x;
+  float slack[kLongPiece], largest = 0, slack_of_largest = 0;
+  for (int i = 0; i < n; ++i) {
+    if (!read(wide, piece[i], x.value[i], slack[i])) return false;
+    if (x.value[i] > largest) {
+      largest = x.value[i];
+      slack_of_largest = slack[i];
+    }
+  }
+  if (largest == 0) return true;
+  const float unit = 1 / largest;
+  for (int i = 0; i < n; ++i) {
+    x.value[i] *= unit;
+    x.tolerance[i] = x.value[i] * (slack[i] + slack_of_largest);
+  }
+  return has_step(x, n, kOneInTen);
+}
+
+// Whether all of a group's numbers but `off` could be codes of int8 times a scale. The largest that
+// is one is tried as each of the codes from 64 on. What the search finds, this allows: its
+// tolerance is that of two roundings in full, (1 + a) / (1 - b).
+bool could_be_even(const Wide& wide, const std::uint32_t* group, int n, int off) {
+  Shares x;
+  float value[kPiece], slack[kPiece];
+  int finite = 0;
+  for (int i = 0; i < n; ++i) finite += read(wide, group[i], value[finite], slack[finite]);
+  off -= n - finite;
+  float below = INFINITY;
+  for (int reference = 0; reference <= off; ++reference) {
+    int at = -1;
+    for (int i = 0; i < finite; ++i)
+      if (value[i] < below && (at < 0 || value[i] > value[at])) at = i;
+    if (at < 0 || value[at] < std::numeric_limits<float>::min()) return true;
+    below = value[at];
+    const float unit = 1 / below, most = 1 / (1 - slack[at]);
+    for (int i = 0; i < finite; ++i) {
+      const bool larger = value[i] > below;  // then it is off the grid
+      x.value[i] = larger ? 0 : value[i] * unit;
+      x.tolerance[i] = larger ? -1 : x.value[i] * (slack[i] + slack[at]) * most;
+    }
+    if (has_step(x, finite, off)) return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -117,6 +189,46 @@ unsigned suspicions(const Wide& wide, const T* numbers, int dimensions, const st
   return found;
 }
 
+template <typename T>
+bool may_have_even_channels(const Wide& wide, const T* numbers, int dimensions,
+                            const std::size_t* shape, const std::int64_t* strides) {
+  const std::size_t tokens = shape[dimensions - 2], channels = shape[dimensions - 1];
+  const std::size_t size = std::min<std::size_t>(kPiece, tokens);
+  const std::size_t blocks = (tokens - 1) / size + 1;
+  // Of many groups to a channel some look even by chance: that tells nothing.
+  std::size_t rows = 1;
+  for (int i = 0; i < dimensions - 2; ++i) {
+    rows *= shape[i];
+    if (rows * blocks > kMostGroups) return true;
+  }
+  const auto off = int(size) - int(std::ceil(kOfGroup * double(size)));
+  const auto even = [&](std::size_t channel) {
+    for (std::size_t row = 0; row < rows; ++row)
+      for (std::size_t block = 0; block < blocks; ++block) {
+        std::int64_t at = std::int64_t(channel) * strides[dimensions - 1];
+        std::size_t rest = row;
+        for (int i = dimensions - 2; i--; rest /= shape[i])
+          at += std::int64_t(rest % shape[i]) * strides[i];
+        std::uint32_t group[kPiece];
+        for (std::size_t i = 0; i < size; ++i)
+          group[i] = numbers[at + std::int64_t(std::min(block * size + i, tokens - 1)) *
+                                      strides[dimensions - 2]];
+        if (could_be_even(wide, group, int(size), off)) return true;
+      }
+    return false;
+  };
+  // Half of the channels, side by side, have one of the middle among them.
+  std::size_t first = channels / 2, last = first;
+  const std::size_t enough = channels - channels / 2;
+  while (last < channels && last - first < enough && even(last)) ++last;
+  while (first > 0 && last - first < enough && even(first - 1)) --first;
+  return last - first >= enough;
+}
+
+template bool may_have_even_channels(const Wide&, const std::uint16_t*, int, const std::size_t*,
+                                     const std::int64_t*);
+template bool may_have_even_channels(const Wide&, const std::uint32_t*, int, const std::size_t*,
+                                     const std::int64_t*);
 template unsigned suspicions(const Wide&, const std::uint16_t*, int, const std::size_t*,
                              const std::int64_t*);
 template unsigned suspicions(const Wide&, const std::uint32_t*, int, const std::size_t*,

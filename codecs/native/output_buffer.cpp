@@ -1,4 +1,5 @@
 // A file that grows in memory and becomes a bytes object without a copy.
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #ifdef __linux__
@@ -60,16 +61,29 @@ class Output {
   std::size_t capacity() const { return std::size_t(PyBytes_Size(bytes_)); }
 
   void resize(std::size_t size) {
-#ifdef Py_LIMITED_API  // by which no bytes object changes its size: what was written is copied
-    if (size == capacity()) return;
+#ifdef Py_LIMITED_API  // by which no bytes object changes its size
+    if (size != capacity()) copy(size);
+#else
+    // Memory that is given back smaller than it was taken is fresh the next time and costs a fault
+    // a page: glibc takes from its heap what was once given back at that size, and more from the
+    // kernel.
+    const std::size_t unused = capacity() - std::min(capacity(), size);
+    if (size <= capacity() && unused <= capacity() / kUnused) {
+      Py_SET_SIZE(bytes_, Py_ssize_t(size));
+      begin()[size] = 0;
+    } else if (unused && capacity() <= kSmall) {
+      copy(size);
+    } else if (_PyBytes_Resize(&bytes_, Py_ssize_t(size))) {
+      throw nb::python_error();
+    }
+#endif
+  }
+  void copy(std::size_t size) {
     PyObject* const other = PyBytes_FromStringAndSize(nullptr, Py_ssize_t(size));
     if (!other) throw nb::python_error();
     std::memcpy(PyBytes_AsString(other), begin(), size_);
     Py_DECREF(bytes_);
     bytes_ = other;
-#else
-    if (_PyBytes_Resize(&bytes_, Py_ssize_t(size))) throw nb::python_error();
-#endif
   }
   void reserve(std::size_t size) {
     if (!bytes_) throw std::invalid_argument("taken already");
@@ -86,6 +100,10 @@ class Output {
     if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 #endif
   }
+
+  // One part of so many may be left unused behind the bytes; and what is copied rather than made
+  // smaller.
+  static constexpr std::size_t kUnused = 16, kSmall = std::size_t(4) << 20;
 
   PyObject* bytes_;
   std::size_t at_ = 0, size_ = 0;

@@ -25,7 +25,7 @@ from kvzip.container.format import (
     start_length,
 )
 from kvzip.container.grids import GridCodec, may_be_on_grid, may_use_grids
-from kvzip.container.index import RECORD, Entry, Key, aligned, entries, entry_count
+from kvzip.container.index import ALIGNMENT, RECORD, Entry, Key, aligned, entries, entry_count
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import ProfileError, UsageError
 from kvzip.layout import Layout, Origin, StoredLayout
@@ -126,7 +126,10 @@ class Writer:
 
     def encode(self, threads: int = 0) -> bytes:
         """The whole file in memory. `threads`: 0 for all cores."""
-        sink = _native.Output(largest_size(self.snapshot, self.codec, self.header.block_tokens))
+        # Few codecs make more of numbers than they are; then there is more memory.
+        start = start_length(len(self._packed_header), len(self._packed_ids), len(self._entries))
+        room = self.snapshot.raw_bytes + ALIGNMENT * len(self._entries)
+        sink = _native.Output(start + room)
         self.write(sink, threads)
         blob: bytes = sink.take()
         return blob

@@ -218,6 +218,54 @@ def test_ordinary_numbers_are_on_no_grid(wide):
     assert find(np.zeros((0, 4), np.uint16), "bf16") is None
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    wide=st.sampled_from(list(WIDE)),
+    tokens=st.integers(2, 40),
+    turned=st.booleans(),
+    near=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+    simd=st.sampled_from(["scalar", "avx2", "avx512", "neon"]),
+)
+def test_few_tokens_of_int8_are_not_given_up(wide, tokens, turned, near, seed, simd):
+    """Half of the channels, with as many numbers off the grid as the search takes for chance."""
+    rng = np.random.default_rng(seed)
+    shape = 3, tokens, int(rng.choice([9, 16, 40, 64]))
+    channels = shape[-1]
+    numbers = made(wide, "int8", "fp32", ("row", 1), shape, "once", "normal", seed, -4, 4)
+    off = cache_like(rng, wide, shape)
+    if near:  # as keys are: each channel has its own mean
+        off = np.broadcast_to(off[:, :1], shape) + rng.integers(0, 8, shape).astype(off.dtype)
+    start = int(rng.integers(0, channels // 2 + 1))
+    numbers[..., :start] = off[..., :start]
+    numbers[..., start + -(-channels // 2) :] = off[..., start + -(-channels // 2) :]
+    few = min(tokens, 16)
+    for row in range(3):
+        for channel in range(channels):
+            picked = rng.permutation(few)[: few - int(np.ceil(0.85 * few))]
+            numbers[row, picked, channel] = off[row, picked, channel]
+    if turned:
+        numbers = np.ascontiguousarray(numbers.transpose(2, 0, 1)).transpose(1, 2, 0)
+    before = _native.simd()
+    if not _native.set_simd(simd):
+        return
+    try:
+        assert _native.grid_may_have_even_channels(numbers, wide)
+    finally:
+        _native.set_simd(before)
+
+
+def test_a_few_ordinary_tokens_are_given_up_at_once():
+    given_up = 0
+    for seed in range(100):
+        numbers = cache_like(np.random.default_rng(seed), "bf16", (3, 16, 64))
+        given_up += not _native.grid_may_have_even_channels(numbers, "bf16")
+    assert given_up > 95
+    # Zeros, and numbers that are not finite.
+    assert _native.grid_may_have_even_channels(np.zeros((3, 16, 64), np.uint16), "bf16")
+    assert not _native.grid_may_have_even_channels(np.full((3, 16, 64), 0x7F80, np.uint16), "bf16")
+
+
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 def test_fp32_that_holds_half(half):
     """Every bit pattern: NaN payloads, infinities, subnormals, negative zeros."""

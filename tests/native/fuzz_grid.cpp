@@ -80,8 +80,9 @@ void grids(const Wide& wide) {
   const std::int64_t strides[] = {std::int64_t(shape.tokens * shape.channels),
                                   std::int64_t(shape.channels), 1};
   const unsigned said = suspicions(wide, numbers.get(), 3, sizes, strides);
-  const auto byte = std::uint8_t(said);
-  encoded_bytes.update(&byte, 1);
+  const bool even = may_have_even_channels(wide, numbers.get(), 3, sizes, strides);
+  const std::uint8_t bytes[] = {std::uint8_t(said), std::uint8_t(even)};
+  encoded_bytes.update(bytes, 2);
 }
 
 void some_grids() {

@@ -29,6 +29,18 @@ def test_as_bytesio(capacity: int, steps: list[tuple[int, bytes]]) -> None:
         ours.write(b"more")
 
 
+@pytest.mark.parametrize("room", [100, 4096, 1 << 20, 5 << 20, 9 << 20])
+@pytest.mark.parametrize("unused", [0, 1, 0.03, 0.5, 0.99])
+def test_what_is_taken_has_its_own_length(room: int, unused: float) -> None:
+    data = bytes(range(1, 251)) * (room // 250 + 1)
+    data = data[: max(0, room - (unused if unused == 1 else int(unused * room)))]
+    output = Output(room)
+    output.write(data)
+    taken = output.take()
+    assert taken == data and len(taken) == len(data) and hash(taken) == hash(data)
+    assert taken + b"x" == data + b"x" and taken.decode("latin1").encode("latin1") == data
+
+
 def test_room_of_many_pages() -> None:
     output = Output(16 << 20)
     data = bytes(range(256)) * (1 << 14)
