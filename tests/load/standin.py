@@ -151,7 +151,10 @@ def formula(ids: list[int], layer: int, part: int, dtype: Any) -> Any:
     generator = torch.Generator().manual_seed(2 * layer + part)
     table = torch.randn(WORDS, HEADS, DIM, generator=generator)
     turn = torch.linspace(0.5, 2, DIM) * torch.arange(1, len(ids) + 1)[:, None, None] ** 0.5
-    return (table[ids] * turn).transpose(0, 1).to(dtype)
+    found = (table[ids] * turn).transpose(0, 1)
+    if dtype == torch.uint8:  # as vLLM calls the numbers of an fp8 cache
+        return found.to(torch.float8_e4m3fn).view(dtype)
+    return found.to(dtype)
 
 
 def state_of(ids: list[int], layer: int) -> Any:

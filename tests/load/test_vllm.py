@@ -12,6 +12,7 @@ import logging
 import random
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from kvzip.errors import (  # noqa: E402
     UnsupportedError,
     UsageError,
 )
-from kvzip.load.vllm import pages  # noqa: E402
+from kvzip.load.vllm import names, pages  # noqa: E402
 from kvzip.snapshot import PartLayout  # noqa: E402
 from kvzip.statistics.splits import Cut  # noqa: E402
 from kvzip.store import Store  # noqa: E402
@@ -98,13 +99,14 @@ def place(arrangement: str, part: int, t: int, d: int, tokens: int, dim: int) ->
 
 
 @pytest.mark.parametrize("arrangement", pages.ARRANGEMENTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8], ids=str)
 def test_blocks_are_read_and_written_as_the_kernels_order_them(
     arrangement: str, dtype: Any
 ) -> None:
     tokens, dim, heads = 32, 48, 2
-    words = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    bits = torch.randint(-(2**15), 2**15, (5, heads, tokens, 2 * dim), dtype=words)
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    low, high = (0, 2**8) if dtype.itemsize == 1 else (-(2**15), 2**15)
+    bits = torch.randint(low, high, (5, heads, tokens, 2 * dim), dtype=words)
     cache = bits.view(dtype)
     parts = {"k": (heads, dim), "v": (heads, dim)}
     paged = pages.Pages(cache, arrangement, parts, tokens)
@@ -155,8 +157,8 @@ def test_other_backends_are_refused() -> None:
     for backend, isa in (("FLASHINFER", None), ("CPU_ATTN", "neon"), ("CPU_ATTN", None)):
         with pytest.raises(UnsupportedError, match="use one of"):
             pages.arrangement_of(backend, isa, 2)
-    with pytest.raises(UnsupportedError, match="1 bytes"):
-        pages.arrangement_of("CPU_ATTN", "vec", 1)
+    with pytest.raises(UnsupportedError, match="amx kernels for numbers of 4 bytes"):
+        pages.arrangement_of("CPU_ATTN", "amx", 4)
     parts = {"k": (2, 16), "v": (2, 16)}
     with pytest.raises(UnsupportedError, match="want"):
         pages.Pages(torch.zeros(4, 2, 16, 33), "halves", parts, 16)
@@ -164,23 +166,74 @@ def test_other_backends_are_refused() -> None:
         pages.Pages(torch.zeros(4, 2, 16, 32), "halves", parts, 24)
 
 
+def test_processors_that_multiply_fp8_order_it_in_their_own_way(monkeypatch: Any) -> None:
+    layer = SimpleNamespace(isa="amx")
+    assert pages.kernels_of(layer, 1) == "amx"
+    asked = lambda: True  # noqa: E731
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace(cpu_has_amx_fp8=asked), raising=False)
+    assert pages.kernels_of(layer, 2) == "amx"
+    with pytest.raises(UnsupportedError, match="its amx_fp8 kernels"):
+        pages.arrangement_of("CPU_ATTN", pages.kernels_of(layer, 1), 1)
+
+
 # --- there and back --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("dtype", "isa"), [(d, "vec") for d in DTYPES] + [(torch.bfloat16, "amx")], ids=str
+    ("dtype", "isa"),
+    [(d, "vec") for d in (*DTYPES, torch.uint8)] + [(torch.bfloat16, "amx"), (torch.uint8, "amx")],
+    ids=str,
 )
 @pytest.mark.parametrize("tokens", [BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 3])
 def test_another_engine_loads_what_one_saved(
     engine: Any, tmp_path: Any, dtype: Any, isa: str, tokens: int
 ) -> None:
     ids = prompt(tokens)
-    fill(engine, ids, dtype=dtype, isa=isa)
+    told = {"dtype": dtype} | ({"cache_dtype": "fp8"} if dtype == torch.uint8 else {})
+    fill(engine, ids, **told, isa=isa)
     [file] = documents(tmp_path)
     assert kvzip.verify(file).header.layout.tokens == tokens
     # A document does not depend on who wrote it.
-    [request] = engine(dtype=dtype, isa="vec").run(ids)
+    [request] = engine(**told, isa="vec").run(ids)
     assert request.loaded == (tokens - 1) // BLOCK * BLOCK
+
+
+FP8: dict[str, Any] = {"dtype": torch.uint8, "cache_dtype": "fp8"}
+E5M2 = {"cache_dtype": "fp8_e5m2"}
+
+
+def test_a_document_of_fp8_holds_the_engines_numbers(engine: Any, tmp_path: Any) -> None:
+    ids = prompt(80)
+    fill(engine, ids, **FP8)
+    [file] = documents(tmp_path)
+    for i, (k, v) in enumerate(kvzip.decode(file).tensors()):
+        assert k.dtype == v.dtype == torch.float8_e4m3fn
+        for part, held in enumerate((k, v)):
+            assert torch.equal(held.view(torch.uint8), standin.formula(ids, i, part, torch.uint8))
+
+
+def test_which_fp8_it_is_counts(engine: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    """Not the other format, nor that of the same name on AMD's MI300, nor numbers whose scale
+    nobody told."""
+    ids = prompt(80)
+    fill(engine, ids, **FP8)
+    assert engine(**FP8 | {"cache_dtype": "fp8_e4m3"}).run(ids)[0].loaded == 64
+    [file] = documents(tmp_path)
+    unscaled = kvzip.Origin(model="org/model", revision="r1")
+    made = kvzip.decode(file)
+    found = kvzip.Snapshot(made.layers, made.dtype, made.token_ids, unscaled)
+    alone = tmp_path / "alone"
+    Store(alone, block_tokens=BLOCK).put(found)
+    assert engine(**FP8, url=str(alone), role="kv_consumer").run(ids)[0].loaded == 0
+    assert engine(**FP8 | E5M2, role="kv_consumer").run(ids)[0].loaded == 0
+    fill(engine, ids, **FP8 | E5M2)
+    monkeypatch.setattr(names, "_fnuz", lambda: True)
+    fill(engine, ids, **FP8)
+    files = (f for f in documents(tmp_path) if alone not in f.parents)
+    forms = sorted(kvzip.info(f).header.layout.dtype for f in files)
+    assert forms == ["fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2"]
+    with pytest.raises(UnsupportedError, match="fp8_e5m2"):
+        engine(**FP8 | E5M2)
 
 
 @pytest.mark.parametrize("codec", ["raw", "zstd", "channel", "predictive"])
@@ -844,7 +897,7 @@ def test_memory_for_what_waits_is_bounded(engine: Any, tmp_path: Any, caplog: An
             {"dtype": torch.uint8, "cache_dtype": "fp8", "calculate_kv_scales": True},
             "calculate_kv_scales",
         ),
-        ({"dtype": torch.uint8, "cache_dtype": "fp8"}, "numbers of 1 bytes"),
+        ({"dtype": torch.uint8, "cache_dtype": "fp8", "isa": "neon"}, "its neon kernels"),
         ({"codecs": "raw"}, "codecs"),
         ({"revision": None}, "set revision"),
         ({"backend": "FLASHINFER"}, "FLASHINFER"),

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,6 +25,9 @@ import transformers
 from vllm_runs import Engines, Run, flip, words
 
 import kvzip
+from kvzip import dtypes
+from kvzip.load.vllm import pages
+from kvzip.load.vllm.names import fp8_format
 
 DOCUMENT, UNSEEN = words(0, 300), words(2, 300)
 SHARED = 200
@@ -133,7 +136,15 @@ FAMILIES = {
         cached=288,
     ),
     "ranks": Family(qwen3, "FullAttentionSpec", {"tensor_parallel_size": 2}),
+    "fp8": Family(qwen3, "FullAttentionSpec", {"kv_cache_dtype": "fp8"}),
+    "fp8 windows": Family(
+        gemma3,
+        "SlidingWindowSpec SlidingWindowSpec FullAttentionSpec",
+        {"kv_cache_dtype": "fp8_e5m2"},
+    ),
 }
+FP8 = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+"""Whether vLLM's CPU build takes fp8 caches on this processor."""
 
 
 class Runs(NamedTuple):
@@ -156,6 +167,8 @@ def runs(request: Any, engines: Engines, tmp_path_factory: Any) -> Runs:
     """An engine without kvzip; one that saves two prompts; and one that finds a document with a
     shared prefix, and the other prompt's damaged."""
     family, root = FAMILIES[request.param], tmp_path_factory.mktemp("runs")
+    if "kv_cache_dtype" in family.options and not FP8:
+        pytest.skip("vLLM's CPU build wants AVX-512 or AMX for fp8: see the test of its error")
     torch.manual_seed(0)
     model, store = root / "model", root / "store"
     family.make().to(torch.bfloat16).save_pretrained(model)
@@ -235,21 +248,45 @@ def test_another_split_recomputes_and_says_so_once(engines: Engines, tmp_path: P
     assert "tensor_parallel_size=2" in told and told.endswith("they are not used")
 
 
+@pytest.mark.parametrize("name", ["auto", *(["fp8", "fp8_e5m2"] if FP8 else [])])
+@pytest.mark.parametrize("isa", ["vec", "amx"])
+def test_numbers_lie_where_vllms_kernels_put_them(isa: str, name: str) -> None:
+    """What vLLM's own operation writes into a cache is what is taken out of it."""
+    from vllm import _custom_ops
+
+    dtype = getattr(torch, dtypes.get(fp8_format(name) or "bf16").torch)
+    heads, dim, size, tokens = 2, 64, 32, 70
+    held = torch.uint8 if dtype.itemsize == 1 else dtype
+    cache = torch.zeros(4, heads, size, 2 * dim, dtype=held)
+    written = [(torch.rand(tokens, heads, dim) + 1).to(dtype) for _ in range(2)]
+    _custom_ops.cpu_attn_reshape_and_cache(
+        *(part.to(torch.bfloat16) for part in written),
+        *cache.view(4, heads, 2 * size, dim).chunk(2, 2),
+        torch.arange(tokens) + size,
+        isa,
+        kv_cache_dtype=name,
+    )
+    kernels = pages.kernels_of(SimpleNamespace(isa=isa), held.itemsize)
+    arrangement = pages.arrangement_of("CPU_ATTN", kernels, held.itemsize)
+    parts = {"k": (heads, dim), "v": (heads, dim)}
+    taken = pages.Pages(cache, arrangement, parts, size).take([1, 2, 3], tokens)
+    for part, wanted in zip(taken.values(), written, strict=True):
+        assert torch.equal(part.view(dtype).float(), wanted.transpose(0, 1).float())
+
+
 # --- what this build of vLLM cannot run ------------------------------------------------------
 
 
-def test_fp8_is_what_the_processor_takes(engines: Engines, tmp_path: Path) -> None:
-    """vLLM's CPU build wants AVX-512 or AMX for it. Where it runs, kvzip does not know how its
-    kernels order bytes, and says so."""
-    qwen3().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+def test_fp8_is_what_the_build_takes(engines: Engines, tmp_path: Path) -> None:
+    """vLLM's CPU build wants AVX-512 or AMX for it, and heads of 32, 64, 96, ... numbers."""
+    config = transformers.Qwen3Config(**TINY | {"head_dim": 80}, num_hidden_layers=3)
+    model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
     options = {"kv_cache_dtype": "fp8"}
-    log = Run(
-        engines, tmp_path / "run", tmp_path / "model", [DOCUMENT], tmp_path / "s", options=options
-    ).error
-    if torch.cpu._is_avx512_supported():
-        assert "numbers of 1 bytes" in log
-    else:
-        assert "FP8 KV cache on CPU requires x86 with AVX-512 or AMX" in log
+    build = Run(engines, tmp_path / "run", tmp_path / "model", [DOCUMENT], options=options)
+    needs = "FP8 KV cache on CPU requires x86 with AVX-512 or AMX"
+    wanted = "FP8 KV cache requires head_size divisible by 32 on CPU" if FP8 else needs
+    assert wanted in build.error
 
 
 def test_mamba2_is_what_the_build_computes(engines: Engines, tmp_path: Path) -> None:

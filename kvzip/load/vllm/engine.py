@@ -15,7 +15,7 @@ from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
 from kvzip.load.config import LayerKind, layer_kinds, rope_parameters
-from kvzip.load.vllm.names import FP8, index_of
+from kvzip.load.vllm.names import fp8_format, index_of
 from kvzip.load.vllm.settings import Settings
 from kvzip.load.vllm.split import Split
 from kvzip.snapshot import LayerLayout, Layout, Origin, PartLayout
@@ -281,13 +281,14 @@ def _dtype_of(specs: list[KVCacheSpec], vllm_config: VllmConfig) -> str:
     forms = {spec.dtype for spec in specs}
     cache = getattr(vllm_config, "cache_config", None)
     told = str(getattr(cache, "cache_dtype", "auto"))
-    if forms == {torch.uint8} and told in FP8:
+    fp8 = fp8_format(told)
+    if forms == {torch.uint8} and fp8 is not None:
         if getattr(cache, "calculate_kv_scales", False):
             raise UnsupportedError(
                 "with calculate_kv_scales the scales of a cache are those of the first prompts, "
                 "and no document has them: leave it out"
             )
-        return FP8[told]
+        return fp8
     if len(forms) != 1 or not forms <= {torch.bfloat16, torch.float16, torch.float32}:
         names = ", ".join(sorted(map(str, forms))) or "no layers"
         raise UnsupportedError(
@@ -323,6 +324,8 @@ def origin_of(vllm_config: VllmConfig, settings: Settings, engine: Engine) -> Or
         "load_format": not usual and load_format,
         # Of transformers' the shapes are others.
         "states": engine.has_states and "as vLLM keeps them",
+        # What numbers of 8 bits mean is told by the checkpoint's scales, or by 1.
+        "scales": dtypes.get(engine.dtype).itemsize == 1 and "as vLLM takes them",
     }
     return Origin(
         model=settings.model or config.model,

@@ -9,6 +9,7 @@ wrote them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -22,12 +23,26 @@ ARRANGEMENTS = {
     "tokens / 2, 16 dims, 2 tokens]",
 }
 """From vLLM 0.32.0's attention backends: halves in ``flash_attn.py``, ``triton_attn.py`` and
-``flex_attention.py``; on CPU ``csrc/cpu/cpu_attn_vec.hpp`` (columns), ``cpu_attn_amx.hpp`` (tiles,
-of 2-byte numbers)."""
+``flex_attention.py``; on CPU ``csrc/cpu/cpu_attn_vec.hpp`` (columns), ``cpu_attn_amx.hpp`` (tiles),
+and of fp8 ``cpu_attn_fp8.hpp``, which orders bytes as these do their numbers."""
 
 _BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION")
 _LATENT = ("CPU_MLA", "FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")
 _CPU = {"vec": "columns", "vec16": "columns", "amx": "tiles"}
+_MOST_BYTES = {"columns": 4, "tiles": 2}
+"""Of a number, in an arrangement of the CPU's kernels."""
+
+
+def kernels_of(layer: Any, itemsize: int) -> str | None:
+    """vLLM's name of the CPU kernels of an attention layer, and "amx_fp8" for those that take the
+    place of "amx" where numbers have 1 byte and the processor multiplies these itself; None: it has
+    no such kernels."""
+    isa: str | None = getattr(layer, "isa", None)
+    if isa == "amx" and itemsize == 1:
+        asked = getattr(torch.ops._C, "cpu_has_amx_fp8", None)
+        if asked is not None and asked():
+            return "amx_fp8"
+    return isa
 
 
 def arrangement_of(backend: str, isa: str | None, itemsize: int) -> str:
@@ -38,7 +53,7 @@ def arrangement_of(backend: str, isa: str | None, itemsize: int) -> str:
     if backend in _BACKENDS + _LATENT:
         return "halves"
     found = _CPU.get(isa or "") if backend == "CPU_ATTN" else None
-    if found is None or itemsize < 2 or (found == "tiles" and itemsize != 2):
+    if found is None or itemsize > _MOST_BYTES[found]:
         kernels = f" with its {isa} kernels" if backend == "CPU_ATTN" else ""
         kernels += f" for numbers of {itemsize} bytes" if found else ""
         raise UnsupportedError(

@@ -23,7 +23,7 @@ from kvzip.codecs.channel.profile import stated
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, ProfileError, UnsupportedError
 from kvzip.load import chunks
-from kvzip.load.vllm.names import FP8, index_of
+from kvzip.load.vllm.names import fp8_format, index_of
 from kvzip.pages import decode_page, encode_page, is_page, page_info
 from kvzip.profile import Profile
 from kvzip.snapshot import Origin
@@ -71,7 +71,7 @@ class Rows:
         self._codec, self._origin = codec, origin
         self._each = config.cache.blocks_per_chunk
         self._layout = str(config.kv_cache_layout)
-        name = FP8.get(config.model.dtype, config.model.dtype)
+        name = fp8_format(config.model.dtype) or config.model.dtype
         try:
             self._form = dtypes.get(name)
         except UnsupportedError:

@@ -67,9 +67,9 @@ class Worker:
             if layer.states:
                 self._pages.append(pages.StatePages(cache, layer.layout("", 0, 0).parts))
                 continue
-            arrangement = pages.arrangement_of(
-                own.attn_backend.get_name(), getattr(own, "isa", None), cache.element_size()
-            )
+            itemsize = cache.element_size()
+            kernels = pages.kernels_of(own, itemsize)
+            arrangement = pages.arrangement_of(own.attn_backend.get_name(), kernels, itemsize)
             size = self._engine.groups[layer.group].block_tokens
             self._pages.append(pages.Pages(cache, arrangement, layer.parts, size))
 
