@@ -221,8 +221,9 @@ def plain_cache(config: PretrainedConfig) -> Cache:
 
 
 def configs_of_layers(text: PretrainedConfig, count: int) -> list[Any]:
-    """What each layer's config is, where layers may differ."""
-    found = list(text.per_layer_config)
+    """What each layer's config is, where layers may differ: of as many first layers as have a place
+    in the cache, which before transformers 5.24 those at the end that share others' do not."""
+    found = list(text.per_layer_config)[:count]
     return found + [text] * (count - len(found))
 
 

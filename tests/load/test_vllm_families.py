@@ -53,6 +53,18 @@ def gemma3() -> Any:
     return transformers.Gemma3ForCausalLM(config)
 
 
+def gemma4(shared: int = 0) -> Any:
+    """Full layers have other heads than those that slide; the last `shared` ones no cache."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    more = {"num_hidden_layers": 6, "layer_types": kinds, "num_kv_shared_layers": shared}
+    of_tokens = {"vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 16}
+    heads = {"global_head_dim": 128}
+    config = transformers.Gemma4TextConfig(
+        **TINY, **more, **of_tokens, **heads, sliding_window=WINDOW
+    )
+    return transformers.Gemma4ForCausalLM(config)
+
+
 def gpt_oss() -> Any:
     kinds = ["sliding_attention", "full_attention"] * 2
     more = {"num_hidden_layers": 4, "layer_types": kinds, "num_local_experts": 4}
@@ -123,6 +135,11 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "gemma3": Family(gemma3, "SlidingWindowSpec SlidingWindowSpec FullAttentionSpec"),
+    "gemma4": Family(gemma4, "SlidingWindowSpec SlidingWindowSpec FullAttentionSpec"),
+    "gemma4 shared": Family(
+        lambda: gemma4(shared=2),
+        "SlidingWindowSpec SlidingWindowSpec SlidingWindowSpec FullAttentionSpec",
+    ),
     "gpt-oss": Family(gpt_oss, "SlidingWindowSpec FullAttentionSpec"),
     "one group": Family(gemma3, "FullAttentionSpec", {"disable_hybrid_kv_cache_manager": True}),
     "mistral": Family(mistral, "SlidingWindowSpec"),

@@ -95,6 +95,9 @@ class Engine:
         config = vllm_config.model_config.hf_config
         split = Split.of(vllm_config.parallel_config)
         kinds = layer_kinds(config)
+        # In an older transformers those at the end that share others' caches are left out.
+        count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+        kinds += [LayerKind("full", None, None, empty=True)] * (count - len(kinds))
         groups, found = list[Group](), dict[int, CachedLayer]()
         specs: list[KVCacheSpec] = []
         for number, group in enumerate(kv_cache_config.kv_cache_groups):
