@@ -6,7 +6,8 @@ rounds of prompts (token ids), each generated from at once. Into the job's folde
 ``result.json`` (tokens and log-probabilities of every prompt) and ``round-prompt.npz``, the raw
 bytes of vLLM's own blocks that are full of the prompt: of each layer, by its name, [blocks, ...],
 less those that a window has left behind, or of states the one after all tokens; also
-``log``, what the process says, ``told``, what kvzip warns of, and at the end ``code``, the
+``log``, what the process says, with how its layers are grouped and how often a request gave way to
+another, ``told``, what kvzip warns of, and at the end ``code``, the
 process's exit status.
 """
 
@@ -67,10 +68,9 @@ def main(path: Path) -> None:
         model=job["model"],
         dtype=job.get("dtype", "bfloat16"),
         skip_tokenizer_init=True,
-        max_model_len=1024,
         enforce_eager=True,
         disable_log_stats=False,
-        **{"block_size": 32} | options,
+        **{"block_size": 32, "max_model_len": 1024} | options,
     )
     core = llm.llm_engine.engine_core.engine_core
     manager = core.scheduler.kv_cache_manager
@@ -123,6 +123,8 @@ def main(path: Path) -> None:
             )
         rounds.append(found)
     (path.parent / "result.json").write_text(json.dumps(rounds))
+    counts = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    print("preemptions:", counts["vllm:num_preemptions"])
     llm.llm_engine.engine_core.shutdown()
 
 

@@ -85,8 +85,8 @@ def config(url: Any, /, **changes: Any) -> SimpleNamespace:
     """A VllmConfig: settings of kvzip, and under their own names `role`, `policy`, `model`,
     `dtype`, `mamba_cache_mode`, `drafts`, `cache_dtype`, `calculate_kv_scales`, `parallel`, `spec`,
     `windows` (a group of layers for each, None for one of full attention, 0 for one of states),
-    `layers` (the numbers of those that this worker has), `backend`, `isa`, `quantization`,
-    `hf_overrides`, `load_format`."""
+    `num_blocks`, `layers` (the numbers of those that this worker has), `backend`, `isa`,
+    `quantization`, `hf_overrides`, `load_format`."""
     import transformers
 
     get = changes.pop
@@ -129,7 +129,10 @@ def config(url: Any, /, **changes: Any) -> SimpleNamespace:
             model=get("model", "org/model"), hf_config=hf_config, dtype=dtype, **told
         ),
         compilation_config=SimpleNamespace(static_forward_context=dict.fromkeys(names, attention)),
-        cache=SimpleNamespace(kv_cache_groups=[group(n, w) for n, w in enumerate(windows)]),
+        cache=SimpleNamespace(
+            num_blocks=get("num_blocks", 64),
+            kv_cache_groups=[group(n, w) for n, w in enumerate(windows)],
+        ),
         cache_config=SimpleNamespace(
             cache_dtype=get("cache_dtype", "auto"),
             calculate_kv_scales=get("calculate_kv_scales", False),

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import random
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -817,6 +818,87 @@ def test_a_store_that_does_not_answer(engine: Any, caplog: Any, monkeypatch: Any
     monkeypatch.setattr(second.scheduler._scheduler._store, "find", find)
     assert [second.run(prompt(80, i))[0].loaded for i in range(3)] == [0, 0, 0]
     assert warnings(caplog) == ["prompts are computed: cannot read: timed out"]
+
+
+class Asking:
+    """vLLM's questions about requests that wait, one by one."""
+
+    def __init__(self, engine: Any):
+        self.planner = engine.scheduler._planner
+
+    def answer(self, request: Any) -> int | None:
+        """How many tokens can be loaded, when its lookup is over; None: ask again."""
+        end = time.monotonic() + 5
+        while (found := self.planner.matched(request, 0)) is None and time.monotonic() < end:
+            if (asked := self.planner._lookups.get(request.request_id)) and asked[1].done():
+                break
+            time.sleep(0.01)
+        return found
+
+    def give_blocks(self, request: Any, tokens: int) -> None:
+        request.blocks = [[*range(1, 6)]] * len(self.planner._engine.groups)
+        taken = SimpleNamespace(get_block_ids=lambda: tuple(request.blocks))
+        self.planner.allocated(request, taken, tokens)
+
+    def schedule(self, request: Any) -> None:
+        new = SimpleNamespace(
+            req_id=request.request_id, num_computed_tokens=64, block_ids=tuple(request.blocks)
+        )
+        self.planner.plan(
+            SimpleNamespace(
+                scheduled_new_reqs=[new],
+                scheduled_cached_reqs=SimpleNamespace(req_ids=[], resumed_req_ids=set()),
+                num_scheduled_tokens={request.request_id: 1},
+            )
+        )
+
+
+@pytest.mark.parametrize(("blocks", "together"), [(28, True), (27, False)])
+def test_loads_hold_no_blocks_that_others_wait_for(
+    engine: Any, blocks: int, together: bool
+) -> None:
+    """Two prompts of 80 tokens with a window need 14 blocks each, and one is nobody's."""
+    ids = [prompt(80, seed) for seed in (1, 2)]
+    fill(engine, *ids, windows=[None, 24])
+    asking = Asking(engine(windows=[None, 24], num_blocks=blocks + 1))
+    first, second = (standin.Request(str(n), each) for n, each in enumerate(ids))
+    assert asking.answer(first) == 64
+    asking.give_blocks(first, 64)
+    assert asking.answer(second) == (64 if together else None)
+    asking.schedule(first)
+    assert asking.answer(second) == 64
+
+
+def test_no_load_begins_behind_a_request_without_blocks(engine: Any, monkeypatch: Any) -> None:
+    """vLLM would not look at the second one while the first does not fit."""
+    ids = [prompt(80, seed) for seed in (1, 2)]
+    fill(engine, *ids, windows=[None, 24])
+    asking = Asking(engine(windows=[None, 24]))
+    first, second = (standin.Request(str(n), each) for n, each in enumerate(ids))
+    store, may_go_on = asking.planner._store, threading.Event()
+    find = store.find
+
+    def slowly(token_ids: Any, **told: Any) -> Any:
+        assert token_ids.tolist() != ids[0] or may_go_on.wait(5)
+        return find(token_ids, **told)
+
+    monkeypatch.setattr(store, "find", slowly)
+    assert asking.planner.matched(first, 0) is None
+    assert asking.answer(second) is None
+    may_go_on.set()
+    assert asking.answer(first) == 64 and asking.answer(second) is None
+    asking.give_blocks(first, 64)
+    assert asking.answer(second) == 64
+    asking.give_blocks(second, 64)
+    # One that is given up is in nobody's way.
+    third = standin.Request("3", ids[0])
+    may_go_on.clear()
+    assert asking.planner.matched(third, 0) is None
+    fourth = standin.Request("4", ids[1])
+    assert asking.answer(fourth) is None
+    asking.planner.finished("3")
+    assert asking.answer(fourth) == 64
+    may_go_on.set()
 
 
 def test_a_slow_lookup_holds_up_nothing(engine: Any, caplog: Any, monkeypatch: Any) -> None:

@@ -8,6 +8,7 @@ docs/engines.md is what is seen here.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +23,12 @@ if importlib.util.find_spec("vllm") is None:
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from vllm_runs import Engines, Run, flip, words
 
 import kvzip
 from kvzip import dtypes
+from kvzip.load.hf import cache_argument
 from kvzip.load.vllm import pages
 from kvzip.load.vllm.names import fp8_format
 
@@ -249,6 +252,43 @@ def test_states_where_prompts_part(engines: Engines, tmp_path: Path) -> None:
     assert held == [288, 576, 576, 576] and not load.told
 
 
+@pytest.mark.parametrize(("family", "blocks"), [(qwen3, 21), (gemma3, 28)], ids=["full", "sliding"])
+def test_prompts_in_chunks_that_give_way(
+    engines: Engines, tmp_path: Path, family: Callable[[], Any], blocks: int
+) -> None:
+    """Two prompts at once, 48 tokens in a step, and too few blocks for both of them and their
+    answers: where all tokens are kept one gives way and goes on later, else it waits. What is
+    stored is what an engine with room stores, and with it the answers are the same."""
+    torch.manual_seed(0)
+    model, prompts = tmp_path / "model", [words(8, 316), words(9, 316)]
+    family().to(torch.bfloat16).save_pretrained(model)
+    options = {"max_num_batched_tokens": 48, "max_model_len": 352, "enable_prefix_caching": False}
+
+    def run(name: str, blocks: int, url: Path | None = None) -> Run:
+        told = options | {"num_gpu_blocks_override": blocks}
+        return Run(engines, tmp_path / name, model, prompts, url, options=told, at_once=True)
+
+    plain, save = run("plain", blocks), run("save", blocks, tmp_path / "tight")
+    roomy = run("roomy", 100, tmp_path / "roomy")
+    assert save.log and roomy.log
+    load = run("load", blocks, tmp_path / "tight")
+
+    def gave_way(run: Run) -> float:
+        [count] = re.findall(r"^preemptions: (\d+)", run.log, re.MULTILINE)
+        return int(count)
+
+    assert [gave_way(each) for each in (plain, save, roomy)] == [family is qwen3] * 2 + [0]
+    for n in (0, 1):
+        assert save[n] == plain[n] and load[n]["tokens"] == plain[n]["tokens"]
+        assert load[n]["cached"] >= 288
+    tight, other = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).rglob("*.kvz")}
+        for name in ("tight", "roomy")
+    )
+    assert len(tight) == 2 and tight == other
+    assert not [line for each in (save, roomy, load) for line in each.told]
+
+
 def test_another_split_recomputes_and_says_so_once(engines: Engines, tmp_path: Path) -> None:
     torch.manual_seed(0)
     qwen3().to(torch.bfloat16).save_pretrained(tmp_path / "model")
@@ -263,6 +303,50 @@ def test_another_split_recomputes_and_says_so_once(engines: Engines, tmp_path: P
     assert one[0]["cached"] == 0 and one.computed_as(plain, 0, 0) and one.computed_as(plain, 1, 1)
     [told] = [line for line in one.told if "tensor_parallel_size" in line]
     assert "tensor_parallel_size=2" in told and told.endswith("they are not used")
+
+
+def scaled(folder: Path, k: float, v: float) -> Path:
+    """A checkpoint that says by what keys and values are divided before they are cached."""
+    torch.manual_seed(0)
+    qwen3().to(torch.bfloat16).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for i in range(3):
+        weights[f"model.layers.{i}.self_attn.k_scale"] = torch.tensor([k])
+        weights[f"model.layers.{i}.self_attn.v_scale"] = torch.tensor([v])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "kv_cache_scheme": scheme | {"symmetric": True},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.skipif(not FP8, reason="vLLM's CPU build wants AVX-512 or AMX for fp8")
+def test_scales_are_the_checkpoints(engines: Engines, tmp_path: Path) -> None:
+    """A document holds what vLLM holds: numbers divided by the scales. With other scales it is no
+    hit."""
+    model, other = scaled(tmp_path / "model", 0.5, 0.25), scaled(tmp_path / "other", 0.25, 0.25)
+    assert Run(engines, tmp_path / "save", model, [DOCUMENT], tmp_path / "s").log
+    [file] = (tmp_path / "s").rglob("*.kvz")
+    plain = Run(engines, tmp_path / "plain", model, [DOCUMENT, OTHER])
+    load = Run(engines, tmp_path / "load", model, [OTHER], tmp_path / "s")
+    missed = Run(engines, tmp_path / "missed", other, [DOCUMENT], tmp_path / "s")
+    torch.manual_seed(0)
+    reference = qwen3().to(torch.bfloat16).float()
+    cache = transformers.DynamicCache(config=reference.config)
+    with torch.no_grad():
+        reference(torch.tensor([DOCUMENT]), **cache_argument(cache))
+    for (k, v), layer in zip(kvzip.decode(file).tensors(), cache.layers, strict=True):
+        for ours, scale, theirs in ((k, 0.5, layer.keys[0]), (v, 0.25, layer.values[0])):
+            assert ours.dtype == torch.float8_e4m3fn
+            assert (ours.float() * scale - theirs).norm() < 0.15 * theirs.norm()
+    assert load[0]["cached"] == 192 and load.computed_as(plain, 0, 1)
+    assert missed[0]["cached"] == 0 and missed.log
 
 
 @pytest.mark.parametrize("name", ["auto", *(["fp8", "fp8_e5m2"] if FP8 else [])])

@@ -68,7 +68,8 @@ class Engines:
 
 
 class Run:
-    """An engine: begun at once, waited for when it is asked for something."""
+    """An engine: begun at once, waited for when it is asked for something. `at_once`: all prompts
+    are one batch."""
 
     def __init__(
         self,
@@ -80,13 +81,14 @@ class Run:
         dtype: str = "bfloat16",
         options: dict[str, Any] | None = None,
         transfer: dict[str, Any] | None = None,
+        at_once: bool = False,
         **settings: Any,
     ):
         self.folder, self.prompts = folder, prompts
         folder.mkdir()
         job = {
             "model": str(model),
-            "rounds": [[ids] for ids in prompts],
+            "rounds": [prompts] if at_once else [[ids] for ids in prompts],
             "dtype": dtype,
             "options": options or {},
         }
@@ -129,7 +131,8 @@ class Run:
     def __getitem__(self, number: int) -> dict[str, Any]:
         """What a prompt gave."""
         assert self.log
-        found: dict[str, Any] = json.loads((self.folder / "result.json").read_text())[number][0]
+        rounds = json.loads((self.folder / "result.json").read_text())
+        found: dict[str, Any] = [one for each in rounds for one in each][number]
         return found
 
     def blocks(self, number: int) -> dict[str, Any]:

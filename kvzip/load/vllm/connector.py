@@ -91,6 +91,7 @@ class KvzipConnector(KVConnectorBase_V1, SupportsHMA):
                 origin,
                 loads=transfer.is_kv_consumer,
                 saves=transfer.is_kv_producer and store.bucket.writable,
+                blocks=kv_cache_config.num_blocks,
             )
         else:
             part, stores = engine.split.own_part()

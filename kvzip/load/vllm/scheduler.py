@@ -89,7 +89,9 @@ class Scheduler:
         *,
         loads: bool,
         saves: bool,
+        blocks: int,
     ):
+        """`blocks`: how many of vLLM's blocks there are."""
         self._settings, self._engine, self._store = settings, engine, store
         self._profile_of, self._origin = profile_of, origin
         parts = range(engine.split.parts)
@@ -104,6 +106,12 @@ class Scheduler:
         self._loads: list[Load] = []
         self._waiting: dict[str, Load] = {}
         """Loads of requests that wait for them."""
+        self._blocks = blocks
+        self._holding: dict[str, int] = {}
+        """Requests that wait for their loads, or have waited and are not yet scheduled, and how
+        many blocks they need to be."""
+        self._parked: dict[str, None] = {}
+        """Requests that vLLM was told to ask for again, in their order, until they have blocks."""
         self._steps: deque[Metadata] = deque(maxlen=4)
         """The last steps; vLLM may have begun one before it has seen the last one's end."""
         self._passed_over: dict[Documents, float] = {}
@@ -126,13 +134,32 @@ class Scheduler:
         if not loads:
             return 0
         if found is None:
+            self._parked.setdefault(request.request_id)
             return None
         usable = (self._engine.usable(f, found.tokens, most, computed) for f in found.layouts)
         stop = min(usable, default=0)
         if stop <= computed:
             return 0
+        if self.in_background and self._may_block(request):
+            self._parked.setdefault(request.request_id)
+            return None
         self._usable[request.request_id] = (computed, stop)
         return stop - computed
+
+    def _may_block(self, request: Request) -> bool:
+        """Whether a load in the background might leave vLLM without a request that it can go on
+        with. It takes no blocks from one that waits for its load, or was not scheduled since; looks
+        at none behind one that does not fit; and of windows it keeps fewer blocks free than a
+        request still needs (0.32.0). So no load is begun behind a request that has no blocks yet,
+        nor beside others where all could not go on at once."""
+        behind = next(iter(self._parked), request.request_id) != request.request_id
+        needed = sum(self._holding.values()) + self._needed(request)
+        return behind or (bool(self._holding) and needed >= self._blocks)
+
+    def _needed(self, request: Request) -> int:
+        """How many blocks a request needs at most to be computed, and for a first answer."""
+        groups = self._engine.groups
+        return sum(request.num_tokens // group.block_tokens + 2 for group in groups)
 
     def _lookup(self, request: Request) -> _Found | None:
         """What the store has of a request's prompt; None while it is looked for."""
@@ -215,6 +242,7 @@ class Scheduler:
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """Take note of a request that will be computed, and of `external` tokens to load."""
         name = request.request_id
+        self._parked.pop(name, None)
         _, future = self._lookups.pop(name, (0.0, None))
         start, stop = self._usable.pop(name, (0, 0))
         if not _follows_from_ids(request):
@@ -238,6 +266,7 @@ class Scheduler:
             load = Load(name, found.documents, start, stop, spans)
             if self._engine.in_background:
                 self._waiting[name] = load
+                self._holding[name] = self._needed(request)
             self._loads.append(load)
 
     def _spans(
@@ -273,6 +302,7 @@ class Scheduler:
         step = Metadata([] if behind else self._loads, self._loads if behind else [])
         self._loads = []
         for name, count in output.num_scheduled_tokens.items():
+            self._holding.pop(name, None)
             known = self._requests.get(name)
             if known is None:
                 continue
@@ -360,6 +390,8 @@ class Scheduler:
         self._requests.pop(name, None)
         self._waiting.pop(name, None)
         self._usable.pop(name, None)
+        self._holding.pop(name, None)
+        self._parked.pop(name, None)
         _, future = self._lookups.pop(name, (0.0, None))
         if future is not None:
             future.cancel()
