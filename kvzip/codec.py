@@ -200,6 +200,12 @@ class Codec(ABC):
         """An upper bound of the bytes that `make_tables` gives."""
         return 0
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether parts may have tables: where none is made or read, nobody is asked for them."""
+        own = type(self)
+        return own.make_tables is not Codec.make_tables or own.load_tables is not Codec.load_tables
+
     # --- dependence; optional --------------------------------------------------------------
 
     def encode_chain(self, blocks: Sequence[tuple[Bits, Context]]) -> list[bytes]:

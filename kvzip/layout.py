@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import Any, Literal
 
 import msgspec
@@ -19,6 +18,7 @@ from msgspec.structs import force_setattr
 from kvzip import dtypes
 from kvzip.dtypes import Bits
 from kvzip.errors import UnsupportedError, UsageError
+from kvzip.kept import cached_property
 from kvzip.options import integer, items, json_value, text
 
 Kind = Literal["full", "sliding", "latent", "state", "cross"]
@@ -242,7 +242,7 @@ class LayerLayout(
         """Position of the first token that is held."""
         return self.cumulative_length - self.stored
 
-    @property
+    @cached_property
     def batch(self) -> int | None:
         """How many rows the batch has; None where there is no axis of the batch."""
         parts = list(self.parts.values())
@@ -392,7 +392,7 @@ def _checked_parts(given: Any) -> dict[str, PartLayout]:
     return dict(given)
 
 
-class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """Parts and kinds of all layers: what a buffer for a cache must hold.
 
     `dtype` is the format of the cache, which its keys and values are in; each part has its own.
@@ -431,22 +431,22 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for name, part in layer.parts.items():
                 yield i, name, part
 
-    @property
+    @cached_property
     def raw_bytes(self) -> int:
         """Bytes of all numbers."""
         return sum(part.nbytes for _, _, part in self.parts())
 
-    @property
+    @cached_property
     def numbers(self) -> int:
         """How many numbers all parts have."""
         return sum(part.numbers for _, _, part in self.parts())
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """True length of the sequence, cropped tokens included."""
         return max((s.cumulative_length for s in self.layers if s.counts_tokens), default=0)
 
-    @property
+    @cached_property
     def batch(self) -> int | None:
         """How many rows the batch has; None where there is no axis of the batch."""
         return next((layer.batch for layer in self.layers if layer.parts), None)

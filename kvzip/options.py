@@ -121,6 +121,8 @@ def json_value(name: str, value: Any, depth: int = 0) -> Any:
     if depth == _DEPTH:
         raise UsageError(f"{name} nests more than {_DEPTH} levels deep")
     if isinstance(value, (list, tuple)):
+        if {*map(type, value)} == {float} and all(map(math.isfinite, value)):
+            return [*value]  # as rotations have many
         return [
             item
             if type(item) is float and math.isfinite(item)
@@ -130,7 +132,7 @@ def json_value(name: str, value: Any, depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         return {
             key if _is_ascii(key) else text(f"a key of {name}", key): item
-            if _is_ascii(item)
+            if _is_ascii(item) or (type(item) is float and math.isfinite(item))
             else json_value(f"{name}[{key!r}]", item, depth + 1)
             for key, item in value.items()
         }

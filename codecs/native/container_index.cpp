@@ -97,6 +97,7 @@ class Records {
     const std::uint64_t fields[] = {position, r.tokens,          r.offset,
                                     r.length, r.stored_checksum, r.raw_checksum};
     for (int i = 0; i < 6; ++i) columns_[i].add(fields[i]);
+    if (r.tokens) shortest_ = std::min(shortest_, r.length);
     ++at_;
   }
 
@@ -106,7 +107,7 @@ class Records {
     if (begin_ != end_) throw std::invalid_argument(kNotInOrder);
     return nb::make_tuple(columns_[0].list(), columns_[1].list(), columns_[2].list(),
                           columns_[3].list(), columns_[4].list(), columns_[5].list(), keys.by_row(),
-                          keys.rows());
+                          keys.rows(), shortest_ == UINT64_MAX ? 0 : shortest_);
   }
 
  private:
@@ -114,6 +115,7 @@ class Records {
   std::size_t count_, at_ = 0;
   std::uint64_t begin_, end_, alignment_;
   Column columns_[6];
+  std::uint64_t shortest_ = UINT64_MAX;  // of the blocks that hold any number
 };
 
 // A part's name, the first and last position that it holds, and the step at whose multiples it is
@@ -173,7 +175,8 @@ void bind_index(nb::module_& m) {
   m.def("read_index", &read_index, "records"_a, "begin"_a, "end"_a, "alignment"_a, "layers"_a,
         "Of records of a file whose entries fill bytes `begin` to `end`, each rounded up to a "
         "multiple of `alignment`, the columns position, tokens, offset, length, stored and raw "
-        "checksum, and key; and the rows of each key. `layers`: for each part of each, its name, "
+        "checksum, and key; the rows of each key; and the least length of a block with tokens, "
+        "0 where there is none. `layers`: for each part of each, its name, "
         "its first and last position and the step at whose multiples it is cut. Raises ValueError "
         "unless every record is the one that belongs there.");
 }

@@ -6,7 +6,6 @@ Here it is told what is to blame when a file is damaged. Nothing is decoded here
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,15 @@ from kvzip.container.format import (
 from kvzip.container.index import ALIGNMENT, Index, Key
 from kvzip.container.source import Source
 from kvzip.errors import CancelledError, CorruptError, FormatError, ProfileError
+from kvzip.kept import cached_property
 from kvzip.layout import LayerLayout, PartLayout
 from kvzip.profile import Profile
 
 _FIRST_READ = 48 << 10
 """Bytes that are read at first: enough for the header and the index of most files."""
+
+
+_NOTHING = memoryview(b"")
 
 
 class Blocks:
@@ -68,18 +71,18 @@ class Blocks:
     def _check_sizes(self) -> None:
         """Raise FormatError if a block claims more numbers than its bytes can stand for."""
         index, layers = self.index, self.layout.layers
-        lengths = zip(index.length, index.tokens, strict=True)
-        least = min([length for length, tokens in lengths if tokens], default=0)
-        first = {id(layer): i for i, layer in reversed([*enumerate(layers)])}  # most are one object
-        for i in first.values():
-            for name, part in layers[i].parts.items():
+        before = None
+        for i, layer in enumerate(layers):
+            if layer is before:  # most are one object, and have as many blocks
+                continue
+            before = layer
+            for name, part in layer.parts.items():
                 rows = index.rows[i, name]
                 most = max(index.tokens[rows.start : rows.stop]) * part.line_bytes
-                if any(
-                    most > codec.max_decoded_size(least, part.form) for codec in self.codecs.all
-                ):
-                    self._check_each_size()
-                    return
+                for codec in self.codecs.all:
+                    if most > codec.max_decoded_size(index.shortest, part.form):
+                        self._check_each_size()
+                        return
 
     def _check_each_size(self) -> None:
         for key, rows in self.index.rows.items():
@@ -211,6 +214,8 @@ class Blocks:
             self.check_cancelled()
         index = self.index
         length = index.length[row]
+        if not length and not checked:
+            return _NOTHING  # as the tables of most codecs
         taken = self.source.read(index.offset[row], length + -length % ALIGNMENT)
         if metrics.listening():
             metrics.count("read_bytes", len(taken), codec=self.codec.codec_id)
@@ -248,9 +253,12 @@ class Blocks:
         """A part's tables, of which these are the bytes, as blocks use them. Raises
         CorruptError."""
         layer, name = key = self.index.key[row]
+        codec = self.codecs[key]
+        if not codec.has_tables:
+            return None
         part, begin = self.layout.layers[layer].parts[name], self.index.position[row]
         context = Context(part.form, layer, name, begin, self.header.origin, None, self.profile)
-        return self.codecs[key].load_tables(data, part.block_shape, context)
+        return codec.load_tables(data, part.block_shape, context)
 
     def context(self, row: int, *more: Any) -> Context:
         """The context of a block. `more`: its part's tables, and the fields that follow."""

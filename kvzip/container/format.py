@@ -9,7 +9,6 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +22,7 @@ from kvzip.container.grids import GridCodec, find_grids, taker
 from kvzip.container.index import RECORD, Key, aligned
 from kvzip.errors import CorruptError, FormatError, UnsupportedError, UsageError
 from kvzip.grids import Grid
+from kvzip.kept import cached_property
 from kvzip.layout import Layout, Origin, StoredLayout
 from kvzip.options import json_value, same_from_json
 from kvzip.parsing import from_json

@@ -158,8 +158,10 @@ class Index:
         """The layer and the part that the entry belongs to."""
         self.rows: dict[Key, range]
         """The rows of each part of each layer: its tables, then its blocks."""
+        self.shortest: int
+        """The least length of a block that holds any number; 0 where there is none."""
         self.position, self.tokens, self.offset, self.length = columns[:4]
-        self.stored_checksum, self.raw_checksum, self.key, self.rows = columns[4:]
+        self.stored_checksum, self.raw_checksum, self.key, self.rows, self.shortest = columns[4:]
 
     def __len__(self) -> int:
         return len(self.length)

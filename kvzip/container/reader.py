@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from kvzip.container.plan import Request
 from kvzip.container.sealed import AnyKey, Sealed, check_key, unsealed
 from kvzip.container.source import OpenFile, Source, Stream, naming
 from kvzip.errors import UsageError
+from kvzip.kept import cached_property
 from kvzip.options import callback, items, pairs
 from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import Layer, Snapshot

@@ -245,7 +245,10 @@ class Writer:
     def _tables(self, entry: Entry, whole: Bits, scratch: dict[str, Any]) -> tuple[bytes, Any]:
         """The tables of one part of a layer as stored, and as blocks use them. `scratch`: what the
         codec may keep for the part's blocks."""
-        codec, context = self._codecs[entry.key], self._context(entry, None, {}, scratch)
+        codec = self._codecs[entry.key]
+        if not codec.has_tables:
+            return b"", None
+        context = self._context(entry, None, {}, scratch)
         made = codec.make_tables(whole, context)
         return made, codec.load_tables(memoryview(made), whole.shape, context)
 
