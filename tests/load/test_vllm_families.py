@@ -109,6 +109,15 @@ def mamba2() -> Any:
     return transformers.Mamba2ForCausalLM(config)
 
 
+def falcon_h1() -> Any:
+    """Attention and states in each layer."""
+    sizes = {"mamba_d_ssm": 256, "mamba_n_heads": 4, "mamba_d_head": 64, "mamba_n_groups": 1}
+    sizes |= {"mamba_d_state": 64, "mamba_chunk_size": 64}
+    return transformers.FalconH1ForCausalLM(
+        transformers.FalconH1Config(**TINY, **sizes, num_hidden_layers=3)
+    )
+
+
 def qwen3_next() -> Any:
     """With heads of 128 numbers, which vLLM's CPU kernels take."""
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
@@ -399,3 +408,22 @@ def test_mamba2_is_what_the_build_computes(engines: Engines, tmp_path: Path) -> 
     ours = Run(engines, tmp_path / "ours", tmp_path / "model", [DOCUMENT], tmp_path / "s")
     assert "is out of bounds for dimension 0 with size 1" in build.error
     assert "set enable_prefix_caching=True" in ours.error
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_falcon_h1_is_what_the_build_computes(
+    engines: Engines, tmp_path: Path, caching: bool
+) -> None:
+    """With prefix caching, without which vLLM keeps no state at a block's end, its CPU build fails
+    by itself; kvzip says at the start that a layer has two caches."""
+    torch.manual_seed(0)
+    falcon_h1().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    options = {"enable_prefix_caching": caching}
+    build = Run(engines, tmp_path / "run", tmp_path / "model", [DOCUMENT], options=options)
+    where = tmp_path / "s"
+    ours = Run(engines, tmp_path / "ours", tmp_path / "model", [DOCUMENT], where, options=options)
+    if caching:
+        assert "is out of bounds for dimension 0 with size 1" in build.error
+    else:
+        assert build.log
+    assert "several caches of a layer are not handled" in ours.error
