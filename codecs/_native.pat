@@ -9,8 +9,8 @@
 ^kvzip.codecs._native.read_index$:
     def read_index(records: Buffer, begin: int, end: int, alignment: int, layers: list[list[tuple[str, int, int, int]]]) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int], list[tuple[int, str]], dict[tuple[int, str], range], int]: ...
 
-^kvzip.codecs._native.without_zeros$:
-    def without_zeros(data: memoryview, length: int) -> memoryview: ...
+^kvzip.codecs._native.stored$:
+    def stored(data: memoryview, length: int, checksum: int | None = None) -> memoryview: ...
 
 ^kvzip.codecs._native.close_to_each_other$:
     \from typing import Any

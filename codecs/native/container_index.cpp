@@ -1,15 +1,18 @@
 // The index of a .kvz file (docs/format.md), as columns.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "native/bindings.hpp"
+#include "native/xxh3.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -154,13 +157,19 @@ nb::tuple read_index(nb::handle data, std::uint64_t begin, std::uint64_t end,
   return records.finish(keys);
 }
 
-nb::object without_zeros(nb::handle data, Py_ssize_t length) {
+nb::object stored(nb::handle data, Py_ssize_t length, std::optional<std::uint64_t> checksum) {
   Views views;
   const Py_buffer& bytes = views.add(data, PyBUF_SIMPLE);
   if (length < 0 || length > bytes.len) throw std::invalid_argument("cut short");
   const auto* const all = static_cast<const char*>(bytes.buf);
   if (std::any_of(all + length, all + bytes.len, [](char byte) { return byte != 0; }))
     throw std::invalid_argument("the bytes behind it are not zeros");
+  if (checksum) {
+    nb::gil_scoped_release released;
+    Xxh3 sum;
+    sum.update(all, std::size_t(length));
+    if (sum.digest() != *checksum) throw std::invalid_argument("its checksum does not match");
+  }
   nb::object found = nb::steal(PySequence_GetSlice(data.ptr(), 0, length));
   if (!found.is_valid()) throw nb::python_error();
   return found;
@@ -169,9 +178,9 @@ nb::object without_zeros(nb::handle data, Py_ssize_t length) {
 }  // namespace
 
 void bind_index(nb::module_& m) {
-  m.def("without_zeros", &without_zeros, "data"_a, "length"_a,
-        "The first `length` bytes of a memoryview, behind which there are zeros only. Raises "
-        "ValueError unless there are.");
+  m.def("stored", &stored, "data"_a, "length"_a, "checksum"_a = nb::none(),
+        "The first `length` bytes of a memoryview, behind which there are zeros only, and whose "
+        "XXH3-64 is `checksum` if there is one. Raises ValueError unless it is so.");
   m.def("read_index", &read_index, "records"_a, "begin"_a, "end"_a, "alignment"_a, "layers"_a,
         "Of records of a file whose entries fill bytes `begin` to `end`, each rounded up to a "
         "multiple of `alignment`, the columns position, tokens, offset, length, stored and raw "

@@ -34,6 +34,8 @@ _FIRST_READ = 48 << 10
 
 
 _NOTHING = memoryview(b"")
+_SMALL = 16 << 10
+"""Bytes of the entries whose stored bytes are always compared with their checksum, at most."""
 
 
 class Blocks:
@@ -207,9 +209,10 @@ class Blocks:
     def stored(self, row: int, checked: bool = False) -> memoryview:
         """The stored bytes of an entry. The numbers' checksum tells whether they are good, that of
         the stored bytes, what is to blame: taking both always would cost an eighth of the fastest
-        codec's time, and `checked` does it. Neither is of the zeros behind the bytes, which are
-        looked at here. Both are taken of a part on a grid, where some bits of what is stored say
-        nothing of the numbers. Raises CorruptError."""
+        codec's time, and `checked` does it. Some bits of what is stored may say nothing of the
+        numbers; so both are taken of small entries, where it costs little, and of a part on a grid,
+        which has such bits often. Neither is of the zeros behind the bytes, which are looked at
+        here. Raises CorruptError."""
         if self.cancelled:
             self.check_cancelled()
         index = self.index
@@ -219,13 +222,13 @@ class Blocks:
         taken = self.source.read(index.offset[row], length + -length % ALIGNMENT)
         if metrics.listening():
             metrics.count("read_bytes", len(taken), codec=self.codec.codec_id)
+        expected = None
+        if length <= _SMALL or checked or index.key[row] in self.codecs.grids:
+            expected = index.stored_checksum[row]
         try:
-            data: memoryview = _native.without_zeros(taken, length)
+            return _native.stored(taken, length, expected)
         except ValueError as error:
-            raise CorruptError(f"{index.name(row)}: it is damaged: {error}") from None
-        if checked or index.key[row] in self.codecs.grids:
-            self.check_stored(row, data)
-        return data
+            raise CorruptError(f"{index.name(row)} is damaged: {error}") from None
 
     def check_cancelled(self) -> None:
         """Raise CancelledError if nothing more is to be read."""
