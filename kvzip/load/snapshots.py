@@ -171,8 +171,12 @@ def held_by(cache: Cache, kinds: Sequence[LayerKind] = ()) -> list[Held]:
             found.append(Held("full", None, None, {}))
             continue
         one = held(layer, i, kind is not None and kind.kind == "latent")
-        if kind is not None and kind.window is not None:  # a static layer has less, if it is short
-            one = one._replace(window=kind.window)
+        if kind is not None and kind.window is not None:
+            # A static layer has less, if it is short; and a cache that was made without the model's
+            # config keeps the tokens that the window has left behind.
+            one = one._replace(
+                window=kind.window, kind="sliding" if one.kind == "full" else one.kind
+            )
         found.append(one)
     return found
 

@@ -331,6 +331,23 @@ def test_beams_of_a_cache_that_is_computed_anew(name: str) -> None:
     assert len(told) == 1 and "computed anew" in told[0]
 
 
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss", "gemma3_text"])
+def test_a_cache_that_was_made_without_the_config_keeps_what_the_window_left(name: str) -> None:
+    checks = Checks(Family(name))
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        checks.model(input_ids=checks.ids, cache=cache)
+    snapshot = kvzip.Snapshot.from_cache(cache, checks.ids, checks.model)
+    assert snapshot.layers[0].kind == "sliding"
+    assert {layer.layout.stored for layer in snapshot.layers} == {DOCUMENT}
+    blob = kvzip.encode(snapshot, "channel", threads=1)
+    # Whoever shares only a beginning can use it, as with --full-history.
+    for shared in (DOCUMENT, 30):
+        prompt = checks.longer(checks.ids[:, :shared], 5, seed=8)
+        loaded = load_cache(blob, checks.model.config, prompt=prompt)
+        assert torch.equal(checks.says(prompt, loaded), checks.says(prompt))
+
+
 def rotated_by(model: Any) -> list[int | None]:
     """For each layer 0 where its keys tell the positions of the same tokens, else None."""
     ids, found = torch.arange(20, 30)[None], []
