@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 from families import UNABLE, Family, families  # noqa: E402
 from family_checks import (  # noqa: E402
+    DOCUMENT,
     NEW,
     TABLE,
     VERSION,
