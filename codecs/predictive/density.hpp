@@ -9,9 +9,14 @@
 namespace kvzip::predictive {
 namespace {
 
-// The numbers of a format, counted in their own order from 0 up, as fixed-point values of one
-// channel. Floats here are exact: bits put together, times a power of two, cut off at a whole
-// number.
+// A format's numbers: their bits without the sign, and the sign, 0 or -1.
+template <class I>
+struct Signed {
+  I bits, sign;
+};
+
+// The numbers of a format as fixed-point values of one channel. Floats here are exact: bits put
+// together, times a power of two, cut off at a whole number.
 template <class Isa>
 struct NumberGrid : Vectors<Isa> {
   using Base = Vectors<Isa>;
@@ -19,11 +24,12 @@ struct NumberGrid : Vectors<Isa> {
   using typename Base::F, typename Base::I;
 
   std::int32_t half;  // numbers of each sign
-  int mantissa_bits, exponent_bias;
+  int exponent_bits, mantissa_bits, exponent_bias;
   float unit, units;  // 2^unit and how many of it make 1
 
   NumberGrid(NumberFormat format, int unit_exponent)
       : half(1 << (format.bits() - 1)),
+        exponent_bits(format.exponent_bits),
         mantissa_bits(format.mantissa_bits),
         exponent_bias((1 << (format.exponent_bits - 1)) - 1),
         unit(scale(unit_exponent)),
@@ -48,6 +54,17 @@ struct NumberGrid : Vectors<Isa> {
     }
     return to_int(Isa::less(f * units, F{} + float(kClamp)));
   }
+  // Numbers counted in their own order, from 0 up.
+  Signed<I> number(I place) const {
+    const I s = place - half, sign = s >> 31;
+    return {s ^ sign, sign};
+  }
+  I place(Signed<I> n) const { return half + (n.bits ^ n.sign); }
+  // As they stand in memory.
+  I stored(Signed<I> n) const { return n.bits | (n.sign & half); }
+  Signed<I> read(I stored) const {
+    return {stored & (half - 1), stored << (31 - exponent_bits - mantissa_bits) >> 31};
+  }
   // The boundary below number k: the middle between it and the one before it, which has one bit
   // more, away from 0 to the next whole number. So there is room for 0, and none for what is next
   // to it.
@@ -58,17 +75,15 @@ struct NumberGrid : Vectors<Isa> {
     return (found ^ sign) - sign;
   }
   // About the number next to a value; only where a search begins, so it may be off.
-  I near(F v) const {
+  Signed<I> near(F v) const {
     const I bits = as_bits(v * unit) & 0x7fffffff;
     const int spare = 23 - mantissa_bits;
-    I m = (bits - ((127 - exponent_bias) << 23) + (1 << (spare - 1))) >> spare;
+    I m = (bits - (((127 - exponent_bias) << 23) - (1 << (spare - 1)))) >> spare;
     if (exponent_bias != 127) {  // subnormals are no float32's
       const F x = as_float(bits) * scale(exponent_bias - 1 + mantissa_bits) + 0.5f;
       m = max_of(m < (1 << mantissa_bits) ? to_int(x) : m, all(0));
     }
-    m = min_of(m, all(half - 1));
-    const I sign = as_bits(v) >> 31;
-    return half + (m ^ sign);
+    return {min_of(m, all(half - 1)), as_bits(v) >> 31};
   }
 };
 
@@ -77,9 +92,9 @@ struct NumberGrid : Vectors<Isa> {
 template <class Isa>
 struct Density : NumberGrid<Isa> {
   using Base = NumberGrid<Isa>;
-  using Base::all, Base::as_bits, Base::as_float, Base::boundary, Base::lanes, Base::min_of,
-      Base::half, Base::magnitude, Base::mantissa_bits, Base::max_of, Base::near, Base::shift_right,
-      Base::to_float, Base::to_int, Base::W;
+  using Base::all, Base::as_bits, Base::as_float, Base::boundary, Base::half, Base::lanes,
+      Base::magnitude, Base::mantissa_bits, Base::max_of, Base::min_of, Base::near,
+      Base::shift_right, Base::to_float, Base::to_int, Base::W;
   using typename Base::F, typename Base::I;
 
   typename Isa::Table table;
@@ -97,62 +112,79 @@ struct Density : NumberGrid<Isa> {
   static constexpr std::int32_t kFarthest = (1 << (kZBits + 7)) - (1 << (kZBits - 1)) - 1;
   static_assert(kFirstCell == (127 + kZBits - 1) << 3);
 
-  static I z_of(I d, I m) { return Isa::z(min_of(Isa::abs(d), all(1 << 27)), m, kFarthest); }
-  // Exact: a float32 holds z + 2^13, which is below 2^21.
+  // Of half the distance.
+  static I z_of(I d, I m) { return Isa::z(min_of(Isa::abs(d), all(1 << 26)), m, kFarthest); }
+  // Exact: a float32 holds z + 2^15, which is below 2^23.
   static I placed(I z) { return as_bits(to_float(z + (1 << (kZBits - 1)))); }
   static I cell_of(I z) { return (placed(z) >> 20) - kFirstCell; }
 
-  // Share below the boundary that lies d/2 from the centre.
+  // Most numbers lie in the first cells, of which some instruction sets find the shares sooner.
+  static constexpr bool kSomeNear = Isa::Table::kNear < kCells;
+  static constexpr std::int32_t kNear =
+      (1 << (kZBits - 1 + Isa::Table::kNear / 8)) - (1 << (kZBits - 1));
+
+  // Share below the boundary that lies d from the centre, less kHalf. `some_near`: z is below
+  // kNear.
+  template <bool some_near>
   I share(I d, I z) const {
     const I bits = placed(z);
     I from, rise;
-    table.at(bits >> 20, &from, &rise);
-    const I g = from + shift_right(rise * ((bits >> 8) & 0xfff), all(12));
+    if constexpr (some_near) table.near(bits >> 20, &from, &rise);
+    else table.at(bits >> 20, &from, &rise);
+    const I g = from + shift_right(rise * ((bits >> 8) & 0xfff), 12);
     const I sign = d >> 31;
-    return kHalf + ((g ^ sign) - sign);
+    return (g ^ sign) - sign;
   }
 
   // About the number whose interval holds a target; how it comes to that has no bearing on the
   // format.
-  I guess(I target, I centre, I m) const {
+  template <bool some_near = false>
+  Signed<I> guess(I target, I centre, I m) const {
     const I c = target - kHalf, g = Isa::abs(c);
     const I tail = as_bits(to_float(max_of(kHalf - g, all(1 << 7))));
-    F from, slope;
-    search_from.at((tail >> 21) - ((127 + 7) << 2), &from, &slope);
-    // A cell is a place from kFirstCell on.
-    I place = to_int(from + slope * as_float((tail & 0x1fffff) | (127 << 23)));
-    I start, size;
-    table.at(place, &start, &size);
-    place = min_of(Isa::neighbour(place, g, start, size), all(kFirstCell + kCells - 1));
-    table.at(place, &start, &size);
-    const I edge = place << 20;
-    const F width = as_float(edge & (255 << 23)) * 0.125f;
-    const F inside = (to_float(g - start) + 0.5f) * (width * Isa::reciprocal(to_float(size | 1)));
-    const F z = as_float(edge) - (float(1 << (kZBits - 1)) - 0.5f) + inside;
+    const I cell = to_int(
+        search_from.at(Base::shift_right(tail, 22), as_float((tail & 0x3fffff) | (127 << 23))));
+    // Where the next cell begins, this one goes on much the same.
+    I from, rise;
+    if constexpr (some_near) table.near(cell, &from, &rise);
+    else table.at(cell, &from, &rise);
+    const F inside =
+        (to_float(g - from) + 0.5f) * (float(1 << 20) * Isa::reciprocal(to_float(rise | 1)));
+    const F z = as_float((cell << 20) + to_int(inside)) - (float(1 << (kZBits - 1)) - 0.5f);
     const F away = z * (float(1 << (28 - kZBits)) * Isa::reciprocal(to_float(m)));
     const F v = to_float(centre) + as_float(as_bits(away) ^ (c & std::int32_t(0x80000000)));
     // Boundaries were moved away from 0, by half a unit on average.
     return near(v - as_float(as_bits(F{} + 0.5f) | (as_bits(v) & std::int32_t(0x80000000))));
   }
 
-  // A number's share of [0, 2^24), from where on and how much; its fixed-point value; and the mean
-  // |z| of its boundaries.
+  // A number's share of [0, 2^24), from where on and how much; its fixed-point value; the mean |z|
+  // of its boundaries, and the greater one.
   struct Interval {
-    I low, size, value, z;
+    I low, size, value, z, farther;
   };
   // All of it is the same with signs turned, so a number counts as positive here, and its centre is
-  // turned with it.
-  Interval interval(I k, I centre, I m) const {
-    const I s = k - half, sign = s >> 31, number = s ^ sign;
+  // turned with it. With `some_near` intervals whose `farther` is kNear or more come out wrong.
+  template <bool some_near = false>
+  Interval interval(Signed<I> n, I centre, I m) const {
     const int spare = 23 - mantissa_bits;
-    const I bits = number << spare, c = (centre ^ sign) - sign;
-    const I inner = Isa::where_positive(number, magnitude(bits - (1 << (spare - 1))) + 1),
-            outer = magnitude(bits + (1 << (spare - 1))) + 1, value = magnitude(bits);
-    const I d0 = 2 * (inner - c), d1 = 2 * (outer - c);
+    const I bits = n.bits << spare, c = ((centre ^ n.sign) - n.sign) - 1;
+    const I inner = n.bits > 0 ? magnitude(bits - (1 << (spare - 1))) : all(-1),
+            outer = magnitude(bits + (1 << (spare - 1))), value = magnitude(bits);
+    const I d0 = inner - c, d1 = outer - c;
     const I z0 = z_of(d0, m), z1 = z_of(d1, m);
-    const I near = share(d0, z0), far = number == half - 1 ? all(2 * kHalf) : share(d1, z1);
-    const I first = sign < 0 ? 2 * kHalf - far : near;
-    return {first, far - near, (value ^ sign) - sign, (z0 + z1) >> 1};
+    const I near = share<some_near>(d0, z0),
+            far = n.bits == half - 1 ? all(kHalf) : share<some_near>(d1, z1);
+    const I first = n.sign < 0 ? -far : near;
+    return {kHalf + first, far - near, (value ^ n.sign) - n.sign, (z0 + z1) >> 1, max_of(z0, z1)};
+  }
+
+  // The same, sooner where no number is far out.
+  Interval quick_interval(Signed<I> n, I centre, I m) const {
+    if constexpr (!kSomeNear) return interval(n, centre, m);
+    const Interval in = interval<kSomeNear>(n, centre, m);
+    if (__builtin_expect(Isa::below(in.farther, all(kNear)) != ~std::uint64_t(0) >> (64 - W), 0))
+      return interval(n, centre, m);
+    return in;
   }
 
   // The number whose interval holds a target, by halving what is left, W ways at once.
@@ -161,8 +193,8 @@ struct Density : NumberGrid<Isa> {
     while (end - low > 1) {
       const std::int32_t step = (end - low + W - 1) / W;
       const I k = min_of(low + step * lanes(), all(end - 1));
-      const I d = 2 * (boundary(k) - centre);
-      const I at = share(d, z_of(d, all(m)));
+      const I d = boundary(k) - centre;
+      const I at = kHalf + share<false>(d, z_of(d, all(m)));
       const I below = ((k == 0 ? all(0) : at) <= target) & (k < end);
       std::int32_t last = 0;
       for (int i = 0; i < W; ++i) last = below[i] ? k[i] : last;

@@ -36,10 +36,8 @@ struct IntervalRecorder : Vectors<Isa> {
 
   Intervals at;
   std::uint32_t* counts;
-  std::int32_t half;  // numbers of each sign
 
-  IntervalRecorder(const Intervals& to, std::uint32_t* cell_counts, std::int32_t numbers)
-      : at(to), counts(cell_counts), half(numbers) {}
+  IntervalRecorder(const Intervals& to, std::uint32_t* cell_counts) : at(to), counts(cell_counts) {}
 
   void begin(const Tokens&, const Tile&, std::size_t) {}
   bool end(const Tokens&, const Tile&, std::size_t) { return true; }
@@ -47,14 +45,13 @@ struct IntervalRecorder : Vectors<Isa> {
   void code(std::size_t, const Density<Isa>& density, ChannelNumbers<T> numbers, Expected expected,
             Found found) {
     for (std::size_t t = 0; t < numbers.count; t += W) {
-      const I bits = widened(numbers.number + t);
-      const I k = (bits & half) != 0 ? 2 * half - 1 - bits : bits + half;
-      const auto [low, size, value, z] =
-          density.interval(k, load(expected.centre + t), load(expected.m + t));
-      store(at.start + t, size > 0 ? low : k);
-      store(at.size + t, size);
-      store(found.value + t, value);
-      store(found.z + t, z);
+      const auto number = density.read(widened(numbers.number + t));
+      const I c = load(expected.centre + t), m = load(expected.m + t);
+      const auto in = density.quick_interval(number, c, m);
+      store(at.start + t, in.size > 0 ? in.low : density.place(number));
+      store(at.size + t, in.size);
+      store(found.value + t, in.value);
+      store(found.z + t, in.z);
     }
     at.start += numbers.count;
     at.size += numbers.count;
@@ -64,13 +61,12 @@ struct IntervalRecorder : Vectors<Isa> {
 template <class Isa, typename T>
 struct NumberDecoder : Vectors<Isa> {
   using Base = Vectors<Isa>;
-  using Base::all, Base::any, Base::lanes, Base::min_of, Base::load, Base::max_of, Base::store,
-      Base::store_narrow, Base::W;
+  using Base::all, Base::load, Base::store, Base::store_narrow, Base::W;
   using typename Base::I, typename Base::U;
   using Interval = typename Density<Isa>::Interval;
+  static constexpr bool kSomeNear = Density<Isa>::kSomeNear;
 
   const Coded& coded;
-  std::int32_t half;  // numbers of each sign
   static constexpr std::uint32_t* counts = nullptr;
   bool ran_out = false;
   // Of the tile that is read: states, and each lane's streams.
@@ -78,7 +74,7 @@ struct NumberDecoder : Vectors<Isa> {
   const std::uint8_t* word[kMostLanes][kStreams];
   const std::uint8_t* last[kMostLanes][kStreams];
 
-  NumberDecoder(const Coded& from, std::int32_t numbers) : coded(from), half(numbers) {}
+  explicit NumberDecoder(const Coded& from) : coded(from) {}
 
   void begin(const Tokens& tokens, const Tile& tile, std::size_t lane_count) {
     for (std::size_t t = 0; t < tile.count; ++t)
@@ -114,31 +110,36 @@ struct NumberDecoder : Vectors<Isa> {
       const I target = Isa::low_halves(x + t) & std::int32_t(kCdf - 1);
       const I c = load(expected.centre + t);
       store(targets + t, target);
-      store(guesses + t, density.guess(target, c, load(expected.m + t)));
+      const auto number = density.template guess<kSomeNear>(target, c, load(expected.m + t));
+      store(guesses + t, density.stored(number));
     }
-    std::uint32_t escapes[kTile / W] = {}, any_escape = 0;
+    std::uint64_t right = 0;
     for (std::size_t t = 0; t < n; t += W) {
-      const std::size_t used = std::min<std::size_t>(W, n - t);
       const I target = load(targets + t), c = load(expected.centre + t), m = load(expected.m + t);
-      I k = load(guesses + t);
-      Interval in = density.interval(k, c, m);
-      const I wrong = (lanes() < std::int32_t(used)) & outside(target, in);
-      if (__builtin_expect(any(wrong), 0))
-        any_escape |= escapes[t / W] = correct(density, target, wrong, c, m, &k, &in);
+      const I stored = load(guesses + t);
+      const Interval in = density.quick_interval(density.read(stored), c, m);
+      right |= Isa::below(target - in.low, in.size) << t;
       store(sizes + t, in.size);
       store(rests + t, target - in.low);
       store(found.value + t, in.value);
       store(found.z + t, in.z);
-      const I bits = k >= half ? k - half : 2 * half - 1 - k;
-      store_narrow(numbers.number + t, bits);
+      store_narrow(numbers.number + t, stored);
     }
+    const std::uint64_t wrong = ~right & ~std::uint64_t(0) >> (kTile - n);
+    std::uint64_t escapes = 0;
+    if (__builtin_expect(wrong != 0, 0))
+      escapes = correct(wrong, density, numbers, expected, found, {targets, guesses, sizes, rests});
     advance(lane, n, sizes, rests);
-    if (__builtin_expect(any_escape != 0, 0))
+    if (__builtin_expect(escapes != 0, 0))
       read_escapes(escapes, lane, density, numbers, expected, found);
   }
 
  private:
-  static I outside(I target, const Interval& in) { return (U)(target - in.low) >= (U)in.size; }
+  // What decoding a channel goes by, [kTile] each: targets, the numbers that were guessed, the
+  // sizes of their intervals and where in these the targets lie.
+  struct Guessed {
+    std::int32_t *target, *guess, *size, *rest;
+  };
 
   // The states of a lane, from their numbers' intervals.
   void advance(std::size_t lane, std::size_t n, const std::int32_t* sizes,
@@ -148,7 +149,7 @@ struct NumberDecoder : Vectors<Isa> {
       const std::uint8_t*& next = word[lane][t / kStream];
       const std::uint8_t* const stop = last[lane][t / kStream];
       if (std::size_t(stop - next) >= 4 * W && n - t >= W) {
-        next = Isa::advance(x + t, (U)load(sizes + t), (U)load(rests + t), next);
+        next = Isa::advance(x + t, sizes + t, rests + t, next);
         continue;
       }
       for (std::size_t i = t; i < t + std::min<std::size_t>(W, n - t); ++i)
@@ -169,49 +170,86 @@ struct NumberDecoder : Vectors<Isa> {
     x = x << 32 | found;
   }
 
-  // Numbers that follow an escape as they are: those whose bit is set in `escapes`, a word for each
-  // vector.
-  void read_escapes(const std::uint32_t* escapes, std::size_t lane, const Density<Isa>& density,
+  // Numbers that follow an escape as they are: those whose bit is set in `escapes`.
+  void read_escapes(std::uint64_t escapes, std::size_t lane, const Density<Isa>& density,
                     ChannelNumbers<T> numbers, Expected expected, Found found) {
     std::uint64_t* const x = state[lane];
     const int spare = kCdfBits - density.bits;
-    for (std::size_t t = 0; t < numbers.count; ++t) {
-      if (!(escapes[t / W] >> t % W & 1)) continue;
+    for (; escapes; escapes &= escapes - 1) {
+      const auto t = std::size_t(__builtin_ctzll(escapes));
       const auto target = std::uint32_t(x[t] & (kCdf - 1));
       advance_one(x[t], 1u << spare, target & ((1u << spare) - 1), &word[lane][t / kStream],
                   last[lane][t / kStream]);
       const auto k = std::int32_t(target >> spare);
-      const Interval in = density.interval(all(k), all(expected.centre[t]), all(expected.m[t]));
+      const auto number = density.number(all(k));
+      const Interval in = density.interval(number, all(expected.centre[t]), all(expected.m[t]));
       found.value[t] = in.value[0];
       found.z[t] = in.z[0];
-      numbers.number[t] = T(k >= half ? k - half : 2 * half - 1 - k);
+      numbers.number[t] = T(density.stored(number)[0]);
     }
   }
 
-  // The numbers and their intervals, where those in `k` are `wrong` ones. Returns which are
-  // escapes: their interval is that of the escape.
-  __attribute__((noinline)) static std::uint32_t correct(const Density<Isa>& density, I target,
-                                                         I wrong, I centre, I m, I* k,
-                                                         Interval* in) {
-    const I escape = wrong & (target >= std::int32_t(kCdf - kEscape));
-    wrong = wrong & ~escape;
-    // Mostly it is the one beside.
-    const I beside = target < in->low ? *k - 1 : *k + 1;
-    *k = wrong ? max_of(min_of(beside, all(density.numbers - 1)), all(0)) : *k;
-    *in = density.interval(*k, centre, m);
-    wrong = wrong & outside(target, *in);
-    if (any(wrong)) {
-      for (int i = 0; i < W; ++i)
-        if (wrong[i]) (*k)[i] = density.search(target[i], centre[i], m[i]);
-      *in = density.interval(*k, centre, m);
+  // Numbers and intervals of the tokens whose bit is set in `wrong`, as what was guessed is not
+  // theirs. Returns which are escapes: their interval is that of the escape.
+  __attribute__((noinline)) std::uint64_t correct(std::uint64_t wrong, const Density<Isa>& density,
+                                                  ChannelNumbers<T> numbers, Expected expected,
+                                                  Found found, const Guessed& g) const {
+    std::uint64_t escapes = 0;
+    while (wrong) {
+      // As many as fill a vector.
+      std::size_t at[W], count = 0;
+      alignas(64) std::int32_t targets[W] = {}, guesses[W] = {}, steps[W] = {}, centres[W] = {},
+                               ms[W] = {};
+      for (; wrong && count < W; wrong &= wrong - 1) {
+        const auto t = std::size_t(__builtin_ctzll(wrong));
+        const std::int32_t target = g.target[t];
+        if (target >= std::int32_t(kCdf - kEscape)) {
+          escapes |= std::uint64_t(1) << t;
+          g.size[t] = kEscape;
+          g.rest[t] = target - std::int32_t(kCdf - kEscape);
+          continue;
+        }
+        at[count] = t;
+        guesses[count] = g.guess[t];
+        steps[count] = g.rest[t] < 0 ? -1 : 1;
+        targets[count] = target;
+        centres[count] = expected.centre[t];
+        ms[count++] = expected.m[t];
+      }
+      if (!count) break;
+      const I target = load(targets), c = load(centres), m = load(ms);
+      const std::uint64_t used = (std::uint64_t(1) << count) - 1;
+      // Mostly it is the one beside; or one that is far out.
+      const auto a_number = [&](I k) {
+        return Base::max_of(Base::min_of(k, all(density.numbers - 1)), all(0));
+      };
+      I k = a_number(density.place(density.read(load(guesses))) + load(steps));
+      Interval in = density.interval(density.number(k), c, m);
+      if (~Isa::below(target - in.low, in.size) & used) {
+        const I right = (U)(target - in.low) < (U)in.size;
+        k = right ? k : a_number(density.place(density.guess(target, c, m)));
+        in = density.interval(density.number(k), c, m);
+        if (std::uint64_t far = ~Isa::below(target - in.low, in.size) & used) {
+          store(guesses, k);
+          for (; far; far &= far - 1) {
+            const int i = __builtin_ctzll(far);
+            guesses[i] = density.search(targets[i], centres[i], ms[i]);
+          }
+          k = load(guesses);
+          in = density.interval(density.number(k), c, m);
+        }
+      }
+      const I stored = density.stored(density.number(k));
+      for (std::size_t i = 0; i < count; ++i) {
+        const std::size_t t = at[i];
+        g.size[t] = in.size[int(i)];
+        g.rest[t] = targets[i] - in.low[int(i)];
+        found.value[t] = in.value[int(i)];
+        found.z[t] = in.z[int(i)];
+        numbers.number[t] = T(stored[int(i)]);
+      }
     }
-    std::uint32_t which = 0;
-    if (any(escape)) {
-      in->low = escape ? all(std::int32_t(kCdf - kEscape)) : in->low;
-      in->size = escape ? all(std::int32_t(kEscape)) : in->size;
-      for (int i = 0; i < W; ++i) which |= std::uint32_t(escape[i] & 1) << i;
-    }
-    return which;
+    return escapes;
   }
 };
 

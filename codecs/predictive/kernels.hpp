@@ -19,6 +19,7 @@ constexpr std::int32_t kHalf = (kCdf - kEscape) / 2;
 constexpr int kCells = 64;  // of a density's table
 // The exponent and the three bits below it of a float32 that holds the lower edge of cell 0, 2^15.
 constexpr int kFirstCell = (127 + 15) << 3;
+constexpr int kSteps = 32;   // of a search's table
 constexpr int kAngles = 32;  // of a pair's tables
 constexpr int kTile = 64;    // tokens that are predicted side by side
 constexpr int kStream = 32;  // tokens whose words come from one stream, a part of a tile
@@ -37,14 +38,14 @@ inline std::size_t up4(std::size_t n) { return (n + 3) / 4 * 4; }
 struct Densities {
   const std::int32_t* from;  // [shapes][kCells] share below a cell
   const std::int32_t* rise;  // [shapes][kCells] share of a cell
-  // Where to begin a search: about which cell (and how far in) has a given share above it, for
-  // four steps an octave of that share: kFirstCell + cell + slope * how far the share lies in the
-  // step, counted from 1 to 1.25. Not part of the format.
-  const float* cell;   // [shapes][64]
-  const float* slope;  // [shapes][64]
-  // Both pairs of arrays with two of a kind side by side, for who fetches them one after the other.
+  // Both with the two of a cell side by side, for who fetches them one after the other.
   const std::int32_t* from_rise;  // [shapes][kCells][2]
-  const float* cell_slope;        // [shapes][64][2]
+  // Where to begin a search: about which cell, and how far in, has a given share above it. The
+  // share as a float32 of at least 2^7 is in one of kSteps steps, two an octave; its exponent and
+  // the bit below say in which, modulo kSteps. There kFirstCell + cell is a polynomial, lowest
+  // power first, of the bits below these, counted from 1 to 1.5. Not part of the format.
+  const float* search;       // [shapes][4][kSteps]
+  const float* search_four;  // [shapes][kSteps][4]
 };
 
 // How one part's channels are coded. Arrays are in coding order: for keys, first the pairs of

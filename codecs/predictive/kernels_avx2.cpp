@@ -10,14 +10,18 @@ typedef std::int32_t Numbers __attribute__((vector_size(32)));
 typedef std::int64_t Wide __attribute__((vector_size(32)));
 typedef float Floats __attribute__((vector_size(32)));
 
-struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Maskless<Numbers, Floats>, OneByOne {
+struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Divided<Floats>, OneByOne {
   static constexpr int W = 8;
   using I = Numbers;
   typedef std::uint32_t U __attribute__((vector_size(32)));
   using F = Floats;
 
-  static bool any(I m) { return _mm256_movemask_ps((__m256)m) != 0; }
+  static std::uint64_t below(I a, I b) {
+    return std::uint64_t(_mm256_movemask_ps((__m256)((U)a < (U)b)));
+  }
   static I abs(I v) { return (I)_mm256_abs_epi32((__m256i)v); }
+  static I least(I a, I b) { return (I)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+  static I most(I a, I b) { return (I)_mm256_max_epi32((__m256i)a, (__m256i)b); }
   static F less(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
   static I low_halves(const std::uint64_t* x) {
     const __m256 both = _mm256_shuffle_ps(_mm256_loadu_ps((const float*)x),
@@ -35,33 +39,44 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Maskless<Numbers, Floats>, OneB
   static I z(I a, I m, std::int32_t limit) {
     // Where the product is far beyond the limit its bits would wrap; a rough product tells.
     const F rough = __builtin_convertvector(a, F) * __builtin_convertvector(m, F);
-    const I v = product<13>(a, m);
     const I most = I{} + limit;
-    return rough > 68719476736.0f /* 2^36 */ ? most : v < most ? v : most;
+    return rough > 34359738368.0f /* 2^35 */ ? most : least(product<12>(a, m), most);
   }
 
   // Two tables side by side. Eight loads of 64 bits take half as long as two gathers.
-  template <class V>
-  struct Pairs {
-    const void* pair;
-    void at(I i, V* a, V* b) const {
+  struct Table {
+    const std::int32_t* pair;
+    static constexpr int kNear = kCells;
+    Table(const Densities& d, std::size_t shape)
+        : pair(d.from_rise + 2 * kCells * shape - 2 * kFirstCell) {}
+    void at(I i, I* a, I* b) const {
       const auto two = [&](int first, int second) {
-        const auto* const from = static_cast<const char*>(pair);
-        const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(from + 8 * i[first]));
-        return _mm_loadh_pd(low, reinterpret_cast<const double*>(from + 8 * i[second]));
+        const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(pair + 2 * i[first]));
+        return _mm_loadh_pd(low, reinterpret_cast<const double*>(pair + 2 * i[second]));
       };
       const __m256 even = _mm256_castpd_ps(_mm256_set_m128d(two(4, 5), two(0, 1)));
       const __m256 odd = _mm256_castpd_ps(_mm256_set_m128d(two(6, 7), two(2, 3)));
-      *a = (V)_mm256_shuffle_ps(even, odd, 0x88);
-      *b = (V)_mm256_shuffle_ps(even, odd, 0xDD);
+      *a = (I)_mm256_shuffle_ps(even, odd, 0x88);
+      *b = (I)_mm256_shuffle_ps(even, odd, 0xDD);
     }
   };
-  struct Table : Pairs<I> {
-    Table(const Densities& d, std::size_t shape)
-        : Pairs{d.from_rise + 2 * kCells * shape - 2 * kFirstCell} {}
-  };
-  struct Search : Pairs<F> {
-    Search(const Densities& d, std::size_t shape) : Pairs{d.cell_slope + 2 * 64 * shape} {}
+  struct Search {
+    const float* four;
+    Search(const Densities& d, std::size_t shape) : four(d.search_four + 4 * kSteps * shape) {}
+    F at(I step, F x) const {
+      const I i = step & (kSteps - 1);
+      const auto two = [&](int low, int high) {
+        return _mm256_set_m128(_mm_loadu_ps(four + 4 * i[high]), _mm_loadu_ps(four + 4 * i[low]));
+      };
+      const __m256 a = two(0, 4), b = two(1, 5), c = two(2, 6), d = two(3, 7);
+      const __m256d ab0 = (__m256d)_mm256_unpacklo_ps(a, b),
+                    ab2 = (__m256d)_mm256_unpackhi_ps(a, b),
+                    cd0 = (__m256d)_mm256_unpacklo_ps(c, d),
+                    cd2 = (__m256d)_mm256_unpackhi_ps(c, d);
+      const F of0 = (F)_mm256_unpacklo_pd(ab0, cd0), of1 = (F)_mm256_unpackhi_pd(ab0, cd0),
+              of2 = (F)_mm256_unpacklo_pd(ab2, cd2), of3 = (F)_mm256_unpackhi_pd(ab2, cd2);
+      return ((of3 * x + of2) * x + of1) * x + of0;
+    }
   };
   static I at32(const std::int32_t* a, I at) {
     const auto i = (__m256i)at;
@@ -75,7 +90,8 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Maskless<Numbers, Floats>, OneB
                                _mm256_blendv_ps(eight(2), eight(3), bit3), bit4);
   }
 
-  static const std::uint8_t* advance(std::uint64_t* x, U size, U rest, const std::uint8_t* word) {
+  static const std::uint8_t* advance(std::uint64_t* x, const std::int32_t* size,
+                                     const std::int32_t* rest, const std::uint8_t* word) {
     return advance_each<W>(x, size, rest, word);
   }
 

@@ -15,29 +15,19 @@ struct Avx512 : WideProducts<Avx512, Numbers, Wide> {
   typedef std::uint32_t U __attribute__((vector_size(64)));
   typedef float F __attribute__((vector_size(64)));
 
-  static bool any(I m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
+  static std::uint64_t below(I a, I b) { return _mm512_cmplt_epu32_mask((__m512i)a, (__m512i)b); }
   static I abs(I v) { return (I)_mm512_abs_epi32((__m512i)v); }
+  static I least(I a, I b) { return (I)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+  static I most(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
   static F less(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
-  static I where_positive(I sign, I v) {
-    return (I)_mm512_maskz_mov_epi32(_mm512_cmpgt_epi32_mask((__m512i)sign, _mm512_setzero_si512()),
-                                     (__m512i)v);
-  }
   static F reciprocal(F v) { return (F)_mm512_rcp14_ps((__m512)v); }
-  // The place before or after, where g lies below or above the one that goes from `start` on.
-  static I neighbour(I place, I g, I start, I size) {
-    const __m512i one = _mm512_set1_epi32(1), v = (__m512i)g;
-    const __mmask16 above = _mm512_cmpge_epi32_mask(v, (__m512i)(start + size)),
-                    below = _mm512_cmpgt_epi32_mask((__m512i)start, v);
-    const __m512i up = _mm512_mask_add_epi32((__m512i)place, above, (__m512i)place, one);
-    return (I)_mm512_mask_sub_epi32(up, below, up, one);
-  }
   static I low_halves(const std::uint64_t* x) {
     const __m512i even =
         _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return (I)_mm512_permutex2var_epi32(_mm512_loadu_si512(x), even, _mm512_loadu_si512(x + 8));
   }
   static Wide mul(I a, I b) { return (Wide)_mm512_mul_epi32((__m512i)a, (__m512i)b); }
-  static I odd(I v) { return (I)_mm512_srli_epi64((__m512i)v, 32); }
+  static I odd(I v) { return (I)_mm512_castps_si512(_mm512_movehdup_ps((__m512)v)); }
   // 32 bits from bit S on of products of even and of odd lanes.
   template <int S>
   static I joined(Wide even, Wide odd) {
@@ -46,44 +36,47 @@ struct Avx512 : WideProducts<Avx512, Numbers, Wide> {
   }
   static I z(I a, I m, std::int32_t limit) {
     const __m512i most = _mm512_set1_epi64(limit);
-    const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)a, (__m512i)m), 13);
-    const __m512i other = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)odd(a), (__m512i)odd(m)), 13);
-    return (I)_mm512_or_si512(_mm512_min_epu64(even, most),
-                              _mm512_slli_epi64(_mm512_min_epu64(other, most), 32));
+    const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)a, (__m512i)m), 12);
+    const __m512i other = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)odd(a), (__m512i)odd(m)), 12);
+    return (I)_mm512_mask_shuffle_epi32(_mm512_min_epu64(even, most), 0xAAAA,
+                                        _mm512_min_epu64(other, most), _MM_PERM_CCAA);
   }
 
+  // Tables stay in memory, from where permutations take them: registers are scarcer than loads.
   struct Table {
-    __m512i from[4], rise[4];
-    Table(const Densities& d, std::size_t shape) {
-      // A place's low bits say which register and where in it.
-      static_assert(kFirstCell % kCells == 48);
-      for (std::size_t i = 0; i < 4; ++i) {
-        from[(i + 3) % 4] = _mm512_loadu_si512(d.from + kCells * shape + 16 * i);
-        rise[(i + 3) % 4] = _mm512_loadu_si512(d.rise + kCells * shape + 16 * i);
-      }
+    const std::int32_t *from, *rise;
+    Table(const Densities& d, std::size_t shape)
+        : from(d.from + kCells * shape), rise(d.rise + kCells * shape) {}
+    // A place's low bits say which register and where in it.
+    static_assert(kFirstCell % kCells == 48);
+    static constexpr int kNear = 32;  // cells of which `near` knows
+    void near(I place, I* f, I* r) const {
+      *f = (I)first32(from, (__m512i)place);
+      *r = (I)first32(rise, (__m512i)place);
     }
     void at(I place, I* f, I* r) const {
-      const __m512i c = (__m512i)place;
-      const __mmask16 upper = _mm512_test_epi32_mask(c, _mm512_set1_epi32(32));
-      *f = (I)_mm512_mask_blend_epi32(upper, _mm512_permutex2var_epi32(from[0], c, from[1]),
-                                      _mm512_permutex2var_epi32(from[2], c, from[3]));
-      *r = (I)_mm512_mask_blend_epi32(upper, _mm512_permutex2var_epi32(rise[0], c, rise[1]),
-                                      _mm512_permutex2var_epi32(rise[2], c, rise[3]));
+      const auto c = (__m512i)place;
+      const __mmask16 last = _mm512_cmpge_epi32_mask(c, _mm512_set1_epi32(kFirstCell + kNear));
+      *f = (I)_mm512_mask_blend_epi32(last, first32(from, c), first32(from + 32, c));
+      *r = (I)_mm512_mask_blend_epi32(last, first32(rise, c), first32(rise + 32, c));
+    }
+    static __m512i first32(const std::int32_t* a, __m512i place) {
+      return _mm512_permutex2var_epi32(_mm512_loadu_si512(a + 16), place, _mm512_loadu_si512(a));
     }
   };
   struct Search {
-    const float *cell, *slope;
-    Search(const Densities& d, std::size_t shape)
-        : cell(d.cell + 64 * shape), slope(d.slope + 64 * shape) {}
-    void at(I i, F* c, F* s) const {
-      *c = (F)at64(cell, (__m512i)i);
-      *s = (F)at64(slope, (__m512i)i);
+    const float* a;
+    Search(const Densities& d, std::size_t shape) : a(d.search + 4 * kSteps * shape) {}
+    F at(I step, F x) const {
+      const auto v = (__m512)x;
+      __m512 sum = of(3, step);
+      for (int i = 2; i >= 0; --i) sum = _mm512_fmadd_ps(sum, v, of(i, step));
+      return (F)sum;
     }
-    static __m512 at64(const float* a, __m512i at) {
-      return _mm512_mask_blend_ps(
-          _mm512_test_epi32_mask(at, _mm512_set1_epi32(32)),
-          _mm512_permutex2var_ps(_mm512_loadu_ps(a), at, _mm512_loadu_ps(a + 16)),
-          _mm512_permutex2var_ps(_mm512_loadu_ps(a + 32), at, _mm512_loadu_ps(a + 48)));
+    __m512 of(int i, I step) const {
+      static_assert(kSteps == 32);
+      return _mm512_permutex2var_ps(_mm512_loadu_ps(a + 32 * i), (__m512i)step,
+                                    _mm512_loadu_ps(a + 32 * i + 16));
     }
   };
   static I at32(const std::int32_t* a, I at) {
@@ -91,23 +84,19 @@ struct Avx512 : WideProducts<Avx512, Numbers, Wide> {
                                         _mm512_loadu_si512(a + 16));
   }
 
-  static const std::uint8_t* advance(std::uint64_t* states, U size, U rest,
-                                     const std::uint8_t* word) {
-    for (int h = 0; h < 2; ++h) {
-      const __m512i x = _mm512_srli_epi64(_mm512_loadu_si512(states + 8 * h), kCdfBits);
-      const __m512i s = _mm512_cvtepu32_epi64(_mm512_extracti32x8_epi32((__m512i)size, 0));
-      const __m512i r = _mm512_cvtepu32_epi64(_mm512_extracti32x8_epi32((__m512i)rest, 0));
-      // 24 bits times 39, in two products.
-      const __m512i y =
-          _mm512_add_epi64(_mm512_add_epi64(_mm512_mul_epu32(x, s), r),
-                           _mm512_slli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(x, 32), s), 32));
+  static const std::uint8_t* advance(std::uint64_t* states, const std::int32_t* size,
+                                     const std::int32_t* rest, const std::uint8_t* word) {
+    for (int h = 0; h < 16; h += 8) {
+      const auto wide = [&](const std::int32_t* p) {
+        return _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)(p + h)));
+      };
+      const __m512i x = _mm512_srli_epi64(_mm512_loadu_si512(states + h), kCdfBits);
+      const __m512i y = _mm512_add_epi64(_mm512_mullo_epi64(x, wide(size)), wide(rest));
       const __mmask8 low = _mm512_cmplt_epu64_mask(y, _mm512_set1_epi64(kLow));
-      const __m512i next = _mm512_cvtepu32_epi64(_mm256_maskz_expandloadu_epi32(low, word));
-      _mm512_storeu_si512(states + 8 * h,
-                          _mm512_mask_or_epi64(y, low, _mm512_slli_epi64(y, 32), next));
+      const __m512i next = _mm512_cvtepu32_epi64(
+          _mm256_maskz_expand_epi32(low, _mm256_loadu_si256((const __m256i*)word)));
+      _mm512_storeu_si512(states + h, _mm512_mask_or_epi64(y, low, _mm512_slli_epi64(y, 32), next));
       word += 4 * _mm_popcnt_u32(low);
-      size = (U)_mm512_shuffle_i64x2((__m512i)size, (__m512i)size, 0x4E);
-      rest = (U)_mm512_shuffle_i64x2((__m512i)rest, (__m512i)rest, 0x4E);
     }
     return word;
   }

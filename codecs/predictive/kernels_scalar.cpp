@@ -7,20 +7,27 @@ namespace {
 typedef std::int32_t Numbers __attribute__((vector_size(16)));
 typedef float Floats __attribute__((vector_size(16)));
 
-struct Scalar : Maskless<Numbers, Floats>, OneByOne {
+struct Scalar : Divided<Floats>, OneByOne {
   static constexpr int W = 4;
   using I = Numbers;
   typedef std::uint32_t U __attribute__((vector_size(16)));
   using F = Floats;
 
   static I abs(I v) { return (v ^ v >> 31) - (v >> 31); }
+  static I least(I a, I b) { return a < b ? a : b; }
+  static I most(I a, I b) { return a > b ? a : b; }
   static F less(F a, F b) { return a < b ? a : b; }
   static I low_halves(const std::uint64_t* x) {
     I v;
     for (int i = 0; i < W; ++i) v[i] = std::int32_t(x[i]);
     return v;
   }
-  static bool any(I m) { return m[0] | m[1] | m[2] | m[3]; }
+  static std::uint64_t below(I a, I b) {
+    std::uint64_t found = 0;
+    for (int i = 0; i < W; ++i)
+      found |= std::uint64_t(std::uint32_t(a[i]) < std::uint32_t(b[i])) << i;
+    return found;
+  }
 
   template <int S>
   static I product(I a, I b) {
@@ -46,26 +53,33 @@ struct Scalar : Maskless<Numbers, Floats>, OneByOne {
   static I z(I a, I m, std::int32_t limit) {
     I v;
     for (int i = 0; i < W; ++i)
-      v[i] = std::int32_t(std::min<std::int64_t>(std::int64_t(a[i]) * m[i] >> 13, limit));
+      v[i] = std::int32_t(std::min<std::int64_t>(std::int64_t(a[i]) * m[i] >> 12, limit));
     return v;
   }
 
-  template <class V, typename T>
-  struct Pairs {
-    const T* pair;
-    void at(I i, V* a, V* b) const {
+  struct Table {
+    const std::int32_t* pair;
+    static constexpr int kNear = kCells;
+    Table(const Densities& d, std::size_t shape)
+        : pair(d.from_rise + 2 * kCells * shape - 2 * kFirstCell) {}
+    void at(I i, I* a, I* b) const {
       for (int k = 0; k < W; ++k) {
         (*a)[k] = pair[2 * i[k]];
         (*b)[k] = pair[2 * i[k] + 1];
       }
     }
   };
-  struct Table : Pairs<I, std::int32_t> {
-    Table(const Densities& d, std::size_t shape)
-        : Pairs{d.from_rise + 2 * kCells * shape - 2 * kFirstCell} {}
-  };
-  struct Search : Pairs<F, float> {
-    Search(const Densities& d, std::size_t shape) : Pairs{d.cell_slope + 2 * 64 * shape} {}
+  struct Search {
+    const float* four;
+    Search(const Densities& d, std::size_t shape) : four(d.search_four + 4 * kSteps * shape) {}
+    F at(I step, F x) const {
+      F v;
+      for (int k = 0; k < W; ++k) {
+        const float* const of = four + 4 * (step[k] & (kSteps - 1));
+        v[k] = ((of[3] * x[k] + of[2]) * x[k] + of[1]) * x[k] + of[0];
+      }
+      return v;
+    }
   };
   static I at32(const std::int32_t* a, I at) {
     I v;
@@ -73,7 +87,8 @@ struct Scalar : Maskless<Numbers, Floats>, OneByOne {
     return v;
   }
 
-  static const std::uint8_t* advance(std::uint64_t* x, U size, U rest, const std::uint8_t* word) {
+  static const std::uint8_t* advance(std::uint64_t* x, const std::int32_t* size,
+                                     const std::int32_t* rest, const std::uint8_t* word) {
     return advance_each<W>(x, size, rest, word);
   }
 

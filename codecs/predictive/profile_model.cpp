@@ -1,6 +1,7 @@
 #include "predictive/profile_model.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <mutex>
 #include <numeric>
@@ -118,7 +119,7 @@ void check_groups(const std::int8_t* within, const Layer& layer, std::size_t key
 struct ProfileModel::Tables {
   Densities of{};
   std::vector<std::int32_t> from, rise, from_rise;
-  std::vector<float> cell, slope, cell_slope;
+  std::vector<float> search, search_four;
 
   Tables(const std::uint32_t* shares, std::size_t shapes) {
     for (std::size_t s = 0; s < shapes; ++s, shares += kCells + 1) {
@@ -129,34 +130,58 @@ struct ProfileModel::Tables {
         from.push_back(edge[i]);
         rise.push_back(edge[i + 1] - edge[i]);
       }
-      double at[65];
-      for (int i = 0; i <= 64; ++i) {
-        const double tail = std::ldexp(1 + (i & 3) / 4.0, 7 + i / 4), share = kHalf - tail;
+      const auto cell_at = [&](double tail) {
+        const double share = kHalf - tail;
         const int c = int(std::upper_bound(edge, edge + kCells, share) - edge) - 1;
-        at[i] =
-            c < 0 ? 0 : c + std::min(1.0, (share - edge[c]) / std::max(1, edge[c + 1] - edge[c]));
-      }
-      for (int i = 0; i < 64; ++i) {
+        const double in = c < 0 ? 0 : (share - edge[c]) / std::max(1, edge[c + 1] - edge[c]);
         // Within the cells that there are, whatever is rounded.
-        const auto inside = [](double x) { return std::clamp(x, 0.01, kCells - 0.01); };
-        const double begin = inside(at[i]), end = inside(at[i + 1]);
-        slope.push_back(float(4 * (end - begin)));
-        cell.push_back(float(kFirstCell + begin - 4 * (end - begin)));
+        return std::clamp(c + std::min(1.0, in), 0.01, kCells - 0.01);
+      };
+      search.resize(search.size() + 4 * kSteps);
+      search_four.resize(search_four.size() + 4 * kSteps);
+      for (int i = 0; i < kSteps; ++i) {
+        const auto at = [&](double x) { return cell_at(std::ldexp(x + i % 2 * 0.5, 7 + i / 2)); };
+        const std::array<double, 4> of = cubic(at, 0.01, kCells - 0.01);
+        const int place = (2 * (127 + 7) + i) % kSteps;
+        for (int k = 0; k < 4; ++k) {
+          const auto a = float(of[std::size_t(k)] + (k ? 0 : kFirstCell));
+          search[search.size() - 4 * kSteps + std::size_t(k * kSteps + place)] = a;
+          search_four[search.size() - 4 * kSteps + std::size_t(4 * place + k)] = a;
+        }
       }
     }
     of.from = from.data();
     of.rise = rise.data();
-    of.cell = cell.data();
-    of.slope = slope.data();
-    of.from_rise = beside(from, rise, &from_rise);
-    of.cell_slope = beside(cell, slope, &cell_slope);
+    of.search = search.data();
+    of.search_four = search_four.data();
+    for (std::size_t i = 0; i < from.size(); ++i)
+      from_rise.insert(from_rise.end(), {from[i], rise[i]});
+    of.from_rise = from_rise.data();
   }
 
  private:
-  template <typename T>
-  static const T* beside(const std::vector<T>& a, const std::vector<T>& b, std::vector<T>* both) {
-    for (std::size_t i = 0; i < a.size(); ++i) both->insert(both->end(), {a[i], b[i]});
-    return both->data();
+  // A polynomial that is about f(x) for x in [1, 1.5], and surely within those bounds.
+  template <class Function>
+  static std::array<double, 4> cubic(const Function& f, double low, double high) {
+    // Through four places, by divided differences.
+    double x[4], y[4];
+    for (int i = 0; i < 4; ++i) {
+      x[i] = 1.25 + 0.25 * std::cos((2 * i + 1) * 3.14159265358979 / 8);
+      y[i] = f(x[i]);
+    }
+    for (int step = 1; step < 4; ++step)
+      for (int i = 3; i >= step; --i) y[i] = (y[i] - y[i - 1]) / (x[i] - x[i - step]);
+    std::array<double, 4> of{};
+    for (int i = 3; i >= 0; --i) {
+      for (std::size_t k = 3; k > 0; --k) of[k] = of[k - 1] - x[i] * of[k];
+      of[0] = y[i] - x[i] * of[0];
+    }
+    // It is within what Bernstein's polynomials take as coefficients.
+    const auto at = [&](double v) { return ((of[3] * v + of[2]) * v + of[1]) * v + of[0]; };
+    const auto slope = [&](double v) { return (3 * of[3] * v + 2 * of[2]) * v + of[1]; };
+    for (double c : {at(1), at(1) + slope(1) / 6, at(1.5) - slope(1.5) / 6, at(1.5)})
+      if (c < low || c > high) return {f(1) - 2 * (f(1.5) - f(1)), 2 * (f(1.5) - f(1)), 0, 0};
+    return of;
   }
 };
 

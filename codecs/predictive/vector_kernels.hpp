@@ -290,7 +290,7 @@ class TileCoder : Vectors<Isa> {
     if (!coder.counts) return;
     for (std::size_t t = 0; t < n; t += W) {
       const I cell = Density<Isa>::cell_of(
-          Density<Isa>::z_of(2 * (load(values + t) - load(centre + t)), load(narrowness + t)));
+          Density<Isa>::z_of(load(values + t) - load(centre + t), load(narrowness + t)));
       for (std::size_t i = 0; i < std::min<std::size_t>(W, n - t); ++i)
         ++coder.counts[((layer.regions * (known[t + i] != 0) + tile.region) * part.channels() +
                         place) *
@@ -339,14 +339,14 @@ struct VectorKernels {
   static void model(const Model& m, const Layer& layer, int part, NumberFormat format,
                     const Tokens& tokens, const Block<const T>& block, Intervals intervals,
                     std::uint32_t* counts) {
-    IntervalRecorder<Isa, const T> coder(intervals, counts, 1 << (format.bits() - 1));
+    IntervalRecorder<Isa, const T> coder(intervals, counts);
     run(m, layer, part, format, tokens, block, coder);
   }
 
   template <typename T>
   static bool decode(const Model& m, const Layer& layer, int part, NumberFormat format,
                      const Tokens& tokens, const Block<T>& block, const Coded& coded) {
-    NumberDecoder<Isa, T> coder(coded, 1 << (format.bits() - 1));
+    NumberDecoder<Isa, T> coder(coded);
     return run(m, layer, part, format, tokens, block, coder);
   }
 

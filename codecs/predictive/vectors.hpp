@@ -39,15 +39,14 @@ struct Vectors {
     std::memcpy(p, &narrow, sizeof narrow);
   }
   static I all(std::int32_t v) { return I{} + v; }
-  static I min_of(I a, I b) { return a < b ? a : b; }
-  static I max_of(I a, I b) { return a > b ? a : b; }
+  static I min_of(I a, I b) { return Isa::least(a, b); }
+  static I max_of(I a, I b) { return Isa::most(a, b); }
   static I clamp(I v, std::int32_t limit) { return max_of(min_of(v, all(limit)), all(-limit)); }
-  static I shift_right(I v, I by) { return (I)((U)v >> (U)by); }
+  static I shift_right(I v, int by) { return (I)((U)v >> by); }
   static F as_float(I v) { return (F)v; }
   static I as_bits(F v) { return (I)v; }
   static F to_float(I v) { return __builtin_convertvector(v, F); }
   static I to_int(F v) { return __builtin_convertvector(v, I); }
-  static bool any(I mask) { return Isa::any(mask); }
   // 0, 1, 2, ...
   static I lanes() {
     I v;
@@ -56,16 +55,10 @@ struct Vectors {
   }
 };
 
-// Choices by arithmetic, and division, for instruction sets without masks and estimates; for Isa to
-// derive from.
-template <class I, class F>
-struct Maskless {
-  static I where_positive(I sign, I v) { return v & (sign > 0); }
+// Division, for instruction sets without an estimate of it; for Isa to derive from.
+template <class F>
+struct Divided {
   static F reciprocal(F v) { return 1.0f / v; }
-  // The place before or after, where g lies below or above the one that goes from `start` on.
-  static I neighbour(I place, I g, I start, I size) {
-    return place + ((g < start) | ((g >= start + size) & 1));
-  }
 };
 
 // Products of 64 bits, of even and of odd lanes apart, for instruction sets whose widest product of
