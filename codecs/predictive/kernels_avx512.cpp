@@ -27,7 +27,7 @@ struct Avx512 : WideProducts<Avx512, Numbers, Wide> {
     return (I)_mm512_permutex2var_epi32(_mm512_loadu_si512(x), even, _mm512_loadu_si512(x + 8));
   }
   static Wide mul(I a, I b) { return (Wide)_mm512_mul_epi32((__m512i)a, (__m512i)b); }
-  static I odd(I v) { return (I)_mm512_castps_si512(_mm512_movehdup_ps((__m512)v)); }
+  static I odd(I v) { return (I)_mm512_shuffle_epi32((__m512i)v, _MM_PERM_DDBB); }
   // 32 bits from bit S on of products of even and of odd lanes.
   template <int S>
   static I joined(Wide even, Wide odd) {

@@ -99,10 +99,10 @@ void store(void* to, U64 mask, V of) {
   for (int i = 0; i < a.kCount; ++i)
     if (has(mask, i)) std::memcpy(static_cast<L*>(to) + i, &a[i], sizeof(L));
 }
-inline simde__m256i expand_from(U64 mask, const void* from) {
+inline simde__m256i expand_eight(U64 mask, Lanes<U32, simde__m256i> a) {
   Lanes<U32, simde__m256i> to;
-  for (int i = 0, next = 0; i < to.kCount; ++i)
-    if (has(mask, i)) std::memcpy(&to[i], static_cast<const U32*>(from) + next++, 4);
+  for (int i = 0, next = 0; i < a.kCount; ++i)
+    if (has(mask, i)) to[i] = a[next++];
   return to;
 }
 inline I gather(Lanes<U32> at, const void* base, int scale) {
@@ -117,19 +117,9 @@ inline I shift_in(I a, I b, int by) {
 inline I shift_right(I from, U64 mask, I a, unsigned by) {
   return each<U32>(from, mask, a, a, [by](U32 x, U32) { return x >> by; });
 }
-inline I shuffle_quarters(Lanes<U64> a, Lanes<U64> b, int order) {
-  Lanes<U64> to;
-  for (int i = 0; i < to.kCount; ++i) to[i] = (i < 4 ? a : b)[2 * (order >> i / 2 * 2 & 3) + i % 2];
-  return to;
-}
 inline I shuffle_words(Lanes<U32> a, int order) {
   Lanes<U32> to;
   for (int i = 0; i < to.kCount; ++i) to[i] = a[i / 4 * 4 + (order >> i % 4 * 2 & 3)];
-  return to;
-}
-inline simde__m256i half(Lanes<U32> a, int which) {
-  Lanes<U32, simde__m256i> to;
-  for (int i = 0; i < to.kCount; ++i) to[i] = a[to.kCount * which + i];
   return to;
 }
 inline int sum(Lanes<U32> a) {
@@ -179,12 +169,11 @@ inline I shift_right_64(I from, U64 mask, I a, unsigned by) {
 #undef _mm512_div_round_ps
 #undef _mm512_cvt_roundepu32_ps
 #undef _mm512_cvt_roundepi32_ps
-#undef _mm512_shuffle_i64x2
-#undef _mm512_extracti32x8_epi32
 #undef _mm512_shldi_epi32
 #undef _mm512_mask_srli_epi32
 #undef _mm512_i32gather_epi32
 #undef _mm512_shuffle_epi32
+#undef _mm512_mask_shuffle_epi32
 
 #define _cvtu32_mask32(x) ((simde__mmask32)(x))
 #define _cvtmask32_u32(x) ((unsigned)(x))
@@ -219,13 +208,13 @@ inline I shift_right_64(I from, U64 mask, I a, unsigned by) {
 #define _mm512_maskz_loadu_epi8(mask, from) emulated::load<emulated::U8, __m512i>(mask, from)
 #define _mm512_mask_storeu_epi8(to, mask, a) emulated::store<emulated::U8, __m512i>(to, mask, a)
 #define _mm256_mask_storeu_epi16(to, mask, a) emulated::store<emulated::U16, __m256i>(to, mask, a)
-#define _mm256_maskz_expandloadu_epi32(mask, from) emulated::expand_from(mask, from)
+#define _mm256_maskz_expand_epi32(mask, a) emulated::expand_eight(mask, a)
 #define _mm512_i32gather_epi32 emulated::gather
 #define _mm512_shldi_epi32 emulated::shift_in
 #define _mm512_mask_srli_epi32 emulated::shift_right
-#define _mm512_shuffle_i64x2 emulated::shuffle_quarters
 #define _mm512_shuffle_epi32(a, order) emulated::shuffle_words(a, int(order))
-#define _mm512_extracti32x8_epi32 emulated::half
+#define _mm512_mask_shuffle_epi32(from, mask, a, order) \
+  simde_mm512_mask_blend_epi32(mask, from, emulated::shuffle_words(a, int(order)))
 #define _mm512_reduce_add_epi32 emulated::sum
 #define _mm512_div_round_ps(a, b, rounding) emulated::divide(a, b)
 #define _mm512_cvt_roundepu32_ps(a, rounding) emulated::to_floats(a)
