@@ -14,6 +14,9 @@ namespace {
 // A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
 constexpr std::size_t kMaxExpansion = 1024;
 
+// Counts have 32 bits.
+constexpr std::uint64_t kMostCounted = 0xFFFFFFFF;
+
 // Reads little-endian fields one after the other, never past the end.
 class Cursor {
  public:
@@ -75,7 +78,7 @@ template <typename T>
 std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t heads, std::size_t dim,
                                       NumberFormat format) {
   const std::size_t n = heads * dim, numbers = in.batch * in.tokens;
-  if (!n || !numbers) return {};
+  if (!n || !numbers || numbers > kMostCounted) return {};
   const std::size_t stride = count_stride(format.value_bits());
   static thread_local Room<std::uint32_t> room;
   std::uint32_t* const counts = room.of(n * stride);
@@ -118,10 +121,12 @@ Counts::Counts(std::size_t heads, std::size_t dim, NumberFormat format)
 
 template <typename T>
 void Counts::add(const Block<const T>& block) {
-  const std::uint64_t numbers = numbers_ + std::uint64_t(block.batch) * block.tokens;
-  if (numbers >> 32) throw std::length_error("more numbers of a channel than can be counted");
-  count<T>(block, heads_, dim_, format_.mantissa_bits, counts_.data());
-  numbers_ = numbers;
+  if (!block.batch) return;
+  // After so many numbers the rest would change little, and is left out.
+  Block<const T> counted = block;
+  counted.tokens = std::min<std::uint64_t>(block.tokens, (kMostCounted - numbers_) / block.batch);
+  count<T>(counted, heads_, dim_, format_.mantissa_bits, counts_.data());
+  numbers_ += std::uint64_t(counted.batch) * counted.tokens;
 }
 
 double Counts::bits() const {

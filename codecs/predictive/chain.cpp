@@ -11,19 +11,24 @@ namespace {
 
 std::size_t round16(std::size_t n) { return (n + 15) / 16 * 16; }
 
+// Before there is memory for so many.
+std::size_t tokens_of(std::size_t rows, std::size_t count) {
+  if (rows && count > kMostTokens / rows) throw std::invalid_argument("too many tokens in a block");
+  return rows * count;
+}
+
 }  // namespace
 
 Chain::Chain(const ProfileModel& model, std::size_t rows, std::size_t count, std::uint64_t position,
              NumberFormat format, Span<std::int32_t> entries)
     : model_(model),
       format_(format),
-      total_(rows * count),
+      total_(tokens_of(rows, count)),
       entries_(take(entries, total_, "entries")),
       energy_(total_, kOne),
       entry_(total_),
       at_(total_) {
   if (format.bits() != 8 && format.bits() != 16) throw std::invalid_argument("not 8 or 16 bits");
-  if (total_ > 1u << 30) throw std::invalid_argument("too many tokens in a block");
   for (std::int32_t e : entries_)
     if (e < -1) throw std::invalid_argument("no such token");
   tokens_.rows = rows;

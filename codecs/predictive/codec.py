@@ -44,6 +44,8 @@ _LAYER_TENSORS = (
     "pair_slope",
 )
 _FORMATS = ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
+_MOST_TOKENS = 1 << 30
+"""The most tokens of a token range, in all its rows, that is predicted (kernels.hpp)."""
 # A block counts the words of its streams, and numbers cost little but never nothing.
 _MAX_EXPANSION = 1 << 16
 
@@ -234,14 +236,15 @@ def _next_chain(context: Context, shape: tuple[int, ...]) -> _native.PredictiveC
     on to the part that comes next.
 
     The range is kept in `context.scratch`, where the first part makes it. None where nothing can
-    predict the block: without a profile, or when the block is not the part that was to come next
-    or has other tokens; then nothing predicts the rest of the range either. Raises ProfileError.
+    predict the block: without a profile, of more tokens than are predicted together, or when the
+    block is not the part that was to come next or has other tokens; then nothing predicts the rest
+    of the range either. Raises ProfileError.
     """
     part = 2 * context.layer + KV.index(context.part)
     found = context.scratch.get("predictive")
     if found is None:
         chain = None
-        if part == 0 and context.profile is not None:
+        if part == 0 and context.profile is not None and shape[0] * shape[2] <= _MOST_TOKENS:
             profile = context.profile
             chain = new_chain(
                 native_model(profile),

@@ -24,6 +24,7 @@ constexpr int kAngles = 32;  // of a pair's tables
 constexpr int kTile = 64;    // tokens that are predicted side by side
 constexpr int kStream = 32;  // tokens whose words come from one stream, a part of a tile
 constexpr int kStreams = kTile / kStream;
+constexpr std::size_t kMostTokens = std::size_t(1) << 30;  // of a chain
 constexpr int kMostGroup = 64;  // channels of a group
 constexpr int kMostLanes = kMostGroup / 2;
 constexpr int kResidualShift = 12;

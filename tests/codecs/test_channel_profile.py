@@ -215,3 +215,26 @@ def test_the_command_line(known, tmp_path, capsys):
     assert one["raw_bytes"] == all_["raw_bytes"] == 4 * 18 * 2 * 2 * 3 * 24 * 16 * 2
     assert main(["fit", *files, "-o", profile, "--codec", "channel", "--regions", "2"]) != 0
     assert "--regions is for predictive" in capsys.readouterr().err
+
+
+def repeated(value, shape):
+    """So many of one fp8 number, which take no memory."""
+    return np.lib.stride_tricks.as_strided(np.array([value], np.uint8), shape, (0,) * 4)
+
+
+@pytest.mark.long
+def test_more_numbers_than_counts_can_hold():
+    """The first 2^32 - 1 are counted, and the rest change nothing."""
+    counts = _native.ChannelCounts(1, 1, 4, 3)
+    counts.add(repeated(0x38, (2, 1, (1 << 31) - 8, 1)))
+    counts.add(repeated(0x40, (1, 1, 10, 1)))
+    few = _native.ChannelCounts(1, 1, 4, 3)
+    few.add(repeated(0x38, (1, 1, 1 << 20, 1)))
+    tables, bits = counts.tables(), counts.bits()
+    assert tables != few.tables()  # which have never seen the other number
+    counts.add(repeated(0x40, (1, 1, 10, 1)))
+    assert counts.bits() > bits  # the last five that there was room for
+    assert counts.tables() == tables
+    bits = counts.bits()
+    counts.add(repeated(0x40, (3, 1, 1 << 31, 1)))
+    assert (counts.bits(), counts.tables()) == (bits, tables)

@@ -18,6 +18,7 @@ from support import tiny_documents as documents
 import kvzip
 from kvzip import Context, dtypes, get_codec
 from kvzip.capture import prefill
+from kvzip.codecs import _native
 from kvzip.errors import CorruptError, KVZipError, ProfileError
 
 
@@ -207,6 +208,24 @@ def test_the_same_bytes_from_every_path_and_any_threads(profile, unseen):
     finally:
         _native.set_simd(before)
     assert len(blobs) == 1
+
+
+def test_ranges_of_too_many_tokens_are_not_predicted(profile, unseen, monkeypatch):
+    from kvzip.codecs.predictive import codec as predictive
+
+    predicted = kvzip.encode(unseen, "predictive", profile)
+    monkeypatch.setattr(predictive, "_MOST_TOKENS", unseen.tokens - 1)
+    blob = kvzip.encode(unseen, "predictive", profile)
+    assert len(blob) > len(predicted)
+    assert_same(kvzip.decode(blob, profile), unseen)
+    with pytest.raises(CorruptError, match="nothing predicts"):
+        kvzip.decode(predicted, profile)
+    monkeypatch.undo()
+    model, form = predictive.native_model(profile), dtypes.get("bf16")
+    none = np.zeros(0, np.int32)
+    for rows, count in ((1, predictive._MOST_TOKENS + 1), (1 << 40, 1 << 40)):
+        with pytest.raises(ValueError, match="too many tokens"):  # before there is memory for them
+            _native.PredictiveChain(model, rows, count, 0, form.exponent_bits, 7, none)
 
 
 def test_batches_and_strides(llama, profile):

@@ -56,6 +56,18 @@ assert profile.made["channel"]
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
+def test_what_grows_once_is_no_leak():
+    """As a module does that a rare error imports, whenever that is."""
+    for when in range(35, 300, 30):
+        kept, numbers = [], itertools.count()
+
+        def grow(when=when, kept=kept, numbers=numbers):
+            if next(numbers) == when:
+                kept.append(bytes(2_000_000))
+
+        assert leaks.too_much(leaks.repeat([grow], 300, 30)) == []
+
+
 def test_what_is_given_back_is_no_leak():
     grown = leaks.repeat([lambda: [bytes(1000) for _ in range(10)]], 4000, 400)
     assert leaks.too_much(grown) == []
