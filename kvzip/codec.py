@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from kvzip import checksum
 from kvzip.codec_spec import format_spec, parse_spec
 from kvzip.dtypes import Bits, DType
-from kvzip.errors import UnsupportedError, UsageError
+from kvzip.errors import UnsupportedError, UsageError, first_line
 from kvzip.layout import Origin, PartLayout
 from kvzip.options import json_value, text
 
@@ -300,5 +300,24 @@ def get_codec(spec: str | Codec | Mapping[str, Any], **settings: Any) -> Codec:
         register_codec(found, name)
     try:
         return found.from_config(json_value("a setting", settings))
-    except (TypeError, ValueError) as error:  # a UsageError, too: a file may name the setting
-        raise UnsupportedError(f"codec {name!r}: {error}") from error
+    except UnsupportedError:
+        raise
+    except Exception as error:  # of a codec of others, any; a UsageError: a file may name it
+        raise UnsupportedError(f"codec {name!r}: {first_line(error)}") from error
+
+
+def raised_by(error: BaseException) -> str | None:
+    """The codec of somebody else in whose code an error was raised, or in a library below that;
+    None where kvzip's own code was nearer."""
+    owners = {
+        cls.__module__.partition(".")[0]: name
+        for name, cls in _registered.items()
+        if not cls.__module__.startswith("kvzip.")
+    }
+    found, at = None, error.__traceback__
+    while at is not None:
+        module = str(at.tb_frame.f_globals.get("__name__")).partition(".")[0]
+        if module == "kvzip" or module in owners:
+            found = owners.get(module)
+        at = at.tb_next
+    return found

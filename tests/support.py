@@ -6,6 +6,7 @@ import multiprocessing
 import time
 
 import numpy as np
+from hypothesis import settings
 
 import kvzip
 
@@ -35,6 +36,12 @@ UNLIKE_PAIRS = [
 tell apart the sizes of numbers only."""
 NEED_PROFILE = {name for name in kvzip.codec_names() if kvzip.get_codec(name).needs_profile}
 """Codecs that have suites of their own, which learn profiles first."""
+
+
+def examples(count):
+    """For a property whose examples take long: it is drawn `count` times where others are drawn 50
+    times, and as many times more as they are in `make test-long`."""
+    return settings(max_examples=max(1, count * settings().max_examples // 50))
 
 
 def damaged(blob, layer, part):

@@ -11,7 +11,9 @@ from kvzip.codec_spec import file_stem, format_spec, parse_spec, split_specs
 from kvzip.errors import UnsupportedError
 
 words = st.from_regex(r"[a-z][a-z0-9_.]{0,8}", fullmatch=True).filter(lambda w: w != "id")
-settings = st.dictionaries(words, words | st.integers(-(10**17), 10**17), max_size=4)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+texts |= st.text("0123456789-,+%=/: ", max_size=4)
+settings = st.dictionaries(words, words | texts | st.integers(-(10**17), 10**17), max_size=4)
 
 
 @given(words, settings)
@@ -20,6 +22,7 @@ def test_a_spec_and_its_config_are_each_others_inverse(name, given):
     spec = format_spec(config)
     assert parse_spec(spec) == config
     assert format_spec(parse_spec(spec)) == spec
+    assert split_specs(f"raw,{spec.replace(',', '+')}") == ["raw", spec]
 
 
 @pytest.mark.parametrize("spec", ["raw", "zstd:level=9", "planes:mode=bit,coder=lz4"])

@@ -8,6 +8,7 @@ from support import cache_like, make_snapshot
 
 import kvzip
 import kvzip.codec as codecs
+from kvzip.cli.failures import BUG, failure_of
 from kvzip.codec import Codec
 
 
@@ -68,3 +69,36 @@ def test_names_that_no_spec_could_hold_are_refused(name):
             kvzip.register_codec(what, name if what is Odd else None)
     with pytest.raises(kvzip.UnsupportedError):
         kvzip.register_codec(Codec)
+
+
+def test_whose_an_error_is(monkeypatch):
+    """Of a codec of somebody else it is theirs, also where a library below it raises."""
+    monkeypatch.setattr("kvzip.codec._registered", dict(codecs._registered))
+
+    @kvzip.register_codec
+    class Failing(Odd):
+        codec_id = "failing"
+
+        def __init__(self, way: str = "itself"):
+            if way == "made":
+                raise RuntimeError("no licence")
+            self.way = way
+
+        def encode(self, block, context):
+            if self.way == "itself":
+                raise RuntimeError("out of luck")
+            return np.concatenate([])
+
+    with pytest.raises(kvzip.UnsupportedError, match="codec 'failing': no licence"):
+        kvzip.get_codec("failing:way=made")
+    snapshot = make_snapshot(cache_like, 0, "bf16", layers=1, tokens=8, dim=8)
+    for way in ("itself", "below"):
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            kvzip.encode(snapshot, f"failing:way={way}", threads=1)
+        found = failure_of(raised.value)
+        assert (found.kind, found.exit) == ("bug", BUG)
+        assert "bug in the codec 'failing', which is not kvzip's own" in found.message
+    try:
+        kvzip.codec._settings(7)
+    except TypeError as error:
+        assert "a bug in kvzip" in failure_of(error).message

@@ -6,9 +6,9 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import CHANNEL_DTYPES, cache_like, random_bits
+from support import CHANNEL_DTYPES, cache_like, examples, random_bits
 
 import kvzip
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UsageError
@@ -57,7 +57,7 @@ known = cache(learned)
 
 
 @given(data=st.data())
-@settings(max_examples=40)
+@examples(40)
 def test_any_numbers_come_back_and_are_below_the_bound(dtype, data):
     profile = known(dtype)
     first = data.draw(st.integers(0, 2))
@@ -114,7 +114,6 @@ def test_every_truncation_and_flip_is_an_error(profile):
 
 
 @given(data=st.data())
-@settings(max_examples=200)
 def test_hostile_pages(profile, data):
     page = bytearray(kvzip.encode_page(numbers(17, 2), profile))
     for _ in range(data.draw(st.integers(1, 4))):

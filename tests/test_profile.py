@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support import examples
 
 from kvzip import Profile
 from kvzip.errors import ProfileError, UsageError
@@ -53,7 +54,7 @@ def test_what_is_packed_comes_back(profile, tmp_path):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_any_integers(data, tmp_path_factory):
     kind = data.draw(st.sampled_from(["i1", "u1", "<i2", ">u4", "i8", "u8"]))
     shape = data.draw(st.lists(st.integers(0, 40), max_size=3))

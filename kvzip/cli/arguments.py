@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import shlex
@@ -137,6 +138,13 @@ def kind_of(path: Path) -> str | None:
 def writes_stdout(arguments: Sequence[str]) -> bool:
     """Whether a file that a command writes is standard output, by whatever name."""
     return any(map(is_standard_output, _outputs(arguments)))
+
+
+def refuse_closed_input(arguments: Sequence[str]) -> None:
+    """Raise OSError if a command is to read a stdin that is closed: in its place there may be
+    whatever was opened since."""
+    if sys.stdin is None and str(STDIN) in {word.rpartition("=")[2] for word in arguments}:
+        raise OSError(errno.EBADF, "it is closed", "standard input")
 
 
 def refuse_folders(command: str, arguments: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from cyclopts import CycloptsError
 
 from kvzip.cli.terminal import emit, shown
+from kvzip.codec import raised_by
 from kvzip.errors import (
     CorruptError,
     FormatError,
@@ -148,6 +149,10 @@ def _told(error: BaseException) -> tuple[str, int, str]:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("kvzip"):
         words = f"this command needs more packages: pip install 'kvzip[all]' ({error})"
         return "package", 2, words
+    if (codec := raised_by(error)) is not None:
+        words = f"this is a bug in the codec {codec!r}, which is not kvzip's own "
+        words += f"({type(error).__name__}: {error}). Please report it to whoever makes that codec"
+        return "bug", BUG, words
     words = f"this is a bug in kvzip ({type(error).__name__}: {error}). Please report it: "
     return "bug", BUG, words + "the command, the lines above, and what `kvzip --version` says"
 

@@ -29,7 +29,13 @@ from kvzip.cli import (  # noqa: F401 - each adds its commands
     verdicts,
 )
 from kvzip.cli.app import app
-from kvzip.cli.arguments import refuse_folders, refuse_overwriting, with_streams, writes_stdout
+from kvzip.cli.arguments import (
+    refuse_closed_input,
+    refuse_folders,
+    refuse_overwriting,
+    with_streams,
+    writes_stdout,
+)
 from kvzip.cli.failures import BUG, CheckFailed, failure_of
 from kvzip.cli.terminal import as_one_line, complain, emit, results_aside
 from kvzip.files import leave_nothing_behind
@@ -67,6 +73,7 @@ def _run(arguments: Sequence[str]) -> None:
         emit({"version": __version__}, True, lambda: None)
         return
     command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    refuse_closed_input(arguments)
     refuse_folders(command.__name__, arguments)
     refuse_overwriting(command.__name__, bound)
     app(arguments, exit_on_error=False, print_error=False, result_action="return_value")

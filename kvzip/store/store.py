@@ -88,7 +88,8 @@ class Store:
     a while. `block_tokens`: of a store that is new (default: 256), or just what a store has, which
     is a UsageError otherwise; the prefixes that can be found end at multiples of it (a found one is
     then extended to the very token). `timeout`, `retries`, `options`: see
-    :class:`kvzip.store.bucket.Bucket`. `make`: make a local folder that is not there.
+    :class:`kvzip.store.bucket.Bucket`; a folder's files take as long as its disk does.
+    `make`: make a local folder that is not there.
     `mode`: the permissions of a folder's objects; by default their owner's, and the group's as far
     as the folder is. `key`: seal the store (AES-256-GCM; docs/store.md): its documents, what leads
     to them and all names; 32 bytes, a `kvzip.Key`, or what has keys by their names. A store keeps

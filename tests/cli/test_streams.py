@@ -84,6 +84,14 @@ def test_a_stderr_that_takes_nothing_changes_no_result(folder, closed):
     assert (code, json.loads(out)["tokens"]) == (0, 300)
 
 
+def test_a_stdin_that_is_closed(folder):
+    for command in ("verify - --json", "put s - --store t --json", "info /dev/stdin --json"):
+        code, out, err = piped(folder, f"kvzip {command} <&-")
+        assert (code, err) == (1, "kvzip: standard input: it is closed\n")
+        assert json.loads(out)["kind"] == "system"
+    assert piped(folder, "kvzip verify x.kvz <&-")[0] == 0
+
+
 def test_interrupted_from_the_first_import_on(folder):
     """At any moment after Python itself is up: exit code 130, and the JSON object."""
     # The command as its script runs it, which says when it begins. Whoever runs the tests may have

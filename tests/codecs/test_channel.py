@@ -11,9 +11,9 @@ from itertools import product
 import channel_reference
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import CHANNEL_DTYPES, cache_like, make_snapshot, random_bits
+from support import CHANNEL_DTYPES, cache_like, examples, make_snapshot, random_bits
 
 import kvzip
 from kvzip import dtypes
@@ -129,7 +129,6 @@ def test_all_instructions_give_the_same_bytes_and_numbers(dtype):
 
 
 @given(data=st.data())
-@settings(max_examples=60)
 def test_all_instructions_refuse_the_same_damage(dtype, data):
     numbers = cache_like(np.random.default_rng(2), dtype, (1, 1, 200, 9))
     _, tables = tables_of(numbers, dtype)
@@ -246,7 +245,7 @@ def test_shapes_of_any_number_of_symbols(symbols, escape, gap):
         assert tables.encode(numbers) is None
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(st.integers(0, 2**32))
 def test_any_levels_make_the_same_table_everywhere(seed):
     """Flat ones and steep ones, with symbols that hold many buckets and many that hold a slot."""
@@ -306,7 +305,7 @@ def any_tables(draw, form):
     return heads, dim, shapes, channels, far, k
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(data=st.data())
 def test_any_tables_are_read(dtype, data):
     form = dtypes.get(dtype)
@@ -387,7 +386,6 @@ def test_tables_that_are_cut_lengthened_or_padded_are_refused(dtype):
 
 
 @given(data=st.data())
-@settings(max_examples=60)
 def test_tables_with_other_bits_are_refused_or_are_other_tables(dtype, data):
     numbers = cache_like(np.random.default_rng(9), dtype, (1, 1, 300, 9))
     made, _ = tables_of(numbers, dtype)
@@ -481,7 +479,7 @@ def slots_of(entry):
         yield (None if e >> 11 & 1 else e >> 12 & 511), e & 2047, rank
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data())
 def test_entries_and_channels_say_what_the_tables_do(dtype, data):
     form = dtypes.get(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import CHANNEL_DTYPES, assert_same, cache_like, make_snapshot, random_bits
 
@@ -127,7 +127,6 @@ def test_what_cannot_be_learned_is_an_error(known):
 
 
 @given(data=st.data())
-@settings(max_examples=60)
 def test_hostile_profiles_do_no_harm(known, data):
     """Damaged tables are refused, or are others, with which numbers come back."""
     documents, profile = known

@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_same, make_snapshot, random_bits, reseal, tiny_model
+from support import assert_same, examples, make_snapshot, random_bits, reseal, tiny_model
 from support import tiny_documents as documents
 
 import kvzip
@@ -76,7 +76,7 @@ def test_a_profile_of_another_format_of_the_model(llama, profile):
 @given(
     seed=st.integers(0, 2**32), tokens=st.integers(0, 200), block=st.sampled_from([1, 33, 64, 4096])
 )
-@settings(max_examples=15)
+@examples(15)
 def test_any_bits_and_no_worse_than_channel(profile, unseen, seed, tokens, block):
     """Unlike anything in training: exact all the same, and never dearer than `channel` plus 1 %."""
     rng = np.random.default_rng(seed)
@@ -344,7 +344,6 @@ def short(llama, profile):
 
 
 @given(data=st.data())
-@settings(max_examples=60)
 def test_hostile_blocks_never_give_wrong_numbers(profile, short, data):
     snapshot, blob = short[0], bytearray(short[1])
     header, entries, ids = (int.from_bytes(blob[i : i + 4], "little") for i in (12, 16, 20))
@@ -359,7 +358,6 @@ def test_hostile_blocks_never_give_wrong_numbers(profile, short, data):
 
 
 @given(data=st.data())
-@settings(max_examples=60)
 def test_hostile_profiles_do_no_harm(profile, unseen, data):
     """A profile's numbers decide the ratio, not whether memory is safe or the round trip exact."""
     tensors = {name: array.copy() for name, array in profile.tensors.items()}

@@ -117,7 +117,7 @@ def assert_equal(got, snapshot):
         assert a.k.dtype == b.k.dtype
 
 
-relaxed = settings(max_examples=300, suppress_health_check=list(HealthCheck), deadline=None)
+relaxed = settings(suppress_health_check=list(HealthCheck))
 
 
 @given(data=st.data())
@@ -518,7 +518,6 @@ def test_arrays_to_decode_into_lie_apart():
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=300)
 def test_arrays_that_share_memory_are_said_to_be_close(seed):
     rng, arrays = np.random.default_rng(seed), []
     memory = np.zeros(rng.integers(50, 400), np.uint16)

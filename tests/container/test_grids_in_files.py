@@ -13,7 +13,7 @@ import pytest
 from command import run, run_json
 from grids.reference import widened
 from grids.test_grids import cases, made
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import CODECS, cache_like, random_bits, reseal
 
@@ -56,7 +56,6 @@ def test_groups_along_tokens(group, tokens):
     assert np.array_equal(kvzip.decode(blob).layers[0].k, k)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     case=cases,
     codec=st.sampled_from(CODECS),
@@ -316,7 +315,6 @@ def test_every_truncation_and_bit_flip_is_an_error(codec):
         flipped[at] ^= 1 << at % 8
 
 
-@settings(max_examples=150, deadline=None)
 @given(data=st.data(), codec=st.sampled_from(CODECS))
 def test_hostile_entries_never_give_wrong_numbers(data, codec):
     """Damage behind true checksums: the decoder itself meets it."""
@@ -338,7 +336,6 @@ def test_hostile_entries_never_give_wrong_numbers(data, codec):
     assert decoded == snapshot
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     data=st.binary(max_size=300),
     narrow=st.sampled_from(["fp8_e4m3fn", "int4", "bf16"]),

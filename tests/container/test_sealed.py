@@ -7,9 +7,9 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from support import cache_like
+from support import cache_like, examples
 
 import kvzip
 from kvzip.container.sealed import (
@@ -52,7 +52,6 @@ def snapshot():
 
 
 @given(size=SIZES, cuts=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=5))
-@settings(max_examples=60, deadline=None)
 def test_any_range_is_what_it_was(size, cuts):
     data = noise(size)
     sealed = seal(data, KEY)
@@ -65,7 +64,7 @@ def test_any_range_is_what_it_was(size, cuts):
 
 
 @given(size=SIZES, pieces=st.lists(st.integers(1, 2 * CHUNK), max_size=6))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_bytes_may_come_in_any_pieces(size, pieces):
     data, parts, at = noise(size), [], 0
     sealing = Sealing(KEY)
@@ -78,7 +77,7 @@ def test_bytes_may_come_in_any_pieces(size, pieces):
 @given(
     start=st.integers(0, 3 * CHUNK), rest=st.integers(0, 3 * CHUNK), piece=st.integers(1, 99_999)
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_a_writer_may_leave_the_start_for_the_end(tmp_path_factory, start, rest, piece):
     """As a .kvz file is written: the index after the blocks."""
     data = noise(start + rest)
@@ -113,7 +112,6 @@ def test_every_flipped_bit_is_an_error(size):
 
 @given(size=SIZES, length=st.floats(0, 1))
 @example(size=CHUNK + 1, length=1.0)  # nothing but a tag is left of the last chunk
-@settings(max_examples=60, deadline=None)
 def test_every_cut_and_every_byte_more_is_an_error(size, length):
     sealed = seal(noise(size), KEY)
     with pytest.raises((CorruptError, FormatError)):

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import UNLIKE_PAIRS, cache_like, make_snapshot, random_bits
+from support import UNLIKE_PAIRS, cache_like, examples, make_snapshot, random_bits
 
 import kvzip
 from kvzip import dtypes
@@ -50,7 +50,7 @@ def mixed(rng, dtype, shape):
 
 @pytest.mark.parametrize(("codec", "dtype"), UNLIKE_PAIRS)
 @given(data=st.data())
-@settings(max_examples=6)
+@examples(4)
 def test_any_shape_and_any_bits(device, codec, dtype, data):
     draw = data.draw
     snapshot = make_snapshot(

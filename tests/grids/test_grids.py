@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from grids.reference import NARROW, WIDE, bits, values, widened
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import cache_like, random_bits
 
@@ -84,7 +84,6 @@ def assert_widens(found, bits):
     assert msgspec.json.decode(msgspec.json.encode(found.grid), type=Grid) == found.grid
 
 
-@settings(max_examples=50, deadline=None)
 @given(case=cases)
 def test_found_and_widened(case):
     numbers = made(**case)
@@ -94,7 +93,6 @@ def test_found_and_widened(case):
     assert_widens(found, numbers)
 
 
-@settings(max_examples=60, deadline=None)
 @given(case=cases, simd=st.sampled_from(["scalar", "avx2", "avx512", "neon"]))
 def test_widening_is_the_rounded_product(case, simd):
     """Codes and scales of any kind: NaN, overflow, subnormal products; some tokens; strides."""
@@ -324,7 +322,6 @@ hostile = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     changes=hostile,
     what=st.sampled_from(["", "codes", "scales", "rest", "positions", "exceptions"]),

@@ -15,8 +15,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from support import examples  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip.errors import KVZipError  # noqa: E402
@@ -75,7 +76,7 @@ def test_a_bit_of_any_tensor_counts(kind: str, saved: Any, load: Any) -> None:
     tensors = {held.name: held.tensor for held in tensors_of(model)}
     assert set(tensors) >= {*dict(model.named_parameters()), *dict(model.named_buffers())}
 
-    @settings(max_examples=25, deadline=None)
+    @examples(25)
     @given(name=st.sampled_from(sorted(tensors)), data=st.data())
     def change(name: str, data: Any) -> None:
         bits = tensors[name].detach().reshape(-1).view(torch.uint8)

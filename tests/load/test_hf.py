@@ -16,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from support import wait_for  # noqa: E402
 
@@ -295,7 +295,6 @@ def test_arguments(tiny: Any) -> None:
     document=st.lists(st.integers(0, 2), min_size=2, max_size=8),
     prompt=st.lists(st.integers(0, 2), min_size=1, max_size=10),
 )
-@settings(max_examples=200, deadline=None)
 def test_the_prefix_that_is_kept(document: list[int], prompt: list[int]) -> None:
     """The longest shared one that leaves a token; one less where lengths would be ambiguous."""
     config = transformers.LlamaConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=2)

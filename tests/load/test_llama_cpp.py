@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import run_json
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import cache_like
 
@@ -172,7 +172,6 @@ def test_real_files_are_understood_and_restored(tmp_path, path, codec):
     edits=st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), max_size=4),
     cut=st.floats(0, 1),
 )
-@settings(max_examples=150, deadline=None)
 def test_whatever_the_bytes_are_they_come_back(tmp_path_factory, base, edits, cut):
     """Damaged, of another version, cut short: what is not understood is carried."""
     data = bytearray(LAYOUTS[base])
@@ -189,7 +188,6 @@ def test_whatever_the_bytes_are_they_come_back(tmp_path_factory, base, edits, cu
 
 
 @given(st.binary(max_size=3000))
-@settings(max_examples=100, deadline=None)
 def test_bytes_at_random_behind_a_magic_come_back(tmp_path_factory, tail):
     data = b"qsgg" + u32(7) + tail
     assert round_trip(tmp_path_factory.mktemp("any"), data)[1] == data
@@ -250,7 +248,6 @@ def test_a_part_of_a_session_is_not_written_as_one(tmp_path):
 
 
 @given(places=st.lists(st.integers(0, 2**64 - 1), min_size=8, max_size=8))
-@settings(max_examples=60, deadline=None)
 def test_hostile_places_are_an_error_or_bytes_of_the_same_length(tmp_path_factory, places):
     """Whoever makes the file can say anything of where tensors lie."""
     data = LAYOUTS["version 2"]

@@ -23,7 +23,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import kvzip  # noqa: E402
@@ -108,7 +108,6 @@ def test_several_tensors_and_any_bits() -> None:
 
 
 @given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=5), kind=st.sampled_from(DTYPES))
-@settings(max_examples=60, deadline=None)
 def test_any_shape(shape: list[int], kind: Any) -> None:
     tensor = tensor_of(shape, kind, sum(shape))
     if tensor.numel() < 2:

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import tiny_model
+from support import examples, tiny_model
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,7 +73,7 @@ def test_numbers_are_the_exact_ones_rounded_once(operation):
     assert (native != found).float().mean() < 2e-3
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     rows=st.integers(1, 40),
     inside=st.integers(1, 700),

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import run, run_json
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from servers import failing_server, silent_server
-from support import assert_same, cache_like, make_snapshot, wait_for
+from support import assert_same, cache_like, examples, make_snapshot, wait_for
 
 import kvzip
 from kvzip import files
@@ -129,7 +129,7 @@ steps = st.one_of(
 
 
 @given(steps=st.lists(steps, max_size=12))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_the_longest_prefix_of_all_documents(steps, tmp_path_factory):
     where = Store(tmp_path_factory.mktemp("store"), block_tokens=2)
     held: dict[str, list[int]] = {}

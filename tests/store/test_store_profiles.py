@@ -14,9 +14,9 @@ from functools import partial
 import numpy as np
 import pytest
 from command import run, run_json
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_same, cache_like, make_snapshot
+from support import assert_same, cache_like, examples, make_snapshot
 
 import kvzip
 from kvzip.errors import CorruptError, KVZipError, ProfileError, StoreError, UsageError
@@ -332,7 +332,7 @@ steps = st.lists(
 
 
 @given(steps=steps)
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_every_document_can_be_read_whatever_is_removed(steps, tmp_path_factory):
     url = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patched:
