@@ -87,6 +87,7 @@ tsan: $(TEST)
 PYTHON_T ?= python3.14t
 FREE_THREADED := build/free-threaded-venv
 free-threaded:
+	@test -x $(FREE_THREADED)/bin/python || command -v $(PYTHON_T) >/dev/null || { echo "there is no $(PYTHON_T): make $@ PYTHON_T=a Python without its lock, 3.14 or later"; exit 1; }
 	test -x $(FREE_THREADED)/bin/python || $(PYTHON_T) -m venv $(FREE_THREADED)
 	$(FREE_THREADED)/bin/pip install --quiet --disable-pip-version-check hypothesis pytest
 	$(FREE_THREADED)/bin/pip install --quiet --disable-pip-version-check .
