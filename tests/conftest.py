@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 
@@ -52,6 +53,13 @@ def pytest_collection_modifyitems(items):
     so that the last ones are short and no worker waits long for another."""
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.get_closest_marker("first") is None, -tests[item.path]))
+
+
+def pytest_collection_finish():
+    """What is imported by now, a million objects, stays: `gc.collect()`, which tests call hundreds
+    of times, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -216,7 +216,6 @@ def test_ordinary_numbers_are_on_no_grid(wide):
     assert find(np.zeros((0, 4), np.uint16), "bf16") is None
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     wide=st.sampled_from(list(WIDE)),
     tokens=st.integers(2, 40),
