@@ -50,7 +50,7 @@ bench-gpu: $(READY)
 	$(BIN)/python -m kvzip.benchmarks.gpu -o $(RESULTS)/gpu.json
 
 # Whatever reads files, and the C++ alone, fuzzed for so many seconds a target (tests/fuzz/run.py); corpus, crashes and log are
-# in build/fuzz, and tests/fuzz/run.py --keep adds log and corpus to the repository.
+# in build/fuzz, and tests/fuzz/run.py --keep moves the log to the repository.
 SECONDS ?= 60
 fuzz: $(TEST)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3' 'coverage>=7'

@@ -9,8 +9,7 @@ tests/fuzz/corpus, which `make test` tries. At the end the lines of the product 
 reach are counted, and a line for each target goes into `log.jsonl` there. Targets `native/CODEC`
 are the programs of tests/native, under AddressSanitizer and UBSan, which make their own input.
 
-`--keep` moves the log to kept.jsonl, in the repository, and adds to tests/fuzz/corpus what reaches
-lines that nothing there reaches; `--counts` adds up both logs.
+`--keep` moves the log to kept.jsonl, in the repository; `--counts` adds up both.
 """
 
 from __future__ import annotations
@@ -126,34 +125,20 @@ def alone(target: str, corpus: Path, seconds: int) -> tuple[int, str]:
     return int(counts[1]) if counts else 0, failed
 
 
-def keep(corpus: Path) -> None:
-    """Move the log to the repository, and copy the inputs that reach more than those there."""
-    import targets
-
-    runs.keep(corpus / "log.jsonl", KEPT)
-    for target in targets.TARGETS:
-        if not (corpus / target).is_dir():
-            continue
-        (CORPUS / target).mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, __file__, "--one", target, "-set_cover_merge=1"]
-        command += [str(CORPUS / target), str(corpus / target)]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-
-
 def main() -> int:
     parse = argparse.ArgumentParser(description=__doc__)
     parse.add_argument("targets", nargs="*")
     parse.add_argument("--seconds", type=int, default=60, help="for each target")
     parse.add_argument("--corpus", type=Path, default=Path("build/fuzz"))
     parse.add_argument("--counts", action="store_true", help="only add up the logs")
-    parse.add_argument("--keep", action="store_true", help="keep log and corpus in the repository")
+    parse.add_argument("--keep", action="store_true", help="move the log to the repository")
     parse.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parse.parse_args()
     if given.one:
         fuzz_one(given.one[0], given.one[1:])
     log = given.corpus / "log.jsonl"
     if given.keep:
-        keep(given.corpus)
+        runs.keep(log, KEPT)
     if given.keep or given.counts:
         show(runs.entries(KEPT, log))
         return 0
