@@ -1,8 +1,13 @@
-"""How many regions each layer of a profile has: what its bytes and the documents' tokens allow."""
+"""What a profile of so many bytes is made of: how many regions each layer has, how many tokens have
+rows in its tables, and how coarse its weights are."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.input_layers import most_inputs
@@ -10,17 +15,42 @@ from kvzip.codecs.predictive.integers import ANGLES
 from kvzip.codecs.predictive.token_tables import TABLE_ROWS
 
 MOST_REGIONS = 64
-PACKED_WEIGHTS, PACKED_WITHIN, PACKED_TABLE = 0.86, 0.44, 0.88
+ROUNDING = 0.015
+"""Bits a number that coarse weights may cost where there is room: what they save is worth more,
+spent on more regions (docs/research.md)."""
+MOST_ROUNDING = 0.5
+WEIGHT_BITS = 6.0
+"""Bits of a packed weight at `ROUNDING`; a little more than was measured (docs/research.md)."""
+PACKED_WITHIN, PACKED_TABLE = 0.44, 0.88
 """What is left of matrices' bytes in the file, where they are packed: a little more than was
-measured (0.84, 0.40 and 0.86 on SmolLM2-135M, 0.82, 0.27 and 0.85 on Gemma-3-270m)."""
+measured (0.40 and 0.86 on SmolLM2-135M, 0.27 and 0.85 on Gemma-3-270m)."""
+KNOWN_TOKEN_BITS = 12.0
+"""What tables save of a token that they know, as bits of one layer's number: about 9 in the first
+layer and 3 in the second, as measured on SmolLM2."""
 
 
-def region_bytes(documents: Documents, layer: int, table: bool) -> int:
+class Allotment(NamedTuple):
+    """What a profile is made of."""
+
+    regions: list[int]
+    """Of each layer."""
+    rows: int
+    """How many tokens tables know."""
+    rounding: float
+    """Bits a number that coarse weights may cost; see regression.py."""
+
+
+def weight_bits(rounding: float) -> float:
+    """Bits of a packed weight. Steps twice as wide take a bit less and cost four times as much."""
+    return WEIGHT_BITS - math.log2(rounding / ROUNDING) / 2
+
+
+def region_bytes(documents: Documents, layer: int, table: bool, rounding: float = ROUNDING) -> int:
     """What one more region of a layer takes in the profile's file, at most: which layers predict it
     is not known yet."""
     n, pairs = documents.widths[layer], len(documents.orders[layer].pairs)
     up, inputs = documents.padded_widths[layer], most_inputs(documents, layer)
-    matrices = int(up * (PACKED_WEIGHTS * inputs + PACKED_WITHIN * up))
+    matrices = int(up * (weight_bits(rounding) / 8 * inputs + PACKED_WITHIN * up))
     return matrices + 12 * n + (1 + table) * 4 * (n + 3 * ANGLES * pairs)
 
 
@@ -29,24 +59,71 @@ def allot(
     regions: int | Sequence[int] | str,
     max_bytes: int,
     vocabulary: Vocabulary | None,
-) -> list[int]:
-    """Regions of each layer: what is given, or what bytes and tokens allow."""
+) -> Allotment:
+    """Regions as they are given, or as many as bytes and tokens allow.
+
+    Where not even one a layer has room, tables know fewer tokens and weights are coarser, by what
+    either costs.
+    """
     widths = documents.widths
+    tokens = 0 if vocabulary is None else len(vocabulary.ids)
+    least = [1] * len(widths)
     if isinstance(regions, int):
-        return [1] + [regions] * (len(widths) - 1)
+        return Allotment([1] + [regions] * (len(widths) - 1), tokens, ROUNDING)
     if not isinstance(regions, str):
-        return list(regions)
-    layers = range(len(widths))
-    tables = {0, *TABLE_ROWS} if vocabulary is not None and len(vocabulary.ids) else set()
-    counts, each = [1] * len(widths), [region_bytes(documents, i, i in tables) for i in layers]
-    # What is not of a region, names and all.
-    left = max_bytes - sum(each) - sum(4096 + 24 * w for w in widths)
-    if vocabulary is not None:
-        rows = len(vocabulary.ids)
-        numbers = 2 * rows * widths[0] + sum(
-            min(most, rows) * widths[i] for i, most in TABLE_ROWS.items() if i < len(widths)
+        return Allotment(list(regions), tokens, ROUNDING)
+    left = max_bytes - _bytes(documents, least, tokens, ROUNDING)
+    if left < 0:
+        return _small(documents, max_bytes, vocabulary)
+    return Allotment(_more(documents, left, tokens > 0), tokens, ROUNDING)
+
+
+def _bytes(documents: Documents, regions: Sequence[int], rows: int, rounding: float) -> int:
+    """The file of a profile, about."""
+    widths = documents.widths
+    fixed = sum(4096 + 24 * w for w in widths)  # what is not of a region, names and all
+    table = 2 * rows * widths[0] + sum(
+        min(most, rows) * widths[i] for i, most in TABLE_ROWS.items() if i < len(widths)
+    )
+    fixed += int(PACKED_TABLE * table) + 4 * rows
+    tables = _tables(rows > 0)
+    return fixed + sum(
+        count * region_bytes(documents, i, i in tables, rounding)
+        for i, count in enumerate(regions)
+    )
+
+
+def _tables(known: bool) -> set[int]:
+    """The layers that have tables."""
+    return {0, *TABLE_ROWS} if known else set()
+
+
+def _small(documents: Documents, max_bytes: int, vocabulary: Vocabulary | None) -> Allotment:
+    """One region a layer; so many rows and such weights that both together cost least."""
+    layers = len(documents.widths)
+    counts = np.zeros(0) if vocabulary is None else vocabulary.counts
+    total = max(counts.sum(), 1)
+    ways = []
+    for step in range(33):
+        rows = int(len(counts) * (step / 32) ** 2)
+        free = max_bytes - _bytes(documents, [1] * layers, rows, ROUNDING)
+        weights = sum(
+            documents.padded_widths[i] * most_inputs(documents, i) for i in range(layers)
         )
-        left -= int(PACKED_TABLE * numbers) + 4 * rows
+        fewer = max(-8 * free / max(weights, 1), 0.0)  # bits of each weight
+        rounding = min(ROUNDING * 4.0**fewer, MOST_ROUNDING)
+        lost = rounding + KNOWN_TOKEN_BITS / layers * float(counts[rows:].sum() / total)
+        over = free < 0 and rounding == MOST_ROUNDING
+        ways.append((over, rows if over else lost, rows, rounding))
+    _, _, rows, rounding = min(ways)
+    return Allotment([1] * layers, rows, rounding)
+
+
+def _more(documents: Documents, left: int, known: bool) -> list[int]:
+    """Regions of each layer for the bytes that one for each leaves."""
+    widths, tables = documents.widths, _tables(known)
+    layers = range(len(widths))
+    counts, each = [1] * len(widths), [region_bytes(documents, i, i in tables) for i in layers]
     most = [documents.tokens // max(8 * most_inputs(documents, i), 8000) for i in layers]
     most = [min(m, MOST_REGIONS) if m >= 4 and i else 1 for i, m in enumerate(most)]
     while True:

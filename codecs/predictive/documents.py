@@ -120,7 +120,7 @@ def _sinks(snapshot: Snapshot, held: int) -> int:
 
 
 class Vocabulary:
-    """The tokens seen, the most frequent first."""
+    """The tokens seen, the most frequent first; their ids, and how often each was seen."""
 
     def __init__(self, documents: Documents):
         seen = [
@@ -131,10 +131,14 @@ class Vocabulary:
         ids, counts = np.unique(
             np.concatenate(seen) if seen else np.zeros(0, np.uint32), return_counts=True
         )
-        self.ids = ids[np.argsort(-counts, kind="stable")].astype(np.uint32)
-        self._sorted = np.sort(self.ids)
-        self._place = np.argsort(self.ids)
+        order = np.argsort(-counts, kind="stable")
+        self.ids, self.counts = ids[order].astype(np.uint32), counts[order]
+        self._sorted, self._place = ids, np.argsort(order)
+
+    def keep(self, most: int) -> None:
+        """Forget all but so many."""
+        self.ids, self.counts = self.ids[:most], self.counts[:most]
 
     def rows(self, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
-        """Places of tokens that were seen."""
+        """Places of tokens that were seen; from `len(self.ids)` on where they are forgotten."""
         return self._place[np.searchsorted(self._sorted, ids)]

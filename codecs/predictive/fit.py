@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from kvzip.codecs.predictive.allotment import allot
+from kvzip.codecs.predictive.allotment import Allotment, allot
 from kvzip.codecs.predictive.calibrate import calibrate
 from kvzip.codecs.predictive.density import densities, sine_table
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
@@ -58,7 +58,8 @@ def fit(
     """A profile for the predictive codec; see :meth:`kvzip.Profile.fit`.
 
     `regions`: how many predictors a layer has, of which each token takes one: for all layers, for
-    each, or as many as the documents and `max_bytes`, the size of the profile's file, allow.
+    each, or as many as the documents and `max_bytes`, the size of the profile's file, allow. Where
+    that has no room for one of each layer, its tables know fewer tokens and its weights are coarser.
     `token_table`: keep what the first layers make of each token seen. `group`: how many channels
     do not look at each other, so that they can be decoded at the same time; by default 8, of wide
     models 16. `calibration`: how many documents no predictor is learned from, so that scales and
@@ -82,17 +83,22 @@ def fit(
     if not (2 <= group <= MOST and group % 2 == 0):
         raise ProfileError(f"group={group}: want an even number of channels, 2 to {MOST}")
     _check_regions(regions, len(learned.widths))
+    vocabulary = Vocabulary(learned) if token_table else None
+    allotted = allot(learned, regions, max_bytes, vocabulary)
     settings = {
         "regions": regions if isinstance(regions, int | str) else list(regions),
         "max_bytes": max_bytes,
         "token_table": token_table,
+        "rows": allotted.rows,
+        "rounding": allotted.rounding,
         "group": group,
         "calibration": count,
         "input_layers": INPUT_LAYERS,
     }
     finished = None if resume is None else FinishedLayers(Path(resume), settings, snapshots)
-    vocabulary = Vocabulary(learned) if token_table else None
-    tensors, inputs = _layers(learned, regions, max_bytes, vocabulary, group, finished, tell)
+    if vocabulary is not None:
+        vocabulary.keep(allotted.rows)
+    tensors, inputs = _layers(learned, allotted, vocabulary, group, finished, tell)
     description = _description(learned, inputs, group)
     spent = calibrate(tensors, description, apart or list(snapshots), tell)
     if apart:
@@ -118,8 +124,7 @@ def _check_regions(regions: int | Sequence[int] | str, layers: int) -> None:
 
 def _layers(
     documents: Documents,
-    regions: Regions,
-    max_bytes: int,
+    allotted: Allotment,
     vocabulary: Vocabulary | None,
     group: int,
     finished: FinishedLayers | None,
@@ -131,14 +136,21 @@ def _layers(
     known: list[Known] = []
     inputs: list[list[int]] = []
     choice = InputLayers(documents)
-    counts = [1]
     layers = len(documents.widths)
     for i in range(layers):
-        if i == 1:
-            counts = allot(documents, regions, max_bytes, vocabulary)
         made = None if finished is None else finished.layer(i)
         if made is None:
-            made = fit_layer(documents, i, counts[i], known, choice, vocabulary, group, tell)
+            made = fit_layer(
+                documents,
+                i,
+                allotted.regions[i],
+                allotted.rounding,
+                known,
+                choice,
+                vocabulary,
+                group,
+                tell,
+            )
             if finished is not None:
                 finished.keep(i, made)
         inputs.append(made.pop("fit.inputs").tolist())

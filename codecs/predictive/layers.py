@@ -85,6 +85,7 @@ def fit_layer(
     documents: Documents,
     layer: int,
     regions: int,
+    rounding: float,
     earlier: Sequence[Known],
     choice: InputLayers,
     vocabulary: Vocabulary | None,
@@ -99,12 +100,12 @@ def fit_layer(
     folds = 2 if regions > 1 else 4
     sums = Sums(reader.columns, mean, deviation, regions, folds)
     _gather(reader, sums, scores, tell)
-    predictors, saved = sums.predictors()
+    predictors, saved = sums.predictors(rounding)
     if regions > 1 and saved <= 0:
         # Too little to learn from: one predictor does better on documents apart.
         scores, sums.total = None, sums.total.sum(axis=0, keepdims=True)
         sums.count = sums.count.sum(axis=0, keepdims=True)
-        predictors, _ = sums.predictors()
+        predictors, _ = sums.predictors(rounding)
     del sums
     order = documents.orders[layer]
     table = known = None

@@ -76,9 +76,10 @@ class Sums:
         i = self.inputs + 1
         return residual(weights, total[:i, :i], total[:i, i:], total[i:, i:]).astype(np.float64)
 
-    def predictors(self) -> tuple[list[Predictor], float]:
+    def predictors(self, rounding: float) -> tuple[list[Predictor], float]:
         """One a region, and the bits a number that the regions save over one alone (estimated on
-        documents apart, as if all were normal)."""
+        documents apart, as if all were normal). `rounding`: bits a number that rounded weights may
+        cost."""
         regions, folds = self.count.shape
         count = self.count.sum(axis=1)
         whole = self.total.sum(axis=(0, 1))
@@ -113,7 +114,11 @@ class Sums:
             i = self.inputs
             ones = own[i, :i]
             centred = own[:i, :i] - np.outer(ones, ones / own[i, i])
-            rounded, scale = round_weights(self.solve(own)[:i], centred)
+            centred /= own[i, i]
+            rounded, scale, added = round_weights(
+                self.solve(own)[:i], centred, conditional_variance(covariance), rounding
+            )
+            covariance[np.diag_indices(width)] += added
             # The constant comes last and takes up what rounding did to the mean.
             spared = own[i, i + 1 :] - ones @ (rounded * scale)
             bias = (spared / own[i, i]).astype(np.float64)
@@ -127,23 +132,41 @@ def log_volume(covariance: Doubles) -> float:
     return float(np.log2(np.diag(cholesky(covariance))).sum())
 
 
-def round_weights(weights: Floats, gram: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Weights [inputs, outputs] as int8 and a scale for each output.
+def conditional_variance(covariance: Doubles) -> Doubles:
+    """What variance is left of each channel where all others are known."""
+    inverse = np.linalg.inv(cholesky(covariance))
+    found: Doubles = 1 / (inverse**2).sum(axis=0)
+    return found
+
+
+def round_weights(
+    weights: Floats, gram: Floats, left: Doubles, rounding: float
+) -> tuple[NDArray[np.int8], Floats, Doubles]:
+    """Weights [inputs, outputs] as int8, the step of each output's, and the variance that rounding
+    adds to what is left of it. `gram`: covariance of the inputs; `left`: what variance is left of
+    each output where all others are known, [outputs]; `rounding`: bits a number that rounding may
+    cost, more where not all weights would fit in int8.
 
     One input after the other is rounded, and the error spread over the inputs to come so that it
     shows least in the outputs (Frantar et al. 2022, GPTQ, arXiv 2210.17323). With gram = U U^T, U
     upper triangular, that is to round in each row of U^T (weights - rounded) what the rows before
-    leave (Babai's nearest plane; Chen et al. 2025, arXiv 2507.18553), so nothing is inverted.
+    leave (Babai's nearest plane; Chen et al. 2025, arXiv 2507.18553), so nothing is inverted. What
+    is left in row i is even within half a step, so that steps s add s^2 / 12 sum(U_ii^2) to the
+    variance v, which costs log2(1 + that / v) / 2 bits.
     """
-    scale = np.maximum(np.abs(weights).max(axis=0, initial=0.0), 1e-30) / 127
+    finest = np.maximum(np.abs(weights).max(axis=0, initial=0.0), 1e-30) / 127
     rounded = np.zeros(weights.shape, np.int8)
     n = len(weights)
     if not n:
-        return rounded, scale
+        return rounded, finest, np.zeros(weights.shape[1])
     damped = gram[::-1, ::-1].copy()
     damped[np.diag_indices(n)] += max(np.trace(gram) / n, 1e-9) * 1e-3
     upper = np.ascontiguousarray(lower_factor(damped)[::-1, ::-1])
-    upper /= np.diag(upper).copy()
+    diagonal = np.diag(upper).copy()
+    shown = float((diagonal.astype(np.float64) ** 2).sum()) / 12
+    wide = np.sqrt((4.0**rounding - 1) * left / max(shown, 1e-30))
+    scale = np.maximum(finest, wide.astype(np.float32))
+    upper /= diagonal
     errors = np.zeros_like(weights)
     for begin in range(0, n, BLOCK):
         end = min(begin + BLOCK, n)
@@ -152,4 +175,4 @@ def round_weights(weights: Floats, gram: Floats) -> tuple[NDArray[np.int8], Floa
             rounded[i] = np.clip(np.rint(wanted[i - begin] / scale), -127, 127)
             errors[i] = weights[i] - rounded[i] * scale
             wanted[i + 1 - begin :] += np.outer(upper[i, i + 1 : end], errors[i])
-    return rounded, scale
+    return rounded, scale, scale.astype(np.float64) ** 2 * shown

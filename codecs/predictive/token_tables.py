@@ -36,8 +36,10 @@ def first_table(
     for _, (values,), ids in documents.read([0], range(len(documents)), sinks=True):
         if ids is None or len(ids) != len(values):
             continue
-        left = normalised(values, mean, deviation)
-        _add_rows(total, counts, vocabulary.rows(ids), left)
+        rows = vocabulary.rows(ids)
+        known = rows < len(total)
+        left = normalised(values[known], mean, deviation)
+        _add_rows(total, counts, rows[known], left)
         squares += (left.astype(np.float64) ** 2).sum(axis=0)
     means: Doubles = total / np.maximum(counts, 1)[:, None]
     seen = max(counts.sum(), 1)

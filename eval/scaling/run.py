@@ -20,7 +20,7 @@ import msgspec
 
 from kvzip import capture
 from kvzip.codec import get_codec
-from kvzip.codecs.predictive.allotment import allot
+from kvzip.codecs.predictive.allotment import Allotment, allot
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.fit import multiplications
 from kvzip.errors import UsageError
@@ -46,7 +46,7 @@ from kvzip.statistics.documents import hold_out
 
 WITHOUT_PROFILE = ("planes", "channel")
 """Codecs that are measured with nothing learned; `channel` is measured with a profile, too."""
-POINT_VERSION = 2
+POINT_VERSION = 3
 """The version of what is measured: points of another one are measured anew."""
 
 
@@ -181,29 +181,35 @@ class _Measuring:
         # Documents that only calibrate are not in what regions are allotted by.
         apart = max(len(paths) // 16, 1) if len(paths) >= 8 else 0
         documents = Documents(hold_out(paths, apart)[0])
-        vocabulary, seen = Vocabulary(documents), list[list[int]]()
+        vocabulary, seen = Vocabulary(documents), list[Allotment]()
         for share in sorted(set(plan.shares)):
-            regions = allot(documents, "auto", int(share * self.shape.matrix_bytes), vocabulary)
-            if regions in seen:
+            max_bytes = int(share * self.shape.matrix_bytes)
+            made_of = allot(documents, "auto", max_bytes, vocabulary)
+            if made_of in seen:
                 continue
-            seen.append(regions)
+            seen.append(made_of)
+            regions = made_of.regions
             about = f"{count} documents of each text, regions {min(regions)} to {max(regions)}"
 
             def told(what: str, done: int, total: int, about: str = about) -> None:
                 self.step(f"{self.shape.name}, {about}, {what}: {done} of {total}")
 
-            def fit(regions: list[int] = regions, told: Callable[..., None] = told) -> Profile:
-                made_of = repr((POINT_VERSION, count, regions)).encode()
-                name = hashlib.sha256(made_of).hexdigest()[:12]
+            def fit(
+                made_of: Allotment = made_of,
+                max_bytes: int = max_bytes,
+                told: Callable[..., None] = told,
+            ) -> Profile:
+                key = repr((POINT_VERSION, count, made_of)).encode()
+                name = hashlib.sha256(key).hexdigest()[:12]
                 return Profile.fit(
                     paths,
                     told,
-                    regions=regions,
+                    max_bytes=max_bytes,
                     calibration=apart,
                     resume=self.work / "layers" / name,
                 )
 
-            yield self._point("predictive", train, fit, share, regions)
+            yield self._point("predictive", train, fit, share, made_of)
 
     def _point(
         self,
@@ -211,13 +217,13 @@ class _Measuring:
         train: Sequence[Captured],
         fit: Callable[[], Profile] | None = None,
         asked: float | None = None,
-        regions: Sequence[int] = (),
+        made_of: Allotment | None = None,
     ) -> ScalingPoint:
         """One codec with what it learns of documents; taken from the working folder if it is
         there."""
         test = [one for one in self.captured if one.row.split == "test"]
         documents = [one.row.sha256 for one in (*train, *test)]
-        given = repr((POINT_VERSION, self.shape, spec, len(train), regions, documents))
+        given = repr((POINT_VERSION, self.shape, spec, len(train), made_of, documents))
         name = f"{spec}-{len(train)}-{hashlib.sha256(given.encode()).hexdigest()[:12]}"
 
         def compute() -> ScalingPoint:
