@@ -72,13 +72,13 @@ def allot(
         return Allotment([1] + [regions] * (len(widths) - 1), tokens, ROUNDING)
     if not isinstance(regions, str):
         return Allotment(list(regions), tokens, ROUNDING)
-    left = max_bytes - _bytes(documents, least, tokens, ROUNDING)
+    left = max_bytes - file_bytes(documents, least, tokens, ROUNDING)
     if left < 0:
         return _small(documents, max_bytes, vocabulary)
     return Allotment(_more(documents, left, tokens > 0), tokens, ROUNDING)
 
 
-def _bytes(documents: Documents, regions: Sequence[int], rows: int, rounding: float) -> int:
+def file_bytes(documents: Documents, regions: Sequence[int], rows: int, rounding: float) -> int:
     """The file of a profile, about."""
     widths = documents.widths
     fixed = sum(4096 + 24 * w for w in widths)  # what is not of a region, names and all
@@ -106,7 +106,7 @@ def _small(documents: Documents, max_bytes: int, vocabulary: Vocabulary | None) 
     ways = []
     for step in range(33):
         rows = int(len(counts) * (step / 32) ** 2)
-        free = max_bytes - _bytes(documents, [1] * layers, rows, ROUNDING)
+        free = max_bytes - file_bytes(documents, [1] * layers, rows, ROUNDING)
         weights = sum(
             documents.padded_widths[i] * most_inputs(documents, i) for i in range(layers)
         )

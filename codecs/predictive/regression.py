@@ -115,6 +115,7 @@ class Sums:
             ones = own[i, :i]
             centred = own[:i, :i] - np.outer(ones, ones / own[i, i])
             centred /= own[i, i]
+            saved += count[r] / tokens * log_volume(covariance)
             rounded, scale, added = round_weights(
                 self.solve(own)[:i], centred, conditional_variance(covariance), rounding
             )
@@ -123,7 +124,6 @@ class Sums:
             spared = own[i, i + 1 :] - ones @ (rounded * scale)
             bias = (spared / own[i, i]).astype(np.float64)
             made.append(Predictor(rounded, scale.astype(np.float64) / 16, bias, covariance))
-            saved += count[r] / tokens * log_volume(covariance)
         return made, (log_volume(common) - saved) / width
 
 

@@ -18,7 +18,7 @@ from kvzip.capture import prefill
 from kvzip.codecs.predictive import allotment, input_layers
 from kvzip.codecs.predictive.codec import native_model, new_chain
 from kvzip.codecs.predictive.density import Chooser, cell_edges, densities
-from kvzip.codecs.predictive.documents import Documents
+from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.groups import arrange, default_group, default_lanes, starts
 from kvzip.codecs.predictive.layer_inputs import Known
 from kvzip.codecs.predictive.regions import Scores, find
@@ -166,10 +166,27 @@ def test_rounding_with_feedback_loses_less():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4000, 150)) @ rng.normal(size=(150, 150))
     weights = rng.normal(size=(150, 20))
-    rounded, scale = round_weights(weights, x.T @ x)
+    rounded, scale, _ = round_weights(weights, x.T @ x / 4000, np.ones(20), 0.0)
     plain = np.rint(weights / scale) * scale
     error = [((x @ (w - weights)) ** 2).sum() for w in (rounded * scale, plain)]
     assert error[0] < 0.5 * error[1]
+
+
+def test_coarse_weights_cost_what_they_may():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 150)) @ rng.normal(size=(150, 150))
+    weights = rng.normal(size=(150, 20))
+    left = 10 ** rng.uniform(2, 4, 20)
+    finest = np.abs(weights).max(axis=0) / 127
+    for cost in (0.01, 0.1, 0.4):
+        rounded, scale, added = round_weights(weights, x.T @ x / 4000, left, cost)
+        seen = ((x @ (rounded * scale - weights)) ** 2).mean(axis=0)
+        assert np.median(seen / added) == pytest.approx(1, abs=0.15)
+        spent = np.log2(1 + added / left) / 2
+        coarse = scale > finest
+        assert coarse.sum() > 10
+        assert spent[coarse] == pytest.approx(cost, rel=1e-3)
+        assert (spent[~coarse] >= cost).all()
 
 
 def test_within_leaves_what_nothing_before_explains():
@@ -254,7 +271,7 @@ def test_regions_that_are_there_are_found():
     assert scores.centre.dtype == np.int8 and scores.bias.dtype == np.int32
     owner = scores.regions(x)
     assert max((owner == kind).mean(), (owner != kind).mean()) > 0.9
-    made, saved = learn(scores, 2).predictors()
+    made, saved = learn(scores, 2).predictors(0.0)
     assert saved > 0.5
     off = np.concatenate(
         [
@@ -275,7 +292,7 @@ def test_noise_has_no_regions():
         for f in range(2):
             mine = (owner == r) & (np.arange(600) % 2 == f)
             sums.add(r, f, x[mine], y[mine])
-    assert sums.predictors()[1] < 0.02
+    assert sums.predictors(0.0)[1] < 0.02
 
 
 @pytest.mark.parametrize("factor", [0.2, 1.0, 3.0])
@@ -377,15 +394,47 @@ def test_bytes_are_kept_to(learned, monkeypatch):
     monkeypatch.setattr(allotment, "MOST_REGIONS", 6)
     read = Documents(learned)
     read.tokens = 10**6
-    least = sum(allotment.region_bytes(read, i, False) for i in range(4))
-    for budget in (0, least + 60_000, 10**9):
-        counts = allotment.allot(read, "auto", budget, None)
-        spent = sum(c * allotment.region_bytes(read, i, False) for i, c in enumerate(counts))
-        assert spent <= max(budget, least)
-        assert (max(counts) > 1) == (budget > least)
-    assert counts == [1, 6, 6, 6]
+    one = allotment.file_bytes(read, [1] * 4, 0, allotment.ROUNDING)
+    for budget in (one, one + 60_000, 10**9):
+        found = allotment.allot(read, "auto", budget, None)
+        assert allotment.file_bytes(read, found.regions, 0, allotment.ROUNDING) <= budget
+        assert (max(found.regions) > 1) == (budget > one)
+        assert found.rounding == allotment.ROUNDING
+    assert found.regions == [1, 6, 6, 6]
     read.tokens = 2000
-    assert allotment.allot(read, "auto", 10**9, None) == [1, 1, 1, 1]
+    assert allotment.allot(read, "auto", 10**9, None).regions == [1, 1, 1, 1]
+
+
+def test_few_bytes_have_coarser_weights_and_know_fewer_tokens(learned):
+    read = Documents(learned)
+    vocabulary = Vocabulary(read)
+    tokens = len(vocabulary.ids)
+    all_of_it = allotment.file_bytes(read, [1] * 4, tokens, allotment.ROUNDING)
+    found = allotment.allot(read, "auto", all_of_it, vocabulary)
+    assert found == ([1] * 4, tokens, allotment.ROUNDING)
+    for budget in range(all_of_it - 1, 0, -all_of_it // 50):
+        found = allotment.allot(read, "auto", budget, vocabulary)
+        assert found.regions == [1] * 4
+        assert found.rows <= tokens and found.rounding >= allotment.ROUNDING
+        bytes_then = allotment.file_bytes(read, [1] * 4, found.rows, found.rounding)
+        assert bytes_then <= budget or found == ([1] * 4, 0, allotment.MOST_ROUNDING)
+    assert found.rows == 0 and found.rounding == allotment.MOST_ROUNDING
+
+
+def test_a_small_profile_still_loses_nothing(learned):
+    sizes = []
+    whole = kvzip.Profile.fit(learned)
+    read = Documents(learned)
+    half = allotment.file_bytes(read, [1] * 4, len(whole.tensors["token_ids"]) // 2, 0.05)
+    for budget in (half, 1):
+        profile = kvzip.Profile.fit(learned, max_bytes=budget)
+        known = len(profile.tensors.get("token_ids", ()))
+        assert known < len(whole.tensors["token_ids"])
+        for snapshot in learned[:2]:
+            encoded = kvzip.encode(snapshot, "predictive", profile)
+            assert_same(kvzip.decode(encoded, profile), snapshot)
+        sizes.append(profile.nbytes)
+    assert whole.nbytes > sizes[0] > sizes[1]
 
 
 def test_the_budget_is_the_files(learned):
