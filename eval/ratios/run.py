@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,13 +65,15 @@ def run(
     device: str = "cpu",
     codecs: Sequence[str],
     seed: int = 0,
+    max_bytes: int | None = None,
     like: RatiosResult | None = None,
     command: str = "kvzip eval ratios",
     step: Step = _silent,
 ) -> RatiosResult:
     """The protocol on one model: `train` and `test` documents of `tokens` tokens of every text.
 
-    Codecs that need a profile learn it from the training documents of all texts together. `like`:
+    Codecs that need a profile learn it from the training documents of all texts together;
+    `max_bytes`: how big that of `predictive` may get, or its own default. `like`:
     a stored result whose documents must be the same, or, of another model, whose texts.
 
     Raises KVZipError when a text is too short, documents are not those of `like`, or a document
@@ -89,7 +92,7 @@ def run(
     protocol = Protocol(texts, work, tokens, {"train": train, "test": test}, dtype)
     files, captured = protocol.captured(loaded, like, step)
     learning = [found.path for found in captured if found.row.split == "train"]
-    profiles = _learn(chosen, learning, work, step)
+    profiles = _learn(chosen, learning, work, max_bytes, step)
     rows = measure(chosen, [c for c in captured if c.row.split == "test"], profiles, step)
     first = Snapshot.load(captured[0].path)
     return RatiosResult(
@@ -209,7 +212,11 @@ def _name(found: DocumentRow | TextFile) -> str:
 
 
 def _learn(
-    codecs: Mapping[str, Codec], train: Sequence[Path], work: Path, step: Step
+    codecs: Mapping[str, Codec],
+    train: Sequence[Path],
+    work: Path,
+    max_bytes: int | None,
+    step: Step,
 ) -> dict[str, Profile]:
     """What each codec that needs a profile learns of the training documents; kept in the working
     folder."""
@@ -222,7 +229,10 @@ def _learn(
             step(f"learning for {name}, {what}: {done} of {total}")
 
         step(f"learning for {codec.codec_id} from {len(train)} documents")
-        profile = Profile.fit(train, told, codec.codec_id, resume=work / f"{codec.codec_id}.layers")
+        settings: dict[str, Any] = {"resume": work / f"{codec.codec_id}.layers"}
+        if max_bytes is not None and codec.codec_id == "predictive":
+            settings["max_bytes"] = max_bytes
+        profile = Profile.fit(train, told, codec.codec_id, **settings)
         profile.save(work / f"{codec.codec_id}.kvprofile")
         found[codec.codec_id] = profile
     return found

@@ -45,6 +45,7 @@ def ratios(
     device: str = "cpu",
     codecs: str = "planes,channel,predictive",
     seed: int = 0,
+    max_bytes: int | None = None,
     like: Path | None = None,
     native_bf16: NativeBf16 = False,
     as_json: Json = False,
@@ -77,6 +78,8 @@ def ratios(
         Names, with commas between; settings after a colon, theirs with + between.
     seed
         Draws which files of a text are for training, and their order.
+    max_bytes
+        How big the profile that `predictive` learns may get. Default: 134 MB.
     like
         A stored result: its documents must be the same; of another model, its texts.
     """
@@ -102,6 +105,7 @@ def ratios(
             device=device,
             codecs=split_specs(codecs),
             seed=seed,
+            max_bytes=max_bytes,
             like=before,
             command=command_line(),
             step=step,
