@@ -88,8 +88,7 @@ def file_bytes(documents: Documents, regions: Sequence[int], rows: int, rounding
     fixed += int(PACKED_TABLE * table) + 4 * rows
     tables = _tables(rows > 0)
     return fixed + sum(
-        count * region_bytes(documents, i, i in tables, rounding)
-        for i, count in enumerate(regions)
+        count * region_bytes(documents, i, i in tables, rounding) for i, count in enumerate(regions)
     )
 
 
@@ -107,9 +106,7 @@ def _small(documents: Documents, max_bytes: int, vocabulary: Vocabulary | None) 
     for step in range(33):
         rows = int(len(counts) * (step / 32) ** 2)
         free = max_bytes - file_bytes(documents, [1] * layers, rows, ROUNDING)
-        weights = sum(
-            documents.padded_widths[i] * most_inputs(documents, i) for i in range(layers)
-        )
+        weights = sum(documents.padded_widths[i] * most_inputs(documents, i) for i in range(layers))
         fewer = max(-8 * free / max(weights, 1), 0.0)  # bits of each weight
         rounding = min(ROUNDING * 4.0**fewer, MOST_ROUNDING)
         lost = rounding + KNOWN_TOKEN_BITS / layers * float(counts[rows:].sum() / total)

@@ -59,7 +59,7 @@ def fit(
 
     `regions`: how many predictors a layer has, of which each token takes one: for all layers, for
     each, or as many as the documents and `max_bytes`, the size of the profile's file, allow. Where
-    that has no room for one of each layer, its tables know fewer tokens and its weights are coarser.
+    that has no room for one of each layer, tables know fewer tokens and weights are coarser.
     `token_table`: keep what the first layers make of each token seen. `group`: how many channels
     do not look at each other, so that they can be decoded at the same time; by default 8, of wide
     models 16. `calibration`: how many documents no predictor is learned from, so that scales and

@@ -57,7 +57,8 @@ def fit(
         Predictors of each layer, of which a token takes one. Default: as many as the documents
         and `max_bytes` allow, more in the first layers.
     max_bytes
-        How big the profile may get; one predictor a layer it always has. Default: 134 MB.
+        How big the profile may get. One predictor a layer it always has; if need be it knows
+        fewer tokens and its weights are coarser. Default: 134 MB.
     resume
         A folder for finished layers: the same command goes on where it was ended.
     """
