@@ -20,8 +20,8 @@ ROUNDING = 0.015
 spent on more regions (docs/research.md)."""
 MOST_ROUNDING = 0.5
 WEIGHT_BITS = 6.25
-"""Bits of a packed weight at `ROUNDING`; a little more than was measured (6.22 on SmolLM2-135M, 5.96
-on Gemma-3-270m)."""
+"""Bits of a packed weight at `ROUNDING`; a little more than was measured (6.22 on SmolLM2-135M,
+5.96 on Gemma-3-270m)."""
 PACKED_WITHIN, PACKED_TABLE = 0.44, 0.88
 """What is left of matrices' bytes in the file, where they are packed: a little more than was
 measured (0.40 and 0.86 on SmolLM2-135M, 0.27 and 0.85 on Gemma-3-270m)."""
