@@ -149,6 +149,19 @@ def test_figures_are_those_of_the_files(
             assert inner == row.raw_bytes
 
 
+def test_a_profile_may_be_held_small(captured: list[protocol.Captured], tmp_path: Path) -> None:
+    codecs = {spec: kvzip.get_codec(spec) for spec in ("raw", "predictive")}
+    paths = [one.path for one in captured]
+    sizes = []
+    for max_bytes in (None, 1):
+        work = tmp_path / str(max_bytes)
+        work.mkdir()
+        found = protocol._learn(codecs, paths, work, max_bytes, lambda what: None)
+        assert found.keys() == {"predictive"}
+        sizes.append((work / "predictive.kvprofile").stat().st_size)
+    assert sizes[1] < sizes[0]
+
+
 def test_the_csv_has_the_layers(result: RatiosResult) -> None:
     header, *lines = csv.reader(io.StringIO(as_csv(result)))
     assert tuple(header) == COLUMNS
