@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.statistics.gaussian import cholesky
-from kvzip.statistics.ridge import lower_factor, residual, ridge, shrinkage
+from kvzip.statistics.ridge import divided, lower_factor, residual, ridge, shrinkage
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -134,7 +134,7 @@ def log_volume(covariance: Doubles) -> float:
 
 def conditional_variance(covariance: Doubles) -> Doubles:
     """What variance is left of each channel where all others are known."""
-    inverse = np.linalg.inv(cholesky(covariance))
+    inverse = divided(cholesky(covariance), np.eye(len(covariance)))
     found: Doubles = 1 / (inverse**2).sum(axis=0)
     return found
 
