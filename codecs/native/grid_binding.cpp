@@ -129,26 +129,26 @@ struct Strided {
   std::int64_t strides[32];
 };
 
-unsigned suspicions_of(const AnyArray& numbers, const char* wide_name) {
+// What `look` says of an array's numbers, in their own width; `of_none` where there are none.
+template <typename Found, class Look>
+Found looked_at(const AnyArray& numbers, const char* wide_name, Found of_none, const Look& look) {
   const Wide& wide = wide_of(wide_name, numbers.dtype());
   const Strided of(numbers);
-  if (of.empty) return 0;
-  if (wide.bits == 16)
-    return suspicions(wide, static_cast<const std::uint16_t*>(numbers.data()), of.dimensions,
-                      of.shape, of.strides);
-  return suspicions(wide, static_cast<const std::uint32_t*>(numbers.data()), of.dimensions,
-                    of.shape, of.strides);
+  if (of.empty) return of_none;
+  if (wide.bits == 16) return look(wide, static_cast<const std::uint16_t*>(numbers.data()), of);
+  return look(wide, static_cast<const std::uint32_t*>(numbers.data()), of);
+}
+
+unsigned suspicions_of(const AnyArray& numbers, const char* wide_name) {
+  return looked_at(numbers, wide_name, 0u, [](auto& wide, auto* first, auto& of) {
+    return suspicions(wide, first, of.dimensions, of.shape, of.strides);
+  });
 }
 
 bool may_have_even_channels_of(const AnyArray& numbers, const char* wide_name) {
-  const Wide& wide = wide_of(wide_name, numbers.dtype());
-  const Strided of(numbers);
-  if (of.empty) return false;
-  if (wide.bits == 16)
-    return may_have_even_channels(wide, static_cast<const std::uint16_t*>(numbers.data()),
-                                  of.dimensions, of.shape, of.strides);
-  return may_have_even_channels(wide, static_cast<const std::uint32_t*>(numbers.data()),
-                                of.dimensions, of.shape, of.strides);
+  return looked_at(numbers, wide_name, false, [](auto& wide, auto* first, auto& of) {
+    return may_have_even_channels(wide, first, of.dimensions, of.shape, of.strides);
+  });
 }
 
 }  // namespace

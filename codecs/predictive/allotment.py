@@ -103,11 +103,11 @@ def _small(documents: Documents, max_bytes: int, vocabulary: Vocabulary | None) 
     layers = len(documents.widths)
     counts = np.zeros(0) if vocabulary is None else vocabulary.counts
     total = max(counts.sum(), 1)
+    weights = sum(documents.padded_widths[i] * most_inputs(documents, i) for i in range(layers))
     ways = []
     for step in range(33):
         rows = int(len(counts) * (step / 32) ** 2)
         free = max_bytes - file_bytes(documents, [1] * layers, rows, ROUNDING)
-        weights = sum(documents.padded_widths[i] * most_inputs(documents, i) for i in range(layers))
         fewer = max(-8 * free / max(weights, 1), 0.0)  # bits of each weight
         rounding = min(ROUNDING * 4.0**fewer, MOST_ROUNDING)
         lost = rounding + KNOWN_TOKEN_BITS / layers * float(counts[rows:].sum() / total)

@@ -140,17 +140,7 @@ def _layers(
     for i in range(layers):
         made = None if finished is None else finished.layer(i)
         if made is None:
-            made = fit_layer(
-                documents,
-                i,
-                allotted.regions[i],
-                allotted.rounding,
-                known,
-                choice,
-                vocabulary,
-                group,
-                tell,
-            )
+            made = fit_layer(documents, i, allotted, known, choice, vocabulary, group, tell)
             if finished is not None:
                 finished.keep(i, made)
         inputs.append(made.pop("fit.inputs").tolist())

@@ -44,11 +44,8 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Divided<Floats>, OneByOne {
   }
 
   // Two tables side by side. Eight loads of 64 bits take half as long as two gathers.
-  struct Table {
-    const std::int32_t* pair;
-    static constexpr int kNear = kCells;
-    Table(const Densities& d, std::size_t shape)
-        : pair(d.from_rise + 2 * kCells * shape - 2 * kFirstCell) {}
+  struct Table : Paired {
+    using Paired::Paired;
     void at(I i, I* a, I* b) const {
       const auto two = [&](int first, int second) {
         const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(pair + 2 * i[first]));
@@ -60,9 +57,8 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Divided<Floats>, OneByOne {
       *b = (I)_mm256_shuffle_ps(even, odd, 0xDD);
     }
   };
-  struct Search {
-    const float* four;
-    Search(const Densities& d, std::size_t shape) : four(d.search_four + 4 * kSteps * shape) {}
+  struct Search : Fours {
+    using Fours::Fours;
     F at(I step, F x) const {
       const I i = step & (kSteps - 1);
       const auto two = [&](int low, int high) {

@@ -57,11 +57,8 @@ struct Scalar : Divided<Floats>, OneByOne {
     return v;
   }
 
-  struct Table {
-    const std::int32_t* pair;
-    static constexpr int kNear = kCells;
-    Table(const Densities& d, std::size_t shape)
-        : pair(d.from_rise + 2 * kCells * shape - 2 * kFirstCell) {}
+  struct Table : Paired {
+    using Paired::Paired;
     void at(I i, I* a, I* b) const {
       for (int k = 0; k < W; ++k) {
         (*a)[k] = pair[2 * i[k]];
@@ -69,9 +66,8 @@ struct Scalar : Divided<Floats>, OneByOne {
       }
     }
   };
-  struct Search {
-    const float* four;
-    Search(const Densities& d, std::size_t shape) : four(d.search_four + 4 * kSteps * shape) {}
+  struct Search : Fours {
+    using Fours::Fours;
     F at(I step, F x) const {
       F v;
       for (int k = 0; k < W; ++k) {

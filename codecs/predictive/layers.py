@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip.codecs.predictive.allotment import Allotment
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.groups import arrange
 from kvzip.codecs.predictive.input_layers import InputLayers
@@ -84,8 +85,7 @@ def _scout(reader: Reader, mean: Floats, deviation: Floats, regions: int) -> Sco
 def fit_layer(
     documents: Documents,
     layer: int,
-    regions: int,
-    rounding: float,
+    allotted: Allotment,
     earlier: Sequence[Known],
     choice: InputLayers,
     vocabulary: Vocabulary | None,
@@ -93,6 +93,7 @@ def fit_layer(
     tell: Progress,
 ) -> dict[str, NDArray[Any]]:
     """The integer tensors of one layer, and what the layers to come need to know."""
+    regions, rounding = allotted.regions[layer], allotted.rounding
     mean, deviation = _moments(documents, layer)
     inputs = choice.choose(layer, earlier, mean, deviation)
     reader = Reader(documents, layer, earlier, inputs)

@@ -90,7 +90,7 @@ class Sums:
             apart = self.total[:, f].sum(axis=0)
             rest, rest_tokens = whole - apart, tokens - self.count[:, f].sum()
             if rest_tokens < 1:  # one fold alone
-                rest, rest_tokens = whole, tokens
+                rest, rest_tokens = whole.copy(), tokens
             common += self.left(self.solve(rest), apart)
             if regions > 1:
                 rest *= np.float32(SHRINK_TOKENS / rest_tokens)

@@ -61,6 +61,19 @@ struct Divided {
   static F reciprocal(F v) { return 1.0f / v; }
 };
 
+// A density's tables with what stands at one place side by side, for instruction sets that fetch it
+// one place after the other; for Isa's Table and Search to derive from.
+struct Paired {
+  const std::int32_t* pair;
+  static constexpr int kNear = kCells;
+  Paired(const Densities& d, std::size_t shape)
+      : pair(d.from_rise + 2 * kCells * shape - 2 * kFirstCell) {}
+};
+struct Fours {
+  const float* four;
+  Fours(const Densities& d, std::size_t shape) : four(d.search_four + 4 * kSteps * shape) {}
+};
+
 // Products of 64 bits, of even and of odd lanes apart, for instruction sets whose widest product of
 // signed numbers is that; for Isa to derive from. Isa has
 //   Wide           a vector of 64-bit numbers

@@ -22,7 +22,7 @@ from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.groups import arrange, default_group, default_lanes, starts
 from kvzip.codecs.predictive.layer_inputs import Known
 from kvzip.codecs.predictive.regions import Scores, find
-from kvzip.codecs.predictive.regression import Sums, round_weights
+from kvzip.codecs.predictive.regression import SHRINK_TOKENS, Sums, round_weights
 from kvzip.errors import ProfileError
 from kvzip.snapshot import Layer, Snapshot
 from kvzip.statistics.gaussian import cholesky, conditional
@@ -293,6 +293,27 @@ def test_noise_has_no_regions():
             mine = (owner == r) & (np.arange(600) % 2 == f)
             sums.add(r, f, x[mine], y[mine])
     assert sums.predictors(0.0)[1] < 0.02
+
+
+def test_one_fold_alone_counts_for_itself():
+    """Its own tokens stand in for those of the others, and are in no sum twice."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-60, 60, (600, 40)).astype(np.int8)
+    y = rng.normal(size=(600, 6)).astype(np.float32)
+    for r in range(2):
+        y[r::2] += x[r::2] @ rng.normal(size=(40, 6)).astype(np.float32)
+    sums = Sums(40, y.mean(0), y.std(0), 2, 2)
+    for r in range(2):
+        sums.add(r, 0, x[r::2], y[r::2])
+    whole = sums.total.sum(axis=(0, 1))
+    made, _ = sums.predictors(0.0)
+    for r, predictor in enumerate(made):
+        own = sums.total[r].sum(axis=0) + whole * np.float32(SHRINK_TOKENS / 600)
+        wanted = sums.solve(own)[:40] / 16
+        weights = predictor.rounded * predictor.scale
+        assert np.abs(weights - wanted).max() < predictor.scale.max() * 4
+        constant = (own[40, 41:] - own[40, :40] @ (weights * 16)) / own[40, 40]
+        assert predictor.bias == pytest.approx(constant, abs=1e-4)
 
 
 @pytest.mark.parametrize("factor", [0.2, 1.0, 3.0])
