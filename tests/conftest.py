@@ -56,10 +56,18 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported by now, a million objects, stays: `gc.collect()`, which tests call hundreds
-    of times, need not look at it."""
+    """What is imported by now, a million objects, stays: `gc.collect()` need not look at it, which
+    tests/soak/leaks.py calls hundreds of times, and Python itself does."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Nor at what a file of tests has imported."""
+    if nextitem is not None and item.path != nextitem.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
