@@ -412,18 +412,20 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
             force_setattr(self, "layers", layers)
         if len(layers) > _MOST_LAYERS:
             raise UsageError(f"{len(layers):,} layers: {_MOST_LAYERS:,} at most can be handled")
-        before = None
+        before = first = None
         for i, layer in enumerate(layers):
             if layer is before:  # most are alike
                 continue
             before = layer
             if type(layer) is not LayerLayout:
                 raise UsageError(f"layer {i} is {layer!r}: it must be a LayerLayout")
-            if layer.parts and layer.batch != self.batch:
-                raise UsageError(
-                    f"layer {i} has a batch of {layer.batch}, others of {self.batch}: "
-                    "all layers must be of one batch"
-                )
+            if layer.parts:
+                first = first or layer
+                if layer.batch != first.batch:
+                    raise UsageError(
+                        f"layer {i} has a batch of {layer.batch}, others of {first.batch}: "
+                        "all layers must be of one batch"
+                    )
 
     def parts(self) -> Iterator[tuple[int, str, PartLayout]]:
         """Every part: the number of its layer, its name, its layout; in the order of a file."""
@@ -444,7 +446,12 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
     @cached_property
     def tokens(self) -> int:
         """True length of the sequence, cropped tokens included."""
-        return max((s.cumulative_length for s in self.layers if s.counts_tokens), default=0)
+        most, before = 0, None
+        for layer in self.layers:
+            if layer is not before and layer.counts_tokens:  # most are one object
+                most = max(most, layer.cumulative_length)
+            before = layer
+        return most
 
     @cached_property
     def batch(self) -> int | None:

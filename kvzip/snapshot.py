@@ -196,25 +196,26 @@ class Snapshot:
         token_ids: NDArray[Any] | None = None,
         origin: Origin = Origin(),  # noqa: B008 - frozen
     ):
-        self._fill(list(_checked_layers(layers)), dtype, token_ids, origin)
+        held = list(_checked_layers(layers))
+        layout = Layout(dtype, tuple([layer.layout for layer in held]))
+        self._fill(held, layout, token_ids, origin)
         self.check()
 
     def _fill(
-        self, layers: list[Layer], dtype: str, token_ids: NDArray[Any] | None, origin: Origin
+        self, layers: list[Layer], layout: Layout, token_ids: NDArray[Any] | None, origin: Origin
     ) -> None:
-        self.layers, self.origin = layers, origin
-        self.layout = Layout(dtype, tuple([layer.layout for layer in layers]))
+        self.layers, self.layout, self.origin = layers, layout, origin
         self.token_ids: NDArray[np.uint32] | None = token_ids
 
     @classmethod
     def checked(
-        cls, layers: list[Layer], dtype: str, token_ids: NDArray[Any] | None, origin: Origin
+        cls, layers: list[Layer], layout: Layout, token_ids: NDArray[Any] | None, origin: Origin
     ) -> Snapshot:
-        """One of layers that hold what their layouts say, as those that a reader has filled."""
+        """One of layers that hold what that layout says, as those that a reader has filled."""
         found = cls.__new__(cls)
-        found._fill(layers, dtype, token_ids, origin)
+        found._fill(layers, layout, token_ids, origin)
         if token_ids is not None:
-            found.token_ids = _checked_ids(token_ids, found.layout)
+            found.token_ids = _checked_ids(token_ids, layout)
         return found
 
     def check(self) -> None:
@@ -468,6 +469,8 @@ def _checked_ids(given: Any, layout: Layout) -> NDArray[Any]:
     if ids.size and ids.dtype.kind not in "iu":
         raise UsageError(f"token_ids holds {ids.dtype}, and ids are integers")
     shape = layout.ids_shape
+    if ids.shape == shape and ids.dtype == np.uint32 and ids.flags.c_contiguous:
+        return ids
     if ids.shape != shape:
         alone = ((layout.tokens,), (1, layout.tokens))
         if shape not in alone or ids.shape not in alone:

@@ -23,20 +23,26 @@ from kvzip.statistics.documents import Item, Progress, check_channels, load
 
 MOST_CHANNELS = 65_535
 """The most channels, heads x dim, that a part with tables has."""
+_FIELDS = {
+    form.name: (form.exponent_bits, form.mantissa_bits)
+    for form in map(dtypes.get, dtypes.NAMES)
+    if form.is_float and form.bits <= 32
+}
 
 
 def takes(part: PartLayout) -> bool:
     """Whether there can be tables for a part."""
     _, heads, _, dim = part.block_shape
-    return part.form.is_float and part.form.bits <= 32 and heads * dim <= MOST_CHANNELS
+    return part.dtype in _FIELDS and heads * dim <= MOST_CHANNELS
 
 
 def fields(form: DType) -> tuple[int, int]:
     """Bits of exponent and of mantissa in the numbers of a format that the codec takes. Raises
     UnsupportedError for others: it takes floats of up to 32 bits."""
-    if not form.is_float or form.bits > 32:
+    found = _FIELDS.get(form.name)
+    if found is None:
         raise UnsupportedError(f"codec 'channel' takes no {form.name}")
-    return form.exponent_bits, form.mantissa_bits
+    return found
 
 
 def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:

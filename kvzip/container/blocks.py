@@ -5,7 +5,7 @@ Here it is told what is to blame when a file is damaged. Nothing is decoded here
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,17 +72,14 @@ class Blocks:
 
     def _check_sizes(self) -> None:
         """Raise FormatError if a block claims more numbers than its bytes can stand for."""
-        index, layers = self.index, self.layout.layers
-        before = None
-        for i, layer in enumerate(layers):
-            if layer is before:  # most are one object, and have as many blocks
-                continue
-            before = layer
-            for name, part in layer.parts.items():
-                rows = index.rows[i, name]
-                most = max(index.tokens[rows.start : rows.stop]) * part.line_bytes
+        shortest, block_tokens = self.index.shortest, self.header.block_tokens
+        for layer in self.header.stored_layout.distinct:
+            for part in layer.parts.values():
+                lines = part.block_shape[2]
+                if part.tokens is not None:
+                    lines = min(lines, block_tokens)
                 for codec in self.codecs.all:
-                    if most > codec.max_decoded_size(index.shortest, part.form):
+                    if lines * part.line_bytes > codec.max_decoded_size(shortest, part.form):
                         self._check_each_size()
                         return
 
@@ -170,17 +167,16 @@ class Blocks:
         """The last row whose block needs each part of a layer, for the parts that any does."""
         return plan.last_uses(self.index, self.needs)
 
-    def wanted(self, request: plan.Request) -> Iterator[tuple[Codec, dict[Key, Sequence[int]]]]:
+    def wanted(self, request: plan.Request) -> list[tuple[Codec, dict[Key, Sequence[int]]]]:
         """The rows of each part that is wanted, by the codecs that decode them."""
         by_part = plan.rows_by_part(self.layout, self.index, request)
         if len(self.codecs.all) == 1:
-            yield self.codec, by_part
-            return
+            return [(self.codec, by_part)]
         found: dict[int, tuple[Codec, dict[Key, Sequence[int]]]] = {}
         for key, rows in by_part.items():
             codec = self.codecs[key]
             found.setdefault(id(codec), (codec, {}))[1][key] = rows
-        yield from found.values()
+        return list(found.values())
 
     def entries_read(self, request: plan.Request) -> set[int]:
         """The rows of all entries that a request reads, tables too."""
@@ -196,13 +192,21 @@ class Blocks:
         """The ids of all positions up to the end of what is wanted of layers, since layers hold
         positions, too. None where there are none, or where nothing that is wanted tells of the rows
         that they are of."""
-        if self.token_ids is None:
+        ids = self.token_ids
+        if ids is None:
             return None
-        if cuts and self.token_ids.ndim > 1 and all(cut.batch is None for cut in cuts):
+        if not cuts:  # without layers there is no batch
+            return ids.reshape(-1)[:0]
+        end, rows_known, before = 0, ids.ndim == 1, None
+        for cut in cuts:
+            if cut is not before:  # most are one object
+                before = cut
+                rows_known = rows_known or cut.batch is not None
+                if cut.counts_tokens:
+                    end = max(end, cut.cumulative_length)
+        if not rows_known:
             return None
-        end = max((cut.cumulative_length for cut in cuts if cut.counts_tokens), default=0)
-        # Without layers there is no batch.
-        return self.token_ids[..., :end] if cuts else self.token_ids.reshape(-1)[:0]
+        return ids if end == ids.shape[-1] else ids[..., :end]
 
     # --- bytes -----------------------------------------------------------------------------
 
@@ -230,6 +234,27 @@ class Blocks:
         except ValueError as error:
             raise CorruptError(f"{index.name(row)} is damaged: {error}") from None
 
+    def stored_together(self, rows: Sequence[int], checked: bool = False) -> list[memoryview]:
+        """The stored bytes of entries of one codec, in the order of the file, as :meth:`stored`
+        gives those of each: out of one range, looked at by one call. Of a source that has it in
+        memory, since else it would be read as a whole."""
+        if not rows:
+            return []
+        if self.cancelled:
+            self.check_cancelled()
+        index = self.index
+        begin = index.offset[rows[0]]
+        end, size = index.span(rows[-1])
+        taken = self.source.read(begin, end + size - begin)
+        if metrics.listening():
+            read = sum(index.span(row)[1] for row in rows)
+            metrics.count("read_bytes", read, codec=self.codec.codec_id)
+        checked = checked or index.key[rows[0]] in self.codecs.grids
+        try:
+            return index.stored(taken, begin, rows, None if checked else _SMALL)
+        except ValueError:
+            return [self.stored(row, checked) for row in rows]  # one of them tells which
+
     def check_cancelled(self) -> None:
         """Raise CancelledError if nothing more is to be read."""
         if self.cancelled:
@@ -246,8 +271,13 @@ class Blocks:
         """A part's tables as they are stored and as blocks use them. Raises CorruptError."""
         row = self.index.rows[key].start
         data = self.stored(row, checked)
+        return data, self.loaded(row, data)
+
+    def loaded(self, row: int, data: memoryview) -> Any:
+        """A part's tables, of which these are the bytes, as blocks use them. Raises CorruptError,
+        which names them."""
         try:
-            return data, self.load_tables(row, data)
+            return self.load_tables(row, data)
         except CorruptError as error:
             self.check_stored(row, data)
             raise CorruptError(f"{self.index.name(row)}: {error}") from None
@@ -256,12 +286,9 @@ class Blocks:
         """A part's tables, of which these are the bytes, as blocks use them. Raises
         CorruptError."""
         layer, name = key = self.index.key[row]
-        codec = self.codecs[key]
-        if not codec.has_tables:
-            return None
         part, begin = self.layout.layers[layer].parts[name], self.index.position[row]
         context = Context(part.form, layer, name, begin, self.header.origin, None, self.profile)
-        return codec.load_tables(data, part.block_shape, context)
+        return self.codecs[key].load_tables(data, part.block_shape, context)
 
     def context(self, row: int, *more: Any) -> Context:
         """The context of a block. `more`: its part's tables, and the fields that follow."""
@@ -269,6 +296,6 @@ class Blocks:
         begin = self.index.position[row]
         held = self.layout.layers[layer]
         part, ids = held.parts[name], None
-        if part.tokens is not None and held.counts_tokens:
+        if self._ids is not None and part.tokens is not None and held.counts_tokens:
             ids = ids_between(self._ids, begin, begin + self.index.tokens[row])
         return Context(part.form, layer, name, begin, self.header.origin, ids, self.profile, *more)

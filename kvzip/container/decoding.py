@@ -23,7 +23,7 @@ from kvzip.container.index import Key
 from kvzip.container.plan import Request
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, KVZipError, UsageError
-from kvzip.layout import LayerLayout
+from kvzip.layout import LayerLayout, Layout
 from kvzip.options import items
 from kvzip.snapshot import Layer, Snapshot
 
@@ -100,6 +100,7 @@ class Decoding:
         self._places = (
             new_places(blocks, request) if out is None else given_places(blocks, request, out)
         )
+        self._in_memory = getattr(blocks.source, "in_memory", False)
         self._tables: dict[Key, tuple[memoryview, Any]] = {}
         self._spare: Spare = {}
         """Memory that blocks were decoded into of which not all was asked for."""
@@ -141,26 +142,29 @@ class Decoding:
 
     def snapshot(self) -> Snapshot:
         """What was asked for, once it is decoded."""
-        layers = []
-        for i in self.request.layers:
-            cut = self.request.cuts[i]
+        blocks, request, layers = self.blocks, self.request, []
+        for i in request.layers:
+            cut = request.cuts[i]
             parts = {name: self._places[i, name].cut(cut, name) for name in cut.parts}
             layers.append(Layer(parts, cut))
-        blocks = self.blocks
-        ids = blocks.ids_up_to(self.request.cuts.values())
-        return Snapshot.checked(layers, blocks.layout.dtype, ids, blocks.header.origin)
+        layout, ids = blocks.layout, blocks.ids_up_to(request.cuts.values())
+        if not (request.whole and request.layers == list(range(len(layout.layers)))):
+            layout = Layout(layout.dtype, tuple([layer.layout for layer in layers]))
+        return Snapshot.checked(layers, layout, ids, blocks.header.origin)
 
     # --- jobs ------------------------------------------------------------------------------
 
     def _decode_rows(self, codec: Codec, rows: Sequence[int], threads: int) -> Sequence[int]:
         """Decode blocks of one codec that need no other; return them."""
-        targets = self._targets(rows)
-        if threads == 1 and getattr(self.blocks.source, "in_memory", False):
-            targets = iter([*targets])  # all at once, while Python's code is in the caches
-        for target in fill(self.blocks, codec, targets, min(threads, len(rows))):
-            if target.beside is not None:
-                out = target.out
-                self._spare.setdefault((out.shape, out.dtype), []).append(out)
+        targets: Iterable[Target] = self._targets(codec, rows)
+        if threads == 1 and self._in_memory:
+            targets = [*targets]  # all at once, while Python's code is in the caches
+        work = fill(self.blocks, codec, targets, min(threads, len(rows)))
+        if not self.request.whole:
+            for target in work:
+                if target.beside is not None:
+                    out = target.out
+                    self._spare.setdefault((out.shape, out.dtype), []).append(out)
         return rows
 
     def _decode_chain(self, rows: list[int]) -> Sequence[int]:
@@ -172,7 +176,7 @@ class Decoding:
         for row in rows[len(chain.decoded) :]:
             key = key_of[row]
             earlier = {k: chain.done[k] for k in needs(*key) if k in chain.done}
-            (target,) = self._targets([row], earlier, chain.scratch)
+            (target,) = self._targets(codec, [row], earlier, chain.scratch)
             fill(self.blocks, codec, [target])
             chain.done[key] = target.out
             for old in [k for k in chain.done if last.get(k, 0) <= row]:
@@ -194,23 +198,32 @@ class Decoding:
             return Chain([], {}, {})
         return chain
 
-    def _targets(self, rows: Iterable[int], *more: Any) -> Iterator[Target]:
-        """Everything to decode blocks, straight into place if there is place for all of one.
-        `more`: what their contexts have beside their tables."""
+    def _targets(self, codec: Codec, rows: Sequence[int], *more: Any) -> Iterator[Target]:
+        """Everything to decode blocks of a codec, straight into place if there is place for all of
+        one. `more`: what their contexts have beside their tables."""
         blocks, index, thorough = self.blocks, self.blocks.index, self._thorough
+        key_of, position, tokens_of = index.key, index.position, index.tokens
+        tables, has_tables = self._tables, codec.has_tables
+        read = self._read_together(rows) if self._in_memory else None
         key = place = None
         for row in rows:
-            if index.key[row] is not key:
-                key = index.key[row]
+            if blocks.cancelled:
+                blocks.check_cancelled()
+            if key_of[row] is not key:
+                key = key_of[row]
                 place = self._places.get(key)
-                if key not in self._tables:
-                    self._tables[key] = blocks.tables(key, thorough)
-                stored, loaded = self._tables[key]
+                known = tables.get(key)
+                if known is None:
+                    first = index.rows[key].start
+                    data = blocks.stored(first, thorough) if read is None else read[first]
+                    known = data, blocks.loaded(first, data) if has_tables else None
+                    tables[key] = known
+                stored, loaded = known
             out = beside = None
             cut = _NOTHING
             if place is not None:
-                array, tokens = place.array, index.tokens[row]
-                offset, room = index.position[row] - place.first, array.shape[2]
+                array, tokens = place.array, tokens_of[row]
+                offset, room = position[row] - place.first, array.shape[2]
                 if room == tokens and not offset:
                     out = array
                 elif offset >= 0 and offset + tokens <= room:
@@ -221,7 +234,22 @@ class Decoding:
             if out is None:
                 out = _empty_block(blocks, row, self._spare)
             context = blocks.context(row, loaded, *more)
-            yield Target(blocks.stored(row, thorough), out, context, row, stored, beside, cut)
+            data = blocks.stored(row, thorough) if read is None else read[row]
+            yield Target(data, out, context, row, stored, beside, cut)
+
+    def _read_together(self, rows: Iterable[int]) -> dict[int, memoryview]:
+        """The stored bytes of blocks, and of those of their parts' tables that are not loaded."""
+        index, wanted, before = self.blocks.index, [], None
+        key_of = index.key
+        for row in rows:
+            key = key_of[row]
+            if key is not before:
+                before = key
+                if key not in self._tables:
+                    wanted.append(index.rows[key].start)
+            wanted.append(row)
+        found = self.blocks.stored_together(wanted, self._thorough)
+        return dict(zip(wanted, found, strict=True))
 
 
 # --- where numbers go ------------------------------------------------------------------------
@@ -230,20 +258,19 @@ class Decoding:
 def new_places(blocks: Blocks, request: Request) -> dict[Key, Place]:
     """One piece of new memory for all parts: a large one gets large pages, and faults less often.
     Raises KVZipError when there is not enough."""
-    extents = plan.extents(blocks.layout, blocks.header.block_tokens, request)
-    forms = [blocks.layout.layers[i].parts[name].form for (i, name), _, _ in extents]
-    sizes = [
-        math.prod(extent.shape) * form.itemsize for extent, form in zip(extents, forms, strict=True)
-    ]
-    # Each begins where its numbers may lie.
-    starts = [0, *itertools.accumulate([size + -size % _WIDEST for size in sizes])]
+    layers, end, found = blocks.layout.layers, 0, []
+    for key, shape, first in plan.extents(blocks.layout, blocks.header.block_tokens, request):
+        form = layers[key[0]].parts[key[1]].form
+        found.append((key, shape, first, form.uint, end))
+        # Each begins where its numbers may lie.
+        end += -(-math.prod(shape) * form.itemsize // _WIDEST) * _WIDEST
     try:
-        memory = np.empty(starts[-1] // _WIDEST, np.uint64)
+        memory = np.empty(end // _WIDEST, np.uint64)
     except MemoryError:
-        raise KVZipError(f"not enough memory for {sum(sizes):,} bytes") from None
+        raise KVZipError(f"not enough memory for {end:,} bytes") from None
     return {
-        key: Place(np.ndarray(shape, form.uint, memory, at), first)
-        for (key, shape, first), form, at in zip(extents, forms, starts, strict=False)
+        key: Place(np.ndarray(shape, uint, memory, at), first)
+        for key, shape, first, uint, at in found
     }
 
 
@@ -346,48 +373,59 @@ def _empty_block(blocks: Blocks, row: int, spare: Spare) -> Bits:
 def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int = 1) -> list[Target]:
     """Decode blocks of one codec that do not need each other, and check their numbers; the blocks.
 
+    `targets`: a list, or an iterator, of which the blocks are taken as the codec comes to them.
     Raises CorruptError that names the block, or its tables where those are to blame; KVZipError for
     a codec that leaves blocks out.
     """
     work: list[Target] = []
-    unprepared: list[CorruptError] = []
-    all_taken = False
-
-    def prepared() -> Iterator[Coded]:
-        nonlocal all_taken
-        try:
-            for target in targets:
-                work.append(target)
-                yield target
-            all_taken = True
-        except CorruptError as error:
-            unprepared.append(error)
-            raise
-
+    end: list[CorruptError | None] = []
+    coming: Iterable[Coded]
+    if isinstance(targets, list):
+        coming, work = iter(targets), targets
+        end.append(None)
+    else:
+        targets = iter(targets)
+        coming = _noted(targets, work, end)
     try:
-        found = codec.decode_many(prepared(), threads)
+        found = codec.decode_many(coming, threads)
     except CorruptError as error:
-        if unprepared:
+        if end and end[0] is not None:
             raise
         if len(work) > 1:
-            for target in [*work, *targets]:
+            left = [] if work is targets else targets
+            for target in [*work, *left]:
                 fill(blocks, codec, [target])  # one of them tells more
             return work
         _blame_stored(blocks, work[0])
         raise CorruptError(f"{blocks.index.name(work[0].row)}: {error}") from None
-    if not all_taken or len(found) != len(work):
+    if not end or len(found) != len(work):
         raise KVZipError(f"codec {codec.codec_id!r} does not decode all blocks that it is given")
-    expected = [blocks.index.raw_checksum[target.row] for target in work]
-    if found != expected:
-        wrong = next(t for t, a, b in zip(work, found, expected, strict=True) if a != b)
-        _blame_stored(blocks, wrong)
-        raise CorruptError(
-            f"{blocks.index.name(wrong.row)} decodes to other numbers than were encoded"
-        )
+    checksums = blocks.index.raw_checksum
+    for target, checksum in zip(work, found, strict=True):
+        if checksum != checksums[target.row]:
+            _blame_stored(blocks, target)
+            raise CorruptError(
+                f"{blocks.index.name(target.row)} decodes to other numbers than were encoded"
+            )
     for target in work:
         if target.beside is not None:
             target.beside[...] = target.out[:, :, target.cut]
     return work
+
+
+def _noted(
+    targets: Iterator[Target], taken: list[Target], end: list[CorruptError | None]
+) -> Iterator[Target]:
+    """The targets, of which those that are taken are noted, and at their end None, or the error of
+    one whose bytes are damaged."""
+    try:
+        for target in targets:
+            taken.append(target)
+            yield target
+    except CorruptError as error:
+        end.append(error)
+        raise
+    end.append(None)
 
 
 def check_block(blocks: Blocks, row: int) -> None:

@@ -5,13 +5,14 @@ docs/format.md has it byte by byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from kvzip.codecs import _native
 from kvzip.errors import FormatError
+from kvzip.kept import cached_property
 from kvzip.layout import LayerLayout, Layout
 
 RECORD = np.dtype(
@@ -31,6 +32,8 @@ RECORD = np.dtype(
 _BLOCK, _TABLES = 0, 1
 _WHOLE = 2**31
 """A step that no part is long enough to be cut by."""
+_ALL = 2**64 - 1
+"""As many bytes as no entry is longer than."""
 ALIGNMENT = 64
 """Entries begin at multiples of so many bytes: what a GPU, or a copy to one, reads at once."""
 
@@ -119,7 +122,8 @@ def _block_count(first: int, stop: int, step: int) -> int:
 
 class Index:
     """A file's index as columns: each list has one item for each entry, in the order of the file.
-    They are lists, because a file has many entries and each is looked at once.
+    They are lists, because a file has many entries and each is looked at once, and made when they
+    are first asked for, since opening a file asks for none.
 
     A row is the number of an entry.
     """
@@ -141,30 +145,69 @@ class Index:
             for name in timeless:
                 self.timeless.add((i, name))
         try:
-            columns = _native.read_index(records, start, size, ALIGNMENT, cuts)
+            self._entries = _native.Index(records, start, size, ALIGNMENT, cuts)
         except ValueError as error:
             raise FormatError(str(error)) from None
-        self.position: list[int]
+
+    @cached_property
+    def position(self) -> list[int]:
         """The position in the sequence of the entry's first token, or its first row."""
-        self.tokens: list[int]
+        return self._entries.positions()
+
+    @cached_property
+    def tokens(self) -> list[int]:
         """How many tokens, or rows, the entry holds; tables hold none."""
-        self.offset: list[int]
+        return self._entries.tokens()
+
+    @cached_property
+    def offset(self) -> list[int]:
         """Where the entry lies in the file."""
-        self.length: list[int]
+        return self._entries.offsets()
+
+    @cached_property
+    def length(self) -> list[int]:
         """How many bytes the codec made, without the zeros behind them."""
-        self.stored_checksum: list[int]
-        self.raw_checksum: list[int]
-        self.key: list[Key]
+        return self._entries.lengths()
+
+    @cached_property
+    def stored_checksum(self) -> list[int]:
+        """The checksum of the bytes that the codec made."""
+        return self._entries.stored_checksums()
+
+    @cached_property
+    def raw_checksum(self) -> list[int]:
+        """The checksum of the numbers that they stand for."""
+        return self._entries.raw_checksums()
+
+    @cached_property
+    def _keys(self) -> tuple[list[Key], dict[Key, range]]:
+        return self._entries.keys()
+
+    @cached_property
+    def key(self) -> list[Key]:
         """The layer and the part that the entry belongs to."""
-        self.rows: dict[Key, range]
+        return self._keys[0]
+
+    @cached_property
+    def rows(self) -> dict[Key, range]:
         """The rows of each part of each layer: its tables, then its blocks."""
-        self.shortest: int
+        return self._keys[1]
+
+    @cached_property
+    def shortest(self) -> int:
         """The least length of a block that holds any number; 0 where there is none."""
-        self.position, self.tokens, self.offset, self.length = columns[:4]
-        self.stored_checksum, self.raw_checksum, self.key, self.rows, self.shortest = columns[4:]
+        return self._entries.shortest()
 
     def __len__(self) -> int:
-        return len(self.length)
+        return len(self._entries)
+
+    def stored(
+        self, data: memoryview, begin: int, rows: Sequence[int], most: int | None
+    ) -> list[memoryview]:
+        """The stored bytes of entries, out of `data`, which are those of the file from `begin` on.
+        Raises ValueError unless there are zeros only behind each, and the checksums of those of at
+        most `most` bytes (None: of all) match."""
+        return self._entries.stored(data, begin, rows, _ALL if most is None else most)
 
     def span(self, row: int) -> tuple[int, int]:
         """Where an entry lies, and how many bytes it takes up, with the zeros behind it."""

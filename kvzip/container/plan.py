@@ -83,7 +83,7 @@ def _cut(i: int, layer: LayerLayout, begin: int, end: int) -> LayerLayout:
 
 
 def _layer_number(given: Any, count: int) -> int:
-    i = integer("a layer's number", given)
+    i = given if type(given) is int else integer("a layer's number", given)
     if not -count <= i < count:
         raise UsageError(f"there is no layer {i}: the file has {count}")
     return i % count
@@ -118,15 +118,19 @@ def extents(layout: Layout, block_tokens: int, request: Request) -> list[Extent]
     for i in request.layers:
         layer, cut = layout.layers[i], request.cuts[i]
         first, end = cut.first, cut.cumulative_length
-        if cut.stored and cut is not layer:
+        if cut is not layer and cut.stored:
             begin = max(layer.first, first // block_tokens * block_tokens)
             after = min(layer.cumulative_length, -(-end // block_tokens) * block_tokens)
             if 2 * cut.stored >= after - begin:  # less is not worth keeping all for
                 first, end = begin, after
         for name, part in layer.parts.items():
-            batch, heads, rows, dim = part.block_shape
-            begin, lines = (0, rows) if part.tokens is None else (first, end - first)
-            found.append(Extent((i, name), (batch, heads, lines, dim), begin))
+            shape, begin = part.block_shape, 0
+            if part.tokens is not None:
+                begin = first
+                if cut is not layer:
+                    batch, heads, _, dim = shape
+                    shape = batch, heads, end - first, dim
+            found.append(Extent((i, name), shape, begin))
     return found
 
 
@@ -136,11 +140,12 @@ def extents(layout: Layout, block_tokens: int, request: Request) -> list[Extent]
 def rows_by_part(layout: Layout, index: Index, request: Request) -> dict[Key, Sequence[int]]:
     """The rows of the blocks that hold anything wanted, for each part of each layer that is."""
     found: dict[Key, Sequence[int]] = {}
+    key_of, rows_of, layers = index.key, index.rows, layout.layers
     for i, cut in request.cuts.items():
-        layer = layout.layers[i]
+        layer = layers[i]
         for part in layer.parts:
-            rows = index.rows[i, part]
-            key, blocks = index.key[rows.start], rows[1:]
+            rows = rows_of[i, part]
+            key, blocks = key_of[rows.start], rows[1:]
             if cut is not layer and key not in index.timeless:
                 found[key] = _within(index, blocks, cut.first, cut.cumulative_length)
             else:
@@ -187,9 +192,13 @@ def batches(
     of its own. `beside`: whether they are decoded into memory that the next job uses again."""
     # A few to a job: handing over a job takes as long as a block of the fastest codec. Jobs with
     # threads come one after the other: they decode what comes as it comes.
-    size = 64 if threaded else max(1, min(16, len(rows) // (4 * workers)))
+    size = 16 if workers == 1 else max(1, min(16, len(rows) // (4 * workers)))
+    if threaded:
+        size = 64
     if beside:
         size = min(size, 4 * workers)
+    if len(rows) <= size:
+        return [rows] if rows else []
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 

@@ -17,8 +17,8 @@ from kvzip.container.format import Info
 from kvzip.container.index import Index
 from kvzip.container.plan import Request
 from kvzip.container.sealed import AnyKey, Sealed, check_key, unsealed
-from kvzip.container.source import OpenFile, Source, Stream, naming
-from kvzip.errors import UsageError
+from kvzip.container.source import OpenFile, Source, Stream, name_in, naming
+from kvzip.errors import KVZipError, UsageError
 from kvzip.kept import cached_property
 from kvzip.options import callback, items, pairs
 from kvzip.profile import Profile, check_profile
@@ -257,8 +257,9 @@ class Reader:
 
     def _request(self, layers: Sequence[int] | None, tokens: tuple[int, int] | None) -> Request:
         """What a caller asks for. Raises ProfileError, UsageError."""
-        with naming(self._source):
-            self._blocks.check_profile()
+        if self.header.profile is not None:
+            with naming(self._source):
+                self._blocks.check_profile()
         return plan.requested(self.layout, layers, tokens)
 
     def _workers(self, threads: int | None) -> int:
@@ -272,12 +273,15 @@ class Reader:
         self, decoding: Decoding, workers: int, progress: Callable[[int], None] | None
     ) -> None:
         """Decode all of a request."""
-        timer, jobs = metrics.Timer(), decoding.jobs(workers)
+        timer, jobs = metrics.Timer(), [job for _, job in decoding.jobs(workers)]
         at_once = min(self._jobs_at_once(workers), len(jobs) or 1)
-        with naming(self._source):
-            for rows in in_order((job for _, job in jobs), at_once, 2 * workers):
+        try:
+            for rows in in_order(jobs, at_once, 2 * workers):
                 if progress is not None:
                     progress(decoding.raw_bytes(rows))
+        except KVZipError as error:
+            name_in(error, self._source)
+            raise
         self._count(timer, decoding.request)
 
     def _count(self, timer: metrics.Timer, request: Request) -> None:

@@ -48,15 +48,22 @@ class naming:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: Any
     ) -> None:
-        if isinstance(error, (CancelledError, CorruptError, FormatError, ProfileError, SealError)):
-            name, words = getattr(self._source, "name", None), str(error)
-            if name is not None and not words.startswith(name):
-                for subject in ("the file ", "this "):
-                    if words.startswith(subject):
-                        error.args = (f"{name} {words.removeprefix(subject)}",)
-                        break
-                else:
-                    error.args = (f"{name}: {words}",)
+        if error is not None:
+            name_in(error, self._source)
+
+
+def name_in(error: BaseException, source: Any) -> None:
+    """Have an error that tells what is wrong with a file tell it with the file's name, if the
+    source knows one."""
+    if isinstance(error, (CancelledError, CorruptError, FormatError, ProfileError, SealError)):
+        name, words = getattr(source, "name", None), str(error)
+        if name is not None and not words.startswith(name):
+            for subject in ("the file ", "this "):
+                if words.startswith(subject):
+                    error.args = (f"{name} {words.removeprefix(subject)}",)
+                    break
+            else:
+                error.args = (f"{name}: {words}",)
 
 
 @runtime_checkable
