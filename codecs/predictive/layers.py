@@ -76,10 +76,10 @@ def _scout(reader: Reader, mean: Floats, deviation: Floats, regions: int) -> Sco
     for _, inputs, targets, _ in reader.read(which):
         sums.add(0, 0, inputs, targets)
         samples.append(inputs[::2])
-    total, i = sums.total[0, 0].astype(np.float64), reader.columns
+    total = sums.total[0, 0].astype(np.float64)
     weights = sums.solve(total)
     left = sums.left(weights, total) / max(sums.count[0, 0], 1)
-    return find(np.concatenate(samples), weights[:i] / 16, left, regions)
+    return find(np.concatenate(samples), weights[1:] / 16, left, regions)
 
 
 def fit_layer(

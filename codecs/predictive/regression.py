@@ -1,24 +1,25 @@
 """Linear predictors of one layer from sums of products, and their integers.
 
-A region's sums are one matrix G of [x ; 1 ; y]: inputs, a one, targets. All that a predictor is
+A region's sums are one matrix G of [1 ; x ; y]: a one, inputs, targets. All that a predictor is
 made from (weights, what they leave, on which other documents) comes out of such matrices, so that
 documents are read once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.statistics.gaussian import cholesky
-from kvzip.statistics.ridge import divided, lower_factor, residual, ridge, shrinkage
+from kvzip.statistics.ridge import divided, held_factor, residual, shrinkage, solved
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-BLOCK = 96  # inputs to which the errors of those before go at once
+BLOCKS = 128, 16  # inputs to which the errors of those before go at once, and of these again
 FARTHEST = 16.0
 SHRINK_TOKENS = 2000  # of all regions that count in each one's regression and covariance
 
@@ -53,23 +54,27 @@ class Sums:
     def add(self, region: int, fold: int, inputs: NDArray[np.int8], targets: Floats) -> None:
         """Tokens of one region and fold: inputs [tokens, inputs], targets [tokens, outputs]."""
         rows = np.empty((len(inputs), self.total.shape[-1]), np.float32)
-        rows[:, : self.inputs] = inputs
-        rows[:, : self.inputs] *= 1 / 16  # sums stay where float32 is exact enough
-        rows[:, self.inputs] = 1
+        rows[:, 0] = 1
+        rows[:, 1 : self.inputs + 1] = inputs
+        rows[:, 1 : self.inputs + 1] *= 1 / 16  # sums stay where float32 is exact enough
         rows[:, self.inputs + 1 :] = normalised(targets, self.mean, self.deviation)
         self.total[region, fold] += rows.T @ rows
         self.count[region, fold] += len(rows)
 
-    def solve(self, total: Floats) -> Floats:
-        """The weights of a ridge regression, [inputs + 1, outputs]."""
+    def factor(self, total: Floats) -> Floats:
+        """Of a ridge regression the lower factor of the products of [1 ; x]. With the one first,
+        the rest is the factor of x around its mean."""
         i = self.inputs
-        if not i:
-            means: Floats = total[:1, 1:] / max(total[0, 0], 1)
-            return means
-        variance = np.trace(total[:i, :i]) / i
-        penalty = np.full(i + 1, variance * shrinkage(i, self.count.sum()) + 1e-9, np.float32)
-        penalty[i] = 1e-9 * total[i, i] + 1e-9
-        return ridge(total[: i + 1, : i + 1], total[: i + 1, i + 1 :], penalty)
+        variance = np.trace(total[1 : i + 1, 1 : i + 1]) / max(i, 1)
+        held = variance * shrinkage(i, self.count.sum()) + 1e-9
+        penalty = np.full(i + 1, held, np.float32)
+        penalty[0] = 1e-9 * total[0, 0] + 1e-9
+        return held_factor(total[: i + 1, : i + 1], penalty)
+
+    def solve(self, total: Floats) -> Floats:
+        """The weights of a ridge regression, [1 + inputs, outputs]."""
+        i = self.inputs + 1
+        return solved(self.factor(total), total[:i, i:])
 
     def left(self, weights: Floats, total: Floats) -> Doubles:
         """Products with each other of what the weights leave of the outputs."""
@@ -96,8 +101,10 @@ class Sums:
                 rest *= np.float32(SHRINK_TOKENS / rest_tokens)
                 for r in range(regions):
                     # Hundreds of megabytes at a large model's width: one array for all regions.
-                    np.subtract(self.total[r].sum(axis=0, out=apart), self.total[r, f], out=apart)
-                    apart += rest
+                    apart[...] = rest
+                    for other in range(folds):
+                        if other != f:
+                            apart += self.total[r, other]
                     left[r] += self.left(self.solve(apart), self.total[r, f])
         if regions == 1:
             left[0] = common
@@ -105,24 +112,25 @@ class Sums:
         mean = left.sum(axis=0) / tokens
         made, saved = [], 0.0
         for r in range(regions):
-            own = self.total[r].sum(axis=0)
-            shrink = 0
-            if regions > 1:
-                shrink = SHRINK_TOKENS
-                own += whole * np.float32(shrink / tokens)
+            shrink = SHRINK_TOKENS if regions > 1 else 0
+            own = whole * np.float32(shrink / tokens)
+            for total in self.total[r]:
+                own += total
             covariance = (left[r] + shrink * mean) / (count[r] + shrink)
-            i = self.inputs
-            ones = own[i, :i]
-            centred = own[:i, :i] - np.outer(ones, ones / own[i, i])
-            centred /= own[i, i]
+            i = self.inputs + 1
             saved += count[r] / tokens * log_volume(covariance)
+            factor = self.factor(own)
             rounded, scale, added = round_weights(
-                self.solve(own)[:i], centred, conditional_variance(covariance), rounding
+                solved(factor, own[:i, i:])[1:],
+                factor[1:, 1:],
+                own[0, 0],
+                conditional_variance(covariance),
+                rounding,
             )
             covariance[np.diag_indices(width)] += added
             # The constant comes last and takes up what rounding did to the mean.
-            spared = own[i, i + 1 :] - ones @ (rounded * scale)
-            bias = (spared / own[i, i]).astype(np.float64)
+            spared = own[0, i:] - own[0, 1:i] @ (rounded * scale)
+            bias = (spared / own[0, 0]).astype(np.float64)
             made.append(Predictor(rounded, scale.astype(np.float64) / 16, bias, covariance))
         return made, (log_volume(common) - saved) / width
 
@@ -140,39 +148,43 @@ def conditional_variance(covariance: Doubles) -> Doubles:
 
 
 def round_weights(
-    weights: Floats, gram: Floats, left: Doubles, rounding: float
+    weights: Floats, lower: Floats, count: float, left: Doubles, rounding: float
 ) -> tuple[NDArray[np.int8], Floats, Doubles]:
     """Weights [inputs, outputs] as int8, the step of each output's, and the variance that rounding
-    adds to what is left of it. `gram`: covariance of the inputs; `left`: what variance is left of
-    each output where all others are known, [outputs]; `rounding`: bits a number that rounding may
-    cost, more where not all weights would fit in int8.
+    adds to what is left of it. `lower`: lower factor of the sums of the inputs' products around
+    their mean, over `count` tokens; `left`: what variance is left of each output where all others
+    are known, [outputs]; `rounding`: bits a number that rounding may cost, more where not all
+    weights would fit in int8.
 
-    One input after the other is rounded, and the error spread over the inputs to come so that it
-    shows least in the outputs (Frantar et al. 2022, GPTQ, arXiv 2210.17323). With gram = U U^T, U
-    upper triangular, that is to round in each row of U^T (weights - rounded) what the rows before
-    leave (Babai's nearest plane; Chen et al. 2025, arXiv 2507.18553), so nothing is inverted. What
-    is left in row i is even within half a step, so that steps s add s^2 / 12 sum(U_ii^2) to the
-    variance v, which costs log2(1 + that / v) / 2 bits.
+    One input after the other is rounded, the last one first, and the error spread over the inputs
+    to come so that it shows least in the outputs (Frantar et al. 2022, GPTQ, arXiv 2210.17323).
+    With the products as L L^T that is to round in each row of L^T (weights - rounded) what the rows
+    below leave (Babai's nearest plane; Chen et al. 2025, arXiv 2507.18553), so nothing is inverted.
+    What is left in row i is even within half a step, so that steps s add s^2 / 12 sum(L_ii^2) /
+    count to the variance v, which costs log2(1 + that / v) / 2 bits.
     """
     finest = np.maximum(np.abs(weights).max(axis=0, initial=0.0), 1e-30) / 127
     rounded = np.zeros(weights.shape, np.int8)
-    n = len(weights)
-    if not n:
-        return rounded, finest, np.zeros(weights.shape[1])
-    damped = gram[::-1, ::-1].copy()
-    damped[np.diag_indices(n)] += max(np.trace(gram) / n, 1e-9) * 1e-3
-    upper = np.ascontiguousarray(lower_factor(damped)[::-1, ::-1])
-    diagonal = np.diag(upper).copy()
-    shown = float((diagonal.astype(np.float64) ** 2).sum()) / 12
+    diagonal = np.diag(lower)
+    shown = float((diagonal.astype(np.float64) ** 2).sum()) / (12 * count)
     wide = np.sqrt((4.0**rounding - 1) * left / max(shown, 1e-30))
     scale = np.maximum(finest, wide.astype(np.float32))
-    upper /= diagonal
     errors = np.zeros_like(weights)
-    for begin in range(0, n, BLOCK):
-        end = min(begin + BLOCK, n)
-        wanted = weights[begin:end] + upper[:begin, begin:end].T @ errors[:begin]
-        for i in range(begin, end):
-            rounded[i] = np.clip(np.rint(wanted[i - begin] / scale), -127, 127)
-            errors[i] = weights[i] - rounded[i] * scale
-            wanted[i + 1 - begin :] += np.outer(upper[i, i + 1 : end], errors[i])
+
+    def round_rows(begin: int, end: int, wanted: Floats, blocks: Sequence[int]) -> None:
+        """Rows whose weights, with what the rows after `end` leave, are `wanted`."""
+        size = blocks[0] if blocks else 1
+        for last in range(end, begin, -size):
+            first = max(last - size, begin)
+            some = wanted[first - begin : last - begin]
+            if last < end:
+                shares = lower[last:end, first:last] / diagonal[first:last]
+                some += shares.T @ errors[last:end]
+            if blocks:
+                round_rows(first, last, some, blocks[1:])
+            else:
+                rounded[first] = np.clip(np.rint(some[0] / scale), -127, 127)
+                errors[first] = weights[first] - rounded[first] * scale
+
+    round_rows(0, len(weights), weights.copy(), BLOCKS)
     return rounded, scale, scale.astype(np.float64) ** 2 * shown

@@ -27,14 +27,34 @@ def ridge(gram: Floating, cross: Floating, penalty: Any) -> Floating:
     """Weights [inputs, targets] of least squared error, each input's weights held back by its
     penalty (Hoerl and Kennard 1970, Technometrics 12), in the precision of `gram` and `cross`.
     `penalty`: [inputs], in gram's units."""
-    lower, found = gram.copy(), cross.copy()
-    lower[np.diag_indices(len(lower))] += penalty
+    return solved(held_factor(gram, penalty), cross)
+
+
+def held_factor(gram: Floating, penalty: Any) -> Floating:
+    """:func:`lower_factor` of `gram` with the penalties of :func:`ridge` on its diagonal: in double
+    precision, and with ten times as much and so on, where rounding has left none otherwise."""
+    lower, diagonal = gram.copy(), np.diag_indices(len(gram))
+    lower[diagonal] += penalty
     try:
         _factor(lower)
-    except np.linalg.LinAlgError:  # what rounding has left is not definite
+        return lower
+    except np.linalg.LinAlgError:
         held = gram.astype(np.float64)
-        held[np.diag_indices(len(held))] += penalty
-        return np.asarray(np.linalg.solve(held, cross.astype(np.float64)), gram.dtype)
+    least = 1e-12 * max(np.abs(gram[diagonal]).max(initial=0.0), 1e-30)
+    times = 1.0
+    while True:
+        held[diagonal] = gram[diagonal] + times * np.maximum(penalty, least)
+        try:
+            return np.asarray(np.linalg.cholesky(held), gram.dtype)
+        except np.linalg.LinAlgError:
+            if times > 1e13:
+                raise
+            times *= 10
+
+
+def solved(lower: Floating, right: Floating) -> Floating:
+    """The X of `lower` `lower`^T X = `right`, for a lower triangle."""
+    found = right.copy()
     _divide(lower, found, transposed=False)
     _divide(lower, found, transposed=True)
     return found
