@@ -18,6 +18,10 @@
 ^kvzip.codecs._native.Index.stored$:
     def stored(self, data: memoryview, at: int, rows: Sequence[int], most: int) -> list[memoryview]: ...
 
+^kvzip.codecs._native.json_copy$:
+    \from typing import Any
+    def json_copy(value: Any, levels: int) -> Any: ...
+
 ^kvzip.codecs._native.stored$:
     def stored(data: memoryview, length: int, checksum: int | None = None) -> memoryview: ...
 

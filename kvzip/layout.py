@@ -512,7 +512,8 @@ class StoredLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         numbers = list(dict.fromkeys(self.layers))
         if numbers != list(range(len(numbers))):
             raise UsageError("the layers are not numbered in the order in which they come")
-        if not len(numbers) == len(self.distinct) == len({*map(_told, self.distinct)}):
+        count = len(self.distinct)
+        if len(numbers) != count or (count > 1 and len({*map(_told, self.distinct)}) != count):
             raise UsageError("the distinct layers are not those that there are")
 
     @classmethod
@@ -551,7 +552,7 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if type(value) is not str or not value.isascii():
                 force_setattr(self, name, text(f"the origin's {name}", value))
         rope = json_value("the origin's rope", self.rope) if self.rope else []
-        if not isinstance(rope, list) or not all(isinstance(found, dict) for found in rope):
+        if not isinstance(rope, list) or {*map(type, rope)} - {dict}:
             raise UsageError(f"the origin's rope is {self.rope!r}: it must be dicts, one a kind")
         force_setattr(self, "rope", tuple(rope))
         software = json_value("the origin's software", self.software)

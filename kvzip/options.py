@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from kvzip.codecs import _native
 from kvzip.errors import CorruptError, FormatError, UsageError
 from kvzip.parsing import from_json
 
@@ -96,19 +97,21 @@ def text(name: str, value: Any) -> str:
     return str.__str__(value)  # an Enum's own says another thing
 
 
-def _is_ascii(value: Any) -> bool:
-    return type(value) is str and value.isascii()
-
-
 _DEPTH = 64
 
 
-def json_value(name: str, value: Any, depth: int = 0) -> Any:
+def json_value(name: str, value: Any) -> Any:
     """`value` as JSON gives it back: None, bool, int of 64 bits, finite float, str, list, dict.
 
     Tuples become lists and numpy's numbers Python's. Raises UsageError, which names it, for all
     that JSON would change or cannot hold.
     """
+    found = _native.json_copy(value, _DEPTH)
+    return _json_value(name, value, 0) if found is NotImplemented else found
+
+
+def _json_value(name: str, value: Any, depth: int) -> Any:
+    """As :func:`json_value`, for what is not made of Python's own kinds, or is wrong."""
     kind = type(value)
     if kind is float or kind is int:
         if not (math.isfinite(value) if kind is float else -(2**63) <= value < 2**64):
@@ -121,19 +124,10 @@ def json_value(name: str, value: Any, depth: int = 0) -> Any:
     if depth == _DEPTH:
         raise UsageError(f"{name} nests more than {_DEPTH} levels deep")
     if isinstance(value, (list, tuple)):
-        if {*map(type, value)} == {float} and all(map(math.isfinite, value)):
-            return [*value]  # as rotations have many
-        return [
-            item
-            if type(item) is float and math.isfinite(item)
-            else json_value(name, item, depth + 1)
-            for item in value
-        ]
+        return [_json_value(name, item, depth + 1) for item in value]
     if isinstance(value, Mapping):
         return {
-            key if _is_ascii(key) else text(f"a key of {name}", key): item
-            if _is_ascii(item) or (type(item) is float and math.isfinite(item))
-            else json_value(f"{name}[{key!r}]", item, depth + 1)
+            text(f"a key of {name}", key): _json_value(f"{name}[{key!r}]", item, depth + 1)
             for key, item in value.items()
         }
     # numpy's scalars, and what else is a number by its methods.
@@ -141,7 +135,7 @@ def json_value(name: str, value: Any, depth: int = 0) -> Any:
     for number in (int, float):
         if isinstance(plain, number):
             own = getattr(number, f"__{number.__name__}__")
-            return plain if isinstance(plain, bool) else json_value(name, own(plain), depth)
+            return plain if isinstance(plain, bool) else _json_value(name, own(plain), depth)
     raise UsageError(f"{name} holds a {kind.__name__}, which JSON files do not keep")
 
 

@@ -32,6 +32,7 @@ class Views {
 };
 
 void bind_index(nanobind::module_& m);
+void bind_json(nanobind::module_& m);
 void bind_output(nanobind::module_& m);
 void bind_spans(nanobind::module_& m);
 }  // namespace kvzip

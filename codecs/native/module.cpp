@@ -41,6 +41,7 @@ NB_MODULE(_native, m) {
       nb::arg("name"), "Use another; False when this processor does not have it.");
   m.def("xxh3_64", kvzip::hash_of, "XXH3-64 of contiguous buffers, one after the other.");
   kvzip::bind_index(m);
+  kvzip::bind_json(m);
   kvzip::bind_output(m);
   kvzip::bind_spans(m);
   kvzip::grid::bind(m);

@@ -23,7 +23,7 @@ from kvzip.container.index import RECORD, Key, aligned
 from kvzip.errors import CorruptError, FormatError, UnsupportedError, UsageError
 from kvzip.grids import Grid
 from kvzip.kept import cached_property
-from kvzip.layout import Layout, Origin, StoredLayout
+from kvzip.layout import Layout, Origin, PartLayout, StoredLayout
 from kvzip.options import json_value, same_from_json
 from kvzip.parsing import from_json
 from kvzip.snapshot import Layer
@@ -237,8 +237,15 @@ class Codecs:
     @classmethod
     def of_header(cls, header: Header) -> Codecs:
         """The codecs that a header names. Raises UsageError, UnsupportedError."""
-        layers = header.layout.layers
-        own, others = get_codec(header.codec), {}
+        own, layers = get_codec(header.codec), header.layout.layers
+        if not header.other_codecs and not header.grids:
+            stored = header.stored_layout
+            for number, layer in enumerate(stored.distinct):
+                for name, part in layer.parts.items():
+                    if not own.takes(part, layer.kind, name):
+                        raise _not_taken(own, stored.layers.index(number), name, part)
+            return cls(own, {})
+        others = {}
         for key, (other, _) in _by_part(header.layout, header.other_codecs).items():
             others[key] = other
         grids: dict[Key, GridCodec] = {}
@@ -250,11 +257,7 @@ class Codecs:
             grids[key] = made[id(on), id(rest)]
         found = cls(own, others, grids)
         taken: set[tuple[int, int, str]] = set()
-        before = None
         for i, layer in enumerate(layers):
-            if layer is before and not found._by_key:  # most are one object
-                continue
-            before = layer
             for name, part in layer.parts.items():
                 codec = found[i, name]
                 same = id(codec), id(layer), name
@@ -262,10 +265,7 @@ class Codecs:
                     continue
                 taken.add(same)
                 if not codec.takes(part, layer.kind, name):
-                    raise UsageError(
-                        f"codec {codec.codec_id!r} does not take layer {i} {name}, which is "
-                        f"{part.dtype} {list(part.shape)}"
-                    )
+                    raise _not_taken(codec, i, name, part)
         return found
 
     def described(self) -> tuple[OtherCodec, ...]:
@@ -281,6 +281,13 @@ class Codecs:
             OnGrid(c.grid, json_value("the codec's settings", c.codes.get_config()), keys)
             for c, keys in _parts_by_codec(self.grids)
         )
+
+
+def _not_taken(codec: Codec, layer: int, name: str, part: PartLayout) -> UsageError:
+    return UsageError(
+        f"codec {codec.codec_id!r} does not take layer {layer} {name}, which is "
+        f"{part.dtype} {list(part.shape)}"
+    )
 
 
 def _by_part(layout: Layout, named: Sequence[N]) -> dict[Key, tuple[Codec, N]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import make_snapshot, random_bits
 
@@ -696,6 +696,42 @@ def test_numbers_and_codecs_of_any_class():
     )
     kept = kvzip.options.json_value("x", [Half(0.5), Odd(7), True, np.bool_(True)])
     assert kept == [0.5, 7, True, True]
+
+
+def deep(levels, value=None):
+    """`value` in so many lists and dicts, each within the next."""
+    for level in range(levels):
+        value = [value] if level % 2 else {"in": value}
+    return value
+
+
+def containers(value):
+    """The lists and dicts in a value, itself among them."""
+    if isinstance(value, (list, dict)):
+        yield value
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from containers(item)
+
+
+@example(value=[deep(63), (1, 2.5, "\u00e4")])
+@example(value=[deep(64)])
+@example(value={"\ud800": 1})
+@example(value=[2**64 - 1, -(2**63)])
+@example(value=[2**64])
+@given(anything)
+def test_json_values_are_copied_alike_by_compiled_code(value):
+    found = _native.json_copy(value, 64)
+    try:
+        expected = kvzip.options._json_value("x", value, 0)
+    except UsageError:
+        assert found is NotImplemented
+        return
+    if found is NotImplemented:  # a number of numpy's, or a kind of its own
+        return
+    assert msgspec.json.encode(found) == msgspec.json.encode(expected)
+    assert msgspec.json.decode(msgspec.json.encode(found)) == found
+    held = {id(one) for one in containers(value)}
+    assert not any(id(one) in held for one in containers(found))
 
 
 class Boasts(kvzip.Codec):
