@@ -23,43 +23,50 @@ _standard_input: int | None = None
 """The number of a copy of what came through standard input, once it was read."""
 
 
-def reading(path: files.AnyPath, length_of: LengthOf | None = None) -> IO[bytes]:
+def reading(
+    path: files.AnyPath, length_of: LengthOf | None = None, buffering: int = -1
+) -> IO[bytes]:
     """A file open for reading, anywhere in it and through its number.
 
     What can be read only once, from its beginning (a pipe, a terminal, a device), is copied first,
     in memory up to 256 MiB and on disk above; of ``/dev/stdin`` the copy is kept, for who reads it
-    again. With `length_of` little more is copied than what begins so may have. Raises
-    OSError, which names the path, and what `length_of` does.
+    again. With `length_of` little more is copied than what begins so may have. `buffering`: of a
+    file that is not copied, as for Python's `open`. Raises OSError, which names the path, and what
+    `length_of` does.
     """
     global _standard_input
     name = files.name_of(path)
-    with files.naming(name):
-        number = files.stream_of(name)
-        if number == 0 and _standard_input is not None:
-            name = f"/proc/self/fd/{_standard_input}"
-            return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC), "rb")
-        handle = _open_to_read(name) if number is None else os.dup(number)
-        if number is not None and stat.S_ISREG(os.fstat(handle).st_mode):
-            with suppress(OSError):  # opened anew it is read from its beginning
-                again = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
-                os.close(handle)
-                handle = again
-        kind = os.fstat(handle).st_mode
-        if stat.S_ISDIR(kind):
+    number = files.stream_of(name)
+    if number == 0 and _standard_input is not None:
+        name = f"/proc/self/fd/{_standard_input}"
+        return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC), "rb")
+    handle, kind = _open_to_read(name) if number is None else _again(number)
+    if stat.S_ISREG(kind):
+        return os.fdopen(handle, "rb", buffering)
+    if stat.S_ISDIR(kind):
+        os.close(handle)
+        raise files.error_of(errno.EISDIR, name)
+    with files.naming(name), os.fdopen(handle, "rb") as file:
+        copy = copied(file, length_of)
+    if number == 0:
+        _standard_input = os.dup(copy.fileno())
+    return copy
+
+
+def _again(number: int) -> tuple[int, int]:
+    """Another number of an open file, and its kind."""
+    handle = os.dup(number)
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISREG(kind):
+        with suppress(OSError):  # opened anew it is read from its beginning
+            again = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
             os.close(handle)
-            raise files.error_of(errno.EISDIR, name)
-        file: IO[bytes] = os.fdopen(handle, "rb")
-        if stat.S_ISREG(kind):
-            return file
-        with file:
-            copy = copied(file, length_of)
-        if number == 0:
-            _standard_input = os.dup(copy.fileno())
-        return copy
+            handle = again
+    return handle, kind
 
 
-def _open_to_read(name: str) -> int:
-    """The number of a file, which of a pipe waits for somebody to write into it."""
+def _open_to_read(name: str) -> tuple[int, int]:
+    """The number of a file, which of a pipe waits for somebody to write into it, and its kind."""
     flags = os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         handle = os.open(name, flags)
@@ -67,7 +74,10 @@ def _open_to_read(name: str) -> int:
         files.refuse_url(name)
         raise
     try:
-        if stat.S_ISFIFO(os.fstat(handle).st_mode):
+        kind = os.fstat(handle).st_mode
+        if stat.S_ISREG(kind):  # it blocks as ever
+            return handle, kind
+        if stat.S_ISFIFO(kind):
             poll = select.poll()
             poll.register(handle, select.POLLIN)
             # Nothing is there, and reading blocks: somebody has it open, and will write.
@@ -78,7 +88,7 @@ def _open_to_read(name: str) -> int:
     except BaseException:
         os.close(handle)
         raise
-    return handle
+    return handle, kind
 
 
 def _ended(handle: int) -> bool:

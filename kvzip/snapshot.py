@@ -38,6 +38,7 @@ __all__ = [
 
 VERSION = 3
 """The version of snapshot files."""
+_IDS = np.dtype(np.uint32)
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -462,15 +463,20 @@ def _check_held(i: int, layer: Layer) -> None:
 
 def _checked_ids(given: Any, layout: Layout) -> NDArray[Any]:
     """Token ids as uint32 in the layout's shape. Raises UsageError when it is not these."""
+    shape = layout.ids_shape
+    if (
+        type(given) is np.ndarray
+        and given.dtype is _IDS
+        and given.shape == shape
+        and given.flags.c_contiguous
+    ):
+        return given
     try:
         ids = np.asarray(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"token_ids is no array of integers: {error}") from None
     if ids.size and ids.dtype.kind not in "iu":
         raise UsageError(f"token_ids holds {ids.dtype}, and ids are integers")
-    shape = layout.ids_shape
-    if ids.shape == shape and ids.dtype == np.uint32 and ids.flags.c_contiguous:
-        return ids
     if ids.shape != shape:
         alone = ((layout.tokens,), (1, layout.tokens))
         if shape not in alone or ids.shape not in alone:

@@ -185,15 +185,31 @@ class Index {
     return nb::make_tuple(by_row, rows);
   }
 
-  nb::list stored(nb::handle data, std::uint64_t at, const std::vector<std::size_t>& rows,
+  nb::list runs(const std::vector<std::size_t>& rows, std::uint64_t most) const {
+    nb::list found;
+    for (std::size_t i = 0; i < rows.size();) {
+      const std::uint64_t begin = entry(rows[i]).offset;
+      std::uint64_t end = begin;
+      nb::list run;
+      do {
+        run.append(rows[i]);
+        end += taken(entries_[rows[i]]);
+        ++i;
+      } while (i < rows.size() && entry(rows[i]).offset == end &&
+               end - begin + taken(entry(rows[i])) <= most);
+      found.append(nb::make_tuple(begin, end - begin, run));
+    }
+    return found;
+  }
+
+  nb::dict stored(nb::handle data, std::uint64_t at, const std::vector<std::size_t>& rows,
                   std::uint64_t most) const {
     Views views;
     const Py_buffer& bytes = views.add(data, PyBUF_SIMPLE);
     const auto* const all = static_cast<const char*>(bytes.buf);
     const auto size = std::uint64_t(bytes.len);
     for (const std::size_t row : rows) {
-      if (row >= entries_.size()) throw std::invalid_argument("no such entry");
-      const Entry& entry = entries_[row];
+      const Entry& entry = this->entry(row);
       if (entry.offset < at || entry.offset - at > size ||
           taken(entry) > size - (entry.offset - at))
         throw std::invalid_argument("cut short");
@@ -206,15 +222,19 @@ class Index {
                      entry.length <= most ? std::optional(entry.stored_checksum) : std::nullopt);
       }
     }
-    nb::list found;
+    nb::dict found;
     for (const std::size_t row : rows) {
       const std::size_t begin = entries_[row].offset - at;
-      found.append(cut_off(data, begin, begin + entries_[row].length));
+      found[nb::int_(row)] = cut_off(data, begin, begin + entries_[row].length);
     }
     return found;
   }
 
  private:
+  const Entry& entry(std::size_t row) const {
+    if (row >= entries_.size()) throw std::invalid_argument("no such entry");
+    return entries_[row];
+  }
   // What an entry takes up.
   std::uint64_t taken(const Entry& entry) const {
     return (entry.length + alignment_ - 1) / alignment_ * alignment_;
@@ -262,8 +282,12 @@ void bind_index(nb::module_& m) {
            [](const Index& self) { return self.column(&Entry::stored_checksum); })
       .def("raw_checksums", [](const Index& self) { return self.column(&Entry::raw_checksum); })
       .def("keys", &Index::keys, "The key of each entry, and the rows of each key.")
+      .def("runs", &Index::runs, "rows"_a, "most"_a,
+           "Entries in runs of neighbours that take up at most `most` bytes, or are one entry: "
+           "where each run begins, its bytes, its rows.")
       .def("stored", &Index::stored, "data"_a, "at"_a, "rows"_a, "most"_a,
-           "The bytes of entries, out of `data`, a memoryview of the file's bytes from `at` on. "
+           "The bytes of entries by their rows, out of `data`, a memoryview of the file's bytes "
+           "from `at` on. "
            "Raises ValueError unless there are zeros only behind each of them, and its checksum, "
            "where it has at most `most` bytes, matches.");
 }

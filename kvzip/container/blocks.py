@@ -5,7 +5,7 @@ Here it is told what is to blame when a file is damaged. Nothing is decoded here
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,10 @@ from kvzip.container.format import (
     unpacked_ids,
 )
 from kvzip.container.index import ALIGNMENT, Index, Key
-from kvzip.container.source import Source
+from kvzip.container.source import OpenFile, Source
 from kvzip.errors import CancelledError, CorruptError, FormatError, ProfileError
 from kvzip.kept import cached_property
-from kvzip.layout import LayerLayout, PartLayout
+from kvzip.layout import LayerLayout, Layout, PartLayout
 from kvzip.profile import Profile
 
 _FIRST_READ = 48 << 10
@@ -34,24 +34,31 @@ _FIRST_READ = 48 << 10
 
 
 _NOTHING = memoryview(b"")
+_TOGETHER = 24 << 10
+"""Bytes of neighbouring entries that are read from a file at once: to read each takes longer."""
 _SMALL = 16 << 10
 """Bytes of the entries whose stored bytes are always compared with their checksum, at most."""
+
+
+def beginning(source: Source) -> memoryview:
+    """The first bytes of a file."""
+    return source.read(0, min(source.size, _FIRST_READ))
 
 
 class Blocks:
     """The blocks of an open file as they are stored.
 
-    Reads the header and the index. Raises FormatError, CorruptError, UnsupportedError.
+    Reads the header and the index; `first`: its :func:`beginning`. Raises FormatError,
+    CorruptError, UnsupportedError.
     """
 
-    def __init__(self, source: Source, profile: Profile | None):
+    def __init__(self, source: Source, profile: Profile | None, first: memoryview):
         self.source, self.profile = source, profile
         self.find_profile: Callable[[str], Profile] | None = None
         """Where the file's profile is looked for, by its SHA-256, when none was given."""
         self.cancelled = False
         """Whether nothing more is to be read."""
         size = source.size
-        first = source.read(0, min(size, _FIRST_READ))
         preamble = Preamble.read(first)
         if preamble.file_length != size:
             problem = "cut short" if size < preamble.file_length else "longer than it says"
@@ -63,6 +70,7 @@ class Blocks:
         header, ids, records = preamble.taken_apart(start)
         self.header, self.codecs = unpacked_header(header)
         self.layout = self.header.layout
+        self._layouts: dict[int, Layout] = {}
         self.index = Index(records, end, size, self.layout, self.header.block_tokens)
         self._check_sizes()
         self.token_ids = unpacked_ids(ids, self.header)
@@ -126,6 +134,15 @@ class Blocks:
     def form(self) -> dtypes.DType:
         """The format of the keys and values."""
         return dtypes.get(self.layout.dtype)
+
+    def layout_of(self, layer: int) -> Layout:
+        """The layout of one layer alone. Equal ones are one object: they come layer by layer."""
+        number = self.header.stored_layout.layers[layer]
+        found = self._layouts.get(number)
+        if found is None:
+            alone = (self.layout.layers[layer],)
+            found = self._layouts[number] = Layout(self.layout.dtype, alone)
+        return found
 
     def part(self, key: Key) -> PartLayout:
         """The layout of a part."""
@@ -234,26 +251,34 @@ class Blocks:
         except ValueError as error:
             raise CorruptError(f"{index.name(row)} is damaged: {error}") from None
 
-    def stored_together(self, rows: Sequence[int], checked: bool = False) -> list[memoryview]:
+    def together(
+        self, rows: Sequence[int], checked: bool = False
+    ) -> Iterator[dict[int, memoryview]]:
         """The stored bytes of entries of one codec, in the order of the file, as :meth:`stored`
-        gives those of each: out of one range, looked at by one call. Of a source that has it in
-        memory, since else it would be read as a whole."""
-        if not rows:
-            return []
-        if self.cancelled:
+        gives those of each. Neighbours are read and looked at together: all that are in memory; of
+        a file as long as they are small; elsewhere each entry comes for itself."""
+        index, most = self.index, 0
+        if getattr(self.source, "in_memory", False):
+            most = self.source.size
+        elif isinstance(self.source, OpenFile):
+            most = _TOGETHER
+        else:
+            for row in rows:
+                yield {row: self.stored(row, checked)}
+            return
+        limit = _SMALL
+        if checked or (rows and index.key[rows[0]] in self.codecs.grids):
+            limit = self.source.size
+        for begin, length, run in index.runs(rows, most):
             self.check_cancelled()
-        index = self.index
-        begin = index.offset[rows[0]]
-        end, size = index.span(rows[-1])
-        taken = self.source.read(begin, end + size - begin)
-        if metrics.listening():
-            read = sum(index.span(row)[1] for row in rows)
-            metrics.count("read_bytes", read, codec=self.codec.codec_id)
-        checked = checked or index.key[rows[0]] in self.codecs.grids
-        try:
-            return index.stored(taken, begin, rows, None if checked else _SMALL)
-        except ValueError:
-            return [self.stored(row, checked) for row in rows]  # one of them tells which
+            taken = self.source.read(begin, length)
+            if metrics.listening():
+                metrics.count("read_bytes", length, codec=self.codec.codec_id)
+            try:
+                yield index.stored(taken, begin, run, limit)
+            except ValueError:
+                for row in run:  # one of them tells which it is
+                    yield {row: self.stored(row, checked)}
 
     def check_cancelled(self) -> None:
         """Raise CancelledError if nothing more is to be read."""

@@ -50,10 +50,11 @@ class Place(msgspec.Struct, gc=False):
         """What is wanted of the numbers, in its own shape."""
         if self.given is not None:
             return self.given
-        array, (first, stop) = self.array, cut.span(name)
-        if array.shape[2] != stop - first:
+        array, part = self.array, cut.parts[name]
+        if array.shape[2] != part.block_shape[2]:
+            first, stop = cut.span(name)
             array = array[:, :, first - self.first : stop - self.first]
-        return cut.parts[name].from_block(array)
+        return part.from_block(array)
 
 
 class Target(Coded, gc=False):
@@ -148,7 +149,9 @@ class Decoding:
             parts = {name: self._places[i, name].cut(cut, name) for name in cut.parts}
             layers.append(Layer(parts, cut))
         layout, ids = blocks.layout, blocks.ids_up_to(request.cuts.values())
-        if not (request.whole and request.layers == list(range(len(layout.layers)))):
+        if request.whole and len(request.layers) == 1:
+            layout = blocks.layout_of(request.layers[0])
+        elif not request.whole or request.layers != list(range(len(layout.layers))):
             layout = Layout(layout.dtype, tuple([layer.layout for layer in layers]))
         return Snapshot.checked(layers, layout, ids, blocks.header.origin)
 
@@ -201,10 +204,10 @@ class Decoding:
     def _targets(self, codec: Codec, rows: Sequence[int], *more: Any) -> Iterator[Target]:
         """Everything to decode blocks of a codec, straight into place if there is place for all of
         one. `more`: what their contexts have beside their tables."""
-        blocks, index, thorough = self.blocks, self.blocks.index, self._thorough
+        blocks, index = self.blocks, self.blocks.index
         key_of, position, tokens_of = index.key, index.position, index.tokens
         tables, has_tables = self._tables, codec.has_tables
-        read = self._read_together(rows) if self._in_memory else None
+        coming, read = self._stored(rows), {}
         key = place = None
         for row in rows:
             if blocks.cancelled:
@@ -215,7 +218,9 @@ class Decoding:
                 known = tables.get(key)
                 if known is None:
                     first = index.rows[key].start
-                    data = blocks.stored(first, thorough) if read is None else read[first]
+                    while first not in read:
+                        read = next(coming)
+                    data = read[first]
                     known = data, blocks.loaded(first, data) if has_tables else None
                     tables[key] = known
                 stored, loaded = known
@@ -233,12 +238,14 @@ class Decoding:
                     beside = array[:, :, offset + cut.start : offset + cut.stop]
             if out is None:
                 out = _empty_block(blocks, row, self._spare)
+            while row not in read:
+                read = next(coming)
             context = blocks.context(row, loaded, *more)
-            data = blocks.stored(row, thorough) if read is None else read[row]
-            yield Target(data, out, context, row, stored, beside, cut)
+            yield Target(read[row], out, context, row, stored, beside, cut)
 
-    def _read_together(self, rows: Iterable[int]) -> dict[int, memoryview]:
-        """The stored bytes of blocks, and of those of their parts' tables that are not loaded."""
+    def _stored(self, rows: Iterable[int]) -> Iterator[dict[int, memoryview]]:
+        """The stored bytes of blocks, and before them of those of their parts' tables that are not
+        loaded; entries that are read together are given together."""
         index, wanted, before = self.blocks.index, [], None
         key_of = index.key
         for row in rows:
@@ -248,8 +255,7 @@ class Decoding:
                 if key not in self._tables:
                     wanted.append(index.rows[key].start)
             wanted.append(row)
-        found = self.blocks.stored_together(wanted, self._thorough)
-        return dict(zip(wanted, found, strict=True))
+        return self.blocks.together(wanted, self._thorough)
 
 
 # --- where numbers go ------------------------------------------------------------------------

@@ -32,8 +32,6 @@ RECORD = np.dtype(
 _BLOCK, _TABLES = 0, 1
 _WHOLE = 2**31
 """A step that no part is long enough to be cut by."""
-_ALL = 2**64 - 1
-"""As many bytes as no entry is longer than."""
 ALIGNMENT = 64
 """Entries begin at multiples of so many bytes: what a GPU, or a copy to one, reads at once."""
 
@@ -201,13 +199,18 @@ class Index:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def runs(self, rows: Sequence[int], most: int) -> list[tuple[int, int, list[int]]]:
+        """Entries, in the order of the file, in runs of neighbours that take up at most `most`
+        bytes, or are one entry: where each run begins, its bytes, its rows."""
+        return self._entries.runs(rows, most)
+
     def stored(
-        self, data: memoryview, begin: int, rows: Sequence[int], most: int | None
-    ) -> list[memoryview]:
-        """The stored bytes of entries, out of `data`, which are those of the file from `begin` on.
-        Raises ValueError unless there are zeros only behind each, and the checksums of those of at
-        most `most` bytes (None: of all) match."""
-        return self._entries.stored(data, begin, rows, _ALL if most is None else most)
+        self, data: memoryview, begin: int, rows: Sequence[int], most: int
+    ) -> dict[int, memoryview]:
+        """The stored bytes of entries by their rows, out of `data`, which are those of the file
+        from `begin` on. Raises ValueError unless there are zeros only behind each, and the
+        checksums of those of at most `most` bytes match."""
+        return self._entries.stored(data, begin, rows, most)
 
     def span(self, row: int) -> tuple[int, int]:
         """Where an entry lies, and how many bytes it takes up, with the zeros behind it."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvzip import metrics
 from kvzip.codec import Codec
 from kvzip.container import plan
-from kvzip.container.blocks import Blocks
+from kvzip.container.blocks import Blocks, beginning
 from kvzip.container.decoding import Chain, Decoding
 from kvzip.container.format import Info
 from kvzip.container.index import Index
@@ -51,8 +51,11 @@ class Reader:
             check_profile(profile)
             self._threads = thread_count(threads)
             with naming(source):
-                self._source = source = unsealed(source, check_key(key))
-                self._blocks = Blocks(source, profile)
+                first = beginning(source)
+                self._source = unsealed(source, check_key(key), first)
+                if self._source is not source:
+                    first = beginning(self._source)
+                self._blocks = Blocks(self._source, profile, first)
         except BaseException:
             self.close()
             raise

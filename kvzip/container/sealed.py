@@ -360,11 +360,12 @@ def _find(key: AnyKey | None, name: str) -> Key:
     return Key(found.secret if isinstance(found, Key) else found, name)
 
 
-def unsealed(source: Source, key: AnyKey | None, place: str = "") -> Source:
-    """The bytes of a file that may be sealed. Raises SealError for a sealed one without its key,
-    and for one that is not sealed where a key is given: it may have been put in its place."""
-    if is_sealed(source.read(0, min(len(MAGIC), source.size))):
-        return Sealed(source, key, place)
+def unsealed(source: Source, key: AnyKey | None, first: memoryview) -> Source:
+    """The bytes of a file that may be sealed, of which these are the first. Raises SealError for a
+    sealed one without its key, and for one that is not sealed where a key is given: it may have
+    been put in its place."""
+    if is_sealed(first):
+        return Sealed(source, key)
     if key is not None:
         raise SealError("the file is not sealed, and a key is given: open it without")
     return source

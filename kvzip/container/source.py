@@ -103,8 +103,11 @@ def _still_there() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = error.strerror or str(error)
-        raise StoreError(f"the file cannot be read any more: {why}") from error
+        raise _not_there(error) from error
+
+
+def _not_there(error: OSError) -> StoreError:
+    return StoreError(f"the file cannot be read any more: {error.strerror or error}")
 
 
 @contextmanager
@@ -175,8 +178,10 @@ class OpenFile:
             done += more
 
     def _some(self, offset: int, length: int) -> bytes:
-        with _still_there():
+        try:
             return os.pread(self._number(), length, offset)
+        except OSError as error:
+            raise _not_there(error) from error
 
     def _number(self) -> int:
         try:
@@ -296,18 +301,16 @@ class _Named(NamedTuple):
 def _of_path(path: str | os.PathLike[str], length_of: LengthOf | None) -> Source:
     name = name_of(path)
     with naming(_Named(name)):
-        file = reading(path, length_of)
-    return _of_file(file, length_of, owned=True, name=name)
+        file = reading(name, length_of, buffering=0)
+    return OpenFile(file, owned=True, name=name)
 
 
-def _of_file(
-    file: Any, length_of: LengthOf | None, *, owned: bool, name: str | None = None
-) -> Source:
-    with naming(_Named(name or _name_of(file))), _readable():
-        return _opened(file, length_of, owned, name)
+def _of_file(file: Any, length_of: LengthOf | None, *, owned: bool) -> Source:
+    with naming(_Named(_name_of(file))), _readable():
+        return _opened(file, length_of, owned)
 
 
-def _opened(file: Any, length_of: LengthOf | None, owned: bool, name: str | None) -> Source:
+def _opened(file: Any, length_of: LengthOf | None, owned: bool) -> Source:
     try:
         if isinstance(file, io.TextIOBase):
             raise UsageError("the file is open as text: open it in binary mode, 'rb'")
@@ -316,7 +319,7 @@ def _opened(file: Any, length_of: LengthOf | None, owned: bool, name: str | None
         if isinstance(raw, io.FileIO) and stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
             if not raw.readable():
                 raise UsageError("the file is open for writing only")
-            return OpenFile(file, owned, name)
+            return OpenFile(file, owned)
         seekable = getattr(file, "seekable", None)
         if hasattr(file, "seek") and (seekable is None or seekable()):
             return Stream(file, owned)
@@ -333,7 +336,7 @@ def _opened(file: Any, length_of: LengthOf | None, owned: bool, name: str | None
         raise
     if owned:
         file.close()
-    return OpenFile(copy, owned=True, name=name or _name_of(file))
+    return OpenFile(copy, owned=True, name=_name_of(file))
 
 
 def _is_buffer(given: Any) -> bool:
