@@ -156,6 +156,8 @@ def test_your_own_ci(names):
 
 
 def test_for_research_and_for_serving(names):
+    Path("docs").mkdir()
+    names["snapshot"].save("docs/doc-00000.safetensors")
     assert run("researchers.md", names) == run("serving.md", names) == 1
     assert names["k"].dtype == names["torch"].bfloat16
 

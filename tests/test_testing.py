@@ -13,7 +13,14 @@ import pytest
 
 import kvzip
 from kvzip import dtypes
-from kvzip.testing import assert_bit_exact, assert_same, cache_like, make_snapshot, nearest_bits
+from kvzip.testing import (
+    CodecContract,
+    assert_bit_exact,
+    assert_same,
+    cache_like,
+    make_snapshot,
+    nearest_bits,
+)
 
 ROOT = Path(__file__).parent.parent
 STRANGERS = '''
@@ -160,3 +167,9 @@ def test_the_nearest_bits_are_the_nearest(dtype):
         beside = (dtypes.to_ordered(near, dtype).astype(np.int64) + step).astype(form.uint)
         other = dtypes.to_float64(dtypes.from_ordered(beside, dtype), dtype)
         assert (error <= np.abs(other - numbers))[np.isfinite(other)].all()
+
+
+def test_a_codec_that_is_not_there_is_said_once():
+    """Not by hundreds of tests that fail."""
+    with pytest.raises(pytest.Collector.CollectError, match="TestMine: no codec 'mine'"):
+        type("TestMine", (CodecContract,), {"codecs": ["raw", "mine:level=9"]})

@@ -51,7 +51,7 @@ class Room(msgspec.Struct, frozen=True):
     def line(self) -> str:
         """One line of advice: raw, and the codec that keeps most."""
         first, best = self.kept[0], self.kept[-1]
-        text = f"Room: {_size(self.bytes)} keep {significant(first.documents)} such caches "
+        text = f"Room: {_size(self.bytes)} holds {significant(first.documents)} such caches "
         text += _named(first)
         if best is not first:
             text += f" and {significant(best.documents)} {_named(best)} ({best.ratio:.2f}x)"

@@ -14,7 +14,7 @@ def summary(result: DemoResult) -> str:
         f"best ratio: {best.name} {best.ratio:.3f} ({best.bits_per_value:.2f} bits a number), "
         f"decodes {best.decode_gbps:.2f} GB/s",
         f"exact: {'yes, every byte' if result.exact else 'NO'}; tokens equal: "
-        f"{result.tokens_equal} of {result.new_tokens} (a new prefill: "
-        f"{result.fresh_prefill.tokens_equal})",
+        f"{result.tokens_equal} of {result.new_tokens} (a new prefill, which rounds "
+        f"otherwise: {result.fresh_prefill.tokens_equal})",
     ]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, NativeBf16, Texts, Threads, choose_products, command_line
+from kvzip.cli.extras import require
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import emit, say, show_table, working
 from kvzip.codec_spec import split_specs
@@ -56,6 +57,7 @@ def demo(
         Seconds that it should end in; a short prefill tells what fits. What --tokens and --train
         name is done however long it takes.
     """
+    require("demo")  # what draws the report, too, which comes last
     choose_products(native_bf16)
     from kvzip.eval import demo as demonstration
 

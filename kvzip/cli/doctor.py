@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
-from importlib import metadata
 from typing import Any
 
 import msgspec
@@ -12,6 +10,8 @@ import msgspec
 from kvzip import selftest
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json
+from kvzip.cli.extras import PURPOSE
+from kvzip.cli.extras import missing as missing_packages
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import emit, say, working
 from kvzip.codecs import _native
@@ -29,16 +29,6 @@ _ENGINES = {
 }
 """What kvzip plugs into, and the packages that bring it."""
 
-_FOR = {
-    "hf": "capture, and loading into transformers",
-    "store": "stores in buckets (s3://...)",
-    "gpu": "decoding on an NVIDIA GPU",
-    "eval": "kvzip eval, sweep and report",
-    "bench": "other compressors in kvzip bench --peers",
-    "ray": "kvzip sweep --ray",
-}
-"""What each extra of the package is for."""
-
 
 @app.command
 def doctor(*, as_json: Json = False) -> None:
@@ -49,7 +39,7 @@ def doctor(*, as_json: Json = False) -> None:
     with working("self-test"):
         checks = selftest.self_test()
     gpus, no_gpu = _gpus()
-    missing = {extra: _missing(extra) for extra in _FOR}
+    missing = {extra: missing_packages(extra) for extra in PURPOSE}
     there = versions([package for packages in _ENGINES.values() for package in packages])
     engines = {
         name: next(filter(None, map(there.get, packages)), None)
@@ -82,7 +72,7 @@ def doctor(*, as_json: Json = False) -> None:
             say(f"{name}: {version or 'not installed'}")
         for extra, packages in missing.items():
             lack = f"{', '.join(packages)} not installed: pip install 'kvzip[{extra}]'"
-            say(f"extra {extra} ({_FOR[extra]}): {lack if packages else 'complete'}")
+            say(f"extra {extra} ({PURPOSE[extra]}): {lack if packages else 'complete'}")
         say(f"what is kept between runs: {cache_folder()}")
         for check in checks:
             said = check.error or f"good, {check.seconds:.2f} s"
@@ -92,18 +82,6 @@ def doctor(*, as_json: Json = False) -> None:
     failed = [check.name for check in checks if check.error]
     if failed:
         raise CheckFailed(f"the self-test failed: {', '.join(failed)}")
-
-
-def _missing(extra: str) -> list[str]:
-    """The packages that an extra of ours takes and that are not installed."""
-    found = []
-    for requirement in metadata.requires("kvzip") or []:
-        wanted, _, condition = requirement.partition(";")
-        if re.search(rf"extra\s*==\s*['\"]{extra}['\"]", condition):
-            name = re.match(r"[\w.-]+", wanted.strip())
-            if name and name[0] not in versions([name[0]]):
-                found.append(wanted.strip())
-    return found
 
 
 def _gpus() -> tuple[list[dict[str, Any]], str]:

@@ -31,6 +31,7 @@ from kvzip.cli.arguments import (
     read_profile,
 )
 from kvzip.cli.terminal import bar, emit, ratio_words, say, show_table, sizes, working
+from kvzip.codec_spec import format_spec
 from kvzip.container.source import is_url
 from kvzip.errors import CorruptError
 from kvzip.files import made_folder
@@ -291,8 +292,10 @@ def info(file: KvzFile, *, key_file: KeyFile = None, as_json: Json = False) -> N
 def _show_info(result: Mapping[str, Any], found: container.Info) -> None:
     header = found.header
     table = Table.grid(padding=(0, 2))
-    for key in ("model", "revision", "dtype", "layers", "tokens", "codec", "block_tokens"):
+    for key in ("model", "revision", "dtype", "layers", "tokens"):
         table.add_row(key, str(result[key]))
+    table.add_row("codec", format_spec(header.codec))
+    table.add_row("block_tokens", str(header.block_tokens))
     table.add_row("profile", header.profile or "none")
     table.add_row("kinds", _kinds(header.layout))
     table.add_row("raw bytes", f"{found.raw_bytes:,}")

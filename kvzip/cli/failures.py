@@ -11,6 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from cyclopts import CycloptsError
 
+from kvzip.cli.extras import extra_with
 from kvzip.cli.terminal import emit, shown
 from kvzip.codec import raised_by
 from kvzip.errors import (
@@ -147,7 +148,8 @@ def _told(error: BaseException) -> tuple[str, int, str]:
     if isinstance(error, MemoryError):
         return "memory", 1, "not enough memory"
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("kvzip"):
-        words = f"this command needs more packages: pip install 'kvzip[all]' ({error})"
+        extra = extra_with(error.name or "")
+        words = f"this command needs more packages: pip install 'kvzip[{extra}]' ({error})"
         return "package", 2, words
     if (codec := raised_by(error)) is not None:
         words = f"this is a bug in the codec {codec!r}, which is not kvzip's own "

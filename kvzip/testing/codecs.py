@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import kvzip
 from kvzip import PartLayout, checksum, dtypes
-from kvzip.codec import Codec, Coded, Context
+from kvzip.codec import Codec, Coded, Context, get_codec
+from kvzip.errors import KVZipError
 from kvzip.parsing import from_json
 from kvzip.testing.caches import cache_like, make_snapshot, random_bits
 from kvzip.testing.damage import first_stored, reseal
@@ -49,6 +50,11 @@ class CodecContract:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        try:
+            for spec in cls.codecs:
+                get_codec(spec)
+        except KVZipError as error:  # once, not in each of hundreds of tests
+            raise pytest.Collector.CollectError(f"{cls.__name__}: {error}") from None
 
         def one_of(params: Sequence[str]) -> Any:
             @pytest.fixture(params=params)

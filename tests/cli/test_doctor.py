@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from importlib import metadata
 
 from command import run, run_json
 
 import kvzip
 from kvzip import selftest
+from kvzip.cli import extras
 from kvzip.codec import codec_names, register_codec
 from kvzip.codecs import _native
 from kvzip.codecs.raw.codec import RawCodec
@@ -44,6 +47,41 @@ def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
     assert lacking.startswith("obstore")
     _, out, _ = run(capsys, "doctor")
     assert "pip install 'kvzip[store]'" in out
+    assert not told["missing_packages"]["testing"]
+
+
+def test_every_extra_for_users_is_told():
+    ours = set(metadata.metadata("kvzip").get_all("Provides-Extra"))
+    assert set(extras.PURPOSE) == ours - {"all", "test", "docs", "dev"}
+
+
+def test_a_module_that_is_missing_is_named_with_its_extra(capsys, monkeypatch):
+    for module, extra in (
+        ("torch.nn", "hf"),
+        ("prometheus_client", "metrics"),
+        ("jinja2", "demo"),
+        ("nobody", "all"),
+    ):
+        assert extras.extra_with(module) == extra
+    monkeypatch.setattr(selftest, "self_test", lambda: importlib.import_module("duckdb"))
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    code, _, err = run(capsys, "doctor")
+    assert code == 2 and "pip install 'kvzip[eval]'" in err
+
+
+def test_the_demo_names_what_is_missing_before_it_starts(capsys, monkeypatch, tmp_path):
+    real = metadata.version
+
+    def version(package):
+        if package in ("jinja2", "torch"):
+            raise metadata.PackageNotFoundError(package)
+        return real(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    code, _, err = run(capsys, "demo", "--out", str(tmp_path / "demo"))
+    assert code == 2 and "pip install 'kvzip[demo]'" in err
+    assert "torch" in err and "jinja2" in err
+    assert not (tmp_path / "demo").exists()
 
 
 def broken(decode):

@@ -156,7 +156,7 @@ def test_four_lines_say_it() -> None:
     assert len(lines) == 4
     assert lines[0].startswith("Time: load with channel") and "sure" in lines[0]
     assert lines[1].startswith("Dollars: prefill") and "A rented H100" in lines[1]
-    assert lines[2].startswith("Room: 1 TB keep") and "raw" in lines[2]
+    assert lines[2].startswith("Room: 1 TB holds") and "raw" in lines[2]
     assert lines[3].startswith("Rests on: prefill fitted to")
     assert "prefill, " in advise(bandwidth=1e5).lines()[0]
 

@@ -23,10 +23,10 @@ def test_a_store_keeps_its_codecs_ratio_times_as_many() -> None:
         ("raw", pytest.approx(999)), ("lz4", pytest.approx(980)), ("half", pytest.approx(2000))
     ]  # fmt: skip
     assert found.line() == (
-        "Room: 1 TB keep 999 such caches raw and 2,000 with half (2.00x); what your traffic finds "
+        "Room: 1 TB holds 999 such caches raw and 2,000 with half (2.00x); what your traffic finds "
         "of them: --trace."
     )
-    assert room(5e11, 1e9, 1e6, [HALF]).line().startswith("Room: 500 GB keep 1,000 such caches wi")
+    assert room(5e11, 1e9, 1e6, [HALF]).line().startswith("Room: 500 GB holds 1,000 such caches wi")
 
 
 def test_with_a_trace_it_says_what_is_found() -> None:
