@@ -13,6 +13,7 @@ and asked once: the one under the sanitizers, with all instruction sets that can
 
 from __future__ import annotations
 
+import os
 import platform
 import random
 import re
@@ -31,13 +32,15 @@ SANITIZED = ["-O0", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,unde
 EMULATED = _native.simd() == "avx2"
 """Whether AVX-512 is to be emulated."""
 SECONDS = 1
-ROUNDS = {"channel": 3, "predictive": 25, "grid": 3}
+ROUNDS = {"channel": 3, "predictive": 8, "grid": 3}
 
 
 def output(codec: str, program: Path, *emulator: str) -> list[str]:
     """How many rounds a fuzzer ran and on which paths, and the digest of what they wrote."""
     command = [*emulator, str(program), "--rounds", str(ROUNDS[codec]), "7"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The emulated processor has no instruction set that tests may be held to here.
+    env = {name: value for name, value in os.environ.items() if name != "KVZIP_SIMD"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert run.returncode == 0, (command, run.stdout, run.stderr[-4000:])
     return run.stdout.splitlines()
 

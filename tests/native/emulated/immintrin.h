@@ -4,6 +4,10 @@
 #pragma GCC system_header
 #include_next <immintrin.h>
 #define SIMDE_ENABLE_NATIVE_ALIASES
+// Functions that are not to be inlined wherever they are called, which compiles in half the time.
+#include <simde/simde-common.h>
+#undef SIMDE_FUNCTION_ATTRIBUTES
+#define SIMDE_FUNCTION_ATTRIBUTES inline static
 #include <simde/x86/avx512.h>
 
 #include <cmath>
