@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,6 +45,25 @@ class CancelledError(KVZipError):
 
 class StoreError(KVZipError):
     """A store does not answer, not in time, or not as it should."""
+
+
+class DiskFullError(KVZipError):
+    """A disk is full where a long run stores what it has finished; it can be gone on with."""
+
+
+@contextmanager
+def disk_full_told(where: object) -> Iterator[None]:
+    """A full disk, the system's OSError, becomes a DiskFullError that names what was written, or
+    else `where`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFullError(
+            f"{error.filename or where}: the disk it is on is full. What was finished is kept: "
+            "make room, and run again to go on"
+        ) from error
 
 
 @contextmanager

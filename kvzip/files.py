@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO
 
 from kvzip.errors import UsageError
+from kvzip.interruption import Terminated
 
 IN_MEMORY = 256 << 20
 """Bytes on their way from or to a pipe or a device that are kept in memory; more are on disk."""
@@ -517,7 +518,7 @@ def leave_nothing_behind() -> None:
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() != process:  # a fork has its own ways to clean up
             os.kill(os.getpid(), number)
-        raise SystemExit(128 + number)
+        raise Terminated(number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:

@@ -1,5 +1,5 @@
-"""Ctrl-C while the command line is still being imported, before there is anything that could catch
-it: the command says so, and ends with code 130.
+"""Signals that end the command line; and Ctrl-C and SIGTERM while it is still being imported,
+before there is anything that could catch them: the command says so, and ends with code 130 or 143.
 
 This is imported first of all, and does nothing unless this process is the command ``kvzip``: a
 library does not own its process's signals.
@@ -12,15 +12,27 @@ from contextlib import suppress
 
 WORDS = "interrupted; what was finished is kept"
 _STDOUT = ("-", "/dev/stdout")
+_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 def _is_command() -> bool:
+    if "--multiprocessing-fork" in sys.orig_argv:  # one of its processes, with its arguments
+        return False
     name = sys.argv[0].rpartition(os.sep)[2] if sys.argv else ""
     return name == "kvzip" or sys.orig_argv[1:3] == ["-m", "kvzip.cli"]
 
 
+class Terminated(SystemExit):
+    """A signal that ends the process was caught: a SystemExit of 128 and its number."""
+
+    code: int
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+
+
 def _end(number: int, frame: object) -> None:
-    arguments = sys.argv[1:]
+    arguments, code = sys.argv[1:], 128 + number
     try:
         if "--json" in arguments:
             line = " ".join([*arguments, ""]).replace("=", " ")
@@ -28,24 +40,29 @@ def _end(number: int, frame: object) -> None:
             aside = any(
                 f"-o{name} {out} " in line for name in ("", "ut", "utput") for out in _STDOUT
             )
-            found = f'{{"error":"{WORDS}","kind":"interrupted","exit":130}}\n'
+            found = f'{{"error":"{WORDS}","kind":"interrupted","exit":{code}}}\n'
             os.write(2 if aside else 1, found.encode())
         os.write(2, f"kvzip: {WORDS}\n".encode())
     finally:
-        os._exit(130)
+        os._exit(code)
 
 
 def watch() -> None:
-    """Let Ctrl-C end the process at once, if this is the command and nobody else has a say."""
-    if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        with suppress(ValueError):  # in another thread than the main one
-            signal.signal(signal.SIGINT, _end)
+    """Let Ctrl-C and SIGTERM end the process at once, if this is the command and nobody else has a
+    say."""
+    if _is_command():
+        for number, default in _DEFAULTS.items():
+            if signal.getsignal(number) is default:
+                with suppress(ValueError):  # in another thread than the main one
+                    signal.signal(number, _end)
 
 
 def hand_over() -> None:
-    """Let Ctrl-C be a KeyboardInterrupt again: there is one now who catches it."""
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let Ctrl-C be a KeyboardInterrupt again, and SIGTERM what it was: there is somebody now who
+    catches them."""
+    for number, default in _DEFAULTS.items():
+        if signal.getsignal(number) is _end:
+            signal.signal(number, default)
 
 
 watch()

@@ -229,7 +229,8 @@ class Checks:
             assert not self.is_right_with_padding(prompts) or "counts it" in str(error)
             same = [rows[0], rows[0].flip(0)]  # of one length
             found = self._generate(FEW, **load_batch_or_prefill([None, None], self.model, same))
-            assert torch.equal(found, torch.cat([self.says(each[None], None, FEW) for each in same]))
+            right = torch.cat([self.says(each[None], tokens=FEW) for each in same])
+            assert torch.equal(found, right)
             what = "counts as positions" if "counts it" in str(error) else "changes numbers"
             return f"no: padding {what} in transformers itself"
         assert self.is_right_with_padding(prompts)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip.codec import get_codec
-from kvzip.errors import KVZipError
+from kvzip.errors import DiskFullError, KVZipError, disk_full_told
 from kvzip.eval.results.provenance import now
 from kvzip.eval.results.sweep import Row
 from kvzip.eval.speed import bench
@@ -25,13 +25,15 @@ def measure(point: Point, folder: str) -> Row:
     """Measure one point. Caches are kept in `folder`/snapshots, made by whoever comes first.
 
     Whatever goes wrong with the codec or the cache becomes a row that says "failed" and why, and
-    has no figures.
+    has no figures. A full disk is no fault of theirs, and raises DiskFullError.
     """
     began = time.perf_counter()
     head = head_of(point)
     figures: dict[str, Any]
     try:
-        snapshot = _load(str(_snapshot(point, Path(folder) / "snapshots")))
+        with disk_full_told(folder):
+            path = _snapshot(point, Path(folder) / "snapshots")
+        snapshot = _load(str(path))
         codec = get_codec(point.codec)
         profile = Profile.load(point.profile) if point.profile else None
         result, _ = bench.measure(snapshot, codec, profile, threads=point.threads, repeat=1)
@@ -42,6 +44,8 @@ def measure(point: Point, folder: str) -> Row:
             figures[name] = getattr(result, name)
         for name in ("decode_seconds", "encode_gbps", "decode_gbps"):
             figures[name] = getattr(result, name)
+    except DiskFullError:
+        raise
     except Exception as error:  # a codec is anybody's code
         figures = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
     return Row(**head, **figures, date=now(), seconds=time.perf_counter() - began)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvzip.errors import KVZipError, UsageError
+from kvzip.errors import DiskFullError, KVZipError, UsageError, disk_full_told
 from kvzip.eval.results.sweep import SweepRow
 from kvzip.eval.sweep.kinds import AnyPoint, measure, row_form
 from kvzip.eval.sweep.rows import RowFolder
@@ -59,11 +59,11 @@ def run(
     address of a Ray cluster that runs the tasks instead, as many at once as it has cores; nodes
     that do not share `folder`'s path capture their own caches. `retry`: measure failed points
     again. Rows that are damaged are set aside, and their points measured anew. Raises KVZipError
-    when a worker dies; what was finished is kept.
+    when a worker dies or a disk is full; what was finished is kept.
     """
     began = time.perf_counter()
     rows = RowFolder(folder, row_form(points))
-    with rows.alone():
+    with disk_full_told(rows.folder), rows.alone():
         damaged = rows.set_aside()
         if retry:
             rows.drop(row["id"] for row in rows.read() if row["status"] == "failed")
@@ -164,6 +164,8 @@ def _on_ray(points: Sequence[AnyPoint], folder: Path, address: str) -> Iterator[
             try:
                 yield from ray.get(finished)
             except ray.exceptions.RayError as error:
+                if isinstance(cause := getattr(error, "cause", None), DiskFullError):
+                    raise cause from None
                 first = str(error).strip().split("\n")[0]
                 raise KVZipError(
                     f"a task failed on the cluster: {first}. What was finished is kept: run again "

@@ -16,6 +16,7 @@ from kvzip.cli.terminal import emit, shown
 from kvzip.codec import raised_by
 from kvzip.errors import (
     CorruptError,
+    DiskFullError,
     FormatError,
     KVZipError,
     ProfileError,
@@ -23,7 +24,7 @@ from kvzip.errors import (
     StoreError,
     UnsupportedError,
 )
-from kvzip.interruption import WORDS
+from kvzip.interruption import WORDS, Terminated
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -131,6 +132,7 @@ def _told(error: BaseException) -> tuple[str, int, str]:
         (CorruptError, 1, "corrupt"),
         (FormatError, 1, "format"),
         (StoreError, 1, "store"),
+        (DiskFullError, 1, "system"),
         (ProfileError, 2, "profile"),
         (SealError, 2, "key"),
         (UnsupportedError, 2, "unsupported"),
@@ -145,6 +147,8 @@ def _told(error: BaseException) -> tuple[str, int, str]:
         return "usage", 2, words
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130, WORDS
+    if isinstance(error, Terminated):
+        return "interrupted", error.code, WORDS
     if isinstance(error, MemoryError):
         return "memory", 1, "not enough memory"
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("kvzip"):

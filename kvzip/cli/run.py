@@ -39,7 +39,7 @@ from kvzip.cli.arguments import (
 from kvzip.cli.failures import BUG, CheckFailed, failure_of
 from kvzip.cli.terminal import as_one_line, complain, emit, results_aside
 from kvzip.files import leave_nothing_behind
-from kvzip.interruption import hand_over
+from kvzip.interruption import Terminated, hand_over
 from kvzip.version import __version__
 
 
@@ -49,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         hand_over()
         _run(given)
-    except SystemExit:
-        raise
     except BrokenPipeError:
         _forget_stdout()
         code = 1
     except BaseException as error:
+        if isinstance(error, SystemExit) and not isinstance(error, Terminated):
+            raise
         given = with_streams(given)
         code = _tell(error, "--json" in given, writes_stdout(given))
     sys.exit(code)
@@ -76,7 +76,7 @@ def _run(arguments: Sequence[str]) -> None:
     refuse_closed_input(arguments)
     refuse_folders(command.__name__, arguments)
     refuse_overwriting(command.__name__, bound)
-    app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    command(*bound.args, **bound.kwargs)
     if sys.stdout is not None:
         sys.stdout.flush()
 

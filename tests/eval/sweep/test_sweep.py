@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,6 +289,45 @@ def test_a_worker_that_dies_is_told(tmp_path: Path) -> None:
     assert "KVZipError a worker died" in done.stdout, done.stderr
 
 
+def small_disk(folder: Path, size: str) -> list[str]:
+    """What a command begins with that finds `folder` on a disk of that size; what is on it is in
+    `folder` of a name with "-kept" when the command has ended."""
+    kept = f"{folder}-kept"
+    script = (
+        f"mount -t tmpfs -o size={size} none {folder} && cp -rT {kept} {folder} && "
+        f'"$@"; code=$?; cp -rT {folder} {kept}; exit $code'
+    )
+    return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+
+
+@pytest.mark.parametrize("of", ["rows", "caches"])
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path, of: str
+) -> None:
+    out, kept = tmp_path / "out", tmp_path / "out-kept"
+    out.mkdir()
+    kept.mkdir()
+    tried = [*small_disk(out, "1m"), "true"]
+    if not shutil.which("unshare") or subprocess.run(tried, capture_output=True).returncode:
+        pytest.skip("needs unshare (util-linux) and user namespaces")
+    lengths = [16, 24] if of == "rows" else [16, 20_000]
+    config = grid(
+        tmp_path,
+        f'repeats = 4\n[grid]\ncodec = ["raw", "zstd"]\nmodel = ["{TINY}"]\ntokens = {lengths}',
+    )
+    size = "80k" if of == "rows" else "300k"
+    done = subprocess.run([*small_disk(out, size), *command(config, out)], capture_output=True)
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kind"] == "system" and str(out) in found["error"]
+    assert "the disk it is on is full" in found["error"] and "run again" in found["error"]
+    rows = {row["id"]: row["date"] for row in RowFolder(kept).read()}
+    assert 0 < len(rows) < 16
+    summary = run(read_config(config), kept)
+    assert (summary.kept, summary.measured, summary.failed) == (len(rows), 16 - len(rows), [])
+    assert rows.items() <= {row["id"]: row["date"] for row in RowFolder(kept).read()}.items()
+
+
 # --- killed and resumed ------------------------------------------------------------------------
 
 
@@ -326,6 +367,36 @@ def test_killed_at_random_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
     assert finished.items() <= {r["id"]: r["process"] + r["date"] for r in left}.items(), seed
     assert {row["status"] for row in left} == {"ok"}
     assert not list(rows.glob(".*")), "what a killed process left is cleared away"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ended_by_a_signal_it_says_so_once(tmp_path: Path, number: int) -> None:
+    """Its processes, which have its arguments, are ended, too, and are silent."""
+    script = tmp_path / "kvzip"
+    script.write_text(
+        "import signal\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+        "from kvzip.cli import main\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    _, *line = command(cheap(tmp_path, 200), tmp_path / "out", "--workers", "2")
+    process = subprocess.Popen(
+        [sys.executable, str(script), *line],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not list((tmp_path / "out" / "rows").glob("*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    found = json.loads(out)
+    assert (found["kind"], found["exit"]) == ("interrupted", 128 + number)
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
