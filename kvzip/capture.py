@@ -18,7 +18,7 @@ from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError
 from kvzip.files import made_folder
 from kvzip.identity.checkpoint import changed
 from kvzip.layout import KV
-from kvzip.models import LoadedModel
+from kvzip.models import LoadedModel, check_is_decoder
 from kvzip.options import callback
 from kvzip.reading import text_in
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
@@ -144,12 +144,7 @@ def prefill(
 
     model = loaded.model
     config = model.config
-    if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder:
-        raise UnsupportedError(
-            f"{type(model).__name__} is an encoder: its tokens look at those after them, so what "
-            "it computes of a prompt cannot be kept for a longer one (is_decoder=True makes it a "
-            "decoder)"
-        )
+    check_is_decoder(config, type(model).__name__)
     check_draws_no_lots(model)
     check_no_virtual_tokens(model)
     kinds = layer_kinds(config)

@@ -202,11 +202,21 @@ def _whole_model(ref: str, where: Any, **settings: Any) -> Any:
         if "gguf_file" not in settings:  # which is parsed for its config, too
             only = {"local_files_only": settings.get("local_files_only", False)}
             config = transformers.AutoConfig.from_pretrained(where, **only)
+            check_is_decoder(config, (config.architectures or [config.model_type])[0])
             if config.is_encoder_decoder:  # of which the class above takes the decoder alone
                 auto = transformers.AutoModelForSeq2SeqLM
         model, found = auto.from_pretrained(where, **settings, output_loading_info=True)
     _check_complete(ref, type(model).__name__, found)
     return model
+
+
+def check_is_decoder(config: Any, name: str) -> None:
+    """Raise UnsupportedError where a model of this config, called `name`, is an encoder alone."""
+    if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{name} is an encoder: its tokens look at those after them, so what it computes of a "
+            "prompt cannot be kept for a longer one (is_decoder=True makes it a decoder)"
+        )
 
 
 def _check_complete(ref: str, kind: str, found: Mapping[str, Any]) -> None:

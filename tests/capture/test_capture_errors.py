@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from command import run_json
+from safetensors.torch import load_file, save_file
 from support import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import kvzip
 from kvzip.capture import Document, capture, prefill
@@ -16,6 +19,12 @@ from kvzip.models import LoadedModel, load_model
 @pytest.fixture(scope="module")
 def llama():
     return tiny_model("Llama")
+
+
+def tokenizer():
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(200)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
 
 def positions(count):
@@ -96,3 +105,56 @@ def test_what_is_there_already_differs_in_what_is_said(tmp_path, llama):
             capture(loaded, [given], tmp_path, **more)
         assert said in str(caught.value)
         assert unsaid not in str(caught.value).replace(str(tmp_path), "")
+
+
+def bert(**sizes):
+    return transformers.BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, pad_token_id=0, **sizes,
+    )  # fmt: skip
+
+
+REFUSED = {
+    # model, what is done to its folder, kind of error, what is said
+    "an encoder": (lambda: transformers.BertLMHeadModel(bert()), None, "unsupported",
+                   "is an encoder"),
+    "an encoder without a head": (lambda: transformers.BertModel(bert()), None, "unsupported",
+                                  "BertModel is an encoder"),
+    "too few positions": (lambda: positions(16).model, None, "usage",
+                          "20 tokens, which are more than its 16 positions"),
+    "no weights": (lambda: tiny_model("Llama").model, "gone", "usage", "no file named model.s"),
+    "a tensor less": (lambda: tiny_model("Llama").model, "less", "usage",
+                      "model.layers.1.mlp.up_proj.weight"),
+    "a tensor more": (lambda: tiny_model("Llama").model, "more", "usage", "of_nothing"),
+    "a shard less": (lambda: tiny_model("Llama").model, "shard", "usage",
+                     "model-00002-of-00003.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_command_refuses(tmp_path, capsys, case):
+    """In a line, and with --json as an object; no snapshot is left."""
+    make, damage, kind, said = REFUSED[case]
+    model, folder = make(), tmp_path / "model"
+    shards = {"max_shard_size": 40_000} if damage == "shard" else {}
+    model.save_pretrained(folder, **shards)
+    tokenizer().save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    if damage == "gone":
+        weights.unlink()
+    elif damage == "shard":
+        sorted(folder.glob("model-*.safetensors"))[1].unlink()
+    elif damage:
+        tensors = load_file(weights)
+        if damage == "less":
+            del tensors["model.layers.1.mlp.up_proj.weight"]
+        else:
+            tensors["of_nothing"] = torch.ones(3)
+        save_file(tensors, weights, {"format": "pt"})
+    (tmp_path / "text").write_text(" ".join(f"w{i % 190 + 2}" for i in range(100)))
+    command = ["capture", "--model", folder, "--text", tmp_path / "text", "--tokens", 20]
+    command += ["--docs", "0:1", "-o", tmp_path / "out"]
+    found_code, found = run_json(capsys, *command)
+    assert (found_code, found["exit"], found["kind"]) == (2, 2, kind)
+    assert said in found["error"] and "\n" not in found["error"]
+    assert not list(tmp_path.glob("out/*.safetensors"))
