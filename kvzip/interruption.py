@@ -12,7 +12,6 @@ from contextlib import suppress
 
 WORDS = "interrupted; what was finished is kept"
 _STDOUT = ("-", "/dev/stdout")
-_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 def _is_command() -> bool:
@@ -51,8 +50,8 @@ def watch() -> None:
     """Let Ctrl-C and SIGTERM end the process at once, if this is the command and nobody else has a
     say."""
     if _is_command():
-        for number, default in _DEFAULTS.items():
-            if signal.getsignal(number) is default:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
                 with suppress(ValueError):  # in another thread than the main one
                     signal.signal(number, _end)
 
@@ -60,9 +59,10 @@ def watch() -> None:
 def hand_over() -> None:
     """Let Ctrl-C be a KeyboardInterrupt again, and SIGTERM what it was: there is somebody now who
     catches them."""
-    for number, default in _DEFAULTS.items():
+    for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is _end:
-            signal.signal(number, default)
+            own = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if own else signal.SIG_DFL)
 
 
 watch()
