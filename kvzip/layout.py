@@ -519,12 +519,14 @@ class StoredLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def of(cls, layout: Layout) -> StoredLayout:
         """The stored form of a layout."""
-        distinct: dict[bytes, LayerLayout] = {}
+        numbers: dict[bytes, int] = {}
+        distinct, layers = [], []
         for layer in layout.layers:
-            distinct.setdefault(_told(layer), layer)
-        number = {told: i for i, told in enumerate(distinct)}
-        layers = tuple([number[_told(layer)] for layer in layout.layers])
-        return cls(layout.dtype, tuple(distinct.values()), layers)
+            number = numbers.setdefault(_told(layer), len(distinct))
+            if number == len(distinct):
+                distinct.append(layer)
+            layers.append(number)
+        return cls(layout.dtype, tuple(distinct), tuple(layers))
 
     def layout(self) -> Layout:
         """The layout, in which equal layers are one object."""

@@ -29,6 +29,8 @@ _MAX_CHANNEL = 2 * 256 * 16 + 100
 # own tables are thought to: 3 % is seen where they fit, since few tokens tell too little of a
 # channel. And what a stream takes besides its numbers, in bits.
 _SAMPLE, _MORE, _STREAM = 128, 0.05, 1200
+# Under which a part of few tokens is kept, as coded by its tables, for its block if that is all.
+_CODED = "coded"
 
 
 class ChannelCodec(Codec):
@@ -63,8 +65,13 @@ class ChannelCodec(Codec):
         if known is not None and _fits(known, part[:, :, :_SAMPLE], form):
             return b""
         made: bytes = _native.channel_tables(rows(part), *fields(form))
-        few = part.shape[2] <= _SAMPLE
-        return b"" if few and made and not _pay(made, part, form) else made
+        if made and part.shape[2] <= _SAMPLE:
+            tables = _native.ChannelTables(made, part.shape[1], part.shape[3], *fields(form))
+            coded = tables.encode(rows(part))
+            if coded is None or len(made) + len(coded) >= len(_RAW) + part.nbytes:
+                return b""  # few tokens are smaller without, since tables go into the file, too
+            context.scratch[_CODED] = part, coded
+        return made
 
     def load_tables(
         self, data: memoryview, shape: tuple[int, ...], context: Context
@@ -78,7 +85,9 @@ class ChannelCodec(Codec):
         return _native.ChannelTables(data, heads, dim, *fields(context.dtype))
 
     def encode(self, block: Bits, context: Context) -> bytes:
-        coded: bytes | None = context.tables.encode(rows(block)) if context.tables else None
+        part, coded = context.scratch.get(_CODED, (None, None))
+        if part is not block:
+            coded = context.tables.encode(rows(block)) if context.tables else None
         return _RAW + block.tobytes() if coded is None else coded
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
@@ -123,13 +132,6 @@ class ChannelCodec(Codec):
 
     def max_tables_size(self, shape: tuple[int, ...], dtype: DType) -> int:
         return 1 + shape[1] * shape[3] * _MAX_CHANNEL // 8
-
-
-def _pay(made: bytes, part: Bits, form: DType) -> bool:
-    """Whether a part of few tokens is smaller with its own tables, which go into the file too."""
-    tables = _native.ChannelTables(made, part.shape[1], part.shape[3], *fields(form))
-    coded: bytes | None = tables.encode(rows(part))
-    return coded is not None and len(made) + len(coded) < len(_RAW) + part.nbytes
 
 
 def _fits(tables: _native.ChannelTables, sample: Bits, form: DType) -> bool:

@@ -269,7 +269,10 @@ class Writer:
 
 
 def _block(entry: Entry, whole: Bits) -> Bits:
-    """An entry's numbers, out of all of its layer's and part's."""
+    """An entry's numbers, out of all of its layer's and part's; the same object where these are
+    all."""
+    if entry.tokens == whole.shape[2]:
+        return whole
     return whole[:, :, entry.start : entry.start + entry.tokens]
 
 

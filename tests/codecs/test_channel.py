@@ -103,6 +103,20 @@ def test_a_decoder_written_from_the_spec_reads_real_blocks(dtype):
     assert coded >= 6
 
 
+def test_what_is_kept_of_few_tokens_is_for_the_part_that_it_is_of(dtype):
+    rng = np.random.default_rng(2)
+    part, other = (cache_like(rng, dtype, (1, 2, 100, 16)) for _ in range(2))
+    scratch = {}
+    made = CODEC.make_tables(part, context(dtype, scratch=scratch))
+    assert made and scratch
+    tables = CODEC.load_tables(memoryview(made), part.shape, context(dtype))
+    for numbers in (part, other, part[:, :, :50], part.copy()):
+        told = context(dtype, tables=tables, scratch=scratch)
+        data = CODEC.encode(numbers, told)
+        assert data == encode(numbers, dtype, tables)
+        assert np.array_equal(decode(data, numbers.shape, dtype, tables), numbers)
+
+
 # --- one result on any processor -----------------------------------------------------------------
 
 
