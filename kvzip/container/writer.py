@@ -140,21 +140,25 @@ class Writer:
         """Write the whole file to a seekable sink; return its length in bytes. `progress` is called
         with raw bytes as they are done."""
         timer = metrics.Timer()
-        header, ids = self._packed_header, self._packed_ids
+        header, ids, layers = self._packed_header, self._packed_ids, self.snapshot.layout.layers
         index = np.zeros(len(self._entries), RECORD)
         offset = start_length(len(header), len(ids), len(index))
         base = sink.tell()
         sink.seek(base + offset)
         for row, data, stored, raw in self._encoded(thread_count(threads)):
-            entry = self._entries[row]
-            index[row] = entry.record(offset, len(data), stored, raw)
-            sink.write(data)
-            sink.write(bytes(aligned(len(data)) - len(data)))
-            offset += aligned(len(data))
+            entry, length = self._entries[row], len(data)
+            index[row] = entry.record(offset, length, stored, raw)
+            if length:
+                sink.write(data)
+                offset += length
+            if length % ALIGNMENT:
+                zeros = bytes(-length % ALIGNMENT)
+                sink.write(zeros)
+                offset += len(zeros)
             if not entry.tables:
-                part = self.snapshot.layout.layers[entry.layer].parts[entry.part]
+                part = layers[entry.layer].parts[entry.part]
                 size = entry.tokens * part.line_bytes
-                _check_readable(self._codecs[entry.key], len(data), size, part.form)
+                _check_readable(self._codecs[entry.key], length, size, part.form)
                 if progress is not None:
                     progress(size)
         sink.seek(base)
@@ -171,12 +175,12 @@ class Writer:
 
     def _encoded(self, workers: int) -> Iterator[Encoded]:
         """All entries in the order of the file."""
+        if all(codec.independent for codec in self._codecs.all):
+            yield from self._parts(range(len(self._entries)), workers)
+            return
         chained = [
             row for row, e in enumerate(self._entries) if not self._codecs[e.key].independent
         ]
-        if not chained:
-            yield from self._parts(range(len(self._entries)), workers)
-            return
         done = self._chains(chained, workers)
         others = self._parts(sorted(set(range(len(self._entries))) - set(chained)), workers)
         for row in range(len(self._entries)):
