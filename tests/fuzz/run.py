@@ -9,7 +9,9 @@ tests/fuzz/corpus, which `make test` tries. At the end the lines of the product 
 reach are counted, and a line for each target goes into `log.jsonl` there. Targets `native/CODEC`
 are the programs of tests/native, under AddressSanitizer and UBSan, which make their own input.
 
-`--keep` moves the log to kept.jsonl, in the repository; `--counts` adds up both.
+`--keep` moves the log to kept.jsonl, in the repository; `--counts` adds up both. `--shrink` makes
+tests/fuzz/corpus of what is there and was found: as few inputs as reach, beyond the seeds, all that
+they reach together.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import platform
 import random
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from collections import Counter
 from pathlib import Path
@@ -40,6 +44,8 @@ LEAST_REACHED = 30
 """Branches that the seeds of any target reach."""
 KEPT = HERE / "kept.jsonl"
 CORPUS = HERE / "corpus"
+FILES = ("open", "decode", "part", "predictive")
+"""Targets that read the same kind of file, and have each other's inputs."""
 NATIVE = [f"native/{codec}" for codec in building.SOURCES]
 SANITIZED = ["-O1", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
 
@@ -49,8 +55,9 @@ def is_reader(name: str) -> bool:
     return name.startswith(("container/", "codecs/", "profile", "snapshot", "tensors", "pages"))
 
 
-def fuzz_one(target: str, options: list[str]) -> None:
-    """Become the fuzzer of one target, which never returns."""
+def fuzz_one(target: str, program: str, options: list[str]) -> None:
+    """Become the fuzzer of one target, which never returns. `program`: what a shell can run to
+    become it again, which libFuzzer does when it merges."""
     import atheris
     import targets
 
@@ -63,7 +70,7 @@ def fuzz_one(target: str, options: list[str]) -> None:
         if str(found.__module__).split(".")[0] in ("kvzip", "targets"):
             atheris.instrument_func(found)
     tried = targets.tried
-    atheris.Setup([sys.argv[0], *options], lambda data: tried(target, data))
+    atheris.Setup([program, *options], lambda data: tried(target, data))
     atheris.Fuzz()
 
 
@@ -86,19 +93,66 @@ def covered(target: str, folders: list[Path]) -> dict[str, str]:
 
 def folders_of(target: str, corpus: Path) -> list[Path]:
     """Where a target's inputs are: what is found goes into the first."""
-    kept = CORPUS / target
-    return [corpus / target, *([kept] if kept.is_dir() else [])]
+    return [corpus / target, *(folder for folder in kept_for(target) if folder.is_dir())]
+
+
+def kept_for(target: str) -> list[Path]:
+    """The folders of the repository with inputs for a target, its own first."""
+    others = FILES if target in FILES else ()
+    return [CORPUS / name for name in dict.fromkeys([target, *others])]
+
+
+def write_seeds(target: str, folder: Path) -> set[str]:
+    """Write a target's seeds into a folder; their files' names."""
+    import targets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = {hashlib.sha256(seed).hexdigest()[:16]: seed for seed in targets.seeds(target)}
+    for name, seed in seeds.items():
+        (folder / name).write_bytes(seed)
+    return set(seeds)
+
+
+def shrink(target: str, corpus: Path) -> str:
+    """Make a target's kept corpus anew: what its seeds, and what is kept for other targets of its
+    kind, do not reach. What was said if it failed. What once crashed stays."""
+    before = list((CORPUS / target).glob("*"))
+    with tempfile.TemporaryDirectory() as scratch:
+        merged, again = Path(scratch, "merged"), Path(scratch, "again")
+        known = write_seeds(target, merged)
+        for folder in kept_for(target)[1:]:
+            for file in folder.glob("*"):
+                shutil.copyfile(file, merged / file.name)
+                known.add(file.name)
+        # libFuzzer starts itself again by a shell, which runs no file that is not executable.
+        command = shlex.join([sys.executable, str(Path(__file__).resolve()), "--one", target])
+        again.write_text(f'#!/bin/sh\nexec {command} "$0" "$@"\n')
+        again.chmod(0o755)
+        folders = [merged, *(folder for folder in folders_of(target, corpus) if folder.is_dir())]
+        done = subprocess.run(
+            [again, "-set_cover_merge=1", "-max_len=8192", *folders], capture_output=True, text=True
+        )
+        found = [file for file in sorted(merged.iterdir()) if file.name not in known]
+        if done.returncode or "MERGE-OUTER" not in done.stderr:
+            return done.stderr[-3000:]
+        for file in before:
+            if not file.name.startswith("crash-"):
+                file.unlink()
+        (CORPUS / target).mkdir(parents=True, exist_ok=True)
+        for file in found:
+            name = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            shutil.copyfile(file, CORPUS / target / name)
+    kept = list((CORPUS / target).iterdir())
+    size = sum(file.stat().st_size for file in kept)
+    print(f"{target}: {len(kept)} inputs of {size:,} bytes, before {len(before)}", flush=True)
+    return ""
 
 
 def by_atheris(target: str, corpus: Path, seconds: int) -> tuple[int, str]:
     """Fuzz a target of targets.py; how often it ran, and what was said if it failed."""
-    import targets
-
     folders = folders_of(target, corpus)
-    folders[0].mkdir(parents=True, exist_ok=True)
-    for seed in targets.seeds(target):
-        (folders[0] / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
-    command = [sys.executable, __file__, "--one", target, f"-max_total_time={seconds}"]
+    write_seeds(target, folders[0])
+    command = [sys.executable, __file__, "--one", target, __file__, f"-max_total_time={seconds}"]
     command += ["-timeout=20", "-rss_limit_mb=2048", "-max_len=8192", "-print_final_stats=1"]
     command += [f"-artifact_prefix={corpus}/{target}-", *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -132,10 +186,11 @@ def main() -> int:
     parse.add_argument("--corpus", type=Path, default=Path("build/fuzz"))
     parse.add_argument("--counts", action="store_true", help="only add up the logs")
     parse.add_argument("--keep", action="store_true", help="move the log to the repository")
+    parse.add_argument("--shrink", action="store_true", help="make the kept corpus anew")
     parse.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parse.parse_args()
     if given.one:
-        fuzz_one(given.one[0], given.one[1:])
+        fuzz_one(given.one[0], given.one[1], given.one[2:])
     log = given.corpus / "log.jsonl"
     if given.keep:
         runs.keep(log, KEPT)
@@ -144,6 +199,10 @@ def main() -> int:
         return 0
     import targets
 
+    if given.shrink:
+        wrong = [shrink(target, given.corpus) for target in given.targets or targets.TARGETS]
+        print(*filter(None, wrong), sep="\n", end="")
+        return int(any(wrong))
     failed = 0
     for target in given.targets or [*targets.TARGETS, *NATIVE]:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
