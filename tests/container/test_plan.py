@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -224,6 +225,55 @@ def test_raw_bytes_are_those_of_the_request(case):
     raw = sum(part.nbytes for cut in request.cuts.values() for part in cut.parts.values())
     assert request.raw_bytes(index, rows_of(layout, index, request)) == raw
     assert request.raw_bytes(index, range(len(index))) == raw
+
+
+@given(case=files(), most=st.sampled_from([0, 64, 700, 1 << 40]), data=st.data())
+def test_runs_are_neighbours_that_are_read_together(case, most, data):
+    index = case[2]
+    rows = sorted(data.draw(st.sets(st.integers(0, max(len(index) - 1, 0)))) if len(index) else [])
+    runs = index.runs(rows, most)
+    assert [row for _, _, run in runs for row in run] == rows
+    ends = []
+    for begin, length, run in runs:
+        spans = [index.span(row) for row in run]
+        assert begin == spans[0][0] and length == sum(size for _, size in spans)
+        assert all(a + size == b for (a, size), (b, _) in itertools.pairwise(spans))
+        assert length <= most or len(run) == 1
+        ends.append((begin + length, length, index.span(run[0])[1]))
+    for (end, length, _), (begin, _, _), (_, _, first) in zip(
+        ends, runs[1:], ends[1:], strict=False
+    ):
+        assert end != begin or length + first > most
+
+
+@given(case=files(), data=st.data())
+def test_stored_bytes_are_cut_out_of_what_was_read(case, data):
+    index = case[2]
+    begin, size = START, sum(index.span(row)[1] for row in range(len(index)))
+    read = memoryview(bytearray(size))
+    rows = [row for row in range(len(index)) if index.length[row]]
+    for row in rows:  # its own number, and zeros behind
+        at, length = index.offset[row] - begin, index.length[row]
+        read[at : at + length] = bytes([row % 255 + 1]) * length
+    found = index.stored(read, begin, rows, 0)
+    assert list(found) == rows
+    for row, stored in found.items():
+        assert bytes(stored) == bytes([row % 255 + 1]) * index.length[row]
+    if not rows:
+        return
+    row = data.draw(st.sampled_from(rows))
+    with pytest.raises(ValueError, match="checksum"):
+        index.stored(read, begin, [row], 1 << 40)
+    for less, at in ((read[:-1], begin), (read, begin - 1), (read, begin + 1)):
+        with pytest.raises(ValueError, match=r"cut short|zeros"):
+            index.stored(less, at, rows, 0)
+    with pytest.raises(ValueError, match="no such entry"):
+        index.stored(read, begin, [len(index)], 0)
+    end, taken = index.offset[row] + index.length[row], index.span(row)[1]
+    if index.length[row] < taken:
+        read[end - begin] = 1
+        with pytest.raises(ValueError, match="zeros"):
+            index.stored(read, begin, [row], 0)
 
 
 @given(

@@ -414,3 +414,41 @@ def test_files_by_url(tmp_path, blob, snapshot):
     assert_same(kvzip.decode((tmp_path / "a b%.kvz").as_uri()), snapshot)
     with pytest.raises(kvzip.StoreError, match="there is no file://"):
         kvzip.open((tmp_path / "none.kvz").as_uri())
+
+
+@pytest.mark.parametrize("codec", ["raw", "channel"])
+@pytest.mark.parametrize("tokens", [20, 200])
+def test_damage_is_told_wherever_a_file_is_read(tmp_path, codec, tokens):
+    """Neighbouring entries are read together or not, by what they are read from; each is looked
+    at."""
+    snapshot = make_snapshot(cache_like, 6, "bf16", layers=3, tokens=tokens, dim=32)
+    blob = bytearray(kvzip.encode(snapshot, codec, block_tokens=64))
+    path, rng = tmp_path / "a.kvz", random.Random(1)
+    path.write_bytes(blob)
+    assert_same(kvzip.decode(path), snapshot)
+    with kvzip.open(bytes(blob)) as reader:
+        spans = [
+            (*reader.index.span(row), reader.index.key[row][0]) for row in range(len(reader.index))
+        ]
+    for offset, size, layer in spans:
+        if not size:
+            continue
+        at, bit = offset + rng.randrange(size), 1 << rng.randrange(8)
+        blob[at] ^= bit
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(blob[at : at + 1])
+        for source in (bytes(blob), path, io.BytesIO(blob), Foreign(bytes(blob))):
+            for threads in (1, 2):
+                with pytest.raises(kvzip.CorruptError, match=f"layer {layer} "):
+                    kvzip.decode(source, threads=threads)
+            with kvzip.open(source) as reader:
+                for i in range(len(reader)):
+                    if i != layer:
+                        reader.layer(i)
+                with pytest.raises(kvzip.CorruptError, match=f"layer {layer} "):
+                    reader.layer(layer)
+        blob[at] ^= bit
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(blob[at : at + 1])
