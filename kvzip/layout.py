@@ -96,6 +96,8 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         of 1 for each axis that it has not."""
         if self.axes == "bhtd":
             return self.shape  # type: ignore[return-value] # four, as the axes are
+        if self.axes == "htd":
+            return (1, *self.shape)  # type: ignore[return-value]
         lines = self.size("t") if "t" in self.axes else self.size("r")
         return self.size("b"), self.size("h"), lines, self.size("d")
 
@@ -298,7 +300,7 @@ def _wrong_axes(axes: str, shape: tuple[int, ...]) -> str | None:
             return "it has tokens, t, or rows, r, and not both"
         if axes.find("b") > 0:
             return "the batch, b, comes first"
-    if min(shape, default=0) < 0 or max(shape, default=0) > _MOST:
+    if shape and not 0 <= min(shape) <= max(shape) <= _MOST:
         return f"sizes are from 0 to {_MOST}"
     return None
 
