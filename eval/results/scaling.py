@@ -105,8 +105,8 @@ class Gain(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     tokens: float | None
-    """Bits that twice the training tokens save, with the smallest profile at each number of tokens
-    (whose tables of tokens grow with them); None where there is one number only."""
+    """Bits that twice the training tokens save, with profiles of one size; None where there is one
+    number only."""
     tokens_range: tuple[int, int]
     """The numbers of training tokens that it is from."""
     profile: float | None
@@ -131,7 +131,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 class Extrapolation(msgspec.Struct, frozen=True, kw_only=True):
     """What the measured models say of one that was not: an estimate, and no figure of that model.
 
-    Taken at one number of training tokens, with each model's smallest profile.
+    Taken at one number of training tokens, with profiles of one size.
     """
 
     train_tokens: int

@@ -1,9 +1,9 @@
 """What measured models say of one that was not measured, and how little that is.
 
-Bits are compared at the same number of training tokens and with each model's smallest profile, one
-predictor a layer where the models are small. Two ways to say how sure the result is: as if models
-were drawn from one normal distribution, by Student's t, which for two models means that 95 % of
-further ones lie anywhere; and by lines along single properties, whose answers differ.
+Bits are compared at the same number of training tokens, and with profiles of one size. Two ways to
+say how sure the result is: as if models were drawn from one normal distribution, by Student's t,
+which for two models means that 95 % of further ones lie anywhere; and by lines along single
+properties, whose answers differ.
 """
 
 from __future__ import annotations
@@ -49,11 +49,17 @@ def _predictive(model: ScaledModel) -> list[ScalingPoint]:
     return [point for point in model.points if point.codec == "predictive"]
 
 
-def smallest_profiles(model: ScaledModel) -> list[ScalingPoint]:
-    """The point with the smallest profile at each number of training tokens, the fewest first."""
-    by_tokens: dict[int, list[ScalingPoint]] = {}
+def of_one_size(model: ScaledModel) -> list[ScalingPoint]:
+    """A point at each number of training tokens, the fewest first, with profiles of one size: that
+    which was asked for at most of these numbers, the larger of two such. Of points that are alike
+    in this, the one with the smallest profile."""
+    by_size: dict[float, dict[int, list[ScalingPoint]]] = {}
     for point in _predictive(model):
-        by_tokens.setdefault(point.train_tokens, []).append(point)
+        by_size.setdefault(point.asked or 0, {}).setdefault(point.train_tokens, []).append(point)
+    if not by_size:
+        return []
+    size = max(by_size, key=lambda asked: (len(by_size[asked]), asked))
+    by_tokens = by_size[size]
     return [min(by_tokens[n], key=lambda p: p.profile_bytes) for n in sorted(by_tokens)]
 
 
@@ -61,12 +67,12 @@ def gains(models: Sequence[ScaledModel]) -> list[Gain]:
     """What twice the tokens and twice the profile saved, of each model that says either."""
     found = []
     for model in models:
-        least = smallest_profiles(model)
-        if not least:
+        alike = of_one_size(model)
+        if not alike:
             continue
-        most = least[-1].train_tokens
+        most = alike[-1].train_tokens
         sizes = [p for p in _predictive(model) if p.train_tokens == most]
-        tokens = _saved([(p.train_tokens, p.bits_per_value) for p in least])
+        tokens = _saved([(p.train_tokens, p.bits_per_value) for p in alike])
         profile = _saved([(p.profile_bytes, p.bits_per_value) for p in sizes])
         if tokens is not None or profile is not None:
             by_size = [p.profile_bytes for p in sizes]
@@ -74,7 +80,7 @@ def gains(models: Sequence[ScaledModel]) -> list[Gain]:
                 Gain(
                     model=model.shape.name,
                     tokens=tokens,
-                    tokens_range=(least[0].train_tokens, most),
+                    tokens_range=(alike[0].train_tokens, most),
                     profile=profile,
                     profile_range=(min(by_size), max(by_size)),
                 )
@@ -98,7 +104,7 @@ def extrapolations(models: Sequence[ScaledModel], target: Shape) -> list[Extrapo
     able = [m for m in models if m.dtype == models[0].dtype and _predictive(m)]
     by_tokens: dict[int, dict[str, tuple[ScaledModel, ScalingPoint]]] = {}
     for model in able:
-        for point in smallest_profiles(model):
+        for point in of_one_size(model):
             # Of a model that is there twice, the first counts.
             by_tokens.setdefault(point.train_tokens, {}).setdefault(
                 model.shape.name, (model, point)

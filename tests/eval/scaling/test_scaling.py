@@ -30,7 +30,7 @@ from kvzip.eval.scaling.extrapolate import (
     QWEN3_4B,
     extrapolations,
     gains,
-    smallest_profiles,
+    of_one_size,
 )
 from kvzip.eval.scaling.table import as_csv
 
@@ -197,6 +197,20 @@ def test_two_models_say_little(a: float, b: float) -> None:
     assert layers.beyond == pytest.approx(1.6)
 
 
+def test_profiles_of_one_size_are_compared() -> None:
+    """Of the size that most training sets have, the larger of two such; not of one that only the
+    largest has."""
+    sizes = {3: {14: 8.0, 15: 7.9}, 10: {14: 7.5, 15: 7.4}, 30: {15: 7.2}}
+    model = made("a", [])
+    for asked, bits in sizes.items():
+        of = made("a", [(2**n, asked, bits[n]) for n in bits])
+        model.points.extend(msgspec.structs.replace(p, asked=asked / 100) for p in of.points[1:])
+    assert [p.bits_per_value for p in of_one_size(model)] == [7.5, 7.4]
+    [gain] = gains([model])
+    assert gain.tokens == pytest.approx(0.1) and gain.profile_range == (3, 30)
+    assert of_one_size(made("a", [])) == []
+
+
 def test_the_smallest_profile_counts_and_the_target_ends_it() -> None:
     models = [made("a", [(10, 9, 7.0), (10, 5, 8.0)]), made("b", [(10, 5, 7.5)])]
     [found] = extrapolations(models, QWEN3_4B)
@@ -281,7 +295,7 @@ def test_the_stored_result_is_what_the_docs_tell() -> None:
     page = (DOCS / "qwen3-4b.md").read_text()
     for model in found.models:
         [line] = [line for line in page.splitlines() if line.startswith(f"| {model.shape.name} |")]
-        points = smallest_profiles(model)
+        points = of_one_size(model)
         bits = [f"{point.bits_per_value:.2f}" for point in points]
         channel = next(p.bits_per_value for p in model.points if p.codec == "channel")
         said = [cell.strip() for cell in line.split("|")[1:-1]]
