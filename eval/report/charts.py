@@ -11,6 +11,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import msgspec
+
 from kvzip.entropy import Ladder, Rung
 from kvzip.entropy.ladder import PREDICTED, PROFILE
 from kvzip.entropy.tables import LEVELS
@@ -201,11 +203,20 @@ def frontier_svg(
 
 
 def whole_svg(run: WholeRun, name: str = "whole", size: tuple[int, int] = (WIDE, 480)) -> str:
-    """The same of whole files, and of files whose first layers are computed."""
-    by_key = {p.key: p for p in run.points}
+    """The same of whole files, and of files whose first layers are computed. Of points of a kind
+    at the same place on the scale of compute only the lowest has its name beside it."""
+
+    def in_crowd(p: WholePoint) -> bool:
+        return any(
+            q.family == p.family and abs(q.share - p.share) < 0.02 and q.bits < p.bits
+            for q in run.points
+        )
+
+    points = [msgspec.structs.replace(p, label="") if in_crowd(p) else p for p in run.points]
+    by_key = {p.key: p for p in points}
     chosen = [by_key[key] for key in run.hull]
     title = f"Bits per number of whole files against compute, {run.shape.name}, {run.dtype}"
-    return _against_compute(name, title, run.points, chosen, (), "bits per number", size, log=False)
+    return _against_compute(name, title, points, chosen, (), "bits per number", size, log=False)
 
 
 def _against_compute(
