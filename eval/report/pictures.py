@@ -70,7 +70,7 @@ def frontier_file(result: Frontier) -> str:
     headings = [
         f"{result.model}, {run.dtype}"
         + (f" (cast from {run.cast_from})" if run.cast_from else "")
-        + ": bits against compute; areas are bytes to know"
+        + ": bits against compute; areas: bytes to know"
         for run in result.runs
     ]
     return standalone(svgs, headings)

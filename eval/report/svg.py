@@ -22,6 +22,8 @@ _LINE = 15.0
 """Least distance of two labels, baseline to baseline."""
 _CHAR = 6.7
 """Mean width of a character of a label."""
+_SPARE = 8.0
+"""What a label leaves free to the picture's edge: some fonts are wider."""
 
 
 @dataclass(frozen=True)
@@ -406,7 +408,7 @@ def _beside(
         (left, box)
         for left, box in places
         if frame.left < box.x
-        and box.x + width < frame.width
+        and box.x + width + _SPARE < frame.width
         and frame.top < box.y
         and box.y + _LINE < frame.bottom
     ]
