@@ -213,6 +213,23 @@ def test_files_that_a_page_names_exist(page):
         assert list(ROOT.glob(path.rstrip("/"))), path
 
 
+def test_each_promise_names_tests_that_there_are():
+    text = (DOCS / "guarantees.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    tables = re.findall(r"\| promise \| tests \|\n\|[-|]+\|\n((?:\|.*\n)+)", text)
+    rows = [row.split(" | ") for table in tables for row in table.splitlines()]
+    assert len(tables) >= 4 and len(rows) > 20
+    for promise, tests in rows:
+        # A second file of the same folder stands without it.
+        files = re.findall(r"`(?:[\w/]+/)?(test_\w+\.py)`", tests)
+        folders = re.findall(r"`(tests/[\w/]+/)`", tests)
+        targets = re.findall(r"`make ([\w-]+)", tests)
+        assert files or folders or targets, promise
+        assert all(list((ROOT / "tests").rglob(name)) for name in files), promise
+        assert all(list((ROOT / name).rglob("test_*.py")) for name in folders), promise
+        assert all(f"\n{name}:" in makefile for name in targets), promise
+
+
 # --- the house -----------------------------------------------------------------------------------
 
 ARCHITECTURE = (DOCS / "architecture.md").read_text()

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import kvzip
+from kvzip.store import Store
+from kvzip.store.folder import Folder
+from kvzip.testing import cache_like, make_snapshot, reseal
+
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     file
@@ -138,6 +143,41 @@ def test_no_name_in_a_store_leads_out_of_it(tmp_path):
             assert resolved.startswith((str(tmp_path / "store"), str(tmp_path / "got"))) or (
                 resolved == str(tmp_path)
             ), path
+
+
+def test_no_name_in_a_file_leads_out_of_a_store(tmp_path):
+    """A store makes a file's name of the profile's that a header names."""
+    snapshot = make_snapshot(cache_like, 1, "bf16", tokens=128)
+    profile = kvzip.Profile.fit([snapshot], codec="channel")
+    blob = bytearray(kvzip.encode(snapshot, "raw", profile))
+    at, path = blob.index(profile.id.encode()), tmp_path / "doc.kvz"
+    for name in ("../" * 3 + "outside", "/" + str(tmp_path / "x")[1:], "a\\\\..", "A", "\\u0000"):
+        blob[at : at + 64] = (name + "/" * 64).encode()[:62] + b"ab"
+        path.write_bytes(reseal(blob))
+        store = Store(tmp_path / "a" / "store", block_tokens=64)
+        for act in (kvzip.open, kvzip.decode, store.put):
+            with pytest.raises(kvzip.KVZipError, match="profile"):
+                act(path)
+    assert {one.name for one in tmp_path.rglob("*") if one.is_file()} == {"doc.kvz"}
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "a/../b", ".."])
+def test_a_folder_touches_nothing_outside(tmp_path, name):
+    outside = tmp_path / "x"
+    outside.write_bytes(b"mine")
+    objects = Folder(tmp_path / "store", "store", make=True)
+    for path in (name, str(outside)):
+        for act in (
+            objects.get,
+            objects.head,
+            objects.delete,
+            objects.open,
+            lambda path: objects.put(path, b"yours", create=False),
+            lambda path: list(objects.under(path)),
+        ):
+            with pytest.raises(kvzip.StoreError, match="leads out"):
+                act(path)
+    assert outside.read_bytes() == b"mine" and [*tmp_path.iterdir()] == [outside]
 
 
 EVERYTHING = """

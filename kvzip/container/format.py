@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -38,6 +38,9 @@ MAX_ENTRIES = 1 << 26
 """The most entries that an index may have."""
 WRITER = f"kvzip {__version__}"
 """What a header names as the file's writer."""
+
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
+"""In hexadecimal, and nothing else: a store makes the names of files of it."""
 
 C = TypeVar("C", bound=Codec)
 N = TypeVar("N", "OtherCodec", "OnGrid")
@@ -168,11 +171,11 @@ class Header(
     block_tokens: int
     """Tokens in a block; the last block of a layer may hold fewer."""
     writer: str
-    profile: str | None = None
+    profile: Sha256 | None = None
     """SHA-256 of the profile that the reader needs."""
     token_ids: bool = False
     """Whether the ids of all tokens follow the header."""
-    token_ids_sha256: str | None = None
+    token_ids_sha256: Sha256 | None = None
     """SHA-256 of the ids as little-endian uint32, when the ids themselves are withheld."""
     other_codecs: tuple[OtherCodec, ...] = ()
     """What stores the parts that `codec` does not take."""

@@ -85,11 +85,18 @@ class Folder:
         if not self.folder.is_dir() and (not make or self.folder.exists()):
             raise UsageError(f"{self.folder} is not a folder")
 
+    def _at(self, path: str) -> Path:
+        """Where an object lies. Raises StoreError for a path that leads out of the folder."""
+        found = self.folder / path
+        if not found.is_relative_to(self.folder) or ".." in found.parts[len(self.folder.parts) :]:
+            raise StoreError(f"{path!r} leads out of {self.url}")
+        return found
+
     def get(self, path: str) -> bytes | None:
         """An object's bytes, or None when there is none."""
         with _as_store_errors(f"cannot read {path} in {self.url}"):
             try:
-                return (self.folder / path).read_bytes()
+                return self._at(path).read_bytes()
             except FileNotFoundError:
                 return None
 
@@ -100,7 +107,7 @@ class Folder:
     def _chunks(self, path: str) -> Iterator[bytes]:
         with (
             _as_store_errors(f"cannot read {path} in {self.url}"),
-            (self.folder / path).open("rb") as file,
+            self._at(path).open("rb") as file,
         ):
             while chunk := file.read(1 << 20):
                 yield chunk
@@ -109,7 +116,7 @@ class Folder:
         """What is known of an object, or None when there is none."""
         with _as_store_errors(f"cannot read {path} in {self.url}"):
             try:
-                return _meta(path, (self.folder / path).stat())
+                return _meta(path, self._at(path).stat())
             except FileNotFoundError:
                 return None
 
@@ -118,7 +125,7 @@ class Folder:
     ) -> bool:
         """Write an object, all of a file or these bytes, whole or not at all; False when `create`
         and there is one already. `durable`: it outlives a power cut that comes after."""
-        target = self.folder / path
+        target = self._at(path)
         with _as_store_errors(f"cannot write {path} in {self.url}"):
             for _ in range(100):
                 self._make(target.parent)
@@ -168,7 +175,7 @@ class Folder:
 
     def _walk(self, prefix: str) -> Iterator[Meta]:
         try:
-            entries = sorted(os.scandir(self.folder / prefix), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(self._at(prefix)), key=lambda entry: entry.name)
         except (FileNotFoundError, NotADirectoryError):
             return
         for entry in entries:
@@ -189,7 +196,7 @@ class Folder:
 
     def delete(self, path: str) -> None:
         """Delete an object, if there is one, and the folder that held it alone."""
-        target = self.folder / path
+        target = self._at(path)
         with _as_store_errors(f"cannot delete {path} in {self.url}"), suppress(FileNotFoundError):
             target.unlink()
         if target.parent != self.folder:
@@ -203,7 +210,7 @@ class Folder:
     def source(self, path: str) -> Source:
         """An object's bytes, to be read in ranges. Raises FileNotFoundError when there is none."""
         with _as_store_errors(f"cannot read {path} in {self.url}"):
-            return open_source(self.folder / path)
+            return open_source(self._at(path))
 
     def sweep(self) -> None:
         """Remove what killed writers left unfinished."""
