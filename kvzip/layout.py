@@ -522,7 +522,8 @@ class StoredLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def of(cls, layout: Layout) -> StoredLayout:
         """The stored form of a layout."""
         numbers: dict[bytes, int] = {}
-        distinct, layers = [], []
+        distinct: list[LayerLayout] = []
+        layers: list[int] = []
         for layer in layout.layers:
             number = numbers.setdefault(_told(layer), len(distinct))
             if number == len(distinct):
