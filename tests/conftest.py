@@ -21,7 +21,7 @@ from support import CODECS
 from kvzip import dtypes
 
 unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
-settings.register_profile("kvzip", max_examples=50, **unhurried)
+settings.register_profile("kvzip", max_examples=25, **unhurried)
 settings.register_profile("kvzip-long", max_examples=500, **unhurried)  # make test-long
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kvzip"))
 

@@ -15,6 +15,8 @@ from support import make_snapshot, random_bits
 import kvzip
 from kvzip.store import Store
 
+pytestmark = pytest.mark.first
+
 KVZIP = f"{sys.executable} -m kvzip.cli"
 
 

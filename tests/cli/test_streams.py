@@ -16,6 +16,8 @@ from support import cache_like, make_snapshot
 import kvzip
 from kvzip.cli.arguments import with_streams, writes_stdout
 
+pytestmark = pytest.mark.first
+
 
 @pytest.fixture
 def folder(tmp_path):

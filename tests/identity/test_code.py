@@ -22,6 +22,8 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 
 import kvzip  # noqa: E402
 
+pytestmark = pytest.mark.first
+
 SDPA = transformers.AttentionInterface()["sdpa"]
 
 

@@ -17,6 +17,8 @@ transformers = pytest.importorskip("transformers")
 import kvzip  # noqa: E402
 from kvzip.identity import live  # noqa: E402
 
+pytestmark = pytest.mark.first
+
 
 def embeddings(sparse: bool = False) -> Any:
     """So many rows that few of them hold a number that is looked at."""

@@ -30,6 +30,8 @@ from kvzip.eval.sweep.run import run
 
 pytest.importorskip("pyarrow", reason="sweeps need the extra `eval`")
 
+pytestmark = pytest.mark.first
+
 TINY = "synthetic:layers=1,heads=1,dim=8"
 MEASURED = ("id", "status", "raw_bytes", "encoded_bytes", "ratio", "bits_per_value")
 """Columns that do not depend on who measures and when."""
