@@ -36,8 +36,8 @@ Key = tuple[int, str]
 
 MOST = 0.001
 """The share by which ours may take more than constriction's."""
-_CODED = 1
-"""The first byte of a block that is coded, of `channel` and of `predictive`."""
+_CODED = {"channel": 2, "predictive": 3}
+"""The first byte of a block that the codec has coded."""
 _CONSTANT = 0xFFFFFFFF
 _ESCAPED_BITS = 16
 """What `channel` stores an escaped value in."""
@@ -232,7 +232,7 @@ class _File:
         first = self.reader.layout.layers[layer].span(name)[0]
         whole = self.snapshot.layers[layer].block(name)
         for row in self.index.rows[key][1:]:
-            if self.index.length[row] and self.blocks.stored(row)[0] == _CODED:
+            if self.index.length[row] and self.blocks.stored(row)[0] == _CODED[codec_id]:
                 at = self.index.position[row] - first
                 yield row, whole[:, :, at : at + self.index.tokens[row]]
 

@@ -47,8 +47,21 @@ std::size_t header_size(std::size_t streams) { return padded(kModeBytes + kCount
 
 std::size_t stream_size(const Coded& coded) {
   const Stream& stream = coded.stream;
-  return padded(4 * stream.lanes) + padded(stream.stored_mantissas()) +
-         padded(2 * (coded.word_count + coded.escape_count));
+  return padded(stream.stored_states()) + padded(stream.stored_mantissas()) +
+         padded(2 * (coded.word_count + coded.escape_count) + coded.top_count);
+}
+
+// How many states have a highest byte. Throws std::invalid_argument where one is said to have it
+// that there is not.
+std::size_t tops(const Coded& coded) {
+  const std::size_t lanes = coded.stream.lanes;
+  std::size_t found = 0;
+  for (const std::uint8_t* bits = coded.states + 3 * lanes;
+       bits < coded.states + coded.stream.stored_states(); ++bits)
+    found += std::size_t(__builtin_popcount(*bits));
+  if (lanes % 8 && coded.states[coded.stream.stored_states() - 1] >> lanes % 8)
+    throw std::invalid_argument("states of no token");
+  return found;
 }
 
 std::size_t least_size(std::size_t raw_bytes) { return padded(raw_bytes / kMaxExpansion); }
@@ -268,6 +281,8 @@ void PartTables::encode(const Block<const T>& block, Encoded* out) const {
     at.escapes = reinterpret_cast<const std::uint8_t*>(sink.escapes);
     at.word_count = std::size_t(words - sink.words);
     at.escape_count = std::size_t(escapes - sink.escapes);
+    at.top_count = std::size_t(std::count_if(sink.states, sink.states + at.stream.lanes,
+                                             [](std::uint32_t x) { return x >= kTop; }));
     size += stream_size(at);
   }
   size = std::max(size, least_size(n * sizeof(T)));
@@ -295,12 +310,21 @@ void Encoded::write(std::uint8_t* out) const {
   pad(padding(std::size_t(p - out)));
   for (const Piece& piece : streams_) {
     const Coded& at = piece.at;
-    append(piece.states, 4 * at.stream.lanes);
+    std::uint8_t with_top[kLanes / 8] = {}, tops[kLanes];
+    std::size_t top_count = 0;
+    for (std::size_t j = 0; j < at.stream.lanes; ++j) {
+      append(&piece.states[j], 3);
+      if (piece.states[j] < kTop) continue;
+      with_top[j / 8] |= std::uint8_t(1u << j % 8);
+      tops[top_count++] = std::uint8_t(piece.states[j] >> 24);
+    }
+    append(with_top, (at.stream.lanes + 7) / 8);
     pad(padding(std::size_t(p - out)));
     append(at.mantissas, at.stream.stored_mantissas());
     pad(padding(std::size_t(p - out)));
     append(at.words, 2 * at.word_count);
     append(at.escapes, 2 * at.escape_count);
+    append(tops, top_count);
     pad(padding(std::size_t(p - out)));
   }
   pad(std::size_t(out + size - p));
@@ -333,7 +357,10 @@ void PartTables::find(const std::uint8_t* data, std::size_t size, std::size_t ba
   for (const std::size_t n : {batch, heads_, tokens, dim_})
     if (__builtin_mul_overflow(raw_bytes, n, &raw_bytes)) throw std::invalid_argument("cut short");
   Cursor in(data, size);
-  if (*in.take(1) != kCodedBlock) throw std::invalid_argument("not a coded block");
+  if (const std::uint8_t mode = *in.take(1); mode != kCodedBlock)
+    throw std::invalid_argument(mode == kEarlierBlock
+                                    ? "coded by a kvzip from before the first release"
+                                    : "not a coded block");
   if (least_size(raw_bytes) > size) throw std::invalid_argument("cut short");
   in.zeros(kModeBytes - 1);
   const Streams streams(tables, batch, tokens);
@@ -348,12 +375,14 @@ void PartTables::find(const std::uint8_t* data, std::size_t size, std::size_t ba
     std::memcpy(found, counts, sizeof found);
     coded.word_count = found[0];
     coded.escape_count = found[1];
-    coded.states = in.take(4 * coded.stream.lanes);
+    coded.states = in.take(coded.stream.stored_states());
+    coded.top_count = tops(coded);
     to_alignment();
     coded.mantissas = in.take(coded.stream.stored_mantissas());
     to_alignment();
     coded.words = in.take(2 * coded.word_count);
     coded.escapes = in.take(2 * coded.escape_count);
+    coded.tops = in.take(coded.top_count);
     to_alignment();
     out->push_back(coded);
   }

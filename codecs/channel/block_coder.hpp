@@ -183,7 +183,8 @@ void copy_raw(const std::uint8_t* data, std::size_t size, std::size_t heads, std
 template <typename T>
 std::uint64_t checksum(const Block<T>& block, std::size_t heads, std::size_t dim);
 
-enum Mode : std::uint8_t { kRawBlock = 0, kCodedBlock = 1 };
+// Blocks of mode 1 had states of four bytes.
+enum Mode : std::uint8_t { kRawBlock = 0, kEarlierBlock = 1, kCodedBlock = 2 };
 
 // What a block begins with, and all in it, is at multiples of so many bytes.
 constexpr std::size_t kAligned = 16;

@@ -28,7 +28,7 @@ _MAX_CHANNEL = 2 * 256 * 16 + 100
 # Tokens on which a profile's tables are tried, and what they may take more there than the part's
 # own tables are thought to: 3 % is seen where they fit, since few tokens tell too little of a
 # channel. And what a stream takes besides its numbers, in bits.
-_SAMPLE, _MORE, _STREAM = 128, 0.05, 1200
+_SAMPLE, _MORE, _STREAM = 128, 0.05, 850
 # Under which a part of few tokens is kept, as coded by its tables, for its block if that is all.
 _CODED = "coded"
 

@@ -401,19 +401,28 @@ struct Decoding {
     const unsigned lane = cuda::thread() % kWarp;
     unsigned char* const tile = room;
     const unsigned char* const stream = reinterpret_cast<const unsigned char*>(job.stream);
-    const unsigned states_bytes = (4 * job.lanes + 15) & ~15u;
+    const unsigned states_bytes = (stored_states(job.lanes) + 15) & ~15u;
     const unsigned char* mantissas = stream + states_bytes;
     const unsigned char* const coded = mantissas + ((job.mantissas + 15) & ~15u);
     WordRing words(room + kTileBytes, coded, job.words);
     Escapes escapes{reinterpret_cast<const uint16_t*>(coded) + job.words, job.escapes, 0};
     bool damaged = false;
     unsigned x[K];
+    const unsigned char* top = coded + 2 * (job.words + job.escapes);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const unsigned j = lane + kWarp * unsigned(k);
-      x[k] =
-          j < job.lanes ? cuda::constant(reinterpret_cast<const uint32_t*>(stream) + j) : kMinState;
-      damaged |= x[k] < kMinState;
+      const bool there = j < job.lanes;
+      const bool has_top = there && stream[3 * job.lanes + j / 8] >> j % 8 & 1;
+      const unsigned votes = cuda::ballot(has_top);
+      x[k] = kMinState;
+      if (there) {
+        x[k] = unsigned(stream[3 * j]) | unsigned(stream[3 * j + 1]) << 8 |
+               unsigned(stream[3 * j + 2]) << 16;
+        if (has_top) x[k] |= unsigned(top[cuda::ones(votes & ((1u << lane) - 1))]) << 24;
+      }
+      damaged |= x[k] < (has_top ? kTopState : kMinState);
+      top += cuda::ones(votes);
     }
     for (unsigned s = 0; s < job.strips; ++s) {
       StripView view(part, job.first_token, job.tokens, job.first_strip + s);

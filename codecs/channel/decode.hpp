@@ -127,11 +127,22 @@ class StoredLanes {
 
 // The states that a stream begins with; false when one is none.
 inline bool load_states(const Coded& coded, std::uint32_t (&states)[kLanes]) {
+  const std::size_t lanes = coded.stream.lanes;
+  const std::uint8_t* const with_top = coded.states + 3 * lanes;
+  const std::uint8_t* top = coded.tops;
+  bool good = true;
   for (std::uint32_t& x : states) x = kLow;
-  std::memcpy(states, coded.states, 4 * coded.stream.lanes);
-  for (std::uint32_t x : states)
-    if (x < kLow) return false;
-  return true;
+  for (std::size_t j = 0; j < lanes; ++j) {
+    std::uint32_t x;
+    std::memcpy(&x, coded.states + 3 * j, sizeof x);  // its last byte is the next one's or a bit's
+    const std::uint32_t has_top = with_top[j / 8] >> j % 8 & 1;
+    // The byte before is there at any rate, and no branch can be foreseen.
+    top += has_top;
+    x = (x & (kTop - 1)) | (std::uint32_t(top[-1]) << 24 & (0u - has_top));
+    good &= x >= (has_top ? kTop : kLow);
+    states[j] = x;
+  }
+  return good;
 }
 
 // The escapes still to come.

@@ -59,9 +59,10 @@ struct EncodeJob {
   uint32_t numbers;    // that the stream has
   uint32_t row;        // of EncodedStream
 };
-// What became of it: how many words and escapes, or that the tables cannot code it.
+// What became of it: how many words, escapes and states of four bytes, or that the tables cannot
+// code it.
 struct EncodedStream {
-  uint32_t words, escapes, failed, reserved;
+  uint32_t words, escapes, failed, tops;
 };
 
 // An encoded stream on its way from its room to its place in a block.

@@ -313,15 +313,17 @@ struct Encoding {
       else encode_strip<K, false>(view, x, out, tile);
       cuda::sync_warp();
     }
+    unsigned tops = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const unsigned j = lane + kWarp * unsigned(k);
       if (j < job.lanes) reinterpret_cast<uint32_t*>(room)[j] = x[k];
+      tops += cuda::ones(cuda::ballot(j < job.lanes && x[k] >= kTopState));
     }
     const bool failed = cuda::any(out.failed);
     if (lane == 0)
       encoded[job.row] = {unsigned(words_end - out.words), unsigned(escapes_end - out.escapes),
-                          failed, 0};
+                          failed, tops};
   }
 
   KVZIP_DEVICE static void run(const EncodeJob* jobs, uint32_t count, const DevicePart* parts,
@@ -345,41 +347,57 @@ struct Encoding {
 KVZIP_EACH_FORMAT(KVZIP_CHANNEL_ENCODE)
 #undef KVZIP_CHANNEL_ENCODE
 
-// From the rooms to where the streams stand in their block, with zeros up to multiples of 16.
+// From the rooms to where the streams stand in their block, where zeros are.
 constexpr unsigned kPlaceThreads = 128;
+static_assert(kPlaceThreads == kGroupTokens, "a thread has a state");
 KVZIP_KERNEL(kPlaceThreads, 8)
 channel_place_streams(const PlaceJob* jobs, uint32_t count) {
   if (cuda::block() >= count) return;
   const PlaceJob job = jobs[cuda::block()];
   const unsigned thread = cuda::thread(), threads = cuda::threads_of_block();
-  const unsigned states = (4 * job.lanes + 15) & ~15u, mantissas = (job.mantissas + 15) & ~15u;
-  const unsigned char* const room = reinterpret_cast<const unsigned char*>(job.room);
-  unsigned char* const out = reinterpret_cast<unsigned char*>(job.stream);
-  for (unsigned at = 16 * thread; at < states + mantissas; at += 16 * threads) {
+  const unsigned mantissas = (job.mantissas + 15) & ~15u;
+  const unsigned char* const states = reinterpret_cast<const unsigned char*>(job.room);
+  const unsigned char* const room = states + ((4 * job.lanes + 15) & ~15u);
+  unsigned char* const stream = reinterpret_cast<unsigned char*>(job.stream);
+  unsigned char* const out = stream + ((stored_states(job.lanes) + 15) & ~15u);
+  for (unsigned at = 16 * thread; at < mantissas; at += 16 * threads) {
     // Bytes beyond the section's end are zeros.
-    const unsigned end = at < states ? 4 * job.lanes : states + job.mantissas;
     cuda::Four four = *reinterpret_cast<const cuda::Four*>(room + at);
 #pragma unroll
     for (unsigned i = 0; i < 4; ++i) {
       const unsigned from = at + 4 * i;
-      if (from >= end) four.v[i] = 0;
-      else if (end - from < 4) four.v[i] &= (1u << 8 * (end - from)) - 1;
+      if (from >= job.mantissas) four.v[i] = 0;
+      else if (job.mantissas - from < 4) four.v[i] &= (1u << 8 * (job.mantissas - from)) - 1;
     }
     cuda::stream(reinterpret_cast<cuda::Four*>(out + at), four);
   }
   const uint16_t* const end =
-      reinterpret_cast<const uint16_t*>(room + states +
-                                        ((job.mantissas + 2 * kGroupTokens + 15) & ~15u)) +
+      reinterpret_cast<const uint16_t*>(room + ((job.mantissas + 2 * kGroupTokens + 15) & ~15u)) +
       job.numbers;
   const uint16_t* const words = end - job.words;
   const uint16_t* const escapes = end + job.numbers / 4 - job.escapes;
-  unsigned char* const to = out + states + mantissas;
+  unsigned char* const to = out + mantissas;
   const unsigned all = job.words + job.escapes;
   const auto half = [&](unsigned i) -> unsigned {
-    return i < job.words ? words[i] : i < all ? escapes[i - job.words] : 0;
+    return i < job.words ? words[i] : escapes[i - job.words];
   };
-  for (unsigned i = 2 * thread; i < ((all + 7) & ~7u); i += 2 * threads)
+  for (unsigned i = 2 * thread; i + 1 < all; i += 2 * threads)
     *reinterpret_cast<uint32_t*>(to + 2 * i) = half(i) | half(i + 1) << 16;
+  if (all % 2 && thread == 0)
+    *reinterpret_cast<uint16_t*>(to + 2 * all - 2) = uint16_t(half(all - 1));
+  // The state of a thread's own lane; its highest byte stands behind those of the lanes before.
+  const unsigned lane = thread % kWarp;
+  unsigned before = 0, x = 0, votes = 0;
+  for (unsigned first = 0; first <= thread - lane; first += kWarp) {
+    before += cuda::ones(votes);
+    x = first + lane < job.lanes ? reinterpret_cast<const uint32_t*>(states)[first + lane] : 0;
+    votes = cuda::ballot(x >= kTopState);
+  }
+  if (thread >= job.lanes) return;
+  for (unsigned i = 0; i < 3; ++i) stream[3 * thread + i] = (unsigned char)(x >> 8 * i);
+  if (lane % 8 == 0) stream[3 * job.lanes + thread / 8] = (unsigned char)(votes >> lane);
+  if (x >= kTopState)
+    to[2 * all + before + cuda::ones(votes & ((1u << lane) - 1))] = (unsigned char)(x >> 24);
 }
 
 }  // namespace kvzip::channel

@@ -48,7 +48,7 @@ _ENCODE = np.dtype(
     ],
     align=True,
 )
-_ENCODED = np.dtype([("words", "<u4"), ("escapes", "<u4"), ("failed", "<u4"), ("reserved", "<u4")])
+_ENCODED = np.dtype([("words", "<u4"), ("escapes", "<u4"), ("failed", "<u4"), ("tops", "<u4")])
 _PLACE = np.dtype(
     [
         ("room", "<u8"),
@@ -207,8 +207,9 @@ def _layout(
     brings each stream of the others to its place, counted from the first block; and the bytes that
     all take up."""
     batch, heads, _, dim = target.shape
-    data = 2 * (coded["words"].astype(np.int64) + coded["escapes"])
-    lengths = _aligned(4 * jobs["lanes"]) + _aligned(jobs["mantissas"]) + _aligned(data)
+    data = 2 * (coded["words"].astype(np.int64) + coded["escapes"]) + coded["tops"]
+    states = 3 * jobs["lanes"] + (jobs["lanes"] + 7) // 8
+    lengths = _aligned(states) + _aligned(jobs["mantissas"]) + _aligned(data)
     places = np.zeros(len(jobs), _PLACE)
     for name in ("room", "lanes", "mantissas", "numbers"):
         places[name] = jobs[name]
@@ -252,7 +253,7 @@ def _place_streams(device: Device, stream: Stream, places: NDArray[Any], total: 
 def _block(placed: NDArray[np.uint8], span: _Span, coded: NDArray[Any]) -> bytes:
     """A block as it is stored: its kind, the lengths of its streams, and the streams."""
     block = placed[span.offset : span.offset + span.size].copy()
-    block[0] = 1
+    block[0] = 2
     lengths = np.stack([coded["words"], coded["escapes"]], axis=1)
     block[8 : 8 + 8 * span.streams] = np.ascontiguousarray(lengths).view(np.uint8).reshape(-1)
     return block.tobytes()

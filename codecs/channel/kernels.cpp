@@ -9,9 +9,11 @@ namespace kvzip::channel {
 
 namespace {
 
-// A stream has about so many numbers at least: enough that what it begins with is little, and few
-// enough that a GPU has many of them.
-constexpr std::size_t kStripsOfLanes = 2048;  // strips of a stream, times lanes
+// Strips of a stream, times lanes: enough that what it begins with is little, and few enough that a
+// GPU has many of them. Numbers of a byte take less, so there are more of them.
+std::size_t strips_of_lanes(const Tables& tables) {
+  return tables.value_bits + tables.mantissa_bits == 8 ? 3072 : 2048;
+}
 
 }  // namespace
 
@@ -26,8 +28,9 @@ Streams::Streams(const Tables& tables, std::size_t batch, std::size_t tokens)
     count_ = 0;
     return;
   }
-  const std::size_t most = kStripsOfLanes / least(kLanes, tokens);
-  count_ = (strips_ + most - 1) / most;
+  const std::size_t each = strips_of_lanes(tables) / least(kLanes, tokens);
+  count_ = (2 * strips_ + each) / (2 * each);  // the nearest, but one at least
+  if (!count_) count_ = 1;
 }
 
 std::size_t Streams::lanes_at(std::size_t strip) const {
@@ -78,7 +81,7 @@ void make_encoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
 // What is read first of a stream comes from memory while the one before it is decoded.
 static void fetch(const Coded& coded) {
   constexpr std::size_t kWordBytes = 2048;
-  for (std::size_t at = 0; at < 4 * kLanes; at += 64) __builtin_prefetch(coded.states + at);
+  for (std::size_t at = 0; at < 3 * kLanes; at += 64) __builtin_prefetch(coded.states + at);
   for (std::size_t at = 0; at < kWordBytes; at += 64) __builtin_prefetch(coded.words + at);
 }
 

@@ -16,7 +16,9 @@ constexpr int kBucketSlots = 32;
 constexpr int kProbBits = 10;  // probabilities are multiples of 1/1024
 constexpr std::uint32_t kTotal = 1u << kProbBits;
 constexpr std::uint32_t kLow = 1u << 16;  // states stay in [2^16, 2^32)
-constexpr int kMaxSymbols = 512;          // values of sign and exponent
+constexpr std::uint32_t kTop =
+    1u << 24;                     // from here on they are stored in four bytes, else in three
+constexpr int kMaxSymbols = 512;  // values of sign and exponent
 constexpr std::uint8_t kNone = 255;
 
 // A shape's frequencies and alias table, as spec.md has them.
@@ -165,6 +167,8 @@ struct Stream {
   std::size_t mantissas;  // bytes of them, all
   std::size_t carried;    // words of 16 bits at their end that the first states carry
   std::size_t stored_mantissas() const { return mantissas - 2 * carried; }
+  // The three lower bytes of each state, and a bit for each that has a fourth.
+  std::size_t stored_states() const { return 3 * lanes + (lanes + 7) / 8; }
 };
 
 // How a block is cut into streams; the same for every block of these tables and tokens.
@@ -186,8 +190,9 @@ class Streams {
 // Where the parts of a coded stream are, and how long those of no fixed length are.
 struct Coded {
   Stream stream;
-  const std::uint8_t *states, *mantissas, *words, *escapes;
-  std::size_t word_count, escape_count;
+  // `tops`: the highest bytes of those states that have one.
+  const std::uint8_t *states, *mantissas, *words, *escapes, *tops;
+  std::size_t word_count, escape_count, top_count;
 };
 
 // Decodes a block's streams into place. Returns false when one's parts do not fit each other.

@@ -16,11 +16,14 @@ constexpr unsigned kHalf = 32;  // channels that are decoded before they are wri
 constexpr unsigned kWarpsOfBlock =
     1;  // so that compilers see that a warp's threads go the same way
 constexpr unsigned kMinState = 1u << 16;
-constexpr unsigned kUnrolled = 4;  // channels whose steps follow each other without a branch
+constexpr unsigned kTopState = 1u << 24;  // from here on states are stored in four bytes
+constexpr unsigned kUnrolled = 4;         // channels whose steps follow each other without a branch
 
 constexpr unsigned rows_per_octet(int mantissa_bits) {
   return unsigned(8 * (mantissa_bits / 8) + mantissa_bits % 8);
 }
+// Bytes of so many states but for the highest ones.
+KVZIP_DEVICE unsigned stored_states(unsigned lanes) { return 3 * lanes + (lanes + 7) / 8; }
 KVZIP_DEVICE unsigned smaller(unsigned a, unsigned b) { return a < b ? a : b; }
 
 // A group's tokens of one head's strip of channels, as strips.hpp has them.

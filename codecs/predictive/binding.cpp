@@ -148,12 +148,13 @@ class PredictiveChain {
   }
 
   template <typename T>
-  void decode(std::size_t i, int part, const Array<std::uint8_t>& bytes, const Numbers<T>& array) {
+  void decode(std::size_t i, int part, const Array<std::uint8_t>& header,
+              const Array<std::uint8_t>& bytes, const Numbers<T>& array) {
     const Block<T> out = block(i, part, array);
     bool good;
     {
       nb::gil_scoped_release released;
-      good = chain_.decode(span(bytes), out);
+      good = chain_.decode(span(header), span(bytes), out);
     }
     if (!good) throw std::invalid_argument("its words do not fit");
   }
@@ -240,9 +241,10 @@ void bind(nb::module_& m) {
       .def("encode", &PredictiveChain::encode)
       .def("measure", &PredictiveChain::measure<std::uint8_t>, "layer"_a, "part"_a, "numbers"_a)
       .def("measure", &PredictiveChain::measure<std::uint16_t>, "layer"_a, "part"_a, "numbers"_a)
-      .def("decode", &PredictiveChain::decode<std::uint8_t>, "layer"_a, "part"_a, "data"_a, "out"_a)
-      .def("decode", &PredictiveChain::decode<std::uint16_t>, "layer"_a, "part"_a, "data"_a,
-           "out"_a);
+      .def("decode", &PredictiveChain::decode<std::uint8_t>, "layer"_a, "part"_a, "header"_a,
+           "data"_a, "out"_a)
+      .def("decode", &PredictiveChain::decode<std::uint16_t>, "layer"_a, "part"_a, "header"_a,
+           "data"_a, "out"_a);
 }
 
 }  // namespace kvzip::predictive

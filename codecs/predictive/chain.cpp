@@ -6,10 +6,10 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "predictive/block_parts.hpp"
+
 namespace kvzip::predictive {
 namespace {
-
-std::size_t round16(std::size_t n) { return (n + 15) / 16 * 16; }
 
 // Before there is memory for so many.
 std::size_t tokens_of(std::size_t rows, std::size_t count) {
@@ -91,22 +91,24 @@ std::vector<std::vector<std::uint8_t>> Chain::encode() {
     Kept& kept = kept_[i];
     const Layer& layer = model_.layer(kept.layer);
     const Part& part = layer.part[kept.part];
-    const std::size_t first = i ? 0 : round16(8 * states.size());
-    const std::size_t streams =
-        kept.tiles.empty() ? 0 : kept.tiles.back().stream + kept.tiles.back().streams();
-    std::vector<std::uint16_t> counts(round16(2 * streams * lanes) / 2);
+    const StreamTokens streams(kept.tiles, lanes);
+    std::vector<std::uint16_t> counts(streams.streams());
     // At most a word for each number, and one that is written before it is known whether it counts.
     words.resize(total_ * part.channels() + 1);
     const std::size_t n = predictive::kernels().encode(
         part, format_, layer.group, lanes, kept.at.data(), kept.tiles.data(), kept.tiles.size(),
         kept.intervals, states.data(), counts.data(), words.data() + words.size());
+    const std::vector<std::uint8_t> packed = pack_counts(streams, counts, n);
+    const auto* const own_words =
+        reinterpret_cast<const std::uint8_t*>(words.data() + words.size() - n);
+    std::vector<std::uint8_t> first;
+    if (!i) first = pack_states(states);
     std::vector<std::uint8_t>& out = parts[i];
-    out.resize(first + 2 * counts.size() + 4 * n);
-    if (first) std::memcpy(out.data(), states.data(), 8 * states.size());
-    std::copy_n(reinterpret_cast<const std::uint8_t*>(counts.data()), 2 * counts.size(),
-                out.data() + first);
-    std::copy_n(reinterpret_cast<const std::uint8_t*>(words.data() + words.size() - n), 4 * n,
-                out.data() + first + 2 * counts.size());
+    out.reserve(packed.size() + first.size() + 4 * n);
+    out.assign(packed.begin(), packed.begin() + kHeaderBytes);
+    out.insert(out.end(), first.begin(), first.end());
+    out.insert(out.end(), packed.begin() + kHeaderBytes, packed.end());
+    out.insert(out.end(), own_words, own_words + 4 * n);
     stack_.pop(8 * kept.room);
     kept = {};
   }
@@ -114,41 +116,23 @@ std::vector<std::vector<std::uint8_t>> Chain::encode() {
   return parts;
 }
 
-// The states that a token range's first coded part begins with.
-bool Chain::take_states(Span<std::uint8_t>* bytes, std::size_t lanes) {
-  const std::size_t size = 8 * total_ * lanes, all = round16(size);
-  if (bytes->size < all ||
-      !std::all_of(bytes->data + size, bytes->data + all, [](std::uint8_t b) { return b == 0; }))
-    return false;
-  states_.resize(total_ * lanes);
-  if (size) std::memcpy(states_.data(), bytes->data, size);
-  bytes->data += all;
-  bytes->size -= all;
-  return std::all_of(states_.begin(), states_.end(),
-                     [](std::uint64_t x) { return x >= kLow && !(x >> 63); });
-}
-
 template <typename T>
-bool Chain::decode(Span<std::uint8_t> bytes, const Block<T>& numbers) {
+bool Chain::decode(Span<std::uint8_t> header, Span<std::uint8_t> bytes, const Block<T>& numbers) {
   const Layer& layer = model_.layer(this->layer());
   const std::size_t lanes = layer.lanes;
-  if (states_.empty() && !take_states(&bytes, lanes)) return false;
+  if (header.size != kHeaderBytes) return false;
+  // The states that a token range's first coded part begins with.
+  if (states_.empty() && !unpack_states(&bytes, total_ * lanes, &states_)) return false;
   const Kernels& kernels = predictive::kernels();
   begin(kernels);
-  const std::size_t streams = this->streams() * lanes, counts = round16(2 * streams);
-  if (bytes.size < counts) return false;
-  std::vector<const std::uint8_t*> word(streams), last(streams);
-  const std::uint8_t *next = bytes.data + counts, *const stop = bytes.data + bytes.size;
-  for (std::size_t s = 0; s < streams; ++s) {
-    std::uint16_t n;
-    std::memcpy(&n, bytes.data + 2 * s, 2);
-    if (std::size_t(stop - next) < 4u * n) return false;
+  std::vector<std::uint32_t> counts;
+  if (!unpack_counts(StreamTokens(tiles_, lanes), header.data, &bytes, &counts)) return false;
+  std::vector<const std::uint8_t*> word(counts.size()), last(counts.size());
+  const std::uint8_t* next = bytes.data;
+  for (std::size_t s = 0; s < counts.size(); ++s) {
     word[s] = next;
-    last[s] = next += 4 * n;
+    last[s] = next += 4 * std::size_t(counts[s]);
   }
-  for (std::size_t i = 2 * streams; i < counts; ++i)
-    if (bytes.data[i]) return false;
-  if (next != stop) return false;
   const Coded coded{states_.data(), word.data(), last.data()};
   bool good;
   if constexpr (sizeof(T) == 1)
@@ -300,7 +284,7 @@ template double bits_by_channel(const Block<const std::uint32_t>&, std::size_t, 
 
 #define KVZIP_INSTANTIATE(T)                                                \
   template Intervals Chain::measure(const Block<const T>&, std::uint32_t*); \
-  template bool Chain::decode(Span<std::uint8_t>, const Block<T>&);
+  template bool Chain::decode(Span<std::uint8_t>, Span<std::uint8_t>, const Block<T>&);
 KVZIP_INSTANTIATE(std::uint8_t)
 KVZIP_INSTANTIATE(std::uint16_t)
 #undef KVZIP_INSTANTIATE

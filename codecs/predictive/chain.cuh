@@ -23,7 +23,7 @@ KVZIP_DEVICE unsigned up(unsigned n, unsigned multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Where the next word of a lane's stream is, and where they end.
+// Where the next word of a lane's stream is, and where they end, from the block's counts on.
 struct Cursor {
   unsigned at, end;
 };
@@ -170,35 +170,74 @@ class Chain {
            cuda::shuffle_xor(unsigned(v), step);
     return v;
   }
-  KVZIP_DEVICE uint64_t section() const {  // bytes of the counts
-    return (uint64_t(tile_count(job)) * lanes * 2 + 15) / 16 * 16;
-  }
+  // Counts of words: `bits` each, the first of them in the block's header.
+  struct Counts {
+    const unsigned char *header, *section;
+    unsigned bits;
+    int least;
+
+    KVZIP_DEVICE explicit Counts(const RangeJob& job)
+        : header(reinterpret_cast<const unsigned char*>(job.header)),
+          section(reinterpret_cast<const unsigned char*>(job.counts)),
+          bits(header[1]),
+          least(*reinterpret_cast<const int*>(header + 4)) {}
+
+    KVZIP_DEVICE uint64_t section_bytes(uint64_t streams) const {
+      const uint64_t bytes = (streams * bits + 7) / 8;
+      return bytes > kInHeader ? (bytes - kInHeader + 15) / 16 * 16 : 0;
+    }
+    KVZIP_DEVICE unsigned byte(uint64_t at) const {
+      return at < kInHeader ? header[16 - kInHeader + at] : section[at - kInHeader];
+    }
+    // What a stream has more than its share.
+    KVZIP_DEVICE int64_t more(uint64_t stream) const {
+      const uint64_t first = stream * bits, end = first + bits;
+      unsigned field = 0;
+      for (unsigned b = 0; b < 3; ++b)
+        if (8 * (first / 8 + b) < end) field |= byte(first / 8 + b) << 8 * b;
+      return int64_t(least) + (field >> first % 8 & ((1u << bits) - 1));
+    }
+    static constexpr unsigned kInHeader = 8;  // bytes
+  };
   // Each lane's states, and where its words are.
   KVZIP_DEVICE void load_streams() {
-    const auto* const counts = reinterpret_cast<const uint16_t*>(job.counts);
-    const uint64_t streams = uint64_t(tile_count(job)) * lanes, size = section();
+    const Counts counts(job);
+    const uint64_t streams = uint64_t(tile_count(job)) * lanes;
+    const uint64_t size = counts.section_bytes(streams);
     const bool fits = size <= job.bytes && (job.bytes - size) % 4 == 0;
     const uint64_t words = fits ? (job.bytes - size) / 4 : 0;
+    const uint64_t full = words * kTileTokens / (uint64_t(job.tokens) * lanes);
+    const auto count_of = [&](uint64_t stream) {
+      const unsigned tokens = tile_of(job, unsigned(stream / lanes)).count;
+      const uint64_t share =
+          tokens == kTileTokens ? full : words * tokens / (uint64_t(job.tokens) * lanes);
+      return int64_t(share) + counts.more(stream);
+    };
     const uint64_t* const from =
         reinterpret_cast<const uint64_t*>(job.first_states ? job.first_states : job.states);
     for (unsigned l = warp; l < lanes; l += cuda::threads_of_block() / cuda::kWarp) {
       const uint64_t own = uint64_t(tile_number) * lanes + l;
       uint64_t before = 0, all = 0;
       unsigned mine = 0;
+      bool negative = false;
       if (fits) {
         for (uint64_t i = lane; i < streams; i += cuda::kWarp) {
-          all += counts[i];
-          before += i < own ? counts[i] : 0;
+          const int64_t count = count_of(i);
+          negative |= count < 0;
+          all += uint64_t(count);
+          before += i < own ? uint64_t(count) : 0;
         }
-        mine = counts[own];
+        mine = unsigned(count_of(own));
       }
       all = total_of(all);
       before = total_of(before);
-      bool good = fits && all == words;
-      if (lane == 0)
-        memory.cursors[l] = good ? Cursor{unsigned(before), unsigned(before) + mine} : Cursor{0, 0};
+      bool good = fits && all == words && !cuda::any(negative);
+      const unsigned start = unsigned(size / 4 + before);
+      if (lane == 0) memory.cursors[l] = good ? Cursor{start, start + mine} : Cursor{0, 0};
       // Zeros follow the last count.
-      if (fits && 2 * (streams + lane) < size) good = good && counts[streams + lane] == 0;
+      const uint64_t used = streams * counts.bits, at = used / 8 + lane;
+      if (fits && at < Counts::kInHeader + size)
+        good = good && counts.byte(at) >> (lane ? 0 : used % 8) == 0;
       const uint64_t x = active ? from[uint64_t(token) * lanes + l] : kLow;
       if (job.first_states) good = good && x >= kLow && !(x >> 63);
       memory.states[l * 32 + lane] = x;
@@ -545,8 +584,7 @@ class Chain {
       e.centre = turned(expected[0], o.cos, expected[1], -o.sin);
       second = turned(expected[1], o.cos, expected[0], o.sin);
     }
-    Words words{reinterpret_cast<const unsigned*>(job.counts + (job.counts ? section() : 0)),
-                memory.cursors[l], 0};
+    Words words{reinterpret_cast<const unsigned*>(job.counts), memory.cursors[l], 0};
     uint64_t x = memory.states[l * 32 + lane];
     const auto inverse_of = [&](unsigned j) {
       return pair ? o.inverse[j] : channel[j].inverse[t.known];

@@ -35,9 +35,10 @@ class Chain {
   void keep();
   // Bytes of each part that was kept, in their order. None can be kept any more.
   std::vector<std::vector<std::uint8_t>> encode();
-  // The next part's numbers; false when the bytes do not fit.
+  // The next part's numbers, from a block's header and what follows what is stored as it is; false
+  // when the bytes do not fit.
   template <typename T>
-  bool decode(Span<std::uint8_t> bytes, const Block<T>& numbers);
+  bool decode(Span<std::uint8_t> header, Span<std::uint8_t> bytes, const Block<T>& numbers);
 
  private:
   // What the coder needs of a part that was kept.
@@ -53,7 +54,6 @@ class Chain {
   std::size_t layer() const { return next_ / 2; }
   int part() const { return int(next_ % 2); }
   std::size_t streams() const;
-  bool take_states(Span<std::uint8_t>* bytes, std::size_t lanes);
   void take_intervals(std::size_t channels);
   void drop_intervals();
   void begin(const Kernels& kernels);

@@ -25,7 +25,10 @@ from kvzip.layout import KV, PartLayout
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
-_RAW, _CODED, _CHANNEL = (bytes([mode]) + bytes(15) for mode in range(3))
+_RAW, _CHANNEL = (bytes([mode]) + bytes(15) for mode in (0, 2))
+_EARLIER, _CODED = 1, 3
+"""First bytes of what is predicted: before the first release, counts of words had two bytes."""
+_HEADER = 16
 _TABLES = struct.Struct("<16sI12x")
 _LAYER_TENSORS = (
     "order",
@@ -121,7 +124,7 @@ class PredictiveCodec(Codec):
                 bits = chain.model(context.layer, part, high)
             except ValueError as error:
                 raise ProfileError(f"the profile is of another model: {error}") from None
-            size = bits / 8 + low.nbytes + len(_CODED)
+            size = bits / 8 + low.nbytes + _HEADER
             # Mostly it is plain, from the counts alone, that `channel` cannot do as well.
             form = context.dtype
             least = _native.bits_by_channel(block, form.exponent_bits, form.mantissa_bits) / 8
@@ -133,21 +136,23 @@ class PredictiveCodec(Codec):
                 found.append(None)
         coded = iter([] if chain is None else chain.encode())
         return [
-            _CODED + _padded(_split(block)[1].tobytes()) + next(coded) if data is None else data
+            _with_low(next(coded), _split(block)[1]) if data is None else data
             for data, (block, _) in zip(found, blocks, strict=True)
         ]
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         chain = _next_chain(context, out.shape)
         part = KV.index(context.part)
-        mode, body = bytes(data[:16]), data[16:]
-        if mode == _CODED and chain is not None:
-            _decode_coded(chain, context.layer, part, body, out)
+        mode, body = bytes(data[:_HEADER]), data[_HEADER:]
+        if mode[:1] == bytes([_CODED]) and chain is not None:
+            _decode_coded(chain, context.layer, part, mode, body, out)
             return
         if mode == _RAW and len(body) == out.nbytes:
             out[...] = np.frombuffer(body, out.dtype).reshape(out.shape)
         elif mode == _CHANNEL:
             _channel_decode(body, out, context)
+        elif mode[:1] == bytes([_EARLIER]):
+            raise CorruptError("coded by a kvzip from before the first release")
         else:
             raise CorruptError("a block of unknown kind, or one that nothing predicts")
         if chain is not None:
@@ -173,6 +178,11 @@ class PredictiveCodec(Codec):
 
     def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
         return encoded_bytes * _MAX_EXPANSION
+
+
+def _with_low(coded: bytes, low: Bits) -> bytes:
+    """A block with the halves of its numbers that are stored as they are, behind its header."""
+    return coded[:_HEADER] + _padded(low.tobytes()) + coded[_HEADER:] if low.size else coded
 
 
 def _padded(data: bytes) -> bytes:
@@ -206,7 +216,12 @@ def _channel_decode(data: memoryview, out: Bits, context: Context) -> None:
 
 
 def _decode_coded(
-    chain: _native.PredictiveChain, layer: int, part: int, body: memoryview, out: Bits
+    chain: _native.PredictiveChain,
+    layer: int,
+    part: int,
+    header: bytes,
+    body: memoryview,
+    out: Bits,
 ) -> None:
     """Fill `out` from the streams of a block that was predicted. Raises CorruptError."""
     wide = out.dtype.itemsize == 4
@@ -216,7 +231,8 @@ def _decode_coded(
     if len(body) < after or any(body[size:after]):
         raise CorruptError("cut short")
     try:
-        chain.decode(layer, part, np.frombuffer(body[after:], np.uint8), target)
+        head, data = np.frombuffer(header, np.uint8), np.frombuffer(body[after:], np.uint8)
+        chain.decode(layer, part, head, data, target)
     except ValueError as error:
         raise CorruptError(str(error)) from None
     if wide:

@@ -80,10 +80,11 @@ struct RangeJob {
   uint64_t regions;   // uint8 [tokens]
   uint64_t at;        // uint32 [tokens] in their coding order; 0: as they come
   uint64_t tiles;     // uint32 [4], of which the first says how many there are; DeviceTile [...]
-  uint64_t first_states;        // in the block, of the range's first coded block; else 0
+  uint64_t first_states;        // likewise, of the range's first coded block; else 0
   uint64_t low;                 // the lower halves of numbers of 32 bits, in the block
-  uint64_t counts;              // the counts of words, in the block; 0: numbers are there already
-  uint64_t bytes;               // of counts and words
+  uint64_t header;              // of the block, where counts of words begin
+  uint64_t counts;              // the rest of them, in the block; 0: numbers are there already
+  uint64_t bytes;               // of counts, but for the header's, and words
   uint64_t position;            // of the first token
   uint32_t tokens, row_tokens;  // of all rows of the batch, of one
   uint32_t part;                // index of its DevicePart

@@ -33,6 +33,7 @@ _JOB = np.dtype(
         ("tiles", "<u8"),
         ("first_states", "<u8"),
         ("low", "<u8"),
+        ("header", "<u8"),
         ("counts", "<u8"),
         ("bytes", "<u8"),
         ("position", "<u8"),
@@ -47,8 +48,11 @@ _JOB = np.dtype(
     ]
 )
 """`RangeJob` of device_jobs.hpp."""
-_RAW, _CODED, _CHANNEL = range(3)
+_RAW, _CHANNEL, _CODED = 0, 2, 3
 _HEADER = 16
+_MOST_COUNT_BITS = 17
+_STATE_BYTES = 5
+"""Of a state, at least."""
 _TILE = 32
 _CHAIN_WARPS = 8
 """Warps of a block, at most, that decode; up to four more multiply."""
@@ -143,7 +147,7 @@ class _Step:
         batch, heads, dim = self.work.shape(int(block["part"]))
         numbers = batch * heads * tokens * dim
         data = bytes_at(int(block["host"]), int(block["length"]))
-        if len(data) < _HEADER or (any(data[1:_HEADER]) and data[0] != _CHANNEL):
+        if len(data) < _HEADER or (any(data[1:_HEADER]) and data[0] == _RAW):
             raise CorruptError("a block of unknown kind")
         end = context.start + tokens
         before = self._followed(end, (batch, tokens), context)
@@ -158,12 +162,15 @@ class _Step:
             at = _HEADER + _padded(data[_HEADER:], low)
             job["low"] = here + _HEADER
             if not before.coded:
-                job["first_states"] = here + at
-                at += _padded(data[at:], 8 * before.tokens * self.model.lanes)
+                states, size = _states(data[at:], before.tokens * self.model.lanes)
+                job["first_states"] = self.work.put(states, 16)
+                at += size
                 now = now._replace(coded=True)
-            job["counts"], job["bytes"] = here + at, len(data) - at
+            job["header"], job["counts"], job["bytes"] = here, here + at, len(data) - at
             job["ends"] = before.next_part + 1 == 2 * len(self.model.layers)
-            if not before.tokens and len(data) > at:
+            if data[1] > _MOST_COUNT_BITS or any(data[2:4]):
+                raise CorruptError("counts of words that make no sense")
+            if not before.tokens and (len(data) > at or any(data[1:_HEADER])):
                 raise CorruptError("words of no token")
         elif kind == _RAW:
             if len(data) - _HEADER != numbers * form.itemsize:
@@ -311,6 +318,28 @@ class _Step:
 def _most_shared(architecture: str) -> int:
     number = architecture.removeprefix("sm_")
     return _SHARED.get(int(number), _LEAST_SHARED) if number.isdecimal() else _LEAST_SHARED
+
+
+def _states(data: memoryview, count: int) -> tuple[NDArray[np.uint64], int]:
+    """The states that a token range begins with, and how many bytes they take up. Raises
+    CorruptError."""
+    least = _STATE_BYTES * count
+    fixed = least + -(-count // 4)
+    if len(data) < fixed:
+        raise CorruptError("cut short")
+    packed = np.frombuffer(data[least:fixed], np.uint8)
+    lengths = (packed[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(-1)
+    more = int(lengths.sum())
+    size = _padded(data, fixed + more)
+    whole = np.zeros((len(lengths), 8), np.uint8)
+    whole[:count, :_STATE_BYTES] = np.frombuffer(data[:least], np.uint8).reshape(-1, _STATE_BYTES)
+    last = whole[:, _STATE_BYTES:]
+    last[np.arange(3) < lengths[:, None]] = np.frombuffer(data[fixed : fixed + more], np.uint8)
+    states = whole.view("<u8")[:, 0]
+    ends = np.take_along_axis(whole, _STATE_BYTES - 1 + lengths[:, None].astype(np.int64), 1)
+    if lengths[count:].any() or not ends[lengths > 0].all():
+        raise CorruptError("states that make no sense")
+    return states[:count], size
 
 
 def _padded(data: memoryview, size: int) -> int:

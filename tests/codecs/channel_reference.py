@@ -325,8 +325,9 @@ def streams(shape, channels, form):
         for h in range(heads)
         for c in range(0, dim, 64)
     ]
-    per = 2048 // min(128, tokens)
-    n, count = len(strips), -(-len(strips) // per)
+    per = (3072 if form.bits == 8 else 2048) // min(128, tokens)
+    n = len(strips)
+    count = max(1, (2 * n + per) // (2 * per)) if n else 0
     return [strips[s * n // count : (s + 1) * n // count] for s in range(count)]
 
 
@@ -334,7 +335,7 @@ def decode(data, channels, shape, form):
     """A block's numbers. `channels` are those of :func:`tables`."""
     fields, out = Fields(data), np.zeros(shape, form.uint)
     (mode,) = fields.take(1)
-    assert mode in (0, 1)
+    assert mode in (0, 2)
     if mode == 0:
         fields.align()
         assert len(data) == 16 + out.nbytes
@@ -345,14 +346,20 @@ def decode(data, channels, shape, form):
     fields.align()
     for strips, (word_count, escape_count) in zip(found, counts, strict=True):
         lanes = strips[0].tokens
-        states = fields.take(lanes, "u4")
+        low = np.array(fields.take(3 * lanes)).reshape(lanes, 3) @ [1, 1 << 8, 1 << 16]
+        bits = [byte >> i & 1 for byte in fields.take(-(-lanes // 8)) for i in range(8)]
+        assert not any(bits[lanes:])
         fields.align()
         carried = min(lanes, strips[-1].mantissa_bytes // 2)
         mantissas = fields.take(sum(s.mantissa_bytes for s in strips) - 2 * carried)
         fields.align()
         words = iter(fields.take(word_count, "u2"))
         escapes = iter(fields.take(escape_count, "u2"))
+        tops = iter(fields.take(sum(bits)))
         fields.align()
+        bits = bits[:lanes]
+        states = [int(x) + (next(tops) << 24 if b else 0) for x, b in zip(low, bits, strict=True)]
+        assert all(x >= 1 << (24 if b else 16) for x, b in zip(states, bits, strict=True))
         values = [strip.values(states, words, escapes, form) for strip in strips]
         assert next(words, None) is None
         assert next(escapes, None) is None

@@ -21,12 +21,14 @@ class Chain(IntegerModel):
     def __init__(self, tensors, description, rows, count, start, form, token_ids=None):
         super().__init__(tensors, description, rows, count, start, form, token_ids, TILE)
         self.states = None
+        self.cuts = []  # tiles of the parts that were modelled
 
     def model(self, layer, part, block):
         """What the coder is told: of each stream its steps (token, start, size) in their order. And
         the ideal code length."""
         if part == 0:
             self.begin(layer)
+        self.cuts.append(self.tiles)
         places = self.grid.places(self.flat(block))
         spare = 24 - self.grid.count.bit_length() + 1
         streams = [[] for _ in range(len(self.tiles) * self.lanes)]
@@ -50,7 +52,7 @@ class Chain(IntegerModel):
     def encode(self, modelled):
         """The bytes of parts that were modelled one after the other."""
         states = [[1 << 31] * self.lanes for _ in range(self.total)]
-        found = []
+        found, counted = [], []
         for streams in reversed(modelled):
             words = []
             for number, stream in enumerate(streams):
@@ -62,24 +64,75 @@ class Chain(IntegerModel):
                         x >>= 32
                     states[token][lane] = (x // size << 24) + x % size + start
                 words.append(own[::-1])
-            counts = padded(np.array([len(w) for w in words], "<u2").tobytes())
-            found.append(counts + np.array([w for own in words for w in own], "<u4").tobytes())
-        found.append(padded(np.array(states, "<u8").tobytes()) + found.pop())
-        return found[::-1]
+            counted.append([len(w) for w in words])
+            found.append(np.array([w for own in words for w in own], "<u4").tobytes())
+        parts = []
+        for tiles, counts, words in zip(self.cuts, counted[::-1], found[::-1], strict=True):
+            header, section = self.packed(counts, tiles)
+            first = b"" if parts else self.stored(states)
+            parts.append(header + first + section + words)
+        return parts
+
+    def shares(self, words, tiles):
+        """What each stream has of all words, by its tokens."""
+        all_tokens = self.total * self.lanes
+        return [words * len(t) // all_tokens for t in tiles for _ in range(self.lanes)]
+
+    def packed(self, counts, tiles):
+        """The header, and what of the counts it does not hold."""
+        more = [n - s for n, s in zip(counts, self.shares(sum(counts), tiles), strict=True)]
+        least = min(more, default=0)
+        bits = (max(more, default=0) - least).bit_length()
+        number = sum((m - least) << bits * i for i, m in enumerate(more))
+        data = number.to_bytes(max(8, -(-bits * len(more) // 8)), "little")
+        header = bytes([3, bits, 0, 0]) + least.to_bytes(4, "little", signed=True)
+        return header + data[:8], padded(data[8:])
+
+    def unpacked(self, header, data):
+        """The counts, and the words behind them."""
+        kind, bits, *zeros = header[:4]
+        assert (kind, zeros) == (3, [0, 0])
+        least = int.from_bytes(header[4:8], "little", signed=True)
+        streams = len(self.tiles) * self.lanes
+        size = max(0, -(-bits * streams // 8) - 8)
+        size += -size % 16
+        words = np.frombuffer(data[size:], "<u4").tolist()
+        number = int.from_bytes(header[8:] + data[:size], "little")
+        fields = [number >> bits * i & (1 << bits) - 1 for i in range(streams)]
+        assert number >> bits * streams == 0
+        shares = self.shares(len(words), self.tiles)
+        return [s + least + field for s, field in zip(shares, fields, strict=True)], words
+
+    def stored(self, states):
+        """States as they are stored."""
+        whole = [x.to_bytes(8, "little") for row in states for x in row]
+        tops = [x[5:].rstrip(b"\0") for x in whole]
+        lengths = sum(len(top) << 2 * i for i, top in enumerate(tops))
+        low = b"".join(x[:5] for x in whole)
+        return padded(low + lengths.to_bytes(-(-len(tops) // 4), "little") + b"".join(tops))
+
+    def taken(self, data):
+        """The states that a range begins with, and what is behind them."""
+        count = self.total * self.lanes
+        at = 5 * count + -(-count // 4)
+        lengths = int.from_bytes(data[5 * count : at], "little")
+        states = []
+        for i in range(count):
+            n = lengths >> 2 * i & 3
+            states.append(int.from_bytes(data[5 * i : 5 * i + 5] + data[at : at + n], "little"))
+            at += n
+        rows = [states[i : i + self.lanes] for i in range(0, count, self.lanes)]
+        return rows, data[at + -at % 16 :]
 
     def decode(self, layer, part, data):
         """The part's numbers, [rows, heads, tokens, dim] of bits."""
         if part == 0:
             self.begin(layer)
         heads, dim = self.layers[layer]["k" if part == 0 else "v"]
+        header, data = data[:16], data[16:]
         if self.states is None:
-            size = 8 * self.total * self.lanes
-            numbers = np.frombuffer(data[:size], "<u8").reshape(self.total, self.lanes)
-            self.states = [[int(x) for x in row] for row in numbers]
-            data = data[size + -size % 16 :]
-        count = len(self.tiles) * self.lanes
-        counts = np.frombuffer(data, "<u2", count).astype(np.int64)
-        words = np.frombuffer(data[2 * count + -2 * count % 16 :], "<u4").tolist()
+            self.states, data = self.taken(data)
+        counts, words = self.unpacked(header, data)
         ends = np.cumsum([0, *counts]).tolist()
         assert ends[-1] == len(words)
         streams = [iter(words[a:b]) for a, b in itertools.pairwise(ends)]

@@ -254,7 +254,7 @@ def test_shapes_of_any_number_of_symbols(symbols, escape, gap):
     )
     if symbols == 1 and not escape:
         # Nothing but mantissas, of which the last strip's, 112 words, end in the states.
-        assert len(data) == 16 + 128 * 4 - 112 * 2 + numbers.size * 7 // 8
+        assert len(data) == 16 + 128 * 3 + 16 - 112 * 2 + numbers.size * 7 // 8
         numbers[0, 0, 5, 1] ^= 1 << 14
         assert tables.encode(numbers) is None
 
@@ -519,7 +519,8 @@ def test_entries_and_channels_say_what_the_tables_do(dtype, data):
 def test_streams_are_where_the_spec_has_them(dtype):
     form = dtypes.get(dtype)
     several = 0
-    for numbers in samples(dtype):
+    many = cache_like(np.random.default_rng(3), dtype, (1, 31, 140, 2))
+    for numbers in [*samples(dtype), many]:
         batch, heads, tokens, dim = numbers.shape
         made, tables = tables_of(np.concatenate([numbers] * 12, axis=2), dtype)
         if not made:
@@ -545,7 +546,10 @@ def test_streams_are_where_the_spec_has_them(dtype):
             assert mantissas == whole - 2 * carried
             assert data[8 + 8 * i : 16 + 8 * i] == np.array([words, escapes], "<u4").tobytes()
             first += count
-            for section in (4 * lanes, mantissas, 2 * (words + escapes)):
+            states = 3 * lanes + -(-lanes // 8)
+            bits = np.unpackbits(np.frombuffer(data[at + 3 * lanes : at + states], np.uint8))
+            tops = int(bits.sum())
+            for section in (states, mantissas, 2 * (words + escapes) + tops):
                 at += section + -section % 16
         assert at <= len(data)
     assert several
@@ -586,15 +590,47 @@ def test_streams_refuses_what_decoding_does_before_it_looks_into_them(dtype, dat
     sections = np.zeros(len(damaged), bool)
     sections[:1] = sections[8 : 8 + 8 * 3] = True
     for offset, *_, lanes, mantissas, words, escapes in tables.streams(whole, 1, 140).tolist():
-        for section in (4 * lanes, mantissas, 2 * (words + escapes)):
+        states = 3 * lanes + -(-lanes // 8)
+        bits = np.unpackbits(np.frombuffer(whole[offset + 3 * lanes : offset + states], np.uint8))
+        for section in (states, mantissas, 2 * (words + escapes) + int(bits.sum())):
             sections[offset : offset + section] = True
             offset += section + -section % 16
     if kind == "anywhere" and not sections[at]:
         assert seen == "its padding is not zeros"
 
 
+def test_states_that_make_no_sense(dtype):
+    """Whatever the instructions: a state below 2^16, a fourth byte that is 0, and the fourth bytes of
+    lanes that there are not."""
+    numbers = cache_like(np.random.default_rng(2), dtype, (1, 2, 77, 64))
+    _, tables = tables_of(np.concatenate([numbers] * 12, axis=2), dtype)
+    whole = encode(numbers, dtype, tables)
+    ((start, _, _, lanes, mantissas, words, escapes),) = tables.streams(whole, 1, 77).tolist()
+    bits = start + 3 * lanes
+    with_top = np.unpackbits(
+        np.frombuffer(whole[bits : bits + 10], np.uint8), bitorder="little"
+    ).astype(bool)
+    assert lanes == 77 and with_top.any() and not with_top[:lanes].all()
+    behind = start + 3 * lanes + 10
+    behind += -behind % 16 + mantissas
+    behind += -behind % 16 + 2 * (words + escapes)
+    low = int(np.flatnonzero(~with_top)[0])
+    for level in available():
+        _native.set_simd(level)
+        for at, value, error in [
+            (start + 3 * low + 2, 0, "its streams do not fit each other"),
+            (behind, 0, "its streams do not fit each other"),
+            (bits + 9, whole[bits + 9] | 0x80, "states of no token"),
+            (0, 1, "before the first release"),
+        ]:
+            damaged = bytearray(whole)
+            damaged[at] = value
+            with pytest.raises(kvzip.CorruptError, match=error):
+                decode(damaged, numbers.shape, dtype, tables)
+
+
 @pytest.mark.parametrize("size", [(1, 2**40), (2**40, 2**40), (2**63, 2**63), (0, 5), (5, 0)])
 def test_streams_of_blocks_that_nothing_stands_for(size):
     tables = handmade([5, 5], 0)[1]
     with pytest.raises(ValueError, match=r"cut short|too long"):
-        tables.streams(b"\x01" + bytes(31 if 0 in size else 1000), *size)
+        tables.streams(b"\x02" + bytes(31 if 0 in size else 1000), *size)

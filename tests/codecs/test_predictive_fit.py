@@ -154,9 +154,45 @@ def test_numbers_that_nothing_expects(regions, llama):
     native, (reader, _) = chains(regions, snapshot)
     for (i, p, block), data in coded:
         out = np.empty_like(block)
-        native.decode(i, p, np.frombuffer(data, np.uint8), out)
+        stored = np.frombuffer(data, np.uint8)
+        native.decode(i, p, stored[:16], stored[16:], out)
         assert np.array_equal(out, block)
         assert np.array_equal(reader.decode(i, p, data), block)
+
+
+def test_headers_and_states_that_make_no_sense(regions, llama):
+    snapshot = documents(llama, 1, tokens=70, seed=4)[0]
+    ((i, p, block), data), *_ = check_chains(regions, snapshot)
+    native, (reader, _) = chains(regions, snapshot)
+    stored = np.frombuffer(data, np.uint8)
+    out = np.empty_like(block)
+    native.decode(i, p, stored[:16], stored[16:], out)
+    assert np.array_equal(out, block)
+
+    def refused(changed):
+        fresh, found = chains(regions, snapshot)[0], np.frombuffer(bytes(changed), np.uint8)
+        with pytest.raises(ValueError, match="its words do not fit"):
+            fresh.decode(i, p, found[:16], found[16:], np.empty_like(block))
+
+    refused(data[:10])
+    # Another kind, counts of too many bits, none at all, no zeros, another sum; a bit behind them.
+    changes = [(0, 1), (0, 2), (1, 18), (1, 255), (1, 0), (2, 1), (3, 128), (4, data[4] ^ 1)]
+    for at, value in [*changes, (7, data[7] ^ 0x80), (15, data[15] | 0x80)]:
+        changed = bytearray(data)
+        changed[at] = value
+        refused(changed)
+    states, rest = reader.taken(data[16:])
+    assert reader.stored(states) == data[16 : len(data) - len(rest)]
+    for x in (0, 1, (1 << 31) - 1, 1 << 63, (1 << 64) - 1):
+        refused(data[:16] + reader.stored([[x], *states[1:]]) + rest)
+    # A byte more than the state has, and lengths of states that there are not.
+    short = [[1 << 31]] * len(states)
+    plain = reader.stored(short)
+    for at, more in ((5 * 70, 1), (5 * 70 + 17, 1 << 4)):
+        changed = bytearray(plain)
+        changed[at] |= more
+        refused(data[:16] + changed + rest)
+    refused(data[:16] + plain[: 5 * 70])
 
 
 # --- the pieces --------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from kvzip import PartLayout, dtypes
 from kvzip.container.format import VERSION
 
 FOLDER = Path(__file__).parents[1] / "golden"
-MANY = "channel-of-31-heads"
-"""Names the files whose blocks have more than one stream; they are not written anew here."""
+MANY, MANY_HEADS = "channel-of-47-heads", 47
+"""Names the file whose blocks have more than one stream."""
 ON_GRID = "channel-on-a-grid"
 """Names the file whose keys are on a grid."""
 BLOCK_TOKENS = 48
@@ -82,6 +82,10 @@ def write_missing(folder: Path = FOLDER) -> list[Path]:
         if not kvzip.get_codec(codec).needs_profile and not path.exists():
             path.write_bytes(kvzip.encode(snapshot(dtype), codec, block_tokens=BLOCK_TOKENS))
             written.append(path)
+    path = now / f"{MANY}-bf16.kvz"
+    if not path.exists():
+        path.write_bytes(kvzip.encode(snapshot("bf16", MANY_HEADS), "channel"))
+        written.append(path)
     path = now / f"{ON_GRID}-bf16.kvz"
     if not path.exists():
         path.write_bytes(kvzip.encode(on_grid(), "channel", block_tokens=BLOCK_TOKENS))

@@ -404,7 +404,7 @@ PLAIN = [p for p in FILES if p.stem.partition("-")[0] not in NEED_PROFILE]
 @pytest.mark.parametrize("path", PLAIN, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_released_version_stays_readable(path):
     codec, dtype = path.stem.rsplit("-", 1)
-    expected = golden.snapshot(dtype, 31 if codec == golden.MANY else 2)
+    expected = golden.snapshot(dtype, golden.MANY_HEADS if codec == golden.MANY else 2)
     assert_same(kvzip.decode(path), golden.on_grid() if codec == golden.ON_GRID else expected)
 
 
@@ -428,6 +428,9 @@ def test_golden_files_that_are_missing_are_written_and_no_others(tmp_path):
     last = written.pop()
     assert last.stem == f"{golden.ON_GRID}-bf16"
     assert_same(kvzip.decode(last), golden.on_grid())
+    many = written.pop()
+    assert many.stem == f"{golden.MANY}-bf16"
+    assert_same(kvzip.decode(many), golden.snapshot("bf16", golden.MANY_HEADS))
     assert [grid.parts for grid in kvzip.info(last).header.grids] == [((0, "k"), (1, "k"))]
     assert {path.stem for path in written} | {kept.stem} == {
         name for name, (codec, _) in golden.names().items() if codec not in NEED_PROFILE

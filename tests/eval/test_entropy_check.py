@@ -13,7 +13,7 @@ from container.test_parts import every_kind
 from support import cache_like, make_snapshot, random_bits, tiny_model
 
 import kvzip
-from kvzip import Layer, LayerLayout, Profile, dtypes, entropy
+from kvzip import Layer, LayerLayout, Profile, entropy
 from kvzip.capture import cast, prefill
 from kvzip.entropy.ladder import LEVELS
 from kvzip.errors import KVZipError, UsageError
@@ -24,7 +24,7 @@ from kvzip.eval.results.entropy import EntropyResult
 
 constriction = pytest.importorskip("constriction")
 
-STREAM = 145 + 15
+STREAM = 105 + 15
 """Bytes that a stream of `channel` takes besides its numbers, and what it is rounded up by."""
 
 
@@ -54,10 +54,11 @@ def learned(captured):
     return made
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn"])
-def test_channel_is_within_a_thousandth(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2"])
+@pytest.mark.parametrize("heads", [2, 3])
+def test_channel_is_within_a_thousandth(tmp_path, dtype, heads):
     """Where a part has as many numbers as a stream."""
-    snapshot = make_snapshot(cache_like, 5, dtype, layers=1, heads=2, tokens=2048, dim=64)
+    snapshot = make_snapshot(cache_like, 5, dtype, layers=1, heads=heads, tokens=2048, dim=64)
     ladder, file = check([saved(tmp_path, snapshot)])
     for row in (ladder, file):
         assert row.numbers == snapshot.layout.numbers and not row.left_out
@@ -65,9 +66,7 @@ def test_channel_is_within_a_thousandth(tmp_path, dtype):
         # A word at most that is not full, for each part.
         assert row.coder_bits < row.ideal_bits * 1.0001 + 4 * 64
     assert (ladder.model, file.model) == ("by channel", "channel")
-    # fp8 has half of the bits, and as much beside them.
-    allowed = entropy_check.MOST * (2 if dtypes.get(dtype).bits == 8 else 1)
-    assert -1e-4 < file.more < allowed
+    assert -1e-4 < file.more < entropy_check.MOST
     assert abs(ladder.more) < 1e-4
 
 
@@ -82,22 +81,25 @@ def test_the_ladders_rung_is_a_code_length(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2"])
 @pytest.mark.parametrize("regions", [1, 3])
 def test_predictive_takes_what_its_states_and_counts_take(tmp_path, learned, dtype, regions):
+    """A thousandth is allowed to files of ten thousand bytes a token; these have a hundred, and a
+    state as large. So what lies beside the numbers is counted, and next to nothing may be left."""
     snapshot, profile = learned(dtype, regions)
     *_, row = check([saved(tmp_path, snapshot)], profile)
     assert (row.model, row.profile) == ("predictive", profile.id)
     with kvzip.open(kvzip.encode(snapshot, "predictive", profile), profile) as reader:
         blocks = reader._blocks
         rows = [r for span in reader.index.rows.values() for r in span[1:]]
-        coded = [r for r in rows if blocks.stored(r)[0] == 1]
+        coded = [r for r in rows if blocks.stored(r)[0] == 3]
         size = 8 * sum(reader.index.length[r] for r in rows)
     assert row.left_out == sum(
         snapshot.layers[reader.index.key[r][0]].k.size for r in rows if r not in coded
     )
     assert len(coded) > len(rows) / 2
     lanes = profile.description["lanes"]
-    tiles = 160 / 32 + regions
-    known = 8 * (160 * lanes * 8 + len(coded) * (2 * tiles * lanes + 16 + 15))
-    assert 0 <= row.our_bits - row.coder_bits < 0.001 * size + known
+    # A state begins at 2^31, and is stored as 2 bits and as whole bytes, of whose bits about 5 say
+    # nothing. A block has a header, which holds its few counts, and rounds sections up.
+    known = 160 * lanes * (31 + 2 + 5) + len(coded) * 8 * (16 + 8)
+    assert 0 <= row.our_bits - row.coder_bits < 0.0002 * size + known
     assert row.ideal_bits <= row.coder_bits
 
 
@@ -109,7 +111,7 @@ def test_the_model_is_the_native_one(tmp_path, learned):
     blob = kvzip.encode(snapshot, "predictive", profile)
     with kvzip.open(blob, profile) as reader:
         rows = [r for span in reader.index.rows.values() for r in span[1:]]
-        assert all(reader._blocks.stored(r)[0] == 1 for r in rows)
+        assert all(reader._blocks.stored(r)[0] == 3 for r in rows)
         stored_bits = 8 * sum(reader.index.length[r] for r in rows)
     rest = 8 * len(blob) - stored_bits
     assert row.ideal_bits - rest == pytest.approx(rung.bits * row.numbers)
