@@ -600,8 +600,8 @@ def test_streams_refuses_what_decoding_does_before_it_looks_into_them(dtype, dat
 
 
 def test_states_that_make_no_sense(dtype):
-    """Whatever the instructions: a state below 2^16, a fourth byte that is 0, and the fourth bytes of
-    lanes that there are not."""
+    """Whatever the instructions: a state below 2^16, a fourth byte of 0, and the fourth byte of a
+    lane that there is not."""
     numbers = cache_like(np.random.default_rng(2), dtype, (1, 2, 77, 64))
     _, tables = tables_of(np.concatenate([numbers] * 12, axis=2), dtype)
     whole = encode(numbers, dtype, tables)
