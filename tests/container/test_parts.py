@@ -16,7 +16,7 @@ from support import CODECS, random_bits, reseal
 import kvzip
 from kvzip import KVZipError, Layer, LayerLayout, PartLayout, Snapshot, dtypes
 from kvzip.errors import UnsupportedError, UsageError
-from kvzip.layout import Layout, StoredLayout
+from kvzip.layout import KV, Layout, StoredLayout
 
 TOKENS = 40
 
@@ -186,6 +186,66 @@ def test_every_truncation_and_bit_flip_is_an_error(codec):
         with pytest.raises(KVZipError):
             kvzip.decode(bytes(flipped))
         flipped[at] ^= 1 << at % 8
+
+
+FEW = 20
+
+
+def few(dtype="bf16", tokens=FEW):
+    return {name: PartLayout(dtype, (2, tokens, 6), "htd") for name in KV}
+
+
+def scaled(*shape, axes=""):
+    """fp8 with scales: of all numbers, or of each token."""
+    return few("fp8_e4m3fn") | {f"{n}_scale": PartLayout("fp32", shape, axes) for n in KV}
+
+
+STATE = {"conv": PartLayout("bf16", (10, 3), "dr"), "matrix": PartLayout("fp32", (2, 4, 5), "hrd")}
+LATENT = {"latent": PartLayout("bf16", (FEW, 12), "td"), "rope": PartLayout("bf16", (FEW, 4), "td")}
+SMALL = {
+    "sliding": [(few(tokens=7), FEW, {"kind": "sliding", "window": 7}), (few(), FEW, {})],
+    "latent": [(LATENT, FEW, {"kind": "latent"})],
+    "state": [(STATE, FEW, {"kind": "state", "state_length": FEW}), (few(), FEW, {})],
+    "cross": [(few(), FEW, {}), (few(tokens=5), 5, {"kind": "cross"})],
+    "a scale": [(scaled(), FEW, {})],
+    "scales": [(scaled(2, FEW, axes="ht"), FEW, {})],
+    "on a grid": [({name: PartLayout("fp32", (1, FEW, 64), "htd") for name in KV}, FEW, {})],
+    **{dtype: [(few(dtype), FEW, {})] for dtype in dtypes.NAMES},
+}
+"""Layers of files of 1 to 15 KB: their parts, lengths, and other fields."""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("name", SMALL)
+def test_each_cut_and_each_flipped_bit_of_a_small_file_is_an_error(tmp_path, name, codec):
+    rng = np.random.default_rng(3)
+    layers = [layer_of(rng, parts, length, **more) for parts, length, more in SMALL[name]]
+    if name == "on a grid":
+        for layer in layers:
+            layer.k, layer.v = (bits & 0xFFFF0000 for bits in layer)
+    usual = layers[0].layout.parts["k"].dtype if "k" in layers[0].layout.parts else "bf16"
+    blob = kvzip.encode(Snapshot(layers, usual, range(FEW)), codec, block_tokens=16)
+    assert bool(kvzip.info(blob).header.grids) == (name == "on a grid")
+    for size in range(len(blob)):
+        with pytest.raises(KVZipError):
+            kvzip.decode(blob[:size], threads=1)
+    flipped, path = bytearray(blob), tmp_path / "a.kvz"
+    for place in range(8 * len(blob)):
+        at, bit = place // 8, 1 << place % 8
+        flipped[at] ^= bit
+        with pytest.raises(KVZipError):
+            kvzip.decode(bytes(flipped), threads=1)
+        if place % 9 == 0:  # each bit of a byte in turn
+            path.write_bytes(flipped)
+            with pytest.raises(KVZipError):
+                kvzip.decode(path, threads=1)
+            with pytest.raises(KVZipError):
+                kvzip.verify(bytes(flipped), threads=1)
+            with pytest.raises(KVZipError), kvzip.open(bytes(flipped)) as reader:
+                for i in range(len(reader)):
+                    reader.layer(i)
+        flipped[at] ^= bit
 
 
 @settings(max_examples=60, deadline=None)
