@@ -54,6 +54,8 @@ class Output:
 
 def close_to_each_other(arrays: list[NDArray[Any]]) -> list[list[int]]: ...
 
+GRID_SHARE_OF_GROUP: float = 0.85
+
 def grid_widen(codes: NDArray[numpy.uint8], scales: NDArray[Any], scale: str, narrow: str, wide: str, through_fp32: bool, group_tokens: int, group_channels: int, first_token: int, out: NDArray[Any]) -> None: ...
 
 @overload

@@ -66,6 +66,9 @@ template <typename T>
 void fit(const Wide& wide, const Narrow& narrow, Rounding rounding, const Shape& shape,
          const T* numbers, std::uint8_t* codes, std::uint32_t* scales);
 
+// So much of a group must be on the grid if the group is to be.
+constexpr double kOfGroup = 0.85;
+
 // What a few numbers of an array say: a cheap test that ordinary caches fail.
 enum Suspicion : unsigned {
   kFewAlongChannels = 1,  // few significands among neighbours: 4 bits, e4m3, e5m2

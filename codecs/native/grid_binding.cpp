@@ -154,6 +154,7 @@ bool may_have_even_channels_of(const AnyArray& numbers, const char* wide_name) {
 }  // namespace
 
 void bind(nb::module_& m) {
+  m.attr("GRID_SHARE_OF_GROUP") = kOfGroup;
   m.def("grid_widen", &widen_any, "codes"_a, "scales"_a, "scale"_a, "narrow"_a, "wide"_a,
         "through_fp32"_a, "group_tokens"_a, "group_channels"_a, "first_token"_a, "out"_a,
         "Fill `out`, [rows, tokens, channels], with codes times scales, rounded.");

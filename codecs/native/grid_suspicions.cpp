@@ -11,8 +11,6 @@ namespace {
 
 constexpr int kPieces = 5, kPiece = 16, kLongPiece = 32;
 constexpr std::size_t kMostGroups = 16;
-// As the search has it: so much of a group must be on the grid if the group is to be.
-constexpr double kOfGroup = 0.85;
 
 // Neighbours along the channels or the tokens of an array. The `number`th of the pieces is in the
 // `number`th part of the channels, since not all may be on a grid, and of another part of the

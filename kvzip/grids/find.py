@@ -32,6 +32,7 @@ _FEW_SIGNIFICANDS: tuple[Narrow, ...] = (
 _EVEN_STEPS: tuple[Narrow, ...] = ("int8",)
 _GROUPS = (128, 64, 32, 16)
 _PIECES, _PIECE = 64, 64
+_OF_GROUP = _native.GRID_SHARE_OF_GROUP
 # Of a sample's numbers, and of its pieces at some channels, so many must be on the grid.
 _ON_GRID, _PIECES_ON_GRID = 0.97, 0.75
 # A grid must save so much of the wide bits, before any codec.
@@ -180,7 +181,8 @@ class _Search:
             widened = np.empty_like(sample[:pieces])
             widen_codes(grid, codes, scales, widened)
             share[:pieces] = (widened == sample[:pieces]).mean((1, 2))
-            good = np.bincount(column, share >= 0.85, columns) / np.bincount(column, None, columns)
+            pieces_of = np.bincount(column, None, columns)
+            good = np.bincount(column, share >= _OF_GROUP, columns) / pieces_of
             first, last = _longest(good >= _PIECES_ON_GRID)
             start, stop = begin + first * group[1], min(begin + last * group[1], end)
             if 2 * (stop - start) < self.channels:
