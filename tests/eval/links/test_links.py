@@ -29,7 +29,7 @@ from kvzip.eval.links.network import ADDRESSES, Link, NoLinkError, require_links
 from kvzip.eval.links.sources import Sources, prepare  # noqa: E402
 from kvzip.eval.results.links import Links  # noqa: E402
 
-pytestmark = pytest.mark.quiet
+pytestmark = pytest.mark.first
 
 MBPS = 10
 CONNECT = f"""
@@ -88,6 +88,7 @@ def measured(sources: Sources) -> Links:
     return measure(sources, {0.0: [MBPS]}, repeat=1, command="the test")
 
 
+@pytest.mark.quiet
 def test_every_way_is_measured_and_exact(measured: Links) -> None:
     assert measured.exact
     assert [(p.way, p.mbps) for p in measured.points] == [
@@ -95,6 +96,7 @@ def test_every_way_is_measured_and_exact(measured: Links) -> None:
     ]
 
 
+@pytest.mark.quiet
 def test_the_link_keeps_its_rate(measured: Links) -> None:
     for point, codec in zip(measured.points[1:], measured.inputs.codecs, strict=True):
         alone = codec.encoded_bytes * 8 / cost.goodput(MBPS * 1e6)
@@ -102,15 +104,18 @@ def test_the_link_keeps_its_rate(measured: Links) -> None:
         assert 0.85 * alone < point.transfer < 1.4 * alone
 
 
+@pytest.mark.quiet
 def test_decoding_hides_behind_the_transfer(measured: Links) -> None:
     assert measured.worst_overlap <= 1.15
 
 
+@pytest.mark.quiet
 def test_the_prediction_is_near(measured: Links) -> None:
     for point in measured.points[1:]:
         assert abs(point.error) < 0.2, point
 
 
+@pytest.mark.quiet
 def test_it_goes_through_a_file_whole(measured: Links, tmp_path: Path) -> None:
     from kvzip.eval.results import stored
 
@@ -158,6 +163,7 @@ def test_another_cache_is_told(sources: Sources, tmp_path: Path) -> None:
         reader.load(str(tmp_path / "nothing.kvz"))
 
 
+@pytest.mark.quiet
 def test_a_delay_is_kept(tmp_path: Path) -> None:
     if not os.access("/dev/net/tun", os.W_OK):
         pytest.skip("no /dev/net/tun here, from which delays are made")
