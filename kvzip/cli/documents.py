@@ -30,7 +30,7 @@ from kvzip.cli.arguments import (
     read_key,
     read_profile,
 )
-from kvzip.cli.terminal import bar, emit, ratio_words, say, show_table, sizes, working
+from kvzip.cli.terminal import bar, counted, emit, ratio_words, say, show_table, sizes, working
 from kvzip.codec_spec import format_spec
 from kvzip.container.source import is_url
 from kvzip.errors import CorruptError
@@ -120,7 +120,7 @@ def capture(
         "revision": loaded.revision,
         "seconds": time.perf_counter() - began,
     }
-    said = f"{len(paths)} documents of {tokens} tokens in {output}, {new} of them new"
+    said = f"{counted(len(paths), 'document')} of {tokens} tokens in {output}, {new} new"
     emit(result, as_json, lambda: say(said))
 
 

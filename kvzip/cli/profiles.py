@@ -12,7 +12,7 @@ import msgspec
 
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, Output
-from kvzip.cli.terminal import bar, emit, say, steps
+from kvzip.cli.terminal import bar, counted, emit, say, steps
 from kvzip.errors import UsageError
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
@@ -185,7 +185,8 @@ def _show(*results: Mapping[str, Any]) -> None:
 
 
 def _show_one(result: Mapping[str, Any]) -> None:
-    line = f"{result['profile']}: {result['bytes']:,} bytes from {result['documents']} documents, "
+    line = f"{result['profile']}: {result['bytes']:,} bytes "
+    line += f"from {counted(result['documents'], 'document')}, "
     line += f"{result['seconds']:.0f} s"
     if "multiplications_per_token" in result:
         line += f"; {result['multiplications_per_token']:,} multiplications a token, "

@@ -14,7 +14,7 @@ from kvzip import api
 from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, KeyFile, ProfilePath, Threads, kind_of, read_key, read_profile
 from kvzip.cli.failures import CheckFailed, each, emit_with
-from kvzip.cli.terminal import bar, emit, say, sizes
+from kvzip.cli.terminal import bar, counted, emit, say, sizes
 from kvzip.errors import CorruptError, FormatError, StoreError, UsageError
 from kvzip.files import is_standard_output
 from kvzip.parsing import from_json
@@ -309,9 +309,9 @@ def ls(
             say(f"{d['key']}  {d['encoded_bytes']:,} bytes, used {d['used'][:19]}Z, {of}")
         for p in profiles:
             say(f"{p['key']}  {p['encoded_bytes']:,} bytes, {_needed_by(p['documents'])}")
-        say(f"{_counted(len(documents), 'document')}, {total:,} bytes")
+        say(f"{counted(len(documents), 'document')}, {total:,} bytes")
         if profiles:
-            say(f"{_counted(len(profiles), 'profile')}, {beside:,} bytes")
+            say(f"{counted(len(profiles), 'profile')}, {beside:,} bytes")
 
     result = {"documents": documents, "encoded_bytes": total}
     emit(result | {"profiles": profiles, "profile_bytes": beside}, as_json, show)
@@ -354,17 +354,13 @@ def rm(
         raise CheckFailed(f"the store does not have {', '.join(missing)}")
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def _counted_keys(keys: Sequence[str]) -> str:
     """How many documents, and profiles if there are any, these are the keys of."""
     from kvzip.store.profiles import is_profile_key
 
     profiles = sum(map(is_profile_key, keys))
-    said = _counted(len(keys) - profiles, "document")
-    return f"{said} and {_counted(profiles, 'profile')}" if profiles else said
+    said = counted(len(keys) - profiles, "document")
+    return f"{said} and {counted(profiles, 'profile')}" if profiles else said
 
 
 @app.command
@@ -407,6 +403,6 @@ def prune(
         if kept:
             unneeded = sum(not p.documents for p in kept)
             more = f"; no document needs {unneeded} of them (--profiles)" if unneeded else ""
-            say(f"{_counted(len(kept), 'profile')} left, {beside:,} bytes{more}")
+            say(f"{counted(len(kept), 'profile')} left, {beside:,} bytes{more}")
 
     emit(result, as_json, show)

@@ -117,6 +117,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def counted(count: int, what: str) -> str:
+    """A count and what it is of: "1 document", "2,000 documents"."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
 def say(text: str) -> None:
     """Print lines of a result as they are, however long."""
     for line in text.split("\n"):

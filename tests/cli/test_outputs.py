@@ -13,6 +13,7 @@ from command import run
 from support import make_snapshot, random_bits
 
 import kvzip
+from kvzip.cli.terminal import counted
 from kvzip.store import Store
 
 pytestmark = pytest.mark.first
@@ -144,3 +145,8 @@ def test_a_narrow_terminal_shows_whole_words(folder, columns):
     os.close(leader)
     assert process.wait() == 0
     assert b"block_tokens" in said and b"test/model" in said
+
+
+def test_one_of_a_thing_is_one():
+    said = [counted(count, "document") for count in (0, 1, 2, 12345)]
+    assert said == ["0 documents", "1 document", "2 documents", "12,345 documents"]
