@@ -32,6 +32,15 @@ NB_MODULE(_native, m) {
   // At the interpreter's end, threads that it does not wait for may still hold objects: that is no
   // leak. tests/soak/leaks.py looks for those that are.
   nb::set_leak_warnings(false);
+  // No ValueError: those say that data or arguments are wrong.
+  nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const simd::Unavailable& error) {
+      PyErr_SetString(nb::module_::import_("kvzip.errors").attr("UnsupportedError").ptr(),
+                      error.what());
+    }
+  });
   m.doc() = "Compiled kernels of the built-in codecs.";
   m.def(
       "simd", [] { return simd::name_of(simd::level()); },

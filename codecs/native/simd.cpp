@@ -34,10 +34,11 @@ bool has(Level level) {
 Level choose() {
   const char* wanted = std::getenv("KVZIP_SIMD");
   if (wanted && *wanted) {
-    const Level level = from_name(wanted);
-    if (!has(level))
-      throw std::invalid_argument("KVZIP_SIMD: this processor has no " + std::string(wanted));
-    return level;
+    for (int i = 0; i < kLevels; ++i)
+      if (!std::strcmp(wanted, kNames[i]) && has(Level(i))) return Level(i);
+    throw Unavailable(
+        "KVZIP_SIMD is '" + std::string(wanted) +
+        "': it must be scalar, avx2, avx512 or neon, and one that this processor has");
   }
   for (Level level : {Level::avx512, Level::avx2, Level::neon})
     if (has(level)) return level;

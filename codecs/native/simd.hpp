@@ -1,6 +1,8 @@
 // Which instructions the kernels use: chosen once, from what the processor has.
 #pragma once
 
+#include <stdexcept>
+
 namespace kvzip::simd {
 
 // `avx512` means F, BW, VL, DQ, VBMI, VBMI2, VNNI and VPOPCNTDQ (Ice Lake, Zen 4 and later), and
@@ -8,7 +10,13 @@ namespace kvzip::simd {
 enum class Level { scalar, avx2, avx512, neon };
 constexpr int kLevels = 4;
 
-// The best this processor has, or the one that the environment variable KVZIP_SIMD names.
+// The environment variable KVZIP_SIMD names none that this processor has.
+struct Unavailable : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The best this processor has, or the one that the environment variable KVZIP_SIMD names. Throws
+// Unavailable.
 Level level();
 
 // For tests and comparisons; returns false when the processor does not have it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -170,6 +171,26 @@ def test_the_environment_chooses():
             check=True,
         )
         assert run.stdout.split() == [level]
+
+
+@pytest.mark.parametrize("level", ["fastest", "neon"])
+def test_an_environment_that_names_none_of_this_processor_is_no_bug(tmp_path, level):
+    if level in available():
+        pytest.skip("this processor has it")
+    path = tmp_path / "a.kvz"
+    snapshot = make_snapshot(cache_like, 1, "bf16")
+    kvzip.write(path, snapshot, "channel")
+    snapshot.save(tmp_path / "s")
+    for command in (["verify", path], ["encode", tmp_path / "s", "-o", tmp_path / "b.kvz"]):
+        run = subprocess.run(
+            [sys.executable, "-m", "kvzip.cli", *command, "--json"],
+            env={**os.environ, "KVZIP_SIMD": level},
+            capture_output=True,
+            text=True,
+        )
+        told = json.loads(run.stdout)
+        assert (run.returncode, told["kind"]) == (2, "unsupported")
+        assert f"KVZIP_SIMD is '{level}'" in told["error"] and "Traceback" not in run.stderr
 
 
 # --- how good it is ------------------------------------------------------------------------------
