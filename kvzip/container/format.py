@@ -25,7 +25,7 @@ from kvzip.grids import Grid
 from kvzip.kept import cached_property
 from kvzip.layout import Layout, Origin, PartLayout, StoredLayout
 from kvzip.options import json_value, same_from_json
-from kvzip.parsing import from_json
+from kvzip.parsing import from_json, json_schema
 from kvzip.snapshot import Layer
 from kvzip.version import __version__
 
@@ -190,8 +190,7 @@ class Header(
 
 def header_schema() -> dict[str, Any]:
     """The JSON schema of the header."""
-    schema: dict[str, Any] = from_json(msgspec.json.encode(msgspec.json.schema(Header)))
-    return schema
+    return json_schema(Header)
 
 
 class Codecs:
