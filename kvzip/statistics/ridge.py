@@ -31,12 +31,12 @@ def ridge(gram: Floating, cross: Floating, penalty: Any) -> Floating:
 
 
 def held_factor(gram: Floating, penalty: Any) -> Floating:
-    """:func:`lower_factor` of `gram` with the penalties of :func:`ridge` on its diagonal: in double
+    """The :func:`factor` of `gram` with the penalties of :func:`ridge` on its diagonal: in double
     precision, and with ten times as much and so on, where rounding has left none otherwise."""
     lower, diagonal = gram.copy(), np.diag_indices(len(gram))
     lower[diagonal] += penalty
     try:
-        _factor(lower)
+        factor(lower)
         return lower
     except np.linalg.LinAlgError:
         held = gram.astype(np.float64)
@@ -67,29 +67,22 @@ def divided(lower: Floating, right: Floating, transposed: bool = False) -> Float
     return found
 
 
-def lower_factor(gram: Floating) -> Floating:
-    """The lower triangle whose product with its transpose is `gram`, in the same precision. Raises
-    numpy.linalg.LinAlgError where `gram` is not definite. By halves: of thousands of rows it takes
-    a quarter of the time of NumPy's."""
-    found = gram.copy()
-    _factor(found)
-    return found
-
-
-def _factor(gram: Floating) -> None:
-    """:func:`lower_factor` in place."""
+def factor(gram: Floating) -> None:
+    """Put in the place of `gram` the lower triangle whose product with its transpose it is, in the
+    same precision. Raises numpy.linalg.LinAlgError where it is not definite. By halves: of
+    thousands of rows it takes a quarter of the time of NumPy's."""
     n = len(gram)
     if n <= _SMALL:
         gram[...] = np.linalg.cholesky(gram)
         return
     half = n // 2
     first, below, last = gram[:half, :half], gram[half:, :half], gram[half:, half:]
-    _factor(first)
+    factor(first)
     turned = divided(first, gram[:half, half:])
     below[...] = turned.T
     last -= turned.T @ turned  # of which NumPy computes a half, as it is one array
     gram[:half, half:] = 0
-    _factor(last)
+    factor(last)
 
 
 def _divide(lower: Floating, right: Floating, transposed: bool) -> None:
