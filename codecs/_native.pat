@@ -73,3 +73,6 @@
 
 ^kvzip.codecs._native.PredictiveChain.measure$:
     def measure(self, layer: int, part: int, numbers: NDArray[Any]) -> tuple[NDArray[numpy.uint32], float]: ...
+
+^kvzip.codecs._native.predictive_states$:
+    def predictive_states(data: NDArray[numpy.uint8], count: int) -> tuple[bytes, int]: ...

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codec import Context
+from kvzip.codecs import _native
 from kvzip.codecs.native.cuda.device import Kernel, Memory
 from kvzip.codecs.native.cuda.work import bytes_at
 from kvzip.codecs.predictive.gpu_model import LayerOnDevice, ModelOnDevice, on_device, shared_bytes
@@ -51,8 +52,6 @@ _JOB = np.dtype(
 _RAW, _CHANNEL, _CODED = 0, 2, 3
 _HEADER = 16
 _MOST_COUNT_BITS = 17
-_STATE_BYTES = 5
-"""Of a state, at least."""
 _TILE = 32
 _CHAIN_WARPS = 8
 """Warps of a block, at most, that decode; up to four more multiply."""
@@ -323,23 +322,11 @@ def _most_shared(architecture: str) -> int:
 def _states(data: memoryview, count: int) -> tuple[NDArray[np.uint64], int]:
     """The states that a token range begins with, and how many bytes they take up. Raises
     CorruptError."""
-    least = _STATE_BYTES * count
-    fixed = least + -(-count // 4)
-    if len(data) < fixed:
-        raise CorruptError("cut short")
-    packed = np.frombuffer(data[least:fixed], np.uint8)
-    lengths = (packed[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(-1)
-    more = int(lengths.sum())
-    size = _padded(data, fixed + more)
-    whole = np.zeros((len(lengths), 8), np.uint8)
-    whole[:count, :_STATE_BYTES] = np.frombuffer(data[:least], np.uint8).reshape(-1, _STATE_BYTES)
-    last = whole[:, _STATE_BYTES:]
-    last[np.arange(3) < lengths[:, None]] = np.frombuffer(data[fixed : fixed + more], np.uint8)
-    states = whole.view("<u8")[:, 0]
-    ends = np.take_along_axis(whole, _STATE_BYTES - 1 + lengths[:, None].astype(np.int64), 1)
-    if lengths[count:].any() or not ends[lengths > 0].all():
-        raise CorruptError("states that make no sense")
-    return states[:count], size
+    try:
+        states, size = _native.predictive_states(np.frombuffer(data, np.uint8), count)
+    except ValueError as error:
+        raise CorruptError(str(error)) from None
+    return np.frombuffer(states, np.uint64), size
 
 
 def _padded(data: memoryview, size: int) -> int:
