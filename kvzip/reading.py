@@ -40,7 +40,11 @@ def reading(
     if number == 0 and _standard_input is not None:
         name = f"/proc/self/fd/{_standard_input}"
         return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC), "rb")
-    handle, kind = _open_to_read(name) if number is None else _again(number)
+    if number is None:
+        handle, kind = _open_to_read(name)
+    else:
+        with files.naming(name):
+            handle, kind = _again(number)
     if stat.S_ISREG(kind):
         return os.fdopen(handle, "rb", buffering)
     if stat.S_ISDIR(kind):

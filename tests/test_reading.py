@@ -108,6 +108,14 @@ def test_a_pipe_into_which_nobody_writes(tmp_path, monkeypatch):
     assert error.value.filename == str(tmp_path / "pipe")
 
 
+def test_a_number_that_is_not_open_is_named():
+    number = os.open(os.devnull, os.O_RDONLY)
+    os.close(number)
+    with pytest.raises(OSError) as failure:
+        reading(f"/dev/fd/{number}")
+    assert failure.value.filename == f"/dev/fd/{number}"
+
+
 def test_who_has_opened_a_pipe_is_waited_for(tmp_path, monkeypatch, snapshot, blob):
     monkeypatch.setattr(files, "PIPE_SECONDS", 0.2)
     pipe = tmp_path / "pipe"
