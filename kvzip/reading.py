@@ -40,11 +40,7 @@ def reading(
     if number == 0 and _standard_input is not None:
         name = f"/proc/self/fd/{_standard_input}"
         return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC), "rb")
-    if number is None:
-        handle, kind = _open_to_read(name)
-    else:
-        with files.naming(name):
-            handle, kind = _again(number)
+    handle, kind = _open_to_read(name) if number is None else _again(number, name)
     if stat.S_ISREG(kind):
         return os.fdopen(handle, "rb", buffering)
     if stat.S_ISDIR(kind):
@@ -57,9 +53,12 @@ def reading(
     return copy
 
 
-def _again(number: int) -> tuple[int, int]:
+def _again(number: int, name: str) -> tuple[int, int]:
     """Another number of an open file, and its kind."""
-    handle = os.dup(number)
+    try:
+        handle = os.dup(number)
+    except OSError:
+        raise files.error_of(errno.EBADF, name) from None
     kind = os.fstat(handle).st_mode
     if stat.S_ISREG(kind):
         with suppress(OSError):  # opened anew it is read from its beginning
