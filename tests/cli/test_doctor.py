@@ -31,15 +31,20 @@ def test_all_is_well(capsys):
         assert f"self-test of {name}: good" in out
 
 
-def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
+def lack(monkeypatch, *packages):
+    """Have these packages look as if they were not installed."""
     real = metadata.version
 
     def version(package):
-        if package in ("obstore", "sglang"):
+        if package in packages:
             raise metadata.PackageNotFoundError(package)
         return real(package)
 
     monkeypatch.setattr(metadata, "version", version)
+
+
+def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
+    lack(monkeypatch, "obstore", "sglang")
     code, told = run_json(capsys, "doctor")
     assert code == 0  # it is no fault
     assert told["engines"]["SGLang"] is None
@@ -70,14 +75,7 @@ def test_a_module_that_is_missing_is_named_with_its_extra(capsys, monkeypatch):
 
 
 def test_the_demo_names_what_is_missing_before_it_starts(capsys, monkeypatch, tmp_path):
-    real = metadata.version
-
-    def version(package):
-        if package in ("jinja2", "torch"):
-            raise metadata.PackageNotFoundError(package)
-        return real(package)
-
-    monkeypatch.setattr(metadata, "version", version)
+    lack(monkeypatch, "jinja2", "torch")
     code, _, err = run(capsys, "demo", "--out", str(tmp_path / "demo"))
     assert code == 2 and "pip install 'kvzip[demo]'" in err
     assert "torch" in err and "jinja2" in err
