@@ -54,6 +54,8 @@ class Context(msgspec.Struct, frozen=True, gc=False):
     scratch: dict[str, Any] = {}
     """What a codec keeps for itself from block to block of the same tokens, layer after layer; when
     it writes blocks that need no other, from a part's tables to its blocks."""
+    rope: int | None = None
+    """Which of the origin's RoPE parameters turned the layer's keys; None where none did."""
 
 
 class Coded(msgspec.Struct, gc=False):

@@ -144,8 +144,24 @@ Table<std::int64_t> streams(const PartTables& tables, nb::handle data, std::size
 struct Job {
   const PartTables* tables;  // or none
   const Py_buffer *data, *out;
+  const Rotation* rotation;  // of keys that RoPE turned, or none
+  std::size_t first;         // position of the first token
   std::uint64_t checksum = 0;
 };
+
+template <typename T>
+void decode_unturned(const Job& job, const Block<T>& block, Workspace* workspace) {
+  if constexpr (sizeof(T) == 2) {
+    if (!job.tables || !job.rotation || job.tables->format().mantissa_bits != 7)
+      throw std::invalid_argument("keys before RoPE, and nothing that says how they are turned");
+    const Unturned unturned(static_cast<const std::uint8_t*>(job.data->buf),
+                            std::size_t(job.data->len));
+    job.tables->decode<T>(unturned.coded, unturned.size, block, workspace);
+    unturned.turn(*job.rotation, job.first, job.tables->heads(), job.tables->dim(), block);
+  } else {
+    throw std::invalid_argument("keys before RoPE in another format than bf16");
+  }
+}
 
 // Gives the numbers' checksum.
 template <typename T>
@@ -158,6 +174,7 @@ std::uint64_t decode_one(const Job& job, Workspace* workspace) {
   const auto* data = static_cast<const std::uint8_t*>(job.data->buf);
   const auto size = std::size_t(job.data->len);
   if (size && data[0] == kRawBlock) copy_raw<T>(data, size, shape(1), shape(3), block);
+  else if (size && data[0] == kUnturnedBlock) decode_unturned<T>(job, block, workspace);
   else if (job.tables) job.tables->decode<T>(data, size, block, workspace);
   else throw std::invalid_argument("neither raw nor coded");
   return checksum<T>(block, shape(1), shape(3));
@@ -197,13 +214,16 @@ class Decoding {
   ~Decoding() { end(true); }
 
   // Whether the block is taken: it is if each token's numbers are to lie side by side.
-  bool add(nb::object tables, nb::handle data, nb::handle out) {
+  bool add(nb::object tables, nb::handle data, nb::handle out, nb::object rotation,
+           std::size_t first) {
     const Py_buffer& to = views_.add(out, PyBUF_STRIDES | PyBUF_WRITABLE);
     if (to.ndim == 4 && to.strides[3] != to.itemsize && to.shape[3] > 1) return false;
     const Job job{tables.is_none() ? nullptr : nb::cast<const PartTables*>(tables),
-                  &views_.add(data, PyBUF_SIMPLE), &to};
+                  &views_.add(data, PyBUF_SIMPLE), &to,
+                  rotation.is_none() ? nullptr : nb::cast<const Rotation*>(rotation), first};
     check(job);
     held_.push_back(std::move(tables));
+    if (job.rotation) held_.push_back(std::move(rotation));
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (ended_) throw std::invalid_argument("finished already");
@@ -329,9 +349,11 @@ void bind(nb::module_& m) {
                        "Decodes blocks on threads of its own, while more come.")
       .def(nb::init<std::size_t>(), "threads"_a)
       .def("add", &Decoding::add, "tables"_a.none(), "data"_a, "out"_a,
+           "rotation"_a.none() = nb::none(), "first"_a = 0,
            "Fill `out`, [batch, heads, tokens, dim], from a block's bytes and its tables, or None, "
-           "by the end. False, and nothing of it is done, where a token's numbers do not lie side "
-           "by side. Raises ValueError.")
+           "by the end. `rotation`: what turns its keys, of which the first token stands at the "
+           "position `first`. False, and nothing of it is done, where a token's numbers do not lie "
+           "side by side. Raises ValueError.")
       .def("finish", &Decoding::finish,
            "Wait for all of them; the XXH3-64 of the numbers of each. Raises ValueError.")
       .def("stop", &Decoding::stop, "Begin no other block, and wait for those that are begun.");

@@ -64,6 +64,9 @@ std::size_t tops(const Coded& coded) {
   return found;
 }
 
+// A pair's place and its two numbers.
+constexpr std::size_t kExceptionBytes = 8;
+
 std::size_t least_size(std::size_t raw_bytes) { return padded(raw_bytes / kMaxExpansion); }
 
 // Numbers that lie side by side, in the order of [batch, heads, tokens, dim].
@@ -399,6 +402,50 @@ void PartTables::decode(const std::uint8_t* data, std::size_t size, const Block<
   tables.decoders = decoders(workspace);
   if (!channel::decode<T>(tables, block, streams.data(), streams.size()))
     throw std::invalid_argument("its streams do not fit each other");
+}
+
+Unturned::Unturned(const std::uint8_t* data, std::size_t bytes) {
+  Cursor in(data, bytes);
+  const std::uint8_t* const head = in.take(kAligned);
+  std::uint32_t count;
+  std::memcpy(&count, head + 4, sizeof count);
+  const bool zeros = !head[2] && !head[3] &&
+                     std::all_of(head + 8, head + kAligned, [](std::uint8_t b) { return !b; });
+  if (head[0] != kUnturnedBlock || head[1] < 1 || head[1] > 2 || !zeros)
+    throw std::invalid_argument("its head makes no sense");
+  rounding = Rotation::Rounding(head[1]);
+  exception_count = count;
+  exceptions = in.take(kExceptionBytes * count);
+  in.zeros(padding(kExceptionBytes * count));
+  size = in.left();
+  coded = in.take(size);
+}
+
+void Unturned::turn(const Rotation& rotation, std::size_t first, std::size_t heads,
+                    std::size_t dim, const Block<std::uint16_t>& block) const {
+  const std::size_t pairs = rotation.pairs();
+  if (2 * pairs > dim) throw std::invalid_argument("more pairs are turned than there are");
+  for (std::size_t b = 0; b < block.batch; ++b)
+    rotation.turn({block.data + std::ptrdiff_t(b) * block.batch_stride, heads, block.tokens,
+                   block.head_stride, block.token_stride},
+                  first, rounding);
+  const std::uint64_t all = std::uint64_t(block.batch) * heads * block.tokens * pairs;
+  std::uint64_t next = 0;
+  for (std::size_t i = 0; i < exception_count; ++i) {
+    std::uint32_t place;
+    std::uint16_t numbers[2];
+    std::memcpy(&place, exceptions + kExceptionBytes * i, sizeof place);
+    std::memcpy(numbers, exceptions + kExceptionBytes * i + sizeof place, sizeof numbers);
+    if (place < next || place >= all) throw std::invalid_argument("an exception of no pair");
+    next = std::uint64_t(place) + 1;
+    const std::size_t pair = place % pairs, row = place / pairs, t = row % block.tokens;
+    const std::size_t h = row / block.tokens % heads, b = row / block.tokens / heads;
+    std::uint16_t* const key = block.data + std::ptrdiff_t(b) * block.batch_stride +
+                               std::ptrdiff_t(h) * block.head_stride +
+                               std::ptrdiff_t(t) * block.token_stride + std::ptrdiff_t(pair);
+    key[0] = numbers[0];
+    key[pairs] = numbers[1];
+  }
 }
 
 template <typename T>

@@ -13,6 +13,7 @@
 #include "channel/kernels.hpp"
 #include "channel/stored_tables.hpp"
 #include "native/number_format.hpp"
+#include "native/rotation.hpp"
 
 namespace kvzip::channel {
 
@@ -184,7 +185,29 @@ template <typename T>
 std::uint64_t checksum(const Block<T>& block, std::size_t heads, std::size_t dim);
 
 // Blocks of mode 1 had states of four bytes.
-enum Mode : std::uint8_t { kRawBlock = 0, kEarlierBlock = 1, kCodedBlock = 2 };
+enum Mode : std::uint8_t {
+  kRawBlock = 0,
+  kEarlierBlock = 1,
+  kCodedBlock = 2,
+  kUnturnedBlock = 3  // of keys before RoPE
+};
+
+// A block of keys before RoPE, taken apart: the coded block within, how its keys are turned, and the
+// pairs that nothing turns to.
+struct Unturned {
+  const std::uint8_t* coded;
+  std::size_t size;
+  Rotation::Rounding rounding;
+  const std::uint8_t* exceptions;
+  std::size_t exception_count;
+
+  // Throws std::invalid_argument.
+  Unturned(const std::uint8_t* data, std::size_t size);
+  // Turns the decoded keys, of which the first token stands at the position `first`, and puts the
+  // exceptions in their places. Throws std::invalid_argument.
+  void turn(const Rotation& rotation, std::size_t first, std::size_t heads, std::size_t dim,
+            const Block<std::uint16_t>& block) const;
+};
 
 // What a block begins with, and all in it, is at multiples of so many bytes.
 constexpr std::size_t kAligned = 16;

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.profile import fields, fit, rows, tables_of, takes
+from kvzip.codecs.channel.rotation import UNTURNED, rotation_of, unturned
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, KVZipError, UsageError
 from kvzip.layout import PartLayout
@@ -29,8 +30,9 @@ _MAX_CHANNEL = 2 * 256 * 16 + 100
 # own tables are thought to: 3 % is seen where they fit, since few tokens tell too little of a
 # channel. And what a stream takes besides its numbers, in bits.
 _SAMPLE, _MORE, _STREAM = 128, 0.05, 850
-# Under which a part of few tokens is kept, as coded by its tables, for its block if that is all.
-_CODED = "coded"
+# Under which a part of few tokens is kept, as coded by its tables, for its block if that is all; and
+# keys before RoPE, for their blocks.
+_CODED, _KEYS = "coded", "keys"
 
 
 class ChannelCodec(Codec):
@@ -64,13 +66,19 @@ class ChannelCodec(Codec):
         known = tables_of(context, part.shape[1], part.shape[3])
         if known is not None and _fits(known, part[:, :, :_SAMPLE], form):
             return b""
-        made: bytes = _native.channel_tables(rows(part), *fields(form))
+        keys = unturned(part, context)
+        array = rows(part) if keys is None else keys.array
+        made: bytes = _native.channel_tables(array, *fields(form))
         if made and part.shape[2] <= _SAMPLE:
             tables = _native.ChannelTables(made, part.shape[1], part.shape[3], *fields(form))
-            coded = tables.encode(rows(part))
+            coded = tables.encode(array)
+            if coded is not None and keys is not None:
+                coded = keys.wrapped(coded, part, 0)
             if coded is None or len(made) + len(coded) >= len(_RAW) + part.nbytes:
                 return b""  # few tokens are smaller without, since tables go into the file, too
             context.scratch[_CODED] = part, coded
+        if made and keys is not None:
+            context.scratch[_KEYS] = keys
         return made
 
     def load_tables(
@@ -86,9 +94,19 @@ class ChannelCodec(Codec):
 
     def encode(self, block: Bits, context: Context) -> bytes:
         part, coded = context.scratch.get(_CODED, (None, None))
-        if part is not block:
-            coded = context.tables.encode(rows(block)) if context.tables else None
-        return _RAW + block.tobytes() if coded is None else coded
+        keys = context.scratch.get(_KEYS)
+        if part is block or not context.tables:
+            pass
+        elif keys is None:
+            coded = context.tables.encode(rows(block))
+        else:
+            begin = context.start - keys.first
+            coded = context.tables.encode(keys.cut(begin, begin + block.shape[2]))
+            if coded is not None:
+                coded = keys.wrapped(coded, block, begin)
+        if coded is None or len(coded) > len(_RAW) + block.nbytes:
+            return _RAW + block.tobytes()
+        return coded
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         self.decode_many([Coded(data, out, context)])
@@ -100,10 +118,13 @@ class ChannelCodec(Codec):
         decoding = _native.ChannelDecoding(threads)
         try:
             for block in blocks:
-                out, tables = block.out, block.context.tables
-                if not decoding.add(tables, block.data, out):
+                out, data, context = block.out, block.data, block.context
+                more: tuple[Any, ...] = ()
+                if len(data) and data[0] == UNTURNED:
+                    more = rotation_of(context, out.shape[3]), context.start
+                if not decoding.add(context.tables, data, out, *more):
                     copied.append((out, np.empty(out.shape, out.dtype)))
-                    decoding.add(tables, block.data, copied[-1][1])
+                    decoding.add(context.tables, data, copied[-1][1], *more)
             checksums: list[int] = decoding.finish()
         except KVZipError:  # of what gives the blocks
             raise

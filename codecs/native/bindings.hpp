@@ -34,6 +34,7 @@ class Views {
 void bind_index(nanobind::module_& m);
 void bind_json(nanobind::module_& m);
 void bind_output(nanobind::module_& m);
+void bind_rotation(nanobind::module_& m);
 void bind_spans(nanobind::module_& m);
 }  // namespace kvzip
 namespace kvzip::grid {

@@ -52,6 +52,7 @@ NB_MODULE(_native, m) {
   kvzip::bind_index(m);
   kvzip::bind_json(m);
   kvzip::bind_output(m);
+  kvzip::bind_rotation(m);
   kvzip::bind_spans(m);
   kvzip::grid::bind(m);
   kvzip::planes::bind(m);

@@ -311,8 +311,11 @@ class Blocks:
         """A part's tables, of which these are the bytes, as blocks use them. Raises
         CorruptError."""
         layer, name = key = self.index.key[row]
-        part, begin = self.layout.layers[layer].parts[name], self.index.position[row]
-        context = Context(part.form, layer, name, begin, self.header.origin, None, self.profile)
+        held, begin = self.layout.layers[layer], self.index.position[row]
+        part, origin = held.parts[name], self.header.origin
+        context = Context(
+            part.form, layer, name, begin, origin, None, self.profile, rope=held.rope
+        )
         return self.codecs[key].load_tables(data, part.block_shape, context)
 
     def context(self, row: int, *more: Any) -> Context:
@@ -323,4 +326,7 @@ class Blocks:
         part, ids = held.parts[name], None
         if self._ids is not None and part.tokens is not None and held.counts_tokens:
             ids = ids_between(self._ids, begin, begin + self.index.tokens[row])
-        return Context(part.form, layer, name, begin, self.header.origin, ids, self.profile, *more)
+        origin, profile = self.header.origin, self.profile
+        return Context(
+            part.form, layer, name, begin, origin, ids, profile, *more, rope=held.rope
+        )

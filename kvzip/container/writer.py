@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 
 from kvzip import checksum, metrics
@@ -269,7 +270,8 @@ class Writer:
         if layer.counts_tokens and part.tokens is not None:
             ids = ids_between(self._ids, begin, begin + entry.tokens)
         origin, profile = self.snapshot.origin, self.profile
-        return Context(part.form, entry.layer, entry.part, begin, origin, ids, profile, *more)
+        found = Context(part.form, entry.layer, entry.part, begin, origin, ids, profile, *more)
+        return found if layer.rope is None else msgspec.structs.replace(found, rope=layer.rope)
 
 
 def _block(entry: Entry, whole: Bits) -> Bits:

@@ -1,0 +1,129 @@
+"""Keys before RoPE: when `channel` codes them so, and what their blocks begin with.
+
+spec.md, "Keys before RoPE", has the bytes and the reasons.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.codec import Context
+from kvzip.codecs import _native
+from kvzip.codecs.channel.profile import fields, rows
+from kvzip.dtypes import Bits
+from kvzip.statistics.rope import frequencies
+
+UNTURNED = 3
+"""What a block of keys before RoPE begins with."""
+_HEAD = struct.Struct("<BBHI8x")
+_EXCEPTION = np.dtype([("pair", "<u4"), ("numbers", "<u2", 2)])
+_ALIGNED = 16
+_ROUNDINGS = (1, 2)
+# Tokens on which it is tried; of their pairs, and of all, so many may have no numbers before RoPE.
+_SAMPLE, _MISSING = 32, 0.01
+# Tokens that tell whether keys take less before RoPE, if there are so many.
+_COMPARED = 512
+
+
+class Keys(NamedTuple):
+    """A part's keys before RoPE."""
+
+    array: Bits
+    """[batch, heads, tokens, dim]."""
+    rounding: int
+    """How they are turned: 1, products and sums are rounded; 2, sums only."""
+    pairs: int
+    first: int
+    """Position of the first token."""
+    missing: NDArray[np.uint64]
+    """The pairs that have none, counted in the order of [batch, heads, tokens, pairs]."""
+
+    def cut(self, begin: int, stop: int) -> Bits:
+        """Those of some tokens."""
+        return self.array[:, :, begin:stop]
+
+    def wrapped(self, coded: bytes, block: Bits, begin: int) -> bytes:
+        """A block of the keys as it is stored: `block`, the keys behind RoPE, of which the first
+        token is number `begin` here, and `coded`, those before it."""
+        tokens = block.shape[2]
+        row, pair = np.divmod(self.missing, np.uint64(self.pairs))
+        head, token = np.divmod(row, np.uint64(self.array.shape[2]))
+        there = (token >= begin) & (token < begin + tokens)
+        head, token, pair = (x[there].astype(np.int64) for x in (head, token, pair))
+        token -= begin
+        exceptions = np.empty(len(pair), _EXCEPTION)
+        exceptions["pair"] = (head * tokens + token) * self.pairs + pair
+        of = block.reshape(-1, *block.shape[2:])
+        exceptions["numbers"][:, 0] = of[head, token, pair]
+        exceptions["numbers"][:, 1] = of[head, token, pair + self.pairs]
+        data = exceptions.tobytes()
+        head_bytes = _HEAD.pack(UNTURNED, self.rounding, 0, len(exceptions))
+        return head_bytes + data + bytes(-len(data) % _ALIGNED) + coded
+
+
+def rotation_of(context: Context, dim: int) -> _native.Rotation | None:
+    """What turned the keys of a part, [batch, heads, tokens, dim]; None where the origin doesn't
+    say."""
+    if context.part != "k" or context.rope is None or context.dtype.name != "bf16":
+        return None
+    known = context.origin.rope
+    if context.rope >= len(known):
+        return None
+    parameters = known[context.rope]
+    try:
+        radians = frequencies(parameters, dim)
+        scale = float(parameters.get("attention_scaling", 1.0))
+        return _rotation(np.asarray(radians, np.float32).tobytes(), scale)
+    except (TypeError, ValueError, OverflowError):  # a header may say anything
+        return None
+
+
+@lru_cache(maxsize=64)
+def _rotation(radians: bytes, scale: float) -> _native.Rotation | None:
+    found = np.frombuffer(radians, np.float32)
+    if not len(found) or not np.isfinite(found).all() or not math.isfinite(scale):
+        return None
+    return _native.Rotation(found, scale)
+
+
+def unturned(part: Bits, context: Context) -> Keys | None:
+    """A part's keys before RoPE; None where they are not to be had, or would take more."""
+    rotation = rotation_of(context, part.shape[3])
+    if rotation is None or not part.size:
+        return None
+    part, first = rows(part), context.start
+    tokens = part.shape[2]
+    pairs = part.size // part.shape[3] * rotation.pairs
+    if pairs >> 32:
+        return None
+    end = slice(max(0, tokens - _SAMPLE), tokens)
+    sample = part[:, :, end]
+    room = np.empty(sample.shape, sample.dtype)
+    few = int(_MISSING * sample.size / part.shape[3] * rotation.pairs)
+    for rounding in _ROUNDINGS:
+        if rotation.unturn(sample, first + end.start, rounding, room, few) is not None:
+            break
+    else:
+        return None
+    array = part.copy() if 2 * rotation.pairs < part.shape[3] else np.empty(part.shape, part.dtype)
+    missing = rotation.unturn(part, first, rounding, array, int(_MISSING * pairs))
+    if missing is None:
+        return None
+    end = slice(max(0, tokens - _COMPARED), tokens)
+    if _bits(array[:, :, end], context) >= _bits(part[:, :, end], context):
+        return None
+    return Keys(array, rounding, rotation.pairs, first, missing)
+
+
+def _bits(part: Bits, context: Context) -> float:
+    """What such keys take, about."""
+    counts = _native.ChannelCounts(part.shape[1], part.shape[3], *fields(context.dtype))
+    counts.add(part)
+    bits: float = counts.bits()
+    return bits

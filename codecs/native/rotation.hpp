@@ -1,0 +1,65 @@
+// Keys before and behind RoPE, bit for bit.
+//
+// RoPE (Su et al. 2021, arXiv 2104.09864) turns the numbers i and i + `pairs` of each head by an
+// angle that grows with the position. A model that does so in bf16 rounds on the way, so what it
+// caches can be had again from the bf16 numbers that it turned, and these are more alike from token
+// to token. codecs/channel/spec.md has the arithmetic.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+namespace kvzip {
+
+class Rotation {
+ public:
+  // How a model rounds: its two products and their sum, or the sum alone. Stored in files.
+  enum class Rounding : std::uint8_t { each = 1, once = 2 };
+
+  // Numbers of bf16, [heads, tokens, dim], rows of a batch and heads counted as one; strides in
+  // numbers.
+  template <typename T>
+  struct Rows {
+    T* data;
+    std::size_t heads, tokens;
+    std::ptrdiff_t head_stride, token_stride;
+  };
+
+  // `frequency`: radians a position, of each pair. Cosines and sines are multiplied by `scale`.
+  Rotation(const float* frequency, std::size_t pairs, float scale);
+
+  std::size_t pairs() const { return frequency_.size(); }
+
+  // Turns keys, of which the first token stands at the position `first`, where they are.
+  void turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding rounding) const;
+
+  // Finds numbers that turn to these bit for bit: writes them to `out`, and adds to `missing` the
+  // pairs that have none, counted in the order of [heads, tokens, pairs]; of these the nearest are
+  // written. Gives up, and returns false, when more than `most` are missing.
+  bool unturn(const Rows<const std::uint16_t>& keys, std::size_t first, Rounding rounding,
+              const Rows<std::uint16_t>& out, std::size_t most,
+              std::vector<std::uint64_t>* missing) const;
+
+  // Cosines, then sines, of all pairs in bf16: [2, pairs].
+  void angles(std::size_t position, std::uint16_t* out) const;
+
+ private:
+  // Of so many positions that follow each other, as kernels read them.
+  static constexpr std::size_t kPositions = 256;
+  using Angles = std::shared_ptr<const std::vector<float>>;
+  Angles angles_at(std::size_t block) const;
+  // Calls use(angles, token, tokens) for one run of tokens after the other.
+  template <typename Use>
+  void each_run(std::size_t first, std::size_t tokens, const Use& use) const;
+
+  std::vector<float> frequency_;
+  float scale_;
+  mutable std::mutex mutex_;
+  mutable std::unordered_map<std::size_t, Angles> known_;
+};
+
+}  // namespace kvzip

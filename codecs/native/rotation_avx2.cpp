@@ -1,0 +1,5 @@
+#include "native/rotation_kernels.hpp"
+
+namespace kvzip::rotation {
+const Kernels avx2 = kernels_of<8>();
+}
