@@ -421,8 +421,8 @@ Unturned::Unturned(const std::uint8_t* data, std::size_t bytes) {
   coded = in.take(size);
 }
 
-void Unturned::turn(const Rotation& rotation, std::size_t first, std::size_t heads,
-                    std::size_t dim, const Block<std::uint16_t>& block) const {
+void Unturned::turn(const Rotation& rotation, std::size_t first, std::size_t heads, std::size_t dim,
+                    const Block<std::uint16_t>& block) const {
   const std::size_t pairs = rotation.pairs();
   if (2 * pairs > dim) throw std::invalid_argument("more pairs are turned than there are");
   for (std::size_t b = 0; b < block.batch; ++b)

@@ -192,8 +192,8 @@ enum Mode : std::uint8_t {
   kUnturnedBlock = 3  // of keys before RoPE
 };
 
-// A block of keys before RoPE, taken apart: the coded block within, how its keys are turned, and the
-// pairs that nothing turns to.
+// A block of keys before RoPE, taken apart: the coded block within, how its keys are turned, and
+// the pairs that nothing turns to.
 struct Unturned {
   const std::uint8_t* coded;
   std::size_t size;

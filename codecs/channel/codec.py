@@ -19,6 +19,7 @@ from kvzip.codecs.channel.rotation import UNTURNED, rotation_of, unturned
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, KVZipError, UsageError
 from kvzip.layout import PartLayout
+from kvzip.options import boolean
 
 _RAW = bytes(16)
 # A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
@@ -45,6 +46,11 @@ class ChannelCodec(Codec):
 
     codec_id = "channel"
 
+    def __init__(self, before_rope: bool = False):
+        """`before_rope`: keys of bf16 that RoPE turned are coded as they were before, where that
+        takes less."""
+        self.before_rope = boolean("before_rope", before_rope)
+
     def takes(self, part: PartLayout, kind: str, name: str) -> bool:
         return takes(part)
 
@@ -66,7 +72,7 @@ class ChannelCodec(Codec):
         known = tables_of(context, part.shape[1], part.shape[3])
         if known is not None and _fits(known, part[:, :, :_SAMPLE], form):
             return b""
-        keys = unturned(part, context)
+        keys = unturned(part, context) if self.before_rope else None
         array = rows(part) if keys is None else keys.array
         made: bytes = _native.channel_tables(array, *fields(form))
         if made and part.shape[2] <= _SAMPLE:

@@ -122,9 +122,9 @@ void Rotation::turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding
   const rotation::Turn kernel = kernels().turn[rounding == Rounding::once];
   each_run(first, keys.tokens, [&](const float* angles, std::size_t t, std::size_t n) {
     for (std::size_t h = 0; h < keys.heads; ++h)
-      kernel({keys.data + std::ptrdiff_t(h) * keys.head_stride +
-                  std::ptrdiff_t(t) * keys.token_stride,
-              keys.token_stride, angles, n, pairs()});
+      kernel(
+          {keys.data + std::ptrdiff_t(h) * keys.head_stride + std::ptrdiff_t(t) * keys.token_stride,
+           keys.token_stride, angles, n, pairs()});
   });
 }
 

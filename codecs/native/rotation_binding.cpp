@@ -93,11 +93,14 @@ void bind_rotation(nb::module_& m) {
           },
           "keys"_a, "first"_a, "rounding"_a,
           "Turn keys where they are: bf16 bits, uint16 [batch, heads, tokens, dim], of which the "
-          "first token stands at the position `first`. `rounding`: 1, products and sums are rounded "
+          "first token stands at the position `first`. `rounding`: 1, products and sums are "
+          "rounded "
           "to bf16; 2, sums only.")
       .def("unturn", &unturn, "keys"_a, "first"_a, "rounding"_a, "out"_a, "most"_a,
-           "Write to `out`, of the same shape, numbers that `turn` makes these keys of, bit for bit; "
-           "numbers that are not turned are left. The pairs for which there are none, counted in the "
+           "Write to `out`, of the same shape, numbers that `turn` makes these keys of, bit for "
+           "bit; "
+           "numbers that are not turned are left. The pairs for which there are none, counted in "
+           "the "
            "order of [batch, heads, tokens, pairs]: uint64; of them the nearest numbers are "
            "written. None when there would be more than `most`.");
 }

@@ -1,6 +1,6 @@
 // What a set of instructions does with keys; W numbers of 32 bits make a vector. Floating point, in
-// single steps of IEEE 754 that come out alike everywhere: what turned a key is checked by turning it
-// again.
+// single steps of IEEE 754 that come out alike everywhere: what turned a key is checked by turning
+// it again.
 #pragma once
 
 #include <cstddef>
@@ -88,7 +88,8 @@ struct Vectors {
     return v;
   }
   static void store(void* p, U v) { std::memcpy(p, &v, sizeof v); }
-  // The even and the odd ones of 2 W numbers of bf16, and the numbers that two vectors of bf16 make.
+  // The even and the odd ones of 2 W numbers of bf16, and the numbers that two vectors of bf16
+  // make.
   static F even(U words) { return (F)(words << 16); }
   static F odd(U words) { return (F)(words & 0xFFFF0000u); }
   static U joined(F even, F odd) { return bits(even) >> 16 | bits(odd); }
@@ -129,12 +130,8 @@ struct Vectors {
   // Half of the step of bf16 at a number.
   static F half_step(F v) { return (F)(bits(v) & 0x7F800000u) * all(0x1p-8f); }
 
-  static F turned1(F a, F b, F cos, F sin) {
-    return rounded(product(a, cos) - product(b, sin));
-  }
-  static F turned2(F a, F b, F cos, F sin) {
-    return rounded(product(b, cos) + product(a, sin));
-  }
+  static F turned1(F a, F b, F cos, F sin) { return rounded(product(a, cos) - product(b, sin)); }
+  static F turned2(F a, F b, F cos, F sin) { return rounded(product(b, cos) + product(a, sin)); }
 
   // Of what is nothing, or neither so small nor so large that an intermediate could be.
   static I ordinary(F v) {
@@ -163,8 +160,8 @@ struct Vectors {
       room2_ = choose(has2_, half_step(y2) * magnitude(over2_), all(0x1p100f));
     }
 
-    // Takes the wide number that is so many steps from the nearest, and the narrow one in the middle
-    // of what y1 and y2 allow with it.
+    // Takes the wide number that is so many steps from the nearest, and the narrow one in the
+    // middle of what y1 and y2 allow with it.
     void take(int steps) {
       taken_ = stepped(wide_, steps);
       part1_ = product(taken_, wide1_), part2_ = product(taken_, wide2_);
@@ -247,17 +244,17 @@ void turn_keys(const TurnWork& work) {
   std::uint16_t* key = work.keys;
   const float *cos = work.angles, *sin = cos + padded;
   for (std::size_t t = 0; t < work.tokens; ++t) {
-    each_pairs<W>(key, work.pairs,
-                  [&](std::uint16_t* a, std::uint16_t* b, std::size_t, std::size_t at) {
-                    const U first = V::template load<U>(a), second = V::template load<U>(b);
-                    const F c = V::template load<F>(cos + at), s = V::template load<F>(sin + at);
-                    const std::size_t next = at + kGroup / 2;
-                    const F d = V::template load<F>(cos + next), r = V::template load<F>(sin + next);
-                    const F a0 = V::even(first), b0 = V::even(second);
-                    const F a1 = V::odd(first), b1 = V::odd(second);
-                    V::store(a, V::joined(V::turned1(a0, b0, c, s), V::turned1(a1, b1, d, r)));
-                    V::store(b, V::joined(V::turned2(a0, b0, c, s), V::turned2(a1, b1, d, r)));
-                  });
+    each_pairs<W>(
+        key, work.pairs, [&](std::uint16_t* a, std::uint16_t* b, std::size_t, std::size_t at) {
+          const U first = V::template load<U>(a), second = V::template load<U>(b);
+          const F c = V::template load<F>(cos + at), s = V::template load<F>(sin + at);
+          const std::size_t next = at + kGroup / 2;
+          const F d = V::template load<F>(cos + next), r = V::template load<F>(sin + next);
+          const F a0 = V::even(first), b0 = V::even(second);
+          const F a1 = V::odd(first), b1 = V::odd(second);
+          V::store(a, V::joined(V::turned1(a0, b0, c, s), V::turned1(a1, b1, d, r)));
+          V::store(b, V::joined(V::turned2(a0, b0, c, s), V::turned2(a1, b1, d, r)));
+        });
     key += work.token_stride;
     cos += 2 * padded;
     sin += 2 * padded;
@@ -322,33 +319,34 @@ std::size_t unturn_keys(const UnturnWork& work) {
   const float *cos = work.angles, *sin = cos + padded;
   std::uint16_t* out = work.out;
   for (std::size_t t = 0; t < work.tokens; ++t) {
-    each_pairs<W>(key, pairs, [&](const std::uint16_t* a, const std::uint16_t* b, std::size_t pair,
-                                  std::size_t at) {
-      const U first = V::template load<U>(a), second = V::template load<U>(b);
-      std::uint64_t left[2][V::kMasks];
-      F k1[2], k2[2];
-      for (const int odd : {0, 1}) {
-        const std::size_t angle = at + std::size_t(odd) * kGroup / 2;
-        typename V::Search search(
-            odd ? V::odd(first) : V::even(first), odd ? V::odd(second) : V::even(second),
-            V::template load<F>(cos + angle), V::template load<F>(sin + angle));
-        V::masks(~search.first(), left[odd]);
-        k1[odd] = search.k1();
-        k2[odd] = search.k2();
-      }
-      const U joined[2] = {V::joined(k1[0], k1[1]), V::joined(k2[0], k2[1])};
-      const std::size_t n = pairs - pair < 2 * W ? pairs - pair : 2 * W;
-      std::memcpy(out + pair, &joined[0], 2 * n);
-      std::memcpy(out + pairs + pair, &joined[1], 2 * n);
-      for (const int odd : {0, 1})
-        for (std::size_t m = 0; m < V::kMasks; ++m)
-          for (std::uint64_t rest = left[odd][m]; rest; rest &= rest - 1) {
-            const std::size_t lane = 8 * m + std::size_t(__builtin_ctzll(rest)) / 8;
-            const std::size_t j = pair + 2 * lane + std::size_t(odd);
-            if (j < pairs)
-              waiting.add(key + j, cos[place_of(j)], sin[place_of(j)], out + j, t * pairs + j);
+    each_pairs<W>(
+        key, pairs,
+        [&](const std::uint16_t* a, const std::uint16_t* b, std::size_t pair, std::size_t at) {
+          const U first = V::template load<U>(a), second = V::template load<U>(b);
+          std::uint64_t left[2][V::kMasks];
+          F k1[2], k2[2];
+          for (const int odd : {0, 1}) {
+            const std::size_t angle = at + std::size_t(odd) * kGroup / 2;
+            typename V::Search search(
+                odd ? V::odd(first) : V::even(first), odd ? V::odd(second) : V::even(second),
+                V::template load<F>(cos + angle), V::template load<F>(sin + angle));
+            V::masks(~search.first(), left[odd]);
+            k1[odd] = search.k1();
+            k2[odd] = search.k2();
           }
-    });
+          const U joined[2] = {V::joined(k1[0], k1[1]), V::joined(k2[0], k2[1])};
+          const std::size_t n = pairs - pair < 2 * W ? pairs - pair : 2 * W;
+          std::memcpy(out + pair, &joined[0], 2 * n);
+          std::memcpy(out + pairs + pair, &joined[1], 2 * n);
+          for (const int odd : {0, 1})
+            for (std::size_t m = 0; m < V::kMasks; ++m)
+              for (std::uint64_t rest = left[odd][m]; rest; rest &= rest - 1) {
+                const std::size_t lane = 8 * m + std::size_t(__builtin_ctzll(rest)) / 8;
+                const std::size_t j = pair + 2 * lane + std::size_t(odd);
+                if (j < pairs)
+                  waiting.add(key + j, cos[place_of(j)], sin[place_of(j)], out + j, t * pairs + j);
+              }
+        });
     key += work.token_stride;
     out += work.out_token_stride;
     cos += 2 * padded;

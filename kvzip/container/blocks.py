@@ -313,9 +313,7 @@ class Blocks:
         layer, name = key = self.index.key[row]
         held, begin = self.layout.layers[layer], self.index.position[row]
         part, origin = held.parts[name], self.header.origin
-        context = Context(
-            part.form, layer, name, begin, origin, None, self.profile, rope=held.rope
-        )
+        context = Context(part.form, layer, name, begin, origin, None, self.profile, rope=held.rope)
         return self.codecs[key].load_tables(data, part.block_shape, context)
 
     def context(self, row: int, *more: Any) -> Context:
@@ -327,6 +325,4 @@ class Blocks:
         if self._ids is not None and part.tokens is not None and held.counts_tokens:
             ids = ids_between(self._ids, begin, begin + self.index.tokens[row])
         origin, profile = self.header.origin, self.profile
-        return Context(
-            part.form, layer, name, begin, origin, ids, profile, *more, rope=held.rope
-        )
+        return Context(part.form, layer, name, begin, origin, ids, profile, *more, rope=held.rope)
