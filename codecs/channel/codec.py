@@ -17,9 +17,8 @@ from kvzip.codecs import _native
 from kvzip.codecs.channel.profile import fields, fit, rows, tables_of, takes
 from kvzip.codecs.channel.rotation import UNTURNED, rotation_of, unturned
 from kvzip.dtypes import Bits, DType
-from kvzip.errors import CorruptError, KVZipError, UsageError
+from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
 from kvzip.layout import PartLayout
-from kvzip.options import boolean
 
 _RAW = bytes(16)
 # A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
@@ -31,8 +30,8 @@ _MAX_CHANNEL = 2 * 256 * 16 + 100
 # own tables are thought to: 3 % is seen where they fit, since few tokens tell too little of a
 # channel. And what a stream takes besides its numbers, in bits.
 _SAMPLE, _MORE, _STREAM = 128, 0.05, 850
-# Under which a part of few tokens is kept, as coded by its tables, for its block if that is all; and
-# keys before RoPE, for their blocks.
+# Under which a part of few tokens is kept, as coded by its tables, for its block if that is all;
+# and keys before RoPE, for their blocks.
 _CODED, _KEYS = "coded", "keys"
 
 
@@ -46,10 +45,12 @@ class ChannelCodec(Codec):
 
     codec_id = "channel"
 
-    def __init__(self, before_rope: bool = False):
-        """`before_rope`: keys of bf16 that RoPE turned are coded as they were before, where that
-        takes less."""
-        self.before_rope = boolean("before_rope", before_rope)
+    def __init__(self, keys: str = "cached"):
+        """`keys`: "before_rope" codes keys of bf16 that RoPE turned as they were before, where that
+        takes less; "cached" codes all as they are in the cache, which is faster."""
+        if keys not in ("before_rope", "cached"):
+            raise UnsupportedError(f"channel: keys is before_rope or cached, not {keys!r}")
+        self.keys = keys
 
     def takes(self, part: PartLayout, kind: str, name: str) -> bool:
         return takes(part)
@@ -72,7 +73,7 @@ class ChannelCodec(Codec):
         known = tables_of(context, part.shape[1], part.shape[3])
         if known is not None and _fits(known, part[:, :, :_SAMPLE], form):
             return b""
-        keys = unturned(part, context) if self.before_rope else None
+        keys = unturned(part, context) if self.keys == "before_rope" else None
         array = rows(part) if keys is None else keys.array
         made: bytes = _native.channel_tables(array, *fields(form))
         if made and part.shape[2] <= _SAMPLE:
