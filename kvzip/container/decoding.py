@@ -376,6 +376,33 @@ def _empty_block(blocks: Blocks, row: int, spare: Spare) -> Bits:
 # --- decoding and blame ----------------------------------------------------------------------
 
 
+class _Coming:
+    """Blocks on their way to a codec, which may come to them one after the other."""
+
+    def __init__(self, targets: Iterable[Target]):
+        self.taken: list[Target] = []
+        self.left: Iterator[Target] = iter(targets)
+        self.ended = False
+        """Whether all of them are taken."""
+        self.damaged = False
+        """Whether the next one's bytes are damaged, which is told by an error from here."""
+        if isinstance(targets, list):
+            self.taken, self.left, self.ended = targets, iter(()), True
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self.taken) if self.ended else self._one_by_one()
+
+    def _one_by_one(self) -> Iterator[Target]:
+        try:
+            for target in self.left:
+                self.taken.append(target)
+                yield target
+        except CorruptError:
+            self.damaged = True
+            raise
+        self.ended = True
+
+
 def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int = 1) -> list[Target]:
     """Decode blocks of one codec that do not need each other, and check their numbers; the blocks.
 
@@ -383,28 +410,20 @@ def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int =
     Raises CorruptError that names the block, or its tables where those are to blame; KVZipError for
     a codec that leaves blocks out.
     """
-    work: list[Target] = []
-    end: list[CorruptError | None] = []
-    coming: Iterable[Coded]
-    if isinstance(targets, list):
-        coming, work = iter(targets), targets
-        end.append(None)
-    else:
-        targets = iter(targets)
-        coming = _noted(targets, work, end)
+    coming = _Coming(targets)
+    work = coming.taken
     try:
-        found = codec.decode_many(coming, threads)
+        found = codec.decode_many(iter(coming), threads)
     except CorruptError as error:
-        if end and end[0] is not None:
+        if coming.damaged:
             raise
         if len(work) > 1:
-            left = [] if work is targets else targets
-            for target in [*work, *left]:
+            for target in [*work, *coming.left]:
                 fill(blocks, codec, [target])  # one of them tells more
             return work
         _blame_stored(blocks, work[0])
         raise CorruptError(f"{blocks.index.name(work[0].row)}: {error}") from None
-    if not end or len(found) != len(work):
+    if not coming.ended or len(found) != len(work):
         raise KVZipError(f"codec {codec.codec_id!r} does not decode all blocks that it is given")
     checksums = blocks.index.raw_checksum
     for target, checksum in zip(work, found, strict=True):
@@ -417,21 +436,6 @@ def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int =
         if target.beside is not None:
             target.beside[...] = target.out[:, :, target.cut]
     return work
-
-
-def _noted(
-    targets: Iterator[Target], taken: list[Target], end: list[CorruptError | None]
-) -> Iterator[Target]:
-    """The targets, of which those that are taken are noted, and at their end None, or the error of
-    one whose bytes are damaged."""
-    try:
-        for target in targets:
-            taken.append(target)
-            yield target
-    except CorruptError as error:
-        end.append(error)
-        raise
-    end.append(None)
 
 
 def check_block(blocks: Blocks, row: int) -> None:
