@@ -14,22 +14,30 @@ from urllib.parse import quote, unquote
 
 from kvzip.errors import UnsupportedError
 
-_WHOLE = re.compile("-?[0-9]{1,18}")
+_WHOLE = re.compile("-?[0-9]+")
+_LONGEST = 20
+"""Digits of the largest integer that JSON files keep, 2^64 - 1."""
 _PLAIN = "".join(sorted({*string.punctuation} - {*"%,+/"}))
 """What stands as it is in a spec beside letters and digits; a slash is none of a file's name."""
 
 
 def parse_spec(spec: str) -> dict[str, Any]:
     """The config that a spec stands for: the codec's name under "id", and the settings that are
-    given, of which numbers become int. In text ``%2C`` is a comma, and so on, as in a URL. Raises
-    UnsupportedError for what is no setting."""
+    given, of which integers become int. In text ``%2C`` is a comma, and so on, as in a URL. Raises
+    UnsupportedError for what is no setting, and for an integer too long for any."""
     name, _, given = spec.partition(":")
     config: dict[str, Any] = {"id": name}
     for item in filter(None, given.split(",")):
         key, equals, value = item.partition("=")
         if not equals or key == "id":
             raise UnsupportedError(f"codec setting {item!r}: write name=value")
-        config[key] = int(value) if _WHOLE.fullmatch(value) else unquote(value)
+        if not _WHOLE.fullmatch(value):
+            config[key] = unquote(value)
+        elif len(value) <= _LONGEST:
+            config[key] = int(value)
+        else:
+            found = f"{key}={value[:_LONGEST]}... of {len(value)} characters"
+            raise UnsupportedError(f"codec setting {found}: a number has at most {_LONGEST}")
     return config
 
 

@@ -34,6 +34,7 @@ IN_MEMORY = 256 << 20
 PIPE_SECONDS = 60.0
 """How long somebody is waited for who is to open the other end of a pipe."""
 STDIN, STDOUT = Path("/dev/stdin"), Path("/dev/stdout")
+GONE = "the current folder is not there any more"
 _NAMELESS: int = getattr(os, "O_TMPFILE", 0)
 _FOLDER: int = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)
 _HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
@@ -141,7 +142,8 @@ def _status(name: str) -> os.stat_result | None:
     except FileNotFoundError:
         if name.endswith("/"):
             raise error_of(errno.EISDIR, name) from None
-        parent = os.path.dirname(os.path.realpath(name))  # noqa: PTH120
+        with naming(name):
+            parent = os.path.dirname(os.path.realpath(name))  # noqa: PTH120
         if not os.path.isdir(parent):  # noqa: PTH112
             refuse_url(name)
             raise FileNotFoundError(errno.ENOENT, "there is no such folder", parent) from None
@@ -492,13 +494,27 @@ def error_of(number: int, name: str) -> OSError:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """A full disk is told with the name of what was written."""
+    """A full disk is told with the name of what was written; and with the name that was looked for
+    from there, that the current folder is gone."""
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             error.filename = name
+        elif is_folder_gone(error):
+            raise FileNotFoundError(errno.ENOENT, GONE, name) from None
         raise
+
+
+def is_folder_gone(error: OSError) -> bool:
+    """Whether an error says, without a name, that this process's current folder was removed."""
+    if error.errno != errno.ENOENT or error.filename is not None:
+        return False
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 # --- being ended ---------------------------------------------------------------------------

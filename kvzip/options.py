@@ -15,6 +15,16 @@ from kvzip.errors import CorruptError, FormatError, UsageError
 from kvzip.parsing import from_json
 
 
+def _shown(value: Any) -> str:
+    """A value as an error says it. Python writes no integer of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length():,} bits"
+    try:
+        return repr(value)
+    except ValueError:
+        return f"a {type(value).__name__}"
+
+
 def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """`value` as an int within [`least`, `most`]: Python's, numpy's, or anything else that is an
     integer by ``__index__``; True and False are none. Raises UsageError, which names it."""
@@ -23,24 +33,24 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
             raise TypeError
         found = operator.index(value)
     except TypeError:
-        raise UsageError(f"{name} is {value!r}: it must be an integer") from None
+        raise UsageError(f"{name} is {_shown(value)}: it must be an integer") from None
     found = int.__int__(found)  # without what a subclass has of its own
     if (least is not None and found < least) or (most is not None and found > most):
-        raise UsageError(f"{name} is {found}: it must be {_within(least, most)}")
+        raise UsageError(f"{name} is {_shown(found)}: it must be {_within(least, most)}")
     return found
 
 
 def boolean(name: str, value: Any) -> bool:
     """`value` as a bool: Python's or numpy's. Raises UsageError, which names it."""
     if not isinstance(value, (bool, np.bool_)):
-        raise UsageError(f"{name} is {value!r}: it must be True or False")
+        raise UsageError(f"{name} is {_shown(value)}: it must be True or False")
     return bool(value)
 
 
 def callback(name: str, value: Any) -> Any:
     """`value` if it can be called or is None. Raises UsageError, which names it."""
     if value is not None and not callable(value):
-        raise UsageError(f"{name} is {value!r}: it must be a function, or None")
+        raise UsageError(f"{name} is {_shown(value)}: it must be a function, or None")
     return value
 
 
@@ -50,7 +60,7 @@ def items(name: str, value: Any, what: str) -> list[Any]:
     try:
         return list(value)
     except TypeError:
-        raise UsageError(f"{name} is {value!r}: it must be {what}") from None
+        raise UsageError(f"{name} is {_shown(value)}: it must be {what}") from None
 
 
 def pairs(name: str, value: Any) -> list[tuple[Any, Any]]:
@@ -73,7 +83,7 @@ def seconds(name: str, value: Any, most: float = 1e9) -> float:
     try:
         found = float(value)
     except (TypeError, ValueError):
-        raise UsageError(f"{name} is {value!r}: it must be a number of seconds") from None
+        raise UsageError(f"{name} is {_shown(value)}: it must be a number of seconds") from None
     if math.isnan(found) or not 0 < found <= most:
         raise UsageError(f"{name} is {found:g}: it must be above 0 and at most {most:g} seconds")
     return found
@@ -88,12 +98,12 @@ def _within(least: int | None, most: int | None) -> str:
 def text(name: str, value: Any) -> str:
     """`value` as a str that UTF-8 can hold. Raises UsageError, which names it."""
     if not isinstance(value, str):
-        raise UsageError(f"{name} is {value!r}: it must be a str")
+        raise UsageError(f"{name} is {_shown(value)}: it must be a str")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise UsageError(f"{name} is {value!r}, which is no valid text") from None
+            raise UsageError(f"{name} is {_shown(value)}, which is no valid text") from None
     return str.__str__(value)  # an Enum's own says another thing
 
 
@@ -115,7 +125,7 @@ def _json_value(name: str, value: Any, depth: int) -> Any:
     kind = type(value)
     if kind is float or kind is int:
         if not (math.isfinite(value) if kind is float else -(2**63) <= value < 2**64):
-            raise UsageError(f"{name} holds {value!r}, which JSON files do not keep")
+            raise UsageError(f"{name} holds {_shown(value)}, which JSON files do not keep")
         return value
     if value is None or kind is bool:
         return value

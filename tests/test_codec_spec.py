@@ -12,8 +12,9 @@ from kvzip.errors import UnsupportedError
 
 words = st.from_regex(r"[a-z][a-z0-9_.]{0,8}", fullmatch=True).filter(lambda w: w != "id")
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
-texts |= st.text("0123456789-,+%=/: ", max_size=4)
-settings = st.dictionaries(words, words | texts | st.integers(-(10**17), 10**17), max_size=4)
+texts |= st.text("0123456789-,+%=/: ", max_size=4) | st.text("0123456789", max_size=24)
+numbers = st.integers(-(2**63), 2**64 - 1)
+settings = st.dictionaries(words, words | texts | numbers, max_size=4)
 
 
 @given(words, settings)
@@ -40,6 +41,20 @@ def test_a_spec_leaves_out_the_defaults():
 def test_what_is_no_setting_is_refused(spec):
     with pytest.raises(UnsupportedError, match="write name=value"):
         parse_spec(spec)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4", "planes", "planes:mode=bit,coder=lz4"])
+@pytest.mark.parametrize("power", [18, 19, 20, 21, 5000])
+def test_a_long_number_is_no_level(codec, power):
+    """In a spec and in a config: that it is too large is said, in few words."""
+    spec = f"{codec}{',' if ':' in codec else ':'}level=1{'0' * power}"
+    wanted = r"must be from 1 to \d+|JSON files do not keep|a number has at most 20"
+    with pytest.raises(UnsupportedError, match=wanted) as said:
+        kvzip.get_codec(spec)
+    assert len(str(said.value)) < 200
+    with pytest.raises(UnsupportedError, match=wanted) as said:
+        kvzip.get_codec(kvzip.get_codec(codec).get_config() | {"level": 10**power})
+    assert len(str(said.value)) < 200
 
 
 def test_a_list_of_specs_has_plus_for_the_comma_within_one():

@@ -417,3 +417,17 @@ def test_a_folder_that_stays_empty_goes_with_the_error(tmp_path):
     with pytest.raises(RuntimeError), files.made_folder(tmp_path / "empty"):
         raise RuntimeError
     assert names(tmp_path) == ["a", "empty"]  # it was there before
+
+
+def test_that_the_current_folder_is_gone_is_told(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for use in (put, kvzip.write):
+        with pytest.raises(FileNotFoundError, match="current folder is not there") as error:
+            use("new", kvzip.Snapshot([], "bf16"))
+        assert error.value.filename == "new"
+    put(tmp_path / "elsewhere", b"whole")
+    with pytest.raises(FileNotFoundError) as error, files.replacing(tmp_path / "elsewhere"):
+        Path("nowhere").read_bytes()
+    assert error.value.filename == "nowhere"

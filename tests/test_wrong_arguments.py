@@ -81,10 +81,10 @@ def test_what_is_no_model():
 
 
 NO_SETTINGS = {
-    "regions": [None, 1.5, "many", b"x", {}, [1.5], object()],
-    "max_bytes": [None, 1.5, "x", -1, [1]],
+    "regions": [None, 1.5, "many", b"x", {}, [1.5], object(), 10**5000, [10**5000]],
+    "max_bytes": [None, 1.5, "x", -1, [1], -(10**5000)],
     "token_table": [None, 1, "x"],
-    "group": [1.5, "x", [2]],
+    "group": [1.5, "x", [2], 10**5000],
     "calibration": [0.5, "x", True],
     "resume": [0, "a\0b", ["a"]],
     "held_out": [1],
@@ -112,7 +112,7 @@ def test_a_store_refuses_options_rather_than_find_nothing(tmp_path):
     store, snapshot = Store(tmp_path, block_tokens=8), make_snapshot(random_bits, 1, "bf16")
     store.put(snapshot)
     origin = snapshot.origin
-    for threads in (None, -1, "2", 1.5, 10**6):
+    for threads in (None, -1, "2", 1.5, 10**6, 10**5000):
         with pytest.raises(kvzip.UsageError, match="threads"):
             store.find(
                 snapshot.token_ids,

@@ -24,6 +24,7 @@ from kvzip.errors import (
     StoreError,
     UnsupportedError,
 )
+from kvzip.files import GONE, is_folder_gone
 from kvzip.interruption import WORDS, Terminated
 
 T = TypeVar("T")
@@ -173,6 +174,8 @@ def _of_system(error: OSError) -> tuple[str, int, str]:
     if error.errno == errno.ENOSPC or "No space left" in str(error):
         where = "the disk" if name is None else str(name) + ": the disk it is on"
         return "system", 1, f"{where} is full"
+    if is_folder_gone(error):
+        return "system", 2, GONE
     if name is not None:
         return "system", 2 if wrong_use else 1, f"{name or repr(name)}: {error.strerror or error}"
     return "system", 2 if wrong_use else 1, str(error) or type(error).__name__

@@ -80,7 +80,8 @@ class Folder:
     writable = listable = True
 
     def __init__(self, folder: Path, url: str, *, make: bool = False, mode: int | None = None):
-        self.folder, self.url = folder.absolute(), url
+        with files.naming(str(folder)):
+            self.folder, self.url = folder.absolute(), url
         self._mode = None if mode is None else integer("mode", mode, 0, 0o777)
         if not self.folder.is_dir() and (not make or self.folder.exists()):
             raise UsageError(f"{self.folder} is not a folder")

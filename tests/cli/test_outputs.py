@@ -95,6 +95,29 @@ def test_a_folder_is_no_file_to_write(folder, command, monkeypatch, capsys):
     assert not list(folder.glob("new*"))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "encode {}/s.safetensors -o new",
+        "decode {}/x.kvz -o new",
+        "fit {}/s.safetensors -o new",
+        "put {}/s.safetensors --store new",
+        "ls --store new",
+        "get --store {}/store --like {}/s.safetensors -o new",
+        "bench {}/s.safetensors --out new",
+        "capture --model none --text pydoc -o new",
+        "demo --out new",
+    ],
+)
+def test_that_the_current_folder_is_gone_is_told(folder, tmp_path, command, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, out, _ = run(capsys, *command.replace("{}", str(folder)).split(), "--json")
+    assert code == 2 and json.loads(out)["kind"] == "system"
+    assert json.loads(out)["error"] == "new: the current folder is not there any more"
+
+
 IN_TURN = """
 import sys
 from kvzip.cli import main
