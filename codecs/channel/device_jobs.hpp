@@ -33,6 +33,29 @@ struct StreamJob {
   uint32_t row;  // whose flag is set when the stream is damaged
 };
 
+// Keys of a decoded block that are to be turned (spec.md, "Keys before RoPE"): rows first_row ...
+// first_row + rows - 1 of [batch, heads, tokens].
+struct TurnJob {
+  uint64_t angles;  // address of bf16 [tokens, 2, pairs], cosines and sines: a multiple of 4
+  uint32_t part;
+  uint32_t first_token, tokens;  // counted in the part
+  uint32_t first_row, rows;
+  uint32_t pairs;     // at least 1, and two numbers each within `dim`
+  uint32_t rounding;  // 1, of each product and their sum; 2, of the sum
+  uint32_t reserved;
+};
+// Pairs of such a block that nothing turns to: exceptions `first` ... first + count - 1 of all that
+// it has. What stands in them is not checked yet.
+struct ExceptionJob {
+  uint64_t exceptions;  // address of the block's first, 8 bytes each: a multiple of 8
+  uint32_t first, count;
+  uint32_t part;
+  uint32_t first_token, tokens;  // of the block, counted in the part
+  uint32_t pairs;
+  uint32_t row;  // whose flag is set when they are damaged
+  uint32_t reserved;
+};
+
 // What a step of the encoder looks up, 32 numbers a row. Lanes hold one of each.
 //   map     symbol of exponent i (counted from the shape's first) of positive numbers, 6 bits, of
 //           which the upper says that there is one; of negative ones, 6 bits from bit 8 on; how

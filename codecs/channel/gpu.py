@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Context
 from kvzip.codecs import _native
+from kvzip.codecs.channel.gpu_rotation import Turning
 from kvzip.codecs.channel.profile import fields
+from kvzip.codecs.channel.rotation import rotation_of
 from kvzip.codecs.native.cuda.device import Device, Kernel, Memory, Pinned, Stream
 from kvzip.codecs.native.cuda.work import Full, Slot, Target, Work
 from kvzip.dtypes import DType
@@ -69,13 +71,14 @@ def decode(work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]) -> 
     order = np.argsort(blocks["part"], kind="stable")
     blocks = blocks[order]
     starts = np.flatnonzero(np.diff(blocks["part"], prepend=-1))
+    turning = Turning(work)
     for begin, end in zip(starts, [*starts[1:], len(blocks)], strict=True):
         mine = blocks[begin:end]
         part = int(mine[0]["part"])
         form, tables = contexts[part].dtype, contexts[part].tables
         batch, heads, dim = work.shape(part)
         try:
-            jobs, raw = _native.channel_jobs(
+            jobs, raw, unturned = _native.channel_jobs(
                 tables, mine.view(np.uint8), batch, heads, dim, form.itemsize
             )
             if len(jobs):
@@ -89,6 +92,13 @@ def decode(work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]) -> 
             _, address, _, _, first, tokens, _ = block
             strides = heads * tokens * dim, tokens * dim, dim
             work.copy(form.itemsize, address + _HEADER, strides, part, first, tokens)
+        if len(unturned):
+            rotation = rotation_of(contexts[part], dim)
+            if rotation is None or 2 * rotation.pairs > dim:
+                raise CorruptError("keys before RoPE, and nothing that says how they are turned")
+            start = contexts[part].start - int(mine[0]["first"])
+            turning.add(rotation, start, mine, unturned)
+    turning.run()
 
 
 def _tables(work: Any, tables: Any) -> tuple[int, int]:

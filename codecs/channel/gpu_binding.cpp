@@ -22,7 +22,8 @@ struct StoredBlock {
   std::uint64_t host, address, length;
   std::uint32_t part, first, tokens, row;
 };
-static_assert(sizeof(StoredBlock) == 40 && sizeof(StreamJob) == 48 && sizeof(DevicePart) == 80,
+static_assert(sizeof(StoredBlock) == 40 && sizeof(StreamJob) == 48 && sizeof(DevicePart) == 80 &&
+                  sizeof(TurnJob) == 40 && sizeof(ExceptionJob) == 40,
               "as Python has them");
 
 constexpr std::size_t kHeader = 16;
@@ -40,6 +41,20 @@ bool is_raw(const StoredBlock& block, std::uint64_t numbers, std::size_t itemsiz
   return true;
 }
 
+// A block of keys before RoPE: its number, how keys are rounded, how many exceptions there are.
+struct UnturnedBlock {
+  std::uint32_t block, rounding, exceptions;
+};
+
+// Numbers of Python's own, a row each.
+template <typename U, typename Row>
+auto rows_of(std::vector<Row>&& rows) {
+  auto* const kept = new std::vector<Row>(std::move(rows));
+  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<Row>*>(p); });
+  return nb::ndarray<nb::numpy, U, nb::ndim<2>>(reinterpret_cast<U*>(kept->data()),
+                                                {kept->size(), sizeof(Row) / sizeof(U)}, owner);
+}
+
 nb::tuple jobs_of(nb::object tables, nb::handle blocks, std::size_t batch, std::size_t heads,
                   std::size_t dim, std::size_t itemsize) {
   const auto* const part = tables.is_none() ? nullptr : nb::cast<const PartTables*>(tables);
@@ -52,6 +67,7 @@ nb::tuple jobs_of(nb::object tables, nb::handle blocks, std::size_t batch, std::
   const nb::capsule owner(jobs,
                           [](void* p) noexcept { delete static_cast<std::vector<StreamJob>*>(p); });
   std::vector<std::size_t> raw;
+  std::vector<UnturnedBlock> unturned;
   {
     nb::gil_scoped_release released;
     std::vector<Coded> streams;
@@ -63,7 +79,16 @@ nb::tuple jobs_of(nb::object tables, nb::handle blocks, std::size_t batch, std::
       }
       if (!part) throw std::invalid_argument("neither raw nor coded");
       const auto* const data = reinterpret_cast<const std::uint8_t*>(block.host);
-      part->find(data, std::size_t(block.length), batch, block.tokens, &streams);
+      const std::uint8_t* coded_data = data;
+      auto size = std::size_t(block.length);
+      if (data[0] == kUnturnedBlock) {
+        const Unturned found(data, size);
+        unturned.push_back({std::uint32_t(i), std::uint32_t(found.rounding),
+                            std::uint32_t(found.exception_count)});
+        coded_data = found.coded;
+        size = found.size;
+      }
+      part->find(coded_data, size, batch, block.tokens, &streams);
       for (const Coded& coded : streams) {
         const Stream& stream = coded.stream;
         StreamJob job;
@@ -86,16 +111,8 @@ nb::tuple jobs_of(nb::object tables, nb::handle blocks, std::size_t batch, std::
   for (const std::size_t i : raw) indices.append(i);
   using Bytes = nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<2>>;
   auto* const bytes = reinterpret_cast<std::uint8_t*>(jobs->data());
-  return nb::make_tuple(Bytes(bytes, {jobs->size(), sizeof(StreamJob)}, owner), indices);
-}
-
-// Numbers of Python's own, a row each.
-template <typename U, typename Row>
-auto rows_of(std::vector<Row>&& rows) {
-  auto* const kept = new std::vector<Row>(std::move(rows));
-  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<Row>*>(p); });
-  return nb::ndarray<nb::numpy, U, nb::ndim<2>>(reinterpret_cast<U*>(kept->data()),
-                                                {kept->size(), sizeof(Row) / sizeof(U)}, owner);
+  return nb::make_tuple(Bytes(bytes, {jobs->size(), sizeof(StreamJob)}, owner), indices,
+                        rows_of<std::uint32_t>(std::move(unturned)));
 }
 
 nb::object encoders_of(const PartTables& tables) {
@@ -122,9 +139,11 @@ void bind_gpu(nb::module_& m) {
   m.def("channel_jobs", &jobs_of, "tables"_a.none(), "blocks"_a, "batch"_a, "heads"_a, "dim"_a,
         "itemsize"_a,
         "The streams of a part's blocks, which are records as native/cuda/work.py's BLOCK: uint8 "
-        "[streams, 48], `StreamJob` (device_jobs.hpp); and which blocks are stored as they are. "
+        "[streams, 48], `StreamJob` (device_jobs.hpp); which blocks are stored as they are; and "
+        "which are of keys before RoPE: uint32 [blocks, 3], their numbers, how keys are rounded, "
+        "and how many exceptions stand behind the first 16 bytes. "
         "Their bytes must lie where the records say. Raises ValueError where a decoder would "
-        "before it looks into the streams.");
+        "before it looks into streams and exceptions.");
   m.def("channel_encoders", &encoders_of, "tables"_a,
         "What a GPU's encoder looks up, uint32 [shapes, 160], `DeviceEncoder` (device_jobs.hpp); "
         "None when a shape has more than the 32 exponents that it takes.");

@@ -79,7 +79,8 @@ def rotation_of(context: Context, dim: int) -> _native.Rotation | None:
     try:
         radians = frequencies(parameters, dim)
         scale = float(parameters.get("attention_scaling", 1.0))
-        return _rotation(np.asarray(radians, np.float32).tobytes(), scale)
+        with np.errstate(over="ignore"):
+            return _rotation(np.asarray(radians, np.float32).tobytes(), scale)
     except (TypeError, ValueError, OverflowError):  # a header may say anything
         return None
 

@@ -83,6 +83,23 @@ void bind_rotation(nb::module_& m) {
           },
           "position"_a, "Cosines and sines of a position, bf16 bits: uint16 [2, pairs].")
       .def(
+          "angles_of",
+          [](const Rotation& self, std::size_t first, std::size_t positions) {
+            const std::size_t each = 2 * self.pairs();
+            auto* const made = new std::vector<std::uint16_t>(positions * each);
+            const nb::capsule owner(
+                made, [](void* p) noexcept { delete static_cast<std::vector<std::uint16_t>*>(p); });
+            {
+              nb::gil_scoped_release released;
+              for (std::size_t i = 0; i < positions; ++i)
+                self.angles(first + i, made->data() + i * each);
+            }
+            return nb::ndarray<nb::numpy, std::uint16_t, nb::ndim<3>>(
+                made->data(), {positions, 2, self.pairs()}, owner);
+          },
+          "first"_a, "positions"_a,
+          "Those of so many positions from `first` on: uint16 [positions, 2, pairs].")
+      .def(
           "turn",
           [](const Rotation& self, const Keys<std::uint16_t>& keys, std::size_t first,
              int rounding) {

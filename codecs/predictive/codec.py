@@ -193,6 +193,7 @@ def _padded(data: bytes) -> bytes:
 def _plain(block: Bits, context: Context) -> bytes:
     """The block as `channel` codes it, tables in front, or as it is."""
     channel = ChannelCodec()
+    context = structs.replace(context, scratch={})  # this block's alone
     made = channel.make_tables(block, context)
     tables = channel.load_tables(memoryview(made), block.shape, context)
     coded = channel.encode(block, structs.replace(context, tables=tables))

@@ -10,6 +10,35 @@ import torch
 import kvzip
 from kvzip import dtypes
 from kvzip.benchmarks.predictable import predictable
+from kvzip.codecs import _native
+from kvzip.testing import reseal
+
+
+def turned_keys(rng: np.random.Generator) -> None:
+    """Keys before RoPE, some with exceptions, into arrays and pages."""
+    frequencies = (1e4 ** -(np.arange(32) / 32)).astype(np.float32)
+    wide = np.exp2(rng.integers(-6, 6, (1, 2, 1, 80)))
+    k = (rng.standard_normal((1, 2, 300, 80)) * wide).astype(np.float32).view(np.uint32) >> 16
+    k = k.astype(np.uint16)
+    _native.Rotation(frequencies).turn(k, 0, 1)
+    k[0, :, ::40, ::32] = 0x7F80
+    layout = kvzip.LayerLayout.of_kv(k[0].shape, k[0].shape, "bf16", 300, rope=0)
+    origin = kvzip.Origin(rope=({"inv_freq": frequencies.tolist()},))
+    layer = kvzip.Layer.of_kv(k[0], k[0, ::-1], layout)
+    snapshot = kvzip.Snapshot([layer], "bf16", origin=origin)
+    blob = kvzip.encode(snapshot, "channel:keys=before_rope", block_tokens=128)
+    kvzip.decode(blob, device="cuda", tokens=(5, 290))
+    cache = torch.zeros(2, 24, 16, 2, 80, dtype=torch.bfloat16, device="cuda")
+    out = [(cache[0], cache[1])]
+    kvzip.decode(blob, device="cuda", out=out, pages=list(range(19, 0, -1)))
+    with kvzip.open(blob) as reader:
+        row = reader.index.rows[0, "k"][1]
+        begin = reader.index.offset[row]
+    for at in (4, 5, 16, 17, 18, 19, 24, 32, 300):
+        damaged = bytearray(blob)
+        damaged[begin + at] ^= 255
+        with contextlib.suppress(kvzip.KVZipError):
+            kvzip.decode(reseal(damaged), device="cuda")
 
 
 def main() -> None:
@@ -30,6 +59,7 @@ def main() -> None:
                 damaged[at] ^= 1 << int(rng.integers(8))
             with contextlib.suppress(kvzip.KVZipError):
                 kvzip.decode(bytes(damaged), device="cuda")
+    turned_keys(rng)
     snapshot, profile = predictable(3, 2, 64, 300)
     blob = kvzip.encode(snapshot, "predictive", profile, block_tokens=128)
     for bad in (0, *rng.integers(len(blob) // 2, len(blob), 10)):

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from predictive_profiles import encode, random_profile
 from support import cache_like, make_snapshot
+from test_turned_on_device import kinds, turned
 
 import kvzip
+from kvzip.codecs.channel import gpu_rotation
 from kvzip.codecs.native.cuda import gpu
 from kvzip.codecs.native.cuda.arrays import DeviceArray, empty
 from kvzip.codecs.native.cuda.shim_device import ShimDevice
@@ -82,6 +84,19 @@ def layers_need_each_other(draw: random.Random) -> None:
     assert told[0] == told[1]
 
 
+def keys_are_turned(device: gpu.CudaDevice, draw: random.Random) -> None:
+    """By angles that are brought when they are needed, and dropped soon."""
+    snapshot = turned(draw.randrange(1000), 32, 16, tokens=180, layers=4)
+    blob = kvzip.encode(snapshot, "channel:keys=before_rope", block_tokens=32)
+    assert 3 in kinds(blob)["k"]
+    for on_device.PIECE in (1, 20000):
+        for gpu_rotation._ANGLES in (16 * 20, 16 * 1000):
+            gpu_rotation._KEPT_BYTES = draw.choice([0, 5000, 64 << 20])
+            device.cache.pop("angles", None)
+            same(kvzip.decode(blob, device="cuda"), snapshot)
+            same(kvzip.decode(blob, device="cuda", tokens=(20, 170)), snapshot, 20, 170)
+
+
 def main(folder: str, seed: str) -> None:
     kernels_by_shim(Path(folder))
     draw = random.Random(seed)
@@ -122,6 +137,7 @@ def main(folder: str, seed: str) -> None:
             else:
                 raise AssertionError("damage was not seen")
     layers_need_each_other(draw)
+    keys_are_turned(device, draw)
     try:
         kvzip.decode(blob, device="cuda:1")
     except kvzip.UnsupportedError as error:

@@ -6,14 +6,17 @@ import os
 import shutil
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from predictive_profiles import encode, random_profile  # noqa: E402
+from support import tiny_documents, tiny_model  # noqa: E402
 
 import kvzip  # noqa: E402
+from kvzip import dtypes  # noqa: E402
 from kvzip.codecs.native.cuda.shim_device import ShimDevice  # noqa: E402
 from kvzip.errors import UnsupportedError  # noqa: E402
 from kvzip.load import loaders  # noqa: E402
@@ -50,6 +53,19 @@ def test_the_same_as_by_the_cpu(shim: Any, tiny: Any, name: str, codec: str) -> 
         assert bool(shim.launched) == (codec != "zstd")
     for (t1, l1), (t2, l2) in zip(found[:2], found[2:], strict=True):
         assert torch.equal(t1, t2) and torch.equal(l1, l2)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3Text"])
+def test_keys_that_a_model_turned(shim: Any, kind: str) -> None:
+    """Stored as they were before RoPE; of layers of one frequency and of several."""
+    loaded = tiny_model(kind, head_dim=32)
+    [document] = tiny_documents(loaded, 1, 300)
+    blob = kvzip.encode(document, "channel:keys=before_rope", block_tokens=128, threads=1)
+    cache = load_cache(blob, loaded.model.config)
+    for layer, expected in zip(cache.layers, document.layers, strict=True):
+        for found, part in zip((layer.keys, layer.values), expected, strict=True):
+            assert np.array_equal(dtypes.as_bits(found)[0][0], part[:, :299])  # the last is run
+    assert "channel_turn" in shim.launched
 
 
 def test_layers_that_are_predicted_from_each_other(

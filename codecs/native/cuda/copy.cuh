@@ -18,11 +18,6 @@ struct CopyJob {
   uint32_t reserved;
 };
 
-// How far number [b, h, t, 0] of a part is from its first, in numbers.
-KVZIP_DEVICE int64_t place_of(const DevicePart& part, unsigned b, unsigned h, unsigned t) {
-  return int64_t(b) * part.batch_stride + int64_t(h) * part.head_stride + place_of(part, t);
-}
-
 // All rows of a job, in units of U; `dim` of them a row.
 template <typename U>
 KVZIP_DEVICE void copy_rows(const CopyJob& job, const DevicePart& part, unsigned dim,

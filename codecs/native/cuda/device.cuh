@@ -38,6 +38,27 @@ KVZIP_DEVICE unsigned bytes_of(unsigned a, unsigned b, unsigned which) {
   return __byte_perm(a, b, which);
 }
 KVZIP_DEVICE void set_flag(uint32_t* flag) { atomicOr(flag, 1u); }
+// Steps of IEEE 754, each rounded once, to the nearest. A product is never -0.
+KVZIP_DEVICE float product(float a, float b) { return __fmaf_rn(a, b, 0.0f); }
+KVZIP_DEVICE float sum(float a, float b) { return __fadd_rn(a, b); }
+KVZIP_DEVICE float difference(float a, float b) { return __fsub_rn(a, b); }
+KVZIP_DEVICE float as_float(unsigned bits) { return __uint_as_float(bits); }
+// The same of two numbers of bf16 in a word.
+KVZIP_DEVICE unsigned bf16_fma(unsigned a, unsigned b, unsigned c) {
+  unsigned v;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+  return v;
+}
+KVZIP_DEVICE unsigned bf16_products(unsigned a, unsigned b) { return bf16_fma(a, b, 0); }
+KVZIP_DEVICE unsigned bf16_sums(unsigned a, unsigned b) { return bf16_fma(a, 0x3F803F80u, b); }
+KVZIP_DEVICE unsigned bf16_differences(unsigned a, unsigned b) {
+  return bf16_fma(b, 0xBF80BF80u, a);
+}
+KVZIP_DEVICE unsigned to_bf16(float lower, float upper) {
+  unsigned v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(upper), "f"(lower));
+  return v;
+}
 // The dynamic shared memory of the block.
 KVZIP_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char room[];
@@ -100,6 +121,29 @@ inline unsigned bytes_of(unsigned a, unsigned b, unsigned which) {
   return v;
 }
 inline void set_flag(uint32_t* flag) { *flag |= 1; }
+inline float product(float a, float b) { return a * b + 0.0f; }
+inline float sum(float a, float b) { return a + b; }
+inline float difference(float a, float b) { return a - b; }
+inline float as_float(unsigned bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+inline unsigned to_bf16(float v) {
+  unsigned bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return v != v ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline unsigned to_bf16(float lower, float upper) { return to_bf16(lower) | to_bf16(upper) << 16; }
+// fp32 holds products of bf16, and sums as far as it matters when they are rounded again.
+template <typename Step>
+inline unsigned bf16_each(unsigned a, unsigned b, Step step) {
+  return to_bf16(step(as_float(a << 16), as_float(b << 16)),
+                 step(as_float(a & 0xFFFF0000u), as_float(b & 0xFFFF0000u)));
+}
+inline unsigned bf16_products(unsigned a, unsigned b) { return bf16_each(a, b, product); }
+inline unsigned bf16_sums(unsigned a, unsigned b) { return bf16_each(a, b, sum); }
+inline unsigned bf16_differences(unsigned a, unsigned b) { return bf16_each(a, b, difference); }
 inline unsigned char* shared_memory() { return shim::state().shared; }
 template <typename V>
 inline V constant(const V* p) {

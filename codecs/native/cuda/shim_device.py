@@ -58,7 +58,10 @@ extern "C" void kvzip_run(unsigned blocks, unsigned threads, unsigned long share
   run(&{space}::{name}, blocks, threads, shared, seed, arguments);
 }}
 """
-_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror=return-type")
+_FLAGS = (
+    *("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off"),
+    *("-Wall", "-Wextra", "-Werror=return-type"),
+)
 
 
 class ShimDevice(Device):
