@@ -6,6 +6,7 @@ distributed differs from channel to channel. spec.md has the format and the reas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
-from kvzip.codecs.channel.profile import fields, fit, rows, tables_of, takes
-from kvzip.codecs.channel.rotation import UNTURNED, rotation_of, unturned
+from kvzip.codecs.channel.fit import fit
+from kvzip.codecs.channel.profile import fields, rows, tables_of, takes
+from kvzip.codecs.channel.rotation import UNTURNED, Keys, rotation_of, unturned
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
 from kvzip.layout import PartLayout
@@ -26,6 +28,8 @@ _MAX_EXPANSION = 1024
 # Bits of a channel with a shape of its own: two levels of at most 16 bits for each of 256
 # exponents, and what stands beside them.
 _MAX_CHANNEL = 2 * 256 * 16 + 100
+# The tables of a part whose keys are coded by the profile's tables of keys before RoPE.
+_BEFORE_ROPE = bytes([UNTURNED])
 # Tokens on which a profile's tables are tried, and what they may take more there than the part's
 # own tables are thought to: 3 % is seen where they fit, since few tokens tell too little of a
 # channel. And what a stream takes besides its numbers, in bits.
@@ -70,11 +74,13 @@ class ChannelCodec(Codec):
         form = context.dtype
         if not part.size:
             return b""
-        known = tables_of(context, part.shape[1], part.shape[3])
-        if known is not None and _fits(known, part[:, :, :_SAMPLE], form):
-            return b""
         keys = unturned(part, context) if self.keys == "before_rope" else None
         array = rows(part) if keys is None else keys.array
+        chosen = _chosen_of_profile(part, keys, context)
+        if chosen is not None:
+            if chosen:
+                context.scratch[_KEYS] = keys
+            return chosen
         made: bytes = _native.channel_tables(array, *fields(form))
         if made and part.shape[2] <= _SAMPLE:
             tables = _native.ChannelTables(made, part.shape[1], part.shape[3], *fields(form))
@@ -94,6 +100,8 @@ class ChannelCodec(Codec):
         _, heads, _, dim = shape
         if not len(data):
             return tables_of(context, heads, dim)
+        if data == _BEFORE_ROPE:
+            return tables_of(context, heads, dim, before_rope=True)
         if len(data) > self.max_tables_size(shape, context.dtype):
             raise CorruptError("tables of an impossible size")
         # They are read when a block needs them, without Python's lock.
@@ -162,14 +170,32 @@ class ChannelCodec(Codec):
         return 1 + shape[1] * shape[3] * _MAX_CHANNEL // 8
 
 
-def _fits(tables: _native.ChannelTables, sample: Bits, form: DType) -> bool:
-    """Whether these tables code the numbers about as well as tables of their own would."""
-    coded: bytes | None = tables.encode(rows(sample))
-    if coded is None:
-        return False
-    batch, heads, tokens, dim = sample.shape
+def _chosen_of_profile(part: Bits, keys: Keys | None, context: Context) -> bytes | None:
+    """What the file has in place of tables where the profile's code a part: of its tables for the
+    part, or of those for keys before RoPE, the ones that take less. None where tables of the part's
+    own are thought to take clearly less than either."""
+    heads, dim, form = part.shape[1], part.shape[3], context.dtype
+    sample = rows(part[:, :, :_SAMPLE])
+    choices = [(b"", tables_of(context, heads, dim), sample)]
+    if keys is not None:
+        sample = keys.cut(0, _SAMPLE)
+        before = tables_of(context, heads, dim, before_rope=True)
+        choices.append((_BEFORE_ROPE, before, sample))
+    bits = {
+        stored: _bits(known, numbers) for stored, known, numbers in choices if known is not None
+    }
+    if not bits:
+        return None
+    least = min(bits, key=bits.__getitem__)
     counts = _native.ChannelCounts(heads, dim, *fields(form))
-    counts.add(rows(sample))
-    streams = len(tables.streams(coded, batch, tokens))
-    fits: bool = 8 * len(coded) - _STREAM * streams <= (1 + _MORE) * counts.bits()
-    return fits
+    counts.add(sample)
+    return least if bits[least] <= (1 + _MORE) * counts.bits() else None
+
+
+def _bits(tables: _native.ChannelTables, sample: Bits) -> float:
+    """What the numbers take with these tables, without what their streams begin with."""
+    coded: bytes | None = tables.encode(sample)
+    if coded is None:
+        return math.inf
+    batch, _, tokens, _ = sample.shape
+    return 8 * len(coded) - _STREAM * len(tables.streams(coded, batch, tokens))

@@ -126,10 +126,99 @@ def test_what_cannot_be_learned_is_an_error(known):
         kvzip.Profile.fit(known[0], codec="channel", regions=3)
 
 
+# --- keys before RoPE ----------------------------------------------------------------------------
+
+BEFORE = kvzip.get_codec("channel:keys=before_rope")
+FREQUENCIES = 1.0 / 100 ** (np.arange(16) / 16)
+
+
+def rotated(seed, tokens=400, first=0, rounding=1):
+    """A document of a model with two layers, whose keys are about a mean of each channel before
+    RoPE."""
+    rotation = _native.Rotation(FREQUENCIES.astype(np.float32), 1.0)
+    layers = []
+    for i in range(2):
+        means = np.random.default_rng(i).normal(0, 4, (1, 3, 1, 32))
+        rng = np.random.default_rng(100 * seed + i)
+        numbers = (means + rng.normal(0, 0.5, (1, 3, tokens, 32))).astype(np.float32)
+        k = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+        v = k[0].copy()
+        rotation.turn(k, first, rounding)
+        kind = ("full", None) if not first else ("sliding", tokens + 1)
+        layout = kvzip.LayerLayout.of_kv(k[0].shape, v.shape, "bf16", first + tokens, *kind, rope=0)
+        layers.append(kvzip.Layer.of_kv(k[0], v, layout))
+    origin = kvzip.Origin(rope=({"inv_freq": FREQUENCIES.tolist()},))
+    return kvzip.Snapshot(layers, "bf16", origin=origin)
+
+
+@pytest.fixture(scope="module")
+def of_rotated():
+    """A profile of documents with RoPE."""
+    return fitted(*(rotated(seed) for seed in range(1, 4)))
+
+
+def without_before(profile):
+    """The profile as an earlier version made it."""
+    tensors = {n: x for n, x in profile.tensors.items() if not n.endswith(".before_rope")}
+    return kvzip.Profile(tensors, profile.description)
+
+
+def test_a_profile_has_tables_of_keys_before_rope(of_rotated, known):
+    names = [f"channel.{i}.{part}" for i in range(2) for part in "kv"]
+    before = [f"channel.{i}.k.before_rope" for i in range(2)]
+    assert sorted(of_rotated.tensors) == sorted(names + before)
+    older = without_before(of_rotated)
+    assert not any("before" in name for name in known[1].tensors)  # whose origin has no RoPE
+    one = rotated(9)
+    blob = kvzip.encode(one, BEFORE, of_rotated)
+    assert tables_in(blob, of_rotated) == [1, 0] * 2
+    assert_same(kvzip.decode(blob, of_rotated), one)
+    # The others take the tables that they have always had.
+    for codec, profile in (("channel", of_rotated), ("channel", older)):
+        cached = kvzip.encode(one, codec, profile)
+        assert not any(tables_in(cached, profile))
+        assert len(blob) < len(cached)
+        assert_same(kvzip.decode(cached, profile), one)
+    # Without tables of them in the profile, keys before RoPE have their own.
+    own = kvzip.encode(one, BEFORE, older)
+    assert [length > 1 for length in tables_in(own, older)] == [True, False] * 2
+    assert_same(kvzip.decode(own, older), one)
+
+
+@pytest.mark.parametrize(("tokens", "first", "rounding"), [(1, 0, 1), (130, 0, 2), (300, 5000, 1)])
+def test_keys_before_rope_come_back_by_a_profile(of_rotated, tokens, first, rounding):
+    one = rotated(7, tokens, first, rounding)
+    blob = kvzip.encode(one, BEFORE, of_rotated, block_tokens=64)
+    assert_same(kvzip.decode(blob, of_rotated), one)
+    if tokens > 1:
+        assert tables_in(blob, of_rotated) == [1, 0] * 2
+    with kvzip.open(blob, of_rotated) as reader:
+        layer, length = one.layers[1], min(tokens, 70)
+        part = reader.decode(layers=[1], tokens=(first, first + length))
+        np.testing.assert_array_equal(part.layers[0].k, layer.k[:, :length])
+
+
+def test_a_file_names_tables_before_rope_that_a_profile_lacks(of_rotated):
+    """The profile is another one, though the file says that it is this: it has no tables of keys
+    before RoPE, or damaged ones."""
+    blob = kvzip.encode(rotated(8), BEFORE, of_rotated)
+    older = without_before(of_rotated)
+    older.__dict__["id"] = of_rotated.id
+    with pytest.raises(kvzip.CorruptError):
+        kvzip.decode(blob, older)
+    broken = kvzip.Profile(
+        {n: x[:3] if n == "channel.1.k.before_rope" else x for n, x in of_rotated.tensors.items()},
+        of_rotated.description,
+    )
+    with pytest.raises(ProfileError, match=r"channel\.1\.k\.before_rope"):
+        kvzip.encode(rotated(8), BEFORE, broken)
+
+
 @given(data=st.data())
-def test_hostile_profiles_do_no_harm(known, data):
+def test_hostile_profiles_do_no_harm(known, of_rotated, data):
     """Damaged tables are refused, or are others, with which numbers come back."""
-    documents, profile = known
+    choices = [(known[0][-1], known[1]), (rotated(9, tokens=140), of_rotated)]
+    document_, profile = data.draw(st.sampled_from(choices))
     tensors = {name: array.copy() for name, array in profile.tensors.items()}
     name = data.draw(st.sampled_from(sorted(tensors)))
     match data.draw(st.sampled_from(["bits", "cut", "gone", "wide", "stated"])):
@@ -158,14 +247,14 @@ def test_hostile_profiles_do_no_harm(known, data):
             )
             hostile = kvzip.Profile(tensors, profile.description | {"channel": wrong})
             with pytest.raises(ProfileError):
-                kvzip.encode(documents[-1], "channel", hostile)
+                kvzip.encode(document_, BEFORE, hostile)
             return
     hostile = kvzip.Profile(tensors, profile.description)
     try:
-        blob = kvzip.encode(documents[-1], "channel", hostile)
+        blob = kvzip.encode(document_, BEFORE, hostile)
     except ProfileError:
         return
-    assert_same(kvzip.decode(blob, hostile), documents[-1])
+    assert_same(kvzip.decode(blob, hostile), document_)
 
 
 def test_tables_of_one_part_do_not_code_constants_of_another(dtype):
