@@ -121,7 +121,8 @@ class ChannelCodec(Codec):
                 coded = keys.wrapped(coded, block, begin)
         if coded is None or len(coded) > len(_RAW) + block.nbytes:
             return _RAW + block.tobytes()
-        return coded
+        found: bytes = coded
+        return found
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         self.decode_many([Coded(data, out, context)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +113,7 @@ def unturned(part: Bits, context: Context) -> Keys | None:
     else:
         return None
     array = part.copy() if 2 * rotation.pairs < part.shape[3] else np.empty(part.shape, part.dtype)
-    missing = rotation.unturn(part, first, rounding, array, int(_MISSING * pairs))
+    missing: Any = rotation.unturn(part, first, rounding, array, int(_MISSING * pairs))
     if missing is None:
         return None
     end = slice(max(0, tokens - _COMPARED), tokens)

@@ -325,4 +325,5 @@ class Blocks:
         if self._ids is not None and part.tokens is not None and held.counts_tokens:
             ids = ids_between(self._ids, begin, begin + self.index.tokens[row])
         origin, profile = self.header.origin, self.profile
-        return Context(part.form, layer, name, begin, origin, ids, profile, *more, rope=held.rope)
+        given = part.form, layer, name, begin, origin, ids, profile, *more
+        return Context(*given, rope=held.rope)  # type: ignore[misc] # `more` ends before it
