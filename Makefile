@@ -263,11 +263,13 @@ clean:
 
 # Python compiles what it imports, a part of what is installed; pip would compile all of it, for a minute.
 # The codecs are compiled while all else is fetched and installed, kvzip without them; then kvzip as it lies here.
+# Meanwhile one process imports what most of Python's time goes to: tests' processes, which begin together, would each compile it.
 $(DEMO) $(TEST) $(READY) $(DOCS): $(VENV)/.%: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing kvzip[$*] into $(VENV) and compiling the codecs: some minutes the first time"
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt $(BUILD)
 	$(BIN)/pip wheel $(AS_HERE) --quiet --no-deps --wheel-dir build . & compiling=$$!; \
-	  $(BIN)/pip install $(AS_HERE) --no-compile -c constraints.txt -C wheel.cmake=false '.[$*]' && wait $$compiling
+	  $(BIN)/pip install $(AS_HERE) --no-compile -c constraints.txt -C wheel.cmake=false '.[$*]' && \
+	  $(if $(filter docs,$*),,$(BIN)/python -c 'import torch._dynamo; import transformers.models.llama.modeling_llama' &&) wait $$compiling
 	$(BIN)/pip install $(AS_HERE) --quiet --no-deps -e .
 	touch $(addprefix $(VENV)/.,$(WITHIN_$*))
