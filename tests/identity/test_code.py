@@ -4,6 +4,8 @@ does not, and libraries are known by their names."""
 from __future__ import annotations
 
 import functools
+import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -296,11 +298,25 @@ def test_code_in_a_checkpoints_folder_is_the_checkpoints(
     assert kvzip.fingerprint(model).startswith("live:")
 
 
-def test_it_is_the_same_in_every_process(saved: Any, tmp_path: Path) -> None:
+def run_python(code: str, environment: dict[str, str]) -> list[str]:
+    """The lines that a program says in another process."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip().splitlines()
+
+
+def test_it_is_the_same_in_every_process(
+    registries: None, saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     """Sets have another order with each seed of the hash, and an ellipsis has no attributes."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import functools, sys, torch, kvzip\n"
+    folder = saved()
+    (tmp_path / "kvzip_test_script.py").write_text(
+        "import functools, os, torch, kvzip\n"
         "from transformers import AttentionInterface\n"
         "from transformers.models.llama import modeling_llama as modeling\n"
         "from kvzip.identity.values import ValueReader\n"
@@ -310,7 +326,8 @@ def test_it_is_the_same_in_every_process(saved: Any, tmp_path: Path) -> None:
         "class Kept:\n    names = frozenset('xyz')\n"
         "    def __call__(self, module, given, out):\n"
         "        return out * 2 if 'x' in {'x', 'y', 'z', 'w'} or WORDS else out\n"
-        "model = modeling.LlamaForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)\n"
+        "load = modeling.LlamaForCausalLM.from_pretrained\n"
+        "model = load(os.environ['FOLDER'], dtype=torch.bfloat16)\n"
         "print(kvzip.fingerprint(model))\n"
         "model.model.layers[1].input_layernorm.__class__ = Norm\n"
         "model.model.layers[0].register_forward_hook(Kept())\n"
@@ -321,18 +338,18 @@ def test_it_is_the_same_in_every_process(saved: Any, tmp_path: Path) -> None:
         "print(ValueReader({}, lambda module: frozenset(), str).read(hook, 'hook'))\n"
         "print(list(WORDS))\n"
     )
-    folder, found, orders = saved(), set(), set()
-    for seed in (1, 2):
-        run = subprocess.run(
-            [sys.executable, str(script), str(folder)],
-            env=os.environ | {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        *said, order = run.stdout.strip().splitlines()
-        found.add(tuple(said))
-        orders.add(order)
-    assert len(orders) == 2 and len(found) == 1
+    monkeypatch.setenv("FOLDER", str(folder))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("kvzip_test_script")  # in this process, and then in another
+    del sys.modules["kvzip_test_script"]
+    *here, order = capsys.readouterr().out.strip().splitlines()
+    for seed in itertools.count(1):
+        told = "print(list({'a', 'b', 'c', 'd'}))"
+        other = {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+        if run_python(told, other)[0] != order:
+            break
+    *there, other_order = run_python("import kvzip_test_script", other)
+    found = {tuple(here), tuple(there)}
+    assert order != other_order and len(found) == 1
     [(checkpoint, live, code)] = found
     assert checkpoint == kvzip.fingerprint(folder) and live.startswith("live:") and "name7" in code

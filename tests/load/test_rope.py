@@ -166,8 +166,8 @@ def test_long_ones_are_computed(
     snapshot = document(model, stored)
     store.put(snapshot, codec="raw")
     ids = TEXT[:1, :prompt]
+    whole, _ = own(model, ids, 0)
     for source in (store, kvzip.encode(snapshot, "raw")):
-        whole, _ = own(model, ids, 0)
         asked = copy.deepcopy(model)
         cache = load_or_prefill(source, asked, ids)
         assert cache.get_seq_length() == 0

@@ -22,7 +22,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native.building import PROCESSORS, SOURCES, emulation, fuzzer
+from native.building import KERNELS, PROCESSORS, SOURCES, emulation, fuzzer
 
 from kvzip.codecs import _native
 
@@ -83,6 +83,16 @@ def test_no_stream_makes_the_kernels_read_or_write_out_of_bounds(sanitized):
     assert "scalar" in paths
 
 
+# What has kernels of its own for that processor; the rest, plain C++ there, with `test-long`.
+@pytest.mark.parametrize(
+    "codec",
+    [
+        codec if ("arm", codec) in KERNELS else pytest.param(codec, marks=pytest.mark.long)
+        for codec in SOURCES
+    ],
+    indirect=True,
+    scope="module",
+)
 def test_another_processor_writes_and_reads_the_same_bytes(codec, written, built):
     cross = shutil.which("aarch64-linux-gnu-g++")
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")

@@ -119,8 +119,9 @@ def test_every_way_is_measured_and_exact(measured: Links) -> None:
 @pytest.mark.quiet
 def test_the_link_keeps_its_rate(of_one_of_three: Any) -> None:
     def kept(found: Links) -> bool:
+        rate = cost.goodput(MBPS * 1e6) / 8
         return all(
-            0.85 < (point.transfer or 0) * cost.goodput(MBPS * 1e6) / (8 * codec.encoded_bytes) < 1.4
+            0.85 < (point.transfer or 0) * rate / codec.encoded_bytes < 1.4
             for point, codec in zip(found.points[1:], found.inputs.codecs, strict=True)
         )
 
