@@ -185,6 +185,11 @@ class Codec(ABC):
         A reader allocates for a block only after this has told that the block can be true.
         """
 
+    def is_before_rope(self, part: str, first: Callable[[], Any]) -> bool:
+        """Whether a block of a part that RoPE may have turned is stored as it was before. `first`
+        reads the first byte of what `encode` gave, if there is any. Default: no."""
+        return False
+
     # --- tables of a layer's keys or values, shared by its blocks; optional ----------------------
 
     def make_tables(self, part: Bits, context: Context) -> bytes:

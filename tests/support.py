@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import settings
 
 import kvzip
+from kvzip.codecs import _native
 
 # What the public suite makes, for the tests of all else.
 from kvzip.testing import assert_same, cache_like, make_snapshot, random_bits, reseal  # noqa: F401
@@ -42,6 +43,26 @@ def examples(count):
     """For a property whose examples take long: it is drawn `count` times where others are drawn 50
     times, and as many times more as they are in `make test-long`."""
     return settings(max_examples=max(1, count * settings().max_examples // 50))
+
+
+def rotated(seed, tokens=400, first=0, rounding=1, layers=2, heads=3, dim=32):
+    """A document of a model whose keys are about a mean of each channel before RoPE."""
+    half = dim // 2
+    radians = 1.0 / 100 ** (np.arange(half) / half)
+    rotation = _native.Rotation(radians.astype(np.float32), 1.0)
+    found = []
+    for i in range(layers):
+        means = np.random.default_rng(i).normal(0, 4, (1, heads, 1, dim))
+        rng = np.random.default_rng(100 * seed + i)
+        numbers = (means + rng.normal(0, 0.5, (1, heads, tokens, dim))).astype(np.float32)
+        k = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+        v = k[0].copy()
+        rotation.turn(k, first, rounding)
+        kind = ("full", None) if not first else ("sliding", tokens + 1)
+        layout = kvzip.LayerLayout.of_kv(k[0].shape, v.shape, "bf16", first + tokens, *kind, rope=0)
+        found.append(kvzip.Layer.of_kv(k[0], v, layout))
+    origin = kvzip.Origin(rope=({"inv_freq": radians.tolist()},))
+    return kvzip.Snapshot(found, "bf16", origin=origin)
 
 
 def damaged(blob, layer, part):

@@ -109,23 +109,28 @@ class ChannelCodec(Codec):
 
     def encode(self, block: Bits, context: Context) -> bytes:
         part, coded = context.scratch.get(_CODED, (None, None))
-        keys = context.scratch.get(_KEYS)
-        if part is block or not context.tables:
-            pass
-        elif keys is None:
-            coded = context.tables.encode(rows(block))
-        else:
-            begin = context.start - keys.first
-            coded = context.tables.encode(keys.cut(begin, begin + block.shape[2]))
-            if coded is not None:
-                coded = keys.wrapped(coded, block, begin)
-        if coded is None or len(coded) > len(_RAW) + block.nbytes:
+        found: bytes | None = coded if part is block else self._coded(block, context)
+        if found is None or len(found) > len(_RAW) + block.nbytes:
             return _RAW + block.tobytes()
-        found: bytes = coded
         return found
+
+    def _coded(self, block: Bits, context: Context) -> bytes | None:
+        """A block as its tables code it; None where there are none, or where they cannot."""
+        keys: Keys | None = context.scratch.get(_KEYS)
+        if not context.tables:
+            return None
+        begin = 0 if keys is None else context.start - keys.first
+        numbers = rows(block) if keys is None else keys.cut(begin, begin + block.shape[2])
+        coded: bytes | None = context.tables.encode(numbers)
+        if coded is None or keys is None:
+            return coded
+        return keys.wrapped(coded, block, begin)
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         self.decode_many([Coded(data, out, context)])
+
+    def is_before_rope(self, part: str, first: Callable[[], Any]) -> bool:
+        return part == "k" and self.keys == "before_rope" and bytes(first()) == _BEFORE_ROPE
 
     threaded = True
 

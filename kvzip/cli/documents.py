@@ -203,14 +203,14 @@ def decode(
     key = read_key(key_file)
     with api.open(file, read_profile(profile), threads, key=key) as reader:
         began = time.perf_counter()
-        with bar("decode", reader.info.raw_bytes) as progress:
+        with bar("decode", reader.layout.raw_bytes) as progress:
             snapshot = reader.decode(progress=progress)
         seconds = time.perf_counter() - began
         if llama_cpp.is_of_slot(snapshot) and output.suffix != ".safetensors":
             llama_cpp.save_slot(snapshot, output)
         else:
             snapshot.save(output)
-        result = sizes(reader.layout, reader.info.encoded_bytes) | {
+        result = sizes(reader.layout, reader.encoded_bytes) | {
             "seconds": seconds,
             "codec": reader.codec.get_config(),
             "sha256_raw": sha256_raw(snapshot),
@@ -324,6 +324,8 @@ def _show_info(result: Mapping[str, Any], found: container.Info) -> None:
     for p in found.parts:
         if p.grid is not None:
             say(f"{p.part} of {p.layers} {p.kind} layers is on a grid: {p.grid}")
+        if p.before_rope:
+            say(f"{p.part} of {p.layers} {p.kind} layers is stored as it was before RoPE")
         if p.unused_grid is not None:
             say(
                 f"{p.part} of {p.layers} {p.kind} layers is partly on a grid, {p.unused_grid}, and "

@@ -175,11 +175,11 @@ def get(
         match = found
     with match:
         if output is not None and as_stored:
-            with bar("get", match.reader.info.encoded_bytes) as progress:
+            with bar("get", match.reader.encoded_bytes) as progress:
                 source.fetch(match.key, output, progress)
         elif output is not None:
             match.snapshot().save(output)
-        result = sizes(match.reader.layout, match.reader.info.encoded_bytes) | {
+        result = sizes(match.reader.layout, match.reader.encoded_bytes) | {
             "key": match.key,
             "tokens": match.tokens,
             "document_tokens": match.reader.layout.tokens,

@@ -6,6 +6,7 @@ Here it is told what is to blame when a file is damaged. Nothing is decoded here
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,9 +151,11 @@ class Blocks:
         return self.layout.layers[layer].parts[name]
 
     def part_infos(self) -> tuple[PartInfo, ...]:
-        """What the parts of each name take up, by the layers' kinds, formats, codecs and grids.
-        Of parts with a grid the first bytes of their tables are read, which say if it is used."""
-        found: dict[tuple[str, str, str, str, str | None, str | None], list[int]] = {}
+        """What the parts of each name take up, by the layers' kinds, formats, codecs and grids, and
+        by whether they are keys before RoPE. Of parts with a grid the first bytes of their tables
+        are read, which say if it is used; of keys that may be stored before RoPE, the first byte of
+        their first block."""
+        found: dict[tuple[str, str, str, str, str | None, str | None, bool], list[int]] = {}
         for key, rows in self.index.rows.items():
             part, kind = self.part(key), self.layout.layers[key[0]].kind
             on_grid, codec = self.codecs.grids.get(key), self.codecs[key]
@@ -163,12 +166,22 @@ class Blocks:
                     codec, unused = on_grid.rest, str(on_grid.grid)
                 else:
                     codec, grid = on_grid.codes, str(on_grid.grid)
-            what = (kind, key[1], part.dtype, codec.codec_id, grid, unused)
+            before_rope = on_grid is None and self._before_rope(key, codec)
+            what = (kind, key[1], part.dtype, codec.codec_id, grid, unused, before_rope)
             sums = found.setdefault(what, [0] * 3)
             sums[0] += 1
             sums[1] += part.nbytes
             sums[2] += sum(self.index.span(row)[1] for row in rows)
         return tuple(PartInfo(*what, *sums) for what, sums in found.items())
+
+    def _before_rope(self, key: Key, codec: Codec) -> bool:
+        """Whether a part is stored as keys before RoPE."""
+        rows = self.index.rows[key]
+        if self.layout.layers[key[0]].rope is None or len(rows) < 2:
+            return False
+        offset, length = self.index.span(rows[1])
+        first = partial(self.source.read, offset, min(length, 1))
+        return codec.is_before_rope(key[1], first)
 
     # --- which blocks ----------------------------------------------------------------------
 

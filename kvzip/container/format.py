@@ -358,6 +358,8 @@ class PartInfo(msgspec.Struct, frozen=True):
     """The grid that they are stored on."""
     unused_grid: str | None
     """A grid that was found in a sample of them and does not pay: they are stored without it."""
+    before_rope: bool
+    """Whether they are keys that are stored as they were before RoPE."""
     layers: int
     """How many layers have such a part."""
     raw_bytes: int

@@ -26,6 +26,8 @@ _LEAST = 4096
 """Raw bytes of the smallest part that a grid is looked for in."""
 _KNOWN = "found"
 """Under which a part on its grid is kept from its tables to its blocks."""
+_CODES, _REST, _OFF = "codes", "rest", "off"
+"""Under which the codecs of codes, of other channels and of whole parts keep what they do."""
 _PLAIN, _ON_GRID = 0, 1
 _SCALES: tuple[Any, ...] = (None, "e8m0", "bf16", "fp32")
 _HEAD = struct.Struct("<BB4Q")
@@ -94,16 +96,18 @@ class GridCodec(Codec):
     def encode(self, block: Bits, context: Context) -> bytes:
         tables: _Tables = context.tables
         if tables.off_grid:
-            return self.rest.encode(block, self._context(context, context.dtype, tables.rest))
+            return self.rest.encode(block, self._off_grid(context, tables.rest))
         begin = context.start - tables.first
         found = context.scratch[_KNOWN].cut(begin, begin + block.shape[2])
-        codes = self.codes.encode(found.codes, self._context(context, self._narrow, tables.codes))
+        narrower = self._context(context, self._narrow, tables.codes, _CODES)
+        codes = self.codes.encode(found.codes, narrower)
         scales = rest = b""
         if found.scales is not None:
             form = dtypes.get(found.grid.scale)
             scales = self._scales.encode(found.scales, self._context(context, form, None))
         if found.rest.size:
-            rest = self.rest.encode(found.rest, self._context(context, context.dtype, tables.rest))
+            wide = self._context(context, context.dtype, tables.rest, _REST)
+            rest = self.rest.encode(found.rest, wide)
         positions = found.positions.astype(_positions(block.size)).tobytes()
         head = _HEAD.pack(
             _ON_GRID,
@@ -183,8 +187,17 @@ class GridCodec(Codec):
             raise CorruptError("bytes of channels that there are not")
         return rest
 
-    def _context(self, context: Context, form: DType, tables: Any) -> Context:
-        return msgspec.structs.replace(context, dtype=form, tables=tables)
+    def _context(
+        self, context: Context, form: DType, tables: Any, keeps: str | None = None
+    ) -> Context:
+        """The context of a piece. `keeps`: under which its codec keeps what it wants from tables to
+        blocks, apart from what the codecs of other pieces do."""
+        scratch = {} if keeps is None else context.scratch.setdefault(keeps, {})
+        return msgspec.structs.replace(context, dtype=form, tables=tables, scratch=scratch)
+
+    def _off_grid(self, context: Context, tables: Any) -> Context:
+        """The context of a part that is stored without the grid."""
+        return self._context(context, context.dtype, tables, _OFF)
 
     def max_encoded_size(self, raw_bytes: int) -> int:
         return max(1 + raw_bytes, self.rest.max_encoded_size(raw_bytes))
@@ -201,18 +214,22 @@ class GridCodec(Codec):
         if found is not None:
             return self._tables_on_grid(found, context)
         found = context.scratch[_KNOWN] = narrow(part, self.grid)
-        on, off = self._tables_on_grid(found, context), self.rest.make_tables(part, context)
+        on, off = self._tables_on_grid(found, context), self._tables_off_grid(part, context)
         if self._is_smaller(part, found, on, off, context):
             return on
         del context.scratch[_KNOWN]
         return _OFF_GRID + off
 
     def _tables_on_grid(self, found: Found, context: Context) -> bytes:
-        codes = self.codes.make_tables(found.codes, self._context(context, self._narrow, None))
-        rest = b""
+        narrower = self._context(context, self._narrow, None, _CODES)
+        codes, rest = self.codes.make_tables(found.codes, narrower), b""
         if found.rest.size:
-            rest = self.rest.make_tables(found.rest, context)
+            wide = self._context(context, context.dtype, None, _REST)
+            rest = self.rest.make_tables(found.rest, wide)
         return _LENGTH.pack(len(codes)) + codes + rest
+
+    def _tables_off_grid(self, part: Bits, context: Context) -> bytes:
+        return self.rest.make_tables(part, self._off_grid(context, None))
 
     def _is_smaller(
         self, part: Bits, found: Found, on: bytes, off: bytes, context: Context
@@ -233,7 +250,7 @@ class GridCodec(Codec):
         for i in starts[::step]:
             block = part[:, :, i : i + size]
             at = msgspec.structs.replace(context, start=context.start + i, tables=tables)
-            without = self.rest.encode(block, self._context(at, context.dtype, plain))
+            without = self.rest.encode(block, self._off_grid(at, plain))
             saved += aligned(len(without)) - aligned(len(self.encode(block, at)))
         return saved * step > len(on) - len(off)
 

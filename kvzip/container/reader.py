@@ -81,6 +81,11 @@ class Reader:
         return Info(self.header, self._source.size, layout.raw_bytes, layout.numbers, parts)
 
     @property
+    def encoded_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return self._source.size
+
+    @property
     def codec(self) -> Codec:
         """The codec of the file's blocks."""
         return self._blocks.codec

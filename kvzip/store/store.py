@@ -195,7 +195,7 @@ class Store:
                 about = About.of_identity(identity, reader.header.origin.model)
                 ids = token_ids_of(reader, token_ids)
                 name = document_name(reader, ids)
-                size = reader.info.encoded_bytes
+                size = reader.encoded_bytes
             needed = profile if profile is not None and profile.id == identity.profile else None
             if needed is None:
                 self._check_room(size, "a document")

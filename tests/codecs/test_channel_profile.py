@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import CHANNEL_DTYPES, assert_same, cache_like, make_snapshot, random_bits
+from support import CHANNEL_DTYPES, assert_same, cache_like, make_snapshot, random_bits, rotated
 
 import kvzip
 from kvzip import dtypes
@@ -129,26 +129,6 @@ def test_what_cannot_be_learned_is_an_error(known):
 # --- keys before RoPE ----------------------------------------------------------------------------
 
 BEFORE = kvzip.get_codec("channel:keys=before_rope")
-FREQUENCIES = 1.0 / 100 ** (np.arange(16) / 16)
-
-
-def rotated(seed, tokens=400, first=0, rounding=1):
-    """A document of a model with two layers, whose keys are about a mean of each channel before
-    RoPE."""
-    rotation = _native.Rotation(FREQUENCIES.astype(np.float32), 1.0)
-    layers = []
-    for i in range(2):
-        means = np.random.default_rng(i).normal(0, 4, (1, 3, 1, 32))
-        rng = np.random.default_rng(100 * seed + i)
-        numbers = (means + rng.normal(0, 0.5, (1, 3, tokens, 32))).astype(np.float32)
-        k = (numbers.view(np.uint32) >> 16).astype(np.uint16)
-        v = k[0].copy()
-        rotation.turn(k, first, rounding)
-        kind = ("full", None) if not first else ("sliding", tokens + 1)
-        layout = kvzip.LayerLayout.of_kv(k[0].shape, v.shape, "bf16", first + tokens, *kind, rope=0)
-        layers.append(kvzip.Layer.of_kv(k[0], v, layout))
-    origin = kvzip.Origin(rope=({"inv_freq": FREQUENCIES.tolist()},))
-    return kvzip.Snapshot(layers, "bf16", origin=origin)
 
 
 @pytest.fixture(scope="module")
