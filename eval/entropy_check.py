@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import api, dtypes
+from kvzip.codecs import _native
+from kvzip.codecs.channel.rotation import UNTURNED, coded_at
 from kvzip.container import Reader
 from kvzip.dtypes import DType
 from kvzip.entropy.integer_model import CDF, ESCAPE, HALF, Density, IntegerModel, Ints
@@ -36,8 +38,9 @@ Key = tuple[int, str]
 
 MOST = 0.001
 """The share by which ours may take more than constriction's."""
-_CODED = {"channel": 2, "predictive": 3}
-"""The first byte of a block that the codec has coded."""
+_CODED = {"channel": (2, UNTURNED), "predictive": (3,)}
+"""The first bytes of blocks that the codec has coded."""
+BEFORE_ROPE = "channel:keys=before_rope"
 _CONSTANT = 0xFFFFFFFF
 _ESCAPED_BITS = 16
 """What `channel` stores an escaped value in."""
@@ -53,7 +56,8 @@ def check(
     paths: Sequence[Path], profile: Profile | None = None, progress: Progress | None = None
 ) -> list[CheckRow]:
     """The rows of all snapshots: the ladder's tables by channel, a file by `channel`, and, with a
-    profile, one by its codec. `progress`: as of :func:`kvzip.entropy.measure`.
+    profile, one by its codec; by `channel` another one of keys before RoPE, where it stores any so.
+    `progress`: as of :func:`kvzip.entropy.measure`.
 
     Raises UsageError without constriction or for layers that hold unequal tokens, with a profile
     that predicts; KVZipError if constriction does not give back what it got.
@@ -62,12 +66,24 @@ def check(
     rows = []
     for path in paths:
         snapshot, file = Snapshot.load(path), str(path)
-        tell = _Told(progress, snapshot, 2 + (profile is not None), len(paths))
+        ways = _ways(snapshot, profile)
+        tell = _Told(progress, snapshot, 1 + len(ways), len(paths))
         rows.append(_by_channel(file, snapshot, tell))
-        rows.append(_of_file(file, snapshot, "channel", None, tell))
-        if profile is not None:
-            rows.append(_of_file(file, snapshot, profile.codec, profile, tell))
+        rows += [_of_file(file, snapshot, *way, tell) for way in ways]
     return rows
+
+
+def _ways(snapshot: Snapshot, profile: Profile | None) -> list[tuple[str, Profile | None]]:
+    """The codecs of the files that are looked at, with their profiles."""
+    channel = ["channel:keys=cached"]
+    blob = api.encode(snapshot, BEFORE_ROPE)
+    if any(part.before_rope for part in api.info(blob).parts):
+        channel.append(BEFORE_ROPE)
+    ways: list[tuple[str, Profile | None]] = [(codec, None) for codec in channel]
+    if profile is not None:
+        codecs = channel if profile.codec == "channel" else [profile.codec]
+        ways += [(codec, profile) for codec in codecs]
+    return ways
 
 
 class _Told:
@@ -189,7 +205,7 @@ def _of_file(
     blob = api.encode(snapshot, codec, profile)
     with api.open(blob, profile) as reader:
         blocks = _File(reader, snapshot)
-        if codec == "predictive":
+        if reader.codec.codec_id == "predictive":
             found = _predicted(blocks, profile, tell)
         else:
             found = _in_channels(blocks, tell)
@@ -200,7 +216,10 @@ def _of_file(
             ours, numbers = ours + 8 * length, numbers + count
     rest = 8.0 * len(blob) - ours
     total = snapshot.layout.numbers
-    with_profile = codec + (" with the profile's tables" if codec == "channel" and profile else "")
+    name = api.get_codec(codec).codec_id
+    with_profile = name + (" with the profile's tables" if name == "channel" and profile else "")
+    if codec == BEFORE_ROPE:
+        with_profile += ", keys before RoPE"
     return CheckRow(
         file,
         with_profile,
@@ -232,7 +251,7 @@ class _File:
         first = self.reader.layout.layers[layer].span(name)[0]
         whole = self.snapshot.layers[layer].block(name)
         for row in self.index.rows[key][1:]:
-            if self.index.length[row] and self.blocks.stored(row)[0] == _CODED[codec_id]:
+            if self.index.length[row] and self.blocks.stored(row)[0] in _CODED[codec_id]:
                 at = self.index.position[row] - first
                 yield row, whole[:, :, at : at + self.index.tokens[row]]
 
@@ -251,12 +270,29 @@ def _in_channels(file: _File, tell: _Told) -> Iterator[_Part]:
         form = file.blocks.part(key).form
         frequencies, channels = _frequencies(tables, form), np.asarray(tables.channels())
         for row, block in rows:
+            stored, beside = file.blocks.stored(row), 0
+            if stored[0] == UNTURNED:  # its head and exceptions stand there with either coder
+                beside = coded_at(stored)
+                block = _decoded(stored[beside:], tables, block)
             pieces, more = _channel_symbols(block, form, frequencies, channels)
+            more += 8 * beside
             ideal = sum(piece.bits() for piece in pieces) + more
             coded = _coded_bits(pieces) + more
             yield ideal, coded, file.index.length[row], block.size
     for _ in range(done, len(file.snapshot.layers)):
         tell.layer()
+
+
+def _decoded(data: memoryview, tables: Any, like: NDArray[Any]) -> NDArray[Any]:
+    """The numbers of a block of `channel` as its tables code them: of keys before RoPE these."""
+    found = np.empty(like.shape, like.dtype)
+    decoding = _native.ChannelDecoding(1)
+    try:
+        decoding.add(tables, data, found)
+        decoding.finish()
+    finally:
+        decoding.stop()
+    return found
 
 
 def _frequencies(tables: Any, form: DType) -> list[NDArray[np.int64]]:

@@ -31,6 +31,13 @@ _SAMPLE, _MISSING = 32, 0.01
 _COMPARED = 512
 
 
+def coded_at(data: Any) -> int:
+    """Where in a block of keys before RoPE, behind its exceptions, their own block begins."""
+    count = _HEAD.unpack_from(data)[3]
+    length = _HEAD.size + count * _EXCEPTION.itemsize
+    return length + -length % _ALIGNED
+
+
 class Keys(NamedTuple):
     """A part's keys before RoPE."""
 

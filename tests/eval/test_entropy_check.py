@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from command import run, run_json
 from container.test_parts import every_kind
-from support import cache_like, make_snapshot, random_bits, tiny_model
+from support import cache_like, make_snapshot, random_bits, rotated, tiny_model
 
 import kvzip
 from kvzip import Layer, LayerLayout, Profile, entropy
@@ -165,6 +165,29 @@ def test_a_channel_profile(tmp_path):
     row = check([saved(tmp_path, documents[0])], profile)[-1]
     assert row.model == "channel with the profile's tables"
     assert row.coder_bits < row.our_bits < row.coder_bits + 8 * 12 * STREAM * 2
+
+
+@pytest.mark.parametrize("rounding", [1, 2])
+def test_keys_before_rope(tmp_path, rounding):
+    """Under the tables of the numbers that are coded; head and exceptions stand beside either."""
+    snapshot = rotated(1, 2048, rounding=rounding, layers=1, heads=2, dim=64)
+    for i in range(0, 2048, 300):  # pairs that nothing turns to
+        snapshot.layers[0].k[0, i, 3] = snapshot.layers[0].k[0, i, 35] = 0x7F01
+    _, cached, before = check([saved(tmp_path, snapshot)])
+    assert (cached.model, before.model) == ("channel", "channel, keys before RoPE")
+    assert before.our_bits < cached.our_bits
+    assert before.ideal_bits < cached.ideal_bits
+    assert -1e-4 < before.more < entropy_check.MOST
+    assert before.ideal_bits <= before.coder_bits * (1 + 1e-6)
+    blob = kvzip.encode(snapshot, entropy_check.BEFORE_ROPE)
+    assert before.our_bits == 8 * len(blob)
+    profile = Profile.fit(
+        [rotated(seed, layers=1, heads=2, dim=64) for seed in (2, 3)], codec="channel"
+    )
+    rows = check([saved(tmp_path, snapshot)], profile)
+    names = ["channel with the profile's tables" + more for more in ("", ", keys before RoPE")]
+    assert [row.model for row in rows[3:]] == names
+    assert rows[4].ideal_bits < rows[3].ideal_bits and -1e-4 < rows[4].more < 0.0015
 
 
 def test_another_coder_that_loses_numbers_is_found_out(tmp_path, monkeypatch):
