@@ -35,6 +35,9 @@
 ^kvzip.codecs._native.Output.write$:
     def write(self, data: Buffer) -> int: ...
 
+^kvzip.codecs._native.Rotation.unturn$:
+    def unturn(self, keys: NDArray[Any], first: int, rounding: int, out: NDArray[Any], most: int) -> NDArray[numpy.uint64] | None: ...
+
 ^kvzip.codecs._native.Output.take$:
     def take(self) -> bytes: ...
 

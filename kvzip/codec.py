@@ -46,6 +46,8 @@ class Context(msgspec.Struct, frozen=True, gc=False):
     """Ids of the block's tokens, uint32 [batch, tokens]; None when the file has none, and for parts
     without tokens of the sequence."""
     profile: Any = None
+    rope: int | None = None
+    """Which of the origin's RoPE parameters turned the layer's keys; None where none did."""
     tables: Any = None
     """What :meth:`Codec.load_tables` made of this layer and part's tables, or None."""
     earlier: Mapping[tuple[int, str], Bits] = {}
@@ -54,8 +56,6 @@ class Context(msgspec.Struct, frozen=True, gc=False):
     scratch: dict[str, Any] = {}
     """What a codec keeps for itself from block to block of the same tokens, layer after layer; when
     it writes blocks that need no other, from a part's tables to its blocks."""
-    rope: int | None = None
-    """Which of the origin's RoPE parameters turned the layer's keys; None where none did."""
 
 
 class Coded(msgspec.Struct, gc=False):

@@ -188,7 +188,7 @@ class _Coder:
     def context(self, layer: int, part: str, block: Bits) -> Context:
         bare = Context(self.form, layer, part, 0, _NOWHERE, None, self.profile)
         tables = self.codec.load_tables(_NO_TABLES, block.shape, bare)
-        return Context(self.form, layer, part, 0, _NOWHERE, None, self.profile, tables)
+        return Context(self.form, layer, part, 0, _NOWHERE, None, self.profile, tables=tables)
 
 
 class _Page(NamedTuple):

@@ -49,7 +49,7 @@ class ChannelCodec(Codec):
 
     codec_id = "channel"
 
-    def __init__(self, keys: str = "cached"):
+    def __init__(self, keys: str = "before_rope"):
         """`keys`: "before_rope" codes keys of bf16 that RoPE turned as they were before, where that
         takes less; "cached" codes all as they are in the cache, which is faster."""
         if keys not in ("before_rope", "cached"):

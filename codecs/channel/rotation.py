@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,9 @@ _HEAD = struct.Struct("<BBHI8x")
 _EXCEPTION = np.dtype([("pair", "<u4"), ("numbers", "<u2", 2)])
 _ALIGNED = 16
 _ROUNDINGS = (1, 2)
-# Tokens on which it is tried; of their pairs, and of all, so many may have no numbers before RoPE.
-_SAMPLE, _MISSING = 32, 0.01
-# Tokens that tell whether keys take less before RoPE, if there are so many.
-_COMPARED = 512
+# Tokens on which it is tried, and which tell whether keys take less before RoPE. Of their pairs,
+# and of all, so many may have no numbers before RoPE.
+_SAMPLE, _MISSING = 128, 0.01
 
 
 def coded_at(data: Any) -> int:
@@ -106,27 +105,23 @@ def unturned(part: Bits, context: Context) -> Keys | None:
     if rotation is None or not part.size:
         return None
     part, first = rows(part), context.start
-    tokens = part.shape[2]
-    pairs = part.size // part.shape[3] * rotation.pairs
+    tokens, dim = part.shape[2:]
+    pairs = part.size // dim * rotation.pairs
     if pairs >> 32:
         return None
-    end = slice(max(0, tokens - _SAMPLE), tokens)
-    sample = part[:, :, end]
-    room = np.empty(sample.shape, sample.dtype)
-    few = int(_MISSING * sample.size / part.shape[3] * rotation.pairs)
+    start = max(0, tokens - _SAMPLE)
+    sample = part[:, :, start:]
+    room, most = sample.copy(), int(_MISSING * sample.size / dim * rotation.pairs)
     for rounding in _ROUNDINGS:
-        if rotation.unturn(sample, first + end.start, rounding, room, few) is not None:
+        if rotation.unturn(sample, first + start, rounding, room, most) is not None:
             break
     else:
         return None
-    array = part.copy() if 2 * rotation.pairs < part.shape[3] else np.empty(part.shape, part.dtype)
-    missing: Any = rotation.unturn(part, first, rounding, array, int(_MISSING * pairs))
-    if missing is None:
+    if _bits(room, context) >= _bits(sample, context):
         return None
-    end = slice(max(0, tokens - _COMPARED), tokens)
-    if _bits(array[:, :, end], context) >= _bits(part[:, :, end], context):
-        return None
-    return Keys(array, rounding, rotation.pairs, first, missing)
+    array = part.copy() if 2 * rotation.pairs < dim else np.empty(part.shape, part.dtype)
+    missing = rotation.unturn(part, first, rounding, array, int(_MISSING * pairs))
+    return None if missing is None else Keys(array, rounding, rotation.pairs, first, missing)
 
 
 def _bits(part: Bits, context: Context) -> float:

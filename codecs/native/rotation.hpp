@@ -38,8 +38,8 @@ class Rotation {
   void turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding rounding) const;
 
   // Finds numbers that turn to these bit for bit: writes them to `out`, and adds to `missing` the
-  // pairs that have none, counted in the order of [heads, tokens, pairs]; of these the nearest are
-  // written. Gives up, and returns false, when more than `most` are missing.
+  // pairs that have none, counted in the order of [heads, tokens, pairs]; these are written as they
+  // are. Gives up, and returns false, when more than `most` are missing.
   bool unturn(const Rows<const std::uint16_t>& keys, std::size_t first, Rounding rounding,
               const Rows<std::uint16_t>& out, std::size_t most,
               std::vector<std::uint64_t>* missing) const;

@@ -118,8 +118,8 @@ void bind_rotation(nb::module_& m) {
            "bit; "
            "numbers that are not turned are left. The pairs for which there are none, counted in "
            "the "
-           "order of [batch, heads, tokens, pairs]: uint64; of them the nearest numbers are "
-           "written. None when there would be more than `most`.");
+           "order of [batch, heads, tokens, pairs]: uint64; they are written as they are. None "
+           "when there would be more than `most`.");
 }
 
 }  // namespace kvzip

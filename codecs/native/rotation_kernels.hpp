@@ -92,7 +92,7 @@ struct Vectors {
   // make.
   static F even(U words) { return (F)(words << 16); }
   static F odd(U words) { return (F)(words & 0xFFFF0000u); }
-  static U joined(F even, F odd) { return bits(even) >> 16 | bits(odd); }
+  static U joined(F even, F odd) { return bits(even) >> 16 | (bits(odd) & 0xFFFF0000u); }
 
   static F all(float v) { return F{} + v; }
   static F choose(I mask, F a, F b) { return (F)(((I)a & mask) | ((I)b & ~mask)); }
@@ -170,7 +170,8 @@ struct Vectors {
       const F low1 = at1 - room1_, low2 = at2 - room2_, high1 = at1 + room1_, high2 = at2 + room2_;
       const F low = choose((I)(low1 > low2), low1, low2);
       const F high = choose((I)(high1 < high2), high1, high2);
-      narrow_ = rounded((low + high) * 0.5f);
+      const F middle = (low + high) * 0.5f, aside = (high - low) * 0.25f;
+      narrow_ = rounded(choose((I)(magnitude(middle) < aside), middle + aside, middle));
     }
 
     // Tries what was taken, with the narrow number so many steps away. Where they are found.
@@ -186,7 +187,6 @@ struct Vectors {
       return found_;
     }
 
-    // The nearest, where none is found.
     I first() {
       take(0);
       found_narrow_ = narrow_;
@@ -290,8 +290,8 @@ class Waiting {
     const typename V::I found = search.others();
     const typename V::U k1 = V::bits(search.k1()), k2 = V::bits(search.k2());
     for (std::size_t j = 0; j < count_; ++j) {
-      out_[j][0] = std::uint16_t(k1[j] >> 16);
-      out_[j][work_.pairs] = std::uint16_t(k2[j] >> 16);
+      out_[j][0] = std::uint16_t((found[j] ? k1[j] : in_[0][j]) >> 16);
+      out_[j][work_.pairs] = std::uint16_t((found[j] ? k2[j] : in_[1][j]) >> 16);
       if (!found[j]) work_.missing[missing_++] = place_[j];
     }
     std::memset(in_, 0, sizeof in_);

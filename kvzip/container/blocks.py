@@ -326,7 +326,7 @@ class Blocks:
         layer, name = key = self.index.key[row]
         held, begin = self.layout.layers[layer], self.index.position[row]
         part, origin = held.parts[name], self.header.origin
-        context = Context(part.form, layer, name, begin, origin, None, self.profile, rope=held.rope)
+        context = Context(part.form, layer, name, begin, origin, None, self.profile, held.rope)
         return self.codecs[key].load_tables(data, part.block_shape, context)
 
     def context(self, row: int, *more: Any) -> Context:
@@ -338,5 +338,4 @@ class Blocks:
         if self._ids is not None and part.tokens is not None and held.counts_tokens:
             ids = ids_between(self._ids, begin, begin + self.index.tokens[row])
         origin, profile = self.header.origin, self.profile
-        given = part.form, layer, name, begin, origin, ids, profile, *more
-        return Context(*given, rope=held.rope)  # type: ignore[misc] # `more` ends before it
+        return Context(part.form, layer, name, begin, origin, ids, profile, held.rope, *more)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import msgspec
 import numpy as np
 
 from kvzip import checksum, metrics
@@ -270,8 +269,9 @@ class Writer:
         if layer.counts_tokens and part.tokens is not None:
             ids = ids_between(self._ids, begin, begin + entry.tokens)
         origin, profile = self.snapshot.origin, self.profile
-        found = Context(part.form, entry.layer, entry.part, begin, origin, ids, profile, *more)
-        return found if layer.rope is None else msgspec.structs.replace(found, rope=layer.rope)
+        return Context(
+            part.form, entry.layer, entry.part, begin, origin, ids, profile, layer.rope, *more
+        )
 
 
 def _block(entry: Entry, whole: Bits) -> Bits:

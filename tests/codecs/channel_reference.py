@@ -6,6 +6,7 @@ the number of a constant one.
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
 from itertools import product
@@ -329,6 +330,70 @@ def streams(shape, channels, form):
     n = len(strips)
     count = max(1, (2 * n + per) // (2 * per)) if n else 0
     return [strips[s * n // count : (s + 1) * n // count] for s in range(count)]
+
+
+def bf16(x):
+    """A float32 to the nearest number of bf16, of two as near ones to the even one: its bits. -0
+    becomes 0."""
+    if x == 0:
+        return 0
+    bits = int(np.float32(x).view(np.uint32))
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+def of_bf16(bits):
+    """The float32 that has these bits of bf16."""
+    return np.uint32(int(bits) << 16).view(np.float32)
+
+
+def angles(position, frequency, scale=1.0):
+    """Cosine and sine of a position, as numbers of bf16."""
+    angle = float(np.float32(position) * np.float32(frequency))
+    found = (np.float32(f(angle)) * np.float32(scale) for f in (math.cos, math.sin))
+    return [of_bf16(bf16(x)) if abs(x) >= 2.0**-40 else np.float32(0) for x in found]
+
+
+def turn(keys, first, frequencies, rounding, scale=1.0):
+    """Keys before RoPE, [batch, heads, tokens, dim], of which the first token stands at the
+    position `first`, as the model cached them."""
+    out, half = keys.copy(), len(frequencies)
+    each = (lambda x: of_bf16(bf16(x))) if rounding == 1 else (lambda x: x)
+    for b, h, t in np.ndindex(keys.shape[:3]):
+        for i, frequency in enumerate(frequencies):
+            cos, sin = angles(first + t, frequency, scale)
+            x, y = (of_bf16(keys[b, h, t, j]) for j in (i, i + half))
+            out[b, h, t, i] = bf16(each(x * cos) - each(y * sin))
+            out[b, h, t, i + half] = bf16(each(y * cos) + each(x * sin))
+    return out
+
+
+def unturned(data):
+    """A block of keys before RoPE taken apart: the coded block within, how its keys are turned, and
+    the pairs that are not, with their numbers."""
+    fields = Fields(data)
+    mode, rounding, *zeros = fields.take(4)
+    assert mode == 3
+    assert rounding in (1, 2)
+    (count,) = fields.take(1, "u4")
+    assert not any(zeros + fields.take(8))
+    exceptions = [(*fields.take(1, "u4"), *fields.take(2, "u2")) for _ in range(count)]
+    fields.align()
+    return data[fields.at :], rounding, exceptions
+
+
+def decode_keys(data, channels, shape, form, first, frequencies, scale=1.0):
+    """The numbers of a block of keys."""
+    if data[0] != 3:
+        return decode(data, channels, shape, form)
+    coded, rounding, exceptions = unturned(data)
+    assert coded[0] == 2
+    out = turn(decode(coded, channels, shape, form), first, frequencies, rounding, scale)
+    half = len(frequencies)
+    for place, x, y in exceptions:
+        row, i = divmod(place, half)
+        at = np.unravel_index(row, shape[:3])
+        out[(*at, i)], out[(*at, i + half)] = x, y
+    return out
 
 
 def decode(data, channels, shape, form):

@@ -405,7 +405,8 @@ PLAIN = [p for p in FILES if p.stem.partition("-")[0] not in NEED_PROFILE]
 def test_every_released_version_stays_readable(path):
     codec, dtype = path.stem.rsplit("-", 1)
     expected = golden.snapshot(dtype, golden.MANY_HEADS if codec == golden.MANY else 2)
-    assert_same(kvzip.decode(path), golden.on_grid() if codec == golden.ON_GRID else expected)
+    special = {golden.ON_GRID: golden.on_grid, golden.BEFORE_ROPE: golden.before_rope}
+    assert_same(kvzip.decode(path), special[codec]() if codec in special else expected)
 
 
 def test_there_is_a_golden_file_of_each_codec_and_dtype():
@@ -415,6 +416,7 @@ def test_there_is_a_golden_file_of_each_codec_and_dtype():
     assert {p.stem for p in now.glob("*.kvz")} == {
         *golden.names(),
         f"{golden.MANY}-bf16",
+        f"{golden.BEFORE_ROPE}-bf16",
         f"{golden.ON_GRID}-bf16",
     }
     assert {p.stem for p in now.glob("*.kvprofile")} == NEED_PROFILE
@@ -428,6 +430,9 @@ def test_golden_files_that_are_missing_are_written_and_no_others(tmp_path):
     last = written.pop()
     assert last.stem == f"{golden.ON_GRID}-bf16"
     assert_same(kvzip.decode(last), golden.on_grid())
+    before = written.pop()
+    assert before.stem == f"{golden.BEFORE_ROPE}-bf16"
+    assert_same(kvzip.decode(before), golden.before_rope())
     many = written.pop()
     assert many.stem == f"{golden.MANY}-bf16"
     assert_same(kvzip.decode(many), golden.snapshot("bf16", golden.MANY_HEADS))

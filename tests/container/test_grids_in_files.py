@@ -256,7 +256,7 @@ def test_a_block_read_by_its_description(codec):
             return memoryview(blob)[reader.index.offset[row] :][: reader.index.length[row]]
 
         def context(dtype, tables=None):
-            return Context(dtypes.get(dtype), 0, "k", 0, origin, None, None, tables)
+            return Context(dtypes.get(dtype), 0, "k", 0, origin, tables=tables)
 
         data = entry(tables_row)
         length = struct.unpack_from("<Q", data)[0]

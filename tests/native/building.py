@@ -23,7 +23,8 @@ SOURCES = {
             "device_tables",
             "kernels_scalar",
         )
-    ],
+    ]
+    + ["native/rotation"],
     "predictive": [
         f"predictive/{name}" for name in ("kernels", "chain", "profile_model", "kernels_scalar")
     ],
@@ -34,6 +35,7 @@ KERNELS = {
     ("x86", codec): [f"{codec}/kernels_avx2", f"{codec}/kernels_avx512"]
     for codec in ("channel", "predictive")
 } | {("arm", "channel"): ["channel/kernels_neon"]}
+KERNELS["x86", "channel"] += ["native/rotation_avx2", "native/rotation_avx512"]
 """Files that are built for one kind of processor only."""
 FLAGS = (
     "-std=c++17",

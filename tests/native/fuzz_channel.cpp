@@ -203,6 +203,62 @@ void others(const Block<const T>& in, std::size_t heads, std::size_t dim, Number
   }
 }
 
+// Keys before RoPE: found alike on all paths, and turned back to what they were found for; and a
+// block of them, damaged.
+void turned() {
+  using kvzip::Rotation;
+  const std::size_t heads = 1 + below(3), tokens = 1 + below(40), pairs = 1 + below(70);
+  const std::size_t dim = 2 * pairs + below(3), first = below(2) ? below(600) : below(1 << 20);
+  const bool token_major = below(2);
+  const auto token = std::ptrdiff_t(token_major ? heads * dim : dim);
+  const auto head = std::ptrdiff_t(token_major ? dim : tokens * dim);
+  const auto rounding = below(2) ? Rotation::Rounding::each : Rotation::Rounding::once;
+  std::vector<float> frequencies(pairs);
+  for (float& f : frequencies) f = float(below(1 << 20)) * 0x1p-20f;
+  if (below(8) == 0) frequencies[below(pairs)] = below(2) ? 1e30f : -1e10f;
+  const Rotation rotation(frequencies.data(), pairs, below(4) ? 1.0f : 1.25f);
+  std::vector<std::uint16_t> keys(heads * tokens * dim);
+  const bool wild = below(4) == 0;
+  for (std::uint16_t& x : keys)
+    x = std::uint16_t(wild ? random_bits()
+                           : below(2) << 15 | (127 - below(12)) << 7 | (random_bits() & 0x7F));
+  if (!wild) rotation.turn({keys.data(), heads, tokens, head, token}, first, rounding);
+  std::vector<std::uint16_t> before;
+  std::vector<std::uint64_t> before_missing;
+  for (simd::Level level : kLevels) {
+    simd::set_level(level);
+    std::vector<std::uint16_t> out = keys, again;
+    std::vector<std::uint64_t> missing;
+    rotation.unturn({keys.data(), heads, tokens, head, token}, first, rounding,
+                    {out.data(), heads, tokens, head, token}, keys.size(), &missing);
+    check(level == kLevels[0] || (out == before && missing == before_missing),
+          "not the same keys before RoPE");
+    before = out;
+    before_missing = missing;
+    rotation.turn({out.data(), heads, tokens, head, token}, first, rounding);
+    for (const std::uint64_t place : missing) {
+      const std::size_t row = std::size_t(place) / pairs;
+      const std::size_t at = row / tokens * std::size_t(head) + row % tokens * std::size_t(token) +
+                             std::size_t(place) % pairs;
+      out[at] = keys[at];
+      out[at + pairs] = keys[at + pairs];
+    }
+    check(out == keys, "keys that are not turned back");
+  }
+  // A block as it may come, of which the coded one within is not looked at here.
+  Bytes bytes(16 + 8 * below(6) + 16 * below(3));
+  for (std::uint8_t& byte : bytes) byte = std::uint8_t(below(3) ? 0 : below(256));
+  bytes[0] = 3;
+  bytes[1] = std::uint8_t(1 + below(2));
+  const Exact block(below(4) ? bytes : damaged(bytes));
+  try {
+    const Unturned unturned(block.data.get(), block.size);
+    unturned.turn(rotation, first, heads, dim,
+                  {keys.data(), 1, tokens, std::ptrdiff_t(keys.size()), head, token});
+  } catch (const std::invalid_argument&) {
+  }
+}
+
 template <typename T>
 void once(NumberFormat format) {
   stored(format);
@@ -295,6 +351,7 @@ void once(NumberFormat format) {
 
 int main(int argc, char** argv) {
   return run(argc, argv, [] {
+    turned();
     once<std::uint16_t>({8, 7});
     once<std::uint16_t>({5, 10});
     once<std::uint32_t>({8, 23});
