@@ -34,7 +34,7 @@ def test_info_tells_which_parts_are_stored_before_rope(tmp_path, capsys, snapsho
     assert {(p["part"], p["before_rope"]): p["layers"] for p in told} == found
     out = " ".join(run(capsys, "info", path)[1].split())
     assert "k of 2 full layers is stored as it was before RoPE" in out
-    path.write_bytes(kvzip.encode(snapshot, "channel"))
+    path.write_bytes(kvzip.encode(snapshot, "channel:keys=cached"))
     assert not any(p.before_rope for p in kvzip.info(path).parts)
     assert "before RoPE" not in run(capsys, "info", path)[1]
     path.write_bytes(kvzip.encode(rotated(1, 1), BEFORE))  # too few to tell
