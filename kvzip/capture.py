@@ -218,18 +218,30 @@ def _with_frequencies(
     model: Any, kinds: Sequence[Any], parameters: Sequence[dict[str, Any]]
 ) -> tuple[dict[str, Any], ...]:
     """RoPE parameters with "inv_freq", the radians a position that the model really turns each pair
-    by, whatever the kind of RoPE makes of the parameters."""
+    by, whatever the kind of RoPE makes of the parameters; and, where it is not 1, with
+    "attention_scaling", by which cosines and sines are multiplied."""
     types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    buffers = {name.rpartition(".")[2]: buffer for name, buffer in model.named_buffers()}
     noted = [dict(found) for found in parameters]
     for i, kind in enumerate(kinds):
         if kind.rope is None or "inv_freq" in noted[kind.rope]:
             continue
-        own = buffers.get(f"{types[i]}_inv_freq") if types else None
-        used = buffers.get("inv_freq") if own is None else own
-        if used is not None:
-            noted[kind.rope]["inv_freq"] = [float(f) for f in used.float().cpu()]
+        found = _rotary(model, f"{types[i]}_") if types else None
+        if found is None:
+            found = _rotary(model, "")
+        noted[kind.rope] |= found or {}
     return tuple(noted)
+
+
+def _rotary(model: Any, prefix: str) -> dict[str, Any] | None:
+    """What a model's own module for RoPE turns by, where its names have this prefix."""
+    for module in reversed(list(model.modules())):
+        used = dict(module.named_buffers(recurse=False)).get(f"{prefix}inv_freq")
+        if used is None:
+            continue
+        scaling = getattr(module, f"{prefix}attention_scaling", 1.0)
+        scaled = {} if scaling == 1.0 else {"attention_scaling": float(scaling)}
+        return {"inv_freq": [float(f) for f in used.float().cpu()]} | scaled
+    return None
 
 
 def cast(snapshot: Snapshot, dtype: str) -> Snapshot:
