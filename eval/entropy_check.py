@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import api, dtypes
+from kvzip.codec import get_codec
 from kvzip.codecs import _native
 from kvzip.codecs.channel.rotation import UNTURNED, coded_at
 from kvzip.container import Reader
@@ -216,7 +217,7 @@ def _of_file(
             ours, numbers = ours + 8 * length, numbers + count
     rest = 8.0 * len(blob) - ours
     total = snapshot.layout.numbers
-    name = api.get_codec(codec).codec_id
+    name = get_codec(codec).codec_id
     with_profile = name + (" with the profile's tables" if name == "channel" and profile else "")
     if codec == BEFORE_ROPE:
         with_profile += ", keys before RoPE"

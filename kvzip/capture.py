@@ -134,7 +134,7 @@ def prefill(
     import transformers
 
     from kvzip.load.calls import check_no_virtual_tokens
-    from kvzip.load.config import layer_kinds, rope_parameters
+    from kvzip.load.config import layer_kinds, rope_of_model
     from kvzip.load.dropout import check_draws_no_lots
     from kvzip.load.filling import filled
     from kvzip.load.matching import check_encoder_given, revision_of_source
@@ -181,7 +181,7 @@ def prefill(
         loaded.id,
         revision_of_cast(revision_of_source(revision, encoder_ids), computed, name),
         type(model).__name__,
-        _with_frequencies(model, kinds, rope_parameters(config)),
+        rope_of_model(model),
         text,
         software,
     )
@@ -212,36 +212,6 @@ def check_ids(token_ids: NDArray[Any], config: Any) -> None:
     least, most = int(np.min(token_ids)), int(np.max(token_ids))
     if least < 0 or (known is not None and most >= known):
         raise UsageError(f"token ids from {least} to {most}: the model has {known} tokens")
-
-
-def _with_frequencies(
-    model: Any, kinds: Sequence[Any], parameters: Sequence[dict[str, Any]]
-) -> tuple[dict[str, Any], ...]:
-    """RoPE parameters with "inv_freq", the radians a position that the model really turns each pair
-    by, whatever the kind of RoPE makes of the parameters; and, where it is not 1, with
-    "attention_scaling", by which cosines and sines are multiplied."""
-    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    noted = [dict(found) for found in parameters]
-    for i, kind in enumerate(kinds):
-        if kind.rope is None or "inv_freq" in noted[kind.rope]:
-            continue
-        found = _rotary(model, f"{types[i]}_") if types else None
-        if found is None:
-            found = _rotary(model, "")
-        noted[kind.rope] |= found or {}
-    return tuple(noted)
-
-
-def _rotary(model: Any, prefix: str) -> dict[str, Any] | None:
-    """What a model's own module for RoPE turns by, where its names have this prefix."""
-    for module in reversed(list(model.modules())):
-        used = dict(module.named_buffers(recurse=False)).get(f"{prefix}inv_freq")
-        if used is None:
-            continue
-        scaling = getattr(module, f"{prefix}attention_scaling", 1.0)
-        scaled = {} if scaling == 1.0 else {"attention_scaling": float(scaling)}
-        return {"inv_freq": [float(f) for f in used.float().cpu()]} | scaled
-    return None
 
 
 def cast(snapshot: Snapshot, dtype: str) -> Snapshot:

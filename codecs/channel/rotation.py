@@ -32,7 +32,7 @@ _SAMPLE, _MISSING = 128, 0.01
 
 def coded_at(data: Any) -> int:
     """Where in a block of keys before RoPE, behind its exceptions, their own block begins."""
-    count = _HEAD.unpack_from(data)[3]
+    count: int = _HEAD.unpack_from(data)[3]
     length = _HEAD.size + count * _EXCEPTION.itemsize
     return length + -length % _ALIGNED
 

@@ -87,6 +87,35 @@ def rope_parameters(config: PretrainedConfig) -> tuple[dict[str, Any], ...]:
     return layers_of(config)[1]
 
 
+def rope_of_model(model: PreTrainedModel) -> tuple[dict[str, Any], ...]:
+    """What :func:`rope_parameters` gives, with "inv_freq", the radians a position that the model
+    really turns each pair by, whatever the kind of RoPE makes of the parameters; and, where it is
+    not 1, with "attention_scaling", by which cosines and sines are multiplied."""
+    kinds, parameters = layers_of(model.config)
+    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    noted = [dict(found) for found in parameters]
+    for i, kind in enumerate(kinds):
+        if kind.rope is None or "inv_freq" in noted[kind.rope]:
+            continue
+        found = _rotary(model, f"{types[i]}_") if types else None
+        if found is None:
+            found = _rotary(model, "")
+        noted[kind.rope] |= found or {}
+    return tuple(noted)
+
+
+def _rotary(model: PreTrainedModel, prefix: str) -> dict[str, Any] | None:
+    """What a model's own module for RoPE turns by, where its names have this prefix."""
+    for module in reversed(list(model.modules())):
+        used = getattr(module, f"{prefix}inv_freq", None)
+        if not isinstance(used, torch.Tensor) or used.is_meta:
+            continue
+        scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
+        scaled = {} if scaling == 1.0 else {"attention_scaling": scaling}
+        return {"inv_freq": [float(f) for f in used.float().cpu()]} | scaled
+    return None
+
+
 _NO_CACHE = "it has no cache, in transformers"
 UNHANDLED = {
     "cpmant": "its cache holds tokens that are none of the prompt's",

@@ -23,7 +23,7 @@ from kvzip.load.config import (
     check_rope_state,
     configs_of_layers,
     layers_of,
-    rope_parameters,
+    rope_of_model,
 )
 from kvzip.load.dropout import check_draws_no_lots
 from kvzip.load.held import ENCODER_IDS
@@ -340,7 +340,7 @@ def origin_of_model(model: PreTrainedModel) -> Origin:
         model=name_of_model(model),
         revision=fingerprint(model),
         architecture=type(model).__name__,
-        rope=rope_parameters(model.config),
+        rope=rope_of_model(model),
     )
 
 

@@ -45,7 +45,7 @@ def test_words_for_people(tmp_path, capsys, snapshot):
     assert "ratio" in run(capsys, "encode", doc, "-o", kvz)[1]
     told = run(capsys, "info", kvz)[1]
     assert "test/model" in told and re.search(
-        r"^codec +channel(:keys=cached)? *$", told, re.MULTILINE
+        r"^codec +channel(:keys=\w+)? *$", told, re.MULTILINE
     )
     assert "good" in run(capsys, "verify", kvz)[1]
     assert "exponent" in run(capsys, "entropy", doc)[1]

@@ -12,6 +12,7 @@ import kvzip
 from kvzip.capture import prefill
 from kvzip.codec import Context
 from kvzip.codecs.channel.rotation import rotation_of
+from kvzip.load.matching import origin_of_model
 from kvzip.models import LoadedModel
 
 FOUND = {
@@ -101,3 +102,9 @@ def test_scales_of_two_kinds_of_layers():
     scales = [rope.get("attention_scaling") for rope in snapshot.origin.rope]
     assert [scale is None for scale in scales] == [True, False]
     assert all(share[1] < 0.005 for share in shares_missing(snapshot))
+
+
+def test_what_a_store_keeps_of_a_model_says_it_too():
+    """Not a capture's origin alone: that of what `load_or_prefill` stores."""
+    model, snapshot = captured("gpt_oss")
+    assert origin_of_model(model).rope == snapshot.origin.rope
