@@ -44,9 +44,7 @@ def test_words_for_people(tmp_path, capsys, snapshot):
     doc, kvz = tmp_path / "doc.safetensors", tmp_path / "a.kvz"
     assert "ratio" in run(capsys, "encode", doc, "-o", kvz)[1]
     told = run(capsys, "info", kvz)[1]
-    assert "test/model" in told and re.search(
-        r"^codec +channel(:keys=\w+)? *$", told, re.MULTILINE
-    )
+    assert "test/model" in told and re.search(r"^codec +channel(:keys=\w+)? *$", told, re.MULTILINE)
     assert "good" in run(capsys, "verify", kvz)[1]
     assert "exponent" in run(capsys, "entropy", doc)[1]
     assert "channel" in run(capsys, "--help")[1] or "encode" in run(capsys, "--help")[1]
