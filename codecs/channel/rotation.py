@@ -75,13 +75,15 @@ class Keys(NamedTuple):
 
 def rotation_of(context: Context, dim: int) -> _native.Rotation | None:
     """What turned the keys of a part, [batch, heads, tokens, dim]; None where the origin doesn't
-    say."""
+    note the frequencies: whoever works them out may find others."""
     if context.part != "k" or context.rope is None or context.dtype.name != "bf16":
         return None
     known = context.origin.rope
     if context.rope >= len(known):
         return None
     parameters = known[context.rope]
+    if not parameters.get("inv_freq"):
+        return None
     try:
         radians = frequencies(parameters, dim)
         scale = float(parameters.get("attention_scaling", 1.0))
@@ -113,11 +115,13 @@ def unturned(part: Bits, context: Context) -> Keys | None:
     sample = part[:, :, start:]
     room, most = sample.copy(), int(_MISSING * sample.size / dim * rotation.pairs)
     for rounding in _ROUNDINGS:
-        if rotation.unturn(sample, first + start, rounding, room, most) is not None:
+        found = rotation.unturn(sample, first + start, rounding, room, most)
+        if found is not None:
             break
     else:
         return None
-    if _bits(room, context) >= _bits(sample, context):
+    exceptions = 8 * _EXCEPTION.itemsize * len(found)
+    if _bits(room, context) + exceptions >= _bits(sample, context):
         return None
     array = part.copy() if 2 * rotation.pairs < dim else np.empty(part.shape, part.dtype)
     missing = rotation.unturn(part, first, rounding, array, int(_MISSING * pairs))

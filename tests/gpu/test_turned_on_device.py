@@ -116,7 +116,7 @@ def test_batches_and_positions(device, shuffled, monkeypatch):
         monkeypatch.setattr(gpu_rotation, "_KEPT_BYTES", kept)
         where.cache.pop("angles", None)  # of other pieces
         for batch, first in ((None, 5003), (2, 0)):
-            snapshot = turned(together, 32, 16, 1, 3, 99, batch, 3, first, 0.004)
+            snapshot = turned(together, 32, 16, 1, 3, 99, batch, 3, first, 0.001)
             blob = encoded(snapshot, 33)
             assert_layers(kvzip.decode(blob, device=where), snapshot.layers)
             span = first + 20, first + 90
