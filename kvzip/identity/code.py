@@ -87,6 +87,9 @@ def _put_elsewhere(
     for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
         if not is_librarys(type(mode).__module__):
             yield Code("", f"mode {reader.read(mode, 'mode')!r}")
+    for device in sorted({each.device.type for each in model.parameters()}):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            yield Code("", f"autocast on {device} to {torch.get_autocast_dtype(device)}")
     for when in ("pre_hooks", "hooks"):  # on all modules of all models
         hooks = getattr(torch.nn.modules.module, f"_global_forward_{when}")
         for i, hook in enumerate(list(hooks.values())):

@@ -133,6 +133,21 @@ def test_modes_of_torch(kind: Any, saved: Any, load: Any) -> None:
         assert kvzip.fingerprint(model) == kvzip.fingerprint(saved())
 
 
+def test_autocast(saved: Any, load: Any) -> None:
+    model, seen = load(saved(dtype="float32"), "float32"), []
+    for context in (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autocast("cpu", dtype=torch.float16),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        with context:
+            seen.append(kvzip.fingerprint(model))
+    assert len(set(seen)) == 3 and seen[2] == seen[3] == kvzip.fingerprint(saved(dtype="float32"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kvzip.fingerprint(model) == seen[0]
+
+
 def test_arguments_of_attention(saved: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = transformers.AttentionInterface
     own, folder = registry()["sdpa"], saved()
