@@ -25,7 +25,17 @@ from kvzip.codecs import _native
 from kvzip.codecs.channel.rotation import UNTURNED, coded_at
 from kvzip.container import Reader
 from kvzip.dtypes import DType
-from kvzip.entropy.integer_model import CDF, ESCAPE, HALF, Density, IntegerModel, Ints
+from kvzip.entropy.integer_model import (
+    CDF,
+    ESCAPE,
+    HALF,
+    Density,
+    IntegerModel,
+    Ints,
+    Known,
+    Rotation,
+    angles,
+)
 from kvzip.entropy.residual import held_layers
 from kvzip.entropy.tables import LEVELS, Frequencies, counted_mantissas
 from kvzip.errors import KVZipError, UsageError
@@ -33,13 +43,17 @@ from kvzip.eval.results.entropy import CheckRow
 from kvzip.layout import KV
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
+from kvzip.statistics.rope import frequencies
 
 Progress = Callable[[str, int, int], None]
 Key = tuple[int, str]
 
 MOST = 0.001
 """The share by which ours may take more than constriction's."""
-_CODED = {"channel": (2, UNTURNED), "predictive": (3,)}
+_UNTURNED_PAIRS = 4
+"""That of a block of `predictive` in which pairs may be as they were before RoPE; the third byte
+says how it rounds."""
+_CODED = {"channel": (2, UNTURNED), "predictive": (3, _UNTURNED_PAIRS)}
 """The first bytes of blocks that the codec has coded."""
 BEFORE_ROPE = "channel:keys=before_rope"
 _CONSTANT = 0xFFFFFFFF
@@ -352,12 +366,18 @@ def _predicted(file: _File, profile: Any, tell: _Told) -> Iterator[_Part]:
         for p, name in enumerate(KV):
             whole = layer.block(name)
             upper = (whole >> np.uint32(16)).astype(np.uint16) if low else whole
-            intervals = _intervals(model, i, p, upper)
             first = layers[i].span(name)[0]
+            tokens = np.arange(rows)[:, None] * layers[0].stored
+            coded, rounding = [], np.zeros(model.total, np.uint8)
             for row, block in file.coded((i, name), "predictive"):
                 at = file.index.position[row] - first
-                tokens = np.arange(rows)[:, None] * layers[0].stored
                 chosen = (tokens + np.arange(at, at + block.shape[2])).reshape(-1)
+                head = file.blocks.stored(row)[:3]
+                rounding[chosen] = head[2] if head[0] == _UNTURNED_PAIRS else 0
+                coded.append((row, block, chosen))
+            rotation = _rotation(snapshot, i, model, rounding)
+            intervals = _intervals(model, i, p, upper, rotation)
+            for row, block, chosen in coded:
                 own = intervals[:, chosen].reshape(-1, 3)
                 piece = _interval_symbols(own, model.grid.bits_each)
                 more = low * block.size
@@ -370,23 +390,39 @@ def _predicted(file: _File, profile: Any, tell: _Told) -> Iterator[_Part]:
         tell.layer()
 
 
-def _intervals(model: IntegerModel, layer: int, part: int, block: NDArray[Any]) -> Ints:
+def _rotation(
+    snapshot: Snapshot, layer: int, model: IntegerModel, rounding: NDArray[np.uint8]
+) -> Rotation | None:
+    """What turned a layer's keys, where pairs of some of its tokens may be coded as before."""
+    held = snapshot.layout.layers[layer]
+    if not rounding.any() or held.rope is None:
+        return None
+    parameters = snapshot.origin.rope[held.rope]
+    radians = frequencies(parameters, held.k[-1]).astype(np.float32)
+    position = np.arange(held.first, held.first + held.stored)
+    found = angles(radians, position, float(parameters.get("attention_scaling", 1.0)))
+    return Rotation(found, rounding, model.total)
+
+
+def _intervals(
+    model: IntegerModel, layer: int, part: int, block: NDArray[Any], rotation: Rotation | None
+) -> Ints:
     """Where the intervals of a part's numbers begin, how big they are, 0 for escapes, and which
     numbers these are: [channels, tokens, 3]."""
     if part == 0:
         model.begin(layer)
-    places = model.grid.places(model.flat(block))
-    found = np.zeros((places.shape[1], model.total, 3), np.int64)
+    numbers = Known(model.grid, model.flat(block))
+    found = np.zeros((numbers.bits.shape[1], model.total, 3), np.int64)
 
     def code(tile: int, lane: int, channel: int, density: Density) -> Ints:
         tokens = model.tiles[tile]
-        k = places[tokens, channel]
+        k = numbers.places(tokens, channel, density)
         start = density.below(k)
-        size = np.maximum(density.below(k + 1) - start, 0)
+        size = np.where(density.escaped, 0, density.below(k + 1) - start)
         found[channel, tokens] = np.stack([start, size, k], axis=1)
         return k
 
-    model.run(layer, part, code)
+    model.run(layer, part, code, rotation)
     return found
 
 

@@ -4,9 +4,20 @@ predicted by them where a test says so, however little that saves."""
 from __future__ import annotations
 
 import numpy as np
+from support import cache_like, random_bits
 
 import kvzip
+from kvzip.codecs import _native
 from kvzip.codecs.predictive import codec as predictive
+from kvzip.layout import LayerLayout
+from kvzip.snapshot import Layer
+
+SHAPES = [((2, 12), (1, 6)), ((1, 8), (2, 4)), ((3, 6), (1, 5))]
+FREQUENCIES = np.array([1.0, 0.3, 0.01], np.float32)
+PAIRS = len(FREQUENCIES)
+ORIGIN = kvzip.Origin(rope=({"inv_freq": [float(f) for f in FREQUENCIES]},))
+ROTATION = _native.Rotation(FREQUENCIES)
+"""Documents whose keys RoPE turned in bf16."""
 
 
 def blocked(matrix):
@@ -148,3 +159,36 @@ def encode(snapshot, profile, monkeypatch, plain=(), **options):
         patch.setattr(predictive, "_plain", seems)
         patch.setattr(predictive, "_next_chain", next_chain)
         return kvzip.encode(snapshot, "predictive", profile, threads=1, **options)
+
+
+def with_rope(layers, ids, origin=ORIGIN, rope=0):
+    """A snapshot whose layers say what turned their keys."""
+    built = [
+        Layer.of_kv(k, v, LayerLayout.of_kv(k.shape, v.shape, "bf16", k.shape[-2], rope=rope))
+        for k, v in layers
+    ]
+    return kvzip.Snapshot(built, "bf16", ids, origin)
+
+
+def turned_snapshot(seed, tokens=70, rounding=1, start=0, batch=None, strange=0.0):
+    """Keys that RoPE turned in bf16; a share of the tokens has keys of any bits."""
+    rng = np.random.default_rng(seed)
+    front = () if batch is None else (batch,)
+    layers = []
+    for (heads, dim), values in SHAPES:
+        k = cache_like(rng, "bf16", (*front, heads, tokens, dim))
+        ROTATION.turn(k if batch else k[np.newaxis], start, rounding)
+        some = rng.random(tokens) < strange
+        k[..., some, :] = random_bits(rng, "bf16", k[..., some, :].shape)
+        layers.append((k, cache_like(rng, "bf16", (*front, values[0], tokens, values[1]))))
+    ids = rng.integers(0, 300, (*front, tokens), np.uint32)
+    return with_rope(layers, ids)
+
+
+def kinds(blob, profile):
+    """The kinds of a file's blocks, by layer and part."""
+    with kvzip.open(blob, profile) as reader:
+        return {
+            key: {int(reader._blocks.stored(row)[0]) for row in rows[1:]}
+            for key, rows in reader.index.rows.items()
+        }

@@ -17,7 +17,8 @@ from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.fit import fit
 from kvzip.codecs.channel.profile import fields, rows, tables_of, takes
-from kvzip.codecs.channel.rotation import UNTURNED, Keys, rotation_of, unturned
+from kvzip.codecs.channel.rotation import UNTURNED, Keys, unturned
+from kvzip.codecs.common.rotation import rotation_of
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
 from kvzip.layout import PartLayout

@@ -13,7 +13,7 @@ from kvzip.codec import Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.gpu_rotation import Turning
 from kvzip.codecs.channel.profile import fields
-from kvzip.codecs.channel.rotation import rotation_of
+from kvzip.codecs.common.rotation import rotation_of
 from kvzip.codecs.native.cuda.device import Device, Kernel, Memory, Pinned, Stream
 from kvzip.codecs.native.cuda.work import Full, Slot, Target, Work
 from kvzip.dtypes import DType

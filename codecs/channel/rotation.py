@@ -5,9 +5,7 @@ spec.md, "Keys before RoPE", has the bytes and the reasons.
 
 from __future__ import annotations
 
-import math
 import struct
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +14,8 @@ from numpy.typing import NDArray
 from kvzip.codec import Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.profile import fields, rows
+from kvzip.codecs.common.rotation import rotation_of
 from kvzip.dtypes import Bits
-from kvzip.statistics.rope import frequencies
 
 UNTURNED = 3
 """What a block of keys before RoPE begins with."""
@@ -71,34 +69,6 @@ class Keys(NamedTuple):
         data = exceptions.tobytes()
         head_bytes = _HEAD.pack(UNTURNED, self.rounding, 0, len(exceptions))
         return head_bytes + data + bytes(-len(data) % _ALIGNED) + coded
-
-
-def rotation_of(context: Context, dim: int) -> _native.Rotation | None:
-    """What turned the keys of a part, [batch, heads, tokens, dim]; None where the origin doesn't
-    note the frequencies: whoever works them out may find others."""
-    if context.part != "k" or context.rope is None or context.dtype.name != "bf16":
-        return None
-    known = context.origin.rope
-    if context.rope >= len(known):
-        return None
-    parameters = known[context.rope]
-    if not parameters.get("inv_freq"):
-        return None
-    try:
-        radians = frequencies(parameters, dim)
-        scale = float(parameters.get("attention_scaling", 1.0))
-        with np.errstate(over="ignore"):
-            return _rotation(np.asarray(radians, np.float32).tobytes(), scale)
-    except (TypeError, ValueError, OverflowError):  # a header may say anything
-        return None
-
-
-@lru_cache(maxsize=64)
-def _rotation(radians: bytes, scale: float) -> _native.Rotation | None:
-    found = np.frombuffer(radians, np.float32)
-    if not len(found) or not np.isfinite(found).all() or not math.isfinite(scale):
-        return None
-    return _native.Rotation(found, scale)
 
 
 def unturned(part: Bits, context: Context) -> Keys | None:

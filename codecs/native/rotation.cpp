@@ -55,8 +55,8 @@ void cos_sin(double angle, double* cos, double* sin) {
   *sin = quarter >= 2 ? -y : y;
 }
 
-// Angles of a position: the cosine and the sine of a pair.
-void angles_of(float position, float frequency, float scale, std::uint16_t* out) {
+// The cosine and the sine of a pair at a position.
+void angle_of(float position, float frequency, float scale, std::uint16_t* out) {
   const double angle = double(position * frequency);
   double cos = 1, sin = 0;
   if (std::fabs(angle) < 0x1p40) cos_sin(angle, &cos, &sin);  // a header may say anything
@@ -80,7 +80,7 @@ void Rotation::angles(std::size_t position, std::uint16_t* out) const {
   const std::size_t n = pairs();
   for (std::size_t i = 0; i < n; ++i) {
     std::uint16_t found[2];
-    angles_of(float(position), frequency_[i], scale_, found);
+    angle_of(float(position), frequency_[i], scale_, found);
     out[i] = found[0];
     out[n + i] = found[1];
   }
@@ -96,7 +96,7 @@ Rotation::Angles Rotation::angles_at(std::size_t block) const {
       float* const out = made->data() + t * 2 * padded;
       for (std::size_t i = 0; i < pairs(); ++i) {
         std::uint16_t found[2];
-        angles_of(float(block * kPositions + t), frequency_[i], scale_, found);
+        angle_of(float(block * kPositions + t), frequency_[i], scale_, found);
         out[rotation::place_of(i)] = from_bf16(found[0]);
         out[padded + rotation::place_of(i)] = from_bf16(found[1]);
       }
@@ -116,6 +116,15 @@ void Rotation::each_run(std::size_t first, std::size_t tokens, const Use& use) c
     use(angles->data() + at * 2 * rotation::grouped(pairs()), t, n);
     t += n;
   }
+}
+
+void Rotation::angles_of(std::size_t first, std::size_t positions, std::uint16_t* out) const {
+  const std::size_t padded = rotation::grouped(pairs());
+  each_run(first, positions, [&](const float* angles, std::size_t, std::size_t n) {
+    for (std::size_t k = 0; k < 2 * n; ++k, angles += padded)
+      for (std::size_t i = 0; i < pairs(); ++i)
+        *out++ = bf16(double(angles[rotation::place_of(i)]), 1.0f);
+  });
 }
 
 void Rotation::turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding rounding) const {

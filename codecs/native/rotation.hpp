@@ -46,6 +46,8 @@ class Rotation {
 
   // Cosines, then sines, of all pairs in bf16: [2, pairs].
   void angles(std::size_t position, std::uint16_t* out) const;
+  // The same of positions that follow each other: [positions, 2, pairs].
+  void angles_of(std::size_t first, std::size_t positions, std::uint16_t* out) const;
 
  private:
   // Of so many positions that follow each other, as kernels read them.

@@ -85,14 +85,14 @@ void bind_rotation(nb::module_& m) {
       .def(
           "angles_of",
           [](const Rotation& self, std::size_t first, std::size_t positions) {
-            const std::size_t each = 2 * self.pairs();
-            auto* const made = new std::vector<std::uint16_t>(positions * each);
+            if (positions > (std::size_t(1) << 40) / (2 * self.pairs() + 1))
+              throw std::invalid_argument("too many positions");
+            auto* const made = new std::vector<std::uint16_t>(positions * 2 * self.pairs());
             const nb::capsule owner(
                 made, [](void* p) noexcept { delete static_cast<std::vector<std::uint16_t>*>(p); });
             {
               nb::gil_scoped_release released;
-              for (std::size_t i = 0; i < positions; ++i)
-                self.angles(first + i, made->data() + i * each);
+              self.angles_of(first, positions, made->data());
             }
             return nb::ndarray<nb::numpy, std::uint16_t, nb::ndim<3>>(
                 made->data(), {positions, 2, self.pairs()}, owner);

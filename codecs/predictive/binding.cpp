@@ -109,12 +109,23 @@ class PredictiveChain {
   // The ideal code length of the next part in bits; what follows is to be predicted from its
   // numbers.
   template <typename T>
-  double model(std::size_t i, int part, const Numbers<const T>& array) {
+  double model(std::size_t i, int part, const Numbers<const T>& array,
+               const Optional<std::uint16_t>& rotation, int rounding) {
     const Block<const T> in = block(i, part, array);
+    const std::uint8_t way = checked(rounding);
     nb::gil_scoped_release released;
-    return bits(chain_.measure(in, nullptr), array.size());
+    return bits(chain_.measure(in, nullptr, span(rotation), way), array.size());
   }
 
+  // How RoPE rounded when it turned these keys: 1, products and sums; 2, sums; 0, it did not.
+  int rounding(std::size_t i, int part, const Numbers<const std::uint16_t>& array,
+               const Array<std::uint16_t>& rotation) {
+    const Block<const std::uint16_t> in = block(i, part, array);
+    nb::gil_scoped_release released;
+    return chain_.rounding(in, span(rotation));
+  }
+
+  void again() { chain_.again(); }
   void keep() { chain_.keep(); }
 
   // The bytes of each part that was kept.
@@ -133,7 +144,9 @@ class PredictiveChain {
   // How often each cell of |z| occurs, [classes][channels][kCells] in coding order, and the ideal
   // code length in bits.
   template <typename T>
-  nb::tuple measure(std::size_t i, int part, const Numbers<const T>& array) {
+  nb::tuple measure(std::size_t i, int part, const Numbers<const T>& array,
+                    const Optional<std::uint16_t>& rotation, int rounding) {
+    const std::uint8_t way = checked(rounding);
     const Block<const T> in = block(i, part, array);
     const std::size_t classes = model_.classes(i), channels = array.shape(1) * array.shape(3);
     auto* counts = new std::uint32_t[classes * channels * kCells]();
@@ -141,7 +154,7 @@ class PredictiveChain {
     double spent = 0;
     {
       nb::gil_scoped_release released;
-      spent = bits(chain_.measure(in, counts), array.size());
+      spent = bits(chain_.measure(in, counts, span(rotation), way), array.size());
     }
     return nb::make_tuple(nb::ndarray<nb::numpy, std::uint32_t>(
                               counts, {classes, channels, std::size_t(kCells)}, owner),
@@ -150,17 +163,24 @@ class PredictiveChain {
 
   template <typename T>
   void decode(std::size_t i, int part, const Array<std::uint8_t>& header,
-              const Array<std::uint8_t>& bytes, const Numbers<T>& array) {
+              const Array<std::uint8_t>& bytes, const Numbers<T>& array,
+              const Optional<std::uint16_t>& rotation) {
     const Block<T> out = block(i, part, array);
     bool good;
     {
       nb::gil_scoped_release released;
-      good = chain_.decode(span(header), span(bytes), out);
+      good = chain_.decode(span(header), span(bytes), out, span(rotation));
     }
     if (!good) throw std::invalid_argument("its words do not fit");
   }
 
  private:
+  static std::uint8_t checked(int rounding) {
+    if (rounding != 0 && rounding != kEach && rounding != kOnce)
+      throw std::invalid_argument("rounding is 0, 1 or 2");
+    return std::uint8_t(rounding);
+  }
+
   double bits(const Intervals& intervals, std::size_t n) const {
     // Products side by side, so that none waits for the one before; one of so many shares of 24
     // bits fits a double. Logarithms are taken of what is left when their exponents are counted.
@@ -247,16 +267,22 @@ void bind(nb::module_& m) {
                     const Array<std::int32_t>&>(),
            "model"_a, "rows"_a, "count"_a, "position"_a, "exponent_bits"_a, "mantissa_bits"_a,
            "entries"_a, nb::keep_alive<1, 2>())
-      .def("model", &PredictiveChain::model<std::uint8_t>, "layer"_a, "part"_a, "numbers"_a)
-      .def("model", &PredictiveChain::model<std::uint16_t>, "layer"_a, "part"_a, "numbers"_a)
+      .def("model", &PredictiveChain::model<std::uint8_t>, "layer"_a, "part"_a, "numbers"_a,
+           "rotation"_a = nb::none(), "rounding"_a = 0)
+      .def("model", &PredictiveChain::model<std::uint16_t>, "layer"_a, "part"_a, "numbers"_a,
+           "rotation"_a = nb::none(), "rounding"_a = 0)
+      .def("rounding", &PredictiveChain::rounding, "layer"_a, "part"_a, "numbers"_a, "rotation"_a)
+      .def("again", &PredictiveChain::again)
       .def("keep", &PredictiveChain::keep)
       .def("encode", &PredictiveChain::encode)
-      .def("measure", &PredictiveChain::measure<std::uint8_t>, "layer"_a, "part"_a, "numbers"_a)
-      .def("measure", &PredictiveChain::measure<std::uint16_t>, "layer"_a, "part"_a, "numbers"_a)
+      .def("measure", &PredictiveChain::measure<std::uint8_t>, "layer"_a, "part"_a, "numbers"_a,
+           "rotation"_a = nb::none(), "rounding"_a = 0)
+      .def("measure", &PredictiveChain::measure<std::uint16_t>, "layer"_a, "part"_a, "numbers"_a,
+           "rotation"_a = nb::none(), "rounding"_a = 0)
       .def("decode", &PredictiveChain::decode<std::uint8_t>, "layer"_a, "part"_a, "header"_a,
-           "data"_a, "out"_a)
+           "data"_a, "out"_a, "rotation"_a = nb::none())
       .def("decode", &PredictiveChain::decode<std::uint16_t>, "layer"_a, "part"_a, "header"_a,
-           "data"_a, "out"_a);
+           "data"_a, "out"_a, "rotation"_a = nb::none());
 }
 
 }  // namespace kvzip::predictive

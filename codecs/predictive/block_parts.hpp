@@ -14,8 +14,10 @@ namespace kvzip::predictive {
 
 constexpr std::size_t kHeaderBytes = 16;
 constexpr std::size_t kCountsAt = 8;  // in the header: where counts begin, which go on elsewhere
-// The first byte of a block that is predicted. Those of kind 1 had counts of two bytes.
-constexpr std::uint8_t kPredicted = 3;
+// The first byte of a block that is predicted. Those of kind 1 had counts of two bytes; of kind 4
+// some pairs are as they were before RoPE, of which the third byte says how it rounds: products and
+// sums, or sums alone.
+constexpr std::uint8_t kPredicted = 3, kUnturned = 4, kEach = 1, kOnce = 2;
 constexpr int kMostCountBits = 17;
 
 inline std::size_t round16(std::size_t n) { return (n + 15) / 16 * 16; }
@@ -54,7 +56,7 @@ class StreamTokens {
 // A block's header, and behind it the section of counts that does not fit there.
 inline std::vector<std::uint8_t> pack_counts(const StreamTokens& streams,
                                              const std::vector<std::uint16_t>& counts,
-                                             std::uint64_t words) {
+                                             std::uint64_t words, std::uint8_t rounding) {
   std::vector<std::int32_t> more(counts.size());
   for (std::size_t s = 0; s < more.size(); ++s)
     more[s] = std::int32_t(std::int64_t(counts[s]) - streams.share(s, words));
@@ -63,7 +65,8 @@ inline std::vector<std::uint8_t> pack_counts(const StreamTokens& streams,
   int bits = 0;
   while (!more.empty() && (*high - least) >> bits) ++bits;
   std::vector<std::uint8_t> packed(kHeaderBytes + streams.section(bits));
-  packed[0] = kPredicted;
+  packed[0] = rounding ? kUnturned : kPredicted;
+  packed[2] = rounding;
   packed[1] = std::uint8_t(bits);
   std::memcpy(&packed[4], &least, sizeof least);
   std::size_t at = 8 * kCountsAt;
@@ -80,8 +83,9 @@ inline bool unpack_counts(const StreamTokens& streams, const std::uint8_t* heade
   const int bits = header[1];
   std::int32_t least;
   std::memcpy(&least, header + 4, sizeof least);
-  if (header[0] != kPredicted || bits > kMostCountBits || !all_zero(header + 2, header + 4))
-    return false;
+  const bool unturned = header[0] == kUnturned;
+  if ((header[0] != kPredicted && !unturned) || bits > kMostCountBits || header[3]) return false;
+  if (unturned ? header[2] != kEach && header[2] != kOnce : header[2]) return false;
   const std::size_t section = streams.section(bits), inside = kHeaderBytes - kCountsAt;
   if (data->size < section || (data->size - section) % 4) return false;
   // In one piece, with room for a field that is read in whole bytes.

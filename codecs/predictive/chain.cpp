@@ -11,6 +11,9 @@
 namespace kvzip::predictive {
 namespace {
 
+// How many pairs tell enough of how RoPE turned a part's keys.
+constexpr std::size_t kEnoughPairs = 256;
+
 // Before there is memory for so many.
 std::size_t tokens_of(std::size_t rows, std::size_t count) {
   if (rows && count > kMostTokens / rows) throw std::invalid_argument("too many tokens in a block");
@@ -45,8 +48,58 @@ bool Chain::follows(std::size_t layer, int part, std::size_t heads, std::size_t 
   return heads == p.heads && dim == p.dim;
 }
 
+std::uint8_t Chain::rounding(const Block<const std::uint16_t>& numbers,
+                             Span<std::uint16_t> rotation) const {
+  check_rotation(rotation);
+  const Part& part = model_.layer(layer()).part[this->part()];
+  const std::size_t step = std::max<std::size_t>(total_ / kTile, 1),
+                    count = std::min<std::size_t>(total_, kTile);
+  for (const std::uint8_t way : {kEach, kOnce}) {
+    std::size_t telling = 0, turned = 0;
+    for (std::size_t i = 0; i < part.turned() / 2 && telling < kEnoughPairs; ++i) {
+      // Pairs here and there, of one head and another.
+      const std::size_t h = i % part.heads, p = i / part.heads * 7 % part.pairs;
+      std::uint16_t sample[4][kTile] = {};
+      for (std::size_t t = 0; t < count; ++t) {
+        const std::size_t row = t * step / tokens_.count, column = t * step % tokens_.count;
+        const std::uint16_t* const at = numbers.data + std::ptrdiff_t(row) * numbers.row_stride +
+                                        std::ptrdiff_t(h) * numbers.head_stride +
+                                        std::ptrdiff_t(column) * numbers.token_stride;
+        const std::uint16_t* const angles = rotation.data + 2 * part.pairs * column;
+        sample[0][t] = at[std::ptrdiff_t(p) * numbers.dim_stride];
+        sample[1][t] = at[std::ptrdiff_t(p + part.pairs) * numbers.dim_stride];
+        sample[2][t] = angles[p];
+        sample[3][t] = angles[part.pairs + p];
+      }
+      const Sampled found = predictive::kernels().sample(sample[0], sample[1], sample[2], sample[3],
+                                                         count, way == kEach);
+      telling += std::size_t(__builtin_popcountll(found.telling));
+      turned += std::size_t(__builtin_popcountll(found.turned));
+    }
+    // Of numbers that came about in another way about a third at most have such a pair.
+    if (telling && turned * 8 >= telling * 7) return way;
+  }
+  return 0;
+}
+
+void Chain::check_rotation(Span<std::uint16_t> rotation) const {
+  const std::size_t pairs = model_.layer(layer()).part[part()].pairs;
+  if (format_.exponent_bits != 8 || format_.mantissa_bits != 7 || !pairs ||
+      rotation.size != 2 * pairs * tokens_.count)
+    throw std::invalid_argument("pairs before RoPE, and nothing that says how they are turned");
+}
+void Chain::set_rotation(Span<std::uint16_t> rotation, std::uint8_t rounding) {
+  if (rounding) check_rotation(rotation);
+  rounding_ = rounding;
+  tokens_.rotation = rounding ? rotation.data : nullptr;
+  tokens_.rounds_products = rounding == kEach;
+}
+
 template <typename T>
-Intervals Chain::measure(const Block<const T>& numbers, std::uint32_t* counts) {
+Intervals Chain::measure(const Block<const T>& numbers, std::uint32_t* counts,
+                         Span<std::uint16_t> rotation, std::uint8_t rounding) {
+  set_rotation(rotation, rounding);
+  energy_before_ = energy_;
   const Layer& layer = model_.layer(this->layer());
   const Part& p = layer.part[part()];
   const Kernels& kernels = predictive::kernels();
@@ -75,8 +128,16 @@ void Chain::drop_intervals() {
   room_ = 0;
 }
 
+void Chain::again() {
+  if (next_ % 2 == 0) throw std::invalid_argument("keys alone can be measured again");
+  --next_;
+  energy_ = energy_before_;
+  tokens_.energy = energy_.data();
+}
+
 void Chain::keep() {
-  kept_.push_back({(next_ - 1) / 2, int((next_ - 1) % 2), room_, intervals_, at_, tiles_});
+  kept_.push_back(
+      {(next_ - 1) / 2, int((next_ - 1) % 2), room_, intervals_, at_, tiles_, rounding_});
   room_ = 0;
 }
 
@@ -98,7 +159,7 @@ std::vector<std::vector<std::uint8_t>> Chain::encode() {
     const std::size_t n = predictive::kernels().encode(
         part, format_, layer.group, lanes, kept.at.data(), kept.tiles.data(), kept.tiles.size(),
         kept.intervals, states.data(), counts.data(), words.data() + words.size());
-    const std::vector<std::uint8_t> packed = pack_counts(streams, counts, n);
+    const std::vector<std::uint8_t> packed = pack_counts(streams, counts, n, kept.rounding);
     const auto* const own_words =
         reinterpret_cast<const std::uint8_t*>(words.data() + words.size() - n);
     std::vector<std::uint8_t> first;
@@ -117,10 +178,12 @@ std::vector<std::vector<std::uint8_t>> Chain::encode() {
 }
 
 template <typename T>
-bool Chain::decode(Span<std::uint8_t> header, Span<std::uint8_t> bytes, const Block<T>& numbers) {
+bool Chain::decode(Span<std::uint8_t> header, Span<std::uint8_t> bytes, const Block<T>& numbers,
+                   Span<std::uint16_t> rotation) {
   const Layer& layer = model_.layer(this->layer());
   const std::size_t lanes = layer.lanes;
   if (header.size != kHeaderBytes) return false;
+  set_rotation(rotation, header.data[0] == kUnturned ? header.data[2] : 0);
   // The states that a token range's first coded part begins with.
   if (states_.empty() && !unpack_states(&bytes, total_ * lanes, &states_)) return false;
   const Kernels& kernels = predictive::kernels();
@@ -218,7 +281,7 @@ void Chain::begin(const Kernels& kernels) {
     pack(tiles_[i], kernels, packed_.data() + i * size);
   residual_.assign(tiles_.size() * own, 0x80808080u);
   output_.assign(tiles_.size() * own, 0x80808080u);
-  turn_.resize(3 * layer.part[0].pairs * kTile);
+  turn_.resize(5 * layer.part[0].pairs * kTile);
   const auto known = std::int64_t(model_.known(this->layer()));
   for (std::size_t t = 0; t < total_; ++t) entry_[t] = entries_[t] < known ? entries_[t] : -1;
   tokens_.tiles = tiles_.size();
@@ -282,9 +345,11 @@ template double bits_by_channel(const Block<const std::uint16_t>&, std::size_t, 
 template double bits_by_channel(const Block<const std::uint32_t>&, std::size_t, std::size_t,
                                 std::size_t, std::size_t, NumberFormat);
 
-#define KVZIP_INSTANTIATE(T)                                                \
-  template Intervals Chain::measure(const Block<const T>&, std::uint32_t*); \
-  template bool Chain::decode(Span<std::uint8_t>, Span<std::uint8_t>, const Block<T>&);
+#define KVZIP_INSTANTIATE(T)                                                                    \
+  template Intervals Chain::measure(const Block<const T>&, std::uint32_t*, Span<std::uint16_t>, \
+                                    std::uint8_t);                                              \
+  template bool Chain::decode(Span<std::uint8_t>, Span<std::uint8_t>, const Block<T>&,          \
+                              Span<std::uint16_t>);
 KVZIP_INSTANTIATE(std::uint8_t)
 KVZIP_INSTANTIATE(std::uint16_t)
 #undef KVZIP_INSTANTIATE

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "native/cuda/place.cuh"
-#include "predictive/density.cuh"
+#include "predictive/rotation.cuh"
 #include "predictive/tiles.cuh"
 
 namespace kvzip::predictive {
@@ -406,6 +406,7 @@ class Chain {
   struct Pair {
     int product[2], table[2];
     int sin, cos, inverse[2], slope;
+    unsigned angle;  // of the model's own RoPE in bf16: the cosine's bits, above them the sine's
   };
   // What a thread has of its token.
   struct Token {
@@ -459,7 +460,13 @@ class Chain {
     o.inverse[0] = cuda::constant(tables);
     o.inverse[1] = cuda::constant(tables + kAngles);
     o.slope = cuda::constant(tables + 2 * kAngles);
+    if (!rotated()) return;
+    const uint16_t* const angles = reinterpret_cast<const uint16_t*>(job.rotation) +
+                                   (t.position - job.position) * 2 * layer.pairs + (at & 0xFFFF);
+    o.angle = cuda::constant(angles) | unsigned(cuda::constant(angles + layer.pairs)) << 16;
   }
+  // Whether pairs may be as they were before RoPE, those of bf16.
+  KVZIP_DEVICE bool rotated() const { return Grid::kBias == 127 && job.rotation; }
   // Whether RoPE turns the pair of channels there.
   KVZIP_DEVICE bool turns(unsigned place) const { return place < turning; }
 
@@ -484,11 +491,14 @@ class Chain {
     e.guesses = memory.guesses + shape * kGuesses;
   }
   // The numbers of a channel: read from where they are known, or decoded and written there.
-  KVZIP_DEVICE Found number(const Token& t, unsigned place, const Expected& e, uint64_t& x,
-                            Words& words) const {
+  KVZIP_DEVICE uint64_t address_of(const Token& t, unsigned place) const {
     const unsigned head = place >> 16, d = place & 0xFFFF;
-    const uint64_t address =
-        t.numbers + (uint64_t(head) * uint64_t(part.head_stride) + d) * settings.bytes;
+    return t.numbers + (uint64_t(head) * uint64_t(part.head_stride) + d) * settings.bytes;
+  }
+  KVZIP_DEVICE Found number(const Token& t, unsigned place, const Expected& e, uint64_t& x,
+                            Words& words, bool& escape) const {
+    const uint64_t address = address_of(t, place);
+    escape = false;
     if (!job.counts) {
       const unsigned bits = settings.bytes == 1 ? *reinterpret_cast<const uint8_t*>(address)
                             : settings.bytes == 2
@@ -498,9 +508,10 @@ class Chain {
     }
     words.fetch();
     const int target = int(x & (kCdf - 1));
+    escape = target >= 2 * kHalf;
     const float step = about(4096.0f, float(greater(e.m, 1)));
     Found f;
-    if (cuda::any(target >= 2 * kHalf)) {
+    if (cuda::any(escape)) {
       const Escaped after = escaped(e, step, x, words, active);
       f = after.found;
       x = after.x;
@@ -516,6 +527,7 @@ class Chain {
     } else if (settings.bytes == 2) {
       *reinterpret_cast<uint16_t*>(address) = uint16_t(bits);
     } else {
+      const unsigned head = place >> 16, d = place & 0xFFFF;
       const uint64_t low = t.low + 2 * (uint64_t(head) * job.row_tokens * part.dim + d);
       *reinterpret_cast<uint32_t*>(address) = bits << 16 | *reinterpret_cast<const uint16_t*>(low);
     }
@@ -577,29 +589,40 @@ class Chain {
       base[j] = clamp(sum(c.bias, scaled<20>(o.product[j], c.weight_scale)), kClamp) + o.table[j];
       expected[j] = clamp(sum(base[j], scaled<20>(known, c.within_scale)), kClamp);
     }
-    int second = expected[1];
     Expected e;
     e.centre = expected[0];
+    int second = expected[1];
+    int turned_first = 0, turned_second = 0;  // where the two are expected after RoPE
+    bool before = false;                      // whether the pair is coded as it was before it
     if (pair) {
-      e.centre = turned(expected[0], o.cos, expected[1], -o.sin);
-      second = turned(expected[1], o.cos, expected[0], o.sin);
+      turned_first = turned(expected[0], o.cos, expected[1], -o.sin);
+      turned_second = turned(expected[1], o.cos, expected[0], o.sin);
+      before = rotated() &&
+               product_size(expected[0], expected[1]) > product_size(turned_first, turned_second);
+      if (!before) e.centre = turned_first;
     }
     Words words{reinterpret_cast<const unsigned*>(job.counts), memory.cursors[l], 0};
     uint64_t x = memory.states[l * 32 + lane];
     const auto inverse_of = [&](unsigned j) {
-      return pair ? o.inverse[j] : channel[j].inverse[t.known];
+      return pair && !before ? o.inverse[j] : channel[j].inverse[t.known];
     };
     expect(channel[0], narrow(inverse_of(0), calm), e);
     int value[2] = {0, 0}, deviation = 0;
+    unsigned bits[2] = {0, 0};
     // One copy of what decodes a number: code beyond the instruction cache costs more than a jump.
 #pragma unroll 1
     for (unsigned j = 0;; ++j) {
-      const Found f = number(t, staged.places[i + j], e, x, words);
+      bool escape;
+      const Found f = number(t, staged.places[i + j], e, x, words, escape);
       deviation += lesser(f.z >> (kZBits - 8), 2048);
       if (j) value[1] = f.value;
       else value[0] = f.value;
+      if (j) bits[1] = Grid::bits_of(f.place);
+      else bits[0] = Grid::bits_of(f.place);
       if (j || !both) break;
-      if (pair) second = clamp(sum(second, scaled<12>(f.value - e.centre, o.slope)), kClamp);
+      before = before && !escape;  // an escape is as it is after RoPE, and so is the second
+      if (pair && !before)
+        second = clamp(sum(turned_second, scaled<12>(f.value - turned_first, o.slope)), kClamp);
       expect(channel[1], narrow(inverse_of(1), calm), e);
       e.centre = second;
     }
@@ -608,7 +631,13 @@ class Chain {
       if (lane == 0) memory.cursors[l] = words.cursor;
       cuda::sync_warp();
     }
-    if (pair) {
+    if (before) {
+      Rotation(o.angle, job.rounding).turn(bits);
+#pragma unroll
+      for (unsigned j = 0; j < 2; ++j)
+        if (active)
+          *reinterpret_cast<uint16_t*>(address_of(t, staged.places[i + j])) = uint16_t(bits[j]);
+    } else if (pair) {
       const int a = value[0], b = value[1];
       value[0] = clamp(turned(a, o.cos, b, o.sin), kClamp);
       value[1] = clamp(turned(b, o.cos, a, -o.sin), kClamp);

@@ -27,18 +27,26 @@ class Chain {
   std::size_t count() const { return tokens_.count; }
   NumberFormat format() const { return format_; }
 
+  // How RoPE rounded when it turned the next part's keys by these cosines and sines (kernels.hpp),
+  // kEach or kOnce (block_parts.hpp), as a sample of them says; 0 if it did not.
+  std::uint8_t rounding(const Block<const std::uint16_t>& numbers,
+                        Span<std::uint16_t> rotation) const;
   // Models the next part's numbers; their intervals stay until the next call. `counts` as in
-  // kernels.hpp.
+  // kernels.hpp. `rounding`: unless it is 0, pairs may be coded as they were before `rotation`.
   template <typename T>
-  Intervals measure(const Block<const T>& numbers, std::uint32_t* counts);
+  Intervals measure(const Block<const T>& numbers, std::uint32_t* counts,
+                    Span<std::uint16_t> rotation, std::uint8_t rounding);
+  // The keys that were measured last come next once more.
+  void again();
   // The part that was measured last is one that will be coded.
   void keep();
   // Bytes of each part that was kept, in their order. None can be kept any more.
   std::vector<std::vector<std::uint8_t>> encode();
   // The next part's numbers, from a block's header and what follows what is stored as it is; false
-  // when the bytes do not fit.
+  // when the bytes do not fit. `rotation`: for blocks that need it, or empty.
   template <typename T>
-  bool decode(Span<std::uint8_t> header, Span<std::uint8_t> bytes, const Block<T>& numbers);
+  bool decode(Span<std::uint8_t> header, Span<std::uint8_t> bytes, const Block<T>& numbers,
+              Span<std::uint16_t> rotation);
 
  private:
   // What the coder needs of a part that was kept.
@@ -49,6 +57,7 @@ class Chain {
     Intervals intervals;
     std::vector<std::uint32_t> at;
     std::vector<Tile> tiles;
+    std::uint8_t rounding;
   };
 
   std::size_t layer() const { return next_ / 2; }
@@ -57,6 +66,8 @@ class Chain {
   void take_intervals(std::size_t channels);
   void drop_intervals();
   void begin(const Kernels& kernels);
+  void check_rotation(Span<std::uint16_t> rotation) const;
+  void set_rotation(Span<std::uint16_t> rotation, std::uint8_t rounding);
   void end(const Kernels& kernels);
   void cut(std::size_t start, std::size_t count, std::uint32_t region);
   void arrange(const Layer& layer, const Kernels& kernels);
@@ -67,6 +78,8 @@ class Chain {
   std::size_t total_, next_ = 0;
   Tokens tokens_{};
   std::vector<std::int32_t> entries_, energy_, entry_;
+  std::vector<std::int32_t> energy_before_;  // the part that was measured last
+  std::uint8_t rounding_ = 0;
   std::vector<std::uint32_t> at_;
   Aligned<std::uint32_t> packed_, residual_, output_;
   Aligned<std::int16_t> turn_;

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from kvzip import dtypes
 from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.codec import ChannelCodec
+from kvzip.codecs.predictive.rotation import Rotations, pairs_of
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, ProfileError, UnsupportedError
 from kvzip.layout import KV, PartLayout
@@ -26,8 +27,9 @@ from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
 _RAW, _CHANNEL = (bytes([mode]) + bytes(15) for mode in (0, 2))
-_EARLIER, _CODED = 1, 3
-"""First bytes of what is predicted: before the first release, counts of words had two bytes."""
+_EARLIER, _CODED, _UNTURNED = 1, 3, 4
+"""First bytes of what is predicted: before the first release, counts of words had two bytes; in the
+last kind some pairs are as they were before RoPE."""
 _HEADER = 16
 _TABLES = struct.Struct("<16sI12x")
 _LAYER_TENSORS = (
@@ -62,6 +64,7 @@ class _Range:
     tokens: tuple[int, int]
     next_part: int = 0
     """The number of the part that comes next; each layer has two."""
+    rotations: Rotations = field(default_factory=Rotations)
 
 
 class PredictiveCodec(Codec):
@@ -121,7 +124,10 @@ class PredictiveCodec(Codec):
             high, low = _split(block)
             part = KV.index(context.part)
             try:
-                bits = chain.model(context.layer, part, high)
+                rotation, rounding = _rotations(context).found(
+                    chain, high, context, pairs_of(context.profile.tensors, context.layer)
+                )
+                bits = chain.model(context.layer, part, high, rotation, rounding)
             except ValueError as error:
                 raise ProfileError(f"the profile is of another model: {error}") from None
             size = bits / 8 + low.nbytes + _HEADER
@@ -131,6 +137,9 @@ class PredictiveCodec(Codec):
             other = None if size <= min(least, block.nbytes) else _plain(block, context)
             if size * _MAX_EXPANSION < block.nbytes or (other is not None and len(other) <= size):
                 found.append(_plain(block, context) if other is None else other)
+                if rounding:  # a reader knows the keys as they are cached, and no others
+                    chain.again()
+                    chain.model(context.layer, part, high)
             else:
                 chain.keep()
                 found.append(None)
@@ -144,14 +153,17 @@ class PredictiveCodec(Codec):
         chain = _next_chain(context, out.shape)
         part = KV.index(context.part)
         mode, body = bytes(data[:_HEADER]), data[_HEADER:]
-        if mode[:1] == bytes([_CODED]) and chain is not None:
-            _decode_coded(chain, context.layer, part, mode, body, out)
+        kind = mode[0] if mode else -1
+        if kind in (_CODED, _UNTURNED) and chain is not None:
+            rotations = _rotations(context)
+            rotation = rotations.of(context, out.shape) if kind == _UNTURNED else None
+            _decode_coded(chain, context.layer, part, mode, body, out, rotation)
             return
         if mode == _RAW and len(body) == out.nbytes:
             out[...] = np.frombuffer(body, out.dtype).reshape(out.shape)
         elif mode == _CHANNEL:
             _channel_decode(body, out, context)
-        elif mode[:1] == bytes([_EARLIER]):
+        elif kind == _EARLIER:
             raise CorruptError("coded by a kvzip from before the first release")
         else:
             raise CorruptError("a block of unknown kind, or one that nothing predicts")
@@ -223,6 +235,7 @@ def _decode_coded(
     header: bytes,
     body: memoryview,
     out: Bits,
+    rotation: NDArray[np.uint16] | None,
 ) -> None:
     """Fill `out` from the streams of a block that was predicted. Raises CorruptError."""
     wide = out.dtype.itemsize == 4
@@ -233,7 +246,7 @@ def _decode_coded(
         raise CorruptError("cut short")
     try:
         head, data = np.frombuffer(header, np.uint8), np.frombuffer(body[after:], np.uint8)
-        chain.decode(layer, part, head, data, target)
+        chain.decode(layer, part, head, data, target, rotation)
     except ValueError as error:
         raise CorruptError(str(error)) from None
     if wide:
@@ -277,6 +290,11 @@ def _next_chain(context: Context, shape: tuple[int, ...]) -> _native.PredictiveC
         found.chain = None
     found.next_part = part + 1
     return found.chain
+
+
+def _rotations(context: Context) -> Rotations:
+    found: _Range = context.scratch["predictive"]
+    return found.rotations
 
 
 def check_format(form: DType) -> None:
@@ -362,6 +380,7 @@ def measure(
     form = dtypes.get(snapshot.dtype)
     held = min((layer.layout.stored for layer in snapshot.layers), default=0)
     chain: _native.PredictiveChain | None = None
+    rotations, origin = Rotations(), snapshot.origin
     for i, layer in enumerate(snapshot.layers[:depth]):
         for p, part in enumerate(KV):
             block = layer.block(part)
@@ -372,7 +391,9 @@ def measure(
                     ids = np.atleast_2d(ids)[:, ids.shape[-1] - held :]
                 start = snapshot.tokens - held
                 chain = new_chain(model, tensors, len(block), held, start, form, ids)
-            counts, bits = chain.measure(i, p, block)
+            context = Context(form, i, part, start, origin, rope=layer.layout.rope)
+            rotation = rotations.found(chain, block, context, pairs_of(tensors, i))
+            counts, bits = chain.measure(i, p, block, *rotation)
             yield i, p, counts, bits, block.size
 
 

@@ -80,18 +80,22 @@ struct RangeJob {
   uint64_t regions;   // uint8 [tokens]
   uint64_t at;        // uint32 [tokens] in their coding order; 0: as they come
   uint64_t tiles;     // uint32 [4], of which the first says how many there are; DeviceTile [...]
-  uint64_t first_states;        // likewise, of the range's first coded block; else 0
-  uint64_t low;                 // the lower halves of numbers of 32 bits, in the block
-  uint64_t header;              // of the block, where counts of words begin
-  uint64_t counts;              // the rest of them, in the block; 0: numbers are there already
-  uint64_t bytes;               // of counts, but for the header's, and words
-  uint64_t position;            // of the first token
+  uint64_t first_states;  // likewise, of the range's first coded block; else 0
+  uint64_t low;           // the lower halves of numbers of 32 bits, in the block
+  uint64_t header;        // of the block, where counts of words begin
+  uint64_t counts;        // the rest of them, in the block; 0: numbers are there already
+  uint64_t bytes;         // of counts, but for the header's, and words
+  uint64_t position;      // of the first token
+  uint64_t rotation;  // uint16 [row_tokens][2][pairs] cosines and sines of bf16, where pairs may be
+                      // as they were before RoPE; else 0
   uint32_t tokens, row_tokens;  // of all rows of the batch, of one
   uint32_t part;                // index of its DevicePart
   uint32_t first_token;         // of the block, counted in the part
   uint32_t values;              // 1: the part is the layer's values, 0: its keys
   uint32_t begins, ends;        // whether energies begin here; whether all states must be at rest
   uint32_t row;                 // whose flag is set when the block is damaged
+  uint32_t rounding;            // of RoPE: 1, products and sums; 2, sums
+  uint32_t reserved;
 };
 
 }  // namespace kvzip::predictive

@@ -4,6 +4,7 @@ and parts one after the other. What ranges take along from part to part stays on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from kvzip.codecs import _native
 from kvzip.codecs.native.cuda.device import Kernel, Memory
 from kvzip.codecs.native.cuda.work import bytes_at
 from kvzip.codecs.predictive.gpu_model import LayerOnDevice, ModelOnDevice, on_device, shared_bytes
+from kvzip.codecs.predictive.rotation import Rotations, pairs_of
 from kvzip.errors import CorruptError
 from kvzip.layout import KV
 
@@ -38,6 +40,7 @@ _JOB = np.dtype(
         ("counts", "<u8"),
         ("bytes", "<u8"),
         ("position", "<u8"),
+        ("rotation", "<u8"),
         ("tokens", "<u4"),
         ("row_tokens", "<u4"),
         ("part", "<u4"),
@@ -46,10 +49,12 @@ _JOB = np.dtype(
         ("begins", "<u4"),
         ("ends", "<u4"),
         ("row", "<u4"),
+        ("rounding", "<u4"),
+        ("reserved", "<u4"),
     ]
 )
 """`RangeJob` of device_jobs.hpp."""
-_RAW, _CHANNEL, _CODED = 0, 2, 3
+_RAW, _CHANNEL, _CODED, _UNTURNED = 0, 2, 3, 4
 _HEADER = 16
 _MOST_COUNT_BITS = 17
 _TILE = 32
@@ -102,9 +107,10 @@ def decode(
     profile = any_context.profile
     model = None if profile is None else on_device(work.device, profile)
     ranges: dict[int, _Range] = dict(any_context.scratch.get("predictive", {}))
+    angles: dict[tuple[Any, ...], int] = {}
     found = [(contexts[int(block["row"])], block) for block in blocks]
     for (layer, part), some in groupby(found, key=lambda f: (f[0].layer, f[0].part)):
-        step = _Step(work, model, ranges, layer, KV.index(part), entries_of)
+        step = _Step(work, model, ranges, layer, KV.index(part), entries_of, angles)
         for context, block in some:
             step.add(block, context)
         step.run(by_channel)
@@ -125,8 +131,9 @@ class _Step:
         layer: int,
         part: int,
         entries_of: Callable[[Context, int], NDArray[np.int32]],
+        angles: dict[tuple[Any, ...], int],
     ):
-        self.work, self.ranges = work, ranges
+        self.work, self.ranges, self._angles = work, ranges, angles
         self.model = model or ModelOnDevice([], 2, 1, 1, 0, 0, [])
         self.layer, self.part, self._entries_of = layer, part, entries_of
         self._jobs: list[NDArray[Any]] = []
@@ -144,7 +151,8 @@ class _Step:
         self._itemsize = form.itemsize
         self._kernel = "bf16" if form.bits == 32 else form.name
         batch, heads, dim = self.work.shape(int(block["part"]))
-        numbers = batch * heads * tokens * dim
+        shape = batch, heads, tokens, dim
+        numbers = math.prod(shape)
         data = bytes_at(int(block["host"]), int(block["length"]))
         if len(data) < _HEADER or (any(data[1:_HEADER]) and data[0] == _RAW):
             raise CorruptError("a block of unknown kind")
@@ -156,7 +164,7 @@ class _Step:
             if self._lacks(heads, dim):
                 raise CorruptError("the profile is of another model")
             job = self._job(block, before)
-        if kind == _CODED and job is not None:
+        if kind in (_CODED, _UNTURNED) and job is not None:
             low = 2 * numbers if form.bits == 32 else 0
             at = _HEADER + _padded(data[_HEADER:], low)
             job["low"] = here + _HEADER
@@ -167,7 +175,10 @@ class _Step:
                 now = now._replace(coded=True)
             job["header"], job["counts"], job["bytes"] = here, here + at, len(data) - at
             job["ends"] = before.next_part + 1 == 2 * len(self.model.layers)
-            if data[1] > _MOST_COUNT_BITS or any(data[2:4]):
+            if kind == _UNTURNED:
+                job["rounding"], job["rotation"] = data[2], self._rotation(context, shape)
+            rounding = (1, 2) if kind == _UNTURNED else (0,)
+            if data[1] > _MOST_COUNT_BITS or data[2] not in rounding or data[3]:
                 raise CorruptError("counts of words that make no sense")
             if not before.tokens and (len(data) > at or any(data[1:_HEADER])):
                 raise CorruptError("words of no token")
@@ -184,6 +195,17 @@ class _Step:
         self.ranges[end] = now
         if job is not None and before.tokens:
             self._jobs.append(job)
+
+    def _rotation(self, context: Context, shape: tuple[int, ...]) -> int:
+        """Where the device finds what turned a block's keys. Raises CorruptError."""
+        pairs = pairs_of(context.profile.tensors, self.layer)
+        name = context.part, context.start, shape[2], context.rope, shape[3], pairs
+        if name not in self._angles:
+            angles = Rotations().of(context, shape)
+            if angles is None or angles.shape[2] != pairs:
+                raise CorruptError("pairs before RoPE, and nothing that says how they are turned")
+            self._angles[name] = self.work.put(angles)
+        return self._angles[name]
 
     def _add_by_channel(self, block: Any, data: memoryview, context: Context) -> None:
         size = int.from_bytes(data[16:20], "little")

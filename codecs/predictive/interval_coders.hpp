@@ -2,7 +2,7 @@
 // IntervalRecorder notes the intervals of numbers that are known, a NumberDecoder reads numbers.
 // Both have
 //   begin, end  called before and after a tile; `end` tells whether all fits
-//   code        takes a channel of a tile
+//   code        takes a channel of a tile; tells which numbers are escapes, a bit each
 #pragma once
 
 #include <algorithm>
@@ -42,8 +42,9 @@ struct IntervalRecorder : Vectors<Isa> {
   void begin(const Tokens&, const Tile&, std::size_t) {}
   bool end(const Tokens&, const Tile&, std::size_t) { return true; }
 
-  void code(std::size_t, const Density<Isa>& density, ChannelNumbers<T> numbers, Expected expected,
-            Found found) {
+  std::uint64_t code(std::size_t, const Density<Isa>& density, ChannelNumbers<T> numbers,
+                     Expected expected, Found found) {
+    std::uint64_t shares = 0;
     for (std::size_t t = 0; t < numbers.count; t += W) {
       const auto number = density.read(widened(numbers.number + t));
       const I c = load(expected.centre + t), m = load(expected.m + t);
@@ -52,9 +53,23 @@ struct IntervalRecorder : Vectors<Isa> {
       store(at.size + t, in.size);
       store(found.value + t, in.value);
       store(found.z + t, in.z);
+      shares |= Isa::below(Base::all(0), in.size) << t;
     }
     at.start += numbers.count;
     at.size += numbers.count;
+    return ~shares & ~std::uint64_t(0) >> (kTile - numbers.count);
+  }
+  // Token t's number in the channel just coded is an escape, whatever its share.
+  void escape(std::size_t t, const Density<Isa>& density, ChannelNumbers<T> numbers,
+              Expected expected, Found found) {
+    const auto number = density.read(Base::all(std::int32_t(numbers.number[t])));
+    const auto in =
+        density.interval(number, Base::all(expected.centre[t]), Base::all(expected.m[t]));
+    at.start[std::ptrdiff_t(t) - std::ptrdiff_t(numbers.count)] =
+        std::uint32_t(density.place(number)[0]);
+    at.size[std::ptrdiff_t(t) - std::ptrdiff_t(numbers.count)] = 0;
+    found.value[t] = in.value[0];
+    found.z[t] = in.z[0];
   }
 };
 
@@ -101,8 +116,8 @@ struct NumberDecoder : Vectors<Isa> {
 
   // What a vector goes through is a long chain, so one vector begins before the other is done: no
   // loop needs what it has done for the vector before, but for the last.
-  void code(std::size_t lane, const Density<Isa>& density, ChannelNumbers<T> numbers,
-            Expected expected, Found found) {
+  std::uint64_t code(std::size_t lane, const Density<Isa>& density, ChannelNumbers<T> numbers,
+                     Expected expected, Found found) {
     alignas(64) std::int32_t targets[kTile], guesses[kTile], sizes[kTile], rests[kTile];
     std::uint64_t* const x = state[lane];
     const std::size_t n = numbers.count;
@@ -132,6 +147,7 @@ struct NumberDecoder : Vectors<Isa> {
     advance(lane, n, sizes, rests);
     if (__builtin_expect(escapes != 0, 0))
       read_escapes(escapes, lane, density, numbers, expected, found);
+    return escapes;
   }
 
  private:

@@ -137,8 +137,12 @@ struct Tokens {
   const std::uint32_t* input;  // [tiles][inputs/4][kTile]
   std::uint32_t* residual;     // [tiles][blocks][kTile]
   std::uint32_t* output;       // [tiles][blocks][kTile] what later layers see
-  std::int16_t* turn;          // [3][pairs][kTile] scratch
-  void* numbers;               // [channels][kTile] scratch, of a part's numbers
+  std::int16_t* turn;          // [5][pairs][kTile] scratch
+  // Cosines and sines of RoPE as the model turns keys of bf16, [count][2][pairs of a head] of bf16;
+  // null: pairs are coded as they are after it. And whether it rounds products, not sums alone.
+  const std::uint16_t* rotation;
+  bool rounds_products;
+  void* numbers;  // [channels][kTile] scratch, of a part's numbers
 };
 
 struct Model {
@@ -158,6 +162,11 @@ struct Coded {
   std::uint64_t* state;            // [rows*count][lanes]
   const std::uint8_t** word;       // [streams][lanes] the next of each stream's words, 4 bytes each
   const std::uint8_t* const* end;  // [streams][lanes]
+};
+
+// Pairs of a sample, a bit each.
+struct Sampled {
+  std::uint64_t telling, turned;
 };
 
 // Kernels for one instruction set.
@@ -185,6 +194,11 @@ struct Kernels {
                   const Block<std::uint8_t>&, const Coded&);
   bool (*decode16)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
                    const Block<std::uint16_t>&, const Coded&);
+  // Which of `count` pairs of bf16, at most kTile, tell whether RoPE turned them in bf16, as its
+  // grid was four times as coarse or more before; and which of these it turned.
+  Sampled (*sample)(const std::uint16_t* first, const std::uint16_t* second,
+                    const std::uint16_t* cosine, const std::uint16_t* sine, std::size_t count,
+                    bool rounds_products);
   // rANS over a part's intervals, last first. `state` [rows*count][lanes] is taken from what it is
   // after the part to what it is before it; words are written downwards from `words_end`, the last
   // stream's first, and counted in `counts` [streams][lanes]. Returns how many there are.

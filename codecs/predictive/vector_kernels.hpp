@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "predictive/interval_coders.hpp"
+#include "predictive/rotation.hpp"
 #include "predictive/state_encoder.hpp"
 #include "predictive/transposing.hpp"
 
@@ -34,7 +35,7 @@ class TileCoder : Vectors<Isa> {
   using Base = Vectors<Isa>;
   using Base::all, Base::clamp, Base::min_of, Base::load, Base::max_of, Base::store, Base::to_float,
       Base::to_int, Base::W, Base::widened;
-  using typename Base::I;
+  using typename Base::F, typename Base::I;
 
  public:
   TileCoder(const Model& m, const Layer& l, const Part& p, NumberFormat f, const Tokens& all_tokens,
@@ -63,7 +64,8 @@ class TileCoder : Vectors<Isa> {
       for (std::size_t place = start; place < end; place += 2) {
         const std::size_t lane = (place - start) / 2 % layer.lanes;
         if (place < part.turned()) {
-          code_pair(lane, place);
+          if (tokens.rotation) code_pair<true>(lane, place);
+          else code_pair<false>(lane, place);
         } else {
           code_single(lane, place);
           if (place + 1 < end) code_single(lane, place + 1);
@@ -100,6 +102,9 @@ class TileCoder : Vectors<Isa> {
   std::int16_t* const sine = tokens.turn;
   std::int16_t* const cosine = sine + part.pairs * kTile;
   std::int16_t* const angle = cosine + part.pairs * kTile;
+  // The model's own, of RoPE in bf16: of the bits, where there are any.
+  std::int16_t* const own_cosine = angle + part.pairs * kTile;
+  std::int16_t* const own_sine = own_cosine + part.pairs * kTile;
   // Of a group's channels, from the first of a block of four on: what other layers say, and where
   // they are expected before they are turned.
   std::size_t from = 0;
@@ -128,12 +133,19 @@ class TileCoder : Vectors<Isa> {
         cosine[i * kTile + t] = model.sine[(turn + 1024) & 4095];
         angle[i * kTile + t] = std::int16_t(turn / (4096 / kAngles));
       }
+      if (!tokens.rotation) continue;
+      const std::uint16_t* const own = tokens.rotation + 2 * part.pairs * column;
+      for (std::size_t i = 0; i < part.pairs; ++i) {
+        own_cosine[i * kTile + t] = std::int16_t(own[i]);
+        own_sine[i * kTile + t] = std::int16_t(own[part.pairs + i]);
+      }
     }
     invert_energy();
   }
-  ChannelNumbers<T> numbers(std::size_t place) const {
-    return {columns + std::size_t(part.order[place]) * kTile, n};
+  Number* column(std::size_t place) const {
+    return columns + std::size_t(part.order[place]) * kTile;
   }
+  ChannelNumbers<T> numbers(std::size_t place) const { return {column(place), n}; }
   // Numbers between the block and `columns`: from those that are known, to those that are read.
   void move_numbers() {
     constexpr std::size_t N = 16 / sizeof(T);
@@ -207,12 +219,14 @@ class TileCoder : Vectors<Isa> {
   I narrow(std::size_t t, I inverse) const {
     return Isa::template product<12>(inverse, load(inverse_energy + t));
   }
-  // The channel at `place`, whose `centre` and `narrowness` are set.
-  void code(std::size_t lane, std::size_t place, std::int32_t* values) {
+  Density<Isa> density(std::size_t place) const {
     const std::size_t c = part.first + place;
-    const Density<Isa> density(model.densities, layer.density[c], format, layer.unit[c]);
-    coder.code(lane, density, numbers(place), {centre, narrowness}, {values, zs});
-    tally(place, values);
+    return {model.densities, layer.density[c], format, layer.unit[c]};
+  }
+  // The channel at `place`, whose `centre` and `narrowness` are set. Tells which numbers are
+  // escapes, a bit each.
+  std::uint64_t code(std::size_t lane, std::size_t place, std::int32_t* values) {
+    return coder.code(lane, density(place), numbers(place), {centre, narrowness}, {values, zs});
   }
 
   void code_single(std::size_t lane, std::size_t place) {
@@ -226,11 +240,15 @@ class TileCoder : Vectors<Isa> {
       store(narrowness + t, narrow(t, inverse));
     }
     code(lane, place, xs);
+    tally(place, xs);
     for (std::size_t t = 0; t < n; t += W) pass_on(c, t, load(xs + t));
   }
 
-  // Two channels that RoPE turns together: the second is expected where the first tells.
-  void code_pair(std::size_t lane, std::size_t place) {
+  // Two channels that RoPE turns together. After it, the second is expected where the first tells.
+  // Before it they stand on a grid of their own: where that is the coarser one, as far as can be
+  // foreseen, they are coded as they were then.
+  template <bool rotated>
+  __attribute__((noinline)) void code_pair(std::size_t lane, std::size_t place) {
     const std::size_t c = part.first + place, pair = place / 2;
     const std::size_t p = std::size_t(part.order[place]) % part.dim, all_pairs = pairs * kAngles;
     const std::int16_t *const sines = sine + p * kTile, *const cosines = cosine + p * kTile;
@@ -244,29 +262,158 @@ class TileCoder : Vectors<Isa> {
                  : plain;
     };
     alignas(64) std::int32_t ps[kTile], qs[kTile];  // the two as they are expected, turned
+    alignas(64) std::int32_t before[kTile];         // -1: coded as before RoPE
+    std::uint64_t unturned = 0;                     // the same, a bit each
     for (std::size_t t = 0; t < n; t += W) {
       const I sin = widened(sines + t), cos = widened(cosines + t);
       const I a = load(expected[c - from] + t), b = load(expected[c + 1 - from] + t);
-      const I x0 = Isa::turned(a, cos, b, -sin);
+      const I x0 = Isa::turned(a, cos, b, -sin), y0 = Isa::turned(b, cos, a, sin);
       store(ps + t, x0);
-      store(qs + t, Isa::turned(b, cos, a, sin));
-      store(centre + t, x0);
-      store(narrowness + t, narrow(t, by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair, t)));
+      store(qs + t, y0);
+      const I inverse = by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair, t);
+      if (!rotated) {
+        store(centre + t, x0);
+        store(narrowness + t, narrow(t, inverse));
+        continue;
+      }
+      const I size = product_size(a, b), turned_size = product_size(x0, y0);
+      const I chosen = turned_size < size;
+      unturned |= Isa::below(turned_size, size) << t;
+      store(before + t, chosen);
+      store(centre + t, chosen ? a : x0);
+      store(narrowness + t, narrow(t, chosen ? own_inverse(c, t) : inverse));
     }
-    code(lane, place, xs);
+    if (n < kTile) unturned &= ~(~std::uint64_t(0) << n);
+    std::uint64_t without = 0;
+    if constexpr (std::is_const_v<T>)
+      if (unturned) without = unturn(unturned, place, p);
+    const std::uint64_t escapes = code(lane, place, xs);
+    if (__builtin_expect(((escapes | without) & unturned) != 0, 0))
+      keep_turned((escapes | without) & unturned, without, place, p, before);
+    tally(place, xs);
     for (std::size_t t = 0; t < n; t += W) {
       const I slope = by_angle(layer.pair_slope, all_pairs, pair, t);
       const I off = Isa::template scaled<12>(load(xs + t) - load(ps + t), slope);
-      store(centre + t, clamp(load(qs + t) + off, kClamp));
-      store(narrowness + t,
-            narrow(t, by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair + 1, t)));
+      const I turned = clamp(load(qs + t) + off, kClamp);
+      const I inverse = by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair + 1, t);
+      if (!rotated) {
+        store(centre + t, turned);
+        store(narrowness + t, narrow(t, inverse));
+        continue;
+      }
+      const I chosen = load(before + t);
+      store(centre + t, chosen ? load(expected[c + 1 - from] + t) : turned);
+      store(narrowness + t, narrow(t, chosen ? own_inverse(c + 1, t) : inverse));
     }
     code(lane, place + 1, ys);
+    tally(place + 1, ys);
     for (std::size_t t = 0; t < n; t += W) {
       const I x = load(xs + t), y = load(ys + t);
       const I sin = widened(sines + t), cos = widened(cosines + t);
-      pass_on(c, t, clamp(Isa::turned(x, cos, y, sin), kClamp));
-      pass_on(c + 1, t, clamp(Isa::turned(y, cos, x, -sin), kClamp));
+      I a = clamp(Isa::turned(x, cos, y, sin), kClamp),
+        b = clamp(Isa::turned(y, cos, x, -sin), kClamp);
+      if (rotated) {
+        const I chosen = load(before + t);
+        a = chosen ? x : a;
+        b = chosen ? y : b;
+        if constexpr (!std::is_const_v<T>) turn(chosen, place, p, t);
+      }
+      pass_on(c, t, a);
+      pass_on(c + 1, t, b);
+    }
+  }
+
+  // --- pairs before RoPE -----------------------------------------------------------------------
+
+  // |a b| as a float32, whose bits are in the order of what they stand for.
+  static I product_size(I a, I b) { return Base::as_bits(to_float(a) * to_float(b)) & 0x7fffffff; }
+  I own_inverse(std::size_t c, std::size_t t) const {
+    const I plain = all(of_class(layer.inverse, layer.width, false)[c]);
+    if (!table) return plain;
+    return load(known + t) != 0 ? all(of_class(layer.inverse, layer.width, true)[c]) : plain;
+  }
+  // Numbers of 16 bits, zeros above them.
+  static I bits_at(const void* numbers, std::size_t t) {
+    return widened(static_cast<const std::uint16_t*>(numbers) + t);
+  }
+  Rotation<Isa> rotation(std::size_t p, std::size_t t) const {
+    const auto of = [&](const std::int16_t* at) {
+      return Rotation<Isa>::number(bits_at(at + p * kTile, t));
+    };
+    return {{}, of(own_cosine), of(own_sine), tokens.rounds_products};
+  }
+  // Turns the chosen pairs of those at `place`, so that they are as they stand in a cache.
+  void turn(I chosen, std::size_t place, std::size_t p, std::size_t t) {
+    if constexpr (sizeof(T) == 2) {
+      Number *const first = column(place) + t, *const second = column(place + 1) + t;
+      const I a = bits_at(first, 0), b = bits_at(second, 0);
+      const Two<I> turned = rotation(p, t).turned({a, b});
+      Base::store_narrow(first, chosen ? turned.first : a);
+      Base::store_narrow(second, chosen ? turned.second : b);
+    }
+  }
+  // Puts what the chosen pairs at `place` were before RoPE in their place, where they were
+  // anything. Tells of which they were nothing.
+  std::uint64_t unturn(std::uint64_t chosen, std::size_t place, std::size_t p) {
+    std::uint64_t without = 0;
+    if constexpr (sizeof(T) == 2) {
+      const std::size_t c = part.first + place;
+      const F unit = F{} + NumberGrid<Isa>::scale(layer.unit[c]);
+      Number *const first = column(place), *const second = column(place + 1);
+      while (chosen) {
+        // As many as fill a vector.
+        std::size_t at[W], count = 0;
+        alignas(64) std::int32_t ys[2][W] = {}, angles[2][W] = {}, as[2][W] = {},
+                                 weights[2][W] = {};
+        for (; chosen && count < W; chosen &= chosen - 1, ++count) {
+          const auto t = std::size_t(__builtin_ctzll(chosen));
+          at[count] = t;
+          ys[0][count] = first[t];
+          ys[1][count] = second[t];
+          angles[0][count] = std::uint16_t(own_cosine[p * kTile + t]);
+          angles[1][count] = std::uint16_t(own_sine[p * kTile + t]);
+          // What is known but for its rounding is likely to be the nearest.
+          const bool settled = layer.table16 && known[t];
+          for (std::size_t i = 0; i < 2; ++i) {
+            as[i][count] = expected[c + i - from][t];
+            weights[i][count] = settled ? of_class(layer.inverse, layer.width, true)[c + i] : 0;
+          }
+        }
+        const Rotation<Isa> by{{},
+                               Rotation<Isa>::number(load(angles[0])),
+                               Rotation<Isa>::number(load(angles[1])),
+                               tokens.rounds_products};
+        const auto found = by.unturned({load(ys[0]), load(ys[1])},
+                                       {to_float(load(as[0])) * unit, to_float(load(as[1])) * unit},
+                                       {to_float(load(weights[0])), to_float(load(weights[1]))},
+                                       ~std::uint64_t(0) >> (64 - count));
+        for (std::size_t i = 0; i < count; ++i) {
+          const std::size_t t = at[i];
+          if (!found.found[int(i)]) {
+            without |= std::uint64_t(1) << t;
+            continue;
+          }
+          first[t] = Number(found.pair.first[int(i)]);
+          second[t] = Number(found.pair.second[int(i)]);
+        }
+      }
+    }
+    return without;
+  }
+  // A pair whose first number is an escape stays as it is after RoPE. `without`: these are so
+  // still.
+  void keep_turned(std::uint64_t which, std::uint64_t without, std::size_t place, std::size_t p,
+                   std::int32_t* before) {
+    for (; which; which &= which - 1) {
+      const auto t = std::size_t(__builtin_ctzll(which));
+      if constexpr (std::is_const_v<T>) {
+        if (!(without >> t & 1)) {
+          const std::size_t start = t / W * W;
+          turn(Base::lanes() == std::int32_t(t - start), place, p, start);
+        }
+        coder.escape(t, density(place), numbers(place), {centre, narrowness}, {xs, zs});
+      }
+      before[t] = 0;
     }
   }
 
@@ -350,6 +497,32 @@ struct VectorKernels {
     return run(m, layer, part, format, tokens, block, coder);
   }
 
+  static Sampled sample(const std::uint16_t* first, const std::uint16_t* second,
+                        const std::uint16_t* cosine, const std::uint16_t* sine, std::size_t count,
+                        bool rounds_products) {
+    using R = Rotation<Isa>;
+    using V = Vectors<Isa>;
+    Sampled found{0, 0};
+    for (std::size_t t = 0; t < kTile; t += Isa::W) {
+      const auto bits = [&](const std::uint16_t* of) { return V::widened(of + t); };
+      const R by{{}, R::number(bits(cosine)), R::number(bits(sine)), rounds_products};
+      const Two<typename V::I> pair{bits(first), bits(second)};
+      const auto product = [](Two<typename V::I> of) {
+        return V::as_bits(R::number(of.first) * R::number(of.second)) & 0x7fffffff;
+      };
+      const typename V::I coarser = (2 << 23) + product(pair), before = product(by.nearest(pair));
+      const std::uint64_t there =
+          count > t ? ~std::uint64_t(0) >> (64 - std::min<std::size_t>(Isa::W, count - t)) : 0;
+      const std::uint64_t telling = Isa::below(coarser, before) & there;
+      if (!telling) continue;
+      const Two<typename V::F> anywhere = {typename V::F{}, typename V::F{}};
+      const auto in = by.unturned(pair, anywhere, anywhere, telling);
+      found.telling |= telling << t;
+      found.turned |= (telling & Isa::below(V::all(0), in.found)) << t;
+    }
+    return found;
+  }
+
   static void to_columns(const std::uint32_t* const* rows, std::size_t blocks, std::uint32_t* to) {
     constexpr std::size_t N = Isa::W;
     for (std::size_t t = 0; t < kTile; t += N) {
@@ -385,8 +558,15 @@ struct VectorKernels {
   }
 
   static constexpr Kernels kernels() {
-    return {Isa::kInOrder,       Isa::products,        to_columns,           to_rows,
-            model<std::uint8_t>, model<std::uint16_t>, decode<std::uint8_t>, decode<std::uint16_t>,
+    return {Isa::kInOrder,
+            Isa::products,
+            to_columns,
+            to_rows,
+            model<std::uint8_t>,
+            model<std::uint16_t>,
+            decode<std::uint8_t>,
+            decode<std::uint16_t>,
+            sample,
             encode<Isa>};
   }
 };

@@ -8,6 +8,7 @@ is what the native code says, to the last bit; so another coder can be given the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from kvzip.dtypes import Bits, DType
 
 Ints: TypeAlias = NDArray[np.int64]
+
+Floats: TypeAlias = NDArray[np.float32]
+Pair: TypeAlias = tuple[Bits, Bits]
+"""A pair of numbers of bf16, by their bits."""
 
 LIMIT = 1 << 28
 CDF = 1 << 24
@@ -105,6 +110,9 @@ class Density:
     def __init__(self, grid: Grid, unit: int, shares: NDArray[Any], centre: Ints, m: Ints):
         self.grid, self.unit, self.centre, self.m = grid, unit, centre, m
         self.edges = shares.astype(np.int64) * HALF >> 23
+        self.unturned: Unturned | None = None
+        self.escaped = np.zeros(len(centre), bool)
+        """Which numbers are escapes."""
 
     def z(self, d: Ints) -> Ints:
         """|z| at twice the distance from the centre."""
@@ -142,9 +150,172 @@ class Density:
         return low
 
 
+class Rotation:
+    """RoPE as a model turns keys of bf16, and back. Floats are of 32 bits, each step rounded."""
+
+    def __init__(self, angles: Bits, rounding: ArrayLike, tokens: int):
+        """`angles`: cosines and sines as bits of bf16, [tokens, 2, pairs], of each row of a batch;
+        `rounding`: of each of all `tokens` 1, products and sums are rounded; 2, sums; 0: its pairs
+        are coded as they are after RoPE."""
+        rows = tokens // len(angles) if len(angles) else 0
+        self.cosine, self.sine = (np.tile(floats(angles[:, i]), (rows, 1)) for i in (0, 1))
+        self.rounding = np.broadcast_to(np.asarray(rounding), tokens)
+
+    def of(self, tokens: Ints, pair: int) -> _Turn:
+        """The rotation of one pair of a head."""
+        by = self.cosine[tokens, pair], self.sine[tokens, pair]
+        return _Turn(*by, self.rounding[tokens] == 1)
+
+
+def angles(radians: Floats, positions: Ints, scale: float = 1.0) -> Bits:
+    """Cosines and sines as bits of bf16, [positions, 2, pairs], of frequencies in radians a
+    position."""
+    angle = (positions.astype(np.float32)[:, None] * radians).astype(np.float64)
+    both = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32) * np.float32(scale)
+    return _upper(rounded(np.where(np.abs(both) < np.float32(2.0**-40), np.float32(0), both)))
+
+
+def floats(bits: Bits) -> Floats:
+    """Numbers of bf16."""
+    return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+
+
+def rounded(values: Floats) -> Floats:
+    """To the nearest numbers of bf16, of two as near ones to the even one."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def counted(bits: Bits) -> Bits:
+    """Numbers before RoPE: those that are not from 2^-60 to 2^61 count as 0."""
+    exponent = bits >> 7 & 255
+    return np.where((exponent >= 67) & (exponent <= 187), bits, bits & 0x8000)
+
+
+def _upper(values: Floats) -> Bits:
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+class _Turn:
+    """How a pair is turned, for many tokens."""
+
+    TRIES, NEAREST = (0, 1, -1, 2, -2, 3, -3), 3
+
+    def __init__(self, cosine: Floats, sine: Floats, each: NDArray[np.bool_]):
+        self.cosine, self.sine, self.each = cosine, sine, each
+
+    def product(self, a: Floats, b: Floats) -> Floats:
+        return np.where(self.each, rounded(a * b), a * b)
+
+    def turned(self, pair: Pair) -> Pair:
+        """What a pair becomes."""
+        with np.errstate(all="ignore"):
+            a, b = (floats(counted(x)) for x in pair)
+            first = rounded(self.product(a, self.cosine) - self.product(b, self.sine))
+            second = rounded(self.product(b, self.cosine) + self.product(a, self.sine))
+        return _upper(first), _upper(second)
+
+    def unturned(
+        self, pair: Pair, centre: tuple[Floats, Floats], weight: tuple[Floats, Floats]
+    ) -> tuple[Pair, NDArray[np.bool_]]:
+        """A pair that becomes this one, and where there is one. Which it is, if there are several,
+        is a writer's affair; this is what ours takes."""
+        one = np.float32(1)
+        cosine, sine = self.cosine, self.sine
+        with np.errstate(all="ignore"):
+            y1, y2 = floats(pair[0]), floats(pair[1])
+            scale = one / (cosine * cosine + sine * sine)
+            about1 = (y1 * cosine + y2 * sine) * scale
+            about2 = (y2 * cosine - y1 * sine) * scale
+            swapped = np.abs(about2) > np.abs(about1)
+            start = rounded(np.where(swapped, about2, about1))
+            u1, v1 = np.where(swapped, -sine, cosine), np.where(swapped, cosine, -sine)
+            u2, v2 = np.where(swapped, cosine, sine), np.where(swapped, sine, cosine)
+            by1, by2 = one / v1, one / v2
+            room1, room2 = _half_step(y1) * np.abs(by1), _half_step(y2) * np.abs(by2)
+            found = np.zeros(len(y1), bool)
+            best = np.zeros(len(y1), np.uint16), np.zeros(len(y1), np.uint16)
+            least = np.zeros(len(y1), np.float32)
+            for number, steps in enumerate(self.TRIES):
+                wide = _stepped(start, steps)
+                q1 = (y1 - self.product(wide, u1)) * by1
+                q2 = (y2 - self.product(wide, u2)) * by2
+                low1, low2, high1, high2 = q1 - room1, q2 - room2, q1 + room1, q2 + room2
+                low, high = np.where(low1 > low2, low1, low2), np.where(high1 < high2, high1, high2)
+                middle = rounded((low + high) * np.float32(0.5))
+                for more in (0, 1, -1):
+                    narrow = _stepped(middle, more)
+                    a = _upper(np.where(swapped, narrow, wide))
+                    b = _upper(np.where(swapped, wide, narrow))
+                    z1, z2 = self.turned((a, b))
+                    far = np.abs(floats(a) - centre[0]) * weight[0]
+                    far = far + np.abs(floats(b) - centre[1]) * weight[1]
+                    better = ~found | (far < least) if number < self.NEAREST else ~found
+                    # What is no number comes in other bits from other processors.
+                    better = better & (counted(a) == a) & (counted(b) == b)
+                    better = better & (z1 == pair[0]) & (z2 == pair[1])
+                    best = np.where(better, a, best[0]), np.where(better, b, best[1])
+                    least = np.where(better, far, least)
+                    found = found | better
+        return best, found
+
+
+def _half_step(values: Floats) -> Floats:
+    power: Floats = (values.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
+    return power * np.float32(2.0**-8)
+
+
+def _stepped(values: Floats, steps: int) -> Floats:
+    return (values.view(np.int32) + np.int32(steps * 65536)).view(np.float32)
+
+
+@dataclass
+class Unturned:
+    """What a density says of a number of a pair that may be coded as it was before RoPE."""
+
+    second: bool
+    before: NDArray[np.bool_]
+    """Where it is, unless the first of the pair is an escape."""
+    turn: _Turn
+    other: int
+    """The pair's other channel."""
+    centre: tuple[Floats, Floats]
+    """Where the two are expected before RoPE, and how much it counts how far off they are."""
+    weight: tuple[Floats, Floats]
+
+
 Code: TypeAlias = Callable[[int, int, int, Density], Ints]
 """What gives the places of the numbers of a tile in a channel: of the tile's number, a lane, the
-channel and its density."""
+channel and its density, of which it sets `escaped`."""
+
+
+class Known:
+    """The numbers of a block, as a writer codes them."""
+
+    def __init__(self, grid: Grid, bits: Bits):
+        """`bits`: [tokens, channels]."""
+        self.grid, self.bits = grid, bits
+        self._second: Bits = np.empty(0, np.uint16)
+
+    def places(self, tokens: Ints, channel: int, density: Density) -> Ints:
+        """Of some tokens' numbers in a channel; tells the density which are escapes."""
+        bits, pair = self.bits[tokens, channel], density.unturned
+        if pair is None or not pair.before.any():
+            return self._told(bits, density, np.zeros(len(bits), bool))
+        if pair.second:
+            return self._told(
+                np.where(pair.before, self._second, bits), density, np.zeros(len(bits), bool)
+            )
+        cached = bits, self.bits[tokens, pair.other]
+        (first, self._second), found = pair.turn.unturned(cached, pair.centre, pair.weight)
+        self._told(first, density, np.zeros(len(bits), bool))
+        escapes = pair.before & (density.escaped | ~found)
+        return self._told(np.where(pair.before & ~escapes, first, bits), density, escapes)
+
+    def _told(self, bits: Bits, density: Density, escapes: NDArray[np.bool_]) -> Ints:
+        k = self.grid.places(bits)
+        density.escaped = escapes | (density.below(k + 1) <= density.below(k))
+        return k
 
 
 class IntegerModel:
@@ -178,6 +349,7 @@ class IntegerModel:
         self.energy = np.full(self.total, 1 << 12, np.int64)
         self.inputs: dict[int, Ints] = {}
         self.tiles: list[Ints] = []
+        self.rotation: Rotation | None = None
 
     def get(self, layer: int, name: str) -> Any:
         """A tensor of a layer, or None."""
@@ -222,9 +394,10 @@ class IntegerModel:
             for i in range(0, len(some), self.tile or len(some))
         ]
 
-    def run(self, layer: int, part: int, code: Code) -> None:
+    def run(self, layer: int, part: int, code: Code, rotation: Rotation | None = None) -> None:
         """Go through the channels of a part, keys (0) or values (1), for each tile; `code` is asked
-        for its numbers."""
+        for its numbers. `rotation`: what turned the keys, where pairs may be coded as before it."""
+        self.rotation = rotation if part == 0 else None
         for tile, tokens in enumerate(self.tiles):
             _Step(self, layer, part, tile, tokens, code).run()
         if part == 1:
@@ -285,15 +458,24 @@ class _Step:
         scale = int(self._get("within_scale")[self.region, c])
         return clamp(wrapped(self.model.base[self.t, c] + scaled(dot * scale, 20)), LIMIT)
 
-    def _coded(self, place: int, centre: Ints, inverse: NDArray[Any]) -> tuple[Ints, Ints]:
+    def _coded(
+        self,
+        place: int,
+        centre: Ints,
+        inverse: NDArray[Any],
+        unturned: Unturned | None = None,
+    ) -> tuple[Ints, Ints]:
         """The fixed-point values of a channel's numbers, and how far off they are."""
         c = self.before + place
         m = inverse.astype(np.int64) * ((1 << 24) // self.energy) >> 12
         unit = int(self._get("unit")[c])
         shares = self.model.tensors["densities"][self._get("density")[c]]
         density = Density(self.model.grid, unit, shares, centre, m)
+        density.unturned = unturned
         lane = place % self.model.group // 2 % self.model.lanes
         k = self.code(self.tile, lane, int(self.order[place]), density)
+        if unturned is not None and not unturned.second:
+            unturned.before &= ~density.escaped
         return self.model.grid.values(k, unit), np.minimum(density.deviation(k) >> 8, 2048)
 
     def _learn(self, c: int, v: Ints) -> None:
@@ -320,11 +502,55 @@ class _Step:
         cell, pair = turn >> 7, place // 2
         a, b = self._expected(c), self._expected(c + 1)
         px, py = scaled(a * cos - b * sin, 14), scaled(b * cos + a * sin, 14)
-        inverse = self._get("pair_inverse")
-        x, deviation = self._coded(place, px, inverse[self.kind, pair, 0, cell])
+        spreads = self._get("pair_inverse")[self.kind, pair, :, cell]
+        own = self._get("inverse")[self.kind, c : c + 2]
+        first = self._unturned(place, p, (a, b), _size(a, b) > _size(px, py))
+        before = np.zeros(len(a), bool) if first is None else first.before
+        centre, inverse = np.where(before, a, px), np.where(before, own[:, 0], spreads[:, 0])
+        x, deviation = self._coded(place, centre, inverse, first)
+        second = None
+        if first is not None:
+            before = first.before
+            second = replace(first, second=True, other=int(self.order[place]))
         slope = self._get("pair_slope")[self.kind, pair, cell].astype(np.int64)
-        centre = clamp(wrapped(py + scaled(wrapped(x - px) * slope, 12)), LIMIT)
-        y, other = self._coded(place + 1, centre, inverse[self.kind, pair, 1, cell])
-        self._learn(c, clamp(scaled(x * cos + y * sin, 14), LIMIT))
-        self._learn(c + 1, clamp(scaled(y * cos - x * sin, 14), LIMIT))
+        turned = clamp(wrapped(py + scaled(wrapped(x - px) * slope, 12)), LIMIT)
+        centre, inverse = np.where(before, b, turned), np.where(before, own[:, 1], spreads[:, 1])
+        y, other = self._coded(place + 1, centre, inverse, second)
+        back = (
+            clamp(scaled(x * cos + y * sin, 14), LIMIT),
+            clamp(scaled(y * cos - x * sin, 14), LIMIT),
+        )
+        self._learn(c, np.where(before, x, back[0]))
+        self._learn(c + 1, np.where(before, y, back[1]))
         return deviation + other
+
+    def _unturned(
+        self, place: int, p: int, expected: tuple[Ints, Ints], coarser: NDArray[np.bool_]
+    ) -> Unturned | None:
+        """What the density of a pair's first number says, where pairs may be coded as they were
+        before RoPE. `coarser`: where their grid is expected to be the coarser one."""
+        rotation, c = self.model.rotation, self.before + place
+        if rotation is None:
+            return None
+        unit = np.float32(2.0 ** np.clip(int(self._get("unit")[c]), -126, 127))
+        # What is known but for its rounding is likely to be the nearest.
+        settled = self.model.settled[self.t]
+        own = [np.where(settled, self._get("inverse")[self.kind, c + i], 0) for i in (0, 1)]
+        return Unturned(
+            second=False,
+            before=coarser & (rotation.rounding[self.t] > 0),
+            turn=rotation.of(self.t, p),
+            other=int(self.order[place + 1]),
+            centre=(_float32(expected[0]) * unit, _float32(expected[1]) * unit),
+            weight=(_float32(own[0]), _float32(own[1])),
+        )
+
+
+def _float32(values: Ints) -> Floats:
+    return values.astype(np.int32).astype(np.float32)
+
+
+def _size(a: Ints, b: Ints) -> Floats:
+    """The size of products, as numbers of 32 bits have it."""
+    found: Floats = np.abs(_float32(a) * _float32(b))
+    return found

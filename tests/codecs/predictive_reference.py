@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from kvzip.entropy.integer_model import CDF, ESCAPE, HALF, IntegerModel
+from kvzip.entropy.integer_model import CDF, ESCAPE, HALF, IntegerModel, Known, Rotation
 
 TILE = 32
 
@@ -21,22 +21,27 @@ class Chain(IntegerModel):
     def __init__(self, tensors, description, rows, count, start, form, token_ids=None):
         super().__init__(tensors, description, rows, count, start, form, token_ids, TILE)
         self.states = None
-        self.cuts = []  # tiles of the parts that were modelled
+        self.cuts = []  # tiles of the parts that were modelled, and how they were turned
 
-    def model(self, layer, part, block):
+    def rotated(self, angles, rounding):
+        """What turned keys, by cosines and sines and how they were rounded; 0: nothing known."""
+        return Rotation(angles, rounding, self.total) if rounding else None
+
+    def model(self, layer, part, block, angles=None, rounding=0):
         """What the coder is told: of each stream its steps (token, start, size) in their order. And
         the ideal code length."""
         if part == 0:
             self.begin(layer)
-        self.cuts.append(self.tiles)
-        places = self.grid.places(self.flat(block))
+        self.cuts.append((self.tiles, rounding))
+        numbers = Known(self.grid, self.flat(block))
         spare = 24 - self.grid.count.bit_length() + 1
         streams = [[] for _ in range(len(self.tiles) * self.lanes)]
 
         def code(tile, lane, channel, density):
             t = self.tiles[tile]
-            k = places[t, channel]
+            k = numbers.places(t, channel, density)
             start, size = density.below(k), density.below(k + 1) - density.below(k)
+            size = np.where(density.escaped, 0, size)
             stream = streams[tile * self.lanes + lane]
             for token, s, n in zip(t, start, size, strict=True):
                 stream.append((token, int(s), int(n)) if n > 0 else (token, 2 * HALF, ESCAPE))
@@ -45,7 +50,7 @@ class Chain(IntegerModel):
                     stream.append((token, int(number) << spare, 1 << spare))
             return k
 
-        self.run(layer, part, code)
+        self.run(layer, part, code, self.rotated(angles, rounding))
         bits = sum(24 - np.log2(size) for stream in streams for _, _, size in stream)
         return streams, float(bits)
 
@@ -67,8 +72,8 @@ class Chain(IntegerModel):
             counted.append([len(w) for w in words])
             found.append(np.array([w for own in words for w in own], "<u4").tobytes())
         parts = []
-        for tiles, counts, words in zip(self.cuts, counted[::-1], found[::-1], strict=True):
-            header, section = self.packed(counts, tiles)
+        for cut, counts, words in zip(self.cuts, counted[::-1], found[::-1], strict=True):
+            header, section = self.packed(counts, *cut)
             first = b"" if parts else self.stored(states)
             parts.append(header + first + section + words)
         return parts
@@ -78,20 +83,21 @@ class Chain(IntegerModel):
         all_tokens = self.total * self.lanes
         return [words * len(t) // all_tokens for t in tiles for _ in range(self.lanes)]
 
-    def packed(self, counts, tiles):
+    def packed(self, counts, tiles, rounding):
         """The header, and what of the counts it does not hold."""
         more = [n - s for n, s in zip(counts, self.shares(sum(counts), tiles), strict=True)]
         least = min(more, default=0)
         bits = (max(more, default=0) - least).bit_length()
         number = sum((m - least) << bits * i for i, m in enumerate(more))
         data = number.to_bytes(max(8, -(-bits * len(more) // 8)), "little")
-        header = bytes([3, bits, 0, 0]) + least.to_bytes(4, "little", signed=True)
+        kind = 4 if rounding else 3
+        header = bytes([kind, bits, rounding, 0]) + least.to_bytes(4, "little", signed=True)
         return header + data[:8], padded(data[8:])
 
     def unpacked(self, header, data):
         """The counts, and the words behind them."""
-        kind, bits, *zeros = header[:4]
-        assert (kind, zeros) == (3, [0, 0])
+        kind, bits, rounding, zero = header[:4]
+        assert zero == 0 and (rounding in (1, 2) if kind == 4 else (kind, rounding) == (3, 0))
         least = int.from_bytes(header[4:8], "little", signed=True)
         streams = len(self.tiles) * self.lanes
         size = max(0, -(-bits * streams // 8) - 8)
@@ -124,7 +130,7 @@ class Chain(IntegerModel):
         rows = [states[i : i + self.lanes] for i in range(0, count, self.lanes)]
         return rows, data[at + -at % 16 :]
 
-    def decode(self, layer, part, data):
+    def decode(self, layer, part, data, angles=None):
         """The part's numbers, [rows, heads, tokens, dim] of bits."""
         if part == 0:
             self.begin(layer)
@@ -153,10 +159,18 @@ class Chain(IntegerModel):
                     k[i] = self.states[token][lane] % CDF >> spare
                     begin = int(k[i]) << spare
                     self._take(token, lane, begin, begin + (1 << spare), stream)
+            density.escaped = escaped
             places[t, channel] = k
+            pair = density.unturned
+            if pair is not None and pair.second:
+                before = self.grid.bits(places[t, pair.other]), self.grid.bits(k)
+                turned = pair.turn.turned(tuple(x.astype(np.uint16) for x in before))
+                for c, z in zip((pair.other, channel), turned, strict=True):
+                    now = self.grid.places(z)
+                    places[t, c] = np.where(pair.before, now, places[t, c])
             return k
 
-        self.run(layer, part, code)
+        self.run(layer, part, code, self.rotated(angles, header[2]))
         assert all(next(stream, None) is None for stream in streams)
         bits = self.grid.bits(places).reshape(self.rows, self.count, heads, dim)
         return bits.transpose(0, 2, 1, 3)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from predictive_profiles import kinds, with_rope
 from support import assert_same
 
 import kvzip
@@ -16,9 +17,12 @@ from kvzip import dtypes
 from kvzip.codecs import _native
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-PROFILES = sorted(GOLDEN.glob("v*/predictive.kvprofile"))
+PROFILES = sorted(GOLDEN.glob("v*/**/predictive.kvprofile"))
 FILES = [(p, f) for p in PROFILES for f in sorted(p.parent.glob("predictive-*.kvz"))]
 TOKENS, BLOCK = 150, 96
+TURNED = "rope"
+"""The folder of files whose keys RoPE turned in bf16."""
+FREQUENCIES = np.array([1, 0.25, 0.0625], np.float32)
 
 
 def noise(*where: np.ndarray | int) -> np.ndarray:
@@ -45,8 +49,9 @@ def bits_of(values: np.ndarray, dtype: str) -> np.ndarray:
     return found.astype(np.uint32) << np.uint32(16) | (values & 0xFFFF).astype(np.uint32)
 
 
-def snapshot(dtype: str, document: int) -> kvzip.Snapshot:
-    """Three layers whose numbers tell of each other, made of integers alone."""
+def snapshot(dtype: str, document: int, turned: bool = False) -> kvzip.Snapshot:
+    """Three layers whose numbers tell of each other, made of integers alone; `turned`: by RoPE in
+    bf16, which is the same everywhere."""
     position = np.arange(TOKENS)
     ids = noise(position, document) % 40
     layers = []
@@ -62,20 +67,36 @@ def snapshot(dtype: str, document: int) -> kvzip.Snapshot:
                 np.ascontiguousarray(bits_of(values.reshape(TOKENS, 2, 6), dtype).swapaxes(0, 1))
             )
         layers.append(tuple(parts))
-    origin = kvzip.Origin(model="golden", rope=({"rope_theta": 1e4},))
-    return kvzip.Snapshot.from_arrays(layers, dtype, ids.astype(np.uint32), origin)
+    if not turned:
+        origin = kvzip.Origin(model="golden", rope=({"rope_theta": 1e4},))
+        return kvzip.Snapshot.from_arrays(layers, dtype, ids.astype(np.uint32), origin)
+    rotation = _native.Rotation(FREQUENCIES)
+    for k, _ in layers:
+        rotation.turn(k[np.newaxis], 0, 1)
+    origin = kvzip.Origin(model="golden", rope=({"inv_freq": FREQUENCIES.tolist()},))
+    return with_rope(layers, ids.astype(np.uint32), origin)
 
 
 def write_golden(folder: Path) -> None:
-    profile = kvzip.Profile.fit([snapshot("bf16", d) for d in range(1, 13)], regions=[1, 2, 3])
+    """The files of a version; those whose keys were turned into a folder of that name."""
+    turned = folder.name == TURNED
+    known = [snapshot("bf16", d, turned) for d in range(1, 13)]
+    profile = kvzip.Profile.fit(known, regions=[1, 2, 3])
     profile.save(folder / "predictive.kvprofile")
-    for dtype in ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2"):
-        blob = kvzip.encode(snapshot(dtype, 0), "predictive", profile, block_tokens=BLOCK)
+    for dtype in ("bf16",) if turned else ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2"):
+        made = snapshot(dtype, 0, turned)
+        blob = kvzip.encode(made, "predictive", profile, block_tokens=BLOCK)
         (folder / f"predictive-{dtype}.kvz").write_bytes(blob)
 
 
+def written(path: Path) -> kvzip.Snapshot:
+    """What a golden file holds."""
+    dtype = path.stem.removeprefix("predictive-")
+    return snapshot(dtype, 0, path.parent.name == TURNED)
+
+
 def test_there_are_files():
-    assert len(FILES) >= 5
+    assert len(FILES) >= 6 and any(f.parent.name == TURNED for _, f in FILES)
 
 
 @pytest.mark.parametrize(("profile", "path"), FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
@@ -89,7 +110,7 @@ def test_every_released_version_stays_readable(profile, path, simd):
         decoded = kvzip.decode(path, known)
     finally:
         _native.set_simd(before)
-    assert_same(decoded, snapshot(path.stem.removeprefix("predictive-"), 0))
+    assert_same(decoded, written(path))
 
 
 @pytest.mark.parametrize("path", [f for _, f in FILES], ids=lambda p: p.stem)
@@ -99,5 +120,12 @@ def test_they_are_predicted(path):
     damaged = {name: array.copy() for name, array in profile.tensors.items()}
     damaged["1.bias"] += 1 << 10
     other = kvzip.Profile(damaged, profile.description)
-    made = kvzip.encode(snapshot(path.stem.removeprefix("predictive-"), 0), "predictive", other)
+    made = kvzip.encode(written(path), "predictive", other)
     assert len(made) != path.stat().st_size
+
+
+def test_pairs_before_rope_are_among_them():
+    path = next(f for _, f in FILES if f.parent.name == TURNED)
+    profile = kvzip.Profile.load(path.parent / "predictive.kvprofile")
+    assert 4 in kinds(path, profile)[1, "k"]
+    assert_same(kvzip.decode(path, profile), written(path))

@@ -48,8 +48,9 @@ def in_part(data: bytes) -> None:
 
 
 def predicted(data: bytes) -> None:
-    """A file that needs the profile that it is given."""
-    kvzip.decode(sealed(data), PREDICTED, threads=1)
+    """A file that needs one of the profiles that there are."""
+    profile = TURNED if TURNED.id.encode() in data else PREDICTED
+    kvzip.decode(sealed(data), profile, threads=1)
 
 
 def as_they_are(data: bytes) -> None:
@@ -105,6 +106,8 @@ KEPT: dict[Path, bytes] = {}
 PROFILE = kvzip.Profile.fit([SAVED], codec="channel")
 PAGE = kvzip.encode_page([(layer.k[:, :16], layer.v[:, :16]) for layer in SAVED.layers], PROFILE)
 PREDICTED = kvzip.Profile.load(GOLDEN / "predictive.kvprofile")
+TURNED = kvzip.Profile.load(GOLDEN / "rope" / "predictive.kvprofile")
+"""Of keys that RoPE turned in bf16."""
 START = kvzip.encode(SAVED, "raw")[:12]
 """Magic and version of a .kvz file, and what else does not change."""
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
@@ -123,8 +126,11 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
 
 def small(name: str, tokens: int, heads: int = 2) -> kvzip.Snapshot:
     """A piece of a golden file, which as a whole is longer than what a fuzzer makes."""
-    with kvzip.open(GOLDEN / name, PREDICTED) as reader:
+    turned = name.startswith("rope/")
+    with kvzip.open(GOLDEN / name, TURNED if turned else PREDICTED) as reader:
         read = reader.tokens(0, tokens)
+    if turned:
+        return read
     layers = [(layer.k[:heads], layer.v[:heads]) for layer in read.layers]
     return kvzip.Snapshot.from_arrays(layers, read.dtype, read.token_ids, read.origin)
 
@@ -140,6 +146,9 @@ def seeds(target: str) -> list[bytes]:
     if target in ("predictive", "part"):
         names = [f"predictive-{dtype}.kvz" for dtype in ("bf16", "fp32", "fp8_e5m2")]
         files = [kvzip.encode(small(name, 12), "predictive", PREDICTED) for name in names]
+        if target == "predictive":
+            turned = small("rope/predictive-bf16.kvz", 12)
+            files.append(kvzip.encode(turned, "predictive", TURNED))
         return files + (seeds("decode") if target == "part" else [])
     if target in ("open", "decode", "file"):
         kinds = [("raw", "bf16"), ("zstd", "fp16"), ("planes", "fp32"), ("channel", "bf16")]

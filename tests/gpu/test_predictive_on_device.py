@@ -8,11 +8,19 @@ import random
 import numpy as np
 import pytest
 import torch
-from predictive_profiles import encode, random_profile
+from predictive_profiles import (
+    PAIRS,
+    SHAPES,
+    encode,
+    kinds,
+    random_profile,
+    turned_snapshot,
+)
 from support import cache_like, random_bits, reseal
 from test_on_device import assert_layers
 
 import kvzip
+from kvzip.errors import CorruptError
 
 ALIKE = [((2, 12), (2, 12))] * 3
 UNLIKE = [((1, 7), (3, 5)), ((2, 16), (1, 9)), ((1, 7), (3, 5)), ((3, 11), (1, 1))]
@@ -76,6 +84,28 @@ def test_a_batch(device, monkeypatch):
     assert_layers(kvzip.decode(blob, profile, device=device), snapshot.layers)
     found = kvzip.decode(blob, profile, device=device, tokens=(20, 40))
     assert_layers(found, snapshot.layers, (20, 40))
+
+
+@pytest.mark.parametrize("rounding", [1, 2])
+@pytest.mark.parametrize("name", ["many lanes", "tables", "one group", "many densities"])
+def test_pairs_before_rope(device, shuffled, monkeypatch, name, rounding):
+    """They are turned as they are decoded, and those that nothing turns to stay as they are."""
+    profile = random_profile(9, SHAPES, **PROFILES[name] | {"pairs": PAIRS})
+    for where, batch, plain in ((device, None, {(1, "k")}), (shuffled, 2, ())):
+        snapshot = turned_snapshot(10, 150, rounding, batch=batch, strange=0.01)
+        blob = encode(snapshot, profile, monkeypatch, plain, block_tokens=70)
+        assert 4 in set().union(*kinds(blob, profile).values())
+        assert_layers(kvzip.decode(blob, profile, device=where), snapshot.layers)
+        found = kvzip.decode(blob, profile, device=where, tokens=(60, 100))
+        assert_layers(found, snapshot.layers, (60, 100))
+
+
+def test_pairs_before_rope_that_nothing_turns(device, monkeypatch):
+    profile = random_profile(9, SHAPES, pairs=PAIRS)
+    blob = encode(turned_snapshot(10, 60), profile, monkeypatch)
+    monkeypatch.setattr("kvzip.codecs.predictive.rotation.rotation_of", lambda *_: None)
+    with pytest.raises(CorruptError, match="how they are turned"):
+        kvzip.decode(blob, profile, device=device)
 
 
 # --- requests ----------------------------------------------------------------------------------

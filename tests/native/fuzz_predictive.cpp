@@ -4,7 +4,9 @@
 
 #include <deque>
 #include <limits>
+#include <stdexcept>
 
+#include "predictive/block_parts.hpp"
 #include "predictive/chain.hpp"
 
 using namespace kvzip::predictive;
@@ -161,6 +163,34 @@ struct Stored {
   Exact first, others;
 };
 
+float from_bf16(std::uint16_t bits) {
+  const std::uint32_t wide = std::uint32_t(bits) << 16;
+  float v;
+  std::memcpy(&v, &wide, sizeof v);
+  return v;
+}
+std::uint16_t to_bf16(float v) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return std::uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+// RoPE, [heads][count][dim] of each row. `angles`: [count][2][pairs].
+void turn(std::uint16_t* keys, std::size_t heads, std::size_t count, std::size_t dim,
+          std::size_t pairs, const std::uint16_t* angles, int rounding) {
+  const auto product = [&](float a, float b) {
+    return rounding == kEach ? from_bf16(to_bf16(a * b)) : a * b;
+  };
+  for (std::size_t i = 0; i < heads * count * pairs; ++i) {
+    const std::size_t p = i % pairs, token = i / pairs % count;
+    std::uint16_t* const at = keys + i / pairs * dim + p;
+    const float a = from_bf16(at[0]), b = from_bf16(at[pairs]);
+    const float c = from_bf16(angles[2 * pairs * token + p]),
+                s = from_bf16(angles[2 * pairs * token + pairs + p]);
+    at[0] = to_bf16(product(a, c) - product(b, s));
+    at[pairs] = to_bf16(product(b, c) + product(a, s));
+  }
+}
+
 template <typename T>
 void once(NumberFormat format) {
   // Damage takes as many numbers as there are paths: the next round begins with its own.
@@ -197,6 +227,26 @@ void once(NumberFormat format) {
       blocks.push_back({parts.back().get(), std::ptrdiff_t(heads * count * dim),
                         std::ptrdiff_t(count * dim), std::ptrdiff_t(dim), 1});
     }
+  // Of some layers pairs may be coded as they were before RoPE, whatever their keys are.
+  std::vector<Span<std::uint16_t>> rotations;
+  std::vector<std::uint8_t> roundings;
+  for (const LayerArrays& l : layers) {
+    const std::size_t pairs = l.step.size;
+    const bool rotated = format.exponent_bits == 8 && pairs && below(4);
+    const Span<std::uint16_t> angles = arrays.of<std::uint16_t>(2 * pairs * count, 0, 0x3f80);
+    auto* const to = const_cast<std::uint16_t*>(angles.data);
+    for (std::size_t i = 0; i < angles.size; ++i)
+      to[i] = to[i] < (127 - 40) << 7 ? 0 : std::uint16_t(to[i] | below(2) << 15);
+    const auto rounding = std::uint8_t(rotated ? 1 + below(2) : 0);
+    if constexpr (sizeof(T) == 2)
+      if (rotated && kind == 2)
+        turn(parts[roundings.size()].get(), rows * l.k_heads, count, l.k_dim, pairs, angles.data,
+             rounding);
+    for (int p = 0; p < 2; ++p) {
+      rotations.push_back(p ? Span<std::uint16_t>{} : angles);
+      roundings.push_back(p ? 0 : rounding);
+    }
+  }
   // Some parts are coded another way: they are modelled only.
   std::vector<bool> kept;
   for (std::size_t i = 0; i < blocks.size(); ++i) kept.push_back(below(5) != 0);
@@ -210,7 +260,13 @@ void once(NumberFormat format) {
       return Block<const T>{b.data, b.row_stride, b.head_stride, b.token_stride, b.dim_stride};
     };
     for (std::size_t i = 0; i < blocks.size(); ++i) {
-      writer.measure(plain(blocks[i]), nullptr);
+      if constexpr (sizeof(T) == 2)
+        if (roundings[i]) writer.rounding(plain(blocks[i]), rotations[i]);
+      writer.measure(plain(blocks[i]), nullptr, rotations[i], kept[i] ? roundings[i] : 0);
+      if (i % 4 == 0) {
+        writer.again();
+        writer.measure(plain(blocks[i]), nullptr, rotations[i], kept[i] ? roundings[i] : 0);
+      }
       if (kept[i]) writer.keep();
     }
     const std::vector<Bytes> made = writer.encode();
@@ -222,25 +278,30 @@ void once(NumberFormat format) {
     for (std::size_t i = 0, next = 0; i < blocks.size(); ++i) {
       const Block<T>& b = blocks[i];
       if (!kept[i]) {
-        reader.measure(plain(b), nullptr);
+        reader.measure(plain(b), nullptr, {}, 0);
         continue;
       }
       std::unique_ptr<T[]> out(new T[sizes[i]]());
       const Stored stored(coded[next++]);
       check(reader.decode(stored.header(), stored.rest(),
-                          Block<T>{out.get(), b.row_stride, b.head_stride, b.token_stride, 1}),
+                          Block<T>{out.get(), b.row_stride, b.head_stride, b.token_stride, 1},
+                          rotations[i]),
             "a true stream is refused");
       check(std::equal(out.get(), out.get() + sizes[i], b.data), "other numbers come back");
     }
     const std::size_t first = std::size_t(std::find(kept.begin(), kept.end(), true) - kept.begin());
     for (int again = 0; again < 3; ++again) {
       Chain hurt(model, rows, count, position, format, entries);
-      for (std::size_t i = 0; i < first; ++i) hurt.measure(plain(blocks[i]), nullptr);
+      for (std::size_t i = 0; i < first; ++i) hurt.measure(plain(blocks[i]), nullptr, {}, 0);
       const Stored stored(damaged(coded[0]));
       std::unique_ptr<T[]> out(new T[sizes[first]]());
       const Block<T>& b = blocks[first];
-      hurt.decode(stored.header(), stored.rest(),
-                  Block<T>{out.get(), b.row_stride, b.head_stride, b.token_stride, 1});
+      try {
+        hurt.decode(stored.header(), stored.rest(),
+                    Block<T>{out.get(), b.row_stride, b.head_stride, b.token_stride, 1},
+                    rotations[first]);
+      } catch (const std::invalid_argument&) {  // a kind that goes with bf16 keys alone
+      }
     }
   }
   random_bits.seed(next);

@@ -1,0 +1,42 @@
+"""What turned the keys of a part, as a file's header says."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from kvzip.codec import Context
+from kvzip.codecs import _native
+from kvzip.statistics.rope import frequencies
+
+_GREATEST = 2.0**20
+"""What cosines and sines are multiplied by at most: products with keys stay within fp32."""
+
+
+def rotation_of(context: Context, dim: int) -> _native.Rotation | None:
+    """What turned the keys of a part, [batch, heads, tokens, dim]; None where the origin doesn't
+    note the frequencies: whoever works them out may find others."""
+    if context.part != "k" or context.rope is None or context.dtype.name != "bf16":
+        return None
+    known = context.origin.rope
+    if context.rope >= len(known):
+        return None
+    parameters = known[context.rope]
+    if not parameters.get("inv_freq"):
+        return None
+    try:
+        radians = frequencies(parameters, dim)
+        scale = float(parameters.get("attention_scaling", 1.0))
+        with np.errstate(over="ignore"):
+            return _rotation(np.asarray(radians, np.float32).tobytes(), scale)
+    except (TypeError, ValueError, OverflowError):  # a header may say anything
+        return None
+
+
+@lru_cache(maxsize=64)
+def _rotation(radians: bytes, scale: float) -> _native.Rotation | None:
+    found = np.frombuffer(radians, np.float32)
+    if not len(found) or not np.isfinite(found).all() or not abs(scale) <= _GREATEST:
+        return None
+    return _native.Rotation(found, scale)

@@ -1,0 +1,123 @@
+// RoPE as models turn a pair of keys in bf16, and what a pair was before.
+#pragma once
+
+#include "predictive/vectors.hpp"
+
+namespace kvzip::predictive {
+namespace {
+
+template <class V>
+struct Two {
+  V first, second;
+};
+
+template <class Isa>
+struct Rotation : Vectors<Isa> {
+  using Base = Vectors<Isa>;
+  using Base::all, Base::as_bits, Base::as_float, Base::max_of, Base::min_of;
+  using typename Base::F, typename Base::I, typename Base::U;
+
+  // Of each pair, numbers of bf16: 0, or from 2^-40 to 2^20, so that products with numbers that
+  // count are exact.
+  F cosine, sine;
+  bool rounds_products;  // or sums alone
+
+  static F number(I bits) { return as_float(bits << 16); }
+  static F size(F v) { return as_float(as_bits(v) & 0x7fffffff); }
+  // To the nearest number of bf16, ties to even.
+  static F rounded(F v) {
+    const U bits = (U)v;
+    return (F)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
+  }
+
+  // A number before RoPE is from 2^-60 to 2^61; any other counts as 0.
+  static constexpr std::int32_t kLeast = 127 - 60, kMost = 127 + 60;
+  static I counted(I bits) {
+    const I exponent = bits >> 7 & 255;
+    return bits & (((exponent >= kLeast) & (exponent <= kMost)) | 0x8000);
+  }
+  // What RoPE makes of a pair, given by the bits of its numbers: sums of two products, rounded.
+  Two<I> turned(Two<I> pair) const {
+    return turned(number(counted(pair.first)), number(counted(pair.second)));
+  }
+  F product(F a, F by) const { return rounds_products ? rounded(a * by) : a * by; }
+  Two<I> turned(F a, F b) const {
+    return {bits_of(rounded(product(a, cosine) - product(b, sine))),
+            bits_of(rounded(product(b, cosine) + product(a, sine)))};
+  }
+  static I bits_of(F v) { return (I)((U)v >> 16); }
+
+  // About what RoPE turns into a pair.
+  Two<I> nearest(Two<I> pair) const {
+    const Two<F> about = turned_back(number(pair.first), number(pair.second));
+    return {bits_of(about.first), bits_of(about.second)};
+  }
+  // A pair that RoPE turns into this one, where one was found.
+  struct Unturned {
+    Two<I> pair;
+    I found;
+  };
+  // Of a few such pairs the first, which is in the midst of them; or where `weight` is not 0, the
+  // one that is nearest to what is expected, `weight` times how far it is from `centre`. Which one
+  // it is has no bearing on the format. It is looked for until those that are `wanted`, a bit each,
+  // are found.
+  //
+  // Given the number before RoPE that is the greater (so that its own step is the wider), the sums
+  // say between what the other one lies.
+  Unturned unturned(Two<I> pair, Two<F> centre, Two<F> weight, std::uint64_t wanted) const {
+    const std::uint64_t weighed =
+        Isa::below(all(0), as_bits(weight.first) | as_bits(weight.second)) & wanted;
+    const F y1 = number(pair.first), y2 = number(pair.second);
+    const Two<F> about = turned_back(y1, y2);
+    const I swapped = size(about.second) > size(about.first);
+    const F start = rounded(swapped ? about.second : about.first);
+    // Both sums as wide * u + narrow * v.
+    const F u1 = swapped ? -sine : cosine, v1 = swapped ? cosine : -sine;
+    const F u2 = swapped ? cosine : sine, v2 = swapped ? sine : cosine;
+    const F by1 = 1.0f / v1, by2 = 1.0f / v2;
+    const F room1 = half_step(y1) * size(by1), room2 = half_step(y2) * size(by2);
+    Unturned best{{all(0), all(0)}, all(0)};
+    F least = F{};
+    const auto left = [&] { return wanted & ~Isa::below(all(0), best.found); };
+    for (int i = 0; i < kTries; ++i) {
+      const F wide = stepped(start, i % 2 ? i / 2 + 1 : -(i / 2));
+      const F p1 = product(wide, u1), p2 = product(wide, u2);
+      const F q1 = (y1 - p1) * by1, q2 = (y2 - p2) * by2;
+      const F low = greater(q1 - room1, q2 - room2), high = Isa::less(q1 + room1, q2 + room2);
+      const F middle = rounded((low + high) * 0.5f);
+      for (const int k : {0, 1, -1}) {
+        const F narrow = stepped(middle, k);
+        const I a = bits_of(swapped ? narrow : wide), b = bits_of(swapped ? wide : narrow);
+        // What is no number comes in other bits from other processors.
+        const I good = (counted(a) == a) & (counted(b) == b);
+        const Two<I> again = turned(number(a), number(b));
+        const F far = size(number(a) - centre.first) * weight.first +
+                      size(number(b) - centre.second) * weight.second;
+        const I nearer = i < kNearest ? far < least : all(0);
+        const I better = good & (again.first == pair.first) & (again.second == pair.second) &
+                         (~best.found | nearer);
+        best.pair = {better ? a : best.pair.first, better ? b : best.pair.second};
+        least = better ? far : least;
+        best.found |= better;
+        if (!weighed && !left()) return best;
+      }
+      if (i + 1 >= kNearest && !left()) return best;
+    }
+    return best;
+  }
+
+ private:
+  Two<F> turned_back(F y1, F y2) const {
+    const F scale = 1.0f / (cosine * cosine + sine * sine);
+    return {(y1 * cosine + y2 * sine) * scale, (y2 * cosine - y1 * sine) * scale};
+  }
+  // Of the greater number: if nothing is found before, and where the nearest is looked for.
+  static constexpr int kTries = 7, kNearest = 3;
+  // Half of the step between a number of bf16 and the next.
+  static F half_step(F v) { return as_float(as_bits(v) & 0x7f800000) * 0x1p-8f; }
+  static F stepped(F v, int steps) { return as_float(as_bits(v) + steps * 65536); }
+  static F greater(F a, F b) { return -Isa::less(-a, -b); }
+};
+
+}  // namespace
+}  // namespace kvzip::predictive

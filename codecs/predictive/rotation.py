@@ -1,0 +1,51 @@
+"""What turned the keys of a token range, for pairs that are coded as they were before RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.codec import Context
+from kvzip.codecs import _native
+from kvzip.codecs.common.rotation import rotation_of
+from kvzip.dtypes import Bits
+
+Angles = NDArray[np.uint16]
+"""Cosines and sines, bf16 bits [tokens, 2, pairs]."""
+
+
+def pairs_of(tensors: Mapping[str, NDArray[Any]], layer: int) -> int:
+    """How many pairs of a head RoPE turns, as a profile says."""
+    return len(tensors.get(f"{layer}.step", ()))
+
+
+class Rotations:
+    """The rotations of one token range, each made once: layers may have different ones."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int | None, int], Angles | None] = {}
+
+    def of(self, context: Context, shape: tuple[int, ...]) -> Angles | None:
+        """What turned a block, [rows, heads, tokens, dim], as the origin says; None where it does
+        not say, and for values."""
+        if context.part != "k":
+            return None
+        name = context.rope, shape[3]
+        if name not in self._known:
+            rotation = rotation_of(context, shape[3])
+            angles = None if rotation is None else rotation.angles_of(context.start, shape[2])
+            self._known[name] = angles
+        return self._known[name]
+
+    def found(
+        self, chain: _native.PredictiveChain, block: Bits, context: Context, pairs: int
+    ) -> tuple[Angles | None, int]:
+        """What turned these keys, the chain's next part, and how it rounded: 1, products and sums;
+        2, sums alone; 0 where they were not turned so. `pairs`: how many the profile has."""
+        angles = self.of(context, block.shape)
+        if angles is None or angles.shape[2] != pairs:
+            return None, 0
+        return angles, chain.rounding(context.layer, 0, block, angles)

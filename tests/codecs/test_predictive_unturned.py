@@ -1,0 +1,235 @@
+"""Pairs of keys that `predictive` codes as they were before RoPE turned them in bf16."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from predictive_profiles import (
+    ORIGIN,
+    PAIRS,
+    ROTATION,
+    SHAPES,
+    encode,
+    kinds,
+    random_profile,
+    turned_snapshot,
+    with_rope,
+)
+from predictive_reference import Chain
+from support import assert_same, examples, random_bits, tiny_model
+from support import tiny_documents as documents
+
+import kvzip
+from kvzip import Context, dtypes, get_codec
+from kvzip.codecs import _native
+from kvzip.codecs.predictive.codec import measure, native_model, new_chain
+from kvzip.errors import CorruptError, KVZipError
+
+PROFILES = {
+    "plain": {},
+    "lanes": {"group": 16, "lanes": 4, "regions": 3},
+    "tables": {"lanes": 2, "regions": 2, "tables": (2, 1, 2)},
+    "wild": {"group": 4, "lanes": 2, "regions": 2, "tables": (1, 2), "wild": True},
+}
+
+
+def profile_of(name, seed=0):
+    return random_profile(seed, SHAPES, pairs=PAIRS, **PROFILES[name])
+
+
+def parts(found):
+    return [
+        (i, p, np.ascontiguousarray(part if part.ndim == 4 else part[np.newaxis]))
+        for i, layer in enumerate(found.layers)
+        for p, part in enumerate(layer)
+    ]
+
+
+def chains(profile, found, start):
+    """The native chain and a plain one, before the first part."""
+    form, ids = dtypes.get("bf16"), np.atleast_2d(found.token_ids)
+    rows, tokens = ids.shape
+    return (
+        new_chain(native_model(profile), profile.tensors, rows, tokens, start, form, ids),
+        Chain(profile.tensors, profile.description, rows, tokens, start, form, ids),
+    )
+
+
+@pytest.mark.parametrize("rounding", [1, 2])
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize(
+    ("start", "batch", "strange"), [(0, None, 0.1), (1 << 20, 2, 0.0), (3, 3, 1.0)]
+)
+def test_native_code_is_what_the_page_says(name, rounding, start, batch, strange):
+    """The same bytes, the same code length, and one reads what the other wrote; with pairs that
+    nothing turns to, and numbers of any size among them."""
+    profile = profile_of(name)
+    found = turned_snapshot(1, 70, rounding, start, batch, strange)
+    native, plain = chains(profile, found, start)
+    angles = ROTATION.angles_of(start, 70)
+    modelled = []
+    for i, p, block in parts(found):
+        rotation = (angles, rounding) if p == 0 else (None, 0)
+        streams, bits = plain.model(i, p, block, *rotation)
+        modelled.append(streams)
+        assert native.model(i, p, block, *rotation) == pytest.approx(bits)
+        native.keep()
+    coded = native.encode()
+    assert coded == plain.encode(modelled)
+    assert {data[0] for data in coded[::2]} == {4} and {data[0] for data in coded[1::2]} == {3}
+    native, plain = chains(profile, found, start)
+    for (i, p, block), data in zip(parts(found), coded, strict=True):
+        assert np.array_equal(plain.decode(i, p, data, angles), block)
+        out = np.empty_like(block)
+        whole = np.frombuffer(data, np.uint8)
+        native.decode(i, p, whole[:16], whole[16:], out, angles if p == 0 else None)
+        assert np.array_equal(out, block)
+    assert plain.at_the_end()
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_same_bytes_by_all_instructions(name):
+    profile, found = profile_of(name), turned_snapshot(2, 150, strange=0.1)
+    before, made = _native.simd(), {}
+    for simd in ("scalar", "avx2", "avx512"):
+        if not _native.set_simd(simd):
+            continue
+        try:
+            made[simd] = kvzip.encode(found, "predictive", profile, block_tokens=100, threads=1)
+            assert_same(kvzip.decode(made[simd], profile, threads=1), found)
+        finally:
+            _native.set_simd(before)
+    assert len(set(made.values())) == 1
+
+
+@pytest.mark.parametrize("rounding", [1, 2])
+def test_keys_that_were_turned_so_are_known(monkeypatch, rounding):
+    """Files of caches that came about in another way stay as they were."""
+    profile = profile_of("plain")
+    found = turned_snapshot(3, 100, rounding)
+    blob = encode(found, profile, monkeypatch, block_tokens=50)
+    assert_same(kvzip.decode(blob, profile), found)
+    assert all(kinds(blob, profile)[i, "k"] == {4} for i in range(3))
+    assert all(kinds(blob, profile)[i, "v"] == {3} for i in range(3))
+    with kvzip.open(blob, profile) as reader:
+        rows = reader.index.rows[0, "k"][1:]
+        assert {int(reader._blocks.stored(row)[2]) for row in rows} == {rounding}
+    rng = np.random.default_rng(0)
+    random = [tuple(random_bits(rng, "bf16", part.shape) for part in x) for x in found.layers]
+    others = [
+        with_rope(random, found.token_ids),
+        turned_snapshot(3, 100, rounding, start=7),  # as if from other positions
+        with_rope(found.layers, found.token_ids, rope=None),
+        with_rope(found.layers, found.token_ids, kvzip.Origin()),
+    ]
+    for each in others:
+        blob = encode(each, profile, monkeypatch, block_tokens=50)
+        assert_same(kvzip.decode(blob, profile), each)
+        assert set().union(*kinds(blob, profile).values()) == {3}
+
+
+def test_blocks_of_every_kind(monkeypatch):
+    """What others are predicted from is the same to reader and writer when keys that would have
+    been coded as before RoPE are stored by `channel` or as they are."""
+    profile, found = profile_of("tables"), turned_snapshot(4, 90)
+    plain = {(0, "k"), (2, "k")}
+    blob = encode(found, profile, monkeypatch, plain, block_tokens=40)
+    found_kinds = kinds(blob, profile)
+    assert found_kinds[1, "k"] == {4}
+    assert not (found_kinds[0, "k"] | found_kinds[2, "k"]) & {3, 4}
+    assert_same(kvzip.decode(blob, profile), found)
+    with kvzip.open(blob, profile) as reader:
+        cut = reader.tokens(30, 75)
+    for a, b in zip(cut.layers, found.layers, strict=True):
+        assert np.array_equal(a.k, b.k[:, 30:75]) and np.array_equal(a.v, b.v[:, 30:75])
+
+
+def test_a_models_keys_take_less(monkeypatch):
+    loaded = tiny_model("Llama", vocab_size=100, num_hidden_layers=4, head_dim=16)
+    profile = kvzip.Profile.fit(documents(loaded, 12))
+    unseen = documents(loaded, 1, tokens=300, seed=99)[0]
+    blob = kvzip.encode(unseen, "predictive", profile)
+    assert 4 in set().union(*kinds(blob, profile).values())
+    spent = [bits for *_, bits, _ in measure(native_model(profile), profile.tensors, unseen)]
+    with monkeypatch.context() as patch:
+        patch.setattr("kvzip.codecs.predictive.rotation.rotation_of", lambda *_: None)
+        without = kvzip.encode(unseen, "predictive", profile)
+        more = [bits for *_, bits, _ in measure(native_model(profile), profile.tensors, unseen)]
+    assert_same(kvzip.decode(without, profile), unseen)
+    assert set().union(*kinds(without, profile).values()) <= {0, 2, 3}
+    assert sum(spent[::2]) < 0.99 * sum(more[::2])
+    assert len(blob) < 0.995 * len(without)
+
+
+def context(profile, rope=0, form="bf16", part="k", origin=ORIGIN):
+    return Context(dtypes.get(form), 0, part, 0, origin, None, profile, scratch={}, rope=rope)
+
+
+@pytest.fixture(scope="module")
+def coded():
+    """A block of keys before RoPE."""
+    profile, found = profile_of("plain"), turned_snapshot(5, 40)
+    native, _ = chains(profile, found, 0)
+    for i, p, block in parts(found):
+        native.model(i, p, block, *((ROTATION.angles_of(0, 40), 1) if p == 0 else ()))
+        native.keep()
+    return profile, found.layers[0].block("k"), native.encode()[0]
+
+
+def test_a_header_must_say_how_keys_are_turned(coded):
+    profile, block, data = coded
+    codec, out = get_codec("predictive"), np.empty_like(block)
+    known = context(profile)
+    codec.decode(memoryview(data), out, known)
+    assert np.array_equal(out, block)
+    wrong = kvzip.Origin(rope=({"inv_freq": [1.0, 0.5]},))
+    endless = kvzip.Origin(rope=(ORIGIN.rope[0] | {"attention_scaling": 1e30},))
+    for origin, rope in (
+        (kvzip.Origin(), None),
+        (ORIGIN, None),
+        (ORIGIN, 1),
+        (wrong, 0),
+        (endless, 0),
+    ):
+        with pytest.raises(CorruptError):
+            codec.decode(memoryview(data), out, context(profile, rope, origin=origin))
+
+
+@pytest.mark.parametrize("head", [(4, 0), (4, 3), (3, 1), (5, 1)])
+def test_heads_that_make_no_sense(coded, head):
+    profile, block, data = coded
+    data = bytes([head[0], data[1], head[1]]) + data[3:]
+    with pytest.raises(CorruptError):
+        get_codec("predictive").decode(memoryview(data), np.empty_like(block), context(profile))
+
+
+def test_only_keys_of_bf16(coded):
+    profile, block, data = coded
+    wide = block.astype(np.uint32)
+    for form, part, out in (("bf16", "v", block), ("fp16", "k", block), ("fp32", "k", wide)):
+        with pytest.raises(CorruptError):
+            get_codec("predictive").decode(
+                memoryview(data),
+                np.empty_like(out),
+                context(profile, form=form, part=part),
+            )
+
+
+@given(data=st.data())
+@examples(200)
+def test_damage_never_gives_other_numbers_or_a_crash(coded, data):
+    profile, block, whole = coded
+    at = data.draw(st.integers(0, len(whole) - 1))
+    byte = data.draw(st.integers(0, 255))
+    cut = data.draw(st.sampled_from([len(whole), len(whole) - 4, 20, 3, 0]))
+    damaged = bytearray(whole)
+    damaged[at] = byte
+    out = np.empty_like(block)
+    try:
+        get_codec("predictive").decode(memoryview(bytes(damaged[:cut])), out, context(profile))
+    except KVZipError:
+        pass  # what is damaged and fits all the same, a file's checksum of the numbers tells
+    else:
+        assert bytes(damaged[:cut]) != whole or np.array_equal(out, block)
