@@ -12,6 +12,7 @@ from kvzip.files import name_of
 from kvzip.options import boolean, integer, items
 
 _NAMES = ("regions", "max_bytes", "token_table", "group", "calibration", "resume")
+_MOST = 1 << 31
 
 
 def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,16 +29,21 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "token_table":
             found[name] = boolean(name, value)
         elif value is not None:
-            found[name] = name_of(value) if name == "resume" else integer(name, value)
+            found[name] = name_of(value) if name == "resume" else _number(name, value)
     return found
 
 
 def _regions(value: Any) -> int | str | list[int]:
     what = '"auto", a number, or one for each layer'
     if isinstance(value, (int, float, np.number)):
-        return integer("regions", value)
+        return _number("regions", value)
     if isinstance(value, str) and value == "auto":
         return "auto"
     if isinstance(value, (str, bytes, Mapping)):
         raise UsageError(f"regions is {value!r}: it must be {what}")
-    return [integer("regions", each) for each in items("regions", value, what)]
+    return [_number("regions", each) for each in items("regions", value, what)]
+
+
+def _number(name: str, value: Any) -> int:
+    """An integer that can be told in few words, if the fit refuses it."""
+    return integer(name, value, -_MOST, _MOST)
