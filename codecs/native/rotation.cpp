@@ -9,7 +9,7 @@
 
 namespace kvzip {
 namespace rotation {
-const Kernels baseline = kernels_of<4>();
+constexpr Kernels baseline = kernels_of<4>();
 }
 
 namespace {

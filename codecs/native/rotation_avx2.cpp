@@ -1,5 +1,5 @@
 #include "native/rotation_kernels.hpp"
 
 namespace kvzip::rotation {
-const Kernels avx2 = kernels_of<8>();
+constexpr Kernels avx2 = kernels_of<8>();
 }

@@ -1,5 +1,5 @@
 #include "native/rotation_kernels.hpp"
 
 namespace kvzip::rotation {
-const Kernels avx512 = kernels_of<16>();
+constexpr Kernels avx512 = kernels_of<16>();
 }
