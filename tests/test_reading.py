@@ -6,6 +6,7 @@ import io
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -61,14 +62,18 @@ def test_what_has_no_end_is_told_by_how_it_begins(tmp_path, path):
     if path == "pipe":
         path = str(tmp_path / "pipe")
         os.mkfifo(path)
-        each = " ".join(READERS)
         endless = subprocess.Popen(
-            ["sh", "-c", f"for each in {each}; do yes > {path}; done"], stderr=subprocess.DEVNULL
+            ["sh", "-c", f"while :; do yes > {path}; done"],
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
     command = [sys.executable, "-c", READ, path, str(tmp_path / "store"), *READERS.values()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if endless is not None:
-        endless.wait(10)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finally:
+        if endless is not None:
+            os.killpg(endless.pid, signal.SIGKILL)
+            endless.wait()
     *told, megabytes = done.stdout.splitlines()
     assert len(told) == len(READERS), done.stderr
     assert all(each.startswith("told:") and path in each for each in told), told
