@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import msgspec
 import numpy as np
 import predictive_profiles
 import pytest
@@ -34,6 +35,7 @@ from kvzip import dtypes
 from kvzip.codecs import _native
 from kvzip.errors import UnsupportedError
 from kvzip.selftest import instructions
+from kvzip.snapshot import Layer
 from kvzip.testing import assert_same, cache_like, nearest_bits, random_bits
 
 TURN = 20.0
@@ -107,6 +109,21 @@ def like_a_model(rng, shapes, dtype, tokens):
     return layers
 
 
+def as_turned(rng, snapshot):
+    """The same but for the keys, of bf16, which are as RoPE turned them, and say so."""
+    dim = snapshot.layers[0].k.shape[-1]
+    radians = (1e4 ** -rng.random(int(rng.integers(1, dim // 2 + 1)))).astype(np.float32)
+    rotation, layers = _native.Rotation(radians), []
+    for layer in snapshot.layers:
+        keys = np.ascontiguousarray(layer.k)
+        rotation.turn(keys.reshape(-1, *keys.shape[-3:]), 0, int(rng.integers(1, 3)))
+        form = msgspec.structs.replace(layer.layout, rope=0)
+        layers.append(Layer.of_kv(lying(rng, keys), layer.v, form))
+    rope = ({"inv_freq": [float(f) for f in radians]},)
+    origin = msgspec.structs.replace(snapshot.origin, rope=rope)
+    return kvzip.Snapshot(layers, snapshot.dtype, snapshot.token_ids, origin)
+
+
 # --- rounds: each compares all that it encodes, and says how many numbers those were --------
 
 
@@ -138,6 +155,8 @@ def channel(rng, dtype):
     ]
     ids = rng.integers(0, 50_000, (*front, tokens))
     snapshot = kvzip.Snapshot.from_arrays(layers, dtype, ids, ORIGIN)
+    if dtype == "bf16" and dim > 1 and rng.random() < 0.5:
+        snapshot = as_turned(rng, snapshot)
     block = None if rng.random() < 0.5 else max(size_of(rng, tokens), -(-tokens // 200))
     blob = kvzip.encode(snapshot, "channel", threads=int(rng.integers(1, 5)), block_tokens=block)
     most = kvzip.max_encoded_size(snapshot, "channel", block_tokens=block)
