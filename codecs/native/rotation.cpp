@@ -1,6 +1,7 @@
 #include "native/rotation.hpp"
 
 #include <algorithm>
+#include <cfenv>
 #include <cmath>
 #include <cstring>
 
@@ -21,6 +22,22 @@ const rotation::Kernels& kernels() {
 #endif
   return rotation::baseline;
 }
+
+// The floating point environment that IEEE 754 begins with, whatever the thread's: rounding to the
+// nearest, subnormals kept. Angles are kept for other threads, so they may not depend on it either.
+class DefaultEnvironment {
+ public:
+  DefaultEnvironment() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultEnvironment() { std::fesetenv(&before_); }
+  DefaultEnvironment(const DefaultEnvironment&) = delete;
+  DefaultEnvironment& operator=(const DefaultEnvironment&) = delete;
+
+ private:
+  std::fenv_t before_;
+};
 
 // Blocks of angles that are kept, at most.
 constexpr std::size_t kKept = 256;
@@ -77,6 +94,7 @@ Rotation::Rotation(const float* frequency, std::size_t pairs, float scale)
     : frequency_(frequency, frequency + pairs), scale_(scale) {}
 
 void Rotation::angles(std::size_t position, std::uint16_t* out) const {
+  const DefaultEnvironment environment;
   const std::size_t n = pairs();
   for (std::size_t i = 0; i < n; ++i) {
     std::uint16_t found[2];
@@ -110,6 +128,7 @@ Rotation::Angles Rotation::angles_at(std::size_t block) const {
 
 template <typename Use>
 void Rotation::each_run(std::size_t first, std::size_t tokens, const Use& use) const {
+  const DefaultEnvironment environment;
   for (std::size_t t = 0; t < tokens;) {
     const std::size_t at = (first + t) % kPositions, n = std::min(kPositions - at, tokens - t);
     const Angles angles = angles_at((first + t) / kPositions);

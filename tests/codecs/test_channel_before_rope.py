@@ -3,7 +3,9 @@ instructions, in every layout, and damaged."""
 
 from __future__ import annotations
 
+import ctypes
 import struct
+import sys
 
 import channel_reference
 import msgspec
@@ -98,6 +100,33 @@ def test_angles_are_those_of_cosine_and_sine(theta):
         expected = [channel_reference.angles(position, f) for f in frequencies]
         bits = np.array(expected, np.float32).view(np.uint32).T >> 16
         assert np.array_equal(rotation.angles(position), bits)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="numbers of rounding modes are glibc's")
+def test_a_threads_rounding_mode_changes_nothing():
+    libm = ctypes.CDLL("libm.so.6")
+    keys, frequencies = before(np.random.default_rng(3), (1, 2, 300, 64)), radians(32)
+
+    def found(mode):
+        rotation = _native.Rotation(frequencies)
+        turned, back = keys.copy(), keys.copy()
+        libm.fesetround(mode)
+        try:
+            rotation.turn(turned, 1000, 1)
+            rotation.unturn(keys, 1000, 1, back, keys.size)
+            angles = rotation.angles(1000)
+            left = libm.fegetround()
+        finally:
+            libm.fesetround(0)
+        assert left == mode
+        return turned, back, angles
+
+    # Down, up and to zero: of x86, then of Arm.
+    others = [m for m in (0x400, 0x800, 0xC00, 0x400000, 0x800000) if not libm.fesetround(m)]
+    libm.fesetround(0)
+    for mode in others:
+        for result, expected in zip(found(mode), found(0), strict=True):
+            assert np.array_equal(result, expected)
 
 
 @examples(100)
