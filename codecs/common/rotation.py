@@ -34,7 +34,7 @@ def rotation_of(context: Context, dim: int) -> _native.Rotation | None:
         return None
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _rotation(radians: bytes, scale: float) -> _native.Rotation | None:
     found = np.frombuffer(radians, np.float32)
     if not len(found) or not np.isfinite(found).all() or not abs(scale) <= _GREATEST:

@@ -39,8 +39,8 @@ class DefaultEnvironment {
   std::fenv_t before_;
 };
 
-// Blocks of angles that are kept, at most.
-constexpr std::size_t kKept = 256;
+// Bytes of angles that are kept, at most: those of 262,144 positions of 64 pairs.
+constexpr std::size_t kKept = std::size_t(128) << 20;
 
 std::uint16_t bf16(double value, float scale) {
   const float v = float(value) * scale;
@@ -122,7 +122,7 @@ Rotation::Angles Rotation::angles_at(std::size_t block) const {
     known = std::move(made);
   }
   const Angles found = known;
-  if (known_.size() > kKept) known_.clear();
+  if (known_.size() * found->size() * sizeof(float) > kKept) known_.clear();
   return found;
 }
 
