@@ -187,7 +187,7 @@ def _rent(traffic: TrafficResult) -> str:
 _WAYS = {
     "`zstd`, `lz4`": "looking for repeats, of which there are none",
     "`planes`": "putting like bytes together first",
-    "`channel`": "a probability table per channel for sign and exponent",
+    "`channel`": "a probability table per channel for sign and exponent; keys as before RoPE",
     "`predictive`": "predicting each layer from the layers before it, in integers, with a profile",
 }
 

@@ -94,7 +94,7 @@ def test_other_results_give_another_answer(tmp_path: Path) -> None:
     assert f.put_figures(other, copy) is True
     text = copy.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "4,096 tokens" in text and "between" in text and "| `channel` | 1.54 |" in text
+    assert "4,096 tokens" in text and "between" in text and "| `channel` | 1.58 |" in text
     assert max(map(len, text.splitlines())) <= 120
     copy.write_text("no marks")
     with pytest.raises(KVZipError, match="has no <!-- answer -->"):
