@@ -102,6 +102,7 @@ def _in_processes(points: Sequence[AnyPoint], folder: Path, workers: int) -> Ite
     if not points:
         return
     context = multiprocessing.get_context("spawn")  # torch and threads do not survive a fork
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(
         min(workers, len(points)), context, initializer=_end_with, initargs=(os.getpid(),)
     ) as pool:
@@ -124,6 +125,11 @@ def _in_processes(points: Sequence[AnyPoint], folder: Path, workers: int) -> Ite
                 f"a worker died, out of memory or in native code; it was at one of: {names}. What "
                 "was finished is kept: run again to go on"
             ) from None
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            # One that a signal ended may have held the lock of the queue that the rest wait at.
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            raise
         finally:
             for future in pending:
                 future.cancel()
