@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.fit import fit
-from kvzip.codecs.channel.profile import fields, rows, tables_of, takes
+from kvzip.codecs.channel.profile import fields, own_bits, rows, tables_of, takes
 from kvzip.codecs.channel.rotation import UNTURNED, Keys, unturned
 from kvzip.codecs.common.rotation import rotation_of
 from kvzip.dtypes import Bits, DType
@@ -194,9 +194,7 @@ def _chosen_of_profile(part: Bits, keys: Keys | None, context: Context) -> bytes
     if not bits:
         return None
     least = min(bits, key=bits.__getitem__)
-    counts = _native.ChannelCounts(heads, dim, *fields(form))
-    counts.add(sample)
-    return least if bits[least] <= (1 + _MORE) * counts.bits() else None
+    return least if bits[least] <= (1 + _MORE) * own_bits(sample, form) else None
 
 
 def _bits(tables: _native.ChannelTables, sample: Bits) -> float:

@@ -103,6 +103,14 @@ def rows(block: Bits) -> Bits:
     return block if side_by_side else np.ascontiguousarray(block)
 
 
+def own_bits(numbers: Bits, form: DType) -> float:
+    """What numbers, [batch, heads, tokens, dim], take by tables of their own, about."""
+    counts = _native.ChannelCounts(numbers.shape[1], numbers.shape[3], *fields(form))
+    counts.add(numbers)
+    bits: float = counts.bits()
+    return bits
+
+
 def _read(profile: Profile, name: str, heads: int, dim: int, form: DType) -> _native.ChannelTables:
     """The tables as the profile's tensors hold them. Raises ProfileError."""
     # Blocks come to them now and then: what is made of them stays.

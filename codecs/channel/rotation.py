@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codec import Context
-from kvzip.codecs import _native
-from kvzip.codecs.channel.profile import fields, rows
+from kvzip.codecs.channel.profile import own_bits, rows
 from kvzip.codecs.common.rotation import rotation_of
 from kvzip.dtypes import Bits
 
@@ -55,17 +54,17 @@ class Keys(NamedTuple):
     def wrapped(self, coded: bytes, block: Bits, begin: int) -> bytes:
         """A block of the keys as it is stored: `block`, the keys behind RoPE, of which the first
         token is number `begin` here, and `coded`, those before it."""
-        tokens = block.shape[2]
-        row, pair = np.divmod(self.missing, np.uint64(self.pairs))
-        head, token = np.divmod(row, np.uint64(self.array.shape[2]))
-        there = (token >= begin) & (token < begin + tokens)
-        head, token, pair = (x[there].astype(np.int64) for x in (head, token, pair))
+        heads, tokens = block.shape[1:3]
+        row, pair = np.divmod(self.missing.astype(np.int64), self.pairs)
+        head, token = np.divmod(row, self.array.shape[2])
         token -= begin
+        there = (token >= 0) & (token < tokens)
+        head, token, pair = head[there], token[there], pair[there]
         exceptions = np.empty(len(pair), _EXCEPTION)
         exceptions["pair"] = (head * tokens + token) * self.pairs + pair
-        of = block.reshape(-1, *block.shape[2:])
-        exceptions["numbers"][:, 0] = of[head, token, pair]
-        exceptions["numbers"][:, 1] = of[head, token, pair + self.pairs]
+        at = *np.divmod(head, heads), token
+        exceptions["numbers"][:, 0] = block[(*at, pair)]
+        exceptions["numbers"][:, 1] = block[(*at, pair + self.pairs)]
         data = exceptions.tobytes()
         head_bytes = _HEAD.pack(UNTURNED, self.rounding, 0, len(exceptions))
         return head_bytes + data + bytes(-len(data) % _ALIGNED) + coded
@@ -91,16 +90,8 @@ def unturned(part: Bits, context: Context) -> Keys | None:
     else:
         return None
     exceptions = 8 * _EXCEPTION.itemsize * len(found)
-    if _bits(room, context) + exceptions >= _bits(sample, context):
+    if own_bits(room, context.dtype) + exceptions >= own_bits(sample, context.dtype):
         return None
     array = part.copy() if 2 * rotation.pairs < dim else np.empty(part.shape, part.dtype)
     missing = rotation.unturn(part, first, rounding, array, int(_MISSING * pairs))
     return None if missing is None else Keys(array, rounding, rotation.pairs, first, missing)
-
-
-def _bits(part: Bits, context: Context) -> float:
-    """What such keys take, about."""
-    counts = _native.ChannelCounts(part.shape[1], part.shape[3], *fields(context.dtype))
-    counts.add(part)
-    bits: float = counts.bits()
-    return bits
