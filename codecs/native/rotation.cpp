@@ -93,17 +93,6 @@ float from_bf16(std::uint16_t number) {
 Rotation::Rotation(const float* frequency, std::size_t pairs, float scale)
     : frequency_(frequency, frequency + pairs), scale_(scale) {}
 
-void Rotation::angles(std::size_t position, std::uint16_t* out) const {
-  const DefaultEnvironment environment;
-  const std::size_t n = pairs();
-  for (std::size_t i = 0; i < n; ++i) {
-    std::uint16_t found[2];
-    angle_of(float(position), frequency_[i], scale_, found);
-    out[i] = found[0];
-    out[n + i] = found[1];
-  }
-}
-
 Rotation::Angles Rotation::angles_at(std::size_t block) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   Angles& known = known_[block];

@@ -44,9 +44,8 @@ class Rotation {
               const Rows<std::uint16_t>& out, std::size_t most,
               std::vector<std::uint64_t>* missing) const;
 
-  // Cosines, then sines, of all pairs in bf16: [2, pairs].
-  void angles(std::size_t position, std::uint16_t* out) const;
-  // The same of positions that follow each other: [positions, 2, pairs].
+  // Cosines, then sines, of all pairs in bf16, of positions that follow each other: [positions, 2,
+  // pairs].
   void angles_of(std::size_t first, std::size_t positions, std::uint16_t* out) const;
 
  private:

@@ -72,17 +72,6 @@ void bind_rotation(nb::module_& m) {
           "multiplied by.")
       .def_prop_ro("pairs", &Rotation::pairs, "How many pairs of each head are turned.")
       .def(
-          "angles",
-          [](const Rotation& self, std::size_t position) {
-            auto* const made = new std::vector<std::uint16_t>(2 * self.pairs());
-            const nb::capsule owner(
-                made, [](void* p) noexcept { delete static_cast<std::vector<std::uint16_t>*>(p); });
-            self.angles(position, made->data());
-            return nb::ndarray<nb::numpy, std::uint16_t, nb::ndim<2>>(made->data(),
-                                                                      {2, self.pairs()}, owner);
-          },
-          "position"_a, "Cosines and sines of a position, bf16 bits: uint16 [2, pairs].")
-      .def(
           "angles_of",
           [](const Rotation& self, std::size_t first, std::size_t positions) {
             if (positions > (std::size_t(1) << 40) / (2 * self.pairs() + 1))

@@ -21,28 +21,14 @@ from kvzip import dtypes
 from kvzip.codec import Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.codec import ChannelCodec
+from kvzip.selftest import instructions
 
-LEVELS = ["scalar", "avx2", "avx512", "neon"]
 CODEC = ChannelCodec()
 
 
 @pytest.fixture(params=CHANNEL_DTYPES)
 def dtype(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def restore_simd():
-    before = _native.simd()
-    yield
-    _native.set_simd(before)
-
-
-def available():
-    before = _native.simd()
-    found = [level for level in LEVELS if _native.set_simd(level)]
-    _native.set_simd(before)
-    return found
 
 
 def context(dtype, **more):
@@ -122,8 +108,8 @@ def test_what_is_kept_of_few_tokens_is_for_the_part_that_it_is_of(dtype):
 
 
 def test_the_processor_has_more_than_one_path():
-    assert available()[0] == "scalar"
-    assert _native.simd() in available()
+    assert instructions()[0] == "scalar"
+    assert _native.simd() in instructions()
     with pytest.raises(ValueError, match="avx1024"):
         _native.set_simd("avx1024")
 
@@ -132,13 +118,13 @@ def test_all_instructions_give_the_same_bytes_and_numbers(dtype):
     for numbers in samples(dtype):
         made, tables = tables_of(numbers, dtype)
         found = set()
-        for level in available():
+        for level in instructions():
             _native.set_simd(level)
             found.add(encode(numbers, dtype, tables))
             assert tables_of(numbers, dtype)[0] == made
         assert len(found) == 1
         data = found.pop()
-        for level in available():
+        for level in instructions():
             _native.set_simd(level)
             assert np.array_equal(decode(data, numbers.shape, dtype, tables), numbers), level
 
@@ -151,7 +137,7 @@ def test_all_instructions_refuse_the_same_damage(dtype, data):
     for _ in range(data.draw(st.integers(1, 3))):
         damaged[data.draw(st.integers(1, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     results = []
-    for level in available():
+    for level in instructions():
         _native.set_simd(level)
         try:
             results.append(decode(damaged, numbers.shape, dtype, tables).tobytes())
@@ -162,7 +148,7 @@ def test_all_instructions_refuse_the_same_damage(dtype, data):
 
 def test_the_environment_chooses():
     code = "from kvzip.codecs import _native; print(_native.simd())"
-    for level in available():
+    for level in instructions():
         run = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "KVZIP_SIMD": level},
@@ -175,7 +161,7 @@ def test_the_environment_chooses():
 
 @pytest.mark.parametrize("level", ["fastest", "neon"])
 def test_an_environment_that_names_none_of_this_processor_is_no_bug(tmp_path, level):
-    if level in available():
+    if level in instructions():
         pytest.skip("this processor has it")
     path = tmp_path / "a.kvz"
     snapshot = make_snapshot(cache_like, 1, "bf16")
@@ -263,7 +249,7 @@ def test_shapes_of_any_number_of_symbols(symbols, escape, gap):
         values[rng.random(values.shape) < 0.05] = 511
     numbers = (values << 7 | rng.integers(0, 128, values.shape)).astype(np.uint16)
     blocks = set()
-    for level in available():
+    for level in instructions():
         _native.set_simd(level)
         data = tables.encode(numbers)
         blocks.add(data)
@@ -301,7 +287,7 @@ def test_any_levels_make_the_same_table_everywhere(seed):
         numbers[0, 0, :, c] = (drawn % 2 * 256 + drawn // 2) << 7
     made = channel_reference.write(shapes, [(c, 0) for c in range(dim)], dim, dtypes.get("bf16"))
     blocks = set()
-    for level in available():
+    for level in instructions():
         _native.set_simd(level)
         tables = _native.ChannelTables(made, 1, dim, 8, 7)
         data = tables.encode(numbers)
@@ -496,7 +482,7 @@ def test_tables_and_states_are_a_small_part(dtype):
 def test_a_snapshot_in_any_form_is_the_same_whatever_the_instructions(dtype):
     snapshot = make_snapshot(cache_like, 6, dtype, tokens=400, dim=72)
     files = set()
-    for level in available():
+    for level in instructions():
         _native.set_simd(level)
         files.add(kvzip.encode(snapshot, "channel", block_tokens=128))
     assert len(files) == 1
@@ -522,7 +508,7 @@ def test_entries_and_channels_say_what_the_tables_do(dtype, data):
     made = channel_reference.write(shapes, channels, dim, form, far, k)
     tables = load(made, (1, heads, 1, dim), dtype)
     found = set()
-    for level in available():
+    for level in instructions():
         _native.set_simd(level)
         entries = tables.entries()
         assert (entries.shape, entries.dtype) == ((len(shapes), 64), np.uint32)
@@ -636,7 +622,7 @@ def test_states_that_make_no_sense(dtype):
     behind += -behind % 16 + mantissas
     behind += -behind % 16 + 2 * (words + escapes)
     low = int(np.flatnonzero(~with_top)[0])
-    for level in available():
+    for level in instructions():
         _native.set_simd(level)
         for at, value, error in [
             (start + 3 * low + 2, 0, "its streams do not fit each other"),

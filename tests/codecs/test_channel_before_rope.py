@@ -18,25 +18,11 @@ from support import assert_same, cache_like, examples, random_bits, reseal
 import kvzip
 from kvzip import dtypes
 from kvzip.codecs import _native
+from kvzip.selftest import instructions
 from kvzip.snapshot import Layer
 
 CODEC = kvzip.get_codec("channel:keys=before_rope")
-LEVELS = ["scalar", "avx2", "avx512"]
 FORM = dtypes.get("bf16")
-
-
-@pytest.fixture(autouse=True)
-def restore_simd():
-    before = _native.simd()
-    yield
-    _native.set_simd(before)
-
-
-def levels():
-    before = _native.simd()
-    found = [level for level in LEVELS if _native.set_simd(level)]
-    _native.set_simd(before)
-    return found
 
 
 def radians(pairs, theta=10_000.0):
@@ -83,7 +69,7 @@ def modes(blob):
 def test_turning_is_what_the_spec_says(rounding):
     rng = np.random.default_rng(rounding)
     frequencies = radians(20)
-    for level in levels():
+    for level in instructions():
         _native.set_simd(level)
         for scale in (1.0, 1.25):
             keys = before(rng, (1, 2, 3, 44))
@@ -99,7 +85,7 @@ def test_angles_are_those_of_cosine_and_sine(theta):
     for position in (0, 1, 2, 1000, 32_767, 1_000_003, 16_777_215):
         expected = [channel_reference.angles(position, f) for f in frequencies]
         bits = np.array(expected, np.float32).view(np.uint32).T >> 16
-        assert np.array_equal(rotation.angles(position), bits)
+        assert np.array_equal(rotation.angles_of(position, 1)[0], bits)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="numbers of rounding modes are glibc's")
@@ -114,7 +100,7 @@ def test_a_threads_rounding_mode_changes_nothing():
         try:
             rotation.turn(turned, 1000, 1)
             rotation.unturn(keys, 1000, 1, back, keys.size)
-            angles = rotation.angles(1000)
+            angles = rotation.angles_of(1000, 1)[0]
             left = libm.fegetround()
         finally:
             libm.fesetround(0)
@@ -143,7 +129,7 @@ def test_what_was_turned_is_found(data):
     rotation = _native.Rotation(radians(pairs))
     rotation.turn(keys, first, rounding)
     found = []
-    for level in levels():
+    for level in instructions():
         _native.set_simd(level)
         out = keys.copy()
         missing = rotation.unturn(keys, first, rounding, out, keys.size)
@@ -167,7 +153,7 @@ def test_whatever_the_bits_are(seed, rounding):
     keys = random_bits(rng, "bf16", (1, 2, 9, 40))
     keys[..., ::3] = rng.choice(np.array([0, 0x8000, 1, 0x7F80, 0xFFC0, 0x7F, 0x80], np.uint16))
     rotation, outs = _native.Rotation(radians(20)), []
-    for level in levels():
+    for level in instructions():
         _native.set_simd(level)
         out = keys.copy()
         missing = rotation.unturn(keys, 3, rounding, out, keys.size)

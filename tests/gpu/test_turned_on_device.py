@@ -132,7 +132,7 @@ def test_angles_of_many_positions():
     found = rotation.angles_of(70_000, 50)
     assert found.shape == (50, 2, 3) and rotation.angles_of(0, 0).shape == (0, 2, 3)
     for n, angles in enumerate(found):
-        assert np.array_equal(angles, rotation.angles(70_000 + n))
+        assert np.array_equal(angles, rotation.angles_of(70_000 + n, 1)[0])
 
 
 def test_angles_stay_on_the_device(device):
