@@ -1,6 +1,9 @@
 // What a set of instructions does with keys; W numbers of 32 bits make a vector. Floating point, in
 // single steps of IEEE 754 that come out alike everywhere: what turned a key is checked by turning
 // it again.
+//
+// `predictive` looks for other pairs, and turns them by a format of its own:
+// predictive/rotation.hpp says why it has its own search.
 #pragma once
 
 #include <cstddef>

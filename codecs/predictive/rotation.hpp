@@ -1,4 +1,11 @@
 // RoPE as models turn a pair of keys in bf16, and what a pair was before.
+//
+// native/rotation_kernels.hpp has the same for `channel`, and shares the geometry alone. The
+// formats differ in what a reader makes of a pair: -0 stays -0 here, and numbers that are too small
+// or too large count as 0, where `channel` has exceptions. And the searches look for different
+// pairs: here for one in the midst of others, or the nearest to what is expected; there for the
+// first in another order, which is not 0 where other numbers do as well. All of this shows in the
+// bytes.
 #pragma once
 
 #include "predictive/vectors.hpp"
