@@ -27,13 +27,13 @@ demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
 
 test: $(TEST)
-	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not long and not quiet'
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --draw -m 'not long and not quiet'
 	$(BIN)/pytest -m 'quiet and not long' $$(grep -rl --include='*.py' mark.quiet tests)
 
 # The store with writers killed at random, a thousand puts and gets, and what else takes long; then properties with ten
-# times as many examples.
+# times as many examples, and all cases of those of which `make test` draws some.
 test-long: $(TEST)
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -m 'long or drawn'
 	HYPOTHESIS_PROFILE=kvzip-long $(BIN)/pytest -m 'not long and not quiet' $$(grep -rl --include='*.py' '^@given' tests)
 
 # The same tests of decoding on a GPU, on a real one; and the memory and race checks of compute-sanitizer

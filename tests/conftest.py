@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
+from datetime import date
 
 # As the command line does it: torch's threads are not to spin while they wait, which takes most of
 # the processor's time where tests run beside other work. Torch reads it once, when it is imported.
@@ -34,6 +35,32 @@ def pytest_xdist_auto_num_workers():
     return min(4, (os.cpu_count() or 1) + (2 if gibibytes >= 12 else 1))
 
 
+# Set here, before other processes begin, so that midnight between them changes nothing.
+DAY = int(os.environ.setdefault("KVZIP_TEST_DAY", str(date.today().toordinal())))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--draw", action="store_true", help="of cases marked drawn(n) the day's, which are one in n"
+    )
+
+
+def pytest_report_header(config):
+    return f"cases of day {DAY} (KVZIP_TEST_DAY)" if config.getoption("draw") else None
+
+
+def draw(items):
+    """Of each function's cases marked `drawn(n)` every n-th, others the next day; and the rest."""
+    seen, chosen, others = Counter(), [], []
+    for item in items:
+        mark = item.get_closest_marker("drawn")
+        function = item.path, item.parent.name, getattr(item, "originalname", item.name)
+        wanted = mark is None or (seen[function] + DAY) % mark.args[0] == 0
+        (chosen if wanted else others).append(item)
+        seen[function] += 1
+    return chosen, others
+
+
 @pytest.fixture(params=dtypes.NAMES)
 def dtype(request):
     return request.param
@@ -50,9 +77,12 @@ def s3(tmp_path_factory):
         yield server
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items, config):
     """Files marked `first`, then those with most tests: pytest-xdist hands files out in this order,
     so that the last ones are short and no worker waits long for another."""
+    if config.getoption("draw"):
+        items[:], others = draw(items)
+        config.hook.pytest_deselected(items=others)
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.get_closest_marker("first") is None, -tests[item.path]))
 

@@ -120,6 +120,7 @@ def of_shape(shape, axes, dtype):
     [*((codec, "bf16") for codec in [*CODECS, "auto"]), ("channel", "fp8_e4m3fn")],
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.drawn(3)
 def test_a_part_of_any_shape_is_stored(codec, shape, dtype):
     """As many channels as there are: what a codec has no tables for, another stores."""
     snapshot = of_shape(*shape, dtype)

@@ -181,6 +181,7 @@ def test_every_command_is_tried():
 
 
 @pytest.mark.parametrize(("command", "base", "option", "values"), list(tries()))
+@pytest.mark.drawn(3)
 def test_whatever_an_option_is_given(capsys, monkeypatch, folder, command, base, option, values):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -55,6 +55,7 @@ def folder(tmp_path_factory):
         ("./out", "", "> out"),
     ],
 )
+@pytest.mark.drawn(2)
 def test_a_file_that_goes_where_words_go_is_whole(folder, output, more, to):
     code, out, err = shell(f"kvzip encode s.safetensors -o {output} {more} {to}", folder)
     assert (code, out) == (0, b"")

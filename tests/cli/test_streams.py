@@ -64,6 +64,7 @@ def test_a_file_to_stdout_and_the_result_to_stderr(folder):
 @pytest.mark.parametrize(
     "command", ["info x.kvz", "info x.kvz --json", "entropy s", "encode s -o -"]
 )
+@pytest.mark.drawn(2)
 def test_a_stdout_that_takes_nothing(folder, command):
     code, _, err = piped(folder, f"kvzip {command} > /dev/full")
     assert code == 1

@@ -204,6 +204,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("rounding", [1, 2])
 @pytest.mark.parametrize(("shape", "first"), SHAPES)
+@pytest.mark.drawn(2)
 def test_a_decoder_written_from_the_spec_reads_real_blocks(shape, first, rounding):
     rng = np.random.default_rng(5)
     frequencies = radians(shape[3] // 2)

@@ -169,6 +169,7 @@ def nearly_int8(shape, share):
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.drawn(2)
 def test_a_part_that_is_unlike_its_sample_is_stored_without_the_grid(codec, seen, monkeypatch):
     """It is seen in other places, or else when all is narrow: then the tables say so, any tokens
     are read, and the file is hardly larger."""
@@ -292,6 +293,7 @@ def test_a_block_read_by_its_description(codec):
 
 
 @pytest.mark.parametrize("codec", ["raw", "planes", "channel"])
+@pytest.mark.drawn(2)
 def test_every_truncation_and_bit_flip_is_an_error(codec):
     blob = kvzip.encode(small(), codec, block_tokens=64)
     assert on_grids(blob)

@@ -236,6 +236,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.drawn(2)
 def test_a_damaged_compressed_file_is_a_corrupt_one(blob, snapshot, kind):
     pack, opened = PACKED[kind]
     refused = 0

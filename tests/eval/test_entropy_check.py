@@ -80,6 +80,7 @@ def test_the_ladders_rung_is_a_code_length(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2"])
 @pytest.mark.parametrize("regions", [1, 3])
+@pytest.mark.drawn(2)
 def test_predictive_takes_what_its_states_and_counts_take(tmp_path, learned, dtype, regions):
     """A thousandth is allowed to files of ten thousand bytes a token; these have a hundred, and a
     state as large. So what lies beside the numbers is counted, and next to nothing may be left."""

@@ -40,6 +40,7 @@ def _changed(device, codec, resealed, most):
 
 
 @pytest.mark.parametrize("resealed", [False, True], ids=["as it is", "resealed"])
+@pytest.mark.drawn(2)
 def test_bytes_that_are_changed(device, codec, resealed):
     """Some of a small file's, one bit of each; also where stored bytes' checksums are made true
     again, so that what is decoded must tell."""
@@ -54,6 +55,7 @@ def test_any_byte_that_is_changed(device, codec, resealed):
 
 
 @pytest.mark.parametrize("dtype", CHANNEL_DTYPES)
+@pytest.mark.drawn(2)
 def test_damage_in_longer_streams(device, shuffled, dtype):
     """Of whole groups and strips, where the kernels take their fastest way."""
     blob = small("channel", dtype, 300, heads=2, tokens=300, dim=128)

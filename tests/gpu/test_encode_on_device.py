@@ -81,6 +81,7 @@ def check(device, room, form, bits, size, pages=0):
         *((dtype, (1, 2, 24, 80), 24) for dtype in DTYPES),  # one
     ],
 )
+@pytest.mark.drawn(3)
 def test_blocks_are_what_the_cpu_writes(device, room, dtype, shape, size):
     form = dtypes.get(dtype)
     check(device, room, form, numbers(form, shape, 3), size)

@@ -74,6 +74,7 @@ def test_any_shape_and_any_bits(device, codec, dtype, data):
 
 
 @pytest.mark.parametrize(("codec", "dtype"), UNLIKE_PAIRS)
+@pytest.mark.drawn(4)
 def test_a_whole_head_of_128_tokens_and_more(device, shuffled, codec, dtype):
     """Where the kernels take their fastest way, beside where they cannot."""
     snapshot = make_snapshot(mixed, 3, dtype, layers=1, heads=2, tokens=390, dim=128)
@@ -136,6 +137,7 @@ def test_other_layers_than_keys_and_values_are_refused(device):
 
 @pytest.mark.parametrize(("codec", "dtype"), UNLIKE_PAIRS)
 @pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2)])
+@pytest.mark.drawn(2)
 def test_into_arrays_of_the_caller(device, room, codec, dtype, axes):
     """Strided ones too; what lies around stays as it was."""
     snapshot = make_snapshot(mixed, 5, dtype, layers=2, heads=3, tokens=140, dim=48)
@@ -182,6 +184,7 @@ def _halves(room, pages, size, heads, dim, itemsize):
 
 @pytest.mark.parametrize("arrangement", [_apart, _side_by_side, _by_head, _halves])
 @pytest.mark.parametrize("size", [1, 7, 16, 128])
+@pytest.mark.drawn(2)
 def test_into_pages(device, room, codec, arrangement, size):
     """Of engines' caches, in any layout: only the pages of the table are written, and of the last
     one only what is held."""

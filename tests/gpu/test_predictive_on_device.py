@@ -56,6 +56,7 @@ def kernels(device):
 
 @pytest.mark.parametrize(("name", "n"), [(name, n) for n, name in enumerate(PROFILES)])
 @pytest.mark.parametrize("shapes", [ALIKE, UNLIKE], ids=["alike", "unlike"])
+@pytest.mark.drawn(2)
 def test_any_profile(device, shuffled, monkeypatch, name, n, shapes):
     profile = random_profile(n, shapes, **PROFILES[name])
     for where, dtype, block in ((device, DTYPES[n % 5], 64), (shuffled, DTYPES[(n + 2) % 5], 40)):
@@ -88,6 +89,7 @@ def test_a_batch(device, monkeypatch):
 
 @pytest.mark.parametrize("rounding", [1, 2])
 @pytest.mark.parametrize("name", ["many lanes", "tables", "one group", "many densities"])
+@pytest.mark.drawn(2)
 def test_pairs_before_rope(device, shuffled, monkeypatch, name, rounding):
     """They are turned as they are decoded, and those that nothing turns to stay as they are."""
     profile = random_profile(9, SHAPES, **PROFILES[name] | {"pairs": PAIRS})

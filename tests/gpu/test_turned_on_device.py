@@ -92,6 +92,7 @@ def encoded(snapshot, block_tokens=64):
 
 @pytest.mark.parametrize("rounding", [1, 2])
 @pytest.mark.parametrize(("dim", "pairs"), SHAPES)
+@pytest.mark.drawn(2)
 def test_keys_come_back(device, shuffled, dim, pairs, rounding):
     """Whole, and in ranges that cut blocks."""
     heads = 8 if dim < 48 else 2

@@ -45,6 +45,7 @@ def few_rows_trained(model: Any, optimizer: Any) -> None:
         ("SGD", {"foreach": False}),
     ],
 )
+@pytest.mark.drawn(2)
 def test_a_few_rows_that_are_trained(
     kind: str, options: dict[str, Any], compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ ASKED = [(9, 9, 9), (1, 20, 3), (0, 40, 7), (12, 1, 60)]
 
 
 @pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.drawn(2)
 def test_documents_of_different_lengths(name: str, tiny: Any, asked: Any) -> None:
     """Tokens as without caches, in the batch and each row alone."""
     case = tiny(name)

@@ -85,6 +85,7 @@ def test_nothing_fails(batch: Batch, caplog: Any) -> None:
 
 @pytest.mark.parametrize("row", [0, 1, 2])
 @pytest.mark.parametrize(("layer", "part"), [(0, "k"), (2, "v")])
+@pytest.mark.drawn(2)
 def test_a_damaged_block(batch: Batch, caplog: Any, row: int, layer: int, part: str) -> None:
     """Its row is computed, once and alone; the others are what was loaded."""
     sources = list(batch.documents)

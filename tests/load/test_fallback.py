@@ -210,6 +210,7 @@ def stored(case: Any, url: str, **more: Any) -> tuple[Store, Any]:
     return store, store.put(kvzip.encode(named, "raw", block_tokens=8))
 
 
+@pytest.mark.drawn(2)
 def test_from_a_bucket_and_over_http(case: Any, right: Any, s3: Any, caplog: Any) -> None:
     prefix = f"fallback-{case.config.model_type}-{case.snapshot.dtype}"
     store, entry = stored(case, f"{s3.url}/{prefix}", options=s3.options)

@@ -148,6 +148,7 @@ def own(model: Any, ids: Any, kept: int, **options: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("prompt", [24, 29, 31])
+@pytest.mark.drawn(2)
 def test_short_ones_are_loaded(model: Any, store: Store, prompt: int, caplog: Any) -> None:
     """And go on beyond the original length as the model does."""
     store.put(document(model, 20), codec="raw")
@@ -160,6 +161,7 @@ def test_short_ones_are_loaded(model: Any, store: Store, prompt: int, caplog: An
 
 
 @pytest.mark.parametrize(("stored", "prompt"), [(20, 32), (31, 32), (32, 20), (40, 31), (40, 60)])
+@pytest.mark.drawn(3)
 def test_long_ones_are_computed(
     model: Any, store: Store, stored: int, prompt: int, caplog: Any
 ) -> None:
@@ -181,6 +183,7 @@ def test_long_ones_are_computed(
 
 
 @pytest.mark.parametrize("longest", [31, 40])
+@pytest.mark.drawn(2)
 def test_the_longest_row_decides(model: Any, store: Store, longest: int, caplog: Any) -> None:
     store.put(document(model, 20), codec="raw")
     rows = [TEXT[0, :25], TEXT[1, :longest]]

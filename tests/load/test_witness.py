@@ -53,6 +53,7 @@ def noisy(model: Any, name: str, share: float) -> Any:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.drawn(2)
 def test_any_parameter_that_keys_or_values_depend_on(name: str, tiny: Any, caplog: Any) -> None:
     case = tiny(name)
     ids, layers = case.longer(), len(case.cache.layers)

@@ -21,5 +21,6 @@ def test_a_file_that_is_too_short_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("codec", ["raw", "channel", "planes", "zstd", "lz4"])
+@pytest.mark.drawn(2)
 def test_a_small_part(codec, whole, tmp_path):
     large.large_part(tmp_path, codec, rows=5000, whole=whole)

@@ -11,6 +11,7 @@ import kvzip
 
 
 @pytest.mark.parametrize("target", run.targets())
+@pytest.mark.drawn(3)
 def test_a_round_of_every_target_comes_back(target):
     assert sum(run.round_of(target, number) for number in range(2)) > 0
 

@@ -196,6 +196,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("how", LOST)
+@pytest.mark.drawn(2)
 def test_any_small_file_may_be_lost(tmp_path, how):
     """One after the other: everything is found as before, and is whole again after a put."""
     store = Store(tmp_path / "a", block_tokens=8)

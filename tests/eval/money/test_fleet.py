@@ -52,6 +52,7 @@ def fleet(**changes: object) -> f.Fleet:
         {"documents": 1, "reads_per_write": 3.0},
     ],
 )
+@pytest.mark.drawn(3)
 def test_the_simulation_and_the_closed_form_agree(changes: dict[str, object]) -> None:
     given_fleet = fleet(**changes)
     by_form = f.closed_form(given_fleet)
