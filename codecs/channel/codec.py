@@ -17,7 +17,7 @@ from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.fit import fit
 from kvzip.codecs.channel.profile import fields, own_bits, rows, tables_of, takes
-from kvzip.codecs.channel.rotation import UNTURNED, Keys, unturned
+from kvzip.codecs.channel.rotation import UNTURNED, Keys, sampled, unturned
 from kvzip.codecs.common.rotation import rotation_of
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
@@ -35,6 +35,8 @@ _BEFORE_ROPE = bytes([UNTURNED])
 # own tables are thought to: 3 % is seen where they fit, since few tokens tell too little of a
 # channel. And what a stream takes besides its numbers, in bits.
 _SAMPLE, _MORE, _STREAM = 128, 0.05, 850
+# Tokens that tell what keys before RoPE take at least.
+_FEW = 32
 # Under which a part of few tokens is kept, as coded by its tables, for its block if that is all;
 # and keys before RoPE, for their blocks.
 _CODED, _KEYS = "coded", "keys"
@@ -126,6 +128,16 @@ class ChannelCodec(Codec):
         if coded is None or keys is None:
             return coded
         return keys.wrapped(coded, block, begin)
+
+    def least_bytes(self, block: Bits, context: Context) -> float:
+        """What a block that is a part of its own takes at least: as with a table for each channel
+        that knows its numbers, and costs nothing. Of keys before RoPE a few tell."""
+        bits: float = _native.bits_by_channel(block, *fields(context.dtype))
+        few = sampled(block, context, _FEW) if self.keys == "before_rope" else None
+        if few is not None:
+            before: float = _native.bits_by_channel(few.before, *fields(context.dtype))
+            bits = min(bits, (1 - _MORE) * before * block.size / few.before.size)
+        return bits / 8
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         self.decode_many([Coded(data, out, context)])

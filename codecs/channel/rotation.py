@@ -70,28 +70,43 @@ class Keys(NamedTuple):
         return head_bytes + data + bytes(-len(data) % _ALIGNED) + coded
 
 
-def unturned(part: Bits, context: Context) -> Keys | None:
-    """A part's keys before RoPE; None where they are not to be had, or would take more."""
+class Sampled(NamedTuple):
+    """Keys of a part's last tokens, which say whether and how all were turned."""
+
+    cached: Bits
+    before: Bits
+    rounding: int
+    missing: int
+    """How many of the pairs have no keys before RoPE."""
+
+
+def sampled(part: Bits, context: Context, tokens: int = _SAMPLE) -> Sampled | None:
+    """Of so many tokens; None where keys before RoPE are not to be had."""
     rotation = rotation_of(context, part.shape[3])
     if rotation is None or not part.size:
         return None
-    part, first = rows(part), context.start
-    tokens, dim = part.shape[2:]
-    pairs = part.size // dim * rotation.pairs
-    if pairs >> 32:
-        return None
-    start = max(0, tokens - _SAMPLE)
-    sample = part[:, :, start:]
-    room, most = sample.copy(), int(_MISSING * sample.size / dim * rotation.pairs)
+    start = max(0, part.shape[2] - tokens)
+    cached = rows(part[:, :, start:])
+    before = cached.copy()
+    most = int(_MISSING * cached.size / cached.shape[3] * rotation.pairs)
     for rounding in _ROUNDINGS:
-        found = rotation.unturn(sample, first + start, rounding, room, most)
-        if found is not None:
-            break
-    else:
+        missing = rotation.unturn(cached, context.start + start, rounding, before, most)
+        if missing is not None:
+            return Sampled(cached, before, rounding, len(missing))
+    return None
+
+
+def unturned(part: Bits, context: Context) -> Keys | None:
+    """A part's keys before RoPE; None where they are not to be had, or would take more."""
+    few, rotation = sampled(part, context), rotation_of(context, part.shape[3])
+    if few is None or rotation is None:
         return None
-    exceptions = 8 * _EXCEPTION.itemsize * len(found)
-    if own_bits(room, context.dtype) + exceptions >= own_bits(sample, context.dtype):
+    part, first, form = rows(part), context.start, context.dtype
+    pairs = part.size // part.shape[3] * rotation.pairs
+    exceptions = 8 * _EXCEPTION.itemsize * few.missing
+    if pairs >> 32 or own_bits(few.before, form) + exceptions >= own_bits(few.cached, form):
         return None
-    array = part.copy() if 2 * rotation.pairs < dim else np.empty(part.shape, part.dtype)
-    missing = rotation.unturn(part, first, rounding, array, int(_MISSING * pairs))
-    return None if missing is None else Keys(array, rounding, rotation.pairs, first, missing)
+    whole = 2 * rotation.pairs == part.shape[3]
+    array = np.empty(part.shape, part.dtype) if whole else part.copy()
+    missing = rotation.unturn(part, first, few.rounding, array, int(_MISSING * pairs))
+    return None if missing is None else Keys(array, few.rounding, rotation.pairs, first, missing)

@@ -320,19 +320,35 @@ double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::siz
   constexpr std::size_t symbols = 32;
   std::vector<std::uint32_t> counts(dim * symbols);
   const double each = double(rows * tokens);
-  double bits = each * double(heads * dim) * format.mantissa_bits;
+  double bits = 0;
   for (std::size_t h = 0; h < heads; ++h) {
     std::fill(counts.begin(), counts.end(), 0);
+    const T* const head = numbers.data + std::ptrdiff_t(h) * numbers.head_stride;
+    const auto row = [&](std::size_t r, std::size_t t) {
+      return head + std::ptrdiff_t(r) * numbers.row_stride +
+             std::ptrdiff_t(t) * numbers.token_stride;
+    };
     for (std::size_t r = 0; r < rows; ++r)
       for (std::size_t t = 0; t < tokens; ++t) {
-        const T* at = numbers.data + std::ptrdiff_t(r) * numbers.row_stride +
-                      std::ptrdiff_t(h) * numbers.head_stride +
-                      std::ptrdiff_t(t) * numbers.token_stride;
+        const T* const at = row(r, t);
         for (std::size_t d = 0; d < dim; ++d)
           ++counts[d * symbols + (std::size_t(at[std::ptrdiff_t(d) * numbers.dim_stride]) >>
                                   format.mantissa_bits) %
                                      symbols];
       }
+    // A channel that is constant costs nothing; its exponents are all alike.
+    const auto is_constant = [&](std::size_t d) {
+      const std::ptrdiff_t channel = std::ptrdiff_t(d) * numbers.dim_stride;
+      for (std::size_t r = 0; r < rows; ++r)
+        for (std::size_t t = 0; t < tokens; ++t)
+          if (row(r, t)[channel] != head[channel]) return false;
+      return true;
+    };
+    for (std::size_t d = 0; d < dim; ++d) {
+      const std::uint32_t* const own = &counts[d * symbols];
+      if (double(*std::max_element(own, own + symbols)) < each || !is_constant(d))
+        bits += each * format.mantissa_bits;
+    }
     for (std::uint32_t n : counts)
       if (n) bits += n * std::log2(each / n);
   }

@@ -132,9 +132,8 @@ class PredictiveCodec(Codec):
                 raise ProfileError(f"the profile is of another model: {error}") from None
             size = bits / 8 + low.nbytes + _HEADER
             # Mostly it is plain, from the counts alone, that `channel` cannot do as well.
-            form = context.dtype
-            least = _native.bits_by_channel(block, form.exponent_bits, form.mantissa_bits) / 8
-            other = None if size <= min(least, block.nbytes) else _plain(block, context)
+            least = min(ChannelCodec().least_bytes(block, context), block.nbytes)
+            other = None if size <= least else _plain(block, context)
             if size * _MAX_EXPANSION < block.nbytes or (other is not None and len(other) <= size):
                 found.append(_plain(block, context) if other is None else other)
                 if rounding:  # a reader knows the keys as they are cached, and no others

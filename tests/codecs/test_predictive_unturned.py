@@ -18,12 +18,13 @@ from predictive_profiles import (
     with_rope,
 )
 from predictive_reference import Chain
-from support import assert_same, examples, random_bits, tiny_model
+from support import assert_same, examples, random_bits, rotated, tiny_model
 from support import tiny_documents as documents
 
 import kvzip
 from kvzip import Context, dtypes, get_codec
 from kvzip.codecs import _native
+from kvzip.codecs.predictive import codec as predictive
 from kvzip.codecs.predictive.codec import measure, native_model, new_chain
 from kvzip.errors import CorruptError, KVZipError
 
@@ -162,6 +163,25 @@ def test_a_models_keys_take_less(monkeypatch):
     assert set().union(*kinds(without, profile).values()) <= {0, 2, 3}
     assert sum(spent[::2]) < 0.99 * sum(more[::2])
     assert len(blob) < 0.995 * len(without)
+
+
+@examples(30)
+@given(
+    seed=st.integers(0, 1 << 32), tokens=st.integers(1, 400), constant=st.sampled_from([0, 5, 31])
+)
+def test_channel_is_tried_wherever_it_may_take_less(seed, tokens, constant):
+    """What it is thought to take at least, it takes, of keys before RoPE and of channels with one
+    number, too: otherwise a block could be larger than `channel` makes it."""
+    found = rotated(seed % 1000, tokens)
+    known = Context(dtypes.get("bf16"), 0, "k", 0, found.origin, rope=0, scratch={})
+    keys = found.layers[0].block("k")
+    rng = np.random.default_rng(seed)
+    for k in (keys, random_bits(rng, "bf16", keys.shape)):
+        k = np.array(k)
+        some = rng.permutation(k.shape[3])[:constant]
+        k[..., some] = random_bits(rng, "bf16", (1, k.shape[1], 1, len(some)))
+        least = get_codec("channel").least_bytes(k, known)
+        assert min(least, k.nbytes) <= len(predictive._plain(k, known))
 
 
 def context(profile, rope=0, form="bf16", part="k", origin=ORIGIN):
