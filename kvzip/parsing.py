@@ -1,7 +1,8 @@
 """JSON and TOML that others have written, read so that no text does harm.
 
 All of the library reads these two here: whatever the text is, its values have the form that is
-asked for and nest no deeper than :data:`DEPTH`, or there is an error of ours.
+asked for and nest no deeper than :data:`DEPTH`, or there is an error of ours. Numbers are the
+nearest ones, however the thread rounds: neither msgspec nor Python sees to that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, TypeVar, overload
 import msgspec
 import numpy as np
 
+from kvzip.codecs._native import DefaultEnvironment
 from kvzip.errors import CorruptError, FormatError
 
 T = TypeVar("T")
@@ -41,7 +43,8 @@ def from_json(data: bytes | memoryview | str, form: Any = Any) -> Any:
         if plain.count(b"[") + plain.count(b"{") > DEPTH and _depth(plain) > DEPTH:
             raise _too_deep()
         try:
-            return _decoder(form).decode(plain)
+            with DefaultEnvironment():
+                return _decoder(form).decode(plain)
         except msgspec.ValidationError as error:
             msgspec.json.decode(plain)  # a type is told before the text has been read to its end
             raise FormatError(str(error)) from None
@@ -58,7 +61,8 @@ def from_toml(data: bytes | str) -> dict[str, Any]: ...
 def from_toml(data: bytes | str, form: Any = dict[str, Any]) -> Any:
     """The value that TOML text stands for, of the type `form`. Raises as :func:`from_json`."""
     try:
-        plain = tomllib.loads(data if isinstance(data, str) else data.decode())
+        with DefaultEnvironment():
+            plain = tomllib.loads(data if isinstance(data, str) else data.decode())
         if _is_deep(plain):
             raise _too_deep()
         return msgspec.convert(plain, form)

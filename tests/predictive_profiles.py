@@ -161,12 +161,14 @@ def encode(snapshot, profile, monkeypatch, plain=(), **options):
         return kvzip.encode(snapshot, "predictive", profile, threads=1, **options)
 
 
-def with_rope(layers, ids, origin=ORIGIN, rope=0):
-    """A snapshot whose layers say what turned their keys."""
-    built = [
-        Layer.of_kv(k, v, LayerLayout.of_kv(k.shape, v.shape, "bf16", k.shape[-2], rope=rope))
-        for k, v in layers
-    ]
+def with_rope(layers, ids, origin=ORIGIN, rope=0, first=0):
+    """A snapshot whose layers say what turned their keys; behind `first` tokens that are gone."""
+    built = []
+    for k, v in layers:
+        tokens = k.shape[-2]
+        kind = ("sliding", tokens) if first else ("full", None)
+        form = LayerLayout.of_kv(k.shape, v.shape, "bf16", first + tokens, *kind, rope)
+        built.append(Layer.of_kv(k, v, form))
     return kvzip.Snapshot(built, "bf16", ids, origin)
 
 

@@ -53,7 +53,7 @@ void bind_for(nb::module_& m, nb::class_<Counts>& counts, nb::class_<PartTables>
         const Block<const T> block = block_of<const T>(numbers, format);
         std::vector<std::uint8_t> bytes;
         {
-          nb::gil_scoped_release released;
+          const Computing computing;
           bytes = make_tables<T>(block, numbers.shape(1), numbers.shape(3), format);
         }
         return nb::bytes(bytes.data(), bytes.size());
@@ -64,7 +64,7 @@ void bind_for(nb::module_& m, nb::class_<Counts>& counts, nb::class_<PartTables>
       "add",
       [](Counts& self, const Numbers<const T>& numbers) {
         const Block<const T> block = block_of<const T>(numbers, self);
-        nb::gil_scoped_release released;
+        const Computing computing;
         self.add<T>(block);
       },
       "numbers"_a, "Count the values of [batch, heads, tokens, dim] numbers.");
@@ -74,7 +74,7 @@ void bind_for(nb::module_& m, nb::class_<Counts>& counts, nb::class_<PartTables>
         const Block<const T> block = block_of<const T>(numbers, self);
         static thread_local Encoded coded;
         {
-          nb::gil_scoped_release released;
+          const Computing computing;
           self.encode<T>(block, &coded);
         }
         if (!coded.size) return nb::none();
@@ -103,7 +103,7 @@ Table<U> table_of(std::vector<U>&& numbers, std::size_t columns) {
 Table<std::uint32_t> entries(const PartTables& tables) {
   std::vector<std::uint32_t> found;
   {
-    nb::gil_scoped_release released;
+    const Computing computing;
     for (const Decoder& decoder : tables.decoders())
       found.insert(found.end(), std::begin(decoder.entry), std::end(decoder.entry));
   }
@@ -252,6 +252,7 @@ class Decoding {
  private:
   // Decodes until there is nothing left, or, if `waiting`, until nothing more will come.
   void work(bool waiting) {
+    const DefaultEnvironment environment;
     Workspace workspace;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -307,12 +308,21 @@ void bind(nb::module_& m) {
             new (self) Counts(heads, dim, format);
           },
           "heads"_a, "dim"_a, "exponent_bits"_a, "mantissa_bits"_a)
-      .def("bits", &Counts::bits,
-           "What others like them would take, about, under the tables that they are drawn from.")
+      .def(
+          "bits",
+          [](const Counts& self) {
+            const Computing computing;
+            return self.bits();
+          },
+          "What others like them would take, about, under the tables that they are drawn from.")
       .def(
           "tables",
           [](const Counts& self) {
-            const std::vector<std::uint8_t> bytes = self.tables();
+            std::vector<std::uint8_t> bytes;
+            {
+              const Computing computing;
+              bytes = self.tables();
+            }
             return nb::bytes(bytes.data(), bytes.size());
           },
           "Tables that can code any numbers, and those that were counted best, as bytes. Raises "

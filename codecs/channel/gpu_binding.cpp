@@ -119,7 +119,7 @@ nb::object encoders_of(const PartTables& tables) {
   std::vector<DeviceEncoder> made;
   bool all = true;
   {
-    nb::gil_scoped_release released;
+    const Computing computing;
     all = tables.make_device_encoders(&made);
   }
   return all ? nb::cast(rows_of<std::uint32_t>(std::move(made))) : nb::none();

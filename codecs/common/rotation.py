@@ -26,10 +26,10 @@ def rotation_of(context: Context, dim: int) -> _native.Rotation | None:
     if not parameters.get("inv_freq"):
         return None
     try:
-        radians = frequencies(parameters, dim)
-        scale = float(parameters.get("attention_scaling", 1.0))
-        with np.errstate(over="ignore"):
-            return _rotation(np.asarray(radians, np.float32).tobytes(), scale)
+        with _native.DefaultEnvironment(), np.errstate(over="ignore"):
+            radians = np.asarray(frequencies(parameters, dim), np.float32)
+            scale = float(parameters.get("attention_scaling", 1.0))
+            return _rotation(radians.tobytes(), scale)
     except (TypeError, ValueError, OverflowError):  # a header may say anything
         return None
 

@@ -5,7 +5,15 @@
 
 #include <deque>
 
+#include "native/float_environment.hpp"
+
 namespace kvzip {
+
+// For work on numbers: without Python's lock, and with floating point as it is by default.
+class Computing {
+  nanobind::gil_scoped_release released_;
+  DefaultEnvironment environment_;
+};
 
 // Python buffers that are held as long as this is.
 class Views {

@@ -86,7 +86,7 @@ void widen_any(const Cube<const std::uint8_t>& codes, const nb::object& scale_bi
   const std::uint8_t* from = codes.data();
   void* to = out.data();
   const std::int64_t row = out.stride(0), token = out.stride(1);
-  nb::gil_scoped_release released;
+  const Computing computing;
   if (wide.bits == 16)
     widen(wide, narrow, rounding, shape, from, scales.data(), scale_rows, first_token,
           static_cast<std::uint16_t*>(to), row, token);
@@ -108,7 +108,7 @@ void fit_any(const Cube<const T>& numbers, const char* wide_name, const char* na
       scales.shape(2) != shape.scale_columns())
     throw std::invalid_argument("scales of another shape");
   const Rounding rounding = through_fp32 ? Rounding::through_fp32 : Rounding::once;
-  nb::gil_scoped_release released;
+  const Computing computing;
   fit(wide, narrow, rounding, shape, numbers.data(), codes.data(), scales.data());
 }
 
@@ -135,6 +135,7 @@ Found looked_at(const AnyArray& numbers, const char* wide_name, Found of_none, c
   const Wide& wide = wide_of(wide_name, numbers.dtype());
   const Strided of(numbers);
   if (of.empty) return of_none;
+  const DefaultEnvironment environment;
   if (wide.bits == 16) return look(wide, static_cast<const std::uint16_t*>(numbers.data()), of);
   return look(wide, static_cast<const std::uint32_t*>(numbers.data()), of);
 }

@@ -1,4 +1,6 @@
 // The nanobind module kvzip.codecs._native.
+#include <optional>
+
 #include "native/bindings.hpp"
 #include "native/simd.hpp"
 #include "native/xxh3.hpp"
@@ -22,6 +24,9 @@ std::uint64_t hash_of(const nanobind::args& pieces) {
   }
   return hash.digest();
 }
+
+// For a `with` statement.
+using Environment = std::optional<DefaultEnvironment>;
 
 }  // namespace
 }  // namespace kvzip
@@ -49,6 +54,16 @@ NB_MODULE(_native, m) {
       "set_simd", [](const char* name) { return simd::set_level(simd::from_name(name)); },
       nb::arg("name"), "Use another; False when this processor does not have it.");
   m.def("xxh3_64", kvzip::hash_of, "XXH3-64 of contiguous buffers, one after the other.");
+  nb::class_<kvzip::Environment>(
+      m, "DefaultEnvironment",
+      "A context in which the thread computes with floating point as IEEE 754 begins: rounding to "
+      "the nearest, subnormals kept.")
+      .def(nb::init<>())
+      .def("__enter__", [](kvzip::Environment& self) { self.emplace(); })
+      .def(
+          "__exit__",
+          [](kvzip::Environment& self, nb::handle, nb::handle, nb::handle) { self.reset(); },
+          nb::arg("type").none(), nb::arg("value").none(), nb::arg("traceback").none());
   kvzip::bind_index(m);
   kvzip::bind_json(m);
   kvzip::bind_output(m);

@@ -1,7 +1,6 @@
 #include "native/rotation.hpp"
 
 #include <algorithm>
-#include <cfenv>
 #include <cmath>
 #include <cstring>
 
@@ -22,22 +21,6 @@ const rotation::Kernels& kernels() {
 #endif
   return rotation::baseline;
 }
-
-// The floating point environment that IEEE 754 begins with, whatever the thread's: rounding to the
-// nearest, subnormals kept. Angles are kept for other threads, so they may not depend on it either.
-class DefaultEnvironment {
- public:
-  DefaultEnvironment() {
-    std::fegetenv(&before_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultEnvironment() { std::fesetenv(&before_); }
-  DefaultEnvironment(const DefaultEnvironment&) = delete;
-  DefaultEnvironment& operator=(const DefaultEnvironment&) = delete;
-
- private:
-  std::fenv_t before_;
-};
 
 // Bytes of angles that are kept, at most: those of 262,144 positions of 64 pairs.
 constexpr std::size_t kKept = std::size_t(128) << 20;
@@ -117,7 +100,6 @@ Rotation::Angles Rotation::angles_at(std::size_t block) const {
 
 template <typename Use>
 void Rotation::each_run(std::size_t first, std::size_t tokens, const Use& use) const {
-  const DefaultEnvironment environment;
   for (std::size_t t = 0; t < tokens;) {
     const std::size_t at = (first + t) % kPositions, n = std::min(kPositions - at, tokens - t);
     const Angles angles = angles_at((first + t) / kPositions);

@@ -40,7 +40,7 @@ nb::object unturn(const Rotation& self, const Keys<const std::uint16_t>& keys, s
   const Rotation::Rounding how = rounding_of(rounding);
   bool few = true;
   {
-    nb::gil_scoped_release released;
+    const Computing computing;
     const std::size_t each = keys.shape(1) * keys.shape(2) * self.pairs();
     for (std::size_t b = 0; few && b < keys.shape(0); ++b) {
       std::vector<std::uint64_t> missing;
@@ -80,7 +80,7 @@ void bind_rotation(nb::module_& m) {
             const nb::capsule owner(
                 made, [](void* p) noexcept { delete static_cast<std::vector<std::uint16_t>*>(p); });
             {
-              nb::gil_scoped_release released;
+              const Computing computing;
               self.angles_of(first, positions, made->data());
             }
             return nb::ndarray<nb::numpy, std::uint16_t, nb::ndim<3>>(
@@ -93,7 +93,7 @@ void bind_rotation(nb::module_& m) {
           [](const Rotation& self, const Keys<std::uint16_t>& keys, std::size_t first,
              int rounding) {
             const Rotation::Rounding how = rounding_of(rounding);
-            nb::gil_scoped_release released;
+            const Computing computing;
             for (std::size_t b = 0; b < keys.shape(0); ++b)
               self.turn(rows_of<std::uint16_t>(keys, self, b), first, how);
           },

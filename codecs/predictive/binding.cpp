@@ -113,7 +113,7 @@ class PredictiveChain {
                const Optional<std::uint16_t>& rotation, int rounding) {
     const Block<const T> in = block(i, part, array);
     const std::uint8_t way = checked(rounding);
-    nb::gil_scoped_release released;
+    const Computing computing;
     return bits(chain_.measure(in, nullptr, span(rotation), way), array.size());
   }
 
@@ -121,7 +121,7 @@ class PredictiveChain {
   int rounding(std::size_t i, int part, const Numbers<const std::uint16_t>& array,
                const Array<std::uint16_t>& rotation) {
     const Block<const std::uint16_t> in = block(i, part, array);
-    nb::gil_scoped_release released;
+    const Computing computing;
     return chain_.rounding(in, span(rotation));
   }
 
@@ -132,7 +132,7 @@ class PredictiveChain {
   std::vector<nb::bytes> encode() {
     std::vector<std::vector<std::uint8_t>> parts;
     {
-      nb::gil_scoped_release released;
+      const Computing computing;
       parts = chain_.encode();
     }
     std::vector<nb::bytes> found;
@@ -153,7 +153,7 @@ class PredictiveChain {
     nb::capsule owner(counts, [](void* p) noexcept { delete[] static_cast<std::uint32_t*>(p); });
     double spent = 0;
     {
-      nb::gil_scoped_release released;
+      const Computing computing;
       spent = bits(chain_.measure(in, counts, span(rotation), way), array.size());
     }
     return nb::make_tuple(nb::ndarray<nb::numpy, std::uint32_t>(
@@ -168,7 +168,7 @@ class PredictiveChain {
     const Block<T> out = block(i, part, array);
     bool good;
     {
-      nb::gil_scoped_release released;
+      const Computing computing;
       good = chain_.decode(span(header), span(bytes), out, span(rotation));
     }
     if (!good) throw std::invalid_argument("its words do not fit");
@@ -228,7 +228,7 @@ double least_bits(const Numbers<const T>& a, int exponent_bits, int mantissa_bit
   if (1 + exponent_bits + mantissa_bits != 8 * int(sizeof(T)) || exponent_bits < 1 ||
       exponent_bits > 8)
     throw std::invalid_argument("not a format of these numbers");
-  nb::gil_scoped_release released;
+  const Computing computing;
   return bits_by_channel(
       Block<const T>{a.data(), a.stride(0), a.stride(1), a.stride(2), a.stride(3)}, a.shape(0),
       a.shape(1), a.shape(2), a.shape(3), {exponent_bits, mantissa_bits});

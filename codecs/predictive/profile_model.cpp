@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "native/float_environment.hpp"
+
 namespace kvzip::predictive {
 namespace {
 
@@ -122,6 +124,7 @@ struct ProfileModel::Tables {
   std::vector<float> search, search_four;
 
   Tables(const std::uint32_t* shares, std::size_t shapes) {
+    const DefaultEnvironment environment;
     for (std::size_t s = 0; s < shapes; ++s, shares += kCells + 1) {
       std::int32_t edge[kCells + 1];
       for (int i = 0; i <= kCells; ++i)
