@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 import msgspec
 import numpy as np
 
-from kvzip.codecs._native import DefaultEnvironment
+from kvzip.codecs import _native
 from kvzip.errors import CorruptError, FormatError
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ def from_json(data: bytes | memoryview | str, form: Any = Any) -> Any:
         if plain.count(b"[") + plain.count(b"{") > DEPTH and _depth(plain) > DEPTH:
             raise _too_deep()
         try:
-            with DefaultEnvironment():
+            with _native.DefaultEnvironment():
                 return _decoder(form).decode(plain)
         except msgspec.ValidationError as error:
             msgspec.json.decode(plain)  # a type is told before the text has been read to its end
@@ -61,7 +61,7 @@ def from_toml(data: bytes | str) -> dict[str, Any]: ...
 def from_toml(data: bytes | str, form: Any = dict[str, Any]) -> Any:
     """The value that TOML text stands for, of the type `form`. Raises as :func:`from_json`."""
     try:
-        with DefaultEnvironment():
+        with _native.DefaultEnvironment():
             plain = tomllib.loads(data if isinstance(data, str) else data.decode())
         if _is_deep(plain):
             raise _too_deep()
