@@ -36,6 +36,7 @@ from kvzip.entropy.integer_model import (
     Rotation,
     angles,
 )
+from kvzip.entropy.profiled import ESCAPED_BITS, table_frequencies
 from kvzip.entropy.residual import held_layers
 from kvzip.entropy.tables import LEVELS, Frequencies, counted_mantissas
 from kvzip.errors import KVZipError, UsageError
@@ -57,8 +58,6 @@ _CODED = {"channel": (2, UNTURNED), "predictive": (3, _UNTURNED_PAIRS)}
 """The first bytes of blocks that the codec has coded."""
 BEFORE_ROPE = "channel:keys=before_rope"
 _CONSTANT = 0xFFFFFFFF
-_ESCAPED_BITS = 16
-"""What `channel` stores an escaped value in."""
 
 
 def check_installed() -> None:
@@ -283,7 +282,7 @@ def _in_channels(file: _File, tell: _Told) -> Iterator[_Part]:
             continue
         _, tables = file.blocks.tables(key)
         form = file.blocks.part(key).form
-        frequencies, channels = _frequencies(tables, form), np.asarray(tables.channels())
+        frequencies, channels = table_frequencies(tables, form), np.asarray(tables.channels())
         for row, block in rows:
             stored, beside = file.blocks.stored(row), 0
             if stored[0] == UNTURNED:  # its head and exceptions stand there with either coder
@@ -310,19 +309,6 @@ def _decoded(data: memoryview, tables: Any, like: NDArray[Any]) -> NDArray[Any]:
     return found
 
 
-def _frequencies(tables: Any, form: DType) -> list[NDArray[np.int64]]:
-    """How often, of 1,024, each value of a shape occurs; the last is the escape. From what its
-    slots say (codecs/channel/kernels.hpp)."""
-    values, found = 2 << form.exponent_bits, []
-    for entries in np.asarray(tables.entries()).astype(np.int64):
-        table = np.zeros(values + 1, np.int64)
-        there = entries[(entries & 0x7FF) > 0]
-        escape = (there >> 11) & 1 > 0
-        table[np.where(escape, values, (there >> 12) & 0x1FF)] = there & 0x7FF
-        found.append(table)
-    return found
-
-
 def _channel_symbols(
     block: NDArray[Any],
     form: DType,
@@ -341,7 +327,7 @@ def _channel_symbols(
         relative = (own - base) % (len(table) - 1)
         escaped = table[relative] == 0
         found.append(_categorical(np.where(escaped, len(table) - 1, relative), table))
-        bits += len(own) * form.mantissa_bits + int(escaped.sum()) * _ESCAPED_BITS
+        bits += len(own) * form.mantissa_bits + int(escaped.sum()) * ESCAPED_BITS
     return found, bits
 
 

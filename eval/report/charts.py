@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kvzip.entropy import Ladder, Rung
-from kvzip.entropy.ladder import PREDICTED, PROFILE
+from kvzip.entropy.ladder import BEFORE_ROPE, PREDICTED, PROFILE, TABLES
 from kvzip.entropy.tables import LEVELS
 from kvzip.eval.frontier.hull import hull
 from kvzip.eval.links.prediction import predict
@@ -101,7 +101,8 @@ def _ratio_against_speed(points: Sequence[svg.Point], name: str, size: tuple[int
 
 def ladder_svg(ladder: Ladder, name: str = "ladder", size: tuple[int, int] | None = None) -> str:
     """Bits per number, a bar for each rung."""
-    style = dict.fromkeys(LEVELS, "s0") | dict.fromkeys(PREDICTED, "s1") | {PROFILE: "s3"}
+    style = dict.fromkeys((*LEVELS, BEFORE_ROPE), "s0") | dict.fromkeys(PREDICTED, "s1")
+    style |= dict.fromkeys((PROFILE, TABLES), "s3")
     rows = [(rung.name, style[rung.name], rung.bits) for rung in ladder.rungs]
     top = max(1, math.ceil(max(rung.bits for rung in ladder.rungs)))
     formats = dict.fromkeys(part.dtype for part in ladder.rungs[0].parts)

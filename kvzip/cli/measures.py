@@ -25,7 +25,7 @@ from kvzip.cli.arguments import (
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import bar, emit, say, show_table, steps
 from kvzip.codec_spec import split_specs
-from kvzip.entropy.ladder import PREDICTED, PROFILE
+from kvzip.entropy.ladder import BEFORE_ROPE, PREDICTED, PROFILE, TABLES
 from kvzip.entropy.tables import LEVELS
 from kvzip.errors import UsageError
 from kvzip.eval.measured_codecs import CODECS_WITHOUT_PROFILE
@@ -54,7 +54,8 @@ def entropy_command(
     models from tables of frequencies to prediction from layer to layer.
 
     Figures are ideal code lengths. Those of other documents' models are in floating point. Keys and
-    values predict each other; other parts (states, latents, scales) only have tables.
+    values predict each other; other parts (states, latents, scales) only have tables. Keys of bf16
+    have tables of keys before RoPE, too, where a capture notes what turned them.
 
     Parameters
     ----------
@@ -64,7 +65,7 @@ def entropy_command(
         Other documents of the model, to learn from: without, tables know the frequencies of the
         documents that they are measured on, and nothing is predicted.
     profile
-        Its own integer model's bits, too.
+        Its bits, too: of its integer model where it predicts, else of its tables.
     check
         Code all blocks with another coder, constriction's, under the same models: the ladder's
         tables by channel, and those of whole files by `channel` and by the profile's codec. Exit
@@ -134,7 +135,8 @@ def _show_entropy(result: EntropyResult) -> None:
         table.add_row(rung.name, rung.learned, f"{rung.bits:.3f}", *bits, ratio)
     show_table(table)
     if not few:
-        chosen = (LEVELS[0], LEVELS[-1], PREDICTED[-1], PROFILE)  # all would be too wide
+        # All would be too wide.
+        chosen = (LEVELS[0], LEVELS[-1], BEFORE_ROPE, PREDICTED[-1], PROFILE, TABLES)
         shown = [rung for rung in ladder.rungs if rung.name in chosen]
         names = [rung.name for rung in shown]
         table = Table("part", "numbers", *names, title="ideal code length by part")

@@ -1,9 +1,9 @@
 """How many bits a number of a KV cache holds, under models from the simplest up.
 
-`tables.py`: frequencies of the numbers' fields. `linear.py`: regressions from layer to layer.
-`residual.py`: what they leave, within a layer, and its densities. `predicted.py`: which layers
-these are for. `ladder.py` puts them one on the other; `profiled.py` asks a profile. What they have
-in common with the codecs' fits is in `kvzip.statistics`.
+`tables.py`: frequencies of the numbers' fields; `before_rope.py`: of keys before RoPE. `linear.py`:
+regressions from layer to layer. `residual.py`: what they leave, within a layer, and its densities.
+`predicted.py`: which layers these are for. `ladder.py` puts them one on the other; `profiled.py`
+asks a profile. What they have in common with the codecs' fits is in `kvzip.statistics`.
 
 All of it is floating point and nothing here is ever coded: figures are ideal code lengths, what
 an arithmetic coder with that model and no rounding would need.

@@ -1,14 +1,15 @@
 """The ladder: ideal code lengths of snapshots under models from the simplest up.
 
-The first rungs are tables of frequencies; the next need other documents to learn from (`fit`); the
-last is a profile's own model. All rungs look at the same numbers: of the tokens that every layer
-holds, all, and whatever layers keep that has no tokens. What a rung does not predict, states for
-one, counts with a table for each channel.
+The first rungs are tables of frequencies, the last of these of keys before RoPE, where a model
+turned them in bf16; the next need other documents to learn from (`fit`); the last is a profile's
+own: the integer model of one that predicts, or the tables of one of `channel`. All rungs look at
+the same numbers: of the tokens that every layer holds, all, and whatever layers keep that has no
+tokens. What a rung does not predict, states for one, counts with a table for each channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.entropy import linear, profiled
+from kvzip.entropy.before_rope import BeforeRope
 from kvzip.entropy.linear import Doubles, Floats, Linear, Moments
 from kvzip.entropy.predicted import obstacle, orders, predicted_layers, unpredicted
 from kvzip.entropy.residual import (
@@ -55,7 +57,11 @@ PREDICTED = (
 """The rungs that `fit` learns: a mean and a density for each channel; a linear map from the first
 layer and the two before; besides, from the residuals of the channels before; spreads that follow
 the token's residuals so far."""
+BEFORE_ROPE = "by channel, keys before RoPE"
+"""Tables for each channel, of keys as they were before RoPE in the layers where `channel` stores
+them so. There is no such rung where it does in none."""
 PROFILE = "the profile's integers"
+TABLES = "the profile's tables"
 _CALIBRATION = 16  # documents at most
 SAMPLE = 1536
 """About how many tokens a density is learned from."""
@@ -145,7 +151,7 @@ class Fitted:
     def __init__(self, first: Snapshot):
         self.first = first
         self.layers: list[_Rungs] = []
-        self.frequencies, self.seen = Frequencies(), set[bytes]()
+        self.frequencies, self.before, self.seen = Frequencies(), BeforeRope(), set[bytes]()
         self.documents = self.tokens = 0
         self.spectra: list[Spectrum] = []
 
@@ -227,7 +233,9 @@ def fit(documents: Sequence[Item], progress: Progress | None = None) -> Fitted:
         snapshot = load(documents[i])
         check_same_model(snapshot, first)
         check_held(snapshot)
-        fitted.frequencies.add(held_layers(snapshot))
+        layers = held_layers(snapshot)
+        fitted.frequencies.add(layers)
+        fitted.before.add(layers, snapshot.origin)
         fitted.seen.add(fingerprint(snapshot))
         fitted.documents += 1
         fitted.tokens += snapshot.tokens
@@ -332,7 +340,7 @@ class _Sums:
         self.fitted, self.profile, self.orders = fitted, profile, orders(first)
         layers = first.layout.layers
         self.predicted_layers, self.count = predicted_layers(first), len(layers)
-        self.frequencies = Frequencies()
+        self.frequencies, self.before = Frequencies(), BeforeRope()
         widths = [width(layers[i]) for i in self.predicted_layers]
         self.shapes = [head_shapes(layers[i]) for i in self.predicted_layers]
         self.predicted: dict[str, list[Doubles]] = {
@@ -340,10 +348,13 @@ class _Sums:
         }
         """Bits of each channel, by rung and layer."""
         self.integers = np.zeros((self.count, 2))
-        """Bits of each layer's keys and values with the profile."""
+        """Bits of each layer's keys and values with a profile that predicts."""
+        self.tables: dict[Key, Doubles] = {}
+        """Bits of each channel with a profile's tables, by layer and part."""
         self.tokens = 0
+        self.has_tables = profile is not None and profiled.has_tables(profile)
         others = next((i for i, s in enumerate(layers) if i not in self.predicted_layers), None)
-        if profile is not None and others is not None:
+        if profile is not None and not self.has_tables and others is not None:
             raise ProfileError(
                 "the profile is of another model: a profile predicts keys and values of every "
                 f"layer, and layer {others} has {obstacle(layers[others], first.dtype)}"
@@ -353,6 +364,7 @@ class _Sums:
         """Add one document. Raises ProfileError when the profile is of another model."""
         layers = held_layers(snapshot)
         self.frequencies.add(layers)
+        self.before.add(layers, snapshot.origin)
         timed = (s.layout.stored for s in layers if s.layout.counts_tokens and s.layout.stored)
         self.tokens += next(timed, _seen(snapshot)) * (snapshot.layout.batch or 1)
         if self.fitted is not None:
@@ -362,7 +374,12 @@ class _Sums:
                 expected = self.fitted.layers[n].expected(view, vectors)
                 for total, (density, p, s) in zip(self.predicted.values(), expected, strict=True):
                     total[n] += density.code_length(view, p, s).sum(axis=0, dtype=np.float64)
-        if self.profile is not None:
+        if self.profile is not None and self.has_tables:
+            for i, layer in enumerate(layers):
+                bits = profiled.table_lengths(layer, i, snapshot.origin, self.profile)
+                for name, own in bits.items():
+                    self.tables[i, name] = self.tables.get((i, name), 0) + own
+        elif self.profile is not None:
             spent = profiled.code_lengths(snapshot, self.profile)
             if len(spent) != len(self.integers):
                 raise ProfileError("the profile is of another model")
@@ -386,13 +403,20 @@ class _Sums:
             for n, name in self.frequencies.forms:
                 layers[n][name] = part_bits(tables[level][n, name])
             found.append(self._rung(level, source, layers))
+        lengths = self.before.code_lengths(None if self.fitted is None else self.fitted.before)
+        if lengths:
+            found.append(self._rung(BEFORE_ROPE, source, _replaced(layers, lengths)))
         for rung, totals in self.predicted.items():
             kv = [
                 by_channel(total / max(self.tokens, 1), order, shapes)
                 for total, order, shapes in zip(totals, self.orders, self.shapes, strict=True)
             ]
             found.append(self._rung(rung, source, self._with(kv, layers)))
-        if self.profile is not None:
+        if self.has_tables:
+            numbers = {key: counts.sum(axis=-1) for key, counts in self.frequencies.values.items()}
+            means = {key: bits / np.maximum(numbers[key], 1) for key, bits in self.tables.items()}
+            found.append(self._rung(TABLES, "profile", _replaced(layers, means)))
+        elif self.profile is not None:
             kv = _together(self.integers, self.shapes, self.tokens)
             found.append(self._rung(PROFILE, "profile", self._with(kv, layers)))
         return found
@@ -419,6 +443,14 @@ class _Sums:
             parts.append(FormatBits(part, dtype, count, spent / max(count, 1)))
         bits = sum(p.bits * p.numbers for p in parts) / max(sum(p.numbers for p in parts), 1)
         return Rung(name, learned, bits, parts, layers)
+
+
+def _replaced(layers: Sequence[LayerBits], means: Mapping[Key, Doubles]) -> list[LayerBits]:
+    """All layers' bits, some parts' being those of their channels' mean bits."""
+    found = [dict(layer) for layer in layers]
+    for (i, name), mean in means.items():
+        found[i][name] = part_bits(mean)
+    return found
 
 
 def _seen(snapshot: Snapshot) -> int:

@@ -6,7 +6,7 @@ of the documents themselves (empirical entropies), or of others (cross-entropies
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import msgspec
@@ -212,15 +212,27 @@ class Frequencies:
         """Count the numbers of one document."""
         for i, layer in enumerate(layers):
             for name, part in layer.layout.parts.items():
-                key, form, bits = (i, name), part.form, layer.block(name)
-                if form.bits == 8:
-                    found, fine = _by_channel(bits, 256), np.full(1, bits.size)
-                else:
-                    found, fine = channel_counts(bits, form.name), _mantissas(bits, form.name)
-                self.forms[key] = form
-                # States have many channels: counts of 64 bits would take twice the memory.
-                self.values[key] = self.values.get(key, 0) + found.astype(np.uint32)
-                self.mantissas[key] = self.mantissas.get(key, 0) + fine
+                self.count((i, name), part.form, layer.block(name))
+
+    def count(self, key: Key, form: dtypes.DType, bits: Bits) -> None:
+        """Count one part's numbers, [batch, heads, tokens, dim]."""
+        if form.bits == 8:
+            found, fine = _by_channel(bits, 256), np.full(1, bits.size)
+        else:
+            found, fine = channel_counts(bits, form.name), _mantissas(bits, form.name)
+        self.forms[key] = form
+        # States have many channels: counts of 64 bits would take twice the memory.
+        self.values[key] = self.values.get(key, 0) + found.astype(np.uint32)
+        self.mantissas[key] = self.mantissas.get(key, 0) + fine
+
+    def of(self, keys: Set[Key]) -> Frequencies:
+        """Those of some parts alone."""
+        found = Frequencies()
+        for key in self.forms.keys() & keys:
+            found.forms[key] = self.forms[key]
+            found.values[key] = self.values[key]
+            found.mantissas[key] = self.mantissas[key]
+        return found
 
     def numbers(self) -> dict[Key, int]:
         """How many numbers were counted of each layer's parts."""

@@ -17,7 +17,7 @@ import kvzip
 from kvzip import Layer, LayerLayout, Profile, Snapshot, dtypes, entropy
 from kvzip.capture import cast, prefill
 from kvzip.entropy import linear, residual
-from kvzip.entropy.ladder import LEVELS, PREDICTED, PROFILE, orders, split
+from kvzip.entropy.ladder import BEFORE_ROPE, LEVELS, PREDICTED, PROFILE, orders, split
 from kvzip.errors import KVZipError, ProfileError, UnsupportedError
 
 HEADS, DIM = 2, 16
@@ -134,7 +134,7 @@ def test_numbers_of_64_bits_are_counted_and_not_predicted():
 def test_the_rungs_fall(fitted, unseen):
     ladder = entropy.measure(unseen, fitted)
     bits = {rung.name: rung.bits for rung in ladder.rungs}
-    assert list(bits) == [*LEVELS, *PREDICTED]
+    assert list(bits) == [*LEVELS, BEFORE_ROPE, *PREDICTED]
     assert bits["and channels before"] < bits["from layers before"] - 0.3
     assert bits["from layers before"] < bits["density by channel"] - 0.3
     assert bits["density by channel"] < bits["all numbers alike"] + 0.1
@@ -271,7 +271,7 @@ def test_the_command_and_its_figures(tmp_path, capsys, learned, unseen):
     code, found = run_json(capsys, "entropy", *paths[4:], *options)
     assert code == 0
     assert [f["file"] for f in found["files"]] == [str(p) for p in paths[4:]]
-    assert [r["name"] for r in found["ladder"]["rungs"]] == [*LEVELS, *PREDICTED]
+    assert [r["name"] for r in found["ladder"]["rungs"]] == [*LEVELS, BEFORE_ROPE, *PREDICTED]
     stored = json.loads((tmp_path / "out" / "entropy.json").read_text())
     assert stored["ladder"] == found["ladder"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
