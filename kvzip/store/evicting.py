@@ -115,9 +115,14 @@ class Evictor:
         return evicted
 
     def _clear(self, keys: set[str]) -> None:
-        """End the removals that were begun, and remove what was begun to be written."""
+        """End the removals that were begun, and remove what was begun to be written, and what a
+        reader that died noted of a document that was gone."""
         old = datetime.now(UTC) - _STALE
         for space in namespaces(self._objects):
+            for meta in list(self._objects.under(f"{space}/used")):
+                key = f"{space}/{meta.path.rpartition('/')[2]}"
+                if key not in keys and meta.modified < old:
+                    self._objects.delete(meta.path)
             for meta in list(self._objects.under(f"{space}/chain")):
                 key = f"{space}/{meta.path.rpartition('/')[2]}"
                 if key not in keys and meta.modified < old:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, wait
 
 from kvzip.errors import StoreError
 from kvzip.store.bucket import Objects
+from kvzip.store.keys import document_path
 from kvzip.workers import Workers
 
 _log = logging.getLogger("kvzip.store")
@@ -42,8 +43,12 @@ class Uses:
 
     def _write(self, key: str) -> None:
         space, name = key.split("/")
+        mark = f"{space}/used/{name}"
         try:
-            self._objects.put(f"{space}/used/{name}", b"", create=False)
+            self._objects.put(mark, b"", create=False)
+            # Removed meanwhile? Who removes a document takes it away before this mark.
+            if self._objects.head(document_path(key)) is None:
+                self._objects.delete(mark)
         except StoreError as error:  # a reader may have no right to write
             _log.info("the use of %s is not noted: %s", key, error)
 

@@ -537,6 +537,45 @@ def test_what_was_used_longest_ago_goes_first(tmp_path, monkeypatch):
         Store(tmp_path, limit_bytes=size - 1).put(tiny([3] * 99))
 
 
+def left_of(where, key):
+    """The objects that have a document's name."""
+    return [m.path for m in where.bucket.under("") if key.partition("/")[2] in m.path]
+
+
+def test_a_use_that_is_noted_late_leaves_nothing(place, monkeypatch):
+    """A reader finds a document and notes that when it is gone."""
+    url, more = place
+    where, reader = (Store(url, block_tokens=BLOCK, **more) for _ in range(2))
+    key = put_tiny(where, [1] * 16).key
+    gone, put = threading.Event(), reader.bucket.put
+
+    def late(path, *arguments, **more):
+        assert "/used/" not in path or gone.wait(60)
+        return put(path, *arguments, **more)
+
+    monkeypatch.setattr(reader.bucket, "put", late)
+    assert find_tiny(reader, [1] * 16)
+    assert where.remove(key)
+    gone.set()
+    reader._uses.settle()
+    assert left_of(where, key) == []
+
+
+def test_prune_clears_away_uses_of_what_is_gone(place, monkeypatch):
+    url, more = place
+    where = Store(url, block_tokens=BLOCK, **more)
+    kept, key = (put_tiny(where, [i] * 16).key for i in range(2))
+    assert find_tiny(Store(url, **more), [0] * 16)
+    where.remove(key)
+    space, name = key.split("/")
+    where.bucket.put(f"{space}/used/{name}", b"")  # by a reader that died then
+    assert where.prune() == [] and left_of(where, key)  # it may yet take it away itself
+    monkeypatch.setattr(evicting, "_STALE", timedelta(0))
+    time.sleep(1.1)  # a bucket knows seconds
+    assert where.prune() == []
+    assert left_of(where, key) == [] and left_of(where, kept)
+
+
 def test_eviction_from_a_bucket(s3):
     where = Store(f"{s3.url}/t{next(_prefixes)}", block_tokens=BLOCK, options=s3.options)
     first = put_tiny(where, [*[7] * 8, *[1] * 8])

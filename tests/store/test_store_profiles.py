@@ -60,11 +60,14 @@ def snapshot_of(ids, seed=0):
 
 def served(url, ids, **more):
     """What a reader who has no profile gets for these ids; None if nothing."""
-    found = Store(url, **more).find(ids, **OF)
+    where = Store(url, **more)
+    found = where.find(ids, **OF)
     if found is None:
         return None
     with found:
-        return found.snapshot(threads=1)
+        snapshot = found.snapshot(threads=1)
+    where._uses.settle()  # so that it is known what objects there are
+    return snapshot
 
 
 # --- a load fetches the one it needs ---------------------------------------------------------
