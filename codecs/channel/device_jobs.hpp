@@ -36,12 +36,13 @@ struct StreamJob {
 // Keys of a decoded block that are to be turned (spec.md, "Keys before RoPE"): rows first_row ...
 // first_row + rows - 1 of [batch, heads, tokens].
 struct TurnJob {
-  uint64_t angles;  // address of bf16 [tokens, 2, pairs], cosines and sines: a multiple of 4
+  uint64_t angles;  // address of [tokens, 2, pairs], cosines and sines: a multiple of 4
   uint32_t part;
   uint32_t first_token, tokens;  // counted in the part
   uint32_t first_row, rows;
   uint32_t pairs;     // at least 1, and two numbers each within `dim`
-  uint32_t rounding;  // 1, of each product and their sum; 2, of the sum
+  uint32_t rounding;  // 1, of each product and their sum; 2, of the sum, and angles are of bf16; 3,
+                      // of the sum, and angles are of float32
   uint32_t reserved;
 };
 // Pairs of such a block that nothing turns to: exceptions `first` ... first + count - 1 of all that

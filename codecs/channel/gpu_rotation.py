@@ -13,6 +13,7 @@ from kvzip.codecs.native.cuda.device import Device, Kernel, Memory
 
 _SOURCE, _SPACE = "channel/turn.cuh", "kvzip::channel"
 _HEAD = 16  # bytes of a block before its exceptions
+_WIDE = 3  # the rounding whose cosines and sines are float32
 _TURN = np.dtype(
     [
         ("angles", "<u8"),
@@ -89,11 +90,12 @@ class Turning:
         while begin < end:
             run, before = divmod(begin, together)
             stop = min(end, begin - before + together)
-            angles = _angles(self._work.device, rotation, run * together, together)
+            wide = rounding == _WIDE
+            angles = _angles(self._work.device, rotation, run * together, together, wide)
             self._work.hold(angles)
             rows = batch * heads * (stop - begin)
             jobs = np.zeros(-(-rows // each), _TURN)
-            jobs["angles"] = angles.address + before * 4 * rotation.pairs
+            jobs["angles"] = angles.address + before * angles.size // together
             jobs["part"], jobs["first_token"] = part, begin - start
             jobs["tokens"], jobs["pairs"] = stop - begin, rotation.pairs
             jobs["first_row"] = np.arange(len(jobs)) * each
@@ -114,17 +116,20 @@ class Turning:
         self._work.run(Kernel(_SOURCE, name, _SPACE, 128, 1, 1, 0, arguments), np.concatenate(jobs))
 
 
-def _angles(device: Device, rotation: _native.Rotation, first: int, positions: int) -> Memory:
-    """The angles of positions from `first` on, on a device, bf16 [positions, 2, pairs]: brought
-    there when they are first asked for, and kept until others need the room."""
-    kept: dict[tuple[_native.Rotation, int], Memory] = device.cache.setdefault("angles", {})
-    found = kept.pop((rotation, first), None)
+def _angles(
+    device: Device, rotation: _native.Rotation, first: int, positions: int, wide: bool
+) -> Memory:
+    """The angles of positions from `first` on, on a device, bf16 or float32 [positions, 2, pairs]:
+    brought there when they are first asked for, and kept until others need the room."""
+    kept: dict[tuple[_native.Rotation, int, bool], Memory] = device.cache.setdefault("angles", {})
+    found = kept.pop((rotation, first, wide), None)
     if found is None:
-        angles = rotation.angles_of(first, positions).reshape(-1).view(np.uint8)
+        angles_of = rotation.wide_angles_of if wide else rotation.angles_of
+        angles = angles_of(first, positions).reshape(-1).view(np.uint8)
         while kept and sum(memory.size for memory in kept.values()) + angles.size > _KEPT_BYTES:
             del kept[next(iter(kept))]
         found = _brought(device, angles)
-    kept[rotation, first] = found  # what was asked for last stands last
+    kept[rotation, first, wide] = found  # what was asked for last stands last
     return found
 
 

@@ -21,7 +21,7 @@ UNTURNED = 3
 _HEAD = struct.Struct("<BBHI8x")
 _EXCEPTION = np.dtype([("pair", "<u4"), ("numbers", "<u2", 2)])
 _ALIGNED = 16
-_ROUNDINGS = (1, 2)
+_ROUNDINGS = (1, 2, 3)
 # Tokens on which it is tried, and which tell whether keys take less before RoPE. Of their pairs,
 # and of all, so many may have no numbers before RoPE.
 _SAMPLE, _MISSING = 128, 0.01
@@ -40,7 +40,8 @@ class Keys(NamedTuple):
     array: Bits
     """[batch, heads, tokens, dim]."""
     rounding: int
-    """How they are turned: 1, products and sums are rounded; 2, sums only."""
+    """How they are turned: 1, products and sums are rounded; 2, sums only; 3, sums only, by cosines
+    and sines of float32."""
     pairs: int
     first: int
     """Position of the first token."""

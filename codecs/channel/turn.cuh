@@ -8,75 +8,105 @@
 
 namespace kvzip::channel {
 
-// Two pairs: each word holds two numbers. Products of bf16 have 16 bits, so it is all one whether
-// fp32 holds them first; and so it is for sums, which fp32 has more than twice the bits for.
-template <bool kEach>
-KVZIP_DEVICE void turn_words(unsigned& first, unsigned& second, unsigned cos, unsigned sin) {
-  const unsigned a = first, b = second;
-  if (kEach) {
-    first = cuda::bf16_differences(cuda::bf16_products(a, cos), cuda::bf16_products(b, sin));
-    second = cuda::bf16_sums(cuda::bf16_products(b, cos), cuda::bf16_products(a, sin));
-    return;
-  }
+// Two pairs: each word holds two numbers. Sums are rounded, single steps before them are those of
+// float32.
+KVZIP_DEVICE void turn_words(unsigned& first, unsigned& second, const float (&cos)[2],
+                             const float (&sin)[2]) {
   float y1[2], y2[2];
 #pragma unroll
   for (int odd = 0; odd < 2; ++odd) {
-    const auto number = [&](unsigned word) {
-      return cuda::as_float(odd ? word & 0xFFFF0000u : word << 16);
-    };
-    const float k1 = number(a), k2 = number(b), c = number(cos), s = number(sin);
-    y1[odd] = cuda::difference(cuda::product(k1, c), cuda::product(k2, s));
-    y2[odd] = cuda::sum(cuda::product(k2, c), cuda::product(k1, s));
+    const float k1 = cuda::as_float(odd ? first & 0xFFFF0000u : first << 16);
+    const float k2 = cuda::as_float(odd ? second & 0xFFFF0000u : second << 16);
+    y1[odd] = cuda::difference(cuda::product(k1, cos[odd]), cuda::product(k2, sin[odd]));
+    y2[odd] = cuda::sum(cuda::product(k2, cos[odd]), cuda::product(k1, sin[odd]));
   }
   first = cuda::to_bf16(y1[0], y1[1]);
   second = cuda::to_bf16(y2[0], y2[1]);
 }
 
-// Eight pairs, or one.
+// By cosines and sines of bf16. Products of bf16 have 16 bits, so it is all one whether fp32 holds
+// them first; and so it is for sums, which fp32 has more than twice the bits for.
 template <bool kEach>
-KVZIP_DEVICE void turn(cuda::Four* first, cuda::Four* second, const cuda::Four* cos,
-                       const cuda::Four* sin) {
+KVZIP_DEVICE void turn_words(unsigned& first, unsigned& second, unsigned cos, unsigned sin) {
+  if (kEach) {
+    const unsigned a = first, b = second;
+    first = cuda::bf16_differences(cuda::bf16_products(a, cos), cuda::bf16_products(b, sin));
+    second = cuda::bf16_sums(cuda::bf16_products(b, cos), cuda::bf16_products(a, sin));
+  } else {
+    const float c[2] = {cuda::as_float(cos << 16), cuda::as_float(cos & 0xFFFF0000u)};
+    const float s[2] = {cuda::as_float(sin << 16), cuda::as_float(sin & 0xFFFF0000u)};
+    turn_words(first, second, c, s);
+  }
+}
+
+// Eight pairs, or one, by what lies at `cos` and `sin`: bf16, or float32 if the rounding is 3.
+template <int kRounding>
+KVZIP_DEVICE void turn(cuda::Four* first, cuda::Four* second, const unsigned char* cos,
+                       const unsigned char* sin) {
   cuda::Four a = *first, b = *second;
-  const cuda::Four c = cuda::constant(cos), s = cuda::constant(sin);
+  const cuda::Four *const c4 = reinterpret_cast<const cuda::Four*>(cos),
+                          *const s4 = reinterpret_cast<const cuda::Four*>(sin);
+  if (kRounding == 3) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) turn_words<kEach>(a.v[i], b.v[i], c.v[i], s.v[i]);
+    for (int half = 0; half < 2; ++half) {
+      const cuda::Four c = cuda::constant(c4 + half), s = cuda::constant(s4 + half);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float cs[2] = {cuda::as_float(c.v[2 * i]), cuda::as_float(c.v[2 * i + 1])};
+        const float sn[2] = {cuda::as_float(s.v[2 * i]), cuda::as_float(s.v[2 * i + 1])};
+        turn_words(a.v[2 * half + i], b.v[2 * half + i], cs, sn);
+      }
+    }
+  } else {
+    const cuda::Four c = cuda::constant(c4), s = cuda::constant(s4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) turn_words<kRounding == 1>(a.v[i], b.v[i], c.v[i], s.v[i]);
+  }
   *first = a;
   *second = b;
 }
-template <bool kEach>
-KVZIP_DEVICE void turn(uint16_t* first, uint16_t* second, const uint16_t* cos,
-                       const uint16_t* sin) {
+template <int kRounding>
+KVZIP_DEVICE void turn(uint16_t* first, uint16_t* second, const unsigned char* cos,
+                       const unsigned char* sin) {
   unsigned a = *first, b = *second;
-  turn_words<kEach>(a, b, *cos, *sin);
+  if (kRounding == 3) {
+    const float c[2] = {*reinterpret_cast<const float*>(cos), 0.0f};
+    const float s[2] = {*reinterpret_cast<const float*>(sin), 0.0f};
+    turn_words(a, b, c, s);
+  } else {
+    turn_words<kRounding == 1>(a, b, *reinterpret_cast<const uint16_t*>(cos),
+                               *reinterpret_cast<const uint16_t*>(sin));
+  }
   *first = uint16_t(a);
   *second = uint16_t(b);
 }
 
 // A thread turns one pair or eight (U) after the other.
-template <bool kEach, typename U>
+template <int kRounding, typename U>
 KVZIP_DEVICE void turn_rows(const TurnJob& job, const DevicePart& part) {
-  const unsigned units = job.pairs / unsigned(sizeof(U) / 2);  // of a row
+  constexpr unsigned kBytes = kRounding == 3 ? 4 : 2;           // of a cosine
+  constexpr unsigned kUnit = unsigned(sizeof(U) / 2) * kBytes;  // of those of a unit
+  const unsigned units = job.pairs / unsigned(sizeof(U) / 2);   // of a row
   for (unsigned i = cuda::thread(); i < job.rows * units; i += cuda::threads_of_block()) {
     const unsigned unit = i % units, row = job.first_row + i / units;
     const unsigned t = row % job.tokens, bh = row / job.tokens;
     const int64_t place =
         cuda::place_of(part, bh / part.heads, bh % part.heads, job.first_token + t);
     uint16_t* const key = reinterpret_cast<uint16_t*>(part.numbers) + place;
-    const uint16_t* const angles =
-        reinterpret_cast<const uint16_t*>(job.angles) + uint64_t(t) * 2 * job.pairs;
-    turn<kEach>(reinterpret_cast<U*>(key) + unit, reinterpret_cast<U*>(key + job.pairs) + unit,
-                reinterpret_cast<const U*>(angles) + unit,
-                reinterpret_cast<const U*>(angles + job.pairs) + unit);
+    const unsigned char* const angles = reinterpret_cast<const unsigned char*>(job.angles) +
+                                        uint64_t(t) * 2 * job.pairs * kBytes + unit * kUnit;
+    turn<kRounding>(reinterpret_cast<U*>(key) + unit, reinterpret_cast<U*>(key + job.pairs) + unit,
+                    angles, angles + job.pairs * kBytes);
   }
 }
 
-template <bool kEach>
+template <int kRounding>
 KVZIP_DEVICE void turn_job(const TurnJob& job, const DevicePart& part) {
   const uint64_t strides = uint64_t(part.batch_stride) | uint64_t(part.head_stride) |
                            uint64_t(part.token_stride) | uint64_t(part.page_stride);
   const bool by_sixteen = ((part.numbers | job.angles | 2 * (strides | job.pairs)) & 15) == 0;
-  if (by_sixteen) turn_rows<kEach, cuda::Four>(job, part);
-  else turn_rows<kEach, uint16_t>(job, part);
+  if (by_sixteen) turn_rows<kRounding, cuda::Four>(job, part);
+  else turn_rows<kRounding, uint16_t>(job, part);
 }
 
 KVZIP_KERNEL(128, 8)
@@ -84,8 +114,9 @@ channel_turn(const TurnJob* jobs, uint32_t count, const DevicePart* parts) {
   if (cuda::block() >= count) return;
   const TurnJob job = jobs[cuda::block()];
   const DevicePart part = parts[job.part];
-  if (job.rounding == 1) turn_job<true>(job, part);
-  else turn_job<false>(job, part);
+  if (job.rounding == 1) turn_job<1>(job, part);
+  else if (job.rounding == 2) turn_job<2>(job, part);
+  else turn_job<3>(job, part);
 }
 
 KVZIP_KERNEL(128, 8)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "native/rotation_kernels.hpp"
 #include "native/simd.hpp"
@@ -25,10 +26,7 @@ const rotation::Kernels& kernels() {
 // Bytes of angles that are kept, at most: those of 262,144 positions of 64 pairs.
 constexpr std::size_t kKept = std::size_t(128) << 20;
 
-std::uint16_t bf16(double value, float scale) {
-  const float v = float(value) * scale;
-  // So that no product of a key with it is so small that processors differ.
-  if (std::fabs(v) < 0x1p-40f) return 0;
+std::uint16_t bf16(float v) {
   std::uint32_t u;
   std::memcpy(&u, &v, sizeof u);
   return std::uint16_t((u + 0x7FFF + (u >> 16 & 1)) >> 16);
@@ -55,15 +53,6 @@ void cos_sin(double angle, double* cos, double* sin) {
   *sin = quarter >= 2 ? -y : y;
 }
 
-// The cosine and the sine of a pair at a position.
-void angle_of(float position, float frequency, float scale, std::uint16_t* out) {
-  const double angle = double(position * frequency);
-  double cos = 1, sin = 0;
-  if (std::fabs(angle) < 0x1p40) cos_sin(angle, &cos, &sin);  // a header may say anything
-  out[0] = bf16(cos, scale);
-  out[1] = bf16(sin, scale);
-}
-
 float from_bf16(std::uint16_t number) {
   const std::uint32_t u = std::uint32_t(number) << 16;
   float v;
@@ -71,25 +60,37 @@ float from_bf16(std::uint16_t number) {
   return v;
 }
 
+// The cosine and the sine of a pair at a position.
+void angle_of(float position, float frequency, float scale, bool wide, float* cosine, float* sine) {
+  const double angle = double(position * frequency);
+  double cos = 1, sin = 0;
+  if (std::fabs(angle) < 0x1p40) cos_sin(angle, &cos, &sin);  // a header may say anything
+  const auto scaled = [&](double value) {
+    const float v = float(value) * scale;
+    // So that no product of a key with it is so small that processors differ.
+    if (std::fabs(v) < 0x1p-40f) return 0.0f;
+    return wide ? v : from_bf16(bf16(v));
+  };
+  *cosine = scaled(cos);
+  *sine = scaled(sin);
+}
+
 }  // namespace
 
 Rotation::Rotation(const float* frequency, std::size_t pairs, float scale)
     : frequency_(frequency, frequency + pairs), scale_(scale) {}
 
-Rotation::Angles Rotation::angles_at(std::size_t block) const {
+Rotation::Angles Rotation::angles_at(std::size_t block, bool wide) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Angles& known = known_[block];
+  Angles& known = known_[2 * block + wide];
   if (!known) {
     const std::size_t padded = rotation::grouped(pairs());
     auto made = std::make_shared<std::vector<float>>(kPositions * 2 * padded);
     for (std::size_t t = 0; t < kPositions; ++t) {
       float* const out = made->data() + t * 2 * padded;
-      for (std::size_t i = 0; i < pairs(); ++i) {
-        std::uint16_t found[2];
-        angle_of(float(block * kPositions + t), frequency_[i], scale_, found);
-        out[rotation::place_of(i)] = from_bf16(found[0]);
-        out[padded + rotation::place_of(i)] = from_bf16(found[1]);
-      }
+      for (std::size_t i = 0; i < pairs(); ++i)
+        angle_of(float(block * kPositions + t), frequency_[i], scale_, wide,
+                 out + rotation::place_of(i), out + padded + rotation::place_of(i));
     }
     known = std::move(made);
   }
@@ -99,27 +100,40 @@ Rotation::Angles Rotation::angles_at(std::size_t block) const {
 }
 
 template <typename Use>
-void Rotation::each_run(std::size_t first, std::size_t tokens, const Use& use) const {
+void Rotation::each_run(std::size_t first, std::size_t tokens, bool wide, const Use& use) const {
   for (std::size_t t = 0; t < tokens;) {
     const std::size_t at = (first + t) % kPositions, n = std::min(kPositions - at, tokens - t);
-    const Angles angles = angles_at((first + t) / kPositions);
+    const Angles angles = angles_at((first + t) / kPositions, wide);
     use(angles->data() + at * 2 * rotation::grouped(pairs()), t, n);
     t += n;
   }
 }
 
-void Rotation::angles_of(std::size_t first, std::size_t positions, std::uint16_t* out) const {
+template <typename T>
+void Rotation::write_angles(std::size_t first, std::size_t positions, T* out) const {
+  constexpr bool kWide = std::is_same<T, float>::value;
   const std::size_t padded = rotation::grouped(pairs());
-  each_run(first, positions, [&](const float* angles, std::size_t, std::size_t n) {
+  each_run(first, positions, kWide, [&](const float* angles, std::size_t, std::size_t n) {
     for (std::size_t k = 0; k < 2 * n; ++k, angles += padded)
-      for (std::size_t i = 0; i < pairs(); ++i)
-        *out++ = bf16(double(angles[rotation::place_of(i)]), 1.0f);
+      for (std::size_t i = 0; i < pairs(); ++i) {
+        const float v = angles[rotation::place_of(i)];
+        if constexpr (kWide) *out++ = v;
+        else *out++ = bf16(v);
+      }
   });
 }
 
+void Rotation::angles_of(std::size_t first, std::size_t positions, float* out) const {
+  write_angles(first, positions, out);
+}
+void Rotation::angles_of(std::size_t first, std::size_t positions, std::uint16_t* out) const {
+  write_angles(first, positions, out);
+}
+
 void Rotation::turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding rounding) const {
-  const rotation::Turn kernel = kernels().turn[rounding == Rounding::once];
-  each_run(first, keys.tokens, [&](const float* angles, std::size_t t, std::size_t n) {
+  const rotation::Turn kernel = kernels().turn[rounding != Rounding::each];
+  const bool wide = rounding == Rounding::wide;
+  each_run(first, keys.tokens, wide, [&](const float* angles, std::size_t t, std::size_t n) {
     for (std::size_t h = 0; h < keys.heads; ++h)
       kernel(
           {keys.data + std::ptrdiff_t(h) * keys.head_stride + std::ptrdiff_t(t) * keys.token_stride,
@@ -130,10 +144,11 @@ void Rotation::turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding
 bool Rotation::unturn(const Rows<const std::uint16_t>& keys, std::size_t first, Rounding rounding,
                       const Rows<std::uint16_t>& out, std::size_t most,
                       std::vector<std::uint64_t>* missing) const {
-  const rotation::Unturn kernel = kernels().unturn[rounding == Rounding::once];
+  const rotation::Unturn kernel = kernels().unturn[rounding != Rounding::each];
+  const bool wide = rounding == Rounding::wide;
   std::vector<std::uint64_t> room(std::min(kPositions, keys.tokens) * pairs());
   bool few = true;
-  each_run(first, keys.tokens, [&](const float* angles, std::size_t t, std::size_t n) {
+  each_run(first, keys.tokens, wide, [&](const float* angles, std::size_t t, std::size_t n) {
     for (std::size_t h = 0; few && h < keys.heads; ++h) {
       const std::size_t count = kernel(
           {keys.data + std::ptrdiff_t(h) * keys.head_stride + std::ptrdiff_t(t) * keys.token_stride,

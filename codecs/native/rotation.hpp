@@ -17,8 +17,9 @@ namespace kvzip {
 
 class Rotation {
  public:
-  // How a model rounds: its two products and their sum, or the sum alone. Stored in files.
-  enum class Rounding : std::uint8_t { each = 1, once = 2 };
+  // How a model rounds: its two products and their sum, or the sum alone; or the sum alone where
+  // its cosines and sines are not rounded to bf16 either. Stored in files.
+  enum class Rounding : std::uint8_t { each = 1, once = 2, wide = 3 };
 
   // Numbers of bf16, [heads, tokens, dim], rows of a batch and heads counted as one; strides in
   // numbers.
@@ -44,23 +45,26 @@ class Rotation {
               const Rows<std::uint16_t>& out, std::size_t most,
               std::vector<std::uint64_t>* missing) const;
 
-  // Cosines, then sines, of all pairs in bf16, of positions that follow each other: [positions, 2,
-  // pairs].
+  // Cosines, then sines, of all pairs, of positions that follow each other: [positions, 2, pairs],
+  // in float32; in bf16 those of a rounding other than `wide`.
+  void angles_of(std::size_t first, std::size_t positions, float* out) const;
   void angles_of(std::size_t first, std::size_t positions, std::uint16_t* out) const;
 
  private:
   // Of so many positions that follow each other, as kernels read them.
   static constexpr std::size_t kPositions = 256;
   using Angles = std::shared_ptr<const std::vector<float>>;
-  Angles angles_at(std::size_t block) const;
+  Angles angles_at(std::size_t block, bool wide) const;
   // Calls use(angles, token, tokens) for one run of tokens after the other.
   template <typename Use>
-  void each_run(std::size_t first, std::size_t tokens, const Use& use) const;
+  void each_run(std::size_t first, std::size_t tokens, bool wide, const Use& use) const;
+  template <typename T>
+  void write_angles(std::size_t first, std::size_t positions, T* out) const;
 
   std::vector<float> frequency_;
   float scale_;
   mutable std::mutex mutex_;
-  mutable std::unordered_map<std::size_t, Angles> known_;
+  mutable std::unordered_map<std::size_t, Angles> known_;  // by twice the block, 1 more if wide
 };
 
 }  // namespace kvzip

@@ -18,7 +18,7 @@ using Keys = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
 using Positions = nb::ndarray<nb::numpy, std::uint64_t, nb::ndim<1>>;
 
 Rotation::Rounding rounding_of(int value) {
-  if (value != 1 && value != 2) throw std::invalid_argument("rounding is 1 or 2");
+  if (value < 1 || value > 3) throw std::invalid_argument("rounding is 1, 2 or 3");
   return Rotation::Rounding(value);
 }
 
@@ -28,6 +28,20 @@ Rotation::Rows<T> rows_of(const Keys<T>& keys, const Rotation& rotation, std::si
     throw std::invalid_argument("keys of another shape, or not side by side");
   return {keys.data() + std::ptrdiff_t(b) * keys.stride(0), keys.shape(1), keys.shape(2),
           keys.stride(1), keys.stride(2)};
+}
+
+template <typename T>
+nb::ndarray<nb::numpy, T, nb::ndim<3>> angles_of(const Rotation& self, std::size_t first,
+                                                 std::size_t positions) {
+  if (positions > (std::size_t(1) << 40) / (2 * self.pairs() + 1))
+    throw std::invalid_argument("too many positions");
+  auto* const made = new std::vector<T>(positions * 2 * self.pairs());
+  const nb::capsule owner(made, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  {
+    const Computing computing;
+    self.angles_of(first, positions, made->data());
+  }
+  return nb::ndarray<nb::numpy, T, nb::ndim<3>>(made->data(), {positions, 2, self.pairs()}, owner);
 }
 
 nb::object unturn(const Rotation& self, const Keys<const std::uint16_t>& keys, std::size_t first,
@@ -71,23 +85,10 @@ void bind_rotation(nb::module_& m) {
           "`frequencies`: radians a position of each pair; `scale`: what cosines and sines are "
           "multiplied by.")
       .def_prop_ro("pairs", &Rotation::pairs, "How many pairs of each head are turned.")
-      .def(
-          "angles_of",
-          [](const Rotation& self, std::size_t first, std::size_t positions) {
-            if (positions > (std::size_t(1) << 40) / (2 * self.pairs() + 1))
-              throw std::invalid_argument("too many positions");
-            auto* const made = new std::vector<std::uint16_t>(positions * 2 * self.pairs());
-            const nb::capsule owner(
-                made, [](void* p) noexcept { delete static_cast<std::vector<std::uint16_t>*>(p); });
-            {
-              const Computing computing;
-              self.angles_of(first, positions, made->data());
-            }
-            return nb::ndarray<nb::numpy, std::uint16_t, nb::ndim<3>>(
-                made->data(), {positions, 2, self.pairs()}, owner);
-          },
-          "first"_a, "positions"_a,
-          "Those of so many positions from `first` on: uint16 [positions, 2, pairs].")
+      .def("angles_of", &angles_of<std::uint16_t>, "first"_a, "positions"_a,
+           "Those of so many positions from `first` on, in bf16: uint16 [positions, 2, pairs].")
+      .def("wide_angles_of", &angles_of<float>, "first"_a, "positions"_a,
+           "The same before they are rounded to bf16: float32 [positions, 2, pairs].")
       .def(
           "turn",
           [](const Rotation& self, const Keys<std::uint16_t>& keys, std::size_t first,
@@ -100,8 +101,7 @@ void bind_rotation(nb::module_& m) {
           "keys"_a, "first"_a, "rounding"_a,
           "Turn keys where they are: bf16 bits, uint16 [batch, heads, tokens, dim], of which the "
           "first token stands at the position `first`. `rounding`: 1, products and sums are "
-          "rounded "
-          "to bf16; 2, sums only.")
+          "rounded to bf16; 2, sums only; 3, sums only, and cosines and sines are float32.")
       .def("unturn", &unturn, "keys"_a, "first"_a, "rounding"_a, "out"_a, "most"_a,
            "Write to `out`, of the same shape, numbers that `turn` makes these keys of, bit for "
            "bit; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -91,22 +91,58 @@ def rope_of_model(model: PreTrainedModel) -> tuple[dict[str, Any], ...]:
     """What :func:`rope_parameters` gives, with "inv_freq", the radians a position that the model
     really turns each pair by, whatever the kind of RoPE makes of the parameters; and, where it is
     not 1, with "attention_scaling", by which cosines and sines are multiplied."""
-    kinds, parameters = layers_of(model.config)
-    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    return _noted(model.config, [*model.modules()])
+
+
+def rope_of_config(config: PretrainedConfig) -> tuple[dict[str, Any], ...]:
+    """The same of a model that another engine computes, of which there is the config alone: what
+    transformers' own module for RoPE makes of it. Without one, :func:`rope_parameters`."""
+    return _noted(config, _rotary_modules(config.get_text_config(decoder=True)))
+
+
+# What a family's module for RoPE, or the lack of one, answers a config with that it cannot take.
+_UNKNOWN = (ImportError, AttributeError, KeyError, TypeError, ValueError)
+
+
+def _rotary_modules(text: PretrainedConfig) -> list[torch.nn.Module]:
+    """A family's own modules for RoPE: its classes of that name that are made of such a config."""
+    made = list[torch.nn.Module]()
+    names = {cls.__name__ for cls in type(text).__mro__}
+    with suppress(*_UNKNOWN):
+        family = importlib.import_module(_modeling(text))
+        for name, cls in vars(family).items():
+            if name.endswith("RotaryEmbedding") and cls.__module__ == family.__name__:
+                told = getattr(inspect.signature(cls).parameters.get("config"), "annotation", None)
+                if getattr(told, "__name__", told) in names:
+                    made.append(cls(config=text))
+    return made
+
+
+def _modeling(text: PretrainedConfig) -> str:
+    """The name of the Python module that has a family's models."""
+    return type(text).__module__.replace("configuration_", "modeling_")
+
+
+def _noted(
+    config: PretrainedConfig, modules: Sequence[torch.nn.Module]
+) -> tuple[dict[str, Any], ...]:
+    """The RoPE parameters of a config's layers, with what a model's modules turn by."""
+    kinds, parameters = layers_of(config)
+    types = getattr(config.get_text_config(decoder=True), "layer_types", None)
     noted = [dict(found) for found in parameters]
     for i, kind in enumerate(kinds):
         if kind.rope is None or "inv_freq" in noted[kind.rope]:
             continue
-        found = _rotary(model, f"{types[i]}_") if types else None
+        found = _rotary(modules, f"{types[i]}_") if types else None
         if found is None:
-            found = _rotary(model, "")
+            found = _rotary(modules, "")
         noted[kind.rope] |= found or {}
     return tuple(noted)
 
 
-def _rotary(model: PreTrainedModel, prefix: str) -> dict[str, Any] | None:
+def _rotary(modules: Sequence[torch.nn.Module], prefix: str) -> dict[str, Any] | None:
     """What a model's own module for RoPE turns by, where its names have this prefix."""
-    for module in reversed(list(model.modules())):
+    for module in reversed(modules):
         used = getattr(module, f"{prefix}inv_freq", None)
         if not isinstance(used, torch.Tensor) or used.is_meta:
             continue
@@ -232,7 +268,7 @@ def decoder_cache(config: PretrainedConfig) -> Cache:
     except KeyError:
         # Some kinds of layers are known only once their model's module has been imported.
         with suppress(ImportError):
-            importlib.import_module(type(text).__module__.replace("configuration_", "modeling_"))
+            importlib.import_module(_modeling(text))
     try:
         return DynamicCache(config=text)
     except KeyError as error:

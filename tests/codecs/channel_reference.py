@@ -346,11 +346,12 @@ def of_bf16(bits):
     return np.uint32(int(bits) << 16).view(np.float32)
 
 
-def angles(position, frequency, scale=1.0):
-    """Cosine and sine of a position, as numbers of bf16."""
+def angles(position, frequency, scale=1.0, wide=False):
+    """Cosine and sine of a position, as numbers of bf16, or where they are `wide` of float32."""
     angle = float(np.float32(position) * np.float32(frequency))
-    found = (np.float32(f(angle)) * np.float32(scale) for f in (math.cos, math.sin))
-    return [of_bf16(bf16(x)) if abs(x) >= 2.0**-40 else np.float32(0) for x in found]
+    found = [np.float32(f(angle)) * np.float32(scale) for f in (math.cos, math.sin)]
+    found = [x if abs(x) >= 2.0**-40 else np.float32(0) for x in found]
+    return found if wide else [of_bf16(bf16(x)) for x in found]
 
 
 def turn(keys, first, frequencies, rounding, scale=1.0):
@@ -360,7 +361,7 @@ def turn(keys, first, frequencies, rounding, scale=1.0):
     each = (lambda x: of_bf16(bf16(x))) if rounding == 1 else (lambda x: x)
     for b, h, t in np.ndindex(keys.shape[:3]):
         for i, frequency in enumerate(frequencies):
-            cos, sin = angles(first + t, frequency, scale)
+            cos, sin = angles(first + t, frequency, scale, rounding == 3)
             x, y = (of_bf16(keys[b, h, t, j]) for j in (i, i + half))
             out[b, h, t, i] = bf16(each(x * cos) - each(y * sin))
             out[b, h, t, i + half] = bf16(each(y * cos) + each(x * sin))
@@ -373,7 +374,7 @@ def unturned(data):
     fields = Fields(data)
     mode, rounding, *zeros = fields.take(4)
     assert mode == 3
-    assert rounding in (1, 2)
+    assert rounding in (1, 2, 3)
     (count,) = fields.take(1, "u4")
     assert not any(zeros + fields.take(8))
     exceptions = [(*fields.take(1, "u4"), *fields.take(2, "u2")) for _ in range(count)]

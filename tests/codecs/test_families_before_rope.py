@@ -6,12 +6,14 @@ import families
 import numpy as np
 import pytest
 import torch
+import transformers
 from support import assert_same, tiny_model
 
 import kvzip
 from kvzip.capture import prefill
 from kvzip.codec import Context
 from kvzip.codecs.common.rotation import rotation_of
+from kvzip.load.config import rope_of_config, rope_of_model
 from kvzip.load.matching import origin_of_model
 from kvzip.models import LoadedModel
 
@@ -22,8 +24,9 @@ FOUND = {
     **dict.fromkeys(("gemma2", "gemma3", "gemma4_text", "exaone4"), 1),
     **dict.fromkeys(("cwm", "apertus", "ministral3", "gpt_oss"), 1),
     "modernbert-decoder": 2,
+    **dict.fromkeys(("olmo2", "flex_olmo"), 3),
 }
-"""How they are rounded: 1, products and sums; 2, sums only."""
+"""How they are rounded: 1, products and sums; 2, sums only; 3, sums only, by cosines of float32."""
 NOT_FOUND = {
     "cohere": "pairs side by side",
     "cohere2": "pairs side by side",
@@ -31,8 +34,6 @@ NOT_FOUND = {
     "glm": "pairs side by side",
     "helium": "pairs side by side",
     "llama4_text": "pairs side by side",
-    "olmo2": "cosines of float32",
-    "flex_olmo": "cosines of float32",
     "hunyuan_v1_dense": "norms behind RoPE",
     "nanochat": "norms behind RoPE",
 }
@@ -58,7 +59,7 @@ def shares_missing(snapshot):
         pairs = keys.size // keys.shape[3] * rotation.pairs
         room = keys.copy()
         found.append(
-            {how: len(rotation.unturn(keys, first, how, room, pairs)) / pairs for how in (1, 2)}
+            {how: len(rotation.unturn(keys, first, how, room, pairs)) / pairs for how in (1, 2, 3)}
         )
     return found
 
@@ -108,3 +109,18 @@ def test_what_a_store_keeps_of_a_model_says_it_too():
     """Not a capture's origin alone: that of what `load_or_prefill` stores."""
     model, snapshot = captured("gpt_oss")
     assert origin_of_model(model).rope == snapshot.origin.rope
+
+
+@pytest.mark.parametrize("name", [*FOUND, *NOT_FOUND])
+def test_a_config_alone_tells_what_its_model_turns_by(name):
+    """So that what another engine computed says it, too."""
+    model = families.tiny_model(families.Family(name), torch.float32)
+    found = rope_of_config(model.config)
+    assert found == rope_of_model(model)
+    assert found and all(rope["inv_freq"] for rope in found)
+
+
+def test_a_config_that_transformers_has_no_module_for():
+    config = transformers.LlamaConfig()
+    config.rope_parameters = {"rope_type": "of another engine", "rope_theta": 1e4}
+    assert rope_of_config(config) == (config.rope_parameters,)

@@ -90,7 +90,7 @@ def encoded(snapshot, block_tokens=64):
     return blob
 
 
-@pytest.mark.parametrize("rounding", [1, 2])
+@pytest.mark.parametrize("rounding", [1, 2, 3])
 @pytest.mark.parametrize(("dim", "pairs"), SHAPES)
 @pytest.mark.drawn(2)
 def test_keys_come_back(device, shuffled, dim, pairs, rounding):
@@ -226,7 +226,7 @@ def test_blocks_of_predictive_that_channel_coded(device, monkeypatch):
     assert_layers(kvzip.decode(blob, profile, device=device), snapshot.layers)
 
 
-@pytest.mark.parametrize("rounding", [1, 2])
+@pytest.mark.parametrize("rounding", [1, 2, 3])
 def test_numbers_of_any_size(device, shuffled, room, rounding):
     """Every exponent that keys before RoPE may have, and both zeros, in every pair, at positions
     where cosines and sines are near to nothing, too."""

@@ -31,6 +31,8 @@ from servers import failing_server
 from vllm_runs import ENVIRONMENT, SIZE, Engines, Run, flip, same_blocks, words
 
 import kvzip
+from kvzip.codec import Context
+from kvzip.codecs.common.rotation import rotation_of
 from kvzip.load.hf import cache_argument
 from kvzip.load.vllm.settings import Settings, settings_from
 from kvzip.store import Store, remote
@@ -145,6 +147,22 @@ def test_saving_changes_nothing(runs: dict[str, Run], model: Path) -> None:
     info = kvzip.verify(document(runs))
     assert kvzip.decode(document(runs)).token_ids.tolist() == DOCUMENT and info.ratio > 1.1
     assert info.header.origin.revision == kvzip.fingerprint(model)
+
+
+def test_the_document_notes_what_turned_its_keys(runs: dict[str, Run]) -> None:
+    """vLLM's kernels round the sums only. Random keys need not take less before RoPE."""
+    snapshot = kvzip.decode(document(runs))
+    for i, layer in enumerate(snapshot.layers):
+        keys = np.ascontiguousarray(layer.block("k"))
+        form = layer.layout.parts["k"].form
+        context = Context(form, i, "k", 0, snapshot.origin, rope=layer.layout.rope)
+        rotation = rotation_of(context, keys.shape[3])
+        assert rotation is not None
+        pairs = keys.size // 2
+        shares = [
+            len(rotation.unturn(keys, 0, how, keys.copy(), pairs)) / pairs for how in (1, 2, 3)
+        ]
+        assert shares[1] < 0.001 < 0.05 < min(shares[0], shares[2])
 
 
 def test_the_document_is_what_vllm_computed(runs: dict[str, Run]) -> None:

@@ -14,7 +14,7 @@ import vllm
 from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
-from kvzip.load.config import LayerKind, layer_kinds, rope_parameters
+from kvzip.load.config import LayerKind, layer_kinds, rope_of_config
 from kvzip.load.vllm.names import fp8_format, index_of
 from kvzip.load.vllm.settings import Settings
 from kvzip.load.vllm.split import Split
@@ -137,7 +137,7 @@ class Engine:
         scheduling = getattr(vllm_config, "scheduler_config", None)
         # MLA on a CPU: where prompts are not computed in chunks, attention leaves out the cache.
         goes_on = not any(latents) or getattr(scheduling, "enable_chunked_prefill", True)
-        return cls(tuple(layers), tuple(groups), rope_parameters(config), dtype, split, goes_on)
+        return cls(tuple(layers), tuple(groups), rope_of_config(config), dtype, split, goes_on)
 
     def most(self, tokens: int) -> int:
         """Up to which position a cache for a prompt of so many tokens can be loaded at the most:
