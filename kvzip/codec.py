@@ -135,7 +135,8 @@ class Codec(ABC):
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         """Fill `out`, [batch, heads, tokens, dim] with any strides, from what `encode` gave.
 
-        Raises CorruptError, whatever the bytes are; never reads or writes out of bounds.
+        Raises CorruptError, whatever the bytes are, or UnsupportedError for bytes of a kind that
+        only a later version of the codec knows; never reads or writes out of bounds.
         """
 
     threaded: ClassVar[bool] = False

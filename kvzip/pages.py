@@ -18,13 +18,20 @@ from kvzip import checksum, dtypes
 from kvzip.codec import Coded, Context, get_codec
 from kvzip.codecs.channel.profile import stated
 from kvzip.dtypes import Bits, DType
-from kvzip.errors import CorruptError, FormatError, ProfileError, UsageError
+from kvzip.errors import (
+    CorruptError,
+    FormatError,
+    ProfileError,
+    UnsupportedError,
+    UsageError,
+)
 from kvzip.layout import KV, Origin
 from kvzip.options import integer
 from kvzip.profile import Profile, check_profile
+from kvzip.version import check_format, newer
 
 MAGIC = b"KVZP"
-VERSION = 0
+VERSION = 1
 MOST_TOKENS = 1 << 13
 """The most tokens that a page holds. A block of them is below 4 GiB, whatever its model."""
 
@@ -78,7 +85,8 @@ def decode_page(
 
     `data`: the page, any buffer. `out`: writable arrays or CPU tensors of these shapes and any
     strides, which are filled and given back as such arrays. Raises CorruptError or FormatError for
-    what is no whole page, ProfileError when it was made with another profile.
+    what is no whole page, UnsupportedError for one that a newer version may read, ProfileError when
+    it was made with another profile.
     """
     coder = _Coder(profile)
     page = memoryview(data).cast("B")
@@ -94,7 +102,10 @@ def decode_page(
         block = array[np.newaxis]
         blocks.append(Coded(page[at : at + length], block, coder.context(i, part, block)))
         at += _aligned(length)
-    digests = coder.codec.decode_many(blocks, integer("threads", threads, 1))
+    try:
+        digests = coder.codec.decode_many(blocks, integer("threads", threads, 1))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error}, or the page is damaged") from None
     if _digest(page[: _HEADER.size], page[_LENGTHS_AT : found.end], digests) != found.checksum:
         raise CorruptError("the page is damaged: its checksum does not match")
     return list(zip(arrays[::2], arrays[1::2], strict=True))
@@ -217,15 +228,16 @@ def _read(page: memoryview, profile: Profile) -> _Page:
     if len(page) < _LENGTHS_AT:
         raise CorruptError("the page is cut short")
     _, version, zeros, first, layers, tokens, more_zeros, made_with = _HEADER.unpack_from(page)
-    if version != VERSION:
-        raise FormatError(f"the page has version {version}; this is a reader of version {VERSION}")
+    check_format("the page", version, VERSION, "encode its numbers anew")
+    if zeros or more_zeros:
+        raise FormatError(newer("the page has fields that are set") + ", or it is damaged")
     if made_with != bytes.fromhex(profile.id)[:8]:
         raise ProfileError(
             f"the page was made with profile {made_with.hex()}..., not with {profile.id}"
         )
     end = _LENGTHS_AT + 8 * layers
     begin = _aligned(end)
-    if zeros or more_zeros or not 1 <= tokens <= MOST_TOKENS or not layers or begin > len(page):
+    if not 1 <= tokens <= MOST_TOKENS or not layers or begin > len(page):
         raise CorruptError("the page's header makes no sense")
     lengths = np.frombuffer(page[_LENGTHS_AT:end], "<u4").tolist()
     if begin + sum(map(_aligned, lengths)) != len(page):

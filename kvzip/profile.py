@@ -27,6 +27,7 @@ from kvzip.options import callback, items, json_value, text
 from kvzip.parsing import from_json
 from kvzip.snapshot import Snapshot
 from kvzip.tensors import TensorFile, check_header
+from kvzip.version import newer
 
 VERSION = 1
 _DTYPES = {
@@ -194,7 +195,10 @@ class Profile:
         except (CorruptError, FormatError, LookupError, TypeError, ValueError) as error:
             raise ProfileError(f"{path} is not a whole profile: {error}") from None
         description = profile.description
-        if not isinstance(description, dict) or description.get("version") != VERSION:
+        found = description.get("version") if isinstance(description, dict) else None
+        if found != VERSION:
+            if type(found) is int and found > VERSION:
+                raise ProfileError(newer(f"{path} is a profile of version {found}"))
             raise ProfileError(f"{path} is not a profile of version {VERSION}")
         return profile
 

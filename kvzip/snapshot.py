@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from kvzip.layout import Kind, LayerLayout, Layout, Origin, PartLayout, StoredLa
 from kvzip.options import boolean, items, pairs, same_from_json
 from kvzip.parsing import from_json
 from kvzip.tensors import TensorFile, check_header
+from kvzip.version import check_format
 
 __all__ = [
     "Description",
@@ -52,7 +54,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Version(msgspec.Struct):
     """What is looked at first in a description, which may be one that is not known here."""
 
-    version: int = VERSION
+    version: int = 0
 
 
 Read = Callable[..., Bits]
@@ -370,15 +372,12 @@ class Snapshot:
             raise FormatError(
                 f"{file.name} is a safetensors file, but not a snapshot of a KV cache"
             )
-        try:
+        nonsense = f"{file.name}: its description makes no sense"
+        with _told(nonsense):
             version = from_json(note, _Version).version
-            if version != VERSION:
-                raise FormatError(
-                    f"{file.name} is a snapshot of version {version}; this reads {VERSION}"
-                )
+        check_format(f"the snapshot {file.name}", version, VERSION, "capture it anew")
+        with _told(nonsense):
             description = from_json(note, Description)
-        except (CorruptError, FormatError) as error:
-            raise FormatError(f"{file.name}: its description makes no sense: {error}") from None
         layout = description.layout.layout()
         for i, name, part in layout.parts():
             form = part.form
@@ -490,6 +489,15 @@ def _checked_ids(given: Any, layout: Layout) -> NDArray[Any]:
             f"token_ids goes from {ids.min()} to {ids.max()}: ids are from 0 to {2**32 - 1}"
         )
     return np.ascontiguousarray(ids, np.uint32)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """What is no JSON, or not of the form that is asked for, becomes a FormatError."""
+    try:
+        yield
+    except (CorruptError, FormatError) as error:
+        raise FormatError(f"{what}: {error}") from None
 
 
 def sha256_raw(snapshot: Snapshot) -> str:

@@ -360,10 +360,7 @@ void PartTables::find(const std::uint8_t* data, std::size_t size, std::size_t ba
   for (const std::size_t n : {batch, heads_, tokens, dim_})
     if (__builtin_mul_overflow(raw_bytes, n, &raw_bytes)) throw std::invalid_argument("cut short");
   Cursor in(data, size);
-  if (const std::uint8_t mode = *in.take(1); mode != kCodedBlock)
-    throw std::invalid_argument(mode == kEarlierBlock
-                                    ? "coded by a kvzip from before the first release"
-                                    : "not a coded block");
+  if (*in.take(1) != kCodedBlock) throw std::invalid_argument("not a coded block");
   if (least_size(raw_bytes) > size) throw std::invalid_argument("cut short");
   in.zeros(kModeBytes - 1);
   const Streams streams(tables, batch, tokens);

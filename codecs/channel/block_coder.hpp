@@ -184,10 +184,9 @@ void copy_raw(const std::uint8_t* data, std::size_t size, std::size_t heads, std
 template <typename T>
 std::uint64_t checksum(const Block<T>& block, std::size_t heads, std::size_t dim);
 
-// Blocks of mode 1 had states of four bytes.
+// What a block begins with; 1 is none.
 enum Mode : std::uint8_t {
   kRawBlock = 0,
-  kEarlierBlock = 1,
   kCodedBlock = 2,
   kUnturnedBlock = 3  // of keys before RoPE
 };

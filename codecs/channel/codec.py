@@ -22,8 +22,11 @@ from kvzip.codecs.common.rotation import rotation_of
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
 from kvzip.layout import PartLayout
+from kvzip.version import newer
 
 _RAW = bytes(16)
+_MODES = frozenset((0, 2, UNTURNED))
+"""What a block may begin with: numbers as they are, coded, keys before RoPE."""
 # A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
 _MAX_EXPANSION = 1024
 # Bits of a channel with a shape of its own: two levels of at most 16 bits for each of 256
@@ -154,6 +157,8 @@ class ChannelCodec(Codec):
             for block in blocks:
                 out, data, context = block.out, block.data, block.context
                 more: tuple[Any, ...] = ()
+                if len(data) and data[0] not in _MODES:
+                    raise UnsupportedError(newer(f"a block of mode {data[0]} of channel"))
                 if len(data) and data[0] == UNTURNED:
                     more = rotation_of(context, out.shape[3]), context.start
                 if not decoding.add(context.tables, data, out, *more):

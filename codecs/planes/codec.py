@@ -16,6 +16,7 @@ from kvzip.codecs import _native
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, UnsupportedError
 from kvzip.layout import PartLayout
+from kvzip.version import newer
 
 _PLANE = struct.Struct("<BI")
 _STORED, _CODED = 0, 1
@@ -123,8 +124,10 @@ class PlanesCodec(Codec):
                 pieces.append((piece, size))
             elif kind == _STORED and len(piece) == size:
                 pieces.append((piece, None))
+            elif kind not in (_STORED, _CODED):
+                raise UnsupportedError(newer(f"a plane of kind {kind}"))
             else:
-                raise CorruptError(f"plane {i} is neither stored whole nor coded")
+                raise CorruptError(f"plane {i} is not stored whole")
         if at != len(data):
             raise CorruptError("planes do not fill their block")
         return pieces

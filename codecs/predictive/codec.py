@@ -25,11 +25,12 @@ from kvzip.errors import CorruptError, ProfileError, UnsupportedError
 from kvzip.layout import KV, PartLayout
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
+from kvzip.version import newer
 
 _RAW, _CHANNEL = (bytes([mode]) + bytes(15) for mode in (0, 2))
-_EARLIER, _CODED, _UNTURNED = 1, 3, 4
-"""First bytes of what is predicted: before the first release, counts of words had two bytes; in the
-last kind some pairs are as they were before RoPE."""
+_CODED, _UNTURNED = 3, 4
+"""First bytes of what is predicted; of the second kind some pairs are as they were before RoPE."""
+_KINDS = frozenset((_RAW[0], _CHANNEL[0], _CODED, _UNTURNED))
 _HEADER = 16
 _TABLES = struct.Struct("<16sI12x")
 _LAYER_TENSORS = (
@@ -152,7 +153,9 @@ class PredictiveCodec(Codec):
         chain = _next_chain(context, out.shape)
         part = KV.index(context.part)
         mode, body = bytes(data[:_HEADER]), data[_HEADER:]
-        kind = mode[0] if mode else -1
+        kind = mode[0] if mode else _RAW[0]
+        if kind not in _KINDS:
+            raise UnsupportedError(newer(f"a block of kind {kind} of predictive"))
         if kind in (_CODED, _UNTURNED) and chain is not None:
             rotations = _rotations(context)
             rotation = rotations.of(context, out.shape) if kind == _UNTURNED else None
@@ -162,10 +165,8 @@ class PredictiveCodec(Codec):
             out[...] = np.frombuffer(body, out.dtype).reshape(out.shape)
         elif mode == _CHANNEL:
             _channel_decode(body, out, context)
-        elif kind == _EARLIER:
-            raise CorruptError("coded by a kvzip from before the first release")
         else:
-            raise CorruptError("a block of unknown kind, or one that nothing predicts")
+            raise CorruptError("a block that makes no sense, or one that nothing predicts")
         if chain is not None:
             try:  # what follows is predicted from these numbers, too
                 chain.model(context.layer, part, _split(out)[0])

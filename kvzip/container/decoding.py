@@ -22,7 +22,7 @@ from kvzip.container.blocks import Blocks
 from kvzip.container.index import Key
 from kvzip.container.plan import Request
 from kvzip.dtypes import Bits
-from kvzip.errors import CorruptError, KVZipError, UsageError
+from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
 from kvzip.layout import LayerLayout, Layout
 from kvzip.options import items
 from kvzip.snapshot import Layer, Snapshot
@@ -384,8 +384,8 @@ class _Coming:
         self.left: Iterator[Target] = iter(targets)
         self.ended = False
         """Whether all of them are taken."""
-        self.damaged = False
-        """Whether the next one's bytes are damaged, which is told by an error from here."""
+        self.failed = False
+        """Whether the next one could not be had, which an error from here tells."""
         if isinstance(targets, list):
             self.taken, self.left, self.ended = targets, iter(()), True
 
@@ -397,8 +397,8 @@ class _Coming:
             for target in self.left:
                 self.taken.append(target)
                 yield target
-        except CorruptError:
-            self.damaged = True
+        except (CorruptError, UnsupportedError):
+            self.failed = True
             raise
         self.ended = True
 
@@ -407,22 +407,23 @@ def fill(blocks: Blocks, codec: Codec, targets: Iterable[Target], threads: int =
     """Decode blocks of one codec that do not need each other, and check their numbers; the blocks.
 
     `targets`: a list, or an iterator, of which the blocks are taken as the codec comes to them.
-    Raises CorruptError that names the block, or its tables where those are to blame; KVZipError for
-    a codec that leaves blocks out.
+    Raises CorruptError that names the block, or its tables where those are to blame;
+    UnsupportedError for a block that is whole and that this codec does not know; KVZipError for a
+    codec that leaves blocks out.
     """
     coming = _Coming(targets)
     work = coming.taken
     try:
         found = codec.decode_many(iter(coming), threads)
-    except CorruptError as error:
-        if coming.damaged:
+    except (CorruptError, UnsupportedError) as error:
+        if coming.failed:
             raise
         if len(work) > 1:
             for target in [*work, *coming.left]:
                 fill(blocks, codec, [target])  # one of them tells more
             return work
         _blame_stored(blocks, work[0])
-        raise CorruptError(f"{blocks.index.name(work[0].row)}: {error}") from None
+        raise type(error)(f"{blocks.index.name(work[0].row)}: {error}") from None
     if not coming.ended or len(found) != len(work):
         raise KVZipError(f"codec {codec.codec_id!r} does not decode all blocks that it is given")
     checksums = blocks.index.raw_checksum

@@ -27,10 +27,10 @@ from kvzip.layout import Layout, Origin, PartLayout, StoredLayout
 from kvzip.options import json_value, same_from_json
 from kvzip.parsing import from_json, json_schema
 from kvzip.snapshot import Layer
-from kvzip.version import __version__
+from kvzip.version import __version__, check_format, newer
 
 MAGIC = b"\x89KVZ\r\n\x1a\n"
-VERSION = 0
+VERSION = 1
 """The version of the format."""
 MAX_HEADER = 1 << 26
 """The most bytes that a header may have."""
@@ -68,13 +68,8 @@ class Preamble(NamedTuple):
     @classmethod
     def read(cls, first: memoryview) -> Preamble:
         """The preamble in a file's first bytes. Raises FormatError, CorruptError."""
-        version, flags, *rest = _fields(first)
-        if version != VERSION:
-            raise FormatError(
-                f"the file has format version {version}; this is a reader of version {VERSION}"
-            )
-        found = cls(*rest)
-        if flags or found.header_length > MAX_HEADER:
+        found = cls(*_fields(first))
+        if found.header_length > MAX_HEADER:
             raise FormatError("the file's header is out of bounds")
         return found
 
@@ -113,20 +108,24 @@ def start_length(header: int, ids: int, entries: int) -> int:
 
 
 def _fields(first: Any) -> tuple[int, ...]:
-    """What the preamble says, without the magic. Raises FormatError, CorruptError."""
+    """What the preamble says behind magic, version and flags. Raises FormatError, CorruptError."""
     if bytes(first[: len(MAGIC)]) != MAGIC[: len(first)] or not len(first):
         snapshot = bytes(first[8:10]) == b'{"'  # how a safetensors file begins
         more = ": it may be a snapshot, of which kvzip encode makes one" if snapshot else ""
         raise FormatError(f"this is not a .kvz file{more}")
     if len(first) < _PREAMBLE.size:
         raise CorruptError("the file is cut short in its first bytes")
-    return _PREAMBLE.unpack_from(first)[1:]
+    _, version, flags, *rest = _PREAMBLE.unpack_from(first)
+    check_format("the file", version, VERSION, "encode the snapshot anew")
+    if flags:
+        raise FormatError(newer(f"the file has the flags {flags:#06x}"))
+    return tuple(rest)
 
 
 def stated_length(data: Any) -> int:
     """The length in bytes that a .kvz file states in its first 40 bytes, for files that lie in a
     larger buffer. Raises FormatError, CorruptError."""
-    return Preamble(*_fields(data)[2:]).file_length
+    return Preamble(*_fields(data)).file_length
 
 
 def whole_length(first: bytearray) -> int | None:
@@ -336,14 +335,30 @@ def unpacked_header(data: memoryview) -> tuple[Header, Codecs]:
     UnsupportedError."""
     try:
         header = from_json(data, Header)
-    except (CorruptError, FormatError) as error:
-        raise FormatError(f"the header makes no sense: {error}") from None
-    if header.block_tokens < 1:
-        raise FormatError("the header makes no sense: block_tokens is below 1")
-    try:
+        if header.block_tokens < 1:
+            raise UsageError("block_tokens is below 1")
         return header, Codecs.of_header(header)
-    except UsageError as error:
-        raise FormatError(f"the header makes no sense: {error}") from None
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error}{_by_another(data)}") from None
+    except (CorruptError, FormatError, UsageError) as error:
+        raise FormatError(f"the header makes no sense: {error}{_by_another(data)}") from None
+
+
+class _Written(msgspec.Struct):
+    """What is looked at in a header that has something which is not known here."""
+
+    writer: str = ""
+
+
+def _by_another(header: memoryview) -> str:
+    """Which other version of the library wrote a header that cannot be read, if it says so."""
+    try:
+        writer = from_json(header, _Written).writer
+    except (CorruptError, FormatError):
+        return ""
+    if writer in ("", WRITER):
+        return ""
+    return f"; it was written by {writer[:40]!r}, and this is {WRITER}: a newer kvzip may read it"
 
 
 class PartInfo(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ from kvzip.errors import CorruptError, UnsupportedError
 from kvzip.grids import HALVES, Found, Grid, Narrow, find, narrow, suspicions, widen
 from kvzip.layout import Kind, Origin, PartLayout
 from kvzip.snapshot import Layer
+from kvzip.version import newer
 
 _WIDE = ("bf16", "fp16", "fp32")
 _LEAST = 4096
@@ -130,12 +131,16 @@ class GridCodec(Codec):
                 raise CorruptError(f"{len(data)} bytes for a block of {1 + out.nbytes}")
             out[...] = np.frombuffer(data[1:], out.dtype).reshape(out.shape)
             return
-        if len(data) < _HEAD.size or data[0] != _ON_GRID:
+        if len(data) and data[0] != _ON_GRID:
+            raise UnsupportedError(newer(f"a block of kind {data[0]} on a grid"))
+        if len(data) < _HEAD.size:
             raise CorruptError("a block of a grid without its head")
         _, scale, *lengths, count = _HEAD.unpack_from(data)
+        if scale >= len(_SCALES):
+            raise UnsupportedError(newer(f"scales of format {scale} on a grid"))
         places, numbers = _positions(out.size), out.dtype
         sizes = [*lengths, count * places.itemsize, count * numbers.itemsize]
-        if _HEAD.size + sum(sizes) != len(data) or scale >= len(_SCALES):
+        if _HEAD.size + sum(sizes) != len(data):
             raise CorruptError("a block of a grid whose lengths are not its own")
         pieces, at = [], _HEAD.size
         for size in sizes:

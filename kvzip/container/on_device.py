@@ -297,7 +297,7 @@ class DeviceDecoding:
                 contexts[of] = self.blocks.context(row, self._tables[key], {}, scratch)
         try:
             self.blocks.codec.decode_on_device(work, blocks, contexts)
-        except CorruptError:
+        except (CorruptError, UnsupportedError):
             self._blame(rows)
             raise
         self._scratch = scratch

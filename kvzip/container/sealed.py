@@ -23,10 +23,11 @@ from kvzip import checksum
 from kvzip.container.source import Source
 from kvzip.errors import CorruptError, FormatError, KVZipError, SealError, UsageError
 from kvzip.options import text
+from kvzip.version import check_format, newer
 from kvzip.workers import Lock
 
 MAGIC = b"\x89KVS\r\n\x1a\n"
-VERSION = 0
+VERSION = 1
 HEADER = 128
 CHUNK = 1 << 16
 TAG = 16
@@ -238,10 +239,8 @@ class Sealed:
         self.name = getattr(source, "name", None)
         """What errors call it, if anything."""
         start = bytes(source.read(0, min(HEADER, source.size)))
-        magic, version, zeros, _, proof, name = _read_header(start)
+        proof, name = _read_header(start)
         known = _find(key, name)
-        if version != VERSION or any(zeros) or magic != MAGIC:
-            raise FormatError(f"this is a sealed file of version {version}; this reads {VERSION}")
         self._cipher, expected = _cipher(known, start[:48] + start[80:120], place)
         if not hmac.compare_digest(proof, expected):
             raise SealError(
@@ -329,16 +328,20 @@ class Sealed:
         self._source.announce([self._place(chunk) for chunk in chunks])  # type: ignore[attr-defined]
 
 
-def _read_header(start: bytes) -> tuple[bytes, int, bytes, bytes, bytes, str]:
+def _read_header(start: bytes) -> tuple[bytes, str]:
+    """What proves the key, and the key's name. Raises FormatError, CorruptError."""
     if not is_sealed(start):
         raise FormatError("this is no sealed file")
     if len(start) < HEADER:
         raise CorruptError("the sealed file is cut short")
     if _CHECKSUM.unpack_from(start, _FIELDS.size)[0] != checksum.of_bytes(start[: _FIELDS.size]):
         raise CorruptError("the header of the sealed file is damaged")
-    magic, version, zeros, salt, proof, name = _FIELDS.unpack_from(start)
+    _, version, zeros, _, proof, name = _FIELDS.unpack_from(start)
+    check_format("the sealed file", version, VERSION, "seal its content anew")
+    if any(zeros):
+        raise FormatError(newer("the sealed file has fields that are set"))
     try:
-        return magic, version, zeros, salt, proof, name.rstrip(b"\0").decode()
+        return proof, name.rstrip(b"\0").decode()
     except UnicodeDecodeError:
         raise CorruptError("the header of the sealed file makes no sense") from None
 

@@ -31,7 +31,7 @@ HALVES = ("bf16", "fp16")
 """Narrow formats that need no scale; their wide format is fp32."""
 
 
-class Grid(msgspec.Struct, frozen=True):
+class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How wide numbers come from narrow ones; JSON and MessagePack can hold it."""
 
     wide: Wide

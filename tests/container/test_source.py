@@ -280,7 +280,7 @@ def test_errors_name_the_file(blob, tmp_path, monkeypatch):
     for data, words in (
         (b"text", "a.kvz is not a .kvz file"),
         (blob[:-1], "a.kvz is cut short"),
-        (blob[:9] + b"\xff" + blob[10:], "a.kvz has format version"),
+        (blob[:9] + b"\xff" + blob[10:], "a.kvz is of format version"),
         (blob[:60] + b"\xff" + blob[61:], "a.kvz: the header or the index is damaged"),
         (blob[:-1000] + bytes(1000), "a.kvz: (the tables of )?layer . [kv].* damaged"),
     ):
