@@ -229,12 +229,12 @@ def _read(page: memoryview, profile: Profile) -> _Page:
         raise CorruptError("the page is cut short")
     _, version, zeros, first, layers, tokens, more_zeros, made_with = _HEADER.unpack_from(page)
     check_format("the page", version, VERSION, "encode its numbers anew")
-    if zeros or more_zeros:
-        raise FormatError(newer("the page has fields that are set") + ", or it is damaged")
     if made_with != bytes.fromhex(profile.id)[:8]:
         raise ProfileError(
             f"the page was made with profile {made_with.hex()}..., not with {profile.id}"
         )
+    if zeros or more_zeros:
+        raise FormatError(newer("the page has fields that are set") + ", or it is damaged")
     end = _LENGTHS_AT + 8 * layers
     begin = _aligned(end)
     if not 1 <= tokens <= MOST_TOKENS or not layers or begin > len(page):

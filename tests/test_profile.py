@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
-from pathlib import Path
 
+import golden_files
 import numpy as np
 import pytest
 from hypothesis import given
@@ -141,6 +141,6 @@ def test_every_byte_of_packed_tensors_counts(profile, tmp_path):
 
 def test_files_without_packed_tensors_are_read():
     """As they were written at first."""
-    [path] = (Path(__file__).parent / "golden" / "v0").glob("*.kvprofile")
+    path = golden_files.NOW / "predictive.kvprofile"
     assert "packed" not in json.loads(TensorFile(path).metadata["kvprofile"])
     assert Profile.load(path).tensors

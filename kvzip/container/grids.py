@@ -31,6 +31,8 @@ _CODES, _REST, _OFF = "codes", "rest", "off"
 """Under which the codecs of codes, of other channels and of whole parts keep what they do."""
 _PLAIN, _ON_GRID = 0, 1
 _SCALES: tuple[Any, ...] = (None, "e8m0", "bf16", "fp32")
+_SCALES_BY = "planes:mode=byte,order=channel,coder=zstd"
+"""What stores scales (docs/format.md)."""
 _HEAD = struct.Struct("<BB4Q")
 _LENGTH = struct.Struct("<Q")
 _OFF_GRID = _LENGTH.pack((1 << 64) - 1)
@@ -68,7 +70,7 @@ class GridCodec(Codec):
         """`block_lines`: the tokens, or rows, of a block, by which a writer compares."""
         self._block_lines = block_lines
         self.grid, self.codes, self.rest = grid, codes, rest
-        self._narrow, self._scales = _form(grid.narrow), get_codec("planes")
+        self._narrow, self._scales = _form(grid.narrow), get_codec(_SCALES_BY)
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -4,13 +4,11 @@ import json
 import struct
 from pathlib import Path
 
-import golden
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
-    NEED_PROFILE,
     assert_same,
     cache_like,
     make_snapshot,
@@ -20,7 +18,6 @@ from support import (
 
 import kvzip
 from kvzip.container import header_schema
-from kvzip.container.format import VERSION
 from kvzip.container.index import RECORD
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UnsupportedError
 from kvzip.snapshot import LayerLayout
@@ -394,53 +391,3 @@ def test_another_profile_is_named(small):
 def test_the_schema_in_the_docs_is_the_header():
     stored = json.loads((HERE.parent / "docs" / "header.schema.json").read_text())
     assert stored == header_schema(), "docs/header.schema.json: write header_schema() anew"
-
-
-# Those that need a profile are read where it is: codecs/test_predictive_golden.py.
-FILES = sorted(golden.FOLDER.glob("v*/*.kvz"))
-PLAIN = [p for p in FILES if p.stem.partition("-")[0] not in NEED_PROFILE]
-
-
-@pytest.mark.parametrize("path", PLAIN, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_every_released_version_stays_readable(path):
-    codec, dtype = path.stem.rsplit("-", 1)
-    expected = golden.snapshot(dtype, golden.MANY_HEADS if codec == golden.MANY else 2)
-    special = {golden.ON_GRID: golden.on_grid, golden.BEFORE_ROPE: golden.before_rope}
-    assert_same(kvzip.decode(path), special[codec]() if codec in special else expected)
-
-
-def test_there_is_a_golden_file_of_each_codec_and_dtype():
-    """What is missing, `python tests/container/golden.py` writes; a codec that needs a profile has
-    a suite of its own, which writes the profile, too."""
-    now = golden.FOLDER / f"v{VERSION}"
-    assert {p.stem for p in now.glob("*.kvz")} == {
-        *golden.names(),
-        f"{golden.MANY}-bf16",
-        f"{golden.BEFORE_ROPE}-bf16",
-        f"{golden.ON_GRID}-bf16",
-    }
-    assert {p.stem for p in now.glob("*.kvprofile")} == NEED_PROFILE
-
-
-def test_golden_files_that_are_missing_are_written_and_no_others(tmp_path):
-    kept = tmp_path / f"v{VERSION}" / "raw-bf16.kvz"
-    kept.parent.mkdir()
-    kept.write_bytes(b"released")
-    written = golden.write_missing(tmp_path)
-    last = written.pop()
-    assert last.stem == f"{golden.ON_GRID}-bf16"
-    assert_same(kvzip.decode(last), golden.on_grid())
-    before = written.pop()
-    assert before.stem == f"{golden.BEFORE_ROPE}-bf16"
-    assert_same(kvzip.decode(before), golden.before_rope())
-    many = written.pop()
-    assert many.stem == f"{golden.MANY}-bf16"
-    assert_same(kvzip.decode(many), golden.snapshot("bf16", golden.MANY_HEADS))
-    assert [grid.parts for grid in kvzip.info(last).header.grids] == [((0, "k"), (1, "k"))]
-    assert {path.stem for path in written} | {kept.stem} == {
-        name for name, (codec, _) in golden.names().items() if codec not in NEED_PROFILE
-    }
-    assert kept.read_bytes() == b"released"
-    for path in written:
-        assert_same(kvzip.decode(path), golden.snapshot(path.stem.rsplit("-", 1)[1]))
-    assert golden.write_missing(tmp_path) == []

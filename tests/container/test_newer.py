@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 
-import golden
+import golden_files
 import numpy as np
 import pytest
 from predictive_profiles import SHAPES, random_profile
@@ -106,6 +106,12 @@ def test_a_part_name_of_the_future_is_read(file):
     assert np.array_equal(found["phase_3"], kvzip.decode(file).layers[0].v)
 
 
+def test_settings_that_are_left_out_have_their_defaults():
+    blob = kvzip.encode(golden_files.plain("bf16"), "planes")
+    bare = with_header(blob, lambda header: header.update(codec={"id": "planes"}))
+    assert bare != blob and kvzip.decode(bare) == kvzip.decode(blob)
+
+
 @pytest.mark.parametrize("writer", [None, 7, "x\ny" * 1000, "kvzip \N{SNOWMAN}"])
 def test_writers_that_say_anything(file, writer):
     def change(header):
@@ -148,7 +154,7 @@ def refused(blob, profile, at, value, named):
 
 @pytest.mark.parametrize("mode", [1, 4, 255])
 def test_a_mode_of_channel(mode):
-    blob = kvzip.encode(golden.snapshot("bf16"), "channel", block_tokens=48)
+    blob = kvzip.encode(golden_files.plain("bf16"), "channel", block_tokens=48)
     refused(blob, None, first_block(blob), mode, f"mode {mode}")
 
 
@@ -164,13 +170,13 @@ def test_a_kind_of_predictive(kind):
 
 @pytest.mark.parametrize("codec", ["planes", "planes:mode=bit,coder=lz4"])
 def test_a_kind_of_plane(codec):
-    blob = kvzip.encode(golden.snapshot("bf16"), codec)
+    blob = kvzip.encode(golden_files.plain("bf16"), codec)
     refused(blob, None, first_block(blob) + 5, 2, "plane of kind 2")
 
 
 @pytest.mark.parametrize("at, value, named", [(0, 2, "kind 2"), (1, 4, "format 4")])
 def test_a_block_on_a_grid(at, value, named):
-    blob = kvzip.encode(golden.on_grid(), "channel", block_tokens=48)
+    blob = kvzip.encode(golden_files.scaled_by_powers(), "channel", block_tokens=48)
     refused(blob, None, first_block(blob) + at, value, named)
 
 
@@ -251,7 +257,7 @@ def rewritten(path, key, change):
 )
 def test_a_snapshot_of_another_version(tmp_path, change, words):
     path = tmp_path / "doc.safetensors"
-    golden.snapshot("bf16").save(path)
+    golden_files.plain("bf16").save(path)
     rewritten(path, "kvzip", change)
     with pytest.raises(FormatError, match=words):
         kvzip.Snapshot.load(path)

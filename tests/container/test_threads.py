@@ -13,7 +13,7 @@ import kvzip
 from kvzip.load import buffers
 from kvzip.store import Store
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "v0"
+GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
 
 
 def at_once(do, threads=4):

@@ -17,7 +17,7 @@ from kvzip.store import Store
 from kvzip.testing import cache_like, make_snapshot, reseal
 
 FOLDER = Path(tempfile.mkdtemp(prefix="kvzip-fuzz-"))
-GOLDEN = Path(__file__).parents[1] / "golden" / "v0"
+GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
 SAVED = make_snapshot(cache_like, 1, "bf16", layers=1, heads=1, tokens=40, dim=8)
 
 
@@ -106,7 +106,7 @@ KEPT: dict[Path, bytes] = {}
 PROFILE = kvzip.Profile.fit([SAVED], codec="channel")
 PAGE = kvzip.encode_page([(layer.k[:, :16], layer.v[:, :16]) for layer in SAVED.layers], PROFILE)
 PREDICTED = kvzip.Profile.load(GOLDEN / "predictive.kvprofile")
-TURNED = kvzip.Profile.load(GOLDEN / "rope" / "predictive.kvprofile")
+TURNED = kvzip.Profile.load(GOLDEN / "predictive-before-rope.kvprofile")
 """Of keys that RoPE turned in bf16."""
 START = kvzip.encode(SAVED, "raw")[:12]
 """Magic and version of a .kvz file, and what else does not change."""
@@ -126,7 +126,7 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
 
 def small(name: str, tokens: int, heads: int = 2) -> kvzip.Snapshot:
     """A piece of a golden file, which as a whole is longer than what a fuzzer makes."""
-    turned = name.startswith("rope/")
+    turned = "before-rope" in name
     with kvzip.open(GOLDEN / name, TURNED if turned else PREDICTED) as reader:
         read = reader.tokens(0, tokens)
     if turned:
@@ -147,7 +147,7 @@ def seeds(target: str) -> list[bytes]:
         names = [f"predictive-{dtype}.kvz" for dtype in ("bf16", "fp32", "fp8_e5m2")]
         files = [kvzip.encode(small(name, 12), "predictive", PREDICTED) for name in names]
         if target == "predictive":
-            turned = small("rope/predictive-bf16.kvz", 12)
+            turned = small("predictive-before-rope-bf16.kvz", 12)
             files.append(kvzip.encode(turned, "predictive", TURNED))
         return files + (seeds("decode") if target == "part" else [])
     if target in ("open", "decode", "file"):

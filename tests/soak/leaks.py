@@ -35,7 +35,7 @@ from kvzip.store import Store
 from kvzip.testing.caches import cache_like
 from kvzip.testing.exactness import assert_same
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "v0"
+GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
 TOKENS = 64
 MOST = {"python": 8.0, "native": 24.0, "objects": 0.1, "files": 0.0, "threads": 0.0}
 """How much each may grow a round. Python's smallest allocation has 16 bytes, the C library's 32."""

@@ -37,7 +37,7 @@ from kvzip.store import Store
 from kvzip.testing.caches import cache_like, nearest_bits, random_bits
 from kvzip.testing.exactness import assert_same
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "v0"
+GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
 CODECS = ("raw", "zstd", "lz4", "planes", "planes:mode=bit", "channel")
 TOKENS = 200
 ORIGIN = kvzip.Origin(model="m", revision="r")
