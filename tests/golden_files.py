@@ -167,13 +167,17 @@ def partly_widened() -> kvzip.Snapshot:
     return kvzip.Snapshot.from_arrays([tuple(layers[0])], "fp32", np.arange(160), GOLDEN)
 
 
-def before_rope() -> kvzip.Snapshot:
-    """Keys that RoPE turned, but for a pair in each layer, after the first 30 tokens, which are
-    gone; 4 of their 12 channels are not turned. From single steps of IEEE 754, which are the same
-    for ever, and of cosines and sines 8 bits."""
+def before_rope(rounding: int = 1) -> kvzip.Snapshot:
+    """Keys that RoPE turned, rounding products and sums (1), sums alone (2), or these with cosines
+    and sines that are not of bf16 (3). But for a pair in each layer, after the first 30 tokens,
+    which are gone; 4 of their 12 channels are not turned. From single steps of IEEE 754, which are
+    the same for ever, and of cosines and sines 8 bits, or 24."""
     frequencies = np.float32(2) ** -np.arange(4, dtype=np.float32)
     angle = np.arange(30, 100, dtype=np.float32)[:, None] * frequencies
-    cos, sin = (_bf16(f(angle.astype(np.float64)).astype(np.float32)) for f in (np.cos, np.sin))
+    cos, sin = (f(angle.astype(np.float64)).astype(np.float32) for f in (np.cos, np.sin))
+    if rounding < 3:
+        cos, sin = _bf16(cos), _bf16(sin)
+    product = _bf16 if rounding == 1 else np.float32
     layers = []
     for layer in range(2):
         n = np.arange(2 * 70 * 12, dtype=np.uint64) + np.uint64(10_000 * layer)
@@ -184,8 +188,8 @@ def before_rope() -> kvzip.Snapshot:
         k = (k | (channel & np.uint64(1)) << np.uint64(15)).astype(np.uint16)
         wide = (k.astype(np.uint32) << 16).view(np.float32)
         a, b = wide[..., :4], wide[..., 4:8]
-        first = _bf16(_bf16(a * cos) - _bf16(b * sin))
-        second = _bf16(_bf16(b * cos) + _bf16(a * sin))
+        first = _bf16(product(a * cos) - product(b * sin))
+        second = _bf16(product(b * cos) + product(a * sin))
         turned = np.concatenate([first, second, wide[..., 8:]], -1).view(np.uint32) >> 16
         keys = turned.astype(np.uint16)
         keys[1, 60, 2] ^= 0x4003
@@ -374,6 +378,12 @@ def files() -> Iterator[tuple[str, str | None, Make]]:
     )
     yield "channel-of-noise-bf16.kvz", None, _encoded(beside, "channel")
     yield "channel-before-rope-bf16.kvz", None, _encoded(before_rope, "channel")
+    for rounding in 2, 3:
+        yield (
+            f"channel-before-rope-{rounding}-bf16.kvz",
+            None,
+            _encoded(lambda r=rounding: before_rope(r), "channel"),
+        )
     yield "channel-on-a-grid-bf16.kvz", None, _encoded(scaled_by_powers, "channel")
     yield "planes-on-a-grid-bf16.kvz", None, _encoded(scaled_by_any, "planes")
     yield "zstd-on-a-grid-fp32.kvz", None, _encoded(widened, "zstd")
@@ -447,6 +457,8 @@ def written(name: str) -> kvzip.Snapshot:
     special = {
         "every-kind-bf16": every_kind,
         "channel-of-noise-bf16": beside,
+        "channel-before-rope-2-bf16": lambda: before_rope(2),
+        "channel-before-rope-3-bf16": lambda: before_rope(3),
         "predictive-beside-bf16": beside,
         "predictive-with-states-bf16": with_states,
         "batch-fp16": batch,

@@ -17,7 +17,7 @@ from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.fit import fit
 from kvzip.codecs.channel.profile import fields, own_bits, rows, tables_of, takes
-from kvzip.codecs.channel.rotation import UNTURNED, Keys, sampled, unturned
+from kvzip.codecs.channel.rotation import ROUNDINGS, UNTURNED, Keys, sampled, unturned
 from kvzip.codecs.common.rotation import rotation_of
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
@@ -159,7 +159,9 @@ class ChannelCodec(Codec):
                 more: tuple[Any, ...] = ()
                 if len(data) and data[0] not in _MODES:
                     raise UnsupportedError(newer(f"a block of mode {data[0]} of channel"))
-                if len(data) and data[0] == UNTURNED:
+                if len(data) > 1 and data[0] == UNTURNED:
+                    if data[1] not in ROUNDINGS:
+                        raise UnsupportedError(newer(f"keys before RoPE of rounding {data[1]}"))
                     more = rotation_of(context, out.shape[3]), context.start
                 if not decoding.add(context.tables, data, out, *more):
                     copied.append((out, np.empty(out.shape, out.dtype)))

@@ -21,7 +21,7 @@ UNTURNED = 3
 _HEAD = struct.Struct("<BBHI8x")
 _EXCEPTION = np.dtype([("pair", "<u4"), ("numbers", "<u2", 2)])
 _ALIGNED = 16
-_ROUNDINGS = (1, 2, 3)
+ROUNDINGS = (1, 2, 3)
 # Tokens on which it is tried, and which tell whether keys take less before RoPE. Of their pairs,
 # and of all, so many may have no numbers before RoPE.
 _SAMPLE, _MISSING = 128, 0.01
@@ -90,7 +90,7 @@ def sampled(part: Bits, context: Context, tokens: int = _SAMPLE) -> Sampled | No
     cached = rows(part[:, :, start:])
     before = cached.copy()
     most = int(_MISSING * cached.size / cached.shape[3] * rotation.pairs)
-    for rounding in _ROUNDINGS:
+    for rounding in ROUNDINGS:
         missing = rotation.unturn(cached, context.start + start, rounding, before, most)
         if missing is not None:
             return Sampled(cached, before, rounding, len(missing))

@@ -30,6 +30,7 @@ from kvzip.version import newer
 _RAW, _CHANNEL = (bytes([mode]) + bytes(15) for mode in (0, 2))
 _CODED, _UNTURNED = 3, 4
 """First bytes of what is predicted; of the second kind some pairs are as they were before RoPE."""
+_ROUNDINGS = (1, 2)
 _KINDS = frozenset((_RAW[0], _CHANNEL[0], _CODED, _UNTURNED))
 _HEADER = 16
 _TABLES = struct.Struct("<16sI12x")
@@ -156,6 +157,8 @@ class PredictiveCodec(Codec):
         kind = mode[0] if mode else _RAW[0]
         if kind not in _KINDS:
             raise UnsupportedError(newer(f"a block of kind {kind} of predictive"))
+        if kind == _UNTURNED and len(mode) > 2 and mode[2] not in _ROUNDINGS:
+            raise UnsupportedError(newer(f"pairs before RoPE of rounding {mode[2]}"))
         if kind in (_CODED, _UNTURNED) and chain is not None:
             rotations = _rotations(context)
             rotation = rotations.of(context, out.shape) if kind == _UNTURNED else None

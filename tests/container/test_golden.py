@@ -130,6 +130,14 @@ def test_there_is_a_golden_block_of_each_kind():
     assert kinds_of("grid") == {-1, 0, 1}
 
 
+def test_there_is_a_golden_block_of_each_rounding_before_rope():
+    for rounding, name in enumerate(("", "-2", "-3"), 1):
+        with kvzip.open(NOW / f"channel-before-rope{name}-bf16.kvz") as reader:
+            _, *rows = reader.index.rows[0, "k"]
+            heads = {bytes(reader._blocks.stored(row)[:2]) for row in rows}
+        assert heads == {bytes([3, rounding]), bytes(2)}  # the last block has few tokens
+
+
 def test_there_is_a_golden_layer_of_each_kind():
     layers = golden_files.every_kind().layers
     assert {layer.layout.kind for layer in layers} == set(KINDS)

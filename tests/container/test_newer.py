@@ -149,7 +149,7 @@ def refused(blob, profile, at, value, named):
         with pytest.raises(CorruptError):
             read(other, profile)
     with kvzip.open(reseal(other), profile) as reader, pytest.raises(UnsupportedError, match=NEWER):
-        reader.tokens(0, 5)
+        reader.layer(0)
 
 
 @pytest.mark.parametrize("mode", [1, 4, 255])
@@ -166,6 +166,18 @@ def test_a_kind_of_predictive(kind):
     layers = [tuple(cache_like(rng, "bf16", (h, 20, d)) for h, d in shapes)]
     blob = kvzip.encode(kvzip.Snapshot.from_arrays(layers, "bf16"), "predictive", profile)
     refused(blob, profile, first_block(blob, profile), kind, f"kind {kind}")
+
+
+def test_a_rounding_before_rope():
+    blob = kvzip.encode(golden_files.before_rope(), "channel", block_tokens=48)
+    assert blob[first_block(blob)] == 3
+    for rounding in (0, 4, 255):
+        refused(blob, None, first_block(blob) + 1, rounding, f"rounding {rounding}")
+    name = "predictive-before-rope"
+    profile = kvzip.Profile.load(golden_files.NOW / f"{name}.kvprofile")
+    blob = (golden_files.NOW / f"{name}-bf16.kvz").read_bytes()
+    assert blob[first_block(blob, profile)] == 4
+    refused(blob, profile, first_block(blob, profile) + 2, 3, "rounding 3")
 
 
 @pytest.mark.parametrize("codec", ["planes", "planes:mode=bit,coder=lz4"])
