@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec.structs import replace
 
 from kvzip import api, dtypes
 from kvzip.codec import Codec, get_codec
 from kvzip.dtypes import Bits
 from kvzip.errors import UnsupportedError
 from kvzip.load.documents import Bytes, open_document
-from kvzip.snapshot import Layout, Origin, Snapshot
+from kvzip.snapshot import Layer, Layout, Origin, Snapshot
 
 if TYPE_CHECKING:
     import torch
+
+
+class Turned(NamedTuple):
+    """What RoPE made of the keys of a chunk, which is [2, layers, heads, tokens, dim]."""
+
+    first: int
+    """Position of its first token."""
+    ropes: Sequence[int | None]
+    """Of each layer, which of the origin's RoPE parameters turned its keys; None: none did."""
 
 
 def codec_for_chunks(codec: Codec, log: logging.Logger) -> Codec:
@@ -71,9 +83,24 @@ def _bits(tensor: torch.Tensor) -> tuple[Bits, str]:
     return dtypes.as_bits(tensor, wide)
 
 
-def _snapshot(tensor: torch.Tensor, origin: Origin | None = None) -> Snapshot:
+def _snapshot(
+    tensor: torch.Tensor, origin: Origin | None = None, turned: Turned | None = None
+) -> Snapshot:
     bits, name = _bits(tensor)
-    return Snapshot.from_arrays(pairs(bits), name, origin=origin or Origin())
+    made = Snapshot.from_arrays(pairs(bits), name, origin=origin or Origin())
+    if turned is None or tensor.ndim != 5 or len(turned.ropes) != len(made.layers):
+        return made
+    length = turned.first + tensor.shape[3]
+    layers = [
+        Layer(layer.parts, replace(layer.layout, cumulative_length=length, rope=rope))
+        for layer, rope in zip(made.layers, turned.ropes, strict=True)
+    ]
+    return Snapshot(layers, name, origin=made.origin)
+
+
+def _numbers(layout: Layout) -> list[object]:
+    """What numbers there are, wherever in a sequence."""
+    return [layout.dtype, *(layer.parts for layer in layout.layers)]
 
 
 def layout(tensor: torch.Tensor) -> Layout:
@@ -82,10 +109,15 @@ def layout(tensor: torch.Tensor) -> Layout:
 
 
 def encode(
-    tensor: torch.Tensor, codec: Codec, threads: int = 1, origin: Origin | None = None
+    tensor: torch.Tensor,
+    codec: Codec,
+    threads: int = 1,
+    origin: Origin | None = None,
+    turned: Turned | None = None,
 ) -> bytes:
-    """A CPU tensor of any strides as the bytes of a .kvz file."""
-    return api.encode(_snapshot(tensor, origin), codec, threads=threads)
+    """A CPU tensor of any strides as the bytes of a .kvz file, which says what turned its keys
+    where that is told; what fills a tensor from it need not know that."""
+    return api.encode(_snapshot(tensor, origin, turned), codec, threads=threads)
 
 
 def decode(
@@ -106,7 +138,7 @@ def decode(
                 f"not {origin.model} {origin.revision or '(not pinned)'}"
             )
         stored, wanted = reader.layout, layout(tensor)
-        if stored != wanted:
+        if _numbers(stored) != _numbers(wanted):
             raise UnsupportedError(
                 f"the chunk holds {stored.dtype} {stored.layers[0].k} in {len(stored.layers)} "
                 f"layers, the buffer {name} {wanted.layers[0].k} in {len(wanted.layers)}"

@@ -17,15 +17,19 @@ imports without it. :class:`Settings` has all that can be set.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from contextlib import suppress
+from functools import lru_cache
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from kvzip import metrics
 from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
-from kvzip.identity.checkpoint import changed, checkpoint_fingerprint
+from kvzip.identity.checkpoint import changed, checkpoint_fingerprint, checkpoint_folder
 from kvzip.load import chunks
 from kvzip.load.place import Place, converted, folder_name
 from kvzip.options import integer
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     )
     from sglang.srt.mem_cache.hicache_storage import (
         HiCacheStorageConfig,
+        HiCacheStorageExtraInfo,
         PoolName,
         PoolTransfer,
         PoolTransferResult,
@@ -54,8 +59,9 @@ else:
 _log = logging.getLogger("kvzip.sglang")
 
 T = TypeVar("T")
-_OnPage: TypeAlias = "Callable[[str, int, HostKVCache], bool]"
-"""What is done with a page: its key, the index of its first token, and the pool that it is in."""
+_OnPage: TypeAlias = "Callable[[str, int, HostKVCache, int | None], bool]"
+"""What is done with a page: its key, the index of its first token, the pool that it is in, and the
+position of that token, where it is known."""
 
 # For each layout of SGLang's host memory, the axes of a page after those of keys and values:
 # layer, token (of the page), head. The last axis is the head's dimension.
@@ -105,7 +111,8 @@ class Settings(Place, frozen=True, forbid_unknown_fields=True):
     class_name: Any = None
     interface_v1: Any = None
     allocator: Any = None
-    """The last five are SGLang's own, which leaves them here."""
+    hicache_storage_pass_prefix_keys: Any = None
+    """The last six are SGLang's own, which may leave them here."""
 
 
 class KvzipStorage(_Base):
@@ -179,12 +186,19 @@ class KvzipStorage(_Base):
             raise
         return True
 
-    def _store(self, key: str, tensor: torch.Tensor, pool: HostKVCache | None) -> bool:
+    def _store(
+        self, key: str, tensor: torch.Tensor, pool: HostKVCache | None, first: int | None = None
+    ) -> bool:
         """Store a page that is not there. Raises KVZipError and OSError."""
         path, page = self._path(key, pool), page_of(tensor, pool)
         if not self._there(path):
-            origin = Origin(model=self.model, revision=self._weights.pinned())
-            data = chunks.encode(page, self.codec, 1, origin)
+            turned, ropes = None, tuple[dict[str, Any], ...]()
+            if first is not None:
+                layers, ropes = self._weights.ropes()
+                start = getattr(pool, "start_layer", 0)
+                turned = chunks.Turned(first, layers[start : start + getattr(pool, "layer_num", 0)])
+            origin = Origin(model=self.model, revision=self._weights.pinned(), rope=ropes)
+            data = chunks.encode(page, self.codec, 1, origin, turned)
             self.bucket.put(path, data, create=False)
             self._failed.discard(path)
         return True
@@ -260,16 +274,20 @@ class KvzipStorage(_Base):
         keys: Sequence[str],
         indices: torch.Tensor | None,
         pool: HostKVCache | None,
+        before: Sequence[str] | None = None,
     ) -> list[bool]:
-        """Do it for each page, the first of which tokens are at `indices`; False where none are."""
+        """Do it for each page, the first of which tokens are at `indices`; False where none are.
+        `before`: the pages before these, from the sequence's first on, where SGLang tells them."""
         size = getattr(pool, "page_size", 1) or 1
         if pool is None or indices is None or len(indices) != len(keys) * size:
             return [False] * len(keys)
 
-        def page(key: str, start: int) -> bool:
-            return self._try(lambda: do(key, start, pool), False, key)
+        def page(key: str, start: int, first: int | None) -> bool:
+            return self._try(lambda: do(key, start, pool, first), False, key)
 
-        return self._each(page, keys, indices[::size].tolist())
+        begin = 0 if before is None else len(before) * size
+        firsts = repeat(None) if before is None else range(begin, begin + len(indices), size)
+        return self._each(page, keys, indices[::size].tolist(), firsts)
 
     def _copies(self, pool: HostKVCache, start: int) -> bool:
         """Whether what a pool gives as a page is a copy, as of a Mamba state's several tensors."""
@@ -278,7 +296,7 @@ class KvzipStorage(_Base):
             self._gives_copies[id(pool)] = first.data_ptr() != again.data_ptr()
         return self._gives_copies[id(pool)]
 
-    def _load_at(self, key: str, start: int, pool: HostKVCache) -> bool:
+    def _load_at(self, key: str, start: int, pool: HostKVCache, _: int | None) -> bool:
         """Fill the page of a pool that begins at an index."""
         page = pool.get_data_page(start, flat=False)
         loaded = self._load(key, page, pool)
@@ -286,9 +304,9 @@ class KvzipStorage(_Base):
             pool.set_from_flat_data_page(start, page)
         return loaded
 
-    def _store_at(self, key: str, start: int, pool: HostKVCache) -> bool:
+    def _store_at(self, key: str, start: int, pool: HostKVCache, first: int | None) -> bool:
         """Store the page of a pool that begins at an index."""
-        return self._store(key, pool.get_data_page(start, flat=False), pool)
+        return self._store(key, pool.get_data_page(start, flat=False), pool, first)
 
     def batch_get_v1(
         self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: object = None
@@ -296,9 +314,13 @@ class KvzipStorage(_Base):
         return self._pages(self._load_at, keys, host_indices, self.mem_pool_host)
 
     def batch_set_v1(
-        self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: object = None
+        self,
+        keys: Sequence[str],
+        host_indices: torch.Tensor,
+        extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> list[bool]:
-        return self._pages(self._store_at, keys, host_indices, self.mem_pool_host)
+        before = getattr(extra_info, "prefix_keys", None)
+        return self._pages(self._store_at, keys, host_indices, self.mem_pool_host, before)
 
     # --- pages of several pools ------------------------------------------------------------
 
@@ -386,6 +408,30 @@ def _leading(flags: Sequence[bool]) -> int:
     return next((i for i, flag in enumerate(flags) if not flag), len(flags))
 
 
+class _Ropes(NamedTuple):
+    """What turns a model's keys."""
+
+    layers: Sequence[int | None] = ()
+    """Of each layer, which of `parameters`; None: its keys are not turned."""
+    parameters: tuple[dict[str, Any], ...] = ()
+
+
+@lru_cache(maxsize=4)
+def _ropes_of(model: str, commit: str | None, overrides: str) -> _Ropes:
+    """Of a model's checkpoint. `overrides`: what its config is changed by, as JSON."""
+    folder = checkpoint_folder(model, commit)
+    # The config may be one that transformers, which need not be here, does not know.
+    with suppress(ImportError, OSError, ValueError, KVZipError):
+        from transformers import AutoConfig
+
+        from kvzip.load.config import layer_kinds, rope_of_config
+
+        if folder is not None:
+            config = AutoConfig.from_pretrained(folder, **json.loads(overrides))
+            return _Ropes([kind.rope for kind in layer_kinds(config)], rope_of_config(config))
+    return _Ropes()
+
+
 class _Weights:
     """Which weights the server computes with: those of its checkpoint, and what it was told to
     change. SGLang does not show them, but says what it loaded, and loads others while it runs.
@@ -397,6 +443,7 @@ class _Weights:
     def __init__(self, model: str | None, revision: str | None, name: str):
         self._model, self._revision, self._name = model, revision, name
         self._known: tuple[tuple[str, ...], str] | None = None
+        self._where: tuple[str, str | None, str] = "", None, "{}"
         self._first = ""
         self._lock = Lock()
 
@@ -422,7 +469,14 @@ class _Weights:
             if self._known is None or self._known[0] != state:
                 commit = getattr(server, "revision", None)
                 self._known = state, changed(self._fingerprint(model, commit), told)
+                self._where = model, commit, str(told.get("json_model_override_args") or "{}")
             return self._known[1]
+
+    def ropes(self) -> _Ropes:
+        """What the checkpoint's config says of RoPE, which the server may have been told to
+        change; nothing where there is none on this machine."""
+        self.pinned()
+        return _ropes_of(*self._where)
 
     def _fingerprint(self, model: str, commit: str | None) -> str:
         if self._revision is not None:

@@ -18,11 +18,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from servers import failing_server, silent_server  # noqa: E402
+from support import rotated  # noqa: E402
 
 from kvzip import api  # noqa: E402
 from kvzip.errors import KVZipError, SealError  # noqa: E402
@@ -189,6 +191,47 @@ def test_hosts_of_different_layouts_share_pages(tmp_path: Any, layout: str, othe
     ):
         mine.set_from_flat_data_page(i * TOKENS, page)
     assert equal(pool, mine)
+
+
+def test_keys_before_rope(tmp_path: Any, layout: str, monkeypatch: Any) -> None:
+    """Of pages of which SGLang says where they stand, and of weights that have a config."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(sys.modules[__name__], "TOKENS", 128)
+    indices, before = torch.arange(PAGES * TOKENS), KEYS[:2]
+    config = transformers.LlamaConfig(
+        num_hidden_layers=LAYERS + 1,
+        head_dim=DIM,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )
+    config.save_pretrained(tmp_path / "model")
+    turned = rotated(1, PAGES * TOKENS, len(before) * TOKENS, 3, LAYERS, HEADS, DIM)
+    bits = np.stack([(layer.k, layer.v) for layer in turned.layers], 1)
+    pool = Pool(layout, torch.bfloat16)
+    pool.start_layer = 1  # as a later stage of a pipeline has it
+    for row in range(len(indices)):
+        numbers = torch.from_numpy(bits[..., row, :].view(np.int16).copy())
+        pool.put_token(row, numbers.view(torch.bfloat16))
+
+    def stored(name: str, told: Any, **extra: Any) -> list[Any]:
+        """What is in the files; pages come back, whatever a reader is told."""
+        backend = backend_of(tmp_path / name, pool, extra=extra)
+        told = SimpleNamespace(prefix_keys=told)
+        assert backend.batch_set_v1(KEYS, indices, told) == [True] * PAGES
+        other = Pool("layer_first", torch.bfloat16)
+        assert all(backend_of(tmp_path / name, other, extra=extra).batch_get_v1(KEYS, indices))
+        assert equal(pool, other)
+        return [api.info(file) for file in (tmp_path / name).rglob("*.kvz")]
+
+    known = {"model": str(tmp_path / "model")}
+    found = stored("before", before, **known)
+    assert all(part.before_rope for each in found for part in each.parts if part.part == "k")
+    starts = {each.header.layout.layers[0].first for each in found}
+    assert starts == {(len(before) + n) * TOKENS for n in range(PAGES)}
+    cached = stored("not told", None, **known)
+    assert sum(e.encoded_bytes for e in found) < 0.97 * sum(e.encoded_bytes for e in cached)
+    elsewhere = stored("elsewhere", before[:1], **known)
+    for each in (*cached, *elsewhere, *stored("no config", before, model=str(tmp_path))):
+        assert not any(part.before_rope for part in each.parts)
 
 
 @pytest.mark.parametrize("latent_layout", LAYOUTS[:3])

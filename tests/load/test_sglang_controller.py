@@ -66,6 +66,7 @@ class Host:
         layers: int = LAYERS,
         model: str = "org/model",
         latent: bool = False,
+        model_folder: str | None = None,
         **settings: Any,
     ):
         size = 2 * PAGE * PAGES
@@ -92,18 +93,20 @@ class Host:
             prefetch_threshold=PAGE,
             model_name=model,
             storage_backend_extra_config=(
-                json.loads(SETTINGS) | {"url": str(url), "revision": "r1"} | settings
+                json.loads(SETTINGS)
+                | {"url": str(url), "revision": "r1", "model": model_folder}
+                | settings
             ),
         )
 
-    def store(self, seed: int = 0) -> list[Any]:
-        """Random pages, written by the controller; what they hold."""
+    def store(self, seed: int = 0, before: list[str] | None = None) -> list[Any]:
+        """Random pages, written by the controller; what they hold. `before`: the pages before."""
         generator = torch.Generator().manual_seed(seed)
         numbers = torch.randn(self.pool.kv_buffer.shape, generator=generator)
         self.pool.kv_buffer.copy_(numbers)
         rows = self.pool.alloc(len(TOKENS))
         hashes = get_storage_hash_str(TOKENS, None, page_size=PAGE)
-        self.controller.write_storage(rows, TOKENS, hash_value=hashes)
+        self.controller.write_storage(rows, TOKENS, hash_value=hashes, prefix_keys=before)
         done = self.controller.ack_backup_queue.get(timeout=20)
         assert done.completed_tokens == len(TOKENS)
         return self.pages(rows)
@@ -201,6 +204,25 @@ def test_latent_attention(host: Any, tmp_path: Path, layout: str, other: str) ->
     for in_place in (0, 1):
         found, came = host(tmp_path, other, latent=True, interface_v1=in_place).fetch()
         assert found == PAGES and same(came, pages)
+
+
+def test_pages_know_where_they_stand(host: Any, tmp_path: Path) -> None:
+    """Where SGLang tells it, and the weights' config what turns keys."""
+    config = transformers.LlamaConfig(num_hidden_layers=LAYERS, head_dim=DIM)
+    config.save_pretrained(tmp_path / "model")
+    model = {"model": "org/model", "model_folder": str(tmp_path / "model")}
+    for before, first in ((None, 0), ([], 0), (["a", "b"], 2 * PAGE)):
+        folder = tmp_path / str(before)
+        pages = host(folder, **model).store(before=before)
+        assert same(host(folder).fetch()[1], pages)
+        for number in range(PAGES):
+            header = api.info(page_file(folder, number)).header
+            [layer, *_] = header.layout.layers
+            if before is None:
+                assert (layer.first, layer.rope, header.origin.rope) == (0, None, ())
+            else:
+                assert (layer.first, layer.rope) == (first + number * PAGE, 0)
+                assert len(header.origin.rope[0]["inv_freq"]) == DIM // 2
 
 
 def test_pages_in_place_or_flat(host: Any, tmp_path: Path) -> None:
