@@ -165,7 +165,7 @@ struct Density : NumberGrid<Isa> {
   // All of it is the same with signs turned, so a number counts as positive here, and its centre is
   // turned with it. With `some_near` intervals whose `farther` is kNear or more come out wrong.
   template <bool some_near = false>
-  Interval interval(Signed<I> n, I centre, I m) const {
+  __attribute__((always_inline)) Interval interval(Signed<I> n, I centre, I m) const {
     const int spare = 23 - mantissa_bits;
     const I bits = n.bits << spare, c = ((centre ^ n.sign) - n.sign) - 1;
     const I inner = n.bits > 0 ? magnitude(bits - (1 << (spare - 1))) : all(-1),
@@ -178,13 +178,25 @@ struct Density : NumberGrid<Isa> {
     return {kHalf + first, far - near, (value ^ n.sign) - n.sign, (z0 + z1) >> 1, max_of(z0, z1)};
   }
 
-  // The same, sooner where no number is far out.
-  Interval quick_interval(Signed<I> n, I centre, I m) const {
-    if constexpr (!kSomeNear) return interval(n, centre, m);
-    const Interval in = interval<kSomeNear>(n, centre, m);
-    if (__builtin_expect(Isa::below(in.farther, all(kNear)) != ~std::uint64_t(0) >> (64 - W), 0))
-      return interval(n, centre, m);
-    return in;
+  __attribute__((noinline)) Interval any_interval(Signed<I> n, I centre, I m) const {
+    return interval<false>(n, centre, m);
+  }
+  // Calls `of(t, interval)` for each vector of so many tokens, `interval` being what tells
+  // intervals; it returns the intervals' `farther`. Where a number is far out, which is seldom, it
+  // is called again: by then all others are done, so that none is kept in memory meanwhile.
+  template <class Of>
+  void intervals(std::size_t tokens, const Of& of) const {
+    std::uint64_t far = 0;
+    for (std::size_t t = 0; t < tokens; t += W) {
+      const I farther =
+          of(t, [this](Signed<I> n, I centre, I m) { return interval<kSomeNear>(n, centre, m); });
+      if (kSomeNear) far |= Isa::below(all(kNear - 1), farther) << t;
+    }
+    while (__builtin_expect(far != 0, 0)) {
+      const std::size_t t = std::size_t(__builtin_ctzll(far)) / W * W;
+      of(t, [this](Signed<I> n, I centre, I m) { return any_interval(n, centre, m); });
+      Base::set(&far, t, 0);
+    }
   }
 
   // The number whose interval holds a target, by halving what is left, W ways at once.

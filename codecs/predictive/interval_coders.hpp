@@ -45,16 +45,16 @@ struct IntervalRecorder : Vectors<Isa> {
   std::uint64_t code(std::size_t, const Density<Isa>& density, ChannelNumbers<T> numbers,
                      Expected expected, Found found) {
     std::uint64_t shares = 0;
-    for (std::size_t t = 0; t < numbers.count; t += W) {
+    density.intervals(numbers.count, [&](std::size_t t, auto interval) {
       const auto number = density.read(widened(numbers.number + t));
-      const I c = load(expected.centre + t), m = load(expected.m + t);
-      const auto in = density.quick_interval(number, c, m);
+      const auto in = interval(number, load(expected.centre + t), load(expected.m + t));
       store(at.start + t, in.size > 0 ? in.low : density.place(number));
       store(at.size + t, in.size);
       store(found.value + t, in.value);
       store(found.z + t, in.z);
-      shares |= Isa::below(Base::all(0), in.size) << t;
-    }
+      Base::set(&shares, t, Isa::below(Base::all(0), in.size));
+      return in.farther;
+    });
     at.start += numbers.count;
     at.size += numbers.count;
     return ~shares & ~std::uint64_t(0) >> (kTile - numbers.count);
@@ -64,7 +64,7 @@ struct IntervalRecorder : Vectors<Isa> {
               Expected expected, Found found) {
     const auto number = density.read(Base::all(std::int32_t(numbers.number[t])));
     const auto in =
-        density.interval(number, Base::all(expected.centre[t]), Base::all(expected.m[t]));
+        density.any_interval(number, Base::all(expected.centre[t]), Base::all(expected.m[t]));
     at.start[std::ptrdiff_t(t) - std::ptrdiff_t(numbers.count)] =
         std::uint32_t(density.place(number)[0]);
     at.size[std::ptrdiff_t(t) - std::ptrdiff_t(numbers.count)] = 0;
@@ -80,6 +80,9 @@ struct NumberDecoder : Vectors<Isa> {
   using typename Base::I, typename Base::U;
   using Interval = typename Density<Isa>::Interval;
   static constexpr bool kSomeNear = Density<Isa>::kSomeNear;
+  // Bytes of a stream's words that are fetched before they are needed. Streams are read so slowly
+  // that the processor does not foresee what comes next.
+  static constexpr std::size_t kWordsAhead = 384;
 
   const Coded& coded;
   static constexpr std::uint32_t* counts = nullptr;
@@ -101,6 +104,7 @@ struct NumberDecoder : Vectors<Isa> {
       for (std::size_t l = 0; l < lane_count; ++l) {
         word[l][h] = coded.word[(tile.stream + h) * lane_count + l];
         last[l][h] = coded.end[(tile.stream + h) * lane_count + l];
+        for (std::size_t at = 0; at < kWordsAhead; at += 64) __builtin_prefetch(word[l][h] + at);
       }
   }
   // Whether all words were taken and no more.
@@ -129,17 +133,18 @@ struct NumberDecoder : Vectors<Isa> {
       store(guesses + t, density.stored(number));
     }
     std::uint64_t right = 0;
-    for (std::size_t t = 0; t < n; t += W) {
-      const I target = load(targets + t), c = load(expected.centre + t), m = load(expected.m + t);
-      const I stored = load(guesses + t);
-      const Interval in = density.quick_interval(density.read(stored), c, m);
-      right |= Isa::below(target - in.low, in.size) << t;
+    density.intervals(n, [&](std::size_t t, auto interval) {
+      const I target = load(targets + t), stored = load(guesses + t);
+      const Interval in =
+          interval(density.read(stored), load(expected.centre + t), load(expected.m + t));
       store(sizes + t, in.size);
       store(rests + t, target - in.low);
       store(found.value + t, in.value);
       store(found.z + t, in.z);
       store_narrow(numbers.number + t, stored);
-    }
+      Base::set(&right, t, Isa::below(target - in.low, in.size));
+      return in.farther;
+    });
     const std::uint64_t wrong = ~right & ~std::uint64_t(0) >> (kTile - n);
     std::uint64_t escapes = 0;
     if (__builtin_expect(wrong != 0, 0))
@@ -164,6 +169,7 @@ struct NumberDecoder : Vectors<Isa> {
     for (std::size_t t = 0; t < n; t += W) {
       const std::uint8_t*& next = word[lane][t / kStream];
       const std::uint8_t* const stop = last[lane][t / kStream];
+      __builtin_prefetch(next + kWordsAhead);
       if (std::size_t(stop - next) >= 4 * W && n - t >= W) {
         next = Isa::advance(x + t, sizes + t, rests + t, next);
         continue;
@@ -198,7 +204,7 @@ struct NumberDecoder : Vectors<Isa> {
                   last[lane][t / kStream]);
       const auto k = std::int32_t(target >> spare);
       const auto number = density.number(all(k));
-      const Interval in = density.interval(number, all(expected.centre[t]), all(expected.m[t]));
+      const Interval in = density.any_interval(number, all(expected.centre[t]), all(expected.m[t]));
       found.value[t] = in.value[0];
       found.z[t] = in.z[0];
       numbers.number[t] = T(density.stored(number)[0]);
@@ -240,11 +246,11 @@ struct NumberDecoder : Vectors<Isa> {
         return Base::max_of(Base::min_of(k, all(density.numbers - 1)), all(0));
       };
       I k = a_number(density.place(density.read(load(guesses))) + load(steps));
-      Interval in = density.interval(density.number(k), c, m);
+      Interval in = density.any_interval(density.number(k), c, m);
       if (~Isa::below(target - in.low, in.size) & used) {
         const I right = (U)(target - in.low) < (U)in.size;
         k = right ? k : a_number(density.place(density.guess(target, c, m)));
-        in = density.interval(density.number(k), c, m);
+        in = density.any_interval(density.number(k), c, m);
         if (std::uint64_t far = ~Isa::below(target - in.low, in.size) & used) {
           store(guesses, k);
           for (; far; far &= far - 1) {
@@ -252,7 +258,7 @@ struct NumberDecoder : Vectors<Isa> {
             guesses[i] = density.search(targets[i], centres[i], ms[i]);
           }
           k = load(guesses);
-          in = density.interval(density.number(k), c, m);
+          in = density.any_interval(density.number(k), c, m);
         }
       }
       const I stored = density.stored(density.number(k));

@@ -38,6 +38,10 @@ struct Vectors {
     const Narrow narrow = __builtin_convertvector(v, Narrow);
     std::memcpy(p, &narrow, sizeof narrow);
   }
+  // W bits of a mask, from bit t on.
+  static void set(std::uint64_t* mask, std::size_t t, std::uint64_t bits) {
+    *mask = (*mask & ~(~std::uint64_t(0) >> (64 - W) << t)) | bits << t;
+  }
   static I all(std::int32_t v) { return I{} + v; }
   static I min_of(I a, I b) { return Isa::least(a, b); }
   static I max_of(I a, I b) { return Isa::most(a, b); }
