@@ -182,32 +182,8 @@ class PredictiveChain {
   }
 
   double bits(const Intervals& intervals, std::size_t n) const {
-    // Products side by side, so that none waits for the one before; one of so many shares of 24
-    // bits fits a double. Logarithms are taken of what is left when their exponents are counted.
-    constexpr std::size_t kProducts = 8, kShares = 32;
     const double escape = std::ldexp(double(kEscape), -kCdfBits - chain_.format().bits());
-    const auto share = [&](std::size_t i) {
-      const auto size = std::int32_t(intervals.size[i]);
-      return size ? double(size) / kCdf : escape;
-    };
-    double sum = 0;
-    std::size_t i = 0;
-    while (i < n) {
-      double product[kProducts];
-      std::fill_n(product, kProducts, 1.0);
-      for (std::size_t k = 0; k < kShares && i + kProducts <= n; ++k, i += kProducts)
-        for (std::size_t p = 0; p < kProducts; ++p) product[p] *= share(i + p);
-      if (n - i < kProducts)
-        for (std::size_t p = 0; i < n; ++i, ++p) product[p] *= share(i);
-      double all = 1;
-      for (double p : product) {
-        int exponent;
-        all *= std::frexp(p, &exponent);
-        sum -= exponent;
-      }
-      sum -= std::log2(all);
-    }
-    return sum;
+    return kernels().code_length(intervals.size, n, escape);
   }
 
   template <typename T>
@@ -224,14 +200,15 @@ class PredictiveChain {
 };
 
 template <typename T>
-double least_bits(const Numbers<const T>& a, int exponent_bits, int mantissa_bits) {
+double least_bits(const Numbers<const T>& a, int exponent_bits, int mantissa_bits,
+                  std::size_t every) {
   if (1 + exponent_bits + mantissa_bits != 8 * int(sizeof(T)) || exponent_bits < 1 ||
-      exponent_bits > 8)
+      exponent_bits > 8 || every < 1 || every > kMostTokens)
     throw std::invalid_argument("not a format of these numbers");
   const Computing computing;
   return bits_by_channel(
       Block<const T>{a.data(), a.stride(0), a.stride(1), a.stride(2), a.stride(3)}, a.shape(0),
-      a.shape(1), a.shape(2), a.shape(3), {exponent_bits, mantissa_bits});
+      a.shape(1), a.shape(2), a.shape(3), {exponent_bits, mantissa_bits}, every);
 }
 
 // The states that a token range begins with, and how many bytes they take up.
@@ -249,11 +226,11 @@ nb::tuple first_states(const Array<std::uint8_t>& data, std::size_t count) {
 void bind(nb::module_& m) {
   m.def("predictive_states", &first_states, "data"_a, "count"_a);
   m.def("bits_by_channel", &least_bits<std::uint8_t>, "numbers"_a, "exponent_bits"_a,
-        "mantissa_bits"_a);
+        "mantissa_bits"_a, "every"_a = 1);
   m.def("bits_by_channel", &least_bits<std::uint16_t>, "numbers"_a, "exponent_bits"_a,
-        "mantissa_bits"_a);
+        "mantissa_bits"_a, "every"_a = 1);
   m.def("bits_by_channel", &least_bits<std::uint32_t>, "numbers"_a, "exponent_bits"_a,
-        "mantissa_bits"_a);
+        "mantissa_bits"_a, "every"_a = 1);
   nb::class_<PredictiveModel>(m, "PredictiveModel")
       .def(nb::init<const Array<std::uint32_t>&, const Array<std::int16_t>&>(), "densities"_a,
            "sine"_a)

@@ -314,12 +314,13 @@ void Chain::end(const Kernels& kernels) {
 
 template <typename T>
 double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::size_t heads,
-                       std::size_t tokens, std::size_t dim, NumberFormat format) {
+                       std::size_t tokens, std::size_t dim, NumberFormat format,
+                       std::size_t every) {
   // The low bits of the exponent are enough for a bound, and their counts stay in the first-level
   // cache.
   constexpr std::size_t symbols = 32;
   std::vector<std::uint32_t> counts(dim * symbols);
-  const double each = double(rows * tokens);
+  const double each = double(rows * ((tokens + every - 1) / every));
   double bits = 0;
   for (std::size_t h = 0; h < heads; ++h) {
     std::fill(counts.begin(), counts.end(), 0);
@@ -329,7 +330,7 @@ double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::siz
              std::ptrdiff_t(t) * numbers.token_stride;
     };
     for (std::size_t r = 0; r < rows; ++r)
-      for (std::size_t t = 0; t < tokens; ++t) {
+      for (std::size_t t = 0; t < tokens; t += every) {
         const T* const at = row(r, t);
         for (std::size_t d = 0; d < dim; ++d)
           ++counts[d * symbols + (std::size_t(at[std::ptrdiff_t(d) * numbers.dim_stride]) >>
@@ -340,14 +341,14 @@ double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::siz
     const auto is_constant = [&](std::size_t d) {
       const std::ptrdiff_t channel = std::ptrdiff_t(d) * numbers.dim_stride;
       for (std::size_t r = 0; r < rows; ++r)
-        for (std::size_t t = 0; t < tokens; ++t)
+        for (std::size_t t = 0; t < tokens; t += every)
           if (row(r, t)[channel] != head[channel]) return false;
       return true;
     };
     for (std::size_t d = 0; d < dim; ++d) {
       const std::uint32_t* const own = &counts[d * symbols];
       if (double(*std::max_element(own, own + symbols)) < each || !is_constant(d))
-        bits += each * format.mantissa_bits;
+        bits += double(rows * tokens) * format.mantissa_bits;
     }
     for (std::uint32_t n : counts)
       if (n) bits += n * std::log2(each / n);
@@ -355,11 +356,11 @@ double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::siz
   return bits;
 }
 template double bits_by_channel(const Block<const std::uint8_t>&, std::size_t, std::size_t,
-                                std::size_t, std::size_t, NumberFormat);
+                                std::size_t, std::size_t, NumberFormat, std::size_t);
 template double bits_by_channel(const Block<const std::uint16_t>&, std::size_t, std::size_t,
-                                std::size_t, std::size_t, NumberFormat);
+                                std::size_t, std::size_t, NumberFormat, std::size_t);
 template double bits_by_channel(const Block<const std::uint32_t>&, std::size_t, std::size_t,
-                                std::size_t, std::size_t, NumberFormat);
+                                std::size_t, std::size_t, NumberFormat, std::size_t);
 
 #define KVZIP_INSTANTIATE(T)                                                                    \
   template Intervals Chain::measure(const Block<const T>&, std::uint32_t*, Span<std::uint16_t>, \

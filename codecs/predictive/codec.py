@@ -134,7 +134,7 @@ class PredictiveCodec(Codec):
                 raise ProfileError(f"the profile is of another model: {error}") from None
             size = bits / 8 + low.nbytes + _HEADER
             # Mostly it is plain, from the counts alone, that `channel` cannot do as well.
-            least = min(ChannelCodec().least_bytes(block, context), block.nbytes)
+            least = min(ChannelCodec().least_bytes(block, context, size), block.nbytes)
             other = None if size <= least else _plain(block, context)
             if size * _MAX_EXPANSION < block.nbytes or (other is not None and len(other) <= size):
                 found.append(_plain(block, context) if other is None else other)

@@ -206,6 +206,9 @@ struct Kernels {
                         const std::uint32_t* at, const Tile* tile, std::size_t tiles,
                         Intervals intervals, std::uint64_t* state, std::uint16_t* counts,
                         std::uint32_t* words_end);
+  // Bits of so many numbers by the sizes of their intervals; `escape`: the share of one that
+  // follows an escape, of 1.
+  double (*code_length)(const std::uint32_t* sizes, std::size_t count, double escape);
 };
 const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "predictive/code_length.hpp"
 #include "predictive/interval_coders.hpp"
 #include "predictive/rotation.hpp"
 #include "predictive/state_encoder.hpp"
@@ -567,7 +568,8 @@ struct VectorKernels {
             decode<std::uint8_t>,
             decode<std::uint16_t>,
             sample,
-            encode<Isa>};
+            encode<Isa>,
+            code_length};
   }
 };
 
