@@ -113,7 +113,7 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Divided<Floats>, OneByOne {
   static constexpr bool kInOrder = true;
   // By itself there are enough registers for it.
   __attribute__((noinline)) static void products(const std::uint32_t* x, const std::int8_t* w,
-                                                 std::size_t groups, std::size_t,
+                                                 std::size_t groups, std::size_t ahead,
                                                  const Order* order, const std::int32_t* start,
                                                  std::size_t n, std::int32_t sums[4][kTile]) {
     const __m256i ones = _mm256_set1_epi16(1);
@@ -127,7 +127,13 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Divided<Floats>, OneByOne {
       for (int o = 0; o < 4; ++o) sum[o][0] = sum[o][1] = _mm256_set1_epi32(start[o]);
       const std::uint16_t *g = order->group, *const alone = g + 2 * order->pairs,
                           *const end = g + groups;
+      const std::int8_t* next = w + ahead;
       for (; g < alone; g += 2) {
+        // 64 bytes serve two pairs; the other passes over the tokens find them fetched.
+        if (t == 0) {
+          __builtin_prefetch(next);
+          next += 32;
+        }
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
           const __m256i a = tokens(g[0], v), b = tokens(g[1], v);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
@@ -41,13 +42,13 @@ class Orders {
   Orders(const std::int8_t* matrix, std::size_t blocks, std::size_t groups,
          const std::uint16_t* reads = nullptr)
       : group_(reads ? std::accumulate(reads, reads + blocks, std::size_t(0)) : blocks * groups),
-        of_(blocks) {
+        of_(blocks),
+        reach_(groups),
+        by_reach_(groups) {
     std::uint16_t* to = group_.data();
-    std::vector<std::uint8_t> reach(groups);
-    std::vector<std::uint16_t> by_reach(groups);
     for (std::size_t b = 0; b < blocks; ++b) {
       const std::size_t n = reads ? reads[b] : groups;
-      of_[b] = {to, arrange(matrix + b * groups * 16, n, reach.data(), by_reach.data(), to)};
+      of_[b] = {to, arrange(matrix + b * groups * 16, n, to)};
       to += n;
     }
   }
@@ -56,40 +57,66 @@ class Orders {
  private:
   // 255 times that fits 16 bits.
   static constexpr int kMost = 128;
+  // With how many, of those that reach least, a group is tried.
+  static constexpr std::size_t kTries = 8;
 
-  // The largest sum of weights of one sign that a group adds to one of 16 bits.
-  static std::uint8_t reach_of(const std::int8_t* w) {
+  // The sums of weights of either sign that a group adds to those of 16 bits, each by itself, and
+  // the largest.
+  struct Reach {
+    typedef std::int16_t Sums __attribute__((vector_size(16)));
+    Sums up, down;
     int most = 0;
-    for (int i = 0; i < 16; i += 2) {
-      const int a = w[i], b = w[i + 1], up = std::max(a, 0) + std::max(b, 0);
-      most = std::max({most, up, up - a - b});
+
+    Reach() = default;
+    explicit Reach(const std::int8_t* w) {
+      typedef std::uint16_t Pairs __attribute__((vector_size(16)));
+      Pairs pairs;
+      std::memcpy(&pairs, w, sizeof pairs);
+      const Sums first = (Sums)(pairs << 8) >> 8, second = (Sums)pairs >> 8;
+      up = (first & (first > 0)) + (second & (second > 0));
+      down = up - first - second;
+      for (int i = 0; i < 8; ++i) most = std::max({most, int(up[i]), int(down[i])});
     }
-    return std::uint8_t(most);
-  }
+    bool fits(const Reach& other) const {
+      const Sums beyond = (up + other.up > kMost) | (down + other.down > kMost);
+      std::uint64_t any[2];
+      std::memcpy(any, &beyond, sizeof any);
+      return !(any[0] | any[1]);
+    }
+  };
 
   // Those that reach furthest go with those that reach least. Returns how many pairs there are.
-  static std::uint32_t arrange(const std::int8_t* w, std::size_t n, std::uint8_t* reach,
-                               std::uint16_t* by_reach, std::uint16_t* to) {
+  std::uint32_t arrange(const std::int8_t* w, std::size_t n, std::uint16_t* to) {
     std::size_t count[257] = {};
-    for (std::size_t g = 0; g < n; ++g) ++count[1 + (reach[g] = reach_of(w + g * 16))];
+    for (std::size_t g = 0; g < n; ++g) ++count[1 + (reach_[g] = Reach(w + g * 16)).most];
     for (int r = 0; r < 256; ++r) count[r + 1] += count[r];
-    for (std::size_t g = 0; g < n; ++g) by_reach[count[reach[g]]++] = std::uint16_t(g);
+    std::uint16_t* const waiting = by_reach_.data();
+    for (std::size_t g = 0; g < n; ++g) waiting[count[reach_[g].most]++] = std::uint16_t(g);
     std::uint16_t* const begin = to;
     std::uint16_t* alone = to + n;
     for (std::size_t low = 0, high = n; low < high;) {
-      const std::uint16_t most = by_reach[--high];
-      if (low < high && reach[by_reach[low]] + reach[most] <= kMost) {
-        *to++ = by_reach[low++];
-        *to++ = most;
-      } else {
+      const std::uint16_t most = waiting[--high];
+      const Reach& reach = reach_[most];
+      std::size_t other = low;
+      const std::size_t end = reach.most > kMost ? low : std::min(high, low + kTries);
+      while (other < end && !reach.fits(reach_[waiting[other]])) ++other;
+      if (other == end) {
         *--alone = most;
+        continue;
       }
+      *to++ = waiting[other];
+      *to++ = most;
+      std::copy_backward(waiting + low, waiting + other, waiting + other + 1);
+      ++low;
     }
     return std::uint32_t(to - begin) / 2;
   }
 
   std::vector<std::uint16_t> group_;
   std::vector<Order> of_;
+  // Of the block that is arranged: each group's reach, and the groups from the least reach up.
+  std::vector<Reach> reach_;
+  std::vector<std::uint16_t> by_reach_;
 };
 
 // The first channel of a channel's group, in a layer with so many channels of keys.
