@@ -128,7 +128,10 @@ def _noted(
 ) -> tuple[dict[str, Any], ...]:
     """The RoPE parameters of a config's layers, with what a model's modules turn by."""
     kinds, parameters = layers_of(config)
-    types = getattr(config.get_text_config(decoder=True), "layer_types", None)
+    text = config.get_text_config(decoder=True)
+    types = getattr(text, "layer_types", None)
+    # An encoder of sound or pictures may have its own.
+    modules = [module for module in modules if getattr(module, "config", text) is text]
     noted = [dict(found) for found in parameters]
     for i, kind in enumerate(kinds):
         if kind.rope is None or "inv_freq" in noted[kind.rope]:

@@ -24,7 +24,7 @@ FOUND = {
     **dict.fromkeys(("gemma2", "gemma3", "gemma4_text", "exaone4"), 1),
     **dict.fromkeys(("cwm", "apertus", "ministral3", "gpt_oss"), 1),
     "modernbert-decoder": 2,
-    **dict.fromkeys(("olmo2", "flex_olmo"), 3),
+    **dict.fromkeys(("olmo2", "flex_olmo", "beam", "lfm3"), 3),
 }
 """How they are rounded: 1, products and sums; 2, sums only; 3, sums only, by cosines of float32."""
 NOT_FOUND = {
@@ -118,6 +118,16 @@ def test_a_config_alone_tells_what_its_model_turns_by(name):
     found = rope_of_config(model.config)
     assert found == rope_of_model(model)
     assert found and all(rope["inv_freq"] for rope in found)
+
+
+def test_frequencies_are_the_decoders_own():
+    """And not those of an encoder of sound, which stands behind it."""
+    [family] = [family for family in families.families() if family.name == "musicflamingo"]
+    model = families.tiny_model(family, torch.float32)
+    own = model.model.language_model.rotary_emb.inv_freq.tolist()
+    assert len(model.model.pos_emb.inv_freq) != len(own)
+    for [rope] in (rope_of_model(model), rope_of_config(model.config)):
+        assert rope["inv_freq"] == own
 
 
 def test_a_config_that_transformers_has_no_module_for():

@@ -116,7 +116,7 @@ def as_turned(rng, snapshot):
     rotation, layers = _native.Rotation(radians), []
     for layer in snapshot.layers:
         keys = np.ascontiguousarray(layer.k)
-        rotation.turn(keys.reshape(-1, *keys.shape[-3:]), 0, int(rng.integers(1, 3)))
+        rotation.turn(keys.reshape(-1, *keys.shape[-3:]), 0, int(rng.integers(1, 4)))
         form = msgspec.structs.replace(layer.layout, rope=0)
         layers.append(Layer.of_kv(lying(rng, keys), layer.v, form))
     rope = ({"inv_freq": [float(f) for f in radians]},)
