@@ -99,7 +99,7 @@ NUMPY ?= numpy
 golden:
 	for python in $(PYTHONS); do venv=build/golden/$$(basename $$python); \
 	  { test -x $$venv/bin/python || $$python -m venv $$venv; } && \
-	  $$venv/bin/pip install --quiet --disable-pip-version-check . pytest hypothesis '$(NUMPY)' && \
+	  $$venv/bin/pip install --quiet --disable-pip-version-check '.[encryption]' pytest hypothesis '$(NUMPY)' && \
 	  $$venv/bin/pytest -q -k golden tests/container/test_golden.py tests/codecs/test_predictive_golden.py || exit 1; done
 
 # LMCache itself, in an environment of its own: without what it needs on a GPU only (which is much),
