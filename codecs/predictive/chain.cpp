@@ -270,6 +270,24 @@ void Chain::arrange(const Layer& layer, const Kernels& kernels) {
   }
 }
 
+// What turns a layer's keys at each position; mostly it is the same in all layers.
+void Chain::take_turns(const Part& keys) {
+  std::vector<std::uint64_t> steps(keys.step, keys.step + keys.pairs);
+  if (steps == steps_) return;
+  const std::int16_t* const sine = model_.model().sine;
+  turns_.resize(3 * keys.pairs * tokens_.count);
+  std::int16_t* to = turns_.data();
+  for (std::size_t column = 0; column < tokens_.count; ++column, to += 3 * keys.pairs)
+    for (std::size_t i = 0; i < keys.pairs; ++i) {
+      const std::uint64_t phase = steps[i] * (tokens_.position + column);
+      const auto turn = std::size_t((phase + (std::uint64_t(1) << 51)) >> 52) & 4095;
+      to[i] = sine[turn];
+      to[keys.pairs + i] = sine[(turn + 1024) & 4095];
+      to[2 * keys.pairs + i] = std::int16_t(turn / (4096 / kAngles));
+    }
+  steps_ = std::move(steps);
+}
+
 void Chain::begin(const Kernels& kernels) {
   const Layer& layer = model_.layer(this->layer());
   if (kernels.in_order) model_.put_in_order(this->layer());
@@ -281,6 +299,8 @@ void Chain::begin(const Kernels& kernels) {
     pack(tiles_[i], kernels, packed_.data() + i * size);
   residual_.assign(tiles_.size() * own, 0x80808080u);
   output_.assign(tiles_.size() * own, 0x80808080u);
+  take_turns(layer.part[0]);
+  tokens_.turns = turns_.data();
   turn_.resize(5 * layer.part[0].pairs * kTile);
   const auto known = std::int64_t(model_.known(this->layer()));
   for (std::size_t t = 0; t < total_; ++t) entry_[t] = entries_[t] < known ? entries_[t] : -1;

@@ -66,6 +66,7 @@ class Chain {
   void take_intervals(std::size_t channels);
   void drop_intervals();
   void begin(const Kernels& kernels);
+  void take_turns(const Part& keys);
   void check_rotation(Span<std::uint16_t> rotation) const;
   void set_rotation(Span<std::uint16_t> rotation, std::uint8_t rounding);
   void end(const Kernels& kernels);
@@ -82,6 +83,8 @@ class Chain {
   std::uint8_t rounding_ = 0;
   std::vector<std::uint32_t> at_;
   Aligned<std::uint32_t> packed_, residual_, output_;
+  std::vector<std::uint64_t> steps_;  // of which `turns_` are
+  std::vector<std::int16_t> turns_;
   Aligned<std::int16_t> turn_;
   Aligned<std::uint16_t> numbers_;
   std::vector<Tile> tiles_;

@@ -137,7 +137,9 @@ struct Tokens {
   const std::uint32_t* input;  // [tiles][inputs/4][kTile]
   std::uint32_t* residual;     // [tiles][blocks][kTile]
   std::uint32_t* output;       // [tiles][blocks][kTile] what later layers see
-  std::int16_t* turn;          // [5][pairs][kTile] scratch
+  // Of RoPE at each position: sines, cosines and angles, [count][3][pairs of a head].
+  const std::int16_t* turns;
+  std::int16_t* turn;  // [5][pairs][kTile] scratch, of them and of the model's own
   // Cosines and sines of RoPE as the model turns keys of bf16, [count][2][pairs of a head] of bf16;
   // null: pairs are coded as they are after it. And whether it rounds products, not sums alone.
   const std::uint16_t* rotation;

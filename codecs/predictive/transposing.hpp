@@ -6,6 +6,8 @@
 #include <cstring>
 #include <utility>
 
+#include "predictive/kernels.hpp"
+
 namespace kvzip::predictive {
 namespace {
 
@@ -37,6 +39,22 @@ struct Square {
     }
   }
 };
+
+// to[i][t] = rows[t][i] for the first `width` numbers of each row, N by N; to: [width][kTile].
+template <int N, typename T>
+void to_columns(const T* const* rows, std::size_t width, T* to) {
+  for (std::size_t t = 0; t < kTile; t += N) {
+    std::size_t i = 0;
+    for (; i + N <= width; i += N) {
+      Square<T, N> square;
+      for (int k = 0; k < N; ++k) square.load(k, rows[t + std::size_t(k)] + i);
+      square.transpose();
+      for (int k = 0; k < N; ++k) square.store(k, to + (i + std::size_t(k)) * kTile + t);
+    }
+    for (; i < width; ++i)
+      for (std::size_t k = t; k < t + N; ++k) to[i * kTile + k] = rows[k][i];
+  }
+}
 
 }  // namespace
 }  // namespace kvzip::predictive

@@ -117,6 +117,8 @@ class TileCoder : Vectors<Isa> {
   // --- load ------------------------------------------------------------------------------------
 
   void load_tokens() {
+    const std::int16_t* turns[kTile];
+    const std::uint16_t* own[kTile];
     for (std::size_t t = 0; t < kTile; ++t) {
       // What is past the last token goes along with it, and is never looked at.
       const std::size_t token = tokens.at[tile.start + std::min(t, n - 1)];
@@ -126,21 +128,12 @@ class TileCoder : Vectors<Isa> {
       energy[t] = tokens.energy[token];
       entry[t] = tokens.entry[token];
       known[t] = table && entry[t] >= 0 ? -1 : 0;
-      const std::uint64_t position = tokens.position + column;
-      for (std::size_t i = 0; i < part.pairs; ++i) {
-        const std::uint64_t phase = part.step[i] * position;
-        const auto turn = std::size_t((phase + (std::uint64_t(1) << 51)) >> 52) & 4095;
-        sine[i * kTile + t] = model.sine[turn];
-        cosine[i * kTile + t] = model.sine[(turn + 1024) & 4095];
-        angle[i * kTile + t] = std::int16_t(turn / (4096 / kAngles));
-      }
-      if (!tokens.rotation) continue;
-      const std::uint16_t* const own = tokens.rotation + 2 * part.pairs * column;
-      for (std::size_t i = 0; i < part.pairs; ++i) {
-        own_cosine[i * kTile + t] = std::int16_t(own[i]);
-        own_sine[i * kTile + t] = std::int16_t(own[part.pairs + i]);
-      }
+      turns[t] = tokens.turns + 3 * part.pairs * column;
+      if (tokens.rotation) own[t] = tokens.rotation + 2 * part.pairs * column;
     }
+    to_columns<W>(turns, 3 * part.pairs, sine);
+    if (tokens.rotation)
+      to_columns<W>(own, 2 * part.pairs, reinterpret_cast<std::uint16_t*>(own_cosine));
     invert_energy();
   }
   Number* column(std::size_t place) const {
@@ -149,7 +142,7 @@ class TileCoder : Vectors<Isa> {
   ChannelNumbers<T> numbers(std::size_t place) const { return {column(place), n}; }
   // Numbers between the block and `columns`: from those that are known, to those that are read.
   void move_numbers() {
-    constexpr std::size_t N = 16 / sizeof(T);
+    constexpr std::size_t N = std::max<std::size_t>(16 / sizeof(T), W);
     for (std::size_t h = 0; h < part.heads; ++h) {
       const std::ptrdiff_t head = std::ptrdiff_t(h) * block.head_stride;
       Number* const to = columns + h * part.dim * kTile;
