@@ -201,14 +201,15 @@ class PredictiveChain {
 
 template <typename T>
 double least_bits(const Numbers<const T>& a, int exponent_bits, int mantissa_bits,
-                  std::size_t every) {
+                  std::size_t counted) {
   if (1 + exponent_bits + mantissa_bits != 8 * int(sizeof(T)) || exponent_bits < 1 ||
-      exponent_bits > 8 || every < 1 || every > kMostTokens)
+      exponent_bits > 8)
     throw std::invalid_argument("not a format of these numbers");
   const Computing computing;
   return bits_by_channel(
       Block<const T>{a.data(), a.stride(0), a.stride(1), a.stride(2), a.stride(3)}, a.shape(0),
-      a.shape(1), a.shape(2), a.shape(3), {exponent_bits, mantissa_bits}, every);
+      a.shape(1), a.shape(2), a.shape(3), {exponent_bits, mantissa_bits},
+      std::min(counted, a.shape(2)));
 }
 
 // The states that a token range begins with, and how many bytes they take up.
@@ -226,11 +227,11 @@ nb::tuple first_states(const Array<std::uint8_t>& data, std::size_t count) {
 void bind(nb::module_& m) {
   m.def("predictive_states", &first_states, "data"_a, "count"_a);
   m.def("bits_by_channel", &least_bits<std::uint8_t>, "numbers"_a, "exponent_bits"_a,
-        "mantissa_bits"_a, "every"_a = 1);
+        "mantissa_bits"_a, "counted"_a = kMostTokens);
   m.def("bits_by_channel", &least_bits<std::uint16_t>, "numbers"_a, "exponent_bits"_a,
-        "mantissa_bits"_a, "every"_a = 1);
+        "mantissa_bits"_a, "counted"_a = kMostTokens);
   m.def("bits_by_channel", &least_bits<std::uint32_t>, "numbers"_a, "exponent_bits"_a,
-        "mantissa_bits"_a, "every"_a = 1);
+        "mantissa_bits"_a, "counted"_a = kMostTokens);
   nb::class_<PredictiveModel>(m, "PredictiveModel")
       .def(nb::init<const Array<std::uint32_t>&, const Array<std::int16_t>&>(), "densities"_a,
            "sine"_a)

@@ -335,12 +335,12 @@ void Chain::end(const Kernels& kernels) {
 template <typename T>
 double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::size_t heads,
                        std::size_t tokens, std::size_t dim, NumberFormat format,
-                       std::size_t every) {
+                       std::size_t counted) {
   // The low bits of the exponent are enough for a bound, and their counts stay in the first-level
   // cache.
   constexpr std::size_t symbols = 32;
   std::vector<std::uint32_t> counts(dim * symbols);
-  const double each = double(rows * ((tokens + every - 1) / every));
+  const double each = double(rows * counted);
   double bits = 0;
   for (std::size_t h = 0; h < heads; ++h) {
     std::fill(counts.begin(), counts.end(), 0);
@@ -350,7 +350,7 @@ double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::siz
              std::ptrdiff_t(t) * numbers.token_stride;
     };
     for (std::size_t r = 0; r < rows; ++r)
-      for (std::size_t t = 0; t < tokens; t += every) {
+      for (std::size_t t = 0; t < counted; ++t) {
         const T* const at = row(r, t);
         for (std::size_t d = 0; d < dim; ++d)
           ++counts[d * symbols + (std::size_t(at[std::ptrdiff_t(d) * numbers.dim_stride]) >>
@@ -361,7 +361,7 @@ double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::siz
     const auto is_constant = [&](std::size_t d) {
       const std::ptrdiff_t channel = std::ptrdiff_t(d) * numbers.dim_stride;
       for (std::size_t r = 0; r < rows; ++r)
-        for (std::size_t t = 0; t < tokens; t += every)
+        for (std::size_t t = 0; t < counted; ++t)
           if (row(r, t)[channel] != head[channel]) return false;
       return true;
     };

@@ -97,11 +97,12 @@ class Chain {
 };
 
 // Bits that no table for each channel's signs and exponents can go below, mantissas as they are:
-// what `channel` takes at least for these numbers, [rows][heads][tokens][dim]. Of signs and
-// exponents those of each `every`th token count: by a table of their own they take no more than by
-// one for all.
+// what `channel` takes at least for these numbers, [rows][heads][tokens][dim]. Signs and exponents
+// of the first `counted` tokens alone count: by a table of their own they take no more than by one
+// for all.
 template <typename T>
 double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::size_t heads,
-                       std::size_t tokens, std::size_t dim, NumberFormat format, std::size_t every);
+                       std::size_t tokens, std::size_t dim, NumberFormat format,
+                       std::size_t counted);
 
 }  // namespace kvzip::predictive

@@ -183,7 +183,7 @@ def test_channel_is_tried_wherever_it_may_take_less(seed, tokens, constant):
         some = rng.permutation(k.shape[3])[:constant]
         k[..., some] = random_bits(rng, "bf16", (1, k.shape[1], 1, len(some)))
         taken = len(predictive._plain(k, known))
-        for enough in (math.inf, 0):  # all tokens tell, or a quarter of them
+        for enough in (math.inf, 0):  # all tokens tell, or half of them
             least = get_codec("channel").least_bytes(k, known, enough)
             assert min(least, k.nbytes) <= taken
 
