@@ -166,9 +166,10 @@ struct Avx512 : WideProducts<Avx512, Numbers, Wide> {
       for (int v = 0; v < N; ++v) _mm512_storeu_si512(sums[o] + t + v * W, sum[o][v]);
   }
   static constexpr bool kInOrder = false;
-  static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
-                       std::size_t ahead, const Order*, const std::int32_t* start, std::size_t n,
-                       std::int32_t sums[4][kTile]) {
+  __attribute__((noinline)) static void products(const std::uint32_t* x, const std::int8_t* w,
+                                                 std::size_t groups, std::size_t ahead,
+                                                 const Order*, const std::int32_t* start,
+                                                 std::size_t n, std::int32_t sums[4][kTile]) {
     // Vectors of tokens, at most four at a time, in pieces of about the same size.
     const std::size_t vectors = (n + W - 1) / W, pieces = (vectors + 3) / 4;
     for (std::size_t piece = 0, t = 0; piece < pieces; ++piece) {
