@@ -7,15 +7,21 @@ documents are read once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from kvzip.statistics.gaussian import cholesky
 from kvzip.statistics.ridge import divided, held_factor, residual, shrinkage, solved
+from kvzip.workers import thread_count
 
+T = TypeVar("T")
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
@@ -97,42 +103,69 @@ class Sums:
             if rest_tokens < 1:  # one fold alone
                 rest, rest_tokens = whole.copy(), tokens
             common += self.left(self.solve(rest), apart)
+            del apart
             if regions > 1:
                 rest *= np.float32(SHRINK_TOKENS / rest_tokens)
-                for r in range(regions):
-                    # Hundreds of megabytes at a large model's width: one array for all regions.
-                    apart[...] = rest
-                    for other in range(folds):
-                        if other != f:
-                            apart += self.total[r, other]
-                    left[r] += self.left(self.solve(apart), self.total[r, f])
+                for r, found in enumerate(side_by_side(partial(self._apart, rest, f), regions)):
+                    left[r] += found
         if regions == 1:
             left[0] = common
         common /= tokens
         mean = left.sum(axis=0) / tokens
-        made, saved = [], 0.0
-        for r in range(regions):
-            shrink = SHRINK_TOKENS if regions > 1 else 0
-            own = whole * np.float32(shrink / tokens)
-            for total in self.total[r]:
-                own += total
-            covariance = (left[r] + shrink * mean) / (count[r] + shrink)
-            i = self.inputs + 1
-            saved += count[r] / tokens * log_volume(covariance)
-            factor = self.factor(own)
-            rounded, scale, added = round_weights(
-                solved(factor, own[:i, i:])[1:],
-                factor[1:, 1:],
-                own[0, 0],
-                conditional_variance(covariance),
-                rounding,
-            )
-            covariance[np.diag_indices(width)] += added
-            # The constant comes last and takes up what rounding did to the mean.
-            spared = own[0, i:] - own[0, 1:i] @ (rounded * scale)
-            bias = (spared / own[0, 0]).astype(np.float64)
-            made.append(Predictor(rounded, scale.astype(np.float64) / 16, bias, covariance))
-        return made, (log_volume(common) - saved) / width
+        shrink = SHRINK_TOKENS if regions > 1 else 0
+        covariances = [(left[r] + shrink * mean) / (count[r] + shrink) for r in range(regions)]
+        del left
+        whole *= np.float32(shrink / tokens)
+
+        def made(r: int) -> tuple[Predictor, float]:
+            volume = log_volume(covariances[r])
+            return self._predictor(r, whole, covariances[r], rounding), count[r] / tokens * volume
+
+        predictors, volumes = zip(*side_by_side(made, regions), strict=True)
+        return list(predictors), (log_volume(common) - sum(volumes)) / width
+
+    def _apart(self, rest: Floats, fold: int, region: int) -> Doubles:
+        """Of a region's tokens in one fold, what a predictor leaves that was made from those in the
+        others, and from `rest`, which is of all regions."""
+        total = rest.copy()
+        for other, own in enumerate(self.total[region]):
+            if other != fold:
+                total += own
+        return self.left(self.solve(total), self.total[region, fold])
+
+    def _predictor(
+        self, region: int, shared: Floats, covariance: Doubles, rounding: float
+    ) -> Predictor:
+        """A region's, from its own tokens and what is `shared` by all. `covariance`: of what such a
+        predictor leaves, to which is added what rounding does."""
+        total, i = shared.copy(), self.inputs + 1
+        for own in self.total[region]:
+            total += own
+        factor = self.factor(total)
+        rounded, scale, added = round_weights(
+            solved(factor, total[:i, i:])[1:],
+            factor[1:, 1:],
+            total[0, 0],
+            conditional_variance(covariance),
+            rounding,
+        )
+        covariance[np.diag_indices(len(covariance))] += added
+        # The constant comes last and takes up what rounding did to the mean.
+        spared = total[0, i:] - total[0, 1:i] @ (rounded * scale)
+        bias = (spared / total[0, 0]).astype(np.float64)
+        return Predictor(rounded, scale.astype(np.float64) / 16, bias, covariance)
+
+
+def side_by_side(job: Callable[[int], T], count: int) -> list[T]:
+    """What a job gives for each number below `count`, two or more at a time: products take all
+    cores, and what lies between them one. An array of all sums is some hundred megabytes at a large
+    model's width, hence not more."""
+    if count == 1:
+        return [job(0)]
+    cores = thread_count(0)
+    jobs = min(count, cores, 4)
+    with threadpool_limits(max(cores // jobs, 1), "blas"), ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(job, range(count)))
 
 
 def log_volume(covariance: Doubles) -> float:
