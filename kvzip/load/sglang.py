@@ -17,7 +17,6 @@ imports without it. :class:`Settings` has all that can be set.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -33,6 +32,7 @@ from kvzip.identity.checkpoint import changed, checkpoint_fingerprint, checkpoin
 from kvzip.load import chunks
 from kvzip.load.place import Place, converted, folder_name
 from kvzip.options import integer
+from kvzip.parsing import from_json
 from kvzip.snapshot import Origin
 from kvzip.workers import Lock, Workers
 
@@ -427,7 +427,7 @@ def _ropes_of(model: str, commit: str | None, overrides: str) -> _Ropes:
         from kvzip.load.config import layer_kinds, rope_of_config
 
         if folder is not None:
-            config = AutoConfig.from_pretrained(folder, **json.loads(overrides))
+            config = AutoConfig.from_pretrained(folder, **from_json(overrides, dict[str, Any]))
             return _Ropes([kind.rope for kind in layer_kinds(config)], rope_of_config(config))
     return _Ropes()
 

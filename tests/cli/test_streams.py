@@ -35,6 +35,7 @@ def piped(folder, line):
 
 
 @pytest.mark.parametrize("redirected", ["cat x.kvz | kvzip {}", "kvzip {} < x.kvz"])
+@pytest.mark.drawn(2)
 def test_a_file_from_stdin(folder, redirected):
     code, out, _ = piped(folder, redirected.format("info - --json"))
     assert code == 0 and json.loads(out)["tokens"] == 300
@@ -78,6 +79,7 @@ def test_a_stdout_that_takes_nothing(folder, command):
 
 
 @pytest.mark.parametrize("closed", ["2> /dev/full", "2>&-"])
+@pytest.mark.drawn(2)
 def test_a_stderr_that_takes_nothing_changes_no_result(folder, closed):
     code, out, _ = piped(folder, f"kvzip info none --json {closed}")
     assert (code, json.loads(out)["kind"]) == (2, "system")
@@ -96,6 +98,7 @@ def test_a_stdin_that_is_closed(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.drawn(2)
 def test_ended_from_the_first_import_on(folder, number):
     """At any moment after Python itself is up: exit code 130 or 143, and the JSON object."""
     # The command as its script runs it, which says when it begins. Whoever runs the tests may have

@@ -73,6 +73,7 @@ def samples(dtype):
     yield np.zeros((1, 1, 300, 2), dtypes.get(dtype).uint)
 
 
+@pytest.mark.drawn(2)
 def test_a_decoder_written_from_the_spec_reads_real_blocks(dtype):
     form = dtypes.get(dtype)
     coded = 0
@@ -523,6 +524,7 @@ def test_entries_and_channels_say_what_the_tables_do(dtype, data):
     assert tables.channels().tolist() == [list(row) for row in rows]
 
 
+@pytest.mark.drawn(2)
 def test_streams_are_where_the_spec_has_them(dtype):
     form = dtypes.get(dtype)
     several = 0

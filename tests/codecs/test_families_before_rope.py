@@ -65,6 +65,7 @@ def shares_missing(snapshot):
 
 
 @pytest.mark.parametrize("name", [*FOUND, *NOT_FOUND])
+@pytest.mark.drawn(2)
 def test_where_keys_before_rope_are_found(name):
     _, snapshot = captured(name)
     blob = kvzip.encode(snapshot, "channel:keys=before_rope", block_tokens=32)

@@ -88,6 +88,7 @@ def test_blocks_are_what_the_cpu_writes(device, room, dtype, shape, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.drawn(2)
 def test_escapes_and_constant_channels(device, shuffled, room, dtype):
     form = dtypes.get(dtype)
     check(device, room, form, numbers(form, (1, 2, 200, 64), 5, escapes=40, constants=True), 128)

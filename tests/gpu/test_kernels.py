@@ -40,6 +40,7 @@ def hashes(device, itemsize, targets, blocks):
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
 @pytest.mark.parametrize("dim", [1, 3, 8, 64])
+@pytest.mark.drawn(2)
 def test_checksums_of_any_length(device, shuffled, room, itemsize, dim):
     """Every branch of XXH3, in one row of tokens, by heads, and in pages."""
     tokens = 700

@@ -80,6 +80,7 @@ PUT = {f"a user's {what}": given for what, given in USERS.items()} | {
 
 
 @pytest.mark.parametrize("place, name, make", PUT.values(), ids=PUT)
+@pytest.mark.drawn(2)
 def test_what_is_put_into_a_library(
     place: Any, name: str, make: Any, saved: Any, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ IDS = torch.randint(3, 64, (1, 40), generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+@pytest.mark.drawn(2)
 def test_an_unchanged_model_is_its_checkpoint(
     kind: str, stored: str, saved: Any, load: Any
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_model_of_no_checkpoint_has_one_of_its_own(saved: Any, load: Any) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.drawn(2)
 def test_a_bit_of_any_tensor_counts(kind: str, saved: Any, load: Any) -> None:
     model = load(saved(kind))
     first = kvzip.fingerprint(model)

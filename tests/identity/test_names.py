@@ -81,6 +81,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("way", ASKED)
+@pytest.mark.drawn(2)
 def test_names_that_a_hook_uses_count(
     way: str, saved: Any, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ ATTRIBUTES: list[tuple[Any, Any]] = [
 
 @pytest.mark.parametrize("name", ["scale", "_scale"])
 @pytest.mark.parametrize("pair", ATTRIBUTES)
+@pytest.mark.drawn(2)
 def test_what_attributes_hold(name: str, pair: tuple[Any, Any], saved: Any, load: Any) -> None:
     model = load(saved())
     module, found = model.model.layers[0].self_attn.q_proj, [kvzip.fingerprint(model)]
@@ -404,6 +405,7 @@ def prepared(model: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["Llama", "Gemma3Text"])
+@pytest.mark.drawn(2)
 def test_what_changes_no_key_or_value(kind: str, change: Any, saved: Any, load: Any) -> None:
     folder = saved(kind)
     model = load(folder)
@@ -433,6 +435,7 @@ def test_a_forward_that_wraps_what_was_compiled(saved: Any, load: Any) -> None:
 
 @pytest.mark.parametrize("how", ["wraps", "no_grad", "partial", "method", "compiled into it"])
 @pytest.mark.parametrize("where", ["hook", "forward", "on all modules"])
+@pytest.mark.drawn(2)
 def test_a_users_function_within_a_librarys(how: str, where: str, saved: Any, load: Any) -> None:
     from transformers.models.llama import modeling_llama as modeling
 

@@ -177,6 +177,7 @@ def test_a_call_by_hand_without_a_model_to_ask(model: Any, snapshot: Any) -> Non
 
 
 @pytest.mark.parametrize("load", [loaded, recoverable])
+@pytest.mark.drawn(2)
 def test_the_same_source_in_other_ways(model: Any, snapshot: Any, load: Any, caplog: Any) -> None:
     twice = {"input_ids": SOURCE.repeat(2, 1), **rows(2)}
     for given in (
@@ -323,6 +324,7 @@ def test_weights_that_a_witness_tells(model: Any, snapshot: Any, part: str, capl
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.drawn(2)
 def test_rounding_is_no_other_weight(model: Any, dtype: torch.dtype, caplog: Any) -> None:
     model = model.to(dtype)
     snapshot = kvzip.Snapshot.from_cache(filled(model), DOCUMENT, model, encoder_ids=SOURCE)

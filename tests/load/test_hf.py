@@ -59,6 +59,7 @@ def counting(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("prompt", ["the document", "longer"])
+@pytest.mark.drawn(2)
 def test_goes_on_as_from_the_cache_in_memory(case: Any, prompt: str) -> None:
     ids = case.ids if prompt == "the document" else case.longer()
     for source in (case.blob, case.snapshot):

@@ -83,6 +83,7 @@ def batch_of(given):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.drawn(2)
 def test_a_copy_goes_on_as_the_cache_would(model, snapshot, prompt, way, source):
     wanted = generate(model, prompt)
     cache = SOURCES[source](snapshot, model, prompt)
@@ -105,6 +106,7 @@ def test_a_copy_goes_on_as_the_cache_would(model, snapshot, prompt, way, source)
     + [Family("bart", seq2seq=True)],
     ids=str,
 )
+@pytest.mark.drawn(2)
 def test_every_kind_of_layer_goes_on(family, way):
     """States, windows, an encoder's tokens, and classes that a family has of its own."""
     torch.set_num_threads(1)

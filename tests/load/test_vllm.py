@@ -365,6 +365,7 @@ def test_windows_there_and_back(engine: Any, tmp_path: Any, windows: Any, tokens
 
 @pytest.mark.parametrize("shared", [0, 15, 16, 40, 64, 79])
 @pytest.mark.parametrize("local", [0, 32])
+@pytest.mark.drawn(2)
 def test_a_shared_prefix_with_windows(engine: Any, windows: Any, shared: int, local: int) -> None:
     ids = prompt(80)
     fill(engine, ids, windows=windows)

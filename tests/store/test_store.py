@@ -503,6 +503,7 @@ def crash(place, operations):
     return found
 
 
+@pytest.mark.drawn(2)
 def test_killed_writers_lose_and_damage_nothing(place):
     crash(place, 60)
 

@@ -36,6 +36,7 @@ CODECS = ("raw", "planes", "channel")
 
 
 @pytest.mark.parametrize("kind", texts.KINDS)
+@pytest.mark.drawn(2)
 def test_the_splits_of_a_kind_share_no_item(kind: str) -> None:
     whole = texts.Text.of_kind(kind, 0, 10**9)
     items = dict(texts.KINDS[kind]())

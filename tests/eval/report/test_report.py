@@ -145,6 +145,7 @@ def test_the_numbers_are_in_it_as_json(browser: Any, report: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1200])
+@pytest.mark.drawn(2)
 def test_it_fits(browser: Any, report: Path, width: int) -> None:
     opened = Opened(browser, report, viewport={"width": width, "height": 800})
     assert opened.overflow() <= 0

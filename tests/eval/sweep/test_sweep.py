@@ -303,6 +303,7 @@ def small_disk(folder: Path, size: str) -> list[str]:
 
 
 @pytest.mark.parametrize("of", ["rows", "caches"])
+@pytest.mark.drawn(2)
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     tmp_path: Path, of: str
 ) -> None:
@@ -372,6 +373,7 @@ def test_killed_at_random_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.drawn(2)
 def test_ended_by_a_signal_it_says_so_once(tmp_path: Path, number: int) -> None:
     """Its processes, which have its arguments, are ended, too, and are silent."""
     script = tmp_path / "kvzip"
