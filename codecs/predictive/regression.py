@@ -15,11 +15,10 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from kvzip.statistics.gaussian import cholesky
 from kvzip.statistics.ridge import divided, held_factor, residual, shrinkage, solved
-from kvzip.workers import thread_count
 
 T = TypeVar("T")
 Floats = NDArray[np.float32]
@@ -127,20 +126,23 @@ class Sums:
     def _apart(self, rest: Floats, fold: int, region: int) -> Doubles:
         """Of a region's tokens in one fold, what a predictor leaves that was made from those in the
         others, and from `rest`, which is of all regions."""
-        total = rest.copy()
-        for other, own in enumerate(self.total[region]):
-            if other != fold:
+        weights = self.solve(self._with(rest, region, without=fold))
+        return self.left(weights, self.total[region, fold])
+
+    def _with(self, shared: Floats, region: int, without: int | None = None) -> Floats:
+        """G of `shared` and of a region, of all its folds or without one."""
+        total = shared.copy()
+        for fold, own in enumerate(self.total[region]):
+            if fold != without:
                 total += own
-        return self.left(self.solve(total), self.total[region, fold])
+        return total
 
     def _predictor(
         self, region: int, shared: Floats, covariance: Doubles, rounding: float
     ) -> Predictor:
         """A region's, from its own tokens and what is `shared` by all. `covariance`: of what such a
         predictor leaves, to which is added what rounding does."""
-        total, i = shared.copy(), self.inputs + 1
-        for own in self.total[region]:
-            total += own
+        total, i = self._with(shared, region), self.inputs + 1
         factor = self.factor(total)
         rounded, scale, added = round_weights(
             solved(factor, total[:i, i:])[1:],
@@ -157,14 +159,13 @@ class Sums:
 
 
 def side_by_side(job: Callable[[int], T], count: int) -> list[T]:
-    """What a job gives for each number below `count`, two or more at a time: products take all
-    cores, and what lies between them one. An array of all sums is some hundred megabytes at a large
-    model's width, hence not more."""
-    if count == 1:
-        return [job(0)]
-    cores = thread_count(0)
-    jobs = min(count, cores, 4)
-    with threadpool_limits(max(cores // jobs, 1), "blas"), ThreadPoolExecutor(jobs) as pool:
+    """What a job gives for each number below `count`, several at a time where BLAS has the threads,
+    which share them: products keep all busy, and what lies between them one. A job holds some
+    hundred megabytes at a large model's width, hence four at most."""
+    blas = ThreadpoolController().select(user_api="blas")
+    threads = max((library.num_threads for library in blas.lib_controllers), default=1)
+    jobs = max(1, min(count, threads, 4))
+    with blas.limit(limits=max(1, threads // jobs)), ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(job, range(count)))
 
 
