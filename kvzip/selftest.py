@@ -21,7 +21,7 @@ from kvzip.errors import CorruptError, KVZipError
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
-INSTRUCTIONS = ("scalar", "avx2", "avx512", "neon")
+INSTRUCTIONS = ("scalar", "avx2", "vnni", "avx512", "amx", "neon")
 DTYPES = ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
 _SHAPE = (2, 200, 16)  # heads, tokens, dim: more tokens than one vector of any codec
 _LAYERS = 2
@@ -41,6 +41,12 @@ def instructions() -> list[str]:
     """The sets of instructions that this processor has and kvzip has kernels for."""
     with _instructions_kept():
         return [name for name in INSTRUCTIONS if _native.set_simd(name)]
+
+
+def vectors() -> list[str]:
+    """Those of `instructions` with vectors of their own; the others only multiply bytes faster, for
+    `predictive`."""
+    return [name for name in instructions() if name not in ("vnni", "amx")]
 
 
 def self_test() -> list[Check]:

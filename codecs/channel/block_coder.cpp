@@ -214,7 +214,7 @@ std::vector<Decoder> PartTables::decoders() const {
 
 const Decoder* PartTables::decoders(Workspace* workspace) const {
   if (lasting_) {
-    const int level = int(simd::level());
+    const int level = int(simd::vectors());
     std::call_once(decoding_[level], [&] { decoders_[level] = decoders(); });
     return decoders_[level].data();
   }
@@ -245,7 +245,7 @@ bool PartTables::constant(const Block<const T>& block) const {
 
 const Encoder* PartTables::encoders() const {
   const StoredTables& stored = this->stored();
-  const int level = int(simd::level());
+  const int level = int(simd::vectors());
   std::unique_ptr<Encoder[]>& encoders = encoders_[level];
   std::call_once(encoding_[level], [&] {
     encoders.reset(new Encoder[stored.shapes.count()]);  // not set to anything

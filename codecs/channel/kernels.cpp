@@ -66,7 +66,7 @@ Stream Streams::operator[](std::size_t i) const {
 void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                   int exponent_bits, Decoder* decoder) {
 #ifdef KVZIP_X86
-  if (simd::level() == simd::Level::avx512 && width <= 32)
+  if (simd::vectors() == simd::Level::avx512 && width <= 32)
     return avx512::make_decoder(levels, width, escape_level, exponent_bits, decoder);
 #endif
   make_decoder(make_alias(levels, width, escape_level, exponent_bits), decoder);
@@ -74,8 +74,8 @@ void make_decoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
 
 void make_encoder(const std::uint8_t* levels, std::size_t width, std::uint8_t escape_level,
                   int exponent_bits, Encoder* encoder) {
-  make_encoder(make_alias(levels, width, escape_level, exponent_bits), exponent_bits, simd::level(),
-               encoder);
+  make_encoder(make_alias(levels, width, escape_level, exponent_bits), exponent_bits,
+               simd::vectors(), encoder);
 }
 
 // What is read first of a stream comes from memory while the one before it is decoded.
@@ -88,7 +88,7 @@ static void fetch(const Coded& coded) {
 template <typename T>
 bool decode(const Tables& tables, const Block<T>& block, const Coded* streams, std::size_t count) {
   const auto kernel = [&] {
-    switch (simd::level()) {
+    switch (simd::vectors()) {
 #ifdef KVZIP_X86
       case simd::Level::avx512: return avx512::decode<T>;
       // Sign and exponent of every value must fit a byte, as byte shuffles have them.
@@ -109,7 +109,7 @@ bool decode(const Tables& tables, const Block<T>& block, const Coded* streams, s
 
 template <typename T>
 bool encode(const Tables& tables, const Block<const T>& block, const Stream& stream, Sink* sink) {
-  switch (simd::level()) {
+  switch (simd::vectors()) {
 #ifdef KVZIP_X86
     case simd::Level::avx512: return avx512::encode<T>(tables, block, stream, sink);
     case simd::Level::avx2: return avx2::encode<T>(tables, block, stream, sink);

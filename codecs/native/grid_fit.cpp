@@ -166,7 +166,7 @@ class Fitter {
   Fitter(const Wide& wide, const Narrow& narrow, Rounding rounding)
       : wide_(wide), narrow_(narrow), rounding_(rounding) {
 #ifdef KVZIP_X86
-    if (simd::level() != simd::Level::scalar) count_misses_ = count_misses_avx2;
+    if (simd::vectors() != simd::Level::scalar) count_misses_ = count_misses_avx2;
 #endif
   }
 

@@ -87,7 +87,7 @@ __attribute__((target("avx2"))) bool has_step_avx2(const Shares& x, int n, int o
 
 bool has_step(const Shares& x, int n, int off) {
 #ifdef KVZIP_X86
-  if (simd::level() != simd::Level::scalar) return has_step_avx2(x, n, off);
+  if (simd::vectors() != simd::Level::scalar) return has_step_avx2(x, n, off);
 #endif
   return has_step_any(x, n, off);
 }

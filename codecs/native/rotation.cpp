@@ -17,8 +17,8 @@ namespace {
 
 const rotation::Kernels& kernels() {
 #ifdef KVZIP_X86
-  if (simd::level() == simd::Level::avx512) return rotation::avx512;
-  if (simd::level() == simd::Level::avx2) return rotation::avx2;
+  if (simd::vectors() == simd::Level::avx512) return rotation::avx512;
+  if (simd::vectors() == simd::Level::avx2) return rotation::avx2;
 #endif
   return rotation::baseline;
 }

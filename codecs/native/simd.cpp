@@ -6,22 +6,30 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(KVZIP_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace kvzip::simd {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "neon"};
+constexpr const char* kNames[] = {"scalar", "avx2", "vnni", "avx512", "amx", "neon"};
+constexpr const char* kAllNames = "scalar, avx2, vnni, avx512, amx or neon";
 
 bool has(Level level) {
 #ifdef KVZIP_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi") &&
+                      __builtin_cpu_supports("avx512vbmi2") &&
+                      __builtin_cpu_supports("avx512vpopcntdq");
   switch (level) {
     case Level::scalar: return true;
     case Level::avx2: return avx2;
-    case Level::avx512:
-      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vpopcntdq");
+    case Level::vnni: return avx2 && (__builtin_cpu_supports("avxvnni") || has_avx512_vnni());
+    case Level::avx512: return avx512;
+    case Level::amx:
+      return avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8");
     case Level::neon: return false;
   }
 #endif
@@ -36,11 +44,10 @@ Level choose() {
   if (wanted && *wanted) {
     for (int i = 0; i < kLevels; ++i)
       if (!std::strcmp(wanted, kNames[i]) && has(Level(i))) return Level(i);
-    throw Unavailable(
-        "KVZIP_SIMD is '" + std::string(wanted) +
-        "': it must be scalar, avx2, avx512 or neon, and one that this processor has");
+    throw Unavailable("KVZIP_SIMD is '" + std::string(wanted) + "': it must be " + kAllNames +
+                      ", and one that this processor has");
   }
-  for (Level level : {Level::avx512, Level::avx2, Level::neon})
+  for (Level level : {Level::amx, Level::avx512, Level::vnni, Level::avx2, Level::neon})
     if (has(level)) return level;
   return Level::scalar;
 }
@@ -54,8 +61,34 @@ std::atomic<Level>& current() {
 
 Level level() { return current().load(std::memory_order_relaxed); }
 
+Level vectors() {
+  const Level found = level();
+  return found == Level::amx ? Level::avx512 : found == Level::vnni ? Level::avx2 : found;
+}
+
+bool amx_is_allowed() {
+#if defined(KVZIP_X86) && defined(__linux__)
+  // Linux keeps memory for a thread's tiles only where it was asked to (its Documentation/arch/x86/
+  // xstate.rst): arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+
+bool has_avx512_vnni() {
+#ifdef KVZIP_X86
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 bool set_level(Level level) {
-  if (!has(level)) return false;
+  if (!has(level) || (level == Level::amx && !amx_is_allowed())) return false;
   current().store(level, std::memory_order_relaxed);
   return true;
 }
@@ -63,7 +96,7 @@ bool set_level(Level level) {
 Level from_name(const char* name) {
   for (int i = 0; i < kLevels; ++i)
     if (!std::strcmp(name, kNames[i])) return Level(i);
-  throw std::invalid_argument("simd: one of scalar, avx2, avx512, neon, not " + std::string(name));
+  throw std::invalid_argument(std::string("simd: ") + kAllNames + ", not " + name);
 }
 
 const char* name_of(Level level) { return kNames[int(level)]; }

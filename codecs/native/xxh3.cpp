@@ -178,7 +178,7 @@ __attribute__((target("avx512f"))) void add_blocks_avx512(std::uint64_t* sums,
 #endif
 
 auto blocks_adder() {
-  switch (simd::level()) {
+  switch (simd::vectors()) {
 #ifdef KVZIP_X86
     case simd::Level::avx512: return add_blocks_avx512;
     case simd::Level::avx2: return add_blocks_avx2;

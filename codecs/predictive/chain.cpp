@@ -242,6 +242,7 @@ void Chain::arrange(const Layer& layer, const Kernels& kernels) {
   if (layer.regions == 1) return;
   std::vector<std::uint8_t> region(total_);
   Aligned<std::uint32_t> packed(layer.inputs / 4 * kTile);
+  const Products& products = kernels.products;
   for (const Tile& tile : tiles_) {
     pack(tile, kernels, packed.data());
     std::int32_t best[kTile];
@@ -249,8 +250,8 @@ void Chain::arrange(const Layer& layer, const Kernels& kernels) {
     std::uint8_t* const found = region.data() + tile.start;
     for (std::size_t r = 0; r < layer.regions; ++r) {
       if (r % 4 == 0)
-        kernels.products(packed.data(), layer.centre + r * layer.inputs, layer.inputs / 4,
-                         layer.inputs * 4, kernels.in_order ? layer.centre_order + r / 4 : nullptr,
+        products.of_four(packed.data(), layer.centre + r * layer.inputs, layer.inputs / 4,
+                         layer.inputs * 4, products.in_order ? layer.centre_order + r / 4 : nullptr,
                          model_.centre_start(this->layer()) + r, tile.count, sums);
       for (std::size_t t = 0; t < tile.count; ++t) {
         const std::int32_t score = sums[r % 4][t] + layer.centre_bias[r];
@@ -290,14 +291,16 @@ void Chain::take_turns(const Part& keys) {
 
 void Chain::begin(const Kernels& kernels) {
   const Layer& layer = model_.layer(this->layer());
-  if (kernels.in_order) model_.put_in_order(this->layer());
+  if (kernels.products.in_order) model_.put_in_order(this->layer());
   if (part() == 1) return;
   arrange(layer, kernels);
   const std::size_t size = layer.inputs / 4 * kTile, own = layer.blocks * kTile;
-  packed_.resize(tiles_.size() * size);
+  // A unit reads whole steps; what is beyond the inputs it multiplies with 0.
+  const std::size_t beyond = kernels.products.unit ? (kUnitGroups - 1) * kTile : 0;
+  packed_.resize(tiles_.size() * size + beyond);
   for (std::size_t i = 0; i < tiles_.size(); ++i)
     pack(tiles_[i], kernels, packed_.data() + i * size);
-  residual_.assign(tiles_.size() * own, 0x80808080u);
+  residual_.assign(tiles_.size() * own + beyond, 0x80808080u);
   output_.assign(tiles_.size() * own, 0x80808080u);
   take_turns(layer.part[0]);
   tokens_.turns = turns_.data();
@@ -312,6 +315,21 @@ void Chain::begin(const Kernels& kernels) {
   numbers_.resize(std::max(layer.part[0].channels(), layer.part[1].channels()) * kTile);
   tokens_.turn = turn_.data();
   tokens_.numbers = numbers_.data();
+  tokens_.products = kernels.products;
+  if (kernels.products.unit) take_unit(layer);
+}
+
+// Room for what a matrix unit takes and gives, of either part.
+void Chain::take_unit(const Layer& layer) {
+  std::size_t rows = 0;
+  for (const Part& part : layer.part) rows = std::max(rows, unit_rows(part.blocks()));
+  const std::size_t step = rows * kUnitGroups * 4;
+  unit_weight_.resize(unit_steps(layer.inputs / 4) * step);
+  unit_within_.resize(unit_steps(layer.blocks) * step);
+  unit_sums_.resize(rows * kTile);
+  tokens_.unit_weight = unit_weight_.data();
+  tokens_.unit_within = unit_within_.data();
+  tokens_.unit_sums = reinterpret_cast<std::int32_t (*)[kTile]>(unit_sums_.data());
 }
 
 void Chain::end(const Kernels& kernels) {

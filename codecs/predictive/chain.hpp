@@ -67,6 +67,7 @@ class Chain {
   void drop_intervals();
   void begin(const Kernels& kernels);
   void take_turns(const Part& keys);
+  void take_unit(const Layer& layer);
   void check_rotation(Span<std::uint16_t> rotation) const;
   void set_rotation(Span<std::uint16_t> rotation, std::uint8_t rounding);
   void end(const Kernels& kernels);
@@ -87,6 +88,8 @@ class Chain {
   std::vector<std::int16_t> turns_;
   Aligned<std::int16_t> turn_;
   Aligned<std::uint16_t> numbers_;
+  Aligned<std::int8_t> unit_weight_, unit_within_;
+  Aligned<std::int32_t> unit_sums_;
   std::vector<Tile> tiles_;
   std::map<std::size_t, Aligned<std::uint32_t>> inputs_;  // [tokens][blocks] of layers still needed
   std::vector<std::uint64_t> states_;                     // [tokens][lanes], of a reader

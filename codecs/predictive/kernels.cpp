@@ -4,10 +4,30 @@
 
 namespace kvzip::predictive {
 
+#ifdef KVZIP_X86
+namespace {
+
+Kernels with(Kernels kernels, const Products& products) {
+  kernels.products = products;
+  return kernels;
+}
+
+}  // namespace
+#endif
+
 const Kernels& kernels() {
 #ifdef KVZIP_X86
-  if (simd::level() == simd::Level::avx512) return avx512_kernels();
-  if (simd::level() == simd::Level::avx2) return avx2_kernels();
+  static const Kernels amx =
+      with(avx512_kernels(), {false, avx512_vnni_products.of_four, &amx_unit});
+  static const Kernels vnni =
+      with(avx2_kernels(), simd::has_avx512_vnni() ? avx512_vnni_products : vnni_products);
+  switch (simd::level()) {
+    case simd::Level::amx: return simd::amx_is_allowed() ? amx : avx512_kernels();
+    case simd::Level::avx512: return avx512_kernels();
+    case simd::Level::vnni: return vnni;
+    case simd::Level::avx2: return avx2_kernels();
+    default: break;
+  }
 #endif
   return scalar_kernels();
 }

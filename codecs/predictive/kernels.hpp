@@ -58,6 +58,9 @@ struct Part {
   const std::int32_t* order;  // [heads*dim] channel h*dim+d that stands at this place
   const std::uint64_t* step;  // [pairs] phase of one position, a turn is 2^64
   std::size_t channels() const { return heads * dim; }
+  // Of four channels of the layer, those that hold channels of the part.
+  std::size_t first_block() const { return first / 4; }
+  std::size_t blocks() const { return (first + channels() + 3) / 4 - first_block(); }
   std::size_t turned() const { return 2 * heads * pairs; }  // channels of pairs
 };
 
@@ -78,7 +81,7 @@ struct Region {
   const std::int32_t* within_scale;  // [width], 2^-20
   // [4*blocks] -128 times the sum of what each output reads: what the 128 added to bytes comes to.
   const std::int32_t *weight_start, *within_start;
-  // [blocks] Where kernels ask for it (`Kernels::in_order`).
+  // [blocks] Where kernels ask for it (`Products::in_order`).
   const Order *weight_order = nullptr, *within_order = nullptr;
 };
 
@@ -124,6 +127,43 @@ struct Tile {
   std::size_t streams() const { return (count + kStream - 1) / kStream; }
 };
 
+// A processor's unit for products of matrices of bytes (AMX). It takes `kUnitOutputs` outputs, and
+// `kUnitGroups` groups of four inputs, at a time.
+constexpr std::size_t kUnitOutputs = 16, kUnitGroups = 16;
+struct MatrixUnit {
+  // Before a thread uses it, and after.
+  void (*begin)();
+  void (*end)();
+  // Blocks of four outputs, [blocks][groups][4][4], as the unit takes them: of each of its steps
+  // and each output the inputs one after the other, [steps][rows][kUnitGroups][4]. reads, unless
+  // null: of how many groups each block's weights are to be taken, as if the others were 0.
+  void (*arrange)(const std::int8_t* w, std::size_t blocks, std::size_t groups,
+                  const std::uint16_t* reads, std::size_t steps, std::size_t rows, std::int8_t* to);
+  // sums[o][t] = w[o] . x[t]; x: [groups][kTile] of 4 bytes, w: as arranged, from the first of
+  // these outputs on. `outputs` are of interest, and `tokens`; what else is in a unit's step of
+  // either is read and written.
+  void (*products)(const std::uint32_t* x, const std::int8_t* w, std::size_t steps,
+                   std::size_t rows, std::size_t outputs, std::size_t tokens,
+                   std::int32_t (*sums)[kTile]);
+};
+inline std::size_t unit_steps(std::size_t groups) {
+  return (groups + kUnitGroups - 1) / kUnitGroups;
+}
+// Rows for `blocks` blocks of outputs, so that a step can begin with each.
+inline std::size_t unit_rows(std::size_t blocks) { return 4 * blocks + kUnitOutputs - 4; }
+
+// Products of bytes by one instruction set.
+struct Products {
+  bool in_order;  // whether `of_four` needs an order
+  // sums[o][t] = w[o] . (x[t] - 128); x: [groups][kTile] of 4 bytes, w: [groups][4][4], start[o]:
+  // -128 times the sum of w[o]. `tokens` of kTile are of interest. What is `ahead` bytes behind w
+  // is for the next call.
+  void (*of_four)(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
+                  std::size_t ahead, const Order* order, const std::int32_t* start,
+                  std::size_t tokens, std::int32_t sums[4][kTile]);
+  const MatrixUnit* unit = nullptr;  // where there is one
+};
+
 // What is kept of a token range while its layers are coded one after the other. Bytes of tiles lie
 // as [tile][channels/4][kTile][4], 128 added to each.
 struct Tokens {
@@ -145,6 +185,10 @@ struct Tokens {
   const std::uint16_t* rotation;
   bool rounds_products;
   void* numbers;  // [channels][kTile] scratch, of a part's numbers
+  Products products;
+  // Scratch for its unit: a part's weights, of the region at hand, and what they make of a tile.
+  std::int8_t *unit_weight, *unit_within;
+  std::int32_t (*unit_sums)[kTile];
 };
 
 struct Model {
@@ -173,13 +217,7 @@ struct Sampled {
 
 // Kernels for one instruction set.
 struct Kernels {
-  bool in_order;  // whether `products` needs an order
-  // sums[o][t] = w[o] . (x[t] - 128); x: [groups][kTile] of 4 bytes, w: [groups][4][4], start[o]:
-  // -128 times the sum of w[o]. `tokens` of kTile are of interest. What is `ahead` bytes behind w
-  // is for the next call.
-  void (*products)(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
-                   std::size_t ahead, const Order* order, const std::int32_t* start,
-                   std::size_t tokens, std::int32_t sums[4][kTile]);
+  Products products;
   // to[b][t] = rows[t][b]; to: [blocks][kTile].
   void (*to_columns)(const std::uint32_t* const* rows, std::size_t blocks, std::uint32_t* to);
   // rows[t][b] = from[b][t], of the first `tokens`.
@@ -216,5 +254,10 @@ const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& kernels();  // the best there is
+
+// Products of bytes for processors that multiply them better than the instruction set whose vectors
+// they have.
+extern const Products vnni_products, avx512_vnni_products;
+extern const MatrixUnit amx_unit;
 
 }  // namespace kvzip::predictive

@@ -110,7 +110,6 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Divided<Floats>, OneByOne {
     const auto x = (__m256i)words;
     return (I)dots((__m256i)sums, even_bytes(x), odd_bytes(x), four_at(w));
   }
-  static constexpr bool kInOrder = true;
   // By itself there are enough registers for it.
   __attribute__((noinline)) static void products(const std::uint32_t* x, const std::int8_t* w,
                                                  std::size_t groups, std::size_t ahead,
@@ -172,7 +171,7 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Divided<Floats>, OneByOne {
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels k = VectorKernels<Avx2>::kernels();
+  static constexpr Kernels k = VectorKernels<Avx2>::kernels({true, Avx2::products});
   return k;
 }
 

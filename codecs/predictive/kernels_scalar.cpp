@@ -93,7 +93,6 @@ struct Scalar : Divided<Floats>, OneByOne {
     return sums + (x & 255) * w[0] + (x >> 8 & 255) * w[1] + (x >> 16 & 255) * w[2] +
            (x >> 24 & 255) * w[3];
   }
-  static constexpr bool kInOrder = false;
   static void products(const std::uint32_t* x, const std::int8_t* w, std::size_t groups,
                        std::size_t, const Order*, const std::int32_t* start, std::size_t n,
                        std::int32_t sums[4][kTile]) {
@@ -113,7 +112,7 @@ struct Scalar : Divided<Floats>, OneByOne {
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static constexpr Kernels k = VectorKernels<Scalar>::kernels();
+  static constexpr Kernels k = VectorKernels<Scalar>::kernels({false, Scalar::products});
   return k;
 }
 

@@ -58,6 +58,7 @@ class TileCoder : Vectors<Isa> {
     load_tokens();
     if (std::is_const_v<T>) move_numbers();
     coder.begin(tokens, tile, layer.lanes);
+    if (tokens.products.unit) multiply_inputs();
     const std::size_t channels = part.channels();
     for (std::size_t start = 0, end; start < channels; start = end) {
       end = std::min(start + layer.group, channels);
@@ -109,7 +110,9 @@ class TileCoder : Vectors<Isa> {
   // Of a group's channels, from the first of a block of four on: what other layers say, and where
   // they are expected before they are turned.
   std::size_t from = 0;
-  alignas(64) std::int32_t base[kMostGroup + 6][kTile], expected[kMostGroup + 6][kTile];
+  alignas(64) std::int32_t base[kMostGroup + 6][kTile];
+  // A matrix unit takes room for its last step.
+  alignas(64) std::int32_t expected[kMostGroup + kUnitOutputs][kTile];
   // Of the channel that is coded: Density's `centre` and `m`; of it and the one before it, values;
   // and |z|.
   alignas(64) std::int32_t centre[kTile], narrowness[kTile], xs[kTile], ys[kTile], zs[kTile];
@@ -175,24 +178,52 @@ class TileCoder : Vectors<Isa> {
   // Where the channels from `begin` on are expected; none looks at another one of them.
   void predict(std::size_t begin, std::size_t end) {
     from = begin / 4 * 4;
-    for (std::size_t b = begin / 4; 4 * b < end; ++b) {
+    const std::size_t last = std::min(up4(end), layer.width);
+    if (tokens.products.unit) {
+      const std::size_t row = from - 4 * part.first_block();
+      multiply_within(row, last - from);
+      for (std::size_t c = from; c < last; ++c)
+        predict_channel(c, tokens.unit_sums[row + c - from], region.weight_start[c],
+                        region.within_start[c]);
+      return;
+    }
+    const Products& products = tokens.products;
+    for (std::size_t b = from / 4; 4 * b < end; ++b) {
       std::int32_t (*const bases)[kTile] = base + 4 * b - from;
       std::int32_t (*const sums)[kTile] = expected + 4 * b - from;
-      const auto order = [&](const Order* of) { return Isa::kInOrder ? of + b : nullptr; };
-      Isa::products(input, region.weight + b * layer.inputs * 4, layer.inputs / 4, layer.inputs * 4,
-                    order(region.weight_order), region.weight_start + 4 * b, n, bases);
-      Isa::products(residual, region.within + b * layer.blocks * 16, layer.reads[b],
-                    layer.blocks * 16, order(region.within_order), region.within_start + 4 * b, n,
-                    sums);
-      for (std::size_t o = 0; o < std::min<std::size_t>(4, layer.width - 4 * b); ++o)
-        predict_channel(4 * b + o, bases[o], sums[o]);
+      const auto order = [&](const Order* of) { return products.in_order ? of + b : nullptr; };
+      products.of_four(input, region.weight + b * layer.inputs * 4, layer.inputs / 4,
+                       layer.inputs * 4, order(region.weight_order), region.weight_start + 4 * b, n,
+                       bases);
+      products.of_four(residual, region.within + b * layer.blocks * 16, layer.reads[b],
+                       layer.blocks * 16, order(region.within_order), region.within_start + 4 * b,
+                       n, sums);
+      for (std::size_t c = 4 * b; c < std::min(4 * b + 4, last); ++c)
+        predict_channel(c, base[c - from], 0, 0);
     }
   }
-  // From sums of products to fixed point.
-  void predict_channel(std::size_t c, std::int32_t* bases, std::int32_t* sums) {
+  // A matrix unit takes what other layers say in one go; what is said within the layer follows
+  // group by group.
+  void multiply_inputs() {
+    tokens.products.unit->products(input, tokens.unit_weight, unit_steps(layer.inputs / 4),
+                                   unit_rows(part.blocks()), 4 * part.blocks(), n,
+                                   tokens.unit_sums);
+  }
+  void multiply_within(std::size_t row, std::size_t outputs) {
+    const std::size_t last_block = (from + outputs - 1) / 4;
+    tokens.products.unit->products(residual, tokens.unit_within + row * kUnitGroups * 4,
+                                   unit_steps(layer.reads[last_block]), unit_rows(part.blocks()),
+                                   outputs, n, expected);
+  }
+  // From sums of products to fixed point: those with other layers' numbers, and in `expected` those
+  // within the layer. To each belongs what it starts with.
+  void predict_channel(std::size_t c, const std::int32_t* inputs, std::int32_t inputs_start,
+                       std::int32_t within_start) {
+    std::int32_t *const bases = base[c - from], *const sums = expected[c - from];
     const I bias = all(region.bias[c]), scale = all(region.weight_scale[c]);
     for (std::size_t t = 0; t < n; t += W)
-      store(bases + t, clamp(bias + Isa::template scaled<20>(load(bases + t), scale), kClamp));
+      store(bases + t,
+            clamp(bias + Isa::template scaled<20>(load(inputs + t) + inputs_start, scale), kClamp));
     if (table)
       for (std::size_t t = 0; t < n; ++t)
         if (known[t])
@@ -201,7 +232,8 @@ class TileCoder : Vectors<Isa> {
     const I within = all(region.within_scale[c]);
     for (std::size_t t = 0; t < n; t += W)
       store(sums + t,
-            clamp(load(bases + t) + Isa::template scaled<20>(load(sums + t), within), kClamp));
+            clamp(load(bases + t) + Isa::template scaled<20>(load(sums + t) + within_start, within),
+                  kClamp));
   }
 
   // --- code ------------------------------------------------------------------------------------
@@ -463,6 +495,36 @@ class TileCoder : Vectors<Isa> {
   }
 };
 
+// A matrix unit while a part's tiles are coded, if there is one.
+class UnitInUse {
+ public:
+  UnitInUse(const Layer& l, const Part& p, const Tokens& t)
+      : layer(l), part(p), tokens(t), unit(t.products.unit) {
+    if (unit) unit->begin();
+  }
+  UnitInUse(const UnitInUse&) = delete;
+  ~UnitInUse() {
+    if (unit) unit->end();
+  }
+  // Tiles of one region follow each other.
+  void take(std::size_t tile) {
+    if (!unit || (tile && tokens.tile[tile].region == tokens.tile[tile - 1].region)) return;
+    const Region& region = layer.region[tokens.tile[tile].region];
+    const std::size_t first = part.first_block(), blocks = part.blocks(), rows = unit_rows(blocks);
+    unit->arrange(region.weight + first * layer.inputs * 4, blocks, layer.inputs / 4, nullptr,
+                  unit_steps(layer.inputs / 4), rows, tokens.unit_weight);
+    unit->arrange(region.within + first * layer.blocks * 16, blocks, layer.blocks,
+                  layer.reads + first, unit_steps(layer.reads[first + blocks - 1]), rows,
+                  tokens.unit_within);
+  }
+
+ private:
+  const Layer& layer;
+  const Part& part;
+  const Tokens& tokens;
+  const MatrixUnit* const unit;
+};
+
 // The table of kernels (kernels.hpp) of one instruction set.
 template <class Isa>
 struct VectorKernels {
@@ -470,9 +532,12 @@ struct VectorKernels {
   static bool run(const Model& model, const Layer& layer, int which, NumberFormat format,
                   const Tokens& tokens, const Block<T>& block, Coder& coder) {
     const Part& part = layer.part[which];
-    for (std::size_t i = 0; i < tokens.tiles; ++i)
+    UnitInUse unit(layer, part, tokens);
+    for (std::size_t i = 0; i < tokens.tiles; ++i) {
+      unit.take(i);
       if (!TileCoder<Isa, T, Coder>(model, layer, part, format, tokens, i, block, coder).run())
         return false;
+    }
     return true;
   }
 
@@ -551,9 +616,8 @@ struct VectorKernels {
     }
   }
 
-  static constexpr Kernels kernels() {
-    return {Isa::kInOrder,
-            Isa::products,
+  static constexpr Kernels kernels(const Products& products) {
+    return {products,
             to_columns,
             to_rows,
             model<std::uint8_t>,

@@ -20,6 +20,7 @@ from kvzip import Context, dtypes, get_codec
 from kvzip.capture import prefill
 from kvzip.codecs import _native
 from kvzip.errors import CorruptError, KVZipError, ProfileError
+from kvzip.selftest import INSTRUCTIONS
 
 
 def tiny(kind="Llama", **more):
@@ -199,7 +200,7 @@ def test_the_same_bytes_from_every_path_and_any_threads(profile, unseen):
     before = _native.simd()
     blobs = set()
     try:
-        for name in ("scalar", "avx2", "avx512"):
+        for name in INSTRUCTIONS:
             if _native.set_simd(name):
                 for threads in (1, 3):
                     blob = kvzip.encode(unseen, "predictive", profile, threads, block_tokens=64)

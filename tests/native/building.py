@@ -35,6 +35,9 @@ KERNELS = {
     ("x86", codec): [f"{codec}/kernels_avx2", f"{codec}/kernels_avx512"]
     for codec in ("channel", "predictive")
 } | {("arm", "channel"): ["channel/kernels_neon"]}
+KERNELS["x86", "predictive"] += [
+    f"predictive/products_{unit}" for unit in ("vnni", "avx512_vnni", "amx")
+]
 KERNELS["x86", "channel"] += ["native/rotation_avx2", "native/rotation_avx512"]
 """Files that are built for one kind of processor only."""
 FLAGS = (
@@ -49,16 +52,12 @@ FLAGS = (
 def options(source: str) -> list[str]:
     """What CMakeLists.txt compiles a file with besides."""
     text = (ROOT / "CMakeLists.txt").read_text()
-    flags = ["-fwrapv"] if source.startswith("predictive/kernels_") else []
-    for name in ("AVX2", "AVX512"):
-        if source.endswith(f"_{name.lower()}"):
-            found = re.search(rf"set\({name}_FLAGS ([^)]*)\)", text)
-            assert found is not None
-            flags += found[1].split()
-    if "${AVX2_FLAGS}" in flags:
-        flags.remove("${AVX2_FLAGS}")
-        flags += options(source.replace("_avx512", "_avx2"))
-    return flags
+    sets = {name: words.split() for name, words in re.findall(r"set\((\w+_FLAGS) ([^)]*)\)", text)}
+    unit = re.search("(?:kernels|rotation|products)_(.*)", source)
+    words = list(sets.get(f"{unit[1].upper()}_FLAGS", [])) if unit else []
+    while words and (inner := re.fullmatch(r"\$\{(\w+)\}", words[0])):
+        words[:1] = sets[inner[1]]
+    return [*["-fwrapv"] * source.startswith("predictive/kernels_"), *words]
 
 
 def emulation(compiler: str) -> list[str] | None:
@@ -91,7 +90,7 @@ def fuzzer(
         defined = [f"-DKVZIP_{'X86' if processor == 'x86' else 'NEON'}"]
     program = f"fuzz_{codec}"
     # What is compiled with the same flags is one file, which takes half the time.
-    alone = [source for source in sources if re.search("^native/(simd|xxh3)$|/kernels_", source)]
+    alone = [source for source in sources if re.search("^native/(simd|xxh3)$|/(kernels|products)_", source)]
     files = {source: ROOT / "codecs" / f"{source}.cpp" for source in alone}
     files[program] = folder / f"{program}.cpp"
     parts = [f"{source}.cpp" for source in sources if source not in alone]
@@ -103,7 +102,8 @@ def fuzzer(
         own = [*flags, *options(source)]
         if emulated and source in alone and not re.search("/kernels_(scalar|avx2)$", source):
             # Neither optimised nor checked, which takes minutes to compile.
-            own = ["-O0", *options(source.replace("_avx512", "_avx2")), *emulated]
+            wrapped = [flag for flag in own if flag == "-fwrapv"]
+            own = ["-O0", *wrapped, *emulated]
         command = [compiler, *FLAGS, *defined, *own, "-c", str(files[source])]
         target = folder / f"{sha256(repr(command).encode()).hexdigest()[:32]}.o"
         if not target.exists():

@@ -32,11 +32,17 @@ inline void check(bool good, const char* what) {
   std::exit(1);
 }
 
+// Those for products of bytes alone are of use to who says so before this header.
+#ifdef KVZIP_FUZZ_PRODUCTS
+constexpr bool kOfBytes = true;
+#else
+constexpr bool kOfBytes = false;
+#endif
 inline std::vector<simd::Level> levels() {
   std::vector<simd::Level> found;
-  for (simd::Level level :
-       {simd::Level::scalar, simd::Level::avx2, simd::Level::avx512, simd::Level::neon})
-    if (simd::set_level(level)) found.push_back(level);
+  for (int i = 0; i < simd::kLevels; ++i)
+    if (simd::set_level(simd::Level(i)) && (kOfBytes || simd::vectors() == simd::level()))
+      found.push_back(simd::Level(i));
   return found;
 }
 inline const std::vector<simd::Level> kLevels = levels();

@@ -1,5 +1,6 @@
 // Round trips and damage for the predictive codec's C++, with models of random numbers, on every
 // instruction set of this processor.
+#define KVZIP_FUZZ_PRODUCTS
 #include "fuzz.hpp"
 
 #include <deque>

@@ -34,7 +34,7 @@ import kvzip
 from kvzip import dtypes
 from kvzip.codecs import _native
 from kvzip.errors import UnsupportedError
-from kvzip.selftest import instructions
+from kvzip.selftest import instructions, vectors
 from kvzip.snapshot import Layer
 from kvzip.testing import assert_same, cache_like, nearest_bits, random_bits
 
@@ -253,7 +253,7 @@ CODECS: dict[str, Callable[..., int]] = {"channel": channel, "predictive": predi
 def targets() -> dict[str, int]:
     """Every target of this processor, and how many numbers are wanted of it."""
     sets = instructions()
-    wanted = {f"channel/{dtype}/{simd}": 10**9 for dtype in dtypes.NAMES for simd in sets}
+    wanted = {f"channel/{dtype}/{simd}": 10**9 for dtype in dtypes.NAMES for simd in vectors()}
     # All write the same bytes; most numbers go through what is used.
     return wanted | {
         f"predictive/any/{simd}": 10**10 if simd == sets[-1] else 10**9 for simd in sets

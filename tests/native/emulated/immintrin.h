@@ -1,5 +1,5 @@
-// AVX-512 for processors that have none: SIMDe's intrinsics in plain C++ take the place of the
-// compiler's, and below is what the kernels use and SIMDe 0.7.4 lacks or has wrongly.
+// AVX-512, VNNI and AMX for processors that have none: SIMDe's intrinsics in plain C++ take the
+// place of the compiler's, and below is what the kernels use and SIMDe 0.7.4 lacks or has wrongly.
 #pragma once
 #pragma GCC system_header
 #include_next <immintrin.h>
@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 namespace emulated {
@@ -164,6 +165,52 @@ inline I shift_right_64(I from, U64 mask, I a, unsigned by) {
   return each<U64>(from, mask, a, a, [by](U64 x, U64) { return x >> by; });
 }
 
+// sums + four products of an unsigned and a signed byte each.
+inline U32 products(U32 sum, U32 unsigned_bytes, U32 signed_bytes) {
+  for (int i = 0; i < 32; i += 8)
+    sum += (unsigned_bytes >> i & 255) * U32(std::int8_t(signed_bytes >> i));
+  return sum;
+}
+inline __m256i products_of_eight(Lanes<U32, __m256i> sums, Lanes<U32, __m256i> a,
+                                 Lanes<U32, __m256i> b) {
+  for (int i = 0; i < sums.kCount; ++i) sums[i] = products(sums[i], a[i], b[i]);
+  return sums;
+}
+
+// AMX, full tiles alone: 16 rows of 16 words.
+struct Tile {
+  U32 of[16][16];
+};
+inline thread_local Tile tiles[8];
+inline thread_local bool tiles_are_there = false;
+inline Tile& tile(int number) {
+  if (!tiles_are_there) std::abort();
+  return tiles[number];
+}
+inline void load_config(const void* config) {
+  U8 wanted[64] = {1};
+  for (int i = 0; i < 8; ++i) {
+    wanted[16 + 2 * i] = 64;
+    wanted[48 + i] = 16;
+  }
+  tiles_are_there = !std::memcmp(config, wanted, sizeof wanted);
+}
+inline void load_tile(int number, const void* from, std::size_t stride) {
+  for (int row = 0; row < 16; ++row)
+    std::memcpy(tile(number).of[row], static_cast<const U8*>(from) + std::size_t(row) * stride, 64);
+}
+inline void store_tile(int number, void* to, std::size_t stride) {
+  for (int row = 0; row < 16; ++row)
+    std::memcpy(static_cast<U8*>(to) + std::size_t(row) * stride, tile(number).of[row], 64);
+}
+// Signed bytes of a, unsigned ones of b.
+inline void multiply_tiles(int sums, int a, int b) {
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < 16; ++n)
+        tile(sums).of[m][n] = products(tile(sums).of[m][n], tile(b).of[k][n], tile(a).of[m][k]);
+}
+
 }  // namespace emulated
 
 #undef _cvtu32_mask32
@@ -230,3 +277,14 @@ inline I shift_right_64(I from, U64 mask, I a, unsigned by) {
 #define _mm256_maskz_loadu_epi32(mask, from) emulated::load<emulated::U32, __m256i>(mask, from)
 #define _mm256_mask_storeu_epi32(to, mask, a) emulated::store<emulated::U32, __m256i>(to, mask, a)
 #define _mm512_mask_storeu_epi64(to, mask, a) emulated::store<emulated::U64, __m512i>(to, mask, a)
+#define _mm256_dpbusd_avx_epi32 emulated::products_of_eight
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_zero
+#undef _tile_dpbsud
+#define _tile_loadconfig emulated::load_config
+#define _tile_release() (emulated::tiles_are_there = false)
+#define _tile_loadd emulated::load_tile
+#define _tile_stored emulated::store_tile
+#define _tile_zero(number) (emulated::tile(number) = {})
+#define _tile_dpbsud emulated::multiply_tiles

@@ -1,0 +1,144 @@
+// Products of bytes by AMX: tiles of 16 rows of 64 bytes.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "predictive/kernels.hpp"
+
+namespace kvzip::predictive {
+namespace {
+
+static_assert(kUnitOutputs == 16 && kUnitGroups == 16);
+constexpr std::size_t kRow = 64;     // bytes of a tile's row
+constexpr std::size_t kTokens = 16;  // of a tile
+
+// Palette 1; all eight tiles are full. GCC's `_tile_loadconfig` tells the compiler of the first
+// eight bytes alone, so the others must not be on a stack, where nobody seems to read them.
+struct alignas(64) Config {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {kRow, kRow, kRow, kRow, kRow, kRow, kRow, kRow};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr Config kConfig;
+static_assert(sizeof(Config) == 64);
+
+void begin() { _tile_loadconfig(&kConfig); }
+void end() { _tile_release(); }
+
+// Four groups of four outputs, four times, as four outputs' sixteen groups.
+void arrange_step(const __m512i from[4], std::int8_t* to) {
+  // Each half: eight groups of the one output, then of the other.
+  const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29),
+                second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
+  const __m512i a = _mm512_permutex2var_epi32(from[0], first, from[1]),
+                b = _mm512_permutex2var_epi32(from[2], first, from[3]),
+                c = _mm512_permutex2var_epi32(from[0], second, from[1]),
+                d = _mm512_permutex2var_epi32(from[2], second, from[3]);
+  _mm512_storeu_si512(to, _mm512_shuffle_i64x2(a, b, 0x44));
+  _mm512_storeu_si512(to + kRow, _mm512_shuffle_i64x2(a, b, 0xEE));
+  _mm512_storeu_si512(to + 2 * kRow, _mm512_shuffle_i64x2(c, d, 0x44));
+  _mm512_storeu_si512(to + 3 * kRow, _mm512_shuffle_i64x2(c, d, 0xEE));
+}
+
+void arrange(const std::int8_t* w, std::size_t blocks, std::size_t groups,
+             const std::uint16_t* reads, std::size_t steps, std::size_t rows, std::int8_t* to) {
+  for (std::size_t b = 0; b < blocks; ++b) {
+    const std::size_t bytes = 16 * (reads ? reads[b] : groups);
+    for (std::size_t step = 0; step < steps; ++step) {
+      __m512i from[4];
+      for (std::size_t i = 0; i < 4; ++i) {
+        const std::size_t at = (step * 4 + i) * kRow;
+        const std::size_t there = at < bytes ? std::min(bytes - at, kRow) : 0;
+        const auto mask = __mmask16((1u << there / 4) - 1);
+        from[i] = _mm512_maskz_loadu_epi32(mask, w + b * groups * 16 + at);
+      }
+      arrange_step(from, to + (step * rows + 4 * b) * kRow);
+    }
+  }
+}
+
+// Tiles are named by constants: 0 to 3 sums, 4 and 5 outputs' weights, 6 and 7 tokens' inputs.
+constexpr std::size_t kInputStride = kTile * 4, kSumStride = kTile * 4;
+
+// Of 32 outputs and 32 tokens.
+void products_32(const std::uint32_t* x, const std::int8_t* w, std::size_t steps, std::size_t rows,
+                 std::int32_t (*sums)[kTile]) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (std::size_t step = 0; step < steps; ++step) {
+    _tile_loadd(4, w, kRow);
+    _tile_loadd(6, x, kInputStride);
+    _tile_dpbsud(0, 4, 6);
+    _tile_loadd(7, x + kTokens, kInputStride);
+    _tile_dpbsud(1, 4, 7);
+    _tile_loadd(5, w + kUnitOutputs * kRow, kRow);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+    w += rows * kRow;
+    x += kUnitGroups * kTile;
+  }
+  _tile_stored(0, sums[0], kSumStride);
+  _tile_stored(1, sums[0] + kTokens, kSumStride);
+  _tile_stored(2, sums[kUnitOutputs], kSumStride);
+  _tile_stored(3, sums[kUnitOutputs] + kTokens, kSumStride);
+}
+
+// Of 16 outputs and N times 16 tokens.
+template <int N>
+void products_16(const std::uint32_t* x, const std::int8_t* w, std::size_t steps, std::size_t rows,
+                 std::int32_t* sums) {
+  _tile_zero(0);
+  if (N > 1) _tile_zero(1);
+  if (N > 2) _tile_zero(2);
+  if (N > 3) _tile_zero(3);
+  for (std::size_t step = 0; step < steps; ++step) {
+    _tile_loadd(4, w, kRow);
+    _tile_loadd(5, x, kInputStride);
+    _tile_dpbsud(0, 4, 5);
+    if (N > 1) {
+      _tile_loadd(6, x + kTokens, kInputStride);
+      _tile_dpbsud(1, 4, 6);
+    }
+    if (N > 2) {
+      _tile_loadd(7, x + 2 * kTokens, kInputStride);
+      _tile_dpbsud(2, 4, 7);
+    }
+    if (N > 3) {
+      _tile_loadd(5, x + 3 * kTokens, kInputStride);
+      _tile_dpbsud(3, 4, 5);
+    }
+    w += rows * kRow;
+    x += kUnitGroups * kTile;
+  }
+  _tile_stored(0, sums, kSumStride);
+  if (N > 1) _tile_stored(1, sums + kTokens, kSumStride);
+  if (N > 2) _tile_stored(2, sums + 2 * kTokens, kSumStride);
+  if (N > 3) _tile_stored(3, sums + 3 * kTokens, kSumStride);
+}
+
+void products(const std::uint32_t* x, const std::int8_t* w, std::size_t steps, std::size_t rows,
+              std::size_t outputs, std::size_t tokens, std::int32_t (*sums)[kTile]) {
+  // Nor is it told that tiles are loaded from memory.
+  __asm__ volatile("" ::: "memory");
+  std::size_t o = 0;
+  for (; o + kUnitOutputs < outputs; o += 2 * kUnitOutputs)
+    for (std::size_t t = 0; t < tokens; t += 2 * kTokens)
+      products_32(x + t, w + o * kRow, steps, rows,
+                  reinterpret_cast<std::int32_t (*)[kTile]>(sums[o] + t));
+  if (o >= outputs) return;
+  const std::size_t vectors = (tokens + kTokens - 1) / kTokens;
+  const auto of = [&](auto some) { some(x, w + o * kRow, steps, rows, sums[o]); };
+  if (vectors == 1) of(products_16<1>);
+  else if (vectors == 2) of(products_16<2>);
+  else if (vectors == 3) of(products_16<3>);
+  else of(products_16<4>);
+}
+
+}  // namespace
+
+const MatrixUnit amx_unit = {begin, end, arrange, products};
+
+}  // namespace kvzip::predictive
