@@ -20,13 +20,17 @@ constexpr const char* kAllNames = "scalar, avx2, vnni, avx512, amx or neon";
 bool has(Level level) {
 #ifdef KVZIP_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
-  const bool avx512 = avx2 && has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi") &&
+  const bool avx512_vnni =
+      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni");
+  const bool avx512 = avx512_vnni && __builtin_cpu_supports("avx512vbmi") &&
                       __builtin_cpu_supports("avx512vbmi2") &&
                       __builtin_cpu_supports("avx512vpopcntdq");
   switch (level) {
     case Level::scalar: return true;
     case Level::avx2: return avx2;
-    case Level::vnni: return avx2 && (__builtin_cpu_supports("avxvnni") || has_avx512_vnni());
+    case Level::vnni: return avx2 && (has_avx_vnni() || avx512_vnni);
     case Level::avx512: return avx512;
     case Level::amx:
       return avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8");
@@ -77,11 +81,9 @@ bool amx_is_allowed() {
 #endif
 }
 
-bool has_avx512_vnni() {
+bool has_avx_vnni() {
 #ifdef KVZIP_X86
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
+  return __builtin_cpu_supports("avxvnni");
 #else
   return false;
 #endif

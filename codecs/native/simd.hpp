@@ -27,8 +27,8 @@ Level vectors();
 // Whether the system lets this process use AMX. It is asked once, by who is about to use it.
 bool amx_is_allowed();
 
-// Whether products of bytes have AVX-512's form.
-bool has_avx512_vnni();
+// Whether products of bytes have AVX's form.
+bool has_avx_vnni();
 
 // For tests and comparisons; returns false when the processor does not have it.
 bool set_level(Level level);

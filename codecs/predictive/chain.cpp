@@ -326,7 +326,7 @@ void Chain::take_unit(const Layer& layer) {
   const std::size_t step = rows * kUnitGroups * 4;
   unit_weight_.resize(unit_steps(layer.inputs / 4) * step);
   unit_within_.resize(unit_steps(layer.blocks) * step);
-  unit_sums_.resize(rows * kTile);
+  unit_sums_.resize(kUnitTiles * rows * kTile);
   tokens_.unit_weight = unit_weight_.data();
   tokens_.unit_within = unit_within_.data();
   tokens_.unit_sums = reinterpret_cast<std::int32_t (*)[kTile]>(unit_sums_.data());

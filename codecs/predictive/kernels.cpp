@@ -20,7 +20,7 @@ const Kernels& kernels() {
   static const Kernels amx =
       with(avx512_kernels(), {false, avx512_vnni_products.of_four, &amx_unit});
   static const Kernels vnni =
-      with(avx2_kernels(), simd::has_avx512_vnni() ? avx512_vnni_products : vnni_products);
+      with(avx2_kernels(), simd::has_avx_vnni() ? vnni_products : avx512_vnni_products);
   switch (simd::level()) {
     case simd::Level::amx: return simd::amx_is_allowed() ? amx : avx512_kernels();
     case simd::Level::avx512: return avx512_kernels();

@@ -128,8 +128,9 @@ struct Tile {
 };
 
 // A processor's unit for products of matrices of bytes (AMX). It takes `kUnitOutputs` outputs, and
-// `kUnitGroups` groups of four inputs, at a time.
-constexpr std::size_t kUnitOutputs = 16, kUnitGroups = 16;
+// `kUnitGroups` groups of four inputs, at a time; what is asked for is rounded up to that.
+constexpr std::size_t kUnitOutputs = 32, kUnitGroups = 16;
+constexpr std::size_t kUnitTiles = 4;  // at most, in one go
 struct MatrixUnit {
   // Before a thread uses it, and after.
   void (*begin)();
@@ -139,12 +140,15 @@ struct MatrixUnit {
   // null: of how many groups each block's weights are to be taken, as if the others were 0.
   void (*arrange)(const std::int8_t* w, std::size_t blocks, std::size_t groups,
                   const std::uint16_t* reads, std::size_t steps, std::size_t rows, std::int8_t* to);
-  // sums[o][t] = w[o] . x[t]; x: [groups][kTile] of 4 bytes, w: as arranged, from the first of
-  // these outputs on. `outputs` are of interest, and `tokens`; what else is in a unit's step of
-  // either is read and written.
+  // sums[o][t] = w[o] . x[t] of a tile; x: [groups][kTile] of 4 bytes, w: as arranged, from the
+  // first of these outputs on.
   void (*products)(const std::uint32_t* x, const std::int8_t* w, std::size_t steps,
                    std::size_t rows, std::size_t outputs, std::size_t tokens,
                    std::int32_t (*sums)[kTile]);
+  // The same of several tiles, x: [tiles][groups][kTile], sums: [tiles][rows][kTile].
+  void (*products_of_tiles)(const std::uint32_t* x, std::size_t groups, const std::int8_t* w,
+                            std::size_t rows, std::size_t outputs, const Tile* tile,
+                            std::size_t tiles, std::int32_t (*sums)[kTile]);
 };
 inline std::size_t unit_steps(std::size_t groups) {
   return (groups + kUnitGroups - 1) / kUnitGroups;
@@ -186,7 +190,8 @@ struct Tokens {
   bool rounds_products;
   void* numbers;  // [channels][kTile] scratch, of a part's numbers
   Products products;
-  // Scratch for its unit: a part's weights, of the region at hand, and what they make of a tile.
+  // Scratch for its unit: a part's weights, of the region at hand, and what those for inputs make
+  // of kUnitTiles tiles.
   std::int8_t *unit_weight, *unit_within;
   std::int32_t (*unit_sums)[kTile];
 };

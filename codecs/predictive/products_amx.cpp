@@ -9,7 +9,7 @@
 namespace kvzip::predictive {
 namespace {
 
-static_assert(kUnitOutputs == 16 && kUnitGroups == 16);
+static_assert(kUnitOutputs == 32 && kUnitGroups == 16);
 constexpr std::size_t kRow = 64;     // bytes of a tile's row
 constexpr std::size_t kTokens = 16;  // of a tile
 
@@ -61,29 +61,61 @@ void arrange(const std::int8_t* w, std::size_t blocks, std::size_t groups,
 // Tiles are named by constants: 0 to 3 sums, 4 and 5 outputs' weights, 6 and 7 tokens' inputs.
 constexpr std::size_t kInputStride = kTile * 4, kSumStride = kTile * 4;
 
-// Of 32 outputs and 32 tokens.
+// GCC's intrinsics do not tell it that tiles are loaded from memory, which must be written by then.
+void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
+// Of 32 outputs and 32 tokens; with `more`, added to what is there.
 void products_32(const std::uint32_t* x, const std::int8_t* w, std::size_t steps, std::size_t rows,
-                 std::int32_t (*sums)[kTile]) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+                 bool more, std::int32_t* sums) {
+  std::int32_t* const lower = sums + 16 * kTile;
+  if (more) {
+    _tile_loadd(0, sums, kSumStride);
+    _tile_loadd(1, sums + kTokens, kSumStride);
+    _tile_loadd(2, lower, kSumStride);
+    _tile_loadd(3, lower + kTokens, kSumStride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (std::size_t step = 0; step < steps; ++step) {
     _tile_loadd(4, w, kRow);
     _tile_loadd(6, x, kInputStride);
     _tile_dpbsud(0, 4, 6);
     _tile_loadd(7, x + kTokens, kInputStride);
     _tile_dpbsud(1, 4, 7);
-    _tile_loadd(5, w + kUnitOutputs * kRow, kRow);
+    _tile_loadd(5, w + 16 * kRow, kRow);
     _tile_dpbsud(2, 5, 6);
     _tile_dpbsud(3, 5, 7);
     w += rows * kRow;
     x += kUnitGroups * kTile;
   }
-  _tile_stored(0, sums[0], kSumStride);
-  _tile_stored(1, sums[0] + kTokens, kSumStride);
-  _tile_stored(2, sums[kUnitOutputs], kSumStride);
-  _tile_stored(3, sums[kUnitOutputs] + kTokens, kSumStride);
+  _tile_stored(0, sums, kSumStride);
+  _tile_stored(1, sums + kTokens, kSumStride);
+  _tile_stored(2, lower, kSumStride);
+  _tile_stored(3, lower + kTokens, kSumStride);
+}
+
+void products_of_tiles(const std::uint32_t* x, std::size_t groups, const std::int8_t* w,
+                       std::size_t rows, std::size_t outputs, const Tile* tile, std::size_t tiles,
+                       std::int32_t (*sums)[kTile]) {
+  finish_stores();
+  // The weights of so many steps and 32 outputs stay in the first-level cache, the inputs of these
+  // steps in the second-level one.
+  constexpr std::size_t kMostSteps = 24;
+  // One turn where there are no inputs, too: sums of nothing are 0.
+  const std::size_t steps = unit_steps(groups),
+                    turns = std::max<std::size_t>((steps + kMostSteps - 1) / kMostSteps, 1);
+  for (std::size_t turn = 0, step = 0, next; turn < turns; ++turn, step = next) {
+    next = steps * (turn + 1) / turns;
+    for (std::size_t o = 0; o < outputs; o += kUnitOutputs)
+      for (std::size_t i = 0; i < tiles; ++i)
+        for (std::size_t t = 0; t < tile[i].count; t += 2 * kTokens)
+          products_32(x + (i * groups + step * kUnitGroups) * kTile + t,
+                      w + (step * rows + o) * kRow, next - step, rows, turn > 0,
+                      sums[i * rows + o] + t);
+  }
 }
 
 // Of 16 outputs and N times 16 tokens.
@@ -121,24 +153,19 @@ void products_16(const std::uint32_t* x, const std::int8_t* w, std::size_t steps
 
 void products(const std::uint32_t* x, const std::int8_t* w, std::size_t steps, std::size_t rows,
               std::size_t outputs, std::size_t tokens, std::int32_t (*sums)[kTile]) {
-  // Nor is it told that tiles are loaded from memory.
-  __asm__ volatile("" ::: "memory");
-  std::size_t o = 0;
-  for (; o + kUnitOutputs < outputs; o += 2 * kUnitOutputs)
-    for (std::size_t t = 0; t < tokens; t += 2 * kTokens)
-      products_32(x + t, w + o * kRow, steps, rows,
-                  reinterpret_cast<std::int32_t (*)[kTile]>(sums[o] + t));
-  if (o >= outputs) return;
+  finish_stores();
   const std::size_t vectors = (tokens + kTokens - 1) / kTokens;
-  const auto of = [&](auto some) { some(x, w + o * kRow, steps, rows, sums[o]); };
-  if (vectors == 1) of(products_16<1>);
-  else if (vectors == 2) of(products_16<2>);
-  else if (vectors == 3) of(products_16<3>);
-  else of(products_16<4>);
+  for (std::size_t o = 0; o < outputs; o += 16) {
+    const auto of = [&](auto some) { some(x, w + o * kRow, steps, rows, sums[o]); };
+    if (vectors == 1) of(products_16<1>);
+    else if (vectors == 2) of(products_16<2>);
+    else if (vectors == 3) of(products_16<3>);
+    else of(products_16<4>);
+  }
 }
 
 }  // namespace
 
-const MatrixUnit amx_unit = {begin, end, arrange, products};
+const MatrixUnit amx_unit = {begin, end, arrange, products, products_of_tiles};
 
 }  // namespace kvzip::predictive

@@ -30,6 +30,75 @@ const std::uint8_t* advance_each(std::uint64_t* x, U size, U rest, const std::ui
   return word;
 }
 
+// A matrix unit while a part's tiles are coded, if there is one. It multiplies the inputs of
+// several tiles of a region, before they are coded, so that weights are fetched once for them.
+class UnitInUse {
+ public:
+  UnitInUse(const Layer& l, const Part& p, const Tokens& t)
+      : layer(l), part(p), tokens(t), unit(t.products.unit) {
+    if (unit) unit->begin();
+  }
+  UnitInUse(const UnitInUse&) = delete;
+  ~UnitInUse() {
+    if (unit) unit->end();
+  }
+  // Of the part's channels with the inputs of a tile. Tiles follow each other.
+  const std::int32_t (*sums(std::size_t tile)) [kTile] {
+    if (!unit) return nullptr;
+    const std::uint32_t region = tokens.tile[tile].region;
+    if (tile == end) {
+      if (!tile || tokens.tile[tile - 1].region != region) {
+        take(layer.region[region]);
+        look_ahead(tile);
+      }
+      for (first = tile; end < tokens.tiles && end - first < kUnitTiles; ++end)
+        if (tokens.tile[end].region != region) break;
+      const std::size_t groups = layer.inputs / 4;
+      unit->products_of_tiles(tokens.input + first * groups * kTile, groups, tokens.unit_weight,
+                              rows, 4 * part.blocks(), tokens.tile + first, end - first,
+                              tokens.unit_sums);
+    }
+    return tokens.unit_sums + (tile - first) * rows;
+  }
+  // To be called for each group of channels: a piece of the next region's weights comes from memory
+  // while these are coded.
+  void fetch() {
+    for (const std::size_t stop = std::min(fetched + piece, to_fetch); fetched < stop;
+         fetched += 64)
+      __builtin_prefetch(ahead + fetched, 0, 2);
+  }
+
+ private:
+  static constexpr std::size_t kMostAhead = 1 << 19;  // of the second-level cache
+  void look_ahead(std::size_t tile) {
+    std::size_t next = tile;
+    while (next < tokens.tiles && tokens.tile[next].region == tokens.tile[tile].region) ++next;
+    const std::size_t size = part.blocks() * layer.inputs * 4;
+    if (next == tokens.tiles || size > kMostAhead) return;
+    ahead = layer.region[tokens.tile[next].region].weight + part.first_block() * layer.inputs * 4;
+    fetched = 0;
+    to_fetch = size;
+    piece = size / ((next - tile) * (part.channels() / layer.group + 1)) + 64;
+  }
+  void take(const Region& region) {
+    const std::size_t block = part.first_block(), blocks = part.blocks();
+    unit->arrange(region.weight + block * layer.inputs * 4, blocks, layer.inputs / 4, nullptr,
+                  unit_steps(layer.inputs / 4), rows, tokens.unit_weight);
+    unit->arrange(region.within + block * layer.blocks * 16, blocks, layer.blocks,
+                  layer.reads + block, unit_steps(layer.reads[block + blocks - 1]), rows,
+                  tokens.unit_within);
+  }
+
+  const Layer& layer;
+  const Part& part;
+  const Tokens& tokens;
+  const MatrixUnit* const unit;
+  const std::size_t rows = unit_rows(part.blocks());
+  std::size_t first = 0, end = 0;  // tiles of which there are sums
+  const std::int8_t* ahead = nullptr;
+  std::size_t fetched = 0, to_fetch = 0, piece = 0;
+};
+
 // Codes one tile of a part. `Coder`: one of interval_coders.hpp.
 template <class Isa, typename T, typename Coder>
 class TileCoder : Vectors<Isa> {
@@ -40,7 +109,7 @@ class TileCoder : Vectors<Isa> {
 
  public:
   TileCoder(const Model& m, const Layer& l, const Part& p, NumberFormat f, const Tokens& all_tokens,
-            std::size_t number, const Block<T>& b, Coder& c)
+            std::size_t number, const Block<T>& b, Coder& c, UnitInUse& u)
       : model(m),
         layer(l),
         part(p),
@@ -49,6 +118,8 @@ class TileCoder : Vectors<Isa> {
         tile(all_tokens.tile[number]),
         block(b),
         coder(c),
+        unit(u),
+        input_sums(u.sums(number)),
         input(tokens.input + number * (layer.inputs / 4) * kTile),
         residual(tokens.residual + number * layer.blocks * kTile),
         output(tokens.output + number * layer.blocks * kTile) {}
@@ -58,7 +129,6 @@ class TileCoder : Vectors<Isa> {
     load_tokens();
     if (std::is_const_v<T>) move_numbers();
     coder.begin(tokens, tile, layer.lanes);
-    if (tokens.products.unit) multiply_inputs();
     const std::size_t channels = part.channels();
     for (std::size_t start = 0, end; start < channels; start = end) {
       end = std::min(start + layer.group, channels);
@@ -90,6 +160,8 @@ class TileCoder : Vectors<Isa> {
   const Tile& tile;
   const Block<T>& block;
   Coder& coder;
+  UnitInUse& unit;
+  const std::int32_t (*const input_sums)[kTile];  // where the unit made them
   const Region& region = layer.region[tile.region];
   const std::size_t n = tile.count, pairs = layer.part[0].heads * layer.part[0].pairs;
   const bool table = layer.table16 || layer.table8;
@@ -180,10 +252,11 @@ class TileCoder : Vectors<Isa> {
     from = begin / 4 * 4;
     const std::size_t last = std::min(up4(end), layer.width);
     if (tokens.products.unit) {
+      unit.fetch();
       const std::size_t row = from - 4 * part.first_block();
       multiply_within(row, last - from);
       for (std::size_t c = from; c < last; ++c)
-        predict_channel(c, tokens.unit_sums[row + c - from], region.weight_start[c],
+        predict_channel(c, input_sums[row + c - from], region.weight_start[c],
                         region.within_start[c]);
       return;
     }
@@ -202,13 +275,7 @@ class TileCoder : Vectors<Isa> {
         predict_channel(c, base[c - from], 0, 0);
     }
   }
-  // A matrix unit takes what other layers say in one go; what is said within the layer follows
-  // group by group.
-  void multiply_inputs() {
-    tokens.products.unit->products(input, tokens.unit_weight, unit_steps(layer.inputs / 4),
-                                   unit_rows(part.blocks()), 4 * part.blocks(), n,
-                                   tokens.unit_sums);
-  }
+  // What the layer's own channels say, by a matrix unit.
   void multiply_within(std::size_t row, std::size_t outputs) {
     const std::size_t last_block = (from + outputs - 1) / 4;
     tokens.products.unit->products(residual, tokens.unit_within + row * kUnitGroups * 4,
@@ -495,36 +562,6 @@ class TileCoder : Vectors<Isa> {
   }
 };
 
-// A matrix unit while a part's tiles are coded, if there is one.
-class UnitInUse {
- public:
-  UnitInUse(const Layer& l, const Part& p, const Tokens& t)
-      : layer(l), part(p), tokens(t), unit(t.products.unit) {
-    if (unit) unit->begin();
-  }
-  UnitInUse(const UnitInUse&) = delete;
-  ~UnitInUse() {
-    if (unit) unit->end();
-  }
-  // Tiles of one region follow each other.
-  void take(std::size_t tile) {
-    if (!unit || (tile && tokens.tile[tile].region == tokens.tile[tile - 1].region)) return;
-    const Region& region = layer.region[tokens.tile[tile].region];
-    const std::size_t first = part.first_block(), blocks = part.blocks(), rows = unit_rows(blocks);
-    unit->arrange(region.weight + first * layer.inputs * 4, blocks, layer.inputs / 4, nullptr,
-                  unit_steps(layer.inputs / 4), rows, tokens.unit_weight);
-    unit->arrange(region.within + first * layer.blocks * 16, blocks, layer.blocks,
-                  layer.reads + first, unit_steps(layer.reads[first + blocks - 1]), rows,
-                  tokens.unit_within);
-  }
-
- private:
-  const Layer& layer;
-  const Part& part;
-  const Tokens& tokens;
-  const MatrixUnit* const unit;
-};
-
 // The table of kernels (kernels.hpp) of one instruction set.
 template <class Isa>
 struct VectorKernels {
@@ -534,9 +571,8 @@ struct VectorKernels {
     const Part& part = layer.part[which];
     UnitInUse unit(layer, part, tokens);
     for (std::size_t i = 0; i < tokens.tiles; ++i) {
-      unit.take(i);
-      if (!TileCoder<Isa, T, Coder>(model, layer, part, format, tokens, i, block, coder).run())
-        return false;
+      TileCoder<Isa, T, Coder> tile(model, layer, part, format, tokens, i, block, coder, unit);
+      if (!tile.run()) return false;
     }
     return true;
   }

@@ -177,6 +177,13 @@ inline __m256i products_of_eight(Lanes<U32, __m256i> sums, Lanes<U32, __m256i> a
   return sums;
 }
 
+// Two quarters of a, then two of b.
+inline I quarters(Lanes<U64> a, Lanes<U64> b, int order) {
+  Lanes<U64> to;
+  for (int i = 0; i < 8; ++i) to[i] = (i < 4 ? a : b)[(order >> i / 2 * 2 & 3) * 2 + i % 2];
+  return to;
+}
+
 // AMX, full tiles alone: 16 rows of 16 words.
 struct Tile {
   U32 of[16][16];
@@ -274,6 +281,7 @@ inline void multiply_tiles(int sums, int a, int b) {
 #define _mm512_cvtepu64_pd(a) emulated::convert<double, emulated::U64, emulated::D>(a)
 #define _mm512_cvttpd_epi64(a) emulated::to_whole(a)
 #define _mm512_mask_srli_epi64(from, mask, a, by) emulated::shift_right_64(from, mask, a, by)
+#define _mm512_maskz_loadu_epi32(mask, from) emulated::load<emulated::U32, __m512i>(mask, from)
 #define _mm256_maskz_loadu_epi32(mask, from) emulated::load<emulated::U32, __m256i>(mask, from)
 #define _mm256_mask_storeu_epi32(to, mask, a) emulated::store<emulated::U32, __m256i>(to, mask, a)
 #define _mm512_mask_storeu_epi64(to, mask, a) emulated::store<emulated::U64, __m512i>(to, mask, a)
@@ -288,3 +296,4 @@ inline void multiply_tiles(int sums, int a, int b) {
 #define _tile_stored emulated::store_tile
 #define _tile_zero(number) (emulated::tile(number) = {})
 #define _tile_dpbsud emulated::multiply_tiles
+#define _mm512_shuffle_i64x2(a, b, order) emulated::quarters(a, b, order)
