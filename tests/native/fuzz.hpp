@@ -1,7 +1,7 @@
 // What the fuzzers of this folder share: random numbers, the instruction sets of this processor, a
 // digest of what was encoded, and the rounds. Built with AddressSanitizer and UBSan, and for other
 // processors, by test_fuzzers.py.
-//   fuzz SECONDS SEED        rounds until it has taken so much of the processor's time
+//   fuzz SECONDS SEED        rounds until it has taken so much of the processor's time, at least 3
 //   fuzz --rounds N SEED     so many, and the digest
 #pragma once
 
@@ -57,6 +57,8 @@ struct Exact {
   std::size_t size;
 };
 
+constexpr int kLeast = 3;
+
 template <typename Round>
 int run(int argc, char** argv, Round round) {
   const bool counted = argc > 2 && !std::strcmp(argv[1], "--rounds");
@@ -64,7 +66,7 @@ int run(int argc, char** argv, Round round) {
   random_bits.seed(argc > 2 + counted ? std::strtoull(argv[2 + counted], nullptr, 10) : 1);
   const auto spent = [] { return double(std::clock()) / CLOCKS_PER_SEC; };
   int rounds = 0;
-  for (; (counted ? double(rounds) : spent()) < limit; ++rounds) round();
+  for (; counted ? rounds < limit : rounds < kLeast || spent() < limit; ++rounds) round();
   std::printf("%d rounds, paths:", rounds);
   for (simd::Level level : kLevels) std::printf(" %s", simd::name_of(level));
   std::printf("\n");

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.first
 SANITIZED = ["-O0", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
 EMULATED = _native.simd() in ("avx2", "vnni")
 """Whether AVX-512 is to be emulated."""
-SECONDS = 3 if EMULATED else 1
+SECONDS = 1
 ROUNDS = {"channel": 3, "predictive": 8, "grid": 3}
 
 
