@@ -90,7 +90,11 @@ def fuzzer(
         defined = [f"-DKVZIP_{'X86' if processor == 'x86' else 'NEON'}"]
     program = f"fuzz_{codec}"
     # What is compiled with the same flags is one file, which takes half the time.
-    alone = [source for source in sources if re.search("^native/(simd|xxh3)$|/(kernels|products)_", source)]
+    alone = [
+        source
+        for source in sources
+        if re.search("^native/(simd|xxh3)$|/(kernels|products)_", source)
+    ]
     files = {source: ROOT / "codecs" / f"{source}.cpp" for source in alone}
     files[program] = folder / f"{program}.cpp"
     parts = [f"{source}.cpp" for source in sources if source not in alone]
