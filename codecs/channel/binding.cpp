@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <condition_variable>
+#include <cstring>
 #include <deque>
 #include <exception>
 #include <mutex>
@@ -70,7 +71,8 @@ void bind_for(nb::module_& m, nb::class_<Counts>& counts, nb::class_<PartTables>
       "numbers"_a, "Count the values of [batch, heads, tokens, dim] numbers.");
   tables.def(
       "encode",
-      [](const PartTables& self, const Numbers<const T>& numbers) -> nb::object {
+      [](const PartTables& self, const Numbers<const T>& numbers,
+         const nb::bytes& head) -> nb::object {
         const Block<const T> block = block_of<const T>(numbers, self);
         static thread_local Encoded coded;
         {
@@ -78,16 +80,20 @@ void bind_for(nb::module_& m, nb::class_<Counts>& counts, nb::class_<PartTables>
           self.encode<T>(block, &coded);
         }
         if (!coded.size) return nb::none();
-        nb::object bytes = nb::steal(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(coded.size)));
+        nb::object bytes =
+            nb::steal(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(head.size() + coded.size)));
         if (!bytes.is_valid()) throw nb::python_error();
         auto* out = reinterpret_cast<std::uint8_t*>(PyBytes_AsString(bytes.ptr()));
         // Nobody else knows of the bytes yet.
         nb::gil_scoped_release released;
-        coded.write(out);
+        std::memcpy(out, head.c_str(), head.size());
+        coded.write(out + head.size());
         coded.keep_little();
         return bytes;
       },
-      "numbers"_a, "A coded block's bytes, or None when they are not shorter than the numbers.");
+      "numbers"_a, "head"_a = nb::bytes("", 0),
+      "A coded block's bytes, and `head` before them, or None when they are not shorter than the "
+      "numbers.");
 }
 
 // Arrays of Python's own.

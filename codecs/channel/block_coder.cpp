@@ -147,15 +147,27 @@ void Counts::add(const Block<const T>& block) {
 
 double Counts::bits() const {
   const std::size_t n = heads_ * dim_, stride = count_stride(format_.value_bits());
+  if (!numbers_) return 0;
   // Tables of the values themselves take that much less for each value that occurs (Miller, Madow).
   const double each = 0.5 / std::log(2.0);
+  std::vector<double> logs(std::min<std::uint64_t>(numbers_, 4096) + 1);
+  for (std::size_t k = 1; k < logs.size(); ++k) logs[k] = std::log2(double(k));
   double bits =
       double(n) * double(numbers_) * (format_.mantissa_bits + std::log2(double(numbers_)));
+  const auto take = [&](std::uint32_t count) {
+    const double k = count;
+    if (count) bits += each - k * (count < logs.size() ? logs[count] : std::log2(k));
+  };
+  // Few values occur: most are passed by together.
+  constexpr std::size_t kTogether = 16;
   for (std::size_t c = 0; c < n; ++c)
-    for (int v = 0; v < 1 << format_.value_bits(); ++v)
-      if (const double k = counts_[c * stride + std::size_t(v)]; k > 0)
-        bits += each - k * std::log2(k);
-  return numbers_ ? bits : 0;
+    for (std::size_t v = 0; v < std::size_t(1) << format_.value_bits(); v += kTogether) {
+      const std::uint32_t* const counts = &counts_[c * stride + v];
+      std::uint32_t any = 0;
+      for (std::size_t i = 0; i < kTogether; ++i) any |= counts[i];
+      for (std::size_t i = 0; any && i < kTogether; ++i) take(counts[i]);
+    }
+  return bits;
 }
 
 std::vector<std::uint8_t> Counts::tables() const {

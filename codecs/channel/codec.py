@@ -90,9 +90,7 @@ class ChannelCodec(Codec):
         made: bytes = _native.channel_tables(array, *fields(form))
         if made and part.shape[2] <= _SAMPLE:
             tables = _native.ChannelTables(made, part.shape[1], part.shape[3], *fields(form))
-            coded = tables.encode(array)
-            if coded is not None and keys is not None:
-                coded = keys.wrapped(coded, part, 0)
+            coded = tables.encode(array, b"" if keys is None else keys.head(part, 0))
             if coded is None or len(made) + len(coded) >= len(_RAW) + part.nbytes:
                 return b""  # few tokens are smaller without, since tables go into the file, too
             context.scratch[_CODED] = part, coded
@@ -125,12 +123,14 @@ class ChannelCodec(Codec):
         keys: Keys | None = context.scratch.get(_KEYS)
         if not context.tables:
             return None
-        begin = 0 if keys is None else context.start - keys.first
-        numbers = rows(block) if keys is None else keys.cut(begin, begin + block.shape[2])
-        coded: bytes | None = context.tables.encode(numbers)
-        if coded is None or keys is None:
-            return coded
-        return keys.wrapped(coded, block, begin)
+        coded: bytes | None
+        if keys is None:
+            coded = context.tables.encode(rows(block))
+        else:
+            begin = context.start - keys.first
+            numbers = keys.cut(begin, begin + block.shape[2])
+            coded = context.tables.encode(numbers, keys.head(block, begin))
+        return coded
 
     def least_bytes(self, block: Bits, context: Context, enough: float = math.inf) -> float:
         """What a block that is a part of its own takes at least: as with a table for each channel

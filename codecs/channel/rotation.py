@@ -52,9 +52,9 @@ class Keys(NamedTuple):
         """Those of some tokens."""
         return self.array[:, :, begin:stop]
 
-    def wrapped(self, coded: bytes, block: Bits, begin: int) -> bytes:
-        """A block of the keys as it is stored: `block`, the keys behind RoPE, of which the first
-        token is number `begin` here, and `coded`, those before it."""
+    def head(self, block: Bits, begin: int) -> bytes:
+        """What stands before a coded block of them: `block`, the same keys behind RoPE, of which
+        the first token is number `begin` here."""
         heads, tokens = block.shape[1:3]
         row, pair = np.divmod(self.missing.astype(np.int64), self.pairs)
         head, token = np.divmod(row, self.array.shape[2])
@@ -67,8 +67,8 @@ class Keys(NamedTuple):
         exceptions["numbers"][:, 0] = block[(*at, pair)]
         exceptions["numbers"][:, 1] = block[(*at, pair + self.pairs)]
         data = exceptions.tobytes()
-        head_bytes = _HEAD.pack(UNTURNED, self.rounding, 0, len(exceptions))
-        return head_bytes + data + bytes(-len(data) % _ALIGNED) + coded
+        start = _HEAD.pack(UNTURNED, self.rounding, 0, len(exceptions))
+        return start + data + bytes(-len(data) % _ALIGNED)
 
 
 class Sampled(NamedTuple):
@@ -77,8 +77,8 @@ class Sampled(NamedTuple):
     cached: Bits
     before: Bits
     rounding: int
-    missing: int
-    """How many of the pairs have no keys before RoPE."""
+    missing: NDArray[np.uint64]
+    """The pairs that have no keys before RoPE, counted as those of `Keys`."""
 
 
 def sampled(part: Bits, context: Context, tokens: int = _SAMPLE) -> Sampled | None:
@@ -93,7 +93,7 @@ def sampled(part: Bits, context: Context, tokens: int = _SAMPLE) -> Sampled | No
     for rounding in ROUNDINGS:
         missing = rotation.unturn(cached, context.start + start, rounding, before, most)
         if missing is not None:
-            return Sampled(cached, before, rounding, len(missing))
+            return Sampled(cached, before, rounding, missing)
     return None
 
 
@@ -102,12 +102,14 @@ def unturned(part: Bits, context: Context) -> Keys | None:
     few, rotation = sampled(part, context), rotation_of(context, part.shape[3])
     if few is None or rotation is None:
         return None
-    part, first, form = rows(part), context.start, context.dtype
+    first, form = context.start, context.dtype
     pairs = part.size // part.shape[3] * rotation.pairs
-    exceptions = 8 * _EXCEPTION.itemsize * few.missing
+    exceptions = 8 * _EXCEPTION.itemsize * len(few.missing)
     if pairs >> 32 or own_bits(few.before, form) + exceptions >= own_bits(few.cached, form):
         return None
-    whole = 2 * rotation.pairs == part.shape[3]
-    array = np.empty(part.shape, part.dtype) if whole else part.copy()
-    missing = rotation.unturn(part, first, few.rounding, array, int(_MISSING * pairs))
+    array, missing = few.before, few.missing
+    if few.cached.shape != part.shape:
+        part, whole = rows(part), 2 * rotation.pairs == part.shape[3]
+        array = np.empty(part.shape, part.dtype) if whole else part.copy()
+        missing = rotation.unturn(part, first, few.rounding, array, int(_MISSING * pairs))
     return None if missing is None else Keys(array, few.rounding, rotation.pairs, first, missing)
