@@ -208,7 +208,8 @@ __attribute__((target("avx2"))) bool run_avx2(const Narrow& narrow, const std::u
 template <typename T, int P, int B, bool Integer, bool ThroughFp32, bool Uniform>
 Run<T> choose_level() {
 #ifdef KVZIP_X86
-  if (simd::vectors() != simd::Level::scalar) return run_avx2<T, P, B, Integer, ThroughFp32, Uniform>;
+  if (simd::vectors() != simd::Level::scalar)
+    return run_avx2<T, P, B, Integer, ThroughFp32, Uniform>;
 #endif
   return run_plain<T, P, B, Integer, ThroughFp32, Uniform>;
 }
