@@ -10,6 +10,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(KVZIP_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace kvzip::simd {
 namespace {
@@ -84,6 +87,16 @@ bool amx_is_allowed() {
 bool has_avx_vnni() {
 #ifdef KVZIP_X86
   return __builtin_cpu_supports("avxvnni");
+#else
+  return false;
+#endif
+}
+
+bool has_dot_products() {
+#if defined(KVZIP_NEON) && defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(KVZIP_NEON) && defined(__APPLE__)
+  return true;  // of every Mac whose processor is ARM's
 #else
   return false;
 #endif

@@ -30,6 +30,9 @@ bool amx_is_allowed();
 // Whether products of bytes have AVX's form.
 bool has_avx_vnni();
 
+// Whether NEON has dot products of bytes (Armv8.2's FEAT_DotProd).
+bool has_dot_products();
+
 // For tests and comparisons; returns false when the processor does not have it.
 bool set_level(Level level);
 

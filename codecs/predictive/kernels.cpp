@@ -4,7 +4,7 @@
 
 namespace kvzip::predictive {
 
-#ifdef KVZIP_X86
+#if defined(KVZIP_X86) || defined(KVZIP_NEON)
 namespace {
 
 Kernels with(Kernels kernels, const Products& products) {
@@ -28,6 +28,11 @@ const Kernels& kernels() {
     case simd::Level::avx2: return avx2_kernels();
     default: break;
   }
+#endif
+#ifdef KVZIP_NEON
+  static const Kernels dotprod = with(neon_kernels(), dotprod_products);
+  if (simd::level() == simd::Level::neon)
+    return simd::has_dot_products() ? dotprod : neon_kernels();
 #endif
   return scalar_kernels();
 }

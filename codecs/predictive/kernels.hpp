@@ -258,11 +258,12 @@ struct Kernels {
 const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& neon_kernels();
 const Kernels& kernels();  // the best there is
 
 // Products of bytes for processors that multiply them better than the instruction set whose vectors
 // they have.
-extern const Products vnni_products, avx512_vnni_products;
+extern const Products vnni_products, avx512_vnni_products, dotprod_products;
 extern const MatrixUnit amx_unit;
 
 }  // namespace kvzip::predictive

@@ -34,7 +34,10 @@ PROCESSORS = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}
 KERNELS = {
     ("x86", codec): [f"{codec}/kernels_avx2", f"{codec}/kernels_avx512"]
     for codec in ("channel", "predictive")
-} | {("arm", "channel"): ["channel/kernels_neon"]}
+} | {
+    ("arm", "channel"): ["channel/kernels_neon"],
+    ("arm", "predictive"): ["predictive/kernels_neon", "predictive/products_dotprod"],
+}
 KERNELS["x86", "predictive"] += [
     f"predictive/products_{unit}" for unit in ("vnni", "avx512_vnni", "amx")
 ]

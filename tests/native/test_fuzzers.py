@@ -100,7 +100,9 @@ def test_another_processor_writes_and_reads_the_same_bytes(codec, written, built
         pytest.skip("no g++-aarch64-linux-gnu or no qemu-user")
     other = fuzzer(cross, codec, built, ["-O1", "-static"], "arm")
     ran = f"{ROUNDS[codec]} rounds, paths: scalar neon"
-    assert output(codec, other, emulator) == [ran, written]
+    # With all that the emulator knows; and without dot products of bytes.
+    for cpu in ("max", "cortex-a53") if codec == "predictive" else ("max",):
+        assert output(codec, other, emulator, "-cpu", cpu) == [ran, written]
 
 
 def test_avx512_writes_and_reads_the_same_bytes_where_it_is_not(codec, sanitized):
