@@ -12,6 +12,8 @@
 #endif
 #if defined(KVZIP_NEON) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(KVZIP_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace kvzip::simd {
@@ -92,11 +94,23 @@ bool has_avx_vnni() {
 #endif
 }
 
-bool has_dot_products() {
+bool has_dotprod() {
 #if defined(KVZIP_NEON) && defined(__linux__)
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #elif defined(KVZIP_NEON) && defined(__APPLE__)
-  return true;  // of every Mac whose processor is ARM's
+  return true;  // of all Macs with ARM's processors
+#else
+  return false;
+#endif
+}
+
+bool has_i8mm() {
+#if defined(KVZIP_NEON) && defined(__linux__)
+  return getauxval(AT_HWCAP2) & 1 << 13;  // HWCAP2_I8MM, of which glibc 2.28 does not know
+#elif defined(KVZIP_NEON) && defined(__APPLE__)
+  int found = 0;
+  std::size_t size = sizeof found;
+  return !sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) && found;
 #else
   return false;
 #endif

@@ -30,8 +30,10 @@ bool amx_is_allowed();
 // Whether products of bytes have AVX's form.
 bool has_avx_vnni();
 
-// Whether NEON has dot products of bytes (Armv8.2's FEAT_DotProd).
-bool has_dot_products();
+// Whether NEON has dot products of bytes (FEAT_DotProd), and products of matrices of them
+// (FEAT_I8MM).
+bool has_dotprod();
+bool has_i8mm();
 
 // For tests and comparisons; returns false when the processor does not have it.
 bool set_level(Level level);

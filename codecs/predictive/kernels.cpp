@@ -30,9 +30,10 @@ const Kernels& kernels() {
   }
 #endif
 #ifdef KVZIP_NEON
-  static const Kernels dotprod = with(neon_kernels(), dotprod_products);
-  if (simd::level() == simd::Level::neon)
-    return simd::has_dot_products() ? dotprod : neon_kernels();
+  static const Kernels neon = simd::has_i8mm()      ? with(neon_kernels(), i8mm_products)
+                              : simd::has_dotprod() ? with(neon_kernels(), dotprod_products)
+                                                    : neon_kernels();
+  if (simd::level() == simd::Level::neon) return neon;
 #endif
   return scalar_kernels();
 }

@@ -263,7 +263,7 @@ const Kernels& kernels();  // the best there is
 
 // Products of bytes for processors that multiply them better than the instruction set whose vectors
 // they have.
-extern const Products vnni_products, avx512_vnni_products, dotprod_products;
+extern const Products vnni_products, avx512_vnni_products, dotprod_products, i8mm_products;
 extern const MatrixUnit amx_unit;
 
 }  // namespace kvzip::predictive

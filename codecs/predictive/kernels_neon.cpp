@@ -65,13 +65,26 @@ struct Neon : OneByOne {
     return least((I)vqshrn_high_n_s64(vqshrn_n_s64(v.low, 12), v.high, 12), I{} + limit);
   }
 
+  // Lanes as places in memory, none below 0. Two at a time leave their register.
+  struct Places {
+    std::size_t of[W];
+    explicit Places(I v) {
+      const auto twos = (uint64x2_t)v;
+      const std::uint64_t low = vgetq_lane_u64(twos, 0), high = vgetq_lane_u64(twos, 1);
+      of[0] = std::uint32_t(low);
+      of[1] = std::uint32_t(low >> 32);
+      of[2] = std::uint32_t(high);
+      of[3] = std::uint32_t(high >> 32);
+    }
+  };
   struct Table : Paired {
     using Paired::Paired;
     void at(I i, I* a, I* b) const {
-      const auto two = [&](int first, int second) {
-        return vcombine_s32(vld1_s32(pair + 2 * i[first]), vld1_s32(pair + 2 * i[second]));
+      const Places place(i);
+      const auto two = [&](int k) {
+        return vcombine_s32(vld1_s32(pair + 2 * place.of[k]), vld1_s32(pair + 2 * place.of[k + 1]));
       };
-      const int32x4_t low = two(0, 1), high = two(2, 3);
+      const int32x4_t low = two(0), high = two(2);
       *a = (I)vuzp1q_s32(low, high);
       *b = (I)vuzp2q_s32(low, high);
     }
@@ -79,26 +92,35 @@ struct Neon : OneByOne {
   struct Search : Fours {
     using Fours::Fours;
     F at(I step, F x) const {
-      const I i = step & (kSteps - 1);
-      const auto of = [&](int k) { return vld1q_f32(four + 4 * i[k]); };
+      const Places place(step & (kSteps - 1));
+      const auto of = [&](int k) { return vld1q_f32(four + 4 * place.of[k]); };
       const float32x4_t a = of(0), b = of(1), c = of(2), d = of(3);
       const auto pairs = [](float32x4_t v) { return vreinterpretq_f64_f32(v); };
       const float64x2_t ab02 = pairs(vtrn1q_f32(a, b)), ab13 = pairs(vtrn2q_f32(a, b)),
                         cd02 = pairs(vtrn1q_f32(c, d)), cd13 = pairs(vtrn2q_f32(c, d));
       const auto singles = [](float64x2_t v) { return vreinterpretq_f32_f64(v); };
-      const float32x4_t of0 = singles(vzip1q_f64(ab02, cd02)), of1 = singles(vzip1q_f64(ab13, cd13)),
-                        of2 = singles(vzip2q_f64(ab02, cd02)), of3 = singles(vzip2q_f64(ab13, cd13));
+      const float32x4_t of0 = singles(vzip1q_f64(ab02, cd02)),
+                        of1 = singles(vzip1q_f64(ab13, cd13)),
+                        of2 = singles(vzip2q_f64(ab02, cd02)),
+                        of3 = singles(vzip2q_f64(ab13, cd13));
       const auto v = (float32x4_t)x;
       return (F)vfmaq_f32(of0, v, vfmaq_f32(of1, v, vfmaq_f32(of2, v, of3)));
     }
   };
-  static I at32(const std::int32_t* a, I at) {
-    return I{a[at[0]], a[at[1]], a[at[2]], a[at[3]]};
-  }
+  static I at32(const std::int32_t* a, I at) { return I{a[at[0]], a[at[1]], a[at[2]], a[at[3]]}; }
 
   static const std::uint8_t* advance(std::uint64_t* x, const std::int32_t* size,
                                      const std::int32_t* rest, const std::uint8_t* word) {
-    return advance_each<W>(x, size, rest, word);
+    for (int i = 0; i < W; ++i) {
+      const std::uint64_t y =
+          std::uint64_t(std::uint32_t(size[i])) * (x[i] >> kCdfBits) + std::uint32_t(rest[i]);
+      std::uint32_t next;
+      std::memcpy(&next, word, 4);
+      const std::size_t low = y < kLow;
+      x[i] = low ? y << 32 | next : y;
+      word += 4 * low;
+    }
+    return word;
   }
 
   // Bytes less 128 are from -127 to 127, as weights are, so sums of two products fit 16 bits. By
@@ -131,7 +153,7 @@ struct Neon : OneByOne {
           a[v] = tokens(g, v);
           b[v] = tokens(g + 1, v);
         }
-        const auto add = [&](int32x4_t (*to)[2], int32x4_t four_of_a, int32x4_t four_of_b) {
+        const auto add = [&](int32x4_t(*to)[2], int32x4_t four_of_a, int32x4_t four_of_b) {
           const int8x16_t wa = vreinterpretq_s8_s32(four_of_a),
                           wb = vreinterpretq_s8_s32(four_of_b);
 #pragma GCC unroll 2
@@ -157,8 +179,7 @@ struct Neon : OneByOne {
 #pragma GCC unroll 2
           for (std::size_t v = 0; v < N; ++v) {
             const int8x16_t a = tokens(g, v);
-            sum[o][v][0] =
-                vpadalq_s16(sum[o][v][0], vmull_s8(vget_low_s8(a), vget_low_s8(of_g)));
+            sum[o][v][0] = vpadalq_s16(sum[o][v][0], vmull_s8(vget_low_s8(a), vget_low_s8(of_g)));
             sum[o][v][1] = vpadalq_s16(sum[o][v][1], vmull_high_s8(a, of_g));
           }
         }

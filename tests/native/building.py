@@ -36,7 +36,8 @@ KERNELS = {
     for codec in ("channel", "predictive")
 } | {
     ("arm", "channel"): ["channel/kernels_neon"],
-    ("arm", "predictive"): ["predictive/kernels_neon", "predictive/products_dotprod"],
+    ("arm", "predictive"): ["predictive/kernels_neon"]
+    + [f"predictive/products_{unit}" for unit in ("dotprod", "i8mm")],
 }
 KERNELS["x86", "predictive"] += [
     f"predictive/products_{unit}" for unit in ("vnni", "avx512_vnni", "amx")
