@@ -239,7 +239,7 @@ LAY_OUT = rm -rf $(INSTALLED) && $(BIN)/pip install $(AS_HERE) --quiet --no-deps
 CXX_FILES := $(wildcard codecs/*/*.[ch]pp codecs/*/*.cuh codecs/*/*/*.hpp codecs/*/*/*.cuh tests/native/*.[ch]pp tests/native/*/*.h tests/gpu/*.cpp)
 # clang-tidy (.clang-tidy) looks at what needs neither Python's headers nor an instruction set's own; templates
 # that kernels share are looked at with those of plain C++. Two at a time.
-TIDIED = $(shell grep -LE 'nanobind|native/bindings.hpp' $(filter-out %_avx2.cpp %_avx512.cpp %_neon.cpp %_vnni.cpp %_amx.cpp, $(wildcard codecs/*/*.cpp)))
+TIDIED = $(shell grep -LE 'nanobind|native/bindings.hpp' $(filter-out %_avx2.cpp %_avx512.cpp %_vnni.cpp %_amx.cpp %_neon.cpp %_dotprod.cpp %_i8mm.cpp, $(wildcard codecs/*/*.cpp)))
 TIDY = printf '%s\n' $(TIDIED) | xargs -P 2 -I FILE $(BIN)/clang-tidy --quiet $(TIDY_OPTIONS) FILE -- -std=c++17 -fwrapv -Icodecs
 lint: TIDY_OPTIONS := --checks=-clang-analyzer-*
 lint: $(READY)

@@ -3,9 +3,9 @@ UBSan, and with the kernels of other processors, run here, which write and read 
 this one's.
 
 Those for ARM's 64-bit processors run in an emulator (Debian's g++-aarch64-linux-gnu and qemu-user);
-`channel` decodes with NEON there, and vectors of the rest are the compiler's. Those for AVX-512 run
-on any processor with AVX2, their intrinsics in plain C++ (`emulated/immintrin.h`; Debian's
-libsimde-dev).
+`channel` decodes with NEON there, `predictive` does all with it on three processors that multiply
+bytes in three ways, and vectors of the rest are the compiler's. Those for AVX-512 run on any
+processor with AVX2, their intrinsics in plain C++ (`emulated/immintrin.h`; Debian's libsimde-dev).
 
 All are in one file, so that what this processor writes comes from one program, which is compiled
 and asked once: the one under the sanitizers, with all instruction sets that can be run here.
