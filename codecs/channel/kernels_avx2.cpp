@@ -419,7 +419,7 @@ struct Avx2 : ByteSteps<Avx2> {
         auto* const at = reinterpret_cast<__m256i*>(x_) + 2 * v;
         const __m256i freqs[2] = {_mm256_unpacklo_epi16(freq[v], zero),
                                   _mm256_unpackhi_epi16(freq[v], zero)};
-        __m256i there[2], x[2], upper[2], fits[2], q[2];
+        __m256i there[2], x[2], left[2], fits[2], q[2];
 #pragma GCC unroll 2
         for (int k = 0; k < 2; ++k) {
           x[k] = _mm256_load_si256(at + k);
@@ -428,12 +428,11 @@ struct Avx2 : ByteSteps<Avx2> {
             there[k] = active(16 * v + 4 * std::size_t(k), lanes);
             fits[k] = _mm256_or_si256(fits[k], _mm256_cmpeq_epi32(there[k], zero));
           }
-          upper[k] = _mm256_srli_epi32(x[k], 16);
-          const __m256i y = _mm256_blendv_epi8(upper[k], x[k], fits[k]);
-          __m256 number = _mm256_cvtepi32_ps(y);
+          left[k] = _mm256_srlv_epi32(x[k], _mm256_andnot_si256(fits[k], _mm256_set1_epi32(16)));
+          __m256 number = _mm256_cvtepi32_ps(left[k]);
           if (top_bit)  // it has counted as a sign
             number = _mm256_blendv_ps(number, _mm256_add_ps(number, _mm256_set1_ps(4294967296.0f)),
-                                      _mm256_castsi256_ps(y));
+                                      _mm256_castsi256_ps(left[k]));
           q[k] = _mm256_cvtps_epi32(_mm256_div_ps(number, _mm256_cvtepi32_ps(freqs[k])));
           const __m256i high = _mm256_slli_epi32(q[k], kProbBits);
           _mm256_store_si256(at + k, limited ? _mm256_blendv_epi8(x[k], high, there[k]) : high);
@@ -451,8 +450,8 @@ struct Avx2 : ByteSteps<Avx2> {
         };
         give(_mm256_extracti128_si256(low, 1), full >> 8 & 255);
         give(_mm256_castsi256_si128(low), full & 255);
-        const __m256i y = _mm256_blendv_epi8(_mm256_packus_epi32(upper[0], upper[1]), low, fit);
-        const __m256i rank = _mm256_sub_epi16(y, _mm256_mullo_epi16(low_halves(q), freq[v]));
+        const __m256i rank =
+            _mm256_sub_epi16(low_halves(left), _mm256_mullo_epi16(low_halves(q), freq[v]));
         less[v] = _mm256_srai_epi16(rank, 15);
         place[v] =
             _mm256_add_epi16(start[v], _mm256_min_epu16(rank, _mm256_add_epi16(rank, freq[v])));

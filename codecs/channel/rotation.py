@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codec import Context
+from kvzip.codecs import _native
 from kvzip.codecs.channel.profile import own_bits, rows
 from kvzip.codecs.common.rotation import rotation_of
 from kvzip.dtypes import Bits
@@ -74,6 +75,7 @@ class Keys(NamedTuple):
 class Sampled(NamedTuple):
     """Keys of a part's last tokens, which say whether and how all were turned."""
 
+    rotation: _native.Rotation
     cached: Bits
     before: Bits
     rounding: int
@@ -93,16 +95,16 @@ def sampled(part: Bits, context: Context, tokens: int = _SAMPLE) -> Sampled | No
     for rounding in ROUNDINGS:
         missing = rotation.unturn(cached, context.start + start, rounding, before, most)
         if missing is not None:
-            return Sampled(cached, before, rounding, missing)
+            return Sampled(rotation, cached, before, rounding, missing)
     return None
 
 
 def unturned(part: Bits, context: Context) -> Keys | None:
     """A part's keys before RoPE; None where they are not to be had, or would take more."""
-    few, rotation = sampled(part, context), rotation_of(context, part.shape[3])
-    if few is None or rotation is None:
+    few = sampled(part, context)
+    if few is None:
         return None
-    first, form = context.start, context.dtype
+    rotation, first, form = few.rotation, context.start, context.dtype
     pairs = part.size // part.shape[3] * rotation.pairs
     exceptions = 8 * _EXCEPTION.itemsize * len(few.missing)
     if pairs >> 32 or own_bits(few.before, form) + exceptions >= own_bits(few.cached, form):
