@@ -109,8 +109,9 @@ def unturned(part: Bits, context: Context) -> Keys | None:
     exceptions = 8 * _EXCEPTION.itemsize * len(few.missing)
     if pairs >> 32 or own_bits(few.before, form) + exceptions >= own_bits(few.cached, form):
         return None
-    array, missing = few.before, few.missing
-    if few.cached.shape != part.shape:
+    array: Bits = few.before
+    missing: NDArray[np.uint64] | None = few.missing
+    if few.cached.shape != part.shape:  # there are more tokens
         part, whole = rows(part), 2 * rotation.pairs == part.shape[3]
         array = np.empty(part.shape, part.dtype) if whole else part.copy()
         missing = rotation.unturn(part, first, few.rounding, array, int(_MISSING * pairs))
