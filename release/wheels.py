@@ -4,7 +4,8 @@ For Linux with glibc 2.28 or later, on x86-64 and aarch64: a wheel for Python 3.
 stable ABI for 3.12 and all later ones. Zig's clang compiles for both processors on any machine, so
 that neither a container nor an old system is needed. auditwheel says whether a wheel needs no more
 of the system than its name promises, abi3audit whether it keeps to the stable ABI. Each is then
-installed in a clean environment, where the contract suite runs on it.
+installed in a clean environment, where it must find what instructions the processor has, and the
+contract suite runs on it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ PYTHONS = {"3.11": "", "3.12": "cp312"}
 ARCHS = ("x86_64", "aarch64")
 RUNS_ON = {"3.11": ("3.11",), "3.12": ("3.12", "3.13", "3.14")}
 """The Pythons that such a wheel is tried on, those that this machine has."""
-SUITE = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "kvzip.testing.suite")
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull)
+INSTRUCTIONS = ("--noconftest", ROOT / "tests" / "native" / "test_instructions.py")
+"""Without what a processor has beyond plain C++ all would be right, and slow."""
+SUITE = ("--pyargs", "kvzip.testing.suite")
 FEW = "bf16 and (whatever or channels) or strides or unequal or settings or one_object"
 """What is tried in an emulator, which is slow."""
 
@@ -129,8 +133,9 @@ def try_here(tools: Path, wheel: Path, version: str, folder: Path) -> None:
     run(*install, wheel)
     write_bill(tools, wheel, version, installed)
     run(*install, f"{wheel}[testing]")
-    # Not where kvzip lies as source.
-    run(installed, *SUITE, "--rootdir", clean, "-c", os.devnull, cwd=clean)
+    for tests in (INSTRUCTIONS, SUITE):
+        # Not where kvzip lies as source.
+        run(installed, *PYTEST, "--rootdir", clean, *tests, cwd=clean)
 
 
 def try_elsewhere(
@@ -154,11 +159,12 @@ def try_elsewhere(
         print(f"no emulated Python {version}: {wheel.name} is not tried on it", flush=True)
         return
     run(*install, f"{wheel}[testing]")
-    run(
-        *(*shlex.split(emulator), *SUITE, "--rootdir", target, "-c", os.devnull, "-k", FEW),
-        cwd=target,
-        PYTHONPATH=str(target),
-    )
+    for tests in (INSTRUCTIONS, (*SUITE, "-k", FEW)):
+        run(
+            *(*shlex.split(emulator), *PYTEST, "--rootdir", target, *tests),
+            cwd=target,
+            PYTHONPATH=str(target),
+        )
 
 
 def main() -> None:

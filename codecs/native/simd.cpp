@@ -3,12 +3,17 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
-#if defined(KVZIP_X86) && defined(__linux__)
+#ifdef KVZIP_X86
+#include <cpuid.h>
+#include <immintrin.h>
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 #if defined(KVZIP_NEON) && defined(__linux__)
 #include <sys/auxv.h>
@@ -22,23 +27,58 @@ namespace {
 constexpr const char* kNames[] = {"scalar", "avx2", "vnni", "avx512", "amx", "neon"};
 constexpr const char* kAllNames = "scalar, avx2, vnni, avx512, amx or neon";
 
+#ifdef KVZIP_X86
+// What the processor has, of which the system keeps the registers. It is asked itself, since
+// `__builtin_cpu_supports` finds nothing at all in what zig (0.17) links.
+struct Features {
+  bool avx2 = false, avx_vnni = false, avx512_vnni = false, avx512 = false, amx = false;
+};
+
+bool all(unsigned word, std::initializer_list<int> bits) {
+  for (int bit : bits)
+    if (!(word >> bit & 1)) return false;
+  return true;
+}
+
+__attribute__((target("xsave"))) unsigned kept_registers() { return unsigned(_xgetbv(0)); }
+
+Features ask() {
+  Features found;
+  unsigned a, b, c, d, last;
+  // POPCNT and OSXSAVE, LZCNT.
+  if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || !all(c, {23, 27})) return found;
+  if (!__get_cpuid_count(0x80000001, 0, &a, &b, &c, &d) || !all(c, {5})) return found;
+  if (!__get_cpuid_count(7, 0, &last, &b, &c, &d)) return found;
+  const unsigned kept = kept_registers();
+  // BMI, AVX2, BMI2.
+  found.avx2 = all(kept, {1, 2}) && all(b, {3, 5, 8});
+  // F, DQ, BW, VL; VNNI.
+  found.avx512_vnni =
+      found.avx2 && all(kept, {5, 6, 7}) && all(b, {16, 17, 30, 31}) && all(c, {11});
+  // VBMI, VBMI2, VPOPCNTDQ.
+  found.avx512 = found.avx512_vnni && all(c, {1, 6, 14});
+  // TILE, INT8.
+  found.amx = found.avx512 && all(kept, {17, 18}) && all(d, {24, 25});
+  found.avx_vnni =
+      found.avx2 && last >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && all(a, {4});
+  return found;
+}
+
+const Features& features() {
+  static const Features found = ask();
+  return found;
+}
+#endif
+
 bool has(Level level) {
 #ifdef KVZIP_X86
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
-  const bool avx512_vnni =
-      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vnni");
-  const bool avx512 = avx512_vnni && __builtin_cpu_supports("avx512vbmi") &&
-                      __builtin_cpu_supports("avx512vbmi2") &&
-                      __builtin_cpu_supports("avx512vpopcntdq");
+  const Features& found = features();
   switch (level) {
     case Level::scalar: return true;
-    case Level::avx2: return avx2;
-    case Level::vnni: return avx2 && (has_avx_vnni() || avx512_vnni);
-    case Level::avx512: return avx512;
-    case Level::amx:
-      return avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8");
+    case Level::avx2: return found.avx2;
+    case Level::vnni: return found.avx_vnni || found.avx512_vnni;
+    case Level::avx512: return found.avx512;
+    case Level::amx: return found.amx;
     case Level::neon: return false;
   }
 #endif
@@ -88,7 +128,7 @@ bool amx_is_allowed() {
 
 bool has_avx_vnni() {
 #ifdef KVZIP_X86
-  return __builtin_cpu_supports("avxvnni");
+  return features().avx_vnni;
 #else
   return false;
 #endif
