@@ -5,6 +5,7 @@ many times slower.
 """
 
 import ctypes
+import os
 import platform
 import sys
 from pathlib import Path
@@ -51,6 +52,6 @@ def test_arm_has_neon():
     assert instructions() == ["scalar", "neon"]
 
 
-def test_the_best_is_taken(monkeypatch):
-    monkeypatch.delenv("KVZIP_SIMD", raising=False)
+@pytest.mark.skipif("KVZIP_SIMD" in os.environ, reason="KVZIP_SIMD names the one that is taken")
+def test_the_best_is_taken():
     assert _native.simd() == instructions()[-1]
