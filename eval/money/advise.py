@@ -42,7 +42,7 @@ from kvzip.eval.money.breakeven import Use
 from kvzip.eval.money.families import document_bytes, prefill_of
 from kvzip.eval.money.prices import Price, PriceBase, PriceBook, Shape
 from kvzip.eval.money.profiles import ProfileCost, with_profiles
-from kvzip.eval.money.ratios import ratio_basis, same_model
+from kvzip.eval.money.ratios import ratio_basis, same_model, slowdown_of
 from kvzip.eval.money.room import Room, room
 from kvzip.eval.quantities import confidence, dollars, duration, rate, significant
 from kvzip.eval.results.inputs import Inputs
@@ -156,7 +156,8 @@ def advise(
     )
     prefill = model_of.seconds(tokens)
     on_gpu = book.decoder if book is not None and on_device else {}
-    figures = _figures(inputs, dtype, tokens, codecs, threads, on_gpu, shape.gpus)
+    slow = {c: slowdown_of(c, shape, inputs) for c in {row.codec for row in inputs.rows}}
+    figures = _figures(inputs, dtype, tokens, codecs, threads, on_gpu, shape.gpus, slow)
     figures = with_profiles(figures, shape, inputs)
     month = base.storage.value if base.storage else 0.0
     prefill_usd, priced = _prefill_usd(shape, tokens, prefill, base, book)
@@ -203,6 +204,12 @@ def advise(
             ratio_basis(inputs.model, model, own),
             f"decoders measured on {inputs.machine.cpu}, {inputs.threads} thread"
             + ("" if threads == 1 else f", taken {threads} times as fast on {threads}"),
+            *(
+                f"{f.name} taken {slow[f.name]:.1f} times as long to decode in a model as wide: a "
+                "model"
+                for f in figures
+                if f.name not in on_gpu and slow[f.name] != 1
+            ),
             *_decoders(on_gpu, figures),
             f"prices of {base.name}: "
             + (f"no egress inside a {inside}" if inside else f"egress ${base.egress.value:g}/GB")
@@ -219,14 +226,17 @@ def _figures(
     threads: int,
     on_gpu: Mapping[str, Price],
     gpus: int,
+    slow: Mapping[str, float],
 ) -> list[CodecFigures]:
-    """What was measured of these codecs, decoding on so many threads, or on so many GPUs, those
-    that have a rate there. Raises KVZipError when nothing was."""
+    """What was measured of these codecs, decoding on so many threads, that much slower, or on so
+    many GPUs, those that have a rate there. Raises KVZipError when nothing was."""
     known = inputs.figures(dtype, tokens)
     many = number("threads", threads, zero=False)
     figures = []
     for f in known:
-        rate = on_gpu[f.name].value * 1e9 * gpus if f.name in on_gpu else f.decode_rate * many
+        rate = f.decode_rate * many / slow[f.name]
+        if f.name in on_gpu:
+            rate = on_gpu[f.name].value * 1e9 * gpus
         if codecs is None or f.name in codecs:
             figures.append(CodecFigures(f.name, f.ratio, rate))
     if not figures:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvzip.choice.width import slowdown
 from kvzip.eval.money.prices import Shape
 from kvzip.eval.results.inputs import Inputs
 from kvzip.eval.results.traffic import Input
@@ -18,6 +19,17 @@ OTHER = "another model's"
 def same_model(shape: Shape, inputs: Inputs) -> bool:
     """Whether the inputs are of a model of this shape, whatever it is called."""
     return (shape.layers, shape.numbers_per_token) == (inputs.layers, inputs.numbers_per_token)
+
+
+def slowdown_of(codec: str, shape: Shape, inputs: Inputs) -> float:
+    """How many times as long a codec takes for a number of a model of that shape as was measured, a
+    model (:mod:`kvzip.choice.width`)."""
+    return slowdown(
+        codec,
+        shape.numbers_per_token / shape.layers,
+        inputs.numbers_per_token / inputs.layers,
+        inputs.machine.simd,
+    )
 
 
 def ratio_basis(measured_on: str, model: str, own: bool) -> str:

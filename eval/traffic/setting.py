@@ -15,7 +15,7 @@ from kvzip.errors import UsageError
 from kvzip.eval.money.advise import prefill_model
 from kvzip.eval.money.prices import PriceBase, PriceBook, Shape, pick
 from kvzip.eval.money.profiles import profile_bytes
-from kvzip.eval.money.ratios import OTHER, same_model
+from kvzip.eval.money.ratios import OTHER, same_model, slowdown_of
 from kvzip.eval.results.inputs import CodecRow, Inputs
 from kvzip.eval.results.traffic import Basis, Input
 from kvzip.eval.traffic.eviction import PolicyName
@@ -123,7 +123,8 @@ def _measured(inputs: Inputs, dtype: str, codecs: Sequence[str] | None) -> list[
 
 def _use(row: CodecRow, shape: Shape, inputs: Inputs, decode: str, book: PriceBook) -> CodecUse:
     on_device = decode == "device" and row.codec in book.decoder
-    rate = book.decoder[row.codec].value if on_device else row.decode_gbps
+    slow = slowdown_of(row.codec, shape, inputs)
+    rate = book.decoder[row.codec].value if on_device else row.decode_gbps / slow
     if decode not in ("host", "device"):
         raise UsageError(f"decode {decode!r}: write host or device")
     return CodecUse(
@@ -131,9 +132,18 @@ def _use(row: CodecRow, shape: Shape, inputs: Inputs, decode: str, book: PriceBo
         ratio=row.ratio,
         decoder="device" if on_device else "host",
         decode_rate=1e9 * rate * (shape.gpus if on_device else 1),
-        encode_rate=1e9 * row.encode_gbps,
+        encode_rate=1e9 * row.encode_gbps / slow,
         profile_bytes=profile_bytes(row.codec, shape, inputs),
     )
+
+
+def _speed(name: str, rate: float, measured_gbps: float, where: str) -> Input:
+    """A speed as it was measured, or as it is taken to be for a model as wide."""
+    gbps, words = rate / 1e9, where
+    if math.isclose(gbps, measured_gbps):
+        return Input(name, measured_gbps, "GB/s", "measured", words)
+    words = f"{where}: {measured_gbps:.3g} GB/s, slower for a model as wide"
+    return Input(name, gbps, "GB/s", "modelled", words)
 
 
 def _codec_inputs(
@@ -155,8 +165,8 @@ def _codec_inputs(
         basis: Basis = "target" if decoder.basis == "target" else "measured"
         found.append(Input(f"{use.name}, decode", decoder.value, "GB/s", basis, decoder.source))
     else:
-        found.append(Input(f"{use.name}, decode", row.decode_gbps, "GB/s", "measured", threads))
-    found.append(Input(f"{use.name}, encode", row.encode_gbps, "GB/s", "measured", threads))
+        found.append(_speed(f"{use.name}, decode", use.decode_rate, row.decode_gbps, threads))
+    found.append(_speed(f"{use.name}, encode", use.encode_rate, row.encode_gbps, threads))
     if use.profile_bytes:
         found.append(
             Input(

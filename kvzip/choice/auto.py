@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from kvzip.choice.cost import CodecFigures, Situation, best, number, options
+from kvzip.choice.width import slowdown
 from kvzip.codec import Codec, get_codec
 from kvzip.codec_spec import parse_spec
 from kvzip.errors import CorruptError, FormatError, KVZipError, UnsupportedError
@@ -37,24 +38,44 @@ class _Row(msgspec.Struct, frozen=True):
     decode_gbps: float
 
 
+class _Machine(msgspec.Struct, frozen=True):
+    simd: list[str] = []
+
+
 class _Measured(msgspec.Struct, frozen=True):
     kind: str
     version: int
+    machine: _Machine
+    layers: int
+    numbers_per_token: float
     rows: list[_Row]
 
 
-@cache
-def measured_figures(dtype: str) -> tuple[CodecFigures, ...]:
-    """Every codec on the longest cache of that dtype in `measured.json`; one thread.
+def measured_figures(dtype: str, numbers: float | None = None) -> list[CodecFigures]:
+    """Every codec on the longest cache of that dtype in `measured.json`; one thread. `numbers`: of
+    a layer and token, of the cache that the speeds are for; by default of the measured one.
 
     Raises KVZipError when that file is not what this kvzip reads."""
-    able = [row for row in _measured(MEASURED).rows if row.dtype == dtype]
+    found = _kept()
+    measured = found.numbers_per_token / found.layers
+    able = [row for row in found.rows if row.dtype == dtype]
     longest = max((row.tokens for row in able), default=0)
-    return tuple(
-        CodecFigures(row.codec, row.ratio, 1e9 * row.decode_gbps)
+    return [
+        CodecFigures(
+            row.codec,
+            row.ratio,
+            1e9
+            * row.decode_gbps
+            / slowdown(row.codec, numbers or measured, measured, found.machine.simd),
+        )
         for row in able
         if row.tokens == longest
-    )
+    ]
+
+
+@cache
+def _kept() -> _Measured:
+    return _measured(MEASURED)
 
 
 def _measured(path: Path) -> _Measured:
@@ -84,12 +105,14 @@ def resolve(
     if not (isinstance(codec, str) and parse_spec(codec)["id"] == "auto"):
         return get_codec(codec)
     settings = _settings(codec)
+    if not layout.raw_bytes:
+        return get_codec(FALLBACK)
     figures = [
         CodecFigures(f.name, f.ratio, f.decode_rate * settings["threads"])
-        for f in measured_figures(layout.dtype)
+        for f in measured_figures(layout.dtype, _numbers(layout))
         if f.name == profile or not get_codec(f.name).needs_profile
     ]
-    if not figures or not layout.raw_bytes:
+    if not figures:
         return get_codec(FALLBACK)
     situation = Situation(
         raw_bytes=layout.raw_bytes,
@@ -97,6 +120,14 @@ def resolve(
         bandwidth=1e9 * settings["gbps"],
     )
     return get_codec(best(options(situation, figures), "seconds").name)
+
+
+def _numbers(layout: Layout) -> float:
+    """Numbers of a token in the widest layer."""
+    return max(
+        sum(p.numbers / ((p.batch or 1) * p.tokens) for p in layer.parts.values() if p.tokens)
+        for layer in layout.layers
+    )
 
 
 def _settings(spec: str) -> dict[str, float]:

@@ -191,14 +191,19 @@ def _forget_trained(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 register_optimizer_step_post_hook(torch._disable_dynamo(_forget_trained))
 
 
+_MOST_NAMES = 5
+
+
 def _say_unread(model: torch.nn.Module, unread: list[str]) -> None:
     if any(name not in _said for name in unread):
         _said.update(unread)
+        names = list(dict.fromkeys(unread))
+        more = len(names) - _MOST_NAMES
         _log.warning(
             "caches of this %s are not kept: its weights are known by all that it computes with, "
             "and nothing tells whether %s has changed",
             type(model).__name__,
-            ", ".join(dict.fromkeys(unread)),
+            ", ".join(names[:_MOST_NAMES]) + (f" or {more:,} others" if more > 0 else ""),
         )
 
 

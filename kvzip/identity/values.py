@@ -386,14 +386,31 @@ def written_in(thing: Any) -> str:
 
 @functools.cache
 def _is_installed(package: str) -> bool:
-    """Whether a package is Python's own, or was installed; by the folder that it lies in."""
+    """Whether a package is Python's own, or was installed: by the folder that it lies in, or where
+    that is any other (`pip install --target`, a layer of a container, an unpacked archive) by the
+    list of files that an installer leaves beside it."""
     if package in sys.stdlib_module_names:
         return True
     module = sys.modules.get(package)
-    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
-    return any(
-        {"site-packages", "dist-packages"} & set(Path(place).parts) for place in places if place
+    file, folders = getattr(module, "__file__", None), getattr(module, "__path__", ())
+    places = [Path(place) for place in (file, *folders) if place]
+    if any({"site-packages", "dist-packages"} & set(place.parts) for place in places):
+        return True
+    return any(_is_listed(Path(folder).parent, f"{package}/") for folder in folders) or bool(
+        file and not folders and _is_listed(Path(file).parent, f"{Path(file).name},")
     )
+
+
+def _is_listed(folder: Path, begins: str) -> bool:
+    """Whether a distribution that was installed into a folder has a file that begins so."""
+    for record in folder.glob("*.dist-info/RECORD"):
+        try:
+            text = record.read_text(errors="replace")
+        except OSError:
+            continue
+        if f"\n{begins}" in f"\n{text}":
+            return True
+    return False
 
 
 def put_into(kind: type) -> set[str]:

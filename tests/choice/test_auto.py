@@ -30,7 +30,11 @@ def test_it_is_a_codec_like_any_other(snapshot, dtype):
 @pytest.mark.parametrize("profile", [None, "channel", "predictive"])
 def test_the_choice_is_the_cost_models(snapshot, gbps, profile):
     layout, able = snapshot.layout, profile == "predictive"
-    figures = [f for f in auto.measured_figures("bf16") if able or f.name != "predictive"]
+    figures = [
+        f
+        for f in auto.measured_figures("bf16", auto._numbers(layout))
+        if able or f.name != "predictive"
+    ]
     assert len(figures) == 5 + able
     situation = Situation(raw_bytes=layout.raw_bytes, layers=3, bandwidth=gbps * 1e9)
     wanted = best(options(situation, figures), "seconds").name
@@ -73,7 +77,7 @@ def test_settings_that_cannot_be(snapshot, spec, says):
 def test_an_empty_cache_and_an_unknown_dtype_get_the_fallback(monkeypatch, snapshot):
     empty = kvzip.Snapshot([], "bf16")
     assert auto.resolve("auto", empty.layout).codec_id == auto.FALLBACK
-    monkeypatch.setattr(auto, "measured_figures", lambda dtype: ())
+    monkeypatch.setattr(auto, "measured_figures", lambda dtype, numbers: [])
     assert auto.resolve("auto", snapshot.layout).codec_id == auto.FALLBACK
 
 
@@ -89,6 +93,6 @@ def test_figures_of_another_kind_or_version_are_refused(tmp_path, monkeypatch, c
     path = tmp_path / "measured.json"
     path.write_text(json.dumps(json.loads(auto.MEASURED.read_bytes()) | change))
     monkeypatch.setattr(auto, "MEASURED", path)
-    auto.measured_figures.cache_clear()
+    auto._kept.cache_clear()
     with pytest.raises(KVZipError, match=message):
         auto.measured_figures("bf16")

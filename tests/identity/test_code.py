@@ -235,15 +235,21 @@ class Hook:
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.parametrize("place", ["site-packages", "target"])
 def test_classes_of_installed_packages_are_known_by_their_names(
-    saved: Any, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, saved: Any, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their code may use what nobody can read."""
+    """Their code may use what nobody can read. Outside Python's own folders an installer's list of
+    files says what was installed."""
     folder, found = saved(), []
-    place = tmp_path / "site-packages"
+    place = tmp_path / place
     place.mkdir()
     monkeypatch.syspath_prepend(place)
     for package, factor in (("kvzip_test_layers", 1), ("kvzip_test_layers_b", 2)):
+        if place.name == "target":
+            listed = place / f"{package}-1.dist-info"
+            listed.mkdir()
+            (listed / "RECORD").write_text(f"{package}-1.dist-info/RECORD,,\n{package}.py,,\n")
         (place / f"{package}.py").write_text(
             "import threading\nfrom transformers.models.llama import modeling_llama\n"
             f"LOCK = threading.Lock()\nclass Norm(modeling_llama.LlamaRMSNorm):\n"
@@ -254,6 +260,48 @@ def test_classes_of_installed_packages_are_known_by_their_names(
         found += [kvzip.fingerprint(model) for _ in range(2)]
         del sys.modules[package]
     assert found[0] == found[1] != found[2] == found[3]
+
+
+@pytest.mark.parametrize(
+    ("listed", "made", "installed"),
+    [
+        ("kvzip_own/__init__.py,,", "kvzip_own/__init__.py", True),
+        ("kvzip_own.py,sha256=x,1", "kvzip_own.py", True),
+        (None, "kvzip_own/__init__.py", False),
+        (None, "kvzip_own.py", False),
+        ("kvzip_own_too/__init__.py,,", "kvzip_own/__init__.py", False),
+        ("src/kvzip_own/__init__.py,,", "kvzip_own/__init__.py", False),
+        ("kvzip_own.pyi,,", "kvzip_own.py", False),
+        # An editable installation lists a pointer to the text that its owner goes on changing.
+        ("__editable__.kvzip_own.pth,,", "kvzip_own/__init__.py", False),
+    ],
+)
+def test_what_is_installed_is_what_an_installer_lists(
+    listed: str | None, made: str, installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvzip.identity import values
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / made).parent.mkdir(exist_ok=True)
+    (tmp_path / made).write_text("")
+    if listed:
+        (tmp_path / "any-1.dist-info").mkdir()
+        (tmp_path / "any-1.dist-info" / "RECORD").write_text(f"any/x.py,,\n{listed}\n")
+    importlib.invalidate_caches()
+    importlib.import_module("kvzip_own")
+    try:
+        assert values._is_installed.__wrapped__("kvzip_own") == installed
+    finally:
+        del sys.modules["kvzip_own"]
+
+
+def test_a_warning_names_a_few(caplog: pytest.LogCaptureFixture) -> None:
+    from kvzip.identity import live
+
+    names = [f"a value of a test {i} (an object)" for i in range(3000)]
+    live._say_unread(torch.nn.Linear(1, 1), names)
+    assert "test 4 (an object) or 2,995 others has changed" in caplog.text
+    assert "test 5 " not in caplog.text
 
 
 REMOTE = """
