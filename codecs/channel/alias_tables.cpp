@@ -207,9 +207,8 @@ void make_encoder(const Alias& a, int exponent_bits, simd::Level level, Encoder*
 
 namespace {
 
-template <int M, typename T>
-void count_fields(const Block<const T>& block, std::size_t heads, std::size_t dim,
-                  std::uint32_t* counts) {
+template <int M, typename T, typename C>
+void count_fields(const Block<const T>& block, std::size_t heads, std::size_t dim, C* counts) {
   constexpr int kBits = 8 * sizeof(T);
   constexpr std::size_t kStride = count_stride(kBits - M), kInWord = 8 / sizeof(T);
   constexpr std::uint64_t kMask = (std::uint64_t(1) << (kBits - M)) - 1;
@@ -219,7 +218,7 @@ void count_fields(const Block<const T>& block, std::size_t heads, std::size_t di
         const T* row = block.data + std::ptrdiff_t(b) * block.batch_stride +
                        std::ptrdiff_t(h) * block.head_stride +
                        std::ptrdiff_t(t) * block.token_stride;
-        std::uint32_t* at = counts + h * dim * kStride;
+        C* at = counts + h * dim * kStride;
         std::size_t c = 0;
         // Two words of numbers at a time: counting keeps the processor busy with loads as it is.
         for (; c + 2 * kInWord <= dim; c += 2 * kInWord, at += 2 * kInWord * kStride) {
@@ -235,9 +234,9 @@ void count_fields(const Block<const T>& block, std::size_t heads, std::size_t di
 
 }  // namespace
 
-template <typename T>
+template <typename T, typename C>
 void count(const Block<const T>& block, std::size_t heads, std::size_t dim, int mantissa_bits,
-           std::uint32_t* counts) {
+           C* counts) {
   switch (mantissa_bits) {  // that the shift is known saves a third
     case 7: return count_fields<7>(block, heads, dim, counts);
     case 10: return count_fields<10 % (8 * sizeof(T))>(block, heads, dim, counts);
@@ -310,6 +309,7 @@ bool choose_levels(const std::uint32_t* counts, std::uint32_t exponents, std::ui
 }
 
 #define KVZIP_INSTANTIATE(T)                                                                 \
+  template void count(const Block<const T>&, std::size_t, std::size_t, int, std::uint8_t*);  \
   template void count(const Block<const T>&, std::size_t, std::size_t, int, std::uint32_t*); \
   template bool constant(const Block<const T>&, std::size_t, std::size_t);
 KVZIP_INSTANTIATE(std::uint8_t)

@@ -61,6 +61,18 @@ void bind_for(nb::module_& m, nb::class_<Counts>& counts, nb::class_<PartTables>
       },
       "numbers"_a, "exponent_bits"_a, "mantissa_bits"_a,
       "The tables that fit one layer's keys or values best, as bytes (codecs/channel/spec.md).");
+  m.def(
+      "channel_bits",
+      [](const Numbers<const T>& numbers, int exponent_bits, int mantissa_bits) {
+        const NumberFormat format{exponent_bits, mantissa_bits};
+        format.check();
+        check_channels(numbers.shape(1), numbers.shape(3));
+        const Block<const T> block = block_of<const T>(numbers, format);
+        const Computing computing;
+        return own_bits<T>(block, numbers.shape(1), numbers.shape(3), format);
+      },
+      "numbers"_a, "exponent_bits"_a, "mantissa_bits"_a,
+      "What one layer's keys or values would take, about, under tables of their own.");
   counts.def(
       "add",
       [](Counts& self, const Numbers<const T>& numbers) {

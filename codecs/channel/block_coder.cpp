@@ -99,7 +99,7 @@ std::vector<std::uint8_t> make_tables(const Block<const T>& in, std::size_t head
   static thread_local Room<std::uint32_t> room;
   std::uint32_t* const counts = room.of(n * stride);
   std::memset(counts, 0, n * stride * sizeof *counts);
-  count<T>(in, heads, dim, format.mantissa_bits, counts);
+  count(in, heads, dim, format.mantissa_bits, counts);
   StoredTables tables;
   tables.channels.resize(n);
   std::vector<const std::uint32_t*> coded;
@@ -141,32 +141,57 @@ void Counts::add(const Block<const T>& block) {
   // After so many numbers the rest would change little, and is left out.
   Block<const T> counted = block;
   counted.tokens = std::min<std::uint64_t>(block.tokens, (kMostCounted - numbers_) / block.batch);
-  count<T>(counted, heads_, dim_, format_.mantissa_bits, counts_.data());
+  count(counted, heads_, dim_, format_.mantissa_bits, counts_.data());
   numbers_ += std::uint64_t(counted.batch) * counted.tokens;
 }
 
-double Counts::bits() const {
-  const std::size_t n = heads_ * dim_, stride = count_stride(format_.value_bits());
-  if (!numbers_) return 0;
+namespace {
+
+// What numbers of so many channels would take, about, as `own_bits` has it.
+template <typename C>
+double bits_of(const C* counts, std::size_t channels, std::uint64_t numbers, NumberFormat format) {
+  if (!numbers) return 0;
   // Tables of the values themselves take that much less for each value that occurs (Miller, Madow).
   const double each = 0.5 / std::log(2.0);
-  std::vector<double> logs(std::min<std::uint64_t>(numbers_, 4096) + 1);
+  std::vector<double> logs(std::min<std::uint64_t>(numbers, 4096) + 1);
   for (std::size_t k = 1; k < logs.size(); ++k) logs[k] = std::log2(double(k));
   double bits =
-      double(n) * double(numbers_) * (format_.mantissa_bits + std::log2(double(numbers_)));
-  const auto take = [&](std::uint32_t count) {
-    const double k = count;
-    if (count) bits += each - k * (count < logs.size() ? logs[count] : std::log2(k));
-  };
+      double(channels) * double(numbers) * (format.mantissa_bits + std::log2(double(numbers)));
   // Few values occur: most are passed by together.
-  constexpr std::size_t kTogether = 16;
-  for (std::size_t c = 0; c < n; ++c)
-    for (std::size_t v = 0; v < std::size_t(1) << format_.value_bits(); v += kTogether) {
-      const std::uint32_t* const counts = &counts_[c * stride + v];
-      std::uint32_t any = 0;
-      for (std::size_t i = 0; i < kTogether; ++i) any |= counts[i];
-      for (std::size_t i = 0; any && i < kTogether; ++i) take(counts[i]);
+  constexpr std::size_t kTogether = 16, kWords = kTogether * sizeof(C) / 8;
+  for (std::size_t c = 0; c < channels; ++c, counts += count_stride(format.value_bits()))
+    for (std::size_t v = 0; v < std::size_t(1) << format.value_bits(); v += kTogether) {
+      std::uint64_t words[kWords], any = 0;
+      std::memcpy(words, counts + v, sizeof words);
+      for (const std::uint64_t word : words) any |= word;
+      for (std::size_t i = 0; any && i < kTogether; ++i)
+        if (const std::size_t k = counts[v + i])
+          bits += each - double(k) * (k < logs.size() ? logs[k] : std::log2(double(k)));
     }
+  return bits;
+}
+
+}  // namespace
+
+double Counts::bits() const { return bits_of(counts_.data(), heads_ * dim_, numbers_, format_); }
+
+template <typename T>
+double own_bits(const Block<const T>& block, std::size_t heads, std::size_t dim,
+                NumberFormat format) {
+  const std::size_t numbers = block.batch * block.tokens, n = heads * dim;
+  if (numbers > UINT8_MAX) {
+    Counts counts(heads, dim, format);
+    counts.add(block);
+    return counts.bits();
+  }
+  // A quarter of the memory.
+  static thread_local Room<std::uint8_t> room;
+  const std::size_t size = n * count_stride(format.value_bits());
+  std::uint8_t* const counts = room.of(size);
+  std::memset(counts, 0, size);
+  count(block, heads, dim, format.mantissa_bits, counts);
+  const double bits = bits_of(counts, n, numbers, format);
+  room.keep_little();
   return bits;
 }
 
@@ -482,6 +507,7 @@ std::uint64_t checksum(const Block<T>& block, std::size_t heads, std::size_t dim
   template std::vector<std::uint8_t> make_tables(const Block<const T>&, std::size_t, std::size_t, \
                                                  NumberFormat);                                   \
   template void Counts::add(const Block<const T>&);                                               \
+  template double own_bits(const Block<const T>&, std::size_t, std::size_t, NumberFormat);        \
   template void PartTables::encode(const Block<const T>&, Encoded*) const;                        \
   template void PartTables::decode(const std::uint8_t*, std::size_t, const Block<T>&, Workspace*) \
       const;                                                                                      \

@@ -50,6 +50,11 @@ class Counts {
   std::vector<std::uint32_t> counts_;
 };
 
+// What numbers would take, about, under tables of their own: `Counts::bits` of them alone.
+template <typename T>
+double own_bits(const Block<const T>& block, std::size_t heads, std::size_t dim,
+                NumberFormat format);
+
 // Memory for one block after the other: fresh pages cost more than much that is done with them.
 template <typename U>
 class Room {

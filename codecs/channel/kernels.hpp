@@ -141,10 +141,10 @@ void make_encoder(const std::uint8_t* levels, std::size_t width, std::uint8_t es
 // a cache.
 constexpr std::size_t count_stride(int value_bits) { return (std::size_t(1) << value_bits) + 16; }
 
-// Adds the block's values to the counts of [heads*dim] channels.
-template <typename T>
+// Adds the block's values to the counts of [heads*dim] channels, which are of 8 or 32 bits.
+template <typename T, typename C>
 void count(const Block<const T>& block, std::size_t heads, std::size_t dim, int mantissa_bits,
-           std::uint32_t* counts);
+           C* counts);
 
 // Whether all numbers of a channel are the same one. There is at least one.
 template <typename T>

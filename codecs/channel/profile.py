@@ -105,9 +105,7 @@ def rows(block: Bits) -> Bits:
 
 def own_bits(numbers: Bits, form: DType) -> float:
     """What numbers, [batch, heads, tokens, dim], take by tables of their own, about."""
-    counts = _native.ChannelCounts(numbers.shape[1], numbers.shape[3], *fields(form))
-    counts.add(numbers)
-    bits: float = counts.bits()
+    bits: float = _native.channel_bits(numbers, *fields(form))
     return bits
 
 

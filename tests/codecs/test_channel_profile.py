@@ -11,6 +11,7 @@ from support import CHANNEL_DTYPES, assert_same, cache_like, make_snapshot, rand
 import kvzip
 from kvzip import dtypes
 from kvzip.codecs import _native
+from kvzip.codecs.channel.profile import fields, own_bits
 from kvzip.errors import ProfileError, UnsupportedError, UsageError
 
 
@@ -283,6 +284,19 @@ def test_the_command_line(known, tmp_path, capsys):
     assert one["raw_bytes"] == all_["raw_bytes"] == 4 * 18 * 2 * 2 * 3 * 24 * 16 * 2
     assert main(["fit", *files, "-o", profile, "--codec", "channel", "--regions", "2"]) != 0
     assert "--regions is for predictive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 255, 256, 257])
+def test_what_numbers_take_by_tables_of_their_own(dtype, tokens):
+    """However many there are, it is what counts that are kept apart say, also where all are one."""
+    form, rng = dtypes.get(dtype), np.random.default_rng(tokens)
+    for numbers in (
+        cache_like(rng, dtype, (1, 2, tokens, 70)),
+        np.ones((1, 2, tokens, 70), form.uint),
+    ):
+        counts = _native.ChannelCounts(2, 70, *fields(form))
+        counts.add(numbers)
+        assert own_bits(numbers, form) == counts.bits()
 
 
 def repeated(value, shape):
