@@ -93,7 +93,7 @@ free-threaded:
 	$(FREE_THREADED)/bin/pip install --quiet --disable-pip-version-check .
 	$(FREE_THREADED)/bin/python -W error::RuntimeWarning tests/soak/threads.py --free --seconds $(SECONDS)
 
-# The golden files under other Pythons, by the numpy that NUMPY names: make golden PYTHONS="python3.12 python3.13" NUMPY=numpy==1.26.4
+# The golden files under other Pythons, by the numpy that NUMPY names: make golden PYTHONS=python3.12 NUMPY=numpy==1.26.4
 PYTHONS ?= python3.12 python3.13 python3.14
 NUMPY ?= numpy
 golden:
