@@ -85,7 +85,7 @@ def test_every_field_must_be_there(group: str) -> None:
         ("most = 2.70", "most = 1.70", "2.37 to 1.7 is no range"),
         ('date = "2026-05-08"', 'date = "spring"', "the date is 'spring'"),
         ('name = "SplitZip"', 'name = "ds4 #186"', "two claims are called ds4 #186"),
-        ('claim = "1.55x"', 'claim = "1.75x"', "no stored figure is given for 1.75"),
+        ('claim = "1.56x"', 'claim = "1.75x"', "no stored figure is given for 1.75"),
         ("[[own]]", "[[ours]]", "ours"),
         ("[[own]]", "[own", "the table of claims"),
     ],

@@ -56,7 +56,7 @@ def test_the_answer_in_room_is_what_the_trace_gives() -> None:
     text = f.answer(DEMO, TRAFFIC)
     plain = text.replace("\n   ", " ")
     assert (
-        "11.0% of the blocks raw, 17.2% with `channel` (1.54x), 21.9% with `predictive` (2.17x)"
+        "11.0% of the blocks raw, 17.6% with `channel` (1.58x), 22.1% with `predictive` (2.21x)"
         in plain
     )
     assert "In room" not in f.answer(DEMO)

@@ -295,7 +295,7 @@ def test_the_third_map(tmp_path: Path, browser: Any) -> None:
         for n in (0, 1):
             drawn = opened.page.locator(f'[data-chart="capacity-{n}-wide"] path.line')
             keys = drawn.evaluate_all("lines => lines.map(line => line.dataset.line)")
-            assert keys == ["raw", "zstd", "channel", "predictive"]
+            assert keys == ["raw", "zstd", "planes", "channel", "predictive"]
             # Where curves end together, their names stand as they came: the most found on top.
             labels = opened.page.locator(f'[data-chart="capacity-{n}-wide"] .label')
             tops = labels.evaluate_all("all => all.map(label => Number(label.getAttribute('y')))")
