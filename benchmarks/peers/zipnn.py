@@ -8,7 +8,10 @@ from zipnn import ZipNN
 
 from kvzip.benchmarks.peer import Peer, Shape
 from kvzip.dtypes import Bits, DType
+from kvzip.errors import UnsupportedError
 from kvzip.eval.results.bench import Order
+
+_TAKES = ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
 
 
 class Zipnn(Peer):
@@ -17,6 +20,8 @@ class Zipnn(Peer):
 
     def __init__(self, form: DType) -> None:
         super().__init__(form)
+        if form.name not in _TAKES:
+            raise UnsupportedError(f"not for {form.name}")
         self._zipnn = ZipNN(input_format="byte", bytearray_dtype=form.torch, threads=1)
 
     def encode(self, numbers: Bits) -> bytes:
