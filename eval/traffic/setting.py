@@ -139,11 +139,10 @@ def _use(row: CodecRow, shape: Shape, inputs: Inputs, decode: str, book: PriceBo
 
 def _speed(name: str, rate: float, measured_gbps: float, where: str) -> Input:
     """A speed as it was measured, or as it is taken to be for a model as wide."""
-    gbps, words = rate / 1e9, where
-    if math.isclose(gbps, measured_gbps):
-        return Input(name, measured_gbps, "GB/s", "measured", words)
+    if math.isclose(rate, 1e9 * measured_gbps):
+        return Input(name, measured_gbps, "GB/s", "measured", where)
     words = f"{where}: {measured_gbps:.3g} GB/s, slower for a model as wide"
-    return Input(name, gbps, "GB/s", "modelled", words)
+    return Input(name, rate / 1e9, "GB/s", "modelled", words)
 
 
 def _codec_inputs(
