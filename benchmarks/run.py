@@ -35,6 +35,7 @@ from kvzip.eval.speed.bench import (
     WholeFile,
     buffers,
     in_memory,
+    memory_for,
     room,
     seconds,
 )
@@ -313,9 +314,10 @@ def _enter(
     units, out, form = _Units(snapshot), buffers(snapshot), dtypes.get(snapshot.dtype)
     memcpy = _Memcpy(units["token"], workers)
     entries = [_Entry("memcpy", "memcpy", "memory to memory", "token", memcpy)]
+    memory = memory_for(snapshot, codecs)
     for codec in codecs:
         needed = profile if codec.needs_profile else None
-        file = WholeFile(snapshot, codec, workers.count, out, needed)
+        file = WholeFile(snapshot, codec, workers.count, out, needed, memory)
         spec = codec.spec
         entries.append(_Entry("kvzip", spec, spec, "token", file))
     failed: dict[str, str] = {}

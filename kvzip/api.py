@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 from kvzip.choice import auto
 from kvzip.codec import Codec, get_codec
 from kvzip.container.format import Info, whole_length
 from kvzip.container.reader import Reader
-from kvzip.container.sealed import AnyKey, SealingSink, as_key, is_sealed, seal
+from kvzip.container.sealed import AnyKey, Key, SealingSink, as_key, is_sealed, seal, sealed_size
+from kvzip.container.sink import Memory, Sink
 from kvzip.container.source import is_url, open_source
 from kvzip.container.writer import Writer, largest_size
 from kvzip.errors import UsageError
 from kvzip.files import replacing
-from kvzip.options import callback
+from kvzip.options import boolean, callback
 from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import Layout, Snapshot
 
@@ -44,6 +45,7 @@ def choose_codec(codec: CodecSpec, layout: Layout, profile: Profile | None = Non
     return auto.resolve(codec, layout, None if profile is None else profile.codec)
 
 
+@overload
 def encode(
     snapshot: Snapshot,
     codec: CodecSpec = "channel",
@@ -54,7 +56,37 @@ def encode(
     store_token_ids: bool = True,
     grids: bool = True,
     key: AnyKey | None = None,
-) -> bytes:
+    out: None = None,
+) -> bytes: ...
+
+
+@overload
+def encode(
+    snapshot: Snapshot,
+    codec: CodecSpec = "channel",
+    profile: Profile | None = None,
+    threads: int = 0,
+    *,
+    block_tokens: int | None = None,
+    store_token_ids: bool = True,
+    grids: bool = True,
+    key: AnyKey | None = None,
+    out: Any,
+) -> memoryview: ...
+
+
+def encode(
+    snapshot: Snapshot,
+    codec: CodecSpec = "channel",
+    profile: Profile | None = None,
+    threads: int = 0,
+    *,
+    block_tokens: int | None = None,
+    store_token_ids: bool = True,
+    grids: bool = True,
+    key: AnyKey | None = None,
+    out: Any = None,
+) -> bytes | memoryview:
     """A snapshot as the bytes of a .kvz file.
 
     `codec`: a name, a name with settings ("zstd:level=9"), a config, a Codec, or "auto": what loads
@@ -66,12 +98,21 @@ def encode(
     grid of a narrower format (bf16 that holds fp8 times scales) are stored as they are, too
     (docs/format.md); a codec that predicts, and one with a profile, always does that. `key`: seal
     the file (AES-256-GCM), so that it is read only with this key: 32 bytes, or a `kvzip.Key`.
+    `out`: memory for the file, such as what a network card reads from: a writable buffer, array or
+    CPU tensor of bytes side by side, apart from the snapshot's. The part of it that the file takes
+    is returned, from its first byte on; :func:`max_encoded_size` says how many it may take. New
+    memory, which there is without `out`, takes time, too.
 
-    Raises UsageError for a snapshot or settings that no file can hold, ProfileError when the codec
-    needs a profile and has none, UnsupportedError when there is no such codec.
+    Raises UsageError for a snapshot or settings that no file can hold and for an `out` that is too
+    small (bytes of it may be written then), ProfileError when the codec needs a profile and has
+    none, UnsupportedError when there is no such codec.
     """
     writer = writer_of(snapshot, codec, profile, block_tokens, store_token_ids, grids)
-    return writer.encode(threads) if key is None else seal(writer.encode(threads), as_key(key))
+    known = None if key is None else as_key(key)
+    if out is None:
+        return writer.encode(threads) if known is None else seal(writer.encode(threads), known)
+    memory = Memory(out, [part for layer in snapshot.layers for part in layer.held().values()])
+    return memory.first(_written(writer, memory, threads, known))
 
 
 def write(
@@ -95,11 +136,22 @@ def write(
     writer = writer_of(snapshot, codec, profile, block_tokens, store_token_ids, grids)
     known = None if key is None else as_key(key)
     with replacing(path) as file:
-        if known is None:
-            return writer.write(file, threads, progress)
-        sink = SealingSink(file, known)
-        writer.write(sink, threads, progress)
-        return sink.close()
+        return _written(writer, file, threads, known, progress)
+
+
+def _written(
+    writer: Writer,
+    sink: Sink,
+    threads: int,
+    key: Key | None,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Write a file into a sink, sealed with a key if there is one; its length."""
+    if key is None:
+        return writer.write(sink, threads, progress)
+    sealing = SealingSink(sink, key)
+    writer.write(sealing, threads, progress)
+    return sealing.close()
 
 
 def writer_of(
@@ -124,14 +176,16 @@ def max_encoded_size(
     codec: CodecSpec = "channel",
     *,
     block_tokens: int | None = None,
+    sealed: bool = False,
 ) -> int:
     """An upper bound of the file's length in bytes, for callers that allocate first.
 
     `layout`: a snapshot, or a Layout with the dtype and the shapes of all layers. From a bare
     Layout the bound holds for an origin of up to 4 KiB as JSON. "auto" is no codec here, since its
-    choice depends on the profile.
+    choice depends on the profile. `sealed`: of a file with a key.
     """
-    return largest_size(layout, get_codec(codec), block_tokens)
+    size = largest_size(layout, get_codec(codec), block_tokens)
+    return sealed_size(size) if boolean("sealed", sealed) else size
 
 
 # --- reading -------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import msgspec
@@ -40,7 +40,10 @@ Buffers = list[tuple[Bits, ...]]
 
 
 class WholeFile:
-    """A snapshot through a codec into a file in memory, and back into buffers that are there."""
+    """A snapshot through a codec into a file, and back, each in memory that is there.
+
+    `memory`: bytes for the file, which lies there until another is made in it.
+    """
 
     def __init__(
         self,
@@ -49,10 +52,12 @@ class WholeFile:
         threads: int = 1,
         out: Buffers | None = None,
         profile: Profile | None = None,
+        memory: Bits | None = None,
     ) -> None:
         self.snapshot, self.codec, self.threads, self.profile = snapshot, codec, threads, profile
-        self.blob = b""
+        self.blob = memoryview(b"")
         self._out = buffers(snapshot) if out is None else out
+        self._memory = memory_for(snapshot, [codec]) if memory is None else memory
 
     @property
     def encoded_bytes(self) -> int:
@@ -60,7 +65,9 @@ class WholeFile:
 
     def encode(self) -> None:
         """Make the file anew."""
-        self.blob = api.encode(self.snapshot, self.codec, self.profile, self.threads)
+        self.blob = api.encode(
+            self.snapshot, self.codec, self.profile, self.threads, out=self._memory
+        )
 
     def decode(self) -> None:
         """Decode all of the file, every checksum verified."""
@@ -79,7 +86,7 @@ class WholeFile:
 
     def forget(self) -> None:
         """Drop the file."""
-        self.blob = b""
+        self.blob = memoryview(b"")
 
 
 def room(like: Bits) -> Bits:
@@ -87,6 +94,12 @@ def room(like: Bits) -> Bits:
     memory = np.zeros(like.nbytes + 64, np.uint8)
     at = -memory.ctypes.data % 64
     return memory[at : at + like.nbytes].view(like.dtype).reshape(like.shape)
+
+
+def memory_for(snapshot: Snapshot, codecs: Sequence[Codec]) -> Bits:
+    """Bytes for the file that any of the codecs makes of a snapshot."""
+    most = max((api.max_encoded_size(snapshot, codec) for codec in codecs), default=0)
+    return np.zeros(most, np.uint8)
 
 
 def buffers(snapshot: Snapshot) -> Buffers:
@@ -120,7 +133,7 @@ def measure(
         encode_gbps=raw / encode_seconds / 1e9,
         decode_gbps=raw / decode_seconds / 1e9,
         exact=file.exact(),
-    ), file.blob
+    ), bytes(file.blob)
 
 
 def in_memory(snapshot: Snapshot) -> Snapshot:

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from kvzip.container.format import (
 )
 from kvzip.container.grids import GridCodec, may_be_on_grid, may_use_grids
 from kvzip.container.index import ALIGNMENT, RECORD, Entry, Key, aligned, entries, entry_count
+from kvzip.container.sink import Sink
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import ProfileError, UsageError
 from kvzip.layout import Layout, Origin, StoredLayout
@@ -39,14 +40,6 @@ _MOST_ORIGIN = 4096
 """Bytes of JSON that the origin of a bare layout is taken to have at most."""
 _MOST_OF_GRID = 400
 """Bytes of JSON that say all of a grid but its codec and the part's name, and more."""
-
-
-class Sink(Protocol):
-    """What a file is written to."""
-
-    def write(self, data: bytes, /) -> int: ...
-    def seek(self, position: int, /) -> int: ...
-    def tell(self) -> int: ...
 
 
 class Encoded(NamedTuple):

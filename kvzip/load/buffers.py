@@ -19,6 +19,7 @@ anything: threads may call them at once, on tensors that no other thread changes
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 from array import array
@@ -30,6 +31,7 @@ import numpy as np
 from kvzip import api, dtypes
 from kvzip.codec import Codec, get_codec
 from kvzip.container import stated_length
+from kvzip.container.sink import Memory
 from kvzip.dtypes import Bits
 from kvzip.errors import UnsupportedError, UsageError
 from kvzip.options import integer, items, text
@@ -53,7 +55,8 @@ def encode(
     profile: Profile | None = None,
     layer: int = 0,
     threads: int = 1,
-) -> bytes:
+    out: Any = None,
+) -> bytes | memoryview:
     """Keys and values of the same tokens, of one layer or of several, as bytes.
 
     `k`, `v`: arrays, CPU tensors or anything with DLPack, of any strides, no copy is made; or
@@ -63,9 +66,12 @@ def encode(
     `dtype` names the format of what is no float by itself: integers that hold bits. `codec`: any
     that needs no profile. `profile`: with tables of `channel`
     (``Profile.fit(snapshots, codec="channel")``): a page is made, and `layer` is the number of its
-    first layer. `threads`: 0 for all cores.
+    first layer. `threads`: 0 for all cores. `out`: registered memory, or what else the bytes are to
+    lie in: a writable buffer or CPU tensor of bytes side by side, apart from `k` and `v`. The part
+    that they take is returned, from its first byte on; `max_size` says how many they may take.
 
-    Raises UsageError when shapes and axes do not fit each other, UnsupportedError for other
+    Raises UsageError when shapes and axes do not fit each other or `out` is too small (bytes of it
+    may be written then), UnsupportedError for other
     formats, ProfileError when the profile is another model's or has no tables.
     """
     order = _Axes(axes)
@@ -78,12 +84,15 @@ def encode(
         raise UsageError(f"k has {len(bits[0])} layers and v {len(bits[1])}")
     layers = list(zip(*bits, strict=True))
     if profile is None:
-        return api.encode(_snapshot(layers, dtype), _codec(codec), None, threads)
+        return api.encode(_snapshot(layers, dtype), _codec(codec), None, threads, out=out)
     if v is None:
         raise UnsupportedError(
             "a page holds keys and values: encode a lone tensor without profile="
         )
-    return encode_page(layers, profile, first=layer)
+    if out is None:
+        return encode_page(layers, profile, first=layer)
+    memory = Memory(out, itertools.chain.from_iterable(layers))
+    return memory.first(memory.write(encode_page(layers, profile, first=layer)))
 
 
 def decode(
