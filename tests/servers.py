@@ -120,7 +120,10 @@ def s3_server(folder: Path) -> Iterator[S3]:
     rights = {"name": "test", "credentials": [user], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [rights]}))
 
+    drawn: list[int] = []
+
     def command(ports: list[int]) -> list[str]:
+        drawn.extend(ports)
         master, volume, filer, s3 = ports
         kept = folder / str(master)
         kept.mkdir()
@@ -139,7 +142,8 @@ def s3_server(folder: Path) -> Iterator[S3]:
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
         }
-        return [weed, "server", "-filer", "-s3", *(f"-{k}={v}" for k, v in arguments.items())]
+        given = [f"-{k}={v}" for k, v in arguments.items()]
+        return [weed, f"-logdir={kept}", "server", "-filer", "-s3", *given]
 
     def at(ports: list[int]) -> S3:
         _, _, filer, s3 = ports
@@ -151,8 +155,15 @@ def s3_server(folder: Path) -> Iterator[S3]:
         }
         return S3("s3://kvzip-test", f"http://127.0.0.1:{filer}/buckets/kvzip-test", options)
 
-    with listening(command, lambda ports: _takes(at(ports)), 4, folder / "log") as ports:
-        yield at(ports)
+    try:
+        with listening(command, lambda ports: _takes(at(ports)), 4, folder / "log") as ports:
+            yield at(ports)
+    finally:
+        # It puts these there wherever else it was told to put things.
+        for port in drawn:
+            for taken in (port, port + 10000):
+                for left in Path("/tmp").glob(f"seaweedfs-*-{taken}.sock"):
+                    left.unlink(missing_ok=True)
 
 
 def _takes(server: S3) -> bool:

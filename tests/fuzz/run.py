@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import os
 import platform
 import random
 import re
@@ -155,7 +156,9 @@ def by_atheris(target: str, corpus: Path, seconds: int) -> tuple[int, str]:
     command = [sys.executable, __file__, "--one", target, __file__, f"-max_total_time={seconds}"]
     command += ["-timeout=20", "-rss_limit_mb=2048", "-max_len=8192", "-print_final_stats=1"]
     command += [f"-artifact_prefix={corpus}/{target}-", *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as scratch:  # libFuzzer ends without Python's own end
+        own = os.environ | {"TMPDIR": scratch}
+        done = subprocess.run(command, capture_output=True, text=True, env=own)
     said = done.stdout + done.stderr
     counts = re.findall(r"number_of_executed_units: (\d+)", said)
     reached = max(map(int, re.findall(r" cov: (\d+) ", said)), default=0)

@@ -16,7 +16,8 @@ import kvzip
 from kvzip.store import Store
 from kvzip.testing import cache_like, make_snapshot, reseal
 
-FOLDER = Path(tempfile.mkdtemp(prefix="kvzip-fuzz-"))
+_SCRATCH = tempfile.TemporaryDirectory(prefix="kvzip-fuzz-")
+FOLDER = Path(_SCRATCH.name)
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
 SAVED = make_snapshot(cache_like, 1, "bf16", layers=1, heads=1, tokens=40, dim=8)
 
