@@ -24,22 +24,28 @@ constexpr int kCandidates = 6;
 class Log2 {
  public:
   Log2() noexcept {
-    for (int i = 0; i <= 256; ++i)
+    for (int i = 0; i < 256; ++i)
       fraction_[i] = std::int16_t(std::lround(kBit * std::log2(1 + i / 256.0)));
+    for (std::uint32_t n = 1; n < kSmall; ++n) small_[n] = std::int16_t(of(n));
   }
-  int operator()(std::uint32_t n) const {  // n > 0
+  int operator()(std::uint32_t n) const { return n < kSmall ? small_[n] : of(n); }  // n > 0
+
+ private:
+  static constexpr std::uint32_t kSmall = 2048;  // most counts are less
+
+  int of(std::uint32_t n) const {
     const int top = 31 - __builtin_clz(n);
     return top * kBit + fraction_[(std::uint64_t(n) << 8 >> top) - 256];
   }
 
- private:
-  std::int16_t fraction_[257];
+  std::int16_t fraction_[256], small_[kSmall];
 };
 const Log2 log2_of;
 
 // Counts of positive, then of negative numbers, and how many have no cell; scaled to 15 bits.
 struct Cells {
   alignas(16) std::int16_t n[2][kWindow] = {};
+  int first = 0, end = 0;  // of those that are not zero
   std::int32_t outside = 0, total = 0;
 };
 
@@ -91,9 +97,10 @@ Seen look(const std::uint32_t* counts, int exponent_bits, std::uint64_t numbers,
   cells.total = std::int32_t((total + divisor - 1) / divisor);
   cells.outside = cells.total;
   const int all = log2_of(std::uint32_t(cells.total));
+  cells.first = std::max(0, found.first - seen.start);
+  cells.end = std::min(kWindow, found.end - seen.start);
   for (int sign = 0; sign < 2; ++sign)
-    for (int i = std::max(0, found.first - seen.start);
-         i < std::min(kWindow, found.end - seen.start); ++i) {
+    for (int i = cells.first; i < cells.end; ++i) {
       const std::uint64_t n = counts[sign * exponents + seen.start + i];
       if (!n) continue;
       const auto scaled = std::int16_t(divisor == 1 ? n : std::max<std::uint64_t>(1, n / divisor));
@@ -108,8 +115,10 @@ Seen look(const std::uint32_t* counts, int exponent_bits, std::uint64_t numbers,
 
 // A shape that channels join, with what each cell costs under it.
 struct Group {
-  std::uint32_t sum[2][kWindow] = {}, outside = 0, total = 0;
+  // With room for what a shift moves out of the window.
+  std::uint32_t sum[2][kWindow + 2 * kMostShift] = {}, outside = 0, total = 0;
   std::int16_t cost[2][kWindow + 2 * kMostShift];
+  int first = kWindow, end = 0;  // of the cells that are not zero
   float place, spread, skew;
   unsigned joined = 0;
 
@@ -121,21 +130,31 @@ struct Group {
     outside = total = 0;
   }
   void add(const Cells& cells, int shift, bool flip) {
-    const int from = std::max(0, -shift), to = std::min(kWindow, kWindow - shift);
     for (int sign = 0; sign < 2; ++sign) {
       const std::int16_t* n = cells.n[sign ^ int(flip)];
-      for (int i = from; i < to; ++i) sum[sign][i + shift] += std::uint32_t(n[i]);
-      for (int i = 0; i < from; ++i) outside += std::uint32_t(n[i]);
-      for (int i = to; i < kWindow; ++i) outside += std::uint32_t(n[i]);
+      std::uint32_t* const to = sum[sign] + kMostShift + shift;
+      for (int i = 0; i < kWindow; ++i) to[i] += std::uint32_t(n[i]);
     }
+    first = std::max(0, std::min(first, cells.first + shift));
+    end = std::min(kWindow, std::max(end, cells.end + shift));
     outside += std::uint32_t(cells.outside);
     total += std::uint32_t(cells.total);
+  }
+  // The sums of the window's cells; returns how many numbers lie outside of it.
+  std::uint32_t inside(std::uint32_t cells[2][kWindow]) const {
+    std::uint32_t moved = 0;
+    for (int sign = 0; sign < 2; ++sign) {
+      const std::uint32_t *from = sum[sign], *const end = std::end(sum[sign]);
+      std::copy_n(from + kMostShift, kWindow, cells[sign]);
+      for (int i = 0; i < kMostShift; ++i) moved += from[i] + end[-1 - i];
+    }
+    return outside + moved;
   }
   void price() {
     const int all = log2_of(total + 1);
     for (int sign = 0; sign < 2; ++sign)
-      for (int i = 0; i < kWindow; ++i) {
-        const std::uint32_t n = sum[sign][i];
+      for (int i = first; i < end; ++i) {
+        const std::uint32_t n = sum[sign][kMostShift + i];
         cost[sign][kMostShift + i] =
             std::int16_t(n ? std::min(all - log2_of(n), 10 * kBit) : kEscapeCost);
       }
@@ -263,9 +282,10 @@ Shapes choose_shapes(const std::vector<const std::uint32_t*>& counts, std::uint6
   for (std::size_t g = 0; g < groups.size(); ++g) {
     std::uint8_t levels[kCells], escape;
     std::size_t width;
-    const std::uint32_t outside = groups[g].outside + any_value;
-    if (!choose_levels(groups[g].sum[0], kWindow, 1u << exponent_bits, outside, levels, &low[g],
-                       &width, &escape)) {
+    std::uint32_t cells[2][kWindow];
+    const std::uint32_t outside = groups[g].inside(cells) + any_value;
+    if (!choose_levels(cells[0], kWindow, 1u << exponent_bits, outside, levels, &low[g], &width,
+                       &escape)) {
       // Numbers so far apart that none is near their mean: all are escapes.
       levels[0] = levels[1] = 0;
       width = escape = 1;
