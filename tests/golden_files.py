@@ -169,15 +169,17 @@ def partly_widened() -> kvzip.Snapshot:
 
 def before_rope(rounding: int = 1) -> kvzip.Snapshot:
     """Keys that RoPE turned, rounding products and sums (1), sums alone (2), or these with cosines
-    and sines that are not of bf16 (3). But for a pair in each layer, after the first 30 tokens,
-    which are gone; 4 of their 12 channels are not turned. From single steps of IEEE 754, which are
-    the same for ever, and of cosines and sines 8 bits, or 24."""
+    and sines that are not of bf16 (3); or likewise (4, 5, 6), of pairs side by side. But for a pair
+    in each layer, after the first 30 tokens, which are gone; 4 of their 12 channels are not turned.
+    From single steps of IEEE 754, which are the same for ever, and of cosines and sines 8 bits, or
+    24."""
     frequencies = np.float32(2) ** -np.arange(4, dtype=np.float32)
     angle = np.arange(30, 100, dtype=np.float32)[:, None] * frequencies
     cos, sin = (f(angle.astype(np.float64)).astype(np.float32) for f in (np.cos, np.sin))
-    if rounding < 3:
+    if rounding not in (3, 6):
         cos, sin = _bf16(cos), _bf16(sin)
-    product = _bf16 if rounding == 1 else np.float32
+    product = _bf16 if rounding in (1, 4) else np.float32
+    one, other = (slice(0, 4), slice(4, 8)) if rounding <= 3 else (slice(0, 8, 2), slice(1, 8, 2))
     layers = []
     for layer in range(2):
         n = np.arange(2 * 70 * 12, dtype=np.uint64) + np.uint64(10_000 * layer)
@@ -187,11 +189,11 @@ def before_rope(rounding: int = 1) -> kvzip.Snapshot:
         k = n & np.uint64(0x7F) | (some + channel + np.uint64(118)) << np.uint64(7)
         k = (k | (channel & np.uint64(1)) << np.uint64(15)).astype(np.uint16)
         wide = (k.astype(np.uint32) << 16).view(np.float32)
-        a, b = wide[..., :4], wide[..., 4:8]
-        first = _bf16(product(a * cos) - product(b * sin))
-        second = _bf16(product(b * cos) + product(a * sin))
-        turned = np.concatenate([first, second, wide[..., 8:]], -1).view(np.uint32) >> 16
-        keys = turned.astype(np.uint16)
+        a, b = wide[..., one], wide[..., other]
+        turned = wide.copy()
+        turned[..., one] = _bf16(product(a * cos) - product(b * sin))
+        turned[..., other] = _bf16(product(b * cos) + product(a * sin))
+        keys = (turned.view(np.uint32) >> 16).astype(np.uint16)
         keys[1, 60, 2] ^= 0x4003
         layers.append((keys, k))
     form = LayerLayout.of_kv((2, 70, 12), (2, 70, 12), "bf16", 100, "sliding", 70, 0)
@@ -378,7 +380,7 @@ def files() -> Iterator[tuple[str, str | None, Make]]:
     )
     yield "channel-of-noise-bf16.kvz", None, _encoded(beside, "channel")
     yield "channel-before-rope-bf16.kvz", None, _encoded(before_rope, "channel")
-    for rounding in 2, 3:
+    for rounding in range(2, 7):
         yield (
             f"channel-before-rope-{rounding}-bf16.kvz",
             None,
@@ -457,8 +459,10 @@ def written(name: str) -> kvzip.Snapshot:
     special = {
         "every-kind-bf16": every_kind,
         "channel-of-noise-bf16": beside,
-        "channel-before-rope-2-bf16": lambda: before_rope(2),
-        "channel-before-rope-3-bf16": lambda: before_rope(3),
+        **{
+            f"channel-before-rope-{rounding}-bf16": lambda r=rounding: before_rope(r)
+            for rounding in range(2, 7)
+        },
         "predictive-beside-bf16": beside,
         "predictive-with-states-bf16": with_states,
         "batch-fp16": batch,

@@ -445,7 +445,7 @@ Unturned::Unturned(const std::uint8_t* data, std::size_t bytes) {
   std::memcpy(&count, head + 4, sizeof count);
   const bool zeros = !head[2] && !head[3] &&
                      std::all_of(head + 8, head + kAligned, [](std::uint8_t b) { return !b; });
-  if (head[0] != kUnturnedBlock || head[1] < 1 || head[1] > 3 || !zeros)
+  if (head[0] != kUnturnedBlock || head[1] < 1 || head[1] > Rotation::kRoundings || !zeros)
     throw std::invalid_argument("its head makes no sense");
   rounding = Rotation::Rounding(head[1]);
   exception_count = count;
@@ -476,9 +476,10 @@ void Unturned::turn(const Rotation& rotation, std::size_t first, std::size_t hea
     const std::size_t h = row / block.tokens % heads, b = row / block.tokens / heads;
     std::uint16_t* const key = block.data + std::ptrdiff_t(b) * block.batch_stride +
                                std::ptrdiff_t(h) * block.head_stride +
-                               std::ptrdiff_t(t) * block.token_stride + std::ptrdiff_t(pair);
-    key[0] = numbers[0];
-    key[pairs] = numbers[1];
+                               std::ptrdiff_t(t) * block.token_stride;
+    const Rotation::Places places = rotation.places_of(pair, rounding);
+    key[places.first] = numbers[0];
+    key[places.second] = numbers[1];
   }
 }
 

@@ -42,7 +42,8 @@ struct TurnJob {
   uint32_t first_row, rows;
   uint32_t pairs;     // at least 1, and two numbers each within `dim`
   uint32_t rounding;  // 1, of each product and their sum; 2, of the sum, and angles are of bf16; 3,
-                      // of the sum, and angles are of float32
+                      // of the sum, and angles are of float32; 4, 5 and 6, likewise, of pairs side
+                      // by side
   uint32_t reserved;
 };
 // Pairs of such a block that nothing turns to: exceptions `first` ... first + count - 1 of all that
@@ -53,8 +54,8 @@ struct ExceptionJob {
   uint32_t part;
   uint32_t first_token, tokens;  // of the block, counted in the part
   uint32_t pairs;
-  uint32_t row;  // whose flag is set when they are damaged
-  uint32_t reserved;
+  uint32_t row;           // whose flag is set when they are damaged
+  uint32_t side_by_side;  // whether the two numbers of a pair are, or else `pairs` apart
 };
 
 // What a step of the encoder looks up, 32 numbers a row. Lanes hold one of each.

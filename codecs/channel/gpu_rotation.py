@@ -13,7 +13,8 @@ from kvzip.codecs.native.cuda.device import Device, Kernel, Memory
 
 _SOURCE, _SPACE = "channel/turn.cuh", "kvzip::channel"
 _HEAD = 16  # bytes of a block before its exceptions
-_WIDE = 3  # the rounding whose cosines and sines are float32
+_HALVES = 3  # the last rounding whose pairs are not side by side
+_WIDE = 3, 6  # those whose cosines and sines are float32
 _TURN = np.dtype(
     [
         ("angles", "<u8"),
@@ -37,7 +38,7 @@ _EXCEPTION = np.dtype(
         ("tokens", "<u4"),
         ("pairs", "<u4"),
         ("row", "<u4"),
-        ("reserved", "<u4"),
+        ("side_by_side", "<u4"),
     ]
 )
 """`TurnJob` and `ExceptionJob` of device_jobs.hpp."""
@@ -79,6 +80,7 @@ class Turning:
             for name, of in (("part", "part"), ("first_token", "first"), ("tokens", "tokens")):
                 jobs[name] = block[of]
             jobs["pairs"], jobs["row"] = rotation.pairs, block["row"]
+            jobs["side_by_side"] = rounding > _HALVES
             self._exceptions.append(jobs)
 
     def _add_keys(self, rotation: _native.Rotation, start: int, block: Any, rounding: int) -> None:
@@ -90,7 +92,7 @@ class Turning:
         while begin < end:
             run, before = divmod(begin, together)
             stop = min(end, begin - before + together)
-            wide = rounding == _WIDE
+            wide = rounding in _WIDE
             angles = _angles(self._work.device, rotation, run * together, together, wide)
             self._work.hold(angles)
             rows = batch * heads * (stop - begin)

@@ -22,7 +22,8 @@ UNTURNED = 3
 _HEAD = struct.Struct("<BBHI8x")
 _EXCEPTION = np.dtype([("pair", "<u4"), ("numbers", "<u2", 2)])
 _ALIGNED = 16
-ROUNDINGS = (1, 2, 3)
+ROUNDINGS = (1, 2, 3, 4, 5, 6)
+_HALVES = 3  # the last of them whose pairs are i and i + pairs, and not side by side
 # Tokens on which it is tried, and which tell whether keys take less before RoPE. Of their pairs,
 # and of all, so many may have no numbers before RoPE.
 _SAMPLE, _MISSING = 128, 0.01
@@ -42,7 +43,7 @@ class Keys(NamedTuple):
     """[batch, heads, tokens, dim]."""
     rounding: int
     """How they are turned: 1, products and sums are rounded; 2, sums only; 3, sums only, by cosines
-    and sines of float32."""
+    and sines of float32; 4, 5 and 6, likewise, of pairs side by side."""
     pairs: int
     first: int
     """Position of the first token."""
@@ -65,8 +66,9 @@ class Keys(NamedTuple):
         exceptions = np.empty(len(pair), _EXCEPTION)
         exceptions["pair"] = (head * tokens + token) * self.pairs + pair
         at = *np.divmod(head, heads), token
-        exceptions["numbers"][:, 0] = block[(*at, pair)]
-        exceptions["numbers"][:, 1] = block[(*at, pair + self.pairs)]
+        first, apart = (pair, self.pairs) if self.rounding <= _HALVES else (2 * pair, 1)
+        exceptions["numbers"][:, 0] = block[(*at, first)]
+        exceptions["numbers"][:, 1] = block[(*at, first + apart)]
         data = exceptions.tobytes()
         start = _HEAD.pack(UNTURNED, self.rounding, 0, len(exceptions))
         return start + data + bytes(-len(data) % _ALIGNED)

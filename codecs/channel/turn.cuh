@@ -81,8 +81,32 @@ KVZIP_DEVICE void turn(uint16_t* first, uint16_t* second, const unsigned char* c
   *second = uint16_t(b);
 }
 
+// Eight pairs side by side become four words of their first and four of their second numbers, and
+// back: each two words change their inner halves.
+KVZIP_DEVICE void part_pairs(cuda::Four* first, cuda::Four* second) {
+  const cuda::Four a = *first, b = *second;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const unsigned even = i < 2 ? a.v[2 * i] : b.v[2 * i - 4];
+    const unsigned odd = i < 2 ? a.v[2 * i + 1] : b.v[2 * i - 3];
+    first->v[i] = (even & 0xFFFFu) | odd << 16;
+    second->v[i] = even >> 16 | (odd & 0xFFFF0000u);
+  }
+}
+KVZIP_DEVICE void join_pairs(cuda::Four* first, cuda::Four* second) {
+  const cuda::Four a = *first, b = *second;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    cuda::Four* const to = i < 2 ? first : second;
+    to->v[2 * i % 4] = (a.v[i] & 0xFFFFu) | b.v[i] << 16;
+    to->v[2 * i % 4 + 1] = a.v[i] >> 16 | (b.v[i] & 0xFFFF0000u);
+  }
+}
+KVZIP_DEVICE void part_pairs(uint16_t*, uint16_t*) {}
+KVZIP_DEVICE void join_pairs(uint16_t*, uint16_t*) {}
+
 // A thread turns one pair or eight (U) after the other.
-template <int kRounding, typename U>
+template <int kRounding, bool kSideBySide, typename U>
 KVZIP_DEVICE void turn_rows(const TurnJob& job, const DevicePart& part) {
   constexpr unsigned kBytes = kRounding == 3 ? 4 : 2;           // of a cosine
   constexpr unsigned kUnit = unsigned(sizeof(U) / 2) * kBytes;  // of those of a unit
@@ -95,18 +119,21 @@ KVZIP_DEVICE void turn_rows(const TurnJob& job, const DevicePart& part) {
     uint16_t* const key = reinterpret_cast<uint16_t*>(part.numbers) + place;
     const unsigned char* const angles = reinterpret_cast<const unsigned char*>(job.angles) +
                                         uint64_t(t) * 2 * job.pairs * kBytes + unit * kUnit;
-    turn<kRounding>(reinterpret_cast<U*>(key) + unit, reinterpret_cast<U*>(key + job.pairs) + unit,
-                    angles, angles + job.pairs * kBytes);
+    U* const first = reinterpret_cast<U*>(key) + (kSideBySide ? 2 * unit : unit);
+    U* const second = kSideBySide ? first + 1 : reinterpret_cast<U*>(key + job.pairs) + unit;
+    if (kSideBySide) part_pairs(first, second);
+    turn<kRounding>(first, second, angles, angles + job.pairs * kBytes);
+    if (kSideBySide) join_pairs(first, second);
   }
 }
 
-template <int kRounding>
+template <int kRounding, bool kSideBySide>
 KVZIP_DEVICE void turn_job(const TurnJob& job, const DevicePart& part) {
   const uint64_t strides = uint64_t(part.batch_stride) | uint64_t(part.head_stride) |
                            uint64_t(part.token_stride) | uint64_t(part.page_stride);
   const bool by_sixteen = ((part.numbers | job.angles | 2 * (strides | job.pairs)) & 15) == 0;
-  if (by_sixteen) turn_rows<kRounding, cuda::Four>(job, part);
-  else turn_rows<kRounding, uint16_t>(job, part);
+  if (by_sixteen) turn_rows<kRounding, kSideBySide, cuda::Four>(job, part);
+  else turn_rows<kRounding, kSideBySide, uint16_t>(job, part);
 }
 
 KVZIP_KERNEL(128, 8)
@@ -114,9 +141,14 @@ channel_turn(const TurnJob* jobs, uint32_t count, const DevicePart* parts) {
   if (cuda::block() >= count) return;
   const TurnJob job = jobs[cuda::block()];
   const DevicePart part = parts[job.part];
-  if (job.rounding == 1) turn_job<1>(job, part);
-  else if (job.rounding == 2) turn_job<2>(job, part);
-  else turn_job<3>(job, part);
+  switch (job.rounding) {
+    case 1: return turn_job<1, false>(job, part);
+    case 2: return turn_job<2, false>(job, part);
+    case 3: return turn_job<3, false>(job, part);
+    case 4: return turn_job<1, true>(job, part);
+    case 5: return turn_job<2, true>(job, part);
+    default: return turn_job<3, true>(job, part);
+  }
 }
 
 KVZIP_KERNEL(128, 8)
@@ -138,10 +170,10 @@ channel_exceptions(const ExceptionJob* jobs, uint32_t count, const DevicePart* p
     const unsigned row = at / job.pairs, bh = row / job.tokens;
     uint16_t* const key =
         reinterpret_cast<uint16_t*>(part.numbers) +
-        cuda::place_of(part, bh / part.heads, bh % part.heads, job.first_token + row % job.tokens) +
-        at % job.pairs;
-    key[0] = uint16_t(found.v[1]);
-    key[job.pairs] = uint16_t(found.v[1] >> 16);
+        cuda::place_of(part, bh / part.heads, bh % part.heads, job.first_token + row % job.tokens);
+    const unsigned pair = at % job.pairs, first = job.side_by_side ? 2 * pair : pair;
+    key[first] = uint16_t(found.v[1]);
+    key[first + (job.side_by_side ? 1 : job.pairs)] = uint16_t(found.v[1] >> 16);
   }
 }
 

@@ -26,6 +26,15 @@ const rotation::Kernels& kernels() {
 // Bytes of angles that are kept, at most: those of 262,144 positions of 64 pairs.
 constexpr std::size_t kKept = std::size_t(128) << 20;
 
+using Rounding = Rotation::Rounding;
+bool is_side_by_side(Rounding rounding) { return rounding > Rounding::wide; }
+bool is_wide(Rounding rounding) {
+  return rounding == Rounding::wide || rounding == Rounding::wide_side_by_side;
+}
+bool is_once(Rounding rounding) {
+  return rounding != Rounding::each && rounding != Rounding::each_side_by_side;
+}
+
 std::uint16_t bf16(float v) {
   std::uint32_t u;
   std::memcpy(&u, &v, sizeof u);
@@ -80,17 +89,25 @@ void angle_of(float position, float frequency, float scale, bool wide, float* co
 Rotation::Rotation(const float* frequency, std::size_t pairs, float scale)
     : frequency_(frequency, frequency + pairs), scale_(scale) {}
 
-Rotation::Angles Rotation::angles_at(std::size_t block, bool wide) const {
+Rotation::Places Rotation::places_of(std::size_t pair, Rounding rounding) const {
+  if (is_side_by_side(rounding)) return {2 * pair, 2 * pair + 1};
+  return {pair, pair + pairs()};
+}
+
+Rotation::Angles Rotation::angles_at(std::size_t block, Rounding rounding) const {
+  const bool wide = is_wide(rounding), side_by_side = is_side_by_side(rounding);
   const std::lock_guard<std::mutex> lock(mutex_);
-  Angles& known = known_[2 * block + wide];
+  Angles& known = known_[4 * block + 2 * side_by_side + wide];
   if (!known) {
     const std::size_t padded = rotation::grouped(pairs());
     auto made = std::make_shared<std::vector<float>>(kPositions * 2 * padded);
     for (std::size_t t = 0; t < kPositions; ++t) {
       float* const out = made->data() + t * 2 * padded;
-      for (std::size_t i = 0; i < pairs(); ++i)
-        angle_of(float(block * kPositions + t), frequency_[i], scale_, wide,
-                 out + rotation::place_of(i), out + padded + rotation::place_of(i));
+      for (std::size_t i = 0; i < pairs(); ++i) {
+        float* const cosine = out + rotation::place_of(i, side_by_side);
+        angle_of(float(block * kPositions + t), frequency_[i], scale_, wide, cosine,
+                 cosine + padded);
+      }
     }
     known = std::move(made);
   }
@@ -100,10 +117,11 @@ Rotation::Angles Rotation::angles_at(std::size_t block, bool wide) const {
 }
 
 template <typename Use>
-void Rotation::each_run(std::size_t first, std::size_t tokens, bool wide, const Use& use) const {
+void Rotation::each_run(std::size_t first, std::size_t tokens, Rounding rounding,
+                        const Use& use) const {
   for (std::size_t t = 0; t < tokens;) {
     const std::size_t at = (first + t) % kPositions, n = std::min(kPositions - at, tokens - t);
-    const Angles angles = angles_at((first + t) / kPositions, wide);
+    const Angles angles = angles_at((first + t) / kPositions, rounding);
     use(angles->data() + at * 2 * rotation::grouped(pairs()), t, n);
     t += n;
   }
@@ -113,14 +131,15 @@ template <typename T>
 void Rotation::write_angles(std::size_t first, std::size_t positions, T* out) const {
   constexpr bool kWide = std::is_same<T, float>::value;
   const std::size_t padded = rotation::grouped(pairs());
-  each_run(first, positions, kWide, [&](const float* angles, std::size_t, std::size_t n) {
-    for (std::size_t k = 0; k < 2 * n; ++k, angles += padded)
-      for (std::size_t i = 0; i < pairs(); ++i) {
-        const float v = angles[rotation::place_of(i)];
-        if constexpr (kWide) *out++ = v;
-        else *out++ = bf16(v);
-      }
-  });
+  each_run(first, positions, kWide ? Rounding::wide : Rounding::each,
+           [&](const float* angles, std::size_t, std::size_t n) {
+             for (std::size_t k = 0; k < 2 * n; ++k, angles += padded)
+               for (std::size_t i = 0; i < pairs(); ++i) {
+                 const float v = angles[rotation::place_of(i, false)];
+                 if constexpr (kWide) *out++ = v;
+                 else *out++ = bf16(v);
+               }
+           });
 }
 
 void Rotation::angles_of(std::size_t first, std::size_t positions, float* out) const {
@@ -131,9 +150,8 @@ void Rotation::angles_of(std::size_t first, std::size_t positions, std::uint16_t
 }
 
 void Rotation::turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding rounding) const {
-  const rotation::Turn kernel = kernels().turn[rounding != Rounding::each];
-  const bool wide = rounding == Rounding::wide;
-  each_run(first, keys.tokens, wide, [&](const float* angles, std::size_t t, std::size_t n) {
+  const rotation::Turn kernel = kernels().turn[is_side_by_side(rounding)][is_once(rounding)];
+  each_run(first, keys.tokens, rounding, [&](const float* angles, std::size_t t, std::size_t n) {
     for (std::size_t h = 0; h < keys.heads; ++h)
       kernel(
           {keys.data + std::ptrdiff_t(h) * keys.head_stride + std::ptrdiff_t(t) * keys.token_stride,
@@ -144,17 +162,16 @@ void Rotation::turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding
 bool Rotation::unturn(const Rows<const std::uint16_t>& keys, std::size_t first, Rounding rounding,
                       const Rows<std::uint16_t>& out, std::size_t most,
                       std::vector<std::uint64_t>* missing) const {
-  const rotation::Unturn kernel = kernels().unturn[rounding != Rounding::each];
-  const bool wide = rounding == Rounding::wide;
+  const rotation::Unturn kernel = kernels().unturn[is_side_by_side(rounding)][is_once(rounding)];
   std::vector<std::uint64_t> room(std::min(kPositions, keys.tokens) * pairs());
   bool few = true;
-  each_run(first, keys.tokens, wide, [&](const float* angles, std::size_t t, std::size_t n) {
+  each_run(first, keys.tokens, rounding, [&](const float* angles, std::size_t t, std::size_t n) {
     for (std::size_t h = 0; few && h < keys.heads; ++h) {
       const std::size_t count = kernel(
           {keys.data + std::ptrdiff_t(h) * keys.head_stride + std::ptrdiff_t(t) * keys.token_stride,
            keys.token_stride,
            out.data + std::ptrdiff_t(h) * out.head_stride + std::ptrdiff_t(t) * out.token_stride,
-           out.token_stride, angles, n, pairs(), room.data()});
+           out.token_stride, angles, n, pairs(), most - missing->size(), room.data()});
       for (std::size_t i = 0; i < count; ++i)
         missing->push_back((h * keys.tokens + t) * pairs() + room[i]);
       few = missing->size() <= most;

@@ -1,9 +1,9 @@
 // Keys before and behind RoPE, bit for bit.
 //
-// RoPE (Su et al. 2021, arXiv 2104.09864) turns the numbers i and i + `pairs` of each head by an
-// angle that grows with the position. A model that does so in bf16 rounds on the way, so what it
-// caches can be had again from the bf16 numbers that it turned, and these are more alike from token
-// to token. codecs/channel/spec.md has the arithmetic.
+// RoPE (Su et al. 2021, arXiv 2104.09864) turns pairs of numbers of each head, i and i + `pairs` or
+// 2 i and 2 i + 1, by an angle that grows with the position. A model that does so in bf16 rounds on
+// the way, so what it caches can be had again from the bf16 numbers that it turned, and these are
+// more alike from token to token. codecs/channel/spec.md has the arithmetic.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +18,17 @@ namespace kvzip {
 class Rotation {
  public:
   // How a model rounds: its two products and their sum, or the sum alone; or the sum alone where
-  // its cosines and sines are not rounded to bf16 either. Stored in files.
-  enum class Rounding : std::uint8_t { each = 1, once = 2, wide = 3 };
+  // its cosines and sines are not rounded to bf16 either. And the same of a model whose pairs are
+  // side by side. Stored in files.
+  enum class Rounding : std::uint8_t {
+    each = 1,
+    once = 2,
+    wide = 3,
+    each_side_by_side = 4,
+    once_side_by_side = 5,
+    wide_side_by_side = 6
+  };
+  static constexpr int kRoundings = 6;
 
   // Numbers of bf16, [heads, tokens, dim], rows of a batch and heads counted as one; strides in
   // numbers.
@@ -35,12 +44,18 @@ class Rotation {
 
   std::size_t pairs() const { return frequency_.size(); }
 
+  // Where the two numbers of a pair stand in a head.
+  struct Places {
+    std::size_t first, second;
+  };
+  Places places_of(std::size_t pair, Rounding rounding) const;
+
   // Turns keys, of which the first token stands at the position `first`, where they are.
   void turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding rounding) const;
 
   // Finds numbers that turn to these bit for bit: writes them to `out`, and adds to `missing` the
   // pairs that have none, counted in the order of [heads, tokens, pairs]; these are written as they
-  // are. Gives up, and returns false, when more than `most` are missing.
+  // are. Gives up, and returns false, when more than `most` are missing: `missing` then has some.
   bool unturn(const Rows<const std::uint16_t>& keys, std::size_t first, Rounding rounding,
               const Rows<std::uint16_t>& out, std::size_t most,
               std::vector<std::uint64_t>* missing) const;
@@ -54,17 +69,17 @@ class Rotation {
   // Of so many positions that follow each other, as kernels read them.
   static constexpr std::size_t kPositions = 256;
   using Angles = std::shared_ptr<const std::vector<float>>;
-  Angles angles_at(std::size_t block, bool wide) const;
+  Angles angles_at(std::size_t block, Rounding rounding) const;
   // Calls use(angles, token, tokens) for one run of tokens after the other.
   template <typename Use>
-  void each_run(std::size_t first, std::size_t tokens, bool wide, const Use& use) const;
+  void each_run(std::size_t first, std::size_t tokens, Rounding rounding, const Use& use) const;
   template <typename T>
   void write_angles(std::size_t first, std::size_t positions, T* out) const;
 
   std::vector<float> frequency_;
   float scale_;
   mutable std::mutex mutex_;
-  mutable std::unordered_map<std::size_t, Angles> known_;  // by twice the block, 1 more if wide
+  mutable std::unordered_map<std::size_t, Angles> known_;  // by block, and how it lies in memory
 };
 
 }  // namespace kvzip

@@ -18,7 +18,7 @@ using Keys = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
 using Positions = nb::ndarray<nb::numpy, std::uint64_t, nb::ndim<1>>;
 
 Rotation::Rounding rounding_of(int value) {
-  if (value < 1 || value > 3) throw std::invalid_argument("rounding is 1, 2 or 3");
+  if (value < 1 || value > Rotation::kRoundings) throw std::invalid_argument("rounding is 1 to 6");
   return Rotation::Rounding(value);
 }
 
@@ -72,7 +72,7 @@ nb::object unturn(const Rotation& self, const Keys<const std::uint16_t>& keys, s
 void bind_rotation(nb::module_& m) {
   nb::class_<Rotation>(m, "Rotation",
                        "RoPE as models compute it in bf16: it turns the numbers i and i + pairs of "
-                       "each head.")
+                       "each head, or 2 i and 2 i + 1.")
       .def(
           "__init__",
           [](Rotation* self, const nb::ndarray<const float, nb::ndim<1>, nb::device::cpu>& radians,
@@ -101,7 +101,9 @@ void bind_rotation(nb::module_& m) {
           "keys"_a, "first"_a, "rounding"_a,
           "Turn keys where they are: bf16 bits, uint16 [batch, heads, tokens, dim], of which the "
           "first token stands at the position `first`. `rounding`: 1, products and sums are "
-          "rounded to bf16; 2, sums only; 3, sums only, and cosines and sines are float32.")
+          "rounded to bf16; 2, sums only; 3, sums only, and cosines and sines are float32; 4, 5 "
+          "and "
+          "6, likewise, of pairs 2 i and 2 i + 1.")
       .def("unturn", &unturn, "keys"_a, "first"_a, "rounding"_a, "out"_a, "most"_a,
            "Write to `out`, of the same shape, numbers that `turn` makes these keys of, bit for "
            "bit; "

@@ -17,11 +17,13 @@
 
 namespace kvzip::rotation {
 
-// Angles come in groups of so many pairs, of each group the even ones first: two numbers of bf16
-// make a word, whose halves are the next even one and the next odd one.
+// Angles come in groups of so many pairs. Two numbers of bf16 make a word: of halves the numbers of
+// an even pair and of the next, so that of each group the even ones come first; of pairs side by
+// side both numbers of one.
 constexpr std::size_t kGroup = 32;
 constexpr std::size_t grouped(std::size_t pairs) { return (pairs + kGroup - 1) / kGroup * kGroup; }
-constexpr std::size_t place_of(std::size_t pair) {
+constexpr std::size_t place_of(std::size_t pair, bool side_by_side) {
+  if (side_by_side) return pair;
   return pair / kGroup * kGroup + pair % 2 * (kGroup / 2) + pair % kGroup / 2;
 }
 
@@ -39,6 +41,7 @@ struct UnturnWork {
   std::ptrdiff_t out_token_stride;
   const float* angles;
   std::size_t tokens, pairs;
+  std::size_t most;        // where more are missing, it may give up
   std::uint64_t* missing;  // has room for [tokens, pairs]
 };
 
@@ -46,8 +49,8 @@ using Turn = void (*)(const TurnWork& work);
 using Unturn = std::size_t (*)(const UnturnWork& work);  // returns how many are missing
 
 struct Kernels {
-  Turn turn[2];  // rounded each time, rounded once
-  Unturn unturn[2];
+  Turn turn[2][2];  // of halves, of pairs side by side; rounded each time, rounded once
+  Unturn unturn[2][2];
 };
 
 extern const Kernels baseline;
@@ -274,32 +277,80 @@ struct Vectors {
   };
 };
 
-// Where the angles of 2 W pairs lie, of the even ones; those of the odd ones are half a group
-// behind.
-constexpr std::size_t angles_at(std::size_t pair) {
-  return pair / kGroup * kGroup + pair % kGroup / 2;
-}
+// How 2 W pairs of a key lie in memory and in two vectors of words, of which each holds two
+// numbers, and in two vectors each of their first and of their second numbers.
+template <int W>
+struct Halves {
+  using V = Vectors<W, false>;
+  using F = typename V::F;
+  using U = typename V::U;
 
-// Calls use(a, b, angles) for 2 W pairs of one key after the other, numbers of bf16 and where they
-// lie, and `angles`, the place of their even ones' angles.
-template <int W, typename Use>
-void each_pairs(std::uint16_t* key, std::size_t pairs, const Use& use) {
-  for (std::size_t i = 0; i < pairs; i += 2 * W) {
-    const std::size_t n = pairs - i < 2 * W ? pairs - i : 2 * W;
-    if (n == 2 * W) {
-      use(key + i, key + pairs + i, angles_at(i));
-    } else {
-      std::uint16_t a[2 * W] = {}, b[2 * W] = {};
-      std::memcpy(a, key + i, 2 * n);
-      std::memcpy(b, key + pairs + i, 2 * n);
-      use(a, b, angles_at(i));
-      std::memcpy(key + i, a, 2 * n);
-      std::memcpy(key + pairs + i, b, 2 * n);
-    }
+  // Where a pair's first number lies, and how far behind it the second.
+  static std::size_t place(std::size_t pair) { return pair; }
+  static std::size_t apart(std::size_t pairs) { return pairs; }
+  // How far behind the first vector's numbers the second's lie, and how many of n pairs' numbers
+  // are in each.
+  static std::size_t next(std::size_t pairs) { return pairs; }
+  static std::size_t numbers(std::size_t n, int /*v*/) { return n; }
+  // Where the angles of pairs in a vector lie, and which of the pairs these are.
+  static std::size_t angles(std::size_t pair, int v) {
+    return pair / kGroup * kGroup + pair % kGroup / 2 + std::size_t(v) * (kGroup / 2);
+  }
+  static U numbered(int v) { return 2 * V::numbered() + std::uint32_t(v); }
+
+  static F first(const U (&words)[2], int v) { return v ? V::odd(words[0]) : V::even(words[0]); }
+  static F second(const U (&words)[2], int v) { return v ? V::odd(words[1]) : V::even(words[1]); }
+  static void join(const F (&first)[2], const F (&second)[2], U (&words)[2]) {
+    words[0] = V::joined(first[0], first[1]);
+    words[1] = V::joined(second[0], second[1]);
+  }
+};
+template <int W>
+struct SideBySide {
+  using V = Vectors<W, false>;
+  using F = typename V::F;
+  using U = typename V::U;
+
+  static std::size_t place(std::size_t pair) { return 2 * pair; }
+  static std::size_t apart(std::size_t) { return 1; }
+  static std::size_t next(std::size_t) { return 2 * W; }
+  static std::size_t numbers(std::size_t n, int v) {
+    const std::size_t before = n < W ? n : W;
+    return 2 * (v ? n - before : before);
+  }
+  static std::size_t angles(std::size_t pair, int v) { return pair + std::size_t(v) * W; }
+  static U numbered(int v) { return V::numbered() + std::uint32_t(v * W); }
+
+  static F first(const U (&words)[2], int v) { return V::even(words[v]); }
+  static F second(const U (&words)[2], int v) { return V::odd(words[v]); }
+  static void join(const F (&first)[2], const F (&second)[2], U (&words)[2]) {
+    for (const int v : {0, 1}) words[v] = V::joined(first[v], second[v]);
+  }
+};
+
+// The words of n pairs, at most 2 W, and zeros.
+template <int W, typename Pairing>
+void load_words(const std::uint16_t* key, std::size_t pairs, std::size_t n,
+                typename Vectors<W, false>::U (&words)[2]) {
+  const std::uint16_t* const next = key + Pairing::next(pairs);
+  if (n == 2 * W) {
+    std::memcpy(&words[0], key, sizeof words[0]);
+    std::memcpy(&words[1], next, sizeof words[1]);
+  } else {
+    std::memset(words, 0, sizeof words);
+    std::memcpy(&words[0], key, 2 * Pairing::numbers(n, 0));
+    std::memcpy(&words[1], next, 2 * Pairing::numbers(n, 1));
   }
 }
+template <int W, typename Pairing>
+void store_words(const typename Vectors<W, false>::U (&words)[2], std::size_t pairs, std::size_t n,
+                 std::uint16_t* key) {
+  std::uint16_t* const next = key + Pairing::next(pairs);
+  std::memcpy(key, &words[0], n == 2 * W ? sizeof words[0] : 2 * Pairing::numbers(n, 0));
+  std::memcpy(next, &words[1], n == 2 * W ? sizeof words[1] : 2 * Pairing::numbers(n, 1));
+}
 
-template <int W, bool kEach>
+template <int W, bool kEach, typename Pairing>
 void turn_keys(const TurnWork& work) {
   using V = Vectors<W, kEach>;
   using F = typename V::F;
@@ -307,17 +358,24 @@ void turn_keys(const TurnWork& work) {
   const std::size_t padded = grouped(work.pairs);
   std::uint16_t* key = work.keys;
   const float *cos = work.angles, *sin = cos + padded;
-  for (std::size_t t = 0; t < work.tokens; ++t) {
-    each_pairs<W>(key, work.pairs, [&](std::uint16_t* a, std::uint16_t* b, std::size_t at) {
-      const U first = V::template load<U>(a), second = V::template load<U>(b);
+  const auto turn = [&](std::size_t pair, std::size_t n) {
+    std::uint16_t* const numbers = key + Pairing::place(pair);
+    U words[2];
+    F y1[2], y2[2];
+    load_words<W, Pairing>(numbers, work.pairs, n, words);
+    for (const int v : {0, 1}) {
+      const F a = Pairing::first(words, v), b = Pairing::second(words, v);
+      const std::size_t at = Pairing::angles(pair, v);
       const F c = V::template load<F>(cos + at), s = V::template load<F>(sin + at);
-      const std::size_t next = at + kGroup / 2;
-      const F d = V::template load<F>(cos + next), r = V::template load<F>(sin + next);
-      const F a0 = V::even(first), b0 = V::even(second);
-      const F a1 = V::odd(first), b1 = V::odd(second);
-      V::store(a, V::joined(V::turned1(a0, b0, c, s), V::turned1(a1, b1, d, r)));
-      V::store(b, V::joined(V::turned2(a0, b0, c, s), V::turned2(a1, b1, d, r)));
-    });
+      y1[v] = V::turned1(a, b, c, s), y2[v] = V::turned2(a, b, c, s);
+    }
+    Pairing::join(y1, y2, words);
+    store_words<W, Pairing>(words, work.pairs, n, numbers);
+  };
+  for (std::size_t t = 0; t < work.tokens; ++t) {
+    std::size_t pair = 0;
+    for (; pair + 2 * W <= work.pairs; pair += 2 * W) turn(pair, 2 * W);
+    if (pair < work.pairs) turn(pair, work.pairs - pair);
     key += work.token_stride;
     cos += 2 * padded;
     sin += 2 * padded;
@@ -329,14 +387,14 @@ void turn_keys(const TurnWork& work) {
 //
 // What a search does next needs what it did before, so several take each step by turns: a processor
 // finds enough to do meanwhile only in what is near.
-template <int W, bool kEach>
+template <int W, bool kEach, typename Pairing>
 class Unturning {
  public:
   explicit Unturning(const UnturnWork& work) : work_(work), padded_(grouped(work.pairs)) {}
 
   // How many pairs are missing.
   std::size_t run() {
-    for (std::size_t t = 0; t < work_.tokens; ++t)
+    for (std::size_t t = 0; t < work_.tokens && missing_ <= work_.most; ++t)
       for (std::size_t pair = 0; pair < work_.pairs; pair += 2 * W) {
         begin(t, pair);
         if (begun_ == kBegun) finish();
@@ -353,7 +411,7 @@ class Unturning {
   using I = typename V::I;
   using Search = typename V::Search;
 
-  // Pairs of one key, the even ones and the odd ones.
+  // Pairs of one key, in two vectors.
   struct Pairs {
     Search search[2];
     std::size_t count;
@@ -371,26 +429,19 @@ class Unturning {
 
   void begin(std::size_t t, std::size_t pair) {
     const std::size_t n = work_.pairs - pair < 2 * W ? work_.pairs - pair : 2 * W;
-    const std::uint16_t* a = work_.keys + std::ptrdiff_t(t) * work_.token_stride + pair;
-    const std::uint16_t* b = a + work_.pairs;
-    std::uint16_t few[2][2 * W];
-    if (n < 2 * W) {
-      std::memset(few, 0, sizeof few);
-      std::memcpy(few[0], a, 2 * n);
-      std::memcpy(few[1], b, 2 * n);
-      a = few[0], b = few[1];
-    }
-    const U first = V::template load<U>(a), second = V::template load<U>(b);
-    const float *const cos = work_.angles + 2 * t * padded_ + angles_at(pair), *sin = cos + padded_;
+    const std::size_t place = Pairing::place(pair);
+    U words[2];
+    load_words<W, Pairing>(work_.keys + std::ptrdiff_t(t) * work_.token_stride + place, work_.pairs,
+                           n, words);
+    const float *const cos = work_.angles + 2 * t * padded_, *const sin = cos + padded_;
     Pairs& pairs = pairs_[begun_++];
     pairs.count = n;
     pairs.place = std::uint32_t(t << kTokenAt | pair);
-    pairs.out = work_.out + std::ptrdiff_t(t) * work_.out_token_stride + pair;
-    for (const int odd : {0, 1}) {
-      const int at = odd * int(kGroup / 2);
-      pairs.search[odd].begin(odd ? V::odd(first) : V::even(first),
-                              odd ? V::odd(second) : V::even(second), V::template load<F>(cos + at),
-                              V::template load<F>(sin + at));
+    pairs.out = work_.out + std::ptrdiff_t(t) * work_.out_token_stride + place;
+    for (const int v : {0, 1}) {
+      const std::size_t at = Pairing::angles(pair, v);
+      pairs.search[v].begin(Pairing::first(words, v), Pairing::second(words, v),
+                            V::template load<F>(cos + at), V::template load<F>(sin + at));
     }
   }
 
@@ -401,22 +452,17 @@ class Unturning {
     for (std::size_t i = 0; i < begun_; ++i) {
       Pairs& pairs = pairs_[i];
       F k1[2], k2[2];
-      for (const int odd : {0, 1}) {
-        Search& search = pairs.search[odd];
+      for (const int v : {0, 1}) {
+        Search& search = pairs.search[v];
         const I found = search.attempt(0);
-        k1[odd] = search.k1(), k2[odd] = search.k2();
-        const U pair = 2 * V::numbered() + std::uint32_t(odd);
+        k1[v] = search.k1(), k2[v] = search.k2();
+        const U pair = Pairing::numbered(v);
         wait(~found & (I)(pair < std::uint32_t(pairs.count)),
              pairs.place + pair + ((U)search.swap() & kSwapped), search);
       }
-      const U joined[2] = {V::joined(k1[0], k1[1]), V::joined(k2[0], k2[1])};
-      if (pairs.count == 2 * W) {
-        V::store(pairs.out, joined[0]);
-        V::store(pairs.out + work_.pairs, joined[1]);
-      } else {
-        std::memcpy(pairs.out, &joined[0], 2 * pairs.count);
-        std::memcpy(pairs.out + work_.pairs, &joined[1], 2 * pairs.count);
-      }
+      U words[2];
+      Pairing::join(k1, k2, words);
+      store_words<W, Pairing>(words, work_.pairs, pairs.count, pairs.out);
     }
     begun_ = 0;
     if (waiting_ > kWaiting) settle();
@@ -486,12 +532,13 @@ class Unturning {
       });
       for (std::size_t j = 0; j < n; ++j) {
         const std::uint32_t at = place_[i + j];
-        std::uint16_t* const out =
-            work_.out + std::ptrdiff_t(token_of(at)) * work_.out_token_stride + (at & kPairMask);
+        std::uint16_t* const out = work_.out +
+                                   std::ptrdiff_t(token_of(at)) * work_.out_token_stride +
+                                   Pairing::place(at & kPairMask);
         // Which of the two comes first cannot be foreseen, so there is no branch.
-        const std::size_t first = at / kSwapped * work_.pairs;
+        const std::size_t apart = Pairing::apart(work_.pairs), first = at / kSwapped * apart;
         out[first] = std::uint16_t(wide[j] >> 16);
-        out[work_.pairs - first] = std::uint16_t(narrow[j] >> 16);
+        out[apart - first] = std::uint16_t(narrow[j] >> 16);
       }
       for (std::size_t v = 0; v < vectors; ++v) wait(~found[v], place[v], search[v]);
     }
@@ -506,14 +553,17 @@ class Unturning {
   float y1_[kRoom] = {}, y2_[kRoom] = {}, cos_[kRoom] = {}, sin_[kRoom] = {};
 };
 
-template <int W, bool kEach>
+template <int W, bool kEach, typename Pairing>
 std::size_t unturn_keys(const UnturnWork& work) {
-  return Unturning<W, kEach>(work).run();
+  return Unturning<W, kEach, Pairing>(work).run();
 }
 
 template <int W>
 constexpr Kernels kernels_of() {
-  return {{turn_keys<W, true>, turn_keys<W, false>}, {unturn_keys<W, true>, unturn_keys<W, false>}};
+  return {{{turn_keys<W, true, Halves<W>>, turn_keys<W, false, Halves<W>>},
+           {turn_keys<W, true, SideBySide<W>>, turn_keys<W, false, SideBySide<W>>}},
+          {{unturn_keys<W, true, Halves<W>>, unturn_keys<W, false, Halves<W>>},
+           {unturn_keys<W, true, SideBySide<W>>, unturn_keys<W, false, SideBySide<W>>}}};
 }
 
 }  // namespace

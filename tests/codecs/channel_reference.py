@@ -357,15 +357,21 @@ def angles(position, frequency, scale=1.0, wide=False):
 def turn(keys, first, frequencies, rounding, scale=1.0):
     """Keys before RoPE, [batch, heads, tokens, dim], of which the first token stands at the
     position `first`, as the model cached them."""
-    out, half = keys.copy(), len(frequencies)
-    each = (lambda x: of_bf16(bf16(x))) if rounding == 1 else (lambda x: x)
+    out = keys.copy()
+    each = (lambda x: of_bf16(bf16(x))) if rounding in (1, 4) else (lambda x: x)
     for b, h, t in np.ndindex(keys.shape[:3]):
         for i, frequency in enumerate(frequencies):
-            cos, sin = angles(first + t, frequency, scale, rounding == 3)
-            x, y = (of_bf16(keys[b, h, t, j]) for j in (i, i + half))
-            out[b, h, t, i] = bf16(each(x * cos) - each(y * sin))
-            out[b, h, t, i + half] = bf16(each(y * cos) + each(x * sin))
+            cos, sin = angles(first + t, frequency, scale, rounding in (3, 6))
+            one, other = places(i, len(frequencies), rounding)
+            x, y = (of_bf16(keys[b, h, t, j]) for j in (one, other))
+            out[b, h, t, one] = bf16(each(x * cos) - each(y * sin))
+            out[b, h, t, other] = bf16(each(y * cos) + each(x * sin))
     return out
+
+
+def places(pair, pairs, rounding):
+    """Which numbers of a head are a pair."""
+    return (pair, pair + pairs) if rounding <= 3 else (2 * pair, 2 * pair + 1)
 
 
 def unturned(data):
@@ -374,7 +380,7 @@ def unturned(data):
     fields = Fields(data)
     mode, rounding, *zeros = fields.take(4)
     assert mode == 3
-    assert rounding in (1, 2, 3)
+    assert 1 <= rounding <= 6
     (count,) = fields.take(1, "u4")
     assert not any(zeros + fields.take(8))
     exceptions = [(*fields.take(1, "u4"), *fields.take(2, "u2")) for _ in range(count)]
@@ -389,11 +395,11 @@ def decode_keys(data, channels, shape, form, first, frequencies, scale=1.0):
     coded, rounding, exceptions = unturned(data)
     assert coded[0] == 2
     out = turn(decode(coded, channels, shape, form), first, frequencies, rounding, scale)
-    half = len(frequencies)
     for place, x, y in exceptions:
-        row, i = divmod(place, half)
+        row, pair = divmod(place, len(frequencies))
         at = np.unravel_index(row, shape[:3])
-        out[(*at, i)], out[(*at, i + half)] = x, y
+        one, other = places(pair, len(frequencies), rounding)
+        out[(*at, one)], out[(*at, other)] = x, y
     return out
 
 

@@ -21,6 +21,7 @@ from kvzip.codecs import _native
 from kvzip.selftest import instructions
 from kvzip.snapshot import Layer
 
+ROUNDINGS = (1, 2, 3, 4, 5, 6)
 CODEC = kvzip.get_codec("channel:keys=before_rope")
 FORM = dtypes.get("bf16")
 
@@ -65,7 +66,7 @@ def modes(blob):
 # --- the arithmetic ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rounding", [1, 2, 3])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_turning_is_what_the_spec_says(rounding):
     rng = np.random.default_rng(rounding)
     frequencies = radians(20)
@@ -126,7 +127,7 @@ def test_what_was_turned_is_found(data):
     heads, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
     pairs, rest = data.draw(st.integers(1, 70)), data.draw(st.integers(0, 3))
     first = data.draw(st.sampled_from([0, 1, 250, 100_000]))
-    rounding = data.draw(st.sampled_from([1, 2, 3]))
+    rounding = data.draw(st.sampled_from(ROUNDINGS))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     keys = before(rng, (1, heads, tokens, 2 * pairs + rest))
     rotation = _native.Rotation(radians(pairs))
@@ -138,17 +139,24 @@ def test_what_was_turned_is_found(data):
         missing = rotation.unturn(keys, first, rounding, out, keys.size)
         again = out.copy()
         rotation.turn(again, first, rounding)
-        of_pairs = again[..., : 2 * pairs].reshape(heads, tokens, 2, pairs)
-        wrong = of_pairs != keys[..., : 2 * pairs].reshape(of_pairs.shape)
-        assert set(np.flatnonzero(wrong.any(2))) <= set(missing.tolist())
+        wrong = (by_pairs(again, pairs, rounding) != by_pairs(keys, pairs, rounding)).any(1)
+        assert set(np.flatnonzero(wrong)) <= set(missing.tolist())
         assert np.array_equal(out[..., 2 * pairs :], keys[..., 2 * pairs :])
         assert len(missing) <= 2 + heads * tokens * pairs // 500
         found.append((out.tobytes(), missing.tobytes()))
     assert len(set(found)) == 1
 
 
+def by_pairs(keys, pairs, rounding):
+    """The numbers that are turned, [all pairs, 2]."""
+    turned = keys[..., : 2 * pairs]
+    if rounding > 3:
+        return turned.reshape(-1, 2)
+    return turned.reshape(*keys.shape[:-1], 2, pairs).swapaxes(-1, -2).reshape(-1, 2)
+
+
 @examples(50)
-@given(st.integers(0, 2**32), st.sampled_from([1, 2, 3]), st.sampled_from([9, 70]))
+@given(st.integers(0, 2**32), st.sampled_from(ROUNDINGS), st.sampled_from([9, 70]))
 def test_whatever_the_bits_are(seed, rounding, tokens):
     """NaN, infinities and the smallest numbers are none that anything turns to: what processors
     could differ in is left out. Of 70 tokens more pairs than wait together are tried again."""
@@ -162,27 +170,55 @@ def test_whatever_the_bits_are(seed, rounding, tokens):
         missing = rotation.unturn(keys, 3, rounding, out, keys.size)
         turned = out.copy()
         rotation.turn(turned, 3, rounding)
-        same = (turned == keys).reshape(2, tokens, 2, 20).all(2).reshape(-1)
+        same = (by_pairs(turned, 20, rounding) == by_pairs(keys, 20, rounding)).all(1)
         found = np.setdiff1d(np.arange(len(same)), missing.astype(int))
         assert same[found].all()
-        exponents = out.reshape(2, tokens, 2, 20).swapaxes(2, 3).reshape(-1, 2)[found] >> 7 & 0xFF
+        exponents = by_pairs(out, 20, rounding)[found] >> 7 & 0xFF
         assert ((exponents == 0) | ((exponents >= 127 - 40) & (exponents < 127 + 60))).all()
-        outs.append((missing.tobytes(), out.reshape(2, tokens, 2, 20).tobytes()))
-    assert len({missing for missing, _ in outs}) == 1
+        outs.append(missing.tobytes())
+    assert len(set(outs)) == 1
+
+
+@pytest.mark.parametrize("rounding", [1, 2, 3])
+@pytest.mark.parametrize(("pairs", "rest"), [(1, 0), (7, 3), (16, 0), (33, 1), (64, 0)])
+def test_pairs_side_by_side_are_the_same_pairs_elsewhere(pairs, rest, rounding):
+    """Once numbers have changed places they are turned to the same, and the same are found."""
+    rng = np.random.default_rng(pairs)
+    apart = before(rng, (1, 2, 30, 2 * pairs + rest))
+    order = np.arange(2 * pairs + rest)
+    order[: 2 * pairs] = order[: 2 * pairs].reshape(2, pairs).T.reshape(-1)
+    side = np.ascontiguousarray(apart[..., order])
+    rotation = _native.Rotation(radians(pairs))
+    for level in instructions():
+        _native.set_simd(level)
+        keys = [apart.copy(), side.copy()]
+        for turned, how in zip(keys, (rounding, rounding + 3), strict=True):
+            rotation.turn(turned, 9, how)
+        assert np.array_equal(keys[0][..., order], keys[1])
+        keys[0][0, 0, ::5, 0] = 0x7F80  # nothing turns to infinity
+        keys[1][...] = keys[0][..., order]
+        outs = [turned.copy() for turned in keys]
+        found = [
+            rotation.unturn(turned, 9, how, out, turned.size)
+            for turned, how, out in zip(keys, (rounding, rounding + 3), outs, strict=True)
+        ]
+        assert len(found[0]) >= 6 and np.array_equal(*found)
+        assert np.array_equal(outs[0][..., order], outs[1])
 
 
 def test_it_gives_up_where_too_many_are_missing():
     rng = np.random.default_rng(3)
     keys = random_bits(rng, "bf16", (1, 2, 40, 64))
     rotation, out = _native.Rotation(radians(32)), np.empty_like(keys)
-    assert rotation.unturn(keys, 0, 1, out, 20) is None
+    for rounding in ROUNDINGS:
+        assert rotation.unturn(keys, 0, rounding, out, 20) is None
 
 
 @pytest.mark.parametrize(
     ("frequencies", "call"),
     [
         (4, lambda r, k: r.turn(k[..., :7], 0, 1)),
-        (4, lambda r, k: r.turn(k, 0, 4)),
+        (4, lambda r, k: r.turn(k, 0, 7)),
         (4, lambda r, k: r.unturn(k, 0, 0, k.copy(), 1)),
         (4, lambda r, k: r.unturn(k, 0, 1, k[:, :1].copy(), 1)),
         (5, lambda r, k: r.turn(k, 0, 1)),
@@ -205,7 +241,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("rounding", [1, 2, 3])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize(("shape", "first"), SHAPES)
 @pytest.mark.drawn(2)
 def test_a_decoder_written_from_the_spec_reads_real_blocks(shape, first, rounding):

@@ -168,12 +168,12 @@ def test_a_channel_profile(tmp_path):
     assert row.coder_bits < row.our_bits < row.coder_bits + 8 * 12 * STREAM * 2
 
 
-@pytest.mark.parametrize("rounding", [1, 2])
+@pytest.mark.parametrize("rounding", [1, 2, 5])
 def test_keys_before_rope(tmp_path, rounding):
     """Under the tables of the numbers that are coded; head and exceptions stand beside either."""
     snapshot = rotated(1, 2048, rounding=rounding, layers=1, heads=2, dim=64)
     for i in range(0, 2048, 300):  # pairs that nothing turns to
-        snapshot.layers[0].k[0, i, 3] = snapshot.layers[0].k[0, i, 35] = 0x7F01
+        snapshot.layers[0].k[0, i, 3] = 0x7F01
     _, cached, before = check([saved(tmp_path, snapshot)])
     assert (cached.model, before.model) == ("channel", "channel, keys before RoPE")
     assert before.our_bits < cached.our_bits

@@ -159,7 +159,11 @@ def seeds(target: str) -> list[bytes]:
             kvzip.encode(make_snapshot(cache_like, 1, dtype, **size), codec)
             for codec, dtype in kinds
         ]
-        return files + [kvzip.encode(on_a_grid(), codec) for codec in ("raw", "channel")]
+        files += [kvzip.encode(on_a_grid(), codec) for codec in ("raw", "channel")]
+        for name in ("channel-before-rope-bf16.kvz", "channel-before-rope-6-bf16.kvz"):
+            with kvzip.open(GOLDEN / name) as reader:
+                files.append(kvzip.encode(reader.decode(layers=[0]), "channel"))
+        return files
     if target == "profile":
         path = FOLDER / "seed.kvprofile"
         kvzip.Profile.fit([SAVED], codec="channel").save(path)

@@ -19,7 +19,7 @@ import kvzip
 from kvzip.codecs import _native
 from kvzip.codecs.channel import codec, gpu_rotation
 from kvzip.codecs.channel.codec import ChannelCodec
-from kvzip.codecs.channel.rotation import UNTURNED
+from kvzip.codecs.channel.rotation import ROUNDINGS, UNTURNED
 from kvzip.codecs.native.cuda.work import BLOCK, Slot, Target, Work
 from kvzip.container import on_device
 
@@ -57,7 +57,9 @@ def turned(
         k = before_rope(rng, (batch or 1, heads, tokens, dim))
         rotation.turn(k, first, rounding)
         rare = rng.random((*k.shape[:3], pairs)) < exceptions
-        for half in (k[..., :pairs], k[..., pairs : 2 * pairs]):
+        numbers = k[..., : 2 * pairs]
+        apart = numbers[..., :pairs], numbers[..., pairs:]
+        for half in apart if rounding <= 3 else (numbers[..., ::2], numbers[..., 1::2]):
             half[rare] = random_bits(rng, "bf16", k.shape)[..., :pairs][rare]
         v = cache_like(rng, "bf16", k.shape)
         if batch is None:
@@ -90,7 +92,7 @@ def encoded(snapshot, block_tokens=64):
     return blob
 
 
-@pytest.mark.parametrize("rounding", [1, 2, 3])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize(("dim", "pairs"), SHAPES)
 @pytest.mark.drawn(2)
 def test_keys_come_back(device, shuffled, dim, pairs, rounding):
@@ -116,8 +118,8 @@ def test_batches_and_positions(device, shuffled, monkeypatch):
         monkeypatch.setattr(gpu_rotation, "_ANGLES", together * 16)
         monkeypatch.setattr(gpu_rotation, "_KEPT_BYTES", kept)
         where.cache.pop("angles", None)  # of other pieces
-        for batch, first in ((None, 5003), (2, 0)):
-            snapshot = turned(together, 32, 16, 1, 3, 99, batch, 3, first, 0.001)
+        for batch, first, rounding in ((None, 5003, 1), (2, 0, 1), (2, 0, 6)):
+            snapshot = turned(together, 32, 16, rounding, 3, 99, batch, 3, first, 0.001)
             blob = encoded(snapshot, 33)
             assert_layers(kvzip.decode(blob, device=where), snapshot.layers)
             span = first + 20, first + 90
@@ -226,7 +228,7 @@ def test_blocks_of_predictive_that_channel_coded(device, monkeypatch):
     assert_layers(kvzip.decode(blob, profile, device=device), snapshot.layers)
 
 
-@pytest.mark.parametrize("rounding", [1, 2, 3])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_numbers_of_any_size(device, shuffled, room, rounding):
     """Every exponent that keys before RoPE may have, and both zeros, in every pair, at positions
     where cosines and sines are near to nothing, too."""
@@ -328,10 +330,11 @@ DAMAGE = {
     "pairs that fall": put(16, lambda e: e[1] + 1),
     "another pair": put(16, lambda e: e[0] + 1 if e[0] + 1 < e[1] else e[1] - 1),
     "other numbers": put(20, 0x7F807FC0),
-    "no such rounding": put(1, 4, 1),
+    "no such rounding": put(1, 7, 1),
     "no rounding": put(1, 0, 1),
     "the other rounding": put(1, 2, 1),
     "cosines of float32": put(1, 3, 1),
+    "pairs side by side": put(1, 4, 1),
     "a head that is not zeros": put(2, 1, 1),
     "its end not zeros": put(15, 1, 1),
     "too few exceptions": counted(-1),

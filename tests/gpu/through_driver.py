@@ -15,6 +15,7 @@ from test_turned_on_device import kinds, turned
 
 import kvzip
 from kvzip.codecs.channel import gpu_rotation
+from kvzip.codecs.channel.rotation import ROUNDINGS
 from kvzip.codecs.native.cuda import gpu
 from kvzip.codecs.native.cuda.arrays import DeviceArray, empty
 from kvzip.codecs.native.cuda.shim_device import ShimDevice
@@ -86,7 +87,7 @@ def layers_need_each_other(draw: random.Random) -> None:
 
 def keys_are_turned(device: gpu.CudaDevice, draw: random.Random) -> None:
     """By angles that are brought when they are needed, and dropped soon."""
-    snapshot = turned(draw.randrange(1000), 32, 16, tokens=180, layers=4)
+    snapshot = turned(draw.randrange(1000), 32, 16, draw.choice(ROUNDINGS), tokens=180, layers=4)
     blob = kvzip.encode(snapshot, "channel:keys=before_rope", block_tokens=32)
     assert 3 in kinds(blob)["k"]
     for on_device.PIECE in (1, 20000):

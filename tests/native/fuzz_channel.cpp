@@ -212,7 +212,7 @@ void turned() {
   const bool token_major = below(2);
   const auto token = std::ptrdiff_t(token_major ? heads * dim : dim);
   const auto head = std::ptrdiff_t(token_major ? dim : tokens * dim);
-  const auto rounding = below(2) ? Rotation::Rounding::each : Rotation::Rounding::once;
+  const auto rounding = Rotation::Rounding(1 + below(Rotation::kRoundings));
   std::vector<float> frequencies(pairs);
   for (float& f : frequencies) f = float(below(1 << 20)) * 0x1p-20f;
   if (below(8) == 0) frequencies[below(pairs)] = below(2) ? 1e30f : -1e10f;
@@ -238,10 +238,10 @@ void turned() {
     rotation.turn({out.data(), heads, tokens, head, token}, first, rounding);
     for (const std::uint64_t place : missing) {
       const std::size_t row = std::size_t(place) / pairs;
-      const std::size_t at = row / tokens * std::size_t(head) + row % tokens * std::size_t(token) +
-                             std::size_t(place) % pairs;
-      out[at] = keys[at];
-      out[at + pairs] = keys[at + pairs];
+      const std::size_t key = row / tokens * std::size_t(head) + row % tokens * std::size_t(token);
+      const auto [one, other] = rotation.places_of(std::size_t(place) % pairs, rounding);
+      out[key + one] = keys[key + one];
+      out[key + other] = keys[key + other];
     }
     check(out == keys, "keys that are not turned back");
   }
@@ -249,7 +249,7 @@ void turned() {
   Bytes bytes(16 + 8 * below(6) + 16 * below(3));
   for (std::uint8_t& byte : bytes) byte = std::uint8_t(below(3) ? 0 : below(256));
   bytes[0] = 3;
-  bytes[1] = std::uint8_t(1 + below(2));
+  bytes[1] = std::uint8_t(1 + below(Rotation::kRoundings));
   const Exact block(below(4) ? bytes : damaged(bytes));
   try {
     const Unturned unturned(block.data.get(), block.size);
