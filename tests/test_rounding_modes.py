@@ -106,6 +106,7 @@ def check(other, snapshot, codec, profile=None, make=kvzip.encode, **options):
 
 
 @pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.drawn(2)
 def test_codecs(codec, other):
     for dtype in UNLIKE_DTYPES:
         for maker in (cache_like, random_bits):
@@ -135,6 +136,7 @@ def turned(rounds, first=100_000, tokens=150):
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.drawn(2)
 def test_predictive(other, simd, rounds, monkeypatch):
     """With a model that is made under either way to compute, too."""
     snapshot = turned(rounds)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from support import CODECS, NEED_PROFILE, UNLIKE_DTYPES
 
 import kvzip
 from kvzip.testing import CodecContract
+
+pytestmark = pytest.mark.drawn(2)
 
 
 class TestCodecs(CodecContract):

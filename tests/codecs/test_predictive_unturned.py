@@ -66,7 +66,7 @@ def chains(profile, found, start):
 @pytest.mark.parametrize(
     ("start", "batch", "strange"), [(0, None, 0.1), (1 << 20, 2, 0.0), (3, 3, 1.0)]
 )
-@pytest.mark.drawn(4)
+@pytest.mark.drawn(8)
 def test_native_code_is_what_the_page_says(name, rounding, start, batch, strange):
     """The same bytes, the same code length, and one reads what the other wrote; with pairs that
     nothing turns to, and numbers of any size among them."""
