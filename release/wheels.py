@@ -41,6 +41,13 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> No
     subprocess.run(list(map(str, command)), check=True, cwd=cwd, env={**os.environ, **environment})
 
 
+def make_room(out: Path) -> None:
+    """Have a folder that holds nothing of kvzip yet; files of others stay."""
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("kvzip-*"):
+        old.unlink()
+
+
 def environment_of(python: str, folder: Path) -> Path:
     """A virtual environment with what builds and checks wheels; its interpreter."""
     made = folder / f"tools-{python}" / "bin" / "python"
@@ -71,6 +78,7 @@ def build(sdist: Path, python: str, arch: str, folder: Path) -> Path:
     """The wheel for one Python and processor, named as auditwheel finds it to be."""
     tools = environment_of(python, folder)
     abi3, built = PYTHONS[python], folder / "built" / f"{python}-{arch}"
+    shutil.rmtree(built, ignore_errors=True)  # that of an earlier version
     settings = [f"-Ccmake.toolchain-file={ROOT / 'release' / 'zig.cmake'}"]
     settings += [f"-Cwheel.py-api={abi3}"] if abi3 else []
     settings += [f"-Cbuild-dir={folder / 'objects' / f'{python}-{arch}'}", "-Cinstall.strip=true"]
@@ -169,7 +177,12 @@ def try_elsewhere(
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__)
-    parse.add_argument("--out", type=Path, default=ROOT / "dist")
+    parse.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "dist",
+        help="Folder for what is made; what it has of kvzip is removed first.",
+    )
     parse.add_argument("--work", type=Path, default=ROOT / "build" / "release")
     parse.add_argument("--pythons", nargs="+", default=list(PYTHONS), choices=list(PYTHONS))
     parse.add_argument("--archs", nargs="+", default=list(ARCHS), choices=list(ARCHS))
@@ -185,8 +198,7 @@ def main() -> None:
         if interpreter(version) is None:
             sys.exit(f"no python{version} on the PATH: wheels are built with {given.pythons}")
     out, work = given.out.absolute(), given.work.absolute()
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    make_room(out)
     first = environment_of(given.pythons[0], work)
     run(first, "-m", "build", "--sdist", "--outdir", out, ROOT)
     [sdist] = out.glob("kvzip-*.tar.gz")
@@ -200,7 +212,7 @@ def main() -> None:
                     try_here(tools, wheel, version, work)
                 else:
                     try_elsewhere(tools, wheel, version, arch, emulated.get(version), work)
-    print("built and checked:", *sorted(path.name for path in out.iterdir()), sep="\n")
+    print("built and checked:", *sorted(path.name for path in out.glob("kvzip-*")), sep="\n")
 
 
 if __name__ == "__main__":
