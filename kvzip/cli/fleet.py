@@ -20,7 +20,7 @@ from kvzip.cli.arguments import (
     names,
     numbers,
 )
-from kvzip.cli.terminal import emit, say, show_table, steps
+from kvzip.cli.terminal import counted, emit, say, show_table, steps
 from kvzip.codec_spec import split_specs
 from kvzip.errors import UsageError
 
@@ -195,7 +195,7 @@ def _show_traffic(found: TrafficResult) -> None:
     from kvzip.eval.traffic.fleet import STRATEGIES
 
     say(
-        f"{found.trace}: {found.requests:,} requests in {duration(found.seconds)}, "
+        f"{found.trace}: {counted(found.requests, 'request')} in {duration(found.seconds)}, "
         f"{found.accesses:,} blocks of {found.block_tokens} tokens, {found.distinct:,} "
         f"different ones; with room for all, {found.most:.1%} need not be computed"
     )
@@ -218,7 +218,7 @@ def _show_traffic(found: TrafficResult) -> None:
         Column("strategy", no_wrap=True),
         Column("codec", no_wrap=True),
         *columns,
-        title=f"On {found.gpus} GPUs, {found.model}, {found.dtype}, {found.policy}",
+        title=f"On {counted(found.gpus, 'GPU')}, {found.model}, {found.dtype}, {found.policy}",
     )
     for r in found.rows:
         codec = f"{r.codec} {r.ratio:.2f}x" + (" (GPU)" if r.decoder == "device" else "")

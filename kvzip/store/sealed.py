@@ -66,7 +66,10 @@ class SealedObjects:
         except FormatError:
             if path != _PLAIN or not data.startswith(b"{"):
                 return b""
-            raise SealError(f"{self.url} is no sealed store, and a key is given") from None
+            raise SealError(
+                f"{self.url} is no sealed store, and a key is given: leave the key out, or take "
+                "another store"
+            ) from None
         except CorruptError:
             return b""
 
