@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,13 @@ def test_lossy(bit_exact):
 NAMES = ("good", "lossy", "careless", "stateful")
 
 
+def on_page(page: str, language: str, word: str) -> str:
+    """The example of a page that has a word in it."""
+    found = re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    [example] = [code for code in found if word in code]
+    return example
+
+
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What pytest says, in one run, of the suite with another distribution's codecs, of a test with
@@ -94,6 +102,8 @@ def said(tmp_path_factory):
     (folder / "stranger.py").write_text(STRANGERS)
     (folder / "conftest.py").write_text(UNSHRUNK)
     (folder / "test_own.py").write_text(OWN)
+    (folder / "my_package.py").write_text(on_page("codecs/README.md", "python", "MyCodec"))
+    (folder / "test_mine.py").write_text(on_page("docs/testing.md", "python", "TestMine"))
     snapshot = make_snapshot(cache_like, 1, "bf16", tokens=200)
     snapshot.layers[1].v[1, 7, 3] = 0x8000
     snapshot.save(folder / "doc.safetensors")
@@ -101,10 +111,12 @@ def said(tmp_path_factory):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
     points = "".join(f"{name} = stranger:{name.title()}\n" for name in NAMES)
+    project = tomllib.loads(on_page("codecs/README.md", "toml", "mine"))["project"]
+    points += "".join(f"{n} = {at}\n" for n, at in project["entry-points"]["kvzip.codecs"].items())
     (info / "entry_points.txt").write_text(f"[kvzip.codecs]\n{points}")
     command = [sys.executable, "-m", "pytest", "-p", "pytest_kvzip", "-p", "no:cacheprovider"]
     command += ["-c", os.devnull, "--rootdir", folder, "-rA", "--tb=short"]
-    command += ["--pyargs", "test_own.py", "kvzip.testing.suite"]
+    command += ["--pyargs", "test_own.py", "test_mine.py", "kvzip.testing.suite"]
     command += [f"--kvzip-codec={name}" for name in NAMES] + ["--kvzip-snapshot=doc.safetensors"]
     few = "bf16 and any_bits or many_blocks and bf16-axes0-1 or one_object"
     command += ["-k", f"{few} or test_own or in_a_file"]
@@ -122,6 +134,11 @@ def test_a_strangers_codecs_are_held_to_the_contract(said):
     assert by["careless"] == {"test_many_blocks_at_once_are_each_alone"}
     assert by["stateful"] == {"test_one_object_serves_all_threads"}
     assert re.search(r"PASSED \S+::test_round_trip_of_any_bits\[good-bf16\]", said)
+
+
+def test_the_guides_codec_keeps_the_contract(said):
+    assert not re.findall(r"^(?:FAILED|ERROR) test_mine.*", said, re.MULTILINE)
+    assert re.search(r"^PASSED test_mine\S+any_bits\[mine:level=9-bf16\]", said, re.MULTILINE)
 
 
 def test_a_cache_of_ones_own_in_ones_own_tests(said):
