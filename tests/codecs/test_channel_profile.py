@@ -166,7 +166,9 @@ def test_a_profile_has_tables_of_keys_before_rope(of_rotated, known):
     assert_same(kvzip.decode(own, older), one)
 
 
-@pytest.mark.parametrize(("tokens", "first", "rounding"), [(1, 0, 1), (130, 0, 2), (300, 5000, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "first", "rounding"), [(1, 0, 1), (130, 0, 2), (300, 5000, 1), (300, 0, 5)]
+)
 def test_keys_before_rope_come_back_by_a_profile(of_rotated, tokens, first, rounding):
     one = rotated(7, tokens, first, rounding)
     blob = kvzip.encode(one, BEFORE, of_rotated, block_tokens=64)
