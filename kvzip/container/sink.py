@@ -61,7 +61,7 @@ class Memory:
 
 def _writable(out: Any) -> NDArray[np.uint8]:
     try:
-        whole = as_bits(out, "bytes")[0] if _is_tensor(out) else out
+        whole: Any = as_bits(out, "bytes")[0] if _is_tensor(out) else out
         found = np.frombuffer(memoryview(whole).cast("B"), np.uint8)
     except (TypeError, ValueError, BufferError, UnsupportedError) as error:
         raise UsageError(f"out must be a buffer of bytes side by side: {error}") from None

@@ -24,7 +24,7 @@ import math
 import mmap
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -41,6 +41,40 @@ from kvzip.snapshot import Layer, LayerLayout, Layout, PartLayout, Snapshot
 
 _RAW = (bytes, bytearray, memoryview, mmap.mmap, array)
 _LETTERS = {"l": "layers", "h": "heads", "t": "tokens", "d": "dim"}
+
+
+@overload
+def encode(
+    k: Any,
+    v: Any = None,
+    *,
+    axes: str = "htd",
+    dtype: Any = None,
+    shape: Sequence[int] | None = None,
+    v_shape: Sequence[int] | None = None,
+    codec: str | Codec | Mapping[str, Any] = "channel",
+    profile: Profile | None = None,
+    layer: int = 0,
+    threads: int = 1,
+    out: None = None,
+) -> bytes: ...
+
+
+@overload
+def encode(
+    k: Any,
+    v: Any = None,
+    *,
+    axes: str = "htd",
+    dtype: Any = None,
+    shape: Sequence[int] | None = None,
+    v_shape: Sequence[int] | None = None,
+    codec: str | Codec | Mapping[str, Any] = "channel",
+    profile: Profile | None = None,
+    layer: int = 0,
+    threads: int = 1,
+    out: Any,
+) -> memoryview: ...
 
 
 def encode(

@@ -76,7 +76,7 @@ class CodecContract:
     def round_trip(self, snapshot: kvzip.Snapshot, codec: str, **how: Any) -> bytes:
         """The file of a snapshot, after it was seen to come back bit for bit."""
         profile = self.profile(codec, snapshot)
-        blob = kvzip.encode(snapshot, codec, profile, **how)
+        blob: bytes = kvzip.encode(snapshot, codec, profile, **how)
         assert_same(snapshot, kvzip.decode(blob, profile, how.get("threads", 0)))
         return blob
 
