@@ -72,7 +72,7 @@ def chains(profile, snapshot, start=0):
         ("GPT2", "fp8_e5m2", {}),
     ],
 )
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(3)
 def test_native_code_is_what_the_page_says(kind, dtype, settings):
     """The same bytes, the same code length, and one reads what the other wrote."""
     more = {"n_embd": 32, "n_head": 4, "n_layer": 4} if kind == "GPT2" else {}

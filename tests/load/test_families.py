@@ -49,7 +49,7 @@ def test_the_table_has_every_family() -> None:
 
 
 @pytest.mark.parametrize("family", _cases())
-@pytest.mark.drawn(3)
+@pytest.mark.drawn(4)
 def test_a_family(family: Family) -> None:
     """It works, and what the table says of it is so."""
     torch.set_num_threads(1)
