@@ -19,6 +19,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.drawn(2)
 def test_golden_files_are_read_by_the_page_alone(name):
     data, profile = (NOW / name).read_bytes(), FILES[name].get("profile")
     known = profile and kvzip.Profile.load(NOW / profile)

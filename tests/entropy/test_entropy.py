@@ -172,6 +172,7 @@ def test_energy_pays_where_tokens_differ():
 
 
 @pytest.mark.parametrize("dtype", PREDICTED_DTYPES)
+@pytest.mark.drawn(2)
 def test_tables_never_cost_less_than_the_entropy(dtype):
     """Known frequencies cost the least; those of other documents cost more, on every level."""
     snapshots = [make_snapshot(cache_like, i, dtype, tokens=200) for i in range(3)]

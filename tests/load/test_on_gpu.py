@@ -41,6 +41,7 @@ def shim(tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("codec", ["channel", "raw", "zstd"])
+@pytest.mark.drawn(2)
 def test_the_same_as_by_the_cpu(shim: Any, tiny: Any, name: str, codec: str) -> None:
     """Sliding layers too."""
     case = tiny(name, "bfloat16")

@@ -94,6 +94,7 @@ def test_no_stream_makes_the_kernels_read_or_write_out_of_bounds(sanitized):
     indirect=True,
     scope="module",
 )
+@pytest.mark.drawn(2)
 def test_another_processor_writes_and_reads_the_same_bytes(codec, written, built):
     cross = shutil.which("aarch64-linux-gnu-g++")
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
