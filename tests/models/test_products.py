@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +74,10 @@ def test_numbers_are_the_exact_ones_rounded_once(operation):
     assert (native != found).float().mean() < 2e-3
 
 
+@pytest.mark.skipif(
+    Path("/proc/cpuinfo").exists() and "GenuineIntel" in Path("/proc/cpuinfo").read_text(),
+    reason="MKL cuts sums by the number of rows on Intel's processors",
+)
 @examples(30)
 @given(
     rows=st.integers(1, 40),
