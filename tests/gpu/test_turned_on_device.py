@@ -94,7 +94,7 @@ def encoded(snapshot, block_tokens=64):
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize(("dim", "pairs"), SHAPES)
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(4)
 def test_keys_come_back(device, shuffled, dim, pairs, rounding):
     """Whole, and in ranges that cut blocks."""
     heads = 8 if dim < 48 else 2
@@ -114,7 +114,8 @@ def test_batches_and_positions(device, shuffled, monkeypatch):
     monkeypatch.setattr(gpu_rotation, "_PAIRS", 100)
     monkeypatch.setattr(gpu_rotation, "_EXCEPTIONS", 3)
     monkeypatch.setattr(on_device, "PIECE", 5000)
-    for where, together, kept in itertools.product((device, shuffled), (7, 60, 1000), (0, 20000)):
+    for n, (where, together) in enumerate(itertools.product((device, shuffled), (7, 60, 1000))):
+        kept = (0, 20000)[n % 2]  # each with each of the other two
         monkeypatch.setattr(gpu_rotation, "_ANGLES", together * 16)
         monkeypatch.setattr(gpu_rotation, "_KEPT_BYTES", kept)
         where.cache.pop("angles", None)  # of other pieces
