@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from kvzip.codecs.predictive import blas
 from kvzip.codecs.predictive.allotment import Allotment, allot
 from kvzip.codecs.predictive.calibrate import calibrate
 from kvzip.codecs.predictive.density import densities, sine_table
@@ -98,9 +99,10 @@ def fit(
     finished = None if resume is None else FinishedLayers(Path(resume), settings, snapshots)
     if vocabulary is not None:
         vocabulary.keep(allotted.rows)
-    tensors, inputs = _layers(learned, allotted, vocabulary, group, finished, tell)
-    description = _description(learned, inputs, group)
-    spent = calibrate(tensors, description, apart or list(snapshots), tell)
+    with blas.for_width(max(learned.widths)):
+        tensors, inputs = _layers(learned, allotted, vocabulary, group, finished, tell)
+        description = _description(learned, inputs, group)
+        spent = calibrate(tensors, description, apart or list(snapshots), tell)
     if apart:
         description["calibration_bits"] = spent.bits_per_number
     return Profile(tensors, description)

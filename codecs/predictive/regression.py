@@ -7,20 +7,17 @@ documents are read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
+from kvzip.codecs.predictive.blas import side_by_side
 from kvzip.statistics.gaussian import cholesky
 from kvzip.statistics.ridge import divided, held_factor, residual, shrinkage, solved
 
-T = TypeVar("T")
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
@@ -156,17 +153,6 @@ class Sums:
         spared = total[0, i:] - total[0, 1:i] @ (rounded * scale)
         bias = (spared / total[0, 0]).astype(np.float64)
         return Predictor(rounded, scale.astype(np.float64) / 16, bias, covariance)
-
-
-def side_by_side(job: Callable[[int], T], count: int) -> list[T]:
-    """What a job gives for each number below `count`, several at a time where BLAS has the threads,
-    which share them: products keep all busy, and what lies between them one. A job holds some
-    hundred megabytes at a large model's width, hence four at most."""
-    blas = ThreadpoolController().select(user_api="blas")
-    threads = max((library.num_threads for library in blas.lib_controllers), default=1)
-    jobs = max(1, min(count, threads, 4))
-    with blas.limit(limits=max(1, threads // jobs)), ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(job, range(count)))
 
 
 def log_volume(covariance: Doubles) -> float:
