@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codecs import _native
+from kvzip.codecs.channel.rotation import is_side_by_side, is_wide
 from kvzip.codecs.native.cuda.device import Device, Kernel, Memory
 
 _SOURCE, _SPACE = "channel/turn.cuh", "kvzip::channel"
 _HEAD = 16  # bytes of a block before its exceptions
-_HALVES = 3  # the last rounding whose pairs are not side by side
-_WIDE = 3, 6  # those whose cosines and sines are float32
 _TURN = np.dtype(
     [
         ("angles", "<u8"),
@@ -80,7 +79,7 @@ class Turning:
             for name, of in (("part", "part"), ("first_token", "first"), ("tokens", "tokens")):
                 jobs[name] = block[of]
             jobs["pairs"], jobs["row"] = rotation.pairs, block["row"]
-            jobs["side_by_side"] = rounding > _HALVES
+            jobs["side_by_side"] = is_side_by_side(rounding)
             self._exceptions.append(jobs)
 
     def _add_keys(self, rotation: _native.Rotation, start: int, block: Any, rounding: int) -> None:
@@ -92,8 +91,9 @@ class Turning:
         while begin < end:
             run, before = divmod(begin, together)
             stop = min(end, begin - before + together)
-            wide = rounding in _WIDE
-            angles = _angles(self._work.device, rotation, run * together, together, wide)
+            angles = _angles(
+                self._work.device, rotation, run * together, together, is_wide(rounding)
+            )
             self._work.hold(angles)
             rows = batch * heads * (stop - begin)
             jobs = np.zeros(-(-rows // each), _TURN)

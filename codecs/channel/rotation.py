@@ -23,10 +23,19 @@ _HEAD = struct.Struct("<BBHI8x")
 _EXCEPTION = np.dtype([("pair", "<u4"), ("numbers", "<u2", 2)])
 _ALIGNED = 16
 ROUNDINGS = (1, 2, 3, 4, 5, 6)
-_HALVES = 3  # the last of them whose pairs are i and i + pairs, and not side by side
 # Tokens on which it is tried, and which tell whether keys take less before RoPE. Of their pairs,
 # and of all, so many may have no numbers before RoPE.
 _SAMPLE, _MISSING = 128, 0.01
+
+
+def is_side_by_side(rounding: int) -> bool:
+    """Whether a rounding's pairs are 2i and 2i + 1, and not i and i + pairs."""
+    return rounding > 3
+
+
+def is_wide(rounding: int) -> bool:
+    """Whether a rounding's cosines and sines are float32, and not bf16."""
+    return rounding in (3, 6)
 
 
 def coded_at(data: Any) -> int:
@@ -66,7 +75,7 @@ class Keys(NamedTuple):
         exceptions = np.empty(len(pair), _EXCEPTION)
         exceptions["pair"] = (head * tokens + token) * self.pairs + pair
         at = *np.divmod(head, heads), token
-        first, apart = (pair, self.pairs) if self.rounding <= _HALVES else (2 * pair, 1)
+        first, apart = (2 * pair, 1) if is_side_by_side(self.rounding) else (pair, self.pairs)
         exceptions["numbers"][:, 0] = block[(*at, first)]
         exceptions["numbers"][:, 1] = block[(*at, first + apart)]
         data = exceptions.tobytes()

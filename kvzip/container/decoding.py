@@ -20,6 +20,7 @@ from kvzip.codecs import _native
 from kvzip.container import plan
 from kvzip.container.blocks import Blocks
 from kvzip.container.index import Key
+from kvzip.container.overlap import overlap
 from kvzip.container.plan import Request
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
@@ -31,8 +32,6 @@ Spare = dict[tuple[tuple[int, ...], np.dtype[Any]], list[Bits]]
 _NOTHING = slice(0)
 _WIDEST = 8
 """Bytes of the widest numbers."""
-_MOST_WORK = 10_000
-"""Steps that are taken at most to find out whether two arrays overlap."""
 
 # A file has many of these two. They are part of no cycle: the collector need not look at them.
 
@@ -329,18 +328,11 @@ def _check_apart(arrays: list[Bits]) -> None:
     for group in _native.close_to_each_other(arrays):
         near = [arrays[number] for number in group]
         if any(
-            _overlaps_itself(array) or any(_overlap(array, other) for other in near[:i])
+            _overlaps_itself(array)
+            or any(overlap(array, other, otherwise=False) for other in near[:i])
             for i, array in enumerate(near)
         ):
             raise UsageError("out has the same memory twice")
-
-
-def _overlap(a: Bits, b: Bits) -> bool:
-    try:
-        # numpy takes any number of steps, and its stub two.
-        return np.shares_memory(a, b, max_work=_MOST_WORK)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:  # strides that no cache has
-        return False
 
 
 def _overlaps_itself(array: Bits) -> bool:

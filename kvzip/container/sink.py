@@ -8,11 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip.container.overlap import overlap
 from kvzip.dtypes import Bits, as_bits
 from kvzip.errors import UnsupportedError, UsageError
-
-_MOST_WORK = 10_000
-"""Steps that are taken at most to find out whether two arrays overlap."""
 
 
 class Sink(Protocol):
@@ -33,7 +31,7 @@ class Memory:
     def __init__(self, out: Any, numbers: Iterable[Bits]):
         self._bytes = _writable(out)
         self._at = 0
-        if any(_may_overlap(self._bytes, part) for part in numbers):
+        if any(overlap(self._bytes, part, otherwise=True) for part in numbers):
             raise UsageError("out is memory of the numbers that are to be encoded")
 
     def write(self, data: bytes, /) -> int:
@@ -72,11 +70,3 @@ def _writable(out: Any) -> NDArray[np.uint8]:
 
 def _is_tensor(out: Any) -> bool:
     return hasattr(out, "__dlpack__") and not isinstance(out, np.ndarray)
-
-
-def _may_overlap(a: Bits, b: Bits) -> bool:
-    try:
-        # numpy takes any number of steps, and its stub two.
-        return np.shares_memory(a, b, max_work=_MOST_WORK)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True

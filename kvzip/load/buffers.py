@@ -105,8 +105,8 @@ def encode(
     that they take is returned, from its first byte on; `max_size` says how many they may take.
 
     Raises UsageError when shapes and axes do not fit each other or `out` is too small (bytes of it
-    may be written then), UnsupportedError for other
-    formats, ProfileError when the profile is another model's or has no tables.
+    may be written then), UnsupportedError for other formats, ProfileError when the profile is
+    another model's or has no tables.
     """
     order = _Axes(axes)
     given = [(k, shape)] if v is None else [(k, shape), (v, v_shape or shape)]
