@@ -33,6 +33,7 @@ import runs
 import kvzip
 from kvzip import dtypes
 from kvzip.codecs import _native
+from kvzip.codecs.channel.rotation import ROUNDINGS
 from kvzip.errors import UnsupportedError
 from kvzip.selftest import instructions, vectors
 from kvzip.snapshot import Layer
@@ -116,7 +117,7 @@ def as_turned(rng, snapshot):
     rotation, layers = _native.Rotation(radians), []
     for layer in snapshot.layers:
         keys = np.ascontiguousarray(layer.k)
-        rotation.turn(keys.reshape(-1, *keys.shape[-3:]), 0, int(rng.integers(1, 4)))
+        rotation.turn(keys.reshape(-1, *keys.shape[-3:]), 0, int(rng.choice(ROUNDINGS)))
         form = msgspec.structs.replace(layer.layout, rope=0)
         layers.append(Layer.of_kv(lying(rng, keys), layer.v, form))
     rope = ({"inv_freq": [float(f) for f in radians]},)
