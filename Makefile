@@ -21,7 +21,7 @@ WITHIN_docs := docs
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks large tsan free-threaded golden bench figures links traffic redraw measured qwen3-4b scaling clean
+.PHONY: demo test test-gpu bench-gpu test-long without-avx512 test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks large tsan free-threaded golden bench figures links traffic redraw measured qwen3-4b scaling clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -35,6 +35,17 @@ test: $(TEST)
 test-long: $(TEST)
 	$(BIN)/pytest -m 'long or drawn'
 	HYPOTHESIS_PROFILE=kvzip-long $(BIN)/pytest -m 'not long and not quiet' $$(grep -rl --include='*.py' '^@given' tests)
+
+# Another command on a processor of which it and all that it starts see no more than AVX2 (tests/native/hide_avx512.cpp); on Linux,
+# where /proc/cpuinfo lists cpuid_fault: make without-avx512 COMMAND="make demo"
+COMMAND ?= make test
+HIDING := build/hide_avx512.so
+without-avx512: $(HIDING)
+	ASAN_OPTIONS=verify_asan_link_order=0:handle_segv=0 LD_PRELOAD=$(abspath $(HIDING)) \
+	GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX512BW,-AVX512DQ,-AVX512CD $(COMMAND)
+
+$(HIDING): tests/native/hide_avx512.cpp
+	mkdir -p build && g++ -std=c++17 -O2 -fPIC -shared -Wl,-z,initfirst $< -o $@ -ldl
 
 # The same tests of decoding on a GPU, on a real one; and the memory and race checks of compute-sanitizer
 # (of CUDA's toolkit) on a few, where it is installed.

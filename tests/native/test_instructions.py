@@ -7,6 +7,8 @@ many times slower.
 import ctypes
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,8 +34,13 @@ def tiles_are_allowed() -> bool:
     return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
+LINUX_ON_X86 = sys.platform == "linux" and platform.machine() == "x86_64"
+HIDING = Path(__file__).with_name("hide_avx512.cpp")
+
+
+@pytest.mark.skipif(not LINUX_ON_X86, reason="not Linux on x86-64")
 @pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="not Linux on x86-64"
+    HIDING.stem in os.environ.get("LD_PRELOAD", ""), reason="some are hidden, but not from Linux"
 )
 def test_what_linux_lists_is_found():
     there = listed()
@@ -55,3 +62,27 @@ def test_arm_has_neon():
 @pytest.mark.skipif("KVZIP_SIMD" in os.environ, reason="KVZIP_SIMD names the one that is taken")
 def test_the_best_is_taken():
     assert _native.simd() == instructions()[-1]
+
+
+@pytest.mark.skipif(
+    not (LINUX_ON_X86 and "cpuid_fault" in listed() and shutil.which("g++")),
+    reason="cpuid cannot be forbidden, or there is no g++",
+)
+def test_what_is_hidden_is_not_found(tmp_path):
+    """A program with a handler of its own for faults, and one that it starts."""
+    library = tmp_path / f"{HIDING.stem}.so"
+    flags = ("-std=c++17", "-fPIC", "-shared", "-Wl,-z,initfirst")
+    subprocess.run(["g++", *flags, HIDING, "-o", library, "-ldl"], check=True)
+    program = (
+        "import subprocess, sys; from kvzip.selftest import instructions\n"
+        "print(*instructions(), flush=True)\n"
+        "if sys.argv[1:]: subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", program, program],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert set(out.splitlines()) <= {"scalar avx2", "scalar"} and out.count("\n") == 2
