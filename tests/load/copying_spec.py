@@ -49,7 +49,9 @@ class CopyingWorker(OffloadingWorker):
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: Any) -> bool:
         return self._move(job_id, src_spec, dst_spec, load=False)
 
-    def submit_load(self, job_id: int, src_spec: Any, dst_spec: GPULoadStoreSpec) -> bool:
+    def submit_load(
+        self, job_id: int, src_spec: Any, dst_spec: GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
         return self._move(job_id, dst_spec, src_spec, load=True)
 
     def get_finished(self) -> list[TransferResult]:

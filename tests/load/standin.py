@@ -1,12 +1,12 @@
 """What the connector uses of vLLM, for tests where vLLM is not installed.
 
-`modules()` stands in for ``vllm.distributed.kv_transfer.kv_connector.v1.base`` of vLLM 0.32.0, with
-the same constructor and the same handling of metadata. `Engine` does what vLLM's scheduler and
-model runner do with a connector, step by step: prompts in chunks, blocks from a pool, loads before
-a step's forward pass, layers in order, and requests set back to the first block that was not
-loaded; and where layers are of several groups or slide, loads that a request waits for, and blocks
-that are given back when a window has slid on, or a state gone on. Its model is a formula: keys and
-values follow from a token and its position, states from all tokens.
+`modules()` stands in for ``vllm.distributed.kv_transfer.kv_connector.v1.base`` of vLLM 0.32.0 and
+0.33.0, with the same constructor and the same handling of metadata. `Engine` does what vLLM's
+scheduler and model runner do with a connector, step by step: prompts in chunks, blocks from a pool,
+loads before a step's forward pass, layers in order, and requests set back to the first block that
+was not loaded; and where layers are of several groups or slide, loads that a request waits for, and
+blocks that are given back when a window has slid on, or a state gone on. Its model is a formula:
+keys and values follow from a token and its position, states from all tokens.
 `test_vllm_engine.py` runs the same connector in vLLM itself.
 """
 
@@ -195,9 +195,18 @@ class Request:
 
 
 class Engine:
-    """One worker's engine with room for `blocks` blocks; `chunk` tokens of a request in a step."""
+    """One worker's engine with room for `blocks` blocks; `chunk` tokens of a request in a step.
+    `drafting`: it asks what was not loaded before what a step saves is copied, as vLLM's runners do
+    where they draft tokens in between (of 0.32.0 one of two, of 0.33.0 both)."""
 
-    def __init__(self, connector: Any, settings: Any, blocks: int = 64, chunk: int = 10**6):
+    def __init__(
+        self,
+        connector: Any,
+        settings: Any,
+        blocks: int = 64,
+        chunk: int = 10**6,
+        drafting: bool = False,
+    ):
         self.groups = settings.cache.kv_cache_groups
         dtype = self.groups[0].kv_cache_spec.dtype
         role = connector.KVConnectorRole
@@ -216,6 +225,7 @@ class Engine:
         }
         self.worker.register_kv_caches(self.caches)
         self.dtype, self.chunk, self.free = dtype, chunk, list(range(1, blocks))
+        self.drafting = drafting
         self.count = self.steps = self.waited = 0
 
     def keeps_states(self, group: int) -> bool:
@@ -404,8 +414,11 @@ class Engine:
                 stop = min(r.computed + work[r.request_id], r.num_tokens)
                 self._compute(r, r.computed, stop, i, off=not self._holds(r, i, r.computed))
             worker.save_kv_layer(name, cache, None)
-        worker.wait_for_save()
+        if not self.drafting:
+            worker.wait_for_save()
         invalid = worker.get_block_ids_with_load_errors()
+        if self.drafting:
+            worker.wait_for_save()
         worker.clear_connector_metadata()
         for r in requests:
             r.new = False

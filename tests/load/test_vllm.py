@@ -55,10 +55,11 @@ def ours() -> Any:
 
 @pytest.fixture
 def engine(ours: Any, tmp_path: Any) -> Any:
-    """`engine(chunk=..., **settings)`: one more engine on the same store."""
+    """`engine(chunk=..., drafting=..., **settings)`: one more engine on the same store."""
 
-    def make(chunk: int = 10**6, **changes: Any) -> standin.Engine:
-        return standin.Engine(ours, config(tmp_path, **changes), chunk=chunk)
+    def make(chunk: int = 10**6, drafting: bool = False, **changes: Any) -> standin.Engine:
+        settings = config(tmp_path, **changes)
+        return standin.Engine(ours, settings, chunk=chunk, drafting=drafting)
 
     return make
 
@@ -673,16 +674,17 @@ def damage(file: Any) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize("local", [0, 32])
 def test_a_damaged_document_is_computed_and_written_anew(
-    engine: Any, tmp_path: Any, caplog: Any, local: int
+    engine: Any, tmp_path: Any, caplog: Any, local: int, drafting: bool
 ) -> None:
     ids = prompt(80)
     fill(engine, ids)
     [file] = documents(tmp_path)
     good = file.read_bytes()
     damage(file)
-    second = engine()
+    second = engine(drafting=drafting)
     [request] = second.run(ids, local=local)  # which checks all keys and values
     assert request.loaded == 64 - local and second.steps == 2
     [told] = warnings(caplog)
@@ -729,14 +731,17 @@ def test_a_document_that_changes_after_the_lookup(
     assert {"gone": "no document", "cut": "cut short", "other": "the engine has"}[how] in told
 
 
-def test_a_failed_load_spoils_nothing_else(engine: Any, tmp_path: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("drafting", [False, True])
+def test_a_failed_load_spoils_nothing_else(
+    engine: Any, tmp_path: Any, monkeypatch: Any, drafting: bool
+) -> None:
     """What a step computed from blocks that were not loaded is never stored."""
     bad, good, new = prompt(80, 1), prompt(80, 2), prompt(80, 3)
     fill(engine, bad)
     [file] = documents(tmp_path)
     damage(file)
     fill(engine, good)
-    second = engine()
+    second = engine(drafting=drafting)
     store, stored = second.worker._worker._store, []
     put = store.put
     monkeypatch.setattr(store, "put", lambda s, **more: [stored.append(s), put(s, **more)])

@@ -112,6 +112,15 @@ def runs(model: Path, tmp_path_factory: Any) -> Iterator[dict[str, Run]]:
     put(damaged, made(UNSEEN[0], layers=3))
     kvzip.write(put(damaged, made(UNSEEN[1])), made(UNSEEN[1], dtype="fp16"))
     found["damaged"] = run("damaged", [DOCUMENT, *UNSEEN], damaged)
+    drafted = copy("drafted")
+    flip(drafted / file.relative_to(store))
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    for name, url in (
+        ("drafts", None),
+        ("drafts-load", copy("drafts")),
+        ("drafts-damaged", drafted),
+    ):
+        found[name] = run(name, [OTHER], url, options={"speculative_config": drafts})
 
     profiles = [kvzip.Profile.fit([kvzip.decode(file, tokens=(0, n))]) for n in (200, 300)]
     profiles[1].save(root / "m.kvprofile")
@@ -225,6 +234,14 @@ def test_a_missing_layer_or_another_dtype_inside(runs: dict[str, Run]) -> None:
     _, layers, dtype = damaged.told
     assert "288 tokens are computed: it holds 3 layers of bf16" in layers
     assert "288 tokens are computed: it holds 4 layers of fp16" in dtype
+
+
+def test_where_vllm_drafts_tokens(runs: dict[str, Run]) -> None:
+    """From what it has seen. It then asks what was not loaded earlier than it does otherwise."""
+    plain, load, damaged = (runs[f"drafts{name}"] for name in ("", "-load", "-damaged"))
+    assert load[0]["cached"] == 192 and load[0]["tokens"] == plain[0]["tokens"]
+    assert damaged.computed_as(plain, 0, 0)
+    assert "192 tokens are computed: " in damaged.told[0]
 
 
 def test_a_store_that_dies_or_stalls(runs: dict[str, Run]) -> None:

@@ -49,6 +49,8 @@ class Worker:
         self._step: StepLoads | None = None
         self._background = BackgroundLoads(engine, self._open, self._put_at_once)
         self._invalid: set[int] = set()
+        self._spoiled = False
+        """Whether something of this step was not loaded."""
         self._writer = ThreadPoolExecutor(1, "kvzip-save")
         self._pending, self._lock = 0, Lock()
         self._troubles = Troubles()
@@ -133,12 +135,9 @@ class Worker:
     def end_step(self, saves: Sequence[Save]) -> None:
         """Copy the prompts that this step completes, to be stored, unless something that they may
         rest on was not loaded."""
-        step, self._step = self._step, None
-        if step is not None:
-            for load, error in step.end():
-                self._invalid |= load.blocks
-                self._tell(load, error)
-        if self._invalid or not self._stores:
+        self._end_loads()
+        spoiled, self._spoiled = self._spoiled, False
+        if spoiled or not self._stores:
             return
         for save in saves:
             need = self._engine.document_bytes(len(save.token_ids))
@@ -173,9 +172,20 @@ class Worker:
         return False
 
     def take_invalid(self) -> set[int]:
-        """vLLM's blocks that were not filled, once."""
+        """vLLM's blocks that were not filled, once. vLLM asks when the model has run: after
+        :meth:`end_step`, or, where it drafts tokens after that, before it."""
+        self._end_loads()
         found, self._invalid = self._invalid, set()
         return found
+
+    def _end_loads(self) -> None:
+        """Take note of what this step's loads have not filled. The model has run."""
+        step, self._step = self._step, None
+        if step is not None:
+            for load, error in step.end():
+                self._invalid |= load.blocks
+                self._spoiled = True
+                self._tell(load, error)
 
     def _write(self, save: Save, layers: list[Layer], need: int) -> None:
         """Encode and store a document; never raises."""
