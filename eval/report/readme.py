@@ -84,6 +84,9 @@ def answer(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> str:
     except KeyError as error:
         raise KVZipError(f"the demo's result has no price base {error}") from None
     per_token = result.raw_bytes / result.tokens
+    best = max(codec.ratio for codec in result.codecs)
+    needed = f"{ratio_needed():.2f}x"
+    reached = "" if best >= ratio_needed() else ", which no codec here reaches"
     price = listed[0].dollars.prefill_usd / result.tokens * MTOK
     text = "Python's documentation" if result.text.startswith("pydoc") else result.text
     lines = [
@@ -94,8 +97,7 @@ def answer(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> str:
         f"2. *In dollars, at the paper's list price* (${price:g} per million tokens, "
         f"${listed[0].dollars.egress_usd_per_gb:g} per GB): {_dollars(listed)} Qwen3-4B's cache, "
         f"{BYTES_PER_TOKEN / per_token:.1f} times as many bytes a token, would need "
-        f"{ratio_needed():.2f}x. The report of `kvzip demo`; for the {ratio_needed():.2f}x "
-        "`kvzip eval paper`",
+        f"{needed}{reached}. The report of `kvzip demo`; for the {needed} `kvzip eval paper`",
         f"3. *In dollars, against a rented H100's own prefill* ({rented[0].dollars.prefill_basis}):"
         f" {_dollars(rented)} The report of `kvzip demo`",
         *(f"4. *In room*: {_room(t)}" for t in traffic[:1]),
@@ -130,9 +132,12 @@ def _time(rows: list[BreakEven]) -> str:
 
 def _dollars(rows: list[BreakEven]) -> str:
     cheapest = min((row.dollars for row in rows), key=lambda d: d.load_usd)
-    both = f"a load costs {usd(cheapest.load_usd)}, the prefill {usd(cheapest.prefill_usd)}."
-    if any(row.dollars.verdict == "load" for row in rows):
-        return f"yes for this cache: {both}"
+    load, prefill = usd(cheapest.load_usd), usd(cheapest.prefill_usd)
+    both = f"the cheapest load costs {load}, the prefill {prefill}."
+    paying = [row for row in rows if row.dollars.verdict == "load"]
+    if paying:
+        raw = ", even as raw bytes" if any(row.codec == "raw" for row in paying) else ""
+        return f"yes for this cache{raw}: {both}"
     if all(row.dollars.verdict == "prefill" for row in rows):
         return f"no codec makes paid egress pay: {both}"
     return "not known: the prefill's price is only an upper bound."
@@ -185,7 +190,7 @@ def _rent(traffic: TrafficResult) -> str:
 
 
 _WAYS = {
-    "`zstd`, `lz4`": "looking for repeats, of which there are none",
+    "`zstd`, `lz4`": "looking for repeats, of which there are next to none",
     "`planes`": "putting like bytes together first",
     "`channel`": "a probability table per channel for sign and exponent; keys as before RoPE",
     "`predictive`": "predicting each layer from the layers before it, in integers, with a profile",

@@ -127,6 +127,15 @@ def test_words_follow_the_verdicts(verdict: str, says: str) -> None:
     assert text.replace("\n   ", " ").count(says) == 2
 
 
+def test_whether_a_codec_reaches_the_papers_ratio_and_raw_bytes_pay() -> None:
+    text = f.answer(DEMO).replace("\n   ", " ")
+    assert "which no codec here reaches" in text and "even as raw bytes" in text
+    better = [msgspec.structs.replace(codec, ratio=3.0) for codec in DEMO.codecs]
+    rows = [row for row in DEMO.breakeven if row.codec != "raw"]
+    text = f.answer(msgspec.structs.replace(DEMO, codecs=better, breakeven=rows))
+    assert "no codec here" not in text and "raw bytes" not in text
+
+
 def test_a_codec_that_is_slower_than_the_prefill_is_said() -> None:
     quick = [
         msgspec.structs.replace(
