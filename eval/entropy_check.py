@@ -23,6 +23,7 @@ from kvzip import api, dtypes
 from kvzip.codec import get_codec
 from kvzip.codecs import _native
 from kvzip.codecs.channel.rotation import UNTURNED, coded_at
+from kvzip.codecs.common.rotation import ROUNDINGS, is_wide
 from kvzip.container import Reader
 from kvzip.dtypes import DType
 from kvzip.entropy.integer_model import (
@@ -386,8 +387,11 @@ def _rotation(
     parameters = snapshot.origin.rope[held.rope]
     radians = frequencies(parameters, held.k[-1]).astype(np.float32)
     position = np.arange(held.first, held.first + held.stored)
-    found = angles(radians, position, float(parameters.get("attention_scaling", 1.0)))
-    return Rotation(found, rounding, model.total)
+    scale = float(parameters.get("attention_scaling", 1.0))
+    found, wide = (angles(radians, position, scale, wide) for wide in (False, True))
+    # Blocks may differ in how they round; all rows of the batch are in each.
+    of_float32 = np.isin(rounding[: held.stored], [r for r in ROUNDINGS if is_wide(r)])
+    return Rotation(np.where(of_float32[:, None, None], wide, found), rounding, model.total)
 
 
 def _intervals(

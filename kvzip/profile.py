@@ -29,7 +29,9 @@ from kvzip.snapshot import Snapshot
 from kvzip.tensors import TensorFile, check_header
 from kvzip.version import newer
 
-VERSION = 1
+VERSION, SIDE_BY_SIDE = 1, 2
+"""What a profile's description has as its version: 2 where `predictive` has pairs of keys that are
+side by side, which readers of 1 alone do not know."""
 _DTYPES = {
     f"{'I' if kind == 'i' else 'U'}{8 * size}": np.dtype(f"<{kind}{size}")
     for kind in "iu"
@@ -106,7 +108,9 @@ class Profile:
         if "packed" in about:
             raise UsageError("the profile's description has 'packed', which is for the file's use")
         stored, packed = _pack(whole)
-        about |= {"version": VERSION, "packed": packed}
+        if about.setdefault("version", VERSION) not in (VERSION, SIDE_BY_SIDE):
+            raise UsageError(f"the profile's description has the version {about['version']!r}")
+        about["packed"] = packed
         # Under one key: of several, the library does not keep the order.
         note = json.dumps(about, sort_keys=True)
         with told_as(UsageError, "the profile's bytes are more than a file takes"):
@@ -196,10 +200,10 @@ class Profile:
             raise ProfileError(f"{path} is not a whole profile: {error}") from None
         description = profile.description
         found = description.get("version") if isinstance(description, dict) else None
-        if found != VERSION:
-            if type(found) is int and found > VERSION:
+        if type(found) is not int or found not in (VERSION, SIDE_BY_SIDE):
+            if type(found) is int and found > SIDE_BY_SIDE:
                 raise ProfileError(newer(f"{path} is a profile of version {found}"))
-            raise ProfileError(f"{path} is not a profile of version {VERSION}")
+            raise ProfileError(f"{path} is not a profile of version {VERSION} or {SIDE_BY_SIDE}")
         return profile
 
     @property

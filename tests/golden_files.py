@@ -21,6 +21,7 @@ import numpy as np
 import kvzip
 from kvzip import Layer, LayerLayout, PartLayout, dtypes
 from kvzip.codecs import _native
+from kvzip.codecs.common.rotation import ROUNDINGS, is_side_by_side
 from kvzip.container.format import VERSION
 from kvzip.container.grids import GridCodec
 from kvzip.container.sealed import seal
@@ -212,6 +213,13 @@ def _bf16(x: np.ndarray) -> np.ndarray:
 # --- layers that tell of each other, for predictive ----------------------------------------------
 
 TOKENS, PREDICTIVE_BLOCK = 150, 96
+PREDICTIVE_PROFILES = {"predictive": 0, "predictive-before-rope": 1, "predictive-before-rope-4": 4}
+"""How keys of the documents were turned that profiles were learned from."""
+PREDICTIVE_BEFORE_ROPE = {
+    rounding: f"predictive-before-rope{'' if rounding == 1 else f'-{rounding}'}-bf16.kvz"
+    for rounding in ROUNDINGS
+}
+"""The file of keys that were turned with each rounding."""
 FREQUENCIES = np.array([1, 0.25, 0.0625], np.float32)
 
 
@@ -239,9 +247,10 @@ def bits_of(values: np.ndarray, dtype: str) -> np.ndarray:
     return found.astype(np.uint32) << np.uint32(16) | (values & 0xFFFF).astype(np.uint32)
 
 
-def related(dtype: str, document: int = 0, turned: bool = False) -> kvzip.Snapshot:
+def related(dtype: str, document: int = 0, turned: int = 0) -> kvzip.Snapshot:
     """Three layers whose numbers tell of each other; `turned`: by RoPE in bf16, which is the same
-    everywhere."""
+    everywhere, with this rounding, as :func:`before_rope` has them. Of pairs side by side channels
+    have a mean, by which they are known."""
     position = np.arange(TOKENS)
     ids = noise(position, document) % 40
     layers = []
@@ -253,6 +262,7 @@ def related(dtype: str, document: int = 0, turned: bool = False) -> kvzip.Snapsh
             values = noise(token, channel, 1) // 4 * (layer + 1)
             values += noise(token, (channel + 1) % 12, 1) // 8
             values += noise(position[:, None] + 1000 * document, channel, layer + 3 * part) // 32
+            values += noise(channel, 7) // 2 * is_side_by_side(turned)
             parts.append(
                 np.ascontiguousarray(bits_of(values.reshape(TOKENS, 2, 6), dtype).swapaxes(0, 1))
             )
@@ -262,7 +272,7 @@ def related(dtype: str, document: int = 0, turned: bool = False) -> kvzip.Snapsh
         return kvzip.Snapshot.from_arrays(layers, dtype, ids.astype(np.uint32), origin)
     rotation = _native.Rotation(FREQUENCIES)
     for k, _ in layers:
-        rotation.turn(k[np.newaxis], 0, 1)
+        rotation.turn(k[np.newaxis], 0, turned)
     origin = kvzip.Origin(model="golden", rope=({"inv_freq": FREQUENCIES.tolist()},))
     form = LayerLayout.of_kv((2, TOKENS, 6), (2, TOKENS, 6), "bf16", TOKENS, "full", None, 0)
     held = [Layer.of_kv(k, v, form) for k, v in layers]
@@ -362,7 +372,7 @@ def codec_files() -> dict[str, tuple[str, str]]:
 def files() -> Iterator[tuple[str, str | None, Make]]:
     """Every file by its name, with the profile that it needs, profiles first."""
     many = 47  # heads, with which a block has more than one stream
-    for name, turned in (("predictive", False), ("predictive-before-rope", True)):
+    for name, turned in PREDICTIVE_PROFILES.items():
         documents = [("bf16", d, turned) for d in range(1, 13)]
         yield f"{name}.kvprofile", None, _fitted("predictive", *documents, regions=[1, 2, 3])
     for dtype in CHANNEL_DTYPES:
@@ -432,17 +442,18 @@ def files() -> Iterator[tuple[str, str | None, Make]]:
         profile,
         _encoded(with_states, "predictive", profile, block_tokens=PREDICTIVE_BLOCK),
     )
-    profile = "predictive-before-rope.kvprofile"
-    yield (
-        "predictive-before-rope-bf16.kvz",
-        profile,
-        _encoded(
-            lambda: related("bf16", turned=True),
-            "predictive",
+    for rounding, name in PREDICTIVE_BEFORE_ROPE.items():
+        profile = f"predictive-before-rope{'-4' if is_side_by_side(rounding) else ''}.kvprofile"
+        yield (
+            name,
             profile,
-            block_tokens=PREDICTIVE_BLOCK,
-        ),
-    )
+            _encoded(
+                lambda r=rounding: related("bf16", turned=r),
+                "predictive",
+                profile,
+                block_tokens=PREDICTIVE_BLOCK,
+            ),
+        )
 
     yield (
         "sealed-channel-bf16.kvz",
@@ -476,7 +487,8 @@ def written(name: str) -> kvzip.Snapshot:
     if stem in special:
         return special[stem]()
     if stem.startswith("predictive"):
-        return related(dtype, turned="rope" in stem)
+        turned = {of: rounding for rounding, of in PREDICTIVE_BEFORE_ROPE.items()}
+        return related(dtype, turned=turned.get(f"{stem}.kvz", 0))
     if "before-rope" in stem:
         return before_rope()
     many = "heads" in stem or "sealed" in stem

@@ -7,6 +7,7 @@ import numpy as np
 from support import cache_like, random_bits
 
 import kvzip
+from kvzip import dtypes
 from kvzip.codecs import _native
 from kvzip.codecs.predictive import codec as predictive
 from kvzip.layout import LayerLayout
@@ -18,6 +19,13 @@ PAIRS = len(FREQUENCIES)
 ORIGIN = kvzip.Origin(rope=({"inv_freq": [float(f) for f in FREQUENCIES]},))
 ROTATION = _native.Rotation(FREQUENCIES)
 """Documents whose keys RoPE turned in bf16."""
+
+
+def angles(start, tokens, rounding=1):
+    """The cosines and sines by which they were."""
+    if rounding in (3, 6):
+        return ROTATION.wide_angles_of(start, tokens)
+    return dtypes.to_float32(ROTATION.angles_of(start, tokens), "bf16")
 
 
 def blocked(matrix):
@@ -41,7 +49,9 @@ def densities(rng, shapes):
     return found
 
 
-def random_layer(rng, i, layers, group, *, pairs, regions, table, vocabulary, wild, shapes):
+def random_layer(
+    rng, i, layers, group, *, pairs, side_by_side, regions, table, vocabulary, wild, shapes
+):
     """The tensors of one layer, and whether they are as wild as a profile may be."""
     (heads, dim), values = layers[i]["k"], layers[i]["v"]
     keys, n = heads * dim, heads * dim + values[0] * values[1]
@@ -56,12 +66,13 @@ def random_layer(rng, i, layers, group, *, pairs, regions, table, vocabulary, wi
     def numbers(*shape, low=-most, high=most, dtype=np.int32):
         return rng.integers(low, high, shape, dtype=np.int64, endpoint=True).astype(dtype)
 
-    turned = [h * dim + p for h in range(heads) for p in range(pairs)]
+    step, apart = (2, 1) if side_by_side else (1, pairs)
+    turned = [h * dim + step * p for h in range(heads) for p in range(pairs)]
     firsts = rng.permutation(turned).astype(np.int64)
     rest = [c for c in range(keys) if c % dim >= 2 * pairs]
     order = np.concatenate(
         [
-            np.stack([firsts, firsts + pairs], 1).reshape(-1),
+            np.stack([firsts, firsts + apart], 1).reshape(-1),
             rng.permutation(rest),
             rng.permutation(n - keys),
         ]
@@ -102,13 +113,15 @@ def random_layer(rng, i, layers, group, *, pairs, regions, table, vocabulary, wi
 
 
 def random_profile(
-    seed, shapes, group=8, lanes=1, *, pairs=0, regions=1, tables=(), wild=False, kinds=3, far=False
-):
+    seed, shapes, group=8, lanes=1, *, pairs=0, side_by_side=False, regions=1, tables=(),
+    wild=False, kinds=3, far=False,
+):  # fmt: skip
     """A profile for layers of these shapes, ((heads, dim) of keys, the same of values) each.
 
-    `pairs`: of a head that are turned. `regions`: of all layers but the first. `tables`: bytes of a
-    number of each layer's table, for as many layers. `wild`: anything that a profile may hold.
-    `far`: a layer is predicted from any of those before it, in any order, or from none.
+    `pairs`: of a head that are turned, and whether they are `side_by_side`. `regions`: of all
+    layers but the first. `tables`: bytes of a number of each layer's table, for as many layers.
+    `wild`: anything that a profile may hold. `far`: a layer is predicted from any of those before
+    it, in any order, or from none.
     """
     rng = np.random.default_rng(seed)
     inputs = [sorted({0, max(i - 2, 0), i - 1} & set(range(i))) for i in range(len(shapes))]
@@ -126,10 +139,11 @@ def random_profile(
         table = tables[i] if i < len(tables) else 0
         tensors |= random_layer(
             rng, i, layers, group, pairs=min(pairs, shapes[i][0][1] // 2),
-            regions=regions if i else 1, table=table, vocabulary=60 if i == 0 else 25, wild=wild,
-            shapes=kinds,
+            side_by_side=side_by_side, regions=regions if i else 1, table=table,
+            vocabulary=60 if i == 0 else 25, wild=wild, shapes=kinds,
         )  # fmt: skip
     about = {"codec": "predictive", "group": group, "lanes": lanes, "layers": layers}
+    about["version"] = 2 if side_by_side else 1
     return kvzip.Profile(tensors, about)
 
 

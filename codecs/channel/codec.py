@@ -17,8 +17,8 @@ from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.fit import fit
 from kvzip.codecs.channel.profile import fields, own_bits, rows, tables_of, takes
-from kvzip.codecs.channel.rotation import ROUNDINGS, UNTURNED, Keys, sampled, unturned
-from kvzip.codecs.common.rotation import rotation_of
+from kvzip.codecs.channel.rotation import UNTURNED, Keys, sampled, unturned
+from kvzip.codecs.common.rotation import ROUNDINGS, rotation_of
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
 from kvzip.layout import PartLayout

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codecs import _native
-from kvzip.codecs.channel.rotation import is_side_by_side, is_wide
+from kvzip.codecs.common.rotation import is_side_by_side, is_wide
 from kvzip.codecs.native.cuda.device import Device, Kernel, Memory
 
 _SOURCE, _SPACE = "channel/turn.cuh", "kvzip::channel"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kvzip.codec import Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.profile import own_bits, rows
-from kvzip.codecs.common.rotation import rotation_of
+from kvzip.codecs.common.rotation import ROUNDINGS, is_side_by_side, rotation_of
 from kvzip.dtypes import Bits
 
 UNTURNED = 3
@@ -22,20 +22,9 @@ UNTURNED = 3
 _HEAD = struct.Struct("<BBHI8x")
 _EXCEPTION = np.dtype([("pair", "<u4"), ("numbers", "<u2", 2)])
 _ALIGNED = 16
-ROUNDINGS = (1, 2, 3, 4, 5, 6)
 # Tokens on which it is tried, and which tell whether keys take less before RoPE. Of their pairs,
 # and of all, so many may have no numbers before RoPE.
 _SAMPLE, _MISSING = 128, 0.01
-
-
-def is_side_by_side(rounding: int) -> bool:
-    """Whether a rounding's pairs are 2i and 2i + 1, and not i and i + pairs."""
-    return rounding > 3
-
-
-def is_wide(rounding: int) -> bool:
-    """Whether a rounding's cosines and sines are float32, and not bf16."""
-    return rounding in (3, 6)
 
 
 def coded_at(data: Any) -> int:

@@ -10,8 +10,21 @@ from kvzip.codec import Context
 from kvzip.codecs import _native
 from kvzip.statistics.rope import frequencies
 
+ROUNDINGS = (1, 2, 3, 4, 5, 6)
+"""How RoPE rounds, as blocks of keys before it say: products and sums; sums; sums, of products with
+cosines and sines of float32; and likewise of pairs side by side."""
 _GREATEST = 2.0**20
 """What cosines and sines are multiplied by at most: products with keys stay within fp32."""
+
+
+def is_side_by_side(rounding: int) -> bool:
+    """Whether a rounding's pairs are 2i and 2i + 1, and not i and i + pairs."""
+    return rounding > 3
+
+
+def is_wide(rounding: int) -> bool:
+    """Whether a rounding's cosines and sines are float32, and not bf16."""
+    return rounding in (3, 6)
 
 
 def rotation_of(context: Context, dim: int) -> _native.Rotation | None:

@@ -110,19 +110,19 @@ class PredictiveChain {
   // numbers.
   template <typename T>
   double model(std::size_t i, int part, const Numbers<const T>& array,
-               const Optional<std::uint16_t>& rotation, int rounding) {
+               const Optional<float>& rotation, int rounding) {
     const Block<const T> in = block(i, part, array);
     const std::uint8_t way = checked(rounding);
     const Computing computing;
     return bits(chain_.measure(in, nullptr, span(rotation), way), array.size());
   }
 
-  // How RoPE rounded when it turned these keys: 1, products and sums; 2, sums; 0, it did not.
+  // How RoPE rounded when it turned these keys, 1 to 6 (block_parts.hpp); 0, it did not.
   int rounding(std::size_t i, int part, const Numbers<const std::uint16_t>& array,
-               const Array<std::uint16_t>& rotation) {
+               const Array<float>& rotation, bool wide) {
     const Block<const std::uint16_t> in = block(i, part, array);
     const Computing computing;
-    return chain_.rounding(in, span(rotation));
+    return chain_.rounding(in, span(rotation), wide);
   }
 
   void again() { chain_.again(); }
@@ -145,7 +145,7 @@ class PredictiveChain {
   // code length in bits.
   template <typename T>
   nb::tuple measure(std::size_t i, int part, const Numbers<const T>& array,
-                    const Optional<std::uint16_t>& rotation, int rounding) {
+                    const Optional<float>& rotation, int rounding) {
     const std::uint8_t way = checked(rounding);
     const Block<const T> in = block(i, part, array);
     const std::size_t classes = model_.classes(i), channels = array.shape(1) * array.shape(3);
@@ -164,7 +164,7 @@ class PredictiveChain {
   template <typename T>
   void decode(std::size_t i, int part, const Array<std::uint8_t>& header,
               const Array<std::uint8_t>& bytes, const Numbers<T>& array,
-              const Optional<std::uint16_t>& rotation) {
+              const Optional<float>& rotation) {
     const Block<T> out = block(i, part, array);
     bool good;
     {
@@ -176,8 +176,7 @@ class PredictiveChain {
 
  private:
   static std::uint8_t checked(int rounding) {
-    if (rounding != 0 && rounding != kEach && rounding != kOnce)
-      throw std::invalid_argument("rounding is 0, 1 or 2");
+    if (rounding < 0 || rounding > kRoundings) throw std::invalid_argument("rounding is 0 to 6");
     return std::uint8_t(rounding);
   }
 
@@ -249,7 +248,8 @@ void bind(nb::module_& m) {
            "rotation"_a = nb::none(), "rounding"_a = 0)
       .def("model", &PredictiveChain::model<std::uint16_t>, "layer"_a, "part"_a, "numbers"_a,
            "rotation"_a = nb::none(), "rounding"_a = 0)
-      .def("rounding", &PredictiveChain::rounding, "layer"_a, "part"_a, "numbers"_a, "rotation"_a)
+      .def("rounding", &PredictiveChain::rounding, "layer"_a, "part"_a, "numbers"_a, "rotation"_a,
+           "wide"_a)
       .def("again", &PredictiveChain::again)
       .def("keep", &PredictiveChain::keep)
       .def("encode", &PredictiveChain::encode)

@@ -16,8 +16,12 @@ constexpr std::size_t kHeaderBytes = 16;
 constexpr std::size_t kCountsAt = 8;  // in the header: where counts begin, which go on elsewhere
 // The first byte of a block that is predicted. Those of kind 1 had counts of two bytes; of kind 4
 // some pairs are as they were before RoPE, of which the third byte says how it rounds: products and
-// sums, or sums alone.
-constexpr std::uint8_t kPredicted = 3, kUnturned = 4, kEach = 1, kOnce = 2;
+// sums; sums alone; sums alone, by cosines and sines of float32; and likewise of pairs side by
+// side.
+constexpr std::uint8_t kPredicted = 3, kUnturned = 4;
+constexpr std::uint8_t kEach = 1, kOnce = 2, kWide = 3, kSideBySide = 3, kRoundings = 6;
+inline bool rounds_products(std::uint8_t rounding) { return rounding % kSideBySide == kEach; }
+inline bool is_side_by_side(std::uint8_t rounding) { return rounding > kSideBySide; }
 constexpr int kMostCountBits = 17;
 
 inline std::size_t round16(std::size_t n) { return (n + 15) / 16 * 16; }
@@ -85,7 +89,7 @@ inline bool unpack_counts(const StreamTokens& streams, const std::uint8_t* heade
   std::memcpy(&least, header + 4, sizeof least);
   const bool unturned = header[0] == kUnturned;
   if ((header[0] != kPredicted && !unturned) || bits > kMostCountBits || header[3]) return false;
-  if (unturned ? header[2] != kEach && header[2] != kOnce : header[2]) return false;
+  if (unturned ? !header[2] || header[2] > kRoundings : header[2]) return false;
   const std::size_t section = streams.section(bits), inside = kHeaderBytes - kCountsAt;
   if (data->size < section || (data->size - section) % 4) return false;
   // In one piece, with room for a field that is read in whole bytes.

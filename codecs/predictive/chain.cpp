@@ -48,56 +48,63 @@ bool Chain::follows(std::size_t layer, int part, std::size_t heads, std::size_t 
   return heads == p.heads && dim == p.dim;
 }
 
-std::uint8_t Chain::rounding(const Block<const std::uint16_t>& numbers,
-                             Span<std::uint16_t> rotation) const {
+std::uint8_t Chain::rounding(const Block<const std::uint16_t>& numbers, Span<float> rotation,
+                             bool wide) const {
   check_rotation(rotation);
   const Part& part = model_.layer(layer()).part[this->part()];
   const std::size_t step = std::max<std::size_t>(total_ / kTile, 1),
                     count = std::min<std::size_t>(total_, kTile);
-  for (const std::uint8_t way : {kEach, kOnce}) {
+  for (const std::uint8_t way : {kEach, kOnce, kWide}) {
+    if ((way == kWide) != wide) continue;
     std::size_t telling = 0, turned = 0;
     for (std::size_t i = 0; i < part.turned() / 2 && telling < kEnoughPairs; ++i) {
       // Pairs here and there, of one head and another.
       const std::size_t h = i % part.heads, p = i / part.heads * 7 % part.pairs;
-      std::uint16_t sample[4][kTile] = {};
+      const std::ptrdiff_t place = std::ptrdiff_t(part.first_of(p)) * numbers.dim_stride,
+                           apart = std::ptrdiff_t(part.apart()) * numbers.dim_stride;
+      std::uint16_t sample[2][kTile] = {};
+      float by[2][kTile] = {};
       for (std::size_t t = 0; t < count; ++t) {
         const std::size_t row = t * step / tokens_.count, column = t * step % tokens_.count;
         const std::uint16_t* const at = numbers.data + std::ptrdiff_t(row) * numbers.row_stride +
                                         std::ptrdiff_t(h) * numbers.head_stride +
-                                        std::ptrdiff_t(column) * numbers.token_stride;
-        const std::uint16_t* const angles = rotation.data + 2 * part.pairs * column;
-        sample[0][t] = at[std::ptrdiff_t(p) * numbers.dim_stride];
-        sample[1][t] = at[std::ptrdiff_t(p + part.pairs) * numbers.dim_stride];
-        sample[2][t] = angles[p];
-        sample[3][t] = angles[part.pairs + p];
+                                        std::ptrdiff_t(column) * numbers.token_stride + place;
+        const float* const angles = rotation.data + 2 * part.pairs * column + p;
+        sample[0][t] = at[0];
+        sample[1][t] = at[apart];
+        by[0][t] = angles[0];
+        by[1][t] = angles[part.pairs];
       }
-      const Sampled found = predictive::kernels().sample(sample[0], sample[1], sample[2], sample[3],
-                                                         count, way == kEach);
+      const Sampled found =
+          predictive::kernels().sample(sample[0], sample[1], by[0], by[1], count, way == kEach);
       telling += std::size_t(__builtin_popcountll(found.telling));
       turned += std::size_t(__builtin_popcountll(found.turned));
     }
     // Of numbers that came about in another way about a third at most have such a pair.
-    if (telling && turned * 8 >= telling * 7) return way;
+    if (telling && turned * 8 >= telling * 7)
+      return std::uint8_t(way + (part.side_by_side ? kSideBySide : 0));
   }
   return 0;
 }
 
-void Chain::check_rotation(Span<std::uint16_t> rotation) const {
+void Chain::check_rotation(Span<float> rotation) const {
   const std::size_t pairs = model_.layer(layer()).part[part()].pairs;
   if (format_.exponent_bits != 8 || format_.mantissa_bits != 7 || !pairs ||
       rotation.size != 2 * pairs * tokens_.count)
     throw std::invalid_argument("pairs before RoPE, and nothing that says how they are turned");
 }
-void Chain::set_rotation(Span<std::uint16_t> rotation, std::uint8_t rounding) {
+void Chain::set_rotation(Span<float> rotation, std::uint8_t rounding) {
   if (rounding) check_rotation(rotation);
+  if (rounding && is_side_by_side(rounding) != model_.layer(layer()).part[part()].side_by_side)
+    throw std::invalid_argument("pairs before RoPE that are not the profile's");
   rounding_ = rounding;
   tokens_.rotation = rounding ? rotation.data : nullptr;
-  tokens_.rounds_products = rounding == kEach;
+  tokens_.rounds_products = rounds_products(rounding);
 }
 
 template <typename T>
-Intervals Chain::measure(const Block<const T>& numbers, std::uint32_t* counts,
-                         Span<std::uint16_t> rotation, std::uint8_t rounding) {
+Intervals Chain::measure(const Block<const T>& numbers, std::uint32_t* counts, Span<float> rotation,
+                         std::uint8_t rounding) {
   set_rotation(rotation, rounding);
   energy_before_ = energy_;
   const Layer& layer = model_.layer(this->layer());
@@ -179,7 +186,7 @@ std::vector<std::vector<std::uint8_t>> Chain::encode() {
 
 template <typename T>
 bool Chain::decode(Span<std::uint8_t> header, Span<std::uint8_t> bytes, const Block<T>& numbers,
-                   Span<std::uint16_t> rotation) {
+                   Span<float> rotation) {
   const Layer& layer = model_.layer(this->layer());
   const std::size_t lanes = layer.lanes;
   if (header.size != kHeaderBytes) return false;
@@ -304,7 +311,8 @@ void Chain::begin(const Kernels& kernels) {
   output_.assign(tiles_.size() * own, 0x80808080u);
   take_turns(layer.part[0]);
   tokens_.turns = turns_.data();
-  turn_.resize(5 * layer.part[0].pairs * kTile);
+  turn_.resize(3 * layer.part[0].pairs * kTile);
+  own_turn_.resize(2 * layer.part[0].pairs * kTile);
   const auto known = std::int64_t(model_.known(this->layer()));
   for (std::size_t t = 0; t < total_; ++t) entry_[t] = entries_[t] < known ? entries_[t] : -1;
   tokens_.tiles = tiles_.size();
@@ -314,6 +322,7 @@ void Chain::begin(const Kernels& kernels) {
   tokens_.output = output_.data();
   numbers_.resize(std::max(layer.part[0].channels(), layer.part[1].channels()) * kTile);
   tokens_.turn = turn_.data();
+  tokens_.own_turn = own_turn_.data();
   tokens_.numbers = numbers_.data();
   tokens_.products = kernels.products;
   if (kernels.products.unit) take_unit(layer);
@@ -400,11 +409,10 @@ template double bits_by_channel(const Block<const std::uint16_t>&, std::size_t, 
 template double bits_by_channel(const Block<const std::uint32_t>&, std::size_t, std::size_t,
                                 std::size_t, std::size_t, NumberFormat, std::size_t);
 
-#define KVZIP_INSTANTIATE(T)                                                                    \
-  template Intervals Chain::measure(const Block<const T>&, std::uint32_t*, Span<std::uint16_t>, \
-                                    std::uint8_t);                                              \
-  template bool Chain::decode(Span<std::uint8_t>, Span<std::uint8_t>, const Block<T>&,          \
-                              Span<std::uint16_t>);
+#define KVZIP_INSTANTIATE(T)                                                            \
+  template Intervals Chain::measure(const Block<const T>&, std::uint32_t*, Span<float>, \
+                                    std::uint8_t);                                      \
+  template bool Chain::decode(Span<std::uint8_t>, Span<std::uint8_t>, const Block<T>&, Span<float>);
 KVZIP_INSTANTIATE(std::uint8_t)
 KVZIP_INSTANTIATE(std::uint16_t)
 #undef KVZIP_INSTANTIATE

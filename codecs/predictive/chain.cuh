@@ -406,7 +406,7 @@ class Chain {
   struct Pair {
     int product[2], table[2];
     int sin, cos, inverse[2], slope;
-    unsigned angle;  // of the model's own RoPE in bf16: the cosine's bits, above them the sine's
+    float own_cosine, own_sine;  // of the model's own RoPE
   };
   // What a thread has of its token.
   struct Token {
@@ -449,8 +449,8 @@ class Chain {
     if (!turns(place)) return;
     const unsigned all = turning / 2, pair = place / 2;
     const unsigned at = cuda::constant(reinterpret_cast<const uint32_t*>(layer.places) + column);
-    const uint64_t step =
-        cuda::constant(reinterpret_cast<const uint64_t*>(layer.step) + (at & 0xFFFF));
+    const unsigned number = (at & 0xFFFF) >> layer.side_by_side;  // of the head's pairs
+    const uint64_t step = cuda::constant(reinterpret_cast<const uint64_t*>(layer.step) + number);
     const unsigned turn = unsigned((step * t.position + (uint64_t(1) << 51)) >> 52) & 4095;
     o.sin = memory.sine[turn];
     o.cos = memory.sine[(turn + 1024) & 4095];
@@ -461,9 +461,10 @@ class Chain {
     o.inverse[1] = cuda::constant(tables + kAngles);
     o.slope = cuda::constant(tables + 2 * kAngles);
     if (!rotated()) return;
-    const uint16_t* const angles = reinterpret_cast<const uint16_t*>(job.rotation) +
-                                   (t.position - job.position) * 2 * layer.pairs + (at & 0xFFFF);
-    o.angle = cuda::constant(angles) | unsigned(cuda::constant(angles + layer.pairs)) << 16;
+    const float* const angles = reinterpret_cast<const float*>(job.rotation) +
+                                (t.position - job.position) * 2 * layer.pairs + number;
+    o.own_cosine = cuda::constant(angles);
+    o.own_sine = cuda::constant(angles + layer.pairs);
   }
   // Whether pairs may be as they were before RoPE, those of bf16.
   KVZIP_DEVICE bool rotated() const { return Grid::kBias == 127 && job.rotation; }
@@ -632,7 +633,7 @@ class Chain {
       cuda::sync_warp();
     }
     if (before) {
-      Rotation(o.angle, job.rounding).turn(bits);
+      Rotation{o.own_cosine, o.own_sine, job.rounding % 3 == 1}.turn(bits);
 #pragma unroll
       for (unsigned j = 0; j < 2; ++j)
         if (active)

@@ -28,14 +28,15 @@ class Chain {
   NumberFormat format() const { return format_; }
 
   // How RoPE rounded when it turned the next part's keys by these cosines and sines (kernels.hpp),
-  // kEach or kOnce (block_parts.hpp), as a sample of them says; 0 if it did not.
-  std::uint8_t rounding(const Block<const std::uint16_t>& numbers,
-                        Span<std::uint16_t> rotation) const;
+  // as a block's third byte has it (block_parts.hpp), as a sample of them says; 0 if it did not.
+  // `wide`: whether cosines and sines are of more bits than bf16 has.
+  std::uint8_t rounding(const Block<const std::uint16_t>& numbers, Span<float> rotation,
+                        bool wide) const;
   // Models the next part's numbers; their intervals stay until the next call. `counts` as in
   // kernels.hpp. `rounding`: unless it is 0, pairs may be coded as they were before `rotation`.
   template <typename T>
-  Intervals measure(const Block<const T>& numbers, std::uint32_t* counts,
-                    Span<std::uint16_t> rotation, std::uint8_t rounding);
+  Intervals measure(const Block<const T>& numbers, std::uint32_t* counts, Span<float> rotation,
+                    std::uint8_t rounding);
   // The keys that were measured last come next once more.
   void again();
   // The part that was measured last is one that will be coded.
@@ -46,7 +47,7 @@ class Chain {
   // when the bytes do not fit. `rotation`: for blocks that need it, or empty.
   template <typename T>
   bool decode(Span<std::uint8_t> header, Span<std::uint8_t> bytes, const Block<T>& numbers,
-              Span<std::uint16_t> rotation);
+              Span<float> rotation);
 
  private:
   // What the coder needs of a part that was kept.
@@ -68,8 +69,8 @@ class Chain {
   void begin(const Kernels& kernels);
   void take_turns(const Part& keys);
   void take_unit(const Layer& layer);
-  void check_rotation(Span<std::uint16_t> rotation) const;
-  void set_rotation(Span<std::uint16_t> rotation, std::uint8_t rounding);
+  void check_rotation(Span<float> rotation) const;
+  void set_rotation(Span<float> rotation, std::uint8_t rounding);
   void end(const Kernels& kernels);
   void cut(std::size_t start, std::size_t count, std::uint32_t region);
   void arrange(const Layer& layer, const Kernels& kernels);
@@ -87,6 +88,7 @@ class Chain {
   std::vector<std::uint64_t> steps_;  // of which `turns_` are
   std::vector<std::int16_t> turns_;
   Aligned<std::int16_t> turn_;
+  Aligned<float> own_turn_;
   Aligned<std::uint16_t> numbers_;
   Aligned<std::int8_t> unit_weight_, unit_within_;
   Aligned<std::int32_t> unit_sums_;

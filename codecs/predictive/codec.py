@@ -19,6 +19,7 @@ from kvzip import dtypes
 from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.codec import ChannelCodec
+from kvzip.codecs.common.rotation import ROUNDINGS, is_wide
 from kvzip.codecs.predictive.rotation import Rotations, pairs_of
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, ProfileError, UnsupportedError
@@ -30,7 +31,6 @@ from kvzip.version import newer
 _RAW, _CHANNEL = (bytes([mode]) + bytes(15) for mode in (0, 2))
 _CODED, _UNTURNED = 3, 4
 """First bytes of what is predicted; of the second kind some pairs are as they were before RoPE."""
-_ROUNDINGS = (1, 2)
 _KINDS = frozenset((_RAW[0], _CHANNEL[0], _CODED, _UNTURNED))
 _HEADER = 16
 _TABLES = struct.Struct("<16sI12x")
@@ -154,14 +154,15 @@ class PredictiveCodec(Codec):
         chain = _next_chain(context, out.shape)
         part = KV.index(context.part)
         mode, body = bytes(data[:_HEADER]), data[_HEADER:]
-        kind = mode[0] if mode else _RAW[0]
+        kind, rounding = mode[0] if mode else _RAW[0], mode[2] if len(mode) > 2 else 0
         if kind not in _KINDS:
             raise UnsupportedError(newer(f"a block of kind {kind} of predictive"))
-        if kind == _UNTURNED and len(mode) > 2 and mode[2] not in _ROUNDINGS:
-            raise UnsupportedError(newer(f"pairs before RoPE of rounding {mode[2]}"))
+        if kind == _UNTURNED and len(mode) > 2 and rounding not in ROUNDINGS:
+            raise UnsupportedError(newer(f"pairs before RoPE of rounding {rounding}"))
         if kind in (_CODED, _UNTURNED) and chain is not None:
-            rotations = _rotations(context)
-            rotation = rotations.of(context, out.shape) if kind == _UNTURNED else None
+            rotation = None
+            if kind == _UNTURNED:
+                rotation = _rotations(context).of(context, out.shape, is_wide(rounding))
             _decode_coded(chain, context.layer, part, mode, body, out, rotation)
             return
         if mode == _RAW and len(body) == out.nbytes:
@@ -238,7 +239,7 @@ def _decode_coded(
     header: bytes,
     body: memoryview,
     out: Bits,
-    rotation: NDArray[np.uint16] | None,
+    rotation: NDArray[np.float32] | None,
 ) -> None:
     """Fill `out` from the streams of a block that was predicted. Raises CorruptError."""
     wide = out.dtype.itemsize == 4

@@ -59,6 +59,8 @@ struct DeviceLayer {
   uint32_t group, lanes, near_words, shape_count;
   uint32_t row_bytes;       // of a token's inputs
   uint32_t residual_bytes;  // of a token's residuals in memory
+  uint32_t side_by_side;    // 1: the pairs of a head are 2 i and 2 i + 1; 0: i and i + pairs
+  uint32_t reserved;
 };
 
 // Tokens of one region, at most 32.
@@ -86,15 +88,15 @@ struct RangeJob {
   uint64_t counts;        // the rest of them, in the block; 0: numbers are there already
   uint64_t bytes;         // of counts, but for the header's, and words
   uint64_t position;      // of the first token
-  uint64_t rotation;  // uint16 [row_tokens][2][pairs] cosines and sines of bf16, where pairs may be
-                      // as they were before RoPE; else 0
+  uint64_t rotation;      // float [row_tokens][2][pairs] cosines and sines, where pairs may be as
+                          // they were before RoPE; else 0
   uint32_t tokens, row_tokens;  // of all rows of the batch, of one
   uint32_t part;                // index of its DevicePart
   uint32_t first_token;         // of the block, counted in the part
   uint32_t values;              // 1: the part is the layer's values, 0: its keys
   uint32_t begins, ends;        // whether energies begin here; whether all states must be at rest
   uint32_t row;                 // whose flag is set when the block is damaged
-  uint32_t rounding;            // of RoPE: 1, products and sums; 2, sums
+  uint32_t rounding;            // of RoPE: 1 and 4, products and sums; else sums
   uint32_t reserved;
 };
 

@@ -21,7 +21,7 @@ from kvzip.statistics.documents import (
     check_tokens,
     load,
 )
-from kvzip.statistics.rope import ChannelOrder, width
+from kvzip.statistics.rope import ChannelOrder, has_pairs_side_by_side, width
 
 Floats = NDArray[np.float32]
 
@@ -47,7 +47,10 @@ class Documents:
         self.widths = [width(s) for s in layers]
         self.padded_widths = [w + -w % 4 for w in self.widths]
         """How many inputs each layer is for those after it (spec.md)."""
-        self.orders = [ChannelOrder(s, self.first.origin, self.first.dtype) for s in layers]
+        origin, dtype = self.first.origin, self.first.dtype
+        self.side_by_side = has_pairs_side_by_side(self.first.layers, origin, dtype)
+        """Whether RoPE turns the channels 2i and 2i + 1 of a head together."""
+        self.orders = [ChannelOrder(s, origin, dtype, self.side_by_side) for s in layers]
         self.tokens = 0
         for item in items:
             snapshot = self._open(item)

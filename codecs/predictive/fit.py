@@ -27,7 +27,7 @@ from kvzip.codecs.predictive.input_layers import INPUT_LAYERS, InputLayers
 from kvzip.codecs.predictive.layer_inputs import Known
 from kvzip.codecs.predictive.layers import fit_layer
 from kvzip.errors import ProfileError
-from kvzip.profile import Profile
+from kvzip.profile import SIDE_BY_SIDE, VERSION, Profile
 from kvzip.statistics.documents import Item, Progress, hold_out
 
 DEFAULT_BYTES = 134_000_000
@@ -160,6 +160,7 @@ def _description(
     """What a profile says of itself beside its tensors."""
     first = documents.first
     return {
+        "version": SIDE_BY_SIDE if documents.side_by_side else VERSION,
         "codec": "predictive",
         "model": first.origin.model,
         "revision": first.origin.revision,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Context
 from kvzip.codecs import _native
+from kvzip.codecs.common.rotation import ROUNDINGS, is_side_by_side, is_wide
 from kvzip.codecs.native.cuda.device import Kernel, Memory
 from kvzip.codecs.native.cuda.work import bytes_at
 from kvzip.codecs.predictive.gpu_model import LayerOnDevice, ModelOnDevice, on_device, shared_bytes
@@ -176,9 +177,9 @@ class _Step:
             job["header"], job["counts"], job["bytes"] = here, here + at, len(data) - at
             job["ends"] = before.next_part + 1 == 2 * len(self.model.layers)
             if kind == _UNTURNED:
-                job["rounding"], job["rotation"] = data[2], self._rotation(context, shape)
-            rounding = (1, 2) if kind == _UNTURNED else (0,)
-            if data[1] > _MOST_COUNT_BITS or data[2] not in rounding or data[3]:
+                job["rounding"], job["rotation"] = data[2], self._rotation(context, shape, data[2])
+            roundings = ROUNDINGS if kind == _UNTURNED else (0,)
+            if data[1] > _MOST_COUNT_BITS or data[2] not in roundings or data[3]:
                 raise CorruptError("counts of words that make no sense")
             if not before.tokens and (len(data) > at or any(data[1:_HEADER])):
                 raise CorruptError("words of no token")
@@ -196,15 +197,17 @@ class _Step:
         if job is not None and before.tokens:
             self._jobs.append(job)
 
-    def _rotation(self, context: Context, shape: tuple[int, ...]) -> int:
+    def _rotation(self, context: Context, shape: tuple[int, ...], rounding: int) -> int:
         """Where the device finds what turned a block's keys. Raises CorruptError."""
-        pairs = pairs_of(context.profile.tensors, self.layer)
-        name = context.part, context.start, shape[2], context.rope, shape[3], pairs
+        pairs, wide = pairs_of(context.profile.tensors, self.layer), is_wide(rounding)
+        name = context.part, context.start, shape[2], context.rope, shape[3], pairs, wide
         if name not in self._angles:
-            angles = Rotations().of(context, shape)
+            angles = Rotations().of(context, shape, wide)
             if angles is None or angles.shape[2] != pairs:
                 raise CorruptError("pairs before RoPE, and nothing that says how they are turned")
             self._angles[name] = self.work.put(angles)
+        if is_side_by_side(rounding) != self.model.layers[self.layer].side_by_side:
+            raise CorruptError("pairs before RoPE that are not the profile's")
         return self._angles[name]
 
     def _add_by_channel(self, block: Any, data: memoryview, context: Context) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codecs.native.cuda.device import Device, Memory
+from kvzip.codecs.predictive.rotation import has_pairs_side_by_side
 from kvzip.profile import Profile
 
 _CHANNEL = np.dtype(
@@ -65,6 +66,8 @@ _LAYER = np.dtype(
         ("shape_count", "<u4"),
         ("row_bytes", "<u4"),
         ("residual_bytes", "<u4"),
+        ("side_by_side", "<u4"),
+        ("reserved", "<u4"),
     ]
 )
 """`DeviceChannel`, `DeviceCell` and `DeviceLayer` of device_jobs.hpp."""
@@ -115,6 +118,8 @@ class LayerOnDevice(NamedTuple):
     has_table: bool
     residual_bytes: int
     """Of a token, in a block of chain.cuh."""
+    side_by_side: bool
+    """Whether RoPE turns numbers 2i and 2i + 1 of a head together."""
 
 
 class ModelOnDevice(NamedTuple):
@@ -250,6 +255,7 @@ class _Upload:
             "row_bytes": self.row_bytes,
             # So that rows of shared memory meet other banks.
             "residual_bytes": mine.width + 16,
+            "side_by_side": has_pairs_side_by_side(tensors["order"], pairs),
         }
 
     def _inputs(self, i: int, matrix: Bytes) -> Bytes:
@@ -280,6 +286,7 @@ class _Upload:
             bool(record["input_width"]),
             bool(record["table_bytes"]),
             int(record["residual_bytes"]),
+            bool(record["side_by_side"]),
         )
 
 

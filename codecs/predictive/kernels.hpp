@@ -57,11 +57,17 @@ struct Part {
   std::size_t first;          // place of the part's first channel within the layer
   const std::int32_t* order;  // [heads*dim] channel h*dim+d that stands at this place
   const std::uint64_t* step;  // [pairs] phase of one position, a turn is 2^64
+  bool side_by_side =
+      false;  // whether the pairs of a head are 2 i and 2 i + 1, not i and i + pairs
   std::size_t channels() const { return heads * dim; }
   // Of four channels of the layer, those that hold channels of the part.
   std::size_t first_block() const { return first / 4; }
   std::size_t blocks() const { return (first + channels() + 3) / 4 - first_block(); }
   std::size_t turned() const { return 2 * heads * pairs; }  // channels of pairs
+  // Where in its head a pair's first channel is, how far behind it the second, and back.
+  std::size_t first_of(std::size_t pair) const { return pair << side_by_side; }
+  std::size_t apart() const { return side_by_side ? 1 : pairs; }
+  std::size_t pair_of(std::size_t channel) const { return channel % dim >> side_by_side; }
 };
 
 // In which order to take the groups of inputs of one block of outputs. Instruction sets without a
@@ -183,12 +189,13 @@ struct Tokens {
   std::uint32_t* output;       // [tiles][blocks][kTile] what later layers see
   // Of RoPE at each position: sines, cosines and angles, [count][3][pairs of a head].
   const std::int16_t* turns;
-  std::int16_t* turn;  // [5][pairs][kTile] scratch, of them and of the model's own
-  // Cosines and sines of RoPE as the model turns keys of bf16, [count][2][pairs of a head] of bf16;
-  // null: pairs are coded as they are after it. And whether it rounds products, not sums alone.
-  const std::uint16_t* rotation;
+  std::int16_t* turn;  // [3][pairs][kTile] scratch, of them
+  // Cosines and sines of RoPE as the model turns keys of bf16, [count][2][pairs of a head]; null:
+  // pairs are coded as they are after it. And whether it rounds products, not sums alone.
+  const float* rotation;
   bool rounds_products;
-  void* numbers;  // [channels][kTile] scratch, of a part's numbers
+  float* own_turn;  // [2][pairs][kTile] scratch, of these cosines and sines
+  void* numbers;    // [channels][kTile] scratch, of a part's numbers
   Products products;
   // Scratch for its unit: a part's weights, of the region at hand, and what those for inputs make
   // of kUnitTiles tiles.
@@ -241,9 +248,8 @@ struct Kernels {
                    const Block<std::uint16_t>&, const Coded&);
   // Which of `count` pairs of bf16, at most kTile, tell whether RoPE turned them in bf16, as its
   // grid was four times as coarse or more before; and which of these it turned.
-  Sampled (*sample)(const std::uint16_t* first, const std::uint16_t* second,
-                    const std::uint16_t* cosine, const std::uint16_t* sine, std::size_t count,
-                    bool rounds_products);
+  Sampled (*sample)(const std::uint16_t* first, const std::uint16_t* second, const float* cosine,
+                    const float* sine, std::size_t count, bool rounds_products);
   // rANS over a part's intervals, last first. `state` [rows*count][lanes] is taken from what it is
   // after the part to what it is before it; words are written downwards from `words_end`, the last
   // stream's first, and counted in `counts` [streams][lanes]. Returns how many there are.

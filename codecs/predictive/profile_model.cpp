@@ -328,11 +328,13 @@ void ProfileModel::Data::set_order(const LayerArrays& a) {
     }
     part.order = order[p].data();
   }
-  // The two of a pair stand side by side, before what is not turned.
-  const Part& keys = layer.part[0];
+  // The two of a pair stand one after the other, before what is not turned.
+  Part& keys = layer.part[0];
+  keys.side_by_side = keys.pairs > 1 && keys.heads && order[0][1] == order[0][0] + 1;
   for (std::size_t i = 0; i < keys.turned(); i += 2) {
     const auto c = std::size_t(order[0][i]), d = std::size_t(order[0][i + 1]);
-    if (c % keys.dim >= keys.pairs || d != c + keys.pairs)
+    const std::size_t pair = keys.pair_of(c);
+    if (pair >= keys.pairs || c % keys.dim != keys.first_of(pair) || d != c + keys.apart())
       throw std::invalid_argument("order tears a pair apart");
   }
   step = take(a.step, keys.pairs, "step");

@@ -19,16 +19,10 @@ KVZIP_DEVICE int product_size(int a, int b) {
   return as_bits(product_of(float(a), float(b))) & 0x7FFFFFFF;
 }
 
-// Cosine and sine of a pair, numbers of bf16, and whether products are rounded or sums alone.
+// Cosine and sine of a pair, and whether products are rounded or sums alone.
 struct Rotation {
   float cosine, sine;
   bool rounds_products;
-
-  // `angle`: the bits of the cosine, above them the sine's.
-  KVZIP_DEVICE Rotation(unsigned angle, unsigned rounding)
-      : cosine(as_float(int(angle << 16))),
-        sine(as_float(int(angle & 0xFFFF0000u))),
-        rounds_products(rounding == 1) {}
 
   // To the nearest number of bf16, ties to even.
   KVZIP_DEVICE static unsigned rounded(float v) {

@@ -24,8 +24,8 @@ struct Rotation : Vectors<Isa> {
   using Base::all, Base::as_bits, Base::as_float, Base::max_of, Base::min_of;
   using typename Base::F, typename Base::I, typename Base::U;
 
-  // Of each pair, numbers of bf16: 0, or from 2^-40 to 2^20, so that products with numbers that
-  // count are exact.
+  // Of each pair: 0, or from 2^-40 to 2^20, so that no product with a number that counts is too
+  // small or too large.
   F cosine, sine;
   bool rounds_products;  // or sums alone
 

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip import dtypes
 from kvzip.codec import Context
 from kvzip.codecs import _native
 from kvzip.codecs.common.rotation import rotation_of
 from kvzip.dtypes import Bits
 
-Angles = NDArray[np.uint16]
-"""Cosines and sines, bf16 bits [tokens, 2, pairs]."""
+Angles = NDArray[np.float32]
+"""Cosines and sines, [tokens, 2, pairs]."""
 
 
 def pairs_of(tensors: Mapping[str, NDArray[Any]], layer: int) -> int:
@@ -22,30 +23,46 @@ def pairs_of(tensors: Mapping[str, NDArray[Any]], layer: int) -> int:
     return len(tensors.get(f"{layer}.step", ()))
 
 
+def has_pairs_side_by_side(order: NDArray[np.int32], pairs: int) -> bool:
+    """Whether the pairs of a head, so many, are channels 2i and 2i + 1, and not i and i + pairs, as
+    the `order` of a profile's layer says."""
+    return pairs > 1 and len(order) > 1 and int(order[1] - order[0]) == 1
+
+
 class Rotations:
     """The rotations of one token range, each made once: layers may have different ones."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int | None, int], Angles | None] = {}
+        self._known: dict[tuple[int | None, int, bool], Angles | None] = {}
 
-    def of(self, context: Context, shape: tuple[int, ...]) -> Angles | None:
-        """What turned a block, [rows, heads, tokens, dim], as the origin says; None where it does
-        not say, and for values."""
+    def of(self, context: Context, shape: tuple[int, ...], wide: bool) -> Angles | None:
+        """What turned a block, [rows, heads, tokens, dim], as the origin says, unless it is `wide`
+        rounded to bf16; None where it does not say, and for values."""
         if context.part != "k":
             return None
-        name = context.rope, shape[3]
+        name = context.rope, shape[3], wide
         if name not in self._known:
-            rotation = rotation_of(context, shape[3])
-            angles = None if rotation is None else rotation.angles_of(context.start, shape[2])
-            self._known[name] = angles
+            self._known[name] = _angles(context, shape, wide)
         return self._known[name]
 
     def found(
         self, chain: _native.PredictiveChain, block: Bits, context: Context, pairs: int
     ) -> tuple[Angles | None, int]:
-        """What turned these keys, the chain's next part, and how it rounded: 1, products and sums;
-        2, sums alone; 0 where they were not turned so. `pairs`: how many the profile has."""
-        angles = self.of(context, block.shape)
-        if angles is None or angles.shape[2] != pairs:
-            return None, 0
-        return angles, chain.rounding(context.layer, 0, block, angles)
+        """What turned these keys, the chain's next part, and its rounding (`ROUNDINGS`); 0 where
+        they were not turned so. `pairs`: how many the profile has."""
+        for wide in (False, True):
+            angles = self.of(context, block.shape, wide)
+            if angles is None or angles.shape[2] != pairs:
+                break
+            if rounding := chain.rounding(context.layer, 0, block, angles, wide):
+                return angles, rounding
+        return None, 0
+
+
+def _angles(context: Context, shape: tuple[int, ...], wide: bool) -> Angles | None:
+    rotation = rotation_of(context, shape[3])
+    if rotation is None:
+        return None
+    if wide:
+        return rotation.wide_angles_of(context.start, shape[2])
+    return dtypes.to_float32(rotation.angles_of(context.start, shape[2]), "bf16")

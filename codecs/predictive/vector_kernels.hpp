@@ -176,9 +176,9 @@ class TileCoder : Vectors<Isa> {
   std::int16_t* const sine = tokens.turn;
   std::int16_t* const cosine = sine + part.pairs * kTile;
   std::int16_t* const angle = cosine + part.pairs * kTile;
-  // The model's own, of RoPE in bf16: of the bits, where there are any.
-  std::int16_t* const own_cosine = angle + part.pairs * kTile;
-  std::int16_t* const own_sine = own_cosine + part.pairs * kTile;
+  // The model's own, where there are any.
+  float* const own_cosine = tokens.own_turn;
+  float* const own_sine = own_cosine + part.pairs * kTile;
   // Of a group's channels, from the first of a block of four on: what other layers say, and where
   // they are expected before they are turned.
   std::size_t from = 0;
@@ -193,7 +193,7 @@ class TileCoder : Vectors<Isa> {
 
   void load_tokens() {
     const std::int16_t* turns[kTile];
-    const std::uint16_t* own[kTile];
+    const float* own[kTile];
     for (std::size_t t = 0; t < kTile; ++t) {
       // What is past the last token goes along with it, and is never looked at.
       const std::size_t token = tokens.at[tile.start + std::min(t, n - 1)];
@@ -207,8 +207,7 @@ class TileCoder : Vectors<Isa> {
       if (tokens.rotation) own[t] = tokens.rotation + 2 * part.pairs * column;
     }
     to_columns<W>(turns, 3 * part.pairs, sine);
-    if (tokens.rotation)
-      to_columns<W>(own, 2 * part.pairs, reinterpret_cast<std::uint16_t*>(own_cosine));
+    if (tokens.rotation) to_columns<W>(own, 2 * part.pairs, own_cosine);
     invert_energy();
   }
   Number* column(std::size_t place) const {
@@ -343,7 +342,7 @@ class TileCoder : Vectors<Isa> {
   template <bool rotated>
   __attribute__((noinline)) void code_pair(std::size_t lane, std::size_t place) {
     const std::size_t c = part.first + place, pair = place / 2;
-    const std::size_t p = std::size_t(part.order[place]) % part.dim, all_pairs = pairs * kAngles;
+    const std::size_t p = part.pair_of(std::size_t(part.order[place])), all_pairs = pairs * kAngles;
     const std::int16_t *const sines = sine + p * kTile, *const cosines = cosine + p * kTile;
     const auto by_angle = [&](const std::int32_t* array, std::size_t size, std::size_t table_row,
                               std::size_t t) {
@@ -430,9 +429,7 @@ class TileCoder : Vectors<Isa> {
     return widened(static_cast<const std::uint16_t*>(numbers) + t);
   }
   Rotation<Isa> rotation(std::size_t p, std::size_t t) const {
-    const auto of = [&](const std::int16_t* at) {
-      return Rotation<Isa>::number(bits_at(at + p * kTile, t));
-    };
+    const auto of = [&](const float* at) { return Base::as_float(load(at + p * kTile + t)); };
     return {{}, of(own_cosine), of(own_sine), tokens.rounds_products};
   }
   // Turns the chosen pairs of those at `place`, so that they are as they stand in a cache.
@@ -456,15 +453,15 @@ class TileCoder : Vectors<Isa> {
       while (chosen) {
         // As many as fill a vector.
         std::size_t at[W], count = 0;
-        alignas(64) std::int32_t ys[2][W] = {}, angles[2][W] = {}, as[2][W] = {},
-                                 weights[2][W] = {};
+        alignas(64) std::int32_t ys[2][W] = {}, as[2][W] = {}, weights[2][W] = {};
+        alignas(64) float angles[2][W] = {};
         for (; chosen && count < W; chosen &= chosen - 1, ++count) {
           const auto t = std::size_t(__builtin_ctzll(chosen));
           at[count] = t;
           ys[0][count] = first[t];
           ys[1][count] = second[t];
-          angles[0][count] = std::uint16_t(own_cosine[p * kTile + t]);
-          angles[1][count] = std::uint16_t(own_sine[p * kTile + t]);
+          angles[0][count] = own_cosine[p * kTile + t];
+          angles[1][count] = own_sine[p * kTile + t];
           // What is known but for its rounding is likely to be the nearest.
           const bool settled = layer.table16 && known[t];
           for (std::size_t i = 0; i < 2; ++i) {
@@ -473,8 +470,8 @@ class TileCoder : Vectors<Isa> {
           }
         }
         const Rotation<Isa> by{{},
-                               Rotation<Isa>::number(load(angles[0])),
-                               Rotation<Isa>::number(load(angles[1])),
+                               Base::as_float(load(angles[0])),
+                               Base::as_float(load(angles[1])),
                                tokens.rounds_products};
         const auto found = by.unturned({load(ys[0]), load(ys[1])},
                                        {to_float(load(as[0])) * unit, to_float(load(as[1])) * unit},
@@ -593,14 +590,15 @@ struct VectorKernels {
   }
 
   static Sampled sample(const std::uint16_t* first, const std::uint16_t* second,
-                        const std::uint16_t* cosine, const std::uint16_t* sine, std::size_t count,
+                        const float* cosine, const float* sine, std::size_t count,
                         bool rounds_products) {
     using R = Rotation<Isa>;
     using V = Vectors<Isa>;
     Sampled found{0, 0};
     for (std::size_t t = 0; t < kTile; t += Isa::W) {
       const auto bits = [&](const std::uint16_t* of) { return V::widened(of + t); };
-      const R by{{}, R::number(bits(cosine)), R::number(bits(sine)), rounds_products};
+      const R by{
+          {}, V::as_float(V::load(cosine + t)), V::as_float(V::load(sine + t)), rounds_products};
       const Two<typename V::I> pair{bits(first), bits(second)};
       const auto product = [](Two<typename V::I> of) {
         return V::as_bits(R::number(of.first) * R::number(of.second)) & 0x7fffffff;

@@ -153,26 +153,27 @@ class Density:
 class Rotation:
     """RoPE as a model turns keys of bf16, and back. Floats are of 32 bits, each step rounded."""
 
-    def __init__(self, angles: Bits, rounding: ArrayLike, tokens: int):
-        """`angles`: cosines and sines as bits of bf16, [tokens, 2, pairs], of each row of a batch;
-        `rounding`: of each of all `tokens` 1, products and sums are rounded; 2, sums; 0: its pairs
-        are coded as they are after RoPE."""
+    def __init__(self, angles: Floats, rounding: ArrayLike, tokens: int):
+        """`angles`: cosines and sines, [tokens, 2, pairs], of each row of a batch; `rounding`: of
+        each of all `tokens` 1 to 6, as the page has them; 0: its pairs are coded as they are after
+        RoPE."""
         rows = tokens // len(angles) if len(angles) else 0
-        self.cosine, self.sine = (np.tile(floats(angles[:, i]), (rows, 1)) for i in (0, 1))
+        self.cosine, self.sine = (np.tile(angles[:, i], (rows, 1)) for i in (0, 1))
         self.rounding = np.broadcast_to(np.asarray(rounding), tokens)
 
     def of(self, tokens: Ints, pair: int) -> _Turn:
         """The rotation of one pair of a head."""
         by = self.cosine[tokens, pair], self.sine[tokens, pair]
-        return _Turn(*by, self.rounding[tokens] == 1)
+        return _Turn(*by, np.isin(self.rounding[tokens], (1, 4)))
 
 
-def angles(radians: Floats, positions: Ints, scale: float = 1.0) -> Bits:
-    """Cosines and sines as bits of bf16, [positions, 2, pairs], of frequencies in radians a
-    position."""
+def angles(radians: Floats, positions: Ints, scale: float = 1.0, wide: bool = False) -> Floats:
+    """Cosines and sines, [positions, 2, pairs], of frequencies in radians a position, in float32
+    (`wide`) or rounded to bf16."""
     angle = (positions.astype(np.float32)[:, None] * radians).astype(np.float64)
     both = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32) * np.float32(scale)
-    return _upper(rounded(np.where(np.abs(both) < np.float32(2.0**-40), np.float32(0), both)))
+    found: Floats = np.where(np.abs(both) < np.float32(2.0**-40), np.float32(0), both)
+    return found if wide else rounded(found)
 
 
 def floats(bits: Bits) -> Floats:
@@ -494,8 +495,11 @@ class _Step:
     def _pair(self, place: int) -> Ints:
         """Two channels that RoPE turns together."""
         c, sine = self.before + place, self.sine
-        _head, p = divmod(int(self.order[place]), self.dim)
-        assert p < self.pairs and self.order[place + 1] == self.order[place] + self.pairs
+        p, apart = int(self.order[place]) % self.dim, self.order[place + 1] - self.order[place]
+        if apart != self.pairs:  # pairs are side by side
+            assert apart == 1 and p % 2 == 0
+            p //= 2
+        assert p < self.pairs
         phase = self.step[p] * self.model.position[self.t]
         turn = ((phase + np.uint64(1 << 51)) >> np.uint64(52)).astype(np.int64) & 4095
         sin, cos = sine[turn], sine[(turn + 1024) & 4095]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from kvzip.layout import KV, LayerLayout
 from kvzip.snapshot import Snapshot
-from kvzip.statistics.rope import ChannelOrder
+from kvzip.statistics.rope import ChannelOrder, has_pairs_side_by_side
 
 _AXES = {"h", "t", "d"}
 
@@ -32,10 +32,10 @@ def unpredicted(snapshot: Snapshot) -> dict[str, list[int]]:
 
 def orders(snapshot: Snapshot) -> list[ChannelOrder]:
     """The coding order of each predicted layer."""
-    layers = snapshot.layout.layers
-    return [
-        ChannelOrder(layers[i], snapshot.origin, snapshot.dtype) for i in predicted_layers(snapshot)
-    ]
+    layers = [snapshot.layers[i] for i in predicted_layers(snapshot)]
+    origin, dtype = snapshot.origin, snapshot.dtype
+    side_by_side = has_pairs_side_by_side(layers, origin, dtype)
+    return [ChannelOrder(layer.layout, origin, dtype, side_by_side) for layer in layers]
 
 
 def obstacle(layer: LayerLayout, dtype: str) -> str:

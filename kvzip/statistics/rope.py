@@ -6,6 +6,7 @@ RoPE turns pairs of a key's channels by an angle that grows with the position (S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,12 @@ def frequencies(parameters: dict[str, Any] | None, dim: int) -> NDArray[np.float
 
 
 class ChannelOrder:
-    """The coding order of one layer: keys head by head, the two channels of a rotated pair side by
-    side, then what is not rotated; then values as they lie."""
+    """The coding order of one layer: keys head by head, the channels of a rotated pair one after
+    the other, then what is not rotated; then values as they lie."""
 
-    def __init__(self, layer: LayerLayout, origin: Origin, dtype: str):
+    def __init__(self, layer: LayerLayout, origin: Origin, dtype: str, side_by_side: bool = False):
+        """`side_by_side`: the rotated pairs of a head are channels 2i and 2i + 1, and not i and i +
+        pairs."""
         self.dtype = dtype
         heads, dim = layer.k[-3], layer.k[-1]
         known = layer.rope is not None and layer.rope < len(origin.rope)
@@ -52,7 +55,13 @@ class ChannelOrder:
         self.frequency = frequencies(parameters, dim)
         """Radians a position for each rotated pair of a head."""
         half = len(self.frequency)
-        head = [c for i in range(half) for c in (i, i + half)] + list(range(2 * half, dim))
+        places = [slice(0, half), slice(half, 2 * half)]
+        if side_by_side:
+            places = [slice(0, 2 * half, 2), slice(1, 2 * half, 2)]
+        self.first, self.second = places
+        """The channels of a head's rotated pairs."""
+        pairs = np.stack([np.arange(dim)[place] for place in places], axis=1)
+        head = [*pairs.reshape(-1).tolist(), *range(2 * half, dim)]
         keys = [h * dim + c for h in range(heads) for c in head]
         values = np.arange(layer.v[-3] * layer.v[-1])
         self.order = np.concatenate([np.array(keys, np.int64), values])
@@ -84,10 +93,32 @@ class ChannelOrder:
             position = np.arange(tokens) + layer.layout.first + skip
             angle = (position[:, np.newaxis] * self.frequency)[:, np.newaxis]
             sin, cos = np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
-            a, b = k[..., :half], k[..., half : 2 * half]
+            a, b = k[..., self.first], k[..., self.second]
             with np.errstate(invalid="ignore", over="ignore"):  # infinities, cleaned below
                 keys[..., 0 : 2 * half : 2] = a * cos + b * sin
                 keys[..., 1 : 2 * half : 2] = b * cos - a * sin
         y[..., : self.keys] = keys.reshape(rows, tokens, -1)
         cleaned: NDArray[np.float32] = np.nan_to_num(y, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         return cleaned.reshape(rows * tokens, -1)
+
+
+_TELLING = 0.1
+"""How much less keys vary that RoPE did turn so: a median of logarithms. By chance it is less."""
+
+
+def has_pairs_side_by_side(layers: Sequence[Layer], origin: Origin, dtype: str) -> bool:
+    """Whether RoPE turns the channels 2i and 2i + 1 of a head together, and not i and i + pairs, as
+    the keys say: turned back as they were turned they vary less. The logarithm of a channel's
+    variance differs by 0.97 (SmolLM2-135M, 2,048 tokens) and 0.74 (Gemma 3 270M, 512 tokens) in the
+    median."""
+    less: list[float] = []
+    for layer in layers:
+        if not layer.layout.stored:
+            continue
+        spread = []
+        for side_by_side in (False, True):
+            order = ChannelOrder(layer.layout, origin, dtype, side_by_side)
+            turned = order.unturned(layer)[:, [c for pair in order.pairs for c in pair]]
+            spread.append(np.log(turned.var(axis=0, dtype=np.float64) + 1e-30))
+        less += (spread[0] - spread[1]).tolist()
+    return bool(less) and float(np.median(less)) > _TELLING

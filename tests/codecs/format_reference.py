@@ -235,13 +235,12 @@ class File:
             low, data = data[16 : 16 + size], data[:16] + data[16 + rounded_up(size, 16) :]
         angles = None
         if kind == 4:
-            frequencies, scale = self.frequencies(i)
+            (frequencies, scale), wide = self.frequencies(i), data[2] in (3, 6)
             each = [
-                [channel_reference.angles(p, f, scale) for f in frequencies]
+                [channel_reference.angles(p, f, scale, wide) for f in frequencies]
                 for p in range(position, position + shape[2])
             ]
-            bits = [[[channel_reference.bf16(x) for x in both] for both in row] for row in each]
-            angles = np.array(bits, np.uint16).transpose(0, 2, 1)
+            angles = np.array(each, np.float32).transpose(0, 2, 1)
         found = chain.decode(i, part, data, angles)
         if low:
             low = np.frombuffer(low, "<u2").reshape(shape)

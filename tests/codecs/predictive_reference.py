@@ -97,7 +97,7 @@ class Chain(IntegerModel):
     def unpacked(self, header, data):
         """The counts, and the words behind them."""
         kind, bits, rounding, zero = header[:4]
-        assert zero == 0 and (rounding in (1, 2) if kind == 4 else (kind, rounding) == (3, 0))
+        assert zero == 0 and (1 <= rounding <= 6 if kind == 4 else (kind, rounding) == (3, 0))
         least = int.from_bytes(header[4:8], "little", signed=True)
         streams = len(self.tiles) * self.lanes
         size = max(0, -(-bits * streams // 8) - 8)

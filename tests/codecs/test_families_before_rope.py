@@ -12,8 +12,7 @@ from support import assert_same, tiny_model
 import kvzip
 from kvzip.capture import prefill
 from kvzip.codec import Context
-from kvzip.codecs.channel.rotation import ROUNDINGS
-from kvzip.codecs.common.rotation import rotation_of
+from kvzip.codecs.common.rotation import ROUNDINGS, rotation_of
 from kvzip.load.config import rope_of_config, rope_of_model
 from kvzip.load.matching import origin_of_model
 from kvzip.models import LoadedModel

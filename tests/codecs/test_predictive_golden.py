@@ -9,6 +9,7 @@ from golden_files import NOW
 from predictive_profiles import kinds
 
 import kvzip
+from kvzip.codecs.common.rotation import ROUNDINGS, is_side_by_side
 
 FILES = sorted(
     name
@@ -32,6 +33,11 @@ def test_golden_files_are_predicted(name):
     assert len(made) != (NOW / name).stat().st_size
 
 
-def test_golden_pairs_before_rope_are_among_them():
-    name = "predictive-before-rope-bf16.kvz"
-    assert 4 in kinds(NOW / name, profile_of(name))[1, "k"]
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_golden_pairs_before_rope_are_among_them(rounding):
+    name = golden_files.PREDICTIVE_BEFORE_ROPE[rounding]
+    profile = profile_of(name)
+    assert 4 in kinds(NOW / name, profile)[1, "k"]
+    with kvzip.open(NOW / name, profile) as reader:
+        assert reader._blocks.stored(reader.index.rows[1, "k"][1])[2] == rounding
+    assert profile.description["version"] == (2 if is_side_by_side(rounding) else 1)

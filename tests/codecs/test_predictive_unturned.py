@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from predictive_profiles import (
     ORIGIN,
     PAIRS,
-    ROTATION,
     SHAPES,
+    angles,
     encode,
     kinds,
     random_profile,
@@ -26,10 +26,13 @@ from support import tiny_documents as documents
 import kvzip
 from kvzip import Context, dtypes, get_codec
 from kvzip.codecs import _native
+from kvzip.codecs.common.rotation import ROUNDINGS
 from kvzip.codecs.predictive import codec as predictive
 from kvzip.codecs.predictive.codec import measure, native_model, new_chain
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError
+from kvzip.layout import LayerLayout
 from kvzip.selftest import instructions
+from kvzip.testing import nearest_bits
 
 PROFILES = {
     "plain": {},
@@ -39,8 +42,9 @@ PROFILES = {
 }
 
 
-def profile_of(name, seed=0):
-    return random_profile(seed, SHAPES, pairs=PAIRS, **PROFILES[name])
+def profile_of(name, rounding=1):
+    settings = PROFILES[name] | {"pairs": PAIRS, "side_by_side": rounding > 3}
+    return random_profile(0, SHAPES, **settings)
 
 
 def parts(found):
@@ -61,42 +65,46 @@ def chains(profile, found, start):
     )
 
 
-@pytest.mark.parametrize("rounding", [1, 2])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("name", PROFILES)
 @pytest.mark.parametrize(
     ("start", "batch", "strange"), [(0, None, 0.1), (1 << 20, 2, 0.0), (3, 3, 1.0)]
 )
-@pytest.mark.drawn(8)
+@pytest.mark.drawn(12)
 def test_native_code_is_what_the_page_says(name, rounding, start, batch, strange):
     """The same bytes, the same code length, and one reads what the other wrote; with pairs that
     nothing turns to, and numbers of any size among them."""
-    profile = profile_of(name)
+    profile = profile_of(name, rounding)
     found = turned_snapshot(1, 70, rounding, start, batch, strange)
     native, plain = chains(profile, found, start)
-    angles = ROTATION.angles_of(start, 70)
+    by = angles(start, 70, rounding)
     modelled = []
     for i, p, block in parts(found):
-        rotation = (angles, rounding) if p == 0 else (None, 0)
+        rotation = (by, rounding) if p == 0 else (None, 0)
         streams, bits = plain.model(i, p, block, *rotation)
         modelled.append(streams)
         assert native.model(i, p, block, *rotation) == pytest.approx(bits)
         native.keep()
     coded = native.encode()
     assert coded == plain.encode(modelled)
-    assert {data[0] for data in coded[::2]} == {4} and {data[0] for data in coded[1::2]} == {3}
+    assert {(data[0], data[2]) for data in coded[::2]} == {(4, rounding)}
+    assert {(data[0], data[2]) for data in coded[1::2]} == {(3, 0)}
     native, plain = chains(profile, found, start)
     for (i, p, block), data in zip(parts(found), coded, strict=True):
-        assert np.array_equal(plain.decode(i, p, data, angles), block)
+        assert np.array_equal(plain.decode(i, p, data, by), block)
         out = np.empty_like(block)
         whole = np.frombuffer(data, np.uint8)
-        native.decode(i, p, whole[:16], whole[16:], out, angles if p == 0 else None)
+        native.decode(i, p, whole[:16], whole[16:], out, by if p == 0 else None)
         assert np.array_equal(out, block)
     assert plain.at_the_end()
 
 
+@pytest.mark.parametrize("rounding", [1, 3, 4, 5, 6])
 @pytest.mark.parametrize("name", PROFILES)
-def test_the_same_bytes_by_all_instructions(name):
-    profile, found = profile_of(name), turned_snapshot(2, 150, strange=0.1)
+@pytest.mark.drawn(3)
+def test_the_same_bytes_by_all_instructions(name, rounding):
+    profile = profile_of(name, rounding)
+    found = turned_snapshot(2, 150, rounding, strange=0.1)
     before, made = _native.simd(), {}
     for simd in instructions():
         _native.set_simd(simd)
@@ -108,10 +116,10 @@ def test_the_same_bytes_by_all_instructions(name):
     assert len(set(made.values())) == 1
 
 
-@pytest.mark.parametrize("rounding", [1, 2])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_keys_that_were_turned_so_are_known(monkeypatch, rounding):
     """Files of caches that came about in another way stay as they were."""
-    profile = profile_of("plain")
+    profile = profile_of("plain", rounding)
     found = turned_snapshot(3, 100, rounding)
     blob = encode(found, profile, monkeypatch, block_tokens=50)
     assert_same(kvzip.decode(blob, profile), found)
@@ -125,6 +133,7 @@ def test_keys_that_were_turned_so_are_known(monkeypatch, rounding):
     others = [
         with_rope(random, found.token_ids),
         turned_snapshot(3, 100, rounding, start=7),  # as if from other positions
+        turned_snapshot(3, 100, (rounding + 2) % 6 + 1),  # and other pairs
         with_rope(found.layers, found.token_ids, rope=None),
         with_rope(found.layers, found.token_ids, kvzip.Origin()),
     ]
@@ -188,17 +197,81 @@ def test_channel_is_tried_wherever_it_may_take_less(seed, tokens, constant):
             assert min(least, k.nbytes) <= taken
 
 
+def in_format(snapshot, dtype):
+    layers = []
+    for layer in snapshot.layers:
+        k, v = (nearest_bits(dtypes.to_float64(part, "bf16"), dtype) for part in layer)
+        form = LayerLayout.of_kv(k.shape, v.shape, dtype, snapshot.tokens, "full", None, 0)
+        layers.append(kvzip.Layer.of_kv(k, v, form))
+    return kvzip.Snapshot(layers, dtype, snapshot.token_ids, snapshot.origin)
+
+
+def side_by_side(snapshot):
+    """The same numbers of a model whose pairs i and i + pairs are 2i and 2i + 1."""
+    pairs = len(snapshot.origin.rope[0]["inv_freq"])
+    layers = []
+    for layer in snapshot.layers:
+        order = np.arange(layer.k.shape[-1])
+        order[: 2 * pairs] = order[: 2 * pairs].reshape(2, pairs).T.reshape(-1)
+        layers.append(kvzip.Layer.of_kv(layer.k[..., order], layer.v, layer.layout))
+    return kvzip.Snapshot(layers, snapshot.dtype, snapshot.token_ids, snapshot.origin)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn"])
+def test_pairs_side_by_side_are_the_same_pairs_elsewhere(dtype):
+    """Whatever keys are in, their pairs are found when a profile is learned; files take what they
+    would of the same numbers elsewhere, and less than by a profile of other pairs."""
+    found = [in_format(rotated(seed, 200, layers=3), dtype) for seed in range(6)]
+    others = [side_by_side(snapshot) for snapshot in found]
+    profile, other = (kvzip.Profile.fit(some[:5]) for some in (found, others))
+    assert profile.description["version"] == 1 and other.description["version"] == 2
+    halves, paired, wrong = (
+        kvzip.encode(snapshot, "predictive", by)
+        for snapshot, by in ((found[5], profile), (others[5], other), (others[5], profile))
+    )
+    assert_same(kvzip.decode(paired, other), others[5])
+    assert abs(len(halves) - len(paired)) < 0.001 * len(halves)
+    assert len(paired) < 0.95 * len(wrong)
+    assert kinds(paired, other)[1, "k"] == {4 if dtype == "bf16" else 3}
+
+
+@pytest.mark.parametrize("name", ["plain", "tables"])
+def test_a_profile_of_other_pairs_refuses_a_block(name):
+    """Of a rounding whose pairs are not the profile's."""
+    for rounding in (1, 4):
+        profile, found = profile_of(name, rounding), turned_snapshot(5, 40, rounding)
+        native, _ = chains(profile, found, 0)
+        _, _, block = parts(found)[0]
+        with pytest.raises(ValueError, match="not the profile's"):
+            native.model(0, 0, block, angles(0, 40), 5 - rounding)
+
+
+def test_orders_that_are_no_pairs():
+    """Pairs of either kind, and not of both."""
+    profile = profile_of("plain", 4)
+    order = profile.tensors["0.order"]
+    assert all(order[1:6:2] == order[:6:2] + 1)
+    for change in ([1, 0], [2, 1], [0, PAIRS], [5, 6]):
+        tensors = dict(profile.tensors)
+        changed = order.copy()
+        at = [int(np.nonzero(order[: 2 * 12] == c)[0][0]) for c in change]
+        changed[:2], changed[at] = change, order[:2]
+        with pytest.raises(kvzip.ProfileError):
+            native_model(kvzip.Profile(tensors | {"0.order": changed}, profile.description))
+
+
 def context(profile, rope=0, form="bf16", part="k", origin=ORIGIN):
     return Context(dtypes.get(form), 0, part, 0, origin, None, profile, scratch={}, rope=rope)
 
 
-@pytest.fixture(scope="module")
-def coded():
+@pytest.fixture(scope="module", params=ROUNDINGS)
+def coded(request):
     """A block of keys before RoPE."""
-    profile, found = profile_of("plain"), turned_snapshot(5, 40)
+    rounding = request.param
+    profile, found = profile_of("plain", rounding), turned_snapshot(5, 40, rounding)
     native, _ = chains(profile, found, 0)
     for i, p, block in parts(found):
-        native.model(i, p, block, *((ROTATION.angles_of(0, 40), 1) if p == 0 else ()))
+        native.model(i, p, block, *((angles(0, 40, rounding), rounding) if p == 0 else ()))
         native.keep()
     return profile, found.layers[0].block("k"), native.encode()[0]
 
@@ -222,11 +295,13 @@ def test_a_header_must_say_how_keys_are_turned(coded):
             codec.decode(memoryview(data), out, context(profile, rope, origin=origin))
 
 
-@pytest.mark.parametrize("head", [(4, 0), (4, 3), (3, 1), (5, 1)])
+@pytest.mark.parametrize("head", [(4, 0), (4, 7), (3, 1), (5, 1), (4, -3)])
 def test_heads_that_make_no_sense(coded, head):
     profile, block, data = coded
-    data = bytes([head[0], data[1], head[1]]) + data[3:]
-    with pytest.raises(CorruptError if head == (3, 1) else UnsupportedError):
+    # -3: pairs that are not the profile's.
+    rounding = head[1] if head[1] >= 0 else (data[2] + 2) % 6 + 1
+    data = bytes([head[0], data[1], rounding]) + data[3:]
+    with pytest.raises(CorruptError if head in ((3, 1), (4, -3)) else UnsupportedError):
         get_codec("predictive").decode(memoryview(data), np.empty_like(block), context(profile))
 
 
@@ -243,7 +318,7 @@ def test_only_keys_of_bf16(coded):
 
 
 @given(data=st.data())
-@examples(200)
+@examples(60)
 def test_damage_never_gives_other_numbers_or_a_crash(coded, data):
     profile, block, whole = coded
     at = data.draw(st.integers(0, len(whole) - 1))

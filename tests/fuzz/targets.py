@@ -50,8 +50,8 @@ def in_part(data: bytes) -> None:
 
 def predicted(data: bytes) -> None:
     """A file that needs one of the profiles that there are."""
-    profile = TURNED if TURNED.id.encode() in data else PREDICTED
-    kvzip.decode(sealed(data), profile, threads=1)
+    named = [profile for profile in TURNED.values() if profile.id.encode() in data]
+    kvzip.decode(sealed(data), [*named, PREDICTED][0], threads=1)
 
 
 def as_they_are(data: bytes) -> None:
@@ -107,8 +107,13 @@ KEPT: dict[Path, bytes] = {}
 PROFILE = kvzip.Profile.fit([SAVED], codec="channel")
 PAGE = kvzip.encode_page([(layer.k[:, :16], layer.v[:, :16]) for layer in SAVED.layers], PROFILE)
 PREDICTED = kvzip.Profile.load(GOLDEN / "predictive.kvprofile")
-TURNED = kvzip.Profile.load(GOLDEN / "predictive-before-rope.kvprofile")
-"""Of keys that RoPE turned in bf16."""
+TURNED = {
+    f"predictive-before-rope{name}-bf16.kvz": kvzip.Profile.load(
+        GOLDEN / f"predictive-before-rope{of}.kvprofile"
+    )
+    for name, of in (("", ""), ("-6", "-4"))
+}
+"""Of keys that RoPE turned in bf16, and of pairs side by side, by a file of such keys."""
 START = kvzip.encode(SAVED, "raw")[:12]
 """Magic and version of a .kvz file, and what else does not change."""
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
@@ -127,10 +132,9 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
 
 def small(name: str, tokens: int, heads: int = 2) -> kvzip.Snapshot:
     """A piece of a golden file, which as a whole is longer than what a fuzzer makes."""
-    turned = "before-rope" in name
-    with kvzip.open(GOLDEN / name, TURNED if turned else PREDICTED) as reader:
+    with kvzip.open(GOLDEN / name, TURNED.get(name, PREDICTED)) as reader:
         read = reader.tokens(0, tokens)
-    if turned:
+    if name in TURNED:
         return read
     layers = [(layer.k[:heads], layer.v[:heads]) for layer in read.layers]
     return kvzip.Snapshot.from_arrays(layers, read.dtype, read.token_ids, read.origin)
@@ -148,8 +152,8 @@ def seeds(target: str) -> list[bytes]:
         names = [f"predictive-{dtype}.kvz" for dtype in ("bf16", "fp32", "fp8_e5m2")]
         files = [kvzip.encode(small(name, 12), "predictive", PREDICTED) for name in names]
         if target == "predictive":
-            turned = small("predictive-before-rope-bf16.kvz", 12)
-            files.append(kvzip.encode(turned, "predictive", TURNED))
+            for name, profile in TURNED.items():
+                files.append(kvzip.encode(small(name, 12), "predictive", profile))
         return files + (seeds("decode") if target == "part" else [])
     if target in ("open", "decode", "file"):
         kinds = [("raw", "bf16"), ("zstd", "fp16"), ("planes", "fp32"), ("channel", "bf16")]

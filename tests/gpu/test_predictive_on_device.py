@@ -20,6 +20,7 @@ from support import cache_like, random_bits, reseal
 from test_on_device import assert_layers
 
 import kvzip
+from kvzip.codecs.common.rotation import ROUNDINGS
 from kvzip.errors import CorruptError
 
 ALIKE = [((2, 12), (2, 12))] * 3
@@ -35,6 +36,7 @@ PROFILES = {
     "one group": {"group": 64, "lanes": 16, "pairs": 4, "wild": True},
     "many densities": {"group": 4, "lanes": 2, "pairs": 5, "regions": 5, "wild": True, "kinds": 20},
     "far inputs": {"lanes": 2, "pairs": 2, "regions": 2, "far": True},
+    "side by side": {"lanes": 2, "pairs": 3, "side_by_side": True, "regions": 2},
     "wild tables": {"group": 10, "lanes": 5, "tables": (1,), "wild": True},
 }
 DTYPES = ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
@@ -87,12 +89,13 @@ def test_a_batch(device, monkeypatch):
     assert_layers(found, snapshot.layers, (20, 40))
 
 
-@pytest.mark.parametrize("rounding", [1, 2])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("name", ["many lanes", "tables", "one group", "many densities"])
 @pytest.mark.drawn(2)
 def test_pairs_before_rope(device, shuffled, monkeypatch, name, rounding):
     """They are turned as they are decoded, and those that nothing turns to stay as they are."""
-    profile = random_profile(9, SHAPES, **PROFILES[name] | {"pairs": PAIRS})
+    settings = PROFILES[name] | {"pairs": PAIRS, "side_by_side": rounding > 3}
+    profile = random_profile(9, SHAPES, **settings)
     for where, batch, plain in ((device, None, {(1, "k")}), (shuffled, 2, ())):
         snapshot = turned_snapshot(10, 150, rounding, batch=batch, strange=0.01)
         blob = encode(snapshot, profile, monkeypatch, plain, block_tokens=70)
@@ -100,6 +103,18 @@ def test_pairs_before_rope(device, shuffled, monkeypatch, name, rounding):
         assert_layers(kvzip.decode(blob, profile, device=where), snapshot.layers)
         found = kvzip.decode(blob, profile, device=where, tokens=(60, 100))
         assert_layers(found, snapshot.layers, (60, 100))
+
+
+def test_pairs_before_rope_that_are_not_the_profiles(device, monkeypatch):
+    """They are refused with the same words as on a CPU."""
+    profile = random_profile(9, SHAPES, pairs=PAIRS)
+    blob = encode(turned_snapshot(10, 60), profile, monkeypatch)
+    with kvzip.open(blob, profile) as reader:
+        at = reader.index.offset[reader.index.rows[0, "k"][1]] + 2
+    assert blob[at] == 1
+    bad = reseal(blob[:at] + bytes([4]) + blob[at + 1 :])
+    assert outcome(bad, profile, device=device) == outcome(bad, profile)
+    assert "not the profile's" in outcome(bad, profile)[1]
 
 
 def test_pairs_before_rope_that_nothing_turns(device, monkeypatch):

@@ -15,7 +15,7 @@ from test_turned_on_device import kinds, turned
 
 import kvzip
 from kvzip.codecs.channel import gpu_rotation
-from kvzip.codecs.channel.rotation import ROUNDINGS
+from kvzip.codecs.common.rotation import ROUNDINGS
 from kvzip.codecs.native.cuda import gpu
 from kvzip.codecs.native.cuda.arrays import DeviceArray, empty
 from kvzip.codecs.native.cuda.shim_device import ShimDevice

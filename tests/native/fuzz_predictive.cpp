@@ -96,17 +96,19 @@ LayerArrays layer(Arrays& arrays, const std::vector<std::size_t>& widths, std::s
   a.order = arrays.of<std::int32_t>(n, 0, 0);
   auto* order = const_cast<std::int32_t*>(a.order.data);
   // Pairs in any order, then what is not turned, then values.
+  const bool side_by_side = below(2);
   std::vector<std::int32_t> firsts, rest;
   for (std::size_t i = 0; i < k; ++i) {
-    if (i % a.k_dim < pairs) firsts.push_back(std::int32_t(i));
-    else if (i % a.k_dim >= 2 * pairs) rest.push_back(std::int32_t(i));
+    const std::size_t d = i % a.k_dim;
+    if (d >= 2 * pairs) rest.push_back(std::int32_t(i));
+    else if (side_by_side ? d % 2 == 0 : d < pairs) firsts.push_back(std::int32_t(i));
   }
   std::shuffle(firsts.begin(), firsts.end(), random_bits);
   std::shuffle(rest.begin(), rest.end(), random_bits);
   std::int32_t* to = order;
   for (std::int32_t c : firsts) {
     *to++ = c;
-    *to++ = c + std::int32_t(pairs);
+    *to++ = c + (side_by_side ? 1 : std::int32_t(pairs));
   }
   to = std::copy(rest.begin(), rest.end(), to);
   for (std::size_t i = k; i < n; ++i) *to++ = std::int32_t(i - k);
@@ -177,18 +179,18 @@ std::uint16_t to_bf16(float v) {
 }
 // RoPE, [heads][count][dim] of each row. `angles`: [count][2][pairs].
 void turn(std::uint16_t* keys, std::size_t heads, std::size_t count, std::size_t dim,
-          std::size_t pairs, const std::uint16_t* angles, int rounding) {
+          std::size_t pairs, const float* angles, std::uint8_t rounding) {
   const auto product = [&](float a, float b) {
-    return rounding == kEach ? from_bf16(to_bf16(a * b)) : a * b;
+    return rounds_products(rounding) ? from_bf16(to_bf16(a * b)) : a * b;
   };
+  const std::size_t step = is_side_by_side(rounding) ? 2 : 1, apart = step == 2 ? 1 : pairs;
   for (std::size_t i = 0; i < heads * count * pairs; ++i) {
     const std::size_t p = i % pairs, token = i / pairs % count;
-    std::uint16_t* const at = keys + i / pairs * dim + p;
-    const float a = from_bf16(at[0]), b = from_bf16(at[pairs]);
-    const float c = from_bf16(angles[2 * pairs * token + p]),
-                s = from_bf16(angles[2 * pairs * token + pairs + p]);
+    std::uint16_t* const at = keys + i / pairs * dim + step * p;
+    const float a = from_bf16(at[0]), b = from_bf16(at[apart]);
+    const float c = angles[2 * pairs * token + p], s = angles[2 * pairs * token + pairs + p];
     at[0] = to_bf16(product(a, c) - product(b, s));
-    at[pairs] = to_bf16(product(b, c) + product(a, s));
+    at[apart] = to_bf16(product(b, c) + product(a, s));
   }
 }
 
@@ -229,22 +231,30 @@ void once(NumberFormat format) {
                         std::ptrdiff_t(count * dim), std::ptrdiff_t(dim), 1});
     }
   // Of some layers pairs may be coded as they were before RoPE, whatever their keys are.
-  std::vector<Span<std::uint16_t>> rotations;
+  std::vector<Span<float>> rotations;
   std::vector<std::uint8_t> roundings;
   for (const LayerArrays& l : layers) {
     const std::size_t pairs = l.step.size;
     const bool rotated = format.exponent_bits == 8 && pairs && below(4);
-    const Span<std::uint16_t> angles = arrays.of<std::uint16_t>(2 * pairs * count, 0, 0x3f80);
-    auto* const to = const_cast<std::uint16_t*>(angles.data);
-    for (std::size_t i = 0; i < angles.size; ++i)
-      to[i] = to[i] < (127 - 40) << 7 ? 0 : std::uint16_t(to[i] | below(2) << 15);
-    const auto rounding = std::uint8_t(rotated ? 1 + below(2) : 0);
+    // Cosines and sines of bf16, or with more bits.
+    const Part& keys = model.layer(rotations.size() / 2).part[0];
+    auto rounding = std::uint8_t(rotated ? 1 + below(3) : 0);
+    const Span<std::uint32_t> bits = arrays.of<std::uint32_t>(2 * pairs * count, 0, 0x3f800000);
+    const Span<float> angles = arrays.of<float>(bits.size, 0, 0);
+    auto* const to = const_cast<float*>(angles.data);
+    for (std::size_t i = 0; i < angles.size; ++i) {
+      float angle;
+      std::memcpy(&angle, &bits.data[i], sizeof angle);
+      angle = angle < 0x1p-40f ? 0 : below(2) ? -angle : angle;
+      to[i] = rounding == kWide ? angle : from_bf16(to_bf16(angle));
+    }
+    if (rotated && keys.side_by_side) rounding += kSideBySide;
     if constexpr (sizeof(T) == 2)
       if (rotated && kind == 2)
         turn(parts[roundings.size()].get(), rows * l.k_heads, count, l.k_dim, pairs, angles.data,
              rounding);
     for (int p = 0; p < 2; ++p) {
-      rotations.push_back(p ? Span<std::uint16_t>{} : angles);
+      rotations.push_back(p ? Span<float>{} : angles);
       roundings.push_back(p ? 0 : rounding);
     }
   }
@@ -262,7 +272,7 @@ void once(NumberFormat format) {
     };
     for (std::size_t i = 0; i < blocks.size(); ++i) {
       if constexpr (sizeof(T) == 2)
-        if (roundings[i]) writer.rounding(plain(blocks[i]), rotations[i]);
+        if (roundings[i]) writer.rounding(plain(blocks[i]), rotations[i], i % 4 == 0);
       writer.measure(plain(blocks[i]), nullptr, rotations[i], kept[i] ? roundings[i] : 0);
       if (i % 4 == 0) {
         writer.again();

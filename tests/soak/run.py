@@ -33,7 +33,7 @@ import runs
 import kvzip
 from kvzip import dtypes
 from kvzip.codecs import _native
-from kvzip.codecs.channel.rotation import ROUNDINGS
+from kvzip.codecs.common.rotation import ROUNDINGS
 from kvzip.errors import UnsupportedError
 from kvzip.selftest import instructions, vectors
 from kvzip.snapshot import Layer
@@ -110,10 +110,12 @@ def like_a_model(rng, shapes, dtype, tokens):
     return layers
 
 
-def as_turned(rng, snapshot):
-    """The same but for the keys, of bf16, which are as RoPE turned them, and say so."""
+def as_turned(rng, snapshot, pairs=None):
+    """The same but for the keys, of bf16, which are as RoPE turned so many pairs, or any number of
+    them, and say so."""
     dim = snapshot.layers[0].k.shape[-1]
-    radians = (1e4 ** -rng.random(int(rng.integers(1, dim // 2 + 1)))).astype(np.float32)
+    pairs = int(rng.integers(1, dim // 2 + 1)) if pairs is None else pairs
+    radians = (1e4 ** -rng.random(pairs)).astype(np.float32)
     rotation, layers = _native.Rotation(radians), []
     for layer in snapshot.layers:
         keys = np.ascontiguousarray(layer.k)
@@ -215,8 +217,8 @@ def drawn(seed):
     """A profile of random numbers, as wild as one may be or not, so that all branches are taken."""
     shapes = [(shape, shape) for shape in SHAPES]
     return predictive_profiles.random_profile(
-        seed, shapes, lanes=1 + seed % 2, pairs=4 * (seed % 3), regions=1 + seed % 3,
-        tables=((), (1, 2))[seed % 2], wild=seed % 4 == 3,
+        seed, shapes, lanes=1 + seed % 2, pairs=4 * (seed % 3), side_by_side=seed % 5 > 2,
+        regions=1 + seed % 3, tables=((), (1, 2))[seed % 2], wild=seed % 4 == 3,
     )  # fmt: skip
 
 
@@ -242,6 +244,9 @@ def predictive(rng, _):
         assert len(blob) <= most, "longer than the bound"
     else:
         profile = drawn(int(rng.integers(24)))
+        pairs = len(profile.tensors["0.step"])
+        if dtype == "bf16" and pairs and rng.random() < 0.7:
+            snapshot = as_turned(rng, snapshot, pairs)
         blob = predictive_profiles.encode(snapshot, profile, pytest.MonkeyPatch(), **how)
     return compared(rng, snapshot, profile, blob)
 
