@@ -250,58 +250,81 @@ struct Avx512 {
 
     bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
               int shift, std::size_t lanes, Sink* sink) {
+      if (e.width > 32)
+        return step<Cells::kMemory>(e, base, value_bits, column, shift, lanes, sink);
+      // Most shapes are no wider than 16.
+      return e.width > 16 || value_bits < 5
+                 ? step<Cells::kTwoPairs>(e, base, value_bits, column, shift, lanes, sink)
+                 : step<Cells::kOnePair>(e, base, value_bits, column, shift, lanes, sink);
+    }
+
+   private:
+    // Where the cells of a shape's exponents are looked up: a pair of registers has those of 16
+    // exponents of either sign, or of 32 of one.
+    enum class Cells { kOnePair, kTwoPairs, kMemory };
+
+    template <Cells in>
+    bool step(const Encoder& e, std::uint32_t base, int value_bits, const std::uint32_t* column,
+              int shift, std::size_t lanes, Sink* sink) {
       const std::uint32_t exponents = 1u << (value_bits - 1);
       const __m512i mask = _mm512_set1_epi32(int(2 * exponents - 1));
       const __m512i sign = _mm512_set1_epi32(int(exponents));
       const __m512i exponent = _mm512_set1_epi32(int(exponents - 1));
       const __m512i bases = _mm512_set1_epi32(int(base));
-      const __m128i right = _mm_cvtsi32_si128(shift);
+      const __m512i right = _mm512_set1_epi32(shift);
       const __m512i one = _mm512_set1_epi32(1);
-      const __m512i ranks = _mm512_set1_epi32(int(kTotal - 1));
-      // Cells of the first 32 exponents of either sign; all shapes that we make have no more.
       const std::uint32_t* negative = e.cell + exponents;
       const __m512i cells[4] = {_mm512_loadu_si512(e.cell), _mm512_loadu_si512(e.cell + 16),
                                 _mm512_loadu_si512(negative), _mm512_loadu_si512(negative + 16)};
       const __m512i begins[2] = {_mm512_loadu_si512(e.begins), _mm512_loadu_si512(e.begins + 16)};
       const __m512i before[2] = {_mm512_loadu_si512(e.before), _mm512_loadu_si512(e.before + 16)};
       const __m512i shifts[2] = {_mm512_loadu_si512(e.shift), _mm512_loadu_si512(e.shift + 32)};
-      const bool wide = e.width > 32;
+      const __m512i outside = _mm512_set1_epi32(int(e.outside));
+      const __m512i beyond = _mm512_set1_epi32(int((exponents - 1) & ~15u));
+      const __m512i to_bit_4 = _mm512_set1_epi32(value_bits - 5);
       std::uint16_t* words = sink->words;
-      __m512i all = _mm512_setzero_si512();
       for (int v = kVectors; v-- > 0;) {
         const std::size_t first = 16 * std::size_t(v);
         if (lanes <= first) continue;
         const auto active = __mmask16(first_ones(least(16, lanes - first)));
-        const __m512i value =
-            _mm512_and_si512(_mm512_srl_epi32(_mm512_load_si512(column + first), right), mask);
-        const __m512i relative = _mm512_and_si512(_mm512_sub_epi32(value, bases), mask);
-        const __m512i at = _mm512_and_si512(relative, exponent);
+        const __m512i number = _mm512_srlv_epi32(_mm512_load_si512(column + first), right);
+        const __m512i relative = _mm512_and_si512(_mm512_sub_epi32(number, bases), mask);
         __m512i cell;
-        if (wide) {
+        if constexpr (in == Cells::kMemory) {
           cell = _mm512_i32gather_epi32(relative, e.cell, 4);
-        } else {
+        } else if constexpr (in == Cells::kTwoPairs) {
+          const __m512i at = _mm512_and_si512(relative, exponent);
           cell = _mm512_mask_blend_epi32(_mm512_test_epi32_mask(relative, sign),
                                          _mm512_permutex2var_epi32(cells[0], at, cells[1]),
                                          _mm512_permutex2var_epi32(cells[2], at, cells[3]));
           cell = _mm512_mask_mov_epi32(cell, _mm512_cmpgt_epu32_mask(at, _mm512_set1_epi32(31)),
-                                       _mm512_set1_epi32(int(e.outside)));
+                                       outside);
+        } else {
+          // Bit 4 of where it is looked up is the sign.
+          const __m512i at = _mm512_ternarylogic_epi32(
+              _mm512_set1_epi32(16), _mm512_srlv_epi32(relative, to_bit_4), relative, 0xCA);
+          cell = _mm512_permutex2var_epi32(cells[0], at, cells[2]);
+          cell = _mm512_mask_mov_epi32(cell, _mm512_test_epi32_mask(relative, beyond), outside);
         }
-        all = _mm512_mask_or_epi32(all, active, all, cell);
-        const __mmask16 escaped =
-            _mm512_mask_test_epi32_mask(active, cell, _mm512_set1_epi32(int(kEscapeCell)));
-        if (__builtin_expect(escaped, 0)) {
+        const __mmask16 special = _mm512_mask_test_epi32_mask(
+            active, cell, _mm512_set1_epi32(int(kEscapeCell | kNoCell)));
+        if (__builtin_expect(special, 0)) {
+          if (e.outside & kNoCell) return false;
           alignas(64) std::uint32_t values[16];
-          _mm512_store_si512(values, value);
+          _mm512_store_si512(values, _mm512_and_si512(number, mask));
           for (int j = 16; j-- > 0;)
-            if (escaped >> j & 1) *--sink->escapes = std::uint16_t(values[j]);
+            if (special >> j & 1) *--sink->escapes = std::uint16_t(values[j]);
         }
         const __m512i freq = _mm512_and_si512(cell, _mm512_set1_epi32(int(kFreqMask)));
         __m512i x = x_[v];
         const __mmask16 full = _mm512_mask_cmpge_epu32_mask(active, _mm512_srli_epi32(x, 22), freq);
-        const auto count = std::size_t(__builtin_popcountll(full));
+        const std::uint32_t gives = _cvtmask16_u32(full);
+        const auto count = std::size_t(__builtin_popcount(gives));
         words -= count;
-        _mm256_mask_storeu_epi16(words, __mmask16(first_ones(count)),
-                                 _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, x)));
+        const __mmask32 low_halves = _cvtu32_mask32(_pdep_u32(gives, 0x55555555));
+        _mm256_mask_storeu_epi16(
+            words, __mmask16(first_ones(count)),
+            _mm512_castsi512_si256(_mm512_maskz_compress_epi16(low_halves, x)));
         x = _mm512_mask_srli_epi32(x, full, x, 16);
         // x / freq is below 2^22. Rounded down twice in 24 bits it comes out right or 1 too small.
         constexpr int kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
@@ -311,22 +334,23 @@ struct Avx512 {
         const __mmask16 more = _mm512_cmpge_epu32_mask(rank, freq);
         q = _mm512_mask_add_epi32(q, more, q, one);
         rank = _mm512_mask_sub_epi32(rank, more, rank, freq);
-        const __m512i start = _mm512_and_si512(_mm512_srli_epi32(cell, kStartAt), ranks);
-        const __m512i place = _mm512_add_epi32(start, rank), group = _mm512_srli_epi32(place, 5);
+        // Of a place only its ten lowest bits are looked at: above them is the rest of the cell.
+        const __m512i place = _mm512_add_epi32(_mm512_srli_epi32(cell, kStartAt), rank);
+        const __m512i group = _mm512_srli_epi32(place, 5);
         const __m512i begun =
             _mm512_sllv_epi32(_mm512_permutex2var_epi32(begins[0], group, begins[1]),
                               _mm512_andnot_si512(place, _mm512_set1_epi32(31)));
         const __m512i piece = _mm512_add_epi32(
             _mm512_permutex2var_epi32(before[0], group, before[1]), _mm512_popcnt_epi32(begun));
-        const __m512i slot = _mm512_and_si512(
-            _mm512_add_epi32(place, _mm512_permutex2var_epi16(shifts[0], piece, shifts[1])), ranks);
-        x_[v] = _mm512_mask_or_epi32(x_[v], active, _mm512_slli_epi32(q, kProbBits), slot);
+        const __m512i slot =
+            _mm512_add_epi32(place, _mm512_permutex2var_epi16(shifts[0], piece, shifts[1]));
+        x_[v] = _mm512_mask_shldi_epi32(x_[v], active, q, _mm512_slli_epi32(slot, 32 - kProbBits),
+                                        kProbBits);
       }
       sink->words = words;
-      return !_mm512_test_epi32_mask(all, _mm512_set1_epi32(int(kNoCell)));
+      return true;
     }
 
-   private:
     __m512i x_[kVectors] = {};
   };
 
