@@ -318,7 +318,7 @@ struct Avx512 {
         const __m512i freq = _mm512_and_si512(cell, _mm512_set1_epi32(int(kFreqMask)));
         __m512i x = x_[v];
         const __mmask16 full = _mm512_mask_cmpge_epu32_mask(active, _mm512_srli_epi32(x, 22), freq);
-        const std::uint32_t gives = _cvtmask16_u32(full);
+        const auto gives = std::uint32_t(full);
         const auto count = std::size_t(__builtin_popcount(gives));
         words -= count;
         const __mmask32 low_halves = _cvtu32_mask32(_pdep_u32(gives, 0x55555555));

@@ -228,6 +228,7 @@ inline void multiply_tiles(int sums, int a, int b) {
 #undef _mm512_cvt_roundepu32_ps
 #undef _mm512_cvt_roundepi32_ps
 #undef _mm512_shldi_epi32
+#undef _mm512_mask_shldi_epi32
 #undef _mm512_mask_srli_epi32
 #undef _mm512_i32gather_epi32
 #undef _mm512_shuffle_epi32
@@ -269,6 +270,8 @@ inline void multiply_tiles(int sums, int a, int b) {
 #define _mm256_maskz_expand_epi32(mask, a) emulated::expand_eight(mask, a)
 #define _mm512_i32gather_epi32 emulated::gather
 #define _mm512_shldi_epi32 emulated::shift_in
+#define _mm512_mask_shldi_epi32(from, mask, a, b, by) \
+  simde_mm512_mask_mov_epi32(from, mask, emulated::shift_in(a, b, by))
 #define _mm512_mask_srli_epi32 emulated::shift_right
 #define _mm512_shuffle_epi32(a, order) emulated::shuffle_words(a, int(order))
 #define _mm512_mask_shuffle_epi32(from, mask, a, order) \
