@@ -197,7 +197,9 @@ class Request:
 class Engine:
     """One worker's engine with room for `blocks` blocks; `chunk` tokens of a request in a step.
     `drafting`: it asks what was not loaded before what a step saves is copied, as vLLM's runners do
-    where they draft tokens in between (of 0.32.0 one of two, of 0.33.0 both)."""
+    where they draft tokens in between (of 0.32.0 one of two, of 0.33.0 both). `within`: states are
+    kept at a position that a step goes beyond, as some kernels for GPUs do (in 0.32.0 Mamba 2 and
+    KDA, in 0.33.0 Qwen3-Next's, too); else a step ends there."""
 
     def __init__(
         self,
@@ -206,6 +208,7 @@ class Engine:
         blocks: int = 64,
         chunk: int = 10**6,
         drafting: bool = False,
+        within: bool = False,
     ):
         self.groups = settings.cache.kv_cache_groups
         dtype = self.groups[0].kv_cache_spec.dtype
@@ -225,7 +228,7 @@ class Engine:
         }
         self.worker.register_kv_caches(self.caches)
         self.dtype, self.chunk, self.free = dtype, chunk, list(range(1, blocks))
-        self.drafting = drafting
+        self.drafting, self.within = drafting, within
         self.count = self.steps = self.waited = 0
 
     def keeps_states(self, group: int) -> bool:
@@ -372,14 +375,17 @@ class Engine:
         work = {r.request_id: min(self.chunk, r.num_tokens - r.computed) for r in requests}
         work = {name: count or 1 for name, count in work.items()}  # done ones generate
         offers: dict[str, list[tuple[int, int, int]]] = {}
+        kept: dict[str, int] = {}
         for r in requests:
             self._give_back(r)
             end = (r.num_tokens - 1) // BLOCK * BLOCK  # where vLLM keeps states
             if r.computed < r.shared_prefix_boundary:
                 end = r.shared_prefix_boundary
             if any(map(self.keeps_states, range(len(self.groups)))) and r.computed < end:
-                work[r.request_id] = min(work[r.request_id], end - r.computed)
-                if r.computed + work[r.request_id] == end:
+                if not self.within:
+                    work[r.request_id] = min(work[r.request_id], end - r.computed)
+                if r.computed + work[r.request_id] >= end:
+                    kept[r.request_id] = end
                     offers[r.request_id] = [
                         (n, ids[end // BLOCK - 1], end)
                         for n, ids in enumerate(r.blocks)
@@ -412,7 +418,9 @@ class Engine:
             worker.wait_for_layer_load(name)
             for r in requests:
                 stop = min(r.computed + work[r.request_id], r.num_tokens)
-                self._compute(r, r.computed, stop, i, off=not self._holds(r, i, r.computed))
+                off = not self._holds(r, i, r.computed)
+                for end in sorted({kept.get(r.request_id, stop), stop}):
+                    self._compute(r, r.computed, end, i, off)
             worker.save_kv_layer(name, cache, None)
         if not self.drafting:
             worker.wait_for_save()

@@ -55,11 +55,14 @@ def ours() -> Any:
 
 @pytest.fixture
 def engine(ours: Any, tmp_path: Any) -> Any:
-    """`engine(chunk=..., drafting=..., **settings)`: one more engine on the same store."""
+    """`engine(chunk=..., drafting=..., within=..., **settings)`: one more engine on the same
+    store."""
 
-    def make(chunk: int = 10**6, drafting: bool = False, **changes: Any) -> standin.Engine:
+    def make(
+        chunk: int = 10**6, drafting: bool = False, within: bool = False, **changes: Any
+    ) -> standin.Engine:
         settings = config(tmp_path, **changes)
-        return standin.Engine(ours, settings, chunk=chunk, drafting=drafting)
+        return standin.Engine(ours, settings, chunk=chunk, drafting=drafting, within=within)
 
     return make
 
@@ -89,7 +92,7 @@ def fill(engine: Any, *prompts: list[int], **changes: Any) -> None:
 
 def place(arrangement: str, part: int, t: int, d: int, tokens: int, dim: int) -> int:
     """Where number d of token t lies within a block's and head's 2 * tokens * dim numbers, as the
-    kernels of vLLM 0.32.0 compute it."""
+    kernels of vLLM 0.32.0 and 0.33.0 compute it."""
     if arrangement == "halves":
         return t * 2 * dim + part * dim + d
     start = part * tokens * dim
@@ -547,21 +550,21 @@ def test_a_part_that_is_not_there_is_a_miss(
 
 
 @pytest.mark.parametrize("windows", [[0], [None, 0], [0, 40, None]], ids=str)
-@pytest.mark.parametrize("chunk", [10**6, 20])
+@pytest.mark.parametrize(("chunk", "within"), [(10**6, False), (20, False), (10**6, True)])
 def test_states_are_loaded_at_the_end_of_what_was_stored(
-    engine: Any, tmp_path: Any, caplog: Any, windows: Any, chunk: int
+    engine: Any, tmp_path: Any, caplog: Any, windows: Any, chunk: int, within: bool
 ) -> None:
     """A prompt is stored up to the last block that is full and can be loaded, where vLLM keeps the
     states; one that begins with all of that is a hit, one that leaves before it is a miss."""
-    ids = prompt(75)
-    fill(engine, ids, prompt(90, 1), windows=windows, chunk=chunk)
+    ids, how = prompt(75), {"windows": windows, "chunk": chunk, "within": within}
+    fill(engine, ids, prompt(90, 1), **how)
     assert sorted(len(kvzip.decode(d).token_ids) for d in documents(tmp_path)) == [64, 80]
     for loaded, asked in ((64, ids), (64, ids[:64] + prompt(40, 2)), (0, ids[:60] + prompt(40, 3))):
-        [request] = engine(windows=windows, chunk=chunk).run(asked)
+        [request] = engine(**how).run(asked)
         assert request.loaded == loaded
-    [request] = engine(windows=windows, chunk=chunk).run(ids, local=32)
+    [request] = engine(**how).run(ids, local=32)
     assert request.loaded == 32
-    batch = engine(windows=windows).run(ids, prompt(90, 1), prompt(50, 4))
+    batch = engine(windows=windows, within=within).run(ids, prompt(90, 1), prompt(50, 4))
     assert [request.loaded for request in batch] == [64, 80, 0]
     assert not warnings(caplog)
 

@@ -155,8 +155,11 @@ FAMILIES = {
     "gpt-oss": Family(gpt_oss, "SlidingWindowSpec FullAttentionSpec"),
     "one group": Family(gemma3, "FullAttentionSpec", {"disable_hybrid_kv_cache_manager": True}),
     "mistral": Family(mistral, "SlidingWindowSpec"),
-    # vLLM's kernels for it on a CPU leave out of attention what a prompt finds in the cache.
-    "mla": Family(deepseek, "MLAAttentionSpec", loads=False),
+    # vLLM's kernels for it on any CPU leave out of attention what a prompt finds in the cache.
+    "mla": Family(
+        deepseek, "MLAAttentionSpec", {"attention_config": {"backend": "CPU_MLA"}}, loads=False
+    ),
+    "mla amx": Family(deepseek, "MLAAttentionSpec", {"attention_config": {"backend": "AMX_MLA"}}),
     # States are good at the end of what was stored only: a prompt that begins with all of it.
     "qwen3-next": Family(
         qwen3_next,
@@ -172,7 +175,8 @@ FAMILIES = {
         {"kv_cache_dtype": "fp8_e5m2"},
     ),
 }
-FP8 = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+AMX = torch.cpu._is_amx_tile_supported()
+FP8 = torch.cpu._is_avx512_supported() or AMX
 """Whether vLLM's CPU build takes fp8 caches on this processor."""
 
 
@@ -198,6 +202,8 @@ def runs(request: Any, engines: Engines, tmp_path_factory: Any) -> Runs:
     family, root = FAMILIES[request.param], tmp_path_factory.mktemp("runs")
     if "kv_cache_dtype" in family.options and not FP8:
         pytest.skip("vLLM's CPU build wants AVX-512 or AMX for fp8: see the test of its error")
+    if request.param == "mla amx" and not AMX:
+        pytest.skip("vLLM's kernels for latents that take a cache want AMX")
     torch.manual_seed(0)
     model, store = root / "model", root / "store"
     family.make().to(torch.bfloat16).save_pretrained(model)

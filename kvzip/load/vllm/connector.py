@@ -16,8 +16,9 @@ and encodes and stores the document beside the engine.
 Nothing that goes wrong ends a request: a store that does not answer is a miss; a document that
 cannot be loaded is reported to vLLM, which computes those tokens, and is passed over for a while.
 
-The interface is that of vLLM 0.32.0, ``vllm.distributed.kv_transfer.kv_connector.v1.base``. Where a
-model is cut over several workers, each has documents of its own. docs/vllm.md has all settings.
+The interface is that of vLLM 0.32.0 and 0.33.0,
+``vllm.distributed.kv_transfer.kv_connector.v1.base``. Where a model is cut over several workers,
+each has documents of its own. docs/vllm.md has all settings.
 """
 
 from __future__ import annotations

@@ -22,12 +22,13 @@ ARRANGEMENTS = {
     "tiles": "all keys, [tokens / 16, dim / 2, 16 tokens, 2 dims]; then all values, [dim / 16, "
     "tokens / 2, 16 dims, 2 tokens]",
 }
-"""From vLLM 0.32.0's attention backends: halves in ``flash_attn.py``, ``triton_attn.py`` and
-``flex_attention.py``; on CPU ``csrc/cpu/cpu_attn_vec.hpp`` (columns), ``cpu_attn_amx.hpp`` (tiles),
-and of fp8 ``cpu_attn_fp8.hpp``, which orders bytes as these do their numbers."""
+"""From the attention backends of vLLM 0.32.0 and 0.33.0: halves in ``flash_attn.py``,
+``triton_attn.py`` and ``flex_attention.py``; on CPU ``csrc/cpu/cpu_attn_vec.hpp`` (columns),
+``cpu_attn_amx.hpp`` (tiles), of fp8 ``cpu_attn_fp8.hpp``, which orders bytes as these do their
+numbers, and of latents ``sgl-kernels/mla_cache.cpp`` (halves)."""
 
 _BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION")
-_LATENT = ("CPU_MLA", "FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")
+_LATENT = ("CPU_MLA", "AMX_MLA", "FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")
 _CPU = {"vec": "columns", "vec16": "columns", "amx": "tiles"}
 _MOST_BYTES = {"columns": 4, "tiles": 2}
 """Of a number, in an arrangement of the CPU's kernels."""

@@ -1,10 +1,11 @@
 """A chunk of vLLM's CPU pool, one row of bytes, as what is stored of it, and back.
 
-A row holds one cell for each worker, which holds the chunk's blocks of each layer, as vLLM 0.32.0's
-``shared_offload_region.py`` has it. Where a profile of the model's cache is given, and the layers
-are keys and values, layers that follow each other become a page (:mod:`kvzip.pages`); any other row
-becomes a .kvz file of numbers that mean nothing. Either way each byte of the row but its padding
-comes back as it was, whatever the numbers are: nothing is taken on trust.
+A row holds one cell for each worker, which holds the chunk's blocks of each layer, as
+``shared_offload_region.py`` of vLLM 0.32.0 and 0.33.0 has it. Where a profile of the model's cache
+is given, and the layers are keys and values, layers that follow each other become a page
+(:mod:`kvzip.pages`); any other row becomes a .kvz file of numbers that mean nothing. Either way
+each byte of the row but its padding comes back as it was, whatever the numbers are: nothing is
+taken on trust.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ class Scheduler:
         """Whether a load in the background might leave vLLM without a request that it can go on
         with. It takes no blocks from one that waits for its load, or was not scheduled since; looks
         at none behind one that does not fit; and of windows it keeps fewer blocks free than a
-        request still needs (0.32.0). So no load is begun behind a request that has no blocks yet,
-        nor beside others where all could not go on at once."""
+        request still needs (0.32.0, 0.33.0). So no load is begun behind a request that has no
+        blocks yet, nor beside others where all could not go on at once."""
         behind = next(iter(self._parked), request.request_id) != request.request_id
         needed = sum(self._holding.values()) + self._needed(request)
         return behind or (bool(self._holding) and needed >= self._blocks)

@@ -14,8 +14,8 @@ written whole or not at all under vLLM's own hash of its tokens. What is damaged
 come in time is a miss: vLLM computes it, and it is written anew. Nothing that goes wrong ends a
 request; each kind of trouble is told once (logger ``kvzip.vllm``).
 
-The interface is that of vLLM 0.32.0, ``vllm.v1.kv_offload.tiering.base``. All methods are called by
-vLLM's scheduler and none waits for a chunk, but for :meth:`KvzipTier.drain_jobs`. docs/vllm.md has
+The interface is that of vLLM 0.32.0 and 0.33.0, ``vllm.v1.kv_offload.tiering.base``. vLLM calls one
+method at a time, and none waits for a chunk, but for :meth:`KvzipTier.drain_jobs`. docs/vllm.md has
 the settings.
 """
 
