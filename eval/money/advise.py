@@ -54,7 +54,8 @@ SPREAD = {
     "measured, another length": 0.15,
     "modelled": 0.35,
     "ratio, this model": 0.01,
-    "ratio, another model": 0.05,
+    "ratio, another model": 0.1,
+    "ratio by a profile, another model": 0.2,
     "decoder, this machine": 0.1,
     "decoder, another machine": 0.5,
     "link": 0.15,
@@ -329,11 +330,17 @@ def _draws(
     def off(spread: float) -> Any:
         return np.exp(spread * rng.standard_normal(DRAWS))
 
-    ratio_spread = SPREAD["ratio, this model" if own else "ratio, another model"]
+    def ratio_spread(f: CodecFigures) -> float:
+        if own:
+            return SPREAD["ratio, this model"]
+        return SPREAD[
+            "ratio by a profile, another model" if f.profile_bytes else "ratio, another model"
+        ]
+
     decode_spread = SPREAD["decoder, this machine" if own else "decoder, another machine"]
     seconds, link = off(prefill), off(SPREAD["link"])
     # Codecs of one library on one machine are off together.
-    ratio, decode = off(ratio_spread), off(decode_spread)
+    ratio, decode = rng.standard_normal(DRAWS), off(decode_spread)
     egress, rent = off(_price_spread(base.egress)), off(_price_spread(base.device))
     tokens_price = off(_price_spread(base.api_input)) if base.api_input else seconds * rent
     found = []
@@ -348,7 +355,11 @@ def _draws(
         )
         # raw stays raw: only what a codec gains is uncertain.
         codecs = [
-            CodecFigures(f.name, 1 + (f.ratio - 1) * ratio[i], f.decode_rate * decode[i])
+            CodecFigures(
+                f.name,
+                1 + (f.ratio - 1) * math.exp(ratio_spread(f) * ratio[i]),
+                f.decode_rate * decode[i],
+            )
             for f in figures
         ]
         found.append(options(drawn, codecs))

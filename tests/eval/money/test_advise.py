@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from typing import Any
 
 import msgspec
@@ -346,6 +347,27 @@ def test_a_profile_is_counted_and_said() -> None:
     assert advise(inputs=inputs, tokens=tokens).profiles[0].bytes == pytest.approx(5 * region)
     other = advise(inputs=inputs, tokens=tokens, shape=BOOK.model["qwen3-4b"], model="qwen3-4b")
     assert other.profiles[0].bytes == pytest.approx(5 * 36 * 4 * 2048**2)
+
+
+def test_how_far_ratios_may_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a codec gains is least sure where it was learned from another model."""
+    drawn: list[dict[str, float]] = []
+    options = a.options
+
+    def seen(situation: Any, figures: Any) -> Any:
+        drawn.append({f.name: f.ratio - 1 for f in figures})
+        return options(situation, figures)
+
+    monkeypatch.setattr(a, "options", seen)
+    tokens = next(row.tokens for row in with_predictive().rows if row.codec == "predictive")
+    for model, channel, predictive in (("smollm2-135m", 0.01, 0.01), ("qwen3-4b", 0.1, 0.2)):
+        drawn.clear()
+        codecs = ["channel", "predictive"]
+        given = {"tokens": tokens, "inputs": with_predictive(), "codecs": codecs}
+        advise(model=model, shape=BOOK.model[model], **given)
+        for codec, spread in (("channel", channel), ("predictive", predictive)):
+            logarithms = [math.log(gains[codec]) for gains in drawn[-a.DRAWS :]]
+            assert statistics.pstdev(logarithms) == pytest.approx(spread, rel=0.3), (model, codec)
 
 
 def test_a_profile_on_a_gpu_takes_the_gpus_memory() -> None:
