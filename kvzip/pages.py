@@ -168,7 +168,7 @@ class _Coder:
 
     def __init__(self, profile: Any):
         if profile is None:
-            raise ProfileError("None is no Profile: Profile.load reads one from a file")
+            raise ProfileError("a page needs the profile that it was made with: give profile=")
         check_profile(profile)
         found = stated(profile)
         if found is None:

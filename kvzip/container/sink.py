@@ -16,7 +16,7 @@ from kvzip.errors import UnsupportedError, UsageError
 class Sink(Protocol):
     """What a file is written to."""
 
-    def write(self, data: bytes, /) -> int: ...
+    def write(self, data: bytes | memoryview, /) -> int: ...
     def seek(self, position: int, /) -> int: ...
     def tell(self) -> int: ...
 
@@ -25,21 +25,22 @@ class Memory:
     """A sink over a caller's memory, from its first byte on.
 
     `out`: a writable buffer, array or CPU tensor of bytes side by side, none of which holds
-    `numbers`. Raises UsageError for another, and when more is written than there is room for.
+    `numbers`. `bound`: the function that says how many are needed. Raises UsageError for another,
+    and when more is written than there is room for.
     """
 
-    def __init__(self, out: Any, numbers: Iterable[Bits]):
-        self._bytes = _writable(out)
+    def __init__(self, out: Any, numbers: Iterable[Bits], bound: str):
+        self._bytes, self._bound = _writable(out), bound
         self._at = 0
         if any(overlap(self._bytes, part, otherwise=True) for part in numbers):
             raise UsageError("out is memory of the numbers that are to be encoded")
 
-    def write(self, data: bytes, /) -> int:
+    def write(self, data: bytes | memoryview, /) -> int:
         stop = self._at + len(data)
         if stop > len(self._bytes):
             raise UsageError(
-                f"out has {len(self._bytes):,} bytes, and more are needed: "
-                "kvzip.max_encoded_size says how many a file takes at most"
+                f"out has {len(self._bytes):,} bytes, and more are needed: {self._bound} says how "
+                "many at most"
             )
         self._bytes[self._at : stop] = np.frombuffer(data, np.uint8)  # without Python's lock
         self._at = stop

@@ -31,6 +31,7 @@ import numpy as np
 from kvzip import api, dtypes
 from kvzip.codec import Codec, get_codec
 from kvzip.container import stated_length
+from kvzip.container.sealed import is_sealed
 from kvzip.container.sink import Memory
 from kvzip.dtypes import Bits
 from kvzip.errors import UnsupportedError, UsageError
@@ -117,16 +118,20 @@ def encode(
     if len({len(layers) for layers in bits}) > 1:
         raise UsageError(f"k has {len(bits[0])} layers and v {len(bits[1])}")
     layers = list(zip(*bits, strict=True))
-    if profile is None:
-        return api.encode(_snapshot(layers, dtype), _codec(codec), None, threads, out=out)
-    if v is None:
+    if profile is not None and v is None:
         raise UnsupportedError(
             "a page holds keys and values: encode a lone tensor without profile="
         )
-    if out is None:
-        return encode_page(layers, profile, first=layer)
-    memory = Memory(out, itertools.chain.from_iterable(layers))
-    return memory.first(memory.write(encode_page(layers, profile, first=layer)))
+    memory = None
+    if out is not None:
+        memory = Memory(out, itertools.chain.from_iterable(layers), "kvzip.load.buffers.max_size")
+    if profile is None:
+        writer = api.writer_of(_snapshot(layers, dtype), _codec(codec), None)
+        if memory is None:
+            return writer.encode(threads)
+        return memory.first(writer.write(memory, threads))
+    page = encode_page(layers, profile, first=layer)
+    return page if memory is None else memory.first(memory.write(page))
 
 
 def decode(
@@ -145,7 +150,8 @@ def decode(
     integers, which hold the bits. `profile`: the one that a page was made with.
 
     Raises CorruptError or FormatError for what is damaged (`out` may be written to then),
-    ProfileError without the right profile, UsageError when `axes` or `out` does not fit.
+    ProfileError without the right profile, UnsupportedError for a sealed file, UsageError when
+    `axes` or `out` does not fit.
     """
     order, view = _Axes(axes), _bytes(data)
     if is_page(view):
@@ -154,6 +160,8 @@ def decode(
         k, v = map(order.layers, wholes)
         decode_page(view[: found.length], found.profile, list(zip(k, v, strict=True)), threads)
         return tuple(wholes)
+    if is_sealed(view):
+        raise UnsupportedError("the blob is a sealed file: kvzip.decode reads it with its key")
     with api.open(view[: min(stated_length(view), len(view))], profile, threads) as reader:
         shapes = [_shapes(i, layer) for i, layer in enumerate(reader.layout.layers)]
         wholes = order.places(reader.layout.dtype, shapes, out)

@@ -186,3 +186,21 @@ def test_arguments_that_do_not_fit(profile):
             buffers.decode(data)
     with pytest.raises(FormatError):
         buffers.decode(b"something else altogether, and longer than a header is")
+
+
+def test_errors_name_what_helps():
+    k = random_bits(np.random.default_rng(1), "bf16", (1, 2, 9, 16))[0]
+    blob = buffers.encode(k, k, dtype="bf16")
+    snapshot = kvzip.decode(blob)
+    profile = kvzip.Profile.fit([snapshot], codec="channel")
+    page = buffers.encode(k, k, dtype="bf16", profile=profile)
+    for made, how in ((blob, {}), (page, {"profile": profile})):
+        with pytest.raises(UsageError, match=r"buffers\.max_size says"):
+            buffers.encode(k, k, dtype="bf16", out=bytearray(len(made) - 1), **how)
+        assert len(made) <= buffers.max_size(k.shape, "bf16", **how)
+    with pytest.raises(UsageError, match=r"kvzip\.max_encoded_size \(sealed=True\) says"):
+        kvzip.encode(snapshot, key=bytes(32), out=bytearray(99))
+    with pytest.raises(UnsupportedError, match=r"kvzip\.decode reads it with its key"):
+        buffers.decode(kvzip.encode(snapshot, key=bytes(32)))
+    with pytest.raises(ProfileError, match="give profile="):
+        buffers.decode(page)
