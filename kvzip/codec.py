@@ -139,6 +139,10 @@ class Codec(ABC):
         only a later version of the codec knows; never reads or writes out of bounds.
         """
 
+    verbatim: ClassVar[bool] = False
+    """Whether `encode` gives a block's numbers as they are, in C order: a writer then takes them
+    from where they are, and has one checksum for both."""
+
     threaded: ClassVar[bool] = False
     """Whether `decode_many` uses the threads that it is given. If not, the caller makes some that
     call it."""

@@ -19,6 +19,7 @@ class RawCodec(Codec):
 
     codec_id = "raw"
     fallback = None
+    verbatim = True
 
     def takes(self, part: PartLayout, kind: str, name: str) -> bool:
         return True

@@ -46,7 +46,7 @@ class Encoded(NamedTuple):
     """What becomes of one entry of the index."""
 
     row: int
-    data: bytes
+    data: bytes | memoryview
     stored_checksum: int
     raw_checksum: int
 
@@ -60,6 +60,13 @@ class Encoded(NamedTuple):
     def block(cls, row: int, data: bytes, numbers: Bits) -> Encoded:
         """A block has a checksum of its bytes, and one of the numbers that they stand for."""
         return cls(row, data, checksum.of_bytes(data), checksum.of_numbers(numbers))
+
+    @classmethod
+    def verbatim(cls, row: int, numbers: Bits) -> Encoded:
+        """A block that is stored as it is, and not copied before it is written."""
+        data = np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data
+        digest = checksum.of_bytes(data)
+        return cls(row, data, digest, digest)
 
 
 class Writer:
@@ -220,6 +227,9 @@ class Writer:
         for row in rows[1:]:
             entry = self._entries[row]
             block = _block(entry, whole)
+            if codec.verbatim:
+                results.append(Encoded.verbatim(row, block))
+                continue
             data = codec.encode(block, self._context(entry, tables, {}, scratch))
             results.append(Encoded.block(row, data, block))
         return results

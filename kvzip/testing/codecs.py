@@ -133,6 +133,8 @@ class CodecContract:
             loaded = made.load_tables(memoryview(tables), shape, context)
             context = msgspec.structs.replace(context, tables=loaded)
             for block in (whole, random_bits(rng, dtype, shape)):
+                if made.verbatim:
+                    assert made.encode(block, context) == block.tobytes()
                 lying = [shape[a] for a in axes]
                 out = np.zeros(lying, form.uint).transpose(np.argsort(axes))
                 blocks.append(Coded(memoryview(made.encode(block, context)), out, context))
