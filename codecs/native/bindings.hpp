@@ -39,6 +39,7 @@ class Views {
   std::deque<Py_buffer> views_;
 };
 
+void bind_bf16_products(nanobind::module_& m);
 void bind_index(nanobind::module_& m);
 void bind_json(nanobind::module_& m);
 void bind_output(nanobind::module_& m);

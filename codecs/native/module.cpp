@@ -64,6 +64,7 @@ NB_MODULE(_native, m) {
           "__exit__",
           [](kvzip::Environment& self, nb::handle, nb::handle, nb::handle) { self.reset(); },
           nb::arg("type").none(), nb::arg("value").none(), nb::arg("traceback").none());
+  kvzip::bind_bf16_products(m);
   kvzip::bind_index(m);
   kvzip::bind_json(m);
   kvzip::bind_output(m);

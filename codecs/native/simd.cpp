@@ -31,7 +31,8 @@ constexpr const char* kAllNames = "scalar, avx2, vnni, avx512, amx or neon";
 // What the processor has, of which the system keeps the registers. It is asked itself, since
 // `__builtin_cpu_supports` finds nothing at all in what zig (0.17) links.
 struct Features {
-  bool avx2 = false, avx_vnni = false, avx512_vnni = false, avx512 = false, amx = false;
+  bool avx2 = false, fma = false, avx_vnni = false, avx512_vnni = false, avx512 = false,
+       amx = false;
 };
 
 bool all(unsigned word, std::initializer_list<int> bits) {
@@ -47,11 +48,13 @@ Features ask() {
   unsigned a, b, c, d, last;
   // POPCNT and OSXSAVE, LZCNT.
   if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || !all(c, {23, 27})) return found;
+  const bool fma = all(c, {12});
   if (!__get_cpuid_count(0x80000001, 0, &a, &b, &c, &d) || !all(c, {5})) return found;
   if (!__get_cpuid_count(7, 0, &last, &b, &c, &d)) return found;
   const unsigned kept = kept_registers();
   // BMI, AVX2, BMI2.
   found.avx2 = all(kept, {1, 2}) && all(b, {3, 5, 8});
+  found.fma = found.avx2 && fma;
   // F, DQ, BW, VL; VNNI.
   found.avx512_vnni =
       found.avx2 && all(kept, {5, 6, 7}) && all(b, {16, 17, 30, 31}) && all(c, {11});
@@ -129,6 +132,14 @@ bool amx_is_allowed() {
 bool has_avx_vnni() {
 #ifdef KVZIP_X86
   return features().avx_vnni;
+#else
+  return false;
+#endif
+}
+
+bool has_fma() {
+#ifdef KVZIP_X86
+  return features().fma;
 #else
   return false;
 #endif

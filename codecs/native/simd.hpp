@@ -30,6 +30,9 @@ bool amx_is_allowed();
 // Whether products of bytes have AVX's form.
 bool has_avx_vnni();
 
+// Whether a multiplication and an addition of fp32 can be one instruction, beside AVX2.
+bool has_fma();
+
 // Whether NEON has dot products of bytes (FEAT_DotProd), and products of matrices of them
 // (FEAT_I8MM).
 bool has_dotprod();

@@ -1,17 +1,16 @@
-"""Products of bf16 matrices where the processor has none: in fp32, rounded to bf16.
+"""Products of bf16 matrices where torch has none but slow ones: in fp32, rounded to bf16.
 
-Without bf16 products torch multiplies bf16 matrices one number after another, five times as slowly
-as the same numbers in fp32. A product of two bf16 numbers is exact in fp32, and torch, too, adds
-the products up in fp32 and rounds the sum to bf16: what differs is the order of the additions. One
-number in about 10,000 rounds otherwise than torch's own.
+Without bf16 products torch multiplies bf16 matrices one number after another, five times as
+slowly as the same numbers in fp32. A product of two bf16 numbers is exact in fp32, and torch, too,
+adds the products up in fp32 and rounds the sum to bf16: what differs is the order of the additions.
+One number in about 10,000 rounds otherwise than torch's own.
 
-No bit of a row of a product depends on how many rows are multiplied with it, which is so of torch's
-own products, too: a token's keys of the first layer are the same alone and within a document. MKL's
-kernels take four rows at a time, and add up in another order where fewer are left; so rows are
-filled up to a multiple of four. That is enough on AMD's processors, on which it was seen. On
-Intel's MKL cuts long sums by the number of rows, too, and filling up does not help: of 120 random
-products of 1 to 40 rows 22 had a number that rounds otherwise beside 37 more rows with MKL held to
-AVX2, and 3 with AVX-512 (which has bf16 products in torch, so that these are not used).
+No bit of a row of a product depends on how many rows are multiplied with it: a token's keys and
+values of the first layer are the same alone and within a document, in whatever chunks it is
+computed. That is so by construction: each number is a sum whose order follows from how many numbers
+are added, and from nothing else (`codecs/native/bf16_products_kernels.hpp`). Libraries of linear
+algebra do not promise it: MKL's sums depend on the number of rows and of threads (docs/speed.md has
+how often, and what it costs).
 
 Scaled dot product attention is left to torch, whose kernel for bf16 multiplies in fp32 itself, and
 not slower than the one for fp32 (115 against 136 ms of processor time for 2,048 tokens and 9 heads
@@ -21,20 +20,15 @@ of 64 numbers on a Zen 3). Attention that is written as products of matrices is 
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from kvzip.codecs import _native
+
 FP32 = "fp32, rounded to bf16"
-
-_ROWS = 4
-_BLOCK = 1 << 20
-"""Numbers of a weight that are brought to fp32 at a time: 4 MB, which the products then find in the
-processor's cache."""
-
 
 ENVIRONMENT = "KVZIP_NATIVE_BF16"
 """Set to 1, it leaves all models of a process and its children to torch."""
@@ -106,39 +100,48 @@ def _all_plain_bf16(arguments: Any) -> bool:
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if weight.ndim != 2 or not weight.numel() or input.shape[-1:] != weight.shape[1:]:
+    if weight.ndim != 2 or input.shape[-1:] != weight.shape[1:]:
         return functional.linear(input, weight, bias)  # whose error names the shapes
     out_features, in_features = weight.shape
-    rows = input.reshape(-1, in_features)
-    filled = _filled(rows.float())
-    step = max(_BLOCK // in_features // 64, 1) * 64
-    parts = []
-    for start in range(0, out_features, step):
-        block = slice(start, start + step)
-        offset = None if bias is None else bias[block].float()
-        product = functional.linear(filled, _wide(weight[block]), offset)
-        parts.append(product[: len(rows)].to(torch.bfloat16))
-    result = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return result.view(*input.shape[:-1], out_features)
+    if bias is not None:
+        bias = bias.expand(out_features).contiguous()
+    rows = input.reshape(1, input.shape[:-1].numel(), in_features)
+    return _multiplied(rows, weight[None], bias).view(*input.shape[:-1], out_features)
 
 
-def _product(function: Any, a: Any, b: Any) -> Any:
-    """The product in fp32; no bit of a row depends on how many rows there are."""
-    if min(a.ndim, b.ndim) < 2:
-        return function(a.float(), b.float())
-    return function(_filled(a.float()), b.float())[..., : a.shape[-2], :]
+def _product(dimensions: int | None, function: Any, a: Any, b: Any, kind: Any) -> Any:
+    """`function`'s product of matrices of so many dimensions, or of any."""
+    if (
+        min(a.ndim, b.ndim) < 2
+        or (dimensions and (a.ndim, b.ndim) != (dimensions, dimensions))
+        or (dimensions and a.shape[:-2] != b.shape[:-2])
+        or a.shape[-1] != b.shape[-2]
+    ):
+        found = function(a.float(), b.float())  # of vectors, or an error that names the shapes
+        return found.to(kind)
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    wanted = (*batch, a.shape[-2], b.shape[-1])
+    if b.ndim == 2:  # one for all
+        a, batch = a.flatten(0, -2), b.shape[:0]
+    (rows, inner), columns = a.shape[-2:], b.shape[-1]
+    found = _multiplied(
+        a.expand(*batch, rows, inner).reshape(batch.numel(), rows, inner),
+        b.expand(*batch, inner, columns).reshape(batch.numel(), inner, columns).mT,
+        kind=kind,
+    )
+    return found.view(wanted)
 
 
-def _rounded(function: Any) -> Any:
+def _rounded(dimensions: int | None, function: Any) -> Any:
     def product(input: Any, mat2: Any) -> Any:
-        return _product(function, input, mat2).to(torch.bfloat16)
+        return _product(dimensions, function, input, mat2, torch.bfloat16)
 
     return product
 
 
-def _added(function: Any) -> Any:
+def _added(dimensions: int, function: Any) -> Any:
     def product(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-        found = alpha * _product(function, mat1, mat2)
+        found = alpha * _product(dimensions, function, mat1, mat2, torch.float32)
         if beta:  # else what is in the input does not count, NaN neither
             found = found + beta * input.float().expand(found.shape)
         return found.to(torch.bfloat16)
@@ -146,36 +149,55 @@ def _added(function: Any) -> Any:
     return product
 
 
-def _filled(rows: Any) -> Any:
-    """Rows, [..., n, k], with rows of zeros after them to a multiple of four."""
-    lacking = -rows.shape[-2] % _ROWS
-    return functional.pad(rows, (0, 0, 0, lacking)) if lacking else rows
-
-
-_held = threading.local()
-
-
-def _wide(weight: Any) -> Any:
-    """A weight in fp32, in memory that the thread keeps: new memory takes longer than the copy."""
+def _multiplied(x: Any, w: Any, bias: Any = None, kind: Any = torch.bfloat16) -> Any:
+    """Rows of x, [batch, rows, inner], times rows of w, [batch, columns, inner]: [batch, rows,
+    columns]."""
     if torch.is_grad_enabled():
-        return weight.float()  # which autograd may keep
-    scratch = getattr(_held, "scratch", None)
-    if scratch is None or scratch.numel() < weight.numel():
-        # Memory of inference mode could not be written to outside of it.
-        with torch.inference_mode(False):
-            scratch = _held.scratch = torch.empty(weight.numel(), dtype=torch.float32)
-    return scratch[: weight.numel()].view(weight.shape).copy_(weight)
+        return _Multiplied.apply(x, w, bias, kind)
+    return _Multiplied.forward(None, x, w, bias, kind)
+
+
+class _Multiplied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, w: Any, bias: Any, kind: Any) -> Any:
+        out = torch.empty(*x.shape[:2], w.shape[1], dtype=kind)
+        _native.multiply_bf16(
+            _bits(x),
+            _bits(w),
+            out.numpy() if kind == torch.float32 else _bits(out),
+            None if bias is None else _bits(bias),
+            torch.get_num_threads(),
+        )
+        if ctx is not None:
+            ctx.save_for_backward(x, w)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        x, w = ctx.saved_tensors
+        gradient = gradient.float()
+        of_x, of_w, of_bias, _ = ctx.needs_input_grad
+        return (
+            (gradient @ w.float()).to(torch.bfloat16) if of_x else None,
+            (gradient.mT @ x.float()).to(torch.bfloat16) if of_w else None,
+            gradient.sum((0, 1)).to(torch.bfloat16) if of_bias else None,
+            None,
+        )
+
+
+def _bits(numbers: Any) -> Any:
+    return numbers.detach().view(torch.int16).numpy()
 
 
 _PRODUCTS = {
     functional.linear: _linear,
     **dict.fromkeys(
-        (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _rounded(torch.matmul)
+        (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _rounded(None, torch.matmul)
     ),
-    **dict.fromkeys((torch.mm, torch.Tensor.mm), _rounded(torch.mm)),
-    **dict.fromkeys((torch.bmm, torch.Tensor.bmm), _rounded(torch.bmm)),
-    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _added(torch.mm)),
-    **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), _added(torch.bmm)),
+    **dict.fromkeys((torch.mm, torch.Tensor.mm), _rounded(2, torch.mm)),
+    **dict.fromkeys((torch.bmm, torch.Tensor.bmm), _rounded(3, torch.bmm)),
+    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _added(2, torch.mm)),
+    **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), _added(3, torch.bmm)),
 }
 
 _ARGUMENTS = {name: name for name in ("input", "weight", "bias", "mat1", "mat2", "beta", "alpha")}
