@@ -22,7 +22,10 @@ def for_width(width: int) -> Iterator[None]:
     """BLAS has its threads for what is as wide as that, or one where they would not pay. OpenBLAS's
     threads wait for each other without sleeping, so that products of narrow layers take several
     times as long, and as much of the processor, wherever others use it, too. What runs
-    :func:`side_by_side` keeps all cores busy none the less."""
+    :func:`side_by_side` keeps all cores busy none the less.
+
+    Sums are cut by the number of threads: with one a profile has the same bytes everywhere, for
+    wider layers they depend on how many there are (docs/qwen3-4b.md)."""
     if width > NARROW:
         yield
         return
