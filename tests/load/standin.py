@@ -83,7 +83,7 @@ def modules() -> dict[str, ModuleType]:
 
 def config(url: Any, /, **changes: Any) -> SimpleNamespace:
     """A VllmConfig: settings of kvzip, and under their own names `role`, `policy`, `model`,
-    `dtype`, `mamba_cache_mode`, `drafts`, `cache_dtype`, `calculate_kv_scales`, `parallel`, `spec`,
+    `dtype`, `mamba_cache_mode`, `drafts`, `cache_dtype`, `parallel`, `spec`,
     `windows` (a group of layers for each, None for one of full attention, 0 for one of states),
     `num_blocks`, `layers` (the numbers of those that this worker has), `backend`, `isa`,
     `quantization`, `hf_overrides`, `load_format`."""
@@ -133,10 +133,7 @@ def config(url: Any, /, **changes: Any) -> SimpleNamespace:
             num_blocks=get("num_blocks", 64),
             kv_cache_groups=[group(n, w) for n, w in enumerate(windows)],
         ),
-        cache_config=SimpleNamespace(
-            cache_dtype=get("cache_dtype", "auto"),
-            calculate_kv_scales=get("calculate_kv_scales", False),
-        ),
+        cache_config=SimpleNamespace(cache_dtype=get("cache_dtype", "auto")),
     )
     transfer.kv_connector_extra_config = {
         "url": str(url),

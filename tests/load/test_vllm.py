@@ -984,10 +984,6 @@ def test_memory_for_what_waits_is_bounded(engine: Any, tmp_path: Any, caplog: An
         ({"windows": [None, 0], "mamba_cache_mode": "none"}, "enable_prefix_caching=True"),
         ({"windows": [None, 0], "drafts": 1}, "draft models are refused"),
         ({"dtype": torch.uint8}, "kv_cache_dtype='auto'"),
-        (
-            {"dtype": torch.uint8, "cache_dtype": "fp8", "calculate_kv_scales": True},
-            "calculate_kv_scales",
-        ),
         ({"dtype": torch.uint8, "cache_dtype": "fp8", "isa": "neon"}, "its neon kernels"),
         ({"codecs": "raw"}, "codecs"),
         ({"revision": None}, "set revision"),

@@ -282,15 +282,9 @@ def _dtype_of(specs: list[KVCacheSpec], vllm_config: VllmConfig) -> str:
     """The format of all layers' numbers. Raises UnsupportedError where they are of several, or mean
     something only with scales that no document has."""
     forms = {spec.dtype for spec in specs}
-    cache = getattr(vllm_config, "cache_config", None)
-    told = str(getattr(cache, "cache_dtype", "auto"))
+    told = str(getattr(getattr(vllm_config, "cache_config", None), "cache_dtype", "auto"))
     fp8 = fp8_format(told)
     if forms == {torch.uint8} and fp8 is not None:
-        if getattr(cache, "calculate_kv_scales", False):
-            raise UnsupportedError(
-                "with calculate_kv_scales the scales of a cache are those of the first prompts, "
-                "and no document has them: leave it out"
-            )
         return fp8
     if len(forms) != 1 or not forms <= {torch.bfloat16, torch.float16, torch.float32}:
         names = ", ".join(sorted(map(str, forms))) or "no layers"
