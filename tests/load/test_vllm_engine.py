@@ -295,8 +295,12 @@ def test_the_pages_example(model: Path, tmp_path: Path) -> None:
 
 def test_the_pages_settings_for_a_server() -> None:
     from vllm.config import KVTransferConfig
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ModuleNotFoundError:  # 0.32.0
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
     [text] = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     config = KVTransferConfig(**json.loads(text))
