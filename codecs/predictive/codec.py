@@ -69,6 +69,14 @@ class _Range:
     rotations: Rotations = field(default_factory=Rotations)
 
 
+def check_known(header: bytes) -> None:
+    """Raise UnsupportedError if a block begins as only a later version's do."""
+    if header and header[0] not in _KINDS:
+        raise UnsupportedError(newer(f"a block of kind {header[0]} of predictive"))
+    if len(header) > 2 and header[0] == _UNTURNED and header[2] not in ROUNDINGS:
+        raise UnsupportedError(newer(f"pairs before RoPE of rounding {header[2]}"))
+
+
 class PredictiveCodec(Codec):
     """Cross-layer and within-layer prediction with a profile, and rANS over a density.
 
@@ -154,11 +162,8 @@ class PredictiveCodec(Codec):
         chain = _next_chain(context, out.shape)
         part = KV.index(context.part)
         mode, body = bytes(data[:_HEADER]), data[_HEADER:]
+        check_known(mode)
         kind, rounding = mode[0] if mode else _RAW[0], mode[2] if len(mode) > 2 else 0
-        if kind not in _KINDS:
-            raise UnsupportedError(newer(f"a block of kind {kind} of predictive"))
-        if kind == _UNTURNED and len(mode) > 2 and rounding not in ROUNDINGS:
-            raise UnsupportedError(newer(f"pairs before RoPE of rounding {rounding}"))
         if kind in (_CODED, _UNTURNED) and chain is not None:
             rotation = None
             if kind == _UNTURNED:

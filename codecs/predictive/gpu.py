@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Context
 from kvzip.codecs import _native
-from kvzip.codecs.common.rotation import ROUNDINGS, is_side_by_side, is_wide
+from kvzip.codecs.common.rotation import is_side_by_side, is_wide
 from kvzip.codecs.native.cuda.device import Kernel, Memory
 from kvzip.codecs.native.cuda.work import bytes_at
+from kvzip.codecs.predictive.codec import check_known
 from kvzip.codecs.predictive.gpu_model import LayerOnDevice, ModelOnDevice, on_device, shared_bytes
 from kvzip.codecs.predictive.rotation import Rotations, pairs_of
 from kvzip.errors import CorruptError
@@ -147,7 +148,7 @@ class _Step:
 
     def add(self, block: Any, context: Context) -> None:
         """Look at a block: what kind it is, and whether its sections fit it. Raises
-        CorruptError."""
+        CorruptError, or UnsupportedError for one that only a later version knows."""
         form, tokens = context.dtype, int(block["tokens"])
         self._itemsize = form.itemsize
         self._kernel = "bf16" if form.bits == 32 else form.name
@@ -155,6 +156,7 @@ class _Step:
         shape = batch, heads, tokens, dim
         numbers = math.prod(shape)
         data = bytes_at(int(block["host"]), int(block["length"]))
+        check_known(bytes(data[:_HEADER]))
         if len(data) < _HEADER or (any(data[1:_HEADER]) and data[0] == _RAW):
             raise CorruptError("a block of unknown kind")
         end = context.start + tokens
@@ -178,8 +180,7 @@ class _Step:
             job["ends"] = before.next_part + 1 == 2 * len(self.model.layers)
             if kind == _UNTURNED:
                 job["rounding"], job["rotation"] = data[2], self._rotation(context, shape, data[2])
-            roundings = ROUNDINGS if kind == _UNTURNED else (0,)
-            if data[1] > _MOST_COUNT_BITS or data[2] not in roundings or data[3]:
+            if data[1] > _MOST_COUNT_BITS or (kind == _CODED and data[2]) or data[3]:
                 raise CorruptError("counts of words that make no sense")
             if not before.tokens and (len(data) > at or any(data[1:_HEADER])):
                 raise CorruptError("words of no token")

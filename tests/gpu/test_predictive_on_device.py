@@ -286,6 +286,25 @@ def test_bytes_that_are_changed(device, shuffled, monkeypatch, resealed):
         assert outcome(bad, profile, device=where) == outcome(bad, profile), f"byte {at}"
 
 
+def test_what_only_a_later_version_knows(device, monkeypatch):
+    """A kind of block, and a rounding of keys before RoPE, is told as on a CPU."""
+    profile = random_profile(12, ALIKE[:2], group=8, pairs=3)
+    blob = encode(document(13, ALIKE[:2], "bf16", 40), profile, monkeypatch, block_tokens=24)
+    with kvzip.open(blob, profile) as reader:
+        at = reader.index.offset[reader.index.rows[0, "k"][1]]
+    for change, words in (
+        ({0: 9}, "kind 9"),
+        ({0: 4, 2: 7}, "rounding 7"),
+        ({0: 4, 2: 0}, "rounding 0"),
+    ):
+        bad = bytearray(blob)
+        for place, value in change.items():
+            bad[at + place] = value
+        told = outcome(reseal(bytes(bad)), profile)
+        assert told[0] is kvzip.UnsupportedError and words in told[1]
+        assert outcome(reseal(bytes(bad)), profile, device=device) == told
+
+
 def test_damage_in_a_layer_that_was_not_asked_for(device, profile, blob):
     with kvzip.open(blob, profile) as reader:
         row = reader.index.rows[1, "v"][2]
