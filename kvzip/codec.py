@@ -141,7 +141,13 @@ class Codec(ABC):
 
     verbatim: ClassVar[bool] = False
     """Whether `encode` gives a block's numbers as they are, in C order: a writer then takes them
-    from where they are, and has one checksum for both."""
+    from where they are, and has one checksum for both. A class with an `encode` of its own has to
+    say so anew."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "encode" in vars(cls):  # an `encode` of its own may do anything
+            cls.verbatim = vars(cls).get("verbatim", False)
 
     threaded: ClassVar[bool] = False
     """Whether `decode_many` uses the threads that it is given. If not, the caller makes some that
