@@ -330,17 +330,16 @@ def _draws(
     def off(spread: float) -> Any:
         return np.exp(spread * rng.standard_normal(DRAWS))
 
-    def ratio_spread(f: CodecFigures) -> float:
+    def ratio_from(f: CodecFigures) -> str:
         if own:
-            return SPREAD["ratio, this model"]
-        return SPREAD[
-            "ratio by a profile, another model" if f.profile_bytes else "ratio, another model"
-        ]
+            return "ratio, this model"
+        return "ratio by a profile, another model" if f.profile_bytes else "ratio, another model"
 
     decode_spread = SPREAD["decoder, this machine" if own else "decoder, another machine"]
     seconds, link = off(prefill), off(SPREAD["link"])
     # Codecs of one library on one machine are off together.
-    ratio, decode = rng.standard_normal(DRAWS), off(decode_spread)
+    deviation, decode = rng.standard_normal(DRAWS), off(decode_spread)
+    gains = [np.exp(SPREAD[ratio_from(f)] * deviation) for f in figures]
     egress, rent = off(_price_spread(base.egress)), off(_price_spread(base.device))
     tokens_price = off(_price_spread(base.api_input)) if base.api_input else seconds * rent
     found = []
@@ -355,12 +354,8 @@ def _draws(
         )
         # raw stays raw: only what a codec gains is uncertain.
         codecs = [
-            CodecFigures(
-                f.name,
-                1 + (f.ratio - 1) * math.exp(ratio_spread(f) * ratio[i]),
-                f.decode_rate * decode[i],
-            )
-            for f in figures
+            CodecFigures(f.name, 1 + (f.ratio - 1) * gain[i], f.decode_rate * decode[i])
+            for f, gain in zip(figures, gains, strict=True)
         ]
         found.append(options(drawn, codecs))
     return found
