@@ -445,9 +445,9 @@ Unturned::Unturned(const std::uint8_t* data, std::size_t bytes) {
   std::memcpy(&count, head + 4, sizeof count);
   const bool zeros = !head[2] && !head[3] &&
                      std::all_of(head + 8, head + kAligned, [](std::uint8_t b) { return !b; });
-  if (head[0] != kUnturnedBlock || head[1] < 1 || head[1] > Rotation::kRoundings || !zeros)
+  if (head[0] != kUnturnedBlock || !is_rope_rounding(head[1]) || !zeros)
     throw std::invalid_argument("its head makes no sense");
-  rounding = Rotation::Rounding(head[1]);
+  rounding = RopeRounding(head[1]);
   exception_count = count;
   exceptions = in.take(kExceptionBytes * count);
   in.zeros(padding(kExceptionBytes * count));

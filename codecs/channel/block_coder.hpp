@@ -201,7 +201,7 @@ enum Mode : std::uint8_t {
 struct Unturned {
   const std::uint8_t* coded;
   std::size_t size;
-  Rotation::Rounding rounding;
+  RopeRounding rounding;
   const std::uint8_t* exceptions;
   std::size_t exception_count;
 

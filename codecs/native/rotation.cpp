@@ -26,15 +26,6 @@ const rotation::Kernels& kernels() {
 // Bytes of angles that are kept, at most: those of 262,144 positions of 64 pairs.
 constexpr std::size_t kKept = std::size_t(128) << 20;
 
-using Rounding = Rotation::Rounding;
-bool is_side_by_side(Rounding rounding) { return rounding > Rounding::wide; }
-bool is_wide(Rounding rounding) {
-  return rounding == Rounding::wide || rounding == Rounding::wide_side_by_side;
-}
-bool is_once(Rounding rounding) {
-  return rounding != Rounding::each && rounding != Rounding::each_side_by_side;
-}
-
 std::uint16_t bf16(float v) {
   std::uint32_t u;
   std::memcpy(&u, &v, sizeof u);
@@ -89,12 +80,12 @@ void angle_of(float position, float frequency, float scale, bool wide, float* co
 Rotation::Rotation(const float* frequency, std::size_t pairs, float scale)
     : frequency_(frequency, frequency + pairs), scale_(scale) {}
 
-Rotation::Places Rotation::places_of(std::size_t pair, Rounding rounding) const {
+Rotation::Places Rotation::places_of(std::size_t pair, RopeRounding rounding) const {
   if (is_side_by_side(rounding)) return {2 * pair, 2 * pair + 1};
   return {pair, pair + pairs()};
 }
 
-Rotation::Angles Rotation::angles_at(std::size_t block, Rounding rounding) const {
+Rotation::Angles Rotation::angles_at(std::size_t block, RopeRounding rounding) const {
   const bool wide = is_wide(rounding), side_by_side = is_side_by_side(rounding);
   const std::lock_guard<std::mutex> lock(mutex_);
   Angles& known = known_[4 * block + 2 * side_by_side + wide];
@@ -117,7 +108,7 @@ Rotation::Angles Rotation::angles_at(std::size_t block, Rounding rounding) const
 }
 
 template <typename Use>
-void Rotation::each_run(std::size_t first, std::size_t tokens, Rounding rounding,
+void Rotation::each_run(std::size_t first, std::size_t tokens, RopeRounding rounding,
                         const Use& use) const {
   for (std::size_t t = 0; t < tokens;) {
     const std::size_t at = (first + t) % kPositions, n = std::min(kPositions - at, tokens - t);
@@ -131,7 +122,7 @@ template <typename T>
 void Rotation::write_angles(std::size_t first, std::size_t positions, T* out) const {
   constexpr bool kWide = std::is_same<T, float>::value;
   const std::size_t padded = rotation::grouped(pairs());
-  each_run(first, positions, kWide ? Rounding::wide : Rounding::each,
+  each_run(first, positions, kWide ? RopeRounding::wide : RopeRounding::each,
            [&](const float* angles, std::size_t, std::size_t n) {
              for (std::size_t k = 0; k < 2 * n; ++k, angles += padded)
                for (std::size_t i = 0; i < pairs(); ++i) {
@@ -149,8 +140,10 @@ void Rotation::angles_of(std::size_t first, std::size_t positions, std::uint16_t
   write_angles(first, positions, out);
 }
 
-void Rotation::turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding rounding) const {
-  const rotation::Turn kernel = kernels().turn[is_side_by_side(rounding)][is_once(rounding)];
+void Rotation::turn(const Rows<std::uint16_t>& keys, std::size_t first,
+                    RopeRounding rounding) const {
+  const rotation::Turn kernel =
+      kernels().turn[is_side_by_side(rounding)][!rounds_products(rounding)];
   each_run(first, keys.tokens, rounding, [&](const float* angles, std::size_t t, std::size_t n) {
     for (std::size_t h = 0; h < keys.heads; ++h)
       kernel(
@@ -159,10 +152,11 @@ void Rotation::turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding
   });
 }
 
-bool Rotation::unturn(const Rows<const std::uint16_t>& keys, std::size_t first, Rounding rounding,
-                      const Rows<std::uint16_t>& out, std::size_t most,
+bool Rotation::unturn(const Rows<const std::uint16_t>& keys, std::size_t first,
+                      RopeRounding rounding, const Rows<std::uint16_t>& out, std::size_t most,
                       std::vector<std::uint64_t>* missing) const {
-  const rotation::Unturn kernel = kernels().unturn[is_side_by_side(rounding)][is_once(rounding)];
+  const rotation::Unturn kernel =
+      kernels().unturn[is_side_by_side(rounding)][!rounds_products(rounding)];
   std::vector<std::uint64_t> room(std::min(kPositions, keys.tokens) * pairs());
   bool few = true;
   each_run(first, keys.tokens, rounding, [&](const float* angles, std::size_t t, std::size_t n) {

@@ -13,23 +13,12 @@
 #include <unordered_map>
 #include <vector>
 
+#include "native/rope_rounding.hpp"
+
 namespace kvzip {
 
 class Rotation {
  public:
-  // How a model rounds: its two products and their sum, or the sum alone; or the sum alone where
-  // its cosines and sines are not rounded to bf16 either. And the same of a model whose pairs are
-  // side by side. Stored in files.
-  enum class Rounding : std::uint8_t {
-    each = 1,
-    once = 2,
-    wide = 3,
-    each_side_by_side = 4,
-    once_side_by_side = 5,
-    wide_side_by_side = 6
-  };
-  static constexpr int kRoundings = 6;
-
   // Numbers of bf16, [heads, tokens, dim], rows of a batch and heads counted as one; strides in
   // numbers.
   template <typename T>
@@ -48,20 +37,20 @@ class Rotation {
   struct Places {
     std::size_t first, second;
   };
-  Places places_of(std::size_t pair, Rounding rounding) const;
+  Places places_of(std::size_t pair, RopeRounding rounding) const;
 
   // Turns keys, of which the first token stands at the position `first`, where they are.
-  void turn(const Rows<std::uint16_t>& keys, std::size_t first, Rounding rounding) const;
+  void turn(const Rows<std::uint16_t>& keys, std::size_t first, RopeRounding rounding) const;
 
   // Finds numbers that turn to these bit for bit: writes them to `out`, and adds to `missing` the
   // pairs that have none, counted in the order of [heads, tokens, pairs]; these are written as they
   // are. Gives up, and returns false, when more than `most` are missing: `missing` then has some.
-  bool unturn(const Rows<const std::uint16_t>& keys, std::size_t first, Rounding rounding,
+  bool unturn(const Rows<const std::uint16_t>& keys, std::size_t first, RopeRounding rounding,
               const Rows<std::uint16_t>& out, std::size_t most,
               std::vector<std::uint64_t>* missing) const;
 
   // Cosines, then sines, of all pairs, of positions that follow each other: [positions, 2, pairs],
-  // in float32; in bf16 those of a rounding other than `wide`.
+  // in float32; in bf16 those of a rounding that is not wide.
   void angles_of(std::size_t first, std::size_t positions, float* out) const;
   void angles_of(std::size_t first, std::size_t positions, std::uint16_t* out) const;
 
@@ -69,10 +58,10 @@ class Rotation {
   // Of so many positions that follow each other, as kernels read them.
   static constexpr std::size_t kPositions = 256;
   using Angles = std::shared_ptr<const std::vector<float>>;
-  Angles angles_at(std::size_t block, Rounding rounding) const;
+  Angles angles_at(std::size_t block, RopeRounding rounding) const;
   // Calls use(angles, token, tokens) for one run of tokens after the other.
   template <typename Use>
-  void each_run(std::size_t first, std::size_t tokens, Rounding rounding, const Use& use) const;
+  void each_run(std::size_t first, std::size_t tokens, RopeRounding rounding, const Use& use) const;
   template <typename T>
   void write_angles(std::size_t first, std::size_t positions, T* out) const;
 

@@ -17,9 +17,9 @@ template <typename T>
 using Keys = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
 using Positions = nb::ndarray<nb::numpy, std::uint64_t, nb::ndim<1>>;
 
-Rotation::Rounding rounding_of(int value) {
-  if (value < 1 || value > Rotation::kRoundings) throw std::invalid_argument("rounding is 1 to 6");
-  return Rotation::Rounding(value);
+RopeRounding rounding_of(int value) {
+  if (!is_rope_rounding(value)) throw std::invalid_argument("rounding is 1 to 6");
+  return RopeRounding(value);
 }
 
 template <typename T>
@@ -51,7 +51,7 @@ nb::object unturn(const Rotation& self, const Keys<const std::uint16_t>& keys, s
   auto* const found = new std::vector<std::uint64_t>();
   const nb::capsule owner(
       found, [](void* p) noexcept { delete static_cast<std::vector<std::uint64_t>*>(p); });
-  const Rotation::Rounding how = rounding_of(rounding);
+  const RopeRounding how = rounding_of(rounding);
   bool few = true;
   {
     const Computing computing;
@@ -93,7 +93,7 @@ void bind_rotation(nb::module_& m) {
           "turn",
           [](const Rotation& self, const Keys<std::uint16_t>& keys, std::size_t first,
              int rounding) {
-            const Rotation::Rounding how = rounding_of(rounding);
+            const RopeRounding how = rounding_of(rounding);
             const Computing computing;
             for (std::size_t b = 0; b < keys.shape(0); ++b)
               self.turn(rows_of<std::uint16_t>(keys, self, b), first, how);

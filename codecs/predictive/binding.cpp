@@ -90,6 +90,12 @@ class PredictiveModel {
                      table16 || table8});
   }
 
+  // Whether RoPE turns numbers 2 i and 2 i + 1 of a layer's keys together.
+  bool side_by_side(std::size_t i) const {
+    if (i >= model.layers()) throw std::invalid_argument("no such layer");
+    return model.layer(i).part[0].side_by_side;
+  }
+
   ProfileModel model;
 
  private:
@@ -112,17 +118,17 @@ class PredictiveChain {
   double model(std::size_t i, int part, const Numbers<const T>& array,
                const Optional<float>& rotation, int rounding) {
     const Block<const T> in = block(i, part, array);
-    const std::uint8_t way = checked(rounding);
+    const RopeRounding way = checked(rounding);
     const Computing computing;
     return bits(chain_.measure(in, nullptr, span(rotation), way), array.size());
   }
 
-  // How RoPE rounded when it turned these keys, 1 to 6 (block_parts.hpp); 0, it did not.
+  // How RoPE rounded when it turned these keys, 1 to 6 (RopeRounding); 0, it did not.
   int rounding(std::size_t i, int part, const Numbers<const std::uint16_t>& array,
                const Array<float>& rotation, bool wide) {
     const Block<const std::uint16_t> in = block(i, part, array);
     const Computing computing;
-    return chain_.rounding(in, span(rotation), wide);
+    return int(chain_.rounding(in, span(rotation), wide));
   }
 
   void again() { chain_.again(); }
@@ -146,7 +152,7 @@ class PredictiveChain {
   template <typename T>
   nb::tuple measure(std::size_t i, int part, const Numbers<const T>& array,
                     const Optional<float>& rotation, int rounding) {
-    const std::uint8_t way = checked(rounding);
+    const RopeRounding way = checked(rounding);
     const Block<const T> in = block(i, part, array);
     const std::size_t classes = model_.classes(i), channels = array.shape(1) * array.shape(3);
     auto* counts = new std::uint32_t[classes * channels * kCells]();
@@ -175,9 +181,9 @@ class PredictiveChain {
   }
 
  private:
-  static std::uint8_t checked(int rounding) {
-    if (rounding < 0 || rounding > kRoundings) throw std::invalid_argument("rounding is 0 to 6");
-    return std::uint8_t(rounding);
+  static RopeRounding checked(int rounding) {
+    if (rounding && !is_rope_rounding(rounding)) throw std::invalid_argument("rounding is 0 to 6");
+    return RopeRounding(rounding);
   }
 
   double bits(const Intervals& intervals, std::size_t n) const {
@@ -238,7 +244,9 @@ void bind(nb::module_& m) {
            "group"_a, "lanes"_a, "order"_a, "step"_a, "unit"_a, "mean"_a, "input_scale"_a, "bias"_a,
            "weight"_a, "weight_scale"_a, "within"_a, "within_scale"_a, "density"_a, "inverse"_a,
            "pair_inverse"_a, "pair_slope"_a, "centre"_a.none(), "centre_bias"_a.none(),
-           "table16"_a.none(), "table8"_a.none());
+           "table16"_a.none(), "table8"_a.none())
+      .def("side_by_side", &PredictiveModel::side_by_side, "layer"_a,
+           "Whether RoPE turns numbers 2 i and 2 i + 1 of its keys together.");
   nb::class_<PredictiveChain>(m, "PredictiveChain")
       .def(nb::init<const PredictiveModel&, std::size_t, std::size_t, std::uint64_t, int, int,
                     const Array<std::int32_t>&>(),

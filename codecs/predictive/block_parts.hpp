@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "native/rope_rounding.hpp"
 #include "predictive/kernels.hpp"
 #include "predictive/span.hpp"
 
@@ -15,13 +16,8 @@ namespace kvzip::predictive {
 constexpr std::size_t kHeaderBytes = 16;
 constexpr std::size_t kCountsAt = 8;  // in the header: where counts begin, which go on elsewhere
 // The first byte of a block that is predicted. Those of kind 1 had counts of two bytes; of kind 4
-// some pairs are as they were before RoPE, of which the third byte says how it rounds: products and
-// sums; sums alone; sums alone, by cosines and sines of float32; and likewise of pairs side by
-// side.
+// some pairs are as they were before RoPE, of which the third byte says how it rounds.
 constexpr std::uint8_t kPredicted = 3, kUnturned = 4;
-constexpr std::uint8_t kEach = 1, kOnce = 2, kWide = 3, kSideBySide = 3, kRoundings = 6;
-inline bool rounds_products(std::uint8_t rounding) { return rounding % kSideBySide == kEach; }
-inline bool is_side_by_side(std::uint8_t rounding) { return rounding > kSideBySide; }
 constexpr int kMostCountBits = 17;
 
 inline std::size_t round16(std::size_t n) { return (n + 15) / 16 * 16; }
@@ -60,7 +56,7 @@ class StreamTokens {
 // A block's header, and behind it the section of counts that does not fit there.
 inline std::vector<std::uint8_t> pack_counts(const StreamTokens& streams,
                                              const std::vector<std::uint16_t>& counts,
-                                             std::uint64_t words, std::uint8_t rounding) {
+                                             std::uint64_t words, RopeRounding rounding) {
   std::vector<std::int32_t> more(counts.size());
   for (std::size_t s = 0; s < more.size(); ++s)
     more[s] = std::int32_t(std::int64_t(counts[s]) - streams.share(s, words));
@@ -69,9 +65,9 @@ inline std::vector<std::uint8_t> pack_counts(const StreamTokens& streams,
   int bits = 0;
   while (!more.empty() && (*high - least) >> bits) ++bits;
   std::vector<std::uint8_t> packed(kHeaderBytes + streams.section(bits));
-  packed[0] = rounding ? kUnturned : kPredicted;
-  packed[2] = rounding;
+  packed[0] = rounding == RopeRounding::none ? kPredicted : kUnturned;
   packed[1] = std::uint8_t(bits);
+  packed[2] = std::uint8_t(rounding);
   std::memcpy(&packed[4], &least, sizeof least);
   std::size_t at = 8 * kCountsAt;
   for (const std::int32_t m : more)
@@ -89,7 +85,7 @@ inline bool unpack_counts(const StreamTokens& streams, const std::uint8_t* heade
   std::memcpy(&least, header + 4, sizeof least);
   const bool unturned = header[0] == kUnturned;
   if ((header[0] != kPredicted && !unturned) || bits > kMostCountBits || header[3]) return false;
-  if (unturned ? !header[2] || header[2] > kRoundings : header[2]) return false;
+  if (unturned ? !is_rope_rounding(header[2]) : header[2]) return false;
   const std::size_t section = streams.section(bits), inside = kHeaderBytes - kCountsAt;
   if (data->size < section || (data->size - section) % 4) return false;
   // In one piece, with room for a field that is read in whole bytes.

@@ -48,14 +48,14 @@ bool Chain::follows(std::size_t layer, int part, std::size_t heads, std::size_t 
   return heads == p.heads && dim == p.dim;
 }
 
-std::uint8_t Chain::rounding(const Block<const std::uint16_t>& numbers, Span<float> rotation,
+RopeRounding Chain::rounding(const Block<const std::uint16_t>& numbers, Span<float> rotation,
                              bool wide) const {
   check_rotation(rotation);
   const Part& part = model_.layer(layer()).part[this->part()];
   const std::size_t step = std::max<std::size_t>(total_ / kTile, 1),
                     count = std::min<std::size_t>(total_, kTile);
-  for (const std::uint8_t way : {kEach, kOnce, kWide}) {
-    if ((way == kWide) != wide) continue;
+  for (const RopeRounding way : {RopeRounding::each, RopeRounding::once, RopeRounding::wide}) {
+    if (is_wide(way) != wide) continue;
     std::size_t telling = 0, turned = 0;
     for (std::size_t i = 0; i < part.turned() / 2 && telling < kEnoughPairs; ++i) {
       // Pairs here and there, of one head and another.
@@ -75,16 +75,15 @@ std::uint8_t Chain::rounding(const Block<const std::uint16_t>& numbers, Span<flo
         by[0][t] = angles[0];
         by[1][t] = angles[part.pairs];
       }
-      const Sampled found =
-          predictive::kernels().sample(sample[0], sample[1], by[0], by[1], count, way == kEach);
+      const Sampled found = predictive::kernels().sample(sample[0], sample[1], by[0], by[1], count,
+                                                         rounds_products(way));
       telling += std::size_t(__builtin_popcountll(found.telling));
       turned += std::size_t(__builtin_popcountll(found.turned));
     }
     // Of numbers that came about in another way about a third at most have such a pair.
-    if (telling && turned * 8 >= telling * 7)
-      return std::uint8_t(way + (part.side_by_side ? kSideBySide : 0));
+    if (telling && turned * 8 >= telling * 7) return part.side_by_side ? side_by_side(way) : way;
   }
-  return 0;
+  return RopeRounding::none;
 }
 
 void Chain::check_rotation(Span<float> rotation) const {
@@ -93,18 +92,19 @@ void Chain::check_rotation(Span<float> rotation) const {
       rotation.size != 2 * pairs * tokens_.count)
     throw std::invalid_argument("pairs before RoPE, and nothing that says how they are turned");
 }
-void Chain::set_rotation(Span<float> rotation, std::uint8_t rounding) {
-  if (rounding) check_rotation(rotation);
-  if (rounding && is_side_by_side(rounding) != model_.layer(layer()).part[part()].side_by_side)
+void Chain::set_rotation(Span<float> rotation, RopeRounding rounding) {
+  const bool turned = rounding != RopeRounding::none;
+  if (turned) check_rotation(rotation);
+  if (turned && is_side_by_side(rounding) != model_.layer(layer()).part[part()].side_by_side)
     throw std::invalid_argument("pairs before RoPE that are not the profile's");
   rounding_ = rounding;
-  tokens_.rotation = rounding ? rotation.data : nullptr;
+  tokens_.rotation = turned ? rotation.data : nullptr;
   tokens_.rounds_products = rounds_products(rounding);
 }
 
 template <typename T>
 Intervals Chain::measure(const Block<const T>& numbers, std::uint32_t* counts, Span<float> rotation,
-                         std::uint8_t rounding) {
+                         RopeRounding rounding) {
   set_rotation(rotation, rounding);
   energy_before_ = energy_;
   const Layer& layer = model_.layer(this->layer());
@@ -190,7 +190,7 @@ bool Chain::decode(Span<std::uint8_t> header, Span<std::uint8_t> bytes, const Bl
   const Layer& layer = model_.layer(this->layer());
   const std::size_t lanes = layer.lanes;
   if (header.size != kHeaderBytes) return false;
-  set_rotation(rotation, header.data[0] == kUnturned ? header.data[2] : 0);
+  set_rotation(rotation, RopeRounding(header.data[0] == kUnturned ? header.data[2] : 0));
   // The states that a token range's first coded part begins with.
   if (states_.empty() && !unpack_states(&bytes, total_ * lanes, &states_)) return false;
   const Kernels& kernels = predictive::kernels();
@@ -411,7 +411,7 @@ template double bits_by_channel(const Block<const std::uint32_t>&, std::size_t, 
 
 #define KVZIP_INSTANTIATE(T)                                                            \
   template Intervals Chain::measure(const Block<const T>&, std::uint32_t*, Span<float>, \
-                                    std::uint8_t);                                      \
+                                    RopeRounding);                                      \
   template bool Chain::decode(Span<std::uint8_t>, Span<std::uint8_t>, const Block<T>&, Span<float>);
 KVZIP_INSTANTIATE(std::uint8_t)
 KVZIP_INSTANTIATE(std::uint16_t)

@@ -633,7 +633,7 @@ class Chain {
       cuda::sync_warp();
     }
     if (before) {
-      Rotation{o.own_cosine, o.own_sine, job.rounding % 3 == 1}.turn(bits);
+      Rotation{o.own_cosine, o.own_sine, job.rounds_products != 0}.turn(bits);
 #pragma unroll
       for (unsigned j = 0; j < 2; ++j)
         if (active)

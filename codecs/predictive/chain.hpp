@@ -5,6 +5,7 @@
 #include <map>
 #include <vector>
 
+#include "native/rope_rounding.hpp"
 #include "predictive/kernels.hpp"
 #include "predictive/memory.hpp"
 #include "predictive/profile_model.hpp"
@@ -28,15 +29,15 @@ class Chain {
   NumberFormat format() const { return format_; }
 
   // How RoPE rounded when it turned the next part's keys by these cosines and sines (kernels.hpp),
-  // as a block's third byte has it (block_parts.hpp), as a sample of them says; 0 if it did not.
+  // as a sample of them says; `none` if it did not.
   // `wide`: whether cosines and sines are of more bits than bf16 has.
-  std::uint8_t rounding(const Block<const std::uint16_t>& numbers, Span<float> rotation,
+  RopeRounding rounding(const Block<const std::uint16_t>& numbers, Span<float> rotation,
                         bool wide) const;
   // Models the next part's numbers; their intervals stay until the next call. `counts` as in
-  // kernels.hpp. `rounding`: unless it is 0, pairs may be coded as they were before `rotation`.
+  // kernels.hpp. `rounding`: unless it is none, pairs may be coded as they were before `rotation`.
   template <typename T>
   Intervals measure(const Block<const T>& numbers, std::uint32_t* counts, Span<float> rotation,
-                    std::uint8_t rounding);
+                    RopeRounding rounding);
   // The keys that were measured last come next once more.
   void again();
   // The part that was measured last is one that will be coded.
@@ -58,7 +59,7 @@ class Chain {
     Intervals intervals;
     std::vector<std::uint32_t> at;
     std::vector<Tile> tiles;
-    std::uint8_t rounding;
+    RopeRounding rounding;
   };
 
   std::size_t layer() const { return next_ / 2; }
@@ -70,7 +71,7 @@ class Chain {
   void take_turns(const Part& keys);
   void take_unit(const Layer& layer);
   void check_rotation(Span<float> rotation) const;
-  void set_rotation(Span<float> rotation, std::uint8_t rounding);
+  void set_rotation(Span<float> rotation, RopeRounding rounding);
   void end(const Kernels& kernels);
   void cut(std::size_t start, std::size_t count, std::uint32_t region);
   void arrange(const Layer& layer, const Kernels& kernels);
@@ -82,7 +83,7 @@ class Chain {
   Tokens tokens_{};
   std::vector<std::int32_t> entries_, energy_, entry_;
   std::vector<std::int32_t> energy_before_;  // the part that was measured last
-  std::uint8_t rounding_ = 0;
+  RopeRounding rounding_ = RopeRounding::none;
   std::vector<std::uint32_t> at_;
   Aligned<std::uint32_t> packed_, residual_, output_;
   std::vector<std::uint64_t> steps_;  // of which `turns_` are

@@ -96,7 +96,7 @@ struct RangeJob {
   uint32_t values;              // 1: the part is the layer's values, 0: its keys
   uint32_t begins, ends;        // whether energies begin here; whether all states must be at rest
   uint32_t row;                 // whose flag is set when the block is damaged
-  uint32_t rounding;            // of RoPE: 1 and 4, products and sums; else sums
+  uint32_t rounds_products;     // whether RoPE rounds them, too; else their sums alone
   uint32_t reserved;
 };
 

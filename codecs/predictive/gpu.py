@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Context
 from kvzip.codecs import _native
-from kvzip.codecs.common.rotation import is_side_by_side, is_wide
+from kvzip.codecs.common.rotation import is_side_by_side, is_wide, rounds_products
 from kvzip.codecs.native.cuda.device import Kernel, Memory
 from kvzip.codecs.native.cuda.work import bytes_at
 from kvzip.codecs.predictive.codec import check_known
@@ -51,7 +51,7 @@ _JOB = np.dtype(
         ("begins", "<u4"),
         ("ends", "<u4"),
         ("row", "<u4"),
-        ("rounding", "<u4"),
+        ("rounds_products", "<u4"),
         ("reserved", "<u4"),
     ]
 )
@@ -179,7 +179,8 @@ class _Step:
             job["header"], job["counts"], job["bytes"] = here, here + at, len(data) - at
             job["ends"] = before.next_part + 1 == 2 * len(self.model.layers)
             if kind == _UNTURNED:
-                job["rounding"], job["rotation"] = data[2], self._rotation(context, shape, data[2])
+                job["rounds_products"] = rounds_products(data[2])
+                job["rotation"] = self._rotation(context, shape, data[2])
             if data[1] > _MOST_COUNT_BITS or (kind == _CODED and data[2]) or data[3]:
                 raise CorruptError("counts of words that make no sense")
             if not before.tokens and (len(data) > at or any(data[1:_HEADER])):

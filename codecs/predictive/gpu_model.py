@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvzip.codecs import _native
 from kvzip.codecs.native.cuda.device import Device, Memory
-from kvzip.codecs.predictive.rotation import has_pairs_side_by_side
 from kvzip.profile import Profile
 
 _CHANNEL = np.dtype(
@@ -139,7 +139,8 @@ class ModelOnDevice(NamedTuple):
 
 def on_device(device: Device, profile: Profile) -> ModelOnDevice:
     """The profile on a device, brought there when it is first asked for and kept as long as the
-    profile is. The caller has checked it (`codec.native_model`)."""
+    profile is. The caller has made the processor's model of it (`codec.native_model`), which
+    checks it."""
     kept: dict[Device, ModelOnDevice] = profile.made.setdefault("predictive on devices", {})
     found = kept.get(device)
     if found is None:
@@ -152,6 +153,7 @@ class _Upload:
 
     def __init__(self, device: Device, profile: Profile):
         self.device, self.tensors = device, profile.tensors
+        self.model: _native.PredictiveModel = profile.made["predictive"]
         self.layers: Sequence[Mapping[str, Any]] = profile.description["layers"]
         self.group, self.lanes = profile.description["group"], profile.description["lanes"]
         self.columns = [Columns.of(layer) for layer in self.layers]
@@ -255,7 +257,7 @@ class _Upload:
             "row_bytes": self.row_bytes,
             # So that rows of shared memory meet other banks.
             "residual_bytes": mine.width + 16,
-            "side_by_side": has_pairs_side_by_side(tensors["order"], pairs),
+            "side_by_side": self.model.side_by_side(i),
         }
 
     def _inputs(self, i: int, matrix: Bytes) -> Bytes:

@@ -23,12 +23,6 @@ def pairs_of(tensors: Mapping[str, NDArray[Any]], layer: int) -> int:
     return len(tensors.get(f"{layer}.step", ()))
 
 
-def has_pairs_side_by_side(order: NDArray[np.int32], pairs: int) -> bool:
-    """Whether the pairs of a head, so many, are channels 2i and 2i + 1, and not i and i + pairs, as
-    the `order` of a profile's layer says."""
-    return pairs > 1 and len(order) > 1 and int(order[1] - order[0]) == 1
-
-
 class Rotations:
     """The rotations of one token range, each made once: layers may have different ones."""
 

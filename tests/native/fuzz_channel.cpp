@@ -5,7 +5,9 @@
 
 using namespace kvzip::channel;
 using namespace kvzip::fuzz;
+using kvzip::kRopeRoundings;
 using kvzip::NumberFormat;
+using kvzip::RopeRounding;
 namespace simd = kvzip::simd;
 
 namespace {
@@ -212,7 +214,7 @@ void turned() {
   const bool token_major = below(2);
   const auto token = std::ptrdiff_t(token_major ? heads * dim : dim);
   const auto head = std::ptrdiff_t(token_major ? dim : tokens * dim);
-  const auto rounding = Rotation::Rounding(1 + below(Rotation::kRoundings));
+  const auto rounding = RopeRounding(1 + below(kRopeRoundings));
   std::vector<float> frequencies(pairs);
   for (float& f : frequencies) f = float(below(1 << 20)) * 0x1p-20f;
   if (below(8) == 0) frequencies[below(pairs)] = below(2) ? 1e30f : -1e10f;
@@ -249,7 +251,7 @@ void turned() {
   Bytes bytes(16 + 8 * below(6) + 16 * below(3));
   for (std::uint8_t& byte : bytes) byte = std::uint8_t(below(3) ? 0 : below(256));
   bytes[0] = 3;
-  bytes[1] = std::uint8_t(1 + below(Rotation::kRoundings));
+  bytes[1] = std::uint8_t(1 + below(kRopeRoundings));
   const Exact block(below(4) ? bytes : damaged(bytes));
   try {
     const Unturned unturned(block.data.get(), block.size);

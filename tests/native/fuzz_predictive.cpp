@@ -13,6 +13,7 @@
 using namespace kvzip::predictive;
 using namespace kvzip::fuzz;
 using kvzip::NumberFormat;
+using kvzip::RopeRounding;
 namespace simd = kvzip::simd;
 
 namespace {
@@ -179,7 +180,7 @@ std::uint16_t to_bf16(float v) {
 }
 // RoPE, [heads][count][dim] of each row. `angles`: [count][2][pairs].
 void turn(std::uint16_t* keys, std::size_t heads, std::size_t count, std::size_t dim,
-          std::size_t pairs, const float* angles, std::uint8_t rounding) {
+          std::size_t pairs, const float* angles, RopeRounding rounding) {
   const auto product = [&](float a, float b) {
     return rounds_products(rounding) ? from_bf16(to_bf16(a * b)) : a * b;
   };
@@ -232,13 +233,13 @@ void once(NumberFormat format) {
     }
   // Of some layers pairs may be coded as they were before RoPE, whatever their keys are.
   std::vector<Span<float>> rotations;
-  std::vector<std::uint8_t> roundings;
+  std::vector<RopeRounding> roundings;
   for (const LayerArrays& l : layers) {
     const std::size_t pairs = l.step.size;
     const bool rotated = format.exponent_bits == 8 && pairs && below(4);
     // Cosines and sines of bf16, or with more bits.
     const Part& keys = model.layer(rotations.size() / 2).part[0];
-    auto rounding = std::uint8_t(rotated ? 1 + below(3) : 0);
+    auto rounding = RopeRounding(rotated ? 1 + below(3) : 0);
     const Span<std::uint32_t> bits = arrays.of<std::uint32_t>(2 * pairs * count, 0, 0x3f800000);
     const Span<float> angles = arrays.of<float>(bits.size, 0, 0);
     auto* const to = const_cast<float*>(angles.data);
@@ -246,16 +247,16 @@ void once(NumberFormat format) {
       float angle;
       std::memcpy(&angle, &bits.data[i], sizeof angle);
       angle = angle < 0x1p-40f ? 0 : below(2) ? -angle : angle;
-      to[i] = rounding == kWide ? angle : from_bf16(to_bf16(angle));
+      to[i] = is_wide(rounding) ? angle : from_bf16(to_bf16(angle));
     }
-    if (rotated && keys.side_by_side) rounding += kSideBySide;
+    if (rotated && keys.side_by_side) rounding = side_by_side(rounding);
     if constexpr (sizeof(T) == 2)
       if (rotated && kind == 2)
         turn(parts[roundings.size()].get(), rows * l.k_heads, count, l.k_dim, pairs, angles.data,
              rounding);
     for (int p = 0; p < 2; ++p) {
       rotations.push_back(p ? Span<float>{} : angles);
-      roundings.push_back(p ? 0 : rounding);
+      roundings.push_back(p ? RopeRounding::none : rounding);
     }
   }
   // Some parts are coded another way: they are modelled only.
@@ -272,11 +273,14 @@ void once(NumberFormat format) {
     };
     for (std::size_t i = 0; i < blocks.size(); ++i) {
       if constexpr (sizeof(T) == 2)
-        if (roundings[i]) writer.rounding(plain(blocks[i]), rotations[i], i % 4 == 0);
-      writer.measure(plain(blocks[i]), nullptr, rotations[i], kept[i] ? roundings[i] : 0);
+        if (roundings[i] != RopeRounding::none)
+          writer.rounding(plain(blocks[i]), rotations[i], i % 4 == 0);
+      writer.measure(plain(blocks[i]), nullptr, rotations[i],
+                     kept[i] ? roundings[i] : RopeRounding::none);
       if (i % 4 == 0) {
         writer.again();
-        writer.measure(plain(blocks[i]), nullptr, rotations[i], kept[i] ? roundings[i] : 0);
+        writer.measure(plain(blocks[i]), nullptr, rotations[i],
+                       kept[i] ? roundings[i] : RopeRounding::none);
       }
       if (kept[i]) writer.keep();
     }
@@ -289,7 +293,7 @@ void once(NumberFormat format) {
     for (std::size_t i = 0, next = 0; i < blocks.size(); ++i) {
       const Block<T>& b = blocks[i];
       if (!kept[i]) {
-        reader.measure(plain(b), nullptr, {}, 0);
+        reader.measure(plain(b), nullptr, {}, RopeRounding::none);
         continue;
       }
       std::unique_ptr<T[]> out(new T[sizes[i]]());
@@ -303,7 +307,8 @@ void once(NumberFormat format) {
     const std::size_t first = std::size_t(std::find(kept.begin(), kept.end(), true) - kept.begin());
     for (int again = 0; again < 3; ++again) {
       Chain hurt(model, rows, count, position, format, entries);
-      for (std::size_t i = 0; i < first; ++i) hurt.measure(plain(blocks[i]), nullptr, {}, 0);
+      for (std::size_t i = 0; i < first; ++i)
+        hurt.measure(plain(blocks[i]), nullptr, {}, RopeRounding::none);
       const Stored stored(damaged(coded[0]));
       std::unique_ptr<T[]> out(new T[sizes[first]]());
       const Block<T>& b = blocks[first];
