@@ -11,8 +11,10 @@ from typing import Any
 from kvzip.choice.cost import PrefillModel
 
 Step = Callable[..., Any]
-"""Called with a few words before each step, and with the share of the whole work that is done by
-then, 0 to 1, where it is known."""
+"""Called with a few words before each step, and with the share of the work that is done by then, 0
+to 1, where it is known: of the whole, or of one part after the other."""
+EVERY = 5.0
+"""Seconds between two words of a count."""
 
 SIZES = ((2048, 16), (2048, 8), (1024, 16), (1024, 8), (512, 12), (512, 6), (256, 6), (256, 2))
 """Tokens of a document, and documents that are learned from, the most telling first."""
@@ -88,11 +90,24 @@ def choose(
     return found
 
 
+class Counts:
+    """Tells `step` of what is counted, such as a fit's thousands of regressions, every few seconds
+    at most."""
+
+    def __init__(self, step: Step, about: str):
+        self._step, self._about = step, about
+        self._told = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """So much of it is done."""
+        now = time.monotonic()
+        if now - self._told >= EVERY:
+            self._told = now
+            self._step(f"{self._about}, {what}: {done:,} of {total:,}")
+
+
 class Progress:
     """Tells `step` how much of a plan's work is done."""
-
-    EVERY = 5.0
-    """Seconds."""
 
     def __init__(self, step: Step):
         self._step, self._told = step, -math.inf
@@ -110,7 +125,7 @@ class Progress:
     def within(self, what: str, done: int, total: int) -> None:
         """So much of a part of the step is done; told every few seconds at most."""
         now = time.monotonic()
-        if now - self._told >= self.EVERY:
+        if now - self._told >= EVERY:
             self._tell(f"{what}: {done} of {total}", self._done + self._next * done / max(total, 1))
 
     def _tell(self, what: str, done: float) -> None:

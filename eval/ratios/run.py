@@ -18,7 +18,7 @@ import numpy as np
 from kvzip import api, capture
 from kvzip.codec import Codec, get_codec
 from kvzip.errors import KVZipError, UsageError
-from kvzip.eval.budget import Step
+from kvzip.eval.budget import Counts, Step
 from kvzip.eval.ratios.texts import SPLITS, Text
 from kvzip.eval.results.provenance import made_by
 from kvzip.eval.results.ratios import (
@@ -224,11 +224,8 @@ def _learn(
     for codec in codecs.values():
         if not codec.needs_profile or codec.codec_id in found:
             continue
-
-        def told(what: str, done: int, total: int, name: str = codec.codec_id) -> None:
-            step(f"learning for {name}, {what}: {done} of {total}")
-
         step(f"learning for {codec.codec_id} from {len(train)} documents")
+        told = Counts(step, f"learning for {codec.codec_id}")
         settings: dict[str, Any] = {"resume": work / f"{codec.codec_id}.layers"}
         if max_bytes is not None and codec.codec_id == "predictive":
             settings["max_bytes"] = max_bytes

@@ -24,7 +24,7 @@ from kvzip.codecs.predictive.allotment import Allotment, allot
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.fit import multiplications
 from kvzip.errors import UsageError
-from kvzip.eval.budget import Step
+from kvzip.eval.budget import Counts, Step
 from kvzip.eval.kept import kept
 from kvzip.eval.ratios.run import Captured, Protocol, measure
 from kvzip.eval.ratios.texts import Text
@@ -190,9 +190,7 @@ class _Measuring:
             seen.append(made_of)
             regions = made_of.regions
             about = f"{count} documents of each text, regions {min(regions)} to {max(regions)}"
-
-            def told(what: str, done: int, total: int, about: str = about) -> None:
-                self.step(f"{self.shape.name}, {about}, {what}: {done} of {total}")
+            told = Counts(self.step, f"{self.shape.name}, {about}")
 
             def fit(
                 made_of: Allotment = made_of,

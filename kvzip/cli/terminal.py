@@ -245,6 +245,7 @@ class Lines:
         self._clock = clock
         self._began = self._said = clock()
         self._first: tuple[float, float] | None = None
+        self._share = 0.0
         self._counted: dict[str, tuple[float, int]] = {}
         """When each count began, and where it is: counts may take turns."""
 
@@ -253,12 +254,14 @@ class Lines:
 
     def left(self, share: float | None) -> str:
         """What is left of the work when a share of it is done, by the time since a share was first
-        known; nothing where there is nothing to go by."""
+        known; nothing where there is nothing to go by. A share that falls is one of other work,
+        which begins."""
         if share is None:
             return ""
         now = self._clock()
-        if self._first is None:
+        if self._first is None or share < self._share:
             self._first = (now, share)
+        self._share = share
         began, start = self._first
         if share <= start or share >= 1:
             return ""

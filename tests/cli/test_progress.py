@@ -50,6 +50,23 @@ def test_a_step_is_a_line_with_the_time_left(written, clock):
     ]
 
 
+def test_a_share_that_falls_is_of_work_that_begins(written, clock):
+    lines = terminal.Lines(clock)
+    for share in (0.0, 0.5):
+        lines.step("capturing", share)
+        clock.now += 100
+    for share in (0.0, 0.0, 0.5):
+        lines.step("measuring", share)
+        clock.now += 10
+    assert written() == [
+        "[0:00] capturing",
+        "[1:40] capturing, about 1:40 left",
+        "[3:20] measuring",
+        "[3:30] measuring",
+        "[3:40] measuring, about 0:20 left",
+    ]
+
+
 def test_counts_that_take_turns_know_when_each_began(written, clock):
     lines = terminal.Lines(clock)
     for done in range(1, 101):

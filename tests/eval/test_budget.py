@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvzip.choice.cost import PrefillModel
-from kvzip.eval.budget import SIZES, Progress, Speed, choose, plan
+from kvzip.eval.budget import SIZES, Counts, Progress, Speed, choose, plan
 from kvzip.eval.speed.inputs import halves
 
 
@@ -58,7 +58,7 @@ def test_what_is_named_is_done():
 
 @pytest.fixture
 def all_told(monkeypatch):
-    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    monkeypatch.setattr("kvzip.eval.budget.EVERY", 0.0)
 
 
 def test_parts_of_a_step_are_told_now_and_then(monkeypatch):
@@ -76,6 +76,19 @@ def test_parts_of_a_step_are_told_now_and_then(monkeypatch):
         "b: 60 of 100",
         "b: 80 of 100",
         "b: 100 of 100",
+    ]
+
+
+def test_counts_are_told_every_few_seconds(monkeypatch):
+    now, told = [0.0], []
+    monkeypatch.setattr("kvzip.eval.budget.time.monotonic", lambda: now[0])
+    counts = Counts(told.append, "learning")
+    for done in range(1, 4501):
+        now[0] += 0.0025
+        counts("regressions", done, 4500)
+    assert told == [
+        "learning, regressions: 2,000 of 4,500",
+        "learning, regressions: 4,000 of 4,500",
     ]
 
 
