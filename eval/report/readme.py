@@ -25,6 +25,7 @@ from kvzip.eval.report.text import bit_rate, size, usd
 from kvzip.eval.report.traffic import found_at, ratios
 from kvzip.eval.results.demo import DemoResult
 from kvzip.eval.results.traffic import TrafficResult
+from kvzip.eval.traffic.setting import ROOM_CODECS
 from kvzip.files import replacing, scratch_folder
 from kvzip.reading import text_in
 
@@ -64,13 +65,13 @@ def figures(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> list[F
         Figure(f"found at {_STORE:,.0f} blocks, {name}", found_at(t, _STORE, r), "", t.trace)
         for t in traffic
         for name, r in ratios(t).items()
-        if name in _ROOM_CODECS
+        if name in ROOM_CODECS
     ]
     found += [
         Figure(f"{r.strategy} {r.codec}".strip(), r.usd, "$", f"{t.trace}, modelled at prices")
         for t in traffic
         for r in t.rows
-        if r.strategy == "recompute" or (r.strategy == "load" and r.codec in _ROOM_CODECS)
+        if r.strategy == "recompute" or (r.strategy == "load" and r.codec in ROOM_CODECS)
     ]
     return [*found, Figure("ratio that opens the trap", ratio_needed(), "x", "the paper's inputs")]
 
@@ -147,15 +148,11 @@ _STORE = 5000.0
 """Blocks of raw size of the store that the answer in room looks at."""
 
 
-_ROOM_CODECS = ("channel", "predictive")
-"""Codecs that the answer in room names, where a trace was replayed with them."""
-
-
 def _room(traffic: TrafficResult) -> str:
     """What a store finds of a trace with the ratios that the trace was replayed with, and whether
     such a store in host memory is worth its price."""
     raw = found_at(traffic, _STORE)
-    measured = {name: r for name, r in ratios(traffic).items() if name in _ROOM_CODECS}
+    measured = {name: r for name, r in ratios(traffic).items() if name in ROOM_CODECS}
     found = [
         f"{found_at(traffic, _STORE, ratio):.1%} with `{name}` ({ratio:.2f}x)"
         for name, ratio in measured.items()
@@ -169,14 +166,13 @@ def _room(traffic: TrafficResult) -> str:
     text += ", whatever egress costs"
     if measured:
         text += f" ({ratio_basis_of_replay(traffic.inputs, traffic.model)})"
-    asked = ",".join(["1", *(f"{ratio:.2f}" for ratio in measured.values())])
-    return f"{text}.{_rent(traffic)} `kvzip eval fleet --spread --trace FILE --ratios {asked}`"
+    return f"{text}.{_rent(traffic)} `kvzip eval fleet --spread --trace FILE`"
 
 
 def _rent(traffic: TrafficResult) -> str:
     """Whether a store in host memory saves more than it costs, with the codec of the best ratio;
     "" where no store was replayed."""
-    loads = [row for row in traffic.rows if row.strategy == "load" and row.codec in _ROOM_CODECS]
+    loads = [row for row in traffic.rows if row.strategy == "load" and row.codec in ROOM_CODECS]
     without = next((row for row in traffic.rows if row.strategy == "recompute"), None)
     host = next((i.value for i in traffic.inputs if i.name == "host, size"), None)
     if not loads or without is None or host is None:

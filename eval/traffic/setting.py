@@ -22,6 +22,8 @@ from kvzip.eval.traffic.eviction import PolicyName
 from kvzip.eval.traffic.fleet import CodecUse, Fleet, gpus_needed, tier_inputs, tiers
 from kvzip.eval.traffic.trace import Trace
 
+ROOM_CODECS = ("channel", "predictive")
+"""Codecs for whose ratios it is counted what a store finds, where none are given."""
 CORES = 16
 """Of a host, for each GPU, where none are given."""
 
@@ -119,6 +121,12 @@ def _measured(inputs: Inputs, dtype: str, codecs: Sequence[str] | None) -> list[
     most = max(row.tokens for row in able)
     known = {row.codec: row for row in able if row.tokens == most}
     return [pick("measured codec", known, name) for name in codecs or known]
+
+
+def measured_ratios(inputs: Inputs, dtype: str) -> list[float]:
+    """1, and the ratios of those codecs for which a store's room is asked, to two digits."""
+    rows = {row.codec: row for row in _measured(inputs, dtype, None)}
+    return [1.0, *(round(rows[name].ratio, 2) for name in ROOM_CODECS if name in rows)]
 
 
 def _use(row: CodecRow, shape: Shape, inputs: Inputs, decode: str, book: PriceBook) -> CodecUse:

@@ -40,7 +40,13 @@ Config = Annotated[
 Capacities = Annotated[
     str, _says("Of an LRU store, in blocks of 512 tokens of raw size, with commas between.")
 ]
-Ratios = Annotated[str, _says("How many times as small a codec makes a block, commas between.")]
+Ratios = Annotated[
+    str | None,
+    _says(
+        "How many times as small codecs make a block, commas between. Default: 1, and as channel "
+        "and predictive were measured."
+    ),
+]
 Model = Annotated[str, _says("One of the price book (kvzip eval families), a hub id, or a folder.")]
 Prices = Annotated[str, _says("A preset of the price book, for the GPU's rent and its prefill.")]
 Tiers = Annotated[
@@ -65,7 +71,7 @@ def fleet(
     inputs: Path | None = None,
     price_file: PriceFiles = None,
     capacity_blocks: Capacities = "1000,2000,5000,10000,20000,50000",
-    ratios: Ratios = "1,1.54,2.2",
+    ratios: Ratios = None,
     model: Model = "qwen3-4b",
     prices: Prices = "h100-rented",
     tiers: Tiers = "gpu,host",
@@ -116,7 +122,7 @@ def fleet(
         codecs=codecs,
         strategies=names(strategies),
         sizes=numbers("--capacity-blocks", capacity_blocks),
-        ratios=numbers("--ratios", ratios),
+        ratios=None if ratios is None else numbers("--ratios", ratios),
         options={"tiers_text": tiers, "gpus": gpus, "cores": threads, "policy": policy}
         | {"decode": decode},
     )
@@ -140,7 +146,7 @@ def _replay(
     codecs: str | None,
     strategies: tuple[str, ...],
     sizes: list[float],
-    ratios: list[float],
+    ratios: list[float] | None,
     options: dict[str, Any],
 ) -> TrafficResult:
     """`kvzip eval fleet --trace`."""
@@ -153,7 +159,7 @@ def _replay(
     from kvzip.eval.results.stored import load
     from kvzip.eval.traffic.fleet import STRATEGIES
     from kvzip.eval.traffic.replay import replay
-    from kvzip.eval.traffic.setting import setting
+    from kvzip.eval.traffic.setting import measured_ratios, setting
     from kvzip.eval.traffic.trace import read_trace
     from kvzip.eval.traffic.trace import spread as evenly
 
@@ -163,6 +169,7 @@ def _replay(
     trace = evenly(trace) if spread else trace
     book = load_prices(*(price_file or []))
     book = with_gpu(book, load(gpu, GpuResult)) if gpu else book
+    known = load(inputs or MEASURED, Inputs)
     made = setting(
         trace=trace,
         model=model,
@@ -170,7 +177,7 @@ def _replay(
         dtype=dtype,
         base=book.base(prices),
         book=book,
-        inputs=load(inputs or MEASURED, Inputs),
+        inputs=known,
         codecs=None if codecs in (None, "none") else split_specs(codecs or ""),
         **options,
     )
@@ -181,7 +188,7 @@ def _replay(
             made.codecs,
             () if codecs == "none" else strategies,  # type: ignore[arg-type]
             blocks=sizes,
-            ratios=ratios,
+            ratios=measured_ratios(known, dtype) if ratios is None else ratios,
             dtype=dtype,
             inputs=made.inputs,
             command=command_line(),

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import a_trace
 
+from kvzip.choice.auto import MEASURED
 from kvzip.errors import UsageError
 from kvzip.eval.traffic.capacity import NEVER, capacities, curve, needed_capacity, stack_distances
 from kvzip.eval.traffic.trace import Trace, synthetic
@@ -112,5 +113,11 @@ def test_the_command(tmp_path, capsys):
         {"blocks": size, "ratio": ratio, "hit_rate": pytest.approx(hits / 11)}
         for size, ratio, hits in wanted
     ]
+    codecs = json.loads(MEASURED.read_text())["rows"]
+    for dtype in ("bf16", "fp16"):
+        found = run_json(capsys, *command, "--dtype", dtype)[1]
+        last = {row["codec"]: row["ratio"] for row in codecs if row["dtype"] == dtype}
+        wanted = [1, *(pytest.approx(last[c], abs=0.005) for c in ("channel", "predictive"))]
+        assert [row["ratio"] for row in found["capacity"]] == 2 * wanted
     for wrong in ("--ratios=0", "--ratios=x", "--capacity-blocks=1,,2", "--ratios=nan"):
         assert run_json(capsys, *command, wrong)[0] == 2
