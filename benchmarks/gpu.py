@@ -130,7 +130,7 @@ def measured(device: Device, tokens: int, dtype: str, runs: int) -> Iterator[tup
     yield (
         "raw bytes by torch from pinned memory",
         raw,
-        timed(synchronized(_uploads(torch, snap, out)), runs),
+        timed(synchronized(_uploads(snap, out)), runs),
     )
     with kvzip.open(blob) as reader:
         launch = kernels_only(device, reader)
@@ -171,7 +171,7 @@ def _copy(torch: Any, size: int) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def _uploads(torch: Any, snap: kvzip.Snapshot, out: Any) -> Callable[[], None]:
+def _uploads(snap: kvzip.Snapshot, out: Any) -> Callable[[], None]:
     """Copies of all layers from pinned memory."""
     pinned = [tuple(t.pin_memory() for t in pair) for pair in snap.tensors()]
 

@@ -15,7 +15,7 @@ from kvzip.eval.budget import Step
 from kvzip.eval.measured_codecs import LINK_CODECS
 from kvzip.eval.speed.learning import documents_after, learn
 from kvzip.files import replacing
-from kvzip.models import LoadedModel, load_model
+from kvzip.models import load_model
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
@@ -41,7 +41,6 @@ def prepare(
     profile: str | os.PathLike[str] | None = None,
     train: int = 16,
     step: Step = lambda name, share=None: None,
-    loaded: LoadedModel | None = None,
 ) -> Sources:
     """Capture a document and encode it with each codec, into `folder`; where an earlier call was
     ended, the same one goes on with what it left there.
@@ -51,9 +50,8 @@ def prepare(
     """
     folder = Path(folder)
     chosen = {spec: get_codec(spec) for spec in codecs}
-    if loaded is None:
-        step(f"loading {model}")
-        loaded = load_model(model)
+    step(f"loading {model}")
+    loaded = load_model(model)
     step("capturing the cache")
     [cut] = capture.cut_documents(loaded.tokenizer, text, tokens, slice(document, document + 1))
     [path] = capture.capture(loaded, [cut], folder / "captured")

@@ -99,7 +99,7 @@ def _ratio_against_speed(points: Sequence[svg.Point], name: str, size: tuple[int
 # --- the ladder ----------------------------------------------------------------------------------
 
 
-def ladder_svg(ladder: Ladder, name: str = "ladder", size: tuple[int, int] | None = None) -> str:
+def ladder_svg(ladder: Ladder) -> str:
     """Bits per number, a bar for each rung."""
     style = dict.fromkeys((*LEVELS, BEFORE_ROPE), "s0") | dict.fromkeys(PREDICTED, "s1")
     style |= dict.fromkeys((PROFILE, TABLES), "s3")
@@ -115,34 +115,29 @@ def ladder_svg(ladder: Ladder, name: str = "ladder", size: tuple[int, int] | Non
         False,
     )
     spoken = "; ".join(f"{label}: {bits:.2f}" for label, _, bits in rows)
-    size = size or (WIDE, 86 + 26 * len(rows))
-    return svg.bars(name, "Bits per number by model", spoken, axis, rows, size=size)
+    size = WIDE, 86 + 26 * len(rows)
+    return svg.bars("ladder", "Bits per number by model", spoken, axis, rows, size=size)
 
 
-def heat_svg(
-    ladder: Ladder,
-    rung: str | None = None,
-    name: str = "heat",
-    size: tuple[int, int] | None = None,
-) -> str:
-    """Bits per number by layer and head, part below part, keys first, under one rung (default: the
-    lowest that tells heads apart)."""
+def heat_svg(ladder: Ladder) -> str:
+    """Bits per number by layer and head, part below part, keys first, under the lowest rung that
+    tells heads apart."""
     able = [r for r in ladder.rungs if _heads(r) == _heads(ladder.rungs[0])]
-    chosen = next(r for r in able if r.name == rung) if rung else min(able, key=lambda r: r.bits)
+    chosen = min(able, key=lambda r: r.bits)
     found = [{p: bits.heads for p, bits in layer.items()} for layer in chosen.layers]
     heads = {p.part: max(len(layer.get(p.part, [])) for layer in found) for p in chosen.parts}
     rows = [(p, h) for p, n in heads.items() for h in range(n)]
     labels = [f"{part_label(p)} {h}" for p, h in rows]
     values = [[next(iter(layer.get(p, [])[h : h + 1]), None) for layer in found] for p, h in rows]
     numbers = [str(i) for i in range(len(chosen.layers))]
-    size = size or (WIDE, 96 + max(16, min(26, 400 // len(labels))) * len(labels))
+    size = WIDE, 96 + max(16, min(26, 400 // len(labels))) * len(labels)
     title = f"Bits per number by layer and head: {chosen.name}"
     means = zip(format_labels(chosen.parts), chosen.parts, strict=True)
     spoken = ", ".join(
         [f"{chosen.bits:.2f} on average", *(f"{label} {p.bits:.2f}" for label, p in means)]
     )
     return svg.heat_map(
-        name, title, spoken, ("layer", numbers), ("head", labels), values, size=size
+        "heat", title, spoken, ("layer", numbers), ("head", labels), values, size=size
     )
 
 
@@ -151,9 +146,7 @@ def _heads(rung: Rung) -> list[int]:
     return [len(part.heads) for layer in rung.layers for part in layer.values()]
 
 
-def spectrum_svg(
-    ladder: Ladder, name: str = "spectrum", size: tuple[int, int] = (WIDE, 340)
-) -> str:
+def spectrum_svg(ladder: Ladder) -> str:
     """Eigenvalues of what is left of a layer, beside those of the layer itself: the median over
     layers, and from the lowest to the highest. The first layer, which has none before, stays out.
     """
@@ -182,7 +175,7 @@ def spectrum_svg(
     spoken = "Medians over layers: " + "; ".join(
         f"{line.label}: {line.places[0][1]:.3g} to {line.places[-1][1]:.3g}" for line in lines
     )
-    return svg.curves(name, title, spoken, x, y, lines, size=size)
+    return svg.curves("spectrum", title, spoken, x, y, lines, size=(WIDE, 340))
 
 
 # --- the frontier --------------------------------------------------------------------------------
@@ -203,7 +196,7 @@ def frontier_svg(
     return _against_compute(name, title, points, chosen, guides, "bits per number, ideal", size)
 
 
-def whole_svg(run: WholeRun, name: str = "whole", size: tuple[int, int] = (WIDE, 480)) -> str:
+def whole_svg(run: WholeRun, name: str) -> str:
     """The same of whole files, and of files whose first layers are computed. Of points of a kind
     at the same place on the scale of compute only the lowest has its name beside it."""
 
@@ -217,7 +210,9 @@ def whole_svg(run: WholeRun, name: str = "whole", size: tuple[int, int] = (WIDE,
     by_key = {p.key: p for p in points}
     chosen = [by_key[key] for key in run.hull]
     title = f"Bits per number of whole files against compute, {run.shape.name}, {run.dtype}"
-    return _against_compute(name, title, points, chosen, (), "bits per number", size, log=False)
+    return _against_compute(
+        name, title, points, chosen, (), "bits per number", (WIDE, 480), log=False
+    )
 
 
 def _against_compute(

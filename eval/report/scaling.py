@@ -23,7 +23,7 @@ def scaling_file(result: ScalingResult) -> str:
     )
 
 
-def tokens_svg(result: ScalingResult, name: str = "scaling-tokens") -> str:
+def tokens_svg(result: ScalingResult) -> str:
     """Bits a number against training tokens, a line for each model with profiles of one size. Where
     the target was not measured, a band says where a further model lies in half of all cases."""
     curves = []
@@ -41,10 +41,11 @@ def tokens_svg(result: ScalingResult, name: str = "scaling-tokens") -> str:
         max(learned) * 1.2,
         lambda tokens: f"{tokens:,.0f}",
     )
-    return _drawn(name, "Bits a number against training tokens", x, curves, marks)
+    title = "Bits a number against training tokens"
+    return _drawn("scaling-tokens", title, x, curves, marks)
 
 
-def profile_svg(result: ScalingResult, name: str = "scaling-profile") -> str:
+def profile_svg(result: ScalingResult) -> str:
     """Bits a number against the profile's bytes as a share of the model's matrices, a line for each
     model, learned from its largest training set: first `channel`, then `predictive`."""
     curves = []
@@ -64,7 +65,8 @@ def profile_svg(result: ScalingResult, name: str = "scaling-profile") -> str:
         max(shares) * 1.3,
         lambda share: f"{100 * share:g} %",
     )
-    return _drawn(name, "Bits a number against the profile's size", x, curves, _marks(curves))
+    title = "Bits a number against the profile's size"
+    return _drawn("scaling-profile", title, x, curves, _marks(curves))
 
 
 def _named(result: ScalingResult) -> list[tuple[ScaledModel, str, str]]:

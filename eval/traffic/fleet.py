@@ -192,7 +192,7 @@ def tier_of(name: str, size: float | None, gpus: int, book: PriceBook) -> Tier:
     )
 
 
-def tier_inputs(found: Sequence[Tier], gpus: int, book: PriceBook) -> list[Input]:
+def tier_inputs(found: Sequence[Tier], book: PriceBook) -> list[Input]:
     """The numbers of the tiers, each with where it comes from."""
     inputs = []
     prices = {

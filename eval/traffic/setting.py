@@ -104,7 +104,7 @@ def _machine_inputs(
             "cores of a GPU's host", fleet.cores / each, "", "given", "--threads, or its default"
         ),
         Input("PCIe", pcie.value, pcie.unit, "stated", pcie.source),
-        *tier_inputs(fleet.tiers, fleet.gpus * each, book),
+        *tier_inputs(fleet.tiers, book),
     ]
     if shape.fixed_numbers:
         size = shape.fixed_numbers * dtypes.get(dtype).itemsize

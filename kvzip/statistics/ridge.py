@@ -60,10 +60,10 @@ def solved(lower: Floating, right: Floating) -> Floating:
     return found
 
 
-def divided(lower: Floating, right: Floating, transposed: bool = False) -> Floating:
-    """The X of `lower` X = `right`, or of that with `lower` transposed, for a lower triangle."""
+def divided(lower: Floating, right: Floating) -> Floating:
+    """The X of `lower` X = `right`, for a lower triangle."""
     found = right.copy()
-    _divide(lower, found, transposed)
+    _divide(lower, found, transposed=False)
     return found
 
 
