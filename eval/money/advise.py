@@ -37,7 +37,7 @@ from kvzip.choice.cost import (
     storage_share,
     token_cost,
 )
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, first_line
 from kvzip.eval.money.breakeven import Use
 from kvzip.eval.money.families import document_bytes, prefill_of
 from kvzip.eval.money.prices import Price, PriceBase, PriceBook, Shape
@@ -534,8 +534,7 @@ def shape_of(model: str, book: PriceBook) -> Shape:
         with torch.device("meta"):
             made = transformers.AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise KVZipError(f"model {model!r}: {first}") from None
+        raise KVZipError(f"model {model!r}: {first_line(error)}") from None
     text = config.get_text_config(decoder=True)
     heads = int(text.num_attention_heads)
     width = inputs.width(made)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvzip.errors import DiskFullError, KVZipError, UsageError, disk_full_told
+from kvzip.errors import DiskFullError, KVZipError, UsageError, disk_full_told, first_line
 from kvzip.eval.results.sweep import SweepRow
 from kvzip.eval.sweep.kinds import AnyPoint, measure, row_form
 from kvzip.eval.sweep.rows import RowFolder
@@ -155,8 +155,7 @@ def _on_ray(points: Sequence[AnyPoint], folder: Path, address: str) -> Iterator[
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise KVZipError(f"no Ray cluster at {address!r}: {first}") from None
+        raise KVZipError(f"no Ray cluster at {address!r}: {first_line(error)}") from None
     try:
         # A worker that dies is the cluster's to replace; the task is the same again.
         task = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")(measure)
@@ -172,10 +171,9 @@ def _on_ray(points: Sequence[AnyPoint], folder: Path, address: str) -> Iterator[
             except ray.exceptions.RayError as error:
                 if isinstance(cause := getattr(error, "cause", None), DiskFullError):
                     raise cause from None
-                first = str(error).strip().split("\n")[0]
                 raise KVZipError(
-                    f"a task failed on the cluster: {first}. What was finished is kept: run again "
-                    "to go on"
+                    f"a task failed on the cluster: {first_line(error)}. What was finished is "
+                    "kept: run again to go on"
                 ) from None
             pending += [task.remote(p, str(folder.resolve())) for p in itertools.islice(waiting, 1)]
     finally:
