@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.load.config import ONE_BY_ONE, LayerKind, decoder_cache, fed, layer_kinds, plain_cache
-from kvzip.load.held import TOKEN_PARTS, Held, has_states
+from kvzip.load.held import Held, has_states
 from kvzip.load.lazy import LazyLayer, lazy
 from kvzip.load.loaders import BatchLoader, Loader
 from kvzip.load.matching import Ids
@@ -137,7 +137,7 @@ def prefill_of(
         kinds = layer_kinds(model.config)
         with torch.no_grad():
             model(**given, **fed(model, cache, prompt[:, :count], 0))
-            layers = [Taken(_own_tensors(one)) for one in held_by(cache, kinds)]
+            layers = [_taken(one) for one in held_by(cache, kinds)]
             lead = next((i for i, kind in enumerate(kinds) if kind.counts), None)
             if lead is None or prompt.shape[1] == count:
                 return layers
@@ -175,14 +175,11 @@ def prefill_after(
         except KVZipError as error:
             tell(error)
             return otherwise()
-        return [Taken(_own_tensors(one)) for one in held_by(cache, kinds)]
+        return [_taken(one) for one in held_by(cache, kinds)]
 
     return prefill
 
 
-def _own_tensors(one: Held) -> dict[str, torch.Tensor]:
-    """What a layer holds, by the names of parts; states, which a model updates in place, copied."""
-    return {
-        name: piece.tensor if name in TOKEN_PARTS else piece.tensor.clone()
-        for name, piece in one.pieces.items()
-    }
+def _taken(one: Held) -> Taken:
+    """What a layer holds, by the names of parts, for the model to go on from."""
+    return Taken({name: piece.tensor for name, piece in one.copied().pieces.items()})
