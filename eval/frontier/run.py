@@ -36,6 +36,7 @@ from kvzip.eval.frontier.predictors import LayerData
 from kvzip.eval.kept import kept
 from kvzip.eval.results.frontier import Frontier, LayerPoint, Point, Run
 from kvzip.eval.results.provenance import made_by
+from kvzip.eval.speed.inputs import width
 from kvzip.models import LoadedModel, load_model
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import Progress
@@ -178,10 +179,8 @@ def _prefill_seconds(loaded: LoadedModel, document: Snapshot) -> float | None:
 
 def _attention_products(loaded: LoadedModel, tokens: int) -> float:
     """Products of queries with keys and of weights with values, a token's mean."""
-    config = loaded.model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return float(config.num_hidden_layers * heads * dim * 2 * (tokens + 1) / 2)
+    layers = loaded.model.config.get_text_config(decoder=True).num_hidden_layers
+    return float(layers * width(loaded.model) * 2 * (tokens + 1) / 2)
 
 
 # --- the points of one format --------------------------------------------------------------------
