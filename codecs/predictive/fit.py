@@ -75,7 +75,7 @@ def fit(
     if not snapshots:
         raise ProfileError("a profile needs at least one snapshot to learn from")
     tell = progress or (lambda what, done, total: None)
-    count = _calibration(len(snapshots)) if calibration is None else calibration
+    count = documents_apart(len(snapshots)) if calibration is None else calibration
     if not 0 <= count < len(snapshots):
         raise ProfileError(f"{count} of {len(snapshots)} documents cannot be kept apart")
     learned_from, apart = hold_out(snapshots, count)
@@ -108,8 +108,8 @@ def fit(
     return Profile(tensors, description)
 
 
-def _calibration(documents: int) -> int:
-    """How many documents are kept apart for calibration by default."""
+def documents_apart(documents: int) -> int:
+    """How many of so many documents are kept apart for calibration by default."""
     return 0 if documents < 8 else min(max(documents // 16, 1), 24)
 
 

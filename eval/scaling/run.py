@@ -22,7 +22,7 @@ from kvzip import capture
 from kvzip.codec import get_codec
 from kvzip.codecs.predictive.allotment import Allotment, allot
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
-from kvzip.codecs.predictive.fit import multiplications
+from kvzip.codecs.predictive.fit import documents_apart, multiplications
 from kvzip.errors import UsageError
 from kvzip.eval.budget import Counts, Step
 from kvzip.eval.kept import kept
@@ -179,7 +179,7 @@ class _Measuring:
         """One point for each size that gives other regions than the size before."""
         paths = [one.path for one in train]
         # Documents that only calibrate are not in what regions are allotted by.
-        apart = max(len(paths) // 16, 1) if len(paths) >= 8 else 0
+        apart = documents_apart(len(paths))
         documents = Documents(hold_out(paths, apart)[0])
         vocabulary, seen = Vocabulary(documents), list[Allotment]()
         for share in sorted(set(plan.shares)):
