@@ -158,7 +158,7 @@ class ScalingResult(Result, frozen=True, kw_only=True, tag="scaling"):
     gains: list[Gain]
     target: Shape
     extrapolations: list[Extrapolation]
-    """None where the target itself is among the models."""
+    """Empty where the target itself is among the models."""
 
     def check(self) -> None:
         if not any(model.points for model in self.models):

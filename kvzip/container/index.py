@@ -97,8 +97,8 @@ def _cuts(layer: LayerLayout, part: str, block_tokens: int) -> tuple[int, int, i
 
 
 def _blocks(first: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
-    """First and last position of each block. Layers that begin at different positions are cut at
-    the same ones, multiples of `step`."""
+    """The first position of each block and the one behind its last. Layers that begin at different
+    positions are cut at the same ones, multiples of `step`."""
     while first < stop:
         end = min((first // step + 1) * step, stop)
         yield first, end
