@@ -187,16 +187,10 @@ class Decoding:
         return rows
 
     def _resumed(self, rows: list[int]) -> Chain:
-        """Where to begin with a chain: after what was decoded before, when that is its beginning
-        and only layers that come after are wanted. So layer after layer costs no more than all at
-        once."""
+        """Where to begin with a chain: after what was decoded before, if it goes on from there."""
         chain = self._chains.pop(rows[0], None)
-        key_of, cuts = self.blocks.index.key, self.request.cuts
-        if (
-            chain is None
-            or chain.decoded != rows[: len(chain.decoded)]
-            or any(key_of[row][0] in cuts for row in chain.decoded)
-        ):
+        index = self.blocks.index
+        if chain is None or not plan.goes_on(index, rows, chain.decoded, self.request):
             return Chain([], {}, {})
         return chain
 

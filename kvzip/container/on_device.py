@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kvzip import metrics
 from kvzip.codec import Context
 from kvzip.codecs.native.cuda.device import Device, Memory, Pinned, Stream, get_device
-from kvzip.codecs.native.cuda.work import BLOCK, Full, Slot, Target, Work, slots
+from kvzip.codecs.native.cuda.work import BLOCK, Full, Slot, Target, Work, slot_of
 from kvzip.container import plan
 from kvzip.container.blocks import Blocks
 from kvzip.container.decoding import check_block
@@ -177,11 +177,8 @@ class DeviceDecoding:
 
     def _resumed(self, rows: list[int], kept: Groups) -> Group:
         done = kept.pop((self.device, rows[0]), None)
-        if (
-            done is None
-            or done.rows != rows[: len(done.rows)]
-            or any(self.blocks.index.key[row][0] in self.request.cuts for row in done.rows)
-        ):
+        index = self.blocks.index
+        if done is None or not plan.goes_on(index, rows, done.rows, self.request):
             return Group(rows, {})
         return Group(rows, done.scratch, len(done.rows))
 
@@ -198,7 +195,7 @@ class DeviceDecoding:
             device.wait(stream, cleared)
         at = 0
         for n, (group, rows, size) in enumerate(self._pieces()):
-            slot = slots(device)[n % 2]
+            slot = slot_of(device, n)
             numbers = np.arange(at, at + len(rows), dtype=np.uint32)
             fill = partial(self._fill_with_blocks, rows=rows, numbers=numbers, group=group)
             work = self._filled(slot, size, results.address, fill)
@@ -454,7 +451,7 @@ class DeviceDecoding:
         last = None
         for n, group in enumerate(groups):
             size = sum(sizes[i] for i in group)
-            slot = slots(device)[n % 2]
+            slot = slot_of(device, n)
             work = self._filled(slot, size, 0, partial(self._fill_by_cpu, layers=group))
             work.start(upload, runs[0])
             last = slot.done

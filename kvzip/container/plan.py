@@ -176,6 +176,15 @@ def chains(index: Index, by_part: Mapping[Key, Sequence[int]], needs: Needs) -> 
     return list(found.values())
 
 
+def goes_on(index: Index, rows: Sequence[int], decoded: Sequence[int], request: Request) -> bool:
+    """Whether what blocks need others for can go on after the rows that an earlier request decoded:
+    those are the first of these rows, and nothing of their layers is wanted. So layer after layer
+    costs no more than all at once."""
+    return decoded == rows[: len(decoded)] and not any(
+        index.key[row][0] in request.cuts for row in decoded
+    )
+
+
 def last_uses(index: Index, needs: Needs) -> dict[Key, int]:
     """The last row whose block needs each part of a layer, for the parts that any does."""
     found = {}

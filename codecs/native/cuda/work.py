@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -332,9 +331,9 @@ def pages_of(table: Any) -> NDArray[np.int32]:
     return np.ascontiguousarray(found, np.int32)
 
 
-def slots(device: Device, count: int = 2) -> Sequence[Slot]:
-    """The device's slots, made when they are asked for first and kept."""
+def slot_of(device: Device, n: int) -> Slot:
+    """The slot of a device's n-th work: two take turns, made when they are first asked for."""
     found: list[Slot] = device.cache.setdefault("slots", [])
-    while len(found) < count:
+    while len(found) <= n % 2:
         found.append(Slot(device))
-    return found
+    return found[n % 2]
