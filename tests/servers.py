@@ -21,6 +21,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from kvzip.container import blocks
 from kvzip.errors import StoreError
 from kvzip.store import remote
 from kvzip.store.bucket import Bucket
@@ -299,7 +300,7 @@ class DyingStore:
                 raise StoreError("the store is gone")
             return get(its, offset, length)
 
-        monkeypatch.setattr(remote, "_FIRST", 4096)
+        monkeypatch.setattr(blocks, "FIRST_READ", 4096)
         for bound in ("_LEAST", "_MOST", "_LITTLE"):
             monkeypatch.setattr(remote, bound, 1)
         monkeypatch.setattr(Remote, "_get", fails_later)

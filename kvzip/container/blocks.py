@@ -30,10 +30,8 @@ from kvzip.kept import cached_property
 from kvzip.layout import LayerLayout, Layout, PartLayout
 from kvzip.profile import Profile
 
-_FIRST_READ = 48 << 10
+FIRST_READ = 48 << 10
 """Bytes that are read at first: enough for the header and the index of most files."""
-
-
 _NOTHING = memoryview(b"")
 _TOGETHER = 24 << 10
 """Bytes of neighbouring entries that are read from a file at once: to read each takes longer."""
@@ -43,7 +41,7 @@ _SMALL = 16 << 10
 
 def beginning(source: Source) -> memoryview:
     """The first bytes of a file."""
-    return source.read(0, min(source.size, _FIRST_READ))
+    return source.read(0, min(source.size, FIRST_READ))
 
 
 class Blocks:

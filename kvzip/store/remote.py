@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, Threa
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvzip.container import blocks
 from kvzip.container.source import Memory
 from kvzip.errors import CancelledError, StoreError
 from kvzip.store.folder import Meta
@@ -20,11 +21,10 @@ from kvzip.workers import Lock
 if TYPE_CHECKING:
     from kvzip.store.bucket import Bucket
 
-_FIRST = 48 << 10
-"""Bytes fetched with the opening of an object: what a Reader asks for first."""
 _FIRST_PIECE = 12 << 10
-"""Of which one request asks for so many: no more than what TCP sends in the first round trip of a
-connection, ten segments (RFC 6928). And what is read after that finds all connections made."""
+"""What a Reader asks for first is fetched with the opening of an object. Of that one request asks
+for so many bytes: no more than what TCP sends in the first round trip of a connection, ten segments
+(RFC 6928). And what is read after that finds all connections made."""
 _LEAST, _MOST = 256 << 10, 4 << 20
 """Bytes of a request: ranges that touch are fetched together."""
 _LITTLE = 16 << 10
@@ -70,11 +70,12 @@ class Remote:
 
     def _open(self) -> tuple[int, memoryview]:
         """The object's size and its first bytes."""
+        end = blocks.FIRST_READ
         later = [
-            self.pool.submit(self._get, start, min(_FIRST_PIECE, _FIRST - start))
-            for start in range(_FIRST_PIECE, _FIRST, _FIRST_PIECE)
+            self.pool.submit(self._get, start, min(_FIRST_PIECE, end - start))
+            for start in range(_FIRST_PIECE, end, _FIRST_PIECE)
         ]
-        meta, first = self._get(0, min(_FIRST_PIECE, _FIRST))
+        meta, first = self._get(0, min(_FIRST_PIECE, end))
         self._version = meta.version
         if meta.size <= _FIRST_PIECE:  # the others ask for what there is not
             return meta.size, first

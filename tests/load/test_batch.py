@@ -215,8 +215,7 @@ def test_layers_come_over_the_link_once_and_ahead(tiny: Any, s3: Any, monkeypatc
         return get(self, offset, length)
 
     monkeypatch.setattr(remote.Remote, "_get", note)
-    monkeypatch.setattr(remote, "_FIRST", 8192)
-    monkeypatch.setattr(blocks, "_FIRST_READ", 8192)
+    monkeypatch.setattr(blocks, "FIRST_READ", 8192)
     prompt = case.longer()
     prompt[0, 20:] = (prompt[0, 20:] - 2) % 61 + 3  # the first 20 tokens are shared: 3 of 7 blocks
     reader = open_url(f"{s3.url}/stream/doc.kvz", options=s3.options)

@@ -26,7 +26,7 @@ from kvzip.load.hf import (  # noqa: E402
     load_cache,
     load_or_prefill,
 )
-from kvzip.store import Store, remote  # noqa: E402
+from kvzip.store import Store  # noqa: E402
 
 
 def tokens_of(case: Any, ids: Any, past: Any, **options: Any) -> Any:
@@ -268,8 +268,7 @@ def test_a_server_that_fails_on_the_way(
     case = tiny("llama")
     right = tokens_of(case, case.longer(), None)
     _, entry = stored(case, str(tmp_path))
-    for module, name in ((remote, "_FIRST"), (blocks, "_FIRST_READ")):
-        monkeypatch.setattr(module, name, 8192)
+    monkeypatch.setattr(blocks, "FIRST_READ", 8192)
     with failing_server(tmp_path) as server:
         server.fail(entry.key.split("/")[1] + ".kvz", 1, silent)
         store = Store(server.url, timeout=1.5, retries=0)

@@ -33,6 +33,7 @@ from vllm_runs import ENVIRONMENT, SIZE, Engines, Run, flip, same_blocks, words
 import kvzip
 from kvzip.codec import Context
 from kvzip.codecs.common.rotation import rotation_of
+from kvzip.container import blocks
 from kvzip.load.hf import cache_argument
 from kvzip.load.vllm.settings import Settings, settings_from
 from kvzip.store import Store, remote
@@ -134,7 +135,7 @@ def runs(model: Path, tmp_path_factory: Any) -> Iterator[dict[str, Run]]:
     slow = put(network, made(UNSEEN[0]))
     with failing_server(network) as server:
         # The lookup's requests and those of the opening are answered, the blocks are not.
-        opening = remote._FIRST // remote._FIRST_PIECE
+        opening = blocks.FIRST_READ // remote._FIRST_PIECE
         server.fail(f"docs/{file.name}", 2 * opening)
         server.fail(f"docs/{slow.name}", 2 * opening, silent=True)
         for mark in hash_chain(np.array(UNSEEN[1], np.uint32), SIZE):
