@@ -130,10 +130,6 @@ class SealedObjects:
         """Remove what killed writers left unfinished."""
         self._inner.sweep()
 
-    def named(self, path: str) -> str:
-        """An object's path with where it is, for messages."""
-        return f"{path} in {self.url}"
-
     def _source(self, path: str) -> Sealed:
         source: Any = self._inner.source(self._names.hidden(path))
         try:
