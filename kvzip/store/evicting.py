@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import document_path
 from kvzip.store.listing import Stored, namespaces
-from kvzip.store.marks import chain_of, name_in, others_with
+from kvzip.store.marks import chain_of, name_in, others_with, repoint
 from kvzip.workers import Workers
 
 _STALE = timedelta(hours=1)
@@ -82,13 +83,8 @@ class Evictor:
         path = f"{space}/last/{mark}"
         if (found := self._objects.get(path)) is None or name_in(found) not in (name, ""):
             return
-        other = next(others_with(self._objects, space, mark, name), None)
-        if other is None:
-            self._objects.delete(path)
-            # Written meanwhile? Then its own pointer may be what was deleted.
-            other = next(others_with(self._objects, space, mark, name), None)
-        if other is not None:
-            self._objects.put(path, other.encode(), create=False)
+        others = partial(others_with, self._objects, space, mark, name)
+        repoint(self._objects, path, lambda: next(others(), None))
 
     def over(self, written: int, limit: int) -> bool:
         """Whether the store may hold more than `limit` bytes, with those that were just written."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,8 +16,6 @@ from kvzip.store.bucket import Objects
 from kvzip.store.keys import Ids
 
 _HASH = re.compile(rb"[0-9a-f]{64}")
-
-
 _END = b"end"
 """The last line of a chain, by which it is whole."""
 
@@ -43,6 +41,17 @@ def chain_of(objects: Objects, space: str, name: str) -> list[str]:
         if other == name:
             found.append(mark)
     return found
+
+
+def repoint(objects: Objects, path: str, other: Callable[[], str | None]) -> None:
+    """Let an object that is a name hold what `other` finds, or be gone if that is nothing."""
+    found = other()
+    if found is None:
+        objects.delete(path)
+        # Written meanwhile? Then its own pointer may be what was deleted.
+        found = other()
+    if found is not None:
+        objects.put(path, found.encode(), create=False)
 
 
 def others_with(objects: Objects, space: str, mark: str, name: str) -> Iterator[str]:

@@ -31,6 +31,7 @@ from kvzip.profile import Profile
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import Identity, document_path
 from kvzip.store.listing import Stored, abouts, documents, namespaces
+from kvzip.store.marks import repoint
 from kvzip.workers import Lock, Workers, machine_memory
 
 _log = logging.getLogger("kvzip.store")
@@ -267,17 +268,12 @@ class Profiles:
         path = f"{space}/profile"
         if (self._objects.get(path) or b"") != profile_id.encode():
             return
-        other = self._any_marked(space)
-        if other is None:
-            self._objects.delete(path)
-            # Written meanwhile? Then its own pointer may be what was deleted.
-            other = self._any_marked(space)
-        if other is not None:
-            self._objects.put(path, other.encode(), create=False)
 
-    def _any_marked(self, space: str) -> str | None:
-        found = next(iter(self._objects.under(f"{space}/profiles")), None)
-        return None if found is None else found.path.rpartition("/")[2]
+        def any_marked() -> str | None:
+            found = next(iter(self._objects.under(f"{space}/profiles")), None)
+            return None if found is None else found.path.rpartition("/")[2]
+
+        repoint(self._objects, path, any_marked)
 
     def sweep(self) -> None:
         """Clear away what removers left that died."""
