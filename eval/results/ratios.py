@@ -4,7 +4,8 @@ of each kind of text, by codecs that learned on the training split."""
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import msgspec
 
@@ -38,6 +39,12 @@ class DocumentRow(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         return f"{self.kind}, {self.split} document {self.number} of {self.tokens} tokens"
+
+
+def is_in_both_splits(documents: Sequence[DocumentRow]) -> bool:
+    """Whether a document of one split is in the other, too."""
+    train, test = ({d.sha256 for d in documents if d.split == s} for s in ("train", "test"))
+    return bool(train & test)
 
 
 class LearnedProfile(msgspec.Struct, frozen=True):
@@ -81,6 +88,22 @@ class RatioRow(msgspec.Struct, frozen=True):
     layers: list[LayerRow]
 
 
+def check_figures(what: str, row: Any) -> None:
+    """Raise KVZipError that says `what` unless a codec was exact, and its figures follow from each
+    other. `row`: a RatioRow, or what has its fields of them."""
+    if not row.exact:
+        raise KVZipError(f"{what} was not exact; its figures are none")
+    for name in ("numbers", "raw_bytes", "encoded_bytes"):
+        above_zero(f"{what}: {name}", getattr(row, name))
+    derived = {
+        "ratio": row.raw_bytes / row.encoded_bytes,
+        "bits_per_value": 8 * row.encoded_bytes / row.numbers,
+    }
+    for name, wanted in derived.items():
+        if not math.isclose(value := getattr(row, name), wanted, rel_tol=1e-9):
+            raise KVZipError(f"{what}: {name} is {value}, and its bytes say {wanted}")
+
+
 class RatiosResult(Result, frozen=True, kw_only=True, tag="ratios"):
     """One model's result; the file that `kvzip eval ratios -o` writes."""
 
@@ -112,10 +135,7 @@ class RatiosResult(Result, frozen=True, kw_only=True, tag="ratios"):
     def check(self) -> None:
         if not self.rows:
             raise KVZipError("there is no row in it")
-        train, test = (
-            {d.sha256 for d in self.documents if d.split == s} for s in ("train", "test")
-        )
-        if train & test:
+        if is_in_both_splits(self.documents):
             raise KVZipError("a document is in both splits: nothing was held out")
         for row in self.rows:
             self._check_row(row)
@@ -127,17 +147,9 @@ class RatiosResult(Result, frozen=True, kw_only=True, tag="ratios"):
     def _check_row(self, row: RatioRow) -> None:
         """Raise KVZipError unless a row's figures follow from each other and from the documents."""
         what = f"{row.codec} on {row.kind}"
-        if not row.exact:
-            raise KVZipError(f"{what} was not exact; its figures are none")
+        check_figures(what, row)
         if len(self.tested(row.kind)) != row.documents or not row.documents:
             raise KVZipError(f"{what} is of {row.documents} documents, and others are listed")
-        for name in ("numbers", "raw_bytes", "encoded_bytes", "ratio", "bits_per_value"):
-            above_zero(f"{what}: {name}", getattr(row, name))
-        given = (row.ratio, row.bits_per_value)
-        derived = (row.raw_bytes / row.encoded_bytes, 8 * row.encoded_bytes / row.numbers)
-        for name, value, wanted in zip(("ratio", "bits_per_value"), given, derived, strict=True):
-            if not math.isclose(value, wanted, rel_tol=1e-9):
-                raise KVZipError(f"{what}: {name} is {value}, and its bytes say {wanted}")
         for name in ("numbers", "raw_bytes"):
             if sum(getattr(layer, name) for layer in row.layers) != getattr(row, name):
                 raise KVZipError(f"{what}: the {name} of its layers do not add up")

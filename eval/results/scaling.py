@@ -3,13 +3,16 @@ from and how large a profile; and what that says of a model that was not measure
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 
 from kvzip.errors import KVZipError
-from kvzip.eval.results.base import Result, above_zero
-from kvzip.eval.results.ratios import DocumentRow, TextFile
+from kvzip.eval.results.base import Result
+from kvzip.eval.results.ratios import (
+    DocumentRow,
+    TextFile,
+    check_figures,
+    is_in_both_splits,
+)
 
 
 class KindSizes(msgspec.Struct, frozen=True):
@@ -164,10 +167,7 @@ class ScalingResult(Result, frozen=True, kw_only=True, tag="scaling"):
         if not any(model.points for model in self.models):
             raise KVZipError("there is no figure in it")
         for model in self.models:
-            train, test = (
-                {d.sha256 for d in model.documents if d.split == s} for s in ("train", "test")
-            )
-            if train & test:
+            if is_in_both_splits(model.documents):
                 raise KVZipError(f"{model.shape.name}: a document is in both splits")
             for point in model.points:
                 _check_point(model, point)
@@ -176,17 +176,7 @@ class ScalingResult(Result, frozen=True, kw_only=True, tag="scaling"):
 def _check_point(model: ScaledModel, point: ScalingPoint) -> None:
     """Raise KVZipError unless a point's figures follow from each other."""
     what = f"{model.shape.name}, {point.codec} learned from {point.train_tokens} tokens"
-    if not point.exact:
-        raise KVZipError(f"{what} was not exact; its figures are none")
-    for name in ("numbers", "raw_bytes", "encoded_bytes"):
-        above_zero(f"{what}: {name}", getattr(point, name))
-    wanted = {
-        "ratio": point.raw_bytes / point.encoded_bytes,
-        "bits_per_value": 8 * point.encoded_bytes / point.numbers,
-    }
-    for name, value in wanted.items():
-        if not math.isclose(getattr(point, name), value, rel_tol=1e-9):
-            raise KVZipError(f"{what}: {name} is {getattr(point, name)}, and its bytes say {value}")
+    check_figures(what, point)
     if len(point.layer_bytes) != model.shape.layers:
         raise KVZipError(f"{what}: it has not {model.shape.layers} layers")
     if sum(point.layer_bytes) > point.encoded_bytes:
