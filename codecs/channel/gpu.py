@@ -14,7 +14,7 @@ from kvzip.codecs import _native
 from kvzip.codecs.channel.gpu_rotation import Turning
 from kvzip.codecs.channel.profile import fields
 from kvzip.codecs.common.rotation import rotation_of
-from kvzip.codecs.native.cuda.device import Device, Kernel, Memory, Pinned, Stream
+from kvzip.codecs.native.cuda.device import Device, Kernel, Memory, Pinned, Stream, up
 from kvzip.codecs.native.cuda.work import Full, Slot, Target, Work
 from kvzip.dtypes import DType
 from kvzip.errors import CorruptError
@@ -230,8 +230,8 @@ def _layout(
     for (_, tokens), count in zip(blocks, counts, strict=True):
         mine = slice(first, first + count)
         raw = batch * heads * tokens * dim * form.itemsize
-        head = _up(8 + 8 * count, 16)
-        size = max(head + int(lengths[mine].sum()), _up(raw // 1024, 16))
+        head = up(8 + 8 * count, 16)
+        size = max(head + int(lengths[mine].sum()), up(raw // 1024, 16))
         if coded["failed"][mine].any() or size >= _HEADER + raw or not count:
             spans.append(None)
         else:
@@ -239,7 +239,7 @@ def _layout(
             places["stream"][mine] = total + head + before.astype(np.uint64)
             keep[mine] = True
             spans.append(_Span(first, count, total, size))
-            total += _up(size, 64)
+            total += up(size, 64)
         first += count
     return spans, places[keep], total
 
@@ -282,11 +282,6 @@ def _run(device: Device, stream: Stream, results: int, fill: Callable[[Work], No
             work.start(stream, stream)
             return device.synchronize(device.record(stream))
         size *= 4
-
-
-def _up(size: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-size // multiple) * multiple
 
 
 def _aligned(sizes: NDArray[Any]) -> NDArray[Any]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kvzip.codecs import _native
 from kvzip.codecs.common.rotation import is_side_by_side, is_wide
 from kvzip.codecs.native.cuda.device import Device, Kernel, Memory
+from kvzip.codecs.native.cuda.work import row_jobs
 
 _SOURCE, _SPACE = "channel/turn.cuh", "kvzip::channel"
 _HEAD = 16  # bytes of a block before its exceptions
@@ -95,13 +96,10 @@ class Turning:
                 self._work.device, rotation, run * together, together, is_wide(rounding)
             )
             self._work.hold(angles)
-            rows = batch * heads * (stop - begin)
-            jobs = np.zeros(-(-rows // each), _TURN)
+            jobs = row_jobs(_TURN, batch * heads * (stop - begin), each)
             jobs["angles"] = angles.address + before * angles.size // together
             jobs["part"], jobs["first_token"] = part, begin - start
             jobs["tokens"], jobs["pairs"] = stop - begin, rotation.pairs
-            jobs["first_row"] = np.arange(len(jobs)) * each
-            jobs["rows"] = np.minimum(each, rows - jobs["first_row"])
             jobs["rounding"] = rounding
             self._turn.append(jobs)
             begin = stop

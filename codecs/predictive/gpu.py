@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kvzip.codec import Context
 from kvzip.codecs import _native
 from kvzip.codecs.common.rotation import is_side_by_side, is_wide, rounds_products
-from kvzip.codecs.native.cuda.device import Kernel, Memory
+from kvzip.codecs.native.cuda.device import Kernel, Memory, up
 from kvzip.codecs.native.cuda.work import bytes_at
 from kvzip.codecs.predictive.codec import check_known
 from kvzip.codecs.predictive.gpu_model import LayerOnDevice, ModelOnDevice, on_device, shared_bytes
@@ -240,8 +240,8 @@ class _Step:
     def _begun(self, found: _Range, context: Context) -> _Range:
         """A range with memory of its own."""
         model, tokens = self.model, found.tokens
-        most = max((layer.regions for layer in model.layers), default=1)
-        tiles = -(-tokens // _TILE) if most == 1 else min(tokens, tokens // _TILE + most)
+        regions = max((layer.regions for layer in model.layers), default=1)
+        tiles = _most_tiles(tokens, regions)
         columns = max((layer.columns for layer in model.layers), default=0)
         residual = max((layer.residual_bytes for layer in model.layers), default=0)
         sizes = {
@@ -254,7 +254,7 @@ class _Step:
             "at": 4 * tokens,
             "tiles": 16 + 16 * tiles,
         }
-        ends = np.cumsum([_up(size, 256) for size in sizes.values()]).tolist()
+        ends = np.cumsum([up(size, 256) for size in sizes.values()]).tolist()
         memory = self.work.device.allocate(ends[-1])
         starts = [memory.address + at for at in (0, *ends[:-1])]
         entries = self._entries_of(context, tokens)
@@ -300,10 +300,7 @@ class _Step:
 
     def _tiles(self, jobs: NDArray[Any], layer: LayerOnDevice) -> int:
         """Tiles of a range, at most."""
-        tokens = int(jobs["tokens"].max())
-        if layer.regions == 1:
-            return -(-tokens // _TILE)
-        return min(tokens, tokens // _TILE + layer.regions)
+        return _most_tiles(int(jobs["tokens"].max()), layer.regions)
 
     def _predict(self, jobs: NDArray[Any], layer: LayerOnDevice) -> None:
         """Tokens in their order, and what earlier layers say of all channels."""
@@ -346,6 +343,13 @@ def _most_shared(architecture: str) -> int:
     return _SHARED.get(int(number), _LEAST_SHARED) if number.isdecimal() else _LEAST_SHARED
 
 
+def _most_tiles(tokens: int, regions: int) -> int:
+    """How many tiles so many tokens make at most: those of a tile are of one region."""
+    if regions == 1:
+        return -(-tokens // _TILE)
+    return min(tokens, tokens // _TILE + regions)
+
+
 def _states(data: memoryview, count: int) -> tuple[NDArray[np.uint64], int]:
     """The states that a token range begins with, and how many bytes they take up. Raises
     CorruptError."""
@@ -363,7 +367,3 @@ def _padded(data: memoryview, size: int) -> int:
     if len(data) < after or any(data[size:after]):
         raise CorruptError("cut short")
     return after
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codecs import _native
-from kvzip.codecs.native.cuda.device import Device, Memory
+from kvzip.codecs.native.cuda.device import Device, Memory, up
 from kvzip.profile import Profile
 
 _CHANNEL = np.dtype(
@@ -92,8 +92,8 @@ class Columns(NamedTuple):
     @classmethod
     def of(cls, layer: Mapping[str, Any]) -> Columns:
         keys, values = (int(np.prod(layer[part])) for part in ("k", "v"))
-        first = _up(keys, 32)
-        return cls(keys, keys + values, first, max(_up(first + values, 64), 64))
+        first = up(keys, 32)
+        return cls(keys, keys + values, first, max(up(first + values, 64), 64))
 
     def spread(self, array: NDArray[Any], axis: int = -1) -> NDArray[Any]:
         """The channels of an axis, in coding order, at their columns; zeros elsewhere."""
@@ -181,7 +181,7 @@ class _Upload:
     def _put(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:
         """The device's addresses of copies of arrays."""
         flat = [np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in arrays.values()]
-        ends = np.cumsum([_up(a.size, 256) for a in flat], dtype=np.int64).tolist()
+        ends = np.cumsum([up(a.size, 256) for a in flat], dtype=np.int64).tolist()
         memory = self.device.allocate(ends[-1])
         self.owners.append(memory)
         size = min(ends[-1], _STAGED)
@@ -266,7 +266,7 @@ class _Upload:
         for a in self.layers[i]["inputs"]:
             theirs = self.columns[a]
             found.append(theirs.spread(matrix[..., at : at + theirs.channels]))
-            at += _up(theirs.channels, 4)
+            at += up(theirs.channels, 4)
         return np.concatenate([np.zeros((*matrix.shape[:-1], 0), np.int8), *found], axis=-1)
 
     def _weights(self, i: int, weight: Bytes) -> Bytes:
@@ -302,12 +302,12 @@ def shared_bytes(group: int, lanes: int, shapes: int, warps: int) -> int:
         3 * 32 * 4,
         32 * 8,
         lanes * 32 * 8,
-        3 * _up(group, 8) * 36 * 4,
-        2 * _up(staged, 16),
+        3 * up(group, 8) * 36 * 4,
+        2 * up(staged, 16),
         densities * _CELLS * _CELL.itemsize,
         densities * _GUESSES,
     )
-    return sum(_up(n, 16) for n in parts)
+    return sum(up(n, 16) for n in parts)
 
 
 def near_words(group: int) -> int:
@@ -335,10 +335,6 @@ def densities(shares: NDArray[np.uint32]) -> tuple[NDArray[Any], NDArray[np.uint
     tail = 2.0 ** (7 + step // 32) * (1 + step % 32 / 32)
     guesses = [np.searchsorted(e, _HALF - tail, side="right") - 1 for e in edges]
     return cells, np.clip(guesses, 0, _CELLS - 1).astype(np.uint8)
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def _outputs(
@@ -396,7 +392,7 @@ class _Within:
     def __init__(self, within: Bytes, first: int, channels: int, group: int):
         self.first, self.group = first, group
         self.groups = -(-channels // group)
-        self.across = _up(group, 8)
+        self.across = up(group, 8)
         room = self.groups * group + self.across
         rows = within[:, first : first + room]
         lacking = room - rows.shape[1]

@@ -26,6 +26,11 @@ SOURCES = Path(__file__).resolve().parents[2]
 """The folder of all codecs: sources include each other from here."""
 
 
+def up(size: int, multiple: int) -> int:
+    """The next multiple, or the size itself if it is one."""
+    return -(-size // multiple) * multiple
+
+
 class Kernel(NamedTuple):
     """A kernel of one of the sources, and how it is launched."""
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.codecs.native.cuda.device import Device, Event, Kernel, Memory, Pinned, Stream
+from kvzip.codecs.native.cuda.device import Device, Event, Kernel, Memory, Pinned, Stream, up
 from kvzip.errors import UsageError
 
 PART = np.dtype(
@@ -149,7 +149,7 @@ class Work:
 
     def room(self, size: int, align: int = 16) -> tuple[NDArray[np.uint8], int]:
         """Memory of the host, and the device's address at which what is written there will be."""
-        at = -(-self._used // align) * align
+        at = up(self._used, align)
         self._used = at + size
         if self._used > self._slot.size:
             raise Full(self._used)
@@ -172,7 +172,7 @@ class Work:
 
     def scratch(self, size: int) -> int:
         """The address of memory that nobody else uses until all of this has run."""
-        at = -(-self._scratch // 256) * 256
+        at = up(self._scratch, 256)
         self._scratch = at + size
         if self._scratch > self._slot.scratch.size:
             if self._slot.done is not None:
@@ -240,12 +240,10 @@ class Work:
         if not rows * dim:
             return
         each = max(1, _COPIED_BYTES // (dim * itemsize))
-        jobs = np.zeros(-(-rows // each), _COPY)
+        jobs = row_jobs(_COPY, rows, each)
         jobs["source"], jobs["part"], jobs["first_token"] = source, part, first
         jobs["batch_stride"], jobs["head_stride"], jobs["token_stride"] = strides
         jobs["tokens"] = tokens
-        jobs["first_row"] = np.arange(len(jobs)) * each
-        jobs["rows"] = np.minimum(each, rows - jobs["first_row"])
         name = f"copy_{itemsize}"
         self.run(Kernel("native/cuda/copy.cuh", name, "kvzip::cuda"), jobs)
 
@@ -312,6 +310,14 @@ class Work:
         given = {"parts": self._parts_at, "flags": self._flags, "results": self._results}
         for kernel, jobs, count in self._launches:
             self.device.launch(run, kernel, count, given | {"jobs": jobs, "count": count})
+
+
+def row_jobs(kind: np.dtype[Any], rows: int, each: int) -> NDArray[Any]:
+    """Jobs that do `each` rows of all, the last one those that are left; the rest of them zeros."""
+    jobs = np.zeros(-(-rows // each), kind)
+    jobs["first_row"] = np.arange(len(jobs)) * each
+    jobs["rows"] = np.minimum(each, rows - jobs["first_row"])
+    return jobs
 
 
 def bytes_at(host: int, length: int) -> memoryview:
