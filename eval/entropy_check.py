@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from kvzip import api, dtypes
 from kvzip.codec import get_codec
 from kvzip.codecs import _native
-from kvzip.codecs.channel.rotation import UNTURNED, coded_at
+from kvzip.codecs.channel import blocks as channel_blocks
+from kvzip.codecs.channel.rotation import coded_at
 from kvzip.codecs.common.rotation import ROUNDINGS, is_wide
+from kvzip.codecs.predictive import codec as predictive
 from kvzip.container import Reader
 from kvzip.dtypes import DType
 from kvzip.entropy.integer_model import (
@@ -52,10 +54,10 @@ Key = tuple[int, str]
 
 MOST = 0.001
 """The share by which ours may take more than constriction's."""
-_UNTURNED_PAIRS = 4
-"""That of a block of `predictive` in which pairs may be as they were before RoPE; the third byte
-says how it rounds."""
-_CODED = {"channel": (2, UNTURNED), "predictive": (3, _UNTURNED_PAIRS)}
+_CODED = {
+    "channel": (channel_blocks.CODED, channel_blocks.UNTURNED),
+    "predictive": (predictive.CODED, predictive.UNTURNED),
+}
 """The first bytes of blocks that the codec has coded."""
 BEFORE_ROPE = "channel:keys=before_rope"
 _CONSTANT = 0xFFFFFFFF
@@ -286,8 +288,8 @@ def _in_channels(file: _File, tell: _Told) -> Iterator[_Part]:
         frequencies, channels = table_frequencies(tables, form), np.asarray(tables.channels())
         for row, block in rows:
             stored, beside = file.blocks.stored(row), 0
-            if stored[0] == UNTURNED:  # its head and exceptions stand there with either coder
-                beside = coded_at(stored)
+            if stored[0] == channel_blocks.UNTURNED:
+                beside = coded_at(stored)  # its head and exceptions stand there with either coder
                 block = _decoded(stored[beside:], tables, block)
             pieces, more = _channel_symbols(block, form, frequencies, channels)
             more += 8 * beside
@@ -360,7 +362,7 @@ def _predicted(file: _File, profile: Any, tell: _Told) -> Iterator[_Part]:
                 at = file.index.position[row] - first
                 chosen = (tokens + np.arange(at, at + block.shape[2])).reshape(-1)
                 head = file.blocks.stored(row)[:3]
-                rounding[chosen] = head[2] if head[0] == _UNTURNED_PAIRS else 0
+                rounding[chosen] = head[2] if head[0] == predictive.UNTURNED else 0
                 coded.append((row, block, chosen))
             rotation = _rotation(snapshot, i, model, rounding)
             intervals = _intervals(model, i, p, upper, rotation)

@@ -15,20 +15,18 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
+from kvzip.codecs.channel.blocks import CODED, HEADER, MAX_EXPANSION, RAW, UNTURNED
 from kvzip.codecs.channel.fit import fit
 from kvzip.codecs.channel.profile import fields, own_bits, rows, tables_of, takes
-from kvzip.codecs.channel.rotation import UNTURNED, Keys, sampled, unturned
+from kvzip.codecs.channel.rotation import Keys, sampled, unturned
 from kvzip.codecs.common.rotation import ROUNDINGS, rotation_of
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
 from kvzip.layout import PartLayout
 from kvzip.version import newer
 
-_RAW = bytes(16)
-_MODES = frozenset((0, 2, UNTURNED))
-"""What a block may begin with: numbers as they are, coded, keys before RoPE."""
-# A coded block is padded to 1/1024 of its numbers, so that a few bytes cannot claim gigabytes.
-_MAX_EXPANSION = 1024
+_RAW_HEAD = bytes(HEADER)
+_MODES = frozenset((RAW, CODED, UNTURNED))
 # Bits of a channel with a shape of its own: two levels of at most 16 bits for each of 256
 # exponents, and what stands beside them.
 _MAX_CHANNEL = 2 * 256 * 16 + 100
@@ -91,7 +89,7 @@ class ChannelCodec(Codec):
         if made and part.shape[2] <= _SAMPLE:
             tables = _native.ChannelTables(made, part.shape[1], part.shape[3], *fields(form))
             coded = tables.encode(array, b"" if keys is None else keys.head(part, 0))
-            if coded is None or len(made) + len(coded) >= len(_RAW) + part.nbytes:
+            if coded is None or len(made) + len(coded) >= len(_RAW_HEAD) + part.nbytes:
                 return b""  # few tokens are smaller without, since tables go into the file, too
             context.scratch[_CODED] = part, coded
         if made and keys is not None:
@@ -114,8 +112,8 @@ class ChannelCodec(Codec):
     def encode(self, block: Bits, context: Context) -> bytes:
         part, coded = context.scratch.get(_CODED, (None, None))
         found: bytes | None = coded if part is block else self._coded(block, context)
-        if found is None or len(found) > len(_RAW) + block.nbytes:
-            return _RAW + block.tobytes()
+        if found is None or len(found) > len(_RAW_HEAD) + block.nbytes:
+            return _RAW_HEAD + block.tobytes()
         return found
 
     def _coded(self, block: Bits, context: Context) -> bytes | None:
@@ -192,10 +190,10 @@ class ChannelCodec(Codec):
         gpu.decode(work, blocks, contexts)
 
     def max_encoded_size(self, raw_bytes: int) -> int:
-        return len(_RAW) + raw_bytes
+        return len(_RAW_HEAD) + raw_bytes
 
     def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
-        return (encoded_bytes + 1) * _MAX_EXPANSION
+        return (encoded_bytes + 1) * MAX_EXPANSION
 
     def max_tables_size(self, shape: tuple[int, ...], dtype: DType) -> int:
         return 1 + shape[1] * shape[3] * _MAX_CHANNEL // 8

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Context
 from kvzip.codecs import _native
+from kvzip.codecs.channel.blocks import CODED, HEADER, MAX_EXPANSION
 from kvzip.codecs.channel.gpu_rotation import Turning
 from kvzip.codecs.channel.profile import fields
 from kvzip.codecs.common.rotation import rotation_of
@@ -20,7 +21,6 @@ from kvzip.dtypes import DType
 from kvzip.errors import CorruptError
 
 _SOURCE, _SPACE = "channel/decode.cuh", "kvzip::channel"
-_HEADER = 16  # bytes before the numbers of a block that is stored as it is
 _SHARED = 128 * 72 + 2 * (4 * 4 * 128 + 128)
 """`kDecodeSharedBytes` of decode.cuh."""
 _JOB = np.dtype(("V", 48))
@@ -91,7 +91,7 @@ def decode(work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]) -> 
         for block in mine[raw].tolist():
             _, address, _, _, first, tokens, _ = block
             strides = heads * tokens * dim, tokens * dim, dim
-            work.copy(form.itemsize, address + _HEADER, strides, part, first, tokens)
+            work.copy(form.itemsize, address + HEADER, strides, part, first, tokens)
         if len(unturned):
             rotation = rotation_of(contexts[part], dim)
             if rotation is None or 2 * rotation.pairs > dim:
@@ -231,8 +231,8 @@ def _layout(
         mine = slice(first, first + count)
         raw = batch * heads * tokens * dim * form.itemsize
         head = up(8 + 8 * count, 16)
-        size = max(head + int(lengths[mine].sum()), up(raw // 1024, 16))
-        if coded["failed"][mine].any() or size >= _HEADER + raw or not count:
+        size = max(head + int(lengths[mine].sum()), up(raw // MAX_EXPANSION, 16))
+        if coded["failed"][mine].any() or size >= HEADER + raw or not count:
             spans.append(None)
         else:
             before = np.cumsum(lengths[mine]) - lengths[mine]
@@ -263,7 +263,7 @@ def _place_streams(device: Device, stream: Stream, places: NDArray[Any], total: 
 def _block(placed: NDArray[np.uint8], span: _Span, coded: NDArray[Any]) -> bytes:
     """A block as it is stored: its kind, the lengths of its streams, and the streams."""
     block = placed[span.offset : span.offset + span.size].copy()
-    block[0] = 2
+    block[0] = CODED
     lengths = np.stack([coded["words"], coded["escapes"]], axis=1)
     block[8 : 8 + 8 * span.streams] = np.ascontiguousarray(lengths).view(np.uint8).reshape(-1)
     return block.tobytes()

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codecs import _native
+from kvzip.codecs.channel.blocks import HEADER
 from kvzip.codecs.common.rotation import is_side_by_side, is_wide
 from kvzip.codecs.native.cuda.device import Device, Kernel, Memory
 from kvzip.codecs.native.cuda.work import row_jobs
 
 _SOURCE, _SPACE = "channel/turn.cuh", "kvzip::channel"
-_HEAD = 16  # bytes of a block before its exceptions
 _TURN = np.dtype(
     [
         ("angles", "<u8"),
@@ -74,7 +74,7 @@ class Turning:
             if not exceptions:
                 continue
             jobs = np.zeros(-(-exceptions // _EXCEPTIONS), _EXCEPTION)
-            jobs["exceptions"] = block["address"] + np.uint64(_HEAD)
+            jobs["exceptions"] = block["address"] + np.uint64(HEADER)
             jobs["first"] = np.arange(len(jobs)) * _EXCEPTIONS
             jobs["count"] = np.minimum(_EXCEPTIONS, exceptions - jobs["first"])
             for name, of in (("part", "part"), ("first_token", "first"), ("tokens", "tokens")):

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Context
 from kvzip.codecs import _native
+from kvzip.codecs.channel.blocks import UNTURNED
 from kvzip.codecs.channel.profile import own_bits, rows
 from kvzip.codecs.common.rotation import ROUNDINGS, is_side_by_side, rotation_of
 from kvzip.dtypes import Bits
 
-UNTURNED = 3
-"""What a block of keys before RoPE begins with."""
 _HEAD = struct.Struct("<BBHI8x")
 _EXCEPTION = np.dtype([("pair", "<u4"), ("numbers", "<u2", 2)])
 _ALIGNED = 16
@@ -40,8 +39,7 @@ class Keys(NamedTuple):
     array: Bits
     """[batch, heads, tokens, dim]."""
     rounding: int
-    """How they are turned: 1, products and sums are rounded; 2, sums only; 3, sums only, by cosines
-    and sines of float32; 4, 5 and 6, likewise, of pairs side by side."""
+    """How they are turned, one of `ROUNDINGS`."""
     pairs: int
     first: int
     """Position of the first token."""

@@ -28,11 +28,13 @@ from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.version import newer
 
-_RAW, _CHANNEL = (bytes([mode]) + bytes(15) for mode in (0, 2))
-_CODED, _UNTURNED = 3, 4
-"""First bytes of what is predicted; of the second kind some pairs are as they were before RoPE."""
-_KINDS = frozenset((_RAW[0], _CHANNEL[0], _CODED, _UNTURNED))
-_HEADER = 16
+RAW, CHANNEL, CODED, UNTURNED = 0, 2, 3, 4
+"""The first byte of a block: numbers as they are, what `channel` codes, what is predicted, and what
+is so with some pairs as they were before RoPE."""
+_KINDS = frozenset((RAW, CHANNEL, CODED, UNTURNED))
+HEADER = 16
+"""Bytes that a block begins with."""
+_RAW_HEAD, _CHANNEL_HEAD = (bytes([kind]) + bytes(HEADER - 1) for kind in (RAW, CHANNEL))
 _TABLES = struct.Struct("<16sI12x")
 _LAYER_TENSORS = (
     "order",
@@ -73,7 +75,7 @@ def check_known(header: bytes) -> None:
     """Raise UnsupportedError if a block begins as only a later version's do."""
     if header and header[0] not in _KINDS:
         raise UnsupportedError(newer(f"a block of kind {header[0]} of predictive"))
-    if len(header) > 2 and header[0] == _UNTURNED and header[2] not in ROUNDINGS:
+    if len(header) > 2 and header[0] == UNTURNED and header[2] not in ROUNDINGS:
         raise UnsupportedError(newer(f"pairs before RoPE of rounding {header[2]}"))
 
 
@@ -140,7 +142,7 @@ class PredictiveCodec(Codec):
                 bits = chain.model(context.layer, part, high, rotation, rounding)
             except ValueError as error:
                 raise ProfileError(f"the profile is of another model: {error}") from None
-            size = bits / 8 + low.nbytes + _HEADER
+            size = bits / 8 + low.nbytes + HEADER
             # Mostly it is plain, from the counts alone, that `channel` cannot do as well.
             least = min(ChannelCodec().least_bytes(block, context, size), block.nbytes)
             other = None if size <= least else _plain(block, context)
@@ -161,19 +163,19 @@ class PredictiveCodec(Codec):
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         chain = _next_chain(context, out.shape)
         part = KV.index(context.part)
-        mode, body = bytes(data[:_HEADER]), data[_HEADER:]
+        mode, body = bytes(data[:HEADER]), data[HEADER:]
         check_known(mode)
-        kind, rounding = mode[0] if mode else _RAW[0], mode[2] if len(mode) > 2 else 0
-        if kind in (_CODED, _UNTURNED) and chain is not None:
+        kind, rounding = mode[0] if mode else RAW, mode[2] if len(mode) > 2 else 0
+        if kind in (CODED, UNTURNED) and chain is not None:
             rotation = None
-            if kind == _UNTURNED:
+            if kind == UNTURNED:
                 rotation = _rotations(context).of(context, out.shape, is_wide(rounding))
             _decode_coded(chain, context.layer, part, mode, body, out, rotation)
             return
-        if mode == _RAW and len(body) == out.nbytes:
+        if mode == _RAW_HEAD and len(body) == out.nbytes:
             out[...] = np.frombuffer(body, out.dtype).reshape(out.shape)
-        elif mode == _CHANNEL:
-            _channel_decode(body, out, context)
+        elif mode == _CHANNEL_HEAD:
+            _channel_decode(data, out, context)
         else:
             raise CorruptError("a block that makes no sense, or one that nothing predicts")
         if chain is not None:
@@ -192,10 +194,10 @@ class PredictiveCodec(Codec):
         for context in contexts.values():
             if context.profile is not None:
                 native_model(context.profile)  # which checks it, once
-        gpu.decode(work, blocks, contexts, _entries_of, _channel_on_device)
+        gpu.decode(work, blocks, contexts)
 
     def max_encoded_size(self, raw_bytes: int) -> int:
-        return raw_bytes + 16
+        return raw_bytes + HEADER
 
     def max_decoded_size(self, encoded_bytes: int, dtype: DType) -> int:
         return encoded_bytes * _MAX_EXPANSION
@@ -203,7 +205,7 @@ class PredictiveCodec(Codec):
 
 def _with_low(coded: bytes, low: Bits) -> bytes:
     """A block with the halves of its numbers that are stored as they are, behind its header."""
-    return coded[:_HEADER] + _padded(low.tobytes()) + coded[_HEADER:] if low.size else coded
+    return coded[:HEADER] + _padded(low.tobytes()) + coded[HEADER:] if low.size else coded
 
 
 def _padded(data: bytes) -> bytes:
@@ -218,23 +220,36 @@ def _plain(block: Bits, context: Context) -> bytes:
     made = channel.make_tables(block, context)
     tables = channel.load_tables(memoryview(made), block.shape, context)
     coded = channel.encode(block, structs.replace(context, tables=tables))
-    data = _TABLES.pack(_CHANNEL, len(made)) + _padded(made) + coded
-    if len(data) < len(_RAW) + block.nbytes and len(data) * _MAX_EXPANSION > block.nbytes:
+    data = _TABLES.pack(_CHANNEL_HEAD, len(made)) + _padded(made) + coded
+    if len(data) < len(_RAW_HEAD) + block.nbytes and len(data) * _MAX_EXPANSION > block.nbytes:
         return data
-    return _RAW + block.tobytes()
+    return _RAW_HEAD + block.tobytes()
 
 
 def _channel_decode(data: memoryview, out: Bits, context: Context) -> None:
     """Fill `out` from what `_plain` made by `channel`. Raises CorruptError."""
     channel = ChannelCodec()
-    if len(data) < 16:
-        raise CorruptError("cut short")
-    end = 16 + int(struct.unpack_from("<I", data)[0])
-    after = end + -end % 16
-    if any(data[4:16]) or any(data[end:after]) or after > len(data):
+    stored, coded = by_channel(data)
+    tables = channel.load_tables(stored, out.shape, context)
+    channel.decode(coded, out, structs.replace(context, tables=tables))
+
+
+def by_channel(data: memoryview) -> tuple[memoryview, memoryview]:
+    """The tables in a block that `channel` codes, and what it coded with them. Raises
+    CorruptError."""
+    if len(data) < _TABLES.size or any(data[HEADER + 4 : _TABLES.size]):
         raise CorruptError("tables that end nowhere")
-    tables = channel.load_tables(data[16:end], out.shape, context)
-    channel.decode(data[after:], out, structs.replace(context, tables=tables))
+    size, rest = _TABLES.unpack_from(data)[1], data[_TABLES.size :]
+    return rest[:size], rest[section(rest, size) :]
+
+
+def section(data: memoryview, size: int) -> int:
+    """How many bytes a section of `size` bytes takes up, with the zeros behind it. Raises
+    CorruptError."""
+    after = size + -size % 16
+    if len(data) < after or any(data[size:after]):
+        raise CorruptError("cut short")
+    return after
 
 
 def _decode_coded(
@@ -250,9 +265,7 @@ def _decode_coded(
     wide = out.dtype.itemsize == 4
     target = np.empty(out.shape, np.uint16) if wide else out
     size = 2 * out.size if wide else 0
-    after = size + -size % 16
-    if len(body) < after or any(body[size:after]):
-        raise CorruptError("cut short")
+    after = section(body, size)
     try:
         head, data = np.frombuffer(header, np.uint8), np.frombuffer(body[after:], np.uint8)
         chain.decode(layer, part, head, data, target, rotation)
@@ -334,15 +347,15 @@ def new_chain(
     """State for `rows` x `count` tokens from position `start` on, before the first layer. Raises
     UnsupportedError for a format that is not predicted."""
     check_format(form)
-    entries = _entries(tensors, token_ids, rows * count)
+    rows_of_tables = entries(tensors, token_ids, rows * count)
     # Of fp32 the upper half is coded, which is a bf16 number.
     mantissa_bits = 7 if form.bits == 32 else form.mantissa_bits
     return _native.PredictiveChain(
-        model, rows, count, start, form.exponent_bits, mantissa_bits, entries
+        model, rows, count, start, form.exponent_bits, mantissa_bits, rows_of_tables
     )
 
 
-def _entries(
+def entries(
     tensors: Mapping[str, NDArray[Any]], token_ids: NDArray[Any] | None, count: int
 ) -> NDArray[np.int32]:
     """The row of each of `count` tokens in the layers' tables, or -1."""
@@ -354,11 +367,7 @@ def _entries(
     return np.where(known[place] == ids, place, -1).astype(np.int32)
 
 
-def _entries_of(context: Context, count: int) -> NDArray[np.int32]:
-    return _entries(context.profile.tensors, context.token_ids, count)
-
-
-def _channel_on_device(
+def channel_on_device(
     work: Any, blocks: NDArray[Any], found: Mapping[int, tuple[memoryview, Context]]
 ) -> None:
     """Have blocks decoded on a device that `channel` coded; `found` has their tables and contexts

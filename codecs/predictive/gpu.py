@@ -5,7 +5,7 @@ and parts one after the other. What ranges take along from part to part stays on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -17,7 +17,18 @@ from kvzip.codecs import _native
 from kvzip.codecs.common.rotation import is_side_by_side, is_wide, rounds_products
 from kvzip.codecs.native.cuda.device import Kernel, Memory, up
 from kvzip.codecs.native.cuda.work import bytes_at
-from kvzip.codecs.predictive.codec import check_known
+from kvzip.codecs.predictive.codec import (
+    CHANNEL,
+    CODED,
+    HEADER,
+    RAW,
+    UNTURNED,
+    by_channel,
+    channel_on_device,
+    check_known,
+    entries,
+    section,
+)
 from kvzip.codecs.predictive.gpu_model import LayerOnDevice, ModelOnDevice, on_device, shared_bytes
 from kvzip.codecs.predictive.rotation import Rotations, pairs_of
 from kvzip.errors import CorruptError
@@ -56,8 +67,6 @@ _JOB = np.dtype(
     ]
 )
 """`RangeJob` of device_jobs.hpp."""
-_RAW, _CHANNEL, _CODED, _UNTURNED = 0, 2, 3, 4
-_HEADER = 16
 _MOST_COUNT_BITS = 17
 _TILE = 32
 _CHAIN_WARPS = 8
@@ -65,8 +74,6 @@ _CHAIN_WARPS = 8
 _SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10}
 _LEAST_SHARED = 99 << 10
 """Shared memory that a block may have, by compute capability, and of all others."""
-
-_ByChannel = Callable[[Any, NDArray[Any], Mapping[int, tuple[memoryview, Context]]], None]
 
 
 class _Range(NamedTuple):
@@ -90,19 +97,8 @@ class _Range(NamedTuple):
         return self.shape[0] * self.shape[1]
 
 
-def decode(
-    work: Any,
-    blocks: NDArray[Any],
-    contexts: Mapping[int, Context],
-    entries_of: Callable[[Context, int], NDArray[np.int32]],
-    by_channel: _ByChannel,
-) -> None:
-    """As :meth:`kvzip.codec.Codec.decode_on_device`.
-
-    `entries_of(context, tokens)` gives each token's row in the layers' tables; `by_channel(work,
-    blocks, found)` has blocks decoded that `channel` coded, of which `found` has the tables and the
-    contexts by their rows.
-    """
+def decode(work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]) -> None:
+    """As :meth:`kvzip.codec.Codec.decode_on_device`."""
     if not len(blocks):
         return
     any_context = next(iter(contexts.values()))
@@ -112,10 +108,10 @@ def decode(
     angles: dict[tuple[Any, ...], int] = {}
     found = [(contexts[int(block["row"])], block) for block in blocks]
     for (layer, part), some in groupby(found, key=lambda f: (f[0].layer, f[0].part)):
-        step = _Step(work, model, ranges, layer, KV.index(part), entries_of, angles)
+        step = _Step(work, model, ranges, layer, KV.index(part), angles)
         for context, block in some:
             step.add(block, context)
-        step.run(by_channel)
+        step.run()
     any_context.scratch["predictive"] = ranges
     for found_range in ranges.values():
         if found_range.owner is not None:
@@ -132,12 +128,11 @@ class _Step:
         ranges: dict[int, _Range],
         layer: int,
         part: int,
-        entries_of: Callable[[Context, int], NDArray[np.int32]],
         angles: dict[tuple[Any, ...], int],
     ):
         self.work, self.ranges, self._angles = work, ranges, angles
         self.model = model or ModelOnDevice([], 2, 1, 1, 0, 0, [])
-        self.layer, self.part, self._entries_of = layer, part, entries_of
+        self.layer, self.part = layer, part
         self._jobs: list[NDArray[Any]] = []
         self._by_channel: list[Any] = []
         self._tables: dict[int, tuple[memoryview, Context]] = {}
@@ -156,8 +151,8 @@ class _Step:
         shape = batch, heads, tokens, dim
         numbers = math.prod(shape)
         data = bytes_at(int(block["host"]), int(block["length"]))
-        check_known(bytes(data[:_HEADER]))
-        if len(data) < _HEADER or (any(data[1:_HEADER]) and data[0] == _RAW):
+        check_known(bytes(data[:HEADER]))
+        if len(data) < HEADER or (any(data[1:HEADER]) and data[0] == RAW):
             raise CorruptError("a block of unknown kind")
         end = context.start + tokens
         before = self._followed(end, (batch, tokens), context)
@@ -167,10 +162,10 @@ class _Step:
             if self._lacks(heads, dim):
                 raise CorruptError("the profile is of another model")
             job = self._job(block, before)
-        if kind in (_CODED, _UNTURNED) and job is not None:
+        if kind in (CODED, UNTURNED) and job is not None:
             low = 2 * numbers if form.bits == 32 else 0
-            at = _HEADER + _padded(data[_HEADER:], low)
-            job["low"] = here + _HEADER
+            at = HEADER + section(data[HEADER:], low)
+            job["low"] = here + HEADER
             if not before.coded:
                 states, size = _states(data[at:], before.tokens * self.model.lanes)
                 job["first_states"] = self.work.put(states, 16)
@@ -178,20 +173,20 @@ class _Step:
                 now = now._replace(coded=True)
             job["header"], job["counts"], job["bytes"] = here, here + at, len(data) - at
             job["ends"] = before.next_part + 1 == 2 * len(self.model.layers)
-            if kind == _UNTURNED:
+            if kind == UNTURNED:
                 job["rounds_products"] = rounds_products(data[2])
                 job["rotation"] = self._rotation(context, shape, data[2])
-            if data[1] > _MOST_COUNT_BITS or (kind == _CODED and data[2]) or data[3]:
+            if data[1] > _MOST_COUNT_BITS or (kind == CODED and data[2]) or data[3]:
                 raise CorruptError("counts of words that make no sense")
-            if not before.tokens and (len(data) > at or any(data[1:_HEADER])):
+            if not before.tokens and (len(data) > at or any(data[1:HEADER])):
                 raise CorruptError("words of no token")
-        elif kind == _RAW:
-            if len(data) - _HEADER != numbers * form.itemsize:
+        elif kind == RAW:
+            if len(data) - HEADER != numbers * form.itemsize:
                 raise CorruptError("numbers of another size")
             strides = heads * tokens * dim, tokens * dim, dim
             part, first = int(block["part"]), int(block["first"])
-            self.work.copy(form.itemsize, here + _HEADER, strides, part, first, tokens)
-        elif kind == _CHANNEL:
+            self.work.copy(form.itemsize, here + HEADER, strides, part, first, tokens)
+        elif kind == CHANNEL:
             self._add_by_channel(block, data, context)
         else:
             raise CorruptError("a block of unknown kind, or one that nothing predicts")
@@ -213,17 +208,15 @@ class _Step:
         return self._angles[name]
 
     def _add_by_channel(self, block: Any, data: memoryview, context: Context) -> None:
-        size = int.from_bytes(data[16:20], "little")
-        at = 2 * _HEADER
-        if len(data) < at or any(data[1:16]) or any(data[20:at]):
-            raise CorruptError("tables that end nowhere")
-        after = at + _padded(data[at:], size)
-        coded = block.copy()
+        if any(data[1:HEADER]):
+            raise CorruptError("a block of unknown kind")
+        tables, rest = by_channel(data)
+        coded, before = block.copy(), np.uint64(len(data) - len(rest))
         for name in ("host", "address"):
-            coded[name] += np.uint64(after)
-        coded["length"] -= np.uint64(after)
+            coded[name] += before
+        coded["length"] -= before
         self._by_channel.append(coded)
-        self._tables[int(block["row"])] = (data[at : at + size], context)
+        self._tables[int(block["row"])] = tables, context
 
     def _followed(self, end: int, shape: tuple[int, int], context: Context) -> _Range:
         """The token range that a block is of, if it goes on with it; else one without memory."""
@@ -257,9 +250,9 @@ class _Step:
         ends = np.cumsum([up(size, 256) for size in sizes.values()]).tolist()
         memory = self.work.device.allocate(ends[-1])
         starts = [memory.address + at for at in (0, *ends[:-1])]
-        entries = self._entries_of(context, tokens)
+        own = entries(context.profile.tensors, context.token_ids, tokens)
         addresses = dict(zip(sizes, starts, strict=True))
-        return found._replace(entries=entries, memory=addresses, owner=memory)
+        return found._replace(entries=own, memory=addresses, owner=memory)
 
     def _lacks(self, heads: int, dim: int) -> bool:
         """Whether the profile has no such part."""
@@ -284,11 +277,11 @@ class _Step:
         job["row"] = block["row"]
         return job
 
-    def run(self, by_channel: _ByChannel) -> None:
+    def run(self) -> None:
         """Have everything run: what needs nothing, and then what is predicted, step by step."""
         work = self.work
         if self._by_channel:
-            by_channel(work, np.array(self._by_channel), self._tables)
+            channel_on_device(work, np.array(self._by_channel), self._tables)
         if self._jobs:
             jobs = np.concatenate(self._jobs)
             layer = self.model.layers[self.layer]
@@ -358,12 +351,3 @@ def _states(data: memoryview, count: int) -> tuple[NDArray[np.uint64], int]:
     except ValueError as error:
         raise CorruptError(str(error)) from None
     return np.frombuffer(states, np.uint64), size
-
-
-def _padded(data: memoryview, size: int) -> int:
-    """How many bytes a section of `size` bytes takes up, with the zeros behind it. Raises
-    CorruptError."""
-    after = size + -size % 16
-    if len(data) < after or any(data[size:after]):
-        raise CorruptError("cut short")
-    return after

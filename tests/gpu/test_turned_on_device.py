@@ -18,8 +18,8 @@ from test_on_device import assert_layers, bits_of
 import kvzip
 from kvzip.codecs import _native
 from kvzip.codecs.channel import codec, gpu_rotation
+from kvzip.codecs.channel.blocks import UNTURNED
 from kvzip.codecs.channel.codec import ChannelCodec
-from kvzip.codecs.channel.rotation import UNTURNED
 from kvzip.codecs.common.rotation import ROUNDINGS
 from kvzip.codecs.native.cuda.work import BLOCK, Slot, Target, Work
 from kvzip.container import on_device
