@@ -5,7 +5,6 @@
 
 namespace kvzip::predictive {
 
-constexpr unsigned kMostRegions = 256;
 constexpr unsigned kRegionWarps = 4, kArrangeWarps = 8;
 
 // The region of a token: the first of those whose score is greatest. A warp does a token.
