@@ -17,12 +17,11 @@ from kvzip.codec import Codec, Context, get_codec
 from kvzip.container.index import Key, aligned
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import CorruptError, UnsupportedError
-from kvzip.grids import HALVES, Found, Grid, Narrow, find, narrow, suspicions, widen
+from kvzip.grids import HALVES, WIDE, Found, Grid, Narrow, find, narrow, suspicions, widen
 from kvzip.layout import Kind, Origin, PartLayout
 from kvzip.snapshot import Layer
 from kvzip.version import newer
 
-_WIDE = ("bf16", "fp16", "fp32")
 _LEAST = 4096
 """Raw bytes of the smallest part that a grid is looked for in."""
 _KNOWN = "found"
@@ -349,7 +348,7 @@ def may_use_grids(codec: Codec, profile: Any) -> bool:
 
 def may_be_on_grid(part: PartLayout) -> bool:
     """Whether a grid is looked for in a part."""
-    return part.dtype in _WIDE and part.nbytes >= _LEAST
+    return part.dtype in WIDE and part.nbytes >= _LEAST
 
 
 def find_grids(

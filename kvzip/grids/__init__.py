@@ -6,8 +6,8 @@ each block; a reader calls :func:`widen` (:mod:`kvzip.container.grids`).
 """
 
 from kvzip.grids.find import find, suspicions
-from kvzip.grids.grid import HALVES, Found, Grid, Narrow
+from kvzip.grids.grid import HALVES, WIDE, Found, Grid, Narrow
 from kvzip.grids.narrow import narrow
 from kvzip.grids.widen import widen
 
-__all__ = ["HALVES", "Found", "Grid", "Narrow", "find", "narrow", "suspicions", "widen"]
+__all__ = ["HALVES", "WIDE", "Found", "Grid", "Narrow", "find", "narrow", "suspicions", "widen"]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kvzip import dtypes
 from kvzip.codecs import _native
 from kvzip.dtypes import Bits
-from kvzip.grids.grid import Found, Grid, Narrow, Rounding, Wide
+from kvzip.grids.grid import HALVES, WIDE, Found, Grid, Narrow, Rounding, Wide
 from kvzip.grids.narrow import fit, narrow
 from kvzip.grids.widen import widen_codes
 
@@ -76,7 +76,7 @@ def suspicions(bits: Bits, dtype: Any) -> int:
     """Which grids a few of the numbers look like; 0 for what is hardly on any. `bits` and `dtype`
     as for :func:`find`."""
     wide = dtypes.get(dtype).name
-    if wide not in ("bf16", "fp16", "fp32") or bits.ndim < 2:
+    if wide not in WIDE or bits.ndim < 2:
         return 0
     found: int = _native.grid_suspicions(bits, wide)
     return found
@@ -221,10 +221,9 @@ class _Search:
 
     def half(self) -> Found | None:
         """The numbers as bf16 or fp16, whichever holds more of them."""
-        halves: tuple[Narrow, ...] = ("bf16", "fp16")
         channels = (0, self.channels)
         found = min(
-            (narrow(self.bits, Grid("fp32", name, channels)) for name in halves),
+            (narrow(self.bits, Grid("fp32", name, channels)) for name in HALVES),
             key=lambda one: one.nbytes,
         )
         return found if found.nbytes <= _WORTH * self.bits.nbytes else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -27,7 +27,8 @@ Scale = Literal["e8m0", "bf16", "fp32"]
 Rounding = Literal["once", "through_fp32"]
 
 SCALE_BITS: dict[str, int] = {"e8m0": 8, "bf16": 16, "fp32": 32}
-HALVES = ("bf16", "fp16")
+WIDE: tuple[Wide, ...] = get_args(Wide)
+HALVES: tuple[Narrow, ...] = ("bf16", "fp16")
 """Narrow formats that need no scale; their wide format is fp32."""
 
 
@@ -39,7 +40,8 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     narrow: Narrow
     """The format of the codes."""
     channels: tuple[int, int]
-    """The channels, first and last but one, that are codes. The others are stored wide."""
+    """The first of the channels that are codes and the one behind the last. The others are stored
+    wide."""
     scale: Scale | None = None
     """The format of the scales; None where codes need none."""
     group: tuple[int, int] = (1, 1)
