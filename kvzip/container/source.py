@@ -292,7 +292,7 @@ def open_source(given: Any, length_of: LengthOf | None = None) -> Source:
     )
 
 
-class _Named(NamedTuple):
+class Named(NamedTuple):
     """What is not open yet, and its name."""
 
     name: str | None
@@ -300,13 +300,13 @@ class _Named(NamedTuple):
 
 def _of_path(path: str | os.PathLike[str], length_of: LengthOf | None) -> Source:
     name = name_of(path)
-    with naming(_Named(name)):
+    with naming(Named(name)):
         file = reading(name, length_of, buffering=0)
     return OpenFile(file, owned=True, name=name)
 
 
 def _of_file(file: Any, length_of: LengthOf | None, *, owned: bool) -> Source:
-    with naming(_Named(_name_of(file))), _readable():
+    with naming(Named(_name_of(file))), _readable():
         return _opened(file, length_of, owned)
 
 

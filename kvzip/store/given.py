@@ -12,7 +12,7 @@ from kvzip import api, tensors
 from kvzip.codec import Codec
 from kvzip.container import MAGIC
 from kvzip.container.format import whole_length
-from kvzip.container.source import naming
+from kvzip.container.source import Named, naming
 from kvzip.errors import UsageError
 from kvzip.files import name_of, scratch_file
 from kvzip.profile import Profile
@@ -29,7 +29,7 @@ def open_either(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], Snaps
     or CorruptError for what is neither.
     """
     name = name_of(path)
-    with naming(_Named(name)), reading(path, partial(_length, name)) as file:
+    with naming(Named(name)), reading(path, partial(_length, name)) as file:
         encoded = file.read(len(MAGIC)) == MAGIC
         file.seek(0)
         yield file, None if encoded else Snapshot.of_file(TensorFile(name, file=file))
@@ -64,13 +64,6 @@ def as_file(
                 ) from None
         file.flush()
         yield file
-
-
-class _Named:
-    """A file that is not open yet, which errors call by its name."""
-
-    def __init__(self, name: str):
-        self.name = name
 
 
 def _length(name: str, first: bytearray) -> int | None:
