@@ -63,6 +63,7 @@ class Reader:
         self._device_groups: Groups = {}
         self.header = self._blocks.header
         self.layout = self._blocks.layout
+        self.origin = self.header.origin
         self.token_ids = self._blocks.token_ids
         """The ids of all tokens, uint32 [tokens] or [batch, tokens], or None."""
 

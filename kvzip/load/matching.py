@@ -97,8 +97,7 @@ def device_of(device: torch.device | str | None) -> torch.device | None:
 
 def check_config(source: Reader | Snapshot, config: PretrainedConfig) -> list[LayerKind]:
     """The config's layer kinds; raises KVZipError unless the document is one of its caches."""
-    layout = source.layout
-    origin = source.origin if isinstance(source, Snapshot) else source.header.origin
+    layout, origin = source.layout, source.origin
     kinds, ropes = layers_of(config)
     if len(layout.layers) != len(kinds):
         raise KVZipError(f"the file has {len(layout.layers)} layers, the model {len(kinds)}")
@@ -312,7 +311,7 @@ def check_weights(
     One that has none is left to its witness. A store has compared them already (`found_in`), and a
     caller who gives a `revision` vouches for what is found.
     """
-    origin = document.header.origin if isinstance(document, Reader) else document.origin
+    origin = document.origin
     vouched = isinstance(found_in, Store) or revision is not None
     if vouched or not is_fingerprint(origin.revision):
         return
