@@ -25,7 +25,7 @@ _CHANNEL = np.dtype(
         ("mean", "<i4"),
         ("input_scale", "<i4"),
         ("unit", "<i2"),
-        ("density", "<u2"),
+        ("shape", "<u2"),
         ("inverse", "<i4", 2),
     ]
 )
@@ -362,8 +362,9 @@ def _outputs(
 
 def _channels(mine: Columns, tensors: Mapping[str, NDArray[Any]], regions: int) -> NDArray[Any]:
     found = np.zeros((regions, mine.width), _CHANNEL)
-    for name in ("bias", "weight_scale", "within_scale", "mean", "input_scale", "unit", "density"):
+    for name in ("bias", "weight_scale", "within_scale", "mean", "input_scale", "unit"):
         found[name] = mine.spread(tensors[name])
+    found["shape"] = mine.spread(tensors["density"])
     inverse = mine.spread(tensors["inverse"])
     found["inverse"][..., 0] = inverse[:regions]
     found["inverse"][..., 1] = inverse[-regions:]
