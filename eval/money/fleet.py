@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -29,6 +28,7 @@ from kvzip.choice.cost import (
     number,
 )
 from kvzip.errors import CorruptError, FormatError, KVZipError
+from kvzip.eval.traffic.eviction import Lru
 from kvzip.parsing import from_toml
 from kvzip.reading import contents
 
@@ -257,14 +257,14 @@ def simulate(fleet: Fleet, ratio: float = 1.0, seed: int = 0) -> Counts:
     room = fleet.node_documents(ratio)
     _, service = _link(fleet, ratio)
     nodes = [
-        [_Node(simpy.Resource(environment), room) for _ in range(fleet.nodes_per_region)]
+        [_Node(simpy.Resource(environment), Lru(room)) for _ in range(fleet.nodes_per_region)]
         for _ in range(fleet.regions)
     ]
     hits, waited = 0, 0.0
 
     def read(node: _Node, which: int) -> Iterator[Any]:
         nonlocal hits, waited
-        hits += node.read(which)
+        hits += node.documents.touch(which)
         if service > 0:
             asked = environment.now
             with node.link.request() as turn:
@@ -281,7 +281,7 @@ def simulate(fleet: Fleet, ratio: float = 1.0, seed: int = 0) -> Counts:
         for time, which in zip(change_times, change_of, strict=True):
             yield environment.timeout(float(time) - environment.now)
             for region in nodes:
-                region[which % fleet.nodes_per_region].forget(int(which))
+                region[which % fleet.nodes_per_region].documents.forget(int(which))
 
     environment.process(readers())
     environment.process(writers())
@@ -297,24 +297,11 @@ def simulate(fleet: Fleet, ratio: float = 1.0, seed: int = 0) -> Counts:
     )
 
 
-class _Node:
-    """One cache node: its link, and the documents it has, the last read at the end."""
+class _Node(NamedTuple):
+    """One cache node: its link, and the documents that it has."""
 
-    def __init__(self, link: Any, room: float):
-        self.link, self.room = link, room
-        self.held: OrderedDict[int, None] = OrderedDict()
-
-    def read(self, which: int) -> bool:
-        """Whether it had the document; it has it afterwards."""
-        hit = which in self.held
-        self.held[which] = None
-        self.held.move_to_end(which)
-        if len(self.held) > self.room:
-            self.held.popitem(last=False)
-        return hit
-
-    def forget(self, which: int) -> None:
-        self.held.pop(which, None)
+    link: Any
+    documents: Lru
 
 
 # --- what it costs -----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class Policy(Protocol):
 class Lru:
     """Drops what was used longest ago."""
 
-    def __init__(self, room: int):
+    def __init__(self, room: float):
         self.room = room
         self._held: OrderedDict[int, None] = OrderedDict()
 
@@ -32,6 +32,10 @@ class Lru:
         if len(self._held) > self.room:
             self._held.popitem(last=False)
         return there
+
+    def forget(self, block: int) -> None:
+        """Have a block no more."""
+        self._held.pop(block, None)
 
 
 _MOST_USES = 3
