@@ -111,11 +111,7 @@ class _Cursor:
         self._left[0] -= cells
 
     def take(self, length: int) -> memoryview:
-        if length < 0 or self.at + length > self.source.size:
-            raise _Wrong
-        data = self.source.read(self.at, length)
-        self.at += length
-        return data
+        return self.source.read(self.skip(length), length)
 
     def skip(self, length: int) -> int:
         """Where it was; `length` bytes on from there it is now."""
