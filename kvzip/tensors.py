@@ -54,7 +54,10 @@ class _Header(NamedTuple):
             return None
         start = 8 + int.from_bytes(first[:8], "little")
         if start > 8 + MAX_HEADER:
-            raise FormatError(f"{name} is not a whole safetensors file: its header has no end")
+            raise FormatError(
+                f"{name} is not a whole safetensors file: its header has no end; if it is a .kvz "
+                "file, kvzip decode makes a snapshot of it"
+            )
         if len(first) < start:
             return None
         try:

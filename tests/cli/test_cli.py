@@ -75,6 +75,7 @@ def test_the_paper(capsys):
         (["encode", "doc.safetensors", "-o", "no/folder/x.kvz"], 2, "no such folder"),
         (["encode", "doc.safetensors"], 2, "output"),
         (["encode", "text.txt", "-o", "x.kvz"], 1, "not a whole safetensors"),
+        (["fit", "good.kvz", "-o", "x"], 1, "kvzip decode makes a snapshot of it"),
         (["verify", "text.txt"], 1, "text.txt is not a .kvz file"),
         (["verify", "short.kvz"], 1, "short.kvz is cut short"),
         (["verify", "flipped.kvz"], 1, "flipped.kvz: "),
