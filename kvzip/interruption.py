@@ -18,7 +18,7 @@ def _is_command() -> bool:
     if "--multiprocessing-fork" in sys.orig_argv:  # one of its processes, with its arguments
         return False
     name = sys.argv[0].rpartition(os.sep)[2] if sys.argv else ""
-    return name == "kvzip" or sys.orig_argv[1:3] == ["-m", "kvzip.cli"]
+    return name == "kvzip" or sys.orig_argv[1:3] == ["-m", "kvzip"]
 
 
 class Terminated(SystemExit):

@@ -22,9 +22,10 @@ MOST_ROUNDING = 0.5
 WEIGHT_BITS = 6.25
 """Bits of a packed weight at `ROUNDING`; a little more than was measured (6.22 on SmolLM2-135M,
 5.96 on Gemma-3-270m)."""
-PACKED_WITHIN, PACKED_TABLE = 0.44, 0.88
-"""What is left of matrices' bytes in the file, where they are packed: a little more than was
-measured (0.40 and 0.86 on SmolLM2-135M, 0.27 and 0.85 on Gemma-3-270m)."""
+PACKED_WITHIN, PACKED_TABLE, PACKED_PAIRS = 0.44, 0.9, 0.31
+"""What is left of the bytes in the file of matrices, of tables of tokens and of what is known of
+pairs by their angle, where they are packed: a little more than was measured (0.42, 0.90 and 0.29 on
+SmolLM2-135M, 0.30, 0.85 and 0.30 on Gemma-3-270m)."""
 KNOWN_TOKEN_BITS = 12.0
 """What tables save of a token that they know, as bits of one layer's number: about 9 in the first
 layer and 3 in the second, as measured on SmolLM2."""
@@ -52,7 +53,8 @@ def region_bytes(documents: Documents, layer: int, table: bool, rounding: float 
     n, pairs = documents.widths[layer], len(documents.orders[layer].pairs)
     up, inputs = documents.padded_widths[layer], most_inputs(documents, layer)
     matrices = int(up * (weight_bits(rounding) / 8 * inputs + PACKED_WITHIN * up))
-    return matrices + 12 * n + (1 + table) * 4 * (n + 3 * ANGLES * pairs)
+    each = n + int(PACKED_PAIRS * 3 * ANGLES * pairs)
+    return matrices + 12 * n + (1 + table) * 4 * each
 
 
 def allot(

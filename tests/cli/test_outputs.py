@@ -18,7 +18,7 @@ from kvzip.store import Store
 
 pytestmark = pytest.mark.first
 
-KVZIP = f"{sys.executable} -m kvzip.cli"
+KVZIP = f"{sys.executable} -m kvzip"
 
 
 def shell(line, folder, **environ):

@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 def piped(folder, line):
     """Exit code, stdout and stderr of a line for a shell in which `kvzip` is the command."""
-    command = f'kvzip() {{ {sys.executable} -m kvzip.cli "$@"; }}; set -o pipefail; {line}'
+    command = f'kvzip() {{ {sys.executable} -m kvzip "$@"; }}; set -o pipefail; {line}'
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True)
     assert b"Traceback" not in done.stderr
     return done.returncode, done.stdout, done.stderr.decode()
@@ -162,7 +162,7 @@ def test_names_are_text(folder, monkeypatch, capsys):
     Path(not_text.decode(errors="surrogateescape")).write_bytes((folder / "x.kvz").read_bytes())
     for more in ([], ["--json"]):
         done = subprocess.run(
-            [sys.executable, "-m", "kvzip.cli", "put", not_text, "--store", "t",
+            [sys.executable, "-m", "kvzip", "put", not_text, "--store", "t",
              "--block-tokens", "64", *more],
             cwd=folder, capture_output=True,
         )  # fmt: skip

@@ -170,7 +170,7 @@ def test_an_environment_that_names_none_of_this_processor_is_no_bug(tmp_path, le
     snapshot.save(tmp_path / "s")
     for command in (["verify", path], ["encode", tmp_path / "s", "-o", tmp_path / "b.kvz"]):
         run = subprocess.run(
-            [sys.executable, "-m", "kvzip.cli", *command, "--json"],
+            [sys.executable, "-m", "kvzip", *command, "--json"],
             env={**os.environ, "KVZIP_SIMD": level},
             capture_output=True,
             text=True,
