@@ -59,7 +59,7 @@ void read_number(const Wide& wide, Rounding rounding, std::uint32_t bits, Number
   if (rounding == Rounding::through_fp32 && wide.precision < 24) {
     // A product near to a tie becomes the tie, and goes to the even neighbour.
     const auto reach = [&](std::uint64_t tie) {
-      return 1ull << (std::max(bit_length(tie) - 24, -149 - x.exponent) - 1);
+      return 1ull << (std::max({1, bit_length(tie) - 24, -149 - x.exponent}) - 1);
     };
     const std::uint64_t below = reach(x.low), above = reach(x.high);
     x.low = x.open ? x.low + below : x.low - below;
@@ -499,7 +499,7 @@ class Fitter {
   const Wide& wide_;
   const Narrow& narrow_;
   Rounding rounding_;
-  Best best_;
+  Best best_{};
   std::size_t total_ = 0;
   std::int64_t budget_ = 0;
   int usual_ = 0;  // the code of the largest number in a group before

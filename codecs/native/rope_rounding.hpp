@@ -30,7 +30,12 @@ constexpr bool rounds_products(RopeRounding rounding) {
 }
 // A rounding of pairs that are `pairs` apart, of a model whose pairs are side by side.
 constexpr RopeRounding side_by_side(RopeRounding rounding) {
-  return RopeRounding(int(rounding) + int(RopeRounding::wide));
+  switch (rounding) {
+    case RopeRounding::each: return RopeRounding::each_side_by_side;
+    case RopeRounding::once: return RopeRounding::once_side_by_side;
+    case RopeRounding::wide: return RopeRounding::wide_side_by_side;
+    default: return rounding;
+  }
 }
 
 }  // namespace kvzip
