@@ -191,9 +191,6 @@ class PredictiveCodec(Codec):
     ) -> None:
         from kvzip.codecs.predictive import gpu
 
-        for context in contexts.values():
-            if context.profile is not None:
-                native_model(context.profile)  # which checks it, once
         gpu.decode(work, blocks, contexts)
 
     def max_encoded_size(self, raw_bytes: int) -> int:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.codecs import _native
 from kvzip.codecs.native.cuda.device import Device, Memory, up
+from kvzip.codecs.predictive.codec import native_model
 from kvzip.profile import Profile
 
 _CHANNEL = np.dtype(
@@ -139,8 +139,7 @@ class ModelOnDevice(NamedTuple):
 
 def on_device(device: Device, profile: Profile) -> ModelOnDevice:
     """The profile on a device, brought there when it is first asked for and kept as long as the
-    profile is. The caller has made the processor's model of it (`codec.native_model`), which
-    checks it."""
+    profile is. Raises ProfileError for one that makes no sense."""
     kept: dict[Device, ModelOnDevice] = profile.made.setdefault("predictive on devices", {})
     found = kept.get(device)
     if found is None:
@@ -153,7 +152,7 @@ class _Upload:
 
     def __init__(self, device: Device, profile: Profile):
         self.device, self.tensors = device, profile.tensors
-        self.model: _native.PredictiveModel = profile.made["predictive"]
+        self.model = native_model(profile)  # which checks it
         self.layers: Sequence[Mapping[str, Any]] = profile.description["layers"]
         self.group, self.lanes = profile.description["group"], profile.description["lanes"]
         self.columns = [Columns.of(layer) for layer in self.layers]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -134,15 +134,10 @@ def rooms(fleet: Fleet, codec: CodecUse, block_tokens: int) -> list[float]:
     return found
 
 
-def prefill_seconds(model: PrefillModel, tokens: Any) -> Any:
-    """Seconds of prefills of so many tokens, for one number of them or an array; of none, 0."""
-    return model.a * tokens + model.b * tokens * tokens
-
-
 def gpus_needed(trace: Trace, prefill: PrefillModel) -> int:
     """The fewest GPUs that compute all prompts in the trace's time and are busy for
     `BUSY_AT_MOST` of it."""
-    seconds = float(prefill_seconds(prefill, trace.inputs).sum())
+    seconds = float(prefill.each(trace.inputs).sum())
     length = float(trace.seconds[-1]) if trace.requests else 0.0
     return max(math.ceil(seconds / length / BUSY_AT_MOST), 1) if length > 0 else 1
 

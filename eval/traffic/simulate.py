@@ -15,7 +15,7 @@ from kvzip.choice.cost import PrefillModel, pipeline_fill
 from kvzip.errors import KVZipError
 from kvzip.eval.results.traffic import Strategy
 from kvzip.eval.traffic.finding import Found, prompt_tokens
-from kvzip.eval.traffic.fleet import CodecUse, Fleet, prefill_seconds
+from kvzip.eval.traffic.fleet import CodecUse, Fleet
 from kvzip.eval.traffic.trace import Trace
 
 _HALVINGS = 24
@@ -92,12 +92,12 @@ def work(trace: Trace, found: Found, fleet: Fleet, codec: CodecUse) -> Work:
 def without_waiting(todo: Work, prefill: PrefillModel, strategy: Strategy) -> NDArray[np.float64]:
     """Seconds to each request's first token where requests come one at a time, [requests]: the
     closed form of `recompute` and `load`."""
-    whole: NDArray[np.float64] = prefill_seconds(prefill, todo.tokens)
+    whole: NDArray[np.float64] = prefill.each(todo.tokens)
     if strategy == "recompute":
         return whole
     if strategy != "load":
         raise KVZipError(f"strategy {strategy!r} has no closed form here: recompute and load have")
-    rest = whole - prefill_seconds(prefill, _reused(todo))
+    rest = whole - prefill.each(_reused(todo))
     return np.where(todo.found > 0, todo.load_seconds() + todo.decode, 0.0) + rest
 
 
@@ -162,10 +162,10 @@ class _Replay:
         self.waits = found.waits
         todo = work(trace, found, fleet, codec)
         self.prefill = fleet.prefill
-        whole = prefill_seconds(fleet.prefill, todo.tokens)
+        whole = fleet.prefill.each(todo.tokens)
         reused = _reused(todo)
         self.whole = whole.tolist()
-        self.rest = (whole - prefill_seconds(fleet.prefill, reused)).tolist()
+        self.rest = (whole - fleet.prefill.each(reused)).tolist()
         self.reused = reused.tolist()
         self.decode = todo.decode.tolist()
         self.latency, self.fill = todo.latency.tolist(), todo.fill.tolist()
@@ -241,7 +241,7 @@ class _Replay:
 
     def _compute(self, i: int, share: float) -> float:
         """Seconds in which a GPU computes the first of the found tokens, that share of them."""
-        return float(prefill_seconds(self.prefill, share * self.reused[i]))
+        return float(self.prefill.each(share * self.reused[i]))
 
     def _computed_meanwhile(self, i: int, now: float) -> float:
         """The share of found tokens that a GPU computes until it meets the load of the others."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -63,7 +63,10 @@ class PrefillModel(msgspec.Struct, frozen=True):
 
     def seconds(self, tokens: float) -> float:
         """Prefill time of so many tokens."""
-        tokens = number("tokens", tokens, zero=False)
+        return float(self.each(number("tokens", tokens, zero=False)))
+
+    def each(self, tokens: Any) -> Any:
+        """Seconds of prefills of so many tokens, for one number of them or an array; of none, 0."""
         return self.a * tokens + self.b * tokens * tokens
 
 
