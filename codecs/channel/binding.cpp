@@ -130,9 +130,9 @@ Table<std::uint32_t> entries(const PartTables& tables) {
 
 Table<std::uint32_t> channels(const PartTables& tables) {
   std::vector<std::uint32_t> found;
-  for (const Channel& channel : tables.channels()) {
-    found.push_back(channel.constant ? kConstantShape : channel.shape);
-    found.push_back(channel.constant ? channel.number : channel.base);
+  for (const DeviceChannel& channel : tables.device_channels()) {
+    found.push_back(channel.shape);
+    found.push_back(channel.number);
   }
   return table_of(std::move(found), 2);
 }

@@ -370,6 +370,16 @@ void Encoded::write(std::uint8_t* out) const {
   pad(std::size_t(out + size - p));
 }
 
+std::vector<DeviceChannel> PartTables::device_channels() const {
+  const std::vector<Channel>& channels = stored().channels;
+  std::vector<DeviceChannel> found(channels.size());
+  std::transform(channels.begin(), channels.end(), found.begin(), [](const Channel& channel) {
+    return channel.constant ? DeviceChannel{kConstantShape, channel.number}
+                            : DeviceChannel{channel.shape, channel.base};
+  });
+  return found;
+}
+
 bool PartTables::make_device_encoders(std::vector<DeviceEncoder>* out) const {
   const StoredTables& stored = this->stored();
   out->resize(stored.shapes.count());

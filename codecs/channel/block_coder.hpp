@@ -140,10 +140,11 @@ class PartTables {
   void find(const std::uint8_t* data, std::size_t size, std::size_t batch, std::size_t tokens,
             std::vector<Coded>* streams) const;
 
-  // What kernels look up when they decode, of each shape; what it makes of each channel is read.
+  // What kernels look up when they decode, of each shape.
   std::vector<Decoder> decoders() const;
-  const std::vector<Channel>& channels() const { return stored().channels; }
-  // The same for a GPU's encoder; returns false when a shape has more exponents than it takes.
+  // How each channel uses a shape, as a GPU reads it.
+  std::vector<DeviceChannel> device_channels() const;
+  // What a GPU's encoder looks up; returns false when a shape has more exponents than it takes.
   bool make_device_encoders(std::vector<DeviceEncoder>* out) const;
   // How a block of so many numbers is cut into streams.
   std::vector<Stream> streams(std::size_t batch, std::size_t tokens) const;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from kvzip.codecs.channel.gpu_rotation import Turning
 from kvzip.codecs.channel.profile import fields
 from kvzip.codecs.common.rotation import rotation_of
 from kvzip.codecs.native.cuda.device import Device, Kernel, Memory, Pinned, Stream, up
-from kvzip.codecs.native.cuda.work import Full, Slot, Target, Work
+from kvzip.codecs.native.cuda.work import Block, Full, Slot, Target, Work
 from kvzip.dtypes import DType
 from kvzip.errors import CorruptError
 
@@ -68,46 +69,47 @@ _PLACE = np.dtype(
 
 def decode(work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]) -> None:
     """As :meth:`kvzip.codec.Codec.decode_on_device`."""
-    order = np.argsort(blocks["part"], kind="stable")
-    blocks = blocks[order]
-    starts = np.flatnonzero(np.diff(blocks["part"], prepend=-1))
-    turning = Turning(work)
-    for begin, end in zip(starts, [*starts[1:], len(blocks)], strict=True):
-        mine = blocks[begin:end]
-        part = int(mine[0]["part"])
-        form, tables = contexts[part].dtype, contexts[part].tables
-        batch, heads, dim = work.shape(part)
-        try:
-            jobs, raw, unturned = _native.channel_jobs(
-                tables, mine.view(np.uint8), batch, heads, dim, form.itemsize
-            )
-            if len(jobs):
-                work.tables(part, *_tables(work, tables))
-        except ValueError as error:
-            raise CorruptError(str(error)) from None
+    if not len(blocks):
+        return
+    blocks = blocks[np.argsort(blocks["part"], kind="stable")]
+    rows = list(map(Block._make, blocks.tolist()))
+    begins: dict[int, int] = {}
+    for block in rows:
+        begins.setdefault(block.part, block.first)
+    parts = list(begins)
+    form = contexts[parts[0]].dtype  # of all, as a GPU decodes only such files
+    try:
+        jobs, raw, unturned, looked_up, places = _native.channel_jobs(
+            [contexts[part].tables for part in parts],
+            blocks.view(np.uint8),
+            np.array([work.shape(part) for part in parts], np.int64),
+            form.itemsize,
+        )
+    except ValueError as error:
+        raise CorruptError(str(error)) from None
+    if len(jobs):
+        at = work.put(looked_up, 256)
+        for part, (channels, tables) in zip(parts, places.tolist(), strict=True):
+            if channels >= 0:
+                work.tables(part, at + channels, at + tables)
         name = f"channel_decode_{_KERNELS[fields(form)]}"
         kernel = Kernel(_SOURCE, name, _SPACE, 32, shared=_SHARED)
         work.run(kernel, jobs.view(_JOB)[:, 0])
-        for block in mine[raw].tolist():
-            _, address, _, _, first, tokens, _ = block
-            strides = heads * tokens * dim, tokens * dim, dim
-            work.copy(form.itemsize, address + HEADER, strides, part, first, tokens)
-        if len(unturned):
-            rotation = rotation_of(contexts[part], dim)
-            if rotation is None or 2 * rotation.pairs > dim:
-                raise CorruptError("keys before RoPE, and nothing that says how they are turned")
-            start = contexts[part].start - int(mine[0]["first"])
-            turning.add(rotation, start, mine, unturned)
+    for n in raw:
+        _, heads, dim = work.shape(rows[n].part)
+        strides = heads * rows[n].tokens * dim, rows[n].tokens * dim, dim
+        source = rows[n].address + HEADER
+        work.copy(form.itemsize, source, strides, rows[n].part, rows[n].first, rows[n].tokens)
+    turning = Turning(work)
+    for part, some in groupby(unturned.tolist(), key=lambda found: rows[found[0]].part):
+        context, dim = contexts[part], work.shape(part)[2]
+        rotation = rotation_of(context, dim)
+        if rotation is None or 2 * rotation.pairs > dim:
+            raise CorruptError("keys before RoPE, and nothing that says how they are turned")
+        start = context.start - begins[part]
+        for n, rounding, exceptions in some:
+            turning.add(rotation, start, rows[n], rounding, exceptions)
     turning.run()
-
-
-def _tables(work: Any, tables: Any) -> tuple[int, int]:
-    """Where a part's channels and tables will be on the device. There is one shape at least, and
-    of a bucket what is its own stands beside what is another's."""
-    found = tables.entries()
-    entries = np.zeros((max(len(found), 1), 32, 2), np.uint32)
-    entries[: len(found)] = found.reshape(-1, 2, 32).swapaxes(1, 2)
-    return work.put(tables.channels()), work.put(entries, 256)
 
 
 # --- encoding --------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from kvzip.codecs import _native
 from kvzip.codecs.channel.blocks import HEADER
 from kvzip.codecs.common.rotation import is_side_by_side, is_wide
 from kvzip.codecs.native.cuda.device import Device, Kernel, Memory
-from kvzip.codecs.native.cuda.work import row_jobs
+from kvzip.codecs.native.cuda.work import Block, in_pieces
 
 _SOURCE, _SPACE = "channel/turn.cuh", "kvzip::channel"
 _TURN = np.dtype(
@@ -51,69 +51,70 @@ _KEPT_BYTES = 64 << 20
 """How much of a device's memory angles take up, about."""
 
 
+class _Keys(NamedTuple):
+    """Whose keys are turned, and how."""
+
+    part: int
+    rotation: _native.Rotation
+    rounding: int
+    start: int
+    """The position of the part's token 0."""
+
+
 class Turning:
     """What is to be turned once all blocks of a work are decoded."""
 
     def __init__(self, work: Any):
         self._work = work
-        self._turn: list[NDArray[Any]] = []
-        self._exceptions: list[NDArray[Any]] = []
+        self._runs: list[tuple[_Keys, int, int]] = []
+        """Tokens begin to end of a part; blocks that follow each other are one run."""
+        self._exceptions: list[tuple[int, ...]] = []
 
     def add(
-        self,
-        rotation: _native.Rotation,
-        start: int,
-        blocks: NDArray[Any],
-        found: NDArray[np.uint32],
+        self, rotation: _native.Rotation, start: int, block: Block, rounding: int, exceptions: int
     ) -> None:
-        """Blocks of one part, of which token 0 stands at the position `start`; `found`: which of
-        them hold keys before RoPE, how these are rounded, and how many exceptions there are."""
-        for n, rounding, exceptions in found.tolist():
-            block = blocks[n]
-            self._add_keys(rotation, start, block, rounding)
-            if not exceptions:
-                continue
-            jobs = np.zeros(-(-exceptions // _EXCEPTIONS), _EXCEPTION)
-            jobs["exceptions"] = block["address"] + np.uint64(HEADER)
-            jobs["first"] = np.arange(len(jobs)) * _EXCEPTIONS
-            jobs["count"] = np.minimum(_EXCEPTIONS, exceptions - jobs["first"])
-            for name, of in (("part", "part"), ("first_token", "first"), ("tokens", "tokens")):
-                jobs[name] = block[of]
-            jobs["pairs"], jobs["row"] = rotation.pairs, block["row"]
-            jobs["side_by_side"] = is_side_by_side(rounding)
-            self._exceptions.append(jobs)
+        """A block of keys before RoPE, rounded so, with so many exceptions; token 0 of its part
+        stands at the position `start`."""
+        _, address, _, part, first, tokens, row = block
+        keys, begin = _Keys(part, rotation, rounding, start), first
+        if self._runs and self._runs[-1][::2] == (keys, first):
+            begin = self._runs.pop()[1]
+        self._runs.append((keys, begin, first + tokens))
+        if exceptions:
+            pairs, beside = rotation.pairs, int(is_side_by_side(rounding))
+            job = address + HEADER, 0, exceptions, part, first, tokens, pairs, row, beside
+            self._exceptions.append(job)
 
-    def _add_keys(self, rotation: _native.Rotation, start: int, block: Any, rounding: int) -> None:
-        part, first, tokens = (int(block[name]) for name in ("part", "first", "tokens"))
-        batch, heads, _ = self._work.shape(part)
-        begin, end = start + first, start + first + tokens
-        each = max(1, _PAIRS // rotation.pairs)
-        together = max(1, _ANGLES // rotation.pairs)
-        while begin < end:
-            run, before = divmod(begin, together)
-            stop = min(end, begin - before + together)
-            angles = _angles(
-                self._work.device, rotation, run * together, together, is_wide(rounding)
-            )
-            self._work.hold(angles)
-            jobs = row_jobs(_TURN, batch * heads * (stop - begin), each)
-            jobs["angles"] = angles.address + before * angles.size // together
-            jobs["part"], jobs["first_token"] = part, begin - start
-            jobs["tokens"], jobs["pairs"] = stop - begin, rotation.pairs
-            jobs["rounding"] = rounding
-            self._turn.append(jobs)
-            begin = stop
+    def _turns(self) -> Iterator[tuple[int, ...]]:
+        """The jobs, each cut where its angles end."""
+        for (part, rotation, rounding, start), begin, end in self._runs:
+            batch, heads, _ = self._work.shape(part)
+            pairs, wide = rotation.pairs, is_wide(rounding)
+            together = max(1, _ANGLES // pairs)
+            while begin < end:
+                number, before = divmod(start + begin, together)
+                tokens = min(end - begin, together - before)
+                angles = _angles(self._work.device, rotation, number * together, together, wide)
+                self._work.hold(angles)
+                address = angles.address + before * angles.size // together
+                rows = batch * heads * tokens
+                yield address, part, begin, tokens, 0, rows, pairs, rounding, 0
+                begin += tokens
 
     def run(self) -> None:
         """Have it done after all that is to run already."""
-        if self._turn:
-            self._run("channel_turn", self._turn, "jobs", "count", "parts")
+        if self._runs:
+            jobs = np.array(list(self._turns()), _TURN)
+            jobs = in_pieces(jobs, np.maximum(1, _PAIRS // jobs["pairs"]))
+            self._run("channel_turn", jobs, "jobs", "count", "parts")
         if self._exceptions:
-            self._run("channel_exceptions", self._exceptions, "jobs", "count", "parts", "flags")
+            jobs = np.array(self._exceptions, _EXCEPTION)
+            jobs = in_pieces(jobs, np.full(len(jobs), _EXCEPTIONS), "first", "count")
+            self._run("channel_exceptions", jobs, "jobs", "count", "parts", "flags")
 
-    def _run(self, name: str, jobs: Sequence[NDArray[Any]], *arguments: str) -> None:
+    def _run(self, name: str, jobs: NDArray[Any], *arguments: str) -> None:
         self._work.then()
-        self._work.run(Kernel(_SOURCE, name, _SPACE, 128, 1, 1, 0, arguments), np.concatenate(jobs))
+        self._work.run(Kernel(_SOURCE, name, _SPACE, 128, 1, 1, 0, arguments), jobs)
 
 
 def _angles(

@@ -32,7 +32,7 @@ from kvzip.container.device_targets import (
     new_targets,
     paged_targets,
 )
-from kvzip.container.index import ALIGNMENT, Key, aligned
+from kvzip.container.index import ALIGNMENT, Key
 from kvzip.container.plan import Request
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError
 from kvzip.layout import KV, LayerLayout, Layout, Origin
@@ -40,8 +40,6 @@ from kvzip.layout import KV, LayerLayout, Layout, Origin
 PIECE = 16 << 20
 """Stored bytes that go together: enough for a link to be at full speed and for a GPU to be busy,
 and few enough that decoding begins early."""
-
-_ZEROS = bytes(ALIGNMENT)
 
 TOGETHER = 8192
 """Tokens whose blocks need each other and that go through the layers together: enough for a GPU to
@@ -266,32 +264,35 @@ class DeviceDecoding:
         """Put in stored bytes, parts and jobs of these rows. Blocks of which not all is wanted are
         decoded beside, and copied from there."""
         index = self.blocks.index
-        hosts, addresses = self._read(work, rows)
         blocks = np.zeros(len(rows), BLOCK)
-        blocks["host"], blocks["address"] = hosts, addresses
+        blocks["host"], blocks["address"] = self._read(work, rows)
         blocks["length"] = [index.length[row] for row in rows]
         blocks["tokens"] = [index.tokens[row] for row in rows]
         blocks["row"] = numbers
         contexts: dict[int, Context] = {}
-        whole: dict[Key, int] = {}
         apart: list[tuple[int, Target]] = []
-        part, first = blocks["part"], blocks["first"]
+        part, first = [], []
         scratch = dict(group.scratch)  # if there is too little room, all of this comes again
-        for n, row in enumerate(rows):
-            key = index.key[row]
-            if self._is_inside(row):
-                target = self.targets[key][0]
-                if key not in whole:
-                    whole[key] = work.part(target)
-                part[n], first[n] = whole[key], index.position[row] - target.first
-            else:
-                beside = self._beside(work, row)
-                part[n] = work.part(beside)
-                if key in self.targets:
-                    apart.append((row, beside))
-            of = int(part[n] if self._alone else numbers[n])
-            if of not in contexts:
-                contexts[of] = self.blocks.context(row, self._tables[key], {}, scratch)
+        for key, some in itertools.groupby(rows, key=index.key.__getitem__):
+            begin, end = self._inside(key)
+            whole: int | None = None
+            for row in some:
+                position = index.position[row]
+                if begin <= position and position + index.tokens[row] <= end:
+                    target = self.targets[key][0]
+                    whole = work.part(target) if whole is None else whole
+                    part.append(whole)
+                    first.append(position - target.first)
+                else:
+                    beside = self._beside(work, row)
+                    part.append(work.part(beside))
+                    first.append(0)
+                    if key in self.targets:
+                        apart.append((row, beside))
+                of = part[-1] if self._alone else int(numbers[len(part) - 1])
+                if of not in contexts:
+                    contexts[of] = self.blocks.context(row, self._tables[key], {}, scratch)
+        blocks["part"], blocks["first"] = part, first
         try:
             self.blocks.codec.decode_on_device(work, blocks, contexts)
         except (CorruptError, UnsupportedError):
@@ -304,18 +305,15 @@ class DeviceDecoding:
             end = index.position[row] + index.tokens[row]
             self._copy(work, index.key[row], beside.address, beside.strides, beside.first, end)
 
-    def _is_inside(self, row: int) -> bool:
-        """Whether there is place for all of a block where its part goes."""
-        index = self.blocks.index
-        if index.key[row] not in self.targets:
-            return False  # only others need it
-        target, *others = self.targets[index.key[row]]
-        begin = index.position[row] - target.first
-        inside = begin >= 0 and begin + index.tokens[row] <= target.shape[2]
+    def _inside(self, key: Key) -> tuple[int, int]:
+        """Between which positions there is place for whole blocks where their part goes."""
+        if key not in self.targets:
+            return 0, 0  # only others need it
+        target, *others = self.targets[key]
+        end = target.first + target.shape[2]
         if target.pages is None:
-            return inside
-        wanted = self.request.cuts[index.key[row][0]]
-        return inside and not others and index.position[row] >= wanted.first
+            return target.first, end
+        return (0, 0) if others else (max(target.first, self.request.cuts[key[0]].first), end)
 
     def _beside(self, work: Work, row: int) -> Target:
         """Memory for one block."""
@@ -349,42 +347,31 @@ class DeviceDecoding:
             row = source + (n * strides[0] * size if len(targets) > 1 else 0)
             work.copy(size, row, strides, work.part(target), begin - target.first, end - begin)
 
-    def _read(self, work: Work, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+    def _read(self, work: Work, rows: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Bring rows, and the tables of their parts, into the work; where they lie on the host and
         will on the device. Rows that follow each other in the file are read at once."""
         index = self.blocks.index
         needed: list[int] = []
-        for row in rows:
-            tables = index.tables_row(row)
-            if index.key[row] not in self._tables and tables not in needed:
-                needed.append(tables)
-            needed.append(row)
-        hosts: dict[int, int] = {}
-        addresses: dict[int, int] = {}
-        at = 0
-        while at < len(needed):
-            begin = end = index.offset[needed[at]]
-            ends = []
-            for row in needed[at:]:
-                if index.offset[row] != end:
-                    break
-                end += aligned(index.length[row])
-                ends.append(end)
-            stop = at + len(ends)
-            host, address = self._span(work, begin, end - begin)
-            data, base = host.data, host.ctypes.data
-            for row, row_end in zip(needed[at:stop], ends, strict=True):
-                place = index.offset[row] - begin
-                after = place + index.length[row]
-                hosts[row], addresses[row] = base + place, address + place
-                behind = bytes(data[after : row_end - begin])
-                is_tables = row == index.tables_row(row)
-                if behind != _ZEROS[: len(behind)]:  # as the CPU demands
-                    self._blame([row + 1 if is_tables else row])
-                if is_tables:
-                    self._load_tables(row, data[place:after])
-            at = stop
-        return [hosts[row] for row in rows], [addresses[row] for row in rows]
+        for key, some in itertools.groupby(rows, key=index.key.__getitem__):
+            if key not in self._tables:
+                needed.append(index.rows[key].start)
+            needed += some
+        places: dict[int, tuple[int, int]] = {}
+        for begin, length, run in index.runs(needed, self.blocks.source.size):
+            host, address = self._span(work, begin, length)
+            try:
+                stored = index.stored(host.data, begin, run, 0)
+            except ValueError:  # there are not zeros only between them, as the CPU demands
+                self._blame([row for row in rows if row in run or index.tables_row(row) in run])
+                raise
+            base = host.ctypes.data
+            for row in run:
+                before = index.offset[row] - begin
+                places[row] = base + before, address + before
+                if row == index.tables_row(row):
+                    self._load_tables(row, stored[row])
+        hosts, addresses = zip(*(places[row] for row in rows), strict=True)
+        return hosts, addresses
 
     def _load_tables(self, row: int, data: memoryview) -> None:
         key = self.blocks.index.key[row]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import xxhash
 
-from kvzip.codecs.native.cuda.work import BLOCK, Full, Slot, Target, Work
+from kvzip.codecs.native.cuda.work import BLOCK, Full, Slot, Target, Work, in_pieces
 
 
 def hashes(device, itemsize, targets, blocks):
@@ -74,3 +74,19 @@ def test_checksums_of_any_length(device, shuffled, room, itemsize, dim):
     torch.cuda.synchronize() if room.where == "cuda" else None
     for where in (device, shuffled):
         assert hashes(where, itemsize, targets, blocks) == expected
+
+
+def test_jobs_in_pieces_do_each_row_once():
+    rng = np.random.default_rng(0)
+    kind = np.dtype([("name", "<u4"), ("first_row", "<u4"), ("rows", "<u4")])
+    for count in (0, 1, 5):
+        jobs = np.zeros(count, kind)
+        jobs["name"], jobs["rows"] = np.arange(count), rng.integers(0, 40, count)
+        jobs["first_row"] = rng.integers(0, 3, count)
+        each = rng.integers(1, 12, count)
+        pieces = in_pieces(jobs, each)
+        assert (pieces["rows"] > 0).all()
+        assert (pieces["rows"] <= each[pieces["name"]]).all()
+        done = [(p["name"], p["first_row"] + n) for p in pieces for n in range(p["rows"])]
+        wanted = [(j["name"], j["first_row"] + n) for j in jobs for n in range(j["rows"])]
+        assert done == wanted

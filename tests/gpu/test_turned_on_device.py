@@ -21,7 +21,7 @@ from kvzip.codecs.channel import codec, gpu_rotation
 from kvzip.codecs.channel.blocks import UNTURNED
 from kvzip.codecs.channel.codec import ChannelCodec
 from kvzip.codecs.common.rotation import ROUNDINGS
-from kvzip.codecs.native.cuda.work import BLOCK, Slot, Target, Work
+from kvzip.codecs.native.cuda.work import Block, Slot, Target, Work
 from kvzip.container import on_device
 
 CODEC = "channel:keys=before_rope"
@@ -261,15 +261,14 @@ def test_numbers_of_any_size(device, shuffled, room, rounding):
 
 def turn(device, rotation, target, start, rounding):
     """Turns keys where they lie on a device."""
-    block = np.zeros(1, BLOCK)
-    block["tokens"] = target.shape[2]
+    block = Block(0, 0, 0, 0, 0, target.shape[2], 0)
     with device.current():
         slot, stream = Slot(device), device.stream()
         slot.grow(1 << 16)
         work = Work(slot, 0, 0)
         work.part(target)
         turning = gpu_rotation.Turning(work)
-        turning.add(rotation, start, block, np.array([[0, rounding, 0]], np.uint32))
+        turning.add(rotation, start, block, rounding, 0)
         turning.run()
         work.finish()
         work.start(stream, stream)

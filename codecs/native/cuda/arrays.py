@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, NamedTuple
 
@@ -147,7 +148,7 @@ def view_of(array: Any, device: Device, form: DType) -> View:
         strides = interface.get("strides")
         strides = None if strides is None else tuple(n // size for n in strides)
     if strides is None:
-        strides = tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape)))
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return _checked(View(address, shape, tuple(strides)), size, form)
 
 

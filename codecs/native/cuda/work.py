@@ -44,6 +44,19 @@ BLOCK = np.dtype(
 """A stored block: where its bytes lie on the host and on the device, and how many there are; its
 part, first token in the part, and tokens; and whose flag is its own."""
 
+
+class Block(NamedTuple):
+    """One of `BLOCK` as Python's own numbers."""
+
+    host: int
+    address: int
+    length: int
+    part: int
+    first: int
+    tokens: int
+    row: int
+
+
 _COPY = np.dtype(
     [
         ("source", "<u8"),
@@ -240,12 +253,9 @@ class Work:
         if not rows * dim:
             return
         each = max(1, _COPIED_BYTES // (dim * itemsize))
-        jobs = row_jobs(_COPY, rows, each)
-        jobs["source"], jobs["part"], jobs["first_token"] = source, part, first
-        jobs["batch_stride"], jobs["head_stride"], jobs["token_stride"] = strides
-        jobs["tokens"] = tokens
-        name = f"copy_{itemsize}"
-        self.run(Kernel("native/cuda/copy.cuh", name, "kvzip::cuda"), jobs)
+        job = np.array([(source, *strides, part, first, tokens, 0, rows, 0)], _COPY)
+        kernel = Kernel("native/cuda/copy.cuh", f"copy_{itemsize}", "kvzip::cuda")
+        self.run(kernel, in_pieces(job, np.array([each])))
 
     def checksums(self, itemsize: int, blocks: NDArray[Any]) -> None:
         """Have the XXH3-64 of each block's numbers, in C order, put where its row's is to be."""
@@ -253,13 +263,14 @@ class Work:
         for name, of in (("part", "part"), ("first_token", "first"), ("tokens", "tokens")):
             jobs[name] = blocks[of]
         jobs["row"] = blocks["row"]
-        tokens = [itemsize * math.prod(self.shape(int(part))) for part in blocks["part"]]
-        jobs["bytes"] = blocks["tokens"] * np.array(tokens, np.uint64)
+        of_token = [itemsize * math.prod(self.shape(part)) for part in range(len(self._parts))]
+        jobs["bytes"] = blocks["tokens"] * np.array(of_token, np.uint64)[blocks["part"]]
         source, space = "native/cuda/xxh3.cuh", "kvzip::cuda"
         arguments = ("jobs", "count", "parts", itemsize, "results")
         short = jobs["bytes"] <= _SHORT
-        self.run(Kernel(source, "xxh3_short", space, 32, 1, 1, 0, arguments), jobs[short])
-        jobs = jobs[~short]
+        if short.any():
+            self.run(Kernel(source, "xxh3_short", space, 32, 1, 1, 0, arguments), jobs[short])
+            jobs = jobs[~short]
         if not len(jobs):
             return
         pieces = -(-jobs["bytes"].astype(np.int64) // 1024)
@@ -312,12 +323,18 @@ class Work:
             self.device.launch(run, kernel, count, given | {"jobs": jobs, "count": count})
 
 
-def row_jobs(kind: np.dtype[Any], rows: int, each: int) -> NDArray[Any]:
-    """Jobs that do `each` rows of all, the last one those that are left; the rest of them zeros."""
-    jobs = np.zeros(-(-rows // each), kind)
-    jobs["first_row"] = np.arange(len(jobs)) * each
-    jobs["rows"] = np.minimum(each, rows - jobs["first_row"])
-    return jobs
+def in_pieces(
+    jobs: NDArray[Any], each: NDArray[Any], first: str = "first_row", count: str = "rows"
+) -> NDArray[Any]:
+    """Jobs cut into jobs of at most so many rows, of which the fields `first` and `count` say which
+    a job does: `each` has a number for each job."""
+    pieces = -(-jobs[count].astype(np.int64) // each)
+    found, most = np.repeat(jobs, pieces), np.repeat(each, pieces)
+    number = np.arange(len(found)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    before = (number * most).astype(found[first].dtype)
+    found[count] = np.minimum(most, found[count] - before)
+    found[first] += before
+    return found
 
 
 def bytes_at(host: int, length: int) -> memoryview:
