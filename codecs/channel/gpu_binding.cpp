@@ -11,6 +11,7 @@
 #include "channel/block_coder.hpp"
 #include "channel/device_jobs.hpp"
 #include "native/bindings.hpp"
+#include "native/cuda/stored_block.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -18,27 +19,17 @@ using namespace nb::literals;
 namespace kvzip::channel {
 namespace {
 
-// BLOCK of native/cuda/work.py.
-struct StoredBlock {
-  std::uint64_t host, address, length;
-  std::uint32_t part, first, tokens, row;
-};
+using cuda::StoredBlock;
 static_assert(sizeof(StoredBlock) == 40 && sizeof(StreamJob) == 48 && sizeof(DevicePart) == 80 &&
                   sizeof(TurnJob) == 40 && sizeof(ExceptionJob) == 40,
               "as Python has them");
 
-constexpr std::size_t kHeader = 16;
-
 // Whether a block's numbers are stored as they are. Throws std::invalid_argument when it is neither
 // that nor coded.
 bool is_raw(const StoredBlock& block, std::uint64_t numbers, std::size_t itemsize) {
-  const auto* const data = reinterpret_cast<const std::uint8_t*>(block.host);
   if (!block.length) throw std::invalid_argument("cut short");
-  if (data[0] != kRawBlock) return false;
-  if (block.length < kHeader || block.length - kHeader != numbers * itemsize)
-    throw std::invalid_argument("numbers of another size");
-  if (std::any_of(data, data + kHeader, [](std::uint8_t byte) { return byte != 0; }))
-    throw std::invalid_argument("its padding is not zeros");
+  if (block.bytes()[0] != kRawBlock) return false;
+  cuda::check_as_they_are(block, numbers * itemsize);
   return true;
 }
 
@@ -46,15 +37,6 @@ bool is_raw(const StoredBlock& block, std::uint64_t numbers, std::size_t itemsiz
 struct UnturnedBlock {
   std::uint32_t block, rounding, exceptions;
 };
-
-// Numbers of Python's own, a row each.
-template <typename U, typename Row>
-auto rows_of(std::vector<Row>&& rows) {
-  auto* const kept = new std::vector<Row>(std::move(rows));
-  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<Row>*>(p); });
-  return nb::ndarray<nb::numpy, U, nb::ndim<2>>(reinterpret_cast<U*>(kept->data()),
-                                                {kept->size(), sizeof(Row) / sizeof(U)}, owner);
-}
 
 // What Python tells of the parts that blocks are of: batch, heads, dim of each.
 using Shapes = nb::ndarray<const std::int64_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
@@ -86,8 +68,7 @@ class Jobs {
         continue;
       }
       if (!tables) throw std::invalid_argument("neither raw nor coded");
-      const auto* const bytes = reinterpret_cast<const std::uint8_t*>(block.host);
-      const std::uint8_t* coded = bytes;
+      const std::uint8_t *const bytes = block.bytes(), *coded = bytes;
       auto size = std::size_t(block.length);
       if (bytes[0] == kUnturnedBlock) {
         const Unturned found(bytes, size);
@@ -158,9 +139,7 @@ nb::tuple jobs_of(const std::vector<nb::object>& tables, nb::handle blocks, cons
     parts.push_back(part.is_none() ? nullptr : nb::cast<const PartTables*>(part));
   if (shapes.shape(0) != parts.size()) throw std::out_of_range("want a shape of each part");
   Views views;
-  const Py_buffer& view = views.add(blocks, PyBUF_SIMPLE);
-  std::vector<StoredBlock> stored(std::size_t(view.len) / sizeof(StoredBlock));
-  if (!stored.empty()) std::memcpy(stored.data(), view.buf, stored.size() * sizeof(StoredBlock));
+  const std::vector<StoredBlock> stored = records_of<StoredBlock>(&views, blocks);
   Jobs jobs;
   {
     nb::gil_scoped_release released;

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from kvzip.codecs import _native
 from kvzip.codecs.channel.blocks import HEADER
+from kvzip.codecs.common.device_angles import Kind, angles
 from kvzip.codecs.common.rotation import is_side_by_side, is_wide
-from kvzip.codecs.native.cuda.device import Device, Kernel, Memory
+from kvzip.codecs.native.cuda.device import Kernel
 from kvzip.codecs.native.cuda.work import Block, in_pieces
 
 _SOURCE, _SPACE = "channel/turn.cuh", "kvzip::channel"
@@ -44,11 +45,6 @@ _EXCEPTION = np.dtype(
 """`TurnJob` and `ExceptionJob` of device_jobs.hpp."""
 _PAIRS, _EXCEPTIONS = 8192, 1024
 """What one block of threads does."""
-_ANGLES = 1 << 16
-"""Pairs' angles that are brought to a device together, those of positions that follow each
-other."""
-_KEPT_BYTES = 64 << 20
-"""How much of a device's memory angles take up, about."""
 
 
 class _Keys(NamedTuple):
@@ -89,17 +85,13 @@ class Turning:
         """The jobs, each cut where its angles end."""
         for (part, rotation, rounding, start), begin, end in self._runs:
             batch, heads, _ = self._work.shape(part)
-            pairs, wide = rotation.pairs, is_wide(rounding)
-            together = max(1, _ANGLES // pairs)
+            kind = Kind(rotation, is_wide(rounding), floats=False)
             while begin < end:
-                number, before = divmod(start + begin, together)
-                tokens = min(end - begin, together - before)
-                angles = _angles(self._work.device, rotation, number * together, together, wide)
-                self._work.hold(angles)
-                address = angles.address + before * angles.size // together
-                rows = batch * heads * tokens
-                yield address, part, begin, tokens, 0, rows, pairs, rounding, 0
-                begin += tokens
+                found = angles(self._work.device, kind, start + begin, end - begin)
+                self._work.hold(found.memory)
+                place, rows = (part, begin, found.positions), batch * heads * found.positions
+                yield found.address, *place, 0, rows, rotation.pairs, rounding, 0
+                begin += found.positions
 
     def run(self) -> None:
         """Have it done after all that is to run already."""
@@ -115,32 +107,3 @@ class Turning:
     def _run(self, name: str, jobs: NDArray[Any], *arguments: str) -> None:
         self._work.then()
         self._work.run(Kernel(_SOURCE, name, _SPACE, 128, 1, 1, 0, arguments), jobs)
-
-
-def _angles(
-    device: Device, rotation: _native.Rotation, first: int, positions: int, wide: bool
-) -> Memory:
-    """The angles of positions from `first` on, on a device, bf16 or float32 [positions, 2, pairs]:
-    brought there when they are first asked for, and kept until others need the room."""
-    kept: dict[tuple[_native.Rotation, int, bool], Memory] = device.cache.setdefault("angles", {})
-    found = kept.pop((rotation, first, wide), None)
-    if found is None:
-        angles_of = rotation.wide_angles_of if wide else rotation.angles_of
-        angles = angles_of(first, positions).reshape(-1).view(np.uint8)
-        while kept and sum(memory.size for memory in kept.values()) + angles.size > _KEPT_BYTES:
-            del kept[next(iter(kept))]
-        found = _brought(device, angles)
-    kept[rotation, first, wide] = found  # what was asked for last stands last
-    return found
-
-
-def _brought(device: Device, data: NDArray[np.uint8]) -> Memory:
-    """Bytes in memory of a device's, there when this returns."""
-    stream = device.cache.get("angles' stream")
-    if stream is None:
-        stream = device.cache["angles' stream"] = device.stream()
-    memory, pinned = device.allocate(data.size), device.pinned(data.size)
-    pinned.array[:] = data
-    device.upload(stream, memory.address, pinned.address, data.size)
-    device.synchronize(device.record(stream))
-    return memory

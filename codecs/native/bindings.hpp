@@ -2,8 +2,11 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 
+#include <cstring>
 #include <deque>
+#include <vector>
 
 #include "native/float_environment.hpp"
 
@@ -39,6 +42,25 @@ class Views {
   std::deque<Py_buffer> views_;
 };
 
+// A copy of a buffer's records.
+template <typename Record>
+std::vector<Record> records_of(Views* views, nanobind::handle object) {
+  const Py_buffer& view = views->add(object, PyBUF_SIMPLE);
+  std::vector<Record> found(std::size_t(view.len) / sizeof(Record));
+  if (!found.empty()) std::memcpy(found.data(), view.buf, found.size() * sizeof(Record));
+  return found;
+}
+
+// Numbers of Python's own, a row each.
+template <typename U, typename Row>
+auto rows_of(std::vector<Row>&& rows) {
+  auto* const kept = new std::vector<Row>(std::move(rows));
+  const nanobind::capsule owner(kept,
+                                [](void* p) noexcept { delete static_cast<std::vector<Row>*>(p); });
+  return nanobind::ndarray<nanobind::numpy, U, nanobind::ndim<2>>(
+      reinterpret_cast<U*>(kept->data()), {kept->size(), sizeof(Row) / sizeof(U)}, owner);
+}
+
 void bind_bf16_products(nanobind::module_& m);
 void bind_index(nanobind::module_& m);
 void bind_json(nanobind::module_& m);
@@ -58,4 +80,5 @@ void bind_gpu(nanobind::module_& m);
 }  // namespace kvzip::channel
 namespace kvzip::predictive {
 void bind(nanobind::module_& m);
-}
+void bind_gpu(nanobind::module_& m);
+}  // namespace kvzip::predictive

@@ -75,4 +75,5 @@ NB_MODULE(_native, m) {
   kvzip::channel::bind(m);
   kvzip::channel::bind_gpu(m);
   kvzip::predictive::bind(m);
+  kvzip::predictive::bind_gpu(m);
 }

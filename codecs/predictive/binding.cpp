@@ -217,20 +217,9 @@ double least_bits(const Numbers<const T>& a, int exponent_bits, int mantissa_bit
       std::min(counted, a.shape(2)));
 }
 
-// The states that a token range begins with, and how many bytes they take up.
-nb::tuple first_states(const Array<std::uint8_t>& data, std::size_t count) {
-  Span<std::uint8_t> left = span(data);
-  std::vector<std::uint64_t> states;
-  if (!unpack_states(&left, count, &states))
-    throw std::invalid_argument("states that make no sense");
-  return nb::make_tuple(nb::bytes(reinterpret_cast<const char*>(states.data()), 8 * count),
-                        data.size() - left.size);
-}
-
 }  // namespace
 
 void bind(nb::module_& m) {
-  m.def("predictive_states", &first_states, "data"_a, "count"_a);
   m.def("bits_by_channel", &least_bits<std::uint8_t>, "numbers"_a, "exponent_bits"_a,
         "mantissa_bits"_a, "counted"_a = kMostTokens);
   m.def("bits_by_channel", &least_bits<std::uint16_t>, "numbers"_a, "exponent_bits"_a,

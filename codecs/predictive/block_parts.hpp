@@ -15,9 +15,10 @@ namespace kvzip::predictive {
 
 constexpr std::size_t kHeaderBytes = 16;
 constexpr std::size_t kCountsAt = 8;  // in the header: where counts begin, which go on elsewhere
-// The first byte of a block that is predicted. Those of kind 1 had counts of two bytes; of kind 4
-// some pairs are as they were before RoPE, of which the third byte says how it rounds.
-constexpr std::uint8_t kPredicted = 3, kUnturned = 4;
+// The first byte of a block: of numbers as they are, of one that `channel` codes, and of one that
+// is predicted. Those of kind 1 had counts of two bytes; of kind 4 some pairs are as they were
+// before RoPE, of which the third byte says how it rounds.
+constexpr std::uint8_t kRaw = 0, kByChannel = 2, kPredicted = 3, kUnturned = 4;
 constexpr int kMostCountBits = 17;
 
 inline std::size_t round16(std::size_t n) { return (n + 15) / 16 * 16; }

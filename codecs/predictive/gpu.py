@@ -4,33 +4,29 @@ and parts one after the other. What ranges take along from part to part stays on
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codec import Context
 from kvzip.codecs import _native
-from kvzip.codecs.common.rotation import is_side_by_side, is_wide, rounds_products
-from kvzip.codecs.native.cuda.device import Kernel, Memory, up
-from kvzip.codecs.native.cuda.work import bytes_at
+from kvzip.codecs.common.device_angles import Kind, all_angles
+from kvzip.codecs.common.rotation import is_side_by_side, is_wide, rotation_of
+from kvzip.codecs.native.cuda.device import Kernel, Memory
+from kvzip.codecs.native.cuda.work import Block, bytes_at
 from kvzip.codecs.predictive.codec import (
-    CHANNEL,
-    CODED,
     HEADER,
-    RAW,
-    UNTURNED,
     by_channel,
     channel_on_device,
     check_known,
     entries,
-    section,
 )
 from kvzip.codecs.predictive.gpu_model import LayerOnDevice, ModelOnDevice, on_device, shared_bytes
-from kvzip.codecs.predictive.rotation import Rotations, pairs_of
+from kvzip.codecs.predictive.rotation import pairs_of
 from kvzip.errors import CorruptError
 from kvzip.layout import KV
 
@@ -67,7 +63,27 @@ _JOB = np.dtype(
     ]
 )
 """`RangeJob` of device_jobs.hpp."""
-_MOST_COUNT_BITS = 17
+_RANGE = np.dtype(
+    [
+        ("position", "<u8"),
+        ("inputs", "<u8"),
+        ("residual", "<u8"),
+        ("products", "<u8"),
+        ("energy", "<u8"),
+        ("states", "<u8"),
+        ("regions", "<u8"),
+        ("at", "<u8"),
+        ("tiles", "<u8"),
+        ("entries", "<u8"),
+        ("rows", "<u4"),
+        ("tokens", "<u4"),
+        ("next_part", "<u4"),
+        ("predicted", "<u4"),
+        ("coded", "<u4"),
+        ("reserved", "<u4"),
+    ]
+)
+"""`DeviceRange` of device_ranges.hpp."""
 _TILE = 32
 _CHAIN_WARPS = 8
 """Warps of a block, at most, that decode; up to four more multiply."""
@@ -76,220 +92,220 @@ _LEAST_SHARED = 99 << 10
 """Shared memory that a block may have, by compute capability, and of all others."""
 
 
-class _Range(NamedTuple):
-    """A token range on its way through the layers."""
+class _Ranges:
+    """Token ranges on their way through the layers."""
 
-    shape: tuple[int, int]
-    """Rows of the batch, and tokens of each."""
-    position: int
-    entries: NDArray[np.int32]
-    """Of each token its row in the layers' tables, or -1."""
-    memory: Mapping[str, int]
-    """Addresses on the device, by the names of `RangeJob`; nothing when no more can be predicted:
-    a part did not follow the one before it."""
-    owner: Memory | None
-    next_part: int = 0
-    coded: bool = False
-    """Whether there are states of rANS."""
+    def __init__(self) -> None:
+        self.places: dict[int, int] = {}
+        """Which of `states` a range has, by the position behind its last token."""
+        self.states = np.zeros(0, _RANGE)
+        self.entries: list[NDArray[np.int32]] = []
+        """Of each range's tokens the rows in the layers' tables, or -1."""
+        self.owners: list[Memory] = []
 
-    @property
-    def tokens(self) -> int:
-        return self.shape[0] * self.shape[1]
+    def copy(self) -> _Ranges:
+        """The same, to go on with; what is on the device is shared."""
+        found = _Ranges()
+        found.places, found.states = dict(self.places), self.states.copy()
+        found.entries, found.owners = list(self.entries), list(self.owners)
+        return found
 
 
 def decode(work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]) -> None:
     """As :meth:`kvzip.codec.Codec.decode_on_device`."""
     if not len(blocks):
         return
-    any_context = next(iter(contexts.values()))
+    rows = list(map(Block._make, blocks.tolist()))
+    any_context = contexts[rows[0].row]
     profile = any_context.profile
     model = None if profile is None else on_device(work.device, profile)
-    ranges: dict[int, _Range] = dict(any_context.scratch.get("predictive", {}))
-    angles: dict[tuple[Any, ...], int] = {}
-    found = [(contexts[int(block["row"])], block) for block in blocks]
-    for (layer, part), some in groupby(found, key=lambda f: (f[0].layer, f[0].part)):
-        step = _Step(work, model, ranges, layer, KV.index(part), angles)
-        for context, block in some:
-            step.add(block, context)
-        step.run()
+    ranges = any_context.scratch.get("predictive", _Ranges()).copy()
+    steps: list[tuple[Context, list[int]]] = []
+    at = 0
+    for _, same in groupby(rows, key=attrgetter("part")):
+        some = list(same)
+        context = contexts[some[0].row]
+        start = context.start - some[0].first
+        ends = [start + block.first + block.tokens for block in some]
+        if steps and (steps[-1][0].layer, steps[-1][0].part) == (context.layer, context.part):
+            steps[-1][1].extend(ends)
+        else:
+            steps.append((context, ends))
+    for context, ends in steps:
+        step = _Step(work, model, ranges, context)
+        step.run(blocks[at : at + len(ends)], rows[at : at + len(ends)], ends, contexts)
+        at += len(ends)
     any_context.scratch["predictive"] = ranges
-    for found_range in ranges.values():
-        if found_range.owner is not None:
-            work.hold(found_range.owner)
+    for owner in ranges.owners:
+        work.hold(owner)
 
 
 class _Step:
-    """All blocks of one part of one layer."""
+    """All blocks of one part of one layer, which `context` is of."""
 
-    def __init__(
-        self,
-        work: Any,
-        model: ModelOnDevice | None,
-        ranges: dict[int, _Range],
-        layer: int,
-        part: int,
-        angles: dict[tuple[Any, ...], int],
-    ):
-        self.work, self.ranges, self._angles = work, ranges, angles
+    def __init__(self, work: Any, model: ModelOnDevice | None, ranges: _Ranges, context: Context):
+        self.work, self.ranges, self.context = work, ranges, context
         self.model = model or ModelOnDevice([], 2, 1, 1, 0, 0, [])
-        self.layer, self.part = layer, part
-        self._jobs: list[NDArray[Any]] = []
-        self._by_channel: list[Any] = []
-        self._tables: dict[int, tuple[memoryview, Context]] = {}
-        self._itemsize = 0
-        self._kernel = ""
+        self.part = KV.index(context.part)
+        self._itemsize = context.dtype.itemsize
 
-    # --- blocks ----------------------------------------------------------------------------
-
-    def add(self, block: Any, context: Context) -> None:
-        """Look at a block: what kind it is, and whether its sections fit it. Raises
+    def run(
+        self,
+        blocks: NDArray[Any],
+        rows: Sequence[Block],
+        ends: Sequence[int],
+        contexts: Mapping[int, Context],
+    ) -> None:
+        """Have these blocks decoded: what needs nothing, and then what is predicted, step by step.
+        `rows` are the same blocks; `ends`, the position behind the last token of each. Raises
         CorruptError, or UnsupportedError for one that only a later version knows."""
-        form, tokens = context.dtype, int(block["tokens"])
-        self._itemsize = form.itemsize
-        self._kernel = "bf16" if form.bits == 32 else form.name
-        batch, heads, dim = self.work.shape(int(block["part"]))
-        shape = batch, heads, tokens, dim
-        numbers = math.prod(shape)
-        data = bytes_at(int(block["host"]), int(block["length"]))
-        check_known(bytes(data[:HEADER]))
-        if len(data) < HEADER or (any(data[1:HEADER]) and data[0] == RAW):
-            raise CorruptError("a block of unknown kind")
-        end = context.start + tokens
-        before = self._followed(end, (batch, tokens), context)
-        kind, here = data[0], int(block["address"])
-        job, now = None, before._replace(next_part=before.next_part + 1)
-        if before.memory:
-            if self._lacks(heads, dim):
-                raise CorruptError("the profile is of another model")
-            job = self._job(block, before)
-        if kind in (CODED, UNTURNED) and job is not None:
-            low = 2 * numbers if form.bits == 32 else 0
-            at = HEADER + section(data[HEADER:], low)
-            job["low"] = here + HEADER
-            if not before.coded:
-                states, size = _states(data[at:], before.tokens * self.model.lanes)
-                job["first_states"] = self.work.put(states, 16)
-                at += size
-                now = now._replace(coded=True)
-            job["header"], job["counts"], job["bytes"] = here, here + at, len(data) - at
-            job["ends"] = before.next_part + 1 == 2 * len(self.model.layers)
-            if kind == UNTURNED:
-                job["rounds_products"] = rounds_products(data[2])
-                job["rotation"] = self._rotation(context, shape, data[2])
-            if data[1] > _MOST_COUNT_BITS or (kind == CODED and data[2]) or data[3]:
-                raise CorruptError("counts of words that make no sense")
-            if not before.tokens and (len(data) > at or any(data[1:HEADER])):
-                raise CorruptError("words of no token")
-        elif kind == RAW:
-            if len(data) - HEADER != numbers * form.itemsize:
-                raise CorruptError("numbers of another size")
-            strides = heads * tokens * dim, tokens * dim, dim
-            part, first = int(block["part"]), int(block["first"])
-            self.work.copy(form.itemsize, here + HEADER, strides, part, first, tokens)
-        elif kind == CHANNEL:
-            self._add_by_channel(block, data, context)
-        else:
+        work, shape = self.work, self.work.shape(rows[0].part)
+        layer = self._layer(shape[1:])
+        self._begin(rows, ends, shape[0], contexts)
+        which = [self.ranges.places[end] for end in ends]
+        if layer is not None and layer.has_table:
+            self._put_entries(which)
+        try:
+            found, raw, plain, unknown, unturned, states, begun = _native.predictive_jobs(
+                blocks.view(np.uint8),
+                np.array(which, np.int64),
+                self.ranges.states.view(np.uint8),
+                2 * self.context.layer + self.part,
+                shape,
+                self._itemsize,
+                0 if layer is None else layer.address,
+                self.model.lanes,
+                1 if layer is None else layer.regions,
+                self.context.layer + 1 == len(self.model.layers) and self.part == 1,
+            )
+        except ValueError as error:
+            raise CorruptError(str(error)) from None
+        for n in unknown:
+            check_known(bytes(bytes_at(rows[n].host, min(rows[n].length, HEADER))))
             raise CorruptError("a block of unknown kind, or one that nothing predicts")
-        self.ranges[end] = now
-        if job is not None and before.tokens:
-            self._jobs.append(job)
+        for n in raw:
+            source, tokens = rows[n].address + HEADER, rows[n].tokens
+            strides = shape[1] * tokens * shape[2], tokens * shape[2], shape[2]
+            work.copy(self._itemsize, source, strides, rows[n].part, rows[n].first, tokens)
+        self._by_channel(blocks[plain], [rows[n] for n in plain], contexts)
+        jobs = found.view(_JOB)[:, 0]
+        if len(begun):
+            jobs["first_states"][begun] += np.uint64(work.put(states, 16))
+        if len(unturned):
+            self._turn(jobs, unturned.tolist(), rows, ends)
+        if len(jobs):
+            assert layer is not None
+            if not self.part:
+                self._predict(jobs, layer)
+            work.then()
+            work.run(self._chain(jobs, layer), jobs)
+        work.then()
 
-    def _rotation(self, context: Context, shape: tuple[int, ...], rounding: int) -> int:
-        """Where the device finds what turned a block's keys. Raises CorruptError."""
-        pairs, wide = pairs_of(context.profile.tensors, self.layer), is_wide(rounding)
-        name = context.part, context.start, shape[2], context.rope, shape[3], pairs, wide
-        if name not in self._angles:
-            angles = Rotations().of(context, shape, wide)
-            if angles is None or angles.shape[2] != pairs:
-                raise CorruptError("pairs before RoPE, and nothing that says how they are turned")
-            self._angles[name] = self.work.put(angles)
-        if is_side_by_side(rounding) != self.model.layers[self.layer].side_by_side:
-            raise CorruptError("pairs before RoPE that are not the profile's")
-        return self._angles[name]
+    def _layer(self, shape: tuple[int, int]) -> LayerOnDevice | None:
+        """The profile's layer, if it has such a part."""
+        layers, at = self.model.layers, self.context.layer
+        return layers[at] if at < len(layers) and layers[at].shapes[self.part] == shape else None
 
-    def _add_by_channel(self, block: Any, data: memoryview, context: Context) -> None:
-        if any(data[1:HEADER]):
-            raise CorruptError("a block of unknown kind")
-        tables, rest = by_channel(data)
-        coded, before = block.copy(), np.uint64(len(data) - len(rest))
-        for name in ("host", "address"):
-            coded[name] += before
-        coded["length"] -= before
-        self._by_channel.append(coded)
-        self._tables[int(block["row"])] = tables, context
+    def _begin(
+        self,
+        rows: Sequence[Block],
+        ends: Sequence[int],
+        batch: int,
+        contexts: Mapping[int, Context],
+    ) -> None:
+        """Make the ranges that these blocks are the first of. At the first part of all they get
+        memory, in one piece; those that begin later cannot be predicted."""
+        known = self.ranges.places
+        new = [n for n, end in enumerate(ends) if end not in known]
+        if not new:
+            return
+        states = np.zeros(len(new), _RANGE)
+        states["rows"], states["tokens"] = batch, [rows[n].tokens for n in new]
+        states["position"] = [ends[n] - rows[n].tokens for n in new]
+        states["next_part"] = 2 * self.context.layer + self.part
+        if self.model.layers and not states["next_part"][0]:
+            states["predicted"] = 1
+            self._give_memory(states)
+        for n in new:
+            known[ends[n]] = len(known)
+            context, tokens = contexts[rows[n].row], batch * rows[n].tokens
+            tensors = {} if context.profile is None else context.profile.tensors
+            self.ranges.entries.append(entries(tensors, context.token_ids, tokens))
+        self.ranges.states = np.concatenate([self.ranges.states, states])
 
-    def _followed(self, end: int, shape: tuple[int, int], context: Context) -> _Range:
-        """The token range that a block is of, if it goes on with it; else one without memory."""
-        number = 2 * self.layer + self.part
-        found = self.ranges.get(end)
-        if found is None:
-            found = _Range(shape, context.start, np.empty(0, np.int32), {}, None)
-            if number == 0 and self.model.layers:
-                found = self._begun(found, context)
-        if found.next_part != number or found.shape != shape:
-            found = found._replace(memory={}, shape=shape)
-        return found._replace(next_part=number)
-
-    def _begun(self, found: _Range, context: Context) -> _Range:
-        """A range with memory of its own."""
-        model, tokens = self.model, found.tokens
-        regions = max((layer.regions for layer in model.layers), default=1)
-        tiles = _most_tiles(tokens, regions)
-        columns = max((layer.columns for layer in model.layers), default=0)
-        residual = max((layer.residual_bytes for layer in model.layers), default=0)
+    def _give_memory(self, states: NDArray[Any]) -> None:
+        model = self.model
+        layers, tokens = model.layers, states["rows"].astype(np.int64) * states["tokens"]
+        regions = max(layer.regions for layer in layers)
+        tiles = np.array([_most_tiles(n, regions) for n in tokens.tolist()])
         sizes = {
             "inputs": tokens * model.row_bytes,
-            "residual": tiles * _TILE * residual,
-            "products": tiles * columns * _TILE * 4,
+            "residual": tiles * (_TILE * max(layer.residual_bytes for layer in layers)),
+            "products": tiles * (max(layer.columns for layer in layers) * _TILE * 4),
             "energy": 4 * tokens,
             "states": 8 * tokens * model.lanes,
             "regions": tokens,
             "at": 4 * tokens,
             "tiles": 16 + 16 * tiles,
         }
-        ends = np.cumsum([up(size, 256) for size in sizes.values()]).tolist()
-        memory = self.work.device.allocate(ends[-1])
-        starts = [memory.address + at for at in (0, *ends[:-1])]
-        own = entries(context.profile.tensors, context.token_ids, tokens)
-        addresses = dict(zip(sizes, starts, strict=True))
-        return found._replace(entries=own, memory=addresses, owner=memory)
+        total = 0
+        for name, size in sizes.items():
+            ends = np.cumsum(-(-size // 256) * 256)
+            states[name] = total + np.concatenate([[0], ends[:-1]])
+            total += int(ends[-1])
+        memory = self.work.device.allocate(total)
+        for name in sizes:
+            states[name] += np.uint64(memory.address)
+        self.ranges.owners.append(memory)
 
-    def _lacks(self, heads: int, dim: int) -> bool:
-        """Whether the profile has no such part."""
-        layers = self.model.layers
-        return self.layer >= len(layers) or layers[self.layer].shapes[self.part] != (heads, dim)
+    def _put_entries(self, which: Sequence[int]) -> None:
+        """Have the rows that tokens have in tables on the device."""
+        found = [self.ranges.entries[n] for n in which]
+        at = self.work.put(np.concatenate(found))
+        for n, own in zip(which, found, strict=True):
+            self.ranges.states["entries"][n] = at
+            at += own.nbytes
 
-    # --- jobs ------------------------------------------------------------------------------
+    def _turn(
+        self,
+        jobs: NDArray[Any],
+        unturned: Sequence[tuple[int, int, int]],
+        rows: Sequence[Block],
+        ends: Sequence[int],
+    ) -> None:
+        """Tell jobs where the device finds what turned their keys; of each its number, that of its
+        block, and how keys are rounded. Raises CorruptError."""
+        context, dim = self.context, self.work.shape(rows[0].part)[2]
+        rotation = rotation_of(context, dim)
+        if rotation is None or rotation.pairs != pairs_of(context.profile.tensors, context.layer):
+            raise CorruptError("pairs before RoPE, and nothing that says how they are turned")
+        for job, n, rounding in unturned:
+            if is_side_by_side(rounding) != self.model.layers[context.layer].side_by_side:
+                raise CorruptError("pairs before RoPE that are not the profile's")
+            if job < len(jobs):  # one without tokens has no job
+                kind, tokens = Kind(rotation, is_wide(rounding), floats=True), rows[n].tokens
+                found = all_angles(self.work.device, kind, ends[n] - tokens, tokens)
+                self.work.hold(found.memory)
+                jobs["rotation"][job] = found.address
 
-    def _job(self, block: Any, of: _Range) -> NDArray[Any]:
-        layer = self.model.layers[self.layer]
-        job = np.zeros(1, _JOB)
-        for name, address in of.memory.items():
-            job[name] = address
-        if layer.regions == 1:
-            job["at"] = 0
-        if layer.has_table and of.tokens:
-            job["entries"] = self.work.put(of.entries)
-        job["layer"], job["position"] = layer.address, of.position
-        job["tokens"], job["row_tokens"] = of.tokens, of.shape[1]
-        job["part"], job["first_token"] = block["part"], block["first"]
-        job["values"], job["begins"] = self.part, of.next_part == 0
-        job["row"] = block["row"]
-        return job
-
-    def run(self) -> None:
-        """Have everything run: what needs nothing, and then what is predicted, step by step."""
-        work = self.work
-        if self._by_channel:
-            channel_on_device(work, np.array(self._by_channel), self._tables)
-        if self._jobs:
-            jobs = np.concatenate(self._jobs)
-            layer = self.model.layers[self.layer]
-            if not self.part:
-                self._predict(jobs, layer)
-            work.then()
-            work.run(self._chain(jobs, layer), jobs)
-        work.then()
+    def _by_channel(
+        self, blocks: NDArray[Any], rows: Sequence[Block], contexts: Mapping[int, Context]
+    ) -> None:
+        """Have blocks decoded that `channel` coded."""
+        if not len(blocks):
+            return
+        tables = {}
+        for block, row in zip(blocks, rows, strict=True):
+            data = bytes_at(row.host, row.length)
+            if any(data[1:HEADER]):
+                raise CorruptError("a block of unknown kind")
+            stored, rest = by_channel(data)
+            before = np.uint64(len(data) - len(rest))
+            for name in ("host", "address"):
+                block[name] += before
+            block["length"] -= before
+            tables[row.row] = stored, contexts[row.row]
+        channel_on_device(self.work, blocks, tables)
 
     def _tiles(self, jobs: NDArray[Any], layer: LayerOnDevice) -> int:
         """Tiles of a range, at most."""
@@ -327,7 +343,8 @@ class _Step:
         blocks = self._tiles(jobs, layer)
         arguments = ("jobs", "count", "parts", "flags", blocks, warps, self._itemsize, int(fits))
         threads = 32 * (warps + beside)
-        name = f"predictive_chain_{self._kernel}"
+        form = self.context.dtype
+        name = f"predictive_chain_{'bf16' if form.bits == 32 else form.name}"
         return Kernel("predictive/chain.cuh", name, _SPACE, threads, 1, blocks, shared, arguments)
 
 
@@ -341,13 +358,3 @@ def _most_tiles(tokens: int, regions: int) -> int:
     if regions == 1:
         return -(-tokens // _TILE)
     return min(tokens, tokens // _TILE + regions)
-
-
-def _states(data: memoryview, count: int) -> tuple[NDArray[np.uint64], int]:
-    """The states that a token range begins with, and how many bytes they take up. Raises
-    CorruptError."""
-    try:
-        states, size = _native.predictive_states(np.frombuffer(data, np.uint8), count)
-    except ValueError as error:
-        raise CorruptError(str(error)) from None
-    return np.frombuffer(states, np.uint64), size

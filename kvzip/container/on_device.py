@@ -106,6 +106,20 @@ class DeviceSnapshot:
         return [(layer.k, layer.v) for layer in self.layers]
 
 
+class _Contexts(dict[int, Context]):
+    """Contexts by the numbers of parts; or of blocks, each made when it is first asked for."""
+
+    def __init__(self, make: Callable[[int], Context] | None = None):
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, number: int) -> Context:
+        if self._make is None:
+            raise KeyError(number)
+        found = self[number] = self._make(number)
+        return found
+
+
 # --- decoding ----------------------------------------------------------------------------------
 
 
@@ -269,10 +283,14 @@ class DeviceDecoding:
         blocks["length"] = [index.length[row] for row in rows]
         blocks["tokens"] = [index.tokens[row] for row in rows]
         blocks["row"] = numbers
-        contexts: dict[int, Context] = {}
+        scratch = dict(group.scratch)  # if there is too little room, all of this comes again
+
+        def context(row: int) -> Context:
+            return self.blocks.context(row, self._tables[index.key[row]], {}, scratch)
+
+        contexts = _Contexts() if self._alone else _Contexts(lambda n: context(self._rows[n]))
         apart: list[tuple[int, Target]] = []
         part, first = [], []
-        scratch = dict(group.scratch)  # if there is too little room, all of this comes again
         for key, some in itertools.groupby(rows, key=index.key.__getitem__):
             begin, end = self._inside(key)
             whole: int | None = None
@@ -289,9 +307,8 @@ class DeviceDecoding:
                     first.append(0)
                     if key in self.targets:
                         apart.append((row, beside))
-                of = part[-1] if self._alone else int(numbers[len(part) - 1])
-                if of not in contexts:
-                    contexts[of] = self.blocks.context(row, self._tables[key], {}, scratch)
+                if self._alone and part[-1] not in contexts:
+                    contexts[part[-1]] = context(row)
         blocks["part"], blocks["first"] = part, first
         try:
             self.blocks.codec.decode_on_device(work, blocks, contexts)

@@ -120,7 +120,8 @@ def test_pairs_before_rope_that_are_not_the_profiles(device, monkeypatch):
 def test_pairs_before_rope_that_nothing_turns(device, monkeypatch):
     profile = random_profile(9, SHAPES, pairs=PAIRS)
     blob = encode(turned_snapshot(10, 60), profile, monkeypatch)
-    monkeypatch.setattr("kvzip.codecs.predictive.rotation.rotation_of", lambda *_: None)
+    for module in ("rotation", "gpu"):
+        monkeypatch.setattr(f"kvzip.codecs.predictive.{module}.rotation_of", lambda *_: None)
     with pytest.raises(CorruptError, match="how they are turned"):
         kvzip.decode(blob, profile, device=device)
 

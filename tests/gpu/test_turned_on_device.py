@@ -20,6 +20,7 @@ from kvzip.codecs import _native
 from kvzip.codecs.channel import codec, gpu_rotation
 from kvzip.codecs.channel.blocks import UNTURNED
 from kvzip.codecs.channel.codec import ChannelCodec
+from kvzip.codecs.common import device_angles
 from kvzip.codecs.common.rotation import ROUNDINGS
 from kvzip.codecs.native.cuda.work import Block, Slot, Target, Work
 from kvzip.container import on_device
@@ -117,8 +118,8 @@ def test_batches_and_positions(device, shuffled, monkeypatch):
     monkeypatch.setattr(on_device, "PIECE", 5000)
     for n, (where, together) in enumerate(itertools.product((device, shuffled), (7, 60, 1000))):
         kept = (0, 20000)[n % 2]  # each with each of the other two
-        monkeypatch.setattr(gpu_rotation, "_ANGLES", together * 16)
-        monkeypatch.setattr(gpu_rotation, "_KEPT_BYTES", kept)
+        monkeypatch.setattr(device_angles, "_TOGETHER", together * 16)
+        monkeypatch.setattr(device_angles, "_KEPT_BYTES", kept)
         where.cache.pop("angles", None)  # of other pieces
         for batch, first, rounding in ((None, 5003, 1), (2, 0, 1), (2, 0, 6)):
             snapshot = turned(together, 32, 16, rounding, 3, 99, batch, 3, first, 0.001)

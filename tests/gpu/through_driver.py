@@ -14,7 +14,7 @@ from support import cache_like, make_snapshot
 from test_turned_on_device import kinds, turned
 
 import kvzip
-from kvzip.codecs.channel import gpu_rotation
+from kvzip.codecs.common import device_angles
 from kvzip.codecs.common.rotation import ROUNDINGS
 from kvzip.codecs.native.cuda import gpu
 from kvzip.codecs.native.cuda.arrays import DeviceArray, empty
@@ -91,8 +91,8 @@ def keys_are_turned(device: gpu.CudaDevice, draw: random.Random) -> None:
     blob = kvzip.encode(snapshot, "channel:keys=before_rope", block_tokens=32)
     assert 3 in kinds(blob)["k"]
     for on_device.PIECE in (1, 20000):
-        for gpu_rotation._ANGLES in (16 * 20, 16 * 1000):
-            gpu_rotation._KEPT_BYTES = draw.choice([0, 5000, 64 << 20])
+        for device_angles._TOGETHER in (16 * 20, 16 * 1000):
+            device_angles._KEPT_BYTES = draw.choice([0, 5000, 64 << 20])
             device.cache.pop("angles", None)
             same(kvzip.decode(blob, device="cuda"), snapshot)
             same(kvzip.decode(blob, device="cuda", tokens=(20, 170)), snapshot, 20, 170)

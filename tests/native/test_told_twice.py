@@ -130,12 +130,21 @@ CASES = {
                 "kPredicted": codec.CODED,
                 "kUnturned": codec.UNTURNED,
                 "kHeaderBytes": codec.HEADER,
-                "kMostCountBits": predictive._MOST_COUNT_BITS,
+                "kRaw": codec.RAW,
+                "kByChannel": codec.CHANNEL,
                 "kMostTokens": codec._MOST_TOKENS,
                 "kMostGroup": groups.MOST,
             }
             | ARITHMETIC
         ),
+    ),
+    "predictive/device_ranges.hpp": (
+        "kvzip::predictive",
+        fields("DeviceRange", predictive._RANGE),
+    ),
+    "native/cuda/stored_block.hpp": (
+        "kvzip::cuda",
+        [*fields("StoredBlock", work.BLOCK), f"kAsTheyAreHeader == {codec.HEADER}"],
     ),
     "predictive/chain.cuh": (
         "kvzip::predictive",
