@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
@@ -13,6 +14,7 @@ from support import UNLIKE_PAIRS, cache_like, examples, make_snapshot, random_bi
 
 import kvzip
 from kvzip import dtypes
+from kvzip.container import on_device
 from kvzip.errors import UnsupportedError, UsageError
 
 
@@ -71,6 +73,17 @@ def test_any_shape_and_any_bits(device, codec, dtype, data):
     part = kvzip.decode(blob, device=device, tokens=span)
     assert_layers(part, snapshot.layers, span)
     assert part.token_ids.shape[-1] == span[1] or not part.layers[0].layout.stored
+
+
+@pytest.mark.parametrize("codec", ["channel", "raw"])
+def test_bytes_that_several_threads_bring(device, monkeypatch, tmp_path, codec):
+    """Out of memory, a file and a file object that can only be read."""
+    monkeypatch.setattr(on_device, "_SHARE", 1000)
+    snapshot = make_snapshot(cache_like, 6, "bf16", layers=2, heads=2, tokens=300, dim=64)
+    path = tmp_path / "doc.kvz"
+    path.write_bytes(kvzip.encode(snapshot, codec))
+    for source in (path.read_bytes(), path, io.BytesIO(path.read_bytes())):
+        assert_layers(kvzip.decode(source, device=device), snapshot.layers)
 
 
 @pytest.mark.parametrize(("codec", "dtype"), UNLIKE_PAIRS)
