@@ -77,6 +77,9 @@ _HALF = (1 << 23) - (1 << 9)
 _STAGED = 32 << 20
 """Bytes that go to the device at a time."""
 
+_FOUR = np.uint32
+"""Four neighbours, which stay together: NumPy moves one number at a time."""
+
 Bytes = NDArray[np.int8]
 
 
@@ -97,12 +100,14 @@ class Columns(NamedTuple):
 
     def spread(self, array: NDArray[Any], axis: int = -1) -> NDArray[Any]:
         """The channels of an axis, in coding order, at their columns; zeros elsewhere."""
-        moved = np.moveaxis(array, axis, -1)
-        found = np.zeros((*moved.shape[:-1], self.width), array.dtype)
-        found[..., : self.keys] = moved[..., : self.keys]
-        values = self.channels - self.keys
-        found[..., self.values : self.values + values] = moved[..., self.keys : self.channels]
-        return np.moveaxis(found, -1, axis)
+        axis %= array.ndim
+        shape, before = list(array.shape), (slice(None),) * axis
+        shape[axis] = self.width
+        found = np.zeros(shape, array.dtype)
+        values = slice(self.values, self.values + self.channels - self.keys)
+        found[*before, : self.keys] = array[*before, : self.keys]
+        found[*before, values] = array[*before, self.keys : self.channels]
+        return found
 
 
 class LayerOnDevice(NamedTuple):
@@ -274,8 +279,9 @@ class _Upload:
         whole = unpacked(weight)[:, : mine.channels]
         found = [mine.spread(self._inputs(i, region), -2) for region in whole]
         # Rows r and r + 8 of 16; inputs by threads, by the two products, by halves of a product.
-        cut = np.array(found, np.int8).reshape(len(found), mine.width // 16, 2, 8, -1, 4, 2, 2, 4)
-        return np.ascontiguousarray(cut.transpose(0, 1, 4, 6, 3, 5, 7, 2, 8))
+        fours = np.array(found, np.int8).view(_FOUR)
+        cut = fours.reshape(len(found), mine.width // 16, 2, 8, -1, 4, 2, 2)
+        return np.ascontiguousarray(cut.transpose(0, 1, 4, 6, 3, 5, 7, 2)).view(np.int8)
 
     def _known(self, record: Any, address: int) -> LayerOnDevice:
         heads, dim = record["heads"].tolist(), record["dim"].tolist()
@@ -317,7 +323,8 @@ def near_words(group: int) -> int:
 def unpacked(blocks: Bytes) -> Bytes:
     """[..., b, g, 4, 4] to [..., outputs, inputs]."""
     *front, b, g, _, _ = blocks.shape
-    return blocks.swapaxes(-3, -2).reshape(*front, 4 * b, 4 * g)
+    fours = np.ascontiguousarray(blocks).view(_FOUR)[..., 0].swapaxes(-2, -1)
+    return np.ascontiguousarray(fours).view(np.int8).reshape(*front, 4 * b, 4 * g)
 
 
 def densities(shares: NDArray[np.uint32]) -> tuple[NDArray[Any], NDArray[np.uint8]]:
@@ -419,8 +426,9 @@ class _Within:
             block = np.zeros((len(self.rows), self.across, 32 * steps), np.int8)
             mine = self.rows[:, begin : begin + self.group]
             block[:, : mine.shape[1], :end] = mine[..., :end]
-            cut = block.reshape(len(block), self.across // 8, 8, steps, 2, 4, 4)
-            found.append(cut.transpose(0, 3, 1, 2, 5, 4, 6).reshape(len(block), -1, 256))
+            cut = block.view(_FOUR).reshape(len(block), self.across // 8, 8, steps, 2, 4)
+            fours = np.ascontiguousarray(cut.transpose(0, 3, 1, 2, 5, 4))
+            found.append(fours.view(np.int8).reshape(len(block), -1, 256))
         return np.concatenate(found, axis=1)
 
     def near(self) -> Bytes:
