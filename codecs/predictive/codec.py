@@ -53,7 +53,7 @@ _LAYER_TENSORS = (
     "pair_slope",
 )
 _FORMATS = ("bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
-_MOST_TOKENS = 1 << 30
+MOST_TOKENS = 1 << 30
 """The most tokens of a token range, in all its rows, that is predicted (kernels.hpp)."""
 # A block counts the words of its streams, and numbers cost little but never nothing.
 _MAX_EXPANSION = 1 << 16
@@ -293,7 +293,7 @@ def _next_chain(context: Context, shape: tuple[int, ...]) -> _native.PredictiveC
     found = context.scratch.get("predictive")
     if found is None:
         chain = None
-        if part == 0 and context.profile is not None and shape[0] * shape[2] <= _MOST_TOKENS:
+        if part == 0 and context.profile is not None and shape[0] * shape[2] <= MOST_TOKENS:
             profile = context.profile
             chain = new_chain(
                 native_model(profile),

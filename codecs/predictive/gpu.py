@@ -20,6 +20,7 @@ from kvzip.codecs.native.cuda.device import Kernel, Memory
 from kvzip.codecs.native.cuda.work import Block, bytes_at
 from kvzip.codecs.predictive.codec import (
     HEADER,
+    MOST_TOKENS,
     by_channel,
     channel_on_device,
     check_known,
@@ -224,7 +225,7 @@ class _Step:
         states["position"] = [ends[n] - rows[n].tokens for n in new]
         states["next_part"] = 2 * self.context.layer + self.part
         if self.model.layers and not states["next_part"][0]:
-            states["predicted"] = 1
+            states["predicted"] = batch * states["tokens"].astype(np.int64) <= MOST_TOKENS
             self._give_memory(states)
         for n in new:
             known[ends[n]] = len(known)
@@ -235,7 +236,8 @@ class _Step:
 
     def _give_memory(self, states: NDArray[Any]) -> None:
         model = self.model
-        layers, tokens = model.layers, states["rows"].astype(np.int64) * states["tokens"]
+        layers = model.layers
+        tokens = states["rows"].astype(np.int64) * states["tokens"] * states["predicted"]
         regions = max(layer.regions for layer in layers)
         tiles = np.array([_most_tiles(n, regions) for n in tokens.tolist()])
         sizes = {

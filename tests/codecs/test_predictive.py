@@ -215,7 +215,7 @@ def test_ranges_of_too_many_tokens_are_not_predicted(profile, unseen, monkeypatc
     from kvzip.codecs.predictive import codec as predictive
 
     predicted = kvzip.encode(unseen, "predictive", profile)
-    monkeypatch.setattr(predictive, "_MOST_TOKENS", unseen.tokens - 1)
+    monkeypatch.setattr(predictive, "MOST_TOKENS", unseen.tokens - 1)
     blob = kvzip.encode(unseen, "predictive", profile)
     assert len(blob) > len(predicted)
     assert_same(kvzip.decode(blob, profile), unseen)
@@ -224,7 +224,7 @@ def test_ranges_of_too_many_tokens_are_not_predicted(profile, unseen, monkeypatc
     monkeypatch.undo()
     model, form = predictive.native_model(profile), dtypes.get("bf16")
     none = np.zeros(0, np.int32)
-    for rows, count in ((1, predictive._MOST_TOKENS + 1), (1 << 40, 1 << 40)):
+    for rows, count in ((1, predictive.MOST_TOKENS + 1), (1 << 40, 1 << 40)):
         with pytest.raises(ValueError, match="too many tokens"):  # before there is memory for them
             _native.PredictiveChain(model, rows, count, 0, form.exponent_bits, 7, none)
 

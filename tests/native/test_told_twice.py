@@ -132,7 +132,7 @@ CASES = {
                 "kHeaderBytes": codec.HEADER,
                 "kRaw": codec.RAW,
                 "kByChannel": codec.CHANNEL,
-                "kMostTokens": codec._MOST_TOKENS,
+                "kMostTokens": codec.MOST_TOKENS,
                 "kMostGroup": groups.MOST,
             }
             | ARITHMETIC
