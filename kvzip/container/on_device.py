@@ -383,9 +383,9 @@ class DeviceDecoding:
             host, address = self._span(work, begin, length)
             try:
                 stored = index.stored(host.data, begin, run, 0)
-            except ValueError:  # there are not zeros only between them, as the CPU demands
+            except ValueError as error:  # there are not zeros only behind them, as the CPU demands
                 self._blame([row for row in rows if row in run or index.tables_row(row) in run])
-                raise
+                raise CorruptError(str(error)) from None
             base = host.ctypes.data
             for row in run:
                 before = index.offset[row] - begin

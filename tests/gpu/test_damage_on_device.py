@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from support import CHANNEL_DTYPES, cache_like, make_snapshot, reseal
 
 import kvzip
+from kvzip import checksum
+from kvzip.testing.damage import first_stored
 
 
 def outcome(blob, **options):
@@ -115,3 +118,22 @@ def test_after_damage_the_device_goes_on(device):
         np.asarray(found) if not isinstance(found, torch.Tensor) else found.cpu().view(torch.int16)
     )
     assert np.array_equal(np.asarray(bits).view(np.uint16), expected)
+
+
+def test_the_checksum_of_no_bytes_says_nothing(device):
+    """As on the CPU: of entries without bytes there is nothing to check before they are decoded."""
+    blob = bytearray(reseal(small("raw")))
+    end = first_stored(blob)
+    with kvzip.open(bytes(blob)) as reader:
+        count, empty = (
+            len(reader.index),
+            [n for n, size in enumerate(reader.index.length) if not size],
+        )
+    assert empty
+    for row in empty:
+        struct.pack_into("<Q", blob, end - 48 * (count - row) + 32, 1)
+    end += -end % 64
+    digest = checksum.of_bytes(bytes(blob[:32]) + bytes(blob[40:end]))
+    struct.pack_into("<Q", blob, 32, digest)
+    assert outcome(bytes(blob)) is None
+    assert outcome(bytes(blob), device=device) is None
