@@ -154,6 +154,8 @@ class Work:
         self._direct: list[tuple[int, int, int]] = []
         self._parts: list[list[Any]] = []
         self._phases: list[dict[Kernel, list[NDArray[Any]]]] = [{}]
+        self._copies: dict[tuple[int, int], list[tuple[tuple[int, ...], int]]] = {}
+        """By phase and bytes of a number: jobs, and how many rows one block of threads does."""
         self._launches: list[tuple[Kernel, int, int]] = []
         self._scratch = 0
         self._held: list[Memory] = []
@@ -253,9 +255,8 @@ class Work:
         if not rows * dim:
             return
         each = max(1, _COPIED_BYTES // (dim * itemsize))
-        job = np.array([(source, *strides, part, first, tokens, 0, rows, 0)], _COPY)
-        kernel = Kernel("native/cuda/copy.cuh", f"copy_{itemsize}", "kvzip::cuda")
-        self.run(kernel, in_pieces(job, np.array([each])))
+        job = source, *strides, part, first, tokens, 0, rows, 0
+        self._copies.setdefault((len(self._phases) - 1, itemsize), []).append((job, each))
 
     def checksums(self, itemsize: int, blocks: NDArray[Any]) -> None:
         """Have the XXH3-64 of each block's numbers, in C order, put where its row's is to be."""
@@ -294,10 +295,16 @@ class Work:
             if self._parts
             else 0
         )
+        for (n, itemsize), copies in self._copies.items():
+            whole, each = zip(*copies, strict=True)
+            kernel = Kernel("native/cuda/copy.cuh", f"copy_{itemsize}", "kvzip::cuda")
+            jobs = in_pieces(np.array(list(whole), _COPY), np.array(each))
+            self._phases[n].setdefault(kernel, []).append(jobs)
         for phase in self._phases:
             for kernel, pieces in phase.items():
-                jobs = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-                self._launches.append((kernel, self.put(jobs, 64), len(jobs)))
+                # NumPy takes longer to find that they are of one kind than to copy them.
+                jobs = np.frombuffer(b"".join(piece.tobytes() for piece in pieces), np.uint8)
+                self._launches.append((kernel, self.put(jobs, 64), sum(map(len, pieces))))
 
     def start(self, upload: Stream, run: Stream) -> None:
         """Bring all of it to the device and have the kernels run."""
