@@ -188,14 +188,7 @@ def advise(
         split=_split(situation, figures, found, prefill),
         room=room(store_bytes, raw_bytes, token_bytes, figures, trace),
         profiles=[
-            ProfileCost(
-                f.name,
-                f.profile_bytes,
-                copies=shape.gpus if f.name in on_gpu else 1,
-                on_device=f.name in on_gpu,
-                seconds=load_seconds(f.profile_bytes, 1.0, bandwidth, latency=latency),
-                dollars=load_cost(f.profile_bytes, base.egress.value),
-            )
+            _profile_cost(f, situation, shape.gpus, f.name in on_gpu)
             for f in figures
             if f.profile_bytes
         ],
@@ -203,20 +196,46 @@ def advise(
         basis=[
             how,
             ratio_basis(inputs.model, model, own),
-            f"decoders measured on {inputs.machine.cpu}, {inputs.threads} thread"
-            + ("" if threads == 1 else f", taken {threads} times as fast on {threads}"),
-            *(
-                f"{f.name} taken {slow[f.name]:.1f} times as long to decode in a model as wide: a "
-                "model"
-                for f in figures
-                if f.name not in on_gpu and slow[f.name] != 1
-            ),
-            *_decoders(on_gpu, figures),
+            *_decoding_basis(inputs, figures, threads, slow, on_gpu),
             f"prices of {base.name}: "
             + (f"no egress inside a {inside}" if inside else f"egress ${base.egress.value:g}/GB")
             + f", {priced}",
         ],
     )
+
+
+def _profile_cost(
+    figures: CodecFigures, situation: Situation, gpus: int, on_device: bool
+) -> ProfileCost:
+    """What bringing a codec's profile takes, once; each of `gpus` that decodes has its own."""
+    size, bandwidth, latency = figures.profile_bytes, situation.bandwidth, situation.latency
+    return ProfileCost(
+        figures.name,
+        size,
+        copies=gpus if on_device else 1,
+        on_device=on_device,
+        seconds=load_seconds(size, 1.0, bandwidth, latency=latency),
+        dollars=load_cost(size, situation.egress),
+    )
+
+
+def _decoding_basis(
+    inputs: Inputs,
+    figures: Sequence[CodecFigures],
+    threads: int,
+    slow: Mapping[str, float],
+    on_gpu: Mapping[str, Price],
+) -> list[str]:
+    """What is known of decoders' speeds, and what is assumed."""
+    measured = f"decoders measured on {inputs.machine.cpu}, {inputs.threads} thread"
+    if threads != 1:
+        measured += f", taken {threads} times as fast on {threads}"
+    slower = [
+        f"{f.name} taken {slow[f.name]:.1f} times as long to decode in a model as wide: a model"
+        for f in figures
+        if f.name not in on_gpu and slow[f.name] != 1
+    ]
+    return [measured, *slower, *_decoders(on_gpu, figures)]
 
 
 def _figures(
