@@ -249,7 +249,8 @@ def run(
 ) -> BenchResult:
     """Measure `codecs`, and with `peers` all that can be imported, on each snapshot.
 
-    `profile` is for the codecs that need one; the others run without. `threads`: 0 for all cores.
+    `profile` is for the codecs that need one and for the one that it was learned for; the others
+    run without. `threads`: 0 for all cores.
     `progress` is called once for each turn of a snapshot; there are `repeat` + 1. Raises
     UsageError for a setting that makes no sense, and what :meth:`Snapshot.load` raises.
     """
@@ -316,7 +317,8 @@ def _enter(
     entries = [_Entry("memcpy", "memcpy", "memory to memory", "token", memcpy)]
     memory = memory_for(snapshot, codecs)
     for codec in codecs:
-        needed = profile if codec.needs_profile else None
+        of_it = profile is not None and profile.codec == codec.codec_id
+        needed = profile if codec.needs_profile or of_it else None
         file = WholeFile(snapshot, codec, workers.count, out, needed, memory)
         spec = codec.spec
         entries.append(_Entry("kvzip", spec, spec, "token", file))

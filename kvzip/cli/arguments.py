@@ -44,7 +44,8 @@ NativeBf16 = Annotated[
     ),
 ]
 ProfilePath = Annotated[
-    Path | None, Parameter(name="--profile", help="A .kvprofile, for codecs that need one.")
+    Path | None,
+    Parameter(name="--profile", help="A .kvprofile: its codec takes it."),
 ]
 KeyFile = Annotated[
     Path | None,

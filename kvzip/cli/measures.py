@@ -194,7 +194,7 @@ def bench(
     ----------
     codecs
         Names, with commas between; settings after a colon, theirs with + between. Default: raw,
-        zstd, lz4, planes, channel, and with --profile predictive.
+        zstd, lz4, planes, channel, and with --profile the one that it was learned for.
     peers
         Measure other compressors, too: those of the extra `bench` and any other that is installed.
     repeat
@@ -217,8 +217,8 @@ def bench(
     from kvzip.eval.results import stored
 
     learned = read_profile(profile)
-    default = [*CODECS_WITHOUT_PROFILE, *["predictive"] * (learned is not None)]
-    chosen = default if codecs is None else split_specs(codecs)
+    default = [*CODECS_WITHOUT_PROFILE, *([learned.codec] if learned is not None else [])]
+    chosen = list(dict.fromkeys(default)) if codecs is None else split_specs(codecs)
     with bar("bench", len(snapshots) * (repeat + 1), in_bytes=False) as advance:
         result = run(
             snapshots,

@@ -80,6 +80,20 @@ def measure(paths, codecs=("raw", "channel"), **settings):
     return run.run(paths, [kvzip.get_codec(c) for c in codecs], **settings)
 
 
+def test_a_profile_is_its_own_codecs(paths):
+    """`channel` takes the tables of a profile of its own, and no other's."""
+    snapshot = kvzip.Snapshot.load(paths[0])
+    profile = kvzip.Profile.fit([snapshot], codec="channel")
+    own, learned = (
+        next(row for row in measure(paths[:1], profile=p).rows if row.name == "channel")
+        for p in (None, profile)
+    )
+    assert learned.exact and own.exact
+    assert own.encoded_bytes == len(kvzip.encode(snapshot, "channel"))
+    assert learned.encoded_bytes == len(kvzip.encode(snapshot, "channel", profile))
+    assert learned.encoded_bytes != own.encoded_bytes
+
+
 def call(capsys, *arguments):
     """Exit code, stdout and stderr of `kvzip bench`."""
     with pytest.raises(SystemExit) as exit_:
