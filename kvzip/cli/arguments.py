@@ -45,7 +45,7 @@ NativeBf16 = Annotated[
 ]
 ProfilePath = Annotated[
     Path | None,
-    Parameter(name="--profile", help="A .kvprofile: its codec takes it."),
+    Parameter(name="--profile", help="A .kvprofile, for its own codec."),
 ]
 KeyFile = Annotated[
     Path | None,
