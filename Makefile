@@ -101,7 +101,7 @@ free-threaded:
 	@test -x $(FREE_THREADED)/bin/python || command -v $(PYTHON_T) >/dev/null || { echo "there is no $(PYTHON_T): make $@ PYTHON_T=a Python without its lock, 3.14 or later"; exit 1; }
 	test -x $(FREE_THREADED)/bin/python || $(PYTHON_T) -m venv $(FREE_THREADED)
 	$(FREE_THREADED)/bin/pip install --quiet --disable-pip-version-check hypothesis pytest
-	$(FREE_THREADED)/bin/pip install --quiet --disable-pip-version-check .
+	$(FREE_THREADED)/bin/pip install --quiet --disable-pip-version-check 'safetensors>=0.9.0rc1' .
 	$(FREE_THREADED)/bin/python -W error::RuntimeWarning tests/soak/threads.py --free --seconds $(SECONDS)
 
 # The golden files under other Pythons, by the numpy that NUMPY names: make golden PYTHONS=python3.12 NUMPY=numpy==1.26.4

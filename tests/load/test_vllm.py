@@ -28,6 +28,7 @@ from standin import BLOCK, HEADS, LAYERS, WORDS, config  # noqa: E402
 from support import damaged  # noqa: E402
 
 import kvzip  # noqa: E402
+from kvzip.codecs.native.cuda.shim_device import ShimDevice  # noqa: E402
 from kvzip.errors import (  # noqa: E402
     KVZipError,
     SealError,
@@ -253,6 +254,47 @@ def test_any_codec(engine: Any, tmp_path: Any, codec: str) -> None:
     fill(engine, ids, **settings)
     assert any(kvzip.info(f).header.codec["id"] == codec for f in documents(tmp_path))
     assert engine(**settings).run(ids)[0].loaded == 64
+
+
+@pytest.fixture
+def shim(monkeypatch: Any) -> ShimDevice:
+    """What decodes where vLLM's cache would be on a GPU."""
+    device = ShimDevice(tensors=True)
+    monkeypatch.setattr("kvzip.load.vllm.worker.get_device", lambda _: device)
+    return device
+
+
+@pytest.mark.parametrize("more", [{}, {"windows": [None, 40, 40]}], ids=["full", "windows"])
+@pytest.mark.parametrize("codec", ["raw", "zstd", "channel", "predictive"])
+def test_a_device_decodes(
+    engine: Any, tmp_path: Any, shim: ShimDevice, codec: str, more: dict[str, Any]
+) -> None:
+    """The same keys and values, whatever decodes them: in the step, and with windows beside it."""
+    settings: dict[str, Any] = {"codec": codec} | more
+    if codec == "predictive":
+        fill(engine, prompt(80, 1))
+        [file] = documents(tmp_path)
+        kvzip.Profile.fit([kvzip.decode(file)]).save(tmp_path / "m.kvprofile")
+        settings["profile"] = str(tmp_path / "m.kvprofile")
+    ids = prompt(80)
+    fill(engine, ids, **settings)
+    for local in (0, 32):
+        assert engine(**settings, decode_on="gpu").run(ids, local=local)[0].loaded == 64 - local
+    assert shim.launched if codec != "zstd" else not shim.launched
+
+
+def test_damage_that_a_device_tells_of(
+    engine: Any, tmp_path: Any, shim: ShimDevice, caplog: Any
+) -> None:
+    ids = prompt(80)
+    fill(engine, ids)
+    [file] = documents(tmp_path)
+    damage(file)
+    second = engine(decode_on="gpu")
+    [request] = second.run(ids)  # which checks all keys and values
+    assert request.loaded == 64 and second.steps == 2
+    [told] = warnings(caplog)
+    assert file.stem in told and "damaged" in told
 
 
 def test_a_profile_of_another_cache_gives_way_to_channel(
@@ -986,6 +1028,7 @@ def test_memory_for_what_waits_is_bounded(engine: Any, tmp_path: Any, caplog: An
         ({"dtype": torch.uint8}, "kv_cache_dtype='auto'"),
         ({"dtype": torch.uint8, "cache_dtype": "fp8", "isa": "neon"}, "its neon kernels"),
         ({"codecs": "raw"}, "codecs"),
+        ({"decode_on": "gpu"}, "decode_on is gpu, and vLLM's cache is on cpu"),
         ({"revision": None}, "set revision"),
         ({"backend": "FLASHINFER"}, "FLASHINFER"),
     ],

@@ -10,8 +10,11 @@ from threading import Semaphore, Thread
 import torch
 
 from kvzip import dtypes
+from kvzip.codecs.native.cuda.device import Device
 from kvzip.container import Reader
+from kvzip.container.on_device import DeviceLayer
 from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.layout import KV
 from kvzip.load.documents import OpenDocument
 from kvzip.load.vllm.engine import Engine
 from kvzip.load.vllm.metadata import Load
@@ -28,10 +31,19 @@ Parts = Mapping[str, torch.Tensor]
 
 
 class LayersOf:
-    """The layers of a load's document, decoded one by one. Close it after use."""
+    """The layers of a load's document, decoded one by one, on `device` if that can. Close it after
+    use."""
 
-    def __init__(self, load: Load, engine: Engine, document: OpenDocument[Reader]):
+    def __init__(
+        self,
+        load: Load,
+        engine: Engine,
+        document: OpenDocument[Reader],
+        device: Device | None = None,
+    ):
         self._load, self._engine, self._document = load, engine, document
+        reader = document.source
+        self._device = device if reader.codec.on_device and reader.layout.plain else None
         try:
             engine.check(document.source.layout)
             spans = [self._span(i) for i in range(len(engine.layers))]
@@ -47,10 +59,11 @@ class LayersOf:
             return self._load.stop, self._load.stop
         return self._load.spans[layer.group].start, self._load.stop
 
-    def decode(self, i: int) -> Layer:
+    def decode(self, i: int) -> Layer | DeviceLayer:
         """Layer i. Raises KVZipError."""
         start, stop = self._span(i)
-        layer: Layer = self._document.source.decode(layers=[i], tokens=(start, stop)).layers[0]
+        found = self._document.source.decode(layers=[i], tokens=(start, stop), device=self._device)
+        layer: Layer | DeviceLayer = found.layers[0]
         held = layer.layout
         if held.parts and held.kind != "state" and held.stored != stop - start:
             raise UnsupportedError(f"its layer {i} does not hold all of the tokens")
@@ -60,8 +73,10 @@ class LayersOf:
         self._document.close()
 
 
-def tensors(layer: Layer) -> dict[str, torch.Tensor]:
+def tensors(layer: Layer | DeviceLayer) -> dict[str, torch.Tensor]:
     """A layer's parts as tensors."""
+    if isinstance(layer, DeviceLayer):
+        return dict(zip(KV, layer, strict=True))
     return {
         name: dtypes.as_tensor(layer.part(name), part.dtype)
         for name, part in layer.layout.parts.items()
@@ -77,13 +92,16 @@ class StepLoads:
         engine: Engine,
         open_load: Callable[[Load], OpenDocument[Reader]],
         timeout: float,
+        device: Device | None = None,
     ):
-        self.loads, self._engine = loads, engine
+        self.loads, self._engine, self._device = loads, engine, device
         self._numbers = [i for i, layer in enumerate(engine.layers) if layer is not None]
         self._layers = len(self._numbers)
         self._open, self._timeout = open_load, timeout
         self._room = [Semaphore(_AHEAD) for _ in loads]
-        self._ready: list[list[Future[Layer]]] = [[Future() for _ in self._numbers] for _ in loads]
+        self._ready: list[list[Future[Layer | DeviceLayer]]] = [
+            [Future() for _ in self._numbers] for _ in loads
+        ]
         self._taken = [0] * len(loads)
         self._errors: dict[int, Exception] = {}
         self._over = False
@@ -102,7 +120,7 @@ class StepLoads:
                 try:
                     if n not in documents:
                         load = self.loads[n]
-                        documents[n] = LayersOf(load, self._engine, self._open(load))
+                        documents[n] = LayersOf(load, self._engine, self._open(load), self._device)
                     self._ready[n][i].set_result(documents[n].decode(self._numbers[i]))
                 except Exception as error:  # whatever it is, the engine computes instead
                     self._ready[n][i].set_exception(error)
@@ -155,6 +173,8 @@ class BackgroundLoads:
         put: Callable[[Load, int, Parts], None],
     ):
         self._engine, self._open, self._put = engine, open_load, put
+        self.device: Device | None = None
+        """What decodes documents that it can; the CPU decodes others."""
         self._pool = ThreadPoolExecutor(_AT_ONCE, "kvzip-load")
         self._lock = Lock()
         self._done: list[tuple[Load, Exception | None]] = []
@@ -166,7 +186,7 @@ class BackgroundLoads:
     def _run(self, load: Load) -> None:
         found: Exception | None = None
         try:
-            document = LayersOf(load, self._engine, self._open(load))
+            document = LayersOf(load, self._engine, self._open(load), self.device)
             try:
                 for i, layer in enumerate(self._engine.layers):
                     if layer is not None:

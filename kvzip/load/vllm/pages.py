@@ -125,6 +125,8 @@ class Pages:
         follows in it stays."""
         for (name, view), dim in zip(self._views.items(), self._dims, strict=True):
             pages, new = self._pages(blocks, view.device), parts[name]
+            if new.is_cuda:  # whoever decoded it may get its memory back before this has run
+                new.record_stream(torch.cuda.current_stream(new.device))
             new = new.view(self._dtype).to(view.device)
             if new.shape[1] < len(pages) * self._size:
                 whole = view.index_select(0, pages).transpose(0, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from kvzip.load.place import Place, converted
 from kvzip.profile import Profile
@@ -35,6 +35,9 @@ class Settings(Place, frozen=True, forbid_unknown_fields=True):
     """What may wait in memory to be stored, uncompressed; what comes on top is not stored."""
     threads: int = 0
     """Threads for one document; 0: all cores."""
+    decode_on: Literal["cpu", "gpu"] = "cpu"
+    """Where documents are decoded: on the GPU that has vLLM's cache, stored bytes alone cross to it
+    (docs/gpu.md). Documents that it cannot decode, the CPU decodes."""
     limit_bytes: int | None = None
     block_tokens: int | None = None
     """The last two: see `kvzip.store.Store`."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from kvzip import dtypes, metrics
+from kvzip.codecs.native.cuda.device import Device, get_device
 from kvzip.container import Reader
 from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.load.documents import OpenDocument, StoredDocument, open_document
@@ -61,6 +62,7 @@ class Worker:
     def register(self, caches: Mapping[str, torch.Tensor], context: Mapping[str, Any]) -> None:
         """Take vLLM's cache tensors, by layer; `context` holds the layers themselves."""
         self._pages = []
+        self._background.device = self._device_of(next(iter(caches.values())))
         for layer in self._engine.layers:
             if layer is None:
                 self._pages.append(None)
@@ -75,12 +77,25 @@ class Worker:
             size = self._engine.groups[layer.group].block_tokens
             self._pages.append(pages.Pages(cache, arrangement, layer.parts, size))
 
+    def _device_of(self, cache: torch.Tensor) -> Device | None:
+        """The GPU that decodes, if one is to. Raises UnsupportedError where there is none."""
+        if self._settings.decode_on == "cpu":
+            return None
+        try:
+            return get_device(cache.device)
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"decode_on is gpu, and vLLM's cache is on {cache.device}: {error}"
+            ) from None
+
     # --- loading ---------------------------------------------------------------------------
 
     def start(self, loads: Sequence[Load], background: Sequence[Load]) -> None:
         """Begin to decode what this step needs, and what requests wait for that come later."""
         if loads:
-            self._step = StepLoads(loads, self._engine, self._open, self._settings.timeout)
+            self._step = StepLoads(
+                loads, self._engine, self._open, self._settings.timeout, self._background.device
+            )
         for load in background:
             self._background.begin(load)
 
