@@ -218,9 +218,9 @@ class Index {
       nb::gil_scoped_release released;
       for (const std::size_t row : rows) {
         const Entry& entry = entries_[row];
-        check_stored(
-            all + (entry.offset - at), entry.length, taken(entry),
-            most && entry.length <= most ? std::optional(entry.stored_checksum) : std::nullopt);
+        check_stored(all + (entry.offset - at), entry.length, taken(entry),
+                     entry.length && entry.length <= most ? std::optional(entry.stored_checksum)
+                                                          : std::nullopt);
       }
     }
     nb::dict found;
@@ -290,7 +290,7 @@ void bind_index(nb::module_& m) {
            "The bytes of entries by their rows, out of `data`, a memoryview of the file's bytes "
            "from `at` on. "
            "Raises ValueError unless there are zeros only behind each of them, and its checksum, "
-           "where it has at most `most` bytes, matches; 0 checks none.");
+           "where it has any bytes and at most `most`, matches.");
 }
 
 }  // namespace kvzip

@@ -35,7 +35,7 @@ FIRST_READ = 48 << 10
 _NOTHING = memoryview(b"")
 _TOGETHER = 24 << 10
 """Bytes of neighbouring entries that are read from a file at once: to read each takes longer."""
-_SMALL = 16 << 10
+SMALL = 16 << 10
 """Bytes of the entries whose stored bytes are always compared with their checksum, at most."""
 
 
@@ -255,7 +255,7 @@ class Blocks:
         if metrics.listening():
             metrics.count("read_bytes", len(taken), codec=self.codec.codec_id)
         expected = None
-        if length <= _SMALL or checked or index.key[row] in self.codecs.grids:
+        if length <= SMALL or checked or index.key[row] in self.codecs.grids:
             expected = index.stored_checksum[row]
         try:
             return _native.stored(taken, length, expected)
@@ -277,7 +277,7 @@ class Blocks:
             for row in rows:
                 yield {row: self.stored(row, checked)}
             return
-        limit = _SMALL
+        limit = SMALL
         if checked or (rows and index.key[rows[0]] in self.codecs.grids):
             limit = self.source.size
         for begin, length, run in index.runs(rows, most):

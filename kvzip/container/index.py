@@ -209,7 +209,7 @@ class Index:
     ) -> dict[int, memoryview]:
         """The stored bytes of entries by their rows, out of `data`, which are those of the file
         from `begin` on. Raises ValueError unless there are zeros only behind each, and the
-        checksums of those of at most `most` bytes match; 0 checks none."""
+        checksums of those that have any bytes and at most `most` match."""
         return self._entries.stored(data, begin, rows, most)
 
     def span(self, row: int) -> tuple[int, int]:

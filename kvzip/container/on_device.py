@@ -23,7 +23,7 @@ from kvzip.codec import Context
 from kvzip.codecs.native.cuda.device import Device, Memory, Pinned, Stream, get_device
 from kvzip.codecs.native.cuda.work import BLOCK, Full, Slot, Target, Work, slot_of
 from kvzip.container import plan
-from kvzip.container.blocks import Blocks
+from kvzip.container.blocks import SMALL, Blocks
 from kvzip.container.decoding import check_block
 from kvzip.container.device_targets import (
     Targets,
@@ -382,8 +382,8 @@ class DeviceDecoding:
         for begin, length, run in index.runs(needed, self.blocks.source.size):
             host, address = self._span(work, begin, length)
             try:
-                stored = index.stored(host.data, begin, run, 0)
-            except ValueError as error:  # there are not zeros only behind them, as the CPU demands
+                stored = index.stored(host.data, begin, run, SMALL)
+            except ValueError as error:
                 self._blame([row for row in rows if row in run or index.tables_row(row) in run])
                 raise CorruptError(str(error)) from None
             base = host.ctypes.data

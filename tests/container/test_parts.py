@@ -273,7 +273,7 @@ def test_bits_that_change_no_number_are_damage_too(data, codec, seed):
 
 def test_bits_of_large_entries_that_change_no_number_are_damage_to_verify(monkeypatch):
     """Readers compare the stored checksum of small entries only (docs/format.md); here of none."""
-    monkeypatch.setattr("kvzip.container.blocks._SMALL", 0)
+    monkeypatch.setattr("kvzip.container.blocks.SMALL", 0)
     numbers = np.full((1, 20, 16), 0x3F80, np.uint16)
     snapshot, unchanged = Snapshot.from_arrays([(numbers, numbers)], "bf16"), 0
     for codec in CODECS:
