@@ -45,7 +45,7 @@ LEAST_REACHED = 30
 """Branches that the seeds of any target reach."""
 KEPT = HERE / "kept.jsonl"
 CORPUS = HERE / "corpus"
-FILES = ("open", "decode", "part", "predictive")
+FILES = ("open", "decode", "part", "predictive", "device")
 """Targets that read the same kind of file, and have each other's inputs."""
 NATIVE = [f"native/{codec}" for codec in building.SOURCES]
 SANITIZED = ["-O1", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]

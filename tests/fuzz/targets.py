@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import kvzip
+from kvzip.benchmarks.host_jobs import Idle
 from kvzip.store import Store
 from kvzip.testing import cache_like, make_snapshot, reseal
 
@@ -52,6 +53,14 @@ def predicted(data: bytes) -> None:
     """A file that needs one of the profiles that there are."""
     named = [profile for profile in TURNED.values() if profile.id.encode() in data]
     kvzip.decode(sealed(data), [*named, PREDICTED][0], threads=1)
+
+
+def for_device(data: bytes) -> None:
+    """What a processor makes of a file for a GPU. Here that does nothing."""
+    named = [profile for profile in TURNED.values() if profile.id.encode() in data]
+    with kvzip.open(sealed(data), [*named, PREDICTED][0], threads=1) as reader:
+        IDLE.expect(reader.index)
+        reader.decode(device=IDLE)
 
 
 def as_they_are(data: bytes) -> None:
@@ -114,6 +123,7 @@ TURNED = {
     for name, of in (("", ""), ("-6", "-4"))
 }
 """Of keys that RoPE turned in bf16, and of pairs side by side, by a file of such keys."""
+IDLE = Idle()
 START = kvzip.encode(SAVED, "raw")[:12]
 """Magic and version of a .kvz file, and what else does not change."""
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
@@ -121,6 +131,7 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "decode": decoded,
     "part": in_part,
     "predictive": predicted,
+    "device": for_device,
     "file": as_they_are,
     "profile": profile,
     "snapshot": snapshot,
@@ -148,6 +159,8 @@ def on_a_grid() -> kvzip.Snapshot:
 
 def seeds(target: str) -> list[bytes]:
     """Good input, from which a fuzzer goes on."""
+    if target == "device":
+        return seeds("predictive") + seeds("decode")
     if target in ("predictive", "part"):
         names = [f"predictive-{dtype}.kvz" for dtype in ("bf16", "fp32", "fp8_e5m2")]
         files = [kvzip.encode(small(name, 12), "predictive", PREDICTED) for name in names]
