@@ -226,7 +226,9 @@ def test_each_cut_and_each_flipped_bit_of_a_small_file_is_an_error(tmp_path, nam
             layer.k, layer.v = (bits & 0xFFFF0000 for bits in layer)
     usual = layers[0].layout.parts["k"].dtype if "k" in layers[0].layout.parts else "bf16"
     blob = kvzip.encode(Snapshot(layers, usual, range(FEW)), codec, block_tokens=16)
-    assert bool(kvzip.info(blob).header.grids) == (name == "on a grid")
+    # Zeros of the lower half cost `planes` nothing, so that a grid would save it nothing.
+    on_grid = name == "on a grid" and codec != "planes"
+    assert bool(kvzip.info(blob).header.grids) == on_grid
     for size in range(len(blob)):
         with pytest.raises(KVZipError):
             kvzip.decode(blob[:size], threads=1)
