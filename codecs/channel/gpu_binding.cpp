@@ -11,7 +11,7 @@
 #include "channel/block_coder.hpp"
 #include "channel/device_jobs.hpp"
 #include "native/bindings.hpp"
-#include "native/cuda/stored_block.hpp"
+#include "native/stored_block.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "native/bindings.hpp"
-#include "native/cuda/stored_block.hpp"
+#include "native/stored_block.hpp"
 #include "predictive/block_parts.hpp"
 #include "predictive/device_jobs.hpp"
 #include "predictive/device_ranges.hpp"

@@ -142,7 +142,7 @@ CASES = {
         "kvzip::predictive",
         fields("DeviceRange", predictive._RANGE),
     ),
-    "native/cuda/stored_block.hpp": (
+    "native/stored_block.hpp": (
         "kvzip::cuda",
         [*fields("StoredBlock", work.BLOCK), f"kAsTheyAreHeader == {codec.HEADER}"],
     ),

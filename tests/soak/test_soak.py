@@ -26,6 +26,7 @@ def test_a_number_that_differs_is_noticed(monkeypatch, tmp_path):
         return kvzip.Snapshot.from_arrays(layers, snapshot.dtype)
 
     target, log = "channel/uint8/scalar", tmp_path / "log.jsonl"
+    monkeypatch.setattr(run, "KEPT", tmp_path / "kept.jsonl")  # there all is done
     monkeypatch.setattr(kvzip, "decode", wrong)
     assert not run.soak(log, 60, [target])
     [entry] = runs.entries(log)

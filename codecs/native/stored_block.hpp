@@ -9,7 +9,7 @@
 
 namespace kvzip::cuda {
 
-// BLOCK of work.py.
+// BLOCK of cuda/work.py.
 struct StoredBlock {
   std::uint64_t host, address, length;
   std::uint32_t part, first, tokens, row;
