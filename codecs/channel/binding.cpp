@@ -129,12 +129,7 @@ Table<std::uint32_t> entries(const PartTables& tables) {
 }
 
 Table<std::uint32_t> channels(const PartTables& tables) {
-  std::vector<std::uint32_t> found;
-  for (const DeviceChannel& channel : tables.device_channels()) {
-    found.push_back(channel.shape);
-    found.push_back(channel.number);
-  }
-  return table_of(std::move(found), 2);
+  return rows_of<std::uint32_t>(tables.device_channels());
 }
 
 Table<std::int64_t> streams(const PartTables& tables, nb::handle data, std::size_t batch,

@@ -96,10 +96,7 @@ def decode(work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]) -> 
         kernel = Kernel(_SOURCE, name, _SPACE, 32, shared=_SHARED)
         work.run(kernel, jobs.view(_JOB)[:, 0])
     for n in raw:
-        _, heads, dim = work.shape(rows[n].part)
-        strides = heads * rows[n].tokens * dim, rows[n].tokens * dim, dim
-        source = rows[n].address + HEADER
-        work.copy(form.itemsize, source, strides, rows[n].part, rows[n].first, rows[n].tokens)
+        work.copy_block(form.itemsize, rows[n], HEADER)
     turning = Turning(work)
     for part, some in groupby(unturned.tolist(), key=lambda found: rows[found[0]].part):
         context, dim = contexts[part], work.shape(part)[2]

@@ -185,9 +185,7 @@ class _Step:
             check_known(bytes(bytes_at(rows[n].host, min(rows[n].length, HEADER))))
             raise CorruptError("a block of unknown kind, or one that nothing predicts")
         for n in raw:
-            source, tokens = rows[n].address + HEADER, rows[n].tokens
-            strides = shape[1] * tokens * shape[2], tokens * shape[2], shape[2]
-            work.copy(self._itemsize, source, strides, rows[n].part, rows[n].first, tokens)
+            work.copy_block(self._itemsize, rows[n], HEADER)
         self._by_channel(blocks[plain], [rows[n] for n in plain], contexts)
         jobs = found.view(_JOB)[:, 0]
         if len(begun):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,12 +38,13 @@ class RawCodec(Codec):
     def decode_on_device(
         self, work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]
     ) -> None:
-        for _, address, length, part, first, tokens, _ in blocks.tolist():
-            batch, heads, dim = work.shape(part)
-            form, token = contexts[part].dtype, (heads * tokens * dim, tokens * dim, dim)
-            if length != batch * heads * tokens * dim * form.itemsize:
+        from kvzip.codecs.native.cuda.work import Block
+
+        for block in map(Block._make, blocks.tolist()):
+            itemsize = contexts[block.part].dtype.itemsize
+            if block.length != math.prod(work.shape(block.part)) * block.tokens * itemsize:
                 raise CorruptError("a block of another size than its numbers")
-            work.copy(form.itemsize, address, token, part, first, tokens)
+            work.copy_block(itemsize, block)
 
     def max_encoded_size(self, raw_bytes: int) -> int:
         return raw_bytes

@@ -23,7 +23,12 @@ def reseal(blob: bytes | bytearray) -> bytes:
         offset, length = struct.unpack_from("<QQ", blob, row + 16)
         stored = blob[offset : offset + length] if offset < len(blob) else b""
         struct.pack_into("<Q", blob, row + 32, checksum.of_bytes(bytes(stored)))
-    end = at + 48 * count
+    return sealed_index(blob)
+
+
+def sealed_index(blob: bytearray) -> bytes:
+    """The .kvz file with a checksum of header and index that is true again."""
+    end = first_stored(blob)
     end += -end % 64
     digest = checksum.of_bytes(bytes(blob[:32]) + bytes(blob[40:end]))
     struct.pack_into("<Q", blob, 32, digest)

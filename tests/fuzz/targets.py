@@ -49,16 +49,20 @@ def in_part(data: bytes) -> None:
         reader.tokens(1, 3)
 
 
+def named_in(data: bytes) -> kvzip.Profile:
+    """The profile that a file names, of those that there are."""
+    named = [profile for profile in TURNED.values() if profile.id.encode() in data]
+    return [*named, PREDICTED][0]
+
+
 def predicted(data: bytes) -> None:
     """A file that needs one of the profiles that there are."""
-    named = [profile for profile in TURNED.values() if profile.id.encode() in data]
-    kvzip.decode(sealed(data), [*named, PREDICTED][0], threads=1)
+    kvzip.decode(sealed(data), named_in(data), threads=1)
 
 
 def for_device(data: bytes) -> None:
     """What a processor makes of a file for a GPU. Here that does nothing."""
-    named = [profile for profile in TURNED.values() if profile.id.encode() in data]
-    with kvzip.open(sealed(data), [*named, PREDICTED][0], threads=1) as reader:
+    with kvzip.open(sealed(data), named_in(data), threads=1) as reader:
         IDLE.expect(reader.index)
         reader.decode(device=IDLE)
 

@@ -242,14 +242,21 @@ def test_which_fp8_it_is_counts(engine: Any, tmp_path: Any, monkeypatch: Any) ->
         engine(**FP8 | E5M2)
 
 
-@pytest.mark.parametrize("codec", ["raw", "zstd", "channel", "predictive"])
-def test_any_codec(engine: Any, tmp_path: Any, codec: str) -> None:
+def settings_of(engine: Any, tmp_path: Any, codec: str) -> dict[str, Any]:
+    """What an engine is told to store with a codec; of one that needs a profile, learned from a
+    document of the same cache."""
     settings: dict[str, Any] = {"codec": codec}
     if codec == "predictive":
         fill(engine, prompt(80, 1))
         [file] = documents(tmp_path)
         kvzip.Profile.fit([kvzip.decode(file)]).save(tmp_path / "m.kvprofile")
         settings["profile"] = str(tmp_path / "m.kvprofile")
+    return settings
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd", "channel", "predictive"])
+def test_any_codec(engine: Any, tmp_path: Any, codec: str) -> None:
+    settings = settings_of(engine, tmp_path, codec)
     ids = prompt(80)
     fill(engine, ids, **settings)
     assert any(kvzip.info(f).header.codec["id"] == codec for f in documents(tmp_path))
@@ -270,12 +277,7 @@ def test_a_device_decodes(
     engine: Any, tmp_path: Any, shim: ShimDevice, codec: str, more: dict[str, Any]
 ) -> None:
     """The same keys and values, whatever decodes them: in the step, and with windows beside it."""
-    settings: dict[str, Any] = {"codec": codec} | more
-    if codec == "predictive":
-        fill(engine, prompt(80, 1))
-        [file] = documents(tmp_path)
-        kvzip.Profile.fit([kvzip.decode(file)]).save(tmp_path / "m.kvprofile")
-        settings["profile"] = str(tmp_path / "m.kvprofile")
+    settings = settings_of(engine, tmp_path, codec) | more
     ids = prompt(80)
     fill(engine, ids, **settings)
     for local in (0, 32):

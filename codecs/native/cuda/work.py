@@ -258,6 +258,13 @@ class Work:
         job = source, *strides, part, first, tokens, 0, rows, 0
         self._copies.setdefault((len(self._phases) - 1, itemsize), []).append((job, each))
 
+    def copy_block(self, itemsize: int, block: Block, header: int = 0) -> None:
+        """Copy a block whose numbers are stored as they are, behind so many bytes."""
+        _, heads, dim = self.shape(block.part)
+        strides = heads * block.tokens * dim, block.tokens * dim, dim
+        source = block.address + header
+        self.copy(itemsize, source, strides, block.part, block.first, block.tokens)
+
     def checksums(self, itemsize: int, blocks: NDArray[Any]) -> None:
         """Have the XXH3-64 of each block's numbers, in C order, put where its row's is to be."""
         jobs = np.zeros(len(blocks), _DIGEST)
