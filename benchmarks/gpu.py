@@ -1,4 +1,4 @@
-"""How fast a GPU decodes: `python -m kvzip.benchmarks.gpu`, or `make bench-gpu`.
+"""How fast a GPU decodes and encodes: `python -m kvzip.benchmarks.gpu`, or `make bench-gpu`.
 
 A cache of Qwen3-4B's shape with synthetic numbers: normal ones, each channel with a scale of its
 own, whose values take about as many bits as those of real caches; for `predictive`, numbers that
@@ -162,6 +162,59 @@ def measured(device: Device, tokens: int, dtype: str, runs: int) -> Iterator[tup
         timed(lambda: kvzip.decode(blob, out=on_cpu), 3),
     )
     yield "channel: encode by the CPU from host memory", raw, timed(lambda: kvzip.encode(snap), 3)
+    check()  # what the caller's arrays hold now is encoded where it lies
+    yield from encoding_rows(device, kvzip.Snapshot.from_arrays(out), snap, blob, runs)
+
+
+def encoding_rows(
+    device: Device, there: kvzip.Snapshot, here: kvzip.Snapshot, blob: bytes, runs: int
+) -> Iterator[tuple[Any, ...]]:
+    """The same numbers `there`, on the device, and `here`; `blob`: the file that they make without
+    a profile."""
+    raw = there.raw_bytes
+    profile = kvzip.Profile.fit([here], codec="channel")
+    for which, known, expected in (
+        ("tables of its own", None, blob),
+        ("a profile's tables", profile, kvzip.encode(here, profile=profile)),
+    ):
+
+        def run(known: kvzip.Profile | None = known) -> bytes:
+            return kvzip.encode(there, profile=known, device=device)
+
+        if run() != expected:
+            raise AssertionError("the device writes another file than the CPU")
+        yield f"channel: encode from the GPU's memory, {which}", raw, timed(run, runs)
+    seconds = encoding_kernels(there, profile, device, runs)
+    yield "channel: kernels and checksums of encoding alone", raw, seconds
+
+
+def encoding_kernels(
+    there: kvzip.Snapshot, profile: kvzip.Profile, device: Device, runs: int
+) -> list[float]:
+    """Seconds that all kernels take that encode a snapshot, parts together as they are then; they
+    may run again on what they were given."""
+    from kvzip.codecs.native.cuda import encoding
+    from kvzip.codecs.native.cuda.work import Work
+
+    seconds = [0.0] * runs
+
+    class Timed(Work):
+        def launch(self, run: Any) -> None:
+            super().launch(run)
+            device.synchronize(device.record(run))
+            for n in range(runs):
+                begin = time.perf_counter()
+                super().launch(run)
+                device.synchronize(device.record(run))
+                seconds[n] += time.perf_counter() - begin
+
+    changed = vars(encoding)
+    changed["Work"] = Timed
+    try:
+        kvzip.encode(there, "channel:keys=cached", profile, threads=1, device=device)
+    finally:
+        changed["Work"] = Work
+    return seconds
 
 
 def _copy(torch: Any, size: int) -> Callable[[], object]:

@@ -56,6 +56,7 @@ def encode(
     store_token_ids: bool = True,
     grids: bool = True,
     key: AnyKey | None = None,
+    device: Any = None,
     out: None = None,
 ) -> bytes: ...
 
@@ -71,6 +72,7 @@ def encode(
     store_token_ids: bool = True,
     grids: bool = True,
     key: AnyKey | None = None,
+    device: Any = None,
     out: Any,
 ) -> memoryview: ...
 
@@ -85,6 +87,7 @@ def encode(
     store_token_ids: bool = True,
     grids: bool = True,
     key: AnyKey | None = None,
+    device: Any = None,
     out: Any = None,
 ) -> bytes | memoryview:
     """A snapshot as the bytes of a .kvz file.
@@ -98,6 +101,8 @@ def encode(
     grid of a narrower format (bf16 that holds fp8 times scales) are stored as they are, too
     (docs/format.md); a codec that predicts, and one with a profile, always does that. `key`: seal
     the file (AES-256-GCM), so that it is read only with this key: 32 bytes, or a `kvzip.Key`.
+    `device`: the GPU ("cuda", "cuda:1") that encodes what lies in its memory, as far as the codec
+    has kernels (docs/gpu.md); the CPU does the rest, and all by default. The bytes are the same.
     `out`: memory for the file, such as what a network card reads from: a writable buffer, array or
     CPU tensor of bytes side by side, apart from the snapshot's. The part of it that the file takes
     is returned, from its first byte on; :func:`max_encoded_size` says how many it may take. New
@@ -105,9 +110,9 @@ def encode(
 
     Raises UsageError for a snapshot or settings that no file can hold and for an `out` that is too
     small (bytes of it may be written then), ProfileError when the codec needs a profile and has
-    none, UnsupportedError when there is no such codec.
+    none, UnsupportedError when there is no such codec, or no such GPU.
     """
-    writer = writer_of(snapshot, codec, profile, block_tokens, store_token_ids, grids)
+    writer = writer_of(snapshot, codec, profile, block_tokens, store_token_ids, grids, device)
     known = None if key is None else as_key(key)
     if out is None:
         return writer.encode(threads) if known is None else seal(writer.encode(threads), known)
@@ -129,13 +134,14 @@ def write(
     grids: bool = True,
     progress: Callable[[int], None] | None = None,
     key: AnyKey | None = None,
+    device: Any = None,
 ) -> int:
     """As :func:`encode`, into a file that appears whole or not at all; its length in bytes.
 
     Memory is bounded by a few layers. `progress` is called with raw bytes as they are done.
     """
     callback("progress", progress)
-    writer = writer_of(snapshot, codec, profile, block_tokens, store_token_ids, grids)
+    writer = writer_of(snapshot, codec, profile, block_tokens, store_token_ids, grids, device)
     known = None if key is None else as_key(key)
     with replacing(path) as file:
         return _written(writer, file, threads, known, progress)
@@ -163,6 +169,7 @@ def writer_of(
     block_tokens: int | None = None,
     store_token_ids: bool = True,
     grids: bool = True,
+    device: Any = None,
 ) -> Writer:
     """What writes a snapshot into any open file; arguments and errors as of :func:`encode`."""
     if not isinstance(snapshot, Snapshot):
@@ -170,7 +177,7 @@ def writer_of(
         raise UsageError(f"a {kind} is no Snapshot: Snapshot.load reads one from a file")
     check_profile(profile)
     chosen = choose_codec(codec, snapshot.layout, profile)
-    return Writer(snapshot, chosen, profile, block_tokens, store_token_ids, grids)
+    return Writer(snapshot, chosen, profile, block_tokens, store_token_ids, grids, device)
 
 
 def max_encoded_size(

@@ -184,6 +184,18 @@ class Codec(ABC):
         """
         raise UnsupportedError(f"codec {self.codec_id!r} has no kernels for a GPU")
 
+    encodes_on_device: bool = False
+    """Whether there is an `encode_on_device`. If not, parts are copied, and the CPU encodes."""
+
+    def encode_on_device(self, device: Any, parts: Sequence[Any]) -> list[Any]:
+        """Encode parts of one format where they lie, on a GPU: `device` is a `device.Device` of
+        `kvzip.codecs.native.cuda`, each part an `encoding.Numbers` of it.
+
+        An `encoding.EncodedNumbers` for each, with the bytes that `make_tables` and `encode` give;
+        or None for a part that the CPU is to encode.
+        """
+        raise UnsupportedError(f"codec {self.codec_id!r} has no kernels for a GPU")
+
     @abstractmethod
     def max_encoded_size(self, raw_bytes: int) -> int:
         """An upper bound of the bytes that `encode` gives for a block of so many raw bytes."""

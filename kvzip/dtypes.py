@@ -118,7 +118,9 @@ def as_bits(array: Any, dtype: str | None = None) -> tuple[Bits, str]:
         return array, form.name
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        values, found = _of_tensor(array, dtype, torch)
+        bits, found = _of_tensor(array, dtype, torch)
+        with told_as(UsageError, f"{_named(array)} holds no plain bits"):
+            values = bits.cpu().numpy()
     else:
         # A subclass (np.memmap) makes slow work of every slice.
         if isinstance(array, np.ndarray):
@@ -130,23 +132,72 @@ def as_bits(array: Any, dtype: str | None = None) -> tuple[Bits, str]:
             raise UsageError(f"a {type(array).__name__} is no array: give numpy's, torch's, DLPack")
         # ml_dtypes' bfloat16 and float8 types are numpy dtypes of kind "V", known by name.
         found = get(values.dtype.name) if values.dtype.kind not in "iu" else None
+    form = _format_of(values.dtype, found, dtype)
+    return values.view(form.uint), form.name
+
+
+def held_bits(array: Any, dtype: str | None = None) -> tuple[Bits | DeviceBits, str]:
+    """As :func:`as_bits`, but a torch tensor in a GPU's memory stays there; what was to be written
+    to it on torch's current stream is there when this returns."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(array, torch.Tensor) or not on_gpu(array):
+        return as_bits(array, dtype)
+    bits, found = _of_tensor(array, dtype, torch)
+    form = _format_of(np.dtype(f"i{bits.element_size()}"), found, dtype)
+    if bits.is_cuda:
+        torch.cuda.current_stream(bits.device).synchronize()
+    return DeviceBits(bits, form), form.name
+
+
+def on_gpu(tensor: Any) -> bool:
+    """Whether a torch tensor lies in a GPU's memory, where kernels of ours can be."""
+    return bool(tensor.is_cuda)
+
+
+class DeviceBits:
+    """Raw bits in a GPU's memory, where elsewhere a numpy array is: a torch tensor of integers, to
+    be looked at. Copied when they are read."""
+
+    def __init__(self, tensor: Any, form: DType):
+        self.tensor, self.form = tensor, form
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def transpose(self, axes: Any) -> DeviceBits:
+        """As numpy's."""
+        return DeviceBits(self.tensor.permute(axes), self.form)
+
+    def __getitem__(self, where: Any) -> DeviceBits:
+        return DeviceBits(self.tensor[where], self.form)
+
+    def read(self) -> Bits:
+        """A copy of them on the host."""
+        bits: Bits = self.tensor.cpu().numpy().view(self.form.uint)
+        return bits
+
+
+def _format_of(stored: np.dtype[Any], found: DType | None, dtype: str | None) -> DType:
+    """The format of numbers in an array of this dtype: the one that it tells itself, `found`, or
+    `dtype`. Raises UnsupportedError."""
     if found is None:
         if dtype is None:
             raise UnsupportedError(
-                f"an array of {values.dtype} could be any format: say dtype=, one of "
+                f"an array of {stored} could be any format: say dtype=, one of "
                 f"{', '.join(NAMES)}; its bytes, whatever they are, are view(uint8) with "
                 "dtype='bytes'"
             )
         found = get(dtype)
     elif dtype is not None and get(dtype) is not found:
         raise UnsupportedError(f"the array is {found.name}, not {dtype}")
-    if values.dtype.itemsize != found.itemsize or values.dtype.byteorder == ">":
-        raise UnsupportedError(f"an array of {values.dtype} cannot hold {found.name}")
-    return values.view(found.uint), found.name
+    if stored.itemsize != found.itemsize or stored.byteorder == ">":
+        raise UnsupportedError(f"an array of {stored} cannot hold {found.name}")
+    return found
 
 
-def _of_tensor(tensor: Any, dtype: str | None, torch: Any) -> tuple[NDArray[Any], DType | None]:
-    """A torch tensor's memory as an array of integers, and the format that its own dtype tells;
+def _of_tensor(tensor: Any, dtype: str | None, torch: Any) -> tuple[Any, DType | None]:
+    """A torch tensor's memory as a tensor of integers, and the format that its own dtype tells;
     None where `dtype` must tell."""
     kind = tensor.dtype
     signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(kind.itemsize)
@@ -158,10 +209,14 @@ def _of_tensor(tensor: Any, dtype: str | None, torch: Any) -> tuple[NDArray[Any]
         )
     if tensor.is_neg():  # its bits in memory are those of other numbers
         raise UsageError("a tensor is a negative view: give its resolve_neg()")
-    with told_as(UsageError, f"a {tensor.layout} tensor on {tensor.device} holds no plain bits"):
-        values = tensor.detach().cpu().view(signed).numpy()
+    with told_as(UsageError, f"{_named(tensor)} holds no plain bits"):
+        values = tensor.detach().view(signed)
     # int8 and uint8 may hold the bits of another format.
     return values, None if holds_bits and dtype is not None else own
+
+
+def _named(tensor: Any) -> str:
+    return f"a {tensor.layout} tensor on {tensor.device}"
 
 
 def as_tensor(bits: Bits, dtype: str) -> Any:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 from msgspec.structs import force_setattr
 
 from kvzip import dtypes
-from kvzip.dtypes import Bits
+from kvzip.dtypes import Bits, DeviceBits
 from kvzip.errors import UnsupportedError, UsageError
 from kvzip.kept import cached_property
 from kvzip.options import integer, items, json_value, text
+
+Held = TypeVar("Held", Bits, DeviceBits)
+"""Where a part's bits are: in an array, or on a GPU."""
 
 Kind = Literal["full", "sliding", "latent", "state", "cross"]
 KINDS: tuple[Kind, ...] = ("full", "sliding", "latent", "state", "cross")
@@ -112,7 +115,7 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         """How many bytes these are."""
         return self.line_numbers * self.form.itemsize
 
-    def as_block(self, array: Bits) -> Bits:
+    def as_block(self, array: Held) -> Held:
         """A view of an array of the part's shape (but for the number of its tokens) in the shape of
         blocks: [batch, heads, tokens or rows, dim]."""
         axes = self.axes
@@ -121,8 +124,8 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         if axes == "htd":
             return array[np.newaxis]
         order = [axes.find(a) for a in ("b", "h", "t" if "t" in axes else "r", "d")]
-        view: Bits = array.transpose([at for at in order if at >= 0])
-        block: Bits = view[tuple(slice(None) if at >= 0 else np.newaxis for at in order)]
+        view: Held = array.transpose([at for at in order if at >= 0])
+        block: Held = view[tuple(slice(None) if at >= 0 else np.newaxis for at in order)]
         return block
 
     def from_block(self, block: Bits) -> Bits:

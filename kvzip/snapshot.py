@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
-from kvzip.dtypes import Bits
+from kvzip.dtypes import Bits, DeviceBits
 from kvzip.errors import CorruptError, FormatError, UsageError
 from kvzip.files import replacing
 from kvzip.layout import Kind, LayerLayout, Layout, Origin, PartLayout, StoredLayout
@@ -64,18 +64,25 @@ Read = Callable[..., Bits]
 class Layer:
     """The parts of one layer as raw bits, and their layout.
 
-    Those of a snapshot that was loaded from a file are read when they are first used.
+    Those of a snapshot that was loaded from a file are read when they are first used, and those in
+    a GPU's memory are copied then.
     """
 
-    __slots__ = ("_held", "_read", "layout")
+    __slots__ = ("_held", "_on_device", "_read", "layout")
 
-    def __init__(self, parts: Mapping[str, Bits], layout: LayerLayout):
+    def __init__(self, parts: Mapping[str, Bits | DeviceBits], layout: LayerLayout):
         self.layout = layout
-        self._held = dict(parts)
+        self._held: dict[str, Bits] = {}
+        self._on_device: dict[str, DeviceBits] = {}
         self._read: Read | None = None
+        for name, bits in parts.items():
+            if isinstance(bits, DeviceBits):
+                self._on_device[name] = bits
+            else:
+                self._held[name] = bits
 
     @classmethod
-    def of_kv(cls, k: Bits, v: Bits, layout: LayerLayout) -> Layer:
+    def of_kv(cls, k: Bits | DeviceBits, v: Bits | DeviceBits, layout: LayerLayout) -> Layer:
         """A layer of keys and values."""
         return cls({"k": k, "v": v}, layout)
 
@@ -125,13 +132,13 @@ class Layer:
         """The bits of one part. Raises UsageError where the layer has none of that name."""
         found = self._held.get(name)
         if found is None:
-            found = self._held[name] = self._from_file(name)
+            found = self._held[name] = self._elsewhere(name)
         return found
 
     def once(self, name: str) -> Bits:
-        """As :meth:`part`; what is read from a file for this is not kept."""
+        """As :meth:`part`; what is read or copied for this is not kept."""
         found = self._held.get(name)
-        return self._from_file(name) if found is None else found
+        return self._elsewhere(name) if found is None else found
 
     def block(self, name: str) -> Bits:
         """As :meth:`once`, in the shape of blocks: [batch, heads, tokens or rows, dim]."""
@@ -141,6 +148,9 @@ class Layer:
         """[tokens, dim]: tokens (or rows) `start` to `stop` of a part, and of batch and heads the
         `row`-th pair. Where they lie together in a file, no more than they are read."""
         part = self.layout.part(name)
+        device = self.on_device(name)
+        if device is not None:
+            return device[(*divmod(row, device.shape[1]), slice(start, stop))].read()
         if name not in self._held and self._read is not None and part.axes[-2:] in ("td", "rd"):
             _, _, lines, dim = part.block_shape
             # Batch and heads come before, and the batch first of all.
@@ -153,8 +163,17 @@ class Layer:
         """The parts that are in memory."""
         return self._held
 
-    def _from_file(self, name: str) -> Bits:
+    def on_device(self, name: str) -> DeviceBits | None:
+        """The bits of a part in a GPU's memory, in the shape of blocks; None where they are not
+        there, or the part was looked at since, so that it may have been written to."""
+        bits = None if name in self._held else self._on_device.get(name)
+        return None if bits is None else self.layout.part(name).as_block(bits)
+
+    def _elsewhere(self, name: str) -> Bits:
+        """A part that is not in memory."""
         self.layout.part(name)
+        if name in self._on_device:
+            return self._on_device[name].read()
         if self._read is None:
             raise UsageError(f"a layer was made without its part {name!r}")
         return self._read(name)
@@ -280,15 +299,17 @@ class Snapshot:
         token_ids: Any = None,
         origin: Origin = Origin(),  # noqa: B008 - frozen
     ) -> Snapshot:
-        """From one (K, V) pair a layer: numpy, CPU torch, or anything with DLPack; no copy.
+        """From one (K, V) pair a layer: numpy, torch, or anything with DLPack; no copy. Tensors in
+        a GPU's memory stay there, where `encode(device=)` encodes them, and must not change; they
+        are copied when they are looked at.
 
         `dtype` is needed when the arrays are integers that hold bits. All layers count as full.
         Raises UsageError for what is no array, UnsupportedError for another dtype.
         """
         built = []
         for k, v in pairs("layers", layers):
-            kb, dtype = dtypes.as_bits(k, dtype)
-            vb, dtype = dtypes.as_bits(v, dtype)
+            kb, dtype = dtypes.held_bits(k, dtype)
+            vb, dtype = dtypes.held_bits(v, dtype)
             layout = LayerLayout.of_kv(kb.shape, vb.shape, dtype, kb.shape[-2])
             built.append(Layer.of_kv(kb, vb, layout))
         if dtype is None:
@@ -445,9 +466,13 @@ def _check_held(i: int, layer: Layer) -> None:
     """Raise UsageError unless what layer i holds is as its layout says. What is not read yet is as
     the file's header says."""
     held, parts = layer._held, layer.layout.parts
-    if layer._read is None and held.keys() != parts.keys():
-        has, wanted = ", ".join(held), ", ".join(parts)
+    there = held.keys() | layer._on_device.keys()
+    if layer._read is None and there != parts.keys():
+        has, wanted = ", ".join([*held, *layer._on_device]), ", ".join(parts)
         raise UsageError(f"layer {i} has the parts {has}, and its layout {wanted}")
+    for name, bits in layer._on_device.items():
+        if bits.shape != parts[name].shape or bits.form is not parts[name].form:
+            raise UsageError(f"layer {i}: {name} is not as its layout says")
     for name, found in list(held.items()):
         part = parts[name]
         if not isinstance(found, np.ndarray):

@@ -17,7 +17,16 @@ from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
 from kvzip.codecs.channel.blocks import CODED, HEADER, MAX_EXPANSION, RAW, UNTURNED
 from kvzip.codecs.channel.fit import fit
-from kvzip.codecs.channel.profile import fields, own_bits, rows, tables_of, takes
+from kvzip.codecs.channel.profile import (
+    BEFORE_ROPE,
+    MORE,
+    SAMPLE,
+    chosen_of_profile,
+    fields,
+    rows,
+    tables_of,
+    takes,
+)
 from kvzip.codecs.channel.rotation import Keys, sampled, unturned
 from kvzip.codecs.common.rotation import ROUNDINGS, rotation_of
 from kvzip.dtypes import Bits, DType
@@ -30,12 +39,6 @@ _MODES = frozenset((RAW, CODED, UNTURNED))
 # Bits of a channel with a shape of its own: two levels of at most 16 bits for each of 256
 # exponents, and what stands beside them.
 _MAX_CHANNEL = 2 * 256 * 16 + 100
-# The tables of a part whose keys are coded by the profile's tables of keys before RoPE.
-_BEFORE_ROPE = bytes([UNTURNED])
-# Tokens on which a profile's tables are tried, and what they may take more there than the part's
-# own tables are thought to: 3 % is seen where they fit, since few tokens tell too little of a
-# channel. And what a stream takes besides its numbers, in bits.
-_SAMPLE, _MORE, _STREAM = 128, 0.05, 850
 # Tokens that tell what keys before RoPE take at least.
 _FEW = 32
 # Under which a part of few tokens is kept, as coded by its tables, for its block if that is all;
@@ -80,13 +83,14 @@ class ChannelCodec(Codec):
             return b""
         keys = unturned(part, context) if self.keys == "before_rope" else None
         array = rows(part) if keys is None else keys.array
-        chosen = _chosen_of_profile(part, keys, context)
+        before = None if keys is None else keys.cut(0, SAMPLE)
+        chosen = chosen_of_profile(rows(part[:, :, :SAMPLE]), before, context)
         if chosen is not None:
             if chosen:
                 context.scratch[_KEYS] = keys
             return chosen
         made: bytes = _native.channel_tables(array, *fields(form))
-        if made and part.shape[2] <= _SAMPLE:
+        if made and part.shape[2] <= SAMPLE:
             tables = _native.ChannelTables(made, part.shape[1], part.shape[3], *fields(form))
             coded = tables.encode(array, b"" if keys is None else keys.head(part, 0))
             if coded is None or len(made) + len(coded) >= len(_RAW_HEAD) + part.nbytes:
@@ -102,7 +106,7 @@ class ChannelCodec(Codec):
         _, heads, _, dim = shape
         if not len(data):
             return tables_of(context, heads, dim)
-        if data == _BEFORE_ROPE:
+        if data == BEFORE_ROPE:
             return tables_of(context, heads, dim, before_rope=True)
         if len(data) > self.max_tables_size(shape, context.dtype):
             raise CorruptError("tables of an impossible size")
@@ -142,14 +146,14 @@ class ChannelCodec(Codec):
         few = sampled(block, context, _FEW) if self.keys == "before_rope" else None
         if few is not None:
             before: float = _native.bits_by_channel(few.before, *fields(context.dtype))
-            bits = min(bits, (1 - _MORE) * before * block.size / few.before.size)
+            bits = min(bits, (1 - MORE) * before * block.size / few.before.size)
         return bits / 8
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:
         self.decode_many([Coded(data, out, context)])
 
     def is_before_rope(self, part: str, first: Callable[[], Any]) -> bool:
-        return part == "k" and self.keys == "before_rope" and bytes(first()) == _BEFORE_ROPE
+        return part == "k" and self.keys == "before_rope" and bytes(first()) == BEFORE_ROPE
 
     threaded = True
 
@@ -189,6 +193,13 @@ class ChannelCodec(Codec):
 
         gpu.decode(work, blocks, contexts)
 
+    encodes_on_device = True
+
+    def encode_on_device(self, device: Any, parts: Sequence[Any]) -> list[Any]:
+        from kvzip.codecs.channel import gpu_encoding
+
+        return gpu_encoding.encode(self, device, parts)
+
     def max_encoded_size(self, raw_bytes: int) -> int:
         return len(_RAW_HEAD) + raw_bytes
 
@@ -197,32 +208,3 @@ class ChannelCodec(Codec):
 
     def max_tables_size(self, shape: tuple[int, ...], dtype: DType) -> int:
         return 1 + shape[1] * shape[3] * _MAX_CHANNEL // 8
-
-
-def _chosen_of_profile(part: Bits, keys: Keys | None, context: Context) -> bytes | None:
-    """What the file has in place of tables where the profile's code a part: of its tables for the
-    part, or of those for keys before RoPE, the ones that take less. None where tables of the part's
-    own are thought to take clearly less than either."""
-    heads, dim, form = part.shape[1], part.shape[3], context.dtype
-    sample = rows(part[:, :, :_SAMPLE])
-    choices = [(b"", tables_of(context, heads, dim), sample)]
-    if keys is not None:
-        sample = keys.cut(0, _SAMPLE)
-        before = tables_of(context, heads, dim, before_rope=True)
-        choices.append((_BEFORE_ROPE, before, sample))
-    bits = {
-        stored: _bits(known, numbers) for stored, known, numbers in choices if known is not None
-    }
-    if not bits:
-        return None
-    least = min(bits, key=bits.__getitem__)
-    return least if bits[least] <= (1 + _MORE) * own_bits(sample, form) else None
-
-
-def _bits(tables: _native.ChannelTables, sample: Bits) -> float:
-    """What the numbers take with these tables, without what their streams begin with."""
-    coded: bytes | None = tables.encode(sample)
-    if coded is None:
-        return math.inf
-    batch, _, tokens, _ = sample.shape
-    return 8 * len(coded) - _STREAM * len(tables.streams(coded, batch, tokens))

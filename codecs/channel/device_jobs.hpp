@@ -58,6 +58,26 @@ struct ExceptionJob {
   uint32_t side_by_side;  // whether the two numbers of a pair are, or else `pairs` apart
 };
 
+// Keys of which those before RoPE are looked for: rows first_row ... first_row + rows - 1 of
+// [batch, heads, tokens].
+struct UnturnJob {
+  uint64_t angles;               // address of float32 [tokens, 2, pairs], cosines and sines
+  uint64_t missing;              // address of MissingPairs
+  uint32_t part, out;            // where the keys are, and where those before RoPE go
+  uint32_t first_token, tokens;  // counted in both
+  uint32_t first_row, rows;
+  uint32_t pairs;     // at least 1, and two numbers each within `dim`
+  uint32_t rounding;  // as of TurnJob
+  uint32_t all;       // tokens of the part
+  uint32_t most;      // so many missing pairs there is room for
+};
+// Pairs that nothing turns to: how many, which may be more than there is room for, then of each,
+// in no order, its number in [batch, heads, all tokens, pairs] and its own two numbers.
+struct MissingPairs {
+  uint32_t count, reserved;
+  // uint32_t pair[most][2]
+};
+
 // What a step of the encoder looks up, 32 numbers a row. Lanes hold one of each.
 //   map     symbol of exponent i (counted from the shape's first) of positive numbers, 6 bits, of
 //           which the upper says that there is one; of negative ones, 6 bits from bit 8 on; how

@@ -5,12 +5,15 @@ spec.md, "In a profile", says how they lie there.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import numpy as np
 
 from kvzip import dtypes
 from kvzip.codec import Context
 from kvzip.codecs import _native
+from kvzip.codecs.channel.blocks import UNTURNED
 from kvzip.dtypes import Bits, DType
 from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.layout import PartLayout
@@ -18,6 +21,12 @@ from kvzip.profile import Profile
 
 MOST_CHANNELS = 65_535
 """The most channels, heads x dim, that a part with tables has."""
+BEFORE_ROPE = bytes([UNTURNED])
+"""The tables of a part whose keys are coded by the profile's tables of keys before RoPE."""
+# Tokens on which a profile's tables are tried, and what they may take more there than the part's
+# own tables are thought to: 3 % is seen where they fit, since few tokens tell too little of a
+# channel. And what a stream takes besides its numbers, in bits.
+SAMPLE, MORE, _STREAM = 128, 0.05, 850
 _FIELDS = {
     form.name: (form.exponent_bits, form.mantissa_bits)
     for form in map(dtypes.get, dtypes.NAMES)
@@ -107,6 +116,37 @@ def own_bits(numbers: Bits, form: DType) -> float:
     """What numbers, [batch, heads, tokens, dim], take by tables of their own, about."""
     bits: float = _native.channel_bits(numbers, *fields(form))
     return bits
+
+
+def chosen_of_profile(cached: Bits, before: Bits | None, context: Context) -> bytes | None:
+    """What the file has in place of tables where the profile's code a part: of its tables for the
+    part, or of those for keys before RoPE, the ones that take less. None where tables of the part's
+    own are thought to take clearly less than either.
+
+    `cached`, `before`: the first `SAMPLE` tokens of the part, and of its keys before RoPE, if that
+    is how they would be coded.
+    """
+    heads, dim = cached.shape[1], cached.shape[3]
+    sample = cached if before is None else before
+    choices = [(b"", tables_of(context, heads, dim), cached)]
+    if before is not None:
+        choices.append((BEFORE_ROPE, tables_of(context, heads, dim, before_rope=True), before))
+    bits = {
+        stored: _bits(known, numbers) for stored, known, numbers in choices if known is not None
+    }
+    if not bits:
+        return None
+    least = min(bits, key=bits.__getitem__)
+    return least if bits[least] <= (1 + MORE) * own_bits(sample, context.dtype) else None
+
+
+def _bits(tables: _native.ChannelTables, sample: Bits) -> float:
+    """What the numbers take with these tables, without what their streams begin with."""
+    coded: bytes | None = tables.encode(sample)
+    if coded is None:
+        return math.inf
+    batch, _, tokens, _ = sample.shape
+    return 8 * len(coded) - _STREAM * len(tables.streams(coded, batch, tokens))
 
 
 def _read(profile: Profile, name: str, heads: int, dim: int, form: DType) -> _native.ChannelTables:

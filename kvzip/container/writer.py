@@ -13,6 +13,9 @@ import numpy as np
 from kvzip import checksum, metrics
 from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
+from kvzip.codecs.native.cuda.arrays import target_of
+from kvzip.codecs.native.cuda.device import get_device
+from kvzip.codecs.native.cuda.encoding import Numbers
 from kvzip.container.format import (
     MAX_ENTRIES,
     WRITER,
@@ -27,7 +30,7 @@ from kvzip.container.format import (
 from kvzip.container.grids import GridCodec, may_be_on_grid, may_use_grids
 from kvzip.container.index import ALIGNMENT, RECORD, Entry, Key, aligned, entries, entry_count
 from kvzip.container.sink import Sink
-from kvzip.dtypes import Bits, DType
+from kvzip.dtypes import Bits, DeviceBits, DType
 from kvzip.errors import ProfileError, UsageError
 from kvzip.layout import Layout, Origin, StoredLayout
 from kvzip.options import as_json, boolean, integer, json_value
@@ -35,6 +38,9 @@ from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.workers import in_order, thread_count
 
+_TOGETHER = 32 << 20
+"""Bytes of numbers that a device encodes together: enough to be busy; coding them takes some three
+times as much of its memory."""
 _SHA256 = "0" * 64
 _MOST_ORIGIN = 4096
 """Bytes of JSON that the origin of a bare layout is taken to have at most."""
@@ -85,8 +91,11 @@ class Writer:
         block_tokens: int | None = None,
         store_token_ids: bool = True,
         grids: bool = True,
+        device: Any = None,
     ):
+        """`device`: one that encodes what lies in its memory; None, or "cpu": the CPU does all."""
         snapshot.check()
+        self._device = None if device is None or str(device) == "cpu" else get_device(device)
         store_token_ids = boolean("store_token_ids", store_token_ids)
         grids = boolean("grids", grids)
         block_tokens = _block_tokens(block_tokens, snapshot.layout, codec)
@@ -193,9 +202,58 @@ class Writer:
             if self._entries[row].tables:
                 groups.append([])
             groups[-1].append(row)
-        jobs = (partial(self._encode_part, group) for group in groups)
-        for results in in_order(jobs, workers, 2 * workers):
+        for results in in_order(self._jobs(groups), workers, 2 * workers):
             yield from results
+
+    def _jobs(self, groups: Iterable[list[int]]) -> Iterator[Callable[[], list[Encoded]]]:
+        """What encodes parts, of which each has its rows: one by one, or those that lie on a device
+        some together."""
+        together: list[tuple[list[int], DeviceBits]] = []
+        kind: tuple[Codec, DType] | None = None
+        size = 0
+        for group in groups:
+            codec, bits = self._codecs[self._entries[group[0]].key], self._on_device(group[0])
+            if together and (bits is None or (codec, bits.form) != kind or size >= _TOGETHER):
+                yield partial(self._encode_on_device, together)
+                together, size = [], 0
+            if bits is None:
+                yield partial(self._encode_part, group)
+                continue
+            kind = codec, bits.form
+            together.append((group, bits))
+            size += math.prod(bits.shape) * bits.form.itemsize
+        if together:
+            yield partial(self._encode_on_device, together)
+
+    def _on_device(self, row: int) -> DeviceBits | None:
+        """The bits of a part that the device is to encode; None where the CPU does."""
+        entry = self._entries[row]
+        if self._device is None or not self._codecs[entry.key].encodes_on_device:
+            return None
+        bits = self.snapshot.layers[entry.layer].on_device(entry.part)
+        if bits is None or bits.tensor.stride(-1) != 1 or not self._device.holds(bits.tensor):
+            return None
+        return bits
+
+    def _encode_on_device(self, parts: Sequence[tuple[list[int], DeviceBits]]) -> list[Encoded]:
+        """Parts of one codec and format, by the device that they lie on, or else by the CPU."""
+        numbers = []
+        for rows, bits in parts:
+            entry = self._entries[rows[0]]
+            blocks = [(self._entries[row].start, self._entries[row].tokens) for row in rows[1:]]
+            context = self._context(entry, None, {}, {})
+            numbers.append(Numbers(target_of(bits.tensor), partial(_read, bits), blocks, context))
+        codec = self._codecs[self._entries[parts[0][0][0]].key]
+        results = []
+        encoded = codec.encode_on_device(self._device, numbers)
+        for (rows, _), found in zip(parts, encoded, strict=True):
+            if found is None:
+                results += self._encode_part(rows)
+                continue
+            results.append(Encoded.tables(rows[0], found.tables))
+            for row, data, raw in zip(rows[1:], found.blocks, found.checksums, strict=True):
+                results.append(Encoded(row, data, checksum.of_bytes(data), raw))
+        return results
 
     def _chains(self, rows: Iterable[int], workers: int) -> dict[int, Encoded]:
         """Entries of a codec whose blocks need others of the same tokens, a range of tokens at a
@@ -275,6 +333,11 @@ class Writer:
         return Context(
             part.form, entry.layer, entry.part, begin, origin, ids, profile, layer.rope, *more
         )
+
+
+def _read(bits: DeviceBits, begin: int, end: int) -> Bits:
+    """Tokens begin to end of a part in a device's memory."""
+    return bits[:, :, begin:end].read()
 
 
 def _block(entry: Entry, whole: Bits) -> Bits:

@@ -200,9 +200,10 @@ def with_encoder_ids(found: Sequence[Held], ids: torch.Tensor) -> list[Held]:
 def layer_of(one: Held, seen: int, rope: int | None, single: bool | None = None) -> Layer:
     """What a layer of a cache holds as raw bits. `seen`: how many tokens its states have seen;
     `single`: whether to leave out the axis of the batch, by default where that is one."""
-    bits, parts = {}, {}
+    bits: dict[str, dtypes.Bits | dtypes.DeviceBits] = {}
+    parts = {}
     for name, (tensor, axes) in one.pieces.items():
-        numbers, form = dtypes.as_bits(tensor, "bytes" if tensor.dtype == torch.uint8 else None)
+        numbers, form = dtypes.held_bits(tensor, "bytes" if tensor.dtype == torch.uint8 else None)
         if "b" in axes and (tensor.shape[0] == 1 if single is None else single):
             numbers, axes = numbers[0], axes.removeprefix("b")
         bits[name], parts[name] = numbers, PartLayout(form, numbers.shape, axes)

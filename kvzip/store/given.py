@@ -42,6 +42,7 @@ def as_file(
     profile: Profile | None,
     threads: int,
     progress: Callable[[int], None] | None,
+    device: Any = None,
 ) -> Iterator[IO[bytes]]:
     """The document as an open .kvz file: as it is, or encoded. Raises UsageError for what is
     none, and what encoding does."""
@@ -53,7 +54,8 @@ def as_file(
             document = snapshot  # which goes on reading when the file is closed
     with scratch_file() as file:
         if isinstance(document, Snapshot):
-            api.writer_of(document, codec, profile).write(file, threads, progress)
+            writer = api.writer_of(document, codec, profile, device=device)
+            writer.write(file, threads, progress)
         else:
             kind = type(document).__name__
             try:

@@ -171,14 +171,16 @@ class Store:
         threads: int = 0,
         replace: bool = False,
         progress: Callable[[int], None] | None = None,
+        device: Any = None,
     ) -> Entry:
         """Store a document, unless the store has it already; return when it can be found.
 
         `document`: a Snapshot, or a path to one, which is encoded with `codec` and `profile`; or a
         .kvz file (a path or bytes), which is stored as it is. It must name its model.
         `token_ids`: the ids of its tokens, where the file has only their hash. `replace` overwrites
-        what the store has, for a document found to be damaged. The profile that the document needs
-        is stored before it, if it is the one given and the store does not have it.
+        what the store has, for a document found to be damaged. `device`: the GPU that encodes what
+        lies in its memory, as :func:`kvzip.encode` has it. The profile that the document needs is
+        stored before it, if it is the one given and the store does not have it.
 
         Raises UnsupportedError for batches, KVZipError for a document that cannot be found again
         (no model, no ids, shorter than a block) or is larger than the limit, StoreError.
@@ -187,7 +189,7 @@ class Store:
         check_profile(profile)
         thread_count(threads)
         replace = boolean("replace", replace)
-        with as_file(document, codec, profile, threads, progress) as file:
+        with as_file(document, codec, profile, threads, progress, device) as file:
             with api.open(file) as reader:
                 api.choose_codec(codec, reader.layout, profile)
                 reader.check_stored()

@@ -27,6 +27,10 @@ def turned_keys(rng: np.random.Generator) -> None:
     layer = kvzip.Layer.of_kv(k[0], k[0, ::-1], layout)
     snapshot = kvzip.Snapshot([layer], "bf16", origin=origin)
     blob = kvzip.encode(snapshot, "channel:keys=before_rope", block_tokens=128)
+    k, v = (tensor.cuda() for tensor in snapshot.tensors()[0])
+    parts = {name: dtypes.held_bits(tensor)[0] for name, tensor in (("k", k), ("v", v))}
+    there = kvzip.Snapshot([kvzip.Layer(parts, layout)], "bf16", origin=origin)
+    assert kvzip.encode(there, block_tokens=128, device="cuda") == blob
     kvzip.decode(blob, device="cuda", tokens=(5, 290))
     cache = torch.zeros(2, 24, 16, 2, 80, dtype=torch.bfloat16, device="cuda")
     out = [(cache[0], cache[1])]
@@ -50,6 +54,8 @@ def main() -> None:
         for codec in ("channel", "planes", "raw"):
             blob = kvzip.encode(snapshot, codec, block_tokens=256)
             kvzip.decode(blob, device="cuda")
+            there = kvzip.Snapshot.from_arrays([[t.cuda() for t in snapshot.tensors()[0]]])
+            assert kvzip.decode(kvzip.encode(there, codec, block_tokens=256)) == snapshot
             kvzip.decode(blob, device="cuda", tokens=(5, 290))
             cache = torch.zeros(2, 24, 16, 2, 128, dtype=kind, device="cuda")
             pages = list(range(19, 0, -1))

@@ -9,8 +9,9 @@ import torch
 from support import cache_like, make_snapshot
 
 import kvzip
+from kvzip import dtypes
 from kvzip.codecs.native.cuda.shim_device import ShimDevice
-from kvzip.container import on_device
+from kvzip.container import on_device, writer
 
 GUIDE = Path(__file__).parents[2] / "docs" / "gpu.md"
 
@@ -18,7 +19,9 @@ GUIDE = Path(__file__).parents[2] / "docs" / "gpu.md"
 def test_the_guide(compiled_once, tmp_path, monkeypatch):
     shim, find = ShimDevice(tensors=True), on_device.get_device
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(on_device, "get_device", lambda d: shim if d == "cuda" else find(d))
+    for module in (on_device, writer):
+        monkeypatch.setattr(module, "get_device", lambda d: shim if d == "cuda" else find(d))
+    monkeypatch.setattr(dtypes, "on_gpu", lambda tensor: True)
     snapshot = make_snapshot(cache_like, 1, "bf16", layers=2, heads=2, tokens=200, dim=16)
     Path("doc.kvz").write_bytes(kvzip.encode(snapshot))
     names, expected = {"torch": torch}, kvzip.decode("doc.kvz").tensors()
@@ -32,3 +35,5 @@ def test_the_guide(compiled_once, tmp_path, monkeypatch):
     rows = torch.cat([names["caches"][1][page] for page in names["pages"]])[:200].transpose(0, 1)
     assert torch.equal(rows.view(torch.int16), torch.cat(expected[1], -1).view(torch.int16))
     assert names["part"].layers[0].k.shape == (2, 84, 16)
+    assert "channel_encode_bf16" in shim.launched
+    assert kvzip.decode(names["blob"]).tensors()[1][0].equal(expected[1][0])

@@ -14,12 +14,13 @@ from support import cache_like, make_snapshot
 from test_turned_on_device import kinds, turned
 
 import kvzip
+from kvzip import dtypes
 from kvzip.codecs.common import device_angles
 from kvzip.codecs.common.rotation import ROUNDINGS
 from kvzip.codecs.native.cuda import gpu
 from kvzip.codecs.native.cuda.arrays import DeviceArray, empty
 from kvzip.codecs.native.cuda.shim_device import ShimDevice
-from kvzip.container import on_device
+from kvzip.container import on_device, writer
 from kvzip.dtypes import get
 
 
@@ -98,6 +99,27 @@ def keys_are_turned(device: gpu.CudaDevice, draw: random.Random) -> None:
             same(kvzip.decode(blob, device="cuda", tokens=(20, 170)), snapshot, 20, 170)
 
 
+def parts_are_encoded(device: gpu.CudaDevice, draw: random.Random) -> None:
+    """Several together, with keys before RoPE to be found first; again and again in the same
+    memory, which is the host's here."""
+    dtypes.on_gpu = lambda tensor: True
+    gpu.CudaDevice.holds = lambda device, tensor: True
+    for n in range(4):
+        snapshot = turned(n, 32, 16, draw.choice(ROUNDINGS), tokens=150 + 20 * n, layers=3)
+        there = kvzip.Snapshot.from_arrays(snapshot.tensors())
+        layers = [
+            kvzip.Layer({name: mine.on_device(name)[0] for name in "kv"}, layer.layout)
+            for mine, layer in zip(there.layers, snapshot.layers, strict=True)
+        ]
+        there = kvzip.Snapshot(layers, "bf16", origin=snapshot.origin)
+        writer._TOGETHER = draw.choice([1, 20000, 1 << 20])
+        for threads in (1, 3):
+            found = kvzip.encode(there, block_tokens=64, threads=threads, device="cuda")
+            assert found == kvzip.encode(snapshot, block_tokens=64)
+    assert 3 in kinds(found)["k"]
+    assert device.cache["rooms"], "the device did it"
+
+
 def main(folder: str, seed: str) -> None:
     kernels_by_shim(Path(folder))
     draw = random.Random(seed)
@@ -139,6 +161,7 @@ def main(folder: str, seed: str) -> None:
                 raise AssertionError("damage was not seen")
     layers_need_each_other(draw)
     keys_are_turned(device, draw)
+    parts_are_encoded(device, draw)
     try:
         kvzip.decode(blob, device="cuda:1")
     except kvzip.UnsupportedError as error:

@@ -10,6 +10,7 @@ import numpy as np
 
 from kvzip import dtypes
 from kvzip.codecs.native.cuda.device import Device, Memory
+from kvzip.codecs.native.cuda.work import Target
 from kvzip.dtypes import DType
 from kvzip.errors import UnsupportedError
 
@@ -71,6 +72,13 @@ class DeviceArray:
         return DeviceArray(
             self._memory, self.address, self.shape[1:], self.strides[1:], self.itemsize
         )
+
+
+def target_of(tensor: Any) -> Target:
+    """Where a torch tensor [batch, heads, tokens, dim] of a device lies."""
+    batch, heads, tokens, _ = tensor.stride()
+    shape = tuple(tensor.shape)
+    return Target(tensor.data_ptr(), (batch, heads, tokens), shape, 0, owner=tensor)
 
 
 def torch_of(device: Device) -> Any:

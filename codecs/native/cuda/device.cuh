@@ -38,11 +38,17 @@ KVZIP_DEVICE unsigned bytes_of(unsigned a, unsigned b, unsigned which) {
   return __byte_perm(a, b, which);
 }
 KVZIP_DEVICE void set_flag(uint32_t* flag) { atomicOr(flag, 1u); }
+// Adds to a number, and gives what it was before.
+KVZIP_DEVICE unsigned fetch_add(uint32_t* number, unsigned more) { return atomicAdd(number, more); }
 // Steps of IEEE 754, each rounded once, to the nearest. A product is never -0.
 KVZIP_DEVICE float product(float a, float b) { return __fmaf_rn(a, b, 0.0f); }
+// As a CPU has it: -0, too.
+KVZIP_DEVICE float signed_product(float a, float b) { return __fmul_rn(a, b); }
+KVZIP_DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
 KVZIP_DEVICE float sum(float a, float b) { return __fadd_rn(a, b); }
 KVZIP_DEVICE float difference(float a, float b) { return __fsub_rn(a, b); }
 KVZIP_DEVICE float as_float(unsigned bits) { return __uint_as_float(bits); }
+KVZIP_DEVICE unsigned bits_of(float v) { return __float_as_uint(v); }
 // The same of two numbers of bf16 in a word.
 KVZIP_DEVICE unsigned bf16_fma(unsigned a, unsigned b, unsigned c) {
   unsigned v;
@@ -121,7 +127,14 @@ inline unsigned bytes_of(unsigned a, unsigned b, unsigned which) {
   return v;
 }
 inline void set_flag(uint32_t* flag) { *flag |= 1; }
+inline unsigned fetch_add(uint32_t* number, unsigned more) {
+  const unsigned before = *number;
+  *number += more;
+  return before;
+}
 inline float product(float a, float b) { return a * b + 0.0f; }
+inline float signed_product(float a, float b) { return a * b; }
+inline float quotient(float a, float b) { return a / b; }
 inline float sum(float a, float b) { return a + b; }
 inline float difference(float a, float b) { return a - b; }
 inline float as_float(unsigned bits) {
@@ -129,9 +142,13 @@ inline float as_float(unsigned bits) {
   std::memcpy(&v, &bits, sizeof v);
   return v;
 }
-inline unsigned to_bf16(float v) {
+inline unsigned bits_of(float v) {
   unsigned bits;
   std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+inline unsigned to_bf16(float v) {
+  const unsigned bits = bits_of(v);
   return v != v ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 inline unsigned to_bf16(float lower, float upper) { return to_bf16(lower) | to_bf16(upper) << 16; }

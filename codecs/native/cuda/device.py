@@ -112,6 +112,10 @@ class Device(ABC):
         """Fresh memory of the host."""
 
     @abstractmethod
+    def holds(self, tensor: Any) -> bool:
+        """Whether a torch tensor lies in this device's memory."""
+
+    @abstractmethod
     def is_pinned(self, address: int) -> bool:
         """Whether memory of the host can be copied from without a stop on the way."""
 

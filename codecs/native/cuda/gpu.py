@@ -200,6 +200,9 @@ class CudaDevice(Device):
         array = np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(address))
         return Pinned(array[:size], _Freed(self, "cuMemFreeHost", address))
 
+    def holds(self, tensor: Any) -> bool:
+        return bool(tensor.device.type == "cuda" and (tensor.device.index or 0) == self.ordinal)
+
     def is_pinned(self, address: int) -> bool:
         attribute = self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
         status, kind = self._driver.cuPointerGetAttribute(attribute, address)

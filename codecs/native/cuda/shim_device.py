@@ -88,6 +88,9 @@ class ShimDevice(Device):
         at = -whole.ctypes.data % 256
         return Pinned(whole[at : at + size])
 
+    def holds(self, tensor: Any) -> bool:
+        return bool(tensor.device.type == "cpu")
+
     def is_pinned(self, address: int) -> bool:
         return False
 

@@ -1,0 +1,95 @@
+"""What is encoded on a device, what becomes of it, and the memory that this takes meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvzip.codec import Context
+from kvzip.codecs.native.cuda.device import Device, Memory, Pinned
+from kvzip.codecs.native.cuda.work import Full, Slot, Target, Work
+from kvzip.dtypes import Bits
+
+
+class Numbers(NamedTuple):
+    """A part of a layer that lies on a device."""
+
+    target: Target
+    """Where it lies."""
+    read: Callable[[int, int], Bits]
+    """Gives tokens begin to end of it on the host, [batch, heads, tokens, dim]."""
+    blocks: Sequence[tuple[int, int]]
+    """Of each block its first token, counted from the part's, and its tokens."""
+    context: Context
+    """As for the part's tables."""
+
+
+class EncodedNumbers(NamedTuple):
+    """What is stored of it."""
+
+    tables: bytes
+    blocks: list[bytes]
+    checksums: list[int]
+    """The XXH3-64 of the numbers of each block."""
+
+
+class Room:
+    """Memory for one encoding after the other, and a queue of their work: grown where it is too
+    small, and kept."""
+
+    def __init__(self, device: Device):
+        self.device, self.stream, self._slot = device, device.stream(), Slot(device)
+        self._memory: dict[str, Memory] = {}
+        self._pinned: dict[str, Pinned] = {}
+
+    def memory(self, name: str, size: int) -> int:
+        """The address of at least so many bytes, the same ones as of that name before."""
+        found = self._memory.get(name)
+        if found is None or found.size < size:
+            self._memory.pop(name, None)
+            found = self._memory[name] = self.device.allocate(size)
+        return found.address
+
+    def run(self, results: int, fill: Callable[[Work], None], size: int = 1 << 16) -> None:
+        """Have everything run that `fill` puts into a work, after all that was to run before;
+        `size`: a first guess at the bytes that it puts there."""
+        self._slot.wait()
+        if self._slot.size < size:
+            self._slot.grow(size)
+        while True:
+            work = Work(self._slot, results, 0)
+            with suppress(Full):
+                fill(work)
+                work.finish()
+                return work.start(self.stream, self.stream)
+            self._slot.grow(2 * self._slot.size)
+
+    def fetch(self, name: str, address: int, size: int) -> NDArray[np.uint8]:
+        """Bytes of the device when all has run that was to, in memory that the next call of that
+        name may use again."""
+        found = self._pinned.get(name)
+        if found is None or found.array.size < size:
+            self._pinned.pop(name, None)
+            found = self._pinned[name] = self.device.pinned(size)
+        self.device.download(self.stream, found.address, address, size)
+        self.device.synchronize(self.device.record(self.stream))
+        return found.array[:size]
+
+
+@contextmanager
+def room_of(device: Device) -> Iterator[Room]:
+    """A room that nobody else uses meanwhile. Threads have each their own, and take turns at the
+    device: what uses it is to be within `device.current()`."""
+    with device.current():
+        free: list[Room] = device.cache.setdefault("rooms", [])
+        room = free.pop() if free else Room(device)
+    try:
+        yield room
+    finally:
+        with device.current():
+            device.synchronize(device.record(room.stream))  # nothing may go on in it
+            free.append(room)
