@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from native.building import FLAGS
 
-from kvzip.codecs.channel import blocks, gpu, gpu_rotation
+from kvzip.codecs.channel import blocks, gpu, gpu_encoding, gpu_rotation
 from kvzip.codecs.common import rotation
 from kvzip.codecs.native.cuda import work
 from kvzip.codecs.planes import gpu as planes
@@ -96,10 +96,17 @@ CASES = {
     "channel/encode.cuh": (
         "kvzip::channel",
         [
-            *fields("EncodeJob", gpu._ENCODE),
-            *fields("EncodedStream", gpu._ENCODED),
-            *fields("PlaceJob", gpu._PLACE),
-            f"kEncodeSharedBytes == {gpu._ENCODE_SHARED}",
+            *fields("EncodeJob", gpu_encoding._ENCODE),
+            *fields("EncodedStream", gpu_encoding._CODED),
+            *fields("PlaceJob", gpu_encoding._PLACE),
+            f"kEncodeSharedBytes == {gpu_encoding._SHARED}",
+        ],
+    ),
+    "channel/unturn.cuh": (
+        "kvzip::channel",
+        [
+            *fields("UnturnJob", gpu_encoding._UNTURN),
+            f"sizeof(MissingPairs) == {gpu_encoding._MISSING.itemsize}",
         ],
     ),
     "channel/turn.cuh": (
@@ -171,6 +178,6 @@ def test_python_and_the_header_say_the_same(header: str) -> None:
 
 
 def test_a_difference_is_seen() -> None:
-    wrong = [f"kEncodeSharedBytes == {gpu._ENCODE_SHARED + 1}"]
+    wrong = [f"kEncodeSharedBytes == {gpu_encoding._SHARED + 1}"]
     done = compiled("channel/encode.cuh", "kvzip::channel", wrong)
     assert done.returncode and "static" in done.stderr
