@@ -123,7 +123,7 @@ class Layer:
         self._held["v"] = bits
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Layer, (dict(self.parts), self.layout)
+        return Layer, ({name: self.once(name) for name in self.layout.parts}, self.layout)
 
     def __iter__(self) -> Iterator[Bits]:
         return iter(self.parts.values())

@@ -7,6 +7,7 @@ The CPU chooses by a few tokens how a part is coded, and makes tables where a pr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -155,10 +156,10 @@ class _Encoding:
     def run(self) -> list[EncodedNumbers | None]:
         tried = {n: few for n, part in enumerate(self._parts) if (few := self._tried(part))}
         with self._device.current():
-            found, checksums = self._first(tried)
+            keys, checksums = self._first(tried)
         codings = []
         for n in range(len(self._parts)):
-            coding = self._coding(n, found.get(n), tried.get(n))
+            coding = self._coding(n, keys.get(n), tried.get(n))
             if coding is not None:
                 codings.append(coding)
         encoded: list[EncodedNumbers | None] = [None] * len(self._parts)
@@ -166,19 +167,12 @@ class _Encoding:
             return encoded
         with self._device.current():
             blocks, streams, placed = self._coded(codings)
-        stored: dict[int, list[bytes]] = {}
-        for block in blocks:
-            if streams["failed"][block.streams].any():
-                stored[block.coding.part] = []  # as far as the CPU can code it, it does
-        failed = set(stored)
-        for block in blocks:
-            if block.coding.part not in failed:
-                data = self._stored(block, streams, placed)
-                stored.setdefault(block.coding.part, []).append(data)
-        for coding in codings:
-            if coding.part not in failed:
-                done = EncodedNumbers(coding.stored, stored[coding.part], checksums[coding.part])
-                encoded[coding.part] = done
+        for n, some in groupby(blocks, key=lambda block: block.coding.part):
+            mine = list(some)
+            if any(streams["failed"][block.streams].any() for block in mine):
+                continue  # as far as it can be coded, the CPU codes it
+            data = [self._stored(block, streams, placed) for block in mine]
+            encoded[n] = EncodedNumbers(mine[0].coding.stored, data, checksums[n])
         return encoded
 
     # --- keys before RoPE ------------------------------------------------------------------
@@ -186,7 +180,7 @@ class _Encoding:
     def _tried(self, part: Numbers) -> Sampled | None:
         """What a few tokens tell of keys before RoPE; None where they are not to be had, or would
         take more."""
-        _, context = part.target.shape, part.context
+        context = part.context
         if self._codec.keys != "before_rope" or context.part != "k" or not _size(part):
             return None
         tokens = part.target.shape[2]
