@@ -285,14 +285,37 @@ def test_a_device_decodes(
     assert shim.launched if codec != "zstd" else not shim.launched
 
 
+@pytest.mark.parametrize("more", [{}, {"windows": [None, 40, 40]}], ids=["full", "windows"])
+@pytest.mark.parametrize("codec", ["raw", "channel", "predictive"])
+def test_a_device_writes_blocks_itself(
+    engine: Any,
+    tmp_path: Any,
+    shim: ShimDevice,
+    monkeypatch: Any,
+    codec: str,
+    more: dict[str, Any],
+) -> None:
+    """Where the numbers of a head lie side by side in them: layer after layer within a step, and
+    with windows, which are loaded before, several layers together."""
+    settings = settings_of(engine, tmp_path, codec) | more | {"backend": "FLASH_ATTN"}
+    ids = prompt(80)
+    fill(engine, ids, **settings)
+    monkeypatch.setattr("kvzip.load.vllm.worker.Worker._put", None)
+    for local in (0, 32):
+        second = engine(**settings, decode_on="gpu")
+        assert second.run(ids, local=local)[0].loaded == 64 - local
+    assert shim.launched
+
+
+@pytest.mark.parametrize("backend", ["CPU_ATTN", "FLASH_ATTN"])
 def test_damage_that_a_device_tells_of(
-    engine: Any, tmp_path: Any, shim: ShimDevice, caplog: Any
+    engine: Any, tmp_path: Any, shim: ShimDevice, caplog: Any, backend: str
 ) -> None:
     ids = prompt(80)
-    fill(engine, ids)
+    fill(engine, ids, backend=backend)
     [file] = documents(tmp_path)
     damage(file)
-    second = engine(decode_on="gpu")
+    second = engine(decode_on="gpu", backend=backend)
     [request] = second.run(ids)  # which checks all keys and values
     assert request.loaded == 64 and second.steps == 2
     [told] = warnings(caplog)

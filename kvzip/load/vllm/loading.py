@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Semaphore, Thread
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +19,7 @@ from kvzip.layout import KV
 from kvzip.load.documents import OpenDocument
 from kvzip.load.vllm.engine import Engine
 from kvzip.load.vllm.metadata import Load
+from kvzip.load.vllm.pages import Paged
 from kvzip.snapshot import Layer
 from kvzip.workers import Lock
 
@@ -30,20 +32,31 @@ Parts = Mapping[str, torch.Tensor]
 """Tensors [heads, tokens, dim] by the names of a layer's parts."""
 
 
+class OnDevice(NamedTuple):
+    """A GPU that decodes."""
+
+    device: Device
+    place: Callable[[Load, int], Paged | None]
+    """Where it may write a load's layer itself, by the layer's number."""
+    stream: Any = None
+    """vLLM's own. What is in it by then comes before: it may still read what the blocks held."""
+
+
 class LayersOf:
-    """The layers of a load's document, decoded one by one, on `device` if that can. Close it after
-    use."""
+    """The layers of a load's document, decoded one by one or some together, on a device if that
+    can. Close it after use."""
 
     def __init__(
         self,
         load: Load,
         engine: Engine,
         document: OpenDocument[Reader],
-        device: Device | None = None,
+        on_device: OnDevice | None = None,
     ):
         self._load, self._engine, self._document = load, engine, document
         reader = document.source
-        self._device = device if reader.codec.on_device and reader.layout.plain else None
+        can = reader.codec.on_device and reader.layout.plain
+        self._on_device = on_device if can else None
         try:
             engine.check(document.source.layout)
             spans = [self._span(i) for i in range(len(engine.layers))]
@@ -59,28 +72,54 @@ class LayersOf:
             return self._load.stop, self._load.stop
         return self._load.spans[layer.group].start, self._load.stop
 
-    def decode(self, i: int) -> Layer | DeviceLayer:
-        """Layer i. Raises KVZipError."""
-        start, stop = self._span(i)
-        found = self._document.source.decode(layers=[i], tokens=(start, stop), device=self._device)
-        layer: Layer | DeviceLayer = found.layers[0]
-        held = layer.layout
-        if held.parts and held.kind != "state" and held.stored != stop - start:
-            raise UnsupportedError(f"its layer {i} does not hold all of the tokens")
-        return layer
+    def decode(self, i: int) -> Parts | None:
+        """The parts of layer i; None if they are in their place already. Raises KVZipError."""
+        place = self._place(i)
+        if place is not None:
+            self._decode([i], out=[place.out], pages=place.pages)
+            return None
+        device = None if self._on_device is None else self._on_device.device
+        (layer,) = self._decode([i], device=device)
+        if isinstance(layer, DeviceLayer):
+            return dict(zip(KV, layer, strict=True))
+        return {
+            name: dtypes.as_tensor(layer.part(name), part.dtype)
+            for name, part in layer.layout.parts.items()
+        }
+
+    def decode_in_place(self) -> set[int]:
+        """Have the device write all layers that it can, those together whose tokens lie in the same
+        pages: which these are. Raises KVZipError."""
+        together: dict[tuple[int, ...], list[tuple[int, Paged]]] = {}
+        for i, layer in enumerate(self._engine.layers):
+            place = None if layer is None else self._place(i)
+            if place is not None:
+                key = *self._span(i), *place.pages
+                together.setdefault(key, []).append((i, place))
+        for some in together.values():
+            out = [place.out for _, place in some]
+            self._decode([i for i, _ in some], out=out, pages=some[0][1].pages)
+        return {i for some in together.values() for i, _ in some}
+
+    def _place(self, i: int) -> Paged | None:
+        return None if self._on_device is None else self._on_device.place(self._load, i)
+
+    def _decode(self, layers: list[int], **options: Any) -> list[Layer | DeviceLayer]:
+        """Layers of which the same positions are loaded. With `out`, a device writes there."""
+        start, stop = self._span(layers[0])
+        if "out" in options:
+            assert self._on_device is not None
+            options |= {"device": self._on_device.device, "stream": self._on_device.stream}
+        found = self._document.source.decode(layers=layers, tokens=(start, stop), **options)
+        decoded: list[Layer | DeviceLayer] = list(found.layers)
+        for i, layer in zip(layers, decoded, strict=True):
+            held = layer.layout
+            if held.parts and held.kind != "state" and held.stored != stop - start:
+                raise UnsupportedError(f"its layer {i} does not hold all of the tokens")
+        return decoded
 
     def close(self) -> None:
         self._document.close()
-
-
-def tensors(layer: Layer | DeviceLayer) -> dict[str, torch.Tensor]:
-    """A layer's parts as tensors."""
-    if isinstance(layer, DeviceLayer):
-        return dict(zip(KV, layer, strict=True))
-    return {
-        name: dtypes.as_tensor(layer.part(name), part.dtype)
-        for name, part in layer.layout.parts.items()
-    }
 
 
 class StepLoads:
@@ -92,14 +131,14 @@ class StepLoads:
         engine: Engine,
         open_load: Callable[[Load], OpenDocument[Reader]],
         timeout: float,
-        device: Device | None = None,
+        on_device: OnDevice | None = None,
     ):
-        self.loads, self._engine, self._device = loads, engine, device
+        self.loads, self._engine, self._on_device = loads, engine, on_device
         self._numbers = [i for i, layer in enumerate(engine.layers) if layer is not None]
         self._layers = len(self._numbers)
         self._open, self._timeout = open_load, timeout
         self._room = [Semaphore(_AHEAD) for _ in loads]
-        self._ready: list[list[Future[Layer | DeviceLayer]]] = [
+        self._ready: list[list[Future[Parts | None]]] = [
             [Future() for _ in self._numbers] for _ in loads
         ]
         self._taken = [0] * len(loads)
@@ -120,7 +159,8 @@ class StepLoads:
                 try:
                     if n not in documents:
                         load = self.loads[n]
-                        documents[n] = LayersOf(load, self._engine, self._open(load), self._device)
+                        opened = self._open(load)
+                        documents[n] = LayersOf(load, self._engine, opened, self._on_device)
                     self._ready[n][i].set_result(documents[n].decode(self._numbers[i]))
                 except Exception as error:  # whatever it is, the engine computes instead
                     self._ready[n][i].set_exception(error)
@@ -130,12 +170,13 @@ class StepLoads:
                 document.close()
 
     def take(self, n: int, number: int) -> Parts | None:
-        """The parts of a layer of load n, by the layer's number; None after a failure."""
+        """The parts of a layer of load n, by the layer's number; None after a failure, and where
+        they are in their place already."""
         if n in self._errors:
             return None
         i = self._numbers.index(number)
         try:
-            layer = self._ready[n][i].result(self._timeout)
+            parts = self._ready[n][i].result(self._timeout)
         except TimeoutError:
             self._fail(n, KVZipError(f"layer {i} did not come within {self._timeout:g} s"))
             return None
@@ -144,7 +185,7 @@ class StepLoads:
             return None
         self._taken[n] += 1
         self._room[n].release()
-        return tensors(layer)
+        return parts
 
     def _fail(self, n: int, error: Exception) -> None:
         self._errors[n] = error
@@ -173,24 +214,25 @@ class BackgroundLoads:
         put: Callable[[Load, int, Parts], None],
     ):
         self._engine, self._open, self._put = engine, open_load, put
-        self.device: Device | None = None
-        """What decodes documents that it can; the CPU decodes others."""
         self._pool = ThreadPoolExecutor(_AT_ONCE, "kvzip-load")
         self._lock = Lock()
         self._done: list[tuple[Load, Exception | None]] = []
 
-    def begin(self, load: Load) -> None:
+    def begin(self, load: Load, on_device: OnDevice | None = None) -> None:
         """Load a document's layers into vLLM's blocks, beside the engine's work."""
-        self._pool.submit(self._run, load)
+        self._pool.submit(self._run, load, on_device)
 
-    def _run(self, load: Load) -> None:
+    def _run(self, load: Load, on_device: OnDevice | None) -> None:
         found: Exception | None = None
         try:
-            document = LayersOf(load, self._engine, self._open(load), self.device)
+            document = LayersOf(load, self._engine, self._open(load), on_device)
             try:
+                done = document.decode_in_place()
                 for i, layer in enumerate(self._engine.layers):
-                    if layer is not None:
-                        self._put(load, i, tensors(document.decode(i)))
+                    if layer is not None and i not in done:
+                        parts = document.decode(i)
+                        assert parts is not None, "what has a place was decoded there"
+                        self._put(load, i, parts)
             finally:
                 document.close()
         except Exception as error:  # whatever it is, the engine computes instead

@@ -9,7 +9,7 @@ wrote them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -65,6 +65,16 @@ def arrangement_of(backend: str, isa: str | None, itemsize: int) -> str:
     return found
 
 
+class Paged(NamedTuple):
+    """Where a device may write a layer's keys and values itself, as :meth:`Reader.decode` takes
+    it."""
+
+    out: tuple[torch.Tensor, ...]
+    """[pages, tokens of a page, heads, dim] of each."""
+    pages: list[int]
+    """Which page holds each run of positions, from position 0 on."""
+
+
 class Pages:
     """The parts of one layer in vLLM's blocks.
 
@@ -97,7 +107,7 @@ class Pages:
                 f"vLLM's cache has pages of {size} tokens for blocks of {tokens}"
             )
         self._heads, self._size, self._each = heads, size, tokens // size
-        self._dims = dims
+        self._dims, self._side_by_side = dims, arrangement == "halves"
         views = _in_order(cache, arrangement, dims)
         self._views = dict(zip(parts, views, strict=True))
 
@@ -108,6 +118,16 @@ class Pages:
             return found
         within = torch.arange(self._each, device=device)
         return (found[:, None] * self._each + within).reshape(-1)
+
+    def paged(self, blocks: Sequence[int], start: int) -> Paged | None:
+        """The places of the parts in `blocks`, whose first token has the position `start`; None
+        where the numbers of a head do not lie side by side, or pages begin elsewhere."""
+        if not self._side_by_side or start % self._size:
+            return None
+        out = tuple(view[:, :, :, 0, :, 0].transpose(1, 2) for view in self._views.values())
+        within = range(self._each)
+        found = [block * self._each + n for block in blocks for n in within]
+        return Paged(out, [0] * (start // self._size) + found)
 
     def take(self, blocks: Sequence[int], tokens: int) -> dict[str, torch.Tensor]:
         """The parts of the first `tokens` tokens in `blocks` (ids, in the tokens' order): CPU

@@ -17,7 +17,7 @@ from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.load.documents import OpenDocument, StoredDocument, open_document
 from kvzip.load.vllm import pages
 from kvzip.load.vllm.engine import Engine
-from kvzip.load.vllm.loading import BackgroundLoads, Parts, StepLoads
+from kvzip.load.vllm.loading import BackgroundLoads, OnDevice, Parts, StepLoads
 from kvzip.load.vllm.metadata import Load, Save
 from kvzip.load.vllm.settings import Settings
 from kvzip.load.vllm.troubles import Troubles, log
@@ -48,6 +48,8 @@ class Worker:
         self._pages: list[pages.Pages | pages.StatePages | None] = []
         self._number = {layer.name: i for i, layer in enumerate(engine.layers) if layer}
         self._step: StepLoads | None = None
+        self._device: Device | None = None
+        """What decodes documents that it can; the CPU decodes others."""
         self._background = BackgroundLoads(engine, self._open, self._put_at_once)
         self._invalid: set[int] = set()
         self._spoiled = False
@@ -62,7 +64,7 @@ class Worker:
     def register(self, caches: Mapping[str, torch.Tensor], context: Mapping[str, Any]) -> None:
         """Take vLLM's cache tensors, by layer; `context` holds the layers themselves."""
         self._pages = []
-        self._background.device = self._device_of(next(iter(caches.values())))
+        self._device = self._device_of(next(iter(caches.values())))
         for layer in self._engine.layers:
             if layer is None:
                 self._pages.append(None)
@@ -92,16 +94,26 @@ class Worker:
 
     def start(self, loads: Sequence[Load], background: Sequence[Load]) -> None:
         """Begin to decode what this step needs, and what requests wait for that come later."""
+        on_device = None
+        if self._device is not None:
+            on_device = OnDevice(self._device, self._place, self._device.stream_of(None))
         if loads:
-            self._step = StepLoads(
-                loads, self._engine, self._open, self._settings.timeout, self._background.device
-            )
+            timeout = self._settings.timeout
+            self._step = StepLoads(loads, self._engine, self._open, timeout, on_device)
         for load in background:
-            self._background.begin(load)
+            self._background.begin(load, on_device)
 
     def _open(self, load: Load) -> OpenDocument[Reader]:
         document = StoredDocument(self._store, load.documents[self._part])
         return open_document(document, self._profile, self._settings.threads)
+
+    def _place(self, load: Load, i: int) -> pages.Paged | None:
+        """Where a device may write layer i of a load itself."""
+        layer, own = self._engine.layers[i], self._pages[i]
+        if layer is None or not isinstance(own, pages.Pages):
+            return None
+        span = load.spans[layer.group]
+        return own.paged(span.blocks, span.start)
 
     def _put(self, load: Load, i: int, parts: Parts) -> None:
         """Bring the parts of layer i into the blocks of a load."""
