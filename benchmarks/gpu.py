@@ -72,8 +72,9 @@ def kernels_only(device: Device, reader: Any) -> Callable[[], None]:
             super().start(upload, run)
             started.append((self, run))
 
-    piece, changed = on_device.PIECE, vars(on_device)
-    on_device.PIECE, changed["Work"] = 1 << 62, Kept
+    pieces, changed = (on_device.FIRST, on_device.PIECE), vars(on_device)
+    on_device.FIRST = on_device.PIECE = 1 << 62
+    changed["Work"] = Kept
     try:
         out = [
             tuple(empty(device, part.shape, part.form)[0] for part in layer.parts.values())
@@ -81,7 +82,7 @@ def kernels_only(device: Device, reader: Any) -> Callable[[], None]:
         ]
         reader.decode(out=out, device=device)
     finally:
-        on_device.PIECE, changed["Work"] = piece, Work
+        (on_device.FIRST, on_device.PIECE), changed["Work"] = pieces, Work
     ((work, stream),) = started
 
     def run() -> None:

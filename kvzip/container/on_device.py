@@ -38,9 +38,10 @@ from kvzip.errors import CorruptError, KVZipError, UnsupportedError
 from kvzip.layout import KV, LayerLayout, Layout, Origin
 from kvzip.workers import Workers
 
-PIECE = 16 << 20
-"""Stored bytes that go together: enough for a link to be at full speed and for a GPU to be busy,
-and few enough that decoding begins early."""
+FIRST, PIECE = 8 << 20, 32 << 20
+"""Stored bytes that go together, at first, so that decoding begins early, and at most: each piece
+takes up to twice as many as the one before, since each costs the CPU something, whatever is in
+it."""
 
 _SHARE = 2 << 20
 """Bytes that one thread brings into pinned memory at a time. Alone it is slower than PCIe."""
@@ -264,14 +265,16 @@ class DeviceDecoding:
         """Rows of a group that go together, and how many bytes they are. Where blocks need
         others, all rows go together, so that there is work for all of a GPU at a time."""
         length, key, alone = self.blocks.index.length, self.blocks.index.key, self._alone
+        most = min(FIRST, PIECE)
         for group in self._groups:
             rows: list[int] = []
             size = 0
             for row in group.rows[group.done :]:
                 more = length[row] + ALIGNMENT
-                if rows and size + more > PIECE and (alone or key[row] != key[rows[-1]]):
+                if rows and size + more > most and (alone or key[row] != key[rows[-1]]):
                     yield group, rows, size
                     rows, size = [], 0
+                    most = min(2 * most, PIECE)
                 rows.append(row)
                 size += more
             if rows:
