@@ -18,7 +18,8 @@ from kvzip.codecs.channel import gpu_encoding
 from kvzip.codecs.channel.blocks import CODED, RAW, UNTURNED
 from kvzip.codecs.common import device_angles
 from kvzip.codecs.common.rotation import ROUNDINGS
-from kvzip.codecs.native.cuda.encoding import Numbers
+from kvzip.codecs.native.cuda.encoding import MOST_ROOMS, Numbers
+from kvzip.codecs.native.cuda.shim_device import ShimDevice
 from kvzip.codecs.native.cuda.work import Target
 from kvzip.container import writer
 from kvzip.dtypes import DeviceBits
@@ -394,3 +395,14 @@ def test_into_files_and_memory(device, room, tmp_path):
     assert path.read_bytes() == expected and not there.layers[0].held()
     memory = bytearray(kvzip.max_encoded_size(there))
     assert kvzip.encode(there, device=device, out=memory) == expected
+
+
+def test_few_encodings_go_on_beside_each_other(room, monkeypatch):
+    """However many threads there are: each takes memory of the device."""
+    device = ShimDevice()
+    monkeypatch.setattr(writer, "_TOGETHER", 1)
+    snapshot = make_snapshot(cache_like, 4, "bf16", layers=6, heads=1, tokens=140, dim=64)
+    monkeypatch.setattr(dtypes, "on_gpu", lambda tensor: True)
+    there = Snapshot.from_arrays(snapshot.tensors(), None, snapshot.token_ids, snapshot.origin)
+    assert kvzip.encode(there, threads=8, device=device) == kvzip.encode(snapshot)
+    assert 1 <= len(device.cache["rooms"]) <= MOST_ROOMS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from threading import Semaphore
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,11 @@ from kvzip.codec import Context
 from kvzip.codecs.native.cuda.device import Device, Memory, Pinned
 from kvzip.codecs.native.cuda.work import Full, Slot, Target, Work
 from kvzip.dtypes import Bits
+
+
+MOST_ROOMS = 3
+"""Encodings that go on beside each other: one on the device, while others wait for it and the CPU
+does its share. More would take a device's memory and bring nothing."""
 
 
 class Numbers(NamedTuple):
@@ -82,14 +88,17 @@ class Room:
 
 @contextmanager
 def room_of(device: Device) -> Iterator[Room]:
-    """A room that nobody else uses meanwhile. Threads have each their own, and take turns at the
-    device: what uses it is to be within `device.current()`."""
+    """A room that nobody else uses meanwhile; waits for one where `MOST_ROOMS` are in use. Threads
+    take turns at the device: what uses it is to be within `device.current()`."""
     with device.current():
+        left: Semaphore = device.cache.setdefault("rooms left", Semaphore(MOST_ROOMS))
         free: list[Room] = device.cache.setdefault("rooms", [])
-        room = free.pop() if free else Room(device)
-    try:
-        yield room
-    finally:
+    with left:
         with device.current():
-            device.synchronize(device.record(room.stream))  # nothing may go on in it
-            free.append(room)
+            room = free.pop() if free else Room(device)
+        try:
+            yield room
+        finally:
+            with device.current():
+                device.synchronize(device.record(room.stream))  # nothing may go on in it
+                free.append(room)
