@@ -15,7 +15,6 @@ from kvzip.codecs.native.cuda.device import Device, Memory, Pinned
 from kvzip.codecs.native.cuda.work import Full, Slot, Target, Work
 from kvzip.dtypes import Bits
 
-
 MOST_ROOMS = 3
 """Encodings that go on beside each other: one on the device, while others wait for it and the CPU
 does its share. More would take a device's memory and bring nothing."""
