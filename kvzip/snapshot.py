@@ -324,7 +324,8 @@ class Snapshot:
 
         `model` is the model (its id, RoPE parameters and layer kinds are noted, and the fingerprint
         that it has now: call this before the model is changed) or its id.
-        A batch of one comes without the batch axis. `encoder_ids`: what the encoder got, if the
+        A batch of one comes without the batch axis. Keys and values are looked at where they are,
+        as :meth:`from_arrays` does; states are copied. `encoder_ids`: what the encoder got, if the
         model has one. A cache that keeps nothing but states needs `token_ids`. Layers of a kind
         that is not known (docs/models.md) raise UnsupportedError, and so do ids that stand for
         images or sound.

@@ -450,7 +450,7 @@ class _Encoding:
                 lengths = np.stack([streams[name][block.streams] for name in ("words", "escapes")])
                 about = np.ascontiguousarray(lengths.T).view(np.uint8).reshape(-1)
                 coded[8 : 8 + len(about)] = about
-                return head + coded.tobytes()
+                return b"".join((head, coded))
         return bytes(HEADER) + part.read(block.first, block.first + block.tokens).tobytes()
 
 
