@@ -111,7 +111,7 @@ class Layer:
 
     @k.setter
     def k(self, bits: Bits) -> None:
-        self._held["k"] = bits
+        self._put("k", bits)
 
     @property
     def v(self) -> Bits:
@@ -120,7 +120,11 @@ class Layer:
 
     @v.setter
     def v(self, bits: Bits) -> None:
-        self._held["v"] = bits
+        self._put("v", bits)
+
+    def _put(self, name: str, bits: Bits) -> None:
+        self._held[name] = bits
+        self._on_device.pop(name, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layer, ({name: self.once(name) for name in self.layout.parts}, self.layout)
@@ -133,6 +137,7 @@ class Layer:
         found = self._held.get(name)
         if found is None:
             found = self._held[name] = self._elsewhere(name)
+            self._on_device.pop(name, None)  # from now on the host's numbers count
         return found
 
     def once(self, name: str) -> Bits:
@@ -166,7 +171,7 @@ class Layer:
     def on_device(self, name: str) -> DeviceBits | None:
         """The bits of a part in a GPU's memory, in the shape of blocks; None where they are not
         there, or the part was looked at since, so that it may have been written to."""
-        bits = None if name in self._held else self._on_device.get(name)
+        bits = self._on_device.get(name)
         return None if bits is None else self.layout.part(name).as_block(bits)
 
     def _elsewhere(self, name: str) -> Bits:
@@ -310,7 +315,7 @@ class Snapshot:
         for k, v in pairs("layers", layers):
             kb, dtype = dtypes.held_bits(k, dtype)
             vb, dtype = dtypes.held_bits(v, dtype)
-            layout = LayerLayout.of_kv(kb.shape, vb.shape, dtype, kb.shape[-2])
+            layout = LayerLayout.of_kv(kb.shape, vb.shape, dtype, (0, 0, *kb.shape)[-2])
             built.append(Layer.of_kv(kb, vb, layout))
         if dtype is None:
             raise UsageError("a snapshot needs at least one layer")
@@ -435,8 +440,8 @@ class Snapshot:
         others, in the snapshot's shapes (copies)."""
         return [
             tuple(
-                dtypes.as_tensor(np.array(bits), layer.layout.parts[name].dtype)
-                for name, bits in layer.parts.items()
+                dtypes.as_tensor(np.array(layer.once(name)), part.dtype)
+                for name, part in layer.layout.parts.items()
             )
             for layer in self.layers
         ]

@@ -7,7 +7,6 @@ The CPU chooses by a few tokens how a part is coded, and makes tables where a pr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -39,8 +38,9 @@ _SOURCE, _SPACE = "channel/encode.cuh", "kvzip::channel"
 _UNTURN_SOURCE = "channel/unturn.cuh"
 _SHARED = 128 * 136
 """`kEncodeSharedBytes` of encode.cuh."""
-_PAIRS = 4096
-"""What one block of threads looks for."""
+_PAIRS, _ROOMS = 4096, 128 << 20
+"""What one block of threads looks for; and bytes of rooms of streams that are coded together, if
+they are not those of one block."""
 _UNTURN = np.dtype(
     [
         ("angles", "<u8"),
@@ -136,6 +136,15 @@ class _Coding(NamedTuple):
     keys: _Keys | None
 
 
+class _Span(NamedTuple):
+    """A block, and its streams among those that are coded together."""
+
+    coding: _Coding
+    first: int
+    tokens: int
+    streams: slice
+
+
 class _Block(NamedTuple):
     """A block, its streams among all streams, and where it stands among all coded blocks; nowhere
     if it is stored as it is."""
@@ -165,14 +174,20 @@ class _Encoding:
         encoded: list[EncodedNumbers | None] = [None] * len(self._parts)
         if not codings:
             return encoded
-        with self._device.current():
-            blocks, streams, placed = self._coded(codings)
-        for n, some in groupby(blocks, key=lambda block: block.coding.part):
-            mine = list(some)
-            if any(streams["failed"][block.streams].any() for block in mine):
-                continue  # as far as it can be coded, the CPU codes it
-            data = [self._stored(block, streams, placed) for block in mine]
-            encoded[n] = EncodedNumbers(mine[0].coding.stored, data, checksums[n])
+        stored: dict[int, list[bytes]] = {coding.part: [] for coding in codings}
+        for jobs, spans in self._jobs(codings):
+            with self._device.current():
+                blocks, streams, placed = self._coded(codings, jobs, spans)
+            for block in blocks:
+                n = block.coding.part
+                if streams["failed"][block.streams].any():
+                    stored.pop(n, None)  # as far as it can be coded, the CPU codes it
+                if n in stored:
+                    stored[n].append(self._stored(block, streams, placed))
+        for coding in codings:
+            if coding.part in stored:
+                done = EncodedNumbers(coding.stored, stored[coding.part], checksums[coding.part])
+                encoded[coding.part] = done
         return encoded
 
     # --- keys before RoPE ------------------------------------------------------------------
@@ -325,11 +340,10 @@ class _Encoding:
     # --- streams ---------------------------------------------------------------------------
 
     def _coded(
-        self, codings: Sequence[_Coding]
+        self, codings: Sequence[_Coding], jobs: NDArray[Any], spans: Sequence[_Span]
     ) -> tuple[list[_Block], NDArray[Any], NDArray[np.uint8]]:
-        """The blocks of these parts; what became of their streams, of the dtype `_CODED`; and the
-        bytes of those that are stored coded, side by side, but for what stands before streams."""
-        jobs, spans = self._jobs(codings)
+        """Blocks of these parts; what became of their streams, of the dtype `_CODED`; and the bytes
+        of those that are stored coded, side by side, but for what stands before streams."""
         streams = self._run_streams(codings, jobs)
         blocks, places, total = self._laid_out(spans, jobs, streams)
         out = self._room.memory("blocks", total)
@@ -343,12 +357,12 @@ class _Encoding:
         self._room.run(0, fill)
         return blocks, streams, self._room.fetch("blocks", out, total)
 
-    def _jobs(
-        self, codings: Sequence[_Coding]
-    ) -> tuple[NDArray[Any], list[tuple[_Coding, int, int, slice]]]:
-        """A job for each stream, without its room, its part being the number of its coding; and the
-        blocks, each with its first token, its tokens, and its streams among all."""
-        jobs, spans, at = [], [], 0
+    def _jobs(self, codings: Sequence[_Coding]) -> Iterator[tuple[NDArray[Any], list[_Span]]]:
+        """Jobs for streams, each with its room, counted from where all are, its part being the
+        number of its coding; and whose these are. As many together as there is to be room for."""
+        jobs: list[NDArray[Any]] = []
+        spans: list[_Span] = []
+        at = size = 0
         for number, coding in enumerate(codings):
             plans: dict[int, NDArray[np.int64]] = {}
             batch = coding.target.shape[0]
@@ -360,32 +374,32 @@ class _Encoding:
                 mine["part"], mine["first_token"], mine["tokens"] = number, first, tokens
                 for i, name in enumerate(("first_strip", "strips", "lanes", "mantissas")):
                     mine[name] = plan[:, i]
+                mine["numbers"] = mine["strips"] * 64 * mine["lanes"]  # at most
+                ends = np.cumsum(_room_sizes(mine))
+                need = int(ends[-1]) if len(ends) else 0
+                if spans and size + need > _ROOMS:
+                    yield np.concatenate(jobs), spans
+                    jobs, spans, at, size = [], [], 0, 0
+                mine["room"] = size + np.concatenate([[0], ends[:-1]])
+                mine["row"] = np.arange(at, at + len(plan))
                 jobs.append(mine)
-                spans.append((coding, first, tokens, slice(at, at + len(plan))))
-                at += len(plan)
-        whole = np.concatenate(jobs)
-        whole["row"] = np.arange(at)
-        whole["numbers"] = whole["strips"] * 64 * whole["lanes"]  # at most
-        return whole, spans
+                spans.append(_Span(coding, first, tokens, slice(at, at + len(plan))))
+                at, size = at + len(plan), size + need
+        if spans:
+            yield np.concatenate(jobs), spans
 
     def _run_streams(self, codings: Sequence[_Coding], jobs: NDArray[Any]) -> NDArray[Any]:
-        """Code streams, each in a room of its own, which `jobs` then name."""
-        numbers = jobs["numbers"].astype(np.int64)
-        sizes = (
-            _aligned(4 * jobs["lanes"])
-            + _aligned(jobs["mantissas"] + 256)
-            + _aligned(2 * numbers + numbers // 4 * 2)
-        )
-        ends = np.cumsum(sizes)
-        at = self._room.memory("rooms", int(ends[-1]) if len(ends) else 0)
-        jobs["room"] = at + (ends - sizes).astype(np.uint64)
+        """Code streams, each in its room, of which `jobs` then have the addresses."""
+        last = int(jobs["room"][-1] + _room_sizes(jobs[-1:])[0]) if len(jobs) else 0
+        jobs["room"] += np.uint64(self._room.memory("rooms", last))
         size = _CODED.itemsize * len(jobs)
         results = self._room.memory("streams", size)
         arguments = ("jobs", "count", "parts", "results")
 
         def fill(work: Work) -> None:
             by_kernel: dict[str, list[NDArray[Any]]] = {}
-            for number, coding in enumerate(codings):
+            for number in np.unique(jobs["part"]).tolist():
+                coding = codings[number]
                 part = work.part(coding.target)
                 shapes = coding.encoders
                 shapes = shapes if len(shapes) else np.zeros((1, 160), np.uint32)
@@ -400,12 +414,12 @@ class _Encoding:
                 )
                 work.run(kernel, np.concatenate(some))
 
-        self._room.run(results, fill, sum(c.encoders.nbytes for c in codings) + (1 << 16))
+        self._room.run(results, fill, 1 << 18)
         return self._room.fetch("streams", results, size).view(_CODED).copy()
 
     def _laid_out(
         self,
-        spans: Sequence[tuple[_Coding, int, int, slice]],
+        spans: Sequence[_Span],
         jobs: NDArray[Any],
         streams: NDArray[Any],
     ) -> tuple[list[_Block], NDArray[Any], int]:
@@ -450,7 +464,7 @@ class _Encoding:
                 lengths = np.stack([streams[name][block.streams] for name in ("words", "escapes")])
                 about = np.ascontiguousarray(lengths.T).view(np.uint8).reshape(-1)
                 coded[8 : 8 + len(about)] = about
-                return b"".join((head, coded))
+                return b"".join((head, coded.data))
         return bytes(HEADER) + part.read(block.first, block.first + block.tokens).tobytes()
 
 
@@ -470,6 +484,17 @@ def _size(part: Numbers) -> int:
 def _pairs(part: Numbers, few: Sampled) -> int:
     """How many pairs of its keys are turned."""
     return _size(part) // part.target.shape[3] * few.rotation.pairs
+
+
+def _room_sizes(jobs: NDArray[Any]) -> NDArray[np.int64]:
+    """The bytes of each stream's room (`EncodeJob`)."""
+    numbers = jobs["numbers"].astype(np.int64)
+    found: NDArray[np.int64] = (
+        _aligned(4 * jobs["lanes"])
+        + _aligned(jobs["mantissas"] + 256)
+        + _aligned(2 * numbers + numbers // 4 * 2)
+    )
+    return found
 
 
 def _aligned(sizes: NDArray[Any]) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from kvzip import checksum, metrics
 from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
 from kvzip.codecs.native.cuda.arrays import target_of
-from kvzip.codecs.native.cuda.device import get_device
+from kvzip.codecs.native.cuda.device import MemoryFullError, get_device
 from kvzip.codecs.native.cuda.encoding import Numbers
 from kvzip.container.format import (
     MAX_ENTRIES,
@@ -38,9 +38,9 @@ from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.workers import in_order, thread_count
 
-_TOGETHER = 32 << 20
-"""Bytes of numbers that a device encodes together: enough to be busy; coding them takes some three
-times as much of its memory."""
+_TOGETHER, _AHEAD = 32 << 20, 4
+"""Bytes of numbers that a device encodes together, about: enough to be busy. And how many times as
+much may lie encoded before it is written."""
 _SHA256 = "0" * 64
 _MOST_ORIGIN = 4096
 """Bytes of JSON that the origin of a bare layout is taken to have at most."""
@@ -95,7 +95,8 @@ class Writer:
     ):
         """`device`: one that encodes what lies in its memory; None, or "cpu": the CPU does all."""
         snapshot.check()
-        self._device = None if device is None or str(device) == "cpu" else get_device(device)
+        by_cpu = device is None or str(device).partition(":")[0] == "cpu"
+        self._device = None if by_cpu else get_device(device)
         store_token_ids = boolean("store_token_ids", store_token_ids)
         grids = boolean("grids", grids)
         block_tokens = _block_tokens(block_tokens, snapshot.layout, codec)
@@ -202,7 +203,9 @@ class Writer:
             if self._entries[row].tables:
                 groups.append([])
             groups[-1].append(row)
-        for results in in_order(self._jobs(groups), workers, 2 * workers):
+        # What a device encodes together is many parts.
+        ahead = 2 * workers if self._device is None else min(2 * workers, _AHEAD)
+        for results in in_order(self._jobs(groups), workers, ahead):
             yield from results
 
     def _jobs(self, groups: Iterable[list[int]]) -> Iterator[Callable[[], list[Encoded]]]:
@@ -245,7 +248,10 @@ class Writer:
             numbers.append(Numbers(target_of(bits.tensor), partial(_read, bits), blocks, context))
         codec = self._codecs[self._entries[parts[0][0][0]].key]
         results = []
-        encoded = codec.encode_on_device(self._device, numbers)
+        try:
+            encoded = codec.encode_on_device(self._device, numbers)
+        except MemoryFullError:  # models and engines take what there is
+            encoded = [None] * len(parts)
         for (rows, _), found in zip(parts, encoded, strict=True):
             if found is None:
                 results += self._encode_part(rows)

@@ -55,7 +55,10 @@ def main() -> None:
             blob = kvzip.encode(snapshot, codec, block_tokens=256)
             kvzip.decode(blob, device="cuda")
             there = kvzip.Snapshot.from_arrays([[t.cuda() for t in snapshot.tensors()[0]]])
-            assert kvzip.decode(kvzip.encode(there, codec, block_tokens=256)) == snapshot
+            assert (
+                kvzip.decode(kvzip.encode(there, codec, block_tokens=256, device="cuda"))
+                == snapshot
+            )
             kvzip.decode(blob, device="cuda", tokens=(5, 290))
             cache = torch.zeros(2, 24, 16, 2, 128, dtype=kind, device="cuda")
             pages = list(range(19, 0, -1))

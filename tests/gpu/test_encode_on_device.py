@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from kvzip.codecs.channel import gpu_encoding
 from kvzip.codecs.channel.blocks import CODED, RAW, UNTURNED
 from kvzip.codecs.common import device_angles
 from kvzip.codecs.common.rotation import ROUNDINGS
+from kvzip.codecs.native.cuda.device import MemoryFullError
 from kvzip.codecs.native.cuda.encoding import MOST_ROOMS, Numbers
 from kvzip.codecs.native.cuda.shim_device import ShimDevice
 from kvzip.codecs.native.cuda.work import Target
@@ -406,3 +408,73 @@ def test_few_encodings_go_on_beside_each_other(room, monkeypatch):
     there = Snapshot.from_arrays(snapshot.tensors(), None, snapshot.token_ids, snapshot.origin)
     assert kvzip.encode(there, threads=8, device=device) == kvzip.encode(snapshot)
     assert 1 <= len(device.cache["rooms"]) <= MOST_ROOMS
+
+
+def test_a_part_goes_by_pieces(device, room, monkeypatch):
+    """Where its streams take more than there is to be room for; blocks as they are among them."""
+    snapshot = turned(5, 32, 16, 1, 2, 300)
+    snapshot.layers[0].v[:, 130:150] = np.random.default_rng(0).integers(0, 1 << 16, (2, 20, 32))
+    there = moved(snapshot, room)
+    for most in (1, 20_000, 50_000):
+        monkeypatch.setattr(gpu_encoding, "_ROOMS", most)
+        assert kvzip.encode(there, block_tokens=10, device=device) == kvzip.encode(
+            snapshot, block_tokens=10
+        )
+
+
+def test_constants_alone(device, room):
+    snapshot = make_snapshot(cache_like, 4, "bf16", layers=2, heads=2, tokens=140, dim=64)
+    for layer in snapshot.layers:
+        layer.k[:] = layer.k[:, :1]
+        layer.v[:] = 7
+    # Values that are all one number are on a grid, too.
+    same(device, snapshot, moved(snapshot, room), block_tokens=60, by_device=2)
+
+
+def test_without_memory_the_cpu_goes_on(room, monkeypatch):
+    """Whatever was under way, and at any step."""
+    device = ShimDevice()
+    monkeypatch.setattr(dtypes, "on_gpu", lambda tensor: True)
+    snapshot = turned(5, 32, 16, 1, 2, 200)
+    there = Snapshot(
+        [
+            Layer({n: dtypes.held_bits(t)[0] for n, t in zip("kv", pair, strict=True)}, one.layout)
+            for pair, one in zip(snapshot.tensors(), snapshot.layers, strict=True)
+        ],
+        "bf16",
+        origin=snapshot.origin,
+    )
+    expected, allocate = kvzip.encode(snapshot), device.allocate
+    left = [0]
+
+    def allocating(size):
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryFullError("GPU 0 has no memory left")
+        return allocate(size)
+
+    monkeypatch.setattr(device, "allocate", allocating)
+    for count in range(40):
+        device.cache.clear()
+        left[0] = count
+        assert kvzip.encode(there, device=device) == expected
+    assert left[0] >= 0, "at last there is enough"
+
+
+def test_what_is_looked_at_leaves_the_device(room):
+    snapshot = make_snapshot(cache_like, 4, "bf16", layers=1, heads=2, tokens=40, dim=64)
+    there = moved(snapshot, room)
+    there.tensors()
+    assert there.layers[0].on_device("k") is not None
+    kept = [weakref.ref(there.layers[0]._on_device[name].tensor) for name in "kv"]
+    assert there.layers[0].k is there.layers[0].k
+    there.layers[0].v = snapshot.layers[0].v
+    assert not any(one() is not None for one in kept)
+
+
+def test_arrays_of_too_few_axes_are_refused(room):
+    for shape in ((), (5,), (5, 6)):
+        tensor = torch.zeros(shape, dtype=torch.bfloat16).to(room.where)
+        for given in (tensor, tensor.cpu()):
+            with pytest.raises(kvzip.UsageError, match="want \\[heads, tokens, dim\\]"):
+                Snapshot.from_arrays([(given, given)])

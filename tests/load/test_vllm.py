@@ -29,6 +29,7 @@ from support import damaged  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip.codecs.native.cuda.shim_device import ShimDevice  # noqa: E402
+from kvzip.container import Reader  # noqa: E402
 from kvzip.errors import (  # noqa: E402
     KVZipError,
     SealError,
@@ -285,19 +286,14 @@ def test_a_device_decodes(
     assert shim.launched if codec != "zstd" else not shim.launched
 
 
-@pytest.mark.parametrize("more", [{}, {"windows": [None, 40, 40]}], ids=["full", "windows"])
 @pytest.mark.parametrize("codec", ["raw", "channel", "predictive"])
 def test_a_device_writes_blocks_itself(
-    engine: Any,
-    tmp_path: Any,
-    shim: ShimDevice,
-    monkeypatch: Any,
-    codec: str,
-    more: dict[str, Any],
+    engine: Any, tmp_path: Any, shim: ShimDevice, monkeypatch: Any, codec: str
 ) -> None:
-    """Where the numbers of a head lie side by side in them: layer after layer within a step, and
-    with windows, which are loaded before, several layers together."""
-    settings = settings_of(engine, tmp_path, codec) | more | {"backend": "FLASH_ATTN"}
+    """Where the numbers of a head lie side by side in them, and the load comes before the step:
+    several layers together."""
+    settings = settings_of(engine, tmp_path, codec)
+    settings |= {"windows": [None, 40, 40], "backend": "FLASH_ATTN"}
     ids = prompt(80)
     fill(engine, ids, **settings)
     monkeypatch.setattr("kvzip.load.vllm.worker.Worker._put", None)
@@ -305,6 +301,42 @@ def test_a_device_writes_blocks_itself(
         second = engine(**settings, decode_on="gpu")
         assert second.run(ids, local=local)[0].loaded == 64 - local
     assert shim.launched
+
+
+@pytest.mark.parametrize("decode_on", ["cpu", "gpu"])
+@pytest.mark.parametrize("late", ["open", "decode"])
+def test_what_comes_late_is_written_nowhere(
+    engine: Any, tmp_path: Any, shim: ShimDevice, monkeypatch: Any, decode_on: str, late: str
+) -> None:
+    """Layers that come when a step has given them up: vLLM's blocks are another request's then."""
+    ids = prompt(80)
+    fill(engine, ids, backend="FLASH_ATTN")
+    second = engine(timeout=0.2, decode_on=decode_on, backend="FLASH_ATTN")
+    done = threading.Event()
+
+    def slow(function: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            time.sleep(0.6)
+            try:
+                return function(*arguments, **options)
+            finally:
+                done.set()
+
+        return run
+
+    if late == "open":
+        store = second.worker._worker._store
+        monkeypatch.setattr(store, "open", slow(store.open))
+    else:
+        monkeypatch.setattr(Reader, "decode", slow(Reader.decode))
+    second.free = second.free[:6]  # so that they are used again at once
+    second.run(ids)
+    other = standin.Request("x", prompt(90, 5))
+    second._admit(other, 0)
+    second._compute(other, 0, 90)
+    assert done.wait(10)
+    time.sleep(0.3)
+    second._check(other)
 
 
 @pytest.mark.parametrize("backend", ["CPU_ATTN", "FLASH_ATTN"])

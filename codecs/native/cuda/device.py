@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.errors import UnsupportedError
+from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.files import replacing
 
 SOURCES = Path(__file__).resolve().parents[2]
@@ -61,6 +61,10 @@ class Kernel(NamedTuple):
         return [
             (given[a], a != "count") if isinstance(a, str) else (a, False) for a in self.arguments
         ]
+
+
+class MemoryFullError(KVZipError):
+    """A device has too little memory left."""
 
 
 class Memory:
@@ -105,7 +109,7 @@ class Device(ABC):
 
     @abstractmethod
     def allocate(self, size: int) -> Memory:
-        """Fresh memory, at a multiple of 256."""
+        """Fresh memory, at a multiple of 256. Raises MemoryFullError."""
 
     @abstractmethod
     def pinned(self, size: int) -> Pinned:

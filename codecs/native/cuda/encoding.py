@@ -53,11 +53,10 @@ class Room:
 
     def memory(self, name: str, size: int) -> int:
         """The address of at least so many bytes, the same ones as of that name before."""
-        found = self._memory.get(name)
-        if found is None or found.size < size:
-            self._memory.pop(name, None)
-            found = self._memory[name] = self.device.allocate(size)
-        return found.address
+        if name not in self._memory or self._memory[name].size < size:
+            self._memory.pop(name, None)  # before there is other memory
+            self._memory[name] = self.device.allocate(size)
+        return self._memory[name].address
 
     def run(self, results: int, fill: Callable[[Work], None], size: int = 1 << 16) -> None:
         """Have everything run that `fill` puts into a work, after all that was to run before;
@@ -76,10 +75,10 @@ class Room:
     def fetch(self, name: str, address: int, size: int) -> NDArray[np.uint8]:
         """Bytes of the device when all has run that was to, in memory that the next call of that
         name may use again."""
-        found = self._pinned.get(name)
-        if found is None or found.array.size < size:
+        if name not in self._pinned or self._pinned[name].array.size < size:
             self._pinned.pop(name, None)
-            found = self._pinned[name] = self.device.pinned(size)
+            self._pinned[name] = self.device.pinned(size)
+        found = self._pinned[name]
         self.device.download(self.stream, found.address, address, size)
         self.device.synchronize(self.device.record(self.stream))
         return found.array[:size]
@@ -100,4 +99,5 @@ def room_of(device: Device) -> Iterator[Room]:
         finally:
             with device.current():
                 device.synchronize(device.record(room.stream))  # nothing may go on in it
-                free.append(room)
+                if not free:  # one stays, for what comes next
+                    free.append(room)

@@ -23,6 +23,7 @@ from kvzip.codecs.native.cuda.device import (
     Event,
     Kernel,
     Memory,
+    MemoryFullError,
     Pinned,
     Stream,
     cache_folder,
@@ -192,7 +193,10 @@ class CudaDevice(Device):
     # --- memory ----------------------------------------------------------------------------
 
     def allocate(self, size: int) -> Memory:
-        address = int(_called(self._driver.cuMemAlloc(max(size, 1))))
+        status, found = self._driver.cuMemAlloc(max(size, 1))
+        if status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise MemoryFullError(f"GPU {self.ordinal} has no {size:,} bytes of memory left")
+        address = int(_called((status, found)))
         return Memory(address, size, _Freed(self, "cuMemFree", address))
 
     def pinned(self, size: int) -> Pinned:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Semaphore, Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -32,18 +32,8 @@ Parts = Mapping[str, torch.Tensor]
 """Tensors [heads, tokens, dim] by the names of a layer's parts."""
 
 
-class OnDevice(NamedTuple):
-    """A GPU that decodes."""
-
-    device: Device
-    place: Callable[[Load, int], Paged | None]
-    """Where it may write a load's layer itself, by the layer's number."""
-    stream: Any = None
-    """vLLM's own. What is in it by then comes before: it may still read what the blocks held."""
-
-
 class LayersOf:
-    """The layers of a load's document, decoded one by one or some together, on a device if that
+    """The layers of a load's document, decoded one by one or some together, on `device` if that
     can. Close it after use."""
 
     def __init__(
@@ -51,12 +41,11 @@ class LayersOf:
         load: Load,
         engine: Engine,
         document: OpenDocument[Reader],
-        on_device: OnDevice | None = None,
+        device: Device | None = None,
     ):
         self._load, self._engine, self._document = load, engine, document
         reader = document.source
-        can = reader.codec.on_device and reader.layout.plain
-        self._on_device = on_device if can else None
+        self._device = device if reader.codec.on_device and reader.layout.plain else None
         try:
             engine.check(document.source.layout)
             spans = [self._span(i) for i in range(len(engine.layers))]
@@ -72,14 +61,9 @@ class LayersOf:
             return self._load.stop, self._load.stop
         return self._load.spans[layer.group].start, self._load.stop
 
-    def decode(self, i: int) -> Parts | None:
-        """The parts of layer i; None if they are in their place already. Raises KVZipError."""
-        place = self._place(i)
-        if place is not None:
-            self._decode([i], out=[place.out], pages=place.pages)
-            return None
-        device = None if self._on_device is None else self._on_device.device
-        (layer,) = self._decode([i], device=device)
+    def decode(self, i: int) -> Parts:
+        """The parts of layer i. Raises KVZipError."""
+        (layer,) = self._decode([i])
         if isinstance(layer, DeviceLayer):
             return dict(zip(KV, layer, strict=True))
         return {
@@ -87,30 +71,28 @@ class LayersOf:
             for name, part in layer.layout.parts.items()
         }
 
-    def decode_in_place(self) -> set[int]:
-        """Have the device write all layers that it can, those together whose tokens lie in the same
-        pages: which these are. Raises KVZipError."""
+    def decode_in_place(
+        self, place: Callable[[Load, int], Paged | None], stream: Any = None
+    ) -> set[int]:
+        """Have the device write all layers that it can where `place` says, those together whose
+        tokens lie in the same pages: which these are. What is in `stream` by then comes before.
+        Raises KVZipError."""
         together: dict[tuple[int, ...], list[tuple[int, Paged]]] = {}
-        for i, layer in enumerate(self._engine.layers):
-            place = None if layer is None else self._place(i)
-            if place is not None:
-                key = *self._span(i), *place.pages
-                together.setdefault(key, []).append((i, place))
+        for i, layer in enumerate(self._engine.layers if self._device is not None else ()):
+            found = None if layer is None else place(self._load, i)
+            if found is not None:
+                together.setdefault((*self._span(i), *found.pages), []).append((i, found))
         for some in together.values():
-            out = [place.out for _, place in some]
-            self._decode([i for i, _ in some], out=out, pages=some[0][1].pages)
+            out = [found.out for _, found in some]
+            self._decode([i for i, _ in some], out=out, pages=some[0][1].pages, stream=stream)
         return {i for some in together.values() for i, _ in some}
 
-    def _place(self, i: int) -> Paged | None:
-        return None if self._on_device is None else self._on_device.place(self._load, i)
-
     def _decode(self, layers: list[int], **options: Any) -> list[Layer | DeviceLayer]:
-        """Layers of which the same positions are loaded. With `out`, a device writes there."""
+        """Layers of which the same positions are loaded."""
         start, stop = self._span(layers[0])
-        if "out" in options:
-            assert self._on_device is not None
-            options |= {"device": self._on_device.device, "stream": self._on_device.stream}
-        found = self._document.source.decode(layers=layers, tokens=(start, stop), **options)
+        found = self._document.source.decode(
+            layers=layers, tokens=(start, stop), device=self._device, **options
+        )
         decoded: list[Layer | DeviceLayer] = list(found.layers)
         for i, layer in zip(layers, decoded, strict=True):
             held = layer.layout
@@ -131,16 +113,14 @@ class StepLoads:
         engine: Engine,
         open_load: Callable[[Load], OpenDocument[Reader]],
         timeout: float,
-        on_device: OnDevice | None = None,
+        device: Device | None = None,
     ):
-        self.loads, self._engine, self._on_device = loads, engine, on_device
+        self.loads, self._engine, self._device = loads, engine, device
         self._numbers = [i for i, layer in enumerate(engine.layers) if layer is not None]
         self._layers = len(self._numbers)
         self._open, self._timeout = open_load, timeout
         self._room = [Semaphore(_AHEAD) for _ in loads]
-        self._ready: list[list[Future[Parts | None]]] = [
-            [Future() for _ in self._numbers] for _ in loads
-        ]
+        self._ready: list[list[Future[Parts]]] = [[Future() for _ in self._numbers] for _ in loads]
         self._taken = [0] * len(loads)
         self._errors: dict[int, Exception] = {}
         self._over = False
@@ -160,7 +140,7 @@ class StepLoads:
                     if n not in documents:
                         load = self.loads[n]
                         opened = self._open(load)
-                        documents[n] = LayersOf(load, self._engine, opened, self._on_device)
+                        documents[n] = LayersOf(load, self._engine, opened, self._device)
                     self._ready[n][i].set_result(documents[n].decode(self._numbers[i]))
                 except Exception as error:  # whatever it is, the engine computes instead
                     self._ready[n][i].set_exception(error)
@@ -170,8 +150,7 @@ class StepLoads:
                 document.close()
 
     def take(self, n: int, number: int) -> Parts | None:
-        """The parts of a layer of load n, by the layer's number; None after a failure, and where
-        they are in their place already."""
+        """The parts of a layer of load n, by the layer's number; None after a failure."""
         if n in self._errors:
             return None
         i = self._numbers.index(number)
@@ -204,7 +183,9 @@ class StepLoads:
 class BackgroundLoads:
     """The loads of requests that vLLM lets wait until they are done, each by a thread of its own.
 
-    `put` brings a layer's parts into the blocks of a load.
+    `put` brings a layer's parts into the blocks of a load; `place` says where a device may write
+    them itself. vLLM uses the blocks for nothing else until a load is told to be done, however long
+    that takes.
     """
 
     def __init__(
@@ -212,27 +193,28 @@ class BackgroundLoads:
         engine: Engine,
         open_load: Callable[[Load], OpenDocument[Reader]],
         put: Callable[[Load, int, Parts], None],
+        place: Callable[[Load, int], Paged | None],
     ):
-        self._engine, self._open, self._put = engine, open_load, put
+        self._engine, self._open, self._put, self._place = engine, open_load, put, place
         self._pool = ThreadPoolExecutor(_AT_ONCE, "kvzip-load")
         self._lock = Lock()
         self._done: list[tuple[Load, Exception | None]] = []
 
-    def begin(self, load: Load, on_device: OnDevice | None = None) -> None:
-        """Load a document's layers into vLLM's blocks, beside the engine's work."""
-        self._pool.submit(self._run, load, on_device)
+    def begin(self, load: Load, device: Device | None = None) -> None:
+        """Load a document's layers into vLLM's blocks, beside the engine's work. What vLLM has
+        begun may still read what they held: it comes before what `device` writes."""
+        stream = None if device is None else device.stream_of(None)
+        self._pool.submit(self._run, load, device, stream)
 
-    def _run(self, load: Load, on_device: OnDevice | None) -> None:
+    def _run(self, load: Load, device: Device | None, stream: Any) -> None:
         found: Exception | None = None
         try:
-            document = LayersOf(load, self._engine, self._open(load), on_device)
+            document = LayersOf(load, self._engine, self._open(load), device)
             try:
-                done = document.decode_in_place()
+                done = document.decode_in_place(self._place, stream)
                 for i, layer in enumerate(self._engine.layers):
                     if layer is not None and i not in done:
-                        parts = document.decode(i)
-                        assert parts is not None, "what has a place was decoded there"
-                        self._put(load, i, parts)
+                        self._put(load, i, document.decode(i))
             finally:
                 document.close()
         except Exception as error:  # whatever it is, the engine computes instead

@@ -17,7 +17,7 @@ from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.load.documents import OpenDocument, StoredDocument, open_document
 from kvzip.load.vllm import pages
 from kvzip.load.vllm.engine import Engine
-from kvzip.load.vllm.loading import BackgroundLoads, OnDevice, Parts, StepLoads
+from kvzip.load.vllm.loading import BackgroundLoads, Parts, StepLoads
 from kvzip.load.vllm.metadata import Load, Save
 from kvzip.load.vllm.settings import Settings
 from kvzip.load.vllm.troubles import Troubles, log
@@ -50,7 +50,7 @@ class Worker:
         self._step: StepLoads | None = None
         self._device: Device | None = None
         """What decodes documents that it can; the CPU decodes others."""
-        self._background = BackgroundLoads(engine, self._open, self._put_at_once)
+        self._background = BackgroundLoads(engine, self._open, self._put_at_once, self._place)
         self._invalid: set[int] = set()
         self._spoiled = False
         """Whether something of this step was not loaded."""
@@ -94,14 +94,11 @@ class Worker:
 
     def start(self, loads: Sequence[Load], background: Sequence[Load]) -> None:
         """Begin to decode what this step needs, and what requests wait for that come later."""
-        on_device = None
-        if self._device is not None:
-            on_device = OnDevice(self._device, self._place, self._device.stream_of(None))
         if loads:
             timeout = self._settings.timeout
-            self._step = StepLoads(loads, self._engine, self._open, timeout, on_device)
+            self._step = StepLoads(loads, self._engine, self._open, timeout, self._device)
         for load in background:
-            self._background.begin(load, on_device)
+            self._background.begin(load, self._device)
 
     def _open(self, load: Load) -> OpenDocument[Reader]:
         document = StoredDocument(self._store, load.documents[self._part])
