@@ -99,7 +99,7 @@ def tables_of(
                 f"{heads} heads of {dim}"
             )
         name = tensor_name(layer, part, before_rope)
-        if before_rope and name not in profile.tensors:
+        if name not in profile.tensors and (before_rope or not heads * dim):
             return None  # nothing was learned of them
         made[key] = _read(profile, name, heads, dim, form)
     tables: _native.ChannelTables = made[key]

@@ -87,6 +87,15 @@ def test_any_numbers_come_back(dtype):
             assert len(blob) <= kvzip.max_encoded_size(other, "channel", block_tokens=64)
 
 
+def test_parts_without_numbers_need_no_tables():
+    v = np.random.default_rng(0).integers(0x3F00, 0x4000, (2, 200, 16)).astype(np.uint16)
+    for k in (np.zeros((2, 200, 0), np.uint16), np.zeros((0, 200, 16), np.uint16)):
+        snapshot = kvzip.Snapshot.from_arrays([(k, v)], "bf16")
+        profile = kvzip.Profile.fit([snapshot], codec="channel")
+        blob = kvzip.encode(snapshot, profile=profile)
+        assert kvzip.decode(blob, profile) == snapshot
+
+
 def test_where_a_profile_does_not_fit_a_file_has_its_own_tables(known):
     """Keys 2^40 times as large are escapes, all of them."""
     _, profile = known
