@@ -364,24 +364,18 @@ class _Encoding:
         spans: list[_Span] = []
         at = size = 0
         for number, coding in enumerate(codings):
-            plans: dict[int, NDArray[np.int64]] = {}
-            batch = coding.target.shape[0]
+            plans: dict[int, tuple[NDArray[Any], int]] = {}
             for first, tokens in self._parts[coding.part].blocks:
                 if tokens not in plans:
-                    plans[tokens] = _native.channel_plan(coding.tables, batch, tokens)
-                plan = plans[tokens]
-                mine = np.zeros(len(plan), _ENCODE)
-                mine["part"], mine["first_token"], mine["tokens"] = number, first, tokens
-                for i, name in enumerate(("first_strip", "strips", "lanes", "mantissas")):
-                    mine[name] = plan[:, i]
-                mine["numbers"] = mine["strips"] * 64 * mine["lanes"]  # at most
-                ends = np.cumsum(_room_sizes(mine))
-                need = int(ends[-1]) if len(ends) else 0
+                    plans[tokens] = _planned(coding, number, tokens)
+                plan, need = plans[tokens]
                 if spans and size + need > _ROOMS:
                     yield np.concatenate(jobs), spans
                     jobs, spans, at, size = [], [], 0, 0
-                mine["room"] = size + np.concatenate([[0], ends[:-1]])
-                mine["row"] = np.arange(at, at + len(plan))
+                mine = plan.copy()
+                mine["first_token"] = first
+                mine["room"] += np.uint64(size)
+                mine["row"] += np.uint32(at)
                 jobs.append(mine)
                 spans.append(_Span(coding, first, tokens, slice(at, at + len(plan))))
                 at, size = at + len(plan), size + need
@@ -484,6 +478,20 @@ def _size(part: Numbers) -> int:
 def _pairs(part: Numbers, few: Sampled) -> int:
     """How many pairs of its keys are turned."""
     return _size(part) // part.target.shape[3] * few.rotation.pairs
+
+
+def _planned(coding: _Coding, number: int, tokens: int) -> tuple[NDArray[Any], int]:
+    """Jobs for the streams of a block of so many tokens, of the coding of that number, as for the
+    first block of all; and the bytes of all their rooms."""
+    plan = _native.channel_plan(coding.tables, coding.target.shape[0], tokens)
+    jobs = np.zeros(len(plan), _ENCODE)
+    jobs["part"], jobs["tokens"], jobs["row"] = number, tokens, np.arange(len(plan))
+    for i, name in enumerate(("first_strip", "strips", "lanes", "mantissas")):
+        jobs[name] = plan[:, i]
+    jobs["numbers"] = jobs["strips"] * 64 * jobs["lanes"]  # at most
+    sizes = _room_sizes(jobs)
+    jobs["room"] = np.cumsum(sizes) - sizes
+    return jobs, int(sizes.sum())
 
 
 def _room_sizes(jobs: NDArray[Any]) -> NDArray[np.int64]:
