@@ -478,3 +478,37 @@ def test_arrays_of_too_few_axes_are_refused(room):
         for given in (tensor, tensor.cpu()):
             with pytest.raises(kvzip.UsageError, match="want \\[heads, tokens, dim\\]"):
                 Snapshot.from_arrays([(given, given)])
+
+
+@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.drawn(6)
+def test_any_snapshot(device, shuffled, room, seed):
+    """Of any format, shape and numbers, strange ones among them; any RoPE; with profiles."""
+    rng = np.random.default_rng(seed)
+    tokens, heads = int(rng.choice([1, 127, 129, 200, 333])), int(rng.integers(1, 4))
+    batch = None if rng.random() < 0.7 else int(rng.integers(1, 3))
+    if rng.random() < 0.6:
+        dim = 2 * int(rng.integers(1, 40))
+        pairs, first = int(rng.integers(1, dim // 2 + 1)), int(rng.choice([0, 77, 1 << 20]))
+        exceptions = float(rng.choice([0, 0.002, 0.0098, 0.0102]))
+        snapshot = turned(
+            seed, dim, pairs, int(rng.choice(ROUNDINGS)), heads, tokens, batch, 2, first, exceptions
+        )
+    else:
+        dtype, dim = str(rng.choice(DTYPES)), int(rng.integers(1, 80))
+        shape = (*(() if batch is None else (batch,)), heads, tokens, dim)
+        layers = [[cache_like(rng, dtype, shape) for _ in range(2)] for _ in range(2)]
+        snapshot = Snapshot.from_arrays(layers, dtype)
+    for layer in snapshot.layers:
+        for bits in layer:
+            strange = rng.random(bits.shape) < rng.choice([0, 0.001, 0.02])
+            bits[strange] = random_bits(rng, snapshot.dtype, bits.shape)[strange]
+    last = snapshot.layers[0].k.ndim - 1
+    order = [*rng.permutation(last).tolist(), last]
+    options = {"block_tokens": int(rng.choice([1, 16, 100, 1000]))}
+    if tokens > 1 and rng.random() < 0.4:
+        options["profile"] = kvzip.Profile.fit([snapshot], codec="channel")
+    codec = f"channel:keys={rng.choice(['before_rope', 'cached'])}"
+    where = shuffled if seed % 2 else device
+    found = kvzip.encode(moved(snapshot, room, order), codec, device=where, **options)
+    assert found == kvzip.encode(snapshot, codec, **options)
