@@ -62,6 +62,7 @@ def snapshot(torch: Any, tokens: int, dtype: str) -> kvzip.Snapshot:
 
 def kernels_only(device: Device, reader: Any) -> Callable[[], None]:
     """Launches everything that decodes a file whose bytes and jobs are on the device already."""
+    from kvzip.codecs.native.cuda import work as works
     from kvzip.codecs.native.cuda.work import Work
     from kvzip.container import on_device
 
@@ -72,7 +73,7 @@ def kernels_only(device: Device, reader: Any) -> Callable[[], None]:
             super().start(upload, run)
             started.append((self, run))
 
-    pieces, changed = (on_device.FIRST, on_device.PIECE), vars(on_device)
+    pieces, changed = (on_device.FIRST, on_device.PIECE), vars(works)
     on_device.FIRST = on_device.PIECE = 1 << 62
     changed["Work"] = Kept
     try:
@@ -194,7 +195,7 @@ def encoding_kernels(
 ) -> list[float]:
     """Seconds that all kernels take that encode a snapshot, parts together as they are then; they
     may run again on what they were given."""
-    from kvzip.codecs.native.cuda import encoding
+    from kvzip.codecs.native.cuda import work as works
     from kvzip.codecs.native.cuda.work import Work
 
     seconds = [0.0] * runs
@@ -209,7 +210,7 @@ def encoding_kernels(
                 device.synchronize(device.record(run))
                 seconds[n] += time.perf_counter() - begin
 
-    changed = vars(encoding)
+    changed = vars(works)
     changed["Work"] = Timed
     try:
         kvzip.encode(there, "channel:keys=cached", profile, threads=1, device=device)

@@ -123,6 +123,7 @@ class Layer:
         self._put("v", bits)
 
     def _put(self, name: str, bits: Bits) -> None:
+        """From now on the host's numbers count."""
         self._held[name] = bits
         self._on_device.pop(name, None)
 
@@ -136,8 +137,8 @@ class Layer:
         """The bits of one part. Raises UsageError where the layer has none of that name."""
         found = self._held.get(name)
         if found is None:
-            found = self._held[name] = self._elsewhere(name)
-            self._on_device.pop(name, None)  # from now on the host's numbers count
+            found = self._elsewhere(name)
+            self._put(name, found)
         return found
 
     def once(self, name: str) -> Bits:

@@ -6,6 +6,7 @@ The CPU chooses by a few tokens how a part is coded, and makes tables where a pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -27,11 +28,11 @@ from kvzip.codecs.channel.rotation import (
     sampled,
     take_less,
 )
-from kvzip.codecs.common.device_angles import Kind, angles
-from kvzip.codecs.common.rotation import is_wide
+from kvzip.codecs.common.device_angles import Kind, angles_in_runs
+from kvzip.codecs.common.rotation import is_wide, rotation_of
 from kvzip.codecs.native.cuda.device import Device, Kernel, up
 from kvzip.codecs.native.cuda.encoding import EncodedNumbers, Numbers, Room, room_of
-from kvzip.codecs.native.cuda.work import BLOCK, Target, Work, in_pieces
+from kvzip.codecs.native.cuda.work import BLOCK, Target, Work, in_pieces, joined
 from kvzip.dtypes import Bits
 
 _SOURCE, _SPACE = "channel/encode.cuh", "kvzip::channel"
@@ -146,13 +147,9 @@ class _Span(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """A block, its streams among all streams, and where it stands among all coded blocks; nowhere
-    if it is stored as it is."""
+    """Where a block stands among all that are coded together; nowhere if it is stored as it is."""
 
-    coding: _Coding
-    first: int
-    tokens: int
-    streams: slice
+    span: _Span
     offset: int | None
     size: int
 
@@ -179,8 +176,8 @@ class _Encoding:
             with self._device.current():
                 blocks, streams, placed = self._coded(codings, jobs, spans)
             for block in blocks:
-                n = block.coding.part
-                if streams["failed"][block.streams].any():
+                n = block.span.coding.part
+                if streams["failed"][block.span.streams].any():
                     stored.pop(n, None)  # as far as it can be coded, the CPU codes it
                 if n in stored:
                     stored[n].append(self._stored(block, streams, placed))
@@ -196,7 +193,7 @@ class _Encoding:
         """What a few tokens tell of keys before RoPE; None where they are not to be had, or would
         take more."""
         context = part.context
-        if self._codec.keys != "before_rope" or context.part != "k" or not _size(part):
+        if self._codec.keys != "before_rope" or rotation_of(context, part.target.shape[3]) is None:
             return None
         tokens = part.target.shape[2]
         begin = max(0, tokens - TRIED)
@@ -215,7 +212,8 @@ class _Encoding:
         for n, few in tried.items():
             bytes_of = _size(parts[n]) * parts[n].context.dtype.itemsize
             most = most_missing(_pairs(parts[n], few))
-            before[n], size = _packed(parts[n].target, size), size + up(bytes_of, 256)
+            before[n] = Target.packed(size, parts[n].target.shape, parts[n].target.first)
+            size += up(bytes_of, 256)
             lists[n], counts = (counts, most), counts + _MISSING.itemsize * (1 + most)
         if tried:
             at = room.memory("before", size)
@@ -269,16 +267,11 @@ class _Encoding:
         batch, heads, tokens, _ = self._parts[n].target.shape
         start, pairs = self._parts[n].context.start, few.rotation.pairs
         kind = Kind(few.rotation, is_wide(few.rounding), floats=True)
-        begin = 0
-        while begin < tokens:
-            found = angles(self._device, kind, start + begin, tokens - begin)
-            work.hold(found.memory)
-            many = found.positions
+        for address, begin, many in angles_in_runs(work, kind, start, tokens):
             yield (
-                *(found.address, missing[0], part, out, begin, many, 0, batch * heads * many),
+                *(address, missing[0], part, out, begin, many, 0, batch * heads * many),
                 *(pairs, few.rounding, tokens, missing[1]),
             )
-            begin += many
 
     def _missing(self, address: int, most: int) -> NDArray[Any] | None:
         """The pairs for which nothing was found; None if they are too many."""
@@ -370,7 +363,7 @@ class _Encoding:
                     plans[tokens] = _planned(coding, number, tokens)
                 plan, need = plans[tokens]
                 if spans and size + need > _ROOMS:
-                    yield _together(jobs), spans
+                    yield joined(jobs), spans
                     jobs, spans, at, size = [], [], 0, 0
                 mine = plan.copy()
                 mine["first_token"] = first
@@ -380,7 +373,7 @@ class _Encoding:
                 spans.append(_Span(coding, first, tokens, slice(at, at + len(plan))))
                 at, size = at + len(plan), size + need
         if spans:
-            yield _together(jobs), spans
+            yield joined(jobs), spans
 
     def _run_streams(self, codings: Sequence[_Coding], jobs: NDArray[Any]) -> NDArray[Any]:
         """Code streams, each in its room, of which `jobs` then have the addresses."""
@@ -391,7 +384,6 @@ class _Encoding:
         arguments = ("jobs", "count", "parts", "results")
 
         def fill(work: Work) -> None:
-            by_kernel: dict[str, list[NDArray[Any]]] = {}
             for number in np.unique(jobs["part"]).tolist():
                 coding = codings[number]
                 part = work.part(coding.target)
@@ -400,22 +392,15 @@ class _Encoding:
                 work.tables(part, work.put(coding.tables.channels()), work.put(shapes, 256))
                 mine = jobs[jobs["part"] == number]
                 mine["part"] = part
-                form = self._parts[coding.part].context.dtype
-                by_kernel.setdefault(KERNELS[fields(form)], []).append(mine)
-            for name, some in by_kernel.items():
-                kernel = Kernel(
-                    _SOURCE, f"channel_encode_{name}", _SPACE, 32, 1, 1, _SHARED, arguments
-                )
-                work.run(kernel, _together(some))
+                name = KERNELS[fields(self._parts[coding.part].context.dtype)]
+                name = f"channel_encode_{name}"
+                work.run(Kernel(_SOURCE, name, _SPACE, 32, 1, 1, _SHARED, arguments), mine)
 
         self._room.run(results, fill, 1 << 18)
         return self._room.fetch("streams", results, size).view(_CODED).copy()
 
     def _laid_out(
-        self,
-        spans: Sequence[_Span],
-        jobs: NDArray[Any],
-        streams: NDArray[Any],
+        self, spans: Sequence[_Span], jobs: NDArray[Any], streams: NDArray[Any]
     ) -> tuple[list[_Block], NDArray[Any], int]:
         """Where blocks stand side by side; a job that brings each stream of them to its place,
         counted from the first block; and the bytes that all take up."""
@@ -429,50 +414,46 @@ class _Encoding:
         keep = np.zeros(len(jobs), bool)
         blocks = []
         total = 0
-        for coding, first, tokens, mine in spans:
-            batch, heads, _, dim = coding.target.shape
-            raw = batch * heads * tokens * dim * self._parts[coding.part].context.dtype.itemsize
+        for span in spans:
+            mine, raw = span.streams, self._raw_bytes(span)
             count = mine.stop - mine.start
             head = up(8 + 8 * count, 16)
             size = max(head + int(lengths[mine].sum()), up(raw // MAX_EXPANSION, 16))
             if streams["failed"][mine].any() or size >= HEADER + raw:
-                blocks.append(_Block(coding, first, tokens, mine, None, raw))
+                blocks.append(_Block(span, None, raw))
                 continue
             before = np.cumsum(lengths[mine]) - lengths[mine]
             places["stream"][mine] = total + head + before.astype(np.uint64)
             keep[mine] = True
-            blocks.append(_Block(coding, first, tokens, mine, total, size))
+            blocks.append(_Block(span, total, size))
             total += up(size, 64)
         return blocks, places[keep], total
 
     def _stored(self, block: _Block, streams: NDArray[Any], placed: NDArray[np.uint8]) -> bytes:
         """A block as it is stored."""
-        part, keys = self._parts[block.coding.part], block.coding.keys
+        span = block.span
+        part, keys = self._parts[span.coding.part], span.coding.keys
         if block.offset is not None:
-            head = b"" if keys is None else keys.head(block.first, block.tokens)
-            batch, heads, _, dim = part.target.shape
-            raw = batch * heads * block.tokens * dim * part.context.dtype.itemsize
-            if len(head) + block.size <= HEADER + raw:
+            head = b"" if keys is None else keys.head(span.first, span.tokens)
+            if len(head) + block.size <= HEADER + self._raw_bytes(span):
                 coded = placed[block.offset : block.offset + block.size]
                 coded[0] = CODED
-                lengths = np.stack([streams[name][block.streams] for name in ("words", "escapes")])
+                lengths = np.stack([streams[name][span.streams] for name in ("words", "escapes")])
                 about = np.ascontiguousarray(lengths.T).view(np.uint8).reshape(-1)
                 coded[8 : 8 + len(about)] = about
                 return b"".join((head, coded.data))
-        return bytes(HEADER) + part.read(block.first, block.first + block.tokens).tobytes()
+        return bytes(HEADER) + part.read(span.first, span.first + span.tokens).tobytes()
 
-
-def _packed(target: Target, address: int) -> Target:
-    """The same part in C order, at this address."""
-    _, heads, tokens, dim = target.shape
-    strides = heads * tokens * dim, tokens * dim, dim
-    return Target(address, strides, target.shape, target.first)
+    def _raw_bytes(self, span: _Span) -> int:
+        """Bytes of a block's numbers."""
+        batch, heads, _, dim = span.coding.target.shape
+        itemsize = self._parts[span.coding.part].context.dtype.itemsize
+        return batch * heads * span.tokens * dim * itemsize
 
 
 def _size(part: Numbers) -> int:
     """How many numbers a part has."""
-    batch, heads, tokens, dim = part.target.shape
-    return batch * heads * tokens * dim
+    return math.prod(part.target.shape)
 
 
 def _pairs(part: Numbers, few: Sampled) -> int:
@@ -492,12 +473,6 @@ def _planned(coding: _Coding, number: int, tokens: int) -> tuple[NDArray[Any], i
     sizes = _room_sizes(jobs)
     jobs["room"] = np.cumsum(sizes) - sizes
     return jobs, int(sizes.sum())
-
-
-def _together(jobs: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Jobs of one kind, one behind the other. NumPy takes longer to find that they are of one kind
-    than to copy them."""
-    return np.frombuffer(bytearray().join(some.tobytes() for some in jobs), jobs[0].dtype)
 
 
 def _room_sizes(jobs: NDArray[Any]) -> NDArray[np.int64]:

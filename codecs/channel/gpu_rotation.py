@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvzip.codecs import _native
 from kvzip.codecs.channel.blocks import HEADER
-from kvzip.codecs.common.device_angles import Kind, angles
+from kvzip.codecs.common.device_angles import Kind, angles_in_runs
 from kvzip.codecs.common.rotation import is_side_by_side, is_wide
 from kvzip.codecs.native.cuda.device import Kernel
 from kvzip.codecs.native.cuda.work import Block, in_pieces
@@ -86,12 +86,10 @@ class Turning:
         for (part, rotation, rounding, start), begin, end in self._runs:
             batch, heads, _ = self._work.shape(part)
             kind = Kind(rotation, is_wide(rounding), floats=False)
-            while begin < end:
-                found = angles(self._work.device, kind, start + begin, end - begin)
-                self._work.hold(found.memory)
-                place, rows = (part, begin, found.positions), batch * heads * found.positions
-                yield found.address, *place, 0, rows, rotation.pairs, rounding, 0
-                begin += found.positions
+            runs = angles_in_runs(self._work, kind, start + begin, end - begin)
+            for address, at, many in runs:
+                place, rows = (part, begin + at, many), batch * heads * many
+                yield address, *place, 0, rows, rotation.pairs, rounding, 0
 
     def run(self) -> None:
         """Have it done after all that is to run already."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,17 @@ def angles(device: Device, kind: Kind, first: int, most: int) -> Angles:
     found = _kept(device, kind, number * together, together)
     address = found.address + before * found.size // together
     return Angles(address, min(most, together - before), found)
+
+
+def angles_in_runs(work: Any, kind: Kind, first: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """Those of `most` positions from `first` on, as far as they lie together: their address, the
+    number of the first, and how many. `work` holds them."""
+    begin = 0
+    while begin < most:
+        found = angles(work.device, kind, first + begin, most - begin)
+        work.hold(found.memory)
+        yield found.address, begin, found.positions
+        begin += found.positions
 
 
 def all_angles(device: Device, kind: Kind, first: int, positions: int) -> Angles:

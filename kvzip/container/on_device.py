@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kvzip import metrics
 from kvzip.codec import Context
 from kvzip.codecs.native.cuda.device import Device, Memory, Pinned, Stream, get_device
-from kvzip.codecs.native.cuda.work import BLOCK, Full, Slot, Target, Work, slot_of
+from kvzip.codecs.native.cuda.work import BLOCK, Slot, Target, Work, filled, slot_of
 from kvzip.container import plan
 from kvzip.container.blocks import SMALL, Blocks
 from kvzip.container.decoding import check_block
@@ -245,21 +245,10 @@ class DeviceDecoding:
         return kept[0], Pinned(kept[1].array[:size], kept[1])
 
     def _filled(self, slot: Slot, size: int, results: int, fill: Callable[[Work], None]) -> Work:
-        """A slot filled by `fill`, in as much memory as that needs; `size` is a first guess."""
-        slot.wait()
-        flags = results + 8 * len(self._rows)
-        least = size + size // 4 + (1 << 20)
-        if slot.size < least:
-            slot.grow(least)
-        while True:
-            work = Work(slot, results, flags)
-            try:
-                fill(work)
-                work.finish()
-            except Full as full:
-                slot.grow(max(2 * slot.size, full.size))
-            else:
-                return work
+        """A slot filled by `fill` with `size` stored bytes, and what belongs to them."""
+        return filled(
+            slot, size + size // 4 + (1 << 20), results, results + 8 * len(self._rows), fill
+        )
 
     def _pieces(self) -> Iterator[tuple[Group, list[int], int]]:
         """Rows of a group that go together, and how many bytes they are. Where blocks need
@@ -345,8 +334,8 @@ class DeviceDecoding:
         (layer, part), tokens = self.blocks.index.key[row], self.blocks.index.tokens[row]
         batch, heads, _, dim = self.blocks.part((layer, part)).block_shape
         address = work.scratch(batch * heads * tokens * dim * self.blocks.form.itemsize)
-        strides, shape = (heads * tokens * dim, tokens * dim, dim), (batch, heads, tokens, dim)
-        return Target(address, strides, shape, self.blocks.index.position[row])
+        shape = batch, heads, tokens, dim
+        return Target.packed(address, shape, self.blocks.index.position[row])
 
     def _copy(
         self,

@@ -14,6 +14,7 @@ from test_turned_on_device import SHAPES, kinds, turned
 
 import kvzip
 from kvzip import dtypes
+from kvzip.benchmarks import gpu as gpu_bench
 from kvzip.codec import Context, get_codec
 from kvzip.codecs.channel import gpu_encoding
 from kvzip.codecs.channel.blocks import CODED, RAW, UNTURNED
@@ -512,3 +513,20 @@ def test_any_snapshot(device, shuffled, room, seed):
     where = shuffled if seed % 2 else device
     found = kvzip.encode(moved(snapshot, room, order), codec, device=where, **options)
     assert found == kvzip.encode(snapshot, codec, **options)
+
+
+def test_what_the_benchmark_measures(device, room):
+    """Each of its rows is of kernels that run, and what they give is compared."""
+    snapshot = make_snapshot(cache_like, 4, "bf16", layers=2, heads=2, tokens=200, dim=64)
+    snapshot = Snapshot(snapshot.layers, "bf16")
+    blob = kvzip.encode(snapshot)
+    rows = list(gpu_bench.encoding_rows(device, moved(snapshot, room), snapshot, blob, 2))
+    assert len(rows) == 3
+    assert all(raw == snapshot.raw_bytes and min(seconds) > 0 for _, raw, seconds in rows)
+    with pytest.raises(AssertionError, match="another file"):
+        list(gpu_bench.encoding_rows(device, moved(snapshot, room), snapshot, blob[:-1], 2))
+    with kvzip.open(blob) as reader:
+        launch = gpu_bench.kernels_only(device, reader)
+    before = len(getattr(device, "launched", ()))
+    launch()
+    assert device.kind != "shim" or len(device.launched) > before

@@ -126,9 +126,7 @@ def view_of(array: Any, device: Device, form: DType) -> View:
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        where = "cuda" if device.kind == "cuda" else "cpu"
-        ordinal = getattr(device, "ordinal", None)
-        if array.device.type != where or (array.device.index or 0) != (ordinal or 0):
+        if not device.holds(array):
             raise UnsupportedError(f"out is on {array.device}, not on the device that decodes")
         if array.dtype.is_floating_point:
             _check_format(dtypes.get(str(array.dtype)), form)

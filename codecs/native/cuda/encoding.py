@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Semaphore
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Context
 from kvzip.codecs.native.cuda.device import Device, Memory, Pinned
-from kvzip.codecs.native.cuda.work import Full, Slot, Target, Work
+from kvzip.codecs.native.cuda.work import Slot, Target, Work, filled
 from kvzip.dtypes import Bits
 
 MOST_ROOMS = 3
@@ -61,16 +61,7 @@ class Room:
     def run(self, results: int, fill: Callable[[Work], None], size: int = 1 << 16) -> None:
         """Have everything run that `fill` puts into a work, after all that was to run before;
         `size`: a first guess at the bytes that it puts there."""
-        self._slot.wait()
-        if self._slot.size < size:
-            self._slot.grow(size)
-        while True:
-            work = Work(self._slot, results, 0)
-            with suppress(Full):
-                fill(work)
-                work.finish()
-                return work.start(self.stream, self.stream)
-            self._slot.grow(2 * self._slot.size)
+        filled(self._slot, size, results, 0, fill).start(self.stream, self.stream)
 
     def fetch(self, name: str, address: int, size: int) -> NDArray[np.uint8]:
         """Bytes of the device when all has run that was to, in memory that the next call of that

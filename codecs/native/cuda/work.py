@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,6 +113,12 @@ class Target(NamedTuple):
     page_tokens: int = 0
     page_stride: int = 0
     owner: Any = None
+
+    @classmethod
+    def packed(cls, address: int, shape: tuple[int, int, int, int], first: int) -> Target:
+        """Numbers in C order."""
+        _, heads, tokens, dim = shape
+        return cls(address, (heads * tokens * dim, tokens * dim, dim), shape, first)
 
 
 class Slot:
@@ -309,9 +316,8 @@ class Work:
             self._phases[n].setdefault(kernel, []).append(jobs)
         for phase in self._phases:
             for kernel, pieces in phase.items():
-                # NumPy takes longer to find that they are of one kind than to copy them.
-                jobs = np.frombuffer(b"".join(piece.tobytes() for piece in pieces), np.uint8)
-                self._launches.append((kernel, self.put(jobs, 64), sum(map(len, pieces))))
+                jobs = joined(pieces)
+                self._launches.append((kernel, self.put(jobs, 64), len(jobs)))
 
     def start(self, upload: Stream, run: Stream) -> None:
         """Bring all of it to the device and have the kernels run."""
@@ -335,6 +341,28 @@ class Work:
         given = {"parts": self._parts_at, "flags": self._flags, "results": self._results}
         for kernel, jobs, count in self._launches:
             self.device.launch(run, kernel, count, given | {"jobs": jobs, "count": count})
+
+
+def filled(slot: Slot, size: int, results: int, flags: int, fill: Callable[[Work], None]) -> Work:
+    """A slot filled by `fill`, in as much memory as that needs; `size` is a first guess."""
+    slot.wait()
+    if slot.size < size:
+        slot.grow(size)
+    while True:
+        work = Work(slot, results, flags)
+        try:
+            fill(work)
+            work.finish()
+        except Full as full:
+            slot.grow(max(2 * slot.size, full.size))
+        else:
+            return work
+
+
+def joined(jobs: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Jobs of one kind, one behind the other. NumPy takes longer to find that they are of one kind
+    than to copy them."""
+    return np.frombuffer(bytearray().join(some.tobytes() for some in jobs), jobs[0].dtype)
 
 
 def in_pieces(
