@@ -108,7 +108,7 @@ def in_order(jobs: Iterable[Callable[[], T]], workers: int, ahead: int) -> Itera
             if pending[0][0].done():
                 break
             if future.cancel():
-                pending[at] = _finished(job), job
+                pending[at] = finished(job), job
         return pending.popleft()[0].result()
 
     pool = ThreadPoolExecutor(workers - 1)
@@ -123,7 +123,7 @@ def in_order(jobs: Iterable[Callable[[], T]], workers: int, ahead: int) -> Itera
         pool.shutdown(cancel_futures=True)
 
 
-def _finished(job: Callable[[], T]) -> Future[T]:
+def finished(job: Callable[[], T]) -> Future[T]:
     """A job's result, done here and now."""
     future: Future[T] = Future()
     try:

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import struct
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import nullcontext, suppress
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from typing import IO, Any, TypeVar
+from unittest.mock import patch
 
 import kvzip
 from kvzip.benchmarks.host_jobs import Idle
+from kvzip.container.source import Source, open_source
 from kvzip.store import Store
+from kvzip.store.folder import Folder, Meta
 from kvzip.testing import cache_like, make_snapshot, reseal
+from kvzip.workers import Workers, finished
+
+T = TypeVar("T")
 
 _SCRATCH = tempfile.TemporaryDirectory(prefix="kvzip-fuzz-")
 FOLDER = Path(_SCRATCH.name)
@@ -97,26 +107,89 @@ def spec(data: bytes) -> None:
     kvzip.get_codec(data.decode("utf-8", "replace"))
 
 
+class InMemory(Folder):
+    """A store's objects, which are files otherwise: writing those takes longer than reading them.
+
+    They were all written a day ago, so that nothing stays because it is new.
+    """
+
+    folder = None
+
+    def __init__(self, objects: dict[str, bytes]):
+        self.url, self.objects = "memory", objects
+
+    def get(self, path: str) -> bytes | None:
+        return self.objects.get(path)
+
+    def head(self, path: str) -> Meta | None:
+        found = self.objects.get(path)
+        return None if found is None else Meta(path, len(found), None, A_DAY_AGO)
+
+    def put(
+        self, path: str, data: bytes | IO[bytes], create: bool = True, durable: bool = False
+    ) -> bool:
+        if create and path in self.objects:
+            return False
+        self.objects[path] = data if isinstance(data, bytes) else data.read()
+        return True
+
+    def under(self, prefix: str) -> Iterator[Meta]:
+        begin = f"{prefix}/"
+        for path in sorted([path for path in self.objects if path.startswith(begin)]):
+            yield Meta(path, len(self.objects[path]), None, A_DAY_AGO)
+
+    def folders(self) -> list[str]:
+        return sorted({path[: path.index("/")] for path in self.objects if "/" in path})
+
+    def delete(self, path: str) -> None:
+        self.objects.pop(path, None)
+
+    def source(self, path: str) -> Source:
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        return open_source(self.objects[path])
+
+    def sweep(self) -> None:
+        """No writer died here."""
+
+
+def at_once(_: Workers, do: Callable[..., T], *arguments: Any) -> Future[T]:
+    """In place of what gives a job to another thread, which takes longer than the job."""
+    return finished(partial(do, *arguments))
+
+
+def in_order(_: Workers, do: Callable[..., T], *items: Iterable[Any]) -> Iterator[T]:
+    """In place of what gives a job for each item to other threads."""
+    return map(do, *items)
+
+
 def store(data: bytes) -> None:
-    """The small files of a store: its settings, what a namespace is of, a chain, a mark."""
-    folder = FOLDER / "store"
-    if not folder.exists():
-        Store(folder, block_tokens=16).put(SAVED)
-        KEPT.update({path: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
-    small = sorted(path for path in KEPT if path.suffix != ".kvz")
-    changed = small[(data[0] if data else 0) % len(small)]
-    changed.write_bytes(data[1:])
-    try:
-        again = Store(folder)
-        match = again.find(SAVED.token_ids, model="test/model", revision="r1", dtype="bf16")
-        assert match is None or match.snapshot().tokens <= SAVED.tokens
-        again.documents()
-    finally:
-        changed.parent.mkdir(parents=True, exist_ok=True)
-        changed.write_bytes(KEPT[changed])
+    """The small files of a store: its settings, what a namespace is of, chains, marks. One holds
+    anything, or is not there."""
+    objects = dict(STORED)
+    changed = SMALL[data[0] % len(SMALL)] if data else SMALL[0]
+    if len(data) == 1:
+        del objects[changed]
+    else:
+        objects[changed] = data[1:]
+    with (
+        patch.object(kvzip.store.store, "open_bucket", lambda *_, **__: InMemory(objects)),
+        patch.object(Workers, "submit", at_once),
+        patch.object(Workers, "map", in_order),
+    ):
+        again = Store("memory")
+        with again.find(SAVED.token_ids, **WANTED, threads=1) or nullcontext() as match:
+            assert match is None or match.tokens <= SAVED.tokens
+        stored = again.documents()
+        again.abouts()
+        # Whatever is damaged, a profile that a document needs stays.
+        again.prune(profiles=True)
+        assert [(each.key, each.documents > 0) for each in again.profiles()] == NEEDED
+        again.remove(stored[0].key)
+        again.prune(0)
+        assert not [path for path in objects if path.endswith((".kvz", ".kvprofile"))]
 
 
-KEPT: dict[Path, bytes] = {}
 PROFILE = kvzip.Profile.fit([SAVED], codec="channel")
 PAGE = kvzip.encode_page([(layer.k[:, :16], layer.v[:, :16]) for layer in SAVED.layers], PROFILE)
 PREDICTED = kvzip.Profile.load(GOLDEN / "predictive.kvprofile")
@@ -130,6 +203,25 @@ TURNED = {
 IDLE = Idle()
 START = kvzip.encode(SAVED, "raw")[:12]
 """Magic and version of a .kvz file, and what else does not change."""
+WANTED = {"model": "test/model", "revision": "r1", "dtype": "bf16"}
+A_DAY_AGO = datetime.now(UTC) - timedelta(days=1)
+
+
+def stored() -> dict[str, bytes]:
+    """The objects of a store of two documents that begin alike, one of which needs a profile."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Store(folder, block_tokens=16)
+        made.put_profile(PROFILE)
+        made.put(SAVED)
+        with kvzip.open(kvzip.encode(SAVED)) as reader:
+            made.put(reader.tokens(0, 20), profile=PROFILE)
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+STORED = stored()
+SMALL = sorted(path for path in STORED if not path.endswith((".kvz", ".kvprofile")))
+NEEDED = [(f"profiles/{PROFILE.id}", True)]
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "open": opened,
     "decode": decoded,
@@ -197,7 +289,7 @@ def seeds(target: str) -> list[bytes]:
     if target == "spec":
         return [name.encode() for name in ("zstd:level=3", "planes:mode=bit,coder=lz4", "channel")]
     if target == "store":
-        return [b"\0" + b'{"block_tokens":16}', b"\1" + b"0" * 64 + b"\nend", b"\2{}"]
+        return [bytes([at]) + STORED[path] for at, path in enumerate(SMALL)]
     return []
 
 
