@@ -53,7 +53,9 @@ SANITIZED = ["-O1", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,unde
 
 def is_reader(name: str) -> bool:
     """Whether a file of the product is one that reads what others may have written."""
-    return name.startswith(("container/", "codecs/", "profile", "snapshot", "tensors", "pages"))
+    return name.startswith(
+        ("container/", "codecs/", "profile", "snapshot", "store/", "tensors", "pages")
+    )
 
 
 def fuzz_one(target: str, program: str, options: list[str]) -> None:

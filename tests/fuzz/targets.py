@@ -163,11 +163,32 @@ def in_order(_: Workers, do: Callable[..., T], *items: Iterable[Any]) -> Iterato
     return map(do, *items)
 
 
+def looked_in(store: Store) -> None:
+    """What there is, and a document that shares tokens with a prompt."""
+    with store.find(SAVED.token_ids, **WANTED, threads=1) or nullcontext() as match:
+        assert match is None or match.tokens <= SAVED.tokens
+    store.abouts()
+
+
+def cleared(store: Store) -> None:
+    """A profile that a document needs stays, whatever does not tell of it any more."""
+    store.prune(profiles=True)
+    assert [(each.key, each.documents > 0) for each in store.profiles()] == NEEDED
+
+
+def emptied(store: Store) -> None:
+    """One after the other, and then all."""
+    store.remove(store.documents()[0].key)
+    store.prune(0)
+    assert not store.documents() and not store.profiles()
+
+
 def store(data: bytes) -> None:
     """The small files of a store: its settings, what a namespace is of, chains, marks. One holds
     anything, or is not there."""
+    first = data[0] if data else 0
+    use, changed = USES[first % len(USES)], SMALL[first // len(USES) % len(SMALL)]
     objects = dict(STORED)
-    changed = SMALL[data[0] % len(SMALL)] if data else SMALL[0]
     if len(data) == 1:
         del objects[changed]
     else:
@@ -177,17 +198,7 @@ def store(data: bytes) -> None:
         patch.object(Workers, "submit", at_once),
         patch.object(Workers, "map", in_order),
     ):
-        again = Store("memory")
-        with again.find(SAVED.token_ids, **WANTED, threads=1) or nullcontext() as match:
-            assert match is None or match.tokens <= SAVED.tokens
-        stored = again.documents()
-        again.abouts()
-        # Whatever is damaged, a profile that a document needs stays.
-        again.prune(profiles=True)
-        assert [(each.key, each.documents > 0) for each in again.profiles()] == NEEDED
-        again.remove(stored[0].key)
-        again.prune(0)
-        assert not [path for path in objects if path.endswith((".kvz", ".kvprofile"))]
+        use(Store("memory"))
 
 
 PROFILE = kvzip.Profile.fit([SAVED], codec="channel")
@@ -221,6 +232,7 @@ def stored() -> dict[str, bytes]:
 
 STORED = stored()
 SMALL = sorted(path for path in STORED if not path.endswith((".kvz", ".kvprofile")))
+USES: list[Callable[[Store], None]] = [looked_in, cleared, emptied]
 NEEDED = [(f"profiles/{PROFILE.id}", True)]
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "open": opened,
@@ -289,7 +301,8 @@ def seeds(target: str) -> list[bytes]:
     if target == "spec":
         return [name.encode() for name in ("zstd:level=3", "planes:mode=bit,coder=lz4", "channel")]
     if target == "store":
-        return [bytes([at]) + STORED[path] for at, path in enumerate(SMALL)]
+        count = len(USES) * len(SMALL)
+        return [bytes([n]) + STORED[SMALL[n // len(USES)]] for n in range(count)]
     return []
 
 
