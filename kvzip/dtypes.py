@@ -7,6 +7,7 @@ infinities, negative zeros and subnormals come back as they went in.
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -136,15 +137,17 @@ def as_bits(array: Any, dtype: str | None = None) -> tuple[Bits, str]:
     return values.view(form.uint), form.name
 
 
-def held_bits(array: Any, dtype: str | None = None) -> tuple[Bits | DeviceBits, str]:
+def held_bits(
+    array: Any, dtype: str | None = None, *, written: bool = False
+) -> tuple[Bits | DeviceBits, str]:
     """As :func:`as_bits`, but a torch tensor in a GPU's memory stays there; what was to be written
-    to it on torch's current stream is there when this returns."""
+    to it on torch's current stream is there when this returns. `written`: it is there already."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(array, torch.Tensor) or not on_gpu(array):
         return as_bits(array, dtype)
     bits, found = _of_tensor(array, dtype, torch)
     form = _format_of(np.dtype(f"i{bits.element_size()}"), found, dtype)
-    if bits.is_cuda:
+    if bits.is_cuda and not written:
         torch.cuda.current_stream(bits.device).synchronize()
     return DeviceBits(bits, form), form.name
 
@@ -174,8 +177,27 @@ class DeviceBits:
 
     def read(self) -> Bits:
         """A copy of them on the host."""
-        bits: Bits = self.tensor.cpu().numpy().view(self.form.uint)
+        with _beside_models(self.tensor):
+            bits: Bits = self.tensor.cpu().numpy().view(self.form.uint)
         return bits
+
+
+def _beside_models(tensor: Any) -> AbstractContextManager[Any]:
+    """Torch reads a tensor in a GPU's memory at once, and not when a model is done that computes on
+    torch's current stream."""
+    if not tensor.is_cuda:
+        return nullcontext()
+    import torch
+
+    return torch.cuda.stream(_own_stream(tensor.device))
+
+
+@cache
+def _own_stream(device: Any) -> Any:
+    """A stream of torch's that nothing else is given to."""
+    import torch
+
+    return torch.cuda.Stream(device)
 
 
 def _format_of(stored: np.dtype[Any], found: DType | None, dtype: str | None) -> DType:

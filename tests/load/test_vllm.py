@@ -354,6 +354,82 @@ def test_damage_that_a_device_tells_of(
     assert file.stem in told and "damaged" in told
 
 
+def stored_by(engine: Any, folder: Any, ids: list[int], **settings: Any) -> dict[str, bytes]:
+    """The documents that an engine stores of a prompt, by their names."""
+    fill(engine, ids, url=str(folder), **settings)
+    return {file.name: file.read_bytes() for file in documents(folder)}
+
+
+@pytest.fixture
+def beside_the_cache(monkeypatch: Any, shim: ShimDevice) -> ShimDevice:
+    """What encodes where vLLM's cache would be on a GPU, as would be what is copied of it."""
+    monkeypatch.setattr("kvzip.dtypes.on_gpu", lambda tensor: True)
+    return shim
+
+
+@pytest.mark.parametrize(
+    ("codec", "more", "by_device"),
+    [
+        ("channel", {}, True),
+        ("channel", {"windows": [None, 40, 40], "chunk": 100}, True),
+        ("channel", {"windows": [None, 0, 40]}, True),
+        ("channel", {"dtype": torch.float16, "backend": "FLASH_ATTN"}, True),
+        ("channel", {"dtype": torch.uint8, "cache_dtype": "fp8", "isa": "vec"}, True),
+        ("predictive", {}, False),
+        ("raw", {}, False),
+    ],
+)
+def test_a_device_encodes(
+    engine: Any,
+    tmp_path: Any,
+    beside_the_cache: ShimDevice,
+    codec: str,
+    more: dict[str, Any],
+    by_device: bool,
+) -> None:
+    """The same documents, whatever encodes them."""
+    settings, ids = settings_of(engine, tmp_path, codec) | more, prompt(300)
+    wanted = stored_by(engine, tmp_path / "cpu", ids, **settings)
+    assert wanted and not beside_the_cache.launched
+    found = stored_by(engine, tmp_path / "gpu", ids, **settings, encode_on="gpu")
+    assert found == wanted and bool(beside_the_cache.launched) == by_device
+
+
+def test_where_a_device_has_no_memory_for_copies_the_cpu_encodes(
+    engine: Any, tmp_path: Any, shim: ShimDevice, monkeypatch: Any
+) -> None:
+    wanted = stored_by(engine, tmp_path / "cpu", prompt(300))
+    saves = sys.modules["kvzip.load.vllm.saving"].Saves
+    taken, left = saves._taken, iter([True, True, False])
+
+    def full(*arguments: Any) -> Any:
+        if not next(left, True):
+            raise torch.OutOfMemoryError
+        return taken(*arguments)
+
+    monkeypatch.setattr(saves, "_taken", full)
+    assert stored_by(engine, tmp_path / "gpu", prompt(300), encode_on="gpu") == wanted
+    assert next(left, None) is None and not shim.launched
+
+
+def test_what_cannot_be_copied_is_not_stored(
+    engine: Any, tmp_path: Any, caplog: Any, monkeypatch: Any
+) -> None:
+    """A prompt is computed whatever becomes of its copy."""
+
+    def full(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    first = engine()
+    with monkeypatch.context() as patch:
+        patch.setattr("kvzip.load.vllm.saving.Saves._taken", full)
+        first.run(prompt(80, 1), prompt(80, 2))
+    first.run(prompt(80, 3))
+    first.settle()
+    assert warnings(caplog) == ["prompts are not stored: no memory"]
+    assert len(documents(tmp_path)) == 1 and first.worker._worker._saves._pending == 0
+
+
 def test_a_profile_of_another_cache_gives_way_to_channel(
     engine: Any, tmp_path: Any, caplog: Any
 ) -> None:
@@ -1064,7 +1140,7 @@ def test_a_store_that_takes_nothing(engine: Any, caplog: Any, monkeypatch: Any) 
         first.run(prompt(80, i))
     first.settle()
     assert warnings(caplog) == ["prompts are not stored: cannot write: full"]
-    assert first.worker._worker._pending == 0
+    assert first.worker._worker._saves._pending == 0
 
 
 def test_memory_for_what_waits_is_bounded(engine: Any, tmp_path: Any, caplog: Any) -> None:
@@ -1086,6 +1162,7 @@ def test_memory_for_what_waits_is_bounded(engine: Any, tmp_path: Any, caplog: An
         ({"dtype": torch.uint8, "cache_dtype": "fp8", "isa": "neon"}, "its neon kernels"),
         ({"codecs": "raw"}, "codecs"),
         ({"decode_on": "gpu"}, "decode_on is gpu, and vLLM's cache is on cpu"),
+        ({"encode_on": "gpu"}, "encode_on is gpu, and vLLM's cache is on cpu"),
         ({"revision": None}, "set revision"),
         ({"backend": "FLASHINFER"}, "FLASHINFER"),
     ],
@@ -1136,7 +1213,7 @@ def test_weights_that_are_set_while_it_runs(engine: Any) -> None:
     assert running.scheduler.reset_cache() is True and running.worker.reset_cache() is None
     assert running.run(ids)[0].loaded == 0
     running.run(new)
-    running.worker._mover._writer.submit(int).result()  # all is written
+    running.worker._mover._saves._writer.submit(int).result()  # all is written
     assert running.run(ids)[0].loaded == 64 and running.run(new)[0].loaded == 64
     assert engine().run(ids)[0].loaded == 64 and engine().run(new)[0].loaded == 0
 

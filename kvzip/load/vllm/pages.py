@@ -130,14 +130,14 @@ class Pages:
         return Paged(out, [0] * (start // self._size) + found)
 
     def take(self, blocks: Sequence[int], tokens: int) -> dict[str, torch.Tensor]:
-        """The parts of the first `tokens` tokens in `blocks` (ids, in the tokens' order): CPU
-        copies, [heads, tokens, dim]."""
+        """The parts of the first `tokens` tokens in `blocks` (ids, in the tokens' order), [heads,
+        tokens, dim]: copies, on the cache's device."""
         found: dict[str, torch.Tensor] = {}
         for (name, view), dim in zip(self._views.items(), self._dims, strict=True):
             pages = self._pages(blocks, view.device)
             picked = view.index_select(0, pages).transpose(0, 1)
             flat = picked.reshape(self._heads, len(pages) * self._size, dim)
-            found[name] = flat[:, :tokens].cpu()
+            found[name] = flat[:, :tokens]
         return found
 
     def put(self, blocks: Sequence[int], parts: Mapping[str, torch.Tensor]) -> None:
@@ -184,10 +184,11 @@ class StatePages:
         self._parts = dict(parts)
 
     def take(self, blocks: Sequence[int], tokens: int) -> dict[str, torch.Tensor]:
-        """The states after the last of so many tokens in `blocks`: CPU copies."""
+        """The states after the last of so many tokens in `blocks`: copies, on the cache's
+        device."""
         found = {}
         for name, part in self._parts.items():
-            copied = self._views[name][blocks[-1]].cpu().clone()
+            copied = self._views[name][blocks[-1]].clone()
             found[name] = copied.view(getattr(torch, part.form.torch)).view(part.shape)
         return found
 

@@ -32,12 +32,16 @@ class Settings(Place, frozen=True, forbid_unknown_fields=True):
     """A prompt is stored when the store lacks at least this share of it. At 1/4 a conversation
     that grows takes at most four times its last size."""
     pending_bytes: int = 1 << 30
-    """What may wait in memory to be stored, uncompressed; what comes on top is not stored."""
+    """What may wait in memory to be stored, uncompressed, in the GPU's where that encodes; what
+    comes on top is not stored."""
     threads: int = 0
     """Threads for one document; 0: all cores."""
     decode_on: Literal["cpu", "gpu"] = "cpu"
     """Where documents are decoded: on the GPU that has vLLM's cache, stored bytes alone cross to it
     (docs/gpu.md). Documents that it cannot decode, the CPU decodes."""
+    encode_on: Literal["cpu", "gpu"] = "cpu"
+    """Where prompts are encoded: on the GPU that has vLLM's cache, they are copied within its
+    memory, and stored bytes alone cross from it. What it cannot encode, the CPU encodes."""
     limit_bytes: int | None = None
     block_tokens: int | None = None
     """The last two: see `kvzip.store.Store`."""
