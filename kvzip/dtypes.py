@@ -189,7 +189,8 @@ def _beside_models(tensor: Any) -> AbstractContextManager[Any]:
         return nullcontext()
     import torch
 
-    return torch.cuda.stream(_own_stream(tensor.device))
+    beside: AbstractContextManager[Any] = torch.cuda.stream(_own_stream(tensor.device))
+    return beside
 
 
 @cache
