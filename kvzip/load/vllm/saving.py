@@ -169,4 +169,7 @@ class Saves:
 def _recorded(layers: Sequence[Mapping[str, torch.Tensor]]) -> torch.cuda.Event | None:
     """When what the thread's stream was given so far is done; None where it is done at once."""
     on = next((t.device for parts in layers for t in parts.values() if t.is_cuda), None)
-    return None if on is None else torch.cuda.current_stream(on).record_event()
+    if on is None:
+        return None
+    # Who waits for it sleeps: the CPU is the engine's.
+    return torch.cuda.current_stream(on).record_event(torch.cuda.Event(blocking=True))
