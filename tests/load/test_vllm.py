@@ -13,6 +13,7 @@ import random
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -1128,6 +1129,24 @@ def test_layers_that_come_too_late_are_computed(engine: Any, caplog: Any, monkey
     begun = time.monotonic()
     assert second.run(ids)[0].loaded == 64
     assert time.monotonic() - begun < 0.9 and "within 0.2 s" in warnings(caplog)[0]
+
+
+def test_layers_that_are_in_place_are_let_go(engine: Any, monkeypatch: Any) -> None:
+    """A step holds no more of a document than what is decoded ahead, however long it is."""
+    ids = prompt(80)
+    fill(engine, ids)
+    second = engine()
+    worker = second.worker._worker
+    put, seen = worker._put, list[Any]()
+
+    def watched(load: Any, i: int, parts: Any) -> None:
+        assert not any(part() is not None for part in seen)
+        seen.extend(map(weakref.ref, parts.values()))
+        put(load, i, parts)
+
+    monkeypatch.setattr(worker, "_put", watched)
+    assert second.run(ids)[0].loaded == 64
+    assert len(seen) == 2 * standin.LAYERS
 
 
 def test_a_store_that_takes_nothing(engine: Any, caplog: Any, monkeypatch: Any) -> None:

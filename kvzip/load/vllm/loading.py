@@ -121,7 +121,8 @@ class StepLoads:
         self._open, self._timeout = open_load, timeout
         self._room = [Semaphore(_AHEAD) for _ in loads]
         self._ready: list[list[Future[Parts]]] = [[Future() for _ in self._numbers] for _ in loads]
-        self._taken = [0] * len(loads)
+        """Of each load the layers in their order; one that was taken is let go."""
+        self._taken = [set[int]() for _ in loads]
         self._errors: dict[int, Exception] = {}
         self._over = False
         Thread(target=self._decode, name="kvzip-load", daemon=True).start()
@@ -150,10 +151,11 @@ class StepLoads:
                 document.close()
 
     def take(self, n: int, number: int) -> Parts | None:
-        """The parts of a layer of load n, by the layer's number; None after a failure."""
-        if n in self._errors:
-            return None
+        """The parts of a layer of load n, by the layer's number, once; None after that, and after
+        a failure."""
         i = self._numbers.index(number)
+        if n in self._errors or i in self._taken[n]:
+            return None
         try:
             parts = self._ready[n][i].result(self._timeout)
         except TimeoutError:
@@ -162,7 +164,8 @@ class StepLoads:
         except Exception as error:
             self._fail(n, error)
             return None
-        self._taken[n] += 1
+        self._taken[n].add(i)
+        self._ready[n][i] = Future()  # which held all of the layer to the step's end
         self._room[n].release()
         return parts
 
@@ -175,7 +178,7 @@ class StepLoads:
         self._over = True
         for n, room in enumerate(self._room):
             room.release(self._layers)
-            if self._taken[n] != self._layers:
+            if len(self._taken[n]) != self._layers:
                 self._errors.setdefault(n, KVZipError("vLLM did not ask for all layers"))
         return [(self.loads[n], error) for n, error in sorted(self._errors.items())]
 
