@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from kvzip.store.bucket import Objects
-from kvzip.store.keys import document_path
+from kvzip.store.keys import document_path, is_document_key
 from kvzip.store.listing import Stored, namespaces
 from kvzip.store.marks import chain_of, name_in, others_with, repoint
 from kvzip.workers import Workers
@@ -121,6 +121,6 @@ class Evictor:
                     self._objects.delete(meta.path)
             for meta in list(self._objects.under(f"{space}/chain")):
                 key = f"{space}/{meta.path.rpartition('/')[2]}"
-                if key not in keys and meta.modified < old:
+                if key not in keys and meta.modified < old and is_document_key(key):
                     self.remove(key)
         self._objects.sweep()

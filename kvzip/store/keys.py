@@ -123,11 +123,17 @@ def document_name(reader: Reader, ids: Ids) -> str:
     return digest.hexdigest()
 
 
+def is_document_key(key: str) -> bool:
+    """Whether a text has the form of a document's key: its namespace and its name."""
+    space, _, name = key.partition("/")
+    return space.isalnum() and name.isalnum()
+
+
 def document_path(key: str) -> str:
     """Where the document of a key lies. Raises KVZipError for what is no key."""
-    space, slash, name = text("key", key).partition("/")
-    if not slash or not (space + name).isalnum():
+    if not is_document_key(text("key", key)):
         raise KVZipError(f"{key!r} is not a key of a document")
+    space, name = key.split("/")
     return f"{space}/docs/{name}.kvz"
 
 

@@ -10,7 +10,7 @@ import msgspec
 from kvzip.errors import CorruptError, FormatError, UsageError
 from kvzip.parsing import from_json
 from kvzip.store.bucket import Objects
-from kvzip.store.keys import About
+from kvzip.store.keys import About, is_document_key
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -39,12 +39,16 @@ def abouts(objects: Objects) -> dict[str, About]:
 
 
 def documents(objects: Objects) -> list[Stored]:
-    """All documents, the one that was used longest ago first."""
+    """All documents, the one that was used longest ago first. Files that others have put among
+    them, such as those that NFS keeps of what is deleted and still read, are none."""
     found = []
     for space in namespaces(objects):
         used = {m.path.rpartition("/")[2]: m.modified for m in objects.under(f"{space}/used")}
         for meta in objects.under(f"{space}/docs"):
-            name = meta.path.rpartition("/")[2].removesuffix(".kvz")
-            last = max(meta.modified, used.get(name, meta.modified))
-            found.append(Stored(f"{space}/{name}", meta.size, last))
+            file = meta.path.rpartition("/")[2]
+            name = file.removesuffix(".kvz")
+            key = f"{space}/{name}"
+            if name != file and is_document_key(key):
+                last = max(meta.modified, used.get(name, meta.modified))
+                found.append(Stored(key, meta.size, last))
     return sorted(found, key=lambda d: (d.used, d.key))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -575,6 +577,21 @@ def test_prune_clears_away_uses_of_what_is_gone(place, monkeypatch):
     time.sleep(1.1)  # a bucket knows seconds
     assert where.prune() == []
     assert left_of(where, key) == [] and left_of(where, kept)
+
+
+def test_files_of_others_are_no_documents(tmp_path):
+    """NFS keeps a file that is deleted while somebody reads it, under a name of its own."""
+    where = Store(tmp_path, block_tokens=BLOCK)
+    keys = [put_tiny(where, [i] * 16).key for i in range(3)]
+    space = tmp_path / keys[0].partition("/")[0]
+    others = [space / kind / name for kind in ("docs", "chain") for name in (".nfs0a1", ".x.kvz")]
+    for path in others:
+        path.write_bytes(b"x")
+        os.utime(path, (1e9, 1e9))
+    assert {d.key for d in where.documents()} == {*keys}
+    assert where.prune() == []
+    assert where.prune(0) == keys
+    assert all(path.exists() for path in others)
 
 
 def test_eviction_from_a_bucket(s3):
