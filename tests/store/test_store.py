@@ -222,6 +222,17 @@ def test_who_finds_a_document_does_not_wait_until_its_use_is_noted(opened):
     assert [m.path for m in opened.bucket.under(f"{stored.key.partition('/')[0]}/used")]
 
 
+def test_uses_that_are_written_again_anyway_are_forgotten(tmp_path, monkeypatch):
+    """A server that runs for months remembers no document that nobody asks for any more."""
+    monkeypatch.setattr(uses, "_TOUCH_SECONDS", 0.0)
+    where = Store(tmp_path, block_tokens=BLOCK)
+    for i in range(4):
+        put_tiny(where, [i] * 16)
+    for i in range(4):
+        assert find_tiny(where, [i] * 16)
+    assert len(where._uses._touched) == 1
+
+
 def test_over_http_what_a_server_serves_is_read(s3):
     prefix = f"t{next(_prefixes)}"
     writer = Store(f"{s3.url}/{prefix}", block_tokens=BLOCK, options=s3.options)
