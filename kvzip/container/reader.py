@@ -16,8 +16,8 @@ from kvzip.container.decoding import Chain, Decoding
 from kvzip.container.format import Info
 from kvzip.container.index import Index
 from kvzip.container.plan import Request
-from kvzip.container.sealed import AnyKey, Sealed, check_key, unsealed
-from kvzip.container.source import OpenFile, Source, Stream, name_in, naming
+from kvzip.container.sealed import AnyKey, check_key, unsealed
+from kvzip.container.source import Closable, Source, name_in, naming
 from kvzip.errors import KVZipError, UsageError
 from kvzip.kept import cached_property
 from kvzip.options import callback, items, pairs
@@ -112,8 +112,9 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        """Close the file that `open` opened; not one that a caller opened."""
-        if isinstance(self._source, (OpenFile, Sealed, Stream)):
+        """Close the file that `open` opened, not one that a caller opened; from a server nothing
+        more is fetched ahead."""
+        if isinstance(self._source, Closable):
             self._source.close()
 
     def cancel(self) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvzip import checksum
-from kvzip.container.source import Source
+from kvzip.container.source import Closable, Source
 from kvzip.errors import CorruptError, FormatError, KVZipError, SealError, UsageError
 from kvzip.options import text
 from kvzip.version import check_format, newer
@@ -226,7 +226,7 @@ class SealingSink:
 # --- reading -------------------------------------------------------------------------------
 
 
-class Sealed:
+class Sealed(Closable):
     """The bytes in a sealed file, as a `Source`: chunks are read and decrypted as they are asked
     for, and each is authentic or an error.
 

@@ -77,6 +77,14 @@ class Source(Protocol):
         ...
 
 
+class Closable:
+    """A `Source` of ours, which is closed with the reader that has it; a caller's own is not."""
+
+    def close(self) -> None:
+        """Let go of what the source alone uses."""
+        raise NotImplementedError
+
+
 class Memory:
     """A buffer of bytes."""
 
@@ -149,7 +157,7 @@ def _name_of(file: Any) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-class OpenFile:
+class OpenFile(Closable):
     """A file of the operating system's; threads may read it at once."""
 
     def __init__(self, file: IO[bytes], owned: bool, name: str | None = None):
@@ -194,7 +202,7 @@ class OpenFile:
             self._file.close()
 
 
-class Stream:
+class Stream(Closable):
     """A file object that can seek, of any kind: a member of an archive, a compressed file."""
 
     def __init__(self, file: Any, owned: bool):

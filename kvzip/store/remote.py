@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvzip.container import blocks
-from kvzip.container.source import Memory
+from kvzip.container.source import Closable, Memory
 from kvzip.errors import CancelledError, StoreError
 from kvzip.store.folder import Meta
 from kvzip.workers import Lock
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
     """Seconds from the request to the first byte."""
 
 
-class Remote:
+class Remote(Closable):
     """One object as a `kvzip.container.Source`; a change of the object while it is read is an
     error, not a mixture."""
 
@@ -65,8 +65,8 @@ class Remote:
         """Seconds from a request to its first byte, the least so far."""
         self.pool = ThreadPoolExecutor(_CONNECTIONS, "kvzip-fetch")
         self._direct = ThreadPoolExecutor(_DIRECT, "kvzip-read")
-        self.size, self._first = self._open()
         self._ahead: ReadAhead | None = None
+        self.size, self._first = self._open()
 
     def _open(self) -> tuple[int, memoryview]:
         """The object's size and its first bytes."""
@@ -102,6 +102,12 @@ class Remote:
         for pool in (self.pool, self._direct):
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def close(self) -> None:
+        """Fetch nothing more ahead, and let go of what was."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.cancel()
+
     def check_cancelled(self) -> None:
         """Raise CancelledError if nobody is to wait any more."""
         if self._cancelled.done():
@@ -122,11 +128,12 @@ class Remote:
             return self._first[offset : offset + length]
         self._bucket.check_process()  # before waiting for threads that a forked process has not
         self.check_cancelled()
+        ahead = self._ahead
         try:
-            found = None if self._ahead is None else self._ahead.take(offset, length)
-        except CancelledError:
+            found = None if ahead is None else ahead.take(offset, length)
+        except CancelledError:  # of what was announced, perhaps, and not of all
             self.check_cancelled()
-            raise
+            found = None
         if found is None:
             found = self._fetch_beside(offset, length)
         return found
@@ -148,6 +155,7 @@ class Remote:
         begin = len(self._first)
         self._bucket.check_process()
         self.check_cancelled()
+        self.close()  # what was announced before
         self._ahead = ReadAhead(self, [r for r in ranges if r[1] and sum(r) > begin])
 
 
@@ -192,14 +200,21 @@ class ReadAhead:
             share = min(self._begun, self._remaining // 4) // _CONNECTIONS
             limit = min(max(share, self._least), _MOST)
             limit = min(limit, max(self._remaining // _CONNECTIONS, self._least // 2, _LEAST))
-            start, size = next(iter(self._left.items()))
-            reads = 1
-            # Tables never go alone: little of a request is worse than a block too much.
-            while (more := self._left.get(start + size)) and (
-                size + more <= limit or min(size, more) <= _LITTLE
-            ):
-                size, reads = size + more, reads + 1
-            self._ask(start, size, reads)
+            self._ask(*self._next(limit))
+
+    def _next(self, limit: int) -> tuple[int, int, int]:
+        """The next request, of about `limit` bytes at most: where it begins, its bytes, and how
+        many ranges it holds."""
+        start, size = next(iter(self._left.items()))
+        reads, after_little = 1, size <= _LITTLE
+        while more := self._left.get(start + size):
+            # Tables never go alone: little of a request is worse than a block too much. But a file
+            # of small blocks is not one request.
+            alone = size <= _LITTLE or (more <= _LITTLE and not after_little)
+            if size + more > limit and not alone:
+                break
+            size, reads, after_little = size + more, reads + 1, more <= _LITTLE
+        return start, size, reads
 
     def _ask(self, start: int, size: int, reads: int = 1) -> None:
         self._under_way.add(self._count)

@@ -701,6 +701,17 @@ def test_tables_never_go_alone():
     assert sorted(slow.asked) == [(0, 503_000), (503_000, 500_000), (1 << 20, 9)]
 
 
+def test_small_blocks_are_not_one_request_of_all():
+    """Or all of a long document would lie in memory, and its first layer come last."""
+    slow = SlowObject(bytes(8 << 20), 0.0, 1e9)
+    ranges = [(at, 4096) for at in range(0, 8 << 20, 4096)]
+    ahead = remote.ReadAhead(slow, ranges)
+    for at, length in ranges:
+        assert len(ahead.take(at, length)) == length
+    assert max(length for _, length in slow.asked) <= remote._MOST
+    assert slow.asked[0] == (0, remote._LEAST)
+
+
 def test_announced_ranges_come_ahead_in_few_requests(s3, counted):
     where = Store(f"{s3.url}/t{next(_prefixes)}", options=s3.options)
     snapshot = big()
@@ -728,6 +739,22 @@ def test_a_window_bounds_what_waits(s3, counted, monkeypatch):
         assert 0 < sum(length for _, length in counted) <= 400_000
         for i in (3, 0, 2, 1):  # in any order, too
             assert np.array_equal(reader.layer(i).k, snapshot.layers[i].k)
+
+
+def test_a_closed_reader_fetches_nothing_more(tmp_path, counted, monkeypatch):
+    """What was announced and not read is let go of, though somebody keeps the reader."""
+    for bound in ("_LEAST", "_MOST"):
+        monkeypatch.setattr(remote, bound, 10_000)
+    snapshot = big()
+    kvzip.write(tmp_path / "doc.kvz", snapshot, "raw", block_tokens=16)
+    with failing_server(tmp_path) as server:
+        reader = open_url(f"{server.url}/doc.kvz")
+        reader.read_ahead([(0, 2048)] * 4)
+        ahead = weakref.ref(reader._source._ahead)
+        reader.close()
+        assert wait_for(lambda: ahead() is None)
+        assert sum(length for _, length in counted) < reader.encoded_bytes / 2
+        assert np.array_equal(reader.layer(0).k, snapshot.layers[0].k)  # no file was open
 
 
 class SlowObject:
