@@ -9,38 +9,55 @@ that is asked for.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 
-COLOURS = 7
+from kvzip.eval.report.frame import (
+    CHAR,
+    LINE,
+    Axis,
+    Box,
+    Frame,
+    along,
+    beside,
+    clip_path,
+    drawing,
+    log_axis,
+    path,
+    spread,
+    text_at,
+)
+
+__all__ = [
+    "COLOURS",
+    "DARK",
+    "LIGHT",
+    "Axis",
+    "Curve",
+    "Guide",
+    "Line",
+    "Point",
+    "bars",
+    "curves",
+    "heat_map",
+    "log_axis",
+    "region_map",
+    "scatter",
+    "variables",
+]
+
+LIGHT = ("#6b7078", "#b3471d", "#9a6a00", "#0072b2", "#007a5a", "#a3477d", "#3d7fa6")
+DARK = ("#a2a8b2", "#f08a5d", "#e5b64a", "#62b0e8", "#4cc79a", "#df93bd", "#8ecae6")
+"""The colours of series on a light ground and on a dark one."""
+COLOURS = len(LIGHT)
 """Distinct series classes; further series begin again."""
-_LINE = 15.0
-"""Least distance of two labels, baseline to baseline."""
-_CHAR = 6.7
-"""Mean width of a character of a label."""
-_SPARE = 8.0
-"""What a label leaves free to the picture's edge: some fonts are wider."""
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One axis: a title, its range and its ticks (value, text); logarithmic or linear."""
-
-    title: str
-    low: float
-    high: float
-    ticks: Sequence[tuple[float, str]]
-    log: bool = True
-
-    def place(self, value: float) -> float:
-        """Where `value` lies, 0 at the low end and 1 at the high end; may lie outside."""
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
+def variables(colours: Sequence[str]) -> str:
+    """CSS that gives the series these colours."""
+    return " ".join(f"--s{i}: {colour};" for i, colour in enumerate(colours))
 
 
 @dataclass(frozen=True)
@@ -75,115 +92,6 @@ class Guide:
     vertical: bool = False
 
 
-def log_axis(title: str, low: float, high: float, text: Callable[[float], str]) -> Axis:
-    """A logarithmic axis with ticks at 1, 2, 5 x 10^n, or at powers of ten over a long range."""
-    steps = (1, 2, 5) if high / low < 300 else (1,)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    values = [m * 10.0**n for n in decades for m in steps]
-    return Axis(title, low, high, [(v, text(v)) for v in values if low <= v <= high])
-
-
-class _Frame:
-    """The plot's rectangle, its axes, and the mapping from values to pixels."""
-
-    def __init__(self, x: Axis, y: Axis, size: tuple[int, int], right: float) -> None:
-        self.x, self.y = x, y
-        self.width, self.height = size
-        self.left = 16 + _CHAR * max(len(text) for _, text in y.ticks)
-        self.top, self.bottom = 40.0, self.height - 46.0
-        self.right = self.width - right
-
-    def attribute(self) -> str:
-        """Where the plot lies, and what its edges stand for, as an attribute of the drawing."""
-        geometry = json.dumps(
-            {
-                "left": round(self.left, 2),
-                "right": round(self.right, 2),
-                "top": self.top,
-                "bottom": self.bottom,
-                "x": [self.x.low, self.x.high],
-                "y": [self.y.low, self.y.high],
-            }
-        )
-        return f" data-geometry='{geometry}'"
-
-    def px(self, value: float) -> float:
-        return self.left + self.x.place(value) * (self.right - self.left)
-
-    def py(self, value: float | None) -> float:
-        """Pixels from the top; None lies above the plot, and far values stay near it."""
-        if value is None:
-            return self.top - 50
-        place = self.y.place(value) if value > 0 or not self.y.log else -1.0
-        return self.bottom - min(max(place, -1), 2) * (self.bottom - self.top)
-
-    def axes(self) -> str:
-        parts = []
-        last = -math.inf
-        for value, text in self.x.ticks:
-            at = self.px(value)
-            parts.append(f'<path class="grid" d="M{at:.1f} {self.top}V{self.bottom}"/>')
-            if at - last > len(text) * _CHAR + 6:  # a narrow chart names fewer ticks
-                last = at
-                parts.append(_text(at, self.bottom + 17, text, "tick", "middle"))
-        for value, text in self.y.ticks:
-            at = self.py(value)
-            parts.append(f'<path class="grid" d="M{self.left} {at:.1f}H{self.right}"/>')
-            key = f' data-tick="{value:g}"'
-            parts.append(_text(self.left - 7, at + 4, text, "tick", "end", key))
-        middle = (self.left + self.right) / 2
-        parts.append(_text(middle, self.height - 8, self.x.title, "axis", "middle"))
-        parts.append(_text(4, 13, self.y.title, "axis", "start"))
-        return "".join(parts)
-
-
-def _text(x: float, y: float, text: str, style: str, anchor: str, more: str = "") -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}'
-    return f'<text class="{style}" {place}>{escape(text)}</text>'
-
-
-def _spread(
-    wanted: Sequence[float], low: float, high: float, ties: Sequence[float] = ()
-) -> list[float]:
-    """`wanted` moved apart by a label's height, in order, inside [low, high] if they fit. Where two
-    are the same, `ties` says which comes first."""
-    order = sorted(range(len(wanted)), key=lambda i: (round(wanted[i], 1), *ties[i : i + 1]))
-    at = [min(max(wanted[i], low), high) for i in order]
-    for _ in range(50):
-        moved = False
-        for i in range(len(at) - 1):
-            if at[i + 1] - at[i] < _LINE - 0.1:
-                middle = (at[i] + at[i + 1]) / 2
-                at[i], at[i + 1] = middle - _LINE / 2, middle + _LINE / 2
-                moved = True
-        shift = max(low - at[0], 0) if at else 0
-        shift = min(high - at[-1], 0) if at and at[-1] > high else shift
-        at = [a + shift for a in at]
-        if not moved:
-            break
-    placed = [0.0] * len(wanted)
-    for i, a in zip(order, at, strict=True):
-        placed[i] = a
-    return placed
-
-
-def _svg(
-    name: str,
-    size: tuple[int, int],
-    title: str,
-    description: str,
-    body: str,
-    attributes: str = "",
-) -> str:
-    width, height = size
-    return (
-        f'<svg class="chart" role="img" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" aria-labelledby="{name}-t {name}-d" data-chart="{name}"{attributes}>'
-        f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}'
-        f"</desc>{body}</svg>"
-    )
-
-
 def region_map(
     name: str,
     title: str,
@@ -208,28 +116,28 @@ def region_map(
     """
     # A narrow chart has room for the names only.
     labels = [line.label if size[0] > 500 else line.key for line in lines]
-    frame = _Frame(x, y, size, right=max(map(len, labels)) * _CHAR + 24)
+    frame = Frame(x, y, size, right=max(map(len, labels)) * CHAR + 24)
     xs = [x.low * (x.high / x.low) ** (i / 96) for i in range(97)]
     curves = [[(frame.px(v), frame.py(line.y(v))) for v in xs] for line in lines]
     clip = f"{name}-clip"
     body = [
-        _clip_path(clip, frame),
+        clip_path(clip, frame),
         f'<g clip-path="url(#{clip})">',
         *_regions(frame, curves, lines, wins_above),
         "</g>",
         frame.axes(),
     ]
-    body.append(_text(frame.left + 9, frame.top + 18, regions[0], "region", "start"))
-    body.append(_text(frame.right - 9, frame.bottom - 26, regions[1], "region", "end"))
+    body.append(text_at(frame.left + 9, frame.top + 18, regions[0], "region", "start"))
+    body.append(text_at(frame.right - 9, frame.bottom - 26, regions[1], "region", "end"))
     if measured is not None:
         start, end = (frame.px(min(max(v, x.low), x.high)) for v in measured)
         body.append(f'<path class="measured" d="M{start:.1f} {frame.bottom}H{end:.1f}"/>')
-        body.append(_text((start + end) / 2, frame.bottom - 7, "measured", "note", "middle"))
+        body.append(text_at((start + end) / 2, frame.bottom - 7, "measured", "note", "middle"))
     body += _guides(frame, guides)
     body.append(f'<g clip-path="url(#{clip})">')
     for line, curve in reversed(list(zip(lines, curves, strict=True))):
         body.append(
-            f'<path class="line {line.style}" data-line="{escape(line.key)}" d="{_path(curve)}"/>'
+            f'<path class="line {line.style}" data-line="{escape(line.key)}" d="{path(curve)}"/>'
         )
     body.append("</g>")
     body += _line_names(frame, lines, labels, curves)
@@ -237,22 +145,14 @@ def region_map(
     if own:
         body.append(
             f'<g class="own" data-own hidden><circle class="mark own" r="6"/>'
-            f"{_text(0, -10, own, 'label strong', 'middle')}</g>"
+            f"{text_at(0, -10, own, 'label strong', 'middle')}</g>"
         )
     above = f' data-above="{"yes" if wins_above else "no"}"'
-    return _svg(name, size, title, description, "".join(body), frame.attribute() + above)
-
-
-def _clip_path(clip: str, frame: _Frame) -> str:
-    """The plot's rectangle, by which a group can be cut off."""
-    return (
-        f'<clipPath id="{clip}"><rect x="{frame.left}" y="{frame.top}" '
-        f'width="{frame.right - frame.left}" height="{frame.bottom - frame.top}"/></clipPath>'
-    )
+    return drawing(name, size, title, description, "".join(body), frame.attribute() + above)
 
 
 def _regions(
-    frame: _Frame,
+    frame: Frame,
     curves: Sequence[Sequence[tuple[float, float]]],
     lines: Sequence[Line],
     wins_above: bool,
@@ -264,12 +164,12 @@ def _regions(
     last = [(column[0][0], furthest(p[1] for p in column)) for column in zip(*real, strict=True)]
     edge = frame.top - 60 if wins_above else frame.bottom + 60
     return [
-        f'<path class="wins" d="{_path(first)}L{frame.right} {edge}L{frame.left} {edge}Z"/>',
-        f'<path class="turns" d="{_path(first)}L{_path(last[::-1])[1:]}Z"/>',
+        f'<path class="wins" d="{path(first)}L{frame.right} {edge}L{frame.left} {edge}Z"/>',
+        f'<path class="turns" d="{path(first)}L{path(last[::-1])[1:]}Z"/>',
     ]
 
 
-def _guides(frame: _Frame, guides: Sequence[Guide]) -> list[str]:
+def _guides(frame: Frame, guides: Sequence[Guide]) -> list[str]:
     """Thin lines with their names; one that would write over the name before goes without."""
     body = []
     named = math.inf
@@ -277,18 +177,18 @@ def _guides(frame: _Frame, guides: Sequence[Guide]) -> list[str]:
         if guide.vertical:
             at = frame.px(guide.value)
             body.append(f'<path class="guide" d="M{at:.1f} {frame.top}V{frame.bottom}"/>')
-            body.append(_text(at, frame.top - 6, guide.label, "note", "middle"))
+            body.append(text_at(at, frame.top - 6, guide.label, "note", "middle"))
         else:
             at = frame.py(guide.value)
             body.append(f'<path class="guide" d="M{frame.left} {at:.1f}H{frame.right}"/>')
-            if abs(at - named) > _LINE:
-                body.append(_text(frame.left + 9, at - 4, guide.label, "note", "start"))
+            if abs(at - named) > LINE:
+                body.append(text_at(frame.left + 9, at - 4, guide.label, "note", "start"))
             named = at
     return body
 
 
 def _line_names(
-    frame: _Frame,
+    frame: Frame,
     lines: Sequence[Line],
     labels: Sequence[str],
     curves: Sequence[Sequence[tuple[float, float]]],
@@ -296,30 +196,30 @@ def _line_names(
     """The names of lines at their right ends, moved apart, each with a leader to its line."""
     body = []
     ends = [min(max(c[-1][1], frame.top), frame.bottom) for c in curves]
-    places = _spread(ends, frame.top + 4, frame.bottom - 4)
+    places = spread(ends, frame.top + 4, frame.bottom - 4)
     for line, label, end, at in zip(lines, labels, ends, places, strict=True):
         body.append(
             f'<path class="leader {line.style}" data-leader="{escape(line.key)}" '
             f'd="M{frame.right} {end:.1f}L{frame.right + 14} {at:.1f}"/>'
         )
         key = f' data-label="{escape(line.key)}"'
-        body.append(_text(frame.right + 18, at + 4, label, "label", "start", key))
+        body.append(text_at(frame.right + 18, at + 4, label, "label", "start", key))
     return body
 
 
-def _named_marks(frame: _Frame, points: Sequence[Point]) -> list[str]:
+def _named_marks(frame: Frame, points: Sequence[Point]) -> list[str]:
     """Points with their names below them, one under the other where they would meet."""
     body = []
     taken: list[tuple[float, float]] = []
     for point in points:
         body.append(_mark(frame, point))
-        half = len(point.label) * _CHAR / 2
+        half = len(point.label) * CHAR / 2
         at = min(max(frame.px(point.x), frame.left + half + 6), frame.right - half - 6)
         below = frame.py(point.y) + 20
-        while any(abs(at - a) < 2 * half and abs(below - b) < _LINE for a, b in taken):
-            below += _LINE
+        while any(abs(at - a) < 2 * half and abs(below - b) < LINE for a, b in taken):
+            below += LINE
         taken.append((at, below))
-        body.append(_text(at, below, point.label, "label strong", "middle"))
+        body.append(text_at(at, below, point.label, "label strong", "middle"))
     return body
 
 
@@ -339,14 +239,14 @@ def scatter(
     """Points with their names beside them, each as near as it has room; one whose label is empty
     is a mark only. `chain` joins places by a line; `guides` go across. `right`: pixels beside the
     plot, which names may use."""
-    frame = _Frame(x, y, size, right=right)
+    frame = Frame(x, y, size, right=right)
     body = [frame.axes(), *_guides(frame, guides)]
     if chain:
         places = [(frame.px(a), frame.py(b)) for a, b in chain]
-        body.append(f'<path class="line ideal" d="{_path(places)}"/>')
-    taken = _along([(frame.px(a), frame.py(b)) for a, b in chain])
+        body.append(f'<path class="line ideal" d="{path(places)}"/>')
+    taken = along([(frame.px(a), frame.py(b)) for a, b in chain])
     taken += [
-        _Box(frame.px(p.x) - r, frame.py(p.y) - r, 2 * r, 2 * r)
+        Box(frame.px(p.x) - r, frame.py(p.y) - r, 2 * r, 2 * r)
         for p in points
         for r in [p.radius + 1]
     ]
@@ -354,73 +254,19 @@ def scatter(
         if not point.label:
             continue
         px, py = frame.px(point.x), frame.py(point.y)
-        left, box = _beside(px, py, len(point.label) * _CHAR, frame, taken)
+        left, box = beside(px, py, len(point.label) * CHAR, frame, taken)
         taken.append(box)
-        edge, at = (box.x + box.width + 4 if left else box.x - 4), box.y + _LINE / 2
+        edge, at = (box.x + box.width + 4 if left else box.x - 4), box.y + LINE / 2
         body.append(
             f'<path class="leader {point.style}" d="M{px:.1f} {py:.1f}L{edge:.1f} {at:.1f}"/>'
         )
         start = box.x + box.width if left else box.x
-        body.append(_text(start, at + 4, point.label, "label", "end" if left else "start"))
+        body.append(text_at(start, at + 4, point.label, "label", "end" if left else "start"))
     body += [_mark(frame, point) for point in points]
-    return _svg(name, size, title, description, "".join(body), frame.attribute())
+    return drawing(name, size, title, description, "".join(body), frame.attribute())
 
 
-@dataclass(frozen=True)
-class _Box:
-    x: float
-    y: float
-    width: float
-    height: float
-
-    def meets(self, other: _Box) -> bool:
-        return (
-            self.x < other.x + other.width
-            and other.x < self.x + self.width
-            and self.y < other.y + other.height
-            and other.y < self.y + self.height
-        )
-
-
-def _along(places: Sequence[tuple[float, float]]) -> list[_Box]:
-    """Boxes that cover the line through `places`, so that no name is written over it."""
-    found = []
-    for (ax, ay), (bx, by) in pairwise(places):
-        steps = max(1, math.ceil(math.hypot(bx - ax, by - ay) / 4))
-        for i in range(steps + 1):
-            x, y = ax + (bx - ax) * i / steps, ay + (by - ay) * i / steps
-            found.append(_Box(x - 2, y - 2, 4, 4))
-    return found
-
-
-def _beside(
-    px: float, py: float, width: float, frame: _Frame, taken: Sequence[_Box]
-) -> tuple[bool, _Box]:
-    """Whether the name of a point goes to its left, and the name's box: the nearest free one."""
-    roomier = px > (frame.left + frame.right) / 2
-    places = [
-        (left, _Box(px - 20 - width if left else px + 20, middle - _LINE / 2, width, _LINE))
-        for away in range(int(frame.height / _LINE))
-        for middle in (py + away * _LINE, py - away * _LINE)
-        for left in (roomier, not roomier)
-    ]
-    inside = [
-        (left, box)
-        for left, box in places
-        if frame.left < box.x
-        and box.x + width + _SPARE < frame.width
-        and frame.top < box.y
-        and box.y + _LINE < frame.bottom
-    ]
-    free = (p for p in inside if not any(p[1].meets(other) for other in taken))
-    return next(free, places[0])
-
-
-def _path(curve: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in curve)
-
-
-def _mark(frame: _Frame, point: Point) -> str:
+def _mark(frame: Frame, point: Point) -> str:
     return (
         f'<circle class="mark {point.style}" data-point="{escape(point.key)}" '
         f'cx="{frame.px(point.x):.1f}" cy="{frame.py(point.y):.1f}" r="{point.radius:g}"/>'
@@ -438,13 +284,9 @@ def bars(
 ) -> str:
     """A bar for each row, (label, style, value), from the axis' low end, with its value behind."""
     ticks = [(0.0, label) for label, _, _ in rows]
-    frame = _Frame(x, Axis("", 0, len(rows), ticks, False), size, right=44)
+    frame = Frame(x, Axis("", 0, len(rows), ticks, False), size, right=44)
     step = (frame.bottom - frame.top) / max(len(rows), 1)
-    parts = []
-    for value, text in x.ticks:
-        at = frame.px(value)
-        parts.append(f'<path class="grid" d="M{at:.1f} {frame.top}V{frame.bottom}"/>')
-        parts.append(_text(at, frame.bottom + 17, text, "tick", "middle"))
+    parts = frame.x_ticks(grid=True)
     for i, (label, style, value) in enumerate(rows):
         top, end = frame.top + i * step, frame.px(value)
         parts.append(
@@ -452,11 +294,9 @@ def bars(
             f'y="{top + 0.15 * step:.1f}" width="{max(end - frame.left, 0):.1f}" '
             f'height="{0.7 * step:.1f}"/>'
         )
-        parts.append(_text(frame.left - 7, top + step / 2 + 4, label, "tick", "end"))
-        parts.append(_text(end + 6, top + step / 2 + 4, f"{value:.2f}", "label", "start"))
-    middle = (frame.left + frame.right) / 2
-    parts.append(_text(middle, frame.height - 8, x.title, "axis", "middle"))
-    return _svg(name, size, title, description, "".join(parts))
+        parts.append(text_at(frame.left - 7, top + step / 2 + 4, label, "tick", "end"))
+        parts.append(text_at(end + 6, top + step / 2 + 4, f"{value:.2f}", "label", "start"))
+    return drawing(name, size, title, description, "".join(parts + frame.titles()))
 
 
 def heat_map(
@@ -477,7 +317,7 @@ def heat_map(
         columns[0], 0, len(columns[1]), [(i + 0.5, t) for i, t in enumerate(columns[1])], False
     )
     y = Axis(rows[0], 0, len(rows[1]), [(i + 0.5, t) for i, t in enumerate(rows[1])], False)
-    frame = _Frame(x, y, size, right=64)
+    frame = Frame(x, y, size, right=64)
     wide = (frame.right - frame.left) / max(len(columns[1]), 1)
     tall = (frame.bottom - frame.top) / max(len(rows[1]), 1)
 
@@ -491,29 +331,21 @@ def heat_map(
     parts = []
     for i, (row, label) in enumerate(zip(values, rows[1], strict=True)):
         top = frame.top + i * tall
-        parts.append(_text(frame.left - 7, top + tall / 2 + 4, label, "tick", "end"))
+        parts.append(text_at(frame.left - 7, top + tall / 2 + 4, label, "tick", "end"))
         for j, value in enumerate(row):
             if value is None:
                 continue
             says = f"{rows[0]} {label}, {columns[0]} {columns[1][j]}: {value:.2f}"
             at = frame.left + j * wide
             parts.append(cell(at, top, (max(wide - 1, 0.5), max(tall - 1, 0.5)), value, says))
-    last = -math.inf
-    for value, text in x.ticks:
-        at = frame.px(value)
-        if at - last > len(text) * _CHAR + 6:
-            last = at
-            parts.append(_text(at, frame.bottom + 17, text, "tick", "middle"))
+    parts += frame.x_ticks(grid=False)
     steps = 6
     for i in range(steps if high > low else 1):
         value = high - (high - low) * i / (steps - 1)
         top = frame.top + i * 18
         parts.append(cell(frame.right + 12, top, (14, 14), value, f"{value:.2f}"))
-        parts.append(_text(frame.right + 30, top + 11, f"{value:.1f}", "tick", "start"))
-    middle = (frame.left + frame.right) / 2
-    parts.append(_text(middle, frame.height - 8, x.title, "axis", "middle"))
-    parts.append(_text(4, 13, y.title, "axis", "start"))
-    return _svg(name, size, title, description, "".join(parts))
+        parts.append(text_at(frame.right + 30, top + 11, f"{value:.1f}", "tick", "start"))
+    return drawing(name, size, title, description, "".join(parts + frame.titles()))
 
 
 @dataclass(frozen=True)
@@ -542,11 +374,11 @@ def curves(
     """Curves with their names at their right ends, and marks (without names) over them. `right`:
     pixels beside the plot, which the names use; by default as many as they are long."""
     if right is None:
-        right = max(len(c.label) for c in lines) * _CHAR + 24
-    frame = _Frame(x, y, size, right=right)
+        right = max(len(c.label) for c in lines) * CHAR + 24
+    frame = Frame(x, y, size, right=right)
     clip = f"{name}-clip"
     body = [
-        _clip_path(clip, frame),
+        clip_path(clip, frame),
         frame.axes(),
         f'<g clip-path="url(#{clip})">',
     ]
@@ -554,22 +386,22 @@ def curves(
         if c.band:
             edge = [(frame.px(a), frame.py(b)) for a, b, _ in c.band]
             edge += [(frame.px(a), frame.py(b)) for a, _, b in reversed(c.band)]
-            body.append(f'<path class="band {c.style}" d="{_path(edge)}Z"/>')
+            body.append(f'<path class="band {c.style}" d="{path(edge)}Z"/>')
         places = [(frame.px(a), frame.py(b)) for a, b in c.places]
         body.append(
-            f'<path class="line {c.style}" data-line="{escape(c.key)}" d="{_path(places)}"/>'
+            f'<path class="line {c.style}" data-line="{escape(c.key)}" d="{path(places)}"/>'
         )
     body += [_mark(frame, point) for point in points]
     body.append("</g>")
     ends = [min(max(frame.py(c.places[-1][1]), frame.top), frame.bottom) for c in lines]
     # Where curves end together, their names stand in the order in which they came.
     means = [sum(frame.py(b) for _, b in c.places) / len(c.places) for c in lines]
-    spread = _spread(ends, frame.top, frame.bottom, means)
-    for c, end, at in zip(lines, ends, spread, strict=True):
+    places_of_names = spread(ends, frame.top, frame.bottom, means)
+    for c, end, at in zip(lines, ends, places_of_names, strict=True):
         start = frame.px(c.places[-1][0])
         body.append(
             f'<path class="leader {c.style}" d="M{start:.1f} {end:.1f}'
             f'L{frame.right + 14} {at:.1f}"/>'
         )
-        body.append(_text(frame.right + 18, at + 4, c.label, "label", "start"))
-    return _svg(name, size, title, description, "".join(body))
+        body.append(text_at(frame.right + 18, at + 4, c.label, "label", "start"))
+    return drawing(name, size, title, description, "".join(body))
