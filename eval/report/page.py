@@ -25,7 +25,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval.frontier.hull import hull
 from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
-from kvzip.eval.report import charts, maps
+from kvzip.eval.report import charts, maps, svg
 from kvzip.eval.report.answers import answers, by_base, headline
 from kvzip.eval.report.parts import by_dtype, format_labels, part_label, unpredicted_line
 from kvzip.eval.report.sources import Extras, origin, origins
@@ -109,6 +109,9 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         bases=[(rows[0], rows) for rows in headline(groups)],
         every_base=[(rows[0], rows) for rows in groups],
         times=groups[0],
+        light=svg.variables(svg.LIGHT),
+        dark=svg.variables(svg.DARK),
+        colours=svg.COLOURS,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         panel=_json(given),

@@ -6,17 +6,18 @@ import re
 from collections.abc import Sequence
 
 from kvzip.entropy import Ladder
-from kvzip.eval.report import charts
+from kvzip.eval.report import charts, svg
 from kvzip.eval.results.frontier import Frontier
 from kvzip.eval.results.links import Links
 from kvzip.eval.results.whole_frontier import WholeFrontier
 
-_STYLE = """
-svg { --page: #faf9f6; --ink: #1c1e22; --soft: #585e68; --rule: #dfdcd4;
-  --s0: #6b7078; --s1: #b3471d; --s2: #9a6a00; --s3: #0072b2; --s4: #007a5a; }
-@media (prefers-color-scheme: dark) { svg { --page: #15171b; --ink: #e9e7e2; --soft: #a5abb5;
-  --rule: #353a42; --s0: #a2a8b2; --s1: #f08a5d; --s2: #e5b64a; --s3: #62b0e8; --s4: #4cc79a; } }
-.page { fill: var(--page); }
+_STYLE = f"""
+svg {{ --page: #faf9f6; --ink: #1c1e22; --soft: #585e68; --rule: #dfdcd4;
+  {svg.variables(svg.LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ svg {{ --page: #15171b; --ink: #e9e7e2; --soft: #a5abb5;
+  --rule: #353a42; {svg.variables(svg.DARK)} }} }}
+"""
+_STYLE += """.page { fill: var(--page); }
 text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 .heading { font-size: 14px; font-weight: 650; }
 .tick, .axis, .note { fill: var(--soft); } .note { font-size: 11px; }
@@ -30,7 +31,7 @@ text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 _STYLE += "".join(
     f".s{i} {{ stroke: var(--s{i}); }} .band.s{i} {{ fill: var(--s{i}); stroke: none; }}\n"
     f".mark.s{i}, .bar.s{i} {{ fill: var(--s{i}); stroke: var(--page); }}\n"
-    for i in range(5)
+    for i in range(svg.COLOURS)
 )
 
 

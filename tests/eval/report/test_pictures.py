@@ -1,0 +1,17 @@
+"""Charts as files of their own."""
+
+from __future__ import annotations
+
+from kvzip.eval.report import pictures, svg
+
+
+def test_every_series_has_a_colour() -> None:
+    """What a page would style, a file must: a line without a colour is not seen."""
+    numbers = range(svg.COLOURS)
+    axis = svg.Axis("x", 0, 10, [(0, "0"), (10, "10")], log=False)
+    lines = [svg.Curve(f"{i}", f"{i}", f"s{i}", [(0.0, i), (10.0, i)]) for i in numbers]
+    drawn = pictures.standalone([svg.curves("c", "t", "d", axis, axis, lines, size=(600, 300))])
+    for i in numbers:
+        assert f'class="line s{i}"' in drawn
+        assert f".s{i} {{ stroke: var(--s{i}); }}" in drawn
+        assert drawn.count(f"--s{i}: #") == 2  # on a light ground and on a dark one
