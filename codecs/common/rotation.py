@@ -27,11 +27,6 @@ def is_wide(rounding: int) -> bool:
     return rounding in (3, 6)
 
 
-def rounds_products(rounding: int) -> bool:
-    """Whether a rounding's products are rounded, and not their sums alone."""
-    return rounding in (1, 4)
-
-
 def rotation_of(context: Context, dim: int) -> _native.Rotation | None:
     """What turned the keys of a part, [batch, heads, tokens, dim]; None where the origin doesn't
     note the frequencies: whoever works them out may find others."""

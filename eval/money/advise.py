@@ -8,7 +8,6 @@ below: a model, named in the advice); the choice is made again for many draws of
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ from kvzip.choice.cost import (
     storage_share,
     token_cost,
 )
-from kvzip.errors import KVZipError, first_line
+from kvzip.errors import KVZipError
 from kvzip.eval.money.breakeven import Use
 from kvzip.eval.money.families import document_bytes, prefill_of
 from kvzip.eval.money.prices import Price, PriceBase, PriceBook, Shape
@@ -501,68 +500,3 @@ def _how_sure(c: Choice) -> str:
 
 def _named(codec: str) -> str:
     return "raw bytes" if codec == "raw" else f"with {codec}"
-
-
-# --- what a person types -------------------------------------------------------------------------
-
-_UNITS = {
-    "b/s": 1.0,
-    "kb/s": 1e3,
-    "Mb/s": 1e6,
-    "Gb/s": 1e9,
-    "Tb/s": 1e12,
-    "MB/s": 8e6,
-    "GB/s": 8e9,
-    "": 1e9,
-}
-
-
-def bandwidth(text: str, book: PriceBook) -> float:
-    """Bits per second: "10Gb/s", "400 Mb/s", "7GB/s", a bare number of Gb/s, or a link of the
-    price book."""
-    if text in book.link:
-        return book.link[text].value * 1e9
-    found = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([A-Za-z/]*)\s*", text)
-    try:
-        if found is None or found[2] not in _UNITS:
-            raise ValueError
-        return number("link", float(found[1]) * _UNITS[found[2]], zero=False)
-    except ValueError:
-        raise KVZipError(
-            f"link {text!r}: write a number with one of {', '.join(filter(None, _UNITS))}, or one "
-            f"of the price book's: {', '.join(book.link)}"
-        ) from None
-
-
-def shape_of(model: str, book: PriceBook) -> Shape:
-    """The shape of a model of the price book, or of a hub id or folder by its config. Layers of
-    sliding windows count as full ones."""
-    if model in book.model:
-        return book.model[model]
-    import torch
-    import transformers
-
-    from kvzip.eval.speed import inputs
-
-    if "/" not in model:
-        raise KVZipError(
-            f"no model {model!r}; write a hub id, a folder, or one of: {', '.join(book.model)}"
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(model)
-        with torch.device("meta"):
-            made = transformers.AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise KVZipError(f"model {model!r}: {first_line(error)}") from None
-    text = config.get_text_config(decoder=True)
-    heads = int(text.num_attention_heads)
-    width = inputs.width(made)
-    return Shape(
-        layers=int(text.num_hidden_layers),
-        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_dim=width // heads,
-        query_heads=heads,
-        parameters=float(inputs.parameters(made)),
-        date="",
-        source=f"{model}, config.json",
-    )

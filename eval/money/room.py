@@ -3,31 +3,14 @@ dollars."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import msgspec
 
 from kvzip.choice.cost import CodecFigures, number
-from kvzip.errors import UsageError
 from kvzip.eval.quantities import significant
 from kvzip.eval.traffic.capacity import capacities, needed_capacity
 from kvzip.eval.traffic.trace import BLOCK_TOKENS, Trace
-
-_UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}
-
-
-def store_size(text: str) -> float:
-    """Bytes of a store as a person types them: "400GB". Raises UsageError."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([MGTP]B)\s*", text)
-    try:
-        if found is None:
-            raise ValueError
-        return number("size", float(found[1]) * _UNITS[found[2]], zero=False)
-    except ValueError:
-        raise UsageError(
-            f"size {text!r}: write a number above zero with one of {', '.join(_UNITS)}"
-        ) from None
 
 
 class Kept(msgspec.Struct, frozen=True):

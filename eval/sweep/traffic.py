@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.eval.money.advise import shape_of
+from kvzip.eval.money.arguments import shape_of
 from kvzip.eval.money.prices import default_prices
 from kvzip.eval.results.inputs import Inputs
 from kvzip.eval.results.provenance import now

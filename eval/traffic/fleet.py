@@ -14,8 +14,8 @@ import msgspec
 
 from kvzip.choice.cost import GB, PrefillModel, number
 from kvzip.errors import UsageError
+from kvzip.eval.money.arguments import store_size
 from kvzip.eval.money.prices import PriceBook, pick
-from kvzip.eval.money.room import store_size
 from kvzip.eval.results.traffic import Input, Strategy
 from kvzip.eval.traffic.eviction import POLICIES, PolicyName
 from kvzip.eval.traffic.trace import Trace

@@ -151,7 +151,7 @@ def _replay(
 ) -> TrafficResult:
     """`kvzip eval fleet --trace`."""
     from kvzip.choice.auto import MEASURED
-    from kvzip.eval.money import advise as advising
+    from kvzip.eval.money.arguments import shape_of
     from kvzip.eval.money.gpu_inputs import with_gpu
     from kvzip.eval.money.prices import load_prices, pick
     from kvzip.eval.results.gpu import GpuResult
@@ -173,7 +173,7 @@ def _replay(
     made = setting(
         trace=trace,
         model=model,
-        shape=advising.shape_of(model, book),
+        shape=shape_of(model, book),
         dtype=dtype,
         base=book.base(prices),
         book=book,

@@ -75,10 +75,10 @@ def advise(
     """
     from kvzip.choice.auto import MEASURED
     from kvzip.eval.money import advise as advising
+    from kvzip.eval.money.arguments import bandwidth, shape_of, store_size
     from kvzip.eval.money.breakeven import Use
     from kvzip.eval.money.gpu_inputs import with_gpu
     from kvzip.eval.money.prices import load_prices, pick
-    from kvzip.eval.money.room import store_size
     from kvzip.eval.results.gpu import GpuResult
     from kvzip.eval.results.inputs import Inputs
     from kvzip.eval.results.stored import load
@@ -87,11 +87,11 @@ def advise(
     book = load_prices(*(price_file or []))
     book = with_gpu(book, load(gpu, GpuResult)) if gpu else book
     advice = advising.advise(
-        shape=advising.shape_of(model, book),
+        shape=shape_of(model, book),
         model=model,
         tokens=tokens,
         dtype=dtype,
-        bandwidth=advising.bandwidth(link, book),
+        bandwidth=bandwidth(link, book),
         base=book.base(prices),
         inputs=load(inputs or MEASURED, Inputs),
         latency=latency,

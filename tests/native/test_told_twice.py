@@ -45,7 +45,7 @@ def roundings() -> list[str]:
     found = [f"kRopeRoundings == {len(rotation.ROUNDINGS)}"]
     for each in rotation.ROUNDINGS:
         found.append(f"is_rope_rounding({each})")
-        for told in (rotation.is_side_by_side, rotation.is_wide, rotation.rounds_products):
+        for told in (rotation.is_side_by_side, rotation.is_wide):
             found.append(f"{told.__name__}(RopeRounding({each})) == {int(told(each))}")
     return found
 

@@ -14,6 +14,7 @@ from kvzip.choice import cost
 from kvzip.choice.auto import MEASURED
 from kvzip.errors import KVZipError
 from kvzip.eval.money import advise as a
+from kvzip.eval.money.arguments import bandwidth
 from kvzip.eval.money.breakeven import Use
 from kvzip.eval.money.prices import default_prices
 from kvzip.eval.results.inputs import Inputs
@@ -58,7 +59,7 @@ def test_the_best_is_the_least_of_all() -> None:
 
 def rate_in(turns: str) -> float:
     """The bits per second at which the words say that the verdict turns."""
-    return a.bandwidth(" ".join(turns.replace(",", "").split()[3:5]), BOOK)
+    return bandwidth(" ".join(turns.replace(",", "").split()[3:5]), BOOK)
 
 
 @pytest.mark.parametrize("bandwidth", [1e6, 1e8, 1e10, 1e12])
@@ -212,13 +213,13 @@ def test_it_goes_to_json_and_back() -> None:
     ],
 )
 def test_links_as_people_write_them(text: str, wanted: float) -> None:
-    assert a.bandwidth(text, BOOK) == wanted
+    assert bandwidth(text, BOOK) == wanted
 
 
 @pytest.mark.parametrize("text", ["fast", "10 Gbit", "-3 Gb/s", "0", "nan", "1e", ""])
 def test_links_that_are_none(text: str) -> None:
     with pytest.raises(KVZipError, match="link"):
-        a.bandwidth(text, BOOK)
+        bandwidth(text, BOOK)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 
 from kvzip.choice.cost import CodecFigures
 from kvzip.errors import KVZipError
-from kvzip.eval.money.room import room, store_size
+from kvzip.eval.money.arguments import store_size
+from kvzip.eval.money.room import room
 from kvzip.eval.traffic.capacity import capacities, needed_capacity
 from kvzip.eval.traffic.trace import synthetic
 

@@ -12,7 +12,7 @@ from test_simulate import HALF, RAW, a_fleet
 from traces import a_trace
 
 from kvzip.errors import KVZipError
-from kvzip.eval.money.advise import shape_of
+from kvzip.eval.money.arguments import shape_of
 from kvzip.eval.money.prices import default_prices
 from kvzip.eval.money.profiles import profile_bytes
 from kvzip.eval.results import stored
