@@ -38,6 +38,7 @@ _BINS = 512
 SIMULATE_UP_TO = 20_000
 """Reads up to which :func:`count` simulates by itself."""
 _MOST_EVENTS = 5_000_000
+"""Reads and changes that can be simulated, and documents: each has a number in memory."""
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -101,11 +102,9 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def node_documents(self, ratio: float) -> float:
         """Caches that one node can keep."""
-        return (
-            math.floor(self.node_bytes * ratio / self.raw_bytes)
-            if (self.node_bytes < math.inf)
-            else math.inf
-        )
+        if self.node_bytes == math.inf:
+            return math.inf
+        return math.floor(self.node_bytes * ratio / self.raw_bytes)
 
 
 # --- how often ---------------------------------------------------------------------------------
@@ -142,7 +141,8 @@ def count(
     fleet.check()
     number("ratio", ratio, zero=False)
     if method == "auto":
-        method = "simulation" if fleet.reads <= SIMULATE_UP_TO else "closed form"
+        small = fleet.reads <= SIMULATE_UP_TO and fleet.documents <= _MOST_EVENTS
+        method = "simulation" if small else "closed form"
     return simulate(fleet, ratio) if method == "simulation" else closed_form(fleet, ratio)
 
 
@@ -230,9 +230,45 @@ def _link(fleet: Fleet, ratio: float) -> tuple[float, float]:
     return rate * service, service
 
 
+class _Node(NamedTuple):
+    """One cache node: its link, and the documents that it has."""
+
+    link: Any
+    documents: Lru
+
+
+class _Events(NamedTuple):
+    """The reads and changes of one run, in the order in which they come."""
+
+    read_times: NDArray[np.float64]
+    """Seconds from the beginning, [reads]."""
+    read_of: NDArray[np.intp]
+    """Which document each reads, by its rank."""
+    regions: NDArray[np.int64]
+    """Where each reads it."""
+    change_times: NDArray[np.float64]
+    """[changes]"""
+    change_of: NDArray[np.intp]
+
+    @classmethod
+    def drawn(cls, fleet: Fleet, seed: int) -> _Events:
+        """Those of a fleet, at random: as many reads as it has, evenly spread, which is a Poisson
+        process that is known to have had them."""
+        rng = np.random.default_rng(seed)
+        weight = np.arange(1, fleet.documents + 1, dtype=float) ** -fleet.zipf
+        below = np.cumsum(weight / weight.sum())
+        reads = max(round(fleet.reads), 1)
+        changes = rng.poisson(fleet.reads / fleet.reads_per_write)
+        seconds = fleet.hours * HOUR
+        read_times, change_times = (np.sort(rng.uniform(0, seconds, n)) for n in (reads, changes))
+        read_of, change_of = (np.searchsorted(below, rng.random(n)) for n in (reads, changes))
+        regions = rng.integers(fleet.regions, size=reads)
+        return cls(read_times, read_of, regions, change_times, change_of)
+
+
 def simulate(fleet: Fleet, ratio: float = 1.0, seed: int = 0) -> Counts:
     """Counts of one run of the fleet, read by read. Raises KVZipError for more than five million
-    reads: their closed form is as good."""
+    reads, or documents: their closed form is as good."""
     try:
         import simpy
     except ImportError:
@@ -243,16 +279,13 @@ def simulate(fleet: Fleet, ratio: float = 1.0, seed: int = 0) -> Counts:
             f"{fleet.reads:,.0f} reads are too many to simulate (at most {_MOST_EVENTS:,}); use "
             "the closed form"
         )
-    rng = np.random.default_rng(seed)
-    weight = np.arange(1, fleet.documents + 1, dtype=float) ** -fleet.zipf
-    below = np.cumsum(weight / weight.sum())
-    seconds = fleet.hours * HOUR
-    # So many reads, evenly spread: a Poisson process that is known to have had them.
-    reads = max(round(fleet.reads), 1)
-    changes = rng.poisson(fleet.reads / fleet.reads_per_write)
-    read_times, change_times = (np.sort(rng.uniform(0, seconds, n)) for n in (reads, changes))
-    read_of, change_of = (np.searchsorted(below, rng.random(n)) for n in (reads, changes))
-    regions = rng.integers(fleet.regions, size=reads)
+    if fleet.documents > _MOST_EVENTS:
+        raise KVZipError(
+            f"{fleet.documents:,} documents are too many to simulate (at most {_MOST_EVENTS:,}); "
+            "use the closed form"
+        )
+    events = _Events.drawn(fleet, seed)
+    reads = len(events.read_times)
     environment = simpy.Environment()
     room = fleet.node_documents(ratio)
     _, service = _link(fleet, ratio)
@@ -273,12 +306,14 @@ def simulate(fleet: Fleet, ratio: float = 1.0, seed: int = 0) -> Counts:
                 yield environment.timeout(service)
 
     def readers() -> Iterator[Any]:
-        for time, region, which in zip(read_times, regions, read_of, strict=True):
+        for time, region, which in zip(
+            events.read_times, events.regions, events.read_of, strict=True
+        ):
             yield environment.timeout(float(time) - environment.now)
             environment.process(read(nodes[region][which % fleet.nodes_per_region], int(which)))
 
     def writers() -> Iterator[Any]:
-        for time, which in zip(change_times, change_of, strict=True):
+        for time, which in zip(events.change_times, events.change_of, strict=True):
             yield environment.timeout(float(time) - environment.now)
             for region in nodes:
                 region[which % fleet.nodes_per_region].documents.forget(int(which))
@@ -290,18 +325,11 @@ def simulate(fleet: Fleet, ratio: float = 1.0, seed: int = 0) -> Counts:
     return Counts(
         "simulation",
         reads,
-        fleet.documents + int(changes),
+        fleet.documents + len(events.change_times),
         hits,
-        reads * service / links / seconds,
+        reads * service / links / (fleet.hours * HOUR),
         waited / reads,
     )
-
-
-class _Node(NamedTuple):
-    """One cache node: its link, and the documents that it has."""
-
-    link: Any
-    documents: Lru
 
 
 # --- what it costs -----------------------------------------------------------------------------

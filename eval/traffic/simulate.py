@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.choice.cost import PrefillModel, pipeline_fill
+from kvzip.choice.cost import pipeline_fill
 from kvzip.errors import KVZipError
 from kvzip.eval.results.traffic import Strategy
 from kvzip.eval.traffic.finding import Found, prompt_tokens
@@ -87,18 +87,6 @@ def work(trace: Trace, found: Found, fleet: Fleet, codec: CodecUse) -> Work:
     fill = nothing if on_device else decoded * pipeline_fill(1.0, fleet.layers, rate)
     decode = decoded / rate if on_device else nothing
     return Work(tokens, found.tokens.sum(axis=1), stages, latency, fill, decode, decoded)
-
-
-def without_waiting(todo: Work, prefill: PrefillModel, strategy: Strategy) -> NDArray[np.float64]:
-    """Seconds to each request's first token where requests come one at a time, [requests]: the
-    closed form of `recompute` and `load`."""
-    whole: NDArray[np.float64] = prefill.each(todo.tokens)
-    if strategy == "recompute":
-        return whole
-    if strategy != "load":
-        raise KVZipError(f"strategy {strategy!r} has no closed form here: recompute and load have")
-    rest = whole - prefill.each(_reused(todo))
-    return np.where(todo.found > 0, todo.load_seconds() + todo.decode, 0.0) + rest
 
 
 def simulate(

@@ -181,6 +181,10 @@ def test_a_fleet_that_cannot_be_is_named(changes: dict[str, object], name: str) 
 
 
 def test_what_cannot_be_asked() -> None:
+    many = fleet(documents=10**9)  # which would be gigabytes, however few read
+    assert f.count(many).method == "closed form"
+    with pytest.raises(KVZipError, match="1,000,000,000 documents are too many to simulate"):
+        f.simulate(many)
     with pytest.raises(KVZipError, match="too many to simulate"):
         f.simulate(fleet(readers=1e9))
     with pytest.raises(KVZipError, match="at least one codec"):

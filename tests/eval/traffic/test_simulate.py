@@ -12,7 +12,7 @@ from traces import a_trace
 from kvzip.choice.cost import PrefillModel, load_seconds, pipeline_fill
 from kvzip.eval.traffic.finding import find
 from kvzip.eval.traffic.fleet import STRATEGIES, CodecUse, Fleet, Tier, rooms
-from kvzip.eval.traffic.simulate import simulate, without_waiting, work
+from kvzip.eval.traffic.simulate import simulate, work
 from kvzip.eval.traffic.trace import BLOCK_TOKENS, spread, synthetic
 
 pytest.importorskip("simpy", reason="a replay needs the extra `eval`")
@@ -126,9 +126,11 @@ def test_without_contention_a_replay_is_the_formula(fleet, codec):
     assert found.blocks.sum() > 100
     todo = work(trace, found, fleet, codec)
     ttft = {s: simulate(trace, found, fleet, codec, s).ttft for s in STRATEGIES}
-    for strategy in ("recompute", "load"):
-        formula = without_waiting(todo, fleet.prefill, strategy)
-        assert ttft[strategy] == pytest.approx(formula, rel=1e-6)
+    whole = fleet.prefill.each(todo.tokens)
+    rest = whole - fleet.prefill.each(np.minimum(todo.found, todo.tokens - 1))
+    load = np.where(todo.found > 0, todo.load_seconds() + todo.decode, 0.0) + rest
+    assert ttft["recompute"] == pytest.approx(whole, rel=1e-6)
+    assert ttft["load"] == pytest.approx(load, rel=1e-6)
     least = np.minimum(ttft["recompute"], ttft["load"])
     assert ttft["choose"] == pytest.approx(least, rel=1e-6)
     if codec.decoder == "host":
