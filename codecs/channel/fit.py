@@ -21,6 +21,9 @@ from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import Item, Progress, check_channels, load
 
+Shapes = dict[tuple[int, str], tuple[int, int]]
+"""Heads and dim of parts, by their layer's number and their name."""
+
 
 def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
     """Tables for every layer's keys and values, which code those of the documents best that there
@@ -31,17 +34,51 @@ def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
     first = load(snapshots[0])
     check_channels(first)
     form, shapes = dtypes.get(first.dtype), _shapes(first)
-    divided = fields(form)
     if not shapes:
         raise UnsupportedError(
             f"codec 'channel' learns nothing of this snapshot: no part has tokens, is {form.name} "
             f"and has at most {MOST_CHANNELS:,} channels"
         )
-    counts = {
-        (*key, False): _native.ChannelCounts(*shape, *divided)
-        for key, shape in shapes.items()
-        if math.prod(shape)
-    }
+    counts, tokens = _counted(snapshots, first, form, shapes, progress)
+    tensors = {}
+    for (i, part, before_rope), counted in counts.items():
+        try:
+            tensors[tensor_name(i, part, before_rope)] = np.frombuffer(counted.tables(), np.uint8)
+        except ValueError:
+            raise ProfileError(f"the snapshots hold no tokens of layer {i}") from None
+    origin = first.origin
+    layers: list[dict[str, tuple[int, int]]] = [{} for _ in first.layers]
+    for (i, part), shape in shapes.items():
+        layers[i][part] = shape
+    return Profile(
+        tensors,
+        {
+            "codec": "channel",
+            "model": origin.model,
+            "revision": origin.revision,
+            "architecture": origin.architecture,
+            "tokens": tokens,
+            "documents": len(snapshots),
+            "channel": {"dtype": form.name, "layers": layers},
+        },
+    )
+
+
+def _counted(
+    snapshots: Sequence[Item],
+    first: Snapshot,
+    form: DType,
+    shapes: Shapes,
+    progress: Progress | None,
+) -> tuple[dict[tuple[int, str, bool], _native.ChannelCounts], int]:
+    """How often the documents' values occur in each channel of a layer's part; with True, of its
+    keys before RoPE. And how many tokens the documents have. Raises ProfileError when one is not of
+    the model of the `first`."""
+
+    def new(shape: tuple[int, int]) -> _native.ChannelCounts:
+        return _native.ChannelCounts(*shape, *fields(form))
+
+    counts = {(*key, False): new(shape) for key, shape in shapes.items() if math.prod(shape)}
     parts = list(counts)
     tokens = 0
     for done, item in enumerate(snapshots):
@@ -57,36 +94,12 @@ def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
             if keys is not None:
                 before = i, part, True
                 if before not in counts:
-                    counts[before] = _native.ChannelCounts(*shapes[i, part], *divided)
+                    counts[before] = new(shapes[i, part])
                 counts[before].add(keys.array)
         tokens += snapshot.tokens
         if progress is not None:
             progress("documents", done + 1, len(snapshots))
-    tensors = {}
-    for (i, part, before_rope), counted in counts.items():
-        try:
-            tensors[tensor_name(i, part, before_rope)] = np.frombuffer(counted.tables(), np.uint8)
-        except ValueError:
-            raise ProfileError(f"the snapshots hold no tokens of layer {i}") from None
-    origin = first.origin
-    return Profile(
-        tensors,
-        {
-            "codec": "channel",
-            "model": origin.model,
-            "revision": origin.revision,
-            "architecture": origin.architecture,
-            "tokens": tokens,
-            "documents": len(snapshots),
-            "channel": {
-                "dtype": form.name,
-                "layers": [
-                    {part: shape for (j, part), shape in shapes.items() if j == i}
-                    for i in range(len(first.layers))
-                ],
-            },
-        },
-    )
+    return counts, tokens
 
 
 def _context(snapshot: Snapshot, form: DType, layer: int, part: str) -> Context:
@@ -96,7 +109,7 @@ def _context(snapshot: Snapshot, form: DType, layer: int, part: str) -> Context:
     return Context(form, layer, part, first, snapshot.origin, rope=held.rope)
 
 
-def _shapes(snapshot: Snapshot) -> dict[tuple[int, str], tuple[int, int]]:
+def _shapes(snapshot: Snapshot) -> Shapes:
     """Heads and dim of all parts that have tokens and the snapshot's format, and that the codec
     takes."""
     return {

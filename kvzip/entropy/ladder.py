@@ -127,8 +127,25 @@ class _Rungs:
     """One layer's learned models, by rung: a map from the layers before, what channels say of each
     other, and a density."""
 
-    def __init__(self, parts: Sequence[tuple[Linear, Within, Density]]):
-        self.parts = parts
+    def __init__(
+        self,
+        mean: Linear,
+        base: Linear,
+        own: Doubles,
+        left: Doubles,
+        pairs: Sequence[tuple[int, int]],
+        sample: int,
+    ):
+        """Those of `PREDICTED`, whose densities are yet to be learned, each from about `sample`
+        tokens of a document. `own`, `left`: the covariances, [channels, channels], of the layer's
+        numbers and of what the map `base` leaves of them."""
+        alone, whole = Within(left, pairs, alone=True), Within(left, pairs)
+        self.parts: Sequence[tuple[Linear, Within, Density]] = [
+            (mean, Within(own, pairs, alone=True), Density(False, sample)),
+            (base, alone, Density(False, sample)),
+            (base, whole, Density(False, sample)),
+            (base, whole, Density(True, sample)),
+        ]
 
     def expected(self, view: View, vectors: linear.Vectors) -> list[_Expected]:
         """The density of each rung, where it expects each number, and with what spread."""
@@ -154,6 +171,17 @@ class Fitted:
         self.frequencies, self.before, self.seen = Frequencies(), BeforeRope(), set[bytes]()
         self.documents = self.tokens = 0
         self.spectra: list[Spectrum] = []
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Count a document in all tables. Raises KVZipError if it is of another model."""
+        check_same_model(snapshot, self.first)
+        check_held(snapshot)
+        layers = held_layers(snapshot)
+        self.frequencies.add(layers)
+        self.before.add(layers, snapshot.origin)
+        self.seen.add(fingerprint(snapshot))
+        self.documents += 1
+        self.tokens += snapshot.tokens
 
 
 def check_same_model(snapshot: Snapshot, first: Snapshot) -> None:
@@ -218,62 +246,56 @@ def fit(documents: Sequence[Item], progress: Progress | None = None) -> Fitted:
     first = load(documents[0])
     check_held(first)
     how = orders(first)
-    count = len(how)
     if how and dtypes.get(first.dtype).bits > 32:
         raise UnsupportedError(f"numbers of {first.dtype} are not predicted: only of up to 32 bits")
     learning, calibrating = split(len(documents))
-    moments = Moments.of_layers(count)
-    fitted = Fitted(first)
-
-    def tell(what: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(what, done, total)
-
-    for done, i in enumerate(sorted({*learning, *calibrating})):
-        snapshot = load(documents[i])
-        check_same_model(snapshot, first)
-        check_held(snapshot)
-        layers = held_layers(snapshot)
-        fitted.frequencies.add(layers)
-        fitted.before.add(layers, snapshot.origin)
-        fitted.seen.add(fingerprint(snapshot))
-        fitted.documents += 1
-        fitted.tokens += snapshot.tokens
+    moments, fitted = Moments.of_layers(len(how)), Fitted(first)
+    tell = progress or (lambda what, done, total: None)
+    for i, document in enumerate(documents):
+        snapshot = load(document)
+        fitted.add(snapshot)
         if how and i in learning:
-            found = views(snapshot, how, SINK_TOKENS)
-            moments.add({n: view.y for n, view in enumerate(found)})
-        tell("regressions", done + 1, len(documents))
-    if not how:
-        return fitted
-    bases = [linear.regress(moments, inputs_of(n), n) for n in range(count)]
-    means = [linear.constant(moments, n) for n in range(count)]
-    left = Moments((n, n) for n in range(count))
-    for done, i in enumerate(calibrating):
-        vectors = {n: v.y for n, v in enumerate(views(load(documents[i]), how, SINK_TOKENS))}
+            moments.add(_numbers(views(snapshot, how, SINK_TOKENS)))
+        tell("regressions", i + 1, len(documents))
+    if how:
+        _learn_to_predict(fitted, how, moments, [documents[i] for i in calibrating], tell)
+    return fitted
+
+
+def _numbers(found: Sequence[View]) -> linear.Vectors:
+    """The numbers of predicted layers, by the layers' places among these."""
+    return {n: view.y for n, view in enumerate(found)}
+
+
+def _learn_to_predict(
+    fitted: Fitted,
+    how: Sequence[ChannelOrder],
+    moments: Moments,
+    calibrating: Sequence[Item],
+    tell: Progress,
+) -> None:
+    """Learn the rungs that predict: maps from the `moments` of the documents to learn from, and
+    from those to calibrate with what the maps leave, and how it is spread."""
+    layers = range(len(how))
+    bases = [linear.regress(moments, inputs_of(n), n) for n in layers]
+    left = Moments((n, n) for n in layers)
+    for done, document in enumerate(calibrating):
+        vectors = _numbers(views(load(document), how, SINK_TOKENS))
         left.add({n: y - bases[n](vectors) for n, y in vectors.items()})
         tell("residuals", done + 1, len(calibrating))
     sample = max(64, SAMPLE // len(calibrating))
-    for n in range(count):
+    for n in layers:
         own, rest = moments.covariance(n, n), left.covariance(n, n)
         fitted.spectra.append(_spectrum(own, rest))
-        pairs = how[n].pairs
-        alone = Within(rest, pairs, alone=True)
-        whole = Within(rest, pairs)
-        parts = [
-            (means[n], Within(own, pairs, alone=True), Density(False, sample)),
-            (bases[n], alone, Density(False, sample)),
-            (bases[n], whole, Density(False, sample)),
-            (bases[n], whole, Density(True, sample)),
-        ]
-        fitted.layers.append(_Rungs(parts))
-    for done, i in enumerate(calibrating):
-        found = views(load(documents[i]), how, SINK_TOKENS)
-        vectors = {n: view.y for n, view in enumerate(found)}
+        mean = linear.constant(moments, n)
+        fitted.layers.append(_Rungs(mean, bases[n], own, rest, how[n].pairs, sample))
+    for done, document in enumerate(calibrating):
+        found = views(load(document), how, SINK_TOKENS)
+        vectors = _numbers(found)
         for n, view in enumerate(found):
             for density, p, s in fitted.layers[n].expected(view, vectors):
                 density.learn(view, p, s)
         tell("densities", done + 1, len(calibrating))
-    return fitted
 
 
 def _spectrum(own: Doubles, rest: Doubles) -> Spectrum:
@@ -369,7 +391,7 @@ class _Sums:
         self.tokens += next(timed, _seen(snapshot)) * (snapshot.layout.batch or 1)
         if self.fitted is not None:
             found = views(snapshot, self.orders)
-            vectors = {n: view.y for n, view in enumerate(found)}
+            vectors = _numbers(found)
             for n, view in enumerate(found):
                 expected = self.fitted.layers[n].expected(view, vectors)
                 for total, (density, p, s) in zip(self.predicted.values(), expected, strict=True):
