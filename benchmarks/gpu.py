@@ -95,16 +95,45 @@ def kernels_only(device: Device, reader: Any) -> Callable[[], None]:
     return run
 
 
+class Case:
+    """A cache on the host, the file that it makes, and a place for it on the device."""
+
+    def __init__(self, tokens: int, dtype: str):
+        import torch
+
+        self.snapshot = snapshot(torch, tokens, dtype)
+        self.raw = self.snapshot.raw_bytes
+        self.blob = kvzip.encode(self.snapshot, "channel")
+        self.pinned = torch.empty(len(self.blob), dtype=torch.uint8, pin_memory=True)
+        self.pinned.numpy()[:] = np.frombuffer(self.blob, np.uint8)
+        pairs = self.snapshot.tensors()
+        self.out = [tuple(torch.empty_like(t, device="cuda") for t in pair) for pair in pairs]
+
+
+def check_same(out: Any, snap: kvzip.Snapshot) -> None:
+    """Raise AssertionError unless tensors of the device have a cache's numbers, bit for bit."""
+    for pair, layer in zip(out, snap.layers, strict=True):
+        for mine, want in zip(pair, layer, strict=True):
+            if not np.array_equal(dtypes.as_bits(mine.cpu(), snap.dtype)[0], want):
+                raise AssertionError("other numbers than were encoded")
+
+
 def measured(device: Device, tokens: int, dtype: str, runs: int) -> Iterator[tuple[Any, ...]]:
     """Name, bytes and seconds of each thing; first the ratio."""
-    import torch
+    case = Case(tokens, dtype)
+    yield "ratio", case.raw / len(case.blob), None
+    yield from copy_rows(case, runs)
+    yield from decoding_rows(device, case, runs)
+    yield from paged_rows(device, case, runs)
+    yield from host_rows(case)
+    check_same(case.out, case.snapshot)  # what they hold now is encoded where it lies
+    there = kvzip.Snapshot.from_arrays(case.out)
+    yield from encoding_rows(device, there, case.snapshot, case.blob, runs)
 
-    snap = snapshot(torch, tokens, dtype)
-    raw, form = snap.raw_bytes, dtypes.get(dtype)
-    blob = kvzip.encode(snap, "channel")
-    yield "ratio", raw / len(blob), None
-    pinned = torch.empty(len(blob), dtype=torch.uint8, pin_memory=True)
-    pinned.numpy()[:] = np.frombuffer(blob, np.uint8)
+
+def copy_rows(case: Case, runs: int) -> Iterator[tuple[Any, ...]]:
+    """What the device's memory and its link take, without kvzip."""
+    import torch
 
     def synchronized(work: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
@@ -113,59 +142,61 @@ def measured(device: Device, tokens: int, dtype: str, runs: int) -> Iterator[tup
 
         return run
 
-    yield COPY, raw, timed(synchronized(_copy(torch, raw)), runs)
-    there = torch.empty(len(blob), dtype=torch.uint8, device="cuda")
-    upload = synchronized(lambda: there.copy_(pinned, non_blocking=True))
-    yield LINK, len(blob), timed(upload, runs)
-    out = [tuple(torch.empty_like(t, device="cuda") for t in pair) for pair in snap.tensors()]
-    expected = [tuple(torch.from_numpy(a.view(np.int16)) for a in layer) for layer in snap.layers]
+    yield COPY, case.raw, timed(synchronized(_copy(torch, case.raw)), runs)
+    there = torch.empty(len(case.blob), dtype=torch.uint8, device="cuda")
+    upload = synchronized(lambda: there.copy_(case.pinned, non_blocking=True))
+    yield LINK, len(case.blob), timed(upload, runs)
+    uploads = synchronized(_uploads(case.snapshot, case.out))
+    yield "raw bytes by torch from pinned memory", case.raw, timed(uploads, runs)
 
-    def check() -> None:
-        for pair, layer in zip(out, expected, strict=True):
-            for mine, want in zip(pair, layer, strict=True):
-                if not torch.equal(mine.view(torch.int16).cpu(), want):
-                    raise AssertionError("other numbers than were encoded")
 
-    def whole(data: Any, **options: Any) -> Callable[[], object]:
-        return lambda: kvzip.decode(data, device=device, out=out, **options)
+def decoding_rows(device: Device, case: Case, runs: int) -> Iterator[tuple[Any, ...]]:
+    """The file, wherever it lies, decoded into tensors of the device."""
 
-    yield (
-        "raw bytes by torch from pinned memory",
-        raw,
-        timed(synchronized(_uploads(snap, out)), runs),
-    )
-    with kvzip.open(blob) as reader:
+    def whole(data: Any) -> Callable[[], object]:
+        return lambda: kvzip.decode(data, device=device, out=case.out)
+
+    raw = case.raw
+    with kvzip.open(case.blob) as reader:
         launch = kernels_only(device, reader)
         yield KERNELS, raw, timed(launch, runs)
         del launch
-    yield "channel: file in pinned memory", raw, timed(whole(memoryview(pinned.numpy())), runs)
-    check()
-    yield "channel: file in pageable memory", raw, timed(whole(blob), runs)
+    pinned = memoryview(case.pinned.numpy())
+    yield "channel: file in pinned memory", raw, timed(whole(pinned), runs)
+    check_same(case.out, case.snapshot)
+    yield "channel: file in pageable memory", raw, timed(whole(case.blob), runs)
     path = Path("kvzip-bench-gpu.kvz")
-    path.write_bytes(blob)
+    path.write_bytes(case.blob)
     try:
         yield "channel: file on disk, in the page cache", raw, timed(whole(path), runs)
     finally:
         path.unlink()
+
+
+def paged_rows(device: Device, case: Case, runs: int) -> Iterator[tuple[Any, ...]]:
+    """The file decoded into an engine's pages, in any order."""
+    import torch
+
     page = 16
-    pages = torch.randperm(-(-tokens // page) + 64)[: -(-tokens // page)].tolist()
-    shape = (-(-tokens // page) + 64, 2, page, HEADS, DIM)
-    caches = [torch.empty(shape, dtype=out[0][0].dtype, device="cuda") for _ in range(LAYERS)]
+    used = -(-case.snapshot.tokens // page)
+    pages = torch.randperm(used + 64)[:used].tolist()
+    shape = (used + 64, 2, page, HEADS, DIM)
+    caches = [torch.empty(shape, dtype=case.out[0][0].dtype, device="cuda") for _ in range(LAYERS)]
     views = [(cache[:, 0], cache[:, 1]) for cache in caches]
-    paged = memoryview(pinned.numpy())
-    yield (
-        "channel: pinned, into pages of 16 tokens, K and V side by side", raw,
-        timed(lambda: kvzip.decode(paged, device=device, out=views, pages=pages), runs),
-    )  # fmt: skip
-    on_cpu = [(np.empty(a.k.shape, form.uint), np.empty(a.v.shape, form.uint)) for a in snap.layers]
-    yield (
-        "channel: by the CPU into host memory",
-        raw,
-        timed(lambda: kvzip.decode(blob, out=on_cpu), 3),
-    )
-    yield "channel: encode by the CPU from host memory", raw, timed(lambda: kvzip.encode(snap), 3)
-    check()  # what the caller's arrays hold now is encoded where it lies
-    yield from encoding_rows(device, kvzip.Snapshot.from_arrays(out), snap, blob, runs)
+    pinned = memoryview(case.pinned.numpy())
+    seconds = timed(lambda: kvzip.decode(pinned, device=device, out=views, pages=pages), runs)
+    name = f"channel: pinned, into pages of {page} tokens, K and V side by side"
+    yield name, case.raw, seconds
+
+
+def host_rows(case: Case) -> Iterator[tuple[Any, ...]]:
+    """The CPU, on the host's memory."""
+    layers = case.snapshot.layers
+    on_cpu = [tuple(np.empty(part.shape, part.dtype) for part in layer) for layer in layers]
+    decoding = timed(lambda: kvzip.decode(case.blob, out=on_cpu), 3)
+    yield "channel: by the CPU into host memory", case.raw, decoding
+    encoding = timed(lambda: kvzip.encode(case.snapshot), 3)
+    yield "channel: encode by the CPU from host memory", case.raw, encoding
 
 
 def encoding_rows(
@@ -258,10 +289,7 @@ def predictive_rows(device: Device, tokens: int, runs: int) -> Iterator[tuple[An
         f"predictive: file in pinned memory, {ratio}", raw,
         timed(lambda: kvzip.decode(file, profile, device=device, out=out), runs),
     )  # fmt: skip
-    for pair, layer in zip(out, snap.layers, strict=True):
-        for mine, want in zip(pair, layer, strict=True):
-            if not np.array_equal(mine.view(torch.int16).cpu().numpy().view(np.uint16), want):
-                raise AssertionError("other numbers than were encoded")
+    check_same(out, snap)
 
 
 def nvcomp_rows(tokens: int, dtype: str, runs: int) -> Iterator[tuple[Any, ...]]:

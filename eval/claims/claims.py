@@ -145,9 +145,8 @@ def check_stored(claims: Sequence[Own], root: Path) -> int:
     """
     for claim in claims:
         path = root / claim.stored
-        stored.load(
-            path, Result
-        )  # a result of a kind and version that is known, with sound figures
+        # A result of a kind and version that is known, with sound figures.
+        stored.load(path, Result)
         result = stored.read_json(path, dict)
         for figure in claim.figures:
             value = look_up(result, figure.at)
