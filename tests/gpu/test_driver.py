@@ -6,9 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from enum import IntEnum
 from pathlib import Path
 
 import pytest
+
+from kvzip.codecs.native.cuda import gpu
+from kvzip.errors import KVZipError
 
 pytestmark = pytest.mark.first
 
@@ -56,3 +60,26 @@ def test_what_the_doctor_says_of_a_gpu(driver):
     )
     wanted = "About(name='a driver of the tests', architecture='sm_90', memory_gib=1.5)"
     assert done.stdout.strip() == wanted, done.stderr[-3000:]
+
+
+def test_kernels_that_were_damaged_on_disk_are_compiled_anew(tmp_path, monkeypatch):
+    class Driver:
+        def cuModuleLoadData(self, code):
+            return (0, code) if code == b"whole" else (Status.CUDA_ERROR_INVALID_IMAGE, None)
+
+    class Status(IntEnum):
+        CUDA_ERROR_INVALID_IMAGE = 200
+
+    monkeypatch.setenv("KVZIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(gpu, "compiled_anew", lambda *_: (b"whole", ""))
+    assert gpu.compiled("native/cuda/copy.cuh", "sm_90") == b"whole"
+    [kept] = tmp_path.rglob("*.cubin")
+    device = object.__new__(gpu.CudaDevice)
+    device._driver, device.architecture = Driver(), "sm_90"
+    for damaged in (b"", b"who"):
+        kept.write_bytes(damaged)
+        assert device._loaded("native/cuda/copy.cuh") == b"whole" == kept.read_bytes()
+    monkeypatch.setattr(gpu, "compiled_anew", lambda *_: (b"no kernels", ""))
+    kept.unlink()
+    with pytest.raises(KVZipError, match="INVALID_IMAGE"):
+        device._loaded("native/cuda/copy.cuh")

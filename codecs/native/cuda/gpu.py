@@ -120,8 +120,9 @@ def _device(ordinal: int) -> CudaDevice:
     return CudaDevice(driver, ordinal)
 
 
-def compiled(kernel_source: str, architecture: str) -> bytes:
+def compiled(kernel_source: str, architecture: str, kept: bool = True) -> bytes:
     """The machine code of a source for an architecture ("sm_90"), from the cache folder or NVRTC.
+    `kept`: whether what is in the folder may be taken.
 
     Needs no GPU. Raises UnsupportedError when there is no NVRTC.
     """
@@ -129,10 +130,10 @@ def compiled(kernel_source: str, architecture: str) -> bytes:
         f"{kernel_source.replace('/', '-')}-{source_hash(kernel_source)[:32]}-{architecture}.cubin"
     )
     path = cache_folder() / "cubins" / name
-    try:
-        return path.read_bytes()
-    except OSError:
-        code = compiled_anew(kernel_source, architecture)[0]
+    if kept:
+        with suppress(OSError):
+            return path.read_bytes()
+    code = compiled_anew(kernel_source, architecture)[0]
     keep(path, code)
     return code
 
@@ -261,8 +262,7 @@ class CudaDevice(Device):
             return found
         module = self._modules.get(kernel.source)
         if module is None:
-            code = compiled(kernel.source, self.architecture)
-            module = self._modules[kernel.source] = _called(self._driver.cuModuleLoadData(code))
+            module = self._modules[kernel.source] = self._loaded(kernel.source)
         found = _called(self._driver.cuModuleGetFunction(module, kernel.name.encode()))
         # Of one function there are kernels that need more and less.
         if kernel.shared > self._shared.get(kernel.name, _STATIC_SHARED):
@@ -272,6 +272,15 @@ class CudaDevice(Device):
             _called(self._driver.cuFuncSetAttribute(found, key, kernel.shared))
         self._functions[kernel] = found
         return found
+
+    def _loaded(self, source: str) -> Any:
+        """The kernels of a source. What was kept of them may be damaged, as a power cut leaves a
+        file: then they are compiled anew."""
+        found = self._driver.cuModuleLoadData(compiled(source, self.architecture))
+        if int(found[0]):
+            anew = compiled(source, self.architecture, kept=False)
+            found = self._driver.cuModuleLoadData(anew)
+        return _called(found)
 
     def launch(self, stream: Stream, kernel: Kernel, count: int, given: Mapping[str, int]) -> None:
         values = kernel.values(given)
