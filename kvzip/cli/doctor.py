@@ -73,7 +73,7 @@ def doctor(*, as_json: Json = False) -> None:
         for extra, packages in missing.items():
             lack = f"{', '.join(packages)} not installed: pip install 'kvzip[{extra}]'"
             say(f"extra {extra} ({PURPOSE[extra]}): {lack if packages else 'complete'}")
-        say(f"what is kept between runs: {cache_folder()}")
+        say(f"what is compiled for GPUs is kept in {cache_folder()}")
         for check in checks:
             said = check.error or f"good, {check.seconds:.2f} s"
             say(f"self-test of {check.name}: {said}")
