@@ -157,7 +157,7 @@ class Link:
         """Limit both directions to so many bits per second, headers of Ethernet and IP included.
 
         A token bucket (tc-tbf(8)): what may pass at once is a millisecond's worth, since timers
-        are no finer than that, and 16 KiB at least; larger packets are cut before.
+        are no finer than that, and 80 KiB at least, so that a packet of 64 KiB passes whole.
         """
         burst = max(_BURST, int(rate / 8 * _BURST_SECONDS))
         limit = burst + max(256 << 10, int(rate / 8 * _QUEUE_SECONDS))
