@@ -489,6 +489,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def error_of(number: int, name: str) -> OSError:
+    """The error that the system raises with an `errno` for a file of that name."""
     return OSError(number, os.strerror(number), name)
 
 

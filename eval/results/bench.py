@@ -18,6 +18,8 @@ Order = Literal["token", "channel"]
 
 
 class SnapshotIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """The snapshot that was measured; its figures are of all layers together."""
+
     file: str
     model: str
     revision: str

@@ -20,6 +20,8 @@ from kvzip.eval.speed import bench
 
 
 class Model(msgspec.Struct, frozen=True):
+    """The model whose cache it was."""
+
     id: str
     revision: str | None
     architecture: str

@@ -207,6 +207,7 @@ def _length(name: str, first: bytearray) -> int | None:
 
 
 def read_profile(path: Path | None) -> Profile | None:
+    """The profile in a file, if there is a file. Raises KVZipError and OSError."""
     return None if path is None else Profile.load(path)
 
 

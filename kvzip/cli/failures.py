@@ -117,6 +117,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def shown_lines(message: str) -> list[str]:
+    """The lines of a message, each as :func:`shown` has it."""
     return [shown(line) for line in message.splitlines()]
 
 

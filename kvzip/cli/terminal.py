@@ -129,6 +129,7 @@ def say(text: str) -> None:
 
 
 def show_table(table: Table) -> None:
+    """Print a table where :func:`say` prints lines."""
     (_err if _aside else _out).print(table)
 
 

@@ -319,6 +319,7 @@ def settings_of(model: torch.nn.Module) -> str:
 
 
 def settings_of_config(config: PretrainedConfig) -> str:
+    """A config as JSON in a settled order, without what changes no number of a cache (`_NOISE`)."""
     found = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     return json.dumps(_telling(found), sort_keys=True, default=repr)
 

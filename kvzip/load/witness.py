@@ -105,6 +105,7 @@ def same_key(new: torch.Tensor, stored: torch.Tensor) -> bool:
 
 
 def not_continued(position: int) -> KVZipError:
+    """The error of a prompt that does not continue a cache of `position` tokens."""
     return KVZipError(
         f"the prompt does not continue the cached document at position {position}: it is shorter "
         f"than the {position} tokens of the cache, or another text, or its suffix came without a "
