@@ -52,8 +52,8 @@ class Failure(NamedTuple):
     """How a command failed, as the person who typed it is told."""
 
     kind: str
-    """usage, unsupported, profile, format, corrupt, store, check, system, memory, interrupted,
-    package or bug."""
+    """usage, unsupported, profile, key, format, corrupt, store, check, system, memory,
+    interrupted, package or bug."""
     exit: int
     message: str
 

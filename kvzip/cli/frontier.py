@@ -21,7 +21,7 @@ from kvzip.cli.arguments import (
     integers,
     names,
 )
-from kvzip.cli.terminal import emit, say, show_table, steps
+from kvzip.cli.terminal import emit, say, show_table, shown, steps
 from kvzip.errors import UsageError
 from kvzip.files import replacing
 
@@ -138,7 +138,7 @@ def _show_whole(found: WholeFrontier) -> None:
         columns = ("bits", "share of prefill", "MB to know", "is")
         table = Table(Column("way", no_wrap=True), *columns, title=title)
         for p in sorted(run.points, key=lambda p: (p.share, -p.bits)):
-            name = Text(p.title, "bold" if p.key in run.hull else "")
+            name = Text(shown(p.title), "bold" if p.key in run.hull else "")
             size = f"{p.profile_bytes / 1e6:.1f}"
             table.add_row(name, f"{p.bits:.2f}", f"{100 * p.share:.1f} %", size, p.basis)
         show_table(table)
@@ -153,7 +153,7 @@ def _show(found: Frontier) -> None:
         table = Table(Column("predictor", no_wrap=True), *columns, title=title)
         best = {p.key for p in hull(run.points, found.prefill_products)}
         for p in run.points:
-            name = Text(p.title, "bold" if p.key in best else "")
+            name = Text(shown(p.title), "bold" if p.key in best else "")
             share = f"{100 * p.share:.2f} %"
             size = f"{p.profile_bytes / 1e6:.1f}"
             table.add_row(name, f"{p.bits:.3f}", share, f"{p.products / 1e6:.2f} M", size)

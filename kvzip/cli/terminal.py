@@ -38,8 +38,15 @@ _NARROW = 40
 """Columns that are taken to be there on any terminal: a narrower one breaks the lines itself."""
 
 
+class _Console(Console):
+    """Strings are printed as :func:`shown` has them, those in the cells of a table, too."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(shown(text), **options)
+
+
 def _console(to_stderr: bool) -> Console:
-    console = Console(stderr=to_stderr, markup=False, highlight=False, emoji=False)
+    console = _Console(stderr=to_stderr, markup=False, highlight=False, emoji=False)
     console.width = max(console.width, _NARROW) if console.is_terminal else _WIDE
     return console
 
@@ -125,7 +132,7 @@ def counted(count: int, what: str) -> str:
 def say(text: str) -> None:
     """Print lines of a result as they are, however long."""
     for line in text.split("\n"):
-        (_err if _aside else _out).print(shown(line), soft_wrap=True)
+        (_err if _aside else _out).print(line, soft_wrap=True)
 
 
 def show_table(table: Table) -> None:
@@ -205,7 +212,7 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
 
         def tell(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
+                tasks[what] = progress.add_task(shown(what), total=total)
             progress.update(tasks[what], completed=done)
 
         yield tell
@@ -286,4 +293,4 @@ class Lines:
 
     def _say(self, line: str) -> None:
         self._said = self._clock()
-        _err.print(f"[{clock_text(self._said - self._began)}] {shown(line)}", soft_wrap=True)
+        _err.print(f"[{clock_text(self._said - self._began)}] {line}", soft_wrap=True)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from command import run
 from support import cache_like, make_snapshot
@@ -138,6 +139,16 @@ def test_which_dash_is_what():
     assert with_streams(["--docs", "-1", "a-b", "--a=b"]) == ["--docs", "-1", "a-b", "--a=b"]
     assert writes_stdout(["-o", "/dev/stdout"]) and writes_stdout(["--out=/dev/stdout"])
     assert not writes_stdout(["-o", "x"]) and not writes_stdout(["/dev/stdout"])
+
+
+def test_a_file_from_elsewhere_does_not_steer_the_terminal(folder, capsys):
+    known = kvzip.Snapshot.load(folder / "s")
+    origin = msgspec.structs.replace(known.origin, model="\x1b]0;mine\x07\x1b[2J\u202e")
+    named = kvzip.Snapshot(list(known.layers), known.dtype, known.token_ids, origin)
+    kvzip.write(folder / "y.kvz", named)
+    code, out, _ = run(capsys, "info", folder / "y.kvz")
+    assert code == 0 and out.startswith(r"model          \x1b]0;mine\x07\x1b[2J\u202e")
+    assert out.replace("\n", "").isprintable()
 
 
 def test_names_are_text(folder, monkeypatch, capsys):
