@@ -22,7 +22,8 @@ class Clock:
 @pytest.fixture
 def written(monkeypatch):
     sink = io.StringIO()
-    monkeypatch.setattr(terminal, "_err", Console(file=sink, markup=False, highlight=False))
+    console = terminal._Console(file=sink, markup=False, highlight=False)
+    monkeypatch.setattr(terminal, "_err", console)
     return lambda: sink.getvalue().splitlines()
 
 
