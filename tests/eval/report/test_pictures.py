@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kvzip.eval.report import pictures, svg
+from kvzip.eval.results import stored
+from kvzip.eval.results.links import Links
+
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def test_every_series_has_a_colour() -> None:
@@ -15,3 +21,8 @@ def test_every_series_has_a_colour() -> None:
         assert f'class="line s{i}"' in drawn
         assert f".s{i} {{ stroke: var(--s{i}); }}" in drawn
         assert drawn.count(f"--s{i}: #") == 2  # on a light ground and on a dark one
+
+
+def test_the_picture_of_links_is_drawn_from_what_is_stored() -> None:
+    found = stored.load(DOCS / "results" / "links.json", Links)
+    assert (DOCS / "links.svg").read_text() == pictures.links_file(found)
