@@ -145,11 +145,16 @@ def held_bits(
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(array, torch.Tensor) or not on_gpu(array):
         return as_bits(array, dtype)
-    bits, found = _of_tensor(array, dtype, torch)
-    form = _format_of(np.dtype(f"i{bits.element_size()}"), found, dtype)
-    if bits.is_cuda and not written:
-        torch.cuda.current_stream(bits.device).synchronize()
-    return DeviceBits(bits, form), form.name
+    bits = tensor_bits(array, dtype)
+    if array.is_cuda and not written:
+        torch.cuda.current_stream(array.device).synchronize()
+    return bits, bits.form.name
+
+
+def tensor_bits(tensor: Any, dtype: str | None = None) -> DeviceBits:
+    """The bits of a torch tensor where it lies, as :func:`as_bits` has them, and raises."""
+    bits, found = _of_tensor(tensor, dtype, sys.modules["torch"])
+    return DeviceBits(bits, _format_of(np.dtype(f"i{bits.element_size()}"), found, dtype))
 
 
 def on_gpu(tensor: Any) -> bool:

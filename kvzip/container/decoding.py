@@ -16,11 +16,10 @@ import numpy as np
 
 from kvzip import dtypes
 from kvzip.codec import Codec, Coded
-from kvzip.codecs import _native
 from kvzip.container import plan
 from kvzip.container.blocks import Blocks
 from kvzip.container.index import Key
-from kvzip.container.overlap import overlap
+from kvzip.container.overlap import check_apart
 from kvzip.container.plan import Request
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
@@ -283,7 +282,8 @@ def given_places(blocks: Blocks, request: Request, out: Sequence[Any]) -> dict[K
     index = blocks.index
     for i, arrays in zip(request.layers, out, strict=True):
         cut = request.cuts[i]
-        for (name, part), given in zip(cut.parts.items(), _in_order(i, cut, arrays), strict=True):
+        ordered = arrays_in_order(i, cut, arrays)
+        for (name, part), given in zip(cut.parts.items(), ordered, strict=True):
             if type(given) is not np.ndarray:
                 where = getattr(getattr(given, "device", None), "type", "cpu")
                 if where != "cpu":
@@ -296,11 +296,11 @@ def given_places(blocks: Blocks, request: Request, out: Sequence[Any]) -> dict[K
             first = 0 if part.tokens is None else cut.first
             key = index.key[index.rows[i, name].start]  # the same object, not one more
             places[key] = Place(part.as_block(array), first, array)
-    _check_apart([place.array for place in places.values()])
+    check_apart([place.array for place in places.values()])
     return places
 
 
-def _in_order(i: int, cut: LayerLayout, arrays: Any) -> Sequence[Any]:
+def arrays_in_order(i: int, cut: LayerLayout, arrays: Any) -> Sequence[Any]:
     """What a caller gave for a layer, in the order of its parts. Raises UsageError."""
     names = tuple(cut.parts)
     if isinstance(arrays, tuple):
@@ -315,36 +315,6 @@ def _in_order(i: int, cut: LayerLayout, arrays: Any) -> Sequence[Any]:
         wanted = ", ".join(names)
         raise UsageError(f"out for layer {i} has {len(given)} arrays, not those of {wanted}")
     return given
-
-
-def _check_apart(arrays: list[Bits]) -> None:
-    """Raise UsageError if a number of one array lies where another number does."""
-    for group in _native.close_to_each_other(arrays):
-        near = [arrays[number] for number in group]
-        if any(
-            _overlaps_itself(array)
-            or any(overlap(array, other, otherwise=False) for other in near[:i])
-            for i, array in enumerate(near)
-        ):
-            raise UsageError("out has the same memory twice")
-
-
-def _overlaps_itself(array: Bits) -> bool:
-    """Whether two numbers of an array lie at one place."""
-    if array.flags.c_contiguous:
-        return False
-    reach = array.itemsize
-    axes = [(abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1]
-    for stride, size in sorted(axes):
-        if stride < reach:
-            break
-        reach = stride * (size - 1) + reach
-    else:
-        return False  # each axis steps over all that the finer ones reach
-    places = np.zeros(1, np.int64)
-    for stride, size in axes:
-        places = (places[:, None] + stride * np.arange(size)).reshape(-1)
-    return bool((np.diff(np.sort(places)) < array.itemsize).any())
 
 
 def _empty_block(blocks: Blocks, row: int, spare: Spare) -> Bits:

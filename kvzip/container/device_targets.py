@@ -13,7 +13,9 @@ from kvzip.codecs.native.cuda.device import Device
 from kvzip.codecs.native.cuda.work import Target, pages_of
 from kvzip.container import plan
 from kvzip.container.blocks import Blocks
+from kvzip.container.decoding import arrays_in_order
 from kvzip.container.index import Key
+from kvzip.container.overlap import check_apart
 from kvzip.container.plan import Request
 from kvzip.dtypes import DType
 from kvzip.errors import UsageError
@@ -52,28 +54,45 @@ def given_targets(
     device: Device,
     form: DType,
     cuts: Mapping[int, LayerLayout],
-    out: Sequence[tuple[Any, Any]],
-) -> Targets:
-    """Arrays that the caller gave, of the shapes of the cuts, in their order."""
-    _check_pairs(out, cuts)
+    out: Sequence[Any],
+) -> tuple[list[tuple[Any, Any]], Targets]:
+    """Arrays that the caller gave, of the shapes of the cuts, in their order; and a (K, V) pair of
+    them for each layer. Raises UsageError unless they fit and lie apart."""
+    pairs = _pairs(out, cuts)
     targets: Targets = {}
-    for (i, layer), pair in zip(cuts.items(), out, strict=True):
+    views = []
+    for (i, layer), pair in zip(cuts.items(), pairs, strict=True):
         for part, array in zip(KV, pair, strict=True):
             view = view_of(array, device, form)
+            views.append(view)
             if view.shape != layer.parts[part].shape:
                 raise UsageError(
                     f"out for layer {i}: {part} has shape {view.shape}, not "
                     f"{layer.parts[part].shape}"
                 )
             targets[i, part] = [_target(view, layer.first, array)]
-    return targets
+    check_apart([np.asarray(_Seen(view, form)) for view in views])
+    return pairs, targets
+
+
+class _Seen:
+    """Memory of a device as numpy takes it for an array of the host's, which nobody may read."""
+
+    def __init__(self, view: View, form: DType):
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (view.address, False),
+            "shape": view.shape,
+            "strides": tuple(form.itemsize * n for n in view.strides),
+            "typestr": form.uint.str,
+        }
 
 
 def paged_targets(
     device: Device,
     form: DType,
     cuts: Mapping[int, LayerLayout],
-    out: Sequence[tuple[Any, Any]],
+    out: Sequence[Any],
     pages: Any,
 ) -> Targets:
     """The same of a paged cache, one target for each row of the batch.
@@ -82,9 +101,8 @@ def paged_targets(
     `pages`: which page holds each run of positions, [pages] or [batch, pages].
     """
     table = pages_of(pages)
-    _check_pairs(out, cuts)
     targets: Targets = {}
-    for (i, layer), pair in zip(cuts.items(), out, strict=True):
+    for (i, layer), pair in zip(cuts.items(), _pairs(out, cuts), strict=True):
         for part, array in zip(KV, pair, strict=True):
             rows, heads, _, dim = layer.parts[part].block_shape
             view = view_of(array, device, form)
@@ -93,6 +111,8 @@ def paged_targets(
                     f"out for layer {i}: {part} has shape {view.shape}, not "
                     f"[pages, tokens of a page, {heads}, {dim}]"
                 )
+            if any(n > 1 and not s for n, s in zip(view.shape, view.strides, strict=True)):
+                raise UsageError("out has the same memory twice")
             if len(table) != rows:
                 raise UsageError(f"pages has {len(table)} rows, the file's batch {rows}")
             count, size = view.shape[:2]
@@ -113,16 +133,17 @@ def paged_targets(
                 Target(view.address, (0, head, token), shape, 0, row, size, stride, array)
                 for row in table
             ]
+    # Of a cache, which is large, and whose parts lie in each other's gaps, no more is looked at.
+    firsts = [row for rows in targets.values() for row in rows[:1]]
+    begins = [target.address for target in firsts if math.prod(target.shape)]
+    if len(set(begins)) != len(begins):
+        raise UsageError("out has the same memory twice")
     return targets
 
 
-def _check_pairs(out: Sequence[tuple[Any, Any]], cuts: Mapping[int, LayerLayout]) -> None:
+def _pairs(out: Sequence[Any], cuts: Mapping[int, LayerLayout]) -> list[tuple[Any, Any]]:
+    """Keys and values of each layer as a caller gave them. Raises UsageError."""
     if len(out) != len(cuts):
         raise UsageError(f"out has {len(out)} layers, not {len(cuts)}")
-
-
-def check_apart(targets: Targets) -> None:
-    """Raise UsageError if parts that hold anything begin in the same place."""
-    begins = [t[0].address for t in targets.values() if math.prod(t[0].shape)]
-    if len(set(begins)) != len(begins):
-        raise UsageError("out has the same memory twice")
+    ordered = (arrays_in_order(i, cut, a) for (i, cut), a in zip(cuts.items(), out, strict=True))
+    return [(k, v) for k, v in ordered]

@@ -27,7 +27,6 @@ from kvzip.container.blocks import SMALL, Blocks
 from kvzip.container.decoding import check_block
 from kvzip.container.device_targets import (
     Targets,
-    check_apart,
     given_targets,
     new_targets,
     paged_targets,
@@ -492,7 +491,7 @@ def decode(
     blocks: Blocks,
     request: Request,
     device: Any,
-    out: Sequence[tuple[Any, Any]] | None,
+    out: Sequence[Any] | None,
     pages: Any,
     stream: Any,
     progress: Callable[[int], None] | None,
@@ -516,11 +515,10 @@ def decode(
         if out is None:
             pairs, targets = new_targets(device, blocks, request)
         elif pages is None:
-            pairs, targets = out, given_targets(device, blocks.form, cuts, out)
+            pairs, targets = given_targets(device, blocks.form, cuts, out)
         else:
             pairs = [(None, None)] * len(request.layers)
             targets = paged_targets(device, blocks.form, cuts, out, pages)
-        check_apart(targets)
         decoding = DeviceDecoding(blocks, request, device, targets, stream, decode_on_cpu, groups)
         decoding.run(progress)
     layers = [DeviceLayer(k, v, cuts[i]) for i, (k, v) in zip(request.layers, pairs, strict=True)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvzip import metrics
 from kvzip.codec import Codec
+from kvzip.codecs.native.cuda.device import is_cpu
 from kvzip.container import plan
 from kvzip.container.blocks import Blocks, beginning
 from kvzip.container.decoding import Chain, Decoding
@@ -20,7 +21,7 @@ from kvzip.container.sealed import AnyKey, check_key, unsealed
 from kvzip.container.source import Closable, Source, name_in, naming
 from kvzip.errors import KVZipError, UsageError
 from kvzip.kept import cached_property
-from kvzip.options import callback, items, pairs
+from kvzip.options import callback, items
 from kvzip.profile import Profile, check_profile
 from kvzip.snapshot import Layer, Snapshot
 from kvzip.workers import after, in_order, thread_count
@@ -209,12 +210,11 @@ class Reader:
         end a layer has no state.
         """
         callback("progress", progress)
-        if device is not None and str(device) != "cpu":
-            out = None if out is None else pairs("out", out)
+        out = None if out is None else items("out", out, "one pair of arrays a layer")
+        if not is_cpu(device):
             return self._decode_on_device(
                 device, out, layers, tokens, threads, progress, stream, pages
             )
-        out = None if out is None else items("out", out, "one pair of arrays a layer")
         if pages is not None:
             raise UsageError("pages: only with device=")
         decoding = Decoding(self._blocks, self._request(layers, tokens), out, self._chains)
@@ -305,7 +305,7 @@ class Reader:
     def _decode_on_device(
         self,
         device: Any,
-        out: Sequence[tuple[Any, Any]] | None,
+        out: Sequence[Any] | None,
         layers: Sequence[int] | None,
         tokens: tuple[int, int] | None,
         threads: int | None,

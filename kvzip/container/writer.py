@@ -14,7 +14,7 @@ from kvzip import checksum, metrics
 from kvzip.codec import Codec, Context
 from kvzip.codecs import _native
 from kvzip.codecs.native.cuda.arrays import target_of
-from kvzip.codecs.native.cuda.device import MemoryFullError, get_device
+from kvzip.codecs.native.cuda.device import MemoryFullError, get_device, is_cpu
 from kvzip.codecs.native.cuda.encoding import Numbers
 from kvzip.container.format import (
     MAX_ENTRIES,
@@ -95,8 +95,7 @@ class Writer:
     ):
         """`device`: one that encodes what lies in its memory; None, or "cpu": the CPU does all."""
         snapshot.check()
-        by_cpu = device is None or str(device).partition(":")[0] == "cpu"
-        self._device = None if by_cpu else get_device(device)
+        self._device = None if is_cpu(device) else get_device(device)
         store_token_ids = boolean("store_token_ids", store_token_ids)
         grids = boolean("grids", grids)
         block_tokens = _block_tokens(block_tokens, snapshot.layout, codec)

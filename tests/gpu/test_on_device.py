@@ -251,6 +251,7 @@ def test_wrong_use_is_told(device, room):
         ([0, -1, 1], "below 0"),
         ([[0, 1, 2], [0, 1, 3]], "2 rows"),
         ([0.5, 1, 2], "page number"),
+        ([[0, 1, 2], [3]], "pages: "),
     ):
         with pytest.raises(UsageError, match=said):
             decode(out=[(k, v)], pages=pages)
@@ -266,14 +267,57 @@ def test_wrong_use_is_told(device, room):
         decode(out=[(k, v), (k, v)])
     with pytest.raises(UsageError, match="has shape"):
         decode(out=[(k.transpose(1, 2), v.transpose(1, 2))], pages=[0, 1, 2])
-    with pytest.raises(UnsupportedError, match="bytes a number"):
+    with pytest.raises(UnsupportedError, match="cannot hold"):
         decode(out=[(k.to(torch.int32), v)], pages=[0, 1, 2])
     with pytest.raises(UnsupportedError, match="side by side"):
         decode(out=[(k.transpose(2, 3), v)], pages=[0, 1, 2])
+    with pytest.raises(UsageError, match="same memory"):
+        decode(out=[(k[:1].expand(4, -1, -1, -1), v)], pages=[0, 1, 2])
     with pytest.raises(UnsupportedError, match="fp16"):
         decode(out=[(k.view(torch.float16), v)], pages=[0, 1, 2])
     with pytest.raises(UsageError, match="not within"):
         decode(tokens=(0, 41))
+
+
+def test_tensors_without_plain_bits_are_refused(device, room):
+    """What is written to them would be read as other numbers."""
+    for dtype, kind in (("bf16", None), ("fp64", torch.complex64), ("fp8_e5m2", torch.bool)):
+        snapshot = make_snapshot(cache_like, 1, dtype, layers=1, heads=2, tokens=40, dim=16)
+        blob = kvzip.encode(snapshot, "raw")
+        if kind is None:
+            out = torch._neg_view(torch.zeros(2, 40, 16, dtype=torch.bfloat16, device=room.where))
+        else:
+            out = torch.zeros(2, 40, 16, dtype=kind, device=room.where)
+        with pytest.raises(kvzip.KVZipError, match=r"negative view|holds no numbers of ours"):
+            kvzip.decode(blob, device=device, out=[(out, torch.empty_like(out))])
+        assert not out.any()
+
+
+def test_arrays_to_decode_into_lie_apart(device, room):
+    snapshot = make_snapshot(cache_like, 1, "bf16", layers=1, heads=2, tokens=40, dim=16)
+    blob = kvzip.encode(snapshot)
+    flat = torch.zeros(2 * 2 * 40 * 16, dtype=torch.int16, device=room.where)
+    first, second = flat.view(2, 2, 40, 16)
+    turned = flat.view(2, 40, 2, 16).permute(2, 0, 1, 3)  # each in the other's gaps
+    for good in ((first, second), tuple(turned)):
+        found = kvzip.decode(blob, device=device, out=[good])
+        assert_layers(found, snapshot.layers)
+    shifted = flat[8 : 8 + first.numel()].view(2, 40, 16)
+    for bad in ((first, first), (first, shifted), (first[:1].expand(2, 40, 16), second)):
+        flat.zero_()
+        with pytest.raises(UsageError, match="same memory twice"):
+            kvzip.decode(blob, device=device, out=[bad])
+        assert not flat.any()
+
+
+def test_a_mapping_by_the_names_of_parts(device, room):
+    snapshot = make_snapshot(cache_like, 1, "bf16", layers=2, heads=2, tokens=40, dim=16)
+    blob = kvzip.encode(snapshot)
+    room_for = torch.zeros(2, 2, 2, 40, 16, dtype=torch.int16, device=room.where)
+    out = [{"v": v, "k": k} for k, v in room_for]
+    found = kvzip.decode(blob, device=device, out=out)
+    assert_layers(found, snapshot.layers)
+    assert found.layers[1].k is out[1]["k"]
 
 
 def test_without_a_gpu_that_is_told():
@@ -284,4 +328,5 @@ def test_without_a_gpu_that_is_told():
         kvzip.decode(blob, device="cuda")
     with pytest.raises(UnsupportedError, match="tpu"):
         kvzip.decode(blob, device="tpu")
-    assert kvzip.decode(blob, device="cpu").tokens == 50
+    for cpu in ("cpu", "cpu:0", torch.device("cpu", 0)):
+        assert kvzip.decode(blob, device=cpu).tokens == 50

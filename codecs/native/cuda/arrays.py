@@ -122,16 +122,16 @@ def cut(array: Any, begin: int, end: int, batched: bool) -> Any:
 def view_of(array: Any, device: Device, form: DType) -> View:
     """An array that numbers of a format are to be written to: of its dtype, or of integers as wide.
 
-    Raises UnsupportedError if it is none, or lies elsewhere.
+    Raises UnsupportedError if it is none, or lies elsewhere, UsageError for a tensor without plain
+    bits.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         if not device.holds(array):
             raise UnsupportedError(f"out is on {array.device}, not on the device that decodes")
-        if array.dtype.is_floating_point:
-            _check_format(dtypes.get(str(array.dtype)), form)
-        found = View(array.data_ptr(), tuple(array.shape), tuple(array.stride()))
-        return _checked(found, array.element_size(), form)
+        bits = dtypes.tensor_bits(array, form.name).tensor
+        found = View(bits.data_ptr(), tuple(bits.shape), tuple(bits.stride()))
+        return _checked(found, form.itemsize, form)
     interface = getattr(array, "__cuda_array_interface__", None)
     if device.kind != "cuda":
         if not isinstance(array, np.ndarray) or not array.flags.writeable:
@@ -146,21 +146,21 @@ def view_of(array: Any, device: Device, form: DType) -> View:
         if not strided.is_device_accessible:
             raise UnsupportedError("out is not on a GPU")
         shape = tuple(strided.shape)
-        size, strides = strided.dtype.itemsize, strided.strides
+        stored, strides = strided.dtype, strided.strides
         address = strided.ptr
     else:
         shape, address = tuple(interface["shape"]), interface["data"][0]
-        size = np.dtype(interface["typestr"]).itemsize
+        stored = np.dtype(interface["typestr"])
         strides = interface.get("strides")
-        strides = None if strides is None else tuple(n // size for n in strides)
+        strides = None if strides is None else tuple(n // stored.itemsize for n in strides)
     if strides is None:
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return _checked(View(address, shape, tuple(strides)), size, form)
-
-
-def _check_format(found: DType, wanted: DType) -> None:
-    if found is not wanted:
-        raise UnsupportedError(f"the array is {found.name}, not {wanted.name}")
+    # Of kind "V" are ml_dtypes' formats, of which no more is told.
+    if stored.kind not in "iuV" and dtypes.get(stored.name) is not form:
+        raise UnsupportedError(f"the array is {stored.name}, not {form.name}")
+    if stored.byteorder == ">":
+        raise UnsupportedError(f"an array of {stored} cannot hold {form.name}")
+    return _checked(View(address, shape, tuple(strides)), stored.itemsize, form)
 
 
 def _checked(found: View, itemsize: int, form: DType) -> View:

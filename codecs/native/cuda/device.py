@@ -207,6 +207,11 @@ def keep(path: Path, data: bytes) -> None:
             file.write(data)
 
 
+def is_cpu(spec: Any) -> bool:
+    """Whether a caller names no GPU: None, "cpu", or torch's device of that kind."""
+    return spec is None or str(spec).partition(":")[0] == "cpu"
+
+
 def get_device(spec: Any) -> Device:
     """The device called `spec`: "cuda", "cuda:1", a torch device, an ordinal, or a Device itself.
 

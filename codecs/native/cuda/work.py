@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.codecs.native.cuda.device import Device, Event, Kernel, Memory, Pinned, Stream, up
-from kvzip.errors import UsageError
+from kvzip.errors import UsageError, told_as
 
 PART = np.dtype(
     [
@@ -388,7 +388,8 @@ def pages_of(table: Any) -> NDArray[np.int32]:
     """A block table as int32 of one row a sequence, [batch, pages]."""
     if hasattr(table, "detach"):
         table = table.detach().cpu().numpy()
-    found = np.atleast_2d(np.asarray(table))
+    with told_as(UsageError, "pages"):
+        found = np.atleast_2d(np.asarray(table))
     if found.ndim != 2 or found.dtype.kind not in "iu":
         raise UsageError("pages: want one page number for each run of tokens, or a row a sequence")
     if found.size and not 0 <= int(found.min()) <= int(found.max()) < 2**31:
