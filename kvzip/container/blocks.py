@@ -52,7 +52,7 @@ class Blocks:
     """
 
     def __init__(self, source: Source, profile: Profile | None, first: memoryview):
-        self.source, self.profile = source, profile
+        self.source = source
         self.find_profile: Callable[[str], Profile] | None = None
         """Where the file's profile is looked for, by its SHA-256, when none was given."""
         self.cancelled = False
@@ -68,6 +68,8 @@ class Blocks:
         start = first[:end] if end <= len(first) else source.read(0, end)
         header, ids, records = preamble.taken_apart(start)
         self.header, self.codecs = unpacked_header(header)
+        # One that the file does not name may be of another model.
+        self.profile = None if self.header.profile is None else profile
         self.layout = self.header.layout
         self._layouts: dict[int, Layout] = {}
         self.index = Index(records, end, size, self.layout, self.header.block_tokens)

@@ -57,6 +57,15 @@ def test_files_hold_no_tables_where_the_profile_has_them(known):
     assert kvzip.verify(blob, profile).header.profile == profile.id
 
 
+def test_a_profile_that_a_file_does_not_name_is_left_alone(known):
+    """Also where a part has no tables, as of few tokens, or where they would bring nothing."""
+    for maker, tokens in ((random_bits, 200), (cache_like, 3)):
+        other = make_snapshot(maker, 1, "bf16", layers=2, heads=2, tokens=tokens, dim=16)
+        blob = kvzip.encode(other)
+        assert not any(tables_in(blob))
+        assert_same(kvzip.decode(blob, known[1]), other)
+
+
 def test_a_profile_is_the_same_on_disk(known, tmp_path):
     documents, profile = known
     profile.save(tmp_path / "m.kvprofile")
