@@ -6,8 +6,9 @@ spec.md has the method; fit.py learns the profile.
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,11 +124,30 @@ class PredictiveCodec(Codec):
         return self.encode_chain([(block, context)])[0]
 
     def encode_chain(self, blocks: Sequence[tuple[Bits, Context]]) -> list[bytes]:
-        """Which way a block is coded is settled from the first to the last, by what a code would
-        take at least; words then come from the last to the first."""
+        scratch = blocks[0][1].scratch
+        begins, unpredicted = "predictive" not in scratch, set[int]()
+        while True:
+            found = self._coded(blocks, unpredicted)
+            # Some bytes are known when all is coded, such as the states in front.
+            longer = {
+                n
+                for n, (data, (block, _)) in enumerate(zip(found, blocks, strict=True))
+                if len(data) > self.max_encoded_size(block.nbytes)
+            }
+            if not longer or not begins:
+                return found
+            unpredicted |= longer
+            del scratch["predictive"]
+
+    def _coded(
+        self, blocks: Sequence[tuple[Bits, Context]], unpredicted: Container[int]
+    ) -> list[bytes]:
+        """Blocks as they are stored, none of those `unpredicted` by a prediction. Which way one is
+        coded is settled from the first to the last, by what a code would take at least; words then
+        come from the last to the first."""
         found: list[bytes | None] = []
         chain = None
-        for block, context in blocks:
+        for n, (block, context) in enumerate(blocks):
             following = _next_chain(context, block.shape)
             if following is None:
                 found.append(_plain(block, context))
@@ -142,7 +162,7 @@ class PredictiveCodec(Codec):
                 bits = chain.model(context.layer, part, high, rotation, rounding)
             except ValueError as error:
                 raise ProfileError(f"the profile is of another model: {error}") from None
-            size = bits / 8 + low.nbytes + HEADER
+            size = math.inf if n in unpredicted else bits / 8 + low.nbytes + HEADER
             # Mostly it is plain, from the counts alone, that `channel` cannot do as well.
             least = min(ChannelCodec().least_bytes(block, context, size), block.nbytes)
             other = None if size <= least else _plain(block, context)

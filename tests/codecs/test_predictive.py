@@ -94,6 +94,25 @@ def test_any_bits_and_no_worse_than_channel(profile, unseen, seed, tokens, block
     assert len(blob) <= kvzip.max_encoded_size(snapshot, "predictive", block_tokens=block)
 
 
+def test_no_file_is_longer_than_is_said_before():
+    """The states stand in the first block that is predicted, which is hardly shorter than its
+    numbers where these are few."""
+    rng = np.random.default_rng(0)
+
+    def few(tokens):
+        k, v = rng.integers(0, 256, (2, 3, 2, tokens, 1), dtype=np.uint8)
+        return kvzip.Snapshot.from_arrays(list(zip(k, v, strict=True)), "fp8_e4m3fn")
+
+    learned = kvzip.Profile.fit([few(tokens) for tokens in (64, 130, 10, 300)])
+    for tokens in [1, 2, 3] * 20:
+        snapshot = few(tokens)
+        memory = bytearray(kvzip.max_encoded_size(snapshot, "predictive"))
+        blob = kvzip.encode(snapshot, "predictive", learned, out=memory)
+        assert_same(kvzip.decode(blob, learned), snapshot)
+        with kvzip.open(bytes(blob)) as reader:
+            assert all(length <= 2 * tokens + 16 for length in reader.index.length)
+
+
 def test_parts_decode_alone(profile, unseen):
     blob = kvzip.encode(unseen, "predictive", profile, block_tokens=64)
     with kvzip.open(blob, profile) as reader:
