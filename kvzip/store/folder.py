@@ -129,13 +129,13 @@ class Folder:
         target = self._at(path)
         with _as_store_errors(f"cannot write {path} in {self.url}"):
             for _ in range(100):
-                self._make(target.parent)
                 try:
+                    self._make(target.parent)
                     self._write(target, data, create, durable)
                     return True
                 except FileExistsError:
                     return False
-                except FileNotFoundError:  # its folder was empty, and was deleted meanwhile
+                except FileNotFoundError:  # its folder, or one above, was deleted meanwhile
                     continue
         raise StoreError(f"cannot write {path} in {self.url}: its folder is deleted as it is made")
 

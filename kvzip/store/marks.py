@@ -26,7 +26,8 @@ def chain_file(chain: Sequence[str]) -> bytes:
 
 
 def name_in(mark: bytes | None) -> str:
-    """The document that a mark ``last/H`` names; "" if that is lost."""
+    """The document that a mark ``last/H`` names, or the profile that ``profile`` does; "" if that
+    is lost."""
     return mark.decode() if mark is not None and _HASH.fullmatch(mark) else ""
 
 

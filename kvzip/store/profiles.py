@@ -31,7 +31,7 @@ from kvzip.profile import Profile
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import Identity, document_path
 from kvzip.store.listing import Stored, abouts, documents, namespaces
-from kvzip.store.marks import repoint
+from kvzip.store.marks import name_in, repoint
 from kvzip.workers import Lock, Workers, machine_memory
 
 _log = logging.getLogger("kvzip.store")
@@ -266,7 +266,7 @@ class Profiles:
         """Undo :meth:`mark` in a namespace."""
         self._objects.delete(f"{space}/profiles/{profile_id}")
         path = f"{space}/profile"
-        if (self._objects.get(path) or b"") != profile_id.encode():
+        if (found := self._objects.get(path)) is None or name_in(found) not in (profile_id, ""):
             return
 
         def any_marked() -> str | None:

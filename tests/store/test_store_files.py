@@ -8,6 +8,7 @@ import shutil
 import stat
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import numpy as np
@@ -118,6 +119,23 @@ def test_what_goes_away_while_it_is_read_is_an_error_of_the_store(tmp_path):
     with pytest.raises(StoreError, match="there is no document"):
         store.open(entry.key)
     assert store.find(document().token_ids, **OF) is None
+
+
+def test_a_folder_that_goes_away_while_it_is_written_to_is_made_anew(tmp_path, monkeypatch):
+    """Another process may delete all of it between any two steps."""
+    store, mkdir, gone = Store(tmp_path / "store", block_tokens=8), Path.mkdir, []
+
+    def making(path, *arguments, **options):
+        if path.parent.name == "with" and not gone:
+            gone.append(path)
+            shutil.rmtree(tmp_path / "store", ignore_errors=True)  # others write to it meanwhile
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", making)
+    store.put(document())
+    assert gone
+    with store.find(document().token_ids, **OF) as found:
+        assert found.snapshot() == document()
 
 
 # --- forks -----------------------------------------------------------------------------------

@@ -328,6 +328,23 @@ def test_a_namespace_that_does_not_say_what_it_is(tmp_path, at_once, lost):
     assert where.prune(profiles=True) == []
 
 
+@pytest.mark.parametrize("damaged", [b"", b"0" * 30, bytes(64)])
+def test_the_name_of_the_last_profile_is_lost(tmp_path, at_once, damaged):
+    """As after a power cut: it goes with the profiles, and names another one as long as there is
+    one."""
+    where = Store(tmp_path, block_tokens=BLOCK)
+    entries = [
+        where.put(snapshot_of(range(n, 20 + n)), codec="raw", profile=profile_of(n))
+        for n in range(2)
+    ]
+    [last] = tmp_path.rglob("profile")
+    for n, left in ((1, profile_of(0).id), (0, None)):
+        last.write_bytes(damaged)
+        where.remove(entries[n].key)
+        where.remove(f"profiles/{profile_of(n).id}")
+        assert (last.read_text() if last.exists() else None) == left
+
+
 steps = st.lists(
     st.tuples(st.sampled_from(["put", "remove", "remove profile", "prune"]), st.integers(0, 3)),
     max_size=14,
