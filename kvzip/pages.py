@@ -24,9 +24,11 @@ from kvzip.errors import (
     ProfileError,
     UnsupportedError,
     UsageError,
+    told_as,
 )
 from kvzip.layout import KV, Origin
-from kvzip.options import integer
+from kvzip.options import integer, pairs
+from kvzip.overlap import check_apart
 from kvzip.profile import Profile, check_profile
 from kvzip.version import check_format, newer
 
@@ -55,7 +57,11 @@ def encode_page(layers: Sequence[tuple[Any, Any]], profile: Profile, *, first: i
     arrays do not fit each other, UnsupportedError when they are of another dtype.
     """
     coder = _Coder(profile)
-    given = [dtypes.as_bits(array, coder.form.name)[0] for pair in layers for array in _two(pair)]
+    given = [
+        dtypes.as_bits(array, coder.form.name)[0]
+        for k_v in pairs("layers", layers)
+        for array in k_v
+    ]
     tokens = given[0].shape[1] if given and given[0].ndim == 3 else 0
     blocks, digests = [], []
     parts = coder.parts(first, len(given) // 2, tokens)
@@ -89,7 +95,8 @@ def decode_page(
     it was made with another profile.
     """
     coder = _Coder(profile)
-    page = memoryview(data).cast("B")
+    with told_as(UsageError, f"a {type(data).__name__} is no page, whose bytes lie side by side"):
+        page = memoryview(data).cast("B")
     found = _read(page, profile)
     parts = list(coder.parts(found.first, found.layers, found.tokens))
     for length, (_, _, shape) in zip(found.lengths, parts, strict=True):
@@ -120,7 +127,8 @@ def max_page_size(
     the profile's. Raises as :func:`encode_page`.
     """
     coder = _Coder(profile)
-    count = len(coder.layers) - first if layers is None else layers
+    first = integer("first", first, 0)
+    count = len(coder.layers) - first if layers is None else integer("layers", layers, 1)
     size = _aligned(_LENGTHS_AT + 8 * count)
     for _, _, shape in coder.parts(first, count, tokens):
         size += _aligned(coder.codec.max_encoded_size(math.prod(shape) * coder.form.itemsize))
@@ -256,22 +264,14 @@ def _places(
     out: Sequence[tuple[Any, Any]] | None, shapes: Sequence[tuple[int, int, int]], form: DType
 ) -> list[Bits]:
     """The arrays to decode into, of these shapes: new ones, or those of `out` as bits. Raises
-    UsageError when `out` does not fit."""
+    UsageError when `out` does not fit, or has the same memory twice."""
     if out is None:
         return [np.empty(shape, form.uint) for shape in shapes]
-    given = [dtypes.as_bits(array, form.name)[0] for pair in out for array in _two(pair)]
+    given = [dtypes.as_bits(array, form.name)[0] for k_v in pairs("out", out) for array in k_v]
     if [a.shape for a in given] != list(shapes) or not all(a.flags.writeable for a in given):
         raise UsageError(f"out must be writable arrays of the shapes {list(shapes)}, in pairs")
+    check_apart(given)
     return given
-
-
-def _two(pair: Any) -> tuple[Any, Any]:
-    """A layer's keys and values. Raises UsageError when they are no pair."""
-    try:
-        k, v = pair
-    except (TypeError, ValueError):
-        raise UsageError("each layer is a pair of keys and values") from None
-    return k, v
 
 
 def _digest(start: Any, lengths: Any, digests: Sequence[int]) -> int:

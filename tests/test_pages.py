@@ -143,22 +143,34 @@ def test_what_makes_no_sense_is_refused(profile):
         [(given_[0][0], given_[1][1][:, :15])],
         [(given_[0][0][0], given_[0][1][0])],
         numbers(0),
+        None,
+        5,
     ):
         with pytest.raises(UsageError):
             kvzip.encode_page(wrong, profile)
     for tokens in (0, -1, MOST_TOKENS + 1, "16", True):
         with pytest.raises(UsageError):
             kvzip.max_page_size(profile, tokens)
+    for wrong in ({"first": "0"}, {"first": -1}, {"layers": "2"}, {"layers": 0}):
+        with pytest.raises(UsageError):
+            kvzip.max_page_size(profile, 16, **wrong)
     for first in (1, 3):
         with pytest.raises(ProfileError, match="3 layers"):
             kvzip.encode_page(given_, profile, first=first)
-    for out in (given_[:2], numbers(15), [5, 6, 7]):
+    for out in (given_[:2], numbers(15), [5, 6, 7], 5):
         with pytest.raises(UsageError):
             kvzip.decode_page(page, profile, out=out)
     fixed = numbers(16)
     fixed[1][1].flags.writeable = False
     with pytest.raises(UsageError):
         kvzip.decode_page(page, profile, out=fixed)
+    rows = np.zeros((3, 16, 16), np.uint16)
+    twice = [(rows[:2], given_[0][1]), (rows[1:], given_[1][1]), given_[2]]
+    with pytest.raises(UsageError, match="same memory twice"):
+        kvzip.decode_page(page, profile, out=twice)
+    for data in (None, "page", 5, [1, 2], np.frombuffer(page, np.uint8)[::-1]):
+        with pytest.raises(UsageError, match="is no page"):
+            kvzip.decode_page(data, profile)
     for other in (None, "m.kvprofile", kvzip.Profile({}, {})):
         with pytest.raises(ProfileError):
             kvzip.encode_page(given_, other)

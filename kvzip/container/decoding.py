@@ -19,12 +19,12 @@ from kvzip.codec import Codec, Coded
 from kvzip.container import plan
 from kvzip.container.blocks import Blocks
 from kvzip.container.index import Key
-from kvzip.container.overlap import check_apart
 from kvzip.container.plan import Request
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
 from kvzip.layout import LayerLayout, Layout
 from kvzip.options import items
+from kvzip.overlap import check_apart
 from kvzip.snapshot import Layer, Snapshot
 
 Spare = dict[tuple[tuple[int, ...], np.dtype[Any]], list[Bits]]

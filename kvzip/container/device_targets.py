@@ -15,11 +15,11 @@ from kvzip.container import plan
 from kvzip.container.blocks import Blocks
 from kvzip.container.decoding import arrays_in_order
 from kvzip.container.index import Key
-from kvzip.container.overlap import check_apart
 from kvzip.container.plan import Request
 from kvzip.dtypes import DType
 from kvzip.errors import UsageError
 from kvzip.layout import KV, LayerLayout
+from kvzip.overlap import check_apart
 
 Targets = dict[Key, list[Target]]
 """Where each part of each layer goes: to one target, or in a paged cache to one for each row of the

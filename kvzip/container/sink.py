@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.container.overlap import overlap
 from kvzip.dtypes import Bits, as_bits
 from kvzip.errors import UnsupportedError, UsageError
+from kvzip.overlap import overlap
 
 
 class Sink(Protocol):
