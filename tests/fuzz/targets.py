@@ -130,7 +130,10 @@ class InMemory(Folder):
     ) -> bool:
         if create and path in self.objects:
             return False
-        self.objects[path] = data if isinstance(data, bytes) else data.read()
+        if not isinstance(data, bytes):
+            data.seek(0)
+            data = data.read()
+        self.objects[path] = data
         return True
 
     def under(self, prefix: str) -> Iterator[Meta]:
@@ -174,6 +177,13 @@ def cleared(store: Store) -> None:
     """A profile that a document needs stays, whatever does not tell of it any more."""
     store.prune(profiles=True)
     assert [(each.key, each.documents > 0) for each in store.profiles()] == NEEDED
+
+
+def repaired(store: Store) -> None:
+    """Who puts a document again finds all of it, whatever was lost of it."""
+    assert not store.put(SAVED_FILE).new
+    with store.find(SAVED.token_ids, **WANTED, threads=1) or nullcontext() as match:
+        assert match is not None and match.tokens == SAVED.tokens
 
 
 def emptied(store: Store) -> None:
@@ -224,15 +234,16 @@ def stored() -> dict[str, bytes]:
         made = Store(folder, block_tokens=16)
         made.put_profile(PROFILE)
         made.put(SAVED)
-        with kvzip.open(kvzip.encode(SAVED)) as reader:
+        with kvzip.open(SAVED_FILE) as reader:
             made.put(reader.tokens(0, 20), profile=PROFILE)
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+SAVED_FILE = kvzip.encode(SAVED)
 STORED = stored()
 SMALL = sorted(path for path in STORED if not path.endswith((".kvz", ".kvprofile")))
-USES: list[Callable[[Store], None]] = [looked_in, cleared, emptied]
+USES: list[Callable[[Store], None]] = [looked_in, cleared, emptied, repaired]
 NEEDED = [(f"profiles/{PROFILE.id}", True)]
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "open": opened,
