@@ -116,7 +116,7 @@ def encode(
     known = None if key is None else as_key(key)
     if out is None:
         return writer.encode(threads) if known is None else seal(writer.encode(threads), known)
-    numbers = [part for layer in snapshot.layers for part in layer.held().values()]
+    numbers = [part for layer in snapshot.layers for part in list(layer.held().values())]
     of_sealed = "" if known is None else " (sealed=True)"
     memory = Memory(out, numbers, f"kvzip.max_encoded_size{of_sealed}")
     return memory.first(_written(writer, memory, threads, known))

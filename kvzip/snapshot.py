@@ -123,7 +123,7 @@ class Layer:
         self._put("v", bits)
 
     def _put(self, name: str, bits: Bits) -> None:
-        """From now on the host's numbers count."""
+        """From now on the host's numbers count. At any time they are in one place at least."""
         self._held[name] = bits
         self._on_device.pop(name, None)
 
@@ -178,11 +178,15 @@ class Layer:
     def _elsewhere(self, name: str) -> Bits:
         """A part that is not in memory."""
         self.layout.part(name)
-        if name in self._on_device:
-            return self._on_device[name].read()
-        if self._read is None:
+        device = self._on_device.get(name)
+        if device is not None:
+            return device.read()
+        if self._read is not None:
+            return self._read(name)
+        found = self._held.get(name)  # another thread may have copied it by now
+        if found is None:
             raise UsageError(f"a layer was made without its part {name!r}")
-        return self._read(name)
+        return found
 
 
 class Parts(Mapping[str, Bits]):
@@ -473,11 +477,13 @@ def _check_held(i: int, layer: Layer) -> None:
     """Raise UsageError unless what layer i holds is as its layout says. What is not read yet is as
     the file's header says."""
     held, parts = layer._held, layer.layout.parts
-    there = held.keys() | layer._on_device.keys()
-    if layer._read is None and there != parts.keys():
-        has, wanted = ", ".join([*held, *layer._on_device]), ", ".join(parts)
+    # Threads that look at parts move them from the device to what is held.
+    on_device = dict(layer._on_device)
+    there = dict.fromkeys([*on_device, *list(held)])
+    if layer._read is None and there.keys() != parts.keys():
+        has, wanted = ", ".join(there), ", ".join(parts)
         raise UsageError(f"layer {i} has the parts {has}, and its layout {wanted}")
-    for name, bits in layer._on_device.items():
+    for name, bits in on_device.items():
         if bits.shape != parts[name].shape or bits.form is not parts[name].form:
             raise UsageError(f"layer {i}: {name} is not as its layout says")
     for name, found in list(held.items()):

@@ -322,6 +322,32 @@ def test_tensors_are_not_copied_before_they_are_read(device, room):
     same(device, snapshot, there, by_device=2)
 
 
+def test_threads_look_at_parts_at_once(room):
+    """Whatever another thread copies at any time: what was on the device is held then."""
+    snapshot = make_snapshot(cache_like, 4, "bf16", layers=1, heads=2, tokens=40, dim=64)
+    there = moved(snapshot, room)
+    layer = there.layers[0]
+
+    class Looked(DeviceBits):
+        @property
+        def shape(self):
+            layer.part("v")
+            return tuple(self.tensor.shape)
+
+    class Missed(dict):
+        def get(self, name, default=None):
+            found = super().get(name, default)
+            layer._put(name, snapshot.layers[0].part(name))
+            return found
+
+    k = layer.on_device("k")[0]
+    layer._on_device["k"] = Looked(k.tensor, k.form)
+    there.check()
+    assert layer.on_device("v") is None
+    layer._held = Missed(layer._held)
+    assert np.array_equal(layer.once("k"), snapshot.layers[0].k)
+
+
 def test_copies_are_the_hosts(room, tmp_path):
     snapshot = make_snapshot(cache_like, 4, "bf16", layers=1, heads=2, tokens=40, dim=64)
     there = moved(snapshot, room)
