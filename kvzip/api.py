@@ -94,7 +94,8 @@ def encode(
 
     `codec`: a name, a name with settings ("zstd:level=9"), a config, a Codec, or "auto": what loads
     soonest over a link (:mod:`kvzip.choice.auto`; "auto:gbps=10"). `profile`: what
-    a codec has learned of the model; the reader needs the same. `threads`: 0 for all cores.
+    the codec has learned of the model; the reader needs the same. One that is of another codec is
+    left out. `threads`: 0 for all cores.
     `block_tokens`: tokens in a block, the smallest unit a reader decodes; by default what makes
     blocks of a size that suits the codec. `store_token_ids=False`
     stores a hash of the token ids instead of the ids. `grids=False`: parts whose numbers are on the

@@ -104,6 +104,8 @@ def cut_documents(
         for n in range(len(ids) // body)
     ]
     picked = found[numbers]
+    if not picked and None not in (numbers.start, numbers.stop) and numbers.start >= numbers.stop:
+        raise KVZipError(f"documents {numbers.start}:{numbers.stop} are none: want A:B, A below B")
     if not picked:
         raise KVZipError(
             f"the text has {len(ids):,} tokens: {len(found)} documents of {tokens}; none is left"

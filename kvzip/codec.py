@@ -260,6 +260,11 @@ class Codec(ABC):
     needs_profile: ClassVar[bool] = False
     """Whether the codec can do nothing without one."""
 
+    def uses(self, profile: Any) -> bool:
+        """Whether blocks may be coded by a profile, which it then takes to read them. Default: by
+        one that was learned for this codec."""
+        return bool(profile.codec == self.codec_id)
+
     @classmethod
     def fit(
         cls,

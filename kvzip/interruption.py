@@ -10,7 +10,7 @@ import signal
 import sys
 from contextlib import suppress
 
-WORDS = "interrupted; what was finished is kept"
+WORDS = "interrupted; no file is left half written"
 _STDOUT = ("-", "/dev/stdout")
 
 

@@ -24,6 +24,7 @@ from kvzip.codecs.channel.profile import (
     chosen_of_profile,
     fields,
     rows,
+    stated,
     tables_of,
     takes,
 )
@@ -65,6 +66,9 @@ class ChannelCodec(Codec):
 
     def takes(self, part: PartLayout, kind: str, name: str) -> bool:
         return takes(part)
+
+    def uses(self, profile: Any) -> bool:
+        return stated(profile) is not None
 
     @classmethod
     def fit(

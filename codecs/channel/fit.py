@@ -19,7 +19,7 @@ from kvzip.dtypes import DType
 from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
-from kvzip.statistics.documents import Item, Progress, check_channels, load
+from kvzip.statistics.documents import Item, Progress, check_channels, difference, load
 
 Shapes = dict[tuple[int, str], tuple[int, int]]
 """Heads and dim of parts, by their layer's number and their name."""
@@ -83,8 +83,8 @@ def _counted(
     tokens = 0
     for done, item in enumerate(snapshots):
         snapshot = load(item)
-        if _shapes(snapshot) != shapes or snapshot.dtype != first.dtype:
-            raise ProfileError("the snapshots are of different models or dtypes")
+        if found := difference(snapshot, first):
+            raise ProfileError(found)
         for i, part, _ in parts:
             array = rows(snapshot.layers[i].block(part))
             if not array.size:

@@ -12,13 +12,14 @@ from kvzip import dtypes
 from kvzip.codec import get_codec
 from kvzip.codecs.predictive.codec import check_format
 from kvzip.errors import ProfileError, UnsupportedError
-from kvzip.snapshot import LayerLayout, Snapshot
+from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import (
     SINK_TOKENS,
     Item,
     check_channels,
     check_kinds,
     check_tokens,
+    difference,
     load,
 )
 from kvzip.statistics.rope import ChannelOrder, has_pairs_side_by_side, width
@@ -43,7 +44,6 @@ class Documents:
                     f"{name}, which is {part.dtype} {list(part.shape)}"
                 )
         layers = self.first.layout.layers
-        self.shapes = [_shape(s) for s in layers]
         self.widths = [width(s) for s in layers]
         self.padded_widths = [w + -w % 4 for w in self.widths]
         """How many inputs each layer is for those after it (spec.md)."""
@@ -67,13 +67,8 @@ class Documents:
     def _open(self, item: Item) -> Snapshot:
         """The document; raises ProfileError when it is of another model than the first."""
         snapshot = load(item)
-        layers = snapshot.layout.layers
-        wanted, found = self.first.origin.model, snapshot.origin.model
-        if [_shape(s) for s in layers] != self.shapes or found != wanted:
-            raise ProfileError(
-                f"the snapshots are of different models: {wanted or 'unnamed'} and "
-                f"{found or 'unnamed'}"
-            )
+        if found := difference(snapshot, self.first):
+            raise ProfileError(found)
         return snapshot
 
     def read(
@@ -110,11 +105,6 @@ class Documents:
     def spread(self, wanted: int) -> list[int]:
         """Numbers of at most so many documents, evenly."""
         return sorted({int(i) for i in np.linspace(0, len(self) - 1, min(len(self), wanted))})
-
-
-def _shape(layer: LayerLayout) -> tuple[int, ...]:
-    """Heads and channels of a layer's keys and of its values."""
-    return (layer.k[-3], layer.k[-1], layer.v[-3], layer.v[-1])
 
 
 def _sinks(snapshot: Snapshot, held: int) -> int:

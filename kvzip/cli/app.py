@@ -14,3 +14,4 @@ app = App(
 )
 evaluate = App(name="eval", help="The evaluation: prices, the paper, what compression is worth.")
 app.command(evaluate)
+app.register_install_completion_command()

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from kvzip import tensors
+from kvzip.cli.terminal import complain
 from kvzip.container import MAGIC
 from kvzip.container.sealed import Key, is_sealed
 from kvzip.container.secret_keys import key_in_file
@@ -204,6 +205,21 @@ def _length(name: str, first: bytearray) -> int | None:
     if len(first) < 4:
         return None
     return 1 << 62 if is_slot(first) else tensors.whole_length(name, first)
+
+
+def codec_for(named: str | None, profile: Profile | None) -> str:
+    """The codec that encodes: the one that is named, or that of the profile, or `channel`."""
+    if named is None:
+        return "channel" if profile is None else profile.codec
+    if profile is not None and not named.startswith("auto"):
+        from kvzip.codec import get_codec
+
+        codec = get_codec(named)
+        if not codec.needs_profile and not codec.uses(profile):
+            complain(
+                f"--codec {named} uses no profile of {profile.codec}: files are written without it"
+            )
+    return named
 
 
 def read_profile(path: Path | None) -> Profile | None:

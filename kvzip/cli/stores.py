@@ -12,7 +12,16 @@ from cyclopts import Parameter
 
 from kvzip import api
 from kvzip.cli.app import app
-from kvzip.cli.arguments import Json, KeyFile, ProfilePath, Threads, kind_of, read_key, read_profile
+from kvzip.cli.arguments import (
+    Json,
+    KeyFile,
+    ProfilePath,
+    Threads,
+    codec_for,
+    kind_of,
+    read_key,
+    read_profile,
+)
 from kvzip.cli.failures import CheckFailed, each, emit_with
 from kvzip.cli.terminal import bar, counted, emit, say, sizes
 from kvzip.errors import CorruptError, FormatError, StoreError, UsageError
@@ -37,7 +46,7 @@ def put(
     *,
     store: StoreUrl,
     key_file: KeyFile = None,
-    codec: str = "channel",
+    codec: str | None = None,
     profile: ProfilePath = None,
     limit_bytes: int | None = None,
     block_tokens: int | None = None,
@@ -52,6 +61,8 @@ def put(
     ----------
     documents
         Snapshots, which are encoded, .kvz files, which are stored as they are, and profiles.
+    codec
+        What snapshots are encoded with. Default: what the profile is of, or channel.
     limit_bytes
         Evict the documents used longest ago when all together take more.
     block_tokens
@@ -66,6 +77,7 @@ def put(
         store, limit_bytes=limit_bytes, block_tokens=block_tokens, key=read_key(key_file)
     )
     known, began = read_profile(profile), time.perf_counter()
+    chosen = codec_for(codec, known)
     new_profiles: dict[str, bool] = {}
     with bar("put", len(documents), in_bytes=False) as advance:
 
@@ -75,11 +87,12 @@ def put(
                 new_profiles[own.id] = target.put_profile(own, replace)
                 advance(1)
                 return own
-            entry = target.put(path, codec=codec, profile=known, threads=threads, replace=replace)
+            entry = target.put(path, codec=chosen, profile=known, threads=threads, replace=replace)
             advance(1)
             return entry
 
-        stored, failed = each(documents, one)
+        # Profiles first: the documents may be those that need them.
+        stored, failed = each(sorted(documents, key=lambda p: kind_of(p) != "a profile"), one)
     entries = [(path, each) for path, each in stored if not isinstance(each, Profile)]
     profiles = [
         {"file": str(path)} | _profile_entry(each, new_profiles[each.id])
@@ -329,7 +342,7 @@ def rm(
 ) -> None:
     """Remove documents, and profiles that no document needs, from a store, by their keys; exit code
     1 if one is not there, 2 if a profile is needed. If one fails, the others are removed all the
-    same.
+    same; if one is no key at all, none is.
 
     Parameters
     ----------

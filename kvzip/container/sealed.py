@@ -350,7 +350,7 @@ def _find(key: AnyKey | None, name: str) -> Key:
     """The key of that name. Raises SealError."""
     called = f" (its key is called {name!r})" if name else ""
     if key is None:
-        raise SealError(f"the file is sealed: give its key{called}")
+        raise SealError(f"the file is sealed: give its key{called} (key=, --key-file)")
     if isinstance(key, Key):
         if key.name not in ("", name):
             raise SealError(f"the file is sealed with another key than {key.name!r}{called}")

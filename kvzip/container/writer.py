@@ -103,6 +103,8 @@ class Writer:
             raise ProfileError(
                 f"codec {codec.codec_id!r} needs a profile: give profile= or --profile"
             )
+        if profile is not None and not codec.needs_profile and not codec.uses(profile):
+            profile = None  # or the file could not be read without it, and for nothing
         self.snapshot, self.codec, self.profile = snapshot, codec, profile
         self._codecs = Codecs.choose(codec, snapshot.layout)
         if grids and may_use_grids(codec, profile):

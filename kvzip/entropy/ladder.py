@@ -42,6 +42,7 @@ from kvzip.statistics.documents import (
     Progress,
     check_channels,
     check_held,
+    difference,
     hold_out,
     inputs_of,
     load,
@@ -186,25 +187,8 @@ class Fitted:
 
 def check_same_model(snapshot: Snapshot, first: Snapshot) -> None:
     """Raise KVZipError unless both are caches of one model, with parts of the same formats."""
-    shapes = [
-        [(i, name, p.size("h"), p.size("d")) for i, name, p in s.layout.parts()]
-        for s in (snapshot, first)
-    ]
-    if shapes[0] != shapes[1] or snapshot.origin.model != first.origin.model:
-        raise KVZipError(
-            f"the snapshots are of different models: {first.origin.model or 'unnamed'} and "
-            f"{snapshot.origin.model or 'unnamed'}"
-        )
-    if snapshot.dtype != first.dtype:
-        raise KVZipError(f"the snapshots differ in dtype: {first.dtype} and {snapshot.dtype}")
-    for (i, name, part), (*_, other) in zip(
-        snapshot.layout.parts(), first.layout.parts(), strict=True
-    ):
-        if part.dtype != other.dtype:
-            raise KVZipError(
-                f"the snapshots differ in the dtype of layer {i}'s {name}: "
-                f"{other.dtype} and {part.dtype}"
-            )
+    if found := difference(snapshot, first):
+        raise KVZipError(found)
 
 
 def fingerprint(snapshot: Snapshot) -> bytes:

@@ -176,7 +176,7 @@ def check_held(layout: Layout, count: int) -> None:
         f"layer {i} slides and holds only the last {layer.stored} of "
         f"{layout.tokens} tokens, so {count} cannot be kept, only all of them: pass prompt=, "
         "longer than the document and beginning with all of it, or capture the document with "
-        "`kvzip capture`"
+        "`kvzip capture --full-history`"
     )
 
 

@@ -37,6 +37,32 @@ def load(item: Item) -> Snapshot:
     return item if isinstance(item, Snapshot) else Snapshot.load(item)
 
 
+def difference(snapshot: Snapshot, first: Snapshot) -> str:
+    """In what a document differs from the first so that both are not of one model, in words; ""
+    where it does not."""
+    a, b = first.origin.model, snapshot.origin.model
+    if a != b:
+        return f"the snapshots are of different models: {a or 'unnamed'} and {b or 'unnamed'}"
+    if snapshot.dtype != first.dtype:
+        return f"the snapshots differ in dtype: {first.dtype} and {snapshot.dtype}"
+    counts = len(first.layers), len(snapshot.layers)
+    if counts[0] != counts[1]:
+        return f"the snapshots differ in layers: {counts[0]} and {counts[1]}"
+    for i, (one, other) in enumerate(zip(first.layout.layers, snapshot.layout.layers, strict=True)):
+        named = ", ".join(one.parts), ", ".join(other.parts)
+        if named[0] != named[1]:
+            return f"the snapshots differ in the parts of layer {i}: {named[0]} and {named[1]}"
+        for name, part in one.parts.items():
+            own = other.parts[name]
+            if part.dtype != own.dtype:
+                what = f"{part.dtype} and {own.dtype}"
+                return f"the snapshots differ in the dtype of layer {i}'s {name}: {what}"
+            shapes = [f"{p.size('h')} heads of {p.size('d')}" for p in (part, own)]
+            if shapes[0] != shapes[1]:
+                return f"the snapshots differ in layer {i}'s {name}: {' and '.join(shapes)}"
+    return ""
+
+
 def check_channels(snapshot: Snapshot) -> None:
     """Raise ProfileError for a document that has no layers, or no channels in them: nothing can be
     learned from it."""

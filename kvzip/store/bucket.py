@@ -101,7 +101,7 @@ class Bucket:
         options: Mapping[str, Any] | None = None,
     ):
         if find_spec("obstore") is None:
-            raise KVZipError("buckets need more: pip install 'kvzip[store]'")
+            raise KVZipError("buckets and URLs need more: pip install 'kvzip[store]'")
         url = plain_scheme(url)
         self.url = without_secrets(url)
         _check_text(url, self.url)

@@ -39,7 +39,10 @@ class Identity(msgspec.Struct, frozen=True):
         """What a document says of itself. Raises KVZipError when it does not name its model."""
         header = reader.header
         if not (header.origin.model or is_fingerprint(header.origin.revision)):
-            raise KVZipError("the document does not name its model, by which it would be found")
+            raise KVZipError(
+                "the document does not name its model, by which it would be found: "
+                "Snapshot.from_arrays(..., origin=kvzip.Origin(model=..., revision=...)) does"
+            )
         return cls.of(
             header.origin.model, header.origin.revision, header.layout.dtype, header.profile or ""
         )

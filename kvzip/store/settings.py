@@ -64,7 +64,7 @@ class SettingsFile:
     def _checked(self, data: bytes) -> _Settings:
         url = self._objects.url
         if is_sealed(data):
-            raise SealError(f"{url} is a sealed store: give its key")
+            raise SealError(f"{url} is a sealed store: give its key (key=, --key-file)")
         try:
             found = from_json(data, _Settings)
         except FormatError as error:

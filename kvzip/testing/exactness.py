@@ -49,18 +49,22 @@ def assert_bit_exact(
     profile: Profile | None = None,
     token_ids: Any = None,
     model: Any = None,
+    dtype: str | None = None,
 ) -> list[Exactness]:
     """Encode and decode a cache with each codec; fail unless all of it comes back bit for bit.
 
     `cache`: a Snapshot, the path of a snapshot file, a sequence of (K, V) arrays, one pair a layer,
     or a `Cache` of transformers, for which `token_ids` and `model` are as for
-    :meth:`kvzip.Snapshot.from_cache`. `codecs`: names; None: all that are installed, of which
-    those that need a profile are left out where none is given. Raises AssertionError, and
-    KVZipError for what is no cache.
+    :meth:`kvzip.Snapshot.from_cache`. `dtype`: what arrays of integers hold the bits of
+    (:func:`kvzip.dtypes.as_bits`). `codecs`: names; None: all that are installed, of which those
+    that need a profile (`predictive`) are left out where it is not the one given. Raises
+    AssertionError, and KVZipError for what is no cache.
     """
-    snapshot = _snapshot(cache, token_ids, model)
+    snapshot = _snapshot(cache, token_ids, model, dtype)
     if codecs is None:
-        wanted = [n for n in codec_names() if profile or not get_codec(n).needs_profile]
+        each = map(get_codec, codec_names())
+        usable = [c for c in each if not c.needs_profile or (profile and c.uses(profile))]
+        wanted = [codec.codec_id for codec in usable]
     else:
         wanted = [codecs] if isinstance(codecs, str) else list(codecs)
     found = []
@@ -73,11 +77,11 @@ def assert_bit_exact(
     return found
 
 
-def _snapshot(cache: Any, token_ids: Any, model: Any) -> Snapshot:
+def _snapshot(cache: Any, token_ids: Any, model: Any, dtype: str | None) -> Snapshot:
     if isinstance(cache, Snapshot):
         return cache
     if isinstance(cache, str | os.PathLike):
         return Snapshot.load(cache)
     if isinstance(cache, Sequence):
-        return Snapshot.from_arrays(cache, token_ids=token_ids)
+        return Snapshot.from_arrays(cache, dtype, token_ids=token_ids)
     return Snapshot.from_cache(cache, token_ids, model)

@@ -40,6 +40,55 @@ def test_encode_verify_info_decode(tmp_path, capsys, snapshot, codec):
     assert np.array_equal(kvzip.Snapshot.load(back).layers[1].v, snapshot.layers[1].v)
 
 
+def test_a_profile_names_the_codec_and_is_needed_only_by_what_uses_it(tmp_path, capsys, snapshot):
+    """Files of a codec that a profile says nothing to are as they are without one."""
+    doc, kvz, kept = (tmp_path / n for n in ("doc.safetensors", "a.kvz", "m.kvprofile"))
+    profile = kvzip.Profile.fit([snapshot], token_table=False)
+    profile.save(kept)
+    code, encoded = run_json(capsys, "encode", doc, "-o", kvz, "--profile", kept)
+    assert (code, encoded["codec"]["id"]) == (0, "predictive")
+    assert kvzip.info(kvz).header.profile == profile.id
+    for codec in ("zstd", "channel", "auto:gbps=100"):
+        code, _, err = run(capsys, "encode", doc, "-o", kvz, "--codec", codec, "--profile", kept)
+        assert code == 0 and ("without it" in err) == (codec[:4] != "auto")
+        chosen = kvzip.info(kvz).header.codec["id"]
+        assert kvz.read_bytes() == kvzip.encode(snapshot, chosen, profile)
+        if chosen != "predictive":
+            assert kvz.read_bytes() == kvzip.encode(snapshot, chosen)
+            assert kvzip.decode(kvz) == snapshot
+    store = ["--store", tmp_path / "s", "--profile", kept]
+    assert run(capsys, "put", doc, *store, "--codec", "zstd")[0] == 0
+    assert run_json(capsys, "ls", *store[:2])[1]["profiles"] == []
+    assert run(capsys, "put", doc, *store)[0] == 0
+    [listed] = run_json(capsys, "ls", *store[:2])[1]["profiles"]
+    assert listed["key"] == f"profiles/{profile.id}"
+
+
+@pytest.mark.parametrize("codec", ["predictive", "channel"])
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"dtype": "fp32"}, "differ in dtype: bf16 and fp32"),
+        ({"layers": 3}, "differ in layers: 2 and 3"),
+        ({"heads": 1}, "layer 0's k: 2 heads of 32 and 1 heads of 32"),
+        ({"dim": 16}, "layer 0's k: 2 heads of 32 and 2 heads of 16"),
+    ],
+    ids=str,
+)
+def test_documents_that_do_not_belong_together(tmp_path, capsys, snapshot, codec, other, said):
+    kind = {"dtype": "bf16", "layers": 2, "heads": 2, "tokens": 300, "dim": 32} | other
+    form = kind.pop("dtype")
+    make_snapshot(cache_like, 2, form, **kind).save(tmp_path / "b.safetensors")
+    for names in (["doc", "b"], ["b", "doc"]):
+        files = [tmp_path / f"{name}.safetensors" for name in names]
+        code, _, err = run(capsys, "fit", *files, "--codec", codec, "-o", tmp_path / "p.kvprofile")
+        assert code in (1, 2) and "the snapshots differ in " in err, err
+    code, _, err = run(
+        capsys, "fit", *files[::-1], "--codec", codec, "-o", tmp_path / "p.kvprofile"
+    )
+    assert said in err
+
+
 def test_words_for_people(tmp_path, capsys, snapshot):
     doc, kvz = tmp_path / "doc.safetensors", tmp_path / "a.kvz"
     assert "ratio" in run(capsys, "encode", doc, "-o", kvz)[1]

@@ -188,7 +188,7 @@ def test_documents_with_other_parts_are_of_another_model():
     other = Snapshot(two.layers, "bf16", two.token_ids, two.origin)
     with pytest.raises(KVZipError, match="dtype of layer 5's k_scale: fp32 and int8"):
         entropy.measure([one, other])
-    with pytest.raises(KVZipError, match="different models"):
+    with pytest.raises(KVZipError, match="differ in layers: 6 and 5"):
         entropy.measure([one, Snapshot(two.layers[:-1], "bf16", two.token_ids, two.origin)])
 
 

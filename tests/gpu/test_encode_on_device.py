@@ -397,7 +397,7 @@ def test_where_there_is_no_gpu(room, monkeypatch):
     snapshot = make_snapshot(cache_like, 4, "bf16", layers=2, heads=2, tokens=140, dim=64)
 
     def none(spec):
-        raise kvzip.UnsupportedError("decoding on a GPU needs CUDA for Python")
+        raise kvzip.UnsupportedError("a GPU needs CUDA for Python")
 
     monkeypatch.setattr(writer, "get_device", none)
     for device in (None, "cpu", torch.device("cpu")):

@@ -44,7 +44,7 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise UnsupportedError(
-            f"decoding on a GPU needs CUDA for Python: pip install 'kvzip[gpu]' ({error})"
+            f"a GPU needs CUDA for Python: pip install 'kvzip[gpu]' ({error})"
         ) from None
     return driver
 
