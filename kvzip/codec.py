@@ -262,8 +262,8 @@ class Codec(ABC):
 
     def uses(self, profile: Any) -> bool:
         """Whether blocks may be coded by a profile, which it then takes to read them. Default: by
-        one that was learned for this codec."""
-        return bool(profile.codec == self.codec_id)
+        one that was learned for this codec, or that names none."""
+        return profile.description.get("codec") in (None, self.codec_id)
 
     @classmethod
     def fit(

@@ -47,6 +47,10 @@ class StoreError(KVZipError):
     """A store does not answer, not in time, or not as it should."""
 
 
+class NotStoredError(StoreError):
+    """A store answers, and does not have what it is asked for."""
+
+
 class DiskFullError(KVZipError):
     """A disk is full where a long run stores what it has finished; it can be gone on with."""
 

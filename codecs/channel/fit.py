@@ -34,6 +34,7 @@ def fit(snapshots: Sequence[Item], progress: Progress | None = None) -> Profile:
     first = load(snapshots[0])
     check_channels(first)
     form, shapes = dtypes.get(first.dtype), _shapes(first)
+    fields(form)  # raises for a format that the codec does not take
     if not shapes:
         raise UnsupportedError(
             f"codec 'channel' learns nothing of this snapshot: no part has tokens, is {form.name} "

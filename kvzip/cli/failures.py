@@ -19,6 +19,7 @@ from kvzip.errors import (
     DiskFullError,
     FormatError,
     KVZipError,
+    NotStoredError,
     ProfileError,
     SealError,
     StoreError,
@@ -52,7 +53,7 @@ class Failure(NamedTuple):
     """How a command failed, as the person who typed it is told."""
 
     kind: str
-    """usage, unsupported, profile, key, format, corrupt, store, check, system, memory,
+    """usage, unsupported, profile, key, format, corrupt, absent, store, check, system, memory,
     interrupted, package or bug."""
     exit: int
     message: str
@@ -82,7 +83,7 @@ def each(items: Sequence[T], do: Callable[[T], U]) -> tuple[list[tuple[T, U]], l
                 raise
             found = failure_of(error)
             failed.append(Failed(item, found))
-            if isinstance(error, StoreError):
+            if isinstance(error, StoreError) and not isinstance(error, NotStoredError):
                 given_up = found._replace(message=f"not tried, since {found.message}")
                 failed += [Failed(other, given_up) for other in rest]
                 break
@@ -133,6 +134,7 @@ def _told(error: BaseException) -> tuple[str, int, str]:
     for kind, code, name in (
         (CorruptError, 1, "corrupt"),
         (FormatError, 1, "format"),
+        (NotStoredError, 1, "absent"),
         (StoreError, 1, "store"),
         (DiskFullError, 1, "system"),
         (ProfileError, 2, "profile"),

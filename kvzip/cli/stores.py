@@ -24,7 +24,7 @@ from kvzip.cli.arguments import (
 )
 from kvzip.cli.failures import CheckFailed, each, emit_with
 from kvzip.cli.terminal import bar, counted, emit, say, sizes
-from kvzip.errors import CorruptError, FormatError, StoreError, UsageError
+from kvzip.errors import CorruptError, FormatError, NotStoredError, UsageError
 from kvzip.files import is_standard_output
 from kvzip.parsing import from_json
 from kvzip.profile import Profile
@@ -184,7 +184,7 @@ def get(
             threads=threads,
         )
         if found is None:
-            raise StoreError("no document in the store begins as the prompt does")
+            raise NotStoredError("no document in the store begins as the prompt does")
         match = found
     with match:
         if output is not None and as_stored:

@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from kvzip.container import Reader, Source
 from kvzip.container.sealed import AnyKey
-from kvzip.errors import KVZipError, StoreError, UsageError, first_line
+from kvzip.errors import KVZipError, NotStoredError, StoreError, UsageError, first_line
 from kvzip.options import integer, seconds
 from kvzip.profile import Profile
 from kvzip.store.answers import as_store_errors, told
@@ -361,7 +361,7 @@ def open_url(
     try:
         return Reader(bucket.source(name), profile, threads, key)
     except FileNotFoundError:
-        raise StoreError(f"there is no {shown}") from None
+        raise NotStoredError(f"there is no {shown}") from None
 
 
 def _folder_and_name(url: str) -> tuple[str, str]:

@@ -40,7 +40,15 @@ from kvzip import api, dtypes, metrics
 from kvzip.codec import Codec
 from kvzip.container import Reader
 from kvzip.container.sealed import AnyKey
-from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, StoreError, UsageError
+from kvzip.errors import (
+    CorruptError,
+    FormatError,
+    KVZipError,
+    NotStoredError,
+    ProfileError,
+    StoreError,
+    UsageError,
+)
 from kvzip.files import replacing
 from kvzip.options import boolean, callback, integer, text
 from kvzip.parsing import from_json
@@ -357,13 +365,13 @@ class Store:
 
     def open(self, key: str, profile: Profile | None = None, threads: int = 0) -> Reader:
         """Open a document by its key, to be read in ranges; unless a profile is given, the one that
-        it needs is fetched when the first number is decoded. Raises StoreError when it is not there
-        (any more); the rest as :func:`kvzip.open`."""
+        it needs is fetched when the first number is decoded. Raises NotStoredError when it is not
+        there (any more); the rest as :func:`kvzip.open`."""
         try:
             reader = self.bucket.open(document_path(key), profile, threads)
         except FileNotFoundError:
             self.check_key()  # or it has another name
-            raise StoreError(f"there is no document {key} in {self.bucket.url}") from None
+            raise NotStoredError(f"there is no document {key} in {self.bucket.url}") from None
         reader.look_for_profile(self.get_profile)
         return reader
 
@@ -391,7 +399,7 @@ class Store:
             try:
                 self.bucket.copy(document_path(key), file, progress)
             except FileNotFoundError:
-                raise StoreError(f"there is no document {key} in {self.bucket.url}") from None
+                raise NotStoredError(f"there is no document {key} in {self.bucket.url}") from None
             size = file.tell()
             file.flush()
             with api.open(file) as reader:

@@ -39,8 +39,8 @@ def test_put_list_remove_prune(documents, capsys):
     )
     code, found = run_json(capsys, "rm", keys[0], keys[1], "--store", "s")
     assert (code, found) == (1, {"removed": [keys[1]], "missing": [keys[0]]})
-    code, _, err = run(capsys, "get", "--store", "s", "--like", documents[0])
-    assert code == 1 and "no document" in err
+    code, missed = run_json(capsys, "get", "--store", "s", "--like", documents[0])
+    assert (code, missed["kind"]) == (1, "absent") and "no document" in missed["error"]
 
     assert run_json(capsys, "prune", "--store", "s")[1]["documents"] == 1
     code, pruned = run_json(capsys, "prune", "--store", "s", "--limit-bytes", 1)
