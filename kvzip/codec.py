@@ -276,6 +276,12 @@ class Codec(ABC):
         raise UnsupportedError(f"codec {cls.codec_id!r} learns nothing: it has no profiles")
 
 
+def profile_for(codec: Codec, profile: Any) -> Any:
+    """The profile that a file is made with: none that says nothing to the codec, or the file could
+    not be read without it, and for nothing. A codec that needs one says itself what is wrong."""
+    return profile if profile is not None and (codec.needs_profile or codec.uses(profile)) else None
+
+
 @cache
 def _settings(cls: type[Codec]) -> tuple[str, ...]:
     """The names of a codec's settings."""

@@ -32,6 +32,7 @@ from kvzip.tensors import TensorFile
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON object on stdout.")]
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 KvzFile = Annotated[str, Parameter(help="A .kvz file: a path, a URL, or - for stdin.")]
+OutFolder = Annotated[Path, Parameter(name=["--out", "--output", "-o"])]
 ResultFile = Annotated[Path | None, Parameter(name=["--output", "-o", "--out"])]
 Texts = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 Threads = Annotated[int, Parameter(help="0: all cores.")]
@@ -212,10 +213,9 @@ def codec_for(named: str | None, profile: Profile | None) -> str:
     if named is None:
         return "channel" if profile is None else profile.codec
     if profile is not None and not named.startswith("auto"):
-        from kvzip.codec import get_codec
+        from kvzip.codec import get_codec, profile_for
 
-        codec = get_codec(named)
-        if not codec.needs_profile and not codec.uses(profile):
+        if profile_for(get_codec(named), profile) is None:
             complain(
                 f"--codec {named} uses no profile of {profile.codec}: files are written without it"
             )

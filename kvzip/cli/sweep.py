@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import msgspec
-from cyclopts import Parameter
 
 from kvzip.cli.app import app
-from kvzip.cli.arguments import Json, NativeBf16, choose_products
+from kvzip.cli.arguments import Json, NativeBf16, OutFolder, choose_products
 from kvzip.cli.terminal import emit, say, steps
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 def sweep(
     config: Path,
     *,
-    out: Annotated[Path, Parameter(name=["--out", "--output", "-o"])] = Path("sweep"),
+    out: OutFolder = Path("sweep"),
     workers: int = 1,
     ray: str | None = None,
     retry: bool = False,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvzip import checksum, metrics
-from kvzip.codec import Codec, Context
+from kvzip.codec import Codec, Context, profile_for
 from kvzip.codecs import _native
 from kvzip.codecs.native.cuda.arrays import target_of
 from kvzip.codecs.native.cuda.device import MemoryFullError, get_device, is_cpu
@@ -103,8 +103,7 @@ class Writer:
             raise ProfileError(
                 f"codec {codec.codec_id!r} needs a profile: give profile= or --profile"
             )
-        if profile is not None and not codec.needs_profile and not codec.uses(profile):
-            profile = None  # or the file could not be read without it, and for nothing
+        profile = profile_for(codec, profile)
         self.snapshot, self.codec, self.profile = snapshot, codec, profile
         self._codecs = Codecs.choose(codec, snapshot.layout)
         if grids and may_use_grids(codec, profile):
