@@ -44,6 +44,11 @@ def pytest_xdist_auto_num_workers():
 DAY = int(os.environ.setdefault("KVZIP_TEST_DAY", str(date.today().toordinal())))
 
 
+# Seconds, ten times what the longest test takes on a slow machine: one that hangs is to fail by its
+# name before all runs out of time, or of memory.
+LONGEST = 600
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--draw", action="store_true", help="of cases marked drawn(n) the day's, which are one in n"
@@ -99,6 +104,10 @@ def pytest_collection_modifyitems(items, config):
         config.hook.pytest_deselected(items=others)
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.get_closest_marker("first") is None, -tests[item.path]))
+    if config.pluginmanager.hasplugin("timeout"):  # which the engines' environments have not
+        for item in items:
+            if item.get_closest_marker("long") is None:
+                item.add_marker(pytest.mark.timeout(LONGEST, method="signal"))
 
 
 def pytest_collection_finish():
