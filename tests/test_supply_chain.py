@@ -149,7 +149,7 @@ def test_no_name_in_a_file_leads_out_of_a_store(tmp_path):
     """A store makes a file's name of the profile's that a header names."""
     snapshot = make_snapshot(cache_like, 1, "bf16", tokens=128)
     profile = kvzip.Profile.fit([snapshot], codec="channel")
-    blob = bytearray(kvzip.encode(snapshot, "raw", profile))
+    blob = bytearray(kvzip.encode(snapshot, "channel", profile))
     at, path = blob.index(profile.id.encode()), tmp_path / "doc.kvz"
     for name in ("../" * 3 + "outside", "/" + str(tmp_path / "x")[1:], "a\\\\..", "A", "\\u0000"):
         blob[at : at + 64] = (name + "/" * 64).encode()[:62] + b"ab"
