@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip.errors import UnsupportedError, UsageError, told_as
+from kvzip.errors import UnsupportedError, UsageError, extra_told, told_as
 
 Bits = NDArray[Any]
 """An array of uint8, uint16, uint32 or uint64 that holds the raw bits of numbers."""
@@ -248,8 +248,10 @@ def _named(tensor: Any) -> str:
 
 
 def as_tensor(bits: Bits, dtype: str) -> Any:
-    """A torch tensor on the same memory as `bits` (which must be writable)."""
-    import torch
+    """A torch tensor on the same memory as `bits` (which must be writable). Raises KVZipError where
+    torch is not installed."""
+    with extra_told("tensors need torch", "hf"):
+        import torch
 
     signed: NDArray[Any] = bits.view(np.dtype(f"<i{bits.dtype.itemsize}"))
     return torch.from_numpy(signed).view(getattr(torch, get(dtype).torch))

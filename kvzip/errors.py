@@ -87,6 +87,16 @@ def told_as(kind: type[KVZipError], what: str) -> Iterator[None]:
         raise kind(f"{what}: {first_line(error)}") from error
 
 
+@contextmanager
+def extra_told(what: str, extra: str, kind: type[KVZipError] = KVZipError) -> Iterator[None]:
+    """A package that is not installed becomes `kind`, which begins with `what` and names the extra
+    of kvzip that brings it."""
+    try:
+        yield
+    except ImportError as error:
+        raise kind(f"{what}: pip install 'kvzip[{extra}]' ({error})") from None
+
+
 def is_panic(error: BaseException) -> bool:
     """Whether an error is a panic of a library in Rust: a BaseException that cannot be imported."""
     return type(error).__name__ == "PanicException"

@@ -31,6 +31,7 @@ from kvzip.errors import (
     UnsupportedError,
     UsageError,
     WeightsError,
+    extra_told,
 )
 from kvzip.options import callback
 from kvzip.workers import Lock
@@ -182,10 +183,8 @@ def prometheus(registry: Any = None, prefix: str = "kvzip_") -> Callable[[], Non
     Names are `prefix` and those of METRICS, counters with ``_total`` behind. Raises KVZipError
     where that package is missing, UsageError where the registry has such names already.
     """
-    try:
+    with extra_told("this needs more", "metrics"):
         from prometheus_client import REGISTRY, Counter, Histogram
-    except ImportError as error:
-        raise KVZipError(f"this needs more: pip install 'kvzip[metrics]' ({error})") from None
     chosen = REGISTRY if registry is None else registry
     made: dict[str, Any] = {}
 

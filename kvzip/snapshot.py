@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.dtypes import Bits, DeviceBits
-from kvzip.errors import CorruptError, FormatError, UsageError
+from kvzip.errors import CorruptError, FormatError, UsageError, extra_told
 from kvzip.files import replacing
 from kvzip.layout import Kind, LayerLayout, Layout, Origin, PartLayout, StoredLayout
 from kvzip.options import boolean, items, pairs, same_from_json
@@ -457,9 +457,11 @@ class Snapshot:
 
         The prompt must go on beyond it: with a cache as long as the prompt `generate` would give
         wrong tokens, and the cache raises KVZipError (where the model rotates its keys).
-        `kvzip.load.hf.load_cache` compares the prompt's ids, too.
+        `kvzip.load.hf.load_cache` compares the prompt's ids, too. Raises KVZipError where
+        transformers is not installed.
         """
-        from kvzip.load.hf import cache_of_snapshot
+        with extra_told("a cache for a model needs more", "hf"):
+            from kvzip.load.hf import cache_of_snapshot
 
         return cache_of_snapshot(self, config)
 

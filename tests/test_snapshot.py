@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import msgspec
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from support import assert_same, cache_like, make_snapshot, random_bits
 
 import kvzip
 from kvzip import dtypes
-from kvzip.errors import CorruptError, FormatError, UsageError
+from kvzip.errors import CorruptError, FormatError, KVZipError, UsageError
 from kvzip.layout import StoredLayout
 from kvzip.snapshot import Description
 
@@ -78,3 +80,14 @@ def test_shapes_that_do_not_fit_are_refused():
         kvzip.Snapshot.from_arrays([(np.zeros((2, 4), np.float16),) * 2])
     with pytest.raises(UsageError, match="at least one layer"):
         kvzip.Snapshot.from_arrays([])
+
+
+@pytest.mark.parametrize(
+    ("missing", "wanted"),
+    [("torch", lambda s: s.tensors()), ("kvzip.load.hf", lambda s: s.to_cache(None))],
+    ids=["tensors", "to_cache"],
+)
+def test_what_needs_torch_names_the_extra_where_it_is_missing(missing, wanted, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(KVZipError, match=r"pip install 'kvzip\[hf\]'"):
+        wanted(make_snapshot(cache_like, 1, "bf16"))

@@ -83,7 +83,8 @@ def _least_alike(
 ) -> list[int]:
     """At most `room` items, one after the other; the first is the one that tells most."""
     unit = np.sqrt(np.diag(left))
-    alike = (left / np.outer(unit, unit)) ** 2
+    # A channel of which nothing is left is alike by rounding alone, and may seem to be anything.
+    alike = np.clip(left / np.outer(unit, unit), -1, 1) ** 2
     # Of items: the sum over their channels.
     size = items.shape[1]
     rows = sum(alike[items[:, a]] for a in range(size))

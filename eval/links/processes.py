@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, extra_told
 from kvzip.parsing import from_json
 from kvzip.store.bucket import forget_clients, open_url
 
@@ -110,10 +110,8 @@ def reading(
 
 
 def _serve(folder: str, address: str, say: Callable[[dict[str, Any]], None]) -> None:
-    try:
+    with extra_told("links are measured with aiohttp", "eval"):
         from aiohttp import web
-    except ImportError:
-        raise KVZipError("links are measured with aiohttp: pip install 'kvzip[eval]'") from None
     app = web.Application()
     app.router.add_static("/", folder)
     web.run_app(app, host=address, port=PORT, access_log=None, print=lambda *_: say({"port": PORT}))

@@ -27,7 +27,7 @@ from kvzip.choice.cost import (
     load_cost,
     number,
 )
-from kvzip.errors import CorruptError, FormatError, KVZipError
+from kvzip.errors import CorruptError, FormatError, KVZipError, extra_told
 from kvzip.eval.traffic.eviction import Lru
 from kvzip.parsing import from_toml
 from kvzip.reading import contents
@@ -269,10 +269,8 @@ class _Events(NamedTuple):
 def simulate(fleet: Fleet, ratio: float = 1.0, seed: int = 0) -> Counts:
     """Counts of one run of the fleet, read by read. Raises KVZipError for more than five million
     reads, or documents: their closed form is as good."""
-    try:
+    with extra_told("a simulation needs SimPy", "eval"):
         import simpy
-    except ImportError:
-        raise KVZipError("a simulation needs SimPy: pip install 'kvzip[eval]'") from None
     fleet.check()
     if fleet.reads * (1 + 1 / fleet.reads_per_write) > _MOST_EVENTS:
         raise KVZipError(

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from kvzip.choice.cost import GB, MTOK, CodecFigures, PrefillModel, fit_prefill
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, extra_told
 from kvzip.eval.frontier.hull import hull
 from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
@@ -81,10 +81,8 @@ def write_report(
 
 def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 - frozen
     """The report as HTML text."""
-    try:
+    with extra_told("a report needs jinja2", "eval"):
         import jinja2
-    except ImportError as error:
-        raise KVZipError("a report needs jinja2: pip install 'kvzip[eval]'") from error
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kvzip.errors import KVZipError, UsageError
+from kvzip.errors import KVZipError, UsageError, extra_told
 from kvzip.eval.sweep.rows import RowFolder, schema
 
 
@@ -16,12 +16,10 @@ def query(path: str | os.PathLike[str], sql: str) -> list[dict[str, Any]]:
 
     Raises UsageError for a query that DuckDB does not take, KVZipError when there are no rows.
     """
-    try:
+    with extra_told("queries need more", "eval"):
         import duckdb
         import pyarrow as pa
         import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise KVZipError(f"queries need: pip install 'kvzip[eval]' ({error})") from None
     given = Path(path)
     if given.is_dir():
         if not (given / "rows").is_dir():

@@ -19,7 +19,14 @@ from pathlib import Path
 
 import msgspec
 
-from kvzip.errors import DiskFullError, KVZipError, UsageError, disk_full_told, first_line
+from kvzip.errors import (
+    DiskFullError,
+    KVZipError,
+    UsageError,
+    disk_full_told,
+    extra_told,
+    first_line,
+)
 from kvzip.eval.results.sweep import SweepRow
 from kvzip.eval.sweep.kinds import AnyPoint, measure, row_form
 from kvzip.eval.sweep.rows import RowFolder
@@ -148,10 +155,8 @@ def _end_with(parent: int) -> None:
 
 def _on_ray(points: Sequence[AnyPoint], folder: Path, address: str) -> Iterator[SweepRow]:
     """Rows as the nodes of a Ray cluster finish them."""
-    try:
+    with extra_told("--ray needs Ray", "ray"):
         import ray
-    except ImportError:
-        raise KVZipError("--ray needs Ray: pip install 'kvzip[ray]'") from None
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip.choice.cost import pipeline_fill
-from kvzip.errors import KVZipError
+from kvzip.errors import extra_told
 from kvzip.eval.results.traffic import Strategy
 from kvzip.eval.traffic.finding import Found, prompt_tokens
 from kvzip.eval.traffic.fleet import CodecUse, Fleet
@@ -93,10 +93,8 @@ def simulate(
     trace: Trace, found: Found, fleet: Fleet, codec: CodecUse, strategy: Strategy
 ) -> Outcome:
     """Replay a trace. Raises KVZipError where SimPy is not installed."""
-    try:
+    with extra_told("a replay needs SimPy", "eval"):
         import simpy
-    except ImportError:
-        raise KVZipError("a replay needs SimPy: pip install 'kvzip[eval]'") from None
     replay = _Replay(simpy.Environment(), trace, found, fleet, codec, strategy)
     replay.run()
     return Outcome(

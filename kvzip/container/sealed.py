@@ -15,13 +15,13 @@ import hmac
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvzip import checksum
 from kvzip.container.source import Closable, Source
-from kvzip.errors import CorruptError, FormatError, KVZipError, SealError, UsageError
+from kvzip.errors import CorruptError, FormatError, SealError, UsageError, extra_told
 from kvzip.options import text
 from kvzip.version import check_format, newer
 from kvzip.workers import Lock
@@ -101,14 +101,9 @@ def derived(key: Key, salt: bytes, about: bytes, length: int) -> bytes:
     return made
 
 
-@contextmanager
-def _cryptography() -> Iterator[None]:
+def _cryptography() -> AbstractContextManager[None]:
     """What needs the package that may be missing."""
-    try:
-        yield
-    except ImportError as error:
-        words = f"sealed files need more: pip install 'kvzip[encryption]' ({error})"
-        raise KVZipError(words) from None
+    return extra_told("sealed files need more", "encryption")
 
 
 def _cipher(key: Key, start: bytes, place: str) -> tuple[Any, bytes]:

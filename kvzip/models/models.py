@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from kvzip import dtypes
-from kvzip.errors import KVZipError, UnsupportedError, UsageError, first_line, told_as
+from kvzip.errors import (
+    KVZipError,
+    UnsupportedError,
+    UsageError,
+    extra_told,
+    first_line,
+    told_as,
+)
 from kvzip.files import replacing, scratch_folder
 from kvzip.identity import fingerprint
 from kvzip.identity.checkpoint import checkpoint_folder, weight_files
@@ -86,11 +93,9 @@ def load_model(
     KVZIP_NATIVE_BF16=1 does). Raises KVZipError when there is no such model, and when its files
     lack some of the weights, which transformers would fill with random numbers, or hold more than
     it takes."""
-    try:
+    with extra_told("models need the extra", "hf"):
         import torch
         import transformers
-    except ImportError as error:
-        raise KVZipError(f"models need the extra: pip install 'kvzip[hf]' ({error})") from None
     form = dtypes.get(dtype)
     if form.itemsize == 1:
         raise UnsupportedError(f"no model computes in {form.name}: use bf16, fp16 or fp32")

@@ -93,11 +93,19 @@ class Folder:
             raise StoreError(f"{path!r} leads out of {self.url}")
         return found
 
+    def _file(self, path: str) -> Path:
+        """Where an object lies that is to be read. Raises FileNotFoundError when there is none, and
+        StoreError for what is no file: a pipe would be waited for."""
+        found = self._at(path)
+        if not stat.S_ISREG(found.stat().st_mode):
+            raise StoreError(f"cannot read {path} in {self.url}: it is no file")
+        return found
+
     def get(self, path: str) -> bytes | None:
         """An object's bytes, or None when there is none."""
         with _as_store_errors(f"cannot read {path} in {self.url}"):
             try:
-                return self._at(path).read_bytes()
+                return self._file(path).read_bytes()
             except FileNotFoundError:
                 return None
 
@@ -108,7 +116,7 @@ class Folder:
     def _chunks(self, path: str) -> Iterator[bytes]:
         with (
             _as_store_errors(f"cannot read {path} in {self.url}"),
-            self._at(path).open("rb") as file,
+            self._file(path).open("rb") as file,
         ):
             while chunk := file.read(1 << 20):
                 yield chunk
@@ -211,7 +219,7 @@ class Folder:
     def source(self, path: str) -> Source:
         """An object's bytes, to be read in ranges. Raises FileNotFoundError when there is none."""
         with _as_store_errors(f"cannot read {path} in {self.url}"):
-            return open_source(self._at(path))
+            return open_source(self._file(path))
 
     def sweep(self) -> None:
         """Remove what killed writers left unfinished."""

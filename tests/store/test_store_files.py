@@ -121,6 +121,19 @@ def test_what_goes_away_while_it_is_read_is_an_error_of_the_store(tmp_path):
     assert store.find(document().token_ids, **OF) is None
 
 
+@pytest.mark.parametrize("name", ["store.json", "last", "chain", "docs"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
+    Store(tmp_path, block_tokens=8).put(document())
+    for found in [p for p in tmp_path.rglob("*") if p.is_file() and name in p.parts[-2:]]:
+        found.unlink()
+        os.mkfifo(found)
+    with pytest.raises(StoreError, match="it is no file"):
+        store = Store(tmp_path)
+        list(store.documents())
+        store.find(document().token_ids, **OF)
+        store.remove(store.documents()[0].key)
+
+
 def test_a_folder_that_goes_away_while_it_is_written_to_is_made_anew(tmp_path, monkeypatch):
     """Another process may delete all of it between any two steps."""
     store, mkdir, gone = Store(tmp_path / "store", block_tokens=8), Path.mkdir, []

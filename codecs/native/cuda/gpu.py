@@ -30,7 +30,7 @@ from kvzip.codecs.native.cuda.device import (
     keep,
     source_hash,
 )
-from kvzip.errors import KVZipError, UnsupportedError
+from kvzip.errors import KVZipError, UnsupportedError, extra_told
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """What the kernels are compiled for in the tests; others from sm_80 on, as they are met."""
@@ -40,12 +40,8 @@ _STATIC_SHARED = 48 << 10
 
 
 def _driver() -> Any:
-    try:
+    with extra_told("a GPU needs CUDA for Python", "gpu", UnsupportedError):
         from cuda.bindings import driver
-    except ImportError as error:
-        raise UnsupportedError(
-            f"a GPU needs CUDA for Python: pip install 'kvzip[gpu]' ({error})"
-        ) from None
     return driver
 
 
@@ -140,15 +136,11 @@ def compiled(kernel_source: str, architecture: str, kept: bool = True) -> bytes:
 
 def compiled_anew(kernel_source: str, architecture: str) -> tuple[bytes, str]:
     """The same by NVRTC at any rate, and what its assembler tells of registers and spills."""
-    try:
+    with extra_told("compiling for a GPU needs CUDA for Python", "gpu", UnsupportedError):
         try:
             from cuda.core import Program, ProgramOptions
         except ImportError:  # before cuda.core 0.5
             from cuda.core.experimental import Program, ProgramOptions
-    except ImportError as error:
-        raise UnsupportedError(
-            f"compiling for a GPU needs CUDA for Python: pip install 'kvzip[gpu]' ({error})"
-        ) from None
     options = ProgramOptions(
         std="c++17",
         arch=architecture,
