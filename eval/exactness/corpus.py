@@ -4,22 +4,24 @@ what quantising the cache does to the same tokens."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip import api, capture
+from kvzip import api, capture, checksum
 from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.eval.budget import Step
 from kvzip.eval.exactness.lossy import LOSSY, quantised
+from kvzip.eval.kept import kept
 from kvzip.eval.measured_codecs import EXACTNESS_CODECS
 from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
-from kvzip.eval.results.provenance import made_by
+from kvzip.eval.results.provenance import machine, made_by, versions
 from kvzip.models import load_model
 from kvzip.options import integer
 from kvzip.profile import Profile
@@ -41,6 +43,7 @@ def run(
     profile: str | os.PathLike[str] | None = None,
     continuations: int = 2,
     new_tokens: int = 32,
+    work: Path | None = None,
     command: str = "kvzip eval exactness",
     step: Step = lambda name, share=None: None,
     loaded: Any = None,
@@ -50,21 +53,24 @@ def run(
 
     Continuation 0 is the document itself; each other one puts SUFFIX tokens of the next document
     after it. `model`: what the snapshots say by default; `loaded`, a LoadedModel, spares loading
-    it. Raises KVZipError when the snapshots are not of one model and dtype.
+    it. `work`: a folder for what each document gave, so that the same call goes on where an earlier
+    one was ended. Raises KVZipError when the snapshots are not of one model and dtype.
     """
     # Brings torch, which reading a stored result does not need.
-    from kvzip.eval.exactness.check import Reference
+    from kvzip.eval.exactness.check import Reference, layer_hashes
 
     if not snapshots:
         raise KVZipError("exactness needs at least one snapshot")
     continuations = integer("continuations", continuations, 1, 1000)
     new_tokens = integer("new_tokens", new_tokens, 1, 100_000)
     ways = _Ways(codecs, lossy, None if profile is None else Profile.load(profile))
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
     first = Snapshot.load(snapshots[0])
     if loaded is None:
         step(f"loading {model or first.origin.model}")
         loaded = load_model(model or first.origin.model, capture.computed_in(first.dtype))
-    fresh = _Sum("fresh prefill", False)
+    sums = ways.counts()
     names, tokens = [], []
     for n, path in enumerate(snapshots):
         snapshot = Snapshot.load(path)
@@ -72,21 +78,25 @@ def run(
             raise KVZipError(f"{path} is not of the model and dtype of {snapshots[0]}")
         names.append(snapshot.origin.text or Path(path).name)
         tokens.append(snapshot.tokens)
-        told = partial(_tell, step, n, len(snapshots))
         following = Snapshot.load(snapshots[(n + 1) % len(snapshots)]).token_ids
-        blobs = ways.encode(snapshot, told)
-        for c in range(continuations):
-            told(f", continuation {c + 1} of {continuations}", c / continuations)
-            reference = Reference(
-                loaded.model,
-                snapshot,
-                new_tokens=new_tokens,
-                fresh=True,
-                suffix=_suffix(following, c),
-            )
-            assert reference.fresh is not None
-            fresh.agreement(reference.fresh.agreement(reference.uncompressed), new_tokens)
-            ways.check(reference, blobs, last=c == continuations - 1)
+        suffixes = [_suffix(following, c) for c in range(continuations)]
+        measure = partial(
+            ways.measure,
+            snapshot,
+            partial(Reference, loaded.model, snapshot, new_tokens=new_tokens),
+            suffixes,
+            partial(_tell, step, n, len(snapshots)),
+        )
+        if work is None:
+            found = measure()
+        else:
+            of = layer_hashes(snapshot), loaded.revision, new_tokens, suffixes, ways.names()
+            by = machine().cpu, versions()
+            name = checksum.of_bytes(msgspec.json.encode((of, by)))
+            found = kept(work / f"{name:016x}.json", list[_Counts], measure)
+        for total, count in zip(sums, found, strict=True):
+            total.plus(count)
+    fresh, *rows = (each.row() for each in sums)
     return ExactnessResult(
         **made_by(command),
         model=loaded.id,
@@ -96,14 +106,14 @@ def run(
         document_tokens=tokens,
         continuations=continuations,
         new_tokens=new_tokens,
-        rows=[s.row() for s in ways.sums.values()],
-        fresh=fresh.row(),
+        rows=rows,
+        fresh=fresh,
     )
 
 
 def _tell(step: Step, document: int, documents: int, what: str, done: float = 0.0) -> None:
     """Say what is done with a document, of which the share `done` is behind."""
-    step(f"document {document + 1} of {documents}{what}", (document + done) / documents)
+    step(f"document {document + 1} of {documents}: {what}", (document + done) / documents)
 
 
 def _suffix(following: NDArray[Any] | None, continuation: int) -> Sequence[int]:
@@ -115,7 +125,7 @@ def _suffix(following: NDArray[Any] | None, continuation: int) -> Sequence[int]:
 
 
 class _Ways:
-    """The codecs and the lossy references, and what each was found to change so far.
+    """The codecs and the lossy references.
 
     Raises KVZipError for a reference that there is not.
     """
@@ -125,63 +135,103 @@ class _Ways:
             raise KVZipError(f"no lossy reference {unknown.pop()!r}; there are: {', '.join(LOSSY)}")
         self.codecs = {spec: get_codec(spec) for spec in codecs}
         self.lossy, self.profile = lossy, profile
-        self.sums = {name: _Sum(name, name in lossy) for name in (*self.codecs, *lossy)}
 
-    def encode(self, snapshot: Snapshot, told: Callable[[str], None]) -> dict[str, bytes]:
-        """The snapshot's file in each way; of a lossy one, its rounded numbers'."""
-        blobs = {}
-        for spec, codec in self.codecs.items():
-            told(f": encoding with {spec}")
-            blobs[spec] = api.encode(snapshot, codec, self._profile_of(spec))
-            self.sums[spec].sizes(snapshot.raw_bytes, len(blobs[spec]))
-        for name in self.lossy:
+    def names(self) -> list[str]:
+        """What they are called, and the profile, if there is one."""
+        return [*self.codecs, *self.lossy, "" if self.profile is None else self.profile.id]
+
+    def counts(self) -> list[_Counts]:
+        """Nothing counted yet: of a fresh prefill, and of each way."""
+        lossy = [_Counts(name, True) for name in self.lossy]
+        return [
+            _Counts("fresh prefill", False),
+            *(_Counts(spec, False) for spec in self.codecs),
+            *lossy,
+        ]
+
+    def measure(
+        self,
+        snapshot: Snapshot,
+        refer: Callable[..., Reference],
+        suffixes: Sequence[Sequence[int]],
+        told: Callable[..., None],
+    ) -> list[_Counts]:
+        """What a fresh prefill and each way change of one document, over all continuations.
+
+        `refer` runs the model on the cache as it is, before the tokens of a `suffix`; `told` is
+        called with what is done and the share that is behind.
+        """
+        fresh, *found = self.counts()
+        steps = len(found) + len(suffixes) * (1 + len(found))
+        behind = iter(range(steps))
+
+        def tell(what: str) -> None:
+            told(what, next(behind) / steps)
+
+        blobs = []
+        for each in found:
+            tell(f"encoding, {each.name}")
+            blob, size = self._encoded(each.name, snapshot)
+            blobs.append(blob)
+            each.raw, each.encoded = snapshot.raw_bytes, size
+        for c, suffix in enumerate(suffixes):
+            turn = f"continuation {c + 1} of {len(suffixes)}"
+            tell(f"{turn}, uncompressed and a fresh prefill")
+            reference = refer(suffix=suffix)
+            assert reference.fresh is not None
+            fresh.add(reference.fresh.agreement(reference.uncompressed), reference.new_tokens)
+            for each, blob in zip(found, blobs, strict=True):
+                tell(f"{turn}, {each.name}")
+                exactness = reference.check(blob, self._profile_of(each.name))
+                each.exact += exactness.exact
+                each.documents += exactness.bytes_equal and c == len(suffixes) - 1
+                each.add(exactness, exactness.new_tokens)
+        return [fresh, *found]
+
+    def _encoded(self, name: str, snapshot: Snapshot) -> tuple[bytes, int]:
+        """The snapshot's file, of a lossy way that of its rounded numbers; and the bytes that the
+        way takes."""
+        if name in self.lossy:
             rounded, size = quantised(snapshot, LOSSY[name])
-            blobs[name] = api.encode(rounded, "raw")
-            self.sums[name].sizes(snapshot.raw_bytes, size)
-        return blobs
-
-    def check(self, reference: Reference, blobs: Mapping[str, bytes], last: bool) -> None:
-        """Count what each way changes; `last`: in the document's last continuation."""
-        for name, blob in blobs.items():
-            self.sums[name].add(reference.check(blob, self._profile_of(name)), last)
+            return api.encode(rounded, "raw"), size
+        blob = api.encode(snapshot, self.codecs[name], self._profile_of(name))
+        return blob, len(blob)
 
     def _profile_of(self, name: str) -> Profile | None:
         needs = name in self.codecs and self.codecs[name].needs_profile
         return self.profile if needs else None
 
 
-class _Sum:
+class _Counts(msgspec.Struct):
     """A row in the making."""
 
-    def __init__(self, name: str, lossy: bool):
-        self.name, self.lossy = name, lossy
-        self.raw = self.encoded = self.runs = self.exact = self.documents = 0
-        self.tokens = self.equal = self.matching = 0
-        self.worst: int | None = None
-        self.logits = 0.0
+    name: str
+    lossy: bool
+    raw: int = 0
+    encoded: int = 0
+    runs: int = 0
+    exact: int = 0
+    documents: int = 0
+    tokens: int = 0
+    equal: int = 0
+    matching: int = 0
+    worst: int | None = None
+    logits: float = 0.0
 
-    def sizes(self, raw: int, encoded: int) -> None:
-        self.raw += raw
-        self.encoded += encoded
+    def add(self, found: Agreement | Exactness, new_tokens: int) -> None:
+        """Count one run."""
+        equal, matching = found.tokens_equal, found.tokens_matching
+        run = {"runs": 1, "tokens": new_tokens, "equal": equal, "matching": matching}
+        logits = found.max_logit_difference
+        self.plus(_Counts(self.name, self.lossy, **run, worst=matching, logits=logits))
 
-    def add(self, found: Exactness, last: bool) -> None:
-        from kvzip.eval.exactness.check import Agreement
-
-        self.exact += found.exact
-        self.documents += found.bytes_equal and last
-        self.agreement(
-            Agreement(found.tokens_equal, found.tokens_matching, found.max_logit_difference),
-            found.new_tokens,
-        )
-
-    def agreement(self, found: Agreement, new_tokens: int) -> None:
-        self.runs += 1
-        self.tokens += new_tokens
-        self.equal += found.tokens_equal
-        self.matching += found.tokens_matching
-        worst = self.worst
-        self.worst = found.tokens_matching if worst is None else min(worst, found.tokens_matching)
-        self.logits = max(self.logits, found.max_logit_difference)
+    def plus(self, more: _Counts) -> None:
+        """Count what was counted apart."""
+        for name in ("raw", "encoded", "runs", "exact", "documents", "tokens", "equal", "matching"):
+            setattr(self, name, getattr(self, name) + getattr(more, name))
+        known = [n for n in (self.worst, more.worst) if n is not None]
+        self.worst = min(known, default=None)
+        self.logits = max(self.logits, more.logits)
 
     def row(self) -> ExactnessRow:
         return ExactnessRow(

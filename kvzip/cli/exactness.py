@@ -37,6 +37,7 @@ def exactness(
     lossy: str = "int8,int4",
     continuations: int = 2,
     new_tokens: int = 32,
+    work: Path | None = None,
     native_bf16: NativeBf16 = False,
     as_json: Json = False,
 ) -> None:
@@ -57,6 +58,9 @@ def exactness(
         References that are not exact: int8, int4 (each channel its own scale).
     continuations
         Of each document: as it is, then with tokens of other documents after it.
+    work
+        Folder for what each document gave: the same command goes on where an earlier one was
+        ended. Default: none, and an ended one begins anew.
     """
     choose_products(native_bf16)
     from kvzip.eval.exactness import corpus
@@ -71,6 +75,7 @@ def exactness(
             profile=profile,
             continuations=continuations,
             new_tokens=new_tokens,
+            work=work,
             command=command_line(),
             step=step,
         )

@@ -64,6 +64,29 @@ def test_what_lossless_buys(made: Any, tmp_path: Path) -> None:
     assert stored.load(path, ExactnessResult) == found
 
 
+def test_it_goes_on_where_it_was_ended(made: Any, tmp_path: Path) -> None:
+    loaded, paths = made
+    given = {"codecs": ("channel",), "continuations": 2, "new_tokens": 4, "loaded": loaded}
+    whole = run(paths, **given)
+    said: list[tuple[str, float]] = []
+
+    def ended(what: str, share: float = 0.0) -> None:
+        said.append((what, share))
+        if what == "document 2 of 3: continuation 2 of 2, int4":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(paths, **given, work=tmp_path, step=ended)
+    assert [share for _, share in said] == sorted({share for _, share in said})
+    assert said[-1][1] < 2 / 3
+    before = len(said)
+    found = run(paths, **given, work=tmp_path, step=lambda *now: said.append(now))
+    assert not any(what.startswith("document 1") for what, _ in said[before:])
+    assert (found.rows, found.fresh) == (whole.rows, whole.fresh)
+    other = run(paths, **(given | {"new_tokens": 5}), work=tmp_path)
+    assert {row.tokens for row in other.rows} == {30}
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_numbers_are_near_and_few(dtype: str, bits: int) -> None:
