@@ -83,34 +83,41 @@ struct Rotation : Vectors<Isa> {
     const F u2 = swapped ? cosine : sine, v2 = swapped ? sine : cosine;
     const F by1 = 1.0f / v1, by2 = 1.0f / v2;
     const F room1 = half_step(y1) * size(by1), room2 = half_step(y2) * size(by2);
-    Unturned best{{all(0), all(0)}, all(0)};
-    F least = F{};
-    const auto left = [&] { return wanted & ~Isa::below(all(0), best.found); };
+    const Two<F> wide_one = of(swapped, centre, weight), narrow_one = of(~swapped, centre, weight);
+    F wide_found = F{}, narrow_found = F{}, least = F{};
+    I found = all(0);
+    const auto left = [&] { return wanted & ~Isa::below(all(0), found); };
+    const auto best = [&] {
+      return Unturned{{bits_of(swapped ? narrow_found : wide_found),
+                       bits_of(swapped ? wide_found : narrow_found)},
+                      found};
+    };
     for (int i = 0; i < kTries; ++i) {
       const F wide = stepped(start, i % 2 ? i / 2 + 1 : -(i / 2));
       const F p1 = product(wide, u1), p2 = product(wide, u2);
+      const F wide_far = far(wide, wide_one);
+      const I wide_counts = counts(wide);
       const F q1 = (y1 - p1) * by1, q2 = (y2 - p2) * by2;
       const F low = greater(q1 - room1, q2 - room2), high = Isa::less(q1 + room1, q2 + room2);
       const F middle = rounded((low + high) * 0.5f);
       for (const int k : {0, 1, -1}) {
         const F narrow = stepped(middle, k);
-        const I a = bits_of(swapped ? narrow : wide), b = bits_of(swapped ? wide : narrow);
+        // What `turned` makes of both.
+        const F z1 = rounded(p1 + product(narrow, v1)), z2 = rounded(p2 + product(narrow, v2));
+        const F away = wide_far + far(narrow, narrow_one);
+        const I nearer = i < kNearest ? away < least : all(0);
         // What is no number comes in other bits from other processors.
-        const I good = (counted(a) == a) & (counted(b) == b);
-        const Two<I> again = turned(number(a), number(b));
-        const F far = size(number(a) - centre.first) * weight.first +
-                      size(number(b) - centre.second) * weight.second;
-        const I nearer = i < kNearest ? far < least : all(0);
-        const I better = good & (again.first == pair.first) & (again.second == pair.second) &
-                         (~best.found | nearer);
-        best.pair = {better ? a : best.pair.first, better ? b : best.pair.second};
-        least = better ? far : least;
-        best.found |= better;
-        if (!weighed && !left()) return best;
+        const I better = wide_counts & counts(narrow) & (as_bits(z1) == as_bits(y1)) &
+                         (as_bits(z2) == as_bits(y2)) & (~found | nearer);
+        wide_found = better ? wide : wide_found;
+        narrow_found = better ? narrow : narrow_found;
+        least = better ? away : least;
+        found |= better;
+        if (!weighed && !left()) return best();
       }
-      if (i + 1 >= kNearest && !left()) return best;
+      if (i + 1 >= kNearest && !left()) return best();
     }
-    return best;
+    return best();
   }
 
  private:
@@ -120,6 +127,16 @@ struct Rotation : Vectors<Isa> {
   }
   // Of the greater number: if nothing is found before, and where the nearest is looked for.
   static constexpr int kTries = 7, kNearest = 3;
+  // What is expected of a pair's first number, or of the second, and its weight.
+  static Two<F> of(I second, Two<F> centre, Two<F> weight) {
+    return {second ? centre.second : centre.first, second ? weight.second : weight.first};
+  }
+  static F far(F v, Two<F> expected) { return size(v - expected.first) * expected.second; }
+  // Whether a number before RoPE is one that counts, or 0.
+  static I counts(F v) {
+    const I bits = as_bits(size(v));
+    return (bits == 0) | ((bits >= kLeast << 23) & (bits < (kMost + 1) << 23));
+  }
   // Half of the step between a number of bf16 and the next.
   static F half_step(F v) { return as_float(as_bits(v) & 0x7f800000) * 0x1p-8f; }
   static F stepped(F v, int steps) { return as_float(as_bits(v) + steps * 65536); }
