@@ -21,7 +21,7 @@ WITHIN_docs := docs
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long without-avx512 test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks large tsan free-threaded golden bench figures links traffic redraw measured qwen3-4b ratios scaling clean
+.PHONY: demo test test-gpu bench-gpu test-long without-avx512 test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks faults large tsan free-threaded golden bench figures links traffic redraw measured qwen3-4b ratios scaling clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -77,6 +77,11 @@ soak: $(TEST)
 ROUNDS ?= 10000
 leaks: $(TEST)
 	$(BIN)/python tests/soak/leaks.py --rounds $(ROUNDS)
+
+# A store under load, on a server that fails in every way, and by clocks that jump (tests/store/faults.py).
+CLIENTS ?= 300
+faults: $(TEST)
+	$(BIN)/python tests/store/faults.py --clients $(CLIENTS) --seconds $(SECONDS)
 
 # Files beyond 4 GiB, and a part of more than 2^31 numbers (tests/soak/large.py): 10 GB of memory, 18 GB of disk in FOLDER.
 FOLDER ?= build

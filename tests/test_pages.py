@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tracemalloc
 from functools import cache
 
 import numpy as np
@@ -118,6 +120,19 @@ def test_every_truncation_and_flip_is_an_error(profile):
         with pytest.raises((CorruptError, FormatError, ProfileError, UnsupportedError)):
             kvzip.decode_page(page, profile)
         page[at // 8] ^= 1 << at % 8
+
+
+def test_a_page_that_claims_more_than_its_bytes_can_hold(profile):
+    """As many tokens as a page may have, 4 MB, in its header and blocks without a byte."""
+    page = bytearray(kvzip.encode_page(numbers(16), profile))
+    struct.pack_into("<I", page, 16, MOST_TOKENS)
+    lengths = np.zeros(6, "<u4").tobytes()
+    short = bytes(page[:40]) + lengths + bytes(-(40 + len(lengths)) % 16)
+    tracemalloc.start()
+    with pytest.raises(CorruptError, match="claims more than its bytes can hold"):
+        kvzip.decode_page(short, profile)
+    assert tracemalloc.get_traced_memory()[1] < 500_000
+    tracemalloc.stop()
 
 
 @given(data=st.data())

@@ -9,7 +9,7 @@ from functools import partial
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import document_path, is_document_key
 from kvzip.store.listing import Stored, namespaces
-from kvzip.store.marks import chain_of, name_in, others_with, repoint
+from kvzip.store.marks import chain_of, mark, name_in, others_with, repoint
 from kvzip.workers import Workers
 
 _STALE = timedelta(hours=1)
@@ -69,14 +69,37 @@ class Evictor:
         """Take a document out of the store; whether it was there."""
         doc = document_path(key)
         there = self._objects.head(doc) is not None
+        self._unmark(key)
+        self._objects.delete(doc)
+        self._forget(key)
+        return there
+
+    def _unmark(self, key: str) -> list[str]:
+        """Take a document's marks away, so that nobody finds it; its hash chain."""
         space, name = key.split("/")
         chain = chain_of(self._objects, space, name)
         self._pool.each(lambda h: self._objects.delete(f"{space}/with/{h}/{name}"), chain)
         self._pool.each(lambda h: self._repoint(space, h, name), chain)
-        self._objects.delete(doc)
+        return chain
+
+    def _forget(self, key: str) -> None:
+        """Remove what is left of a document that is gone, the chain last."""
+        space, name = key.split("/")
         self._objects.delete(f"{space}/used/{name}")
         self._objects.delete(f"{space}/chain/{name}")
-        return there
+
+    def _end(self, key: str) -> None:
+        """End a removal or a writing that was begun, of a document that is not listed. If it is
+        there all the same, since its writer is alive and a clock has jumped, or since a server
+        lists what it likes, then it stays, with its marks."""
+        doc = document_path(key)
+        if self._objects.head(doc) is not None:
+            return
+        chain = self._unmark(key)
+        if self._objects.head(doc) is None:
+            self._forget(key)
+        else:  # written meanwhile, with marks that may just have been taken away
+            mark(self._objects, self._pool, key, chain)
 
     def _repoint(self, space: str, mark: str, name: str) -> None:
         """Let ``last/mark`` name another document than `name`, or be gone if there is none."""
@@ -122,5 +145,5 @@ class Evictor:
             for meta in list(self._objects.under(f"{space}/chain")):
                 key = f"{space}/{meta.path.rpartition('/')[2]}"
                 if key not in keys and meta.modified < old and is_document_key(key):
-                    self.remove(key)
+                    self._end(key)
         self._objects.sweep()

@@ -17,7 +17,7 @@ from kvzip.parsing import from_json
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.store.bucket import Objects
-from kvzip.store.keys import Identity, Ids, document_path
+from kvzip.store.keys import Identity, Ids, check_place, document_path
 from kvzip.store.listing import namespaces
 from kvzip.store.marks import name_in, others_with
 from kvzip.store.profiles import Profiles
@@ -156,6 +156,7 @@ class Finder:
         given = None if isinstance(profile, str) else profile
         try:
             reader = self._objects.open(document_path(key), given, threads)
+            check_place(reader, key)
         except FileNotFoundError:
             return None
         except StoreError:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, UnsupportedError, UsageError
+from kvzip.errors import CorruptError, KVZipError, UnsupportedError, UsageError
 from kvzip.identity import is_fingerprint
 from kvzip.options import text
 
@@ -138,6 +138,18 @@ def document_path(key: str) -> str:
         raise KVZipError(f"{key!r} is not a key of a document")
     space, name = key.split("/")
     return f"{space}/docs/{name}.kvz"
+
+
+def check_place(reader: Reader, key: str) -> None:
+    """Raise CorruptError, and close it, for a document that does not belong where it lies: what a
+    server gives in the place of another may be of the same tokens, by another model."""
+    try:
+        identity = Identity.of_document(reader)
+        if identity.namespace != key.partition("/")[0]:
+            raise CorruptError(f"what lies under the key {key} is another document, of {identity}")
+    except KVZipError:
+        reader.close()
+        raise
 
 
 def _bytes(ids: Ids) -> bytes:

@@ -14,6 +14,7 @@ import numpy as np
 
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import Ids
+from kvzip.workers import Workers
 
 _HASH = re.compile(rb"[0-9a-f]{64}")
 _END = b"end"
@@ -42,6 +43,13 @@ def chain_of(objects: Objects, space: str, name: str) -> list[str]:
         if other == name:
             found.append(mark)
     return found
+
+
+def mark(objects: Objects, pool: Workers, key: str, chain: Sequence[str]) -> None:
+    """Write the marks of a document with that hash chain."""
+    space, name = key.split("/")
+    pool.each(lambda h: objects.put(f"{space}/with/{h}/{name}", b""), chain)
+    pool.each(lambda h: objects.put(f"{space}/last/{h}", name.encode(), create=False), chain)
 
 
 def repoint(objects: Objects, path: str, other: Callable[[], str | None]) -> None:

@@ -63,6 +63,7 @@ from kvzip.store.keys import (
     About,
     Identity,
     Ids,
+    check_place,
     document_name,
     document_path,
     hash_chain,
@@ -70,7 +71,7 @@ from kvzip.store.keys import (
     token_ids_of,
 )
 from kvzip.store.listing import Stored
-from kvzip.store.marks import chain_file
+from kvzip.store.marks import chain_file, mark
 from kvzip.store.profiles import Profiles, StoredProfile, id_in, is_profile_key
 from kvzip.store.settings import SettingsFile
 from kvzip.store.uses import Uses
@@ -275,8 +276,7 @@ class Store:
             if not made and not self._has_header(doc):
                 made = put(doc, file, create=False)
             new |= made
-            self._pool.each(lambda h: put(f"{space}/with/{h}/{name}", b""), chain)
-            self._pool.each(lambda h: put(f"{space}/last/{h}", name.encode(), create=False), chain)
+            mark(self.bucket, self._pool, f"{space}/{name}", chain)
             if about.profile:
                 self._profiles.mark(about.identity)
             # Gone: an eviction had chosen it before it was written anew. All its marks may be gone.
@@ -372,6 +372,7 @@ class Store:
         except FileNotFoundError:
             self.check_key()  # or it has another name
             raise NotStoredError(f"there is no document {key} in {self.bucket.url}") from None
+        check_place(reader, key)
         reader.look_for_profile(self.get_profile)
         return reader
 
@@ -403,6 +404,7 @@ class Store:
             size = file.tell()
             file.flush()
             with api.open(file) as reader:
+                check_place(reader, key)
                 reader.check_stored()
             return size
 

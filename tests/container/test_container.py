@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
+    CODECS,
     assert_same,
     cache_like,
     make_snapshot,
@@ -162,6 +163,32 @@ def test_headers_that_lie_are_refused_before_memory_is_taken(small, change):
     blob = with_header(small[1], change)
     tracemalloc.start()
     with pytest.raises((FormatError, CorruptError, UnsupportedError)):
+        kvzip.decode(blob, threads=1)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("shape", [[2**24, 40, 4], [1, 2**28, 4]])
+def test_a_block_that_claims_more_than_its_bytes_can_hold(codec, shape):
+    """A layout that makes sense, with as many entries as it must have: 4 GiB, or more, in a few
+    hundred bytes."""
+    import tracemalloc
+
+    snapshot = make_snapshot(cache_like, 11, "bf16", 1, 1, 40, 4, ids=False)
+
+    def change(header):
+        for part in layer_of(header)["parts"].values():
+            part["shape"] = shape
+        layer_of(header)["cumulative_length"] = shape[1]
+        header["block_tokens"] = shape[1]
+
+    def longer(records):
+        records["tokens"][records["tokens"] > 0] = shape[1]
+
+    blob = with_records(with_header(kvzip.encode(snapshot, codec), change), longer)
+    tracemalloc.start()
+    with pytest.raises(KVZipError, match="claims more than|does not take"):
         kvzip.decode(blob, threads=1)
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
     tracemalloc.stop()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,27 @@ def test_a_reader(codec, tmp_path):
                 part = reader.tokens(begin, 300).layers[i].v
                 assert np.array_equal(part, snapshot.layers[i].v[:, begin:])
             reader.verify()
+
+        at_once(read)
+
+
+class Slow(io.BytesIO):
+    """Other threads go on between the seek and the read that belong together."""
+
+    def seek(self, *where):
+        found = super().seek(*where)
+        time.sleep(1e-4)
+        return found
+
+
+def test_a_reader_of_what_has_one_position():
+    snapshot = document()
+    blob = kvzip.encode(snapshot, "channel", block_tokens=50)
+    with kvzip.open(Slow(blob), threads=2) as reader:
+
+        def read(n):
+            for i in np.random.default_rng(n).integers(4, size=5).tolist():
+                assert np.array_equal(reader.layer(i).k, snapshot.layers[i].k)
 
         at_once(read)
 
