@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# A list of packages with the hash of each (release/ci.txt), which are installed first, and no others but torch.
+PINNED ?=
+
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard codecs/*/*.cpp codecs/*/*.hpp)
 # What builds the codecs is in the environment, too, so that what is compiled is kept (in build/) and only what
 # changed is compiled again, for the tests' wheel as well.
@@ -296,6 +299,7 @@ clean:
 $(DEMO) $(TEST) $(READY) $(DOCS): $(VENV)/.%: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing kvzip[$*] into $(VENV) and compiling the codecs: some minutes the first time"
+	$(if $(PINNED),$(BIN)/pip install --disable-pip-version-check --quiet --no-compile --require-hashes --no-deps -r $(PINNED))
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt $(BUILD)
 	$(BIN)/pip wheel $(AS_HERE) --quiet --no-deps --wheel-dir build . & compiling=$$!; \
 	  $(BIN)/pip install $(AS_HERE) --no-compile -c constraints.txt -C wheel.cmake=false '.[$*]' && \

@@ -171,6 +171,7 @@ class DeviceBits:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """As numpy's."""
         return tuple(self.tensor.shape)
 
     def transpose(self, axes: Any) -> DeviceBits:

@@ -282,6 +282,7 @@ class Snapshot:
 
     @property
     def dtype(self) -> str:
+        """The format of keys and values; that of other parts is in the layout."""
         return self.layout.dtype
 
     @property
@@ -291,6 +292,7 @@ class Snapshot:
 
     @property
     def raw_bytes(self) -> int:
+        """Bytes of all numbers, as they lie in memory."""
         return self.layout.raw_bytes
 
     def __repr__(self) -> str:

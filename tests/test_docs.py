@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import runs
 from command import run as called
 from support import as_installed, readme_document, readme_model
 
@@ -229,6 +235,100 @@ def test_each_promise_names_tests_that_there_are():
         assert all(list((ROOT / "tests").rglob(name)) for name in files), promise
         assert all(list((ROOT / name).rglob("test_*.py")) for name in folders), promise
         assert all(f"\n{name}:" in makefile for name in targets), promise
+
+
+KINDS = ("rounds", "numbers")
+INSTRUCTIONS = {
+    "scalar": "plain",
+    "avx2": "AVX2",
+    "avx512": "AVX-512",
+    "vnni": "VNNI",
+    "amx": "AMX",
+}
+
+
+def test_the_counts_of_the_longest_runs_are_those_that_are_kept():
+    """All of tests/soak/kept.jsonl and tests/fuzz/kept.jsonl, and no more."""
+    text, soaked, fuzzed = (DOCS / "guarantees.md").read_text(), Counter(), Counter()
+    for entry in runs.entries(ROOT / "tests" / "soak" / "kept.jsonl"):
+        codec, _, instructions = entry["target"].split("/")
+        first, last = entry["rounds"]
+        soaked[codec, INSTRUCTIONS[instructions], "rounds"] += last - first
+        soaked[codec, INSTRUCTIONS[instructions], "numbers"] += entry["numbers"]
+    rows = re.findall(r"^\| `(\w+)` \| ([\w-]+) \| [^|]+ \| ([\d,]+) \| ([\d,]+) \|$", text, re.M)
+    told = {(c, i, kind): n for c, i, *two in rows for kind, n in zip(KINDS, two, strict=True)}
+    assert told == {key: f"{n:,}" for key, n in soaked.items()}
+    for entry in runs.entries(ROOT / "tests" / "fuzz" / "kept.jsonl"):
+        fuzzed[entry["target"]] += entry["executions"]
+        assert entry["commit"] and entry["machine"]
+    executions = sum(n for target, n in fuzzed.items() if not target.startswith("native/"))
+    rounds = fuzzed.total() - executions
+    assert f"{executions + rounds:,} executions" in text
+    for target, n in fuzzed.items():
+        name = target.removeprefix("native/")
+        words = f"grids {n:,}" if name == "grid" else rf"`{name}`(?: \([^)]*\))? {n:,}"
+        assert re.search(words, text), (target, n)
+
+
+# --- the site ------------------------------------------------------------------------------------
+
+SITE = ast.parse((DOCS / "site" / "pages.py").read_text())
+
+
+def of_site(name: str) -> Any:
+    """A constant of docs/site/pages.py, which can be imported where `make docs` runs only."""
+    [found] = [
+        node.value
+        for node in SITE.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+    ]
+    return ast.literal_eval(found)
+
+
+def unexplained(name: str, one: Any, engine: bool) -> list[str]:
+    """A public name, and those below it, that no docstring explains. Methods of the same name
+    above it, and those that an engine calls, are explained there; names of tests are sentences."""
+    found = [] if inspect.getdoc(one) else [name]
+    if not inspect.isclass(one):
+        return found
+    above = {key for base in one.__mro__[1:] for key in vars(base)}
+    for key, member in vars(one).items():
+        member = getattr(member, "__func__", getattr(member, "fget", member))
+        if (
+            key.startswith(("_", "test_"))
+            or key in above
+            or engine
+            or not inspect.isfunction(member)
+        ):
+            continue
+        found += unexplained(f"{name}.{key}", member, False)
+    return found
+
+
+@pytest.mark.parametrize("module", of_site("API"))
+def test_every_public_name_is_explained(module):
+    """As `make docs` asks for, which reads the sources without importing them."""
+    found = importlib.import_module(module)
+    own = {n: one for n, one in vars(found).items() if getattr(one, "__module__", "") == module}
+    names = getattr(found, "__all__", [name for name in own if not name.startswith("_")])
+    try:
+        asked = [getattr(found, n) for n in names if n != "__version__"]
+    except ModuleNotFoundError:
+        pytest.skip("the engine is not installed")
+    asked = [one for one in asked if inspect.isclass(one) or inspect.isfunction(one)]
+    assert asked
+    missing = [
+        u for one in asked for u in unexplained(one.__name__, one, module in of_site("ENGINES"))
+    ]
+    assert missing == []
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    renamed = of_site("RENAMED")
+    pages = {page.name for page in DOCS.glob("*.md")} | {*renamed.values()}
+    assert {page for page in pages if page not in menu} == set()
+    assert {*renamed} == {page.name for page in ROOT.glob("*.md")}
 
 
 # --- the house -----------------------------------------------------------------------------------

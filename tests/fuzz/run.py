@@ -7,7 +7,8 @@ folder of `--corpus`. Whatever raises anything but a KVZipError, takes 20 second
 run with exit code 1, and lies in that folder as `crash-...`: mend it, and put the file into
 tests/fuzz/corpus, which `make test` tries. At the end the lines of the product that the inputs
 reach are counted, and a line for each target goes into `log.jsonl` there. Targets `native/CODEC`
-are the programs of tests/native, under AddressSanitizer and UBSan, which make their own input.
+are the programs of tests/native, under AddressSanitizer and UBSan, which make their own input;
+`native/device` has the kernels for GPUs decode through the shim, likewise.
 
 `--keep` moves the log to kept.jsonl, in the repository; `--counts` adds up both. `--shrink` makes
 tests/fuzz/corpus of what is there and was found: as few inputs as reach, beyond the seeds, all that
@@ -37,6 +38,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import runs  # noqa: E402
+from gpu import under_sanitizers  # noqa: E402
 from native import building  # noqa: E402
 
 READERS = "*/kvzip/*"
@@ -47,7 +49,7 @@ KEPT = HERE / "kept.jsonl"
 CORPUS = HERE / "corpus"
 FILES = ("open", "decode", "part", "predictive", "device")
 """Targets that read the same kind of file, and have each other's inputs."""
-NATIVE = [f"native/{codec}" for codec in building.SOURCES]
+NATIVE = [*(f"native/{codec}" for codec in building.SOURCES), "native/device"]
 SANITIZED = ["-O1", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
 
 
@@ -175,10 +177,18 @@ def alone(target: str, corpus: Path, seconds: int) -> tuple[int, str]:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return 0, "there is no C++ compiler"
-    processor = building.PROCESSORS.get(platform.machine())
-    program = building.fuzzer(compiler, codec, corpus / "native", SANITIZED, processor)
-    command = [str(program), str(seconds), str(random.randrange(1 << 30))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = under_sanitizers.environment() if codec == "device" else dict(os.environ)
+    if environment is None:
+        return 0, "g++ has no sanitizers"
+    if codec == "device":
+        command = [sys.executable, under_sanitizers.__file__]
+        environment["KVZIP_CACHE"] = str((corpus / "native").absolute())
+    else:
+        processor = building.PROCESSORS.get(platform.machine())
+        program = building.fuzzer(compiler, codec, corpus / "native", SANITIZED, processor)
+        command = [str(program)]
+    command += [str(seconds), str(random.randrange(1 << 30))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     counts = re.match(r"(\d+) rounds", done.stdout)
     failed = f"{command}\n{done.stdout}{done.stderr[-3000:]}" if done.returncode else ""
     return int(counts[1]) if counts else 0, failed
