@@ -24,6 +24,12 @@ SOURCES = [
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 
 
+def imports(call: ast.Call) -> set[str]:
+    """The package that a call of `importlib.import_module` names, if it names one."""
+    words = [word.value for word in call.args if isinstance(word, ast.Constant)]
+    return {str(word).partition(".")[0] for word in words}
+
+
 def runs_what_it_reads(tree: ast.AST) -> list[str]:
     """What in a module could run code that comes from a file."""
     found = []
@@ -34,6 +40,9 @@ def runs_what_it_reads(tree: ast.AST) -> list[str]:
             isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in UNPICKLERS
         ):
             found.append(node.module or "")
+        elif isinstance(node, ast.ImportFrom) and node.module in ("torch", "numpy", "yaml"):
+            # By its bare name it would not be known below.
+            found += [name.name for name in node.names if name.name in ("load", "unsafe_load")]
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             safe = {
@@ -44,6 +53,9 @@ def runs_what_it_reads(tree: ast.AST) -> list[str]:
             if called in ("eval", "exec", "compile", "__import__") or (
                 (called == "torch.load" and safe.get("weights_only") is not True)
                 or called in ("yaml.load", "yaml.unsafe_load", "torch.hub.load")
+                or called.endswith("read_pickle")
+                or (called in ("np.load", "numpy.load") and len(node.args) > 2)
+                or (called.endswith("import_module") and imports(node) & UNPICKLERS)
                 or safe.get("allow_pickle") is True
                 or safe.get("trust_remote_code") is True
             ):
@@ -59,6 +71,10 @@ def runs_what_it_reads(tree: ast.AST) -> list[str]:
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "np.load(path, allow_pickle=True)",
+        "np.load(path, None, True)",
+        "from torch import load",
+        "importlib.import_module('pickle')",
+        "pandas.read_pickle(path)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "eval(text)",
     ],

@@ -58,6 +58,20 @@ class Careless(Good):
     def decode(self, data, out, context):
         out[...] = ~np.frombuffer(data, out.dtype).reshape(out.shape)
 
+class Trusting(Good):
+    """What comes out of a damaged block is no error of kvzip's."""
+    codec_id = "trusting"
+    def encode(self, block, context):
+        data = super().encode(block, context)
+        return data + bytes([sum(data) % 251])
+    def decode(self, data, out, context):
+        if len(data) != out.nbytes + 1:
+            raise CorruptError("another length")
+        1 // (sum(data[:-1]) % 251 == data[-1])
+        super().decode(data[:-1], out, context)
+    def max_encoded_size(self, raw_bytes):
+        return raw_bytes + 1
+
 class Stateful(Good):
     """The second cache is not stored as the first."""
     codec_id = "stateful"
@@ -83,7 +97,67 @@ def test_ours(bit_exact):
 def test_lossy(bit_exact):
     bit_exact("doc.safetensors", "lossy")
 """
-NAMES = ("good", "lossy", "careless", "stateful")
+ADAPTERS = '''
+import hashlib, json
+import numpy as np
+import kvzip
+from kvzip.testing import AdapterContract
+
+class Plain:
+    """Numbers as they are, without a checksum."""
+    told_apart = ("model", "revision")
+    def __init__(self, folder):
+        self.folder = folder
+    def save(self, snapshot):
+        about = {name: getattr(snapshot.origin, name) for name in self.told_apart}
+        about |= {"ids": snapshot.token_ids.tolist(), "dtype": snapshot.dtype}
+        about["shape"] = [len(snapshot.layers), 2, *snapshot.layers[0].k.shape]
+        numbers = np.stack([[layer.k, layer.v] for layer in snapshot.layers]).tobytes()
+        head = json.dumps(about).encode()
+        name = hashlib.sha256(head).hexdigest()
+        (self.folder / name).write_bytes(head + b"\\n" + numbers)
+    def load(self, token_ids, origin, dtype):
+        for path in self.folder.iterdir():
+            head, _, numbers = path.read_bytes().partition(b"\\n")
+            about = json.loads(head)
+            if any(about[name] != getattr(origin, name) for name in self.told_apart):
+                continue
+            ids = np.array(about["ids"], np.uint32)
+            shared = min(len(ids), len(token_ids))
+            shared = int(np.append(ids[:shared] == token_ids[:shared], False).argmin())
+            if about["dtype"] != dtype or not shared:
+                continue
+            whole = np.frombuffer(numbers, kvzip.dtypes.get(dtype).uint).reshape(about["shape"])
+            pairs = [(k[:, :shared], v[:, :shared]) for k, v in whole]
+            return kvzip.Snapshot.from_arrays(pairs, dtype, ids[:shared])
+
+class Deaf(Plain):
+    """Takes one model for another."""
+    told_apart = ()
+
+class Rounding(Plain):
+    """Without the last bit."""
+    def load(self, *wanted):
+        found = super().load(*wanted)
+        if found is not None:
+            for layer in found.layers:
+                layer.held()["k"] = layer.k & ~layer.k.dtype.type(1)
+        return found
+
+class TestPlain(AdapterContract):
+    damages = 20
+    def adapter(self, folder):
+        return Plain(folder)
+
+class TestDeaf(AdapterContract):
+    def adapter(self, folder):
+        return Deaf(folder)
+
+class TestRounding(AdapterContract):
+    def adapter(self, folder):
+        return Rounding(folder)
+'''
+NAMES = ("good", "lossy", "careless", "trusting", "stateful")
 
 
 def on_page(page: str, language: str, word: str) -> str:
@@ -102,6 +176,7 @@ def said(tmp_path_factory):
     (folder / "stranger.py").write_text(STRANGERS)
     (folder / "conftest.py").write_text(UNSHRUNK)
     (folder / "test_own.py").write_text(OWN)
+    (folder / "test_adapters.py").write_text(ADAPTERS)
     (folder / "my_package.py").write_text(on_page("codecs/README.md", "python", "MyCodec"))
     (folder / "test_mine.py").write_text(on_page("docs/testing.md", "python", "TestMine"))
     snapshot = make_snapshot(cache_like, 1, "bf16", tokens=200)
@@ -116,10 +191,17 @@ def said(tmp_path_factory):
     (info / "entry_points.txt").write_text(f"[kvzip.codecs]\n{points}")
     command = [sys.executable, "-m", "pytest", "-p", "pytest_kvzip", "-p", "no:cacheprovider"]
     command += ["-c", os.devnull, "--rootdir", folder, "-rA", "--tb=short"]
-    command += ["--pyargs", "test_own.py", "test_mine.py", "kvzip.testing.suite"]
+    command += [
+        "--pyargs",
+        "test_own.py",
+        "test_mine.py",
+        "test_adapters.py",
+        "kvzip.testing.suite",
+    ]
     command += [f"--kvzip-codec={name}" for name in NAMES] + ["--kvzip-snapshot=doc.safetensors"]
     few = "bf16 and any_bits or many_blocks and bf16-axes0-1 or one_object"
-    command += ["-k", f"{few} or test_own or in_a_file"]
+    few += " or hostile and trusting"
+    command += ["-k", f"{few} or test_own or test_adapters or in_a_file"]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -132,6 +214,7 @@ def test_a_strangers_codecs_are_held_to_the_contract(said):
     assert not by["good"], said
     assert "test_round_trip_of_any_bits" in by["lossy"]
     assert by["careless"] == {"test_many_blocks_at_once_are_each_alone"}
+    assert "test_hostile_blocks_never_give_wrong_numbers" in by["trusting"]
     assert by["stateful"] == {"test_one_object_serves_all_threads"}
     assert re.search(r"PASSED \S+::test_round_trip_of_any_bits\[good-bf16\]", said)
 
@@ -139,6 +222,18 @@ def test_a_strangers_codecs_are_held_to_the_contract(said):
 def test_the_guides_codec_keeps_the_contract(said):
     assert not re.findall(r"^(?:FAILED|ERROR) test_mine.*", said, re.MULTILINE)
     assert re.search(r"^PASSED test_mine\S+any_bits\[mine:level=9-bf16\]", said, re.MULTILINE)
+
+
+def test_a_strangers_adapters_are_held_to_the_contract(said):
+    failed = re.findall(r"^FAILED test_adapters.py::Test(\w+)::(\w+)", said, re.MULTILINE)
+    by = {
+        name: {test for of, test in failed if of == name} for name in ("Plain", "Deaf", "Rounding")
+    }
+    damaged = {"a_changed_byte", "what_is_cut_short_or_gone"}
+    never = {f"test_{what}_never_gives_other_numbers" for what in damaged}
+    assert by["Plain"] == never
+    assert by["Deaf"] == never | {"test_what_another_model_computed_is_not_found"}
+    assert {"test_what_is_kept_comes_back_bit_for_bit", *never} < by["Rounding"]
 
 
 def test_a_cache_of_ones_own_in_ones_own_tests(said):
