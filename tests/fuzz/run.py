@@ -47,7 +47,7 @@ LEAST_REACHED = 30
 """Branches that the seeds of any target reach."""
 KEPT = HERE / "kept.jsonl"
 CORPUS = HERE / "corpus"
-FILES = ("open", "decode", "part", "predictive", "device")
+FILES = ("open", "decode", "part", "predictive", "device", "chunk")
 """Targets that read the same kind of file, and have each other's inputs."""
 NATIVE = [*(f"native/{codec}" for codec in building.SOURCES), "native/device"]
 SANITIZED = ["-O1", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
@@ -56,7 +56,7 @@ SANITIZED = ["-O1", "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,unde
 def is_reader(name: str) -> bool:
     """Whether a file of the product is one that reads what others may have written."""
     return name.startswith(
-        ("container/", "codecs/", "profile", "snapshot", "store/", "tensors", "pages")
+        ("container/", "codecs/", "load/", "profile", "snapshot", "store/", "tensors", "pages")
     )
 
 

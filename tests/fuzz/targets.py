@@ -14,12 +14,14 @@ from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, TypeVar
 from unittest.mock import patch
 
 import kvzip
 from kvzip.benchmarks.host_jobs import Idle
 from kvzip.container.source import Source, open_source
+from kvzip.load import chunks, llama_cpp, lmcache
 from kvzip.store import Store
 from kvzip.store.folder import Folder, Meta
 from kvzip.testing import cache_like, make_snapshot, reseal
@@ -100,6 +102,34 @@ def page(data: bytes) -> None:
     """A page of a few tokens, whose profile is right. Its checksum is of the numbers, and compared
     after they were decoded."""
     kvzip.decode_page(data, PROFILE)
+
+
+def session(data: bytes) -> None:
+    """A saved session of llama.cpp's: whatever is understood of it, all of its bytes come back."""
+    whole = data if llama_cpp.is_slot(data[:4]) else b"qsgg" + data
+    found = llama_cpp.load_slot(whole)
+    for layer in found.layers:
+        for bits in layer.parts.values():
+            bits.sum()
+    path = FOLDER / "session.bin"
+    llama_cpp.save_slot(found, path)
+    assert path.read_bytes() == whole
+
+
+class Given:
+    """What LMCache hands over of its memory: bytes, or a tensor to be filled."""
+
+    def __init__(self, tensor: Any, data: bytes = b""):
+        self.tensor, self.byte_array = tensor, bytearray(data)
+        self.metadata = SimpleNamespace(shapes=None)
+
+
+def chunk(data: bytes) -> None:
+    """An engine's chunk, as LMCache and SGLang have it, into the tensor that waits for it."""
+    import torch
+
+    waits = Given(torch.empty(CHUNK, dtype=torch.bfloat16))
+    lmcache.KvzipDeserializer(1).deserialize(Given(None, sealed(data) + bytes(9)), waits, None)
 
 
 def spec(data: bytes) -> None:
@@ -222,6 +252,8 @@ TURNED = {
 }
 """Of keys that RoPE turned in bf16, and of pairs side by side, by a file of such keys."""
 IDLE = Idle()
+CHUNK = (2, 2, 40, 8)
+"""Keys and values of two layers, of 40 tokens with 8 channels."""
 START = kvzip.encode(SAVED, "raw")[:12]
 """Magic and version of a .kvz file, and what else does not change."""
 WANTED = {"model": "test/model", "revision": "r1", "dtype": "bf16"}
@@ -255,6 +287,8 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "profile": profile,
     "snapshot": snapshot,
     "page": page,
+    "session": session,
+    "chunk": chunk,
     "spec": spec,
     "store": store,
 }
@@ -309,6 +343,25 @@ def seeds(target: str) -> list[bytes]:
         return [(FOLDER / "seed.safetensors").read_bytes()]
     if target == "page":
         return [PAGE]
+    if target == "session":
+        from load.test_llama_cpp import attention, recurrent
+        from load.test_llama_cpp import session as of_context
+        from load.test_llama_cpp import slot as of_sequence
+
+        kinds = [{}, {"transposed": True}, {"extra": bytes(8)}, {"values": False}, {"kind": 8}]
+        caches = [attention(range(5), layers=1, width=32, **kind) for kind in kinds]
+        windows = attention(range(2, 5), layers=2, width=32)
+        sessions = [
+            of_context(caches[0], outputs=False, version=11),
+            of_sequence(caches[0], windows, recurrent(5)),
+        ]
+        return [of_sequence(kind) for kind in caches] + sessions
+    if target == "chunk":
+        import torch
+
+        numbers = torch.arange(2 * 2 * 40 * 8, dtype=torch.float32).reshape(CHUNK).bfloat16()
+        codecs = ("channel", "planes", "zstd", "raw")
+        return [chunks.encode(numbers, kvzip.get_codec(codec)) for codec in codecs]
     if target == "spec":
         return [name.encode() for name in ("zstd:level=3", "planes:mode=bit,coder=lz4", "channel")]
     if target == "store":

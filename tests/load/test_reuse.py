@@ -220,6 +220,9 @@ def test_other_caches_are_none_of_ours(model, prompt):
     assert model.generate.__doc__.strip().startswith("Generates sequences")
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.20."), reason="it forgets a cache's tokens itself"
+)
 @pytest.mark.parametrize("chunk", [1, 3, 8, 20, 64])
 def test_a_prompt_in_chunks(model, blob, prompt, chunk):
     for cache in caches(model, blob, prompt, prefill_chunk_size=chunk):
