@@ -24,7 +24,7 @@ WITHIN_docs := docs
 # Python keeps what it has compiled, whatever the environment says: tests start it hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu bench-gpu test-long without-avx512 test-lmcache test-sglang test-vllm lint tidy format docs wheels fuzz soak leaks faults large tsan free-threaded golden bench figures links traffic redraw measured qwen3-4b ratios scaling clean
+.PHONY: demo test test-gpu bench-gpu test-long without-avx512 test-lmcache test-sglang test-vllm test-transformers lint tidy format docs wheels fuzz soak leaks faults large tsan free-threaded golden bench figures links traffic redraw measured qwen3-4b ratios scaling clean
 
 demo: $(DEMO)
 	$(BIN)/kvzip demo --out demo
@@ -120,6 +120,13 @@ golden:
 	  { test -x $$venv/bin/python || $$python -m venv $$venv; } && \
 	  $$venv/bin/pip install --quiet --disable-pip-version-check '.[encryption]' pytest hypothesis '$(NUMPY)' && \
 	  $$venv/bin/pytest -q -k golden tests/container/test_golden.py tests/codecs/test_predictive_golden.py || exit 1; done
+
+# Capturing, loading and going on with other versions of transformers, beside the one that is installed: the five that are supported.
+TRANSFORMERS ?= 5.20 5.21 5.22 5.23 5.24
+test-transformers: $(TEST)
+	for version in $(TRANSFORMERS); do folder=build/transformers/$$version; \
+	  { test -d $$folder || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $$folder "transformers==$$version.*"; } && \
+	  PYTHONPATH=$$folder $(BIN)/pytest -q tests/load/test_hf.py tests/load/test_calls.py tests/load/test_reuse.py tests/capture/test_capture.py || exit 1; done
 
 # LMCache itself, in an environment of its own: without what it needs on a GPU only (which is much),
 # and with a newer numpy than it asks for.

@@ -257,7 +257,16 @@ def test_the_command_on_a_model_with_an_encoder(folder_of, name, tmp_path, capsy
     assert torch.equal(loaded.model.generate(**given, **cache_argument(cache)), right)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "mamba"])
+EARLIER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3_next",
+        pytest.param("mamba", marks=pytest.mark.skipif(EARLIER, reason="fills no cache by itself")),
+    ],
+)
 def test_a_second_capture_of_states_computes_nothing(folder_of, name, tmp_path, capsys):
     model = folder_of(Family(name))
     command = ["capture", "--model", model, "--text", tmp_path / "text", "--tokens", 20]

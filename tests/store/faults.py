@@ -89,10 +89,10 @@ class Server:
             return True
         fault = self.draw.choice([*FAULTS]) if self.draw.random() < self.share else ""
         late = self.draw.random() < 0.5
+        self.done[fault] += 1
         if fault in ("reset", "status") and not late:
             return self._fails(fault, writer)
         status, more, data = self._do(method, url, headers, body, fault)
-        self.done[fault] += 1
         if fault == "stall":
             await asyncio.sleep(3600)
         elif fault in ("reset", "status"):
