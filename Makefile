@@ -181,7 +181,7 @@ wheels:
 # The documentation as a site, in build/docs; a broken link or a public name without a docstring is an error.
 docs: $(DOCS)
 	$(LAY_OUT)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/docs/index.html; to look at it: $(BIN)/python -m http.server -d build/docs"
 
 # Two peers stay out of the extras (docs/benchmarks.md); without them they are named as missing.

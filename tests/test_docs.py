@@ -323,6 +323,14 @@ def test_every_public_name_is_explained(module):
     assert missing == []
 
 
+def test_a_warning_ends_the_building_of_the_site():
+    """mkdocs counts none where it is to say none."""
+    [command] = re.findall(r"mkdocs build.*", (ROOT / "Makefile").read_text())
+    assert command == "mkdocs build --strict"
+    checks = (ROOT / "mkdocs.yml").read_text().partition("\nvalidation:")[2].partition("\nnav:")[0]
+    assert set(re.findall(r": (\w+)[,}]", checks)) == {"warn"}
+
+
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     renamed = of_site("RENAMED")

@@ -150,7 +150,8 @@ def undocumented(one: Any) -> list[str]:
 
 def reference() -> dict[str, str]:
     """The pages of the modules. Warns of public names that nothing explains."""
-    package = griffe.load("kvzip", search_paths=[INSTALLED], resolve_aliases=True)
+    # By its path: Python finds the sources here first, without codecs and eval.
+    package = griffe.load(INSTALLED / "kvzip", search_paths=[INSTALLED], resolve_aliases=True)
     pages = {}
     for module, title in API.items():
         below = module.removeprefix("kvzip").removeprefix(".")
@@ -167,7 +168,9 @@ def commands() -> str:
     from kvzip.cli.app import app
 
     contents = re.compile(r"^## Table of Contents.*?(?=^\*\*Commands)", re.MULTILINE | re.DOTALL)
-    return contents.sub("", app.generate_docs()).replace("# kvzip\n", "# Commands\n", 1)
+    text = contents.sub("", app.generate_docs()).replace("# kvzip\n", "# Commands\n", 1)
+    # The list names the anchor of a command; of one that is an option it has other dashes.
+    return text.replace("(#kvzip-install-completion)", "(#kvzip---install-completion)")
 
 
 # --- mkdocs' hooks -------------------------------------------------------------------------------
