@@ -31,6 +31,24 @@ for name in kvzip.codec_names():
     assert np.array_equal(decoded.layers[0].v.view(np.float16), -numbers), name
 print(*kvzip.codec_names())
 """
+COMMANDS = """
+import numpy as np, kvzip
+from kvzip.cli import main
+numbers = np.random.default_rng(0).normal(size=(2, 300, 64)).astype(np.float16)
+kvzip.Snapshot.from_arrays([(numbers, -numbers)]).save("doc.safetensors")
+for words in (
+    "encode doc.safetensors -o doc.kvz",
+    "verify doc.kvz --against doc.safetensors",
+    "info doc.kvz",
+    "decode doc.kvz -o again.safetensors",
+    "doctor",
+):
+    try:
+        main(words.split())
+    except SystemExit as ended:
+        assert not ended.code, words
+assert kvzip.Snapshot.load("again.safetensors") == kvzip.Snapshot.load("doc.safetensors")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +95,8 @@ def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
     subprocess.run([*pip, wheel], check=True)
     done = subprocess.run([python, "-c", USE], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.split() == CODECS, done.stderr
+    done = subprocess.run([python, "-c", COMMANDS], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
     demo = [tmp_path / "env" / "bin" / "kvzip", "demo", "--out", tmp_path / "demo"]
     done = subprocess.run(demo, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2

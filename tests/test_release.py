@@ -179,6 +179,8 @@ def test_workflows_run_what_people_run():
 
 
 def test_the_sdist_holds_all_that_is_built(tmp_path):
+    if importlib.util.find_spec("scikit_build_core") is None:
+        pytest.skip("what builds kvzip is not installed, which `make` does")
     hook = "import scikit_build_core.build as b, sys; print(b.build_sdist(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", hook, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
