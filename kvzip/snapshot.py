@@ -342,7 +342,8 @@ class Snapshot:
         that is not known (docs/models.md) raise UnsupportedError, and so do ids that stand for
         images or sound.
         """
-        from kvzip.load.hf import snapshot_of_cache
+        with extra_told("a model's cache needs more", "hf"):
+            from kvzip.load.hf import snapshot_of_cache
 
         found: Snapshot = snapshot_of_cache(cache, token_ids, model, encoder_ids)
         return found

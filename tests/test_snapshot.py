@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import runpy
 import sys
 
 import msgspec
@@ -84,8 +85,13 @@ def test_shapes_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize(
     ("missing", "wanted"),
-    [("torch", lambda s: s.tensors()), ("kvzip.load.hf", lambda s: s.to_cache(None))],
-    ids=["tensors", "to_cache"],
+    [
+        ("torch", lambda s: s.tensors()),
+        ("kvzip.load.hf", lambda s: s.to_cache(None)),
+        ("kvzip.load.hf", lambda s: kvzip.Snapshot.from_cache(None)),
+        ("transformers.cache_utils", lambda s: runpy.run_module("kvzip.load.hf")),
+    ],
+    ids=["tensors", "to_cache", "from_cache", "load_cache"],
 )
 def test_what_needs_torch_names_the_extra_where_it_is_missing(missing, wanted, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 import kvzip
 
@@ -11,6 +11,7 @@ app = App(
     help="Lossless compression of language models' KV caches, and when it pays.",
     version=kvzip.__version__,
     suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(negative_iterable=()),
 )
 evaluate = App(name="eval", help="The evaluation: prices, the paper, what compression is worth.")
 app.command(evaluate)

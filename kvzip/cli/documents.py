@@ -294,6 +294,8 @@ def info(file: KvzFile, *, key_file: KeyFile = None, as_json: Json = False) -> N
 def _show_info(result: Mapping[str, Any], found: container.Info) -> None:
     header = found.header
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")  # what is to be copied is not cut
     for key in ("model", "revision", "dtype", "layers", "tokens"):
         table.add_row(key, str(result[key]))
     table.add_row("codec", format_spec(header.codec))

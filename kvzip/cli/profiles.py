@@ -16,7 +16,7 @@ from kvzip.cli.terminal import bar, counted, emit, say, steps
 from kvzip.errors import UsageError
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
-from kvzip.statistics.documents import hold_out
+from kvzip.statistics.documents import check_apart, hold_out
 from kvzip.statistics.splits import Cut
 
 
@@ -71,6 +71,7 @@ def fit(
         option = next(iter(settings)).replace("_", "-")
         raise UsageError(f"--{option} is for predictive, not for {codec}")
     learned, left_out = hold_out(snapshots, count)
+    check_apart(learned, left_out)
     if split is None:
         result = _learned(learned, left_out, output, codec, settings)
         emit(result, as_json, lambda: _show(result))

@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -162,10 +163,22 @@ def complain(message: str) -> None:
 def working(what: str) -> Iterator[Callable[..., None]]:
     """A sign that something is being done; yields a function that says what, and how much of all
     the work is done by then (0 to 1), where that is known."""
-    if not _err.is_terminal:
-        yield Lines().step
-        return
     lines = Lines()
+    if not _err.is_terminal:
+        # What is done at once says nothing.
+        waiting = threading.Timer(lines.EVERY, lines.step, [what])
+        waiting.daemon = True
+        waiting.start()
+
+        def line(name: str, share: float | None = None) -> None:
+            waiting.cancel()
+            lines.step(name, share)
+
+        try:
+            yield line
+        finally:
+            waiting.cancel()
+        return
     with _err.status(Text(what)) as status:
 
         def step(name: str, share: float | None = None) -> None:

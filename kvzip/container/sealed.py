@@ -94,14 +94,14 @@ def sealed_size(size: int) -> int:
 
 def derived(key: Key, salt: bytes, about: bytes, length: int) -> bytes:
     """Bytes that follow from a key, and of which nobody without it knows anything."""
-    with _cryptography():
+    with cryptography_told():
         from cryptography.hazmat.primitives.hashes import SHA256
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF
     made: bytes = HKDF(SHA256(), length, salt, about).derive(key.secret)
     return made
 
 
-def _cryptography() -> AbstractContextManager[None]:
+def cryptography_told() -> AbstractContextManager[None]:
     """What needs the package that may be missing."""
     return extra_told("sealed files need more", "encryption")
 
@@ -109,7 +109,7 @@ def _cryptography() -> AbstractContextManager[None]:
 def _cipher(key: Key, start: bytes, place: str) -> tuple[Any, bytes]:
     """What encrypts a file's chunks, and what its header says to prove the key. `start`: the
     header's first fields; `place`: where the file belongs."""
-    with _cryptography():
+    with cryptography_told():
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     version, salt, name = start[:16], start[16:48], start[48:]
     about = b"kvzip sealed file\0" + version + name + place.encode()
@@ -290,7 +290,7 @@ class Sealed(Closable):
             return found
         begin, length = self._place(chunk)
         data = self._source.read(begin, length)
-        with _cryptography():
+        with cryptography_told():
             from cryptography.exceptions import InvalidTag
         try:
             made: bytes = self._cipher.decrypt(

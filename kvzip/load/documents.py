@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Generic, TypeAlias, TypeVar, overload
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvzip import api, metrics
 from kvzip.container import Reader, Source
+from kvzip.errors import UsageError
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.store import Match, Store
@@ -76,7 +78,8 @@ def open_document(
 ) -> OpenDocument[Any]:
     """Open whatever can be loaded. What was open before stays open when this is closed.
 
-    Raises what :func:`kvzip.open` does, and ProfileError when the document needs another profile.
+    Raises what :func:`kvzip.open` does, ProfileError when the document needs another profile, and
+    UsageError for a folder.
     """
     if isinstance(document, Snapshot):
         return OpenDocument(document)
@@ -87,6 +90,8 @@ def open_document(
         if isinstance(document, StoredDocument):
             reader = document.store.open(document.key, profile, threads)
         else:
+            if isinstance(document, (str, Path)) and Path(document).is_dir():
+                raise UsageError(f"{document} is a folder: if it is a store, give a Store of it")
             reader = api.open(document, profile, threads)
         opened = OpenDocument(reader, reader)
     try:

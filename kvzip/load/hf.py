@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
-from transformers.cache_utils import Cache
 
 from kvzip.container import Reader
-from kvzip.errors import KVZipError, UsageError
+from kvzip.errors import KVZipError, UsageError, extra_told
+
+with extra_told("caches of transformers need more", "hf"):
+    import torch
+    from transformers.cache_utils import Cache
+
 from kvzip.load.batch import load_batch, load_batch_or_prefill
 from kvzip.load.caches import devices_of, empty_cache, lazy_cache, prefill_of, spans_of
 from kvzip.load.config import (

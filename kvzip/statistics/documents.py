@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kvzip.errors import ProfileError, UnsupportedError
+from kvzip.errors import ProfileError, UnsupportedError, UsageError
 from kvzip.layout import KV
 from kvzip.snapshot import Snapshot
 
@@ -30,6 +30,28 @@ def hold_out(documents: Sequence[_T], count: int) -> tuple[list[_T], list[_T]]:
         [document for i, document in enumerate(documents) if i not in held_out],
         [documents[i] for i in sorted(held_out)],
     )
+
+
+def check_apart(learned: Sequence[Item], measured: Sequence[Item]) -> None:
+    """Raise UsageError where what is measured on has the tokens of what is learned from: by that
+    every figure would be better than it is."""
+    known = {ids: item for item in learned if (ids := _ids(item))}
+    for item in measured:
+        if (ids := _ids(item)) in known:
+            raise UsageError(
+                f"{_named(item)} has the same tokens as {_named(known[ids])}, which is learned "
+                "from: measure on other documents"
+            )
+
+
+def _ids(item: Item) -> bytes:
+    """A document's token ids; nothing where they are not known."""
+    ids = load(item).token_ids
+    return b"" if ids is None else ids.tobytes()
+
+
+def _named(item: Item) -> str:
+    return item.origin.text or "a document" if isinstance(item, Snapshot) else str(item)
 
 
 def load(item: Item) -> Snapshot:

@@ -24,6 +24,7 @@ from kvzip.container.sealed import (
     Sealed,
     Sealing,
     as_key,
+    cryptography_told,
     derived,
     seal,
 )
@@ -144,7 +145,8 @@ class _Names:
     """Paths as they are, and as they stand in the store."""
 
     def __init__(self, key: Key):
-        from cryptography.hazmat.primitives.ciphers.aead import AESSIV
+        with cryptography_told():
+            from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 
         self._cipher = AESSIV(derived(key, b"", b"kvzip names of a sealed store", 64))
 

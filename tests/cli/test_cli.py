@@ -222,7 +222,8 @@ def test_the_console_script_is_there():
     assert done.stdout.strip() == kvzip.__version__
 
 
-def test_a_shell_completes_commands(tmp_path, capsys):
+def test_a_shell_completes_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # whose .bashrc gets a line
     code, _, _ = run(capsys, "--install-completion", "--shell", "bash", "-o", tmp_path / "script")
     script = (tmp_path / "script").read_text()
     assert code == 0 and "complete -F" in script

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -109,6 +110,7 @@ def test_bars_steps_and_signs_are_lines_without_a_terminal(written, monkeypatch)
     with terminal.steps() as tell:
         tell("layers", 1, 2)
         tell("layers", 2, 2)
+    monkeypatch.setattr(terminal.Lines, "EVERY", 60.0)
     with terminal.working("starting") as step:
         step("a path\nof two lines", 0.5)
     found = [re.sub(r"^\[\d+:\d\d\] |, about .* left$", "", line) for line in written()]
@@ -120,6 +122,15 @@ def test_bars_steps_and_signs_are_lines_without_a_terminal(written, monkeypatch)
         "layers: 2 of 2",
         r"a path\nof two lines",
     ]
+
+
+def test_what_takes_long_says_what_it_is_before_its_first_step(written, monkeypatch):
+    monkeypatch.setattr(terminal.Lines, "EVERY", 0.05)
+    with terminal.working("loading a model"):
+        deadline = time.monotonic() + 60
+        while not written() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert written() == ["[0:00] loading a model"]
 
 
 def test_a_terminal_has_no_lines(monkeypatch):

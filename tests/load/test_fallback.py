@@ -18,7 +18,7 @@ from support import damaged, warnings_of  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip.container import blocks  # noqa: E402
-from kvzip.errors import StoreError  # noqa: E402
+from kvzip.errors import StoreError, UsageError  # noqa: E402
 from kvzip.load.documents import StoredDocument  # noqa: E402
 from kvzip.load.hf import (  # noqa: E402
     cache_argument,
@@ -195,6 +195,13 @@ def test_wrong_use_is_still_an_error(tiny: Any) -> None:
         case.generate(ids[:, :55], load_or_prefill(case.blob, case.model, ids))
     with pytest.raises(kvzip.KVZipError, match="does not continue"):
         case.generate(other, load_or_prefill(case.blob, case.model, ids))
+
+
+def test_a_stores_folder_is_no_document(tiny: Any, tmp_path: Any) -> None:
+    case = tiny("llama")
+    for folder in (tmp_path, str(tmp_path)):
+        with pytest.raises(UsageError, match="give a Store of it"):
+            load_or_prefill(folder, case.model, case.longer())
 
 
 # --- stores that fail ------------------------------------------------------------------------
