@@ -247,12 +247,22 @@ void turned() {
     }
     check(out == keys, "keys that are not turned back");
   }
-  // A block as it may come, of which the coded one within is not looked at here.
-  Bytes bytes(16 + 8 * below(6) + 16 * below(3));
-  for (std::uint8_t& byte : bytes) byte = std::uint8_t(below(3) ? 0 : below(256));
+  // A block as it may come, of which the coded one within is not looked at here: mostly with a head
+  // that makes sense, and exceptions in their order, of which some may be of no pair.
+  const std::size_t count = below(6), all = heads * tokens * pairs;
+  Bytes bytes(16 + (8 * count + 15) / 16 * 16 + 16 * below(3));
   bytes[0] = 3;
   bytes[1] = std::uint8_t(1 + below(kRopeRoundings));
-  const Exact block(below(4) ? bytes : damaged(bytes));
+  bytes[4] = std::uint8_t(count);
+  std::size_t next = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto place = std::uint32_t(next + below(below(6) ? 1 + all / 6 : all + 2));
+    const auto numbers = std::uint32_t(random_bits());
+    std::memcpy(&bytes[16 + 8 * i], &place, 4);
+    std::memcpy(&bytes[20 + 8 * i], &numbers, 4);
+    next = place + 1;
+  }
+  const Exact block(below(3) ? bytes : damaged(bytes));
   try {
     const Unturned unturned(block.data.get(), block.size);
     unturned.turn(rotation, first, heads, dim,
@@ -261,8 +271,36 @@ void turned() {
   }
 }
 
+// A block of numbers as they are, damaged or not, into any order of axes with something between the
+// rows; and their checksum.
+template <typename T>
+void plain() {
+  const std::size_t batch = 1 + below(2), heads = 1 + below(3), tokens = 1 + below(20);
+  const std::size_t dim = 1 + below(70), row = dim + below(2) * below(5);
+  const bool token_major = below(2);
+  Bytes bytes(16 + batch * heads * tokens * dim * sizeof(T));
+  for (std::size_t i = 16; i < bytes.size(); ++i) bytes[i] = std::uint8_t(random_bits());
+  const Exact data(below(2) ? bytes : damaged(bytes));
+  const std::unique_ptr<T[]> out(new T[(batch * heads * tokens - 1) * row + dim]);
+  const Block<T> block{out.get(),
+                       batch,
+                       tokens,
+                       std::ptrdiff_t(heads * tokens * row),
+                       std::ptrdiff_t(token_major ? row : tokens * row),
+                       std::ptrdiff_t(token_major ? heads * row : row)};
+  try {
+    copy_raw<T>(data.data.get(), data.size, heads, dim, block);
+  } catch (const std::invalid_argument&) {
+    return;
+  }
+  kvzip::Xxh3 hash;
+  hash.update(data.data.get() + 16, data.size - 16);
+  check(checksum<T>(block, heads, dim) == hash.digest(), "not the numbers as they are");
+}
+
 template <typename T>
 void once(NumberFormat format) {
+  plain<T>();
   stored(format);
   strange<T>(format);
   const std::size_t sizes[] = {1, 2, 5, 33, 63, 64, 65, 130};
