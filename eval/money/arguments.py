@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from kvzip.choice.cost import number
 from kvzip.errors import KVZipError, UsageError, first_line
@@ -33,8 +34,8 @@ def bandwidth(text: str, book: PriceBook) -> float:
         return number("link", float(found[1]) * _RATES[found[2]], zero=False)
     except ValueError:
         raise UsageError(
-            f"link {text!r}: write a number with one of {', '.join(filter(None, _RATES))}, or one "
-            f"of the price book's: {', '.join(book.link)}"
+            f"link {text!r}: write a number with one of {', '.join(filter(None, _RATES))} (without "
+            f"one, it is of Gb/s), or one of the price book's: {', '.join(book.link)}"
         ) from None
 
 
@@ -57,15 +58,15 @@ def shape_of(model: str, book: PriceBook) -> Shape:
     a config that cannot be read."""
     if model in book.model:
         return book.model[model]
+    if "/" not in model and not Path(model).is_dir():
+        raise UsageError(
+            f"no model {model!r}; write a hub id, a folder, or one of: {', '.join(book.model)}"
+        )
     import torch
     import transformers
 
     from kvzip.eval.speed import inputs
 
-    if "/" not in model:
-        raise UsageError(
-            f"no model {model!r}; write a hub id, a folder, or one of: {', '.join(book.model)}"
-        )
     try:
         config = transformers.AutoConfig.from_pretrained(model)
         with torch.device("meta"):
