@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,7 +16,7 @@ from kvzip.choice.cost import CodecFigures, fit_prefill, prefill_flops
 from kvzip.codec import Codec, get_codec
 from kvzip.codec_spec import file_stem
 from kvzip.eval.budget import Plan, Progress, Speed, Step, choose, plan
-from kvzip.eval.exactness.check import Exactness, Reference
+from kvzip.eval.exactness import MOST_NEW_TOKENS
 from kvzip.eval.measured_codecs import DEMO_CODECS
 from kvzip.eval.money.breakeven import BreakEven, Measured, breakeven
 from kvzip.eval.money.paper import paper_table
@@ -33,11 +34,16 @@ from kvzip.eval.results.demo import (
 from kvzip.eval.results.provenance import made_by
 from kvzip.eval.speed import bench
 from kvzip.eval.speed.inputs import halves, parameters, prefill_seconds, width
-from kvzip.eval.speed.learning import documents_after, learn
+from kvzip.eval.speed.learning import documents_after, learn, training_count
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
+from kvzip.options import integer, seconds
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot, sha256_raw
+from kvzip.workers import thread_count
+
+if TYPE_CHECKING:
+    from kvzip.eval.exactness.check import Exactness
 
 BUDGET = 240.0
 """Seconds that a demo should end in."""
@@ -66,14 +72,26 @@ def run(
     are of `threads` threads.
     """
     began = time.perf_counter()
+    # The model takes long: what is wrong with anything else is said before it is loaded.
+    chosen = {spec: get_codec(spec) for spec in codecs}
+    document = integer("document", document, 0)
+    if tokens is not None:
+        tokens = integer("tokens", tokens, capture.LEAST_TOKENS)
+    if train is not None:
+        train = training_count(train, chosen.values())
+    new_tokens = integer("new_tokens", new_tokens, 1, MOST_NEW_TOKENS)
+    thread_count(threads)
+    budget = seconds("budget", budget)
+    source = capture.Text.read(text)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = {spec: get_codec(spec) for spec in codecs}
     told = Progress(step)
     told(f"loading {model}")
+    from kvzip.eval.exactness.check import Reference  # brings torch, which takes seconds, too
+
     loaded = load_model(model)
     told("timing a short prefill")
-    speed = _speed(loaded, text)
+    speed = _speed(loaded, source)
     spent = time.perf_counter() - began
     picked = _choose(speed, chosen.values(), new_tokens, budget - spent, tokens, train)
     told.expect(spent, picked.seconds)
@@ -82,7 +100,7 @@ def run(
         f"{clock_text(picked.seconds)} (--tokens and --train name others)"
     )
     numbers = slice(document, document + 1)
-    [cut] = capture.cut_documents(loaded.tokenizer, text, picked.tokens, numbers)
+    [cut] = capture.cut_documents(loaded.tokenizer, source, picked.tokens, numbers)
     told("timing the prefill", picked.timing)
     points = prefill_seconds(loaded, cut.token_ids, halves(picked.tokens))
     told("capturing the cache", picked.prefill)
@@ -98,7 +116,7 @@ def run(
     reference = Reference(loaded.model, snapshot, new_tokens=new_tokens)
     profile = None
     if any(codec.needs_profile for codec in chosen.values()):
-        documents = documents_after(document, picked.train, loaded, text, picked.tokens)
+        documents = documents_after(document, picked.train, loaded, source, picked.tokens)
         profile = _learn(loaded, documents, snapshots, picked, told)
         profile.save(folder / "demo.kvprofile")
     rows = []
@@ -118,7 +136,7 @@ def run(
     return result
 
 
-def _speed(loaded: LoadedModel, text: Sequence[str]) -> Speed:
+def _speed(loaded: LoadedModel, text: capture.Text) -> Speed:
     """What the model takes here, by prefills of some hundred tokens."""
     [cut] = capture.cut_documents(loaded.tokenizer, text, 384, slice(0, 1))
     (_, step_seconds), *points = prefill_seconds(loaded, cut.token_ids, (1, 128, 384), repeat=1)

@@ -19,7 +19,7 @@ from kvzip.files import made_folder
 from kvzip.identity.checkpoint import changed
 from kvzip.layout import KV
 from kvzip.models import LoadedModel, check_is_decoder
-from kvzip.options import callback
+from kvzip.options import callback, integer
 from kvzip.reading import text_in
 from kvzip.snapshot import Layer, LayerLayout, Origin, Snapshot
 
@@ -35,18 +35,31 @@ _FP8_MAX = {
 }
 
 
-def read_text(texts: Sequence[str]) -> str:
-    """The texts one after the other: paths of UTF-8 files, or "pydoc", the language reference
-    that ships with Python."""
-    parts = []
-    for name in texts:
-        if name == "pydoc":
-            from pydoc_data.topics import topics
+LEAST_TOKENS = 2
+"""Of a document: one that the cache holds, and one to compute with it."""
 
-            parts += [topics[key] for key in sorted(topics)]
-        else:
-            parts.append(text_in(name, 1 << 30))
-    return "\n\n".join(parts)
+
+@dataclass(frozen=True)
+class Text:
+    """What documents are cut from. It is read once, which is all that a pipe can be, and before a
+    model is loaded for it."""
+
+    name: str
+    content: str
+
+    @classmethod
+    def read(cls, texts: Sequence[str]) -> Text:
+        """The texts one after the other: paths of UTF-8 files, or "pydoc", the language reference
+        that ships with Python. Raises UsageError and OSError."""
+        parts = []
+        for name in texts:
+            if name == "pydoc":
+                from pydoc_data.topics import topics
+
+                parts += [topics[key] for key in sorted(topics)]
+            else:
+                parts.append(text_in(name, 1 << 30))
+        return cls("+".join(texts), "\n\n".join(parts))
 
 
 @dataclass(frozen=True)
@@ -58,10 +71,10 @@ class Document:
     name: str
 
 
-def ids_for_encoder(tokenizer: Any, texts: Sequence[str]) -> NDArray[Any]:
-    """What an encoder gets of texts: all their token ids, uint32 [tokens], with the special ones
+def ids_for_encoder(tokenizer: Any, text: Text) -> NDArray[Any]:
+    """What an encoder gets of a text: all its token ids, uint32 [tokens], with the special ones
     that the tokenizer puts in front and behind."""
-    return np.array(tokenizer(read_text(texts), verbose=False).input_ids, np.uint32)
+    return np.array(tokenizer(text.content, verbose=False).input_ids, np.uint32)
 
 
 def decoder_start(model: Any) -> list[int]:
@@ -76,7 +89,7 @@ def decoder_start(model: Any) -> list[int]:
 
 def cut_documents(
     tokenizer: Any,
-    texts: Sequence[str],
+    text: Text,
     tokens: int,
     numbers: slice = slice(None),
     front: Sequence[int] | None = None,
@@ -86,10 +99,9 @@ def cut_documents(
     `front`: ids in front of each document, by default what the tokenizer puts in front of any text
     (a BOS token).
     """
-    if tokens < 2:
-        raise KVZipError("a document needs at least 2 tokens")
+    tokens = integer("tokens", tokens, LEAST_TOKENS)
     front = list(tokenizer("").input_ids if front is None else front)
-    ids = tokenizer(read_text(texts), add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
     body = tokens - len(front)
     if body < 1:
         raise KVZipError(
@@ -99,7 +111,7 @@ def cut_documents(
         Document(
             n,
             np.array(front + ids[n * body : (n + 1) * body], np.uint32),
-            f"{'+'.join(texts)}, document {n} of {tokens} tokens",
+            f"{text.name}, document {n} of {tokens} tokens",
         )
         for n in range(len(ids) // body)
     ]
@@ -257,14 +269,20 @@ def cast_layer(layer: Layer, dtype: str, to: str) -> Layer:
 def _cast(tensor: Any, dtype: str) -> Any:
     import torch
 
+    check_cast(dtype)
     form = dtypes.get(dtype)
-    if not form.is_float:
-        raise UnsupportedError(
-            f"a cache is not cast to {form.name}, only to a floating-point dtype"
-        )
     if (top := _FP8_MAX.get(form.name)) is not None:
         tensor = tensor.float().clamp(-top, top)
     return tensor.to(getattr(torch, form.torch))
+
+
+def check_cast(dtype: str | None) -> None:
+    """Raise UsageError or UnsupportedError for a dtype that no cache is cast to. None is the
+    model's own."""
+    if dtype is not None and not (form := dtypes.get(dtype)).is_float:
+        raise UnsupportedError(
+            f"a cache is not cast to {form.name}, only to a floating-point dtype"
+        )
 
 
 def computed_in(cache_dtype: str | None) -> str:

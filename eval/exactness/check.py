@@ -18,6 +18,7 @@ from kvzip import api
 from kvzip.capture import check_ids
 from kvzip.container import Reader
 from kvzip.errors import KVZipError
+from kvzip.eval.exactness import MOST_NEW_TOKENS
 from kvzip.load.hf import cache_argument, load_cache
 from kvzip.options import integer
 from kvzip.snapshot import Layer, Snapshot
@@ -132,7 +133,7 @@ class Reference:
     ):
         if snapshot.token_ids is None:
             raise KVZipError("the snapshot has no token ids: there is nothing to prompt with")
-        new_tokens = integer("new_tokens", new_tokens, 1, 100_000)
+        new_tokens = integer("new_tokens", new_tokens, 1, MOST_NEW_TOKENS)
         check_ids(snapshot.token_ids, model.config)
         self.model, self.new_tokens = model, new_tokens
         self.layers = layer_hashes(snapshot)

@@ -17,6 +17,7 @@ from kvzip import api, capture, checksum
 from kvzip.codec import get_codec
 from kvzip.errors import KVZipError
 from kvzip.eval.budget import Step
+from kvzip.eval.exactness import MOST_NEW_TOKENS
 from kvzip.eval.exactness.lossy import LOSSY, quantised
 from kvzip.eval.kept import kept
 from kvzip.eval.measured_codecs import EXACTNESS_CODECS
@@ -62,11 +63,13 @@ def run(
     if not snapshots:
         raise KVZipError("exactness needs at least one snapshot")
     continuations = integer("continuations", continuations, 1, 1000)
-    new_tokens = integer("new_tokens", new_tokens, 1, 100_000)
+    new_tokens = integer("new_tokens", new_tokens, 1, MOST_NEW_TOKENS)
     ways = _Ways(codecs, lossy, None if profile is None else Profile.load(profile))
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
     first = Snapshot.load(snapshots[0])
+    for path in snapshots:
+        _check_like(first, path, snapshots[0])
     if loaded is None:
         step(f"loading {model or first.origin.model}")
         loaded = load_model(model or first.origin.model, capture.computed_in(first.dtype))
@@ -74,8 +77,6 @@ def run(
     names, tokens = [], []
     for n, path in enumerate(snapshots):
         snapshot = Snapshot.load(path)
-        if (snapshot.dtype, snapshot.origin.revision) != (first.dtype, first.origin.revision):
-            raise KVZipError(f"{path} is not of the model and dtype of {snapshots[0]}")
         names.append(snapshot.origin.text or Path(path).name)
         tokens.append(snapshot.tokens)
         following = Snapshot.load(snapshots[(n + 1) % len(snapshots)]).token_ids
@@ -109,6 +110,18 @@ def run(
         rows=rows,
         fresh=fresh,
     )
+
+
+def _check_like(
+    first: Snapshot, path: str | os.PathLike[str], first_path: str | os.PathLike[str]
+) -> None:
+    """Raise KVZipError unless a file is a snapshot that a model can go on from, of the model and
+    dtype of the first."""
+    snapshot = Snapshot.load(path)
+    if (snapshot.dtype, snapshot.origin.revision) != (first.dtype, first.origin.revision):
+        raise KVZipError(f"{path} is not of the model and dtype of {first_path}")
+    if snapshot.token_ids is None:
+        raise KVZipError(f"{path} has no token ids: there is nothing to prompt with")
 
 
 def _tell(step: Step, document: int, documents: int, what: str, done: float = 0.0) -> None:

@@ -36,6 +36,7 @@ from kvzip.eval.results.links import (
     TransferCost,
 )
 from kvzip.eval.results.provenance import PACKAGES, made_by
+from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
@@ -43,6 +44,17 @@ _LONG = 30.0
 """Seconds of one link after which nothing is repeated."""
 
 Progress = Callable[[str, int, int], None]
+
+
+def checked(sweeps: Mapping[float, Sequence[float]]) -> dict[float, list[float]]:
+    """Delays and rates as they are measured. Raises KVZipError for what is none."""
+    found = {
+        cost.number("delay", delay): sorted(cost.number("rate", m, zero=False) for m in rates)
+        for delay, rates in sweeps.items()
+    }
+    if not any(found.values()):
+        raise UsageError("links need at least one rate")
+    return found
 
 
 def measure(
@@ -62,12 +74,7 @@ def measure(
     Raises NoLinkError where the system has no such links, UsageError when there is nothing to
     measure, and KVZipError where something that was loaded differs from what was encoded.
     """
-    sweeps = {
-        cost.number("delay", delay): sorted(cost.number("rate", m, zero=False) for m in rates)
-        for delay, rates in sweeps.items()
-    }
-    if repeat < 1 or not any(sweeps.values()):
-        raise UsageError("links need at least one rate, and to be measured once")
+    sweeps, repeat = checked(sweeps), integer("repeat", repeat, 1, 10_000)
     snapshot = Snapshot.load(sources.snapshot)
     before = os.getloadavg()[0]
     file = None if keep is None else keep / "so-far.json"

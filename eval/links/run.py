@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvzip.eval.budget import Step
-from kvzip.eval.links.measure import Progress, measure
+from kvzip.eval.links.measure import Progress, checked, measure
 from kvzip.eval.links.network import require_links
 from kvzip.eval.links.sources import prepare
 from kvzip.eval.measured_codecs import LINK_CODECS
 from kvzip.eval.results.links import Links
 from kvzip.files import scratch_folder
+from kvzip.options import integer
 
 
 def run(
@@ -38,6 +39,7 @@ def run(
     temporary one. Raises NoLinkError, before anything long begins, where the system has no such
     links.
     """
+    sweeps, repeat = checked(sweeps), integer("repeat", repeat, 1, 10_000)
     require_links()
     with contextlib.ExitStack() as stack:
         folder = work or stack.enter_context(scratch_folder())

@@ -13,9 +13,10 @@ from kvzip.codec import get_codec
 from kvzip.codec_spec import file_stem
 from kvzip.eval.budget import Step
 from kvzip.eval.measured_codecs import LINK_CODECS
-from kvzip.eval.speed.learning import documents_after, learn
+from kvzip.eval.speed.learning import documents_after, learn, training_count
 from kvzip.files import replacing
 from kvzip.models import load_model
+from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
@@ -49,11 +50,17 @@ def prepare(
     documents of the text.
     """
     folder = Path(folder)
+    # The model takes long: what is wrong with anything else is said before it is loaded.
     chosen = {spec: get_codec(spec) for spec in codecs}
+    tokens = integer("tokens", tokens, capture.LEAST_TOKENS)
+    document = integer("document", document, 0)
+    learned = None if profile is None else Profile.load(profile)
+    train = training_count(train, chosen.values() if learned is None else ())
+    source = capture.Text.read(text)
     step(f"loading {model}")
     loaded = load_model(model)
     step("capturing the cache")
-    [cut] = capture.cut_documents(loaded.tokenizer, text, tokens, slice(document, document + 1))
+    [cut] = capture.cut_documents(loaded.tokenizer, source, tokens, slice(document, document + 1))
     [path] = capture.capture(loaded, [cut], folder / "captured")
     snapshot = Snapshot.load(path)
     kept = None
@@ -62,16 +69,16 @@ def prepare(
             kept = Path(profile).absolute()
         else:
             kept = folder / "links.kvprofile"
-            learn(
+            learned = learn(
                 loaded,
-                documents_after(document, train, loaded, text, tokens),
+                documents_after(document, train, loaded, source, tokens),
                 dtype=snapshot.dtype,
                 snapshots=folder / "learned" / "documents",
                 resume=folder / "learned" / "fit",
                 capturing=step,
                 learning=step,
-            ).save(kept)
-    learned = None if kept is None else Profile.load(kept)
+            )
+            learned.save(kept)
     files = {}
     served = folder / "served"
     served.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from kvzip.eval.results.ratios import (
     TextFile,
 )
 from kvzip.eval.speed.inputs import parameters
+from kvzip.eval.speed.learning import training_count
 from kvzip.files import replacing
 from kvzip.models import LoadedModel, load_model
 from kvzip.options import integer
@@ -80,10 +81,13 @@ def run(
     of the test split is one of the training split, too.
     """
     chosen = {spec: get_codec(spec) for spec in codecs}
-    train, test = integer("train", train, 0, 10**6), integer("test", test, 1, 10**6)
+    tokens = integer("tokens", tokens, capture.LEAST_TOKENS)
+    train = training_count(train, chosen.values())
+    test = integer("test", test, 1, 10**6)
     seed = integer("seed", seed, 0, 2**32 - 1)
-    if not train and any(codec.needs_profile for codec in chosen.values()):
-        raise UsageError("a codec that needs a profile needs documents to learn from: --train")
+    if max_bytes is not None:
+        max_bytes = integer("max_bytes", max_bytes, 0)
+    capture.check_cast(dtype)
     if not (texts and chosen):
         raise UsageError("name at least one text and one codec")
     work.mkdir(parents=True, exist_ok=True)
@@ -177,8 +181,8 @@ class Protocol:
                 if not wanted:
                     continue
                 path = self.work / "texts" / f"{text.kind}.{split}.txt"
-                some = slice(0, wanted)
-                cut = capture.cut_documents(loaded.tokenizer, [str(path)], self.tokens, some)
+                source, some = capture.Text.read([str(path)]), slice(0, wanted)
+                cut = capture.cut_documents(loaded.tokenizer, source, self.tokens, some)
                 if len(cut) < wanted:
                     raise KVZipError(
                         f"{text.kind} has {len(cut)} documents of {self.tokens} tokens to {split}, "

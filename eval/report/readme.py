@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -215,8 +215,24 @@ def put_between(path: str | os.PathLike[str], blocks: Mapping[str, str]) -> bool
     """Put each block between ``<!-- name -->`` and ``<!-- /name -->`` in a Markdown file; whether
     that changed anything.
 
-    Raises KVZipError when the file is no text, or the marks are not there, once each, in order.
+    Raises as :func:`check_marks`.
     """
+    text, new = _between(path, blocks)
+    if new == text:
+        return False
+    with replacing(path) as file:
+        file.write(new.encode())
+    return True
+
+
+def check_marks(path: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Raise KVZipError when the file is no text, or the marks of a block are not there, once each,
+    in order; and OSError when there is no file."""
+    _between(path, dict.fromkeys(names, ""))
+
+
+def _between(path: str | os.PathLike[str], blocks: Mapping[str, str]) -> tuple[str, str]:
+    """What is in a file, and what would be with the blocks between their marks."""
     text = new = text_in(path)
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -225,11 +241,7 @@ def put_between(path: str | os.PathLike[str], blocks: Mapping[str, str]) -> bool
         if not (found and ended):
             raise KVZipError(f"{path} has no {begin} and {end} to put the {name} between")
         new = f"{before}{begin}\n{block}\n{end}{after}"
-    if new == text:
-        return False
-    with replacing(path) as file:
-        file.write(new.encode())
-    return True
+    return text, new
 
 
 def put_picture(result: DemoResult, picture: str | os.PathLike[str]) -> None:

@@ -40,6 +40,7 @@ from kvzip.eval.results.scaling import (
 from kvzip.eval.scaling.extrapolate import QWEN3_4B, extrapolations, gains
 from kvzip.eval.speed.inputs import parameters
 from kvzip.models import LoadedModel, load_model
+from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import hold_out
@@ -66,6 +67,8 @@ class Plan:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        integer("tokens", self.tokens, capture.LEAST_TOKENS)
+        capture.check_cast(self.dtype)
         if not (self.train and self.shares and min(self.train) >= 1 and self.test >= 1):
             raise UsageError(
                 "documents to learn from and to measure, and a profile's size, are "

@@ -20,11 +20,12 @@ from kvzip.eval.measured_codecs import CODECS_WITHOUT_PROFILE
 from kvzip.eval.results.inputs import CodecRow, Inputs, Missing
 from kvzip.eval.results.provenance import made_by
 from kvzip.eval.speed import bench
-from kvzip.eval.speed.learning import documents_after, learn
+from kvzip.eval.speed.learning import documents_after, learn, training_count
 from kvzip.models import LoadedModel, load_model
 from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
+from kvzip.workers import thread_count
 
 LENGTHS = (256, 512, 1024, 2048)
 
@@ -53,12 +54,21 @@ def measure(
     does not give back what it was given, has no figures and is named as missing. Raises KVZipError
     when none is left.
     """
-    repeat, train = integer("repeat", repeat, 1, 10_000), integer("train", train, 0)
-    lengths = sorted(set(lengths))
+    # The model takes long: what is wrong with anything else is said before it is loaded.
+    repeat = integer("repeat", repeat, 1, 10_000)
+    thread_count(threads)
+    lengths = sorted({integer("lengths", n, capture.LEAST_TOKENS) for n in lengths})
+    prefill_lengths = [integer("prefill_lengths", n, 1) for n in prefill_lengths]
     names = [dtypes.get(name).name for name in cache_dtypes]
+    for name in names:
+        capture.check_cast(name)
+    if profile_dtypes is not None:
+        profile_dtypes = [dtypes.get(name).name for name in profile_dtypes]
     chosen = {spec: get_codec(spec) for spec in codecs}
     if not (lengths and names and chosen):
         raise UsageError("measured inputs need at least one length, one dtype and one codec")
+    train = training_count(train, chosen.values())
+    source = capture.Text.read(text)
     longest = max(*lengths, *prefill_lengths, 1)
     loaded: LoadedModel | None = None
     computed, fit, first = "", None, ""
@@ -70,7 +80,7 @@ def measure(
             step(f"loading {model} in {own}")
             loaded, computed = load_model(model, own), own
         assert loaded is not None
-        [cut] = capture.cut_documents(loaded.tokenizer, text, longest, slice(0, 1))
+        [cut] = capture.cut_documents(loaded.tokenizer, source, longest, slice(0, 1))
         if fit is None:
             step("timing the prefill")
             first = own
@@ -79,7 +89,7 @@ def measure(
         learners = [spec for spec, codec in chosen.items() if codec.needs_profile]
         profile, reason = None, "no profile was wanted for this dtype"
         if learners and wanted:
-            profile, reason = _learn(loaded, text, lengths[-1], dtype, train, step)
+            profile, reason = _learn(loaded, source, lengths[-1], dtype, train, step)
         failed = dict.fromkeys(learners, reason) if profile is None else {}
         for n, length in enumerate(lengths):
             # Learning and measuring are taken for one half of a dtype's work each.
@@ -149,7 +159,7 @@ def _codec_rows(
 
 
 def _learn(
-    loaded: LoadedModel, text: Sequence[str], tokens: int, dtype: str, count: int, step: Step
+    loaded: LoadedModel, text: capture.Text, tokens: int, dtype: str, count: int, step: Step
 ) -> tuple[Profile | None, str]:
     """A profile from documents of the text after the first; or None, and why there is none."""
 

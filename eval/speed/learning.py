@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvzip import capture
+from kvzip.codec import Codec
+from kvzip.errors import UsageError
 from kvzip.models import LoadedModel
+from kvzip.options import integer
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 
@@ -15,8 +18,17 @@ Told = Callable[[str], Any]
 """Called with a few words on what begins."""
 
 
+def training_count(train: int, codecs: Iterable[Codec]) -> int:
+    """`train`, how many documents codecs learn from. Raises UsageError for what is no count, and
+    for 0 where one of them needs a profile."""
+    count = integer("train", train, 0, 10**6)
+    if not count and any(codec.needs_profile for codec in codecs):
+        raise UsageError("a codec that needs a profile needs documents to learn from: --train")
+    return count
+
+
 def documents_after(
-    document: int, count: int, loaded: LoadedModel, text: Sequence[str], tokens: int
+    document: int, count: int, loaded: LoadedModel, text: capture.Text, tokens: int
 ) -> list[capture.Document]:
     """Cut the `count` documents of the text that follow number `document`, of `tokens` tokens each:
     a profile learned from them has not seen that one."""

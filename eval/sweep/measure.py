@@ -31,11 +31,12 @@ def measure(point: Point, folder: str) -> Row:
     head = head_of(point)
     figures: dict[str, Any]
     try:
+        # Before the capture, which takes long.
+        codec = get_codec(point.codec)
+        profile = Profile.load(point.profile) if point.profile else None
         with disk_full_told(folder):
             path = _snapshot(point, Path(folder) / "snapshots")
         snapshot = _load(str(path))
-        codec = get_codec(point.codec)
-        profile = Profile.load(point.profile) if point.profile else None
         result, _ = bench.measure(snapshot, codec, profile, threads=point.threads, repeat=1)
         if not result.exact:
             raise KVZipError("it did not give back what it was given")
@@ -76,9 +77,11 @@ def _capture(point: Point) -> Snapshot:
         return synthetic.make(point.model, point.dtype, point.tokens, point.document)
     from kvzip import capture
 
+    capture.check_cast(point.dtype)
+    source = capture.Text.read([point.text])
     loaded = _model(point.model, capture.computed_in(point.dtype))
     numbers = slice(point.document, point.document + 1)
-    [cut] = capture.cut_documents(loaded.tokenizer, [point.text], point.tokens, numbers)
+    [cut] = capture.cut_documents(loaded.tokenizer, source, point.tokens, numbers)
     return capture.prefill(loaded, cut.token_ids, dtype=point.dtype, text=cut.name)
 
 

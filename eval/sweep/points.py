@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from kvzip import dtypes
+from kvzip.capture import LEAST_TOKENS
 from kvzip.codec import get_codec
 from kvzip.errors import UsageError
 from kvzip.eval.money.prices import pick
@@ -16,6 +17,8 @@ from kvzip.eval.results.traffic import Strategy
 from kvzip.eval.sweep import synthetic
 from kvzip.eval.traffic.eviction import POLICIES, PolicyName
 from kvzip.eval.traffic.fleet import STRATEGIES
+from kvzip.options import integer
+from kvzip.workers import thread_count
 
 
 def _id(point: msgspec.Struct) -> str:
@@ -59,11 +62,9 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if codec.needs_profile and self.profile is None:
             raise UsageError(f"codec {self.codec} needs a profile")
         dtypes.get(self.dtype)
-        if self.tokens < 2 or self.document < 0 or self.threads < 0:
-            raise UsageError(
-                f"tokens {self.tokens}, document {self.document}, threads {self.threads}: at least "
-                "2, 0 and 0 (all cores)"
-            )
+        integer("tokens", self.tokens, LEAST_TOKENS)
+        integer("document", self.document, 0)
+        thread_count(self.threads)
         if synthetic.names(self.model):
             synthetic.shape(self.model)
 

@@ -261,10 +261,16 @@ def numbers(option: str, text: str) -> list[float]:
 
 def document_range(text: str) -> slice:
     """A:B, A:, :B, or one number."""
-    start, colon, stop = text.partition(":")
+    first, colon, last = text.partition(":")
     try:
-        if not colon:
-            return slice(int(start), int(start) + 1)
-        return slice(int(start) if start else None, int(stop) if stop else None)
+        start = int(first) if first or not colon else None
+        stop = int(last) if last else None
     except ValueError:
         raise UsageError(f"--docs {text!r}: write A:B, A:, :B or a number") from None
+    if start is not None and not colon:
+        return slice(start, start + 1 or None)  # -1, the last one, ends where all do
+    if stop == 0 or (
+        start is not None and stop is not None and (start < 0) == (stop < 0) and start >= stop
+    ):
+        raise UsageError(f"--docs {text!r}: there are none from A to B; want A below B")
+    return slice(start, stop)

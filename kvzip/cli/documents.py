@@ -37,6 +37,7 @@ from kvzip.container.source import is_url
 from kvzip.errors import CorruptError
 from kvzip.files import made_folder
 from kvzip.load import llama_cpp
+from kvzip.options import integer
 from kvzip.snapshot import Snapshot, sha256_raw
 
 
@@ -84,16 +85,21 @@ def capture(
     from kvzip import capture as capturing
     from kvzip.models import load_model
 
+    # Loading a model takes long: what is wrong with anything else is said before.
     picked = document_range(docs)
+    integer("--tokens", tokens, capturing.LEAST_TOKENS)
+    capturing.check_cast(dtype)
     computed = capturing.computed_in(dtype)
+    source = capturing.Text.read(text)
+    for_encoder = None if encoder_text is None else capturing.Text.read(encoder_text)
     with made_folder(output):
         with working(f"loading {model}"):
             loaded = load_model(model, computed, device)
             front = encoder_ids = None
-            if encoder_text is not None:
-                encoder_ids = capturing.ids_for_encoder(loaded.tokenizer, encoder_text)
+            if for_encoder is not None:
+                encoder_ids = capturing.ids_for_encoder(loaded.tokenizer, for_encoder)
                 front = capturing.decoder_start(loaded.model)
-            documents = capturing.cut_documents(loaded.tokenizer, text, tokens, picked, front)
+            documents = capturing.cut_documents(loaded.tokenizer, source, tokens, picked, front)
         new = 0
         began = time.perf_counter()
         with bar("prefill", len(documents), in_bytes=False) as advance:

@@ -89,6 +89,10 @@ def links(
         return
     choose_products(native_bf16)
     from kvzip.eval.links.run import run
+    from kvzip.eval.report import readme
+
+    if page is not None:
+        readme.check_marks(page, ["links"])
 
     with stages("starting") as (step, progress):
         found = run(

@@ -75,7 +75,7 @@ def inputs(
         found = measuring.measure(
             model,
             text=text or ["pydoc"],
-            lengths=integers("--lengths", lengths),
+            lengths=integers("--lengths", lengths, 2),
             prefill_lengths=(
                 integers("--prefill-lengths", prefill_lengths) if prefill_lengths else ()
             ),

@@ -13,7 +13,7 @@ from support import assert_same, tiny_model
 from transformers import DynamicCache
 
 import kvzip
-from kvzip.capture import Document, capture, cut_documents, prefill, read_text
+from kvzip.capture import Document, Text, capture, cut_documents, prefill
 from kvzip.cli import main
 from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.identity import is_fingerprint
@@ -150,7 +150,7 @@ class Words:
 def test_documents_are_cuts_of_the_text(tmp_path):
     (tmp_path / "a.txt").write_text("a bb ccc dddd")
     (tmp_path / "b.txt").write_text("eeeee ffffff ggggggg")
-    texts = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    texts = Text.read([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
     found = cut_documents(Words(), texts, 4)
     assert [d.token_ids.tolist() for d in found] == [[99, 1, 2, 3], [99, 4, 5, 6]]
     assert [d.number for d in cut_documents(Words(), texts, 4, slice(1, None))] == [1]
@@ -160,8 +160,8 @@ def test_documents_are_cuts_of_the_text(tmp_path):
         cut_documents(Words(), texts, 1)
     (tmp_path / "c").write_bytes(b"\xff\xfe")
     with pytest.raises(KVZipError, match="not UTF-8"):
-        read_text([str(tmp_path / "c")])
-    assert len(read_text(["pydoc"])) > 100_000
+        Text.read([str(tmp_path / "c")])
+    assert len(Text.read(["pydoc"]).content) > 100_000
 
 
 def test_families_that_cannot_be_captured_say_why():

@@ -151,7 +151,8 @@ def folder(tmp_path_factory):
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(made / "tiny")
     loaded = load_model(str(made / "tiny"))
-    documents = capture.cut_documents(loaded.tokenizer, [str(made / "text")], 8, slice(0, 1))
+    text = capture.Text.read([str(made / "text")])
+    documents = capture.cut_documents(loaded.tokenizer, text, 8, slice(0, 1))
     capture.capture(loaded, documents, made / "captured")
     return made
 

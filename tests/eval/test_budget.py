@@ -150,7 +150,7 @@ def test_a_demo_says_what_it_picked_and_how_far_it_is(tmp_path, monkeypatch):
             tmp_path,
             codecs=codecs,
             new_tokens=2,
-            budget=0,
+            budget=1e-9,
             step=lambda what, share=None, told=told: told.append((what, share)),
             **more,
         )

@@ -96,7 +96,7 @@ def test_a_grid_is_all_combinations_and_a_list_comes_beside_it(tmp_path: Path) -
     [
         ("", "no point"),
         ("[grid]\ncodec = []", "grid.codec is an empty list"),
-        ("[grid]\ncodec = ['raw']\ntokens = [1]", "tokens 1"),
+        ("[grid]\ncodec = ['raw']\ntokens = [1]", "tokens is 1"),
         ("[grid]\ncodec = ['raw']\ntokens = ['many']", "Expected `int`"),
         ("[grid]\ncodec = ['gzip']", "no codec 'gzip'"),
         ("[grid]\ncodec = ['raw']\ndtype = ['int4']", "int4"),
