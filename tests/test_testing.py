@@ -98,7 +98,7 @@ def test_lossy(bit_exact):
     bit_exact("doc.safetensors", "lossy")
 """
 ADAPTERS = '''
-import hashlib, json
+import hashlib, json, threading
 import numpy as np
 import kvzip
 from kvzip.testing import AdapterContract
@@ -115,7 +115,9 @@ class Plain:
         numbers = np.stack([[layer.k, layer.v] for layer in snapshot.layers]).tobytes()
         head = json.dumps(about).encode()
         name = hashlib.sha256(head).hexdigest()
-        (self.folder / name).write_bytes(head + b"\\n" + numbers)
+        part = self.folder.with_name(f"{name}-{threading.get_ident()}")
+        part.write_bytes(head + b"\\n" + numbers)
+        part.replace(self.folder / name)
     def load(self, token_ids, origin, dtype):
         for path in self.folder.iterdir():
             head, _, numbers = path.read_bytes().partition(b"\\n")

@@ -145,11 +145,14 @@ def check_place(reader: Reader, key: str) -> None:
     server gives in the place of another may be of the same tokens, by another model."""
     try:
         identity = Identity.of_document(reader)
-        if identity.namespace != key.partition("/")[0]:
-            raise CorruptError(f"what lies under the key {key} is another document, of {identity}")
     except KVZipError:
-        reader.close()
-        raise
+        found = "a model that it does not name"
+    else:
+        if identity.namespace == key.partition("/")[0]:
+            return
+        found = str(identity)
+    reader.close()
+    raise CorruptError(f"what lies under the key {key} is another document, of {found}")
 
 
 def _bytes(ids: Ids) -> bytes:

@@ -273,7 +273,7 @@ class Store:
                 written += profile.nbytes
             put(f"{space}/chain/{name}", chain_file(chain), create=False)
             made = put(doc, file, create=not replace)
-            if not made and not self._has_header(doc):
+            if not made and not self._is_in_place(f"{space}/{name}"):
                 made = put(doc, file, create=False)
             new |= made
             mark(self.bucket, self._pool, f"{space}/{name}", chain)
@@ -307,11 +307,13 @@ class Store:
             return False
         return found.identity == identity
 
-    def _has_header(self, doc: str) -> bool:
-        """Whether a document is whole as far as its length and first bytes tell. (A power cut can
-        leave a file without its bytes.)"""
+    def _is_in_place(self, key: str) -> bool:
+        """Whether a document is whole, and the one that belongs there, as far as its length and
+        first bytes tell. (A power cut can leave a file without its bytes.)"""
         try:
-            self.bucket.open(doc).close()
+            reader = self.bucket.open(document_path(key))
+            check_place(reader, key)
+            reader.close()
         except (CorruptError, FormatError):
             return False
         except (FileNotFoundError, KVZipError):
