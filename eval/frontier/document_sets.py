@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kvzip import capture
-from kvzip.entropy.ladder import check_same_model, fingerprint
+from kvzip.entropy.ladder import check_same_model
 from kvzip.entropy.linear import Floats
 from kvzip.entropy.residual import View, held_layers
 from kvzip.errors import UsageError
@@ -18,7 +18,7 @@ from kvzip.eval.frontier import predictors
 from kvzip.eval.frontier.predictors import COPY, Document, LayerData
 from kvzip.eval.results.frontier import POINTS_VERSION
 from kvzip.snapshot import Layer, Snapshot
-from kvzip.statistics.documents import SINK_TOKENS, Progress
+from kvzip.statistics.documents import SINK_TOKENS, Progress, fingerprint
 from kvzip.statistics.rope import ChannelOrder
 
 COPY_DOCUMENTS = 6

@@ -43,6 +43,7 @@ from kvzip.statistics.documents import (
     check_channels,
     check_held,
     difference,
+    fingerprint,
     hold_out,
     inputs_of,
     load,
@@ -189,16 +190,6 @@ def check_same_model(snapshot: Snapshot, first: Snapshot) -> None:
     """Raise KVZipError unless both are caches of one model, with parts of the same formats."""
     if found := difference(snapshot, first):
         raise KVZipError(found)
-
-
-def fingerprint(snapshot: Snapshot) -> bytes:
-    """What tells one document from another: its token ids, or a part of its numbers."""
-    if snapshot.token_ids is not None:
-        return snapshot.token_ids.tobytes()
-    for i, name, part in snapshot.layout.parts():
-        if part.numbers:
-            return np.ascontiguousarray(snapshot.layers[i].block(name)[:, :, -64:]).tobytes()
-    return b""
 
 
 def views(snapshot: Snapshot, how: Sequence[ChannelOrder], skip: int = 0) -> list[View]:
