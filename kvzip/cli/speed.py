@@ -68,6 +68,7 @@ def inputs(
         Other documents that codecs which need a profile learn from.
     """
     choose_products(native_bf16)
+    from kvzip.capture import LEAST_TOKENS
     from kvzip.eval.results import stored
     from kvzip.eval.speed import inputs as measuring
 
@@ -75,7 +76,7 @@ def inputs(
         found = measuring.measure(
             model,
             text=text or ["pydoc"],
-            lengths=integers("--lengths", lengths, 2),
+            lengths=integers("--lengths", lengths, LEAST_TOKENS),
             prefill_lengths=(
                 integers("--prefill-lengths", prefill_lengths) if prefill_lengths else ()
             ),

@@ -177,13 +177,14 @@ def alone(target: str, corpus: Path, seconds: int) -> tuple[int, str]:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return 0, "there is no C++ compiler"
-    environment = under_sanitizers.environment() if codec == "device" else dict(os.environ)
-    if environment is None:
-        return 0, "g++ has no sanitizers"
     if codec == "device":
+        environment = under_sanitizers.environment()
+        if environment is None:
+            return 0, "g++ has no sanitizers"
         command = [sys.executable, under_sanitizers.__file__]
         environment["KVZIP_CACHE"] = str((corpus / "native").absolute())
     else:
+        environment = dict(os.environ)
         processor = building.PROCESSORS.get(platform.machine())
         program = building.fuzzer(compiler, codec, corpus / "native", SANITIZED, processor)
         command = [str(program)]
