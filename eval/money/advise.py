@@ -196,6 +196,7 @@ def advise(
             how,
             ratio_basis(inputs.model, model, own),
             *_decoding_basis(inputs, figures, threads, slow, on_gpu),
+            _latency_basis(latency),
             f"prices of {base.name}: "
             + (f"no egress inside a {inside}" if inside else f"egress ${base.egress.value:g}/GB")
             + f", {priced}",
@@ -235,6 +236,14 @@ def _decoding_basis(
         if f.name not in on_gpu and slow[f.name] != 1
     ]
     return [measured, *slower, *_decoders(on_gpu, figures)]
+
+
+def _latency_basis(latency: float) -> str:
+    """What a load takes beside its bytes: a token is left to compute, for which all weights are
+    read, and no formula here knows how fast."""
+    if latency:
+        return f"{duration(latency)} before a load's first byte and for the model's step after it"
+    return "no time before a load's first byte, nor for the model's step after it (--latency)"
 
 
 def _figures(

@@ -211,7 +211,7 @@ def _show_traffic(found: TrafficResult) -> None:
         "raw blocks",
         f"raw GB, {found.model}",
         *(f"at {significant(ratio)}x" for ratio in ratios),
-        title="Blocks found by one LRU store (counted) at the ratios of --ratios",
+        title="Blocks found by one LRU store of each size (--capacity-blocks, --ratios; counted)",
     )
     for at in range(0, len(found.capacity), len(ratios)):
         row = found.capacity[at : at + len(ratios)]
@@ -225,7 +225,8 @@ def _show_traffic(found: TrafficResult) -> None:
         Column("strategy", no_wrap=True),
         Column("codec", no_wrap=True),
         *columns,
-        title=f"On {counted(found.gpus, 'GPU')}, {found.model}, {found.dtype}, {found.policy}",
+        title=f"On {counted(found.gpus, 'GPU')}, {found.model}, {found.dtype}, {found.policy}; "
+        f"the store of --tiers: {_tiers(found)}",
     )
     for r in found.rows:
         codec = f"{r.codec} {r.ratio:.2f}x" + (" (GPU)" if r.decoder == "device" else "")
@@ -238,13 +239,34 @@ def _show_traffic(found: TrafficResult) -> None:
         )
     show_table(table)
     say(
+        "The tables are of different stores: a row of the first is one store of that size, the "
+        "second is of all tiers together"
+    )
+    say(
         f"found: counted; {ratio_basis_of_replay(found.inputs, found.model)}; seconds to the first "
-        "token, of GPUs and of cores: modelled; dollars: modelled, at list prices"
+        "token, of GPUs and of cores: modelled; dollars: modelled, at list prices. A GPU's seconds "
+        "are of its operations alone: reading the weights from its memory, which takes longer "
+        "where a prompt has few tokens left to compute, is not counted"
     )
     for name, words in STRATEGIES.items():
         if any(r.strategy == name for r in found.rows):
             say(f"{name}: {words}")
     say("What went in, with where it comes from: --json, inputs. The model: docs/fleet.md.")
+
+
+def _tiers(found: TrafficResult) -> str:
+    """The tiers of a replayed store with their sizes, also in the unit of the first table."""
+    from kvzip.eval.report.text import size
+
+    words = []
+    for row in found.inputs:
+        if row.name.endswith(", size"):
+            tier = row.name.removesuffix(", size")
+            room = "without limit"
+            if row.value is not None:
+                room = f"{size(row.value)}, {row.value / found.block_bytes:,.0f} raw blocks"
+            words.append(f"{tier} {room}")
+    return "; ".join(words)
 
 
 def _presets(

@@ -153,6 +153,15 @@ def test_another_model_is_advised_by_its_shape_and_less_surely() -> None:
     assert any("prefill a model: 50% of 989" in words for words in found.basis)
 
 
+def test_what_a_load_takes_beside_its_bytes_is_told() -> None:
+    assert "no time before a load's first byte, nor for the model's step" in str(advise().basis)
+    given = advise(latency=0.0021)
+    assert "2.1 ms before a load's first byte and for the model's step" in str(given.basis)
+    least = min(o.seconds for o in advise().options if o.name != "prefill")  # type: ignore[type-var]
+    then = min(o.seconds for o in given.options if o.name != "prefill")  # type: ignore[type-var]
+    assert then == pytest.approx(least + 0.0021)  # type: ignore[operator]
+
+
 def test_four_lines_say_it() -> None:
     lines = advise(bandwidth=2e9).lines()
     assert len(lines) == 4

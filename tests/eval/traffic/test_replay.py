@@ -137,6 +137,13 @@ def test_the_command(trace_file, tmp_path, capsys):
         assert word in words
     basis = "ratios measured on SmolLM2-135M, taken to hold for qwen3-4b;"
     assert basis in " ".join(words.split())
+    # Why the two tables differ, and what the modelled seconds leave out.
+    said = " ".join(words.split())
+    sizes = {i["name"]: i["value"] for i in found["inputs"] if i["name"].endswith(", size")}
+    blocks = sizes["host, size"] / found["block_bytes"]
+    assert f"host {sizes['host, size'] / 1e9:g} GB, {blocks:,.0f} raw blocks" in said
+    assert "object without limit" in said and "The tables are of different stores" in said
+    assert "reading the weights from its memory" in said and "is not counted" in said
     own = run(capsys, *command, "--model", "smollm2-135m", "--codecs", "raw")[1]
     assert "ratios measured on SmolLM2-135M;" in " ".join(own.split())
 
