@@ -32,6 +32,7 @@ from kvzip.tensors import TensorFile
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON object on stdout.")]
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 KvzFile = Annotated[str, Parameter(help="A .kvz file: a path, a URL, or - for stdin.")]
+KvzFiles = Annotated[list[str], Parameter(help=".kvz files: paths, URLs, or - for stdin.")]
 OutFolder = Annotated[Path, Parameter(name=["--out", "--output", "-o"])]
 ResultFile = Annotated[Path | None, Parameter(name=["--output", "-o", "--out"])]
 Texts = Annotated[list[str] | None, Parameter(consume_multiple=True)]

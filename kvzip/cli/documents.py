@@ -18,6 +18,7 @@ from kvzip.cli.arguments import (
     Json,
     KeyFile,
     KvzFile,
+    KvzFiles,
     NativeBf16,
     Output,
     ProfilePath,
@@ -31,10 +32,11 @@ from kvzip.cli.arguments import (
     read_key,
     read_profile,
 )
+from kvzip.cli.failures import each, emit_with, naming
 from kvzip.cli.terminal import bar, counted, emit, ratio_words, say, show_table, sizes, working
 from kvzip.codec_spec import format_spec
 from kvzip.container.source import is_url
-from kvzip.errors import CorruptError
+from kvzip.errors import CorruptError, UsageError
 from kvzip.files import made_folder
 from kvzip.load import llama_cpp
 from kvzip.options import integer
@@ -228,7 +230,7 @@ def decode(
 
 @app.command
 def verify(
-    file: KvzFile,
+    files: KvzFiles,
     *,
     against: Path | None = None,
     profile: ProfilePath = None,
@@ -236,27 +238,45 @@ def verify(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Check every checksum of a .kvz file and decode all of it.
+    """Check every checksum of .kvz files and decode all of them. If one is damaged, the others are
+    checked all the same.
 
     Parameters
     ----------
     against
-        A snapshot, or a saved session, that must be the same, bit for bit.
+        A snapshot, or a saved session, that the one file must hold, bit for bit.
     """
-    began, key = time.perf_counter(), read_key(key_file)
-    with bar("verify", api.info(file, key=key).raw_bytes) as progress:
-        info = api.verify(file, read_profile(profile), threads, progress, key=key)
-    same = None
-    if against is not None:
-        with api.open(file, read_profile(profile), threads, key=key) as reader:
-            same = _same_bits(reader, load_snapshot(against))
-    result = sizes(info.header.layout, info.encoded_bytes)
-    result |= {"seconds": time.perf_counter() - began, "ok": same is not False}
-    if same is not None:
-        result["same"] = same
-    if same is False:
-        raise CorruptError(f"{file} is a whole file, but it does not hold what {against} does")
-    emit(result, as_json, lambda: say(f"{file}: good" + (f", as {against}" if same else "")))
+    if against is not None and len(files) > 1:
+        raise UsageError(f"--against is for one file; {len(files)} are given")
+    began, key, known = time.perf_counter(), read_key(key_file), read_profile(profile)
+
+    def one(file: str) -> dict[str, Any]:
+        since = time.perf_counter()
+        with bar("verify", api.info(file, key=key).raw_bytes) as progress:
+            info = api.verify(file, known, threads, progress, key=key)
+        found = {"file": file} | sizes(info.header.layout, info.encoded_bytes)
+        if against is not None:
+            with api.open(file, known, threads, key=key) as reader:
+                if not _same_bits(reader, load_snapshot(against)):
+                    words = f"{file} is a whole file, but it does not hold what {against} does"
+                    raise CorruptError(words)
+            found["same"] = True
+        return found | {"seconds": time.perf_counter() - since, "ok": True}
+
+    checked, failed = each(files, one)
+    result = {
+        "files": [found for _, found in checked],
+        "seconds": time.perf_counter() - began,
+        "ok": not failed,
+    }
+
+    def show() -> None:
+        good = "good" if against is None else f"good, as {against}"
+        wrong = {file: failure.message for file, failure in failed}
+        for file in files:
+            say(naming(file, wrong[file]) if file in wrong else f"{file}: {good}")
+
+    emit_with(result, failed, "file", len(files), as_json, show)
 
 
 def _same_bits(reader: container.Reader, other: Snapshot) -> bool:

@@ -104,10 +104,15 @@ def emit_with(
         emit(result, as_json, show)
         return
     item, first = failed[0]
-    words = f"{len(failed)} of {count} failed; the first, {item}: {first.message}"
+    words = f"{len(failed)} of {count} failed; the first: {naming(item, first.message)}"
     each_failed = [{name: str(item)} | failure.told() for item, failure in failed]
     emit(result | {"failed": each_failed} | first._replace(message=words).told(), as_json, show)
     raise SomeFailed(first, words)
+
+
+def naming(item: object, message: str) -> str:
+    """What went wrong with an item, which many a message names already."""
+    return message if message.startswith(str(item)) else f"{item}: {message}"
 
 
 def failure_of(error: BaseException) -> Failure:

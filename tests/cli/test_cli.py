@@ -32,7 +32,7 @@ def test_encode_verify_info_decode(tmp_path, capsys, snapshot, codec):
     assert encoded["bits_per_value"] == pytest.approx(8 * kvz.stat().st_size / numbers)
     assert encoded["codec"]["id"] == codec.partition(":")[0]
     code, verified = run_json(capsys, "verify", kvz, "--against", doc)
-    assert (code, verified["ok"], verified["same"]) == (0, True, True)
+    assert (code, verified["ok"], verified["files"][0]["same"]) == (0, True, True)
     code, info = run_json(capsys, "info", kvz)
     assert (info["model"], info["layers"], info["tokens"]) == ("test/model", 2, 300)
     code, decoded = run_json(capsys, "decode", kvz, "-o", back)
@@ -97,6 +97,27 @@ def test_words_for_people(tmp_path, capsys, snapshot):
     assert "good" in run(capsys, "verify", kvz)[1]
     assert "exponent" in run(capsys, "entropy", doc)[1]
     assert "channel" in run(capsys, "--help")[1] or "encode" in run(capsys, "--help")[1]
+
+
+def test_several_files_are_verified_each(tmp_path, capsys, monkeypatch, snapshot):
+    monkeypatch.chdir(tmp_path)
+    blob = kvzip.encode(snapshot)
+    for name in ("a.kvz", "b.kvz"):
+        (tmp_path / name).write_bytes(blob)
+    (tmp_path / "cut.kvz").write_bytes(blob[:-100])
+    snapshot.save("doc.safetensors")
+    assert run(capsys, "verify", "a.kvz", "b.kvz")[:2] == (0, "a.kvz: good\nb.kvz: good\n")
+    code, out, err = run(capsys, "verify", "a.kvz", "cut.kvz", "none.kvz", "b.kvz")
+    assert (code, err.count("cut.kvz")) == (1, 1) and "2 of 4 failed" in err
+    assert [line.partition(" ")[0] for line in out.splitlines()] == [
+        *("a.kvz:", "cut.kvz", "none.kvz:", "b.kvz:")
+    ]
+    code, found = run_json(capsys, "verify", "cut.kvz", "a.kvz")
+    assert (code, found["ok"], found["kind"]) == (1, False, "corrupt")
+    assert [one["file"] for one in found["files"]] == ["a.kvz"]
+    assert [(one["file"], one["exit"]) for one in found["failed"]] == [("cut.kvz", 1)]
+    code, found = run_json(capsys, "verify", "a.kvz", "b.kvz", "--against", "doc.safetensors")
+    assert (code, found["kind"]) == (2, "usage") and "2 are given" in found["error"]
 
 
 def test_entropy_is_that_of_the_numbers(tmp_path, capsys, snapshot):

@@ -225,7 +225,7 @@ def test_sealed_files_and_stores(documents, tmp_path, capsys):
     assert run(capsys, "encode", documents[0], "-o", "doc.kvz", *key)[0] == 0
     assert b"test/model" not in (tmp_path / "doc.kvz").read_bytes()
     code, verified = run_json(capsys, "verify", "doc.kvz", "--against", documents[0], *key)
-    assert code == 0 and verified["same"]
+    assert code == 0 and verified["files"][0]["same"]
     assert run_json(capsys, "info", "doc.kvz", *key)[1]["model"] == "test/model"
     assert run(capsys, "decode", "doc.kvz", "-o", "back.safetensors", *key)[0] == 0
     assert kvzip.Snapshot.load("back.safetensors") == kvzip.Snapshot.load(documents[0])

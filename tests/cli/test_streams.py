@@ -41,7 +41,7 @@ def test_a_file_from_stdin(folder, redirected):
     code, out, _ = piped(folder, redirected.format("info - --json"))
     assert code == 0 and json.loads(out)["tokens"] == 300
     code, out, _ = piped(folder, redirected.format("verify - --against s --json"))
-    assert code == 0 and json.loads(out)["same"]
+    assert code == 0 and json.loads(out)["files"][0]["same"]
     code, out, _ = piped(folder, redirected.format("decode - -o back --json"))
     assert code == 0
     assert kvzip.encode(kvzip.Snapshot.load(folder / "back")) == (folder / "x.kvz").read_bytes()

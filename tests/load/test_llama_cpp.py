@@ -264,7 +264,7 @@ def test_the_command_line_knows_a_session_by_its_magic(tmp_path, capsys):
     source, kvz, back = REAL[0], tmp_path / "slot.kvz", tmp_path / "back.bin"
     run_json(capsys, "encode", str(source), "-o", str(kvz))
     code, verdict = run_json(capsys, "verify", str(kvz), "--against", str(source))
-    assert code == 0 and verdict["same"]
+    assert code == 0 and verdict["files"][0]["same"]
     run_json(capsys, "decode", str(kvz), "-o", str(back))
     assert back.read_bytes() == source.read_bytes()
     # As a snapshot it can be looked at by all other commands, and still becomes a session again.
