@@ -13,6 +13,7 @@ from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.input_layers import most_inputs
 from kvzip.codecs.predictive.integers import ANGLES
 from kvzip.codecs.predictive.token_tables import TABLE_ROWS
+from kvzip.errors import UsageError
 
 MOST_REGIONS = 64
 ROUNDING = 0.015
@@ -66,7 +67,7 @@ def allot(
     """Regions as they are given, or as many as bytes and tokens allow.
 
     Where not even one a layer has room, tables know fewer tokens and weights are coarser, by what
-    either costs.
+    either costs. Raises UsageError for fewer bytes than :func:`least_bytes`.
     """
     widths = documents.widths
     tokens = 0 if vocabulary is None else len(vocabulary.ids)
@@ -76,6 +77,11 @@ def allot(
     if not isinstance(regions, str):
         return Allotment(list(regions), tokens, ROUNDING)
     left = max_bytes - file_bytes(documents, least, tokens, ROUNDING)
+    if max_bytes < (fewest := least_bytes(documents)):
+        raise UsageError(
+            f"max_bytes is {max_bytes:,}: a profile of this model takes about {fewest:,} at least, "
+            "with one predictor a layer and the coarsest weights. Allow so many, or do not limit it"
+        )
     if left < 0:
         return _small(documents, max_bytes, vocabulary)
     return Allotment(_more(documents, left, tokens > 0), tokens, ROUNDING)
@@ -93,6 +99,11 @@ def file_bytes(documents: Documents, regions: Sequence[int], rows: int, rounding
     return fixed + sum(
         count * region_bytes(documents, i, i in tables, rounding) for i, count in enumerate(regions)
     )
+
+
+def least_bytes(documents: Documents) -> int:
+    """The file of the smallest profile, about: it has one region a layer, and knows no tokens."""
+    return file_bytes(documents, [1] * len(documents.widths), 0, MOST_ROUNDING)
 
 
 def _tables(known: bool) -> set[int]:

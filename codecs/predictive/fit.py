@@ -70,7 +70,8 @@ def fit(
     in the calibration documents. They are what calibration made least, so no measure of documents
     that the profile has not seen. `resume`: a folder in which finished layers are
     kept, so that the same call goes on where an earlier one ended. Raises ProfileError when the
-    snapshots are not of one model, or a setting makes no sense.
+    snapshots are not of one model, or a setting makes no sense, and UsageError when `max_bytes` are
+    fewer than the smallest profile of the model takes.
     """
     if not snapshots:
         raise ProfileError("a profile needs at least one snapshot to learn from")

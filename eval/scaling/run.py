@@ -20,7 +20,7 @@ import msgspec
 
 from kvzip import capture
 from kvzip.codec import get_codec
-from kvzip.codecs.predictive.allotment import Allotment, allot
+from kvzip.codecs.predictive.allotment import Allotment, allot, least_bytes
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
 from kvzip.codecs.predictive.fit import documents_apart, multiplications
 from kvzip.errors import UsageError
@@ -186,7 +186,7 @@ class _Measuring:
         documents = Documents(hold_out(paths, apart)[0])
         vocabulary, seen = Vocabulary(documents), list[Allotment]()
         for share in sorted(set(plan.shares)):
-            max_bytes = int(share * self.shape.matrix_bytes)
+            max_bytes = max(int(share * self.shape.matrix_bytes), least_bytes(documents))
             made_of = allot(documents, "auto", max_bytes, vocabulary)
             if made_of in seen:
                 continue

@@ -17,6 +17,8 @@ from command import run, run_json
 from support import cache_like, make_snapshot
 
 import kvzip
+from kvzip.codecs.predictive.allotment import least_bytes
+from kvzip.codecs.predictive.documents import Documents
 from kvzip.errors import KVZipError, UsageError
 from kvzip.eval.ratios import run as protocol
 from kvzip.eval.ratios import texts
@@ -155,7 +157,8 @@ def test_a_profile_may_be_held_small(captured: list[protocol.Captured], tmp_path
     codecs = {spec: kvzip.get_codec(spec) for spec in ("raw", "predictive")}
     paths = [one.path for one in captured]
     sizes = []
-    for max_bytes in (None, 1):
+    # What none of these documents' tokens has room in.
+    for max_bytes in (None, least_bytes(Documents(paths))):
         work = tmp_path / str(max_bytes)
         work.mkdir()
         found = protocol._learn(codecs, paths, work, max_bytes, lambda what: None)
