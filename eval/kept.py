@@ -33,6 +33,6 @@ def kept(
         except (CorruptError, FormatError) as error:
             _log.warning("%s is damaged and measured anew: %s", place, error)
     found = compute()
-    with replacing(place) as file:
+    with replacing(place, private=False) as file:
         file.write(msgspec.json.encode(found))
     return found

@@ -35,6 +35,8 @@ PIPE_SECONDS = 60.0
 """How long somebody is waited for who is to open the other end of a pipe."""
 STDIN, STDOUT = Path("/dev/stdin"), Path("/dev/stdout")
 GONE = "the current folder is not there any more"
+_OWNERS, _ANYBODYS = 0o600, 0o666
+"""Permissions of a new file, from which the system takes those of the umask."""
 _NAMELESS: int = getattr(os, "O_TMPFILE", 0)
 _FOLDER: int = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)
 _HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
@@ -72,6 +74,7 @@ def name_of(path: AnyPath) -> str:
 def replacing(
     path: AnyPath,
     *,
+    private: bool = True,
     mode: int | None = None,
     create: bool = False,
     durable: bool = False,
@@ -80,12 +83,13 @@ def replacing(
     """A file open for writing and reading that becomes `path` when the block ends without error.
 
     Links are followed. A file that is there keeps its mode and, where the system allows it, its
-    owner; a new one can be read by its owner alone, since prompts are in these files. A device, a
-    pipe and ``/dev/stdout`` get the bytes once all are there.
+    owner; a new one can be read by its owner alone, since prompts are in snapshots, caches and
+    profiles. A device, a pipe and ``/dev/stdout`` get the bytes once all are there.
 
-    `mode`: the permissions instead. `create`: raise FileExistsError if there is a file already.
-    `durable`: return when a power cut cannot undo it. `scratch`: a folder of the same file system
-    for what is unfinished. Raises OSError, which names the path.
+    `private`: without, a new file gets what the umask leaves, as any program's do: results,
+    pictures, reports. `mode`: the permissions, whatever there was. `create`: raise FileExistsError
+    if there is a file already. `durable`: return when a power cut cannot undo it. `scratch`: a
+    folder of the same file system for what is unfinished. Raises OSError, which names the path.
     """
     name = name_of(path)
     with naming(name):
@@ -99,7 +103,9 @@ def replacing(
         if create and found is not None:
             raise error_of(errno.EEXIST, name)
         target = Path(os.path.realpath(name))
-        with _Unfinished(target.parent, scratch or target.parent) as unfinished:
+        # What is to replace a file of few permissions has no more of them meanwhile.
+        made_with = _OWNERS if private or found is not None else _ANYBODYS
+        with _Unfinished(target.parent, scratch or target.parent, made_with) as unfinished:
             yield unfinished.file
             unfinished.become(target.name, mode, create, durable)
 
@@ -259,8 +265,9 @@ def made_folder(path: AnyPath) -> Iterator[Path]:
 class _Unfinished:
     """A file on its way: without a name, or with a hidden one in `scratch`."""
 
-    def __init__(self, folder: Path, scratch: Path):
+    def __init__(self, folder: Path, scratch: Path, made_with: int = _OWNERS):
         self._folder_path, self._scratch_path = folder, scratch
+        self._made_with = made_with
         self._name: str | None = None
 
     def __enter__(self) -> _Unfinished:
@@ -292,7 +299,7 @@ class _Unfinished:
         if _NAMELESS:
             with suppress(OSError):
                 flags = _NAMELESS | os.O_RDWR | os.O_CLOEXEC
-                handle = os.open(self._scratch_path, flags, 0o600)
+                handle = os.open(self._scratch_path, flags, self._made_with)
                 with suppress(OSError):
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return os.fdopen(handle, "w+b")
@@ -304,7 +311,7 @@ class _Unfinished:
         while True:
             self._name = _hidden_name()
             try:
-                handle = os.open(self._name, flags, 0o600, dir_fd=self._scratch)
+                handle = os.open(self._name, flags, self._made_with, dir_fd=self._scratch)
             except OSError as error:
                 self._name = None
                 raise error_of(error.errno or errno.EIO, str(self._scratch_path)) from None
@@ -349,7 +356,7 @@ class _Unfinished:
             try:
                 old = os.stat(name, dir_fd=self._folder)
             except FileNotFoundError:
-                return  # it was made for its owner alone
+                return  # it was made with what it is to have
             mode, own = stat.S_IMODE(old.st_mode) & 0o777, os.fstat(handle)
             if (old.st_uid, old.st_gid) != (own.st_uid, own.st_gid):
                 try:

@@ -90,6 +90,28 @@ def test_permissions(tmp_path, system):
     assert mode_of(tmp_path / "other") == 0o664
 
 
+def test_a_file_that_is_not_private_gets_what_the_umask_leaves(tmp_path, system):
+    before = os.umask(0o022)
+    try:
+        for umask, mode in ((0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o177, 0o600)):
+            os.umask(umask)
+            (tmp_path / "plain").write_bytes(b"")
+            put(tmp_path / "public", b"new", private=False)
+            assert mode_of(tmp_path / "public") == mode == mode_of(tmp_path / "plain")
+            put(tmp_path / "private", b"new")
+            assert mode_of(tmp_path / "private") == 0o600
+            for name in ("plain", "public", "private"):
+                (tmp_path / name).unlink()
+        os.umask(0o022)
+        for mode in (0o600, 0o640, 0o666):  # what is there keeps its own, also meanwhile
+            put(tmp_path / "public", b"old", mode=mode)
+            with files.replacing(tmp_path / "public", private=False) as file:
+                assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600
+            assert mode_of(tmp_path / "public") == mode
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
 def test_the_owner_stays(tmp_path, system):
     put(tmp_path / "a", b"")

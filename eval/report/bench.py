@@ -63,7 +63,7 @@ thead th {{ color: var(--soft); font-weight: 500; vertical-align: bottom; white-
 def write(result: BenchResult, path: str | os.PathLike[str]) -> None:
     """Write the page, or the tables where `path` ends in .md; whole or not at all."""
     text = markdown(result) if os.fspath(path).endswith(".md") else page(result)
-    with replacing(path) as file:
+    with replacing(path, private=False) as file:
         file.write(text.encode())
 
 

@@ -72,7 +72,7 @@ def write_report(
     """
     page = render(as_result(result), extras or Extras())
     try:
-        with replacing(path) as file:
+        with replacing(path, private=False) as file:
             file.write(page.encode())
     except OSError as error:
         raise KVZipError(f"report {path}: {error.strerror or error}") from error

@@ -220,7 +220,7 @@ def put_between(path: str | os.PathLike[str], blocks: Mapping[str, str]) -> bool
     text, new = _between(path, blocks)
     if new == text:
         return False
-    with replacing(path) as file:
+    with replacing(path, private=False) as file:
         file.write(new.encode())
     return True
 
@@ -265,5 +265,5 @@ def put_picture(result: DemoResult, picture: str | os.PathLike[str]) -> None:
         page.goto(page_file.as_uri())
         shot = page.locator(_PICTURE).screenshot()
         browser.close()
-    with replacing(picture) as file:
+    with replacing(picture, private=False) as file:
         file.write(shot)

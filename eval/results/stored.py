@@ -53,10 +53,10 @@ KINDS: dict[str, type[Result]] = {
 
 def save(result: msgspec.Struct, path: str | os.PathLike[str], table: str | None = None) -> None:
     """Write a result, whole or not at all. `table`: its figures as CSV, which go beside it."""
-    with replacing(path) as file:
+    with replacing(path, private=False) as file:
         file.write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
     if table is not None:
-        with replacing(Path(path).with_suffix(".csv")) as file:
+        with replacing(Path(path).with_suffix(".csv"), private=False) as file:
             file.write(table.encode())
 
 

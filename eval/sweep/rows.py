@@ -120,7 +120,7 @@ class RowFolder:
 
         packed = pa.BufferOutputStream()
         parquet.write_table(pa.Table.from_pylist(list(rows), schema(self.form)), packed)
-        with replacing(path) as file:
+        with replacing(path, private=False) as file:
             file.write(packed.getvalue())
 
 

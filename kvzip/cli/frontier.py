@@ -110,7 +110,7 @@ def frontier(
             )
         stored.save(found, out / "frontier.json")
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "frontier.svg") as file:
+    with replacing(out / "frontier.svg", private=False) as file:
         file.write(pictures.frontier_file(found).encode())
     emit(msgspec.to_builtins(found), as_json, lambda: _show(found))
 
@@ -128,7 +128,7 @@ def _whole(scaling: Sequence[Path], predictors: Path | None, out: Path, as_json:
     found = whole(files, tried, command_line())
     out.mkdir(parents=True, exist_ok=True)
     stored.save(found, out / "whole.json")
-    with replacing(out / "whole.svg") as file:
+    with replacing(out / "whole.svg", private=False) as file:
         file.write(pictures.whole_file(found).encode())
     emit(msgspec.to_builtins(found), as_json, lambda: _show_whole(found))
 

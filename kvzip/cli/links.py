@@ -132,7 +132,7 @@ def _give(
     if output is not None:
         stored.save(found, output)
     if picture is not None:
-        with replacing(picture) as file:
+        with replacing(picture, private=False) as file:
             file.write(pictures.links_file(found).encode())
     if page is not None:
         readme.put_between(page, {"links": words.page(found)})

@@ -100,7 +100,7 @@ def entropy_command(
         drawn = pictures.ladder_files(ladder)
         stored.save(result, out / "entropy.json")
         for name, content in drawn.items():
-            with replacing(out / name) as file:
+            with replacing(out / name, private=False) as file:
                 file.write(content)
         said["figures"] = [str(out / name) for name in drawn]
 

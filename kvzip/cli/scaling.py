@@ -117,7 +117,7 @@ def scaling(
     if output is not None:
         stored.save(found, output, as_csv(found))
     if picture is not None:
-        with replacing(picture) as file:
+        with replacing(picture, private=False) as file:
             file.write(scaling_file(found).encode())
     emit(msgspec.to_builtins(found), as_json, lambda: _show(found))
 

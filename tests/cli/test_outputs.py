@@ -174,3 +174,18 @@ def test_a_narrow_terminal_shows_whole_words(folder, columns):
 def test_one_of_a_thing_is_one():
     said = [counted(count, "document") for count in (0, 1, 2, 12345)]
     assert said == ["0 documents", "1 document", "2 documents", "12,345 documents"]
+
+
+def test_what_is_to_be_shown_can_be_read_by_whom_the_umask_lets(folder):
+    lines = [
+        "umask 022",
+        "kvzip entropy s.safetensors --out shown",
+        "kvzip bench s.safetensors --codecs raw --repeat 1 -o shown/bench.json",
+        "kvzip encode s.safetensors -o shown/x.kvz",
+        "kvzip decode x.kvz -o shown/y.safetensors",
+    ]
+    code, _, err = shell(" && ".join(lines), folder)
+    assert code == 0, err
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder / "shown").iterdir()}
+    assert {name for name, mode in modes.items() if mode == 0o600} == {"x.kvz", "y.safetensors"}
+    assert len(modes) >= 5 and set(modes.values()) == {0o600, 0o644}

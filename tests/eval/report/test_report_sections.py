@@ -233,6 +233,9 @@ def test_the_command_draws_from_stored_results(
         "links",
     ]
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    # A page is to be shown: whoever can read a file that any program writes can read it.
+    (tmp_path / "any").write_text("")
+    assert (tmp_path / "page.html").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 @pytest.mark.parametrize(
