@@ -1,4 +1,4 @@
-"""Objects under a URL, through obstore: a bucket (S3), or a web server (read only).
+"""Objects under a URL, through obstore: a bucket, or a web server (read only).
 
 Errors of the network become :class:`StoreError`.
 """
@@ -42,7 +42,7 @@ _NO_RANGES = re.compile("content.(range|length)|range request", re.IGNORECASE)
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _process: int | None = None
 """The process that first used a client: the client's threads are there and nowhere else."""
-_MATTERS = re.compile("^AWS_|_PROXY$", re.IGNORECASE)
+_MATTERS = re.compile("^(AWS|GOOGLE|AZURE)_|^SERVICE_ACCOUNT$|_PROXY$", re.IGNORECASE)
 """Variables of the environment that a client reads when it is made."""
 
 
@@ -83,10 +83,11 @@ def _check_text(text: str, shown: str, more: int = 0) -> None:
 
 
 class Bucket:
-    """Objects under a URL: ``s3://bucket/prefix``, ``http(s)://``.
+    """Objects under a URL: ``s3://bucket/prefix``, ``gs://``, ``az://``, ``http(s)://``.
 
     `timeout`: seconds for one request; `retries`: how often one is tried again. `options`: the
-    configuration that obstore takes for the kind of store; S3 also reads the usual AWS_ variables.
+    configuration that obstore takes for the kind of store, whose usual variables (AWS_...,
+    GOOGLE_..., AZURE_...) are read, too.
     """
 
     folder = None
@@ -106,14 +107,15 @@ class Bucket:
         self.url = without_secrets(url)
         _check_text(url, self.url)
         self._characters = len(url)
-        self.writable = self.listable = scheme_of(url) not in WEB
+        self._scheme = scheme_of(url)
+        self.writable = self.listable = self._scheme not in WEB
         timeout, retries = seconds("timeout", timeout), integer("retries", retries, 0, 1000)
         if not isinstance(options or {}, Mapping):
             raise UsageError("options must be a mapping of the client's settings")
         options = dict(options or {})
         if self.writable:
             _check_settings(options)
-        with as_store_errors(f"cannot use {self.url} as a store"):
+        with as_store_errors(f"cannot use {self.url} as a store", self._scheme):
             self._client = self._connected(url, options, timeout, retries)
 
     def _connected(
@@ -166,7 +168,7 @@ class Bucket:
     def _to(self, verb: str, path: str) -> Iterator[None]:
         """Something done with an object, whose errors say what it was."""
         _check_text(path, self.url, self._characters)
-        with as_store_errors(f"cannot {verb} {self.named(path)}", not self.listable):
+        with as_store_errors(f"cannot {verb} {self.named(path)}", self._scheme):
             yield
 
     def get(self, path: str) -> bytes | None:
@@ -252,7 +254,8 @@ class Bucket:
             except AlreadyExistsError:
                 return False
             except FileNotFoundError as error:  # of the bucket, whatever the server calls that
-                raise StoreError(f"cannot write {self.named(path)}: {told(error)}") from None
+                words = told(error, self._scheme)
+                raise StoreError(f"cannot write {self.named(path)}: {words}") from None
         return True
 
     def under(self, prefix: str) -> Iterator[Meta]:
@@ -268,7 +271,7 @@ class Bucket:
         import obstore
 
         try:
-            with as_store_errors(f"cannot list {self.url}"):
+            with as_store_errors(f"cannot list {self.url}", self._scheme):
                 return list(obstore.list_with_delimiter(self.client)["common_prefixes"])
         except FileNotFoundError:
             return []

@@ -18,7 +18,8 @@ def without_secrets(url: str) -> str:
     return _URL_PARTS.sub(lambda u: u[1] + u[2] + ("?..." if u[3] else ""), url)
 
 
-_OBJECT_STORES = ("s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss")
+AZURE = ("az", "adl", "azure", "abfs", "abfss")
+_OBJECT_STORES = ("s3", "s3a", "gs", *AZURE)
 WEB = ("http", "https")
 
 
@@ -29,7 +30,7 @@ def scheme_of(url: str) -> str:
     if scheme and scheme not in (*_OBJECT_STORES, *WEB, "file"):
         raise UsageError(
             f"{without_secrets(url)!r}: there is no store of the kind {scheme}://; name a folder, "
-            "file://, s3://bucket/prefix, or http(s):// to read from"
+            "file://, s3://bucket/prefix (gs://, az://), or http(s):// to read from"
         )
     begun = re.match(r"(file|https?|s3a?|gs|az):(?!//)", url, re.IGNORECASE)
     if not scheme and (begun or "://" in url):

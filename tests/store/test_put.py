@@ -251,11 +251,26 @@ def test_what_a_bucket_answers_is_told_in_words(status, code, snapshot):
             assert "<" not in words and "hush" not in words and "s3://bucket/x" in words
 
 
-def test_without_keys_it_is_said_which(monkeypatch):
+OWN_KEYS = {
+    "s3": "AWS_ACCESS_KEY_ID",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_KEY",
+    "abfss": "AZURE_STORAGE_ACCOUNT_KEY",
+}
+
+
+@pytest.mark.parametrize("scheme", OWN_KEYS)
+def test_keys_are_asked_for_by_the_names_that_their_store_has(scheme):
     from kvzip.store.answers import told
 
-    text = (
+    none = (
         "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 3s, "
         "after 2 retries - HTTP error: error sending request"
     )
-    assert "AWS_ACCESS_KEY_ID" in told(RuntimeError(text))
+    wrong = "Server returned non-2xx status code: 403 Forbidden: <Code>AccessDenied</Code>"
+    for text in (none, wrong):
+        words = told(RuntimeError(text), scheme)
+        assert OWN_KEYS[scheme] in words and "{" not in words
+        for other in {*OWN_KEYS.values()} - {OWN_KEYS[scheme]}:
+            assert other not in words
+    assert "open to all" in told(RuntimeError(none), scheme)
