@@ -81,6 +81,20 @@ class Stateful(Good):
         return bytes([self.seen % 256])
     def max_tables_size(self, shape, dtype):
         return 1
+
+class Unchecked(Good):
+    """A setting that makes no sense is found out when numbers are coded."""
+    codec_id = "unchecked"
+    def __init__(self, more=1):
+        self.more = more
+    def encode(self, block, context):
+        return super().encode(block, context) + bytes(self.more)
+    def decode(self, data, out, context):
+        if len(data) != out.nbytes + self.more:
+            raise CorruptError("another length")
+        super().decode(data[:out.nbytes], out, context)
+    def max_encoded_size(self, raw_bytes):
+        return raw_bytes + 1000
 '''
 UNSHRUNK = """
 from hypothesis import Phase, settings
@@ -159,7 +173,7 @@ class TestRounding(AdapterContract):
     def adapter(self, folder):
         return Rounding(folder)
 '''
-NAMES = ("good", "lossy", "careless", "trusting", "stateful")
+NAMES = ("good", "lossy", "careless", "trusting", "stateful", "unchecked")
 
 
 def on_page(page: str, language: str, word: str) -> str:
@@ -202,7 +216,7 @@ def said(tmp_path_factory):
     ]
     command += [f"--kvzip-codec={name}" for name in NAMES] + ["--kvzip-snapshot=doc.safetensors"]
     few = "bf16 and any_bits or many_blocks and bf16-axes0-1 or one_object"
-    few += " or hostile and trusting"
+    few += " or hostile and trusting or settings"
     command += ["-k", f"{few} or test_own or test_adapters or in_a_file"]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -218,12 +232,14 @@ def test_a_strangers_codecs_are_held_to_the_contract(said):
     assert by["careless"] == {"test_many_blocks_at_once_are_each_alone"}
     assert "test_hostile_blocks_never_give_wrong_numbers" in by["trusting"]
     assert by["stateful"] == {"test_one_object_serves_all_threads"}
+    assert by["unchecked"] == {"test_settings_that_make_no_sense_are_told"}
     assert re.search(r"PASSED \S+::test_round_trip_of_any_bits\[good-bf16\]", said)
 
 
 def test_the_guides_codec_keeps_the_contract(said):
     assert not re.findall(r"^(?:FAILED|ERROR) test_mine.*", said, re.MULTILINE)
     assert re.search(r"^PASSED test_mine\S+any_bits\[mine:level=9-bf16\]", said, re.MULTILINE)
+    assert re.search(r"^PASSED test_mine\S+no_sense_are_told\[mine\]", said, re.MULTILINE)
 
 
 def test_a_strangers_adapters_are_held_to_the_contract(said):
@@ -262,6 +278,18 @@ def test_what_a_cache_can_be(tmp_path):
     kvzip.Snapshot.from_arrays(arrays).save(tmp_path / "a.safetensors")
     names = [one.codec for one in assert_bit_exact(tmp_path / "a.safetensors")]
     assert names == sorted({*kvzip.codec_names()} - {"predictive"})
+
+
+def test_a_profile_can_be_a_file(tmp_path):
+    snapshot = make_snapshot(cache_like, 1, "bf16", tokens=200)
+    profile = kvzip.Profile.fit([snapshot], codec="channel")
+    profile.save(tmp_path / "c.kvprofile")
+    without, learned = (assert_bit_exact(snapshot, "channel", p) for p in (None, profile))
+    for path in (tmp_path / "c.kvprofile", str(tmp_path / "c.kvprofile")):
+        assert assert_bit_exact(snapshot, "channel", path) == learned != without
+    with pytest.raises(kvzip.KVZipError, match="and no profile"):
+        snapshot.save(tmp_path / "a.safetensors")
+        assert_bit_exact(snapshot, "channel", tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("dtype", dtypes.NAMES)

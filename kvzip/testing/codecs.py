@@ -208,6 +208,21 @@ class CodecContract:
         for again in (kvzip.get_codec(made.spec), kvzip.get_codec(config)):
             assert again == made and hash(again) == hash(made)
 
+    def test_settings_that_make_no_sense_are_told(self, codec: str) -> None:
+        """Who names a codec may give it any: another error than a KVZipError would be told as a
+        bug of the codec. `__init__` is the place to look, where any exception becomes one."""
+        config = kvzip.get_codec(codec).get_config()
+        snapshot = make_snapshot(cache_like, 5, "bf16", layers=1, tokens=30)
+        for name in config.keys() - {"id"}:
+            for value in (-1, 1000, "none"):
+                try:
+                    made = kvzip.get_codec({**config, name: value})
+                    profile = self.profile(codec, snapshot)
+                    blob = kvzip.encode(snapshot, made, profile)
+                except KVZipError:
+                    continue
+                assert_same(snapshot, kvzip.decode(blob, profile))
+
     # --- sizes -----------------------------------------------------------------------------
 
     @pytest.mark.parametrize("pattern", [0, 1, -1])

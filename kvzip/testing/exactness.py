@@ -46,7 +46,7 @@ def assert_same(a: Snapshot, b: Snapshot) -> None:
 def assert_bit_exact(
     cache: Any,
     codecs: str | Sequence[str] | None = None,
-    profile: Profile | None = None,
+    profile: Profile | str | os.PathLike[str] | None = None,
     token_ids: Any = None,
     model: Any = None,
     dtype: str | None = None,
@@ -57,10 +57,13 @@ def assert_bit_exact(
     or a `Cache` of transformers, for which `token_ids` and `model` are as for
     :meth:`kvzip.Snapshot.from_cache`. `dtype`: what arrays of integers hold the bits of
     (:func:`kvzip.dtypes.as_bits`). `codecs`: names; None: all that are installed, of which those
-    that need a profile (`predictive`) are left out where it is not the one given. Raises
-    AssertionError, and KVZipError for what is no cache.
+    that need a profile (`predictive`) are left out where it is not the one given. `profile`: a
+    Profile, or the path of one's file. Raises AssertionError, and KVZipError for what is no cache
+    or no profile.
     """
     snapshot = _snapshot(cache, token_ids, model, dtype)
+    if isinstance(profile, str | os.PathLike):
+        profile = Profile.load(profile)
     if codecs is None:
         each = map(get_codec, codec_names())
         usable = [c for c in each if not c.needs_profile or (profile and c.uses(profile))]

@@ -15,7 +15,6 @@ import pytest
 
 import pytest_kvzip
 from kvzip.codec import codec_names, get_codec
-from kvzip.profile import Profile
 from kvzip.testing.codecs import CodecContract
 
 GIVEN = tuple(pytest_kvzip.codecs)
@@ -32,5 +31,4 @@ class TestCodecs(CodecContract):
 def test_the_cache_in_a_file_comes_back_bit_for_bit(
     snapshot: str, bit_exact: Callable[..., Any]
 ) -> None:
-    profile = Profile.load(pytest_kvzip.profiles[-1]) if pytest_kvzip.profiles else None
-    bit_exact(snapshot, GIVEN or None, profile)
+    bit_exact(snapshot, GIVEN or None, pytest_kvzip.profiles[-1] if pytest_kvzip.profiles else None)
