@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, UsageError
 from kvzip.eval.report.traffic import trace_name
 from kvzip.eval.results import stored
 from kvzip.eval.results.base import Result
@@ -87,7 +87,7 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> tuple[DemoResult, Extras]:
     found: dict[str, Any] = {}
     seen: set[object] = set()
     for given in map(Path, paths):
-        path = given / "result.json" if given.is_dir() else given
+        path = _file_of(given)
         result = stored.load(path, Result)
         of = result.trace if isinstance(result, TrafficResult) else type(result)
         if of in seen:
@@ -110,3 +110,21 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> tuple[DemoResult, Extras]:
             "a report needs a result of kvzip demo: its folder, or the result.json in it"
         )
     return demo, Extras(**found)
+
+
+def _file_of(given: Path) -> Path:
+    """The file of a result that a path names: its own, or that in the folder of a demo."""
+    if (given / "rows").is_dir() or given.suffix == ".parquet":
+        raise UsageError(
+            f"{given} holds the rows of a sweep, of which no page is drawn: query them, as in "
+            f"kvzip report {given} --sql 'SELECT * FROM sweep'"
+        )
+    if not given.is_dir():
+        return given
+    path = given / "result.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{given} is not the folder of a demo: there is no result.json in it. Name the files "
+            "of stored results"
+        )
+    return path
