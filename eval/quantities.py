@@ -26,6 +26,12 @@ def rate(bits_per_second: float) -> str:
     )
 
 
+def speed(gigabytes_per_second: float) -> str:
+    """How fast a codec is, in GB/s, or a smaller unit where that would be next to nothing."""
+    units = ((0.1, "GB/s"), (1e-3, "MB/s"), (1e-6, "kB/s"))
+    return _in_units(gigabytes_per_second, units, 3, {"GB/s": 1.0})
+
+
 def duration(seconds: float) -> str:
     """A time, from microseconds to days."""
     return _in_units(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from kvzip.eval.report import charts
+from kvzip.eval.report.text import gbps
 from kvzip.eval.results.bench import BenchResult, BenchRow, SnapshotIdentity
 from kvzip.files import replacing
 
@@ -19,7 +20,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>kvzip bench</title>
+<title>kvzip bench: {title}</title>
 <style>
 :root {{ --page: #faf9f6; --ink: #1c1e22; --soft: #585e68; --rule: #dfdcd4; --bad: #a63a00;
   --s0: #6b7078; --s1: #b3471d; --s3: #0072b2; }}
@@ -82,8 +83,8 @@ def markdown(result: BenchResult) -> str:
             name = f"**{r.title}**" if r.kind == "kvzip" else r.title
             lines.append(
                 f"| {name} | {r.ratio:.3f} | {r.bits_per_value:.2f} "
-                f"| {r.encode_gbps:.2f} ({r.encode_median_gbps:.2f}) "
-                f"| {r.decode_gbps:.2f} ({r.decode_median_gbps:.2f}) "
+                f"| {gbps(r.encode_gbps)} ({gbps(r.encode_median_gbps)}) "
+                f"| {gbps(r.decode_gbps)} ({gbps(r.decode_median_gbps)}) "
                 f"| {r.decode_of_memcpy:.3f} |{'' if r.exact else ' NOT EXACT'}"
             )
         lines.append("")
@@ -110,8 +111,7 @@ def page(result: BenchResult) -> str:
     ]
     for number, (snapshot, rows) in enumerate(result.by_snapshot()):
         parts += [
-            f"<section><h2>{escape(snapshot.model or snapshot.file)}, {snapshot.tokens:,} tokens, "
-            f"{escape(snapshot.dtype)}</h2>",
+            f"<section><h2>{escape(_about(snapshot))}</h2>",
             _paragraph(f"{snapshot.raw_bytes / 1e6:.1f} MB. {_source(snapshot)}", "soft"),
             charts.bench_svg(rows, f"speed-{number}", _SIZE),
             _table(rows),
@@ -128,7 +128,12 @@ def page(result: BenchResult) -> str:
         _paragraph(versions),
         _paragraph("Vector extensions: " + ", ".join(machine.simd)),
     ]
-    return _PAGE.format(body="\n".join(parts))
+    title = "; ".join(escape(_about(snapshot)) for snapshot, _ in result.by_snapshot())
+    return _PAGE.format(title=title, body="\n".join(parts))
+
+
+def _about(snapshot: SnapshotIdentity) -> str:
+    return f"{snapshot.model or snapshot.file}, {snapshot.tokens:,} tokens, {snapshot.dtype}"
 
 
 def _source(snapshot: SnapshotIdentity) -> str:
@@ -154,8 +159,8 @@ def _table(rows: Sequence[BenchRow]) -> str:
         numbers = [
             f"{r.ratio:.3f}",
             f"{r.bits_per_value:.2f}",
-            *(f"{v:.2f}" for v in (r.encode_gbps, r.encode_median_gbps, r.encode_of_memcpy)),
-            *(f"{v:.2f}" for v in (r.decode_gbps, r.decode_median_gbps, r.decode_of_memcpy)),
+            *map(gbps, (r.encode_gbps, r.encode_median_gbps, r.encode_of_memcpy)),
+            *map(gbps, (r.decode_gbps, r.decode_median_gbps, r.decode_of_memcpy)),
         ]
         exact = "<td>yes</td>" if r.exact else '<td class="bad">NO</td>'
         cells = "".join(f"<td>{n}</td>" for n in numbers)

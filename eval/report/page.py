@@ -29,7 +29,7 @@ from kvzip.eval.report import charts, maps, svg
 from kvzip.eval.report.answers import answers, by_base, headline
 from kvzip.eval.report.parts import by_dtype, format_labels, part_label, unpredicted_line
 from kvzip.eval.report.sources import Extras, origin, origins
-from kvzip.eval.report.text import bit_rate, number, scientific, seconds, size, usd
+from kvzip.eval.report.text import bit_rate, gbps, number, scientific, seconds, size, usd
 from kvzip.eval.report.traffic import (
     capacity_map,
     capacity_table,
@@ -87,7 +87,7 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"usd": usd, "size": size, "seconds": seconds}
-    environment.filters |= {"rate": bit_rate, "num": number, "sci": scientific}
+    environment.filters |= {"rate": bit_rate, "gbps": gbps, "num": number, "sci": scientific}
     environment.filters |= {"part": part_label, "format_labels": format_labels}
     environment.filters |= {"unpredicted": unpredicted_line, "groupby_dtype": by_dtype}
     environment.filters |= {"plain": plain, "origin": origin, "code": code, "trace": trace_name}

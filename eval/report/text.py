@@ -50,6 +50,13 @@ def size(value: float) -> str:
     return f"{value:,.0f} bytes"
 
 
+def gbps(value: float) -> str:
+    """GB a second in a column of such: two decimals, of what is slow two significant digits."""
+    if value >= 0.0995 or value == 0:
+        return f"{value:.2f}"
+    return f"{value:.{1 - math.floor(math.log10(value))}f}"
+
+
 def seconds(value: float) -> str:
     """Seconds, or milliseconds below one."""
     return f"{short(value)} s" if value >= 1 else f"{short(value * 1e3)} ms"

@@ -89,16 +89,17 @@ def demo(
 
 
 def _show(result: DemoResult) -> None:
+    from kvzip.eval.quantities import speed
     from kvzip.eval.report.demo import summary
 
-    table = Table("codec", "ratio", "bits", "encode GB/s", "decode GB/s", "bytes", "tokens")
+    table = Table("codec", "ratio", "bits", "encode", "decode", "bytes", "tokens")
     for c in result.codecs:
         table.add_row(
             c.name,
             f"{c.ratio:.3f}",
             f"{c.bits_per_value:.2f}",
-            f"{c.encode_gbps:.2f}",
-            f"{c.decode_gbps:.2f}",
+            speed(c.encode_gbps),
+            speed(c.decode_gbps),
             "exact" if c.exact else "DIFFER",
             f"{c.tokens_equal} of {result.new_tokens}",
         )

@@ -23,7 +23,7 @@ from kvzip.cli.arguments import (
     read_profile,
 )
 from kvzip.cli.failures import CheckFailed
-from kvzip.cli.terminal import bar, emit, say, show_table, steps
+from kvzip.cli.terminal import bar, counted, emit, say, show_table, steps
 from kvzip.codec_spec import split_specs
 from kvzip.entropy.ladder import BEFORE_ROPE, PREDICTED, PROFILE, TABLES
 from kvzip.entropy.tables import LEVELS
@@ -249,9 +249,16 @@ def _draw(stored_result: Path, page: Path, as_json: bool) -> None:
 
 
 def _show_bench(result: BenchResult) -> None:
+    from kvzip.eval.quantities import speed
+    from kvzip.eval.report.text import size
+
+    how = f"{counted(result.threads, 'thread')}, the fastest of {counted(result.repeat, 'run')}"
     for snapshot in result.snapshots:
-        columns = ("ratio", "bits", "encode GB/s", "decode GB/s", "of memcpy", "exact")
-        say(f"{snapshot.file}: {snapshot.model}, {snapshot.dtype}")
+        columns = ("ratio", "bits", "encode", "decode", "of memcpy", "exact")
+        say(
+            f"{snapshot.file}: {snapshot.model or 'no model named'}, {snapshot.dtype}, "
+            f"{counted(snapshot.tokens, 'token')}, {size(snapshot.raw_bytes)}; {how}"
+        )
         table = Table(Column("codec", no_wrap=True), *columns)
         for r in result.rows:
             if r.file == snapshot.file:
@@ -259,8 +266,8 @@ def _show_bench(result: BenchResult) -> None:
                     r.title,
                     f"{r.ratio:.3f}",
                     f"{r.bits_per_value:.2f}",
-                    f"{r.encode_gbps:.2f}",
-                    f"{r.decode_gbps:.2f}",
+                    speed(r.encode_gbps),
+                    speed(r.decode_gbps),
                     f"{r.decode_of_memcpy:.2f}",
                     "yes" if r.exact else "NO",
                 )

@@ -95,6 +95,8 @@ def inputs(
 
 
 def _show_inputs(found: Inputs) -> None:
+    from kvzip.eval.quantities import speed
+
     fit = found.prefill
     say(
         f"{found.model}: prefill {fit.model.a:.3g} s L + {fit.model.b:.3g} s L^2, off by "
@@ -102,9 +104,9 @@ def _show_inputs(found: Inputs) -> None:
     )
     for (tokens, seconds), error in zip(fit.points, fit.errors, strict=True):
         say(f"  {tokens:,.0f} tokens: {seconds:.4g} s, model {error:+.1%}")
-    table = Table("codec", "dtype", "tokens", "ratio", "encode GB/s", "decode GB/s")
+    table = Table("codec", "dtype", "tokens", "ratio", "encode", "decode")
     for r in found.rows:
-        speeds = (f"{r.encode_gbps:.2f}", f"{r.decode_gbps:.2f}")
+        speeds = (speed(r.encode_gbps), speed(r.decode_gbps))
         table.add_row(r.codec, r.dtype, f"{r.tokens:,}", f"{r.ratio:.3f}", *speeds)
     show_table(table)
     for m in found.missing:

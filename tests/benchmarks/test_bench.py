@@ -15,8 +15,9 @@ import kvzip
 from kvzip import dtypes
 from kvzip.benchmarks import run
 from kvzip.benchmarks.peer import Peer
-from kvzip.cli import main
+from kvzip.cli import main, measures
 from kvzip.eval.report import bench as draw
+from kvzip.eval.report.text import gbps
 from kvzip.eval.results.bench import BenchResult
 from kvzip.eval.results.stored import load
 
@@ -244,7 +245,7 @@ def test_the_page_has_every_row_and_what_is_missing(tmp_path, paths, peers, caps
     for row in found.rows:
         numbers = (row.ratio, row.bits_per_value)
         wanted = [f">{row.title}<", f">{numbers[0]:.3f}<", f">{numbers[1]:.2f}<"]
-        wanted += [f">{row.encode_gbps:.2f}<", f">{row.decode_gbps:.2f}<"]
+        wanted += [f">{gbps(row.encode_gbps)}<", f">{gbps(row.decode_gbps)}<"]
         wanted += [">yes<" if row.exact else ">NO<"]
         assert any(all(w in line for w in wanted) for line in lines), row.title
         assert f'data-point="{row.title}"' in page
@@ -259,6 +260,23 @@ def test_the_documented_run_is_the_stored_one(stored):
     docs = Path(__file__).parents[2] / "docs"
     tables = draw.markdown(load(docs / f"{stored}.json", BenchResult))
     assert tables.strip() in (docs / "benchmarks.md").read_text()
+
+
+def test_slow_codecs_have_a_speed_and_pages_say_of_what(paths, capsys):
+    found = measure(paths[:1], ["raw"], repeat=1)
+    row = found.rows[-1]
+    slow = {"encode_gbps": 0.0052, "encode_median_gbps": 0.0048, "decode_gbps": 0.000031}
+    result = msgspec.structs.replace(found, rows=[msgspec.structs.replace(row, **slow)])
+    assert "0.0052 (0.0048)" in draw.markdown(result) and "0.000031" in draw.markdown(result)
+    page = draw.page(result)
+    assert ">0.0052<" in page and ">0.000031<" in page and ">0.00<" not in page
+    identity = found.snapshots[0]
+    about = f"{identity.model}, {identity.tokens} tokens, {identity.dtype}"
+    assert f"<title>kvzip bench: {about}</title>" in page
+    measures._show_bench(result)
+    said = capsys.readouterr().out
+    assert "5.2 MB/s" in said and "31 kB/s" in said
+    assert f"{identity.tokens} tokens" in said.partition("\n")[0] and "1 thread" in said
 
 
 def test_names_in_the_page_are_text(paths):

@@ -8,7 +8,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvzip.eval.quantities import confidence, dollars, duration, rate, significant
+from kvzip.eval.quantities import confidence, dollars, duration, rate, significant, speed
 
 UNITS = {
     "Tb/s": 1e12, "Gb/s": 1e9, "Mb/s": 1e6, "kb/s": 1e3, "b/s": 1,
@@ -35,6 +35,8 @@ def test_units_fit(value):
 
 def test_what_people_read():
     assert rate(6.172e10) == "61.72 Gb/s"
+    assert speed(2.637) == "2.64 GB/s" and speed(0.1) == "0.1 GB/s"
+    assert speed(0.0187) == "18.7 MB/s" and speed(0.0000005) == "0.5 kB/s"
     assert rate(1e9) == "1 Gb/s" and rate(999) == "999 b/s"
     assert duration(0.0005) == "500 µs" and duration(90) == "90 s" and duration(7200) == "2 h"
     assert dollars(1.2e-5) == "$0.000012" and dollars(1234567) == "$1,230,000"
