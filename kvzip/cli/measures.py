@@ -25,7 +25,7 @@ from kvzip.cli.arguments import (
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import bar, counted, emit, say, show_table, steps
 from kvzip.codec_spec import split_specs
-from kvzip.entropy.ladder import BEFORE_ROPE, PREDICTED, PROFILE, TABLES
+from kvzip.entropy.ladder import BEFORE_ROPE, ENOUGH_TOKENS, PREDICTED, PROFILE, TABLES
 from kvzip.entropy.tables import LEVELS
 from kvzip.errors import UsageError
 from kvzip.eval.measured_codecs import CODECS_WITHOUT_PROFILE
@@ -104,7 +104,7 @@ def entropy_command(
                 file.write(content)
         said["figures"] = [str(out / name) for name in drawn]
 
-    emit(said, as_json, lambda: _show_entropy(result))
+    emit(said, as_json, lambda: _show_entropy(result, fitted))
     over = [row for row in checks if row.more > entropy_check.MOST]
     if over:
         worst = max(over, key=lambda row: row.more)
@@ -114,7 +114,7 @@ def entropy_command(
         )
 
 
-def _show_entropy(result: EntropyResult) -> None:
+def _show_entropy(result: EntropyResult, fitted: entropy.Fitted | None) -> None:
     from kvzip.eval.report.parts import by_dtype, format_labels, part_label, unpredicted_line
 
     for found in result.files:
@@ -148,6 +148,13 @@ def _show_entropy(result: EntropyResult) -> None:
         say(
             "Tables of these documents themselves are not counted, and of few tokens they fit too "
             "well: no file is as small. kvzip encode tells what a file takes."
+        )
+    if fitted is not None and fitted.few_tokens:
+        enough = ENOUGH_TOKENS * fitted.most_inputs
+        say(
+            f"{counted(fitted.tokens, 'token')} to learn from are few: a number is predicted from "
+            f"up to {fitted.most_inputs:,} others. From fewer than {enough:,} tokens, "
+            f"{ENOUGH_TOKENS} times as many, figures of predictions tell little of the model."
         )
     if ladder.unpredicted:
         say(unpredicted_line(ladder.unpredicted))

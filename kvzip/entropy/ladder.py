@@ -67,6 +67,10 @@ TABLES = "the profile's tables"
 _CALIBRATION = 16  # documents at most
 SAMPLE = 1536
 """About how many tokens a density is learned from."""
+ENOUGH_TOKENS = 8
+"""Tokens to learn from for each number that one is predicted from, without which a prediction is
+more of chance than of the model: as many as `predictive` wants for a predictor more. For SmolLM2
+that is 9,216; of 4,096 its codec comes to 7.94 bits, of 491,520 to 6.87 (docs/research.md)."""
 
 
 class FormatBits(msgspec.Struct, frozen=True):
@@ -184,6 +188,16 @@ class Fitted:
         self.seen.add(fingerprint(snapshot))
         self.documents += 1
         self.tokens += snapshot.tokens
+
+    @property
+    def most_inputs(self) -> int:
+        """How many numbers one is predicted from, at most; 0 where nothing is predicted."""
+        return max((len(rungs.parts[-1][0].weights) for rungs in self.layers), default=0)
+
+    @property
+    def few_tokens(self) -> bool:
+        """Whether there were so few tokens to learn from that figures tell of that above all."""
+        return self.tokens < ENOUGH_TOKENS * self.most_inputs
 
 
 def check_same_model(snapshot: Snapshot, first: Snapshot) -> None:

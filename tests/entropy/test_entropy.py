@@ -16,7 +16,7 @@ from support import cache_like, make_snapshot, random_bits, tiny_model
 import kvzip
 from kvzip import Layer, LayerLayout, Profile, Snapshot, dtypes, entropy
 from kvzip.capture import cast, prefill
-from kvzip.entropy import linear, residual
+from kvzip.entropy import ladder, linear, residual
 from kvzip.entropy.ladder import BEFORE_ROPE, LEVELS, PREDICTED, PROFILE, orders, split
 from kvzip.errors import KVZipError, ProfileError, UnsupportedError
 
@@ -251,6 +251,23 @@ def test_wrong_documents_are_named(fitted, learned, unseen):
     for nothing in (lambda: entropy.fit([]), lambda: entropy.measure([])):
         with pytest.raises(KVZipError, match="no document"):
             nothing()
+
+
+def test_few_tokens_to_learn_from_are_told(tmp_path, capsys, llama, unseen):
+    learned = documents(llama, 10)
+    many, few = (entropy.fit(found) for found in (learned, learned[:1]))
+    assert many.most_inputs == few.most_inputs > 0
+    enough = ladder.ENOUGH_TOKENS * few.most_inputs
+    assert few.tokens < enough <= many.tokens
+    assert few.few_tokens and not many.few_tokens
+    paths = []
+    for snapshot in [*unseen[:1], *learned]:
+        paths.append(tmp_path / f"{len(paths)}.safetensors")
+        snapshot.save(paths[-1])
+    for train, told in ((paths[1:2], True), (paths[1:], False)):
+        out = run(capsys, "entropy", paths[0], "--train", *train)[1]
+        assert (f"{few.tokens} tokens to learn from are few" in out) == told
+        assert (f"fewer than {enough:,} tokens" in out) == told
 
 
 def test_training_documents_are_shared_out():
