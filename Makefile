@@ -175,8 +175,9 @@ $(VLLM)/.ready: constraints.txt
 
 # The sdist and the wheels that are released, checked, each with a bill of what it was seen to run with (*.cdx.json). EMULATED
 # is for wheels.py, such as --emulated "3.11=qemu-aarch64 -L ROOT ROOT/usr/bin/python3.11". Needs Python 3.11 and 3.12.
+# PROJECT_URL=https://github.com/OWNER/kvzip: where it is published, for the metadata and the README's links.
 wheels:
-	$(PYTHON) release/wheels.py $(EMULATED)
+	$(PYTHON) release/wheels.py $(EMULATED) $(if $(PROJECT_URL),--project-url $(PROJECT_URL))
 
 # The documentation as a site, in build/docs; a broken link or a public name without a docstring is an error.
 docs: $(DOCS)

@@ -6,6 +6,9 @@ that neither a container nor an old system is needed. auditwheel says whether a 
 of the system than its name promises, abi3audit whether it keeps to the stable ABI. Each is then
 installed in a clean environment, where it must find what instructions the processor has, and the
 contract suite runs on it.
+
+Where the project is published nobody but its maintainer knows. With --project-url, the metadata
+names it, and the README's links lead there: on an index's page relative ones lead nowhere.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+from email.parser import BytesParser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +39,8 @@ INSTRUCTIONS = ("--noconftest", ROOT / "tests" / "native" / "test_instructions.p
 SUITE = ("--pyargs", "kvzip.testing.suite")
 FEW = "bf16 and (whatever or channels) or strides or unequal or settings or one_object"
 """What is tried in an emulator, which is slow."""
+LINK = re.compile(r"(!?\[[^\]]*\])\((?![a-z]+:|#)([^()\s]+)\)")
+"""A link of Markdown to a file of the project, or a picture in it."""
 
 
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> None:
@@ -46,6 +54,59 @@ def make_room(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("kvzip-*"):
         old.unlink()
+
+
+def project_url(text: str) -> str:
+    """A repository's address, as it can stand in a link."""
+    if not re.fullmatch(r"https://[\w.-]+(/[\w.~-]+)+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: write https://HOST/OWNER/NAME")
+    return text
+
+
+def name_address(folder: Path, url: str) -> None:
+    """Have the project in a folder say where it is published: in its metadata, and in the links of
+    its README, by the paths that GitHub has."""
+    project = folder / "pyproject.toml"
+    urls = {
+        "Source": url,
+        "Documentation": f"{url}/tree/HEAD/docs",
+        "Changelog": f"{url}/blob/HEAD/CHANGELOG.md",
+        "Issues": f"{url}/issues",
+    }
+    lines = "".join(f'{name} = "{at}"\n' for name, at in urls.items())
+    section = "[project.optional-dependencies]\n"
+    text = project.read_text()
+    assert text.count(section) == 1 and "[project.urls]" not in text
+    project.write_text(text.replace(section, f"[project.urls]\n{lines}\n{section}"))
+
+    def absolute(link: re.Match[str]) -> str:
+        kind = "raw" if link[1].startswith("!") else "blob"
+        return f"{link[1]}({url}/{kind}/HEAD/{link[2]})"
+
+    readme = folder / "README.md"
+    readme.write_text(LINK.sub(absolute, readme.read_text()))
+
+
+def addressed(tools: Path, sdist: Path, url: str, work: Path) -> None:
+    """Make the sdist anew, of a project that says where it is published."""
+    folder = work / "addressed"
+    shutil.rmtree(folder, ignore_errors=True)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    [project] = folder.iterdir()
+    name_address(project, url)
+    run(tools, "-m", "build", "--sdist", "--outdir", sdist.parent, project)
+
+
+def check_address(wheel: Path, url: str) -> None:
+    """Stop unless a wheel's metadata names the project's address, and no link in it is relative."""
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        found = BytesParser().parsebytes(archive.read(name))
+    if f"Source, {url}" not in found.get_all("Project-URL", []):
+        sys.exit(f"{wheel.name} does not name {url}")
+    if relative := LINK.search(str(found.get_payload())):
+        sys.exit(f"{wheel.name}: a link of its description leads nowhere: {relative[0]}")
 
 
 def environment_of(python: str, folder: Path) -> Path:
@@ -193,6 +254,11 @@ def main() -> None:
         metavar="VERSION=COMMAND",
         help="an aarch64 Python: 3.11='qemu-aarch64 -L ROOT ROOT/usr/bin/python3.11'",
     )
+    parse.add_argument(
+        "--project-url",
+        type=project_url,
+        help="where the project is published, such as https://github.com/OWNER/kvzip",
+    )
     given = parse.parse_args()
     for version in given.pythons:
         if interpreter(version) is None:
@@ -202,11 +268,17 @@ def main() -> None:
     first = environment_of(given.pythons[0], work)
     run(first, "-m", "build", "--sdist", "--outdir", out, ROOT)
     [sdist] = out.glob("kvzip-*.tar.gz")
+    if given.project_url is None:
+        print("no --project-url: no address in the metadata, and relative links", flush=True)
+    else:
+        addressed(first, sdist, given.project_url, work)
     emulated = dict(one.split("=", 1) for one in given.emulated)
     for arch in given.archs:
         for python in given.pythons:
             tools = environment_of(python, work)
             wheel = audited(tools, build(sdist, python, arch, work), out)
+            if given.project_url is not None:
+                check_address(wheel, given.project_url)
             for version in RUNS_ON[python]:
                 if arch == os.uname().machine:
                     try_here(tools, wheel, version, work)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,58 @@ def test_only_what_is_of_kvzip_makes_room(tmp_path, wheels):
         (tmp_path / name).touch()
     wheels.make_room(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["another.txt", "new"]
+
+
+URL = "https://host.example/owner/kvzip"
+
+
+@pytest.fixture
+def published(tmp_path, wheels):
+    for name in ("pyproject.toml", "README.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    wheels.name_address(tmp_path, URL)
+    return tmp_path
+
+
+def test_with_an_address_all_links_lead_there(published, wheels):
+    before, after = ((at / "README.md").read_text() for at in (ROOT, published))
+    assert len(wheels.LINK.findall(before)) > 30 and not wheels.LINK.findall(after)
+    files = re.findall(rf"\]\({URL}/(blob|raw)/HEAD/([^)#]+)(?:#[^)]*)?\)", after)
+    assert len(files) == len(wheels.LINK.findall(before))
+    for kind, path in files:
+        assert (ROOT / path).exists()
+        assert (kind == "raw") == path.endswith(".png")
+    project = tomllib.loads((published / "pyproject.toml").read_text())["project"]
+    urls = project.pop("urls")
+    assert project == PROJECT and urls["Source"] == URL
+    for name, at in urls.items():
+        path = at.partition("/HEAD/")[2]
+        assert at.startswith(URL) and (name in ("Source", "Issues") or (ROOT / path).exists())
+
+
+def test_a_wheel_without_its_address_is_not_released(tmp_path, published, wheels):
+    def wheel(urls, readme):
+        text = "Metadata-Version: 2.4\nName: kvzip\n" + urls + "\n" + readme
+        with zipfile.ZipFile(tmp_path / "kvzip.whl", "w") as archive:
+            archive.writestr("kvzip-1.dist-info/METADATA", text)
+        return tmp_path / "kvzip.whl"
+
+    named = f"Project-URL: Issues, {URL}/issues\nProject-URL: Source, {URL}\n"
+    absolute = (published / "README.md").read_text()
+    wheels.check_address(wheel(named, absolute), URL)
+    with pytest.raises(SystemExit, match="does not name"):
+        wheels.check_address(wheel("", absolute), URL)
+    with pytest.raises(SystemExit, match="leads nowhere"):
+        wheels.check_address(wheel(named, (ROOT / "README.md").read_text()), URL)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "host/owner", "http://host/a", f"{URL}/", f"{URL} x", "https://host"]
+)
+def test_what_is_no_address_is_refused(wheels, url):
+    with pytest.raises(argparse.ArgumentTypeError, match="https://HOST"):
+        wheels.project_url(url)
+    assert wheels.project_url(URL) == URL
 
 
 class Recorded:
