@@ -31,8 +31,9 @@ from kvzip.eval.results.sweep import SweepRow
 from kvzip.eval.sweep.kinds import AnyPoint, measure, row_form
 from kvzip.eval.sweep.rows import RowFolder
 
-Progress = Callable[[SweepRow, int, int], None]
-"""Called with a row, how many points are done, and how many there are."""
+Progress = Callable[[SweepRow | None, int, int], None]
+"""Called with a row, or None for those that are there at the beginning; how many points are done,
+and how many there are."""
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -77,6 +78,7 @@ def run(
         there = {row["id"] for row in rows.read()}
         left = [point for point in points if point.id not in there]
         done = len(points) - len(left)
+        progress(None, done, len(points))
         tasks = (
             _on_ray(left, rows.folder, ray) if ray else _in_processes(left, rows.folder, workers)
         )

@@ -51,7 +51,7 @@ def sweep(
     points = read_config(config)
     with steps() as tell:
 
-        def progress(row: SweepRow, done: int, total: int) -> None:
+        def progress(row: SweepRow | None, done: int, total: int) -> None:
             tell("sweep", done, total)
 
         summary = run(points, out, workers=workers, ray=ray, retry=retry, progress=progress)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from rich.console import Console
@@ -251,6 +251,26 @@ def stages(
         yield step, tell
 
 
+class _Count(NamedTuple):
+    """A count, and from when and where on its steps tell how long one takes."""
+
+    began: float
+    start: int
+    at: float
+    """When it came to `done`."""
+    done: int
+
+    def moved(self, now: float, done: int) -> _Count:
+        """The count as it is now. What was there from a run before is counted at once, and tells
+        nothing of steps that take ten times as long."""
+        if done == self.done:
+            return self
+        steps, before = done - self.done, self.done - self.start
+        if before and (now - self.at) / steps > 10 * (self.at - self.began) / before:
+            return _Count(self.at, self.done, now, done)
+        return _Count(self.began, self.start, now, done)
+
+
 class Lines:
     """Progress where there is no terminal to draw on: lines on stderr, each with the time since
     the beginning and, where it can be known, about how much is left.
@@ -267,8 +287,8 @@ class Lines:
         self._began = self._said = clock()
         self._first: tuple[float, float] | None = None
         self._share = 0.0
-        self._counted: dict[str, tuple[float, int]] = {}
-        """When each count began, and where it is: counts may take turns."""
+        self._counted: dict[str, _Count] = {}
+        """Counts may take turns."""
 
     def step(self, what: str, share: float | None = None) -> None:
         self._say(what + self.left(share))
@@ -290,19 +310,19 @@ class Lines:
 
     def tell(self, what: str, done: int, total: int, in_bytes: bool = False) -> None:
         now = self._clock()
-        began, before = self._counted.get(what, (self._said, 0))
-        began = self._said if done < before else began  # the same once more
-        self._counted[what] = began, done
+        count = self._counted.get(what)
+        if count is None or done < count.done:  # the same once more
+            count = _Count(self._said, 0, self._said, 0)
+        self._counted[what] = count = count.moved(now, done)
         if now - self._said < self.EVERY:
             return
-        count = f"{done:,} of {total:,}"
+        words = f"{done:,} of {total:,}"
         if in_bytes:
-            count = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
-        left = ""
-        if 0 < done < total:
-            seconds = (now - began) * (total - done) / done
-            left = f", about {clock_text(seconds)} left"
-        self._say(f"{what}: {count}{left}")
+            words = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+        if count.start < done < total:
+            seconds = (now - count.began) * (total - done) / (done - count.start)
+            words += f", about {clock_text(seconds)} left"
+        self._say(f"{what}: {words}")
 
     def _say(self, line: str) -> None:
         self._said = self._clock()

@@ -81,7 +81,9 @@ _S3 = _Client(
     "AWS_SKIP_SIGNATURE=true",
 )
 _GOOGLE = _Client(
-    *["GOOGLE_APPLICATION_CREDENTIALS"] * 3,
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_APPLICATION_CREDENTIALS",
     "GOOGLE_BEARER_TOKEN",
     "GOOGLE_APPLICATION_CREDENTIALS to the file of a service account's key, or log in (gcloud auth "
     "application-default login); for a bucket that is open to all, GOOGLE_SKIP_SIGNATURE=true",

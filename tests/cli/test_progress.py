@@ -93,6 +93,25 @@ def test_counts_are_lines_every_few_seconds(written, clock):
     assert found[-1] == "[0:50] sweep: 100 of 100"
 
 
+@pytest.mark.parametrize("each", [0.0, 0.02])
+@pytest.mark.parametrize("kept", [1, 9, 50])
+def test_what_is_kept_from_a_run_before_says_nothing_of_the_time_left(written, clock, kept, each):
+    """One by one, or all at once."""
+    for counts in (range(1, kept + 1), [kept]):
+        lines = terminal.Lines(clock)
+        for done in counts:
+            clock.now += each
+            lines.tell("layers", done, 100)
+        for done in range(kept + 1, 100):
+            clock.now += 6
+            lines.tell("layers", done, 100)
+        for line in written()[-(99 - kept) :]:
+            done, minutes, seconds = map(
+                int, re.findall(r"(\d+) of 100, about (\d+):(\d+)", line)[0]
+            )
+            assert abs(minutes * 60 + seconds - 6 * (100 - done)) <= 1
+
+
 def test_what_is_done_at_once_says_nothing(written, clock):
     lines = terminal.Lines(clock)
     for done in range(1, 4):
