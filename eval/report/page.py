@@ -31,9 +31,12 @@ from kvzip.eval.report.parts import by_dtype, format_labels, part_label, unpredi
 from kvzip.eval.report.sources import Extras, origin, origins
 from kvzip.eval.report.text import bit_rate, gbps, number, scientific, seconds, size, usd
 from kvzip.eval.report.traffic import (
+    DIFFERENT_STORES,
+    WEIGHTS_NOT_READ,
     capacity_map,
     capacity_table,
     ratio_source,
+    tiers_in_words,
     told,
     trace_name,
 )
@@ -91,7 +94,7 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
     environment.filters |= {"part": part_label, "format_labels": format_labels}
     environment.filters |= {"unpredicted": unpredicted_line, "groupby_dtype": by_dtype}
     environment.filters |= {"plain": plain, "origin": origin, "code": code, "trace": trace_name}
-    environment.filters |= {"ratio_source": ratio_source}
+    environment.filters |= {"ratio_source": ratio_source, "tiers": tiers_in_words}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     fit = fit_prefill(result.prefill_points or [(result.tokens, result.prefill_seconds)])
     model = fit.model
@@ -124,6 +127,8 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         link_charts=_link_charts(extras.links) if extras.links else [],
         traffic_charts=_traffic_charts(extras.traffic or ()),
         strategies=STRATEGIES,
+        different_stores=DIFFERENT_STORES,
+        weights_not_read=WEIGHTS_NOT_READ,
         models=maps.models(),
         families=maps.family_sentence(CodecFigures(best.name, best.ratio, math.inf)),
         paper_bytes=BYTES_PER_TOKEN,

@@ -12,6 +12,15 @@ from kvzip.eval.report import svg
 from kvzip.eval.report.text import size, usd
 from kvzip.eval.results.traffic import FleetRow, TrafficResult
 
+DIFFERENT_STORES = (
+    "The tables are of different stores: a row of the first is one store of that size, the second "
+    "is of all tiers together."
+)
+WEIGHTS_NOT_READ = (
+    "A GPU's seconds are of its operations alone: reading the weights from its memory, which takes "
+    "longer where a prompt has few tokens left to compute, is not counted."
+)
+
 
 def found_at(traffic: TrafficResult, blocks: float, ratio: float = 1.0) -> float:
     """The hit rate of an LRU store of so many blocks of raw size that are `ratio` times as small:
@@ -96,6 +105,20 @@ def told(rows: Sequence[FleetRow]) -> list[FleetRow]:
     """The rows that a page shows: no store, and of each strategy the codecs that are told apart."""
     codecs = _told_apart({row.codec: row.ratio for row in rows if row.codec})
     return [row for row in rows if not row.codec or row.codec in codecs]
+
+
+def tiers_in_words(traffic: TrafficResult) -> str:
+    """The tiers of the replayed store with their sizes, also in blocks of raw size, the unit of
+    its map."""
+    words = []
+    for row in traffic.inputs:
+        if row.name.endswith(", size"):
+            tier = row.name.removesuffix(", size")
+            room = "without limit"
+            if row.value is not None:
+                room = f"{size(row.value)}, {row.value / traffic.block_bytes:,.0f} raw blocks"
+            words.append(f"{tier} {room}")
+    return "; ".join(words)
 
 
 def markdown(traffic: Sequence[TrafficResult]) -> str:

@@ -199,6 +199,7 @@ def _replay(
 def _show_traffic(found: TrafficResult) -> None:
     from kvzip.eval.money.ratios import ratio_basis_of_replay
     from kvzip.eval.quantities import dollars, duration, significant
+    from kvzip.eval.report.traffic import DIFFERENT_STORES, WEIGHTS_NOT_READ, tiers_in_words
     from kvzip.eval.traffic.fleet import STRATEGIES
 
     say(
@@ -226,7 +227,7 @@ def _show_traffic(found: TrafficResult) -> None:
         Column("codec", no_wrap=True),
         *columns,
         title=f"On {counted(found.gpus, 'GPU')}, {found.model}, {found.dtype}, {found.policy}; "
-        f"the store of --tiers: {_tiers(found)}",
+        f"the store of --tiers: {tiers_in_words(found)}",
     )
     for r in found.rows:
         codec = f"{r.codec} {r.ratio:.2f}x" + (" (GPU)" if r.decoder == "device" else "")
@@ -238,35 +239,16 @@ def _show_traffic(found: TrafficResult) -> None:
             f"{r.decode_core_seconds + r.encode_core_seconds:,.0f}",
         )
     show_table(table)
-    say(
-        "The tables are of different stores: a row of the first is one store of that size, the "
-        "second is of all tiers together"
-    )
+    say(DIFFERENT_STORES)
     say(
         f"found: counted; {ratio_basis_of_replay(found.inputs, found.model)}; seconds to the first "
-        "token, of GPUs and of cores: modelled; dollars: modelled, at list prices. A GPU's seconds "
-        "are of its operations alone: reading the weights from its memory, which takes longer "
-        "where a prompt has few tokens left to compute, is not counted"
+        "token, of GPUs and of cores: modelled; dollars: modelled, at list prices. "
+        f"{WEIGHTS_NOT_READ}"
     )
     for name, words in STRATEGIES.items():
         if any(r.strategy == name for r in found.rows):
             say(f"{name}: {words}")
     say("What went in, with where it comes from: --json, inputs. The model: docs/fleet.md.")
-
-
-def _tiers(found: TrafficResult) -> str:
-    """The tiers of a replayed store with their sizes, also in the unit of the first table."""
-    from kvzip.eval.report.text import size
-
-    words = []
-    for row in found.inputs:
-        if row.name.endswith(", size"):
-            tier = row.name.removesuffix(", size")
-            room = "without limit"
-            if row.value is not None:
-                room = f"{size(row.value)}, {row.value / found.block_bytes:,.0f} raw blocks"
-            words.append(f"{tier} {room}")
-    return "; ".join(words)
 
 
 def _presets(

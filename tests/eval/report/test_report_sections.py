@@ -304,6 +304,10 @@ def test_the_third_map(tmp_path: Path, browser: Any) -> None:
             tops = labels.evaluate_all("all => all.map(label => Number(label.getAttribute('y')))")
             assert tops == sorted(tops, reverse=True) and len(tops) == len(keys)
     words = path.read_text()
+    for room in ("host 360 GB, 4,768 raw blocks", "host 540 GB, 7,153 raw blocks"):
+        assert words.count(room) == 1  # the other table's stores have other sizes
+    assert words.count("tables are of different stores") == 2
+    assert words.count("reading the weights") == 2
     # Whose ratios they are: another model's, and a run's of their own.
     said = "Ratios measured on SmolLM2-135M, taken to hold for qwen3-4b"
     assert words.count(said) == 4  # a card and a map for each trace
