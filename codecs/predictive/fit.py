@@ -17,7 +17,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from kvzip.codecs.predictive import blas
-from kvzip.codecs.predictive.allotment import Allotment, allot
+from kvzip.codecs.predictive.allotment import Allotment, allot, least_bytes
 from kvzip.codecs.predictive.calibrate import calibrate
 from kvzip.codecs.predictive.density import densities, sine_table
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
@@ -31,6 +31,7 @@ from kvzip.profile import SIDE_BY_SIDE, VERSION, Profile
 from kvzip.statistics.documents import Item, Progress, hold_out
 
 DEFAULT_BYTES = 134_000_000
+"""How big a profile may get where nothing is said; of a wide model the smallest is bigger."""
 Regions = int | Sequence[int] | Literal["auto"]
 Tensors = dict[str, NDArray[Any]]
 
@@ -50,7 +51,7 @@ def fit(
     progress: Progress | None = None,
     *,
     regions: Regions = "auto",
-    max_bytes: int = DEFAULT_BYTES,
+    max_bytes: int | None = None,
     token_table: bool = True,
     group: int | None = None,
     calibration: int | None = None,
@@ -59,19 +60,19 @@ def fit(
     """A profile for the predictive codec; see :meth:`kvzip.Profile.fit`.
 
     `regions`: how many predictors a layer has, of which each token takes one: for all layers, for
-    each, or as many as the documents and `max_bytes`, the size of the profile's file, allow. Where
-    that has no room for one of each layer, tables know fewer tokens and weights are coarser.
-    `token_table`: keep what the first layers make of each token seen. `group`: how many channels
-    do not look at each other, so that they can be decoded at the same time; by default 8, of wide
-    models 16. `calibration`: how many documents no predictor is learned from, so that scales and
-    densities are set over them; default: one in sixteen, at most 24, and none of fewer than 8. If
-    it is 0, scales and densities are set over the documents that the predictors are learned from.
-    The profile's description then has no `calibration_bits`: the mean bits of each layer's numbers
-    in the calibration documents. They are what calibration made least, so no measure of documents
-    that the profile has not seen. `resume`: a folder in which finished layers are
-    kept, so that the same call goes on where an earlier one ended. Raises ProfileError when the
-    snapshots are not of one model, or a setting makes no sense, and UsageError when `max_bytes` are
-    fewer than the smallest profile of the model takes.
+    each, or as many as the documents and `max_bytes`, the size of the profile's file, allow (by
+    default 134 MB, or what the smallest takes). Where that has no room for one of each layer,
+    tables know fewer tokens and weights are coarser. `token_table`: keep what the first layers make
+    of each token seen. `group`: how many channels do not look at each other, so that they can be
+    decoded at the same time; by default 8, of wide models 16. `calibration`: how many documents no
+    predictor is learned from, so that scales and densities are set over them; default: one in
+    sixteen, at most 24, and none of fewer than 8. If it is 0, scales and densities are set over the
+    documents that the predictors are learned from. The profile's description then has no
+    `calibration_bits`: the mean bits of each layer's numbers in the calibration documents. They are
+    what calibration made least, so no measure of documents that the profile has not seen. `resume`:
+    a folder in which finished layers are kept, so that the same call goes on where an earlier one
+    ended. Raises ProfileError when the snapshots are not of one model, or a setting makes no sense,
+    and UsageError when `max_bytes` are fewer than the smallest profile of the model takes.
     """
     if not snapshots:
         raise ProfileError("a profile needs at least one snapshot to learn from")
@@ -86,6 +87,8 @@ def fit(
         raise ProfileError(f"group={group}: want an even number of channels, 2 to {MOST}")
     _check_regions(regions, len(learned.widths))
     vocabulary = Vocabulary(learned) if token_table else None
+    if max_bytes is None:
+        max_bytes = max(DEFAULT_BYTES, least_bytes(learned))
     allotted = allot(learned, regions, max_bytes, vocabulary)
     settings = {
         "regions": regions if isinstance(regions, int | str) else list(regions),

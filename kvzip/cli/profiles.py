@@ -58,8 +58,8 @@ def fit(
         and `max_bytes` allow, more in the first layers.
     max_bytes
         How big the profile may get. One predictor a layer it always has; if need be it knows
-        fewer tokens and its weights are coarser. Default: 134 MB. If there is no room for that,
-        the error says how many bytes are needed.
+        fewer tokens and its weights are coarser. Default: 134 MB, or what the smallest takes. If
+        there is no room for that, the error says how many bytes are needed.
     resume
         A folder for finished layers: the same command goes on where it was ended.
     """

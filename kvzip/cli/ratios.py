@@ -79,7 +79,8 @@ def ratios(
     seed
         Draws which files of a text are for training, and their order.
     max_bytes
-        How big the profile that `predictive` learns may get. Default: 134 MB.
+        How big the profile that `predictive` learns may get. Default: 134 MB, or what the
+        smallest takes.
     like
         A stored result: its documents must be the same; of another model, its texts.
     """

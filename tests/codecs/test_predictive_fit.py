@@ -511,6 +511,12 @@ def test_too_few_bytes_are_told_before_anything_is_learned(learned):
     assert kvzip.Profile.fit(learned, max_bytes=least).nbytes < least + 15_000
 
 
+def test_a_wide_model_has_the_smallest_profile_where_nothing_is_said(learned, monkeypatch):
+    least = kvzip.Profile.fit(learned, max_bytes=allotment.least_bytes(Documents(learned)))
+    monkeypatch.setattr("kvzip.codecs.predictive.fit.DEFAULT_BYTES", 1000)
+    assert kvzip.Profile.fit(learned).id == least.id
+
+
 def test_the_budget_is_the_files(learned):
     profile = kvzip.Profile.fit(learned, regions=4)
     read = Documents(learned)
