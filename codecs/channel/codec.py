@@ -140,16 +140,12 @@ class ChannelCodec(Codec):
 
     def least_bytes(self, block: Bits, context: Context, enough: float = math.inf) -> float:
         """What a block that is a part of its own takes at least: as with a table for each channel
-        that knows its numbers, and costs nothing. Of keys before RoPE a few tell; otherwise half of
-        the tokens, if by them it is `enough` bytes."""
-        bits: float
-        for counted in (block.shape[2] // 2, block.shape[2]):
-            bits = _native.bits_by_channel(block, *fields(context.dtype), counted=counted)
-            if bits >= 8 * enough:
-                break
+        that knows its numbers, and costs nothing. Of keys before RoPE a few tell; otherwise as many
+        tokens as show that it is `enough` bytes."""
+        bits: float = _native.bits_by_channel(block, *fields(context.dtype), 8.0 * enough)
         few = sampled(block, context, _FEW) if self.keys == "before_rope" else None
         if few is not None:
-            before: float = _native.bits_by_channel(few.before, *fields(context.dtype))
+            before: float = _native.bits_by_channel(few.before, *fields(context.dtype), math.inf)
             bits = min(bits, (1 - MORE) * before * block.size / few.before.size)
         return bits / 8
 

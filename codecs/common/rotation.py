@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -39,17 +40,16 @@ def rotation_of(context: Context, dim: int) -> _native.Rotation | None:
     if not parameters.get("inv_freq"):
         return None
     try:
-        with _native.DefaultEnvironment(), np.errstate(over="ignore"):
-            radians = np.asarray(frequencies(parameters, dim), np.float32)
-            scale = float(parameters.get("attention_scaling", 1.0))
-            return _rotation(radians.tobytes(), scale)
+        scale = float(parameters.get("attention_scaling", 1.0))
+        return _rotation(tuple(parameters["inv_freq"]), scale, dim)
     except (TypeError, ValueError, OverflowError):  # a header may say anything
         return None
 
 
 @lru_cache(maxsize=8)
-def _rotation(radians: bytes, scale: float) -> _native.Rotation | None:
-    found = np.frombuffer(radians, np.float32)
+def _rotation(noted: tuple[Any, ...], scale: float, dim: int) -> _native.Rotation | None:
+    with _native.DefaultEnvironment(), np.errstate(over="ignore"):
+        found = np.asarray(frequencies({"inv_freq": noted}, dim), np.float32)
     if not len(found) or not np.isfinite(found).all() or not abs(scale) <= _GREATEST:
         return None
     return _native.Rotation(found, scale)

@@ -14,6 +14,7 @@
 #include "native/bindings.hpp"
 #include "predictive/block_parts.hpp"
 #include "predictive/chain.hpp"
+#include "predictive/least_bits.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -120,7 +121,7 @@ class PredictiveChain {
     const Block<const T> in = block(i, part, array);
     const RopeRounding way = checked(rounding);
     const Computing computing;
-    return bits(chain_.measure(in, nullptr, span(rotation), way), array.size());
+    return chain_.measure(in, nullptr, span(rotation), way);
   }
 
   // How RoPE rounded when it turned these keys, 1 to 6 (RopeRounding); 0, it did not.
@@ -136,14 +137,17 @@ class PredictiveChain {
 
   // The bytes of each part that was kept.
   std::vector<nb::bytes> encode() {
-    std::vector<std::vector<std::uint8_t>> parts;
+    std::vector<nb::bytes> found(chain_.kept());
+    const auto room = [&found](std::size_t part, std::size_t size) {
+      const nb::gil_scoped_acquire acquired;
+      found[part] = nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(size)));
+      if (!found[part].is_valid()) throw nb::python_error();
+      return reinterpret_cast<std::uint8_t*>(PyBytes_AsString(found[part].ptr()));
+    };
     {
       const Computing computing;
-      parts = chain_.encode();
+      chain_.encode(room);
     }
-    std::vector<nb::bytes> found;
-    for (const std::vector<std::uint8_t>& part : parts)
-      found.emplace_back(part.data(), part.size());
     return found;
   }
 
@@ -160,7 +164,7 @@ class PredictiveChain {
     double spent = 0;
     {
       const Computing computing;
-      spent = bits(chain_.measure(in, counts, span(rotation), way), array.size());
+      spent = chain_.measure(in, counts, span(rotation), way);
     }
     return nb::make_tuple(nb::ndarray<nb::numpy, std::uint32_t>(
                               counts, {classes, channels, std::size_t(kCells)}, owner),
@@ -186,11 +190,6 @@ class PredictiveChain {
     return RopeRounding(rounding);
   }
 
-  double bits(const Intervals& intervals, std::size_t n) const {
-    const double escape = std::ldexp(double(kEscape), -kCdfBits - chain_.format().bits());
-    return kernels().code_length(intervals.size, n, escape);
-  }
-
   template <typename T>
   Block<T> block(std::size_t i, int part, const Numbers<T>& array) const {
     if (array.shape(0) != chain_.rows() || array.shape(2) != chain_.count() ||
@@ -205,27 +204,25 @@ class PredictiveChain {
 };
 
 template <typename T>
-double least_bits(const Numbers<const T>& a, int exponent_bits, int mantissa_bits,
-                  std::size_t counted) {
+double least_bits(const Numbers<const T>& a, int exponent_bits, int mantissa_bits, double enough) {
   if (1 + exponent_bits + mantissa_bits != 8 * int(sizeof(T)) || exponent_bits < 1 ||
       exponent_bits > 8)
     throw std::invalid_argument("not a format of these numbers");
   const Computing computing;
   return bits_by_channel(
       Block<const T>{a.data(), a.stride(0), a.stride(1), a.stride(2), a.stride(3)}, a.shape(0),
-      a.shape(1), a.shape(2), a.shape(3), {exponent_bits, mantissa_bits},
-      std::min(counted, a.shape(2)));
+      a.shape(1), a.shape(2), a.shape(3), {exponent_bits, mantissa_bits}, enough);
 }
 
 }  // namespace
 
 void bind(nb::module_& m) {
-  m.def("bits_by_channel", &least_bits<std::uint8_t>, "numbers"_a, "exponent_bits"_a,
-        "mantissa_bits"_a, "counted"_a = kMostTokens);
-  m.def("bits_by_channel", &least_bits<std::uint16_t>, "numbers"_a, "exponent_bits"_a,
-        "mantissa_bits"_a, "counted"_a = kMostTokens);
-  m.def("bits_by_channel", &least_bits<std::uint32_t>, "numbers"_a, "exponent_bits"_a,
-        "mantissa_bits"_a, "counted"_a = kMostTokens);
+  m.def("bits_by_channel", &least_bits<std::uint8_t>, "numbers"_a.noconvert(), "exponent_bits"_a,
+        "mantissa_bits"_a, "enough"_a);
+  m.def("bits_by_channel", &least_bits<std::uint16_t>, "numbers"_a.noconvert(), "exponent_bits"_a,
+        "mantissa_bits"_a, "enough"_a);
+  m.def("bits_by_channel", &least_bits<std::uint32_t>, "numbers"_a.noconvert(), "exponent_bits"_a,
+        "mantissa_bits"_a, "enough"_a);
   nb::class_<PredictiveModel>(m, "PredictiveModel")
       .def(nb::init<const Array<std::uint32_t>&, const Array<std::int16_t>&>(), "densities"_a,
            "sine"_a)

@@ -103,8 +103,8 @@ void Chain::set_rotation(Span<float> rotation, RopeRounding rounding) {
 }
 
 template <typename T>
-Intervals Chain::measure(const Block<const T>& numbers, std::uint32_t* counts, Span<float> rotation,
-                         RopeRounding rounding) {
+double Chain::measure(const Block<const T>& numbers, std::uint32_t* counts, Span<float> rotation,
+                      RopeRounding rounding) {
   set_rotation(rotation, rounding);
   energy_before_ = energy_;
   const Layer& layer = model_.layer(this->layer());
@@ -112,12 +112,15 @@ Intervals Chain::measure(const Block<const T>& numbers, std::uint32_t* counts, S
   const Kernels& kernels = predictive::kernels();
   begin(kernels);
   take_intervals(p.channels());
+  double bits;
   if constexpr (sizeof(T) == 1)
-    kernels.model8(model_.model(), layer, part(), format_, tokens_, numbers, intervals_, counts);
+    bits = kernels.model8(model_.model(), layer, part(), format_, tokens_, numbers, intervals_,
+                          counts);
   else
-    kernels.model16(model_.model(), layer, part(), format_, tokens_, numbers, intervals_, counts);
+    bits = kernels.model16(model_.model(), layer, part(), format_, tokens_, numbers, intervals_,
+                           counts);
   end(kernels);
-  return intervals_;
+  return bits;
 }
 
 // Room for a part's intervals, in place of those that were not kept.
@@ -148,9 +151,8 @@ void Chain::keep() {
   room_ = 0;
 }
 
-std::vector<std::vector<std::uint8_t>> Chain::encode() {
-  std::vector<std::vector<std::uint8_t>> parts(kept_.size());
-  if (kept_.empty()) return parts;
+void Chain::encode(const Room& room) {
+  if (kept_.empty()) return;
   const std::size_t lanes = model_.layer(0).lanes;
   std::vector<std::uint64_t> states(total_ * lanes, kLow);
   std::vector<std::uint32_t> words;
@@ -167,21 +169,21 @@ std::vector<std::vector<std::uint8_t>> Chain::encode() {
         part, format_, layer.group, lanes, kept.at.data(), kept.tiles.data(), kept.tiles.size(),
         kept.intervals, states.data(), counts.data(), words.data() + words.size());
     const std::vector<std::uint8_t> packed = pack_counts(streams, counts, n, kept.rounding);
-    const auto* const own_words =
-        reinterpret_cast<const std::uint8_t*>(words.data() + words.size() - n);
     std::vector<std::uint8_t> first;
     if (!i) first = pack_states(states);
-    std::vector<std::uint8_t>& out = parts[i];
-    out.reserve(packed.size() + first.size() + 4 * n);
-    out.assign(packed.begin(), packed.begin() + kHeaderBytes);
-    out.insert(out.end(), first.begin(), first.end());
-    out.insert(out.end(), packed.begin() + kHeaderBytes, packed.end());
-    out.insert(out.end(), own_words, own_words + 4 * n);
+    std::uint8_t* out = room(i, packed.size() + first.size() + 4 * n);
+    const auto put = [&out](const void* data, std::size_t size) {
+      if (size) std::memcpy(out, data, size);
+      out += size;
+    };
+    put(packed.data(), kHeaderBytes);
+    put(first.data(), first.size());
+    put(packed.data() + kHeaderBytes, packed.size() - kHeaderBytes);
+    put(words.data() + words.size() - n, 4 * n);
     stack_.pop(8 * kept.room);
     kept = {};
   }
   kept_.clear();
-  return parts;
 }
 
 template <typename T>
@@ -359,59 +361,9 @@ void Chain::end(const Kernels& kernels) {
     it = model_.last_use(it->first) <= i ? inputs_.erase(it) : std::next(it);
 }
 
-template <typename T>
-double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::size_t heads,
-                       std::size_t tokens, std::size_t dim, NumberFormat format,
-                       std::size_t counted) {
-  // The low bits of the exponent are enough for a bound, and their counts stay in the first-level
-  // cache.
-  constexpr std::size_t symbols = 32;
-  std::vector<std::uint32_t> counts(dim * symbols);
-  const double each = double(rows * counted);
-  double bits = 0;
-  for (std::size_t h = 0; h < heads; ++h) {
-    std::fill(counts.begin(), counts.end(), 0);
-    const T* const head = numbers.data + std::ptrdiff_t(h) * numbers.head_stride;
-    const auto row = [&](std::size_t r, std::size_t t) {
-      return head + std::ptrdiff_t(r) * numbers.row_stride +
-             std::ptrdiff_t(t) * numbers.token_stride;
-    };
-    for (std::size_t r = 0; r < rows; ++r)
-      for (std::size_t t = 0; t < counted; ++t) {
-        const T* const at = row(r, t);
-        for (std::size_t d = 0; d < dim; ++d)
-          ++counts[d * symbols + (std::size_t(at[std::ptrdiff_t(d) * numbers.dim_stride]) >>
-                                  format.mantissa_bits) %
-                                     symbols];
-      }
-    // A channel that is constant costs nothing; its exponents are all alike.
-    const auto is_constant = [&](std::size_t d) {
-      const std::ptrdiff_t channel = std::ptrdiff_t(d) * numbers.dim_stride;
-      for (std::size_t r = 0; r < rows; ++r)
-        for (std::size_t t = 0; t < counted; ++t)
-          if (row(r, t)[channel] != head[channel]) return false;
-      return true;
-    };
-    for (std::size_t d = 0; d < dim; ++d) {
-      const std::uint32_t* const own = &counts[d * symbols];
-      if (double(*std::max_element(own, own + symbols)) < each || !is_constant(d))
-        bits += double(rows * tokens) * format.mantissa_bits;
-    }
-    for (std::uint32_t n : counts)
-      if (n) bits += n * std::log2(each / n);
-  }
-  return bits;
-}
-template double bits_by_channel(const Block<const std::uint8_t>&, std::size_t, std::size_t,
-                                std::size_t, std::size_t, NumberFormat, std::size_t);
-template double bits_by_channel(const Block<const std::uint16_t>&, std::size_t, std::size_t,
-                                std::size_t, std::size_t, NumberFormat, std::size_t);
-template double bits_by_channel(const Block<const std::uint32_t>&, std::size_t, std::size_t,
-                                std::size_t, std::size_t, NumberFormat, std::size_t);
-
-#define KVZIP_INSTANTIATE(T)                                                            \
-  template Intervals Chain::measure(const Block<const T>&, std::uint32_t*, Span<float>, \
-                                    RopeRounding);                                      \
+#define KVZIP_INSTANTIATE(T)                                                         \
+  template double Chain::measure(const Block<const T>&, std::uint32_t*, Span<float>, \
+                                 RopeRounding);                                      \
   template bool Chain::decode(Span<std::uint8_t>, Span<std::uint8_t>, const Block<T>&, Span<float>);
 KVZIP_INSTANTIATE(std::uint8_t)
 KVZIP_INSTANTIATE(std::uint16_t)

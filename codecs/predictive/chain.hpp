@@ -2,6 +2,7 @@
 // memory is allocated here; Python is not known.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <vector>
 
@@ -33,17 +34,21 @@ class Chain {
   // `wide`: whether cosines and sines are of more bits than bf16 has.
   RopeRounding rounding(const Block<const std::uint16_t>& numbers, Span<float> rotation,
                         bool wide) const;
-  // Models the next part's numbers; their intervals stay until the next call. `counts` as in
-  // kernels.hpp. `rounding`: unless it is none, pairs may be coded as they were before `rotation`.
+  // Models the next part's numbers, and tells the bits of a code by their intervals, which stay
+  // until the next call. `counts` as in kernels.hpp. `rounding`: unless it is none, pairs may be
+  // coded as they were before `rotation`.
   template <typename T>
-  Intervals measure(const Block<const T>& numbers, std::uint32_t* counts, Span<float> rotation,
-                    RopeRounding rounding);
+  double measure(const Block<const T>& numbers, std::uint32_t* counts, Span<float> rotation,
+                 RopeRounding rounding);
   // The keys that were measured last come next once more.
   void again();
   // The part that was measured last is one that will be coded.
   void keep();
-  // Bytes of each part that was kept, in their order. None can be kept any more.
-  std::vector<std::vector<std::uint8_t>> encode();
+  std::size_t kept() const { return kept_.size(); }
+  // Memory for the bytes of a part, by its number among those that were kept.
+  using Room = std::function<std::uint8_t*(std::size_t part, std::size_t size)>;
+  // The bytes of each part that was kept, the last one's first. None can be kept any more.
+  void encode(const Room& room);
   // The next part's numbers, from a block's header and what follows what is stored as it is; false
   // when the bytes do not fit. `rotation`: for blocks that need it, or empty.
   template <typename T>
@@ -101,14 +106,5 @@ class Chain {
   std::size_t room_ = 0;  // for how many there is room; 0 when they are kept
   std::vector<Kept> kept_;
 };
-
-// Bits that no table for each channel's signs and exponents can go below, mantissas as they are:
-// what `channel` takes at least for these numbers, [rows][heads][tokens][dim]. Signs and exponents
-// of the first `counted` tokens alone count: by a table of their own they take no more than by one
-// for all.
-template <typename T>
-double bits_by_channel(const Block<const T>& numbers, std::size_t rows, std::size_t heads,
-                       std::size_t tokens, std::size_t dim, NumberFormat format,
-                       std::size_t counted);
 
 }  // namespace kvzip::predictive

@@ -6,8 +6,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
+#include "predictive/code_length.hpp"
 #include "predictive/density.hpp"
 
 namespace kvzip::predictive {
@@ -36,11 +38,18 @@ struct IntervalRecorder : Vectors<Isa> {
 
   Intervals at;
   std::uint32_t* counts;
+  double bits = 0;  // of the tiles that are done
 
-  IntervalRecorder(const Intervals& to, std::uint32_t* cell_counts) : at(to), counts(cell_counts) {}
+  IntervalRecorder(const Intervals& to, std::uint32_t* cell_counts, NumberFormat format)
+      : at(to),
+        counts(cell_counts),
+        escape_(std::ldexp(double(kEscape), -kCdfBits - format.bits())) {}
 
-  void begin(const Tokens&, const Tile&, std::size_t) {}
-  bool end(const Tokens&, const Tile&, std::size_t) { return true; }
+  void begin(const Tokens&, const Tile&, std::size_t) { sizes_ = at.size; }
+  bool end(const Tokens&, const Tile&, std::size_t) {
+    bits += code_length(sizes_, std::size_t(at.size - sizes_), escape_);  // still in a cache
+    return true;
+  }
 
   std::uint64_t code(std::size_t, const Density<Isa>& density, ChannelNumbers<T> numbers,
                      Expected expected, Found found) {
@@ -71,6 +80,10 @@ struct IntervalRecorder : Vectors<Isa> {
     found.value[t] = in.value[0];
     found.z[t] = in.z[0];
   }
+
+ private:
+  double escape_;                 // the share of a number that follows an escape
+  const std::uint32_t* sizes_{};  // of the tile's numbers
 };
 
 template <class Isa, typename T>

@@ -235,12 +235,12 @@ struct Kernels {
   // rows[t][b] = from[b][t], of the first `tokens`.
   void (*to_rows)(const std::uint32_t* from, std::size_t blocks, std::size_t tokens,
                   std::uint32_t* const* rows);
-  // Intervals of known numbers. `counts`, unless null: [classes][channels][kCells] to count cells
-  // of a number's own |z| in.
-  void (*model8)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
-                 const Block<const std::uint8_t>&, Intervals, std::uint32_t* counts);
-  void (*model16)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
-                  const Block<const std::uint16_t>&, Intervals, std::uint32_t* counts);
+  // Intervals of known numbers, and the bits of a code by them. `counts`, unless null:
+  // [classes][channels][kCells] to count cells of a number's own |z| in.
+  double (*model8)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
+                   const Block<const std::uint8_t>&, Intervals, std::uint32_t* counts);
+  double (*model16)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
+                    const Block<const std::uint16_t>&, Intervals, std::uint32_t* counts);
   // Numbers from states and words; false when the words do not fit.
   bool (*decode8)(const Model&, const Layer&, int part, NumberFormat, const Tokens&,
                   const Block<std::uint8_t>&, const Coded&);
@@ -257,9 +257,6 @@ struct Kernels {
                         const std::uint32_t* at, const Tile* tile, std::size_t tiles,
                         Intervals intervals, std::uint64_t* state, std::uint16_t* counts,
                         std::uint32_t* words_end);
-  // Bits of so many numbers by the sizes of their intervals; `escape`: the share of one that
-  // follows an escape, of 1.
-  double (*code_length)(const std::uint32_t* sizes, std::size_t count, double escape);
 };
 const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();

@@ -10,7 +10,7 @@ typedef std::int32_t Numbers __attribute__((vector_size(32)));
 typedef std::int64_t Wide __attribute__((vector_size(32)));
 typedef float Floats __attribute__((vector_size(32)));
 
-struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Divided<Floats>, OneByOne {
+struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Divided<Floats>, OneByOne, LaneByLane<Numbers> {
   static constexpr int W = 8;
   using I = Numbers;
   typedef std::uint32_t U __attribute__((vector_size(32)));

@@ -16,6 +16,12 @@ struct Avx512 : WideProducts<Avx512, Numbers, Wide> {
   typedef float F __attribute__((vector_size(64)));
 
   static std::uint64_t below(I a, I b) { return _mm512_cmplt_epu32_mask((__m512i)a, (__m512i)b); }
+  static void pack(std::int32_t* to, std::uint64_t lanes, I v) {
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(lanes), (__m512i)v));
+  }
+  static I unpacked(const std::int32_t* from, std::uint64_t lanes) {
+    return (I)_mm512_maskz_expand_epi32(__mmask16(lanes), _mm512_loadu_si512(from));
+  }
   static I abs(I v) { return (I)_mm512_abs_epi32((__m512i)v); }
   static I least(I a, I b) { return (I)_mm512_min_epi32((__m512i)a, (__m512i)b); }
   static I most(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
@@ -101,15 +107,37 @@ struct Avx512 : WideProducts<Avx512, Numbers, Wide> {
     return word;
   }
 
-  static std::uint32_t* put_all(std::uint64_t* states, const std::uint32_t* from,
-                                const std::uint32_t* share, std::size_t tokens,
-                                std::uint32_t* word) {
-    for (std::size_t end = tokens; end > 0;) {
-      const std::size_t begin = (end - 1) / 8 * 8;
-      const auto used = __mmask8((1u << (end - begin)) - 1);
-      const __m512i s = _mm512_cvtepu32_epi64(_mm256_maskz_loadu_epi32(used, share + begin));
-      const __m512i f = _mm512_cvtepu32_epi64(_mm256_maskz_loadu_epi32(used, from + begin));
-      __m512i x = _mm512_loadu_si512(states + begin);
+  // The states of a stream's tokens, eight in a register.
+  struct States {
+    static constexpr int kRegisters = kStream / 8;
+    __m512i x[kRegisters];
+
+    explicit States(const std::uint64_t* from) {
+      for (int i = 0; i < kRegisters; ++i) x[i] = _mm512_loadu_si512(from + 8 * i);
+    }
+    void store(std::uint64_t* to) const {
+      for (int i = 0; i < kRegisters; ++i) _mm512_storeu_si512(to + 8 * i, x[i]);
+    }
+    std::uint32_t* put(const std::uint32_t* from, const std::uint32_t* share, std::size_t tokens,
+                       std::uint32_t* word) {
+#pragma GCC unroll 4
+      for (int i = kRegisters - 1; i >= 0; --i) {
+        if (tokens >= std::size_t(8 * i + 8)) {
+          word = put_some(&x[i], _mm256_loadu_si256((const __m256i*)(from + 8 * i)),
+                          _mm256_loadu_si256((const __m256i*)(share + 8 * i)), 255, word);
+        } else if (tokens > std::size_t(8 * i)) {
+          const auto used = __mmask8((1u << (tokens - 8 * i)) - 1);
+          word = put_some(&x[i], _mm256_maskz_loadu_epi32(used, from + 8 * i),
+                          _mm256_maskz_loadu_epi32(used, share + 8 * i), used, word);
+        }
+      }
+      return word;
+    }
+    __attribute__((always_inline)) static std::uint32_t* put_some(__m512i* state, __m256i from,
+                                                                  __m256i share, __mmask8 used,
+                                                                  std::uint32_t* word) {
+      const __m512i s = _mm512_cvtepu32_epi64(share), f = _mm512_cvtepu32_epi64(from);
+      __m512i x = *state;
       const auto full = __mmask8(used & ~_mm512_cmplt_epu64_mask(x, _mm512_slli_epi64(s, 39)));
       const int words = _mm_popcnt_u32(full);
       word -= words;
@@ -120,15 +148,13 @@ struct Avx512 : WideProducts<Avx512, Numbers, Wide> {
       // it, one too small.
       const __m512d about = _mm512_div_pd(_mm512_cvtepu64_pd(x), _mm512_cvtepu64_pd(s));
       const __m512i q = _mm512_cvttpd_epi64(_mm512_sub_pd(about, _mm512_set1_pd(1.0 / 4096)));
-      const __mmask8 small =
-          _mm512_cmpge_epi64_mask(_mm512_sub_epi64(x, _mm512_mullo_epi64(q, s)), s);
-      const __m512i rest = _mm512_sub_epi64(_mm512_set1_epi64(kCdf), s);
-      x = _mm512_add_epi64(_mm512_add_epi64(x, f), _mm512_mullo_epi64(q, rest));
-      _mm512_mask_storeu_epi64(states + begin, used, _mm512_mask_add_epi64(x, small, x, rest));
-      end = begin;
+      const __m512i left = _mm512_sub_epi64(x, _mm512_mullo_epi64(q, s));
+      const __mmask8 small = _mm512_cmpge_epi64_mask(left, s);
+      x = _mm512_add_epi64(_mm512_add_epi64(_mm512_slli_epi64(q, kCdfBits), f), left);
+      *state = _mm512_mask_add_epi64(x, small, x, _mm512_sub_epi64(_mm512_set1_epi64(kCdf), s));
+      return word;
     }
-    return word;
-  }
+  };
 };
 
 }  // namespace

@@ -6,9 +6,11 @@
 namespace kvzip::predictive {
 namespace {
 
-struct Neon : OneByOne {
+typedef std::int32_t Numbers __attribute__((vector_size(16)));
+
+struct Neon : OneByOne, LaneByLane<Numbers> {
   static constexpr int W = 4;
-  typedef std::int32_t I __attribute__((vector_size(16)));
+  using I = Numbers;
   typedef std::uint32_t U __attribute__((vector_size(16)));
   typedef float F __attribute__((vector_size(16)));
 

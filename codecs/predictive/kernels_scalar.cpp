@@ -7,7 +7,7 @@ namespace {
 typedef std::int32_t Numbers __attribute__((vector_size(16)));
 typedef float Floats __attribute__((vector_size(16)));
 
-struct Scalar : Divided<Floats>, OneByOne {
+struct Scalar : Divided<Floats>, OneByOne, LaneByLane<Numbers> {
   static constexpr int W = 4;
   using I = Numbers;
   typedef std::uint32_t U __attribute__((vector_size(16)));

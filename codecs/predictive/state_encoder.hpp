@@ -29,7 +29,7 @@ struct LaneEncoder {
   std::uint32_t* word;
   alignas(64) std::uint64_t x[kStream];
 
-  void channel(std::size_t place) {
+  void channel(std::size_t place, typename Isa::States& states) {
     const std::uint32_t *const from = start + place * stride, *const share = size + place * stride;
     // Intervals come from memory, backwards.
     constexpr std::size_t kAhead = 12;
@@ -38,40 +38,54 @@ struct LaneEncoder {
         __builtin_prefetch(row - kAhead * stride);
         __builtin_prefetch(row - kAhead * stride + kStream / 2);
       }
-    bool escapes = false;
-    for (std::size_t k = 0; k < tokens; ++k) escapes |= share[k] == 0;
-    if (__builtin_expect(escapes, 0)) {
-      for (std::size_t k = tokens; k-- > 0;)
-        if (!share[k]) put(x[k], std::uint64_t(from[k]) << spare, std::uint64_t(1) << spare, &word);
-      for (std::size_t k = tokens; k-- > 0;)
-        share[k] ? put(x[k], from[k], share[k], &word) : put(x[k], kCdf - kEscape, kEscape, &word);
+    // Of as many as vectors hold; those past the last token are other numbers' shares.
+    std::uint32_t least = share[0];
+    for (std::size_t k = 0; k < kStream; ++k) least = std::min(least, share[k]);
+    if (__builtin_expect(least == 0, 0)) {
+      states.store(x);
+      with_escapes(from, share);
+      states = typename Isa::States(x);
     } else {
-      word = Isa::put_all(x, from, share, tokens, word);
+      word = states.put(from, share, tokens, word);
     }
+  }
+  __attribute__((noinline)) void with_escapes(const std::uint32_t* from,
+                                              const std::uint32_t* share) {
+    for (std::size_t k = tokens; k-- > 0;)
+      if (!share[k]) put(x[k], std::uint64_t(from[k]) << spare, std::uint64_t(1) << spare, &word);
+    for (std::size_t k = tokens; k-- > 0;)
+      share[k] ? put(x[k], from[k], share[k], &word) : put(x[k], kCdf - kEscape, kEscape, &word);
   }
   // Those of the channels whose pairs use this lane, last first.
   void channels(std::size_t count, std::size_t group, std::size_t lanes, std::size_t lane) {
+    typename Isa::States states(x);
     for (std::size_t g = (count + group - 1) / group; g-- > 0;) {
       const std::size_t first = g * group, pairs = (std::min(group, count - first) + 1) / 2;
       if (pairs <= lane) continue;
       for (std::size_t p = lane + (pairs - 1 - lane) / lanes * lanes;; p -= lanes) {
-        if (first + 2 * p + 1 < count) channel(first + 2 * p + 1);
-        channel(first + 2 * p);
+        if (first + 2 * p + 1 < count) channel(first + 2 * p + 1, states);
+        channel(first + 2 * p, states);
         if (p == lane) break;
       }
     }
+    states.store(x);
   }
 };
 
 // For instruction sets that divide no vectors of 64-bit numbers: one state after the other; for Isa
 // to derive from.
 struct OneByOne {
-  static std::uint32_t* put_all(std::uint64_t* x, const std::uint32_t* from,
-                                const std::uint32_t* share, std::size_t tokens,
-                                std::uint32_t* word) {
-    for (std::size_t k = tokens; k-- > 0;) put(x[k], from[k], share[k], &word);
-    return word;
-  }
+  struct States {
+    std::uint64_t* x;
+
+    explicit States(std::uint64_t* of) : x(of) {}
+    void store(std::uint64_t*) const {}
+    std::uint32_t* put(const std::uint32_t* from, const std::uint32_t* share, std::size_t tokens,
+                       std::uint32_t* word) {
+      for (std::size_t k = tokens; k-- > 0;) predictive::put(x[k], from[k], share[k], &word);
+      return word;
+    }
+  };
 };
 
 // The kernel `encode` (kernels.hpp).

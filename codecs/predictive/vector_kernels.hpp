@@ -7,7 +7,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "predictive/code_length.hpp"
 #include "predictive/interval_coders.hpp"
 #include "predictive/rotation.hpp"
 #include "predictive/state_encoder.hpp"
@@ -188,6 +187,14 @@ class TileCoder : Vectors<Isa> {
   // Of the channel that is coded: Density's `centre` and `m`; of it and the one before it, values;
   // and |z|.
   alignas(64) std::int32_t centre[kTile], narrowness[kTile], xs[kTile], ys[kTile], zs[kTile];
+  // Pairs that are looked for before RoPE: their bits, where they are expected, and their weights.
+  // What lies past the last one is never looked at.
+  struct ChosenPairs {
+    alignas(64) std::int32_t number[2][kTile + W] = {}, cosine[kTile + W] = {},
+                                               sine[kTile + W] = {}, centre[2][kTile + W] = {},
+                                               weight[2][kTile + W] = {};
+  };
+  ChosenPairs chosen_pairs;
 
   // --- load ------------------------------------------------------------------------------------
 
@@ -378,7 +385,7 @@ class TileCoder : Vectors<Isa> {
     if (n < kTile) unturned &= ~(~std::uint64_t(0) << n);
     std::uint64_t without = 0;
     if constexpr (std::is_const_v<T>)
-      if (unturned) without = unturn(unturned, place, p);
+      if (unturned) without = unturn(unturned, before, place, p);
     const std::uint64_t escapes = code(lane, place, xs);
     if (__builtin_expect(((escapes | without) & unturned) != 0, 0))
       keep_turned((escapes | without) & unturned, without, place, p, before);
@@ -443,52 +450,68 @@ class TileCoder : Vectors<Isa> {
     }
   }
   // Puts what the chosen pairs at `place` were before RoPE in their place, where they were
-  // anything. Tells of which they were nothing.
-  std::uint64_t unturn(std::uint64_t chosen, std::size_t place, std::size_t p) {
+  // anything. Tells of which they were nothing. `before`: -1 where a pair is chosen.
+  std::uint64_t unturn(std::uint64_t chosen, const std::int32_t* before, std::size_t place,
+                       std::size_t p) {
     std::uint64_t without = 0;
     if constexpr (sizeof(T) == 2) {
       const std::size_t c = part.first + place;
-      const F unit = F{} + NumberGrid<Isa>::scale(layer.unit[c]);
       Number *const first = column(place), *const second = column(place + 1);
-      while (chosen) {
-        // As many as fill a vector.
-        std::size_t at[W], count = 0;
-        alignas(64) std::int32_t ys[2][W] = {}, as[2][W] = {}, weights[2][W] = {};
-        alignas(64) float angles[2][W] = {};
-        for (; chosen && count < W; chosen &= chosen - 1, ++count) {
-          const auto t = std::size_t(__builtin_ctzll(chosen));
-          at[count] = t;
-          ys[0][count] = first[t];
-          ys[1][count] = second[t];
-          angles[0][count] = own_cosine[p * kTile + t];
-          angles[1][count] = own_sine[p * kTile + t];
+      // What is looked for goes side by side, so that it fills vectors.
+      ChosenPairs& pairs = chosen_pairs;
+      std::size_t count = 0;
+      for (std::size_t t = 0; t < n; t += W) {
+        const std::uint64_t some = chosen >> t & ~std::uint64_t(0) >> (64 - W);
+        if (!some) continue;
+        const auto pack = [&](std::int32_t* to, I v) { Isa::pack(to + count, some, v); };
+        pack(pairs.number[0], bits_at(first, t));
+        pack(pairs.number[1], bits_at(second, t));
+        pack(pairs.cosine, load(own_cosine + p * kTile + t));
+        pack(pairs.sine, load(own_sine + p * kTile + t));
+        for (std::size_t i = 0; i < 2; ++i) {
+          pack(pairs.centre[i], load(expected[c + i - from] + t));
           // What is known but for its rounding is likely to be the nearest.
-          const bool settled = layer.table16 && known[t];
-          for (std::size_t i = 0; i < 2; ++i) {
-            as[i][count] = expected[c + i - from][t];
-            weights[i][count] = settled ? of_class(layer.inverse, layer.width, true)[c + i] : 0;
-          }
+          if (layer.table16)
+            pack(pairs.weight[i],
+                 load(known + t) & of_class(layer.inverse, layer.width, true)[c + i]);
         }
-        const Rotation<Isa> by{{},
-                               Base::as_float(load(angles[0])),
-                               Base::as_float(load(angles[1])),
-                               tokens.rounds_products};
-        const auto found = by.unturned({load(ys[0]), load(ys[1])},
-                                       {to_float(load(as[0])) * unit, to_float(load(as[1])) * unit},
-                                       {to_float(load(weights[0])), to_float(load(weights[1]))},
-                                       ~std::uint64_t(0) >> (64 - count));
-        for (std::size_t i = 0; i < count; ++i) {
-          const std::size_t t = at[i];
-          if (!found.found[int(i)]) {
-            without |= std::uint64_t(1) << t;
-            continue;
-          }
-          first[t] = Number(found.pair.first[int(i)]);
-          second[t] = Number(found.pair.second[int(i)]);
-        }
+        count += std::size_t(__builtin_popcountll(some));
       }
+      std::uint64_t found = 0;
+      for (std::size_t k = 0; k < count; k += W) found |= unturn(pairs, c, k, count) << k;
+      for (std::size_t t = 0, k = 0; t < n; t += W) {
+        const std::uint64_t some = chosen >> t & ~std::uint64_t(0) >> (64 - W);
+        const I is_chosen = load(before + t);
+        const auto put = [&](Number* to, const std::int32_t* of) {
+          Base::store_narrow(to + t, is_chosen ? Isa::unpacked(of + k, some) : bits_at(to, t));
+        };
+        put(first, pairs.number[0]);
+        put(second, pairs.number[1]);
+        k += std::size_t(__builtin_popcountll(some));
+      }
+      if (const std::uint64_t all_of_them = ~std::uint64_t(0) >> (64 - count); found != all_of_them)
+        for (std::size_t k = 0; chosen; chosen &= chosen - 1, ++k)
+          if (!(found >> k & 1)) without |= chosen & (0 - chosen);
     }
     return without;
+  }
+  // Puts the pairs before RoPE of a vector of those from the k-th on in their place. Tells which
+  // were found, a bit each.
+  std::uint64_t unturn(ChosenPairs& pairs, std::size_t c, std::size_t k, std::size_t count) const {
+    const F unit = F{} + NumberGrid<Isa>::scale(layer.unit[c]);
+    const auto at = [&](const std::int32_t* of) { return load(of + k); };
+    const Rotation<Isa> by{{},
+                           Base::as_float(at(pairs.cosine)),
+                           Base::as_float(at(pairs.sine)),
+                           tokens.rounds_products};
+    const Two<I> pair{at(pairs.number[0]), at(pairs.number[1])};
+    const std::uint64_t wanted = ~std::uint64_t(0) >> (64 - std::min<std::size_t>(W, count - k));
+    const auto in = by.unturned(
+        pair, {to_float(at(pairs.centre[0])) * unit, to_float(at(pairs.centre[1])) * unit},
+        {to_float(at(pairs.weight[0])), to_float(at(pairs.weight[1]))}, wanted);
+    store(pairs.number[0] + k, in.found ? in.pair.first : pair.first);
+    store(pairs.number[1] + k, in.found ? in.pair.second : pair.second);
+    return Isa::below(all(0), in.found) & wanted;
   }
   // A pair whose first number is an escape stays as it is after RoPE. `without`: these are so
   // still.
@@ -575,11 +598,12 @@ struct VectorKernels {
   }
 
   template <typename T>
-  static void model(const Model& m, const Layer& layer, int part, NumberFormat format,
-                    const Tokens& tokens, const Block<const T>& block, Intervals intervals,
-                    std::uint32_t* counts) {
-    IntervalRecorder<Isa, const T> coder(intervals, counts);
+  static double model(const Model& m, const Layer& layer, int part, NumberFormat format,
+                      const Tokens& tokens, const Block<const T>& block, Intervals intervals,
+                      std::uint32_t* counts) {
+    IntervalRecorder<Isa, const T> coder(intervals, counts, format);
     run(m, layer, part, format, tokens, block, coder);
+    return coder.bits;
   }
 
   template <typename T>
@@ -659,8 +683,7 @@ struct VectorKernels {
             decode<std::uint8_t>,
             decode<std::uint16_t>,
             sample,
-            encode<Isa>,
-            code_length};
+            encode<Isa>};
   }
 };
 

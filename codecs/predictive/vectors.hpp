@@ -65,6 +65,22 @@ struct Divided {
   static F reciprocal(F v) { return 1.0f / v; }
 };
 
+// Some lanes of a vector side by side, for instruction sets that cannot part them; for Isa to
+// derive from.
+template <class I>
+struct LaneByLane {
+  // Those whose bit is set; room for a vector is written.
+  static void pack(std::int32_t* to, std::uint64_t lanes, I v) {
+    for (; lanes; lanes &= lanes - 1) *to++ = v[__builtin_ctzll(lanes)];
+  }
+  // The other way; other lanes are 0.
+  static I unpacked(const std::int32_t* from, std::uint64_t lanes) {
+    I v = {};
+    for (; lanes; lanes &= lanes - 1) v[__builtin_ctzll(lanes)] = *from++;
+    return v;
+  }
+};
+
 // A density's tables with what stands at one place side by side, for instruction sets that fetch it
 // one place after the other; for Isa's Table and Search to derive from.
 struct Paired {

@@ -284,7 +284,11 @@ void once(NumberFormat format) {
       }
       if (kept[i]) writer.keep();
     }
-    const std::vector<Bytes> made = writer.encode();
+    std::vector<Bytes> made(writer.kept());
+    writer.encode([&made](std::size_t part, std::size_t size) {
+      made[part].resize(size);
+      return made[part].data();
+    });
     if (level == kLevels[0]) {
       coded = made;
       for (const Bytes& bytes : made) encoded_bytes.update(bytes.data(), bytes.size());
