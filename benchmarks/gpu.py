@@ -9,6 +9,8 @@ but for the link's own row, which counts the bytes that cross.
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import shlex
 import statistics
 import sys
@@ -22,6 +24,7 @@ import numpy as np
 import kvzip
 from kvzip import dtypes
 from kvzip.benchmarks.predictable import predictable
+from kvzip.codecs.native.cuda import nvcomp
 from kvzip.codecs.native.cuda.arrays import empty
 from kvzip.codecs.native.cuda.device import Device, get_device
 from kvzip.errors import UnsupportedError
@@ -293,9 +296,10 @@ def predictive_rows(device: Device, tokens: int, runs: int) -> Iterator[tuple[An
 
 
 def nvcomp_rows(tokens: int, dtype: str, runs: int) -> Iterator[tuple[Any, ...]]:
-    """nvCOMP's ANS on the same numbers in chunks, where it is installed; on the device alone."""
+    """nvCOMP's own coders on the same numbers in chunks, where its Python package is installed
+    (nvidia-nvcomp-cu13); on the device alone."""
     try:
-        from nvidia import nvcomp
+        from nvidia import nvcomp as theirs
     except ImportError:
         return
     import torch
@@ -304,16 +308,53 @@ def nvcomp_rows(tokens: int, dtype: str, runs: int) -> Iterator[tuple[Any, ...]]
     data = np.concatenate(
         [np.asarray(a).reshape(-1).view(np.uint8) for la in snap.layers for a in la]
     )
-    codec = nvcomp.Codec(algorithm="ANS")
-    coded = codec.encode(nvcomp.as_array(torch.from_numpy(data).cuda()))
+    there = theirs.as_array(torch.from_numpy(data).cuda())
+    kinds: list[tuple[str, dict[str, str]]] = [("ANS", {}), ("LZ4", {}), ("Zstd", {})]
+    if dtypes.get(dtype).itemsize == 2:
+        kinds.append(("ANS", {"data_type": "<f2"}))  # of all formats of 16 bits, by its headers
+    for algorithm, options in kinds:
+        codec = theirs.Codec(algorithm=algorithm, **options)
+        coded = codec.encode(there)
+        if not np.array_equal(np.asarray(codec.decode(coded).cpu()).view(np.uint8), data):
+            raise AssertionError(f"nvCOMP's {algorithm} gives other bytes than it was given")
 
-    def run() -> None:
-        codec.decode(coded)
-        torch.cuda.synchronize()
+        def run(codec: Any = codec, coded: Any = coded) -> None:
+            codec.decode(coded)
+            torch.cuda.synchronize()
 
-    ratio = data.nbytes / coded.buffer_size
-    name = f"nvCOMP {nvcomp.__version__} ANS, bytes as they lie: ratio {ratio:.3f}"
-    yield name, data.nbytes, timed(run, runs)
+        what = "numbers of 16 bits" if options else "bytes as they lie"
+        ratio = data.nbytes / coded.buffer_size
+        name = f"nvCOMP {theirs.__version__} {algorithm}, {what}: ratio {ratio:.3f}"
+        yield name, data.nbytes, timed(run, runs)
+
+
+def library_rows(device: Device, tokens: int, dtype: str, runs: int) -> Iterator[tuple[Any, ...]]:
+    """Files that nvCOMP decodes, where it is installed (kvzip[nvcomp]): in blocks as they are by
+    default, and of as many bytes as nvCOMP likes best."""
+    import torch
+
+    codecs = [
+        codec
+        for codec, coder in (("lz4", "lz4"), ("zstd", "zstd"), ("planes", "zstd"))
+        if nvcomp.decoder_of(device, coder) is not None
+    ]
+    best = max(1, (64 << 10) // (HEADS * DIM * dtypes.get(dtype).itemsize))
+    for codec, block_tokens in itertools.product(codecs, (None, best)):
+        snap = snapshot(torch, tokens, dtype)
+        blob = kvzip.encode(snap, codec, block_tokens=block_tokens)
+        pinned = torch.empty(len(blob), dtype=torch.uint8, pin_memory=True)
+        pinned.numpy()[:] = np.frombuffer(blob, np.uint8)
+        out = [tuple(torch.empty_like(t, device="cuda") for t in pair) for pair in snap.tensors()]
+        file = memoryview(pinned.numpy())
+
+        def run(file: memoryview = file, out: Any = out) -> None:
+            kvzip.decode(file, device=device, out=out)
+
+        blocks = f", blocks of {block_tokens} tokens" if block_tokens else ""
+        ratio = snap.raw_bytes / len(blob)
+        name = f"{codec} by nvCOMP: file in pinned memory{blocks}, ratio {ratio:.3f}"
+        yield name, snap.raw_bytes, timed(run, runs)
+        check_same(out, snap)
 
 
 def main() -> None:
@@ -324,6 +365,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("-o", "--out", type=Path)
     given = parser.parse_args()
+    os.environ.setdefault(nvcomp.ENVIRONMENT, nvcomp.TRUSTED)  # its files are its own
     try:
         device = get_device(given.device)
         import torch
@@ -336,6 +378,7 @@ def main() -> None:
             measured(device, tokens, given.dtype, given.runs),
             predictive_rows(device, tokens, given.runs),
             nvcomp_rows(tokens, given.dtype, given.runs),
+            library_rows(device, tokens, given.dtype, given.runs),
         ):
             for name, size, seconds in kind:
                 if seconds is None:

@@ -31,6 +31,11 @@ class Coder:
         """Exactly `size` bytes; raises CorruptError."""
         raise NotImplementedError
 
+    def begins_as_ours(self, data: memoryview, size: int) -> bool:
+        """Whether data begin as what `encode` gives for `size` bytes, where others may write them
+        in other ways, too."""
+        return True
+
     @staticmethod
     def bound(size: int) -> int:
         """The most bytes that `encode` gives for `size` bytes."""
@@ -63,6 +68,13 @@ class Zstd(Coder):
                 f"a Zstandard frame holds {filled}{'+' * bool(more)} bytes, not {size}"
             )
         return out
+
+    def begins_as_ours(self, data: memoryview, size: int) -> bool:
+        try:
+            frame = zstandard.get_frame_parameters(data)
+        except zstandard.ZstdError:
+            return False
+        return frame.content_size == size and not (frame.dict_id or frame.has_checksum)
 
     @staticmethod
     def bound(size: int) -> int:

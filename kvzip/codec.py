@@ -169,6 +169,17 @@ class Codec(ABC):
     on_device: bool = False
     """Whether there is a `decode_on_device`. If not, blocks are decoded on the CPU and copied."""
 
+    def decodes_on(self, device: Any) -> bool:
+        """Whether `decode_on_device` may be called for a device, a `device.Device` of
+        `kvzip.codecs.native.cuda`: where it takes more than kernels. Default: `on_device`."""
+        return self.on_device
+
+    def needs_sound_bytes(self, device: Any) -> bool:
+        """Whether `decode_on_device` is given only bytes that match the checksums of what was
+        stored, since what it calls was not written for others. Where they do not, the CPU decodes
+        all that was asked for. Default: no, kernels take any bytes."""
+        return False
+
     def decode_on_device(
         self, work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]
     ) -> None:
@@ -180,7 +191,8 @@ class Codec(ABC):
         Where blocks need others (`needs`), these come before them, here or in an earlier call, and
         `contexts` are of each block, by its `row`, with one `scratch` for all; a call may come
         again with the same blocks and what `scratch` held before.
-        Raises CorruptError when a block shows already that it is damaged.
+        Raises CorruptError when a block shows already that it is damaged, and
+        `kvzip.codecs.native.cuda.device.LeftToCPU` where the CPU is to decode all after all.
         """
         raise UnsupportedError(f"codec {self.codec_id!r} has no kernels for a GPU")
 

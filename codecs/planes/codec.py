@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -72,40 +73,53 @@ class PlanesCodec(Codec):
 
     on_device = True
 
+    def needs_sound_bytes(self, device: Any) -> bool:
+        from kvzip.codecs.native.cuda.nvcomp import decoder_of
+
+        return decoder_of(device, self.coder) is not None
+
     def decode_on_device(
         self, work: Any, blocks: NDArray[Any], contexts: Mapping[int, Context]
     ) -> None:
-        from kvzip.codecs.native.cuda.work import bytes_at
+        from kvzip.codecs.native.cuda.nvcomp import Chunk, decoder_of
+        from kvzip.codecs.native.cuda.work import Block, bytes_at
         from kvzip.codecs.planes.gpu import merge
 
-        with ThreadPoolExecutor() as pool:
-            decoded: list[tuple[Any, list[int | Future[Bytes]]]] = []
-            for block in blocks.tolist():
-                host, address, length, part, _, tokens, _ = block
-                batch, heads, dim = work.shape(part)
-                width, begin = contexts[part].dtype.itemsize, address + length
-                pieces = self._pieces(bytes_at(host, length), batch * heads * tokens * dim, width)
-                planes: list[int | Future[Bytes]] = []
-                for piece, size in reversed(pieces):
-                    begin -= len(piece)
-                    planes.append(
-                        begin if size is None else pool.submit(self._coder.decode, piece, size)
-                    )
-                decoded.append((block, planes[::-1]))
-            for (_, _, _, part, first, tokens, _), planes in decoded:
-                merge(
-                    work,
-                    [
-                        plane if isinstance(plane, int) else work.put(plane.result())
-                        for plane in planes
-                    ],
-                    bits=self.mode == "bit",
-                    by_channel=self.order == "channel",
-                    itemsize=contexts[part].dtype.itemsize,
-                    part=part,
-                    first=first,
-                    tokens=tokens,
+        found, coded = [Block._make(block) for block in blocks.tolist()], []
+        stored: list[list[int | None]] = []  # addresses of a block's planes, None of coded ones
+        for block in found:
+            numbers = math.prod(work.shape(block.part)) * block.tokens
+            itemsize = contexts[block.part].dtype.itemsize
+            pieces = self._pieces(bytes_at(block.host, block.length), numbers, itemsize)
+            before = block.length - sum(len(piece) for piece, _ in pieces)
+            planes: list[int | None] = []
+            for piece, size in pieces:
+                host, address = block.host + before, block.address + before
+                planes.append(address if size is None else None)
+                if size is not None:
+                    coded.append(Chunk(host, address, len(piece), size, block.row))
+                before += len(piece)
+            stored.append(planes)
+        decoder = decoder_of(work.device, self.coder)
+        if decoder is not None:
+            places = iter(decoder.decode(work, self._coder, coded))
+        else:
+            with ThreadPoolExecutor() as pool:
+                decoded = pool.map(
+                    lambda c: self._coder.decode(bytes_at(c.host, c.length), c.size), coded
                 )
+                places = iter([work.put(plane) for plane in decoded])
+        for block, planes in zip(found, stored, strict=True):
+            merge(
+                work,
+                [next(places) if plane is None else plane for plane in planes],
+                bits=self.mode == "bit",
+                by_channel=self.order == "channel",
+                itemsize=contexts[block.part].dtype.itemsize,
+                part=block.part,
+                first=block.first,
+                tokens=block.tokens,
+            )
 
     def _pieces(
         self, data: memoryview, numbers: int, width: int

@@ -16,6 +16,7 @@ from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import emit, say, working
 from kvzip.codecs import _native
 from kvzip.codecs.native.cuda.device import cache_folder
+from kvzip.codecs.native.cuda.nvcomp import installed
 from kvzip.errors import KVZipError
 from kvzip.eval.results.provenance import machine, versions
 from kvzip.version import __version__
@@ -39,6 +40,7 @@ def doctor(*, as_json: Json = False) -> None:
     with working("self-test"):
         checks = selftest.self_test()
     gpus, no_gpu = _gpus()
+    nvcomp, no_nvcomp = installed()
     missing = {extra: missing_packages(extra) for extra in PURPOSE}
     there = versions([package for packages in _ENGINES.values() for package in packages])
     engines = {
@@ -54,6 +56,8 @@ def doctor(*, as_json: Json = False) -> None:
         "instructions": {"used": used, "available": available},
         "gpus": gpus,
         "no_gpu": no_gpu,
+        "nvcomp": None if nvcomp is None else nvcomp.version,
+        "no_nvcomp": no_nvcomp,
         "engines": engines,
         "missing_packages": missing,
         "cache_folder": str(cache_folder()),
@@ -68,6 +72,10 @@ def doctor(*, as_json: Json = False) -> None:
             say(f"GPU: {one['name']}, {one['architecture']}, {one['memory_gib']} GiB")
         if not gpus:
             say(f"GPU: none ({no_gpu})")
+        if nvcomp is None:
+            say(f"nvCOMP: none ({no_nvcomp})")
+        else:
+            say(f"nvCOMP: {nvcomp.version}, by which a GPU decodes lz4, and zstd of trusted files")
         for name, version in engines.items():
             say(f"{name}: {version or 'not installed'}")
         for extra, packages in missing.items():

@@ -15,6 +15,7 @@ PURPOSE = {
     "encryption": "sealed files and stores",
     "metrics": "metrics for Prometheus",
     "gpu": "decoding and encoding on an NVIDIA GPU",
+    "nvcomp": "lz4 and zstd on an NVIDIA GPU",
     "eval": "kvzip eval, sweep and report",
     "bench": "other compressors in kvzip bench --peers",
     "ray": "kvzip sweep --ray",

@@ -125,11 +125,10 @@ class Blocks:
         """The file's own codec; that of a part is in `codecs`."""
         return self.codecs.own
 
-    @property
-    def has_kernels(self) -> bool:
+    def decoded_on(self, device: Any) -> bool:
         """Whether a GPU decodes all parts itself."""
         others = self.header.other_codecs or self.header.grids
-        return self.codec.on_device and not others
+        return self.codec.decodes_on(device) and not others
 
     @property
     def form(self) -> dtypes.DType:

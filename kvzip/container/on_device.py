@@ -3,12 +3,14 @@
 A document goes through in pieces of some megabytes. While one is decoded, the next one crosses, and
 the one after is read into pinned memory and made into jobs. Each has memory of its own (a slot), of
 which there are as many as can be under way. Flags and checksums come back once, at the end; a block
-that does not pass is decoded again on the CPU, which says what is wrong with it.
+that does not pass is decoded again on the CPU, which says what is wrong with it. Where a library
+that a codec calls does not do its part, the CPU decodes all that was asked for.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,14 @@ from numpy.typing import NDArray
 
 from kvzip import metrics
 from kvzip.codec import Context
-from kvzip.codecs.native.cuda.device import Device, Memory, Pinned, Stream, get_device
+from kvzip.codecs.native.cuda.device import (
+    Device,
+    LeftToCPU,
+    Memory,
+    Pinned,
+    Stream,
+    get_device,
+)
 from kvzip.codecs.native.cuda.work import BLOCK, Slot, Target, Work, filled, slot_of
 from kvzip.container import plan
 from kvzip.container.blocks import SMALL, Blocks
@@ -42,9 +51,13 @@ FIRST, PIECE = 8 << 20, 32 << 20
 takes up to twice as many as the one before, since each costs the CPU something, whatever is in
 it."""
 
+_WIDENED = 4
+"""Raw bytes that a piece may have for each of those: most codecs decode to memory beside first."""
+
 _SHARE = 2 << 20
 """Bytes that one thread brings into pinned memory at a time. Alone it is slower than PCIe."""
 _bringers = Workers(4, "kvzip-bring")
+_log = logging.getLogger("kvzip.gpu")
 
 TOGETHER = 8192
 """Tokens whose blocks need each other and that go through the layers together: enough for a GPU to
@@ -144,12 +157,16 @@ class DeviceDecoding:
         self.blocks, self.request, self.device, self.targets = blocks, request, device, targets
         self._decode_on_cpu = decode_on_cpu
         self._alone = blocks.codec.independent
+        self._by_device = blocks.decoded_on(device)
+        self._sound = self._by_device and blocks.codec.needs_sound_bytes(device)
         self._caller = device.stream_of(stream)
         self._tables: dict[Key, Any] = {}
         self._scratch: dict[str, Any] = {}
         self._groups, self._kept = self._planned(groups), groups
         self._rows = [row for group in self._groups for row in group.rows[group.done :]]
         """Rows of the index; the place of a row here is that of its flag and checksum."""
+        self._done = self._told = 0
+        """Raw bytes that are decoded, and that `progress` was told of."""
 
     def run(self, progress: Callable[[int], None] | None = None) -> None:
         """Decode all of it; it is there when this returns. Raises CorruptError."""
@@ -163,14 +180,24 @@ class DeviceDecoding:
             for stream in runs:
                 device.wait(stream, before)
             try:
-                if self.blocks.has_kernels:
-                    self._run_kernels(upload, runs, progress)
-                else:
+                if not self._by_device or not self._run_kernels(upload, runs, progress):
                     self._bring(upload, runs, progress)
-            except BaseException:  # what was begun may not go on writing
-                for stream in streams:
-                    device.synchronize(device.record(stream))
+            except BaseException:
+                self._end(streams)
                 raise
+
+    def _end(self, streams: Sequence[Stream]) -> None:
+        """Wait for what was begun, which may not go on writing."""
+        for stream in streams:
+            self.device.synchronize(self.device.record(stream))
+
+    def _tell(self, progress: Callable[[int], None] | None, size: int) -> None:
+        """So many more raw bytes are done; of those that were told before the CPU began anew,
+        nobody is told again."""
+        self._done += size
+        if progress is not None and self._done > self._told:
+            progress(self._done - self._told)
+        self._told = max(self._told, self._done)
 
     # --- by kernels ------------------------------------------------------------------------
 
@@ -201,6 +228,19 @@ class DeviceDecoding:
 
     def _run_kernels(
         self, upload: Stream, runs: Sequence[Stream], progress: Callable[[int], None] | None
+    ) -> bool:
+        """Whether the device has done it, and not left it to the CPU."""
+        try:
+            self._decode_by_kernels(upload, runs, progress)
+        except LeftToCPU as reason:
+            _log.debug("the CPU decodes what a GPU was to decode: %s", reason)
+            self._end([upload, *runs])
+            self._done = 0
+            return False
+        return True
+
+    def _decode_by_kernels(
+        self, upload: Stream, runs: Sequence[Stream], progress: Callable[[int], None] | None
     ) -> None:
         device, count = self.device, len(self._rows)
         if not count:
@@ -220,8 +260,7 @@ class DeviceDecoding:
             # Blocks that need each other are in one stream, so that they come in their order.
             work.start(upload, runs[n % len(runs) if self._alone else 0])
             at += len(rows)
-            if progress is not None:
-                progress(self.request.raw_bytes(self.blocks.index, rows))
+            self._tell(progress, self.request.raw_bytes(self.blocks.index, rows))
         for stream in runs[1:]:
             device.wait(runs[0], device.record(stream))
         device.download(runs[0], back.address, results.address, 12 * count)
@@ -252,19 +291,23 @@ class DeviceDecoding:
     def _pieces(self) -> Iterator[tuple[Group, list[int], int]]:
         """Rows of a group that go together, and how many bytes they are. Where blocks need
         others, all rows go together, so that there is work for all of a GPU at a time."""
-        length, key, alone = self.blocks.index.length, self.blocks.index.key, self._alone
+        index, alone = self.blocks.index, self._alone
+        length, key = index.length, index.key
         most = min(FIRST, PIECE)
         for group in self._groups:
             rows: list[int] = []
-            size = 0
+            size = raw = 0
             for row in group.rows[group.done :]:
                 more = length[row] + ALIGNMENT
-                if rows and size + more > most and (alone or key[row] != key[rows[-1]]):
+                decoded = index.tokens[row] * self.blocks.part(key[row]).line_bytes
+                full = size + more > most or raw + decoded > _WIDENED * most
+                if rows and full and (alone or key[row] != key[rows[-1]]):
                     yield group, rows, size
-                    rows, size = [], 0
+                    rows, size, raw = [], 0, 0
                     most = min(2 * most, PIECE)
                 rows.append(row)
                 size += more
+                raw += decoded
             if rows:
                 yield group, rows, size
 
@@ -373,8 +416,11 @@ class DeviceDecoding:
         for begin, length, run in index.runs(needed, self.blocks.source.size):
             host, address = self._span(work, begin, length)
             try:
-                stored = index.stored(host.data, begin, run, SMALL)
+                most = self.blocks.source.size if self._sound else SMALL
+                stored = index.stored(host.data, begin, run, most)
             except ValueError as error:
+                if self._sound:
+                    raise LeftToCPU(f"stored bytes are damaged: {error}") from None
                 self._blame([row for row in rows if row in run or index.tables_row(row) in run])
                 raise CorruptError(str(error)) from None
             base = host.ctypes.data
@@ -465,8 +511,7 @@ class DeviceDecoding:
             work = self._filled(slot, size, 0, partial(self._fill_by_cpu, layers=group))
             work.start(upload, runs[0])
             last = slot.done
-            if progress is not None:
-                progress(size)
+            self._tell(progress, size)
         if last is not None:
             device.synchronize(last)
 

@@ -193,12 +193,14 @@ class Loader:
     def _decoder(self, reader: Reader) -> Device | None:
         """The GPU that the layers are for, if it can decode them itself."""
         if self.decoder is None and self.device is not None and self.device.type == "cuda":
-            if not (reader.codec.on_device and reader.layout.plain):
+            if not reader.layout.plain:
                 return None
             try:
-                self.decoder = get_device(self.device)
+                found = get_device(self.device)
             except UnsupportedError:  # without what that needs, the CPU decodes
                 return None
+            if reader.codec.decodes_on(found):
+                self.decoder = found
         return self.decoder
 
     def _taken(self, i: int, layer: Layer | DeviceLayer) -> Taken:

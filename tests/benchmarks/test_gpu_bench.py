@@ -10,7 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from gpu.fake_nvcomp import FakeNvComp, compiled  # noqa: E402
+
 from kvzip.benchmarks import gpu  # noqa: E402
+from kvzip.codecs.native.cuda import nvcomp  # noqa: E402
 from kvzip.codecs.native.cuda.shim_device import ShimDevice  # noqa: E402
 from kvzip.eval.results.gpu import COPY, KERNELS, LINK  # noqa: E402
 
@@ -44,6 +47,20 @@ def test_all_rows_are_there(device: ShimDevice) -> None:
     names = [name for name, _, _ in rows]
     assert {COPY, LINK, KERNELS} <= {*names} and len({*names}) == len(names) == 15
     assert all(size > 0 and len(seconds) >= 2 for _, size, seconds in rows)
+
+
+def test_files_that_nvcomp_decodes(
+    device: ShimDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where it is there, and no rows where it is not."""
+    monkeypatch.setenv(nvcomp.ENVIRONMENT, nvcomp.TRUSTED)
+    assert not [*gpu.library_rows(device, 100, "bf16", 2)]
+    library = device.cache["nvcomp"] = FakeNvComp(compiled(tmp_path))
+    rows = [*gpu.library_rows(device, 100, "bf16", 2)]
+    assert len({name for name, _, _ in rows}) == len(rows) == 6
+    assert {coder for coder, _, _ in library.decoded} == {"lz4", "zstd"}
+    monkeypatch.delenv(nvcomp.ENVIRONMENT)
+    assert len([*gpu.library_rows(device, 100, "bf16", 2)]) == 2
 
 
 def test_other_numbers_are_noticed(device: ShimDevice) -> None:

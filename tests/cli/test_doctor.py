@@ -25,6 +25,7 @@ def test_all_is_well(capsys):
     assert told["instructions"]["used"] in told["instructions"]["available"]
     assert told["engines"]["transformers"] == metadata.version("transformers")
     assert bool(told["gpus"]) != bool(told["no_gpu"])
+    assert bool(told["nvcomp"]) != bool(told["no_nvcomp"])
     code, out, _ = run(capsys, "doctor")
     assert code == 0 and f"instructions: {before}" in out
     for name in codec_names():
@@ -53,6 +54,21 @@ def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
     _, out, _ = run(capsys, "doctor")
     assert "pip install 'kvzip[store]'" in out
     assert not told["missing_packages"]["testing"]
+
+
+def test_nvcomp_is_told_and_why_it_is_not_used(capsys, monkeypatch):
+    class Library:
+        version = "6.0.1"
+
+    for found, words in (
+        ((Library, ""), "nvCOMP: 6.0.1, by which"),
+        ((None, "nvCOMP is 5.3.0, and kvzip knows 6.0"), "nvCOMP: none (nvCOMP is 5.3.0"),
+    ):
+        monkeypatch.setattr("kvzip.cli.doctor.installed", lambda found=found: found)
+        code, told = run_json(capsys, "doctor")
+        assert code == 0 and told["nvcomp"] == (found[0] and "6.0.1")
+        assert told["no_nvcomp"] == found[1]
+        assert words in run(capsys, "doctor")[1]
 
 
 def test_every_extra_for_users_is_told():

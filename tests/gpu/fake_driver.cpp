@@ -242,6 +242,11 @@ API cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, unsigned b
   });
   return 0;
 }
+API cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
+  IN_CONTEXT;
+  put(stream, [=] { function(data); });
+  return 0;
+}
 API cuGetErrorName(int, const char** name) { return *name = "AN_ERROR", 0; }
 API cuGetErrorString(int, const char** name) { return *name = "an error", 0; }
 

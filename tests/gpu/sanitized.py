@@ -51,7 +51,7 @@ def main() -> None:
         kind = getattr(torch, dtypes.get(dtype).torch)
         bits = dtypes.as_bits(torch.randn(2, 300, 128).mul(3).to(kind))[0]
         snapshot = kvzip.Snapshot.from_arrays([(bits, bits[:, ::-1])], dtype)
-        for codec in ("channel", "planes", "raw"):
+        for codec in ("channel", "planes", "raw", "lz4"):
             blob = kvzip.encode(snapshot, codec, block_tokens=256)
             kvzip.decode(blob, device="cuda")
             there = kvzip.Snapshot.from_arrays([[t.cuda() for t in snapshot.tensors()[0]]])

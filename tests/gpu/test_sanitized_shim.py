@@ -16,6 +16,7 @@ KERNELS = {
     "predictive": "predict",
     "planes": "merge",
     "raw": "copy",
+    "lz4": "check_chunks",
 }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_nvcomp import FakeNvComp, compiled
 from predictive_profiles import encode, random_profile
 from support import cache_like, make_snapshot
 from test_turned_on_device import kinds, turned
@@ -17,7 +19,7 @@ import kvzip
 from kvzip import dtypes
 from kvzip.codecs.common import device_angles
 from kvzip.codecs.common.rotation import ROUNDINGS
-from kvzip.codecs.native.cuda import gpu
+from kvzip.codecs.native.cuda import gpu, nvcomp
 from kvzip.codecs.native.cuda.arrays import DeviceArray, empty
 from kvzip.codecs.native.cuda.shim_device import ShimDevice
 from kvzip.container import on_device, writer
@@ -120,9 +122,35 @@ def parts_are_encoded(device: gpu.CudaDevice, draw: random.Random) -> None:
     assert device.cache["rooms"], "the device did it"
 
 
+def a_library_decodes(library: FakeNvComp, draw: random.Random) -> None:
+    """What it is told is copied before it looks, and what it writes is copied after; and what was
+    begun before it fails is done before the CPU writes to the same place."""
+    for codec in ("lz4", "zstd", "planes"):
+        snapshot = make_snapshot(cache_like, 7, "bf16", layers=6, heads=2, tokens=180, dim=64)
+        blob = kvzip.encode(snapshot, codec, block_tokens=32)
+        for on_device.PIECE in (1, draw.choice([3000, 20000]), 1 << 24):
+            library.decoded.clear()
+            same(kvzip.decode(blob, device="cuda"), snapshot)
+            assert library.decoded
+            same(kvzip.decode(blob, device="cuda", tokens=(20, 170)), snapshot, 20, 170)
+            left = draw.randrange(1, 8)
+
+            def progress(size: int, left: int = left) -> None:
+                library.decoded.append(("", b"", size))
+                library.set(status=1000 if len(library.decoded) >= left else 0)
+
+            library.decoded.clear()
+            with kvzip.open(blob) as reader:
+                same(reader.decode(device="cuda", progress=progress), snapshot)
+            library.set()
+
+
 def main(folder: str, seed: str) -> None:
     kernels_by_shim(Path(folder))
     draw = random.Random(seed)
+    library = FakeNvComp(compiled(Path(folder)))
+    nvcomp.installed = lambda: (library, "")
+    os.environ[nvcomp.ENVIRONMENT] = "off"
     device = gpu.cuda_device()
     for n in range(6):
         on_device.PIECE = draw.choice([1, 3000, 20000, 1 << 24])
@@ -159,6 +187,9 @@ def main(folder: str, seed: str) -> None:
                 assert "layer 3 v" in str(error)
             else:
                 raise AssertionError("damage was not seen")
+    assert not library.decoded
+    os.environ[nvcomp.ENVIRONMENT] = nvcomp.TRUSTED
+    a_library_decodes(library, draw)
     layers_need_each_other(draw)
     keys_are_turned(device, draw)
     parts_are_encoded(device, draw)

@@ -12,10 +12,11 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-CODECS = ("channel", "predictive", "planes", "raw")
+CODECS = ("channel", "predictive", "planes", "raw", "lz4")
 FLAGS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
@@ -38,6 +39,7 @@ def environment() -> dict[str, str] | None:
 
 def main(seconds: float, seed: int, codecs: list[str]) -> None:
     import numpy as np
+    from fake_nvcomp import FakeNvComp, compiled
 
     import kvzip
     from kvzip.benchmarks.predictable import predictable
@@ -64,6 +66,9 @@ def main(seconds: float, seed: int, codecs: list[str]) -> None:
         return [np.asarray(part).tobytes() for layer in found.layers for part in layer]
 
     draw, device, rounds = random.Random(seed), Sanitized(seed=seed, flags=FLAGS), 0
+    if "lz4" in codecs:
+        with tempfile.TemporaryDirectory() as folder:
+            device.cache["nvcomp"] = FakeNvComp(compiled(Path(folder)))
     predicted, learned = predictable(3, 2, 16, 70)
     end = time.monotonic() + seconds
     while time.monotonic() < end or rounds < len(codecs):

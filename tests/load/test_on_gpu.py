@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from support import tiny_documents, tiny_model  # noqa: E402
 
 import kvzip  # noqa: E402
 from kvzip import dtypes  # noqa: E402
+from kvzip.codecs.native.cuda.nvcomp import FORMS  # noqa: E402
 from kvzip.codecs.native.cuda.shim_device import ShimDevice  # noqa: E402
 from kvzip.errors import UnsupportedError  # noqa: E402
 from kvzip.load import loaders  # noqa: E402
@@ -104,7 +106,21 @@ def test_a_gpu_that_cannot_decode_leaves_it_to_the_cpu(monkeypatch: Any) -> None
     monkeypatch.setattr(loaders, "get_device", none)
     loader = loaders.Loader.__new__(loaders.Loader)
     loader.decoder, loader.device = None, torch.device("cuda")
+    snapshot = kvzip.Snapshot.from_arrays([(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8))])
     for codec in ("channel", "zstd"):
-        snapshot = kvzip.Snapshot.from_arrays([(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8))])
         with kvzip.open(kvzip.encode(snapshot, codec)) as reader:
             assert loader._decoder(reader) is None
+    found = ShimDevice()
+    monkeypatch.setattr(loaders, "get_device", lambda spec: found)
+    monkeypatch.delenv("KVZIP_NVCOMP", raising=False)
+    for codec, library, decodes in (
+        ("zstd", FORMS, False),
+        ("lz4", None, False),
+        ("lz4", FORMS, True),
+        ("channel", None, True),
+    ):
+        stand_in = library and SimpleNamespace(decoder=library.get)
+        monkeypatch.setitem(found.cache, "nvcomp", stand_in)
+        loader.decoder = None
+        with kvzip.open(kvzip.encode(snapshot, codec)) as reader:
+            assert loader._decoder(reader) is (found if decodes else None)

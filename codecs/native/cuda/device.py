@@ -67,6 +67,10 @@ class MemoryFullError(KVZipError):
     """A device has too little memory left."""
 
 
+class LeftToCPU(Exception):
+    """What a device was to decode is for the CPU; the message says why."""
+
+
 class Memory:
     """Memory of a device: `size` bytes from `address` on, as long as the object lives."""
 

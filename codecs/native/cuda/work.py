@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,7 +151,8 @@ class Slot:
 
 
 class Work:
-    """Everything that one slot is filled with, and the kernels that are to run on it."""
+    """Everything that one slot is filled with, and the kernels and calls of libraries that are to
+    run on it."""
 
     def __init__(self, slot: Slot, results: int, flags: int):
         """`results`: the device's address of a checksum (8 bytes) for each row; `flags`: of a flag
@@ -163,7 +165,9 @@ class Work:
         self._phases: list[dict[Kernel, list[NDArray[Any]]]] = [{}]
         self._copies: dict[tuple[int, int], list[tuple[tuple[int, ...], int]]] = {}
         """By phase and bytes of a number: jobs, and how many rows one block of threads does."""
-        self._launches: list[tuple[Kernel, int, int]] = []
+        self._calls: dict[int, Callable[[Stream], None]] = {}
+        """By phase: calls of libraries, with which it begins."""
+        self._launches: list[Callable[[Stream], None]] = []
         self._scratch = 0
         self._held: list[Memory] = []
 
@@ -246,6 +250,13 @@ class Work:
         """What is to run from now on runs after what was to run before."""
         self._phases.append({})
 
+    def call(self, call: Callable[[Stream], None]) -> None:
+        """Have a library put its own work into a stream, to be done after what was to run before,
+        and before what is to run from now on. It may be called again."""
+        self.then()
+        self._calls[len(self._phases) - 1] = call
+        self.then()
+
     def copy(
         self,
         itemsize: int,
@@ -314,10 +325,13 @@ class Work:
             kernel = Kernel("native/cuda/copy.cuh", f"copy_{itemsize}", "kvzip::cuda")
             jobs = in_pieces(np.array(list(whole), _COPY), np.array(each))
             self._phases[n].setdefault(kernel, []).append(jobs)
-        for phase in self._phases:
+        for n, phase in enumerate(self._phases):
+            if n in self._calls:
+                self._launches.append(self._calls[n])
             for kernel, pieces in phase.items():
                 jobs = joined(pieces)
-                self._launches.append((kernel, self.put(jobs, 64), len(jobs)))
+                launch = partial(self._launch, kernel, self.put(jobs, 64), len(jobs))
+                self._launches.append(launch)
 
     def start(self, upload: Stream, run: Stream) -> None:
         """Bring all of it to the device and have the kernels run."""
@@ -337,10 +351,13 @@ class Work:
         slot.done = device.record(run)
 
     def launch(self, run: Stream) -> None:
-        """Have the kernels run on what `start` brought."""
+        """Have kernels and libraries do their work on what `start` brought."""
+        for launch in self._launches:
+            launch(run)
+
+    def _launch(self, kernel: Kernel, jobs: int, count: int, run: Stream) -> None:
         given = {"parts": self._parts_at, "flags": self._flags, "results": self._results}
-        for kernel, jobs, count in self._launches:
-            self.device.launch(run, kernel, count, given | {"jobs": jobs, "count": count})
+        self.device.launch(run, kernel, count, given | {"jobs": jobs, "count": count})
 
 
 def filled(slot: Slot, size: int, results: int, flags: int, fill: Callable[[Work], None]) -> Work:

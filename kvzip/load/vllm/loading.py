@@ -45,7 +45,8 @@ class LayersOf:
     ):
         self._load, self._engine, self._document = load, engine, document
         reader = document.source
-        self._device = device if reader.codec.on_device and reader.layout.plain else None
+        decodes = device is not None and reader.codec.decodes_on(device)
+        self._device = device if decodes and reader.layout.plain else None
         try:
             engine.check(document.source.layout)
             spans = [self._span(i) for i in range(len(engine.layers))]
