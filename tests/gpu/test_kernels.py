@@ -76,6 +76,27 @@ def test_checksums_of_any_length(device, shuffled, room, itemsize, dim):
         assert hashes(where, itemsize, targets, blocks) == expected
 
 
+def test_a_call_of_a_library_has_its_turn(device):
+    """After what was to run before, and before what is to run after; whenever it is all done."""
+    if device.kind != "shim":
+        pytest.skip("asks the shim in which order things ran")
+    slot, order = Slot(device), []
+    with device.current():
+        slot.grow(1 << 16)
+        work = Work(slot, 0, 0)
+        memory = np.zeros(64, np.uint16)
+        part = work.part(Target.packed(memory.ctypes.data, (1, 1, 4, 16), 0))
+        numbers = work.put(np.arange(64, dtype=np.uint16))
+        work.copy(2, numbers, (64, 64, 16), part, 0, 4)
+        work.call(lambda stream: order.append(memory.sum()) or memory.fill(7))
+        work.copy(2, numbers, (64, 64, 16), part, 1, 2)
+        work.finish()
+        work.start(device.stream(), device.stream())
+        work.launch(device.stream())
+    assert order == [63 * 32] * 2
+    assert memory.tolist() == [7] * 16 + [*range(32)] + [7] * 16
+
+
 def test_jobs_in_pieces_do_each_row_once():
     rng = np.random.default_rng(0)
     kind = np.dtype([("name", "<u4"), ("first_row", "<u4"), ("rows", "<u4")])
