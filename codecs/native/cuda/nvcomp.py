@@ -249,7 +249,7 @@ def installed() -> tuple[NvComp | None, str]:
     """nvCOMP of NVIDIA's package (kvzip[nvcomp]); or why there is none that can be called."""
     try:
         spec = find_spec("nvidia.libnvcomp")
-    except ImportError:  # there is no package of NVIDIA's at all
+    except (ImportError, ValueError):  # there is no package of NVIDIA's at all
         spec = None
     folders = (spec and spec.submodule_search_locations) or []
     paths = [path for folder in folders for path in Path(folder).glob("lib*/libnvcomp.so.*")]
