@@ -9,6 +9,7 @@ import numpy as np
 
 from kvzip.codec import Context
 from kvzip.codecs import _native
+from kvzip.errors import FormatError
 from kvzip.statistics.rope import frequencies
 
 ROUNDINGS = (1, 2, 3, 4, 5, 6)
@@ -42,7 +43,7 @@ def rotation_of(context: Context, dim: int) -> _native.Rotation | None:
     try:
         scale = float(parameters.get("attention_scaling", 1.0))
         return _rotation(tuple(parameters["inv_freq"]), scale, dim)
-    except (TypeError, ValueError, OverflowError):  # a header may say anything
+    except (TypeError, ValueError, OverflowError, FormatError):  # a header may say anything
         return None
 
 

@@ -6,6 +6,8 @@ RoPE turns pairs of a key's channels by an angle that grows with the position (S
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
+from kvzip.errors import FormatError
 from kvzip.layout import KV, LayerLayout, Origin
 from kvzip.snapshot import Layer
+
+_GREATEST = float(np.finfo(np.float32).max)
+"""Models have their frequencies in float32."""
 
 
 def width(layer: LayerLayout) -> int:
@@ -26,19 +32,30 @@ def frequencies(parameters: dict[str, Any] | None, dim: int) -> NDArray[np.float
     """Radians a position for each rotated pair of a head.
 
     A capture notes what the model really used ("inv_freq"); without, the original formula
-    theta^(-2i/dim) stands in. Empty where nothing is rotated.
+    theta^(-2i/dim) stands in. Empty where nothing is rotated. Raises FormatError for what no model
+    has: a file may say anything.
     """
     if not parameters:
         return np.zeros(0)
+    try:
+        with np.errstate(all="ignore"):
+            found = _frequencies(parameters, dim)[: dim // 2]
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        found = np.full(1, math.nan)
+    if found.ndim != 1 or not (np.abs(found) <= _GREATEST).all():
+        raise FormatError(f"the origin's rope makes no sense: {reprlib.repr(parameters)}")
+    return found
+
+
+def _frequencies(parameters: dict[str, Any], dim: int) -> NDArray[np.float64]:
     if noted := parameters.get("inv_freq"):
-        found = np.array(noted, np.float64)
-    else:
-        turned = int(dim * float(parameters.get("partial_rotary_factor", 1.0)))
-        theta = float(parameters.get("rope_theta", 10000.0))
-        found = theta ** (-np.arange(0, turned - 1, 2) / turned)
-        if parameters.get("rope_type") == "linear":
-            found = found / float(parameters.get("factor", 1.0))
-    return found[: dim // 2]
+        return np.array([*noted], np.float64)
+    turned = int(dim * float(parameters.get("partial_rotary_factor", 1.0)))
+    theta = float(parameters.get("rope_theta", 10000.0))
+    found: NDArray[np.float64] = theta ** (-np.arange(0, min(turned, dim) - 1, 2) / turned)
+    if parameters.get("rope_type") == "linear":
+        found = found / float(parameters.get("factor", 1.0))
+    return found
 
 
 class ChannelOrder:
