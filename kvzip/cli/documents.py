@@ -263,7 +263,7 @@ def verify(
             found["same"] = True
         return found | {"seconds": time.perf_counter() - since, "ok": True}
 
-    checked, failed = each(files, one)
+    checked, failed = each(files, one, one_store=False)
     result = {
         "files": [found for _, found in checked],
         "seconds": time.perf_counter() - began,

@@ -70,9 +70,12 @@ class Failed(NamedTuple, Generic[T]):
     failure: Failure
 
 
-def each(items: Sequence[T], do: Callable[[T], U]) -> tuple[list[tuple[T, U]], list[Failed[T]]]:
+def each(
+    items: Sequence[T], do: Callable[[T], U], one_store: bool = True
+) -> tuple[list[tuple[T, U]], list[Failed[T]]]:
     """What `do` gives for each of a command's items, and how the others failed. If there is only
-    one, its error is raised. After a store that does not answer, none is tried."""
+    one, its error is raised. `one_store`: all are of the same, so that none is tried after it has
+    not answered."""
     done, failed, rest = [], [], list(items)
     while rest:
         item = rest.pop(0)
@@ -83,7 +86,8 @@ def each(items: Sequence[T], do: Callable[[T], U]) -> tuple[list[tuple[T, U]], l
                 raise
             found = failure_of(error)
             failed.append(Failed(item, found))
-            if isinstance(error, StoreError) and not isinstance(error, NotStoredError):
+            silent = isinstance(error, StoreError) and not isinstance(error, NotStoredError)
+            if one_store and silent:
                 given_up = found._replace(message=f"not tried, since {found.message}")
                 failed += [Failed(other, given_up) for other in rest]
                 break
@@ -112,7 +116,8 @@ def emit_with(
 
 def naming(item: object, message: str) -> str:
     """What went wrong with an item, which many a message names already."""
-    return message if message.startswith(str(item)) else f"{item}: {message}"
+    named = message.startswith((f"{item}: ", f"{item} "))
+    return message if named else f"{item}: {message}"
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -12,6 +12,7 @@ from support import cache_like, make_snapshot
 
 import kvzip
 from kvzip.cli import main
+from kvzip.cli.failures import naming
 
 
 @pytest.fixture
@@ -118,6 +119,19 @@ def test_several_files_are_verified_each(tmp_path, capsys, monkeypatch, snapshot
     assert [(one["file"], one["exit"]) for one in found["failed"]] == [("cut.kvz", 1)]
     code, found = run_json(capsys, "verify", "a.kvz", "b.kvz", "--against", "doc.safetensors")
     assert (code, found["kind"]) == (2, "usage") and "2 are given" in found["error"]
+    url = "http://127.0.0.1:9/a.kvz"  # who does not answer says nothing of other files
+    code, found = run_json(capsys, "verify", url, "a.kvz", "none.kvz")
+    assert (code, found["kind"], len(found["files"])) == (1, "store", 1)
+    assert [(one["file"], one["kind"]) for one in found["failed"]] == [
+        (url, "store"),
+        ("none.kvz", "system"),
+    ]
+
+
+def test_what_went_wrong_names_its_item():
+    assert naming("a.kvz", "a.kvz: it is damaged") == "a.kvz: it is damaged"
+    assert naming("a.kvz", "a.kvz is cut short") == "a.kvz is cut short"
+    assert naming("no", "not tried") == "no: not tried"
 
 
 def test_entropy_is_that_of_the_numbers(tmp_path, capsys, snapshot):
