@@ -15,9 +15,9 @@ from kvzip.cli.extras import missing as missing_packages
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import emit, say, working
 from kvzip.codecs import _native
+from kvzip.codecs.native.cuda import nvcomp
 from kvzip.codecs.native.cuda.device import cache_folder
-from kvzip.codecs.native.cuda.nvcomp import installed
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, UsageError
 from kvzip.eval.results.provenance import machine, versions
 from kvzip.version import __version__
 
@@ -40,7 +40,7 @@ def doctor(*, as_json: Json = False) -> None:
     with working("self-test"):
         checks = selftest.self_test()
     gpus, no_gpu = _gpus()
-    nvcomp, no_nvcomp = installed()
+    library, no_library = _nvcomp()
     missing = {extra: missing_packages(extra) for extra in PURPOSE}
     there = versions([package for packages in _ENGINES.values() for package in packages])
     engines = {
@@ -56,8 +56,8 @@ def doctor(*, as_json: Json = False) -> None:
         "instructions": {"used": used, "available": available},
         "gpus": gpus,
         "no_gpu": no_gpu,
-        "nvcomp": None if nvcomp is None else nvcomp.version,
-        "no_nvcomp": no_nvcomp,
+        "nvcomp": library,
+        "no_nvcomp": no_library,
         "engines": engines,
         "missing_packages": missing,
         "cache_folder": str(cache_folder()),
@@ -72,10 +72,11 @@ def doctor(*, as_json: Json = False) -> None:
             say(f"GPU: {one['name']}, {one['architecture']}, {one['memory_gib']} GiB")
         if not gpus:
             say(f"GPU: none ({no_gpu})")
-        if nvcomp is None:
-            say(f"nvCOMP: none ({no_nvcomp})")
+        if library is None:
+            say(f"nvCOMP: not used ({no_library})")
         else:
-            say(f"nvCOMP: {nvcomp.version}, by which a GPU decodes lz4, and zstd of trusted files")
+            coders = " and ".join(nvcomp.allowed())
+            say(f"nvCOMP: {library}, by which a GPU decodes {coders} (docs/gpu.md)")
         for name, version in engines.items():
             say(f"{name}: {version or 'not installed'}")
         for extra, packages in missing.items():
@@ -90,6 +91,17 @@ def doctor(*, as_json: Json = False) -> None:
     failed = [check.name for check in checks if check.error]
     if failed:
         raise CheckFailed(f"the self-test failed: {', '.join(failed)}")
+
+
+def _nvcomp() -> tuple[str | None, str]:
+    """The version of the nvCOMP that a GPU uses; or why it uses none."""
+    try:
+        if not nvcomp.allowed():
+            return None, f"{nvcomp.ENVIRONMENT} is off"
+    except UsageError as error:
+        return None, str(error)
+    library, reason = nvcomp.installed()
+    return None if library is None else library.version, reason
 
 
 def _gpus() -> tuple[list[dict[str, Any]], str]:

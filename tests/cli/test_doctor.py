@@ -13,6 +13,7 @@ from kvzip import selftest
 from kvzip.cli import extras
 from kvzip.codec import codec_names, register_codec
 from kvzip.codecs import _native
+from kvzip.codecs.native.cuda import nvcomp
 from kvzip.codecs.raw.codec import RawCodec
 
 
@@ -60,14 +61,18 @@ def test_nvcomp_is_told_and_why_it_is_not_used(capsys, monkeypatch):
     class Library:
         version = "6.0.1"
 
-    for found, words in (
-        ((Library, ""), "nvCOMP: 6.0.1, by which"),
-        ((None, "nvCOMP is 5.3.0, and kvzip knows 6.0"), "nvCOMP: none (nvCOMP is 5.3.0"),
+    there, other = (Library, ""), (None, "nvCOMP is 5.3.0, and kvzip knows 6.0")
+    for chosen, found, version, words in (
+        ("", there, "6.0.1", "nvCOMP: 6.0.1, by which a GPU decodes lz4 ("),
+        ("trusted", there, "6.0.1", "nvCOMP: 6.0.1, by which a GPU decodes lz4 and zstd ("),
+        ("", other, None, "nvCOMP: not used (nvCOMP is 5.3.0, and"),
+        ("off", there, None, "nvCOMP: not used (KVZIP_NVCOMP is off)"),
+        ("yes", there, None, 'nvCOMP: not used (KVZIP_NVCOMP is "off" or'),
     ):
-        monkeypatch.setattr("kvzip.cli.doctor.installed", lambda found=found: found)
+        monkeypatch.setenv(nvcomp.ENVIRONMENT, chosen)
+        monkeypatch.setattr(nvcomp, "installed", lambda found=found: found)
         code, told = run_json(capsys, "doctor")
-        assert code == 0 and told["nvcomp"] == (found[0] and "6.0.1")
-        assert told["no_nvcomp"] == found[1]
+        assert (code, told["nvcomp"], bool(told["no_nvcomp"])) == (0, version, not version)
         assert words in run(capsys, "doctor")[1]
 
 

@@ -263,15 +263,23 @@ def installed() -> tuple[NvComp | None, str]:
     return None, reason
 
 
-def decoder_of(device: Device, coder: str) -> Decoder | None:
-    """What decodes the bytes of a coder ("zstd", "lz4") on a device, if that is to be done there.
+def allowed() -> list[str]:
+    """The coders whose bytes nvCOMP is to decode where it can, as KVZIP_NVCOMP says.
 
-    Raises UsageError when KVZIP_NVCOMP has no value that it may have.
+    Raises UsageError when that has no value that it may have.
     """
     chosen = os.environ.get(ENVIRONMENT, "")
     if chosen not in ("", "off", TRUSTED):
         raise UsageError(f'{ENVIRONMENT} is "off" or "{TRUSTED}", not {chosen!r}')
-    if chosen == "off" or not (FORMS[coder].bears_damage or chosen == TRUSTED):
+    if chosen == "off":
+        return []
+    return [name for name, form in FORMS.items() if form.bears_damage or chosen == TRUSTED]
+
+
+def decoder_of(device: Device, coder: str) -> Decoder | None:
+    """What decodes the bytes of a coder ("zstd", "lz4") on a device, if that is to be done there.
+    Raises UsageError as :func:`allowed` does."""
+    if coder not in allowed():
         return None
     library = device.cache.get("nvcomp")
     if library is None and device.kind == "cuda":
