@@ -1263,3 +1263,17 @@ def test_a_checkpoint_has_one_name_in_every_engine(engine: Any, tmp_path: Any, o
     assert len(set(found)) == 1 and len(documents(tmp_path)) == 1
     [document] = documents(tmp_path)
     assert kvzip.info(document).header.origin.revision == found[0]
+
+
+def test_a_document_is_closed_where_nobody_says_what_decodes_it(
+    ours: Any, monkeypatch: Any
+) -> None:
+    """A wrong setting makes every load a miss, and leaves no file open."""
+    loading = importlib.import_module("kvzip.load.vllm.loading")
+    closed = []
+    reader = SimpleNamespace(codec=kvzip.get_codec("zstd"))
+    document = SimpleNamespace(source=reader, close=lambda: closed.append(reader))
+    monkeypatch.setenv("KVZIP_NVCOMP", "yes")
+    with pytest.raises(UsageError, match="KVZIP_NVCOMP"):
+        loading.LayersOf(None, None, document, SimpleNamespace(kind="cuda"))
+    assert closed == [reader]

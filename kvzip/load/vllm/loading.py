@@ -45,9 +45,9 @@ class LayersOf:
     ):
         self._load, self._engine, self._document = load, engine, document
         reader = document.source
-        decodes = device is not None and reader.codec.decodes_on(device)
-        self._device = device if decodes and reader.layout.plain else None
         try:
+            decodes = device is not None and reader.codec.decodes_on(device)
+            self._device = device if decodes and reader.layout.plain else None
             engine.check(document.source.layout)
             spans = [self._span(i) for i in range(len(engine.layers))]
             document.source.read_ahead(spans)
