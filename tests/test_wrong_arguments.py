@@ -82,7 +82,7 @@ def test_what_is_no_model():
 
 NO_SETTINGS = {
     "regions": [None, 1.5, "many", b"x", {}, [1.5], object(), 10**5000, [10**5000]],
-    "max_bytes": [None, 1.5, "x", -1, [1], -(10**5000)],
+    "max_bytes": [1.5, "x", -1, [1], -(10**5000)],
     "token_table": [None, 1, "x"],
     "group": [1.5, "x", [2], 10**5000],
     "calibration": [0.5, "x", True],

@@ -24,12 +24,14 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"predictive learns with {', '.join(_NAMES)}; {name!r} is given")
         if name == "regions":
             found[name] = _regions(value)
-        elif name == "max_bytes":
-            found[name] = integer(name, value, 0)
         elif name == "token_table":
             found[name] = boolean(name, value)
+        elif name == "max_bytes" and value is not None:
+            found[name] = integer(name, value, 0)
         elif value is not None:
             found[name] = name_of(value) if name == "resume" else _number(name, value)
+    if found.get("max_bytes") is not None and found.get("regions", "auto") != "auto":
+        raise UsageError("max_bytes says how many regions there may be: give it or regions")
     return found
 
 

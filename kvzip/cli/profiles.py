@@ -57,9 +57,9 @@ def fit(
         Predictors of each layer, of which a token takes one. Default: as many as the documents
         and `max_bytes` allow, more in the first layers.
     max_bytes
-        How big the profile may get. One predictor a layer it always has; if need be it knows
-        fewer tokens and its weights are coarser. Default: 134 MB, or what the smallest takes. If
-        there is no room for that, the error says how many bytes are needed.
+        How big the profile may get, where `regions` is not given. One predictor a layer it always
+        has; if need be it knows fewer tokens and its weights are coarser. Default: 134 MB, or what
+        the smallest takes. If there is no room for that, the error says how many bytes are needed.
     resume
         A folder for finished layers: the same command goes on where it was ended.
     """

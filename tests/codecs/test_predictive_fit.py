@@ -511,6 +511,14 @@ def test_too_few_bytes_are_told_before_anything_is_learned(learned):
     assert kvzip.Profile.fit(learned, max_bytes=least).nbytes < least + 15_000
 
 
+def test_a_limit_that_would_not_be_kept_to_is_refused(learned):
+    """So many regions take what they take."""
+    with pytest.raises(UsageError, match="give it or regions"):
+        kvzip.Profile.fit(learned, regions=2, max_bytes=10**9)
+    whole = kvzip.Profile.fit(learned, regions="auto", max_bytes=None)
+    assert whole.id == kvzip.Profile.fit(learned).id
+
+
 def test_a_wide_model_has_the_smallest_profile_where_nothing_is_said(learned, monkeypatch):
     least = kvzip.Profile.fit(learned, max_bytes=allotment.least_bytes(Documents(learned)))
     monkeypatch.setattr("kvzip.codecs.predictive.fit.DEFAULT_BYTES", 1000)
