@@ -20,7 +20,7 @@ from predictive_profiles import (
     with_rope,
 )
 from predictive_reference import Chain
-from support import assert_same, examples, random_bits, rotated, tiny_model
+from support import assert_same, cache_like, examples, random_bits, rotated, tiny_model
 from support import tiny_documents as documents
 
 import kvzip
@@ -192,9 +192,35 @@ def test_channel_is_tried_wherever_it_may_take_less(seed, tokens, constant):
         some = rng.permutation(k.shape[3])[:constant]
         k[..., some] = random_bits(rng, "bf16", (1, k.shape[1], 1, len(some)))
         taken = len(predictive._plain(k, known))
-        for enough in (math.inf, 0):  # all tokens tell, or half of them
+        for enough in (math.inf, taken, 0.9 * taken, 0):  # all tokens tell, some, none
             least = get_codec("channel").least_bytes(k, known, enough)
             assert min(least, k.nbytes) <= taken
+
+
+@examples(60)
+@given(
+    seed=st.integers(0, 1 << 32),
+    dtype=st.sampled_from(["bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2"]),
+    shape=st.tuples(*map(st.sampled_from, ([1, 3], [1, 2], [1, 7, 9, 64, 300], [1, 5, 64]))),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+    spread=st.booleans(),
+)
+def test_channel_takes_no_less_than_is_thought(seed, dtype, shape, share, spread):
+    """Of every format, of channels with one number, and of numbers that lie apart; what fewer
+    tokens tell is no more than what all tell."""
+    rng = np.random.default_rng(seed)
+    k = (cache_like if seed % 2 else random_bits)(rng, dtype, shape)
+    k = np.where(rng.random(shape[3]) < share, k[:1, :, :1], k)
+    if spread:
+        k = np.repeat(k, 2, axis=3).transpose(0, 2, 1, 3).copy().transpose(0, 2, 1, 3)[..., ::2]
+    known = Context(dtypes.get(dtype), 0, "v", 0, kvzip.Origin(), scratch={})
+    taken = len(predictive._plain(k, known))
+    thought = [
+        get_codec("channel").least_bytes(k, known, enough)
+        for enough in (0, 0.5 * taken, taken, 1.1 * taken, math.inf)
+    ]
+    assert max(thought) <= thought[-1] * (1 + 1e-12)
+    assert min(thought[-1], k.nbytes) <= taken
 
 
 def in_format(snapshot, dtype):
