@@ -23,8 +23,9 @@ from test_on_device import assert_layers
 
 import kvzip
 from kvzip.codecs.native.cuda import nvcomp
-from kvzip.codecs.native.cuda.device import LeftToCPU, MemoryFullError
+from kvzip.codecs.native.cuda.device import LeftToCPU, Memory, MemoryFullError
 from kvzip.codecs.native.cuda.shim_device import ShimDevice
+from kvzip.codecs.native.cuda.work import Full, Slot, Work
 from kvzip.container import on_device
 from kvzip.container.blocks import SMALL
 from kvzip.testing.damage import first_stored, sealed_index
@@ -536,3 +537,20 @@ def test_nvidias_library_and_headers(tmp_path):
     assert version in nvcomp._VERSIONS
     assert limits == [nvcomp.FORMS[coder].most for coder in ("lz4", "zstd")]
     assert (backend, success) == (nvcomp._CUDA, nvcomp._SUCCESS)
+
+
+def test_scratch_memory_grows_by_little_where_it_is_large(device, monkeypatch):
+    """It grows by doubling, but what a library asks for at once is not asked for twice."""
+    asked = []
+
+    def allocate(self, size):
+        asked.append(size)
+        return Memory(0, size, None)
+
+    slot = Slot(device)
+    monkeypatch.setattr(type(device), "allocate", allocate)
+    for size, most in ((1 << 20, 2 << 20), (1 << 30, (1 << 30) + (64 << 20))):
+        with pytest.raises(Full):
+            Work(slot, 0, 0).scratch(size)
+        assert asked.pop() == most and not asked
+        Work(slot, 0, 0).scratch(size)

@@ -86,6 +86,8 @@ _DIGEST = np.dtype(
 _SHORT = 240  # bytes, above which XXH3 adds up pieces of 1,024
 _WARPS, _PIECES = 4, 64  # of a block of xxh3_sums, and what each is to do at least of a job
 _BEHIND = 1024
+_SPARE = 64 << 20
+"""Scratch memory grows by as much as there is, up to this."""
 _COPIED_BYTES = 32 << 10
 """What one block of threads copies."""
 
@@ -203,7 +205,8 @@ class Work:
         if self._scratch > self._slot.scratch.size:
             if self._slot.done is not None:
                 self.device.synchronize(self._slot.done)
-            self._slot.scratch = self.device.allocate(2 * self._scratch)
+            spare = min(self._scratch, _SPARE)
+            self._slot.scratch = self.device.allocate(self._scratch + spare)
             raise Full(self._slot.size)
         return self._slot.scratch.address + at
 
