@@ -252,15 +252,16 @@ def verify(
 
     def one(file: str) -> dict[str, Any]:
         since = time.perf_counter()
-        with bar("verify", api.info(file, key=key).raw_bytes) as progress:
-            info = api.verify(file, known, threads, progress, key=key)
-        found = {"file": file} | sizes(info.header.layout, info.encoded_bytes)
-        if against is not None:
-            with api.open(file, known, threads, key=key) as reader:
+        with api.open(file, known, threads, key=key) as reader:  # once: it may come through a pipe
+            info = reader.info
+            with bar("verify", info.raw_bytes) as progress:
+                reader.verify(progress)
+            found = {"file": file} | sizes(info.header.layout, info.encoded_bytes)
+            if against is not None:
                 if not _same_bits(reader, load_snapshot(against)):
                     words = f"{file} is a whole file, but it does not hold what {against} does"
                     raise CorruptError(words)
-            found["same"] = True
+                found["same"] = True
         return found | {"seconds": time.perf_counter() - since, "ok": True}
 
     checked, failed = each(files, one, one_store=False)

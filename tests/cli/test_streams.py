@@ -51,6 +51,20 @@ def test_a_file_from_stdin(folder, redirected):
     assert code == 0 and out == (folder / "x.kvz").read_bytes()
 
 
+def test_files_from_several_pipes(folder):
+    """Each can be read once only."""
+    for command in (
+        "verify {0} {0}",
+        "verify {0} --against <(cat s)",
+        "info {0}",
+        "decode {0} -o -",
+    ):
+        code, out, err = piped(folder, "kvzip " + command.format("<(cat x.kvz)"))
+        assert code == 0 and out, err
+    code, out, _ = piped(folder, "kvzip verify <(cat x.kvz) <(head -c 500 x.kvz) --json")
+    assert (code, json.loads(out)["kind"], len(json.loads(out)["files"])) == (1, "corrupt", 1)
+
+
 def test_a_file_to_stdout_and_the_result_to_stderr(folder):
     for more in ("-o -", "--output -", "--output=-", "-o /dev/stdout"):
         code, out, err = piped(folder, f"kvzip encode s {more} --json")
