@@ -31,8 +31,8 @@ def reading(
     What can be read only once, from its beginning (a pipe, a terminal, a device), is copied first,
     in memory up to 256 MiB and on disk above; of ``/dev/stdin`` the copy is kept, for who reads it
     again. With `length_of` little more is copied than what begins so may have. `buffering`: of a
-    file that is not copied, as for Python's `open`. Raises OSError, which names the path, and what
-    `length_of` does.
+    file that is not copied, as for Python's `open`. Raises OSError, which names the path, also of a
+    pipe by its number in which nothing is left, and what `length_of` does.
     """
     global _standard_input
     name = files.name_of(path)
@@ -50,6 +50,10 @@ def reading(
         copy = copied(file, length_of)
     if number == 0:
         _standard_input = os.dup(copy.fileno())
+    elif number is not None and stat.S_ISFIFO(kind) and not os.fstat(copy.fileno()).st_size:
+        copy.close()  # no damaged file: a shell's <(...) that a command has read already
+        words = "nothing is in this pipe, or nothing any more: what comes through it is read once"
+        raise OSError(errno.ENODATA, words, name)
     return copy
 
 

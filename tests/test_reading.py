@@ -124,6 +124,27 @@ def test_a_number_that_is_not_open_is_named():
     assert failure.value.filename == f"/dev/fd/{number}"
 
 
+def test_a_pipe_that_was_read_is_no_damaged_file(tmp_path, snapshot):
+    """What learns from documents reads them several times, which a shell's <(...) does not bear."""
+    snapshot.save(tmp_path / "s")
+    out, into = os.pipe()
+    writer = threading.Thread(target=write_all, args=(into, (tmp_path / "s").read_bytes()))
+    writer.start()
+    try:
+        assert_same(kvzip.Snapshot.load(f"/dev/fd/{out}"), snapshot)
+        with pytest.raises(OSError, match="read once") as failure:
+            kvzip.Snapshot.load(f"/dev/fd/{out}")
+        assert failure.value.filename == f"/dev/fd/{out}"
+    finally:
+        os.close(out)
+        writer.join()
+
+
+def write_all(number, data):
+    with os.fdopen(number, "wb") as file:
+        file.write(data)
+
+
 def test_who_has_opened_a_pipe_is_waited_for(tmp_path, monkeypatch, snapshot, blob):
     monkeypatch.setattr(files, "PIPE_SECONDS", 0.2)
     pipe = tmp_path / "pipe"
