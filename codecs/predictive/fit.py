@@ -72,7 +72,8 @@ def fit(
     what calibration made least, so no measure of documents that the profile has not seen. `resume`:
     a folder in which finished layers are kept, so that the same call goes on where an earlier one
     ended. Raises ProfileError when the snapshots are not of one model, or a setting makes no sense,
-    and UsageError when `max_bytes` are fewer than the smallest profile of the model takes.
+    and UsageError when `max_bytes` are fewer than the smallest profile of the model takes, or stand
+    beside `regions`, which take what they take.
     """
     if not snapshots:
         raise ProfileError("a profile needs at least one snapshot to learn from")
