@@ -1,7 +1,6 @@
 #include "predictive/chain.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <stdexcept>

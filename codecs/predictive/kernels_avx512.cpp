@@ -122,6 +122,7 @@ struct Avx512 : WideProducts<Avx512, Numbers, Wide> {
                        std::uint32_t* word) {
 #pragma GCC unroll 4
       for (int i = kRegisters - 1; i >= 0; --i) {
+        // Mostly all eight count: without masks these take a tenth less.
         if (tokens >= std::size_t(8 * i + 8)) {
           word = put_some(&x[i], _mm256_loadu_si256((const __m256i*)(from + 8 * i)),
                           _mm256_loadu_si256((const __m256i*)(share + 8 * i)), 255, word);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
+#include <cstdint>
 #include <vector>
 
 #include "predictive/kernels.hpp"
