@@ -37,6 +37,9 @@ _TRY = 1 << 14
 _TENSOR = 1 << 10
 """What a tensor costs of them, however few rows it has."""
 _MOST_TENSORS = 1 << 13
+_AHEAD = 1 << 14
+"""Bytes that are read at once where a few are wanted: next comes what is behind them."""
+_CELL = struct.Struct("<iI")
 _TYPES = {
     0: ("fp32", 4, 1),
     1: ("fp16", 2, 1),
@@ -103,6 +106,7 @@ class _Cursor:
     def __init__(self, source: Source, at: int, left: list[int] | None = None):
         self.source, self.at = source, at
         self._left = [_MOST_CELLS] if left is None else left
+        self._ahead, self._from = memoryview(b""), 0
 
     def spend(self, cells: int) -> None:
         """Look at so many cells, if that may be."""
@@ -111,11 +115,25 @@ class _Cursor:
         self._left[0] -= cells
 
     def take(self, length: int) -> memoryview:
-        return self.source.read(self.skip(length), length)
+        found = self.peek(length)
+        self.at += length
+        return found
+
+    def peek(self, length: int) -> memoryview:
+        """The next bytes, which stay the next."""
+        if self.at + length > self.source.size:
+            raise _Wrong
+        if length > _AHEAD:
+            return self.source.read(self.at, length)
+        begin = self.at - self._from
+        if not 0 <= begin <= len(self._ahead) - length:
+            self._ahead = self.source.read(self.at, min(_AHEAD, self.source.size - self.at))
+            self._from, begin = self.at, 0
+        return self._ahead[begin : begin + length]
 
     def skip(self, length: int) -> int:
         """Where it was; `length` bytes on from there it is now."""
-        if length < 0 or self.at + length > self.source.size:
+        if self.at + length > self.source.size:
             raise _Wrong
         self.at += length
         return self.at - length
@@ -259,7 +277,7 @@ def _positions(cursor: _Cursor, cells: int, extra: int) -> NDArray[np.int32]:
     at, size = cursor.at, 12 + extra
     if cells * size <= cursor.source.size - at:
         # A first look at one cell: most places that are tried are none.
-        _, sequences = struct.unpack("<iI", cursor.source.read(at, 8))
+        _, sequences = _CELL.unpack(cursor.peek(8))
         if sequences == 1:
             cursor.spend(cells)
             records = np.frombuffer(bytes(cursor.take(cells * size)), "<i4").reshape(cells, -1)
@@ -273,13 +291,15 @@ def _positions(cursor: _Cursor, cells: int, extra: int) -> NDArray[np.int32]:
     cursor.spend(256 * cells)  # it takes longer
     positions = np.empty(cells, np.int32)
     for i in range(cells):
-        (positions[i],) = struct.unpack("<i", cursor.take(4))
-        sequences = cursor.number(0, _MOST_SEQUENCES)
-        cursor.skip(extra)
-        cursor.spend(sequences)
-        held = np.frombuffer(cursor.take(4 * sequences), "<u4")
-        if (held >= _MOST_SEQUENCES).any():
+        positions[i], sequences = _CELL.unpack(cursor.take(8))
+        if sequences > _MOST_SEQUENCES:
             raise _Wrong
+        cursor.skip(extra)
+        if sequences:
+            cursor.spend(sequences)
+            held = struct.unpack(f"<{sequences}I", cursor.take(4 * sequences))
+            if max(held) >= _MOST_SEQUENCES:
+                raise _Wrong
     return positions
 
 
