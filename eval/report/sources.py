@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def _file_of(given: Path) -> Path:
     if (given / "rows").is_dir() or given.suffix == ".parquet":
         raise UsageError(
             f"{given} holds the rows of a sweep, of which no page is drawn: query them, as in "
-            f"kvzip report {given} --sql 'SELECT * FROM sweep'"
+            f"kvzip report {shlex.quote(str(given))} --sql 'SELECT * FROM sweep'"
         )
     if not given.is_dir():
         return given

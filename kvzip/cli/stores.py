@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -206,7 +207,8 @@ def get(
     def show() -> None:
         say(said + (f", in {output}" if output else ""))
         if as_stored and result["profile"]:
-            say(f"it needs a profile: kvzip get --key profiles/{result['profile']}")
+            where = f"--store {shlex.quote(source.bucket.url)} -o FILE.kvprofile"
+            say(f"it needs a profile: kvzip get --key profiles/{result['profile']} {where}")
 
     emit(result, as_json, show)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import shlex
 import time
 import uuid
 from collections import Counter, OrderedDict
@@ -127,7 +128,7 @@ class Profiles:
             raise CorruptError(
                 f"{named} is damaged: the SHA-256 of its bytes is another one. Whoever has the "
                 "profile writes it anew: kvzip put FILE.kvprofile --replace "
-                f"--store {self._objects.url}"
+                f"--store {shlex.quote(self._objects.url)}"
             )
         file.flush()
         return sink.size
@@ -148,7 +149,7 @@ class Profiles:
         url = self._objects.url
         return ProfileError(
             f"{url} does not have profile {profile_id}: give it as profile= (--profile), or store "
-            f"it for all (kvzip put FILE.kvprofile --store {url})"
+            f"it for all (kvzip put FILE.kvprofile --store {shlex.quote(url)})"
         )
 
     # --- writing ---------------------------------------------------------------------------

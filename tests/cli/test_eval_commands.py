@@ -119,6 +119,7 @@ def test_fleets(capsys, tmp_path):
         (["report", "sweep"], "report sweep --sql 'SELECT * FROM sweep'"),
         (["eval", "figures", "sweep"], "report sweep --sql 'SELECT * FROM sweep'"),
         (["report", "sweep/rows/x.parquet"], "x.parquet --sql 'SELECT * FROM sweep'"),
+        (["report", "a sweep"], "kvzip report 'a sweep' --sql 'SELECT"),
         (["report", "sweep/rows"], "sweep/rows is not the folder of a demo"),
     ],
 )
@@ -128,7 +129,8 @@ def test_nonsense_is_one_clear_line(tmp_path, capsys, monkeypatch, arguments, sa
         '[egress.x]\nvalue = -1\nunit = "USD/GB"\ndate = "2026"\nsource = "us"\n'
     )
     (tmp_path / "fleet.toml").write_text("readers = -1")
-    (tmp_path / "sweep" / "rows").mkdir(parents=True)
+    for name in ("sweep", "a sweep"):
+        (tmp_path / name / "rows").mkdir(parents=True)
     (tmp_path / "sweep" / "rows" / "x.parquet").write_bytes(b"PAR1")
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")

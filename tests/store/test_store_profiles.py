@@ -7,6 +7,8 @@ import hashlib
 import itertools
 import json
 import logging
+import re
+import shlex
 import threading
 from datetime import timedelta
 from functools import partial
@@ -521,6 +523,32 @@ def test_a_writer_that_dies_at_any_request(tmp_path, at_once):
 
 
 # --- the commands ----------------------------------------------------------------------------
+
+
+def test_commands_that_are_told_can_be_copied(tmp_path, capsys, monkeypatch):
+    """Whatever the store is called: each does what it is told for."""
+    monkeypatch.chdir(tmp_path)
+    url, profile = "my store's; $(touch x)", profile_of(1)
+    where = Store(url, block_tokens=BLOCK)
+
+    def told(*arguments):
+        _, out, err = run(capsys, *arguments)
+        [(bracket, command)] = re.findall(r"(\(?)kvzip ((?:get|put) .*)", out + err)
+        return shlex.split(command.removesuffix(")") if bracket else command)
+
+    entry = where.put(kvzip.encode(snapshot_of(range(50)), "raw", profile))
+    get = "get", "--store", url, "--key", entry.key, "-o"
+    profile.save("FILE.kvprofile")
+    put = told(*get, "a.safetensors")  # the store has no profile
+    assert put == ["put", "FILE.kvprofile", "--store", url]
+    assert run(capsys, *put)[0] == 0
+    asked = told(*get, "a.kvz")
+    assert run(capsys, *asked)[0] == 0 and kvzip.Profile.load("FILE.kvprofile").id == profile.id
+    path = tmp_path / url / f"profiles/{profile.id}.kvprofile"
+    path.write_bytes(damaged(profile.file, "other"))
+    again = told(*get, "a.safetensors")  # the store's is damaged
+    assert "--replace" in again and run(capsys, *again)[0] == 0
+    assert path.read_bytes() == profile.file
 
 
 def test_the_commands(tmp_path, capsys, at_once):
