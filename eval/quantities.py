@@ -36,9 +36,9 @@ def duration(seconds: float) -> str:
     """A time, from microseconds to days."""
     return _in_units(
         seconds,
-        ((86400, "days"), (7200, "h"), (120, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "µs")),
+        ((172800, "days"), (7200, "h"), (120, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "µs")),
         3,
-        {"h": 3600, "min": 60},
+        {"days": 86400, "h": 3600, "min": 60},
     )
 
 
@@ -66,10 +66,10 @@ def _in_units(
     digits: int,
     sizes: dict[str, float] | None = None,
 ) -> str:
-    """`value` in the first unit whose threshold it reaches. `sizes`: of units that are used from
-    more than one of them on."""
+    """`value` in the first unit whose threshold it reaches, rounded as it is shown: 1 Gb/s, not
+    1,000 Mb/s. `sizes`: of units that are used from more or less than one of them on."""
     for threshold, name in units:
-        if abs(value) >= threshold * (1 - 1e-9):
-            return f"{significant(value / (sizes or {}).get(name, threshold), digits)} {name}"
-    threshold, name = units[-1]
-    return f"{significant(value / threshold, digits)} {name}"
+        size = (sizes or {}).get(name, threshold)
+        if abs(float(f"{value / size:.{digits - 1}e}")) >= threshold / size:
+            break
+    return f"{significant(value / size, digits)} {name}"

@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from kvzip.eval.frontier.hull import lower_hull
+from kvzip.eval.quantities import significant
 from kvzip.eval.results.frontier import Frontier, Point
 from kvzip.eval.results.provenance import made_by
 from kvzip.eval.results.scaling import ScaledModel, ScalingPoint, ScalingResult, Shape
@@ -87,8 +88,8 @@ def _names(point: ScalingPoint) -> tuple[str, str]:
     """A point's title and key."""
     if not point.profile_bytes:
         return point.codec, point.codec
-    size, tokens = point.profile_bytes / 1e6, point.train_tokens
-    title = f"{point.codec}, profile of {size:.3g} MB from {tokens:,} tokens"
+    size, tokens = significant(point.profile_bytes / 1e6), point.train_tokens
+    title = f"{point.codec}, profile of {size} MB from {tokens:,} tokens"
     return title, f"{point.codec}-{tokens}-{point.profile_bytes}"
 
 

@@ -28,6 +28,7 @@ from kvzip.choice.cost import (
 )
 from kvzip.errors import KVZipError
 from kvzip.eval.money.prices import PriceBase
+from kvzip.eval.quantities import duration, significant
 from kvzip.eval.quantities import rate as in_words
 
 
@@ -244,22 +245,23 @@ def prefill_price(measured: Measured, base: PriceBase) -> tuple[float, Basis, st
         return (
             device_cost(measured.prefill_seconds, rent),
             "measured",
-            f"Prefill: {measured.prefill_seconds:.3g} s measured on {measured.device} at "
+            f"Prefill: {duration(measured.prefill_seconds)} measured on {measured.device} at "
             f"${rent:.2f} an hour.",
         )
     if base.compute is not None and measured.prefill_flops is not None:
         speed = base.compute.value * TERA * base.compute.utilisation
         seconds = number("prefill operations", measured.prefill_flops, zero=False) / speed
+        operations = significant(measured.prefill_flops / TERA)
         return (
             device_cost(seconds, rent),
             "model",
             f"Prefill: a model, no {base.device_name} was measured: "
-            f"{measured.prefill_flops / TERA:.3g} TFLOP at {base.compute.utilisation:.0%} of "
-            f"{base.compute.value:g} TFLOP/s = {seconds * 1e3:.3g} ms at ${rent:.2f} an hour.",
+            f"{operations} TFLOP at {base.compute.utilisation:.0%} of "
+            f"{base.compute.value:g} TFLOP/s = {duration(seconds)} at ${rent:.2f} an hour.",
         )
     return (
         device_cost(measured.prefill_seconds, rent),
         "upper bound",
         f"Prefill: an upper bound, no {base.device_name} was measured: the "
-        f"{measured.prefill_seconds:.3g} s of {measured.device} at ${rent:.2f} an hour.",
+        f"{duration(measured.prefill_seconds)} of {measured.device} at ${rent:.2f} an hour.",
     )

@@ -61,33 +61,34 @@
 
   // --- figures as text ---------------------------------------------------------------------------
 
+  // Mirrors text.py. Infinity has no power of ten: 0.
+  const power = (value, digits) => Number(value.toExponential(digits - 1).split("e")[1]) || 0;
+
   function short(value) {
-    if (value === 0) return "0";
-    const digits = Math.max(0, 2 - Math.floor(Math.log10(Math.abs(value))));
+    const digits = Math.max(0, 2 - power(value, 3));
     const text = value.toLocaleString("en-US",
       { minimumFractionDigits: Math.min(digits, 20), maximumFractionDigits: Math.min(digits, 20) });
     return text.includes(".") ? text.replace(/0+$/, "").replace(/\.$/, "") : text;
   }
 
   function usd(value) {
-    if (value === 0) return "$0";
-    if (value >= 1)
+    if (power(value, 3) >= 0)
       return "$" + value.toLocaleString("en-US",
         { minimumFractionDigits: 2, maximumFractionDigits: 2 }).replace(/\.00$/, "");
-    if (value < 0.999e-6) {
-      const [factor, power] = value.toExponential(1).split("e");
-      return `$${factor} × 10` + power.replace("-", "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]);
+    if (power(value, 2) < -6) {
+      const [factor, ten] = value.toExponential(1).split("e");
+      return `$${factor} × 10` + ten.replace("-", "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]);
     }
-    const power = Math.floor(Math.log10(value));
-    const text = value.toFixed((value >= 1e-3 ? 2 : 1) - power).replace(/0+$/, "");
+    const digits = value >= 1e-3 ? 3 : 2;
+    const text = value.toFixed(digits - 1 - power(value, digits)).replace(/0+$/, "");
     return "$" + (text.length === 3 ? text + "0" : text);
   }
 
-  const seconds = (value) => value >= 1 ? short(value) + " s" : short(value * 1e3) + " ms";
+  const seconds = (value) => power(value, 3) >= 0 ? short(value) + " s" : short(value * 1e3) + " ms";
 
   function bitRate(value) {
-    for (const [unit, factor] of [["Tb/s", 1e12], ["Gb/s", 1e9], ["Mb/s", 1e6], ["kb/s", 1e3]])
-      if (value >= factor * 0.9999) return short(value / factor) + " " + unit;
+    for (const [unit, ten] of [["Tb/s", 12], ["Gb/s", 9], ["Mb/s", 6], ["kb/s", 3]])
+      if (power(value, 3) >= ten) return short(value / 10 ** ten) + " " + unit;
     return short(value) + " b/s";
   }
 

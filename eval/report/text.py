@@ -4,8 +4,6 @@ alike, and a test holds both together. `kvzip.eval.quantities` has the words of 
 
 from __future__ import annotations
 
-import math
-
 
 def number(value: float, digits: int = 2) -> str:
     """A plain number with so many decimals and commas between thousands."""
@@ -13,11 +11,16 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def short(value: float) -> str:
-    """Three significant digits without an exponent and without trailing zeros."""
-    if value == 0:
-        return "0"
-    text = f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    """At least three significant digits, all that are before the point, without an exponent and
+    without trailing zeros."""
+    text = f"{value:,.{max(0, 2 - _power(value, 3))}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _power(value: float, digits: int) -> int:
+    """The power of ten of a number's first digit, once it is rounded to so many: of 9.996 that is
+    10.0's. That of the number itself would give a digit too many, or a unit too small."""
+    return int(f"{value:.{digits - 1}e}".partition("e")[2])
 
 
 def scientific(value: float, digits: int = 1) -> str:
@@ -31,40 +34,36 @@ def scientific(value: float, digits: int = 1) -> str:
 def usd(value: float) -> str:
     """Dollars: cents from a dollar on, three significant digits down to a tenth of a cent, two
     below, and a power of ten where even they would hide behind zeros."""
-    if value == 0:
-        return "$0"
-    if value >= 1:
+    if _power(value, 3) >= 0:
         return f"${value:,.2f}".removesuffix(".00")
-    if value < 0.999e-6:
+    if _power(value, 2) < -6:
         return "$" + scientific(value)
-    power = math.floor(math.log10(value))
-    text = f"{value:.{(2 if value >= 1e-3 else 1) - power}f}".rstrip("0")
+    digits = 3 if value >= 1e-3 else 2
+    text = f"{value:.{digits - 1 - _power(value, digits)}f}".rstrip("0")
     return f"${text}0" if len(text) == 3 else f"${text}"
 
 
 def size(value: float) -> str:
     """Bytes in the decimal unit that fits: 47.2 MB."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= factor:
-            return f"{short(value / factor)} {unit}"
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if _power(value, 3) >= power:
+            return f"{short(value / 10**power)} {unit}"
     return f"{value:,.0f} bytes"
 
 
 def gbps(value: float) -> str:
     """GB a second in a column of such: two decimals, of what is slow two significant digits."""
-    if value >= 0.0995 or value == 0:
-        return f"{value:.2f}"
-    return f"{value:.{1 - math.floor(math.log10(value))}f}"
+    return f"{value:.{max(2, 1 - _power(value, 2))}f}"
 
 
 def seconds(value: float) -> str:
     """Seconds, or milliseconds below one."""
-    return f"{short(value)} s" if value >= 1 else f"{short(value * 1e3)} ms"
+    return f"{short(value)} s" if _power(value, 3) >= 0 else f"{short(value * 1e3)} ms"
 
 
 def bit_rate(value: float) -> str:
     """Bits per second in the unit that fits: 63.1 Mb/s."""
-    for unit, factor in (("Tb/s", 1e12), ("Gb/s", 1e9), ("Mb/s", 1e6), ("kb/s", 1e3)):
-        if value >= factor * 0.9999:
-            return f"{short(value / factor)} {unit}"
+    for unit, power in (("Tb/s", 12), ("Gb/s", 9), ("Mb/s", 6), ("kb/s", 3)):
+        if _power(value, 3) >= power:
+            return f"{short(value / 10**power)} {unit}"
     return f"{short(value)} b/s"

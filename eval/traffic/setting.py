@@ -16,6 +16,7 @@ from kvzip.eval.money.advise import prefill_model
 from kvzip.eval.money.prices import PriceBase, PriceBook, Shape, pick
 from kvzip.eval.money.profiles import profile_bytes
 from kvzip.eval.money.ratios import OTHER, same_model, slowdown_of
+from kvzip.eval.quantities import speed
 from kvzip.eval.results.inputs import CodecRow, Inputs
 from kvzip.eval.results.traffic import Basis, Input
 from kvzip.eval.traffic.eviction import PolicyName
@@ -149,7 +150,7 @@ def _speed(name: str, rate: float, measured_gbps: float, where: str) -> Input:
     """A speed as it was measured, or as it is taken to be for a model as wide."""
     if math.isclose(rate, 1e9 * measured_gbps):
         return Input(name, measured_gbps, "GB/s", "measured", where)
-    words = f"{where}: {measured_gbps:.3g} GB/s, slower for a model as wide"
+    words = f"{where}: {speed(measured_gbps)}, slower for a model as wide"
     return Input(name, rate / 1e9, "GB/s", "modelled", words)
 
 

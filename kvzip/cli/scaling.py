@@ -123,6 +123,8 @@ def scaling(
 
 
 def _show(found: ScalingResult) -> None:
+    from kvzip.eval.quantities import significant
+
     for model in found.models:
         shape = model.shape
         about = f"{shape.name}, {model.dtype}: {shape.layers} layers, (K+V) / hidden size "
@@ -131,7 +133,7 @@ def _show(found: ScalingResult) -> None:
         for p in model.points:
             regions = f"{statistics.fmean(p.regions):.1f}" if p.regions else ""
             size = (
-                f"{p.profile_bytes / 1e6:.3g} MB",
+                f"{significant(p.profile_bytes / 1e6)} MB",
                 f"{p.profile_bytes / shape.matrix_bytes:.2%}",
             )
             learned = (

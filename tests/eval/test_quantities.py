@@ -13,6 +13,7 @@ from kvzip.eval.quantities import confidence, dollars, duration, rate, significa
 UNITS = {
     "Tb/s": 1e12, "Gb/s": 1e9, "Mb/s": 1e6, "kb/s": 1e3, "b/s": 1,
     "days": 86400, "h": 3600, "min": 60, "s": 1, "ms": 1e-3, "µs": 1e-6,
+    "GB/s": 1, "MB/s": 1e-3, "kB/s": 1e-6,
 }  # fmt: skip
 
 
@@ -24,16 +25,28 @@ def test_significant_digits(value, digits):
     assert significant(-value, digits) == "-" + text
 
 
-@given(st.floats(1e-3, 1e15))
+figures = st.floats(1e-3, 1e15) | st.builds(
+    lambda power, below: 10.0**power * (1 - 10.0**below), st.integers(-3, 15), st.floats(-6, -2)
+)
+"""Of any size, and just below powers of ten, where rounding gives a digit more."""
+
+
+@given(figures)
 def test_units_fit(value):
-    for words in (rate(value), duration(value)):
+    for words in (rate(value), duration(value), speed(value)):
         number, unit = words.split(" ")
-        assert "e" not in number
-        assert math.isclose(float(number.replace(",", "")) * UNITS[unit], value, rel_tol=0.006)
-    assert not float(rate(value).split()[0].replace(",", "")) >= 1000.5 or rate(value)[-4] == "T"
+        assert re.fullmatch(r"[0-9,]+(\.[0-9]*[1-9])?", number)
+        digits = number.replace(",", "").strip("0").replace(".", "").strip("0")
+        assert len(digits) <= (4 if unit.endswith("b/s") else 3)
+        shown = float(number.replace(",", ""))
+        assert math.isclose(shown * UNITS[unit], value, rel_tol=0.00501)
+        assert shown < 1000 or unit in ("Tb/s", "GB/s", "days")  # else there is a larger unit
 
 
 def test_what_people_read():
+    assert rate(9.99996e8) == "1 Gb/s" and rate(9.9994e8) == "999.9 Mb/s"
+    assert duration(0.9996) == "1 s" and duration(119.9) == "2 min" and duration(86400) == "24 h"
+    assert speed(0.0009996) == "1 MB/s" and speed(9.996) == "10 GB/s"
     assert rate(6.172e10) == "61.72 Gb/s"
     assert speed(2.637) == "2.64 GB/s" and speed(0.1) == "0.1 GB/s"
     assert speed(0.0187) == "18.7 MB/s" and speed(0.0000005) == "0.5 kB/s"

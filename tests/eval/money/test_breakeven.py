@@ -79,6 +79,14 @@ def test_each_basis_says_what_it_is() -> None:
     assert there.prefill_usd == pytest.approx(6.2 / 3600 * 3.0)
 
 
+def test_what_takes_long_is_told_in_words() -> None:
+    large = measured(prefill_flops=1.8e15, prefill_seconds=4000.0)
+    told = rows(large, "h100-rented")["raw"].dollars.basis
+    assert "1,800 TFLOP at 50% of 989 TFLOP/s = 3.64 s at $3.00" in told
+    told = rows(msgspec.structs.replace(large, prefill_flops=None), "h100-rented")
+    assert "the 66.7 min of some CPU at" in told["raw"].dollars.basis
+
+
 def test_an_upper_bound_never_says_load() -> None:
     found = rows(measured(prefill_flops=None), "h100-rented")
     assert {row.dollars.prefill_basis for row in found.values()} == {"upper bound"}
