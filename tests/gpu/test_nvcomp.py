@@ -172,6 +172,26 @@ def test_what_nvcomp_does_not_take_the_cpu_decodes(device, library, monkeypatch)
         assert len(library.decoded) == all_of
 
 
+@pytest.mark.parametrize("wanted", [0, 3, 512])
+@pytest.mark.parametrize("what", ["input", "output", "temp"])
+def test_places_that_it_is_not_given(device, library, monkeypatch, what, wanted):
+    """Chunks lie where they lie, all else at multiples of 256: for other wishes the CPU decodes."""
+    stand_in(library)
+    decoder = library.decoder("lz4")
+    ask = decoder._alignments
+
+    def asked(options, found):
+        status = ask(options, found)
+        setattr(found._obj, what, wanted)
+        return status
+
+    monkeypatch.setattr(decoder, "_alignments", asked)
+    snapshot = make_snapshot(repeats, 1, "bf16", layers=1, heads=2, tokens=100, dim=32)
+    blob = kvzip.encode(snapshot, "lz4", block_tokens=48)
+    assert_layers(kvzip.decode(blob, device=device), snapshot.layers)
+    assert what == "input" or not library.decoded
+
+
 @pytest.mark.parametrize(
     "options",
     [{"write_content_size": False}, {"write_checksum": True}, {"write_content_size": True}],
@@ -371,6 +391,12 @@ def test_a_library_that_fails_leaves_all_to_the_cpu(device, library, monkeypatch
         assert sum(told) == snapshot.raw_bytes
         if not after or piece < 1 << 24:
             assert "nvCOMP 6.0.0 says: not well" in caplog.text
+
+
+def test_a_status_without_a_name(library, monkeypatch):
+    monkeypatch.setattr(library._library, "nvcompGetStatusString", lambda status: None)
+    with pytest.raises(nvcomp.LeftToCPU, match="status 77"):
+        library.succeeded(77)
 
 
 def test_what_was_begun_is_done_before_the_cpu_begins(library):

@@ -139,8 +139,8 @@ class NvComp:
     def succeeded(self, status: int) -> None:
         """Raise LeftToCPU unless a call went well."""
         if status != _SUCCESS:
-            words = self._library.nvcompGetStatusString(status).decode(errors="replace")
-            raise LeftToCPU(f"nvCOMP {self.version} says: {words}")
+            words = self._library.nvcompGetStatusString(status) or b"status %d" % status
+            raise LeftToCPU(f"nvCOMP {self.version} says: {words.decode(errors='replace')}")
 
 
 class Decoder:
@@ -174,7 +174,9 @@ class Decoder:
         once. Raises CorruptError, and LeftToCPU where nvCOMP does not do its part."""
         aligned = Alignments()
         self._library.succeeded(self._alignments(self._options, ctypes.byref(aligned)))
-        if _ALIGNED % aligned.output or _ALIGNED % aligned.temp:
+        # No place is a multiple of 0, and where there is no wish it says 1.
+        tells = aligned.input and aligned.output and aligned.temp
+        if not tells or _ALIGNED % aligned.output or _ALIGNED % aligned.temp:
             raise LeftToCPU(f"nvCOMP {self._library.version} wants memory at other places")
         places, mine = [0] * len(chunks), []
         for n, chunk in enumerate(chunks):
