@@ -76,12 +76,8 @@ def allot(
         return Allotment([1] + [regions] * (len(widths) - 1), tokens, ROUNDING)
     if not isinstance(regions, str):
         return Allotment(list(regions), tokens, ROUNDING)
+    check_bytes(documents, max_bytes)
     left = max_bytes - file_bytes(documents, least, tokens, ROUNDING)
-    if max_bytes < (fewest := least_bytes(documents)):
-        raise UsageError(
-            f"max_bytes is {max_bytes:,}: a profile of this model takes about {fewest:,} at least, "
-            "with one predictor a layer and the coarsest weights. Allow so many, or do not limit it"
-        )
     if left < 0:
         return _small(documents, max_bytes, vocabulary)
     return Allotment(_more(documents, left, tokens > 0), tokens, ROUNDING)
@@ -99,6 +95,15 @@ def file_bytes(documents: Documents, regions: Sequence[int], rows: int, rounding
     return fixed + sum(
         count * region_bytes(documents, i, i in tables, rounding) for i, count in enumerate(regions)
     )
+
+
+def check_bytes(documents: Documents, max_bytes: int) -> None:
+    """Raise UsageError for fewer bytes than :func:`least_bytes`."""
+    if max_bytes < (fewest := least_bytes(documents)):
+        raise UsageError(
+            f"max_bytes is {max_bytes:,}: a profile of this model takes about {fewest:,} at least, "
+            "with one predictor a layer and the coarsest weights. Allow so many, or do not limit it"
+        )
 
 
 def least_bytes(documents: Documents) -> int:

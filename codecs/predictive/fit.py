@@ -17,7 +17,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from kvzip.codecs.predictive import blas
-from kvzip.codecs.predictive.allotment import Allotment, allot, least_bytes
+from kvzip.codecs.predictive.allotment import Allotment, allot, check_bytes, least_bytes
 from kvzip.codecs.predictive.calibrate import calibrate
 from kvzip.codecs.predictive.density import densities, sine_table
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
@@ -111,6 +111,14 @@ def fit(
     if apart:
         description["calibration_bits"] = spent.bits_per_number
     return Profile(tensors, description)
+
+
+def check_one(item: Item, max_bytes: int | None = None) -> None:
+    """Raise what :func:`fit` would, as far as one document of many that are like it shows: for
+    whoever has the others still to make."""
+    documents = Documents([item])
+    if max_bytes is not None:
+        check_bytes(documents, max_bytes)
 
 
 def documents_apart(documents: int) -> int:

@@ -8,8 +8,9 @@ the profile. An interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from kvzip import api, capture
 from kvzip.codec import Codec, get_codec
+from kvzip.codecs.predictive.fit import check_one
 from kvzip.errors import KVZipError, UsageError
 from kvzip.eval.budget import Counts, Step
 from kvzip.eval.ratios.texts import SPLITS, Text
@@ -90,11 +92,15 @@ def run(
     capture.check_cast(dtype)
     if not (texts and chosen):
         raise UsageError("name at least one text and one codec")
+    predicts = any(codec.codec_id == "predictive" for codec in chosen.values())
+    if max_bytes is not None and not predicts:
+        raise UsageError("max_bytes is for predictive, which is not among the codecs")
     work.mkdir(parents=True, exist_ok=True)
     step(f"loading {model}")
     loaded = load_model(model, capture.computed_in(dtype), device)
     protocol = Protocol(texts, work, tokens, {"train": train, "test": test}, dtype)
-    files, captured = protocol.captured(loaded, like, step)
+    check = partial(check_one, max_bytes=max_bytes) if predicts else None
+    files, captured = protocol.captured(loaded, like, step, check)
     learning = [found.path for found in captured if found.row.split == "train"]
     profiles = _learn(chosen, learning, work, max_bytes, step)
     rows = measure(chosen, [c for c in captured if c.row.split == "test"], profiles, step)
@@ -137,9 +143,14 @@ class Protocol:
     """Whether sliding layers are kept whole."""
 
     def captured(
-        self, loaded: LoadedModel, like: RatiosResult | None = None, step: Step = _silent
+        self,
+        loaded: LoadedModel,
+        like: RatiosResult | None = None,
+        step: Step = _silent,
+        check: Callable[[Path], None] | None = None,
     ) -> tuple[list[TextFile], list[Captured]]:
-        """The texts, and every document's cache. What is captured already is kept.
+        """The texts, and every document's cache. What is captured already is kept. `check` is told
+        of the first, and may raise before all others are captured.
 
         Raises KVZipError when a text is too short, or documents are not those of `like`.
         """
@@ -155,6 +166,8 @@ class Protocol:
                 loaded, [document], folder, dtype=self.dtype, full_history=self.full_history
             )
             captured.append(Captured(path, row))
+            if check is not None and n == 0:
+                check(path)
         return files, captured
 
     def _write_texts(self) -> list[TextFile]:

@@ -22,7 +22,7 @@ from kvzip import capture
 from kvzip.codec import get_codec
 from kvzip.codecs.predictive.allotment import Allotment, allot, least_bytes
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
-from kvzip.codecs.predictive.fit import documents_apart, multiplications
+from kvzip.codecs.predictive.fit import check_one, documents_apart, multiplications
 from kvzip.errors import UsageError
 from kvzip.eval.budget import Counts, Step
 from kvzip.eval.kept import kept
@@ -127,7 +127,7 @@ def _of_model(ref: str, texts: Sequence[Text], work: Path, plan: Plan, step: Ste
         plan.dtype,
         full_history=True,
     )
-    files, captured = protocol.captured(loaded, step=step)
+    files, captured = protocol.captured(loaded, step=step, check=check_one)
     first = Snapshot.load(captured[0].path)
     shape = _shape(loaded, first)
     del loaded

@@ -117,8 +117,10 @@ def loads(tmp_path, monkeypatch):
     def load_model(*args, **kwargs):
         raise KVZipError(LOADED)
 
-    for module in LOADERS:
-        monkeypatch.setattr(importlib.import_module(module), "load_model", load_model)
+    # One that is imported only now must not take what stands in for the function.
+    modules = [importlib.import_module(name) for name in LOADERS]
+    for module in modules:
+        monkeypatch.setattr(module, "load_model", load_model)
     monkeypatch.setattr("kvzip.eval.links.run.require_links", lambda: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("some words")

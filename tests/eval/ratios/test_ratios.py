@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 from command import run, run_json
-from support import cache_like, make_snapshot
+from support import cache_like, make_snapshot, save_tiny_model
 
 import kvzip
 from kvzip.codecs.predictive.allotment import least_bytes
@@ -286,6 +286,41 @@ def test_a_run_goes_on_where_it_stopped_and_knows_its_documents(
     assert again["rows"] == found["rows"]
     code, _, error = run(capsys, *common, "--seed", "1", "--like", out)
     assert code == 2 and "3 of 3 documents are not those of the result" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "dtype", "says"),
+    [
+        (["ratios", "--model", "m", "--max-bytes=9000"], "bf16", "max_bytes is 9,000: a profile"),
+        (["ratios", "--model", "m"], "fp64", "'predictive' takes no fp64"),
+        (["scaling", "--models", "m"], "fp64", "'predictive' takes no fp64"),
+    ],
+)
+def test_what_cannot_be_learned_is_told_after_one_document(
+    capsys: Any, tmp_path: Path, monkeypatch: Any, command: list[str], dtype: str, says: str
+) -> None:
+    """Not after hours, when all are captured."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "m")
+    for split, text in {"train": "w1 w2 w3 ", "test": "w4 w5 "}.items():
+        (tmp_path / split).write_text(text * 100)
+    own = [
+        "--kinds=none",
+        "--text=own=train:test",
+        "--tokens=16",
+        "--train=3",
+        "--test=2",
+        f"--dtype={dtype}",
+    ]
+    code, _, error = run(capsys, "eval", *command, *own, "--work=work")
+    assert code == 2 and says in error, error
+    assert len(list((tmp_path / "work").rglob("*.safetensors"))) == 1
+
+
+def test_a_limit_of_nothing_is_told_first(capsys: Any, tmp_path: Path) -> None:
+    given = ["--model", tmp_path, "--work", tmp_path / "w", "--codecs=raw", "--max-bytes=9"]
+    code, _, error = run(capsys, "eval", "ratios", *given)
+    assert code == 2 and "max_bytes is for predictive, which is not among the codecs" in error
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
