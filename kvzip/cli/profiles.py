@@ -59,7 +59,7 @@ def fit(
     max_bytes
         How big the profile may get, where `regions` is not given. One predictor a layer it always
         has; if need be it knows fewer tokens and its weights are coarser. Default: 134 MB, or what
-        the smallest takes. If there is no room for that, the error says how many bytes are needed.
+        the smallest takes. If there is no room for that, the error says about how many it takes.
     resume
         A folder for finished layers: the same command goes on where it was ended.
     """

@@ -504,11 +504,48 @@ def test_too_few_bytes_are_told_before_anything_is_learned(learned):
     for vocabulary in (True, False):
         least = allotment.least_bytes(Documents(learned))
         for few in (0, 10, least - 1):
-            with pytest.raises(UsageError, match=f"about {least:,} at least"):
+            with pytest.raises(UsageError, match=f"up to about {least:,}. Allow"):
                 kvzip.Profile.fit(learned, progress, max_bytes=few, token_table=vocabulary)
     assert not told
-    # About: what all profiles have alike is not counted, and is more than nothing here.
+    # About: weights of so small a model are finer than their cost would have them.
     assert kvzip.Profile.fit(learned, max_bytes=least).nbytes < least + 15_000
+
+
+def test_weights_are_counted_by_their_steps():
+    """A bit less for steps twice as wide, which is what `round_weights` makes of a cost."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(0, 1, (32, 8)).astype(np.float32)
+    costs = (allotment.ROUNDING, 0.05, 0.2, allotment.MOST_ROUNDING)
+    found = [
+        round_weights(weights, np.eye(32, dtype=np.float32), 1.0, np.full(8, 9.0), cost)[1]
+        for cost in costs
+    ]
+    for cost, scale in zip(costs, found, strict=True):
+        fewer = allotment.WEIGHT_BITS - allotment.weight_bits(cost)
+        assert np.log2(scale / found[0]) == pytest.approx(fewer, abs=1e-4)
+        assert allotment._rounding(fewer) == pytest.approx(cost)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (4, 16), (6, 32)])
+def test_what_is_no_matrix_is_counted_well(shape):
+    """Names, tables and vectors; how well matrices pack shows only in the end."""
+    layers, dim = shape
+    snapshots = documents(tiny(num_hidden_layers=layers, head_dim=dim), 3)
+    read = Documents(snapshots)
+    profile = kvzip.Profile.fit(snapshots, token_table=False, regions=1)
+    length = int.from_bytes(profile.file[:8], "little")
+    entries = json.loads(profile.file[8 : 8 + length])
+    del entries["__metadata__"]
+    packs = ("weight", "within", "pair_inverse", "pair_slope")
+    packed = sum(
+        end - begin
+        for name, entry in entries.items()
+        for begin, end in [entry["data_offsets"]]
+        if name.partition(".")[2] in packs
+    )
+    vectors = sum(16 * width for width in read.widths)  # of the one region
+    counted = allotment.fixed_bytes(read) + vectors
+    assert counted == pytest.approx(profile.nbytes - packed, rel=0.03)
 
 
 def test_a_limit_that_would_not_be_kept_to_is_refused(learned):

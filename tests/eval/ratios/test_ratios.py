@@ -291,7 +291,7 @@ def test_a_run_goes_on_where_it_stopped_and_knows_its_documents(
 @pytest.mark.parametrize(
     ("command", "dtype", "says"),
     [
-        (["ratios", "--model", "m", "--max-bytes=9000"], "bf16", "max_bytes is 9,000: a profile"),
+        (["ratios", "--model", "m", "--max-bytes=9000"], "bf16", "max_bytes is 9,000: even with"),
         (["ratios", "--model", "m"], "fp64", "'predictive' takes no fp64"),
         (["scaling", "--models", "m"], "fp64", "'predictive' takes no fp64"),
     ],
