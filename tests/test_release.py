@@ -80,6 +80,23 @@ def test_a_wheel_without_its_address_is_not_released(tmp_path, published, wheels
         wheels.check_address(wheel(named, (ROOT / "README.md").read_text()), URL)
 
 
+def test_a_wheel_of_what_is_built_has_its_address(tmp_path, published, wheels):
+    """As what builds kvzip makes a wheel of the project, but for its compiled code."""
+    if importlib.util.find_spec("scikit_build_core") is None:
+        pytest.skip("what builds kvzip is not installed, which `make` does")
+    (published / "LICENSE").write_text((ROOT / "LICENSE").read_text())
+    built = "scikit_build_core.build as b; b.build_wheel('.', {'wheel.cmake': 'false'})"
+    for name in ("kvzip", "codecs", "eval", "benchmarks", "pytest_kvzip"):
+        (published / name).mkdir()
+    command = [sys.executable, "-c", f"import {built}"]
+    done = subprocess.run(command, cwd=published, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [wheel] = published.glob("*.whl")
+    wheels.check_address(wheel, URL)
+    with pytest.raises(SystemExit, match="does not name"):
+        wheels.check_address(wheel, URL + "s")
+
+
 @pytest.mark.parametrize(
     "url", ["", "host/owner", "http://host/a", f"{URL}/", f"{URL} x", "https://host"]
 )
