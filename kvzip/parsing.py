@@ -40,7 +40,8 @@ def from_json(data: bytes | memoryview | str, form: Any = Any) -> Any:
     """
     try:
         plain = data.encode() if isinstance(data, str) else bytes(data)
-        if plain.count(b"[") + plain.count(b"{") > DEPTH and _depth(plain) > DEPTH:
+        nests = plain.lstrip()[:1] in (b"[", b"{")  # else it is no JSON, or nothing but a value
+        if nests and plain.count(b"[") + plain.count(b"{") > DEPTH and _depth(plain) > DEPTH:
             raise _too_deep()
         try:
             with _native.DefaultEnvironment():

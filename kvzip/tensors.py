@@ -53,11 +53,10 @@ class _Header(NamedTuple):
         if len(first) < 8:
             return None
         start = 8 + int.from_bytes(first[:8], "little")
+        if bytes(first[:3]) == b"\x89KV":  # those of kvzip.container, sealed ones too
+            raise FormatError(f"{name} is a .kvz file: kvzip decode makes a snapshot of it")
         if start > 8 + MAX_HEADER:
-            raise FormatError(
-                f"{name} is not a whole safetensors file: its header has no end; if it is a .kvz "
-                "file, kvzip decode makes a snapshot of it"
-            )
+            raise FormatError(f"{name} is not a whole safetensors file: its header has no end")
         if len(first) < start:
             return None
         try:

@@ -79,6 +79,15 @@ def test_no_text_is_too_deep_for_the_reader(text, form):
         from_json(text.encode(), form if form is not object else dict)
 
 
+def test_other_files_are_told_as_no_json():
+    """Whatever brackets are in them."""
+    for begun in (b"\x89KVZ\r\n", b"@" + bytes(7), b"text ", b'"quoted" ', b"1 "):
+        with pytest.raises(CorruptError, match=r"malformed|invalid"):
+            from_json(begun + b"[" * (DEPTH + 1))
+    with pytest.raises(FormatError, match="deep"):
+        from_json(b" \t\r\n" + b"[" * (DEPTH + 1))
+
+
 def test_who_reads_far_down_a_stack_has_an_error_of_ours_too():
     def down(left):
         return down(left - 1) if left else from_json(nested(DEPTH))

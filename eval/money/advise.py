@@ -493,7 +493,7 @@ def _money_line(a: Advice) -> str:
     else:
         text = f"Dollars: load {_named(c.best)}, {dollars(c.value)} against {dollars(c.prefill)} "
         text += f"of prefill ({significant(c.times_prefill, 2)}x)"
-    return f"{text}, at {a.price_base}. {_how_sure(c)}; {c.turns}."
+    return f"{text}; prices: {a.price_base}. {_how_sure(c)}; {c.turns}."
 
 
 def _how_sure(c: Choice) -> str:

@@ -6,10 +6,16 @@ Only what a user can cause has a line of its own. All else is a bug, and shows a
 from __future__ import annotations
 
 import errno
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from cyclopts import CycloptsError
+from cyclopts import (
+    CycloptsError,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnusedCliTokensError,
+)
 
 from kvzip.cli.extras import extra_with
 from kvzip.cli.terminal import emit, shown
@@ -134,9 +140,8 @@ def shown_lines(message: str) -> list[str]:
 
 def _told(error: BaseException) -> tuple[str, int, str]:
     """An exception's kind, exit code and message."""
-    # cyclopts says what is wrong; that it is wrong use is exit code 2.
     if isinstance(error, CycloptsError):
-        return "usage", 2, " ".join(str(error).split())
+        return "usage", 2, _of_use(error)
     if isinstance(error, SomeFailed):
         return error.first.kind, error.first.exit, str(error)
     if isinstance(error, CheckFailed):
@@ -175,6 +180,26 @@ def _told(error: BaseException) -> tuple[str, int, str]:
         return "bug", BUG, words
     words = f"this is a bug in kvzip ({type(error).__name__}: {error}). Please report it: "
     return "bug", BUG, words + "the command, the lines above, and what `kvzip --version` says"
+
+
+def _of_use(error: CycloptsError) -> str:
+    """What is wrong with a command line: cyclopts says it, but of what is missing or too much in
+    words that only its own users know."""
+    said = " ".join(str(error).split())
+    chain = error.command_chain or ()
+    command, help_ = " ".join(chain), f"({shlex.join(['kvzip', *chain, '--help'])})"
+    if isinstance(error, UnknownCommandError):
+        return f"{said} {help_}"
+    if isinstance(error, UnusedCliTokensError):
+        return f"{command} has no use for {shlex.join(error.unused_tokens or [])} {help_}"
+    argument = error.argument
+    if not isinstance(error, MissingArgumentError) or argument is None or "Did you mean" in said:
+        return said
+    if (given := getattr(error, "keyword", None)) is not None:
+        return f"{command} needs a value after {given} {help_}"
+    if argument.field_info.is_positional:  # as its help calls it
+        return f"{command} needs {argument.name.lstrip('-').upper()} {help_}"
+    return f"{command} needs {' or '.join(argument.names)} {help_}"
 
 
 def _of_system(error: OSError) -> tuple[str, int, str]:

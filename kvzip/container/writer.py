@@ -101,7 +101,8 @@ class Writer:
         block_tokens = _block_tokens(block_tokens, snapshot.layout, codec)
         if codec.needs_profile and profile is None:
             raise ProfileError(
-                f"codec {codec.codec_id!r} needs a profile: give profile= or --profile"
+                f"codec {codec.codec_id!r} needs a profile, which kvzip fit learns: give it as "
+                "profile= or --profile"
             )
         profile = profile_for(codec, profile)
         self.snapshot, self.codec, self.profile = snapshot, codec, profile
