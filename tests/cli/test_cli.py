@@ -161,6 +161,7 @@ def test_the_paper(capsys):
         (["encode"], 2, "encode needs SNAPSHOT (kvzip encode --help)"),
         (["eval", "ratios", "--model"], 2, "eval ratios needs a value after --model (kvzip eval"),
         (["info", "good.kvz", "b c"], 2, "info has no use for 'b c' (kvzip info --help)"),
+        (["info", "good.kvz", "--q", "1"], 2, "Unknown option: --q. (kvzip info --help)"),
         (["encode", "doc.safetensors", "--outptu", "x"], 2, "Did you mean --output"),
         (["encode", "text.txt", "-o", "x.kvz"], 1, "not a whole safetensors"),
         (["fit", "good.kvz", "-o", "x"], 1, "is a .kvz file: kvzip decode makes a snapshot of it"),
