@@ -189,8 +189,10 @@ def _of_use(error: CycloptsError) -> str:
     said = " ".join(str(error).split())
     chain = error.command_chain or ()
     command, help_ = " ".join(chain), f"({shlex.join(['kvzip', *chain, '--help'])})"
-    if isinstance(error, (UnknownCommandError, UnknownOptionError)):
-        return said if "Did you mean" in said else f"{said} {help_}"
+    if isinstance(error, UnknownCommandError) or (
+        isinstance(error, UnknownOptionError) and "Did you mean" not in said
+    ):
+        return f"{said} {help_}"
     if isinstance(error, UnusedCliTokensError):
         return f"{command} has no use for {shlex.join(error.unused_tokens or [])} {help_}"
     argument = error.argument
