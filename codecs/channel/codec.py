@@ -145,8 +145,11 @@ class ChannelCodec(Codec):
         bits: float = _native.bits_by_channel(block, *fields(context.dtype), 8.0 * enough)
         few = sampled(block, context, _FEW) if self.keys == "before_rope" else None
         if few is not None:
-            before: float = _native.bits_by_channel(few.before, *fields(context.dtype), math.inf)
-            bits = min(bits, (1 - MORE) * before * block.size / few.before.size)
+            share = (1 - MORE) * block.size / few.before.size
+            before: float = _native.bits_by_channel(
+                few.before, *fields(context.dtype), 8.0 * enough / share
+            )
+            bits = min(bits, share * before)
         return bits / 8
 
     def decode(self, data: memoryview, out: Bits, context: Context) -> None:

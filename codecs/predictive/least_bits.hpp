@@ -49,8 +49,12 @@ class ExponentCounts {
   // Bits of all that was counted.
   double bits() const {
     double sum = 0;
-    for (std::uint32_t n : counts_)
-      if (n) sum += n * std::log2(double(counted_) / n);
+    for (std::size_t c = 0; c < counts_.size(); c += kSymbols) {
+      // n log n of all that was counted, less that of each symbol's number.
+      double own = times_log(counted_);
+      for (std::size_t s = 0; s < kSymbols; ++s) own -= times_log(counts_[c + s]);
+      sum += own;
+    }
     return sum;
   }
   // Channels that have more than one number among so many tokens.
@@ -63,6 +67,16 @@ class ExponentCounts {
 
  private:
   static constexpr std::size_t kSymbols = 32;
+
+  // n log2 n; most counts are small.
+  static double times_log(std::size_t n) {
+    static const std::vector<double> known = [] {
+      std::vector<double> of(1025);
+      for (std::size_t k = 1; k < of.size(); ++k) of[k] = double(k) * std::log2(double(k));
+      return of;
+    }();
+    return n < known.size() ? known[n] : double(n) * std::log2(double(n));
+  }
 
   const T* token(std::size_t r, std::size_t h, std::size_t t) const {
     return numbers_.data + std::ptrdiff_t(r) * numbers_.row_stride +

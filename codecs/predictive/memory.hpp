@@ -51,7 +51,8 @@ class Stack {
   void* push(std::size_t size, std::size_t all) {
     size = rounded(size);
     if (pieces_.empty() || pieces_.back().size - pieces_.back().used < size)
-      pieces_.push_back(piece(size, all));
+      // What a whole piece was too little for needs others like it.
+      pieces_.push_back(piece(size, pieces_.empty() ? all : std::max(all, kPiece)));
     Piece& last = pieces_.back();
     void* const found = last.data.get() + last.used;
     last.used += size;
