@@ -34,7 +34,7 @@ class Idle(ShimDevice):
         array = np.empty(size + 256, np.uint8)
         return Memory((array.ctypes.data + 255) & ~255, size, array)
 
-    def is_pinned(self, address: int) -> bool:
+    def is_pinned(self, address: int, size: int) -> bool:
         return True
 
     def upload(self, stream: Stream, address: int, source: int, size: int) -> None:

@@ -150,16 +150,17 @@ class DeviceDecoding:
         request: Request,
         device: Device,
         targets: Targets,
-        stream: Any,
+        streams: Sequence[Any],
         decode_on_cpu: OnCPU,
         groups: Groups,
     ):
+        """`streams`: what is in these by now comes before, as :meth:`Device.stream_of` has them."""
         self.blocks, self.request, self.device, self.targets = blocks, request, device, targets
         self._decode_on_cpu = decode_on_cpu
         self._alone = blocks.codec.independent
         self._by_device = blocks.decoded_on(device)
         self._sound = self._by_device and blocks.codec.needs_sound_bytes(device)
-        self._caller = device.stream_of(stream)
+        self._before = [device.stream_of(stream) for stream in streams]
         self._tables: dict[Key, Any] = {}
         self._scratch: dict[str, Any] = {}
         self._groups, self._kept = self._planned(groups), groups
@@ -176,9 +177,9 @@ class DeviceDecoding:
             if streams is None:
                 streams = device.cache["streams"] = [device.stream() for _ in range(3)]
             upload, *runs = streams
-            before = device.record(self._caller)
-            for stream in runs:
-                device.wait(stream, before)
+            for before in map(device.record, self._before):
+                for stream in runs:
+                    device.wait(stream, before)
             try:
                 if not self._by_device or not self._run_kernels(upload, runs, progress):
                     self._bring(upload, runs, progress)
@@ -447,7 +448,7 @@ class DeviceDecoding:
         source = self.blocks.source
         if getattr(source, "in_memory", False):
             data = np.frombuffer(source.read(offset, length), np.uint8)
-            if length and self.device.is_pinned(data.ctypes.data):
+            if length and self.device.is_pinned(data.ctypes.data, length):
                 return data, work.pinned(data.ctypes.data, length, ALIGNMENT)
         host, address = work.room(length, ALIGNMENT)
         read_into = getattr(source, "read_into", None)
@@ -556,15 +557,19 @@ def decode(
         )
     device, cuts = get_device(device), request.cuts
     pairs: Sequence[tuple[Any, Any]]
+    streams = [stream]
     with device.current():
         if out is None:
             pairs, targets = new_targets(device, blocks, request)
+            if stream is not None:
+                # It is torch's current stream that may still use their memory for others.
+                streams.append(None)
         elif pages is None:
             pairs, targets = given_targets(device, blocks.form, cuts, out)
         else:
             pairs = [(None, None)] * len(request.layers)
             targets = paged_targets(device, blocks.form, cuts, out, pages)
-        decoding = DeviceDecoding(blocks, request, device, targets, stream, decode_on_cpu, groups)
+        decoding = DeviceDecoding(blocks, request, device, targets, streams, decode_on_cpu, groups)
         decoding.run(progress)
     layers = [DeviceLayer(k, v, cuts[i]) for i, (k, v) in zip(request.layers, pairs, strict=True)]
     ids, origin = blocks.ids_up_to(cuts.values()), blocks.header.origin

@@ -2,7 +2,8 @@
 // GPU's and the shim for kernels. Like the real one, and unlike the shim alone, it does nothing
 // before it must: work waits in its stream, and when somebody waits for an event, streams go on in
 // random order until that has come to pass. So a copy or a kernel that should have waited for
-// another one shows.
+// another one shows. Memory that is given back is lost at once, whatever still uses it: the real
+// one may wait first, and need not.
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -38,10 +39,12 @@ struct Function {
 
 std::recursive_mutex mutex;
 Stream legacy;
-std::set<Stream*> streams{&legacy};
-std::map<char*, std::size_t> device_memory, host_memory;
+std::set<Stream*> streams{&legacy}, ended;
+std::map<char*, std::size_t> device_memory, host_memory, memory_elsewhere;
+std::vector<void*> given_back;  // until nothing runs that might use it
 std::mt19937 draw(std::getenv("KVZIP_FAKE_SEED") ? std::atoi(std::getenv("KVZIP_FAKE_SEED")) : 0);
-int contexts = 0;
+thread_local int contexts = 0;
+int the_context = 0;
 std::map<std::string, unsigned> most_shared;  // that each function may have
 
 Stream& of(void* handle) {
@@ -55,12 +58,20 @@ bool step() {
   for (Stream* stream : streams)
     if (!stream->empty() && (!stream->front().waits || stream->front().waits->done))
       ready.push_back(stream);
-  if (ready.empty()) return false;
+  if (ready.empty()) {
+    for (void* p : given_back) std::free(p);
+    given_back.clear();
+    return false;
+  }
   Stream& stream = *ready[draw() % ready.size()];
   const Op op = stream.front();
   stream.pop_front();
   if (op.run) op.run();
   if (op.records) op.records->done = true;
+  if (stream.empty() && ended.erase(&stream)) {
+    streams.erase(&stream);
+    delete &stream;
+  }
   return true;
 }
 void drain() {
@@ -89,12 +100,11 @@ int allocate(std::map<char*, std::size_t>& memory, void** out, std::size_t size)
   return 0;
 }
 int release(std::map<char*, std::size_t>& memory, void* p) {
-  drain();
   auto found = memory.find(static_cast<char*>(p));
   expect(found != memory.end(), "memory is freed that was not allocated");
   std::memset(p, 0xDD, found->second);
   memory.erase(found);
-  std::free(p);
+  given_back.push_back(p);
   return 0;
 }
 
@@ -107,7 +117,10 @@ int release(std::map<char*, std::size_t>& memory, void* p) {
   expect(contexts > 0, "a call outside of the device's context")
 
 API cuInit(unsigned) { return 0; }
-API cuDriverGetVersion(int* v) { return *v = 13000, 0; }
+API cuDriverGetVersion(int* v) {
+  const char* const version = std::getenv("KVZIP_FAKE_VERSION");
+  return *v = version ? std::atoi(version) : 13000, 0;
+}
 API cuDeviceGetCount(int* n) { return *n = 1, 0; }
 API cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal ? 101 : 0; }
 API cuDeviceGetAttribute(int* value, int attribute, int) {
@@ -117,16 +130,20 @@ API cuDeviceGetName(char* name, int length, int) {
   return std::strncpy(name, "a driver of the tests", length), 0;
 }
 API cuDeviceTotalMem(std::size_t* bytes, int) { return *bytes = std::size_t{3} << 29, 0; }
-API cuDevicePrimaryCtxRetain(void** context, int) { return *context = &contexts, 0; }
+API cuDevicePrimaryCtxRetain(void** context, int) { return *context = &the_context, 0; }
 API cuCtxPushCurrent(void* context) {
   LOCK;
-  expect(context == &contexts, "another context");
+  expect(context == &the_context, "another context");
   return ++contexts, 0;
 }
 API cuCtxPopCurrent(void** context) {
   LOCK;
-  *context = &contexts;
+  *context = &the_context;
   return --contexts, 0;
+}
+API cuCtxSynchronize() {
+  IN_CONTEXT;
+  return drain(), 0;
 }
 API cuMemAlloc(void** out, std::size_t size) {
   IN_CONTEXT;
@@ -146,29 +163,50 @@ API cuMemFreeHost(void* p) {
 }
 API cuPointerGetAttribute(void* value, int attribute, void* p) {
   IN_CONTEXT;
-  if (attribute != 2) return 1;
-  if (!within(host_memory, p, 1)) return 1;
-  *static_cast<unsigned*>(value) = 1;
-  return 0;
+  const bool host = within(host_memory, p, 1), elsewhere = within(memory_elsewhere, p, 1);
+  if (!host && !elsewhere && !within(device_memory, p, 1)) return 1;
+  switch (attribute) {
+    case 2: return *static_cast<unsigned*>(value) = host ? 1 : 2, 0;  // the kind of memory
+    case 8: return *static_cast<bool*>(value) = false, 0;             // managed
+    case 9: return *static_cast<int*>(value) = elsewhere, 0;          // the device's number
+    default: return 1;
+  }
+}
+// Memory of another device.
+API fake_elsewhere(void** out, std::size_t size) {
+  LOCK;
+  return allocate(memory_elsewhere, out, size);
 }
 API cuMemcpyHtoDAsync(void* to, const void* from, std::size_t size, void* stream) {
   IN_CONTEXT;
   expect(within(device_memory, to, size), "a copy to memory that is not the device's");
   expect(within(host_memory, from, size), "a copy from memory that is not pinned");
-  put(stream, [=] { std::memcpy(to, from, size); });
+  expect(size, "nothing is copied");
+  put(stream, [=] {
+    expect(within(device_memory, to, size) && within(host_memory, from, size), "memory is gone");
+    std::memcpy(to, from, size);
+  });
   return 0;
 }
 API cuMemcpyDtoHAsync(void* to, const void* from, std::size_t size, void* stream) {
   IN_CONTEXT;
   expect(within(device_memory, from, size), "a copy from memory that is not the device's");
   expect(within(host_memory, to, size), "a copy to memory that is not pinned");
-  put(stream, [=] { std::memcpy(to, from, size); });
+  expect(size, "nothing is copied");
+  put(stream, [=] {
+    expect(within(host_memory, to, size) && within(device_memory, from, size), "memory is gone");
+    std::memcpy(to, from, size);
+  });
   return 0;
 }
 API cuMemsetD8Async(void* to, unsigned char value, std::size_t size, void* stream) {
   IN_CONTEXT;
   expect(within(device_memory, to, size), "memory is cleared that is not the device's");
-  put(stream, [=] { std::memset(to, value, size); });
+  expect(size, "nothing is cleared");
+  put(stream, [=] {
+    expect(within(device_memory, to, size), "memory is gone");
+    std::memset(to, value, size);
+  });
   return 0;
 }
 API cuStreamCreate(void** stream, unsigned) {
@@ -183,7 +221,22 @@ API cuEventCreate(void** event, unsigned) {
   *event = new Event();
   return 0;
 }
-API cuEventDestroy(void*) { return 0; }  // work may still name it
+API cuStreamDestroy(void* handle) {
+  IN_CONTEXT;
+  auto* stream = static_cast<Stream*>(handle);
+  expect(streams.count(stream) && !ended.count(stream), "no such stream");
+  if (stream->empty()) {
+    streams.erase(stream);
+    delete stream;
+  } else {
+    ended.insert(stream);  // what is in it is done
+  }
+  return 0;
+}
+API cuEventDestroy(void*) {  // work may still name it
+  IN_CONTEXT;
+  return 0;
+}
 API cuEventRecord(void* handle, void* stream) {
   IN_CONTEXT;
   auto* event = static_cast<Event*>(handle);
@@ -241,6 +294,10 @@ API cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, unsigned b
     called.run(grid, block, shared, 0, at.data());
   });
   return 0;
+}
+API fake_streams() {
+  LOCK;
+  return int(streams.size() - ended.size());
 }
 // How much was put into streams and is not done.
 API fake_pending() {

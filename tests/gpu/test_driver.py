@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvzip.codecs.native.cuda import gpu
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, UnsupportedError
 
 pytestmark = pytest.mark.first
 
@@ -62,9 +62,33 @@ def test_what_the_doctor_says_of_a_gpu(driver):
     assert done.stdout.strip() == wanted, done.stderr[-3000:]
 
 
+def test_a_driver_that_is_too_old_is_no_gpu(driver):
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(driver.parent),
+        "KVZIP_FAKE_DRIVER": str(driver),
+        "KVZIP_FAKE_VERSION": "12090",
+    }
+    code = "from kvzip.codecs.native.cuda.device import get_device; get_device('cuda')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    last = done.stderr.splitlines()[-1]
+    assert "UnsupportedError" in last and "CUDA 12.9" in last and "580" in last
+
+
+def test_what_nvrtc_does_not_compile_is_told(monkeypatch, tmp_path):
+    pytest.importorskip("cuda.core", reason="cuda-core (kvzip[gpu]) is not installed")
+    with pytest.raises(UnsupportedError, match=r"copy.cuh does not compile for sm_12: "):
+        gpu.compiled_anew("native/cuda/copy.cuh", "sm_12")
+
+
 def test_kernels_that_were_damaged_on_disk_are_compiled_anew(tmp_path, monkeypatch):
+    """By us, if they are not what was written; or else if the driver does not take them."""
+    given = []
+
     class Driver:
         def cuModuleLoadData(self, code):
+            given.append(code)
             return (0, code) if code == b"whole" else (Status.CUDA_ERROR_INVALID_IMAGE, None)
 
     class Status(IntEnum):
@@ -76,9 +100,11 @@ def test_kernels_that_were_damaged_on_disk_are_compiled_anew(tmp_path, monkeypat
     [kept] = tmp_path.rglob("*.cubin")
     device = object.__new__(gpu.CudaDevice)
     device._driver, device.architecture = Driver(), "sm_90"
-    for damaged in (b"", b"who"):
+    good = kept.read_bytes()
+    for damaged in (b"", b"who", b"whole", good[:-1], good[1:], b"?" + good[1:], good + b"\0"):
         kept.write_bytes(damaged)
-        assert device._loaded("native/cuda/copy.cuh") == b"whole" == kept.read_bytes()
+        assert device._loaded("native/cuda/copy.cuh") == b"whole" and kept.read_bytes() == good
+    assert {*given} == {b"whole"}
     monkeypatch.setattr(gpu, "compiled_anew", lambda *_: (b"no kernels", ""))
     kept.unlink()
     with pytest.raises(KVZipError, match="INVALID_IMAGE"):

@@ -12,7 +12,10 @@ from kvzip import dtypes
 from kvzip.codecs.native.cuda.device import Device, Memory
 from kvzip.codecs.native.cuda.work import Target
 from kvzip.dtypes import DType
-from kvzip.errors import UnsupportedError
+from kvzip.errors import UnsupportedError, told_as
+
+_LEGACY, _DL_CUDA = 1, 2
+"""DLPack's numbers of the stream that CUDA calls its legacy default, and of CUDA's memory."""
 
 
 class View(NamedTuple):
@@ -122,8 +125,9 @@ def cut(array: Any, begin: int, end: int, batched: bool) -> Any:
 def view_of(array: Any, device: Device, form: DType) -> View:
     """An array that numbers of a format are to be written to: of its dtype, or of integers as wide.
 
-    Raises UnsupportedError if it is none, or lies elsewhere, UsageError for a tensor without plain
-    bits.
+    Where whoever made it names the stream that still writes to it, this waits for that. Raises
+    UnsupportedError if it is none, lies elsewhere or must not be written to, UsageError for a
+    tensor without plain bits.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
@@ -142,19 +146,28 @@ def view_of(array: Any, device: Device, form: DType) -> View:
             raise UnsupportedError(f"out: a {type(array).__name__} is not an array on a GPU")
         from cuda.core.utils import StridedMemoryView
 
-        strided = StridedMemoryView.from_dlpack(array, stream_ptr=-1)
+        with told_as(UnsupportedError, "out cannot be looked at by DLPack"):
+            writer = _LEGACY if int(array.__dlpack_device__()[0]) == _DL_CUDA else None
+            # -1: whoever made it need not say when it is written.
+            strided = StridedMemoryView.from_dlpack(array, -1 if writer is None else writer)
+            shape, stored = tuple(strided.shape), strided.dtype
         if not strided.is_device_accessible:
             raise UnsupportedError("out is not on a GPU")
-        shape = tuple(strided.shape)
-        stored, strides = strided.dtype, strided.strides
-        address = strided.ptr
+        address, fixed, strides = strided.ptr, strided.readonly, strided.strides
     else:
-        shape, address = tuple(interface["shape"]), interface["data"][0]
+        shape, (address, fixed) = tuple(interface["shape"]), interface["data"]
+        writer = interface.get("stream")
         stored = np.dtype(interface["typestr"])
         strides = interface.get("strides")
         strides = None if strides is None else tuple(n // stored.itemsize for n in strides)
     if strides is None:
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    if fixed:
+        raise UnsupportedError("out is an array that must not be written to")
+    if math.prod(shape) and not device.reaches(address):
+        raise UnsupportedError("out is not in the memory of the device that decodes")
+    if writer is not None:
+        device.synchronize(device.record(device.stream_of(writer)))
     # Of kind "V" are ml_dtypes' formats, of which no more is told.
     if stored.kind not in "iuV" and dtypes.get(stored.name) is not form:
         raise UnsupportedError(f"the array is {stored.name}, not {form.name}")

@@ -124,8 +124,14 @@ class Device(ABC):
         """Whether a torch tensor lies in this device's memory."""
 
     @abstractmethod
-    def is_pinned(self, address: int) -> bool:
-        """Whether memory of the host can be copied from without a stop on the way."""
+    def is_pinned(self, address: int, size: int) -> bool:
+        """Whether `size` bytes of the host, at least one, can be copied from without a stop on the
+        way."""
+
+    @abstractmethod
+    def reaches(self, address: int) -> bool:
+        """Whether kernels may write to what is at an address: to memory of another device they
+        would not get, and after that nothing would run any more, torch's kernels neither."""
 
     @abstractmethod
     def upload(self, stream: Stream, address: int, source: int, size: int) -> None:

@@ -8,7 +8,9 @@ folder, by the hash of their sources and the architecture.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import io
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,13 +32,16 @@ from kvzip.codecs.native.cuda.device import (
     keep,
     source_hash,
 )
-from kvzip.errors import KVZipError, UnsupportedError, extra_told
+from kvzip.errors import KVZipError, UnsupportedError, extra_told, first_line
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """What the kernels are compiled for in the tests; others from sm_80 on, as they are met."""
 
 _HOST_MEMORY = 1
 _STATIC_SHARED = 48 << 10
+_LEAST_DRIVER = 13000
+"""The CUDA version, as a driver tells it, from which on machine code of the NVRTC that we install
+runs."""
 
 
 def _driver() -> Any:
@@ -62,17 +67,27 @@ def _initialized() -> Any:
         raise UnsupportedError(f"there is no NVIDIA driver here: {error}") from None
     if int(status):
         raise UnsupportedError(f"there is no NVIDIA GPU here: the driver says {status.name}")
+    version = _called(driver.cuDriverGetVersion())
+    if version < _LEAST_DRIVER:
+        raise UnsupportedError(
+            f"the NVIDIA driver here is of CUDA {version // 1000}.{version % 1000 // 10}: kvzip "
+            "needs one of CUDA 13 (580 or later)"
+        )
     return driver
 
 
 def cuda_device(ordinal: int | None = None) -> CudaDevice:
     """The GPU of that number; by default the one that torch or CUDA uses now. One object each."""
     if ordinal is None:
-        torch = sys.modules.get("torch")
-        ordinal = (
-            torch.cuda.current_device() if torch is not None and torch.cuda.is_available() else 0
-        )
-    return _device(ordinal)
+        torch, ordinal = sys.modules.get("torch"), 0
+        if torch is not None and torch.cuda.is_available():
+            try:
+                ordinal = torch.cuda.current_device()
+            except RuntimeError as error:  # in a process forked from one that used it
+                raise UnsupportedError(f"torch cannot use CUDA: {first_line(error)}") from None
+    found = _device(ordinal)
+    found.check_process()
+    return found
 
 
 class About(NamedTuple):
@@ -128,10 +143,21 @@ def compiled(kernel_source: str, architecture: str, kept: bool = True) -> bytes:
     path = cache_folder() / "cubins" / name
     if kept:
         with suppress(OSError):
-            return path.read_bytes()
+            data = path.read_bytes()
+            code, digest = data[:-_DIGEST], data[-_DIGEST:]
+            if _digest(code) == digest:
+                return code
     code = compiled_anew(kernel_source, architecture)[0]
-    keep(path, code)
+    # The driver is not told how long code is: of a file that was cut short it would read on.
+    keep(path, code + _digest(code))
     return code
+
+
+_DIGEST = 32
+
+
+def _digest(code: bytes) -> bytes:
+    return hashlib.sha256(code).digest()
 
 
 def compiled_anew(kernel_source: str, architecture: str) -> tuple[bytes, str]:
@@ -150,8 +176,14 @@ def compiled_anew(kernel_source: str, architecture: str) -> tuple[bytes, str]:
         # Functions that C++ evaluates when it compiles are the device's.
         device_as_default_execution_space=True,
     )
-    program, logs = Program((SOURCES / kernel_source).read_text(), "c++", options), io.StringIO()
-    return bytes(program.compile("cubin", logs=logs).code), logs.getvalue()
+    source, logs = (SOURCES / kernel_source).read_text(), io.StringIO()
+    try:
+        code = Program(source, "c++", options).compile("cubin", logs=logs).code
+    except Exception as error:  # there is no NVRTC, or it does not know the architecture
+        raise UnsupportedError(
+            f"{kernel_source} does not compile for {architecture}: {first_line(error)}"
+        ) from error
+    return bytes(code), logs.getvalue()
 
 
 class CudaDevice(Device):
@@ -169,6 +201,7 @@ class CudaDevice(Device):
                 f"GPU {ordinal} is {self.architecture}; sm_80 or later is needed"
             )
         self._context = _called(driver.cuDevicePrimaryCtxRetain(device))
+        self._process = os.getpid()
         self._modules: dict[str, Any] = {}
         self._functions: dict[Kernel, Any] = {}
         self._shared: dict[str, int] = {}
@@ -176,12 +209,39 @@ class CudaDevice(Device):
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        with self.lock:
-            _called(self._driver.cuCtxPushCurrent(self._context))
-            try:
-                yield
-            finally:
-                self._driver.cuCtxPopCurrent()
+        self.check_process()
+        with self.lock, self._in_context():
+            yield
+
+    @contextmanager
+    def _in_context(self) -> Iterator[None]:
+        _called(self._driver.cuCtxPushCurrent(self._context))
+        try:
+            yield
+        finally:
+            self._driver.cuCtxPopCurrent()
+
+    def check_process(self) -> None:
+        """Raise UnsupportedError in a process that was forked from the one that uses the device:
+        CUDA does not work there, and the lock may be held by a thread that was not taken along."""
+        if self._process != os.getpid():
+            raise UnsupportedError(
+                f"GPU {self.ordinal} was in use when this process was forked, and CUDA does not "
+                'work in such a process: start it by "spawn"'
+            )
+
+    def give_back(self, call: str, handle: Any) -> None:
+        """Give memory, an event or a stream back to the driver, by this call of its. In any thread,
+        whoever holds the lock: Python finds what nobody holds any more where it likes, also in a
+        thread that one with the lock waits for."""
+        if self._process != os.getpid():
+            return
+        with self._in_context():
+            if call.startswith("cuMem"):
+                # What runs may still use it. "This API may perform implicit synchronization", says
+                # the driver's manual, so it may not, either.
+                self._driver.cuCtxSynchronize()
+            getattr(self._driver, call)(handle)
 
     # --- memory ----------------------------------------------------------------------------
 
@@ -200,26 +260,46 @@ class CudaDevice(Device):
     def holds(self, tensor: Any) -> bool:
         return bool(tensor.device.type == "cuda" and (tensor.device.index or 0) == self.ordinal)
 
-    def is_pinned(self, address: int) -> bool:
-        attribute = self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
-        status, kind = self._driver.cuPointerGetAttribute(attribute, address)
-        return not int(status) and int(kind) == _HOST_MEMORY
+    def is_pinned(self, address: int, size: int) -> bool:
+        # Of a buffer a beginning alone may be registered.
+        ends = address, address + size - 1
+        return all(self._attribute("MEMORY_TYPE", end) == _HOST_MEMORY for end in ends)
+
+    def reaches(self, address: int) -> bool:
+        kind = self._attribute("MEMORY_TYPE", address)
+        if kind is None or kind == _HOST_MEMORY:
+            return kind is not None
+        return bool(
+            self._attribute("DEVICE_ORDINAL", address) == self.ordinal
+            or self._attribute("IS_MANAGED", address)
+        )
+
+    def _attribute(self, name: str, address: int) -> int | None:
+        """What the driver says of an address; None if it knows nothing of it."""
+        attribute = getattr(self._driver.CUpointer_attribute, f"CU_POINTER_ATTRIBUTE_{name}")
+        status, value = self._driver.cuPointerGetAttribute(attribute, address)
+        return None if int(status) else int(value)
 
     def upload(self, stream: Stream, address: int, source: int, size: int) -> None:
-        _called(self._driver.cuMemcpyHtoDAsync(address, source, size, stream))
+        _called(self._driver.cuMemcpyHtoDAsync(address, source, size, stream.handle))
 
     def download(self, stream: Stream, target: int, address: int, size: int) -> None:
-        _called(self._driver.cuMemcpyDtoHAsync(target, address, size, stream))
+        if size:
+            _called(self._driver.cuMemcpyDtoHAsync(target, address, size, stream.handle))
 
     def clear(self, stream: Stream, address: int, size: int) -> None:
-        _called(self._driver.cuMemsetD8Async(address, 0, size, stream))
+        if size:
+            _called(self._driver.cuMemsetD8Async(address, 0, size, stream.handle))
 
     # --- order -----------------------------------------------------------------------------
 
     def stream(self) -> Stream:
-        return _called(self._driver.cuStreamCreate(1))  # CU_STREAM_NON_BLOCKING
+        handle = _called(self._driver.cuStreamCreate(1))  # CU_STREAM_NON_BLOCKING
+        return _Handle(handle, _Freed(self, "cuStreamDestroy", handle))
 
     def stream_of(self, given: Any) -> Stream:
+        if isinstance(given, _Handle):
+            return given
         if given is None:
             torch = sys.modules.get("torch")
             handle = (
@@ -233,15 +313,16 @@ class CudaDevice(Device):
             handle = given.__cuda_stream__()[1]
         else:
             handle = given
-        return self._driver.CUstream(int(handle))
+        return _Handle(self._driver.CUstream(int(handle)))
 
     def record(self, stream: Stream) -> Event:
-        event = _called(self._driver.cuEventCreate(2))  # CU_EVENT_DISABLE_TIMING
-        _called(self._driver.cuEventRecord(event, stream))
-        return _CudaEvent(self._driver, event)
+        handle = _called(self._driver.cuEventCreate(2))  # CU_EVENT_DISABLE_TIMING
+        event = _Handle(handle, _Freed(self, "cuEventDestroy", handle))
+        _called(self._driver.cuEventRecord(handle, stream.handle))
+        return event
 
     def wait(self, stream: Stream, event: Event) -> None:
-        _called(self._driver.cuStreamWaitEvent(stream, event.handle, 0))
+        _called(self._driver.cuStreamWaitEvent(stream.handle, event.handle, 0))
 
     def synchronize(self, event: Event) -> None:
         _called(self._driver.cuEventSynchronize(event.handle))
@@ -283,7 +364,7 @@ class CudaDevice(Device):
                 *(kernel.grid(count), 1, 1),
                 *(kernel.threads, 1, 1),
                 kernel.shared,
-                stream,
+                stream.handle,
                 (tuple(value for value, _ in values), kinds),
                 0,
             )
@@ -291,20 +372,21 @@ class CudaDevice(Device):
 
 
 class _Freed:
-    """Gives memory back when nobody holds it any more."""
+    """Gives something back to the driver when nobody holds it any more."""
 
-    def __init__(self, device: CudaDevice, call: str, address: int):
-        self._device, self._call, self._address = device, call, address
-
-    def __del__(self) -> None:
-        with suppress(Exception), self._device.current():  # the driver is gone already
-            getattr(self._device._driver, self._call)(self._address)
-
-
-class _CudaEvent:
-    def __init__(self, driver: Any, handle: Any):
-        self._driver, self.handle = driver, handle
+    def __init__(self, device: CudaDevice, call: str, handle: Any):
+        self._device, self._call, self._handle = device, call, handle
 
     def __del__(self) -> None:
         with suppress(Exception):  # the driver is gone already
-            self._driver.cuEventDestroy(self.handle)
+            self._device.give_back(self._call, self._handle)
+
+
+class _Handle:
+    """A stream or an event, and what gives it back if it is ours."""
+
+    def __init__(self, handle: Any, owner: _Freed | None = None):
+        self.handle, self._owner = handle, owner
+
+    def __int__(self) -> int:
+        return int(self.handle)

@@ -91,8 +91,11 @@ class ShimDevice(Device):
     def holds(self, tensor: Any) -> bool:
         return bool(tensor.device.type == "cpu")
 
-    def is_pinned(self, address: int) -> bool:
+    def is_pinned(self, address: int, size: int) -> bool:
         return False
+
+    def reaches(self, address: int) -> bool:
+        return True
 
     def upload(self, stream: Stream, address: int, source: int, size: int) -> None:
         ctypes.memmove(address, source, size)
