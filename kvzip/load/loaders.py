@@ -141,8 +141,10 @@ class Loader:
                 taken = decoded.pop(i, None)
                 if not decoded and self._ahead.get(first) is mine:
                     del self._ahead[first]
-            # None: a copy of the cache has had it.
-            return self._worker.submit(self._decode, [i]).result()[i] if taken is None else taken
+            if taken is None:  # a copy of the cache has had it
+                taken = self._worker.submit(self._decode, [i]).result()[i]
+            _used_here(taken)
+            return taken
         except Exception as error:
             if self._cancelled:
                 raise CancelledError("loading the cache was cancelled") from error
@@ -217,7 +219,10 @@ class Loader:
                 # A copy: states are updated in place, and a snapshot's are its own.
                 tensor = dtypes.as_tensor(np.array(bits), part.dtype).to(place)
             else:
-                tensor = (layer.k if name == "k" else layer.v).to(place)
+                there = layer.k if name == "k" else layer.v
+                tensor = there.to(place)
+                if tensor.is_cuda and tensor.device != there.device:  # else it is there already
+                    torch.cuda.current_stream(tensor.device).synchronize()
             if "b" not in part.axes and part.axes:
                 tensor = tensor[None]
             if "t" in part.axes and layout.counts_tokens:
@@ -233,6 +238,14 @@ class Loader:
             key = next(next_token[n] for n in KEYS if n in next_token)
             witness = (key, key if values is None else values)
         return Taken(parts, witness)
+
+
+def _used_here(taken: Taken) -> None:
+    """Have torch know that the stream of this thread uses tensors that another one made: else it
+    would give their memory away again, to what is decoded next, before that stream is done."""
+    for tensor in (*taken.parts.values(), *(taken.witness or ())):
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class Decoded:

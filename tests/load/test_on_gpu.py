@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from kvzip.codecs.native.cuda.shim_device import ShimDevice  # noqa: E402
 from kvzip.errors import UnsupportedError  # noqa: E402
 from kvzip.load import loaders  # noqa: E402
 from kvzip.load.hf import load_cache  # noqa: E402
+from kvzip.load.recovery import Taken  # noqa: E402
 
 
 @pytest.fixture
@@ -124,3 +126,35 @@ def test_a_gpu_that_cannot_decode_leaves_it_to_the_cpu(monkeypatch: Any) -> None
         loader.decoder = None
         with kvzip.open(kvzip.encode(snapshot, codec)) as reader:
             assert loader._decoder(reader) is (found if decodes else None)
+
+
+def test_torch_knows_who_uses_what_another_thread_made(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor is the allocator's again when it is dropped, for the stream of the thread that
+    decodes: so it is told of the stream of the thread that took it."""
+    case = tiny("llama", "bfloat16")
+    blob = kvzip.encode(case.snapshot, "raw", threads=1)
+    told = []
+
+    class Tensor:
+        is_cuda, device = True, torch.device("cuda:1")
+
+        def record_stream(self, stream: Any) -> None:
+            told.append((self, stream))
+
+    def current(device: Any) -> Any:
+        return device, threading.get_ident()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    with kvzip.open(blob) as reader:
+        count = len(reader.layout.layers)
+        loader = loaders.Loader(reader, [(0, 8)] * count, 8, None, 1)
+        made = [Taken({"k": Tensor(), "v": Tensor()}, (Tensor(), Tensor())) for _ in range(count)]
+        monkeypatch.setattr(loader, "_decode", lambda some: {i: made[i] for i in some})
+        for i in (0, 1, 1):  # again for a copy of the cache
+            told.clear()
+            taken = loader.load(i)
+            tensors = (*taken.parts.values(), *taken.witness)
+            assert told == [(tensor, current(tensor.device)) for tensor in tensors]
+        loader.cancel()

@@ -305,6 +305,33 @@ def test_a_device_writes_blocks_itself(
 
 
 @pytest.mark.parametrize("decode_on", ["cpu", "gpu"])
+@pytest.mark.parametrize("backend", ["CPU_ATTN", "FLASH_ATTN"])
+def test_blocks_are_written_when_what_the_engine_began_is_done(
+    engine: Any, shim: ShimDevice, monkeypatch: Any, decode_on: str, backend: str
+) -> None:
+    """On a GPU it may run still, and use them for the request that had them before."""
+    ids, windows = prompt(80), [None, 40, 40]
+    fill(engine, ids, windows=windows, backend=backend)
+    second = engine(windows=windows, backend=backend, decode_on=decode_on)
+    before = [cache.clone() for cache in second.caches.values()]
+    waited: list[bool] = []
+
+    def synchronize() -> None:
+        time.sleep(0.1)
+        now = second.caches.values()
+        waited.append(all(map(torch.equal, map(_bytes, now), map(_bytes, before))))
+
+    began = SimpleNamespace(synchronize=synchronize)
+    monkeypatch.setattr("kvzip.load.vllm.pages.reached", lambda where: began)
+    assert second.run(ids)[0].loaded == 64
+    assert waited == [True]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("decode_on", ["cpu", "gpu"])
 @pytest.mark.parametrize("late", ["open", "decode"])
 def test_what_comes_late_is_written_nowhere(
     engine: Any, tmp_path: Any, shim: ShimDevice, monkeypatch: Any, decode_on: str, late: str

@@ -72,12 +72,9 @@ class LayersOf:
             for name, part in layer.layout.parts.items()
         }
 
-    def decode_in_place(
-        self, place: Callable[[Load, int], Paged | None], stream: Any = None
-    ) -> set[int]:
+    def decode_in_place(self, place: Callable[[Load, int], Paged | None]) -> set[int]:
         """Have the device write all layers that it can where `place` says, those together whose
-        tokens lie in the same pages: which these are. What is in `stream` by then comes before.
-        Raises KVZipError."""
+        tokens lie in the same pages: which these are. Raises KVZipError."""
         together: dict[tuple[int, ...], list[tuple[int, Paged]]] = {}
         for i, layer in enumerate(self._engine.layers if self._device is not None else ()):
             found = None if layer is None else place(self._load, i)
@@ -85,7 +82,7 @@ class LayersOf:
                 together.setdefault((*self._span(i), *found.pages), []).append((i, found))
         for some in together.values():
             out = [found.out for _, found in some]
-            self._decode([i for i, _ in some], out=out, pages=some[0][1].pages, stream=stream)
+            self._decode([i for i, _ in some], out=out, pages=some[0][1].pages)
         return {i for some in together.values() for i, _ in some}
 
     def _decode(self, layers: list[int], **options: Any) -> list[Layer | DeviceLayer]:
@@ -204,18 +201,22 @@ class BackgroundLoads:
         self._lock = Lock()
         self._done: list[tuple[Load, Exception | None]] = []
 
-    def begin(self, load: Load, device: Device | None = None) -> None:
+    def begin(
+        self, load: Load, reached: torch.cuda.Event | None = None, device: Device | None = None
+    ) -> None:
         """Load a document's layers into vLLM's blocks, beside the engine's work. What vLLM has
-        begun may still read what they held: it comes before what `device` writes."""
-        stream = None if device is None else device.stream_of(None)
-        self._pool.submit(self._run, load, device, stream)
+        begun by then may still use these blocks for another request, in a stream of vLLM's own:
+        nothing is written before it is done, which `reached` tells."""
+        self._pool.submit(self._run, load, reached, device)
 
-    def _run(self, load: Load, device: Device | None, stream: Any) -> None:
+    def _run(self, load: Load, reached: torch.cuda.Event | None, device: Device | None) -> None:
         found: Exception | None = None
         try:
             document = LayersOf(load, self._engine, self._open(load), device)
             try:
-                done = document.decode_in_place(self._place, stream)
+                if reached is not None:
+                    reached.synchronize()
+                done = document.decode_in_place(self._place)
                 for i, layer in enumerate(self._engine.layers):
                     if layer is not None and i not in done:
                         self._put(load, i, document.decode(i))

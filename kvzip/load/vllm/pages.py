@@ -203,6 +203,15 @@ class StatePages:
         _settle(next(iter(self._views.values())).device)
 
 
+def reached(device: torch.device) -> torch.cuda.Event | None:
+    """When what the thread's stream was given so far is done; None on a device that does it at
+    once."""
+    if device.type != "cuda":
+        return None
+    # Who waits for it sleeps: the CPU is the engine's.
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True))
+
+
 def _settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

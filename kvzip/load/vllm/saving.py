@@ -15,7 +15,7 @@ from kvzip.codecs.native.cuda.device import Device
 from kvzip.errors import ProfileError, UnsupportedError
 from kvzip.load.vllm.engine import Engine
 from kvzip.load.vllm.metadata import Save
-from kvzip.load.vllm.pages import Pages, StatePages
+from kvzip.load.vllm.pages import Pages, StatePages, reached
 from kvzip.load.vllm.settings import Settings
 from kvzip.load.vllm.troubles import Troubles
 from kvzip.profile import Profile
@@ -167,9 +167,6 @@ class Saves:
 
 
 def _recorded(layers: Sequence[Mapping[str, torch.Tensor]]) -> torch.cuda.Event | None:
-    """When what the thread's stream was given so far is done; None where it is done at once."""
+    """When these are whole; None where they are so at once."""
     on = next((t.device for parts in layers for t in parts.values() if t.is_cuda), None)
-    if on is None:
-        return None
-    # Who waits for it sleeps: the CPU is the engine's.
-    return torch.cuda.current_stream(on).record_event(torch.cuda.Event(blocking=True))
+    return None if on is None else reached(on)

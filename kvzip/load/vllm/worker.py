@@ -45,6 +45,8 @@ class Worker:
         self._pages: list[pages.Pages | pages.StatePages | None] = []
         self._number = {layer.name: i for i, layer in enumerate(engine.layers) if layer}
         self._step: StepLoads | None = None
+        self._where = torch.device("cpu")
+        """Where vLLM has its cache."""
         self._decoder: Device | None = None
         """What decodes documents that it can; the CPU decodes others."""
         self._background = BackgroundLoads(engine, self._open, self._put_at_once, self._place)
@@ -59,7 +61,7 @@ class Worker:
     def register(self, caches: Mapping[str, torch.Tensor], context: Mapping[str, Any]) -> None:
         """Take vLLM's cache tensors, by layer; `context` holds the layers themselves."""
         self._pages = []
-        where = next(iter(caches.values())).device
+        where = self._where = next(iter(caches.values())).device
         self._decoder = self._device("decode_on", where)
         for layer in self._engine.layers:
             if layer is None:
@@ -96,7 +98,7 @@ class Worker:
             timeout = self._settings.timeout
             self._step = StepLoads(loads, self._engine, self._open, timeout, self._decoder)
         for load in background:
-            self._background.begin(load, self._decoder)
+            self._background.begin(load, pages.reached(self._where), self._decoder)
 
     def _open(self, load: Load) -> OpenDocument[Reader]:
         document = StoredDocument(self._store, load.documents[self._part])
