@@ -646,7 +646,9 @@ class Chain {
     tell(t, channel, place, row, value, base, both);
     return deviation;
   }
-  // What the channels of the group before say of two channels of this one.
+  // What the channels of the group before say of two channels of this one. Where groups begin
+  // at no multiple of four, the last word holds bytes that lanes of this one write meanwhile, too:
+  // whatever they are, their weights are 0.
   KVZIP_DEVICE void add_near(const unsigned char* row, const unsigned* weights,
                              int (&near)[2]) const {
     const unsigned* const known = reinterpret_cast<const unsigned*>(row);
