@@ -115,25 +115,24 @@ class _Cursor:
         self._left[0] -= cells
 
     def take(self, length: int) -> memoryview:
-        found = self.peek(length)
-        self.at += length
-        return found
+        at = self.skip(length)
+        if length > _AHEAD:
+            return self.source.read(at, length)
+        begin = at - self._from
+        if not 0 <= begin <= len(self._ahead) - length:
+            self._ahead = self.source.read(at, min(_AHEAD, self.source.size - at))
+            self._from, begin = at, 0
+        return self._ahead[begin : begin + length]
 
     def peek(self, length: int) -> memoryview:
         """The next bytes, which stay the next."""
-        if self.at + length > self.source.size:
-            raise _Wrong
-        if length > _AHEAD:
-            return self.source.read(self.at, length)
-        begin = self.at - self._from
-        if not 0 <= begin <= len(self._ahead) - length:
-            self._ahead = self.source.read(self.at, min(_AHEAD, self.source.size - self.at))
-            self._from, begin = self.at, 0
-        return self._ahead[begin : begin + length]
+        found = self.take(length)
+        self.at -= length
+        return found
 
     def skip(self, length: int) -> int:
         """Where it was; `length` bytes on from there it is now."""
-        if self.at + length > self.source.size:
+        if length < 0 or self.at + length > self.source.size:
             raise _Wrong
         self.at += length
         return self.at - length
