@@ -21,8 +21,7 @@ inline double code_length(const std::uint32_t* sizes, std::size_t count, double 
   typedef std::int32_t Sizes __attribute__((vector_size(4 * kProducts)));
   typedef std::int64_t Bits __attribute__((vector_size(8 * kProducts)));
   typedef double Products __attribute__((vector_size(8 * kProducts)));
-  const Products one = Products{} + 1.0;
-  Products product = one;
+  Products product = Products{} + 1.0;
   Bits exponents{};
   const auto count_exponents = [&] {
     Bits bits;
