@@ -79,6 +79,7 @@ def replacing(
     create: bool = False,
     durable: bool = False,
     scratch: Path | None = None,
+    itself: bool = False,
 ) -> Iterator[IO[bytes]]:
     """A file open for writing and reading that becomes `path` when the block ends without error.
 
@@ -89,12 +90,19 @@ def replacing(
     `private`: without, a new file gets what the umask leaves, as any program's do: results,
     pictures, reports. `mode`: the permissions, whatever there was. `create`: raise FileExistsError
     if there is a file already. `durable`: return when a power cut cannot undo it. `scratch`: a
-    folder of the same file system for what is unfinished. Raises OSError, which names the path.
+    folder of the same file system for what is unfinished. `itself`: what has the name is replaced
+    even if it is a link or a pipe; where that leads to nothing is written. Raises OSError, which
+    names the path.
     """
     name = name_of(path)
     with naming(name):
-        found = _status(name)
-        if (found is not None and not stat.S_ISREG(found.st_mode)) or stream_of(name) is not None:
+        if itself:
+            target = Path(os.path.realpath(os.path.dirname(name)), os.path.basename(name))  # noqa: PTH119, PTH120
+            found = target.lstat() if os.path.lexists(target) else None
+        else:
+            target, found = Path(os.path.realpath(name)), _status(name)
+        is_file = found is None or stat.S_ISREG(found.st_mode)
+        if not itself and (not is_file or stream_of(name) is not None):
             if found is not None and stat.S_ISDIR(found.st_mode):
                 raise error_of(errno.EISDIR, name)
             with _spooled(name) as spool:
@@ -102,7 +110,6 @@ def replacing(
             return
         if create and found is not None:
             raise error_of(errno.EEXIST, name)
-        target = Path(os.path.realpath(name))
         # What is to replace a file of few permissions has no more of them meanwhile.
         made_with = _OWNERS if private or found is not None else _ANYBODYS
         with _Unfinished(target.parent, scratch or target.parent, made_with) as unfinished:

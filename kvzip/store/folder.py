@@ -1,7 +1,8 @@
 """Objects as files in a folder: what a store on a disk is made of.
 
 Objects appear whole or not at all (:mod:`kvzip.files`), need no hard links, and nothing here has
-threads or connections that a fork would break.
+threads or connections that a fork would break. Links that somebody has put among them are read
+through, but nothing is written, listed or deleted where they lead: that may be anywhere.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def write_all(
             progress(len(chunk))
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[str], links: bool) -> bool:
     with suppress(OSError):  # a link that leads to itself, say, is neither folder nor file
-        return entry.is_dir()
+        return entry.is_dir(follow_symlinks=links)
     return False
 
 
@@ -92,6 +93,19 @@ class Folder:
         if not found.is_relative_to(self.folder) or ".." in found.parts[len(self.folder.parts) :]:
             raise StoreError(f"{path!r} leads out of {self.url}")
         return found
+
+    def _own(self, folder: Path) -> Path:
+        """A folder below, in which something is to be written, listed or deleted. Raises StoreError
+        where it, or one above it, is a link."""
+        for each in (folder, *folder.parents):
+            if each == self.folder:
+                break
+            if each.is_symlink():
+                raise StoreError(
+                    f"{each} is a link, and so no part of {self.url}: nothing is written, listed "
+                    "or deleted where it leads. Put a folder in its place"
+                )
+        return folder
 
     def _file(self, path: str) -> Path:
         """Where an object lies that is to be read. Raises FileNotFoundError when there is none, and
@@ -138,7 +152,7 @@ class Folder:
         with _as_store_errors(f"cannot write {path} in {self.url}"):
             for _ in range(100):
                 try:
-                    self._make(target.parent)
+                    self._make(self._own(target.parent))
                     self._write(target, data, create, durable)
                     return True
                 except FileExistsError:
@@ -149,7 +163,12 @@ class Folder:
 
     def _write(self, target: Path, data: bytes | IO[bytes], create: bool, durable: bool) -> None:
         with files.replacing(
-            target, mode=self._object_mode(), create=create, durable=durable, scratch=self.folder
+            target,
+            mode=self._object_mode(),
+            create=create,
+            durable=durable,
+            scratch=self.folder,
+            itself=True,
         ) as file:
             if isinstance(data, bytes):
                 file.write(data)
@@ -183,23 +202,29 @@ class Folder:
             yield from self._walk(prefix)
 
     def _walk(self, prefix: str) -> Iterator[Meta]:
-        try:
-            entries = sorted(os.scandir(self._at(prefix)), key=lambda entry: entry.name)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        for entry in entries:
-            path = f"{prefix}/{entry.name}" if prefix else entry.name
-            if _is_folder(entry):
-                yield from self._walk(path)
-            elif not files.is_hidden(entry.name) and _is_file(entry):
-                with suppress(FileNotFoundError):
-                    yield _meta(path, entry.stat())
+        self._own(self._at(prefix))
+        left = [prefix]
+        while left:
+            prefix = left.pop()
+            try:
+                within = os.scandir(self._at(prefix))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for entry in sorted(within, key=lambda entry: entry.name):
+                path = f"{prefix}/{entry.name}" if prefix else entry.name
+                if _is_folder(entry, links=False):
+                    left.append(path)
+                elif not files.is_hidden(entry.name) and _is_file(entry):
+                    with suppress(FileNotFoundError):
+                        yield _meta(path, entry.stat())
 
     def folders(self) -> list[str]:
         """First parts of all objects' paths."""
         with _as_store_errors(f"cannot list {self.url}"):
             try:
-                return sorted(entry.name for entry in os.scandir(self.folder) if _is_folder(entry))
+                # A link to one is told when it is listed, and not left out in silence.
+                entries = os.scandir(self.folder)
+                return sorted(entry.name for entry in entries if _is_folder(entry, links=True))
             except FileNotFoundError:
                 return []
 
@@ -207,6 +232,7 @@ class Folder:
         """Delete an object, if there is one, and the folder that held it alone."""
         target = self._at(path)
         with _as_store_errors(f"cannot delete {path} in {self.url}"), suppress(FileNotFoundError):
+            self._own(target.parent)
             target.unlink()
         if target.parent != self.folder:
             with suppress(OSError):

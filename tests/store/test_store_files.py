@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import stat
@@ -149,6 +150,102 @@ def test_a_folder_that_goes_away_while_it_is_written_to_is_made_anew(tmp_path, m
     assert gone
     with store.find(document().token_ids, **OF) as found:
         assert found.snapshot() == document()
+
+
+# --- links -----------------------------------------------------------------------------------
+
+
+def reachable(folder):
+    """Every folder and file of a store that has documents and what others left, by its path."""
+    store = Store(folder, block_tokens=8)
+    key = store.put(document()).key
+    store.find(document().token_ids, **OF).reader.close()
+    store.bucket.put(f"{key.partition('/')[0]}/used/{key.partition('/')[2]}", b"")
+    store.bucket.put(f"{key.partition('/')[0]}/used/gone", b"")
+    store.bucket.put(f"profiles/removing/{'0' * 64}/left", b"")
+    return key, sorted(p.relative_to(folder) for p in folder.rglob("*"))
+
+
+def test_nothing_is_written_or_deleted_where_links_lead(tmp_path):
+    """In the place of each folder and file of a store there is a link to one outside, with files of
+    the same names and others in it, all of them old."""
+    key, paths = reachable(tmp_path / "store")
+    assert len(paths) > 25
+    for at in paths:
+        for place in ("a", "outside"):
+            shutil.rmtree(tmp_path / place, ignore_errors=True)
+        shutil.copytree(tmp_path / "store", tmp_path / "a")
+        instead, outside = tmp_path / "a" / at, tmp_path / "outside"
+        outside.mkdir()
+        shutil.move(instead, outside / "moved")
+        instead.symlink_to(outside / "moved")
+        if instead.is_dir():
+            (outside / "moved" / "precious").write_text("precious")
+        for file in [p for p in outside.rglob("*") if p.is_file()]:
+            os.utime(file, (1, 1))
+        before = {p: p.read_bytes() for p in outside.rglob("*") if p.is_file()}
+        store = Store(tmp_path / "a")
+        for act in (
+            lambda: store.find(document().token_ids, **OF).reader.close(),  # noqa: B023
+            lambda: store._uses.settle(),  # noqa: B023
+            lambda: store.put(document(), replace=True),  # noqa: B023
+            lambda: store.put(document(2)),  # noqa: B023
+            lambda: store.prune(0, profiles=True),  # noqa: B023
+            lambda: store.remove(key),  # noqa: B023
+        ):
+            try:
+                act()
+            except StoreError as error:
+                assert "is a link" in str(error), at
+        store._uses.settle()
+        assert {p: p.read_bytes() for p in outside.rglob("*") if p.is_file()} == before, at
+
+
+def test_a_link_in_the_place_of_an_object_is_read_and_replaced(tmp_path):
+    """As in a folder that was downloaded from a hub."""
+    store = Store(tmp_path / "store", block_tokens=8)
+    store.put(document())
+    (tmp_path / "blobs").mkdir()
+    for number, path in enumerate(small_files(tmp_path / "store")):
+        path.rename(tmp_path / "blobs" / str(number))
+        path.symlink_to(tmp_path / "blobs" / str(number))
+    store = Store(tmp_path / "store")
+    with store.find(document().token_ids, **OF) as found:
+        assert_same(found.snapshot(), document())
+    assert not store.put(document()).new
+    mark = next((tmp_path / "store").glob("*/last/*"))
+    assert mark.is_file() and not mark.is_symlink()
+    assert len(list((tmp_path / "blobs").iterdir())) > 10
+
+
+def test_a_pipe_in_the_place_of_an_object_is_replaced(tmp_path):
+    store = Store(tmp_path, block_tokens=8)
+    store.put(document())
+    pipes = [mark for name in ("last", "chain") for mark in tmp_path.glob(f"*/{name}/*")]
+    for pipe in pipes:
+        pipe.unlink()
+        os.mkfifo(pipe)
+    began = time.monotonic()
+    store.put(document())
+    assert time.monotonic() - began < files.PIPE_SECONDS / 2  # nobody waits for who reads from it
+    assert len(pipes) > 5 and all(pipe.is_file() for pipe in pipes)
+
+
+def test_links_and_folders_within_each_other_are_listed_once(tmp_path):
+    store = Store(tmp_path, block_tokens=8)
+    folder = (tmp_path / document_path(store.put(document()).key)).parent
+    for name in ("a", "b"):
+        (folder / name).symlink_to(".")  # followed, these would be 2^40 folders
+    within = list(itertools.accumulate(["d"] * 1500, Path, initial=folder))
+    try:
+        for each in within[1:]:
+            each.mkdir()
+        began = time.monotonic()
+        assert len(store.documents()) == 1
+        assert time.monotonic() - began < 10
+    finally:
+        for each in reversed(within[1:]):  # rmtree calls itself for each
+            each.rmdir()
 
 
 # --- forks -----------------------------------------------------------------------------------
