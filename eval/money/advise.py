@@ -40,7 +40,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval.money.breakeven import Use
 from kvzip.eval.money.families import document_bytes, prefill_of
 from kvzip.eval.money.prices import Price, PriceBase, PriceBook, Shape
-from kvzip.eval.money.profiles import ProfileCost, with_profiles
+from kvzip.eval.money.profiles import ProfileCost, figures_of
 from kvzip.eval.money.ratios import ratio_basis, same_model, slowdown_of
 from kvzip.eval.money.room import Room, room
 from kvzip.eval.quantities import confidence, dollars, duration, rate, significant
@@ -157,8 +157,8 @@ def advise(
     prefill = model_of.seconds(tokens)
     on_gpu = book.decoder if book is not None and on_device else {}
     slow = {c: slowdown_of(c, shape, inputs) for c in {row.codec for row in inputs.rows}}
-    figures = _figures(inputs, dtype, tokens, codecs, threads, on_gpu, shape.gpus, slow)
-    figures = with_profiles(figures, shape, inputs)
+    known = figures_of(shape, inputs, dtype, tokens)
+    figures = _figures(known, dtype, codecs, threads, on_gpu, shape)
     month = base.storage.value if base.storage else 0.0
     prefill_usd, priced = _prefill_usd(shape, tokens, prefill, base, book)
     situation = Situation(
@@ -247,26 +247,23 @@ def _latency_basis(latency: float) -> str:
 
 
 def _figures(
-    inputs: Inputs,
+    known: Sequence[CodecFigures],
     dtype: str,
-    tokens: int,
     codecs: Sequence[str] | None,
     threads: int,
     on_gpu: Mapping[str, Price],
-    gpus: int,
-    slow: Mapping[str, float],
+    shape: Shape,
 ) -> list[CodecFigures]:
-    """What was measured of these codecs, decoding on so many threads, that much slower, or on so
-    many GPUs, those that have a rate there. Raises KVZipError when nothing was."""
-    known = inputs.figures(dtype, tokens)
+    """What is known of these codecs, decoding on so many threads, or on the model's GPUs, those
+    that have a rate there. Raises KVZipError when nothing is."""
     many = number("threads", threads, zero=False)
     figures = []
     for f in known:
-        rate = f.decode_rate * many / slow[f.name]
+        rate = f.decode_rate * many
         if f.name in on_gpu:
-            rate = on_gpu[f.name].value * 1e9 * gpus
+            rate = on_gpu[f.name].value * 1e9 * shape.gpus
         if codecs is None or f.name in codecs:
-            figures.append(CodecFigures(f.name, f.ratio, rate))
+            figures.append(msgspec.structs.replace(f, decode_rate=rate))
     if not figures:
         there = ", ".join(f.name for f in known)
         raise KVZipError(f"none of these codecs was measured on {dtype}; there are: {there}")

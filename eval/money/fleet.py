@@ -57,7 +57,8 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     regions: int = 1
     nodes_per_region: int = 1
     node_bytes: float = math.inf
-    """What one node has room for, of encoded caches."""
+    """What one node has room for, of encoded caches; 0: it keeps nothing, and every read is from
+    the store."""
     node_bandwidth: float = math.inf
     """Bits per second of a node's link to the machines that compute."""
 
@@ -78,6 +79,8 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Dollars per GB from the provider's store to its own regions."""
     storage: float = 0.0
     """Dollars per GB and month in the store."""
+    node_storage: float = 0.0
+    """The same in a node."""
 
     @property
     def reads(self) -> float:
@@ -87,12 +90,13 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """This fleet; KVZipError that names the first field that cannot be."""
         for name in ("readers", "reads_per_reader", "hours", "raw_bytes", "prefill_seconds"):
             number(name, getattr(self, name), zero=False)
-        for name in ("reads_per_write", "node_bytes", "node_bandwidth"):
+        for name in ("reads_per_write", "node_bandwidth"):
             number(name, getattr(self, name), zero=False, infinite=True)
+        number("node_bytes", self.node_bytes, infinite=True)
         for name in ("documents", "regions", "nodes_per_region"):
             if getattr(self, name) < 1:
                 raise KVZipError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("zipf", "reuse_seconds", "egress", "internal", "storage"):
+        for name in ("zipf", "reuse_seconds", "egress", "internal", "storage", "node_storage"):
             number(name, getattr(self, name))
         number("device_usd_per_hour", self.device_usd_per_hour)
         for name in ("prefill_usd", "cached_usd"):
@@ -181,6 +185,7 @@ def closed_form(fleet: Fleet, ratio: float = 1.0) -> Counts:
     """
     fleet.check()
     share, alike = popularity(fleet.documents, fleet.zipf)
+    share, alike = share[share > 0], alike[share > 0]  # a steep law's last ones round to nothing
     seconds = fleet.hours * HOUR
     reads = fleet.reads * share / fleet.regions / seconds  # of one document in one region
     changes = fleet.reads * share / fleet.reads_per_write / seconds
@@ -355,7 +360,9 @@ class Bill(msgspec.Struct, frozen=True):
     device_seconds: float
     """What prefills and going on from caches take of the device."""
     decode_seconds: float
-    """What decoding takes, as measured; charged as the device's time, which waits for it."""
+    encode_seconds: float
+    """What decoding and encoding take of one thread; charged as the device's time, which waits for
+    it."""
     store_bytes: float
     """From the store to regions: what misses."""
     node_bytes: float
@@ -369,8 +376,9 @@ def bill(fleet: Fleet, counts: Counts, way: Way, codec: CodecFigures | None = No
     """Dollars, bytes and seconds of one way.
 
     A prefill costs its price, or its seconds on the device; every other second is the device's. A
-    write is one prefill, then the store keeps the newest version of each document for all hours,
-    and the codec's profile, which each node fetches once.
+    write is one prefill and one encoding, then the store keeps the newest version of each document
+    for all hours, and the codec's profile, which each node fetches once. Nodes are paid for what
+    they have room for, or, if that is less, for every document's cache in every region.
     Raises KVZipError for a way but "prefill" without a codec ("raw" is one).
     """
     once = (
@@ -381,20 +389,28 @@ def bill(fleet: Fleet, counts: Counts, way: Way, codec: CodecFigures | None = No
     if way == "prefill":
         dollars = counts.reads * once
         seconds = counts.reads * fleet.prefill_seconds
-        return Bill("prefill", "", dollars, dollars, 0.0, 0.0, seconds, 0.0, 0.0, 0.0, 0.0, None)
+        return Bill(
+            "prefill", "", dollars, dollars, 0.0, 0.0, seconds, 0.0, 0.0, 0.0, 0.0, 0.0, None
+        )
     if codec is None:
         raise KVZipError(f"way {way!r} needs a codec; raw is one")
     encoded = fleet.raw_bytes / number(f"{codec.name}: ratio", codec.ratio, zero=False)
     rate = number(f"{codec.name}: decode rate", codec.decode_rate, zero=False, infinite=True)
+    encoder = number(f"{codec.name}: encode rate", codec.encode_rate, zero=False, infinite=True)
     decode = counts.reads * fleet.raw_bytes / rate
     reuse = counts.reads * fleet.reuse_seconds
     prefills = counts.misses if way == "nodes-only" else counts.writes
-    compute = prefills * once + device_cost(reuse + decode, fleet.device_usd_per_hour)
-    profiles = fleet.regions * fleet.nodes_per_region * codec.profile_bytes
+    encode = prefills * fleet.raw_bytes / encoder
+    compute = prefills * once + device_cost(reuse + decode + encode, fleet.device_usd_per_hour)
+    nodes = fleet.regions * fleet.nodes_per_region
+    profiles = nodes * codec.profile_bytes
     from_store = 0.0 if way == "nodes-only" else counts.misses * encoded + profiles
     network = load_cost(from_store, fleet.egress if way == "egress" else fleet.internal)
     stored = 0.0 if way == "nodes-only" else fleet.documents * encoded + codec.profile_bytes
-    storage = load_cost(stored, fleet.storage * fleet.hours / MONTH_HOURS)
+    months = fleet.hours / MONTH_HOURS
+    in_nodes = min(nodes * fleet.node_bytes, fleet.regions * fleet.documents * encoded + profiles)
+    storage = load_cost(stored, fleet.storage * months)
+    storage += load_cost(in_nodes, fleet.node_storage * months)
     asked = None
     if way != "egress" and fleet.cached_usd is not None:
         asked = counts.reads * fleet.cached_usd
@@ -407,6 +423,7 @@ def bill(fleet: Fleet, counts: Counts, way: Way, codec: CodecFigures | None = No
         storage,
         prefills * fleet.prefill_seconds + reuse,
         decode,
+        encode,
         from_store,
         counts.reads * encoded,
         counts.hit_rate,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from kvzip.choice.cost import GB, TERA, prefill_at_peak, token_cost
@@ -14,11 +16,12 @@ MODEL = "qwen3-4b"
 """Whose caches all these fleets read, an entry of the price book."""
 
 
-def presets(prices: PriceBook | None = None) -> dict[str, Fleet]:
-    """Fleets by name. Those beside the paper's are made up, to span the scales."""
+def presets(prices: PriceBook | None = None, itemsize: float = 2) -> dict[str, Fleet]:
+    """Fleets by name, of caches with `itemsize` bytes a number. Those beside the paper's are made
+    up, to span the scales."""
     book = prices or default_prices()
-    the_paper = _paper(book)
-    rented = _rented(book)
+    the_paper = _paper(book, itemsize)
+    rented = _rented(book, itemsize)
     return {
         "paper-80m": the_paper,
         "one-reader": msgspec.structs.replace(rented, readers=1.0),
@@ -56,15 +59,17 @@ def presets(prices: PriceBook | None = None) -> dict[str, Fleet]:
     }
 
 
-def _paper(book: PriceBook) -> Fleet:
-    """The paper's 80 million agents, each of which reads one document once."""
+def _paper(book: PriceBook, itemsize: float) -> Fleet:
+    """The paper's 80 million agents, each of which reads one document once. Nobody keeps it near
+    them: what is shipped is paid for with every read."""
     base = book.base("paper-m1pro")
     if base.api_input is None:
         raise KVZipError("preset.paper-m1pro has no api_input price")
     prefill = token_cost(stated.LONG, base.api_input.value)
     return Fleet(
         readers=stated.AGENTS,
-        raw_bytes=stated.BYTES_PER_TOKEN * stated.LONG,
+        node_bytes=0.0,
+        raw_bytes=stated.RAW_BYTES * itemsize / 2,
         prefill_seconds=stated.PREFILL[stated.LONG],
         reuse_seconds=stated.REUSE[stated.LONG],
         prefill_usd=prefill,
@@ -75,8 +80,9 @@ def _paper(book: PriceBook) -> Fleet:
     )
 
 
-def _rented(book: PriceBook) -> Fleet:
-    """The same fleet with documents of 8,192 tokens, bf16, that prefills on rented H100s."""
+def _rented(book: PriceBook, itemsize: float) -> Fleet:
+    """The same fleet with documents of 8,192 tokens that prefills on rented H100s, whose nodes have
+    drives and keep all."""
     h100 = book.base("h100-rented")
     shape = book.model[MODEL]
     if h100.compute is None or h100.storage is None:
@@ -84,9 +90,11 @@ def _rented(book: PriceBook) -> Fleet:
     speed = h100.compute.value * TERA * h100.compute.utilisation
     model = prefill_at_peak(shape.parameters, shape.layers, shape.width, speed)
     return msgspec.structs.replace(
-        _paper(book),
+        _paper(book, itemsize),
+        node_bytes=math.inf,
+        node_storage=book.storage["nvme"].value,
         prefill_seconds=model.seconds(8192),
-        raw_bytes=float(2 * shape.numbers_per_token * 8192),
+        raw_bytes=itemsize * shape.numbers_per_token * 8192,
         reuse_seconds=0.01,
         prefill_usd=None,
         cached_usd=None,

@@ -7,6 +7,7 @@ import msgspec
 from kvzip.choice.cost import CodecFigures
 from kvzip.codec import get_codec
 from kvzip.eval.money.prices import Shape
+from kvzip.eval.money.ratios import slowdown_of
 from kvzip.eval.quantities import dollars, duration, significant
 from kvzip.eval.results.inputs import Inputs
 
@@ -30,12 +31,22 @@ def profile_bytes(codec: str, shape: Shape, inputs: Inputs | None = None) -> flo
     return regions * region_bytes(shape.layers, shape.numbers_per_token)
 
 
-def with_profiles(figures: list[CodecFigures], shape: Shape, inputs: Inputs) -> list[CodecFigures]:
-    """Codecs' figures with what their profiles take for a model of that shape."""
-    return [
-        msgspec.structs.replace(f, profile_bytes=profile_bytes(f.name, shape, inputs))
-        for f in figures
-    ]
+def figures_of(shape: Shape, inputs: Inputs, dtype: str, tokens: float) -> list[CodecFigures]:
+    """What was measured of every codec, as it is taken to be for a model of that shape: slower in a
+    wider one (:mod:`kvzip.choice.width`), and with a profile of its size. One thread. Raises
+    KVZipError when nothing was measured of that dtype."""
+    found = []
+    for f in inputs.figures(dtype, tokens):
+        slow = slowdown_of(f.name, shape, inputs)
+        found.append(
+            msgspec.structs.replace(
+                f,
+                decode_rate=f.decode_rate / slow,
+                encode_rate=f.encode_rate / slow,
+                profile_bytes=profile_bytes(f.name, shape, inputs),
+            )
+        )
+    return found
 
 
 class ProfileCost(msgspec.Struct, frozen=True):

@@ -25,7 +25,8 @@ from kvzip.eval.money.paper import (
     threshold_value,
 )
 from kvzip.eval.money.prices import PriceBook, Shape, default_prices
-from kvzip.eval.money.ratios import ratio_basis, same_model
+from kvzip.eval.money.profiles import figures_of
+from kvzip.eval.money.ratios import ratio_basis, same_model, slowdown_of
 from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
 from kvzip.eval.results.inputs import Inputs
 
@@ -149,7 +150,8 @@ def reproduction(
         [_verdict(dtype, row) for dtype, row in found],
         f"Ratios and decode speeds: {inputs.command}; {inputs.model}, {inputs.text}, on "
         f"{inputs.machine.cpu}, {inputs.threads} thread, {inputs.date}. "
-        + _estimate(inputs, book.model["qwen3-4b"]),
+        + _estimate(inputs, book.model["qwen3-4b"])
+        + _slower(inputs, book.model["qwen3-4b"]),
         [] if exactness is None else beside(exactness),
     )
 
@@ -159,6 +161,15 @@ def _estimate(inputs: Inputs, shape: Shape) -> str:
     own = same_model(shape, inputs)
     words = ratio_basis(inputs.model, "Qwen3-4B", own)
     return f"{words[0].upper()}{words[1:]}" + ("." if own else ", which makes this an estimate.")
+
+
+def _slower(inputs: Inputs, shape: Shape) -> str:
+    """Which codecs are taken to be slower than was measured, in a sentence; "" where none is."""
+    slow = {name: slowdown_of(name, shape, inputs) for name in {r.codec for r in inputs.rows}}
+    words = [f"{name} {times:.1f} times" for name, times in sorted(slow.items()) if times != 1]
+    if not words:
+        return ""
+    return f" Taken as long to decode in a model as wide: {', '.join(words)} (a model)."
 
 
 def _document(inputs: Inputs, dtype: str, book: PriceBook) -> Measured:
@@ -171,7 +182,7 @@ def _document(inputs: Inputs, dtype: str, book: PriceBook) -> Measured:
         layers=shape.layers,
         raw_bytes=RAW_BYTES,
         prefill_seconds=PREFILL[LONG],
-        codecs=tuple(inputs.figures(dtype, LONG)),
+        codecs=tuple(figures_of(shape, inputs, dtype, LONG)),
         prefill_flops=prefill_flops(shape.parameters, LONG, shape.layers, shape.width),
         latency=REUSE[LONG],
         decoder=f"{inputs.machine.cpu}, {inputs.threads} thread, a cache of {inputs.model}",

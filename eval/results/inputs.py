@@ -32,8 +32,13 @@ class CodecRow(msgspec.Struct, frozen=True):
 
     @property
     def figures(self) -> CodecFigures:
-        rate = 1e9 * self.decode_gbps
-        return CodecFigures(self.codec, self.ratio, rate, float(self.profile_bytes or 0))
+        return CodecFigures(
+            self.codec,
+            self.ratio,
+            1e9 * self.decode_gbps,
+            float(self.profile_bytes or 0),
+            1e9 * self.encode_gbps,
+        )
 
 
 class Missing(msgspec.Struct, frozen=True):
@@ -83,7 +88,7 @@ class Inputs(Result, frozen=True, kw_only=True, tag="inputs"):
         if not self.rows:
             raise KVZipError("there is no codec in it")
         for row in self.rows:
-            for field in ("tokens", "ratio", "decode_gbps"):
+            for field in ("tokens", "ratio", "encode_gbps", "decode_gbps"):
                 above_zero(f"{row.codec}: {field}", getattr(row, field))
             if not row.exact:
                 raise KVZipError(f"{row.codec} was not exact; its figures are none")

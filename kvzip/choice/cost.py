@@ -410,6 +410,8 @@ class CodecFigures(msgspec.Struct, frozen=True):
     profile_bytes: float = 0.0
     """Of the profile that it needs: in a store once for all documents of a model, and in the memory
     of whoever decodes."""
+    encode_rate: float = math.inf
+    """Raw bytes per second; infinite where encoding is not asked about."""
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):

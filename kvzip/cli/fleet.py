@@ -261,22 +261,22 @@ def _presets(
     as_json: bool,
 ) -> None:
     """`kvzip eval fleet --preset`."""
+    from kvzip import dtypes
     from kvzip.choice.auto import MEASURED
     from kvzip.eval.money import fleet as fleets
     from kvzip.eval.money.fleet_presets import MODEL, presets
     from kvzip.eval.money.prices import load_prices, pick
-    from kvzip.eval.money.profiles import with_profiles
+    from kvzip.eval.money.profiles import figures_of
     from kvzip.eval.money.ratios import ratio_basis, same_model
     from kvzip.eval.results.inputs import Inputs
     from kvzip.eval.results.stored import load
 
     book = load_prices(*(price_file or []))
-    chosen = pick("fleet", presets(book), preset)
+    chosen = pick("fleet", presets(book, dtypes.get(dtype).itemsize), preset)
     if config is not None:
         chosen = fleets.changed(chosen, config)
     measured = load(inputs or MEASURED, Inputs)
-    figures = with_profiles(measured.figures(dtype, 1e9), book.model[MODEL], measured)
-    known = {f.name: f for f in figures}
+    known = {f.name: f for f in figures_of(book.model[MODEL], measured, dtype, 1e9)}
     found = fleets.bills(
         chosen, [pick("measured codec", known, name) for name in split_specs(codecs)]
     )
@@ -285,6 +285,7 @@ def _presets(
 
     def show() -> None:
         _show_bills(preset, chosen, found)
+        say(f"Caches of {dtype}; a node keeps what was read last.")
         say(f"All of it is a model; {basis}.")
 
     emit({"fleet": chosen, "rows": rows, "ratio_basis": basis}, as_json, show)
@@ -305,11 +306,15 @@ def _show_bills(preset: str, chosen: Fleet, found: list[Any]) -> None:
         *("dollars", "network", "hits", "GB from store", "device h"),
     )
     for c, b in found:
+        seconds = b.device_seconds + b.decode_seconds + b.encode_seconds
         table.add_row(
             *(b.way, b.codec, dollars(b.dollars), dollars(b.network_usd)),
-            *(f"{c.hit_rate:.1%}", significant(b.store_bytes / 1e9)),
-            significant((b.device_seconds + b.decode_seconds) / 3600),
+            *(f"{c.hit_rate:.1%}" if b.codec else "", significant(b.store_bytes / 1e9)),
+            significant(seconds / 3600),
         )
     show_table(table)
+    late = [b.codec for c, b in found if b.way == "provider" and c.link_use >= 1]
+    if late:
+        say(f"The nodes' links cannot keep up: {', '.join(late)} would need more of them.")
     for way, words in WAYS.items():
         say(f"{way}: {words}")

@@ -90,6 +90,15 @@ def test_fleets(capsys, tmp_path):
     assert "closed form" in words
     assert found["ratio_basis"] == "ratios measured on SmolLM2-135M, taken to hold for qwen3-4b"
     assert found["ratio_basis"] in " ".join(words.split())
+    wide = run_json(capsys, "eval", "fleet", "--preset", "team", "--dtype", "fp32")[1]
+    narrow = run_json(capsys, "eval", "fleet", "--preset", "team", "--dtype", "fp8_e4m3fn")[1]
+    assert wide["fleet"]["raw_bytes"] == 4 * narrow["fleet"]["raw_bytes"]
+    # Nodes that a profile has no room in keep nothing; links that are too slow are told.
+    config.write_text("node_bytes = 1e8\nnode_bandwidth = 1e3")
+    small = ["eval", "fleet", "--preset", "team", "--codecs", "predictive", "--config", config]
+    assert run_json(capsys, *small)[1]["rows"][1]["counts"]["hits"] == 0
+    words = " ".join(run(capsys, *small)[1].split())
+    assert "The nodes' links cannot keep up: predictive" in words
 
 
 @pytest.mark.parametrize(

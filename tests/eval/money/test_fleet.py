@@ -132,9 +132,46 @@ def test_the_papers_fleet() -> None:
     assert hosted.dollars == pytest.approx(0.03e6, rel=0.05)
     assert hosted.readers_pay_usd == pytest.approx(0.15e6, rel=0.01)
     # The paper has no nodes at the readers: every load is egress.
-    shipped = f.bill(the_paper, msgspec.structs.replace(counts, hits=0.0), "egress", RAW)
+    shipped = f.bill(the_paper, counts, "egress", RAW)
     assert shipped.network_usd / everyone.dollars == pytest.approx(2.65, abs=0.01)
     assert shipped.store_bytes == pytest.approx(80e6 * 556_498_944)
+
+
+def test_caches_of_wider_numbers_are_larger() -> None:
+    narrow, usual, wide = (presets(itemsize=size) for size in (1, 2, 4))
+    assert usual == presets()
+    for name, fleet_of_bytes in narrow.items():
+        assert usual[name].raw_bytes == 2 * fleet_of_bytes.raw_bytes
+        assert wide[name].raw_bytes == 4 * fleet_of_bytes.raw_bytes
+
+
+def test_nodes_and_encoding_are_paid_for() -> None:
+    given = fleet(readers=5000.0, documents=100, node_storage=0.73, hours=10.0)
+    counts = f.count(given, 2.0)
+    free = msgspec.structs.replace(given, node_storage=0.0)
+    for way in ("egress", "provider", "nodes-only"):
+        kept = [f.bill(g, counts, way, HALF).storage_usd for g in (given, free)]
+        # Two regions hold 100 caches of half a GB, $0.01 a GB in ten hours; their room is 240 GB.
+        assert kept[0] - kept[1] == pytest.approx(2 * 100 * 0.5 * 0.01)
+        slow = msgspec.structs.replace(HALF, encode_rate=1e8)
+        dear, quick = (f.bill(given, counts, way, codec) for codec in (slow, HALF))
+        encoded = counts.misses if way == "nodes-only" else counts.writes
+        assert dear.encode_seconds == pytest.approx(10 * encoded) and quick.encode_seconds == 0
+        assert dear.dollars - quick.dollars == pytest.approx(10 * encoded * 3.6 / 3600)
+    small = msgspec.structs.replace(given, node_bytes=10e9)
+    bill = f.bill(small, counts, "nodes-only", HALF)
+    assert bill.storage_usd == pytest.approx(4 * 10 * 0.01)
+
+
+@pytest.mark.parametrize("method", ["simulation", "closed form"])
+def test_nodes_without_room_find_nothing(method: str) -> None:
+    assert f.count(fleet(node_bytes=0.0), 2.0, method).hits == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("zipf", [20.0, 400.0, 1e6])
+def test_a_law_so_steep_that_one_document_has_all_reads(zipf: float) -> None:
+    steep, one = (f.closed_form(fleet(documents=n, zipf=zipf)) for n in (10**6, 1))
+    assert steep.hits == pytest.approx(one.hits, rel=1e-4)
 
 
 def test_bills_add_up_and_come_cheapest_first() -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from kvzip.choice.auto import MEASURED
 from kvzip.errors import KVZipError
-from kvzip.eval.money.paper import PaperRow, paper_table, ratio_needed
+from kvzip.eval.money.paper import LONG, RAW_BYTES, PaperRow, paper_table, ratio_needed
 from kvzip.eval.money.prices import default_prices
+from kvzip.eval.money.ratios import slowdown_of
 from kvzip.eval.money.reproduction import reproduction
 from kvzip.eval.results.exactness import ExactnessResult, ExactnessRow
 from kvzip.eval.results.inputs import Inputs
@@ -173,3 +174,20 @@ def test_measured_exactness_stands_beside_the_papers() -> None:
         ("16 of 32", "50 of 96"),
     ]
     assert FOUND.beside == []
+
+
+def test_a_wider_models_prediction_takes_longer() -> None:
+    """Of both answers, the paper's document and its fleet, as of `kvzip advise`."""
+    shape = default_prices().model["qwen3-4b"]
+    slow = slowdown_of("predictive", shape, INPUTS)
+    assert slow > 2
+    measured = next(f for f in INPUTS.figures("bf16", LONG) if f.name == "predictive")
+    found = next(
+        v
+        for v in FOUND.verdicts
+        if (v.preset, v.dtype, v.codec) == ("paper-m1pro", "bf16", "predictive")
+    )
+    rent = default_prices().base("paper-m1pro").device.value
+    seconds = RAW_BYTES / measured.decode_rate * slow
+    assert found.decode_usd == pytest.approx(seconds / 3600 * rent)
+    assert f"predictive {slow:.1f} times" in FOUND.basis
