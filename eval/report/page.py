@@ -35,9 +35,11 @@ from kvzip.eval.report.traffic import (
     WEIGHTS_NOT_READ,
     capacity_map,
     capacity_table,
+    core_seconds,
     ratio_source,
     tiers_in_words,
     told,
+    too_few_cores,
     trace_name,
 )
 from kvzip.eval.results.bench import BenchResult, BenchRow, SnapshotIdentity
@@ -129,6 +131,8 @@ def render(result: DemoResult, extras: Extras = Extras()) -> str:  # noqa: B008 
         strategies=STRATEGIES,
         different_stores=DIFFERENT_STORES,
         weights_not_read=WEIGHTS_NOT_READ,
+        core_seconds=core_seconds,
+        too_few_cores=too_few_cores,
         models=maps.models(),
         families=maps.family_sentence(CodecFigures(best.name, best.ratio, math.inf)),
         paper_bytes=BYTES_PER_TOKEN,

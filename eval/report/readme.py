@@ -22,7 +22,7 @@ from kvzip.eval.money.ratios import ratio_basis_of_replay
 from kvzip.eval.report.answers import by_base
 from kvzip.eval.report.page import write_report
 from kvzip.eval.report.text import bit_rate, size, usd
-from kvzip.eval.report.traffic import found_at, ratios
+from kvzip.eval.report.traffic import cores_use, found_at, ratios
 from kvzip.eval.results.demo import DemoResult
 from kvzip.eval.results.traffic import TrafficResult
 from kvzip.eval.traffic.setting import ROOM_CODECS
@@ -71,7 +71,7 @@ def figures(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> list[F
         Figure(f"{r.strategy} {r.codec}".strip(), r.usd, "$", f"{t.trace}, modelled at prices")
         for t in traffic
         for r in t.rows
-        if r.strategy == "recompute" or (r.strategy == "load" and r.codec in ROOM_CODECS)
+        if not r.codec or (r.strategy == "load" and r.codec in ROOM_CODECS)
     ]
     return [*found, Figure("ratio that opens the trap", ratio_needed(), "x", "the paper's inputs")]
 
@@ -170,19 +170,29 @@ def _room(traffic: TrafficResult) -> str:
 
 
 def _rent(traffic: TrafficResult) -> str:
-    """Whether a store in host memory saves more than it costs, with the codec of the best ratio;
-    "" where no store was replayed."""
+    """Whether a store in host memory saves more than it costs beside what the GPUs' memory finds
+    by itself, with the cheapest codec that the hosts have cores for; "" where that was not
+    replayed."""
     loads = [row for row in traffic.rows if row.strategy == "load" and row.codec in ROOM_CODECS]
-    without = next((row for row in traffic.rows if row.strategy == "recompute"), None)
+    able = [row for row in loads if cores_use(traffic, row) <= 1]
+    without = next((row for row in traffic.rows if row.strategy == "gpu"), None)
     host = next((i.value for i in traffic.inputs if i.name == "host, size"), None)
-    if not loads or without is None or host is None:
+    if not able or without is None or host is None:
         return ""
-    best = max(loads, key=lambda row: row.ratio)
+    best = min(able, key=lambda row: row.usd)
     more = "more than it saves" if best.usd > without.usd else "less than it saves"
-    return (
+    text = (
         f" At list price a store of {size(host)} of host memory costs {more} on this trace "
-        f"(model): {usd(best.usd)} with `{best.codec}` against {usd(without.usd)} without a store."
+        f"(model): {usd(best.usd)} with `{best.codec}` against {usd(without.usd)} with the GPUs' "
+        "own memory alone."
     )
+    for row in loads:
+        if row not in able:
+            text += (
+                f" `{row.codec}` would be {usd(row.usd)}, but takes {cores_use(traffic, row):.1f} "
+                "times the hosts' cores."
+            )
+    return text
 
 
 _WAYS = {

@@ -21,6 +21,32 @@ WEIGHTS_NOT_READ = (
     "longer where a prompt has few tokens left to compute, is not counted."
 )
 
+_TOO_FEW_CORES = (
+    "Core seconds that the hosts' cores do not have in the trace's time say how many times as "
+    "many: such a row is of more cores than there are, and their price is not in its dollars."
+)
+
+
+def cores_use(traffic: TrafficResult, row: FleetRow) -> float:
+    """What decoding and encoding take of the hosts' cores, as a share of the trace's time. Above 1
+    the cores are not there: encoding delays nothing in a replay, so that nothing else tells."""
+    each = next((i.value for i in traffic.inputs if i.name == "cores of a GPU's host"), None)
+    there = (each or math.inf) * traffic.gpus * traffic.seconds
+    needed = row.decode_core_seconds + row.encode_core_seconds
+    return needed / there if there > 0 else 0.0
+
+
+def core_seconds(traffic: TrafficResult, row: FleetRow) -> str:
+    """Core seconds in words; where there are not so many, how many times those that there are."""
+    words = f"{row.decode_core_seconds + row.encode_core_seconds:,.0f}"
+    use = cores_use(traffic, row)
+    return f"{words} ({use:.1f}x)" if use > 1 else words
+
+
+def too_few_cores(traffic: TrafficResult, rows: Sequence[FleetRow]) -> str:
+    """What to know of rows that take more cores than there are; "" where none does."""
+    return _TOO_FEW_CORES if any(cores_use(traffic, row) > 1 for row in rows) else ""
+
 
 def found_at(traffic: TrafficResult, blocks: float, ratio: float = 1.0) -> float:
     """The hit rate of an LRU store of so many blocks of raw size that are `ratio` times as small:
@@ -121,6 +147,10 @@ def tiers_in_words(traffic: TrafficResult) -> str:
     return "; ".join(words)
 
 
+_BARE = {"recompute": "no store", "gpu": "GPU memory alone"}
+"""Strategies without a store."""
+
+
 def markdown(traffic: Sequence[TrafficResult]) -> str:
     """A table for each trace, in Markdown: no store, and each strategy with the codecs that are
     told apart."""
@@ -141,12 +171,11 @@ def markdown(traffic: Sequence[TrafficResult]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in told(t.rows):
-            name = f"{r.strategy}, `{r.codec}`" if r.codec else "no store"
-            cores = r.decode_core_seconds + r.encode_core_seconds
+            name = f"{r.strategy}, `{r.codec}`" if r.codec else _BARE[r.strategy]
             cells = [
                 *(name, f"{r.hit_rate:.1%}", f"{r.loaded_share:.1%}"),
                 *(f"{s:.2f} s" for s in (r.ttft_mean, r.ttft_p50, r.ttft_p99)),
-                *(f"{r.gpu_seconds:,.0f}", f"{cores:,.0f}", usd(r.gpu_usd), usd(r.store_usd)),
+                *(f"{r.gpu_seconds:,.0f}", core_seconds(t, r), usd(r.gpu_usd), usd(r.store_usd)),
             ]
             lines.append(f"| {' | '.join(cells)} |")
         tables.append("\n".join(lines))

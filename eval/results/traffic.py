@@ -10,7 +10,7 @@ import msgspec
 from kvzip.errors import KVZipError
 from kvzip.eval.results.base import Result, above_zero
 
-Strategy = Literal["recompute", "load", "choose", "overlap"]
+Strategy = Literal["recompute", "gpu", "load", "choose", "overlap"]
 Basis = Literal["counted", "measured", "modelled", "price", "stated", "target", "assumed", "given"]
 """Where a number comes from. Counted: in the trace, exactly; measured: by the clock, on the machine
 that the source names; modelled: by a formula; price: of the price book; stated: by its source;
@@ -59,7 +59,7 @@ class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
 
     strategy: Strategy
     codec: str
-    """"" for "recompute", which has no store."""
+    """"" for "recompute" and "gpu", which have no store."""
     ratio: float
     decoder: str
     """Who decodes: none, host or device."""

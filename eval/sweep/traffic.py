@@ -22,7 +22,7 @@ from kvzip.eval.sweep.rows import head_of
 from kvzip.eval.traffic import trace as traces
 from kvzip.eval.traffic.capacity import stack_distances
 from kvzip.eval.traffic.fleet import CodecUse, Fleet, tier_of
-from kvzip.eval.traffic.replay import NO_CODEC, row
+from kvzip.eval.traffic.replay import NO_CODEC, WITHOUT_STORE, row
 from kvzip.eval.traffic.setting import setting
 
 _FIGURES = set(FleetRow.__struct_fields__) & set(TrafficRow.__struct_fields__)
@@ -79,7 +79,7 @@ def _fleet(point: TrafficPoint, trace: traces.Trace) -> tuple[Fleet, CodecUse]:
     codec = made.codecs[0]
     if point.ratio is not None:
         codec = CodecUse(name=point.codec, ratio=point.ratio, decoder="none")
-    if point.strategy == "recompute":
+    if point.strategy in WITHOUT_STORE:
         codec = NO_CODEC
     fleet = made.fleet
     if point.capacity_blocks is not None:

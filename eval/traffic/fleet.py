@@ -22,6 +22,7 @@ from kvzip.eval.traffic.trace import Trace
 
 STRATEGIES: dict[Strategy, str] = {
     "recompute": "no store: a GPU computes every prompt",
+    "gpu": "no store beside what the tier gpu keeps by itself, as an engine's prefix cache does",
     "load": "what is found is loaded, the rest is computed",
     "choose": "load or recompute, whichever is expected to be done first",
     "overlap": "a GPU computes from the front while the rest is loaded from the back (Cake)",

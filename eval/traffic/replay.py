@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -72,16 +73,17 @@ def replay(
 
 
 NO_CODEC = CodecUse(name="", ratio=1.0, decoder="none")
-"""What `recompute` takes."""
+"""What strategies without a store take."""
+WITHOUT_STORE: frozenset[Strategy] = frozenset({"recompute", "gpu"})
 
 
 def runs(
     codecs: Iterable[CodecUse], strategies: Iterable[Strategy]
 ) -> list[tuple[Strategy, CodecUse]]:
-    """Each strategy with each codec; `recompute` once, without any."""
+    """Each strategy with each codec; those without a store once, without any."""
     found: list[tuple[Strategy, CodecUse]] = []
     for strategy in strategies:
-        found += [(strategy, c) for c in ([NO_CODEC] if strategy == "recompute" else codecs)]
+        found += [(strategy, c) for c in ([NO_CODEC] if strategy in WITHOUT_STORE else codecs)]
     return found
 
 
@@ -99,6 +101,9 @@ def row(
     fleet.check()
     codec.check()
     stored = strategy != "recompute"
+    if strategy == "gpu":
+        own = tuple(tier for tier in fleet.tiers if tier.name == "gpu")
+        fleet = msgspec.structs.replace(fleet, tiers=own)
     room = rooms(fleet, codec, BLOCK_TOKENS) if stored else [0.0] * len(fleet.tiers)
     found = find(trace, room, fleet.policy, distances)
     outcome = simulate(trace, found, fleet, codec, strategy)

@@ -78,7 +78,7 @@ def fleet(
     gpus: Gpus = None,
     threads: Cores = 16,
     policy: Eviction = "lru",
-    strategies: str = "recompute,load,choose,overlap",
+    strategies: str = "recompute,gpu,load,choose,overlap",
     decode: Decode = "host",
     gpu: GpuFile = None,
     spread: bool = False,
@@ -99,7 +99,7 @@ def fleet(
     inputs
         Measured inputs (kvzip eval inputs -o). Default: those that come with the library.
     strategies
-        Names with commas between: recompute, load, choose, overlap.
+        Names with commas between: recompute, gpu, load, choose, overlap.
     spread
         Place requests of one time evenly until the next time.
     output
@@ -199,7 +199,13 @@ def _replay(
 def _show_traffic(found: TrafficResult) -> None:
     from kvzip.eval.money.ratios import ratio_basis_of_replay
     from kvzip.eval.quantities import dollars, duration, significant
-    from kvzip.eval.report.traffic import DIFFERENT_STORES, WEIGHTS_NOT_READ, tiers_in_words
+    from kvzip.eval.report.traffic import (
+        DIFFERENT_STORES,
+        WEIGHTS_NOT_READ,
+        core_seconds,
+        tiers_in_words,
+        too_few_cores,
+    )
     from kvzip.eval.traffic.fleet import STRATEGIES
 
     say(
@@ -236,7 +242,7 @@ def _show_traffic(found: TrafficResult) -> None:
             *(f"{r.hit_rate:.1%}", f"{r.loaded_share:.1%}"),
             *(duration(s) for s in (r.ttft_mean, r.ttft_p50, r.ttft_p99)),
             *(f"{r.gpu_seconds:,.0f}", dollars(r.gpu_usd), dollars(r.store_usd)),
-            f"{r.decode_core_seconds + r.encode_core_seconds:,.0f}",
+            core_seconds(found, r),
         )
     show_table(table)
     say(DIFFERENT_STORES)
@@ -245,6 +251,8 @@ def _show_traffic(found: TrafficResult) -> None:
         "token, of GPUs and of cores: modelled; dollars: modelled, at list prices. "
         f"{WEIGHTS_NOT_READ}"
     )
+    if short := too_few_cores(found, found.rows):
+        say(short)
     for name, words in STRATEGIES.items():
         if any(r.strategy == name for r in found.rows):
             say(f"{name}: {words}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,16 +17,18 @@ from kvzip.errors import KVZipError
 from kvzip.eval.money.arguments import shape_of
 from kvzip.eval.money.prices import default_prices
 from kvzip.eval.money.profiles import profile_bytes
+from kvzip.eval.report.traffic import core_seconds, cores_use, too_few_cores
 from kvzip.eval.results import stored
 from kvzip.eval.results.traffic import BASIS, FleetRow, TierRow, TrafficResult
 from kvzip.eval.traffic.capacity import capacities, needed_capacity
 from kvzip.eval.traffic.fleet import Tier, gpus_needed, rooms, tiers
-from kvzip.eval.traffic.replay import row
+from kvzip.eval.traffic.replay import NO_CODEC, row
 from kvzip.eval.traffic.trace import BLOCK_TOKENS, synthetic
 
 pytest.importorskip("simpy", reason="a replay needs the extra `eval`")
 
 BOOK = default_prices()
+RESULTS = Path(__file__).parents[3] / "docs/results"
 
 
 @pytest.mark.parametrize("blocks", [20, 100, 600])
@@ -36,6 +40,33 @@ def test_a_store_of_one_tier_finds_what_the_capacities_say(blocks, codec):
     for strategy in ("load", "choose", "overlap"):
         assert row(trace, fleet, codec, strategy).hit_rate == pytest.approx(wanted.hit_rate)
     assert row(trace, fleet, codec, "recompute").hit_rate == 0
+
+
+def test_gpu_memory_alone_is_a_store_of_one_tier_without_a_price():
+    trace = synthetic(300, seed=6)
+    gpu = Tier(name="gpu", bytes=60 * 512.0, encoded=False)
+    host = Tier(name="host", bytes=100 * 512.0, usd_per_gb_month=1e9)
+    both = a_fleet(tiers=(gpu, host))
+    alone = row(trace, both, NO_CODEC, "gpu")
+    assert alone == msgspec.structs.replace(
+        row(trace, a_fleet(tiers=(gpu,)), NO_CODEC, "load"), strategy="gpu"
+    )
+    assert 0 < alone.hit_rate < row(trace, both, RAW, "load").hit_rate
+    assert (alone.store_usd, [tier.tier for tier in alone.tiers]) == (0, ["gpu"])
+    bare = row(trace, a_fleet(tiers=(host,)), NO_CODEC, "gpu")
+    assert (bare.hit_rate, bare.tiers) == (0, [])
+
+
+def test_cores_that_are_not_there_are_told():
+    made = stored.load(RESULTS / "traffic-conversation.json", TrafficResult)
+    rows = {(r.strategy, r.codec): r for r in made.rows}
+    there = 16 * made.gpus * made.seconds
+    for found in rows.values():
+        needed = found.decode_core_seconds + found.encode_core_seconds
+        assert cores_use(made, found) == pytest.approx(needed / there)
+    assert core_seconds(made, rows["load", "predictive"]).endswith(" (2.8x)")
+    assert "x" not in core_seconds(made, rows["load", "channel"])
+    assert too_few_cores(made, made.rows) and not too_few_cores(made, [rows["load", "channel"]])
 
 
 def test_dollars_worked_out_by_hand():
@@ -124,7 +155,7 @@ def test_the_command(trace_file, tmp_path, capsys):
     assert code == 0 and (found["kind"], found["version"]) == ("traffic", 1)
     codecs = {"raw", "zstd", "lz4", "planes", "channel", "predictive"}
     pairs = {(r["strategy"], r["codec"]) for r in found["rows"]}
-    assert pairs == {("recompute", "")} | {
+    assert pairs == {("recompute", ""), ("gpu", "")} | {
         (s, c) for s in ("load", "choose", "overlap") for c in codecs
     }
     for r in found["rows"]:
@@ -132,6 +163,12 @@ def test_the_command(trace_file, tmp_path, capsys):
         assert r["usd"] == pytest.approx(r["gpu_usd"] + r["store_usd"])
     assert all(i["basis"] and i["source"] for i in found["inputs"])
     assert stored.load(result, TrafficResult).rows == msgspec.convert(found, TrafficResult).rows
+    words = run(capsys, *command)[1]
+    assert "cores do not have in the trace's time" not in words
+    slow = ["--threads", "1", "--codecs", "predictive", "--strategies", "load", "--gpus", "1"]
+    words = run(capsys, *command, *slow)[1]
+    assert "cores do not have in the trace's time" in " ".join(words.split())
+    assert re.search(r"\(\d+\.\dx\)", words)
     words = run(capsys, *command)[1]
     for word in ("counted", "measured", "modelled", "list prices", "overlap"):
         assert word in words
