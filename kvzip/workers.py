@@ -81,6 +81,7 @@ class Workers:
         return self._current().submit(do, *arguments)
 
     def map(self, do: Callable[..., T], *arguments: Iterable[Any]) -> Iterator[T]:
+        """Results in order; what no thread has begun with when the iterator goes is left out."""
         return self._current().map(do, *arguments)
 
     def each(self, do: Callable[[T], object], items: Iterable[T]) -> None:

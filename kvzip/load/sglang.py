@@ -18,16 +18,17 @@ imports without it. :class:`Settings` has all that can be set.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from itertools import repeat
+from itertools import repeat, takewhile
+from threading import Event
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from kvzip import metrics
 from kvzip.codec import get_codec
-from kvzip.errors import KVZipError
+from kvzip.errors import KVZipError, StoreError
 from kvzip.identity.checkpoint import changed, checkpoint_fingerprint, checkpoint_folder
 from kvzip.load import chunks
 from kvzip.load.place import Place, converted, folder_name
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
         PoolTransferResult,
     )
     from sglang.srt.mem_cache.pool_host import HostKVCache
-    from sglang.srt.server_args import ServerArgs
 else:
     try:
         from sglang.srt.mem_cache.hicache_storage import HiCacheStorage as _Base
@@ -96,8 +96,8 @@ def page_of(tensor: torch.Tensor, pool: HostKVCache | None) -> torch.Tensor:
 class Settings(Place, frozen=True, forbid_unknown_fields=True):
     """The backend's part of ``--hicache-storage-backend-extra-config``."""
 
-    timeout: float = 30.0
-    retries: int = 2
+    timeout: float = 3.0
+    retries: int = 1
     codec: str | dict[str, Any] = "channel"
     """What pages are stored with; channel in place of one that needs a profile."""
     workers: int = 4
@@ -125,9 +125,10 @@ class KvzipStorage(_Base):
         self.bucket = told.objects()
         self.model = str(storage_config.model_name or "")
         self._ranks = _ranks(storage_config)
+        self._alike = bool(storage_config.is_mla_model) and storage_config.tp_size > 1
         self._weights = _Weights(told.model, told.revision, self.model)
-        # A hybrid model's recurrent state is cut over ranks even where MLA's pages are not.
-        self._state_suffix = f".tp{storage_config.tp_rank}of{storage_config.tp_size}"
+        # A recurrent state and a draft's heads are cut over ranks even where MLA's pages are not.
+        self._rank_suffix = f".tp{storage_config.tp_rank}of{storage_config.tp_size}"
         self._pool = Workers(integer("workers", told.workers, 1, 1024), "kvzip-sglang")
         self._told: set[str] = set()
         self._failed: set[str] = set()
@@ -141,6 +142,13 @@ class KvzipStorage(_Base):
 
     def register_mem_host_pool_v2(self, host_pool: HostKVCache, host_pool_name: PoolName) -> None:
         self.registered_pools[host_pool_name] = host_pool
+        if self._cut_besides(host_pool):
+            _log.warning(
+                "no pages are loaded from %s: SGLang has the first rank alone store the pool %s, "
+                "whose heads are cut over ranks; serve without that draft model, or from one rank",
+                self.bucket.url,
+                host_pool_name,
+            )
 
     # --- one page --------------------------------------------------------------------------
 
@@ -154,16 +162,25 @@ class KvzipStorage(_Base):
     def _path(self, key: str, pool: HostKVCache | None) -> str:
         """The dtype is in the path: a page in another can be there beside it."""
         dtype = str(getattr(pool, "dtype", "") or "any").removeprefix("torch.")
+        if dtype == "uint8":  # as SGLang keeps every format of 8 bits
+            dtype = "-".join([dtype, *self._weights.formats()])
         return f"{self.scope}/{dtype}/{quote(key, safe='.')}.kvz"
 
-    def _try(self, do: Callable[[], bool], failed: bool, key: str) -> bool:
-        """What `do` gives, or `failed` after a failure, which is told once for each kind."""
+    def _try(self, do: Callable[[], bool], key: str, dead: Event | None = None) -> bool:
+        """What `do` gives, or False after a failure, which is told once for each kind. `dead`: of
+        pages that are asked for together, whether the store has failed: then nothing is done. One
+        that does not answer would else hold up SGLang for the time of each page, and SGLang gives
+        its threads 10 seconds to end."""
+        if dead is not None and dead.is_set():
+            return False
         try:
             return do()
-        except (KVZipError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # any that got out would be an error of SGLang's
+            if dead is not None and isinstance(error, StoreError):
+                dead.set()
             self._tell(type(error).__name__, error, key)
             metrics.recomputed("sglang", error)
-            return failed
+            return False
 
     def _tell(self, kind: str, why: object, key: str) -> None:
         """Warn that pages are computed, once for each kind of trouble; `key`: the first page."""
@@ -212,19 +229,23 @@ class KvzipStorage(_Base):
         self, key: str, target_location: torch.Tensor | None = None, target_sizes: object = None
     ) -> torch.Tensor | None:
         """Fill `target_location`, a flat page; it, or None for a miss."""
-        if target_location is None:
-            return None
-        pool = self.mem_pool_host
-        loaded = self._try(lambda: self._load(key, target_location, pool), False, key)
-        return target_location if loaded else None
+        return self.batch_get([key], [target_location])[0]
 
     def batch_get(
         self,
         keys: Sequence[str],
-        target_locations: Sequence[torch.Tensor] | None = None,
+        target_locations: Sequence[torch.Tensor | None] | None = None,
         target_sizes: object = None,
     ) -> list[torch.Tensor | None]:
-        return self._each(self.get, keys, target_locations or [None] * len(keys))
+        dead = Event()
+
+        def fill(key: str, page: torch.Tensor | None) -> torch.Tensor | None:
+            if page is None:
+                return None
+            there = self._try(lambda: self._load(key, page, self.mem_pool_host), key, dead)
+            return page if there else None
+
+        return self._each(fill, keys, target_locations or [None] * len(keys))
 
     def set(
         self,
@@ -234,9 +255,7 @@ class KvzipStorage(_Base):
         target_sizes: object = None,
     ) -> bool:
         page = target_location if value is None else value
-        return page is not None and self._try(
-            lambda: self._store(key, page, self.mem_pool_host), False, key
-        )
+        return page is not None and self.batch_set([key], [page])
 
     def batch_set(
         self,
@@ -245,14 +264,18 @@ class KvzipStorage(_Base):
         target_locations: Sequence[torch.Tensor] | None = None,
         target_sizes: object = None,
     ) -> bool:
-        pages = target_locations if values is None else values
-        return pages is not None and all(self._each(self.set, keys, pages))
+        pages, dead = target_locations if values is None else values, Event()
+
+        def store(key: str, page: torch.Tensor) -> bool:
+            return self._try(lambda: self._store(key, page, self.mem_pool_host), key, dead)
+
+        return pages is not None and all(self._each(store, keys, pages))
 
     def exists(self, key: str) -> bool:
         return self._has(key, self.mem_pool_host)
 
-    def _has(self, key: str, pool: HostKVCache | None) -> bool:
-        return self._try(lambda: self._there(self._path(key, pool)), False, key)
+    def _has(self, key: str, pool: HostKVCache | None, dead: Event | None = None) -> bool:
+        return self._try(lambda: self._there(self._path(key, pool)), key, dead)
 
     def _there(self, path: str) -> bool:
         """Whether a page is there that is worth loading: not empty (a power cut can leave a file
@@ -264,7 +287,14 @@ class KvzipStorage(_Base):
 
     def batch_exists(self, keys: Sequence[str], extra_info: object = None) -> int:
         """How many of the first keys are there, without a gap."""
-        return _leading(self._each(self.exists, keys))
+        return self._leading(keys, self.mem_pool_host)
+
+    def _leading(self, keys: Sequence[str], pool: HostKVCache | None) -> int:
+        """How many of the first keys a pool has pages of. Those behind the first that it has not
+        are not asked for, but for a few that threads have begun with."""
+        dead = Event()
+        there = self._pool.map(lambda key: self._has(key, pool, dead), keys)
+        return sum(1 for _ in takewhile(bool, there))
 
     # --- pages in the host's memory --------------------------------------------------------
 
@@ -282,8 +312,10 @@ class KvzipStorage(_Base):
         if pool is None or indices is None or len(indices) != len(keys) * size:
             return [False] * len(keys)
 
+        dead = Event()
+
         def page(key: str, start: int, first: int | None) -> bool:
-            return self._try(lambda: do(key, start, pool, first), False, key)
+            return self._try(lambda: do(key, start, pool, first), key, dead)
 
         begin = 0 if before is None else len(before) * size
         firsts = repeat(None) if before is None else range(begin, begin + len(indices), size)
@@ -328,7 +360,12 @@ class KvzipStorage(_Base):
         name = str(getattr(name, "value", name))
         if name == "kv":
             return key
-        return f"{key}.{name}" + (self._state_suffix if name == "mamba" else "")
+        cut = name == "mamba" or self._cut_besides(self.registered_pools.get(name))
+        return f"{key}.{name}" + (self._rank_suffix if cut else "")
+
+    def _cut_besides(self, pool: HostKVCache | None) -> bool:
+        """Whether ranks hold different heads in a pool beside pages that all ranks hold alike."""
+        return self._alike and hasattr(pool, "head_num")
 
     def _batch_v2(
         self,
@@ -377,10 +414,11 @@ class KvzipStorage(_Base):
                 continue
             pool = self.registered_pools.get(transfer.name)
             names = [self._component(key, transfer.name) for key in keys[:pages]]
-            here = self._each(lambda name, pool=pool: self._has(name, pool), names)
             if policy == "all_pages":
-                good = set(range(1, _leading(here) + 1))
+                good = set(range(1, self._leading(names, pool) + 1))
             elif policy == "trailing_pages":
+                dead = Event()
+                here = self._each(lambda n, pool=pool, dead=dead: self._has(n, pool, dead), names)
                 last = max(1, len(transfer.keys or []))
                 good = {n for n in range(1, pages + 1) if all(here[max(0, n - last) : n])}
             else:
@@ -401,11 +439,6 @@ class KvzipStorage(_Base):
 
     def close(self) -> None:
         self._pool.shutdown()
-
-
-def _leading(flags: Sequence[bool]) -> int:
-    """How many are true before the first that is not."""
-    return next((i for i, flag in enumerate(flags) if not flag), len(flags))
 
 
 class _Ropes(NamedTuple):
@@ -449,28 +482,35 @@ class _Weights:
 
     def pinned(self) -> str:
         """The checkpoint's fingerprint with the changes; "" if nothing pins them."""
-        server = _server_args()
-        told = {
-            name: getattr(server, name, None)
-            for name in ("quantization", "lora_paths", "json_model_override_args", "weight_version")
+        server = _server()
+        told: dict[str, object] = {
+            name: str(value)
+            for name, usual in _TOLD.items()
+            if (value := server[name]) and value != usual
         }
-        told = {name: str(value) for name, value in told.items() if value}
-        if told.get("weight_version") == "default":
-            del told["weight_version"]
-        if told.get("json_model_override_args") == "{}":
-            del told["json_model_override_args"]
-        loaded = str(getattr(server, "model_path", None) or "")
-        state = (loaded, *(f"{name}={value}" for name, value in sorted(told.items())))
+        loaded = str(server["model_path"] or "")
+        state = loaded, str(server["loads"]), *(f"{name}={told[name]}" for name in sorted(told))
         with self._lock:
             self._first = self._first or loaded
             if loaded != self._first:  # the server took other weights while it ran
                 told["model_path"] = loaded
             model = loaded if "model_path" in told else self._model or loaded or self._name
             if self._known is None or self._known[0] != state:
-                commit = getattr(server, "revision", None)
-                self._known = state, changed(self._fingerprint(model, commit), told)
-                self._where = model, commit, str(told.get("json_model_override_args") or "{}")
+                commit, overrides = server["revision"], server["json_model_override_args"]
+                told |= _contents(server)
+                fingerprint = self._fingerprint(model, commit)
+                if fingerprint == (self._revision or "") and server["loads"]:
+                    told["loads"] = server["loads"]  # of the same path, which may hold others now
+                self._known = state, changed(fingerprint, told)
+                self._where = model, commit, overrides or "{}"
             return self._known[1]
+
+    def formats(self) -> list[str]:
+        """What numbers of 8 bits are in the server's caches, as far as it was told and what its
+        machine makes of that."""
+        server = _server()
+        told = [folder_name(str(server[name])) for name in _FORMAT if server[name]]
+        return [*told, "fnuz"] if _fnuz() else told
 
     def ropes(self) -> _Ropes:
         """What the checkpoint's config says of RoPE, which the server may have been told to
@@ -493,14 +533,83 @@ class _Weights:
             return ""
 
 
-def _server_args() -> ServerArgs | None:
-    """What the server in this process was started with, or None."""
-    try:
-        from sglang.srt.server_args import get_global_server_args
+_TOLD: dict[str, object] = {
+    "quantization": None,
+    "modelopt_quant": None,
+    "quantize_and_serve": False,
+    "rl_quant_profile": None,
+    "quantization_param_path": None,
+    "load_format": "auto",
+    "model_loader_extra_config": "{}",
+    "json_model_override_args": "{}",
+    "lora_paths": None,
+    "weight_version": "default",
+    "speculative_draft_model_path": None,
+    "speculative_draft_model_revision": None,
+    "speculative_draft_model_quantization": None,
+}
+"""What a server can be told that makes other pages of the same checkpoint, by SGLang's names, and
+where it makes none. (A draft's layers lie in pages beside the model's.)"""
+_FORMAT = "kv_cache_dtype", "speculative_draft_kv_cache_dtype"
+_SAYS = "model_path", "revision", *_TOLD, *_FORMAT
 
-        return get_global_server_args()
-    except (ImportError, ValueError, AttributeError, RuntimeError):
-        return None
+
+def _server() -> dict[str, Any]:
+    """What the server in this process goes by now, and how often it loaded weights while it ran;
+    nothing of it is set where there is no server.
+
+    Raises KVZipError where SGLang does not say it: pages could be another model's.
+    """
+    found = dict.fromkeys(_SAYS) | _TOLD | {"loads": 0}
+    if _Base is object:
+        return found
+    try:
+        from sglang.srt.runtime_context import get_context
+
+        context = get_context()
+        if not context.is_config_namespace_published("model"):
+            return found
+        found |= {name: context.config_leaf(name) for name in _SAYS}
+        found["loads"] = sum("model_path" in fields for _, fields in context.overrides_log())
+    except (ImportError, AttributeError, ValueError) as error:
+        raise KVZipError(
+            "this release of SGLang does not say which weights its server computes with, as 0.5.23 "
+            f"does ({error}): use that one"
+        ) from error
+    return found
+
+
+def _fnuz() -> bool:
+    """Whether fp8 is of the kind without a negative zero on this machine: AMD's, of some years."""
+    with suppress(ImportError):
+        from sglang.kernels.ops.quantization.fp8_kernel import is_fp8_fnuz
+
+        return bool(is_fp8_fnuz())
+    return False
+
+
+def _contents(server: Mapping[str, Any]) -> dict[str, object]:
+    """What lies at paths that a server was told, where they can be read: the same path may have
+    others tomorrow, and the same files lie elsewhere on another host."""
+    found: dict[str, object] = {}
+    draft, commit = (server[f"speculative_draft_model_{name}"] for name in ("path", "revision"))
+    if draft and draft != server["model_path"]:
+        found["speculative_draft_model_path"] = _content(draft, commit)
+    elif draft:  # in the same checkpoint
+        found["speculative_draft_model_path"] = True
+    if server["quantization_param_path"]:
+        found["quantization_param_path"] = _content(server["quantization_param_path"])
+    if server["lora_paths"]:
+        paths = [str(getattr(one, "lora_path", None) or one) for one in server["lora_paths"]]
+        found["lora_paths"] = [_content(path) for path in paths]
+    return found
+
+
+def _content(path: str, commit: str | None = None) -> str:
+    try:
+        return checkpoint_fingerprint(path, commit)
+    except KVZipError:
+        return path
 
 
 def _ranks(config: HiCacheStorageConfig) -> list[str]:

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,8 +27,9 @@ torch = pytest.importorskip("torch")
 from servers import failing_server, silent_server  # noqa: E402
 from support import rotated  # noqa: E402
 
+import kvzip.load.sglang  # noqa: E402
 from kvzip import api  # noqa: E402
-from kvzip.errors import KVZipError, SealError  # noqa: E402
+from kvzip.errors import KVZipError, SealError, StoreError  # noqa: E402
 from kvzip.load.sglang import KvzipStorage, page_of  # noqa: E402
 
 PAGES, TOKENS, LAYERS, HEADS, DIM = 6, 16, 3, 2, 24
@@ -313,39 +315,99 @@ def test_a_page_that_failed_is_written_anew(tmp_path: Any, harm: str) -> None:
     assert reader.batch_get_v1(KEYS, INDICES) == [True] * PAGES and equal(pool, other)
 
 
-def test_other_weights_are_no_hit(tmp_path: Any, monkeypatch: Any, caplog: Any) -> None:
+@pytest.fixture
+def server(monkeypatch: Any) -> dict[str, Any]:
+    """What SGLang says of the server in this process, for a test to change."""
+    said = {**kvzip.load.sglang._server(), "model_path": "org/model"}
+    monkeypatch.setattr("kvzip.load.sglang._server", lambda: said)
+    return said
+
+
+def checkpoint(folder: Path, data: bytes = b"weights") -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(data)
+    return str(folder)
+
+
+def test_other_weights_are_no_hit(tmp_path: Any, server: Any, caplog: Any) -> None:
     """Other checkpoints, adapters, quantisations, weights that are loaded while the server runs."""
-    folders = []
-    for name, data in (("a", b"weights"), ("b", b"Weights"), ("copy", b"weights")):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(data)
-        folders.append(str(folder))
-    server = SimpleNamespace(model_path=folders[0], weight_version="default")
-    monkeypatch.setattr("kvzip.load.sglang._server_args", lambda: server)
+    own, other, copy = (
+        checkpoint(tmp_path / name, data)
+        for name, data in (("a", b"weights"), ("b", b"Weights"), ("copy", b"weights"))
+    )
     pool, store = Pool("layer_first", torch.bfloat16).fill(), tmp_path / "store"
     unpinned = {"extra": {"revision": None}}
+    usual = dict(server)
     backend = backend_of(store, pool, **unpinned)
     states: list[dict[str, Any]] = [
         {},
-        {"model_path": folders[1]},
+        {"model_path": other},
         {"quantization": "fp8"},
+        {"quantization_param_path": "scales.json"},
+        {"load_format": "dummy"},
         {"lora_paths": ["x"]},
+        {"lora_paths": [SimpleNamespace(lora_path=other)]},
+        {"speculative_draft_model_path": other},
+        {"speculative_draft_model_path": own},
         {"weight_version": "7"},
     ]
     for state in states:
-        server.__dict__.update({"model_path": folders[0], "weight_version": "default"} | state)
+        server |= usual | {"model_path": own} | state
         assert backend.batch_exists(KEYS) == 0, state
         backend.batch_set_v1(KEYS, INDICES)
         assert backend.batch_exists(KEYS) == PAGES
-        for name in ("quantization", "lora_paths"):
-            server.__dict__.pop(name, None)
-    server.__dict__.update(model_path=folders[2], weight_version="default")
+    for state in states:
+        server |= usual | {"model_path": own} | state
+        assert backend.batch_exists(KEYS) == PAGES, state
+    server |= usual | {"model_path": copy}
     assert backend_of(store, pool, **unpinned).batch_exists(KEYS) == PAGES  # a copy is the same
     assert not caplog.records
-    server.__dict__.update(model_path="org/elsewhere")
+    server |= {"model_path": "org/elsewhere"}
     backend_of(store, pool, **unpinned).exists(KEYS[0])
     assert 'set "model"' in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("revision", [None, "r1"])
+def test_weights_that_are_loaded_from_the_same_folder(
+    tmp_path: Any, server: Any, revision: str | None
+) -> None:
+    """What a folder holds counts from when the server has loaded it, and no sooner."""
+    server["model_path"] = checkpoint(tmp_path / "a")
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    backend = backend_of(tmp_path / "store", pool, extra={"revision": revision})
+    assert all(backend.batch_set_v1(KEYS, INDICES))
+    checkpoint(tmp_path / "a", b"others")
+    assert backend.batch_exists(KEYS) == PAGES
+    server["loads"] = 1
+    assert backend.batch_exists(KEYS) == 0
+
+
+def test_an_adapter_that_was_replaced_is_another(tmp_path: Any, server: Any) -> None:
+    server["model_path"] = checkpoint(tmp_path / "a")
+    server["lora_paths"] = [SimpleNamespace(lora_path=checkpoint(tmp_path / "adapter"))]
+    pool, unpinned = Pool("layer_first", torch.bfloat16).fill(), {"extra": {"revision": None}}
+    assert all(backend_of(tmp_path / "store", pool, **unpinned).batch_set_v1(KEYS, INDICES))
+    assert backend_of(tmp_path / "store", pool, **unpinned).batch_exists(KEYS) == PAGES
+    checkpoint(tmp_path / "adapter", b"others")
+    assert backend_of(tmp_path / "store", pool, **unpinned).batch_exists(KEYS) == 0
+
+
+def test_formats_of_8_bits_are_kept_apart(tmp_path: Any, server: Any, monkeypatch: Any) -> None:
+    """SGLang's pools hold fp8 of any kind as uint8."""
+    pool = Pool("layer_first", torch.uint8).fill()
+    states: list[tuple[dict[str, Any], bool]] = [
+        ({"kv_cache_dtype": "fp8_e4m3"}, False),
+        ({"kv_cache_dtype": "fp8_e5m2"}, False),
+        ({"speculative_draft_kv_cache_dtype": "fp8_e5m2"}, False),
+        ({"kv_cache_dtype": "fp8_e4m3"}, True),
+    ]
+    for said, fnuz in states:
+        monkeypatch.setattr("kvzip.load.sglang._fnuz", lambda fnuz=fnuz: fnuz)
+        server |= said
+        backend = backend_of(tmp_path, pool)
+        assert backend.batch_exists(KEYS) == 0, said
+        assert all(backend.batch_set_v1(KEYS, INDICES))
+        assert backend.batch_exists(KEYS) == PAGES
 
 
 def test_what_fails_is_a_miss_and_told_once(tmp_path: Any, caplog: Any) -> None:
@@ -633,3 +695,66 @@ def test_how_a_second_pool_limits_what_is_restored(
     assert found.extra_pool_hit_pages == hits
     told = [r.getMessage() for r in caplog.records if r.name == "kvzip.sglang"]
     assert len(told) == (policy == "of tomorrow") and all("of tomorrow" in line for line in told)
+
+
+def test_a_lookup_ends_at_the_first_page_that_is_missing(tmp_path: Any, monkeypatch: Any) -> None:
+    """A prompt has thousands of pages, and most are not there."""
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    backend, asked = backend_of(tmp_path, pool), []
+    assert all(backend.batch_set_v1(KEYS[:2], INDICES[: 2 * TOKENS]))
+    head = backend.bucket.head
+
+    def slow(path: str) -> Any:
+        asked.append(path)
+        time.sleep(0.01)
+        return head(path)
+
+    monkeypatch.setattr(backend.bucket, "head", slow)
+    assert backend.batch_exists([*KEYS[:2], *map(str, range(1000))]) == 2
+    assert len(asked) < 50
+
+
+def test_a_store_that_fails_is_asked_once_for_pages_together(
+    tmp_path: Any, monkeypatch: Any
+) -> None:
+    """SGLang gives its threads 10 seconds to end: one that does not answer may not take the time of
+    each page."""
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    backend, asked = backend_of(tmp_path, pool, extra={"workers": 1}), []
+
+    def gone(*_: object, **__: object) -> Any:
+        asked.append(1)
+        raise StoreError("no answer")
+
+    for name in ("get", "head"):
+        monkeypatch.setattr(backend.bucket, name, gone)
+    flat = [pool.get_dummy_flat_data_page() for _ in KEYS]
+    for ask in (
+        lambda: backend.batch_get_v1(KEYS, INDICES) == [False] * PAGES,
+        lambda: backend.batch_set_v1(KEYS, INDICES) == [False] * PAGES,
+        lambda: backend.batch_get(KEYS, flat) == [None] * PAGES,
+        lambda: backend.batch_set(KEYS, flat) is False,
+        lambda: backend.batch_exists(KEYS) == 0,
+    ):
+        asked.clear()
+        assert ask()
+        assert len(asked) <= 2
+
+
+def test_a_draft_of_heads_beside_latents(tmp_path: Any, caplog: Any) -> None:
+    """Ranks hold the same latents, and different heads of a draft model: none loads another's."""
+    latents, draft = Pool("page_first", torch.bfloat16, latent=True), Pool("page_first", torch.half)
+    del latents.head_num  # as SGLang's has none
+    draft.fill()
+    ranks = []
+    for rank in range(2):
+        ranks.append(backend_of(tmp_path, latents, is_mla_model=True, tp_rank=rank, tp_size=2))
+        for name, pool in (("kv", latents), ("draft", draft)):
+            ranks[-1].register_mem_host_pool_v2(pool, name)
+    transfers = [
+        SimpleNamespace(name=name, keys=KEYS, host_indices=INDICES) for name in ("kv", "draft")
+    ]
+    right = {"kv": [True] * PAGES, "draft": [True] * PAGES}
+    assert ranks[0].batch_set_v2(transfers) == right == ranks[0].batch_get_v2(transfers)
+    assert ranks[1].batch_get_v2(transfers) == right | {"draft": [False] * PAGES}
+    assert "the pool draft" in caplog.text

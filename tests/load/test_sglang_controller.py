@@ -45,7 +45,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool 
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost  # noqa: E402
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost  # noqa: E402
 from sglang.srt.mem_cache.utils import get_storage_hash_str  # noqa: E402
-from sglang.srt.runtime_context import get_parallel  # noqa: E402
+from sglang.srt.runtime_context import get_context, get_parallel  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 
 PAGE, PAGES, HEADS, DIM, LAYERS = 16, 6, 2, 24, 3
@@ -280,6 +280,50 @@ def test_another_model_or_dtype_is_no_hit(host: Any, tmp_path: Path, caplog: Any
         assert host(tmp_path, **more).fetch() == (0, [])
         assert len(host(tmp_path, **more).store(1)) == PAGES  # its own beside them
     assert same(host(tmp_path).fetch()[1], pages) and told(caplog) == []
+
+
+def test_what_the_server_was_told_counts(host: Any, tmp_path: Path, caplog: Any) -> None:
+    """Through what SGLang itself says of its arguments, and of weights that it loads later."""
+    folders = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+        folders.append(str(tmp_path / name))
+    context, store, found = get_context(), tmp_path / "store", {}
+    states: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "quantized": {"quantization": "fp8"},
+        "adapter": {"lora_paths": ["x=" + folders[1]]},
+        "dummy": {"load_format": "dummy"},
+        "draft": {"speculative_draft_model_path": folders[1]},
+    }
+    for name, state in states.items():
+        with context.override_server_args(model_path=folders[0], **state):
+            one = host(store, revision=None, model="name")
+            assert one.fetch()[0] == 0, name
+            found[name] = one.store(len(found))
+            assert same(one.fetch()[1], found[name])
+    with context.override_server_args(model_path=folders[0]):
+        one = host(store, revision=None, model="name")
+        assert same(one.fetch()[1], found["plain"])
+        for path in (folders[1], folders[0]):  # as `update_weights_from_disk` does
+            (tmp_path / "a" / "model.safetensors").write_bytes(b"c")
+            context.override("model_runner.update_model_fields", model_path=path)
+            assert one.fetch()[0] == 0
+    assert not told(caplog)
+
+
+@pytest.mark.parametrize("formats", [("fp8_e4m3", "fp8_e5m2")])
+def test_formats_of_8_bits(host: Any, tmp_path: Path, formats: tuple[str, str]) -> None:
+    """SGLang's pools hold them as bytes."""
+    dtypes = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+    for name in formats:
+        with get_context().override_server_args(model_path="org/model", kv_cache_dtype=name):
+            one = host(tmp_path, dtype=dtypes[name])
+            assert one.pool.dtype == torch.uint8
+            assert one.fetch()[0] == 0
+            pages = one.store()
+            assert same(one.fetch()[1], pages)
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["dies", "stalls"])
