@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -37,6 +38,8 @@ class S3:
     options: dict[str, str]
 
 
+_PIECE = 64 << 10
+"""Bytes that are sent at once."""
 _TRIES = 5
 _SECONDS = 60
 """How long a server is waited for."""
@@ -206,6 +209,8 @@ class Failing:
     silence."""
 
     url: str = ""
+    rate: float = math.inf
+    """Bytes a second that one answer has."""
     connections: int = 0
     """How many were made."""
     _left: dict[str, int] = field(default_factory=dict)
@@ -275,7 +280,10 @@ def failing_server(folder: Path) -> Iterator[Failing]:
             self.send_header("Last-Modified", formatdate(about.st_mtime, usegmt=True))
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(data[start:stop])
+                for at in range(start, stop, _PIECE):
+                    piece = data[at : min(at + _PIECE, stop)]
+                    self.wfile.write(piece)
+                    time.sleep(len(piece) / failing.rate)
 
         def log_message(self, *args: object) -> None:
             pass

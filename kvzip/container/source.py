@@ -77,6 +77,23 @@ class Source(Protocol):
         ...
 
 
+_PIECE, _ANNOUNCED = 1 << 20, 256 << 20
+"""Bytes of a piece of a source that is read from end to end, and of those that it is told of at
+once."""
+
+
+def in_pieces(source: Source) -> Iterator[memoryview]:
+    """All bytes of a source, one piece after the other; one that can fetch ahead does."""
+    announce = getattr(source, "announce", None)
+    for begin in range(0, source.size, _ANNOUNCED):
+        end = min(begin + _ANNOUNCED, source.size)
+        pieces = [(at, min(_PIECE, end - at)) for at in range(begin, end, _PIECE)]
+        if announce is not None:
+            announce(pieces)
+        for piece in pieces:
+            yield source.read(*piece)
+
+
 class Closable:
     """A `Source` of ours, which is closed with the reader that has it; a caller's own is not."""
 

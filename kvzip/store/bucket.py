@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
@@ -18,11 +18,12 @@ from urllib.parse import quote, urlsplit
 
 from kvzip.container import Reader, Source
 from kvzip.container.sealed import AnyKey
+from kvzip.container.source import in_pieces
 from kvzip.errors import KVZipError, NotStoredError, StoreError, UsageError, first_line
 from kvzip.options import integer, seconds
 from kvzip.profile import Profile
 from kvzip.store.answers import as_store_errors, told
-from kvzip.store.folder import Folder, Meta, write_all
+from kvzip.store.folder import SMALL, Folder, Meta, write_all
 from kvzip.store.remote import Piece, Remote
 from kvzip.store.sealed import SealedObjects
 from kvzip.store.urls import WEB, folder_of, plain_scheme, scheme_of, without_secrets
@@ -171,25 +172,27 @@ class Bucket:
         with as_store_errors(f"cannot {verb} {self.named(path)}", self._scheme):
             yield
 
-    def get(self, path: str) -> bytes | None:
-        """An object's bytes, or None when there is none."""
+    def get(self, path: str, most: int = SMALL) -> bytes | None:
+        """An object's bytes, or None when there is none; none at all of one that has more than
+        `most`."""
         import obstore
 
         try:
             with self._to("read", path):
-                return bytes(obstore.get(self.client, path).bytes())
+                data = _body(obstore.get(self.client, path), most)
+                return b"" if len(data) > most else bytes(data)
         except FileNotFoundError:
             return None
 
     def copy(self, path: str, sink: IO[bytes], progress: Callable[[int], None] | None) -> None:
-        """Write an object's bytes to a file. Raises FileNotFoundError when there is none."""
-        write_all(self._chunks(path), sink, progress)
-
-    def _chunks(self, path: str) -> Iterator[bytes]:
-        import obstore
-
-        with self._to("read", path):
-            yield from obstore.get(self.client, path).stream(min_chunk_size=1 << 20)
+        """Write an object's bytes to a file, in requests that each have the time-out. Raises
+        FileNotFoundError when there is none."""
+        found = self.head(path)
+        if found is None:
+            raise FileNotFoundError(path)
+        if found.size:  # of nothing no part can be asked for
+            with closing(Remote(self, path)) as source:
+                write_all(in_pieces(source), sink, progress)
 
     def read_range(self, path: str, offset: int, length: int, version: str | None) -> Piece:
         """Up to `length` bytes of an object from `offset` on. Raises FileNotFoundError when there
@@ -212,7 +215,12 @@ class Bucket:
                     f"asked for ({first_line(error)}): download the file, and open that"
                 ) from None
             wait = time.perf_counter() - began
-            return Piece(_meta(found.meta), memoryview(found.bytes()).cast("B"), wait)
+            data = _body(found, length)
+            if len(data) > length:
+                raise StoreError(
+                    f"the server gives more of {self.named(path)} than it is asked for"
+                )
+            return Piece(_meta(found.meta), data, wait)
 
     def head(self, path: str) -> Meta | None:
         """What is known of an object, or None when there is none."""
@@ -334,6 +342,14 @@ def _plain_bucket(
     if mode is not None:
         raise UsageError(f"mode is for folders, and {without_secrets(name)} is none")
     return Bucket(name, timeout=timeout, retries=retries, options=options)
+
+
+def _body(found: Any, most: int) -> memoryview:
+    """The bytes of a client's `found`; of an answer that has more than `most`, somewhat more than
+    these: it may have no end."""
+    for piece in found.stream(min_chunk_size=most + 1):
+        return memoryview(piece).cast("B")
+    return memoryview(b"")
 
 
 def _meta(found: Mapping[str, Any]) -> Meta:

@@ -24,6 +24,9 @@ from kvzip.errors import StoreError, UsageError
 from kvzip.options import integer
 from kvzip.profile import Profile
 
+SMALL = 1 << 20
+"""Bytes of an object that is read as a whole, unless who reads it knows that it may have more."""
+
 
 class Meta(NamedTuple):
     """What is known of an object without reading it."""
@@ -49,7 +52,7 @@ def _as_store_errors(what: str) -> Iterator[None]:
 
 
 def write_all(
-    chunks: Iterable[bytes], sink: IO[bytes], progress: Callable[[int], None] | None
+    chunks: Iterable[bytes | memoryview], sink: IO[bytes], progress: Callable[[int], None] | None
 ) -> None:
     """Write the chunks to a file; `progress` is called with the bytes of each."""
     for chunk in chunks:
@@ -115,13 +118,16 @@ class Folder:
             raise StoreError(f"cannot read {path} in {self.url}: it is no file")
         return found
 
-    def get(self, path: str) -> bytes | None:
-        """An object's bytes, or None when there is none."""
+    def get(self, path: str, most: int = SMALL) -> bytes | None:
+        """An object's bytes, or None when there is none; none at all of one that has more than
+        `most`."""
         with _as_store_errors(f"cannot read {path} in {self.url}"):
             try:
-                return self._file(path).read_bytes()
+                with self._file(path).open("rb") as file:
+                    data = file.read(most + 1)
             except FileNotFoundError:
                 return None
+        return b"" if len(data) > most else data
 
     def copy(self, path: str, sink: IO[bytes], progress: Callable[[int], None] | None) -> None:
         """Write an object's bytes to a file. Raises FileNotFoundError when there is none."""

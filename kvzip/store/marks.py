@@ -19,6 +19,8 @@ from kvzip.workers import Workers
 _HASH = re.compile(rb"[0-9a-f]{64}")
 _END = b"end"
 """The last line of a chain, by which it is whole."""
+_LONGEST = 64 << 20
+"""Bytes of a chain that are read: of a million blocks. What is longer is lost."""
 
 
 def chain_file(chain: Sequence[str]) -> bytes:
@@ -34,7 +36,7 @@ def name_in(mark: bytes | None) -> str:
 
 def chain_of(objects: Objects, space: str, name: str) -> list[str]:
     """A document's hash chain; if that is lost, the marks that there are of it, in any order."""
-    *hashes, last = (objects.get(f"{space}/chain/{name}") or b"").split(b"\n")
+    *hashes, last = (objects.get(f"{space}/chain/{name}", _LONGEST) or b"").split(b"\n")
     if last == _END and all(map(_HASH.fullmatch, hashes)):
         return [h.decode() for h in hashes]
     found = []

@@ -27,12 +27,13 @@ from kvzip.container.sealed import (
     cryptography_told,
     derived,
     seal,
+    sealed_size,
 )
-from kvzip.container.source import Memory
+from kvzip.container.source import Memory, in_pieces
 from kvzip.errors import CorruptError, FormatError, SealError
 from kvzip.files import scratch_file
 from kvzip.profile import Profile
-from kvzip.store.folder import Meta, write_all
+from kvzip.store.folder import SMALL, Meta, write_all
 
 if TYPE_CHECKING:
     from kvzip.store.bucket import Bucket
@@ -51,10 +52,11 @@ class SealedObjects:
         self.writable, self.listable = inner.writable, inner.listable
         self._names = _Names(self._key)
 
-    def get(self, path: str) -> bytes | None:
-        """An object's bytes, or None when there is none; none at all of one that is damaged, as a
-        power cut may leave it. Raises SealError for the settings of a store of another key."""
-        data = self._inner.get(self._names.hidden(path))
+    def get(self, path: str, most: int = SMALL) -> bytes | None:
+        """An object's bytes, or None when there is none; none at all of one that has more than
+        `most`, or is damaged, as a power cut may leave it. Raises SealError for the settings of a
+        store of another key."""
+        data = self._inner.get(self._names.hidden(path), sealed_size(most))
         if not data:
             return data
         try:
@@ -97,9 +99,7 @@ class SealedObjects:
         CorruptError."""
         source = self._source(path)
         try:
-            pieces = range(0, source.size, _PIECE)
-            data = (bytes(source.read(at, min(_PIECE, source.size - at))) for at in pieces)
-            write_all(data, sink, progress)
+            write_all(in_pieces(source), sink, progress)
         finally:
             source.close()
 

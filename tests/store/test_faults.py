@@ -9,15 +9,24 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import faults
+import numpy as np
 import pytest
+import servers
+from support import wait_for
 
-from kvzip.errors import CorruptError
+import kvzip
+from kvzip.errors import CorruptError, StoreError
 from kvzip.store import Store, evicting, profiles
+from kvzip.store.bucket import Bucket
 from kvzip.store.keys import document_path
+from kvzip.store.urls import without_secrets
 
 OF = {"revision": "r", "dtype": "bf16"}
 
@@ -118,6 +127,78 @@ def test_what_a_server_does_not_list_is_not_cleared_away(tmp_path, ahead, monkey
     assert store.documents() == [] and store.prune() == []
     monkeypatch.undo()
     assert faults.looked_for(store, 0, 0) == faults.TOKENS
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Gives a gigabyte for whatever it is asked for, and says of parts that they are as asked."""
+
+    protocol_version = "HTTP/1.1"
+    sent = 0
+
+    def do_GET(self):
+        asked = self.headers.get("Range", "").removeprefix("bytes=")
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(1 << 30))
+        if asked:
+            self.send_header("Content-Range", f"bytes {asked}/{1 << 40}")
+        self.send_header("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
+        self.end_headers()
+        for _ in range(1 << 10):
+            type(self).sent += self.wfile.write(bytes(1 << 20))
+
+    def handle(self):
+        with suppress(OSError):
+            super().handle()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_no_more_is_taken_than_was_asked_for():
+    """What a server gives beyond that stays on the way."""
+    with servers.serving(Endless) as url:
+        bucket = Bucket(f"{url}/store", timeout=60, retries=0)
+        assert bucket.get("store.json") == b""
+        with pytest.raises(StoreError, match=r"more of x\.kvz in .* than it is asked for"):
+            kvzip.open(f"{url}/store/x.kvz")
+        with pytest.raises(StoreError, match="than it is asked for"):
+            bucket.read_range("x", 0, 1 << 20, None)
+        assert wait_for(lambda: Endless.sent) and Endless.sent < 100 << 20
+
+
+def test_a_small_object_that_is_not_small_is_none(tmp_path):
+    """A file of zeros that take no room."""
+    store = Store(tmp_path, block_tokens=faults.BLOCK)
+    put(store)
+    for path in [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".kvz"]:
+        with path.open("r+b") as file:
+            file.truncate(1 << 43)
+        assert store.bucket.get(str(path.relative_to(tmp_path))) == b""
+    put(Store(tmp_path, block_tokens=faults.BLOCK))
+    assert faults.looked_for(Store(tmp_path), 0, 0) == faults.TOKENS
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_an_object_may_take_longer_than_one_request(tmp_path, sealed):
+    """Where an answer has 2 MB a second, all of a document would take longer than the time-out, and
+    its pieces do not."""
+    key = {"key": b"k" * 32} if sealed else {}
+    bits = np.random.default_rng(0).integers(0, 1 << 16, (2, 1, 2048, 1024), np.uint16)
+    made = kvzip.Snapshot.from_arrays([tuple(bits)], "bf16", [0] * 2048, kvzip.Origin("m"))
+    entry = Store(tmp_path, **key).put(made, codec="raw", threads=1)
+    assert entry.encoded_bytes > 8 << 20
+    with servers.failing_server(tmp_path) as server:
+        server.rate = 2 << 20
+        store = Store(server.url, timeout=2.5, retries=0, **key)
+        assert store.fetch(entry.key, tmp_path / "got.kvz") == entry.encoded_bytes
+    assert kvzip.decode(tmp_path / "got.kvz") == made
+
+
+def test_a_long_answer_is_told_in_no_time():
+    began = time.monotonic()
+    assert without_secrets("a" * 1_000_000) == "a" * 1_000_000
+    assert without_secrets("+a" * 9 + "://user:word@x/y?sig=1 b") == "+a" * 9 + "://x/y?... b"
+    assert time.monotonic() - began < 10
 
 
 FULL = """
