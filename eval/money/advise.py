@@ -33,13 +33,19 @@ from kvzip.choice.cost import (
     options,
     pipeline_fill,
     split_seconds,
-    storage_share,
     token_cost,
 )
 from kvzip.errors import KVZipError
-from kvzip.eval.money.breakeven import Use
-from kvzip.eval.money.families import document_bytes, prefill_of
-from kvzip.eval.money.prices import Price, PriceBase, PriceBook, Shape
+from kvzip.eval.money.breakeven import Use, own_cache_usd, storage_of
+from kvzip.eval.money.families import document_bytes, prefill_of, scaled
+from kvzip.eval.money.prices import (
+    PrefillTimes,
+    Price,
+    PriceBase,
+    PriceBook,
+    Shape,
+    default_prices,
+)
 from kvzip.eval.money.profiles import ProfileCost, figures_of
 from kvzip.eval.money.ratios import ratio_basis, same_model, slowdown_of
 from kvzip.eval.money.room import Room, room
@@ -96,6 +102,8 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     price_base: str
     seconds: Choice
     dollars: Choice
+    own_cache_usd: float | None
+    """A read from the provider's own cache in place of the prefill; None without its price."""
     split: Split
     """Computing the first layers while loading the others with the fastest codec."""
     room: Room
@@ -159,7 +167,6 @@ def advise(
     slow = {c: slowdown_of(c, shape, inputs) for c in {row.codec for row in inputs.rows}}
     known = figures_of(shape, inputs, dtype, tokens)
     figures = _figures(known, dtype, codecs, threads, on_gpu, shape)
-    month = base.storage.value if base.storage else 0.0
     prefill_usd, priced = _prefill_usd(shape, tokens, prefill, base, book)
     situation = Situation(
         raw_bytes=raw_bytes,
@@ -169,7 +176,7 @@ def advise(
         prefill_seconds=prefill,
         prefill_usd=prefill_usd,
         egress=base.egress.value,
-        storage=storage_share(month, use.hours, use.reads),
+        storage=storage_of(base, use),
         device_usd_per_hour=base.device.value * shape.gpus,
     )
     found = options(situation, figures)
@@ -184,6 +191,7 @@ def advise(
         price_base=base.title,
         seconds=_choice("seconds", situation, figures, found, draws),
         dollars=_choice("dollars", situation, figures, found, draws),
+        own_cache_usd=own_cache_usd(base, prefill_usd),
         split=_split(situation, figures, found, prefill),
         room=room(store_bytes, raw_bytes, token_bytes, figures, trace),
         profiles=[
@@ -320,13 +328,25 @@ def prefill_model(
         model, words = prefill_of(shape, peak, book)
         return model, words, SPREAD["modelled"]
     if base.prefill is not None:
-        fitted = fit_prefill(base.prefill.points).model
-        words = f"prefill fitted to {base.prefill.model} on {base.prefill.device}"
-        return fitted, words, SPREAD["measured, another length"]
+        return _fitted_to(base.prefill, shape, book or default_prices())
     raise KVZipError(
         f"the prefill's time is not known: preset {base.name} has no device to model it on; name "
         "one (--device h100), or measured inputs of the model (kvzip eval inputs)"
     )
+
+
+def _fitted_to(
+    times: PrefillTimes, shape: Shape, book: PriceBook
+) -> tuple[PrefillModel, str, float]:
+    """A price base's own prefill times, for the model that they are of, or another."""
+    fitted = fit_prefill(times.points).model
+    words = f"prefill fitted to {times.model} on {times.device}"
+    known = book.model[times.shape] if times.shape else None
+    if known is None or known == shape:
+        return fitted, words, SPREAD["measured, another length" if known else "modelled"]
+    if not known.square_layers:
+        raise KVZipError(f"{words}: its attention cannot be scaled to another model's")
+    return scaled(fitted, known, shape), f"{words}, by operations: a model", SPREAD["modelled"]
 
 
 def _prefill_usd(
@@ -490,7 +510,11 @@ def _money_line(a: Advice) -> str:
     else:
         text = f"Dollars: load {_named(c.best)}, {dollars(c.value)} against {dollars(c.prefill)} "
         text += f"of prefill ({significant(c.times_prefill, 2)}x)"
-    return f"{text}; prices: {a.price_base}. {_how_sure(c)}; {c.turns}."
+    text += f"; prices: {a.price_base}. {_how_sure(c)}; {c.turns}."
+    if a.own_cache_usd is not None:
+        text += f" A read from the provider's own cache: {dollars(a.own_cache_usd)}"
+        text += "." if a.own_cache_usd > c.value else ", which is less than any of these."
+    return text
 
 
 def _how_sure(c: Choice) -> str:

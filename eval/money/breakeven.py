@@ -7,6 +7,7 @@ its price base.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -15,6 +16,7 @@ import msgspec
 from kvzip.choice.cost import (
     TERA,
     CodecFigures,
+    beats_raw_bandwidth,
     break_even_bandwidth,
     break_even_egress,
     break_even_ratio,
@@ -107,8 +109,8 @@ class Time(msgspec.Struct, frozen=True):
     decode_bound: bool
     """No link makes loading faster, because decoding alone takes as long as the prefill."""
     beats_raw_below_mbps: float | None
-    """10^6 bits per second up to which the codec is faster than sending raw bytes: its decode
-    rate. None for a codec that saves nothing."""
+    """10^6 bits per second up to which the codec is faster than sending raw bytes that need no
+    decoding. None for a codec that saves nothing."""
     verdict: str
     basis: str
 
@@ -171,13 +173,14 @@ def _time(measured: Measured, codec: CodecFigures) -> Time:
         fill=fill,
     )
     mbps = None if found.value is None else found.value / 1e6
+    beats_raw = beats_raw_bandwidth(measured.raw_bytes, codec.ratio, rate, fill)
     return Time(
         prefill_seconds=measured.prefill_seconds,
         decode_seconds=decode,
         fill_seconds=fill,
         break_even_mbps=mbps,
         decode_bound=decode + fill >= measured.prefill_seconds - measured.latency,
-        beats_raw_below_mbps=rate * 8 / 1e6 if codec.ratio > 1 else None,
+        beats_raw_below_mbps=None if beats_raw is None else beats_raw / 1e6,
         verdict=(
             f"loading is faster over any link above {in_words(found.value)}"
             if found.value is not None
@@ -198,13 +201,9 @@ def _dollars(measured: Measured, codec: CodecFigures, base: PriceBase, use: Use)
     prefill, kind, words = prefill_price(measured, base)
     raw, egress = measured.raw_bytes, base.egress.value
     decode = device_cost(raw / codec.decode_rate, base.device.value)
-    month = 0.0
-    if number("hours kept", use.hours) > 0:
-        if base.storage is None:
-            raise KVZipError(f"preset.{base.name} names no storage price")
-        month = base.storage.value
-        words += f" Storage: ${month:g}/GB-month ({base.storage.source})."
-    storage = storage_share(month, use.hours, use.reads)
+    storage = storage_of(base, use)
+    if use.hours > 0 and base.storage is not None:
+        words += f" Storage: ${base.storage.value:g}/GB-month ({base.storage.source})."
     load = load_cost(raw / codec.ratio, egress, decode, storage)
     unstored = load_cost(raw / codec.ratio, egress, decode)
     kept = (load - unstored) * use.reads
@@ -229,6 +228,28 @@ def _dollars(measured: Measured, codec: CodecFigures, base: PriceBase, use: Use)
     )
 
 
+def storage_of(base: PriceBase, use: Use) -> float:
+    """Dollars per GB that one read bears of storing a cache at `base`. Raises KVZipError when the
+    cache is kept and the base names no storage price: it is not free."""
+    if number("hours kept", use.hours) > 0 and base.storage is None:
+        raise KVZipError(f"preset.{base.name} names no storage price")
+    return storage_share(base.storage.value if base.storage else 0.0, use.hours, use.reads)
+
+
+def own_cache_usd(base: PriceBase, prefill_usd: float) -> float | None:
+    """Dollars of a read from the provider's own cache in place of a prefill that costs so much at
+    its list price; None at a base that names no such price."""
+    if base.api_input is None or base.api_cached is None or base.api_input.value == 0:
+        return None
+    return prefill_usd * base.api_cached.value / base.api_input.value
+
+
+def _is_device(name: str, measured_on: str) -> bool:
+    """Whether the machine's words name that device: "NVIDIA L4" is in "NVIDIA L4 24 GB", and not in
+    "NVIDIA L40S"."""
+    return re.search(rf"{re.escape(name.lower())}(?![a-z0-9])", measured_on.lower()) is not None
+
+
 def prefill_price(measured: Measured, base: PriceBase) -> tuple[float, Basis, str]:
     """Dollars of the document's prefill at `base`, what kind of figure that is, and in words."""
     rent = base.device.value
@@ -241,7 +262,7 @@ def prefill_price(measured: Measured, base: PriceBase) -> tuple[float, Basis, st
             f"({'derived from ' if price.basis == 'derived' else ''}{price.source}); an estimate, "
             f"since nobody sells {measured.model} at just that price.",
         )
-    if base.device_name.lower() in measured.device.lower():
+    if _is_device(base.device_name, measured.device):
         return (
             device_cost(measured.prefill_seconds, rent),
             "measured",

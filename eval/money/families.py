@@ -62,6 +62,15 @@ def prefill_of(
     return model, words if source == "assumed" else f"{words}, {source}"
 
 
+def scaled(model: PrefillModel, measured: Shape, wanted: Shape) -> PrefillModel:
+    """A prefill's time as measured on one model, for another: products with the weights by the
+    parameters, attention by the layers that have it and their width. A model."""
+    return PrefillModel(
+        model.a * wanted.parameters / measured.parameters,
+        model.b * wanted.square_layers * wanted.width / (measured.square_layers * measured.width),
+    )
+
+
 class FamilyRow(msgspec.Struct, frozen=True, kw_only=True):
     """A model of the price book at one length, on one kind of device."""
 

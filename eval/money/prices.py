@@ -71,6 +71,8 @@ class PrefillTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     date: str
     source: str
     note: str = ""
+    shape: str | None = None
+    """The entry of `model` that it is of, by which other models' times are worked out."""
 
 
 Family = Literal["gqa", "mla", "hybrid", "compressed"]
@@ -300,6 +302,8 @@ def _check(book: PriceBook) -> None:
         lengths = [n for n, _ in times.points]
         if lengths != sorted(set(lengths)):
             raise KVZipError(f"{entry}: points must go by increasing length")
+        if times.shape is not None:
+            pick(f"model for {entry}", book.model, times.shape)
     for name, shape in book.model.items():
         _check_provenance(f"model.{name}", shape.date, shape.source)
         _check_shape(f"model.{name}", shape, book)

@@ -3,6 +3,7 @@ another wherever that other's own cache was not measured."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kvzip.choice.width import slowdown
@@ -16,9 +17,17 @@ OTHER = "another model's"
 """Ends the source of a ratio, among the inputs of a replay, that is not of the replay's model."""
 
 
+_ROUNDED = 0.05
+"""By how much the parameters of the price book, which are rounded, may differ from counted ones."""
+
+
 def same_model(shape: Shape, inputs: Inputs) -> bool:
-    """Whether the inputs are of a model of this shape, whatever it is called."""
-    return (shape.layers, shape.numbers_per_token) == (inputs.layers, inputs.numbers_per_token)
+    """Whether the inputs are of a model of this shape, whatever it is called. Qwen3-4B and Qwen3-8B
+    leave caches of one shape, but not at one speed: their parameters count, too."""
+    return (shape.layers, shape.numbers_per_token) == (
+        inputs.layers,
+        inputs.numbers_per_token,
+    ) and math.isclose(shape.parameters, inputs.parameters, rel_tol=_ROUNDED)
 
 
 def slowdown_of(codec: str, shape: Shape, inputs: Inputs) -> float:

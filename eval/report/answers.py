@@ -8,8 +8,8 @@ from itertools import groupby
 
 import msgspec
 
-from kvzip.eval.money.breakeven import BreakEven
-from kvzip.eval.money.prices import HEADLINE
+from kvzip.eval.money.breakeven import BreakEven, own_cache_usd
+from kvzip.eval.money.prices import HEADLINE, default_prices
 from kvzip.eval.report.text import bit_rate, seconds, size, usd
 from kvzip.eval.report.traffic import found_at, ratio_source, ratios, trace_name
 from kvzip.eval.results.demo import DemoResult
@@ -75,7 +75,21 @@ def _dollar_answer(rows: Sequence[BreakEven]) -> Answer:
                 f"egress would have to be below {usd(free)} per GB, and it is "
                 f"{usd(d.egress_usd_per_gb)}."
             )
+    sentence += own_cache(best.base, d.prefill_usd, d.load_usd)
     return Answer(f"In dollars · {best.base_title}", word, sentence, d.basis, good)
+
+
+def own_cache(base: str, prefill: float, load: float) -> str:
+    """What the provider's own cache asks for what a prefill costs, and the cheapest load; "" at a
+    base that has no such price."""
+    book = default_prices()
+    found = own_cache_usd(book.base(base), prefill) if base in book.preset else None
+    if found is None:
+        return ""
+    beside = "less" if found < load else "more"
+    return (
+        f" A read from the provider’s own cache would cost {usd(found)}, {beside} than that load."
+    )
 
 
 def _time_answer(rows: Sequence[BreakEven]) -> Answer:

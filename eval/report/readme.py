@@ -19,7 +19,7 @@ from kvzip.errors import KVZipError
 from kvzip.eval.money.breakeven import BreakEven
 from kvzip.eval.money.paper import BYTES_PER_TOKEN, ratio_needed
 from kvzip.eval.money.ratios import ratio_basis_of_replay
-from kvzip.eval.report.answers import by_base
+from kvzip.eval.report.answers import by_base, own_cache
 from kvzip.eval.report.page import write_report
 from kvzip.eval.report.text import bit_rate, size, usd
 from kvzip.eval.report.traffic import cores_use, found_at, ratios
@@ -96,7 +96,8 @@ def answer(result: DemoResult, traffic: Sequence[TrafficResult] = ()) -> str:
         f"core{'s' if result.machine.cores != 1 else ''}:",
         f"1. *In time*: {_time(listed)} The report of `kvzip demo`",
         f"2. *In dollars, at the paper's list price* (${price:g} per million tokens, "
-        f"${listed[0].dollars.egress_usd_per_gb:g} per GB): {_dollars(listed)} Qwen3-4B's cache, "
+        f"${listed[0].dollars.egress_usd_per_gb:g} per GB): {_dollars(listed)}{_own(listed)} "
+        "Qwen3-4B's cache, "
         f"{BYTES_PER_TOKEN / per_token:.1f} times as many bytes a token, would need "
         f"{needed}{reached}. The report of `kvzip demo`; for the {needed} `kvzip eval paper`",
         f"3. *In dollars, against a rented H100's own prefill* ({rented[0].dollars.prefill_basis}):"
@@ -142,6 +143,13 @@ def _dollars(rows: list[BreakEven]) -> str:
     if all(row.dollars.verdict == "prefill" for row in rows):
         return f"no codec makes paid egress pay: {both}"
     return "not known: the prefill's price is only an upper bound."
+
+
+def _own(rows: list[BreakEven]) -> str:
+    """What the provider's own cache asks beside the cheapest load."""
+    cheapest = min((row.dollars for row in rows), key=lambda d: d.load_usd)
+    said = own_cache(rows[0].base, cheapest.prefill_usd, cheapest.load_usd)
+    return said.replace("’", "'")
 
 
 _STORE = 5000.0

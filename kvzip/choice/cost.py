@@ -333,6 +333,25 @@ def break_even_bandwidth(
     return Threshold(raw / ratio * 8 / left)
 
 
+def beats_raw_bandwidth(
+    raw_bytes: float, ratio: float, decode_rate: float, fill: float = 0.0
+) -> float | None:
+    """The bandwidth (bits per second) up to which a load with a codec is sooner than one of raw
+    bytes that need no decoding:
+
+    ``raw * 8 / max(raw / decode rate + fill, fill * ratio / (ratio - 1))``, from
+    :func:`load_seconds`: what is saved on the link must be worth the fill, too. None for a codec
+    that saves nothing; infinite where it decodes in no time.
+    """
+    raw = number("raw bytes", raw_bytes, zero=False)
+    rate = number("decode rate", decode_rate, zero=False, infinite=True)
+    fill = number("fill", fill)
+    if number("ratio", ratio, zero=False) <= 1:
+        return None
+    least = max(raw / rate + fill, fill * ratio / (ratio - 1))
+    return raw * 8 / least if least > 0 else math.inf
+
+
 def break_even_tokens(
     prefill: PrefillModel, seconds_per_token: float, fixed_seconds: float = 0.0
 ) -> Threshold:

@@ -17,6 +17,7 @@ from kvzip.eval.money import advise as a
 from kvzip.eval.money.arguments import bandwidth
 from kvzip.eval.money.breakeven import Use
 from kvzip.eval.money.prices import default_prices
+from kvzip.eval.money.ratios import same_model
 from kvzip.eval.results.inputs import Inputs
 from kvzip.eval.results.stored import load
 
@@ -388,3 +389,45 @@ def test_a_profile_on_a_gpu_takes_the_gpus_memory() -> None:
     found = advise(inputs=inputs, tokens=tokens, book=book, on_device=True)
     assert found.profiles[0].on_device
     assert "MB of it and of a GPU's memory" in found.lines()[2]
+
+
+def test_storage_without_a_price_is_not_free() -> None:
+    base = msgspec.structs.replace(BOOK.base("h100-r2"), storage=None)
+    assert advise(base=base).dollars.value > 0
+    with pytest.raises(KVZipError, match=r"h100-r2 names no storage price"):
+        advise(base=base, use=Use(reads=2, hours=1))
+
+
+def test_a_cache_of_the_same_shape_is_not_of_the_same_model() -> None:
+    """Qwen3-4B and Qwen3-8B: caches of one shape, prefills of two speeds."""
+    four, eight = (BOOK.model[name] for name in ("qwen3-4b", "qwen3-8b"))
+    made = msgspec.structs.replace(
+        INPUTS, layers=36, numbers_per_token=73728.0, parameters=3_633_511_936
+    )
+    assert four.numbers_per_token == eight.numbers_per_token
+    assert same_model(four, made) and not same_model(eight, made)
+    basis = [advise(shape=shape, model="one", inputs=made).basis for shape in (four, eight)]
+    assert "measured" in basis[0][0] and "a model" in basis[1][0]
+    assert "taken to hold" not in basis[0][1] and "taken to hold" in basis[1][1]
+
+
+def test_prefill_times_of_one_model_are_worked_out_for_another() -> None:
+    base, four = BOOK.base("paper-m1pro"), BOOK.model["qwen3-4b"]
+    own, words, spread = a.prefill_model(four, None, None, base, book=BOOK)
+    assert own.seconds(3774) == pytest.approx(14.71) and "a model" not in words
+    for name in ("qwen3-8b", "minimax-m2-5", "smollm2-135m", "deepseek-v4-pro"):
+        shape = BOOK.model[name]
+        found, words, wider = a.prefill_model(shape, None, None, base, book=BOOK)
+        one, other = (
+            cost.prefill_at_peak(s.parameters, s.square_layers, s.width, 1e14)
+            for s in (four, shape)
+        )
+        assert found.a / own.a == pytest.approx(other.a / one.a)
+        assert found.b / own.b == pytest.approx(other.b / one.b)
+        assert "by operations: a model" in words and wider > spread
+
+
+def test_what_the_providers_own_cache_asks_is_told() -> None:
+    [line] = [w for w in advise(base=BOOK.base("paper-m1pro")).lines() if w.startswith("Dollars")]
+    assert "from the provider's own cache: $0.00102, which is less than any of these." in line
+    assert "own cache" not in " ".join(advise().lines())

@@ -7,7 +7,7 @@ import math
 import msgspec
 import pytest
 
-from kvzip.choice.cost import CodecFigures, storage_share
+from kvzip.choice.cost import CodecFigures, load_seconds, storage_share
 from kvzip.errors import KVZipError
 from kvzip.eval.money import breakeven as e
 from kvzip.eval.money.prices import HEADLINE, UNITS, PriceBook, default_prices, load_prices
@@ -53,13 +53,42 @@ def test_verdict_in_dollars_is_the_sign_of_the_difference() -> None:
             assert (d.verdict == "load") == (row.ratio > d.break_even_ratio)
 
 
+@pytest.mark.parametrize(("ratio", "rate"), [(1.54, 1.3e9), (1.007, 2.9e9), (2.2, 2e8)])
+def test_a_codec_beats_raw_bytes_up_to_the_link_that_is_told(ratio: float, rate: float) -> None:
+    given = measured(codecs=(CodecFigures("one", ratio, rate),))
+    [row] = e.breakeven(given, [default_prices().base("l4")])
+    limit, fill = row.time.beats_raw_below_mbps, row.time.fill_seconds
+    assert limit is not None
+    for factor, sooner in ((0.99, True), (1.01, False)):
+        link = limit * 1e6 * factor
+        loaded = load_seconds(given.raw_bytes, ratio, link, decode_rate=rate, fill=fill)
+        assert (loaded < load_seconds(given.raw_bytes, 1.0, link)) == sooner
+
+
+def test_a_device_is_not_another_whose_name_begins_alike() -> None:
+    base = default_prices().base("l4")
+    kinds = [
+        e.prefill_price(measured(device=name, prefill_flops=None), base)[1]
+        for name in ("NVIDIA L4", "NVIDIA L4 (24 GB)", "NVIDIA L40S", "NVIDIA L40")
+    ]
+    assert kinds == ["measured", "measured", "upper bound", "upper bound"]
+
+
+def test_the_providers_own_cache_is_the_price_of_a_read_there() -> None:
+    book = default_prices()
+    for base in book.bases():
+        assert (e.own_cache_usd(base, 0.01) is None) == (base.api_cached is None)
+    assert e.own_cache_usd(book.base("paper-m1pro"), 0.01) == pytest.approx(0.001)
+    assert e.own_cache_usd(book.base("api-deepseek"), 0.14) == pytest.approx(0.0028)
+
+
 def test_time_follows_from_prefill_ratio_and_decoding() -> None:
     found = rows(measured(), "paper-m1pro")
     raw, channel, snail = (found[name].time for name in ("raw", "channel", "snail"))
     assert raw.break_even_mbps == pytest.approx(47_185_920 * 8 / 6.2 / 1e6, rel=1e-3)
     assert channel.break_even_mbps is not None and raw.break_even_mbps is not None
     assert channel.break_even_mbps < raw.break_even_mbps
-    assert raw.beats_raw_below_mbps is None and channel.beats_raw_below_mbps == 1.3e9 * 8 / 1e6
+    assert raw.beats_raw_below_mbps is None and channel.beats_raw_below_mbps is not None
     assert snail.decode_bound and snail.break_even_mbps is None
     assert "decoding" in snail.verdict
 
