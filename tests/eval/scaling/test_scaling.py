@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,16 @@ def test_the_stored_result_is_what_the_docs_tell() -> None:
         shape = model.shape
         about = [str(shape.layers), f"{shape.cache_width:.2f}", f"{shape.parameters / 1e6:.0f} M"]
         assert said[1:] == [*about, f"{channel:.2f}", *bits]
+    sizes = (DOCS / "research.md").read_text()
+    for model in found.models:
+        for point in model.points:
+            if point.codec == "predictive":
+                share = point.profile_bytes / 2 / model.shape.parameters
+                assert (
+                    f"| {point.profile_bytes / 1e6:.1f} MB | {100 * share:.1f} % "
+                    f"| {point.train_tokens:,} tokens | {statistics.fmean(point.regions):.1f} "
+                    f"| {point.bits_per_value:.2f} |"
+                ) in sizes
     if found.extrapolations:
         last = found.extrapolations[-1]
         assert f"{last.mean:.1f} bits" in page
