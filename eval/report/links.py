@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 
 from kvzip.eval.results.links import PREFILL, Links
@@ -16,7 +17,22 @@ def summary(links: Links) -> list[str]:
         f"predictions are off by {links.worst_error:.0%} at most; decode-ahead takes "
         f"{links.worst_overlap:.2f} times the larger of transfer and decoding at most; "
         "every load exact",
+        _spread(links),
     ]
+
+
+def _spread(links: Links) -> str:
+    """How often each time was taken, and how far apart those of one link and way are."""
+    counts = [len(point.times) for point in links.points]
+    often = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    words = f"each time is the median of {often}"
+    apart = [max(p.times) / min(p.times) for p in links.points if len(p.times) > 1]
+    if apart:
+        words += (
+            f"; of one link and way the slowest took {max(apart):.2f} times the fastest at most, "
+            f"{statistics.median(apart):.2f} times in the middle"
+        )
+    return words
 
 
 def tables(links: Links) -> Iterator[tuple[str, list[str], list[list[str]]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,6 +28,7 @@ from kvzip.eval.results.links import (
 )
 from kvzip.eval.results.provenance import Machine
 
+DOCS = Path(__file__).parents[3] / "docs"
 RAW = 47_185_920
 DELAYS = (0.0, 0.01)
 
@@ -230,3 +232,38 @@ def test_a_file_has_the_names_of_the_fields() -> None:
 def test_errors_are_relative_to_the_clock() -> None:
     point = Point("raw", 100, 0.0, 2.0, (2.0,), 1.0)
     assert point.error == -0.5 and math.isfinite(point.error)
+
+
+def test_how_often_times_were_taken_and_how_far_apart_they_are_is_told() -> None:
+    given = result()
+    once, thrice = (
+        [msgspec.structs.replace(p, times=times) for p in given.points if p.overlap][:1]
+        for times in ([1.0], [1.0, 1.1, 1.5])
+    )
+    told = [
+        words.summary(msgspec.structs.replace(given, points=points))[-1]
+        for points in (once, once + thrice)
+    ]
+    assert told[0] == "each time is the median of 1"
+    assert told[1].startswith("each time is the median of 1 to 3; of one link and way the slowest")
+    assert "took 1.50 times the fastest at most, 1.50 times in the middle" in told[1]
+
+
+def test_what_the_page_says_of_the_other_machine_is_stored() -> None:
+    folder = DOCS / "results" / "machines"
+    found = stored.load(folder / "links-intel-xeon.json", Links)
+    page = " ".join((DOCS / "links.md").read_text().split())
+    prefills = [p for p in found.points if p.way == PREFILL]
+    times = [t for p in prefills for t in p.times]
+    assert f"{len(times)} prefills took {min(times):.2f} to {max(times):.2f} s" in page
+    medians = [p.seconds for p in prefills]
+    assert f"{min(medians):.2f} to {max(medians):.2f} s" in page
+    from_prefill: dict[float, list[tuple[float, float]]] = {0.0: [], 0.01: []}
+    for c in found.crossovers:
+        if c.below == PREFILL:
+            from_prefill[c.delay].append((c.measured or 0, c.predicted or 0))
+    (a, b, c), (x, y, z) = from_prefill.values()
+    assert f"from {a[0]:.0f} Mb/s on with `predictive`, {b[0]:.0f} with `channel`" in page
+    assert f"{c[0]:.0f} with raw bytes" in page
+    assert f"turns at {x[0]:.0f}, {y[0]:.0f} and {z[0]:.0f} Mb/s" in page
+    assert f"the formulas have {x[1]:.0f}, {y[1]:.0f} and {z[1]:.0f}" in page
