@@ -332,53 +332,70 @@ def capture(
     memory at a time. `progress` is called after each with whether it was computed now.
     """
     callback("progress", progress)
+
+    def captured(token_ids: NDArray[Any], text: str = "") -> Snapshot:
+        return prefill(
+            loaded,
+            token_ids,
+            dtype=dtype,
+            full_history=full_history,
+            text=text,
+            encoder_ids=encoder_ids,
+        )
+
+    known: dict[int, tuple[str, str]] = {}
+
+    def told(document: Document) -> tuple[str, str]:
+        """Revision and dtype of what is captured of the document, as its first tokens tell."""
+        few = _telling_tokens(loaded, len(document.token_ids))
+        if few not in known:
+            found = captured(document.token_ids[:few])
+            known[few] = found.origin.revision, found.dtype
+        return known[few]
+
     paths = []
     with made_folder(folder) as there:
         for document in documents:
             path = there / f"doc-{document.number:05d}.safetensors"
             made = not path.exists()
             if made:
-                snapshot = prefill(
-                    loaded,
-                    document.token_ids,
-                    dtype=dtype,
-                    full_history=full_history,
-                    text=document.name,
-                    encoder_ids=encoder_ids,
-                )
-                snapshot.save(path)
+                captured(document.token_ids, document.name).save(path)
             else:
-                _check_same(path, loaded, document, dtype, full_history, encoder_ids)
+                _check_same(path, loaded, document, *told(document), full_history)
             paths.append(path)
             if progress is not None:
                 progress(document, made)
     return paths
 
 
+def _telling_tokens(loaded: LoadedModel, tokens: int) -> int:
+    """How many first tokens of a document of so many tell of which revision and dtype its snapshot
+    is: a few, unless RoPE's frequencies, which count as the model's, follow the length."""
+    from kvzip.load.config import rope_length
+
+    length = rope_length(loaded.model.config.get_text_config(decoder=True))
+    return LEAST_TOKENS if length is None or tokens < length else tokens
+
+
 def _check_same(
     path: Path,
     loaded: LoadedModel,
     document: Document,
-    dtype: str | None,
+    revision: str,
+    form: str,
     full_history: bool,
-    encoder_ids: NDArray[Any] | None,
 ) -> None:
     """Raise KVZipError that says how a file that is there already differs from the snapshot that
-    would be captured: it is none, or of another model, dtype, document or history."""
+    would be captured: it is none, or of another model, revision, dtype, document or history."""
     from kvzip.load.config import layer_kinds
-    from kvzip.load.matching import revision_of_source
 
     try:
         old = Snapshot.load(path)
     except FormatError as error:
         raise KVZipError(f"{path} is in the way: {error}") from None
-    revision = revision_of_source(loaded.fingerprint, encoder_ids)
     # Of a model with nothing but states nothing is kept of the last token.
     counted = any(kind.counts for kind in layer_kinds(loaded.model.config))
     wanted_ids = document.token_ids if counted else document.token_ids[:-1]
-    form = old.dtype if dtype is None else dtypes.get(dtype).name
-    if dtype is not None:
-        revision = revision_of_cast(revision, dtypes.get(loaded.model.dtype).name, form)
     kept = all(
         layer.stored == (n if full_history else min(n, layer.window or n))
         for layer in old.layout.layers

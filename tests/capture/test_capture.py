@@ -336,3 +336,47 @@ def test_caches_of_fp8_are_of_the_model_that_computes_bf16(llama):
     computed = prefill(llama, np.arange(20, dtype=np.uint32))
     assert cast(computed, "fp8_e4m3fn").origin == computed.origin
     assert cast(computed, "bf16").origin == computed.origin
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32", "fp8_e4m3fn"])
+def test_files_of_another_dtype_are_not_taken_for_the_models_own(llama, tmp_path, dtype):
+    """Those of fp8 have the model's own revision."""
+    capture(llama, documents(1), tmp_path, dtype=dtype)
+    with pytest.raises(UsageError, match=rf"dtype \({dtype}, not bf16\)"):
+        capture(llama, documents(1), tmp_path)
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 32,
+        "factor": 2.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    },
+}
+
+
+@pytest.mark.parametrize("tokens", [20, 60])
+@pytest.mark.parametrize("rope", ROPES)
+def test_a_capture_goes_on_where_rope_follows_the_length(tmp_path, rope, tokens):
+    """A long document leaves its frequencies in the model, and the files know the model by them."""
+    parameters = ROPES[rope] | {"rope_theta": 10000.0}
+    longest = 32 if rope == "dynamic" else 64
+    how = {"max_position_embeddings": longest, "rope_parameters": parameters}
+    docs = documents(3, tokens=tokens)
+    capture(tiny_model("Llama", **how), docs[:2], tmp_path)
+    made = []
+    capture(tiny_model("Llama", **how), docs, tmp_path, progress=lambda d, m: made.append(m))
+    assert made == [False, False, True]
+
+
+def test_states_have_a_format_of_their_own(tmp_path):
+    """Of a model with nothing else a capture in fp8 is what it is without, and goes on."""
+    loaded = LoadedModel(tiny_family(Family("mamba")), None, "tiny", "")
+    docs = [Document(0, np.arange(3, 23, dtype=np.uint32), "doc")]
+    made = []
+    for dtype in ("fp8_e5m2", "fp8_e5m2", None):
+        capture(loaded, docs, tmp_path, dtype=dtype, progress=lambda d, m: made.append(m))
+    assert made == [True, False, False]
