@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from kvzip.statistics.clusters import far_apart, k_means
 from kvzip.statistics.gaussian import Doubles
+from kvzip.statistics.ridge import held_factor
 
 DIRECTIONS = 32
 _STEPS = 25
@@ -38,7 +39,8 @@ def find(inputs: NDArray[np.int8], weights: Doubles, left: Doubles, regions: int
     values = inputs.astype(np.float32)
     values -= (mean := values.mean(axis=0))
     floor = 1e-6 * np.trace(left) / len(left) + 1e-30
-    whitened = np.linalg.solve(np.linalg.cholesky(left + floor * np.eye(len(left))), weights.T).T
+    # Of fewer tokens than channels, and of constant ones, `left` is definite by its floor alone.
+    whitened = np.linalg.solve(held_factor(left, floor), weights.T).T
     spread = whitened.T @ (values.T @ values / len(values)).astype(np.float64) @ whitened
     _, directions = np.linalg.eigh(spread)
     onto = whitened @ directions[:, -DIRECTIONS:]

@@ -81,7 +81,10 @@ class Sums:
     def left(self, weights: Floats, total: Floats) -> Doubles:
         """Products with each other of what the weights leave of the outputs."""
         i = self.inputs + 1
-        return residual(weights, total[:i, :i], total[:i, i:], total[i:, i:]).astype(np.float64)
+        found = residual(weights, total[:i, :i], total[:i, i:], total[i:, i:]).astype(np.float64)
+        own = np.diag_indices(len(found))
+        found[own] = np.maximum(found[own], 0)  # rounding may leave less than nothing
+        return found
 
     def predictors(self, rounding: float) -> tuple[list[Predictor], float]:
         """One a region, and the bits a number that the regions save over one alone (estimated on

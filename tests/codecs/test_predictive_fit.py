@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 
+import msgspec
 import numpy as np
 import pytest
 from predictive_profiles import encode, random_profile
 from predictive_reference import Chain
-from support import assert_same, cache_like, tiny_model
+from support import assert_same, cache_like, random_bits, tiny_model
 from support import tiny_documents as documents
 
 import kvzip
@@ -571,6 +572,20 @@ def test_the_budget_is_the_files(learned):
     assert profile.nbytes < bound + tables + 30_000
 
 
+def trained_on(document):
+    """What a model makes of a document whose last layer is another."""
+    layers = [Layer(dict(layer.parts), layer.layout) for layer in document.layers]
+    layers[-1].k = layers[-1].k ^ np.uint16(1)
+    return Snapshot(layers, document.dtype, document.token_ids, document.origin)
+
+
+def turned_otherwise(document):
+    """The same numbers, turned by other frequencies before."""
+    rope = tuple(each | {"inv_freq": [0.5] * 8} for each in document.origin.rope)
+    origin = msgspec.structs.replace(document.origin, rope=rope)
+    return Snapshot(document.layers, document.dtype, document.token_ids, origin)
+
+
 def test_it_goes_on_where_it_was_ended(learned, tmp_path):
     whole = kvzip.Profile.fit(learned, regions=2)
     folder = tmp_path / "kept"
@@ -597,6 +612,10 @@ def test_it_goes_on_where_it_was_ended(learned, tmp_path):
         kvzip.Profile.fit(learned, regions=3, resume=folder)
     with pytest.raises(ProfileError, match="other documents"):
         kvzip.Profile.fit([*learned[1:], learned[0]], regions=2, resume=folder)
+    for other in (trained_on(learned[4]), turned_otherwise(learned[4])):
+        changed = [*learned[:4], other, *learned[5:]]
+        with pytest.raises(ProfileError, match="other documents"):
+            kvzip.Profile.fit(changed, regions=2, resume=folder)
     (folder / "fit.json").write_text("{")
     with pytest.raises(ProfileError, match="damaged"):
         kvzip.Profile.fit(learned, regions=2, resume=folder)
@@ -647,6 +666,29 @@ def test_strange_training_documents_do_little_harm(learned, llama):
     clean = kvzip.Profile.fit(learned)
     size = [len(kvzip.encode(snapshot, "predictive", p)) for p in (profile, clean)]
     assert size[0] < 1.6 * size[1]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("regions", [1, 3])
+def test_few_tokens_of_noise(count, constant, regions):
+    """A few tokens of noise, or of channels that never change: nothing is left of what predicts
+    them, or by rounding less."""
+    rng = np.random.default_rng(0)
+    shape = (2, 1 if constant else 40, 16)
+
+    def numbers():
+        return np.repeat(random_bits(rng, "bf16", shape), 40 // shape[1], axis=1)
+
+    documents_ = [
+        kvzip.Snapshot.from_arrays([(numbers(), numbers()) for _ in range(3)], "bf16")
+        for _ in range(count)
+    ]
+    profile = kvzip.Profile.fit(documents_, regions=regions)
+    for snapshot in documents_:
+        blob = kvzip.encode(snapshot, "predictive", profile)
+        assert_same(kvzip.decode(blob, profile), snapshot)
 
 
 def test_unequal_layers_and_no_token_ids(learned):
