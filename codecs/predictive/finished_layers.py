@@ -15,7 +15,7 @@ from kvzip.errors import CorruptError, FormatError, ProfileError
 from kvzip.files import replacing
 from kvzip.parsing import from_json
 from kvzip.reading import contents
-from kvzip.snapshot import Snapshot
+from kvzip.snapshot import Snapshot, sha256_raw
 from kvzip.statistics.documents import Item, load
 
 
@@ -72,10 +72,10 @@ class FinishedLayers:
 
 
 def _fingerprint(snapshot: Snapshot) -> str:
-    """What tells documents apart: layout, token ids, the first layer's values."""
-    digest = hashlib.sha256(repr(snapshot.layout).encode())
+    """All that layers are learned from: layout, RoPE, token ids and every number. The first layers'
+    alone are the same for a model of which only later ones were trained on."""
+    digest = hashlib.sha256(repr((snapshot.layout, snapshot.origin.rope)).encode())
     if snapshot.token_ids is not None:
-        digest.update(np.ascontiguousarray(snapshot.token_ids).data)
-    if snapshot.layers:
-        digest.update(np.ascontiguousarray(snapshot.layers[0].v).data)
+        digest.update(snapshot.token_ids.data)
+    digest.update(sha256_raw(snapshot).encode())
     return digest.hexdigest()[:16]

@@ -29,6 +29,7 @@ from kvzip.codecs.predictive.layers import fit_layer
 from kvzip.errors import ProfileError
 from kvzip.profile import SIDE_BY_SIDE, VERSION, Profile
 from kvzip.statistics.documents import Item, Progress, hold_out
+from kvzip.version import __version__
 
 DEFAULT_BYTES = 134_000_000
 """How big a profile may get where nothing is said; of a wide model the smallest is bigger."""
@@ -92,6 +93,7 @@ def fit(
         max_bytes = max(DEFAULT_BYTES, least_bytes(learned))
     allotted = allot(learned, regions, max_bytes, vocabulary)
     settings = {
+        "version": __version__,
         "regions": regions if isinstance(regions, int | str) else list(regions),
         "max_bytes": max_bytes,
         "token_table": token_table,
