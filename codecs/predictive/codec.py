@@ -437,6 +437,7 @@ def build(
 ) -> _native.PredictiveModel:
     """The native model of a profile. Raises ProfileError when the profile makes no sense."""
     try:
+        _check_ids(tensors.get("token_ids"))
         model = _native.PredictiveModel(tensors["densities"], tensors["sine"])
         for i, layer in enumerate(description["layers"]):
             table = tensors.get(f"{i}.table")
@@ -456,3 +457,10 @@ def build(
     except (KeyError, TypeError, ValueError) as error:
         raise ProfileError(f"the profile makes no sense: {error}") from None
     return model
+
+
+def _check_ids(ids: NDArray[Any] | None) -> None:
+    """Raise ValueError unless the tokens that tables know are as spec.md says: of an id that is
+    there twice, machines would find one place or the other."""
+    if ids is not None and (ids.ndim != 1 or not ids.size or len(np.unique(ids)) < len(ids)):
+        raise ValueError(f"token_ids, {list(ids.shape)}, are no list of ids, each there once")

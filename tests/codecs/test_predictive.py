@@ -346,6 +346,16 @@ def test_inputs_that_make_no_sense(profile, unseen, inputs):
         kvzip.encode(unseen, "predictive", hostile)
 
 
+@pytest.mark.parametrize("ids", [[], [[1, 2, 3]], 7, [1, 2, 1]])
+def test_known_tokens_that_make_no_sense(profile, unseen, ids):
+    """Which tokens tables know is a list of ids; were one there twice, its place would be one that
+    numpy's sorting settles, otherwise on another processor."""
+    about = {n: d for n, d in profile.description.items() if n != "packed"}
+    tensors = profile.tensors | {"token_ids": np.array(ids, np.uint32)}
+    with pytest.raises(ProfileError, match="token_ids"):
+        kvzip.encode(unseen, "predictive", kvzip.Profile(tensors, about))
+
+
 @pytest.mark.parametrize("kind", [0, 2, 3])
 def test_a_block_of_a_shape_that_the_profile_lacks(profile, kind):
     """However it claims to be stored: raw, by `channel`, or coded."""
