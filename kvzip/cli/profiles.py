@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from kvzip.cli.app import app
 from kvzip.cli.arguments import Json, Output
 from kvzip.cli.terminal import bar, counted, emit, say, steps
 from kvzip.errors import UsageError
+from kvzip.files import scratch_folder
 from kvzip.profile import Profile
 from kvzip.snapshot import Snapshot
 from kvzip.statistics.documents import check_apart, hold_out
@@ -96,10 +96,10 @@ def _learned_parts(
         own = dict(settings)
         if "resume" in own:
             own["resume"] = own["resume"] / str(part)
-        with tempfile.TemporaryDirectory(prefix=".kvzip-split-", dir=output.parent) as folder:
+        with scratch_folder(output.parent) as folder:
             cuts = []
             for number, path in enumerate([*learned, *left_out]):
-                cuts.append(Path(folder) / f"{number}-{path.name}")
+                cuts.append(folder / f"{number}-{path.name}")
                 cut.of(Snapshot.load(path), part).save(cuts[-1])
             mine, apart = cuts[: len(learned)], cuts[len(learned) :]
             result = _learned(mine, apart, cut.path(output, part), codec, own)

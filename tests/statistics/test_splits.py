@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,15 @@ def test_fit_writes_a_profile_for_each_part(
         part = cut.of(documents[1], n)
         data = kvzip.encode(part, codec, profile=profile)
         assert kvzip.decode(data, profile=profile) == part
+
+
+def test_the_next_split_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """A part of each document: together they are as large as what is learned from."""
+    cache(layers=2).save(tmp_path / "doc.safetensors")
+    command = ["fit", "doc.safetensors", "-o", "m.kvprofile", "--split", "pp=2"]
+    command += ["--codec", "channel"]
+    killed = "import os; profiles._learned = lambda *_: os._exit(9)"
+    for before, code, left in ((killed, 9, 1), ("", 0, 0)):
+        run = f"from kvzip.cli import main, profiles; {before}\nmain({command!r})"
+        done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, check=False)
+        assert done.returncode == code and len(list(tmp_path.glob(".kvzip*"))) == left
