@@ -139,6 +139,13 @@ def kind_of(path: Path) -> str | None:
     return "a snapshot" if "kvzip" in found else "a profile" if "kvprofile" in found else None
 
 
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether a command is to answer in JSON, as far as what was typed tells where it cannot be
+    read: `--json`, alone or with a value that means yes."""
+    yes = [f"--json={word}" for word in ("true", "yes", "1", "t", "y")]
+    return any(word == "--json" or word.lower() in yes for word in arguments)
+
+
 def writes_stdout(arguments: Sequence[str]) -> bool:
     """Whether a file that a command writes is standard output, by whatever name."""
     return any(map(is_standard_output, _outputs(arguments)))

@@ -33,6 +33,7 @@ from kvzip.cli.arguments import (
     refuse_closed_input,
     refuse_folders,
     refuse_overwriting,
+    wants_json,
     with_streams,
     writes_stdout,
 )
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, SystemExit) and not isinstance(error, Terminated):
             raise
         given = with_streams(given)
-        code = _tell(error, "--json" in given, writes_stdout(given))
+        code = _tell(error, wants_json(given), writes_stdout(given))
     sys.exit(code)
 
 

@@ -133,8 +133,8 @@ def get(
     like: Path | None = None,
     ids: Path | None = None,
     model: str | None = None,
-    revision: str = "",
-    dtype: str = "bf16",
+    revision: str | None = None,
+    dtype: str | None = None,
     key: str | None = None,
     profile: ProfilePath = None,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
@@ -149,7 +149,8 @@ def get(
     like
         A snapshot or .kvz file: its model, revision, dtype and token ids are looked for.
     ids
-        A file with the prompt's token ids, as a JSON list; with --model, --revision, --dtype.
+        A file with the prompt's token ids, as a JSON list; with --model, --revision (default:
+        none), --dtype (default: bf16).
     key
         A document by its key, instead of by its tokens; or a profile by its own, as `kvzip ls`
         shows it.
@@ -164,6 +165,10 @@ def get(
 
     if sum(given is not None for given in (like, ids, key)) != 1:
         raise UsageError("give one of --like, --ids and --key")
+    told = {"--model": model, "--revision": revision, "--dtype": dtype}
+    extra = [option for option, value in told.items() if value is not None]
+    if ids is None and extra:
+        raise UsageError(f"{extra[0]} is for --ids: what --like or --key names says it itself")
     if key is not None and is_profile_key(key):
         _get_profile(Store(store, make=False, key=read_key(key_file)), key, output, as_json)
         return
@@ -175,7 +180,7 @@ def get(
     if key is not None:
         match = _by_key(source, key, known, threads)
     else:
-        prompt = _prompt(like, ids, model, revision, dtype)
+        prompt = _prompt(like, ids, model, revision or "", dtype or "bf16")
         found = source.find(
             prompt.token_ids,
             model=prompt.model,

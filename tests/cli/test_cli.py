@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -214,6 +215,12 @@ def test_what_goes_wrong_is_one_clear_line(
     found, as_json = run_json(capsys, *arguments)
     assert (found, as_json["exit"]) == (code, code)
     assert says in as_json["error"]
+
+
+@pytest.mark.parametrize("asked", ["--json", "--json=true", "--json=Yes", "--json=1"])
+def test_what_goes_wrong_is_json_however_it_is_asked_for(tmp_path, capsys, asked):
+    code, out, _ = run(capsys, "info", tmp_path / "none", asked)
+    assert code == json.loads(out)["exit"] == 2
 
 
 def test_a_cache_without_numbers_has_no_bits_a_number(tmp_path, capsys, monkeypatch):

@@ -102,6 +102,18 @@ def test_a_store_is_made_when_something_is_stored(documents, capsys, tmp_path):
     assert run(capsys, "put", documents[0], "--store", "new", "--block-tokens", 32)[0] == 0
 
 
+@pytest.mark.parametrize("option", ["--model", "--revision", "--dtype"])
+def test_what_a_document_says_itself_is_not_said_again(documents, capsys, tmp_path, option):
+    """Else it would be another document's, without a word."""
+    store = ["--store", tmp_path / "store", "--block-tokens", "64"]
+    key = run_json(capsys, "put", documents[0], *store)[1]["documents"][0]["key"]
+    for named in (["--like", documents[0]], ["--key", key]):
+        given = ["get", "--store", tmp_path / "store", *named]
+        assert run(capsys, *given)[0] == 0
+        code, _, err = run(capsys, *given, option, "fp16")
+        assert code == 2 and option in err
+
+
 @pytest.mark.parametrize("wrong", [["a"], [0.5], [-1], [2**32], [None], "words"])
 def test_ids_that_are_none(documents, tmp_path, wrong):
     store = Store(tmp_path / "s", block_tokens=1)
