@@ -51,13 +51,15 @@ class Documents:
         self.side_by_side = has_pairs_side_by_side(self.first.layers, origin, dtype)
         """Whether RoPE turns the channels 2i and 2i + 1 of a head together."""
         self.orders = [ChannelOrder(s, origin, dtype, self.side_by_side) for s in layers]
-        self.tokens = 0
+        self.counts: list[int] = []
+        """Of each document, how many tokens are learned from."""
         for item in items:
             snapshot = self._open(item)
             check_tokens(snapshot)
             held = min(s.stored for s in snapshot.layout.layers)
-            rows = snapshot.layers[0].k.shape[0] if snapshot.layers[0].k.ndim == 4 else 1
-            self.tokens += rows * (held - _sinks(snapshot, held))
+            rows = snapshot.layout.layers[0].part("k").block_shape[0]
+            self.counts.append(rows * (held - _sinks(snapshot, held)))
+        self.tokens = sum(self.counts)
         if not self.tokens:
             raise ProfileError("the snapshots hold no tokens to learn from")
 

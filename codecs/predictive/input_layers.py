@@ -86,7 +86,8 @@ class InputLayers:
     def _values(self, layer: int) -> Floats:
         """The sample's values of a layer, [tokens, width]."""
         read = self._documents.read([layer], self._which)
-        return np.concatenate([values[:: self._step] for _, (values,), _ in read])
+        # Copies, as views would keep all of each document's.
+        return np.concatenate([values[:: self._step].copy() for _, (values,), _ in read])
 
     def _centred(self, layer: int, values: Floats) -> tuple[Floats, Floats]:
         """Values of the tokens that are learned from and of those apart, less the mean of the

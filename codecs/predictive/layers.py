@@ -28,9 +28,12 @@ SCOUT_TOKENS = 98_304  # regions are looked for among so many
 def _moments(documents: Documents, layer: int) -> tuple[Floats, Floats]:
     """Mean and standard deviation of each channel, from a few documents; rare numbers far from
     all others do not count in full."""
-    found = [y for _, (y,), _ in documents.read([layer], documents.spread(MOMENT_DOCUMENTS))]
-    values = np.concatenate(found)
-    values = values[:: -(-len(values) // MOMENT_TOKENS)].astype(np.float64)
+    which, found, before = documents.spread(MOMENT_DOCUMENTS), [], 0
+    step = -(-sum(documents.counts[i] for i in which) // MOMENT_TOKENS)
+    for _, (y,), _ in documents.read([layer], which):
+        found.append(y[-before % step :: step].copy())  # a view would keep all of the document's
+        before += len(y)
+    values = np.concatenate(found).astype(np.float64)
     low, high = np.quantile(values, [0.005, 0.995], axis=0)
     values = np.clip(values, low - 4 * (high - low), high + 4 * (high - low))
     mean, second = values.mean(axis=0), (values**2).mean(axis=0)

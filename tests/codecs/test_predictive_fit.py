@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ import kvzip
 from kvzip import dtypes
 from kvzip.capture import prefill
 from kvzip.codecs.predictive import allotment, input_layers
+from kvzip.codecs.predictive import layers as fitted_layers
 from kvzip.codecs.predictive.codec import native_model, new_chain
 from kvzip.codecs.predictive.density import Chooser, cell_edges, densities
 from kvzip.codecs.predictive.documents import Documents, Vocabulary
@@ -619,6 +621,26 @@ def test_it_goes_on_where_it_was_ended(learned, tmp_path):
     (folder / "fit.json").write_text("{")
     with pytest.raises(ProfileError, match="damaged"):
         kvzip.Profile.fit(learned, regions=2, resume=folder)
+
+
+def test_samples_of_long_documents_take_no_more_memory_for_more_of_them(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{n}.safetensors" for n in range(16)]
+    for path in paths:
+        k, v = (random_bits(rng, "bf16", (2, 10_000, 8)) & 0x3FFF for _ in "kv")
+        kvzip.Snapshot.from_arrays([(k, v)] * 2, "bf16").save(path)
+
+    def peak(count):
+        documents_ = Documents([kvzip.Snapshot.load(path) for path in paths[:count]])
+        choice = input_layers.InputLayers(documents_)
+        tracemalloc.start()
+        fitted_layers._moments(documents_, 1)
+        choice._values(1)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(16) < 1.5 * peak(4)
 
 
 @pytest.mark.parametrize("group", [0, 1, 7, 66])
