@@ -144,8 +144,8 @@ class TensorFile:
         """A tensor's numbers, which cannot be written to, as `dtype`; of `some`, a slice with both
         its ends, only these of them, in C order.
 
-        Raises CorruptError when the file was changed or cut short since it was opened, and
-        StoreError when it cannot be read any more.
+        Raises CorruptError when the file was changed or cut short since it was opened,
+        StoreError when it cannot be read any more, and FormatError for a shape that no array has.
         """
         entry = self.entries[name]
         begin, end = entry.data_offsets
@@ -153,11 +153,14 @@ class TensorFile:
         if some is not None:
             begin += some.start * dtype.itemsize
             shape = (some.stop - some.start,)
+        try:
+            if self._map is not None and begin != end:
+                return np.ndarray(shape, dtype, self._map, self._start + begin)
+            numbers: NDArray[Any] = np.empty(shape, dtype)
+        except (ValueError, OverflowError):
+            raise FormatError(f"{self.name}: no array has the shape of {name}") from None
         if self._map is not None:
-            if begin == end:
-                return np.empty(shape, dtype)
-            return np.ndarray(shape, dtype, self._map, self._start + begin)
-        numbers: NDArray[Any] = np.empty(shape, dtype)
+            return numbers
         self._fill(numbers.reshape(-1).view(np.uint8).data, self._start + begin)
         numbers.flags.writeable = False
         return numbers

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 
@@ -70,6 +71,26 @@ def test_a_lying_description_is_an_error(tmp_path):
     save_file({"layers.0.k": np.zeros((1, 2, 4), np.float16)}, tmp_path / "a", {"kvzip": note})
     with pytest.raises(FormatError, match="missing"):
         kvzip.Snapshot.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("shape", [[-2, -3], [-6], [2**70, 0], [2**62, 0], [1] * 99 + [6], [[6]]])
+def test_a_shape_of_ids_that_no_array_has_is_an_error(tmp_path, shape):
+    saved = make_snapshot(cache_like, 0, "bf16", tokens=6)
+    saved.token_ids = np.arange(6, dtype=np.uint32)
+    saved.save(tmp_path / "a")
+    data = (tmp_path / "a").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8:start]), data[start:]
+    header["token_ids"]["shape"] = shape
+    if 0 in shape:  # and so no bytes
+        for name in header.keys() - {"__metadata__"}:
+            header[name]["data_offsets"] = [at - 48 for at in header[name]["data_offsets"]]
+        header["token_ids"]["data_offsets"], body = [0, 0], body[48:]
+    packed = json.dumps(header).encode()
+    (tmp_path / "a").write_bytes(len(packed).to_bytes(8, "little") + packed + body)
+    for mmap in (False, True):
+        with pytest.raises(FormatError):
+            kvzip.Snapshot.load(tmp_path / "a", mmap=mmap)
 
 
 def test_shapes_that_do_not_fit_are_refused():
