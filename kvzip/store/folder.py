@@ -27,6 +27,8 @@ from kvzip.profile import Profile
 SMALL = 1 << 20
 """Bytes of an object that is read as a whole, unless who reads it knows that it may have more."""
 
+_LATEST = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
+
 
 class Meta(NamedTuple):
     """What is known of an object without reading it."""
@@ -260,4 +262,5 @@ class Folder:
 
 def _meta(path: str, found: os.stat_result) -> Meta:
     version = f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
-    return Meta(path, found.st_size, version, datetime.fromtimestamp(found.st_mtime, UTC))
+    seconds = min(max(found.st_mtime, 0.0), _LATEST)  # file systems know years that Python doesn't
+    return Meta(path, found.st_size, version, datetime.fromtimestamp(seconds, UTC))

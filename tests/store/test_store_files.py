@@ -20,6 +20,7 @@ import kvzip
 from kvzip import files
 from kvzip.errors import FormatError, StoreError, UsageError
 from kvzip.store import Store, marks
+from kvzip.store import folder as folder_of_store
 from kvzip.store.bucket import Bucket
 from kvzip.store.keys import document_path, hash_chain
 
@@ -150,6 +151,25 @@ def test_a_folder_that_goes_away_while_it_is_written_to_is_made_anew(tmp_path, m
     assert gone
     with store.find(document().token_ids, **OF) as found:
         assert found.snapshot() == document()
+
+
+@pytest.mark.parametrize("seconds", [1e14, -1e14, 2**40])
+def test_a_file_of_a_year_that_there_is_not(tmp_path, seconds, monkeypatch):
+    """Some file systems (tmpfs, NFS) know more of them than Python does."""
+    store = Store(tmp_path, block_tokens=8)
+
+    class Odd:
+        def __init__(self, found):
+            self.st_ino, self.st_size, self.st_mode = found.st_ino, found.st_size, found.st_mode
+            self.st_mtime, self.st_mtime_ns = float(seconds), int(seconds) * 10**9
+
+    entry = store.put(document())
+    meta = folder_of_store._meta
+    monkeypatch.setattr(folder_of_store, "_meta", lambda path, found: meta(path, Odd(found)))
+    assert [d.key for d in store.documents()] == [entry.key]
+    assert not store.put(document()).new
+    store.prune()
+    assert store.prune(0) == [entry.key]
 
 
 # --- links -----------------------------------------------------------------------------------
