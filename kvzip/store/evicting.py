@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import partial
 
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import document_path, is_document_key
 from kvzip.store.listing import Stored, namespaces
-from kvzip.store.marks import chain_of, mark, name_in, others_with, repoint
+from kvzip.store.marks import chain_file, chain_of, mark, name_in, repoint, stored_chain
 from kvzip.workers import Workers
 
 _STALE = timedelta(hours=1)
@@ -83,10 +82,14 @@ class Evictor:
         return chain
 
     def _forget(self, key: str) -> None:
-        """Remove what is left of a document that is gone, the chain last."""
+        """Remove what is left of a document that is gone, the chain last. Of one that is written
+        anew meanwhile the chain stays: who writes it looks for it after the document is there."""
         space, name = key.split("/")
+        chain = stored_chain(self._objects, space, name)
         self._objects.delete(f"{space}/used/{name}")
         self._objects.delete(f"{space}/chain/{name}")
+        if chain and self._objects.head(document_path(key)) is not None:
+            self._objects.put(f"{space}/chain/{name}", chain_file(chain))
 
     def _end(self, key: str) -> None:
         """End a removal or a writing that was begun, of a document that is not listed. If it is
@@ -106,8 +109,7 @@ class Evictor:
         path = f"{space}/last/{mark}"
         if (found := self._objects.get(path)) is None or name_in(found) not in (name, ""):
             return
-        others = partial(others_with, self._objects, space, mark, name)
-        repoint(self._objects, path, lambda: next(others(), None))
+        repoint(self._objects, path, f"{space}/with/{mark}", name)
 
     def over(self, written: int, limit: int) -> bool:
         """Whether the store may hold more than `limit` bytes, with those that were just written."""

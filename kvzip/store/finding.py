@@ -19,8 +19,9 @@ from kvzip.snapshot import Snapshot
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import Identity, Ids, check_place, document_path
 from kvzip.store.listing import namespaces
-from kvzip.store.marks import name_in, others_with
+from kvzip.store.marks import name_in, others_with, stored_chain
 from kvzip.store.profiles import Profiles
+from kvzip.store.sealed import SealedObjects
 from kvzip.workers import Workers
 
 _log = logging.getLogger("kvzip.store")
@@ -121,8 +122,7 @@ class Finder:
             for candidate in itertools.chain([name], others):
                 if not candidate or candidate in rejected:
                     continue
-                sure = low * prompt.block_tokens
-                match = self._usable(f"{space}/{candidate}", prompt.ids, sure, profile, threads)
+                match = self._usable(f"{space}/{candidate}", prompt, low, profile, threads)
                 if match is not None:
                     return match
                 rejected.add(candidate)
@@ -147,10 +147,10 @@ class Finder:
         return low, name
 
     def _usable(
-        self, key: str, ids: Ids, sure: int, profile: Profile | str | None, threads: int
+        self, key: str, prompt: Prompt, blocks: int, profile: Profile | str | None, threads: int
     ) -> Match | None:
         """The document if it is there, whole as far as its header tells, holds what a prompt that
-        shares `sure` tokens with it needs, and the profile that it needs is there."""
+        by its marks shares so many blocks with it needs, and the profile that it needs is there."""
         if isinstance(profile, str) and not self._profiles.has(profile):
             return None
         given = None if isinstance(profile, str) else profile
@@ -166,13 +166,27 @@ class Finder:
             return None
         if isinstance(profile, str):
             reader.look_for_profile(self._profiles.get)
-        shared, states = _shared(reader, ids, sure), reader.layout.state_length
+        sure = blocks * prompt.block_tokens
+        shared, states = _shared(reader, prompt.ids, sure), reader.layout.state_length
         # States are good at their length only, which is mostly one token short of the document.
         count = shared if states is None else min(shared, states)
-        if shared >= sure and reader.layout.lacking(count) is None:
+        if (
+            shared >= sure
+            and reader.layout.lacking(count) is None
+            and (reader.token_ids is not None or self._has_chain(key, prompt.chain[:blocks]))
+        ):
             return Match(key, count, reader)
         reader.close()
         return None
+
+    def _has_chain(self, key: str, chain: Sequence[str]) -> bool:
+        """Whether a document, which withholds its ids, begins with that chain by its own. Its marks
+        are names, which in a sealed store anybody can copy to where they do not belong: there
+        they tell nothing if its own chain is lost."""
+        found = stored_chain(self._objects, *key.split("/"))
+        if found is None:
+            return not isinstance(self._objects, SealedObjects)
+        return found[: len(chain)] == list(chain)
 
     def tell_of_others(self, wanted: Identity, mark: str) -> bool:
         """Say once if the store has documents that begin alike, under another identity; whether it

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -34,16 +34,20 @@ def name_in(mark: bytes | None) -> str:
     return mark.decode() if mark is not None and _HASH.fullmatch(mark) else ""
 
 
+def stored_chain(objects: Objects, space: str, name: str) -> list[str] | None:
+    """A document's hash chain; None if that is lost."""
+    *hashes, last = (objects.get(f"{space}/chain/{name}", _LONGEST) or b"").split(b"\n")
+    if last != _END or not all(map(_HASH.fullmatch, hashes)):
+        return None
+    return [h.decode() for h in hashes]
+
+
 def chain_of(objects: Objects, space: str, name: str) -> list[str]:
     """A document's hash chain; if that is lost, the marks that there are of it, in any order."""
-    *hashes, last = (objects.get(f"{space}/chain/{name}", _LONGEST) or b"").split(b"\n")
-    if last == _END and all(map(_HASH.fullmatch, hashes)):
-        return [h.decode() for h in hashes]
-    found = []
-    for meta in objects.under(f"{space}/with"):
-        *_, mark, other = meta.path.split("/")
-        if other == name:
-            found.append(mark)
+    found = stored_chain(objects, space, name)
+    if found is None:
+        paths = (meta.path.split("/") for meta in objects.under(f"{space}/with"))
+        found = [mark for *_, mark, other in paths if other == name]
     return found
 
 
@@ -54,24 +58,31 @@ def mark(objects: Objects, pool: Workers, key: str, chain: Sequence[str]) -> Non
     pool.each(lambda h: objects.put(f"{space}/last/{h}", name.encode(), create=False), chain)
 
 
-def repoint(objects: Objects, path: str, other: Callable[[], str | None]) -> None:
-    """Let an object that is a name hold what `other` finds, or be gone if that is nothing."""
-    found = other()
-    if found is None:
-        objects.delete(path)
-        # Written meanwhile? Then its own pointer may be what was deleted.
-        found = other()
-    if found is not None:
+def repoint(objects: Objects, path: str, folder: str, without: str = "") -> None:
+    """Let an object that is a name hold that of an object in a folder, but for the one `without`;
+    or be gone if there is none."""
+    for _ in range(8):
+        found = next(_names_in(objects, folder, without), None)
+        if found is None:
+            objects.delete(path)
+            # Written meanwhile? Then its own pointer may be what was deleted.
+            found = next(_names_in(objects, folder, without), None)
+            if found is None:
+                return
         objects.put(path, found.encode(), create=False)
+        # Removed meanwhile? Who did that may have seen another name here, and left it.
+        if objects.head(f"{folder}/{found}") is not None:
+            return
 
 
 def others_with(objects: Objects, space: str, mark: str, name: str) -> Iterator[str]:
     """The names of other documents than `name` with that mark; none where nothing is listed."""
-    if objects.listable:
-        for meta in objects.under(f"{space}/with/{mark}"):
-            other = meta.path.rpartition("/")[2]
-            if other != name:
-                yield other
+    return _names_in(objects, f"{space}/with/{mark}", name) if objects.listable else iter(())
+
+
+def _names_in(objects: Objects, folder: str, without: str) -> Iterator[str]:
+    names = (meta.path.rpartition("/")[2] for meta in objects.under(folder))
+    return (name for name in names if name != without)
 
 
 def block_tokens_of(ids: Ids, marks: Sequence[str]) -> int | None:

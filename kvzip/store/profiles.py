@@ -269,12 +269,7 @@ class Profiles:
         path = f"{space}/profile"
         if (found := self._objects.get(path)) is None or name_in(found) not in (profile_id, ""):
             return
-
-        def any_marked() -> str | None:
-            found = next(iter(self._objects.under(f"{space}/profiles")), None)
-            return None if found is None else found.path.rpartition("/")[2]
-
-        repoint(self._objects, path, any_marked)
+        repoint(self._objects, path, f"{space}/profiles")
 
     def sweep(self) -> None:
         """Clear away what removers left that died."""

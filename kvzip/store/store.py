@@ -94,10 +94,11 @@ class Store:
 
     `limit_bytes`: documents used longest ago are evicted when all together take more. A writer
     looks after every sixteenth of the limit that it writes, so W of them may exceed it by W/16 for
-    a while. `block_tokens`: of a store that is new (default: 256), or just what a store has, which
-    is a UsageError otherwise; the prefixes that can be found end at multiples of it (a found one is
-    then extended to the very token). `timeout`, `retries`, `options`: see
-    :class:`kvzip.store.bucket.Bucket`; a folder's files take as long as its disk does.
+    a while, or by W documents where these are larger. `block_tokens`: of a store that is new
+    (default: 256), or just what a store has, which is a UsageError otherwise; the prefixes that can
+    be found end at multiples of it (a found one is then extended to the very token). `timeout`,
+    `retries`, `options`: see :class:`kvzip.store.bucket.Bucket`; a folder's files take as long as
+    its disk does.
     `make`: make a local folder that is not there.
     `mode`: the permissions of a folder's objects; by default their owner's, and the group's as far
     as the folder is. `key`: seal the store (AES-256-GCM; docs/store.md): its documents, what leads
@@ -265,13 +266,13 @@ class Store:
         order that lets a writer die at any point; whether the document is new, and how many bytes
         were written."""
         space = about.identity.namespace
-        doc = f"{space}/docs/{name}.kvz"
+        doc, own_chain = f"{space}/docs/{name}.kvz", f"{space}/chain/{name}"
         self._describe(space, about)
         new, written, put = False, 0, self.bucket.put
         for _ in range(8):
             if profile is not None and self._profiles.put(profile, replace and not new):
                 written += profile.nbytes
-            put(f"{space}/chain/{name}", chain_file(chain), create=False)
+            put(own_chain, chain_file(chain), create=False)
             made = put(doc, file, create=not replace)
             if not made and not self._is_in_place(f"{space}/{name}"):
                 made = put(doc, file, create=False)
@@ -280,7 +281,8 @@ class Store:
             if about.profile:
                 self._profiles.mark(about.identity)
             # Gone: an eviction had chosen it before it was written anew. All its marks may be gone.
-            if self.bucket.head(doc) is not None and self._has_profile(about.profile, profile):
+            there = all(self.bucket.head(path) is not None for path in (doc, own_chain))
+            if there and self._has_profile(about.profile, profile):
                 self._uses.written(f"{space}/{name}")
                 return new, written + new * file.seek(0, os.SEEK_END)
         raise StoreError(f"{doc} is evicted as often as it is written: raise the store's limit")

@@ -116,6 +116,72 @@ def test_a_document_that_is_removed_while_it_is_put(tmp_path):
             assert step > 10
             return
         assert faults.looked_for(other, 0, 0) == faults.TOKENS, reached
+        assert has_chain(other, key), reached
+
+
+def has_chain(store, key):
+    return store.bucket.head(key.replace("/", "/chain/")) is not None
+
+
+def at_step(bucket, step, act):
+    """Have `act` done before a bucket's request of that number; a list of what it gave."""
+    done, reached = itertools.count(), []
+
+    def before(do):
+        def instead(*given, **more):
+            if next(done) == step:
+                reached.append(act())
+            return do(*given, **more)
+
+        return instead
+
+    for name in ("head", "get", "under", "put", "delete"):
+        setattr(bucket, name, before(getattr(bucket, name)))
+    return reached
+
+
+def test_a_document_that_is_put_while_it_is_removed(tmp_path):
+    """At each request of who removes it: if it is there after that, then with all that leads to
+    it."""
+    outcomes = set()
+    for step in itertools.count():
+        where, other = (Store(tmp_path / str(step), block_tokens=faults.BLOCK) for _ in range(2))
+        where._pool.each = lambda do, items: [do(item) for item in items]
+        key = put(where)
+        reached = at_step(where.bucket, step, lambda other=other: put(other))
+        where.remove(key)
+        if not reached:
+            assert step > 10 and outcomes == {True, False}
+            return
+        there = bool(other.documents())
+        outcomes.add(there)
+        assert faults.looked_for(other, 0, 0) == (faults.TOKENS if there else 0), step
+        assert has_chain(other, key) == there, step
+
+
+def test_a_document_is_found_without_listing_whatever_is_removed_at_once(tmp_path):
+    """Three begin alike. At each request of who removes the first, the second is removed, which is
+    the next to be named by what they have in common."""
+    for step in itertools.count():
+        where, other = (Store(tmp_path / str(step), block_tokens=faults.BLOCK) for _ in range(2))
+        where._pool.each = lambda do, items: [do(item) for item in items]
+        first, second, _ = sorted(put(where, number=number) for number in range(3))
+        for mark in where.bucket.folder.glob("*/last/*"):
+            if len(list((mark.parent.parent / "with" / mark.name).iterdir())) == 3:
+                mark.write_text(first.partition("/")[2])
+        reached = at_step(where.bucket, step, lambda other=other, key=second: other.remove(key))
+        where.remove(first)
+        if not reached:
+            assert step > 10
+            return
+        web = Store(tmp_path / str(step))
+        web.bucket.listable = False
+        for count in (faults.BLOCK, faults.TOKENS // 2):  # the common beginning is two blocks
+            with web.find(faults.ids_of(0)[:count], model="m0", **OF) as match:
+                assert match.tokens == count, step
+        space, named = first.partition("/")[0], web.bucket.folder.glob("*/last/*")
+        for name in {mark.read_text() for mark in named}:
+            assert web.bucket.head(document_path(f"{space}/{name}")), step
 
 
 def test_what_a_server_does_not_list_is_not_cleared_away(tmp_path, ahead, monkeypatch):

@@ -145,6 +145,35 @@ def test_every_damaged_object_is_a_miss_or_an_error(tmp_path):
         assert match.snapshot() == snapshot
 
 
+def test_names_that_are_moved_lead_to_no_other_document(tmp_path):
+    """Documents that withhold their ids, and somebody without the key who gives each one's marks to
+    the other, and empties what names a document: these are files without bytes, or may be."""
+    url, documents = tmp_path / "store", [document(seed) for seed in (1, 2)]
+    store = Store(url, block_tokens=BLOCK, key=KEY)
+    for each in documents:
+        blob = kvzip.encode(each, "raw", store_token_ids=False)
+        store.put(blob, token_ids=each.token_ids)
+    find = lambda ids: Store(url, key=KEY).find(ids, **OF)  # noqa: E731
+    for each in documents:
+        for count in (BLOCK, 3 * BLOCK + 1, 100):
+            with find(each.token_ids[:count]) as match:  # without ids, to the block
+                assert match.snapshot().tokens == count // BLOCK * BLOCK
+    marks = [p for p in url.rglob("*") if len(p.relative_to(url).parts) == 4]
+    names = {mark.name for mark in marks}
+    assert len(names) == 2
+    for mark in marks:
+        (mark.parent / (names - {mark.name}).pop()).touch()
+        mark.unlink()
+    pointers = {mark.parent.name for mark in marks}
+    for path in url.rglob("*"):
+        if path.is_file() and path.name in pointers:
+            path.write_bytes(b"")
+    assert [find(each.token_ids) for each in documents] == [None, None]
+    for chain in [p for p in url.rglob("*") if p.name in names and p.stat().st_size]:
+        chain.unlink()  # then it is told from names alone
+    assert [find(each.token_ids) for each in documents] == [None, None]
+
+
 def test_settings_that_a_power_cut_took_are_written_anew_and_sealed(tmp_path):
     snapshot, url = document(), tmp_path / "store"
     Store(url, block_tokens=BLOCK, key=KEY).put(snapshot)
