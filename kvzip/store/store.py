@@ -283,7 +283,7 @@ class Store:
             # Gone: an eviction had chosen it before it was written anew. All its marks may be gone.
             there = all(self.bucket.head(path) is not None for path in (doc, own_chain))
             if there and self._has_profile(about.profile, profile):
-                self._uses.written(f"{space}/{name}")
+                (self._uses.written if new else self._uses.note)(f"{space}/{name}")
                 return new, written + new * file.seek(0, os.SEEK_END)
         raise StoreError(f"{doc} is evicted as often as it is written: raise the store's limit")
 

@@ -529,6 +529,18 @@ def test_killed_writers_lose_and_damage_nothing_in_a_thousand(place):
 # --- size ------------------------------------------------------------------------------------
 
 
+def test_what_is_put_again_was_used_now(tmp_path):
+    old = [put_tiny(Store(tmp_path, block_tokens=BLOCK), [i] * 16).key for i in range(3)]
+    for days, key in enumerate(reversed(old), 1):
+        then = time.time() - 86400 * days
+        os.utime(tmp_path / document_path(key), (then, then))
+    where = Store(tmp_path)
+    assert [d.key for d in where.documents()] == old
+    assert not put_tiny(where, [0] * 16).new
+    assert find_tiny(where, [0] * 16)
+    assert [d.key for d in where.documents()] == [*old[1:], old[0]]
+
+
 def test_what_was_used_longest_ago_goes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(uses, "_TOUCH_SECONDS", 0.0)
     probe = Store(tmp_path, block_tokens=BLOCK)
