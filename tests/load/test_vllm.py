@@ -1304,3 +1304,113 @@ def test_a_document_is_closed_where_nobody_says_what_decodes_it(
     with pytest.raises(UsageError, match="KVZIP_NVCOMP"):
         loading.LayersOf(None, None, document, SimpleNamespace(kind="cuda"))
     assert closed == [reader]
+
+
+# --- steps that are planned before the last one's end is known ------------------------------
+
+
+class Ahead:
+    """An engine that plans steps before it has seen what became of those before, as vLLM does by
+    default (async scheduling)."""
+
+    def __init__(self, engine: Any):
+        self.engine, self.seen = engine, set[str]()
+
+    def admit(self, ids: list[int], blocks: list[int] | None = None, local: int = 0) -> Any:
+        """A request whose first `local` tokens are in blocks that vLLM has."""
+        engine = self.engine
+        request = standin.Request(f"r{engine.count}", ids)
+        engine.count += 1
+        request.loaded, _ = engine._ask(request, local)
+        need = -(-len(ids) // standin.BLOCK)
+        kept = (blocks or [])[: local // standin.BLOCK]
+        request.blocks = [kept + engine.free[: need - len(kept)]]
+        engine.free = engine.free[need - len(kept) :]
+        request.computed = local + request.loaded
+        engine._allocated(request, request.loaded)
+        return request
+
+    def plan(self, request: Any, tokens: int) -> Any:
+        """The next step, in which so many tokens of a request are computed."""
+        name, new = request.request_id, request.request_id not in self.seen
+        self.seen.add(name)
+        told = {"req_id": name, "block_ids": tuple(request.blocks)}
+        first = [SimpleNamespace(**told, num_computed_tokens=request.computed)]
+        output = SimpleNamespace(
+            scheduled_new_reqs=first if new else [],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[] if new else [name],
+                resumed_req_ids=set(),
+                new_block_ids=[None],
+                num_computed_tokens=[request.computed],
+            ),
+            num_scheduled_tokens={name: tokens},
+        )
+        request.computed += tokens
+        return self.engine.scheduler.build_connector_meta(output)
+
+    def run(self, step: Any) -> set[int]:
+        """Run a step; which blocks it did not load."""
+        worker = self.engine.worker
+        worker.bind_connector_metadata(step)
+        worker.start_load_kv(None)
+        for name in self.engine.caches:
+            worker.wait_for_layer_load(name)
+        worker.wait_for_save()
+        found: set[int] = worker.get_block_ids_with_load_errors()
+        worker.clear_connector_metadata()
+        return found
+
+    def tell(self, blocks: set[int]) -> None:
+        told = SimpleNamespace(invalid_block_ids=blocks, finished_recving=None)
+        self.engine.scheduler.update_connector_output(told)
+
+
+def test_a_step_that_was_planned_before_a_load_failed_stores_nothing(
+    engine: Any, tmp_path: Any
+) -> None:
+    """Neither of the request itself, nor of another that has begun on its blocks."""
+    ids = prompt(64)
+    fill(engine, ids)
+    damage(documents(tmp_path)[0])
+    second = Ahead(engine())
+    one = second.admit(ids + prompt(64, 1))
+    assert one.loaded == 64
+    steps = [second.plan(one, 16), second.plan(one, 48)]
+    other = second.admit(ids + prompt(64, 2), one.blocks[0], 64)
+    steps.append(second.plan(other, 64))
+    assert [len(step.saves) for step in steps] == [0, 1, 1]
+    failed = [second.run(step) for step in steps]
+    assert failed[0] and not failed[1] and not failed[2]
+    for request, blocks in zip((one, other), failed, strict=False):
+        second.tell(blocks)
+        request.computed = 0
+    for request in (one, other):  # which computes it, and stores it then
+        second.engine._compute(request, 0, 128)
+        step = second.plan(request, 128)
+        assert len(step.saves) == 1
+        second.run(step)
+    second.engine.settle()
+    assert len(documents(tmp_path)) == 3
+    third = engine()
+    for request in (one, other):
+        assert third.run(request.prompt_token_ids)[0].loaded == 112  # and is right
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_what_rests_on_loads_of_other_workers_is_stored_when_they_are_known(
+    engine: Any, tmp_path: Any, ours: Any, monkeypatch: Any, tensor: int, pipeline: int
+) -> None:
+    """A worker does not see that another one's load has failed."""
+    ids = prompt(64)
+    for one in ranks(engine, tensor, monkeypatch, ours, pipeline=pipeline):
+        one.run(ids)
+        one.settle()
+    second = Ahead(ranks(engine, tensor, monkeypatch, ours, pipeline=pipeline)[0])
+    request = second.admit(ids + prompt(64, 1))
+    assert request.loaded == 64
+    known = 2 if pipeline == 1 else 3  # steps that vLLM may have begun before it knows
+    stored = [second.plan(request, 64 if n == 0 else 1).saves for n in range(known + 1)]
+    assert [len(saves) for saves in stored] == [0] * known + [1]
+    new = second.admit(prompt(64, 3))
+    assert len(second.plan(new, 64).saves) == 1  # which rests on none

@@ -164,7 +164,7 @@ class KvzipConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
         step = self._get_connector_metadata()
-        self._mover.start(step.loads, step.background)
+        self._mover.start(step.loads, step.background, step.failures)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         self._mover.wait(layer_name)

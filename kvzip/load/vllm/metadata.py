@@ -55,3 +55,5 @@ class Metadata(KVConnectorMetadata):
     background: list[Load] = field(default_factory=list)
     """Loads of requests that wait for them, and are no part of the step."""
     saves: list[Save] = field(default_factory=list)
+    failures: int = 0
+    """Of how many steps vLLM knew, when it planned this one, that something was not loaded."""

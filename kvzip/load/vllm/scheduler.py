@@ -112,8 +112,13 @@ class Scheduler:
         many blocks they need to be."""
         self._parked: dict[str, None] = {}
         """Requests that vLLM was told to ask for again, in their order, until they have blocks."""
-        self._steps: deque[Metadata] = deque(maxlen=4)
-        """The last steps; vLLM may have begun one before it has seen the last one's end."""
+        self._ahead = engine.split.pipeline + 1
+        """How many steps vLLM may have planned before it has seen the first one's end."""
+        self._steps: deque[Metadata] = deque(maxlen=2 * self._ahead)
+        """The last steps with loads or saves."""
+        self._fresh: deque[set[int]] = deque(maxlen=self._ahead)
+        """Of each of the last steps the blocks that it loads: it is not known whether it did."""
+        self._failures = 0
         self._passed_over: dict[Documents, float] = {}
         self._rest_until = 0.0
         self._looked = 0
@@ -299,7 +304,12 @@ class Scheduler:
                     for ids, new_ids in zip(known.blocks, more, strict=bool(more)):
                         ids += new_ids
         behind = self._engine.in_background
-        step = Metadata([] if behind else self._loads, self._loads if behind else [])
+        step = Metadata(
+            [] if behind else self._loads,
+            self._loads if behind else [],
+            failures=self._failures,
+        )
+        self._fresh.append({block for load in step.loads for block in load.blocks})
         self._loads = []
         for name, count in output.num_scheduled_tokens.items():
             self._holding.pop(name, None)
@@ -310,12 +320,21 @@ class Scheduler:
             if 0 < known.junction <= reached:
                 step.saves += self._saves(name, known, known.junction, computed[name], output)
                 known.junction = 0
-            if not known.saved and stop <= reached:
+            if not known.saved and stop <= reached and not self._rests_on_others(known):
                 step.saves += self._saves(name, known, stop, computed[name], output)
                 known.saved = True
         if step.loads or step.saves:
             self._steps.append(step)
         return step
+
+    def _rests_on_others(self, known: _Request) -> bool:
+        """Whether a request has blocks of which it is not known yet whether all workers have loaded
+        their parts. What a worker computes rests on what the others have, and it does not see
+        whether they have it."""
+        if self._engine.split.tensor * self._engine.split.pipeline == 1:
+            return False
+        fresh = set[int]().union(*self._fresh)
+        return any(not fresh.isdisjoint(blocks) for blocks in known.blocks)
 
     def _junction(self, request: Request) -> int:
         """See :attr:`_Request.junction`."""
@@ -357,15 +376,18 @@ class Scheduler:
         return count - known.known >= max(1, self._settings.min_new * count)
 
     def failed(self, blocks: Collection[int]) -> None:
-        """Blocks could not be loaded: nothing of that step was saved, and their documents are
-        passed over."""
+        """Blocks could not be loaded: nothing of that step was saved, nor of those that were
+        planned since, and their documents are passed over."""
         if not blocks:
             return
+        self._failures += 1
+        spoiled = False
         for step in self._steps:
             bad = [load for load in step.loads if not load.blocks.isdisjoint(blocks)]
             for load in bad:
                 self._pass_over(load)
-            if bad:
+            spoiled = spoiled or bool(bad)
+            if spoiled:
                 for save in step.saves:
                     if save.request in self._requests:
                         self._requests[save.request].saved = False

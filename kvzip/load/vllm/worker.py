@@ -51,8 +51,9 @@ class Worker:
         """What decodes documents that it can; the CPU decodes others."""
         self._background = BackgroundLoads(engine, self._open, self._put_at_once, self._place)
         self._invalid: set[int] = set()
-        self._spoiled = False
-        """Whether something of this step was not loaded."""
+        self._failures = self._known = 0
+        """In how many steps something was not loaded, and of how many vLLM knew when it planned
+        this one: it plans the next step before it has seen the last one's end."""
         self._saves = Saves(settings, engine, store, profile, part)
         # A script may end without a shutdown. So `close` runs before Python ends all thread
         # pools (which do the same), and what is still to be stored needs some.
@@ -92,8 +93,10 @@ class Worker:
 
     # --- loading ---------------------------------------------------------------------------
 
-    def start(self, loads: Sequence[Load], background: Sequence[Load]) -> None:
-        """Begin to decode what this step needs, and what requests wait for that come later."""
+    def start(self, loads: Sequence[Load], background: Sequence[Load], failures: int = 0) -> None:
+        """Begin to decode what this step needs, and what requests wait for that come later.
+        `failures`: see :class:`~kvzip.load.vllm.metadata.Metadata`."""
+        self._known = failures
         if loads:
             timeout = self._settings.timeout
             self._step = StepLoads(loads, self._engine, self._open, timeout, self._decoder)
@@ -158,10 +161,9 @@ class Worker:
 
     def end_step(self, saves: Sequence[Save]) -> None:
         """Copy the prompts that this step completes, to be stored, unless something that they may
-        rest on was not loaded."""
+        rest on was not loaded, in this step or in one that vLLM knew nothing of yet."""
         self._end_loads()
-        spoiled, self._spoiled = self._spoiled, False
-        if spoiled or not self._stores:
+        if self._known < self._failures or not self._stores:
             return
         for save in saves:
             self._saves.begin(save)
@@ -176,11 +178,12 @@ class Worker:
     def _end_loads(self) -> None:
         """Take note of what this step's loads have not filled. The model has run."""
         step, self._step = self._step, None
-        if step is not None:
-            for load, error in step.end():
-                self._invalid |= load.blocks
-                self._spoiled = True
-                self._tell(load, error)
+        failed = [] if step is None else step.end()
+        if failed:  # those of other workers, which vLLM knows of, count with this one's
+            self._failures = max(self._failures, self._known) + 1
+        for load, error in failed:
+            self._invalid |= load.blocks
+            self._tell(load, error)
 
     def close(self) -> None:
         """Return when all that was copied is stored."""
