@@ -71,6 +71,8 @@ class Preamble(NamedTuple):
         found = cls(*_fields(first))
         if found.header_length > MAX_HEADER:
             raise FormatError("the file's header is out of bounds")
+        if found.entries > MAX_ENTRIES:
+            raise FormatError("the file's index is out of bounds")
         return found
 
     @property

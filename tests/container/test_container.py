@@ -18,7 +18,7 @@ from support import (
 )
 
 import kvzip
-from kvzip.container import header_schema
+from kvzip.container import MAGIC, header_schema
 from kvzip.container.index import RECORD
 from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UnsupportedError
 from kvzip.snapshot import LayerLayout
@@ -115,6 +115,17 @@ def layer_of(header):
 def part_of(header, **fields):
     """Change what is said of the first layer's keys."""
     layer_of(header)["parts"]["k"].update(**fields)
+
+
+def test_a_file_of_zeros_that_takes_no_room_takes_no_memory(tmp_path):
+    """An index of 2^32 - 1 entries lies in 200 GB of which a disk keeps nothing."""
+    entries, path = 2**32 - 1, tmp_path / "a.kvz"
+    size = -(-(40 + 64 + 48 * entries) // 64) * 64
+    with path.open("wb") as file:
+        file.write(struct.pack("<8sHHIIIQQ", MAGIC, 1, 0, 64, entries, 0, size, 0))
+        file.truncate(size)
+    with pytest.raises(FormatError, match="index is out of bounds"):
+        kvzip.open(path)
 
 
 @pytest.mark.parametrize(
