@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 from kvzip.choice import auto
 from kvzip.codec import Codec, get_codec
 from kvzip.container.format import Info, whole_length
 from kvzip.container.reader import Reader
-from kvzip.container.sealed import AnyKey, Key, SealingSink, as_key, is_sealed, seal, sealed_size
+from kvzip.container.sealed import (
+    HEADER,
+    AnyKey,
+    Key,
+    SealingSink,
+    as_key,
+    check_key,
+    cipher_of,
+    is_sealed,
+    seal,
+    sealed_size,
+)
 from kvzip.container.sink import Memory, Sink
 from kvzip.container.source import is_url, open_source
 from kvzip.container.writer import Writer, largest_size
@@ -217,12 +229,18 @@ def open(
         from kvzip.store.bucket import open_url
 
         return open_url(file, profile, threads, key=key)
-    return Reader(open_source(file, _length), profile, threads, key)
+    return Reader(open_source(file, partial(_length, check_key(key))), profile, threads, key)
 
 
-def _length(first: bytearray) -> int | None:
-    """The length that a .kvz file states in its first bytes; sealed, it says none."""
-    return 1 << 62 if is_sealed(first) else whole_length(first)
+def _length(key: AnyKey | None, first: bytearray) -> int | None:
+    """The length that a .kvz file states in its first bytes, None if it takes more of them to tell.
+    Sealed, it says none; one that is of another key is an error before all of it has come."""
+    if not is_sealed(first):
+        return whole_length(first)
+    if len(first) < HEADER:
+        return None
+    cipher_of(bytes(first[:HEADER]), key)
+    return 1 << 62
 
 
 def decode(

@@ -233,16 +233,7 @@ class Sealed(Closable):
         self._source = source
         self.name = getattr(source, "name", None)
         """What errors call it, if anything."""
-        start = bytes(source.read(0, min(HEADER, source.size)))
-        proof, name = _read_header(start)
-        known = _find(key, name)
-        self._cipher, expected = _cipher(known, start[:48] + start[80:120], place)
-        if not hmac.compare_digest(proof, expected):
-            raise SealError(
-                "the key is not the one that this file was sealed with"
-                + (f", which is called {name!r}" if name else "")
-                + (", or the file was put in the place of another" if place else "")
-            )
+        self._cipher = cipher_of(bytes(source.read(0, min(HEADER, source.size))), key, place)
         body = source.size - HEADER
         self._chunks = -(-body // (CHUNK + TAG))
         self.size = body - TAG * self._chunks
@@ -321,6 +312,20 @@ class Sealed(Closable):
                 last = (offset + length - 1) // CHUNK
                 chunks.update(dict.fromkeys(range(offset // CHUNK, last + 1)))
         self._source.announce([self._place(chunk) for chunk in chunks])  # type: ignore[attr-defined]
+
+
+def cipher_of(start: bytes, key: AnyKey | None, place: str = "") -> Any:
+    """What decrypts the chunks of the sealed file that begins so. Raises as :class:`Sealed`."""
+    proof, name = _read_header(start)
+    known = _find(key, name)
+    cipher, expected = _cipher(known, start[:48] + start[80:120], place)
+    if not hmac.compare_digest(proof, expected):
+        raise SealError(
+            "the key is not the one that this file was sealed with"
+            + (f", which is called {name!r}" if name else "")
+            + (", or the file was put in the place of another" if place else "")
+        )
+    return cipher
 
 
 def _read_header(start: bytes) -> tuple[bytes, str]:

@@ -232,6 +232,28 @@ def test_the_wrong_key_is_said_to_be_wrong(snapshot, tmp_path):
         kvzip.open(plain, key=KEY)
 
 
+class Pipe:
+    """A file object that cannot seek, whose bytes have no end."""
+
+    def __init__(self, first):
+        self.left, self.given = first, 0
+
+    def read(self, count):
+        found, self.left = self.left[:count].ljust(count, b"x"), self.left[count:]
+        self.given += count
+        assert self.given < 100 << 20, "all of it is wanted"
+        return found
+
+
+def test_an_endless_pipe_of_another_key_is_not_waited_for():
+    header = seal(b"", kvzip.Key(KEY, "mine"))[:HEADER]
+    for key, words in ((None, "give its key .*'mine'"), (OTHER, "not the one")):
+        with pytest.raises(SealError, match=words):
+            kvzip.open(Pipe(header), key=key)
+    with pytest.raises(CorruptError, match=r"header .* is damaged"):
+        kvzip.open(Pipe(header[:8]), key=KEY)
+
+
 def test_keys_that_make_no_sense():
     for key in (b"short", "x" * 32, 7, b"", bytes(33)):
         with pytest.raises(UsageError):
