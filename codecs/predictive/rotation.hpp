@@ -64,60 +64,39 @@ struct Rotation : Vectors<Isa> {
     Two<I> pair;
     I found;
   };
+  // The first pair of those that `unturned` tries, which mostly is one.
+  Unturned at_once(Two<I> pair) const {
+    const Sums s(*this, pair);
+    const F narrow = middle(s, s.start);
+    return s.unturned(s.start, narrow, fits(s, s.start, narrow));
+  }
   // Of a few such pairs the first, which is in the midst of them; or where `weight` is not 0, the
   // one that is nearest to what is expected, `weight` times how far it is from `centre`. Which one
   // it is has no bearing on the format. It is looked for until those that are `wanted`, a bit each,
   // are found.
-  //
-  // Given the number before RoPE that is the greater (so that its own step is the wider), the sums
-  // say between what the other one lies.
   Unturned unturned(Two<I> pair, Two<F> centre, Two<F> weight, std::uint64_t wanted) const {
-    const std::uint64_t weighed =
+    const bool weighed =
         Isa::below(all(0), as_bits(weight.first) | as_bits(weight.second)) & wanted;
-    const F y1 = number(pair.first), y2 = number(pair.second);
-    const Two<F> about = turned_back(y1, y2);
-    const I swapped = size(about.second) > size(about.first);
-    const F start = rounded(swapped ? about.second : about.first);
-    // Both sums as wide * u + narrow * v.
-    const F u1 = swapped ? -sine : cosine, v1 = swapped ? cosine : -sine;
-    const F u2 = swapped ? cosine : sine, v2 = swapped ? sine : cosine;
-    const F by1 = 1.0f / v1, by2 = 1.0f / v2;
-    const F room1 = half_step(y1) * size(by1), room2 = half_step(y2) * size(by2);
-    const Two<F> wide_one = of(swapped, centre, weight), narrow_one = of(~swapped, centre, weight);
+    const Sums s(*this, pair);
+    const Two<F> wide_one = of(s.swapped, centre, weight),
+                 narrow_one = of(~s.swapped, centre, weight);
     F wide_found = F{}, narrow_found = F{}, least = F{};
     I found = all(0);
-    const auto left = [&] { return wanted & ~Isa::below(all(0), found); };
-    const auto best = [&] {
-      return Unturned{{bits_of(swapped ? narrow_found : wide_found),
-                       bits_of(swapped ? wide_found : narrow_found)},
-                      found};
-    };
     for (int i = 0; i < kTries; ++i) {
-      const F wide = stepped(start, i % 2 ? i / 2 + 1 : -(i / 2));
-      const F p1 = product(wide, u1), p2 = product(wide, u2);
-      const F wide_far = far(wide, wide_one);
-      const I wide_counts = counts(wide);
-      const F q1 = (y1 - p1) * by1, q2 = (y2 - p2) * by2;
-      const F low = greater(q1 - room1, q2 - room2), high = Isa::less(q1 + room1, q2 + room2);
-      const F middle = rounded((low + high) * 0.5f);
+      const F wide = stepped(s.start, i % 2 ? i / 2 + 1 : -(i / 2)), among = middle(s, wide);
       for (const int k : {0, 1, -1}) {
-        const F narrow = stepped(middle, k);
-        // What `turned` makes of both.
-        const F z1 = rounded(p1 + product(narrow, v1)), z2 = rounded(p2 + product(narrow, v2));
-        const F away = wide_far + far(narrow, narrow_one);
+        const F narrow = stepped(among, k);
+        const F away = far(wide, wide_one) + far(narrow, narrow_one);
         const I nearer = i < kNearest ? away < least : all(0);
-        // What is no number comes in other bits from other processors.
-        const I better = wide_counts & counts(narrow) & (as_bits(z1) == as_bits(y1)) &
-                         (as_bits(z2) == as_bits(y2)) & (~found | nearer);
+        const I better = fits(s, wide, narrow) & (~found | nearer);
         wide_found = better ? wide : wide_found;
         narrow_found = better ? narrow : narrow_found;
         least = better ? away : least;
         found |= better;
-        if (!weighed && !left()) return best();
       }
-      if (i + 1 >= kNearest && !left()) return best();
+      if ((!weighed || i + 1 >= kNearest) && !(wanted & ~Isa::below(all(0), found))) break;
     }
-    return best();
+    return s.unturned(wide_found, narrow_found, found);
   }
 
  private:
@@ -125,7 +104,44 @@ struct Rotation : Vectors<Isa> {
     const F scale = 1.0f / (cosine * cosine + sine * sine);
     return {(y1 * cosine + y2 * sine) * scale, (y2 * cosine - y1 * sine) * scale};
   }
-  // Of the greater number: if nothing is found before, and where the nearest is looked for.
+  // What RoPE made of a pair, as wide * u + narrow * v: of the number before it that is the
+  // greater, so that its own step is the wider, and of the other one. Given the wide one, the sums
+  // say between what the narrow one lies.
+  struct Sums {
+    F y1, y2;
+    I swapped;  // the second number is the wide one
+    F start;    // about the wide one
+    F u1, u2, v1, v2;
+    F by1, by2;      // 1 / v
+    F room1, room2;  // half a step of the sums, in narrow ones
+
+    Sums(const Rotation& r, Two<I> pair) : y1(number(pair.first)), y2(number(pair.second)) {
+      const Two<F> about = r.turned_back(y1, y2);
+      swapped = size(about.second) > size(about.first);
+      start = rounded(swapped ? about.second : about.first);
+      u1 = swapped ? -r.sine : r.cosine, v1 = swapped ? r.cosine : -r.sine;
+      u2 = swapped ? r.cosine : r.sine, v2 = swapped ? r.sine : r.cosine;
+      by1 = 1.0f / v1, by2 = 1.0f / v2;
+      room1 = half_step(y1) * size(by1), room2 = half_step(y2) * size(by2);
+    }
+    Unturned unturned(F wide, F narrow, I found) const {
+      return {{bits_of(swapped ? narrow : wide), bits_of(swapped ? wide : narrow)}, found};
+    }
+  };
+  F middle(const Sums& s, F wide) const {
+    const F q1 = (s.y1 - product(wide, s.u1)) * s.by1, q2 = (s.y2 - product(wide, s.u2)) * s.by2;
+    const F low = greater(q1 - s.room1, q2 - s.room2), high = Isa::less(q1 + s.room1, q2 + s.room2);
+    return rounded((low + high) * 0.5f);
+  }
+  // Whether `turned` makes both sums of the two.
+  I fits(const Sums& s, F wide, F narrow) const {
+    const F z1 = rounded(product(wide, s.u1) + product(narrow, s.v1)),
+            z2 = rounded(product(wide, s.u2) + product(narrow, s.v2));
+    // What is no number comes in other bits from other processors.
+    return counts(wide) & counts(narrow) & (as_bits(z1) == as_bits(s.y1)) &
+           (as_bits(z2) == as_bits(s.y2));
+  }
+  // Of the wide number: if nothing is found before, and where the nearest is looked for.
   static constexpr int kTries = 7, kNearest = 3;
   // What is expected of a pair's first number, or of the second, and its weight.
   static Two<F> of(I second, Two<F> centre, Two<F> weight) {

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "predictive/kernels.hpp"
+#include "predictive/vectors.hpp"
 
 namespace kvzip::predictive {
 namespace {
@@ -20,7 +20,9 @@ inline void put(std::uint64_t& state, std::uint64_t from, std::uint64_t share,
 
 // The states of one lane of a stream, and the words that they give off, written downwards.
 template <class Isa>
-struct LaneEncoder {
+struct LaneEncoder : Vectors<Isa> {
+  using Base = Vectors<Isa>;
+  using Base::W;
   // Of the stream's tokens in the tile's first channel, and how far apart channels lie.
   const std::uint32_t *start, *size;
   std::size_t stride;
@@ -39,9 +41,11 @@ struct LaneEncoder {
         __builtin_prefetch(row - kAhead * stride + kStream / 2);
       }
     // Of as many as vectors hold; those past the last token are other numbers' shares.
-    std::uint32_t least = share[0];
-    for (std::size_t k = 0; k < kStream; ++k) least = std::min(least, share[k]);
-    if (__builtin_expect(least == 0, 0)) {
+    constexpr std::uint64_t kAll = ~std::uint64_t(0) >> (64 - W);
+    std::uint64_t no_escapes = kAll;
+    for (std::size_t k = 0; k < kStream; k += W)
+      no_escapes &= Isa::below(Base::all(0), Base::load(share + k));
+    if (__builtin_expect(no_escapes != kAll, 0)) {
       states.store(x);
       with_escapes(from, share);
       states = typename Isa::States(x);

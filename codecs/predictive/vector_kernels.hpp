@@ -132,11 +132,14 @@ class TileCoder : Vectors<Isa> {
     for (std::size_t start = 0, end; start < channels; start = end) {
       end = std::min(start + layer.group, channels);
       predict(part.first + start, part.first + end);
+      if constexpr (kUnturns)
+        if (tokens.rotation) unturn(start, std::min(end, part.turned()));
       for (std::size_t place = start; place < end; place += 2) {
         const std::size_t lane = (place - start) / 2 % layer.lanes;
         if (place < part.turned()) {
-          if (tokens.rotation) code_pair<true>(lane, place);
-          else code_pair<false>(lane, place);
+          AsBefore& as = as_before[(place - start) / 2];
+          if (tokens.rotation) code_pair<true>(lane, place, as);
+          else code_pair<false>(lane, place, as);
         } else {
           code_single(lane, place);
           if (place + 1 < end) code_single(lane, place + 1);
@@ -151,6 +154,8 @@ class TileCoder : Vectors<Isa> {
 
  private:
   using Number = std::remove_const_t<T>;
+  // Whether numbers are known, and their pairs are looked for before RoPE.
+  static constexpr bool kUnturns = std::is_const_v<T> && sizeof(T) == 2;
   const Model& model;
   const Layer& layer;
   const Part& part;
@@ -187,14 +192,21 @@ class TileCoder : Vectors<Isa> {
   // Of the channel that is coded: Density's `centre` and `m`; of it and the one before it, values;
   // and |z|.
   alignas(64) std::int32_t centre[kTile], narrowness[kTile], xs[kTile], ys[kTile], zs[kTile];
-  // Pairs that are looked for before RoPE: their bits, where they are expected, and their weights.
-  // What lies past the last one is never looked at.
-  struct ChosenPairs {
-    alignas(64) std::int32_t number[2][kTile + W] = {}, cosine[kTile + W] = {},
-                                               sine[kTile + W] = {}, centre[2][kTile + W] = {},
-                                               weight[2][kTile + W] = {};
+  // Of a pair of the group's channels, which are coded as before RoPE: -1, and a bit each; and
+  // which of these were nothing then.
+  struct AsBefore {
+    alignas(64) std::int32_t chosen[kTile];
+    std::uint64_t bits, without;
   };
-  ChosenPairs chosen_pairs;
+  AsBefore as_before[kMostGroup / 2];
+  // Pairs that are looked for before RoPE: their bits, whether they were found, how they are
+  // turned, where they are expected, and their weights, as floats.
+  struct SideBySide {
+    static constexpr std::size_t kRoom = 4 * kTile;
+    alignas(64) std::int32_t number[2][kRoom + W], found[kRoom + W], cosine[kRoom + W],
+        sine[kRoom + W], centre[2][kRoom + W], weight[2][kRoom + W];
+  };
+  SideBySide sought, missed;
 
   // --- load ------------------------------------------------------------------------------------
 
@@ -344,10 +356,10 @@ class TileCoder : Vectors<Isa> {
   }
 
   // Two channels that RoPE turns together. After it, the second is expected where the first tells.
-  // Before it they stand on a grid of their own: where that is the coarser one, as far as can be
-  // foreseen, they are coded as they were then.
   template <bool rotated>
-  __attribute__((noinline)) void code_pair(std::size_t lane, std::size_t place) {
+  __attribute__((noinline)) void code_pair(std::size_t lane, std::size_t place, AsBefore& as) {
+    // Of numbers that are known it was asked for all of a group.
+    if constexpr (!kUnturns || !rotated) turn_expected<rotated>(place, as);
     const std::size_t c = part.first + place, pair = place / 2;
     const std::size_t p = part.pair_of(std::size_t(part.order[place])), all_pairs = pairs * kAngles;
     const std::int16_t *const sines = sine + p * kTile, *const cosines = cosine + p * kTile;
@@ -360,49 +372,29 @@ class TileCoder : Vectors<Isa> {
                  ? Isa::at32(of_class(array, size, true) + table_row * kAngles, turn)
                  : plain;
     };
-    alignas(64) std::int32_t ps[kTile], qs[kTile];  // the two as they are expected, turned
-    alignas(64) std::int32_t before[kTile];         // -1: coded as before RoPE
-    std::uint64_t unturned = 0;                     // the same, a bit each
+    const std::int32_t *const x0 = expected[c - from], *const y0 = expected[c + 1 - from];
     for (std::size_t t = 0; t < n; t += W) {
-      const I sin = widened(sines + t), cos = widened(cosines + t);
-      const I a = load(expected[c - from] + t), b = load(expected[c + 1 - from] + t);
-      const I x0 = Isa::turned(a, cos, b, -sin), y0 = Isa::turned(b, cos, a, sin);
-      store(ps + t, x0);
-      store(qs + t, y0);
-      const I inverse = by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair, t);
-      if (!rotated) {
-        store(centre + t, x0);
-        store(narrowness + t, narrow(t, inverse));
-        continue;
-      }
-      const I size = product_size(a, b), turned_size = product_size(x0, y0);
-      const I chosen = turned_size < size;
-      unturned |= Isa::below(turned_size, size) << t;
-      store(before + t, chosen);
-      store(centre + t, chosen ? a : x0);
-      store(narrowness + t, narrow(t, chosen ? own_inverse(c, t) : inverse));
+      I inverse = by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair, t);
+      if (rotated) inverse = load(as.chosen + t) ? own_inverse(c, t) : inverse;
+      store(centre + t, load(x0 + t));
+      store(narrowness + t, narrow(t, inverse));
     }
-    if (n < kTile) unturned &= ~(~std::uint64_t(0) << n);
-    std::uint64_t without = 0;
-    if constexpr (std::is_const_v<T>)
-      if (unturned) without = unturn(unturned, before, place, p);
     const std::uint64_t escapes = code(lane, place, xs);
-    if (__builtin_expect(((escapes | without) & unturned) != 0, 0))
-      keep_turned((escapes | without) & unturned, without, place, p, before);
+    if (const std::uint64_t kept = as.bits & (escapes | as.without); rotated && kept)
+      keep_turned(kept, as, place);
     tally(place, xs);
     for (std::size_t t = 0; t < n; t += W) {
       const I slope = by_angle(layer.pair_slope, all_pairs, pair, t);
-      const I off = Isa::template scaled<12>(load(xs + t) - load(ps + t), slope);
-      const I turned = clamp(load(qs + t) + off, kClamp);
-      const I inverse = by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair + 1, t);
-      if (!rotated) {
-        store(centre + t, turned);
-        store(narrowness + t, narrow(t, inverse));
-        continue;
+      const I off = Isa::template scaled<12>(load(xs + t) - load(x0 + t), slope);
+      I y = clamp(load(y0 + t) + off, kClamp),
+        inverse = by_angle(layer.pair_inverse, 2 * all_pairs, 2 * pair + 1, t);
+      if (rotated) {
+        const I chosen = load(as.chosen + t);
+        y = chosen ? load(y0 + t) : y;
+        inverse = chosen ? own_inverse(c + 1, t) : inverse;
       }
-      const I chosen = load(before + t);
-      store(centre + t, chosen ? load(expected[c + 1 - from] + t) : turned);
-      store(narrowness + t, narrow(t, chosen ? own_inverse(c + 1, t) : inverse));
+      store(centre + t, y);
+      store(narrowness + t, narrow(t, inverse));
     }
     code(lane, place + 1, ys);
     tally(place + 1, ys);
@@ -412,7 +404,7 @@ class TileCoder : Vectors<Isa> {
       I a = clamp(Isa::turned(x, cos, y, sin), kClamp),
         b = clamp(Isa::turned(y, cos, x, -sin), kClamp);
       if (rotated) {
-        const I chosen = load(before + t);
+        const I chosen = load(as.chosen + t);
         a = chosen ? x : a;
         b = chosen ? y : b;
         if constexpr (!std::is_const_v<T>) turn(chosen, place, p, t);
@@ -425,7 +417,9 @@ class TileCoder : Vectors<Isa> {
   // --- pairs before RoPE -----------------------------------------------------------------------
 
   // |a b| as a float32, whose bits are in the order of what they stand for.
-  static I product_size(I a, I b) { return Base::as_bits(to_float(a) * to_float(b)) & 0x7fffffff; }
+  static I product_size(Two<I> of) {
+    return Base::as_bits(to_float(of.first) * to_float(of.second)) & 0x7fffffff;
+  }
   I own_inverse(std::size_t c, std::size_t t) const {
     const I plain = all(of_class(layer.inverse, layer.width, false)[c]);
     if (!table) return plain;
@@ -439,6 +433,33 @@ class TileCoder : Vectors<Isa> {
     const auto of = [&](const float* at) { return Base::as_float(load(at + p * kTile + t)); };
     return {{}, of(own_cosine), of(own_sine), tokens.rounds_products};
   }
+  // Where the pairs at `place` are expected: after RoPE; or before it, where they stood on a
+  // coarser grid then, as far as can be foreseen, and are coded so.
+  template <bool rotated>
+  void turn_expected(std::size_t place, AsBefore& as) {
+    const std::size_t c = part.first + place, p = part.pair_of(std::size_t(part.order[place]));
+    std::int32_t *const first = expected[c - from], *const second = expected[c + 1 - from];
+    as.bits = as.without = 0;
+    for (std::size_t t = 0; t < n; t += W) {
+      const Two<I> own{load(first + t), load(second + t)};
+      Two<I> turned = turned_expected(own, p, t);
+      if (rotated) {
+        const I size = product_size(own), turned_size = product_size(turned),
+                chosen = turned_size < size;
+        as.bits |= Isa::below(turned_size, size) << t;
+        store(as.chosen + t, chosen);
+        turned = {chosen ? own.first : turned.first, chosen ? own.second : turned.second};
+      }
+      store(first + t, turned.first);
+      store(second + t, turned.second);
+    }
+    if (n < kTile) as.bits &= ~(~std::uint64_t(0) << n);
+  }
+  Two<I> turned_expected(Two<I> own, std::size_t p, std::size_t t) const {
+    const I sin = widened(sine + p * kTile + t), cos = widened(cosine + p * kTile + t);
+    return {Isa::turned(own.first, cos, own.second, -sin),
+            Isa::turned(own.second, cos, own.first, sin)};
+  }
   // Turns the chosen pairs of those at `place`, so that they are as they stand in a cache.
   void turn(I chosen, std::size_t place, std::size_t p, std::size_t t) {
     if constexpr (sizeof(T) == 2) {
@@ -449,84 +470,145 @@ class TileCoder : Vectors<Isa> {
       Base::store_narrow(second, chosen ? turned.second : b);
     }
   }
-  // Puts what the chosen pairs at `place` were before RoPE in their place, where they were
-  // anything. Tells of which they were nothing. `before`: -1 where a pair is chosen.
-  std::uint64_t unturn(std::uint64_t chosen, const std::int32_t* before, std::size_t place,
-                       std::size_t p) {
-    std::uint64_t without = 0;
-    if constexpr (sizeof(T) == 2) {
-      const std::size_t c = part.first + place;
-      Number *const first = column(place), *const second = column(place + 1);
-      // What is looked for goes side by side, so that it fills vectors.
-      ChosenPairs& pairs = chosen_pairs;
+
+  // Puts what the chosen pairs of channels [start, end) were before RoPE in their place, where they
+  // were anything. What is looked for goes side by side, so that it fills vectors.
+  void unturn(std::size_t start, std::size_t end) {
+    for (std::size_t place = start; place < end;) {
+      const std::size_t first = place;
       std::size_t count = 0;
-      for (std::size_t t = 0; t < n; t += W) {
-        const std::uint64_t some = chosen >> t & ~std::uint64_t(0) >> (64 - W);
-        if (!some) continue;
-        const auto pack = [&](std::int32_t* to, I v) { Isa::pack(to + count, some, v); };
-        pack(pairs.number[0], bits_at(first, t));
-        pack(pairs.number[1], bits_at(second, t));
-        pack(pairs.cosine, load(own_cosine + p * kTile + t));
-        pack(pairs.sine, load(own_sine + p * kTile + t));
-        for (std::size_t i = 0; i < 2; ++i) {
-          pack(pairs.centre[i], load(expected[c + i - from] + t));
-          // What is known but for its rounding is likely to be the nearest.
-          if (layer.table16)
-            pack(pairs.weight[i],
-                 load(known + t) & of_class(layer.inverse, layer.width, true)[c + i]);
-        }
-        count += std::size_t(__builtin_popcountll(some));
+      for (; place < end && count + kTile <= SideBySide::kRoom; place += 2) {
+        AsBefore& as = as_before[(place - start) / 2];
+        turn_expected<true>(place, as);
+        count = gather(as, place, count);
       }
-      std::uint64_t found = 0;
-      for (std::size_t k = 0; k < count; k += W) found |= unturn(pairs, c, k, count) << k;
-      for (std::size_t t = 0, k = 0; t < n; t += W) {
-        const std::uint64_t some = chosen >> t & ~std::uint64_t(0) >> (64 - W);
-        const I is_chosen = load(before + t);
-        const auto put = [&](Number* to, const std::int32_t* of) {
-          Base::store_narrow(to + t, is_chosen ? Isa::unpacked(of + k, some) : bits_at(to, t));
-        };
-        put(first, pairs.number[0]);
-        put(second, pairs.number[1]);
-        k += std::size_t(__builtin_popcountll(some));
-      }
-      if (const std::uint64_t all_of_them = ~std::uint64_t(0) >> (64 - count); found != all_of_them)
-        for (std::size_t k = 0; chosen; chosen &= chosen - 1, ++k)
-          if (!(found >> k & 1)) without |= chosen & (0 - chosen);
+      find(count);
+      for (std::size_t i = first, k = 0; i < place; i += 2)
+        k = put_back(as_before[(i - start) / 2], i, k);
     }
-    return without;
   }
-  // Puts the pairs before RoPE of a vector of those from the k-th on in their place. Tells which
-  // were found, a bit each.
-  std::uint64_t unturn(ChosenPairs& pairs, std::size_t c, std::size_t k, std::size_t count) const {
+  static std::uint64_t lanes_of(std::uint64_t bits, std::size_t t) {
+    return bits >> t & ~std::uint64_t(0) >> (64 - W);
+  }
+  // Returns how many are sought with the chosen pairs at `place`.
+  std::size_t gather(const AsBefore& as, std::size_t place, std::size_t count) {
+    const std::size_t c = part.first + place, p = part.pair_of(std::size_t(part.order[place]));
     const F unit = F{} + NumberGrid<Isa>::scale(layer.unit[c]);
-    const auto at = [&](const std::int32_t* of) { return load(of + k); };
-    const Rotation<Isa> by{{},
-                           Base::as_float(at(pairs.cosine)),
-                           Base::as_float(at(pairs.sine)),
-                           tokens.rounds_products};
-    const Two<I> pair{at(pairs.number[0]), at(pairs.number[1])};
-    const std::uint64_t wanted = ~std::uint64_t(0) >> (64 - std::min<std::size_t>(W, count - k));
-    const auto in = by.unturned(
-        pair, {to_float(at(pairs.centre[0])) * unit, to_float(at(pairs.centre[1])) * unit},
-        {to_float(at(pairs.weight[0])), to_float(at(pairs.weight[1]))}, wanted);
-    store(pairs.number[0] + k, in.found ? in.pair.first : pair.first);
-    store(pairs.number[1] + k, in.found ? in.pair.second : pair.second);
-    return Isa::below(all(0), in.found) & wanted;
-  }
-  // A pair whose first number is an escape stays as it is after RoPE. `without`: these are so
-  // still.
-  void keep_turned(std::uint64_t which, std::uint64_t without, std::size_t place, std::size_t p,
-                   std::int32_t* before) {
-    for (; which; which &= which - 1) {
-      const auto t = std::size_t(__builtin_ctzll(which));
-      if constexpr (std::is_const_v<T>) {
-        if (!(without >> t & 1)) {
-          const std::size_t start = t / W * W;
-          turn(Base::lanes() == std::int32_t(t - start), place, p, start);
+    for (std::size_t t = 0; t < n; t += W) {
+      const std::uint64_t some = lanes_of(as.bits, t);
+      if (!some) continue;
+      const auto pack = [&](std::int32_t* to, I v) { Isa::pack(to + count, some, v); };
+      pack(sought.number[0], bits_at(column(place), t));
+      pack(sought.number[1], bits_at(column(place + 1), t));
+      pack(sought.cosine, load(own_cosine + p * kTile + t));
+      pack(sought.sine, load(own_sine + p * kTile + t));
+      if (layer.table16)
+        for (std::size_t i = 0; i < 2; ++i) {
+          pack(sought.centre[i], Base::as_bits(to_float(load(expected[c + i - from] + t)) * unit));
+          // What is known but for its rounding is likely to be the nearest.
+          const I weight = load(known + t) & of_class(layer.inverse, layer.width, true)[c + i];
+          pack(sought.weight[i], Base::as_bits(to_float(weight)));
         }
+      count += std::size_t(__builtin_popcountll(some));
+    }
+    return count;
+  }
+  // Puts the first `count` of those that are sought before RoPE. Most are found at once, and what
+  // is missed goes side by side again.
+  void find(std::size_t count) {
+    std::uint64_t missing[SideBySide::kRoom / W];
+    const std::size_t left = find_at_once(count, missing);
+    find_missed(left);
+    for (std::size_t k = 0, at = 0; at < left; k += W) {
+      const std::uint64_t some = missing[k / W];
+      const auto put = [&](std::int32_t* to, const std::int32_t* of) {
+        store(to + k, load(to + k) | Isa::unpacked(of + at, some));
+      };
+      put(sought.number[0], missed.number[0]);
+      put(sought.number[1], missed.number[1]);
+      put(sought.found, missed.found);
+      at += std::size_t(__builtin_popcountll(some));
+    }
+  }
+  // Returns how many are missed; `missing`: which of each vector, a bit each. They are 0 for now.
+  std::size_t find_at_once(std::size_t count, std::uint64_t* missing) {
+    std::size_t left = 0;
+    for (std::size_t k = 0; k < count; k += W) {
+      const Two<I> pair{load(sought.number[0] + k), load(sought.number[1] + k)};
+      const auto in = rotation(sought, k).at_once(pair);
+      I found = in.found;
+      if (layer.table16) found &= (load(sought.weight[0] + k) | load(sought.weight[1] + k)) == 0;
+      store(sought.number[0] + k, found & in.pair.first);
+      store(sought.number[1] + k, found & in.pair.second);
+      store(sought.found + k, found);
+      const std::uint64_t used = ~std::uint64_t(0) >> (64 - std::min<std::size_t>(count - k, W)),
+                          some = missing[k / W] = used & ~Isa::below(all(0), found);
+      if (!some) continue;
+      const auto pack = [&](std::int32_t* to, I v) { Isa::pack(to + left, some, v); };
+      pack(missed.number[0], pair.first);
+      pack(missed.number[1], pair.second);
+      pack(missed.cosine, load(sought.cosine + k));
+      pack(missed.sine, load(sought.sine + k));
+      if (layer.table16)
+        for (std::size_t i = 0; i < 2; ++i) {
+          pack(missed.centre[i], load(sought.centre[i] + k));
+          pack(missed.weight[i], load(sought.weight[i] + k));
+        }
+      left += std::size_t(__builtin_popcountll(some));
+    }
+    return left;
+  }
+  void find_missed(std::size_t left) {
+    for (std::size_t k = 0; k < left; k += W) {
+      const auto of = [&](const std::int32_t* at) { return Base::as_float(load(at + k)); };
+      Two<F> centre{F{}, F{}}, weight{F{}, F{}};
+      if (layer.table16)
+        centre = {of(missed.centre[0]), of(missed.centre[1])},
+        weight = {of(missed.weight[0]), of(missed.weight[1])};
+      const Two<I> pair{load(missed.number[0] + k), load(missed.number[1] + k)};
+      const auto in = rotation(missed, k).unturned(
+          pair, centre, weight, ~std::uint64_t(0) >> (64 - std::min<std::size_t>(W, left - k)));
+      store(missed.number[0] + k, in.found ? in.pair.first : pair.first);
+      store(missed.number[1] + k, in.found ? in.pair.second : pair.second);
+      store(missed.found + k, in.found);
+    }
+  }
+  Rotation<Isa> rotation(const SideBySide& pairs, std::size_t k) const {
+    return {{},
+            Base::as_float(load(pairs.cosine + k)),
+            Base::as_float(load(pairs.sine + k)),
+            tokens.rounds_products};
+  }
+  // Returns how many of those that were sought are put.
+  std::size_t put_back(AsBefore& as, std::size_t place, std::size_t k) {
+    for (std::size_t t = 0; t < n; t += W) {
+      const std::uint64_t some = lanes_of(as.bits, t);
+      if (!some) continue;
+      const I chosen = load(as.chosen + t);
+      for (std::size_t i = 0; i < 2; ++i) {
+        Number* const to = column(place + i) + t;
+        Base::store_narrow(to, chosen ? Isa::unpacked(sought.number[i] + k, some) : bits_at(to, 0));
+      }
+      as.without |= (some & ~Isa::below(all(0), Isa::unpacked(sought.found + k, some))) << t;
+      k += std::size_t(__builtin_popcountll(some));
+    }
+    return k;
+  }
+  // Pairs whose first number is an escape, a bit each, stay as they are after RoPE.
+  void keep_turned(std::uint64_t which, AsBefore& as, std::size_t place) {
+    const std::size_t c = part.first + place, p = part.pair_of(std::size_t(part.order[place]));
+    for (; which; which &= which - 1) {
+      const auto t = std::size_t(__builtin_ctzll(which)), start = t / W * W;
+      const I here = Base::lanes() == std::int32_t(t - start);
+      if constexpr (std::is_const_v<T>) {
+        if (!(as.without >> t & 1)) turn(here, place, p, start);
         coder.escape(t, density(place), numbers(place), {centre, narrowness}, {xs, zs});
       }
-      before[t] = 0;
+      std::int32_t* const at[2] = {expected[c - from] + start, expected[c + 1 - from] + start};
+      const Two<I> own{load(at[0]), load(at[1])}, turned = turned_expected(own, p, start);
+      store(at[0], here ? turned.first : own.first);
+      store(at[1], here ? turned.second : own.second);
+      as.chosen[t] = 0;
     }
   }
 
