@@ -45,6 +45,11 @@ def codec_for_chunks(codec: Codec, log: logging.Logger) -> Codec:
     return get_codec("channel")
 
 
+def most_stored(nbytes: int) -> int:
+    """More bytes than any codec makes of a chunk that has so many."""
+    return 2 * nbytes + (1 << 20)
+
+
 def pairs(array: Bits) -> list[tuple[Bits, Bits]]:
     """A tensor as keys and values of layers, [heads, tokens, dim] each, or [1, tokens, channels]:
     views of it.

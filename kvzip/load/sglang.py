@@ -62,8 +62,6 @@ T = TypeVar("T")
 _OnPage: TypeAlias = "Callable[[str, int, HostKVCache, int | None], bool]"
 """What is done with a page: its key, the index of its first token, the pool that it is in, and the
 position of that token, where it is known."""
-_BESIDE = 1 << 20
-"""Bytes that a stored page may have beside twice those of its numbers. No codec comes close."""
 
 # For each layout of SGLang's host memory, the axes of a page after those of keys and values:
 # layer, token (of the page), head. The last axis is the head's dimension.
@@ -193,7 +191,7 @@ class KvzipStorage(_Base):
     def _load(self, key: str, tensor: torch.Tensor, pool: HostKVCache | None) -> bool:
         """Fill a page. Raises KVZipError and OSError."""
         path = self._path(key, pool)
-        data = self.bucket.get(path, 2 * tensor.nbytes + _BESIDE)
+        data = self.bucket.get(path, chunks.most_stored(tensor.nbytes))
         found = "miss" if data is None else "hit"
         metrics.count("lookups", where="sglang", result=found)
         if data is None:

@@ -23,7 +23,7 @@ from kvzip.benchmarks.host_jobs import Idle
 from kvzip.container.source import Source, open_source
 from kvzip.load import chunks, llama_cpp, llama_slot, lmcache
 from kvzip.store import Store
-from kvzip.store.folder import Folder, Meta
+from kvzip.store.folder import SMALL, Folder, Meta
 from kvzip.testing import cache_like, make_snapshot, reseal
 from kvzip.workers import Workers, finished
 
@@ -150,8 +150,9 @@ class InMemory(Folder):
     def __init__(self, objects: dict[str, bytes]):
         self.url, self.objects = "memory", objects
 
-    def get(self, path: str) -> bytes | None:
-        return self.objects.get(path)
+    def get(self, path: str, most: int = SMALL) -> bytes | None:
+        found = self.objects.get(path)
+        return found if found is None or len(found) <= most else b""
 
     def head(self, path: str) -> Meta | None:
         found = self.objects.get(path)

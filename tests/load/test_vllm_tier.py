@@ -26,6 +26,7 @@ pytest.importorskip("obstore")
 import kvzip  # noqa: E402
 from kvzip.codec import get_codec  # noqa: E402
 from kvzip.errors import CorruptError, KVZipError, UsageError  # noqa: E402
+from kvzip.load import chunks  # noqa: E402
 from kvzip.load.vllm.bounded import Bounded  # noqa: E402
 from kvzip.load.vllm.rows import Rows  # noqa: E402
 from kvzip.load.vllm.settings import TierSettings, tier_settings_from  # noqa: E402
@@ -197,16 +198,29 @@ def test_what_was_used_longest_ago_goes(tmp_path: Path) -> None:
     for name in "abcdefghij":
         bounded.put(f"tier/{name}", b"y" * 900)
     assert there() == set("abcdefghij")
-    assert bounded.get("tier/a") and bounded.get("tier/c")
+    assert bounded.get("tier/a", 1000) and bounded.get("tier/c", 1000)
     bounded.use("tier/d")
     for name in "klmn":
         bounded.put(f"tier/{name}", b"y" * 900)
     kept = there()
     assert {"a", "c", "d", *"klmn"} <= kept and not {"b", "e"} & kept
     total = sum(meta.size for meta in objects.under("tier"))
-    assert total <= 10_000 and bounded.get("tier/b") is None and objects.get("else/where")
+    assert total <= 10_000 and bounded.get("tier/b", 1000) is None and objects.get("else/where")
     with pytest.raises(UsageError, match="above the limit"):
         bounded.put("tier/o", bytes(10_001))
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd", "planes", "channel", "lz4"])
+def test_chunks_of_megabytes_come_back(tmp_path: Path, codec: str) -> None:
+    rows = rows_of(config(), None, codec)
+    row = np.random.default_rng(0).integers(0, 256, 5 << 20, np.uint8)
+    bounded = Bounded(open_bucket(tmp_path, make=True), "tier", None)
+    bounded.put("tier/a", rows.encode(row, 0))
+    stored = bounded.get("tier/a", chunks.most_stored(row.nbytes))
+    assert stored is not None and len(stored) > 4 << 20
+    back = np.zeros_like(row)
+    rows.decode(stored, back, 0)
+    assert np.array_equal(back, row)
 
 
 def test_what_others_wrote_counts(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ class Bounded:
         self._used: dict[str, float] = {}
         """When objects were last used by this process."""
 
-    def get(self, path: str) -> bytes | None:
-        """An object's bytes, or None when there is none; this counts as a use."""
-        data = self._objects.get(path)
+    def get(self, path: str, most: int) -> bytes | None:
+        """An object's bytes, or None when there is none; none at all of one that has more than
+        `most`. This counts as a use."""
+        data = self._objects.get(path, most)
         if data is not None:
             self.use(path)
         return data

@@ -283,7 +283,7 @@ class KvzipTier(SecondaryTierManager):
     def _load(self, path: str, row: Bits, group: int) -> bool:
         """Fill a chunk; whether that went well. Never raises."""
         try:
-            data = self._bounded.get(path)
+            data = self._bounded.get(path, chunks.most_stored(row.nbytes))
             if data is None:  # somebody made room
                 return False
             self._rows.decode(data, row, group)
