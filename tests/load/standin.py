@@ -86,7 +86,8 @@ def config(url: Any, /, **changes: Any) -> SimpleNamespace:
     `dtype`, `mamba_cache_mode`, `drafts`, `cache_dtype`, `parallel`, `spec`,
     `windows` (a group of layers for each, None for one of full attention, 0 for one of states),
     `num_blocks`, `layers` (the numbers of those that this worker has), `backend`, `isa`,
-    `quantization`, `hf_overrides`, `load_format`."""
+    `load_format`, `model_loader_extra_config`, `hf_config` (what of it is changed), and whatever
+    else vLLM is told of a model."""
     import transformers
 
     get = changes.pop
@@ -120,9 +121,15 @@ def config(url: Any, /, **changes: Any) -> SimpleNamespace:
         return SimpleNamespace(layer_names=names[number :: len(windows)], kv_cache_spec=spec)
 
     attention = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), isa=isa)
-    told = {name: get(name) for name in ("quantization", "hf_overrides") if name in changes}
+    names_of_model = ("quantization", "quantization_config", "hf_overrides", "hf_config_path")
+    names_of_model += ("model_class_overrides",)
+    told = {name: get(name) for name in names_of_model if name in changes}
+    hf_config.update(get("hf_config", {}))
     found = SimpleNamespace(
-        load_config=SimpleNamespace(load_format=get("load_format", "auto")),
+        load_config=SimpleNamespace(
+            load_format=get("load_format", "auto"),
+            model_loader_extra_config=get("model_loader_extra_config", {}),
+        ),
         kv_transfer_config=transfer,
         parallel_config=SimpleNamespace(**get("parallel", {"tensor_parallel_size": 1})),
         model_config=SimpleNamespace(

@@ -1254,12 +1254,20 @@ def test_what_vllm_is_told_to_change_is_no_hit(engine: Any) -> None:
         {},
         {"quantization": "fp8"},
         {"quantization": "awq"},
+        {"quantization_config": {"linear": "fp8_per_tensor"}},
+        {"quantization_config": {"linear": "fp8_per_block"}},
         {"hf_overrides": {"rope_theta": 7.0}},
+        {"hf_overrides": lambda config: config, "hf_config": {"initializer_range": 0.7}},
+        {"hf_config_path": "elsewhere", "hf_config": {"initializer_range": 0.8}},
+        {"model_class_overrides": {"LlamaForCausalLM": "mine:Llama"}},
+        {"model_loader_extra_config": {"pattern": "b"}},
         {"load_format": "pt"},
     ]
     for changes in told:
         assert engine(**changes).run(ids)[0].loaded == 0
         fill(engine, ids, **changes)
+        if callable(changes.get("hf_overrides")):  # what it makes of the config counts
+            changes |= {"hf_overrides": lambda config: config.copy()}
         assert engine(**changes).run(ids)[0].loaded == 64
 
 

@@ -248,6 +248,23 @@ def tier_json() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.skipif(not RUN, reason="needs vLLM: make test-vllm")
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
+def test_formats_of_one_name_are_kept_apart(tmp_path: Path, monkeypatch: Any, dtype: str) -> None:
+    """AMD's MI300 has another fp8, which vLLM calls by the same name."""
+    from kvzip.load.vllm.tier import KvzipTier
+
+    told = config(model=SimpleNamespace(name="tiny", dtype=dtype))
+    spec, places = SimpleNamespace(config=told, replicated_layout=False), set[str]()
+    for fnuz in (False, True):
+        monkeypatch.setattr("kvzip.load.vllm.names._fnuz", lambda fnuz=fnuz: fnuz)
+        pool = memoryview(np.zeros((2, 4096), np.uint8))
+        tier = KvzipTier(spec, pool, "kvzip", url=str(tmp_path), revision="r")
+        places.add(tier._path(b"key" + bytes(8)))
+        tier.shutdown()
+    assert len(places) == 2
+
+
 def test_the_page_has_all_settings() -> None:
     [tier] = tier_json()["kv_connector_extra_config"]["secondary_tiers"]
     for name in ("type", "module_path"):

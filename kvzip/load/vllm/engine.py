@@ -301,7 +301,8 @@ def origin_of(vllm_config: VllmConfig, settings: Settings, engine: Engine) -> Or
     Raises KVZipError when nothing pins the weights.
     """
     config = vllm_config.model_config
-    load_format = str(getattr(getattr(vllm_config, "load_config", None), "load_format", "auto"))
+    loading = getattr(vllm_config, "load_config", None)
+    load_format = str(getattr(loading, "load_format", "auto"))
     usual = load_format.rpartition(".")[2].lower() in ("auto", "safetensors", "hf")
     revision = settings.revision
     if revision is None:
@@ -315,10 +316,17 @@ def origin_of(vllm_config: VllmConfig, settings: Settings, engine: Engine) -> Or
                 f"nothing says which weights of {config.model} these are: set revision in "
                 "kv_connector_extra_config, and change it whenever they change"
             )
+    overrides = getattr(config, "hf_overrides", None)
+    # A function says nothing of what it does, and a path nothing of what lies there.
+    of_another = callable(overrides) or getattr(config, "hf_config_path", None)
     told = {
         "quantization": getattr(config, "quantization", None),
-        "hf_overrides": getattr(config, "hf_overrides", None),
+        "quantization_config": getattr(config, "quantization_config", None),
+        "hf_overrides": None if callable(overrides) else overrides,
+        "config": of_another and config.hf_config.to_json_string(),
+        "classes": getattr(config, "model_class_overrides", None),
         "load_format": not usual and load_format,
+        "loader": getattr(loading, "model_loader_extra_config", None),
         # Of transformers' the shapes are others.
         "states": engine.has_states and "as vLLM keeps them",
         # What numbers of 8 bits mean is told by the checkpoint's scales, or by 1.

@@ -57,6 +57,7 @@ from kvzip.identity.checkpoint import checkpoint_fingerprint
 from kvzip.load import chunks
 from kvzip.load.place import folder_name
 from kvzip.load.vllm.bounded import Bounded
+from kvzip.load.vllm.names import fp8_format
 from kvzip.load.vllm.rows import Rows
 from kvzip.load.vllm.settings import TierSettings, profile_from, tier_settings_from
 from kvzip.load.vllm.troubles import Troubles, log
@@ -184,6 +185,8 @@ class KvzipTier(SecondaryTierManager):
                 for name in ("tp", "pp", "pcp", "dcp")
             },
         }
+        if config.model.dtype.startswith("fp8"):  # one name of two formats
+            about["format"] = fp8_format(config.model.dtype)
         origin = Origin(model=model, revision=_digest(about))
         rows = Rows(config, copies, profile, codec, origin)
         if rows.why_no_pages:
