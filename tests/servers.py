@@ -211,6 +211,10 @@ class Failing:
     url: str = ""
     rate: float = math.inf
     """Bytes a second that one answer has."""
+    weak: bool = False
+    """Whether its ETags are weak ones, of which none matches a condition (RFC 9110, 13.1.1)."""
+    conditions: bool = True
+    """Whether it looks at conditions."""
     connections: int = 0
     """How many were made."""
     _left: dict[str, int] = field(default_factory=dict)
@@ -273,10 +277,17 @@ def failing_server(folder: Path) -> Iterator[Failing]:
                     self.send_header("Content-Length", "0")
                     self.end_headers()
                     return
+            etag = f'{"W/" * failing.weak}"{about.st_mtime_ns}-{len(data)}"'
+            wanted = self.headers.get("If-Match")
+            if failing.conditions and wanted and (failing.weak or wanted != etag):
+                self.send_response(412)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             self.send_response(206 if asked else 200)
             self.send_header("Content-Length", str(stop - start))
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
-            self.send_header("ETag", f'"{about.st_mtime_ns}-{len(data)}"')
+            self.send_header("ETag", etag)
             self.send_header("Last-Modified", formatdate(about.st_mtime, usegmt=True))
             self.end_headers()
             if self.command == "GET":

@@ -187,12 +187,8 @@ class Bucket:
     def copy(self, path: str, sink: IO[bytes], progress: Callable[[int], None] | None) -> None:
         """Write an object's bytes to a file, in requests that each have the time-out. Raises
         FileNotFoundError when there is none."""
-        found = self.head(path)
-        if found is None:
-            raise FileNotFoundError(path)
-        if found.size:  # of nothing no part can be asked for
-            with closing(Remote(self, path)) as source:
-                write_all(in_pieces(source), sink, progress)
+        with closing(Remote(self, path)) as source:
+            write_all(in_pieces(source), sink, progress)
 
     def read_range(self, path: str, offset: int, length: int, version: str | None) -> Piece:
         """Up to `length` bytes of an object from `offset` on. Raises FileNotFoundError when there
@@ -201,7 +197,7 @@ class Bucket:
         from obstore.exceptions import BaseError
 
         options: dict[str, Any] = {"range": (offset, offset + length)}
-        if version is not None:
+        if version is not None and not version.startswith("W/"):  # weak ones match nothing
             options["if_match"] = version
         with self._to("read", path):
             began = time.perf_counter()
@@ -215,12 +211,15 @@ class Bucket:
                     f"asked for ({first_line(error)}): download the file, and open that"
                 ) from None
             wait = time.perf_counter() - began
+            meta = _meta(found.meta)
+            if version not in (None, meta.version):
+                raise StoreError(f"{self.named(path)} changed while it was read")
             data = _body(found, length)
             if len(data) > length:
                 raise StoreError(
                     f"the server gives more of {self.named(path)} than it is asked for"
                 )
-            return Piece(_meta(found.meta), data, wait)
+            return Piece(meta, data, wait)
 
     def head(self, path: str) -> Meta | None:
         """What is known of an object, or None when there is none."""

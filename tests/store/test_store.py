@@ -822,6 +822,23 @@ def test_an_object_that_changes_is_an_error(s3):
             reader.layer(3)
 
 
+@pytest.mark.parametrize("conditions", [True, False])
+@pytest.mark.parametrize("weak", [True, False])
+def test_a_file_of_a_web_server_that_changes_is_an_error(tmp_path, weak, conditions):
+    """Whatever it does with versions: one that stays is read."""
+    made = kvzip.encode(big(), "raw")
+    (tmp_path / "a.kvz").write_bytes(made)
+    with failing_server(tmp_path) as server:
+        server.weak, server.conditions = weak, conditions
+        assert kvzip.decode(f"{server.url}/a.kvz") == big()
+        with kvzip.open(f"{server.url}/a.kvz") as reader:
+            (tmp_path / "b.kvz").write_bytes(made)
+            os.utime(tmp_path / "b.kvz", (1, 1))
+            (tmp_path / "b.kvz").rename(tmp_path / "a.kvz")
+            with pytest.raises(StoreError, match=r"changed while it was read|412"):
+                reader.layer(3)
+
+
 # --- stores that do not answer -----------------------------------------------------------------
 
 
