@@ -8,6 +8,7 @@ from typing import Any
 
 from kvzip import capture
 from kvzip.codec import Codec
+from kvzip.codecs.predictive.fit import check_one
 from kvzip.errors import UsageError
 from kvzip.models import LoadedModel
 from kvzip.options import integer
@@ -61,5 +62,7 @@ def learn(
             captured.append(capture.prefill(loaded, document.token_ids, dtype=dtype))
         else:
             captured += capture.capture(loaded, [document], snapshots, dtype=dtype)
+        if n == 0:
+            check_one(captured[0])  # what cannot be learned is said before all others are captured
     learning(f"learning a profile from {len(captured)} documents")
     return Profile.fit(captured, progress=progress, resume=resume)

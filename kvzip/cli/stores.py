@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -212,7 +211,9 @@ def get(
     def show() -> None:
         say(said + (f", in {output}" if output else ""))
         if as_stored and result["profile"]:
-            where = f"--store {shlex.quote(source.bucket.url)} -o FILE.kvprofile"
+            from kvzip.store.urls import store_option
+
+            where = f"{store_option(source.bucket.url)} -o FILE.kvprofile"
             say(f"it needs a profile: kvzip get --key profiles/{result['profile']} {where}")
 
     emit(result, as_json, show)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import shlex
 import time
 import uuid
 from collections import Counter, OrderedDict
@@ -33,6 +32,7 @@ from kvzip.store.bucket import Objects
 from kvzip.store.keys import Identity, document_path
 from kvzip.store.listing import Stored, abouts, documents, namespaces
 from kvzip.store.marks import name_in, repoint
+from kvzip.store.urls import store_option
 from kvzip.workers import Lock, Workers, machine_memory
 
 _log = logging.getLogger("kvzip.store")
@@ -129,7 +129,7 @@ class Profiles:
             raise CorruptError(
                 f"{named} is damaged: the SHA-256 of its bytes is another one. Whoever has the "
                 "profile writes it anew: kvzip put FILE.kvprofile --replace "
-                f"--store {shlex.quote(self._objects.url)}"
+                f"{store_option(self._objects.url)}"
             )
         file.flush()
         return sink.size
@@ -150,7 +150,7 @@ class Profiles:
         url = self._objects.url
         return ProfileError(
             f"{url} does not have profile {profile_id}: give it as profile= (--profile), or store "
-            f"it for all (kvzip put FILE.kvprofile --store {shlex.quote(url)})"
+            f"it for all (kvzip put FILE.kvprofile {store_option(url)})"
         )
 
     # --- writing ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -18,6 +19,11 @@ def without_secrets(url: str) -> str:
     """A URL, or a text with URLs, for messages: without what gives access in it, a password or a
     signature in its query."""
     return _URL_PARTS.sub(lambda u: u[1] + u[2] + ("?..." if u[3] else ""), url)
+
+
+def store_option(url: str) -> str:
+    """How a command line that may be copied names a store."""
+    return f"--store {shlex.quote(url)}"
 
 
 AZURE = ("az", "adl", "azure", "abfs", "abfss")

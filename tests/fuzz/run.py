@@ -220,6 +220,8 @@ def main() -> int:
     parse.add_argument("--shrink", action="store_true", help="make the kept corpus anew")
     parse.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parse.parse_args()
+    if given.seconds < 1:
+        parse.error("--seconds: at least 1")
     if given.one:
         fuzz_one(given.one[0], given.one[1], given.one[2:])
     log = given.corpus / "log.jsonl"
