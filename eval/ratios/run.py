@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from kvzip import api, capture
@@ -21,6 +22,7 @@ from kvzip.codec import Codec, get_codec
 from kvzip.codecs.predictive.fit import check_one
 from kvzip.errors import KVZipError, UsageError
 from kvzip.eval.budget import Counts, Step
+from kvzip.eval.ratios.overlap import passages, seen
 from kvzip.eval.ratios.texts import SPLITS, Text
 from kvzip.eval.results.provenance import made_by
 from kvzip.eval.results.ratios import (
@@ -205,7 +207,23 @@ class Protocol:
                     digest = hashlib.sha256(document.token_ids.astype("<u4").tobytes()).hexdigest()
                     row = DocumentRow(text.kind, split, document.number, self.tokens, digest)
                     found.append((row, replace(document, name=row.name)))
-        return found
+        return _with_seen(found)
+
+
+def _with_seen(
+    documents: Sequence[tuple[DocumentRow, capture.Document]],
+) -> list[tuple[DocumentRow, capture.Document]]:
+    """The documents, those for testing with what the ones to learn from have of them, too."""
+    learned = [document.token_ids for row, document in documents if row.split == "train"]
+    if not learned:
+        return list(documents)
+    known = passages(learned)
+    return [
+        (msgspec.structs.replace(row, seen=seen(document.token_ids, known)), document)
+        if row.split == "test"
+        else (row, document)
+        for row, document in documents
+    ]
 
 
 def check_same_documents(

@@ -35,6 +35,9 @@ class DocumentRow(msgspec.Struct, frozen=True):
     tokens: int
     sha256: str
     """Of the token ids, each as four bytes, the lowest first."""
+    seen: float | None = None
+    """Of a test document, the share of its tokens that stand in a passage of 32 tokens which the
+    training documents have, too; None where that was not looked at, or nothing was learned from."""
 
     @property
     def name(self) -> str:
@@ -128,6 +131,11 @@ class RatiosResult(Result, frozen=True, kw_only=True, tag="ratios"):
     profiles: list[LearnedProfile]
     rows: list[RatioRow]
 
+    def seen(self, kind: str) -> float | None:
+        """Of the test documents of a kind of text, the share that the training documents have."""
+        shares = [d.seen for d in self.tested(kind) if d.seen is not None]
+        return sum(shares) / len(shares) if shares else None
+
     def tested(self, kind: str) -> list[DocumentRow]:
         """The test documents of a kind of text."""
         return [d for d in self.documents if d.kind == kind and d.split == "test"]
@@ -137,6 +145,9 @@ class RatiosResult(Result, frozen=True, kw_only=True, tag="ratios"):
             raise KVZipError("there is no row in it")
         if is_in_both_splits(self.documents):
             raise KVZipError("a document is in both splits: nothing was held out")
+        for document in self.documents:
+            if document.seen is not None and not 0 <= document.seen <= 1:
+                raise KVZipError(f"{document.name}: seen is {document.seen}, which is no share")
         for row in self.rows:
             self._check_row(row)
         for row in self.rows:

@@ -120,16 +120,26 @@ def ratios(
 
 def _show(found: RatiosResult) -> None:
     table = Table(
-        "text", "codec", "documents", "ratio", "bits a number", "exact", title=found.model
+        *("text", "codec", "documents", "seen", "ratio", "bits a number", "exact"),
+        title=found.model,
     )
     for row in found.rows:
-        figures = (f"{row.ratio:.3f}", f"{row.bits_per_value:.2f}", "yes" if row.exact else "NO")
+        share = found.seen(row.kind)
+        figures = (
+            *("" if share is None else f"{share:.0%}", f"{row.ratio:.3f}"),
+            *(f"{row.bits_per_value:.2f}", "yes" if row.exact else "NO"),
+        )
         table.add_row(row.kind, row.codec, str(row.documents), *figures)
     show_table(table)
     for profile in found.profiles:
         say(
             f"{profile.codec} learned {profile.bytes:,} bytes from {profile.documents} documents "
             f"of the training split, {profile.tokens:,} tokens"
+        )
+    if any(document.seen is not None for document in found.documents):
+        say(
+            "seen: how much of the test documents stands in passages (of 32 tokens) that the "
+            "training documents have, too"
         )
 
 

@@ -14,6 +14,8 @@ import msgspec
 import numpy as np
 import pytest
 from command import run, run_json
+from hypothesis import given
+from hypothesis import strategies as st
 from support import cache_like, make_snapshot, save_tiny_model
 
 import kvzip
@@ -22,6 +24,7 @@ from kvzip.codecs.predictive.documents import Documents
 from kvzip.errors import KVZipError, UsageError
 from kvzip.eval.ratios import run as protocol
 from kvzip.eval.ratios import texts
+from kvzip.eval.ratios.overlap import RUN, passages, seen
 from kvzip.eval.ratios.table import COLUMNS, as_csv
 from kvzip.eval.results import stored
 from kvzip.eval.results.provenance import made_by
@@ -87,6 +90,29 @@ def test_texts_of_ones_own(tmp_path: Path) -> None:
     test.write_bytes(b"\xff")
     with pytest.raises(KVZipError, match="is not UTF-8 text"):
         texts.texts((), [option], 0, 1000)
+
+
+# --- what both splits have -----------------------------------------------------------------------
+
+
+@given(st.integers(0, 60), st.integers(0, 90), st.integers(0, 50))
+def test_a_passage_of_the_training_documents_is_seen(before: int, quoted: int, after: int) -> None:
+    """Wherever it stands, whole, from RUN tokens on, and nothing beside it."""
+    rng = np.random.default_rng(7)
+    train, own = (rng.integers(n, n + 40_000, 400) for n in (0, 50_000))
+    test = np.concatenate([own[:before], train[50 : 50 + quoted], own[before : before + after]])
+    wanted = quoted if quoted >= RUN else 0
+    found = seen(test.astype(np.uint32), passages([train[:200], train[200:], train]))
+    assert found == pytest.approx(wanted / len(test) if len(test) else 0)
+
+
+def test_the_token_of_number_zero_and_the_order_of_tokens_count() -> None:
+    ids = np.arange(2 * RUN, dtype=np.uint32) % 7
+    known = passages([ids])
+    assert seen(ids, known) == 1
+    assert seen(np.zeros(RUN, np.uint32), known) == 0
+    assert seen(ids[::-1].copy(), known) == 0
+    assert seen(ids, passages([])) == 0
 
 
 # --- measuring -----------------------------------------------------------------------------------
