@@ -233,7 +233,10 @@ def _breakeven(
         layers=layers,
         raw_bytes=snapshot.raw_bytes,
         prefill_seconds=prefill_seconds,
-        codecs=tuple(CodecFigures(row.spec, row.ratio, 1e9 * row.decode_gbps) for row in rows),
+        codecs=tuple(
+            CodecFigures(r.spec, r.ratio, 1e9 * r.decode_gbps, encode_rate=1e9 * r.encode_gbps)
+            for r in rows
+        ),
         prefill_flops=prefill_flops(
             parameters(loaded.model), snapshot.tokens, layers, width(loaded.model)
         ),

@@ -88,7 +88,8 @@ class Dollars(msgspec.Struct, frozen=True):
     break_even_ratio: float | None
     """Ratio at which both cost the same at the base's egress price."""
     break_even_reads: float | None
-    """Reads that pay back the first prefill and all storage; None where a load saves nothing."""
+    """Reads that pay back the first prefill, encoding it, and all storage; None where a load saves
+    nothing."""
     verdict: Verdict
     """"load" where it is cheaper at the base's egress price, "prefill" where it is not, "unknown"
     where the prefill's cost is an upper bound and the load is below it."""
@@ -201,6 +202,8 @@ def _dollars(measured: Measured, codec: CodecFigures, base: PriceBase, use: Use)
     prefill, kind, words = prefill_price(measured, base)
     raw, egress = measured.raw_bytes, base.egress.value
     decode = device_cost(raw / codec.decode_rate, base.device.value)
+    encoder = number(f"{codec.name}: encode rate", codec.encode_rate, zero=False, infinite=True)
+    encode = device_cost(raw / encoder, base.device.value)
     storage = storage_of(base, use)
     if use.hours > 0 and base.storage is not None:
         words += f" Storage: ${base.storage.value:g}/GB-month ({base.storage.source})."
@@ -218,7 +221,7 @@ def _dollars(measured: Measured, codec: CodecFigures, base: PriceBase, use: Use)
         break_even_usd_per_gb=break_even_egress(prefill, raw, codec.ratio, decode, storage).value,
         break_even_free_decode_usd_per_gb=free,
         break_even_ratio=break_even_ratio(prefill, raw, egress, decode, storage).value,
-        break_even_reads=break_even_reads(prefill, unstored, prefill + kept).value,
+        break_even_reads=break_even_reads(prefill, unstored, prefill + encode + kept).value,
         verdict="unknown" if kind == "upper bound" and verdict == "load" else verdict,
         prefill_basis=kind,
         basis=f"{words} Decoding: its seconds on {measured.decoder or measured.device}, as "

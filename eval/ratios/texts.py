@@ -1,4 +1,5 @@
-"""The texts of the protocol, in two splits that share no file.
+"""The texts of the protocol, in two splits that share no file. They may quote each other:
+:mod:`kvzip.eval.ratios.overlap` says how much.
 
 Kinds of text that every Python has at hand, and texts of one's own. Which of a kind's items are for
 training and which for testing, and in which order they come, is drawn from their names and a seed,

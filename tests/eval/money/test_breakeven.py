@@ -53,6 +53,16 @@ def test_verdict_in_dollars_is_the_sign_of_the_difference() -> None:
             assert (d.verdict == "load") == (row.ratio > d.break_even_ratio)
 
 
+def test_reads_pay_back_the_encoding_too() -> None:
+    quick = CodecFigures("channel", 1.54, 1.3e9)
+    slow = msgspec.structs.replace(quick, encode_rate=1e7)
+    base = default_prices().base("paper-m1pro")
+    once, dear = (e.breakeven(measured(codecs=(c,)), [base])[0].dollars for c in (quick, slow))
+    assert once.break_even_reads is not None and dear.break_even_reads is not None
+    paid = (dear.break_even_reads - once.break_even_reads) * (dear.prefill_usd - dear.load_usd)
+    assert paid == pytest.approx(47_185_920 / 1e7 / 3600 * base.device.value)
+
+
 @pytest.mark.parametrize(("ratio", "rate"), [(1.54, 1.3e9), (1.007, 2.9e9), (2.2, 2e8)])
 def test_a_codec_beats_raw_bytes_up_to_the_link_that_is_told(ratio: float, rate: float) -> None:
     given = measured(codecs=(CodecFigures("one", ratio, rate),))

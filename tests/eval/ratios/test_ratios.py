@@ -1,4 +1,4 @@
-"""The protocol: splits that share nothing, figures that follow from files, documents that are known
+"""The protocol: splits that share no file, figures that follow from files, documents that are known
 again."""
 
 from __future__ import annotations
