@@ -18,11 +18,13 @@ imports without it. :class:`Settings` has all that can be set.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import repeat, takewhile
-from threading import Event
+from threading import Event, Thread, local
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote
 
@@ -57,6 +59,9 @@ else:
         _Base = object
 
 _log = logging.getLogger("kvzip.sglang")
+
+_PATIENCE = 2.0
+"""Seconds that SGLang waits for the weights to be read, before pages are computed."""
 
 T = TypeVar("T")
 _OnPage: TypeAlias = "Callable[[str, int, HostKVCache, int | None], bool]"
@@ -134,6 +139,8 @@ class KvzipStorage(_Base):
         self._failed: set[str] = set()
         """Paths of pages that are there and could not be loaded."""
         self._gives_copies: dict[int, bool] = {}
+        self._storing = local()
+        """Of each of SGLang's threads that store: for which weights it has."""
         self.mem_pool_host: HostKVCache | None = None
         self.registered_pools: dict[PoolName, HostKVCache] = {}
 
@@ -155,16 +162,20 @@ class KvzipStorage(_Base):
     @property
     def scope(self) -> str:
         """Where the pages of these weights and of this rank lie."""
-        pinned = self._weights.pinned()
-        parts = [folder_name(self.model or "model"), folder_name(pinned, "+"), *self._ranks]
+        return self._scope(self._weights.pinned())
+
+    def _scope(self, weights: str) -> str:
+        parts = [folder_name(self.model or "model"), folder_name(weights, "+"), *self._ranks]
         return "/".join(filter(None, parts))
 
-    def _path(self, key: str, pool: HostKVCache | None) -> str:
-        """The dtype is in the path: a page in another can be there beside it."""
+    def _path(self, key: str, pool: HostKVCache | None, weights: str | None = None) -> str:
+        """Where a page is, by default of the weights that the server has now. The dtype is in the
+        path: a page in another can be there beside it."""
         dtype = str(getattr(pool, "dtype", "") or "any").removeprefix("torch.")
         if dtype == "uint8":  # as SGLang keeps every format of 8 bits
             dtype = "-".join([dtype, *self._weights.formats()])
-        return f"{self.scope}/{dtype}/{quote(key, safe='.')}.kvz"
+        scope = self.scope if weights is None else self._scope(weights)
+        return f"{scope}/{dtype}/{quote(key, safe='.')}.kvz"
 
     def _try(self, do: Callable[[], bool], key: str, dead: Event | None = None) -> bool:
         """What `do` gives, or False after a failure, which is told once for each kind. `dead`: of
@@ -204,21 +215,46 @@ class KvzipStorage(_Base):
         return True
 
     def _store(
-        self, key: str, tensor: torch.Tensor, pool: HostKVCache | None, first: int | None = None
+        self,
+        weights: str,
+        key: str,
+        tensor: torch.Tensor,
+        pool: HostKVCache | None,
+        first: int | None = None,
     ) -> bool:
         """Store a page that is not there. Raises KVZipError and OSError."""
-        path, page = self._path(key, pool), page_of(tensor, pool)
+        path, page = self._path(key, pool, weights), page_of(tensor, pool)
         if not self._there(path):
             turned, ropes = None, tuple[dict[str, Any], ...]()
             if first is not None:
                 layers, ropes = self._weights.ropes()
                 start = getattr(pool, "start_layer", 0)
                 turned = chunks.Turned(first, layers[start : start + getattr(pool, "layer_num", 0)])
-            origin = Origin(model=self.model, revision=self._weights.pinned(), rope=ropes)
+            origin = Origin(model=self.model, revision=weights, rope=ropes)
             data = chunks.encode(page, self.codec, 1, origin, turned)
             self.bucket.put(path, data, create=False)
             self._failed.discard(path)
         return True
+
+    def _stored_for(self, key: str) -> str | None:
+        """Which weights pages are of that SGLang has stored now; None where that is not known. It
+        takes other weights while pages of those before wait to be stored. When it empties its
+        caches then, it ends the thread that stores, and begins another one; the same one may have
+        pages of before."""
+        found = None
+
+        def same() -> bool:
+            nonlocal found
+            now = self._weights.pinned()
+            if now == self._storing.__dict__.setdefault("weights", now):
+                found = now
+            else:
+                why = "SGLang has taken other weights, and not emptied its caches (flush_cache)"
+                self._tell("other weights", f"{why}: pages may be of those before", key)
+            return found is not None
+
+        self._try(same, key)
+        return found
 
     def _each(self, do: Callable[..., T], *arguments: Iterable[object]) -> list[T]:
         return list(self._pool.map(do, *arguments))
@@ -265,11 +301,15 @@ class KvzipStorage(_Base):
         target_sizes: object = None,
     ) -> bool:
         pages, dead = target_locations if values is None else values, Event()
+        weights = self._stored_for(next(iter(keys), ""))
+        if pages is None or weights is None:
+            return False
 
         def store(key: str, page: torch.Tensor) -> bool:
-            return self._try(lambda: self._store(key, page, self.mem_pool_host), key, dead)
+            do = partial(self._store, weights, key, page, self.mem_pool_host)
+            return self._try(do, key, dead)
 
-        return pages is not None and all(self._each(store, keys, pages))
+        return all(self._each(store, keys, pages))
 
     def exists(self, key: str) -> bool:
         return self._has(key, self.mem_pool_host)
@@ -336,9 +376,11 @@ class KvzipStorage(_Base):
             pool.set_from_flat_data_page(start, page)
         return loaded
 
-    def _store_at(self, key: str, start: int, pool: HostKVCache, first: int | None) -> bool:
+    def _store_at(
+        self, weights: str, key: str, start: int, pool: HostKVCache, first: int | None
+    ) -> bool:
         """Store the page of a pool that begins at an index."""
-        return self._store(key, pool.get_data_page(start, flat=False), pool, first)
+        return self._store(weights, key, pool.get_data_page(start, flat=False), pool, first)
 
     def batch_get_v1(
         self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: object = None
@@ -351,8 +393,13 @@ class KvzipStorage(_Base):
         host_indices: torch.Tensor,
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> list[bool]:
+        weights = self._stored_for(next(iter(keys), ""))
+        if weights is None:
+            return [False] * len(keys)
         before = getattr(extra_info, "prefix_keys", None)
-        return self._pages(self._store_at, keys, host_indices, self.mem_pool_host, before)
+        return self._pages(
+            partial(self._store_at, weights), keys, host_indices, self.mem_pool_host, before
+        )
 
     # --- pages of several pools ------------------------------------------------------------
 
@@ -387,7 +434,11 @@ class KvzipStorage(_Base):
     def batch_set_v2(
         self, transfers: Iterable[PoolTransfer], extra_info: object = None
     ) -> dict[PoolName, list[bool]]:
-        return self._batch_v2(self._store_at, transfers)
+        transfers = list(transfers)
+        weights = self._stored_for(next((key for t in transfers for key in t.keys or []), ""))
+        if weights is None:
+            return {t.name: [False] * len(t.keys or []) for t in transfers}
+        return self._batch_v2(partial(self._store_at, weights), transfers)
 
     def batch_exists_v2(
         self,
@@ -478,10 +529,15 @@ class _Weights:
         self._known: tuple[tuple[str, ...], str] | None = None
         self._where: tuple[str, str | None, str] = "", None, "{}"
         self._first = ""
+        self._reading: tuple[tuple[str, ...], float, Future[str]] | None = None
         self._lock = Lock()
 
     def pinned(self) -> str:
-        """The checkpoint's fingerprint with the changes; "" if nothing pins them."""
+        """The checkpoint's fingerprint with the changes; "" if nothing pins them.
+
+        Raises KVZipError while the checkpoint is being read, which may take minutes: SGLang gives
+        its threads 10 seconds to end.
+        """
         server = _server()
         told: dict[str, object] = {
             name: str(value)
@@ -495,15 +551,31 @@ class _Weights:
             if loaded != self._first:  # the server took other weights while it ran
                 told["model_path"] = loaded
             model = loaded if "model_path" in told else self._model or loaded or self._name
-            if self._known is None or self._known[0] != state:
-                commit, overrides = server["revision"], server["json_model_override_args"]
-                told |= _contents(server)
-                fingerprint = self._fingerprint(model, commit)
-                if fingerprint == (self._revision or "") and server["loads"]:
-                    told["loads"] = server["loads"]  # of the same path, which may hold others now
-                self._known = state, changed(fingerprint, told)
-                self._where = model, commit, overrides or "{}"
-            return self._known[1]
+            if self._known is not None and self._known[0] == state:
+                return self._known[1]
+            if self._reading is None or self._reading[0] != state:
+                read = partial(self._read, server, told, model)
+                self._reading = state, time.monotonic() + _PATIENCE, _in_a_thread(read)
+            _, until, reading = self._reading
+        try:
+            found = reading.result(max(0.0, until - time.monotonic()))
+        except TimeoutError:
+            raise KVZipError(f"the weights of {model!r} are being read, to know them by") from None
+        except BaseException:
+            with self._lock:
+                self._reading = None  # it is tried again
+            raise
+        with self._lock:
+            self._known = state, found
+            self._where = model, server["revision"], server["json_model_override_args"] or "{}"
+        return found
+
+    def _read(self, server: Mapping[str, Any], told: dict[str, object], model: str) -> str:
+        told |= _contents(server)
+        fingerprint = self._fingerprint(model, server["revision"])
+        if fingerprint == (self._revision or "") and server["loads"]:
+            told["loads"] = server["loads"]  # of the same path, which may hold others now
+        return changed(fingerprint, told)
 
     def formats(self) -> list[str]:
         """What numbers of 8 bits are in the server's caches, as far as it was told and what its
@@ -576,6 +648,20 @@ def _server() -> dict[str, Any]:
             "this release of SGLang does not say which weights its server computes with, as 0.5.23 "
             f"does ({error}): use that one"
         ) from error
+    return found
+
+
+def _in_a_thread(do: Callable[[], T]) -> Future[T]:
+    """What `do` will have given; a process that ends does not wait for it."""
+    found = Future[T]()
+
+    def run() -> None:
+        try:
+            found.set_result(do())
+        except BaseException as error:
+            found.set_exception(error)
+
+    Thread(target=run, name="kvzip-sglang-weights", daemon=True).start()
     return found
 
 

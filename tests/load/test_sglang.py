@@ -15,7 +15,9 @@ import json
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -329,6 +331,12 @@ def checkpoint(folder: Path, data: bytes = b"weights") -> str:
     return str(folder)
 
 
+def in_another_thread(do: Any) -> Any:
+    """As SGLang stores once it has emptied its caches."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(do).result()
+
+
 def test_other_weights_are_no_hit(tmp_path: Any, server: Any, caplog: Any) -> None:
     """Other checkpoints, adapters, quantisations, weights that are loaded while the server runs."""
     own, other, copy = (
@@ -354,7 +362,7 @@ def test_other_weights_are_no_hit(tmp_path: Any, server: Any, caplog: Any) -> No
     for state in states:
         server |= usual | {"model_path": own} | state
         assert backend.batch_exists(KEYS) == 0, state
-        backend.batch_set_v1(KEYS, INDICES)
+        in_another_thread(lambda: backend.batch_set_v1(KEYS, INDICES))
         assert backend.batch_exists(KEYS) == PAGES
     for state in states:
         server |= usual | {"model_path": own} | state
@@ -365,6 +373,61 @@ def test_other_weights_are_no_hit(tmp_path: Any, server: Any, caplog: Any) -> No
     server |= {"model_path": "org/elsewhere"}
     backend_of(store, pool, **unpinned).exists(KEYS[0])
     assert 'set "model"' in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("how", ["v1", "v2", "flat"])
+def test_pages_of_weights_before_are_not_stored_as_of_those_now(
+    tmp_path: Any, server: Any, caplog: Any, how: str
+) -> None:
+    """SGLang takes other weights while pages wait to be stored. It begins another thread to store
+    when it empties its caches."""
+    own, other = (checkpoint(tmp_path / name, name.encode()) for name in "ab")
+    server["model_path"] = own
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    backend = backend_of(tmp_path / "store", pool, extra={"revision": None})
+    backend.register_mem_host_pool_v2(pool, "kv")
+    flat = [pool.get_data_page(i) for i in INDICES[::TOKENS].tolist()]
+
+    def store(first: int, last: int) -> bool:
+        keys, indices = KEYS[first:last], INDICES[first * TOKENS : last * TOKENS]
+        if how == "flat":
+            return bool(backend.batch_set(keys, flat[first:last]))
+        if how == "v1":
+            return all(backend.batch_set_v1(keys, indices))
+        transfer = SimpleNamespace(name="kv", keys=keys, host_indices=indices)
+        return all(backend.batch_set_v2([transfer])["kv"])
+
+    assert store(0, 2)
+    server["model_path"] = other
+    assert not store(2, 4) and backend.batch_exists(KEYS[2:]) == 0
+    assert "has taken other weights" in caplog.text
+    assert in_another_thread(lambda: store(4, 6)) and backend.batch_exists(KEYS[4:]) == 2
+    server["model_path"] = own
+    assert backend.batch_exists(KEYS) == 2 and backend.batch_exists(KEYS[2:]) == 0
+
+
+def test_a_checkpoint_that_is_long_to_read_holds_up_nothing(
+    tmp_path: Any, server: Any, caplog: Any, monkeypatch: Any
+) -> None:
+    """SGLang gives its threads 10 seconds to end."""
+    read, may_end = kvzip.load.sglang.checkpoint_fingerprint, Event()
+    monkeypatch.setattr("kvzip.load.sglang._PATIENCE", 0.2)
+    monkeypatch.setattr(
+        "kvzip.load.sglang.checkpoint_fingerprint",
+        lambda *told: may_end.wait(20) and read(*told),
+    )
+    server["model_path"] = checkpoint(tmp_path / "a")
+    pool = Pool("layer_first", torch.bfloat16).fill()
+    backend = backend_of(tmp_path / "store", pool, extra={"revision": None})
+    began = time.monotonic()
+    assert backend.batch_exists(KEYS) == 0
+    assert backend.batch_set_v1(KEYS, INDICES) == [False] * PAGES
+    assert backend.batch_get_v1(KEYS, INDICES) == [False] * PAGES
+    assert time.monotonic() - began < 5 and "are being read" in caplog.text
+    may_end.set()
+    while not all(backend.batch_set_v1(KEYS, INDICES)):
+        assert time.monotonic() - began < 20
+    assert backend.batch_exists(KEYS) == PAGES
 
 
 @pytest.mark.parametrize("revision", [None, "r1"])
