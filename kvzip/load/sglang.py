@@ -132,6 +132,8 @@ class KvzipStorage(_Base):
         self._ranks = _ranks(storage_config)
         self._alike = bool(storage_config.is_mla_model) and storage_config.tp_size > 1
         self._weights = _Weights(told.model, told.revision, self.model)
+        with suppress(KVZipError):  # what lies there now is what the server has loaded
+            self._weights.pinned(wait=False)
         # A recurrent state and a draft's heads are cut over ranks even where MLA's pages are not.
         self._rank_suffix = f".tp{storage_config.tp_rank}of{storage_config.tp_size}"
         self._pool = Workers(integer("workers", told.workers, 1, 1024), "kvzip-sglang")
@@ -532,11 +534,11 @@ class _Weights:
         self._reading: tuple[tuple[str, ...], float, Future[str]] | None = None
         self._lock = Lock()
 
-    def pinned(self) -> str:
+    def pinned(self, wait: bool = True) -> str:
         """The checkpoint's fingerprint with the changes; "" if nothing pins them.
 
         Raises KVZipError while the checkpoint is being read, which may take minutes: SGLang gives
-        its threads 10 seconds to end.
+        its threads 10 seconds to end. `wait`: for small ones, a little.
         """
         server = _server()
         told: dict[str, object] = {
@@ -558,7 +560,7 @@ class _Weights:
                 self._reading = state, time.monotonic() + _PATIENCE, _in_a_thread(read)
             _, until, reading = self._reading
         try:
-            found = reading.result(max(0.0, until - time.monotonic()))
+            found = reading.result(max(0.0, until - time.monotonic()) if wait else 0.0)
         except TimeoutError:
             raise KVZipError(f"the weights of {model!r} are being read, to know them by") from None
         except BaseException:

@@ -345,6 +345,7 @@ def test_other_weights_are_no_hit(tmp_path: Any, server: Any, caplog: Any) -> No
     )
     pool, store = Pool("layer_first", torch.bfloat16).fill(), tmp_path / "store"
     unpinned = {"extra": {"revision": None}}
+    server["model_path"] = own
     usual = dict(server)
     backend = backend_of(store, pool, **unpinned)
     states: list[dict[str, Any]] = [
@@ -360,12 +361,12 @@ def test_other_weights_are_no_hit(tmp_path: Any, server: Any, caplog: Any) -> No
         {"weight_version": "7"},
     ]
     for state in states:
-        server |= usual | {"model_path": own} | state
+        server |= usual | state
         assert backend.batch_exists(KEYS) == 0, state
         in_another_thread(lambda: backend.batch_set_v1(KEYS, INDICES))
         assert backend.batch_exists(KEYS) == PAGES
     for state in states:
-        server |= usual | {"model_path": own} | state
+        server |= usual | state
         assert backend.batch_exists(KEYS) == PAGES, state
     server |= usual | {"model_path": copy}
     assert backend_of(store, pool, **unpinned).batch_exists(KEYS) == PAGES  # a copy is the same
@@ -443,6 +444,18 @@ def test_weights_that_are_loaded_from_the_same_folder(
     assert backend.batch_exists(KEYS) == PAGES
     server["loads"] = 1
     assert backend.batch_exists(KEYS) == 0
+
+
+def test_what_a_folder_held_when_the_server_began_counts(tmp_path: Any, server: Any) -> None:
+    """And not what it holds when the first page is stored."""
+    server["model_path"] = checkpoint(tmp_path / "a")
+    pool, unpinned = Pool("layer_first", torch.bfloat16).fill(), {"extra": {"revision": None}}
+    first, same = (backend_of(tmp_path / "store", pool, **unpinned) for _ in range(2))
+    while not all(one._weights._reading[2].done() for one in (first, same)):
+        time.sleep(0.01)
+    checkpoint(tmp_path / "a", b"others")
+    assert all(first.batch_set_v1(KEYS, INDICES)) and same.batch_exists(KEYS) == PAGES
+    assert backend_of(tmp_path / "store", pool, **unpinned).batch_exists(KEYS) == 0
 
 
 def test_an_adapter_that_was_replaced_is_another(tmp_path: Any, server: Any) -> None:
