@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from kvzip.errors import KVZipError
@@ -61,6 +62,7 @@ class Reading:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _Place = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
 _Key = tuple[_Place, int | None, bytes]
 """Where a tensor lies, its version, and some of its numbers."""
@@ -240,7 +242,8 @@ def _parts(name: str, kind: str, tensor: torch.Tensor) -> Iterator[Held]:
         for part in inner:
             yield from _parts(f"{name}.{part}", "packed", getattr(tensor, part))
         return
-    if tensor.device.type == "meta" or tensor.layout is not torch.strided:
+    there = tensor.layout is torch.strided and not tensor.is_nested and not is_lazy(tensor)
+    if tensor.device.type == "meta" or not there:
         raise KVZipError(f"the model's {name} is not in memory, so nothing tells its weights")
     yield Held(name, kind, tensor)
 
@@ -284,12 +287,13 @@ def _probes(tensors: Sequence[torch.Tensor]) -> list[bytes]:
         if not tensor.is_quantized and tensor.numel():
             count = min(_PROBED, tensor.numel())
             step = max(tensor.numel() // count - 1, 1)  # not whole rows: each of another column
-            if tensor.is_contiguous():
-                picked = tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
+            plain = _plain(tensor)
+            if plain.is_contiguous():
+                picked = plain.as_strided((count,), (step,), plain.storage_offset())
             else:
-                places = torch.arange(0, count * step, step, device=tensor.device)
-                picked = tensor.detach()[torch.unravel_index(places, tensor.shape)]
-            groups.setdefault((tensor.dtype, tensor.device), []).append((i, picked))
+                places = torch.arange(0, count * step, step, device=plain.device)
+                picked = plain[torch.unravel_index(places, plain.shape)]
+            groups.setdefault((plain.dtype, plain.device), []).append((i, picked))
     for group in groups.values():
         data = _bytes(torch.cat([picked for _, picked in group]))
         width, at = group[0][1].element_size(), 0
@@ -313,8 +317,19 @@ def _bytes(tensor: torch.Tensor) -> bytes | memoryview:
             scales = [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
             scales = [each.tolist() for each in scales]
         return repr(scales).encode() + bytes(_bytes(tensor.int_repr()))
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    whole = _plain(tensor).cpu().contiguous()
+    # Of one number alone the steps may be anything, and reshaping keeps them.
+    flat = whole.as_strided((whole.numel(),), (1,), whole.storage_offset())
     return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's numbers as integers of their width, if there are such: torch indexes and joins
+    them, as it does not numbers of 4 bits. A view that says that its memory is to be conjugated or
+    negated is not what lies there."""
+    found = tensor.detach().resolve_conj().resolve_neg()
+    kind = _INTEGERS.get(found.element_size())
+    return found if kind is None else found.view(kind)
 
 
 def named(tensors: Iterable[tuple[Held, str]]) -> dict[str, tuple[Held, str]]:

@@ -20,7 +20,7 @@ import sys
 import types
 import uuid
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -89,6 +89,8 @@ _NAMED = (
     types.EllipsisType,
 )
 """What its own words say all of."""
+_BESIDE_ITEMS = {defaultdict: "default_factory", deque: "maxlen"}
+"""What containers written in C hold besides their items."""
 _LOCKS: tuple[type, ...] = (_thread.LockType, type(_thread.RLock()))
 with suppress(ImportError):
     from _multiprocessing import SemLock  # type: ignore[import-not-found]
@@ -170,7 +172,7 @@ class ValueReader:
         if isinstance(value, memoryview):
             data = hashlib.sha256(value.tobytes()).hexdigest()
             return ["memoryview", value.format, list(value.shape or ()), data]
-        if isinstance(value, (np.generic, np.ndarray)):
+        if isinstance(value, np.generic) or type(value) is np.ndarray:
             return self._array(np.asarray(value), name)
         if type(value).__name__.endswith("Config") and hasattr(value, "to_diff_dict"):
             return self._config(value)
@@ -198,6 +200,9 @@ class ValueReader:
             said.append(str(value))
         elif not all(map(_keeps_attributes_only, type(value).__mro__)):
             return self._kept_by_pickle(value, name)
+        for kind, own in _BESIDE_ITEMS.items():
+            if isinstance(value, kind):
+                said.append(self._read(getattr(value, own), f"{name}.{own}"))
         held = attributes(value)
         if isinstance(value, torch.nn.Module):
             skipped = self.skipped(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import collections
 import contextvars
 import copy
 import ctypes
@@ -228,8 +229,24 @@ WRITTEN_IN_C: dict[str, tuple[Any, Any]] = {
     "numbers": (lambda: (ctypes.c_float * 2)(1.0, 1.0), set_to(1)),
     "generator": (lambda: np.random.default_rng(1), lambda g, v: g.random()),
     "bytes": (lambda: bytearray(b"1"), lambda b, v: b.__setitem__(0, int(v))),
+    "what a dict gives for all else": (
+        lambda: collections.defaultdict(Given(1.0)),
+        lambda d, v: setattr(d.default_factory, "factor", v),
+    ),
+    "a masked number": (
+        lambda: np.ma.array([1.0, 2.0], mask=[True, False]),
+        lambda a, v: a.mask.__setitem__(1, True),
+    ),
     "in a reference": (lambda: Kept(), lambda k, v: setattr(k.of, "factor", v)),
 }
+
+
+@dataclasses.dataclass
+class Given:
+    factor: Any
+
+    def __call__(self) -> Any:
+        return self.factor
 
 
 class Kept:
@@ -330,6 +347,45 @@ def test_writes_past_the_counter_where_numbers_do_not_lie_together(
     projection.weight.data.mul_(1.5)
     assert projection.weight._version == version
     assert kvzip.fingerprint(model) != first
+
+
+ODD: dict[str, Any] = {
+    "of 4 bits, transposed": lambda b: b.view(torch.uint4).t(),
+    "conjugated": lambda b: b.view(torch.complex64).conj(),
+    "negated": lambda b: b.view(torch.complex64).conj().imag,
+    "one number, of two apart": lambda b: b.view(torch.bfloat16)[:1, ::2][:, :1],
+    "of 16 bytes": lambda b: b.view(torch.complex128),
+    "repeated": lambda b: b[:1].expand(3, -1),
+    "none": lambda b: b[:0],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_of_odd_formats_and_views(kind: str, saved: Any, load: Any) -> None:
+    """torch indexes, joins and looks into few of them."""
+    found = []
+    for factor in (1, 1, 3):
+        model = load(saved())
+        numbers = (factor * torch.arange(1, 33, dtype=torch.uint8)).reshape(2, 16)
+        model.model.layers[0].register_buffer("odd", ODD[kind](numbers))
+        found.append(kvzip.fingerprint(model))
+    assert found[0] == found[1]
+    assert (found[0] != found[2]) == (kind != "none")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.nn.parameter.UninitializedBuffer,
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.eye(3).to_sparse(),
+    ],
+)
+def test_tensors_that_cannot_be_read(make: Any, saved: Any, load: Any) -> None:
+    model = load(saved())
+    model.model.layers[0].register_buffer("odd", make())
+    with pytest.raises(kvzip.KVZipError, match="layers.0.odd"):
+        kvzip.fingerprint(model)
 
 
 def pad(model: Any) -> None:
