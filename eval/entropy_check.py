@@ -387,7 +387,7 @@ def _rotation(
     if not rounding.any() or held.rope is None:
         return None
     parameters = snapshot.origin.rope[held.rope]
-    radians = frequencies(parameters, held.k[-1]).astype(np.float32)
+    radians = frequencies(parameters, held.part("k").size("d")).astype(np.float32)
     position = np.arange(held.first, held.first + held.stored)
     scale = float(parameters.get("attention_scaling", 1.0))
     found, wide = (angles(radians, position, scale, wide) for wide in (False, True))

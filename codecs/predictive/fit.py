@@ -27,8 +27,10 @@ from kvzip.codecs.predictive.input_layers import INPUT_LAYERS, InputLayers
 from kvzip.codecs.predictive.layer_inputs import Known
 from kvzip.codecs.predictive.layers import fit_layer
 from kvzip.errors import ProfileError
+from kvzip.layout import KV
 from kvzip.profile import SIDE_BY_SIDE, VERSION, Profile
 from kvzip.statistics.documents import Item, Progress, hold_out
+from kvzip.statistics.rope import heads_and_dim
 from kvzip.version import __version__
 
 DEFAULT_BYTES = 134_000_000
@@ -186,7 +188,7 @@ def _description(
         "group": group,
         "lanes": default_lanes(documents.widths, group),
         "layers": [
-            {"inputs": list(inputs[i]), "k": [s.k[-3], s.k[-1]], "v": [s.v[-3], s.v[-1]]}
-            for i, s in enumerate(first.layout.layers)
+            {"inputs": list(inputs[i])} | {part: list(heads_and_dim(layer, part)) for part in KV}
+            for i, layer in enumerate(first.layout.layers)
         ],
     }

@@ -17,9 +17,10 @@ from kvzip.errors import UsageError
 from kvzip.eval.frontier import predictors
 from kvzip.eval.frontier.predictors import COPY, Document, LayerData
 from kvzip.eval.results.frontier import POINTS_VERSION
+from kvzip.layout import KV
 from kvzip.snapshot import Layer, Snapshot
 from kvzip.statistics.documents import SINK_TOKENS, Progress, fingerprint
-from kvzip.statistics.rope import ChannelOrder
+from kvzip.statistics.rope import ChannelOrder, heads_and_dim
 
 COPY_DOCUMENTS = 6
 """Calibration documents that copies of the model are run on, at most."""
@@ -103,9 +104,10 @@ def by_format(
     return found
 
 
-def _shapes(snapshot: Snapshot) -> list[tuple[int, ...]]:
+def _shapes(snapshot: Snapshot) -> list[tuple[tuple[int, int], ...]]:
     """Heads and channels of every layer's keys and values."""
-    return [(s.k[-3], s.k[-1], s.v[-3], s.v[-1]) for s in snapshot.layout.layers]
+    layers = snapshot.layout.layers
+    return [tuple(heads_and_dim(layer, part) for part in KV) for layer in layers]
 
 
 def _check_apart(sets: dict[str, Sequence[Path]], prints: dict[Path, str]) -> None:

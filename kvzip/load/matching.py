@@ -16,6 +16,7 @@ from kvzip.container import Reader
 from kvzip.errors import KVZipError, UnsupportedError, UsageError, first_line
 from kvzip.identity import fingerprint, is_fingerprint
 from kvzip.identity.checkpoint import changed
+from kvzip.layout import KV
 from kvzip.load.calls import check_no_virtual_tokens
 from kvzip.load.config import (
     LayerKind,
@@ -102,7 +103,8 @@ def check_config(source: Reader | Snapshot, config: PretrainedConfig) -> list[La
     if len(layout.layers) != len(kinds):
         raise KVZipError(f"the file has {len(layout.layers)} layers, the model {len(kinds)}")
     owns = configs_of_layers(config.get_text_config(decoder=True), len(kinds))
-    alike = len({layer.k[-3] for layer in layout.layers if "k" in layer.parts}) == 1
+    keys = [layer.part("k") for layer in layout.layers if "k" in layer.parts]
+    alike = len({part.size("h") for part in keys}) == 1
     for i, (layer, kind, own) in enumerate(zip(layout.layers, kinds, owns, strict=True)):
         for what, stored, wanted in _compared(layer, kind, own, alike):
             if stored != wanted and (wanted is not None or what == "sliding window"):
@@ -133,6 +135,9 @@ def _compared(
         return
     # A cache that was taken without its model does not say that it holds latents.
     latent = kind.kind == "latent" and "latent" not in layer.parts
+    for name in KV:  # another's shape may be the model's by chance
+        if name in layer.parts:
+            yield f"axes of {name}", layer.parts[name].axes.removeprefix("b"), "htd"
     sliding = "full" if kind.window is None else "sliding"
     yield "kind of attention", layer.kind, sliding if latent else kind.kind
     yield "sliding window", layer.window, kind.window
@@ -142,8 +147,8 @@ def _compared(
         dim = getattr(own, "head_dim", None)
         if dim is None and heads is not None:
             dim = own.hidden_size // own.num_attention_heads
-        yield "KV heads", layer.k[-3], heads
-        yield "head dimension", layer.k[-1], dim
+        yield "KV heads", layer.part("k").size("h"), heads
+        yield "head dimension", layer.part("k").size("d"), dim
 
 
 def _check_lengths(layout: Layout) -> None:

@@ -25,7 +25,13 @@ _GREATEST = float(np.finfo(np.float32).max)
 
 def width(layer: LayerLayout) -> int:
     """Channels of keys and values together."""
-    return layer.k[-3] * layer.k[-1] + layer.v[-3] * layer.v[-1]
+    return sum(math.prod(heads_and_dim(layer, part)) for part in KV)
+
+
+def heads_and_dim(layer: LayerLayout, part: str) -> tuple[int, int]:
+    """How many heads a part has, and how many channels a head, whatever the order of its axes."""
+    found = layer.part(part)
+    return found.size("h"), found.size("d")
 
 
 def frequencies(parameters: dict[str, Any] | None, dim: int) -> NDArray[np.float64]:
@@ -66,7 +72,7 @@ class ChannelOrder:
         """`side_by_side`: the rotated pairs of a head are channels 2i and 2i + 1, and not i and i +
         pairs."""
         self.dtype = dtype
-        heads, dim = layer.k[-3], layer.k[-1]
+        heads, dim = heads_and_dim(layer, "k")
         known = layer.rope is not None and layer.rope < len(origin.rope)
         parameters = origin.rope[layer.rope] if known and layer.rope is not None else None
         self.frequency = frequencies(parameters, dim)
@@ -80,7 +86,7 @@ class ChannelOrder:
         pairs = np.stack([np.arange(dim)[place] for place in places], axis=1)
         head = [*pairs.reshape(-1).tolist(), *range(2 * half, dim)]
         keys = [h * dim + c for h in range(heads) for c in head]
-        values = np.arange(layer.v[-3] * layer.v[-1])
+        values = np.arange(math.prod(heads_and_dim(layer, "v")))
         self.order = np.concatenate([np.array(keys, np.int64), values])
         """Which channel stands at each place, keys and values counted apart."""
         self.keys = heads * dim

@@ -713,6 +713,28 @@ def test_few_tokens_of_noise(count, constant, regions):
         assert_same(kvzip.decode(blob, profile), snapshot)
 
 
+@pytest.mark.parametrize("axes", ["thd", "hdt"])
+def test_axes_in_another_order(learned, axes):
+    """What is learned and what a file takes does not depend on how numbers lie."""
+
+    def turned(document):
+        layers = []
+        for layer in document.layers:
+            order = ["htd".index(axis) for axis in axes]
+            parts = {n: np.ascontiguousarray(layer.once(n).transpose(order)) for n in "kv"}
+            layouts = {n: kvzip.PartLayout("bf16", bits.shape, axes) for n, bits in parts.items()}
+            held = msgspec.structs.replace(layer.layout, parts=layouts)
+            layers.append(Layer(parts, held))
+        return Snapshot(layers, "bf16", document.token_ids, document.origin)
+
+    profile = kvzip.Profile.fit([turned(document) for document in learned[:3]])
+    assert profile.id == kvzip.Profile.fit(learned[:3]).id
+    snapshot = turned(learned[3])
+    blob = kvzip.encode(snapshot, "predictive", profile)
+    assert_same(kvzip.decode(blob, profile), snapshot)
+    assert abs(len(blob) - len(kvzip.encode(learned[3], "predictive", profile))) < 100
+
+
 def test_unequal_layers_and_no_token_ids(learned):
     """Heads of other shapes layer by layer, and channels that never change."""
     rng = np.random.default_rng(0)

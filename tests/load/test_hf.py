@@ -336,6 +336,21 @@ def test_a_model_that_the_file_is_not_of(config_of: Any, tiny: Any, counting: An
     assert not Counting.seen
 
 
+def test_keys_and_values_with_their_axes_in_another_order(tiny: Any) -> None:
+    """A document of as many tokens as there are heads has the model's shape, and other numbers."""
+    case, layers = tiny("llama"), []
+    for layer in case.snapshot.layers:
+        parts = {n: np.ascontiguousarray(layer.once(n)[:, :2].swapaxes(0, 1)) for n in ("k", "v")}
+        form = case.snapshot.dtype
+        layouts = {n: kvzip.PartLayout(form, bits.shape, "thd") for n, bits in parts.items()}
+        layers.append(kvzip.Layer(parts, kvzip.LayerLayout(layouts, 2)))
+    ids = case.snapshot.token_ids[:2]
+    snapshot = kvzip.Snapshot(layers, case.snapshot.dtype, ids, case.snapshot.origin)
+    for source in (snapshot, kvzip.encode(snapshot)):
+        with pytest.raises(kvzip.KVZipError, match="axes of k thd, not htd"):
+            load_cache(source, case.config, prompt=[*ids.tolist(), 1])
+
+
 def test_weights_that_the_file_is_not_of(tiny: Any) -> None:
     case = tiny("llama")
     torch.manual_seed(1)
