@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip import dtypes
-from kvzip.errors import FormatError, KVZipError, UnsupportedError, UsageError
+from kvzip.errors import CorruptError, FormatError, KVZipError, UnsupportedError, UsageError
 from kvzip.files import made_folder
 from kvzip.identity.checkpoint import changed
 from kvzip.layout import KV
@@ -391,8 +391,9 @@ def _check_same(
 
     try:
         old = Snapshot.load(path)
-    except FormatError as error:
-        raise KVZipError(f"{path} is in the way: {error}") from None
+    except (CorruptError, FormatError) as error:
+        told = f"{path} is in the way: choose another folder, or remove it ({error})"
+        raise KVZipError(told) from None
     # Of a model with nothing but states nothing is kept of the last token.
     counted = any(kind.counts for kind in layer_kinds(loaded.model.config))
     wanted_ids = document.token_ids if counted else document.token_ids[:-1]
