@@ -24,8 +24,9 @@ def for_width(width: int) -> Iterator[None]:
     times as long, and as much of the processor, wherever others use it, too. What runs
     :func:`side_by_side` keeps all cores busy none the less.
 
-    Sums are cut by the number of threads: with one a profile has the same bytes everywhere, for
-    wider layers they depend on how many there are (docs/qwen3-4b.md)."""
+    Sums are cut by the number of threads: with one a profile has the same bytes on any number of
+    cores, for wider layers they depend on how many there are (docs/qwen3-4b.md). They depend on the
+    processor in any case: OpenBLAS has kernels for each kind, which add in another order."""
     if width > NARROW:
         yield
         return
