@@ -102,5 +102,5 @@ def _rented(book: PriceBook, itemsize: float) -> Fleet:
         egress=h100.egress.value,
         storage=h100.storage.value,
         node_bandwidth=100e9,
-        internal=book.egress["aws-zones"].value,
+        internal=2 * book.egress["aws-zones"].value,  # asked for each way, and both are its own
     )

@@ -14,6 +14,7 @@ from kvzip.choice.cost import MONTH_HOURS, CodecFigures, load_cost
 from kvzip.errors import KVZipError
 from kvzip.eval.money import fleet as f
 from kvzip.eval.money.fleet_presets import presets
+from kvzip.eval.money.prices import default_prices
 
 RAW = CodecFigures("raw", 1.0, math.inf)
 HALF = CodecFigures("half", 2.0, 1e9)
@@ -143,6 +144,12 @@ def test_caches_of_wider_numbers_are_larger() -> None:
     for name, fleet_of_bytes in narrow.items():
         assert usual[name].raw_bytes == 2 * fleet_of_bytes.raw_bytes
         assert wide[name].raw_bytes == 4 * fleet_of_bytes.raw_bytes
+
+
+def test_bytes_between_zones_are_paid_for_at_both_ends() -> None:
+    each_way = default_prices().egress["aws-zones"]
+    assert "each way" in each_way.source
+    assert {p.internal for n, p in presets().items() if n != "paper-80m"} == {2 * each_way.value}
 
 
 def test_nodes_and_encoding_are_paid_for() -> None:
