@@ -8,7 +8,7 @@ below: a model, named in the advice); the choice is made again for many draws of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -54,6 +54,8 @@ from kvzip.eval.results.inputs import Inputs
 from kvzip.eval.traffic.trace import Trace
 
 DRAWS = 1000
+_WORTH_TELLING = 0.95
+"""The share of the best way below which another one is told of."""
 SPREAD = {
     "measured": 0.05,
     "measured, another length": 0.15,
@@ -73,11 +75,13 @@ class Choice(msgspec.Struct, frozen=True):
 
     by: By
     best: str
-    """"prefill", or a codec's name; "raw" loads bytes as they are."""
+    """"prefill", or a codec's name; "raw" loads a file of bytes as they are, and checks them."""
     value: float
     prefill: float
     raw: float | None
     """By loading raw bytes; None where raw is not among the codecs."""
+    unchecked: float
+    """By loading raw bytes that nobody decodes or checks, as a plain copy does, at best."""
     times_prefill: float
     """prefill / value; 1 where prefill is best."""
     sure: float
@@ -431,11 +435,19 @@ def _choice(
         value,
         prefill,
         raw,
+        _unchecked(by, s),
         prefill / value if value > 0 else 1.0,
         (same + 1) / (len(draws) + 2),
         (same_side + 1) / (len(draws) + 2),
         _turns(by, chosen.name, s, figures),
     )
+
+
+def _unchecked(by: By, s: Situation) -> float:
+    """What raw bytes take or cost that need no decoder."""
+    if by == "dollars":
+        return load_cost(s.raw_bytes, s.egress, 0.0, s.storage)
+    return load_seconds(s.raw_bytes, 1.0, s.bandwidth, upload_rate=s.upload_rate, latency=s.latency)
 
 
 def _turns(by: By, chosen: str, s: Situation, figures: Sequence[CodecFigures]) -> str:
@@ -494,7 +506,8 @@ def _time_line(a: Advice) -> str:
         )
     if c.raw is not None and c.best != "raw":
         text += f", {duration(c.raw)} raw"
-    if a.split.layers_computed > 0 and a.split.seconds < 0.95 * c.value:
+    text += _plainly(c, duration)
+    if a.split.layers_computed > 0 and a.split.seconds < _WORTH_TELLING * c.value:
         text += f"; {duration(a.split.seconds)} with the first {a.split.layers_computed} layers "
         text += "computed meanwhile"
     return f"{text}. {_how_sure(c)}; {c.turns}."
@@ -510,11 +523,20 @@ def _money_line(a: Advice) -> str:
     else:
         text = f"Dollars: load {_named(c.best)}, {dollars(c.value)} against {dollars(c.prefill)} "
         text += f"of prefill ({significant(c.times_prefill, 2)}x)"
+    text += _plainly(c, dollars)
     text += f"; prices: {a.price_base}. {_how_sure(c)}; {c.turns}."
     if a.own_cache_usd is not None:
         text += f" A read from the provider's own cache: {dollars(a.own_cache_usd)}"
         text += "." if a.own_cache_usd > c.value else ", which is less than any of these."
     return text
+
+
+def _plainly(c: Choice, words: Callable[[float], str]) -> str:
+    """What a copy of raw bytes takes that nobody checks, where that is less than the best of all by
+    more than noise; it is another store's way, and turns the verdict where decoders are slow."""
+    if c.unchecked >= _WORTH_TELLING * c.value:
+        return ""
+    return f", {words(c.unchecked)} by a copy of raw bytes that nobody checks, at best"
 
 
 def _how_sure(c: Choice) -> str:

@@ -97,6 +97,12 @@ class Dollars(msgspec.Struct, frozen=True):
     basis: str
     """In words: what was measured, what is a price, what is a model."""
 
+    @property
+    def turns_on_decoding(self) -> bool:
+        """Whether only the decoder's seconds, charged as the device's, make the prefill cheaper."""
+        free = self.load_usd - self.decode_usd
+        return self.verdict == "prefill" and free < self.prefill_usd
+
 
 class Time(msgspec.Struct, frozen=True):
     """One load against one prefill, in seconds to the first token, as measured on one machine."""

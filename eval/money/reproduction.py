@@ -54,6 +54,8 @@ class PresetVerdict(msgspec.Struct, frozen=True):
     dtype: str
     codec: str
     verdict: Verdict
+    turns_on_decoding: bool
+    """Prefill is cheaper only because decoding costs the device's time."""
     prefill_usd: float
     prefill_basis: Basis
     load_usd: float
@@ -211,6 +213,7 @@ def _verdict(dtype: str, row: BreakEven) -> PresetVerdict:
         dtype,
         row.codec,
         d.verdict,
+        d.turns_on_decoding,
         d.prefill_usd,
         d.prefill_basis,
         d.load_usd,

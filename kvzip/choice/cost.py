@@ -458,7 +458,7 @@ class Option(msgspec.Struct, frozen=True):
     """One way to have the cache."""
 
     name: str
-    """"prefill", or a codec's name; "raw" loads bytes as they are."""
+    """"prefill", or a codec's name; "raw" loads a file of bytes as they are, and checks them."""
     seconds: float | None
     """To the first token."""
     dollars: float | None

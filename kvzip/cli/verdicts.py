@@ -259,10 +259,14 @@ def paper(
         table = Table("preset", *codecs, title=f"Cheaper, the paper's document, {dtype}")
         for preset in dict.fromkeys(v.preset for v in found.verdicts):
             cells = {
-                v.codec: v.verdict for v in found.verdicts if (v.preset, v.dtype) == (preset, dtype)
+                v.codec: v.verdict + ("*" if v.turns_on_decoding else "")
+                for v in found.verdicts
+                if (v.preset, v.dtype) == (preset, dtype)
             }
             table.add_row(preset, *(cells.get(codec, "") for codec in codecs))
         show_table(table)
+        if any(v.turns_on_decoding for v in found.verdicts if v.dtype == dtype):
+            say("*: load, if decoding were free; it is one thread's seconds at the device's rent")
         for b in found.beside:
             say(f"{b.name}: paper {b.paper}, ours {b.ours} ({b.why})")
         say(found.basis)

@@ -431,3 +431,20 @@ def test_what_the_providers_own_cache_asks_is_told() -> None:
     [line] = [w for w in advise(base=BOOK.base("paper-m1pro")).lines() if w.startswith("Dollars")]
     assert "from the provider's own cache: $0.00102, which is less than any of these." in line
     assert "own cache" not in " ".join(advise().lines())
+
+
+def test_a_plain_copy_is_told_where_it_turns_the_verdict() -> None:
+    """Over PCIe one thread that checks raw bytes takes longer than an H100's prefill; bytes that
+    nobody checks do not."""
+    four = {"shape": BOOK.model["qwen3-4b"], "model": "qwen3-4b", "tokens": 8192}
+    found = advise(**four, bandwidth=432e9, base=BOOK.base("h100-same-region"))
+    raw = 8192 * 147_456
+    assert found.seconds.best == found.dollars.best == "prefill"
+    assert found.seconds.unchecked == pytest.approx(raw * 8 / 432e9)
+    assert found.seconds.unchecked < found.seconds.prefill and found.dollars.unchecked == 0
+    time, money, *_ = found.lines()
+    assert ", 22.4 ms by a copy of raw bytes that nobody checks, at best" in time
+    assert ", $0 by a copy of raw bytes that nobody checks, at best" in money
+    slow = advise(**four, bandwidth=1e9)
+    assert slow.seconds.unchecked > slow.seconds.value
+    assert "nobody checks" not in " ".join(slow.lines()[:2])

@@ -53,6 +53,15 @@ def test_verdict_in_dollars_is_the_sign_of_the_difference() -> None:
             assert (d.verdict == "load") == (row.ratio > d.break_even_ratio)
 
 
+def test_a_verdict_that_turns_on_decoding_is_marked() -> None:
+    bases = [default_prices().base(name) for name in ("h100-same-region", "h100-rented")]
+    for row in e.breakeven(measured(prefill_flops=5.8e11), bases):
+        free = row.dollars.break_even_free_decode_usd_per_gb
+        assert free is not None
+        turns = row.dollars.verdict == "prefill" and free > row.dollars.egress_usd_per_gb
+        assert row.dollars.turns_on_decoding == turns == (row.base == "h100-same-region")
+
+
 def test_reads_pay_back_the_encoding_too() -> None:
     quick = CodecFigures("channel", 1.54, 1.3e9)
     slow = msgspec.structs.replace(quick, encode_rate=1e7)
