@@ -335,7 +335,8 @@ def prefill_model(
         return _fitted_to(base.prefill, shape, book or default_prices())
     raise KVZipError(
         f"the prefill's time is not known: preset {base.name} has no device to model it on; name "
-        "one (--device h100), or measured inputs of the model (kvzip eval inputs)"
+        "one that has (--prices h100-rented), for kvzip advise a device (--device h100), or "
+        "measured inputs of the model (kvzip eval inputs)"
     )
 
 
