@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -448,3 +449,25 @@ def test_a_plain_copy_is_told_where_it_turns_the_verdict() -> None:
     slow = advise(**four, bandwidth=1e9)
     assert slow.seconds.unchecked > slow.seconds.value
     assert "nobody checks" not in " ".join(slow.lines()[:2])
+
+
+def test_a_prefill_counts_as_a_codec_does_by_its_fastest_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Were it the median, loading would look better by what a machine wavers."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from kvzip.eval.speed import inputs as measuring
+
+    class Model:
+        device = torch.device("cpu")
+        config = None
+
+        def __call__(self, ids: Any, **options: Any) -> Any:
+            return SimpleNamespace(logits=torch.zeros(1, 1, 4))
+
+    took = iter([9.0, 1.0, 3.0, 2.0, 8.0, 5.0, 6.0])  # one to warm up, three of each length
+    clock = iter([t for seconds in took for t in (0.0, seconds)])
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
+    loaded = SimpleNamespace(model=Model())
+    assert measuring.prefill_seconds(loaded, list(range(8)), (4, 8)) == [(4, 1.0), (8, 5.0)]
