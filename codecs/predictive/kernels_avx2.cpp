@@ -117,8 +117,11 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Divided<Floats>, OneByOne, Lane
                                                  std::size_t n, std::int32_t sums[4][kTile]) {
     const __m256i ones = _mm256_set1_epi16(1);
     for (std::size_t t = 0; t < n; t += 2 * W) {
+      // Addresses are made in few steps: a processor begins no more than so many instructions a
+      // cycle, and this loop comes near.
+      const auto* const column = reinterpret_cast<const char*>(x + t);
       const auto tokens = [&](std::size_t group, int v) {
-        return _mm256_loadu_si256((const __m256i*)(x + group * kTile + t) + v);
+        return _mm256_loadu_si256((const __m256i*)(column + group * (4 * kTile)) + v);
       };
       // Sums and words stay in registers: all loops but those over groups are written out.
       __m256i sum[4][2];
@@ -133,15 +136,17 @@ struct Avx2 : WideProducts<Avx2, Numbers, Wide>, Divided<Floats>, OneByOne, Lane
           __builtin_prefetch(next);
           next += 32;
         }
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          const __m256i a = tokens(g[0], v), b = tokens(g[1], v);
+        const std::size_t first = g[0], second = g[1];
+        const __m256i a[2] = {tokens(first, 0), tokens(first, 1)},
+                      b[2] = {tokens(second, 0), tokens(second, 1)};
+        const std::int8_t *const wa = w + first * 16, *const wb = w + second * 16;
 #pragma GCC unroll 4
-          for (int o = 0; o < 4; ++o) {
-            const __m256i of_a = four_at(w + g[0] * 16 + o * 4),
-                          of_b = four_at(w + g[1] * 16 + o * 4);
-            const __m256i both =
-                _mm256_add_epi16(_mm256_maddubs_epi16(a, of_a), _mm256_maddubs_epi16(b, of_b));
+        for (int o = 0; o < 4; ++o) {
+          const __m256i of_a = four_at(wa + o * 4), of_b = four_at(wb + o * 4);
+#pragma GCC unroll 2
+          for (int v = 0; v < 2; ++v) {
+            const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(a[v], of_a),
+                                                  _mm256_maddubs_epi16(b[v], of_b));
             sum[o][v] = _mm256_add_epi32(sum[o][v], _mm256_madd_epi16(both, ones));
           }
         }
