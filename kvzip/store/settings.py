@@ -1,4 +1,5 @@
-"""``store.json``: how a store is cut. It is written with the first document, and never changed."""
+"""``store.json``: how a store is cut. It is written with the first document, and never changed
+while the store is there."""
 
 from __future__ import annotations
 
@@ -43,9 +44,23 @@ class SettingsFile:
 
     def block_tokens(self) -> int | None:
         """Tokens in a block; None for a store that has no settings yet."""
-        if self._known is None and (data := self._objects.get("store.json")) is not None:
-            self._known = self._checked(data)
-        return None if self._known is None else self._known.block_tokens
+        known = self._known
+        if known is None and (data := self._objects.get("store.json")) is not None:
+            known = self._known = self._checked(data)
+        return None if known is None else known.block_tokens
+
+    def is_still(self, block_tokens: int) -> bool:
+        """Whether the store is there, and of so many tokens in a block: somebody may have deleted
+        all of it meanwhile, and others may have made it anew. If not, what is asked for next is
+        read anew."""
+        data = self._objects.get("store.json")
+        try:
+            still = data is not None and from_json(data, _Settings).block_tokens == block_tokens
+        except (CorruptError, FormatError):
+            return True  # it is there, and told and mended by who needs it
+        if not still:
+            self._known = None
+        return still
 
     def wanted(self) -> int:
         """Tokens in a block that the store has, or will have once it is made."""

@@ -29,7 +29,7 @@ after them; the chain goes last, and `prune` ends what a dead one began.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import IO, Any
 
@@ -214,8 +214,7 @@ class Store:
             else:
                 self._check_room(size + needed.nbytes, "a document and its profile")
             self._chain(ids, self._settings.wanted())  # before anything is made
-            chain = self._chain(ids, self._settings.made())
-            new, written = self._write(about, name, chain, file, needed, replace)
+            new, written = self._write(about, name, ids, file, needed, replace)
         entry = Entry(f"{identity.namespace}/{name}", len(ids), size, new)
         self._keep_limit(written, entry.key)
         return entry
@@ -257,7 +256,7 @@ class Store:
         self,
         about: About,
         name: str,
-        chain: Sequence[str],
+        ids: Ids,
         file: IO[bytes],
         profile: Profile | None,
         replace: bool,
@@ -267,9 +266,12 @@ class Store:
         were written."""
         space = about.identity.namespace
         doc, own_chain = f"{space}/docs/{name}.kvz", f"{space}/chain/{name}"
-        self._describe(space, about)
+        needed = f"{space}/about.json", own_chain, doc
         new, written, put = False, 0, self.bucket.put
         for _ in range(8):
+            block_tokens = self._settings.made()
+            chain = self._chain(ids, block_tokens)
+            self._describe(space, about)
             if profile is not None and self._profiles.put(profile, replace and not new):
                 written += profile.nbytes
             put(own_chain, chain_file(chain), create=False)
@@ -280,11 +282,15 @@ class Store:
             mark(self.bucket, self._pool, f"{space}/{name}", chain)
             if about.profile:
                 self._profiles.mark(about.identity)
-            # Gone: an eviction had chosen it before it was written anew. All its marks may be gone.
-            there = all(self.bucket.head(path) is not None for path in (doc, own_chain))
+            # Gone: an eviction had chosen it before it was written anew, or somebody has deleted
+            # all of the store. All its marks may be gone.
+            there = self._settings.is_still(block_tokens) and all(
+                self.bucket.head(path) is not None for path in needed
+            )
             if there and self._has_profile(about.profile, profile):
                 (self._uses.written if new else self._uses.note)(f"{space}/{name}")
                 return new, written + new * file.seek(0, os.SEEK_END)
+            self._described.discard(space)
         raise StoreError(f"{doc} is evicted as often as it is written: raise the store's limit")
 
     def _has_profile(self, needed: str, given: Profile | None) -> bool:

@@ -153,6 +153,51 @@ def test_a_folder_that_goes_away_while_it_is_written_to_is_made_anew(tmp_path, m
         assert found.snapshot() == document()
 
 
+def test_a_store_that_is_deleted_is_made_anew_by_who_goes_on_writing(tmp_path):
+    """All of it, before any request of a put; whoever comes then finds the document."""
+    for step in itertools.count():
+        url, done, reached = tmp_path / str(step), itertools.count(), []
+        store = Store(url, block_tokens=8)
+        store.put(document())
+        store._pool.each, store._pool.map = lambda do, items: [do(item) for item in items], map
+
+        def first(do, url=url, step=step, done=done, reached=reached):
+            def request(*given, **more):
+                if next(done) == step:
+                    shutil.rmtree(url)
+                    reached.append(step)
+                return do(*given, **more)
+
+            return request
+
+        for name in ("put", "get", "head"):
+            setattr(store.bucket, name, first(getattr(store.bucket, name)))
+        store.put(document(2))
+        if not reached:
+            assert step > 15
+            return
+        other = Store(url)
+        for count in (8, 24, 50):
+            with other.find(document(2).token_ids[:count], **OF) as found:
+                assert found.tokens == count
+        assert len(other.abouts()) == len(other.documents()) == 1
+
+
+def test_a_store_that_is_made_anew_with_other_blocks(tmp_path):
+    asked = Store(tmp_path / "store", block_tokens=8)
+    asked.put(document())
+    store = Store(tmp_path / "store")
+    store.put(document())
+    shutil.rmtree(tmp_path / "store")
+    Store(tmp_path / "store", block_tokens=5).put(document())
+    store.put(document(2))
+    for opened in (store, Store(tmp_path / "store")):
+        with opened.find(document(2).token_ids[:5], **OF) as found:
+            assert found.tokens == 5
+    with pytest.raises(UsageError, match="blocks of 5 tokens, not 8"):
+        asked.put(document(3))
+
+
 @pytest.mark.parametrize("seconds", [1e14, -1e14, 2**40])
 def test_a_file_of_a_year_that_there_is_not(tmp_path, seconds, monkeypatch):
     """Some file systems (tmpfs, NFS) know more of them than Python does."""
