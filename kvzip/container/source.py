@@ -183,6 +183,12 @@ class OpenFile(Closable):
         """What errors call it, if anything."""
         self.size = os.fstat(file.fileno()).st_size
 
+    def state(self) -> tuple[int, int]:
+        """The file's size and time, which change when it is written to."""
+        with _still_there():
+            found = os.fstat(self._number())
+        return found.st_size, found.st_mtime_ns
+
     def read(self, offset: int, length: int) -> memoryview:
         data = self._some(offset, length)
         while len(data) < length:  # a read may stop early at 2 GiB
@@ -217,6 +223,34 @@ class OpenFile(Closable):
     def close(self) -> None:
         if self._owned:
             self._file.close()
+
+
+class Unchanging(Closable):
+    """A file that must stay as it was: what was found out about it, by looking at some of its
+    bytes, holds for all others. One that is written to meanwhile is a CorruptError.
+
+    Bytes in memory, and what says nothing of its changes, are taken as they come.
+    """
+
+    def __init__(self, source: Source):
+        self._source, self.size = source, source.size
+        self.name = getattr(source, "name", None)
+        self._state = self._now()
+
+    def _now(self) -> tuple[int, int] | None:
+        return self._source.state() if isinstance(self._source, OpenFile) else None
+
+    def read(self, offset: int, length: int) -> memoryview:
+        data = self._source.read(offset, length)
+        if self._now() != self._state:
+            error = CorruptError("the file was changed while it was read")
+            name_in(error, self)
+            raise error
+        return data
+
+    def close(self) -> None:
+        if isinstance(self._source, Closable):
+            self._source.close()
 
 
 class Stream(Closable):

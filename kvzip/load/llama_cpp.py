@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from kvzip import dtypes
 from kvzip.container import Source
-from kvzip.container.source import naming, open_source
+from kvzip.container.source import Unchanging, naming, open_source
 from kvzip.dtypes import Bits
 from kvzip.errors import CorruptError, FormatError, UsageError
 from kvzip.files import replacing
@@ -53,9 +53,10 @@ def load_slot(file: Any) -> Snapshot:
     """The snapshot in a saved session: a path, bytes, or what else :func:`kvzip.open` takes; its
     parts are read when they are first used.
 
-    Raises FormatError for what is no saved session, and the OSError of the path.
+    Raises FormatError for what is no saved session, and the OSError of the path. A file that is
+    saved anew while it is read is a CorruptError then.
     """
-    source = open_source(file)
+    source = Unchanging(open_source(file))
     with naming(source):
         slot = read_slot(source)
         if slot is None:

@@ -8,7 +8,9 @@ small writer makes the other layouts.
 from __future__ import annotations
 
 import json
+import re
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +287,19 @@ def test_a_saved_session_is_not_overwritten_by_another_command(tmp_path, capsys)
     assert ended.value.code == 2
     assert "saved session" in json.loads(capsys.readouterr().out)["error"]
     assert kept.read_bytes() == REAL[0].read_bytes()
+
+
+def test_a_session_that_is_saved_anew_meanwhile_is_an_error(tmp_path):
+    """A server writes into the same file; part of one session and part of the other is none."""
+    path = tmp_path / "slot.bin"
+    path.write_bytes(LAYOUTS["version 2"])
+    snapshot = llama_cpp.load_slot(path)
+    time.sleep(0.01)  # a file's time has steps
+    path.write_bytes(bytes(byte ^ 1 for byte in LAYOUTS["version 2"]))
+    with pytest.raises(CorruptError, match=f"^{re.escape(str(path))} was changed while it was"):
+        _ = snapshot.layers[0].k
+    with pytest.raises(CorruptError, match="was changed"):
+        kvzip.encode(snapshot)
 
 
 def test_layers_are_read_when_they_are_used(tmp_path):
