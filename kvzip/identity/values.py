@@ -89,7 +89,7 @@ _NAMED = (
     types.EllipsisType,
 )
 """What its own words say all of."""
-_BESIDE_ITEMS = {defaultdict: "default_factory", deque: "maxlen"}
+_BESIDE_ITEMS: Mapping[type[Any], str] = {defaultdict: "default_factory", deque: "maxlen"}
 """What containers written in C hold besides their items."""
 _LOCKS: tuple[type, ...] = (_thread.LockType, type(_thread.RLock()))
 with suppress(ImportError):
@@ -172,7 +172,10 @@ class ValueReader:
         if isinstance(value, memoryview):
             data = hashlib.sha256(value.tobytes()).hexdigest()
             return ["memoryview", value.format, list(value.shape or ()), data]
-        if isinstance(value, np.generic) or type(value) is np.ndarray:
+        if isinstance(value, np.ma.MaskedArray):
+            held = value.data, np.ma.getmaskarray(value), value.fill_value
+            return ["masked", *(self._array(np.asarray(part), name) for part in held)]
+        if isinstance(value, (np.generic, np.ndarray)):
             return self._array(np.asarray(value), name)
         if type(value).__name__.endswith("Config") and hasattr(value, "to_diff_dict"):
             return self._config(value)
