@@ -65,6 +65,7 @@ SPREAD = {
     "ratio by a profile, another model": 0.2,
     "decoder, this machine": 0.1,
     "decoder, another machine": 0.5,
+    "decoder, a target": 0.7,
     "link": 0.15,
 }
 """Standard deviation of the logarithm of a figure, by where it comes from. Assumptions."""
@@ -115,6 +116,8 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     profiles: list[ProfileCost]
     """What codecs that need one have beside the document."""
     options: list[Option]
+    targets: list[str]
+    """Codecs whose decoder's rate is a target, which nobody has measured."""
     basis: list[str]
     """Where each figure comes from."""
 
@@ -184,7 +187,7 @@ def advise(
         device_usd_per_hour=base.device.value * shape.gpus,
     )
     found = options(situation, figures)
-    draws = _draws(situation, figures, base, spread, own)
+    draws = _draws(situation, figures, base, spread, own, on_gpu)
     token_bytes = shape.numbers_per_token * dtypes.get(dtype).itemsize
     return Advice(
         model=model,
@@ -204,6 +207,7 @@ def advise(
             if f.profile_bytes
         ],
         options=found,
+        targets=[f.name for f in figures if f.name in on_gpu and on_gpu[f.name].basis == "target"],
         basis=[
             how,
             ratio_basis(inputs.model, model, own),
@@ -371,7 +375,12 @@ def _prefill_usd(
 
 
 def _draws(
-    s: Situation, figures: Sequence[CodecFigures], base: PriceBase, prefill: float, own: bool
+    s: Situation,
+    figures: Sequence[CodecFigures],
+    base: PriceBase,
+    prefill: float,
+    own: bool,
+    on_gpu: Mapping[str, Price],
 ) -> list[list[Option]]:
     """The options again and again, every input off by its spread; the same draws each time."""
     rng = np.random.default_rng(0)
@@ -384,27 +393,38 @@ def _draws(
             return "ratio, this model"
         return "ratio by a profile, another model" if f.profile_bytes else "ratio, another model"
 
-    decode_spread = SPREAD["decoder, this machine" if own else "decoder, another machine"]
+    def decoder_from(f: CodecFigures) -> str:
+        if f.name in on_gpu:  # a rate of the price book, whatever the inputs are of
+            target = on_gpu[f.name].basis == "target"
+            return "decoder, a target" if target else "decoder, another machine"
+        return "decoder, this machine" if own else "decoder, another machine"
+
     seconds, link = off(prefill), off(SPREAD["link"])
     # Codecs of one library on one machine are off together.
-    deviation, decode = rng.standard_normal(DRAWS), off(decode_spread)
+    deviation, speed = rng.standard_normal(DRAWS), rng.standard_normal(DRAWS)
     gains = [np.exp(SPREAD[ratio_from(f)] * deviation) for f in figures]
+    rates = [np.exp(SPREAD[decoder_from(f)] * speed) for f in figures]
     egress, rent = off(_price_spread(base.egress)), off(_price_spread(base.device))
-    tokens_price = off(_price_spread(base.api_input)) if base.api_input else seconds * rent
+    if base.api_input:
+        prefill_usd = off(_price_spread(base.api_input))
+    elif base.compute:  # modelled there, even where its time is measured here
+        prefill_usd = off(max(SPREAD["modelled"], prefill)) * rent
+    else:
+        prefill_usd = seconds * rent
     found = []
     for i in range(DRAWS):
         drawn = msgspec.structs.replace(
             s,
             bandwidth=s.bandwidth * link[i],
             prefill_seconds=(s.prefill_seconds or 0.0) * seconds[i],
-            prefill_usd=(s.prefill_usd or 0.0) * tokens_price[i],
+            prefill_usd=(s.prefill_usd or 0.0) * prefill_usd[i],
             egress=s.egress * egress[i],
             device_usd_per_hour=s.device_usd_per_hour * rent[i],
         )
         # raw stays raw: only what a codec gains is uncertain.
         codecs = [
-            CodecFigures(f.name, 1 + (f.ratio - 1) * gain[i], f.decode_rate * decode[i])
-            for f, gain in zip(figures, gains, strict=True)
+            CodecFigures(f.name, 1 + (f.ratio - 1) * gain[i], f.decode_rate * rate[i])
+            for f, gain, rate in zip(figures, gains, rates, strict=True)
         ]
         found.append(options(drawn, codecs))
     return found
@@ -502,7 +522,7 @@ def _time_line(a: Advice) -> str:
         text = f"Time: prefill, {duration(c.value)} to the first token"
     else:
         text = (
-            f"Time: load {_named(c.best)}, {duration(c.value)} to the first token against "
+            f"Time: load {_named(a, c.best)}, {duration(c.value)} to the first token against "
             f"{duration(c.prefill)} of prefill ({significant(c.times_prefill, 2)}x)"
         )
     if c.raw is not None and c.best != "raw":
@@ -522,7 +542,9 @@ def _money_line(a: Advice) -> str:
         text = f"Dollars: prefill, {dollars(c.value)} against {least} for the cheapest load "
         text += f"({cheapest.name})"
     else:
-        text = f"Dollars: load {_named(c.best)}, {dollars(c.value)} against {dollars(c.prefill)} "
+        text = (
+            f"Dollars: load {_named(a, c.best)}, {dollars(c.value)} against {dollars(c.prefill)} "
+        )
         text += f"of prefill ({significant(c.times_prefill, 2)}x)"
     text += _plainly(c, dollars)
     text += f"; prices: {a.price_base}. {_how_sure(c)}; {c.turns}."
@@ -551,5 +573,6 @@ def _how_sure(c: Choice) -> str:
     )
 
 
-def _named(codec: str) -> str:
-    return "raw bytes" if codec == "raw" else f"with {codec}"
+def _named(a: Advice, codec: str) -> str:
+    words = "raw bytes" if codec == "raw" else f"with {codec}"
+    return f"{words} (its decoder's rate is a target)" if codec in a.targets else words

@@ -48,6 +48,14 @@ def too_few_cores(traffic: TrafficResult, rows: Sequence[FleetRow]) -> str:
     return _TOO_FEW_CORES if any(cores_use(traffic, row) > 1 for row in rows) else ""
 
 
+def decoder_in_words(traffic: TrafficResult, row: FleetRow) -> str:
+    """Behind a codec's name: that a GPU decodes, and whether anybody has measured how fast."""
+    if row.decoder != "device":
+        return ""
+    basis = next((i.basis for i in traffic.inputs if i.name == f"{row.codec}, decode"), None)
+    return " (GPU, a target)" if basis == "target" else " (GPU)"
+
+
 def found_at(traffic: TrafficResult, blocks: float, ratio: float = 1.0) -> float:
     """The hit rate of an LRU store of so many blocks of raw size that are `ratio` times as small:
     that of the capacities where one is within half a hundredth of the ratio, else from the curve,
@@ -171,7 +179,8 @@ def markdown(traffic: Sequence[TrafficResult]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in told(t.rows):
-            name = f"{r.strategy}, `{r.codec}`" if r.codec else _BARE[r.strategy]
+            codec = f"`{r.codec}`{decoder_in_words(t, r)}"
+            name = f"{r.strategy}, {codec}" if r.codec else _BARE[r.strategy]
             cells = [
                 *(name, f"{r.hit_rate:.1%}", f"{r.loaded_share:.1%}"),
                 *(f"{s:.2f} s" for s in (r.ttft_mean, r.ttft_p50, r.ttft_p99)),

@@ -203,6 +203,7 @@ def _show_traffic(found: TrafficResult) -> None:
         DIFFERENT_STORES,
         WEIGHTS_NOT_READ,
         core_seconds,
+        decoder_in_words,
         tiers_in_words,
         too_few_cores,
     )
@@ -236,7 +237,7 @@ def _show_traffic(found: TrafficResult) -> None:
         f"the store of --tiers: {tiers_in_words(found)}",
     )
     for r in found.rows:
-        codec = f"{r.codec} {r.ratio:.2f}x" + (" (GPU)" if r.decoder == "device" else "")
+        codec = f"{r.codec} {r.ratio:.2f}x{decoder_in_words(found, r)}"
         table.add_row(
             *(r.strategy, codec if r.codec else ""),
             *(f"{r.hit_rate:.1%}", f"{r.loaded_share:.1%}"),

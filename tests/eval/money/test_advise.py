@@ -471,3 +471,28 @@ def test_a_prefill_counts_as_a_codec_does_by_its_fastest_run(
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
     loaded = SimpleNamespace(model=Model())
     assert measuring.prefill_seconds(loaded, list(range(8)), (4, 8)) == [(4, 1.0), (8, 5.0)]
+
+
+def test_a_target_is_told_and_less_sure_than_a_measured_rate() -> None:
+    """A GPU's rates are the price book's, whatever the inputs are of."""
+
+    def asked(bandwidth: float, **changed: Any) -> a.Advice:
+        rate = msgspec.structs.replace(BOOK.decoder["predictive"], **changed)
+        return advise(
+            shape=BOOK.model["qwen3-4b"],
+            model="qwen3-4b",
+            tokens=8192,
+            bandwidth=bandwidth,
+            codecs=["predictive"],
+            on_device=True,
+            book=msgspec.structs.replace(BOOK, decoder=BOOK.decoder | {"predictive": rate}),
+        )
+
+    found = asked(4e10)
+    assert (found.seconds.best, found.targets) == ("predictive", ["predictive"])
+    assert "load with predictive (its decoder's rate is a target)" in found.lines()[0]
+    # Half of a prefill's time, limited by the decoder.
+    target, measured = (asked(2e11, value=16.0, basis=basis) for basis in ("target", "measured"))
+    assert target.seconds.value == measured.seconds.value
+    assert measured.targets == [] and "target" not in measured.lines()[0]
+    assert 0.5 < target.seconds.side_sure < measured.seconds.side_sure

@@ -204,6 +204,8 @@ def test_codecs_on_a_gpu_say_whether_they_were_measured(trace_file, capsys):
     assert basis["channel, decode"] == "measured"
     assert basis["predictive, decode"] == "target"
     assert basis["predictive, profile"] == "modelled"
+    words = run(capsys, *command, "--codecs", "channel,predictive,zstd")[1]
+    assert "predictive 2.21x (GPU, a target)" in words and "channel 1.58x (GPU) " in words
 
 
 @pytest.mark.parametrize(
