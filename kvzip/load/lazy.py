@@ -79,6 +79,8 @@ class LazyLayer(_Base):
     prompt, and a text that repeats itself may have keys like those of one."""
     _times = 1
     """How many rows stand for each of the document's, one after the other."""
+    _removed = 0
+    """How many tokens were taken away from the document's end before the first update."""
     _forgetful = False
     """Whether the model goes on from a state only one token at a time."""
 
@@ -227,7 +229,8 @@ class LazyLayer(_Base):
         except CancelledError:
             raise
         except KVZipError as error:
-            if not self.restartable or not self._source.recovers or position != self._length:
+            begin = self._length - self._removed
+            if not self.restartable or not self._source.recovers or position != begin:
                 raise
             if self._peers:  # what is fed was computed from their states: for `watch`
                 anew = OtherWeights(str(error))
@@ -236,6 +239,7 @@ class LazyLayer(_Base):
             taken = self._source.recover(self._index, error)
             self._loader, self._witness = None, taken.witness
             assign(self, taken.parts)
+            self._remove_again()
             self.dtype = cast(Any, self).keys.dtype
             pair = self._fitting(key_states, value_states)
         self._begin_with(pair, key_states, value_states)
@@ -335,7 +339,14 @@ class LazyLayer(_Base):
         }
         assign(self, parts)
         self._witness = taken.witness
+        self._remove_again()
         self.dtype = source.dtype
+
+    def _remove_again(self) -> None:
+        """Of what came in place of the document, take away what was taken away from that."""
+        removed, self._removed = self._removed, 0
+        if removed:
+            self.crop(-removed)
 
     def reset(self) -> None:
         self._loader = self._source = self._witness = self._prompt_length = None
@@ -348,6 +359,7 @@ class LazyLayer(_Base):
     def crop(self, tokens_to_remove: int) -> None:
         before = self.keys, self.values
         super().crop(tokens_to_remove)
+        self._removed -= tokens_to_remove if self._fresh else 0
         if self._witness is not None and tokens_to_remove:
             self._witness = tuple(each[:, :, tokens_to_remove:][:, :, :1] for each in before)
 

@@ -78,6 +78,28 @@ def deep(case: Any) -> Any:
     return noisy(case.model, "model.layers.2.self_attn.v_proj.weight", 0.5)
 
 
+@pytest.mark.parametrize("weights", ["first layer", "deep"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_was_taken_away_before_the_first_call_stays_away(
+    tiny: Any, caplog: Any, rows: int, weights: str
+) -> None:
+    """Also where the model computes the tokens instead."""
+    case = tiny("llama")
+    first = "model.layers.0.self_attn.k_proj.weight"
+    model = deep(case) if weights == "deep" else noisy(case.model, first, 0.5)
+    ids = case.longer()
+    cache = load_or_prefill(case.unpinned, model, ids)
+    if rows > 1:
+        cache.batch_repeat_interleave(rows)
+    cache.crop(-1)
+    cache.crop(-2)
+    assert cache.get_seq_length() == 46
+    found = generate(model, ids.repeat(rows, 1), cache)
+    assert torch.equal(found, generate(model, ids).repeat(rows, 1))
+    [told] = warnings_of(caplog)
+    assert "other weights" in told or "does not continue" in told
+
+
 def test_the_call_is_made_again_once(case: Any, caplog: Any) -> None:
     model, ids, calls = deep(case), case.longer(), []
     right = generate(model, ids)
