@@ -125,14 +125,17 @@ def rooms(fleet: Fleet, codec: CodecUse, block_tokens: int) -> list[float]:
     found = []
     for tier in fleet.tiers:
         ratio = codec.ratio if tier.encoded else 1.0
-        # The profile lies once in the host's memory, or in that of every GPU.
-        held = {"host": ("host", 1), "device": ("gpu", fleet.gpus * fleet.gpus_each)}.get(
-            codec.decoder
-        )
-        profile = codec.profile_bytes * held[1] if held and held[0] == tier.name else 0.0
-        left = max(tier.bytes - profile, 0.0)
+        left = max(tier.bytes - profile_in(tier, fleet, codec), 0.0)
         found.append(float(math.floor(left * ratio / block + 1e-9)) if left < math.inf else left)
     return found
+
+
+def profile_in(tier: Tier, fleet: Fleet, codec: CodecUse) -> float:
+    """What a codec's profile takes of a tier: it lies once in the host's memory, or in that of
+    every GPU, where it is decoded."""
+    held = {"host": ("host", 1), "device": ("gpu", fleet.gpus * fleet.gpus_each)}
+    name, copies = held.get(codec.decoder, ("", 0))
+    return codec.profile_bytes * copies if name == tier.name else 0.0
 
 
 def gpus_needed(trace: Trace, prefill: PrefillModel) -> int:

@@ -14,7 +14,7 @@ from kvzip.eval.results.provenance import machine, now, versions
 from kvzip.eval.results.traffic import BASIS, FleetRow, Input, Strategy, TierRow, TrafficResult
 from kvzip.eval.traffic import capacity
 from kvzip.eval.traffic.finding import Found, find, prompt_tokens
-from kvzip.eval.traffic.fleet import CodecUse, Fleet, Tier, rooms
+from kvzip.eval.traffic.fleet import CodecUse, Fleet, Tier, profile_in, rooms
 from kvzip.eval.traffic.simulate import Outcome, simulate
 from kvzip.eval.traffic.trace import BLOCK_TOKENS, Trace
 
@@ -165,7 +165,7 @@ def _tier_row(
     """What the tier at `at` did, which gave so many raw bytes."""
     ratio = codec.ratio if tier.encoded else 1.0
     block = fleet.bytes_per_token * BLOCK_TOKENS / ratio
-    used = min(tier.bytes, found.held[at] * block)
+    used = min(tier.bytes, found.held[at] * block + profile_in(tier, fleet, codec))
     month = tier.usd_per_gb_month * outcome.seconds / HOUR / MONTH_HOURS
     busy = outcome.busy.get(tier.name)
     return TierRow(

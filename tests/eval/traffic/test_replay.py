@@ -120,6 +120,24 @@ def test_a_profile_takes_room_where_it_is_used():
     assert profile_bytes("channel", shape) == 0
 
 
+def test_a_profile_pays_rent_for_the_room_it_takes():
+    month = 730 * 3600.0  # a dollar a GB and second
+    host = Tier(name="host", bytes=8e9, usd_per_gb_month=month)
+    fleet = a_fleet(tiers=(host,), bytes_per_token=1e9 / 512, pcie=1e15)
+    trace = a_trace([1, 2], [1, 2], seconds=[0, 10])
+    quick = msgspec.structs.replace(HALF, decode_rate=1e12)
+    without, use = (
+        row(trace, fleet, quick, "load"),
+        msgspec.structs.replace(quick, profile_bytes=2e9),
+    )
+    found = row(trace, fleet, use, "load")
+    assert found.ttft_mean == without.ttft_mean
+    assert found.store_usd == pytest.approx(3 * without.store_usd)  # 1 GB of blocks, 2 of profile
+    full = msgspec.structs.replace(fleet, tiers=(msgspec.structs.replace(host, bytes=2.5e9),))
+    # One block has room, so nothing is found, and two blocks are computed from 10 s on.
+    assert row(trace, full, use, "load").store_usd == pytest.approx(2.5 * 12)
+
+
 def test_tiers_as_they_are_typed():
     found = tiers("object,host:400GB,gpu", 3, BOOK)
     assert [tier.name for tier in found] == ["gpu", "host", "object"]
