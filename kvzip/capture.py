@@ -100,7 +100,7 @@ def cut_documents(
     (a BOS token).
     """
     tokens = integer("tokens", tokens, LEAST_TOKENS)
-    front = list(tokenizer("").input_ids if front is None else front)
+    front = _special_in_front(tokenizer) if front is None else list(front)
     ids = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
     body = tokens - len(front)
     if body < 1:
@@ -123,6 +123,18 @@ def cut_documents(
             f"the text has {len(ids):,} tokens: {len(found)} documents of {tokens}; none is left"
         )
     return picked
+
+
+def _special_in_front(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer puts in front of any text: of no text the same, and those behind."""
+    whole, own = (
+        list(tokenizer("a", add_special_tokens=special, verbose=False).input_ids)
+        for special in (True, False)
+    )
+    for n in range(len(whole) - len(own) + 1 if own else 0):
+        if whole[n : n + len(own)] == own:
+            return whole[:n]
+    return list(tokenizer("").input_ids)
 
 
 def prefill(

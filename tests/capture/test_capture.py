@@ -164,6 +164,22 @@ def test_documents_are_cuts_of_the_text(tmp_path):
     assert len(Text.read(["pydoc"]).content) > 100_000
 
 
+@pytest.mark.parametrize("behind", [[], [98]])
+@pytest.mark.parametrize("front", [[], [99], [97, 99]])
+def test_a_document_begins_as_its_text_does(front, behind):
+    """What a tokenizer puts behind a text is not in front of it: no prompt would begin so."""
+
+    class Framed(Words):
+        def __call__(self, text, add_special_tokens=True, verbose=True):
+            ids = super().__call__(text, add_special_tokens=False).input_ids
+            framed = [*front, *ids, *behind] if add_special_tokens else ids
+            return type("", (), {"input_ids": framed})
+
+    text = Text("text", "one two three four five six seven")
+    [document] = cut_documents(Framed(), text, 6, slice(1))
+    assert document.token_ids.tolist() == Framed()(text.content).input_ids[:6]
+
+
 def test_families_that_cannot_be_captured_say_why():
     model = tiny_family(Family("xlnet"))
     with pytest.raises(UnsupportedError, match="hidden states, and no keys"):
