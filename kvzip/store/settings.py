@@ -26,6 +26,9 @@ from kvzip.store.sealed import SealedObjects
 
 _log = logging.getLogger("kvzip.store")
 
+_TRIES = 3
+"""How often ``store.json`` is read until it is taken for damaged."""
+
 
 class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int = 1
@@ -45,8 +48,8 @@ class SettingsFile:
     def block_tokens(self) -> int | None:
         """Tokens in a block; None for a store that has no settings yet."""
         known = self._known
-        if known is None and (data := self._objects.get("store.json")) is not None:
-            known = self._known = self._checked(data)
+        if known is None:
+            known = self._known = self._read()
         return None if known is None else known.block_tokens
 
     def is_still(self, block_tokens: int) -> bool:
@@ -69,23 +72,35 @@ class SettingsFile:
     def made(self) -> int:
         """Tokens in a block; the settings of a new store are written."""
         found = self.block_tokens()
-        if found is None:
-            self._write(_Settings(block_tokens=self._asked or BLOCK_TOKENS), create=True)
-            found = self.block_tokens()
+        for create in (True, False):  # in the place of what a power cut has left
             if found is None:
-                raise StoreError(f"{self._objects.url} does not keep what is written to it")
+                self._write(_Settings(block_tokens=self._asked or BLOCK_TOKENS), create)
+                found = self.block_tokens()
+        if found is None:
+            raise StoreError(f"{self._objects.url} does not keep what is written to it")
         return found
 
-    def _checked(self, data: bytes) -> _Settings:
+    def _read(self) -> _Settings | None:
+        """The settings; None where there are none, nor any document."""
         url = self._objects.url
-        if is_sealed(data):
-            raise SealError(f"{url} is a sealed store: give its key (key=, --key-file)")
-        try:
-            found = from_json(data, _Settings)
-        except FormatError as error:
-            raise FormatError(f"{url} is no store of ours: {error}") from None
-        except CorruptError:
-            found = self._again()
+        for _ in range(_TRIES):
+            data = self._objects.get("store.json")
+            if data is None:
+                return None
+            if is_sealed(data):
+                raise SealError(f"{url} is a sealed store: give its key (key=, --key-file)")
+            try:
+                found = from_json(data, _Settings)
+            except FormatError as error:
+                raise FormatError(f"{url} is no store of ours: {error}") from None
+            except CorruptError:  # on its way, perhaps
+                continue
+            return self._checked(found)
+        lost = self._again()
+        return None if lost is None else self._checked(lost)
+
+    def _checked(self, found: _Settings) -> _Settings:
+        url = self._objects.url
         if found.version != 1 or found.block_tokens < 1:
             raise FormatError(f"{url} is a store of another version")
         if self._asked not in (None, found.block_tokens):
@@ -99,11 +114,15 @@ class SettingsFile:
         data = msgspec.json.encode(settings)
         self._objects.put("store.json", data, create=create, durable=True)
 
-    def _again(self) -> _Settings:
-        """The settings that a power cut has taken: as asked for if the store has no documents, else
-        those that a document's marks were made with."""
+    def _again(self) -> _Settings | None:
+        """The settings that a power cut has taken: those that a document's marks were made with, or
+        where none can be listed, those that are asked for; None if the store has no documents."""
+        if not self._objects.listable and self._asked is not None:
+            return _Settings(block_tokens=self._asked)
         stored = documents(self._objects) if self._objects.listable else []
-        found = None if stored else self._asked or BLOCK_TOKENS
+        if self._objects.listable and not stored:
+            return None
+        found = None
         for document in stored:
             space, name = document.key.split("/")
             path = document_path(document.key)

@@ -14,6 +14,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from servers import failing_server
 from support import assert_same, in_a_fork, make_snapshot, random_bits
 
 import kvzip
@@ -444,6 +445,32 @@ def test_settings_that_no_document_tells(tmp_path, how):
     store.remove(entry.key)
     path.write_bytes(LOST[how](whole))
     assert Store(tmp_path, block_tokens=16).put(document()).new  # without documents it is new
+
+
+def test_settings_that_come_damaged_once_are_read_again(tmp_path, monkeypatch):
+    """And nothing is written in their place by who looks for a document and sees none, since a
+    server lists what it likes."""
+    Store(tmp_path, block_tokens=8).put(document())
+    whole = (tmp_path / "store.json").read_bytes()
+    for times in (1, 2, 9):
+        store, left = Store(tmp_path), [whole[:5]] * times
+        get = store.bucket.get
+        hurt = lambda path, *most: left.pop() if "store.json" in path and left else get(path, *most)  # noqa: E731, B023
+        monkeypatch.setattr(store.bucket, "get", hurt)
+        monkeypatch.setattr(store.bucket, "folders", list)
+        found = store.find(document().token_ids, **OF)
+        assert (found is not None) == (times < 9)
+        assert (tmp_path / "store.json").read_bytes() == whole
+
+
+def test_settings_of_a_web_server_that_are_damaged(tmp_path):
+    Store(tmp_path, block_tokens=8).put(document())
+    (tmp_path / "store.json").write_bytes(b"{")
+    with failing_server(tmp_path) as server:
+        with pytest.raises(FormatError, match="damaged, and no document tells"):
+            Store(server.url).find(document().token_ids, **OF)
+        with Store(server.url, block_tokens=8).find(document().token_ids, **OF) as found:
+            assert found.tokens == 50
 
 
 def test_settings_of_another_version_are_no_power_cut(tmp_path):
