@@ -313,6 +313,22 @@ def test_the_stored_result_is_what_the_docs_tell() -> None:
                     f"| {point.train_tokens:,} tokens | {statistics.fmean(point.regions):.1f} "
                     f"| {point.bits_per_value:.2f} |"
                 ) in sizes
+    # What four times the tokens save, by text and profile, over both models.
+    few, many = {}, {}
+    for model in found.models:
+        for point in model.points:
+            if point.codec == "predictive" and point.asked in (0.03, 0.1):
+                for kind in point.kinds:
+                    at = few if point.train_tokens == 24_576 else many
+                    key = (model.shape.name, point.asked, kind.kind)
+                    at[key] = 8 * kind.encoded_bytes / kind.numbers
+    for asked, kinds, said in (
+        (0.03, ("python-source", "package-metadata"), "0.10 to 0.13"),
+        (0.1, ("python-source", "package-metadata"), "0.19 to 0.22"),
+        (0.03, ("licences",), "lose 0.05 to 0.06"),
+    ):
+        saved = [abs(few[k] - many[k]) for k in few if k[1] == asked and k[2] in kinds]
+        assert f"{min(saved):.2f} to {max(saved):.2f}" in said and said in page
     if found.extrapolations:
         last = found.extrapolations[-1]
         assert f"{last.mean:.1f} bits" in page
