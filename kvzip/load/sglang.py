@@ -27,6 +27,7 @@ from itertools import repeat, takewhile
 from threading import Event, Thread, local
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote
+from weakref import WeakKeyDictionary
 
 from kvzip import metrics
 from kvzip.codec import get_codec
@@ -140,7 +141,7 @@ class KvzipStorage(_Base):
         self._told: set[str] = set()
         self._failed: set[str] = set()
         """Paths of pages that are there and could not be loaded."""
-        self._gives_copies: dict[int, bool] = {}
+        self._gives_copies: WeakKeyDictionary[HostKVCache, bool] = WeakKeyDictionary()
         self._storing = local()
         """Of each of SGLang's threads that store: for which weights it has."""
         self.mem_pool_host: HostKVCache | None = None
@@ -365,10 +366,10 @@ class KvzipStorage(_Base):
 
     def _copies(self, pool: HostKVCache, start: int) -> bool:
         """Whether what a pool gives as a page is a copy, as of a Mamba state's several tensors."""
-        if id(pool) not in self._gives_copies:
+        if pool not in self._gives_copies:
             first, again = (pool.get_data_page(start, flat=False) for _ in range(2))
-            self._gives_copies[id(pool)] = first.data_ptr() != again.data_ptr()
-        return self._gives_copies[id(pool)]
+            self._gives_copies[pool] = first.data_ptr() != again.data_ptr()
+        return self._gives_copies[pool]
 
     def _load_at(self, key: str, start: int, pool: HostKVCache, _: int | None) -> bool:
         """Fill the page of a pool that begins at an index."""

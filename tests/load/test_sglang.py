@@ -720,6 +720,24 @@ def test_keys_alone_in_any_layout(tmp_path: Any) -> None:
     assert torch.equal(bits, reader.kv_buffer.view(torch.uint8))
 
 
+def test_a_pool_is_not_taken_for_another_that_is_gone(tmp_path: Any, monkeypatch: Any) -> None:
+    """Python gives a new object the number of one that is gone. What was a view of the first may be
+    a copy of the second, and must be put back."""
+    pool = fill(Pool("layer_first", torch.bfloat16))
+    states, backend = fill(States()), backend_of(tmp_path, pool)
+    monkeypatch.setattr("kvzip.load.sglang.id", lambda _: 7, raising=False)
+    for name, one in (("kv", pool), ("mamba", states)):
+        backend.register_mem_host_pool_v2(one, name)
+        indices = torch.arange(PAGES * one.page_size)
+        transfer = SimpleNamespace(name=name, keys=KEYS, host_indices=indices)
+        before = [page.clone() for page in pages_of(one)]
+        assert all(backend.batch_set_v2([transfer])[name])
+        for part in getattr(one, "parts", [one.kv_buffer]):
+            part.zero_()
+        assert all(backend.batch_get_v2([transfer])[name])
+        assert all(map(torch.equal, before, pages_of(one)))
+
+
 def test_a_pool_that_has_no_pages_is_a_miss(tmp_path: Any, caplog: Any) -> None:
     """SGLang's pools of packed formats raise; its thread must not end."""
 
