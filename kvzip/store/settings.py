@@ -44,6 +44,8 @@ class SettingsFile:
     def __init__(self, objects: Objects, asked: int | None):
         self._objects, self._asked = objects, asked
         self._known: _Settings | None = None
+        self._without_sense = False
+        """Whether ``store.json`` is there, as a power cut has left it, and no document is."""
 
     def block_tokens(self) -> int | None:
         """Tokens in a block; None for a store that has no settings yet."""
@@ -72,17 +74,17 @@ class SettingsFile:
     def made(self) -> int:
         """Tokens in a block; the settings of a new store are written."""
         found = self.block_tokens()
-        for create in (True, False):  # in the place of what a power cut has left
-            if found is None:
-                self._write(_Settings(block_tokens=self._asked or BLOCK_TOKENS), create)
-                found = self.block_tokens()
+        if found is None:
+            settings = _Settings(block_tokens=self._asked or BLOCK_TOKENS)
+            self._write(settings, create=not self._without_sense)
+            found = self.block_tokens()
         if found is None:
             raise StoreError(f"{self._objects.url} does not keep what is written to it")
         return found
 
     def _read(self) -> _Settings | None:
         """The settings; None where there are none, nor any document."""
-        url = self._objects.url
+        url, self._without_sense = self._objects.url, False
         for _ in range(_TRIES):
             data = self._objects.get("store.json")
             if data is None:
@@ -97,6 +99,7 @@ class SettingsFile:
                 continue
             return self._checked(found)
         lost = self._again()
+        self._without_sense = lost is None
         return None if lost is None else self._checked(lost)
 
     def _checked(self, found: _Settings) -> _Settings:

@@ -447,19 +447,40 @@ def test_settings_that_no_document_tells(tmp_path, how):
     assert Store(tmp_path, block_tokens=16).put(document()).new  # without documents it is new
 
 
+def answered_first(store, answers, monkeypatch):
+    """Have a store's settings answered with these, one after the other, before they are read."""
+    get, left = store.bucket.get, list(answers)
+
+    def instead(path, *most):
+        return left.pop() if path == "store.json" and left else get(path, *most)
+
+    monkeypatch.setattr(store.bucket, "get", instead)
+
+
 def test_settings_that_come_damaged_once_are_read_again(tmp_path, monkeypatch):
     """And nothing is written in their place by who looks for a document and sees none, since a
     server lists what it likes."""
     Store(tmp_path, block_tokens=8).put(document())
     whole = (tmp_path / "store.json").read_bytes()
     for times in (1, 2, 9):
-        store, left = Store(tmp_path), [whole[:5]] * times
-        get = store.bucket.get
-        hurt = lambda path, *most: left.pop() if "store.json" in path and left else get(path, *most)  # noqa: E731, B023
-        monkeypatch.setattr(store.bucket, "get", hurt)
+        store = Store(tmp_path)
+        answered_first(store, [whole[:5]] * times, monkeypatch)
         monkeypatch.setattr(store.bucket, "folders", list)
         found = store.find(document().token_ids, **OF)
         assert (found is not None) == (times < 9)
+        assert (tmp_path / "store.json").read_bytes() == whole
+
+
+def test_settings_that_a_server_denies_are_not_replaced(tmp_path, monkeypatch):
+    Store(tmp_path, block_tokens=8).put(document(tokens=300))
+    whole = (tmp_path / "store.json").read_bytes()
+    for times in range(1, 6):
+        store = Store(tmp_path)
+        answered_first(store, [None] * times, monkeypatch)
+        try:
+            store.put(document(2, tokens=300))
+        except StoreError as error:
+            assert "does not keep what is written" in str(error)
         assert (tmp_path / "store.json").read_bytes() == whole
 
 
