@@ -107,6 +107,25 @@ def test_several_tensors_and_any_bits() -> None:
     assert all(map(same, back, tensors)) and used <= bound
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 256, 256), (1, 8, 256, 576)])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.uint8], ids=str)
+def test_the_bound_is_hardly_more_than_the_chunk(codec: str, shape: Any, kind: Any) -> None:
+    """LMCache takes as much of its memory for each chunk that it stores or loads, and gives up all
+    of them where it has not got it."""
+    tensor = tensor_of(shape, kind)
+    used, bound, [back] = there_and_back(codec, [tensor])
+    assert same(back, tensor) and used <= bound < 1.05 * tensor.nbytes
+
+
+def test_what_would_grow_is_stored_as_it_is(monkeypatch: Any) -> None:
+    tensor = tensor_of(SHAPES["KV_2LTD"], torch.uint8)
+    encode = ours.chunks.encode
+    grown = lambda t, c, *more: encode(t, c, *more) + bytes(20000 * (c.codec_id != "raw"))  # noqa: E731
+    monkeypatch.setattr(ours.chunks, "encode", grown)
+    used, bound, [back] = there_and_back("channel", [tensor])
+    assert same(back, tensor) and used <= bound
+
+
 @given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=5), kind=st.sampled_from(DTYPES))
 def test_any_shape(shape: list[int], kind: Any) -> None:
     tensor = tensor_of(shape, kind, sum(shape))
