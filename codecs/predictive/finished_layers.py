@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,22 @@ from kvzip.files import replacing
 from kvzip.parsing import from_json
 from kvzip.reading import contents
 from kvzip.snapshot import Snapshot, sha256_raw
-from kvzip.statistics.documents import Item, load
+from kvzip.statistics.documents import Item, Progress, load
 
 
 class FinishedLayers:
     """A folder with the finished layers of one fit."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], items: Iterable[Item]):
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], items: Sequence[Item], tell: Progress
+    ):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = dict(settings) | {"documents": [_fingerprint(load(item)) for item in items]}
+        documents = []
+        for n, item in enumerate(items):
+            documents.append(_fingerprint(load(item)))
+            tell("documents read", n + 1, len(items))
+        wanted = dict(settings) | {"documents": documents}
         note = folder / "fit.json"
         if note.exists():
             try:

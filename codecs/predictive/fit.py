@@ -105,7 +105,9 @@ def fit(
         "calibration": count,
         "input_layers": INPUT_LAYERS,
     }
-    finished = None if resume is None else FinishedLayers(Path(resume), settings, snapshots)
+    finished = None
+    if resume is not None:
+        finished = FinishedLayers(Path(resume), settings, snapshots, tell)
     if vocabulary is not None:
         vocabulary.keep(allotted.rows)
     with blas.for_width(max(learned.widths)):

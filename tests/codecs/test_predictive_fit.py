@@ -607,6 +607,8 @@ def test_it_goes_on_where_it_was_ended(learned, tmp_path):
     )
     done = [d for what, d in seen if what == "regressions"]
     assert min(done) == 2 * 11 + 1 and max(done) == 4 * 11
+    read = [d for what, d in seen if what == "documents read"]
+    assert read == [*range(1, len(learned) + 1)]
     assert profile.id == whole.id
     (folder / "layer-003.safetensors").write_bytes(b"cut")
     assert kvzip.Profile.fit(learned, regions=2, resume=folder).id == whole.id
