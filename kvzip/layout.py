@@ -42,8 +42,8 @@ class PartLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
 
     `axes` has a letter for each axis of `shape`, none twice: "b" batch, "h" heads, "t" tokens, "r"
     rows, which a part without tokens has in their place, "d" dim, the channels. "b" comes first.
-    Keys and values of caches are "htd" or "bhtd"; what loads them refuses others. Raises UsageError unless the fields fit each other,
-    UnsupportedError for a format that is not one of ours.
+    Keys and values of caches are "htd" or "bhtd"; what loads them refuses others. Raises UsageError
+    unless the fields fit each other, UnsupportedError for a format that is not one of ours.
     """
 
     dtype: str
