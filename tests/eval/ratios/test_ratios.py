@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from support import cache_like, make_snapshot, save_tiny_model
 
 import kvzip
+from kvzip import capture
 from kvzip.codecs.predictive.allotment import least_bytes
 from kvzip.codecs.predictive.documents import Documents
 from kvzip.errors import KVZipError, UsageError
@@ -113,6 +114,26 @@ def test_the_token_of_number_zero_and_the_order_of_tokens_count() -> None:
     assert seen(np.zeros(RUN, np.uint32), known) == 0
     assert seen(ids[::-1].copy(), known) == 0
     assert seen(ids, passages([])) == 0
+
+
+def test_documents_for_testing_say_how_much_of_them_was_seen() -> None:
+    ids = np.arange(4 * RUN, dtype=np.uint32)
+    given: list[tuple[DocumentRow, capture.Document]] = [
+        (
+            DocumentRow("docs", split, 0, len(part), "0" * 64),
+            capture.Document(0, part, "a document"),
+        )
+        for split, part in (
+            ("train", ids[: 2 * RUN]),
+            ("test", ids[RUN:]),
+            ("test", ids[2 * RUN :]),
+        )
+    ]
+    assert [row.seen for row, _ in protocol._with_seen(given)] == [None, 1 / 3, 0]
+    assert [row.seen for row, _ in protocol._with_seen(given[1:])] == [None, None]
+    found = [row for row, _ in protocol._with_seen(given)]
+    assert [d for _, d in protocol._with_seen(given)] == [d for _, d in given]
+    assert {row.sha256 for row in found} == {"0" * 64}
 
 
 # --- measuring -----------------------------------------------------------------------------------
