@@ -24,6 +24,7 @@ import math
 import mmap
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, overload
 
 import numpy as np
@@ -40,6 +41,8 @@ from kvzip.pages import decode_page, encode_page, is_page, max_page_size, page_i
 from kvzip.profile import Profile
 from kvzip.snapshot import Layer, LayerLayout, Layout, PartLayout, Snapshot
 
+_AS_IT_IS = "raw"
+"""The codec of what another one would make larger."""
 _RAW = (bytes, bytearray, memoryview, mmap.mmap, array)
 _LETTERS = {"l": "layers", "h": "heads", "t": "tokens", "d": "dim"}
 
@@ -126,10 +129,20 @@ def encode(
     if out is not None:
         memory = Memory(out, itertools.chain.from_iterable(layers), "kvzip.load.buffers.max_size")
     if profile is None:
-        writer = api.writer_of(_snapshot(layers, dtype), _codec(codec), None)
+        snapshot = _snapshot(layers, dtype)
+        writer = api.writer_of(snapshot, _codec(codec), None)
         if memory is None:
-            return writer.encode(threads)
-        return memory.first(writer.write(memory, threads))
+            blob = writer.encode(threads)
+            if _is_bound(len(blob), snapshot):
+                return blob
+            return api.writer_of(snapshot, get_codec(_AS_IT_IS), None).encode(threads)
+        with suppress(UsageError):  # there is too little room, which may do for what is shorter
+            length = writer.write(memory, threads)
+            if _is_bound(length, snapshot):
+                return memory.first(length)
+        memory.seek(0)
+        as_it_is = api.writer_of(snapshot, get_codec(_AS_IT_IS), None)
+        return memory.first(as_it_is.write(memory, threads))
     page = encode_page(layers, profile, first=layer)
     return page if memory is None else memory.first(memory.write(page))
 
@@ -179,7 +192,9 @@ def max_size(
     profile: Profile | None = None,
     layer: int = 0,
 ) -> int:
-    """The most bytes that :func:`encode` gives for tensors of these shapes, whatever they hold.
+    """The most bytes that :func:`encode` gives for tensors of these shapes, whatever they hold:
+    without a profile hardly more than they have, since what no codec makes smaller is stored as it
+    is.
 
     `v_shape`: that of the values, by default as `shape`; None where v is None. The rest, and the
     errors, as for `encode`.
@@ -194,7 +209,16 @@ def max_size(
     layout = Layout(
         form.name, tuple(_layout([b.shape for b in pair], form.name) for pair in layers)
     )
-    return api.max_encoded_size(layout, _codec(codec))
+    _codec(codec)
+    return api.max_encoded_size(layout, _AS_IT_IS)
+
+
+def _is_bound(length: int, snapshot: Snapshot) -> bool:
+    """Whether a blob is no longer than :func:`max_size` says."""
+    layout = snapshot.layout
+    if length <= sum(part.nbytes for _, _, part in layout.parts()):  # as most are
+        return True
+    return length <= api.max_encoded_size(layout, _AS_IT_IS)
 
 
 class _Axes:

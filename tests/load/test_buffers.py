@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,38 @@ def test_every_number_comes_back_and_no_blob_is_larger_than_its_bound(
     assert len(blob) <= buffers.max_size(k.shape, dtype, v.shape, codec=codec)
     for a, b in zip(buffers.decode(blob), (k, v), strict=True):
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 128), (256, 8, 128), (16, 1, 576)])
+@pytest.mark.parametrize("codec", ["channel", "planes", "zstd", "lz4", "raw"])
+def test_a_bound_is_hardly_more_than_the_numbers(shape, codec):
+    """As much of it is registered."""
+    k = random_bits(np.random.default_rng(1), "bf16", shape)
+    bound = buffers.max_size(shape, "bf16", axes="thd", codec=codec)
+    assert bound < 2 * k.nbytes * 1.05 + 8192
+    out = bytearray(bound)
+    blob = buffers.encode(k, k, axes="thd", dtype="bf16", codec=codec, out=out)
+    for found in buffers.decode(blob, axes="thd"):
+        assert np.array_equal(found, k)
+
+
+@pytest.mark.parametrize("room", [0, 10**6])
+def test_what_a_codec_makes_larger_is_stored_as_it_is(monkeypatch, room):
+    k, made = random_bits(np.random.default_rng(1), "bf16", (2, 16, 64)), buffers.api.writer_of
+
+    def grown(snapshot, codec, profile):
+        writer, more = made(snapshot, codec, profile), bytes(100000 * (codec.codec_id != "raw"))
+        return SimpleNamespace(
+            encode=lambda threads: writer.encode(threads) + more,
+            write=lambda out, threads: writer.write(out, threads) + out.write(more),
+        )
+
+    monkeypatch.setattr(buffers.api, "writer_of", grown)
+    bound = buffers.max_size(k.shape, "bf16")
+    for out in (None, bytearray(bound + room)):
+        blob = buffers.encode(k, k, dtype="bf16", out=out)
+        assert len(blob) <= bound
+        assert all(np.array_equal(found, k) for found in buffers.decode(blob))
 
 
 def test_a_page_is_no_larger_than_its_bound(profile):
@@ -196,7 +230,7 @@ def test_errors_name_what_helps():
     page = buffers.encode(k, k, dtype="bf16", profile=profile)
     for made, how in ((blob, {}), (page, {"profile": profile})):
         with pytest.raises(UsageError, match=r"buffers\.max_size says"):
-            buffers.encode(k, k, dtype="bf16", out=bytearray(len(made) - 1), **how)
+            buffers.encode(k, k, dtype="bf16", out=bytearray(len(made) // 2), **how)
         assert len(made) <= buffers.max_size(k.shape, "bf16", **how)
     with pytest.raises(UsageError, match=r"kvzip\.max_encoded_size \(sealed=True\) says"):
         kvzip.encode(snapshot, key=bytes(32), out=bytearray(99))
