@@ -27,6 +27,8 @@ for so many bytes: no more than what TCP sends in the first round trip of a conn
 (RFC 6928). And what is read after that finds all connections made."""
 _LEAST, _MOST = 256 << 10, 4 << 20
 """Bytes of a request: ranges that touch are fetched together."""
+_PART = 4 << 20
+"""Bytes of a request for a range that alone is longer: each request has the time-out."""
 _LITTLE = 16 << 10
 """Bytes for which no request is made, where they touch others."""
 _PATIENCE = 4
@@ -114,6 +116,13 @@ class Remote(Closable):
             raise CancelledError(f"reading {self.name} was cancelled")
 
     def fetch(self, offset: int, length: int) -> memoryview:
+        """Bytes of the object, in one request, or in several where they are many."""
+        end = offset + length
+        parts = [self._part(at, min(_PART, end - at)) for at in range(offset, end, _PART)]
+        return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+    def _part(self, offset: int, length: int) -> memoryview:
+        self.check_cancelled()
         try:
             data = self._get(offset, length)[1]
         except FileNotFoundError:

@@ -24,7 +24,7 @@ from support import wait_for
 import kvzip
 from kvzip.errors import CorruptError, StoreError
 from kvzip.store import Store, evicting, profiles
-from kvzip.store.bucket import Bucket
+from kvzip.store.bucket import Bucket, open_url
 from kvzip.store.keys import document_path
 from kvzip.store.urls import without_secrets
 
@@ -258,6 +258,19 @@ def test_an_object_may_take_longer_than_one_request(tmp_path, sealed):
         store = Store(server.url, timeout=2.5, retries=0, **key)
         assert store.fetch(entry.key, tmp_path / "got.kvz") == entry.encoded_bytes
     assert kvzip.decode(tmp_path / "got.kvz") == made
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_block_may_take_longer_than_one_request(tmp_path, ahead):
+    bits = np.random.default_rng(0).integers(0, 1 << 16, (2, 1, 4096, 1024), np.uint16)
+    made = kvzip.Snapshot.from_arrays([tuple(bits)], "bf16")
+    kvzip.write(tmp_path / "a.kvz", made, "raw", block_tokens=4096)
+    with servers.failing_server(tmp_path) as server:
+        server.rate = 2 << 20  # of each answer: a block takes four seconds
+        with open_url(f"{server.url}/a.kvz", timeout=3.5, retries=0) as reader:
+            if ahead:
+                reader.read_ahead([(0, 4096)])
+            assert reader.decode() == made
 
 
 def test_a_long_answer_is_told_in_no_time():
