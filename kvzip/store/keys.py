@@ -140,17 +140,24 @@ def document_path(key: str) -> str:
     return f"{space}/docs/{name}.kvz"
 
 
-def check_place(reader: Reader, key: str) -> None:
+def check_place(
+    reader: Reader, key: str, chain: list[str] | None = None, block_tokens: int | None = None
+) -> None:
     """Raise CorruptError, and close it, for a document that does not belong where it lies: what a
-    server gives in the place of another may be of the same tokens, by another model."""
+    server gives in the place of another may be of the same tokens, by another model, or of other
+    tokens. `chain`: that of the key's document, if it is known, of so many tokens in a block."""
     try:
-        identity = Identity.of_document(reader)
+        identity, ids = Identity.of_document(reader), reader.token_ids
     except KVZipError:
         found = "a model that it does not name"
     else:
-        if identity.namespace == key.partition("/")[0]:
-            return
         found = str(identity)
+        if identity.namespace == key.partition("/")[0]:
+            if ids is None or chain is None or block_tokens is None:
+                return
+            if hash_chain(ids.reshape(-1), block_tokens) == chain:
+                return
+            found = "other tokens"
     reader.close()
     raise CorruptError(f"what lies under the key {key} is another document, of {found}")
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from typing import IO, Any
 
@@ -71,11 +72,12 @@ from kvzip.store.keys import (
     token_ids_of,
 )
 from kvzip.store.listing import Stored
-from kvzip.store.marks import chain_file, mark
+from kvzip.store.marks import chain_file, mark, stored_chain
 from kvzip.store.profiles import Profiles, StoredProfile, id_in, is_profile_key
+from kvzip.store.sealed import SealedObjects
 from kvzip.store.settings import SettingsFile
 from kvzip.store.uses import Uses
-from kvzip.workers import Workers, thread_count
+from kvzip.workers import Workers, finished, thread_count
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -377,14 +379,22 @@ class Store:
         """Open a document by its key, to be read in ranges; unless a profile is given, the one that
         it needs is fetched when the first number is decoded. Raises NotStoredError when it is not
         there (any more); the rest as :func:`kvzip.open`."""
+        path, chain = document_path(key), self._stored_chain(key)
         try:
-            reader = self.bucket.open(document_path(key), profile, threads)
+            reader = self.bucket.open(path, profile, threads)
         except FileNotFoundError:
             self.check_key()  # or it has another name
             raise NotStoredError(f"there is no document {key} in {self.bucket.url}") from None
-        check_place(reader, key)
+        check_place(reader, key, chain.result(), self._settings.block_tokens())
         reader.look_for_profile(self.get_profile)
         return reader
+
+    def _stored_chain(self, key: str) -> Future[list[str] | None]:
+        """A document's hash chain, while it is opened. In a sealed store nothing is at a place that
+        is not its own, so that none is needed."""
+        if isinstance(self.bucket, SealedObjects):
+            return finished(lambda: None)
+        return self._pool.submit(stored_chain, self.bucket, *key.split("/"))
 
     def get_profile(self, key: str) -> Profile:
         """The profile with that SHA-256, which is compared, or with that key; the last ones stay in
@@ -413,8 +423,9 @@ class Store:
                 raise NotStoredError(f"there is no document {key} in {self.bucket.url}") from None
             size = file.tell()
             file.flush()
+            chain = self._stored_chain(key).result()
             with api.open(file) as reader:
-                check_place(reader, key)
+                check_place(reader, key, chain, self._settings.block_tokens())
                 reader.check_stored()
             return size
 

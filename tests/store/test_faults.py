@@ -57,6 +57,23 @@ def test_a_document_of_another_model_in_the_place_of_one(tmp_path):
     assert faults.looked_for(store, 1, 0) == faults.TOKENS
 
 
+def test_a_document_of_other_tokens_in_the_place_of_one(tmp_path):
+    """Who has a key from a lookup, as an engine's worker from its scheduler, compares no ids."""
+    store = Store(tmp_path / "store", block_tokens=faults.BLOCK)
+    key, other = put(store, number=0), put(store, number=1)
+    where = store.bucket.folder
+    whole = (where / document_path(key)).read_bytes()
+    (where / document_path(key)).write_bytes((where / document_path(other)).read_bytes())
+    for act in (store.open, lambda key: store.fetch(key, tmp_path / "got.kvz")):
+        with pytest.raises(CorruptError, match="another document, of other tokens"):
+            act(key)
+    assert not (tmp_path / "got.kvz").exists()
+    (where / document_path(key)).write_bytes(whole)
+    store.bucket.delete(key.replace("/", "/chain/"))  # as a power cut may do
+    with store.open(key) as reader:
+        assert reader.token_ids.tolist() == faults.ids_of(0)
+
+
 @pytest.fixture
 def ahead(monkeypatch):
     """Whoever prunes has a clock that is hours ahead of the writers'."""
