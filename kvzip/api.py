@@ -187,7 +187,8 @@ def writer_of(
     """What writes a snapshot into any open file; arguments and errors as of :func:`encode`."""
     if not isinstance(snapshot, Snapshot):
         kind = type(snapshot).__name__
-        raise UsageError(f"a {kind} is no Snapshot: Snapshot.load reads one from a file")
+        words = "Snapshot.load reads one from a file, from_arrays and from_cache make one"
+        raise UsageError(f"a {kind} is no Snapshot: {words}")
     check_profile(profile)
     chosen = choose_codec(codec, snapshot.layout, profile)
     return Writer(snapshot, chosen, profile, block_tokens, store_token_ids, grids, device)

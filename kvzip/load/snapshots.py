@@ -55,7 +55,10 @@ def snapshot_of_cache(
         check_model(model)
         kinds = layer_kinds(model.config)  # which says why some families' caches cannot be kept
     if not isinstance(cache, (Cache, EncoderDecoderCache)) and not is_own(cache):
-        raise UnsupportedError(f"a {type(cache).__name__} is not a cache of a decoder's layers")
+        raise UnsupportedError(
+            f"a {type(cache).__name__} is not a cache of a decoder's layers (of pairs of arrays "
+            "Snapshot.from_arrays makes a snapshot)"
+        )
     _check_filled(cache, model)
     found = [one.copied() for one in held_by(cache, kinds)]
     source = _encoder_ids(cache, encoder_ids)
