@@ -145,6 +145,9 @@ def check_output(path: AnyPath, inputs: Iterable[AnyPath]) -> None:
             raise UsageError(f"{name} is an input: writing the output there would replace it")
 
 
+_EFFECTIVE = os.access in os.supports_effective_ids
+
+
 def _status(name: str) -> os.stat_result | None:
     """What is there under a name, links followed; None if nothing is. A name that no file can be
     written under is an OSError."""
@@ -160,6 +163,8 @@ def _status(name: str) -> os.stat_result | None:
         if not os.path.isdir(parent):  # noqa: PTH112
             refuse_url(name)
             raise FileNotFoundError(errno.ENOENT, "there is no such folder", parent) from None
+        if not os.access(parent, os.W_OK | os.X_OK, effective_ids=_EFFECTIVE):
+            raise PermissionError(errno.EACCES, "no file can be made in it", parent) from None
         return None
 
 

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -174,6 +175,25 @@ def test_a_folder_without_permission_is_named(tmp_path, system):
     with pytest.raises(PermissionError) as caught:
         put(tmp_path / "a", b"")
     assert ".kvzip" not in str(caught.value)
+
+
+def test_a_folder_that_takes_no_file_is_told_before_there_is_one_to_write():
+    """As another user where this one may write everywhere."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        inner = Path(folder) / "inner"
+        inner.mkdir()
+        files.check_output(inner / "a", [])
+        inner.chmod(0o555)
+        Path(folder).chmod(0o755)
+        try:
+            if not user:
+                os.seteuid(65534)
+            with pytest.raises(PermissionError, match="no file can be made in it") as caught:
+                files.check_output(inner / "a", [])
+        finally:
+            os.seteuid(user)
+        assert caught.value.filename == str(inner)
 
 
 def test_pipes_get_everything_once_it_is_there(tmp_path, monkeypatch):
