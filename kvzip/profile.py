@@ -26,7 +26,7 @@ from kvzip.files import replacing
 from kvzip.options import callback, items, json_value, text
 from kvzip.parsing import from_json
 from kvzip.snapshot import Snapshot
-from kvzip.tensors import TensorFile, check_header
+from kvzip.tensors import KvzGivenError, TensorFile, check_header
 from kvzip.version import newer
 
 VERSION, SIDE_BY_SIDE = 1, 2
@@ -196,6 +196,9 @@ class Profile:
             profile = cls._of_bytes(file.whole())
         except UsageError:
             raise
+        except KvzGivenError:
+            words = f"{path} is a .kvz file, and no profile: kvzip fit makes one"
+            raise ProfileError(words) from None
         except (CorruptError, FormatError, LookupError, TypeError, ValueError) as error:
             raise ProfileError(f"{path} is not a whole profile: {error}") from None
         description = profile.description

@@ -28,6 +28,10 @@ MAX_HEADER = 100_000_000
 """Bytes of a header that the library `safetensors` reads at most."""
 
 
+class KvzGivenError(FormatError):
+    """A .kvz file was given where one of tensors belongs."""
+
+
 class _Entry(msgspec.Struct, frozen=True):
     """What a file's header says of a tensor."""
 
@@ -54,7 +58,7 @@ class _Header(NamedTuple):
             return None
         start = 8 + int.from_bytes(first[:8], "little")
         if bytes(first[:3]) == b"\x89KV":  # those of kvzip.container, sealed ones too
-            raise FormatError(f"{name} is a .kvz file: kvzip decode makes a snapshot of it")
+            raise KvzGivenError(f"{name} is a .kvz file: kvzip decode makes a snapshot of it")
         if start > 8 + MAX_HEADER:
             raise FormatError(f"{name} is not a whole safetensors file: its header has no end")
         if len(first) < start:

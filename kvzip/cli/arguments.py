@@ -178,6 +178,14 @@ def _outputs(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def refuse_twice(documents: Sequence[Path]) -> None:
+    """Raise UsageError for a document that is given twice: it would count twice, and a result knows
+    its documents by their files."""
+    for i, document in enumerate(documents):
+        if document in documents[:i]:
+            raise UsageError(f"{document} is given twice")
+
+
 def check_folders(*outputs: Path | None) -> None:
     """Raise UsageError if a file is to be written where there is no folder: before the minutes or
     hours of measuring what is to be in it."""
@@ -280,5 +288,5 @@ def document_range(text: str) -> slice:
     if stop == 0 or (
         start is not None and stop is not None and (start < 0) == (stop < 0) and start >= stop
     ):
-        raise UsageError(f"--docs {text!r}: there are none from A to B; want A below B")
+        raise UsageError(f"--docs {text!r} names no document: of A:B, A must be below B")
     return slice(start, stop)

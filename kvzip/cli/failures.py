@@ -218,5 +218,8 @@ def _of_system(error: OSError) -> tuple[str, int, str]:
     if is_folder_gone(error):
         return "system", 2, GONE
     if name is not None:
-        return "system", 2 if wrong_use else 1, f"{name or repr(name)}: {error.strerror or error}"
+        words = f"{name or repr(name)}: {error.strerror or error}"
+        if isinstance(error, IsADirectoryError):
+            words += ": name a file in it"
+        return "system", 2 if wrong_use else 1, words
     return "system", 2 if wrong_use else 1, str(error) or type(error).__name__

@@ -21,6 +21,7 @@ from kvzip.cli.arguments import (
     check_folders,
     command_line,
     read_profile,
+    refuse_twice,
 )
 from kvzip.cli.failures import CheckFailed
 from kvzip.cli.terminal import bar, counted, emit, say, show_table, steps
@@ -79,6 +80,7 @@ def entropy_command(
     from kvzip.eval.results.entropy import EntropyResult, FilePlanes
     from kvzip.eval.results.provenance import made_by
 
+    refuse_twice(snapshots)
     if check:
         entropy_check.check_installed()  # known before minutes of measuring
     files, known = [], read_profile(profile)
@@ -219,6 +221,7 @@ def bench(
         return
     if not snapshots:
         raise UsageError("name the snapshots to measure on, or a stored result with --draw")
+    refuse_twice(snapshots)
     check_folders(out)
     from kvzip.benchmarks.run import run
     from kvzip.eval.results import stored

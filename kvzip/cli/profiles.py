@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from kvzip.cli.app import app
-from kvzip.cli.arguments import Json, Output
+from kvzip.cli.arguments import Json, Output, refuse_twice
 from kvzip.cli.terminal import bar, counted, emit, say, steps
 from kvzip.errors import UsageError
 from kvzip.files import scratch_folder
@@ -63,6 +63,7 @@ def fit(
     resume
         A folder for finished layers: the same command goes on where it was ended.
     """
+    refuse_twice(snapshots)
     count = len(snapshots) // 10 + (len(snapshots) > 2) if held_out is None else held_out
     if not 0 <= count < len(snapshots):
         raise UsageError(f"--held-out {count}: {len(snapshots)} snapshots are given")

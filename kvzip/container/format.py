@@ -112,8 +112,11 @@ def start_length(header: int, ids: int, entries: int) -> int:
 def _fields(first: Any) -> tuple[int, ...]:
     """What the preamble says behind magic, version and flags. Raises FormatError, CorruptError."""
     if bytes(first[: len(MAGIC)]) != MAGIC[: len(first)] or not len(first):
-        snapshot = bytes(first[8:10]) == b'{"'  # how a safetensors file begins
-        more = ": it may be a snapshot, of which kvzip encode makes one" if snapshot else ""
+        more = ""
+        if b'"kvprofile"' in bytes(first[8:64]):  # as Profile.save writes it
+            more = ": it is a profile, which is given as profile= or --profile"
+        elif bytes(first[8:10]) == b'{"':  # how a safetensors file begins
+            more = ": it may be a snapshot, of which kvzip encode makes one"
         raise FormatError(f"this is not a .kvz file{more}")
     if len(first) < _PREAMBLE.size:
         raise CorruptError("the file is cut short in its first bytes")

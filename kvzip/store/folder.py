@@ -90,7 +90,9 @@ class Folder:
             self.folder, self.url = folder.absolute(), url
         self._mode = None if mode is None else integer("mode", mode, 0, 0o777)
         if not self.folder.is_dir() and (not make or self.folder.exists()):
-            raise UsageError(f"{self.folder} is not a folder")
+            if self.folder.exists():
+                raise UsageError(f"{self.folder} is not a folder")
+            raise UsageError(f"there is no folder {self.folder}")
 
     def _at(self, path: str) -> Path:
         """Where an object lies. Raises StoreError for a path that leads out of the folder."""

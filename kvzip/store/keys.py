@@ -135,7 +135,7 @@ def is_document_key(key: str) -> bool:
 def document_path(key: str) -> str:
     """Where the document of a key lies. Raises KVZipError for what is no key."""
     if not is_document_key(text("key", key)):
-        raise KVZipError(f"{key!r} is not a key of a document")
+        raise KVZipError(f"{key!r} is no key of a document: kvzip ls shows them")
     space, name = key.split("/")
     return f"{space}/docs/{name}.kvz"
 

@@ -166,6 +166,15 @@ def test_the_paper(capsys):
         (["encode", "doc.safetensors", "--outptu", "x"], 2, "Did you mean --output"),
         (["encode", "text.txt", "-o", "x.kvz"], 1, "not a whole safetensors"),
         (["fit", "good.kvz", "-o", "x"], 1, "is a .kvz file: kvzip decode makes a snapshot of it"),
+        (["fit", "doc.safetensors", "./doc.safetensors", "-o", "x"], 2, "is given twice"),
+        (["bench", "doc.safetensors", "doc.safetensors"], 2, "doc.safetensors is given twice"),
+        (["entropy", "doc.safetensors", "doc.safetensors"], 2, "doc.safetensors is given twice"),
+        (["fit", ".", "-o", "x"], 2, "Is a directory: name a file in it"),
+        (["ls", "--store", "nowhere"], 2, "there is no folder"),
+        (["rm", "good.kvz", "--store", "."], 2, "no key of a document: kvzip ls shows them"),
+        (["verify", "good.kvz", "--profile", "good.kvz"], 2, "is a .kvz file, and no prof"),
+        (["verify", "some.kvprofile"], 1, "it is a profile, which is given as"),
+        (["verify", "other.safetensors"], 1, "it may be a snapshot, of which"),
         (["verify", "text.txt"], 1, "text.txt is not a .kvz file"),
         (["verify", "short.kvz"], 1, "short.kvz is cut short"),
         (["verify", "flipped.kvz"], 1, "flipped.kvz: "),
@@ -204,6 +213,7 @@ def test_what_goes_wrong_is_one_clear_line(
     (tmp_path / "text.txt").write_text("This is a text, not a snapshot.")
     make_snapshot(cache_like, 2, "bf16", tokens=300, dim=32).save("other.safetensors")
     kvzip.Snapshot([], "bf16").save("empty.safetensors")
+    kvzip.Profile({"a": np.arange(3)}, {"codec": "predictive"}).save("some.kvprofile")
     before = set(tmp_path.rglob("*"))
     found, out, err = run(capsys, *arguments)
     assert (found, out) == (code, "")
