@@ -196,7 +196,7 @@ def test_nothing_is_removed_if_one_is_no_key(documents, capsys):
     _, put = run_json(capsys, "put", documents[0], "--store", "s", "--block-tokens", 32)
     key = put["documents"][0]["key"]
     code, found = run_json(capsys, "rm", key, "nope", "--store", "s")
-    assert code == 2 and "not a key" in found["error"]
+    assert code == 2 and "no key" in found["error"]
     assert run_json(capsys, "ls", "--store", "s")[1]["documents"]
 
 
