@@ -39,8 +39,10 @@ Block<T> block_of(const Numbers<T>& array, const Part& part) {
   return block_of<T>(array, part.format());
 }
 
+constexpr std::size_t kMostChannels = 65535;
 void check_channels(std::size_t heads, std::size_t dim) {
-  if (heads * dim >= 1u << 16) throw std::length_error("more than 65,535 channels in a part");
+  if (dim && heads > kMostChannels / dim)
+    throw std::length_error("more than 65,535 channels in a part");
 }
 
 template <typename T>
@@ -90,6 +92,7 @@ void bind_for(nb::module_& m, nb::class_<Counts>& counts, nb::class_<PartTables>
         {
           const Computing computing;
           self.encode<T>(block, &coded);
+          if (!coded.size) coded.keep_little();
         }
         if (!coded.size) return nb::none();
         nb::object bytes =
@@ -347,6 +350,7 @@ void bind(nb::module_& m) {
          int mantissa_bits, bool lasting) {
         const NumberFormat format{exponent_bits, mantissa_bits};
         format.check();
+        check_channels(heads, dim);
         Views views;
         const Py_buffer& bytes = views.add(data, PyBUF_SIMPLE);
         new (self) PartTables(static_cast<const std::uint8_t*>(bytes.buf), std::size_t(bytes.len),

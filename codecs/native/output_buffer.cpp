@@ -30,6 +30,8 @@ class Output {
     if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_SIMPLE)) throw nb::python_error();
     const auto n = std::size_t(view.len);
     try {
+      if (n && (at_ > kMost || n > kMost - at_))
+        throw std::overflow_error("more bytes than an object can have");
       reserve(n ? at_ + n : 0);
     } catch (...) {
       PyBuffer_Release(&view);
@@ -101,6 +103,8 @@ class Output {
 #endif
   }
 
+  // Room is made for a quarter more than is written.
+  static constexpr std::size_t kMost = PY_SSIZE_T_MAX / 2;
   // One part of so many may be left unused behind the bytes; and what is copied rather than made
   // smaller.
   static constexpr std::size_t kUnused = 16, kSmall = std::size_t(4) << 20;

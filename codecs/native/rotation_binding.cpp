@@ -15,6 +15,8 @@ namespace {
 
 template <typename T>
 using Keys = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
+// So many have a number of 16 bits (rotation_kernels.hpp).
+constexpr std::size_t kMostPairs = 65535;
 using Positions = nb::ndarray<nb::numpy, std::uint64_t, nb::ndim<1>>;
 
 RopeRounding rounding_of(int value) {
@@ -79,6 +81,7 @@ void bind_rotation(nb::module_& m) {
              float scale) {
             if (radians.stride(0) != 1 && radians.shape(0) > 1)
               throw std::invalid_argument("frequencies that are not side by side");
+            if (radians.shape(0) > kMostPairs) throw std::length_error("more than 65,535 pairs");
             new (self) Rotation(radians.data(), radians.shape(0), scale);
           },
           "frequencies"_a, "scale"_a = 1.0f,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 
 import channel_reference
 import numpy as np
@@ -426,9 +427,38 @@ def test_tables_larger_than_any_are_refused_unread():
 
 def test_few_bytes_cannot_claim_many_channels():
     """They get the memory that they earn: a bit for each at the least."""
-    tables = _native.ChannelTables(b"\0" * 1000, 1000, 1000, 8, 7)
+    tables = _native.ChannelTables(b"\0" * 1000, 65, 1000, 8, 7)
     with pytest.raises(ValueError, match="cut short"):
-        tables.encode(np.zeros((1, 1000, 1, 1000), np.uint16))
+        tables.encode(np.zeros((1, 65, 1, 1000), np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim"), [(1, 65536), (65536, 1), (257, 256), (1 << 32, 1 << 32), (1 << 33, 1 << 31)]
+)
+def test_there_are_no_more_channels_than_tables_can_have(heads, dim):
+    """Nor where their number, counted in 64 bits, comes out small again."""
+    with pytest.raises(ValueError, match="more than 65,535"):
+        _native.ChannelTables(b"\0", heads, dim, 8, 7)
+    with pytest.raises(ValueError, match="more than 65,535"):
+        _native.ChannelCounts(heads, dim, 8, 7)
+    for none in (0, 1 << 40), (1 << 40, 0):
+        _native.ChannelTables(b"\0", *none, 8, 7)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_block_that_cannot_be_coded_leaves_no_memory_behind():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    rng = np.random.default_rng(12)
+    numbers = rng.integers(0, 1 << 16, (1, 8, 98304, 64), np.uint16)
+    counts = _native.ChannelCounts(8, 64, 8, 7)
+    counts.add(numbers[:, :, :1000])
+    tables = _native.ChannelTables(counts.tables(), 8, 64, 8, 7)
+    tables.encode(numbers[:, :, :1000])
+    before = resident()
+    assert tables.encode(numbers) is None
+    assert resident() - before < 24 << 20
 
 
 def test_tables_of_as_many_channels_as_there_may_be():

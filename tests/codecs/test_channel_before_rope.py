@@ -147,6 +147,23 @@ def test_what_was_turned_is_found(data):
     assert len(set(found)) == 1
 
 
+def test_there_are_no_more_pairs_than_a_search_can_number():
+    """They have a number of 16 bits; the last of as many as there may be is found at its place."""
+    with pytest.raises(ValueError, match="more than 65,535 pairs"):
+        _native.Rotation(radians(65536))
+    pairs = 65535
+    keys = before(np.random.default_rng(6), (1, 1, 2, 2 * pairs))
+    rotation = _native.Rotation(radians(pairs))
+    for rounding in ROUNDINGS:
+        turned, out = keys.copy(), np.empty_like(keys)
+        rotation.turn(turned, 0, rounding)
+        missing = rotation.unturn(turned, 0, rounding, out, keys.size)
+        assert len(missing) <= 2 * pairs // 500
+        rotation.turn(out, 0, rounding)
+        wrong = (by_pairs(out, pairs, rounding) != by_pairs(turned, pairs, rounding)).any(1)
+        assert set(np.flatnonzero(wrong)) <= set(missing.tolist())
+
+
 def by_pairs(keys, pairs, rounding):
     """The numbers that are turned, [all pairs, 2]."""
     turned = keys[..., : 2 * pairs]

@@ -29,6 +29,17 @@ def test_as_bytesio(capacity: int, steps: list[tuple[int, bytes]]) -> None:
         ours.write(b"more")
 
 
+@pytest.mark.parametrize("at", [(1 << 62) + 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_no_position_is_beyond_what_can_be_counted(at: int) -> None:
+    output = Output(100)
+    output.write(b"before")
+    output.seek(at)
+    assert output.write(b"") == 0
+    with pytest.raises(OverflowError, match="more bytes than"):
+        output.write(b"more")
+    assert output.take() == b"before"
+
+
 @pytest.mark.parametrize("room", [100, 4096, 1 << 20, 5 << 20, 9 << 20])
 @pytest.mark.parametrize("unused", [0, 1, 0.03, 0.5, 0.99])
 def test_what_is_taken_has_its_own_length(room: int, unused: float) -> None:
