@@ -90,7 +90,7 @@ _NAMED = (
 )
 """What its own words say all of."""
 _BESIDE_ITEMS: Mapping[type[Any], str] = {defaultdict: "default_factory", deque: "maxlen"}
-"""What containers written in C hold besides their items."""
+"""What containers written in C hold besides their items; None where they hold nothing besides."""
 _LOCKS: tuple[type, ...] = (_thread.LockType, type(_thread.RLock()))
 with suppress(ImportError):
     from _multiprocessing import SemLock  # type: ignore[import-not-found]
@@ -204,8 +204,8 @@ class ValueReader:
         elif not all(map(_keeps_attributes_only, type(value).__mro__)):
             return self._kept_by_pickle(value, name)
         for kind, own in _BESIDE_ITEMS.items():
-            if isinstance(value, kind):
-                said.append(self._read(getattr(value, own), f"{name}.{own}"))
+            if isinstance(value, kind) and (beside := getattr(value, own)) is not None:
+                said.append(self._read(beside, f"{name}.{own}"))
         held = attributes(value)
         if isinstance(value, torch.nn.Module):
             skipped = self.skipped(value)

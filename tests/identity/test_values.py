@@ -28,6 +28,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import kvzip  # noqa: E402
+from kvzip.identity import values  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -267,6 +268,17 @@ def test_objects_of_classes_written_in_c(kind: str, saved: Any, load: Any) -> No
         change(held, 2.0)
         assert kvzip.fingerprint(model) not in found
     assert len(set(found)) == 1
+
+
+def test_containers_without_bounds_and_factories_say_their_items_alone() -> None:
+    """As the fingerprints of documents that are stored have it: locks hold such containers, too."""
+
+    def said(value: Any) -> Any:
+        return values.ValueReader({}, lambda module: frozenset(), str).read(value, "x")
+
+    assert said(collections.deque([1.0])) == ["collections.deque", [[1.0]]]
+    assert said(collections.deque([1.0], 3)) == ["collections.deque", [[1.0], 3]]
+    assert said(collections.defaultdict(None, a=1)) == ["collections.defaultdict", [["('a', 1)"]]]
 
 
 @pytest.mark.parametrize("value", [re.compile("x"), range(3), Decimal("1.5"), datetime.date.min])
