@@ -412,7 +412,7 @@ def _check_same(
     kept = all(
         layer.stored == (n if full_history else min(n, layer.window or n))
         for layer in old.layout.layers
-        if layer.kind != "state"
+        if layer.kind != "state" and layer.parts  # some layers use another's
         for n in [layer.cumulative_length]
     )
     ids = "none" if old.token_ids is None else f"others, {old.tokens}"

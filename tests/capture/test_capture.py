@@ -388,6 +388,17 @@ def test_a_capture_goes_on_where_rope_follows_the_length(tmp_path, rope, tokens)
     assert made == [False, False, True]
 
 
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text", "nemotron_h"])
+def test_a_capture_goes_on_where_layers_keep_nothing(tmp_path, name):
+    """They use what others keep, or have no attention."""
+    loaded = LoadedModel(tiny_family(Family(name)), None, "tiny", "")
+    docs = [Document(n, np.arange(3 + n, 23 + n, dtype=np.uint32), f"doc {n}") for n in range(2)]
+    made = []
+    capture(loaded, docs[:1], tmp_path)
+    capture(loaded, docs, tmp_path, progress=lambda d, m: made.append(m))
+    assert made == [False, True]
+
+
 def test_states_have_a_format_of_their_own(tmp_path):
     """Of a model with nothing else a capture in fp8 is what it is without, and goes on."""
     loaded = LoadedModel(tiny_family(Family("mamba")), None, "tiny", "")
