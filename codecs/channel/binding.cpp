@@ -100,7 +100,7 @@ void bind_for(nb::module_& m, nb::class_<Counts>& counts, nb::class_<PartTables>
         if (!bytes.is_valid()) throw nb::python_error();
         auto* out = reinterpret_cast<std::uint8_t*>(PyBytes_AsString(bytes.ptr()));
         // Nobody else knows of the bytes yet.
-        nb::gil_scoped_release released;
+        const Unlocked unlocked;
         std::memcpy(out, head.c_str(), head.size());
         coded.write(out + head.size());
         coded.keep_little();
@@ -142,7 +142,7 @@ Table<std::int64_t> streams(const PartTables& tables, nb::handle data, std::size
   const auto* const bytes = static_cast<const std::uint8_t*>(view.buf);
   std::vector<Coded> streams;
   {
-    nb::gil_scoped_release released;
+    const Unlocked unlocked;
     tables.find(bytes, std::size_t(view.len), batch, tokens, &streams);
   }
   std::vector<std::int64_t> found;
@@ -251,12 +251,12 @@ class Decoding {
 
   // What is not begun yet is left.
   void stop() {
-    nb::gil_scoped_release released;
+    const Unlocked unlocked;
     end(true);
   }
 
   std::vector<std::uint64_t> finish() {
-    nb::gil_scoped_release released;
+    const Unlocked unlocked;
     work(false);
     end(false);
     if (error_) std::rethrow_exception(error_);

@@ -142,7 +142,7 @@ nb::tuple jobs_of(const std::vector<nb::object>& tables, nb::handle blocks, cons
   const std::vector<StoredBlock> stored = records_of<StoredBlock>(&views, blocks);
   Jobs jobs;
   {
-    nb::gil_scoped_release released;
+    const Unlocked unlocked;
     std::size_t first = 0;
     for (std::size_t i = 0; i < parts.size(); ++i) {
       std::size_t end = first;

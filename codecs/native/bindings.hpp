@@ -4,17 +4,58 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <chrono>
 #include <cstring>
 #include <deque>
+#include <thread>
 #include <vector>
 
 #include "native/float_environment.hpp"
 
 namespace kvzip {
 
+// What takes Python's lock when the interpreter has ended does not return, in a thread that nobody
+// waits for (a daemon). Before 3.14 Python ends such a thread by unwinding it, which destructors do
+// not let through, so that the process would be aborted; here the thread waits for the process to
+// end, as from 3.14 on.
+template <typename Take>
+auto taking_the_lock(const Take& take) noexcept {
+  try {
+    return take();
+  } catch (...) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+}
+
+// Python's lock is given up while this is.
+class Unlocked {
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  ~Unlocked() {
+    taking_the_lock([this] { PyEval_RestoreThread(state_); });
+  }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// It is held while this is.
+class Locked {
+ public:
+  Locked() : state_(taking_the_lock([] { return PyGILState_Ensure(); })) {}
+  ~Locked() { PyGILState_Release(state_); }
+  Locked(const Locked&) = delete;
+  Locked& operator=(const Locked&) = delete;
+
+ private:
+  PyGILState_STATE state_;
+};
+
 // For work on numbers: without Python's lock, and with floating point as it is by default.
 class Computing {
-  nanobind::gil_scoped_release released_;
+  Unlocked unlocked_;
   DefaultEnvironment environment_;
 };
 

@@ -215,7 +215,7 @@ class Index {
         throw std::invalid_argument("cut short");
     }
     {
-      nb::gil_scoped_release released;
+      const Unlocked unlocked;
       for (const std::size_t row : rows) {
         const Entry& entry = entries_[row];
         check_stored(all + (entry.offset - at), entry.length, taken(entry),
@@ -251,7 +251,7 @@ nb::object stored(nb::handle data, Py_ssize_t length, std::optional<std::uint64_
   const Py_buffer& bytes = views.add(data, PyBUF_SIMPLE);
   if (length < 0 || length > bytes.len) throw std::invalid_argument("cut short");
   {
-    nb::gil_scoped_release released;
+    const Unlocked unlocked;
     check_stored(static_cast<const char*>(bytes.buf), std::size_t(length), std::size_t(bytes.len),
                  checksum);
   }

@@ -19,7 +19,7 @@ std::uint64_t hash_of(const nanobind::args& pieces) {
   if (size < 1u << 16) {  // to give up the lock would take as long
     update();
   } else {
-    nanobind::gil_scoped_release released;
+    const Unlocked unlocked;
     update();
   }
   return hash.digest();

@@ -38,7 +38,7 @@ class Output {
       throw;
     }
     if (n) {
-      nb::gil_scoped_release released;
+      const Unlocked unlocked;
       if (at_ > size_) std::memset(begin() + size_, 0, at_ - size_);
       std::memcpy(begin() + at_, view.buf, n);
     }

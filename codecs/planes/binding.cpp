@@ -33,7 +33,7 @@ template <typename T>
 Array<std::uint8_t> split(Flat<T> in) {
   const std::size_t n = in.shape(0);
   auto out = empty<std::uint8_t>({8 * sizeof(T), (n + 7) / 8});
-  nb::gil_scoped_release released;
+  const Unlocked unlocked;
   split_bits(in.data(), n, out.data());
   return out;
 }
@@ -41,7 +41,7 @@ Array<std::uint8_t> split(Flat<T> in) {
 template <typename T>
 Array<T> join(const Planes& planes, std::size_t n) {
   auto out = empty<T>({n});
-  nb::gil_scoped_release released;
+  const Unlocked unlocked;
   join_bits(planes.data(), n, out.data());
   return out;
 }

@@ -137,7 +137,7 @@ class PredictiveChain {
   std::vector<nb::bytes> encode() {
     std::vector<nb::bytes> found(chain_.kept());
     const auto room = [&found](std::size_t part, std::size_t size) {
-      const nb::gil_scoped_acquire acquired;
+      const Locked locked;
       found[part] = nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(size)));
       if (!found[part].is_valid()) throw nb::python_error();
       return reinterpret_cast<std::uint8_t*>(PyBytes_AsString(found[part].ptr()));

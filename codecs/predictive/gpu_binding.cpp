@@ -156,7 +156,7 @@ nb::tuple jobs_of(nb::handle blocks, const Which& which, nb::handle ranges, std:
   if (which.shape(0) != stored.size()) throw std::out_of_range("want a range of each block");
   Jobs jobs;
   {
-    nb::gil_scoped_release released;
+    const Unlocked unlocked;
     for (std::size_t i = 0; i < stored.size(); ++i) {
       const auto place = std::size_t(which(i));
       if (place >= count) throw std::out_of_range("no such range");
