@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -84,6 +85,16 @@ def hash_chain(ids: Ids, block_tokens: int) -> list[str]:
     return chain
 
 
+def block_tokens_of(ids: Ids, marks: Sequence[str]) -> int | None:
+    """How many tokens a block has, if one of the marks stands for the first block of these ids."""
+    digest, wanted = hashlib.sha256(), set(marks)
+    for count, token in enumerate(np.ascontiguousarray(ids, "<u4").reshape(-1, 1), 1):
+        digest.update(token.tobytes())
+        if digest.hexdigest() in wanted:
+            return count
+    return None
+
+
 def token_ids_from(given: ArrayLike) -> Ids:
     """Token ids in any form as [tokens]. Raises UsageError for what are none."""
     try:
@@ -140,12 +151,10 @@ def document_path(key: str) -> str:
     return f"{space}/docs/{name}.kvz"
 
 
-def check_place(
-    reader: Reader, key: str, chain: list[str] | None = None, block_tokens: int | None = None
-) -> None:
+def check_place(reader: Reader, key: str, chain: list[str] | None = None) -> None:
     """Raise CorruptError, and close it, for a document that does not belong where it lies: what a
     server gives in the place of another may be of the same tokens, by another model, or of other
-    tokens. `chain`: that of the key's document, if it is known, of so many tokens in a block."""
+    tokens. `chain`: that of the key's document, if it is known."""
     try:
         identity, ids = Identity.of_document(reader), reader.token_ids
     except KVZipError:
@@ -153,13 +162,18 @@ def check_place(
     else:
         found = str(identity)
         if identity.namespace == key.partition("/")[0]:
-            if ids is None or chain is None or block_tokens is None:
-                return
-            if hash_chain(ids.reshape(-1), block_tokens) == chain:
+            if ids is None or chain is None or _is_chain_of(chain, ids.reshape(-1)):
                 return
             found = "other tokens"
     reader.close()
     raise CorruptError(f"what lies under the key {key} is another document, of {found}")
+
+
+def _is_chain_of(chain: list[str], ids: Ids) -> bool:
+    """Whether that is the hash chain of these ids, by blocks of its own: a store that was deleted
+    and made anew may have other ones than it had."""
+    block_tokens = block_tokens_of(ids[: len(ids) // max(1, len(chain))], chain[:1])
+    return block_tokens is not None and hash_chain(ids, block_tokens) == chain
 
 
 def _bytes(ids: Ids) -> bytes:

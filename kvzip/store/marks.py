@@ -6,14 +6,10 @@ found again from what else the store has.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from kvzip.store.bucket import Objects
-from kvzip.store.keys import Ids
 from kvzip.workers import Workers
 
 _HASH = re.compile(rb"[0-9a-f]{64}")
@@ -83,13 +79,3 @@ def others_with(objects: Objects, space: str, mark: str, name: str) -> Iterator[
 def _names_in(objects: Objects, folder: str, without: str) -> Iterator[str]:
     names = (meta.path.rpartition("/")[2] for meta in objects.under(folder))
     return (name for name in names if name != without)
-
-
-def block_tokens_of(ids: Ids, marks: Sequence[str]) -> int | None:
-    """How many tokens a block has, if one of the marks stands for the first block of these ids."""
-    digest, wanted = hashlib.sha256(), set(marks)
-    for count, token in enumerate(np.ascontiguousarray(ids, "<u4").reshape(-1, 1), 1):
-        digest.update(token.tobytes())
-        if digest.hexdigest() in wanted:
-            return count
-    return None

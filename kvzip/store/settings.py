@@ -19,9 +19,9 @@ from kvzip.errors import (
 )
 from kvzip.parsing import from_json
 from kvzip.store.bucket import Objects
-from kvzip.store.keys import BLOCK_TOKENS, document_path, token_ids_of
+from kvzip.store.keys import BLOCK_TOKENS, block_tokens_of, document_path, token_ids_of
 from kvzip.store.listing import documents
-from kvzip.store.marks import block_tokens_of, chain_of
+from kvzip.store.marks import chain_of
 from kvzip.store.sealed import SealedObjects
 
 _log = logging.getLogger("kvzip.store")
@@ -56,13 +56,15 @@ class SettingsFile:
 
     def is_still(self, block_tokens: int) -> bool:
         """Whether the store is there, and of so many tokens in a block: somebody may have deleted
-        all of it meanwhile, and others may have made it anew. If not, what is asked for next is
-        read anew."""
-        data = self._objects.get("store.json")
-        try:
-            still = data is not None and from_json(data, _Settings).block_tokens == block_tokens
-        except (CorruptError, FormatError):
-            return True  # it is there, and told and mended by who needs it
+        all of it meanwhile, and others may have made it anew, or sealed. If not, what is asked for
+        next is read anew."""
+        data, still = self._objects.get("store.json"), False
+        if data is not None and not is_sealed(data):
+            with suppress(FormatError):  # another version's, which is told when it is read anew
+                try:
+                    still = from_json(data, _Settings) == _Settings(block_tokens=block_tokens)
+                except CorruptError:
+                    still = True  # it is there, and mended by who needs it
         if not still:
             self._known = None
         return still

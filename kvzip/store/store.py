@@ -286,9 +286,9 @@ class Store:
                 self._profiles.mark(about.identity)
             # Gone: an eviction had chosen it before it was written anew, or somebody has deleted
             # all of the store. All its marks may be gone.
-            there = self._settings.is_still(block_tokens) and all(
-                self.bucket.head(path) is not None for path in needed
-            )
+            looks: list[Callable[[], object]] = [partial(self._settings.is_still, block_tokens)]
+            looks += [partial(self.bucket.head, path) for path in needed]
+            there = all(self._pool.map(lambda look: look(), looks))
             if there and self._has_profile(about.profile, profile):
                 (self._uses.written if new else self._uses.note)(f"{space}/{name}")
                 return new, written + new * file.seek(0, os.SEEK_END)
@@ -385,7 +385,7 @@ class Store:
         except FileNotFoundError:
             self.check_key()  # or it has another name
             raise NotStoredError(f"there is no document {key} in {self.bucket.url}") from None
-        check_place(reader, key, chain.result(), self._settings.block_tokens())
+        check_place(reader, key, chain.result())
         reader.look_for_profile(self.get_profile)
         return reader
 
@@ -425,7 +425,7 @@ class Store:
             file.flush()
             chain = self._stored_chain(key).result()
             with api.open(file) as reader:
-                check_place(reader, key, chain, self._settings.block_tokens())
+                check_place(reader, key, chain)
                 reader.check_stored()
             return size
 

@@ -115,7 +115,7 @@ def test_a_document_that_is_removed_while_it_is_put(tmp_path):
         where, other = (Store(tmp_path / str(step), block_tokens=faults.BLOCK) for _ in range(2))
         key, done, reached = put(where), itertools.count(), []
         where = Store(tmp_path / str(step))
-        where._pool.each = lambda do, items: [do(item) for item in items]
+        where._pool.each, where._pool.map = lambda do, items: [do(item) for item in items], map
 
         def after(do, done=done, step=step, key=key, other=other, reached=reached):
             def instead(*given, **more):

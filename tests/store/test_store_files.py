@@ -10,7 +10,7 @@ import stat
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 
 import numpy as np
 import pytest
@@ -19,11 +19,11 @@ from support import assert_same, in_a_fork, make_snapshot, random_bits
 
 import kvzip
 from kvzip import files
-from kvzip.errors import FormatError, StoreError, UsageError
-from kvzip.store import Store, marks
+from kvzip.errors import FormatError, SealError, StoreError, UsageError
+from kvzip.store import Store
 from kvzip.store import folder as folder_of_store
 from kvzip.store.bucket import Bucket
-from kvzip.store.keys import document_path, hash_chain
+from kvzip.store.keys import block_tokens_of, document_path, hash_chain
 
 OF = {"model": "test/model", "revision": "r1", "dtype": "bf16"}
 
@@ -197,6 +197,51 @@ def test_a_store_that_is_made_anew_with_other_blocks(tmp_path):
             assert found.tokens == 5
     with pytest.raises(UsageError, match="blocks of 5 tokens, not 8"):
         asked.put(document(3))
+
+
+def test_documents_of_a_store_that_was_made_anew_are_no_others(tmp_path):
+    """For who has read the settings of the one before."""
+    store = Store(tmp_path / "store", block_tokens=8)
+    key = store.put(document()).key
+    shutil.rmtree(tmp_path / "store")
+    assert Store(tmp_path / "store", block_tokens=5).put(document()).key == key
+    with store.open(key) as reader:
+        assert reader.decode() == document()
+    assert store.fetch(key, tmp_path / "got.kvz") == reader.encoded_bytes
+
+
+@pytest.mark.parametrize("settings", ['{"version":2,"block_tokens":8}', "[]", "sealed"])
+def test_nothing_is_acknowledged_in_a_store_that_was_made_anew_as_another(tmp_path, settings):
+    """Where nobody would find it."""
+    store = Store(tmp_path / "store", block_tokens=8)
+    store.put(document())
+    shutil.rmtree(tmp_path / "store")
+    if settings == "sealed":
+        pytest.importorskip("cryptography")
+        Store(tmp_path / "store", block_tokens=8, key=b"k" * 32).put(document())
+    else:
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "store.json").write_text(settings)
+    with pytest.raises((FormatError, SealError), match=r"sealed|version|no store of ours"):
+        store.put(document(2))
+
+
+def test_a_put_looks_at_once_at_all_that_must_be_there_in_the_end(tmp_path):
+    """In a bucket each look takes a round trip."""
+    store = Store(tmp_path, block_tokens=8)
+    store.put(document())
+    together = Barrier(4)
+
+    def waiting(look):
+        def looking(path, *more):
+            together.wait(30)
+            return look(path, *more)
+
+        return looking
+
+    store.bucket.head, store.bucket.get = waiting(store.bucket.head), waiting(store.bucket.get)
+    store.put(document(2))
+    assert not together.broken
 
 
 @pytest.mark.parametrize("seconds", [1e14, -1e14, 2**40])
@@ -505,8 +550,8 @@ def test_settings_of_another_version_are_no_power_cut(tmp_path):
 def test_the_tokens_of_a_block_are_found_from_a_mark():
     ids = np.arange(100, dtype=np.uint32)
     for count in (1, 7, 99, 100):
-        assert marks.block_tokens_of(ids, hash_chain(ids, count)[:1]) == count
-        assert marks.block_tokens_of(ids + np.uint32(1), hash_chain(ids, count)) is None
+        assert block_tokens_of(ids, hash_chain(ids, count)[:1]) == count
+        assert block_tokens_of(ids + np.uint32(1), hash_chain(ids, count)) is None
 
 
 def test_a_key_is_no_path():
