@@ -128,10 +128,10 @@ class Folder:
         with _as_store_errors(f"cannot read {path} in {self.url}"):
             try:
                 with self._file(path).open("rb") as file:
-                    data = file.read(most + 1)
+                    # Not `read(most)`, which takes so much memory first: ten times as slow.
+                    return b"" if os.fstat(file.fileno()).st_size > most else file.read()
             except FileNotFoundError:
                 return None
-        return b"" if len(data) > most else data
 
     def copy(self, path: str, sink: IO[bytes], progress: Callable[[int], None] | None) -> None:
         """Write an object's bytes to a file. Raises FileNotFoundError when there is none."""

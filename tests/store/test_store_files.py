@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import time
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Barrier, Thread
@@ -261,6 +262,18 @@ def test_a_file_of_a_year_that_there_is_not(tmp_path, seconds, monkeypatch):
     assert not store.put(document()).new
     store.prune()
     assert store.prune(0) == [entry.key]
+
+
+def test_reading_takes_the_memory_of_what_is_there_and_not_of_what_may_be(tmp_path):
+    """Which is slow to get: it is ten times as much time for a chunk of 8 MiB."""
+    objects = Store(tmp_path).bucket
+    objects.put("x", b"1234")
+    tracemalloc.start()
+    try:
+        assert [objects.get("x", most) for most in (3, 4, 1 << 30)] == [b"", b"1234", b"1234"]
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # --- links -----------------------------------------------------------------------------------
