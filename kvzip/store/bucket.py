@@ -40,6 +40,8 @@ _PLAIN = re.compile(r"[^/?#]+((/(?!\.\.?/)[^/?#]+)*/(?!\.\.?$)[A-Za-z0-9._~-]+)?
 empty parts, and parts that mean another folder; with a name that stands in a URL as it is."""
 _NO_RANGES = re.compile("content.(range|length)|range request", re.IGNORECASE)
 """What the client says of a server that does not answer with the range that was asked for."""
+_NO_BYTES = "status code: 416"
+"""What is in a server's answer to who asks for a part of an object that is empty."""
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _process: int | None = None
 """The process that first used a client: the client's threads are there and nowhere else."""
@@ -204,6 +206,10 @@ class Bucket:
             try:
                 found = obstore.get(self.client, path, options=options)
             except BaseError as error:
+                if not offset and _NO_BYTES in str(error):
+                    about = self.head(path)
+                    if about is not None and not about.size:
+                        return Piece(about, memoryview(b""), time.perf_counter() - began)
                 if self.listable or not _NO_RANGES.search(str(error)):
                     raise
                 raise StoreError(

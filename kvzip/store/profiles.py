@@ -119,8 +119,7 @@ class Profiles:
             )
         sink, whole = _Hashed(file, meta.size), True
         try:
-            if meta.size:  # of nothing no part can be asked for
-                self._objects.copy(path, sink, None)  # type: ignore[arg-type]
+            self._objects.copy(path, sink, None)  # type: ignore[arg-type]
         except FileNotFoundError:
             raise self._missing(profile_id) from None
         except (_Longer, CorruptError, FormatError):  # a sealed store's objects tell it themselves

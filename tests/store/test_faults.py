@@ -22,7 +22,7 @@ import servers
 from support import wait_for
 
 import kvzip
-from kvzip.errors import CorruptError, StoreError
+from kvzip.errors import CorruptError, FormatError, StoreError
 from kvzip.store import Store, evicting, profiles
 from kvzip.store.bucket import Bucket, open_url
 from kvzip.store.keys import document_path
@@ -72,6 +72,19 @@ def test_a_document_of_other_tokens_in_the_place_of_one(tmp_path):
     store.bucket.delete(key.replace("/", "/chain/"))  # as a power cut may do
     with store.open(key) as reader:
         assert reader.token_ids.tolist() == faults.ids_of(0)
+
+
+def test_an_empty_document_is_passed_over_where_a_server_is_asked_too(tmp_path):
+    """A power cut may leave one; of nothing a server gives no part."""
+    store = Store(tmp_path / "store", block_tokens=faults.BLOCK)
+    key = put(store)
+    (store.bucket.folder / document_path(key)).write_bytes(b"")
+    with servers.failing_server(tmp_path / "store") as server:
+        for asked in (store, Store(server.url)):
+            assert asked.find(faults.ids_of(0), model="m0", **OF) is None
+            for act in (asked.open, lambda key, asked=asked: asked.fetch(key, tmp_path / "got")):
+                with pytest.raises(FormatError, match="is not a"):
+                    act(key)
 
 
 @pytest.fixture
