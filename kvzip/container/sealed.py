@@ -37,6 +37,8 @@ _CHECKSUM = struct.Struct("<Q")
 _KEY_BYTES, _NAME_BYTES = 32, 40
 _KEPT = 32
 """Chunks that are kept after a read used them in part: the next read often needs their rest."""
+_AT_ONCE = 64
+"""Chunks that are asked for at once, 4 MiB."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ class Sealed(Closable):
         if self._chunks < 1 or self.size < least:
             raise CorruptError("the sealed file is cut short")
         self._kept: dict[int, bytes] = {}
+        self._announced: set[int] = set()
         self._lock = Lock()
         if not self.size:  # of an empty file nothing is read, by which a cut would show
             self._chunk(0, keep=False)
@@ -254,12 +257,15 @@ class Sealed(Closable):
             return memoryview(b"")
         first, last = offset // CHUNK, (offset + length - 1) // CHUNK
         out, at = bytearray(length), 0
-        for chunk in range(first, last + 1):
-            data = self._chunk(chunk, keep=chunk in (first, last))
-            begin = max(offset - chunk * CHUNK, 0)
-            part = memoryview(data)[begin : begin + length - at]
-            out[at : at + len(part)] = part
-            at += len(part)
+        for some in range(first, last + 1, _AT_ONCE):
+            chunks = range(some, min(some + _AT_ONCE, last + 1))
+            stored = self._stored(chunks)
+            for chunk in chunks:
+                data = self._chunk(chunk, chunk in (first, last), stored.get(chunk))
+                begin = max(offset - chunk * CHUNK, 0)
+                part = memoryview(data)[begin : begin + length - at]
+                out[at : at + len(part)] = part
+                at += len(part)
         return memoryview(out).toreadonly()
 
     def cancel(self) -> None:
@@ -274,13 +280,27 @@ class Sealed(Closable):
         if close is not None:
             close()
 
-    def _chunk(self, chunk: int, keep: bool) -> bytes:
+    def _stored(self, chunks: Sequence[int]) -> dict[int, memoryview]:
+        """Some chunks as they are stored, in one read: a source may take a while for each. But
+        those that were announced come one by one."""
+        with self._lock:
+            missing = [c for c in chunks if c not in self._kept and c not in self._announced]
+        if len(missing) < 2:
+            return {}
+        (begin, _), (at, length) = self._place(missing[0]), self._place(missing[-1])
+        data = self._source.read(begin, at + length - begin)
+        places = ((chunk, self._place(chunk)) for chunk in missing)
+        return {chunk: data[at - begin :][:length] for chunk, (at, length) in places}
+
+    def _chunk(self, chunk: int, keep: bool, stored: memoryview | None = None) -> bytes:
+        """A chunk's content; `stored`: as it is in the file, where that was read already."""
         with self._lock:
             found = self._kept.get(chunk)
+            self._announced.discard(chunk)
         if found is not None:
             return found
         begin, length = self._place(chunk)
-        data = self._source.read(begin, length)
+        data = self._source.read(begin, length) if stored is None else stored
         with cryptography_told():
             from cryptography.exceptions import InvalidTag
         try:
@@ -311,6 +331,8 @@ class Sealed(Closable):
             if length:
                 last = (offset + length - 1) // CHUNK
                 chunks.update(dict.fromkeys(range(offset // CHUNK, last + 1)))
+        with self._lock:
+            self._announced = set(chunks)
         self._source.announce([self._place(chunk) for chunk in chunks])  # type: ignore[attr-defined]
 
 

@@ -288,6 +288,51 @@ def test_threads_may_read_at_once():
     assert not wrong and len(source._kept) <= 32
 
 
+class Counted(Memory):
+    """Bytes that note what is read of them, and what is announced."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self.reads, self.announced = [], []
+
+    def read(self, offset, length):
+        self.reads.append((offset, length))
+        return super().read(offset, length)
+
+    def announce(self, ranges):
+        self.announced = list(ranges)
+
+
+def test_chunks_that_follow_each_other_come_in_one_read():
+    """A request for each would take a long time from a distant store."""
+    data = noise(150 * CHUNK)
+    counted = Counted(seal(data, KEY))
+    source = Sealed(counted, KEY)
+    counted.reads.clear()
+    begin, length = 3 * CHUNK + 7, 140 * CHUNK
+    assert bytes(source.read(begin, length)) == data[begin : begin + length]
+    assert len(counted.reads) == 3  # of 4 MiB at most, or memory would be needed twice
+    assert max(length for _, length in counted.reads) == 64 * (CHUNK + TAG)
+    counted.reads.clear()
+    next_one = 143 * CHUNK + 7  # whose first chunk was read
+    assert bytes(source.read(next_one, 2 * CHUNK)) == data[next_one : next_one + 2 * CHUNK]
+    assert counted.reads == [(HEADER + 144 * (CHUNK + TAG), 2 * (CHUNK + TAG))]
+
+
+def test_chunks_that_were_announced_are_read_as_they_were():
+    data = noise(9 * CHUNK)
+    counted = Counted(seal(data, KEY))
+    source = Sealed(counted, KEY)
+    counted.reads.clear()
+    source.announce([(10, 2 * CHUNK), (2 * CHUNK + 10, 3 * CHUNK)])
+    assert bytes(source.read(10, 2 * CHUNK)) == data[10 : 2 * CHUNK + 10]
+    assert bytes(source.read(2 * CHUNK + 10, 3 * CHUNK)) == data[2 * CHUNK + 10 : 5 * CHUNK + 10]
+    assert counted.reads == counted.announced and len(counted.announced) == 6
+    counted.reads.clear()
+    assert bytes(source.read(0, 9 * CHUNK)) == data  # what comes again is announced no more
+    assert len(counted.reads) < 9
+
+
 def test_random_keys_work_as_well():
     key = os.urandom(32)
     assert everything(seal(b"x", key), key) == b"x"
