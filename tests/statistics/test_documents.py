@@ -21,7 +21,7 @@ def test_what_is_learned_from_is_not_measured_on(tmp_path: Path, capsys: Any) ->
         check_apart(paths[:2], paths[2:])
     own = [str(path) for path in paths]
     with pytest.raises(SystemExit) as ended:
-        main(["fit", *own, own[0], "-o", str(tmp_path / "p"), "--held-out", "1"])
+        main(["fit", own[0], own[2], own[1], "-o", str(tmp_path / "p"), "--held-out", "1"])
     assert ended.value.code == 2
     assert "which is learned from" in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
