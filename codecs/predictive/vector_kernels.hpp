@@ -232,6 +232,10 @@ class TileCoder : Vectors<Isa> {
   Number* column(std::size_t place) const {
     return columns + std::size_t(part.order[place]) * kTile;
   }
+  // Which pair of its head the channel at `place` is of.
+  std::size_t pair_of(std::size_t place) const {
+    return part.pair_of(std::size_t(part.order[place]));
+  }
   ChannelNumbers<T> numbers(std::size_t place) const { return {column(place), n}; }
   // Numbers between the block and `columns`: from those that are known, to those that are read.
   void move_numbers() {
@@ -361,7 +365,7 @@ class TileCoder : Vectors<Isa> {
     // Of numbers that are known it was asked for all of a group.
     if constexpr (!kUnturns || !rotated) turn_expected<rotated>(place, as);
     const std::size_t c = part.first + place, pair = place / 2;
-    const std::size_t p = part.pair_of(std::size_t(part.order[place])), all_pairs = pairs * kAngles;
+    const std::size_t p = pair_of(place), all_pairs = pairs * kAngles;
     const std::int16_t *const sines = sine + p * kTile, *const cosines = cosine + p * kTile;
     const auto by_angle = [&](const std::int32_t* array, std::size_t size, std::size_t table_row,
                               std::size_t t) {
@@ -437,7 +441,7 @@ class TileCoder : Vectors<Isa> {
   // coarser grid then, as far as can be foreseen, and are coded so.
   template <bool rotated>
   void turn_expected(std::size_t place, AsBefore& as) {
-    const std::size_t c = part.first + place, p = part.pair_of(std::size_t(part.order[place]));
+    const std::size_t c = part.first + place, p = pair_of(place);
     std::int32_t *const first = expected[c - from], *const second = expected[c + 1 - from];
     as.bits = as.without = 0;
     for (std::size_t t = 0; t < n; t += W) {
@@ -492,7 +496,7 @@ class TileCoder : Vectors<Isa> {
   }
   // Returns how many are sought with the chosen pairs at `place`.
   std::size_t gather(const AsBefore& as, std::size_t place, std::size_t count) {
-    const std::size_t c = part.first + place, p = part.pair_of(std::size_t(part.order[place]));
+    const std::size_t c = part.first + place, p = pair_of(place);
     const F unit = F{} + NumberGrid<Isa>::scale(layer.unit[c]);
     for (std::size_t t = 0; t < n; t += W) {
       const std::uint64_t some = lanes_of(as.bits, t);
@@ -596,7 +600,7 @@ class TileCoder : Vectors<Isa> {
   }
   // Pairs whose first number is an escape, a bit each, stay as they are after RoPE.
   void keep_turned(std::uint64_t which, AsBefore& as, std::size_t place) {
-    const std::size_t c = part.first + place, p = part.pair_of(std::size_t(part.order[place]));
+    const std::size_t c = part.first + place, p = pair_of(place);
     for (; which; which &= which - 1) {
       const auto t = std::size_t(__builtin_ctzll(which)), start = t / W * W;
       const I here = Base::lanes() == std::int32_t(t - start);

@@ -46,7 +46,7 @@ def codec_for_chunks(codec: Codec, log: logging.Logger) -> Codec:
 
 
 def most_stored(nbytes: int) -> int:
-    """More bytes than any codec makes of a chunk that has so many."""
+    """More bytes than :func:`encode` makes of a chunk that has so many."""
     return 2 * nbytes + (1 << 20)
 
 
@@ -113,6 +113,15 @@ def layout(tensor: torch.Tensor) -> Layout:
     return _snapshot(tensor).layout
 
 
+def bound(tensor: torch.Tensor) -> int:
+    """The most bytes that :func:`encode` makes of a tensor: hardly more than it has."""
+    return _bound(layout(tensor))
+
+
+def _bound(layout: Layout) -> int:
+    return api.max_encoded_size(layout, "raw")
+
+
 def encode(
     tensor: torch.Tensor,
     codec: Codec,
@@ -121,8 +130,13 @@ def encode(
     turned: Turned | None = None,
 ) -> bytes:
     """A CPU tensor of any strides as the bytes of a .kvz file, which says what turned its keys
-    where that is told; what fills a tensor from it need not know that."""
-    return api.encode(_snapshot(tensor, origin, turned), codec, threads=threads)
+    where that is told; what fills a tensor from it need not know that. What the codec makes larger
+    is stored as it is."""
+    snapshot = _snapshot(tensor, origin, turned)
+    data = api.encode(snapshot, codec, threads=threads)
+    if len(data) <= tensor.nbytes or len(data) <= _bound(snapshot.layout):
+        return data
+    return api.encode(snapshot, "raw", threads=threads)
 
 
 def decode(

@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvzip import api, container, metrics
+from kvzip import container, metrics
 from kvzip.codec import Codec, get_codec
 from kvzip.container.sealed import MAGIC, Key, Sealed, is_sealed, seal, sealed_size
 from kvzip.container.secret_keys import key_from
@@ -136,12 +136,6 @@ def _name_of(key: ObjectKey | None) -> tuple[str, ...]:
     return tuple(str(getattr(key, name, "")) for name in fields)
 
 
-def _bound(tensor: torch.Tensor) -> int:
-    """The most bytes that a tensor becomes: hardly more than it has. What a codec cannot make
-    smaller is stored as it is."""
-    return api.max_encoded_size(chunks.layout(tensor), "raw")
-
-
 class KvzipSerializer:
     """LMCache's `Serializer`: tensors of a chunk to bytes of variable length."""
 
@@ -154,19 +148,15 @@ class KvzipSerializer:
     def serialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey) -> int:
         """Encode the tensors of `src` into the bytes of `dst`; how many there are."""
         out, origin = _bytes(dst), self.weights.origin(key)
-        data = b"".join(self._encoded(tensor, origin) for tensor in _tensors(src))
+        data = b"".join(
+            chunks.encode(tensor, self.codec, self.threads, origin) for tensor in _tensors(src)
+        )
         if self._key is not None:
             data = _sealed(data, self._key, _name_of(key))
         if len(data) > len(out):
             raise KVZipError(f"LMCache gave {len(out):,} bytes, too few for the chunk")
         out[: len(data)] = data
         return len(data)
-
-    def _encoded(self, tensor: torch.Tensor, origin: Origin) -> bytes:
-        data = chunks.encode(tensor, self.codec, self.threads, origin)
-        if len(data) <= _bound(tensor):
-            return data
-        return chunks.encode(tensor, get_codec("raw"), self.threads, origin)
 
     def estimate_serialized_size(self, layout_desc: MemoryLayoutDesc) -> int:
         """An upper bound of what :meth:`serialize` gives for tensors of those shapes: LMCache takes
@@ -177,7 +167,7 @@ class KvzipSerializer:
             torch.empty(1, dtype=dtype).expand(tuple(shape))
             for shape, dtype in zip(layout_desc.shapes, layout_desc.dtypes, strict=True)
         )
-        bound = sum(map(_bound, like))
+        bound = sum(map(chunks.bound, like))
         return bound if self._key is None else _LENGTH.size + sealed_size(bound)
 
 

@@ -119,9 +119,9 @@ def test_the_bound_is_hardly_more_than_the_chunk(codec: str, shape: Any, kind: A
 
 def test_what_would_grow_is_stored_as_it_is(monkeypatch: Any) -> None:
     tensor = tensor_of(SHAPES["KV_2LTD"], torch.uint8)
-    encode = ours.chunks.encode
-    grown = lambda t, c, *more: encode(t, c, *more) + bytes(20000 * (c.codec_id != "raw"))  # noqa: E731
-    monkeypatch.setattr(ours.chunks, "encode", grown)
+    encode = kvzip.encode
+    grown = lambda s, codec, **more: encode(s, codec, **more) + bytes(20000 * (codec != "raw"))  # noqa: E731
+    monkeypatch.setattr(ours.chunks.api, "encode", grown)
     used, bound, [back] = there_and_back("channel", [tensor])
     assert same(back, tensor) and used <= bound
 
