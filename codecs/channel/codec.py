@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Codec, Coded, Context
 from kvzip.codecs import _native
-from kvzip.codecs.channel.blocks import CODED, HEADER, MAX_EXPANSION, RAW, UNTURNED
+from kvzip.codecs.channel.blocks import (
+    CODED,
+    HEADER,
+    MAX_EXPANSION,
+    RAW,
+    UNTURNED,
+    largest_tables,
+    most_tables,
+)
 from kvzip.codecs.channel.fit import fit
 from kvzip.codecs.channel.profile import (
     BEFORE_ROPE,
@@ -37,9 +45,6 @@ from kvzip.version import newer
 
 _RAW_HEAD = bytes(HEADER)
 _MODES = frozenset((RAW, CODED, UNTURNED))
-# Bits of a channel with a shape of its own: two levels of at most 16 bits for each of 256
-# exponents, and what stands beside them.
-_MAX_CHANNEL = 2 * 256 * 16 + 100
 # Tokens that tell what keys before RoPE take at least.
 _FEW = 32
 # Under which a part of few tokens is kept, as coded by its tables, for its block if that is all;
@@ -94,6 +99,8 @@ class ChannelCodec(Codec):
                 context.scratch[_KEYS] = keys
             return chosen
         made: bytes = _native.channel_tables(array, *fields(form))
+        if len(made) > most_tables(part.nbytes):
+            return b""
         if made and part.shape[2] <= SAMPLE:
             tables = _native.ChannelTables(made, part.shape[1], part.shape[3], *fields(form))
             coded = tables.encode(array, b"" if keys is None else keys.head(part, 0))
@@ -112,7 +119,7 @@ class ChannelCodec(Codec):
             return tables_of(context, heads, dim)
         if data == BEFORE_ROPE:
             return tables_of(context, heads, dim, before_rope=True)
-        if len(data) > self.max_tables_size(shape, context.dtype):
+        if len(data) > largest_tables(shape[1] * shape[3]):
             raise CorruptError("tables of an impossible size")
         # They are read when a block needs them, without Python's lock.
         return _native.ChannelTables(data, heads, dim, *fields(context.dtype))
@@ -210,4 +217,5 @@ class ChannelCodec(Codec):
         return (encoded_bytes + 1) * MAX_EXPANSION
 
     def max_tables_size(self, shape: tuple[int, ...], dtype: DType) -> int:
-        return 1 + shape[1] * shape[3] * _MAX_CHANNEL // 8
+        part_bytes = math.prod(shape) * dtype.itemsize
+        return min(largest_tables(shape[1] * shape[3]), most_tables(part_bytes))

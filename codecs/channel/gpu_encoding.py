@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvzip.codec import Context
 from kvzip.codecs import _native
-from kvzip.codecs.channel.blocks import CODED, HEADER, MAX_EXPANSION
+from kvzip.codecs.channel.blocks import CODED, HEADER, MAX_EXPANSION, most_tables
 from kvzip.codecs.channel.gpu import KERNELS
 from kvzip.codecs.channel.profile import SAMPLE, chosen_of_profile, fields, rows
 from kvzip.codecs.channel.rotation import (
@@ -297,7 +297,7 @@ class _Encoding:
             if shape[2] <= SAMPLE:
                 return None  # they may be smaller without tables, which only coding tells
             stored = _native.channel_tables(self._whole(part, keys), *fields(context.dtype))
-            if not stored:
+            if not stored or len(stored) > most_tables(_size(part) * context.dtype.itemsize):
                 return None
         elif not stored:
             keys = None  # as cached

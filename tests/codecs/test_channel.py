@@ -21,6 +21,8 @@ import kvzip
 from kvzip import dtypes
 from kvzip.codec import Context
 from kvzip.codecs import _native
+from kvzip.codecs.channel import codec as channel_codec
+from kvzip.codecs.channel.blocks import largest_tables
 from kvzip.codecs.channel.codec import ChannelCodec
 from kvzip.selftest import instructions
 
@@ -104,6 +106,26 @@ def test_what_is_kept_of_few_tokens_is_for_the_part_that_it_is_of(dtype):
         data = CODEC.encode(numbers, told)
         assert data == encode(numbers, dtype, tables)
         assert np.array_equal(decode(data, numbers.shape, dtype, tables), numbers)
+
+
+@pytest.mark.parametrize("tokens", [100, 300])
+def test_tables_that_are_long_for_their_part_are_left_out(dtype, tokens, monkeypatch):
+    """So that files have a bound near the raw bytes, by which memory for them is taken."""
+    numbers = cache_like(np.random.default_rng(3), dtype, (1, 2, tokens, 16))
+    made, _ = tables_of(numbers, dtype)
+    assert 0 < len(made) <= CODEC.max_tables_size(numbers.shape, dtypes.get(dtype))
+    for most in (len(made), len(made) - 1):
+        monkeypatch.setattr(channel_codec, "most_tables", lambda part_bytes, most=most: most)
+        kept, tables = tables_of(numbers, dtype)
+        assert kept == (made if most == len(made) else b"")
+        assert CODEC.max_tables_size(numbers.shape, dtypes.get(dtype)) == most
+        data = encode(numbers, dtype, tables)
+        assert np.array_equal(decode(data, numbers.shape, dtype, tables), numbers)
+
+
+def test_the_bound_of_a_file_is_near_its_raw_bytes(dtype):
+    snapshot = make_snapshot(cache_like, 1, dtype, heads=4, tokens=256, dim=64)
+    assert kvzip.max_encoded_size(snapshot, "channel") < 1.4 * snapshot.raw_bytes
 
 
 # --- one result on any processor -----------------------------------------------------------------
@@ -335,7 +357,7 @@ def test_any_tables_are_read(dtype, data):
     heads, dim, shapes, channels, far, k = data.draw(any_tables(form))
     made = channel_reference.write(shapes, channels, dim, form, far, k)
     assert channel_reference.read(made, heads * dim, dim, form) == (shapes, channels)
-    assert len(made) <= CODEC.max_tables_size((1, heads, 9, dim), form)
+    assert len(made) <= largest_tables(heads * dim)
     # Numbers that they hold: where all channels are constant, there is nothing to code.
     rng = np.random.default_rng(1)
     numbers = random_bits(rng, dtype, (1, heads, 9, dim))
@@ -419,7 +441,7 @@ def test_tables_with_other_bits_are_refused_or_are_other_tables(dtype, data):
 
 
 def test_tables_larger_than_any_are_refused_unread():
-    most = CODEC.max_tables_size((1, 1, 1, 4), dtypes.get("bf16"))
+    most = largest_tables(4)
     assert load(bytes(most), (1, 1, 1, 4), "bf16") is not None
     with pytest.raises(kvzip.CorruptError, match="impossible size"):
         load(bytes(most + 1), (1, 1, 1, 4), "bf16")
