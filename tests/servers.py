@@ -1,4 +1,5 @@
-"""Servers that tests start: a real S3 server, one that never answers, one that stops to."""
+"""Servers that tests start: a real S3 server, one that never answers, one that stops to, one
+behind a slow link."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Lock, Thread
-from urllib.parse import unquote
+from typing import IO
+from urllib.parse import parse_qs, unquote
 
 import pytest
 
@@ -304,6 +306,87 @@ def failing_server(folder: Path) -> Iterator[Failing]:
             yield failing
         finally:
             failing.over.set()
+
+
+@dataclass
+class Uploads:
+    """A bucket behind a link of so many bytes a second, shared by all that is written to it."""
+
+    rate: float
+    url: str = ""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    requests: int = 0
+    """Those that brought bytes."""
+    _parts: dict[int, bytes] = field(default_factory=dict)
+    _link: Lock = field(default_factory=Lock)
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {"endpoint": self.url, "access_key_id": "a", "secret_access_key": "b"}
+
+    def take(self, path: str, size: int, body: IO[bytes]) -> None:
+        pieces = []
+        for at in range(0, size, _PIECE):
+            pieces.append(body.read(min(_PIECE, size - at)))
+            with self._link:
+                time.sleep(len(pieces[-1]) / self.rate)
+        name, _, query = path.partition("?")
+        part = parse_qs(query).get("partNumber")
+        data = b"".join(pieces)
+        assert len(data) == size
+        with self._link:
+            self.requests += 1
+            if part:
+                self._parts[int(part[0])] = data
+            else:
+                self.objects[name] = data
+
+    def complete(self, path: str) -> None:
+        with self._link:
+            parts = [self._parts[n] for n in sorted(self._parts)]
+            self.objects[path.partition("?")[0]] = b"".join(parts)
+
+
+@contextmanager
+def slow_bucket(rate: float) -> Iterator[Uploads]:
+    """A server that objects are written to as to S3, one at a time if they come in parts."""
+    bucket = Uploads(rate)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_PUT(self) -> None:
+            bucket.take(self.path, int(self.headers["Content-Length"]), self.rfile)
+            self._answer(200)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if "?uploads" in self.path:
+                told = "<InitiateMultipartUploadResult><UploadId>1</UploadId>"
+                self._answer(200, f"{told}</InitiateMultipartUploadResult>")
+            else:
+                bucket.complete(self.path)
+                told = "<CompleteMultipartUploadResult><ETag>e</ETag>"
+                self._answer(200, f"{told}</CompleteMultipartUploadResult>")
+
+        def do_HEAD(self) -> None:
+            self._answer(200 if self.path in bucket.objects else 404)
+
+        def do_DELETE(self) -> None:
+            self._answer(204)
+
+        def _answer(self, status: int, body: str = "") -> None:
+            self.send_response(status)
+            self.send_header("ETag", '"e"')
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with serving(Handler) as bucket.url:
+        yield bucket
 
 
 class DyingStore:

@@ -31,8 +31,11 @@ from kvzip.store.urls import WEB, folder_of, plain_scheme, scheme_of, without_se
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-_ONE_REQUEST = 256 << 20
+_ONE_REQUEST = 32 << 20
 """Objects up to this many bytes are written by one request, which can be create-only."""
+_PART, _PARTS, _AT_ONCE = 8 << 20, 10_000, 4
+"""Bytes of a part of larger ones, how many of them servers take, and how many are on their way
+together: 32 MiB are within the time-out of a request on a link of 1.1 MB/s."""
 _MOST_CHARACTERS = 60_000
 """Of a URL as it is asked for; the client panics at 65,535."""
 _PLAIN = re.compile(r"[^/?#]+((/(?!\.\.?/)[^/?#]+)*/(?!\.\.?$)[A-Za-z0-9._~-]+)?")
@@ -243,7 +246,7 @@ class Bucket:
         """Write an object, all of a file or these bytes, whole or not at all; False when `create`
         and there is one already. What a bucket has taken is always durable.
 
-        An object of more than 256 MiB is written in parts: of two writers at once, the last wins.
+        An object of more than 32 MiB is written in parts: of two writers at once, the last wins.
         """
         import obstore
         from obstore.exceptions import AlreadyExistsError
@@ -260,7 +263,9 @@ class Bucket:
                 if size > _ONE_REQUEST:
                     if create and self.head(path) is not None:
                         return False
-                    obstore.put(self.client, path, data, use_multipart=True, chunk_size=64 << 20)
+                    part = max(_PART, -(-size // _PARTS))
+                    how = {"use_multipart": True, "chunk_size": part, "max_concurrency": _AT_ONCE}
+                    obstore.put(self.client, path, data, **how)
                 else:
                     mode = "create" if create else "overwrite"
                     obstore.put(self.client, path, data, mode=mode, use_multipart=False)

@@ -14,7 +14,8 @@ from support import make_snapshot, random_bits
 import kvzip
 from kvzip import files
 from kvzip.errors import KVZipError, StoreError, UsageError
-from kvzip.store import Store
+from kvzip.store import Store, bucket
+from kvzip.store.bucket import Bucket
 
 OF = {"model": "test/model", "revision": "r1", "dtype": "bf16"}
 
@@ -102,7 +103,8 @@ def test_options_of_the_others_are_looked_at_too(tmp_path, snapshot):
 PUT = """
 import sys, time
 from kvzip import files
-from kvzip.store import Store
+from kvzip.store import Store, bucket
+from kvzip.store.bucket import Bucket
 from kvzip.snapshot import Snapshot
 if sys.argv[3] == "hidden": files._NAMELESS = 0
 def progress(done):
@@ -249,6 +251,23 @@ def test_what_a_bucket_answers_is_told_in_words(status, code, snapshot):
                 use()
             words = str(error.value)
             assert "<" not in words and "hush" not in words and "s3://bucket/x" in words
+
+
+@pytest.mark.parametrize("kind", ["bytes", "file"])
+def test_a_large_object_may_take_longer_than_a_request(kind, tmp_path, monkeypatch):
+    """It goes in parts, few at a time: each has the time-out, on a link that needs it for two."""
+    from servers import slow_bucket
+
+    monkeypatch.setattr(bucket, "_ONE_REQUEST", 400_000)
+    monkeypatch.setattr(bucket, "_PART", 100_000)
+    data = os.urandom(1_234_567)
+    (tmp_path / "data").write_bytes(data)
+    with slow_bucket(rate=500_000) as server, (tmp_path / "data").open("rb") as file:
+        objects = Bucket("s3://b/x", options=server.options, timeout=2, retries=0)
+        assert objects.put("large", data if kind == "bytes" else file)
+        assert list(server.objects.values()) == [data] and server.requests == 13
+        assert not objects.put("large", data)  # it is there
+        assert objects.put("small", data[:300_000]) and server.requests == 14
 
 
 OWN_KEYS = {
