@@ -499,6 +499,18 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
                 return i
         return None
 
+    @property
+    def least_prefix(self) -> int | None:
+        """The least count of first tokens at which :meth:`lacking` finds nothing; None if there is
+        none."""
+        least = 0
+        for layer in self.layers:
+            if layer.state_length is not None:
+                least = max(least, layer.state_length)
+            elif layer.first and layer.window is not None:
+                least = max(least, layer.first + layer.window - 1)
+        return least if least <= self.tokens and self.lacking(least) is None else None
+
 
 def _told(layer: LayerLayout) -> bytes:
     """What files say of a layer, which is the same of equal ones."""

@@ -19,7 +19,7 @@ from kvzip.snapshot import Snapshot
 from kvzip.store.bucket import Objects
 from kvzip.store.keys import Identity, Ids, check_place, document_path
 from kvzip.store.listing import namespaces
-from kvzip.store.marks import name_in, others_with, stored_chain
+from kvzip.store.marks import is_useful, name_in, others_with, stored_chain
 from kvzip.store.profiles import Profiles
 from kvzip.store.sealed import SealedObjects
 from kvzip.workers import Workers
@@ -113,11 +113,14 @@ class Finder:
     ) -> Match | None:
         """The best match in a namespace of documents that need a profile: one that is here, one of
         the store's, by its SHA-256, or none."""
-        limit, rejected = len(prompt.chain), set[str]()
-        while limit:
-            low, name = self._longest_marked(space, prompt.chain[:limit])
-            if not low:
-                return None
+        rejected = set[str]()
+        low, found = self._longest_marked(space, prompt.chain)
+        while low:
+            name = name_in(found)
+            if not is_useful(found):
+                prompt.near.add(name)
+                low, found = self._next_useful(space, prompt.chain[: low - 1])
+                continue
             others = others_with(self._objects, space, prompt.chain[low - 1], name)
             for candidate in itertools.chain([name], others):
                 if not candidate or candidate in rejected:
@@ -127,24 +130,37 @@ class Finder:
                     return match
                 rejected.add(candidate)
                 prompt.near.add(candidate)
-            limit = low - 1
+            low, found = self._next_useful(space, prompt.chain[: low - 1])
         return None
 
-    def _longest_marked(self, space: str, chain: Sequence[str]) -> tuple[int, str]:
-        """How many first blocks of a chain some document has, and the name of one such document
-        ("" if it is lost)."""
+    def _longest_marked(self, space: str, chain: Sequence[str]) -> tuple[int, bytes | None]:
+        """How many first blocks of a chain some document has, and their last mark."""
         # Whoever has the first n blocks has the first n - 1, so the most is found by cutting.
-        low, high, name = 0, len(chain), ""
+        low, high, mark = 0, len(chain), None
         while low < high:
             at = sorted({low + -(-(high - low) * i // PROBES) for i in range(1, PROBES + 1)})
-            paths = [f"{space}/last/{chain[i - 1]}" for i in at]
-            found = list(self._pool.map(lambda path: self._objects.get(path), paths))
+            found = self._last_marks(space, [chain[i - 1] for i in at])
             marked = [i for i, data in zip(at, found, strict=True) if data is not None]
             if marked:
                 low = marked[-1]
-                name = name_in(found[at.index(low)])
+                mark = found[at.index(low)]
             high = min((i - 1 for i in at if i > low), default=high)
-        return low, name
+        return low, mark
+
+    def _next_useful(self, space: str, chain: Sequence[str]) -> tuple[int, bytes | None]:
+        """How many first blocks of a chain, of which there are documents, some document may be of
+        use for, and their last mark."""
+        for stop in range(len(chain), 0, -PROBES):
+            start = max(0, stop - PROBES)
+            found = self._last_marks(space, chain[start:stop])
+            for i in range(stop - 1, start - 1, -1):
+                if found[i - start] is not None and is_useful(found[i - start]):
+                    return i + 1, found[i - start]
+        return 0, None
+
+    def _last_marks(self, space: str, hashes: Sequence[str]) -> list[bytes | None]:
+        paths = [f"{space}/last/{h}" for h in hashes]
+        return list(self._pool.map(lambda path: self._objects.get(path), paths))
 
     def _usable(
         self, key: str, prompt: Prompt, blocks: int, profile: Profile | str | None, threads: int

@@ -7,8 +7,10 @@ Below the URL, for each namespace NS (a hash of model, revision, dtype and profi
 ``NS/about.json``         what the namespace is a hash of
 ``NS/docs/DOC.kvz``       a document's cache, written once and never changed
 ``NS/chain/DOC``          its hash chain: H1, H2, ... after 1, 2, ... blocks of its tokens; "end"
-``NS/with/H/DOC``         empty: this document begins with the tokens that hash to H
-``NS/last/H``             the name of one such document, so that a reader need not list
+``NS/with/H/DOC``         this document begins with the tokens that hash to H: empty, or "-" where
+                          it is of no use to a prompt that shares no more with it
+``NS/last/H``             the name of one such document, so that a reader need not list; with a "-"
+                          behind it if none of them is of use there
 ``NS/used/DOC``           empty: when it was last found, for eviction
 ``profiles/ID.kvprofile`` a profile, by its SHA-256, which documents name
 ``NS/profiles/ID``        empty: there are documents that need this profile, and else are of the
@@ -72,7 +74,7 @@ from kvzip.store.keys import (
     token_ids_of,
 )
 from kvzip.store.listing import Stored
-from kvzip.store.marks import chain_file, mark, stored_chain
+from kvzip.store.marks import chain_file, first_useful, mark, stored_chain
 from kvzip.store.profiles import Profiles, StoredProfile, id_in, is_profile_key
 from kvzip.store.sealed import SealedObjects
 from kvzip.store.settings import SettingsFile
@@ -209,14 +211,14 @@ class Store:
                 about = About.of_identity(identity, reader.header.origin.model)
                 ids = token_ids_of(reader, token_ids)
                 name = document_name(reader, ids)
-                size = reader.encoded_bytes
+                size, least = reader.encoded_bytes, reader.layout.least_prefix
             needed = profile if profile is not None and profile.id == identity.profile else None
             if needed is None:
                 self._check_room(size, "a document")
             else:
                 self._check_room(size + needed.nbytes, "a document and its profile")
             self._chain(ids, self._settings.wanted())  # before anything is made
-            new, written = self._write(about, name, ids, file, needed, replace)
+            new, written = self._write(about, name, ids, least, file, needed, replace)
         entry = Entry(f"{identity.namespace}/{name}", len(ids), size, new)
         self._keep_limit(written, entry.key)
         return entry
@@ -259,13 +261,14 @@ class Store:
         about: About,
         name: str,
         ids: Ids,
+        least: int | None,
         file: IO[bytes],
         profile: Profile | None,
         replace: bool,
     ) -> tuple[bool, int]:
         """Write a document, the profile that it needs before it, and its marks after it, in the
         order that lets a writer die at any point; whether the document is new, and how many bytes
-        were written."""
+        were written. `least`: how many first tokens of it a prompt must share."""
         space = about.identity.namespace
         doc, own_chain = f"{space}/docs/{name}.kvz", f"{space}/chain/{name}"
         needed = f"{space}/about.json", own_chain, doc
@@ -281,7 +284,8 @@ class Store:
             if not made and not self._is_in_place(f"{space}/{name}"):
                 made = put(doc, file, create=False)
             new |= made
-            mark(self.bucket, self._pool, f"{space}/{name}", chain)
+            first = first_useful(chain, block_tokens, least)
+            mark(self.bucket, self._pool, f"{space}/{name}", chain, first)
             if about.profile:
                 self._profiles.mark(about.identity)
             # Gone: an eviction had chosen it before it was written anew, or somebody has deleted
