@@ -20,6 +20,8 @@ of 64 numbers on a Zen 3). Attention that is written as products of matrices is 
 from __future__ import annotations
 
 import os
+import sys
+from threading import local
 from typing import Any
 
 import torch
@@ -46,7 +48,8 @@ def needed() -> bool:
 
 
 def widen(model: Any) -> None:
-    """From now on the model's forward calls multiply bf16 matrices on the CPU in fp32."""
+    """From now on the model's forward calls multiply bf16 matrices on the CPU in fp32, but for what
+    torch compiles of them."""
     global _any_widened
     _any_widened = True
     if not widened(model):
@@ -205,12 +208,47 @@ _ARGUMENTS |= {"other": "mat2", "batch1": "mat1", "batch2": "mat2"}
 """What torch calls the arguments of these functions, and what they are called here. With others,
 such as an output that is given, a call is left to torch."""
 
-_MODE = Fp32Products()
+
+class _WithinCalls(Fp32Products):
+    """The same, but for what comes after a forward call. Where Ctrl-C ends one, torch does not call
+    what leaves it, and the context stays."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in _PRODUCTS and not _is_under_way():
+            return function(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+_MODE = _WithinCalls()
+_calls = local()
+"""The frames from which a thread's forward calls of widened models were made, the last one last."""
 
 
 def _enter(model: Any, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return  # what torch compiles has torch's products: it knows no others
+    _calls.__dict__.setdefault("frames", []).append(sys._getframe(1))
     _MODE.__enter__()
 
 
 def _leave(model: Any, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     _MODE.__exit__(None, None, None)
+    if _is_under_way():
+        _calls.frames.pop()
+
+
+def _is_under_way() -> bool:
+    """Whether this is within the forward call of a widened model."""
+    frames = _calls.__dict__.get("frames", [])
+    while frames:
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame is not frames[-1]:
+            frame = frame.f_back
+        if frame is not None:
+            return True
+        frames.pop()
+    return False

@@ -38,8 +38,8 @@ def name_in(mark: bytes | None) -> str:
 
 def is_useful(mark: bytes | None) -> bool:
     """Whether some document may be of use to a prompt that has the mark ``last/H`` as its last; so
-    it is if the mark is damaged."""
-    return mark is None or not mark.endswith(_USELESS) or not name_in(mark)
+    it is if the mark is lost."""
+    return mark is None or not mark.endswith(_USELESS)
 
 
 def first_useful(chain: Sequence[str], block_tokens: int, least: int | None) -> int:

@@ -270,6 +270,33 @@ def test_they_end_with_the_forward_call():
         assert bf16_products_of(outside)
 
 
+def test_they_end_with_a_forward_call_that_was_interrupted():
+    model, outside = tiny_model("Llama").model, tiny_model("Llama").model
+    products.widen(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        hook = model.model.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.arange(5)[None])
+        hook.remove()
+        assert bf16_products_of(outside)
+        assert bf16_products_of(model) == []  # which other calls are not ended by
+        assert bf16_products_of(outside)
+
+
+def test_a_widened_model_can_be_compiled():
+    """With torch's own products then."""
+    model, ids = tiny_model("Llama").model, torch.arange(9)[None]
+    with torch.inference_mode():
+        own = model(ids).logits
+        products.widen(model)
+        assert torch.equal(torch.compile(model, backend="eager")(ids).logits, own)
+    assert bf16_products_of(model) == [] and bf16_products_of(tiny_model("Llama").model)
+
+
 def test_a_continued_cache_has_the_first_layers_bits():
     """What a cache's first key is compared with is computed alone, and within a document."""
     from transformers import DynamicCache

@@ -13,7 +13,9 @@ from support import cache_like, examples, make_snapshot
 import kvzip
 from kvzip.snapshot import Layer, LayerLayout, Layout, PartLayout
 from kvzip.store import Store, finding
-from kvzip.store.marks import first_useful
+from kvzip.store.folder import Meta
+from kvzip.store.marks import first_useful, mark, name_in, repoint
+from kvzip.workers import Workers
 
 BLOCK = 8
 OF = {"model": "test/model", "revision": "r1", "dtype": "bf16"}
@@ -115,6 +117,64 @@ def test_a_long_prompt_goes_back_over_many_marks(tmp_path, tried):
     store.put(windowed([*ids, 5]))
     with store.find([*ids[:-1], 7], **OF) as match:
         assert (match.key, match.tokens) == (served, 2 * BLOCK) and tried == [served]
+
+
+class Written:
+    """Objects in memory; `meanwhile` is called with each path that is about to be written."""
+
+    listable = True
+
+    def __init__(self):
+        self.all, self.meanwhile = {}, None
+
+    def get(self, path, most=0):
+        return self.all.get(path)
+
+    def put(self, path, data, create=True, durable=False):
+        if self.meanwhile:
+            self.meanwhile(path)
+        if create and path in self.all:
+            return False
+        self.all[path] = data
+        return True
+
+    def delete(self, path):
+        self.all.pop(path, None)
+
+    def head(self, path):
+        return self.all.get(path)
+
+    def under(self, prefix):
+        for path in sorted(self.all):
+            if path.startswith(prefix + "/"):
+                yield Meta(path, len(self.all[path]), None, None)
+
+
+@pytest.mark.parametrize("other", ["written", "removed"])
+def test_what_others_do_while_a_mark_is_pointed_elsewhere(other):
+    objects, pool = Written(), Workers(1, "test")
+    useful, useless, late = (c * 64 for c in "abc")
+    for name, first in ((useless, 1), (useful, 0)):
+        mark(objects, pool, f"space/{name}", ["h"], first)
+    assert name_in(objects.get("space/last/h")) == useful
+    objects.delete(f"space/with/h/{useful}")
+
+    def meanwhile(path):
+        objects.meanwhile = None
+        assert path == "space/last/h"
+        if other == "written":
+            mark(objects, pool, f"space/{late}", ["h"])
+        else:
+            objects.delete(f"space/with/h/{useless}")
+
+    objects.meanwhile = meanwhile
+    repoint(objects, "space/last/h", "space/with/h", useful)
+    found = objects.get("space/last/h")
+    assert found == (late.encode() if other == "written" else None)
+
+
+def test_one_of_no_use_to_any_prompt_has_no_useful_mark():
+    assert first_useful(["h"] * 3, BLOCK, None) == 3
 
 
 @pytest.mark.parametrize("kind", [windowed, with_states])
