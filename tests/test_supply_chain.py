@@ -90,6 +90,7 @@ def test_nothing_in_the_product_runs_what_it_reads():
 
 
 WATCH = """
+import itertools
 import sys
 from pathlib import Path
 import numpy as np
@@ -125,11 +126,11 @@ kvzip.write(outside / "x.kvz", snapshot)
 kvzip.write(outside / "docs" / "x.kvz", snapshot)
 seen.clear()
 names = ["../../outside/x", "../../../outside/docs/x", str(outside / "x"), "..", "x/../../y"]
-for name in [*names, "a\\0b"]:
+for name, end in itertools.product([*names, "a\\0b"], ["", "\\nend"]):
     for mark in (folder / "store").glob("*/last/*"):
         mark.write_text(name)
     for chain in (folder / "store").glob("*/chain/*"):
-        chain.write_text(name)
+        chain.write_text(name + end)
     store = Store(folder / "store")
     match = store.find(snapshot.token_ids, model="test/model", revision="r1", dtype="bf16")
     assert match is None or match.snapshot() == snapshot
@@ -142,6 +143,9 @@ for name in [*names, "a\\0b"]:
                 pass
             else:
                 assert act == store.remove
+    for found in store.documents():
+        assert store.remove(found.key)
+    store.put(snapshot)
 assert (outside / "x.kvz").exists() and (outside / "docs" / "x.kvz").exists()
 """
 
