@@ -18,9 +18,17 @@ from support import (
 )
 
 import kvzip
+from kvzip import container
 from kvzip.container import MAGIC, header_schema
 from kvzip.container.index import RECORD
-from kvzip.errors import CorruptError, FormatError, KVZipError, ProfileError, UnsupportedError
+from kvzip.errors import (
+    CorruptError,
+    FormatError,
+    KVZipError,
+    ProfileError,
+    UnsupportedError,
+    UsageError,
+)
 from kvzip.snapshot import LayerLayout
 
 HERE = Path(__file__).parents[1]
@@ -31,6 +39,28 @@ def small():
     """A file of a few kilobytes with every kind of section, and its snapshot."""
     snapshot = make_snapshot(cache_like, 11, "bf16", layers=1, heads=1, tokens=40, dim=4)
     return snapshot, kvzip.encode(snapshot, "channel", block_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("bound", "at", "what"), [("MAX_HEADER", 12, "header"), ("MAX_ENTRIES", 16, "index")]
+)
+def test_headers_and_indexes_have_a_largest_size(small, monkeypatch, bound, at, what):
+    """Of readers, before they have the bytes, and of writers alike."""
+    snapshot, blob = small
+    size = struct.unpack_from("<I", blob, at)[0]
+    for most in (size, size - 1):
+        for module in (container.format, container.writer):
+            if hasattr(module, bound):
+                monkeypatch.setattr(module, bound, most)
+        if most == size:
+            kvzip.verify(blob)
+            assert kvzip.encode(snapshot, "channel", block_tokens=16) == blob
+            continue
+        for first in (blob, blob[:40]):
+            with pytest.raises(FormatError, match=f"{what} is out of bounds"):
+                kvzip.open(first)
+        with pytest.raises(UsageError):
+            kvzip.encode(snapshot, "channel", block_tokens=16)
 
 
 def with_header(blob: bytes, change) -> bytes:
