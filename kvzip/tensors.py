@@ -59,6 +59,10 @@ class _Header(NamedTuple):
         start = 8 + int.from_bytes(first[:8], "little")
         if bytes(first[:3]) == b"\x89KV":  # those of kvzip.container, sealed ones too
             raise KvzGivenError(f"{name} is a .kvz file: kvzip decode makes a snapshot of it")
+        if len(first) > 8 and first[8] != ord("{"):
+            raise FormatError(
+                f"{name} is no safetensors file: snapshots (kvzip capture) and profiles are"
+            )
         if start > 8 + MAX_HEADER:
             raise FormatError(f"{name} is not a whole safetensors file: its header has no end")
         if len(first) < start:
@@ -109,10 +113,10 @@ class TensorFile:
         # Not a file object: Python warns of one that is left to the collector.
         self._close = weakref.finalize(self, os.close, self._handle)
         self._state = self._stat()
-        length = self._raw(8)
-        header = _Header.of(self.name, length)
+        first = self._raw(9)
+        header = _Header.of(self.name, first)
         if header is None:
-            header = _Header.of(self.name, self._raw(8 + int.from_bytes(length, "little")))
+            header = _Header.of(self.name, self._raw(8 + int.from_bytes(first[:8], "little")))
         assert header is not None, "it has as many bytes as it said that it needs"
         self.metadata, self.entries, self._start, end = header
         size = self._state[0]
@@ -132,7 +136,7 @@ class TensorFile:
         """The first bytes of the file."""
         data = os.pread(self._handle, length, 0)
         if len(data) < length:
-            raise CorruptError(f"{self.name} is cut short in its header")
+            raise CorruptError(f"{self.name} is no safetensors file, or cut short in its header")
         return data
 
     def has(self, name: str, kind: str, shape: Sequence[int], itemsize: int) -> bool:

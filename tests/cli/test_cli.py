@@ -164,7 +164,7 @@ def test_the_paper(capsys):
         (["info", "good.kvz", "b c"], 2, "info has no use for 'b c' (kvzip info --help)"),
         (["info", "good.kvz", "--q", "1"], 2, "Unknown option: --q. (kvzip info --help)"),
         (["encode", "doc.safetensors", "--outptu", "x"], 2, "Did you mean --output"),
-        (["encode", "text.txt", "-o", "x.kvz"], 1, "not a whole safetensors"),
+        (["encode", "text.txt", "-o", "x.kvz"], 1, "text.txt is no safetensors file"),
         (["fit", "good.kvz", "-o", "x"], 1, "is a .kvz file: kvzip decode makes a snapshot of it"),
         (["fit", "doc.safetensors", "./doc.safetensors", "-o", "x"], 2, "is given twice"),
         (["bench", "doc.safetensors", "doc.safetensors"], 2, "doc.safetensors is given twice"),
