@@ -2,7 +2,7 @@
 
 Of a number's time a share goes into products with what it is predicted from, which grows with the
 numbers of a layer and token; all else stays. `predictive` on made-up caches of 384, 1,024 and 2,048
-such numbers lies on that line within 6 % (docs/speed.md, *How speed follows the width*)."""
+such numbers lies on that line within 6 % (docs/speed-notes.md, *How speed follows the width*)."""
 
 from __future__ import annotations
 

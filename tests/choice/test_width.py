@@ -12,7 +12,7 @@ from kvzip.choice.width import slowdown
 
 WIDTHS = st.integers(1, 10**5)
 MEASURED = {
-    # docs/speed.md, nanoseconds of decoding a number at 384, 1,024 and 2,048 numbers of a layer.
+    # docs/speed-notes.md: nanoseconds to decode a number at 384, 1,024, 2,048 numbers of a layer.
     "avx512f": (10.7, 16.0, 26.5),
     "avx2": (27.6, 50.4, 89.4),
 }
