@@ -11,7 +11,8 @@ app = App(
     help="Lossless compression of language models' KV caches, and when it pays.",
     version=kvzip.__version__,
     suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(negative_iterable=()),
+    # A name that begins with a bracket is a name, and no list in JSON.
+    default_parameter=Parameter(negative_iterable=(), json_list=False),
 )
 evaluate = App(name="eval", help="The evaluation: prices, the paper, what compression is worth.")
 app.command(evaluate)

@@ -201,3 +201,33 @@ def test_whatever_an_option_is_given(capsys, monkeypatch, folder, command, base,
 def test_what_no_command_takes(capsys, command):
     for wrong in (["--frobnicate"], ["--frobnicate=1"], ["a", "b", "c", "d", "--threads"]):
         assert outcome(capsys, [*command.split(), *wrong])[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "parameter"),
+    [
+        (name, parameter.name)
+        for name, function in commands()
+        for parameter in inspect.signature(function, eval_str=True).parameters.values()
+        if "list[" in str(parameter.annotation)
+    ],
+)
+def test_names_in_brackets_are_names(command, parameter):
+    """Whatever takes several names takes each as it is, one that looks like JSON, too."""
+    names = ["[a] b.kvz", '["c", "d"]', "[1]", "{}"]
+    tree = evaluate if command.startswith("eval ") else app
+    kind = inspect.signature(tree[command.removeprefix("eval ")].default_command).parameters[
+        parameter
+    ]
+    base = list(BASES[command][0])
+    if kind.kind is kind.KEYWORD_ONLY:
+        option = "--" + parameter.replace("_", "-")
+        if option in base:
+            at = base.index(option)
+            del base[at : at + 2]
+        given = [*base, *(word for name in names for word in (option, name))]
+    else:
+        first = next((i for i, word in enumerate(base) if word.startswith("-")), len(base))
+        given = [*names, *base[first:]]
+    _, bound, _ = app.parse_args([*command.split(), *given], exit_on_error=False, print_error=False)
+    assert [str(found) for found in bound.arguments[parameter]] == names
