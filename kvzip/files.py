@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO
 
 from kvzip.errors import UsageError
-from kvzip.interruption import Terminated
+from kvzip.interruption import ENDING, Terminated
 
 IN_MEMORY = 256 << 20
 """Bytes on their way from or to a pipe or a device that are kept in memory; more are on disk."""
@@ -556,6 +556,6 @@ def leave_nothing_behind() -> None:
             os.kill(os.getpid(), number)
         raise Terminated(number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, end)

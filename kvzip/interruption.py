@@ -1,5 +1,6 @@
-"""Signals that end the command line; and Ctrl-C and SIGTERM while it is still being imported,
-before there is anything that could catch them: the command says so, and ends with code 130 or 143.
+"""Signals that end the command line; and Ctrl-C, SIGTERM and SIGHUP while it is still being
+imported, before there is anything that could catch them: the command says so, and ends with code
+130, 143 or 129.
 
 This is imported first of all, and does nothing unless this process is the command ``kvzip``: a
 library does not own its process's signals.
@@ -11,6 +12,8 @@ import sys
 from contextlib import suppress
 
 WORDS = "interrupted; no file is left half written"
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals by which a process is asked to end, beside Ctrl-C."""
 _STDOUT = ("-", "/dev/stdout")
 
 
@@ -47,19 +50,19 @@ def _end(number: int, frame: object) -> None:
 
 
 def watch() -> None:
-    """Let Ctrl-C and SIGTERM end the process at once, if this is the command and nobody else has a
-    say."""
+    """Let Ctrl-C and what else asks for an end end the process at once, if this is the command and
+    nobody else has a say."""
     if _is_command():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *ENDING):
             if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
                 with suppress(ValueError):  # in another thread than the main one
                     signal.signal(number, _end)
 
 
 def hand_over() -> None:
-    """Let Ctrl-C be a KeyboardInterrupt again, and SIGTERM what it was: there is somebody now who
-    catches them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Let Ctrl-C be a KeyboardInterrupt again, and the others what they were: there is somebody now
+    who catches them."""
+    for number in (signal.SIGINT, *ENDING):
         if signal.getsignal(number) is _end:
             own = number == signal.SIGINT
             signal.signal(number, signal.default_int_handler if own else signal.SIG_DFL)

@@ -112,10 +112,10 @@ def test_a_stdin_that_is_closed(folder):
     assert piped(folder, "kvzip verify x.kvz <&-")[0] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.drawn(2)
 def test_ended_from_the_first_import_on(folder, number):
-    """At any moment after Python itself is up: exit code 130 or 143, and the JSON object."""
+    """At any moment after Python itself is up: exit code 130, 143 or 129, and the JSON object."""
     # The command as its script runs it, which says when it begins. Whoever runs the tests may have
     # signals ignored (nohup, a shell's background), which is inherited.
     script = folder / "kvzip"
@@ -123,6 +123,7 @@ def test_ended_from_the_first_import_on(folder, number):
         "import os, signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "import kvzip.interruption\n"
         "os.write(2, b'begun\\n')\n"
         "from kvzip.cli import main\n"
