@@ -249,6 +249,16 @@ def test_workflows_run_what_people_run():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_nothing_is_built_where_kvzip_cannot_be_imported():
+    """A Python for Windows has no fcntl, by which files are locked."""
+    assert "\nimport fcntl\n" in (ROOT / "kvzip" / "files.py").read_text()
+    for name in FLOWS:
+        assert "windows" not in (ROOT / ".github" / "workflows" / name).read_text().lower()
+    assert "if(WIN32)\n  message(FATAL_ERROR" in (ROOT / "CMakeLists.txt").read_text()
+    systems = [found for found in PROJECT["classifiers"] if found.startswith("Operating System")]
+    assert systems == ["Operating System :: POSIX :: Linux"]
+
+
 def test_the_sdist_holds_all_that_is_built(tmp_path):
     if importlib.util.find_spec("scikit_build_core") is None:
         pytest.skip("what builds kvzip is not installed, which `make` does")
