@@ -23,6 +23,8 @@ def assisted(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a `generate` with these arguments has candidates tried (assisted generation)."""
     names = ("prompt_lookup_num_tokens", "assistant_early_exit")
     told = [_setting(model, kwargs, name) for name in names]
+    if _setting(model, kwargs, "use_mtp"):  # the model's own layers for that
+        return True
     return any(each is not None for each in (kwargs.get("assistant_model"), *told))
 
 

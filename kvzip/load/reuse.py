@@ -410,9 +410,9 @@ def _stand_in() -> None:
         held = held_in(cache)
         if held.get_seq_length() and assisted(self, kwargs):
             raise KVZipError(
-                f"the cache holds {held.get_seq_length()} tokens, and with prompt lookup or an "
-                "assistant transformers feeds the whole prompt behind them once more, which gives "
-                "other tokens: leave out the cache, or the lookup and the assistant"
+                f"the cache holds {held.get_seq_length()} tokens, and with prompt lookup, use_mtp "
+                "or an assistant transformers feeds the whole prompt behind them once more, which "
+                "gives other tokens: leave out the cache, or the lookup and the assistant"
             )
         use_cache(self, kwargs)
         request = request_of(self, args, kwargs)

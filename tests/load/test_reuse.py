@@ -236,7 +236,7 @@ def test_a_prompt_in_chunks(model, blob, prompt, chunk):
         load_cache(blob, model.config, prompt=prompt, prefill_chunk_size=0)
 
 
-@pytest.mark.parametrize("how", ["lookup", "assistant", "early exit", "config"])
+@pytest.mark.parametrize("how", ["lookup", "assistant", "early exit", "own layers", "config"])
 def test_assisted_generation_is_refused_where_a_cache_has_tokens(model, blob, prompt, how):
     """transformers feeds the whole prompt again then, after what any cache holds."""
     more = {
@@ -245,6 +245,7 @@ def test_assisted_generation_is_refused_where_a_cache_has_tokens(model, blob, pr
             "assistant_model": readme_model(dtype="float32", pad_token_id=0, num_hidden_layers=1)
         },
         "early exit": {"assistant_early_exit": 1},
+        "own layers": {"use_mtp": True},
         "config": {"generation_config": transformers.GenerationConfig(prompt_lookup_num_tokens=3)},
     }[how]
     for cache in caches(model, blob, prompt):
