@@ -265,7 +265,7 @@ def _between(path: str | os.PathLike[str], blocks: Mapping[str, str]) -> tuple[s
 def put_picture(result: DemoResult, picture: str | os.PathLike[str]) -> None:
     """The report's map of time as a PNG, by a headless Chromium. Raises KVZipError without one."""
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import Error, sync_playwright
     except ImportError:
         raise KVZipError(
             "a picture needs playwright and Chromium: pip install playwright"
@@ -274,7 +274,13 @@ def put_picture(result: DemoResult, picture: str | os.PathLike[str]) -> None:
     options: Mapping[str, Any] = {"executable_path": chromium} if chromium else {}
     with scratch_folder() as folder, sync_playwright() as play:
         page_file = write_report(result, folder / "report.html")
-        browser = play.chromium.launch(args=["--no-sandbox"], **options)
+        try:
+            browser = play.chromium.launch(args=["--no-sandbox"], **options)
+        except Error as error:
+            raise KVZipError(
+                f"a picture needs Chromium, and {chromium or 'that of playwright'} does "
+                "not start: install it, or call `playwright install chromium`"
+            ) from error
         page = browser.new_page(
             viewport={"width": 1000, "height": 900},
             device_scale_factor=1.5,

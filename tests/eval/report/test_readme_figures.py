@@ -163,6 +163,20 @@ def test_the_picture(tmp_path: Path) -> None:
     assert width == int.from_bytes(stored[16:20]) > 1000
 
 
+def test_a_picture_without_chromium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where there is none, nor where what is called so does not start."""
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path / "none"))
+    for _ in range(2):
+        with pytest.raises(KVZipError, match="needs Chromium"):
+            f.put_picture(DEMO, tmp_path / "answer.png")
+        assert not (tmp_path / "answer.png").exists()
+        broken = tmp_path / "chromium"
+        broken.write_text("#!/bin/sh\nexit 1\n")
+        broken.chmod(0o700)
+
+
 def test_results_are_json_that_a_person_can_read() -> None:
     text = (ROOT / "docs" / "results" / "demo.json").read_text()
     assert json.loads(text)["tokens"] == DEMO.tokens and text.count("\n") > 100
