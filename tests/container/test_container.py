@@ -188,6 +188,7 @@ def test_a_file_of_zeros_that_takes_no_room_takes_no_memory(tmp_path):
         lambda h: h["layout"].update(distinct=[layer_of(h)] * 2, layers=[0, 1]),
         lambda h: h["layout"].update(dtype="int4"),
         lambda h: h.update(block_tokens=0),
+        lambda h: h.update(block_tokens=-1),
         lambda h: h.update(block_tokens=2**31),
         lambda h: h.update(codec={"id": "nobody's"}),
         lambda h: h.update(codec={"id": "zstd", "level": "high"}),
@@ -207,6 +208,31 @@ def test_headers_that_lie_are_refused_before_memory_is_taken(small, change):
         kvzip.decode(blob, threads=1)
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
     tracemalloc.stop()
+
+
+def test_a_codec_that_does_not_take_the_numbers():
+    blob = kvzip.encode(make_snapshot(random_bits, 1, "fp64"), "raw")
+    with pytest.raises(FormatError, match="codec 'channel' does not take"):
+        kvzip.open(with_header(blob, lambda h: h.update(codec={"id": "channel"})))
+
+
+@pytest.mark.parametrize("size", [0, 1, 39, 41, 79, 81, 200, 2**16])
+def test_token_ids_of_another_number(small, size):
+    """A file has 40, of 2 bytes here; of 1, 3 and 4 there could be as many."""
+    header, count, ids = struct.unpack_from("<III", small[1], 12)
+    assert ids == 80
+    start = 40 + header
+    blob = small[1][:start] + bytes(size) + small[1][start + ids :]
+    moved = -(-(start + size + 48 * count) // 64) * 64 - -(-(start + ids + 48 * count) // 64) * 64
+    index = np.frombuffer(blob, RECORD, count, start + size).copy()
+    index["offset"] += np.uint64(moved & 2**64 - 1)
+    before = blob[:start] + bytes(size) + index.tobytes()
+    first = index["offset"][0]
+    blob = bytearray(before + bytes(int(first) - len(before)) + small[1][int(first) - moved :])
+    struct.pack_into("<I", blob, 20, size)
+    struct.pack_into("<Q", blob, 24, len(blob))
+    with pytest.raises(FormatError, match="do not fit the number of tokens"):
+        kvzip.open(reseal(bytes(blob)))
 
 
 @pytest.mark.parametrize("codec", CODECS)
