@@ -77,6 +77,13 @@ def _of_classes(kinds: Mapping[type, str], reader: ValueReader) -> Iterator[Code
             yield Code("" if put else kind.__module__, f"{name_of(kind)} {said!r}")
 
 
+def autocasts(model: torch.nn.Module) -> Iterator[str]:
+    """What torch casts to by itself where the model's parameters lie, in the code under way."""
+    for device in sorted({each.device.type for each in model.parameters()}):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            yield f"autocast on {device} to {torch.get_autocast_dtype(device)}"
+
+
 def _put_elsewhere(
     model: torch.nn.Module, kinds: Mapping[type, str], reader: ValueReader
 ) -> Iterator[Code]:
@@ -87,9 +94,8 @@ def _put_elsewhere(
     for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
         if not is_librarys(type(mode).__module__):
             yield Code("", f"mode {reader.read(mode, 'mode')!r}")
-    for device in sorted({each.device.type for each in model.parameters()}):
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            yield Code("", f"autocast on {device} to {torch.get_autocast_dtype(device)}")
+    for told in autocasts(model):
+        yield Code("", told)
     for when in ("pre_hooks", "hooks"):  # on all modules of all models
         hooks = getattr(torch.nn.modules.module, f"_global_forward_{when}")
         for i, hook in enumerate(list(hooks.values())):

@@ -16,6 +16,7 @@ import torch
 
 from kvzip.errors import KVZipError, UnsupportedError
 from kvzip.identity import fingerprint
+from kvzip.identity.code import autocasts
 from kvzip.identity.live import weights_of
 
 if TYPE_CHECKING:
@@ -100,17 +101,24 @@ def prefix_of(model: Any) -> str:
 
 
 def state_of(model: Any) -> str | None:
-    """What tells whether a model's weights have changed; None where they are not in memory. Hooks
-    that were put on since say nothing, but for those by which a call chooses adapters."""
+    """What tells whether a model's weights have changed, or what torch casts them to by itself;
+    None where they are not in memory. Hooks that were put on since say nothing, but for those by
+    which a call chooses adapters."""
     inner = innermost(model)
     if not isinstance(inner, torch.nn.Module):
         return None
     if adapters_of(inner):
         return fingerprint(inner)
     try:
-        return weights_of(inner)
+        return weights_of(inner) + autocast_of(inner)
     except KVZipError:
         return None
+
+
+def autocast_of(model: Any) -> str:
+    """What torch casts to by itself in a model's calls, in the code under way; "" for nothing."""
+    inner = innermost(model)
+    return ", ".join(autocasts(inner)) if isinstance(inner, torch.nn.Module) else ""
 
 
 def _check_model(model: torch.nn.Module, cache: HeldCache) -> None:
@@ -118,9 +126,9 @@ def _check_model(model: torch.nn.Module, cache: HeldCache) -> None:
     if cache.made_by is not None and state_of(model) != cache.made_by:
         raise KVZipError(
             "the model computes with other adapters, or other weights, than when the cache was "
-            "loaded for it (adapter_names=, set_adapter, ...): load it after such a change; for "
-            "calls with adapter_names= give an empty cache, or load_or_prefill a revision= that "
-            "stands for them"
+            "loaded for it (adapter_names=, set_adapter, autocast, ...): load it after such a "
+            "change; for calls with adapter_names= give an empty cache, or load_or_prefill a "
+            "revision= that stands for them"
         )
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Encod
 
 from kvzip.errors import KVZipError, UsageError
 from kvzip.load.calls import (
+    autocast_of,
     check_encoder,
     check_generate,
     chooses_adapters,
@@ -64,6 +65,8 @@ class HeldCache(DynamicCache):
         """The :func:`~kvzip.load.calls.state_of` of the model that it was loaded for."""
         self.more_than_ids: str | None = None
         """What `generate` was given, when this was filled, on which keys and values depend."""
+        self.autocasts = set[str]()
+        """What torch cast to by itself when `generate` filled this; "" for nothing."""
         self.encoder_ids: Ids | None = None
         """[batch, n]: what its encoder was given, where there is one and this is known."""
         self.generating = False
@@ -215,6 +218,7 @@ class HeldCache(DynamicCache):
             except KVZipError:
                 told.append("more, or other, for its encoder than the ids that it was made for")
         self.more_than_ids = self.more_than_ids or ", ".join(told) or None
+        self.autocasts.add(autocast_of(model))
 
     @property
     def _rows(self) -> int:

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from kvzip import dtypes
 from kvzip.errors import KVZipError, UnsupportedError, UsageError
 from kvzip.identity.checkpoint import changed
-from kvzip.load.calls import adapters_of, check_no_virtual_tokens
+from kvzip.load.calls import adapters_of, autocast_of, check_no_virtual_tokens
 from kvzip.load.config import LayerKind, layer_kinds
 from kvzip.load.dropout import check_draws_no_lots
 from kvzip.load.held import ENCODER_IDS, TOKEN_PARTS, Held, Piece, as_bytes, has_nothing, held
@@ -107,6 +107,13 @@ def _check_filled(cache: Cache, model: PreTrainedModel | str | None) -> None:
             f"`generate` filled the cache with {told}: its keys and values depend on more than "
             "token ids, by which it would be found"
         )
+    for cast in getattr(own, "autocasts", ()):
+        if isinstance(model, torch.nn.Module) and cast != autocast_of(model):
+            raise UnsupportedError(
+                f"`generate` filled the cache under {cast or 'no autocast'}, and its model is "
+                f"asked for under {autocast_of(model) or 'no autocast'}, where it computes others: "
+                "take the snapshot where the cache was filled"
+            )
     names = set() if model is None or isinstance(model, str) else adapters_of(model)
     if len(names) > 1 and not getattr(own, "known", False):
         raise UnsupportedError(

@@ -64,6 +64,43 @@ def generate(model: Any, ids: Any = PROMPT, cache: Any = None, **options: Any) -
     return model.generate(**found)
 
 
+# --- autocast ------------------------------------------------------------------------------------
+
+
+def autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_a_cache_is_not_used_under_another_autocast_than_it_was_loaded_for(
+    store: Store, caplog: Any
+) -> None:
+    """No witness notices: what it rounds changes these weights' keys and values too little."""
+    model = tiny_model("Llama", dtype="float32", vocab_size=64, pad_token_id=0).model
+    put(store, model)
+    with autocast():
+        wanted = generate(model)
+        put(store, model)
+    for within, warnings in ((False, 1), (True, 0)):
+        caplog.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            cache = load_or_prefill(store, model, PROMPT)
+        assert cache.get_seq_length()
+        with autocast():
+            assert torch.equal(generate(model, cache=cache), wanted)
+        assert len(warnings_of(caplog)) == warnings
+
+
+def test_what_generate_filled_under_autocast_is_no_cache_of_the_model_without(
+    model: Any, store: Store
+) -> None:
+    cache = load_or_prefill(store, model, IDS)
+    with autocast():
+        fed = generate(model, IDS, cache)[:, :-1]
+        kvzip.Snapshot.from_cache(cache, fed, model)
+    with pytest.raises(UnsupportedError, match="under autocast on cpu"):
+        kvzip.Snapshot.from_cache(cache, fed, model)
+
+
 # --- adapters ------------------------------------------------------------------------------------
 
 
