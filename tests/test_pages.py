@@ -122,6 +122,25 @@ def test_every_truncation_and_flip_is_an_error(profile):
         page[at // 8] ^= 1 << at % 8
 
 
+def test_what_a_header_says_wrong_is_told(profile):
+    """Before the checksum, which may be right: a newer version may use what is zero here."""
+    page = kvzip.encode_page(numbers(16, 1), profile)
+    for places, what in (
+        (range(4), "this is not a page"),
+        ([6, 7, *range(20, 24)], "fields that are set"),
+        (range(24, 32), "was made with profile"),
+    ):
+        for at in places:
+            wrong = bytearray(page)
+            wrong[at] ^= 1
+            with pytest.raises((FormatError, ProfileError), match=what):
+                kvzip.decode_page(wrong, profile)
+    nothing = bytearray(page[:48])
+    struct.pack_into("<I", nothing, 12, 0)
+    with pytest.raises(CorruptError, match="makes no sense"):
+        kvzip.decode_page(nothing, profile)
+
+
 def test_a_page_that_claims_more_than_its_bytes_can_hold(profile):
     """As many tokens as a page may have, 4 MB, in its header and blocks without a byte."""
     page = bytearray(kvzip.encode_page(numbers(16), profile))
