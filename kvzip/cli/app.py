@@ -5,11 +5,13 @@ from __future__ import annotations
 from cyclopts import App, Parameter
 
 import kvzip
+from kvzip.cli.terminal import help_console
 
 app = App(
     name="kvzip",
     help="Lossless compression of language models' KV caches, and when it pays.",
     version=kvzip.__version__,
+    console=help_console(),
     suppress_keyboard_interrupt=False,
     # A name that begins with a bracket is a name, and no list in JSON.
     default_parameter=Parameter(negative_iterable=(), json_list=False),

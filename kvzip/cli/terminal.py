@@ -52,6 +52,14 @@ def _console(to_stderr: bool) -> Console:
     return console
 
 
+def help_console() -> Console:
+    """Where help is printed. Of columns too narrow for its tables rich shows nothing, or never
+    ends."""
+    console = Console()
+    console.width = max(console.width, _NARROW)
+    return console
+
+
 _out, _err = _console(False), _console(True)
 
 

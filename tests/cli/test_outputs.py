@@ -152,6 +152,20 @@ def test_whatever_the_columns_all_is_said(folder):
         assert out.endswith("encode s.safetensors -o y.kvz 0\n") and "ratio" in out + err
 
 
+def test_help_is_whole_on_a_narrow_terminal(folder):
+    for command in ("", "encode", "eval", "eval fleet"):
+        shown = {
+            columns: subprocess.run(
+                [*KVZIP.split(), *command.split(), "--help"],
+                cwd=folder, env=os.environ | {"COLUMNS": columns},
+                capture_output=True, text=True, timeout=60, check=True,
+            ).stdout
+            for columns in ("1", "5", "40")
+        }  # fmt: skip
+        assert "Commands" in shown["40"] or "Parameters" in shown["40"]
+        assert shown["1"] == shown["5"] == shown["40"]
+
+
 @pytest.mark.parametrize("columns", ["0", "5", "60"])
 def test_a_narrow_terminal_shows_whole_words(folder, columns):
     leader, follower = pty.openpty()
