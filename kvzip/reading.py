@@ -38,8 +38,7 @@ def reading(
     name = files.name_of(path)
     number = files.stream_of(name)
     if number == 0 and _standard_input is not None:
-        name = f"/proc/self/fd/{_standard_input}"
-        return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC), "rb")
+        return os.fdopen(_anew(_standard_input), "rb")
     handle, kind = _open_to_read(name) if number is None else _again(number, name)
     if stat.S_ISREG(kind):
         return os.fdopen(handle, "rb", buffering)
@@ -65,11 +64,21 @@ def _again(number: int, name: str) -> tuple[int, int]:
         raise files.error_of(errno.EBADF, name) from None
     kind = os.fstat(handle).st_mode
     if stat.S_ISREG(kind):
-        with suppress(OSError):  # opened anew it is read from its beginning
-            again = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
+        with suppress(OSError):
+            again = _anew(handle)
             os.close(handle)
             handle = again
     return handle, kind
+
+
+def _anew(number: int) -> int:
+    """Another number of an open file, which is read from its beginning. Where the system cannot
+    open it anew (Linux can), both go on from there."""
+    with suppress(FileNotFoundError):
+        return os.open(f"/proc/self/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
+    handle = os.dup(number)
+    os.lseek(handle, 0, os.SEEK_SET)
+    return handle
 
 
 def _open_to_read(name: str) -> tuple[int, int]:
@@ -126,7 +135,7 @@ def some(file: Any, count: int) -> memoryview:
 def copied(file: Any, length_of: LengthOf | None = None) -> IO[bytes]:
     """All that is left in a file object, in memory or in a temporary file. With `length_of` little
     more than what begins so may have; raises what that does."""
-    copy: IO[bytes] = os.fdopen(os.memfd_create("kvzip"), "w+b")
+    copy = _in_memory()
     held, first, most = 0, bytearray(), None
     try:
         while (most is None or held <= most) and (chunk := some(file, 1 << 20)):
@@ -146,6 +155,15 @@ def copied(file: Any, length_of: LengthOf | None = None) -> IO[bytes]:
         copy.close()
         raise
     return copy
+
+
+def _in_memory() -> IO[bytes]:
+    """An empty file in memory, with a number; on disk where the system has none (only Linux and
+    FreeBSD have)."""
+    create = getattr(os, "memfd_create", None)
+    if create is None:
+        return tempfile.TemporaryFile()
+    return os.fdopen(create("kvzip"), "w+b")
 
 
 def contents(path: files.AnyPath, most: int = 16 << 20) -> bytes:

@@ -25,7 +25,13 @@ def machine_memory() -> int:
 def thread_count(threads: int) -> int:
     """`threads`, or the number of cores that this process may use when it is 0. Raises UsageError
     for what is no number of threads."""
-    return integer("threads (0: all cores)", threads, 0, 1024) or len(os.sched_getaffinity(0))
+    return integer("threads (0: all cores)", threads, 0, 1024) or usable_cores()
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux's
+    return os.cpu_count() or 1 if allowed is None else len(allowed(0))
 
 
 class Lock:

@@ -25,6 +25,7 @@ import numpy as np
 from kvzip.errors import KVZipError, extra_told
 from kvzip.parsing import from_json
 from kvzip.store.bucket import forget_clients, open_url
+from kvzip.workers import usable_cores
 
 PORT = 8083
 # A model on a CPU that waits for its next layer leaves the cores to the decoder. Left alone, its
@@ -257,7 +258,7 @@ def main(what: str, *rest: str) -> None:
         _serve(rest[0], rest[1], say)
         return
     end = _Answers(*rest)
-    say({"threads": len(os.sched_getaffinity(0))})
+    say({"threads": usable_cores()})
     for line in sys.stdin:
         question = from_json(line)
         forget_clients()  # connections are those of a process's first load
